@@ -1,0 +1,136 @@
+"""What one step of MergeRec costs, for 2, 8 and 32 domains, against one plain LoRA forward and backward.
+
+    python benchmarks/bench_collaborative.py
+
+A backbone of MiniLM's size (6 layers, width 384, vocabulary 30,522; random weights from a configuration) and LoRA
+of rank 8 on query and value. A step encodes 16 pseudo-users and updates the merging coefficients; the plain step is
+PEFT's LoRA on the same batch, one domain, with the gradients of A and B and no optimiser. All are timed in turn in one
+run, so that a machine that slows down slows all of them; what counts is the ratio.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import BertConfig, BertModel
+
+from fedmerge.device import resolve_compute
+from fedmerge.encoder.backbone import Backbone
+from fedmerge.encoder.encode import embed_batch
+from fedmerge.encoder.lora import Adapter, LoraModule
+from fedmerge.encoder.text import SpecialTokens
+from fedmerge.merging.stack import Stack, stack_adapters
+from fedmerge.server.collaborative import batch_losses, merged_forward
+
+RANK, BATCH, NUM_ITEMS, WIDTH = 8, 16, 2000, 384
+
+
+def build_backbone(device: str, precision: str) -> Backbone:
+    """Random weights of MiniLM's shape; no tokenizer is needed."""
+    config = BertConfig(hidden_size=WIDTH, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536)
+    compute = resolve_compute(device, precision)
+    model = BertModel(config, add_pooling_layer=False).eval().requires_grad_(False).to(compute.device)
+    special = SpecialTokens(np.array([101], np.int32), np.array([102], np.int32), 0)
+    return Backbone(model, None, special, "mean", "minilm-sized", "", compute)  # type: ignore[arg-type]  # see above
+
+
+def build_stack(num_domains: int) -> Stack:
+    """Random experts on query and value."""
+    rng = torch.Generator().manual_seed(0)
+    names = [f"encoder.layer.{i}.attention.self.{part}" for i in range(6) for part in ("query", "value")]
+    return stack_adapters(
+        {
+            f"domain {k:02d}": Adapter(
+                {
+                    name: LoraModule(
+                        0.02 * torch.randn(RANK, WIDTH, generator=rng), torch.randn(WIDTH, RANK, generator=rng), 2.0
+                    )
+                    for name in names
+                }
+            )
+            for k in range(num_domains)
+        }
+    )
+
+
+def collaborative_step(backbone: Backbone, num_domains: int, sequences: list[np.ndarray]) -> Callable[[], None]:
+    """One step as ``learn_coefficients`` takes it, layer-wise, catalogs of NUM_ITEMS items."""
+    stack, device = build_stack(num_domains), backbone.compute.device
+    coefficients = torch.full((num_domains, len(stack.groups)), 0.2, device=device, requires_grad=True)
+    optimizer = torch.optim.Adam([coefficients], lr=1e-3)
+    vectors = torch.nn.functional.normalize(torch.randn(num_domains, NUM_ITEMS, WIDTH, device=device), dim=-1)
+    rng = np.random.default_rng(0)
+    drawn_domains, drawn_items = rng.integers(0, num_domains, BATCH), rng.integers(0, NUM_ITEMS, BATCH)
+
+    def step() -> None:
+        with merged_forward(backbone, stack, coefficients):
+            users = embed_batch(backbone, sequences)
+        rec, kd = batch_losses(users, drawn_domains, drawn_items, list(vectors), list(vectors), temperature=0.05)
+        optimizer.zero_grad()
+        (rec + 1000 * kd).backward()
+        optimizer.step()
+
+    return step
+
+
+def plain_step(device: str, precision: str, sequences: list[np.ndarray]) -> Callable[[], None]:
+    """Forward and backward of PEFT's LoRA on the same batch."""
+    backbone = build_backbone(device, precision)
+    get_peft_model(backbone.model, LoraConfig(r=RANK, lora_alpha=16, target_modules=["query", "value"]))
+    targets = torch.nn.functional.normalize(torch.randn(NUM_ITEMS, WIDTH, device=backbone.compute.device), dim=-1)
+
+    def step() -> None:
+        backbone.model.zero_grad()
+        logits = embed_batch(backbone, sequences) @ targets.T
+        torch.nn.functional.cross_entropy(logits / 0.05, torch.arange(BATCH, device=logits.device)).backward()
+
+    return step
+
+
+def seconds(step: Callable[[], None], device: torch.device) -> float:
+    """Wall time of one step."""
+    start = time.perf_counter()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    """Time the steps in turn and print medians and quartiles of the ratios."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", default="auto", choices=["auto", "bfloat16", "float32"])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--tokens", type=int, default=32, help="tokens of a pseudo-user")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    sequences = list(np.random.default_rng(0).integers(999, 30000, (BATCH, options.tokens), dtype=np.int32))
+    backbone = build_backbone(options.device, options.precision)
+    steps = {"plain LoRA": plain_step(options.device, options.precision, sequences)}
+    steps |= {f"K = {k}": collaborative_step(backbone, k, sequences) for k in (2, 8, 32)}
+    for step in steps.values():  # warm up
+        step()
+        step()
+    device = backbone.compute.device
+    times = [{name: seconds(step, device) for name, step in steps.items()} for _ in range(options.repeats)]
+    print(
+        f"{backbone.compute.reason}; {options.threads} threads; batch {BATCH} x {options.tokens} tokens, rank {RANK}, "
+        f"{NUM_ITEMS} items a domain, {options.repeats} repeats"
+    )
+    print(f"{'step':<12}{'median s':>10}{'ratio to plain':>16}{'quartiles':>18}")
+    for name in steps:
+        ratios = [each[name] / each["plain LoRA"] for each in times]
+        low, _, high = statistics.quantiles(ratios, n=4)
+        median = statistics.median(each[name] for each in times)
+        print(f"{name:<12}{median:>10.4f}{statistics.median(ratios):>16.2f}{f'{low:.2f} to {high:.2f}':>18}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""A client's own domain, opened: private from here on."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from fedmerge.config import Text
+from fedmerge.domain.catalog import Catalog, load_catalog
+from fedmerge.domain.interactions import Interactions, load_interactions
+from fedmerge.domain.manifest import Manifest, read_manifest
+from fedmerge.encoder.backbone import Backbone, check_max_tokens
+from fedmerge.encoder.text import Tokens, TokenTable, build_token_table, item_sequences
+
+
+@dataclass(frozen=True, eq=False)
+class LocalDomain:
+    """What a client works on.
+
+    Attributes:
+        manifest: counts and hashes.
+        catalog: N items.
+        interactions: U users.
+        table: tokens of the items, made once.
+        text: how sequences are packed.
+        backbone: the encoder whose tokens these are.
+    """
+
+    manifest: Manifest
+    catalog: Catalog
+    interactions: Interactions
+    table: TokenTable
+    text: Text
+    backbone: Backbone
+
+    @cached_property
+    def item_sequences(self) -> list[Tokens]:
+        """One token sequence per item."""
+        return item_sequences(self.table, self.backbone.special, self.text.max_tokens)
+
+
+def open_domain(folder: Path, backbone: Backbone, text: Text) -> LocalDomain:
+    """Read, verify and tokenise a domain.
+
+    Raises:
+        DomainError: missing or damaged files.
+        BackboneError: sequences longer than the backbone's positions.
+    """
+    check_max_tokens(backbone, text.max_tokens)
+    catalog = load_catalog(folder)
+    table = build_token_table(catalog, backbone.tokenizer, text.max_attribute_tokens)
+    return LocalDomain(read_manifest(folder), catalog, load_interactions(folder), table, text, backbone)

@@ -1,0 +1,184 @@
+"""Local fine-tuning of a LoRA adapter on a client's own users (METHODS 3)."""
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fedmerge.client.local_domain import LocalDomain
+from fedmerge.client.losses import in_batch_softmax
+from fedmerge.client.metrics import METRICS, per_user_metrics, rank_targets
+from fedmerge.config import Lora, Train
+from fedmerge.domain.splits import Examples, evaluation_examples, train_sequences
+from fedmerge.encoder.encode import embed_batch, encode
+from fedmerge.encoder.lora import Adapter, adapter_of, attach
+from fedmerge.encoder.text import pack_sequences
+from fedmerge.errors import ClientError, DomainError
+from fedmerge.seeding import generator
+
+BATCHES_PER_BUCKET = 16  # batches are formed by length among this many batches of users drawn at random
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Validation:
+    """One look at the validation users: after which step, the mean training loss since the last look, their NDCG@10."""
+
+    step: int
+    loss: float
+    ndcg: float
+
+
+@dataclass(frozen=True)
+class TrainingReport:
+    """How a training went.
+
+    Attributes:
+        steps: optimiser steps made.
+        best_step: the step whose adapter was kept; 0 is the untouched backbone.
+        stopped_by: the budget that ended it, or ``patience``.
+        seconds: wall clock.
+        validations: in order.
+    """
+
+    steps: int
+    best_step: int
+    stopped_by: str
+    seconds: float
+    validations: tuple[Validation, ...]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One training batch: b histories (oldest first) and their targets."""
+
+    histories: list[npt.NDArray[np.int32]]
+    targets: npt.NDArray[np.int64]
+
+
+def train_expert(
+    domain: LocalDomain, lora: Lora, settings: Train, seed: int, progress: Progress = lambda line: None
+) -> tuple[Adapter, TrainingReport]:
+    """Fine-tune a fresh adapter and keep the one that ranks the validation users best (NDCG@10, unmasked).
+
+    Args:
+        domain: the client's own.
+        lora: layout of the adapter.
+        settings: optimiser and budgets; training ends at the first one reached.
+        seed: of the experiment; sampling depends on it and on the domain's name only.
+        progress: receives one line after every validation.
+
+    Returns:
+        The adapter in float32 on the CPU, and how it came about.
+
+    Raises:
+        DomainError: nobody to train on.
+        ClientError: the loss is no longer finite.
+    """
+    name = domain.manifest.name
+    sequences = [sequence for sequence in train_sequences(domain.interactions) if len(sequence) >= 2]
+    if len(sequences) < 2:
+        raise DomainError(
+            f"domain {name}: {len(sequences)} users have two items or more outside validation and test, training needs two users. "
+            "List it under domains.unseen, or give it more data."
+        )
+    examples = evaluation_examples(domain.interactions, "valid", settings.validation_users, seed)
+    started = time.monotonic()
+    backbone = domain.backbone
+    model = attach(backbone, lora.target_modules, lora.rank, lora.alpha, seed)
+    try:
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0)
+        best, validations = adapter_of(model), [Validation(0, math.nan, _validation_ndcg(domain, examples))]
+        best_step, losses = 0, []
+        progress(f"{name}: start, validation ndcg@10 {validations[0].ndcg:.4f}")
+        step, spent, stopped_by = 0, 0.0, ""
+        batches = _batches(sequences, settings, seed, name)
+        while not stopped_by:
+            batch, epochs = next(batches)
+            for group in optimizer.param_groups:
+                group["lr"] = settings.learning_rate * min(1.0, (step + 1) / max(1, settings.warmup_steps)) * (1.0 - spent)
+            loss = _loss(domain, batch, settings.temperature)
+            if not math.isfinite(loss.item()):
+                raise ClientError(
+                    f"domain {name}: the training loss is {loss.item()} at step {step + 1}. Lower train.learning_rate "
+                    f"({settings.learning_rate}) or set runtime.precision = 'float32'."
+                )
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            step += 1
+            losses.append(loss.item())
+            spent, stopped_by = _budget(settings, step, epochs, time.monotonic() - started)
+            if step % settings.validate_every_steps == 0 or stopped_by:
+                validations.append(Validation(step, float(np.mean(losses)), _validation_ndcg(domain, examples)))
+                losses.clear()
+                if validations[-1].ndcg > max(earlier.ndcg for earlier in validations[:-1]):
+                    best, best_step = adapter_of(model), step
+                elif sum(validation.step > best_step for validation in validations) >= settings.patience:
+                    stopped_by = stopped_by or "patience"
+                progress(
+                    f"{name}: step {step}, {100 * spent:.0f} % of the budget, loss {validations[-1].loss:.3f}, "
+                    f"validation ndcg@10 {validations[-1].ndcg:.4f} (best {max(v.ndcg for v in validations):.4f})"
+                )
+    finally:
+        model.unload()
+    return best, TrainingReport(step, best_step, stopped_by, time.monotonic() - started, tuple(validations))
+
+
+def _loss(domain: LocalDomain, batch: Batch, temperature: float) -> torch.Tensor:
+    text, backbone = domain.text, domain.backbone
+    items, rows = np.unique(batch.targets, return_inverse=True)
+    users = pack_sequences(domain.table, batch.histories, backbone.special, text.max_items, text.max_tokens)
+    user_vectors = embed_batch(backbone, users)
+    item_vectors = embed_batch(backbone, [domain.item_sequences[item] for item in items])
+    return in_batch_softmax(user_vectors, item_vectors, torch.from_numpy(rows).to(backbone.device), temperature)
+
+
+def _validation_ndcg(domain: LocalDomain, examples: Examples) -> float:
+    users = pack_sequences(
+        domain.table, examples.histories, domain.backbone.special, domain.text.max_items, domain.text.max_tokens
+    )
+    ranks = rank_targets(encode(domain.backbone, users), encode(domain.backbone, domain.item_sequences), examples.targets)
+    return float(per_user_metrics(ranks)[:, METRICS.index("ndcg@10")].mean())
+
+
+def _batches(
+    sequences: list[npt.NDArray[np.int32]], settings: Train, seed: int, name: str
+) -> Iterator[tuple[Batch, float]]:
+    """Endless epochs over the users; with each batch, the epochs done after it."""
+    size = settings.batch_size
+    per_epoch = max(1, len(sequences) // size)  # a last, smaller batch would have too few negatives: its users wait
+    for epoch in itertools.count():
+        rng = generator(seed, "client", name, "epoch", epoch)
+        cuts = [len(sequence) - 1 for sequence in sequences]
+        if settings.samples == "random-prefix":
+            cuts = rng.integers(1, np.asarray(cuts) + 1).tolist()
+        users = rng.permutation(len(sequences))[: per_epoch * size]
+        done = 0
+        for bucket in np.array_split(users, math.ceil(per_epoch / BATCHES_PER_BUCKET)) if per_epoch > 1 else [users]:
+            by_length = bucket[np.argsort([cuts[user] for user in bucket], kind="stable")]
+            batches = np.array_split(by_length, max(1, round(len(by_length) / size)))
+            for index in rng.permutation(len(batches)):
+                done += 1
+                chosen = batches[index]
+                histories = [sequences[user][: cuts[user]] for user in chosen]
+                targets = np.array([sequences[user][cuts[user]] for user in chosen], dtype=np.int64)
+                yield Batch(histories, targets), epoch + min(1.0, done / per_epoch)
+
+
+def _budget(settings: Train, step: int, epochs: float, seconds: float) -> tuple[float, str]:
+    """The share of the budget that is spent, in [0, 1], and which limit is reached, if any."""
+    shares = {
+        "max_steps": step / settings.max_steps if settings.max_steps else 0.0,
+        "max_epochs": epochs / settings.max_epochs if settings.max_epochs else 0.0,
+        "max_minutes": seconds / 60 / settings.max_minutes if settings.max_minutes else 0.0,
+    }
+    limit = max(shares, key=lambda name: shares[name])
+    return min(1.0, shares[limit]), limit if shares[limit] >= 1.0 else ""

@@ -1,0 +1,342 @@
+"""One experiment, validated. Imports neither torch nor transformers, so a bad file is refused at once.
+
+An experiment file is TOML with one table per section. Flower's run configuration knows flat scalars only, so in files a list
+is a comma-separated string and an absent value is ``"none"``; Python sees tuples and None.
+"""
+
+import difflib
+import json
+import tomllib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fedmerge.errors import ConfigError
+
+Scalar = str | int | float | bool
+
+DEMO_ROOT = "demo"  # value of domains.root that names the bundled synthetic domains
+
+MergeMethod = Literal["average", "task-arithmetic", "mergerec"]
+
+
+class Section(BaseModel):
+    """Frozen; unknown keys are errors; the file forms of tuples and None are understood."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_file_form(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping):
+            return data
+        return {
+            key: _parse(value, cls.model_fields[key].annotation) if key in cls.model_fields else value
+            for key, value in data.items()
+        }
+
+
+class Domains(Section):
+    """Which domains take part."""
+
+    root: str = Field(DEMO_ROOT, min_length=1, description="Folder of domain folders; 'demo' for the bundled synthetic ones.")
+    train: tuple[str, ...] = Field(
+        ("beauty", "books", "camping", "coffee"), description="Domains that train an expert and are merged."
+    )
+    unseen: tuple[str, ...] = Field(("toys",), description="Domains that are only evaluated.")
+
+    @model_validator(mode="after")
+    def _distinct(self) -> "Domains":
+        names = self.train + self.unseen
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"named twice in train and unseen: {', '.join(twice)}; name each domain once")
+        if not self.train:
+            raise ValueError("train names no domain; name at least one")
+        return self
+
+
+class BackboneSection(Section):
+    """The frozen text encoder."""
+
+    source: str = Field("sentence-transformers/all-MiniLM-L6-v2", min_length=1, description="Hugging Face model id or folder.")
+    pooling: Literal["cls", "mean", "last"] = Field("mean", description="cls: BERT, BLaIR; mean: sentence-transformers; last: decoders.")
+    weights_sha256: str | None = Field(
+        None, pattern="^[0-9a-f]{64}$", description="Expected SHA-256 of model.safetensors; MiniLM's is built in."
+    )
+
+
+class Text(Section):
+    """How items and histories become token sequences."""
+
+    max_attribute_tokens: int = Field(32, ge=1, le=512, description="Each attribute of an item is cut to this many tokens.")
+    max_items: int = Field(50, ge=1, le=1000, description="Most recent items of a history that are read.")
+    max_tokens: int = Field(128, ge=8, le=32768, description="Longest sequence in tokens.")
+
+
+class Lora(Section):
+    """The adapter that each client trains."""
+
+    rank: int = Field(8, ge=1, le=1024, description="r")
+    alpha: float = Field(16.0, gt=0, description="Scaling times r.")
+    target_modules: tuple[str, ...] = Field(
+        ("query", "value"), min_length=1, description="Names of linear layers, or 'all-linear'."
+    )
+
+
+class Train(Section):
+    """Local fine-tuning. It ends at the first budget reached; the learning rate falls linearly to zero over it."""
+
+    learning_rate: float = Field(1e-3, gt=0, le=1)
+    batch_size: int = Field(64, ge=2, le=4096)
+    temperature: float = Field(0.05, gt=0, le=10, description="Cosines are divided by it.")
+    samples: Literal["last", "random-prefix"] = Field(
+        "random-prefix", description="Target of a user in an epoch: the last training item (as published), or a random one."
+    )
+    max_epochs: int | None = Field(None, ge=1)
+    max_steps: int | None = Field(60, ge=1)
+    max_minutes: float | None = Field(None, gt=0, description="Wall clock; results then depend on the machine's speed.")
+    warmup_steps: int = Field(10, ge=0)
+    validate_every_steps: int = Field(20, ge=1)
+    validation_users: int | None = Field(500, ge=1, description="Users that early stopping looks at; 'none' for all.")
+    patience: int = Field(5, ge=1, description="Validations without a better NDCG@10 before training stops.")
+
+    @model_validator(mode="after")
+    def _some_budget(self) -> "Train":
+        if self.max_epochs is None and self.max_steps is None and self.max_minutes is None:
+            raise ValueError("max_epochs, max_steps and max_minutes are all 'none'; set at least one")
+        return self
+
+
+class Merge(Section):
+    """Which merges are made. Among a method's variants the best on validation is kept."""
+
+    methods: tuple[MergeMethod, ...] = Field(("average", "task-arithmetic", "mergerec"), min_length=1)
+    task_arithmetic_coefficients: tuple[float, ...] = Field((0.2, 0.4, 0.6, 0.8), min_length=1, description="Variants to try.")
+
+
+class MergeRec(Section):
+    """Collaborative merging (METHODS §4). The defaults are the published settings."""
+
+    granularities: tuple[Literal["domain", "layer"], ...] = Field(("domain", "layer"), min_length=1, description="Variants to try.")
+    initial_coefficient: float = Field(0.2)
+    learning_rate: float = Field(1e-3, gt=0, le=1)
+    steps: int = Field(500, ge=1)
+    batch_size: int = Field(16, ge=1)
+    temperature: float = Field(0.05, gt=0)
+    rec_weight: float = Field(1.0, ge=0)
+    kd_weight: float = Field(1000.0, ge=0)
+    refresh_every: int | None = Field(None, ge=1, description="Re-encode the student's items every n steps; 'none': never.")
+    balance_domains: bool = Field(False, description="Draw domains equally often instead of by catalog size.")
+
+
+class Evaluation(Section):
+    """Full-ranking evaluation on the clients' own users."""
+
+    validation_users: int | None = Field(500, ge=1, description="Users a domain for choosing variants; 'none' for all.")
+    test_users: int | None = Field(None, ge=1, description="Users a domain for the final table; 'none' for all.")
+    selection_metric: Literal["recall@10", "ndcg@10", "mrr"] = Field("ndcg@10", description="Mean over training domains, unmasked.")
+
+
+class Server(Section):
+    """What the server waits for and where it finds catalogs."""
+
+    catalogs: str | None = Field(None, description="Folder of catalogs; 'none': clients send theirs, if the policy lets them.")
+    wait_seconds: float = Field(60.0, gt=0, description="How long to wait for all clients to connect.")
+    min_train_clients: int = Field(2, ge=1, description="Fewer working training clients than this: the run fails.")
+    describe_timeout_seconds: float = Field(600.0, gt=0)
+    train_timeout_seconds: float = Field(7200.0, gt=0)
+    evaluate_timeout_seconds: float = Field(7200.0, gt=0)
+
+
+class Privacy(Section):
+    """What may leave a client; checked on both sides."""
+
+    policy: Literal["adapter+catalog", "adapter"] = Field(
+        "adapter+catalog", description="adapter+catalog: catalogs are public (MergeRec's own setting); adapter: adapter and metric sums only."
+    )
+    min_users: int = Field(20, ge=1, description="Metric sums over fewer users than this do not leave a client.")
+
+
+class Runtime(Section):
+    """Compute on each side."""
+
+    threads_per_client: int = Field(1, ge=1, description="PyTorch threads of a client; also its CPUs in the simulation.")
+    server_threads: int = Field(2, ge=1, description="PyTorch threads of the server.")
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+
+
+class ExperimentConfig(Section):
+    """Everything that defines one experiment."""
+
+    name: str = Field("demo", pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$", description="Begins the name of the run folder.")
+    seed: int = Field(0, ge=0, lt=2**31)
+    run_id: str | None = Field(
+        None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$", description="Name of the run folder; 'none': name, time and a random part."
+    )
+    output_dir: str = Field("runs", min_length=1, description="Where run folders are made.")
+    cache_dir: str = Field("~/.cache/fedmerge", min_length=1, description="Each client's own disk: its experts, the demo domains.")
+    domains: Domains = Domains()
+    backbone: BackboneSection = BackboneSection()
+    text: Text = Text()
+    lora: Lora = Lora()
+    train: Train = Train()
+    merge: Merge = Merge()
+    mergerec: MergeRec = MergeRec()
+    evaluation: Evaluation = Evaluation()
+    server: Server = Server()
+    privacy: Privacy = Privacy()
+    runtime: Runtime = Runtime()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "ExperimentConfig":
+        if "mergerec" in self.merge.methods and self.privacy.policy == "adapter" and self.server.catalogs is None:
+            raise ValueError(
+                "merge.methods holds mergerec, which needs the catalogs, but privacy.policy = 'adapter' keeps them at the clients "
+                "and server.catalogs is 'none'; set privacy.policy = 'adapter+catalog' or give server.catalogs a folder"
+            )
+        if self.server.min_train_clients > len(self.domains.train):
+            raise ValueError(
+                f"server.min_train_clients = {self.server.min_train_clients}, but domains.train names only "
+                f"{len(self.domains.train)}; lower it"
+            )
+        return self
+
+
+def load_config(path: Path | None, overrides: Sequence[str] = ()) -> ExperimentConfig:
+    """Read an experiment file.
+
+    Args:
+        path: TOML file, or None for the defaults.
+        overrides: ``key=value`` pairs with dotted keys, values as in TOML (quotes may be left out).
+
+    Raises:
+        ConfigError: every problem at once.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            values = flatten(tomllib.loads(path.read_text(encoding="utf-8")))
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be read ({error.strerror}). Give the path of an experiment file.") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: not valid TOML: {error}.") from error
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {override!r}: expected key=value, for example --set train.max_steps=100.")
+        values[key.strip()] = _toml_value(text.strip())
+    return from_flat(values, where=str(path) if path else "settings")
+
+
+def from_flat(flat: Mapping[str, Any], where: str = "run config") -> ExperimentConfig:
+    """Build the experiment from dotted keys, as Flower hands them over.
+
+    Raises:
+        ConfigError: every problem at once.
+    """
+    nested: dict[str, Any] = {}
+    known = set(to_flat(ExperimentConfig()))
+    problems = []
+    for key, value in flat.items():
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            problems.append(f"{key}: unknown key" + (f"; did you mean {close[0]}?" if close else "; see docs/configuration.md"))
+            continue
+        section, dot, field = key.rpartition(".")
+        (nested.setdefault(section, {}) if dot else nested)[field] = value
+    try:
+        config = ExperimentConfig.model_validate(nested)
+    except ValidationError as error:
+        problems += [_describe(problem) for problem in error.errors(include_url=False)]
+    if problems:
+        raise ConfigError(f"{where}: {len(problems)} problem{'s' * (len(problems) > 1)}\n" + "\n".join(f"  {p}" for p in problems))
+    return config
+
+
+def to_flat(config: ExperimentConfig) -> dict[str, Scalar]:
+    """The experiment as dotted keys and scalars; :func:`from_flat` reverses it."""
+    return {key: _to_scalar(value) for key, value in flatten(config.model_dump()).items()}
+
+
+def to_toml(config: ExperimentConfig) -> str:
+    """The whole experiment as a TOML file."""
+    lines: list[str] = []
+    for key, value in to_flat(config).items():
+        section, dot, field = key.rpartition(".")
+        if dot and f"[{section}]" not in lines:
+            lines += ["", f"[{section}]"]
+        lines.append(f"{field} = {json.dumps(value, ensure_ascii=False)}")
+    return "\n".join(lines) + "\n"
+
+
+def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables to dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def with_absolute_paths(config: ExperimentConfig, start: Path) -> ExperimentConfig:
+    """Resolve relative paths against ``start``; ``demo`` and hub ids stay as they are."""
+
+    def absolute(path: str) -> str:
+        return str((start / Path(path).expanduser()).resolve())
+
+    source = config.backbone.source
+    is_folder = source.startswith((".", "~", "/")) or (start / source).is_dir()
+    return config.model_copy(
+        update={
+            "output_dir": absolute(config.output_dir),
+            "cache_dir": absolute(config.cache_dir),
+            "domains": config.domains.model_copy(
+                update={"root": config.domains.root if config.domains.root == DEMO_ROOT else absolute(config.domains.root)}
+            ),
+            "backbone": config.backbone.model_copy(update={"source": absolute(source) if is_folder else source}),
+            "server": config.server.model_copy(
+                update={"catalogs": config.server.catalogs and absolute(config.server.catalogs)}
+            ),
+        }
+    )
+
+
+def _to_scalar(value: Any) -> Scalar:
+    if value is None:
+        return "none"
+    if isinstance(value, tuple):
+        return ",".join(str(item) for item in value)
+    return typing.cast(Scalar, value)
+
+
+def _parse(value: Any, annotation: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if value.strip() == "none" and (origin in (typing.Union, types.UnionType)) and type(None) in arguments:
+        return None
+    if origin is tuple:
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    return value
+
+
+def _toml_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _describe(problem: Any) -> str:
+    where = ".".join(str(part) for part in problem["loc"])
+    message = problem["msg"].removeprefix("Value error, ")
+    found = "" if isinstance(problem["input"], (Mapping, BaseModel)) else f" (found {problem['input']!r})"
+    return f"{where}: {message}{found}" if where else f"{message}"

@@ -1,0 +1,56 @@
+"""Device and precision, resolved once at entry, with the reason."""
+
+from dataclasses import dataclass
+
+import torch
+
+from fedmerge.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Where and how an encoder runs.
+
+    Attributes:
+        device: the torch device.
+        autocast_dtype: dtype of the matrix products under autocast, or None for float32 throughout.
+        reason: why this was chosen, for the log.
+    """
+
+    device: torch.device
+    autocast_dtype: torch.dtype | None
+    reason: str
+
+    @property
+    def precision(self) -> str:
+        """``"bfloat16"`` or ``"float32"``."""
+        return "float32" if self.autocast_dtype is None else "bfloat16"
+
+
+def resolve_compute(device: str = "auto", precision: str = "auto") -> Compute:
+    """Resolve ``auto`` to what this machine does fastest.
+
+    Args:
+        device: ``auto`` (CUDA if present, else CPU), ``cpu``, ``cuda`` or ``cuda:N``.
+        precision: ``auto`` (bfloat16 where the processor multiplies it natively), ``bfloat16`` or ``float32``.
+
+    Raises:
+        ConfigError: the device does not exist on this machine.
+    """
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(
+            f"runtime.device = {device!r}, but PyTorch {torch.__version__} sees no GPU here. "
+            "Set runtime.device = 'cpu' or 'auto', or install a CUDA build of PyTorch."
+        )
+    resolved = torch.device("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu"))
+    if precision != "auto":
+        return Compute(resolved, torch.bfloat16 if precision == "bfloat16" else None, f"{resolved}, {precision} as asked")
+    native = torch.cuda.is_bf16_supported() if resolved.type == "cuda" else _cpu_multiplies_bfloat16()
+    if native:
+        return Compute(resolved, torch.bfloat16, f"{resolved}, bfloat16: multiplied natively here")
+    return Compute(resolved, None, f"{resolved}, float32: no native bfloat16 here")
+
+
+def _cpu_multiplies_bfloat16() -> bool:
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older PyTorch cannot tell: float32
+    return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16", "bf16"))

@@ -1,0 +1,143 @@
+"""The catalog of a domain: the shareable half. Nothing here, or imported here, can open a domain's private file."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+
+from fedmerge.domain.manifest import check_name, read_manifest
+from fedmerge.domain.tables import RESTORE, decode_table, encode_table, read_file
+from fedmerge.errors import DomainError
+
+CATALOG_FILE = "catalog.parquet"
+ATTRIBUTES = ("title", "brand", "category")
+SCHEMA = pa.schema([pa.field(column, pa.string()) for column in ("item_id", *ATTRIBUTES)])
+
+
+@dataclass(frozen=True, slots=True)
+class Catalog:
+    """The items of a domain; the item index is the position.
+
+    Attributes:
+        name: the domain's name.
+        item_ids: (N,) original ids, unique.
+        attributes: for each of ATTRIBUTES the (N,) values; "" is absent.
+        sha256: ``catalog_fingerprint`` of the content.
+
+    Raises:
+        DomainError: a name that cannot be used, no items, columns of unequal length, an empty or repeated item id.
+    """
+
+    name: str
+    item_ids: tuple[str, ...]
+    attributes: Mapping[str, tuple[str, ...]]
+    sha256: str
+
+    def __post_init__(self) -> None:
+        check_name(self.name)
+        _check_columns(f"Catalog of {self.name!r}", self.item_ids, self.attributes)
+
+    def __len__(self) -> int:
+        """The number of items."""
+        return len(self.item_ids)
+
+
+def catalog_fingerprint(item_ids: Sequence[str], attributes: Mapping[str, Sequence[str]]) -> str:
+    """SHA-256 (hex) of ids and attributes in order, whatever file, compression or library version holds them."""
+    columns = [list(item_ids), *(list(attributes[attribute]) for attribute in ATTRIBUTES)]
+    return hashlib.sha256(json.dumps(columns, separators=(",", ":")).encode()).hexdigest()
+
+
+def make_catalog(name: str, item_ids: Sequence[str], attributes: Mapping[str, Sequence[str]]) -> Catalog:
+    """A checked catalog with its fingerprint.
+
+    Args:
+        name: the domain's name.
+        item_ids: (N,) original ids, unique.
+        attributes: for each of ATTRIBUTES the (N,) values; "" is absent.
+
+    Raises:
+        DomainError: as for Catalog.
+    """
+    _check_columns(f"Catalog of {name!r}", item_ids, attributes)
+    columns = {attribute: tuple(attributes[attribute]) for attribute in ATTRIBUTES}
+    return Catalog(name, tuple(item_ids), columns, catalog_fingerprint(item_ids, columns))
+
+
+def catalog_to_bytes(catalog: Catalog) -> bytes:
+    """The catalog as Parquet bytes, as it is stored and sent."""
+    columns = [catalog.item_ids, *(catalog.attributes[attribute] for attribute in ATTRIBUTES)]
+    try:
+        return encode_table(pa.table([pa.array(column, pa.string()) for column in columns], schema=SCHEMA))
+    except (pa.ArrowException, TypeError, UnicodeEncodeError) as error:
+        raise DomainError(
+            f"Catalog of {catalog.name!r}: a value is not text that UTF-8 can hold ({error}). Correct it in the source."
+        ) from error
+
+
+def catalog_from_bytes(data: bytes, name: str) -> Catalog:
+    """The catalog in Parquet bytes; its fingerprint is computed from the content, never taken on trust.
+
+    Raises:
+        DomainError: damaged bytes, another schema, null cells, no items, an empty or repeated item id.
+    """
+    return _decode(data, name, f"Catalog of {name!r}")
+
+
+def write_catalog(catalog: Catalog, path: Path) -> None:
+    """Write one Parquet file; ``folder.write_domain`` is what writes a whole domain safely."""
+    path.write_bytes(catalog_to_bytes(catalog))
+
+
+def read_catalog(path: Path, name: str) -> Catalog:
+    """Read one catalog file; DomainError as for catalog_from_bytes, or if the file is missing."""
+    return _decode(read_file(path), name, str(path))
+
+
+def load_catalog(folder: Path) -> Catalog:
+    """The catalog of a domain folder, verified against the manifest; nothing else in the folder is opened.
+
+    Raises:
+        DomainError: a wrong manifest, a damaged catalog, or content other than the manifest announces.
+    """
+    manifest = read_manifest(folder)
+    path = folder / CATALOG_FILE
+    catalog = read_catalog(path, manifest.name)
+    if (len(catalog), catalog.sha256) != (manifest.num_items, manifest.catalog_sha256):
+        raise DomainError(
+            f"{path}: found {len(catalog)} items with content hash {catalog.sha256[:12]}…, the manifest says "
+            f"{manifest.num_items} items with {manifest.catalog_sha256[:12]}…; the content was changed. {RESTORE}"
+        )
+    return catalog
+
+
+def _decode(data: bytes, name: str, where: str) -> Catalog:
+    table = decode_table(data, where, SCHEMA)
+    item_ids = tuple(table.column("item_id").to_pylist())
+    attributes = {attribute: tuple(table.column(attribute).to_pylist()) for attribute in ATTRIBUTES}
+    _check_columns(where, item_ids, attributes)
+    return Catalog(name, item_ids, attributes, catalog_fingerprint(item_ids, attributes))
+
+
+def _check_columns(where: str, item_ids: Sequence[str], attributes: Mapping[str, Sequence[str]]) -> None:
+    if set(attributes) != set(ATTRIBUTES):
+        raise DomainError(f"{where}: found attributes {sorted(attributes)}, expected {sorted(ATTRIBUTES)}. Give each.")
+    lengths = {"item_id": len(item_ids), **{attribute: len(attributes[attribute]) for attribute in ATTRIBUTES}}
+    if len(set(lengths.values())) != 1:
+        raise DomainError(f'{where}: columns of unequal length, {lengths}. Give one value per item ("" is absent).')
+    if not item_ids:
+        raise DomainError(
+            f"{where}: the catalog is empty, expected at least one item. Import the domain with its items."
+        )
+    rows: dict[str, int] = {}
+    for row, item_id in enumerate(item_ids):
+        if not item_id:
+            raise DomainError(f"{where}: item {row} has an empty id, expected a unique one. Correct it in the source.")
+        if rows.setdefault(item_id, row) != row:
+            raise DomainError(
+                f"{where}: items {rows[item_id]} and {row} have the same id {item_id!r}, expected unique ids. "
+                "Remove the duplicate in the source."
+            )

@@ -1,0 +1,228 @@
+"""Domain folders: written whole or not at all, listed, and described to their owner."""
+
+import os
+import secrets
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fedmerge.domain.catalog import (
+    ATTRIBUTES,
+    CATALOG_FILE,
+    Catalog,
+    catalog_fingerprint,
+    catalog_to_bytes,
+    load_catalog,
+)
+from fedmerge.domain.interactions import (
+    INTERACTIONS_FILE,
+    Interactions,
+    check_item_range,
+    interactions_fingerprint,
+    interactions_to_bytes,
+    load_interactions,
+)
+from fedmerge.domain.manifest import MANIFEST_FILE, Manifest, folder_name, manifest_to_bytes, read_manifest
+from fedmerge.domain.splits import MIN_EVALUATED_LENGTH
+from fedmerge.domain.tables import RESTORE
+from fedmerge.errors import DomainError
+
+__all__ = ["DomainInfo", "Manifest", "domain_info", "list_domains", "read_manifest", "write_domain"]
+
+
+@dataclass(frozen=True, slots=True)
+class DomainInfo:
+    """Facts about a domain, for its owner (they are drawn from private interactions).
+
+    Attributes:
+        manifest: counts, hashes and origin.
+        min_length, median_length, max_length: interactions per user.
+        density: share of the (user, item) pairs that occur, in (0, 1].
+        attribute_shares: for each of ATTRIBUTES the share of items that have it, in [0, 1].
+        num_short_users: users with fewer than 3 interactions, who train but are not evaluated.
+        num_unused_items: items nobody interacted with.
+        num_repeats: interactions with an item the user had before.
+        problems: what may weaken results, in sentences; empty if nothing was found.
+    """
+
+    manifest: Manifest
+    min_length: int
+    median_length: float
+    max_length: int
+    density: float
+    attribute_shares: Mapping[str, float]
+    num_short_users: int
+    num_unused_items: int
+    num_repeats: int
+    problems: tuple[str, ...]
+
+
+def write_domain(
+    folder: Path,
+    catalog: Catalog,
+    interactions: Interactions,
+    *,
+    public_catalog: bool,
+    synthetic: bool,
+    source: str,
+    overwrite: bool = False,
+) -> Manifest:
+    """Write a domain folder so that it is there whole or not at all.
+
+    The files are written and synced in a hidden folder beside the target (``.<name>.partial-…``), which is then
+    renamed; a killed process may leave it, and it may be deleted. An overwrite first renames the existing domain to
+    ``.<name>.previous-…``; a process killed between the two renames leaves that, whole, and ``read_manifest`` says so.
+
+    Args:
+        folder: the domain folder; its name is the catalog's. Missing parents are made.
+        catalog: the items.
+        interactions: the sequences, over the catalog's item indices.
+        public_catalog: whether the owner lets the catalog leave the client.
+        synthetic: whether the data is generated.
+        source: where the data comes from, in words.
+        overwrite: replace an existing domain; a folder that is something else is never replaced.
+
+    Raises:
+        DomainError: names that differ, an item index outside the catalog, a target that may not be replaced, or a write
+            that failed (a full disk, say), after which nothing is left behind.
+    """
+    if folder_name(folder) != catalog.name:
+        raise DomainError(f"{folder}: the folder must be called {catalog.name!r} like its catalog. Rename one of them.")
+    check_item_range(f"{folder}: interactions", interactions.items, len(catalog))
+    _check_target(folder, overwrite)
+    manifest = Manifest(
+        name=catalog.name,
+        public_catalog=public_catalog,
+        synthetic=synthetic,
+        source=source,
+        num_items=len(catalog),
+        num_users=interactions.num_users,
+        num_interactions=len(interactions.items),
+        catalog_sha256=catalog_fingerprint(catalog.item_ids, catalog.attributes),
+        interactions_sha256=interactions_fingerprint(interactions),
+    )
+    contents = {
+        CATALOG_FILE: catalog_to_bytes(catalog),
+        INTERACTIONS_FILE: interactions_to_bytes(interactions),
+        MANIFEST_FILE: manifest_to_bytes(manifest),
+    }
+    token = secrets.token_hex(4)
+    partial = folder.parent / f".{catalog.name}.partial-{token}"
+    previous = folder.parent / f".{catalog.name}.previous-{token}"
+    try:
+        partial.mkdir(parents=True)
+        for file_name, data in contents.items():
+            with (partial / file_name).open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        if replaced := overwrite and (folder / MANIFEST_FILE).exists():
+            _exchange(partial, folder, previous)
+        else:
+            partial.rename(folder)  # fails if another process has put a domain there by now
+    except OSError as error:
+        raise DomainError(
+            f"{folder}: the domain could not be written ({error}); nothing was changed. "
+            f"Check the space and the permissions of {folder.parent} and try again."
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    if replaced:
+        _remove(previous)
+    return manifest
+
+
+def list_domains(root: Path) -> tuple[str, ...]:
+    """Names of the domain folders directly under root, sorted; hidden folders and folders of other things are not.
+
+    Raises:
+        DomainError: root is no folder, or a folder holds a domain's tables without their manifest.
+    """
+    if not root.is_dir():
+        raise DomainError(f"{root}: no such folder, expected one with a folder per domain. Check the path.")
+    names = []
+    for folder in sorted(root.iterdir()):
+        if folder.name.startswith(".") or not folder.is_dir():
+            continue
+        if (folder / MANIFEST_FILE).exists():
+            names.append(folder.name)
+        elif (folder / CATALOG_FILE).exists() or (folder / INTERACTIONS_FILE).exists():
+            raise DomainError(f"{folder / MANIFEST_FILE}: missing beside the domain's tables. {RESTORE}")
+    return tuple(names)
+
+
+def domain_info(folder: Path) -> DomainInfo:
+    """Load and verify a whole domain and describe it.
+
+    Raises:
+        DomainError: anything that load_catalog or load_interactions refuses.
+    """
+    manifest, catalog, interactions = read_manifest(folder), load_catalog(folder), load_interactions(folder)
+    lengths = np.diff(interactions.offsets)
+    num_items = len(catalog)
+    users = np.repeat(np.arange(interactions.num_users, dtype=np.int64), lengths)
+    num_pairs = len(np.unique(users * num_items + interactions.items))  # different (user, item)
+    present = {a: np.array([bool(value.strip()) for value in catalog.attributes[a]]) for a in ATTRIBUTES}
+    num_short = int((lengths < MIN_EVALUATED_LENGTH).sum())
+    num_unused = num_items - len(np.unique(interactions.items))
+    num_textless = int((~np.any(list(present.values()), axis=0)).sum())
+    problems = [f"No item has a {attribute}." for attribute in ATTRIBUTES if not present[attribute].any()]
+    if num_textless:
+        problems.append(f"{num_textless} of {num_items} items have no text at all: an encoder cannot tell them apart.")
+    if num_short:
+        problems.append(
+            f"{num_short} of {len(lengths)} users own under {MIN_EVALUATED_LENGTH} interactions and are not evaluated."
+        )
+    if num_unused:
+        problems.append(f"{num_unused} of {num_items} items have no interaction.")
+    return DomainInfo(
+        manifest=manifest,
+        min_length=int(lengths.min()),
+        median_length=float(np.median(lengths)),
+        max_length=int(lengths.max()),
+        density=num_pairs / (len(lengths) * num_items),
+        attribute_shares={attribute: float(mask.mean()) for attribute, mask in present.items()},
+        num_short_users=num_short,
+        num_unused_items=num_unused,
+        num_repeats=len(interactions.items) - num_pairs,
+        problems=tuple(problems),
+    )
+
+
+def _check_target(folder: Path, overwrite: bool) -> None:
+    if folder.is_symlink():
+        raise DomainError(f"{folder}: a symbolic link is never replaced. Give the folder it points at.")
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise DomainError(f"{folder}: there is a file of this name. Choose another name or folder.")
+    if (folder / MANIFEST_FILE).exists():
+        if not overwrite:
+            raise DomainError(f"{folder}: there is a domain already. Choose another name, or ask to overwrite it.")
+    elif any(folder.iterdir()):
+        raise DomainError(
+            f"{folder}: holds something that is not a domain and is never replaced. Choose another folder."
+        )
+
+
+def _exchange(partial: Path, folder: Path, previous: Path) -> None:
+    """Rename folder to previous and partial to folder; put folder back if the second fails."""
+    folder.rename(previous)
+    try:
+        partial.rename(folder)
+    except OSError:
+        previous.rename(folder)
+        raise
+
+
+def _remove(previous: Path) -> None:
+    try:
+        shutil.rmtree(previous)
+    except OSError as error:
+        raise DomainError(
+            f"{previous}: the new domain is in place, but this previous version could not be deleted ({error}). "
+            "Delete it: it holds private interactions."
+        ) from error

@@ -1,0 +1,168 @@
+"""The interactions of a domain: the private half. Only client code may import this module.
+
+Messages name rows and counts, never a user's id: an error may travel further than the data.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from fedmerge.domain.manifest import read_manifest
+from fedmerge.domain.tables import RESTORE, decode_table, encode_table, read_file
+from fedmerge.errors import DomainError
+
+INTERACTIONS_FILE = "interactions.parquet"
+SCHEMA = pa.schema([pa.field("user_id", pa.string()), pa.field("item_index", pa.int32())])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Interactions:
+    """Who interacted with what, in time order within a user; repeats are kept.
+
+    Attributes:
+        user_ids: (U,) original ids, unique.
+        items: (T,) int32 item indices, user after user.
+        offsets: (U + 1,) int64; user u owns ``items[offsets[u]:offsets[u + 1]]``, at least one.
+
+    Raises:
+        DomainError: no users, a repeated user, a user without interactions, arrays of another type or length.
+    """
+
+    user_ids: tuple[str, ...]
+    items: npt.NDArray[np.int32]
+    offsets: npt.NDArray[np.int64]
+
+    def __post_init__(self) -> None:
+        _check_arrays("Interactions", self.user_ids, self.items, self.offsets)
+
+    @property
+    def num_users(self) -> int:
+        """The number of users U."""
+        return len(self.user_ids)
+
+    def sequence(self, user: int) -> npt.NDArray[np.int32]:
+        """The items of one user, oldest first (a view).
+
+        Args:
+            user: index in [0, U).
+        """
+        return self.items[self.offsets[user] : self.offsets[user + 1]]
+
+
+def make_interactions(
+    user_ids: Sequence[str], sequences: Sequence[Sequence[int] | npt.NDArray[np.integer]]
+) -> Interactions:
+    """Checked interactions from one sequence of item indices per user, oldest first.
+
+    Args:
+        user_ids: (U,) original ids, unique.
+        sequences: U sequences, none empty.
+
+    Raises:
+        DomainError: as for Interactions.
+    """
+    if len(user_ids) != len(sequences):
+        raise DomainError(f"Interactions: {len(user_ids)} users but {len(sequences)} sequences. Give one each.")
+    offsets = np.zeros(len(sequences) + 1, np.int64)
+    np.cumsum([len(sequence) for sequence in sequences], out=offsets[1:])
+    items = np.fromiter((item for sequence in sequences for item in sequence), np.int32, count=int(offsets[-1]))
+    return Interactions(tuple(user_ids), items, offsets)
+
+
+def interactions_fingerprint(interactions: Interactions) -> str:
+    """SHA-256 (hex) of users and sequences in order, whatever file, compression or library version holds them."""
+    digest = hashlib.sha256(json.dumps(interactions.user_ids, separators=(",", ":")).encode())
+    digest.update(interactions.offsets.astype("<i8").tobytes())
+    digest.update(interactions.items.astype("<i4").tobytes())
+    return digest.hexdigest()
+
+
+def interactions_to_bytes(interactions: Interactions) -> bytes:
+    """The interactions as Parquet bytes, as they are stored (they are never sent)."""
+    try:
+        user_ids = pa.array(interactions.user_ids, pa.string())
+    except (pa.ArrowException, TypeError, UnicodeEncodeError) as error:
+        raise DomainError(
+            "Interactions: a user id is not text that UTF-8 can hold. Correct it in the source."
+        ) from error
+    rows = np.repeat(np.arange(interactions.num_users), np.diff(interactions.offsets))
+    return encode_table(pa.table([user_ids.take(pa.array(rows)), pa.array(interactions.items)], schema=SCHEMA))
+
+
+def load_interactions(folder: Path) -> Interactions:
+    """The interactions of a domain folder, verified against the manifest.
+
+    Raises:
+        DomainError: a wrong manifest, a damaged file, rows of a user apart, an item index out of range, or content
+            other than the manifest announces.
+    """
+    manifest = read_manifest(folder)
+    path = folder / INTERACTIONS_FILE
+    table = decode_table(read_file(path), str(path), SCHEMA)
+    if not len(table):
+        raise DomainError(f"{path}: there are no interactions, hence zero users; expected at least one. {RESTORE}")
+    users = table.column("user_id").combine_chunks().dictionary_encode()
+    steps = np.diff(
+        users.indices.to_numpy()
+    )  # users are numbered in order of appearance, so 0 or 1 if rows are grouped
+    returns = np.flatnonzero(steps < 0)
+    if len(returns):
+        raise DomainError(
+            f"{path}: row {returns[0] + 1} returns to an earlier user, expected each user's rows together. {RESTORE}"
+        )
+    offsets = np.concatenate([[0], np.flatnonzero(steps) + 1, [len(table)]]).astype(np.int64)
+    items = table.column("item_index").to_numpy()
+    check_item_range(str(path), items, manifest.num_items)
+    interactions = Interactions(tuple(users.dictionary.to_pylist()), items, offsets)
+    found = (interactions.num_users, len(items), interactions_fingerprint(interactions))
+    if found != (manifest.num_users, manifest.num_interactions, manifest.interactions_sha256):
+        raise DomainError(
+            f"{path}: found {found[0]} users and {found[1]} interactions with hash {found[2][:12]}…, the manifest "
+            f"says {manifest.num_users} and {manifest.num_interactions} with {manifest.interactions_sha256[:12]}…; "
+            f"the content was changed. {RESTORE}"
+        )
+    return interactions
+
+
+def check_item_range(where: str, items: npt.NDArray[np.int32], num_items: int) -> None:
+    """Refuse an item index outside [0, num_items); DomainError names the first row."""
+    wrong = np.flatnonzero((items < 0) | (items >= num_items))
+    if len(wrong):
+        raise DomainError(
+            f"{where}: {len(wrong)} rows have an item_index outside the catalog, the first is {items[wrong[0]]} in row "
+            f"{wrong[0]}; expected 0 to {num_items - 1}. Correct the source and import the domain again."
+        )
+
+
+def _check_arrays(
+    where: str, user_ids: tuple[str, ...], items: npt.NDArray[np.int32], offsets: npt.NDArray[np.int64]
+) -> None:
+    if not user_ids:
+        raise DomainError(f"{where}: zero users, expected at least one. Import the domain again with its interactions.")
+    if len(set(user_ids)) != len(user_ids):
+        raise DomainError(
+            f"{where}: {len(user_ids)} users but {len(set(user_ids))} different ids, expected unique ids. "
+            "Join the sequences of equal ids."
+        )
+    if items.dtype != np.int32 or items.ndim != 1 or offsets.dtype != np.int64 or offsets.shape != (len(user_ids) + 1,):
+        raise DomainError(
+            f"{where}: found items {items.dtype}{list(items.shape)} and offsets {offsets.dtype}{list(offsets.shape)}, "
+            f"expected int32[T] and int64[{len(user_ids) + 1}]. Build them with make_interactions."
+        )
+    if offsets[0] != 0 or offsets[-1] != len(items):
+        raise DomainError(
+            f"{where}: offsets run from {offsets[0]} to {offsets[-1]}, expected 0 to {len(items)}. "
+            "Build them with make_interactions."
+        )
+    empty = np.flatnonzero(np.diff(offsets) < 1)
+    if len(empty):
+        raise DomainError(
+            f"{where}: {len(empty)} users have no interactions, the first is user {empty[0]}, expected none. "
+            "Leave them out."
+        )

@@ -1,0 +1,114 @@
+"""The manifest of a domain folder: what is in it, and the hashes that its tables must have."""
+
+import dataclasses
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from fedmerge.domain.tables import RESTORE, read_file
+from fedmerge.errors import DomainError
+
+FORMAT = 1
+MANIFEST_FILE = "manifest.json"
+NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What a domain folder says about itself.
+
+    Attributes:
+        name: the domain's name, equal to the folder's.
+        public_catalog: whether the owner lets the catalog leave the client.
+        synthetic: whether the data is generated.
+        source: where the data comes from, in words.
+        num_items: rows of the catalog.
+        num_users: different users of the interactions.
+        num_interactions: rows of the interactions.
+        catalog_sha256: ``catalog_fingerprint`` of the catalog.
+        interactions_sha256: ``interactions_fingerprint`` of the interactions.
+    """
+
+    name: str
+    public_catalog: bool
+    synthetic: bool
+    source: str
+    num_items: int
+    num_users: int
+    num_interactions: int
+    catalog_sha256: str
+    interactions_sha256: str
+
+
+def check_name(name: str) -> None:
+    """Refuse a name that cannot be a folder, a comma-separated setting and a record key alike; DomainError."""
+    if not NAME_PATTERN.fullmatch(name):
+        raise DomainError(
+            f"Domain name {name!r}: expected at most 64 ASCII letters, digits and '._-', the first a letter or digit. "
+            "Choose such a name."
+        )
+
+
+def folder_name(folder: Path) -> str:
+    """The folder's own name, also for paths like ``.`` (symbolic links are not followed)."""
+    return Path(os.path.abspath(folder)).name
+
+
+def manifest_to_bytes(manifest: Manifest) -> bytes:
+    """The manifest as the JSON of ``manifest.json``."""
+    fields = {"format": FORMAT, **dataclasses.asdict(manifest)}
+    return (json.dumps(fields, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check ``manifest.json``; no other file of the domain is opened.
+
+    Args:
+        folder: the domain folder.
+
+    Raises:
+        DomainError: no such folder, no manifest, damaged JSON, another format, wrong fields, or another domain's name.
+    """
+    path = folder / MANIFEST_FILE
+    if not folder.is_dir():
+        raise DomainError(f"{folder}: no such domain folder. {_interrupted_overwrite(folder) or 'Check the path.'}")
+    try:
+        fields = json.loads(read_file(path).decode())
+    except ValueError as error:
+        raise DomainError(f"{path}: not JSON ({error}). {RESTORE}") from error
+    if not isinstance(fields, dict):
+        raise DomainError(f"{path}: found a JSON {type(fields).__name__}, expected an object. {RESTORE}")
+    _check_fields(path, fields)
+    manifest = Manifest(**{key: value for key, value in fields.items() if key != "format"})
+    if manifest.name != folder_name(folder):
+        raise DomainError(
+            f"{path}: the domain is called {manifest.name!r} but its folder {folder_name(folder)!r}. "
+            f"Rename the folder to {manifest.name!r}, or import the domain again under the other name."
+        )
+    return manifest
+
+
+def _check_fields(path: Path, fields: dict[str, Any]) -> None:
+    """Format, keys, types and bounds of the parsed manifest."""
+    if type(fields.get("format")) is not int or fields["format"] != FORMAT:
+        raise DomainError(f"{path}: found format {fields.get('format')!r}, expected {FORMAT}. Import the domain again.")
+    expected = get_type_hints(Manifest)
+    missing, unknown = sorted(expected.keys() - fields.keys()), sorted(fields.keys() - expected.keys() - {"format"})
+    if missing or unknown:
+        raise DomainError(f"{path}: missing keys {missing}, unknown keys {unknown}. {RESTORE}")
+    for key, expected_type in expected.items():
+        value = fields[key]
+        if type(value) is not expected_type:
+            raise DomainError(f"{path}: {key!r} is {value!r}, expected a {expected_type.__name__}. {RESTORE}")
+        if type(value) is int and value < 1:
+            raise DomainError(f"{path}: {key!r} is {value}, expected at least 1. {RESTORE}")
+    check_name(fields["name"])
+
+
+def _interrupted_overwrite(folder: Path) -> str:
+    """A remedy if a killed overwrite left the previous version beside the folder, else empty."""
+    previous = sorted(folder.parent.glob(f".{folder.name}.previous-*"))
+    return f"An interrupted overwrite left the previous version in {previous[-1]}: rename it back." if previous else ""

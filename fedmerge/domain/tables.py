@@ -1,0 +1,66 @@
+"""Parquet tables of an exact schema, read with every defect named."""
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fedmerge.errors import DomainError
+
+RESTORE = "Restore the file from a copy or import the domain again."
+
+
+def read_file(path: Path) -> bytes:
+    """The bytes of one file of a domain folder; DomainError if it is missing or cannot be read."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise DomainError(f"{path}: the file is missing. {RESTORE}") from None
+    except OSError as error:
+        raise DomainError(
+            f"{path}: the file cannot be read ({error.strerror}). Check that it is a file and that you may read it."
+        ) from error
+
+
+def encode_table(table: pa.Table) -> bytes:
+    """The table as Parquet bytes (zstd)."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    return bytes(sink.getvalue())
+
+
+def decode_table(data: bytes, where: str, schema: pa.Schema) -> pa.Table:
+    """Parquet bytes as a table of exactly this schema, each column in one chunk, no nulls.
+
+    Args:
+        data: Parquet bytes.
+        where: what the bytes are (a path, say); starts each message.
+        schema: the columns, in order.
+
+    Raises:
+        DomainError: not Parquet, truncated, damaged, other columns, other types, or a null cell.
+    """
+    try:
+        table = pq.ParquetFile(pa.BufferReader(data)).read()
+        table.validate(full=True)
+    except (pa.ArrowException, OSError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DomainError(
+            f"{where}: {len(data)} bytes that cannot be read as Parquet ({reason}): truncated or damaged. {RESTORE}"
+        ) from error
+    if table.column_names != schema.names:
+        raise DomainError(f"{where}: found columns {table.column_names}, expected exactly {schema.names}. {RESTORE}")
+    for field in schema:
+        column = table.column(field.name)
+        if column.type != field.type:
+            raise DomainError(
+                f"{where}: column {field.name!r} is of type {column.type}, expected {field.type}. "
+                "Convert the column, or import the domain again."
+            )
+        if column.null_count:
+            row = column.is_null().index(True).as_py()
+            raise DomainError(
+                f"{where}: column {field.name!r} has {column.null_count} null cells, the first in row {row}; expected "
+                'none (an absent text is ""). Fill the cells, or import the domain again.'
+            )
+    return table.combine_chunks()

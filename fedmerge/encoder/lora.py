@@ -1,0 +1,265 @@
+"""LoRA adapters: as data, on a backbone, and as PEFT folders on disk."""
+
+import hashlib
+import json
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from fedmerge.encoder.backbone import Backbone
+from fedmerge.errors import ConfigError, LayoutMismatchError
+from fedmerge.seeding import generator
+
+CONFIG_FILE = "adapter_config.json"
+TENSOR_FILE = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class LoraModule:
+    """The low-rank update of one linear layer, Δ = scaling · B A.
+
+    Attributes:
+        lora_A: float32 (r, in).
+        lora_B: float32 (out, r).
+        scaling: alpha / r (rsLoRA: alpha / √r).
+    """
+
+    lora_A: torch.Tensor
+    lora_B: torch.Tensor
+    scaling: float
+
+    @property
+    def rank(self) -> int:
+        """r."""
+        return self.lora_A.shape[0]
+
+    def delta_weight(self) -> torch.Tensor:
+        """Δ, float32 (out, in)."""
+        return self.scaling * (self.lora_B @ self.lora_A)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """All LoRA modules of one fine-tuning, by module name in the bare backbone, sorted."""
+
+    modules: Mapping[str, LoraModule]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "modules", MappingProxyType(dict(sorted(self.modules.items()))))
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for m in self.modules.values() for tensor in (m.lora_A, m.lora_B))
+
+
+def adapter_sha256(adapter: Adapter) -> str:
+    """A hash over names, shapes, scalings and values."""
+    digest = hashlib.sha256()
+    for name, module in adapter.modules.items():
+        digest.update(f"{name} {tuple(module.lora_A.shape)} {tuple(module.lora_B.shape)} {module.scaling!r}\n".encode())
+        for tensor in (module.lora_A, module.lora_B):
+            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def layer_of(module_name: str) -> int | None:
+    """The encoder layer of a module: ``encoder.layer.3.…`` is 3; None for modules outside the layers."""
+    found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", module_name)
+    return int(found.group(1)) if found else None
+
+
+def attach(backbone: Backbone, target_modules: Sequence[str], rank: int, alpha: float, seed: int) -> PeftModel:
+    """Put a fresh, trainable LoRA on a backbone, in place; ``.unload()`` takes it off again.
+
+    B is zero and A uniform in ±1/√in as in PEFT, but drawn from ``seed`` and the module's name, so that every client of a
+    federation starts from the same adapter.
+
+    Args:
+        target_modules: names of linear layers, whole or from the right (``query``); ``("all-linear",)`` for all.
+        rank: r.
+        alpha: scaling · r.
+
+    Raises:
+        ConfigError: a name that no layer bears.
+    """
+    linear = [name for name, module in backbone.model.named_modules() if isinstance(module, torch.nn.Linear)]
+    targets: str | list[str] = "all-linear" if list(target_modules) == ["all-linear"] else list(target_modules)
+    for target in [] if isinstance(targets, str) else targets:
+        if not any(name == target or name.endswith(f".{target}") for name in linear):
+            known = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
+            raise ConfigError(
+                f"lora.target_modules: {backbone.name} has no linear layer {target!r}. It has: {known}; or all-linear."
+            )
+    config = LoraConfig(
+        task_type=TaskType.FEATURE_EXTRACTION, r=rank, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0
+    )
+    model = get_peft_model(backbone.model, config)
+    with torch.no_grad():
+        for name, lora_A, _, _ in _lora_layers(model):
+            bound = 1.0 / math.sqrt(lora_A.shape[1])
+            values = generator(seed, "lora-init", name).uniform(-bound, bound, tuple(lora_A.shape))
+            lora_A.copy_(torch.from_numpy(values))
+    return model
+
+
+def adapter_of(model: PeftModel) -> Adapter:
+    """A copy of the adapter that a PEFT model holds."""
+    return Adapter(
+        {
+            name: LoraModule(lora_A.detach().float().cpu().clone(), lora_B.detach().float().cpu().clone(), scaling)
+            for name, lora_A, lora_B, scaling in _lora_layers(model)
+        }
+    )
+
+
+@contextmanager
+def applied(backbone: Backbone, adapter: Adapter | None) -> Iterator[None]:
+    """Fold an adapter into the backbone's weights, W + Δ, and put the exact originals back afterwards.
+
+    Folded, an adapter of any rank costs nothing per token.
+
+    Raises:
+        LayoutMismatchError: a module that the backbone does not have, or of another shape.
+    """
+    modules = dict(backbone.model.named_modules())
+    originals: dict[str, torch.Tensor] = {}
+    try:
+        for name, lora in (adapter.modules if adapter else {}).items():
+            layer = modules.get(name)
+            shape = (lora.lora_B.shape[0], lora.lora_A.shape[1])
+            if not isinstance(layer, torch.nn.Linear) or tuple(layer.weight.shape) != shape:
+                found = f"{type(layer).__name__} {tuple(layer.weight.shape)}" if hasattr(layer, "weight") else "nothing"
+                raise LayoutMismatchError(
+                    f"adapter module {name}: it updates a linear layer of shape {shape}, {backbone.name} has {found} there. "
+                    "The adapter was made for another backbone."
+                )
+            originals[name] = layer.weight.data
+            layer.weight.data = layer.weight.data + lora.delta_weight().to(layer.weight.device)
+        yield
+    finally:
+        for name, weight in originals.items():
+            modules[name].weight.data = weight
+
+
+def write_adapter(adapter: Adapter, folder: Path, backbone_name: str) -> None:
+    """Write a PEFT folder: ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+    Uneven ranks and scalings go into ``rank_pattern`` and ``alpha_pattern``. Both files are complete or absent.
+
+    Args:
+        folder: created where missing.
+        backbone_name: written as ``base_model_name_or_path``.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    ranks = {name: module.rank for name, module in adapter.modules.items()}
+    alphas = {name: module.scaling * module.rank for name, module in adapter.modules.items()}
+    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    config = LoraConfig(
+        task_type=TaskType.FEATURE_EXTRACTION,
+        base_model_name_or_path=backbone_name,
+        inference_mode=True,
+        r=rank,
+        lora_alpha=alpha,
+        use_rslora=False,
+        target_modules=sorted(adapter.modules),
+        rank_pattern={re.escape(name): value for name, value in ranks.items() if value != rank},
+        alpha_pattern={re.escape(name): value for name, value in alphas.items() if value != alpha},
+    ).to_dict()
+    config["target_modules"] = sorted(config["target_modules"])
+    tensors = {}
+    for name, module in adapter.modules.items():
+        tensors[f"{_PREFIX}{name}.lora_A.weight"] = module.lora_A.contiguous()
+        tensors[f"{_PREFIX}{name}.lora_B.weight"] = module.lora_B.contiguous()
+    partial = folder / f".{TENSOR_FILE}.partial"
+    save_file(tensors, partial, metadata={"format": "pt"})
+    os.replace(partial, folder / TENSOR_FILE)
+    partial = folder / f".{CONFIG_FILE}.partial"
+    partial.write_text(json.dumps(config, indent=2, sort_keys=True, default=str) + "\n")
+    os.replace(partial, folder / CONFIG_FILE)
+
+
+def read_adapter(folder: Path) -> Adapter:
+    """Read a PEFT LoRA folder, rsLoRA and rank and alpha patterns included.
+
+    Raises:
+        LayoutMismatchError: not a plain LoRA adapter, or a damaged one.
+    """
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text())
+        tensors = load_file(folder / TENSOR_FILE)
+    except FileNotFoundError as error:
+        raise LayoutMismatchError(
+            f"adapter {folder}: no {Path(error.filename or TENSOR_FILE).name}. "
+            f"A PEFT folder holds {CONFIG_FILE} and {TENSOR_FILE}."
+        ) from error
+    except (OSError, ValueError, SafetensorError) as error:
+        raise LayoutMismatchError(f"adapter {folder}: damaged ({error}). Get the folder again.") from error
+    _refuse_unsupported(config, folder)
+    pairs: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        found = re.fullmatch(rf"{re.escape(_PREFIX)}(.+)\.(lora_A|lora_B)\.weight", key)
+        if not found:
+            raise LayoutMismatchError(f"adapter {folder}: tensor {key!r} is not part of a LoRA on linear layers.")
+        pairs.setdefault(found.group(1), {})[found.group(2)] = tensor.float()
+    modules = {}
+    for name, pair in pairs.items():
+        if set(pair) != {"lora_A", "lora_B"} or pair["lora_A"].ndim != 2 or pair["lora_B"].ndim != 2:
+            raise LayoutMismatchError(f"adapter {folder}: module {name} has no matrix pair lora_A, lora_B.")
+        rank = pair["lora_A"].shape[0]
+        if pair["lora_B"].shape[1] != rank or rank != _pattern(config.get("rank_pattern"), name, config["r"]):
+            raise LayoutMismatchError(
+                f"adapter {folder}: module {name} has lora_A {tuple(pair['lora_A'].shape)} and lora_B "
+                f"{tuple(pair['lora_B'].shape)}, its configuration says rank "
+                f"{_pattern(config.get('rank_pattern'), name, config['r'])}."
+            )
+        alpha = _pattern(config.get("alpha_pattern"), name, config["lora_alpha"])
+        scaling = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+        modules[name] = LoraModule(pair["lora_A"], pair["lora_B"], scaling)
+    if not modules:
+        raise LayoutMismatchError(f"adapter {folder}: {TENSOR_FILE} holds no LoRA module.")
+    return Adapter(modules)
+
+
+def _lora_layers(model: PeftModel) -> Iterator[tuple[str, torch.Tensor, torch.Tensor, float]]:
+    for name, module in sorted(model.named_modules()):
+        if hasattr(module, "lora_A") and "default" in module.lora_A:
+            bare = name.removeprefix(_PREFIX)
+            yield bare, module.lora_A["default"].weight, module.lora_B["default"].weight, float(module.scaling["default"])
+
+
+def _pattern(pattern: Mapping[str, float] | None, name: str, default: float) -> float:
+    for key, value in (pattern or {}).items():  # PEFT's own rule: a regular expression that matches from the right
+        if re.match(rf"(.*\.)?({key})$", name):
+            return value
+    return default
+
+
+def _refuse_unsupported(config: Mapping[str, object], folder: Path) -> None:
+    if config.get("peft_type") != "LORA":
+        raise LayoutMismatchError(f"adapter {folder}: peft_type is {config.get('peft_type')!r}, expected 'LORA'.")
+    unsupported = {
+        "use_dora": bool(config.get("use_dora")),
+        "fan_in_fan_out": bool(config.get("fan_in_fan_out")),
+        "bias": config.get("bias", "none") != "none",
+        "lora_bias": bool(config.get("lora_bias")),
+        "modules_to_save": bool(config.get("modules_to_save")),
+    }
+    for key, present in unsupported.items():
+        if present:
+            raise LayoutMismatchError(
+                f"adapter {folder}: {key} = {config[key]!r}; only plain LoRA on linear layers is supported. "
+                "Train without it."
+            )

@@ -1,0 +1,128 @@
+"""Items and histories as tokens: every item is tokenised once, sequences are packed from its tokens (METHODS 2)."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from transformers import PreTrainedTokenizerBase
+
+from fedmerge.domain.catalog import ATTRIBUTES, Catalog
+from fedmerge.errors import BackboneError
+
+Tokens = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, eq=False)
+class SpecialTokens:
+    """What a tokenizer puts around a text: ``prefix + text + suffix``, and the id that pads a batch."""
+
+    prefix: Tokens
+    suffix: Tokens
+    pad: int
+
+
+@dataclass(frozen=True, eq=False)
+class TokenTable:
+    """The tokens of every item of a catalog, end to end.
+
+    Attributes:
+        ids: int32 (total,), without special tokens.
+        offsets: int64 (N + 1,); item i is ``ids[offsets[i]:offsets[i + 1]]``.
+        separator: int32 tokens of ``"; "`` between two items.
+    """
+
+    ids: Tokens
+    offsets: npt.NDArray[np.int64]
+    separator: Tokens
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def item(self, index: int) -> Tokens:
+        """The tokens of one item."""
+        return self.ids[self.offsets[index] : self.offsets[index + 1]]
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> SpecialTokens:
+    """Read the special tokens off the tokenizer itself, whatever its family."""
+    bare = list(tokenizer("a", add_special_tokens=False)["input_ids"])
+    full = list(tokenizer("a")["input_ids"])
+    start = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), None)
+    if not bare or start is None:
+        raise BackboneError(
+            f"tokenizer {type(tokenizer).__name__}: cannot tell its special tokens apart "
+            f"('a' is {bare} alone and {full} in context). Use a backbone with a standard tokenizer."
+        )
+    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    return SpecialTokens(_tokens(full[:start]), _tokens(full[start + len(bare) :]), int(pad))
+
+
+def build_token_table(catalog: Catalog, tokenizer: PreTrainedTokenizerBase, max_attribute_tokens: int) -> TokenTable:
+    """Tokenise a catalog: ``title: … brand: … category: …``, empty attributes left out.
+
+    Args:
+        catalog: N items.
+        tokenizer: the backbone's.
+        max_attribute_tokens: each attribute's value (without its key) is cut to this many tokens.
+    """
+    pieces: list[list[list[int]]] = []  # attribute -> item -> tokens, key included
+    for position, attribute in enumerate(ATTRIBUTES):
+        # The leading blanks are what the joined text would hold; WordPiece ignores them, byte-level BPE needs them.
+        key = _tokenise(tokenizer, [f"{' ' if position else ''}{attribute}:"])[0]
+        values = _tokenise(tokenizer, [f" {value}" if value else "" for value in catalog.attributes[attribute]])
+        pieces.append([key + value[:max_attribute_tokens] if value else [] for value in values])
+    items = [[token for attribute in item for token in attribute] for item in zip(*pieces, strict=True)]
+    offsets = np.zeros(len(items) + 1, dtype=np.int64)
+    np.cumsum([len(item) for item in items], out=offsets[1:])
+    flat = np.fromiter((token for item in items for token in item), dtype=np.int32, count=int(offsets[-1]))
+    return TokenTable(flat, offsets, _tokens(_tokenise(tokenizer, [";"])[0]))
+
+
+def item_sequences(table: TokenTable, special: SpecialTokens, max_tokens: int) -> list[Tokens]:
+    """One sequence per item of the catalog: what an item vector is the encoding of."""
+    return pack_sequences(table, ([index] for index in range(len(table))), special, 1, max_tokens)
+
+
+def pack_sequences(
+    table: TokenTable,
+    histories: Iterable[Sequence[int] | npt.NDArray[np.integer]],
+    special: SpecialTokens,
+    max_items: int,
+    max_tokens: int,
+) -> list[Tokens]:
+    """Pack histories, most recent item first, items joined by ``"; "``.
+
+    Args:
+        table: the catalog's tokens.
+        histories: item indices, oldest first; only the last ``max_items`` are read.
+        special: put around every sequence, inside ``max_tokens``.
+        max_items: most items of a sequence.
+        max_tokens: most tokens of a sequence; the oldest are cut.
+
+    Returns:
+        One int32 array per history.
+    """
+    room = max_tokens - len(special.prefix) - len(special.suffix)
+    sequences = []
+    for history in histories:
+        parts: list[Tokens] = [special.prefix]
+        left = room
+        for position, index in enumerate(reversed(history[-max_items:])):
+            for tokens in (table.separator, table.item(int(index))) if position else (table.item(int(index)),):
+                parts.append(tokens[:left])
+                left -= len(parts[-1])
+            if left <= 0:
+                break
+        parts.append(special.suffix)
+        sequences.append(np.concatenate(parts))
+    return sequences
+
+
+def _tokenise(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def _tokens(ids: Sequence[int]) -> Tokens:
+    return np.asarray(ids, dtype=np.int32)

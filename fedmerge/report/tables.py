@@ -1,0 +1,381 @@
+"""Plain-text and Markdown tables of results: a row a method, a column a domain, then the means over domains.
+
+Numbers that do not belong together are refused rather than averaged, and a mean is shown only where every domain of its
+group has a value.
+"""
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from fedmerge.client.metrics import (
+    METRICS,
+    VARIANTS,
+    MetricSums,
+    PairedDifference,
+    Variant,
+    paired_difference,
+    paired_difference_of_mean,
+)
+from fedmerge.domain.splits import Split
+from fedmerge.errors import LayoutMismatchError
+
+Role = Literal["train", "unseen"]
+TableFormat = Literal["plain", "markdown"]
+
+TABLE_METRICS: tuple[str, ...] = ("recall@10", "ndcg@10")
+
+_ROLES: tuple[Role, ...] = get_args(Role)
+_MEAN_TITLES: Mapping[Role, str] = {"train": "mean of training", "unseen": "mean of unseen"}
+_SYNTHETIC = "SYNTHETIC DATA: generated interactions; these numbers say nothing about real users."
+_VARIANT_TEXT: Mapping[Variant, str] = {
+    "unmasked": "unmasked (items of the user's history stay candidates)",
+    "masked": "masked (items of the user's history are removed, except the target)",
+}
+_ABSENT = "-"
+
+_Cell = tuple[str, bool]  # text, whether it is marked
+
+
+@dataclass(frozen=True, slots=True)
+class ResultRow:
+    """One method on one domain: role "train" or "unseen", users evaluated, and metric -> mean over them."""
+
+    domain: str
+    role: Role
+    method: str
+    num_users: int
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class _Domains:
+    """The columns: domains by role in order of appearance, training first."""
+
+    roles: Mapping[str, Role]
+    num_users: Mapping[str, int]
+
+    def of(self, role: Role) -> list[str]:
+        return [domain for domain, its_role in self.roles.items() if its_role == role]
+
+    @property
+    def ordered(self) -> list[str]:
+        return [*self.of("train"), *self.of("unseen")]
+
+    @property
+    def used_roles(self) -> list[Role]:
+        return [role for role in _ROLES if self.of(role)]
+
+
+def result_rows(sums: Mapping[str, MetricSums], roles: Mapping[str, Role]) -> tuple[ResultRow, ...]:
+    """The rows of :func:`results_table` from the metric sums of every domain.
+
+    Args:
+        sums: domain -> its metric sums.
+        roles: domain -> "train" or "unseen", for every domain of ``sums``.
+    """
+    _check_roles(sums, roles)
+    return tuple(
+        ResultRow(domain, roles[domain], method, of_domain.num_users, dict(zip(METRICS, means, strict=True)))
+        for domain, of_domain in sums.items()
+        for method, means in zip(of_domain.methods, of_domain.means().tolist(), strict=True)
+    )
+
+
+def results_table(
+    rows: Sequence[ResultRow],
+    *,
+    variant: Variant,
+    split: Split,
+    metrics: Sequence[str] = TABLE_METRICS,
+    merged_methods: Collection[str] = (),
+    synthetic: bool = False,
+    table_format: TableFormat = "plain",
+    num_digits: int = 4,
+) -> str:
+    """One table a metric; in every column the best of the merged methods is marked.
+
+    Args:
+        rows: one a domain and method, in the order in which domains and methods shall appear.
+        variant: how all rows were ranked; named in the header.
+        split: what all rows were evaluated on; named in the header.
+        metrics: tables to give, in this order.
+        merged_methods: the methods that compete for the mark; without any, or with one alone in a column, nothing is
+            marked.
+        synthetic: the header says that the data are generated.
+        table_format: "plain" for a monospace font, or "markdown".
+        num_digits: decimals.
+
+    Returns:
+        Text that ends in a newline.
+
+    Raises:
+        LayoutMismatchError: no rows, two rows for one domain and method, a domain with two roles or user counts, an
+            absent or non-finite metric, or merged methods without a row.
+    """
+    _check_format(table_format)
+    domains, cells = _collect(rows, metrics)
+    methods = list(dict.fromkeys(row.method for row in rows))
+    unknown = sorted(set(merged_methods) - set(methods))
+    if unknown:
+        raise LayoutMismatchError(f"results table: no rows of the merged methods {unknown}; found rows of {methods}")
+
+    tables, any_absent, any_marked = [], False, False
+    for metric in metrics:
+        values = {key: of_metric[metric] for key, of_metric in cells.items()}
+        columns: list[list[_Cell]] = []
+        for column in _value_columns(domains, methods, values):
+            merged = [
+                value
+                for method, value in zip(methods, column, strict=True)
+                if value is not None and method in merged_methods
+            ]
+            best = max(merged) if len(merged) > 1 else None
+            any_marked |= best is not None
+            any_absent |= None in column
+            columns.append(
+                [
+                    (_ABSENT, False)
+                    if value is None
+                    else (f"{value:.{num_digits}f}", method in merged_methods and value == best)
+                    for method, value in zip(methods, column, strict=True)
+                ]
+            )
+        tables.append(_layout(metric, domains, methods, columns, table_format))
+
+    notes = []
+    if any_marked:
+        mark = "bold" if table_format == "markdown" else "*"
+        notes.append(
+            f"{mark}: best of the merged methods in its column before rounding; whether that is significant, the "
+            "paired differences tell."
+        )
+    if any_absent:
+        notes.append(_absent_note())
+    return _page(_header(variant, split, domains, synthetic), tables, notes, table_format)
+
+
+def differences_table(
+    sums: Mapping[str, MetricSums],
+    roles: Mapping[str, Role],
+    *,
+    baseline: str,
+    split: Split,
+    metrics: Sequence[str] = TABLE_METRICS,
+    synthetic: bool = False,
+    table_format: TableFormat = "plain",
+    num_digits: int = 4,
+) -> str:
+    """Paired differences against a baseline method on the same users, with 95 % normal intervals.
+
+    A cell is ``difference ± half-width``, so the interval is the difference minus to plus the half-width; intervals
+    without 0 are marked.
+
+    Args:
+        sums: domain -> its metric sums, all of one variant.
+        roles: domain -> "train" or "unseen", for every domain of ``sums``.
+        baseline: the method that the others are compared with; a domain without it, or with one user, has no differences.
+        split: what was evaluated on; named in the header.
+        metrics: tables to give, in this order.
+        synthetic: the header says that the data are generated.
+        table_format: "plain" for a monospace font, or "markdown".
+        num_digits: decimals.
+
+    Returns:
+        Text that ends in a newline.
+
+    Raises:
+        LayoutMismatchError: no domain, domains of different variants or without a role, or a baseline that no domain
+            has.
+        ClientError: as :func:`fedmerge.client.metrics.paired_difference`.
+    """
+    _check_roles(sums, roles)
+    _check_format(table_format)
+    variants = sorted({of_domain.variant for of_domain in sums.values()})
+    if len(variants) != 1:
+        raise LayoutMismatchError(
+            f"differences table: domains of the variants {variants}; expected at least one domain, and one variant"
+        )
+    all_methods = list(dict.fromkeys(method for of_domain in sums.values() for method in of_domain.methods))
+    if baseline not in all_methods:
+        raise LayoutMismatchError(f"differences table: no domain has the baseline {baseline!r}; found {all_methods}")
+    methods = [method for method in all_methods if method != baseline]
+    domains = _Domains(
+        {domain: roles[domain] for domain in sums}, {domain: of_domain.num_users for domain, of_domain in sums.items()}
+    )
+
+    def difference(group: Sequence[str], method: str, metric: str) -> PairedDifference | None:
+        members = [sums[domain] for domain in group]
+        if any(member.num_users < 2 or not {method, baseline} <= set(member.methods) for member in members):
+            return None
+        if len(members) == 1:
+            return paired_difference(members[0], method, baseline, metric)
+        return paired_difference_of_mean(members, method, baseline, metric)
+
+    groups = [*([domain] for domain in domains.ordered), *(domains.of(role) for role in domains.used_roles)]
+    tables, any_absent, any_marked = [], False, False
+    for metric in metrics:
+        columns: list[list[_Cell]] = []
+        for group in groups:
+            differences = [difference(group, method, metric) for method in methods]
+            columns.append([_difference_cell(found, num_digits) for found in differences])
+            any_absent |= None in differences
+            any_marked |= any(marked for _, marked in columns[-1])
+        tables.append(_layout(f"{metric}, difference to {baseline}", domains, methods, columns, table_format))
+
+    notes = [
+        "difference ± half-width of its 95 % interval, paired over users. "
+        "A mean's interval speaks of other users of these domains, not of other domains."
+    ]
+    if any_marked:
+        mark = "bold" if table_format == "markdown" else "*"
+        notes.append(f"{mark}: the interval excludes 0; not corrected for the number of comparisons.")
+    if any_absent:
+        notes.append(_absent_note())
+    return _page(_header(next(iter(sums.values())).variant, split, domains, synthetic), tables, notes, table_format)
+
+
+def _collect(
+    rows: Sequence[ResultRow], metrics: Sequence[str]
+) -> tuple[_Domains, dict[tuple[str, str], Mapping[str, float]]]:
+    if not rows:
+        raise LayoutMismatchError("results table: no rows; expected at least one method on one domain")
+    roles: dict[str, Role] = {}
+    num_users: dict[str, int] = {}
+    cells: dict[tuple[str, str], Mapping[str, float]] = {}
+    for row in rows:
+        where = f"results table: {row.method!r} on {row.domain!r}"
+        if row.role not in _ROLES:
+            raise LayoutMismatchError(f"{where} has the role {row.role!r}; expected one of {list(_ROLES)}")
+        if (row.domain, row.method) in cells:
+            raise LayoutMismatchError(f"{where} is given twice; expected one row")
+        expected = (roles.setdefault(row.domain, row.role), num_users.setdefault(row.domain, row.num_users))
+        if (row.role, row.num_users) != expected:
+            raise LayoutMismatchError(
+                f"{where} has role and users {(row.role, row.num_users)}, other rows of this domain {expected}; "
+                "evaluate every method on the same users"
+            )
+        for metric in metrics:
+            if not math.isfinite(row.metrics.get(metric, math.nan)):
+                raise LayoutMismatchError(
+                    f"{where} has {metric} = {row.metrics.get(metric)}; expected a finite number (found "
+                    f"{sorted(row.metrics)})"
+                )
+        cells[row.domain, row.method] = row.metrics
+    return _Domains(roles, num_users), cells
+
+
+def _check_roles(sums: Mapping[str, MetricSums], roles: Mapping[str, Role]) -> None:
+    wrong = sorted(domain for domain in sums if roles.get(domain) not in _ROLES)
+    if wrong:
+        raise LayoutMismatchError(f"the domains {wrong} have no role; expected one of {list(_ROLES)} for each domain")
+
+
+def _check_format(table_format: str) -> None:
+    if table_format not in get_args(TableFormat):
+        raise ValueError(f"table_format is {table_format!r}; expected one of {list(get_args(TableFormat))}")
+
+
+def _value_columns(
+    domains: _Domains, methods: Sequence[str], values: Mapping[tuple[str, str], float]
+) -> list[list[float | None]]:
+    """A column a domain, then one a role: the unweighted mean over its domains, None where one of them is absent."""
+    by_domain = {domain: [values.get((domain, method)) for method in methods] for domain in domains.ordered}
+    means: list[list[float | None]] = []
+    for role in domains.used_roles:
+        per_method = zip(*(by_domain[domain] for domain in domains.of(role)), strict=True)
+        means.append([_mean(of_method) for of_method in per_method])
+    return [*by_domain.values(), *means]
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    present = [value for value in values if value is not None]
+    return math.fsum(present) / len(present) if len(present) == len(values) else None
+
+
+def _difference_cell(difference: PairedDifference | None, num_digits: int) -> _Cell:
+    if difference is None:
+        return _ABSENT, False
+    rounded = round(difference.mean, num_digits) + 0.0  # no "-0.0000"
+    text = f"{rounded:+.{num_digits}f} ± {difference.high - difference.mean:.{num_digits}f}"
+    return text, difference.low > 0 or difference.high < 0
+
+
+def _absent_note() -> str:
+    return (
+        f"{_ABSENT}: not evaluated (or one user, for a difference); a mean needs a value in every domain of its group."
+    )
+
+
+def _header(variant: Variant, split: Split, domains: _Domains, synthetic: bool) -> list[str]:
+    if variant not in VARIANTS or split not in get_args(Split):
+        raise LayoutMismatchError(
+            f"table of variant {variant!r} and split {split!r}; expected one of {list(VARIANTS)} and of "
+            f"{list(get_args(Split))}"
+        )
+    counts = domains.num_users
+    lines = [_SYNTHETIC] if synthetic else []
+    lines.append(f"variant: {_VARIANT_TEXT[variant]}")
+    lines.append(f"split: {split}")
+    lines.append(f"users: {sum(counts.values()):,} in {len(counts)} {'domain' if len(counts) == 1 else 'domains'}")
+    return lines
+
+
+def _layout(
+    title: str,
+    domains: _Domains,
+    methods: Sequence[str],
+    columns: Sequence[Sequence[_Cell]],
+    table_format: TableFormat,
+) -> str:
+    """The table of one metric: methods (rows) by columns, under the column titles and the number of users."""
+    means = [f"{_MEAN_TITLES[role]} ({len(domains.of(role))})" for role in domains.used_roles]
+    unseen = set(domains.of("unseen"))
+    titles = [*(f"{domain} (unseen)" if domain in unseen else domain for domain in domains.ordered), *means]
+    num_users = [*(f"{domains.num_users[domain]:,}" for domain in domains.ordered), *("" for _ in means)]
+    lines: list[tuple[str, list[_Cell]]] = [
+        (title, [(text, False) for text in titles]),
+        ("users", [(text, False) for text in num_users]),
+        *((method, [column[i] for column in columns]) for i, method in enumerate(methods)),
+    ]
+    return _markdown(lines) if table_format == "markdown" else _plain(lines)
+
+
+def _markdown(lines: Sequence[tuple[str, Sequence[_Cell]]]) -> str:
+    rows = []
+    for label, cells in lines:
+        texts = [_one_line(text).replace("|", "\\|") for text in (label, *(text for text, _ in cells))]
+        marks = [False, *(marked for _, marked in cells)]
+        rows.append(
+            "| " + " | ".join(f"**{text}**" if mark else text for text, mark in zip(texts, marks, strict=True)) + " |"
+        )
+    return "\n".join([rows[0], "| --- |" + " ---: |" * len(lines[0][1]), *rows[1:]])
+
+
+def _plain(lines: Sequence[tuple[str, Sequence[_Cell]]]) -> str:
+    # A blank where a mark could be keeps the digits of a column aligned.
+    table = [
+        [_one_line(label), *(_one_line(text) + ("*" if marked else " ") for text, marked in cells)]
+        for label, cells in lines
+    ]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    rows = [
+        "  ".join(
+            [label.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))]
+        ).rstrip()
+        for label, *cells in table
+    ]
+    return "\n".join([*rows[:2], "-" * (sum(widths) + 2 * len(widths[1:])), *rows[2:]])
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _page(header: Sequence[str], tables: Sequence[str], notes: Sequence[str], table_format: TableFormat) -> str:
+    if table_format == "markdown":
+        # Two blanks at the end of a line break it in Markdown.
+        head = "  \n".join(f"**{line}**" if line == _SYNTHETIC else line for line in header)
+        return "\n\n".join([head, *tables, "  \n".join(notes)]).rstrip() + "\n"
+    return "\n\n".join(["\n".join(header), *tables, "\n".join(notes)]).rstrip() + "\n"

@@ -1,0 +1,155 @@
+"""Every merge that an experiment asks for, and the choice among their variants on validation."""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from fedmerge.client.metrics import MetricSums
+from fedmerge.config import ExperimentConfig
+from fedmerge.domain.catalog import Catalog
+from fedmerge.encoder.backbone import Backbone
+from fedmerge.encoder.lora import Adapter, adapter_sha256
+from fedmerge.encoder.text import build_token_table
+from fedmerge.errors import MergeError
+from fedmerge.merging.methods import method_coefficients
+from fedmerge.merging.stack import linear_merge, stack_adapters
+from fedmerge.server.collaborative import CollaborativeSettings, learn_coefficients
+from fedmerge.server.pseudo_users import PseudoDomain, one_item_domain
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One merge.
+
+    Attributes:
+        label: unique in the run, e.g. ``task-arithmetic 0.4``.
+        method: row of METHODS.
+        adapter: the merged adapter.
+        provenance: source domains and hashes, method, parameters, coefficients, policy, loss curve of a learned merge.
+    """
+
+    label: str
+    method: str
+    adapter: Adapter
+    provenance: Mapping[str, Any] = field(repr=False)
+
+
+def merge_candidates(
+    backbone: Backbone,
+    adapters: Mapping[str, Adapter],
+    catalogs: Mapping[str, Catalog],
+    config: ExperimentConfig,
+    progress: Callable[[str], None] = lambda line: None,
+) -> list[Candidate]:
+    """Make every merge of the configuration.
+
+    Args:
+        backbone: the frozen encoder.
+        adapters: domain -> expert.
+        catalogs: domain -> catalog, needed for learned methods only.
+        config: methods and their variants.
+        progress: receives one line now and then.
+
+    Raises:
+        MergeError: a learned method without the catalogs of all domains.
+    """
+    stack = stack_adapters(adapters)
+    sources = {domain: adapter_sha256(adapters[domain]) for domain in stack.domains}
+    candidates: list[Candidate] = []
+
+    def add(label: str, method: str, coefficients: Any, **details: Any) -> None:
+        adapter = linear_merge(stack, coefficients)
+        provenance = {
+            "method": method,
+            "domains": sources,
+            "coefficients": dict(zip(stack.domains, np.asarray(coefficients).tolist(), strict=True)),
+            "coefficient_groups": list(stack.groups) if np.ndim(coefficients) == 2 else ["all"],
+            "policy": config.privacy.policy,
+            "backbone": {"name": backbone.name, "sha256": backbone.sha256},
+            "sha256": adapter_sha256(adapter),
+            **details,
+        }
+        candidates.append(Candidate(label, method, adapter, provenance))
+        progress(f"merged: {label}")
+
+    for method in config.merge.methods:
+        if method == "average":
+            add("average", method, method_coefficients("average", stack))
+        elif method == "task-arithmetic":
+            for coefficient in config.merge.task_arithmetic_coefficients:
+                coefficients = method_coefficients("task-arithmetic", stack, coefficient=coefficient)
+                add(f"task-arithmetic {coefficient:g}", method, coefficients, parameters={"coefficient": coefficient})
+        else:
+            pseudo = _pseudo_domains(backbone, adapters, catalogs, config, progress)
+            for granularity in config.mergerec.granularities:
+                chosen = config.mergerec.model_dump(exclude={"granularities"})
+                settings = CollaborativeSettings(granularity=granularity, seed=config.seed, **chosen)
+                label = f"mergerec {granularity}-wise"
+                learned = learn_coefficients(backbone, stack, pseudo, settings, _every_fifth(label, progress))
+                add(
+                    label,
+                    method,
+                    learned.coefficients,
+                    parameters={**chosen, "granularity": granularity, "seed": config.seed},
+                    losses=[{"total": step.total, "rec": step.rec, "kd": step.kd} for step in learned.history],
+                )
+    return candidates
+
+
+def choose(
+    candidates: Sequence[Candidate], validation: Mapping[str, MetricSums], train_domains: Sequence[str], metric: str
+) -> tuple[dict[str, str], str, dict[str, float]]:
+    """Choose each method's variant, and the merge to serve, on validation.
+
+    Args:
+        candidates: all merges.
+        validation: domain -> unmasked metric sums of all candidates.
+        train_domains: whose unweighted mean decides; unseen domains have no say.
+        metric: the deciding one.
+
+    Returns:
+        Method -> label of its best variant; label of the best of all; every label's score. Of equal scores the first counts.
+    """
+    scores = {
+        candidate.label: float(np.mean([validation[domain].mean(candidate.label, metric) for domain in sorted(train_domains)]))
+        for candidate in candidates
+    }
+    best: dict[str, str] = {}
+    for candidate in candidates:
+        if candidate.method not in best or scores[candidate.label] > scores[best[candidate.method]]:
+            best[candidate.method] = candidate.label
+    return best, max(best.values(), key=lambda label: scores[label]), scores
+
+
+def _pseudo_domains(
+    backbone: Backbone,
+    adapters: Mapping[str, Adapter],
+    catalogs: Mapping[str, Catalog],
+    config: ExperimentConfig,
+    progress: Callable[[str], None],
+) -> dict[str, PseudoDomain]:
+    missing = sorted(adapters.keys() - catalogs.keys())
+    if missing:
+        raise MergeError(
+            f"mergerec: no catalog of {', '.join(missing)}. Put them into the folder server.catalogs, or let the clients send "
+            "theirs (privacy.policy = 'adapter+catalog')."
+        )
+    pseudo = {}
+    for domain, adapter in sorted(adapters.items()):
+        table = build_token_table(catalogs[domain], backbone.tokenizer, config.text.max_attribute_tokens)
+        pseudo[domain] = one_item_domain(domain, backbone, adapter, table, config.text.max_tokens)
+        progress(f"mergerec: {len(table)} pseudo-users of {domain} with their expert's vectors")
+    return pseudo
+
+
+def _every_fifth(label: str, progress: Callable[[str], None]) -> Callable[[int, int, Mapping[str, float]], None]:
+    def report(step: int, steps: int, losses: Mapping[str, float]) -> None:
+        if step == 1 or step % max(1, steps // 5) == 0:
+            progress(f"{label}: step {step}/{steps}, loss {losses['loss']:.4f}, kd {losses['kd']:.6f}")
+
+    return report

@@ -1,0 +1,173 @@
+"""The client: one domain, opened from this machine's disk, answering the server's messages."""
+
+import logging
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, lru_cache, wraps
+from pathlib import Path
+
+import torch
+from flwr.app import Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from fedmerge import __version__
+from fedmerge.client.evaluate import BACKBONE, evaluate
+from fedmerge.client.experts import expert_by_hash, trained_expert
+from fedmerge.client.local_domain import LocalDomain, open_domain
+from fedmerge.config import DEMO_ROOT, ExperimentConfig, Text, from_flat
+from fedmerge.device import resolve_compute
+from fedmerge.domain.catalog import catalog_to_bytes
+from fedmerge.domain.demo import bundled_demo
+from fedmerge.encoder.backbone import Backbone, load_backbone
+from fedmerge.errors import ClientError, FedMergeError
+from fedmerge.privacy.policy import check_catalog_is_public, check_enough_users, check_may_leave
+from sim import records
+
+EXPERT = "expert"
+
+app = ClientApp()
+logger = logging.getLogger("fedmerge.client")
+
+
+@dataclass(frozen=True)
+class Client:
+    """This node's part in the federation."""
+
+    config: ExperimentConfig
+    domain: LocalDomain
+    role: str
+
+
+def _answer(handler: Callable[[Message, Client], RecordDict]) -> Callable[[Message, Context], Message]:
+    """Open this node's domain, run a handler, and turn an error into a reply that names it."""
+
+    @wraps(handler)
+    def answer(message: Message, context: Context) -> Message:
+        _log_to_stderr()
+        try:
+            content = handler(message, _client(context))
+        except FedMergeError as error:
+            logger.error("%s: %s", type(error).__name__, error)
+            content = records.error_record(f"{type(error).__name__}: {error}")
+        except Exception as error:  # its text may quote private data, so it stays in this client's own log
+            logger.error("%s", traceback.format_exc())
+            content = records.error_record(f"{type(error).__name__}; the client's own log tells more")
+        return Message(content, reply_to=message)
+
+    return answer
+
+
+@app.query("describe")
+def describe(message: Message, context: Context) -> Message:
+    """Say which domain this is and what it runs on."""
+    if _place(context) is None:
+        return Message(records.description_record(records.Description("", "idle")), reply_to=message)
+    return _answer(_describe)(message, context)
+
+
+def _describe(message: Message, client: Client) -> RecordDict:
+    manifest, backbone = client.domain.manifest, client.domain.backbone
+    check_may_leave(client.config.privacy.policy, "description", manifest.name)
+    description = records.Description(
+        domain=manifest.name,
+        role=client.role,
+        num_users=manifest.num_users,
+        num_items=manifest.num_items,
+        num_interactions=manifest.num_interactions,
+        synthetic=manifest.synthetic,
+        catalog_sha256=manifest.catalog_sha256,
+        backbone_sha256=backbone.sha256,
+        precision=backbone.compute.precision,
+        fedmerge_version=__version__,
+        policy=client.config.privacy.policy,
+    )
+    return records.description_record(description)
+
+
+@app.query("catalog")
+@_answer
+def catalog(message: Message, client: Client) -> RecordDict:
+    """Send the catalog, where policy and owner allow it."""
+    manifest = client.domain.manifest
+    check_may_leave(client.config.privacy.policy, "catalog", manifest.name)
+    check_catalog_is_public(manifest.name, manifest.public_catalog)
+    return records.catalog_record(catalog_to_bytes(client.domain.catalog))
+
+
+@app.train()
+@_answer
+def train(message: Message, client: Client) -> RecordDict:
+    """Train the expert, or take it from disk, and send it."""
+    check_may_leave(client.config.privacy.policy, "adapter", client.domain.manifest.name)
+    adapter, report = trained_expert(client.domain, client.config, logger.info)
+    return records.expert_record(adapter, report)
+
+
+@app.evaluate()
+@_answer
+def evaluate_models(message: Message, client: Client) -> RecordDict:
+    """Evaluate models on this domain's own users and send sums."""
+    config, domain = client.config, client.domain
+    check_may_leave(config.privacy.policy, "metric sums", domain.manifest.name)
+    request, adapters = records.read_evaluation_request(message.content)
+    models = {
+        **({BACKBONE: None} if request.backbone else {}),
+        **({EXPERT: expert_by_hash(domain, config, request.expert_sha256)} if request.expert_sha256 else {}),
+        **adapters,
+    }
+    limit = config.evaluation.validation_users if request.split == "valid" else config.evaluation.test_users
+    sums = evaluate(domain, models, request.split, limit, config.seed, request.baselines, logger.info)
+    for of_variant in sums.values():
+        check_enough_users(domain.manifest.name, of_variant.num_users, config.privacy.min_users)
+    return records.metric_sums_record(sums)
+
+
+def _client(context: Context) -> Client:
+    config = from_flat(context.run_config)
+    torch.set_num_threads(config.runtime.threads_per_client)  # before any work; Ray's own setting does not count
+    place = _place(context)
+    if place is None:
+        raise ClientError("this node has no domain; it takes no part")
+    folder, role = place
+    backbone = _backbone(config.backbone.source, config.backbone.pooling, config.backbone.weights_sha256, config.runtime.device, config.runtime.precision)
+    return Client(config, _domain(folder, backbone, config.text), role)
+
+
+def _place(context: Context) -> tuple[Path, str] | None:
+    """This node's domain folder and role: the node's own ``domain-path``, or its turn in the experiment's list."""
+    config = from_flat(context.run_config)
+    domains = config.domains
+    names = domains.train + domains.unseen
+    if "domain-path" in context.node_config:
+        folder = Path(str(context.node_config["domain-path"])).expanduser()
+        if folder.name not in names:
+            return None
+    else:
+        turn = int(context.node_config["partition-id"])
+        if turn >= len(names):
+            return None
+        root = bundled_demo(Path(config.cache_dir).expanduser()) if domains.root == DEMO_ROOT else Path(domains.root).expanduser()
+        folder = root / names[turn]
+    return folder, "train" if folder.name in domains.train else "unseen"
+
+
+@cache
+def _backbone(source: str, pooling: str, weights_sha256: str | None, device: str, precision: str) -> Backbone:
+    return load_backbone(source, pooling, resolve_compute(device, precision), weights_sha256)
+
+
+@lru_cache(maxsize=4)
+def _domain(folder: Path, backbone: Backbone, text: Text) -> LocalDomain:
+    return open_domain(folder, backbone, text)
+
+
+@cache
+def _log_to_stderr() -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s client %(message)s", "%H:%M:%S"))
+    library = logging.getLogger("fedmerge")
+    library.addHandler(handler)
+    library.setLevel(logging.INFO)
+    library.propagate = False

@@ -1,0 +1,230 @@
+"""What travels between server and clients as Flower records. The only file that knows record keys."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+
+from fedmerge.client.metrics import VARIANTS, MetricSums, Variant, metric_sums_from_dict
+from fedmerge.encoder.lora import Adapter, LoraModule
+from fedmerge.errors import ClientError, LayoutMismatchError
+
+DESCRIBE = "query.describe"
+CATALOG = "query.catalog"
+TRAIN = "train"
+EVALUATE = "evaluate"
+
+T = TypeVar("T")
+
+_FACTS = "facts"
+_ADAPTER = "adapter"
+_SCALINGS = "scalings"
+_ERROR = "error"
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a client says it is.
+
+    Attributes:
+        domain: its name, empty for a client without a domain.
+        role: ``train``, ``unseen`` or ``idle``.
+        num_users, num_items, num_interactions: counts of the domain.
+        synthetic: whether the domain says it is.
+        catalog_sha256: content hash of the catalog.
+        backbone_sha256: hash over the encoder's weights and tokenizer.
+        precision: ``float32`` or ``bfloat16``.
+        fedmerge_version: of the client.
+        policy: the privacy policy that the client enforces.
+    """
+
+    domain: str
+    role: str
+    num_users: int = 0
+    num_items: int = 0
+    num_interactions: int = 0
+    synthetic: bool = False
+    catalog_sha256: str = ""
+    backbone_sha256: str = ""
+    precision: str = ""
+    fedmerge_version: str = ""
+    policy: str = ""
+
+
+@dataclass(frozen=True)
+class EvaluationRequest:
+    """Which models to evaluate, on which split.
+
+    Attributes:
+        split: ``valid`` or ``test``.
+        backbone: the backbone alone, too.
+        expert_sha256: the client's own expert, too, by its hash; empty for none.
+        baselines: the sanity baselines, too.
+    """
+
+    split: str
+    backbone: bool
+    expert_sha256: str
+    baselines: bool
+
+
+def description_record(description: Description) -> RecordDict:
+    """A client's description."""
+    return RecordDict({_FACTS: ConfigRecord(asdict(description))})
+
+
+def read_description(content: RecordDict) -> Description:
+    """Inverse of :func:`description_record`.
+
+    Raises:
+        ClientError: another form, for instance of another version.
+    """
+    return _dataclass(Description, _config(content, _FACTS))
+
+
+def catalog_record(data: bytes) -> RecordDict:
+    """A catalog as Parquet bytes."""
+    return RecordDict({_FACTS: ConfigRecord({"catalog": data})})
+
+
+def read_catalog(content: RecordDict) -> bytes:
+    """Inverse of :func:`catalog_record`."""
+    data = _config(content, _FACTS).get("catalog")
+    if not isinstance(data, bytes):
+        raise ClientError(f"its catalog came as {type(data).__name__}, expected bytes")
+    return data
+
+
+def expert_record(adapter: Adapter, report: Mapping[str, Any]) -> RecordDict:
+    """A trained adapter with the report of its training."""
+    return RecordDict({**_adapter_records(adapter, ""), _FACTS: ConfigRecord({"report": json.dumps(report)})})
+
+
+def read_expert(content: RecordDict) -> tuple[Adapter, dict[str, Any]]:
+    """Inverse of :func:`expert_record`.
+
+    Raises:
+        ClientError, LayoutMismatchError: another form.
+    """
+    try:
+        report = json.loads(str(_config(content, _FACTS).get("report")))
+    except ValueError as error:
+        raise ClientError("its training report is not JSON") from error
+    return _read_adapter(content, ""), report
+
+
+def evaluation_request_record(request: EvaluationRequest, adapters: Mapping[str, Adapter]) -> RecordDict:
+    """A request to evaluate adapters, by label."""
+    content = RecordDict({_FACTS: ConfigRecord({**asdict(request), "labels": list(adapters)})})
+    for number, adapter in enumerate(adapters.values()):
+        content.update(_adapter_records(adapter, str(number)))
+    return content
+
+
+def read_evaluation_request(content: RecordDict) -> tuple[EvaluationRequest, dict[str, Adapter]]:
+    """Inverse of :func:`evaluation_request_record`."""
+    facts = dict(_config(content, _FACTS))
+    labels = facts.pop("labels")
+    adapters = {str(label): _read_adapter(content, str(number)) for number, label in enumerate(labels)}
+    return _dataclass(EvaluationRequest, facts), adapters
+
+
+def metric_sums_record(sums: Mapping[Variant, MetricSums]) -> RecordDict:
+    """Metric sums of all variants."""
+    return RecordDict({_FACTS: ConfigRecord({variant: json.dumps(of_variant.to_dict()) for variant, of_variant in sums.items()})})
+
+
+def read_metric_sums(content: RecordDict) -> dict[Variant, MetricSums]:
+    """Inverse of :func:`metric_sums_record`.
+
+    Raises:
+        ClientError: another form.
+    """
+    facts = _config(content, _FACTS)
+    try:
+        return {variant: metric_sums_from_dict(json.loads(str(facts[variant]))) for variant in VARIANTS}
+    except (KeyError, ValueError) as error:
+        raise ClientError(f"its metric sums are malformed ({type(error).__name__}: {error})") from error
+
+
+def error_record(error: str) -> RecordDict:
+    """A client's own account of what went wrong."""
+    return RecordDict({_ERROR: ConfigRecord({"message": error})})
+
+
+def read_error(content: RecordDict) -> str | None:
+    """The client's error, if it reports one."""
+    return str(content.config_records[_ERROR].get("message")) if _ERROR in content.config_records else None
+
+
+def contents(content: RecordDict) -> Iterator[dict[str, Any]]:
+    """What a message holds, for the exposure ledger: one row per array and per value."""
+    for key, arrays in content.array_records.items():
+        for name, array in arrays.items():
+            yield _exposed(f"{key}.{name}", array.dtype, tuple(array.shape), len(array.data))
+    for key, values in content.config_records.items():
+        for name, value in values.items():
+            size = len(value) if isinstance(value, (bytes, str)) else len(json.dumps(value))
+            yield _exposed(f"{key}.{name}", type(value).__name__, (), size)
+    for key, metrics in content.metric_records.items():
+        for name, metric in metrics.items():
+            yield _exposed(f"{key}.{name}", type(metric).__name__, (), len(json.dumps(metric)))
+
+
+def _exposed(name: str, dtype: str, shape: tuple[int, ...], size_bytes: int) -> dict[str, Any]:
+    return {"name": name, "dtype": dtype, "shape": "x".join(map(str, shape)), "size_bytes": size_bytes}
+
+
+def _adapter_records(adapter: Adapter, suffix: str) -> dict[str, ArrayRecord | ConfigRecord]:
+    arrays = {}
+    for name, module in adapter.modules.items():
+        arrays[f"{name}.lora_A"] = Array(module.lora_A.numpy())
+        arrays[f"{name}.lora_B"] = Array(module.lora_B.numpy())
+    scalings = {name: module.scaling for name, module in adapter.modules.items()}
+    return {f"{_ADAPTER}{suffix}": ArrayRecord(arrays), f"{_SCALINGS}{suffix}": ConfigRecord(scalings)}
+
+
+def _read_adapter(content: RecordDict, suffix: str) -> Adapter:
+    arrays, scalings = content.array_records.get(f"{_ADAPTER}{suffix}"), content.config_records.get(f"{_SCALINGS}{suffix}")
+    if arrays is None or scalings is None:
+        raise LayoutMismatchError(f"the message holds no adapter{suffix} (records: {sorted(content)})")
+    expected = {f"{name}.{part}" for name in scalings for part in ("lora_A", "lora_B")}
+    if set(arrays) != expected:
+        raise LayoutMismatchError(f"the adapter's tensors do not match its modules: {sorted(set(arrays) ^ expected)[:3]}")
+    modules = {}
+    for name, scaling in scalings.items():
+        if not isinstance(scaling, (int, float)):
+            raise LayoutMismatchError(f"module {name}: its scaling is a {type(scaling).__name__}, expected a number")
+        lora_A, lora_B = (_tensor(arrays[f"{name}.{part}"], f"{name}.{part}") for part in ("lora_A", "lora_B"))
+        modules[name] = LoraModule(lora_A, lora_B, float(scaling))
+    return Adapter(modules)
+
+
+def _tensor(array: Array, name: str) -> torch.Tensor:
+    if array.dtype != "float32" or len(array.shape) != 2:
+        raise LayoutMismatchError(f"{name} is {array.dtype} of shape {tuple(array.shape)}, expected a float32 matrix")
+    try:
+        values = array.numpy()
+    except (ValueError, TypeError, OSError, EOFError) as error:
+        raise LayoutMismatchError(f"{name} cannot be read ({error})") from error
+    if values.shape != tuple(array.shape) or values.dtype != np.float32:
+        raise LayoutMismatchError(f"{name} announces float32 {tuple(array.shape)} but holds {values.dtype} {values.shape}")
+    return torch.from_numpy(values.copy())
+
+
+def _config(content: RecordDict, key: str) -> ConfigRecord:
+    record = content.config_records.get(key)
+    if record is None:
+        raise ClientError(f"its message has no record {key!r} (records: {sorted(content)})")
+    return record
+
+
+def _dataclass(kind: type[T], values: Mapping[str, Any]) -> T:
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise ClientError(f"its {kind.__name__} has another form ({error}); use one fedmerge version everywhere") from error

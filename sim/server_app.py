@@ -1,0 +1,357 @@
+"""The server: ask, train, collect, merge, evaluate on validation, choose, read test once, report."""
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from flwr.app import Context, Message, RecordDict
+from flwr.serverapp import Grid, ServerApp
+
+from fedmerge import __version__
+from fedmerge.client.metrics import METRICS, MetricSums, Variant
+from fedmerge.config import ExperimentConfig, from_flat
+from fedmerge.device import resolve_compute
+from fedmerge.domain.catalog import Catalog, catalog_from_bytes, load_catalog
+from fedmerge.encoder.backbone import Backbone, load_backbone
+from fedmerge.encoder.lora import Adapter, adapter_sha256, write_adapter
+from fedmerge.errors import ClientError, DomainError, FedMergeError
+from fedmerge.report.tables import Role, differences_table, result_rows, results_table
+from fedmerge.run_dir import DONE, create_run, write_json, write_table, write_text
+from fedmerge.server.admission import check_adapter, expected_layout
+from fedmerge.server.candidates import Candidate, choose, merge_candidates
+from sim import records
+
+POLL_SECONDS = 0.2
+HEARTBEAT_SECONDS = 60.0
+
+app = ServerApp()
+logger = logging.getLogger("fedmerge.server")
+
+
+@dataclass
+class Federation:
+    """The clients that take part; those that fail are taken out, by name and with the reason.
+
+    Attributes:
+        grid: Flower's connection to the nodes.
+        nodes: domain -> node.
+        descriptions: domain -> what its client said it is.
+        excluded: domain (or node) -> why.
+        exposure: rows of the ledger, one for each thing that left a client.
+    """
+
+    grid: Grid
+    nodes: dict[str, int] = field(default_factory=dict)
+    descriptions: dict[str, records.Description] = field(default_factory=dict)
+    excluded: dict[str, str] = field(default_factory=dict)
+    exposure: list[dict[str, Any]] = field(default_factory=list)
+
+    def of(self, role: str) -> list[str]:
+        """The domains of one role that are still in, sorted."""
+        return sorted(domain for domain in self.nodes if self.descriptions[domain].role == role)
+
+    def exclude(self, domain: str, reason: str) -> None:
+        """Take a domain out."""
+        logger.warning("excluded: %s: %s", domain, reason)
+        self.excluded[domain] = reason
+        self.nodes.pop(domain, None)
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """One experiment; raises when it cannot be finished, so that Flower marks the run as failed."""
+    config = from_flat(context.run_config)
+    run_dir = create_run(config)
+    _log_to(run_dir / "run.log")
+    logger.info("run folder: %s", run_dir)
+    try:
+        _experiment(config, Federation(grid), run_dir)
+    except Exception:
+        logger.exception("the run failed")
+        raise
+
+
+def _experiment(config: ExperimentConfig, federation: Federation, run_dir: Path) -> None:
+    torch.set_num_threads(config.runtime.server_threads)
+    started = time.monotonic()
+    compute = resolve_compute(config.runtime.device, config.runtime.precision)
+    backbone = load_backbone(config.backbone.source, config.backbone.pooling, compute, config.backbone.weights_sha256)
+    try:
+        _gather(federation, config, backbone)
+        catalogs = _catalogs(federation, config) if "mergerec" in config.merge.methods else {}
+        adapters = _train(federation, config, backbone, run_dir)
+        candidates = merge_candidates(
+            backbone, adapters, {domain: catalogs[domain] for domain in adapters if domain in catalogs}, config, logger.info
+        )
+        for candidate in candidates:
+            folder = run_dir / "merged" / candidate.label.replace(" ", "-")
+            write_adapter(candidate.adapter, folder, backbone.name)
+            write_json(folder / "provenance.json", candidate.provenance)
+        validation = _evaluate(federation, config, "valid", candidates, adapters)
+        _require_quorum(federation, config)
+        deciding = {domain: sums["unmasked"] for domain, sums in validation.items()}
+        metric = config.evaluation.selection_metric
+        best, served, scores = choose(candidates, deciding, federation.of("train"), metric)
+        write_json(run_dir / "choice.json", {"metric": metric, "validation": scores, "best_variants": best, "served": served})
+        logger.info("validation chose %s; serving %s. Test is read now, once.", ", ".join(best.values()), served)
+        chosen = [candidate for candidate in candidates if candidate.label in best.values()]
+        test = _evaluate(federation, config, "test", chosen, adapters)
+        _require_quorum(federation, config)
+        write_table(run_dir / "metrics.parquet", [*_metric_rows("valid", validation, federation), *_metric_rows("test", test, federation)])
+        write_table(run_dir / "products.parquet", [*_product_rows("valid", validation), *_product_rows("test", test)])
+    finally:
+        participants = {domain: vars(federation.descriptions[domain]) for domain in sorted(federation.nodes)}
+        write_json(run_dir / "clients.json", {"participants": participants, "excluded": federation.excluded})
+        if federation.exposure:
+            write_table(run_dir / "exposure.parquet", federation.exposure)
+    report = _report(test, federation, [candidate.label for candidate in chosen], served)
+    write_text(run_dir / "report.txt", report)
+    write_text(run_dir / DONE, f"finished after {time.monotonic() - started:.0f} s\n")
+    for line in report.splitlines():
+        logger.info("%s", line)
+    _say_who_took_part(federation, config)
+    logger.info("done in %.0f s, run folder: %s", time.monotonic() - started, run_dir)
+
+
+def _gather(federation: Federation, config: ExperimentConfig, backbone: Backbone) -> None:
+    """Wait for the nodes, ask each what it is, refuse those that do not fit."""
+    expected = len(config.domains.train) + len(config.domains.unseen)
+    deadline = time.monotonic() + config.server.wait_seconds
+    while len(nodes := sorted(federation.grid.get_node_ids())) < expected and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
+    logger.info("%d nodes are connected, %d domains are expected", len(nodes), expected)
+    replies = _ask(federation, {f"node {node}": node for node in nodes}, records.DESCRIBE, lambda name: RecordDict(), config.server.describe_timeout_seconds)
+    for name, content in replies.items():
+        try:
+            description = records.read_description(content)
+        except FedMergeError as error:
+            federation.exclude(name, str(error))
+            continue
+        if description.role == "idle":
+            continue
+        problem = _misfit(description, backbone, config, federation)
+        if problem:
+            federation.exclude(f"{description.domain} ({name})", problem)
+            continue
+        federation.nodes[description.domain] = int(name.removeprefix("node "))
+        federation.descriptions[description.domain] = description
+        for row in federation.exposure:
+            row["domain"] = description.domain if row["domain"] == name else row["domain"]
+        logger.info(
+            "%s (%s%s): %d users, %d items, %d interactions", description.domain, description.role,
+            ", synthetic" if description.synthetic else "", description.num_users, description.num_items, description.num_interactions,
+        )
+    _require_quorum(federation, config)
+    _say_who_took_part(federation, config)
+
+
+def _misfit(description: records.Description, backbone: Backbone, config: ExperimentConfig, federation: Federation) -> str | None:
+    checks = {
+        "domain": (description.domain in federation.nodes, False, "another client already is this domain"),
+        "backbone": (description.backbone_sha256, backbone.sha256, "use the same backbone and tokenizer files everywhere"),
+        "precision": (description.precision, backbone.compute.precision, "set runtime.precision explicitly"),
+        "fedmerge version": (description.fedmerge_version, __version__, "install the same version everywhere"),
+        "policy": (description.policy, config.privacy.policy, "agree on privacy.policy"),
+    }
+    for what, (found, wanted, remedy) in checks.items():
+        if found != wanted:
+            return f"its {what} is {found}, the server's {wanted}; {remedy}"
+    return None
+
+
+def _catalogs(federation: Federation, config: ExperimentConfig) -> dict[str, Catalog]:
+    """The catalogs of the training domains, from the server's folder or from the clients, checked by hash."""
+    domains, catalogs = federation.of("train"), {}
+    if config.server.catalogs is not None:
+        for domain in domains:
+            catalogs[domain] = load_catalog(Path(config.server.catalogs) / domain)
+    else:
+        nodes = {domain: federation.nodes[domain] for domain in domains}
+        for domain, content in _ask(federation, nodes, records.CATALOG, lambda name: RecordDict(), config.server.describe_timeout_seconds).items():
+            try:
+                catalogs[domain] = catalog_from_bytes(records.read_catalog(content), domain)
+            except FedMergeError as error:
+                federation.exclude(domain, str(error))
+    for domain, catalog in list(catalogs.items()):
+        if catalog.sha256 != federation.descriptions[domain].catalog_sha256:
+            del catalogs[domain]
+            federation.exclude(domain, f"the catalog has hash {catalog.sha256[:12]}, its client announced {federation.descriptions[domain].catalog_sha256[:12]}")
+    _require_quorum(federation, config)
+    return catalogs
+
+
+def _train(federation: Federation, config: ExperimentConfig, backbone: Backbone, run_dir: Path) -> dict[str, Adapter]:
+    """Every training client's expert, admitted and written to disk as it arrives."""
+    layout = expected_layout(backbone, config.lora)
+    adapters: dict[str, Adapter] = {}
+
+    def admit(domain: str, content: RecordDict) -> None:
+        try:
+            adapter, report = records.read_expert(content)
+            check_adapter(domain, adapter, layout)
+        except FedMergeError as error:
+            federation.exclude(domain, str(error))
+            return
+        folder = run_dir / "adapters" / domain
+        write_adapter(adapter, folder, backbone.name)
+        write_json(folder / "training.json", {**report, "sha256": adapter_sha256(adapter)})
+        adapters[domain] = adapter
+        logger.info(
+            "%s: expert received (%s steps, best at %s, stopped by %s, %.0f s%s)", domain, report.get("steps"), report.get("best_step"),
+            report.get("stopped_by"), float(report.get("seconds", 0)), ", from the client's disk" if report.get("cached") else "",
+        )
+
+    domains = federation.of("train")
+    logger.info("training: %s", ", ".join(domains))
+    _ask(federation, {domain: federation.nodes[domain] for domain in domains}, records.TRAIN, lambda name: RecordDict(), config.server.train_timeout_seconds, admit)
+    _require_quorum(federation, config)
+    return dict(sorted(adapters.items()))
+
+
+def _evaluate(
+    federation: Federation, config: ExperimentConfig, split: str, candidates: list[Candidate], adapters: Mapping[str, Adapter]
+) -> dict[str, dict[Variant, MetricSums]]:
+    """All models on every domain's own users; on test also the reference rows."""
+    merged = {candidate.label: candidate.adapter for candidate in candidates}
+
+    def request(domain: str) -> RecordDict:
+        expert = adapter_sha256(adapters[domain]) if domain in adapters else ""
+        return records.evaluation_request_record(records.EvaluationRequest(split, True, expert, split == "test"), merged)
+
+    logger.info("evaluating on %s: %s", split, ", ".join(merged))
+    results: dict[str, dict[Variant, MetricSums]] = {}
+    for domain, content in _ask(federation, dict(federation.nodes), records.EVALUATE, request, config.server.evaluate_timeout_seconds).items():
+        try:
+            sums = records.read_metric_sums(content)
+            missing = sorted(merged.keys() - set(sums["unmasked"].methods))
+            if missing:
+                raise ClientError(f"its metric sums lack {missing}")
+        except FedMergeError as error:
+            federation.exclude(domain, str(error))
+            continue
+        results[domain] = sums
+    return results
+
+
+def _ask(
+    federation: Federation,
+    nodes: Mapping[str, int],
+    message_type: str,
+    request: Callable[[str], RecordDict],
+    timeout_seconds: float,
+    on_reply: Callable[[str, RecordDict], None] = lambda name, content: None,
+) -> dict[str, RecordDict]:
+    """Ask nodes at once, handle replies as they come; who fails or is late is excluded by name.
+
+    Returns:
+        name -> reply, sorted by name, so that no result depends on the order of arrival. Empty where ``on_reply`` took them.
+    """
+    waiting: dict[str, str] = {}
+    for name, node in nodes.items():
+        for message_id in federation.grid.push_messages([Message(request(name), dst_node_id=node, message_type=message_type, ttl=timeout_seconds)]):
+            waiting[message_id] = name
+    replies: dict[str, RecordDict] = {}
+    started = heartbeat = time.monotonic()
+    while waiting and time.monotonic() - started < timeout_seconds:
+        for reply in federation.grid.pull_messages(list(waiting)):
+            name = waiting.pop(reply.metadata.reply_to_message_id, None)
+            if name is None:
+                continue
+            if reply.has_error():
+                federation.exclude(name, f"{message_type} failed: {reply.error.reason} (Flower error {reply.error.code})")
+                continue
+            rows = [{"domain": name, "message": message_type, **row} for row in records.contents(reply.content)]
+            federation.exposure += rows
+            if error := records.read_error(reply.content):
+                federation.exclude(name, f"{message_type} failed: {error}")
+                continue
+            replies[name] = reply.content
+            on_reply(name, reply.content)
+            logger.info("%s: %d of %d answered (%s, %.0f s)", message_type, len(nodes) - len(waiting), len(nodes), name, time.monotonic() - started)
+        if waiting and time.monotonic() - heartbeat > HEARTBEAT_SECONDS:
+            heartbeat = time.monotonic()
+            logger.info("%s: waiting for %s (%.0f s)", message_type, ", ".join(sorted(waiting.values())), heartbeat - started)
+        time.sleep(POLL_SECONDS)
+    for name in waiting.values():
+        federation.exclude(name, f"{message_type}: no answer within {timeout_seconds:g} s")
+    return dict(sorted(replies.items()))
+
+
+def _require_quorum(federation: Federation, config: ExperimentConfig) -> None:
+    left = federation.of("train")
+    if len(left) < config.server.min_train_clients:
+        reasons = "".join(f"\n  {name}: {reason}" for name, reason in federation.excluded.items())
+        raise ClientError(
+            f"{len(left)} training clients are left ({', '.join(left) or 'none'}), server.min_train_clients is "
+            f"{config.server.min_train_clients}. Excluded:{reasons or ' nobody; the others never connected'}"
+        )
+
+
+def _say_who_took_part(federation: Federation, config: ExperimentConfig) -> None:
+    named = config.domains.train + config.domains.unseen
+    absent = [domain for domain in named if domain not in federation.nodes]
+    logger.info("taking part: %s", ", ".join([*federation.of("train"), *(f"{domain} (unseen)" for domain in federation.of("unseen"))]))
+    if absent:
+        logger.info(
+            "not taking part: %s. For all %d domains: fedmerge run CONFIG, or "
+            "flwr run . --federation-config 'num-supernodes=%d client-resources-num-cpus=%d'",
+            ", ".join(absent), len(named), len(named), config.runtime.threads_per_client,
+        )
+
+
+def _metric_rows(split: str, results: Mapping[str, Mapping[Variant, MetricSums]], federation: Federation) -> list[dict[str, Any]]:
+    return [
+        {
+            "split": split, "variant": variant, "domain": domain, "role": federation.descriptions[domain].role, "method": method,
+            "metric": metric, "num_users": sums.num_users, "sum": float(sums.sums[p, m]),
+        }
+        for domain, variants in results.items()
+        for variant, sums in variants.items()
+        for p, method in enumerate(sums.methods)
+        for m, metric in enumerate(METRICS)
+    ]
+
+
+def _product_rows(split: str, results: Mapping[str, Mapping[Variant, MetricSums]]) -> list[dict[str, Any]]:
+    return [
+        {
+            "split": split, "variant": variant, "domain": domain, "metric": metric, "method": left, "other": right,
+            "sum_of_products": float(sums.products[m, p, q]),
+        }
+        for domain, variants in results.items()
+        for variant, sums in variants.items()
+        for m, metric in enumerate(METRICS)
+        for p, left in enumerate(sums.methods)
+        for q, right in enumerate(sums.methods)
+        if q >= p
+    ]
+
+
+def _report(test: Mapping[str, Mapping[Variant, MetricSums]], federation: Federation, merged: list[str], served: str) -> str:
+    domains = [domain for role in ("train", "unseen") for domain in federation.of(role)]
+    roles: dict[str, Role] = {domain: "train" if domain in federation.of("train") else "unseen" for domain in domains}
+    synthetic = any(federation.descriptions[domain].synthetic for domain in domains)
+    unmasked = {domain: test[domain]["unmasked"] for domain in domains}
+    masked = {domain: test[domain]["masked"] for domain in domains}
+    parts = [
+        results_table(result_rows(unmasked, roles), variant="unmasked", split="test", merged_methods=merged, synthetic=synthetic),
+        results_table(result_rows(masked, roles), variant="masked", split="test", merged_methods=merged, synthetic=synthetic),
+    ]
+    baseline = "average" if "average" in merged else merged[0]
+    parts.append(differences_table(unmasked, roles, baseline=baseline, split="test", synthetic=synthetic))
+    parts.append(f"chosen on validation and to be served: {served}\n")
+    return "\n".join(parts)
+
+
+def _log_to(path: Path) -> None:
+    library = logging.getLogger("fedmerge")
+    library.setLevel(logging.INFO)
+    library.propagate = False
+    library.handlers.clear()
+    for handler in (logging.StreamHandler(), logging.FileHandler(path, encoding="utf-8")):
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        library.addHandler(handler)
