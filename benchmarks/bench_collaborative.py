@@ -33,7 +33,7 @@ def build_backbone(device: str, precision: str) -> Backbone:
     """Random weights of MiniLM's shape; no tokenizer is needed."""
     config = BertConfig(hidden_size=WIDTH, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536)
     compute = resolve_compute(device, precision)
-    model = BertModel(config, add_pooling_layer=False).eval().requires_grad_(False).to(compute.device)
+    model = BertModel(config, add_pooling_layer=False).train(False).requires_grad_(False).to(compute.device)
     special = SpecialTokens(np.array([101], np.int32), np.array([102], np.int32), 0)
     return Backbone(model, None, special, "mean", "minilm-sized", "", compute)  # type: ignore[arg-type]  # see above
 
@@ -70,8 +70,7 @@ def collaborative_step(backbone: Backbone, num_domains: int, sequences: list[np.
         with merged_forward(backbone, stack, coefficients):
             users = embed_batch(backbone, sequences)
         rec, kd = batch_losses(users, drawn_domains, drawn_items, list(vectors), list(vectors), temperature=0.05)
-        optimizer.zero_grad()
-        (rec + 1000 * kd).backward()
+        (coefficients.grad,) = torch.autograd.grad(rec + 1000 * kd, [coefficients])
         optimizer.step()
 
     return step
@@ -81,12 +80,13 @@ def plain_step(device: str, precision: str, sequences: list[np.ndarray]) -> Call
     """Forward and backward of PEFT's LoRA on the same batch."""
     backbone = build_backbone(device, precision)
     get_peft_model(backbone.model, LoraConfig(r=RANK, lora_alpha=16, target_modules=["query", "value"]))
+    trained = [parameter for parameter in backbone.model.parameters() if parameter.requires_grad]
     targets = torch.nn.functional.normalize(torch.randn(NUM_ITEMS, WIDTH, device=backbone.compute.device), dim=-1)
 
     def step() -> None:
-        backbone.model.zero_grad()
         logits = embed_batch(backbone, sequences) @ targets.T
-        torch.nn.functional.cross_entropy(logits / 0.05, torch.arange(BATCH, device=logits.device)).backward()
+        loss = torch.nn.functional.cross_entropy(logits / 0.05, torch.arange(BATCH, device=logits.device))
+        torch.autograd.grad(loss, trained)
 
     return step
 

@@ -220,7 +220,7 @@ def _evaluate(
 
     def request(domain: str) -> RecordDict:
         expert = adapter_sha256(adapters[domain]) if domain in adapters else ""
-        return records.evaluation_request_record(records.EvaluationRequest(split, True, expert, split == "test"), merged)
+        return records.evaluation_request_record(records.EvaluationRequest(split, split == "test", expert, split == "test"), merged)
 
     logger.info("evaluating on %s: %s", split, ", ".join(merged))
     results: dict[str, dict[Variant, MetricSums]] = {}

@@ -47,7 +47,9 @@ def test_a_small_source_is_imported_as_by_hand(tmp_path: Path) -> None:
     manifest = import_mergerec(write_source(tmp_path / "src" / "Tiny", small_source()), tmp_path / "domains")
     folder = tmp_path / "domains" / "Tiny"
     assert (manifest.name, manifest.num_items, manifest.num_users, manifest.num_interactions) == ("Tiny", 3, 3, 10)
-    assert manifest.public_catalog and not manifest.synthetic and str(tmp_path) not in manifest.source
+    assert manifest.public_catalog
+    assert not manifest.synthetic
+    assert str(tmp_path) not in manifest.source
     catalog, interactions = load_catalog(folder), load_interactions(folder)
     assert catalog.item_ids == ("B1", "B2", "B3")
     assert catalog.attributes == {
@@ -150,25 +152,20 @@ def test_a_file_that_is_not_one_json_object_is_refused(tmp_path: Path, text: str
 @pytest.mark.data
 @pytest.mark.skipif("FEDMERGE_TEST_DATA" not in os.environ, reason="FEDMERGE_TEST_DATA names no folder of real domains")
 @pytest.mark.parametrize(
-    ("name", "num_users", "num_items", "num_interactions", "num_split_users"),
-    [
-        ("Beauty", 22363, 12101, 198502, 22363),
-        ("Pantry", 14180, 4968, 137769, 14178),
-        ("Toys", 19412, 11924, 167597, 19412),
+    ("name", "counts", "num_split_users"),
+    [  # counts: users, items, interactions
+        ("Beauty", (22363, 12101, 198502), 22363),
+        ("Pantry", (14180, 4968, 137769), 14178),
+        ("Toys", (19412, 11924, 167597), 19412),
     ],
 )
 def test_real_domains_have_the_published_counts_and_splits(
-    tmp_path: Path, name: str, num_users: int, num_items: int, num_interactions: int, num_split_users: int
+    tmp_path: Path, name: str, counts: tuple[int, int, int], num_split_users: int
 ) -> None:
     src = Path(os.environ["FEDMERGE_TEST_DATA"]) / name
-    import_mergerec(src, tmp_path)
-    info = domain_info(tmp_path / name)
-    assert (info.manifest.num_users, info.manifest.num_items, info.manifest.num_interactions) == (
-        num_users,
-        num_items,
-        num_interactions,
-    )
-    assert ("No item has a category." in info.problems) == (name == "Pantry")
+    manifest = import_mergerec(src, tmp_path)
+    assert (manifest.num_users, manifest.num_items, manifest.num_interactions) == counts
+    assert ("No item has a category." in domain_info(tmp_path / name).problems) == (name == "Pantry")
     interactions = load_interactions(tmp_path / name)
     for split, file_name in (("valid", "val.json"), ("test", "test.json")):
         published = json.loads((src / file_name).read_text())

@@ -3,7 +3,8 @@
 import copy
 from collections.abc import Callable
 from dataclasses import replace
-from typing import get_args
+from pathlib import Path
+from typing import Any, cast, get_args
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from adapters import layout_of, random_adapters
 from backbones import tiny_bert, tiny_roberta
 from peft import PeftModel
+from transformers import PreTrainedModel
 
 from fedmerge import config
 from fedmerge.device import resolve_compute
@@ -71,7 +73,7 @@ def test_groups_are_layers_in_number_order_then_others(adapters: dict[str, Adapt
 
 
 @pytest.mark.parametrize("layer_wise", [False, True])
-def test_equals_the_dense_sum_and_survives_peft(backbone: Backbone, layer_wise: bool, tmp_path) -> None:
+def test_equals_the_dense_sum_and_survives_peft(backbone: Backbone, layer_wise: bool, tmp_path: Path) -> None:
     adapters = random_adapters(layout_of(backbone))
     stack = stack_adapters(adapters)
     shape = (len(stack.domains), len(stack.groups)) if layer_wise else (len(stack.domains),)
@@ -88,7 +90,8 @@ def test_equals_the_dense_sum_and_survives_peft(backbone: Backbone, layer_wise: 
         layers[name].weight.data = (layers[name].weight.double() + delta).float()
 
     write_adapter(merged, tmp_path / "merged", backbone.name)
-    peft = replace(backbone, model=PeftModel.from_pretrained(copy.deepcopy(backbone.model), tmp_path / "merged").eval())
+    wrapped = PeftModel.from_pretrained(copy.deepcopy(backbone.model), tmp_path / "merged").train(False)
+    peft = replace(backbone, model=cast(PreTrainedModel, wrapped))
     with torch.no_grad():
         expected, found, base = (embed_batch(each, SEQUENCES) for each in (dense, peft, backbone))
     assert (expected - base).abs().max() > 0.05  # the adapters matter
@@ -125,9 +128,9 @@ def inputs_unchanged(coefficients_of: Callable[[Stack], torch.Tensor], adapters:
     coefficients = coefficients_of(stack)
     given = coefficients.clone()
     merged = linear_merge(stack, coefficients)
-    for module in merged.modules.values():  # and the result shares no memory with them
-        module.lora_A.zero_()
-        module.lora_B.zero_()
+    for result in merged.modules.values():  # and it shares no memory with them
+        result.lora_A.zero_()
+        result.lora_B.zero_()
     for module, factor in zip(stack.modules.values(), factors, strict=True):
         assert torch.equal(module.lora_A, factor)
         assert module.lora_B.any()
@@ -174,7 +177,7 @@ def test_coefficients_of_the_methods(adapters: dict[str, Adapter]) -> None:
     assert method_coefficients("task-arithmetic", stack).tolist() == [0.5] * 3
 
 
-def changed(adapter: Adapter, name: str, **factors: object) -> Adapter:
+def changed(adapter: Adapter, name: str, **factors: Any) -> Adapter:
     return Adapter({**adapter.modules, name: replace(adapter.modules[name], **factors)})
 
 
@@ -189,7 +192,9 @@ def changed(adapter: Adapter, name: str, **factors: object) -> Adapter:
         (lambda a: changed(a, "top", scaling=float("inf")), MergeError, "top: scaling holds 1"),
     ],
 )
-def test_refuses_by_name(adapters: dict[str, Adapter], damage, error: type[Exception], words: str) -> None:
+def test_refuses_by_name(
+    adapters: dict[str, Adapter], damage: Callable[[Adapter], Adapter], error: type[Exception], words: str
+) -> None:
     with pytest.raises(error, match=f"adapter of 'toys'.*{words}"):
         stack_adapters({**adapters, "toys": damage(adapters["toys"])})
 
@@ -220,7 +225,9 @@ def test_refuses_coefficients(adapters: dict[str, Adapter]) -> None:
         ("task-arithmetic", {"coefficient": True}, "found True"),
     ],
 )
-def test_refuses_methods_and_parameters(adapters: dict[str, Adapter], name: str, parameters, words: str) -> None:
+def test_refuses_methods_and_parameters(
+    adapters: dict[str, Adapter], name: str, parameters: dict[str, Any], words: str
+) -> None:
     with pytest.raises(ConfigError, match=words):
         method_coefficients(name, stack_adapters(adapters), **parameters)
 

@@ -262,10 +262,12 @@ def test_metrics_agree_with_torchmetrics() -> None:
     for user, target in enumerate(targets.tolist()):
         relevant = torch.zeros(90, dtype=torch.bool)
         relevant[target] = True
+        # In recall and reciprocal rank, torchmetrics 1.9 takes items with a score of 0 or less as not retrieved.
+        positive = scores[user] + 1.0
         theirs = [
-            *(retrieval_recall(scores[user], relevant, top_k=k).item() for k in CUTOFFS),
-            *(retrieval_normalized_dcg(scores[user], relevant, top_k=k).item() for k in CUTOFFS),
-            retrieval_reciprocal_rank(scores[user], relevant).item(),
+            *(retrieval_recall(positive, relevant, top_k=k).item() for k in CUTOFFS),
+            *(retrieval_normalized_dcg(positive, relevant, top_k=k).item() for k in CUTOFFS),
+            retrieval_reciprocal_rank(positive, relevant).item(),
         ]
         assert outcomes[user].tolist() == pytest.approx(theirs, abs=1e-6)
 

@@ -52,8 +52,10 @@ def test_a_draw_is_sorted_without_repeats_and_says_what_all_users_say() -> None:
     interactions = many_users()
     everyone = evaluation_examples(interactions, "test", None, 3)
     drawn = evaluation_examples(interactions, "test", 40, 3)
-    assert len(everyone) > 100 and len(drawn) == 40
-    assert (np.diff(drawn.users) > 0).all() and set(drawn.users) <= set(everyone.users)
+    assert len(everyone) > 100
+    assert len(drawn) == 40
+    assert (np.diff(drawn.users) > 0).all()
+    assert set(drawn.users) <= set(everyone.users)
     rows = np.searchsorted(everyone.users, drawn.users)
     assert drawn.targets.tolist() == everyone.targets[rows].tolist()
     assert [h.tolist() for h in drawn.histories] == [everyone.histories[row].tolist() for row in rows]

@@ -105,7 +105,7 @@ def test_markdown_has_one_cell_a_column_and_bold_marks() -> None:
         ROWS, variant="masked", split="test", merged_methods=["average", "ties"], table_format="markdown"
     )
     cells = markdown_cells(text, "recall@10")
-    assert cells["---"] == ["---:"] * 5 or set("".join(cells["---"])) <= set("-: |")
+    assert "\n| --- | ---: | ---: | ---: | ---: | ---: |\n| users |" in text
     assert cells["average"] == ["0.0612", "**0.0744**", "**0.0410**", "**0.0678**", "**0.0410**"]
     assert cells["expert"] == ["0.0900", "-", "-", "-", "-"]
     widths = {line.count(" | ") for line in text.splitlines() if line.startswith("| ")}

@@ -149,7 +149,7 @@ def check_in_catalog(items: IntArray, num_items: int, what: str) -> None:
 def _rank_blocks(
     blocks: Iterable[tuple[slice, torch.Tensor]], targets: IntArray, seen: Sequence[IntArray] | None
 ) -> npt.NDArray[np.int64]:
-    ranks = np.empty(len(targets), dtype=np.int64)
+    ranks = np.zeros(len(targets), dtype=np.int64)
     num_non_finite = num_scores = 0
     for span, scores in blocks:  # scores (b, N)
         num_scores += scores.numel()
@@ -278,7 +278,10 @@ class MetricSums:
 
     def metrics_by_method(self) -> dict[str, dict[str, float]]:
         """Method -> metric -> mean outcome."""
-        return {method: dict(zip(METRICS, row, strict=True)) for method, row in zip(self.methods, self.means().tolist(), strict=True)}
+        return {
+            method: dict(zip(METRICS, row, strict=True))
+            for method, row in zip(self.methods, self.means().tolist(), strict=True)
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """The same as JSON types; floats survive JSON exactly. See :func:`metric_sums_from_dict`."""

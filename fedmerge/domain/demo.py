@@ -1,24 +1,34 @@
-"""Bundled synthetic domains: shops whose users have tastes shared by all domains and habits that only one domain knows.
+"""Bundled synthetic domains: shops with tastes that all domains share and habits that only one has.
 
-The generative process is written down in ``docs/demo-data.md``. The data are frozen: DEMO_VERSION is part of every seed, and
-only ``Generator.random`` is drawn from, the NumPy stream least likely ever to change.
+The generative process is written down in ``docs/demo-data.md``. The data are frozen: DEMO_VERSION is part of every
+seed, and only ``Generator.random`` is drawn from, the NumPy stream least likely ever to change.
 """
 
 import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import IntEnum
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from fedmerge import seeding
-from fedmerge.domain.catalog import ATTRIBUTES, Catalog, catalog_fingerprint
-from fedmerge.domain.demo_words import BRAND_ENDS, BRAND_FORMS, BRAND_STARTS, STAGE_WORDS, STYLES, VOCABULARIES, Vocabulary
+from fedmerge.domain.catalog import ATTRIBUTES, Catalog, make_catalog
+from fedmerge.domain.demo_words import (
+    BRAND_ENDS,
+    BRAND_FORMS,
+    BRAND_STARTS,
+    STAGE_WORDS,
+    STYLES,
+    VOCABULARIES,
+    Family,
+    Vocabulary,
+)
 from fedmerge.domain.folder import write_domain
-from fedmerge.domain.interactions import Interactions
+from fedmerge.domain.interactions import Interactions, make_interactions
 from fedmerge.errors import DomainError
 
 DEMO_VERSION = 1
@@ -32,57 +42,76 @@ NUM_BRANDS = 24
 FAMILY_POWER = 3  # how unequal the shares of a user's mixture over families are
 
 PLAIN = len(STYLES)  # the style index of an item without any style word
-PLAIN_SHARE = 0.3
-STYLE_FIT = (0.62, 0.23, 0.02, 0.05)  # a user's liking of: main style, second style, any other style, plain items
+PLAIN_SHARE = 0.2
+STYLE_FIT = (0.72, 0.20, 0.01, 0.04)  # a user's liking of: main style, second style, any other style, plain items
 STAGE_SHARES = (0.5, 0.25, 0.25)  # items that are plain, starter, advanced (order of STAGE_WORDS)
-STAGE_STEP = np.array([[1.0, 0.6, 1.2], [1.0, 0.3, 2.0], [0.8, 0.1, 2.0]])  # liking of the next item's stage (column) after this one (row)
-STEP_SHARES = (0.25, 0.40, 0.15, 0.20)  # family after this one: the same, first complement, second complement, the domain's habit
+# Liking of the next item's stage (column) after this one's (row).
+STAGE_STEP = np.array([[1.0, 0.5, 1.2], [1.0, 0.2, 2.5], [0.7, 0.1, 2.5]])
+# Family after this one: the same, its first complement, its second complement, the domain's own habit.
+STEP_SHARES = (0.25, 0.50, 0.10, 0.15)
 SEEN_FACTOR = 0.02  # how much less an item already bought is liked
 POPULARITY_OFFSET = 5.0
+BLOCK_SIZE = 2_000_000  # user-item pairs handled at once: bounds the memory, changes no result
 
 
-class Mechanism(NamedTuple):
-    """How the next item is chosen, and how often that happens."""
+class Mechanism(IntEnum):
+    """How the next item is chosen."""
 
-    name: str
-    share: float
+    COMPLEMENT = 0
+    TASTE = 1
+    BRAND = 2
+    POPULAR = 3
+    NOISE = 4
 
 
-MECHANISMS = (
-    Mechanism("complement", 0.40),
-    Mechanism("taste", 0.30),
-    Mechanism("brand", 0.12),
-    Mechanism("popular", 0.10),
-    Mechanism("noise", 0.08),
-)
+MECHANISM_SHARES = (0.42, 0.34, 0.10, 0.07, 0.07)  # in the order of Mechanism
 
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True)
-class DemoDomain:
-    """One generated domain with the hidden variables it was drawn from (never written to disk).
+@dataclass(frozen=True, slots=True)
+class ItemTraits:
+    """The hidden variables of N items.
 
     Attributes:
-        family, style, stage, brand: (N,) of each item; indices into the vocabulary's families, STYLES (PLAIN = none),
-            STAGE_WORDS and the domain's brands.
+        family: (N,) index into the vocabulary's families.
+        style: (N,) index into STYLES, or PLAIN.
+        stage: (N,) index into STAGE_WORDS.
+        brand: (N,) index into the domain's brands.
         popularity: (N,) Zipf, mean 1.
-        family_steps: (F, F) probability of the next family by complement.
-        user_families: (U, F) each user's mixture over families.
-        user_style: (U,) main style of each user, index into STYLES.
     """
 
-    catalog: Catalog
-    interactions: Interactions
     family: Integers
     style: Integers
     stage: Integers
     brand: Integers
     popularity: Floats
+
+
+@dataclass(frozen=True, slots=True)
+class Tastes:
+    """The hidden variables of U users who share the habits of one domain with F families.
+
+    Attributes:
+        family_steps: (F, F) probability of the next family (column) by habit.
+        user_families: (U, F) each user's mixture over families.
+        user_style: (U,) main style of each user, index into STYLES.
+    """
+
     family_steps: Floats
     user_families: Floats
     user_style: Integers
+
+
+@dataclass(frozen=True, slots=True)
+class DemoDomain:
+    """One generated domain with the hidden variables it was drawn from (which are never written to disk)."""
+
+    catalog: Catalog
+    interactions: Interactions
+    traits: ItemTraits
+    tastes: Tastes
 
 
 def demo_names(num_domains: int) -> tuple[str, ...]:
@@ -92,9 +121,11 @@ def demo_names(num_domains: int) -> tuple[str, ...]:
         DomainError: num_domains out of range.
     """
     if not 1 <= num_domains <= MAX_DOMAINS:
-        raise DomainError(f"demo: num_domains is {num_domains}, expected 1 to {MAX_DOMAINS}; choose a number in that range.")
-    rounds, size = range(num_domains), len(DEMO_DOMAINS)
-    return tuple(DEMO_DOMAINS[k % size] + (f"-{k // size + 1}" if k >= size else "") for k in rounds)
+        raise DomainError(
+            f"demo: num_domains is {num_domains}, expected 1 to {MAX_DOMAINS}; choose a number in that range."
+        )
+    size = len(DEMO_DOMAINS)
+    return tuple(DEMO_DOMAINS[k % size] + (f"-{k // size + 1}" if k >= size else "") for k in range(num_domains))
 
 
 def write_demo(
@@ -146,6 +177,25 @@ def write_demo(
     return names
 
 
+def bundled_demo(cache_dir: Path) -> Path:
+    """The root of the bundled demo domains, written on first use; safe when several processes ask at once.
+
+    Args:
+        cache_dir: created where missing.
+    """
+    root = cache_dir / f"demo-v{DEMO_VERSION}"
+    if not root.is_dir():
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".demo-partial-", dir=cache_dir) as unfinished:
+            write_demo(Path(unfinished) / "demo")
+            try:
+                os.rename(Path(unfinished) / "demo", root)
+            except OSError:
+                if not root.is_dir():  # otherwise another process was faster with the same content
+                    raise
+    return root
+
+
 def generate_domain(name: str, *, seed: int = 0, num_users: int = 600, num_items: int = 400) -> DemoDomain:
     """Generate one demo domain in memory, hidden variables included.
 
@@ -158,77 +208,121 @@ def generate_domain(name: str, *, seed: int = 0, num_users: int = 600, num_items
     Raises:
         DomainError: an unknown name, or a number out of range.
     """
-    word, _, number = name.partition("-")
-    if word not in VOCABULARIES or (number and name not in demo_names(MAX_DOMAINS)):
-        raise DomainError(f"demo: no domain {name!r}; expected one of {', '.join(DEMO_DOMAINS)}, or a variant such as toys-2.")
+    if name not in DEMO_DOMAINS and name not in demo_names(MAX_DOMAINS):
+        raise DomainError(
+            f"demo: no domain {name!r}; expected one of {', '.join(DEMO_DOMAINS)}, or a variant such as toys-2."
+        )
     if num_users < 1:
-        raise DomainError(f"demo: num_users is {num_users}, expected at least 1.")
+        raise DomainError(f"demo: num_users is {num_users}, expected at least 1. Ask for more users.")
     if not MIN_ITEMS <= num_items <= MAX_ITEMS:
-        raise DomainError(f"demo: num_items is {num_items}, expected {MIN_ITEMS} to {MAX_ITEMS}.")
-    vocabulary = VOCABULARIES[word]
-    num_families = len(vocabulary.families)
-
+        raise DomainError(
+            f"demo: num_items is {num_items}, expected {MIN_ITEMS} to {MAX_ITEMS}. Choose a number in that range."
+        )
+    vocabulary = VOCABULARIES[name.partition("-")[0]]
     rng = seeding.generator(seed, "demo", DEMO_VERSION, name, "items")
     brands = _draw_brands(rng)
+    traits = _draw_traits(rng, len(vocabulary.families), num_items)
+    attributes = _write_texts(rng, vocabulary, brands, traits)
+    rng = seeding.generator(seed, "demo", DEMO_VERSION, name, "users")
+    tastes = _draw_tastes(rng, vocabulary, num_users)
+    return DemoDomain(
+        catalog=make_catalog(name, [f"{name}-i{item:05d}" for item in range(num_items)], attributes),
+        interactions=make_interactions(
+            [f"{name}-u{user:05d}" for user in range(num_users)], _draw_sequences(rng, traits, tastes)
+        ),
+        traits=traits,
+        tastes=tastes,
+    )
+
+
+def _draw_traits(rng: np.random.Generator, num_families: int, num_items: int) -> ItemTraits:
     family = _draw(np.ones(num_families), rng.random(num_items))
+    family[:num_families] = np.arange(num_families)  # no family is empty
     style = _draw([(1 - PLAIN_SHARE) / PLAIN] * PLAIN + [PLAIN_SHARE], rng.random(num_items))
     stage = _draw(STAGE_SHARES, rng.random(num_items))
     brand = _draw(1 / np.arange(3, NUM_BRANDS + 3), rng.random(num_items))
-    family[:num_families] = np.arange(num_families)  # no family is empty
     popularity = 1 / (POPULARITY_OFFSET + np.argsort(rng.random(num_items)))
-    popularity /= popularity.mean()
-    attributes = _write_texts(rng, vocabulary, brands, family, style, stage, brand)
-    item_ids = tuple(f"{name}-i{index:05d}" for index in range(num_items))
-    catalog = Catalog(name, item_ids, attributes, catalog_fingerprint(item_ids, attributes))
+    return ItemTraits(family, style, stage, brand, popularity / popularity.mean())
 
-    rng = seeding.generator(seed, "demo", DEMO_VERSION, name, "users")
+
+def _draw_tastes(rng: np.random.Generator, vocabulary: Vocabulary, num_users: int) -> Tastes:
+    num_families = len(vocabulary.families)
     family_steps = _draw_family_steps(rng, vocabulary)
-    base = 0.5 + rng.random(num_families)  # some families sell better than others in this domain
-    user_families = base * _exponential(rng.random((num_users, num_families))) ** FAMILY_POWER
+    demand = 0.5 + rng.random(num_families)  # some families sell better than others in this domain
+    user_families = demand * _exponential(rng.random((num_users, num_families))) ** FAMILY_POWER
     user_families /= user_families.sum(axis=1, keepdims=True)
     user_style = _draw(0.5 + rng.random(PLAIN), rng.random(num_users))  # and so do some styles
-    lengths = np.minimum(MIN_LENGTH + (LENGTH_SCALE * _exponential(rng.random(num_users))).astype(np.int64), MAX_LENGTH)
+    return Tastes(family_steps, user_families, user_style)
 
-    fit = np.full((num_users, PLAIN + 1), STYLE_FIT[2])
+
+def _draw_family_steps(rng: np.random.Generator, vocabulary: Vocabulary) -> Floats:
+    """(F, F) row-stochastic: the same family, its two complements, and one habit drawn for this domain."""
+    leaves = [family.leaf.split(" > ")[-1] for family in vocabulary.families]
+    steps = np.zeros((len(leaves), len(leaves)))
+    habits = _draw(np.ones(len(leaves) - 1), rng.random(len(leaves)))
+    for index, family in enumerate(vocabulary.families):
+        habit = (index + 1 + int(habits[index])) % len(leaves)  # any family but itself
+        successors = [index, *map(leaves.index, family.complements), habit]
+        for successor, share in zip(successors, STEP_SHARES, strict=True):
+            steps[index, successor] += share
+    return steps
+
+
+def _draw_sequences(rng: np.random.Generator, traits: ItemTraits, tastes: Tastes) -> list[Integers]:
+    """Each user's items, oldest first."""
+    num_users, num_items = len(tastes.user_style), len(traits.family)
+    extra = LENGTH_SCALE * _exponential(rng.random(num_users))
+    lengths = np.minimum(MIN_LENGTH + extra.astype(np.int64), MAX_LENGTH)
+    uniform = rng.random((num_users, MAX_LENGTH, 3))
+    sequences: list[Integers] = []
+    for users in np.array_split(np.arange(num_users), -(-num_users * num_items // BLOCK_SIZE)):
+        block = Tastes(tastes.family_steps, tastes.user_families[users], tastes.user_style[users])
+        items = _walk(traits, block, lengths[users], uniform[users])
+        sequences += [row[:length] for row, length in zip(items, lengths[users], strict=True)]
+    return sequences
+
+
+def _walk(traits: ItemTraits, tastes: Tastes, lengths: Integers, uniform: Floats) -> Integers:
+    """Draw all sequences of a block of users step by step.
+
+    Args:
+        traits: of the N items.
+        tastes: of the U users of the block.
+        lengths: (U,) items to draw.
+        uniform: (U, MAX_LENGTH, 3) in [0, 1): what chooses mechanism, family and item at each step.
+
+    Returns:
+        (U, MAX_LENGTH) item indices, oldest first; what lies beyond a user's length means nothing.
+    """
+    everyone = np.arange(len(lengths))
+    fit = np.full((len(lengths), PLAIN + 1), STYLE_FIT[2])
     fit[:, PLAIN] = STYLE_FIT[3]
-    fit[np.arange(num_users), user_style] = STYLE_FIT[0]
-    fit[np.arange(num_users), (user_style + 1) % PLAIN] = STYLE_FIT[1]
-    liking = fit[:, style] * np.sqrt(popularity)  # (U, N): what a user likes within any family
-
-    sequences = np.full((num_users, MAX_LENGTH), -1)
-    novelty = np.ones((num_users, num_items))
-    for step in range(MAX_LENGTH):
+    fit[everyone, tastes.user_style] = STYLE_FIT[0]
+    fit[everyone, (tastes.user_style + 1) % PLAIN] = STYLE_FIT[1]
+    liking = fit[:, traits.style] * np.sqrt(traits.popularity)  # (U, N)
+    novelty = np.ones_like(liking)
+    items = np.zeros((len(lengths), MAX_LENGTH), np.int64)
+    for step in range(int(lengths.max())):
         users = np.flatnonzero(lengths > step)
-        if len(users) == 0:
-            break
-        uniform = rng.random((3, num_users))[:, users]
-        mechanism = _draw([m.share for m in MECHANISMS], uniform[0])
+        mechanism = _draw(MECHANISM_SHARES, uniform[users, step, 0])
         weights = liking[users]
-        if step == 0:  # no item to start from: taste decides
-            next_family = _draw(user_families[users], uniform[1])
-            weights *= next_family[:, None] == family
+        families = tastes.user_families[users]
+        if step == 0:
+            mechanism[:] = Mechanism.TASTE  # there is no item yet to start from
         else:
-            last = sequences[users, step - 1]
-            weights *= STAGE_STEP[stage[last]][:, stage]
-            by_family = mechanism <= 1
-            complement = (mechanism == 0)[:, None]
-            next_family = _draw(np.where(complement, family_steps[family[last]], user_families[users]), uniform[1])
-            weights[by_family] *= next_family[by_family, None] == family
-            weights[mechanism == 2] *= brand[last[mechanism == 2], None] == brand
-            weights[mechanism == 3] = popularity
-            weights[mechanism == 4] = 1.0
-        chosen = _draw(weights * novelty[users], uniform[2])
-        novelty[users, chosen] = SEEN_FACTOR
-        sequences[users, step] = chosen
-
-    interactions = Interactions(
-        user_ids=tuple(f"{name}-u{index:05d}" for index in range(num_users)),
-        items=sequences[sequences >= 0].astype(np.int32),
-        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-    )
-    return DemoDomain(
-        catalog, interactions, family, style, stage, brand, popularity, family_steps, user_families, user_style
-    )
+            last = items[users, step - 1]
+            weights *= STAGE_STEP[traits.stage[last]][:, traits.stage]
+            by_habit = mechanism == Mechanism.COMPLEMENT
+            families[by_habit] = tastes.family_steps[traits.family[last[by_habit]]]
+            by_brand = mechanism == Mechanism.BRAND
+            weights[by_brand] *= traits.brand[last[by_brand], None] == traits.brand
+        in_family = mechanism <= Mechanism.TASTE
+        weights[in_family] *= _draw(families, uniform[users, step, 1])[in_family, None] == traits.family
+        weights[mechanism == Mechanism.POPULAR] = traits.popularity
+        weights[mechanism == Mechanism.NOISE] = 1.0
+        items[users, step] = _draw(weights * novelty[users], uniform[users, step, 2])
+        novelty[users, items[users, step]] = SEEN_FACTOR
+    return items
 
 
 def _draw(weights: npt.ArrayLike, uniform: Floats) -> Integers:
@@ -243,9 +337,8 @@ def _draw(weights: npt.ArrayLike, uniform: Floats) -> Integers:
     """
     cumulative = np.cumsum(np.asarray(weights, dtype=np.float64), axis=-1)
     if cumulative.ndim == 1:
-        return np.searchsorted(cumulative, uniform * cumulative[-1], side="right")
-    drawn: Integers = (cumulative <= (uniform * cumulative[:, -1])[:, None]).sum(axis=1)
-    return drawn
+        return np.asarray(np.searchsorted(cumulative, uniform * cumulative[-1], side="right"), dtype=np.int64)
+    return np.asarray((cumulative <= (uniform * cumulative[:, -1])[:, None]).sum(axis=1), dtype=np.int64)
 
 
 def _exponential(uniform: Floats) -> Floats:
@@ -263,62 +356,39 @@ def _draw_brands(rng: np.random.Generator) -> tuple[str, ...]:
     )
 
 
-def _draw_family_steps(rng: np.random.Generator, vocabulary: Vocabulary) -> Floats:
-    """(F, F) row-stochastic: the same family, its two complements, and one habit drawn for this domain."""
-    leaves = [family.leaf.split(" > ")[-1] for family in vocabulary.families]
-    steps = np.zeros((len(leaves), len(leaves)))
-    habits = _draw(np.ones(len(leaves) - 1), rng.random(len(leaves)))
-    for index, family in enumerate(vocabulary.families):
-        habit = (index + 1 + int(habits[index])) % len(leaves)  # any family but itself
-        successors = [index, *map(leaves.index, family.complements), habit]
-        for successor, share in zip(successors, STEP_SHARES, strict=True):
-            steps[index, successor] += share
-    return steps
-
-
 def _write_texts(
-    rng: np.random.Generator,
-    vocabulary: Vocabulary,
-    brands: tuple[str, ...],
-    family: Integers,
-    style: Integers,
-    stage: Integers,
-    brand: Integers,
+    rng: np.random.Generator, vocabulary: Vocabulary, brands: Sequence[str], traits: ItemTraits
 ) -> dict[str, tuple[str, ...]]:
-    """Title, brand and category of each item; items with the text of an earlier one are drawn again until all differ."""
-    rows: list[tuple[str, str, str]] = []
-    taken: set[tuple[str, str, str]] = set()
-    for item in range(len(family)):
-        style_words = ()
-        if style[item] < PLAIN:
-            style_words = (*STYLES[style[item]].words, vocabulary.style_words[style[item]])
-        kind = vocabulary.families[family[item]]
-        row = None
-        while row is None or row in taken:
-            uniform = rng.random(9)
-            row = _write_text(uniform, vocabulary, kind.nouns, style_words, STAGE_WORDS[stage[item]], brands[brand[item]], kind.leaf)
-        taken.add(row)
-        rows.append(row)
-    return dict(zip(ATTRIBUTES, zip(*rows, strict=True), strict=True))
+    """Title, brand and category of each item; the text of an earlier item is drawn again until all differ."""
+    texts: dict[tuple[str, str, str], None] = {}  # in order
+    for kind, style, stage, brand in zip(traits.family, traits.style, traits.stage, traits.brand, strict=True):
+        write = partial(
+            _write_text,
+            vocabulary=vocabulary,
+            family=vocabulary.families[kind],
+            style_words=() if style == PLAIN else (*STYLES[style].words, vocabulary.style_words[style]),
+            stage_words=STAGE_WORDS[stage],
+            brand=brands[brand],
+        )
+        while (text := write(rng.random(9))) in texts:
+            pass
+        texts[text] = None
+    return dict(zip(ATTRIBUTES, zip(*texts, strict=True), strict=True))
 
 
 def _write_text(
     uniform: Floats,
+    *,
     vocabulary: Vocabulary,
-    nouns: Sequence[str],
+    family: Family,
     style_words: Sequence[str],
     stage_words: Sequence[str],
     brand: str,
-    leaf: str,
 ) -> tuple[str, str, str]:
     """(title, brand, category) of one item, as a shop would write it: the order varies and parts may be missing."""
-
-    def pick(words: Sequence[str], u: float) -> str:
-        return words[int(u * len(words))] if words else ""
-
-    noun, qualifier = pick(nouns, uniform[0]), pick(vocabulary.qualifiers, uniform[1])
-    variant = pick(vocabulary.variants, uniform[2])
-    style, stage = pick(style_words, uniform[3]), pick(stage_words, uniform[4])
+    noun, qualifier = _pick(family.nouns, uniform[0]), _pick(vocabulary.qualifiers, uniform[1])
+    variant = _pick(vocabulary.variants, uniform[2])
+    style, stage = _pick(style_words, uniform[3]), _pick(stage_words, uniform[4])
     maker = brand if uniform[5] < 0.6 else ""
     if uniform[6] < 0.6:
         title = _join(maker, style, stage, qualifier, noun) + f", {variant}"
@@ -326,32 +396,17 @@ def _write_text(
         title = _join(style, stage, qualifier, noun, maker and f"by {maker}") + f" - {variant}"
     else:
         title = _join(maker, stage, qualifier, noun) + f" ({style + ', ' if style else ''}{variant})"
-    parts = [vocabulary.department, *leaf.split(" > ")]
+    category = [vocabulary.department, *family.leaf.split(" > ")]
     if uniform[8] < 0.06:
-        parts = []
+        category = []
     elif uniform[8] < 0.16:
-        parts = parts[:-1]  # filed under the parent, as careless sellers do
-    return title, brand if uniform[7] >= 0.08 else "", " > ".join(parts)
+        category = category[:-1]  # filed under the parent, as careless sellers do
+    return title, brand if uniform[7] >= 0.08 else "", " > ".join(category)
+
+
+def _pick(words: Sequence[str], uniform: float) -> str:
+    return words[int(uniform * len(words))] if words else ""
 
 
 def _join(*words: str) -> str:
     return " ".join(word for word in words if word)
-
-
-def bundled_demo(cache_dir: Path) -> Path:
-    """The root of the bundled demo domains, written on first use; safe when several processes ask at once.
-
-    Args:
-        cache_dir: created where missing.
-    """
-    root = cache_dir / f"demo-v{DEMO_VERSION}"
-    if not root.is_dir():
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".demo-partial-", dir=cache_dir) as partial:
-            write_demo(Path(partial) / "demo")
-            try:
-                os.rename(Path(partial) / "demo", root)
-            except OSError:
-                if not root.is_dir():  # otherwise another process was faster with the same content
-                    raise
-    return root

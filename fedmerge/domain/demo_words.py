@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """A product family: a leaf of the category tree, its product nouns, and the families people buy next (the first one most often)."""
+    """A product family: its place in the category tree, its product nouns, and the leaves of the families people buy next."""
 
     leaf: str
     nouns: tuple[str, ...]

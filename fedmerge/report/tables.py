@@ -175,7 +175,8 @@ def differences_table(
     Args:
         sums: domain -> its metric sums, all of one variant.
         roles: domain -> "train" or "unseen", for every domain of ``sums``.
-        baseline: the method that the others are compared with; a domain without it, or with one user, has no differences.
+        baseline: the method that the others are compared with; a domain without it, or with one user, has no
+            differences.
         split: what was evaluated on; named in the header.
         metrics: tables to give, in this order.
         synthetic: the header says that the data are generated.
@@ -232,7 +233,7 @@ def differences_table(
         mark = "bold" if table_format == "markdown" else "*"
         notes.append(f"{mark}: the interval excludes 0; not corrected for the number of comparisons.")
     if any_absent:
-        notes.append(_absent_note())
+        notes.append(_absent_note() + " A difference needs both methods and at least two users.")
     return _page(_header(next(iter(sums.values())).variant, split, domains, synthetic), tables, notes, table_format)
 
 
@@ -303,9 +304,7 @@ def _difference_cell(difference: PairedDifference | None, num_digits: int) -> _C
 
 
 def _absent_note() -> str:
-    return (
-        f"{_ABSENT}: not evaluated (or one user, for a difference); a mean needs a value in every domain of its group."
-    )
+    return f"{_ABSENT}: not evaluated; a mean is given only where every domain of its group has a value."
 
 
 def _header(variant: Variant, split: Split, domains: _Domains, synthetic: bool) -> list[str]:

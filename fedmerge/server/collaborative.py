@@ -258,8 +258,7 @@ def learn_coefficients(
                     users, drawn_domains[step], drawn_items[step], teachers, students, temperature=settings.temperature
                 )
                 loss = settings.rec_weight * rec + settings.kd_weight * kd
-                optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+                (coefficients.grad,) = torch.autograd.grad(loss, [coefficients])
                 optimizer.step()
                 losses = Losses(float(loss.detach()), float(rec.detach()), float(kd.detach()))
                 history.append(losses)
