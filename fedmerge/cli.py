@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from fedmerge import __version__
 from fedmerge.errors import FedMergeError
@@ -28,14 +29,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="fedmerge", description="Build one recommender together, without sharing user data.")
+    parser = argparse.ArgumentParser(
+        prog="fedmerge", description="Build one recommender together, without sharing user data."
+    )
     parser.add_argument("--version", action="version", version=f"fedmerge {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     run = commands.add_parser("run", help="run an experiment through Flower's simulation engine")
     run.add_argument("config", type=Path, help="experiment file, for example configs/demo.toml")
-    run.add_argument("--set", dest="overrides", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="change settings")
-    run.add_argument("--app", type=Path, default=None, help="folder with pyproject.toml and sim/ (default: the installed checkout)")
+    run.add_argument(
+        "--set", dest="overrides", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="change settings"
+    )
+    run.add_argument(
+        "--app", type=Path, default=None, help="folder with pyproject.toml and sim/ (default: the installed checkout)"
+    )
     run.set_defaults(command=_run)
 
     check = commands.add_parser("check", help="validate an experiment file without running it")
@@ -43,11 +50,17 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--set", dest="overrides", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
     check.set_defaults(command=_check)
 
-    data = commands.add_parser("data", help="make and look at domain folders").add_subparsers(required=True, metavar="ACTION")
+    data = commands.add_parser("data", help="make and look at domain folders").add_subparsers(
+        required=True, metavar="ACTION"
+    )
     importer = data.add_parser("import", help="import a domain").add_subparsers(required=True, metavar="FORMAT")
-    mergerec = importer.add_parser("mergerec", help="train.json, val.json, test.json, meta_data.json, smap.json, umap.json")
+    mergerec = importer.add_parser(
+        "mergerec", help="train.json, val.json, test.json, meta_data.json, smap.json, umap.json"
+    )
     mergerec.add_argument("source", type=Path, metavar="SRC")
-    mergerec.add_argument("destination", type=Path, metavar="DST", help="folder of domain folders; the domain goes into DST/NAME")
+    mergerec.add_argument(
+        "destination", type=Path, metavar="DST", help="folder of domain folders; the domain goes into DST/NAME"
+    )
     mergerec.add_argument("--name", default=None, help="the domain's name (default: that of SRC)")
     mergerec.add_argument("--overwrite", action="store_true", help="replace the domain if it exists")
     mergerec.add_argument("--private-catalog", action="store_true", help="the catalog must not leave the client either")
@@ -66,7 +79,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--domain", type=Path, required=True, metavar="DIR")
     evaluate.add_argument("--split", choices=("valid", "test"), default="valid")
     evaluate.add_argument("--max-users", type=int, default=None, help="default: all")
-    evaluate.add_argument("--config", type=Path, default=None, help="experiment file for backbone, text and runtime settings")
+    evaluate.add_argument(
+        "--config", type=Path, default=None, help="experiment file for backbone, text and runtime settings"
+    )
     evaluate.add_argument("--set", dest="overrides", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
     evaluate.add_argument("--json", action="store_true", help="machine-readable output")
     evaluate.set_defaults(command=_evaluate)
@@ -75,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(options: argparse.Namespace) -> int:
     from fedmerge.config import load_config, with_absolute_paths
-    from sim.launch import run_experiment
+    from sim.run import run_experiment
 
     config = with_absolute_paths(load_config(options.config, options.overrides), Path.cwd())
     return run_experiment(config, options.app or Path(__file__).resolve().parent.parent)
@@ -86,7 +101,10 @@ def _check(options: argparse.Namespace) -> int:
 
     config = load_config(options.config, options.overrides)
     domains = f"{len(config.domains.train)} training and {len(config.domains.unseen)} unseen domains"
-    print(f"{options.config}: valid ({config.name}: {domains}, methods {', '.join(config.merge.methods)}, seed {config.seed})")
+    print(
+        f"{options.config}: valid ({config.name}: {domains}, methods {', '.join(config.merge.methods)}, "
+        f"seed {config.seed})"
+    )
     return 0
 
 
@@ -100,7 +118,10 @@ def _import_mergerec(options: argparse.Namespace) -> int:
         overwrite=options.overwrite,
         public_catalog=not options.private_catalog,
     )
-    print(f"{options.destination / manifest.name}: {manifest.num_users} users, {manifest.num_items} items, {manifest.num_interactions} interactions")
+    print(
+        f"{options.destination / manifest.name}: {manifest.num_users} users, {manifest.num_items} items, "
+        f"{manifest.num_interactions} interactions"
+    )
     return 0
 
 
@@ -108,7 +129,8 @@ def _demo(options: argparse.Namespace) -> int:
     from fedmerge.domain.demo import write_demo
 
     names = write_demo(options.destination, num_domains=options.num_domains, overwrite=options.overwrite)
-    print(f"{options.destination}: {len(names)} synthetic domains: {', '.join(names[:12])}{', …' if len(names) > 12 else ''}")
+    shown = ", ".join(names[:12]) + (", …" if len(names) > 12 else "")
+    print(f"{options.destination}: {len(names)} synthetic domains: {shown}")
     return 0
 
 
@@ -120,7 +142,11 @@ def _info(options: argparse.Namespace) -> int:
     is_domain = (options.folder / MANIFEST_FILE).exists() or not options.folder.is_dir()
     folders = [options.folder] if is_domain else [options.folder / name for name in list_domains(options.folder)]
     if not folders:
-        print(f"fedmerge: {options.folder}: no domain folder in it. Make some with 'fedmerge data demo' or 'fedmerge data import'.", file=sys.stderr)
+        print(
+            f"fedmerge: {options.folder}: no domain folder in it. "
+            "Make some with 'fedmerge data demo' or 'fedmerge data import'.",
+            file=sys.stderr,
+        )
         return 1
     print("\n\n".join(domain_text(folder) for folder in folders))
     return 0
@@ -149,13 +175,14 @@ def _evaluate(options: argparse.Namespace) -> int:
     sums = evaluate(domain, {label: adapter}, options.split, options.max_users, config.seed, baselines=True)
     name = domain.manifest.name
     if options.json:
-        result = {
+        result: dict[str, Any] = {
             "domain": name,
             "split": options.split,
             "synthetic": domain.manifest.synthetic,
             "precision": compute.precision,
-            **{variant: {"num_users": s.num_users, "methods": s.metrics_by_method()} for variant, s in sums.items()},
         }
+        for variant, s in sums.items():
+            result[variant] = {"num_users": s.num_users, "methods": s.metrics_by_method()}
         print(json.dumps(result, indent=2))
         return 0
     for variant, of_variant in sums.items():

@@ -1,7 +1,7 @@
 """One experiment, validated. Imports neither torch nor transformers, so a bad file is refused at once.
 
-An experiment file is TOML with one table per section. Flower's run configuration knows flat scalars only, so in files a list
-is a comma-separated string and an absent value is ``"none"``; Python sees tuples and None.
+An experiment file is TOML with one table per section. Flower's run configuration knows flat scalars only, so in files a
+list is a comma-separated string and an absent value is ``"none"``; Python sees tuples and None.
 """
 
 import difflib
@@ -18,6 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from fedmerge.errors import ConfigError
 
 Scalar = str | int | float | bool
+
+Split = Literal["valid", "test"]
 
 DEMO_ROOT = "demo"  # value of domains.root that names the bundled synthetic domains
 
@@ -43,7 +45,9 @@ class Section(BaseModel):
 class Domains(Section):
     """Which domains take part."""
 
-    root: str = Field(DEMO_ROOT, min_length=1, description="Folder of domain folders; 'demo' for the bundled synthetic ones.")
+    root: str = Field(
+        DEMO_ROOT, min_length=1, description="Folder of domain folders; 'demo' for the bundled synthetic ones."
+    )
     train: tuple[str, ...] = Field(
         ("beauty", "books", "camping", "coffee"), description="Domains that train an expert and are merged."
     )
@@ -63,8 +67,12 @@ class Domains(Section):
 class BackboneSection(Section):
     """The frozen text encoder."""
 
-    source: str = Field("sentence-transformers/all-MiniLM-L6-v2", min_length=1, description="Hugging Face model id or folder.")
-    pooling: Literal["cls", "mean", "last"] = Field("mean", description="cls: BERT, BLaIR; mean: sentence-transformers; last: decoders.")
+    source: str = Field(
+        "sentence-transformers/all-MiniLM-L6-v2", min_length=1, description="Hugging Face model id or folder."
+    )
+    pooling: Literal["cls", "mean", "last"] = Field(
+        "mean", description="cls: BERT, BLaIR; mean: sentence-transformers; last: decoders."
+    )
     weights_sha256: str | None = Field(
         None, pattern="^[0-9a-f]{64}$", description="Expected SHA-256 of model.safetensors; MiniLM's is built in."
     )
@@ -73,7 +81,9 @@ class BackboneSection(Section):
 class Text(Section):
     """How items and histories become token sequences."""
 
-    max_attribute_tokens: int = Field(32, ge=1, le=512, description="Each attribute of an item is cut to this many tokens.")
+    max_attribute_tokens: int = Field(
+        32, ge=1, le=512, description="Each attribute of an item is cut to this many tokens."
+    )
     max_items: int = Field(50, ge=1, le=1000, description="Most recent items of a history that are read.")
     max_tokens: int = Field(128, ge=8, le=32768, description="Longest sequence in tokens.")
 
@@ -82,7 +92,7 @@ class Lora(Section):
     """The adapter that each client trains."""
 
     rank: int = Field(8, ge=1, le=1024, description="r")
-    alpha: float = Field(16.0, gt=0, description="Scaling times r.")
+    alpha: int = Field(16, ge=1, description="Scaling times r.")
     target_modules: tuple[str, ...] = Field(
         ("query", "value"), min_length=1, description="Names of linear layers, or 'all-linear'."
     )
@@ -95,7 +105,8 @@ class Train(Section):
     batch_size: int = Field(64, ge=2, le=4096)
     temperature: float = Field(0.05, gt=0, le=10, description="Cosines are divided by it.")
     samples: Literal["last", "random-prefix"] = Field(
-        "random-prefix", description="Target of a user in an epoch: the last training item (as published), or a random one."
+        "random-prefix",
+        description="Target of a user in an epoch: the last training item (as published), or a random one.",
     )
     max_epochs: int | None = Field(None, ge=1)
     max_steps: int | None = Field(60, ge=1)
@@ -116,13 +127,17 @@ class Merge(Section):
     """Which merges are made. Among a method's variants the best on validation is kept."""
 
     methods: tuple[MergeMethod, ...] = Field(("average", "task-arithmetic", "mergerec"), min_length=1)
-    task_arithmetic_coefficients: tuple[float, ...] = Field((0.2, 0.4, 0.6, 0.8), min_length=1, description="Variants to try.")
+    task_arithmetic_coefficients: tuple[float, ...] = Field(
+        (0.2, 0.4, 0.6, 0.8), min_length=1, description="Variants to try."
+    )
 
 
 class MergeRec(Section):
     """Collaborative merging (METHODS §4). The defaults are the published settings."""
 
-    granularities: tuple[Literal["domain", "layer"], ...] = Field(("domain", "layer"), min_length=1, description="Variants to try.")
+    granularities: tuple[Literal["domain", "layer"], ...] = Field(
+        ("domain", "layer"), min_length=1, description="Variants to try."
+    )
     initial_coefficient: float = Field(0.2)
     learning_rate: float = Field(1e-3, gt=0, le=1)
     steps: int = Field(500, ge=1)
@@ -130,7 +145,9 @@ class MergeRec(Section):
     temperature: float = Field(0.05, gt=0)
     rec_weight: float = Field(1.0, ge=0)
     kd_weight: float = Field(1000.0, ge=0)
-    refresh_every: int | None = Field(None, ge=1, description="Re-encode the student's items every n steps; 'none': never.")
+    refresh_every: int | None = Field(
+        None, ge=1, description="Re-encode the student's items every n steps; 'none': never."
+    )
     balance_domains: bool = Field(False, description="Draw domains equally often instead of by catalog size.")
 
 
@@ -139,13 +156,17 @@ class Evaluation(Section):
 
     validation_users: int | None = Field(500, ge=1, description="Users a domain for choosing variants; 'none' for all.")
     test_users: int | None = Field(None, ge=1, description="Users a domain for the final table; 'none' for all.")
-    selection_metric: Literal["recall@10", "ndcg@10", "mrr"] = Field("ndcg@10", description="Mean over training domains, unmasked.")
+    selection_metric: Literal["recall@10", "ndcg@10", "mrr"] = Field(
+        "ndcg@10", description="Mean over training domains, unmasked."
+    )
 
 
 class Server(Section):
     """What the server waits for and where it finds catalogs."""
 
-    catalogs: str | None = Field(None, description="Folder of catalogs; 'none': clients send theirs, if the policy lets them.")
+    catalogs: str | None = Field(
+        None, description="Folder of catalogs; 'none': clients send theirs, if the policy lets them."
+    )
     wait_seconds: float = Field(60.0, gt=0, description="How long to wait for all clients to connect.")
     min_train_clients: int = Field(2, ge=1, description="Fewer working training clients than this: the run fails.")
     describe_timeout_seconds: float = Field(600.0, gt=0)
@@ -157,7 +178,8 @@ class Privacy(Section):
     """What may leave a client; checked on both sides."""
 
     policy: Literal["adapter+catalog", "adapter"] = Field(
-        "adapter+catalog", description="adapter+catalog: catalogs are public (MergeRec's own setting); adapter: adapter and metric sums only."
+        "adapter+catalog",
+        description="adapter+catalog: catalogs are public, as MergeRec has it; adapter: adapter and metric sums only.",
     )
     min_users: int = Field(20, ge=1, description="Metric sums over fewer users than this do not leave a client.")
 
@@ -165,7 +187,9 @@ class Privacy(Section):
 class Runtime(Section):
     """Compute on each side."""
 
-    threads_per_client: int = Field(1, ge=1, description="PyTorch threads of a client; also its CPUs in the simulation.")
+    threads_per_client: int = Field(
+        1, ge=1, description="PyTorch threads of a client; also its CPUs in the simulation."
+    )
     server_threads: int = Field(2, ge=1, description="PyTorch threads of the server.")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -177,10 +201,14 @@ class ExperimentConfig(Section):
     name: str = Field("demo", pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$", description="Begins the name of the run folder.")
     seed: int = Field(0, ge=0, lt=2**31)
     run_id: str | None = Field(
-        None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$", description="Name of the run folder; 'none': name, time and a random part."
+        None,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$",
+        description="Name of the run folder; 'none': name, time and a random part.",
     )
     output_dir: str = Field("runs", min_length=1, description="Where run folders are made.")
-    cache_dir: str = Field("~/.cache/fedmerge", min_length=1, description="Each client's own disk: its experts, the demo domains.")
+    cache_dir: str = Field(
+        "~/.cache/fedmerge", min_length=1, description="Each client's own disk: its experts, the demo domains."
+    )
     domains: Domains = Domains()
     backbone: BackboneSection = BackboneSection()
     text: Text = Text()
@@ -197,8 +225,9 @@ class ExperimentConfig(Section):
     def _consistent(self) -> "ExperimentConfig":
         if "mergerec" in self.merge.methods and self.privacy.policy == "adapter" and self.server.catalogs is None:
             raise ValueError(
-                "merge.methods holds mergerec, which needs the catalogs, but privacy.policy = 'adapter' keeps them at the clients "
-                "and server.catalogs is 'none'; set privacy.policy = 'adapter+catalog' or give server.catalogs a folder"
+                "merge.methods holds mergerec, which needs the catalogs, but privacy.policy = 'adapter' keeps them at "
+                "the clients and server.catalogs is 'none'; set privacy.policy = 'adapter+catalog' or give "
+                "server.catalogs a folder"
             )
         if self.server.min_train_clients > len(self.domains.train):
             raise ValueError(
@@ -223,7 +252,9 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> ExperimentC
         try:
             values = flatten(tomllib.loads(path.read_text(encoding="utf-8")))
         except OSError as error:
-            raise ConfigError(f"{path}: cannot be read ({error.strerror}). Give the path of an experiment file.") from error
+            raise ConfigError(
+                f"{path}: cannot be read ({error.strerror}). Give the path of an experiment file."
+            ) from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path}: not valid TOML: {error}.") from error
     for override in overrides:
@@ -246,7 +277,9 @@ def from_flat(flat: Mapping[str, Any], where: str = "run config") -> ExperimentC
     for key, value in flat.items():
         if key not in known:
             close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-            problems.append(f"{key}: unknown key" + (f"; did you mean {close[0]}?" if close else "; see docs/configuration.md"))
+            problems.append(
+                f"{key}: unknown key" + (f"; did you mean {close[0]}?" if close else "; the keys stand in [tool.flwr.app.config] of pyproject.toml")
+            )
             continue
         section, dot, field = key.rpartition(".")
         (nested.setdefault(section, {}) if dot else nested)[field] = value
@@ -255,7 +288,9 @@ def from_flat(flat: Mapping[str, Any], where: str = "run config") -> ExperimentC
     except ValidationError as error:
         problems += [_describe(problem) for problem in error.errors(include_url=False)]
     if problems:
-        raise ConfigError(f"{where}: {len(problems)} problem{'s' * (len(problems) > 1)}\n" + "\n".join(f"  {p}" for p in problems))
+        raise ConfigError(
+            f"{where}: {len(problems)} problem{'s' * (len(problems) > 1)}\n" + "\n".join(f"  {p}" for p in problems)
+        )
     return config
 
 
@@ -299,7 +334,9 @@ def with_absolute_paths(config: ExperimentConfig, start: Path) -> ExperimentConf
             "output_dir": absolute(config.output_dir),
             "cache_dir": absolute(config.cache_dir),
             "domains": config.domains.model_copy(
-                update={"root": config.domains.root if config.domains.root == DEMO_ROOT else absolute(config.domains.root)}
+                update={
+                    "root": config.domains.root if config.domains.root == DEMO_ROOT else absolute(config.domains.root)
+                }
             ),
             "backbone": config.backbone.model_copy(update={"source": absolute(source) if is_folder else source}),
             "server": config.server.model_copy(

@@ -44,7 +44,9 @@ def resolve_compute(device: str = "auto", precision: str = "auto") -> Compute:
         )
     resolved = torch.device("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu"))
     if precision != "auto":
-        return Compute(resolved, torch.bfloat16 if precision == "bfloat16" else None, f"{resolved}, {precision} as asked")
+        return Compute(
+            resolved, torch.bfloat16 if precision == "bfloat16" else None, f"{resolved}, {precision} as asked"
+        )
     native = torch.cuda.is_bf16_supported() if resolved.type == "cuda" else _cpu_multiplies_bfloat16()
     if native:
         return Compute(resolved, torch.bfloat16, f"{resolved}, bfloat16: multiplied natively here")
@@ -52,5 +54,6 @@ def resolve_compute(device: str = "auto", precision: str = "auto") -> Compute:
 
 
 def _cpu_multiplies_bfloat16() -> bool:
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older PyTorch cannot tell: float32
-    return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16", "bf16"))
+    read = getattr(torch.cpu, "get_capabilities", None)  # older PyTorch cannot tell: float32
+    capabilities: dict[str, object] = read() if read else {}
+    return any(bool(capabilities.get(name)) for name in ("amx_bf16", "avx512_bf16", "bf16"))

@@ -1,14 +1,14 @@
 """The errors fedmerge raises on purpose. Every message says where, what was found, what was expected and the remedy.
 
-    FedMergeError
-    ├── ConfigError (ValueError)           a setting of the experiment
-    ├── DomainError (ValueError)           a domain folder or the data that goes into it
-    ├── LayoutMismatchError (ValueError)   adapters or tensors that do not belong together
-    ├── BackboneError (ValueError)         a backbone that is missing, damaged or not the one announced
-    ├── MergeError                         a merge that cannot be computed
-    ├── ClientError                        a client that failed, named
-    ├── PolicyError                        something that the privacy policy does not let out
-    └── RunDirError                        a run folder
+FedMergeError
+├── ConfigError (ValueError)           a setting of the experiment
+├── DomainError (ValueError)           a domain folder or the data that goes into it
+├── LayoutMismatchError (ValueError)   adapters or tensors that do not belong together
+├── BackboneError (ValueError)         a backbone that is missing, damaged or not the one announced
+├── MergeError                         a merge that cannot be computed
+├── ClientError                        a client that failed, named
+├── PolicyError                        something that the privacy policy does not let out
+└── RunDirError                        a run folder
 """
 
 

@@ -1,13 +1,13 @@
 """A run on disk. Every file is there whole or not at all, nothing is overwritten, ``DONE`` is written last.
 
-    config.toml, environment.json      what was run, and on what
-    adapters/<domain>/                 each expert, a PEFT folder, with training.json
-    merged/<label>/                    each merge, a PEFT folder, with provenance.json
-    choice.json                        what validation chose, written before test is read
-    metrics.parquet, products.parquet  sums and counts per split, variant, domain, method and metric
-    exposure.parquet                   what left each client: names, shapes, dtypes, bytes
-    clients.json                       who took part, who was excluded and why
-    report.txt, run.log, DONE
+config.toml, environment.json      what was run, and on what
+adapters/<domain>/                 each expert, a PEFT folder, with training.json
+merged/<label>/                    each merge, a PEFT folder, with provenance.json
+choice.json                        what validation chose, written before test is read
+metrics.parquet, products.parquet  sums and counts per split, variant, domain, method and metric
+exposure.parquet                   what left each client: names, shapes, dtypes, bytes
+clients.json                       who took part, who was excluded and why
+report.txt, run.log, DONE
 """
 
 import importlib.metadata
@@ -45,9 +45,13 @@ def create_run(config: ExperimentConfig) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir()
     except FileExistsError as error:
-        raise RunDirError(f"{folder} exists; a run never overwrites another. Choose another run_id or output_dir.") from error
+        raise RunDirError(
+            f"{folder} exists; a run never overwrites another. Choose another run_id or output_dir."
+        ) from error
     except OSError as error:
-        raise RunDirError(f"{folder} cannot be created ({error.strerror}). Set output_dir to a folder you can write.") from error
+        raise RunDirError(
+            f"{folder} cannot be created ({error.strerror}). Set output_dir to a folder you can write."
+        ) from error
     write_text(folder / "config.toml", to_toml(config))
     write_json(folder / "environment.json", environment())
     return folder
@@ -86,7 +90,9 @@ def write_text(path: Path, text: str) -> None:
         os.replace(partial, path)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        raise RunDirError(f"{path} cannot be written ({error.strerror}). Check the space and the permissions there.") from error
+        raise RunDirError(
+            f"{path} cannot be written ({error.strerror}). Check the space and the permissions there."
+        ) from error
 
 
 def write_json(path: Path, data: Any) -> None:

@@ -40,14 +40,14 @@ class Client:
     role: str
 
 
-def _answer(handler: Callable[[Message, Client], RecordDict]) -> Callable[[Message, Context], Message]:
-    """Open this node's domain, run a handler, and turn an error into a reply that names it."""
+def _answer(handler: Callable[[Message, Context], RecordDict]) -> Callable[[Message, Context], Message]:
+    """Turn what a handler returns into a reply, and an error into a reply that names it."""
 
     @wraps(handler)
     def answer(message: Message, context: Context) -> Message:
         _log_to_stderr()
         try:
-            content = handler(message, _client(context))
+            content = handler(message, context)
         except FedMergeError as error:
             logger.error("%s: %s", type(error).__name__, error)
             content = records.error_record(f"{type(error).__name__}: {error}")
@@ -60,14 +60,12 @@ def _answer(handler: Callable[[Message, Client], RecordDict]) -> Callable[[Messa
 
 
 @app.query("describe")
-def describe(message: Message, context: Context) -> Message:
+@_answer
+def describe(message: Message, context: Context) -> RecordDict:
     """Say which domain this is and what it runs on."""
     if _place(context) is None:
-        return Message(records.description_record(records.Description("", "idle")), reply_to=message)
-    return _answer(_describe)(message, context)
-
-
-def _describe(message: Message, client: Client) -> RecordDict:
+        return records.description_record(records.Description("", "idle"))
+    client = _client(context)
     manifest, backbone = client.domain.manifest, client.domain.backbone
     check_may_leave(client.config.privacy.policy, "description", manifest.name)
     description = records.Description(
@@ -88,8 +86,9 @@ def _describe(message: Message, client: Client) -> RecordDict:
 
 @app.query("catalog")
 @_answer
-def catalog(message: Message, client: Client) -> RecordDict:
+def catalog(message: Message, context: Context) -> RecordDict:
     """Send the catalog, where policy and owner allow it."""
+    client = _client(context)
     manifest = client.domain.manifest
     check_may_leave(client.config.privacy.policy, "catalog", manifest.name)
     check_catalog_is_public(manifest.name, manifest.public_catalog)
@@ -98,8 +97,9 @@ def catalog(message: Message, client: Client) -> RecordDict:
 
 @app.train()
 @_answer
-def train(message: Message, client: Client) -> RecordDict:
+def train(message: Message, context: Context) -> RecordDict:
     """Train the expert, or take it from disk, and send it."""
+    client = _client(context)
     check_may_leave(client.config.privacy.policy, "adapter", client.domain.manifest.name)
     adapter, report = trained_expert(client.domain, client.config, logger.info)
     return records.expert_record(adapter, report)
@@ -107,8 +107,9 @@ def train(message: Message, client: Client) -> RecordDict:
 
 @app.evaluate()
 @_answer
-def evaluate_models(message: Message, client: Client) -> RecordDict:
+def evaluate_models(message: Message, context: Context) -> RecordDict:
     """Evaluate models on this domain's own users and send sums."""
+    client = _client(context)
     config, domain = client.config, client.domain
     check_may_leave(config.privacy.policy, "metric sums", domain.manifest.name)
     request, adapters = records.read_evaluation_request(message.content)
@@ -131,7 +132,8 @@ def _client(context: Context) -> Client:
     if place is None:
         raise ClientError("this node has no domain; it takes no part")
     folder, role = place
-    backbone = _backbone(config.backbone.source, config.backbone.pooling, config.backbone.weights_sha256, config.runtime.device, config.runtime.precision)
+    wanted, runtime = config.backbone, config.runtime
+    backbone = _backbone(wanted.source, wanted.pooling, wanted.weights_sha256, runtime.device, runtime.precision)
     return Client(config, _domain(folder, backbone, config.text), role)
 
 
@@ -144,12 +146,18 @@ def _place(context: Context) -> tuple[Path, str] | None:
         folder = Path(str(context.node_config["domain-path"])).expanduser()
         if folder.name not in names:
             return None
-    else:
+    elif "partition-id" in context.node_config:
         turn = int(context.node_config["partition-id"])
         if turn >= len(names):
             return None
-        root = bundled_demo(Path(config.cache_dir).expanduser()) if domains.root == DEMO_ROOT else Path(domains.root).expanduser()
+        root = (
+            bundled_demo(Path(config.cache_dir).expanduser())
+            if domains.root == DEMO_ROOT
+            else Path(domains.root).expanduser()
+        )
         folder = root / names[turn]
+    else:
+        raise ClientError("this node does not know its domain: start it with --node-config 'domain-path=\"/…/NAME\"'")
     return folder, "train" if folder.name in domains.train else "unseen"
 
 

@@ -53,7 +53,8 @@ class FederationOutcome:
         status: Flower's word: ``finished:completed``, ``finished:failed`` or ``finished:stopped``.
         details: Flower's reason when the run did not complete, else empty.
         exit_code: 0 only for ``finished:completed``, else 1.
-        kept: the folder with the logs of the SuperLink and of Ray; None after a success, when it has been removed.
+        kept: the folder with the logs of Ray, and of the SuperLink unless they went to ``flower_home``; None after a
+            success.
     """
 
     run_id: str
@@ -127,10 +128,10 @@ def run_federation(
         keep = status != COMPLETED
     except ClientError:
         keep = True
-        on_line(f"the logs of Flower and Ray are kept in {scratch}")
+        on_line(f"logs are kept in {' and '.join(str(path) for path in (home, scratch / 'ray') if path.exists())}")
         raise
     finally:
-        if not keep:
+        if not keep or not any(scratch.iterdir()):
             shutil.rmtree(scratch, ignore_errors=True)
     return FederationOutcome(run_id, status, details if keep else "", int(keep), scratch if keep else None)
 
@@ -212,7 +213,7 @@ def _start(command: list[str], home: Path, base: Mapping[str, str], mark: str) -
             if not marked_processes(mark):
                 raise ClientError(f"run {answer['run-id']}: another SuperLink got in first and took it; start again")
             return str(answer["run-id"]), variables
-        reason = str(answer.get("error-message", answer)).strip()
+        reason = _reason(answer)
         if "start local SuperLink" not in reason:
             remedy = "check [tool.flwr.app] of its pyproject.toml, which must declare every key of the run config"
             raise ConfigError(f"{command[2]} with {command[4]}: refused by `flwr run`: {reason}; {remedy}")
@@ -245,8 +246,9 @@ def _follow(flwr: str, run_id: str, variables: dict[str, str], on_line: Callable
                 log.kill()
         answer = _ask([flwr, "ls", "--run-id", run_id], variables)
         if not answer.get("success"):
-            reason = str(answer.get("error-message", answer)).strip()
-            raise ClientError(f"run {run_id}: its SuperLink is gone: {reason}; was it killed, or the memory full?")
+            raise ClientError(
+                f"run {run_id}: its SuperLink is gone ({_reason(answer)}); was it killed, or the memory full?"
+            )
         run = answer["runs"][0]
         if run["status"].startswith("finished"):
             return run["status"], run["status-details"]
@@ -273,6 +275,12 @@ def _ask(command: list[str], variables: dict[str, str]) -> dict[str, Any]:
             f"`flwr {command[1]}`: ended with {done.returncode}, expected JSON, found: {output}; is it flwr 1.41?"
         ) from None
     return dict(answer)
+
+
+def _reason(answer: dict[str, Any]) -> str:
+    """Why flwr could not do it, in one line, without what it said before: that ends with an empty line."""
+    text = str(answer.get("error-message", answer))
+    return " ".join((f"\n{text}".partition("\n\n")[2] or text).split())
 
 
 def _free_port() -> int:

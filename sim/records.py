@@ -7,9 +7,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, ConfigRecordValues, RecordDict
 
 from fedmerge.client.metrics import VARIANTS, MetricSums, Variant, metric_sums_from_dict
+from fedmerge.config import Split
 from fedmerge.encoder.lora import Adapter, LoraModule
 from fedmerge.errors import ClientError, LayoutMismatchError
 
@@ -66,7 +67,7 @@ class EvaluationRequest:
         baselines: the sanity baselines, too.
     """
 
-    split: str
+    split: Split
     backbone: bool
     expert_sha256: str
     baselines: bool
@@ -128,14 +129,18 @@ def evaluation_request_record(request: EvaluationRequest, adapters: Mapping[str,
 def read_evaluation_request(content: RecordDict) -> tuple[EvaluationRequest, dict[str, Adapter]]:
     """Inverse of :func:`evaluation_request_record`."""
     facts = dict(_config(content, _FACTS))
-    labels = facts.pop("labels")
+    labels = facts.pop("labels", None)
+    if not isinstance(labels, list):
+        raise ClientError("the request to evaluate names no models; use one fedmerge version everywhere")
     adapters = {str(label): _read_adapter(content, str(number)) for number, label in enumerate(labels)}
     return _dataclass(EvaluationRequest, facts), adapters
 
 
 def metric_sums_record(sums: Mapping[Variant, MetricSums]) -> RecordDict:
     """Metric sums of all variants."""
-    return RecordDict({_FACTS: ConfigRecord({variant: json.dumps(of_variant.to_dict()) for variant, of_variant in sums.items()})})
+    return RecordDict(
+        {_FACTS: ConfigRecord({variant: json.dumps(of_variant.to_dict()) for variant, of_variant in sums.items()})}
+    )
 
 
 def read_metric_sums(content: RecordDict) -> dict[Variant, MetricSums]:
@@ -184,17 +189,22 @@ def _adapter_records(adapter: Adapter, suffix: str) -> dict[str, ArrayRecord | C
     for name, module in adapter.modules.items():
         arrays[f"{name}.lora_A"] = Array(module.lora_A.numpy())
         arrays[f"{name}.lora_B"] = Array(module.lora_B.numpy())
-    scalings = {name: module.scaling for name, module in adapter.modules.items()}
+    scalings: dict[str, ConfigRecordValues] = {name: module.scaling for name, module in adapter.modules.items()}
     return {f"{_ADAPTER}{suffix}": ArrayRecord(arrays), f"{_SCALINGS}{suffix}": ConfigRecord(scalings)}
 
 
 def _read_adapter(content: RecordDict, suffix: str) -> Adapter:
-    arrays, scalings = content.array_records.get(f"{_ADAPTER}{suffix}"), content.config_records.get(f"{_SCALINGS}{suffix}")
+    arrays, scalings = (
+        content.array_records.get(f"{_ADAPTER}{suffix}"),
+        content.config_records.get(f"{_SCALINGS}{suffix}"),
+    )
     if arrays is None or scalings is None:
         raise LayoutMismatchError(f"the message holds no adapter{suffix} (records: {sorted(content)})")
     expected = {f"{name}.{part}" for name in scalings for part in ("lora_A", "lora_B")}
     if set(arrays) != expected:
-        raise LayoutMismatchError(f"the adapter's tensors do not match its modules: {sorted(set(arrays) ^ expected)[:3]}")
+        raise LayoutMismatchError(
+            f"the adapter's tensors do not match its modules: {sorted(set(arrays) ^ expected)[:3]}"
+        )
     modules = {}
     for name, scaling in scalings.items():
         if not isinstance(scaling, (int, float)):
@@ -212,7 +222,9 @@ def _tensor(array: Array, name: str) -> torch.Tensor:
     except (ValueError, TypeError, OSError, EOFError) as error:
         raise LayoutMismatchError(f"{name} cannot be read ({error})") from error
     if values.shape != tuple(array.shape) or values.dtype != np.float32:
-        raise LayoutMismatchError(f"{name} announces float32 {tuple(array.shape)} but holds {values.dtype} {values.shape}")
+        raise LayoutMismatchError(
+            f"{name} announces float32 {tuple(array.shape)} but holds {values.dtype} {values.shape}"
+        )
     return torch.from_numpy(values.copy())
 
 
@@ -227,4 +239,6 @@ def _dataclass(kind: type[T], values: Mapping[str, Any]) -> T:
     try:
         return kind(**values)
     except TypeError as error:
-        raise ClientError(f"its {kind.__name__} has another form ({error}); use one fedmerge version everywhere") from error
+        raise ClientError(
+            f"its {kind.__name__} has another form ({error}); use one fedmerge version everywhere"
+        ) from error

@@ -13,12 +13,12 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedmerge import __version__
 from fedmerge.client.metrics import METRICS, MetricSums, Variant
-from fedmerge.config import ExperimentConfig, from_flat
+from fedmerge.config import ExperimentConfig, Split, from_flat
 from fedmerge.device import resolve_compute
 from fedmerge.domain.catalog import Catalog, catalog_from_bytes, load_catalog
 from fedmerge.encoder.backbone import Backbone, load_backbone
 from fedmerge.encoder.lora import Adapter, adapter_sha256, write_adapter
-from fedmerge.errors import ClientError, DomainError, FedMergeError
+from fedmerge.errors import ClientError, FedMergeError
 from fedmerge.report.tables import Role, differences_table, result_rows, results_table
 from fedmerge.run_dir import DONE, create_run, write_json, write_table, write_text
 from fedmerge.server.admission import check_adapter, expected_layout
@@ -85,7 +85,11 @@ def _experiment(config: ExperimentConfig, federation: Federation, run_dir: Path)
         catalogs = _catalogs(federation, config) if "mergerec" in config.merge.methods else {}
         adapters = _train(federation, config, backbone, run_dir)
         candidates = merge_candidates(
-            backbone, adapters, {domain: catalogs[domain] for domain in adapters if domain in catalogs}, config, logger.info
+            backbone,
+            adapters,
+            {domain: catalogs[domain] for domain in adapters if domain in catalogs},
+            config,
+            logger.info,
         )
         for candidate in candidates:
             folder = run_dir / "merged" / candidate.label.replace(" ", "-")
@@ -96,12 +100,17 @@ def _experiment(config: ExperimentConfig, federation: Federation, run_dir: Path)
         deciding = {domain: sums["unmasked"] for domain, sums in validation.items()}
         metric = config.evaluation.selection_metric
         best, served, scores = choose(candidates, deciding, federation.of("train"), metric)
-        write_json(run_dir / "choice.json", {"metric": metric, "validation": scores, "best_variants": best, "served": served})
+        write_json(
+            run_dir / "choice.json", {"metric": metric, "validation": scores, "best_variants": best, "served": served}
+        )
         logger.info("validation chose %s; serving %s. Test is read now, once.", ", ".join(best.values()), served)
         chosen = [candidate for candidate in candidates if candidate.label in best.values()]
         test = _evaluate(federation, config, "test", chosen, adapters)
         _require_quorum(federation, config)
-        write_table(run_dir / "metrics.parquet", [*_metric_rows("valid", validation, federation), *_metric_rows("test", test, federation)])
+        write_table(
+            run_dir / "metrics.parquet",
+            [*_metric_rows("valid", validation, federation), *_metric_rows("test", test, federation)],
+        )
         write_table(run_dir / "products.parquet", [*_product_rows("valid", validation), *_product_rows("test", test)])
     finally:
         participants = {domain: vars(federation.descriptions[domain]) for domain in sorted(federation.nodes)}
@@ -124,8 +133,10 @@ def _gather(federation: Federation, config: ExperimentConfig, backbone: Backbone
     while len(nodes := sorted(federation.grid.get_node_ids())) < expected and time.monotonic() < deadline:
         time.sleep(POLL_SECONDS)
     logger.info("%d nodes are connected, %d domains are expected", len(nodes), expected)
-    replies = _ask(federation, {f"node {node}": node for node in nodes}, records.DESCRIBE, lambda name: RecordDict(), config.server.describe_timeout_seconds)
-    for name, content in replies.items():
+    replies: dict[str, RecordDict] = {}
+    names = {f"node {node}": node for node in nodes}
+    _ask(federation, names, records.DESCRIBE, _nothing, config.server.describe_timeout_seconds, replies.__setitem__)
+    for name, content in sorted(replies.items()):
         try:
             description = records.read_description(content)
         except FedMergeError as error:
@@ -142,17 +153,28 @@ def _gather(federation: Federation, config: ExperimentConfig, backbone: Backbone
         for row in federation.exposure:
             row["domain"] = description.domain if row["domain"] == name else row["domain"]
         logger.info(
-            "%s (%s%s): %d users, %d items, %d interactions", description.domain, description.role,
-            ", synthetic" if description.synthetic else "", description.num_users, description.num_items, description.num_interactions,
+            "%s (%s%s): %d users, %d items, %d interactions",
+            description.domain,
+            description.role,
+            ", synthetic" if description.synthetic else "",
+            description.num_users,
+            description.num_items,
+            description.num_interactions,
         )
     _require_quorum(federation, config)
     _say_who_took_part(federation, config)
 
 
-def _misfit(description: records.Description, backbone: Backbone, config: ExperimentConfig, federation: Federation) -> str | None:
+def _misfit(
+    description: records.Description, backbone: Backbone, config: ExperimentConfig, federation: Federation
+) -> str | None:
     checks = {
         "domain": (description.domain in federation.nodes, False, "another client already is this domain"),
-        "backbone": (description.backbone_sha256, backbone.sha256, "use the same backbone and tokenizer files everywhere"),
+        "backbone": (
+            description.backbone_sha256,
+            backbone.sha256,
+            "use the same backbone and tokenizer files everywhere",
+        ),
         "precision": (description.precision, backbone.compute.precision, "set runtime.precision explicitly"),
         "fedmerge version": (description.fedmerge_version, __version__, "install the same version everywhere"),
         "policy": (description.policy, config.privacy.policy, "agree on privacy.policy"),
@@ -165,21 +187,28 @@ def _misfit(description: records.Description, backbone: Backbone, config: Experi
 
 def _catalogs(federation: Federation, config: ExperimentConfig) -> dict[str, Catalog]:
     """The catalogs of the training domains, from the server's folder or from the clients, checked by hash."""
-    domains, catalogs = federation.of("train"), {}
+    domains = federation.of("train")
+    catalogs: dict[str, Catalog] = {}
     if config.server.catalogs is not None:
         for domain in domains:
             catalogs[domain] = load_catalog(Path(config.server.catalogs) / domain)
     else:
         nodes = {domain: federation.nodes[domain] for domain in domains}
-        for domain, content in _ask(federation, nodes, records.CATALOG, lambda name: RecordDict(), config.server.describe_timeout_seconds).items():
+
+        def receive(domain: str, content: RecordDict) -> None:
             try:
                 catalogs[domain] = catalog_from_bytes(records.read_catalog(content), domain)
             except FedMergeError as error:
                 federation.exclude(domain, str(error))
+
+        _ask(federation, nodes, records.CATALOG, _nothing, config.server.describe_timeout_seconds, receive)
     for domain, catalog in list(catalogs.items()):
-        if catalog.sha256 != federation.descriptions[domain].catalog_sha256:
+        announced = federation.descriptions[domain].catalog_sha256
+        if catalog.sha256 != announced:
             del catalogs[domain]
-            federation.exclude(domain, f"the catalog has hash {catalog.sha256[:12]}, its client announced {federation.descriptions[domain].catalog_sha256[:12]}")
+            federation.exclude(
+                domain, f"the catalog has hash {catalog.sha256[:12]}, its client announced {announced[:12]}"
+            )
     _require_quorum(federation, config)
     return catalogs
 
@@ -201,40 +230,53 @@ def _train(federation: Federation, config: ExperimentConfig, backbone: Backbone,
         write_json(folder / "training.json", {**report, "sha256": adapter_sha256(adapter)})
         adapters[domain] = adapter
         logger.info(
-            "%s: expert received (%s steps, best at %s, stopped by %s, %.0f s%s)", domain, report.get("steps"), report.get("best_step"),
-            report.get("stopped_by"), float(report.get("seconds", 0)), ", from the client's disk" if report.get("cached") else "",
+            "%s: expert received (%s steps, best at %s, stopped by %s, %.0f s%s)",
+            domain,
+            report.get("steps"),
+            report.get("best_step"),
+            report.get("stopped_by"),
+            float(report.get("seconds", 0)),
+            ", from the client's disk" if report.get("cached") else "",
         )
 
-    domains = federation.of("train")
-    logger.info("training: %s", ", ".join(domains))
-    _ask(federation, {domain: federation.nodes[domain] for domain in domains}, records.TRAIN, lambda name: RecordDict(), config.server.train_timeout_seconds, admit)
+    nodes = {domain: federation.nodes[domain] for domain in federation.of("train")}
+    logger.info("training: %s", ", ".join(nodes))
+    _ask(federation, nodes, records.TRAIN, _nothing, config.server.train_timeout_seconds, admit)
     _require_quorum(federation, config)
     return dict(sorted(adapters.items()))
 
 
 def _evaluate(
-    federation: Federation, config: ExperimentConfig, split: str, candidates: list[Candidate], adapters: Mapping[str, Adapter]
+    federation: Federation,
+    config: ExperimentConfig,
+    split: Split,
+    candidates: list[Candidate],
+    adapters: Mapping[str, Adapter],
 ) -> dict[str, dict[Variant, MetricSums]]:
     """All models on every domain's own users; on test also the reference rows."""
     merged = {candidate.label: candidate.adapter for candidate in candidates}
 
     def request(domain: str) -> RecordDict:
         expert = adapter_sha256(adapters[domain]) if domain in adapters else ""
-        return records.evaluation_request_record(records.EvaluationRequest(split, split == "test", expert, split == "test"), merged)
+        return records.evaluation_request_record(
+            records.EvaluationRequest(split, split == "test", expert, split == "test"), merged
+        )
 
     logger.info("evaluating on %s: %s", split, ", ".join(merged))
     results: dict[str, dict[Variant, MetricSums]] = {}
-    for domain, content in _ask(federation, dict(federation.nodes), records.EVALUATE, request, config.server.evaluate_timeout_seconds).items():
+
+    def receive(domain: str, content: RecordDict) -> None:
         try:
             sums = records.read_metric_sums(content)
             missing = sorted(merged.keys() - set(sums["unmasked"].methods))
             if missing:
                 raise ClientError(f"its metric sums lack {missing}")
+            results[domain] = sums
         except FedMergeError as error:
             federation.exclude(domain, str(error))
-            continue
-        results[domain] = sums
-    return results
+
+    _ask(federation, dict(federation.nodes), records.EVALUATE, request, config.server.evaluate_timeout_seconds, receive)
+    return dict(sorted(results.items()))
 
 
 def _ask(
@@ -243,42 +285,47 @@ def _ask(
     message_type: str,
     request: Callable[[str], RecordDict],
     timeout_seconds: float,
-    on_reply: Callable[[str, RecordDict], None] = lambda name, content: None,
-) -> dict[str, RecordDict]:
-    """Ask nodes at once, handle replies as they come; who fails or is late is excluded by name.
-
-    Returns:
-        name -> reply, sorted by name, so that no result depends on the order of arrival. Empty where ``on_reply`` took them.
-    """
+    on_reply: Callable[[str, RecordDict], None],
+) -> None:
+    """Ask nodes at once and handle each reply as it comes; who fails or is late is excluded by name."""
     waiting: dict[str, str] = {}
     for name, node in nodes.items():
-        for message_id in federation.grid.push_messages([Message(request(name), dst_node_id=node, message_type=message_type, ttl=timeout_seconds)]):
+        message = Message(request(name), dst_node_id=node, message_type=message_type, ttl=timeout_seconds)
+        for message_id in federation.grid.push_messages([message]):
             waiting[message_id] = name
-    replies: dict[str, RecordDict] = {}
+    for name in nodes.keys() - waiting.values():
+        federation.exclude(name, f"{message_type}: Flower could not send the message")
     started = heartbeat = time.monotonic()
     while waiting and time.monotonic() - started < timeout_seconds:
         for reply in federation.grid.pull_messages(list(waiting)):
-            name = waiting.pop(reply.metadata.reply_to_message_id, None)
-            if name is None:
+            name = waiting.pop(reply.metadata.reply_to_message_id, "")
+            if not name:
                 continue
             if reply.has_error():
-                federation.exclude(name, f"{message_type} failed: {reply.error.reason} (Flower error {reply.error.code})")
+                reason = f"{reply.error.reason} (Flower error {reply.error.code})"
+                federation.exclude(name, f"{message_type} failed: {reason}")
                 continue
-            rows = [{"domain": name, "message": message_type, **row} for row in records.contents(reply.content)]
-            federation.exposure += rows
+            exposed = records.contents(reply.content)
+            federation.exposure += [{"domain": name, "message": message_type, **row} for row in exposed]
             if error := records.read_error(reply.content):
                 federation.exclude(name, f"{message_type} failed: {error}")
                 continue
-            replies[name] = reply.content
             on_reply(name, reply.content)
-            logger.info("%s: %d of %d answered (%s, %.0f s)", message_type, len(nodes) - len(waiting), len(nodes), name, time.monotonic() - started)
+            seconds = time.monotonic() - started
+            logger.info(
+                "%s: %d of %d answered (%s, %.0f s)", message_type, len(nodes) - len(waiting), len(nodes), name, seconds
+            )
         if waiting and time.monotonic() - heartbeat > HEARTBEAT_SECONDS:
             heartbeat = time.monotonic()
-            logger.info("%s: waiting for %s (%.0f s)", message_type, ", ".join(sorted(waiting.values())), heartbeat - started)
+            late = ", ".join(sorted(waiting.values()))
+            logger.info("%s: waiting for %s (%.0f s)", message_type, late, heartbeat - started)
         time.sleep(POLL_SECONDS)
     for name in waiting.values():
         federation.exclude(name, f"{message_type}: no answer within {timeout_seconds:g} s")
-    return dict(sorted(replies.items()))
+
+
+def _nothing(name: str) -> RecordDict:
+    return RecordDict()
 
 
 def _require_quorum(federation: Federation, config: ExperimentConfig) -> None:
@@ -294,20 +341,34 @@ def _require_quorum(federation: Federation, config: ExperimentConfig) -> None:
 def _say_who_took_part(federation: Federation, config: ExperimentConfig) -> None:
     named = config.domains.train + config.domains.unseen
     absent = [domain for domain in named if domain not in federation.nodes]
-    logger.info("taking part: %s", ", ".join([*federation.of("train"), *(f"{domain} (unseen)" for domain in federation.of("unseen"))]))
+    logger.info(
+        "taking part: %s",
+        ", ".join([*federation.of("train"), *(f"{domain} (unseen)" for domain in federation.of("unseen"))]),
+    )
     if absent:
         logger.info(
             "not taking part: %s. For all %d domains: fedmerge run CONFIG, or "
             "flwr run . --federation-config 'num-supernodes=%d client-resources-num-cpus=%d'",
-            ", ".join(absent), len(named), len(named), config.runtime.threads_per_client,
+            ", ".join(absent),
+            len(named),
+            len(named),
+            config.runtime.threads_per_client,
         )
 
 
-def _metric_rows(split: str, results: Mapping[str, Mapping[Variant, MetricSums]], federation: Federation) -> list[dict[str, Any]]:
+def _metric_rows(
+    split: str, results: Mapping[str, Mapping[Variant, MetricSums]], federation: Federation
+) -> list[dict[str, Any]]:
     return [
         {
-            "split": split, "variant": variant, "domain": domain, "role": federation.descriptions[domain].role, "method": method,
-            "metric": metric, "num_users": sums.num_users, "sum": float(sums.sums[p, m]),
+            "split": split,
+            "variant": variant,
+            "domain": domain,
+            "role": federation.descriptions[domain].role,
+            "method": method,
+            "metric": metric,
+            "num_users": sums.num_users,
+            "sum": float(sums.sums[p, m]),
         }
         for domain, variants in results.items()
         for variant, sums in variants.items()
@@ -319,7 +380,12 @@ def _metric_rows(split: str, results: Mapping[str, Mapping[Variant, MetricSums]]
 def _product_rows(split: str, results: Mapping[str, Mapping[Variant, MetricSums]]) -> list[dict[str, Any]]:
     return [
         {
-            "split": split, "variant": variant, "domain": domain, "metric": metric, "method": left, "other": right,
+            "split": split,
+            "variant": variant,
+            "domain": domain,
+            "metric": metric,
+            "method": left,
+            "other": right,
             "sum_of_products": float(sums.products[m, p, q]),
         }
         for domain, variants in results.items()
@@ -331,15 +397,21 @@ def _product_rows(split: str, results: Mapping[str, Mapping[Variant, MetricSums]
     ]
 
 
-def _report(test: Mapping[str, Mapping[Variant, MetricSums]], federation: Federation, merged: list[str], served: str) -> str:
+def _report(
+    test: Mapping[str, Mapping[Variant, MetricSums]], federation: Federation, merged: list[str], served: str
+) -> str:
     domains = [domain for role in ("train", "unseen") for domain in federation.of(role)]
     roles: dict[str, Role] = {domain: "train" if domain in federation.of("train") else "unseen" for domain in domains}
     synthetic = any(federation.descriptions[domain].synthetic for domain in domains)
     unmasked = {domain: test[domain]["unmasked"] for domain in domains}
     masked = {domain: test[domain]["masked"] for domain in domains}
     parts = [
-        results_table(result_rows(unmasked, roles), variant="unmasked", split="test", merged_methods=merged, synthetic=synthetic),
-        results_table(result_rows(masked, roles), variant="masked", split="test", merged_methods=merged, synthetic=synthetic),
+        results_table(
+            result_rows(unmasked, roles), variant="unmasked", split="test", merged_methods=merged, synthetic=synthetic
+        ),
+        results_table(
+            result_rows(masked, roles), variant="masked", split="test", merged_methods=merged, synthetic=synthetic
+        ),
     ]
     baseline = "average" if "average" in merged else merged[0]
     parts.append(differences_table(unmasked, roles, baseline=baseline, split="test", synthetic=synthetic))

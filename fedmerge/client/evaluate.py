@@ -9,7 +9,8 @@ import torch
 from fedmerge.client.baselines import last_item_similarity, popularity_ranks, popularity_scores
 from fedmerge.client.local_domain import LocalDomain
 from fedmerge.client.metrics import VARIANTS, MetricSums, Variant, metric_sums, per_user_metrics, rank_targets
-from fedmerge.domain.splits import Split, evaluation_examples, train_sequences
+from fedmerge.config import Split
+from fedmerge.domain.splits import evaluation_examples, train_sequences
 from fedmerge.encoder.encode import encode
 from fedmerge.encoder.lora import Adapter, applied
 from fedmerge.encoder.text import pack_sequences

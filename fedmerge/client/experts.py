@@ -26,10 +26,10 @@ def trained_expert(domain: LocalDomain, config: ExperimentConfig, progress: Prog
 
     Args:
         domain: the client's own.
-        config: lora, train, text, seed and runtime decide what is the same; so do data, backbone, versions and precision.
+        config: lora, train, text, seed and runtime decide what is the same; so do data, backbone, versions, precision.
 
     Returns:
-        The adapter and its report (:class:`fedmerge.client.train.TrainingReport` as a dict, with ``cached`` and ``sha256``).
+        The adapter, and :class:`fedmerge.client.train.TrainingReport` as a dict with ``cached`` and ``sha256``.
     """
     folder = _experts(config) / f"{domain.manifest.name}-{_training_key(domain, config)}"
     if (folder / REPORT_FILE).is_file():

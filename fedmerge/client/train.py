@@ -85,8 +85,8 @@ def train_expert(
     sequences = [sequence for sequence in train_sequences(domain.interactions) if len(sequence) >= 2]
     if len(sequences) < 2:
         raise DomainError(
-            f"domain {name}: {len(sequences)} users have two items or more outside validation and test, training needs two users. "
-            "List it under domains.unseen, or give it more data."
+            f"domain {name}: {len(sequences)} users have two items or more outside validation and test, training needs "
+            "two users. List it under domains.unseen, or give it more data."
         )
     examples = evaluation_examples(domain.interactions, "valid", settings.validation_users, seed)
     started = time.monotonic()
@@ -103,7 +103,9 @@ def train_expert(
         while not stopped_by:
             batch, epochs = next(batches)
             for group in optimizer.param_groups:
-                group["lr"] = settings.learning_rate * min(1.0, (step + 1) / max(1, settings.warmup_steps)) * (1.0 - spent)
+                group["lr"] = (
+                    settings.learning_rate * min(1.0, (step + 1) / max(1, settings.warmup_steps)) * (1.0 - spent)
+                )
             loss = _loss(domain, batch, settings.temperature)
             if not math.isfinite(loss.item()):
                 raise ClientError(
@@ -111,7 +113,7 @@ def train_expert(
                     f"({settings.learning_rate}) or set runtime.precision = 'float32'."
                 )
             optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]  # PyTorch leaves it untyped
             optimizer.step()
             step += 1
             losses.append(loss.item())
@@ -145,7 +147,9 @@ def _validation_ndcg(domain: LocalDomain, examples: Examples) -> float:
     users = pack_sequences(
         domain.table, examples.histories, domain.backbone.special, domain.text.max_items, domain.text.max_tokens
     )
-    ranks = rank_targets(encode(domain.backbone, users), encode(domain.backbone, domain.item_sequences), examples.targets)
+    ranks = rank_targets(
+        encode(domain.backbone, users), encode(domain.backbone, domain.item_sequences), examples.targets
+    )
     return float(per_user_metrics(ranks)[:, METRICS.index("ndcg@10")].mean())
 
 

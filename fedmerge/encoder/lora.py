@@ -81,11 +81,11 @@ def layer_of(module_name: str) -> int | None:
     return int(found.group(1)) if found else None
 
 
-def attach(backbone: Backbone, target_modules: Sequence[str], rank: int, alpha: float, seed: int) -> PeftModel:
+def attach(backbone: Backbone, target_modules: Sequence[str], rank: int, alpha: int, seed: int) -> PeftModel:
     """Put a fresh, trainable LoRA on a backbone, in place; ``.unload()`` takes it off again.
 
-    B is zero and A uniform in ±1/√in as in PEFT, but drawn from ``seed`` and the module's name, so that every client of a
-    federation starts from the same adapter.
+    B is zero and A uniform in ±1/√in as in PEFT, but drawn from ``seed`` and the module's name, so that every client of
+    a federation starts from the same adapter.
 
     Args:
         target_modules: names of linear layers, whole or from the right (``query``); ``("all-linear",)`` for all.
@@ -141,10 +141,10 @@ def applied(backbone: Backbone, adapter: Adapter | None) -> Iterator[None]:
             layer = modules.get(name)
             shape = (lora.lora_B.shape[0], lora.lora_A.shape[1])
             if not isinstance(layer, torch.nn.Linear) or tuple(layer.weight.shape) != shape:
-                found = f"{type(layer).__name__} {tuple(layer.weight.shape)}" if hasattr(layer, "weight") else "nothing"
+                found = "nothing" if layer is None else str(layer)
                 raise LayoutMismatchError(
-                    f"adapter module {name}: it updates a linear layer of shape {shape}, {backbone.name} has {found} there. "
-                    "The adapter was made for another backbone."
+                    f"adapter module {name}: it updates a linear layer of shape {shape}, {backbone.name} has {found} "
+                    "there. The adapter was made for another backbone."
                 )
             originals[name] = layer.weight.data
             layer.weight.data = layer.weight.data + lora.delta_weight().to(layer.weight.device)
@@ -166,18 +166,19 @@ def write_adapter(adapter: Adapter, folder: Path, backbone_name: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     ranks = {name: module.rank for name, module in adapter.modules.items()}
     alphas = {name: module.scaling * module.rank for name, module in adapter.modules.items()}
-    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    rank = Counter(ranks.values()).most_common(1)[0][0]
+    alpha = Counter(alphas.values()).most_common(1)[0][0]
     config = LoraConfig(
         task_type=TaskType.FEATURE_EXTRACTION,
         base_model_name_or_path=backbone_name,
         inference_mode=True,
         r=rank,
-        lora_alpha=alpha,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT computes with fractions, too
         use_rslora=False,
         target_modules=sorted(adapter.modules),
         rank_pattern={re.escape(name): value for name, value in ranks.items() if value != rank},
         alpha_pattern={re.escape(name): value for name, value in alphas.items() if value != alpha},
-    ).to_dict()
+    ).to_dict()  # type: ignore[no-untyped-call]  # PEFT leaves it untyped
     config["target_modules"] = sorted(config["target_modules"])
     tensors = {}
     for name, module in adapter.modules.items():
@@ -237,7 +238,12 @@ def _lora_layers(model: PeftModel) -> Iterator[tuple[str, torch.Tensor, torch.Te
     for name, module in sorted(model.named_modules()):
         if hasattr(module, "lora_A") and "default" in module.lora_A:
             bare = name.removeprefix(_PREFIX)
-            yield bare, module.lora_A["default"].weight, module.lora_B["default"].weight, float(module.scaling["default"])
+            yield (
+                bare,
+                module.lora_A["default"].weight,
+                module.lora_B["default"].weight,
+                float(module.scaling["default"]),
+            )
 
 
 def _pattern(pattern: Mapping[str, float] | None, name: str, default: float) -> float:

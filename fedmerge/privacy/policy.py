@@ -33,7 +33,7 @@ def check_catalog_is_public(domain: str, public_catalog: bool) -> None:
     if not public_catalog:
         raise PolicyError(
             f"domain {domain}: its manifest says public_catalog = false, so the catalog does not leave the client. "
-            "Its owner can import the domain again with --public-catalog, or the run can do without methods that need catalogs."
+            "Its owner can import the domain again as public, or the run can do without methods that need catalogs."
         )
 
 
@@ -45,6 +45,6 @@ def check_enough_users(domain: str, num_users: int, min_users: int) -> None:
     """
     if num_users < min_users:
         raise PolicyError(
-            f"domain {domain}: metric sums over {num_users} users do not leave the client, privacy.min_users is {min_users}. "
-            "Evaluate on more users, or lower privacy.min_users if that is acceptable."
+            f"domain {domain}: metric sums over {num_users} users do not leave the client, privacy.min_users is "
+            f"{min_users}. Evaluate on more users, or lower privacy.min_users if that is acceptable."
         )

@@ -18,7 +18,7 @@ def domain_text(folder: Path) -> str:
         f"{manifest.name}{'  (SYNTHETIC)' if manifest.synthetic else ''}",
         f"  source          {manifest.source}",
         f"  catalog         {'public' if manifest.public_catalog else 'private: does not leave the client'}",
-        f"  users           {manifest.num_users:,} ({info.num_short_users:,} with fewer than 3 interactions: never evaluated)",
+        f"  users           {manifest.num_users:,} ({info.num_short_users:,} have fewer than 3: never evaluated)",
         f"  items           {manifest.num_items:,} ({info.num_unused_items:,} without interactions)",
         f"  interactions    {manifest.num_interactions:,} ({info.num_repeats:,} repeats)",
         f"  a user's length {info.min_length} to {info.max_length}, median {info.median_length:g}",

@@ -18,7 +18,7 @@ from fedmerge.client.metrics import (
     paired_difference,
     paired_difference_of_mean,
 )
-from fedmerge.domain.splits import Split
+from fedmerge.config import Split
 from fedmerge.errors import LayoutMismatchError
 
 Role = Literal["train", "unseen"]

@@ -55,5 +55,6 @@ def check_adapter(domain: str, adapter: Adapter, layout: Layout) -> None:
             if wrong or tensor.dtype != torch.float32:
                 raise LayoutMismatchError(
                     f"domain {domain}: {name}.{part} is {tensor.dtype} with {wrong} of {tensor.numel()} values NaN or "
-                    "infinite, expected finite float32. Its training diverged or the file is damaged: leave it out or train again."
+                    "infinite, expected finite float32. Its training diverged or the file is damaged: leave it out, or "
+                    "train again."
                 )

@@ -113,10 +113,13 @@ def choose(
         metric: the deciding one.
 
     Returns:
-        Method -> label of its best variant; label of the best of all; every label's score. Of equal scores the first counts.
+        Method -> label of its best variant; label of the best of all; every label's score. Of equal scores the first
+        counts.
     """
     scores = {
-        candidate.label: float(np.mean([validation[domain].mean(candidate.label, metric) for domain in sorted(train_domains)]))
+        candidate.label: float(
+            np.mean([validation[domain].mean(candidate.label, metric) for domain in sorted(train_domains)])
+        )
         for candidate in candidates
     }
     best: dict[str, str] = {}
@@ -136,8 +139,8 @@ def _pseudo_domains(
     missing = sorted(adapters.keys() - catalogs.keys())
     if missing:
         raise MergeError(
-            f"mergerec: no catalog of {', '.join(missing)}. Put them into the folder server.catalogs, or let the clients send "
-            "theirs (privacy.policy = 'adapter+catalog')."
+            f"mergerec: no catalog of {', '.join(missing)}. Put them into the folder server.catalogs, or let the "
+            "clients send theirs (privacy.policy = 'adapter+catalog')."
         )
     pseudo = {}
     for domain, adapter in sorted(adapters.items()):

@@ -1,0 +1,32 @@
+# PYTHON: 3.11 or newer. Everything lives in .venv; delete it to start afresh.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: install demo test e2e lint bench
+
+install: .venv/.installed
+
+.venv/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "fedmerge needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; run make PYTHON=python3.12 …")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+# The bundled synthetic federation: four domains train, one is unseen. A few minutes on two cores.
+demo: install
+	$(BIN)/fedmerge run configs/demo.toml
+
+test: install
+	$(BIN)/python -m pytest
+
+# Flower and Ray for real.
+e2e: install
+	$(BIN)/python -m pytest -m e2e
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: install
+	$(BIN)/python benchmarks/bench_collaborative.py
