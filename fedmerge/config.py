@@ -278,7 +278,8 @@ def from_flat(flat: Mapping[str, Any], where: str = "run config") -> ExperimentC
         if key not in known:
             close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
             problems.append(
-                f"{key}: unknown key" + (f"; did you mean {close[0]}?" if close else "; the keys stand in [tool.flwr.app.config] of pyproject.toml")
+                f"{key}: unknown key; "
+                + (f"did you mean {close[0]}?" if close else "[tool.flwr.app.config] in pyproject.toml lists all keys")
             )
             continue
         section, dot, field = key.rpartition(".")

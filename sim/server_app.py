@@ -120,8 +120,7 @@ def _experiment(config: ExperimentConfig, federation: Federation, run_dir: Path)
     report = _report(test, federation, [candidate.label for candidate in chosen], served)
     write_text(run_dir / "report.txt", report)
     write_text(run_dir / DONE, f"finished after {time.monotonic() - started:.0f} s\n")
-    for line in report.splitlines():
-        logger.info("%s", line)
+    logger.info("results\n\n%s", report)
     _say_who_took_part(federation, config)
     logger.info("done in %.0f s, run folder: %s", time.monotonic() - started, run_dir)
 

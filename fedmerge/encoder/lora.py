@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -106,7 +107,9 @@ def attach(backbone: Backbone, target_modules: Sequence[str], rank: int, alpha: 
     config = LoraConfig(
         task_type=TaskType.FEATURE_EXTRACTION, r=rank, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0
     )
-    model = get_peft_model(backbone.model, config)
+    with warnings.catch_warnings():  # PEFT 0.21 asks transformers 5 for an attribute by its old name
+        warnings.simplefilter("ignore", FutureWarning)
+        model = get_peft_model(backbone.model, config)
     with torch.no_grad():
         for name, lora_A, _, _ in _lora_layers(model):
             bound = 1.0 / math.sqrt(lora_A.shape[1])
