@@ -80,7 +80,10 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--split", choices=("valid", "test"), default="valid")
     evaluate.add_argument("--max-users", type=int, default=None, help="default: all")
     evaluate.add_argument(
-        "--config", type=Path, default=None, help="experiment file for backbone, text and runtime settings"
+        "--config",
+        type=Path,
+        default=None,
+        help="experiment file for backbone, text and runtime (default: that of the run the adapter lies in)",
     )
     evaluate.add_argument("--set", dest="overrides", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
     evaluate.add_argument("--json", action="store_true", help="machine-readable output")
@@ -155,7 +158,7 @@ def _info(options: argparse.Namespace) -> int:
 def _evaluate(options: argparse.Namespace) -> int:
     from fedmerge.config import load_config
 
-    config = load_config(options.config, options.overrides)
+    config = load_config(options.config or _config_of_run(options.adapter), options.overrides)
 
     import torch
 
@@ -189,6 +192,12 @@ def _evaluate(options: argparse.Namespace) -> int:
         rows = result_rows({name: of_variant}, {name: "train"})
         print(results_table(rows, variant=variant, split=options.split, synthetic=domain.manifest.synthetic))
     return 0
+
+
+def _config_of_run(adapter: str) -> Path | None:
+    """``runs/<id>/config.toml`` for an adapter in ``runs/<id>/merged/<label>`` or ``runs/<id>/adapters/<domain>``."""
+    path = Path(adapter).resolve().parent.parent / "config.toml"
+    return path if adapter != "none" and path.is_file() else None
 
 
 if __name__ == "__main__":

@@ -134,7 +134,11 @@ def _client(context: Context) -> Client:
     folder, role = place
     wanted, runtime = config.backbone, config.runtime
     backbone = _backbone(wanted.source, wanted.pooling, wanted.weights_sha256, runtime.device, runtime.precision)
-    return Client(config, _domain(folder, backbone, config.text), role)
+    domain = _domain(folder, backbone, config.text)
+    if role == "train" and not domain.can_train:
+        logger.info("%s: nobody to train on, so it takes part as unseen", domain.manifest.name)
+        role = "unseen"
+    return Client(config, domain, role)
 
 
 def _place(context: Context) -> tuple[Path, str] | None:

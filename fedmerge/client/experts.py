@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from dataclasses import asdict
@@ -27,29 +26,32 @@ def trained_expert(domain: LocalDomain, config: ExperimentConfig, progress: Prog
     Args:
         domain: the client's own.
         config: lora, train, text, seed and runtime decide what is the same; so do data, backbone, versions, precision.
+        progress: receives one line now and then.
 
     Returns:
         The adapter, and :class:`fedmerge.client.train.TrainingReport` as a dict with ``cached`` and ``sha256``.
     """
-    folder = _experts(config) / f"{domain.manifest.name}-{_training_key(domain, config)}"
-    if (folder / REPORT_FILE).is_file():
-        adapter, report = read_adapter(folder), json.loads((folder / REPORT_FILE).read_text())
-        if adapter_sha256(adapter) == report["sha256"]:
-            progress(f"{domain.manifest.name}: expert of an earlier run with the same inputs taken from {folder}")
-            return adapter, {**report, "cached": True}
-        shutil.rmtree(folder)  # damaged: train again
+    folder = _folder(domain, config)
+    if kept := _kept(folder):
+        progress(f"{domain.manifest.name}: expert of an earlier run with the same inputs taken from {folder}")
+        return kept[0], {**kept[1], "cached": True}
+    shutil.rmtree(folder, ignore_errors=True)  # damaged, if there is anything
     adapter, training = train_expert(domain, config.lora, config.train, config.seed, progress)
     report = {**asdict(training), "sha256": adapter_sha256(adapter)}
     report["validations"][0]["loss"] = None  # nothing was trained on yet; JSON has no NaN
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder.parent) as partial:
-        write_adapter(adapter, Path(partial) / "expert", domain.backbone.name)
-        (Path(partial) / "expert" / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n")
-        try:
-            os.rename(Path(partial) / "expert", folder)
-        except OSError:
-            if not (folder / REPORT_FILE).is_file():  # otherwise another process was faster with the same result
-                raise
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder.parent) as partial:
+            expert = Path(partial) / "expert"
+            write_adapter(adapter, expert, domain.backbone.name)
+            (expert / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n")
+            expert.rename(folder)
+    except OSError as error:
+        if not _kept(folder):  # otherwise another process was faster with the same result
+            raise ClientError(
+                f"domain {domain.manifest.name}: its expert cannot be kept under {folder.parent} ({error}). "
+                "Check the space and the permissions there, or set cache_dir."
+            ) from error
     return adapter, {**report, "cached": False}
 
 
@@ -59,21 +61,27 @@ def expert_by_hash(domain: LocalDomain, config: ExperimentConfig, sha256: str) -
     Raises:
         ClientError: it is no longer on this client's disk.
     """
-    adapter, report = trained_expert(domain, config, lambda line: None) if _is_trained(domain, config) else (None, {})
-    if adapter is None or report["sha256"] != sha256:
+    kept = _kept(_folder(domain, config))
+    if kept is None or kept[1]["sha256"] != sha256:
         raise ClientError(
-            f"domain {domain.manifest.name}: its expert {sha256[:12]} is not under {_experts(config)}. "
+            f"domain {domain.manifest.name}: its expert {sha256[:12]} is not in {_folder(domain, config)}. "
             "Keep cache_dir between training and evaluation."
         )
-    return adapter
+    return kept[0]
 
 
-def _is_trained(domain: LocalDomain, config: ExperimentConfig) -> bool:
-    return (_experts(config) / f"{domain.manifest.name}-{_training_key(domain, config)}" / REPORT_FILE).is_file()
+def _kept(folder: Path) -> tuple[Adapter, dict[str, Any]] | None:
+    """An expert on disk with its report, if it is there and whole."""
+    try:
+        adapter, report = read_adapter(folder), json.loads((folder / REPORT_FILE).read_text())
+        return (adapter, report) if adapter_sha256(adapter) == report["sha256"] else None
+    except (OSError, ValueError, KeyError):
+        return None
 
 
-def _experts(config: ExperimentConfig) -> Path:
-    return Path(config.cache_dir).expanduser() / "experts"
+def _folder(domain: LocalDomain, config: ExperimentConfig) -> Path:
+    experts = Path(config.cache_dir).expanduser() / "experts"
+    return experts / f"{domain.manifest.name}-{_training_key(domain, config)}"
 
 
 def _training_key(domain: LocalDomain, config: ExperimentConfig) -> str:

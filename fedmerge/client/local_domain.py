@@ -4,12 +4,19 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
+
 from fedmerge.config import Text
 from fedmerge.domain.catalog import Catalog, load_catalog
 from fedmerge.domain.interactions import Interactions, load_interactions
 from fedmerge.domain.manifest import Manifest, read_manifest
+from fedmerge.domain.splits import train_sequences
 from fedmerge.encoder.backbone import Backbone, check_max_tokens
 from fedmerge.encoder.text import Tokens, TokenTable, build_token_table, item_sequences
+
+MIN_TRAINING_LENGTH = 2  # one item of history and a target
+MIN_TRAINING_USERS = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +38,16 @@ class LocalDomain:
     table: TokenTable
     text: Text
     backbone: Backbone
+
+    @cached_property
+    def training_sequences(self) -> list[npt.NDArray[np.int32]]:
+        """The items of every user who has a history and a target outside validation and test, oldest first."""
+        return [sequence for sequence in train_sequences(self.interactions) if len(sequence) >= MIN_TRAINING_LENGTH]
+
+    @property
+    def can_train(self) -> bool:
+        """Whether there are enough users for in-batch negatives."""
+        return len(self.training_sequences) >= MIN_TRAINING_USERS
 
     @cached_property
     def item_sequences(self) -> list[Tokens]:

@@ -14,7 +14,7 @@ from fedmerge.client.local_domain import LocalDomain
 from fedmerge.client.losses import in_batch_softmax
 from fedmerge.client.metrics import METRICS, per_user_metrics, rank_targets
 from fedmerge.config import Lora, Train
-from fedmerge.domain.splits import Examples, evaluation_examples, train_sequences
+from fedmerge.domain.splits import Examples, evaluation_examples
 from fedmerge.encoder.encode import embed_batch, encode
 from fedmerge.encoder.lora import Adapter, adapter_of, attach
 from fedmerge.encoder.text import pack_sequences
@@ -82,8 +82,8 @@ def train_expert(
         ClientError: the loss is no longer finite.
     """
     name = domain.manifest.name
-    sequences = [sequence for sequence in train_sequences(domain.interactions) if len(sequence) >= 2]
-    if len(sequences) < 2:
+    sequences = domain.training_sequences
+    if not domain.can_train:
         raise DomainError(
             f"domain {name}: {len(sequences)} users have two items or more outside validation and test, training needs "
             "two users. List it under domains.unseen, or give it more data."

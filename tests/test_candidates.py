@@ -1,0 +1,217 @@
+"""Every merge of an experiment with where it comes from, and the choice among them on validation."""
+
+import json
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from adapters import layout_of, random_adapters
+from backbones import tiny_bert
+
+from fedmerge.client.metrics import METRICS, MetricSums, metric_sums
+from fedmerge.config import ExperimentConfig, from_flat
+from fedmerge.device import resolve_compute
+from fedmerge.domain.catalog import Catalog
+from fedmerge.domain.demo import generate_domain
+from fedmerge.encoder.backbone import Backbone, load_backbone
+from fedmerge.encoder.lora import Adapter, adapter_sha256
+from fedmerge.errors import ClientError, MergeError
+from fedmerge.server.candidates import Candidate, choose, merge_candidates
+
+DOMAINS = ("books", "tents", "toys")
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
+    return load_backbone(str(tiny_bert(tmp_path_factory.mktemp("bert"))), "mean", resolve_compute("cpu", "float32"))
+
+
+@pytest.fixture(scope="module")
+def adapters(backbone: Backbone) -> dict[str, Adapter]:
+    return random_adapters(layout_of(backbone))
+
+
+@pytest.fixture(scope="module")
+def catalogs() -> dict[str, Catalog]:
+    shops = {"books": "books", "tents": "camping", "toys": "toys"}
+    return {name: generate_domain(shop, num_users=1, num_items=20).catalog for name, shop in shops.items()}
+
+
+def settings(**changes: Any) -> ExperimentConfig:
+    flat = {
+        "seed": 5, "domains.train": ",".join(DOMAINS), "domains.unseen": "", "merge.task_arithmetic_coefficients": "0.5,1",
+        "mergerec.steps": 3, "mergerec.batch_size": 4, "text.max_attribute_tokens": 8, "text.max_tokens": 24,
+    }  # fmt: skip
+    return from_flat({**flat, **changes})
+
+
+# Making
+
+
+@pytest.fixture(scope="module")
+def candidates(backbone: Backbone, adapters: dict[str, Adapter], catalogs: dict[str, Catalog]) -> list[Candidate]:
+    return merge_candidates(backbone, adapters, catalogs, settings())
+
+
+def test_every_variant_is_made_once_in_order(candidates: list[Candidate]) -> None:
+    assert [(candidate.label, candidate.method) for candidate in candidates] == [
+        ("average", "average"),
+        ("task-arithmetic 0.5", "task-arithmetic"),
+        ("task-arithmetic 1", "task-arithmetic"),
+        ("mergerec domain-wise", "mergerec"),
+        ("mergerec layer-wise", "mergerec"),
+    ]
+
+
+def test_an_adapter_is_the_weighted_sum_of_the_updates_that_its_provenance_says(
+    candidates: list[Candidate], adapters: dict[str, Adapter]
+) -> None:
+    for candidate in candidates:
+        groups = candidate.provenance["coefficient_groups"]
+        weights = candidate.provenance["coefficients"]
+        assert list(weights) == list(DOMAINS)
+        for name, module in candidate.adapter.modules.items():
+            group = next((i for i, label in enumerate(groups) if label == f"layer {name.split('.')[2]}"), None)
+            wanted = sum(
+                (weights[domain] if group is None else weights[domain][group]) * adapters[domain].modules[name].delta_weight()
+                for domain in DOMAINS
+            )
+            torch.testing.assert_close(module.delta_weight(), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_coefficients_by_method(candidates: list[Candidate]) -> None:
+    by_label = {candidate.label: candidate.provenance for candidate in candidates}
+    assert list(by_label["average"]["coefficients"].values()) == pytest.approx([1 / 3] * 3)
+    assert list(by_label["task-arithmetic 0.5"]["coefficients"].values()) == [0.5] * 3
+    assert list(by_label["task-arithmetic 1"]["coefficients"].values()) == [1.0] * 3
+    assert by_label["average"]["coefficient_groups"] == ["all"]
+    assert by_label["mergerec layer-wise"]["coefficient_groups"] == ["layer 0", "layer 1"]
+    learned = np.array(list(by_label["mergerec domain-wise"]["coefficients"].values()))
+    assert learned.shape == (3,)
+    moved = np.abs(learned - 0.2)
+    assert ((moved > 0) & (moved < 3 * 1.5e-3)).all()  # three steps of Adam from 0.2
+    layered = np.array(list(by_label["mergerec layer-wise"]["coefficients"].values()))
+    assert layered.shape == (3, 2)
+
+
+def test_provenance_says_where_a_merge_comes_from(
+    candidates: list[Candidate], backbone: Backbone, adapters: dict[str, Adapter]
+) -> None:
+    for candidate in candidates:
+        provenance = candidate.provenance
+        assert json.loads(json.dumps(provenance, allow_nan=False)) == provenance
+        assert provenance["method"] == candidate.method
+        assert provenance["domains"] == {domain: adapter_sha256(adapters[domain]) for domain in DOMAINS}
+        assert provenance["backbone"] == {"name": backbone.name, "sha256": backbone.sha256}
+        assert provenance["policy"] == "adapter+catalog"
+        assert provenance["sha256"] == adapter_sha256(candidate.adapter)
+    by_label = {candidate.label: candidate.provenance for candidate in candidates}
+    assert by_label["task-arithmetic 0.5"]["parameters"] == {"coefficient": 0.5}
+    parameters = by_label["mergerec layer-wise"]["parameters"]
+    expected = settings().mergerec.model_dump(exclude={"granularities"})
+    assert parameters == {**expected, "granularity": "layer", "seed": 5}
+    losses = by_label["mergerec layer-wise"]["losses"]
+    assert len(losses) == 3
+    for step in losses:
+        assert step["total"] == pytest.approx(step["rec"] + 1000 * step["kd"], rel=1e-4)
+    assert "losses" not in by_label["average"]
+
+
+def test_merges_are_reproducible_and_leave_their_inputs(
+    candidates: list[Candidate], backbone: Backbone, adapters: dict[str, Adapter], catalogs: dict[str, Catalog]
+) -> None:
+    before = {name: tensor.clone() for name, tensor in backbone.model.state_dict().items()}
+    digests = {domain: adapter_sha256(adapter) for domain, adapter in adapters.items()}
+    lines: list[str] = []
+    again = merge_candidates(backbone, dict(reversed(adapters.items())), catalogs, settings(), lines.append)
+    assert [c.provenance["sha256"] for c in again] == [c.provenance["sha256"] for c in candidates]
+    assert all(torch.equal(backbone.model.state_dict()[name], tensor) for name, tensor in before.items())
+    assert {domain: adapter_sha256(adapter) for domain, adapter in adapters.items()} == digests
+    assert [line for line in lines if line.startswith("merged: ")] == [f"merged: {c.label}" for c in candidates]
+
+
+def test_only_learned_methods_need_catalogs(
+    backbone: Backbone, adapters: dict[str, Adapter], catalogs: dict[str, Catalog]
+) -> None:
+    without = merge_candidates(backbone, adapters, {}, settings(**{"merge.methods": "average"}))
+    assert [candidate.label for candidate in without] == ["average"]
+    with pytest.raises(MergeError, match=r"no catalog of books, toys\. Put them into the folder server\.catalogs"):
+        merge_candidates(backbone, adapters, {"tents": catalogs["tents"]}, settings())
+
+
+# Choosing
+
+
+def candidate(label: str, method: str) -> Candidate:
+    return Candidate(label, method, Adapter({}), {})
+
+
+def validation(scores: dict[str, float], metric: str = "ndcg@10", other: float = 0.0) -> MetricSums:
+    """Two users whose mean in one metric is as given, and ``other`` in all others."""
+    outcomes = {}
+    for label, score in scores.items():
+        users = np.full((2, len(METRICS)), other)
+        users[:, METRICS.index(metric)] = (0.5 * score, 1.5 * score)
+        outcomes[label] = users
+    return metric_sums(outcomes, "unmasked")
+
+
+THREE = [candidate("a 1", "a"), candidate("a 2", "a"), candidate("b", "b")]
+
+
+def test_the_best_variant_of_each_method_and_the_best_of_all_by_hand() -> None:
+    sums = {
+        "x": validation({"a 1": 0.50, "a 2": 0.10, "b": 0.28}),
+        "y": validation({"a 1": 0.00, "a 2": 0.50, "b": 0.30}),
+    }
+    best, served, scores = choose(THREE, sums, ["x", "y"], "ndcg@10")
+    assert scores == pytest.approx({"a 1": 0.25, "a 2": 0.30, "b": 0.29})
+    assert best == {"a": "a 2", "b": "b"}
+    assert served == "a 2"
+
+
+def test_domains_count_alike_however_many_users_they_have() -> None:
+    rows = np.zeros((200, len(METRICS)))
+    good = rows.copy()
+    good[:, METRICS.index("ndcg@10")] = 0.4
+    large = metric_sums({"a 1": good, "a 2": rows, "b": rows}, "unmasked")
+    small = validation({"a 1": 0.0, "a 2": 0.5, "b": 0.0})
+    assert choose(THREE, {"x": large, "y": small}, ["x", "y"], "ndcg@10")[1] == "a 2"
+
+
+def test_unseen_domains_have_no_say() -> None:
+    seen = validation({"a 1": 0.2, "a 2": 0.1, "b": 0.1})
+    unseen = validation({"a 1": 0.0, "a 2": 1.0, "b": 0.9})
+    best, served, scores = choose(THREE, {"x": seen, "new": unseen}, ["x"], "ndcg@10")
+    assert (best, served) == ({"a": "a 1", "b": "b"}, "a 1")
+    assert scores == pytest.approx({"a 1": 0.2, "a 2": 0.1, "b": 0.1})
+
+
+def test_of_equal_scores_the_first_counts() -> None:
+    sums = {"x": validation({"a 1": 0.25, "a 2": 0.25, "b": 0.25})}
+    best, served, _ = choose(THREE, sums, ["x"], "ndcg@10")
+    assert (best, served) == ({"a": "a 1", "b": "b"}, "a 1")
+    best, served, _ = choose([THREE[2], THREE[1], THREE[0]], sums, ["x"], "ndcg@10")
+    assert (best, served) == ({"a": "a 2", "b": "b"}, "b")
+
+
+def test_only_the_selection_metric_decides() -> None:
+    sums = {"x": validation({"a 1": 0.1, "a 2": 0.9, "b": 0.3}, "mrr", other=0.5)}
+    assert choose(THREE, sums, ["x"], "mrr")[1] == "a 2"
+    assert choose(THREE, sums, ["x"], "recall@10")[1] == "a 1"  # all equal there
+
+
+def test_the_choice_does_not_depend_on_the_order_of_domains() -> None:
+    rng = np.random.default_rng(0)
+    sums = {f"d{i}": validation({label: rng.random() for label in ("a 1", "a 2", "b")}) for i in range(7)}
+    forward, backward = choose(THREE, sums, sorted(sums), "ndcg@10"), choose(THREE, sums, sorted(sums)[::-1], "ndcg@10")
+    assert forward == backward  # to the last bit
+    means = {label: math.fsum(s.mean(label, "ndcg@10") for s in sums.values()) / 7 for label in ("a 1", "a 2", "b")}
+    assert forward[2] == pytest.approx(means)
+
+
+def test_sums_without_a_candidate_are_refused() -> None:
+    with pytest.raises(ClientError, match="'b'"):
+        choose(THREE, {"x": validation({"a 1": 0.1, "a 2": 0.2})}, ["x"], "ndcg@10")
