@@ -252,7 +252,7 @@ def _evaluate(
     candidates: list[Candidate],
     adapters: Mapping[str, Adapter],
 ) -> dict[str, dict[Variant, MetricSums]]:
-    """All models on every domain's own users; on test also the reference rows."""
+    """All models on the users of the domains that decide; on test on everybody's, with the reference rows."""
     merged = {candidate.label: candidate.adapter for candidate in candidates}
 
     def request(domain: str) -> RecordDict:
@@ -274,7 +274,9 @@ def _evaluate(
         except FedMergeError as error:
             federation.exclude(domain, str(error))
 
-    _ask(federation, dict(federation.nodes), records.EVALUATE, request, config.server.evaluate_timeout_seconds, receive)
+    deciding = federation.of("train")  # unseen domains have no say in the choice
+    nodes = {domain: node for domain, node in federation.nodes.items() if split == "test" or domain in deciding}
+    _ask(federation, nodes, records.EVALUATE, request, config.server.evaluate_timeout_seconds, receive)
     return dict(sorted(results.items()))
 
 
