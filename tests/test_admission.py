@@ -32,7 +32,7 @@ def layout(backbone: Backbone) -> Layout:
 
 @pytest.fixture
 def adapter() -> Adapter:
-    return random_adapter({name: (32, 32) for name in NAMES}, 4, 2.0, 0)
+    return random_adapter(dict.fromkeys(NAMES, (32, 32)), 4, 2.0, 0)
 
 
 def with_module(adapter: Adapter, change: Callable[[LoraModule], LoraModule]) -> Adapter:
@@ -48,7 +48,7 @@ def with_value(tensor: torch.Tensor, value: float) -> torch.Tensor:
 def test_the_expected_layout_is_what_clients_train_and_finding_it_out_leaves_no_trace(backbone: Backbone) -> None:
     before = {name: tensor.clone() for name, tensor in backbone.model.state_dict().items()}
     layout = expected_layout(backbone, LORA)
-    assert dict(layout) == {name: ((4, 32), (32, 4), 2.0) for name in NAMES}
+    assert dict(layout) == dict.fromkeys(NAMES, ((4, 32), (32, 4), 2.0))
     after = backbone.model.state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
@@ -88,7 +88,9 @@ def test_a_wrong_module_is_refused_by_name(adapter: Adapter, layout: Layout, ref
 
 def test_missing_and_surplus_modules_are_refused_by_name(adapter: Adapter, layout: Layout) -> None:
     fewer = {name: module for name, module in adapter.modules.items() if name != CHOSEN}
-    with pytest.raises(LayoutMismatchError, match=rf"domain shop: its adapter lacks .*'{CHOSEN}'.*3 modules, expected 4"):
+    with pytest.raises(
+        LayoutMismatchError, match=rf"domain shop: its adapter lacks .*'{CHOSEN}'.*3 modules, expected 4"
+    ):
         check_adapter("shop", Adapter(fewer), layout)
     more = {**adapter.modules, "pooler.dense": adapter.modules[CHOSEN]}
     with pytest.raises(LayoutMismatchError, match=r"domain shop: .*unexpected .*'pooler\.dense'"):

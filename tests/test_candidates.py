@@ -41,9 +41,15 @@ def catalogs() -> dict[str, Catalog]:
 
 def settings(**changes: Any) -> ExperimentConfig:
     flat = {
-        "seed": 5, "domains.train": ",".join(DOMAINS), "domains.unseen": "", "merge.task_arithmetic_coefficients": "0.5,1",
-        "mergerec.steps": 3, "mergerec.batch_size": 4, "text.max_attribute_tokens": 8, "text.max_tokens": 24,
-    }  # fmt: skip
+        "seed": 5,
+        "domains.train": ",".join(DOMAINS),
+        "domains.unseen": "",
+        "merge.task_arithmetic_coefficients": "0.5,1",
+        "mergerec.steps": 3,
+        "mergerec.batch_size": 4,
+        "text.max_attribute_tokens": 8,
+        "text.max_tokens": 24,
+    }
     return from_flat({**flat, **changes})
 
 
@@ -75,7 +81,8 @@ def test_an_adapter_is_the_weighted_sum_of_the_updates_that_its_provenance_says(
         for name, module in candidate.adapter.modules.items():
             group = next((i for i, label in enumerate(groups) if label == f"layer {name.split('.')[2]}"), None)
             wanted = sum(
-                (weights[domain] if group is None else weights[domain][group]) * adapters[domain].modules[name].delta_weight()
+                (weights[domain] if group is None else weights[domain][group])
+                * adapters[domain].modules[name].delta_weight()
                 for domain in DOMAINS
             )
             torch.testing.assert_close(module.delta_weight(), wanted, atol=1e-5, rtol=1e-5)

@@ -79,7 +79,7 @@ def test_toml_round_trip(flat: dict[str, Any], tmp_path: Path) -> None:
     assert set(flatten(tomllib.loads(path.read_text(encoding="utf-8")))) == set(to_flat(config))
 
 
-@given(st.text(st.characters(exclude_categories=("C",)), min_size=1), st.floats(1e-300, 1.0))
+@given(st.text(st.characters(exclude_categories=["C"]), min_size=1), st.floats(1e-300, 1.0))
 def test_toml_holds_any_printable_folder_and_any_float(folder: str, rate: float) -> None:
     config = from_flat({"output_dir": folder, "train.learning_rate": rate})
     assert from_flat(flatten(tomllib.loads(to_toml(config)))) == config
@@ -193,7 +193,12 @@ def test_bad_overrides_are_refused(override: str, expected: str) -> None:
 
 @pytest.mark.parametrize(
     ("content", "expected"),
-    [(None, "cannot be read"), (b"seed = ", "not valid TOML"), (b"\xff\xfe", "not valid TOML"), (b"seed = 1.5", "seed: ")],
+    [
+        (None, "cannot be read"),
+        (b"seed = ", "not valid TOML"),
+        (b"\xff\xfe", "not valid TOML"),
+        (b"seed = 1.5", "seed: "),
+    ],
 )
 def test_unreadable_files_are_named(tmp_path: Path, content: bytes | None, expected: str) -> None:
     path = tmp_path / "x.toml"
@@ -226,7 +231,9 @@ def test_pyproject_declares_every_key_with_its_default() -> None:
         declared = flatten(tomllib.load(file)["tool"]["flwr"]["app"]["config"])
     expected = to_flat(ExperimentConfig())
     assert declared == expected
-    assert {key: type(value) for key, value in declared.items()} == {key: type(value) for key, value in expected.items()}
+    assert {key: type(value) for key, value in declared.items()} == {
+        key: type(value) for key, value in expected.items()
+    }
 
 
 # Prints what a statement leaves imported of the heavy and the forbidden.
@@ -261,7 +268,9 @@ def test_paths_are_made_absolute_and_names_are_left_alone(tmp_path: Path, monkey
     (tmp_path / "here" / "model").mkdir(parents=True)
     start = tmp_path / "here"
     config = with_absolute_paths(
-        from_flat({"output_dir": "../runs", "domains.root": "data", "server.catalogs": "/abs", "backbone.source": "model"}),
+        from_flat(
+            {"output_dir": "../runs", "domains.root": "data", "server.catalogs": "/abs", "backbone.source": "model"}
+        ),
         start,
     )
     assert config.output_dir == str(tmp_path / "runs")

@@ -72,7 +72,9 @@ def random_sequences(backbone: Backbone, number: int, longest: int) -> list[np.n
     rng = np.random.default_rng(0)
     special, size = backbone.special, len(backbone.tokenizer)
     return [
-        np.concatenate([special.prefix, rng.integers(7, size, rng.integers(1, longest)), special.suffix]).astype(np.int32)
+        np.concatenate([special.prefix, rng.integers(7, size, rng.integers(1, longest)), special.suffix]).astype(
+            np.int32
+        )
         for _ in range(number)
     ]
 
@@ -101,7 +103,7 @@ LOSES_A_BLANK = pytest.mark.xfail(strict=True, reason="text.py packs ';title:' w
 def test_packed_sequences_are_the_tokens_of_the_joined_text_under_byte_level_bpe(
     roberta: Backbone, history: list[int]
 ) -> None:
-    # A blank in front of the whole text is the tokenizer family's own option (add_prefix_space); none may be lost inside.
+    # A blank in front of the whole text is an option of these tokenizers (add_prefix_space); none may be lost inside.
     table = build_token_table(catalog_of(ITEMS), roberta.tokenizer, NO_LIMIT)
     (tokens,) = pack_sequences(table, [history], roberta.special, 50, NO_LIMIT)
     text = joined_text(history)
@@ -144,7 +146,10 @@ def test_only_the_most_recent_items_are_read(bert: Backbone) -> None:
 
 def test_special_tokens_are_read_off_the_tokenizer(bert: Backbone, roberta: Backbone) -> None:
     assert bert.tokenizer.convert_ids_to_tokens([*bert.special.prefix, *bert.special.suffix]) == ["[CLS]", "[SEP]"]
-    assert roberta.tokenizer.convert_ids_to_tokens([*roberta.special.prefix, *roberta.special.suffix]) == ["<s>", "</s>"]
+    assert roberta.tokenizer.convert_ids_to_tokens([*roberta.special.prefix, *roberta.special.suffix]) == [
+        "<s>",
+        "</s>",
+    ]
     assert (bert.special.pad, roberta.special.pad) == (0, 1)
 
 
@@ -201,7 +206,7 @@ def test_gradients_reach_the_weights(bert: Backbone) -> None:
     weight = bert.model.get_parameter("encoder.layer.0.attention.self.query.weight")
     weight.requires_grad_(True)
     try:
-        embed_batch(bert, random_sequences(bert, 2, 9))[0, 0].backward()
+        torch.autograd.backward(embed_batch(bert, random_sequences(bert, 2, 9))[0, 0])
         assert weight.grad is not None
         assert weight.grad.abs().sum() > 0
     finally:

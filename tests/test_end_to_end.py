@@ -48,7 +48,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 REPOSITORY = Path(__file__).resolve().parent.parent
 NUM_USERS, NUM_ITEMS, NUM_FEW_USERS = 60, 40, 12  # the last is below privacy.min_users
 VALIDATION_USERS = 40
-CANDIDATES = ["average", "task-arithmetic 0.5", "task-arithmetic 1", "mergerec domain-wise", "mergerec layer-wise"]
+CANDIDATES = ["average", "task-arithmetic 0.4", "task-arithmetic 1", "mergerec domain-wise", "mergerec layer-wise"]
 DIVERGING, DIVERGING_WORD = "coffee", "coffee"
 
 EXPERIMENT = f"""
@@ -74,7 +74,7 @@ warmup_steps = 1
 validate_every_steps = 2
 
 [merge]
-task_arithmetic_coefficients = "0.5,1.0"
+task_arithmetic_coefficients = "0.4,1.0"
 
 [mergerec]
 steps = 3
@@ -380,7 +380,7 @@ def test_metrics_are_those_of_the_users_and_the_report_shows_them(first: Run) ->
     assert list(best) == ["average", "task-arithmetic", "mergerec"]
     rows = ["backbone", "expert", *best.values(), "popularity", "last item"]
     methods = {
-        "valid": {"beauty": ["expert", *CANDIDATES], "books": ["expert", *CANDIDATES], "camping": CANDIDATES},
+        "valid": {"beauty": ["expert", *CANDIDATES], "books": ["expert", *CANDIDATES]},
         "test": {"beauty": rows, "books": rows, "camping": [row for row in rows if row != "expert"]},
     }
     assert values.keys() == {
@@ -405,10 +405,10 @@ def test_metrics_are_those_of_the_users_and_the_report_shows_them(first: Run) ->
             found = [values["test", variant, "camping", label, metric][1] for metric in METRICS]
             np.testing.assert_allclose(found, sums.sums[row], rtol=1e-9)
 
-    for row in first.table("products.parquet"):
-        if row["method"] == row["other"] and row["metric"].startswith("recall"):  # hits are 0 or 1
-            key = (row["split"], row["variant"], row["domain"], row["method"], row["metric"])
-            assert row["sum_of_products"] == values[key][1]
+    for product in first.table("products.parquet"):
+        if product["method"] == product["other"] and product["metric"].startswith("recall"):  # hits are 0 or 1
+            key = (product["split"], product["variant"], product["domain"], product["method"], product["metric"])
+            assert product["sum_of_products"] == values[key][1]
 
     report = (first.folder / "report.txt").read_text()
     assert "SYNTHETIC" in report
@@ -464,7 +464,8 @@ def test_the_ledger_holds_everything_that_left_each_client_and_nothing_else(firs
     for name, entries in expected.items():
         rows = [row for row in ledger if row["domain"] == name]
         assert {(row["message"], row["name"]) for row in rows} == entries
-        assert len(rows) == len(entries) + len(sums)  # sums leave twice: of validation and of test
+        num_evaluations = 1 if name == "camping" else 2  # an unseen domain is asked on test only
+        assert len(rows) == len(entries) + (num_evaluations - 1) * len(sums)
 
     arrays = [row for row in ledger if row["shape"]]
     assert {(row["name"].rpartition(".")[2], row["dtype"], row["shape"]) for row in arrays} == {

@@ -76,7 +76,9 @@ def oracle(domain: LocalDomain, split: str, adapters: dict[str, Adapter | None])
         with applied(domain.backbone, adapter), torch.no_grad():
             items = [embed_batch(domain.backbone, [tokens])[0].double() for tokens in domain.item_sequences]
             for history, target in questions:
-                packed = pack_sequences(domain.table, [history], domain.backbone.special, TEXT.max_items, TEXT.max_tokens)
+                packed = pack_sequences(
+                    domain.table, [history], domain.backbone.special, TEXT.max_items, TEXT.max_tokens
+                )
                 user = embed_batch(domain.backbone, packed)[0].double()
                 scores = [float(torch.cosine_similarity(user, item, dim=0)) for item in items]
                 add(label, scores, history, target)

@@ -21,7 +21,12 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("cli",),
 )
 ROW_OF = {part: number for number, row in enumerate(ROWS) for part in row}
-PRIVATE = {"fedmerge.domain.interactions", "fedmerge.domain.splits", "fedmerge.domain.folder", "fedmerge.client.local_domain"}
+PRIVATE = {
+    "fedmerge.domain.interactions",
+    "fedmerge.domain.splits",
+    "fedmerge.domain.folder",
+    "fedmerge.client.local_domain",
+}
 FRAMEWORKS = {"flwr", "ray"}
 
 
@@ -45,8 +50,9 @@ def imports_of(path: Path) -> set[str]:
 
 def part_of(module: str) -> str:
     """``fedmerge.domain.catalog`` -> ``domain``; what ``fedmerge`` itself holds (its version) -> ``__init__``."""
-    second = (module.split(".") + ["__init__"])[1]
-    return second if (REPOSITORY / "fedmerge" / second).is_dir() or (REPOSITORY / "fedmerge" / f"{second}.py").exists() else "__init__"
+    second = [*module.split("."), "__init__"][1]
+    place = REPOSITORY / "fedmerge" / second
+    return second if place.is_dir() or place.with_suffix(".py").exists() else "__init__"
 
 
 def test_the_files_are_found_and_every_part_has_its_row() -> None:
@@ -59,8 +65,10 @@ def test_imports_are_found_wherever_they_stand(tmp_path: Path) -> None:
     path.write_text("import a.b as c\ndef f():\n    from d import e\n    if True:\n        import g\n")
     assert imports_of(path) == {"a.b", "d", "d.e", "g"}
     assert (part_of("fedmerge.domain.catalog"), part_of("fedmerge.__version__"), part_of("fedmerge.config.Text")) == (
-        "domain", "__init__", "config",
-    )  # fmt: skip
+        "domain",
+        "__init__",
+        "config",
+    )
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_name)

@@ -22,7 +22,9 @@ REFUSED: set[tuple[Policy, Kind]] = {("adapter", "catalog")}
 @pytest.mark.parametrize("kind", get_args(Kind))
 def test_every_policy_and_thing(policy: Policy, kind: Kind) -> None:
     if (policy, kind) in REFUSED:
-        with pytest.raises(PolicyError, match=f"domain shop: the policy '{policy}' keeps the {kind} at the client") as caught:
+        with pytest.raises(
+            PolicyError, match=f"domain shop: the policy '{policy}' keeps the {kind} at the client"
+        ) as caught:
             check_may_leave(policy, kind, "shop")
         assert "server.catalogs" in str(caught.value)
     else:

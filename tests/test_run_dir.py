@@ -77,7 +77,10 @@ def test_what_cannot_become_json_leaves_the_old_file(tmp_path: Path) -> None:
 
 
 def test_tables_are_read_back_with_their_types(tmp_path: Path) -> None:
-    rows: list[dict[str, Any]] = [{"domain": "a", "num_users": 3, "sum": 0.1}, {"domain": "b", "num_users": 4, "sum": 2.0}]
+    rows: list[dict[str, Any]] = [
+        {"domain": "a", "num_users": 3, "sum": 0.1},
+        {"domain": "b", "num_users": 4, "sum": 2.0},
+    ]
     write_table(tmp_path / "t.parquet", rows)
     table = pq.read_table(tmp_path / "t.parquet")
     assert table.to_pylist() == rows
