@@ -6,10 +6,40 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, RobertaConfig, RobertaModel
 
-WORDS = (
-    "title brand category tent sleeping bag stove coffee grinder toy car doll puzzle shampoo soap brush red blue green "
-    "steel wooden organic kids small large pack of for and with the a"
-).split()
+WORDS = [
+    "title",
+    "brand",
+    "category",
+    "tent",
+    "sleeping",
+    "bag",
+    "stove",
+    "coffee",
+    "grinder",
+    "toy",
+    "car",
+    "doll",
+    "puzzle",
+    "shampoo",
+    "soap",
+    "brush",
+    "red",
+    "blue",
+    "green",
+    "steel",
+    "wooden",
+    "organic",
+    "kids",
+    "small",
+    "large",
+    "pack",
+    "of",
+    "for",
+    "and",
+    "with",
+    "the",
+    "a",
+]
 
 
 def tiny_bert(folder: Path, seed: int = 0) -> Path:

@@ -1,0 +1,347 @@
+"""What travels: every record comes back as it went, and what is malformed is refused with a word that helps."""
+
+import json
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from adapters import random_adapter
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
+
+from fedmerge.client.metrics import METRICS, MetricSums, Variant, metric_sums
+from fedmerge.domain.catalog import catalog_from_bytes, catalog_to_bytes, make_catalog
+from fedmerge.encoder.lora import Adapter, LoraModule, adapter_sha256
+from fedmerge.errors import ClientError, FedMergeError, LayoutMismatchError
+from sim import records
+
+LAYOUT = {"encoder.layer.0.attention.self.query": (32, 32), "encoder.layer.1.intermediate.dense": (64, 32)}
+QUERY_A = "encoder.layer.0.attention.self.query.lora_A"
+CRASHES = "reaches the server as an error that does not exclude the client but ends the run"
+
+
+def adapter(seed: int = 0) -> Adapter:
+    return random_adapter(LAYOUT, 2 + seed, 2.0 / 3, seed)
+
+
+def sums(variant: Variant = "unmasked") -> MetricSums:
+    rng = np.random.default_rng(len(variant))
+    return metric_sums({"average": rng.random((5, len(METRICS))), "expert": rng.random((5, len(METRICS)))}, variant)
+
+
+def travelled(content: RecordDict) -> RecordDict:
+    """What arrives at the other end: through Flower's own bytes."""
+    data = recorddict_to_proto(content).SerializeToString()
+    return recorddict_from_proto(ProtoRecordDict.FromString(data))
+
+
+# Round trips
+
+
+def test_a_description_comes_back() -> None:
+    description = records.Description("shop", "train", 3, 4, 5, True, "c" * 64, "b" * 64, "float32", "0.1.0", "adapter")
+    assert records.read_description(travelled(records.description_record(description))) == description
+    idle = records.Description("", "idle")
+    assert records.read_description(travelled(records.description_record(idle))) == idle
+
+
+def test_a_catalog_comes_back() -> None:
+    columns = {"title": ["Tée", ""], "brand": ["", "x"], "category": ["a > b", ""]}
+    data = catalog_to_bytes(make_catalog("shop", ["1", "2"], columns))
+    found = records.read_catalog(travelled(records.catalog_record(data)))
+    assert found == data
+    assert catalog_from_bytes(found, "shop") == make_catalog("shop", ["1", "2"], columns)
+
+
+def test_an_expert_comes_back_to_the_last_bit() -> None:
+    report = {"steps": 3, "validations": [{"loss": None, "ndcg": 0.1}], "stopped_by": "ü"}
+    found, found_report = records.read_expert(travelled(records.expert_record(adapter(), report)))
+    assert adapter_sha256(found) == adapter_sha256(adapter())
+    assert found_report == report
+    for name, module in found.modules.items():
+        assert torch.equal(module.lora_A, adapter().modules[name].lora_A)
+        assert module.lora_A.dtype == torch.float32
+        module.lora_A.add_(1)  # its memory is its own and may be written
+
+
+def test_a_transposed_view_travels_as_its_values() -> None:
+    view = Adapter({"a": LoraModule(torch.arange(6.0).reshape(3, 2).T, torch.ones(2, 4).T, 1.0)})
+    found, _ = records.read_expert(travelled(records.expert_record(view, {})))
+    assert found.modules["a"].lora_A.tolist() == [[0.0, 2.0, 4.0], [1.0, 3.0, 5.0]]
+    assert adapter_sha256(found) == adapter_sha256(view)
+
+
+@pytest.mark.parametrize("number", [0, 1, 12])
+def test_an_evaluation_request_comes_back_with_its_labels_in_order(number: int) -> None:
+    request = records.EvaluationRequest("test", True, "e" * 64, False)
+    models = {f"task-arithmetic 0.{i}": adapter(i) for i in reversed(range(number))}
+    found, found_models = records.read_evaluation_request(travelled(records.evaluation_request_record(request, models)))
+    assert found == request
+    assert list(found_models) == list(models)
+    assert [adapter_sha256(model) for model in found_models.values()] == [adapter_sha256(m) for m in models.values()]
+
+
+def test_metric_sums_come_back_exactly() -> None:
+    both: dict[Variant, MetricSums] = {"unmasked": sums("unmasked"), "masked": sums("masked")}
+    found = records.read_metric_sums(travelled(records.metric_sums_record(both)))
+    assert list(found) == list(both)
+    for variant, of_variant in both.items():
+        assert found[variant].to_dict() == of_variant.to_dict()
+    assert not np.array_equal(found["unmasked"].sums, found["masked"].sums)
+
+
+def test_an_error_comes_back_and_other_messages_hold_none() -> None:
+    assert records.read_error(travelled(records.error_record("DomainError: gone"))) == "DomainError: gone"
+    assert records.read_error(records.expert_record(adapter(), {})) is None
+    assert records.read_error(RecordDict()) is None
+
+
+# What is malformed
+
+
+def refused(read: Any, content: RecordDict, message: str) -> FedMergeError:
+    with pytest.raises(FedMergeError, match=message) as caught:
+        read(content)
+    return caught.value
+
+
+READERS = [
+    records.read_description,
+    records.read_catalog,
+    records.read_expert,
+    records.read_evaluation_request,
+    records.read_metric_sums,
+]
+
+
+@pytest.mark.parametrize("read", READERS)
+def test_an_empty_message_is_refused(read: Any) -> None:
+    refused(read, RecordDict(), r"no record 'facts' \(records: \[\]\)")
+
+
+@pytest.mark.parametrize("read", READERS)
+def test_a_message_of_another_kind_is_refused(read: Any) -> None:
+    for content in (
+        RecordDict({"facts": ConfigRecord({"unasked": 1})}),
+        RecordDict({"facts": MetricRecord({"a": 1.0})}),
+    ):
+        with pytest.raises(FedMergeError):
+            read(content)
+
+
+def test_descriptions_of_another_version_are_refused() -> None:
+    facts = RecordDict({"facts": ConfigRecord({"domain": "x", "role": "train", "colour": "red"})})
+    refused(records.read_description, facts, "Description has another form .*colour.* use one fedmerge version")
+    refused(records.read_description, RecordDict({"facts": ConfigRecord({"domain": "x"})}), "role")
+
+
+def test_a_catalog_that_is_not_bytes_is_refused() -> None:
+    facts = RecordDict({"facts": ConfigRecord({"catalog": "text"})})
+    assert type(refused(records.read_catalog, facts, "came as str, expected bytes")) is ClientError
+
+
+def expert_with(arrays: dict[str, Array | None], scalings: dict[str, Any] | None = None) -> RecordDict:
+    """A good message but for these tensors (None: left out) and scalings."""
+    content = records.expert_record(adapter(), {})
+    kept = {name: array for name, array in content.array_records["adapter"].items() if name not in arrays}
+    changed = {name: array for name, array in arrays.items() if array is not None}
+    content["adapter"] = ArrayRecord({**kept, **changed})
+    content["scalings"] = ConfigRecord({**content.config_records["scalings"], **(scalings or {})})
+    return content
+
+
+def array(data: bytes, shape: tuple[int, ...] = (2, 32), dtype: str = "float32", stype: str = "numpy.ndarray") -> Array:
+    return Array(dtype, shape, stype, data)
+
+
+def npy(values: Any, allow_pickle: bool = False) -> bytes:
+    buffer = BytesIO()
+    np.save(buffer, values, allow_pickle=allow_pickle)
+    return buffer.getvalue()
+
+
+def npz() -> bytes:
+    buffer = BytesIO()
+    np.savez(buffer, np.zeros((2, 32), np.float32))
+    return buffer.getvalue()
+
+
+def header_of(shape: tuple[int, ...]) -> bytes:
+    buffer = BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, {"descr": "<f4", "fortran_order": False, "shape": shape})
+    return buffer.getvalue()
+
+
+class Trap:
+    """Unpickled, it would be noticed."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return pytest.fail, ("a pickle was opened",)
+
+
+GOOD = np.zeros((2, 32), np.float32)
+BAD_ARRAYS: dict[str, tuple[Array | None, str]] = {
+    "missing": (None, f"do not match its modules: .*{QUERY_A}"),
+    "float64": (Array(GOOD.astype(np.float64)), "is float64 of shape"),
+    "float64 announced as float32": (array(npy(GOOD.astype(np.float64))), "announces float32 .* but holds float64"),
+    "one axis": (Array(np.zeros(64, np.float32)), "expected a float32 matrix"),
+    "three axes": (Array(np.zeros((2, 4, 8), np.float32)), "expected a float32 matrix"),
+    "another shape than announced": (array(npy(GOOD.T)), r"announces float32 \(2, 32\) but holds float32 \(32, 2\)"),
+    "cut": (array(npy(GOOD)[:-1]), "cannot be read"),
+    "nothing": (array(b""), "cannot be read"),
+    "not an array": (array(b"garbage"), "cannot be read"),
+    "objects": (array(npy(np.array([[Trap()]], dtype=object), allow_pickle=True)), "cannot be read"),
+    "a pickle": (array(b"\x80\x04\x95garbage."), "cannot be read"),
+    "another serialisation": (array(npy(GOOD), stype="torch"), "cannot be read"),
+    "several arrays": (array(npz()), "cannot be read|holds"),
+    "more than memory": (array(header_of((2**55, 2))), "cannot be read|holds"),
+    "more than can be": (array(header_of((2**60, 2**10))), "cannot be read|holds"),
+}
+ENDS_THE_RUN = {"several arrays": AttributeError, "more than memory": MemoryError}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=pytest.mark.xfail(strict=True, raises=ENDS_THE_RUN[case], reason=CRASHES))
+        if case in ENDS_THE_RUN
+        else case
+        for case in BAD_ARRAYS
+    ],
+)
+def test_a_bad_tensor_is_refused_by_name(case: str) -> None:
+    tensor, message = BAD_ARRAYS[case]
+    error = refused(records.read_expert, expert_with({QUERY_A: tensor}), message)
+    assert type(error) is LayoutMismatchError
+    assert QUERY_A in str(error)
+
+
+def test_the_good_tensor_of_these_tests_is_good() -> None:
+    found, _ = records.read_expert(expert_with({QUERY_A: array(npy(GOOD))}))
+    assert not found.modules["encoder.layer.0.attention.self.query"].lora_A.any()
+
+
+def test_modules_without_tensors_and_tensors_without_modules_are_refused() -> None:
+    refused(records.read_expert, expert_with({}, {"pooler": 1.0}), r"pooler\.lora_A")
+    refused(records.read_expert, expert_with({"pooler.lora_A": array(npy(GOOD))}), r"pooler\.lora_A")
+
+
+@pytest.mark.parametrize("scaling", ["2.0", b"2", [2.0]], ids=["text", "bytes", "list"])
+def test_a_scaling_that_is_no_number_is_refused(scaling: Any) -> None:
+    content = expert_with({}, {"encoder.layer.1.intermediate.dense": scaling})
+    refused(records.read_expert, content, r"module encoder\.layer\.1\.intermediate\.dense: its scaling is a")
+
+
+@pytest.mark.parametrize("key", ["adapter", "scalings"])
+def test_an_expert_without_its_records_is_refused(key: str) -> None:
+    content = records.expert_record(adapter(), {})
+    del content[key]
+    refused(records.read_expert, content, "the message holds no adapter")
+
+
+@pytest.mark.parametrize("report", ["{", "", "nonsense"])
+def test_a_report_that_is_not_json_is_refused(report: str) -> None:
+    content = records.expert_record(adapter(), {})
+    content["facts"] = ConfigRecord({"report": report})
+    refused(records.read_expert, content, "report is not JSON")
+
+
+@pytest.mark.parametrize("report", ["null", "[]", "5"])
+@pytest.mark.xfail(strict=True, reason=CRASHES)
+def test_a_report_that_is_no_object_is_refused(report: str) -> None:
+    content = records.expert_record(adapter(), {})
+    content["facts"] = ConfigRecord({"report": report})
+    refused(records.read_expert, content, "report")
+
+
+def test_a_request_that_names_more_models_than_it_holds_is_refused() -> None:
+    content = records.evaluation_request_record(records.EvaluationRequest("valid", False, "", False), {"a": adapter()})
+    content["facts"] = ConfigRecord({**content.config_records["facts"], "labels": ["a", "b"]})
+    refused(records.read_evaluation_request, content, "holds no adapter1")
+    content["facts"] = ConfigRecord({**content.config_records["facts"], "labels": "a"})
+    refused(records.read_evaluation_request, content, "names no models")
+
+
+def changed_sums(**changes: Any) -> str:
+    return json.dumps({**sums().to_dict(), **changes})
+
+
+BAD_SUMS: dict[str, str] = {
+    "not JSON": "{",
+    "a list": "[]",
+    "a number": "5",
+    "null": "null",
+    "no sums": json.dumps({key: value for key, value in sums().to_dict().items() if key != "sums"}),
+    "something more": changed_sums(users=["anna"]),
+    "another variant": changed_sums(variant="half"),
+    "the other variant": changed_sums(variant="masked"),
+    "no users": changed_sums(num_users=0),
+    "users in words": changed_sums(num_users="five"),
+    "NaN": changed_sums(sums=(sums().sums * np.nan).tolist()),
+    "ragged": changed_sums(sums=[[1.0], [1.0, 2.0]]),
+    "of another size": changed_sums(sums=[[1.0]]),
+    "other metrics": changed_sums(metrics=["hits"]),
+    "metrics no list": changed_sums(metrics=5),
+    "methods no list": changed_sums(methods=5),
+    "methods no names": changed_sums(methods=[["a"], ["b"]]),
+    "methods twice": changed_sums(methods=["a", "a"]),
+    "asymmetric": changed_sums(products=np.random.default_rng(0).random((len(METRICS), 2, 2)).tolist()),
+}
+NOT_YET_REFUSED = {
+    "the other variant": "unmasked sums are taken for masked ones",
+    **dict.fromkeys(("a number", "null", "metrics no list", "methods no list", "methods no names"), CRASHES),
+}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=pytest.mark.xfail(strict=True, reason=NOT_YET_REFUSED[case]))
+        if case in NOT_YET_REFUSED
+        else case
+        for case in BAD_SUMS
+    ],
+)
+def test_malformed_sums_are_refused(case: str) -> None:
+    facts = ConfigRecord({"unmasked": BAD_SUMS[case], "masked": json.dumps(sums("masked").to_dict())})
+    error = refused(records.read_metric_sums, RecordDict({"facts": facts}), "metric")
+    assert type(error) is ClientError
+
+
+def test_sums_of_one_variant_only_are_refused() -> None:
+    refused(records.read_metric_sums, records.metric_sums_record({"unmasked": sums()}), "KeyError: 'masked'")
+
+
+# The ledger
+
+
+def test_the_ledger_lists_everything_in_a_message() -> None:
+    content = records.expert_record(adapter(), {"steps": 3})
+    content["metrics"] = MetricRecord({"loss": 0.25})
+    rows = {row["name"]: row for row in records.contents(content)}
+    tensors = {f"adapter.{name}.lora_{part}" for name in LAYOUT for part in "AB"}
+    scalings = {f"scalings.{name}" for name in LAYOUT}
+    assert set(rows) == tensors | scalings | {"facts.report", "metrics.loss"}
+    row = rows["adapter.encoder.layer.1.intermediate.dense.lora_B"]
+    assert (row["dtype"], row["shape"]) == ("float32", "64x2")
+    assert row["size_bytes"] == len(content.array_records["adapter"]["encoder.layer.1.intermediate.dense.lora_B"].data)
+    assert row["size_bytes"] >= 64 * 2 * 4
+    assert (rows["facts.report"]["dtype"], rows["facts.report"]["size_bytes"]) == ("str", len('{"steps": 3}'))
+    assert {type(value) for row in rows.values() for value in row.values()} == {str, int}
+
+
+def test_the_ledger_holds_no_values() -> None:
+    content = records.catalog_record(b"SECRET")
+    content["other"] = ConfigRecord({"list": ["SECRET"], "flag": True})
+    rows = list(records.contents(content))
+    assert [row["name"] for row in rows] == ["facts.catalog", "other.list", "other.flag"]
+    assert "SECRET" not in str(rows)
+
+
+@pytest.mark.xfail(strict=True, raises=TypeError, reason=CRASHES)
+def test_the_ledger_takes_everything_that_a_client_can_send() -> None:
+    content = RecordDict({"facts": ConfigRecord({"parts": [b"a", b"bc"]})})
+    assert [row["name"] for row in records.contents(content)] == ["facts.parts"]
