@@ -93,9 +93,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(options: argparse.Namespace) -> int:
     from fedmerge.config import load_config, with_absolute_paths
-    from sim.run import run_experiment
 
     config = with_absolute_paths(load_config(options.config, options.overrides), Path.cwd())
+
+    from sim.run import run_experiment
+
     return run_experiment(config, options.app or Path(__file__).resolve().parent.parent)
 
 
@@ -162,7 +164,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
     import torch
 
-    from fedmerge.client.evaluate import BACKBONE, evaluate
+    from fedmerge.client.evaluate import BACKBONE, LAST_ITEM, POPULARITY, evaluate
     from fedmerge.client.local_domain import open_domain
     from fedmerge.device import resolve_compute
     from fedmerge.encoder.backbone import load_backbone
@@ -171,7 +173,8 @@ def _evaluate(options: argparse.Namespace) -> int:
 
     torch.set_num_threads(config.runtime.server_threads)
     adapter = None if options.adapter == "none" else read_adapter(Path(options.adapter))
-    label = BACKBONE if adapter is None else Path(options.adapter).resolve().name
+    name = Path(options.adapter).resolve().name
+    label = BACKBONE if adapter is None else f"adapter {name}" if name in (BACKBONE, POPULARITY, LAST_ITEM) else name
     compute = resolve_compute(config.runtime.device, config.runtime.precision)
     backbone = load_backbone(config.backbone.source, config.backbone.pooling, compute, config.backbone.weights_sha256)
     domain = open_domain(options.domain, backbone, config.text)

@@ -167,7 +167,7 @@ class Server(Section):
     catalogs: str | None = Field(
         None, description="Folder of catalogs; 'none': clients send theirs, if the policy lets them."
     )
-    wait_seconds: float = Field(60.0, gt=0, description="How long to wait for all clients to connect.")
+    wait_seconds: float = Field(30.0, gt=0, description="How long to wait for all clients to connect.")
     min_train_clients: int = Field(2, ge=1, description="Fewer working training clients than this: the run fails.")
     describe_timeout_seconds: float = Field(600.0, gt=0)
     train_timeout_seconds: float = Field(7200.0, gt=0)

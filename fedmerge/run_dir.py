@@ -45,6 +45,8 @@ def create_run(config: ExperimentConfig) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir()
     except FileExistsError as error:
+        if not folder.parent.is_dir():
+            raise RunDirError(f"{folder.parent} is a file. Set output_dir to a folder.") from error
         raise RunDirError(
             f"{folder} exists; a run never overwrites another. Choose another run_id or output_dir."
         ) from error

@@ -50,10 +50,11 @@ def _answer(handler: Callable[[Message, Context], RecordDict]) -> Callable[[Mess
             content = handler(message, context)
         except FedMergeError as error:
             logger.error("%s: %s", type(error).__name__, error)
-            content = records.error_record(f"{type(error).__name__}: {error}")
+            content = records.error_record(f"{type(error).__name__}: {error}", _domain_name(context))
         except Exception as error:  # its text may quote private data, so it stays in this client's own log
             logger.error("%s", traceback.format_exc())
-            content = records.error_record(f"{type(error).__name__}; the client's own log tells more")
+            told = f"{type(error).__name__}; the client's own log tells more"
+            content = records.error_record(told, _domain_name(context))
         return Message(content, reply_to=message)
 
     return answer
@@ -102,6 +103,8 @@ def train(message: Message, context: Context) -> RecordDict:
     client = _client(context)
     check_may_leave(client.config.privacy.policy, "adapter", client.domain.manifest.name)
     adapter, report = trained_expert(client.domain, client.config, logger.info)
+    if report["validation_users"] < client.config.privacy.min_users:
+        report = {**report, "validations": []}
     return records.expert_record(adapter, report)
 
 
@@ -163,6 +166,14 @@ def _place(context: Context) -> tuple[Path, str] | None:
     else:
         raise ClientError("this node does not know its domain: start it with --node-config 'domain-path=\"/…/NAME\"'")
     return folder, "train" if folder.name in domains.train else "unseen"
+
+
+def _domain_name(context: Context) -> str:
+    try:
+        place = _place(context)
+    except Exception:  # this is for a reply that tells of an error already
+        return ""
+    return place[0].name if place else ""
 
 
 @cache

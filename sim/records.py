@@ -1,8 +1,9 @@
 """What travels between server and clients as Flower records. The only file that knows record keys."""
 
+import io
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, TypeVar
 
 import numpy as np
@@ -115,6 +116,8 @@ def read_expert(content: RecordDict) -> tuple[Adapter, dict[str, Any]]:
         report = json.loads(str(_config(content, _FACTS).get("report")))
     except ValueError as error:
         raise ClientError("its training report is not JSON") from error
+    if not isinstance(report, dict):
+        raise ClientError(f"its training report is a {type(report).__name__}, expected an object")
     return _read_adapter(content, ""), report
 
 
@@ -151,19 +154,28 @@ def read_metric_sums(content: RecordDict) -> dict[Variant, MetricSums]:
     """
     facts = _config(content, _FACTS)
     try:
-        return {variant: metric_sums_from_dict(json.loads(str(facts[variant]))) for variant in VARIANTS}
-    except (KeyError, ValueError) as error:
+        sums = {variant: metric_sums_from_dict(json.loads(str(facts[variant]))) for variant in VARIANTS}
+    except (KeyError, ValueError, TypeError, OverflowError) as error:
         raise ClientError(f"its metric sums are malformed ({type(error).__name__}: {error})") from error
+    for variant, of_variant in sums.items():
+        if of_variant.variant != variant:
+            raise ClientError(f"its metric sums named {variant} are {of_variant.variant}")
+    return sums
 
 
-def error_record(error: str) -> RecordDict:
-    """A client's own account of what went wrong."""
-    return RecordDict({_ERROR: ConfigRecord({"message": error})})
+def error_record(error: str, domain: str = "") -> RecordDict:
+    """A client's own account of what went wrong; the domain is empty where it does not know its own."""
+    return RecordDict({_ERROR: ConfigRecord({"message": error, "domain": domain})})
 
 
 def read_error(content: RecordDict) -> str | None:
     """The client's error, if it reports one."""
     return str(content.config_records[_ERROR].get("message")) if _ERROR in content.config_records else None
+
+
+def read_error_domain(content: RecordDict) -> str:
+    """The domain that a client with an error says it is; empty where it does not know."""
+    return str(content.config_records[_ERROR].get("domain", "")) if _ERROR in content.config_records else ""
 
 
 def contents(content: RecordDict) -> Iterator[dict[str, Any]]:
@@ -173,7 +185,7 @@ def contents(content: RecordDict) -> Iterator[dict[str, Any]]:
             yield _exposed(f"{key}.{name}", array.dtype, tuple(array.shape), len(array.data))
     for key, values in content.config_records.items():
         for name, value in values.items():
-            size = len(value) if isinstance(value, (bytes, str)) else len(json.dumps(value))
+            size = len(value) if isinstance(value, (bytes, str)) else len(json.dumps(value, default=str))
             yield _exposed(f"{key}.{name}", type(value).__name__, (), size)
     for key, metrics in content.metric_records.items():
         for name, metric in metrics.items():
@@ -187,8 +199,8 @@ def _exposed(name: str, dtype: str, shape: tuple[int, ...], size_bytes: int) -> 
 def _adapter_records(adapter: Adapter, suffix: str) -> dict[str, ArrayRecord | ConfigRecord]:
     arrays = {}
     for name, module in adapter.modules.items():
-        arrays[f"{name}.lora_A"] = Array(module.lora_A.numpy())
-        arrays[f"{name}.lora_B"] = Array(module.lora_B.numpy())
+        arrays[f"{name}.lora_A"] = Array(module.lora_A.contiguous().numpy())
+        arrays[f"{name}.lora_B"] = Array(module.lora_B.contiguous().numpy())
     scalings: dict[str, ConfigRecordValues] = {name: module.scaling for name, module in adapter.modules.items()}
     return {f"{_ADAPTER}{suffix}": ArrayRecord(arrays), f"{_SCALINGS}{suffix}": ConfigRecord(scalings)}
 
@@ -217,15 +229,21 @@ def _read_adapter(content: RecordDict, suffix: str) -> Adapter:
 def _tensor(array: Array, name: str) -> torch.Tensor:
     if array.dtype != "float32" or len(array.shape) != 2:
         raise LayoutMismatchError(f"{name} is {array.dtype} of shape {tuple(array.shape)}, expected a float32 matrix")
-    try:
-        values = array.numpy()
+    if array.stype != "numpy.ndarray":
+        raise LayoutMismatchError(f"{name} cannot be read: it is serialised as {array.stype!r}, expected numpy.ndarray")
+    stream = io.BytesIO(array.data)
+    try:  # the header first: nothing is allocated for more than what came
+        major, _ = np.lib.format.read_magic(stream)
+        read_header = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
+        shape, fortran_order, dtype = read_header(stream)
     except (ValueError, TypeError, OSError, EOFError) as error:
         raise LayoutMismatchError(f"{name} cannot be read ({error})") from error
-    if values.shape != tuple(array.shape) or values.dtype != np.float32:
+    values = array.data[stream.tell() :]
+    if shape != tuple(array.shape) or dtype != np.float32 or fortran_order or len(values) != 4 * shape[0] * shape[1]:
         raise LayoutMismatchError(
-            f"{name} announces float32 {tuple(array.shape)} but holds {values.dtype} {values.shape}"
+            f"{name} announces float32 {tuple(array.shape)} but holds {dtype} {shape} in {len(values)} bytes"
         )
-    return torch.from_numpy(values.copy())
+    return torch.from_numpy(np.frombuffer(values, dtype=np.float32).reshape(shape).copy())
 
 
 def _config(content: RecordDict, key: str) -> ConfigRecord:
@@ -236,9 +254,15 @@ def _config(content: RecordDict, key: str) -> ConfigRecord:
 
 
 def _dataclass(kind: type[T], values: Mapping[str, Any]) -> T:
-    try:
-        return kind(**values)
-    except TypeError as error:
-        raise ClientError(
-            f"its {kind.__name__} has another form ({error}); use one fedmerge version everywhere"
-        ) from error
+    expected = {field.name: field.type for field in fields(kind)}  # type: ignore[arg-type]  # kind is a dataclass
+    wrong = sorted(
+        {key for key in expected.keys() | values.keys() if key not in values or key not in expected}
+        | {key for key, value in values.items() if key in expected and type(value) is not _plain(expected[key])}
+    )
+    if wrong:
+        raise ClientError(f"its {kind.__name__} has another form in {wrong}; use one fedmerge version everywhere")
+    return kind(**values)
+
+
+def _plain(annotation: Any) -> Any:
+    return annotation if isinstance(annotation, type) else str  # a Literal of strings

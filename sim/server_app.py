@@ -18,7 +18,7 @@ from fedmerge.device import resolve_compute
 from fedmerge.domain.catalog import Catalog, catalog_from_bytes, load_catalog
 from fedmerge.encoder.backbone import Backbone, load_backbone
 from fedmerge.encoder.lora import Adapter, adapter_sha256, write_adapter
-from fedmerge.errors import ClientError, FedMergeError
+from fedmerge.errors import ClientError, RunDirError
 from fedmerge.report.tables import Role, differences_table, result_rows, results_table
 from fedmerge.run_dir import DONE, create_run, write_json, write_table, write_text
 from fedmerge.server.admission import check_adapter, expected_layout
@@ -59,6 +59,11 @@ class Federation:
         logger.warning("excluded: %s: %s", domain, reason)
         self.excluded[domain] = reason
         self.nodes.pop(domain, None)
+
+    def rename(self, node: str, domain: str) -> None:
+        """Put a domain's name into the ledger, once the node has said it."""
+        for row in self.exposure:
+            row["domain"] = domain if row["domain"] == node else row["domain"]
 
 
 @app.main()
@@ -116,7 +121,7 @@ def _experiment(config: ExperimentConfig, federation: Federation, run_dir: Path)
         participants = {domain: vars(federation.descriptions[domain]) for domain in sorted(federation.nodes)}
         write_json(run_dir / "clients.json", {"participants": participants, "excluded": federation.excluded})
         if federation.exposure:
-            write_table(run_dir / "exposure.parquet", federation.exposure)
+            write_table(run_dir / "exposure.parquet", sorted(federation.exposure, key=lambda row: str(row["domain"])))
     report = _report(test, federation, [candidate.label for candidate in chosen], served)
     write_text(run_dir / "report.txt", report)
     write_text(run_dir / DONE, f"finished after {time.monotonic() - started:.0f} s\n")
@@ -128,29 +133,29 @@ def _experiment(config: ExperimentConfig, federation: Federation, run_dir: Path)
 def _gather(federation: Federation, config: ExperimentConfig, backbone: Backbone) -> None:
     """Wait for the nodes, ask each what it is, refuse those that do not fit."""
     expected = len(config.domains.train) + len(config.domains.unseen)
+    logger.info("waiting for %d nodes, one a domain, at most %g s", expected, config.server.wait_seconds)
     deadline = time.monotonic() + config.server.wait_seconds
     while len(nodes := sorted(federation.grid.get_node_ids())) < expected and time.monotonic() < deadline:
         time.sleep(POLL_SECONDS)
     logger.info("%d nodes are connected, %d domains are expected", len(nodes), expected)
-    replies: dict[str, RecordDict] = {}
+    replies: dict[str, records.Description] = {}
+
+    def receive(name: str, content: RecordDict) -> None:
+        replies[name] = records.read_description(content)
+
     names = {f"node {node}": node for node in nodes}
-    _ask(federation, names, records.DESCRIBE, _nothing, config.server.describe_timeout_seconds, replies.__setitem__)
-    for name, content in sorted(replies.items()):
-        try:
-            description = records.read_description(content)
-        except FedMergeError as error:
-            federation.exclude(name, str(error))
-            continue
+    _ask(federation, names, records.DESCRIBE, _nothing, config.server.describe_timeout_seconds, receive)
+    for name, description in sorted(replies.items()):
         if description.role == "idle":
             continue
         problem = _misfit(description, backbone, config, federation)
         if problem:
+            federation.rename(name, f"{description.domain} ({name})")
             federation.exclude(f"{description.domain} ({name})", problem)
             continue
         federation.nodes[description.domain] = int(name.removeprefix("node "))
         federation.descriptions[description.domain] = description
-        for row in federation.exposure:
-            row["domain"] = description.domain if row["domain"] == name else row["domain"]
+        federation.rename(name, description.domain)
         logger.info(
             "%s (%s%s): %d users, %d items, %d interactions",
             description.domain,
@@ -167,6 +172,9 @@ def _gather(federation: Federation, config: ExperimentConfig, backbone: Backbone
 def _misfit(
     description: records.Description, backbone: Backbone, config: ExperimentConfig, federation: Federation
 ) -> str | None:
+    domains = config.domains
+    if description.domain not in (domains.train if description.role == "train" else domains.train + domains.unseen):
+        return f"it says to be {description.domain!r} ({description.role}), which the experiment does not name as such"
     checks = {
         "domain": (description.domain in federation.nodes, False, "another client already is this domain"),
         "backbone": (
@@ -195,10 +203,7 @@ def _catalogs(federation: Federation, config: ExperimentConfig) -> dict[str, Cat
         nodes = {domain: federation.nodes[domain] for domain in domains}
 
         def receive(domain: str, content: RecordDict) -> None:
-            try:
-                catalogs[domain] = catalog_from_bytes(records.read_catalog(content), domain)
-            except FedMergeError as error:
-                federation.exclude(domain, str(error))
+            catalogs[domain] = catalog_from_bytes(records.read_catalog(content), domain)
 
         _ask(federation, nodes, records.CATALOG, _nothing, config.server.describe_timeout_seconds, receive)
     for domain, catalog in list(catalogs.items()):
@@ -218,12 +223,8 @@ def _train(federation: Federation, config: ExperimentConfig, backbone: Backbone,
     adapters: dict[str, Adapter] = {}
 
     def admit(domain: str, content: RecordDict) -> None:
-        try:
-            adapter, report = records.read_expert(content)
-            check_adapter(domain, adapter, layout)
-        except FedMergeError as error:
-            federation.exclude(domain, str(error))
-            return
+        adapter, report = records.read_expert(content)
+        check_adapter(domain, adapter, layout)
         folder = run_dir / "adapters" / domain
         write_adapter(adapter, folder, backbone.name)
         write_json(folder / "training.json", {**report, "sha256": adapter_sha256(adapter)})
@@ -265,14 +266,16 @@ def _evaluate(
     results: dict[str, dict[Variant, MetricSums]] = {}
 
     def receive(domain: str, content: RecordDict) -> None:
-        try:
-            sums = records.read_metric_sums(content)
-            missing = sorted(merged.keys() - set(sums["unmasked"].methods))
-            if missing:
-                raise ClientError(f"its metric sums lack {missing}")
-            results[domain] = sums
-        except FedMergeError as error:
-            federation.exclude(domain, str(error))
+        sums = records.read_metric_sums(content)
+        missing = sorted(merged.keys() - set(sums["unmasked"].methods))
+        if missing:
+            raise ClientError(f"its metric sums lack {missing}")
+        masked = sums["masked"]
+        if masked.methods != sums["unmasked"].methods or masked.num_users != sums["unmasked"].num_users:
+            raise ClientError("its masked and unmasked metric sums are of different methods or users")
+        if masked.num_users < config.privacy.min_users:
+            raise ClientError(f"its metric sums are over {masked.num_users} users, fewer than privacy.min_users")
+        results[domain] = sums
 
     deciding = federation.of("train")  # unseen domains have no say in the choice
     nodes = {domain: node for domain, node in federation.nodes.items() if split == "test" or domain in deciding}
@@ -288,7 +291,10 @@ def _ask(
     timeout_seconds: float,
     on_reply: Callable[[str, RecordDict], None],
 ) -> None:
-    """Ask nodes at once and handle each reply as it comes; who fails or is late is excluded by name."""
+    """Ask nodes at once and handle each reply as it comes.
+
+    Who fails, is late, or sends what ``on_reply`` raises on, is excluded by name.
+    """
     waiting: dict[str, str] = {}
     for name, node in nodes.items():
         message = Message(request(name), dst_node_id=node, message_type=message_type, ttl=timeout_seconds)
@@ -302,16 +308,8 @@ def _ask(
             name = waiting.pop(reply.metadata.reply_to_message_id, "")
             if not name:
                 continue
-            if reply.has_error():
-                reason = f"{reply.error.reason} (Flower error {reply.error.code})"
-                federation.exclude(name, f"{message_type} failed: {reason}")
+            if not _accepted(federation, name, message_type, reply, on_reply):
                 continue
-            exposed = records.contents(reply.content)
-            federation.exposure += [{"domain": name, "message": message_type, **row} for row in exposed]
-            if error := records.read_error(reply.content):
-                federation.exclude(name, f"{message_type} failed: {error}")
-                continue
-            on_reply(name, reply.content)
             seconds = time.monotonic() - started
             logger.info(
                 "%s: %d of %d answered (%s, %.0f s)", message_type, len(nodes) - len(waiting), len(nodes), name, seconds
@@ -323,6 +321,36 @@ def _ask(
         time.sleep(POLL_SECONDS)
     for name in waiting.values():
         federation.exclude(name, f"{message_type}: no answer within {timeout_seconds:g} s")
+
+
+def _accepted(
+    federation: Federation,
+    name: str,
+    message_type: str,
+    reply: Message,
+    on_reply: Callable[[str, RecordDict], None],
+) -> bool:
+    """Record and handle one reply; whatever a client sends, it does not take the server down."""
+    if reply.has_error():
+        federation.exclude(name, f"{message_type} failed: {reply.error.reason} (Flower error {reply.error.code})")
+        return False
+    try:
+        exposed = records.contents(reply.content)
+        federation.exposure += [{"domain": name, "message": message_type, **row} for row in exposed]
+        if error := records.read_error(reply.content):
+            domain = records.read_error_domain(reply.content)
+            if name not in federation.nodes and domain:  # its word alone must not exclude another domain
+                federation.rename(name, f"{domain} ({name})")
+                name = f"{domain} ({name})"
+            federation.exclude(name, f"{message_type} failed: {error}")
+            return False
+        on_reply(name, reply.content)
+    except (RunDirError, OSError):
+        raise  # the server's own trouble, not the client's
+    except Exception as error:
+        federation.exclude(name, f"{message_type}: its reply is refused: {type(error).__name__}: {error}")
+        return False
+    return True
 
 
 def _nothing(name: str) -> RecordDict:
@@ -416,6 +444,7 @@ def _report(
     ]
     baseline = "average" if "average" in merged else merged[0]
     parts.append(differences_table(unmasked, roles, baseline=baseline, split="test", synthetic=synthetic))
+    parts += [f"excluded: {name}: {reason}\n" for name, reason in sorted(federation.excluded.items())]
     parts.append(f"chosen on validation and to be served: {served}\n")
     return "\n".join(parts)
 

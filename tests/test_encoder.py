@@ -92,12 +92,9 @@ def test_packed_sequences_are_the_tokens_of_the_joined_text_under_wordpiece(bert
     assert tokens.tolist() == bert.tokenizer(joined_text(history))["input_ids"]
 
 
-LOSES_A_BLANK = pytest.mark.xfail(strict=True, reason="text.py packs ';title:' where the text says '; title:'")
-
-
 @pytest.mark.parametrize(
     "history",
-    [pytest.param(h, marks=LOSES_A_BLANK) if h in ([1, 0], [0, 3], [3, 3, 1], [0, 2, 1]) else h for h in HISTORIES],
+    HISTORIES,
     ids=str,
 )
 def test_packed_sequences_are_the_tokens_of_the_joined_text_under_byte_level_bpe(
@@ -309,8 +306,8 @@ def spoil_tokenizer(folder: Path) -> None:
 @pytest.mark.parametrize(
     "damage",
     [
-        pytest.param(truncate_weights, marks=pytest.mark.xfail(strict=True, reason="SafetensorError is not caught")),
-        pytest.param(remove_weight, marks=pytest.mark.xfail(strict=True, reason="drawn at random without a word")),
+        truncate_weights,
+        remove_weight,
         remove_config,
         spoil_config,
         spoil_width,

@@ -428,7 +428,7 @@ def test_metrics_are_those_of_the_users_and_the_report_shows_them(first: Run) ->
                 ]
                 means += [(means[0] + means[1]) / 2, means[2]]
                 assert table[method] == ["-" if np.isnan(mean) else f"{mean:.4f}" for mean in means]
-    printed = [line.partition(" ")[2] for line in first.output.splitlines()]
+    printed = first.output.splitlines()
     for line in filter(None, report.splitlines()):
         assert any(found.endswith(line) for found in printed), line
 

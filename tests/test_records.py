@@ -20,7 +20,6 @@ from sim import records
 
 LAYOUT = {"encoder.layer.0.attention.self.query": (32, 32), "encoder.layer.1.intermediate.dense": (64, 32)}
 QUERY_A = "encoder.layer.0.attention.self.query.lora_A"
-CRASHES = "reaches the server as an error that does not exclude the client but ends the run"
 
 
 def adapter(seed: int = 0) -> Adapter:
@@ -190,27 +189,21 @@ BAD_ARRAYS: dict[str, tuple[Array | None, str]] = {
     "one axis": (Array(np.zeros(64, np.float32)), "expected a float32 matrix"),
     "three axes": (Array(np.zeros((2, 4, 8), np.float32)), "expected a float32 matrix"),
     "another shape than announced": (array(npy(GOOD.T)), r"announces float32 \(2, 32\) but holds float32 \(32, 2\)"),
-    "cut": (array(npy(GOOD)[:-1]), "cannot be read"),
+    "cut": (array(npy(GOOD)[:-1]), "cannot be read|holds"),
     "nothing": (array(b""), "cannot be read"),
     "not an array": (array(b"garbage"), "cannot be read"),
-    "objects": (array(npy(np.array([[Trap()]], dtype=object), allow_pickle=True)), "cannot be read"),
+    "objects": (array(npy(np.array([[Trap()]], dtype=object), allow_pickle=True)), "cannot be read|holds"),
     "a pickle": (array(b"\x80\x04\x95garbage."), "cannot be read"),
     "another serialisation": (array(npy(GOOD), stype="torch"), "cannot be read"),
     "several arrays": (array(npz()), "cannot be read|holds"),
     "more than memory": (array(header_of((2**55, 2))), "cannot be read|holds"),
     "more than can be": (array(header_of((2**60, 2**10))), "cannot be read|holds"),
 }
-ENDS_THE_RUN = {"several arrays": AttributeError, "more than memory": MemoryError}
 
 
 @pytest.mark.parametrize(
     "case",
-    [
-        pytest.param(case, marks=pytest.mark.xfail(strict=True, raises=ENDS_THE_RUN[case], reason=CRASHES))
-        if case in ENDS_THE_RUN
-        else case
-        for case in BAD_ARRAYS
-    ],
+    list(BAD_ARRAYS),
 )
 def test_a_bad_tensor_is_refused_by_name(case: str) -> None:
     tensor, message = BAD_ARRAYS[case]
@@ -250,7 +243,6 @@ def test_a_report_that_is_not_json_is_refused(report: str) -> None:
 
 
 @pytest.mark.parametrize("report", ["null", "[]", "5"])
-@pytest.mark.xfail(strict=True, reason=CRASHES)
 def test_a_report_that_is_no_object_is_refused(report: str) -> None:
     content = records.expert_record(adapter(), {})
     content["facts"] = ConfigRecord({"report": report})
@@ -290,20 +282,11 @@ BAD_SUMS: dict[str, str] = {
     "methods twice": changed_sums(methods=["a", "a"]),
     "asymmetric": changed_sums(products=np.random.default_rng(0).random((len(METRICS), 2, 2)).tolist()),
 }
-NOT_YET_REFUSED = {
-    "the other variant": "unmasked sums are taken for masked ones",
-    **dict.fromkeys(("a number", "null", "metrics no list", "methods no list", "methods no names"), CRASHES),
-}
 
 
 @pytest.mark.parametrize(
     "case",
-    [
-        pytest.param(case, marks=pytest.mark.xfail(strict=True, reason=NOT_YET_REFUSED[case]))
-        if case in NOT_YET_REFUSED
-        else case
-        for case in BAD_SUMS
-    ],
+    list(BAD_SUMS),
 )
 def test_malformed_sums_are_refused(case: str) -> None:
     facts = ConfigRecord({"unmasked": BAD_SUMS[case], "masked": json.dumps(sums("masked").to_dict())})
@@ -341,7 +324,6 @@ def test_the_ledger_holds_no_values() -> None:
     assert "SECRET" not in str(rows)
 
 
-@pytest.mark.xfail(strict=True, raises=TypeError, reason=CRASHES)
 def test_the_ledger_takes_everything_that_a_client_can_send() -> None:
     content = RecordDict({"facts": ConfigRecord({"parts": [b"a", b"bc"]})})
     assert [row["name"] for row in records.contents(content)] == ["facts.parts"]

@@ -8,8 +8,8 @@ def in_batch_softmax(
 ) -> torch.Tensor:
     """In-batch softmax cross-entropy, −log softmax(cos(u, ·)/τ)[target].
 
-    Items are the different targets of the batch, each once: what other implementations write as masking the duplicates
-    of a target among the negatives.
+    Items are the different targets of the batch, each once, so an item that is the target of several users is never a
+    negative of one of them, nor counted twice for the others.
 
     Args:
         user_vectors: (b, d), L2-normalised.

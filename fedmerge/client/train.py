@@ -44,6 +44,7 @@ class TrainingReport:
         best_step: the step whose adapter was kept; 0 is the untouched backbone.
         stopped_by: the budget that ended it, or ``patience``.
         seconds: wall clock.
+        validation_users: how many users the validations look at.
         validations: in order.
     """
 
@@ -51,6 +52,7 @@ class TrainingReport:
     best_step: int
     stopped_by: str
     seconds: float
+    validation_users: int
     validations: tuple[Validation, ...]
 
 
@@ -131,7 +133,9 @@ def train_expert(
                 )
     finally:
         model.unload()
-    return best, TrainingReport(step, best_step, stopped_by, time.monotonic() - started, tuple(validations))
+    return best, TrainingReport(
+        step, best_step, stopped_by, time.monotonic() - started, len(examples), tuple(validations)
+    )
 
 
 def _loss(domain: LocalDomain, batch: Batch, temperature: float) -> torch.Tensor:

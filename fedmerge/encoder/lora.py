@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
@@ -256,9 +257,17 @@ def _pattern(pattern: Mapping[str, float] | None, name: str, default: float) -> 
     return default
 
 
-def _refuse_unsupported(config: Mapping[str, object], folder: Path) -> None:
+def _refuse_unsupported(config: Any, folder: Path) -> None:
+    if not isinstance(config, dict):
+        raise LayoutMismatchError(f"adapter {folder}: {CONFIG_FILE} holds no JSON object. Get the folder again.")
     if config.get("peft_type") != "LORA":
         raise LayoutMismatchError(f"adapter {folder}: peft_type is {config.get('peft_type')!r}, expected 'LORA'.")
+    for key in ("r", "lora_alpha"):
+        if isinstance(config.get(key), bool) or not isinstance(config.get(key), (int, float)):
+            raise LayoutMismatchError(f"adapter {folder}: {key} is {config.get(key)!r} in {CONFIG_FILE}, not a number.")
+    for key in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(config.get(key) or {}, dict):
+            raise LayoutMismatchError(f"adapter {folder}: {key} is no object in {CONFIG_FILE}. Get the folder again.")
     unsupported = {
         "use_dora": bool(config.get("use_dora")),
         "fan_in_fan_out": bool(config.get("fan_in_fan_out")),

@@ -29,7 +29,7 @@ class TokenTable:
     Attributes:
         ids: int32 (total,), without special tokens.
         offsets: int64 (N + 1,); item i is ``ids[offsets[i]:offsets[i + 1]]``.
-        separator: int32 tokens of ``"; "`` between two items.
+        separator: int32 tokens of ``";"`` between two items, each of which begins with a blank.
     """
 
     ids: Tokens
@@ -67,9 +67,9 @@ def build_token_table(catalog: Catalog, tokenizer: PreTrainedTokenizerBase, max_
         max_attribute_tokens: each attribute's value (without its key) is cut to this many tokens.
     """
     pieces: list[list[list[int]]] = []  # attribute -> item -> tokens, key included
-    for position, attribute in enumerate(ATTRIBUTES):
-        # The leading blanks are what the joined text would hold; WordPiece ignores them, byte-level BPE needs them.
-        key = _tokenise(tokenizer, [f"{' ' if position else ''}{attribute}:"])[0]
+    for attribute in ATTRIBUTES:
+        # The leading blanks are what the joined text holds; WordPiece ignores them, byte-level BPE needs them.
+        key = _tokenise(tokenizer, [f" {attribute}:"])[0]
         values = _tokenise(tokenizer, [f" {value}" if value else "" for value in catalog.attributes[attribute]])
         pieces.append([key + value[:max_attribute_tokens] if value else [] for value in values])
     items = [[token for attribute in item for token in attribute] for item in zip(*pieces, strict=True)]
