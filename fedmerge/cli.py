@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,10 +20,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     try:
-        return int(options.command(options))
+        code = int(options.command(options))
+        sys.stdout.flush()
+        return code
     except FedMergeError as error:
         print(f"fedmerge: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:  # whoever reads, `head` say, has had enough; Python's own last flush must not fail, too
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt:
         print("fedmerge: interrupted", file=sys.stderr)
         return 130

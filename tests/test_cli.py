@@ -1,6 +1,7 @@
 """The command line: what it prints, its exit codes, and one clear line where something is wrong."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -306,3 +307,12 @@ def test_evaluate_refuses_in_a_line(
     write_adapter(random_adapter({"decoder.layer.0.query": (32, 32)}, 1, 1.0, 0), tmp_path / "foreign", "other")
     assert "decoder.layer.0.query" in evaluated(tmp_path / "foreign", toys)
     assert "gone.toml: cannot be read" in evaluated("none", toys, "--config", str(tmp_path / "gone.toml"))
+
+
+def test_a_reader_that_leaves_early_is_no_error_worth_a_traceback() -> None:
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    command = [sys.executable, "-m", "fedmerge.cli", "check", str(CONFIG)]
+    done = subprocess.run(command, stdout=write_end, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write_end)
+    assert (done.returncode, done.stderr) == (141, "")
