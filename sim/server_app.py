@@ -228,16 +228,17 @@ def _train(federation: Federation, config: ExperimentConfig, backbone: Backbone,
         folder = run_dir / "adapters" / domain
         write_adapter(adapter, folder, backbone.name)
         write_json(folder / "training.json", {**report, "sha256": adapter_sha256(adapter)})
-        adapters[domain] = adapter
+        seconds = float(report.get("seconds", 0))
         logger.info(
             "%s: expert received (%s steps, best at %s, stopped by %s, %.0f s%s)",
             domain,
             report.get("steps"),
             report.get("best_step"),
             report.get("stopped_by"),
-            float(report.get("seconds", 0)),
+            seconds,
             ", from the client's disk" if report.get("cached") else "",
         )
+        adapters[domain] = adapter  # last: whatever raises above excludes the client
 
     nodes = {domain: federation.nodes[domain] for domain in federation.of("train")}
     logger.info("training: %s", ", ".join(nodes))

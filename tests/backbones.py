@@ -1,10 +1,11 @@
 """Tiny backbones, built from a configuration: no download, the real transformers classes."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, RobertaConfig, RobertaModel
+from transformers import BertConfig, BertModel, PreTrainedModel, PreTrainedTokenizerFast, RobertaConfig, RobertaModel
 
 WORDS = [
     "title",
@@ -63,13 +64,7 @@ def tiny_bert(folder: Path, seed: int = 0) -> Path:
         intermediate_size=64,
         max_position_embeddings=128,
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = BertModel(config, add_pooling_layer=False)
-        _spread(model)
-    model.save_pretrained(folder)
-    fast.save_pretrained(folder)
-    return folder
+    return _written(lambda: BertModel(config, add_pooling_layer=False), fast, folder, seed)
 
 
 def tiny_roberta(folder: Path, seed: int = 0) -> Path:
@@ -102,12 +97,16 @@ def tiny_roberta(folder: Path, seed: int = 0) -> Path:
         eos_token_id=2,
         type_vocab_size=1,
     )
+    return _written(lambda: RobertaModel(config, add_pooling_layer=False), fast, folder, seed)
+
+
+def _written(build: Callable[[], PreTrainedModel], tokenizer: PreTrainedTokenizerFast, folder: Path, seed: int) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = RobertaModel(config, add_pooling_layer=False)
+        model = build()
         _spread(model)
     model.save_pretrained(folder)
-    fast.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder
 
 

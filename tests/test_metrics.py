@@ -18,7 +18,6 @@ from fedmerge.client.metrics import (
     FloatArray,
     IntArray,
     MetricSums,
-    add_metric_sums,
     metric_sums,
     metric_sums_from_dict,
     paired_difference,
@@ -301,28 +300,7 @@ def test_nothing_in_the_sums_grows_with_the_users() -> None:
     assert few.products.shape == many.products.shape == (len(METRICS), 3, 3)
 
 
-def test_sums_of_parts_are_the_sums_of_the_whole_in_any_order() -> None:
-    outcomes = some_outcomes(99, "parts")
-    whole = metric_sums(outcomes, "masked")
-    parts = [
-        metric_sums({name: array[start : start + 33] for name, array in outcomes.items()}, "masked")
-        for start in (0, 33, 66)
-    ]
-    added = add_metric_sums(parts)
-    assert added.num_users == 99
-    np.testing.assert_allclose(added.sums, whole.sums, rtol=1e-14)
-    np.testing.assert_allclose(added.products, whole.products, rtol=1e-14)
-    turned = add_metric_sums(parts[::-1])
-    assert np.array_equal(turned.sums, added.sums)
-    assert np.array_equal(turned.products, added.products)
-
-
-def test_parts_that_do_not_belong_together_are_refused() -> None:
-    masked, unmasked = (metric_sums(some_outcomes(9), variant) for variant in ("masked", "unmasked"))
-    with pytest.raises(LayoutMismatchError, match="one variant"):
-        add_metric_sums([masked, unmasked])
-    with pytest.raises(LayoutMismatchError, match="at least one client"):
-        add_metric_sums([])
+def test_outcomes_of_different_users_are_refused() -> None:
     with pytest.raises(LayoutMismatchError, match="same users"):
         metric_sums({"a": np.zeros((3, len(METRICS))), "b": np.zeros((4, len(METRICS)))}, "masked")
 

@@ -349,36 +349,6 @@ def metric_sums(outcomes: Mapping[str, FloatArray], variant: Variant) -> MetricS
     return MetricSums(methods, variant, num_users, sums, products)
 
 
-def add_metric_sums(parts: Sequence[MetricSums]) -> MetricSums:
-    """Sums over the users of several clients together, independent of the order of the clients.
-
-    Raises:
-        LayoutMismatchError: nothing to add, or parts with different methods or variants.
-    """
-    if not parts:
-        raise LayoutMismatchError("no metric sums to add; expected those of at least one client")
-    first = parts[0]
-    for part in parts[1:]:
-        if (part.methods, part.variant) != (first.methods, first.variant):
-            raise LayoutMismatchError(
-                f"metric sums of {list(part.methods)} ({part.variant}) cannot be added to those of "
-                f"{list(first.methods)} ({first.variant}); "
-                "expected the same methods in the same order, and one variant"
-            )
-    return MetricSums(
-        first.methods,
-        first.variant,
-        sum(part.num_users for part in parts),
-        _exact_sum([part.sums for part in parts]),
-        _exact_sum([part.products for part in parts]),
-    )
-
-
-def _exact_sum(arrays: Sequence[FloatArray]) -> FloatArray:
-    flat = np.stack([array.ravel() for array in arrays], axis=1)  # (entries, clients)
-    return np.array([math.fsum(entry) for entry in flat.tolist()]).reshape(arrays[0].shape)
-
-
 # Paired differences
 
 
