@@ -1,6 +1,7 @@
 """Token sequences to vectors."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -9,6 +10,7 @@ from fedmerge.encoder.backbone import Backbone
 from fedmerge.encoder.text import Tokens
 
 TOKENS_PER_BATCH = 8192  # larger batches are no faster on a CPU and leave its caches
+EAGER_ATTENTION_TOKENS = 256
 
 
 def embed_batch(backbone: Backbone, sequences: Sequence[Tokens]) -> torch.Tensor:
@@ -28,7 +30,10 @@ def embed_batch(backbone: Backbone, sequences: Sequence[Tokens]) -> torch.Tensor
     input_ids = torch.from_numpy(padded).to(device)  # (n, longest)
     mask = (torch.arange(padded.shape[1])[None, :] < lengths[:, None]).to(device)  # (n, longest)
     dtype = backbone.compute.autocast_dtype
-    with torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+    with (
+        _attention(backbone, padded.shape[1]),
+        torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None),
+    ):
         hidden = backbone.model(input_ids=input_ids, attention_mask=mask).last_hidden_state  # (n, longest, d)
     return torch.nn.functional.normalize(_pool(hidden.float(), mask, backbone.pooling), dim=-1)
 
@@ -66,6 +71,25 @@ def length_batches(lengths: Sequence[int], tokens_per_batch: int) -> list[np.nda
         batches.append(order[start : start + size])
         start += size
     return batches
+
+
+@contextmanager
+def _attention(backbone: Backbone, tokens: int) -> Iterator[None]:
+    """Plain attention where a gradient is wanted of short sequences on a CPU, the model's own otherwise.
+
+    The backward pass of PyTorch's fused attention takes most of a training step there; for long sequences plain
+    attention, whose memory grows with their square, is the slower one.
+    """
+    model = backbone.model
+    if not torch.is_grad_enabled() or backbone.device.type != "cpu" or tokens > EAGER_ATTENTION_TOKENS:
+        yield
+        return
+    own = model.config._attn_implementation  # transformers has a public way to set it, none to ask
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(own)
 
 
 def _pool(hidden: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor:

@@ -1,0 +1,43 @@
+"""The command line: one module per group of commands. Nothing heavy is imported before a command needs it."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from fedmerge import __version__
+from fedmerge.cli import data, evaluate, run
+from fedmerge.errors import FedMergeError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        0 on success, 1 when something went wrong (with a message on standard error), 2 for wrong usage.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        code = int(options.command(options))
+        sys.stdout.flush()
+        return code
+    except FedMergeError as error:
+        print(f"fedmerge: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # whoever reads, `head` say, has had enough; Python's own last flush must not fail, too
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except KeyboardInterrupt:
+        print("fedmerge: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fedmerge", description="Build one recommender together, without sharing user data."
+    )
+    parser.add_argument("--version", action="version", version=f"fedmerge {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for group in (run, data, evaluate):
+        group.add_commands(commands)
+    return parser
