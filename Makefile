@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test e2e lint bench
+.PHONY: install demo test e2e lint bench docs
 
 install: .venv/.installed
 
@@ -30,3 +30,8 @@ lint: install
 
 bench: install
 	$(BIN)/python benchmarks/bench_collaborative.py
+
+# What is written from the code: the reference of the configuration.
+docs: install
+	$(BIN)/python -m fedmerge.report.config_reference > docs/config.md.partial
+	mv docs/config.md.partial docs/config.md

@@ -91,8 +91,8 @@ class Text(Section):
 class Lora(Section):
     """The adapter that each client trains."""
 
-    rank: int = Field(8, ge=1, le=1024, description="r")
-    alpha: int = Field(16, ge=1, description="Scaling times r.")
+    rank: int = Field(8, ge=1, le=1024, description="r, the rank of an update B A.")
+    alpha: int = Field(16, ge=1, description="An update is scaled by alpha / rank.")
     target_modules: tuple[str, ...] = Field(
         ("query", "value"), min_length=1, description="Names of linear layers, or 'all-linear'."
     )
@@ -101,18 +101,20 @@ class Lora(Section):
 class Train(Section):
     """Local fine-tuning. It ends at the first budget reached; the learning rate falls linearly to zero over it."""
 
-    learning_rate: float = Field(1e-3, gt=0, le=1)
-    batch_size: int = Field(64, ge=2, le=4096)
+    learning_rate: float = Field(1e-3, gt=0, le=1, description="Of AdamW, after the warm-up.")
+    batch_size: int = Field(64, ge=2, le=4096, description="Users a step; their targets are each other's negatives.")
     temperature: float = Field(0.05, gt=0, le=10, description="Cosines are divided by it.")
     samples: Literal["last", "random-prefix"] = Field(
         "random-prefix",
         description="Target of a user in an epoch: the last training item (as published), or a random one.",
     )
-    max_epochs: int | None = Field(None, ge=1)
-    max_steps: int | None = Field(60, ge=1)
+    max_epochs: int | None = Field(None, ge=1, description="Passes over the training users.")
+    max_steps: int | None = Field(60, ge=1, description="Optimiser steps.")
     max_minutes: float | None = Field(None, gt=0, description="Wall clock; results then depend on the machine's speed.")
-    warmup_steps: int = Field(10, ge=0)
-    validate_every_steps: int = Field(20, ge=1)
+    warmup_steps: int = Field(10, ge=0, description="Steps over which the learning rate rises from zero.")
+    validate_every_steps: int = Field(
+        20, ge=1, description="Steps between two looks at the validation users; the best adapter is kept."
+    )
     validation_users: int | None = Field(500, ge=1, description="Users that early stopping looks at; 'none' for all.")
     patience: int = Field(5, ge=1, description="Validations without a better NDCG@10 before training stops.")
 
@@ -126,25 +128,29 @@ class Train(Section):
 class Merge(Section):
     """Which merges are made. Among a method's variants the best on validation is kept."""
 
-    methods: tuple[MergeMethod, ...] = Field(("average", "task-arithmetic", "mergerec"), min_length=1)
+    methods: tuple[MergeMethod, ...] = Field(
+        ("average", "task-arithmetic", "mergerec"), min_length=1, description="Methods to try."
+    )
     task_arithmetic_coefficients: tuple[float, ...] = Field(
-        (0.2, 0.4, 0.6, 0.8), min_length=1, description="Variants to try."
+        (0.2, 0.4, 0.6, 0.8), min_length=1, description="Variants to try: the factor on the sum of all updates."
     )
 
 
 class MergeRec(Section):
-    """Collaborative merging (METHODS §4). The defaults are the published settings."""
+    """Collaborative merging (https://arxiv.org/abs/2601.01753). The defaults are the published settings."""
 
     granularities: tuple[Literal["domain", "layer"], ...] = Field(
-        ("domain", "layer"), min_length=1, description="Variants to try."
+        ("domain", "layer"),
+        min_length=1,
+        description="Variants to try: one coefficient per domain, or per domain and layer.",
     )
-    initial_coefficient: float = Field(0.2)
-    learning_rate: float = Field(1e-3, gt=0, le=1)
-    steps: int = Field(500, ge=1)
-    batch_size: int = Field(16, ge=1)
-    temperature: float = Field(0.05, gt=0)
-    rec_weight: float = Field(1.0, ge=0)
-    kd_weight: float = Field(1000.0, ge=0)
+    initial_coefficient: float = Field(0.2, description="Where every coefficient starts.")
+    learning_rate: float = Field(1e-3, gt=0, le=1, description="Of Adam, constant.")
+    steps: int = Field(500, ge=1, description="Optimiser steps.")
+    batch_size: int = Field(16, ge=1, description="Pseudo-users a step, of all domains together.")
+    temperature: float = Field(0.05, gt=0, description="Of the distillation loss.")
+    rec_weight: float = Field(1.0, ge=0, description="Factor on the loss of the experts' first choices.")
+    kd_weight: float = Field(1000.0, ge=0, description="Factor on the distillation loss.")
     refresh_every: int | None = Field(
         None, ge=1, description="Re-encode the student's items every n steps; 'none': never."
     )
@@ -165,13 +171,17 @@ class Server(Section):
     """What the server waits for and where it finds catalogs."""
 
     catalogs: str | None = Field(
-        None, description="Folder of catalogs; 'none': clients send theirs, if the policy lets them."
+        None,
+        description="Folder of domain folders that hold at least manifest and catalog; 'none': clients send their "
+        "catalogs, if the policy lets them.",
     )
     wait_seconds: float = Field(30.0, gt=0, description="How long to wait for all clients to connect.")
     min_train_clients: int = Field(2, ge=1, description="Fewer working training clients than this: the run fails.")
-    describe_timeout_seconds: float = Field(600.0, gt=0)
-    train_timeout_seconds: float = Field(7200.0, gt=0)
-    evaluate_timeout_seconds: float = Field(7200.0, gt=0)
+    describe_timeout_seconds: float = Field(
+        600.0, gt=0, description="For opening the domain and loading the backbone, and for sending the catalog."
+    )
+    train_timeout_seconds: float = Field(7200.0, gt=0, description="For training an expert; who is later is excluded.")
+    evaluate_timeout_seconds: float = Field(7200.0, gt=0, description="For one evaluation; who is later is excluded.")
 
 
 class Privacy(Section):
@@ -191,15 +201,19 @@ class Runtime(Section):
         1, ge=1, description="PyTorch threads of a client; also its CPUs in the simulation."
     )
     server_threads: int = Field(2, ge=1, description="PyTorch threads of the server.")
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    device: str = Field(
+        "auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto: a GPU where PyTorch sees one, else the CPU."
+    )
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="Of matrix products; auto: bfloat16 where the processor multiplies it natively."
+    )
 
 
 class ExperimentConfig(Section):
     """Everything that defines one experiment."""
 
     name: str = Field("demo", pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$", description="Begins the name of the run folder.")
-    seed: int = Field(0, ge=0, lt=2**31)
+    seed: int = Field(0, ge=0, lt=2**31, description="Of every random draw.")
     run_id: str | None = Field(
         None,
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$",
