@@ -11,7 +11,7 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -21,9 +21,15 @@ Scalar = str | int | float | bool
 
 Split = Literal["valid", "test"]
 
+DOMAIN_NAME = "^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"  # fit to be a folder, part of a comma-separated list, a record key
+
 DEMO_ROOT = "demo"  # value of domains.root that names the bundled synthetic domains
 
 MergeMethod = Literal["average", "task-arithmetic", "mergerec"]
+
+
+def _twice(names: Sequence[str]) -> str:
+    return ", ".join(sorted({name for name in names if names.count(name) > 1}))
 
 
 class Section(BaseModel):
@@ -48,17 +54,17 @@ class Domains(Section):
     root: str = Field(
         DEMO_ROOT, min_length=1, description="Folder of domain folders; 'demo' for the bundled synthetic ones."
     )
-    train: tuple[str, ...] = Field(
+    train: tuple[Annotated[str, Field(pattern=DOMAIN_NAME)], ...] = Field(
         ("beauty", "books", "camping", "coffee"), description="Domains that train an expert and are merged."
     )
-    unseen: tuple[str, ...] = Field(("toys",), description="Domains that are only evaluated.")
+    unseen: tuple[Annotated[str, Field(pattern=DOMAIN_NAME)], ...] = Field(
+        ("toys",), description="Domains that are only evaluated."
+    )
 
     @model_validator(mode="after")
     def _distinct(self) -> "Domains":
-        names = self.train + self.unseen
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(f"named twice in train and unseen: {', '.join(twice)}; name each domain once")
+        if twice := _twice(self.train + self.unseen):
+            raise ValueError(f"named twice in train and unseen: {twice}; name each domain once")
         if not self.train:
             raise ValueError("train names no domain; name at least one")
         return self
@@ -135,6 +141,16 @@ class Merge(Section):
         (0.2, 0.4, 0.6, 0.8), min_length=1, description="Variants to try: the factor on the sum of all updates."
     )
 
+    @model_validator(mode="after")
+    def _distinct(self) -> "Merge":
+        if twice := _twice(self.methods):
+            raise ValueError(f"methods names {twice} twice; name each method once")
+        if twice := _twice([f"{coefficient:g}" for coefficient in self.task_arithmetic_coefficients]):
+            raise ValueError(
+                f"task_arithmetic_coefficients has {twice} twice (to six digits, which name the merge); give each once"
+            )
+        return self
+
 
 class MergeRec(Section):
     """Collaborative merging (https://arxiv.org/abs/2601.01753). The defaults are the published settings."""
@@ -155,6 +171,12 @@ class MergeRec(Section):
         None, ge=1, description="Re-encode the student's items every n steps; 'none': never."
     )
     balance_domains: bool = Field(False, description="Draw domains equally often instead of by catalog size.")
+
+    @model_validator(mode="after")
+    def _distinct(self) -> "MergeRec":
+        if twice := _twice(self.granularities):
+            raise ValueError(f"granularities names {twice} twice; name each once")
+        return self
 
 
 class Evaluation(Section):
@@ -264,12 +286,12 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> ExperimentC
     values: dict[str, Any] = {}
     if path is not None:
         try:
-            values = flatten(tomllib.loads(path.read_text(encoding="utf-8")))
+            values = flatten(tomllib.loads(path.read_text(encoding="utf-8-sig")))
         except OSError as error:
             raise ConfigError(
                 f"{path}: cannot be read ({error.strerror}). Give the path of an experiment file."
             ) from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:  # TOML that is none, bytes that are no UTF-8, nesting without end
             raise ConfigError(f"{path}: not valid TOML: {error}.") from error
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -289,11 +311,14 @@ def from_flat(flat: Mapping[str, Any], where: str = "run config") -> ExperimentC
     known = set(to_flat(ExperimentConfig()))
     problems = []
     for key, value in flat.items():
+        if key in ExperimentConfig.model_fields and key not in known:
+            problems.append(f"{key}: found {value!r}, but this is a section; write [{key}] and its keys below")
+            continue
         if key not in known:
             close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
             problems.append(
                 f"{key}: unknown key; "
-                + (f"did you mean {close[0]}?" if close else "[tool.flwr.app.config] in pyproject.toml lists all keys")
+                + (f"did you mean {close[0]}?" if close else "docs/config.md lists all keys")
             )
             continue
         section, dot, field = key.rpartition(".")
@@ -370,9 +395,11 @@ def _to_scalar(value: Any) -> Scalar:
 
 
 def _parse(value: Any, annotation: Any) -> Any:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if isinstance(value, bool) and {int, float} & {annotation, *arguments}:
+        return str(value).lower()  # refused with this text; by itself pydantic takes true for 1
     if not isinstance(value, str):
         return value
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if value.strip() == "none" and (origin in (typing.Union, types.UnionType)) and type(None) in arguments:
         return None
     if origin is tuple:

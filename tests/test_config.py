@@ -113,7 +113,7 @@ def test_an_unknown_key_is_named_with_the_nearest(key: str, suggestion: str) -> 
 def test_an_unknown_key_like_no_other_points_to_the_list_of_keys() -> None:
     (problem,) = problems_of({"zzz.qqq": 1})
     assert problem.startswith("zzz.qqq: unknown key; ")
-    assert "[tool.flwr.app.config]" in problem
+    assert "docs/config.md lists all keys" in problem
 
 
 def test_all_problems_are_said_at_once_with_their_dotted_names() -> None:

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from fedmerge.config import DOMAIN_NAME
 from fedmerge.domain.tables import RESTORE, read_file
 from fedmerge.errors import DomainError
 
 FORMAT = 1
 MANIFEST_FILE = "manifest.json"
-NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+NAME_PATTERN = re.compile(DOMAIN_NAME)
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,8 +22,8 @@ unseen = ""
 ```
 
 In files a list is one string with commas, and `"none"` switches off what can be off. On the command line
-`--set train.max_steps=100 domains.train=books,toys` changes settings of a file. `fedmerge check FILE` names every problem at
-once; an unknown key is a problem. `flwr run . --run-config FILE` takes the same files.
+`--set train.max_steps=100 domains.train=books,toys` changes settings of a file. `fedmerge check FILE` names every
+problem at once; an unknown key is one. `flwr run . --run-config FILE` takes the same files.
 """
 
 
