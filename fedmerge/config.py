@@ -317,8 +317,7 @@ def from_flat(flat: Mapping[str, Any], where: str = "run config") -> ExperimentC
         if key not in known:
             close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
             problems.append(
-                f"{key}: unknown key; "
-                + (f"did you mean {close[0]}?" if close else "docs/config.md lists all keys")
+                f"{key}: unknown key; " + (f"did you mean {close[0]}?" if close else "docs/config.md lists all keys")
             )
             continue
         section, dot, field = key.rpartition(".")

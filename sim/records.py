@@ -114,8 +114,8 @@ def read_expert(content: RecordDict) -> tuple[Adapter, dict[str, Any]]:
     """
     try:
         report = json.loads(str(_config(content, _FACTS).get("report")))
-    except ValueError as error:
-        raise ClientError("its training report is not JSON") from error
+    except (ValueError, RecursionError) as error:
+        raise ClientError("its training report is not JSON; use one fedmerge version everywhere") from error
     if not isinstance(report, dict):
         raise ClientError(f"its training report is a {type(report).__name__}, expected an object")
     return _read_adapter(content, ""), report
@@ -155,11 +155,17 @@ def read_metric_sums(content: RecordDict) -> dict[Variant, MetricSums]:
     facts = _config(content, _FACTS)
     try:
         sums = {variant: metric_sums_from_dict(json.loads(str(facts[variant]))) for variant in VARIANTS}
-    except (KeyError, ValueError, TypeError, OverflowError) as error:
+    except (KeyError, ValueError, TypeError, OverflowError, RecursionError) as error:
         raise ClientError(f"its metric sums are malformed ({type(error).__name__}: {error})") from error
     for variant, of_variant in sums.items():
         if of_variant.variant != variant:
             raise ClientError(f"its metric sums named {variant} are {of_variant.variant}")
+        low, high = of_variant.sums.min(), of_variant.sums.max()
+        if low < 0 or high > of_variant.num_users * (1 + 1e-9):
+            raise ClientError(
+                f"its metric sums run from {low:g} to {high:g}, expected 0 to {of_variant.num_users}: the outcome "
+                "of a user is between 0 and 1"
+            )
     return sums
 
 

@@ -44,12 +44,12 @@ class Manifest:
     interactions_sha256: str
 
 
-def check_name(name: str) -> None:
+def check_name(name: str, where: str = "") -> None:
     """Refuse a name that cannot be a folder, a comma-separated setting and a record key alike; DomainError."""
     if not NAME_PATTERN.fullmatch(name):
         raise DomainError(
-            f"Domain name {name!r}: expected at most 64 ASCII letters, digits and '._-', the first a letter or digit. "
-            "Choose such a name."
+            f"{where}Domain name {name!r}: expected at most 64 ASCII letters, digits and '._-', the first a letter or "
+            "digit. Choose such a name."
         )
 
 
@@ -76,9 +76,10 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST_FILE
     if not folder.is_dir():
         raise DomainError(f"{folder}: no such domain folder. {_interrupted_overwrite(folder) or 'Check the path.'}")
+    data = read_file(path)
     try:
-        fields = json.loads(read_file(path).decode())
-    except ValueError as error:
+        fields = json.loads(data)
+    except (ValueError, RecursionError) as error:
         raise DomainError(f"{path}: not JSON ({error}). {RESTORE}") from error
     if not isinstance(fields, dict):
         raise DomainError(f"{path}: found a JSON {type(fields).__name__}, expected an object. {RESTORE}")
@@ -103,10 +104,10 @@ def _check_fields(path: Path, fields: dict[str, Any]) -> None:
     for key, expected_type in expected.items():
         value = fields[key]
         if type(value) is not expected_type:
-            raise DomainError(f"{path}: {key!r} is {value!r}, expected a {expected_type.__name__}. {RESTORE}")
+            raise DomainError(f"{path}: {key!r} is {value!r}, expected {expected_type.__name__}. {RESTORE}")
         if type(value) is int and value < 1:
             raise DomainError(f"{path}: {key!r} is {value}, expected at least 1. {RESTORE}")
-    check_name(fields["name"])
+    check_name(fields["name"], f"{path}: ")
 
 
 def _interrupted_overwrite(folder: Path) -> str:

@@ -7,7 +7,7 @@ import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -210,7 +210,7 @@ def read_adapter(folder: Path) -> Adapter:
             f"adapter {folder}: no {Path(error.filename or TENSOR_FILE).name}. "
             f"A PEFT folder holds {CONFIG_FILE} and {TENSOR_FILE}."
         ) from error
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise LayoutMismatchError(f"adapter {folder}: damaged ({error}). Get the folder again.") from error
     _refuse_unsupported(config, folder)
     pairs: dict[str, dict[str, torch.Tensor]] = {}
@@ -218,13 +218,21 @@ def read_adapter(folder: Path) -> Adapter:
         found = re.fullmatch(rf"{re.escape(_PREFIX)}(.+)\.(lora_A|lora_B)\.weight", key)
         if not found:
             raise LayoutMismatchError(f"adapter {folder}: tensor {key!r} is not part of a LoRA on linear layers.")
+        if not tensor.is_floating_point():
+            raise LayoutMismatchError(
+                f"adapter {folder}: tensor {key!r} is {tensor.dtype}, expected floating point. Save it unquantised."
+            )
         pairs.setdefault(found.group(1), {})[found.group(2)] = tensor.float()
     modules = {}
     for name, pair in pairs.items():
         if set(pair) != {"lora_A", "lora_B"} or pair["lora_A"].ndim != 2 or pair["lora_B"].ndim != 2:
             raise LayoutMismatchError(f"adapter {folder}: module {name} has no matrix pair lora_A, lora_B.")
         rank = pair["lora_A"].shape[0]
-        if pair["lora_B"].shape[1] != rank or rank != _pattern(config.get("rank_pattern"), name, config["r"]):
+        if (
+            not rank
+            or pair["lora_B"].shape[1] != rank
+            or rank != _pattern(config.get("rank_pattern"), name, config["r"])
+        ):
             raise LayoutMismatchError(
                 f"adapter {folder}: module {name} has lora_A {tuple(pair['lora_A'].shape)} and lora_B "
                 f"{tuple(pair['lora_B'].shape)}, its configuration says rank "
@@ -250,6 +258,17 @@ def _lora_layers(model: PeftModel) -> Iterator[tuple[str, torch.Tensor, torch.Te
             )
 
 
+def _is_number(value: Any) -> bool:
+    return not isinstance(value, bool) and isinstance(value, (int, float)) and 0 < value < 1e30
+
+
+def _compile(patterns: Iterable[str]) -> bool:
+    try:
+        return all(re.compile(pattern) for pattern in patterns)
+    except (re.error, RecursionError, OverflowError):
+        return False
+
+
 def _pattern(pattern: Mapping[str, float] | None, name: str, default: float) -> float:
     for key, value in (pattern or {}).items():  # PEFT's own rule: a regular expression that matches from the right
         if re.match(rf"(.*\.)?({key})$", name):
@@ -263,11 +282,20 @@ def _refuse_unsupported(config: Any, folder: Path) -> None:
     if config.get("peft_type") != "LORA":
         raise LayoutMismatchError(f"adapter {folder}: peft_type is {config.get('peft_type')!r}, expected 'LORA'.")
     for key in ("r", "lora_alpha"):
-        if isinstance(config.get(key), bool) or not isinstance(config.get(key), (int, float)):
-            raise LayoutMismatchError(f"adapter {folder}: {key} is {config.get(key)!r} in {CONFIG_FILE}, not a number.")
+        if not _is_number(config.get(key)):
+            raise LayoutMismatchError(
+                f"adapter {folder}: {key} is {config.get(key)!r} in {CONFIG_FILE}, not a number above 0. "
+                "Get the folder again."
+            )
     for key in ("rank_pattern", "alpha_pattern"):
-        if not isinstance(config.get(key) or {}, dict):
-            raise LayoutMismatchError(f"adapter {folder}: {key} is no object in {CONFIG_FILE}. Get the folder again.")
+        pattern = config.get(key) or {}
+        if not (
+            isinstance(pattern, dict) and all(_is_number(value) for value in pattern.values()) and _compile(pattern)
+        ):
+            raise LayoutMismatchError(
+                f"adapter {folder}: {key} is {pattern!r} in {CONFIG_FILE}, not an object of module patterns and "
+                "numbers above 0. Get the folder again."
+            )
     unsupported = {
         "use_dora": bool(config.get("use_dora")),
         "fan_in_fan_out": bool(config.get("fan_in_fan_out")),
