@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fedmerge.cli.data_import import add_importers
+
 if TYPE_CHECKING:
     from fedmerge.cli.options import Commands
 
@@ -14,18 +16,7 @@ def add_commands(commands: "Commands") -> None:
     data = commands.add_parser("data", help="make and look at domain folders").add_subparsers(
         required=True, metavar="ACTION"
     )
-    importer = data.add_parser("import", help="import a domain").add_subparsers(required=True, metavar="FORMAT")
-    mergerec = importer.add_parser(
-        "mergerec", help="train.json, val.json, test.json, meta_data.json, smap.json, umap.json"
-    )
-    mergerec.add_argument("source", type=Path, metavar="SRC")
-    mergerec.add_argument(
-        "destination", type=Path, metavar="DST", help="folder of domain folders; the domain goes into DST/NAME"
-    )
-    mergerec.add_argument("--name", default=None, help="the domain's name (default: that of SRC)")
-    mergerec.add_argument("--overwrite", action="store_true", help="replace the domain if it exists")
-    mergerec.add_argument("--private-catalog", action="store_true", help="the catalog must not leave the client either")
-    mergerec.set_defaults(command=_import_mergerec)
+    add_importers(data)
     demo = data.add_parser("demo", help="write the bundled synthetic domains")
     demo.add_argument("destination", type=Path, metavar="DST", help="folder for the domain folders")
     demo.add_argument("--num-domains", type=int, default=8)
@@ -34,23 +25,6 @@ def add_commands(commands: "Commands") -> None:
     info = data.add_parser("info", help="counts, lengths, density, text coverage, problems")
     info.add_argument("folder", type=Path, metavar="DST", help="a domain folder, or a folder of them")
     info.set_defaults(command=_info)
-
-
-def _import_mergerec(options: argparse.Namespace) -> int:
-    from fedmerge.domain.importers.mergerec import import_mergerec
-
-    manifest = import_mergerec(
-        options.source,
-        options.destination,
-        name=options.name,
-        overwrite=options.overwrite,
-        public_catalog=not options.private_catalog,
-    )
-    print(
-        f"{options.destination / manifest.name}: {manifest.num_users} users, {manifest.num_items} items, "
-        f"{manifest.num_interactions} interactions"
-    )
-    return 0
 
 
 def _demo(options: argparse.Namespace) -> int:

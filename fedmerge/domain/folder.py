@@ -30,7 +30,7 @@ from fedmerge.domain.splits import MIN_EVALUATED_LENGTH
 from fedmerge.domain.tables import RESTORE
 from fedmerge.errors import DomainError
 
-__all__ = ["DomainInfo", "Manifest", "domain_info", "list_domains", "read_manifest", "write_domain"]
+__all__ = ["DomainInfo", "Manifest", "check_target", "domain_info", "list_domains", "read_manifest", "write_domain"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,7 @@ def write_domain(
     if folder_name(folder) != catalog.name:
         raise DomainError(f"{folder}: the folder must be called {catalog.name!r} like its catalog. Rename one of them.")
     check_item_range(f"{folder}: interactions", interactions.items, len(catalog))
-    _check_target(folder, overwrite)
+    check_target(folder, overwrite)
     manifest = Manifest(
         name=catalog.name,
         public_catalog=public_catalog,
@@ -192,7 +192,12 @@ def domain_info(folder: Path) -> DomainInfo:
     )
 
 
-def _check_target(folder: Path, overwrite: bool) -> None:
+def check_target(folder: Path, overwrite: bool) -> None:
+    """Refuse a folder that write_domain may not write: a link, a file, something else, or a domain that is to stay.
+
+    Raises:
+        DomainError: what is there, and what to do.
+    """
     if folder.is_symlink():
         raise DomainError(f"{folder}: a symbolic link is never replaced. Give the folder it points at.")
     if not folder.exists():

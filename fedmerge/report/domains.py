@@ -1,8 +1,10 @@
-"""A domain in words, for its owner."""
+"""A domain, or its import, in words, for its owner."""
 
 from pathlib import Path
 
 from fedmerge.domain.folder import domain_info
+from fedmerge.domain.importers.bad_rows import reason_text
+from fedmerge.domain.importers.events import ImportReport
 
 
 def domain_text(folder: Path) -> str:
@@ -26,4 +28,18 @@ def domain_text(folder: Path) -> str:
         f"  items with      {coverage}",
         f"  problems        {'; '.join(info.problems) if info.problems else 'none found'}",
     ]
+    return "\n".join(lines)
+
+
+def import_text(report: ImportReport) -> str:
+    """What an import made of its rows: a line of counts, then those left out and why, then each file's bad rows."""
+    manifest = report.manifest
+    lines = [f"{manifest.num_users} users, {manifest.num_items} items, {manifest.num_interactions} interactions"]
+    if report.dropped:
+        left_out = ", ".join(f"{count} {reason}" for reason, count in report.dropped.items())
+        lines.append(f"  left out of {report.files[0].num_rows} rows: {left_out}")
+    for file in report.files:
+        if file.bad:
+            lines.append(f"  {file.source}: {file.num_bad} bad of {file.num_rows} rows:")
+            lines += [f"    {reason_text(reason, file.unit)}" for reason in file.bad]
     return "\n".join(lines)

@@ -1,0 +1,219 @@
+"""``fedmerge data import``: a domain folder from a source."""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fedmerge.cli.options import Commands
+    from fedmerge.domain.importers.events import ImportReport, ImportSettings
+    from fedmerge.domain.importers.source_files import Progress
+
+SECONDS_BETWEEN_LINES = 30.0  # of progress; on a terminal the line is renewed
+SECONDS_BETWEEN_RENEWALS = 0.5
+
+
+def add_importers(data: "Commands") -> None:
+    """Add ``import`` and its formats to ``fedmerge data``."""
+    importer = data.add_parser("import", help="import a domain").add_subparsers(required=True, metavar="FORMAT")
+    _add_mergerec(importer)
+    _add_table(importer, "csv", _import_csv)
+    _add_table(importer, "parquet", _import_parquet)
+    _add_amazon(importer)
+    _add_movielens(importer)
+
+
+def _add_mergerec(importer: "Commands") -> None:
+    mergerec = importer.add_parser(
+        "mergerec", help="train.json, val.json, test.json, meta_data.json, smap.json, umap.json"
+    )
+    mergerec.add_argument("source", type=Path, metavar="SRC")
+    _add_target(mergerec, "that of SRC")
+    mergerec.set_defaults(command=_import_mergerec)
+
+
+def _add_table(importer: "Commands", form: str, command: Callable[[argparse.Namespace], int]) -> None:
+    title = {"csv": "CSV", "parquet": "Parquet"}[form]
+    table = importer.add_parser(form, help=f"a table of interactions and a catalog, {title}, with named columns")
+    _add_target(table, "that of the folder that holds the interactions")
+    table.add_argument("--interactions", type=Path, required=True, metavar="FILE", help="one row per interaction")
+    table.add_argument("--catalog", type=Path, required=True, metavar="FILE", help="one row per item")
+    for column, default in (("user", "user_id"), ("item", "item_id"), ("time", "timestamp")):
+        table.add_argument(f"--{column}-column", default=default, metavar="NAME", help=f"(default: {default})")
+    table.add_argument("--rating-column", default=None, metavar="NAME", help="needed for --min-rating alone")
+    table.add_argument("--catalog-item-column", default=None, metavar="NAME", help="(default: --item-column)")
+    for column in ("title", "brand", "category"):
+        table.add_argument(f"--{column}-column", default=None, metavar="NAME", help=f"(default: {column}, if there)")
+    if form == "csv":
+        table.add_argument("--delimiter", default=",", help="one character, or 'tab' (default: a comma)")
+        table.add_argument("--encoding", default="utf-8", choices=("utf-8", "latin-1", "cp1252"))
+    _add_rows(table, k_core=None)
+    table.set_defaults(command=command)
+
+
+def _add_amazon(importer: "Commands") -> None:
+    amazon = importer.add_parser("amazon", help="raw Amazon reviews and metadata of 2014, 2018 or 2023, plain or gzip")
+    _add_target(amazon, "that of the reviews' file, without reviews_, _5 and endings")
+    amazon.add_argument("--reviews", type=Path, required=True, metavar="FILE", help="reviews of one category")
+    amazon.add_argument("--metadata", type=Path, required=True, metavar="FILE", help="metadata of that category")
+    amazon.add_argument(
+        "--keep-items-without-text", action="store_true", help="keep items without metadata, title, brand and category"
+    )
+    _add_rows(amazon, k_core=5)
+    amazon.set_defaults(command=_import_amazon)
+
+
+def _add_movielens(importer: "Commands") -> None:
+    movielens = importer.add_parser("movielens", help="a MovieLens release in the layout of ml-100k, ml-1m or ml-32m")
+    movielens.add_argument("source", type=Path, metavar="SRC", help="the folder or the zip archive")
+    _add_target(movielens, "that of SRC")
+    _add_rows(movielens, k_core=None)
+    movielens.set_defaults(command=_import_movielens)
+
+
+def _add_target(parser: argparse.ArgumentParser, default_name: str) -> None:
+    parser.add_argument(
+        "destination", type=Path, metavar="DST", help="folder of domain folders; the domain goes into DST/NAME"
+    )
+    parser.add_argument("--name", default=None, help=f"the domain's name (default: {default_name})")
+    parser.add_argument("--overwrite", action="store_true", help="replace the domain if it exists")
+    parser.add_argument("--private-catalog", action="store_true", help="the catalog must not leave the client either")
+
+
+def _add_rows(parser: argparse.ArgumentParser, k_core: int | None) -> None:
+    parser.add_argument(
+        "--k-core",
+        type=int,
+        default=k_core,
+        metavar="K",
+        help=f"keep users and items with at least K interactions, again and again (default: {k_core or 'all'})",
+    )
+    parser.add_argument("--min-rating", type=float, default=None, metavar="R", help="leave out lower ratings")
+    parser.add_argument(
+        "--max-bad-share",
+        type=float,
+        default=0.01,
+        metavar="SHARE",
+        help="fail if more of a file's rows cannot be used (default: 0.01)",
+    )
+
+
+def _import_mergerec(options: argparse.Namespace) -> int:
+    from fedmerge.domain.importers.mergerec import import_mergerec
+
+    manifest = import_mergerec(
+        options.source,
+        options.destination,
+        name=options.name,
+        overwrite=options.overwrite,
+        public_catalog=not options.private_catalog,
+    )
+    print(
+        f"{options.destination / manifest.name}: {manifest.num_users} users, {manifest.num_items} items, "
+        f"{manifest.num_interactions} interactions"
+    )
+    return 0
+
+
+def _import_csv(options: argparse.Namespace) -> int:
+    from fedmerge.domain.importers.csv_parquet import Columns, import_csv
+
+    with _progress() as progress:
+        report = import_csv(
+            options.interactions,
+            options.catalog,
+            options.destination,
+            Columns(**_columns(options)),
+            _settings(options, progress),
+            delimiter="\t" if options.delimiter in ("tab", "\\t") else options.delimiter,
+            encoding=options.encoding,
+        )
+    return _show(options, report)
+
+
+def _import_parquet(options: argparse.Namespace) -> int:
+    from fedmerge.domain.importers.csv_parquet import Columns, import_parquet
+
+    with _progress() as progress:
+        report = import_parquet(
+            options.interactions,
+            options.catalog,
+            options.destination,
+            Columns(**_columns(options)),
+            _settings(options, progress),
+        )
+    return _show(options, report)
+
+
+def _import_amazon(options: argparse.Namespace) -> int:
+    from fedmerge.domain.importers.amazon import import_amazon
+
+    with _progress() as progress:
+        report = import_amazon(
+            options.reviews,
+            options.metadata,
+            options.destination,
+            _settings(options, progress),
+            keep_items_without_text=options.keep_items_without_text,
+        )
+    return _show(options, report)
+
+
+def _import_movielens(options: argparse.Namespace) -> int:
+    from fedmerge.domain.importers.movielens import import_movielens
+
+    with _progress() as progress:
+        report = import_movielens(options.source, options.destination, _settings(options, progress))
+    return _show(options, report)
+
+
+def _columns(options: argparse.Namespace) -> dict[str, str]:
+    names = ("user", "item", "time", "rating", "catalog_item", "title", "brand", "category")
+    return {name: getattr(options, f"{name}_column") for name in names}
+
+
+def _settings(options: argparse.Namespace, progress: "Progress") -> "ImportSettings":
+    from fedmerge.domain.importers.events import ImportSettings
+
+    return ImportSettings(
+        name=options.name,
+        overwrite=options.overwrite,
+        public_catalog=not options.private_catalog,
+        k_core=options.k_core,
+        min_rating=options.min_rating,
+        max_bad_share=options.max_bad_share,
+        progress=progress,
+    )
+
+
+def _show(options: argparse.Namespace, report: "ImportReport") -> int:
+    from fedmerge.report.domains import import_text
+
+    print(f"{options.destination / report.manifest.name}: {import_text(report)}")
+    return 0
+
+
+@contextmanager
+def _progress() -> Iterator["Progress"]:
+    """Says on standard error how far an import is, if it takes longer than a moment."""
+    terminal = sys.stderr.isatty()
+    start = last = time.monotonic()
+    shown = False
+
+    def show(file: str, num_rows: int, share: float) -> None:
+        nonlocal last, shown
+        now = time.monotonic()
+        if now - last >= (SECONDS_BETWEEN_RENEWALS if terminal else SECONDS_BETWEEN_LINES):
+            last, shown = now, True
+            text = f"{file}: {num_rows:,} rows, {100 * share:.0f} % read, {now - start:.0f} s"
+            print(f"\r\x1b[K{text}" if terminal else text, end="" if terminal else "\n", file=sys.stderr, flush=True)
+
+    try:
+        yield show
+    finally:
+        if terminal and shown:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)

@@ -1,0 +1,302 @@
+"""Import a domain from raw Amazon reviews and metadata (UCSD, McAuley Lab): the releases of 2014, 2018 and 2023."""
+
+import ast
+import html
+import json
+import math
+import re
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedmerge.domain.importers.bad_rows import BadRows, FileReport
+from fedmerge.domain.importers.events import (
+    EventLog,
+    ImportReport,
+    ImportSettings,
+    Texts,
+    k_core,
+    prepare,
+    refuse_nothing,
+    select,
+    write_events,
+)
+from fedmerge.domain.importers.source_files import Progress, SourceFile, read_lines
+from fedmerge.errors import ConfigError, DomainError
+
+WITHOUT_TEXT = "of an item without metadata or text"
+NO_TEXTS: Texts = ("", "", "")
+LEADING_ASIN = re.compile(rb"\{'asin': '([^'\\]*)'")  # lines of 2014 begin so, and those of other items are not parsed
+HTML_TAG = re.compile(r"</?[A-Za-z][^<>]*>")
+
+
+@dataclass(frozen=True, slots=True)
+class ReviewFields:
+    """What the fields of a review are called."""
+
+    user: str
+    item: str
+    time: str
+    rating: str
+
+
+FIVE_CORE = ImportSettings(k_core=5)
+FIELDS_2014_2018 = ReviewFields("reviewerID", "asin", "unixReviewTime", "overall")
+FIELDS_2023 = ReviewFields("user_id", "parent_asin", "timestamp", "rating")
+
+
+def import_amazon(
+    reviews: Path,
+    metadata: Path,
+    dst: Path,
+    settings: ImportSettings = FIVE_CORE,
+    *,
+    keep_items_without_text: bool = False,
+) -> ImportReport:
+    """Import one category's reviews and metadata, JSON lines, plain or gzip, as the domain folder ``dst/name``.
+
+    The release is recognised by the field names. Reviews are read once, their text is not kept; metadata is read once,
+    and kept for the items of the core alone. Reviews of items that lack metadata, or whose title, brand and category
+    are all empty, are left out, and the core is taken again: as the core of a part lies in the core of the whole, this
+    is the core of the reviews of items with text.
+
+    Texts: title; brand (2023: ``details.Brand``, else ``store``); category, the words of the path (2014: of the first
+    path; 2018 and 2023: else of ``main_cat`` or ``main_category``). HTML entities are resolved, white space is
+    collapsed; a 2018 title that is a script (``getTime``) counts as empty.
+
+    Args:
+        reviews: of one category.
+        metadata: of the same category and release.
+        dst: folder that holds the domains.
+        settings: k_core must be given; the name defaults to that of the file of reviews, see default_name.
+        keep_items_without_text: keep them, with what they have.
+
+    Returns:
+        The report. Users and items in the order of their first review.
+
+    Raises:
+        DomainError: a file that cannot be read, other fields, files of different releases, too many bad rows, no
+            metadata for any item, nothing left, or a folder that may not be written.
+        ConfigError: no k_core.
+    """
+    if settings.k_core is None:
+        raise ConfigError("k_core is none, expected a number: 1 keeps every review of an item with text.")
+    folder = prepare(dst, settings, default_name(reviews))
+    log = EventLog()
+    report, releases = _read_reviews(SourceFile(reviews), log, settings)
+    events = select(log.take(), settings.k_core)
+    refuse_nothing(events, (report,))
+    user_ids, item_ids = list(log.users), list(log.items)
+    del log
+    wanted = {item_ids[code]: code for code in np.unique(events.items).tolist()}
+    texts, metadata_report = _read_metadata(SourceFile(metadata), wanted, releases, settings)
+    if not texts:
+        raise DomainError(
+            f"{metadata}: none of the {len(wanted)} items that reviews are about is in it. "
+            "Take the metadata of the reviews' category and release."
+        )
+    if not keep_items_without_text:
+        has_text = np.zeros(len(item_ids), bool)
+        has_text[[code for code, found in texts.items() if any(found)]] = True
+        events = k_core(events.only(has_text[events.items], WITHOUT_TEXT), settings.k_core)
+    return write_events(
+        folder,
+        events,
+        settings,
+        user_ids=user_ids,
+        item_ids=item_ids,
+        texts=lambda code: texts.get(code, NO_TEXTS),
+        source=f"Amazon {' or '.join(releases)}, {settings.k_core}-core of {reviews.name!r} with {metadata.name!r}",
+        files=(report, metadata_report),
+    )
+
+
+def default_name(reviews: Path) -> str:
+    """``reviews_Beauty_5.json.gz`` -> ``Beauty``."""
+    return reviews.name.split(".")[0].removeprefix("reviews_").removesuffix("_5")
+
+
+def _read_reviews(source: SourceFile, log: EventLog, settings: ImportSettings) -> tuple[FileReport, tuple[str, ...]]:
+    """Log the reviews; the file's report, and the releases it may be of."""
+    bad = BadRows(str(source), "line", settings.max_bad_share)
+    fields: ReviewFields | None = None
+    releases: tuple[str, ...] = ()
+    for number, line in _lines(source, settings.progress):
+        try:
+            record = _parse(line)
+            if fields is None:  # the first record decides
+                fields, releases = _review_release(source, number, record)
+            _log_review(record, fields, log, settings.min_rating)
+        except _BadRow as error:
+            bad.add(number, str(error))
+    return bad.report(log.num_good), releases
+
+
+def _log_review(record: dict[str, Any], fields: ReviewFields, log: EventLog, min_rating: float | None) -> None:
+    """Log one review; _BadRow if it cannot be used."""
+    user, item, time = record.get(fields.user), record.get(fields.item), record.get(fields.time)
+    if not _is_id(user):
+        raise _BadRow(f"no {fields.user}")
+    if not _is_id(item):
+        raise _BadRow(f"no {fields.item}")
+    if type(time) is not int:
+        raise _BadRow(f"{fields.time} is not a whole number")
+    if min_rating is not None:
+        rating = record.get(fields.rating)
+        if type(rating) not in (int, float) or math.isnan(rating):
+            raise _BadRow(f"{fields.rating} is not a number")
+        if rating < min_rating:
+            log.drop_low_rating()
+            return
+    try:
+        log.add(user, item, time)
+    except OverflowError:
+        raise _BadRow(f"{fields.time} is out of range") from None
+
+
+def _read_metadata(
+    source: SourceFile, wanted: dict[str, int], releases: tuple[str, ...], settings: ImportSettings
+) -> tuple[dict[int, Texts], FileReport]:
+    """Texts by code of the wanted items, of which the first entry counts; and the file's report."""
+    bad = BadRows(str(source), "line", settings.max_bad_share)
+    wanted_bytes = {item_id.encode() for item_id in wanted}
+    release, num_good = "", 0
+    texts: dict[int, Texts] = {}
+    for number, line in _lines(source, settings.progress):
+        leading = LEADING_ASIN.match(line)
+        if release == "2014" and leading and leading[1] not in wanted_bytes:
+            num_good += 1
+            continue
+        try:
+            record = _parse(line)
+            release = release or _metadata_release(source, number, record, releases)
+            field = "parent_asin" if release == "2023" else "asin"
+            item = record.get(field)
+            if not _is_id(item):
+                raise _BadRow(f"no {field}")
+        except _BadRow as error:
+            bad.add(number, str(error))
+            continue
+        num_good += 1
+        if item in wanted:
+            texts.setdefault(wanted[item], _texts(record, release))
+    return texts, bad.report(num_good)
+
+
+def _review_release(source: SourceFile, number: int, record: dict[str, Any]) -> tuple[ReviewFields, tuple[str, ...]]:
+    """The fields, and the releases that have them: 2014 reviews are told from 2018 by ``helpful`` and ``verified``."""
+    if record.keys() >= {FIELDS_2023.user, FIELDS_2023.item, FIELDS_2023.time}:
+        return FIELDS_2023, ("2023",)
+    if record.keys() >= {FIELDS_2014_2018.user, FIELDS_2014_2018.item, FIELDS_2014_2018.time}:
+        if "verified" in record:
+            return FIELDS_2014_2018, ("2018",)
+        return FIELDS_2014_2018, ("2014",) if "helpful" in record else ("2014", "2018")
+    raise DomainError(
+        f"{source}: line {number} has the fields {_names(record)}, expected those of a review: reviewerID, asin, "
+        "unixReviewTime (2014, 2018) or user_id, parent_asin, timestamp (2023). Take the raw reviews."
+    )
+
+
+def _metadata_release(source: SourceFile, number: int, record: dict[str, Any], releases: tuple[str, ...]) -> str:
+    """The release of the metadata, which must be one of the reviews'."""
+    is_review = not record.keys().isdisjoint({"reviewerID", "user_id"})
+    if is_review or record.keys().isdisjoint({"asin", "parent_asin"}):
+        raise DomainError(
+            f"{source}: line {number} has the fields {_names(record)}, expected those of an item: asin (2014, 2018) or "
+            f"parent_asin (2023) with a title{' - these are reviews' if is_review else ''}. Take the raw metadata."
+        )
+    if "parent_asin" in record:
+        release = "2023"
+    else:
+        release = "2014" if record.keys().isdisjoint({"category", "main_cat"}) else "2018"
+    if releases and release not in releases:
+        raise DomainError(
+            f"{source}: metadata of the {release} release, but the reviews are of {' or '.join(releases)}. "
+            "Take both from the same release: item ids differ."
+        )
+    return release
+
+
+def _texts(record: dict[str, Any], release: str) -> Texts:
+    title, brand = _clean(record.get("title")), _clean(record.get("brand"))
+    if release == "2014":
+        paths = record.get("categories")
+        return title, brand, _joined(paths[0] if isinstance(paths, list) and paths else None)
+    if release == "2018":
+        return (
+            "" if "getTime" in title else title,
+            brand,
+            _joined(record.get("category")) or _clean(record.get("main_cat")),
+        )
+    details = record.get("details")
+    brand = _clean(details.get("Brand")) if isinstance(details, dict) else ""
+    category = _joined(record.get("categories")) or _clean(record.get("main_category"))
+    return title, brand or _clean(record.get("store")), category
+
+
+def _joined(path: Any) -> str:
+    """The words of a category path, in MergeRec's form: the names with a space between."""
+    return " ".join(filter(None, map(_clean, path))) if isinstance(path, list) else ""
+
+
+def _clean(value: Any) -> str:
+    """Text without tags, entities and superfluous white space; "" for anything else."""
+    if not isinstance(value, str):
+        return ""
+    text = html.unescape(HTML_TAG.sub(" ", value)) if "<" in value or "&" in value else value
+    return " ".join(text.encode("utf-8", "replace").decode().split())
+
+
+class _BadRow(Exception):
+    """The reason why a line is left out."""
+
+
+def _lines(source: SourceFile, progress: Progress | None) -> Iterator[tuple[int, bytes]]:
+    """Lines that are not blank, with their numbers."""
+    for number, line in enumerate(read_lines(source, progress), 1):
+        if not line.isspace():
+            yield number, line
+
+
+def _parse(line: bytes) -> dict[str, Any]:
+    """The object on a line: JSON, or the Python literal that the metadata of 2014 consists of."""
+    try:
+        text = line.decode()
+    except UnicodeDecodeError:
+        raise _BadRow("not UTF-8 text") from None
+    is_literal = text.startswith("{'")
+    try:
+        record = _literal(text) if is_literal else json.loads(text)
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+        raise _BadRow("not a Python literal" if is_literal else "not JSON") from None
+    if not isinstance(record, dict):
+        raise _BadRow("not an object")
+    return record
+
+
+def _literal(text: str) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of odd escapes in the texts
+        return ast.literal_eval(text)
+
+
+def _is_id(value: Any) -> bool:
+    """Whether the value is text that UTF-8 can hold, and not blank."""
+    return isinstance(value, str) and (value.isascii() or _is_utf8(value)) and not value.isspace() and value != ""
+
+
+def _is_utf8(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _names(record: dict[str, Any]) -> str:
+    names = [str(name)[:30] for name in record]
+    return ", ".join(names[:12]) + (", …" if len(names) > 12 else "")

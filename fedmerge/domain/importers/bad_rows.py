@@ -1,0 +1,108 @@
+"""Rows that cannot be used: counted, with their reasons and the first lines of each, and refused beyond a share.
+
+Reasons are fixed texts without values: a value could be a user's id, and the owner can look at the line.
+"""
+
+from dataclasses import dataclass
+
+from fedmerge.errors import DomainError
+
+NUM_SHOWN = 5
+ALL_BAD = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Reason:
+    """Why rows of a file were left out.
+
+    Attributes:
+        text: the reason.
+        count: rows.
+        first: numbers of the first of them, at most 5.
+    """
+
+    text: str
+    count: int
+    first: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class FileReport:
+    """What became of one file.
+
+    Attributes:
+        source: the file.
+        unit: what the numbers count: "line" (from 1, the header included) or "row" (of a Parquet file, from 0).
+        num_rows: rows, good and bad; blank lines and a header are none.
+        bad: the reasons, most frequent first.
+    """
+
+    source: str
+    unit: str
+    num_rows: int
+    bad: tuple[Reason, ...]
+
+    @property
+    def num_bad(self) -> int:
+        """Rows that were left out as bad."""
+        return sum(reason.count for reason in self.bad)
+
+
+class BadRows:
+    """The bad rows of one file, as they are found.
+
+    Args:
+        source: the file, for messages.
+        unit: "line" or "row".
+        max_share: share of the rows that may be bad, in [0, 1].
+    """
+
+    def __init__(self, source: str, unit: str, max_share: float) -> None:
+        self.source, self.unit, self.max_share = source, unit, max_share
+        self.count = 0
+        self._reasons: dict[str, tuple[int, list[int]]] = {}
+
+    def add(self, number: int, text: str, count: int = 1) -> None:
+        """Note a bad row, or several that begin at one; DomainError once the first 1,000 rows are all bad.
+
+        Args:
+            number: of the line or row.
+            text: the reason.
+            count: rows.
+        """
+        before, first = self._reasons.get(text, (0, []))
+        self._reasons[text] = (before + count, [*first, number] if len(first) < NUM_SHOWN else first)
+        self.count += count
+        if self.count >= ALL_BAD and number <= ALL_BAD + 1 and self.max_share < 1:
+            raise self._refusal(self.count)
+
+    def report(self, num_good: int) -> FileReport:
+        """The file's report.
+
+        Args:
+            num_good: rows that were not bad.
+
+        Raises:
+            DomainError: more than max_share of the rows are bad.
+        """
+        num_rows = num_good + self.count
+        if self.count > self.max_share * num_rows:
+            raise self._refusal(num_rows)
+        return FileReport(self.source, self.unit, num_rows, self._sorted())
+
+    def _sorted(self) -> tuple[Reason, ...]:
+        reasons = [Reason(text, count, tuple(first)) for text, (count, first) in self._reasons.items()]
+        return tuple(sorted(reasons, key=lambda reason: -reason.count))
+
+    def _refusal(self, num_rows: int) -> DomainError:
+        found = "; ".join(reason_text(reason, self.unit) for reason in self._sorted())
+        return DomainError(
+            f"{self.source}: {self.count} of the {num_rows} rows read are bad, expected at most "
+            f"{100 * self.max_share:g} %: {found}. Correct the file, or allow a larger max_bad_share."
+        )
+
+
+def reason_text(reason: Reason, unit: str) -> str:
+    """``time is not a whole number (3: lines 4, 7, 9)``."""
+    numbers = ", ".join(map(str, reason.first)) + (", …" if reason.count > len(reason.first) else "")
+    return f"{reason.text} ({reason.count}: {unit}{'s' if reason.count > 1 else ''} {numbers})"

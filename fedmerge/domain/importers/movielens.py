@@ -1,0 +1,199 @@
+"""Import a domain from a MovieLens release (GroupLens).
+
+The layouts of ml-100k, of ml-1m (which ml-10m has, too) and of ml-32m (and ml-20m, ml-25m, ml-latest).
+"""
+
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedmerge.domain.importers.bad_rows import BadRows, FileReport
+from fedmerge.domain.importers.events import (
+    DEFAULT_SETTINGS,
+    EventLog,
+    ImportReport,
+    ImportSettings,
+    Texts,
+    prepare,
+    select,
+    write_events,
+)
+from fedmerge.domain.importers.rows import Row, Table, check_columns, csv_table, log_rows
+from fedmerge.domain.importers.source_files import Progress, SourceFile, read_lines
+from fedmerge.domain.manifest import folder_name
+from fedmerge.errors import DomainError
+
+NO_GENRES = "(no genres listed)"
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The files of a release: ratings, movies and, in ml-100k, genres."""
+
+    name: str
+    ratings: str
+    movies: str
+    others: tuple[str, ...] = ()
+
+
+LAYOUTS = (
+    Layout("ml-100k", "u.data", "u.item", ("u.genre",)),
+    Layout("ml-1m", "ratings.dat", "movies.dat"),
+    Layout("ml-32m", "ratings.csv", "movies.csv"),
+)
+
+Movies = dict[str, Texts]
+
+
+def import_movielens(
+    src: Path,
+    dst: Path,
+    settings: ImportSettings = DEFAULT_SETTINGS,
+) -> ImportReport:
+    """Import a release, unpacked or as the zip archive, as the domain folder ``dst/name``.
+
+    A movie's title is that of the release, its category the genres, its brand empty. Every rating is an interaction,
+    unless settings has a min_rating.
+
+    Args:
+        src: the folder, or the zip archive, that holds the files of one layout.
+        dst: folder that holds the domains.
+        settings: the name defaults to that of src without ``.zip``.
+
+    Raises:
+        DomainError: no layout or several, a file that cannot be read, too many bad rows, nothing left, or a folder that
+            may not be written.
+    """
+    folder = prepare(dst, settings, folder_name(src).removesuffix(".zip"))
+    layout, files = _find(src)
+    if layout.name == "ml-32m":
+        movies, movies_report = _movies_csv(_csv(files[layout.movies], settings))
+        ratings = _csv(files[layout.ratings], settings)
+        names = ["userId", "movieId", "timestamp", "rating"]
+        check_columns(ratings, names)
+        rows, bad = ratings.rows(names), ratings.bad
+    else:
+        separator = "\t" if layout.name == "ml-100k" else "::"
+        movies_bad = BadRows(str(files[layout.movies]), "line", settings.max_bad_share)
+        if layout.name == "ml-100k":
+            movies, movies_report = _movies_100k(files["u.genre"], files["u.item"], movies_bad)
+        else:
+            movies, movies_report = _movies_1m(files["movies.dat"], movies_bad)
+        bad = BadRows(str(files[layout.ratings]), "line", settings.max_bad_share)
+        rows = _ratings(files[layout.ratings], separator, bad, settings.progress)
+    if not movies:
+        raise DomainError(f"{files[layout.movies]}: there are no movies in it. Take a complete copy of the release.")
+    log = EventLog({movie: code for code, movie in enumerate(movies)})
+    log_rows(rows, log, bad, settings.min_rating)
+    texts = list(movies.values())
+    report = bad.report(log.num_good)
+    return write_events(
+        folder,
+        select(log.take(), settings.k_core),
+        settings,
+        user_ids=list(log.users),
+        item_ids=list(movies),
+        texts=texts.__getitem__,
+        source=f"MovieLens, layout of {layout.name}, {folder_name(src)!r}",
+        files=(report, movies_report),
+    )
+
+
+def _find(src: Path) -> tuple[Layout, dict[str, SourceFile]]:
+    """The layout whose files are there, and those files by name."""
+    expected = " or ".join(", ".join((layout.ratings, layout.movies, *layout.others)) for layout in LAYOUTS)
+    if src.is_dir():
+        files = {path.name: SourceFile(path) for path in sorted(src.iterdir()) if path.is_file()}
+    elif src.exists():
+        try:
+            with zipfile.ZipFile(src) as archive:
+                members = [name for name in archive.namelist() if not name.startswith("__MACOSX/")]
+        except (zipfile.BadZipFile, OSError) as error:
+            raise DomainError(
+                f"{src}: cannot be read as a zip archive ({error}). Give the folder or a complete archive of a release."
+            ) from error
+        files = {member.rsplit("/", 1)[-1]: SourceFile(src, member) for member in members}
+    else:
+        raise DomainError(f"{src}: no such folder or file. Check the path.")
+    found = [layout for layout in LAYOUTS if {layout.ratings, layout.movies, *layout.others} <= files.keys()]
+    if len(found) != 1:
+        which = ", ".join(layout.name for layout in found) or "none"
+        raise DomainError(
+            f"{src}: the files of which release? Found {which}, expected exactly one of {expected}. "
+            "Give the folder or the archive of one release."
+        )
+    return found[0], files
+
+
+def _csv(source: SourceFile, settings: ImportSettings) -> Table:
+    return csv_table(source, ",", "utf-8", settings.max_bad_share, settings.progress)
+
+
+def _movies_csv(table: Table) -> tuple[Movies, FileReport]:
+    names = ["movieId", "title", "genres"]
+    check_columns(table, names)
+    return _collected(
+        ((number, (movie, title, genres.split("|"))) for number, (movie, title, genres) in table.rows(names)), table.bad
+    )
+
+
+def _movies_1m(source: SourceFile, bad: BadRows) -> tuple[Movies, FileReport]:
+    rows = _split(source, "::", lambda num_fields: num_fields == 3, bad)
+    return _collected(((number, (movie, title, genres.split("|"))) for number, (movie, title, genres) in rows), bad)
+
+
+def _movies_100k(genres: SourceFile, source: SourceFile, bad: BadRows) -> tuple[Movies, FileReport]:
+    """Movies of u.item: id, title, two dates, address, and a 0 or 1 for each genre of u.genre."""
+    genres_bad = BadRows(str(genres), "line", 0)
+    names = [name for _, (name, _) in _split(genres, "|", lambda num_fields: num_fields == 2, genres_bad)]
+    genres_bad.report(len(names))
+    rows = _split(source, "|", lambda num_fields: num_fields == 5 + len(names), bad)
+    return _collected(
+        (
+            (n, (values[0], values[1], [name for name, flag in zip(names, values[5:], strict=True) if flag == "1"]))
+            for n, values in rows
+        ),
+        bad,
+    )
+
+
+def _collected(rows: Iterator[Row], bad: BadRows) -> tuple[Movies, FileReport]:
+    """Movies from rows of id, title and genres, of which the first of an id counts."""
+    movies: Movies = {}
+    for number, (movie, title, genres) in rows:
+        if not movie:
+            bad.add(number, "no movie id")
+        elif movie in movies:
+            bad.add(number, "the movie has a row already")
+        else:
+            movies[movie] = (title.strip(), "", " ".join(genre for genre in genres if genre != NO_GENRES))
+    return movies, bad.report(len(movies))
+
+
+def _ratings(source: SourceFile, separator: str, bad: BadRows, progress: Progress | None) -> Iterator[Row]:
+    """User, movie, time, rating."""
+    for number, (user, movie, rating, time) in _split(source, separator, lambda n: n == 4, bad, progress):
+        yield number, (user, movie, time, rating)
+
+
+def _split(
+    source: SourceFile,
+    separator: str,
+    fits: Callable[[int], bool],
+    bad: BadRows,
+    progress: Progress | None = None,
+) -> Iterator[tuple[int, Sequence[str]]]:
+    """Fields of each line that has as many as it should; UTF-8 (ml-10m) or else Latin-1 (ml-100k, ml-1m)."""
+    for number, line in enumerate(read_lines(source, progress), 1):
+        if line.isspace():
+            continue
+        try:
+            text = line.decode()
+        except UnicodeDecodeError:
+            text = line.decode("latin-1")
+        fields = text.rstrip("\r\n").split(separator)
+        if fits(len(fields)):
+            yield number, fields
+        else:
+            bad.add(number, f"not as many fields between {separator!r} as there should be")

@@ -1,0 +1,256 @@
+"""Tables of named columns, from CSV and Parquet, row by row; and rows of user, item, time, rating into an event log."""
+
+import csv
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pyarrow.types as pt
+
+from fedmerge.domain.importers.bad_rows import BadRows
+from fedmerge.domain.importers.events import EventLog
+from fedmerge.domain.importers.source_files import Progress, SourceFile, read_lines
+from fedmerge.errors import DomainError
+
+BATCH_ROWS = 1 << 16
+SAMPLE_ROWS = 1000
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+Row = tuple[int, Sequence[Any]]  # number of the line or row, values of the columns asked for
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A table that is read once, from the start.
+
+    Attributes:
+        source: the file.
+        columns: names in the order of the file.
+        rows: rows with the values of the columns named, in that order; lines that are no row go to bad.
+        bad: the table's bad rows.
+    """
+
+    source: str
+    columns: tuple[str, ...]
+    rows: Callable[[Sequence[str]], Iterator[Row]]
+    bad: BadRows
+
+
+def csv_table(
+    source: SourceFile, delimiter: str, encoding: str, max_bad_share: float, progress: Progress | None
+) -> Table:
+    """A CSV file with a header; every value is text.
+
+    Args:
+        source: plain or gzip.
+        delimiter: one character.
+        encoding: utf-8 (a byte order mark is skipped), or one that has a byte per character.
+        max_bad_share: see BadRows.
+        progress: see read_lines.
+
+    Raises:
+        DomainError: a delimiter that is not one character, a header that cannot be read or names a column twice, and,
+            while rows are read, text in another encoding or what read_lines refuses.
+    """
+    if len(delimiter) != 1 or delimiter in '"\r\n':
+        raise DomainError(f"{source}: the delimiter is {delimiter!r}, expected one character, such as ',' or a tab.")
+    bad = BadRows(str(source), "line", max_bad_share)
+    reader = csv.reader(_decoded(source, encoding, progress), delimiter=delimiter, strict=True)
+    try:
+        columns = tuple(name.strip() for name in next(reader))
+    except (csv.Error, StopIteration) as error:
+        raise DomainError(f"{source}: line 1 is no header of column names ({error}). Write one.") from error
+    repeated = [name for name in columns if columns.count(name) > 1]
+    if repeated:
+        raise DomainError(f"{source}: the header names {repeated[0]!r} more than once. Give each column its own name.")
+
+    def rows(names: Sequence[str]) -> Iterator[Row]:
+        pick = _picker([columns.index(name) for name in names])
+        while True:
+            before = reader.line_num
+            try:
+                row = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:  # a quote that is not closed takes many lines with it: all of them are lost
+                bad.add(before + 1, f"not CSV: {error}", reader.line_num - before)
+                continue
+            if len(row) == len(columns):
+                yield before + 1, pick(row)
+            elif row:
+                bad.add(before + 1, "another number of columns than in the header")
+
+    return Table(str(source), columns, rows, bad)
+
+
+def parquet_table(path: Path, max_bad_share: float, progress: Progress | None) -> Table:
+    """A Parquet file; whole numbers and text are given as they are, points in time as whole numbers.
+
+    Raises:
+        DomainError: the file is missing, damaged or no Parquet; while rows are read, a damaged part or a column that
+            holds neither text, numbers nor points in time.
+    """
+    try:
+        file = pq.ParquetFile(path)
+    except FileNotFoundError:
+        raise DomainError(f"{path}: no such file. Check the path.") from None
+    except (pa.ArrowException, OSError) as error:
+        raise _not_parquet(path, error) from error
+    bad = BadRows(str(path), "row", max_bad_share)
+
+    def rows(names: Sequence[str]) -> Iterator[Row]:
+        number = 0
+        try:
+            for batch in file.iter_batches(BATCH_ROWS, columns=list(dict.fromkeys(names))):
+                values = [_plain(path, name, batch.column(name)) for name in names]
+                yield from enumerate(zip(*values, strict=True), number)
+                number += len(batch)
+                if progress:
+                    progress(str(path), number, number / file.metadata.num_rows)
+        except (pa.ArrowException, OSError) as error:
+            raise _not_parquet(path, error) from error
+
+    return Table(str(path), tuple(file.schema_arrow.names), rows, bad)
+
+
+def check_columns(table: Table, names: Sequence[str]) -> None:
+    """Refuse a table that lacks one of the columns; DomainError names those that it has."""
+    missing = [name for name in names if name not in table.columns]
+    if missing:
+        hint = " The delimiter may be another." if len(table.columns) == 1 else ""
+        raise DomainError(
+            f"{table.source}: no column {', '.join(map(repr, missing))}; found {', '.join(map(repr, table.columns))}. "
+            f"Name the columns that hold them.{hint}"
+        )
+
+
+def log_rows(rows: Iterator[Row], log: EventLog, bad: BadRows, min_rating: float | None) -> None:
+    """Add rows of user, item, time and, if there is a minimum, rating, whose items the log knows; others are bad.
+
+    Times are whole numbers, decimals (to a millionth) or ISO 8601 (without a zone: UTC), whichever fits most of the
+    first 1,000 rows; they serve for the order alone, so any unit will do.
+
+    Raises:
+        DomainError: none of the first 1,000 rows has a time of any of these kinds.
+    """
+    sample = list(itertools.islice(rows, SAMPLE_ROWS))
+    kind, parse_time = _kind_of_time(bad, sample)
+    for number, (user, item, time, *rating) in itertools.chain(sample, rows):
+        if not user:
+            bad.add(number, "no user")
+            continue
+        if item not in log.items:
+            bad.add(number, "the item is not in the catalog" if item else "no item")
+            continue
+        try:
+            if min_rating is not None and not parse_rating(rating[0]) >= min_rating:
+                log.drop_low_rating()
+                continue
+        except (ValueError, TypeError):
+            bad.add(number, "the rating is not a number")
+            continue
+        try:
+            log.add(user, item, parse_time(time))
+        except (ValueError, TypeError):
+            bad.add(number, f"the time is not {kind}")
+        except OverflowError:
+            bad.add(number, "the time is out of range")
+
+
+def parse_rating(value: Any) -> float:
+    """A finite number; ValueError or TypeError otherwise."""
+    rating = float(value)
+    if not math.isfinite(rating):
+        raise ValueError(f"rating {rating}")
+    return rating
+
+
+def _decoded(source: SourceFile, encoding: str, progress: Progress | None) -> Iterator[str]:
+    for number, line in enumerate(read_lines(source, progress), 1):
+        try:
+            text = line.decode(encoding)
+        except UnicodeDecodeError as error:
+            raise DomainError(
+                f"{source}: line {number} is not {encoding} text ({error.reason} at byte {error.start}). "
+                "Name the file's encoding, or convert it to utf-8."
+            ) from error
+        yield text.removeprefix("\ufeff") if number == 1 else text
+
+
+def _picker(positions: Sequence[int]) -> Callable[[Sequence[str]], Sequence[str]]:
+    if len(positions) == 1:
+        return lambda row: (row[positions[0]],)
+    return itemgetter(*positions)
+
+
+def _plain(path: Path, name: str, column: pa.Array) -> list[Any]:
+    """A column as text, numbers, or whole numbers of a time unit; None where it is null."""
+    if pt.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    kind = column.type
+    if pt.is_date(kind) or pt.is_timestamp(kind):
+        column = pc.cast(column, pa.timestamp("s" if pt.is_date(kind) else kind.unit)).cast(pa.int64())
+    elif not (pt.is_string(kind) or pt.is_large_string(kind) or pt.is_integer(kind) or pt.is_floating(kind)):
+        raise DomainError(
+            f"{path}: column {name!r} is of type {kind}, expected text, numbers or points in time. Convert the column."
+        )
+    values: list[Any] = column.to_pylist()
+    return values
+
+
+def _not_parquet(path: Path, error: Exception) -> DomainError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return DomainError(
+        f"{path}: cannot be read as Parquet ({reason}): truncated, damaged, or another format. Replace it."
+    )
+
+
+# Time
+
+
+def _whole(value: Any) -> int:
+    if isinstance(value, float):
+        raise ValueError("a decimal")
+    return int(value)
+
+
+def _decimal(value: Any) -> int:
+    return round(parse_rating(value) * 1e6)
+
+
+def _iso(value: Any) -> int:
+    if not isinstance(value, str):
+        raise ValueError("no text")
+    time = datetime.fromisoformat(value.strip())
+    return ((time if time.tzinfo else time.replace(tzinfo=UTC)) - EPOCH) // timedelta(microseconds=1)
+
+
+TIMES: dict[str, Callable[[Any], int]] = {"a whole number": _whole, "a number": _decimal, "an ISO 8601 time": _iso}
+
+
+def _kind_of_time(bad: BadRows, sample: Sequence[Row]) -> tuple[str, Callable[[Any], int]]:
+    """The first of TIMES that fits most rows, with its name."""
+
+    def fits(kind: str, value: object) -> bool:
+        try:
+            TIMES[kind](value)
+        except (ValueError, TypeError):
+            return False
+        return True
+
+    numbers = {kind: sum(fits(kind, values[2]) for _, values in sample) for kind in TIMES}
+    kind = max(numbers, key=numbers.__getitem__)
+    if sample and not numbers[kind]:
+        raise DomainError(
+            f"{bad.source}: the time cannot be read in any of the first {len(sample)} rows, the first is {bad.unit} "
+            f"{sample[0][0]}; expected {', '.join(TIMES)}. Convert the column, or name another."
+        )
+    return kind, TIMES[kind]
