@@ -1,0 +1,165 @@
+"""What importing raw Amazon reviews costs: rows a second and peak memory, against loading everything with json.
+
+    python benchmarks/bench_import.py --gigabytes 3 [--gzip] [--folder DIR]
+
+Writes a file of made-up reviews with text in the form of the 2018 release (about 850 bytes a row; plain, or gzip of
+level 1) and its metadata, and imports it as a 5-core. The alternative does the same with the standard library alone on
+a smaller file, for all rows are in memory at once: json.loads of every line into a list of dicts, counters for the
+core, a sorted list per user. The product imports that smaller file, too, and both must keep the same rows. Each import
+is a process of its own; CPU seconds count where the machine is shared.
+"""
+
+import argparse
+import gzip
+import json
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+BYTES_PER_ROW = 850
+CHUNK = 50_000
+ROW = (
+    b'{"overall": 5.0, "verified": true, "reviewTime": "01 1, 2018", "reviewerID": "A%013d", "asin": "B%09d", '
+    b'"style": {"Size:": " Large"}, "reviewerName": "A. Customer", "reviewText": "%b", "summary": "%b", '
+    b'"unixReviewTime": %d}\n'
+)
+
+
+def write_source(folder: Path, size_bytes: int, compressed: bool) -> tuple[Path, Path, int]:
+    """Reviews of about so many bytes before compression, and metadata of their items; the paths and the rows."""
+    rng = np.random.default_rng(0)
+    words = ["".join(map(chr, rng.integers(97, 123, size))) for size in rng.integers(2, 10, 5000)]
+    texts = [
+        json.dumps(" ".join(rng.choice(words, size)) + '\nIt\'s "good".')[1:-1].encode()
+        for size in rng.integers(10, 190, 2000)
+    ]
+    summaries = [text[:30].rsplit(b" ", 1)[0] for text in texts]
+    num_rows = size_bytes // BYTES_PER_ROW
+    num_users, num_items = num_rows // 5 + 1, num_rows // 40 + 1
+    reviews, metadata = folder / f"Made_up.json{'.gz' * compressed}", folder / f"meta_Made_up.json{'.gz' * compressed}"
+
+    def create(path: Path) -> Any:
+        return gzip.open(path, "wb", compresslevel=1) if compressed else path.open("wb", 1 << 20)
+
+    with create(reviews) as file:
+        for start in range(0, num_rows, CHUNK):
+            count = min(CHUNK, num_rows - start)
+            users = (num_users * rng.random(count) ** 2).astype(int).tolist()  # some are far busier than others
+            items = (num_items * rng.random(count) ** 2).astype(int).tolist()
+            times = rng.integers(1_000_000_000, 1_500_000_000, count).tolist()
+            drawn = rng.integers(0, len(texts), count).tolist()
+            file.write(
+                b"".join(
+                    ROW % (user, item, texts[text], summaries[text], moment)
+                    for user, item, text, moment in zip(users, items, drawn, times, strict=True)
+                )
+            )
+    with create(metadata) as file:
+        for item in range(num_items):
+            entry = {"category": ["Toys"], "title": f"Item {item}", "brand": "Acme", "main_cat": "Toys"}
+            file.write(json.dumps({**entry, "asin": f"B{item:09d}", "feature": ["x" * 200]}).encode() + b"\n")
+    return reviews, metadata, num_rows
+
+
+def product(reviews: Path, metadata: Path, dst: Path) -> int:
+    """Import with fedmerge; the interactions kept."""
+    from fedmerge.domain.importers.amazon import import_amazon  # noqa: PLC0415  # the alternative must not pay for it
+
+    return import_amazon(reviews, metadata, dst).manifest.num_interactions
+
+
+def everything_in_memory(reviews: Path, metadata: Path, dst: Path) -> int:
+    """The alternative: standard library, lists and dicts; it writes one JSON file."""
+
+    def load(path: Path) -> list[dict[str, Any]]:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            return [json.loads(line) for line in file]
+
+    rows, entries = load(reviews), {entry["asin"]: entry for entry in load(metadata)}
+    rows = list({(row["reviewerID"], row["asin"], row["unixReviewTime"]): row for row in rows}.values())
+    while True:
+        users, items = Counter(row["reviewerID"] for row in rows), Counter(row["asin"] for row in rows)
+        kept = [row for row in rows if users[row["reviewerID"]] >= 5 and items[row["asin"]] >= 5]
+        if len(kept) == len(rows):
+            break
+        rows = kept
+    sequences = defaultdict(list)
+    for row in sorted(rows, key=lambda row: row["unixReviewTime"]):
+        sequences[row["reviewerID"]].append(row["asin"])
+    titles = {row["asin"]: entries[row["asin"]]["title"] for row in rows}
+    dst.mkdir()
+    (dst / "domain.json").write_text(json.dumps([sequences, titles]))
+    return len(rows)
+
+
+WAYS = {"product": product, "everything in memory": everything_in_memory}
+
+
+def measure(way: str, reviews: Path, metadata: Path, dst: Path) -> dict[str, float]:
+    """One import in a process of its own."""
+    command = [sys.executable, __file__, "--measure", way, str(reviews), str(metadata), str(dst)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    result: dict[str, float] = json.loads(done.stdout)
+    return result
+
+
+def measured(way: str, reviews: Path, metadata: Path, dst: Path) -> None:
+    """The process of its own: prints what the import took."""
+    start, cpu = time.perf_counter(), time.process_time()
+    kept = WAYS[way](reviews, metadata, dst)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # Linux counts KiB
+    seconds = time.perf_counter() - start
+    print(json.dumps({"kept": kept, "seconds": seconds, "cpu": time.process_time() - cpu, "peak_mb": peak}))
+
+
+def main() -> None:
+    """Generate, import, compare."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gigabytes", type=float, default=3.0)
+    parser.add_argument("--prefix-gigabytes", type=float, default=0.3, help="of the file that the alternative loads")
+    parser.add_argument("--gzip", action="store_true")
+    parser.add_argument(
+        "--folder", type=Path, default=None, help="where the files are made (default: the temporary one)"
+    )
+    parser.add_argument("--measure", nargs=4, default=None, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        measured(options.measure[0], *map(Path, options.measure[1:]))
+        return
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        folder = Path(name)
+        needed = 1.2e9 * (options.gigabytes + options.prefix_gigabytes)
+        free = shutil.disk_usage(folder).free
+        if free < needed:
+            sys.exit(
+                f"{folder}: {free / 1e9:.1f} GB are free, {needed / 1e9:.1f} GB are needed. Choose another folder."
+            )
+        print("| file | way | rows | CPU s | wall s | rows/CPU s | peak MB | interactions kept |")
+        print("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+        for gigabytes, ways in ((options.prefix_gigabytes, list(WAYS)), (options.gigabytes, ["product"])):
+            (folder / f"{gigabytes}").mkdir()
+            reviews, metadata, num_rows = write_source(folder / f"{gigabytes}", int(1e9 * gigabytes), options.gzip)
+            size = reviews.stat().st_size / 1e9
+            results = {way: measure(way, reviews, metadata, folder / f"{gigabytes}" / way) for way in ways}
+            for way, result in results.items():
+                print(
+                    f"| {size:.2f} GB{' gzip' * options.gzip} | {way} | {num_rows:,} | {result['cpu']:.1f} | "
+                    f"{result['seconds']:.1f} | {num_rows / result['cpu']:,.0f} | {result['peak_mb']:.0f} | "
+                    f"{int(result['kept']):,} |",
+                    flush=True,
+                )
+            if len({result["kept"] for result in results.values()}) != 1:
+                sys.exit("The two ways kept different rows.")
+            shutil.rmtree(folder / f"{gigabytes}")
+
+
+if __name__ == "__main__":
+    main()
