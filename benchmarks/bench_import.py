@@ -106,7 +106,7 @@ WAYS = {"product": product, "everything in memory": everything_in_memory}
 def measure(way: str, reviews: Path, metadata: Path, dst: Path) -> dict[str, float]:
     """One import in a process of its own."""
     command = [sys.executable, __file__, "--measure", way, str(reviews), str(metadata), str(dst)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     result: dict[str, float] = json.loads(done.stdout)
     return result
 

@@ -208,7 +208,7 @@ def test_low_ratings_are_left_out(tmp_path: Path) -> None:
 
 def test_bad_lines_are_reported_with_line_and_reason(tmp_path: Path) -> None:
     good = review("2018", "ann", "A", 10)
-    more = [
+    more: list[Record | str] = [
         '{"reviewerID": "ann", "asin": ',  # line 11
         "",
         "[1, 2]",
@@ -226,7 +226,11 @@ def test_bad_lines_are_reported_with_line_and_reason(tmp_path: Path) -> None:
         "[" * 100_000,  # 25
         "truncated at the end",
     ]
-    entries = [*(entry("2018", item) for item in ALL_ITEMS), {"title": "no id", "main_cat": ""}, "<html>"]
+    entries: list[Record | str] = [
+        *(entry("2018", item) for item in ALL_ITEMS),
+        {"title": "no id", "main_cat": ""},
+        "<html>",
+    ]
     source = write_source(tmp_path, "2018", more, entries)
     report = import_amazon(*source, tmp_path / "d", settings(max_bad_share=0.7, min_rating=1))
     assert bad_rows(report) == {
@@ -374,7 +378,7 @@ def test_a_core_must_be_asked_for(tmp_path: Path) -> None:
 
 def test_entries_of_other_items_are_not_parsed(tmp_path: Path) -> None:
     """The literals of 2014 are slow to parse, and most are of items outside the core."""
-    entries = [entry("2014", "A"), "{'asin': 'Z', broken", entry("2014", "B"), entry("2014", "C")]
+    entries: list[Record | str] = [entry("2014", "A"), "{'asin': 'Z', broken", entry("2014", "B"), entry("2014", "C")]
     report: ImportReport = import_amazon(*write_source(tmp_path, "2014", entries=entries), tmp_path / "d", settings())
     assert report.files[1].bad == ()
     assert report.files[1].num_rows == 4

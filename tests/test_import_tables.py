@@ -193,11 +193,16 @@ def put_catalog(text: str | bytes) -> Change:
     return lambda rows, items: items.write_bytes(data)
 
 
+def make_folder(rows: Path, items: Path) -> None:
+    rows.unlink()
+    rows.mkdir()
+
+
 DEFECTS: dict[str, tuple[str, Change, str]] = {
     "no file": ("rows", lambda rows, items: rows.unlink(), r"no such file\. Check the path"),
     "a folder": (
         "rows",
-        lambda rows, items: (rows.unlink(), rows.mkdir()),
+        make_folder,
         r"cannot be read \(.*directory.*Check that",
     ),
     "empty": ("rows", put(""), r"the file is empty\. Take a complete copy"),

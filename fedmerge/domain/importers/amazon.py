@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -147,7 +147,7 @@ def _log_review(record: dict[str, Any], fields: ReviewFields, log: EventLog, min
         raise _BadRow(f"{fields.time} is not a whole number")
     if min_rating is not None:
         rating = record.get(fields.rating)
-        if type(rating) not in (int, float) or math.isnan(rating):
+        if not isinstance(rating, int | float) or math.isnan(rating):
             raise _BadRow(f"{fields.rating} is not a number")
         if rating < min_rating:
             log.drop_low_rating()
@@ -284,7 +284,7 @@ def _literal(text: str) -> Any:
         return ast.literal_eval(text)
 
 
-def _is_id(value: Any) -> bool:
+def _is_id(value: Any) -> TypeGuard[str]:
     """Whether the value is text that UTF-8 can hold, and not blank."""
     return isinstance(value, str) and (value.isascii() or _is_utf8(value)) and not value.isspace() and value != ""
 

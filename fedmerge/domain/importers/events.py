@@ -188,7 +188,7 @@ def to_interactions(events: Events, user_ids: Sequence[str], item_index: npt.NDA
     present = np.flatnonzero(lengths)
     offsets = np.zeros(len(present) + 1, np.int64)
     np.cumsum(lengths[present], out=offsets[1:])
-    return Interactions(tuple(user_ids[code] for code in present), item_index[events.items[order]], offsets)
+    return Interactions(tuple(user_ids[code] for code in present.tolist()), item_index[events.items[order]], offsets)
 
 
 def prepare(dst: Path, settings: ImportSettings, default_name: str) -> Path:
@@ -228,9 +228,9 @@ def write_events(
     codes = np.arange(len(item_ids)) if settings.k_core is None else np.unique(events.items)
     item_index = np.full(len(item_ids), -1, np.int32)
     item_index[codes] = np.arange(len(codes), dtype=np.int32)
-    columns = zip(*(texts(int(code)) for code in codes), strict=True)
+    columns = zip(*(texts(code) for code in codes.tolist()), strict=True)
     catalog = make_catalog(
-        folder.name, [item_ids[code] for code in codes], dict(zip(ATTRIBUTES, map(list, columns), strict=True))
+        folder.name, [item_ids[code] for code in codes.tolist()], dict(zip(ATTRIBUTES, map(list, columns), strict=True))
     )
     manifest = write_domain(
         folder,
