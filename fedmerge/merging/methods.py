@@ -1,16 +1,27 @@
-"""Merging methods as rows of one literal table: stack -> coefficients; ``linear_merge`` turns these into an adapter."""
+"""Merging methods as rows of one literal table; ``fedmerge.merging.training_free`` runs those that need no model."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
 from fedmerge.errors import ConfigError
+from fedmerge.merging.rows import breadcrumbs, dare, dare_ties, localize_and_stitch, pcb, ties
+from fedmerge.merging.spectral import Factors, iso_c, iso_cts, tsv
 from fedmerge.merging.stack import Stack
 
-Law = Literal["one domain is identity", "permutation", "zero coefficient is absent", "inputs unchanged"]
+Law = Literal[
+    "one domain is identity",  # with coefficient 1 and nothing dropped
+    "permutation",  # the order and the names of the domains do not matter
+    "zero coefficient is absent",
+    "inputs unchanged",
+    "homogeneous",  # updates times c, also below 0, give the merge times c
+    "neurons",  # inputs and outputs of a module in another order: the same merge in that order
+    "rotation",  # the same for any change of orthonormal bases
+    "core is full",  # core space changes nothing
+]
 Value = float | int | str | bool | None
 
 
@@ -35,22 +46,36 @@ class Parameter:
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """One merging method.
+    """One merging method: linear, elementwise, spectral, or (none of the three functions) learned.
 
     Attributes:
-        coefficients: (stack, **parameters) -> (K,) or (K, G) float32; None: learned on the server from pseudo-users,
-            see ``fedmerge.server.collaborative``.
         parameters: name -> parameter.
         source: paper or standard.
-        cost: time and memory, in K domains, R = Σ ranks.
-        laws: what the tests hold this method to ("one domain is identity": with its coefficient, if it has one, at 1).
+        use: when to choose it.
+        cost: time and memory, in K domains, R = Σ ranks, n = in · out entries of a module.
+        laws: what the tests hold this method to.
+        coefficients: linear: (stack, **parameters) -> (K,) or (K, G) float32.
+        rows: elementwise: (pieces, **parameters) -> K rows a piece, see ``fedmerge.merging.rows``.
+        factors: spectral: (updates, **parameters) -> the merge's factors, see ``fedmerge.merging.spectral``.
+        knots: the rows are those of KnOTS' S V_k.
+        random: ``rows`` also takes a seed.
     """
 
-    coefficients: Callable[..., torch.Tensor] | None
     parameters: dict[str, Parameter]
     source: str
+    use: str
     cost: str
     laws: tuple[Law, ...]
+    coefficients: Callable[..., torch.Tensor] | None = None
+    rows: Callable[..., Iterator[torch.Tensor]] | None = None
+    factors: Callable[..., Factors] | None = None
+    knots: bool = False
+    random: bool = False
+
+    @property
+    def learned(self) -> bool:
+        """Whether it takes pseudo-users and a model: ``fedmerge.server.collaborative``."""
+        return self.coefficients is None and self.rows is None and self.factors is None
 
 
 def average(stack: Stack) -> torch.Tensor:
@@ -73,23 +98,154 @@ def task_arithmetic(stack: Stack, coefficient: float) -> torch.Tensor:
     return torch.full((len(stack.domains),), float(coefficient))
 
 
+_ALWAYS: tuple[Law, ...] = ("permutation", "zero coefficient is absent", "inputs unchanged")
+_IDENTITY: tuple[Law, ...] = ("one domain is identity", *_ALWAYS)
+_LINEAR: tuple[Law, ...] = (*_IDENTITY, "homogeneous", "neurons", "rotation", "core is full")
+_LINEAR_COST = "O(R (in + out)) a module"
+_TIES_COST = "O(K n) a module, 3 passes over the updates"
+
+
+def _density(default: float) -> Parameter:
+    return Parameter(default, above=0.0, high=1.0)
+
+
 METHODS: dict[str, Method] = {
     "average": Method(
         coefficients=average,
         parameters={},
         source="mean of task vectors (model soups, arXiv:2203.05482)",
-        cost="O(R (in + out)) a module, no model run",
-        laws=("one domain is identity", "permutation", "inputs unchanged"),
+        use="first: nothing to tune, hard to beat with few, related domains",
+        cost=_LINEAR_COST,
+        laws=_LINEAR,
     ),
     "task-arithmetic": Method(
         coefficients=task_arithmetic,
         parameters={"coefficient": Parameter(0.5)},
         source="task arithmetic (arXiv:2212.04089)",
-        cost="O(R (in + out)) a module, no model run",
-        laws=("one domain is identity", "permutation", "zero coefficient is absent", "inputs unchanged"),
+        use="the size of the sum can be tuned on validation",
+        cost=_LINEAR_COST,
+        laws=_LINEAR,
+    ),
+    "ties": Method(
+        rows=ties,
+        parameters={"density": _density(0.2), "coefficient": Parameter(1.0)},
+        source="TIES-Merging (arXiv:2306.01708)",
+        use="domains pull the same weights in opposite directions",
+        cost=_TIES_COST,
+        laws=(*_IDENTITY, "homogeneous", "neurons"),
+    ),
+    "dare": Method(
+        rows=dare,
+        parameters={"density": _density(0.1), "coefficient": Parameter(1.0)},
+        source="DARE, then average (arXiv:2311.03099)",
+        use="many redundant entries; the average in expectation",
+        cost="O(K n) a module, 1 pass",
+        laws=(*_IDENTITY, "homogeneous"),
+        random=True,
+    ),
+    "dare-ties": Method(
+        rows=dare_ties,
+        parameters={"density": _density(0.1), "ties_density": _density(1.0), "coefficient": Parameter(1.0)},
+        source="DARE, then TIES (arXiv:2311.03099)",
+        use="as TIES, with random instead of magnitude trimming",
+        cost="O(K n) a module, 1 pass (3 with ties_density below 1)",
+        laws=(*_IDENTITY, "homogeneous"),
+        random=True,
+    ),
+    "pcb": Method(
+        rows=pcb,
+        parameters={
+            "density": _density(0.1),
+            "clamp": Parameter(0.0001, low=0.0, high=0.49),
+            "coefficient": Parameter(1.0),
+        },
+        source="PCB-Merging (arXiv:2410.02396)",
+        use="domains compete for the same weights with different strength",
+        cost="O(K n) a module, 7 passes, scores in float64",
+        laws=(*_ALWAYS, "neurons"),
+    ),
+    "localize-and-stitch": Method(
+        rows=localize_and_stitch,
+        parameters={"density": _density(0.05), "coefficient": Parameter(1.0)},
+        source="Localize-and-Stitch, dataless (arXiv:2408.13656)",
+        use="what each domain learned sits in few, mostly different weights",
+        cost=_TIES_COST,
+        laws=(*_IDENTITY, "homogeneous", "neurons"),
+    ),
+    "breadcrumbs": Method(
+        rows=breadcrumbs,
+        parameters={
+            "drop_smallest": Parameter(0.85, low=0.0, high=1.0),
+            "drop_largest": Parameter(0.006, low=0.0, high=1.0),
+            "coefficient": Parameter(1.0),
+        },
+        source="Model Breadcrumbs (arXiv:2312.06795)",
+        use="outliers of single domains spoil the sum; many domains",
+        cost=_TIES_COST,
+        laws=(*_IDENTITY, "homogeneous", "neurons"),
+    ),
+    "knots-ties": Method(
+        rows=ties,
+        knots=True,
+        parameters={"density": _density(0.2), "coefficient": Parameter(1.0)},
+        source="KnOTS, then TIES (arXiv:2410.19735)",
+        use="as TIES, where low-rank updates are not aligned entry by entry",
+        cost="O(R² (in + out) + K R in) a module, 3 passes",
+        laws=(*_IDENTITY, "homogeneous", "neurons"),
+    ),
+    "knots-dare": Method(
+        rows=dare,
+        knots=True,
+        parameters={"density": _density(0.9), "coefficient": Parameter(1.0)},
+        source="KnOTS, then DARE (arXiv:2410.19735)",
+        use="as DARE, in aligned coordinates",
+        cost="O(R² (in + out) + K R in) a module, 1 pass",
+        laws=(*_IDENTITY, "homogeneous"),
+        random=True,
+    ),
+    "knots-dare-ties": Method(
+        rows=dare_ties,
+        knots=True,
+        parameters={"density": _density(0.9), "ties_density": _density(1.0), "coefficient": Parameter(1.0)},
+        source="KnOTS, then DARE and TIES (arXiv:2410.19735)",
+        use="as KnOTS-TIES, with random instead of magnitude trimming",
+        cost="O(R² (in + out) + K R in) a module, 1 pass (3 with ties_density below 1)",
+        laws=(*_IDENTITY, "homogeneous"),
+        random=True,
+    ),
+    "knots-task-arithmetic": Method(
+        coefficients=task_arithmetic,
+        parameters={"coefficient": Parameter(0.5)},
+        source="KnOTS, then task arithmetic (arXiv:2410.19735)",
+        use="never: U Σ S V_k is Σ Δ_k, so it is task arithmetic; here for comparison with the paper",
+        cost=_LINEAR_COST,
+        laws=_LINEAR,
+    ),
+    "tsv": Method(
+        factors=tsv,
+        parameters={"coefficient": Parameter(1.0)},
+        source="TSV-Merge (arXiv:2412.00081)",
+        use="the leading directions of different domains overlap",
+        cost="O(R² (in + out)) a module",
+        laws=(*_IDENTITY, "homogeneous", "neurons", "rotation"),
+    ),
+    "iso-c": Method(
+        factors=iso_c,
+        parameters={"coefficient": Parameter(1.0)},
+        source="Iso-C (arXiv:2502.04959)",
+        use="a few shared directions drown what single domains need",
+        cost="O(R² (in + out)) a module",
+        laws=(*_ALWAYS, "homogeneous", "neurons", "rotation", "core is full"),
+    ),
+    "iso-cts": Method(
+        factors=iso_cts,
+        parameters={"common_fraction": Parameter(0.8, low=0.0, high=1.0), "coefficient": Parameter(1.0)},
+        source="Iso-CTS (arXiv:2502.04959)",
+        use="as Iso-C, with room for what only one domain has; many domains",
+        cost="O(R² (in + out)) a module",
+        laws=(*_ALWAYS, "homogeneous", "neurons", "rotation", "core is full"),
     ),
     "mergerec": Method(
-        coefficients=None,
         parameters={
             "granularity": Parameter("domain", choices=("domain", "layer")),
             "initial_coefficient": Parameter(0.2),
@@ -103,6 +259,7 @@ METHODS: dict[str, Method] = {
             "balance_domains": Parameter(False),
         },
         source="MergeRec, task-vector initialisation (arXiv:2601.01753)",
+        use="catalogs are at hand: the coefficients are learned so that the merge ranks as the experts do",
         cost="steps of one low-rank forward and backward of a batch, plus encoding every catalog once",
         laws=("permutation", "inputs unchanged"),
     ),
@@ -121,17 +278,31 @@ def method_named(name: str) -> Method:
 
 
 def method_coefficients(name: str, stack: Stack, **parameters: Value) -> torch.Tensor:
-    """The coefficients of a method that needs no model run, its parameters checked and completed with their defaults.
+    """The coefficients of a linear method, its parameters checked and completed with their defaults.
 
     Returns:
         (K,) or (K, G) float32.
 
     Raises:
-        ConfigError: no such method, a learned method, or a parameter that it does not have or out of its bounds.
+        ConfigError: no such method, one that is not linear, or a parameter that it does not have or out of its bounds.
     """
     method = method_named(name)
-    if method.coefficients is None:
+    if method.learned:
         raise ConfigError(f"merging method {name!r}: its coefficients are learned; call learn_coefficients")
+    if method.coefficients is None:
+        raise ConfigError(
+            f"merging method {name!r}: it is no linear merge and has no coefficients; call merge_adapters"
+        )
+    return method.coefficients(stack, **complete_parameters(name, parameters))
+
+
+def complete_parameters(name: str, parameters: Mapping[str, Value]) -> dict[str, Value]:
+    """The parameters of a method, checked, with the defaults of those that are not given.
+
+    Raises:
+        ConfigError: no such method, or a parameter that it does not have or out of its bounds.
+    """
+    method = method_named(name)
     unknown = sorted(parameters.keys() - method.parameters.keys())
     if unknown:
         expected = ", ".join(method.parameters) or "none"
@@ -139,7 +310,28 @@ def method_coefficients(name: str, stack: Stack, **parameters: Value) -> torch.T
     chosen = {key: parameters.get(key, parameter.default) for key, parameter in method.parameters.items()}
     for key, value in chosen.items():
         check_parameter(f"merging method {name!r}: {key}", method.parameters[key], value)
-    return method.coefficients(stack, **chosen)
+    return chosen
+
+
+def methods_table() -> str:
+    """METHODS as a Markdown table."""
+    lines = ["| method | when to use | parameters | scope | cost | source | laws |", "|---|---|---|---|---|---|---|"]
+    for name, method in METHODS.items():
+        parameters = ", ".join(f"`{key}` {_described(parameter)}" for key, parameter in method.parameters.items())
+        scope = "tensor, layer, model" if method.rows is not None else "any: the same"
+        if method.factors is not None:
+            scope = "tensor"
+        cells = (
+            f"`{name}`",
+            method.use,
+            parameters or "none",
+            "learned" if method.learned else scope,
+            method.cost,
+            method.source,
+            ", ".join(method.laws),
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def check_parameter(where: str, parameter: Parameter, value: Value) -> None:
@@ -150,17 +342,30 @@ def check_parameter(where: str, parameter: Parameter, value: Value) -> None:
     """
     default = parameter.default
     if isinstance(default, str):
-        good, expected = value in parameter.choices, f"one of {', '.join(parameter.choices)}"
+        good = value in parameter.choices
     elif isinstance(default, bool):
-        good, expected = isinstance(value, bool), "true or false"
+        good = isinstance(value, bool)
     else:
-        kind = "a finite number" if isinstance(default, float) else "an integer"
-        bounds = (f"at least {parameter.low}", f"above {parameter.above}", f"at most {parameter.high}")
-        expected = ", ".join([kind, *(bound for bound in bounds if "inf" not in bound)])
         good = False
         if isinstance(value, int) or (isinstance(value, float) and isinstance(default, float) and math.isfinite(value)):
             good = not isinstance(value, bool) and value > parameter.above and parameter.low <= value <= parameter.high
         if default is None:
-            good, expected = good or value is None, f"{expected}, or None"
+            good = good or value is None
     if not good:
-        raise ConfigError(f"{where}: found {value!r}, expected {expected}")
+        raise ConfigError(f"{where}: found {value!r}, expected {_expected(parameter)}")
+
+
+def _expected(parameter: Parameter) -> str:
+    default = parameter.default
+    if isinstance(default, str):
+        return f"one of {', '.join(parameter.choices)}"
+    if isinstance(default, bool):
+        return "true or false"
+    kind = "a finite number" if isinstance(default, float) else "an integer"
+    bounds = (f"at least {parameter.low}", f"above {parameter.above}", f"at most {parameter.high}")
+    expected = ", ".join([kind, *(bound for bound in bounds if "inf" not in bound)])
+    return f"{expected}, or None" if default is None else expected
+
+
+def _described(parameter: Parameter) -> str:
+    return f"= {parameter.default} ({_expected(parameter)})"

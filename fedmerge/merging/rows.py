@@ -1,0 +1,237 @@
+"""Elementwise merging methods: K rows of entries in, K rows out, and the sum of these rows is the merge.
+
+A row is one domain's update flattened over the scope: a module, a layer, or the whole model. It comes in pieces, one
+a module, so that a scope may be larger than the memory; thresholds are exact all the same, they take several passes.
+Equal magnitudes are treated equally: entries that tie with the last one kept are kept. Entries of 0 are never kept.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+import torch
+
+from fedmerge.errors import ConfigError
+from fedmerge.merging.selection import order_statistics
+from fedmerge.seeding import generator
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One module's part of K rows.
+
+    Attributes:
+        module: its name.
+        domains: the K names.
+        rows: (K, n) float32 or float64.
+    """
+
+    module: str
+    domains: tuple[str, ...]
+    rows: torch.Tensor
+
+
+Pieces = Callable[[], Iterable[Piece]]
+"""Every call yields the same pieces again, in the same order."""
+
+
+def ties(pieces: Pieces, density: float, coefficient: float) -> Iterator[torch.Tensor]:
+    """TIES: trim, elect a sign per coordinate, average the entries that bear it.
+
+    Each row keeps its ⌈density · n⌉ largest magnitudes; the elected sign is that of the sum of what is kept; row k
+    keeps its entries of that sign, divided by the number of rows that agree. An exact tie of signs yields 0.
+
+    Args:
+        pieces: the rows.
+        density: fraction kept.
+        coefficient: factor on the merge.
+
+    Yields:
+        (K, n) for every piece; the sum over K is the merge.
+
+    Source: arXiv:2306.01708, algorithm 1.
+    Differs: published code rounds density · n down, and gives a tie of signs to the positive one or to the majority.
+    """
+    threshold = _smallest_kept(pieces, density)  # (K, 1)
+    for piece in pieces():
+        kept = torch.where(piece.rows.abs() >= threshold, piece.rows, 0.0)
+        agree = kept * total(kept).sign().to(kept.dtype) > 0
+        yield torch.where(agree, kept, 0.0) * coefficient / agree.sum(0).clamp(min=1)
+
+
+def dare(pieces: Pieces, density: float, coefficient: float, seed: int) -> Iterator[torch.Tensor]:
+    """DARE: drop entries at random, rescale the others, then average.
+
+    Each entry is kept with probability density and divided by it. The draws depend on the seed, the domain and the
+    module alone.
+
+    Args:
+        pieces: the rows.
+        density: probability of being kept.
+        coefficient: factor on the merge.
+        seed: of the draws.
+
+    Yields:
+        (K, n) for every piece; the sum over K is the merge.
+
+    Source: arXiv:2311.03099; the drop rate there is 1 - density.
+    """
+    for piece in pieces():
+        yield _drop(piece, density, seed).rows * coefficient / len(piece.rows)
+
+
+def dare_ties(
+    pieces: Pieces, density: float, ties_density: float, coefficient: float, seed: int
+) -> Iterator[torch.Tensor]:
+    """DARE's drop and rescale, then TIES, which trims to ``ties_density`` of all entries (1: sign election only).
+
+    Yields:
+        (K, n) for every piece; the sum over K is the merge.
+
+    Source: arXiv:2311.03099. Without trimming it is ``dare_ties`` of peft and of mergekit.
+    """
+    return ties(lambda: (_drop(piece, density, seed) for piece in pieces()), ties_density, coefficient)
+
+
+def pcb(pieces: Pieces, density: float, clamp: float, coefficient: float) -> Iterator[torch.Tensor]:
+    """PCB-Merging: entries weigh by how large they are in their row and how well they agree with the other rows.
+
+    With τ̃ = τ, its magnitudes clamped to their [clamp, 1 - clamp] quantiles: intra = exp(K · minmax(|τ̃|)²),
+    inter = tanh(τ_k · Σ τ), score = intra · inter; s_k is the score of the ⌈density · n⌉ best entries of the row,
+    brought to [0, 1] by min-max, and 0 elsewhere; the merge is Σ τ̃ s / Σ s, and 0 where Σ s = 0.
+
+    Args:
+        pieces: the rows.
+        density: fraction of entries that can have a weight.
+        clamp: ⌊clamp · n⌋ magnitudes at each end of a row are clamped.
+        coefficient: factor on the merge.
+
+    Yields:
+        (K, n) for every piece; the sum over K is the merge.
+
+    Source: Parameter Competition Balancing for Model Merging, NeurIPS 2024, arXiv:2410.02396.
+    Differs: where min-max is 0/0, magnitudes count as 0 and scores as 1 (a score of 0 stays 0); published code yields
+        NaN there, and its upper quantile lies one entry lower where clamp · n is not whole.
+    """
+
+    def ends(n: int) -> tuple[int, int]:
+        cut = math.floor(_part(clamp, n))
+        return cut, n - 1 - cut
+
+    bounds = order_statistics(lambda: (piece.rows.abs() for piece in pieces()), ends).double()  # (K, 2)
+
+    def clamped(row: torch.Tensor, k: int) -> torch.Tensor:
+        return row.abs().double().clamp(bounds[k, 0], bounds[k, 1])
+
+    def scores(piece: Piece) -> torch.Tensor:
+        """(K, n) float64, each row divided by exp(K), so that many domains do not overflow: s does not notice."""
+        summed, found = total(piece.rows), torch.empty_like(piece.rows, dtype=torch.float64)
+        for k, row in enumerate(piece.rows):
+            low, high = bounds[k]
+            spread = (clamped(row, k) - low) / torch.where(high > low, high - low, 1.0)
+            found[k] = torch.exp(len(piece.rows) * (spread.square() - 1)) * torch.tanh(row * summed)
+        return found
+
+    best = order_statistics(
+        lambda: (scores(piece) for piece in pieces()), lambda n: (n - math.ceil(_part(density, n)), n - 1)
+    )  # (K, 2): the smallest score kept, the largest
+    for piece in pieces():
+        found = scores(piece)
+        for k, (low, high) in enumerate(best):
+            if high > low:
+                found[k] = (found[k].clamp(min=low) - low) / (high - low)
+            else:
+                found[k] = (found[k] >= low) & (found[k] != 0)
+        summed = found.sum(0)
+        summed = torch.where(summed > 0, summed, 1.0)
+        merged = torch.empty_like(piece.rows)
+        for k, row in enumerate(piece.rows):
+            merged[k] = coefficient * row.sign() * clamped(row, k) * found[k] / summed
+        yield merged
+
+
+def localize_and_stitch(pieces: Pieces, density: float, coefficient: float) -> Iterator[torch.Tensor]:
+    """Localize-and-Stitch without data: each row keeps its ⌈density · n⌉ largest magnitudes, overlaps are averaged.
+
+    Args:
+        pieces: the rows.
+        density: fraction kept.
+        coefficient: factor on the merge.
+
+    Yields:
+        (K, n) for every piece; the sum over K is the merge.
+
+    Source: arXiv:2408.13656, the dataless variant.
+    """
+    threshold = _smallest_kept(pieces, density)  # (K, 1)
+    for piece in pieces():
+        mask = (piece.rows.abs() >= threshold) & (piece.rows != 0)
+        yield torch.where(mask, piece.rows, 0.0) * coefficient / mask.sum(0).clamp(min=1)
+
+
+def breadcrumbs(
+    pieces: Pieces, drop_smallest: float, drop_largest: float, coefficient: float
+) -> Iterator[torch.Tensor]:
+    """Model Breadcrumbs: each row loses its smallest and its largest magnitudes, then task arithmetic.
+
+    Args:
+        pieces: the rows.
+        drop_smallest: fraction of a row, rounded down, that is dropped at the lower end.
+        drop_largest: the same at the upper end.
+        coefficient: factor on the merge.
+
+    Yields:
+        (K, n) for every piece; the sum over K is the merge.
+
+    Raises:
+        ConfigError: nothing would be left.
+
+    Source: arXiv:2312.06795.
+    """
+    if drop_smallest + drop_largest >= 1:
+        raise ConfigError(
+            f"breadcrumbs: found drop_smallest = {drop_smallest} and drop_largest = {drop_largest}, "
+            "expected less than 1 together; lower one, or nothing is left to merge"
+        )
+
+    def ends(n: int) -> tuple[int, int]:
+        return math.floor(_part(drop_smallest, n)), n - 1 - math.floor(_part(drop_largest, n))
+
+    bounds = order_statistics(lambda: (piece.rows.abs() for piece in pieces()), ends)  # (K, 2)
+    for piece in pieces():
+        size = piece.rows.abs()
+        kept = (size >= bounds[:, :1]) & (size <= bounds[:, 1:])
+        yield torch.where(kept, piece.rows, 0.0) * coefficient
+
+
+def total(rows: torch.Tensor) -> torch.Tensor:
+    """The sum over K in float64, in which float32 numbers of like size add up without error: (n,)."""
+    summed = torch.zeros_like(rows[0], dtype=torch.float64)
+    for row in rows:
+        summed += row
+    return summed
+
+
+def _smallest_kept(pieces: Pieces, density: float) -> torch.Tensor:
+    """The ⌈density · n⌉-th largest magnitude of each row: (K, 1), or a single 0 where all is kept."""
+    if density == 1:
+        return torch.zeros(1, 1)
+    return order_statistics(
+        lambda: (piece.rows.abs() for piece in pieces()), lambda n: (n - math.ceil(_part(density, n)),)
+    )
+
+
+def _part(fraction: float, n: int) -> Fraction:
+    """fraction · n as written in decimals: 0.07 of 100 is 7, not 7.000000000000001."""
+    return Fraction(str(fraction)) * n
+
+
+def _drop(piece: Piece, density: float, seed: int) -> Piece:
+    rows = torch.empty_like(piece.rows)
+    for k, domain in enumerate(piece.domains):
+        drawn = generator(seed, "dare", domain, piece.module).random(rows.shape[1], dtype=np.float32)
+        kept = torch.from_numpy(drawn < density).to(rows.device)
+        rows[k] = torch.where(kept, piece.rows[k], 0.0) / density
+    return Piece(piece.module, piece.domains, rows)

@@ -1,0 +1,94 @@
+"""Coordinates in which updates are merged: of the module itself, of KnOTS, or of the core space; all without loss."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fedmerge.merging.spectral import Factors, support
+
+
+@dataclass(frozen=True, slots=True)
+class Bases:
+    """Orthonormal bases of one module: every update is Δ = left · M · rightᵀ.
+
+    Attributes:
+        left: (out, a) float64; None: the identity.
+        right: (in, b) float64; None: the identity.
+    """
+
+    left: torch.Tensor | None = None
+    right: torch.Tensor | None = None
+
+    @property
+    def identity(self) -> bool:
+        """Whether M is Δ itself."""
+        return self.left is None and self.right is None
+
+
+def core_bases(updates: Sequence[Factors]) -> Bases:
+    """Core space: the left singular vectors of [B_1 | … | B_K] and the right ones of A_1, …, A_K over one another.
+
+    M has at most R × R entries, R = Σ r_k, whatever the width of the module; the cost is O(R² (out + in)).
+
+    Args:
+        updates: K pairs (out, r_k), (r_k, in), scaling included in the second.
+
+    Source: Accurate and Efficient Low-Rank Model Merging in Core Space, NeurIPS 2025.
+    Differs: directions whose singular value is numerically 0 are left out; no update has anything there.
+    """
+    return Bases(
+        _span(torch.cat([left for left, _ in updates], dim=1)), _span(torch.cat([right for _, right in updates]).T)
+    )
+
+
+def knots_bases(updates: Sequence[Factors]) -> Bases:
+    """KnOTS: the left singular vectors U of [Δ_1 | … | Δ_K] = U S [V_1 | … | V_K]; M_k = S V_k is what is merged.
+
+    The wide matrix is not formed: QR of the stacked B and of every A, then the SVD of an R × R core, R = Σ r_k.
+
+    Args:
+        updates: K pairs (out, r_k), (r_k, in).
+
+    Source: KnOTS, ICLR 2025, arXiv:2410.19735.
+    """
+    ranks = [right.shape[0] for _, right in updates]
+    Q, stacked = torch.linalg.qr(torch.cat([left for left, _ in updates], dim=1).double())  # (out, q), (q, R)
+    cores = [
+        part @ torch.linalg.qr(right.double().T)[1].T
+        for part, (_, right) in zip(stacked.split(ranks, dim=1), updates, strict=True)
+    ]
+    return Bases(Q @ _span(torch.cat(cores, dim=1)))
+
+
+def project(updates: Sequence[Factors], bases: Bases) -> list[Factors]:
+    """The updates in these coordinates: K pairs (a, r_k), (r_k, b)."""
+    return [
+        (
+            left if bases.left is None else bases.left.T @ left.double(),
+            right if bases.right is None else right.double() @ bases.right,
+        )
+        for left, right in updates
+    ]
+
+
+def lift(factors: Factors, bases: Bases) -> Factors:
+    """A merge back in the module's own coordinates: (a, q), (q, b) -> (out, q), (q, in)."""
+    left, right = factors
+    return (
+        left if bases.left is None else bases.left @ left.double(),
+        right if bases.right is None else right.double() @ bases.right.T,
+    )
+
+
+def lift_dense(matrix: torch.Tensor, bases: Bases) -> torch.Tensor:
+    """The same for a dense M: (a, b) -> (out, in)."""
+    if bases.left is not None:
+        matrix = bases.left @ matrix.double()
+    return matrix if bases.right is None else matrix.double() @ bases.right.T
+
+
+def _span(matrix: torch.Tensor) -> torch.Tensor:
+    """Left singular vectors on the support, at least one: (n, q) float64."""
+    U, S, _ = torch.linalg.svd(matrix.double(), full_matrices=False)
+    return U[:, : max(1, support(S))]

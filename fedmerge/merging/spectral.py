@@ -1,0 +1,115 @@
+"""Spectral merging methods: K updates of one module as low-rank factors in, the factors of the merge out.
+
+They were made for updates of full rank. Here they work on the numerical support of low-rank ones: singular values below
+a millionth of the largest count as 0, and directions that no update has stay 0. An update is a pair (out, r), (r, in),
+scaling included; a dense one is the pair of itself and an identity. All in float64.
+"""
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+
+import torch
+
+SUPPORT = 1e-6
+Factors = tuple[torch.Tensor, torch.Tensor]
+
+
+def tsv(updates: Sequence[Factors], coefficient: float) -> Factors:
+    """TSV-Merge: the leading singular triples of every update, their directions made orthogonal to one another.
+
+    Each update keeps min(rank, max(1, ⌊min(out, in) / K⌋)) triples. With U, S, V side by side: Δ = U⊥ S V⊥ᵀ, where
+    X⊥ = P Qᵀ for X = P D Qᵀ.
+
+    Returns:
+        (out, q) and (q, in) float64.
+
+    Source: Task Singular Vectors, CVPR 2025, arXiv:2412.00081.
+    Differs: of linearly dependent directions, only their common span is whitened.
+    """
+    width_out, width_in = updates[0][0].shape[0], updates[0][1].shape[1]
+    kept = max(1, min(width_out, width_in) // len(updates))
+    triples = [thin_svd(*update) for update in updates]
+    left = torch.cat([U[:, :kept] for U, _, _ in triples], dim=1)  # (out, q)
+    values = torch.cat([S[:kept] for _, S, _ in triples])
+    right = torch.cat([Vh[:kept] for _, _, Vh in triples])  # (q, in)
+    return _orthogonal(left) * values * coefficient, _orthogonal(right)
+
+
+def iso_c(updates: Sequence[Factors], coefficient: float) -> Factors:
+    """Iso-C: the sum of the updates with all singular values set to their mean over the support.
+
+    Returns:
+        (out, R) and (R, in) float64, R the rank of the sum.
+
+    Source: No Task Left Behind, ICML 2025, arXiv:2502.04959.
+    Differs: the mean is over the R values of the support, not over min(out, in).
+    """
+    U, S, Vh = thin_svd(*_sum(updates))
+    return U * S.mean() * coefficient, Vh
+
+
+def iso_cts(updates: Sequence[Factors], common_fraction: float, coefficient: float) -> Factors:
+    """Iso-CTS: the leading directions of the sum, joined by those of each update that the sum lacks, made isotropic.
+
+    Of the R directions of the sum the first ⌊common_fraction · R⌋ are common; the others make room for the leading
+    directions of each update projected off the common ones, equally many a domain (rounded, what is left over is
+    common). All are made orthogonal as in TSV-Merge and get the mean of their singular values.
+
+    Returns:
+        (out, q) and (q, in) float64, q at most R.
+
+    Source: No Task Left Behind, ICML 2025, arXiv:2502.04959.
+    Differs: R is the rank of the sum, not min(out, in); a domain has at most as many directions of its own as its
+        projected update has rank.
+    """
+    U, S, Vh = thin_svd(*_sum(updates))
+    room = len(S) - math.floor(Fraction(str(common_fraction)) * len(S))
+    per_domain = min(round(Fraction(room, len(updates))), len(S) // len(updates))
+    common = U[:, : len(S) - per_domain * len(updates)]  # (out, c)
+    triples = [(common, S[: common.shape[1]], Vh[: common.shape[1]])]
+    for left, right in updates if per_domain else ():
+        U, S, Vh = thin_svd(left, right)
+        U, S, Vh = thin_svd((U - common @ (common.T @ U)) * S, Vh, float(S[0]) if len(S) else 0.0)
+        triples.append((U[:, :per_domain], S[:per_domain], Vh[:per_domain]))
+    mean = torch.cat([S for _, S, _ in triples]).mean()
+    left = torch.cat([U for U, _, _ in triples], dim=1)  # (out, q)
+    return _orthogonal(left) * mean * coefficient, _orthogonal(torch.cat([Vh for _, _, Vh in triples]))
+
+
+def thin_svd(
+    left: torch.Tensor, right: torch.Tensor, largest: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The SVD of left · right on its numerical support, without forming the product.
+
+    QR of both factors, then the SVD of an r × r core.
+
+    Args:
+        left: (out, r).
+        right: (r, in).
+        largest: what the support is relative to, where the product's own largest singular value is smaller.
+
+    Returns:
+        U (out, q), S (q,), Vh (q, in) float64; q may be 0.
+    """
+    Q_left, R_left = torch.linalg.qr(left.double())
+    Q_right, R_right = torch.linalg.qr(right.double().T)
+    U, S, Vh = torch.linalg.svd(R_left @ R_right.T, full_matrices=False)
+    rank = support(S, largest)
+    return Q_left @ U[:, :rank], S[:rank], Vh[:rank] @ Q_right.T
+
+
+def support(values: torch.Tensor, largest: float = 0.0) -> int:
+    """How many of the singular values, in descending order, are not numerically 0."""
+    return int((values > SUPPORT * torch.clamp(values[:1], min=largest)).sum())
+
+
+def _sum(updates: Sequence[Factors]) -> Factors:
+    return torch.cat([left for left, _ in updates], dim=1), torch.cat([right for _, right in updates])
+
+
+def _orthogonal(matrix: torch.Tensor) -> torch.Tensor:
+    """P Qᵀ of matrix = P D Qᵀ, on the support."""
+    P, D, Qh = torch.linalg.svd(matrix, full_matrices=False)
+    rank = support(D)
+    return P[:, :rank] @ Qh[:rank]

@@ -1,0 +1,263 @@
+"""Merging adapters by any method that needs no model run, one module at a time."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+import torch
+
+from fedmerge.encoder.lora import Adapter, LoraModule
+from fedmerge.errors import ConfigError, MergeError
+from fedmerge.merging.methods import Method, Value, complete_parameters, method_named
+from fedmerge.merging.rows import Piece, total
+from fedmerge.merging.spaces import Bases, core_bases, knots_bases, lift, lift_dense, project
+from fedmerge.merging.spectral import Factors, support, thin_svd
+from fedmerge.merging.stack import Stack, linear_merge, stack_adapters
+
+Scope = Literal["tensor", "layer", "model"]
+Space = Literal["full", "core"]
+
+
+@dataclass(frozen=True, slots=True)
+class MergedAdapter:
+    """A merge and what was lost on the way into its adapter.
+
+    Attributes:
+        adapter: the merge, float32.
+        residuals: module -> ‖Δ - Δ_adapter‖_F / ‖Δ‖_F, Δ the merge by its definition; 0 for a merge that is 0.
+        parameters: the method's, with those that were left at their default.
+        coefficients: domain -> its coefficient, of those that took part.
+    """
+
+    adapter: Adapter
+    residuals: Mapping[str, float]
+    parameters: Mapping[str, Value]
+    coefficients: Mapping[str, float]
+
+
+def merge_adapters(
+    adapters: Mapping[str, Adapter],
+    method: str,
+    *,
+    coefficients: Mapping[str, float] | None = None,
+    scope: Scope = "tensor",
+    space: Space = "full",
+    output_rank: int | Literal["exact"] = "exact",
+    seed: int = 0,
+    **parameters: Value,
+) -> MergedAdapter:
+    """Merge adapters of one layout; their ranks and scalings may differ.
+
+    Modules are merged one after the other: no more than one module's K dense updates are in memory, at any scope.
+
+    Args:
+        adapters: domain -> adapter; the order does not matter.
+        method: row of METHODS that is not learned.
+        coefficients: domain -> factor on its scaling, before the method sees it; 1 for domains that are not named. A
+            domain at 0 is absent: it counts neither in K nor in a rank.
+        scope: what a row is to methods with thresholds: a module, all modules of a layer, or all modules.
+        space: "core" merges in core space, which costs nothing that grows with the square of the width.
+        output_rank: rank of the result. "exact" keeps the merge as the method defines it: at most the sum of the ranks
+            for linear and spectral methods, KnOTS and core space; up to min(in, out) for elementwise methods in full
+            space, whose merges have no low rank. That is the default because a rank chosen here would turn these
+            into other methods without a word. A number compresses by SVD; see ``residuals``.
+        seed: of methods that draw.
+        parameters: of the method.
+
+    Raises:
+        ConfigError: no such method, a learned one, or a setting out of its bounds.
+        LayoutMismatchError: an adapter of another layout, named.
+        MergeError: no domain is left, or a value that is not finite.
+    """
+    row, chosen = _checked(method, scope, space, parameters)
+    if output_rank != "exact" and (
+        isinstance(output_rank, bool) or not isinstance(output_rank, int) or output_rank < 1
+    ):
+        raise ConfigError(f"merge: output_rank: found {output_rank!r}, expected 'exact' or an integer of at least 1")
+    weighted, factors = _weighted(adapters, coefficients)
+    stack = stack_adapters(weighted)
+    if row.coefficients is not None and space == "full" and output_rank == "exact":
+        merged = linear_merge(stack, row.coefficients(stack, **chosen))
+        return MergedAdapter(merged, dict.fromkeys(merged.modules, 0.0), chosen, factors)
+    modules, residuals = {}, {}
+    for name, bases, update in _merges(stack, row, chosen, scope, space, seed):
+        modules[name], residuals[name] = _compressed(update, bases, None if output_rank == "exact" else output_rank)
+    return MergedAdapter(Adapter(modules), dict(sorted(residuals.items())), chosen, factors)
+
+
+def domain_rows(
+    stack: Stack, method: str, *, scope: Scope = "tensor", space: Space = "full", seed: int = 0, **parameters: Value
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """What each domain contributes to a merge: for every module K updates whose sum is the merge.
+
+    These are the vectors that MergeRec starts from (TIES rows, PCB rows, …). Linear and elementwise methods have them.
+
+    Args:
+        stack: K adapters.
+        method, scope, space, seed, parameters: as for :func:`merge_adapters`.
+
+    Yields:
+        Module name, (K, out, in) float32 in the order of ``stack.domains``. Modules come scope by scope.
+
+    Raises:
+        ConfigError: as :func:`merge_adapters`, or a spectral method, whose merge is no sum over domains.
+    """
+    row, chosen = _checked(method, scope, space, parameters)
+    if row.factors is not None:
+        raise ConfigError(f"merging method {method!r}: its merge is no sum of rows; choose a linear or elementwise one")
+    return _domain_rows(stack, row, chosen, scope, space, seed)
+
+
+def _domain_rows(
+    stack: Stack, row: Method, chosen: Mapping[str, Value], scope: Scope, space: Space, seed: int
+) -> Iterator[tuple[str, torch.Tensor]]:
+    if row.coefficients is not None:
+        values = row.coefficients(stack, **chosen)
+        for name, module in stack.modules.items():
+            yield name, _dense(_updates(stack, name)) * values.to(module.lora_A.device)[:, None, None]
+        return
+    for name, bases, rows in _rows(stack, row, chosen, scope, space, seed):
+        yield name, rows if bases.identity else torch.stack([lift_dense(each, bases).float() for each in rows])
+
+
+def _merges(
+    stack: Stack, row: Method, chosen: Mapping[str, Value], scope: Scope, space: Space, seed: int
+) -> Iterator[tuple[str, Bases, torch.Tensor | Factors]]:
+    """Every module's merge in its coordinates: dense (a, b), or factors (a, q), (q, b)."""
+    if row.rows is not None:
+        for name, bases, rows in _rows(stack, row, chosen, scope, space, seed):
+            yield name, bases, total(rows)
+        return
+    values = [] if row.coefficients is None else row.coefficients(stack, **chosen).tolist()
+    for name in stack.modules:
+        bases = _bases(_updates(stack, name), space, knots=False)
+        updates = project(_updates(stack, name), bases)
+        if row.factors is not None:
+            yield name, bases, row.factors(updates, **chosen)
+        else:
+            left = torch.cat([left * value for (left, _), value in zip(updates, values, strict=True)], dim=1)
+            yield name, bases, (left, torch.cat([right for _, right in updates]))
+
+
+def _rows(
+    stack: Stack, row: Method, chosen: Mapping[str, Value], scope: Scope, space: Space, seed: int
+) -> Iterator[tuple[str, Bases, torch.Tensor]]:
+    """The rows of an elementwise method: for every module (K, a, b) in its coordinates."""
+    drawn = {"seed": seed} if row.random else {}
+    for names in _units(stack, scope) if row.rows is not None else ():
+        bases = {name: _bases(_updates(stack, name), space, row.knots) for name in names}
+        merged = row.rows(_pieces(stack, names, bases), **chosen, **drawn)
+        for name, rows in zip(names, merged, strict=True):
+            width_out, width_in = stack.modules[name].lora_B.shape[0], stack.modules[name].lora_A.shape[1]
+            left, right = bases[name].left, bases[name].right
+            shape = (width_out if left is None else left.shape[1], width_in if right is None else right.shape[1])
+            yield name, bases[name], rows.reshape(len(rows), *shape)
+
+
+def _pieces(stack: Stack, names: Sequence[str], bases: Mapping[str, Bases]) -> Callable[[], Iterator[Piece]]:
+    """One row per domain over the modules, computed again in every pass, or kept where it is a single module."""
+
+    def piece(name: str) -> Piece:
+        return Piece(name, stack.domains, _dense(project(_updates(stack, name), bases[name])).flatten(1))
+
+    if len(names) == 1:
+        only = piece(names[0])
+        return lambda: iter((only,))
+    return lambda: (piece(name) for name in names)
+
+
+def _units(stack: Stack, scope: Scope) -> list[list[str]]:
+    """The modules whose entries share their thresholds."""
+    if scope == "model":
+        return [list(stack.modules)]
+    if scope == "layer":
+        groups = range(len(stack.groups))
+        return [[name for name in stack.modules if stack.group_of[name] == group] for group in groups]
+    return [[name] for name in stack.modules]
+
+
+def _bases(updates: Sequence[Factors], space: Space, knots: bool) -> Bases:
+    """The coordinates to merge in; KnOTS under core space turns the core matrices."""
+    core = core_bases(updates) if space == "core" else Bases()
+    if not knots:
+        return core
+    turned = knots_bases(project(updates, core)).left
+    return Bases(turned if core.left is None or turned is None else core.left @ turned, core.right)
+
+
+def _updates(stack: Stack, name: str) -> list[Factors]:
+    """K pairs (out, r_k), (r_k, in), scaling included."""
+    module = stack.modules[name]
+    ranks = torch.bincount(module.owner, minlength=len(stack.domains)).tolist()
+    return list(zip(module.lora_B.split(ranks, dim=1), module.lora_A.split(ranks), strict=True))
+
+
+def _dense(updates: Sequence[Factors]) -> torch.Tensor:
+    """(K, a, b): formed in float64, so that which entries pass a threshold does not hang on threads; then float32."""
+    first_left, first_right = updates[0]
+    rows = torch.empty(len(updates), first_left.shape[0], first_right.shape[1], device=first_left.device)
+    for k, (left, right) in enumerate(updates):
+        rows[k] = left.double() @ right.double()
+    return rows
+
+
+def _compressed(update: torch.Tensor | Factors, bases: Bases, output_rank: int | None) -> tuple[LoraModule, float]:
+    """A merge as a LoRA module of at most this rank (None: of its own), and its relative Frobenius residual."""
+    if isinstance(update, torch.Tensor):
+        full = min(update.shape)
+        fits = bases.identity and (output_rank is None or output_rank >= full)
+        if fits and support(torch.linalg.svdvals(update.double())) == full:
+            identity = torch.eye(full, device=update.device)  # as small as any factors of full rank, and exact
+            wide = update.shape[0] <= update.shape[1]
+            lora_A, lora_B = (update.float(), identity) if wide else (identity, update.float())
+            return LoraModule(lora_A, lora_B, 1.0), 0.0
+        U, S, Vh = torch.linalg.svd(update.double(), full_matrices=False)
+    else:
+        U, S, Vh = thin_svd(*update)
+    rank = support(S) if output_rank is None else min(support(S), output_rank)
+    if rank == 0:  # a merge that is 0 keeps one row of zeros, so that the layout stays complete
+        left, right = lift((U.new_zeros(U.shape[0], 1), Vh.new_zeros(1, Vh.shape[1])), bases)
+        return LoraModule(right.float(), left.float(), 1.0), 0.0
+    root = S[:rank].sqrt()
+    left, right = lift((U[:, :rank] * root, root[:, None] * Vh[:rank]), bases)
+    residual = float(torch.linalg.vector_norm(S[rank:]) / torch.linalg.vector_norm(S))
+    return LoraModule(right.float().contiguous(), left.float().contiguous(), 1.0), residual
+
+
+def _weighted(
+    adapters: Mapping[str, Adapter], coefficients: Mapping[str, float] | None
+) -> tuple[dict[str, Adapter], dict[str, float]]:
+    """The adapters that take part, scaled, and their coefficients; by name."""
+    given = coefficients or {}
+    unknown = sorted(given.keys() - adapters.keys())
+    if unknown:
+        raise ConfigError(
+            f"merge: coefficients of {', '.join(unknown)}: found no such domain, expected {', '.join(sorted(adapters))}"
+        )
+    bad = sorted(domain for domain, value in given.items() if not math.isfinite(value))
+    if bad:
+        raise MergeError(f"merge: coefficients of {', '.join(bad)}: found a value that is not finite; expected numbers")
+    used = {domain: float(given.get(domain, 1.0)) for domain in sorted(adapters) if given.get(domain, 1.0) != 0}
+    if adapters and not used:
+        raise MergeError("merge: found coefficient 0 for every domain, expected another for at least one")
+    return {domain: _scaled(adapters[domain], value) for domain, value in used.items()}, used
+
+
+def _scaled(adapter: Adapter, factor: float) -> Adapter:
+    return Adapter({name: replace(module, scaling=module.scaling * factor) for name, module in adapter.modules.items()})
+
+
+def _checked(method: str, scope: str, space: str, parameters: Mapping[str, Value]) -> tuple[Method, dict[str, Value]]:
+    """The row of a method and its complete parameters."""
+    row = method_named(method)
+    if row.learned:
+        raise ConfigError(f"merging method {method!r}: it is learned from catalogs; call learn_coefficients")
+    for what, value, choices in (("scope", scope, get_args(Scope)), ("space", space, get_args(Space))):
+        if value not in choices:
+            raise ConfigError(f"merge: {what}: found {value!r}, expected one of {', '.join(choices)}")
+    if row.factors is not None and scope != "tensor":
+        raise ConfigError(
+            f"merging method {method!r}: found scope {scope!r}, expected 'tensor'; it works on one matrix at a time"
+        )
+    return row, complete_parameters(method, parameters)
