@@ -138,12 +138,14 @@ def tsv(updates: list[Array], coefficient: float = 1.0) -> Array:
     U = np.concatenate([U[:, :kept] for U, _, _ in triples], axis=1)
     S = np.concatenate([S[:kept] for _, S, _ in triples])
     Vh = np.concatenate([Vh[:kept] for _, _, Vh in triples])
-    return coefficient * _whitened(U) @ np.diag(S) @ _whitened(Vh)
+    merged: Array = coefficient * _whitened(U) @ np.diag(S) @ _whitened(Vh)
+    return merged
 
 
 def iso_c(updates: list[Array], coefficient: float = 1.0) -> Array:
     U, S, Vh = supported_svd(sum(updates, np.zeros_like(updates[0])))
-    return coefficient * S.mean() * U @ Vh
+    merged: Array = coefficient * S.mean() * U @ Vh
+    return merged
 
 
 def iso_cts(updates: list[Array], common_fraction: float = 0.8, coefficient: float = 1.0) -> Array:
@@ -159,4 +161,5 @@ def iso_cts(updates: list[Array], common_fraction: float = 0.8, coefficient: flo
         values.append(s[:own])
         rights.append(vh[:own])
     left, right = _whitened(np.concatenate(lefts, axis=1)), _whitened(np.concatenate(rights))
-    return coefficient * np.concatenate(values).mean() * left @ right
+    merged: Array = coefficient * np.concatenate(values).mean() * left @ right
+    return merged

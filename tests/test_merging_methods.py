@@ -118,7 +118,8 @@ def updates_of(*matrices: list[list[float]]) -> list[spectral.Factors]:
 
 
 def product(factors: spectral.Factors) -> list[Any]:
-    return (factors[0] @ factors[1]).numpy().round(12).tolist()
+    dense: list[Any] = (factors[0] @ factors[1]).numpy().round(12).tolist()
+    return dense
 
 
 def test_spectral_methods_by_hand() -> None:
@@ -160,7 +161,7 @@ def test_order_statistics_are_those_of_the_sorted_rows(dtype: torch.dtype) -> No
     def pieces() -> Iterator[torch.Tensor]:
         nonlocal passes
         passes += 1
-        return iter(rows.split([1, 300, 199], dim=1))
+        return iter(torch.split(rows, [1, 300, 199], dim=1))
 
     places = (0, 17, 250, 498, 499)
     found = order_statistics(pieces, lambda n: [place * n // 500 for place in places])
@@ -184,19 +185,24 @@ def oracle_of(
     """The merge of the modules of one scope."""
     parameters = {key: value.default for key, value in METHODS[method].parameters.items()} | PARAMETERS.get(method, {})
     pairs = [pairs_of(adapters, name) for name in names]
-    lifts: list[Callable[[oracles.Array], oracles.Array]] = [lambda matrix: matrix] * len(names)
     updates = [[B @ A for B, A in module] for module in pairs]
+    lefts = [np.eye(module[0].shape[0]) for module in updates]
+    rights = [np.eye(module[0].shape[1]) for module in updates]
     if space == "core":
         turned = [oracles.core(module) for module in pairs]
         updates = [matrices for _, _, matrices in turned]
-        lifts = [lambda matrix, U=U, V=V: U @ matrix @ V.T for U, V, _ in turned]
+        lefts, rights = [U for U, _, _ in turned], [V for _, V, _ in turned]
     if method.startswith("knots"):
         aligned = [oracles.knots(matrices) for matrices in updates]
         updates = [matrices for _, matrices in aligned]
-        lifts = [lambda matrix, U=U, lift=lift: lift(U @ matrix) for (U, _), lift in zip(aligned, lifts, strict=True)]
+        lefts = [left @ U for left, (U, _) in zip(lefts, aligned, strict=True)]
+
+    def lifted(matrices: list[oracles.Array]) -> list[oracles.Array]:
+        return [left @ matrix @ right.T for left, matrix, right in zip(lefts, matrices, rights, strict=True)]
+
     if method in SPECTRAL:
         function = getattr(oracles, method.replace("-", "_"))
-        return [lift(function(matrices, **parameters)) for matrices, lift in zip(updates, lifts, strict=True)]
+        return lifted([function(matrices, **parameters) for matrices in updates])
 
     if method in ELEMENTWISE:  # entries are float32 numbers: a threshold must fall between the same two
         updates = [[matrix.astype(np.float32).astype(np.float64) for matrix in matrices] for matrices in updates]
@@ -220,7 +226,7 @@ def oracle_of(
             return [parameters["coefficient"] * x for x in oracles.average(rows)]
         return oracles.ties(rows, parameters["ties_density"], parameters["coefficient"])
 
-    return [lift(matrix) for lift, matrix in zip(lifts, oracles.over_scope(updates, flat), strict=True)]
+    return lifted(oracles.over_scope(updates, flat))
 
 
 def close(found: torch.Tensor, expected: Any, tolerance: float = 1e-6) -> bool:
@@ -293,11 +299,11 @@ def test_core_space_is_full_space_for_linear_methods(method: str) -> None:
         assert core.modules[name].rank == min(8, *layout[name])
 
 
-class Tensors(TorchDispatchMode):
+class Tensors(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
     """Records the largest tensor that any operation returns, and the most bytes of such tensors alive at once."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # of torch
         self.largest, self.peak = 0, 0
         self.alive: dict[int, weakref.ref[torch.Tensor]] = {}
 
@@ -315,7 +321,8 @@ class Tensors(TorchDispatchMode):
 
 
 def record(adapters: dict[str, Adapter], method: str, **settings: Any) -> Tensors:
-    with Tensors() as tensors:
+    tensors = Tensors()
+    with tensors:
         merge_adapters(adapters, method, **settings)
     return tensors
 

@@ -47,7 +47,7 @@ def trained(model: PreTrainedModel, targets: Any, settings: dict[str, Any], fold
         for name, parameter in peft.named_parameters():
             if "lora_" in name:
                 parameter.copy_(0.3 * torch.randn(parameter.shape, generator=rng))
-    peft.save_pretrained(folder)
+    peft.save_pretrained(str(folder))
     return folder
 
 

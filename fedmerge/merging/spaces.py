@@ -91,4 +91,5 @@ def lift_dense(matrix: torch.Tensor, bases: Bases) -> torch.Tensor:
 def _span(matrix: torch.Tensor) -> torch.Tensor:
     """Left singular vectors on the support, at least one: (n, q) float64."""
     U, S, _ = torch.linalg.svd(matrix.double(), full_matrices=False)
-    return U[:, : max(1, support(S))]
+    spanning: torch.Tensor = U[:, : max(1, support(S))]
+    return spanning

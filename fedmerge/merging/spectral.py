@@ -112,4 +112,5 @@ def _orthogonal(matrix: torch.Tensor) -> torch.Tensor:
     """P Qᵀ of matrix = P D Qᵀ, on the support."""
     P, D, Qh = torch.linalg.svd(matrix, full_matrices=False)
     rank = support(D)
-    return P[:, :rank] @ Qh[:rank]
+    whitened: torch.Tensor = P[:, :rank] @ Qh[:rank]
+    return whitened

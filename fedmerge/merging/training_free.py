@@ -144,8 +144,10 @@ def _rows(
     stack: Stack, row: Method, chosen: Mapping[str, Value], scope: Scope, space: Space, seed: int
 ) -> Iterator[tuple[str, Bases, torch.Tensor]]:
     """The rows of an elementwise method: for every module (K, a, b) in its coordinates."""
+    if row.rows is None:
+        return
     drawn = {"seed": seed} if row.random else {}
-    for names in _units(stack, scope) if row.rows is not None else ():
+    for names in _units(stack, scope):
         bases = {name: _bases(_updates(stack, name), space, row.knots) for name in names}
         merged = row.rows(_pieces(stack, names, bases), **chosen, **drawn)
         for name, rows in zip(names, merged, strict=True):
@@ -190,7 +192,7 @@ def _updates(stack: Stack, name: str) -> list[Factors]:
     """K pairs (out, r_k), (r_k, in), scaling included."""
     module = stack.modules[name]
     ranks = torch.bincount(module.owner, minlength=len(stack.domains)).tolist()
-    return list(zip(module.lora_B.split(ranks, dim=1), module.lora_A.split(ranks), strict=True))
+    return list(zip(torch.split(module.lora_B, ranks, dim=1), torch.split(module.lora_A, ranks), strict=True))
 
 
 def _dense(updates: Sequence[Factors]) -> torch.Tensor:
