@@ -1,5 +1,9 @@
 """Random adapters for tests: strong enough that every one of them matters."""
 
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+
 import torch
 
 from fedmerge.encoder.backbone import Backbone
@@ -36,3 +40,28 @@ def random_adapters(layout: Layout) -> dict[str, Adapter]:
         name: random_adapter(layout, rank, scaling, seed)
         for seed, (name, (rank, scaling)) in enumerate(settings.items())
     }
+
+
+class Lent(Mapping[str, Adapter]):
+    """Makes an adapter whenever one is asked for, as if from disk, and knows how many of them somebody still holds."""
+
+    def __init__(self, names: Sequence[str], make: Callable[[str], Adapter]) -> None:
+        self.names, self.make = names, make
+        self.held: list[weakref.ref[torch.Tensor]] = []  # one tensor of each
+        self.times = self.most = 0
+
+    def __getitem__(self, name: str) -> Adapter:
+        modules = {
+            module: replace(factors, lora_A=factors.lora_A.clone(), lora_B=factors.lora_B.clone())
+            for module, factors in self.make(name).modules.items()
+        }
+        self.held.append(weakref.ref(next(iter(modules.values())).lora_B))
+        self.held = [tensor for tensor in self.held if tensor() is not None]
+        self.times, self.most = self.times + 1, max(self.most, len(self.held))
+        return Adapter(modules)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from adapters import layout_of, random_adapters
+from adapters import Lent, layout_of, random_adapters
 from backbones import tiny_bert
 
 from fedmerge.client.metrics import METRICS, MetricSums, metric_sums
@@ -17,8 +17,12 @@ from fedmerge.domain.catalog import Catalog
 from fedmerge.domain.demo import generate_domain
 from fedmerge.encoder.backbone import Backbone, load_backbone
 from fedmerge.encoder.lora import Adapter, adapter_sha256
+from fedmerge.encoder.text import build_token_table
 from fedmerge.errors import ClientError, MergeError
+from fedmerge.merging.stack import stack_adapters
 from fedmerge.server.candidates import Candidate, choose, merge_candidates
+from fedmerge.server.collaborative import CollaborativeSettings, learn_coefficients
+from fedmerge.server.pseudo_users import one_item_domain
 
 DOMAINS = ("books", "tents", "toys")
 
@@ -114,6 +118,7 @@ def test_provenance_says_where_a_merge_comes_from(
         assert provenance["backbone"] == {"name": backbone.name, "sha256": backbone.sha256}
         assert provenance["policy"] == "adapter+catalog"
         assert provenance["sha256"] == adapter_sha256(candidate.adapter)
+        assert provenance["rank"] == 8 == max(module.rank for module in candidate.adapter.modules.values())
     by_label = {candidate.label: candidate.provenance for candidate in candidates}
     assert by_label["task-arithmetic 0.5"]["parameters"] == {"coefficient": 0.5}
     parameters = by_label["mergerec layer-wise"]["parameters"]
@@ -137,6 +142,37 @@ def test_merges_are_reproducible_and_leave_their_inputs(
     assert all(torch.equal(backbone.model.state_dict()[name], tensor) for name, tensor in before.items())
     assert {domain: adapter_sha256(adapter) for domain, adapter in adapters.items()} == digests
     assert [line for line in lines if line.startswith("merged: ")] == [f"merged: {c.label}" for c in candidates]
+
+
+def test_adapters_read_one_at_a_time_are_merged_to_the_same(
+    candidates: list[Candidate], backbone: Backbone, adapters: dict[str, Adapter], catalogs: dict[str, Catalog]
+) -> None:
+    lent = Lent(list(adapters), adapters.__getitem__)
+    again = merge_candidates(backbone, lent, catalogs, settings())
+    assert [c.provenance for c in again] == [c.provenance for c in candidates]
+    many = Lent([f"{k:02d}" for k in range(30)], lambda name: adapters[DOMAINS[int(name) % 3]])
+    merge_candidates(backbone, many, {}, settings(**{"merge.methods": "average,task-arithmetic"}))
+    assert many.most < 16  # of a width of 32; the factors of so many fit before the sum itself is smaller
+
+
+def test_variants_that_share_the_first_item_vectors_learn_what_each_learns_alone(
+    candidates: list[Candidate], backbone: Backbone, adapters: dict[str, Adapter], catalogs: dict[str, Catalog]
+) -> None:
+    text = settings().text
+    pseudo = {}
+    for domain, adapter in adapters.items():
+        table = build_token_table(catalogs[domain], backbone.tokenizer, text.max_attribute_tokens)
+        pseudo[domain] = one_item_domain(domain, backbone, adapter, table, text.max_tokens)
+    chosen = settings().mergerec.model_dump(exclude={"granularities"})
+    for granularity in ("domain", "layer"):
+        learned = learn_coefficients(
+            backbone,
+            stack_adapters(adapters),
+            pseudo,
+            CollaborativeSettings(granularity=granularity, seed=5, **chosen),
+        )
+        (found,) = (c for c in candidates if c.label == f"mergerec {granularity}-wise")
+        assert list(found.provenance["coefficients"].values()) == learned.coefficients.tolist()
 
 
 def test_only_learned_methods_need_catalogs(

@@ -9,7 +9,7 @@ from typing import Any, cast, get_args
 import numpy as np
 import pytest
 import torch
-from adapters import layout_of, random_adapters
+from adapters import Lent, layout_of, random_adapter, random_adapters
 from backbones import tiny_bert, tiny_roberta
 from peft import PeftModel
 from transformers import PreTrainedModel
@@ -18,10 +18,10 @@ from fedmerge import config
 from fedmerge.device import resolve_compute
 from fedmerge.encoder.backbone import Backbone, load_backbone
 from fedmerge.encoder.encode import embed_batch
-from fedmerge.encoder.lora import Adapter, LoraModule, adapter_sha256, write_adapter
+from fedmerge.encoder.lora import Adapter, LoraModule, adapter_sha256, read_adapter, write_adapter
 from fedmerge.errors import ConfigError, LayoutMismatchError, MergeError
 from fedmerge.merging.methods import METHODS, average, method_coefficients, task_arithmetic
-from fedmerge.merging.stack import Stack, linear_merge, stack_adapters
+from fedmerge.merging.stack import Stack, linear_merge, merge_adapters, stack_adapters, survey_adapters
 
 SEQUENCES = [np.array(ids, dtype=np.int32) for ids in ([2, 9, 11, 3], [2, 30, 3], [2, 14, 8, 21, 17, 12, 3])]
 
@@ -32,7 +32,8 @@ def backbone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return load_backbone(str(build(tmp_path_factory.mktemp("backbone"))), pooling, resolve_compute("cpu", "float32"))
 
 
-LAYOUT = {"layer.0.query": (5, 4), "layer.10.query": (5, 4), "layer.2.out": (3, 5), "top": (2, 4)}
+# The ranks add up to 8: they fit into all modules but the last, whose merge is re-expressed at rank 2.
+LAYOUT = {"layer.0.query": (10, 9), "layer.10.query": (10, 9), "layer.2.out": (8, 11), "top": (2, 4)}
 
 
 @pytest.fixture
@@ -61,7 +62,7 @@ def test_by_hand() -> None:
     two = Adapter({"top": LoraModule(torch.tensor([[1.0, 0.0]]), torch.tensor([[-4.0]]), 0.5)})  # Δ = [-2, 0]
     merged = linear_merge(stack_adapters({"b": two, "a": one}), np.array([0.5, 3.0])).modules["top"]
     assert merged.delta_weight().tolist() == [[-3.0, 6.0]]
-    assert (merged.rank, merged.scaling) == (2, 1.0)
+    assert (merged.rank, merged.scaling) == (1, 1.0)  # the ranks add up to 2, but the module is 1 × 2
 
 
 def test_groups_are_layers_in_number_order_then_others(adapters: dict[str, Adapter]) -> None:
@@ -96,6 +97,52 @@ def test_equals_the_dense_sum_and_survives_peft(backbone: Backbone, layer_wise: 
         expected, found, base = (embed_batch(each, SEQUENCES) for each in (dense, peft, backbone))
     assert (expected - base).abs().max() > 0.05  # the adapters matter
     assert (expected - found).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (12, 40), (40, 12)], ids=["square", "wide", "tall"])
+def test_many_domains_are_merged_at_no_higher_rank_than_the_module_has(shape: tuple[int, int], tmp_path: Path) -> None:
+    adapters = {f"{k:03d}": random_adapter({"layer.0.query": shape}, 1 + k % 4, 1.5, seed=k) for k in range(60)}
+    stack = stack_adapters(adapters)
+    coefficients = np.random.default_rng(0).uniform(-1, 1, len(adapters))
+    merged = linear_merge(stack, coefficients)
+    module = merged.modules["layer.0.query"]
+    delta = dense_delta(adapters, "layer.0.query", dict(zip(stack.domains, coefficients.tolist(), strict=True)))
+    assert sum(adapter.modules["layer.0.query"].rank for adapter in adapters.values()) == 150
+    assert (module.rank, module.scaling) == (min(shape), 1.0)
+    assert torch.linalg.norm(module.delta_weight() - delta) <= 1e-6 * torch.linalg.norm(delta)
+    write_adapter(merged, tmp_path / "merged", "any")
+    assert adapter_sha256(read_adapter(tmp_path / "merged")) == adapter_sha256(merged)
+
+
+def test_at_exactly_the_rank_of_the_module_the_factors_are_kept() -> None:
+    adapters = {name: random_adapter({"top": (6, 9)}, 3, 1.0, seed) for seed, name in enumerate("ab")}
+    module = linear_merge(stack_adapters(adapters), np.array([1.0, 2.0])).modules["top"]
+    assert torch.equal(module.lora_B, torch.cat([adapters[name].modules["top"].lora_B for name in "ab"], dim=1))
+
+
+@pytest.mark.parametrize("layer_wise", [False, True])
+def test_adapters_read_one_at_a_time_give_the_same_to_the_last_bit(
+    adapters: dict[str, Adapter], layer_wise: bool
+) -> None:
+    lent = Lent(list(adapters), adapters.__getitem__)
+    layout, stack = survey_adapters(lent), stack_adapters(lent)
+    assert (layout.domains, layout.groups, layout.group_of) == (stack.domains, stack.groups, stack.group_of)
+    coefficients = np.random.default_rng(1).uniform(-1, 1, (3, 4) if layer_wise else 3)
+    coefficients[1] = 0.0
+    merged = merge_adapters(lent, layout, coefficients)
+    assert adapter_sha256(merged) == adapter_sha256(linear_merge(stack, coefficients))
+    assert merged.modules["layer.0.query"].rank == 4  # the domain with coefficient 0 takes no rank
+    assert merged.modules["top"].rank == 2
+
+
+def test_merging_holds_one_adapter_at_a_time_however_many_there_are() -> None:
+    for num_domains in (4, 40):
+        names = [f"{k:02d}" for k in range(num_domains)]
+        adapters = Lent(names, lambda name: random_adapter({"layer.0.query": (5, 4)}, 3, 1.0, int(name)))
+        layout = survey_adapters(adapters)
+        merge_adapters(adapters, layout, np.full(num_domains, 0.5))
+        assert adapters.most <= 3  # the first, which the others are compared with, the one before, and this one
+        assert adapters.times == 2 * num_domains + 1
 
 
 def one_domain_is_identity(coefficients_of: Callable[[Stack], torch.Tensor], adapters: dict[str, Adapter]) -> None:

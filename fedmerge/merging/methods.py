@@ -10,7 +10,7 @@ import torch
 from fedmerge.errors import ConfigError
 from fedmerge.merging.rows import breadcrumbs, dare, dare_ties, localize_and_stitch, pcb, ties
 from fedmerge.merging.spectral import Factors, iso_c, iso_cts, tsv
-from fedmerge.merging.stack import Stack
+from fedmerge.merging.stack import StackLayout
 
 Law = Literal[
     "one domain is identity",  # with coefficient 1 and nothing dropped
@@ -78,7 +78,7 @@ class Method:
         return self.coefficients is None and self.rows is None and self.factors is None
 
 
-def average(stack: Stack) -> torch.Tensor:
+def average(stack: StackLayout) -> torch.Tensor:
     """The mean of the updates: w_k = 1/K.
 
     Returns:
@@ -87,7 +87,7 @@ def average(stack: Stack) -> torch.Tensor:
     return torch.full((len(stack.domains),), 1 / len(stack.domains))
 
 
-def task_arithmetic(stack: Stack, coefficient: float) -> torch.Tensor:
+def task_arithmetic(stack: StackLayout, coefficient: float) -> torch.Tensor:
     """The scaled sum of the updates: w_k = coefficient for every domain.
 
     Returns:
@@ -277,7 +277,7 @@ def method_named(name: str) -> Method:
     return METHODS[name]
 
 
-def method_coefficients(name: str, stack: Stack, **parameters: Value) -> torch.Tensor:
+def method_coefficients(name: str, stack: StackLayout, **parameters: Value) -> torch.Tensor:
     """The coefficients of a linear method, its parameters checked and completed with their defaults.
 
     Returns:

@@ -1,4 +1,4 @@
-"""K adapters of one layout as stacked low-rank factors, and the exact linear merge that follows from them."""
+"""K adapters of one layout, in memory as stacked low-rank factors or one at a time, and their exact linear merge."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,37 +28,43 @@ class StackedModule:
 
 
 @dataclass(frozen=True, slots=True)
-class Stack:
-    """K adapters of one layout.
+class StackLayout:
+    """What K adapters have in common: all that coefficients need to know, and none of their values.
 
     Attributes:
         domains: the K names, sorted; this order is the first axis of all coefficients.
-        modules: module name -> its stacked factors, sorted by name.
         groups: the G groups of layer-wise coefficients: "layer 0", ..., and "others" if a module lies in no layer.
-        group_of: module name -> index into ``groups``.
+        group_of: module name -> index into ``groups``, sorted by name.
     """
 
     domains: tuple[str, ...]
-    modules: Mapping[str, StackedModule]
     groups: tuple[str, ...]
     group_of: Mapping[str, int]
 
 
-def stack_adapters(adapters: Mapping[str, Adapter]) -> Stack:
-    """Stack the adapters of K domains; ranks and scalings may differ, module names and shapes may not.
+@dataclass(frozen=True, slots=True)
+class Stack(StackLayout):
+    """K adapters of one layout, all of them in memory.
+
+    Attributes:
+        modules: module name -> its stacked factors, sorted by name.
+    """
+
+    modules: Mapping[str, StackedModule]
+
+
+def survey_adapters(adapters: Mapping[str, Adapter]) -> StackLayout:
+    """Check that K adapters fit together, one after the other; ranks and scalings may differ, modules may not.
 
     Args:
-        adapters: domain name -> adapter; the order does not matter.
-
-    Returns:
-        The stack, with domains sorted by name. It shares no memory with the adapters.
+        adapters: domain name -> adapter; the order does not matter. Each is asked for once.
 
     Raises:
         LayoutMismatchError: an adapter lacks or adds a module, or a factor has another shape than in the first domain.
         MergeError: no adapter, or a value that is not finite.
     """
     if not adapters:
-        raise MergeError("stack_adapters: found no adapter, expected at least one; check the admission log")
+        raise MergeError("survey_adapters: found no adapter, expected at least one; check the admission log")
     domains = tuple(sorted(adapters))
     first = adapters[domains[0]].modules
     if not first:
@@ -68,12 +74,33 @@ def stack_adapters(adapters: Mapping[str, Adapter]) -> Stack:
     layers = {name: layer_of(name) for name in sorted(first)}
     numbers = sorted({layer for layer in layers.values() if layer is not None})
     groups = tuple(f"layer {number}" for number in numbers) + ((OTHERS,) if None in layers.values() else ())
-    modules = {name: _stack_module([adapters[domain].modules[name] for domain in domains]) for name in layers}
     group_of = {name: len(numbers) if layer is None else numbers.index(layer) for name, layer in layers.items()}
-    return Stack(domains, modules, groups, group_of)
+    return StackLayout(domains, groups, group_of)
 
 
-def expand_coefficients(stack: Stack, coefficients: torch.Tensor | np.ndarray) -> torch.Tensor:
+def stack_adapters(adapters: Mapping[str, Adapter]) -> Stack:
+    """Stack the adapters of K domains; ranks and scalings may differ, module names and shapes may not.
+
+    Args:
+        adapters: domain name -> adapter; the order does not matter.
+
+    Returns:
+        The stack, with domains sorted by name. It shares no memory with the adapters, and holds R (in + out) floats a
+        module, R = sum of the ranks.
+
+    Raises:
+        LayoutMismatchError, MergeError: as :func:`survey_adapters`.
+    """
+    layout = survey_adapters(adapters)
+    parts: dict[str, list[LoraModule]] = {name: [] for name in layout.group_of}
+    for domain in layout.domains:
+        for name, module in adapters[domain].modules.items():
+            parts[name].append(module)
+    modules = {name: _stack_module(parts.pop(name)) for name in layout.group_of}
+    return Stack(layout.domains, layout.groups, layout.group_of, modules)
+
+
+def expand_coefficients(stack: StackLayout, coefficients: torch.Tensor | np.ndarray) -> torch.Tensor:
     """Coefficients as one number per domain and group, differentiable.
 
     Args:
@@ -102,11 +129,12 @@ def expand_coefficients(stack: Stack, coefficients: torch.Tensor | np.ndarray) -
 
 
 def linear_merge(stack: Stack, coefficients: torch.Tensor | np.ndarray) -> Adapter:
-    """The linear merge as one adapter: Δ = Σ_k w_k s_k B_k A_k, exactly, at rank Σ r_k.
+    """The linear merge as one adapter: Δ = Σ_k w_k s_k B_k A_k, at rank min(Σ r_k, in, out).
 
-    No out × in matrix is formed: the rows w_k s_k A_k are stacked over one another and the B_k lie side by side, with
-    scaling 1. Domains whose coefficient is 0 take no rank; where all are 0 a module keeps one row of zeros, so that the
-    layout stays complete.
+    As long as Σ r_k fits, the merge is exact and no out × in matrix is formed: the rows w_k s_k A_k are stacked over
+    one another and the B_k lie side by side, with scaling 1. Beyond that Δ itself is the smaller form: it is summed in
+    float64, rounded to float32 once, and written as one factor beside an identity. Domains whose coefficient is 0 take
+    no rank; where all are 0 a module keeps one row of zeros, so that the layout stays complete.
 
     Args:
         stack: K adapters.
@@ -122,20 +150,92 @@ def linear_merge(stack: Stack, coefficients: torch.Tensor | np.ndarray) -> Adapt
     Source: "concatenation" in peft's ``add_weighted_adapter``; exact where averaging A and B separately is not.
     """
     values = expand_coefficients(stack, coefficients).detach()  # (K, G)
-    merged = {}
+    sums = {}
     for name, module in stack.modules.items():
-        rows = values[:, stack.group_of[name]].to(module.lora_A.device)[module.owner]  # (R,)
-        kept = rows.nonzero().squeeze(1)
-        lora_A, lora_B = module.lora_A[kept] * rows[kept, None], module.lora_B[:, kept]
-        if not len(kept):
-            lora_A, lora_B = torch.zeros_like(module.lora_A[:1]), torch.zeros_like(module.lora_B[:, :1])
-        merged[name] = LoraModule(lora_A, lora_B, 1.0)
-    return Adapter(merged)
+        ranks = torch.bincount(module.owner, minlength=len(stack.domains)).tolist()
+        pairs = zip(module.lora_A.split(ranks), module.lora_B.split(ranks, dim=1), strict=True)
+        sums[name] = _UpdateSum()
+        for coefficient, (lora_A, lora_B) in zip(values[:, stack.group_of[name]].tolist(), pairs, strict=True):
+            sums[name].add(lora_A, lora_B, coefficient)
+    return Adapter({name: total.module() for name, total in sums.items()})
+
+
+def merge_adapters(
+    adapters: Mapping[str, Adapter], layout: StackLayout, coefficients: torch.Tensor | np.ndarray
+) -> Adapter:
+    """The same as :func:`linear_merge` to the last bit, reading the adapters one at a time.
+
+    Args:
+        adapters: domain name -> adapter, for instance a mapping that reads each from disk. Each is asked for once, in
+            the order of the layout, and none is kept: the memory is that of one adapter and of the sum so far, at most
+            out × in float64 numbers a module, however many domains there are.
+        layout: what :func:`survey_adapters` found.
+        coefficients: (K,) or (K, G).
+
+    Raises:
+        LayoutMismatchError: coefficients of another shape.
+        MergeError: a coefficient that is not finite.
+    """
+    values = expand_coefficients(layout, coefficients).detach()  # (K, G)
+    sums = {name: _UpdateSum() for name in layout.group_of}
+    for domain, row in zip(layout.domains, values.tolist(), strict=True):
+        for name, module in adapters[domain].modules.items():
+            lora_A, lora_B = _scaled(module)
+            sums[name].add(lora_A, lora_B, row[layout.group_of[name]])
+    return Adapter({name: total.module() for name, total in sums.items()})
+
+
+class _UpdateSum:
+    """Σ w B A of one linear module while the domains come by: factors side by side, then Δ once that is smaller."""
+
+    def __init__(self) -> None:
+        self.parts: list[tuple[torch.Tensor, torch.Tensor]] = []  # (r, in) with the coefficient, (out, r)
+        self.rank = 0
+        self.delta: torch.Tensor | None = None  # (out, in) float64
+        self.nothing: tuple[torch.Tensor, torch.Tensor] | None = None  # the first domain's shapes, rank 1
+
+    def add(self, lora_A: torch.Tensor, lora_B: torch.Tensor, coefficient: float) -> None:
+        """Add coefficient · lora_B lora_A: float32 (out, r) and (r, in), kept until the end unless Δ is smaller."""
+        if self.nothing is None:
+            self.nothing = torch.zeros_like(lora_A[:1]), torch.zeros_like(lora_B[:, :1])
+        if coefficient == 0:
+            return
+        self.parts.append((lora_A * coefficient, lora_B))
+        self.rank += len(lora_A)
+        width_out, width_in = len(lora_B), lora_A.shape[1]
+        if self.rank <= min(width_out, width_in):
+            return
+        if self.delta is None:
+            self.delta = lora_A.new_zeros((width_out, width_in), dtype=torch.float64)
+        for rows, columns in self.parts:
+            self.delta.addmm_(columns.double(), rows.double())
+        self.parts.clear()
+
+    def module(self) -> LoraModule:
+        """The sum, scaling 1, in memory of its own."""
+        if self.delta is not None:
+            delta = self.delta.float()
+            width_out, width_in = delta.shape
+            identity = torch.eye(min(delta.shape), device=delta.device)
+            return LoraModule(delta, identity, 1.0) if width_out <= width_in else LoraModule(identity, delta, 1.0)
+        if self.parts:
+            return LoraModule(
+                torch.cat([rows for rows, _ in self.parts]), torch.cat([columns for _, columns in self.parts], 1), 1.0
+            )
+        if self.nothing is None:
+            raise MergeError("merge: found no domain for a module, expected at least one; check the admission log")
+        return LoraModule(*self.nothing, 1.0)
+
+
+def _scaled(module: LoraModule) -> tuple[torch.Tensor, torch.Tensor]:
+    """scaling · lora_A and lora_B, float32."""
+    return module.lora_A.detach().to(torch.float32) * module.scaling, module.lora_B.detach().to(torch.float32)
 
 
 def _stack_module(parts: list[LoraModule]) -> StackedModule:
-    lora_A = torch.cat([part.lora_A.detach().to(torch.float32) * part.scaling for part in parts])
-    lora_B = torch.cat([part.lora_B.detach().to(torch.float32) for part in parts], dim=1)
+    scaled = [_scaled(part) for part in parts]
+    lora_A = torch.cat([part_A for part_A, _ in scaled])
+    lora_B = torch.cat([part_B for _, part_B in scaled], dim=1)
     ranks = torch.tensor([part.lora_A.shape[0] for part in parts], device=lora_A.device)
     return StackedModule(lora_A, lora_B, torch.repeat_interleave(torch.arange(len(parts), device=lora_A.device), ranks))
 

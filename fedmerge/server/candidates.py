@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 
 from fedmerge.client.metrics import MetricSums
 from fedmerge.config import ExperimentConfig
@@ -15,8 +16,8 @@ from fedmerge.encoder.lora import Adapter, adapter_sha256
 from fedmerge.encoder.text import build_token_table
 from fedmerge.errors import MergeError
 from fedmerge.merging.methods import method_coefficients
-from fedmerge.merging.stack import linear_merge, stack_adapters
-from fedmerge.server.collaborative import CollaborativeSettings, learn_coefficients
+from fedmerge.merging.stack import merge_adapters, stack_adapters, survey_adapters
+from fedmerge.server.collaborative import CollaborativeSettings, learn_coefficients, student_vectors
 from fedmerge.server.pseudo_users import PseudoDomain, one_item_domain
 
 logger = logging.getLogger(__name__)
@@ -30,7 +31,8 @@ class Candidate:
         label: unique in the run, e.g. ``task-arithmetic 0.4``.
         method: row of METHODS.
         adapter: the merged adapter.
-        provenance: source domains and hashes, method, parameters, coefficients, policy, loss curve of a learned merge.
+        provenance: source domains and hashes, method, parameters, coefficients, the largest rank of a module, policy,
+            loss curve of a learned merge.
     """
 
     label: str
@@ -48,6 +50,10 @@ def merge_candidates(
 ) -> list[Candidate]:
     """Make every merge of the configuration.
 
+    What needs no model run (average, task arithmetic) asks for the adapters one at a time: from a mapping that reads
+    them from disk the memory does not grow with the number of domains. mergerec holds all of them, and of every catalog
+    the tokens and two matrices of item vectors.
+
     Args:
         backbone: the frozen encoder.
         adapters: domain -> expert.
@@ -58,17 +64,18 @@ def merge_candidates(
     Raises:
         MergeError: a learned method without the catalogs of all domains.
     """
-    stack = stack_adapters(adapters)
-    sources = {domain: adapter_sha256(adapters[domain]) for domain in stack.domains}
+    layout = survey_adapters(adapters)
+    sources = {domain: adapter_sha256(adapters[domain]) for domain in layout.domains}
     candidates: list[Candidate] = []
 
     def add(label: str, method: str, coefficients: Any, **details: Any) -> None:
-        adapter = linear_merge(stack, coefficients)
+        adapter = merge_adapters(adapters, layout, coefficients)
         provenance = {
             "method": method,
             "domains": sources,
-            "coefficients": dict(zip(stack.domains, np.asarray(coefficients).tolist(), strict=True)),
-            "coefficient_groups": list(stack.groups) if np.ndim(coefficients) == 2 else ["all"],
+            "coefficients": dict(zip(layout.domains, np.asarray(coefficients).tolist(), strict=True)),
+            "coefficient_groups": list(layout.groups) if np.ndim(coefficients) == 2 else ["all"],
+            "rank": max(module.rank for module in adapter.modules.values()),
             "policy": config.privacy.policy,
             "backbone": {"name": backbone.name, "sha256": backbone.sha256},
             "sha256": adapter_sha256(adapter),
@@ -79,18 +86,22 @@ def merge_candidates(
 
     for method in config.merge.methods:
         if method == "average":
-            add("average", method, method_coefficients("average", stack))
+            add("average", method, method_coefficients("average", layout))
         elif method == "task-arithmetic":
             for coefficient in config.merge.task_arithmetic_coefficients:
-                coefficients = method_coefficients("task-arithmetic", stack, coefficient=coefficient)
+                coefficients = method_coefficients("task-arithmetic", layout, coefficient=coefficient)
                 add(f"task-arithmetic {coefficient:g}", method, coefficients, parameters={"coefficient": coefficient})
         else:
             pseudo = _pseudo_domains(backbone, adapters, catalogs, config, progress)
+            stack = stack_adapters(adapters)
+            start = torch.full((len(stack.domains),), config.mergerec.initial_coefficient)
+            students = student_vectors(backbone, stack, pseudo, start)  # the same for every granularity
+            progress("mergerec: item vectors under the initial merge")
             for granularity in config.mergerec.granularities:
                 chosen = config.mergerec.model_dump(exclude={"granularities"})
                 settings = CollaborativeSettings(granularity=granularity, seed=config.seed, **chosen)
                 label = f"mergerec {granularity}-wise"
-                learned = learn_coefficients(backbone, stack, pseudo, settings, _every_fifth(label, progress))
+                learned = learn_coefficients(backbone, stack, pseudo, settings, _every_fifth(label, progress), students)
                 add(
                     label,
                     method,
@@ -143,9 +154,9 @@ def _pseudo_domains(
             "clients send theirs (privacy.policy = 'adapter+catalog')."
         )
     pseudo = {}
-    for domain, adapter in sorted(adapters.items()):
+    for domain in sorted(adapters):
         table = build_token_table(catalogs[domain], backbone.tokenizer, config.text.max_attribute_tokens)
-        pseudo[domain] = one_item_domain(domain, backbone, adapter, table, config.text.max_tokens)
+        pseudo[domain] = one_item_domain(domain, backbone, adapters[domain], table, config.text.max_tokens)
         progress(f"mergerec: {len(table)} pseudo-users of {domain} with their expert's vectors")
     return pseudo
 

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -202,12 +202,32 @@ def draw_pseudo_users(sizes: tuple[int, ...], settings: CollaborativeSettings) -
     return domains.reshape(shape), items.reshape(shape)
 
 
+def student_vectors(
+    backbone: Backbone, stack: Stack, domains: Mapping[str, PseudoDomain], coefficients: torch.Tensor | np.ndarray
+) -> dict[str, torch.Tensor]:
+    """Every domain's item vectors under the merge: Ê_k, (N_k, d) float32 on the CPU, by domain.
+
+    Args:
+        backbone: the frozen encoder; left as it was.
+        stack: the K experts.
+        domains: name -> pseudo-users, for exactly the stack's domains.
+        coefficients: (K,) or (K, G).
+
+    Raises:
+        LayoutMismatchError: stack, pseudo-users and backbone do not belong together.
+    """
+    _check_domains(stack, domains)
+    with applied(backbone, linear_merge(stack, coefficients)):
+        return {name: encode(backbone, domains[name].sequences) for name in stack.domains}
+
+
 def learn_coefficients(
     backbone: Backbone,
     stack: Stack,
     domains: Mapping[str, PseudoDomain],
     settings: CollaborativeSettings = PAPER,
     progress: Callable[[int, int, dict[str, float]], None] | None = None,
+    students: Mapping[str, torch.Tensor] | None = None,
 ) -> LearnedCoefficients:
     """Learn merging coefficients on the server from pseudo-users; no interaction is read.
 
@@ -220,6 +240,8 @@ def learn_coefficients(
         domains: name -> pseudo-users, for exactly the stack's domains; the order does not matter.
         settings: see there.
         progress: called after every step with (steps done, steps, {"loss", "rec", "kd"}).
+        students: :func:`student_vectors` where every coefficient is the initial one, which variants can share; None:
+            encoded here.
 
     Returns:
         coefficients, history and start.
@@ -245,8 +267,9 @@ def learn_coefficients(
     history: list[Losses] = []
     period = settings.refresh_every or settings.steps
     for start in range(0, settings.steps, period):
-        with applied(backbone, linear_merge(stack, coefficients)):
-            students = [encode(backbone, domain.sequences).to(device) for domain in pseudo]
+        if start or students is None:
+            students = student_vectors(backbone, stack, domains, coefficients)
+        student_items = [students[name].to(device) for name in stack.domains]
         with merged_forward(backbone, stack, coefficients):
             for step in range(start, min(start + period, settings.steps)):
                 sequences = [
@@ -255,7 +278,12 @@ def learn_coefficients(
                 ]
                 users = embed_batch(backbone, sequences)  # (n, d)
                 rec, kd = batch_losses(
-                    users, drawn_domains[step], drawn_items[step], teachers, students, temperature=settings.temperature
+                    users,
+                    drawn_domains[step],
+                    drawn_items[step],
+                    teachers,
+                    student_items,
+                    temperature=settings.temperature,
                 )
                 loss = settings.rec_weight * rec + settings.kd_weight * kd
                 (coefficients.grad,) = torch.autograd.grad(loss, [coefficients])
@@ -318,7 +346,7 @@ def _on_device(stack: Stack, device: torch.device) -> Stack:
         name: StackedModule(module.lora_A.to(device), module.lora_B.to(device), module.owner.to(device))
         for name, module in stack.modules.items()
     }
-    return Stack(stack.domains, modules, stack.groups, stack.group_of)
+    return replace(stack, modules=modules)
 
 
 def _epochs(size: int, count: int, rng: np.random.Generator) -> np.ndarray:
