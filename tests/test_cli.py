@@ -20,10 +20,11 @@ from fedmerge.client.local_domain import open_domain
 from fedmerge.client.metrics import METRICS
 from fedmerge.config import Text, load_config, to_toml
 from fedmerge.device import resolve_compute
-from fedmerge.domain.demo import DEMO_DOMAINS, generate_domain
+from fedmerge.domain.demo import DEMO_DOMAINS, demo_names, generate_domain
 from fedmerge.domain.folder import list_domains, write_domain
 from fedmerge.domain.manifest import read_manifest
 from fedmerge.encoder.backbone import load_backbone
+from fedmerge.encoder.demo_backbone import NOTE
 from fedmerge.encoder.lora import write_adapter
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -153,6 +154,20 @@ def test_demo_domains_are_written_once(fedmerge: Command, tmp_path: Path) -> Non
     assert fedmerge("data", "demo", tmp_path / "shops", "--num-domains", "2", "--overwrite")[0] == 0
     assert read_manifest(tmp_path / "shops" / DEMO_DOMAINS[0]) == before
     assert "num_domains is 0" in refusal(fedmerge("data", "demo", tmp_path / "none", "--num-domains", "0"))
+
+
+def test_many_small_demo_domains_and_a_tiny_encoder_for_trials(fedmerge: Command, tmp_path: Path) -> None:
+    sizes = ("--num-users", "20", "--num-items", "30")
+    code, out, _ = fedmerge("data", "demo", tmp_path / "shops", "--num-domains", "13", *sizes)
+    assert (code, out) == (0, [f"{tmp_path / 'shops'}: 13 synthetic domains: {', '.join(demo_names(12))}, …"])
+    manifest = read_manifest(tmp_path / "shops" / "camping-2")
+    assert (manifest.num_users, manifest.num_items) == (20, 30)
+    code, out, err = fedmerge("data", "demo-backbone", tmp_path / "encoder")
+    assert (code, err) == (0, [])
+    assert out == [f"{tmp_path / 'encoder'}: {NOTE}"]
+    backbone = load_backbone(str(tmp_path / "encoder"), "mean", resolve_compute("cpu", "float32"))
+    assert open_domain(tmp_path / "shops" / "camping-2", backbone, Text()).can_train
+    assert "encoder: already there and not empty" in refusal(fedmerge("data", "demo-backbone", tmp_path / "encoder"))
 
 
 @pytest.fixture(scope="module")

@@ -30,6 +30,18 @@ FROZEN = {
     ),
 }
 
+# The small ones that large federations are tried with: 60 users and 40 items.
+FROZEN_SMALL = {
+    "camping-20": (
+        "c62f8bdacb6e9757211043eb2b641d63672c453648b148581eb295bef2669f0e",
+        "717eceba87fccbafdb679b95c9d901e02ee08e97171842a10d80fccf25599e7f",
+    ),
+    "office-100": (
+        "a0176e5b1e9b25c1da40d397edd3708686df5af49f405855840747b5c82d5849",
+        "78d8b6d7d143ac628e1cf9fd1c647d6e90194b600a84b2b679589679e0ce4acc",
+    ),
+}
+
 
 @pytest.fixture(scope="module")
 def domains() -> dict[str, DemoDomain]:
@@ -55,6 +67,10 @@ def test_content_is_frozen(domains: dict[str, DemoDomain]) -> None:
         name: (domains[name].catalog.sha256, interactions_fingerprint(domains[name].interactions)) for name in FROZEN
     }
     assert found == FROZEN
+    small = {name: generate_domain(name, num_users=60, num_items=40) for name in FROZEN_SMALL}
+    assert {
+        name: (domain.catalog.sha256, interactions_fingerprint(domain.interactions)) for name, domain in small.items()
+    } == FROZEN_SMALL
 
 
 def test_a_seed_gives_the_same_twice_and_another_seed_something_else() -> None:

@@ -19,9 +19,16 @@ def add_commands(commands: "Commands") -> None:
     add_importers(data)
     demo = data.add_parser("demo", help="write the bundled synthetic domains")
     demo.add_argument("destination", type=Path, metavar="DST", help="folder for the domain folders")
-    demo.add_argument("--num-domains", type=int, default=8)
+    demo.add_argument("--num-domains", type=int, default=8, help="1 to 1000 (default: 8)")
+    demo.add_argument("--num-users", type=int, default=600, help="users of each domain (default: 600)")
+    demo.add_argument("--num-items", type=int, default=400, help="items of each domain, 20 to 20000 (default: 400)")
     demo.add_argument("--overwrite", action="store_true")
     demo.set_defaults(command=_demo)
+    backbone = data.add_parser("demo-backbone", help="write a tiny text encoder with random weights, for trials")
+    backbone.add_argument(
+        "destination", type=Path, metavar="DST", help="folder for the encoder; give it as backbone.source"
+    )
+    backbone.set_defaults(command=_demo_backbone)
     info = data.add_parser("info", help="counts, lengths, density, text coverage, problems")
     info.add_argument("folder", type=Path, metavar="DST", help="a domain folder, or a folder of them")
     info.set_defaults(command=_info)
@@ -30,9 +37,22 @@ def add_commands(commands: "Commands") -> None:
 def _demo(options: argparse.Namespace) -> int:
     from fedmerge.domain.demo import write_demo
 
-    names = write_demo(options.destination, num_domains=options.num_domains, overwrite=options.overwrite)
+    names = write_demo(
+        options.destination,
+        num_domains=options.num_domains,
+        num_users=options.num_users,
+        num_items=options.num_items,
+        overwrite=options.overwrite,
+    )
     shown = ", ".join(names[:12]) + (", …" if len(names) > 12 else "")
     print(f"{options.destination}: {len(names)} synthetic domains: {shown}")
+    return 0
+
+
+def _demo_backbone(options: argparse.Namespace) -> int:
+    from fedmerge.encoder.demo_backbone import NOTE, write_demo_backbone
+
+    print(f"{write_demo_backbone(options.destination)}: {NOTE}")
     return 0
 
 
