@@ -9,6 +9,7 @@ import json
 import tomllib
 import types
 import typing
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -223,12 +224,24 @@ class Runtime(Section):
         1, ge=1, description="PyTorch threads of a client; also its CPUs in the simulation."
     )
     server_threads: int = Field(2, ge=1, description="PyTorch threads of the server.")
+    gpus_per_client: float = Field(
+        0.0, ge=0, description="GPUs that the simulation gives a client: a share, say 0.25, or whole ones."
+    )
     device: str = Field(
         "auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto: a GPU where PyTorch sees one, else the CPU."
     )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="Of matrix products; auto: bfloat16 where the processor multiplies it natively."
     )
+
+    @model_validator(mode="after")
+    def _whole_gpus(self) -> "Runtime":
+        if self.gpus_per_client > 1 and self.gpus_per_client % 1:
+            raise ValueError(
+                f"gpus_per_client = {self.gpus_per_client:g}: clients share one GPU or get whole ones; set at most 1, "
+                "or a whole number"
+            )
+        return self
 
 
 class ExperimentConfig(Section):

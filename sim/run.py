@@ -36,6 +36,7 @@ def run_experiment(config: ExperimentConfig, app_dir: Path) -> int:
             resolved,
             num_supernodes=len(config.domains.train) + len(config.domains.unseen),
             cpus_per_client=config.runtime.threads_per_client,
+            gpus_per_client=config.runtime.gpus_per_client,
             on_line=lambda line: print(line, flush=True),
         )
     if outcome.exit_code == 0 and (run_dir / DONE).is_file():

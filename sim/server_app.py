@@ -182,7 +182,11 @@ def _misfit(
             backbone.sha256,
             "use the same backbone and tokenizer files everywhere",
         ),
-        "precision": (description.precision, backbone.compute.precision, "set runtime.precision explicitly"),
+        "precision": (
+            description.precision,
+            backbone.compute.precision,
+            "'auto' is what each machine multiplies best, so set runtime.precision to float32 or bfloat16 for both",
+        ),
         "fedmerge version": (description.fedmerge_version, __version__, "install the same version everywhere"),
         "policy": (description.policy, config.privacy.policy, "agree on privacy.policy"),
     }

@@ -49,6 +49,7 @@ CHANGED = {
     "server.min_train_clients": 1,
     "privacy.policy": "adapter",
     "runtime.device": "cuda:1",
+    "runtime.gpus_per_client": 0.25,
 }
 
 
@@ -138,6 +139,7 @@ def test_all_problems_are_said_at_once_with_their_dotted_names() -> None:
     ("flat", "expected"),
     [
         ({"domains.train": "a,b", "domains.unseen": "b"}, "domains: named twice in train and unseen: b"),
+        ({"runtime.gpus_per_client": 1.5}, "runtime: gpus_per_client = 1.5: clients share one GPU or get whole ones"),
         ({"domains.train": "a,a"}, "domains: named twice in train and unseen: a"),
         ({"domains.train": ""}, "domains: train names no domain"),
         ({"train.max_steps": "none"}, "train: max_epochs, max_steps and max_minutes are all 'none'"),

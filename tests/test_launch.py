@@ -13,9 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from fedmerge.config import from_flat
+from fedmerge.domain.demo import write_demo
 from fedmerge.errors import ClientError, ConfigError
 from sim import launch
 from sim.launch import MARK, FederationOutcome, end_processes, flower_environment, marked_processes, run_federation
+from sim.run import run_experiment
 
 PYPROJECT = """
 [project]
@@ -190,6 +193,31 @@ def test_a_flower_home_with_other_connections_is_refused(tmp_path: Path) -> None
         run_federation(
             *write_app(tmp_path), num_supernodes=2, cpus_per_client=1, flower_home=tmp_path / "home", on_line=not_called
         )
+
+
+def test_what_the_experiment_says_of_cpus_and_gpus_reaches_flower(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_demo(tmp_path / "domains", num_domains=3, num_users=20, num_items=20)
+    flat = {
+        "domains.root": str(tmp_path / "domains"),
+        "domains.train": "beauty,books",
+        "domains.unseen": "camping",
+        "output_dir": str(tmp_path / "runs"),
+        "runtime.gpus_per_client": 0.25,
+    }
+    flwr = tmp_path / "bin" / "flwr"  # notes how it is called, and refuses
+    flwr.parent.mkdir()
+    refusal = "import json, sys; print(json.dumps({'success': False, 'error-message': ' '.join(sys.argv)}))"
+    flwr.write_text(f"#!{sys.executable}\n{refusal}\n")
+    flwr.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "bin" / "python"))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(ConfigError) as refused:
+        run_experiment(from_flat(flat), Path(__file__).resolve().parent.parent)
+    assert "client-resources-num-gpus=0.25 " in str(refused.value)
+    assert "num-supernodes=3 client-resources-num-cpus=1 " in str(refused.value)
+    assert f"init-args-num-cpus={min(len(os.sched_getaffinity(0)), 3)}" in str(refused.value)
 
 
 @pytest.mark.e2e
