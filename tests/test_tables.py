@@ -83,6 +83,33 @@ def test_the_header_says_what_was_measured() -> None:
     assert "Garden (unseen)" in titles
 
 
+def test_of_many_domains_the_means_alone_are_shown() -> None:
+    def rows(num_domains: int) -> list[ResultRow]:
+        return [
+            ResultRow(f"d{k:02d}", "train" if k else "unseen", method, 10, {"recall@10": recall, "ndcg@10": 0.0})
+            for k in range(num_domains)
+            for method, recall in (("average", k / 100), ("ties", 0.5))
+        ]
+
+    few = results_table(rows(20), variant="masked", split="test", merged_methods={"average", "ties"})
+    assert len(plain_cells(few, "recall@10")["average"]) == 22
+    assert "columns:" not in few
+    many = results_table(rows(21), variant="masked", split="test", merged_methods={"average", "ties"})
+    assert plain_cells(many, "recall@10")["average"] == ["0.1050", "0.0000"]
+    assert plain_cells(many, "recall@10")["ties"] == ["0.5000*", "0.5000*"]
+    assert "the sums of each of the 21 domains are in metrics.parquet" in many
+    assert "d00" not in many
+    rng = generator(0, "tables")
+    sums = {
+        f"d{k:02d}": metric_sums({name: rng.random((9, len(METRICS))) for name in ("average", "ties")}, "unmasked")
+        for k in range(21)
+    }
+    roles: dict[str, Role] = dict.fromkeys(sums, "train")
+    text = differences_table(sums, roles, baseline="average", split="test")
+    assert len(plain_cells(text, "recall@10")["ties"]) == 3  # difference ± half-width
+    assert max(map(len, text.splitlines())) < 250
+
+
 @pytest.mark.parametrize("table_format", ["plain", "markdown"])
 def test_generated_data_are_announced_first(table_format: TableFormat) -> None:
     text = results_table(ROWS, variant="masked", split="test", synthetic=True, table_format=table_format)

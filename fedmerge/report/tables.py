@@ -25,6 +25,7 @@ Role = Literal["train", "unseen"]
 TableFormat = Literal["plain", "markdown"]
 
 TABLE_METRICS: tuple[str, ...] = ("recall@10", "ndcg@10")
+MAX_DOMAIN_COLUMNS = 20  # of more domains a table shows the means alone
 
 _ROLES: tuple[Role, ...] = get_args(Role)
 _MEAN_TITLES: Mapping[Role, str] = {"train": "mean of training", "unseen": "mean of unseen"}
@@ -62,6 +63,11 @@ class _Domains:
     @property
     def ordered(self) -> list[str]:
         return [*self.of("train"), *self.of("unseen")]
+
+    @property
+    def shown(self) -> list[str]:
+        """Those with a column of their own."""
+        return self.ordered if len(self.roles) <= MAX_DOMAIN_COLUMNS else []
 
     @property
     def used_roles(self) -> list[Role]:
@@ -214,7 +220,7 @@ def differences_table(
             return paired_difference(members[0], method, baseline, metric)
         return paired_difference_of_mean(members, method, baseline, metric)
 
-    groups = [*([domain] for domain in domains.ordered), *(domains.of(role) for role in domains.used_roles)]
+    groups = [*([domain] for domain in domains.shown), *(domains.of(role) for role in domains.used_roles)]
     tables, any_absent, any_marked = [], False, False
     for metric in metrics:
         columns: list[list[_Cell]] = []
@@ -281,13 +287,13 @@ def _check_format(table_format: str) -> None:
 def _value_columns(
     domains: _Domains, methods: Sequence[str], values: Mapping[tuple[str, str], float]
 ) -> list[list[float | None]]:
-    """A column a domain, then one a role: the unweighted mean over its domains, None where one of them is absent."""
+    """A column a shown domain, then one a role: the unweighted mean over its domains, None where one is absent."""
     by_domain = {domain: [values.get((domain, method)) for method in methods] for domain in domains.ordered}
     means: list[list[float | None]] = []
     for role in domains.used_roles:
         per_method = zip(*(by_domain[domain] for domain in domains.of(role)), strict=True)
         means.append([_mean(of_method) for of_method in per_method])
-    return [*by_domain.values(), *means]
+    return [*(by_domain[domain] for domain in domains.shown), *means]
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -318,6 +324,8 @@ def _header(variant: Variant, split: Split, domains: _Domains, synthetic: bool) 
     lines.append(f"variant: {_VARIANT_TEXT[variant]}")
     lines.append(f"split: {split}")
     lines.append(f"users: {sum(counts.values()):,} in {len(counts)} {'domain' if len(counts) == 1 else 'domains'}")
+    if not domains.shown:
+        lines.append(f"columns: the means alone; the sums of each of the {len(counts)} domains are in metrics.parquet")
     return lines
 
 
@@ -331,8 +339,8 @@ def _layout(
     """The table of one metric: methods (rows) by columns, under the column titles and the number of users."""
     means = [f"{_MEAN_TITLES[role]} ({len(domains.of(role))})" for role in domains.used_roles]
     unseen = set(domains.of("unseen"))
-    titles = [*(f"{domain} (unseen)" if domain in unseen else domain for domain in domains.ordered), *means]
-    num_users = [*(f"{domains.num_users[domain]:,}" for domain in domains.ordered), *("" for _ in means)]
+    titles = [*(f"{domain} (unseen)" if domain in unseen else domain for domain in domains.shown), *means]
+    num_users = [*(f"{domains.num_users[domain]:,}" for domain in domains.shown), *("" for _ in means)]
     lines: list[tuple[str, list[_Cell]]] = [
         (title, [(text, False) for text in titles]),
         ("users", [(text, False) for text in num_users]),
