@@ -3,7 +3,7 @@
     python benchmarks/bench_scaling.py --num-domains 10 50 200
 
 Small demo domains, the demo backbone, two training steps a client: what is measured is everything but the training. For
-each size: seconds in all and a domain, by phase; the memory of the process that holds server, Flower and the Ray driver
+each size: seconds in all and a domain, by phase, and CPU seconds, which a busy machine changes less; the memory of the process that holds server, Flower and the Ray driver
 (its resident set, and what of that is its own: heap and stacks), of the largest client process, and of the SuperLink;
 bytes that left a client and that were sent to it; the run folder. Beside them Flower's own floor, measured on two cores
 with an app that does nothing: 4.6 ms a message of 4 KB, 32 ms a message of 1 MB.
@@ -72,8 +72,8 @@ def processes(mark: str) -> Iterator[int]:
                 yield int(folder.name)
 
 
-def memory(pid: int) -> tuple[str, dict[str, float]]:
-    """What a process is, and its resident set and its own part of that, in MB (10^6 bytes)."""
+def sample(pid: int) -> tuple[str, dict[str, float]]:
+    """What a process is; its resident set and its own part of that, in MB (10^6 bytes); its CPU seconds so far."""
     command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
     kind = next(
         (kind for kind in ("flwr-simulation", "ray::ClientAppActor", "flower-superlink") if kind in command), ""
@@ -81,7 +81,9 @@ def memory(pid: int) -> tuple[str, dict[str, float]]:
     status = Path(f"/proc/{pid}/status").read_text()
     fields = {"rss": r"VmRSS:\s+(\d+)", "own": r"RssAnon:\s+(\d+)"}
     found = {name: re.search(pattern, status) for name, pattern in fields.items()}
-    return kind, {name: float(match[1]) * 1024 / 1e6 for name, match in found.items() if match}
+    sizes = {name: float(match[1]) * 1024 / 1e6 for name, match in found.items() if match}
+    times = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+    return kind, {**sizes, "cpu": sum(map(int, times)) / os.sysconf("SC_CLK_TCK")}
 
 
 def run(folder: Path, num_domains: int, options: argparse.Namespace) -> dict[str, float | str]:
@@ -109,7 +111,7 @@ def run(folder: Path, num_domains: int, options: argparse.Namespace) -> dict[str
     (folder / "empty.toml").write_text("")
     command = [sys.executable, "-m", "fedmerge.cli", "run", "empty.toml", "--app", str(REPOSITORY), "--set", *settings]
     environment = {**os.environ, VARIABLE: mark, "PYTHONPATH": str(REPOSITORY)}
-    peaks: dict[str, dict[str, float]] = {}
+    peaks: dict[tuple[str, int], dict[str, float]] = {}
     curve: list[tuple[float, float]] = []  # seconds, MB of the server's own
     started = time.perf_counter()
     with (folder / f"output-{num_domains}.log").open("w") as output:
@@ -117,18 +119,25 @@ def run(folder: Path, num_domains: int, options: argparse.Namespace) -> dict[str
         while process.poll() is None:
             for pid in processes(mark):
                 with suppress(OSError):
-                    kind, sizes = memory(pid)
-                    of_kind = peaks.setdefault(kind, {})
-                    for name, size in sizes.items():
-                        of_kind[name] = max(size, of_kind.get(name, 0.0))
-                    if kind == "flwr-simulation" and "own" in sizes:
-                        curve.append((time.perf_counter() - started, sizes["own"]))
+                    kind, values = sample(pid)
+                    of_process = peaks.setdefault((kind, pid), {})
+                    for name, value in values.items():
+                        of_process[name] = max(value, of_process.get(name, 0.0))
+                    if kind == "flwr-simulation" and "own" in values:
+                        curve.append((time.perf_counter() - started, values["own"]))
             time.sleep(SAMPLE_SECONDS)
     seconds = time.perf_counter() - started
     if process.returncode:
         raise SystemExit(f"{num_domains} domains: the run failed, see {folder / f'output-{num_domains}.log'}")
     (folder / f"memory-{num_domains}.json").write_text(json.dumps(curve))
     phases = phase_seconds(run_dir / "run.log")
+
+    def peak(kind: str, name: str) -> float:
+        return max(values.get(name, 0.0) for (its_kind, _), values in peaks.items() if its_kind == kind)
+
+    def cpu(*kinds: str) -> float:
+        return sum(values["cpu"] for (kind, _), values in peaks.items() if kind in kinds)
+
     left = pc.sum(pq.read_table(run_dir / "exposure.parquet", columns=["size_bytes"])["size_bytes"]).as_py()
     merged = [file.stat().st_size for file in run_dir.glob("merged/*/adapter_model.safetensors")]
     return {
@@ -140,10 +149,13 @@ def run(folder: Path, num_domains: int, options: argparse.Namespace) -> dict[str
         **{f"{phase} s": value for phase, value in phases.items()},
         "s a domain": sum(phases.values()) / num_domains,
         "floor s a domain": floor_seconds([1_000, left / num_domains, sum(merged), sum(merged)]),
-        "server rss MB": peaks["flwr-simulation"]["rss"],
-        "server own MB": peaks["flwr-simulation"]["own"],
-        "client own MB": peaks["ray::ClientAppActor"]["own"],
-        "superlink own MB": peaks["flower-superlink"]["own"],
+        "server CPU s": cpu("flwr-simulation"),
+        "clients CPU s": cpu("ray::ClientAppActor"),
+        "others CPU s": cpu("", "flower-superlink"),
+        "server rss MB": peak("flwr-simulation", "rss"),
+        "server own MB": peak("flwr-simulation", "own"),
+        "client own MB": peak("ray::ClientAppActor", "own"),
+        "superlink own MB": peak("flower-superlink", "own"),
         "kB from a client": left / num_domains / 1e3,
         "kB to a client": (2 * sum(merged)) / 1e3,
         "run folder kB a domain": size_of(run_dir) / num_domains / 1e3,

@@ -9,7 +9,6 @@ import json
 import tomllib
 import types
 import typing
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -411,7 +410,8 @@ def _parse(value: Any, annotation: Any) -> Any:
     if isinstance(value, bool) and {int, float} & {annotation, *arguments}:
         return str(value).lower()  # refused with this text; by itself pydantic takes true for 1
     if not isinstance(value, str):
-        return value
+        # --set takes 0.5 for a number
+        return (value,) if origin is tuple and isinstance(value, (int, float)) else value
     if value.strip() == "none" and (origin in (typing.Union, types.UnionType)) and type(None) in arguments:
         return None
     if origin is tuple:

@@ -92,6 +92,8 @@ def test_files_speak_of_tuples_and_none() -> None:
     assert config.domains.unseen == ()
     assert config.train.max_minutes is None
     assert from_flat({"merge.task_arithmetic_coefficients": "0.5, 1"}).merge.task_arithmetic_coefficients == (0.5, 1.0)
+    one = load_config(None, ["merge.task_arithmetic_coefficients=0.5", "domains.train=a,b"])
+    assert one.merge.task_arithmetic_coefficients == (0.5,)
     assert from_flat({"output_dir": "none"}).output_dir == "none"  # not a setting that can be absent
     flat = to_flat(config)
     assert (flat["domains.train"], flat["domains.unseen"], flat["train.max_minutes"]) == ("a,b,c", "", "none")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from transformers import BertConfig, BertModel, BertTokenizer, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from fedmerge import seeding
 from fedmerge.domain.demo_words import BRAND_ENDS, BRAND_FORMS, BRAND_STARTS, STAGE_WORDS, STYLES, VOCABULARIES
@@ -50,6 +51,7 @@ def write_demo_backbone(folder: Path, *, seed: int = 0) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}.partial-", dir=folder.parent) as parent:
             partial = Path(parent) / folder.name
+            transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # as load_backbone does
             model.save_pretrained(partial)
             BertTokenizer(vocab=vocabulary).save_pretrained(partial)
             (partial / "README.md").write_text(NOTE + "\n", encoding="utf-8")
