@@ -27,6 +27,8 @@ DEMO_ROOT = "demo"  # value of domains.root that names the bundled synthetic dom
 
 MergeMethod = Literal["average", "task-arithmetic", "mergerec"]
 
+Baseline = Literal["popularity", "last-item", "item-knn", "sasrec"]
+
 
 def _twice(names: Sequence[str]) -> str:
     return ", ".join(sorted({name for name in names if names.count(name) > 1}))
@@ -187,6 +189,43 @@ class Evaluation(Section):
     selection_metric: Literal["recall@10", "ndcg@10", "mrr"] = Field(
         "ndcg@10", description="Mean over training domains, unmasked."
     )
+    baselines: tuple[Baseline, ...] = Field(
+        ("popularity", "last-item"),
+        description="Reference rows on test. item-knn takes seconds a domain, sasrec minutes, both on the client.",
+    )
+
+    @model_validator(mode="after")
+    def _baselines_once(self) -> "Evaluation":
+        twice = sorted({name for name in self.baselines if self.baselines.count(name) > 1})
+        if twice:
+            raise ValueError(f"baselines names {', '.join(twice)} twice; name each baseline once")
+        return self
+
+
+class SASRec(Section):
+    """The baseline ``sasrec``: a small Transformer over item ids, trained by each client alone on its own users."""
+
+    hidden_size: int = Field(64, ge=1, le=4096)
+    layers: int = Field(2, ge=1, le=48)
+    heads: int = Field(2, ge=1, le=64)
+    dropout: float = Field(0.5, ge=0, lt=1)
+    max_length: int = Field(50, ge=1, le=1000, description="Most recent items of a history that are read.")
+    learning_rate: float = Field(1e-3, gt=0, le=1)
+    batch_size: int = Field(128, ge=1, le=4096, description="Users a step.")
+    max_epochs: int = Field(100, ge=1)
+    max_minutes: float | None = Field(
+        10.0, gt=0, description="Wall clock; where it ends the training, the row depends on the machine's speed."
+    )
+    validation_users: int | None = Field(
+        None, ge=1, description="Users that early stopping looks at after every epoch; 'none' for all."
+    )
+    patience: int = Field(5, ge=1, description="Epochs without a better NDCG@10 before training stops.")
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> "SASRec":
+        if self.hidden_size % self.heads:
+            raise ValueError(f"hidden_size = {self.hidden_size} is no multiple of heads = {self.heads}; change one")
+        return self
 
 
 class Server(Section):
@@ -265,6 +304,7 @@ class ExperimentConfig(Section):
     merge: Merge = Merge()
     mergerec: MergeRec = MergeRec()
     evaluation: Evaluation = Evaluation()
+    sasrec: SASRec = SASRec()
     server: Server = Server()
     privacy: Privacy = Privacy()
     runtime: Runtime = Runtime()

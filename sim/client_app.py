@@ -13,6 +13,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedmerge import __version__
+from fedmerge.client.baselines import baseline_rankers
 from fedmerge.client.evaluate import BACKBONE, evaluate
 from fedmerge.client.experts import expert_by_hash, trained_expert
 from fedmerge.client.local_domain import LocalDomain, open_domain
@@ -122,7 +123,9 @@ def evaluate_models(message: Message, context: Context) -> RecordDict:
         **adapters,
     }
     limit = config.evaluation.validation_users if request.split == "valid" else config.evaluation.test_users
-    sums = evaluate(domain, models, request.split, limit, config.seed, request.baselines, logger.info)
+    names = config.evaluation.baselines if request.baselines else ()
+    baselines = baseline_rankers(domain, config, names, logger.info)
+    sums = evaluate(domain, models, request.split, limit, config.seed, baselines, logger.info)
     for of_variant in sums.values():
         check_enough_users(domain.manifest.name, of_variant.num_users, config.privacy.min_users)
     return records.metric_sums_record(sums)

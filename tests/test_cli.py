@@ -15,10 +15,11 @@ from test_import_mergerec import small_source, write_source
 
 from fedmerge import __version__
 from fedmerge.cli import main
-from fedmerge.client.evaluate import BACKBONE, LAST_ITEM, POPULARITY, evaluate
+from fedmerge.client.baselines import BASELINE_LABELS, baseline_rankers
+from fedmerge.client.evaluate import BACKBONE, evaluate
 from fedmerge.client.local_domain import open_domain
 from fedmerge.client.metrics import METRICS
-from fedmerge.config import Text, load_config, to_toml
+from fedmerge.config import ExperimentConfig, Text, load_config, to_toml
 from fedmerge.device import resolve_compute
 from fedmerge.domain.demo import DEMO_DOMAINS, demo_names, generate_domain
 from fedmerge.domain.folder import list_domains, write_domain
@@ -30,6 +31,7 @@ from fedmerge.encoder.lora import write_adapter
 REPOSITORY = Path(__file__).resolve().parent.parent
 CONFIG = REPOSITORY / "configs" / "amazon3.toml"
 NUM_USERS = 15
+POPULARITY, LAST_ITEM = BASELINE_LABELS["popularity"], BASELINE_LABELS["last-item"]
 
 Lines = tuple[int, list[str], list[str]]
 Command = Callable[..., Lines]
@@ -264,7 +266,8 @@ def test_evaluate_prints_what_the_library_computes(
     if adapter is not None:
         write_adapter(adapter, tmp_path / "mine", backbone.name)
     domain = open_domain(shops / "toys", backbone, Text(max_tokens=64, max_items=2, max_attribute_tokens=10))
-    wanted = evaluate(domain, {label: adapter}, "valid" if split == "valid" else "test", 9, seed=0, baselines=True)
+    baselines = baseline_rankers(domain, ExperimentConfig(), ("popularity", "last-item"))
+    wanted = evaluate(domain, {label: adapter}, "valid" if split == "valid" else "test", 9, seed=0, baselines=baselines)
 
     path = "none" if adapter is None else tmp_path / "mine"
     code, out, err = fedmerge(
@@ -278,7 +281,7 @@ def test_evaluate_prints_what_the_library_computes(
         assert set(found[variant]["methods"]) == {label, POPULARITY, LAST_ITEM}
         assert all(set(metrics) == set(METRICS) for metrics in found[variant]["methods"].values())
     if adapter is not None:  # and it is not the backbone's
-        alone = evaluate(domain, {BACKBONE: None}, "valid" if split == "valid" else "test", 9, seed=0, baselines=False)
+        alone = evaluate(domain, {BACKBONE: None}, "valid" if split == "valid" else "test", 9, seed=0)
         assert not np.array_equal(alone["unmasked"].sums[0], wanted["unmasked"].sums[0])
 
 

@@ -399,7 +399,7 @@ def test_metrics_are_those_of_the_users_and_the_report_shows_them(first: Run) ->
     config = first.config
     domain = open_domain(Path(config.domains.root) / "camping", open_backbone(config), config.text)
     merged = read_adapter(first.folder / "merged" / best["task-arithmetic"].replace(" ", "-"))
-    own = evaluate(domain, {"backbone": None, "merged": merged}, "test", None, config.seed, baselines=False)
+    own = evaluate(domain, {"backbone": None, "merged": merged}, "test", None, config.seed)
     for variant, sums in own.items():
         for row, label in enumerate(("backbone", best["task-arithmetic"])):
             found = [values["test", variant, "camping", label, metric][1] for metric in METRICS]

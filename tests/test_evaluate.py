@@ -10,10 +10,11 @@ import torch
 from adapters import layout_of, random_adapter
 from backbones import tiny_bert
 
-from fedmerge.client.evaluate import BACKBONE, LAST_ITEM, POPULARITY, evaluate
+from fedmerge.client.baselines import BASELINE_LABELS, Ranker, baseline_rankers
+from fedmerge.client.evaluate import BACKBONE, evaluate
 from fedmerge.client.local_domain import LocalDomain, open_domain
 from fedmerge.client.metrics import CUTOFFS, METRICS, MetricSums
-from fedmerge.config import Text
+from fedmerge.config import ExperimentConfig, Text
 from fedmerge.device import resolve_compute
 from fedmerge.domain.demo import generate_domain
 from fedmerge.domain.folder import write_domain
@@ -26,6 +27,7 @@ from fedmerge.errors import ConfigError
 
 TEXT = Text(max_attribute_tokens=40, max_items=2, max_tokens=128)
 NUM_USERS, NUM_ITEMS = 24, 30
+POPULARITY, LAST_ITEM = BASELINE_LABELS["popularity"], BASELINE_LABELS["last-item"]
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +47,12 @@ def domain(tmp_path_factory: pytest.TempPathFactory) -> LocalDomain:
 def adapters(domain: LocalDomain) -> dict[str, Adapter | None]:
     layout = layout_of(domain.backbone)
     return {BACKBONE: None, "one": random_adapter(layout, 2, 0.7, 1), "two": random_adapter(layout, 3, 0.7, 2)}
+
+
+@pytest.fixture(scope="module")
+def baselines(domain: LocalDomain) -> dict[str, Ranker]:
+    """Those of the default configuration."""
+    return baseline_rankers(domain, ExperimentConfig(), ExperimentConfig().evaluation.baselines)
 
 
 def outcome(rank: int) -> list[float]:
@@ -91,10 +99,10 @@ def oracle(domain: LocalDomain, split: str, adapters: dict[str, Adapter | None])
 
 @pytest.mark.parametrize("split", ["valid", "test"])
 def test_every_model_and_baseline_is_ranked_as_one_user_at_a_time(
-    domain: LocalDomain, adapters: dict[str, Adapter | None], split: str
+    domain: LocalDomain, adapters: dict[str, Adapter | None], baselines: dict[str, Ranker], split: str
 ) -> None:
     expected = oracle(domain, split, adapters)
-    found = evaluate(domain, adapters, "valid" if split == "valid" else "test", None, seed=0, baselines=True)
+    found = evaluate(domain, adapters, "valid" if split == "valid" else "test", None, seed=0, baselines=baselines)
     assert list(found) == ["unmasked", "masked"]
     for variant, sums in found.items():
         assert sums.variant == variant
@@ -111,41 +119,43 @@ def test_every_model_and_baseline_is_ranked_as_one_user_at_a_time(
 
 
 def test_baselines_are_the_same_without_the_backbone_among_the_models(
-    domain: LocalDomain, adapters: dict[str, Adapter | None]
+    domain: LocalDomain, adapters: dict[str, Adapter | None], baselines: dict[str, Ranker]
 ) -> None:
-    alone = evaluate(domain, {"one": adapters["one"]}, "test", None, seed=0, baselines=True)["masked"]
-    together = evaluate(domain, adapters, "test", None, seed=0, baselines=True)["masked"]
+    alone = evaluate(domain, {"one": adapters["one"]}, "test", None, seed=0, baselines=baselines)["masked"]
+    together = evaluate(domain, adapters, "test", None, seed=0, baselines=baselines)["masked"]
     assert set(alone.methods) == {"one", POPULARITY, LAST_ITEM}
     for method in alone.methods:
         assert alone.metrics_by_method()[method] == together.metrics_by_method()[method]
 
 
 def test_without_baselines_there_are_none(domain: LocalDomain, adapters: dict[str, Adapter | None]) -> None:
-    assert evaluate(domain, adapters, "valid", None, seed=0, baselines=False)["unmasked"].methods == tuple(adapters)
+    assert evaluate(domain, adapters, "valid", None, seed=0)["unmasked"].methods == tuple(adapters)
 
 
 def test_a_draw_of_users_is_the_same_for_every_call(domain: LocalDomain, adapters: dict[str, Adapter | None]) -> None:
-    both = evaluate(domain, adapters, "test", 9, seed=3, baselines=False)["unmasked"]
-    single = evaluate(domain, {"two": adapters["two"]}, "test", 9, seed=3, baselines=False)["unmasked"]
-    other = evaluate(domain, {"two": adapters["two"]}, "test", 9, seed=4, baselines=False)["unmasked"]
+    both = evaluate(domain, adapters, "test", 9, seed=3)["unmasked"]
+    single = evaluate(domain, {"two": adapters["two"]}, "test", 9, seed=3)["unmasked"]
+    other = evaluate(domain, {"two": adapters["two"]}, "test", 9, seed=4)["unmasked"]
     assert both.num_users == single.num_users == 9
     assert both.metrics_by_method()["two"] == single.metrics_by_method()["two"] != other.metrics_by_method()["two"]
-    everyone = evaluate(domain, {"two": adapters["two"]}, "test", 10_000, seed=3, baselines=False)["unmasked"]
+    everyone = evaluate(domain, {"two": adapters["two"]}, "test", 10_000, seed=3)["unmasked"]
     assert everyone.num_users == NUM_USERS + 1
 
 
 def test_nobody_is_not_a_number_of_users(domain: LocalDomain, adapters: dict[str, Adapter | None]) -> None:
     with pytest.raises(ConfigError, match="max_users is 0"):
-        evaluate(domain, adapters, "test", 0, seed=0, baselines=False)
+        evaluate(domain, adapters, "test", 0, seed=0)
 
 
-def test_only_sums_leave(domain: LocalDomain, adapters: dict[str, Adapter | None]) -> None:
+def test_only_sums_leave(
+    domain: LocalDomain, adapters: dict[str, Adapter | None], baselines: dict[str, Ranker]
+) -> None:
     def shape_of(value: object) -> object:
         if isinstance(value, dict):
             return {key: shape_of(item) for key, item in value.items()}
         return [shape_of(item) for item in value] if isinstance(value, list) else type(value).__name__
 
-    few, many = (evaluate(domain, adapters, "test", users, seed=0, baselines=True) for users in (5, 20))
+    few, many = (evaluate(domain, adapters, "test", users, seed=0, baselines=baselines) for users in (5, 20))
     for variant, sums in few.items():
         assert type(sums) is MetricSums
         text = json.dumps(sums.to_dict())
@@ -156,10 +166,12 @@ def test_only_sums_leave(domain: LocalDomain, adapters: dict[str, Adapter | None
         assert sums.sums.size + sums.products.size == 5 * len(METRICS) + len(METRICS) * 5 * 5
 
 
-def test_evaluation_leaves_the_backbone_as_it_was(domain: LocalDomain, adapters: dict[str, Adapter | None]) -> None:
+def test_evaluation_leaves_the_backbone_as_it_was(
+    domain: LocalDomain, adapters: dict[str, Adapter | None], baselines: dict[str, Ranker]
+) -> None:
     before = {name: tensor.clone() for name, tensor in domain.backbone.model.state_dict().items()}
     lines: list[str] = []
-    evaluate(domain, adapters, "test", 4, seed=0, baselines=True, progress=lines.append)
+    evaluate(domain, adapters, "test", 4, seed=0, baselines=baselines, progress=lines.append)
     after = domain.backbone.model.state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
     assert len(lines) == len(adapters)
@@ -169,5 +181,5 @@ def test_evaluation_leaves_the_backbone_as_it_was(domain: LocalDomain, adapters:
 def test_models_that_are_not_finite_are_refused(domain: LocalDomain, tmp_path: Path) -> None:
     broken = random_adapter(layout_of(domain.backbone), 1, math.inf, 0)
     with pytest.raises(Exception, match=r"NaN|finite") as caught:
-        evaluate(domain, {"broken": broken}, "test", None, seed=0, baselines=False)
+        evaluate(domain, {"broken": broken}, "test", None, seed=0)
     assert type(caught.value).__module__ == "fedmerge.errors"

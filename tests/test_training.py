@@ -185,7 +185,7 @@ def test_the_best_adapter_is_kept_and_not_the_last(walk: LocalDomain) -> None:
     adapter, report = train_expert(
         walk, LORA, TRAIN.model_copy(update={"learning_rate": 0.05, "max_steps": 30}), seed=1
     )
-    sums = evaluate(walk, {"kept": adapter}, "valid", None, seed=1, baselines=False)["unmasked"]
+    sums = evaluate(walk, {"kept": adapter}, "valid", None, seed=1)["unmasked"]
     kept = next(v.ndcg for v in report.validations if v.step == report.best_step)
     assert 0 < report.best_step < report.steps
     assert kept == max(v.ndcg for v in report.validations)

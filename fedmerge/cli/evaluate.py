@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,12 @@ def add_commands(commands: "Commands") -> None:
         default=None,
         help="experiment file for backbone, text and runtime (default: that of the run the adapter lies in)",
     )
+    evaluate.add_argument(
+        "--baselines",
+        default=None,
+        metavar="NAME,…",
+        help="reference rows: popularity, last-item, item-knn, sasrec (default: evaluation.baselines)",
+    )
     add_overrides(evaluate)
     evaluate.add_argument("--json", action="store_true", help="machine-readable output")
     evaluate.set_defaults(command=_evaluate)
@@ -32,11 +39,13 @@ def add_commands(commands: "Commands") -> None:
 def _evaluate(options: argparse.Namespace) -> int:
     from fedmerge.config import load_config
 
-    config = load_config(options.config or _config_of_run(options.adapter), options.overrides)
+    chosen = [] if options.baselines is None else [f"evaluation.baselines={options.baselines}"]
+    config = load_config(options.config or _config_of_run(options.adapter), [*options.overrides, *chosen])
 
     import torch
 
-    from fedmerge.client.evaluate import BACKBONE, LAST_ITEM, POPULARITY, evaluate
+    from fedmerge.client.baselines import BASELINE_LABELS, baseline_rankers
+    from fedmerge.client.evaluate import BACKBONE, evaluate
     from fedmerge.client.local_domain import open_domain
     from fedmerge.device import resolve_compute
     from fedmerge.encoder.backbone import load_backbone
@@ -45,12 +54,13 @@ def _evaluate(options: argparse.Namespace) -> int:
 
     torch.set_num_threads(config.runtime.server_threads)
     adapter = None if options.adapter == "none" else read_adapter(Path(options.adapter))
-    name = Path(options.adapter).resolve().name
-    label = BACKBONE if adapter is None else f"adapter {name}" if name in (BACKBONE, POPULARITY, LAST_ITEM) else name
+    name, taken = Path(options.adapter).resolve().name, {BACKBONE, *BASELINE_LABELS.values()}
+    label = BACKBONE if adapter is None else f"adapter {name}" if name in taken else name
     compute = resolve_compute(config.runtime.device, config.runtime.precision)
     backbone = load_backbone(config.backbone.source, config.backbone.pooling, compute, config.backbone.weights_sha256)
     domain = open_domain(options.domain, backbone, config.text)
-    sums = evaluate(domain, {label: adapter}, options.split, options.max_users, config.seed, baselines=True)
+    baselines = baseline_rankers(domain, config, config.evaluation.baselines, lambda line: print(line, file=sys.stderr))
+    sums = evaluate(domain, {label: adapter}, options.split, options.max_users, config.seed, baselines)
     name = domain.manifest.name
     if options.json:
         result: dict[str, Any] = {

@@ -1,13 +1,88 @@
-"""Two baselines without training, shown beside every table: what does not beat them has learned nothing about users."""
+"""Reference rows beside every table: what does not beat them has learned nothing worth sharing about users.
 
-from collections.abc import Sequence
+Popularity and last-item similarity need no training; ItemKNN and SASRec know a client's own users and no text.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from fedmerge.client.item_knn import choose_item_knn, item_knn_ranks
+from fedmerge.client.local_domain import LocalDomain
 from fedmerge.client.metrics import IntArray, check_in_catalog, rank_targets, target_ranks
+from fedmerge.client.sasrec import sasrec_ranks, trained_sasrec
+from fedmerge.config import Baseline, ExperimentConfig
+from fedmerge.domain.splits import Examples, evaluation_examples, train_sequences
 from fedmerge.errors import LayoutMismatchError
+
+Progress = Callable[[str], None]
+Ranker = Callable[[Examples, Sequence[IntArray] | None], npt.NDArray[np.int64]]  # examples and seen items to ranks
+
+# The row of each baseline in a table.
+BASELINE_LABELS: Mapping[Baseline, str] = {
+    "popularity": "popularity",
+    "last-item": "last item",
+    "item-knn": "item-knn",
+    "sasrec": "sasrec",
+}
+
+
+def baseline_rankers(
+    domain: LocalDomain, config: ExperimentConfig, names: Sequence[Baseline], progress: Progress = lambda line: None
+) -> dict[str, Ranker]:
+    """What ranks the users of a domain under each baseline; trained, or chosen on validation, where it has to be.
+
+    Args:
+        domain: the client's own.
+        config: evaluation.validation_users, sasrec, seed and cache_dir count.
+        names: which, in the order of the rows.
+        progress: receives one line now and then.
+
+    Returns:
+        Row label -> ranker. sasrec has no row where no user has two items outside validation and test, since there is
+        nothing to train on.
+    """
+    rankers = {BASELINE_LABELS[name]: _MAKERS[name](domain, config, progress) for name in names}
+    return {label: ranker for label, ranker in rankers.items() if ranker is not None}
+
+
+def _popularity(domain: LocalDomain, config: ExperimentConfig, progress: Progress) -> Ranker:
+    scores = popularity_scores(train_sequences(domain.interactions), len(domain.catalog))
+    return lambda examples, seen: popularity_ranks(scores, examples.targets, seen)
+
+
+def _last_item(domain: LocalDomain, config: ExperimentConfig, progress: Progress) -> Ranker:
+    return lambda examples, seen: last_item_similarity(
+        domain.backbone_item_vectors, examples.histories, examples.targets, seen
+    )
+
+
+def _item_knn(domain: LocalDomain, config: ExperimentConfig, progress: Progress) -> Ranker:
+    validation = evaluation_examples(domain.interactions, "valid", config.evaluation.validation_users, config.seed)
+    neighbours, choice = choose_item_knn(train_sequences(domain.interactions), len(domain.catalog), validation)
+    progress(
+        f"{domain.manifest.name}: item-knn chose {choice.num_neighbours} neighbours, shrinkage {choice.shrinkage:g} "
+        f"(validation ndcg@10 {choice.ndcg:.4f}, {len(validation)} users)"
+    )
+    return lambda examples, seen: item_knn_ranks(neighbours, examples.histories, examples.targets, seen)
+
+
+def _sasrec(domain: LocalDomain, config: ExperimentConfig, progress: Progress) -> Ranker | None:
+    if not domain.training_sequences:
+        progress(f"{domain.manifest.name}: no row of sasrec: no user has two items outside validation and test")
+        return None
+    model = trained_sasrec(domain, config, progress)
+    return lambda examples, seen: sasrec_ranks(model, examples.histories, examples.targets, seen)
+
+
+_MAKERS: Mapping[Baseline, Callable[[LocalDomain, ExperimentConfig, Progress], Ranker | None]] = {
+    "popularity": _popularity,
+    "last-item": _last_item,
+    "item-knn": _item_knn,
+    "sasrec": _sasrec,
+}
 
 
 def popularity_scores(train_sequences: Sequence[IntArray], num_items: int) -> npt.NDArray[np.float64]:

@@ -1,9 +1,7 @@
 """A client's trained experts on its own disk: the same inputs are never trained on twice."""
 
-import hashlib
 import json
 import shutil
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,7 @@ from typing import Any
 import torch
 
 from fedmerge import __version__
+from fedmerge.client.kept import inputs_key, keep
 from fedmerge.client.local_domain import LocalDomain
 from fedmerge.client.train import Progress, train_expert
 from fedmerge.config import ExperimentConfig
@@ -39,19 +38,12 @@ def trained_expert(domain: LocalDomain, config: ExperimentConfig, progress: Prog
     adapter, training = train_expert(domain, config.lora, config.train, config.seed, progress)
     report = {**asdict(training), "sha256": adapter_sha256(adapter)}
     report["validations"][0]["loss"] = None  # nothing was trained on yet; JSON has no NaN
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder.parent) as partial:
-            expert = Path(partial) / "expert"
-            write_adapter(adapter, expert, domain.backbone.name)
-            (expert / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n")
-            expert.rename(folder)
-    except OSError as error:
-        if not _kept(folder):  # otherwise another process was faster with the same result
-            raise ClientError(
-                f"domain {domain.manifest.name}: its expert cannot be kept under {folder.parent} ({error}). "
-                "Check the space and the permissions there, or set cache_dir."
-            ) from error
+
+    def write(expert: Path) -> None:
+        write_adapter(adapter, expert, domain.backbone.name)
+        (expert / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n")
+
+    keep(folder, write, lambda: _kept(folder) is not None, f"domain {domain.manifest.name}: its expert")
     return adapter, {**report, "cached": False}
 
 
@@ -100,4 +92,4 @@ def _training_key(domain: LocalDomain, config: ExperimentConfig) -> str:
         "precision": domain.backbone.compute.precision,
         "versions": [__version__, torch.__version__],
     }
-    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
+    return inputs_key(inputs)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from fedmerge.config import Text
 from fedmerge.domain.catalog import Catalog, load_catalog
@@ -13,6 +14,7 @@ from fedmerge.domain.interactions import Interactions, load_interactions
 from fedmerge.domain.manifest import Manifest, read_manifest
 from fedmerge.domain.splits import train_sequences
 from fedmerge.encoder.backbone import Backbone, check_max_tokens
+from fedmerge.encoder.encode import encode
 from fedmerge.encoder.text import Tokens, TokenTable, build_token_table, item_sequences
 
 MIN_TRAINING_LENGTH = 2  # one item of history and a target
@@ -53,6 +55,11 @@ class LocalDomain:
     def item_sequences(self) -> list[Tokens]:
         """One token sequence per item."""
         return item_sequences(self.table, self.backbone.special, self.text.max_tokens)
+
+    @cached_property
+    def backbone_item_vectors(self) -> torch.Tensor:
+        """(N, d) item vectors under the backbone alone; to be asked for while no adapter is applied to it."""
+        return encode(self.backbone, self.item_sequences)
 
 
 def open_domain(folder: Path, backbone: Backbone, text: Text) -> LocalDomain:
