@@ -101,9 +101,7 @@ def test_order_and_repeats_in_a_history_do_not_matter() -> None:
     targets = np.arange(NUM_ITEMS)
     histories = random_sequences(NUM_ITEMS, 3)
     shuffled = [np.concatenate([history[::-1], history]) for history in histories]
-    assert np.array_equal(
-        item_knn_ranks(neighbours, histories, targets), item_knn_ranks(neighbours, shuffled, targets)
-    )
+    assert np.array_equal(item_knn_ranks(neighbours, histories, targets), item_knn_ranks(neighbours, shuffled, targets))
 
 
 def test_validation_chooses_the_best_of_the_grid() -> None:
