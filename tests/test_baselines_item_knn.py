@@ -25,7 +25,8 @@ def test_neighbours_by_hand() -> None:
     # Users of the items: three of 0, two of 1, one of 2, one of 3; nobody has 4.
     found = item_neighbours(BASKETS, 5, 2)
     assert found.items.tolist() == [[1, 2], [0, 0], [0, 0], [0, 0], [0, 0]]
-    expected = [[2 / math.sqrt(6), 1 / math.sqrt(3)], [2 / math.sqrt(6), 0], [1 / math.sqrt(3), 0], [0, 0], [0, 0]]
+    two, one = 2 / math.sqrt(6), 1 / math.sqrt(3)
+    expected = np.array([[two, one], [two, 0.0], [one, 0.0], [0.0, 0.0], [0.0, 0.0]])
     np.testing.assert_allclose(found.similarities, expected, rtol=1e-15)
 
 

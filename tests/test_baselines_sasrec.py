@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 SETTINGS = Settings(
     hidden_size=16, layers=2, heads=2, dropout=0.0, max_length=6, learning_rate=0.01, batch_size=8, max_epochs=40
 )
-LOOSE = {"rtol": 1e-5, "atol": 1e-5}  # float32
+LOOSE = 1e-5  # float32
 
 
 def spread_model(settings: Settings = SETTINGS) -> SASRec:
@@ -95,7 +95,7 @@ def test_a_later_item_changes_nothing_before_it() -> None:
     before, after = torch.tensor([[1, 2, 3, 4, 5]]), torch.tensor([[1, 2, 3, 9, 0]])
     for hidden in (model, model.train()):  # PyTorch takes another path for each mode
         left, right = hidden(before)[0], hidden(after)[0]
-        torch.testing.assert_close(left[:3], right[:3], **LOOSE)
+        torch.testing.assert_close(left[:3], right[:3], rtol=LOOSE, atol=LOOSE)
         assert ((left[3:] - right[3:]).abs().amax(dim=1) > 0.01).all()
 
 
@@ -104,7 +104,7 @@ def test_padding_and_company_change_nothing() -> None:
     histories = [np.array([4]), np.array([7, 2, 2, 0, 1, 3]), np.array([9, 8, 7]), np.array([0, 5])]
     together = user_vectors(model, histories)
     for row, history in enumerate(histories):
-        torch.testing.assert_close(together[row], user_vectors(model, [history])[0], **LOOSE)
+        torch.testing.assert_close(together[row], user_vectors(model, [history])[0], rtol=LOOSE, atol=LOOSE)
     assert len({round(float(value), 3) for value in together[:, 0]}) == len(histories)
 
 
@@ -145,7 +145,7 @@ def test_gradients_are_those_of_the_softmax_over_the_whole_catalog(logits_per_bl
     expected.backward()  # type: ignore[no-untyped-call]  # PyTorch leaves it untyped
     assert backward(blocked, batch, logits_per_block=logits_per_block) == pytest.approx(expected.item(), rel=1e-5)
     for (name, one), (_, other) in zip(plain.named_parameters(), blocked.named_parameters(), strict=True):
-        torch.testing.assert_close(one.grad, other.grad, rtol=1e-3, atol=1e-4, msg=lambda text, name=name: name + text)
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-3, atol=1e-4, msg=name)
 
 
 # Training

@@ -73,8 +73,8 @@ def item_neighbours(
     bought = np.concatenate([np.zeros(0, dtype=np.int64), *distinct])
     check_in_catalog(bought, num_items, "the train sequences")
     num_users = np.bincount(bought, minlength=num_items)  # (N,) of each item
-    buyers = np.repeat(np.arange(len(distinct)), [len(items) for items in distinct])
-    buyers = np.split(buyers[np.argsort(bought, kind="stable")], np.cumsum(num_users)[:-1])  # N arrays of users
+    users = np.repeat(np.arange(len(distinct)), [len(items) for items in distinct])
+    buyers = np.split(users[np.argsort(bought, kind="stable")], np.cumsum(num_users)[:-1])  # N arrays of users
     neighbours = np.zeros((num_items, num_neighbours), dtype=np.int32)
     similarities = np.zeros((num_items, num_neighbours))
     for item, its_buyers in enumerate(buyers):

@@ -306,12 +306,12 @@ def backward(
     leaf = hidden.detach().requires_grad_()
     total = 0.0
     size = max(1, logits_per_block // len(model.items.weight))
-    for some, their_targets in zip(leaf.split(size), targets.split(size), strict=True):
+    for some, their_targets in zip(torch.split(leaf, size), torch.split(targets, size), strict=True):
         logits = some @ model.items.weight.T  # (block, N)
         loss = nn.functional.cross_entropy(logits, their_targets, reduction="sum") / len(targets)
         loss.backward()  # type: ignore[no-untyped-call]  # PyTorch leaves it untyped
         total += loss.item()
-    hidden.backward(leaf.grad)  # type: ignore[no-untyped-call]
+    hidden.backward(leaf.grad)
     return total
 
 
