@@ -1,7 +1,7 @@
 """A stream of (user, item, time) rows becomes a domain: the k-core, repeats, the order in time, the folder.
 
 Memory: 16 bytes a row (user and item int32, time int64), each distinct id once (about 200 bytes), and while rows are
-counted and sorted some 25 bytes more for each that is still there.
+counted and sorted some 30 bytes more for each that is still there.
 """
 
 from array import array
