@@ -22,7 +22,7 @@ from fedmerge.errors import ClientError, RunDirError
 from fedmerge.report.tables import Role, differences_table, result_rows, results_table
 from fedmerge.run_dir import DONE, create_run, write_json, write_table, write_text
 from fedmerge.server.admission import check_adapter, expected_layout
-from fedmerge.server.candidates import Candidate, choose, merge_candidates
+from fedmerge.server.candidates import Candidate, choose, merge_candidates, write_candidate
 from sim import records
 
 POLL_SECONDS = 0.2
@@ -97,9 +97,7 @@ def _experiment(config: ExperimentConfig, federation: Federation, run_dir: Path)
             logger.info,
         )
         for candidate in candidates:
-            folder = run_dir / "merged" / candidate.label.replace(" ", "-")
-            write_adapter(candidate.adapter, folder, backbone.name)
-            write_json(folder / "provenance.json", candidate.provenance)
+            write_candidate(candidate, run_dir / "merged", backbone.name)
         validation = _evaluate(federation, config, "valid", candidates, adapters)
         _require_quorum(federation, config)
         deciding = {domain: sums["unmasked"] for domain, sums in validation.items()}

@@ -13,9 +13,9 @@ FILES = sorted((REPOSITORY / "fedmerge").rglob("*.py"))
 # Dependencies run one way: a module imports from its own row or from those above.
 ROWS: tuple[tuple[str, ...], ...] = (
     ("errors", "__init__"),
-    ("config", "seeding", "device", "run_dir"),
+    ("config", "seeding", "device", "run_dir", "runs"),
     ("domain", "encoder"),
-    ("client", "merging"),
+    ("client", "merging", "recommend"),
     ("server", "federated", "privacy"),
     ("report",),
     ("cli",),

@@ -3,6 +3,8 @@
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -12,11 +14,12 @@ from fedmerge.client.metrics import MetricSums
 from fedmerge.config import ExperimentConfig
 from fedmerge.domain.catalog import Catalog
 from fedmerge.encoder.backbone import Backbone
-from fedmerge.encoder.lora import Adapter, adapter_sha256
+from fedmerge.encoder.lora import Adapter, adapter_sha256, write_adapter
 from fedmerge.encoder.text import build_token_table
 from fedmerge.errors import MergeError
 from fedmerge.merging.methods import method_coefficients
 from fedmerge.merging.stack import merge_adapters, stack_adapters, survey_adapters
+from fedmerge.run_dir import write_json
 from fedmerge.server.collaborative import CollaborativeSettings, learn_coefficients, student_vectors
 from fedmerge.server.pseudo_users import PseudoDomain, one_item_domain
 
@@ -31,8 +34,8 @@ class Candidate:
         label: unique in the run, e.g. ``task-arithmetic 0.4``.
         method: row of METHODS.
         adapter: the merged adapter.
-        provenance: source domains and hashes, method, parameters, coefficients, the largest rank of a module, policy,
-            loss curve of a learned merge.
+        provenance: source domains and hashes, method, parameters, coefficients, the largest rank of a module, who was
+            left out on request, policy, backbone, loss curve of a learned merge.
     """
 
     label: str
@@ -42,11 +45,12 @@ class Candidate:
 
 
 def merge_candidates(
-    backbone: Backbone,
+    backbone: Backbone | None,
     adapters: Mapping[str, Adapter],
     catalogs: Mapping[str, Catalog],
     config: ExperimentConfig,
     progress: Callable[[str], None] = lambda line: None,
+    details: Mapping[str, Any] = MappingProxyType({}),
 ) -> list[Candidate]:
     """Make every merge of the configuration.
 
@@ -55,20 +59,21 @@ def merge_candidates(
     the tokens and two matrices of item vectors.
 
     Args:
-        backbone: the frozen encoder.
+        backbone: the frozen encoder; learned methods run it, for the others it may be None.
         adapters: domain -> expert.
         catalogs: domain -> catalog, needed for learned methods only.
         config: methods and their variants.
         progress: receives one line now and then.
+        details: entries that every provenance gets, in place of its own where names are equal.
 
     Raises:
-        MergeError: a learned method without the catalogs of all domains.
+        MergeError: a learned method without the backbone or without the catalogs of all domains.
     """
     layout = survey_adapters(adapters)
     sources = {domain: adapter_sha256(adapters[domain]) for domain in layout.domains}
     candidates: list[Candidate] = []
 
-    def add(label: str, method: str, coefficients: Any, **details: Any) -> None:
+    def add(label: str, method: str, coefficients: Any, **own: Any) -> None:
         adapter = merge_adapters(adapters, layout, coefficients)
         provenance = {
             "method": method,
@@ -76,10 +81,12 @@ def merge_candidates(
             "coefficients": dict(zip(layout.domains, np.asarray(coefficients).tolist(), strict=True)),
             "coefficient_groups": list(layout.groups) if np.ndim(coefficients) == 2 else ["all"],
             "rank": max(module.rank for module in adapter.modules.values()),
+            "excluded": {},
             "policy": config.privacy.policy,
-            "backbone": {"name": backbone.name, "sha256": backbone.sha256},
+            "backbone": backbone and {"name": backbone.name, "sha256": backbone.sha256},
             "sha256": adapter_sha256(adapter),
             **details,
+            **own,
         }
         candidates.append(Candidate(label, method, adapter, provenance))
         progress(f"merged: {label}")
@@ -92,6 +99,8 @@ def merge_candidates(
                 coefficients = method_coefficients("task-arithmetic", layout, coefficient=coefficient)
                 add(f"task-arithmetic {coefficient:g}", method, coefficients, parameters={"coefficient": coefficient})
         else:
+            if backbone is None:
+                raise MergeError(f"{method}: found no backbone, expected the one that the adapters were trained on")
             pseudo = _pseudo_domains(backbone, adapters, catalogs, config, progress)
             stack = stack_adapters(adapters)
             start = torch.full((len(stack.domains),), config.mergerec.initial_coefficient)
@@ -110,6 +119,14 @@ def merge_candidates(
                     losses=[{"total": step.total, "rec": step.rec, "kd": step.kd} for step in learned.history],
                 )
     return candidates
+
+
+def write_candidate(candidate: Candidate, root: Path, backbone_name: str) -> Path:
+    """Write a merge as the PEFT folder ``root/<label>``, blanks as hyphens, with ``provenance.json``; its path."""
+    folder = root / candidate.label.replace(" ", "-")
+    write_adapter(candidate.adapter, folder, backbone_name)
+    write_json(folder / "provenance.json", candidate.provenance)
+    return folder
 
 
 def choose(

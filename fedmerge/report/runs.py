@@ -1,0 +1,169 @@
+"""Runs for people and for programs: a table of them, and one in full."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fedmerge.runs import MergeRecord, RunDetails, RunSummary
+
+MOST_LINES = 20  # of one kind, for people
+_ABSENT = "-"
+
+
+def runs_table(summaries: Sequence[RunSummary]) -> str:
+    """One line a run; what is damaged stands below. The metric is the served merge's, unmasked, on test."""
+    rows = [("run", "state", "started (UTC)", "seconds", "domains", "methods", "served", "on test")]
+    for run in summaries:
+        rows.append(
+            (
+                run.id,
+                run.state,
+                f"{run.started:%Y-%m-%d %H:%M}" if run.started else _ABSENT,
+                _ABSENT if run.seconds is None else f"{run.seconds:,.0f}",
+                _some(run.train) + (f" + {len(run.unseen)} unseen" if run.unseen else ""),
+                ", ".join(run.methods) or _ABSENT,
+                run.served or _ABSENT,
+                _ABSENT if run.test is None else f"{run.metric} {run.test:.4f}",
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines.insert(1, "-" * (sum(widths) + 2 * len(widths) - 2))
+    lines += [f"{run.id}: {problem}" for run in summaries for problem in run.problems]
+    return "\n".join(lines) + "\n"
+
+
+def summary_record(run: RunSummary) -> dict[str, Any]:
+    """The same as JSON types."""
+    return {
+        "id": run.id,
+        "folder": str(run.folder),
+        "state": run.state,
+        "started": run.started and run.started.isoformat(),
+        "seconds": run.seconds,
+        "train": list(run.train),
+        "unseen": list(run.unseen),
+        "methods": list(run.methods),
+        "served": run.served,
+        "metric": run.metric,
+        "test": run.test,
+        "synthetic": run.synthetic,
+        "problems": list(run.problems),
+    }
+
+
+def run_text(run: RunDetails) -> str:
+    """What a run was, who took part, what came out, and where the files are."""
+    summary, settings = run.summary, run.settings
+    entries: list[tuple[str, Sequence[str]]] = [
+        ("run", [f"{summary.id}{'  (SYNTHETIC DATA)' if summary.synthetic else ''}"]),
+        ("state", [_state(summary)]),
+        ("folder", [str(summary.folder)]),
+        ("settings", [_settings(settings)]),
+        ("took part", [_participant(name, client, run.experts) for name, client in run.participants.items()]),
+        ("excluded", [f"{name}: {reason}" for name, reason in run.excluded.items()]),
+        ("failure", (run.failure or "").splitlines()),
+        ("merges", [_merge(merge, run) for merge in run.merges]),
+        ("merged later", [_merge(merge, run) for merge in run.remerges]),
+        ("served", [_served(run)] if summary.served else []),
+        ("files", _files(summary)),
+        ("problems", summary.problems),
+    ]
+    lines = []
+    for title, values in entries:
+        shown = list(values[:MOST_LINES])
+        if len(values) > MOST_LINES:
+            shown.append(f"and {len(values) - MOST_LINES} more; --json shows all")
+        for number, value in enumerate(shown):
+            lines.append(f"{'' if number else title:14}{value}")
+    return "\n".join(lines) + "\n" + (f"\n{run.report}" if run.report else "")
+
+
+def run_record(run: RunDetails) -> dict[str, Any]:
+    """The same as JSON types."""
+    return {
+        **summary_record(run.summary),
+        "settings": dict(run.settings),
+        "participants": {name: dict(client) for name, client in run.participants.items()},
+        "excluded": dict(run.excluded),
+        "experts": {name: dict(report) for name, report in run.experts.items()},
+        "merges": [{"folder": str(merge.folder), **merge.provenance} for merge in run.merges],
+        "remerges": [{"folder": str(merge.folder), **merge.provenance} for merge in run.remerges],
+        "choice": dict(run.choice),
+        "failure": run.failure,
+        "report": run.report,
+    }
+
+
+def coefficients_text(provenance: Mapping[str, Any]) -> str:
+    """``beauty 0.250, books 0.250``; layer-wise ones as their mean and range."""
+    coefficients = provenance.get("coefficients")
+    if not isinstance(coefficients, dict) or not coefficients:
+        return "coefficients not recorded"
+    parts = []
+    for domain, value in coefficients.items():
+        values = [float(number) for number in value] if isinstance(value, list) else [float(value)]
+        mean = sum(values) / len(values)
+        spread = f" ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else ""
+        parts.append(f"{domain} {mean:.3f}{spread}")
+    return _some(parts, most=12)
+
+
+def _state(run: RunSummary) -> str:
+    when = f", started {run.started:%Y-%m-%d %H:%M} UTC" if run.started else ""
+    if run.state == "done":
+        return f"done{f' in {run.seconds:,.0f} s' if run.seconds is not None else ''}{when}"
+    return f"failed{when}" if run.state == "failed" else f"incomplete: still running, or killed{when}"
+
+
+def _settings(settings: Mapping[str, Any]) -> str:
+    shown = ("name", "seed", "backbone.source", "lora.rank", "merge.methods", "privacy.policy")
+    return ", ".join(f"{key} = {settings[key]}" for key in shown if key in settings) or _ABSENT
+
+
+def _participant(name: str, client: Mapping[str, Any], experts: Mapping[str, Mapping[str, Any]]) -> str:
+    counts = ", ".join(
+        f"{client[f'num_{what}']:,} {what}"
+        for what in ("users", "items", "interactions")
+        if isinstance(client.get(f"num_{what}"), int)
+    )
+    report = experts.get(name, {})
+    trained = ""
+    if isinstance(report.get("seconds"), (int, float)):
+        cached = ", from its disk" if report.get("cached") else ""
+        trained = (
+            f"; {report.get('steps')} steps, best at {report.get('best_step')}, {report['seconds']:,.0f} s{cached}"
+        )
+    return f"{name} ({client.get('role', _ABSENT)}): {counts or _ABSENT}{trained}"
+
+
+def _merge(merge: MergeRecord, run: RunDetails) -> str:
+    excluded = merge.provenance.get("excluded")
+    without = f"; without {', '.join(excluded)}" if isinstance(excluded, dict) and excluded else ""
+    return f"{merge.folder.relative_to(run.summary.folder)}: {coefficients_text(merge.provenance)}{without}"
+
+
+def _served(run: RunDetails) -> str:
+    scores = run.choice.get("validation")
+    score = scores.get(run.summary.served) if isinstance(scores, dict) else None
+    parts = [f"{run.summary.metric} {score:.4f} on validation"] if isinstance(score, float) else []
+    parts += [f"{run.summary.metric} {run.summary.test:.4f} on test"] if run.summary.test is not None else []
+    return f"{run.summary.served}" + (f" ({', '.join(parts)}; mean over training domains, unmasked)" if parts else "")
+
+
+def _files(run: RunSummary) -> list[str]:
+    what = {
+        "config.toml": "its settings",
+        "adapters": "each domain's expert",
+        "merged": "the merges, PEFT folders",
+        "remerged": "merges made afterwards",
+        "metrics.parquet": "sums and counts",
+        "exposure.parquet": "what left each client",
+        "run.log": "the log",
+    }
+    return [f"{run.folder / name}  ({meaning})" for name, meaning in what.items() if (run.folder / name).exists()]
+
+
+def _some(names: Sequence[str], most: int = 4) -> str:
+    if not names:
+        return _ABSENT
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

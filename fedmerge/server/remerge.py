@@ -1,0 +1,241 @@
+"""Merging again without training again: the experts of a run, or any LoRA adapters of one backbone."""
+
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from fedmerge.config import ExperimentConfig, to_toml
+from fedmerge.domain.catalog import Catalog, load_catalog
+from fedmerge.domain.manifest import check_name, read_manifest
+from fedmerge.encoder.adapted import check_backbone, read_verified
+from fedmerge.encoder.backbone import Backbone
+from fedmerge.encoder.lora import CONFIG_FILE, Adapter
+from fedmerge.errors import ConfigError, DomainError, MergeError, RunDirError
+from fedmerge.merging.methods import METHODS
+from fedmerge.privacy.policy import check_catalog_is_public
+from fedmerge.run_dir import write_text
+from fedmerge.runs import REMERGED, adapter_record, read_record
+from fedmerge.server.candidates import Candidate, merge_candidates, write_candidate
+
+WITHDRAWN = "left out with --exclude"
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Adapters to merge, verified, and what is known about them.
+
+    Attributes:
+        adapters: domain -> adapter.
+        excluded: domain -> why it is not among them.
+        run: id of the run they come from, or None.
+        backbone_name: as PEFT folders call it.
+        backbone_sha256: of the backbone they were trained on; None where nobody wrote it down.
+        catalog_sha256: domain -> hash of its catalog, as far as known.
+    """
+
+    adapters: Mapping[str, Adapter]
+    excluded: Mapping[str, str]
+    run: str | None
+    backbone_name: str
+    backbone_sha256: str | None
+    catalog_sha256: Mapping[str, str]
+
+
+def experts_of_run(run: Path, exclude: Sequence[str] = ()) -> Experts:
+    """The experts that a run received, whether or not it finished.
+
+    Args:
+        run: its folder.
+        exclude: domains to leave out; their folders are not opened.
+
+    Raises:
+        RunDirError: the run holds no expert, or a damaged record.
+        ConfigError: ``exclude`` names a domain that has no expert there, or all that have.
+        LayoutMismatchError: an expert that is damaged or not finite.
+    """
+    folders = {folder.name: folder for folder in (run / "adapters").glob("[!.]*") if folder.is_dir()}
+    if not folders:
+        raise RunDirError(
+            f"{run}: no adapter in {run / 'adapters'}; the run ended before an expert was received. Run it again."
+        )
+    participants = read_record(run / "clients.json").get("participants")
+    catalogs = {}
+    for domain, client in participants.items() if isinstance(participants, dict) else ():
+        if isinstance(client, dict) and isinstance(client.get("catalog_sha256"), str):
+            catalogs[domain] = client["catalog_sha256"]
+    return _experts(folders, exclude, run.name, catalogs)
+
+
+def experts_in(folders: Mapping[str, Path], exclude: Sequence[str] = ()) -> Experts:
+    """Any LoRA adapters of one backbone, by the domain that each is to stand for; errors as :func:`experts_of_run`.
+
+    Raises:
+        DomainError: a name that no domain can have.
+    """
+    for name in folders:
+        check_name(name)
+    return _experts(folders, exclude, None, {})
+
+
+def needs_backbone(config: ExperimentConfig) -> bool:
+    """Whether a method of the configuration is learned, so that it runs the backbone on the catalogs."""
+    return any(METHODS[method].coefficients is None for method in config.merge.methods)
+
+
+def catalogs_of(experts: Experts, root: Path, ask_owner: bool) -> dict[str, Catalog]:
+    """The catalog of every expert's domain from a folder of domains or catalogs.
+
+    Args:
+        experts: whose.
+        root: holds a folder for each domain.
+        ask_owner: the folders are the owners' own, so that a catalog whose manifest says private is refused.
+
+    Raises:
+        DomainError: a catalog that is missing, damaged, or not the one that the expert was trained with.
+        PolicyError: a private catalog.
+    """
+    missing = [domain for domain in experts.adapters if not (root / domain).is_dir()]
+    if missing:
+        raise DomainError(
+            f"{root}: no catalog of {', '.join(missing)}, which mergerec needs. Give --catalogs a folder that holds "
+            f"a folder for each of {', '.join(experts.adapters)}, or merge with --set merge.methods=average."
+        )
+    catalogs = {}
+    for domain in experts.adapters:
+        if ask_owner:
+            check_catalog_is_public(domain, read_manifest(root / domain).public_catalog)
+        catalog = load_catalog(root / domain)
+        expected = experts.catalog_sha256.get(domain, catalog.sha256)
+        if catalog.sha256 != expected:
+            raise DomainError(
+                f"{root / domain}: the catalog has hash {catalog.sha256[:12]}, in the run it had {expected[:12]}. "
+                "Give --catalogs the folder with the catalogs of the run."
+            )
+        catalogs[domain] = catalog
+    return catalogs
+
+
+def merge_again(
+    experts: Experts,
+    config: ExperimentConfig,
+    backbone: Backbone | None,
+    catalogs: Mapping[str, Catalog],
+    progress: Callable[[str], None] = lambda line: None,
+) -> list[Candidate]:
+    """Every merge of the configuration, as a run makes them.
+
+    Args:
+        experts: of :func:`experts_of_run` or :func:`experts_in`.
+        config: methods and their variants.
+        backbone: needed where :func:`needs_backbone` says so.
+        catalogs: likewise.
+        progress: receives one line now and then.
+
+    Raises:
+        LayoutMismatchError: experts that do not belong together, or another backbone than theirs.
+        MergeError: a merge that cannot be computed.
+    """
+    if backbone is not None:
+        check_backbone("the experts", backbone, experts.backbone_sha256)
+    name, sha256 = (backbone.name, backbone.sha256) if backbone else (experts.backbone_name, experts.backbone_sha256)
+    details: dict[str, Any] = {
+        "run": experts.run,
+        "excluded": dict(experts.excluded),
+        "backbone": {"name": name, "sha256": sha256},
+    }
+    return merge_candidates(backbone, experts.adapters, catalogs, config, progress, details)
+
+
+def new_merge_folder(run: Path) -> Path:
+    """``<run>/remerged/<UTC time>-<four random hex digits>``."""
+    return run / REMERGED / f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+
+
+def check_free(folder: Path) -> None:
+    """Refuse a folder that holds something; RunDirError."""
+    if folder.is_symlink() or (folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))):
+        raise RunDirError(f"{folder}: exists and is not an empty folder; nothing is overwritten. Choose another.")
+
+
+def write_merges(
+    candidates: Sequence[Candidate], experts: Experts, config: ExperimentConfig, folder: Path
+) -> dict[str, Path]:
+    """Write merges and the settings they were made with, all of them or none.
+
+    Args:
+        candidates: of :func:`merge_again`.
+        experts: what they were made of.
+        config: goes into ``config.toml`` with the domains that took part.
+        folder: made; must be absent or empty.
+
+    Returns:
+        label -> PEFT folder.
+
+    Raises:
+        RunDirError: the folder holds something, or cannot be written; nothing is left behind.
+    """
+    folder = Path(os.path.abspath(folder))
+    check_free(folder)
+    partial = folder.parent / f".{folder.name}.partial-{secrets.token_hex(4)}"
+    names: dict[str, str] = {}
+    try:
+        partial.mkdir(parents=True)
+        for candidate in candidates:
+            names[candidate.label] = write_candidate(candidate, partial, experts.backbone_name).name
+        write_text(partial / "config.toml", to_toml(_settings_of(experts, config)))
+        os.rename(partial, folder)
+    except (OSError, SafetensorError) as error:
+        raise RunDirError(
+            f"{folder}: cannot be written ({error}). Check the space and the permissions, or choose another folder."
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return {label: folder / name for label, name in names.items()}
+
+
+def _settings_of(experts: Experts, config: ExperimentConfig) -> ExperimentConfig:
+    """The settings with the domains that took part."""
+    domains = tuple(experts.adapters)
+    unseen = tuple(domain for domain in config.domains.unseen if domain not in domains)
+    enough = min(config.server.min_train_clients, len(domains))
+    return config.model_copy(
+        update={
+            "domains": config.domains.model_copy(update={"train": domains, "unseen": unseen}),
+            "server": config.server.model_copy(update={"min_train_clients": enough}),
+        }
+    )
+
+
+def _experts(
+    folders: Mapping[str, Path], exclude: Sequence[str], run: str | None, catalogs: Mapping[str, str]
+) -> Experts:
+    unknown = [domain for domain in exclude if domain not in folders]
+    if unknown:
+        raise ConfigError(
+            f"--exclude {' '.join(unknown)}: there is no adapter of that name. There are: {', '.join(sorted(folders))}."
+        )
+    kept = {domain: folders[domain] for domain in sorted(folders) if domain not in exclude}
+    if not kept:
+        raise ConfigError(f"--exclude leaves none of {', '.join(sorted(folders))}. Leave at least one in.")
+    adapters = {domain: read_verified(folder) for domain, folder in kept.items()}
+    names = [read_record(folder / CONFIG_FILE).get("base_model_name_or_path") for folder in kept.values()]
+    hashes = {domain: adapter_record(folder).backbone_sha256 for domain, folder in kept.items()}
+    known = {domain: sha256 for domain, sha256 in hashes.items() if sha256 is not None}
+    if len(set(known.values())) > 1:
+        found = ", ".join(f"{domain} {sha256[:12]}" for domain, sha256 in known.items())
+        raise MergeError(f"the adapters were made on different backbones ({found}). Merge adapters of one backbone.")
+    return Experts(
+        adapters=adapters,
+        excluded=dict.fromkeys(exclude, WITHDRAWN),
+        run=run,
+        backbone_name=str(next((name for name in names if name), "unknown")),
+        backbone_sha256=next(iter(known.values()), None),
+        catalog_sha256=catalogs,
+    )
