@@ -1,6 +1,6 @@
 """Items and histories as tokens: every item is tokenised once, sequences are packed from its tokens (METHODS 2)."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -79,6 +79,38 @@ def build_token_table(catalog: Catalog, tokenizer: PreTrainedTokenizerBase, max_
     return TokenTable(flat, offsets, _tokens(_tokenise(tokenizer, [";"])[0]))
 
 
+def item_text(
+    attributes: Mapping[str, str], tokenizer: PreTrainedTokenizerBase | None = None, max_attribute_tokens: int = 32
+) -> str:
+    """The text of an item, ``title: … brand: … category: …``, for an encoder that is served elsewhere.
+
+    Args:
+        attributes: title, brand and category; empty and absent ones are left out.
+        tokenizer: of the encoder; with it each value is cut as :func:`build_token_table` cuts it, else not at all.
+        max_attribute_tokens: where to cut.
+
+    >>> item_text({"title": "Red tent", "brand": "", "category": "Camping"})
+    'title: Red tent category: Camping'
+    """
+    present = [(name, attributes[name]) for name in ATTRIBUTES if attributes.get(name)]
+    if tokenizer is not None:
+        present = [(name, _cut(value, tokenizer, max_attribute_tokens)) for name, value in present]
+    return " ".join(f"{name}: {value}" for name, value in present)
+
+
+def sequence_text(item_texts: Sequence[str], max_items: int = 50) -> str:
+    """The text of a history, which the encoder turns into the user's vector: most recent item first.
+
+    Args:
+        item_texts: of :func:`item_text`, oldest first.
+        max_items: only so many of the most recent are read.
+
+    >>> sequence_text(["title: Tent", "title: Stove"])
+    'title: Stove; title: Tent'
+    """
+    return "; ".join(reversed(item_texts[-max_items:]))
+
+
 def item_sequences(table: TokenTable, special: SpecialTokens, max_tokens: int) -> list[Tokens]:
     """One sequence per item of the catalog: what an item vector is the encoding of."""
     return pack_sequences(table, ([index] for index in range(len(table))), special, 1, max_tokens)
@@ -117,6 +149,12 @@ def pack_sequences(
         parts.append(special.suffix)
         sequences.append(np.concatenate(parts))
     return sequences
+
+
+def _cut(value: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> str:
+    text = f" {value}"
+    spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+    return value if len(spans) <= max_tokens else text[: spans[max_tokens - 1][1]].removeprefix(" ")
 
 
 def _tokenise(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:

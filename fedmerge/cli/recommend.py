@@ -1,0 +1,63 @@
+"""``fedmerge recommend``."""
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedmerge.cli.options import adapter_config, add_adapter
+
+if TYPE_CHECKING:
+    from fedmerge.cli.options import Commands
+
+
+def add_commands(commands: "Commands") -> None:
+    """Add it to the parser."""
+    recommend = commands.add_parser("recommend", help="recommend items of a catalog to a history")
+    add_adapter(recommend)
+    recommend.add_argument("--domain", type=Path, required=True, metavar="DIR", help="only its catalog is read")
+    recommend.add_argument(
+        "--history", required=True, metavar="ID,…", help="item ids, oldest first, separated by commas"
+    )
+    recommend.add_argument("-k", type=int, default=10, help="how many (default: 10)")
+    recommend.add_argument("--keep-seen", action="store_true", help="items of the history may come back")
+    recommend.add_argument("--json", action="store_true", help="machine-readable output")
+    recommend.set_defaults(command=_recommend)
+
+
+def _recommend(options: argparse.Namespace) -> int:
+    config = adapter_config(options)
+
+    import torch
+
+    from fedmerge.domain.catalog import load_catalog
+    from fedmerge.domain.manifest import read_manifest
+    from fedmerge.recommend import check_request, index_items, load_recommender, recommend
+
+    torch.set_num_threads(config.runtime.server_threads)
+    manifest = read_manifest(options.domain)
+    history = [item.strip() for item in options.history.split(",") if item.strip()]
+    check_request(manifest.name, index_items(load_catalog(options.domain)), history, options.k)
+    recommender = load_recommender(options.adapter, options.domain, config)
+    found = recommend(recommender, history, options.k, options.keep_seen)
+    titles = recommender.catalog.attributes["title"]
+    if options.json:
+        result = {
+            "domain": manifest.name,
+            "synthetic": manifest.synthetic,
+            "adapter": options.adapter,
+            "precision": recommender.encoder.compute.precision,
+            "keep_seen": options.keep_seen,
+            "history": [{"item_id": item, "title": titles[recommender.item_index[item]]} for item in history],
+            "recommendations": [asdict(recommendation) for recommendation in found],
+        }
+        print(json.dumps(result, indent=2, ensure_ascii=False))
+        return 0
+    print(f"{manifest.name}{' (SYNTHETIC DATA)' if manifest.synthetic else ''}: after")
+    for item in history:
+        print(f"             {item}  {titles[recommender.item_index[item]] or '(no title)'}")
+    print("recommended, with the cosine:")
+    for number, one in enumerate(found, start=1):
+        print(f"{number:3}  {one.score:7.4f} {one.item_id}  {one.title or '(no title)'}")
+    return 0
