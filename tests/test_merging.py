@@ -21,7 +21,7 @@ from fedmerge.encoder.encode import embed_batch
 from fedmerge.encoder.lora import Adapter, LoraModule, adapter_sha256, read_adapter, write_adapter
 from fedmerge.errors import ConfigError, LayoutMismatchError, MergeError
 from fedmerge.merging.methods import METHODS, average, method_coefficients, task_arithmetic
-from fedmerge.merging.stack import Stack, linear_merge, merge_adapters, stack_adapters, survey_adapters
+from fedmerge.merging.stack import Stack, linear_merge, linear_merge_of_many, stack_adapters, survey_adapters
 
 SEQUENCES = [np.array(ids, dtype=np.int32) for ids in ([2, 9, 11, 3], [2, 30, 3], [2, 14, 8, 21, 17, 12, 3])]
 
@@ -129,7 +129,7 @@ def test_adapters_read_one_at_a_time_give_the_same_to_the_last_bit(
     assert (layout.domains, layout.groups, layout.group_of) == (stack.domains, stack.groups, stack.group_of)
     coefficients = np.random.default_rng(1).uniform(-1, 1, (3, 4) if layer_wise else 3)
     coefficients[1] = 0.0
-    merged = merge_adapters(lent, layout, coefficients)
+    merged = linear_merge_of_many(lent, layout, coefficients)
     assert adapter_sha256(merged) == adapter_sha256(linear_merge(stack, coefficients))
     assert merged.modules["layer.0.query"].rank == 4  # the domain with coefficient 0 takes no rank
     assert merged.modules["top"].rank == 2
@@ -140,7 +140,7 @@ def test_merging_holds_one_adapter_at_a_time_however_many_there_are() -> None:
         names = [f"{k:02d}" for k in range(num_domains)]
         adapters = Lent(names, lambda name: random_adapter({"layer.0.query": (5, 4)}, 3, 1.0, int(name)))
         layout = survey_adapters(adapters)
-        merge_adapters(adapters, layout, np.full(num_domains, 0.5))
+        linear_merge_of_many(adapters, layout, np.full(num_domains, 0.5))
         assert adapters.most <= 3  # the first, which the others are compared with, the one before, and this one
         assert adapters.times == 2 * num_domains + 1
 
@@ -195,7 +195,7 @@ LAWS = {
 }
 
 
-# the mean's coefficients count every domain of the stack; merge_adapters leaves absent ones out of it
+# the mean's coefficients count every domain of the stack; linear_merge_of_many leaves absent ones out of it
 NOT_OF_COEFFICIENTS = {("average", "zero coefficient is absent")}
 
 

@@ -160,7 +160,7 @@ def linear_merge(stack: Stack, coefficients: torch.Tensor | np.ndarray) -> Adapt
     return Adapter({name: total.module() for name, total in sums.items()})
 
 
-def merge_adapters(
+def linear_merge_of_many(
     adapters: Mapping[str, Adapter], layout: StackLayout, coefficients: torch.Tensor | np.ndarray
 ) -> Adapter:
     """The same as :func:`linear_merge` to the last bit, reading the adapters one at a time.

@@ -18,7 +18,7 @@ from fedmerge.encoder.lora import Adapter, adapter_sha256, write_adapter
 from fedmerge.encoder.text import build_token_table
 from fedmerge.errors import MergeError
 from fedmerge.merging.methods import method_coefficients
-from fedmerge.merging.stack import merge_adapters, stack_adapters, survey_adapters
+from fedmerge.merging.stack import linear_merge_of_many, stack_adapters, survey_adapters
 from fedmerge.run_dir import write_json
 from fedmerge.server.collaborative import CollaborativeSettings, learn_coefficients, student_vectors
 from fedmerge.server.pseudo_users import PseudoDomain, one_item_domain
@@ -74,7 +74,7 @@ def merge_candidates(
     candidates: list[Candidate] = []
 
     def add(label: str, method: str, coefficients: Any, **own: Any) -> None:
-        adapter = merge_adapters(adapters, layout, coefficients)
+        adapter = linear_merge_of_many(adapters, layout, coefficients)
         provenance = {
             "method": method,
             "domains": sources,
