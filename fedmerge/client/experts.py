@@ -36,7 +36,8 @@ def trained_expert(domain: LocalDomain, config: ExperimentConfig, progress: Prog
         progress(f"{domain.manifest.name}: expert of an earlier run with the same inputs taken from {folder}")
         return kept[0], {**kept[1], "cached": True}
     shutil.rmtree(folder, ignore_errors=True)  # damaged, if there is anything
-    adapter, training = train_expert(domain, config.lora, config.train, config.seed, progress)
+    begun = folder.with_name(f"{folder.name}.begun.safetensors")
+    adapter, training = train_expert(domain, config.lora, config.train, config.seed, progress, begun)
     report = {**asdict(training), "sha256": adapter_sha256(adapter)}
     report["validations"][0]["loss"] = None  # nothing was trained on yet; JSON has no NaN
     try:
@@ -46,6 +47,7 @@ def trained_expert(domain: LocalDomain, config: ExperimentConfig, progress: Prog
             write_adapter(adapter, expert, domain.backbone.name)
             (expert / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n")
             expert.rename(folder)
+        begun.unlink(missing_ok=True)
     except OSError as error:
         if not _kept(folder):  # otherwise another process was faster with the same result
             raise ClientError(
