@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,8 @@ class Candidate:
         label: unique in the run, e.g. ``task-arithmetic 0.4``.
         method: row of METHODS.
         adapter: the merged adapter.
-        provenance: source domains and hashes, method, parameters, coefficients, policy, loss curve of a learned merge.
+        provenance: label, source domains and hashes, method, parameters, coefficients, policy, loss curve of a learned
+            merge.
     """
 
     label: str
@@ -45,6 +47,8 @@ def merge_candidates(
     catalogs: Mapping[str, Catalog],
     config: ExperimentConfig,
     progress: Callable[[str], None] = lambda line: None,
+    finished: Mapping[str, Candidate] = MappingProxyType({}),
+    keep: Callable[[Candidate], None] = lambda candidate: None,
 ) -> list[Candidate]:
     """Make every merge of the configuration.
 
@@ -54,6 +58,8 @@ def merge_candidates(
         catalogs: domain -> catalog, needed for learned methods only.
         config: methods and their variants.
         progress: receives one line now and then.
+        finished: label -> a merge of the same experts that was made before and is not made again.
+        keep: receives every other merge as soon as it is made.
 
     Raises:
         MergeError: a learned method without the catalogs of all domains.
@@ -65,6 +71,7 @@ def merge_candidates(
     def add(label: str, method: str, coefficients: Any, **details: Any) -> None:
         adapter = linear_merge(stack, coefficients)
         provenance = {
+            "label": label,
             "method": method,
             "domains": sources,
             "coefficients": dict(zip(stack.domains, np.asarray(coefficients).tolist(), strict=True)),
@@ -75,21 +82,34 @@ def merge_candidates(
             **details,
         }
         candidates.append(Candidate(label, method, adapter, provenance))
+        keep(candidates[-1])
         progress(f"merged: {label}")
+
+    def made_before(label: str) -> bool:
+        if label in finished:
+            candidates.append(finished[label])
+            progress(f"merged before: {label}")
+        return label in finished
 
     for method in config.merge.methods:
         if method == "average":
-            add("average", method, method_coefficients("average", stack))
+            if not made_before(method):
+                add(method, method, method_coefficients("average", stack))
         elif method == "task-arithmetic":
             for coefficient in config.merge.task_arithmetic_coefficients:
-                coefficients = method_coefficients("task-arithmetic", stack, coefficient=coefficient)
-                add(f"task-arithmetic {coefficient:g}", method, coefficients, parameters={"coefficient": coefficient})
+                label = f"task-arithmetic {coefficient:g}"
+                if not made_before(label):
+                    coefficients = method_coefficients("task-arithmetic", stack, coefficient=coefficient)
+                    add(label, method, coefficients, parameters={"coefficient": coefficient})
         else:
-            pseudo = _pseudo_domains(backbone, adapters, catalogs, config, progress)
+            pseudo: dict[str, PseudoDomain] = {}
             for granularity in config.mergerec.granularities:
+                label = f"mergerec {granularity}-wise"
+                if made_before(label):
+                    continue
+                pseudo = pseudo or _pseudo_domains(backbone, adapters, catalogs, config, progress)
                 chosen = config.mergerec.model_dump(exclude={"granularities"})
                 settings = CollaborativeSettings(granularity=granularity, seed=config.seed, **chosen)
-                label = f"mergerec {granularity}-wise"
                 learned = learn_coefficients(backbone, stack, pseudo, settings, _every_fifth(label, progress))
                 add(
                     label,
