@@ -115,6 +115,16 @@ def content(file: str, data: bytes) -> Harm:
     return lambda folder: (folder / file).write_bytes(data)
 
 
+def a_folder(file: str) -> Harm:
+    """A folder of this name in place of the file."""
+
+    def harm(folder: Path) -> None:
+        (folder / file).unlink()
+        (folder / file).mkdir()
+
+    return harm
+
+
 DATA: dict[str, tuple[Harm, Parts]] = {
     "no folder": (shutil.rmtree, ["toys: no such domain folder. Check the path."]),
     "no manifest, but tables": (
@@ -124,7 +134,7 @@ DATA: dict[str, tuple[Harm, Parts]] = {
     "a manifest that is no JSON": (content("manifest.json", b"{"), ["manifest.json: not JSON (", "Restore the file"]),
     "a manifest nested without end": (content("manifest.json", b"[" * 99999), ["manifest.json: not JSON (maximum rec"]),
     "a manifest that is a folder": (
-        lambda folder: ((folder / "manifest.json").unlink(), (folder / "manifest.json").mkdir()),
+        a_folder("manifest.json"),
         ["manifest.json: the file cannot be read (Is a directory). Check that it is a file and that you may read it."],
     ),
     "a later format": (manifest(format=2), ["manifest.json: found format 2, expected 1. Import the domain again."]),
@@ -501,5 +511,5 @@ def test_bad_replies(wrong: str) -> None:
 
 
 def test_there_are_many_of_each_kind() -> None:
-    kinds = [CONFIG, DATA | IMPORTS, ADAPTERS | ADMITTED, REPLIES]
-    assert all(len(kind) >= 15 for kind in kinds)
+    sizes = [len(CONFIG), len(DATA) + len(IMPORTS), len(ADAPTERS) + len(ADMITTED), len(REPLIES)]
+    assert min(sizes) >= 15

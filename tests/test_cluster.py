@@ -123,9 +123,7 @@ def test_two_nodes_share_the_work_and_the_results_are_those_of_one_process(tmp_p
     assert adapter_sha256(read_adapter(run_dir / "merged" / "average")) == adapter_sha256(merged)
     choice = json.loads((run_dir / "choice.json").read_text())
     scores = [
-        evaluate(domain, {"average": merged}, "valid", 500, config.seed, baselines=False)["unmasked"].mean(
-            "average", "ndcg@10"
-        )
+        evaluate(domain, {"average": merged}, "valid", 500, config.seed)["unmasked"].mean("average", "ndcg@10")
         for domain in opened.values()
     ]
     assert choice["validation"]["average"] == sum(scores) / 4

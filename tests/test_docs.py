@@ -61,7 +61,10 @@ def test_there_is_a_tutorial_for_each_kind_of_user() -> None:
 def test_fedmerge_commands_parse_and_their_settings_are_valid(page: Path) -> None:
     for words in commands(page):
         options = _parser().parse_args(words)
-        settings = [setting.replace("$seed", "1") for setting in getattr(options, "overrides", [])]
+        settings = [
+            setting.replace("$seed", "1").replace("$domains", "books,coffee")
+            for setting in getattr(options, "overrides", [])
+        ]
         file = getattr(options, "config", None)
         if "adapter" in [setting.partition("=")[2] for setting in settings] and words[0] == "check":
             continue  # shown because it is refused

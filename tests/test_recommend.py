@@ -120,7 +120,7 @@ def test_ranks_and_metrics_are_those_of_evaluation(place: Place, average: Path, 
             if name in positions:  # the target of a repeated purchase is masked with its history here
                 assert positions[name] == rank
             found[variant] += 1 / rank
-    sums = evaluate(domain, {"average": adapter}, "test", None, 0, baselines=False)
+    sums = evaluate(domain, {"average": adapter}, "test", None, 0)
     for variant, of_variant in sums.items():
         assert found[variant] == pytest.approx(of_variant.mean("average", "mrr") * len(examples))
 

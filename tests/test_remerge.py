@@ -86,6 +86,7 @@ def test_the_experts_of_a_run_are_merged_without_one_of_them(run: Path) -> None:
         "domains": {name: adapter_sha256(theirs[name]) for name in ("books", "coffee")},
         "coefficients": {"books": pytest.approx(0.9), "coffee": pytest.approx(0.9)},
         "coefficient_groups": ["all"],
+        "rank": 4,
         "excluded": {"toys": "left out with --exclude"},
         "policy": "adapter+catalog",
         "backbone": backbone,

@@ -153,7 +153,7 @@ def linear_merge(stack: Stack, coefficients: torch.Tensor | np.ndarray) -> Adapt
     sums = {}
     for name, module in stack.modules.items():
         ranks = torch.bincount(module.owner, minlength=len(stack.domains)).tolist()
-        pairs = zip(module.lora_A.split(ranks), module.lora_B.split(ranks, dim=1), strict=True)
+        pairs = zip(torch.split(module.lora_A, ranks), torch.split(module.lora_B, ranks, dim=1), strict=True)
         sums[name] = _UpdateSum()
         for coefficient, (lora_A, lora_B) in zip(values[:, stack.group_of[name]].tolist(), pairs, strict=True):
             sums[name].add(lora_A, lora_B, coefficient)

@@ -62,7 +62,8 @@ def _values(field: Mapping[str, Any]) -> str:
         least = " (not empty)" if field.get("minItems") else ""
         return f"list{least}: {_values(field['items'])}"
     if "pattern" in field:
-        return "text of the form `" + field["pattern"].replace("|", "\\|") + "`"
+        pattern = str(field["pattern"]).replace("|", "\\|")
+        return f"text of the form `{pattern}`"
     word = {"integer": "integer", "number": "number", "boolean": "`true`, `false`", "string": "text"}[field["type"]]
     signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
     bounds = [f"{sign} {field[bound]}" for bound, sign in signs.items() if bound in field]
