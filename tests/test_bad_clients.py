@@ -189,7 +189,13 @@ CASES: dict[str, tuple[str, Change, str, str]] = {
         "evaluate",
         of_sums(lambda told: told.update(sums=[[100.0] * len(row) for row in told["sums"]])),
         "validation",
-        r"its unmasked metric sums are outside 0 to 30",
+        r"its metric sums run from 100 to 100, expected 0 to 30",
+    ),
+    "products beyond 1": (
+        "evaluate",
+        of_sums(lambda told: told.update(products=np.full_like(told["products"], 100.0).tolist())),
+        "validation",
+        r"domain coffee: its unmasked products of outcomes exceed 30",
     ),
 }
 
