@@ -28,7 +28,6 @@ def run_experiment(config: ExperimentConfig, app_dir: Path) -> int:
         RunDirError: the run is not there, or a process works on it.
         ClientError: Flower could not be started, or was lost on the way.
     """
-    _check_domains(config)
     config = config.model_copy(update={"run_id": config.run_id or new_run_id(config.name)})
     run_dir = Path(config.output_dir) / str(config.run_id)
     if config.resume:
@@ -43,6 +42,7 @@ def run_experiment(config: ExperimentConfig, app_dir: Path) -> int:
             f"{run_dir} exists; a run never overwrites another. Choose another run_id or output_dir, or go on with it: "
             f"fedmerge run --resume {run_dir}"
         )
+    _check_domains(config)
     with tempfile.TemporaryDirectory(prefix="fedmerge-config-") as folder:
         resolved = Path(folder) / "experiment.toml"
         resolved.write_text(to_toml(config), encoding="utf-8")

@@ -49,15 +49,13 @@ def _run(options: argparse.Namespace) -> int:
 def _config_to_resume(run: str, path: Path | None, overrides: list[str]) -> "ExperimentConfig":
     """The run's own configuration; with a file or --set, what they say, which must be the same."""
     from fedmerge.config import load_config, with_absolute_paths
-    from fedmerge.run_dir import CONFIG_FILE, check_same_config, run_to_resume
+    from fedmerge.run_dir import CONFIG_FILE, run_to_resume
 
     given = load_config(path, overrides) if path else None
     folder = run_to_resume(run, given.output_dir if given else "runs")
     config = given or load_config(folder / CONFIG_FILE, overrides)
     where = {"output_dir": str(folder.parent), "run_id": folder.name, "resume": True}
-    config = with_absolute_paths(config.model_copy(update=where), Path.cwd())
-    check_same_config(folder, config)
-    return config
+    return with_absolute_paths(config.model_copy(update=where), Path.cwd())
 
 
 def _check(options: argparse.Namespace) -> int:

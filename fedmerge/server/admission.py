@@ -129,6 +129,6 @@ def check_sums(
         limit = of_variant.num_users * (1 + 1e-9)
         if abs(of_variant.products).max() > limit:
             raise ClientError(
-                f"domain {domain}: its {of_variant.variant} products of outcomes exceed {of_variant.num_users}, the number of "
-                "its users; no outcome exceeds 1. Leave it out, or look into its client."
+                f"domain {domain}: its {of_variant.variant} products of outcomes exceed {of_variant.num_users}, the "
+                "number of its users; no outcome exceeds 1. Leave it out, or look into its client."
             )
