@@ -344,8 +344,8 @@ def _merge(
         {domain: catalogs[domain] for domain in sources if domain in catalogs},
         config,
         logger.info,
-        checkpoints.kept_merges(run_dir, sources),
-        keep,
+        finished=checkpoints.kept_merges(run_dir, sources),
+        keep=keep,
     )
 
 

@@ -50,6 +50,7 @@ def merge_candidates(
     catalogs: Mapping[str, Catalog],
     config: ExperimentConfig,
     progress: Callable[[str], None] = lambda line: None,
+    *,
     details: Mapping[str, Any] = MappingProxyType({}),
     finished: Mapping[str, Candidate] = MappingProxyType({}),
     keep: Callable[[Candidate], None] = lambda candidate: None,
