@@ -111,6 +111,10 @@ def in_float64(arrays: dict[str, np.ndarray]) -> None:
     arrays[name] = arrays[name].astype(np.float64)
 
 
+def none(values: Any) -> Any:
+    return np.zeros_like(values).tolist()
+
+
 def of_sums(change: Callable[[dict[str, Any]], Any]) -> Change:
     def changed(question: Message, honest: Message) -> Message:
         facts = honest.content.config_records["facts"]
@@ -181,7 +185,7 @@ CASES: dict[str, tuple[str, Change, str, str]] = {
     ),
     "fewer than enough users": (
         "evaluate",
-        of_sums(lambda told: told.update(num_users=19)),
+        of_sums(lambda told: told.update(num_users=19, **{name: none(told[name]) for name in ("sums", "products")})),
         "validation",
         r"are over 19 users, fewer than privacy\.min_users \(20\)",
     ),

@@ -53,7 +53,7 @@ def test_the_served_row_is_a_copy_with_its_products() -> None:
 
 
 def test_the_report_names_who_is_served_what() -> None:
-    test = {
+    test: dict[str, dict[Variant, MetricSums]] = {
         "a": {
             "unmasked": sums(expert=[1, 1], average=[20, 20]),
             "masked": sums("masked", expert=[1, 1], average=[9, 9]),
