@@ -193,6 +193,9 @@ class Evaluation(Section):
         ("popularity", "last-item"),
         description="Reference rows on test. item-knn takes seconds a domain, sasrec minutes, both on the client.",
     )
+    fallback: bool = Field(
+        True, description="Choose for each training domain, on validation, between the served merge and its own expert."
+    )
 
     @model_validator(mode="after")
     def _baselines_once(self) -> "Evaluation":
@@ -238,6 +241,9 @@ class Server(Section):
     )
     wait_seconds: float = Field(30.0, gt=0, description="How long to wait for all clients to connect.")
     min_train_clients: int = Field(2, ge=1, description="Fewer working training clients than this: the run fails.")
+    messages_at_once: int = Field(
+        64, ge=1, description="Clients asked at once, others wait their turn; at least as many as can work at once."
+    )
     describe_timeout_seconds: float = Field(
         600.0, gt=0, description="For opening the domain and loading the backbone, and for sending the catalog."
     )
@@ -292,6 +298,7 @@ class ExperimentConfig(Section):
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$",
         description="Name of the run folder; 'none': name, time and a random part.",
     )
+    resume: bool = Field(False, description="Go on with the run that run_id names, from where it was ended.")
     output_dir: str = Field("runs", min_length=1, description="Where run folders are made.")
     cache_dir: str = Field(
         "~/.cache/fedmerge", min_length=1, description="Each client's own disk: its experts, the demo domains."
@@ -311,6 +318,8 @@ class ExperimentConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> "ExperimentConfig":
+        if self.resume and self.run_id is None:
+            raise ValueError("resume = true, but run_id is 'none'; set run_id to the name of the run folder")
         if "mergerec" in self.merge.methods and self.privacy.policy == "adapter" and self.server.catalogs is None:
             raise ValueError(
                 "merge.methods holds mergerec, which needs the catalogs, but privacy.policy = 'adapter' keeps them at "

@@ -2,8 +2,10 @@
 
 import logging
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, lru_cache, wraps
 from pathlib import Path
@@ -14,19 +16,19 @@ from flwr.clientapp import ClientApp
 
 from fedmerge import __version__
 from fedmerge.client.baselines import baseline_rankers
-from fedmerge.client.evaluate import BACKBONE, evaluate
+from fedmerge.client.evaluate import evaluate
 from fedmerge.client.experts import expert_by_hash, trained_expert
 from fedmerge.client.local_domain import LocalDomain, open_domain
+from fedmerge.client.metrics import BACKBONE, EXPERT
 from fedmerge.config import DEMO_ROOT, ExperimentConfig, Text, from_flat
 from fedmerge.device import resolve_compute
 from fedmerge.domain.catalog import catalog_to_bytes
 from fedmerge.domain.demo import bundled_demo
 from fedmerge.encoder.backbone import Backbone, load_backbone
 from fedmerge.errors import ClientError, FedMergeError
+from fedmerge.privacy.paths import without_paths
 from fedmerge.privacy.policy import check_catalog_is_public, check_enough_users, check_may_leave
 from sim import records
-
-EXPERT = "expert"
 
 app = ClientApp()
 logger = logging.getLogger("fedmerge.client")
@@ -51,7 +53,8 @@ def _answer(handler: Callable[[Message, Context], RecordDict]) -> Callable[[Mess
             content = handler(message, context)
         except FedMergeError as error:
             logger.error("%s: %s", type(error).__name__, error)
-            content = records.error_record(f"{type(error).__name__}: {error}", _domain_name(context))
+            told = without_paths(f"{type(error).__name__}: {error}", _own_paths(context))
+            content = records.error_record(told, _domain_name(context))
         except Exception as error:  # its text may quote private data, so it stays in this client's own log
             logger.error("%s", traceback.format_exc())
             told = f"{type(error).__name__}; the client's own log tells more"
@@ -65,8 +68,9 @@ def _answer(handler: Callable[[Message, Context], RecordDict]) -> Callable[[Mess
 @_answer
 def describe(message: Message, context: Context) -> RecordDict:
     """Say which domain this is and what it runs on."""
+    num_nodes = int(context.node_config.get("num-partitions", 0))
     if _place(context) is None:
-        return records.description_record(records.Description("", "idle"))
+        return records.description_record(records.Description("", "idle", num_nodes=num_nodes))
     client = _client(context)
     manifest, backbone = client.domain.manifest, client.domain.backbone
     check_may_leave(client.config.privacy.policy, "description", manifest.name)
@@ -82,6 +86,7 @@ def describe(message: Message, context: Context) -> RecordDict:
         precision=backbone.compute.precision,
         fedmerge_version=__version__,
         policy=client.config.privacy.policy,
+        num_nodes=num_nodes,
     )
     return records.description_record(description)
 
@@ -169,6 +174,15 @@ def _place(context: Context) -> tuple[Path, str] | None:
     else:
         raise ClientError("this node does not know its domain: start it with --node-config 'domain-path=\"/…/NAME\"'")
     return folder, "train" if folder.name in domains.train else "unseen"
+
+
+def _own_paths(context: Context) -> list[str]:
+    """The folders of this machine that its messages can name."""
+    paths = [str(context.node_config.get("domain-path", "")), str(Path.cwd()), tempfile.gettempdir()]
+    with suppress(Exception):  # this is for a reply that tells of an error already
+        config = from_flat(context.run_config)
+        paths += [config.cache_dir, config.domains.root, config.backbone.source]
+    return paths
 
 
 def _domain_name(context: Context) -> str:

@@ -36,6 +36,8 @@ from fedmerge.errors import ClientError, ConfigError
 
 COMPLETED = "finished:completed"
 MARK = "FEDMERGE_FEDERATION"
+LOST = "lost"
+OVER_SECONDS = 20.0  # after the app's own end, for Flower to end
 GRACE_SECONDS = 5.0  # between asking the processes of a run to end and ending them
 START_ATTEMPTS = 3  # flwr gives a SuperLink 15 s to start, which a cold disk or a busy machine can exceed
 SOCKET_FOLDER_LENGTH = 20  # of the path of the temporary folder; with a longer one Ray's sockets exceed 107 bytes
@@ -50,7 +52,8 @@ class FederationOutcome:
 
     Attributes:
         run_id: Flower's id of the run.
-        status: Flower's word: ``finished:completed``, ``finished:failed`` or ``finished:stopped``.
+        status: Flower's word: ``finished:completed``, ``finished:failed`` or ``finished:stopped``; ``lost`` where
+            Flower had none: the process of server and simulation died, or did not end after the app.
         details: Flower's reason when the run did not complete, else empty.
         exit_code: 0 only for ``finished:completed``, else 1.
         kept: the folder with the logs of Ray, and of the SuperLink unless they went to ``flower_home``; None after a
@@ -75,6 +78,7 @@ def run_federation(
     flower_home: Path | None = None,
     on_line: Callable[[str], None],
     environment: Mapping[str, str] | None = None,
+    is_over: Callable[[], bool] = lambda: False,
 ) -> FederationOutcome:
     """Run a Flower app in simulation and wait for its end.
 
@@ -92,6 +96,7 @@ def run_federation(
         flower_home: where Flower's files go, kept; without it they go to a temporary folder.
         on_line: receives the log of Flower, the ServerApp and the clients line by line, without colours, as it comes.
         environment: variables for the run, on top of this process's own.
+        is_over: whether the app has done its work; a simulation does not end by itself while a client hangs.
 
     Raises:
         ConfigError: an argument is wrong, or Flower refused the app or the run config.
@@ -124,7 +129,7 @@ def run_federation(
         command += ["--federation-config", " ".join(f"{key}={json.dumps(value)}" for key, value in federation.items())]
         with _ending_processes(mark):
             run_id, variables = _start(command, home, base, mark)
-            status, details = _follow(flwr, run_id, variables, on_line)
+            status, details = _follow(flwr, run_id, variables, mark, is_over, on_line)
         keep = status != COMPLETED
     except ClientError:
         keep = True
@@ -221,38 +226,81 @@ def _start(command: list[str], home: Path, base: Mapping[str, str], mark: str) -
     raise ClientError(f"Flower's SuperLink: {START_ATTEMPTS} attempts to start it failed: {reason}; read {log}")
 
 
-def _follow(flwr: str, run_id: str, variables: dict[str, str], on_line: Callable[[str], None]) -> tuple[str, str]:
+def _follow(
+    flwr: str,
+    run_id: str,
+    variables: dict[str, str],
+    mark: str,
+    is_over: Callable[[], bool],
+    on_line: Callable[[str], None],
+) -> tuple[str, str]:
     """Hand on the log until the run is finished; return its status and the reason for it."""
     num_seen = 0
-    while True:
-        log = subprocess.Popen(
-            [flwr, "log", run_id, "--stream"],
-            env=variables,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            encoding="utf-8",
-            errors="replace",
-            start_new_session=True,
-        )
-        with log:
-            try:
-                # A stream that broke off starts again from the beginning.
-                for number, line in enumerate(log.stdout or ()):
-                    if number >= num_seen:
-                        num_seen += 1
-                        on_line(COLOURS.sub("", line.rstrip()))
-            finally:
-                log.kill()
-        answer = _ask([flwr, "ls", "--run-id", run_id], variables)
-        if not answer.get("success"):
-            raise ClientError(
-                f"run {run_id}: its SuperLink is gone ({_reason(answer)}); was it killed, or the memory full?"
+    finished = threading.Event()
+    lost: list[str] = []
+    watcher = threading.Thread(target=_watch, args=(mark, is_over, finished, lost), daemon=True)
+    watcher.start()
+    try:
+        while not lost:
+            log = subprocess.Popen(
+                [flwr, "log", run_id, "--stream"],
+                env=variables,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                encoding="utf-8",
+                errors="replace",
+                start_new_session=True,
             )
-        run = answer["runs"][0]
-        if run["status"].startswith("finished"):
-            return run["status"], run["status-details"]
-        time.sleep(1.0)
+            with log:
+                try:
+                    # A stream that broke off starts again from the beginning.
+                    for number, line in enumerate(log.stdout or ()):
+                        if number >= num_seen:
+                            num_seen += 1
+                            on_line(COLOURS.sub("", line.rstrip()))
+                finally:
+                    log.kill()
+            answer = _ask([flwr, "ls", "--run-id", run_id], variables) if not lost else {}
+            if lost:
+                break
+            if not answer.get("success"):
+                raise ClientError(
+                    f"run {run_id}: its SuperLink is gone ({_reason(answer)}); was it killed, or the memory full?"
+                )
+            run = answer["runs"][0]
+            if run["status"].startswith("finished"):
+                return run["status"], run["status-details"]
+            time.sleep(1.0)
+        return LOST, lost[0]
+    finally:
+        finished.set()
+        watcher.join()
+
+
+def _watch(mark: str, is_over: Callable[[], bool], finished: threading.Event, lost: list[str]) -> None:
+    """End everything when the simulation died, or does not end after the app, which Flower itself may never notice."""
+    began, since, reason = False, time.monotonic(), ""
+    while not finished.wait(1.0):
+        alive = any(_is_simulation(pid) for pid in marked_processes(mark))
+        began = began or alive
+        now_reason = ""
+        if began and not alive:
+            now_reason = "the process of server and simulation died; was it killed, or the memory full?"
+        elif is_over():
+            now_reason = "the app had ended, but a client still hung"
+        if now_reason != reason:
+            reason, since = now_reason, time.monotonic()
+        if reason and time.monotonic() - since > (OVER_SECONDS if alive else GRACE_SECONDS):
+            lost.append(reason)
+            end_processes(mark)
+            return
+
+
+def _is_simulation(pid: int) -> bool:
+    with suppress(OSError):
+        return b"flwr-simulation" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    return False
 
 
 def _ask(command: list[str], variables: dict[str, str]) -> dict[str, Any]:

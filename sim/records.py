@@ -25,7 +25,10 @@ T = TypeVar("T")
 _FACTS = "facts"
 _ADAPTER = "adapter"
 _SCALINGS = "scalings"
+_MODELS = "models"
 _ERROR = "error"
+
+ModelRecords = dict[str, ArrayRecord | ConfigRecord]
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class Description:
         precision: ``float32`` or ``bfloat16``.
         fedmerge_version: of the client.
         policy: the privacy policy that the client enforces.
+        num_nodes: how many nodes there are in all, where the client knows: in a simulation; otherwise 0.
     """
 
     domain: str
@@ -55,6 +59,7 @@ class Description:
     precision: str = ""
     fedmerge_version: str = ""
     policy: str = ""
+    num_nodes: int = 0
 
 
 @dataclass(frozen=True)
@@ -121,18 +126,23 @@ def read_expert(content: RecordDict) -> tuple[Adapter, dict[str, Any]]:
     return _read_adapter(content, ""), report
 
 
-def evaluation_request_record(request: EvaluationRequest, adapters: Mapping[str, Adapter]) -> RecordDict:
-    """A request to evaluate adapters, by label."""
-    content = RecordDict({_FACTS: ConfigRecord({**asdict(request), "labels": list(adapters)})})
+def model_records(adapters: Mapping[str, Adapter]) -> ModelRecords:
+    """Adapters by label, as :func:`evaluation_request_record` takes them: made once, shared by all requests."""
+    content: ModelRecords = {_MODELS: ConfigRecord({"labels": list(adapters)})}
     for number, adapter in enumerate(adapters.values()):
-        content.update(_adapter_records(adapter, str(number)))
+        content |= _adapter_records(adapter, str(number))
     return content
+
+
+def evaluation_request_record(request: EvaluationRequest, models: ModelRecords) -> RecordDict:
+    """A request to evaluate the models of :func:`model_records`."""
+    return RecordDict({_FACTS: ConfigRecord(asdict(request)), **models})
 
 
 def read_evaluation_request(content: RecordDict) -> tuple[EvaluationRequest, dict[str, Adapter]]:
     """Inverse of :func:`evaluation_request_record`."""
     facts = dict(_config(content, _FACTS))
-    labels = facts.pop("labels", None)
+    labels = _config(content, _MODELS).get("labels")
     if not isinstance(labels, list):
         raise ClientError("the request to evaluate names no models; use one fedmerge version everywhere")
     adapters = {str(label): _read_adapter(content, str(number)) for number, label in enumerate(labels)}
@@ -184,6 +194,21 @@ def read_error_domain(content: RecordDict) -> str:
     return str(content.config_records[_ERROR].get("domain", "")) if _ERROR in content.config_records else ""
 
 
+def size_bytes(content: RecordDict) -> int:
+    """About how many bytes a message holds, names included; nothing of it is read or copied."""
+    total = 0
+    for record in content.values():
+        for name, value in record.items():
+            if isinstance(value, Array):
+                total += len(value.data) + len(value.dtype) + len(value.stype) + 8 * len(value.shape)
+            elif isinstance(value, (bytes, str)):
+                total += len(value)
+            elif isinstance(value, list):
+                total += sum(len(part) if isinstance(part, (bytes, str)) else 8 for part in value)
+            total += len(name) + 8
+    return total
+
+
 def contents(content: RecordDict) -> Iterator[dict[str, Any]]:
     """What a message holds, for the exposure ledger: one row per array and per value."""
     for key, arrays in content.array_records.items():
@@ -202,7 +227,7 @@ def _exposed(name: str, dtype: str, shape: tuple[int, ...], size_bytes: int) -> 
     return {"name": name, "dtype": dtype, "shape": "x".join(map(str, shape)), "size_bytes": size_bytes}
 
 
-def _adapter_records(adapter: Adapter, suffix: str) -> dict[str, ArrayRecord | ConfigRecord]:
+def _adapter_records(adapter: Adapter, suffix: str) -> ModelRecords:
     arrays = {}
     for name, module in adapter.modules.items():
         arrays[f"{name}.lora_A"] = Array(module.lora_A.contiguous().numpy())

@@ -2,49 +2,89 @@
 
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from fedmerge.config import DEMO_ROOT, ExperimentConfig, to_toml
 from fedmerge.domain.demo import DEMO_DOMAINS
 from fedmerge.domain.folder import list_domains
-from fedmerge.errors import ConfigError
-from fedmerge.run_dir import DONE, new_run_id
+from fedmerge.errors import ClientError, ConfigError, RunDirError
+from fedmerge.run_dir import CONFIG_FILE, DONE, check_same_config, is_locked, locked, new_run_id
 from sim.launch import run_federation
 
 
 def run_experiment(config: ExperimentConfig, app_dir: Path) -> int:
-    """Run an experiment and print its log as it comes.
+    """Run an experiment, or go on with one, and print its log as it comes.
 
     Args:
-        config: with absolute paths.
+        config: with absolute paths; of a run to resume, with ``resume`` and its ``run_id``.
         app_dir: the folder of the Flower app.
 
     Returns:
         0 if the run finished and its folder is complete, else 1.
 
     Raises:
-        ConfigError: a domain that is not there, before anything is started.
+        ConfigError: a domain that is not there, or another configuration than the run's; before anything is started.
+        RunDirError: the run is not there, or a process works on it.
+        ClientError: Flower could not be started, or was lost on the way.
     """
-    _check_domains(config)
     config = config.model_copy(update={"run_id": config.run_id or new_run_id(config.name)})
     run_dir = Path(config.output_dir) / str(config.run_id)
+    if config.resume:
+        check_same_config(run_dir, config)
+        if (run_dir / DONE).is_file():
+            print(f"this run is finished; nothing is left to do\nrun folder: {run_dir}")
+            return 0
+        with locked(run_dir):
+            pass  # nobody else works on it
+    elif run_dir.exists():
+        raise RunDirError(
+            f"{run_dir} exists; a run never overwrites another. Choose another run_id or output_dir, or go on with it: "
+            f"fedmerge run --resume {run_dir}"
+        )
+    _check_domains(config)
     with tempfile.TemporaryDirectory(prefix="fedmerge-config-") as folder:
         resolved = Path(folder) / "experiment.toml"
         resolved.write_text(to_toml(config), encoding="utf-8")
-        outcome = run_federation(
-            app_dir,
-            resolved,
-            num_supernodes=len(config.domains.train) + len(config.domains.unseen),
-            cpus_per_client=config.runtime.threads_per_client,
-            gpus_per_client=config.runtime.gpus_per_client,
-            on_line=lambda line: print(line, flush=True),
-        )
-    if outcome.exit_code == 0 and (run_dir / DONE).is_file():
+        try:
+            outcome = run_federation(
+                app_dir,
+                resolved,
+                num_supernodes=len(config.domains.train) + len(config.domains.unseen),
+                cpus_per_client=config.runtime.threads_per_client,
+                gpus_per_client=config.runtime.gpus_per_client,
+                on_line=lambda line: print(line, flush=True),
+                is_over=_server_ended(run_dir),
+            )
+        except ClientError:
+            _say_how_to_go_on(run_dir)
+            raise
+    if (run_dir / DONE).is_file():
         print(f"run folder: {run_dir}")
         return 0
     print(f"fedmerge: the run did not finish: {outcome.status} {outcome.details}", file=sys.stderr)
-    print(f"fedmerge: what there is lies in {run_dir}; Flower's and Ray's logs in {outcome.kept}", file=sys.stderr)
+    _say_how_to_go_on(run_dir)
+    if outcome.kept:
+        print(f"fedmerge: Flower's and Ray's logs in {outcome.kept}", file=sys.stderr)
     return 1
+
+
+def _server_ended(run_dir: Path) -> Callable[[], bool]:
+    """Whether the server has held the run's lock and does so no longer."""
+    began = False
+
+    def ended() -> bool:
+        nonlocal began
+        works = is_locked(run_dir)
+        began = began or works
+        return began and not works
+
+    return ended
+
+
+def _say_how_to_go_on(run_dir: Path) -> None:
+    if (run_dir / CONFIG_FILE).is_file():
+        print(f"fedmerge: what there is lies in {run_dir}; to go on: fedmerge run --resume {run_dir}", file=sys.stderr)
 
 
 def _check_domains(config: ExperimentConfig) -> None:

@@ -1,160 +1,171 @@
-"""The server: ask, train, collect, merge, evaluate on validation, choose, read test once, report."""
+"""The server: ask, train, collect, merge, evaluate on validation, choose, read test once, report.
+
+Every phase writes what it has as soon as it has it (see ``fedmerge.run_dir``) and begins with what is there already, so
+a run that was ended at any point goes on from there.
+"""
 
 import logging
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from flwr.app import Context, Message, RecordDict
+from flwr.app import Context, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 from fedmerge import __version__
-from fedmerge.client.metrics import METRICS, MetricSums, Variant
+from fedmerge.client.metrics import BACKBONE, EXPERT, METRICS
 from fedmerge.config import ExperimentConfig, Split, from_flat
 from fedmerge.device import resolve_compute
 from fedmerge.domain.catalog import Catalog, catalog_from_bytes, load_catalog
 from fedmerge.encoder.backbone import Backbone, load_backbone
-from fedmerge.encoder.lora import Adapter, adapter_sha256, write_adapter
-from fedmerge.errors import ClientError, RunDirError
-from fedmerge.report.tables import Role, differences_table, result_rows, results_table
-from fedmerge.run_dir import DONE, create_run, write_json, write_table, write_text
-from fedmerge.server.admission import check_adapter, expected_layout
-from fedmerge.server.candidates import Candidate, choose, merge_candidates, write_candidate
+from fedmerge.errors import ClientError
+from fedmerge.report.run_report import Evaluated, metric_rows, product_rows, run_report
+from fedmerge.report.tables import Role
+from fedmerge.run_dir import (
+    DONE,
+    create_run,
+    environment,
+    locked,
+    open_run,
+    read_json,
+    run_to_resume,
+    write_json,
+    write_table,
+    write_text,
+)
+from fedmerge.server import checkpoints
+from fedmerge.server.admission import adapter_bytes, check_adapter, check_sums, expected_layout, sums_bytes
+from fedmerge.server.candidates import Candidate, choose, merge_candidates
+from fedmerge.server.fallback import choose_per_domain
 from sim import records
+from sim.federation import POLL_SECONDS, Federation, Question, ask, listed, remembered_clients, require_quorum
 
-POLL_SECONDS = 0.2
-HEARTBEAT_SECONDS = 60.0
+CATALOG_BYTES_PER_ITEM = 4096  # at most, and a mebibyte for a small catalog
+REPORT_BYTES = 2**20
 
 app = ServerApp()
 logger = logging.getLogger("fedmerge.server")
 
 
-@dataclass
-class Federation:
-    """The clients that take part; those that fail are taken out, by name and with the reason.
+@dataclass(frozen=True)
+class Choice:
+    """What validation chose; final once it is on disk.
 
     Attributes:
-        grid: Flower's connection to the nodes.
-        nodes: domain -> node.
-        descriptions: domain -> what its client said it is.
-        excluded: domain (or node) -> why.
-        exposure: rows of the ledger, one for each thing that left a client.
+        best: method -> label of its best variant.
+        served: label of the best of all.
+        domains: whose validation decided.
+        per_domain: domain -> whether it is served the merge or its own expert, with both scores.
     """
 
-    grid: Grid
-    nodes: dict[str, int] = field(default_factory=dict)
-    descriptions: dict[str, records.Description] = field(default_factory=dict)
-    excluded: dict[str, str] = field(default_factory=dict)
-    exposure: list[dict[str, Any]] = field(default_factory=list)
-
-    def of(self, role: str) -> list[str]:
-        """The domains of one role that are still in, sorted."""
-        return sorted(domain for domain in self.nodes if self.descriptions[domain].role == role)
-
-    def exclude(self, domain: str, reason: str) -> None:
-        """Take a domain out."""
-        logger.warning("excluded: %s: %s", domain, reason)
-        self.excluded[domain] = reason
-        self.nodes.pop(domain, None)
-
-    def rename(self, node: str, domain: str) -> None:
-        """Put a domain's name into the ledger, once the node has said it."""
-        for row in self.exposure:
-            row["domain"] = domain if row["domain"] == node else row["domain"]
+    best: Mapping[str, str]
+    served: str
+    domains: list[str]
+    per_domain: Mapping[str, Mapping[str, Any]]
 
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """One experiment; raises when it cannot be finished, so that Flower marks the run as failed."""
     config = from_flat(context.run_config)
-    run_dir = create_run(config)
-    _log_to(run_dir / "run.log")
-    logger.info("run folder: %s", run_dir)
-    try:
-        _experiment(config, Federation(grid), run_dir)
-    except Exception:
-        logger.exception("the run failed")
-        raise
+    wanted = Path(config.output_dir).expanduser().resolve() / str(config.run_id)
+    folder = run_to_resume(wanted) if config.resume else create_run(config)
+    if (folder / DONE).is_file():
+        _log_to(None)
+        logger.info("%s is finished; nothing is left to do", folder)
+        return
+    with locked(folder):
+        if config.resume:
+            open_run(config)
+        _log_to(folder / "run.log")
+        logger.info("run folder: %s%s", folder, ", resumed" if config.resume else "")
+        try:
+            _experiment(config, Federation(grid, folder, config.server.messages_at_once), folder)
+        except Exception:
+            logger.exception("the run failed")
+            raise
 
 
 def _experiment(config: ExperimentConfig, federation: Federation, run_dir: Path) -> None:
     torch.set_num_threads(config.runtime.server_threads)
     started = time.monotonic()
+    _say_what_changed(run_dir)
     compute = resolve_compute(config.runtime.device, config.runtime.precision)
     backbone = load_backbone(config.backbone.source, config.backbone.pooling, compute, config.backbone.weights_sha256)
     try:
+        _remember(federation, run_dir)
         _gather(federation, config, backbone)
-        catalogs = _catalogs(federation, config) if "mergerec" in config.merge.methods else {}
-        adapters = _train(federation, config, backbone, run_dir)
-        candidates = merge_candidates(
-            backbone,
-            adapters,
-            {domain: catalogs[domain] for domain in adapters if domain in catalogs},
-            config,
-            logger.info,
-        )
-        for candidate in candidates:
-            write_candidate(candidate, run_dir / "merged", backbone.name)
-        validation = _evaluate(federation, config, "valid", candidates, adapters)
-        _require_quorum(federation, config)
-        deciding = {domain: sums["unmasked"] for domain, sums in validation.items()}
-        metric = config.evaluation.selection_metric
-        best, served, scores = choose(candidates, deciding, federation.of("train"), metric)
-        write_json(
-            run_dir / "choice.json", {"metric": metric, "validation": scores, "best_variants": best, "served": served}
-        )
-        logger.info("validation chose %s; serving %s. Test is read now, once.", ", ".join(best.values()), served)
-        chosen = [candidate for candidate in candidates if candidate.label in best.values()]
-        test = _evaluate(federation, config, "test", chosen, adapters)
-        _require_quorum(federation, config)
-        write_table(
-            run_dir / "metrics.parquet",
-            [*_metric_rows("valid", validation, federation), *_metric_rows("test", test, federation)],
-        )
-        write_table(run_dir / "products.parquet", [*_product_rows("valid", validation), *_product_rows("test", test)])
+        catalogs = _catalogs(federation, config, run_dir)
+        sources = _train(federation, config, backbone, catalogs, run_dir)
+        candidates = _merge(config, backbone, sources, catalogs, run_dir)
+        validation, choice = _choose(federation, config, candidates, sources, run_dir)
+        chosen = [candidate for candidate in candidates if candidate.label in choice.best.values()]
+        test = _evaluate(federation, config, "test", sorted(federation.nodes), chosen, sources, run_dir)
+        require_quorum(federation, config, [domain for domain in test if domain in sources])
     finally:
-        participants = {domain: vars(federation.descriptions[domain]) for domain in sorted(federation.nodes)}
-        write_json(run_dir / "clients.json", {"participants": participants, "excluded": federation.excluded})
-        if federation.exposure:
-            write_table(run_dir / "exposure.parquet", sorted(federation.exposure, key=lambda row: str(row["domain"])))
-    report = _report(test, federation, [candidate.label for candidate in chosen], served)
+        federation.write_clients()
+        federation.write_ledger()
+    roles: dict[str, Role] = {domain: "train" if domain in sources else "unseen" for domain in [*validation, *test]}
+    splits: dict[Split, dict[str, checkpoints.Sums]] = {"valid": validation, "test": test}
+    write_table(run_dir / "metrics.parquet", metric_rows(splits, roles))
+    write_table(run_dir / "products.parquet", product_rows(splits))
+    report = run_report(
+        Evaluated(
+            test,
+            roles,
+            merged=[candidate.label for candidate in chosen],
+            served=choice.served,
+            per_domain=choice.per_domain,
+            excluded={name: exclusion.reason for name, exclusion in federation.excluded.items()},
+            merged_domains=list(sources),
+            synthetic=any(federation.descriptions[domain].synthetic for domain in test),
+        ),
+        fallback=config.evaluation.fallback,
+    )
     write_text(run_dir / "report.txt", report)
     write_text(run_dir / DONE, f"finished after {time.monotonic() - started:.0f} s\n")
+    federation.forget_ledger_lines()
     logger.info("results\n\n%s", report)
     _say_who_took_part(federation, config)
     logger.info("done in %.0f s, run folder: %s", time.monotonic() - started, run_dir)
 
 
+def _remember(federation: Federation, run_dir: Path) -> None:
+    """Who was excluded in a phase that has ended stays so; who failed in one that goes on is asked again."""
+    federation.descriptions, excluded = remembered_clients(run_dir)
+    ended = {"catalogs", "train"} if checkpoints.ended_training(run_dir) else set()
+    ended |= {"validation"} if read_json(run_dir / "choice.json") else set()
+    federation.excluded = {name: exclusion for name, exclusion in excluded.items() if exclusion.phase in ended}
+
+
 def _gather(federation: Federation, config: ExperimentConfig, backbone: Backbone) -> None:
-    """Wait for the nodes, ask each what it is, refuse those that do not fit."""
-    expected = len(config.domains.train) + len(config.domains.unseen)
+    """Wait for the nodes, ask each what it is as it comes, refuse those that do not fit."""
+    federation.phase = "gather"
+    expected = num_domains = len(config.domains.train) + len(config.domains.unseen)
     logger.info("waiting for %d nodes, one a domain, at most %g s", expected, config.server.wait_seconds)
     deadline = time.monotonic() + config.server.wait_seconds
-    while len(nodes := sorted(federation.grid.get_node_ids())) < expected and time.monotonic() < deadline:
-        time.sleep(POLL_SECONDS)
-    logger.info("%d nodes are connected, %d domains are expected", len(nodes), expected)
-    replies: dict[str, records.Description] = {}
+    asked: set[int] = set()
 
-    def receive(name: str, content: RecordDict) -> None:
-        replies[name] = records.read_description(content)
-
-    names = {f"node {node}": node for node in nodes}
-    _ask(federation, names, records.DESCRIBE, _nothing, config.server.describe_timeout_seconds, receive)
-    for name, description in sorted(replies.items()):
+    def receive(name: str, content: RecordDict) -> str | None:
+        nonlocal expected
+        description = records.read_description(content)
+        if description.num_nodes:  # a simulation: there are so many and no more
+            expected = min(expected, description.num_nodes)
         if description.role == "idle":
-            continue
-        problem = _misfit(description, backbone, config, federation)
-        if problem:
-            federation.rename(name, f"{description.domain} ({name})")
-            federation.exclude(f"{description.domain} ({name})", problem)
-            continue
+            return None
+        if problem := _misfit(description, backbone, config, federation):
+            name = f"{description.domain} ({name})"
+            federation.exclude(name, problem)
+            return name
+        if description.domain in federation.excluded:
+            return description.domain  # in a phase that has ended
         federation.nodes[description.domain] = int(name.removeprefix("node "))
         federation.descriptions[description.domain] = description
-        federation.rename(name, description.domain)
-        logger.info(
+        log = logger.info if expected <= 20 else logger.debug
+        log(
             "%s (%s%s): %d users, %d items, %d interactions",
             description.domain,
             description.role,
@@ -163,7 +174,19 @@ def _gather(federation: Federation, config: ExperimentConfig, backbone: Backbone
             description.num_items,
             description.num_interactions,
         )
-    _require_quorum(federation, config)
+        return description.domain
+
+    question = Question(records.DESCRIBE, config.server.describe_timeout_seconds)
+    while True:
+        new = sorted(set(federation.grid.get_node_ids()) - asked)
+        ask(federation, {f"node {node}": node for node in new}, question, receive)
+        asked |= set(new)
+        if len(asked) >= expected or time.monotonic() > deadline:
+            break
+        time.sleep(POLL_SECONDS)
+    federation.write_clients()
+    logger.info("%d nodes are connected, %d domains are expected", len(asked), num_domains)
+    require_quorum(federation, config, federation.of("train"))
     _say_who_took_part(federation, config)
 
 
@@ -173,8 +196,9 @@ def _misfit(
     domains = config.domains
     if description.domain not in (domains.train if description.role == "train" else domains.train + domains.unseen):
         return f"it says to be {description.domain!r} ({description.role}), which the experiment does not name as such"
+    if description.domain in federation.nodes:
+        return f"another client already is {description.domain}; start one client for each domain"
     checks = {
-        "domain": (description.domain in federation.nodes, False, "another client already is this domain"),
         "backbone": (
             description.backbone_sha256,
             backbone.sha256,
@@ -188,15 +212,30 @@ def _misfit(
         "fedmerge version": (description.fedmerge_version, __version__, "install the same version everywhere"),
         "policy": (description.policy, config.privacy.policy, "agree on privacy.policy"),
     }
+    if before := federation.descriptions.get(description.domain):  # the run is resumed
+        data = {"role", "num_users", "num_items", "num_interactions", "catalog_sha256"}
+        remedy = "a run has one state of the data: put it back, or start a new run"
+        checks |= {key: (getattr(description, key), getattr(before, key), remedy) for key in sorted(data)}
     for what, (found, wanted, remedy) in checks.items():
         if found != wanted:
             return f"its {what} is {found}, the server's {wanted}; {remedy}"
     return None
 
 
-def _catalogs(federation: Federation, config: ExperimentConfig) -> dict[str, Catalog]:
-    """The catalogs of the training domains, from the server's folder or from the clients, checked by hash."""
-    domains = federation.of("train")
+def _catalogs(federation: Federation, config: ExperimentConfig, run_dir: Path) -> dict[str, Catalog]:
+    """The catalogs of the training domains, from the server's folder or from the clients, checked by hash.
+
+    None is needed without MergeRec, or when MergeRec's merges are on disk.
+    """
+    if "mergerec" not in config.merge.methods:
+        return {}
+    sources = checkpoints.ended_training(run_dir)
+    if sources is not None:
+        methods = [candidate.method for candidate in checkpoints.kept_merges(run_dir, sources).values()]
+        if methods.count("mergerec") == len(config.mergerec.granularities):
+            return {}
+    federation.phase = "catalogs"
+    domains = [domain for domain in federation.of("train") if sources is None or domain in sources]
     catalogs: dict[str, Catalog] = {}
     if config.server.catalogs is not None:
         for domain in domains:
@@ -207,7 +246,11 @@ def _catalogs(federation: Federation, config: ExperimentConfig) -> dict[str, Cat
         def receive(domain: str, content: RecordDict) -> None:
             catalogs[domain] = catalog_from_bytes(records.read_catalog(content), domain)
 
-        _ask(federation, nodes, records.CATALOG, _nothing, config.server.describe_timeout_seconds, receive)
+        def limit_bytes(domain: str) -> int:
+            return 2**20 + CATALOG_BYTES_PER_ITEM * federation.descriptions[domain].num_items
+
+        timeout_seconds = config.server.describe_timeout_seconds
+        ask(federation, nodes, Question(records.CATALOG, timeout_seconds, limit_bytes=limit_bytes), receive)
     for domain, catalog in list(catalogs.items()):
         announced = federation.descriptions[domain].catalog_sha256
         if catalog.sha256 != announced:
@@ -215,23 +258,39 @@ def _catalogs(federation: Federation, config: ExperimentConfig) -> dict[str, Cat
             federation.exclude(
                 domain, f"the catalog has hash {catalog.sha256[:12]}, its client announced {announced[:12]}"
             )
-    _require_quorum(federation, config)
+    require_quorum(federation, config, federation.of("train"))
     return catalogs
 
 
-def _train(federation: Federation, config: ExperimentConfig, backbone: Backbone, run_dir: Path) -> dict[str, Adapter]:
-    """Every training client's expert, admitted and written to disk as it arrives."""
+def _train(
+    federation: Federation,
+    config: ExperimentConfig,
+    backbone: Backbone,
+    catalogs: Mapping[str, Catalog],
+    run_dir: Path,
+) -> dict[str, str]:
+    """Every training client's expert, admitted and written to disk as it arrives: domain -> hash.
+
+    Experts that are on disk, whole, are not asked for again, whether their client is there or not. Once training has
+    ended, which experts are merged is fixed.
+    """
+    federation.phase = "train"
     layout = expected_layout(backbone, config.lora)
-    adapters: dict[str, Adapter] = {}
+    ended = checkpoints.ended_training(run_dir)
+    may_join = {*config.domains.train} - {*federation.excluded}
+    if "mergerec" in config.merge.methods:
+        may_join &= {*catalogs}  # without its catalog a domain cannot be merged
+    wanted = sorted(may_join if ended is None else ended)
+    sources = {domain: sha256 for domain in wanted if (sha256 := checkpoints.kept_expert(run_dir, domain))}
+    if sources:
+        logger.info("training: on disk already: %s", listed(sorted(sources)))
 
     def admit(domain: str, content: RecordDict) -> None:
         adapter, report = records.read_expert(content)
         check_adapter(domain, adapter, layout)
-        folder = run_dir / "adapters" / domain
-        write_adapter(adapter, folder, backbone.name)
-        write_json(folder / "training.json", {**report, "sha256": adapter_sha256(adapter)})
         seconds = float(report.get("seconds", 0))
-        logger.info(
+        log = logger.info if len(nodes) <= 20 else logger.debug
+        log(
             "%s: expert received (%s steps, best at %s, stopped by %s, %.0f s%s)",
             domain,
             report.get("steps"),
@@ -240,134 +299,137 @@ def _train(federation: Federation, config: ExperimentConfig, backbone: Backbone,
             seconds,
             ", from the client's disk" if report.get("cached") else "",
         )
-        adapters[domain] = adapter  # last: whatever raises above excludes the client
+        sources[domain] = checkpoints.keep_expert(
+            run_dir, domain, adapter, report, backbone.name
+        )  # nothing may fail after
 
-    nodes = {domain: federation.nodes[domain] for domain in federation.of("train")}
-    logger.info("training: %s", ", ".join(nodes))
-    _ask(federation, nodes, records.TRAIN, _nothing, config.server.train_timeout_seconds, admit)
-    _require_quorum(federation, config)
-    return dict(sorted(adapters.items()))
+    roles = federation.of("train")
+    nodes = {domain: federation.nodes[domain] for domain in wanted if domain in roles and domain not in sources}
+    if nodes:
+        logger.info("training: %s", listed(list(nodes)))
+        most = adapter_bytes(layout) + REPORT_BYTES
+        question = Question(records.TRAIN, config.server.train_timeout_seconds, limit_bytes=lambda _: most)
+        ask(federation, nodes, question, admit)
+    sources = dict(sorted(sources.items()))
+    if ended is None:
+        require_quorum(federation, config, list(sources))
+        checkpoints.end_training(run_dir, sources)
+    elif sources != ended:
+        damaged = [domain for domain in ended if sources.get(domain) != ended[domain]]
+        raise ClientError(
+            f"{run_dir}: the experts of {listed(damaged)} were merged, but are missing or damaged on disk, and their "
+            "clients did not send the same again. Put them back, or start a new run."
+        )
+    for domain in federation.of("train"):
+        if domain not in sources:
+            federation.exclude(domain, "its expert was not there when training ended")
+    return sources
+
+
+def _merge(
+    config: ExperimentConfig,
+    backbone: Backbone,
+    sources: Mapping[str, str],
+    catalogs: Mapping[str, Catalog],
+    run_dir: Path,
+) -> list[Candidate]:
+    """Every merge, each written as it is made; those on disk are not made again."""
+
+    def keep(candidate: Candidate) -> None:
+        checkpoints.keep_merge(run_dir, candidate, backbone.name)
+
+    return merge_candidates(
+        backbone,
+        checkpoints.KeptExperts(run_dir, sources),
+        {domain: catalogs[domain] for domain in sources if domain in catalogs},
+        config,
+        logger.info,
+        finished=checkpoints.kept_merges(run_dir, sources),
+        keep=keep,
+    )
+
+
+def _choose(
+    federation: Federation,
+    config: ExperimentConfig,
+    candidates: list[Candidate],
+    sources: Mapping[str, str],
+    run_dir: Path,
+) -> tuple[dict[str, checkpoints.Sums], Choice]:
+    """Evaluate on validation, then choose, once: a choice on disk is final. Unseen domains have no say."""
+    made = read_json(run_dir / "choice.json")
+    deciding = made["domains"] if made else federation.of("train")
+    validation = _evaluate(federation, config, "valid", deciding, candidates, sources, run_dir)
+    if made:
+        logger.info("validation chose before: serving %s", made["served"])
+        validation = {domain: sums for domain, sums in validation.items() if domain in made["domains"]}
+        return validation, Choice(made["best_variants"], made["served"], made["domains"], made["per_domain"])
+    require_quorum(federation, config, list(validation))
+    deciding_sums = {domain: sums["unmasked"] for domain, sums in validation.items()}
+    metric = config.evaluation.selection_metric
+    best, served, scores = choose(candidates, deciding_sums, list(validation), metric)
+    per_domain = choose_per_domain(deciding_sums, served, metric, config.evaluation.fallback)
+    write_json(
+        run_dir / "choice.json",
+        {
+            "metric": metric,
+            "validation": scores,
+            "best_variants": best,
+            "served": served,
+            "domains": list(validation),
+            "per_domain": per_domain,
+        },
+    )
+    logger.info("validation chose %s; serving %s. Test is read now, once.", ", ".join(best.values()), served)
+    return validation, Choice(best, served, list(validation), per_domain)
 
 
 def _evaluate(
     federation: Federation,
     config: ExperimentConfig,
     split: Split,
+    domains: list[str],
     candidates: list[Candidate],
-    adapters: Mapping[str, Adapter],
-) -> dict[str, dict[Variant, MetricSums]]:
-    """All models on the users of the domains that decide; on test on everybody's, with the reference rows."""
-    merged = {candidate.label: candidate.adapter for candidate in candidates}
+    sources: Mapping[str, str],
+    run_dir: Path,
+) -> dict[str, checkpoints.Sums]:
+    """All models on the users of some domains, on test with the reference rows; what is on disk is not asked again."""
+    test = split == "test"
+    federation.phase = checkpoints.SUMS[split]
+    labels = [candidate.label for candidate in candidates]
+    models = records.model_records({candidate.label: candidate.adapter for candidate in candidates})
+
+    def asked_models(domain: str) -> list[str]:
+        return [*([BACKBONE] if test else []), *([EXPERT] if domain in sources else []), *labels]
+
+    kept = checkpoints.kept_sums(run_dir, split)
+    results = {
+        domain: sums for domain, sums in kept.items() if set(asked_models(domain)) <= set(sums["unmasked"].methods)
+    }
 
     def request(domain: str) -> RecordDict:
-        expert = adapter_sha256(adapters[domain]) if domain in adapters else ""
         return records.evaluation_request_record(
-            records.EvaluationRequest(split, split == "test", expert, split == "test"), merged
+            records.EvaluationRequest(split, test, sources.get(domain, ""), test), models
         )
-
-    logger.info("evaluating on %s: %s", split, ", ".join(merged))
-    results: dict[str, dict[Variant, MetricSums]] = {}
 
     def receive(domain: str, content: RecordDict) -> None:
         sums = records.read_metric_sums(content)
-        missing = sorted(merged.keys() - set(sums["unmasked"].methods))
-        if missing:
-            raise ClientError(f"its metric sums lack {missing}")
-        masked = sums["masked"]
-        if masked.methods != sums["unmasked"].methods or masked.num_users != sums["unmasked"].num_users:
-            raise ClientError("its masked and unmasked metric sums are of different methods or users")
-        if masked.num_users < config.privacy.min_users:
-            raise ClientError(f"its metric sums are over {masked.num_users} users, fewer than privacy.min_users")
+        num_users = (config.privacy.min_users, federation.descriptions[domain].num_users)
+        check_sums(domain, sums, asked_models(domain), test, num_users)
+        checkpoints.keep_sums(run_dir, split, domain, sums)
         results[domain] = sums
 
-    deciding = federation.of("train")  # unseen domains have no say in the choice
-    nodes = {domain: node for domain, node in federation.nodes.items() if split == "test" or domain in deciding}
-    _ask(federation, nodes, records.EVALUATE, request, config.server.evaluate_timeout_seconds, receive)
+    nodes = {
+        domain: federation.nodes[domain] for domain in domains if domain in federation.nodes.keys() - results.keys()
+    }
+    if results:
+        logger.info("evaluated on %s already: %s", split, listed(list(results)))
+    if nodes:
+        logger.info("evaluating on %s: %s", split, ", ".join(labels))
+    most = sums_bytes(len(labels) + 2, len(METRICS))
+    timeout_seconds = config.server.evaluate_timeout_seconds
+    ask(federation, nodes, Question(records.EVALUATE, timeout_seconds, request, lambda _: most, split), receive)
     return dict(sorted(results.items()))
-
-
-def _ask(
-    federation: Federation,
-    nodes: Mapping[str, int],
-    message_type: str,
-    request: Callable[[str], RecordDict],
-    timeout_seconds: float,
-    on_reply: Callable[[str, RecordDict], None],
-) -> None:
-    """Ask nodes at once and handle each reply as it comes.
-
-    Who fails, is late, or sends what ``on_reply`` raises on, is excluded by name.
-    """
-    waiting: dict[str, str] = {}
-    for name, node in nodes.items():
-        message = Message(request(name), dst_node_id=node, message_type=message_type, ttl=timeout_seconds)
-        for message_id in federation.grid.push_messages([message]):
-            waiting[message_id] = name
-    for name in nodes.keys() - waiting.values():
-        federation.exclude(name, f"{message_type}: Flower could not send the message")
-    started = heartbeat = time.monotonic()
-    while waiting and time.monotonic() - started < timeout_seconds:
-        for reply in federation.grid.pull_messages(list(waiting)):
-            name = waiting.pop(reply.metadata.reply_to_message_id, "")
-            if not name:
-                continue
-            if not _accepted(federation, name, message_type, reply, on_reply):
-                continue
-            seconds = time.monotonic() - started
-            logger.info(
-                "%s: %d of %d answered (%s, %.0f s)", message_type, len(nodes) - len(waiting), len(nodes), name, seconds
-            )
-        if waiting and time.monotonic() - heartbeat > HEARTBEAT_SECONDS:
-            heartbeat = time.monotonic()
-            late = ", ".join(sorted(waiting.values()))
-            logger.info("%s: waiting for %s (%.0f s)", message_type, late, heartbeat - started)
-        time.sleep(POLL_SECONDS)
-    for name in waiting.values():
-        federation.exclude(name, f"{message_type}: no answer within {timeout_seconds:g} s")
-
-
-def _accepted(
-    federation: Federation,
-    name: str,
-    message_type: str,
-    reply: Message,
-    on_reply: Callable[[str, RecordDict], None],
-) -> bool:
-    """Record and handle one reply; whatever a client sends, it does not take the server down."""
-    if reply.has_error():
-        federation.exclude(name, f"{message_type} failed: {reply.error.reason} (Flower error {reply.error.code})")
-        return False
-    try:
-        exposed = records.contents(reply.content)
-        federation.exposure += [{"domain": name, "message": message_type, **row} for row in exposed]
-        if error := records.read_error(reply.content):
-            domain = records.read_error_domain(reply.content)
-            if name not in federation.nodes and domain:  # its word alone must not exclude another domain
-                federation.rename(name, f"{domain} ({name})")
-                name = f"{domain} ({name})"
-            federation.exclude(name, f"{message_type} failed: {error}")
-            return False
-        on_reply(name, reply.content)
-    except (RunDirError, OSError):
-        raise  # the server's own trouble, not the client's
-    except Exception as error:
-        federation.exclude(name, f"{message_type}: its reply is refused: {type(error).__name__}: {error}")
-        return False
-    return True
-
-
-def _nothing(name: str) -> RecordDict:
-    return RecordDict()
-
-
-def _require_quorum(federation: Federation, config: ExperimentConfig) -> None:
-    left = federation.of("train")
-    if len(left) < config.server.min_train_clients:
-        reasons = "".join(f"\n  {name}: {reason}" for name, reason in federation.excluded.items())
-        raise ClientError(
-            f"{len(left)} training clients are left ({', '.join(left) or 'none'}), server.min_train_clients is "
-            f"{config.server.min_train_clients}. Excluded:{reasons or ' nobody; the others never connected'}"
-        )
 
 
 def _say_who_took_part(federation: Federation, config: ExperimentConfig) -> None:
@@ -375,88 +437,41 @@ def _say_who_took_part(federation: Federation, config: ExperimentConfig) -> None
     absent = [domain for domain in named if domain not in federation.nodes]
     logger.info(
         "taking part: %s",
-        ", ".join([*federation.of("train"), *(f"{domain} (unseen)" for domain in federation.of("unseen"))]),
+        listed([*federation.of("train"), *(f"{domain} (unseen)" for domain in federation.of("unseen"))]),
     )
     if absent:
         logger.info(
             "not taking part: %s. For all %d domains: fedmerge run CONFIG, or "
             "flwr run . --federation-config 'num-supernodes=%d client-resources-num-cpus=%d'",
-            ", ".join(absent),
+            listed(absent),
             len(named),
             len(named),
             config.runtime.threads_per_client,
         )
 
 
-def _metric_rows(
-    split: str, results: Mapping[str, Mapping[Variant, MetricSums]], federation: Federation
-) -> list[dict[str, Any]]:
-    return [
-        {
-            "split": split,
-            "variant": variant,
-            "domain": domain,
-            "role": federation.descriptions[domain].role,
-            "method": method,
-            "metric": metric,
-            "num_users": sums.num_users,
-            "sum": float(sums.sums[p, m]),
-        }
-        for domain, variants in results.items()
-        for variant, sums in variants.items()
-        for p, method in enumerate(sums.methods)
-        for m, metric in enumerate(METRICS)
+def _say_what_changed(run_dir: Path) -> None:
+    """Name the versions that are others than when the run began: they can change numbers."""
+    then, now = read_json(run_dir / "environment.json"), environment()
+    packages: Mapping[str, str] = (then or {}).get("packages", {})
+    changed = [f"{name} {packages[name]} -> {now['packages'].get(name)}" for name in packages]
+    changed = [
+        line for name, line in zip(packages, changed, strict=True) if packages[name] != now["packages"].get(name)
     ]
+    if changed:
+        logger.warning(
+            "since the run began these versions have changed, and can change numbers: %s", ", ".join(changed)
+        )
 
 
-def _product_rows(split: str, results: Mapping[str, Mapping[Variant, MetricSums]]) -> list[dict[str, Any]]:
-    return [
-        {
-            "split": split,
-            "variant": variant,
-            "domain": domain,
-            "metric": metric,
-            "method": left,
-            "other": right,
-            "sum_of_products": float(sums.products[m, p, q]),
-        }
-        for domain, variants in results.items()
-        for variant, sums in variants.items()
-        for m, metric in enumerate(METRICS)
-        for p, left in enumerate(sums.methods)
-        for q, right in enumerate(sums.methods)
-        if q >= p
-    ]
-
-
-def _report(
-    test: Mapping[str, Mapping[Variant, MetricSums]], federation: Federation, merged: list[str], served: str
-) -> str:
-    domains = [domain for role in ("train", "unseen") for domain in federation.of(role)]
-    roles: dict[str, Role] = {domain: "train" if domain in federation.of("train") else "unseen" for domain in domains}
-    synthetic = any(federation.descriptions[domain].synthetic for domain in domains)
-    unmasked = {domain: test[domain]["unmasked"] for domain in domains}
-    masked = {domain: test[domain]["masked"] for domain in domains}
-    parts = [
-        results_table(
-            result_rows(unmasked, roles), variant="unmasked", split="test", merged_methods=merged, synthetic=synthetic
-        ),
-        results_table(
-            result_rows(masked, roles), variant="masked", split="test", merged_methods=merged, synthetic=synthetic
-        ),
-    ]
-    baseline = "average" if "average" in merged else merged[0]
-    parts.append(differences_table(unmasked, roles, baseline=baseline, split="test", synthetic=synthetic))
-    parts += [f"excluded: {name}: {reason}\n" for name, reason in sorted(federation.excluded.items())]
-    parts.append(f"chosen on validation and to be served: {served}\n")
-    return "\n".join(parts)
-
-
-def _log_to(path: Path) -> None:
+def _log_to(path: Path | None) -> None:
     library = logging.getLogger("fedmerge")
     library.setLevel(logging.INFO)
     library.propagate = False
     library.handlers.clear()
-    for handler in (logging.StreamHandler(), logging.FileHandler(path, encoding="utf-8")):
+    handlers: list[logging.Handler] = [logging.StreamHandler()]
+    if path:
+        handlers.append(logging.FileHandler(path, encoding="utf-8"))
+    for handler in handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
         library.addHandler(handler)

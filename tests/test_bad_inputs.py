@@ -429,7 +429,7 @@ REPLIES: dict[str, tuple[Read, RecordDict, Parts]] = {
     "a request without models": (
         records.read_evaluation_request,
         facts(split="test"),
-        ["the request to evaluate names no models; use one fedmerge version everywhere"],
+        ["its message has no record 'models' (records: ['facts'])"],
     ),
 }
 

@@ -195,7 +195,7 @@ def test_the_client_answers_a_test_request_with_the_rows_it_is_configured_for(fo
 
     def answer(split: str, baselines: bool) -> RecordDict:
         request = records.EvaluationRequest("test" if split == "test" else "valid", True, "", baselines)
-        content = records.evaluation_request_record(request, {})
+        content = records.evaluation_request_record(request, records.model_records({}))
         message = Message(content, dst_node_id=1, message_type=records.EVALUATE)
         return client_app.evaluate_models(message, context).content
 

@@ -95,7 +95,7 @@ server_threads = 1
 """
 
 FACTS = ["domain", "role", "num_users", "num_items", "num_interactions", "synthetic", "policy"]
-FACTS += ["catalog_sha256", "backbone_sha256", "precision", "fedmerge_version"]
+FACTS += ["catalog_sha256", "backbone_sha256", "precision", "fedmerge_version", "num_nodes"]
 
 
 @dataclass(frozen=True)
@@ -315,12 +315,16 @@ def test_a_run_ends_well_and_its_folder_is_complete(first: Run) -> None:
     assert f"run folder: {first.folder}" in first.output.splitlines()
     files = {str(file.relative_to(first.folder)) for file in first.folder.rglob("*") if file.is_file()}
     peft = ("adapter_config.json", "adapter_model.safetensors")
-    top = "config.toml environment.json choice.json metrics.parquet products.parquet exposure.parquet clients.json"
+    top = "config.toml environment.json lock experts.json choice.json clients.json"
+    tables = "metrics.parquet products.parquet exposure.parquet"
     assert files == {
         *top.split(),
+        *tables.split(),
         *("report.txt", "run.log", "DONE"),
         *(f"adapters/{domain}/{file}" for domain in ("beauty", "books") for file in (*peft, "training.json")),
         *(f"merged/{label.replace(' ', '-')}/{file}" for label in CANDIDATES for file in (*peft, "provenance.json")),
+        *(f"validation/{domain}.json" for domain in ("beauty", "books")),
+        *(f"test/{domain}.json" for domain in ("beauty", "books", "camping")),
     }
     assert load_config(first.folder / "config.toml") == first.config
     environment = first.json("environment.json")

@@ -77,7 +77,9 @@ def test_a_transposed_view_travels_as_its_values() -> None:
 def test_an_evaluation_request_comes_back_with_its_labels_in_order(number: int) -> None:
     request = records.EvaluationRequest("test", True, "e" * 64, False)
     models = {f"task-arithmetic 0.{i}": adapter(i) for i in reversed(range(number))}
-    found, found_models = records.read_evaluation_request(travelled(records.evaluation_request_record(request, models)))
+    found, found_models = records.read_evaluation_request(
+        travelled(records.evaluation_request_record(request, records.model_records(models)))
+    )
     assert found == request
     assert list(found_models) == list(models)
     assert [adapter_sha256(model) for model in found_models.values()] == [adapter_sha256(m) for m in models.values()]
@@ -250,10 +252,11 @@ def test_a_report_that_is_no_object_is_refused(report: str) -> None:
 
 
 def test_a_request_that_names_more_models_than_it_holds_is_refused() -> None:
-    content = records.evaluation_request_record(records.EvaluationRequest("valid", False, "", False), {"a": adapter()})
-    content["facts"] = ConfigRecord({**content.config_records["facts"], "labels": ["a", "b"]})
+    models = records.model_records({"a": adapter()})
+    content = records.evaluation_request_record(records.EvaluationRequest("valid", False, "", False), models)
+    content["models"] = ConfigRecord({"labels": ["a", "b"]})
     refused(records.read_evaluation_request, content, "holds no adapter1")
-    content["facts"] = ConfigRecord({**content.config_records["facts"], "labels": "a"})
+    content["models"] = ConfigRecord({"labels": "a"})
     refused(records.read_evaluation_request, content, "names no models")
 
 

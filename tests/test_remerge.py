@@ -82,6 +82,7 @@ def test_the_experts_of_a_run_are_merged_without_one_of_them(run: Path) -> None:
     record = provenance(made / "task-arithmetic-0.9")
     backbone = json.loads((run / "merged" / "average" / "provenance.json").read_text())["backbone"]
     assert record == {
+        "label": "task-arithmetic 0.9",
         "method": "task-arithmetic",
         "domains": {name: adapter_sha256(theirs[name]) for name in ("books", "coffee")},
         "coefficients": {"books": pytest.approx(0.9), "coffee": pytest.approx(0.9)},

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 from backbones import WORDS, tiny_bert
+from disk import full_disk
 
+from fedmerge.client.begun_training import begun_training, keep_begun
 from fedmerge.client.evaluate import evaluate
 from fedmerge.client.experts import REPORT_FILE, expert_by_hash, trained_expert
 from fedmerge.client.local_domain import LocalDomain, open_domain
@@ -265,6 +267,77 @@ def test_a_domain_too_small_to_train_on_is_refused(toys: LocalDomain, sequences:
         train_expert(reduced(toys, sequences), LORA, QUICK, seed=0)
 
 
+# A training that is ended and goes on
+
+
+class Killed(BaseException):
+    """Nothing catches it."""
+
+
+def killed_after(domain: LocalDomain, settings: Train, begun: Path, validations: int) -> None:
+    """Train until so many validations have been kept."""
+
+    def progress(line: str) -> None:
+        if sum(f"step {settings.validate_every_steps * number}," in line for number in range(1, 99)):
+            progress.seen += 1  # type: ignore[attr-defined]  # a counter
+        if progress.seen > validations:  # type: ignore[attr-defined]  # as above
+            raise Killed
+
+    progress.seen = 0  # type: ignore[attr-defined]  # as above
+    with pytest.raises(Killed):
+        train_expert(domain, LORA, settings, 3, progress, begun)
+
+
+LONG = TRAIN.model_copy(update={"max_steps": 9, "batch_size": 10, "validate_every_steps": 2, "learning_rate": 0.03})
+
+
+@pytest.mark.parametrize("validations", [1, 3])
+def test_a_training_that_was_ended_goes_on_to_the_same_result(
+    toys: LocalDomain, tmp_path: Path, validations: int
+) -> None:
+    whole, report = train_expert(toys, LORA, LONG, 3)
+    begun = tmp_path / "experts" / "begun"
+    killed_after(toys, LONG, begun, validations)
+    assert [path.name for path in begun.parent.iterdir()] == ["begun"]
+    lines: list[str] = []
+    again, report_again = train_expert(toys, LORA, LONG, 3, lines.append, begun)
+    assert adapter_sha256(again) == adapter_sha256(whole)
+    assert facts(report_again) == facts(report)
+    assert lines[0] == f"toys: goes on after step {2 * validations}, where an earlier training was ended"
+    assert len(lines) == 1 + 5 - validations
+
+
+def test_the_wall_clock_of_a_training_goes_on_too(toys: LocalDomain, tmp_path: Path) -> None:
+    settings = LONG.model_copy(update={"max_minutes": 60.0})
+    killed_after(toys, settings, tmp_path / "begun", 1)
+    begun = begun_training(tmp_path / "begun")
+    assert begun is not None
+    keep_begun(tmp_path / "begun", replace(begun, seconds=3600.0))
+    assert train_expert(toys, LORA, settings, 3, begun=tmp_path / "begun")[1].stopped_by == "max_minutes"
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])
+def test_a_damaged_state_starts_the_training_again(toys: LocalDomain, tmp_path: Path, damage: str) -> None:
+    whole, _ = train_expert(toys, LORA, LONG, 3)
+    begun = tmp_path / "begun"
+    killed_after(toys, LONG, begun, 1)
+    data = bytearray(begun.read_bytes())
+    data[-2] ^= 1
+    begun.write_bytes(bytes({"cut": data[:200], "flipped": data, "empty": data[:0]}[damage]))
+    lines: list[str] = []
+    assert adapter_sha256(train_expert(toys, LORA, LONG, 3, lines.append, begun)[0]) == adapter_sha256(whole)
+    assert lines[0].startswith("toys: start, validation")
+
+
+def test_a_state_that_cannot_be_kept_is_an_error_with_the_remedy(toys: LocalDomain, tmp_path: Path) -> None:
+    with (
+        full_disk(4096),
+        pytest.raises(ClientError, match=rf"cannot be kept in {tmp_path} .*Check the space.*or set cache_dir"),
+    ):
+        train_expert(toys, LORA, LONG, 3, begun=tmp_path / "begun")
+    assert not list(tmp_path.iterdir())
+
+
 # The cache of experts
 
 
@@ -303,7 +376,7 @@ def test_an_expert_is_trained_once(toys: LocalDomain, tmp_path: Path) -> None:
     assert report["sha256"] == adapter_sha256(trained)
     assert len(lines) == 3  # start and two validations
     json.dumps(report, allow_nan=False)
-    (folder,) = experts_on_disk(tmp_path)  # and nothing unfinished beside it
+    (folder,) = experts_on_disk(tmp_path)  # and nothing begun or unfinished beside it
     times = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
 
     again, cached, lines = expert(toys, config)
@@ -382,6 +455,26 @@ def test_a_damaged_expert_is_trained_again(toys: LocalDomain, tmp_path: Path, da
     assert again["cached"] is False
     assert adapter_sha256(adapter) == again["sha256"] == report["sha256"]
     assert expert(toys, config)[1]["cached"] is True
+
+
+def test_an_expert_whose_training_was_ended_goes_on_from_disk(toys: LocalDomain, tmp_path: Path) -> None:
+    changes = {"train.max_steps": 4}
+    whole, _, _ = expert(toys, settings_for(tmp_path / "whole", **changes))
+
+    def kill(line: str) -> None:
+        if "step 3," in line:
+            raise Killed
+
+    config = settings_for(tmp_path / "killed", **changes)
+    with pytest.raises(Killed):
+        trained_expert(toys, config, kill)
+    (begun,) = experts_on_disk(tmp_path / "killed")
+    assert begun.suffix == ".safetensors"
+    adapter, report, lines = expert(toys, config)
+    assert adapter_sha256(adapter) == adapter_sha256(whole)
+    assert report["cached"] is False
+    assert "goes on after step 2" in lines[0]
+    assert begun not in experts_on_disk(tmp_path / "killed")
 
 
 def test_an_expert_that_was_not_shipped_is_not_evaluated(toys: LocalDomain, tmp_path: Path) -> None:

@@ -8,12 +8,16 @@ from fedmerge.cli.options import add_overrides
 
 if TYPE_CHECKING:
     from fedmerge.cli.options import Commands
+    from fedmerge.config import ExperimentConfig
 
 
 def add_commands(commands: "Commands") -> None:
     """Add them to the parser."""
     run = commands.add_parser("run", help="run an experiment through Flower's simulation engine")
-    run.add_argument("config", type=Path, help="experiment file, for example configs/demo.toml")
+    run.add_argument("config", type=Path, nargs="?", help="experiment file, for example configs/demo.toml")
+    run.add_argument(
+        "--resume", metavar="RUN", help="go on with a run that was ended, by its folder or its name in runs/"
+    )
     add_overrides(run)
     run.add_argument(
         "--app", type=Path, default=None, help="folder with pyproject.toml and sim/ (default: the installed checkout)"
@@ -28,12 +32,30 @@ def add_commands(commands: "Commands") -> None:
 
 def _run(options: argparse.Namespace) -> int:
     from fedmerge.config import load_config, with_absolute_paths
+    from fedmerge.errors import ConfigError
 
-    config = with_absolute_paths(load_config(options.config, options.overrides), Path.cwd())
+    if options.resume is not None:
+        config = _config_to_resume(options.resume, options.config, options.overrides)
+    elif options.config is None:
+        raise ConfigError("run: name an experiment file, for example configs/demo.toml, or a run: --resume RUN.")
+    else:
+        config = with_absolute_paths(load_config(options.config, options.overrides), Path.cwd())
 
     from sim.run import run_experiment
 
     return run_experiment(config, options.app or Path(__file__).resolve().parents[2])
+
+
+def _config_to_resume(run: str, path: Path | None, overrides: list[str]) -> "ExperimentConfig":
+    """The run's own configuration; with a file or --set, what they say, which must be the same."""
+    from fedmerge.config import load_config, with_absolute_paths
+    from fedmerge.run_dir import CONFIG_FILE, run_to_resume
+
+    given = load_config(path, overrides) if path else None
+    folder = run_to_resume(run, given.output_dir if given else "runs")
+    config = given or load_config(folder / CONFIG_FILE, overrides)
+    where = {"output_dir": str(folder.parent), "run_id": folder.name, "resume": True}
+    return with_absolute_paths(config.model_copy(update=where), Path.cwd())
 
 
 def _check(options: argparse.Namespace) -> int:

@@ -35,7 +35,8 @@ def trained_expert(domain: LocalDomain, config: ExperimentConfig, progress: Prog
         progress(f"{domain.manifest.name}: expert of an earlier run with the same inputs taken from {folder}")
         return kept[0], {**kept[1], "cached": True}
     shutil.rmtree(folder, ignore_errors=True)  # damaged, if there is anything
-    adapter, training = train_expert(domain, config.lora, config.train, config.seed, progress)
+    begun = folder.with_name(f"{folder.name}.begun.safetensors")
+    adapter, training = train_expert(domain, config.lora, config.train, config.seed, progress, begun)
     report = {**asdict(training), "sha256": adapter_sha256(adapter)}
     report["validations"][0]["loss"] = None  # nothing was trained on yet; JSON has no NaN
 
@@ -44,6 +45,7 @@ def trained_expert(domain: LocalDomain, config: ExperimentConfig, progress: Prog
         (expert / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n")
 
     keep(folder, write, lambda: _kept(folder) is not None, f"domain {domain.manifest.name}: its expert")
+    begun.unlink(missing_ok=True)
     return adapter, {**report, "cached": False}
 
 

@@ -22,6 +22,7 @@ Variant = Literal["unmasked", "masked"]
 CUTOFFS: tuple[int, ...] = (1, 5, 10, 50)
 METRICS: tuple[str, ...] = (*(f"recall@{k}" for k in CUTOFFS), *(f"ndcg@{k}" for k in CUTOFFS), "mrr")
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
+BACKBONE, EXPERT = "backbone", "expert"  # what client and server call these two models
 
 # Half-width of a two-sided 95 % normal interval in standard errors.
 INTERVAL_95 = 1.96

@@ -5,11 +5,13 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from fedmerge.client.begun_training import BegunTraining, Validation, begun_training, keep_begun, restore, state_tensors
 from fedmerge.client.local_domain import LocalDomain
 from fedmerge.client.losses import in_batch_softmax
 from fedmerge.client.metrics import METRICS, per_user_metrics, rank_targets
@@ -24,15 +26,6 @@ from fedmerge.seeding import generator
 BATCHES_PER_BUCKET = 16  # batches are formed by length among this many batches of users drawn at random
 
 Progress = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Validation:
-    """One look at the validation users: after which step, the mean training loss since the last look, their NDCG@10."""
-
-    step: int
-    loss: float
-    ndcg: float
 
 
 @dataclass(frozen=True)
@@ -65,7 +58,12 @@ class Batch:
 
 
 def train_expert(
-    domain: LocalDomain, lora: Lora, settings: Train, seed: int, progress: Progress = lambda line: None
+    domain: LocalDomain,
+    lora: Lora,
+    settings: Train,
+    seed: int,
+    progress: Progress = lambda line: None,
+    begun: Path | None = None,
 ) -> tuple[Adapter, TrainingReport]:
     """Fine-tune a fresh adapter and keep the one that ranks the validation users best (NDCG@10, unmasked).
 
@@ -75,6 +73,8 @@ def train_expert(
         settings: optimiser and budgets; training ends at the first one reached.
         seed: of the experiment; sampling depends on it and on the domain's name only.
         progress: receives one line after every validation.
+        begun: file that holds the state after every validation, so that a training that is ended goes on from there, to
+            the same result; None: it would start again. Whoever has kept the expert removes it.
 
     Returns:
         The adapter in float32 on the CPU, and how it came about.
@@ -97,26 +97,29 @@ def train_expert(
     try:
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0)
-        best, validations = adapter_of(model), [Validation(0, math.nan, _validation_ndcg(domain, examples))]
-        best_step, losses = 0, []
-        progress(f"{name}: start, validation ndcg@10 {validations[0].ndcg:.4f}")
-        step, spent, stopped_by = 0, 0.0, ""
-        batches = _batches(sequences, settings, seed, name)
+        losses: list[float] = []
+        stopped_by = ""
+        if before := begun and begun_training(begun):
+            restore(before.tensors, parameters, optimizer)
+            best, validations, best_step = before.best, list(before.validations), before.best_step
+            step, spent = before.step, before.spent
+            started -= before.seconds
+            progress(f"{name}: goes on after step {step}, where an earlier training was ended")
+        else:
+            best, validations = adapter_of(model), [Validation(0, math.nan, _validation_ndcg(domain, examples))]
+            best_step, step, spent = 0, 0, 0.0
+            progress(f"{name}: start, validation ndcg@10 {validations[0].ndcg:.4f}")
+        batches = itertools.islice(_batches(sequences, settings, seed, name), step, None)
         while not stopped_by:
             batch, epochs = next(batches)
-            for group in optimizer.param_groups:
-                group["lr"] = (
-                    settings.learning_rate * min(1.0, (step + 1) / max(1, settings.warmup_steps)) * (1.0 - spent)
-                )
             loss = _loss(domain, batch, settings.temperature)
             if not math.isfinite(loss.item()):
                 raise ClientError(
                     f"domain {name}: the training loss is {loss.item()} at step {step + 1}. Lower train.learning_rate "
                     f"({settings.learning_rate}) or set runtime.precision = 'float32'."
                 )
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]  # PyTorch leaves it untyped
-            optimizer.step()
+            warmed_up = min(1.0, (step + 1) / max(1, settings.warmup_steps))
+            _update(optimizer, loss, settings.learning_rate * warmed_up * (1.0 - spent))
             step += 1
             losses.append(loss.item())
             spent, stopped_by = _budget(settings, step, epochs, time.monotonic() - started)
@@ -131,11 +134,23 @@ def train_expert(
                     f"{name}: step {step}, {100 * spent:.0f} % of the budget, loss {validations[-1].loss:.3f}, "
                     f"validation ndcg@10 {validations[-1].ndcg:.4f} (best {max(v.ndcg for v in validations):.4f})"
                 )
+                if begun and not stopped_by:
+                    tensors = state_tensors(parameters, optimizer)
+                    seconds = time.monotonic() - started
+                    keep_begun(begun, BegunTraining(step, spent, seconds, best_step, best, tuple(validations), tensors))
     finally:
         model.unload()
     return best, TrainingReport(
         step, best_step, stopped_by, time.monotonic() - started, len(examples), tuple(validations)
     )
+
+
+def _update(optimizer: torch.optim.Optimizer, loss: torch.Tensor, learning_rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    optimizer.zero_grad()
+    loss.backward()  # type: ignore[no-untyped-call]  # PyTorch leaves it untyped
+    optimizer.step()
 
 
 def _loss(domain: LocalDomain, batch: Batch, temperature: float) -> torch.Tensor:

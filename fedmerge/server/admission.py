@@ -1,16 +1,21 @@
-"""The gate in front of the merge: an adapter that is not what was asked for is refused by name."""
+"""The gate in front of the merge and the choice: what is not what was asked for is refused by name."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
+from fedmerge.client.metrics import MetricSums, Variant
 from fedmerge.config import Lora
 from fedmerge.encoder.backbone import Backbone
 from fedmerge.encoder.lora import Adapter, adapter_of, attach
-from fedmerge.errors import LayoutMismatchError
+from fedmerge.errors import ClientError, LayoutMismatchError
 
 Layout = Mapping[str, tuple[tuple[int, ...], tuple[int, ...], float]]
 """Module name -> shape of lora_A, shape of lora_B, scaling."""
+
+LARGEST_VALUE = 1e4  # of a factor: far beyond any training that works, and products of two of them stay finite
+MAX_BASELINES = 16
+_BYTES_PER_TENSOR = 1024  # name, shape, header, and the module's scaling
 
 
 def expected_layout(backbone: Backbone, lora: Lora) -> Layout:
@@ -28,6 +33,12 @@ def layout_of(adapter: Adapter) -> Layout:
         name: (tuple(module.lora_A.shape), tuple(module.lora_B.shape), module.scaling)
         for name, module in adapter.modules.items()
     }
+
+
+def adapter_bytes(layout: Layout) -> int:
+    """The most bytes that an adapter of this layout takes in a message."""
+    shapes = [shape for lora_A, lora_B, _ in layout.values() for shape in (lora_A, lora_B)]
+    return sum(4 * shape[0] * shape[1] + _BYTES_PER_TENSOR for shape in shapes)
 
 
 def check_adapter(domain: str, adapter: Adapter, layout: Layout) -> None:
@@ -58,3 +69,66 @@ def check_adapter(domain: str, adapter: Adapter, layout: Layout) -> None:
                     "infinite, expected finite float32. Its training diverged or the file is damaged: leave it out, or "
                     "train again."
                 )
+            largest = float(tensor.abs().max()) if tensor.numel() else 0.0
+            if largest > LARGEST_VALUE:
+                raise LayoutMismatchError(
+                    f"domain {domain}: {name}.{part} holds a value of {largest:.3g}, expected at most "
+                    f"{LARGEST_VALUE:g}. Its training diverged: lower train.learning_rate, or leave it out."
+                )
+
+
+def sums_bytes(num_models: int, num_metrics: int) -> int:
+    """The most bytes that the metric sums of so many models take in a message, baselines included."""
+    methods = num_models + MAX_BASELINES
+    return 2 * 32 * num_metrics * methods * (methods + 1) + 2**16
+
+
+def check_sums(
+    domain: str,
+    sums: Mapping[Variant, MetricSums],
+    models: Sequence[str],
+    baselines: bool,
+    num_users: tuple[int, int],
+) -> None:
+    """Refuse metric sums that are not of the models asked for, or cannot be sums over this domain's users.
+
+    Args:
+        domain: whose sums they are.
+        sums: of both variants.
+        models: what was asked for, by label.
+        baselines: whether the client was asked for baselines, whose names it knows itself.
+        num_users: at least and at most so many, by the policy and by what the client said of itself.
+
+    Raises:
+        ClientError: what is wrong.
+    """
+    unmasked, masked = sums["unmasked"], sums["masked"]
+    missing = sorted(set(models) - set(unmasked.methods))
+    if missing:
+        raise ClientError(f"domain {domain}: its metric sums lack {missing}. Use the same fedmerge version everywhere.")
+    extra = sorted(set(unmasked.methods) - set(models))
+    if len(extra) > (MAX_BASELINES if baselines else 0):
+        raise ClientError(
+            f"domain {domain}: its metric sums hold {extra[:3]}, which nobody asked for. "
+            "Use the same fedmerge version everywhere."
+        )
+    if masked.methods != unmasked.methods or masked.num_users != unmasked.num_users:
+        raise ClientError(f"domain {domain}: its masked and unmasked metric sums are of different methods or users.")
+    fewest, most = num_users
+    if unmasked.num_users < fewest:
+        raise ClientError(
+            f"domain {domain}: its metric sums are over {unmasked.num_users} users, fewer than privacy.min_users "
+            f"({fewest}). Evaluate on more users."
+        )
+    if unmasked.num_users > most:
+        raise ClientError(
+            f"domain {domain}: its metric sums are over {unmasked.num_users} users, but it has only {most}. "
+            "Leave it out, or look into its client."
+        )
+    for of_variant in (unmasked, masked):
+        limit = of_variant.num_users * (1 + 1e-9)
+        if abs(of_variant.products).max() > limit:
+            raise ClientError(
+                f"domain {domain}: its {of_variant.variant} products of outcomes exceed {of_variant.num_users}, the "
+                "number of its users; no outcome exceeds 1. Leave it out, or look into its client."
+            )

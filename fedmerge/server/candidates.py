@@ -34,8 +34,8 @@ class Candidate:
         label: unique in the run, e.g. ``task-arithmetic 0.4``.
         method: row of METHODS.
         adapter: the merged adapter.
-        provenance: source domains and hashes, method, parameters, coefficients, the largest rank of a module, who was
-            left out on request, policy, backbone, loss curve of a learned merge.
+        provenance: label, source domains and hashes, method, parameters, coefficients, the largest rank of a module,
+            who was left out on request, policy, backbone, loss curve of a learned merge.
     """
 
     label: str
@@ -50,7 +50,10 @@ def merge_candidates(
     catalogs: Mapping[str, Catalog],
     config: ExperimentConfig,
     progress: Callable[[str], None] = lambda line: None,
+    *,
     details: Mapping[str, Any] = MappingProxyType({}),
+    finished: Mapping[str, Candidate] = MappingProxyType({}),
+    keep: Callable[[Candidate], None] = lambda candidate: None,
 ) -> list[Candidate]:
     """Make every merge of the configuration.
 
@@ -65,6 +68,8 @@ def merge_candidates(
         config: methods and their variants.
         progress: receives one line now and then.
         details: entries that every provenance gets, in place of its own where names are equal.
+        finished: label -> a merge of the same experts that was made before and is not made again.
+        keep: receives every other merge as soon as it is made.
 
     Raises:
         MergeError: a learned method without the backbone or without the catalogs of all domains.
@@ -76,6 +81,7 @@ def merge_candidates(
     def add(label: str, method: str, coefficients: Any, **own: Any) -> None:
         adapter = linear_merge_of_many(adapters, layout, coefficients)
         provenance = {
+            "label": label,
             "method": method,
             "domains": sources,
             "coefficients": dict(zip(layout.domains, np.asarray(coefficients).tolist(), strict=True)),
@@ -89,27 +95,40 @@ def merge_candidates(
             **own,
         }
         candidates.append(Candidate(label, method, adapter, provenance))
+        keep(candidates[-1])
         progress(f"merged: {label}")
+
+    def made_before(label: str) -> bool:
+        if label in finished:
+            candidates.append(finished[label])
+            progress(f"merged before: {label}")
+        return label in finished
 
     for method in config.merge.methods:
         if method == "average":
-            add("average", method, method_coefficients("average", layout))
+            if not made_before(method):
+                add(method, method, method_coefficients("average", layout))
         elif method == "task-arithmetic":
             for coefficient in config.merge.task_arithmetic_coefficients:
-                coefficients = method_coefficients("task-arithmetic", layout, coefficient=coefficient)
-                add(f"task-arithmetic {coefficient:g}", method, coefficients, parameters={"coefficient": coefficient})
+                label = f"task-arithmetic {coefficient:g}"
+                if not made_before(label):
+                    coefficients = method_coefficients("task-arithmetic", layout, coefficient=coefficient)
+                    add(label, method, coefficients, parameters={"coefficient": coefficient})
         else:
             if backbone is None:
                 raise MergeError(f"{method}: found no backbone, expected the one that the adapters were trained on")
-            pseudo = _pseudo_domains(backbone, adapters, catalogs, config, progress)
-            stack = stack_adapters(adapters)
-            start = torch.full((len(stack.domains),), config.mergerec.initial_coefficient)
-            students = student_vectors(backbone, stack, pseudo, start)  # the same for every granularity
-            progress("mergerec: item vectors under the initial merge")
-            for granularity in config.mergerec.granularities:
+            labels = {f"mergerec {granularity}-wise": granularity for granularity in config.mergerec.granularities}
+            if not labels.keys() <= finished.keys():
+                pseudo = _pseudo_domains(backbone, adapters, catalogs, config, progress)
+                stack = stack_adapters(adapters)
+                start = torch.full((len(stack.domains),), config.mergerec.initial_coefficient)
+                students = student_vectors(backbone, stack, pseudo, start)  # the same for every granularity
+                progress("mergerec: item vectors under the initial merge")
+            for label, granularity in labels.items():
+                if made_before(label):
+                    continue
                 chosen = config.mergerec.model_dump(exclude={"granularities"})
                 settings = CollaborativeSettings(granularity=granularity, seed=config.seed, **chosen)
-                label = f"mergerec {granularity}-wise"
                 learned = learn_coefficients(backbone, stack, pseudo, settings, _every_fifth(label, progress), students)
                 add(
                     label,

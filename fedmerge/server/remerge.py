@@ -150,7 +150,7 @@ def merge_again(
         "excluded": dict(experts.excluded),
         "backbone": {"name": name, "sha256": sha256},
     }
-    return merge_candidates(backbone, experts.adapters, catalogs, config, progress, details)
+    return merge_candidates(backbone, experts.adapters, catalogs, config, progress, details=details)
 
 
 def new_merge_folder(run: Path) -> Path:

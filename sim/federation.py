@@ -1,0 +1,300 @@
+"""The clients that take part, and how they are asked: a few at a time, each reply handled and recorded as it comes."""
+
+import logging
+import re
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Message, RecordDict
+from flwr.serverapp import Grid
+
+from fedmerge.config import ExperimentConfig
+from fedmerge.errors import ClientError, RunDirError
+from fedmerge.run_dir import append_line, read_json, read_lines, write_json, write_table
+from sim import records
+
+POLL_SECONDS = 0.2
+HEARTBEAT_SECONDS = 60.0
+LINES_SECONDS = 10.0  # between two lines of a phase with many clients
+FEW_CLIENTS = 20  # up to so many, every one gets its own line
+LONGEST_REASON = 2000
+LATE_SECONDS = 3600.0  # after its time, an answer is still seen so long
+LEDGER = "exposure.jsonl"
+
+# How Flower words the death of a simulated client's process; what a client itself raises comes as RayTaskError.
+WORKER_DIED = re.compile(r"ray\.exceptions\.(?!RayTaskError)\w+")
+
+logger = logging.getLogger("fedmerge.server")
+
+
+@dataclass(frozen=True)
+class Exclusion:
+    """Why a domain (or node) is out: the phase it failed in, the reason, and what its client had said it is."""
+
+    phase: str
+    reason: str
+    description: records.Description | None = None
+
+
+@dataclass(frozen=True)
+class Question:
+    """What one phase asks.
+
+    Attributes:
+        message_type: of Flower.
+        split: what is evaluated on, else empty; for the ledger.
+        timeout_seconds: from sending to the answer.
+        request: name -> content of the message.
+        limit_bytes: name -> the most bytes that its answer may take; checked before anything of it is read.
+    """
+
+    message_type: str
+    timeout_seconds: float
+    request: Callable[[str], RecordDict] = lambda name: RecordDict()
+    limit_bytes: Callable[[str], int] = lambda name: 2**16
+    split: str = ""
+
+
+@dataclass
+class Federation:
+    """The clients that take part; those that fail are taken out, by name and with the reason.
+
+    Attributes:
+        grid: Flower's connection to the nodes.
+        run_dir: where exclusions and the exposure ledger are written as they come.
+        messages_at_once: clients asked at once.
+        phase: what the run is at.
+        nodes: domain -> node, of those that take part.
+        descriptions: domain -> what its client said it is, of everybody who ever took part.
+        excluded: domain (or node) -> why.
+        late: message id -> whose answer it would be, to what, and until when it is looked for.
+    """
+
+    grid: Grid
+    run_dir: Path
+    messages_at_once: int
+    phase: str = "gather"
+    nodes: dict[str, int] = field(default_factory=dict)
+    descriptions: dict[str, records.Description] = field(default_factory=dict)
+    excluded: dict[str, Exclusion] = field(default_factory=dict)
+    late: dict[str, tuple[str, Question, float]] = field(default_factory=dict)
+
+    def of(self, role: str) -> list[str]:
+        """The domains of one role that are still in, sorted."""
+        return sorted(domain for domain in self.nodes if self.descriptions[domain].role == role)
+
+    def exclude(self, name: str, reason: str) -> None:
+        """Take a domain out."""
+        reason = reason if len(reason) <= LONGEST_REASON else f"{reason[:LONGEST_REASON]} …"
+        logger.warning("excluded: %s: %s", name, reason)
+        self.excluded[name] = Exclusion(self.phase, reason, self.descriptions.get(name))
+        self.nodes.pop(name, None)
+        self.write_clients()
+
+    def write_clients(self) -> None:
+        """Write down who takes part and who does not."""
+        participants = {
+            domain: asdict(description)
+            for domain, description in sorted(self.descriptions.items())
+            if domain not in self.excluded
+        }
+        out = self.excluded.items()
+        clients = {
+            "participants": participants,
+            "excluded": {name: exclusion.reason for name, exclusion in out},
+            "excluded_in_phase": {name: exclusion.phase for name, exclusion in out},
+            "excluded_participants": {name: asdict(found.description) for name, found in out if found.description},
+        }
+        write_json(self.run_dir / "clients.json", clients)
+
+    def write_ledger(self) -> None:
+        """The exposure ledger as a table: one row for each thing that left a client."""
+        rows = [
+            {**{key: value for key, value in reply.items() if key != "contents"}, **row}
+            for reply in read_lines(self.run_dir / LEDGER)
+            for row in reply["contents"]
+        ]
+        if rows:
+            write_table(self.run_dir / "exposure.parquet", sorted(rows, key=lambda row: str(row["domain"])))
+
+    def forget_ledger_lines(self) -> None:
+        """Remove what the table of the finished run holds as well."""
+        (self.run_dir / LEDGER).unlink(missing_ok=True)
+
+
+def remembered_clients(run_dir: Path) -> tuple[dict[str, records.Description], dict[str, Exclusion]]:
+    """Who took part in a run that is resumed, and who had been excluded.
+
+    Raises:
+        RunDirError: clients.json is damaged or of another version.
+    """
+    found: Mapping[str, Any] | None = read_json(run_dir / "clients.json")
+    if found is None:  # ended before anybody had answered
+        return {}, {}
+    try:
+        told = {**found["participants"], **found["excluded_participants"]}
+        descriptions = {name: records.Description(**facts) for name, facts in told.items()}
+        excluded = {
+            name: Exclusion(found["excluded_in_phase"][name], reason, descriptions.get(name))
+            for name, reason in found["excluded"].items()
+        }
+    except (LookupError, TypeError) as error:
+        raise RunDirError(
+            f"{run_dir / 'clients.json'} has another form ({type(error).__name__}: {error}). Put it back as it was."
+        ) from error
+    return descriptions, excluded
+
+
+def ask(
+    federation: Federation,
+    nodes: Mapping[str, int],
+    question: Question,
+    on_reply: Callable[[str, RecordDict], str | None],
+) -> None:
+    """Ask nodes, so many at once, and handle each reply as it comes.
+
+    Who fails, is late, sends too much, or sends what ``on_reply`` raises on, is excluded by name. A reply that comes
+    after its time is recorded in the ledger and dropped.
+
+    Args:
+        nodes: domain -> node.
+        question: what they are asked.
+        on_reply: receives name and content; returns the name for the ledger where it knows a better one.
+
+    Raises:
+        ClientError: the process that simulates a client died.
+        RunDirError: the run's own disk.
+    """
+    message_type, timeout_seconds = question.message_type, question.timeout_seconds
+    to_ask = deque(nodes.items())
+    waiting: dict[str, tuple[str, float]] = {}  # message id -> name, when its time is over
+    started = heartbeat = said = time.monotonic()
+    answered = 0
+    while to_ask or waiting:
+        while to_ask and len(waiting) < federation.messages_at_once:
+            name, node = to_ask.popleft()
+            # Longer than the wait for the answer, so that a late one is seen and recorded.
+            content = question.request(name)
+            message = Message(content, dst_node_id=node, message_type=message_type, ttl=timeout_seconds + LATE_SECONDS)
+            if ids := list(federation.grid.push_messages([message])):
+                waiting[ids[0]] = (name, time.monotonic() + timeout_seconds)
+            else:
+                federation.exclude(name, f"{message_type}: Flower could not send the message")
+        # Flower fails when it is asked for a message that it has forgotten.
+        federation.late = {key: late for key, late in federation.late.items() if late[2] > time.monotonic()}
+        for reply in federation.grid.pull_messages([*waiting, *federation.late]):
+            message_id = reply.metadata.reply_to_message_id
+            if message_id in federation.late:
+                name, asked, _ = federation.late.pop(message_id)
+                _record_late(federation, name, asked, reply)
+                continue
+            name, _ = waiting.pop(message_id, ("", 0.0))
+            if not name or not _accepted(federation, name, question, reply, on_reply):
+                continue
+            answered += 1
+            now = time.monotonic()
+            if len(nodes) <= FEW_CLIENTS or now - said > LINES_SECONDS or not (waiting or to_ask):
+                said = now
+                seconds = now - started
+                logger.info("%s: %d of %d answered (%s, %.0f s)", message_type, answered, len(nodes), name, seconds)
+        now = time.monotonic()
+        for message_id, (name, deadline) in list(waiting.items()):
+            if now > deadline:
+                del waiting[message_id]
+                federation.late[message_id] = (name, question, now + LATE_SECONDS / 2)
+                federation.exclude(
+                    name,
+                    f"{message_type}: no answer within {timeout_seconds:g} s; its client hangs, is too slow, or its "
+                    "answer is larger than Flower carries: see the client's own log",
+                )
+        if waiting and now - heartbeat > HEARTBEAT_SECONDS:
+            heartbeat = now
+            names = sorted(name for name, _ in waiting.values())
+            logger.info("%s: waiting for %s (%.0f s)", message_type, listed(names), now - started)
+        if waiting:
+            time.sleep(POLL_SECONDS)
+
+
+def listed(names: list[str]) -> str:
+    """Names for a line of the log: the first few, and how many more."""
+    more = len(names) - FEW_CLIENTS
+    return ", ".join(names[:FEW_CLIENTS]) + (f" and {more} more" if more > 0 else "")
+
+
+def require_quorum(federation: Federation, config: ExperimentConfig, domains: list[str]) -> None:
+    """Fail the run when too few training domains are left.
+
+    Raises:
+        ClientError: naming everybody who was excluded.
+    """
+    if len(domains) < config.server.min_train_clients:
+        reasons = "".join(f"\n  {name}: {exclusion.reason}" for name, exclusion in federation.excluded.items())
+        raise ClientError(
+            f"{len(domains)} training clients are left ({', '.join(domains) or 'none'}), server.min_train_clients is "
+            f"{config.server.min_train_clients}. Excluded:{reasons or ' nobody; the others never connected'}"
+        )
+
+
+def _accepted(
+    federation: Federation,
+    name: str,
+    question: Question,
+    reply: Message,
+    on_reply: Callable[[str, RecordDict], str | None],
+) -> bool:
+    """Record and handle one reply; whatever a client sends, it does not take the server down."""
+    message_type = question.message_type
+    if reply.has_error():
+        reason = f"{reply.error.reason} (Flower error {reply.error.code})"
+        if WORKER_DIED.search(reply.error.reason or ""):  # Flower would give the dead process all further messages
+            raise ClientError(
+                f"{name}: the process that simulated it died in {message_type}: {reason[:LONGEST_REASON]}\nWas it "
+                "killed, or the memory full? Nothing that is finished is lost: "
+                f"fedmerge run --resume {federation.run_dir}"
+            )
+        federation.exclude(name, f"{message_type} failed: {reason}")
+        return False
+    recorded_as, size, limit = name, 0, question.limit_bytes(name)
+    try:
+        size = records.size_bytes(reply.content)
+        if size > limit:
+            raise ClientError(f"it takes {size:,} bytes, at most {limit:,} are expected")
+        if error := records.read_error(reply.content):
+            domain = records.read_error_domain(reply.content)
+            if name not in federation.nodes and domain:  # its word alone must not exclude another domain
+                recorded_as = f"{domain} ({name})"
+            federation.exclude(recorded_as, f"{message_type} failed: {error}")
+            return False
+        recorded_as = on_reply(name, reply.content) or name
+        return recorded_as == name or recorded_as in federation.nodes
+    except (RunDirError, OSError):
+        raise  # the server's own trouble, not the client's
+    except Exception as error:
+        federation.exclude(name, f"{message_type}: its reply is refused: {type(error).__name__}: {error}")
+        return False
+    finally:
+        _record(federation, recorded_as, question, reply, size <= limit)
+
+
+def _record_late(federation: Federation, name: str, question: Question, reply: Message) -> None:
+    if reply.has_error():
+        return
+    logger.warning("%s: a late answer of %s is dropped", question.message_type, name)
+    _record(
+        federation, name, question, reply, records.size_bytes(reply.content) <= question.limit_bytes(name), late=True
+    )
+
+
+def _record(
+    federation: Federation, name: str, question: Question, reply: Message, in_detail: bool, late: bool = False
+) -> None:
+    """Put into the ledger what a reply holds; of one that is too large, its size."""
+    rows = [{"name": "(too much)", "dtype": "", "shape": "", "size_bytes": records.size_bytes(reply.content)}]
+    if in_detail:
+        rows = list(records.contents(reply.content))
+    entry = {"domain": name, "message": question.message_type, "split": question.split, "late": late, "contents": rows}
+    append_line(federation.run_dir / LEDGER, entry)

@@ -1,0 +1,213 @@
+"""Processes killed for real, with Flower and Ray: `fedmerge run` says so, and --resume ends as if nothing had been.
+
+One run is killed three times and resumed three times: its server after the first adapter, a client's Ray worker while
+it trains, the SuperLink after validation. Beside it one that is left alone.
+"""
+
+import hashlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from backbones import tiny_bert
+
+from fedmerge.domain.demo import write_demo
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
+
+TRAIN = ("beauty", "books", "coffee")
+TOKEN = "FEDMERGE_TEST_KILL"
+EXPERIMENT = """
+name = "killed"
+
+[domains]
+train = "beauty,books,coffee"
+unseen = "camping"
+
+[text]
+max_attribute_tokens = 24
+max_items = 3
+max_tokens = 96
+
+[lora]
+rank = 2
+alpha = 4
+
+[train]
+learning_rate = 0.03
+batch_size = 32
+max_steps = 50
+validate_every_steps = 5
+patience = 99
+
+[merge]
+task_arithmetic_coefficients = "0.4"
+
+[mergerec]
+steps = 3
+batch_size = 8
+
+[runtime]
+device = "cpu"
+precision = "float32"
+server_threads = 1
+"""
+
+
+class Command:
+    """`fedmerge run` as a process of its own."""
+
+    def __init__(self, place: Path, *arguments: str) -> None:
+        self.log = place / f"{len(list(place.glob('*.log')))}.log"
+        self.token = self.log.name
+        with self.log.open("w") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "fedmerge.cli", "run", *arguments],
+                cwd=place,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, TOKEN: self.token},
+            )
+
+    def output(self) -> str:
+        return self.log.read_text()
+
+    def end(self) -> int:
+        """Wait for its end; its exit code. What it left for the curious is removed."""
+        try:
+            code = self.process.wait(timeout=600)
+        finally:
+            self.process.terminate()  # where it is still there, it ends all that it started
+        if kept := re.search(r"logs (?:are kept )?in (/.+)$", self.output().strip()):
+            for folder in kept.group(1).split(" and "):
+                shutil.rmtree(folder, ignore_errors=True)
+        return code
+
+    def processes(self, name: str) -> set[int]:
+        """Its processes whose command line begins with, or runs, this."""
+        entry, found = f"{TOKEN}={self.token}".encode(), set()
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                if name.encode() not in b" ".join((folder / "cmdline").read_bytes().split(b"\0")[:3]):
+                    continue
+                parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
+                environments = [(folder / "environ").read_bytes(), Path(f"/proc/{parent}/environ").read_bytes()]
+            except OSError:
+                continue
+            if any(entry in environment.split(b"\0") for environment in environments):
+                found.add(int(folder.name))
+        return found
+
+    def kill(self, name: str, when: Callable[[], bool]) -> None:
+        """Kill -9 every process of this name, as soon as something is so."""
+        while not (when() and (pids := self.processes(name))):
+            assert self.process.poll() is None, self.output()
+            time.sleep(0.01)
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+
+
+def results(run: Path) -> dict[str, str]:
+    """Hashes of all results."""
+    files = [
+        run / name for name in ("experts.json", "choice.json", "metrics.parquet", "products.parquet", "report.txt")
+    ]
+    files += [file for pattern in ("*/*/adapter_*", "merged/*/provenance.json") for file in run.glob(pattern)]
+    files += [*run.glob("validation/*"), *run.glob("test/*")]
+    return {str(file.relative_to(run)): hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(files)}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Domains, a backbone and the experiment file."""
+    place = tmp_path_factory.mktemp("kill")
+    write_demo(place / "domains", num_domains=8, num_users=80, num_items=40)
+    tiny_bert(place / "backbone")
+    (place / "experiment.toml").write_text(EXPERIMENT)
+    return place
+
+
+def settings(place: Path, run_id: str) -> list[str]:
+    own = {
+        "run_id": run_id,
+        "cache_dir": place / f"cache-{run_id}",
+        "domains.root": place / "domains",
+        "backbone.source": place / "backbone",
+        "runtime.threads_per_client": len(os.sched_getaffinity(0)),  # one client at a time
+    }
+    return ["experiment.toml", "--set", *(f"{key}={value}" for key, value in own.items())]
+
+
+@pytest.fixture(scope="module")
+def whole(place: Path) -> Path:
+    command = Command(place, *settings(place, "whole"))
+    assert command.end() == 0, command.output()
+    return place / "runs" / "whole"
+
+
+@pytest.fixture(scope="module")
+def killed(place: Path) -> Path:
+    """A run that was killed three times."""
+    run, cache = place / "runs" / "killed", place / "cache-killed" / "experts"
+
+    first = Command(place, *settings(place, "killed"))
+    first.kill("flwr-simulation", lambda: bool(list(run.glob("adapters/[!.]*/training.json"))))
+    assert first.end() == 1, first.output()
+    assert f"to go on: fedmerge run --resume {run}" in first.output()
+    assert re.search("the process of server and simulation died|finished:failed", first.output())
+    arrived = {file.parent.name for file in run.glob("adapters/[!.]*/training.json")}
+    assert arrived
+    assert arrived != set(TRAIN)
+
+    second = Command(place, "--resume", str(run))
+    second.kill("ray::ClientAppActor", lambda: bool(list(cache.glob("coffee-*.begun.safetensors"))))
+    assert second.end() == 1, second.output()
+    assert re.search(r"coffee: the process that simulated it died in train", second.output())
+    assert f"to go on: fedmerge run --resume {run}" in second.output()
+    assert not any(f"answered ({domain}" in second.output().partition("training:")[2] for domain in arrived)
+    assert not (run / "experts.json").exists()
+
+    third = Command(place, "--resume", "killed")
+    third.kill("flower-superlink", (run / "choice.json").exists)
+    assert third.end() == 1, third.output()
+    assert f"to go on: fedmerge run --resume {run}" in third.output()
+    assert "goes on after step" in third.output()
+    assert not (run / "DONE").exists()
+
+    fourth = Command(place, "--resume", "killed", *settings(place, "killed"))
+    assert fourth.end() == 0, fourth.output()
+    assert "training:" not in fourth.output().replace("training: on disk already: beauty, books, coffee", "")
+    assert "evaluating on valid" not in fourth.output()
+    return run
+
+
+def test_a_run_that_was_killed_three_times_ends_as_one_that_was_not(whole: Path, killed: Path) -> None:
+    assert (killed / "DONE").exists()
+    assert results(killed) == results(whole)
+    assert len(results(killed)) > 20
+
+
+def test_a_finished_run_a_second_run_over_it_and_another_configuration_change_nothing(place: Path, whole: Path) -> None:
+    before = {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in whole.rglob("*") if file.is_file()}
+    again = Command(place, "--resume", "whole")
+    assert again.end() == 0
+    assert "this run is finished; nothing is left to do" in again.output()
+
+    over = Command(place, *settings(place, "whole"))
+    assert over.end() == 1
+    assert "runs/whole exists; a run never overwrites another." in over.output()
+
+    (whole / "DONE").rename(place / "DONE")
+    other = Command(place, "--resume", "whole", *settings(place, "whole"), "train.max_steps=7")
+    assert other.end() == 1
+    assert "  train.max_steps: the run has 50, given is 7" in other.output()
+    (place / "DONE").rename(whole / "DONE")
+    after = {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in whole.rglob("*") if file.is_file()}
+    assert after == before
