@@ -106,9 +106,11 @@ class Command:
         return found
 
     def kill(self, name: str, when: Callable[[], bool]) -> None:
-        """Kill -9 every process of this name, as soon as something is so."""
-        while not (when() and (pids := self.processes(name))):
+        """Kill -9 every process of this name, as soon as something is so; looked up before, since that takes long."""
+        pids: set[int] = set()
+        while not (pids and when()):
             assert self.process.poll() is None, self.output()
+            pids = pids or self.processes(name)
             time.sleep(0.01)
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
