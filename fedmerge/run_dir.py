@@ -16,6 +16,7 @@ lock                               held by the process that works on the run
 
 import fcntl
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -23,8 +24,8 @@ import secrets
 import shutil
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ CONFIG_FILE = "config.toml"
 DONE = "DONE"
 LOCK_FILE = "lock"
 LOCK_ATTEMPTS = 3
+ROWS_AT_ONCE = 10_000
 WHERE_IT_LIES = {"output_dir", "run_id", "resume"}  # settings that name a run and do not change it
 _SPACE = "Make space there or check the permissions, then go on with fedmerge run --resume."
 
@@ -301,15 +303,27 @@ def write_json(path: Path, data: Any) -> None:
     write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
 
 
-def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows of equal keys as Parquet, whole or not at all.
+def write_table(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write rows of equal keys as Parquet, whole or not at all; a few thousand at a time are in memory.
+
+    Args:
+        path: the file.
+        rows: one or more; the first ones decide the types of the columns.
 
     Raises:
         RunDirError: as :func:`write_text`.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
-        pq.write_table(pa.Table.from_pylist([dict(row) for row in rows]), partial)
+        remaining = iter(rows)
+        schema = None
+        with ExitStack() as stack:
+            while some := [dict(row) for row in itertools.islice(remaining, ROWS_AT_ONCE)]:
+                table = pa.Table.from_pylist(some, schema)
+                if schema is None:
+                    schema = table.schema
+                    writer = stack.enter_context(pq.ParquetWriter(partial, schema))
+                writer.write_table(table)
         os.replace(partial, path)
     except OSError as error:
         partial.unlink(missing_ok=True)

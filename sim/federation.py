@@ -113,13 +113,14 @@ class Federation:
 
     def write_ledger(self) -> None:
         """The exposure ledger as a table: one row for each thing that left a client."""
-        rows = [
-            {**{key: value for key, value in reply.items() if key != "contents"}, **row}
-            for reply in read_lines(self.run_dir / LEDGER)
-            for row in reply["contents"]
-        ]
-        if rows:
-            write_table(self.run_dir / "exposure.parquet", sorted(rows, key=lambda row: str(row["domain"])))
+        replies = sorted(read_lines(self.run_dir / LEDGER), key=lambda reply: str(reply["domain"]))
+        if replies:
+            rows = (
+                {**{key: value for key, value in reply.items() if key != "contents"}, **row}
+                for reply in replies
+                for row in reply["contents"]
+            )
+            write_table(self.run_dir / "exposure.parquet", rows)
 
     def forget_ledger_lines(self) -> None:
         """Remove what the table of the finished run holds as well."""

@@ -15,6 +15,7 @@ from disk import full_disk
 from fedmerge.config import from_flat, load_config
 from fedmerge.errors import ConfigError, RunDirError
 from fedmerge.run_dir import (
+    ROWS_AT_ONCE,
     append_line,
     check_same_config,
     create_run,
@@ -109,6 +110,14 @@ def test_tables_are_read_back_with_their_types(tmp_path: Path) -> None:
     assert table.to_pylist() == rows
     assert [str(field.type) for field in table.schema] == ["string", "int64", "double"]
     assert [path.name for path in tmp_path.iterdir()] == ["t.parquet"]
+
+
+def test_a_long_table_is_written_in_parts(tmp_path: Path) -> None:
+    count = 2 * ROWS_AT_ONCE + 1
+    write_table(tmp_path / "t.parquet", ({"number": number, "half": number / 2} for number in range(count)))
+    table = pq.read_table(tmp_path / "t.parquet")
+    assert table["number"].to_pylist() == list(range(count))
+    assert table["half"].to_pylist() == [number / 2 for number in range(count)]
 
 
 @pytest.mark.parametrize("write", [write_text, lambda path, _: write_table(path, [{"a": 1}])], ids=["text", "table"])

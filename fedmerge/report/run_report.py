@@ -1,6 +1,6 @@
 """What a run says at its end: the rows of its tables of sums, and the report."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,9 +37,9 @@ class Evaluated:
     synthetic: bool
 
 
-def metric_rows(splits: Mapping[Split, SumsByDomain], roles: Mapping[str, Role]) -> list[dict[str, Any]]:
+def metric_rows(splits: Mapping[Split, SumsByDomain], roles: Mapping[str, Role]) -> Iterator[dict[str, Any]]:
     """``metrics.parquet``: one row a split, domain, variant, method and metric."""
-    return [
+    return (
         {
             "split": split,
             "variant": variant,
@@ -55,12 +55,12 @@ def metric_rows(splits: Mapping[Split, SumsByDomain], roles: Mapping[str, Role])
         for variant, sums in variants.items()
         for p, method in enumerate(sums.methods)
         for m, metric in enumerate(METRICS)
-    ]
+    )
 
 
-def product_rows(splits: Mapping[Split, SumsByDomain]) -> list[dict[str, Any]]:
+def product_rows(splits: Mapping[Split, SumsByDomain]) -> Iterator[dict[str, Any]]:
     """``products.parquet``: one row a split, domain, variant, metric and pair of methods."""
-    return [
+    return (
         {
             "split": split,
             "variant": variant,
@@ -77,7 +77,7 @@ def product_rows(splits: Mapping[Split, SumsByDomain]) -> list[dict[str, Any]]:
         for p, left in enumerate(sums.methods)
         for q, right in enumerate(sums.methods)
         if q >= p
-    ]
+    )
 
 
 def run_report(run: Evaluated, fallback: bool) -> str:
