@@ -58,7 +58,7 @@ def ties(pieces: Pieces, density: float, coefficient: float) -> Iterator[torch.T
     for piece in pieces():
         kept = torch.where(piece.rows.abs() >= threshold, piece.rows, 0.0)
         agree = kept * total(kept).sign().to(kept.dtype) > 0
-        yield torch.where(agree, kept, 0.0) * coefficient / agree.sum(0).clamp(min=1)
+        yield kept.masked_fill_(~agree, 0.0).mul_(coefficient).div_(agree.sum(0).clamp(min=1))
 
 
 def dare(pieces: Pieces, density: float, coefficient: float, seed: int) -> Iterator[torch.Tensor]:
@@ -79,7 +79,7 @@ def dare(pieces: Pieces, density: float, coefficient: float, seed: int) -> Itera
     Source: arXiv:2311.03099; the drop rate there is 1 - density.
     """
     for piece in pieces():
-        yield _drop(piece, density, seed).rows * coefficient / len(piece.rows)
+        yield _drop(piece, density, seed).rows.mul_(coefficient).div_(len(piece.rows))
 
 
 def dare_ties(
@@ -168,7 +168,7 @@ def localize_and_stitch(pieces: Pieces, density: float, coefficient: float) -> I
     threshold = _smallest_kept(pieces, density)  # (K, 1)
     for piece in pieces():
         mask = (piece.rows.abs() >= threshold) & (piece.rows != 0)
-        yield torch.where(mask, piece.rows, 0.0) * coefficient / mask.sum(0).clamp(min=1)
+        yield torch.where(mask, piece.rows, 0.0).mul_(coefficient).div_(mask.sum(0).clamp(min=1))
 
 
 def breadcrumbs(
@@ -203,7 +203,7 @@ def breadcrumbs(
     for piece in pieces():
         size = piece.rows.abs()
         kept = (size >= bounds[:, :1]) & (size <= bounds[:, 1:])
-        yield torch.where(kept, piece.rows, 0.0) * coefficient
+        yield torch.where(kept, piece.rows, 0.0).mul_(coefficient)
 
 
 def total(rows: torch.Tensor) -> torch.Tensor:
