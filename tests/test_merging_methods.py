@@ -17,7 +17,7 @@ from fedmerge.encoder.lora import Adapter, LoraModule, adapter_sha256
 from fedmerge.errors import ConfigError, LayoutMismatchError, MergeError
 from fedmerge.merging import rows as elementwise
 from fedmerge.merging import spectral
-from fedmerge.merging.methods import METHODS, methods_table
+from fedmerge.merging.methods import METHODS, laws_table, methods_table
 from fedmerge.merging.rows import Piece
 from fedmerge.merging.selection import order_statistics
 from fedmerge.merging.stack import stack_adapters
@@ -449,7 +449,9 @@ def test_refusals() -> None:
         order_statistics(lambda: [], lambda n: (0,))
 
 
-def test_the_documentation_has_the_table_of_methods() -> None:
-    document = Path(__file__).resolve().parent.parent / "docs" / "merging.md"
-    assert methods_table() in document.read_text(encoding="utf-8")
-    assert all(f"| `{name}` |" in methods_table() for name in METHODS)
+def test_the_documentation_has_the_tables() -> None:
+    document = (Path(__file__).resolve().parent.parent / "docs" / "merging.md").read_text(encoding="utf-8")
+    for table in (methods_table(), laws_table()):
+        assert table in document
+        assert all(f"| `{name}` |" in table for name in METHODS)
+    assert "density 0.2 (above 0.0, at most 1.0), coefficient 1.0 |" in document

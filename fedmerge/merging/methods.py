@@ -1,9 +1,9 @@
 """Merging methods as rows of one literal table; ``fedmerge.merging.training_free`` runs those that need no model."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
@@ -114,7 +114,7 @@ METHODS: dict[str, Method] = {
         coefficients=average,
         parameters={},
         source="mean of task vectors (model soups, arXiv:2203.05482)",
-        use="first: nothing to tune, hard to beat with few, related domains",
+        use="first: nothing to tune",
         cost=_LINEAR_COST,
         laws=_LINEAR,
     ),
@@ -314,24 +314,27 @@ def complete_parameters(name: str, parameters: Mapping[str, Value]) -> dict[str,
 
 
 def methods_table() -> str:
-    """METHODS as a Markdown table."""
-    lines = ["| method | when to use | parameters | scope | cost | source | laws |", "|---|---|---|---|---|---|---|"]
+    """METHODS as a Markdown table, without the laws."""
+    rows = []
     for name, method in METHODS.items():
-        parameters = ", ".join(f"`{key}` {_described(parameter)}" for key, parameter in method.parameters.items())
-        scope = "tensor, layer, model" if method.rows is not None else "any: the same"
-        if method.factors is not None:
-            scope = "tensor"
-        cells = (
-            f"`{name}`",
-            method.use,
-            parameters or "none",
-            "learned" if method.learned else scope,
-            method.cost,
-            method.source,
-            ", ".join(method.laws),
-        )
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        scope = "tensor, layer, model" if method.rows else "tensor" if method.factors else "all the same"
+        if method.learned:
+            scope = "its granularity"
+        parameters = ", ".join(f"{key} {_described(parameter)}" for key, parameter in method.parameters.items())
+        rows.append((f"`{name}`", method.use, parameters or "none", scope, method.cost, method.source))
+    return _markdown(("method", "when to use", "parameters", "scope", "cost", "source"), rows)
+
+
+def laws_table() -> str:
+    """Which method obeys which law, as a Markdown table."""
+    laws = get_args(Law)
+    rows = [(f"`{name}`", *("x" if law in method.laws else "" for law in laws)) for name, method in METHODS.items()]
+    return _markdown(("method", *laws), rows)
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
 def check_parameter(where: str, parameter: Parameter, value: Value) -> None:
@@ -368,4 +371,5 @@ def _expected(parameter: Parameter) -> str:
 
 
 def _described(parameter: Parameter) -> str:
-    return f"= {parameter.default} ({_expected(parameter)})"
+    bounds = _expected(parameter).removeprefix("a finite number").removeprefix(", ")
+    return f"{parameter.default} ({bounds})" if bounds else str(parameter.default)
