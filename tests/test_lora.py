@@ -225,7 +225,12 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "DoRA": (change_config(use_dora=True), "use_dora = True"),
     "bias": (change_config(bias="lora_only"), "bias = 'lora_only'"),
     "LoRA bias": (change_config(lora_bias=True), "lora_bias = True"),
-    "transposed": (change_config(fan_in_fan_out=True), "fan_in_fan_out = True"),
+    "more than one weight": (change_config(target_parameters=["experts"]), "target_parameters = ['experts']"),
+    "PiSSA": (change_config(init_lora_weights="pissa_niter_4"), "init_lora_weights = 'pissa_niter_4' changed"),
+    "pickled": (
+        lambda folder: (folder / TENSORS).rename(folder / "adapter_model.bin"),
+        "found adapter_model.bin, expected adapter_model.safetensors",
+    ),
     "whole modules": (change_config(modules_to_save=["pooler"]), "modules_to_save"),
     "another rank": (change_config(r=5), "its configuration says rank 5"),
     "half a pair": (change_tensors(lambda tensors: tensors.pop(KEY_A)), f"module {QUERY} has no matrix pair"),

@@ -25,7 +25,23 @@ from fedmerge.seeding import generator
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
+PICKLE_FILE = "adapter_model.bin"
 _PREFIX = "base_model.model."
+_UNSUPPORTED = (  # settings under which an adapter is more than B A, or something else
+    "use_dora",
+    "lora_bias",
+    "modules_to_save",
+    "trainable_token_indices",
+    "target_parameters",
+    "layer_replication",
+    "alora_invocation_tokens",
+    "use_qalora",
+    "use_bdlora",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+)
+_CHANGES_THE_BACKBONE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")  # initialisations of A and B
 
 
 @dataclass(frozen=True)
@@ -158,7 +174,15 @@ def applied(backbone: Backbone, adapter: Adapter | None) -> Iterator[None]:
             modules[name].weight.data = weight
 
 
-def write_adapter(adapter: Adapter, folder: Path, backbone_name: str) -> None:
+def write_adapter(
+    adapter: Adapter,
+    folder: Path,
+    backbone_name: str | None,
+    *,
+    task_type: str | None = "FEATURE_EXTRACTION",
+    target_modules: Sequence[str] | str | None = None,
+    fan_in_fan_out: bool = False,
+) -> None:
     """Write a PEFT folder: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
     Uneven ranks and scalings go into ``rank_pattern`` and ``alpha_pattern``. Both files are complete or absent.
@@ -166,24 +190,29 @@ def write_adapter(adapter: Adapter, folder: Path, backbone_name: str) -> None:
     Args:
         folder: created where missing.
         backbone_name: written as ``base_model_name_or_path``.
+        task_type: PEFT's; it decides what kind of model PEFT makes of the backbone.
+        target_modules: what the backbone calls the adapter's modules, as PEFT matches it; None: each by its whole name.
+        fan_in_fan_out: whether the layers keep their weights transposed, as GPT-2's do; A and B are the same.
     """
     folder.mkdir(parents=True, exist_ok=True)
     ranks = {name: module.rank for name, module in adapter.modules.items()}
-    alphas = {name: module.scaling * module.rank for name, module in adapter.modules.items()}
+    alphas = {name: _whole(module.scaling * module.rank) for name, module in adapter.modules.items()}
     rank = Counter(ranks.values()).most_common(1)[0][0]
     alpha = Counter(alphas.values()).most_common(1)[0][0]
     config = LoraConfig(
-        task_type=TaskType.FEATURE_EXTRACTION,
+        task_type=task_type,
         base_model_name_or_path=backbone_name,
         inference_mode=True,
         r=rank,
         lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT computes with fractions, too
         use_rslora=False,
-        target_modules=sorted(adapter.modules),
+        target_modules=sorted(adapter.modules) if target_modules is None else _strings(target_modules),
+        fan_in_fan_out=fan_in_fan_out,
         rank_pattern={re.escape(name): value for name, value in ranks.items() if value != rank},
         alpha_pattern={re.escape(name): value for name, value in alphas.items() if value != alpha},
     ).to_dict()  # type: ignore[no-untyped-call]  # PEFT leaves it untyped
-    config["target_modules"] = sorted(config["target_modules"])
+    if not isinstance(config["target_modules"], str):
+        config["target_modules"] = sorted(config["target_modules"])
     tensors = {}
     for name, module in adapter.modules.items():
         tensors[f"{_PREFIX}{name}.lora_A.weight"] = module.lora_A.contiguous()
@@ -206,6 +235,11 @@ def read_adapter(folder: Path) -> Adapter:
         config = json.loads((folder / CONFIG_FILE).read_text())
         tensors = load_file(folder / TENSOR_FILE)
     except FileNotFoundError as error:
+        if (folder / PICKLE_FILE).is_file():
+            raise LayoutMismatchError(
+                f"adapter {folder}: found {PICKLE_FILE}, expected {TENSOR_FILE}; pickled files are never opened, since "
+                "they can run code. Load the adapter with peft where you trust it, and save it again."
+            ) from error
         raise LayoutMismatchError(
             f"adapter {folder}: no {Path(error.filename or TENSOR_FILE).name}. "
             f"A PEFT folder holds {CONFIG_FILE} and {TENSOR_FILE}."
@@ -258,6 +292,15 @@ def _lora_layers(model: PeftModel) -> Iterator[tuple[str, torch.Tensor, torch.Te
             )
 
 
+def _whole(value: float) -> float | int:
+    """An integer where it is one: other programs expect ``lora_alpha`` to be."""
+    return int(value) if float(value).is_integer() else value
+
+
+def _strings(names: Sequence[str] | str) -> list[str] | str:
+    return names if isinstance(names, str) else list(names)
+
+
 def _is_number(value: Any) -> bool:
     return not isinstance(value, bool) and isinstance(value, (int, float)) and 0 < value < 1e30
 
@@ -296,16 +339,17 @@ def _refuse_unsupported(config: Any, folder: Path) -> None:
                 f"adapter {folder}: {key} is {pattern!r} in {CONFIG_FILE}, not an object of module patterns and "
                 "numbers above 0. Get the folder again."
             )
-    unsupported = {
-        "use_dora": bool(config.get("use_dora")),
-        "fan_in_fan_out": bool(config.get("fan_in_fan_out")),
-        "bias": config.get("bias", "none") != "none",
-        "lora_bias": bool(config.get("lora_bias")),
-        "modules_to_save": bool(config.get("modules_to_save")),
-    }
+    unsupported = {"bias": config.get("bias", "none") != "none"}
+    unsupported |= {key: bool(config.get(key)) for key in _UNSUPPORTED}
     for key, present in unsupported.items():
         if present:
             raise LayoutMismatchError(
                 f"adapter {folder}: {key} = {config[key]!r}; only plain LoRA on linear layers is supported. "
                 "Train without it."
             )
+    start = str(config.get("init_lora_weights", True))
+    if start.lower().startswith(_CHANGES_THE_BACKBONE):
+        raise LayoutMismatchError(
+            f"adapter {folder}: init_lora_weights = {start!r} changed the weights of its backbone, so that B A alone "
+            "is not what was learned. Convert it with peft's save_pretrained(path_initial_model_for_weight_conversion)."
+        )
