@@ -330,6 +330,37 @@ def write_table(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
         raise RunDirError(f"{path} cannot be written ({error}). {_SPACE}") from error
 
 
+def check_free(folder: Path) -> None:
+    """Refuse a folder that holds something; RunDirError."""
+    if folder.is_symlink() or (folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))):
+        raise RunDirError(f"{folder}: exists and is not an empty folder; nothing is overwritten. Choose another.")
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder that is there as a whole or not at all: yields a hidden one beside it, which takes its name at the end.
+
+    Args:
+        folder: must be absent or empty.
+
+    Raises:
+        RunDirError: it holds something, or cannot be written; nothing is left behind.
+    """
+    folder = Path(os.path.abspath(folder))
+    check_free(folder)
+    partial = folder.parent / f".{folder.name}.partial-{secrets.token_hex(4)}"
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        os.rename(partial, folder)
+    except (OSError, SafetensorError) as error:
+        raise RunDirError(
+            f"{folder}: cannot be written ({error}). Check the space and the permissions, or choose another folder."
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

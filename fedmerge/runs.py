@@ -164,9 +164,9 @@ def is_run(folder: Path) -> bool:
 
 
 def config_of_adapter(adapter: Path) -> Path | None:
-    """The nearest ``config.toml`` above an adapter of a run: that of its run, or of the merge made afterwards."""
-    parents = adapter.resolve().parents
-    return next((path for path in (parent / "config.toml" for parent in parents[:2]) if path.is_file()), None)
+    """The nearest ``config.toml`` in or above an adapter of a run: that of its run, or of the merge made afterwards."""
+    folders = (adapter.resolve(), *adapter.resolve().parents[:2])
+    return next((path for path in (folder / "config.toml" for folder in folders) if path.is_file()), None)
 
 
 def adapter_record(adapter: Path) -> AdapterRecord:

@@ -276,7 +276,7 @@ def test_any_lora_adapters_can_be_merged_also_of_decoders(tmp_path: Path, capsys
         write_adapter(adapter, tmp_path / name, "tiny-llama")
     folders = [f"code={tmp_path / 'law'}", str(tmp_path / "medicine")]
     settings = ("--set", "merge.methods=average,task-arithmetic", "merge.task_arithmetic_coefficients=0.7")
-    output(capsys, "merge", "--adapters", *folders, "--out", tmp_path / "out", *settings)
+    output(capsys, "merge", *folders, "--out", tmp_path / "out", *settings)
     found = provenance(tmp_path / "out" / "task-arithmetic-0.7")
     assert found["domains"] == {
         "code": adapter_sha256(adapters["law"]),
@@ -288,9 +288,7 @@ def test_any_lora_adapters_can_be_merged_also_of_decoders(tmp_path: Path, capsys
         wanted = 0.7 * sum(adapter.modules[name].delta_weight() for adapter in adapters.values())
         np.testing.assert_allclose(module.delta_weight(), wanted, atol=1e-5)
     # a merge is an adapter like any other
-    output(
-        capsys, "merge", "--adapters", tmp_path / "out" / "average", folders[0], "--out", tmp_path / "next", *settings
-    )
+    output(capsys, "merge", tmp_path / "out" / "average", folders[0], "--out", tmp_path / "next", *settings)
     assert list(provenance(tmp_path / "next" / "average")["domains"]) == ["average", "code"]  # type: ignore[call-overload]
 
 
@@ -301,12 +299,9 @@ def test_adapters_that_cannot_be_merged_are_refused(place: Place, tmp_path: Path
     average = ("--set", "merge.methods=average")
     out = ("--out", tmp_path / "out")
     assert "are both called 'same', expected different names. Give one as NAME=" in refusal(
-        capsys, "merge", "--adapters", one, two, *out, *average
+        capsys, "merge", one, two, *out, *average
     )
-    assert "found no --out" in refusal(capsys, "merge", "--adapters", one, *average)
-    assert "gone: no adapter_config.json" in refusal(capsys, "merge", "--adapters", tmp_path / "gone", *out, *average)
-    assert "Domain name 'two words'" in refusal(capsys, "merge", "--adapters", f"two words={one}", *out, *average)
-    assert "adapter of 'same': " in refusal(capsys, "merge", "--adapters", one, f"other={two}", *out, *average)
+    assert "adapter of 'same': " in refusal(capsys, "merge", one, f"other={two}", *out, *average)
     assert not (tmp_path / "out").exists()
 
 
@@ -317,7 +312,7 @@ def test_adapters_of_runs_on_different_backbones_are_refused(
     tiny_bert(tmp_path / "other" / "backbone", seed=3)
     theirs = make_run(other, "theirs")
     folders = [str(finished / "merged" / "average"), f"theirs={theirs / 'merged' / 'average'}"]
-    arguments = ["merge", "--adapters", *folders, "--out", str(tmp_path / "out"), "--set", "merge.methods=average"]
-    assert "their runs have different backbone or text settings" in refusal(capsys, *arguments)
+    arguments = ["merge", *folders, "--out", str(tmp_path / "out"), "--set", "merge.methods=average"]
+    assert "the runs of these adapters have different backbone or text settings" in refusal(capsys, *arguments)
     config = ("--config", str(finished / "config.toml"))
     assert "the adapters were made on different backbones (average " in refusal(capsys, *arguments, *config)

@@ -1,53 +1,175 @@
-"""``fedmerge merge``."""
+"""``fedmerge merge`` and ``fedmerge methods``."""
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fedmerge.cli.options import add_overrides, add_runs_folder
 
 if TYPE_CHECKING:
     from fedmerge.cli.options import Commands
     from fedmerge.config import ExperimentConfig
+    from fedmerge.server.remerge import Experts
+
+DESCRIPTION = """\
+Merge LoRA adapters of one backbone into one adapter. Nothing is trained, no data are read.
+
+With --method one merge is made, and --out is its PEFT folder. Without it all merges of an experiment's settings are
+made (of the run's own, or of --config, changed by --set), each in a folder below --out."""
+
+EXAMPLES = """\
+examples:
+  fedmerge merge --method ties --density 0.3 --out merged law/ medicine/          any PEFT LoRA folders
+  fedmerge merge --method average --coefficients law=2,medicine=1 --out merged law/ medicine/
+  fedmerge merge --method tsv --output-rank 32 --out merged law=runs/7/best medicine=runs/8/best
+  fedmerge merge demo-2026 --method pcb                                           the experts of a run
+  fedmerge merge demo-2026 --exclude books                                        its own merges, without one domain
+  fedmerge merge demo-2026 --set merge.methods=mergerec mergerec.steps=1000       other settings"""
+
+# Of the training-free methods; a test holds the names to METHODS, which is not imported before a command needs it.
+PARAMETERS = {
+    "coefficient": "factor on the whole merge",
+    "density": "fraction of entries that is kept",
+    "ties_density": "of those that DARE keeps, fraction that TIES keeps",
+    "clamp": "fraction of magnitudes clamped at each end",
+    "drop_smallest": "fraction of smallest magnitudes dropped",
+    "drop_largest": "fraction of largest magnitudes dropped",
+    "common_fraction": "share of common directions",
+}
 
 
 def add_commands(commands: "Commands") -> None:
-    """Add it to the parser."""
-    merge = commands.add_parser("merge", help="merge adapters again with other settings; nothing is trained")
-    what = merge.add_mutually_exclusive_group(required=True)
-    what.add_argument("run", nargs="?", metavar="RUN", help="a run folder, or the beginning of a run's id")
-    what.add_argument("--adapters", nargs="+", metavar="[NAME=]DIR", help="PEFT LoRA folders in place of a run's")
-    merge.add_argument("--exclude", nargs="+", action="extend", default=[], metavar="DOMAIN", help="leave domains out")
+    """Add them to the parser."""
+    methods = commands.add_parser("methods", help="the merging methods: parameters, cost, sources, laws")
+    methods.add_argument("names", nargs="*", metavar="METHOD", help="only these (default: all)")
+    methods.set_defaults(command=_methods)
+
+    merge = commands.add_parser(
+        "merge",
+        help="merge LoRA adapters, or the experts of a run again; nothing is trained",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     merge.add_argument(
+        "sources",
+        nargs="+",
+        metavar="SOURCE",
+        help="two or more PEFT LoRA folders as [NAME=]DIR, or one run: its folder, or the beginning of its id",
+    )
+    merge.add_argument("--method", help="make one merge by this method; `fedmerge methods` describes them")
+    merge.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder to make (default, for a run only: a new one in RUN/remerged)"
+    )
+    merge.add_argument("--exclude", nargs="+", action="extend", default=[], metavar="NAME", help="leave adapters out")
+    merge.add_argument("--base-model", metavar="NAME", help="name of the base model, where the adapters' names differ")
+    add_runs_folder(merge)
+
+    one = merge.add_argument_group("with --method")
+    one.add_argument(
+        "--coefficients",
+        metavar="NAME=X,…",
+        help="factors on the adapters before they are merged (default: 1); of folders also X,… in their order",
+    )
+    one.add_argument("--scope", choices=("tensor", "layer", "model"), help="what thresholds are taken over [tensor]")
+    one.add_argument("--space", choices=("full", "core"), help="coordinates that are merged in [full]")
+    one.add_argument("--output-rank", metavar="R", help="compress every module to this rank, or 'exact' [exact]")
+    one.add_argument("--seed", type=int, help="of methods that draw [0]")
+    for name, meaning in PARAMETERS.items():
+        one.add_argument(_flag(name), type=float, metavar="X", help=meaning)
+
+    several = merge.add_argument_group("without --method")
+    several.add_argument("--config", type=Path, help="experiment file (default: that of the run the adapters lie in)")
+    add_overrides(several)
+    several.add_argument(
         "--catalogs",
         type=Path,
-        default=None,
         metavar="DIR",
         help="folder of domains or catalogs, for mergerec (default: server.catalogs, else domains.root)",
     )
-    merge.add_argument(
-        "--out", type=Path, default=None, metavar="DIR", help="folder to make (default: RUN/remerged/TIME)"
-    )
-    merge.add_argument(
-        "--config", type=Path, default=None, help="experiment file (default: that of the run the adapters lie in)"
-    )
-    add_overrides(merge)
-    add_runs_folder(merge)
     merge.set_defaults(command=_merge)
 
 
+def _methods(options: argparse.Namespace) -> int:
+    from fedmerge.merging.methods import METHODS, describe_method, method_named
+
+    for name in options.names:
+        method_named(name)
+    print("\n".join(describe_method(name) for name in options.names or METHODS), end="")
+    return 0
+
+
 def _merge(options: argparse.Namespace) -> int:
-    from fedmerge.config import load_config, with_absolute_paths
     from fedmerge.errors import ConfigError
     from fedmerge.runs import find_run
 
-    run = find_run(options.run, options.dir) if options.run is not None else None
-    folders = _named(options.adapters or [])
+    _check_groups(options)
+    folders = _adapters(options.sources)
+    run = None if folders else find_run(options.sources[0], options.dir)
     if run is None and options.out is None:
-        raise ConfigError("merge --adapters: found no --out, expected the folder to make. Give --out DIR.")
+        raise ConfigError("merge: found no --out, expected the folder to make. Give --out DIR.")
+    return _merge_one(options, run, folders) if options.method else _merge_settings(options, run, folders)
+
+
+def _merge_one(options: argparse.Namespace, run: Path | None, folders: dict[str, Path]) -> int:
+    """One merge by ``--method``."""
+    from fedmerge.merging.folders import write_merge
+    from fedmerge.merging.training_free import checked_settings, merge_adapters
+    from fedmerge.run_dir import check_free
+
+    rank: Any = options.output_rank or "exact"
+    settings: dict[str, Any] = {
+        "scope": options.scope or "tensor",
+        "space": options.space or "full",
+        "output_rank": int(rank) if re.fullmatch(r"\d+", rank) else rank,
+    }
+    parameters = {name: value for name in PARAMETERS if (value := getattr(options, name)) is not None}
+    coefficients = _coefficients(options.coefficients, list(folders))
+    checked_settings(options.method, **settings, parameters=parameters)
+    if options.out is not None:
+        check_free(options.out)
+
+    from fedmerge.server import remerge
+
+    experts = _experts(options, run, folders)
+    merged = merge_adapters(
+        experts.adapters,
+        options.method,
+        coefficients=coefficients,
+        **settings,
+        seed=options.seed or 0,
+        **parameters,
+    )
+    absent = {name: "coefficient 0" for name in experts.adapters if name not in merged.coefficients}
+    out = options.out or remerge.new_merge_folder(run or Path.cwd()) / options.method
+    details = {"run": experts.run, "excluded": {**experts.excluded, **absent}}
+    write_merge(merged, experts.sources, out, details, _config_beside(run, experts))
+
+    chosen = ", ".join(f"{name} {value}" for name, value in {**merged.parameters, **merged.settings}.items())
+    print(f"merged {', '.join(merged.coefficients)}{_without([*experts.excluded, *absent])}")
+    print(f"{options.method}: {chosen.replace('_', ' ')}")
+    print("  rank  residual  module")
+    for name, module in merged.adapter.modules.items():
+        print(f"{module.rank:>6}{merged.residuals[name]:>10.4f}  {name}")
+    worst = max(merged.residuals, key=lambda name: merged.residuals[name])
+    print(
+        f"{out}: {len(merged.residuals)} modules, {merged.adapter.size_bytes / 1e6:.1f} MB, "
+        f"largest residual {merged.residuals[worst]:.4f}"
+    )
+    return 0
+
+
+def _merge_settings(options: argparse.Namespace, run: Path | None, folders: dict[str, Path]) -> int:
+    """Every merge of an experiment's settings."""
+    from fedmerge.config import load_config, with_absolute_paths
+    from fedmerge.errors import ConfigError
+
     path = options.config or (run / "config.toml" if run else _config_of(list(folders.values())))
+    if path is None and not options.overrides:
+        raise ConfigError("merge: found no --method, expected one. `fedmerge methods` describes them.")
     overrides = list(options.overrides)
     if options.catalogs is not None:
         overrides.append(f"server.catalogs={json.dumps(str(options.catalogs))}")
@@ -58,12 +180,13 @@ def _merge(options: argparse.Namespace) -> int:
     from fedmerge.device import resolve_compute
     from fedmerge.encoder.backbone import load_backbone
     from fedmerge.report.runs import coefficients_text
+    from fedmerge.run_dir import check_free
     from fedmerge.server import remerge
 
     torch.set_num_threads(config.runtime.server_threads)
     out = options.out or remerge.new_merge_folder(run or Path.cwd())
-    remerge.check_free(out)
-    experts = remerge.experts_of_run(run, options.exclude) if run else remerge.experts_in(folders, options.exclude)
+    check_free(out)
+    experts = _experts(options, run, folders)
     backbone, catalogs = None, {}
     if remerge.needs_backbone(config):
         root = Path(config.server.catalogs) if config.server.catalogs is not None else _domains_root(config)
@@ -75,29 +198,113 @@ def _merge(options: argparse.Namespace) -> int:
         experts, config, backbone, catalogs, lambda line: print(line, file=sys.stderr, flush=True)
     )
     written = remerge.write_merges(candidates, experts, config, out)
-    without = f", without {', '.join(experts.excluded)}" if experts.excluded else ""
-    print(f"merged {', '.join(experts.adapters)}{without}")
+    print(f"merged {', '.join(experts.adapters)}{_without(list(experts.excluded))}")
     for candidate in candidates:
         print(f"{written[candidate.label]}: {coefficients_text(candidate.provenance)}")
     return 0
 
 
-def _named(adapters: list[str]) -> dict[str, Path]:
-    """``NAME=DIR`` or ``DIR``, which is called like its folder."""
+def _experts(options: argparse.Namespace, run: Path | None, folders: dict[str, Path]) -> "Experts":
+    from fedmerge.server import remerge
+
+    if run is not None:
+        return remerge.experts_of_run(run, options.exclude)
+    return remerge.experts_in(folders, options.exclude, options.base_model)
+
+
+def _without(names: list[str]) -> str:
+    return f", without {', '.join(names)}" if names else ""
+
+
+def _config_beside(run: Path | None, experts: "Experts") -> dict[str, str]:
+    """The settings of a run, for those who evaluate a merge of its experts."""
+    from fedmerge.config import load_config, to_toml
+    from fedmerge.server.remerge import settings_of
+
+    if run is None or not (run / "config.toml").is_file():
+        return {}
+    return {"config.toml": to_toml(settings_of(experts, load_config(run / "config.toml")))}
+
+
+def _check_groups(options: argparse.Namespace) -> None:
+    """Flags that say nothing to the form of the command that was chosen are refused."""
     from fedmerge.errors import ConfigError
 
+    of_one = ["coefficients", "scope", "space", "output_rank", "seed", *PARAMETERS]
+    given = [_flag(name) for name in of_one if getattr(options, name) is not None]
+    if given and options.method is None:
+        raise ConfigError(f"merge: found {', '.join(given)} without --method. Give --method, or settings with --set.")
+    named = {"--config": options.config, "--set": options.overrides or None, "--catalogs": options.catalogs}
+    given = [flag for flag, value in named.items() if value is not None]
+    if given and options.method is not None:
+        raise ConfigError(
+            f"merge: found {', '.join(given)} beside --method, which reads no settings. Leave --method out, or give "
+            f"its parameters as flags (`fedmerge methods {options.method}`)."
+        )
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _adapters(sources: list[str]) -> dict[str, Path]:
+    """``NAME=DIR`` or ``DIR``, which is called like its folder; nothing where the one source is to be a run."""
+    from fedmerge.config import DOMAIN_NAME
+    from fedmerge.errors import ConfigError, LayoutMismatchError
+    from fedmerge.runs import is_run
+
     folders: dict[str, Path] = {}
-    for argument in adapters:
-        name, equals, path = argument.partition("=")
-        folder = Path(path) if equals and not Path(argument).exists() else Path(argument)
-        name = name if folder != Path(argument) else folder.resolve().name
+    for source in sources:
+        name, equals, path = source.partition("=")
+        folder = Path(path) if equals and not Path(source).exists() else Path(source)
+        name = name if folder != Path(source) else folder.resolve().name
+        adapter = (folder / "adapter_config.json").is_file()
+        if len(sources) == 1 and not adapter:
+            return {}
+        if not adapter and is_run(folder):
+            raise ConfigError(
+                f"merge: {folder} is a run, expected a PEFT folder beside others. Give the run alone, or its adapters: "
+                f"{folder / 'adapters'}/*."
+            )
+        if not folder.is_dir():
+            raise LayoutMismatchError(
+                f"adapter {folder}: no such folder. Adapters are read from disk; download those of a hub first."
+            )
         if name in folders:
             raise ConfigError(
-                f"merge --adapters: {folders[name]} and {folder} are both called {name!r}, expected different names. "
+                f"merge: {folders[name]} and {folder} are both called {name!r}, expected different names. "
                 f"Give one as NAME={folder}."
             )
+        if not re.fullmatch(DOMAIN_NAME, name):
+            raise ConfigError(
+                f"merge: found the name {name!r}, expected letters, digits, '.', '_' and '-', at most 64. "
+                f"Give it as NAME={folder}."
+            )
         folders[name] = folder
+    if len(folders) == 1:
+        raise ConfigError(f"merge: found one adapter, {sources[0]}, expected two or more, or one run.")
     return folders
+
+
+def _coefficients(text: str | None, names: list[str]) -> dict[str, float] | None:
+    """``NAME=X,…``, or ``X,…`` in the order of the folders."""
+    from fedmerge.errors import ConfigError
+
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    pairs = [part.rpartition("=") for part in parts]
+    try:
+        values = [float(value) for _, _, value in pairs]
+    except ValueError:
+        values = []
+    named = all(equals for _, equals, _ in pairs)
+    keys = [name for name, _, _ in pairs] if named else names
+    mixed = any(equals for _, equals, _ in pairs) and not named
+    if not values or mixed or len(keys) != len(values) or len(set(keys)) != len(keys):
+        expected = f"NAME=X,… or {len(names)} numbers, for {', '.join(names)}" if names else "NAME=X,…"
+        raise ConfigError(f"merge: --coefficients: found {text!r}, expected {expected}.")
+    return dict(zip(keys, values, strict=True))
 
 
 def _config_of(adapters: list[Path]) -> Path | None:
@@ -110,8 +317,8 @@ def _config_of(adapters: list[Path]) -> Path | None:
     configs = [load_config(path) for path in dict.fromkeys(paths)]
     if any((config.backbone, config.text) != (configs[0].backbone, configs[0].text) for config in configs):
         raise ConfigError(
-            f"merge --adapters: their runs have different backbone or text settings ({', '.join(map(str, paths))}). "
-            "Give --config FILE."
+            "merge: the runs of these adapters have different backbone or text settings "
+            f"({', '.join(map(str, paths))}). Give --config FILE."
         )
     return paths[0] if paths else None
 

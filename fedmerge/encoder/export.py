@@ -1,14 +1,10 @@
 """A backbone with an adapter folded in as a model folder that sentence-transformers loads, without fedmerge."""
 
 import json
-import os
-import secrets
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from transformers import AutoTokenizer
 
 from fedmerge.config import Text
@@ -16,8 +12,8 @@ from fedmerge.encoder.adapted import folded
 from fedmerge.encoder.backbone import Backbone, check_max_tokens
 from fedmerge.encoder.lora import Adapter
 from fedmerge.encoder.text import item_text, special_tokens
-from fedmerge.errors import BackboneError, RunDirError
-from fedmerge.run_dir import write_json, write_text
+from fedmerge.errors import BackboneError
+from fedmerge.run_dir import check_free, new_folder, write_json, write_text
 from fedmerge.runs import adapter_record, read_record
 
 POOLING_MODES = {"cls": "pooling_mode_cls_token", "mean": "pooling_mode_mean_tokens", "last": "pooling_mode_lasttoken"}
@@ -46,13 +42,9 @@ def export_model(
         BackboneError: too few positions, or a tokenizer that cannot be made to split joined text as items are split.
     """
     check_max_tokens(backbone, text.max_tokens)
-    folder = Path(os.path.abspath(folder))
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise RunDirError(f"{folder}: exists and is not an empty folder; nothing is overwritten. Choose another.")
+    check_free(folder)
     model = folded(backbone, adapter).model
-    partial = folder.parent / f".{folder.name}.partial-{secrets.token_hex(4)}"
-    try:
-        partial.mkdir(parents=True)
+    with new_folder(folder) as partial:
         model.save_pretrained(partial)
         _write_tokenizer(backbone, partial, text.max_tokens)
         _write_modules(backbone, partial, text.max_tokens)
@@ -61,13 +53,6 @@ def export_model(
         write_text(partial / "README.md", _card(backbone, what, text, provenance))
         for weights in partial.glob("*.safetensors"):  # safetensors lets nobody else read what it writes
             weights.chmod((partial / "README.md").stat().st_mode)
-        os.rename(partial, folder)
-    except (OSError, SafetensorError) as error:
-        raise RunDirError(
-            f"{folder}: cannot be written ({error}). Check the space and the permissions, or choose another folder."
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def provenance_of(folder: Path) -> dict[str, Any]:

@@ -49,6 +49,7 @@ class Method:
     """One merging method: linear, elementwise, spectral, or (none of the three functions) learned.
 
     Attributes:
+        what: what it does.
         parameters: name -> parameter.
         source: paper or standard.
         use: when to choose it.
@@ -61,6 +62,7 @@ class Method:
         random: ``rows`` also takes a seed.
     """
 
+    what: str
     parameters: dict[str, Parameter]
     source: str
     use: str
@@ -111,6 +113,7 @@ def _density(default: float) -> Parameter:
 
 METHODS: dict[str, Method] = {
     "average": Method(
+        what="the mean of the updates",
         coefficients=average,
         parameters={},
         source="mean of task vectors (model soups, arXiv:2203.05482)",
@@ -119,6 +122,7 @@ METHODS: dict[str, Method] = {
         laws=_LINEAR,
     ),
     "task-arithmetic": Method(
+        what="the scaled sum of the updates",
         coefficients=task_arithmetic,
         parameters={"coefficient": Parameter(0.5)},
         source="task arithmetic (arXiv:2212.04089)",
@@ -127,6 +131,7 @@ METHODS: dict[str, Method] = {
         laws=_LINEAR,
     ),
     "ties": Method(
+        what="trim to the largest entries, elect a sign per entry, average those that bear it",
         rows=ties,
         parameters={"density": _density(0.2), "coefficient": Parameter(1.0)},
         source="TIES-Merging (arXiv:2306.01708)",
@@ -135,6 +140,7 @@ METHODS: dict[str, Method] = {
         laws=(*_IDENTITY, "homogeneous", "neurons"),
     ),
     "dare": Method(
+        what="drop entries at random, rescale the others, average",
         rows=dare,
         parameters={"density": _density(0.1), "coefficient": Parameter(1.0)},
         source="DARE, then average (arXiv:2311.03099)",
@@ -144,6 +150,7 @@ METHODS: dict[str, Method] = {
         random=True,
     ),
     "dare-ties": Method(
+        what="drop entries at random, rescale the others, then TIES",
         rows=dare_ties,
         parameters={"density": _density(0.1), "ties_density": _density(1.0), "coefficient": Parameter(1.0)},
         source="DARE, then TIES (arXiv:2311.03099)",
@@ -153,6 +160,7 @@ METHODS: dict[str, Method] = {
         random=True,
     ),
     "pcb": Method(
+        what="average weighted by how large an entry is in its domain and how well it agrees with the others",
         rows=pcb,
         parameters={
             "density": _density(0.1),
@@ -165,6 +173,7 @@ METHODS: dict[str, Method] = {
         laws=(*_ALWAYS, "neurons"),
     ),
     "localize-and-stitch": Method(
+        what="keep each domain's largest entries, average where they overlap, without data",
         rows=localize_and_stitch,
         parameters={"density": _density(0.05), "coefficient": Parameter(1.0)},
         source="Localize-and-Stitch, dataless (arXiv:2408.13656)",
@@ -173,6 +182,7 @@ METHODS: dict[str, Method] = {
         laws=(*_IDENTITY, "homogeneous", "neurons"),
     ),
     "breadcrumbs": Method(
+        what="drop each domain's smallest and largest entries, then the scaled sum",
         rows=breadcrumbs,
         parameters={
             "drop_smallest": Parameter(0.85, low=0.0, high=1.0),
@@ -185,6 +195,7 @@ METHODS: dict[str, Method] = {
         laws=(*_IDENTITY, "homogeneous", "neurons"),
     ),
     "knots-ties": Method(
+        what="TIES in coordinates common to all updates, found by an SVD",
         rows=ties,
         knots=True,
         parameters={"density": _density(0.2), "coefficient": Parameter(1.0)},
@@ -194,6 +205,7 @@ METHODS: dict[str, Method] = {
         laws=(*_IDENTITY, "homogeneous", "neurons"),
     ),
     "knots-dare": Method(
+        what="DARE in coordinates common to all updates, found by an SVD",
         rows=dare,
         knots=True,
         parameters={"density": _density(0.9), "coefficient": Parameter(1.0)},
@@ -204,6 +216,7 @@ METHODS: dict[str, Method] = {
         random=True,
     ),
     "knots-dare-ties": Method(
+        what="DARE, then TIES, in coordinates common to all updates, found by an SVD",
         rows=dare_ties,
         knots=True,
         parameters={"density": _density(0.9), "ties_density": _density(1.0), "coefficient": Parameter(1.0)},
@@ -214,6 +227,7 @@ METHODS: dict[str, Method] = {
         random=True,
     ),
     "knots-task-arithmetic": Method(
+        what="the scaled sum, by way of KnOTS' coordinates",
         coefficients=task_arithmetic,
         parameters={"coefficient": Parameter(0.5)},
         source="KnOTS, then task arithmetic (arXiv:2410.19735)",
@@ -222,6 +236,7 @@ METHODS: dict[str, Method] = {
         laws=_LINEAR,
     ),
     "tsv": Method(
+        what="the leading singular triples of every update, their directions made orthogonal",
         factors=tsv,
         parameters={"coefficient": Parameter(1.0)},
         source="TSV-Merge (arXiv:2412.00081)",
@@ -230,6 +245,7 @@ METHODS: dict[str, Method] = {
         laws=(*_IDENTITY, "homogeneous", "neurons", "rotation"),
     ),
     "iso-c": Method(
+        what="the sum of the updates with all singular values made equal",
         factors=iso_c,
         parameters={"coefficient": Parameter(1.0)},
         source="Iso-C (arXiv:2502.04959)",
@@ -238,6 +254,7 @@ METHODS: dict[str, Method] = {
         laws=(*_ALWAYS, "homogeneous", "neurons", "rotation", "core is full"),
     ),
     "iso-cts": Method(
+        what="as Iso-C, with some common directions given up for the domains' own",
         factors=iso_cts,
         parameters={"common_fraction": Parameter(0.8, low=0.0, high=1.0), "coefficient": Parameter(1.0)},
         source="Iso-CTS (arXiv:2502.04959)",
@@ -246,6 +263,7 @@ METHODS: dict[str, Method] = {
         laws=(*_ALWAYS, "homogeneous", "neurons", "rotation", "core is full"),
     ),
     "mergerec": Method(
+        what="the sum with coefficients learned by distilling the experts on pseudo-users from the catalogs",
         parameters={
             "granularity": Parameter("domain", choices=("domain", "layer")),
             "initial_coefficient": Parameter(0.2),
@@ -313,16 +331,33 @@ def complete_parameters(name: str, parameters: Mapping[str, Value]) -> dict[str,
     return chosen
 
 
+def describe_method(name: str) -> str:
+    """A row of METHODS as text of several lines.
+
+    Raises:
+        ConfigError: no such method.
+    """
+    method = method_named(name)
+    about = [("use", method.use)]
+    about += [("parameter", f"{key} = {_described(parameter)}") for key, parameter in method.parameters.items()]
+    about += [
+        ("scope", _scopes(method)),
+        ("cost", method.cost),
+        ("source", method.source),
+        ("laws", ", ".join(method.laws)),
+    ]
+    return f"{name}: {method.what}\n" + "".join(f"  {key:<11}{text}\n" for key, text in about)
+
+
 def methods_table() -> str:
     """METHODS as a Markdown table, without the laws."""
     rows = []
     for name, method in METHODS.items():
-        scope = "tensor, layer, model" if method.rows else "tensor" if method.factors else "all the same"
-        if method.learned:
-            scope = "its granularity"
         parameters = ", ".join(f"{key} {_described(parameter)}" for key, parameter in method.parameters.items())
-        rows.append((f"`{name}`", method.use, parameters or "none", scope, method.cost, method.source))
-    return _markdown(("method", "when to use", "parameters", "scope", "cost", "source"), rows)
+        rows.append(
+            (f"`{name}`", method.what, method.use, parameters or "none", _scopes(method), method.cost, method.source)
+        )
+    return _markdown(("method", "what it is", "when to use", "parameters", "scope", "cost", "source"), rows)
 
 
 def laws_table() -> str:
@@ -330,6 +365,12 @@ def laws_table() -> str:
     laws = get_args(Law)
     rows = [(f"`{name}`", *("x" if law in method.laws else "" for law in laws)) for name, method in METHODS.items()]
     return _markdown(("method", *laws), rows)
+
+
+def _scopes(method: Method) -> str:
+    if method.learned:
+        return "its granularity"
+    return "tensor, layer, model" if method.rows else "tensor" if method.factors else "all the same"
 
 
 def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

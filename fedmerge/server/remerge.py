@@ -2,26 +2,24 @@
 
 import os
 import secrets
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from fedmerge.config import ExperimentConfig, to_toml
 from fedmerge.domain.catalog import Catalog, load_catalog
 from fedmerge.domain.manifest import check_name, read_manifest
-from fedmerge.encoder.adapted import check_backbone, read_verified
+from fedmerge.encoder.adapted import check_backbone
 from fedmerge.encoder.backbone import Backbone
-from fedmerge.encoder.lora import CONFIG_FILE, Adapter
-from fedmerge.errors import ConfigError, DomainError, MergeError, RunDirError
+from fedmerge.encoder.lora import Adapter
+from fedmerge.errors import ConfigError, DomainError, RunDirError
+from fedmerge.merging.folders import AdapterFolders, read_folders
 from fedmerge.merging.methods import METHODS
 from fedmerge.privacy.policy import check_catalog_is_public
-from fedmerge.run_dir import write_text
-from fedmerge.runs import REMERGED, adapter_record, read_record
+from fedmerge.run_dir import new_folder, write_text
+from fedmerge.runs import REMERGED, read_record
 from fedmerge.server.candidates import Candidate, merge_candidates, write_candidate
 
 WITHDRAWN = "left out with --exclude"
@@ -32,20 +30,21 @@ class Experts:
     """Adapters to merge, verified, and what is known about them.
 
     Attributes:
-        adapters: domain -> adapter.
+        sources: the adapters by domain, and what their folders say about the backbone.
         excluded: domain -> why it is not among them.
         run: id of the run they come from, or None.
-        backbone_name: as PEFT folders call it.
-        backbone_sha256: of the backbone they were trained on; None where nobody wrote it down.
         catalog_sha256: domain -> hash of its catalog, as far as known.
     """
 
-    adapters: Mapping[str, Adapter]
+    sources: AdapterFolders
     excluded: Mapping[str, str]
     run: str | None
-    backbone_name: str
-    backbone_sha256: str | None
     catalog_sha256: Mapping[str, str]
+
+    @property
+    def adapters(self) -> Mapping[str, Adapter]:
+        """Domain -> adapter."""
+        return self.sources.adapters
 
 
 def experts_of_run(run: Path, exclude: Sequence[str] = ()) -> Experts:
@@ -70,18 +69,23 @@ def experts_of_run(run: Path, exclude: Sequence[str] = ()) -> Experts:
     for domain, client in participants.items() if isinstance(participants, dict) else ():
         if isinstance(client, dict) and isinstance(client.get("catalog_sha256"), str):
             catalogs[domain] = client["catalog_sha256"]
-    return _experts(folders, exclude, run.name, catalogs)
+    return _experts(folders, exclude, run.name, catalogs, None)
 
 
-def experts_in(folders: Mapping[str, Path], exclude: Sequence[str] = ()) -> Experts:
+def experts_in(folders: Mapping[str, Path], exclude: Sequence[str] = (), backbone_name: str | None = None) -> Experts:
     """Any LoRA adapters of one backbone, by the domain that each is to stand for; errors as :func:`experts_of_run`.
+
+    Args:
+        folders: domain -> PEFT folder.
+        exclude: as for :func:`experts_of_run`.
+        backbone_name: see :func:`fedmerge.merging.folders.read_folders`.
 
     Raises:
         DomainError: a name that no domain can have.
     """
     for name in folders:
         check_name(name)
-    return _experts(folders, exclude, None, {})
+    return _experts(folders, exclude, None, {}, backbone_name)
 
 
 def needs_backbone(config: ExperimentConfig) -> bool:
@@ -143,8 +147,9 @@ def merge_again(
         MergeError: a merge that cannot be computed.
     """
     if backbone is not None:
-        check_backbone("the experts", backbone, experts.backbone_sha256)
-    name, sha256 = (backbone.name, backbone.sha256) if backbone else (experts.backbone_name, experts.backbone_sha256)
+        check_backbone("the experts", backbone, experts.sources.backbone_sha256)
+    known = experts.sources
+    name, sha256 = (backbone.name, backbone.sha256) if backbone else (known.backbone_name, known.backbone_sha256)
     details: dict[str, Any] = {
         "run": experts.run,
         "excluded": dict(experts.excluded),
@@ -156,12 +161,6 @@ def merge_again(
 def new_merge_folder(run: Path) -> Path:
     """``<run>/remerged/<UTC time>-<four random hex digits>``."""
     return run / REMERGED / f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
-
-
-def check_free(folder: Path) -> None:
-    """Refuse a folder that holds something; RunDirError."""
-    if folder.is_symlink() or (folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))):
-        raise RunDirError(f"{folder}: exists and is not an empty folder; nothing is overwritten. Choose another.")
 
 
 def write_merges(
@@ -181,27 +180,18 @@ def write_merges(
     Raises:
         RunDirError: the folder holds something, or cannot be written; nothing is left behind.
     """
-    folder = Path(os.path.abspath(folder))
-    check_free(folder)
-    partial = folder.parent / f".{folder.name}.partial-{secrets.token_hex(4)}"
     names: dict[str, str] = {}
-    try:
-        partial.mkdir(parents=True)
+    backbone_name = experts.sources.backbone_name or "unknown"
+    with new_folder(folder) as partial:
         for candidate in candidates:
-            names[candidate.label] = write_candidate(candidate, partial, experts.backbone_name).name
-        write_text(partial / "config.toml", to_toml(_settings_of(experts, config)))
-        os.rename(partial, folder)
-    except (OSError, SafetensorError) as error:
-        raise RunDirError(
-            f"{folder}: cannot be written ({error}). Check the space and the permissions, or choose another folder."
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            names[candidate.label] = write_candidate(candidate, partial, backbone_name).name
+        write_text(partial / "config.toml", to_toml(settings_of(experts, config)))
+    folder = Path(os.path.abspath(folder))
     return {label: folder / name for label, name in names.items()}
 
 
-def _settings_of(experts: Experts, config: ExperimentConfig) -> ExperimentConfig:
-    """The settings with the domains that took part."""
+def settings_of(experts: Experts, config: ExperimentConfig) -> ExperimentConfig:
+    """The settings of a run with the domains that took part in a merge."""
     domains = tuple(experts.adapters)
     unseen = tuple(domain for domain in config.domains.unseen if domain not in domains)
     enough = min(config.server.min_train_clients, len(domains))
@@ -214,7 +204,11 @@ def _settings_of(experts: Experts, config: ExperimentConfig) -> ExperimentConfig
 
 
 def _experts(
-    folders: Mapping[str, Path], exclude: Sequence[str], run: str | None, catalogs: Mapping[str, str]
+    folders: Mapping[str, Path],
+    exclude: Sequence[str],
+    run: str | None,
+    catalogs: Mapping[str, str],
+    backbone_name: str | None,
 ) -> Experts:
     unknown = [domain for domain in exclude if domain not in folders]
     if unknown:
@@ -224,18 +218,4 @@ def _experts(
     kept = {domain: folders[domain] for domain in sorted(folders) if domain not in exclude}
     if not kept:
         raise ConfigError(f"--exclude leaves none of {', '.join(sorted(folders))}. Leave at least one in.")
-    adapters = {domain: read_verified(folder) for domain, folder in kept.items()}
-    names = [read_record(folder / CONFIG_FILE).get("base_model_name_or_path") for folder in kept.values()]
-    hashes = {domain: adapter_record(folder).backbone_sha256 for domain, folder in kept.items()}
-    known = {domain: sha256 for domain, sha256 in hashes.items() if sha256 is not None}
-    if len(set(known.values())) > 1:
-        found = ", ".join(f"{domain} {sha256[:12]}" for domain, sha256 in known.items())
-        raise MergeError(f"the adapters were made on different backbones ({found}). Merge adapters of one backbone.")
-    return Experts(
-        adapters=adapters,
-        excluded=dict.fromkeys(exclude, WITHDRAWN),
-        run=run,
-        backbone_name=str(next((name for name in names if name), "unknown")),
-        backbone_sha256=next(iter(known.values()), None),
-        catalog_sha256=catalogs,
-    )
+    return Experts(read_folders(kept, backbone_name), dict.fromkeys(exclude, WITHDRAWN), run, catalogs)
