@@ -25,7 +25,24 @@ DOMAIN_NAME = "^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"  # fit to be a folder, part of
 
 DEMO_ROOT = "demo"  # value of domains.root that names the bundled synthetic domains
 
-MergeMethod = Literal["average", "task-arithmetic", "mergerec"]
+MergeMethod = Literal[
+    "average",
+    "task-arithmetic",
+    "ties",
+    "dare",
+    "dare-ties",
+    "pcb",
+    "localize-and-stitch",
+    "breadcrumbs",
+    "knots-ties",
+    "knots-dare",
+    "knots-dare-ties",
+    "knots-task-arithmetic",
+    "tsv",
+    "iso-c",
+    "iso-cts",
+    "mergerec",
+]
 
 Baseline = Literal["popularity", "last-item", "item-knn", "sasrec"]
 
@@ -137,20 +154,36 @@ class Merge(Section):
     """Which merges are made. Among a method's variants the best on validation is kept."""
 
     methods: tuple[MergeMethod, ...] = Field(
-        ("average", "task-arithmetic", "mergerec"), min_length=1, description="Methods to try."
+        ("average", "task-arithmetic", "mergerec"),
+        min_length=1,
+        description="Methods to try; `fedmerge methods` describes them.",
     )
     task_arithmetic_coefficients: tuple[float, ...] = Field(
         (0.2, 0.4, 0.6, 0.8), min_length=1, description="Variants to try: the factor on the sum of all updates."
+    )
+    densities: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(
+        (), description="Variants to try of every method with a density; empty: each method's own default."
+    )
+    coefficients: tuple[float, ...] = Field(
+        (), description="Variants to try of every method that is not linear: the factor on the merge; empty: 1."
+    )
+    scope: Literal["tensor", "layer", "model"] = Field(
+        "tensor", description="What densities are taken over: a module, a layer, or the whole model."
+    )
+    space: Literal["full", "core"] = Field(
+        "full", description="Coordinates that methods which are not linear merge in; core: cheap, and of low rank."
+    )
+    output_rank: int | None = Field(
+        None, ge=1, description="Rank that merges which are not linear are compressed to; 'none': not at all."
     )
 
     @model_validator(mode="after")
     def _distinct(self) -> "Merge":
         if twice := _twice(self.methods):
             raise ValueError(f"methods names {twice} twice; name each method once")
-        if twice := _twice([f"{coefficient:g}" for coefficient in self.task_arithmetic_coefficients]):
-            raise ValueError(
-                f"task_arithmetic_coefficients has {twice} twice (to six digits, which name the merge); give each once"
-            )
+        for key in ("task_arithmetic_coefficients", "densities", "coefficients"):
+            if twice := _twice([f"{value:g}" for value in getattr(self, key)]):
+                raise ValueError(f"{key} has {twice} twice (to six digits, which name the merge); give each once")
         return self
 
 

@@ -19,7 +19,8 @@ from fedmerge.domain.folder import write_domain
 from fedmerge.encoder.backbone import Backbone, load_backbone
 from fedmerge.encoder.lora import adapter_sha256, write_adapter
 from fedmerge.run_dir import DONE, create_run, write_json, write_table, write_text
-from fedmerge.server.candidates import merge_candidates, write_candidate
+from fedmerge.server.candidates import merge_candidates
+from fedmerge.server.checkpoints import keep_merge
 
 TRAIN, UNSEEN = ("books", "coffee", "toys"), "camping"
 NUM_USERS, NUM_ITEMS = 12, 20
@@ -90,7 +91,7 @@ def make_run(place: Place, run_id: str, more: Sequence[str] = ()) -> Path:
     catalogs = {name: load_catalog(place.domains / name) for name in (*TRAIN, UNSEEN)}
     candidates = merge_candidates(backbone, adapters, {name: catalogs[name] for name in TRAIN}, config)
     for candidate in candidates:
-        write_candidate(candidate, folder / "merged", backbone.name)
+        keep_merge(folder, candidate, backbone.name)
     scores = {candidate.label: 0.3 for candidate in candidates} | {"average": 0.4}
     best = {candidate.method: candidate.label for candidate in candidates}
     write_json(

@@ -2,7 +2,7 @@
 
 import json
 import math
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from adapters import Lent, layout_of, random_adapters
 from backbones import tiny_bert
 
 from fedmerge.client.metrics import METRICS, MetricSums, metric_sums
-from fedmerge.config import ExperimentConfig, from_flat
+from fedmerge.config import ExperimentConfig, MergeMethod, from_flat
 from fedmerge.device import resolve_compute
 from fedmerge.domain.catalog import Catalog
 from fedmerge.domain.demo import generate_domain
@@ -19,7 +19,9 @@ from fedmerge.encoder.backbone import Backbone, load_backbone
 from fedmerge.encoder.lora import Adapter, adapter_sha256
 from fedmerge.encoder.text import build_token_table
 from fedmerge.errors import ClientError, MergeError
+from fedmerge.merging.methods import METHODS
 from fedmerge.merging.stack import stack_adapters
+from fedmerge.merging.training_free import merge_adapters
 from fedmerge.server.candidates import Candidate, choose, merge_candidates
 from fedmerge.server.collaborative import CollaborativeSettings, learn_coefficients
 from fedmerge.server.pseudo_users import one_item_domain
@@ -73,6 +75,72 @@ def test_every_variant_is_made_once_in_order(candidates: list[Candidate]) -> Non
         ("mergerec domain-wise", "mergerec"),
         ("mergerec layer-wise", "mergerec"),
     ]
+
+
+TRAINING_FREE = [name for name, row in METHODS.items() if not row.learned]
+
+
+def test_the_configuration_knows_every_method() -> None:
+    assert list(get_args(MergeMethod)) == list(METHODS)
+
+
+def test_every_training_free_method_needs_adapters_alone(adapters: dict[str, Adapter]) -> None:
+    chosen = settings(**{"merge.methods": ",".join(TRAINING_FREE), "merge.task_arithmetic_coefficients": "0.5"})
+    made = merge_candidates(None, adapters, {}, chosen)
+    assert [candidate.method for candidate in made] == TRAINING_FREE
+    assert [candidate.label for candidate in made if candidate.label != candidate.method] == [
+        "task-arithmetic 0.5",
+        "knots-task-arithmetic 0.5",
+    ]
+    for candidate in made:
+        wanted = merge_adapters(adapters, candidate.method, seed=5)
+        record = candidate.provenance
+        assert json.loads(json.dumps(record, allow_nan=False)) == record
+        assert record["domains"] == {domain: adapter_sha256(adapters[domain]) for domain in DOMAINS}
+        assert record["sha256"] == adapter_sha256(candidate.adapter)
+        assert record["parameters"] == wanted.parameters
+        for name, module in candidate.adapter.modules.items():
+            torch.testing.assert_close(module.delta_weight(), wanted.adapter.modules[name].delta_weight())
+
+
+def test_variants_are_every_density_with_every_coefficient(adapters: dict[str, Adapter]) -> None:
+    chosen = settings(
+        **{
+            "merge.methods": "ties,breadcrumbs,tsv",
+            "merge.densities": "0.3,1",
+            "merge.coefficients": "0.5,1.5",
+            "merge.scope": "layer",
+            "merge.space": "core",
+            "merge.output_rank": 3,
+        }
+    )
+    kept: list[str] = []
+    made = merge_candidates(None, adapters, {}, chosen, keep=lambda candidate: kept.append(candidate.label))
+    labels = [candidate.label for candidate in made]
+    assert kept == labels
+    assert labels == [
+        "ties density 0.3 coefficient 0.5",
+        "ties density 0.3 coefficient 1.5",
+        "ties density 1 coefficient 0.5",
+        "ties density 1 coefficient 1.5",
+        "breadcrumbs coefficient 0.5",
+        "breadcrumbs coefficient 1.5",
+        "tsv coefficient 0.5",
+        "tsv coefficient 1.5",
+    ]
+    same: dict[str, Any] = {"space": "core", "output_rank": 3}
+    wanted = [
+        merge_adapters(adapters, "ties", density=0.3, coefficient=1.5, scope="layer", **same),
+        merge_adapters(adapters, "tsv", coefficient=1.5, **same),
+    ]
+    for candidate, expected in zip((made[1], made[7]), wanted, strict=True):
+        assert adapter_sha256(candidate.adapter) == adapter_sha256(expected.adapter)
+        assert candidate.provenance["residuals"] == expected.residuals
+        assert candidate.provenance["scope"] == expected.settings["scope"]
+    others: list[Candidate] = []
+    again = merge_candidates(None, adapters, {}, chosen, finished={labels[1]: made[1]}, keep=others.append)
+    assert again[1] is made[1]
+    assert [candidate.label for candidate in others] == [label for label in labels if label != labels[1]]
 
 
 def test_an_adapter_is_the_weighted_sum_of_the_updates_that_its_provenance_says(

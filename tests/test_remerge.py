@@ -21,6 +21,8 @@ from fedmerge.domain.catalog import CATALOG_FILE, load_catalog
 from fedmerge.domain.manifest import MANIFEST_FILE
 from fedmerge.encoder.lora import Adapter, LoraModule, adapter_sha256, read_adapter, write_adapter
 from fedmerge.merging.stack import linear_merge, stack_adapters
+from fedmerge.merging.training_free import merge_adapters
+from fedmerge.runs import config_of_adapter
 from fedmerge.server.candidates import merge_candidates
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -115,6 +117,24 @@ def test_the_same_settings_give_the_run_s_own_merges_and_others_do_not(place: Pl
     assert found["sha256"] == wanted.provenance["sha256"]
     assert found["sha256"] != provenance(run / "again" / "mergerec-domain-wise")["sha256"]
     assert len(found["losses"]) == 5  # type: ignore[arg-type]
+
+
+def test_one_merge_of_a_run_by_a_method(run: Path, capsys: Capsys, tmp_path: Path) -> None:
+    flags = ("--method", "ties", "--density", "0.4", "--exclude", "toys", "--coefficients", "coffee=2")
+    shown = output(capsys, "merge", run, *flags)
+    (made,) = (run / "remerged").glob("*/ties")
+    theirs = {name: adapter for name, adapter in experts(run).items() if name != "toys"}
+    wanted = merge_adapters(theirs, "ties", density=0.4, coefficients={"coffee": 2.0})
+    assert adapter_sha256(read_adapter(made)) == adapter_sha256(wanted.adapter)
+    record = provenance(made)
+    assert (record["run"], record["excluded"]) == (run.name, {"toys": "left out with --exclude"})
+    assert record["backbone"] == provenance(run / "merged" / "average")["backbone"]
+    assert "merged books, coffee, without toys\nties: density 0.4, " in shown
+    assert config_of_adapter(made) == made / "config.toml"  # it can be evaluated where it lies
+    assert load_config(made / "config.toml").domains.train == ("books", "coffee")
+    assert f"remerged/{made.parent.name}/ties: books 1.000, coffee 2.000" in output(capsys, "show", run)
+    output(capsys, "merge", run, *flags, "--out", tmp_path / "out")
+    assert adapter_sha256(read_adapter(tmp_path / "out")) == adapter_sha256(wanted.adapter)
 
 
 def test_a_withdrawn_domain_is_not_even_opened(place: Place, run: Path, capsys: Capsys, tmp_path: Path) -> None:
@@ -222,7 +242,7 @@ def test_bad_settings_are_refused_before_anything_is_read(run: Path, capsys: Cap
     assert "merge.method: unknown key; did you mean merge.methods?" in refusal(
         capsys, "merge", run, "--set", "merge.method=average"
     )
-    assert "Input should be 'average', 'task-arithmetic' or 'mergerec'" in refusal(
+    assert "Input should be 'average', 'task-arithmetic', 'ties'" in refusal(
         capsys, "merge", run, "--set", "merge.methods=magic"
     )
     with pytest.raises(SystemExit) as caught:

@@ -101,17 +101,22 @@ def write_merge(
         **details,
     }
     with new_folder(folder) as partial:
-        write_adapter(
-            merged.adapter,
-            partial,
-            sources.backbone_name,
-            task_type=sources.task_type,
-            target_modules=sources.target_modules,
-            fan_in_fan_out=sources.fan_in_fan_out,
-        )
+        write_as_sources(merged.adapter, sources, partial)
         write_json(partial / "provenance.json", provenance)
         for name, text in files.items():
             write_text(partial / name, text)
+
+
+def write_as_sources(adapter: Adapter, sources: AdapterFolders, folder: Path) -> None:
+    """Write a merge as a PEFT folder with base model, task and names of modules as its sources have them."""
+    write_adapter(
+        adapter,
+        folder,
+        sources.backbone_name,
+        task_type=sources.task_type,
+        target_modules=sources.target_modules,
+        fan_in_fan_out=sources.fan_in_fan_out,
+    )
 
 
 def _agreed(key: str, configs: Mapping[str, Mapping[str, Any]], remedy: str, first: bool = False) -> str | None:

@@ -87,12 +87,30 @@ def merge_adapters(
         LayoutMismatchError: an adapter of another layout, named.
         MergeError: no domain is left, or a value that is not finite.
     """
-    row, chosen = checked_settings(method, scope, space, output_rank, parameters)
+    checked_settings(method, scope, space, output_rank, parameters)
     weighted, factors = _weighted(adapters, coefficients)
+    stack = stack_adapters(weighted)
+    del weighted
+    merged = merge_stack(stack, method, scope=scope, space=space, output_rank=output_rank, seed=seed, **parameters)
+    return replace(merged, coefficients=factors)
+
+
+def merge_stack(
+    stack: Stack,
+    method: str,
+    *,
+    scope: Scope = "tensor",
+    space: Space = "full",
+    output_rank: int | Literal["exact"] = "exact",
+    seed: int = 0,
+    **parameters: Value,
+) -> MergedAdapter:
+    """The same as :func:`merge_adapters` for adapters that are stacked already, each with coefficient 1."""
+    row, chosen = checked_settings(method, scope, space, output_rank, parameters)
     made: dict[str, str | int] = {"scope": scope, "space": space, "output_rank": output_rank}
     if row.random:
         made["seed"] = seed
-    stack = stack_adapters(weighted)
+    factors = dict.fromkeys(stack.domains, 1.0)
     if row.coefficients is not None and space == "full" and output_rank == "exact":
         merged = linear_merge(stack, row.coefficients(stack, **chosen))
         return MergedAdapter(merged, dict.fromkeys(merged.modules, 0.0), method, chosen, factors, made)

@@ -1,9 +1,10 @@
 """Every merge that an experiment asks for, and the choice among their variants on validation."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import cache
+from itertools import product
 from types import MappingProxyType
 from typing import Any
 
@@ -14,12 +15,12 @@ from fedmerge.client.metrics import MetricSums
 from fedmerge.config import ExperimentConfig
 from fedmerge.domain.catalog import Catalog
 from fedmerge.encoder.backbone import Backbone
-from fedmerge.encoder.lora import Adapter, adapter_sha256, write_adapter
+from fedmerge.encoder.lora import Adapter, adapter_sha256
 from fedmerge.encoder.text import build_token_table
 from fedmerge.errors import MergeError
-from fedmerge.merging.methods import method_coefficients
-from fedmerge.merging.stack import linear_merge_of_many, stack_adapters, survey_adapters
-from fedmerge.run_dir import write_json
+from fedmerge.merging.methods import METHODS, Value, method_coefficients
+from fedmerge.merging.stack import Stack, linear_merge_of_many, stack_adapters, survey_adapters
+from fedmerge.merging.training_free import merge_stack
 from fedmerge.server.collaborative import CollaborativeSettings, learn_coefficients, student_vectors
 from fedmerge.server.pseudo_users import PseudoDomain, one_item_domain
 
@@ -57,9 +58,9 @@ def merge_candidates(
 ) -> list[Candidate]:
     """Make every merge of the configuration.
 
-    What needs no model run (average, task arithmetic) asks for the adapters one at a time: from a mapping that reads
-    them from disk the memory does not grow with the number of domains. mergerec holds all of them, and of every catalog
-    the tokens and two matrices of item vectors.
+    Linear methods (average, task arithmetic) ask for the adapters one at a time: from a mapping that reads them from
+    disk the memory does not grow with the number of domains. The others hold the factors of all of them, and the dense
+    updates of one module; mergerec holds the factors, and of every catalog the tokens and two matrices of item vectors.
 
     Args:
         backbone: the frozen encoder; learned methods run it, for the others it may be None.
@@ -78,14 +79,22 @@ def merge_candidates(
     sources = {domain: adapter_sha256(adapters[domain]) for domain in layout.domains}
     candidates: list[Candidate] = []
 
-    def add(label: str, method: str, coefficients: Any, **own: Any) -> None:
-        adapter = linear_merge_of_many(adapters, layout, coefficients)
+    @cache
+    def stack() -> Stack:
+        return stack_adapters(adapters)
+
+    def add_linear(label: str, method: str, coefficients: Any, **own: Any) -> None:
+        own |= {
+            "coefficients": dict(zip(layout.domains, np.asarray(coefficients).tolist(), strict=True)),
+            "coefficient_groups": list(layout.groups) if np.ndim(coefficients) == 2 else ["all"],
+        }
+        add(label, method, linear_merge_of_many(adapters, layout, coefficients), **own)
+
+    def add(label: str, method: str, adapter: Adapter, **own: Any) -> None:
         provenance = {
             "label": label,
             "method": method,
             "domains": sources,
-            "coefficients": dict(zip(layout.domains, np.asarray(coefficients).tolist(), strict=True)),
-            "coefficient_groups": list(layout.groups) if np.ndim(coefficients) == 2 else ["all"],
             "rank": max(module.rank for module in adapter.modules.values()),
             "excluded": {},
             "policy": config.privacy.policy,
@@ -105,32 +114,42 @@ def merge_candidates(
         return label in finished
 
     for method in config.merge.methods:
-        if method == "average":
-            if not made_before(method):
-                add(method, method, method_coefficients("average", layout))
-        elif method == "task-arithmetic":
-            for coefficient in config.merge.task_arithmetic_coefficients:
-                label = f"task-arithmetic {coefficient:g}"
+        row = METHODS[method]
+        if row.coefficients is not None:
+            for label, parameters in _linear_variants(method, config):
                 if not made_before(label):
-                    coefficients = method_coefficients("task-arithmetic", layout, coefficient=coefficient)
-                    add(label, method, coefficients, parameters={"coefficient": coefficient})
+                    add_linear(label, method, method_coefficients(method, layout, **parameters), parameters=parameters)
+        elif not row.learned:
+            for label, parameters in _variants(method, config):
+                if not made_before(label):
+                    merged = merge_stack(
+                        stack(),
+                        method,
+                        scope=config.merge.scope if row.rows else "tensor",
+                        space=config.merge.space,
+                        output_rank=config.merge.output_rank or "exact",
+                        seed=config.seed,
+                        **parameters,
+                    )
+                    add(label, adapter=merged.adapter, **merged.record())
         else:
             if backbone is None:
                 raise MergeError(f"{method}: found no backbone, expected the one that the adapters were trained on")
             labels = {f"mergerec {granularity}-wise": granularity for granularity in config.mergerec.granularities}
             if not labels.keys() <= finished.keys():
                 pseudo = _pseudo_domains(backbone, adapters, catalogs, config, progress)
-                stack = stack_adapters(adapters)
-                start = torch.full((len(stack.domains),), config.mergerec.initial_coefficient)
-                students = student_vectors(backbone, stack, pseudo, start)  # the same for every granularity
+                start = torch.full((len(layout.domains),), config.mergerec.initial_coefficient)
+                students = student_vectors(backbone, stack(), pseudo, start)  # the same for every granularity
                 progress("mergerec: item vectors under the initial merge")
             for label, granularity in labels.items():
                 if made_before(label):
                     continue
                 chosen = config.mergerec.model_dump(exclude={"granularities"})
                 settings = CollaborativeSettings(granularity=granularity, seed=config.seed, **chosen)
-                learned = learn_coefficients(backbone, stack, pseudo, settings, _every_fifth(label, progress), students)
-                add(
+                learned = learn_coefficients(
+                    backbone, stack(), pseudo, settings, _every_fifth(label, progress), students
+                )
+                add_linear(
                     label,
                     method,
                     learned.coefficients,
@@ -138,14 +157,6 @@ def merge_candidates(
                     losses=[{"total": step.total, "rec": step.rec, "kd": step.kd} for step in learned.history],
                 )
     return candidates
-
-
-def write_candidate(candidate: Candidate, root: Path, backbone_name: str) -> Path:
-    """Write a merge as the PEFT folder ``root/<label>``, blanks as hyphens, with ``provenance.json``; its path."""
-    folder = root / candidate.label.replace(" ", "-")
-    write_adapter(candidate.adapter, folder, backbone_name)
-    write_json(folder / "provenance.json", candidate.provenance)
-    return folder
 
 
 def choose(
@@ -174,6 +185,24 @@ def choose(
         if candidate.method not in best or scores[candidate.label] > scores[best[candidate.method]]:
             best[candidate.method] = candidate.label
     return best, max(best.values(), key=lambda label: scores[label]), scores
+
+
+def _linear_variants(method: str, config: ExperimentConfig) -> Iterator[tuple[str, dict[str, Value]]]:
+    """Labels and parameters."""
+    if "coefficient" not in METHODS[method].parameters:
+        yield method, {}
+        return
+    for coefficient in config.merge.task_arithmetic_coefficients:
+        yield f"{method} {coefficient:g}", {"coefficient": coefficient}
+
+
+def _variants(method: str, config: ExperimentConfig) -> Iterator[tuple[str, dict[str, Value]]]:
+    """Labels and parameters of a training-free method that is not linear: every density with every coefficient."""
+    lists = {"density": config.merge.densities, "coefficient": config.merge.coefficients}
+    varied = {key: values for key, values in lists.items() if values and key in METHODS[method].parameters}
+    for values in product(*varied.values()):
+        parameters: dict[str, Value] = dict(zip(varied, values, strict=True))
+        yield " ".join([method, *(f"{key} {value:g}" for key, value in parameters.items())]), parameters
 
 
 def _pseudo_domains(

@@ -15,12 +15,12 @@ from fedmerge.encoder.adapted import check_backbone
 from fedmerge.encoder.backbone import Backbone
 from fedmerge.encoder.lora import Adapter
 from fedmerge.errors import ConfigError, DomainError, RunDirError
-from fedmerge.merging.folders import AdapterFolders, read_folders
+from fedmerge.merging.folders import AdapterFolders, read_folders, write_as_sources
 from fedmerge.merging.methods import METHODS
 from fedmerge.privacy.policy import check_catalog_is_public
-from fedmerge.run_dir import new_folder, write_text
+from fedmerge.run_dir import new_folder, write_json, write_text
 from fedmerge.runs import REMERGED, read_record
-from fedmerge.server.candidates import Candidate, merge_candidates, write_candidate
+from fedmerge.server.candidates import Candidate, merge_candidates
 
 WITHDRAWN = "left out with --exclude"
 
@@ -90,7 +90,7 @@ def experts_in(folders: Mapping[str, Path], exclude: Sequence[str] = (), backbon
 
 def needs_backbone(config: ExperimentConfig) -> bool:
     """Whether a method of the configuration is learned, so that it runs the backbone on the catalogs."""
-    return any(METHODS[method].coefficients is None for method in config.merge.methods)
+    return any(METHODS[method].learned for method in config.merge.methods)
 
 
 def catalogs_of(experts: Experts, root: Path, ask_owner: bool) -> dict[str, Catalog]:
@@ -180,11 +180,12 @@ def write_merges(
     Raises:
         RunDirError: the folder holds something, or cannot be written; nothing is left behind.
     """
-    names: dict[str, str] = {}
-    backbone_name = experts.sources.backbone_name or "unknown"
+    names = {candidate.label: candidate.label.replace(" ", "-") for candidate in candidates}
     with new_folder(folder) as partial:
         for candidate in candidates:
-            names[candidate.label] = write_candidate(candidate, partial, backbone_name).name
+            made = partial / names[candidate.label]
+            write_as_sources(candidate.adapter, experts.sources, made)
+            write_json(made / "provenance.json", candidate.provenance)
         write_text(partial / "config.toml", to_toml(settings_of(experts, config)))
     folder = Path(os.path.abspath(folder))
     return {label: folder / name for label, name in names.items()}
