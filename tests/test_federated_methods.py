@@ -1,0 +1,26 @@
+"""A federation that tries methods without low rank: merged, sent, evaluated, chosen among on validation."""
+
+import json
+from pathlib import Path
+
+from in_process import run_in_process, small_experiment
+
+from fedmerge.encoder.lora import read_adapter
+from fedmerge.run_dir import DONE
+
+
+def test_training_free_methods_take_part_in_the_choice(tmp_path: Path) -> None:
+    settings = {"merge.methods": "average,ties,iso-c", "merge.densities": "0.3,0.6", "merge.coefficients": "0.5,1"}
+    run_in_process(small_experiment(tmp_path, **settings))
+    run = tmp_path / "runs" / "run"
+    assert (run / DONE).is_file()
+    labels = {"average", "iso-c coefficient 0.5", "iso-c coefficient 1"}
+    labels |= {f"ties density {density} coefficient {factor}" for density in ("0.3", "0.6") for factor in ("0.5", "1")}
+    choice = json.loads((run / "choice.json").read_text())
+    assert labels <= choice["validation"].keys()
+    assert choice["best_variants"].keys() == {"average", "ties", "iso-c"}
+    assert choice["best_variants"]["ties"].startswith("ties density ")
+    assert {folder.name for folder in (run / "merged").iterdir()} == {label.replace(" ", "-") for label in labels}
+    largest = max(m.rank for m in read_adapter(run / "merged" / "ties-density-0.3-coefficient-1").modules.values())
+    assert largest > 3 * 2  # more than the experts' ranks together
+    assert choice["best_variants"]["iso-c"] in (run / "report.txt").read_text()
