@@ -1,106 +1,142 @@
-"""Time and peak memory of every training-free merge of many adapters.
+"""Time and memory of training-free merges.
 
-    python benchmarks/bench_merging.py
+    python benchmarks/bench_merging.py                    # core space against full space as modules get wider
+    python benchmarks/bench_merging.py --many             # `fedmerge merge` of a hundred adapters, every method
 
-100 adapters of rank 8 on query and value of a backbone of RoBERTa-base's size: 24 modules of 768 × 768, 5.7 GB if all
-updates were dense at once. Random factors; the memory does not depend on values. Every merge runs in a process of its
-own, so that its peak is its own; the adapters (118 MB of factors) are in it. The result is compressed to rank 64; the
-full SVD is taken either way.
+``--many`` writes 100 adapters of rank 8 on query and value of a backbone of RoBERTa-base's size, built from its
+configuration: 24 modules of 768 × 768, 5.7 GB if all updates were dense at once. Each case is the whole command in a
+process of its own, so that its peak resident memory is its own, PyTorch and PEFT (0.4 GiB) included. Random factors;
+the memory does not depend on values.
 """
 
 import argparse
-import json
 import os
-import resource
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import RobertaConfig, RobertaModel
 
-from fedmerge.encoder.lora import Adapter, LoraModule
+from fedmerge.encoder.lora import Adapter, LoraModule, write_adapter
 from fedmerge.merging.methods import METHODS
 from fedmerge.merging.training_free import merge_adapters
 
 GIB = 2**30
+REPOSITORY = Path(__file__).resolve().parent.parent
+Shapes = dict[str, tuple[int, int]]
 
 
-def build_adapters(options: argparse.Namespace) -> dict[str, Adapter]:
-    """Random experts on query and value of every layer."""
-    rng = torch.Generator().manual_seed(0)
-    names = [f"encoder.layer.{i}.attention.self.{part}" for i in range(options.layers) for part in ("query", "value")]
+def roberta_base(layers: int) -> Shapes:
+    """Module -> (out, in) of query and value."""
+    with torch.device("meta"):
+        model = RobertaModel(RobertaConfig(num_hidden_layers=layers), add_pooling_layer=False)
+    linear = {name: layer for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)}
     return {
-        f"domain {k:03d}": Adapter(
-            {
-                name: LoraModule(
-                    torch.randn(options.rank, options.width, generator=rng) / options.width**0.5,
-                    0.02 * torch.randn(options.width, options.rank, generator=rng),
-                    2.0,
-                )
-                for name in names
-            }
-        )
-        for k in range(options.domains)
+        name: (layer.out_features, layer.in_features)
+        for name, layer in linear.items()
+        if name.endswith(("query", "value"))
     }
 
 
-def merge_once(options: argparse.Namespace) -> dict[str, Any]:
-    """One merge in this process: its seconds, the peak resident memory, the mean residual."""
-    torch.set_num_threads(options.threads)
-    adapters = build_adapters(options)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    start = time.perf_counter()
-    method, scope, space = options.one.split(",")
-    merged = merge_adapters(adapters, method, scope=scope, space=space, output_rank=options.output_rank)
-    return {
-        "seconds": time.perf_counter() - start,
-        "before": before,
-        "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "residual": sum(merged.residuals.values()) / len(merged.residuals),
-    }
+def random_adapter(shapes: Shapes, rank: int, seed: int) -> Adapter:
+    """Normal factors."""
+    rng = torch.Generator().manual_seed(seed)
+    return Adapter(
+        {
+            name: LoraModule(
+                torch.randn(rank, width_in, generator=rng) / width_in**0.5,
+                0.02 * torch.randn(width_out, rank, generator=rng),
+                2.0,
+            )
+            for name, (width_out, width_in) in shapes.items()
+        }
+    )
+
+
+def many(options: argparse.Namespace) -> None:
+    """Every case in a process of its own; a table."""
+    shapes = roberta_base(options.layers)
+    print(
+        f"{options.domains} adapters of rank {options.rank}, {len(shapes)} modules of {next(iter(shapes.values()))}, "
+        f"output rank {options.output_rank}, {torch.get_num_threads()} threads"
+    )
+    print(f"{'method':<24}{'scope':<8}{'space':<7}{'seconds':>9}{'CPU':>9}{'peak GiB':>10}{'residual':>10}", flush=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        folders = [Path(scratch) / f"domain{k:03d}" for k in range(options.domains)]
+        for k, folder in enumerate(folders):
+            write_adapter(random_adapter(shapes, options.rank, k), folder, "roberta-base")
+        for method in options.methods.split(","):
+            for scope in options.scopes.split(",") if METHODS[method].rows is not None else ["tensor"]:
+                for space in options.spaces.split(","):
+                    out = Path(scratch) / f"{method} {scope} {space}"
+                    flags = ["--method", method, "--scope", scope, "--space", space, "--out", str(out)]
+                    flags += ["--output-rank", options.output_rank]
+                    start = time.perf_counter()
+                    code, used, printed = measured(["merge", *flags, *map(str, folders)])
+                    if code:
+                        raise SystemExit(f"fedmerge merge {' '.join(flags)} ended with {code}")
+                    print(
+                        f"{method:<24}{scope:<8}{space:<7}{time.perf_counter() - start:>9.1f}"
+                        f"{used.ru_utime + used.ru_stime:>9.1f}{used.ru_maxrss * 1024 / GIB:>10.2f}"
+                        f"{printed.split()[-1]:>10}",
+                        flush=True,
+                    )
+
+
+def measured(arguments: list[str]) -> tuple[int, Any, str]:
+    """Exit code, what the process used (its own peak, not that of an earlier one), and what it printed."""
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    with tempfile.TemporaryFile("w+") as printed:
+        process = subprocess.Popen([sys.executable, "-m", "fedmerge.cli", *arguments], stdout=printed, env=environment)
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        printed.seek(0)
+        return process.returncode, used, printed.read()
+
+
+def widths(options: argparse.Namespace) -> None:
+    """One module of growing width, in both spaces."""
+    print(f"{options.few} adapters of rank {options.rank}, one module, {torch.get_num_threads()} threads, seconds")
+    print(f"{'method':<24}{'width':>7}{'full':>9}{'core':>9}{'growth of core':>16}")
+    for method in options.methods.split(","):
+        before = 0.0
+        for width in (int(width) for width in options.widths.split(",")):
+            adapters = {str(k): random_adapter({"m": (width, width)}, options.rank, k) for k in range(options.few)}
+            seconds = {}
+            for space in ("full", "core"):
+                times = []
+                for _ in range(3):
+                    start = time.perf_counter()
+                    merge_adapters(adapters, method, space=space)
+                    times.append(time.perf_counter() - start)
+                seconds[space] = min(times)
+            growth = f"{seconds['core'] / before:.1f}" if before else ""
+            before = seconds["core"]
+            print(f"{method:<24}{width:>7}{seconds['full']:>9.3f}{seconds['core']:>9.3f}{growth:>16}", flush=True)
 
 
 def main() -> None:
-    """Run every case in a process of its own and print a table."""
+    """See the module's text."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--domains", type=int, default=100)
-    parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--width", type=int, default=768)
-    parser.add_argument("--output-rank", type=int, default=64)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--many", action="store_true", help="many adapters, each method in a process of its own")
     parser.add_argument("--methods", default=",".join(name for name, row in METHODS.items() if not row.learned))
-    parser.add_argument("--scopes", default="tensor,model", help="of methods with thresholds")
-    parser.add_argument("--spaces", default="full,core")
-    parser.add_argument("--one", help="method,scope,space: this case alone, in this process")
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--domains", type=int, default=100, help="with --many")
+    parser.add_argument("--layers", type=int, default=12, help="with --many")
+    parser.add_argument("--output-rank", default="64", help="with --many")
+    parser.add_argument("--scopes", default="tensor,model", help="with --many, of methods with thresholds")
+    parser.add_argument("--spaces", default="full", help="with --many")
+    parser.add_argument("--few", type=int, default=8, help="adapters without --many")
+    parser.add_argument("--widths", default="512,1024,2048", help="without --many")
     options = parser.parse_args()
-    if options.one:
-        print(json.dumps(merge_once(options)))
-        return
-    print(
-        f"{options.domains} adapters of rank {options.rank}, {2 * options.layers} modules of {options.width} x "
-        f"{options.width}, output rank {options.output_rank}, {options.threads} threads"
-    )
-    print(f"{'method':<24}{'scope':<8}{'space':<7}{'seconds':>9}{'peak GiB':>10}{'before':>8}{'residual':>10}")
-    settings = [f"--{name}={getattr(options, name)}" for name in ("domains", "rank", "layers", "width", "threads")] + [
-        f"--output-rank={options.output_rank}"
-    ]
-    for method in options.methods.split(","):
-        for scope in options.scopes.split(",") if METHODS[method].rows is not None else ["tensor"]:
-            for space in options.spaces.split(","):
-                done = subprocess.run(
-                    [sys.executable, os.path.abspath(__file__), *settings, f"--one={method},{scope},{space}"],
-                    capture_output=True,
-                    text=True,
-                    check=True,
-                )
-                case = json.loads(done.stdout.splitlines()[-1])
-                print(
-                    f"{method:<24}{scope:<8}{space:<7}{case['seconds']:>9.1f}{case['peak'] / GIB:>10.2f}"
-                    f"{case['before'] / GIB:>8.2f}{case['residual']:>10.4f}",
-                    flush=True,
-                )
+    if options.many:
+        many(options)
+    else:
+        widths(options)
 
 
 if __name__ == "__main__":

@@ -56,7 +56,9 @@ def ties(pieces: Pieces, density: float, coefficient: float) -> Iterator[torch.T
     """
     threshold = _smallest_kept(pieces, density)  # (K, 1)
     for piece in pieces():
-        kept = torch.where(piece.rows.abs() >= threshold, piece.rows, 0.0)
+        kept = torch.empty_like(piece.rows)
+        for row, smallest, out in zip(piece.rows, threshold.expand(len(piece.rows), 1), kept, strict=True):
+            out.copy_(torch.where(row.abs() >= smallest, row, 0.0))
         agree = kept * total(kept).sign().to(kept.dtype) > 0
         yield kept.masked_fill_(~agree, 0.0).mul_(coefficient).div_(agree.sum(0).clamp(min=1))
 
@@ -120,7 +122,7 @@ def pcb(pieces: Pieces, density: float, clamp: float, coefficient: float) -> Ite
         cut = math.floor(_part(clamp, n))
         return cut, n - 1 - cut
 
-    bounds = order_statistics(lambda: (piece.rows.abs() for piece in pieces()), ends).double()  # (K, 2)
+    bounds = order_statistics(lambda: (piece.rows for piece in pieces()), ends, magnitudes=True).double()  # (K, 2)
 
     def clamped(row: torch.Tensor, k: int) -> torch.Tensor:
         return row.abs().double().clamp(bounds[k, 0], bounds[k, 1])
@@ -199,7 +201,7 @@ def breadcrumbs(
     def ends(n: int) -> tuple[int, int]:
         return math.floor(_part(drop_smallest, n)), n - 1 - math.floor(_part(drop_largest, n))
 
-    bounds = order_statistics(lambda: (piece.rows.abs() for piece in pieces()), ends)  # (K, 2)
+    bounds = order_statistics(lambda: (piece.rows for piece in pieces()), ends, magnitudes=True)  # (K, 2)
     for piece in pieces():
         size = piece.rows.abs()
         kept = (size >= bounds[:, :1]) & (size <= bounds[:, 1:])
@@ -219,7 +221,7 @@ def _smallest_kept(pieces: Pieces, density: float) -> torch.Tensor:
     if density == 1:
         return torch.zeros(1, 1)
     return order_statistics(
-        lambda: (piece.rows.abs() for piece in pieces()), lambda n: (n - math.ceil(_part(density, n)),)
+        lambda: (piece.rows for piece in pieces()), lambda n: (n - math.ceil(_part(density, n)),), magnitudes=True
     )
 
 

@@ -9,7 +9,7 @@ RADIX = 1 << DIGIT_BITS
 
 
 def order_statistics(
-    pieces: Callable[[], Iterable[torch.Tensor]], places: Callable[[int], Sequence[int]]
+    pieces: Callable[[], Iterable[torch.Tensor]], places: Callable[[int], Sequence[int]], magnitudes: bool = False
 ) -> torch.Tensor:
     """The values at given places of every row's ascending order, to the last bit.
 
@@ -19,6 +19,7 @@ def order_statistics(
     Args:
         pieces: every call yields the same (K, n_i) tensors again, finite, float32 or float64.
         places: n = Σ n_i -> J places, 0 for the smallest value, n - 1 for the largest.
+        magnitudes: order the absolute values.
 
     Returns:
         (K, J), of the pieces' dtype.
@@ -34,7 +35,7 @@ def order_statistics(
                 counts = torch.zeros(
                     len(piece), 1 if found is None else found.shape[1], RADIX, dtype=torch.int64, device=piece.device
                 )
-            _count(piece, found, DIGIT_BITS * (num_digits - 1 - step), counts)
+            _count(piece, magnitudes, found, DIGIT_BITS * (num_digits - 1 - step), counts)
         if counts is None:
             raise ValueError("order_statistics: found no piece, expected at least one")
         if wanted is None:
@@ -49,10 +50,10 @@ def order_statistics(
     return _values(found, dtype)
 
 
-def _count(piece: torch.Tensor, found: torch.Tensor | None, shift: int, counts: torch.Tensor) -> None:
+def _count(piece: torch.Tensor, magnitudes: bool, found: torch.Tensor | None, shift: int, counts: torch.Tensor) -> None:
     """Add to ``counts`` how often each digit at ``shift`` follows the digits ``found``: (K, J, RADIX)."""
     for row, values in enumerate(piece):
-        keys = _keys(values)
+        keys = _keys(values.abs() if magnitudes else values)
         for column in range(counts.shape[1]):
             if found is None:  # the sign is in the first digit
                 digits = (keys >> shift) + RADIX // 2
