@@ -378,6 +378,20 @@ def test_output_rank() -> None:
         assert small.adapter.modules["m"].lora_A.dtype == torch.float32
 
 
+def test_an_exact_merge_is_no_larger_than_it_has_to_be() -> None:
+    adapters = random_adapters({"tall": (60, 40), "wide": (40, 60)})
+    low, high = merge_adapters(adapters, "dare", density=1.0), merge_adapters(adapters, "ties")
+    for name in ("tall", "wide"):
+        assert low.adapter.modules[name].rank == 8  # it is the average
+        average = merge_adapters(adapters, "average").adapter.modules[name].delta_weight()
+        assert close(low.adapter.modules[name].delta_weight(), average)
+        assert high.adapter.modules[name].rank == 40
+        compressed = merge_adapters(adapters, "ties", output_rank=12)
+        values = torch.linalg.svdvals(high.adapter.modules[name].delta_weight().double())
+        expected = math.sqrt(values[12:].square().sum() / values.square().sum())
+        assert compressed.residuals[name] == pytest.approx(expected, rel=1e-5)
+
+
 def test_a_merge_of_nothing_keeps_the_layout() -> None:
     silent = {name: Adapter({"m": LoraModule(torch.ones(2, 4), torch.zeros(3, 2), 1.0)}) for name in ("a", "b")}
     for method in TRAINING_FREE:
