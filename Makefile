@@ -17,7 +17,7 @@ demo: install
 	$(BIN)/fedmerge run configs/demo.toml
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 # Flower and Ray for real.
 e2e: install

@@ -56,10 +56,13 @@ def run_experiment(config: ExperimentConfig, app_dir: Path) -> int:
                 on_line=lambda line: print(line, flush=True),
                 is_over=_server_ended(run_dir),
             )
-        except ClientError:
-            _say_how_to_go_on(run_dir)
-            raise
-    if (run_dir / DONE).is_file():
+        except ClientError as error:
+            if not (run_dir / DONE).is_file():
+                _say_how_to_go_on(run_dir)
+                raise
+            print(f"fedmerge: the run had ended already when this happened: {error}", file=sys.stderr)
+            outcome = None
+    if outcome is None or (run_dir / DONE).is_file():
         print(f"run folder: {run_dir}")
         return 0
     print(f"fedmerge: the run did not finish: {outcome.status} {outcome.details}", file=sys.stderr)

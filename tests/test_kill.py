@@ -105,13 +105,20 @@ class Command:
                 found.add(int(folder.name))
         return found
 
-    def kill(self, name: str, when: Callable[[], bool]) -> None:
-        """Kill -9 every process of this name, as soon as something is so; looked up before, since that takes long."""
+    def kill(self, name: str, when: Callable[[], bool], hold: str = "") -> None:
+        """Kill -9 every process of this name, as soon as something is so; looked up before, since that takes long.
+
+        Those to hold are stopped first: else they may come to their end before anybody has noticed.
+        """
         pids: set[int] = set()
-        while not (pids and when()):
+        held: set[int] = set()
+        while not (pids and (held or not hold) and when()):
             assert self.process.poll() is None, self.output()
             pids = pids or self.processes(name)
+            held = held or (self.processes(hold) if hold else set())
             time.sleep(0.01)
+        for pid in held:
+            os.kill(pid, signal.SIGSTOP)
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
 
@@ -177,7 +184,7 @@ def killed(place: Path) -> Path:
     assert not (run / "experts.json").exists()
 
     third = Command(place, "--resume", "killed")
-    third.kill("flower-superlink", (run / "choice.json").exists)
+    third.kill("flower-superlink", (run / "choice.json").exists, hold="flwr-simulation")
     assert third.end() == 1, third.output()
     assert f"to go on: fedmerge run --resume {run}" in third.output()
     assert "goes on after step" in third.output()
