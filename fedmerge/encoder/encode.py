@@ -2,14 +2,17 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import torch
+from peft.helpers import disable_input_dtype_casting
 
 from fedmerge.encoder.backbone import Backbone
+from fedmerge.encoder.fused import fused_encoder
 from fedmerge.encoder.text import Tokens
 
-TOKENS_PER_BATCH = 8192  # larger batches are no faster on a CPU and leave its caches
+TOKENS_PER_BATCH = 4096  # larger batches are no faster on a CPU and leave its caches
 EAGER_ATTENTION_TOKENS = 256
 
 
@@ -32,6 +35,7 @@ def embed_batch(backbone: Backbone, sequences: Sequence[Tokens]) -> torch.Tensor
     dtype = backbone.compute.autocast_dtype
     with (
         _attention(backbone, padded.shape[1]),
+        disable_input_dtype_casting(backbone.model, active=dtype is not None),  # else PEFT casts to float32 and back
         torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None),
     ):
         hidden = backbone.model(input_ids=input_ids, attention_mask=mask).last_hidden_state  # (n, longest, d)
@@ -53,9 +57,10 @@ def encode(
         beyond rounding: batches are formed by length, ties in the order given.
     """
     vectors = torch.empty(len(sequences), backbone.width)
+    embed = fused_encoder(backbone) or partial(embed_batch, backbone)
     done = 0
     for batch in length_batches([len(sequence) for sequence in sequences], TOKENS_PER_BATCH):
-        vectors[torch.from_numpy(batch)] = embed_batch(backbone, [sequences[i] for i in batch]).cpu()
+        vectors[torch.from_numpy(batch)] = embed([sequences[i] for i in batch]).cpu()
         done += len(batch)
         if progress is not None:
             progress(done, len(sequences))
