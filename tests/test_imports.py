@@ -126,3 +126,20 @@ def test_the_server_brings_no_private_module_into_its_process() -> None:
     assert not {name.split(".")[0] for name in library} & (FRAMEWORKS | {"sim"})
     assert {"sim.server_app", "flwr"} <= app
     assert not app & PRIVATE
+
+
+HELP = """
+import contextlib, sys
+before = set(sys.modules)
+import fedmerge.cli
+with contextlib.suppress(SystemExit):
+    fedmerge.cli.main(["--help"])
+print(*sorted({name.split(".")[0] for name in set(sys.modules) - before}))
+"""
+
+
+def test_help_imports_the_standard_library_only() -> None:
+    done = subprocess.run([sys.executable, "-c", HELP], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    imported = set(done.stdout.splitlines()[-1].split())
+    assert "fedmerge" in imported
+    assert imported <= {*sys.stdlib_module_names, "fedmerge"}
