@@ -28,8 +28,9 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Every benchmark at a size for two cores; docs/performance.md has the longer ones.
 bench: install
-	$(BIN)/python benchmarks/bench_collaborative.py
+	@set -e; for file in benchmarks/bench_*.py; do echo; echo "== $$file"; $(BIN)/python $$file; done
 
 # What is written from the code: the reference of the configuration.
 docs: install

@@ -123,8 +123,8 @@ def measured(way: str, reviews: Path, metadata: Path, dst: Path) -> None:
 def main() -> None:
     """Generate, import, compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gigabytes", type=float, default=3.0)
-    parser.add_argument("--prefix-gigabytes", type=float, default=0.3, help="of the file that the alternative loads")
+    parser.add_argument("--gigabytes", type=float, default=0.3)
+    parser.add_argument("--prefix-gigabytes", type=float, default=0.1, help="of the file that the alternative loads")
     parser.add_argument("--gzip", action="store_true")
     parser.add_argument(
         "--folder", type=Path, default=None, help="where the files are made (default: the temporary one)"

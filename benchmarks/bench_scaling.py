@@ -193,7 +193,7 @@ def size_of(folder: Path) -> int:
 def main() -> None:
     """Run the federations, one after the other, and print a row for each as it ends."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--num-domains", type=int, nargs="+", default=[10, 50])
+    parser.add_argument("--num-domains", type=int, nargs="+", default=[5])
     parser.add_argument("--num-users", type=int, default=60)
     parser.add_argument("--num-items", type=int, default=40)
     parser.add_argument("--folder", type=Path, default=None, help="kept (default: a temporary one, removed)")

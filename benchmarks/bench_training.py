@@ -1,0 +1,128 @@
+"""Training samples a second: fedmerge's step against a plain PEFT loop, on all-MiniLM-L6-v2.
+
+    python benchmarks/bench_training.py
+
+The plain loop is what people write: every step joins the texts of 64 users' random prefixes and of their targets, runs
+the Hugging Face tokenizer on them (padded to the longest, cut at 96 tokens), computes in float32 with the model's own
+attention, and makes a step of AdamW. The middle row is the same under bfloat16 autocast. fedmerge takes the same data,
+batch size, LoRA (rank 8 on query and value) and optimiser. Data: one domain of the bundled demo, 600 users and 400
+items. A turn is one epoch, since the lengths of fedmerge's batches differ within it.
+"""
+
+import tempfile
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+from interleaved import arguments, print_table, timed_in_turn
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModel, AutoTokenizer
+
+from fedmerge.client.local_domain import LocalDomain, open_domain
+from fedmerge.client.train import _batches, _loss
+from fedmerge.config import Text, Train
+from fedmerge.device import resolve_compute
+from fedmerge.domain.catalog import ATTRIBUTES, Catalog
+from fedmerge.domain.demo import write_demo
+from fedmerge.encoder.backbone import MINILM, find_backbone, load_backbone
+from fedmerge.encoder.lora import attach
+
+BATCH, MAX_TOKENS, RANK, ALPHA, LEARNING_RATE, TEMPERATURE = 64, 96, 8, 16, 1e-3, 0.05
+TARGETS = ("query", "value")
+
+
+def fedmerge_epoch(domain: LocalDomain, steps: int) -> Callable[[], None]:
+    """An epoch as ``train_expert`` makes it, without its looks at the validation users."""
+    settings = Train(batch_size=BATCH, learning_rate=LEARNING_RATE, temperature=TEMPERATURE)
+    model = attach(domain.backbone, TARGETS, RANK, ALPHA, seed=0)
+    optimizer = torch.optim.AdamW(
+        [parameter for parameter in model.parameters() if parameter.requires_grad], LEARNING_RATE, weight_decay=0.0
+    )
+    batches = _batches(domain.training_sequences, settings, 0, domain.manifest.name)
+
+    def epoch() -> None:
+        for _ in range(steps):
+            batch, _done = next(batches)
+            loss = _loss(domain, batch, TEMPERATURE)
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]  # PyTorch leaves it untyped
+            optimizer.step()
+            loss.item()
+
+    return epoch
+
+
+def item_texts(catalog: Catalog) -> list[str]:
+    """What fedmerge tokenises, as strings."""
+    rows = zip(*(catalog.attributes[attribute] for attribute in ATTRIBUTES), strict=True)
+    return [" ".join(f"{name}: {value}" for name, value in zip(ATTRIBUTES, row, strict=True) if value) for row in rows]
+
+
+def plain_epoch(domain: LocalDomain, steps: int, autocast: bool) -> Callable[[], None]:
+    """An epoch of a plain PEFT loop."""
+    _, folder = find_backbone(MINILM)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = get_peft_model(
+        AutoModel.from_pretrained(folder), LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(TARGETS))
+    )
+    optimizer = torch.optim.AdamW(
+        [parameter for parameter in model.parameters() if parameter.requires_grad], LEARNING_RATE, weight_decay=0.0
+    )
+    texts, sequences, rng = item_texts(domain.catalog), domain.training_sequences, np.random.default_rng(0)
+    context: Callable[[], AbstractContextManager[object]] = (
+        (lambda: torch.autocast("cpu", dtype=torch.bfloat16)) if autocast else nullcontext
+    )
+
+    def encoded(strings: list[str]) -> torch.Tensor:
+        inputs = tokenizer(strings, padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
+        with context():
+            hidden = model(**inputs).last_hidden_state.float()
+        mask = inputs["attention_mask"].unsqueeze(-1)
+        return torch.nn.functional.normalize((hidden * mask).sum(dim=1) / mask.sum(dim=1), dim=-1)
+
+    def epoch() -> None:
+        users = rng.permutation(len(sequences))
+        for step in range(steps):
+            histories, targets = [], []
+            for user in users[step * BATCH : (step + 1) * BATCH]:
+                sequence = sequences[user]
+                cut = rng.integers(1, len(sequence))
+                histories.append("; ".join(texts[item] for item in reversed(sequence[:cut])))
+                targets.append(texts[sequence[cut]])
+            logits = encoded(histories) @ encoded(targets).T / TEMPERATURE
+            loss = torch.nn.functional.cross_entropy(logits, torch.arange(len(logits)))
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]  # PyTorch leaves it untyped
+            optimizer.step()
+            loss.item()
+
+    return epoch
+
+
+def main() -> None:
+    """Time epochs in turn."""
+    parser = arguments(__doc__, repeats=3)
+    parser.add_argument("--steps", type=int, default=None, help="steps of a turn (default: an epoch)")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        (name,) = write_demo(folder, num_domains=1)
+        compute = resolve_compute("cpu")
+        domain = open_domain(Path(folder) / name, load_backbone(MINILM, "mean", compute), Text(max_tokens=MAX_TOKENS))
+    steps = options.steps or len(domain.training_sequences) // BATCH
+    calls = {
+        "plain PEFT, float32": plain_epoch(domain, steps, autocast=False),
+        "plain PEFT, bfloat16 autocast": plain_epoch(domain, steps, autocast=True),
+        "fedmerge": fedmerge_epoch(domain, steps),
+    }
+    for call in calls.values():
+        call()  # warm up
+    print(f"{compute.reason}; {options.threads} threads; {steps} steps of {BATCH} users a turn, {options.clock} clock")
+    seconds = timed_in_turn(calls, options.repeats, options.clock, warm_up=0)
+    print_table(seconds, "plain PEFT, float32", "samples/s", steps * BATCH)
+
+
+if __name__ == "__main__":
+    main()
