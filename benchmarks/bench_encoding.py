@@ -13,6 +13,7 @@ feed-forward products, (8192 x d)·(d x f) and (8192 x f)·(f x d), without bias
 """
 
 import statistics
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -95,7 +96,7 @@ def main() -> None:
             torch.nn.functional.linear(narrow, up)
             torch.nn.functional.linear(wide, down)
 
-    calls = {
+    calls: dict[str, Callable[[], object]] = {
         "transformers, autocast, 64 as given": lambda: plain(backbone, sequences, as_given),
         "transformers, autocast, by length": lambda: plain(backbone, sequences, by_length),
         "fedmerge": lambda: encode(backbone, sequences),
@@ -111,7 +112,10 @@ def main() -> None:
     for name, batches in (("64 as given", as_given), ("by length", by_length)):
         padded = sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
         print(f"padding, {name}: {100 * (padded / sum(lengths) - 1):.1f} % of the real tokens; fedmerge: none")
-    both = {"bfloat16": lambda: products("bfloat16", PRODUCTS), "float32": lambda: products("float32", 1)}
+    both: dict[str, Callable[[], object]] = {
+        "bfloat16": lambda: products("bfloat16", PRODUCTS),
+        "float32": lambda: products("float32", 1),
+    }
     seconds = timed_in_turn(calls | both, options.repeats, options.clock)
     once = 4 * ROWS * d * f
     peak = [PRODUCTS * once / each for each in seconds.pop("bfloat16")]
