@@ -21,7 +21,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModel, AutoTokenizer
 
 from fedmerge.client.local_domain import LocalDomain, open_domain
-from fedmerge.client.train import _batches, _loss
+from fedmerge.client.train import _batches, _step
 from fedmerge.config import Text, Train
 from fedmerge.device import resolve_compute
 from fedmerge.domain.catalog import ATTRIBUTES, Catalog
@@ -45,11 +45,7 @@ def fedmerge_epoch(domain: LocalDomain, steps: int) -> Callable[[], None]:
     def epoch() -> None:
         for _ in range(steps):
             batch, _done = next(batches)
-            loss = _loss(domain, batch, TEMPERATURE)
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]  # PyTorch leaves it untyped
-            optimizer.step()
-            loss.item()
+            _step(domain, batch, TEMPERATURE, optimizer, LEARNING_RATE)
 
     return epoch
 

@@ -17,7 +17,7 @@ from fedmerge.client.losses import in_batch_softmax
 from fedmerge.client.metrics import METRICS, per_user_metrics, rank_targets
 from fedmerge.config import Lora, Train
 from fedmerge.domain.splits import Examples, evaluation_examples
-from fedmerge.encoder.encode import embed_batch, encode
+from fedmerge.encoder.encode import embed_in_groups, encode, frozen_weights_cast
 from fedmerge.encoder.lora import Adapter, adapter_of, attach
 from fedmerge.encoder.text import pack_sequences
 from fedmerge.errors import ClientError, DomainError
@@ -112,16 +112,17 @@ def train_expert(
         batches = itertools.islice(_batches(sequences, settings, seed, name), step, None)
         while not stopped_by:
             batch, epochs = next(batches)
-            loss = _loss(domain, batch, settings.temperature)
-            if not math.isfinite(loss.item()):
+            warmed_up = min(1.0, (step + 1) / max(1, settings.warmup_steps))
+            loss = _step(
+                domain, batch, settings.temperature, optimizer, settings.learning_rate * warmed_up * (1.0 - spent)
+            )
+            if not math.isfinite(loss):
                 raise ClientError(
-                    f"domain {name}: the training loss is {loss.item()} at step {step + 1}. Lower train.learning_rate "
+                    f"domain {name}: the training loss is {loss} at step {step + 1}. Lower train.learning_rate "
                     f"({settings.learning_rate}) or set runtime.precision = 'float32'."
                 )
-            warmed_up = min(1.0, (step + 1) / max(1, settings.warmup_steps))
-            _update(optimizer, loss, settings.learning_rate * warmed_up * (1.0 - spent))
             step += 1
-            losses.append(loss.item())
+            losses.append(loss)
             spent, stopped_by = _budget(settings, step, epochs, time.monotonic() - started)
             if step % settings.validate_every_steps == 0 or stopped_by:
                 validations.append(Validation(step, float(np.mean(losses)), _validation_ndcg(domain, examples)))
@@ -145,20 +146,27 @@ def train_expert(
     )
 
 
-def _update(optimizer: torch.optim.Optimizer, loss: torch.Tensor, learning_rate: float) -> None:
+def _step(
+    domain: LocalDomain, batch: Batch, temperature: float, optimizer: torch.optim.Optimizer, learning_rate: float
+) -> float:
+    """One optimiser step; the loss before it, after which nothing is changed if it is not finite."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     optimizer.zero_grad()
-    loss.backward()  # type: ignore[no-untyped-call]  # PyTorch leaves it untyped
-    optimizer.step()
+    with frozen_weights_cast(domain.backbone):
+        loss = _loss(domain, batch, temperature)
+        if math.isfinite(loss.item()):
+            loss.backward()  # type: ignore[no-untyped-call]  # PyTorch leaves it untyped
+            optimizer.step()
+    return loss.item()
 
 
 def _loss(domain: LocalDomain, batch: Batch, temperature: float) -> torch.Tensor:
     text, backbone = domain.text, domain.backbone
     items, rows = np.unique(batch.targets, return_inverse=True)
     users = pack_sequences(domain.table, batch.histories, backbone.special, text.max_items, text.max_tokens)
-    user_vectors = embed_batch(backbone, users)
-    item_vectors = embed_batch(backbone, [domain.item_sequences[item] for item in items])
+    user_vectors = embed_in_groups(backbone, users)
+    item_vectors = embed_in_groups(backbone, [domain.item_sequences[item] for item in items])
     return in_batch_softmax(user_vectors, item_vectors, torch.from_numpy(rows).to(backbone.device), temperature)
 
 

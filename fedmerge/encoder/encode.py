@@ -14,6 +14,7 @@ from fedmerge.encoder.text import Tokens
 
 TOKENS_PER_BATCH = 4096  # larger batches are no faster on a CPU and leave its caches
 EAGER_ATTENTION_TOKENS = 256
+TRAINING_GROUPS = 4  # of a training batch on a CPU, each padded to its own longest sequence
 
 
 def embed_batch(backbone: Backbone, sequences: Sequence[Tokens]) -> torch.Tensor:
@@ -40,6 +41,32 @@ def embed_batch(backbone: Backbone, sequences: Sequence[Tokens]) -> torch.Tensor
     ):
         hidden = backbone.model(input_ids=input_ids, attention_mask=mask).last_hidden_state  # (n, longest, d)
     return torch.nn.functional.normalize(_pool(hidden.float(), mask, backbone.pooling), dim=-1)
+
+
+def embed_in_groups(backbone: Backbone, sequences: Sequence[Tokens]) -> torch.Tensor:
+    """Encode one batch as :func:`embed_batch` does; on a CPU in groups of similar length, with little padding."""
+    if backbone.device.type != "cpu":
+        return embed_batch(backbone, sequences)
+    order = np.argsort([len(sequence) for sequence in sequences], kind="stable")
+    groups = np.array_split(order, min(TRAINING_GROUPS, len(order)))
+    vectors = torch.cat([embed_batch(backbone, [sequences[i] for i in group]) for group in groups])
+    return vectors[torch.from_numpy(np.argsort(order))]
+
+
+@contextmanager
+def frozen_weights_cast(backbone: Backbone) -> Iterator[None]:
+    """Within it, frozen linear layers have the dtype to which autocast would otherwise cast them anew at every call."""
+    dtype = backbone.compute.autocast_dtype
+    linear = [module for module in backbone.model.modules() if isinstance(module, torch.nn.Linear)]
+    frozen = [parameter for module in linear for parameter in module.parameters(recurse=False)]
+    kept = [(parameter, parameter.data) for parameter in frozen if dtype and not parameter.requires_grad]
+    try:
+        for parameter, data in kept:
+            parameter.data = data.to(dtype)
+        yield
+    finally:
+        for parameter, data in kept:
+            parameter.data = data
 
 
 @torch.no_grad()
