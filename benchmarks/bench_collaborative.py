@@ -1,6 +1,7 @@
 """What one step of MergeRec costs, for 2, 8 and 32 domains, against one plain LoRA forward and backward.
 
     python benchmarks/bench_collaborative.py
+    python benchmarks/bench_collaborative.py --rows        # also TIES, PCB and Localize-and-Stitch rows, kept sparse
 
 A backbone of MiniLM's size (6 layers, width 384, vocabulary 30,522; random weights from a configuration) and LoRA
 of rank 8 on query and value. A step encodes 16 pseudo-users and updates the merging coefficients; the plain step is
@@ -24,7 +25,16 @@ from fedmerge.encoder.encode import embed_batch
 from fedmerge.encoder.lora import Adapter, LoraModule
 from fedmerge.encoder.text import SpecialTokens
 from fedmerge.merging.stack import Stack, stack_adapters
-from fedmerge.server.collaborative import batch_losses, merged_forward
+from fedmerge.merging.vectors import (
+    INITIALISATIONS,
+    TASK_VECTORS,
+    SparseRows,
+    Vectors,
+    initial_vectors,
+    merged_forward,
+    on_device,
+)
+from fedmerge.server.collaborative import PAPER, batch_terms, weighted_total
 
 RANK, BATCH, NUM_ITEMS, WIDTH = 8, 16, 2000, 384
 
@@ -57,20 +67,22 @@ def build_stack(num_domains: int) -> Stack:
     )
 
 
-def collaborative_step(backbone: Backbone, num_domains: int, sequences: list[np.ndarray]) -> Callable[[], None]:
+def collaborative_step(backbone: Backbone, rows: Vectors, sequences: list[np.ndarray]) -> Callable[[], None]:
     """One step as ``learn_coefficients`` takes it, layer-wise, catalogs of NUM_ITEMS items."""
-    stack, device = build_stack(num_domains), backbone.compute.device
-    coefficients = torch.full((num_domains, len(stack.groups)), 0.2, device=device, requires_grad=True)
+    num_domains, device = len(rows.domains), backbone.compute.device
+    coefficients = torch.full((num_domains, len(rows.groups)), 0.2, device=device, requires_grad=True)
     optimizer = torch.optim.Adam([coefficients], lr=1e-3)
     vectors = torch.nn.functional.normalize(torch.randn(num_domains, NUM_ITEMS, WIDTH, device=device), dim=-1)
     rng = np.random.default_rng(0)
     drawn_domains, drawn_items = rng.integers(0, num_domains, BATCH), rng.integers(0, NUM_ITEMS, BATCH)
+    pairs = list(zip(drawn_domains, drawn_items, strict=True))
 
     def step() -> None:
-        with merged_forward(backbone, stack, coefficients):
+        with merged_forward(backbone, rows, coefficients):
             users = embed_batch(backbone, sequences)
-        rec, kd = batch_losses(users, drawn_domains, drawn_items, list(vectors), list(vectors), temperature=0.05)
-        (coefficients.grad,) = torch.autograd.grad(rec + 1000 * kd, [coefficients])
+        teacher_users = torch.stack([vectors[domain, item] for domain, item in pairs])
+        terms = batch_terms(users, teacher_users, drawn_domains, list(vectors), list(vectors), PAPER)
+        (coefficients.grad,) = torch.autograd.grad(weighted_total(terms, PAPER), [coefficients])
         optimizer.step()
 
     return step
@@ -107,6 +119,7 @@ def main() -> None:
     parser.add_argument("--precision", default="auto", choices=["auto", "bfloat16", "float32"])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--rows", action="store_true", help="also the initialisations that keep sparse rows")
     parser.add_argument("--tokens", type=int, default=32, help="tokens of a pseudo-user")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -114,7 +127,17 @@ def main() -> None:
     sequences = list(np.random.default_rng(0).integers(999, 30000, (BATCH, options.tokens), dtype=np.int32))
     backbone = build_backbone(options.device, options.precision)
     steps = {"plain LoRA": plain_step(options.device, options.precision, sequences)}
-    steps |= {f"K = {k}": collaborative_step(backbone, k, sequences) for k in (2, 8, 32)}
+    sizes = {}
+    for k in (2, 8, 32):
+        stack = on_device(build_stack(k), backbone.compute.device)
+        steps[f"K = {k}"] = collaborative_step(backbone, stack, sequences)
+        for method in INITIALISATIONS if options.rows else ():
+            if method == TASK_VECTORS:
+                continue
+            rows = on_device(initial_vectors(stack, method), backbone.compute.device)
+            steps[f"K = {k}, {method}"] = collaborative_step(backbone, rows, sequences)
+            if isinstance(rows, SparseRows):
+                sizes[f"K = {k}, {method}"] = rows.size_bytes
     for step in steps.values():  # warm up
         step()
         step()
@@ -124,12 +147,14 @@ def main() -> None:
         f"{backbone.compute.reason}; {options.threads} threads; batch {BATCH} x {options.tokens} tokens, rank {RANK}, "
         f"{NUM_ITEMS} items a domain, {options.repeats} repeats"
     )
-    print(f"{'step':<12}{'median s':>10}{'ratio to plain':>16}{'quartiles':>18}")
+    print(f"{'step':<30}{'median s':>10}{'ratio to plain':>16}{'quartiles':>18}{'rows':>10}")
     for name in steps:
         ratios = [each[name] / each["plain LoRA"] for each in times]
         low, _, high = statistics.quantiles(ratios, n=4)
         median = statistics.median(each[name] for each in times)
-        print(f"{name:<12}{median:>10.4f}{statistics.median(ratios):>16.2f}{f'{low:.2f} to {high:.2f}':>18}")
+        size = f"{sizes[name] / 2**20:.1f} MiB" if name in sizes else ""
+        line = f"{name:<30}{median:>10.4f}{statistics.median(ratios):>16.2f}{f'{low:.2f} to {high:.2f}':>18}"
+        print(f"{line}{size:>10}")
 
 
 if __name__ == "__main__":

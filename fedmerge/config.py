@@ -42,7 +42,10 @@ MergeMethod = Literal[
     "iso-c",
     "iso-cts",
     "mergerec",
+    "adamerging",
 ]
+
+LEARNED_METHODS = frozenset({"mergerec", "adamerging"})  # from pseudo-users, so they need the catalogs
 
 Baseline = Literal["popularity", "last-item", "item-knn", "sasrec"]
 
@@ -187,28 +190,80 @@ class Merge(Section):
         return self
 
 
-class MergeRec(Section):
-    """Collaborative merging (https://arxiv.org/abs/2601.01753). The defaults are the published settings."""
+Granularities = tuple[Literal["domain", "layer"], ...]
 
-    granularities: tuple[Literal["domain", "layer"], ...] = Field(
+
+class MergeRec(Section):
+    """Collaborative merging (https://arxiv.org/abs/2601.01753), explained in [collaborative.md](collaborative.md)."""
+
+    preset: Literal["default", "paper"] = Field(
+        "default", description="paper: the published value of every key that has its default here, granularities apart."
+    )
+    granularities: Granularities = Field(
         ("domain", "layer"),
         min_length=1,
         description="Variants to try: one coefficient per domain, or per domain and layer.",
     )
-    initial_coefficient: float = Field(0.2, description="Where every coefficient starts.")
+    initialisation: Literal["task-vectors", "ties", "pcb", "localize-and-stitch"] = Field(
+        "task-vectors", description="What the coefficients multiply: the updates, or the rows of a method."
+    )
+    initial_coefficient: float | None = Field(
+        None, description="Where every coefficient starts; 'none': 0.2 for task vectors, 1 for rows."
+    )
+    loss: Literal["rec+kd", "rec", "kd", "mse", "entropy", "entropy+kd", "self", "self+kd"] = Field(
+        "rec+kd", description="rec: the expert's first choice, kd: distillation, self: the merge's own first choice."
+    )
+    rec_weight: float = Field(1.0, ge=0, description="Factor on what stands in the loss beside the distillation.")
+    rec_temperature: float = Field(1.0, gt=0, description="Of rec, entropy and self.")
+    kd_weight: float = Field(1000.0, ge=0, description="Factor on the distillation loss.")
+    temperature: float = Field(0.05, gt=0, description="Of the distillation loss.")
+    kd_top_k: int | None = Field(
+        None, ge=2, description="Distil the expert's first so many items only; 'none': the whole catalog."
+    )
     learning_rate: float = Field(1e-3, gt=0, le=1, description="Of Adam, constant.")
     steps: int = Field(500, ge=1, description="Optimiser steps.")
     batch_size: int = Field(16, ge=1, description="Pseudo-users a step, of all domains together.")
-    temperature: float = Field(0.05, gt=0, description="Of the distillation loss.")
-    rec_weight: float = Field(1.0, ge=0, description="Factor on the loss of the experts' first choices.")
-    kd_weight: float = Field(1000.0, ge=0, description="Factor on the distillation loss.")
+    pseudo_users: Literal["one-item", "subset", "centroid", "chain", "contrastive"] = Field(
+        "one-item", description="What a pseudo-user has seen; also for adamerging."
+    )
+    num_pseudo_users: int | None = Field(
+        None, ge=1, description="Pseudo-users a domain; 'none': one an item. Needed for subset and centroid."
+    )
     refresh_every: int | None = Field(
         None, ge=1, description="Re-encode the student's items every n steps; 'none': never."
     )
-    balance_domains: bool = Field(False, description="Draw domains equally often instead of by catalog size.")
+    balance_domains: bool = Field(False, description="Draw domains equally often instead of by number of pseudo-users.")
+    select_every: int | None = Field(
+        None, ge=1, description="Choose the step on held-out pseudo-users, looked at every n steps; 'none': the last."
+    )
+    prior_weight: float = Field(0.0, ge=0, description="Of the mean squared distance from the initial coefficients.")
 
     @model_validator(mode="after")
-    def _distinct(self) -> "MergeRec":
+    def _consistent(self) -> "MergeRec":
+        if twice := _twice(self.granularities):
+            raise ValueError(f"granularities names {twice} twice; name each once")
+        if self.pseudo_users in ("subset", "centroid") and self.num_pseudo_users is None:
+            raise ValueError(f"pseudo_users = '{self.pseudo_users}' needs a number; set num_pseudo_users, say to 1000")
+        return self
+
+
+class AdaMerging(Section):
+    """Least entropy of the merged model (https://arxiv.org/abs/2310.02575) on the pseudo-users of mergerec."""
+
+    granularities: Granularities = Field(
+        ("domain", "layer"),
+        min_length=1,
+        description="Variants to try: one coefficient per domain, or per domain and layer.",
+    )
+    initial_coefficient: float = Field(
+        0.3, ge=0, le=1, description="Where every coefficient starts; all stay in [0, 1]."
+    )
+    learning_rate: float = Field(1e-3, gt=0, le=1, description="Of Adam, constant.")
+    steps: int = Field(500, ge=1, description="Optimiser steps.")
+    batch_size: int = Field(16, ge=1, description="Pseudo-users a step, of all domains together.")
+
+    @model_validator(mode="after")
+    def _distinct(self) -> "AdaMerging":
         if twice := _twice(self.granularities):
             raise ValueError(f"granularities names {twice} twice; name each once")
         return self
@@ -343,6 +398,7 @@ class ExperimentConfig(Section):
     train: Train = Train()
     merge: Merge = Merge()
     mergerec: MergeRec = MergeRec()
+    adamerging: AdaMerging = AdaMerging()
     evaluation: Evaluation = Evaluation()
     sasrec: SASRec = SASRec()
     server: Server = Server()
@@ -353,10 +409,11 @@ class ExperimentConfig(Section):
     def _consistent(self) -> "ExperimentConfig":
         if self.resume and self.run_id is None:
             raise ValueError("resume = true, but run_id is 'none'; set run_id to the name of the run folder")
-        if "mergerec" in self.merge.methods and self.privacy.policy == "adapter" and self.server.catalogs is None:
+        learned = [method for method in self.merge.methods if method in LEARNED_METHODS]
+        if learned and self.privacy.policy == "adapter" and self.server.catalogs is None:
             raise ValueError(
-                "merge.methods holds mergerec, which needs the catalogs, but privacy.policy = 'adapter' keeps them at "
-                "the clients and server.catalogs is 'none'; set privacy.policy = 'adapter+catalog' or give "
+                f"merge.methods holds {learned[0]}, which needs the catalogs, but privacy.policy = 'adapter' keeps "
+                "them at the clients and server.catalogs is 'none'; set privacy.policy = 'adapter+catalog' or give "
                 "server.catalogs a folder"
             )
         if self.server.min_train_clients > len(self.domains.train):

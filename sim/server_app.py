@@ -40,6 +40,7 @@ from fedmerge.server import checkpoints
 from fedmerge.server.admission import adapter_bytes, check_adapter, check_sums, expected_layout, sums_bytes
 from fedmerge.server.candidates import Candidate, choose, merge_candidates
 from fedmerge.server.fallback import choose_per_domain
+from fedmerge.server.learned import learned_labels
 from sim import records
 from sim.federation import POLL_SECONDS, Federation, Question, ask, listed, remembered_clients, require_quorum
 
@@ -225,15 +226,14 @@ def _misfit(
 def _catalogs(federation: Federation, config: ExperimentConfig, run_dir: Path) -> dict[str, Catalog]:
     """The catalogs of the training domains, from the server's folder or from the clients, checked by hash.
 
-    None is needed without MergeRec, or when MergeRec's merges are on disk.
+    None is needed without a learned merge, or when all learned merges are on disk.
     """
-    if "mergerec" not in config.merge.methods:
+    labels = learned_labels(config)
+    if not labels:
         return {}
     sources = checkpoints.ended_training(run_dir)
-    if sources is not None:
-        methods = [candidate.method for candidate in checkpoints.kept_merges(run_dir, sources).values()]
-        if methods.count("mergerec") == len(config.mergerec.granularities):
-            return {}
+    if sources is not None and labels <= checkpoints.kept_merges(run_dir, sources).keys():
+        return {}
     federation.phase = "catalogs"
     domains = [domain for domain in federation.of("train") if sources is None or domain in sources]
     catalogs: dict[str, Catalog] = {}
@@ -278,7 +278,7 @@ def _train(
     layout = expected_layout(backbone, config.lora)
     ended = checkpoints.ended_training(run_dir)
     may_join = {*config.domains.train} - {*federation.excluded}
-    if "mergerec" in config.merge.methods:
+    if learned_labels(config):
         may_join &= {*catalogs}  # without its catalog a domain cannot be merged
     wanted = sorted(may_join if ended is None else ended)
     sources = {domain: sha256 for domain in wanted if (sha256 := checkpoints.kept_expert(run_dir, domain))}

@@ -2,6 +2,8 @@
 
 import json
 import math
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
@@ -22,8 +24,11 @@ from fedmerge.errors import ClientError, MergeError
 from fedmerge.merging.methods import METHODS
 from fedmerge.merging.stack import stack_adapters
 from fedmerge.merging.training_free import merge_adapters
+from fedmerge.merging.vectors import initial_vectors, merge_vectors
 from fedmerge.server.candidates import Candidate, choose, merge_candidates
-from fedmerge.server.collaborative import CollaborativeSettings, learn_coefficients
+from fedmerge.server.checkpoints import keep_merge, merge_folder
+from fedmerge.server.collaborative import PAPER, CollaborativeSettings, learn_coefficients
+from fedmerge.server.learned import learned_variants
 from fedmerge.server.pseudo_users import one_item_domain
 
 DOMAINS = ("books", "tents", "toys")
@@ -190,8 +195,9 @@ def test_provenance_says_where_a_merge_comes_from(
     by_label = {candidate.label: candidate.provenance for candidate in candidates}
     assert by_label["task-arithmetic 0.5"]["parameters"] == {"coefficient": 0.5}
     parameters = by_label["mergerec layer-wise"]["parameters"]
-    expected = settings().mergerec.model_dump(exclude={"granularities"})
-    assert parameters == {**expected, "granularity": "layer", "seed": 5}
+    expected = settings().mergerec.model_dump(exclude={"granularities", "preset"})
+    made = {"granularity": "layer", "seed": 5, "initial_coefficient": 0.2, "clamp": False}
+    assert parameters == {**expected, **made}
     losses = by_label["mergerec layer-wise"]["losses"]
     assert len(losses) == 3
     for step in losses:
@@ -231,7 +237,7 @@ def test_variants_that_share_the_first_item_vectors_learn_what_each_learns_alone
     for domain, adapter in adapters.items():
         table = build_token_table(catalogs[domain], backbone.tokenizer, text.max_attribute_tokens)
         pseudo[domain] = one_item_domain(domain, backbone, adapter, table, text.max_tokens)
-    chosen = settings().mergerec.model_dump(exclude={"granularities"})
+    chosen = settings().mergerec.model_dump(exclude={"granularities", "preset"})
     for granularity in ("domain", "layer"):
         learned = learn_coefficients(
             backbone,
@@ -248,8 +254,51 @@ def test_only_learned_methods_need_catalogs(
 ) -> None:
     without = merge_candidates(backbone, adapters, {}, settings(**{"merge.methods": "average"}))
     assert [candidate.label for candidate in without] == ["average"]
-    with pytest.raises(MergeError, match=r"no catalog of books, toys\. Put them into the folder server\.catalogs"):
+    with pytest.raises(
+        MergeError, match=r"learned merges: no catalog of books, toys\. Put them into the folder server\.catalogs"
+    ):
         merge_candidates(backbone, adapters, {"tents": catalogs["tents"]}, settings())
+
+
+def test_learned_methods_share_their_pseudo_users_and_draw_their_pictures(
+    backbone: Backbone, adapters: dict[str, Adapter], catalogs: dict[str, Catalog], tmp_path: Path
+) -> None:
+    flat = {"merge.methods": "adamerging,mergerec", "adamerging.steps": 2, "adamerging.batch_size": 4}
+    flat |= {"mergerec.pseudo_users": "chain", "mergerec.num_pseudo_users": 9, "mergerec.granularities": "layer"}
+    flat |= {"mergerec.initialisation": "ties", "mergerec.select_every": 2}
+    lines: list[str] = []
+    made = merge_candidates(backbone, adapters, catalogs, settings(**flat), lines.append)
+    labels = ["adamerging domain-wise", "adamerging layer-wise", "mergerec layer-wise"]
+    assert [candidate.label for candidate in made] == labels
+    assert [line for line in lines if line.startswith("pseudo-users")] == [
+        f"pseudo-users: 9 of {domain} (chain) with their expert's vectors" for domain in DOMAINS
+    ]
+    assert made[0].provenance["losses"][0].keys() == {"total", "entropy"}
+    assert made[0].provenance["parameters"]["clamp"] is True
+    rows = made[2].provenance
+    assert rows["parameters"]["initial_coefficient"] == 1.0
+    assert [step for step, _ in rows["validation"]] == [0, 2, 3]
+    vectors = initial_vectors(stack_adapters(adapters), "ties")
+    wanted = merge_vectors(vectors, torch.tensor(list(rows["coefficients"].values())))
+    for name, module in made[2].adapter.modules.items():
+        torch.testing.assert_close(module.delta_weight(), wanted.modules[name].delta_weight())
+    for candidate in made:
+        keep_merge(tmp_path, candidate, backbone.name)
+        folder = merge_folder(tmp_path, candidate.label)
+        for picture in ("coefficients.png", "losses.png"):
+            assert (folder / picture).read_bytes().startswith(b"\x89PNG")
+    again = merge_candidates(None, adapters, {}, settings(**flat), finished={made.label: made for made in made})
+    assert again == made
+    plain = merge_candidates(None, adapters, {}, settings(**{"merge.methods": "average"}))
+    keep_merge(tmp_path, plain[0], backbone.name)
+    assert not list(merge_folder(tmp_path, "average").glob("*.png"))
+
+
+def test_the_preset_of_the_paper_replaces_what_is_left_at_its_default() -> None:
+    labels = learned_variants(settings(**{"mergerec.preset": "paper", "mergerec.steps": 7}), "mergerec")
+    assert labels["mergerec domain-wise"] == replace(PAPER, steps=7, batch_size=4, seed=5)
+    own = learned_variants(settings(**{"mergerec.preset": "paper", "mergerec.initialisation": "ties"}), "mergerec")
+    assert own["mergerec layer-wise"].start == 1.0
 
 
 # Choosing

@@ -274,7 +274,7 @@ def test_refuses_coefficients(adapters: dict[str, Adapter]) -> None:
 @pytest.mark.parametrize(
     ("name", "parameters", "words"),
     [
-        ("mean", {}, "'mean', expected one of average, breadcrumbs"),
+        ("mean", {}, "'mean', expected one of adamerging, average"),
         ("mergerec", {}, "learned"),
         ("ties", {}, "it is no linear merge and has no coefficients; call merge_adapters"),
         ("average", {"coefficient": 1.0}, "found parameters coefficient, expected none"),

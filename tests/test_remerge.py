@@ -253,7 +253,7 @@ def test_bad_settings_are_refused_before_anything_is_read(run: Path, capsys: Cap
 def test_mergerec_wants_the_catalogs_of_the_run(place: Place, run: Path, capsys: Capsys, tmp_path: Path) -> None:
     learned = ("--set", "merge.methods=mergerec")
     (tmp_path / "empty").mkdir()
-    assert "empty: no catalog of books, coffee, toys, which mergerec needs. Give --catalogs a folder" in refusal(
+    assert "empty: no catalog of books, coffee, toys, which learned merges need. Give --catalogs a folder" in refusal(
         capsys, "merge", run, "--catalogs", tmp_path / "empty", *learned
     )
     catalogs = tmp_path / "catalogs"

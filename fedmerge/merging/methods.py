@@ -30,11 +30,12 @@ class Parameter:
     """One parameter of a method.
 
     Attributes:
-        default: also says its type; None stands for an integer that may be absent.
+        default: also says its type; None stands for an integer that may be absent, or with ``number`` for a number.
         low: smallest value.
         high: largest value.
         above: a value that it must exceed.
         choices: of a string.
+        number: not an integer but any finite number, where the default is None.
     """
 
     default: Value
@@ -42,6 +43,7 @@ class Parameter:
     high: float = math.inf
     above: float = -math.inf
     choices: tuple[str, ...] = ()
+    number: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,19 +268,45 @@ METHODS: dict[str, Method] = {
         what="the sum with coefficients learned by distilling the experts on pseudo-users from the catalogs",
         parameters={
             "granularity": Parameter("domain", choices=("domain", "layer")),
-            "initial_coefficient": Parameter(0.2),
+            "initialisation": Parameter("task-vectors", choices=("task-vectors", "ties", "pcb", "localize-and-stitch")),
+            "initial_coefficient": Parameter(None, number=True),
+            "loss": Parameter(
+                "rec+kd", choices=("rec+kd", "rec", "kd", "mse", "entropy", "entropy+kd", "self", "self+kd")
+            ),
+            "rec_weight": Parameter(1.0, low=0.0),
+            "rec_temperature": Parameter(1.0, above=0.0),
+            "kd_weight": Parameter(1000.0, low=0.0),
+            "temperature": Parameter(0.05, above=0.0),
+            "kd_top_k": Parameter(None, low=2),
             "learning_rate": Parameter(1e-3, above=0.0, high=1.0),
             "steps": Parameter(500, low=1),
             "batch_size": Parameter(16, low=1),
-            "temperature": Parameter(0.05, above=0.0),
-            "rec_weight": Parameter(1.0, low=0.0),
-            "kd_weight": Parameter(1000.0, low=0.0),
+            "pseudo_users": Parameter(
+                "one-item", choices=("one-item", "subset", "centroid", "popular", "chain", "contrastive")
+            ),
+            "num_pseudo_users": Parameter(None, low=1),
             "refresh_every": Parameter(None, low=1),
             "balance_domains": Parameter(False),
+            "select_every": Parameter(None, low=1),
+            "prior_weight": Parameter(0.0, low=0.0),
         },
-        source="MergeRec, task-vector initialisation (arXiv:2601.01753)",
+        source="MergeRec (arXiv:2601.01753)",
         use="catalogs are at hand: the coefficients are learned so that the merge ranks as the experts do",
-        cost="steps of one low-rank forward and backward of a batch, plus encoding every catalog once",
+        cost="steps of one low-rank or sparse forward and backward of a batch, plus encoding every catalog once",
+        laws=("permutation", "inputs unchanged"),
+    ),
+    "adamerging": Method(
+        what="the sum with coefficients in [0, 1] learned by lowering the entropy of the merged model on pseudo-users",
+        parameters={
+            "granularity": Parameter("domain", choices=("domain", "layer")),
+            "initial_coefficient": Parameter(0.3, low=0.0, high=1.0),
+            "learning_rate": Parameter(1e-3, above=0.0, high=1.0),
+            "steps": Parameter(500, low=1),
+            "batch_size": Parameter(16, low=1),
+        },
+        source="AdaMerging (arXiv:2310.02575), on pseudo-users",
+        use="as mergerec, without a teacher: the merged model is made sure of itself; a baseline",
+        cost="as mergerec",
         laws=("permutation", "inputs unchanged"),
     ),
 }
@@ -391,7 +419,8 @@ def check_parameter(where: str, parameter: Parameter, value: Value) -> None:
         good = isinstance(value, bool)
     else:
         good = False
-        if isinstance(value, int) or (isinstance(value, float) and isinstance(default, float) and math.isfinite(value)):
+        number = parameter.number or isinstance(default, float)
+        if isinstance(value, int) or (isinstance(value, float) and number and math.isfinite(value)):
             good = not isinstance(value, bool) and value > parameter.above and parameter.low <= value <= parameter.high
         if default is None:
             good = good or value is None
@@ -405,7 +434,7 @@ def _expected(parameter: Parameter) -> str:
         return f"one of {', '.join(parameter.choices)}"
     if isinstance(default, bool):
         return "true or false"
-    kind = "a finite number" if isinstance(default, float) else "an integer"
+    kind = "a finite number" if parameter.number or isinstance(default, float) else "an integer"
     bounds = (f"at least {parameter.low}", f"above {parameter.above}", f"at most {parameter.high}")
     expected = ", ".join([kind, *(bound for bound in bounds if "inf" not in bound)])
     return f"{expected}, or None" if default is None else expected

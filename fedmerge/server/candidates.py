@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from itertools import product
 from types import MappingProxyType
@@ -16,13 +16,15 @@ from fedmerge.config import ExperimentConfig
 from fedmerge.domain.catalog import Catalog
 from fedmerge.encoder.backbone import Backbone
 from fedmerge.encoder.lora import Adapter, adapter_sha256
-from fedmerge.encoder.text import build_token_table
 from fedmerge.errors import MergeError
+from fedmerge.merging.learned import Progress, start_coefficients
 from fedmerge.merging.methods import METHODS, Value, method_coefficients
 from fedmerge.merging.stack import Stack, linear_merge_of_many, stack_adapters, survey_adapters
 from fedmerge.merging.training_free import merge_stack
+from fedmerge.merging.vectors import Vectors, initial_vectors, merge_vectors
 from fedmerge.server.collaborative import CollaborativeSettings, learn_coefficients, student_vectors
-from fedmerge.server.pseudo_users import PseudoDomain, one_item_domain
+from fedmerge.server.learned import learned_variants, pseudo_domains
+from fedmerge.server.pseudo_users import PseudoDomain
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +62,7 @@ def merge_candidates(
 
     Linear methods (average, task arithmetic) ask for the adapters one at a time: from a mapping that reads them from
     disk the memory does not grow with the number of domains. The others hold the factors of all of them, and the dense
-    updates of one module; mergerec holds the factors, and of every catalog the tokens and two matrices of item vectors.
+    updates of one module; learned ones the factors, and of every catalog the tokens and two matrices of item vectors.
 
     Args:
         backbone: the frozen encoder; learned methods run it, for the others it may be None.
@@ -78,17 +80,22 @@ def merge_candidates(
     layout = survey_adapters(adapters)
     sources = {domain: adapter_sha256(adapters[domain]) for domain in layout.domains}
     candidates: list[Candidate] = []
+    pseudo: dict[str, PseudoDomain] = {}
 
     @cache
     def stack() -> Stack:
         return stack_adapters(adapters)
 
-    def add_linear(label: str, method: str, coefficients: Any, **own: Any) -> None:
+    def add_sum(label: str, method: str, coefficients: Any, vectors: Vectors | None = None, **own: Any) -> None:
+        if vectors is None or isinstance(vectors, Stack):
+            adapter = linear_merge_of_many(adapters, layout, coefficients)
+        else:
+            adapter = merge_vectors(vectors, coefficients)
         own |= {
             "coefficients": dict(zip(layout.domains, np.asarray(coefficients).tolist(), strict=True)),
             "coefficient_groups": list(layout.groups) if np.ndim(coefficients) == 2 else ["all"],
         }
-        add(label, method, linear_merge_of_many(adapters, layout, coefficients), **own)
+        add(label, method, adapter, **own)
 
     def add(label: str, method: str, adapter: Adapter, **own: Any) -> None:
         provenance = {
@@ -118,7 +125,7 @@ def merge_candidates(
         if row.coefficients is not None:
             for label, parameters in _linear_variants(method, config):
                 if not made_before(label):
-                    add_linear(label, method, method_coefficients(method, layout, **parameters), parameters=parameters)
+                    add_sum(label, method, method_coefficients(method, layout, **parameters), parameters=parameters)
         elif not row.learned:
             for label, parameters in _variants(method, config):
                 if not made_before(label):
@@ -133,28 +140,29 @@ def merge_candidates(
                     )
                     add(label, adapter=merged.adapter, **merged.record())
         else:
-            if backbone is None:
-                raise MergeError(f"{method}: found no backbone, expected the one that the adapters were trained on")
-            labels = {f"mergerec {granularity}-wise": granularity for granularity in config.mergerec.granularities}
-            if not labels.keys() <= finished.keys():
-                pseudo = _pseudo_domains(backbone, adapters, catalogs, config, progress)
-                start = torch.full((len(layout.domains),), config.mergerec.initial_coefficient)
-                students = student_vectors(backbone, stack(), pseudo, start)  # the same for every granularity
-                progress("mergerec: item vectors under the initial merge")
-            for label, granularity in labels.items():
+            prepared: tuple[Vectors, dict[str, torch.Tensor]] | None = None
+            for label, settings in learned_variants(config, method).items():
                 if made_before(label):
                     continue
-                chosen = config.mergerec.model_dump(exclude={"granularities"})
-                settings = CollaborativeSettings(granularity=granularity, seed=config.seed, **chosen)
+                if backbone is None:
+                    raise MergeError(f"{method}: found no backbone, expected the one that the adapters were trained on")
+                pseudo = pseudo or pseudo_domains(backbone, adapters, catalogs, config, progress)
+                if prepared is None:
+                    prepared = _prepared(backbone, stack(), pseudo, settings)
+                    progress(f"{method}: item vectors under the initial merge")
+                vectors, students = prepared
                 learned = learn_coefficients(
-                    backbone, stack(), pseudo, settings, _every_fifth(label, progress), students
+                    backbone, vectors, pseudo, settings, _every_fifth(label, progress), students
                 )
-                add_linear(
+                add_sum(
                     label,
                     method,
                     learned.coefficients,
-                    parameters={**chosen, "granularity": granularity, "seed": config.seed},
-                    losses=[{"total": step.total, "rec": step.rec, "kd": step.kd} for step in learned.history],
+                    vectors,
+                    parameters=asdict(settings) | {"initial_coefficient": settings.start},
+                    losses=[dict(losses) for losses in learned.history],
+                    validation=[list(looked) for looked in learned.validation],
+                    chosen_step=learned.chosen_step,
                 )
     return candidates
 
@@ -205,30 +213,19 @@ def _variants(method: str, config: ExperimentConfig) -> Iterator[tuple[str, dict
         yield " ".join([method, *(f"{key} {value:g}" for key, value in parameters.items())]), parameters
 
 
-def _pseudo_domains(
-    backbone: Backbone,
-    adapters: Mapping[str, Adapter],
-    catalogs: Mapping[str, Catalog],
-    config: ExperimentConfig,
-    progress: Callable[[str], None],
-) -> dict[str, PseudoDomain]:
-    missing = sorted(adapters.keys() - catalogs.keys())
-    if missing:
-        raise MergeError(
-            f"mergerec: no catalog of {', '.join(missing)}. Put them into the folder server.catalogs, or let the "
-            "clients send theirs (privacy.policy = 'adapter+catalog')."
-        )
-    pseudo = {}
-    for domain in sorted(adapters):
-        table = build_token_table(catalogs[domain], backbone.tokenizer, config.text.max_attribute_tokens)
-        pseudo[domain] = one_item_domain(domain, backbone, adapters[domain], table, config.text.max_tokens)
-        progress(f"mergerec: {len(table)} pseudo-users of {domain} with their expert's vectors")
-    return pseudo
+def _prepared(
+    backbone: Backbone, stack: Stack, pseudo: Mapping[str, PseudoDomain], settings: CollaborativeSettings
+) -> tuple[Vectors, dict[str, torch.Tensor]]:
+    """What the variants of a learned method share: the vectors, and the items' vectors under the initial merge."""
+    vectors = initial_vectors(stack, settings.initialisation)
+    start = start_coefficients(vectors, "domain", settings.start)
+    return vectors, student_vectors(backbone, vectors, pseudo, start)
 
 
-def _every_fifth(label: str, progress: Callable[[str], None]) -> Callable[[int, int, Mapping[str, float]], None]:
+def _every_fifth(label: str, progress: Callable[[str], None]) -> Progress:
     def report(step: int, steps: int, losses: Mapping[str, float]) -> None:
         if step == 1 or step % max(1, steps // 5) == 0:
-            progress(f"{label}: step {step}/{steps}, loss {losses['loss']:.4f}, kd {losses['kd']:.6f}")
+            terms = ", ".join(f"{term} {value:.6g}" for term, value in losses.items())
+            progress(f"{label}: step {step}/{steps}, {terms}")
 
     return report

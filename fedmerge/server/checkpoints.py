@@ -14,6 +14,7 @@ from fedmerge.encoder.lora import Adapter, adapter_sha256, read_adapter, write_a
 from fedmerge.errors import FedMergeError, RunDirError
 from fedmerge.run_dir import read_json, whole_folder, write_json
 from fedmerge.server.candidates import Candidate
+from fedmerge.server.pictures import draw_learned
 
 ADAPTERS = "adapters"
 MERGED = "merged"
@@ -92,7 +93,7 @@ def merge_folder(run_dir: Path, label: str) -> Path:
 
 
 def keep_merge(run_dir: Path, candidate: Candidate, backbone_name: str) -> None:
-    """Write a merge with its provenance.
+    """Write a merge with its provenance, a learned one with its pictures.
 
     Raises:
         RunDirError: it cannot be written.
@@ -100,6 +101,7 @@ def keep_merge(run_dir: Path, candidate: Candidate, backbone_name: str) -> None:
     with whole_folder(merge_folder(run_dir, candidate.label)) as folder:
         write_adapter(candidate.adapter, folder, backbone_name)
         write_json(folder / "provenance.json", candidate.provenance)
+        draw_learned(folder, candidate.provenance)
 
 
 def kept_merges(run_dir: Path, sources: Mapping[str, str]) -> dict[str, Candidate]:

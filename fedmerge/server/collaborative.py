@@ -1,179 +1,219 @@
-"""MergeRec: merging coefficients learned from pseudo-users, so that the merge ranks as each domain's expert does."""
+"""MergeRec and AdaMerging: merging coefficients learned from pseudo-users; no interaction is read."""
 
-import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.hooks import RemovableHandle
 
 from fedmerge import seeding
 from fedmerge.encoder.backbone import Backbone
 from fedmerge.encoder.encode import embed_batch, encode
 from fedmerge.encoder.lora import applied
-from fedmerge.errors import LayoutMismatchError, MergeError
+from fedmerge.errors import ConfigError, LayoutMismatchError
+from fedmerge.merging.learned import LearnedCoefficients, Progress, optimise, start_coefficients
 from fedmerge.merging.methods import METHODS, check_parameter
-from fedmerge.merging.stack import Stack, StackedModule, expand_coefficients, linear_merge
+from fedmerge.merging.stack import Stack
+from fedmerge.merging.vectors import (
+    INITIALISATIONS,
+    TASK_VECTORS,
+    Vectors,
+    merge_vectors,
+    merged_forward,
+    on_device,
+)
 from fedmerge.server.pseudo_users import PseudoDomain
 
-logger = logging.getLogger(__name__)
+HELD_OUT = 64  # pseudo-users a domain that validation looks at, at most a fifth of them
 
 
 @dataclass(frozen=True, slots=True)
 class CollaborativeSettings:
-    """How the coefficients are learned; the defaults are the published ones, bounds stand in ``METHODS["mergerec"]``.
+    """How the coefficients are learned; bounds stand in ``METHODS["mergerec"]``.
 
     Attributes:
         granularity: "domain": one coefficient per domain; "layer": one per domain and group of the stack.
-        initial_coefficient: where every coefficient starts.
+        initialisation: what the coefficients multiply, a key of INITIALISATIONS.
+        initial_coefficient: where every coefficient starts; None: as published for the initialisation.
+        loss: a key of LOSSES.
+        rec_weight: factor on the term of the loss that is not distillation.
+        rec_temperature: the logits of "rec", "entropy" and "self" are divided by it.
+        kd_weight: factor on L_kd.
+        temperature: T of L_kd.
+        kd_top_k: L_kd compares the expert's first so many items only; None: all (paper).
         learning_rate: of Adam, constant.
         steps: optimisation steps.
         batch_size: pseudo-users a step, of all domains together.
-        temperature: T of the distillation loss.
-        rec_weight: factor on L_rec.
-        kd_weight: factor on L_kd.
+        pseudo_users: a kind of ``fedmerge.server.pseudo_users``.
+        num_pseudo_users: how many a domain; None: as many as it has items.
         refresh_every: steps after which the student's item vectors are encoded again; None: never (paper).
-        balance_domains: every domain is drawn equally often; False: in proportion to its catalog (paper).
-        seed: of the draws.
+        balance_domains: every domain is drawn equally often; False: in proportion to its pseudo-users (paper).
+        select_every: the step is chosen on held-out pseudo-users, looked at so often; None: the last step (paper).
+        prior_weight: of the mean squared distance from the start; 0: none (paper).
+        clamp: coefficients are kept in [0, 1] (AdaMerging).
+        seed: of all draws.
 
     Raises:
         ConfigError: a value out of its bounds.
     """
 
     granularity: Literal["domain", "layer"] = "domain"
-    initial_coefficient: float = 0.2
+    initialisation: Literal["task-vectors", "ties", "pcb", "localize-and-stitch"] = "task-vectors"
+    initial_coefficient: float | None = None
+    loss: str = "rec+kd"
+    rec_weight: float = 1.0
+    rec_temperature: float = 1.0
+    kd_weight: float = 1000.0
+    temperature: float = 0.05
+    kd_top_k: int | None = None
     learning_rate: float = 1e-3
     steps: int = 500
     batch_size: int = 16
-    temperature: float = 0.05
-    rec_weight: float = 1.0
-    kd_weight: float = 1000.0
+    pseudo_users: str = "one-item"
+    num_pseudo_users: int | None = None
     refresh_every: int | None = None
     balance_domains: bool = False
+    select_every: int | None = None
+    prior_weight: float = 0.0
+    clamp: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            if field.name != "seed":
+            if field.name in METHODS["mergerec"].parameters:
                 parameter = METHODS["mergerec"].parameters[field.name]
                 check_parameter(f"mergerec: {field.name}", parameter, getattr(self, field.name))
 
-
-PAPER = CollaborativeSettings()
-
-
-class Losses(NamedTuple):
-    """Loss of one step and its two parts, means over the batch, before their weights."""
-
-    total: float
-    rec: float
-    kd: float
+    @property
+    def start(self) -> float:
+        """The initial coefficient, that of the initialisation where none is given."""
+        return INITIALISATIONS[self.initialisation] if self.initial_coefficient is None else self.initial_coefficient
 
 
-@dataclass(frozen=True, slots=True)
-class LearnedCoefficients:
-    """What the server learned.
+PAPER = CollaborativeSettings(  # arXiv:2601.01753, written out so that no default can change it
+    initialisation="task-vectors",
+    initial_coefficient=None,  # 0.2 for task vectors, 1 for rows
+    loss="rec+kd",
+    rec_weight=1.0,
+    rec_temperature=1.0,
+    kd_weight=1000.0,
+    temperature=0.05,
+    kd_top_k=None,
+    learning_rate=1e-3,
+    steps=500,
+    batch_size=16,
+    pseudo_users="one-item",
+    num_pseudo_users=None,
+    refresh_every=None,
+    balance_domains=False,
+    select_every=None,
+    prior_weight=0.0,
+    clamp=False,
+)
 
-    Attributes:
-        coefficients: (K,) or (K, G) float32, on the CPU, domains in the order of the stack.
-        history: the losses of every step, before its update.
-        initial_coefficients: the same shape, where the optimisation started.
-    """
-
-    coefficients: torch.Tensor
-    history: tuple[Losses, ...]
-    initial_coefficients: torch.Tensor
-
-
-@contextmanager
-def merged_forward(backbone: Backbone, stack: Stack, coefficients: torch.Tensor) -> Iterator[None]:
-    """Inside the context the backbone computes with θ₀ + Σ_k w_k Δ_k, differentiable in the coefficients.
-
-    Every target module's output gets ((x Aᵀ) · w[owner]) Bᵀ added: the cost is that of one LoRA of rank R = Σ r_k, and
-    no out × in matrix is formed. The coefficients are read at every forward, so that a step of an optimiser counts at
-    once.
-
-    Args:
-        backbone: its weights are not touched; the hooks are removed on leaving, also after an error.
-        stack: K adapters.
-        coefficients: (K,) or (K, G) float32 on the backbone's device.
-
-    Raises:
-        LayoutMismatchError: the backbone lacks a module, or has it in another shape; coefficients of another shape.
-        MergeError: a coefficient that is not finite.
-    """
-    expand_coefficients(stack, coefficients)
-    layers = _target_layers(backbone, stack)
-    handles: list[RemovableHandle] = []
-    try:
-        for name, layer in layers.items():
-            group = stack.group_of[name] if coefficients.ndim == 2 else None
-            handles.append(layer.register_forward_hook(_low_rank_hook(stack.modules[name], layer, coefficients, group)))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+ADAMERGING = CollaborativeSettings(  # arXiv:2310.02575, with pseudo-users in place of unlabelled test data
+    initial_coefficient=0.3, loss="entropy", learning_rate=1e-3, steps=500, clamp=True
+)
 
 
-def collaborative_losses(
-    student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """L_rec and L_kd of pseudo-users of one domain.
-
-    L_rec = CE(z, argmax S) at temperature 1; L_kd = T² · KL(softmax(S/T) ‖ softmax(z/T)).
-
-    Args:
-        student_logits: z, (n, N).
-        teacher_logits: S, (n, N).
-        temperature: T.
-
-    Returns:
-        two (n,) tensors, one value a pseudo-user.
-
-    Source: arXiv:2601.01753, collaborative optimisation.
-    """
-    rec = F.cross_entropy(student_logits, teacher_logits.argmax(dim=1), reduction="none")  # (n,)
-    student = F.log_softmax(student_logits / temperature, dim=1)  # (n, N)
-    teacher = F.log_softmax(teacher_logits / temperature, dim=1)
-    kd = F.kl_div(student, teacher, reduction="none", log_target=True).sum(dim=1) * temperature**2  # (n,)
-    return rec, kd
+# ---- losses: of student logits z (n, N), teacher logits S (n, N); one value a pseudo-user, (n,)
 
 
-def batch_losses(
+def first_choice(z: torch.Tensor, S: torch.Tensor, settings: CollaborativeSettings) -> torch.Tensor:
+    """L_rec = CE(z / τ, argmax S), τ = rec_temperature: the expert's first choice as a hard label."""
+    return F.cross_entropy(z / settings.rec_temperature, S.argmax(dim=1), reduction="none")
+
+
+def distillation(z: torch.Tensor, S: torch.Tensor, settings: CollaborativeSettings) -> torch.Tensor:
+    """L_kd = T² · KL(softmax(S/T) ‖ softmax(z/T)); with kd_top_k over the expert's first k items, renormalised."""
+    temperature, top = settings.temperature, settings.kd_top_k
+    if top is not None and top < S.shape[1]:
+        S, chosen = S.topk(top, dim=1)
+        z = z.gather(1, chosen)
+    student, teacher = F.log_softmax(z / temperature, dim=1), F.log_softmax(S / temperature, dim=1)
+    return F.kl_div(student, teacher, reduction="none", log_target=True).sum(dim=1) * temperature**2
+
+
+def squared_error(z: torch.Tensor, S: torch.Tensor, settings: CollaborativeSettings) -> torch.Tensor:
+    """The mean over the items of (z - S)²."""
+    return (z - S).square().mean(dim=1)
+
+
+def entropy(z: torch.Tensor, S: torch.Tensor, settings: CollaborativeSettings) -> torch.Tensor:
+    """The entropy of softmax(z / τ): no teacher (AdaMerging)."""
+    logs = F.log_softmax(z / settings.rec_temperature, dim=1)
+    return -(logs.exp() * logs).sum(dim=1)
+
+
+def own_choice(z: torch.Tensor, S: torch.Tensor, settings: CollaborativeSettings) -> torch.Tensor:
+    """CE(z / τ, argmax z): the merged model's own first choice as a hard label."""
+    return F.cross_entropy(z / settings.rec_temperature, z.argmax(dim=1), reduction="none")
+
+
+Term = Callable[[torch.Tensor, torch.Tensor, CollaborativeSettings], torch.Tensor]
+
+TERMS: dict[str, Term] = {
+    "rec": first_choice,
+    "kd": distillation,
+    "mse": squared_error,
+    "entropy": entropy,
+    "self": own_choice,
+}
+
+LOSSES: dict[str, tuple[str, ...]] = {  # all of arXiv:2601.01753 and its code; "kd" has kd_weight, others rec_weight
+    "rec+kd": ("rec", "kd"),
+    "rec": ("rec",),
+    "kd": ("kd",),
+    "mse": ("mse",),
+    "entropy": ("entropy",),
+    "entropy+kd": ("entropy", "kd"),
+    "self": ("self",),
+    "self+kd": ("self", "kd"),
+}
+
+
+def weighted_total(terms: Mapping[str, torch.Tensor], settings: CollaborativeSettings) -> torch.Tensor:
+    """The loss: kd_weight · L_kd + rec_weight · the other term."""
+    total = torch.zeros(())
+    for name, term in terms.items():
+        total = total.to(term) + term * (settings.kd_weight if name == "kd" else settings.rec_weight)
+    return total
+
+
+def batch_terms(
     users: torch.Tensor,
+    teacher_users: torch.Tensor,
     drawn_domains: np.ndarray,
-    drawn_items: np.ndarray,
     teachers: list[torch.Tensor],
     students: list[torch.Tensor],
-    *,
-    temperature: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean L_rec and L_kd over a batch that mixes domains; each pseudo-user is scored on its own catalog only.
+    settings: CollaborativeSettings,
+) -> dict[str, torch.Tensor]:
+    """The terms of the loss over a batch that mixes domains; each pseudo-user is scored on its own catalog only.
 
     Args:
         users: (n, d) vectors of the pseudo-users under the merged model, differentiable.
+        teacher_users: (n, d), the same under their own experts.
         drawn_domains: (n,) the domain of each.
-        drawn_items: (n,) the item of each in its domain.
         teachers: per domain E_k, (N_k, d).
         students: per domain Ê_k, (N_k, d).
-        temperature: T.
+        settings: loss, weights and temperatures are read.
 
     Returns:
-        two scalars. Teacher logits exist for the batch only: n × N_k, never N_k × N_k.
+        term of the loss -> mean over the batch, a scalar. Teacher logits exist for the batch only: n × N_k, never
+        N_k × N_k.
     """
-    rec_sum, kd_sum = users.new_zeros(()), users.new_zeros(())
+    sums = {name: users.new_zeros(()) for name in LOSSES[settings.loss]}
     for domain in np.unique(drawn_domains):
-        rows = np.flatnonzero(drawn_domains == domain)
-        teacher = teachers[domain]
-        teacher_logits = teacher[torch.as_tensor(drawn_items[rows], device=teacher.device)] @ teacher.T  # (n_k, N_k)
-        student_logits = users[torch.as_tensor(rows, device=users.device)] @ students[domain].T  # (n_k, N_k)
-        rec, kd = collaborative_losses(student_logits, teacher_logits, temperature)
-        rec_sum, kd_sum = rec_sum + rec.sum(), kd_sum + kd.sum()
-    return rec_sum / len(users), kd_sum / len(users)
+        rows = torch.as_tensor(np.flatnonzero(drawn_domains == domain), device=users.device)
+        z = users[rows] @ students[domain].T  # (n_k, N_k)
+        S = teacher_users[rows] @ teachers[domain].T  # (n_k, N_k)
+        sums = {name: value + TERMS[name](z, S, settings).sum() for name, value in sums.items()}
+    return {name: value / len(users) for name, value in sums.items()}
+
+
+# ---- the optimisation
 
 
 def draw_pseudo_users(sizes: tuple[int, ...], settings: CollaborativeSettings) -> tuple[np.ndarray, np.ndarray]:
@@ -184,8 +224,8 @@ def draw_pseudo_users(sizes: tuple[int, ...], settings: CollaborativeSettings) -
         settings: steps, batch_size, balance_domains and seed are read.
 
     Returns:
-        domain and item of each draw, two int64 arrays (steps, batch_size). Balanced: domains alternate in a random
-        order and each walks through its own permutations; else one permutation of all of them together.
+        domain and pseudo-user of each draw, two int64 arrays (steps, batch_size). Balanced: domains alternate in a
+        random order and each walks through its own permutations; else one permutation of all of them together.
     """
     shape = (settings.steps, settings.batch_size)
     count = settings.steps * settings.batch_size
@@ -203,150 +243,139 @@ def draw_pseudo_users(sizes: tuple[int, ...], settings: CollaborativeSettings) -
 
 
 def student_vectors(
-    backbone: Backbone, stack: Stack, domains: Mapping[str, PseudoDomain], coefficients: torch.Tensor | np.ndarray
+    backbone: Backbone, vectors: Vectors, domains: Mapping[str, PseudoDomain], coefficients: torch.Tensor
 ) -> dict[str, torch.Tensor]:
     """Every domain's item vectors under the merge: Ê_k, (N_k, d) float32 on the CPU, by domain.
 
     Args:
         backbone: the frozen encoder; left as it was.
-        stack: the K experts.
-        domains: name -> pseudo-users, for exactly the stack's domains.
+        vectors: of the K experts.
+        domains: name -> pseudo-users, for exactly the vectors' domains.
         coefficients: (K,) or (K, G).
 
     Raises:
-        LayoutMismatchError: stack, pseudo-users and backbone do not belong together.
+        LayoutMismatchError: vectors, pseudo-users and backbone do not belong together.
     """
-    _check_domains(stack, domains)
-    with applied(backbone, linear_merge(stack, coefficients)):
-        return {name: encode(backbone, domains[name].sequences) for name in stack.domains}
+    _check_domains(vectors, domains)
+    with applied(backbone, merge_vectors(vectors, coefficients)):
+        return {name: encode(backbone, domains[name].items) for name in vectors.domains}
 
 
 def learn_coefficients(
     backbone: Backbone,
-    stack: Stack,
+    vectors: Vectors,
     domains: Mapping[str, PseudoDomain],
     settings: CollaborativeSettings = PAPER,
-    progress: Callable[[int, int, dict[str, float]], None] | None = None,
+    progress: Progress | None = None,
     students: Mapping[str, torch.Tensor] | None = None,
+    start: torch.Tensor | None = None,
 ) -> LearnedCoefficients:
-    """Learn merging coefficients on the server from pseudo-users; no interaction is read.
+    """Learn merging coefficients on the server from pseudo-users.
 
-    L(w) = rec_weight · L_rec + kd_weight · L_kd of θ(w) = θ₀ + Σ_k w_k Δ_k, minimised by Adam over w alone, which is
-    neither clamped nor normalised. For a one-item pseudo-user the teacher's argmax is the item itself.
+    The loss of θ(w) = θ₀ + Σ_k w_k v_k is minimised by Adam over w alone; the items' vectors Ê are held fixed between
+    two refreshes, and no gradient goes through them. Published: L = L_rec + 1000 · L_kd, w neither clamped nor
+    normalised, Ê never refreshed. For a one-item pseudo-user the teacher's first choice is the item itself.
 
     Args:
         backbone: the frozen encoder; left as it was.
-        stack: the K experts.
-        domains: name -> pseudo-users, for exactly the stack's domains; the order does not matter.
+        vectors: of the K experts, :func:`fedmerge.merging.vectors.initial_vectors` of ``settings.initialisation``.
+        domains: name -> pseudo-users, for exactly the vectors' domains; the order does not matter.
         settings: see there.
-        progress: called after every step with (steps done, steps, {"loss", "rec", "kd"}).
-        students: :func:`student_vectors` where every coefficient is the initial one, which variants can share; None:
-            encoded here.
+        progress: called after every step.
+        students: :func:`student_vectors` at the start, which variants can share; None: encoded here.
+        start: coefficients to start from, (K,) or (K, G), in place of ``settings.start`` for all.
 
     Returns:
         coefficients, history and start.
 
     Raises:
-        LayoutMismatchError: stack, pseudo-users and backbone do not belong together.
+        ConfigError: vectors of another initialisation than the settings say.
+        LayoutMismatchError: vectors, pseudo-users and backbone do not belong together.
         MergeError: a loss or a coefficient that is not finite, with its step.
 
-    Source: arXiv:2601.01753 (MergeRec), task-vector initialisation.
-    Differs: low-rank student and teacher logits per batch, instead of K + 1 dense models and an N × N matrix per
-        domain; the result is the same. ``refresh_every`` and ``balance_domains`` are not in the paper.
+    Source: arXiv:2601.01753 (MergeRec); AdaMerging (arXiv:2310.02575) with the settings ADAMERGING.
+    Differs: low-rank or sparse student and teacher logits per batch, instead of K + 1 dense models and an N × N matrix
+        per domain; the result is the same. refresh_every, balance_domains, select_every, prior_weight, kd_top_k and
+        rec_temperature are not in the paper.
     """
-    _check_domains(stack, domains)
+    _check_domains(vectors, domains)
+    if isinstance(vectors, Stack) != (settings.initialisation == TASK_VECTORS):
+        raise ConfigError(
+            f"learn_coefficients: found {type(vectors).__name__}, but settings.initialisation is "
+            f"{settings.initialisation!r}; make the vectors with initial_vectors(stack, settings.initialisation)"
+        )
     device = backbone.compute.device
-    stack = _on_device(stack, device)
-    pseudo = [domains[name] for name in stack.domains]
+    vectors = on_device(vectors, device)
+    pseudo = [domains[name] for name in vectors.domains]
     teachers = [domain.teacher_items.to(device, torch.float32) for domain in pseudo]
-    drawn_domains, drawn_items = draw_pseudo_users(tuple(len(domain.sequences) for domain in pseudo), settings)
-    shape = (len(stack.domains),) if settings.granularity == "domain" else (len(stack.domains), len(stack.groups))
-    coefficients = torch.full(shape, settings.initial_coefficient, device=device, requires_grad=True)
-    initial = coefficients.detach().cpu().clone()
-    optimizer = torch.optim.Adam([coefficients], lr=settings.learning_rate)
-    history: list[Losses] = []
-    period = settings.refresh_every or settings.steps
-    for start in range(0, settings.steps, period):
-        if start or students is None:
-            students = student_vectors(backbone, stack, domains, coefficients)
-        student_items = [students[name].to(device) for name in stack.domains]
-        with merged_forward(backbone, stack, coefficients):
-            for step in range(start, min(start + period, settings.steps)):
-                sequences = [
-                    pseudo[domain].sequences[item]
-                    for domain, item in zip(drawn_domains[step], drawn_items[step], strict=True)
-                ]
-                users = embed_batch(backbone, sequences)  # (n, d)
-                rec, kd = batch_losses(
-                    users,
-                    drawn_domains[step],
-                    drawn_items[step],
-                    teachers,
-                    student_items,
-                    temperature=settings.temperature,
-                )
-                loss = settings.rec_weight * rec + settings.kd_weight * kd
-                (coefficients.grad,) = torch.autograd.grad(loss, [coefficients])
-                optimizer.step()
-                losses = Losses(float(loss.detach()), float(rec.detach()), float(kd.detach()))
-                history.append(losses)
-                if not np.isfinite(losses).all() or not bool(coefficients.detach().isfinite().all()):
-                    raise MergeError(
-                        f"mergerec, step {step + 1} of {settings.steps}: found loss {losses.total:g} "
-                        f"(rec {losses.rec:g}, kd {losses.kd:g}) and coefficients {coefficients.tolist()}, "
-                        "expected finite values; lower the learning rate or check the experts' norms"
-                    )
-                if progress is not None:
-                    progress(step + 1, settings.steps, {"loss": losses.total, "rec": losses.rec, "kd": losses.kd})
-    logger.info("mergerec: %d steps, loss %.4f -> %.4f", settings.steps, history[0].total, history[-1].total)
-    return LearnedCoefficients(coefficients.detach().cpu().clone(), tuple(history), initial)
+    orders = [
+        seeding.generator(settings.seed, "mergerec", "held out", name).permutation(len(domains[name].users))
+        if settings.select_every
+        else np.arange(len(domains[name].users))
+        for name in vectors.domains
+    ]
+    held_out = [min(HELD_OUT, len(order) // 5) if settings.select_every else 0 for order in orders]
+    drawn_domains, drawn_users = draw_pseudo_users(
+        tuple(len(order) - held for order, held in zip(orders, held_out, strict=True)), settings
+    )
+    initial = start_coefficients(
+        vectors, settings.granularity, torch.tensor(settings.start) if start is None else start
+    ).to(device)
+    if students is None:
+        students = student_vectors(backbone, vectors, domains, initial)
+    student_items = [students[name].to(device) for name in vectors.domains]
+
+    def terms_of(pairs: list[tuple[int, int]], coefficients: torch.Tensor) -> dict[str, torch.Tensor]:
+        with merged_forward(backbone, vectors, coefficients):
+            users = embed_batch(backbone, [pseudo[domain].users[user] for domain, user in pairs])  # (n, d)
+        teacher_users = torch.stack([pseudo[domain].teacher_users[user] for domain, user in pairs]).to(users)  # (n, d)
+        drawn = np.array([domain for domain, _ in pairs])
+        return batch_terms(users, teacher_users, drawn, teachers, student_items, settings)
+
+    def gradient(step: int, coefficients: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
+        nonlocal student_items
+        if step and settings.refresh_every and step % settings.refresh_every == 0:
+            fresh = student_vectors(backbone, vectors, domains, coefficients)
+            student_items = [fresh[name].to(device) for name in vectors.domains]
+        pairs = [
+            (int(domain), int(orders[domain][user + held_out[domain]]))
+            for domain, user in zip(drawn_domains[step], drawn_users[step], strict=True)
+        ]
+        terms = terms_of(pairs, coefficients)
+        loss = weighted_total(terms, settings)
+        (found,) = torch.autograd.grad(loss, [coefficients])
+        return found, {"total": float(loss.detach()), **{name: float(term.detach()) for name, term in terms.items()}}
+
+    @torch.no_grad()
+    def validate(coefficients: torch.Tensor) -> float:
+        """The loss on the pseudo-users held out, every domain counting the same."""
+        losses = []
+        for domain, (order, held) in enumerate(zip(orders, held_out, strict=True)):
+            if held:
+                pairs = [(domain, int(user)) for user in order[:held]]
+                losses.append(float(weighted_total(terms_of(pairs, coefficients), settings)))
+        return float(np.mean(losses)) if losses else 0.0
+
+    return optimise(
+        "adamerging" if settings.clamp else "mergerec",
+        initial,
+        gradient,
+        steps=settings.steps,
+        learning_rate=settings.learning_rate,
+        clamp=settings.clamp,
+        prior_weight=settings.prior_weight,
+        validate=validate if settings.select_every else None,
+        validate_every=settings.select_every,
+        progress=progress,
+    )
 
 
-def _low_rank_hook(
-    factors: StackedModule, layer: torch.nn.Linear, coefficients: torch.Tensor, group: int | None
-) -> Callable[[torch.nn.Module, tuple[torch.Tensor, ...], torch.Tensor], torch.Tensor]:
-    weight = layer.weight
-    lora_A, lora_B = factors.lora_A.to(weight), factors.lora_B.to(weight)  # device and dtype of the weight
-    owner = factors.owner.to(weight.device)
-
-    def hook(_module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-        per_domain = coefficients if group is None else coefficients[:, group]  # (K,)
-        hidden = F.linear(inputs[0], lora_A)  # (..., R)
-        # multiplied in float32: bfloat16 would round away the steps of the optimiser
-        return output + F.linear((hidden * per_domain[owner]).to(hidden.dtype), lora_B)
-
-    return hook
-
-
-def _target_layers(backbone: Backbone, stack: Stack) -> dict[str, torch.nn.Linear]:
-    found = dict(backbone.model.named_modules())
-    layers = {}
-    for name, module in stack.modules.items():
-        layer, shape = found.get(name), (module.lora_B.shape[0], module.lora_A.shape[1])
-        if not isinstance(layer, torch.nn.Linear) or tuple(layer.weight.shape) != shape:
-            what = tuple(layer.weight.shape) if isinstance(layer, torch.nn.Linear) else type(layer).__name__
-            raise LayoutMismatchError(
-                f"backbone {backbone.name!r}, module {name}: found {what}, expected a linear layer of shape {shape}; "
-                "merge on the backbone that the adapters were trained on"
-            )
-        layers[name] = layer
-    return layers
-
-
-def _check_domains(stack: Stack, domains: Mapping[str, PseudoDomain]) -> None:
-    if set(domains) != set(stack.domains):
+def _check_domains(vectors: Vectors, domains: Mapping[str, PseudoDomain]) -> None:
+    if set(domains) != set(vectors.domains):
         raise LayoutMismatchError(
             f"learn_coefficients: found pseudo-users of {', '.join(sorted(domains)) or 'no domain'}, "
-            f"expected those of {', '.join(stack.domains)}; build them for exactly the domains that are merged"
+            f"expected those of {', '.join(vectors.domains)}; build them for exactly the domains that are merged"
         )
-
-
-def _on_device(stack: Stack, device: torch.device) -> Stack:
-    modules = {
-        name: StackedModule(module.lora_A.to(device), module.lora_B.to(device), module.owner.to(device))
-        for name, module in stack.modules.items()
-    }
-    return replace(stack, modules=modules)
 
 
 def _epochs(size: int, count: int, rng: np.random.Generator) -> np.ndarray:

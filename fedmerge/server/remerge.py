@@ -21,6 +21,7 @@ from fedmerge.privacy.policy import check_catalog_is_public
 from fedmerge.run_dir import new_folder, write_json, write_text
 from fedmerge.runs import REMERGED, read_record
 from fedmerge.server.candidates import Candidate, merge_candidates
+from fedmerge.server.pictures import draw_learned
 
 WITHDRAWN = "left out with --exclude"
 
@@ -108,8 +109,8 @@ def catalogs_of(experts: Experts, root: Path, ask_owner: bool) -> dict[str, Cata
     missing = [domain for domain in experts.adapters if not (root / domain).is_dir()]
     if missing:
         raise DomainError(
-            f"{root}: no catalog of {', '.join(missing)}, which mergerec needs. Give --catalogs a folder that holds "
-            f"a folder for each of {', '.join(experts.adapters)}, or merge with --set merge.methods=average."
+            f"{root}: no catalog of {', '.join(missing)}, which learned merges need. Give --catalogs a folder that "
+            f"holds a folder for each of {', '.join(experts.adapters)}, or merge with --set merge.methods=average."
         )
     catalogs = {}
     for domain in experts.adapters:
@@ -186,6 +187,7 @@ def write_merges(
             made = partial / names[candidate.label]
             write_as_sources(candidate.adapter, experts.sources, made)
             write_json(made / "provenance.json", candidate.provenance)
+            draw_learned(made, candidate.provenance)
         write_text(partial / "config.toml", to_toml(settings_of(experts, config)))
     folder = Path(os.path.abspath(folder))
     return {label: folder / name for label, name in names.items()}

@@ -1,0 +1,106 @@
+"""The learned merges that an experiment asks for: their settings, and the pseudo-users that they share."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from fedmerge.config import LEARNED_METHODS, ExperimentConfig, MergeRec
+from fedmerge.domain.catalog import Catalog
+from fedmerge.encoder.backbone import Backbone
+from fedmerge.encoder.lora import Adapter
+from fedmerge.encoder.text import build_token_table
+from fedmerge.errors import MergeError
+from fedmerge.merging.stack import linear_merge, stack_adapters
+from fedmerge.server.collaborative import ADAMERGING, PAPER, CollaborativeSettings
+from fedmerge.server.pseudo_users import PseudoDomain, one_item_domain, pseudo_domain
+
+
+def learned_variants(config: ExperimentConfig, method: str) -> dict[str, CollaborativeSettings]:
+    """Label -> settings of every variant of a learned method, in order."""
+    mergerec = _mergerec(config.mergerec)
+    chosen: dict[str, Any] = mergerec
+    if method == "adamerging":
+        own = config.adamerging.model_dump(exclude={"granularities"})
+        shared = {key: mergerec[key] for key in ("pseudo_users", "num_pseudo_users")}
+        chosen = asdict(ADAMERGING) | own | shared
+    granularities = config.adamerging.granularities if method == "adamerging" else config.mergerec.granularities
+    return {
+        f"{method} {granularity}-wise": CollaborativeSettings(
+            **{**chosen, "granularity": granularity, "seed": config.seed}
+        )
+        for granularity in granularities
+    }
+
+
+def learned_labels(config: ExperimentConfig) -> set[str]:
+    """The labels of all learned merges; where there are none, no catalog is needed."""
+    methods = [method for method in config.merge.methods if method in LEARNED_METHODS]
+    return {label for method in methods for label in learned_variants(config, method)}
+
+
+def pseudo_domains(
+    backbone: Backbone,
+    adapters: Mapping[str, Adapter],
+    catalogs: Mapping[str, Catalog],
+    config: ExperimentConfig,
+    progress: Callable[[str], None] = lambda line: None,
+) -> dict[str, PseudoDomain]:
+    """The pseudo-users of every domain, as ``mergerec.pseudo_users`` asks for them.
+
+    Args:
+        backbone: the frozen encoder; left as it was.
+        adapters: domain -> expert.
+        catalogs: domain -> catalog.
+        config: text, mergerec and seed are read.
+        progress: receives one line a domain.
+
+    Raises:
+        MergeError: a catalog is missing.
+        ConfigError: contrastive pseudo-users of a single domain.
+    """
+    missing = sorted(adapters.keys() - catalogs.keys())
+    if missing:
+        raise MergeError(
+            f"learned merges: no catalog of {', '.join(missing)}. Put them into the folder server.catalogs, or let the "
+            "clients send theirs (privacy.policy = 'adapter+catalog')."
+        )
+    chosen = _mergerec(config.mergerec)
+    kind, number = chosen["pseudo_users"], chosen["num_pseudo_users"]
+    made = {}
+    for domain in sorted(adapters):
+        expert, table = (
+            adapters[domain],
+            build_token_table(catalogs[domain], backbone.tokenizer, config.text.max_attribute_tokens),
+        )
+        items = one_item_domain(domain, backbone, expert, table, config.text.max_tokens)
+        amateur = average_of_others(adapters, domain) if kind == "contrastive" else None
+        made[domain] = pseudo_domain(
+            kind,
+            items,
+            backbone,
+            expert,
+            table,
+            config.text.max_tokens,
+            number=number,
+            seed=config.seed,
+            amateur=amateur,
+        )
+        progress(f"pseudo-users: {len(made[domain].users)} of {domain} ({kind}) with their expert's vectors")
+    return made
+
+
+def average_of_others(adapters: Mapping[str, Adapter], domain: str) -> Adapter | None:
+    """The mean of the other domains' updates; None where there is no other."""
+    others = {name: adapters[name] for name in sorted(adapters) if name != domain}
+    return linear_merge(stack_adapters(others), torch.full((len(others),), 1 / len(others))) if others else None
+
+
+def _mergerec(section: MergeRec) -> dict[str, Any]:
+    """The settings of the section under its preset: "paper" replaces what was left at its default."""
+    given, defaults = section.model_dump(exclude={"granularities", "preset"}), MergeRec().model_dump()
+    if section.preset == "paper":
+        given = {key: getattr(PAPER, key) if value == defaults[key] else value for key, value in given.items()}
+        given["initial_coefficient"] = section.initial_coefficient  # None: as published for the initialisation
+    return given

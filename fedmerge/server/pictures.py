@@ -1,0 +1,65 @@
+"""Pictures of a learned merge: a heat map of its coefficients, and its loss curves."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+COEFFICIENTS = "coefficients.png"
+LOSSES = "losses.png"
+SMOOTHED = 25  # steps of the running mean that is drawn over the losses of single steps
+
+
+def draw_learned(folder: Path, provenance: Mapping[str, Any]) -> None:
+    """Write ``coefficients.png`` (domain × layer) and ``losses.png`` beside a learned merge; nothing for other merges.
+
+    Args:
+        folder: of the merge; must exist.
+        provenance: label, coefficients, coefficient_groups and losses are read.
+    """
+    if not provenance.get("losses"):
+        return
+    label, coefficients = str(provenance["label"]), provenance["coefficients"]
+    _draw_coefficients(folder / COEFFICIENTS, label, coefficients, provenance["coefficient_groups"])
+    _draw_losses(folder / LOSSES, label, provenance["losses"], provenance.get("validation") or [])
+
+
+def _draw_coefficients(path: Path, label: str, coefficients: Mapping[str, Any], groups: Sequence[str]) -> None:
+    from matplotlib.figure import Figure  # noqa: PLC0415 - slow to import, for learned merges only; draws with Agg
+
+    rows = [value if isinstance(value, list) else [value] for value in coefficients.values()]
+    largest = max(1e-6, *(abs(value) for row in rows for value in row))
+    figure = Figure(figsize=(2.5 + 0.6 * len(groups), 1.3 + 0.35 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(rows, cmap="RdBu", vmin=-largest, vmax=largest, aspect="auto")
+    axes.set_xticks(range(len(groups)), groups, rotation=45, ha="right")
+    axes.set_yticks(range(len(rows)), list(coefficients))
+    if len(rows) * len(groups) <= 200:
+        for y, row in enumerate(rows):
+            for x, value in enumerate(row):
+                dark = abs(value) > 0.6 * largest
+                axes.text(x, y, f"{value:.2f}", ha="center", va="center", size=8, color="white" if dark else "black")
+    axes.set_title(label, size=10)
+    figure.colorbar(image)
+    figure.savefig(path, format="png", dpi=120)
+
+
+def _draw_losses(
+    path: Path, label: str, losses: Sequence[Mapping[str, float]], validation: Sequence[Sequence[float]]
+) -> None:
+    from matplotlib.figure import Figure  # noqa: PLC0415 - as above
+
+    names = [name for name in losses[0] if name != "total" or len(losses[0]) > 2]  # a sum of one term is that term
+    figure = Figure(figsize=(6.4, 1.0 + 1.7 * len(names)), layout="constrained")
+    for name, axes in zip(names, figure.subplots(len(names), sharex=True, squeeze=False)[:, 0], strict=True):
+        values = [step[name] for step in losses]
+        axes.plot(range(1, len(values) + 1), values, color="0.75", linewidth=0.8)
+        means = [sum(values[max(0, i - SMOOTHED + 1) : i + 1]) / min(i + 1, SMOOTHED) for i in range(len(values))]
+        axes.plot(range(1, len(means) + 1), means, color="C0")
+        if name == "total" or (len(names) == 1):
+            axes.plot(
+                [step for step, _ in validation], [score for _, score in validation], "o-", color="C1", markersize=3
+            )
+        axes.set_ylabel(name)
+    axes.set_xlabel(f"step (line: mean of the last {SMOOTHED})")
+    figure.suptitle(label, size=10)
+    figure.savefig(path, format="png", dpi=120)
