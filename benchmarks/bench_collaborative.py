@@ -1,7 +1,7 @@
 """What one step of MergeRec costs, for 2, 8 and 32 domains, against one plain LoRA forward and backward.
 
     python benchmarks/bench_collaborative.py
-    python benchmarks/bench_collaborative.py --rows        # also TIES, PCB and Localize-and-Stitch rows, kept sparse
+    python benchmarks/bench_collaborative.py --rows    # also TIES, PCB and Localize-and-Stitch rows; minutes to make
 
 A backbone of MiniLM's size (6 layers, width 384, vocabulary 30,522; random weights from a configuration) and LoRA
 of rank 8 on query and value. A step encodes 16 pseudo-users and updates the merging coefficients; the plain step is
@@ -129,8 +129,8 @@ def main() -> None:
     steps = {"plain LoRA": plain_step(options.device, options.precision, sequences)}
     sizes = {}
     for k in (2, 8, 32):
-        stack = on_device(build_stack(k), backbone.compute.device)
-        steps[f"K = {k}"] = collaborative_step(backbone, stack, sequences)
+        stack = build_stack(k)
+        steps[f"K = {k}"] = collaborative_step(backbone, on_device(stack, backbone.compute.device), sequences)
         for method in INITIALISATIONS if options.rows else ():
             if method == TASK_VECTORS:
                 continue
