@@ -1,0 +1,175 @@
+"""Coefficients on clients' own users: the gradient against a dense float64 model, what it depends on, and learning."""
+
+from dataclasses import fields, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from adapters import layout_of, random_adapters
+from backbones import tiny_bert
+from test_collaborative import dense_vectors, oracle_rows
+
+from fedmerge.client.collaborative import (
+    ClientMergeSettings,
+    CoefficientGradient,
+    coefficient_gradient,
+    draw_batch,
+    learn_on_clients,
+)
+from fedmerge.client.local_domain import LocalDomain, open_domain
+from fedmerge.config import Text
+from fedmerge.device import resolve_compute
+from fedmerge.domain.demo import generate_domain
+from fedmerge.domain.folder import write_domain
+from fedmerge.domain.interactions import make_interactions
+from fedmerge.encoder.backbone import Backbone, load_backbone
+from fedmerge.encoder.lora import Adapter
+from fedmerge.encoder.text import pack_sequences
+from fedmerge.errors import ConfigError, DomainError
+from fedmerge.merging.stack import stack_adapters
+from fedmerge.merging.vectors import initial_vectors
+
+SMALL = ClientMergeSettings(batch_size=6, negatives=8, steps=3)
+TEXT = Text(max_attribute_tokens=6, max_items=3, max_tokens=64)
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
+    return load_backbone(str(tiny_bert(tmp_path_factory.mktemp("bert"))), "mean", resolve_compute("cpu", "float32"))
+
+
+@pytest.fixture(scope="module")
+def adapters(backbone: Backbone) -> dict[str, Adapter]:
+    return random_adapters(layout_of(backbone))
+
+
+@pytest.fixture(scope="module")
+def clients(backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) -> list[LocalDomain]:
+    root, opened = tmp_path_factory.mktemp("domains"), []
+    for name in ("toys", "books"):
+        demo = generate_domain(name, num_users=30, num_items=25)
+        write_domain(root / name, demo.catalog, demo.interactions, public_catalog=True, synthetic=True, source="test")
+        opened.append(open_domain(root / name, backbone, TEXT))
+    return opened
+
+
+@pytest.mark.parametrize("in_batch", [True, False], ids=["in batch", "catalog only"])
+@pytest.mark.parametrize("initialisation", ["task-vectors", "ties"])
+@pytest.mark.parametrize("layer_wise", [False, True], ids=["domain", "layer"])
+def test_the_gradient_equals_a_dense_float64_model(
+    backbone: Backbone,
+    adapters: dict[str, Adapter],
+    clients: list[LocalDomain],
+    layer_wise: bool,
+    initialisation: str,
+    in_batch: bool,
+) -> None:
+    vectors, client = initial_vectors(stack_adapters(adapters), initialisation), clients[0]
+    values = np.random.default_rng(1).uniform(0.2, 0.9, (3, len(vectors.groups)) if layer_wise else (3,))
+    settings = replace(SMALL, in_batch=in_batch)
+    answer = coefficient_gradient(client, vectors, torch.tensor(values, dtype=torch.float32), 4, settings)
+
+    exact, rows = torch.tensor(values, requires_grad=True), oracle_rows(adapters, initialisation)
+
+    def coefficient(domain: str, module: str) -> torch.Tensor:
+        row = exact[vectors.domains.index(domain)]
+        return row[vectors.group_of[module]] if layer_wise else row
+
+    histories, targets, negatives = draw_batch(client, 4, settings)
+    texts = pack_sequences(client.table, histories, backbone.special, TEXT.max_items, TEXT.max_tokens)
+    users = dense_vectors(backbone, rows, coefficient, texts)
+    items = dense_vectors(backbone, rows, coefficient, client.item_sequences).detach()
+    losses = []
+    for user, target in zip(users, targets, strict=True):
+        candidates = {int(target), *negatives.tolist()} | (set(targets.tolist()) if in_batch else set())
+        normaliser = torch.log(sum((torch.exp(user @ items[i] / 0.05) for i in candidates), torch.zeros(())))
+        losses.append(normaliser - user @ items[target] / 0.05)
+    loss = torch.stack(losses).mean()
+    (gradient,) = torch.autograd.grad(loss, [exact])
+    assert answer.loss == pytest.approx(loss.item(), rel=1e-4)
+    assert answer.gradient.shape == values.shape
+    assert torch.linalg.norm(answer.gradient - gradient) <= 1e-4 * torch.linalg.norm(gradient)
+    assert answer.num_users == 6
+
+
+def test_only_the_gradient_its_loss_and_a_count_are_returned() -> None:
+    assert [field.name for field in fields(CoefficientGradient)] == ["gradient", "loss", "num_users"]
+
+
+def test_without_in_batch_negatives_users_add_up(
+    backbone: Backbone, adapters: dict[str, Adapter], clients: list[LocalDomain], tmp_path: Path
+) -> None:
+    """What one user's data changes in the gradient does not depend on what another user's data is."""
+    vectors, coefficients, client = stack_adapters(adapters), torch.full((3,), 0.5), clients[0]
+    sequences = [client.interactions.sequence(user) for user in range(client.interactions.num_users)]
+    histories, _, _ = draw_batch(client, 0, SMALL)
+    marked = [next(u for u, s in enumerate(sequences) if np.shares_memory(s, history)) for history in histories[:2]]
+
+    def gradient(changed: list[int], in_batch: bool) -> torch.Tensor:
+        items = [(s + 1) % len(client.catalog) if u in changed else s for u, s in enumerate(sequences)]
+        folder = tmp_path / f"{in_batch} {changed}" / "toys"
+        users = make_interactions(client.interactions.user_ids, items)
+        write_domain(folder, client.catalog, users, public_catalog=True, synthetic=True, source="test")
+        opened = open_domain(folder, backbone, TEXT)
+        return coefficient_gradient(opened, vectors, coefficients, 0, replace(SMALL, in_batch=in_batch)).gradient
+
+    for in_batch in (False, True):
+        none, first, second, both = (gradient(users, in_batch) for users in ([], marked[:1], marked[1:], marked))
+        assert (first - none).abs().max() > 1e-3
+        assert torch.allclose(both - second, first - none, atol=1e-5) is not in_batch
+
+
+def test_training_sequences_alone_are_read(clients: list[LocalDomain]) -> None:
+    client = clients[0]
+    for round_index in range(5):
+        histories, targets, negatives = draw_batch(client, round_index, SMALL)
+        starts = {
+            tuple(sequence[:n].tolist()) for sequence in client.training_sequences for n in range(1, len(sequence) + 1)
+        }
+        assert all((*history.tolist(), target) in starts for history, target in zip(histories, targets, strict=True))
+        assert len(set(negatives.tolist())) == 8
+    assert draw_batch(client, 0, SMALL)[1].tolist() != draw_batch(client, 1, SMALL)[1].tolist()
+
+
+def test_learning_is_reproducible_in_any_order_and_weighs_clients_alike(
+    adapters: dict[str, Adapter], clients: list[LocalDomain]
+) -> None:
+    vectors = stack_adapters(adapters)
+    learned = learn_on_clients(clients, vectors, SMALL)
+    again = learn_on_clients(clients[::-1], vectors, SMALL)
+    assert torch.equal(learned.trajectory, again.trajectory)
+    assert learned.coefficients.shape == (3, 2)
+    first = learned.history[0]
+    assert first.keys() == {"total", "books", "toys"}
+    assert first["total"] == pytest.approx((first["books"] + first["toys"]) / 2)
+    gradients = [coefficient_gradient(c, vectors, learned.initial_coefficients, 0, SMALL).gradient for c in clients]
+    step = learned.trajectory[1] - learned.trajectory[0]
+    assert torch.equal(step.sign(), -(gradients[0] + gradients[1]).sign())  # the first step of Adam
+    started = learn_on_clients(
+        clients, vectors, replace(SMALL, granularity="domain"), start=torch.tensor([0.1, 0.2, 0.3])
+    )
+    assert started.initial_coefficients.tolist() == pytest.approx([0.1, 0.2, 0.3])
+
+
+def test_it_lowers_the_loss_of_real_users(adapters: dict[str, Adapter], clients: list[LocalDomain]) -> None:
+    settings = replace(SMALL, steps=40, batch_size=30, learning_rate=0.05)
+    learned = learn_on_clients(clients, stack_adapters(adapters), settings)
+    losses = [step["total"] for step in learned.history]
+    assert np.mean(losses[-10:]) < np.mean(losses[:10])
+
+
+def test_refusals(backbone: Backbone, clients: list[LocalDomain], adapters: dict[str, Adapter], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="client merge: negatives: found 0, expected at least 1"):
+        ClientMergeSettings(in_batch=False, negatives=0)
+    with pytest.raises(ConfigError, match="learning_rate: found 0, expected more than 0"):
+        ClientMergeSettings(learning_rate=0)
+    with pytest.raises(ConfigError, match="granularity: found 'module', expected 'domain' or 'layer'"):
+        ClientMergeSettings(granularity="module")  # type: ignore[arg-type]  # on purpose
+    with pytest.raises(DomainError, match="found no domain, expected at least one"):
+        learn_on_clients([], stack_adapters(adapters), SMALL)
+    users = make_interactions(["u"], [[0]])
+    catalog = clients[0].catalog
+    write_domain(tmp_path / "toys", catalog, users, public_catalog=True, synthetic=True, source="test")
+    with pytest.raises(DomainError, match="no user has two items or more outside validation and test"):
+        draw_batch(open_domain(tmp_path / "toys", backbone, TEXT), 0, SMALL)
