@@ -1,0 +1,256 @@
+"""A grid of merges, training-free and learned, from a run's adapters: compared on VALIDATION users.
+
+    python benchmarks/study_collaborative.py CONFIG ADAPTERS GRID --out DIR [--leave-out Toys] [--users 1000]
+
+CONFIG is the experiment file of the run, ADAPTERS its folder of PEFT adapters, one a domain, GRID a TOML file with a
+table [[setting]] for each method; a list stands for one point a value (lists of several keys: all combinations):
+
+    [[setting]]
+    method = "mergerec"                # or adamerging, clients, expert, backbone, any training-free method
+    loss = ["rec+kd", "kd"]            # keys of CollaborativeSettings, ClientMergeSettings or of the method
+    granularity = ["domain", "layer"]
+    look_at = [100, 250]               # steps that are evaluated besides the last one; no list of points
+
+Every point is one JSON file in DIR with its coefficients and the ranks of the users, written whole; a point whose file
+is there is not computed again. The table is printed at the end, and by --table alone. Differences to --baseline are
+paired over users, with 95 % half-widths; they are not corrected for the number of points. Domains that are left out
+are evaluated as unseen. Nothing here reads test.
+"""
+
+import argparse
+import hashlib
+import itertools
+import json
+import time
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedmerge.client.collaborative import ClientMergeSettings, learn_on_clients
+from fedmerge.client.local_domain import LocalDomain, open_domain
+from fedmerge.client.metrics import METRICS, Variant, per_user_metrics, rank_targets
+from fedmerge.config import ExperimentConfig, load_config
+from fedmerge.device import resolve_compute
+from fedmerge.domain.splits import evaluation_examples
+from fedmerge.encoder.adapted import read_verified
+from fedmerge.encoder.backbone import Backbone, load_backbone
+from fedmerge.encoder.encode import encode
+from fedmerge.encoder.lora import Adapter, adapter_sha256, applied
+from fedmerge.encoder.text import pack_sequences
+from fedmerge.errors import ConfigError
+from fedmerge.merging.learned import start_coefficients
+from fedmerge.merging.stack import Stack, stack_adapters
+from fedmerge.merging.training_free import merge_adapters
+from fedmerge.merging.vectors import Vectors, initial_vectors, merge_vectors
+from fedmerge.run_dir import write_json
+from fedmerge.server.collaborative import ADAMERGING, PAPER, learn_coefficients, student_vectors
+from fedmerge.server.learned import average_of_others
+from fedmerge.server.pseudo_users import PseudoDomain, one_item_domain, popular_domain, pseudo_domain
+
+Point = dict[str, Any]
+Merge = tuple[int | None, Any, Mapping[str, Adapter | None]]  # step, coefficients, domain -> adapter
+
+
+class Study:
+    """Adapters, domains and what several points share: encoding a catalog takes longer than most learning."""
+
+    def __init__(self, config: ExperimentConfig, adapters: Path, left_out: Sequence[str], users: int) -> None:
+        """Open everything; domains without an adapter among train and unseen are unseen."""
+        torch.set_num_threads(config.runtime.server_threads)
+        compute = resolve_compute(config.runtime.device, config.runtime.precision)
+        self.config, self.users = config, users
+        self.backbone: Backbone = load_backbone(
+            config.backbone.source, config.backbone.pooling, compute, config.backbone.weights_sha256
+        )
+        names = sorted({*config.domains.train, *config.domains.unseen})
+        self.domains = {n: open_domain(Path(config.domains.root) / n, self.backbone, config.text) for n in names}
+        self.adapters = {n: read_verified(adapters / n) for n in sorted(config.domains.train) if n not in left_out}
+        self.stack: Stack = stack_adapters(self.adapters)
+        self.items: dict[str, PseudoDomain] = {}
+        self.pseudo: dict[tuple[Any, ...], dict[str, PseudoDomain]] = {}
+        self.vectors: dict[str, Vectors] = {}
+        self.students: dict[tuple[str, float], dict[str, torch.Tensor]] = {}
+
+    def identity(self) -> dict[str, Any]:
+        """What every point depends on."""
+        return {
+            "adapters": {name: adapter_sha256(adapter) for name, adapter in self.adapters.items()},
+            "catalogs": {name: domain.manifest.catalog_sha256 for name, domain in self.domains.items()},
+            "backbone": self.backbone.sha256,
+            "text": self.config.text.model_dump(),
+            "users": self.users,
+        }
+
+    def vectors_of(self, initialisation: str) -> Vectors:
+        """The vectors of an initialisation, once."""
+        if initialisation not in self.vectors:
+            self.vectors[initialisation] = initial_vectors(self.stack, initialisation)
+        return self.vectors[initialisation]
+
+    def pseudo_users(self, kind: str, number: int | None, seed: int) -> dict[str, PseudoDomain]:
+        """The pseudo-users of a kind, once."""
+        key = (kind, number, seed)
+        if key not in self.pseudo:
+            self.pseudo[key] = {name: self._pseudo_domain(name, kind, number, seed) for name in self.adapters}
+        return self.pseudo[key]
+
+    def _pseudo_domain(self, name: str, kind: str, number: int | None, seed: int) -> PseudoDomain:
+        domain, expert, most = self.domains[name], self.adapters[name], self.config.text.max_tokens
+        if name not in self.items:
+            self.items[name] = one_item_domain(name, self.backbone, expert, domain.table, most)
+        items = self.items[name]
+        if kind == "popular":
+            counts = np.bincount(np.concatenate(domain.training_sequences), minlength=len(domain.catalog))
+            return popular_domain(items, counts, len(items.items) if number is None else number)
+        amateur = average_of_others(self.adapters, name) if kind == "contrastive" else None
+        return pseudo_domain(
+            kind, items, self.backbone, expert, domain.table, most, number=number, seed=seed, amateur=amateur
+        )
+
+    def merges(self, point: Point) -> Iterator[Merge]:
+        """Every merge that a point asks for."""
+        keys = {key: value for key, value in point.items() if key not in ("method", "look_at", "name")}
+        method, look_at = point["method"], point.get("look_at", [])
+
+        def everywhere(adapter: Adapter | None) -> dict[str, Adapter | None]:
+            return dict.fromkeys(self.domains, adapter)
+
+        if method == "backbone":
+            yield None, None, everywhere(None)
+        elif method == "expert":
+            yield None, None, {name: self.adapters[name] for name in self.domains if name in self.adapters}
+        elif method in ("mergerec", "adamerging", "clients"):
+            start = torch.tensor(keys.pop("start")) if "start" in keys else None
+            if method == "clients":
+                vectors = self.vectors_of(keys.pop("initialisation", "task-vectors"))
+                clients = [self.domains[name] for name in self.adapters]
+                learned = learn_on_clients(clients, vectors, ClientMergeSettings(**keys), start=start)
+            else:
+                settings = replace(PAPER if method == "mergerec" else ADAMERGING, **keys)
+                vectors = self.vectors_of(settings.initialisation)
+                pseudo = self.pseudo_users(settings.pseudo_users, settings.num_pseudo_users, settings.seed)
+                students = None
+                if start is None:
+                    place = (settings.initialisation, settings.start)
+                    if place not in self.students:
+                        initial = start_coefficients(vectors, "domain", settings.start)
+                        self.students[place] = student_vectors(self.backbone, vectors, pseudo, initial)
+                    students = self.students[place]
+                learned = learn_coefficients(self.backbone, vectors, pseudo, settings, students=students, start=start)
+            for step in sorted({*look_at, learned.chosen_step}):
+                coefficients = learned.trajectory[step]
+                yield step, coefficients.tolist(), everywhere(merge_vectors(vectors, coefficients))
+        else:
+            yield None, None, everywhere(merge_adapters(self.adapters, method, **keys).adapter)
+
+    def ranks(self, domain: LocalDomain, adapter: Adapter | None) -> dict[Variant, list[int]]:
+        """The ranks of the targets of the validation users, always the same users."""
+        examples = evaluation_examples(domain.interactions, "valid", self.users, self.config.seed)
+        text = self.config.text
+        packed = pack_sequences(
+            domain.table, examples.histories, self.backbone.special, text.max_items, text.max_tokens
+        )
+        with applied(self.backbone, adapter):
+            items, users = encode(self.backbone, domain.item_sequences), encode(self.backbone, packed)
+        return {
+            "unmasked": rank_targets(users, items, examples.targets).tolist(),
+            "masked": rank_targets(users, items, examples.targets, examples.histories).tolist(),
+        }
+
+
+def points_of(grid: Path) -> list[Point]:
+    """The points of a grid file, each once, in order."""
+    points: list[Point] = []
+    for setting in tomllib.loads(grid.read_text(encoding="utf-8")).get("setting", []):
+        fixed = {key: setting[key] for key in ("look_at", "start") if key in setting}
+        keys = [key for key in setting if key not in fixed]
+        values = [setting[key] if isinstance(setting[key], list) else [setting[key]] for key in keys]
+        points += [dict(zip(keys, chosen, strict=True)) | fixed for chosen in itertools.product(*values)]
+    if not points or any("method" not in point for point in points):
+        raise ConfigError(f"{grid}: expected tables [[setting]], each with a method")
+    return [point for index, point in enumerate(points) if point not in points[:index]]
+
+
+def title(point: Point, step: int | None, steps: int) -> str:
+    """What a row of the table is called."""
+    keys = [f"{key}={value}" for key, value in point.items() if key not in ("method", "look_at", "name")]
+    at = f" @{step}" if steps > 1 else ""
+    return str(point.get("name", " ".join([point["method"], *keys]))) + at
+
+
+def print_table(records: Sequence[Mapping[str, Any]], trained: Sequence[str], baseline: str, variant: Variant) -> None:
+    """Means over domains, and paired differences to the baseline."""
+    rows = [
+        (title(record["point"], merge["step"], len(record["merges"])), merge)
+        for record in records
+        for merge in record["merges"]
+    ]
+    reference = next((merge for name, merge in rows if name == baseline), rows[0][1])
+    recall, ndcg = METRICS.index("recall@10"), METRICS.index("ndcg@10")
+    width = max(len(name) for name, _ in rows)
+    print(f"{variant}, validation; difference: ndcg@10 to {baseline!r}, paired, 95 %")
+    print(f"{'':<{width}}  recall@10   ndcg@10  difference          unseen     of each domain (ndcg@10)")
+    for name, merge in rows:
+        outcomes = {d: per_user_metrics(np.array(ranks[variant])) for d, ranks in merge["ranks"].items()}
+        seen = [d for d in outcomes if d in trained]
+        means = {d: float(values[:, ndcg].mean()) for d, values in outcomes.items()}
+        unseen = [means[d] for d in outcomes if d not in trained]
+        recalls = float(np.mean([outcomes[d][:, recall].mean() for d in seen]))
+        paired = [
+            outcomes[d][:, ndcg] - per_user_metrics(np.array(reference["ranks"][d][variant]))[:, ndcg] for d in seen
+        ]
+        half = 1.96 * float(np.sqrt(sum(p.var(ddof=1) / len(p) for p in paired))) / len(paired)
+        difference = f"{np.mean([p.mean() for p in paired]):+.4f} ± {half:.4f}"
+        each = " ".join(f"{d} {mean:.4f}" for d, mean in means.items())
+        print(
+            f"{name:<{width}}     {recalls:.4f}    {np.mean([means[d] for d in seen]):.4f}  {difference:<18}"
+            f"  {f'{np.mean(unseen):.4f}' if unseen else '-':<9}  {each}"
+        )
+
+
+def main() -> None:
+    """Compute the points that are not there yet, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("config", type=Path)
+    parser.add_argument("adapters", type=Path)
+    parser.add_argument("grid", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--set", nargs="+", default=[], dest="overrides", metavar="KEY=VALUE")
+    parser.add_argument("--leave-out", nargs="+", default=[], metavar="DOMAIN", help="evaluated as unseen")
+    parser.add_argument("--users", type=int, default=1000, help="validation users a domain")
+    parser.add_argument("--baseline", default="average")
+    parser.add_argument("--table", action="store_true", help="print the table of the points that are there")
+    options = parser.parse_args()
+    points = points_of(options.grid)
+    study = Study(load_config(options.config, options.overrides), options.adapters, options.leave_out, options.users)
+    options.out.mkdir(parents=True, exist_ok=True)
+    records = []
+    for point in points:
+        key = json.dumps({"point": point, **study.identity()}, sort_keys=True)
+        path = options.out / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+        if not path.exists() and not options.table:
+            started = time.monotonic()
+            merges = [
+                {
+                    "step": step,
+                    "coefficients": coefficients,
+                    "ranks": {name: study.ranks(study.domains[name], adapter) for name, adapter in adapters.items()},
+                }
+                for step, coefficients, adapters in study.merges(point)
+            ]
+            write_json(path, {"point": point, "seconds": time.monotonic() - started, "merges": merges})
+            print(f"{title(point, None, 1)}: {time.monotonic() - started:.0f} s", flush=True)
+        if path.exists():
+            records.append(json.loads(path.read_text(encoding="utf-8")))
+    for variant in ("unmasked", "masked") if records else ():
+        print()
+        print_table(records, sorted(study.adapters), options.baseline, variant)
+
+
+if __name__ == "__main__":
+    main()
