@@ -38,7 +38,7 @@ from fedmerge.server.collaborative import (
     student_vectors,
     weighted_total,
 )
-from fedmerge.server.pseudo_users import PseudoDomain, one_item_domain
+from fedmerge.server.pseudo_users import Kind, PseudoDomain, one_item_domain
 
 Rows = NDArray[np.float64]  # (K, out, in)
 
@@ -425,6 +425,10 @@ def test_settings_are_the_published_ones_and_bounded() -> None:
     assert CollaborativeSettings() == PAPER  # until something else is better
     assert PAPER.start == CollaborativeSettings().start == 0.2
     assert CollaborativeSettings(initialisation="ties").start == 1.0
+    choices = {name: parameter.choices for name, parameter in METHODS["mergerec"].parameters.items()}
+    assert choices["loss"] == tuple(LOSSES)
+    assert choices["initialisation"] == tuple(INITIALISATIONS)
+    assert choices["pseudo_users"] == get_args(Kind)
     for method in ("mergerec", "adamerging"):  # bounds and choices stand twice: for files, and for the library
         model = config.MergeRec if method == "mergerec" else config.AdaMerging
         for name in set(METHODS[method].parameters) - {"granularity"}:

@@ -438,7 +438,7 @@ def test_refusals() -> None:
     with pytest.raises(LayoutMismatchError, match=r"adapter of 'toys', module top.*\(r, 6\)"):
         merge_adapters(other, "ties")
     refused: list[tuple[type[Exception], str, dict[str, Any]]] = [
-        (ConfigError, "found 'x', expected one of average", {"method": "x"}),
+        (ConfigError, "found 'x', expected one of adamerging, average", {"method": "x"}),
         (ConfigError, "'mergerec': it is learned", {"method": "mergerec"}),
         (ConfigError, "'ties': found parameters rank, expected density, coefficient", {"method": "ties", "rank": 3}),
         (ConfigError, "density: found 0.0, expected a finite number, above 0.0, at most 1.0", {"density": 0.0}),

@@ -6,6 +6,7 @@ from typing import Any
 
 COEFFICIENTS = "coefficients.png"
 LOSSES = "losses.png"
+MOST_INCHES = 60  # of a picture of many domains or layers
 SMOOTHED = 25  # steps of the running mean that is drawn over the losses of single steps
 
 
@@ -28,7 +29,8 @@ def _draw_coefficients(path: Path, label: str, coefficients: Mapping[str, Any], 
 
     rows = [value if isinstance(value, list) else [value] for value in coefficients.values()]
     largest = max(1e-6, *(abs(value) for row in rows for value in row))
-    figure = Figure(figsize=(2.5 + 0.6 * len(groups), 1.3 + 0.35 * len(rows)), layout="constrained")
+    size = (min(MOST_INCHES, 2.5 + 0.6 * len(groups)), min(MOST_INCHES, 1.3 + 0.35 * len(rows)))
+    figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(rows, cmap="RdBu", vmin=-largest, vmax=largest, aspect="auto")
     axes.set_xticks(range(len(groups)), groups, rotation=45, ha="right")
@@ -48,14 +50,14 @@ def _draw_losses(
 ) -> None:
     from matplotlib.figure import Figure  # noqa: PLC0415 - as above
 
-    names = [name for name in losses[0] if name != "total" or len(losses[0]) > 2]  # a sum of one term is that term
+    names = list(losses[0]) if len(losses[0]) > 2 else ["total"]  # a sum of one term is that term, but for its weight
     figure = Figure(figsize=(6.4, 1.0 + 1.7 * len(names)), layout="constrained")
     for name, axes in zip(names, figure.subplots(len(names), sharex=True, squeeze=False)[:, 0], strict=True):
         values = [step[name] for step in losses]
         axes.plot(range(1, len(values) + 1), values, color="0.75", linewidth=0.8)
         means = [sum(values[max(0, i - SMOOTHED + 1) : i + 1]) / min(i + 1, SMOOTHED) for i in range(len(values))]
         axes.plot(range(1, len(means) + 1), means, color="C0")
-        if name == "total" or (len(names) == 1):
+        if name == "total":
             axes.plot(
                 [step for step, _ in validation], [score for _, score in validation], "o-", color="C1", markersize=3
             )
