@@ -1,18 +1,21 @@
 """What one step of MergeRec costs, for 2, 8 and 32 domains, against one plain LoRA forward and backward.
 
     python benchmarks/bench_collaborative.py
-    python benchmarks/bench_collaborative.py --rows    # also TIES, PCB and Localize-and-Stitch rows; minutes to make
+    python benchmarks/bench_collaborative.py --rows    # also rows of TIES, PCB and Localize-and-Stitch, and dense ones
 
 A backbone of MiniLM's size (6 layers, width 384, vocabulary 30,522; random weights from a configuration) and LoRA
 of rank 8 on query and value. A step encodes 16 pseudo-users and updates the merging coefficients; the plain step is
 PEFT's LoRA on the same batch, one domain, with the gradients of A and B and no optimiser. All are timed in turn in one
-run, so that a machine that slows down slows all of them; what counts is the ratio.
+run, so that a machine that slows down slows all of them; what counts is the ratio. "dense" are the TIES rows as K
+full matrices a module, the alternative to keeping them sparse.
 """
 
 import argparse
+import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import numpy as np
 import torch
@@ -28,6 +31,7 @@ from fedmerge.merging.stack import Stack, stack_adapters
 from fedmerge.merging.vectors import (
     INITIALISATIONS,
     TASK_VECTORS,
+    Hook,
     SparseRows,
     Vectors,
     initial_vectors,
@@ -35,6 +39,8 @@ from fedmerge.merging.vectors import (
     on_device,
 )
 from fedmerge.server.collaborative import PAPER, batch_terms, weighted_total
+
+Forward = Callable[[Backbone, Vectors, torch.Tensor], AbstractContextManager[None]]
 
 RANK, BATCH, NUM_ITEMS, WIDTH = 8, 16, 2000, 384
 
@@ -67,7 +73,33 @@ def build_stack(num_domains: int) -> Stack:
     )
 
 
-def collaborative_step(backbone: Backbone, rows: Vectors, sequences: list[np.ndarray]) -> Callable[[], None]:
+def dense_forward(rows: SparseRows) -> Forward:
+    """What ``merged_forward`` does, from K dense matrices a module, made once and kept."""
+    each = torch.eye(len(rows.domains), device=next(iter(rows.modules.values())).values.device)
+    dense = {name: torch.stack([module.weighted_sum(one) for one in each]) for name, module in rows.modules.items()}
+
+    @contextmanager
+    def forward(backbone: Backbone, vectors: Vectors, coefficients: torch.Tensor) -> Iterator[None]:
+        def hook(name: str) -> Hook:
+            def add(_module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+                delta = torch.tensordot(coefficients[:, vectors.group_of[name]], dense[name], dims=1)  # (out, in)
+                return output + torch.nn.functional.linear(inputs[0], delta)
+
+            return add
+
+        handles = [backbone.model.get_submodule(name).register_forward_hook(hook(name)) for name in dense]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    return forward
+
+
+def collaborative_step(
+    backbone: Backbone, rows: Vectors, sequences: list[np.ndarray], forward: Forward = merged_forward
+) -> Callable[[], None]:
     """One step as ``learn_coefficients`` takes it, layer-wise, catalogs of NUM_ITEMS items."""
     num_domains, device = len(rows.domains), backbone.compute.device
     coefficients = torch.full((num_domains, len(rows.groups)), 0.2, device=device, requires_grad=True)
@@ -78,7 +110,7 @@ def collaborative_step(backbone: Backbone, rows: Vectors, sequences: list[np.nda
     pairs = list(zip(drawn_domains, drawn_items, strict=True))
 
     def step() -> None:
-        with merged_forward(backbone, rows, coefficients):
+        with forward(backbone, rows, coefficients):
             users = embed_batch(backbone, sequences)
         teacher_users = torch.stack([vectors[domain, item] for domain, item in pairs])
         terms = batch_terms(users, teacher_users, drawn_domains, list(vectors), list(vectors), PAPER)
@@ -138,6 +170,9 @@ def main() -> None:
             steps[f"K = {k}, {method}"] = collaborative_step(backbone, rows, sequences)
             if isinstance(rows, SparseRows):
                 sizes[f"K = {k}, {method}"] = rows.size_bytes
+                if method == "ties":
+                    steps[f"K = {k}, dense"] = collaborative_step(backbone, rows, sequences, dense_forward(rows))
+                    sizes[f"K = {k}, dense"] = sum(4 * k * math.prod(each.shape) for each in rows.modules.values())
     for step in steps.values():  # warm up
         step()
         step()

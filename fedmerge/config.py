@@ -227,7 +227,9 @@ class MergeRec(Section):
         "one-item", description="What a pseudo-user has seen; also for adamerging."
     )
     num_pseudo_users: int | None = Field(
-        None, ge=1, description="Pseudo-users a domain; 'none': one an item. Needed for subset and centroid."
+        None,
+        ge=1,
+        description="Pseudo-users a domain; 'none': as many as items. Subset and centroid need it.",
     )
     refresh_every: int | None = Field(
         None, ge=1, description="Re-encode the student's items every n steps; 'none': never."
@@ -244,6 +246,8 @@ class MergeRec(Section):
             raise ValueError(f"granularities names {twice} twice; name each once")
         if self.pseudo_users in ("subset", "centroid") and self.num_pseudo_users is None:
             raise ValueError(f"pseudo_users = '{self.pseudo_users}' needs a number; set num_pseudo_users, say to 1000")
+        if self.pseudo_users == "one-item" and self.num_pseudo_users is not None:
+            raise ValueError("pseudo_users = 'one-item' takes every item; use 'subset' for a number of them")
         return self
 
 

@@ -1,6 +1,6 @@
 """Coefficients on clients' own users: the gradient against a dense float64 model, what it depends on, and learning."""
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,6 @@ from test_collaborative import dense_vectors, oracle_rows
 
 from fedmerge.client.collaborative import (
     ClientMergeSettings,
-    CoefficientGradient,
     coefficient_gradient,
     draw_batch,
     learn_on_clients,
@@ -54,7 +53,6 @@ def clients(backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) -> lis
     return opened
 
 
-@pytest.mark.parametrize("in_batch", [True, False], ids=["in batch", "catalog only"])
 @pytest.mark.parametrize("initialisation", ["task-vectors", "ties"])
 @pytest.mark.parametrize("layer_wise", [False, True], ids=["domain", "layer"])
 def test_the_gradient_equals_a_dense_float64_model(
@@ -63,12 +61,10 @@ def test_the_gradient_equals_a_dense_float64_model(
     clients: list[LocalDomain],
     layer_wise: bool,
     initialisation: str,
-    in_batch: bool,
 ) -> None:
     vectors, client = initial_vectors(stack_adapters(adapters), initialisation), clients[0]
     values = np.random.default_rng(1).uniform(0.2, 0.9, (3, len(vectors.groups)) if layer_wise else (3,))
-    settings = replace(SMALL, in_batch=in_batch)
-    answer = coefficient_gradient(client, vectors, torch.tensor(values, dtype=torch.float32), 4, settings)
+    found, found_loss = coefficient_gradient(client, vectors, torch.tensor(values, dtype=torch.float32), 4, SMALL)
 
     exact, rows = torch.tensor(values, requires_grad=True), oracle_rows(adapters, initialisation)
 
@@ -76,28 +72,23 @@ def test_the_gradient_equals_a_dense_float64_model(
         row = exact[vectors.domains.index(domain)]
         return row[vectors.group_of[module]] if layer_wise else row
 
-    histories, targets, negatives = draw_batch(client, 4, settings)
+    histories, targets, negatives = draw_batch(client, 4, SMALL)
     texts = pack_sequences(client.table, histories, backbone.special, TEXT.max_items, TEXT.max_tokens)
     users = dense_vectors(backbone, rows, coefficient, texts)
     items = dense_vectors(backbone, rows, coefficient, client.item_sequences).detach()
     losses = []
     for user, target in zip(users, targets, strict=True):
-        candidates = {int(target), *negatives.tolist()} | (set(targets.tolist()) if in_batch else set())
+        candidates = {int(target), *negatives.tolist()}
         normaliser = torch.log(sum((torch.exp(user @ items[i] / 0.05) for i in candidates), torch.zeros(())))
         losses.append(normaliser - user @ items[target] / 0.05)
     loss = torch.stack(losses).mean()
     (gradient,) = torch.autograd.grad(loss, [exact])
-    assert answer.loss == pytest.approx(loss.item(), rel=1e-4)
-    assert answer.gradient.shape == values.shape
-    assert torch.linalg.norm(answer.gradient - gradient) <= 1e-4 * torch.linalg.norm(gradient)
-    assert answer.num_users == 6
+    assert found_loss == pytest.approx(loss.item(), rel=1e-4)
+    assert found.shape == values.shape
+    assert torch.linalg.norm(found - gradient) <= 1e-4 * torch.linalg.norm(gradient)
 
 
-def test_only_the_gradient_its_loss_and_a_count_are_returned() -> None:
-    assert [field.name for field in fields(CoefficientGradient)] == ["gradient", "loss", "num_users"]
-
-
-def test_without_in_batch_negatives_users_add_up(
+def test_users_add_up(
     backbone: Backbone, adapters: dict[str, Adapter], clients: list[LocalDomain], tmp_path: Path
 ) -> None:
     """What one user's data changes in the gradient does not depend on what another user's data is."""
@@ -106,18 +97,16 @@ def test_without_in_batch_negatives_users_add_up(
     histories, _, _ = draw_batch(client, 0, SMALL)
     marked = [next(u for u, s in enumerate(sequences) if np.shares_memory(s, history)) for history in histories[:2]]
 
-    def gradient(changed: list[int], in_batch: bool) -> torch.Tensor:
+    def gradient(*changed: int) -> torch.Tensor:
         items = [(s + 1) % len(client.catalog) if u in changed else s for u, s in enumerate(sequences)]
-        folder = tmp_path / f"{in_batch} {changed}" / "toys"
+        folder = tmp_path / str(changed) / "toys"
         users = make_interactions(client.interactions.user_ids, items)
         write_domain(folder, client.catalog, users, public_catalog=True, synthetic=True, source="test")
-        opened = open_domain(folder, backbone, TEXT)
-        return coefficient_gradient(opened, vectors, coefficients, 0, replace(SMALL, in_batch=in_batch)).gradient
+        return coefficient_gradient(open_domain(folder, backbone, TEXT), vectors, coefficients, 0, SMALL)[0]
 
-    for in_batch in (False, True):
-        none, first, second, both = (gradient(users, in_batch) for users in ([], marked[:1], marked[1:], marked))
-        assert (first - none).abs().max() > 1e-3
-        assert torch.allclose(both - second, first - none, atol=1e-5) is not in_batch
+    none, first, second, both = gradient(), gradient(marked[0]), gradient(marked[1]), gradient(*marked)
+    assert (first - none).abs().max() > 1e-3
+    assert torch.allclose(both - second, first - none, atol=1e-5)
 
 
 def test_training_sequences_alone_are_read(clients: list[LocalDomain]) -> None:
@@ -143,7 +132,7 @@ def test_learning_is_reproducible_in_any_order_and_weighs_clients_alike(
     first = learned.history[0]
     assert first.keys() == {"total", "books", "toys"}
     assert first["total"] == pytest.approx((first["books"] + first["toys"]) / 2)
-    gradients = [coefficient_gradient(c, vectors, learned.initial_coefficients, 0, SMALL).gradient for c in clients]
+    gradients = [coefficient_gradient(c, vectors, learned.initial_coefficients, 0, SMALL)[0] for c in clients]
     step = learned.trajectory[1] - learned.trajectory[0]
     assert torch.equal(step.sign(), -(gradients[0] + gradients[1]).sign())  # the first step of Adam
     started = learn_on_clients(
@@ -161,7 +150,7 @@ def test_it_lowers_the_loss_of_real_users(adapters: dict[str, Adapter], clients:
 
 def test_refusals(backbone: Backbone, clients: list[LocalDomain], adapters: dict[str, Adapter], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="client merge: negatives: found 0, expected at least 1"):
-        ClientMergeSettings(in_batch=False, negatives=0)
+        ClientMergeSettings(negatives=0)
     with pytest.raises(ConfigError, match="learning_rate: found 0, expected more than 0"):
         ClientMergeSettings(learning_rate=0)
     with pytest.raises(ConfigError, match="granularity: found 'module', expected 'domain' or 'layer'"):

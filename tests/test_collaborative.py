@@ -26,6 +26,7 @@ from fedmerge.merging.methods import METHODS
 from fedmerge.merging.stack import stack_adapters
 from fedmerge.merging.training_free import merge_adapters
 from fedmerge.merging.vectors import INITIALISATIONS, SparseRows, initial_vectors, merge_vectors, merged_forward
+from fedmerge.seeding import generator
 from fedmerge.server.collaborative import (
     ADAMERGING,
     LOSSES,
@@ -425,6 +426,7 @@ def test_settings_are_the_published_ones_and_bounded() -> None:
     assert CollaborativeSettings() == PAPER  # until something else is better
     assert PAPER.start == CollaborativeSettings().start == 0.2
     assert CollaborativeSettings(initialisation="ties").start == 1.0
+    assert {method for method, row in METHODS.items() if row.learned} == config.LEARNED_METHODS
     choices = {name: parameter.choices for name, parameter in METHODS["mergerec"].parameters.items()}
     assert choices["loss"] == tuple(LOSSES)
     assert choices["initialisation"] == tuple(INITIALISATIONS)
@@ -522,6 +524,35 @@ def test_the_step_is_chosen_on_pseudo_users_that_are_not_trained_on(bert: Backbo
     best = min(learned.validation, key=lambda looked: looked[1])
     assert learned.chosen_step == best[0]
     assert torch.equal(learned.coefficients, learned.trajectory[best[0]])
+
+    def held_out(name: str) -> NDArray[np.int64]:
+        order = generator(wild.seed, "mergerec", "held out", name).permutation(SIZES[name])
+        return order[: SIZES[name] // 5]
+
+    losses = []  # at the start, by the oracle: the mean over domains of the mean over those held out
+    for name in stack.domains:
+        E_hat = dense_vectors(bert, adapters, lambda *_: 0.2, random_sequences(name)).detach()
+        E = domains[name].teacher_items.double()
+        each = [oracle_terms(E_hat @ E_hat[i], E @ E[i], wild) for i in held_out(name)]
+        losses.append(np.mean([float(terms["rec"] + 1000 * terms["kd"]) for terms in each]))
+    assert learned.validation[0][1] == pytest.approx(np.mean(losses), rel=1e-4)
+
+    others = dict(domains)  # other users in the place of those held out: the training does not notice
+    for name, domain in domains.items():
+        place = [(i + 1) % SIZES[name] if i in held_out(name) else i for i in range(SIZES[name])]
+        users = [domain.users[i] for i in place]
+        others[name] = replace(domain, users=users, teacher_users=domain.teacher_users[place])
+    changed = learn_coefficients(bert, stack, others, wild)
+    assert torch.equal(changed.trajectory, learned.trajectory)
+    assert changed.validation != learned.validation
+
+
+def test_too_few_pseudo_users_to_choose_the_step_are_refused(bert: Backbone) -> None:
+    adapters = {"books": random_adapters(layout_of(bert))["books"]}
+    domains = pseudo_domains(bert, adapters)
+    few = replace(domains["books"], users=domains["books"].users[:4], teacher_users=domains["books"].teacher_users[:4])
+    with pytest.raises(ConfigError, match="select_every: found at most 4 pseudo-users a domain, expected 5 or more"):
+        learn_coefficients(bert, stack_adapters(adapters), {"books": few}, CollaborativeSettings(select_every=2))
 
 
 def test_adamerging_is_entropy_in_bounds(bert: Backbone) -> None:

@@ -150,6 +150,9 @@ def test_all_problems_are_said_at_once_with_their_dotted_names() -> None:
         ({"train.max_steps": "none"}, "train: max_epochs, max_steps and max_minutes are all 'none'"),
         ({"domains.train": "a,b", "server.min_train_clients": 3}, "server.min_train_clients = 3, but domains.train"),
         ({"privacy.policy": "adapter"}, "merge.methods holds mergerec, which needs the catalogs"),
+        ({"mergerec.pseudo_users": "centroid"}, "mergerec: pseudo_users = 'centroid' needs a number; set num_pseu"),
+        ({"mergerec.num_pseudo_users": 9}, "mergerec: pseudo_users = 'one-item' takes every item; use 'subset'"),
+        ({"adamerging.granularities": "layer,layer"}, "adamerging: granularities names layer twice"),
     ],
 )
 def test_rules_across_fields(flat: dict[str, Any], expected: str) -> None:

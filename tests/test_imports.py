@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from fedmerge.privacy.policy import ALLOWED
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 FILES = sorted((REPOSITORY / "fedmerge").rglob("*.py"))
 
@@ -102,6 +104,14 @@ def test_the_config_is_light() -> None:
     heavy = {"torch", "transformers", "peft", "numpy", "pyarrow", "safetensors"}
     for name in ("config", "errors"):
         assert not {module.split(".")[0] for module in imports_of(REPOSITORY / "fedmerge" / f"{name}.py")} & heavy
+
+
+def test_no_application_can_send_gradients_of_coefficients() -> None:
+    """The clients' collaborative merging is a library: no message, no policy, so nobody who answers one imports it."""
+    files = [*FILES, *(REPOSITORY / "sim").rglob("*.py")]
+    assert not [path for path in files if "fedmerge.client.collaborative" in imports_of(path)]
+    for allowed in ALLOWED.values():
+        assert allowed <= {"description", "adapter", "catalog", "metric sums"}
 
 
 IMPORT_THE_SERVER = """

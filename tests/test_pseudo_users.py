@@ -1,6 +1,7 @@
 """Pseudo-users of every kind: which texts, which teacher vectors, and that nothing private is needed."""
 
 import itertools
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -136,6 +137,28 @@ def test_contrast_prefers_what_only_the_expert_finds_similar(
     plain = chain_domain(items, bert, expert, table, 127, number=300, seed=0)
     contrastive = chain_domain(items, bert, expert, table, 127, number=300, seed=0, amateur=amateur)
     assert mean_advantage(contrastive) > mean_advantage(plain) + 0.005
+
+
+def test_the_first_step_of_a_walk_has_the_chances_of_the_definition(
+    bert: Backbone, expert: Adapter, table: TokenTable, items: PseudoDomain
+) -> None:
+    amateur = random_adapter(layout_of(bert), rank=2, scaling=1.0, seed=9)
+    with applied(bert, amateur):
+        theirs = encode(bert, items.items)
+    for contrast in (None, amateur):
+        domain = chain_domain(items, bert, expert, table, 127, number=40 * NUM_ITEMS, seed=0, amateur=contrast)
+        steps = Counter((chain[0], chain[1]) for chain in walks(domain, table, bert))
+        surprise = 0.0
+        for start in range(NUM_ITEMS):
+            similarity = [float(items.teacher_items[start] @ other) for other in items.teacher_items]
+            others = sorted({*range(NUM_ITEMS)} - {start}, key=lambda item: -similarity[item])[:NEIGHBOURS]
+            advantage = [similarity[item] - float(theirs[start] @ theirs[item]) for item in others]
+            chances = np.exp(np.array(advantage) / 0.05 if contrast else np.zeros(NEIGHBOURS))
+            expected = 40 * chances / chances.sum()
+            assert sum(steps[start, item] for item in others) == 40
+            surprise += sum((steps[start, i] - e) ** 2 / e for i, e in zip(others, expected, strict=True))
+        freedom = NUM_ITEMS * (NEIGHBOURS - 1)
+        assert abs(surprise - freedom) < 4 * (2 * freedom) ** 0.5  # chi-squared
 
 
 def test_kinds_by_name(bert: Backbone, expert: Adapter, table: TokenTable, items: PseudoDomain) -> None:

@@ -22,6 +22,8 @@ from fedmerge.config import ExperimentConfig
 from fedmerge.encoder.lora import TENSOR_FILE
 from fedmerge.errors import ClientError, ConfigError, RunDirError
 from fedmerge.run_dir import locked
+from fedmerge.server import collaborative
+from fedmerge.server.collaborative import batch_terms
 from sim import records
 
 TRAIN = ("beauty", "books", "coffee")
@@ -151,6 +153,41 @@ def check_kill_and_resume(config: ExperimentConfig, whole: Path, number: int) ->
 @pytest.mark.parametrize("number", [1, 12, 25, 33, 45, 52, 58])
 def test_a_run_killed_anywhere_ends_as_one_that_was_not(place: Path, tmp_path: Path, whole: Path, number: int) -> None:
     assert check_kill_and_resume(experiment(place, tmp_path), whole, number)
+
+
+LEARNED_STEPS = 3
+LEARNED = {
+    "merge.methods": "mergerec,adamerging",
+    "mergerec.steps": LEARNED_STEPS,
+    "mergerec.initialisation": "ties",
+    "mergerec.pseudo_users": "chain",
+    "adamerging.steps": 2,
+}
+
+
+def test_a_run_killed_while_it_learns_ends_as_one_that_was_not(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in the second step of the second learned merge: the first is not learned again, the others are."""
+    run_in_process(experiment(place, tmp_path / "whole", **LEARNED))
+    config, run = experiment(place, tmp_path, **LEARNED), tmp_path / "runs" / "run"
+    steps = 0
+
+    def draw_or_die(*arguments: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps == LEARNED_STEPS + 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return batch_terms(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(collaborative, "batch_terms", draw_or_die)
+        assert killed_at_write(config, number=10**6)
+    assert [folder.name for folder in run.glob("merged/[!.]*")] == ["mergerec-domain-wise"]
+    made = tree(run / "merged")
+    run_in_process(resumed(config))
+    assert made.items() <= tree(run / "merged").items()
+    assert results(run) == results(tmp_path / "whole" / "runs" / "run")
 
 
 @pytest.mark.slow

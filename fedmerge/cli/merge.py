@@ -88,7 +88,7 @@ def add_commands(commands: "Commands") -> None:
         "--catalogs",
         type=Path,
         metavar="DIR",
-        help="folder of domains or catalogs, for mergerec (default: server.catalogs, else domains.root)",
+        help="folder of domains or catalogs, for learned methods (default: server.catalogs, else domains.root)",
     )
     merge.set_defaults(command=_merge)
 

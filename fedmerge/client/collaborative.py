@@ -12,7 +12,6 @@ import numpy.typing as npt
 import torch
 
 from fedmerge.client.local_domain import LocalDomain
-from fedmerge.client.losses import in_batch_softmax
 from fedmerge.encoder.encode import embed_batch
 from fedmerge.encoder.text import pack_sequences
 from fedmerge.errors import ConfigError, DomainError
@@ -33,8 +32,6 @@ class ClientMergeSettings:
         batch_size: users a client and round.
         temperature: cosines are divided by it.
         negatives: items drawn from the public catalog in each round, each user's negatives.
-        in_batch: the other users' targets are negatives, too. Without them a user's part of the gradient depends on
-            that user and on public items alone, which is what clipping it by user needs.
         prior_weight: of the mean squared distance from the start.
         seed: of all draws.
 
@@ -49,12 +46,11 @@ class ClientMergeSettings:
     batch_size: int = 16
     temperature: float = 0.05
     negatives: int = 64
-    in_batch: bool = True
     prior_weight: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
-        least = {"steps": 1, "batch_size": 1, "negatives": 0 if self.in_batch else 1, "prior_weight": 0}
+        least = {"steps": 1, "batch_size": 1, "negatives": 1, "prior_weight": 0}
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise ConfigError(f"client merge: {name}: found {getattr(self, name)}, expected at least {low}")
@@ -63,21 +59,6 @@ class ClientMergeSettings:
                 raise ConfigError(f"client merge: {name}: found {getattr(self, name)}, expected more than 0")
         if self.granularity not in ("domain", "layer"):
             raise ConfigError(f"client merge: granularity: found {self.granularity!r}, expected 'domain' or 'layer'")
-
-
-@dataclass(frozen=True, slots=True)
-class CoefficientGradient:
-    """What leaves a client in one round, were there a message for it.
-
-    Attributes:
-        gradient: of the mean loss over the batch with respect to the coefficients: (K,) or (K, G) float32.
-        loss: that mean; for the curves of a study.
-        num_users: in the batch.
-    """
-
-    gradient: torch.Tensor
-    loss: float
-    num_users: int
 
 
 def draw_batch(
@@ -111,12 +92,13 @@ def draw_batch(
 
 def coefficient_gradient(
     domain: LocalDomain, vectors: Vectors, coefficients: torch.Tensor, round_index: int, settings: ClientMergeSettings
-) -> CoefficientGradient:
+) -> tuple[torch.Tensor, float]:
     """The gradient of one batch of a client's own users.
 
-    L(w) = mean_u −log softmax(cos(f_w(history of u), Ê)/τ)[target of u], over the target, the catalog negatives and (in
-    batch) the other targets. Ê are the items' vectors under the same merge; no gradient goes through them. Histories
-    and targets are random prefixes of the training sequences: nothing of validation or test is read.
+    L(w) = mean_u −log softmax(cos(f_w(history of u), Ê)/τ)[target of u], over the user's target and the negatives drawn
+    from the catalog. Ê are the items' vectors under the same merge; no gradient goes through them. So a user's part of
+    the gradient depends on that user and on public items alone, which is what clipping it by user needs. Histories and
+    targets are random prefixes of the training sequences: nothing of validation or test is read.
 
     Args:
         domain: the client's own.
@@ -124,6 +106,10 @@ def coefficient_gradient(
         coefficients: (K,) or (K, G) float32 on the backbone's device.
         round_index: see :func:`draw_batch`.
         settings: see there.
+
+    Returns:
+        The gradient of the mean loss with respect to the coefficients, (K,) or (K, G) float32; and that loss, for the
+        curves of a study.
 
     Raises:
         DomainError: nobody to learn from.
@@ -138,15 +124,12 @@ def coefficient_gradient(
             item_vectors = embed_batch(backbone, [domain.item_sequences[item] for item in items])  # (m, d)
         packed = pack_sequences(domain.table, histories, backbone.special, text.max_items, text.max_tokens)
         user_vectors = embed_batch(backbone, packed)  # (b, d)
-    if settings.in_batch:
-        loss = in_batch_softmax(user_vectors, item_vectors, target_rows, settings.temperature)
-    else:
-        allowed = torch.from_numpy(np.isin(items, negatives)).to(backbone.device).repeat(len(targets), 1)  # (b, m)
-        allowed[torch.arange(len(targets)), target_rows] = True
-        logits = (user_vectors @ item_vectors.T / settings.temperature).masked_fill(~allowed, -torch.inf)
-        loss = torch.nn.functional.cross_entropy(logits, target_rows)
+    allowed = torch.from_numpy(np.isin(items, negatives)).to(backbone.device).repeat(len(targets), 1)  # (b, m)
+    allowed[torch.arange(len(targets)), target_rows] = True
+    logits = (user_vectors @ item_vectors.T / settings.temperature).masked_fill(~allowed, -torch.inf)
+    loss = torch.nn.functional.cross_entropy(logits, target_rows)
     (gradient,) = torch.autograd.grad(loss, [leaf])
-    return CoefficientGradient(gradient, float(loss.detach()), len(targets))
+    return gradient, float(loss.detach())
 
 
 def learn_on_clients(
@@ -178,7 +161,7 @@ def learn_on_clients(
     device = clients[0].backbone.device
     placed = on_device(vectors, device)
     initial = start_coefficients(
-        placed, settings.granularity, torch.tensor(settings.initial_coefficient) if start is None else start
+        placed, settings.granularity, settings.initial_coefficient if start is None else start
     ).to(device)
 
     def gradient(step: int, coefficients: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
@@ -186,8 +169,8 @@ def learn_on_clients(
             client.manifest.name: coefficient_gradient(client, placed, coefficients, step, settings)
             for client in clients
         }
-        mean = torch.stack([answer.gradient for answer in answers.values()]).mean(dim=0)
-        losses = {name: answer.loss for name, answer in answers.items()}
+        mean = torch.stack([found for found, _ in answers.values()]).mean(dim=0)
+        losses = {name: loss for name, (_, loss) in answers.items()}
         return mean, {"total": sum(losses.values()) / len(losses), **losses}
 
     return optimise(

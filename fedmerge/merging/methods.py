@@ -441,5 +441,7 @@ def _expected(parameter: Parameter) -> str:
 
 
 def _described(parameter: Parameter) -> str:
-    bounds = _expected(parameter).removeprefix("a finite number").removeprefix(", ")
+    bounds = _expected(parameter)
+    if isinstance(parameter.default, float):
+        bounds = bounds.removeprefix("a finite number").removeprefix(", ")
     return f"{parameter.default} ({bounds})" if bounds else str(parameter.default)

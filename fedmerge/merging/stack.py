@@ -185,6 +185,13 @@ def linear_merge_of_many(
     return Adapter({name: total.module() for name, total in sums.items()})
 
 
+def dense_module(delta: torch.Tensor) -> LoraModule:
+    """An (out, in) update that has no low rank as one factor beside an identity: exact, of rank min(out, in)."""
+    identity = torch.eye(min(delta.shape), device=delta.device)
+    wide = delta.shape[0] <= delta.shape[1]
+    return LoraModule(delta, identity, 1.0) if wide else LoraModule(identity, delta, 1.0)
+
+
 class _UpdateSum:
     """Σ w B A of one linear module while the domains come by: factors side by side, then Δ once that is smaller."""
 
@@ -214,10 +221,7 @@ class _UpdateSum:
     def module(self) -> LoraModule:
         """The sum, scaling 1, in memory of its own."""
         if self.delta is not None:
-            delta = self.delta.float()
-            width_out, width_in = delta.shape
-            identity = torch.eye(min(delta.shape), device=delta.device)
-            return LoraModule(delta, identity, 1.0) if width_out <= width_in else LoraModule(identity, delta, 1.0)
+            return dense_module(self.delta.float())
         if self.parts:
             return LoraModule(
                 torch.cat([rows for rows, _ in self.parts]), torch.cat([columns for _, columns in self.parts], 1), 1.0

@@ -13,7 +13,7 @@ from fedmerge.merging.methods import Method, Value, complete_parameters, method_
 from fedmerge.merging.rows import Piece, total
 from fedmerge.merging.spaces import Bases, core_bases, knots_bases, lift, lift_dense, project
 from fedmerge.merging.spectral import Factors, support, thin_svd
-from fedmerge.merging.stack import Stack, linear_merge, stack_adapters
+from fedmerge.merging.stack import Stack, dense_module, linear_merge, stack_adapters
 
 Scope = Literal["tensor", "layer", "model"]
 Space = Literal["full", "core"]
@@ -258,10 +258,7 @@ def _compressed(update: torch.Tensor | Factors, bases: Bases, output_rank: int |
     if isinstance(update, torch.Tensor):
         full = min(update.shape)
         if bases.identity and (output_rank is None or output_rank >= full) and not _of_low_rank(update):
-            identity = torch.eye(full, device=update.device)  # exact, and no larger than factors would be
-            wide = update.shape[0] <= update.shape[1]
-            lora_A, lora_B = (update.float(), identity) if wide else (identity, update.float())
-            return LoraModule(lora_A, lora_B, 1.0), 0.0
+            return dense_module(update.float()), 0.0  # no larger than factors would be
         U, S, Vh = _wide_svd(update) if update.shape[0] <= update.shape[1] else _turned(_wide_svd(update.T))
     else:
         U, S, Vh = thin_svd(*update)

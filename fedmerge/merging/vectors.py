@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch.utils.hooks import RemovableHandle
 
 from fedmerge.encoder.backbone import Backbone
-from fedmerge.encoder.lora import Adapter, LoraModule
+from fedmerge.encoder.lora import Adapter
 from fedmerge.errors import ConfigError, LayoutMismatchError
 from fedmerge.merging.methods import Value
-from fedmerge.merging.stack import Stack, StackedModule, StackLayout, expand_coefficients, linear_merge
+from fedmerge.merging.stack import Stack, StackedModule, StackLayout, dense_module, expand_coefficients, linear_merge
 from fedmerge.merging.training_free import domain_rows
 
 TASK_VECTORS = "task-vectors"
@@ -112,10 +112,8 @@ def merge_vectors(vectors: Vectors, coefficients: torch.Tensor) -> Adapter:
     values = expand_coefficients(vectors, coefficients).detach()  # (K, G)
     merged = {}
     for name, module in vectors.modules.items():
-        delta = module.weighted_sum(values[:, vectors.group_of[name]].to(module.values.device)).cpu()
-        identity = torch.eye(min(module.shape))
-        wide = module.shape[0] <= module.shape[1]
-        merged[name] = LoraModule(delta, identity, 1.0) if wide else LoraModule(identity, delta, 1.0)
+        delta = module.weighted_sum(values[:, vectors.group_of[name]].to(module.values.device))
+        merged[name] = dense_module(delta.cpu())
     return Adapter(merged)
 
 

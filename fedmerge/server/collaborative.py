@@ -176,10 +176,8 @@ LOSSES: dict[str, tuple[str, ...]] = {  # all of arXiv:2601.01753 and its code; 
 
 def weighted_total(terms: Mapping[str, torch.Tensor], settings: CollaborativeSettings) -> torch.Tensor:
     """The loss: kd_weight · L_kd + rec_weight · the other term."""
-    total = torch.zeros(())
-    for name, term in terms.items():
-        total = total.to(term) + term * (settings.kd_weight if name == "kd" else settings.rec_weight)
-    return total
+    weights = {name: settings.kd_weight if name == "kd" else settings.rec_weight for name in terms}
+    return torch.stack([term * weights[name] for name, term in terms.items()]).sum()
 
 
 def batch_terms(
@@ -289,7 +287,7 @@ def learn_coefficients(
         coefficients, history and start.
 
     Raises:
-        ConfigError: vectors of another initialisation than the settings say.
+        ConfigError: vectors of another initialisation than the settings say; too few pseudo-users to hold some out.
         LayoutMismatchError: vectors, pseudo-users and backbone do not belong together.
         MergeError: a loss or a coefficient that is not finite, with its step.
 
@@ -315,12 +313,15 @@ def learn_coefficients(
         for name in vectors.domains
     ]
     held_out = [min(HELD_OUT, len(order) // 5) if settings.select_every else 0 for order in orders]
+    if settings.select_every and not any(held_out):
+        raise ConfigError(
+            f"mergerec: select_every: found at most {max(map(len, orders))} pseudo-users a domain, expected 5 or more "
+            "in one, so that a fifth can be held out; set it to None, or make more pseudo-users"
+        )
     drawn_domains, drawn_users = draw_pseudo_users(
         tuple(len(order) - held for order, held in zip(orders, held_out, strict=True)), settings
     )
-    initial = start_coefficients(
-        vectors, settings.granularity, torch.tensor(settings.start) if start is None else start
-    ).to(device)
+    initial = start_coefficients(vectors, settings.granularity, settings.start if start is None else start).to(device)
     if students is None:
         students = student_vectors(backbone, vectors, domains, initial)
     student_items = [students[name].to(device) for name in vectors.domains]
@@ -354,7 +355,7 @@ def learn_coefficients(
             if held:
                 pairs = [(domain, int(user)) for user in order[:held]]
                 losses.append(float(weighted_total(terms_of(pairs, coefficients), settings)))
-        return float(np.mean(losses)) if losses else 0.0
+        return float(np.mean(losses))
 
     return optimise(
         "adamerging" if settings.clamp else "mergerec",

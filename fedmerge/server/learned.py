@@ -70,22 +70,12 @@ def pseudo_domains(
     kind, number = chosen["pseudo_users"], chosen["num_pseudo_users"]
     made = {}
     for domain in sorted(adapters):
-        expert, table = (
-            adapters[domain],
-            build_token_table(catalogs[domain], backbone.tokenizer, config.text.max_attribute_tokens),
-        )
-        items = one_item_domain(domain, backbone, expert, table, config.text.max_tokens)
+        expert, most = adapters[domain], config.text.max_tokens
+        table = build_token_table(catalogs[domain], backbone.tokenizer, config.text.max_attribute_tokens)
+        items = one_item_domain(domain, backbone, expert, table, most)
         amateur = average_of_others(adapters, domain) if kind == "contrastive" else None
         made[domain] = pseudo_domain(
-            kind,
-            items,
-            backbone,
-            expert,
-            table,
-            config.text.max_tokens,
-            number=number,
-            seed=config.seed,
-            amateur=amateur,
+            kind, items, backbone, expert, table, most, number=number, seed=config.seed, amateur=amateur
         )
         progress(f"pseudo-users: {len(made[domain].users)} of {domain} ({kind}) with their expert's vectors")
     return made
@@ -102,5 +92,4 @@ def _mergerec(section: MergeRec) -> dict[str, Any]:
     given, defaults = section.model_dump(exclude={"granularities", "preset"}), MergeRec().model_dump()
     if section.preset == "paper":
         given = {key: getattr(PAPER, key) if value == defaults[key] else value for key, value in given.items()}
-        given["initial_coefficient"] = section.initial_coefficient  # None: as published for the initialisation
     return given
