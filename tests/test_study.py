@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,13 @@ from adapters import layout_of, random_adapter
 from backbones import tiny_bert
 from in_process import small_experiment
 
+from fedmerge.client.collaborative import ClientMergeSettings
 from fedmerge.config import to_toml
 from fedmerge.device import resolve_compute
 from fedmerge.encoder.backbone import load_backbone
 from fedmerge.encoder.lora import write_adapter
+from fedmerge.merging.methods import complete_parameters
+from fedmerge.server.collaborative import ADAMERGING, PAPER
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -79,3 +83,25 @@ def test_a_grid_is_computed_once_and_tabled(
         for merge in record["merges"]:
             assert all(len(ranks[variant]) == 20 for ranks in merge["ranks"].values() for variant in ranks)
     assert table("--leave-out", "coffee").count("chains @3") == 2
+
+
+def test_every_point_of_the_grid_file_is_valid(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
+    import study_collaborative  # noqa: PLC0415 - a script, not on the path
+
+    points = study_collaborative.points_of(REPOSITORY / "benchmarks" / "study_collaborative.toml")
+    for point in points:
+        keys = {key: value for key, value in point.items() if key not in ("method", "look_at")}
+        match point["method"]:
+            case "mergerec" | "adamerging":
+                made = replace(PAPER if point["method"] == "mergerec" else ADAMERGING, **keys)
+                assert max(point.get("look_at", [0])) <= made.steps
+            case "clients":
+                assert max(point["look_at"]) <= ClientMergeSettings(**keys).steps
+            case "backbone" | "expert":
+                assert not keys
+            case method:
+                complete_parameters(method, keys)
+    assert {"mergerec", "adamerging", "clients", "backbone", "expert", "average", "ties"} <= {
+        p["method"] for p in points
+    }
