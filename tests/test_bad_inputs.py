@@ -48,7 +48,7 @@ CONFIG: dict[str, tuple[bytes | None, Parts]] = {
     "NaN": (b"[mergerec]\nkd_weight = nan", ["mergerec.kd_weight: Input should be a finite number (found nan)"]),
     "not among the choices": (
         b'[merge]\nmethods = "average,magic"',
-        ["merge.methods.1: ", "'mergerec' (found 'magic')"],
+        ["merge.methods.1: ", "'mergerec' or 'adamerging' (found 'magic')"],
     ),
     "a method twice": (b'[merge]\nmethods = "average,average"', ["merge: methods names average twice; name each"]),
     "two merges of one name": (

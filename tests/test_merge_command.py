@@ -284,7 +284,7 @@ def test_wrong_settings_are_refused_with_a_remedy(llamas: dict[str, Path], tmp_p
         ("no adapter_config.json", (both[0], tmp_path, "--method", "ties", *out)),
         ("found no --method, expected one. `fedmerge methods` describes them.", (*both, *out)),
         ("found no --out, expected the folder to make", (*both, "--method", "ties")),
-        ("expected one of average, breadcrumbs", (*both, "--method", "magic", *out)),
+        ("expected one of adamerging, average, breadcrumbs", (*both, "--method", "magic", *out)),
         ("'mergerec': it is learned from catalogs", (*both, "--method", "mergerec", *out)),
         ("density: found 1.5, expected a finite number, above 0.0, at most 1.0", (*both, "--density", "1.5", *out)),
         ("density: found nan", (*both, "--density", "nan", *out)),
