@@ -306,7 +306,7 @@ class SASRec(Section):
     dropout: float = Field(0.5, ge=0, lt=1, description="Share of values that training drops.")
     max_length: int = Field(50, ge=1, le=1000, description="Most recent items of a history that are read.")
     learning_rate: float = Field(1e-3, gt=0, le=1, description="Of Adam.")
-    batch_size: int = Field(128, ge=1, le=4096, description="Users a step.")
+    batch_size: int = Field(64, ge=1, le=4096, description="Users a step.")
     max_epochs: int = Field(100, ge=1, description="Passes over the users, at most.")
     max_minutes: float | None = Field(
         10.0, gt=0, description="Wall clock; where it ends the training, the row depends on the machine's speed."
