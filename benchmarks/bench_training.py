@@ -27,6 +27,7 @@ from fedmerge.device import resolve_compute
 from fedmerge.domain.catalog import ATTRIBUTES, Catalog
 from fedmerge.domain.demo import write_demo
 from fedmerge.encoder.backbone import MINILM, find_backbone, load_backbone
+from fedmerge.encoder.frozen import frozen_products, using
 from fedmerge.encoder.lora import attach
 
 BATCH, MAX_TOKENS, RANK, ALPHA, LEARNING_RATE, TEMPERATURE = 64, 96, 8, 16, 1e-3, 0.05
@@ -40,12 +41,14 @@ def fedmerge_epoch(domain: LocalDomain, steps: int) -> Callable[[], None]:
     optimizer = torch.optim.AdamW(
         [parameter for parameter in model.parameters() if parameter.requires_grad], LEARNING_RATE, weight_decay=0.0
     )
+    products = frozen_products(domain.backbone)
     batches = _batches(domain.training_sequences, settings, 0, domain.manifest.name)
 
     def epoch() -> None:
         for _ in range(steps):
             batch, _done = next(batches)
-            _step(domain, batch, TEMPERATURE, optimizer, LEARNING_RATE)
+            with using(products):
+                _step(domain, batch, TEMPERATURE, optimizer, LEARNING_RATE)
 
     return epoch
 

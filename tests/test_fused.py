@@ -15,13 +15,14 @@ from transformers import LlamaConfig, LlamaModel
 from fedmerge.device import resolve_compute
 from fedmerge.encoder.backbone import MINILM, MINILM_PACKAGE, Backbone, load_backbone
 from fedmerge.encoder.encode import embed_batch, encode
+from fedmerge.encoder.frozen import packs_bfloat16
 from fedmerge.encoder.fused import fused_encoder
 from fedmerge.encoder.lora import applied, attach
 from fedmerge.encoder.text import Tokens
 
 HALF = resolve_compute("cpu", "bfloat16")
 needs_bfloat16 = pytest.mark.skipif(
-    not (torch._C._has_mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported()),
+    not packs_bfloat16(),
     reason="oneDNN has no bfloat16 here",
 )
 

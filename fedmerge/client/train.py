@@ -17,7 +17,8 @@ from fedmerge.client.losses import in_batch_softmax
 from fedmerge.client.metrics import METRICS, per_user_metrics, rank_targets
 from fedmerge.config import Lora, Train
 from fedmerge.domain.splits import Examples, evaluation_examples
-from fedmerge.encoder.encode import embed_in_groups, encode, frozen_weights_cast
+from fedmerge.encoder.encode import embed_in_groups, encode
+from fedmerge.encoder.frozen import frozen_products, using
 from fedmerge.encoder.lora import Adapter, adapter_of, attach
 from fedmerge.encoder.text import pack_sequences
 from fedmerge.errors import ClientError, DomainError
@@ -92,8 +93,7 @@ def train_expert(
         )
     examples = evaluation_examples(domain.interactions, "valid", settings.validation_users, seed)
     started = time.monotonic()
-    backbone = domain.backbone
-    model = attach(backbone, lora.target_modules, lora.rank, lora.alpha, seed)
+    model = attach(domain.backbone, lora.target_modules, lora.rank, lora.alpha, seed)
     try:
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0)
@@ -109,13 +109,13 @@ def train_expert(
             best, validations = adapter_of(model), [Validation(0, math.nan, _validation_ndcg(domain, examples))]
             best_step, step, spent = 0, 0, 0.0
             progress(f"{name}: start, validation ndcg@10 {validations[0].ndcg:.4f}")
+        products = frozen_products(domain.backbone)
         batches = itertools.islice(_batches(sequences, settings, seed, name), step, None)
         while not stopped_by:
             batch, epochs = next(batches)
-            warmed_up = min(1.0, (step + 1) / max(1, settings.warmup_steps))
-            loss = _step(
-                domain, batch, settings.temperature, optimizer, settings.learning_rate * warmed_up * (1.0 - spent)
-            )
+            rate = settings.learning_rate * min(1.0, (step + 1) / max(1, settings.warmup_steps)) * (1.0 - spent)
+            with using(products):
+                loss = _step(domain, batch, settings.temperature, optimizer, rate)
             if not math.isfinite(loss):
                 raise ClientError(
                     f"domain {name}: the training loss is {loss} at step {step + 1}. Lower train.learning_rate "
@@ -153,11 +153,10 @@ def _step(
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     optimizer.zero_grad()
-    with frozen_weights_cast(domain.backbone):
-        loss = _loss(domain, batch, temperature)
-        if math.isfinite(loss.item()):
-            loss.backward()  # type: ignore[no-untyped-call]  # PyTorch leaves it untyped
-            optimizer.step()
+    loss = _loss(domain, batch, temperature)
+    if math.isfinite(loss.item()):
+        loss.backward()  # type: ignore[no-untyped-call]  # PyTorch leaves it untyped
+        optimizer.step()
     return loss.item()
 
 

@@ -53,22 +53,6 @@ def embed_in_groups(backbone: Backbone, sequences: Sequence[Tokens]) -> torch.Te
     return vectors[torch.from_numpy(np.argsort(order))]
 
 
-@contextmanager
-def frozen_weights_cast(backbone: Backbone) -> Iterator[None]:
-    """Within it, frozen linear layers have the dtype to which autocast would otherwise cast them anew at every call."""
-    dtype = backbone.compute.autocast_dtype
-    linear = [module for module in backbone.model.modules() if isinstance(module, torch.nn.Linear)]
-    frozen = [parameter for module in linear for parameter in module.parameters(recurse=False)]
-    kept = [(parameter, parameter.data) for parameter in frozen if dtype and not parameter.requires_grad]
-    try:
-        for parameter, data in kept:
-            parameter.data = data.to(dtype)
-        yield
-    finally:
-        for parameter, data in kept:
-            parameter.data = data
-
-
 @torch.no_grad()
 def encode(
     backbone: Backbone, sequences: Sequence[Tokens], progress: Callable[[int, int], None] | None = None

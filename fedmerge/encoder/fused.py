@@ -18,12 +18,10 @@ from torch.nn.functional import layer_norm, normalize
 from transformers import BertModel, RobertaModel, XLMRobertaModel
 
 from fedmerge.encoder.backbone import Backbone
+from fedmerge.encoder.frozen import Product, packed, packs_bfloat16
 from fedmerge.encoder.text import Tokens
 
 ATTENTION_SCORES = 2**19  # of one block: its scores stay in the cache
-PACKED_ROWS = 4096  # what oneDNN packs the weights for
-
-Product = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +81,7 @@ def _is_plain(model: Any) -> bool:
         return False
     if model.config.is_decoder or model.config.hidden_act != "gelu":
         return False
-    if not (torch._C._has_mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+    if not packs_bfloat16():
         return False
     for module in model.modules():
         if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
@@ -116,9 +114,8 @@ def _weight_and_bias(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _product(weight: torch.Tensor, bias: torch.Tensor, activation: str = "none") -> Product:
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight.bfloat16(), PACKED_ROWS)
-    bias = bias.bfloat16()
-    return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, activation, [], "none")
+    weight, bias = packed(weight), bias.bfloat16()
+    return lambda x: torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], "none")
 
 
 def _attention(query_key_value: torch.Tensor, runs: list[tuple[int, int]], heads: int) -> torch.Tensor:

@@ -1,0 +1,77 @@
+"""Frozen linear layers of a training step in bfloat16 on a CPU: weights are cast and packed once, not at every call.
+
+Autocast keeps the casts of weights that are trained, not those of frozen ones, and oneDNN packs what it multiplies. The
+result is the same to the bit.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from fedmerge.encoder.backbone import Backbone
+
+PACKED_ROWS = 4096  # what oneDNN packs the weights for
+Product = Callable[[torch.Tensor], torch.Tensor]
+
+
+class _FrozenLinear(torch.autograd.Function):
+    """x Wᵀ + b in bfloat16; a gradient for x alone."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, transposed: torch.Tensor, bias: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.transposed, ctx.dtype = transposed, x.dtype
+        return torch.ops.mkldnn._linear_pointwise(x.bfloat16(), weight, bias, "none", [], "none")
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        gradient = gradients[0].bfloat16()
+        x = torch.ops.mkldnn._linear_pointwise(gradient, ctx.transposed, None, "none", [], "none")
+        return x.to(ctx.dtype), None, None, None
+
+
+def packs_bfloat16() -> bool:
+    """Whether oneDNN multiplies packed bfloat16 matrices here."""
+    return bool(torch._C._has_mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def packed(weight: torch.Tensor) -> Any:
+    """A weight (out, in) in the form that oneDNN multiplies, in bfloat16."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight.bfloat16().contiguous(), PACKED_ROWS)
+
+
+def frozen_products(backbone: Backbone) -> dict[torch.nn.Linear, Product]:
+    """How to compute each frozen linear layer of a model, for :func:`using`; none for other precisions and devices.
+
+    Weights are copied here, twice in bfloat16: for the product and for its gradient.
+    """
+    compute = backbone.compute
+    if compute.device.type != "cpu" or compute.autocast_dtype != torch.bfloat16 or not packs_bfloat16():
+        return {}
+    products: dict[torch.nn.Linear, Product] = {}
+    for module in backbone.model.modules():
+        trained = any(parameter.requires_grad for parameter in module.parameters())
+        if type(module) is torch.nn.Linear and not trained and "forward" not in vars(module):
+            weight, bias = module.weight.detach(), module.bias
+            half_bias = None if bias is None else bias.detach().bfloat16()
+            products[module] = _product(packed(weight), packed(weight.T), half_bias)
+    return products
+
+
+def _product(weight: torch.Tensor, transposed: torch.Tensor, bias: torch.Tensor | None) -> Product:
+    return lambda x: _FrozenLinear.apply(x, weight, transposed, bias)  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def using(products: Mapping[torch.nn.Linear, Product]) -> Iterator[None]:
+    """Within it, these layers compute by these products."""
+    try:
+        for module, product in products.items():
+            vars(module)["forward"] = product
+        yield
+    finally:
+        for module in products:
+            vars(module).pop("forward", None)
