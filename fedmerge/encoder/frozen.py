@@ -20,9 +20,7 @@ class _FrozenLinear(torch.autograd.Function):
     """x Wᵀ + b in bfloat16; a gradient for x alone."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, transposed: torch.Tensor, bias: torch.Tensor
-    ) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, transposed: torch.Tensor, bias: torch.Tensor) -> Any:
         ctx.transposed, ctx.dtype = transposed, x.dtype
         return torch.ops.mkldnn._linear_pointwise(x.bfloat16(), weight, bias, "none", [], "none")
 
