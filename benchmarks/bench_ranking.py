@@ -8,8 +8,9 @@ what it held before.
 """
 
 import multiprocessing
-import resource
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -51,9 +52,15 @@ def peak_mib(name: str, num_users: int, num_items: int, threads: int) -> float:
     torch.set_num_threads(threads)
     users, items, targets = vectors(num_users, num_items)
     ALTERNATIVES[name](users[:10], items, targets[:10])
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = largest_kib()
     ALTERNATIVES[name](users, items, targets)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return (largest_kib() - before) / 1024
+
+
+def largest_kib() -> int:
+    """The largest resident set of this process so far. (That of getrusage begins with the parent's.)"""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(status.partition("VmHWM:")[2].split()[0])
 
 
 def main() -> None:
@@ -75,8 +82,8 @@ def main() -> None:
     print_table(timed_in_turn(calls, options.repeats, options.clock), "argsort", "users/s", options.users)
     print()
     for name in ALTERNATIVES:
-        with multiprocessing.get_context("spawn").Pool(1) as process:
-            size = process.apply(peak_mib, (name, options.users, options.items, options.threads))
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+            size = process.submit(peak_mib, name, options.users, options.items, options.threads).result()
         print(f"{name}: {size:.0f} MiB above the vectors")
 
 
