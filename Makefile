@@ -21,7 +21,7 @@ test: install
 
 # Flower and Ray for real.
 e2e: install
-	$(BIN)/python -m pytest -m e2e -n auto --maxprocesses 2 --dist loadfile --durations=12
+	$(BIN)/python -m pytest -m e2e --durations=12
 
 lint: install
 	$(BIN)/ruff check .

@@ -49,6 +49,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 NUM_USERS, NUM_ITEMS, NUM_FEW_USERS = 60, 40, 12  # the last is below privacy.min_users
 VALIDATION_USERS = 40
 CANDIDATES = ["average", "task-arithmetic 0.4", "task-arithmetic 1", "mergerec domain-wise", "mergerec layer-wise"]
+LEARNED = [label.replace(" ", "-") for label in CANDIDATES if label.startswith("mergerec")]
 DIVERGING, DIVERGING_WORD = "coffee", "coffee"
 
 EXPERIMENT = f"""
@@ -323,6 +324,7 @@ def test_a_run_ends_well_and_its_folder_is_complete(first: Run) -> None:
         *("report.txt", "run.log", "DONE"),
         *(f"adapters/{domain}/{file}" for domain in ("beauty", "books") for file in (*peft, "training.json")),
         *(f"merged/{label.replace(' ', '-')}/{file}" for label in CANDIDATES for file in (*peft, "provenance.json")),
+        *(f"merged/{name}/{picture}.png" for name in LEARNED for picture in ("coefficients", "losses")),
         *(f"validation/{domain}.json" for domain in ("beauty", "books")),
         *(f"test/{domain}.json" for domain in ("beauty", "books", "camping")),
     }

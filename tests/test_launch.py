@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -274,13 +275,13 @@ def test_two_runs_at_once_one_of_which_fails(tmp_path: Path) -> None:
 def test_an_interrupted_run_leaves_nothing_behind(tmp_path: Path, number: signal.Signals) -> None:
     app, run_config = write_app(tmp_path, gate=str(tmp_path / "never"))
     program = (
-        "import sys; from pathlib import Path; from sim.launch import run_federation\n"
+        "import signal, sys; from pathlib import Path; from sim.launch import run_federation\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # where the tests run in the background, it is ignored\n"
         "app, run_config, home = map(Path, sys.argv[1:])\n"
         "show = lambda line: print(line, flush=True)\n"
         "run_federation(app, run_config, num_supernodes=2, cpus_per_client=1, flower_home=home, on_line=show)\n"
     )
-    temporary = Path("/tmp") / f"t{os.getpid()}"
-    temporary.mkdir()
+    temporary = Path(tempfile.mkdtemp(prefix="t", dir="/tmp"))  # short, for Ray's sockets
     command = [sys.executable, "-c", program, str(app), str(run_config), str(tmp_path / "home")]
     variables = {**os.environ, "TRIAL_VALUE": "x", "TMPDIR": str(temporary)}
     with subprocess.Popen(
