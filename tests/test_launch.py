@@ -276,7 +276,7 @@ def test_an_interrupted_run_leaves_nothing_behind(tmp_path: Path, number: signal
     app, run_config = write_app(tmp_path, gate=str(tmp_path / "never"))
     program = (
         "import signal, sys; from pathlib import Path; from sim.launch import run_federation\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)  # where the tests run in the background, it is ignored\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored when tests run in the background\n"
         "app, run_config, home = map(Path, sys.argv[1:])\n"
         "show = lambda line: print(line, flush=True)\n"
         "run_federation(app, run_config, num_supernodes=2, cpus_per_client=1, flower_home=home, on_line=show)\n"
