@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from interleaved import arguments, print_table, timed_in_turn
 from peft import LoraConfig, get_peft_model
+from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModel, AutoTokenizer
 
 from fedmerge.client.local_domain import LocalDomain, open_domain
@@ -104,6 +105,7 @@ def main() -> None:
     """Time epochs in turn."""
     parser = arguments(__doc__, repeats=3)
     parser.add_argument("--steps", type=int, default=None, help="steps of a turn (default: an epoch)")
+    parser.add_argument("--profile", action="store_true", help="then profile one turn of each")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
@@ -121,6 +123,10 @@ def main() -> None:
     print(f"{compute.reason}; {options.threads} threads; {steps} steps of {BATCH} users a turn, {options.clock} clock")
     seconds = timed_in_turn(calls, options.repeats, options.clock, warm_up=0)
     print_table(seconds, "plain PEFT, float32", "samples/s", steps * BATCH)
+    for name, call in calls.items() if options.profile else ():
+        with profile(activities=[ProfilerActivity.CPU]) as record:
+            call()
+        print(f"\n{name}\n{record.key_averages().table(sort_by='self_cpu_time_total', row_limit=12)}")
 
 
 if __name__ == "__main__":

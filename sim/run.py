@@ -61,8 +61,7 @@ def run_experiment(config: ExperimentConfig, app_dir: Path) -> int:
                 _say_how_to_go_on(run_dir)
                 raise
             print(f"fedmerge: the run had ended already when this happened: {error}", file=sys.stderr)
-            outcome = None
-    if outcome is None or (run_dir / DONE).is_file():
+    if (run_dir / DONE).is_file():
         print(f"run folder: {run_dir}")
         return 0
     print(f"fedmerge: the run did not finish: {outcome.status} {outcome.details}", file=sys.stderr)

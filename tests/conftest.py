@@ -1,8 +1,19 @@
-"""One thread for every test: equalities hold at a fixed thread count, and tiny models are slower on two."""
+"""What all tests share, one thread: equalities hold at a fixed thread count; tiny models are slower on two."""
 
+import pytest
 import torch
+from backbones import tiny_bert
 from hypothesis import settings
+
+from fedmerge.device import resolve_compute
+from fedmerge.encoder.backbone import Backbone, load_backbone
 
 torch.set_num_threads(1)
 settings.register_profile("fedmerge", deadline=None)  # a busy machine is no failure
 settings.load_profile("fedmerge")
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
+    """A tiny BERT in float32."""
+    return load_backbone(str(tiny_bert(tmp_path_factory.mktemp("bert"))), "mean", resolve_compute("cpu", "float32"))

@@ -6,11 +6,9 @@ from collections.abc import Callable
 import pytest
 import torch
 from adapters import random_adapter
-from backbones import tiny_bert
 
 from fedmerge.config import Lora
-from fedmerge.device import resolve_compute
-from fedmerge.encoder.backbone import Backbone, load_backbone
+from fedmerge.encoder.backbone import Backbone
 from fedmerge.encoder.lora import Adapter, LoraModule, adapter_of, attach
 from fedmerge.errors import LayoutMismatchError
 from fedmerge.server.admission import Layout, check_adapter, expected_layout, layout_of
@@ -18,11 +16,6 @@ from fedmerge.server.admission import Layout, check_adapter, expected_layout, la
 LORA = Lora(rank=4, alpha=8, target_modules=("query", "value"))
 NAMES = [f"encoder.layer.{layer}.attention.self.{part}" for layer in (0, 1) for part in ("query", "value")]
 CHOSEN = NAMES[2]
-
-
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
-    return load_backbone(str(tiny_bert(tmp_path_factory.mktemp("bert"))), "mean", resolve_compute("cpu", "float32"))
 
 
 @pytest.fixture(scope="module")

@@ -10,14 +10,12 @@ import numpy as np
 import pytest
 import torch
 from adapters import Lent, layout_of, random_adapters
-from backbones import tiny_bert
 
 from fedmerge.client.metrics import METRICS, MetricSums, metric_sums
 from fedmerge.config import ExperimentConfig, MergeMethod, from_flat
-from fedmerge.device import resolve_compute
 from fedmerge.domain.catalog import Catalog
 from fedmerge.domain.demo import generate_domain
-from fedmerge.encoder.backbone import Backbone, load_backbone
+from fedmerge.encoder.backbone import Backbone
 from fedmerge.encoder.lora import Adapter, adapter_sha256
 from fedmerge.encoder.text import build_token_table
 from fedmerge.errors import ClientError, MergeError
@@ -32,11 +30,6 @@ from fedmerge.server.learned import learned_variants
 from fedmerge.server.pseudo_users import one_item_domain
 
 DOMAINS = ("books", "tents", "toys")
-
-
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
-    return load_backbone(str(tiny_bert(tmp_path_factory.mktemp("bert"))), "mean", resolve_compute("cpu", "float32"))
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from adapters import layout_of, random_adapters
-from backbones import tiny_bert
 from test_collaborative import dense_vectors, oracle_rows
 
 from fedmerge.client.collaborative import (
@@ -18,11 +17,10 @@ from fedmerge.client.collaborative import (
 )
 from fedmerge.client.local_domain import LocalDomain, open_domain
 from fedmerge.config import Text
-from fedmerge.device import resolve_compute
 from fedmerge.domain.demo import generate_domain
 from fedmerge.domain.folder import write_domain
 from fedmerge.domain.interactions import make_interactions
-from fedmerge.encoder.backbone import Backbone, load_backbone
+from fedmerge.encoder.backbone import Backbone
 from fedmerge.encoder.lora import Adapter
 from fedmerge.encoder.text import pack_sequences
 from fedmerge.errors import ConfigError, DomainError
@@ -31,11 +29,6 @@ from fedmerge.merging.vectors import initial_vectors
 
 SMALL = ClientMergeSettings(batch_size=6, negatives=8, steps=3)
 TEXT = Text(max_attribute_tokens=6, max_items=3, max_tokens=64)
-
-
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
-    return load_backbone(str(tiny_bert(tmp_path_factory.mktemp("bert"))), "mean", resolve_compute("cpu", "float32"))
 
 
 @pytest.fixture(scope="module")

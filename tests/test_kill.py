@@ -1,7 +1,7 @@
 """Processes killed for real, with Flower and Ray: `fedmerge run` says so, and --resume ends as if nothing had been.
 
 One run is killed three times and resumed three times: its server after the first adapter, a client's Ray worker while
-it trains, the SuperLink after validation. Beside it one that is left alone.
+it trains, the SuperLink after validation, and once more when the run has ended. Beside it one that is left alone.
 """
 
 import hashlib
@@ -191,7 +191,9 @@ def killed(place: Path) -> Path:
     assert not (run / "DONE").exists()
 
     fourth = Command(place, "--resume", "killed", *settings(place, "killed"))
+    fourth.kill("flower-superlink", (run / "DONE").exists)  # too late to do harm
     assert fourth.end() == 0, fourth.output()
+    assert "to go on" not in fourth.output()
     assert "training:" not in fourth.output().replace("training: on disk already: beauty, books, coffee", "")
     assert "evaluating on valid" not in fourth.output()
     return run

@@ -54,6 +54,18 @@ def items(bert: Backbone, expert: Adapter, table: TokenTable) -> PseudoDomain:
     return one_item_domain("camping", bert, expert, table, MAX_TOKENS)
 
 
+@pytest.fixture(scope="module")
+def amateur(bert: Backbone) -> Adapter:
+    return random_adapter(layout_of(bert), rank=2, scaling=1.0, seed=9)
+
+
+@pytest.fixture(scope="module")
+def theirs(bert: Backbone, amateur: Adapter, items: PseudoDomain) -> torch.Tensor:
+    """The items' vectors under the amateur."""
+    with applied(bert, amateur):
+        return encode(bert, items.items)
+
+
 def chosen(domain: PseudoDomain, items: PseudoDomain) -> list[int]:
     """The items that one-item pseudo-users consist of, after a check of texts and vectors."""
     found = [next(i for i, text in enumerate(items.items) if text is user) for user in domain.users]
@@ -123,11 +135,8 @@ def test_chains_walk_among_the_most_similar_items(
 
 
 def test_contrast_prefers_what_only_the_expert_finds_similar(
-    bert: Backbone, expert: Adapter, table: TokenTable, items: PseudoDomain
+    bert: Backbone, expert: Adapter, amateur: Adapter, theirs: torch.Tensor, table: TokenTable, items: PseudoDomain
 ) -> None:
-    amateur = random_adapter(layout_of(bert), rank=2, scaling=1.0, seed=9)
-    with applied(bert, amateur):
-        theirs = encode(bert, items.items)
     advantage = items.teacher_items @ items.teacher_items.T - theirs @ theirs.T
 
     def mean_advantage(domain: PseudoDomain) -> float:
@@ -140,11 +149,8 @@ def test_contrast_prefers_what_only_the_expert_finds_similar(
 
 
 def test_the_first_step_of_a_walk_has_the_chances_of_the_definition(
-    bert: Backbone, expert: Adapter, table: TokenTable, items: PseudoDomain
+    bert: Backbone, expert: Adapter, amateur: Adapter, theirs: torch.Tensor, table: TokenTable, items: PseudoDomain
 ) -> None:
-    amateur = random_adapter(layout_of(bert), rank=2, scaling=1.0, seed=9)
-    with applied(bert, amateur):
-        theirs = encode(bert, items.items)
     for contrast in (None, amateur):
         domain = chain_domain(items, bert, expert, table, 127, number=40 * NUM_ITEMS, seed=0, amateur=contrast)
         steps = Counter((chain[0], chain[1]) for chain in walks(domain, table, bert))

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from backbones import WORDS, tiny_bert
+from backbones import WORDS
 from disk import full_disk
 
 from fedmerge.client.begun_training import begun_training, keep_begun
@@ -20,13 +20,12 @@ from fedmerge.client.local_domain import LocalDomain, open_domain
 from fedmerge.client.losses import in_batch_softmax
 from fedmerge.client.train import TrainingReport, train_expert
 from fedmerge.config import ExperimentConfig, Lora, Text, Train, from_flat
-from fedmerge.device import resolve_compute
 from fedmerge.domain.catalog import make_catalog
 from fedmerge.domain.demo import generate_domain
 from fedmerge.domain.folder import write_domain
 from fedmerge.domain.interactions import Interactions, make_interactions
 from fedmerge.domain.splits import train_sequences
-from fedmerge.encoder.backbone import Backbone, load_backbone
+from fedmerge.encoder.backbone import Backbone
 from fedmerge.encoder.encode import embed_batch
 from fedmerge.encoder.lora import Adapter, adapter_sha256, applied
 from fedmerge.encoder.text import pack_sequences
@@ -44,11 +43,6 @@ TRAIN = Train(
     patience=9,
 )
 QUICK = TRAIN.model_copy(update={"max_steps": 3, "batch_size": 10})
-
-
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
-    return load_backbone(str(tiny_bert(tmp_path_factory.mktemp("bert"))), "mean", resolve_compute("cpu", "float32"))
 
 
 def write_walk(folder: Path, sequences: list[np.ndarray]) -> Path:

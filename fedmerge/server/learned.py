@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fedmerge.config import LEARNED_METHODS, ExperimentConfig, MergeRec
+from fedmerge.config import LEARNED_METHODS, AdaMerging, ExperimentConfig, MergeRec
 from fedmerge.domain.catalog import Catalog
 from fedmerge.encoder.backbone import Backbone
 from fedmerge.encoder.lora import Adapter
@@ -19,18 +19,17 @@ from fedmerge.server.pseudo_users import PseudoDomain, one_item_domain, pseudo_d
 
 def learned_variants(config: ExperimentConfig, method: str) -> dict[str, CollaborativeSettings]:
     """Label -> settings of every variant of a learned method, in order."""
-    mergerec = _mergerec(config.mergerec)
-    chosen: dict[str, Any] = mergerec
+    section: MergeRec | AdaMerging = config.mergerec
+    chosen = _mergerec(config.mergerec)
     if method == "adamerging":
-        own = config.adamerging.model_dump(exclude={"granularities"})
-        shared = {key: mergerec[key] for key in ("pseudo_users", "num_pseudo_users")}
-        chosen = asdict(ADAMERGING) | own | shared
-    granularities = config.adamerging.granularities if method == "adamerging" else config.mergerec.granularities
+        shared = {key: chosen[key] for key in ("pseudo_users", "num_pseudo_users")}
+        section = config.adamerging
+        chosen = asdict(ADAMERGING) | section.model_dump(exclude={"granularities"}) | shared
     return {
         f"{method} {granularity}-wise": CollaborativeSettings(
             **{**chosen, "granularity": granularity, "seed": config.seed}
         )
-        for granularity in granularities
+        for granularity in section.granularities
     }
 
 
