@@ -238,10 +238,16 @@ class MergeRec(Section):
     select_every: int | None = Field(
         None, ge=1, description="Choose the step on held-out pseudo-users, looked at every n steps; 'none': the last."
     )
+    try_steps: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (), description="Variants to try: the coefficients after so many steps, besides those at the end."
+    )
     prior_weight: float = Field(0.0, ge=0, description="Of the mean squared distance from the initial coefficients.")
 
     @model_validator(mode="after")
     def _consistent(self) -> "MergeRec":
+        if len(set(self.try_steps)) < len(self.try_steps) or max(self.try_steps, default=0) >= self.steps:
+            found = ", ".join(map(str, self.try_steps))
+            raise ValueError(f"try_steps: found {found}; expected different numbers below steps = {self.steps}")
         if twice := _twice(self.granularities):
             raise ValueError(f"granularities names {twice} twice; name each once")
         if self.pseudo_users in ("subset", "centroid") and self.num_pseudo_users is None:

@@ -18,7 +18,7 @@ from fedmerge.domain.demo import generate_domain
 from fedmerge.encoder.backbone import Backbone
 from fedmerge.encoder.lora import Adapter, adapter_sha256
 from fedmerge.encoder.text import build_token_table
-from fedmerge.errors import ClientError, MergeError
+from fedmerge.errors import ClientError, ConfigError, MergeError
 from fedmerge.merging.methods import METHODS
 from fedmerge.merging.stack import stack_adapters
 from fedmerge.merging.training_free import merge_adapters
@@ -26,7 +26,7 @@ from fedmerge.merging.vectors import initial_vectors, merge_vectors
 from fedmerge.server.candidates import Candidate, choose, merge_candidates
 from fedmerge.server.checkpoints import keep_merge, merge_folder
 from fedmerge.server.collaborative import PAPER, CollaborativeSettings, learn_coefficients
-from fedmerge.server.learned import learned_variants
+from fedmerge.server.learned import learned_labels, learned_variants
 from fedmerge.server.pseudo_users import one_item_domain
 
 DOMAINS = ("books", "tents", "toys")
@@ -188,7 +188,7 @@ def test_provenance_says_where_a_merge_comes_from(
     by_label = {candidate.label: candidate.provenance for candidate in candidates}
     assert by_label["task-arithmetic 0.5"]["parameters"] == {"coefficient": 0.5}
     parameters = by_label["mergerec layer-wise"]["parameters"]
-    expected = settings().mergerec.model_dump(exclude={"granularities", "preset"})
+    expected = settings().mergerec.model_dump(exclude={"granularities", "preset", "try_steps"})
     made = {"granularity": "layer", "seed": 5, "initial_coefficient": 0.2, "clamp": False}
     assert parameters == {**expected, **made}
     losses = by_label["mergerec layer-wise"]["losses"]
@@ -230,7 +230,7 @@ def test_variants_that_share_the_first_item_vectors_learn_what_each_learns_alone
     for domain, adapter in adapters.items():
         table = build_token_table(catalogs[domain], backbone.tokenizer, text.max_attribute_tokens)
         pseudo[domain] = one_item_domain(domain, backbone, adapter, table, text.max_tokens)
-    chosen = settings().mergerec.model_dump(exclude={"granularities", "preset"})
+    chosen = settings().mergerec.model_dump(exclude={"granularities", "preset", "try_steps"})
     for granularity in ("domain", "layer"):
         learned = learn_coefficients(
             backbone,
@@ -285,6 +285,26 @@ def test_learned_methods_share_their_pseudo_users_and_draw_their_pictures(
     plain = merge_candidates(None, adapters, {}, settings(**{"merge.methods": "average"}))
     keep_merge(tmp_path, plain[0], backbone.name)
     assert not list(merge_folder(tmp_path, "average").glob("*.png"))
+
+
+def test_steps_to_try_are_variants_with_the_coefficients_of_a_shorter_learning(
+    backbone: Backbone, adapters: dict[str, Adapter], catalogs: dict[str, Catalog]
+) -> None:
+    flat = {"merge.methods": "mergerec", "mergerec.granularities": "layer"}
+    wanted = settings(**flat, **{"mergerec.try_steps": "2,1"})
+    tried = merge_candidates(backbone, adapters, catalogs, wanted)
+    assert [candidate.label for candidate in tried] == [f"mergerec layer-wise{step}" for step in (" @2", " @1", "")]
+    assert {candidate.label for candidate in tried} == learned_labels(wanted)
+    for candidate, steps in zip(tried, (2, 1, 3), strict=True):
+        (short,) = merge_candidates(backbone, adapters, catalogs, settings(**flat, **{"mergerec.steps": steps}))
+        assert candidate.provenance["coefficients"] == short.provenance["coefficients"]
+        assert candidate.provenance["sha256"] == short.provenance["sha256"]
+        assert candidate.provenance["chosen_step"] == steps
+    resumed = merge_candidates(backbone, adapters, catalogs, wanted, finished={tried[0].label: tried[0]})
+    assert [candidate.provenance for candidate in resumed] == [candidate.provenance for candidate in tried]
+    for wrong in ("3", "0", "1,1"):
+        with pytest.raises(ConfigError, match="try_steps"):
+            settings(**{"mergerec.try_steps": wrong})
 
 
 def test_the_preset_of_the_paper_replaces_what_is_left_at_its_default() -> None:

@@ -22,8 +22,8 @@ from fedmerge.merging.methods import METHODS, Value, method_coefficients
 from fedmerge.merging.stack import Stack, linear_merge_of_many, stack_adapters, survey_adapters
 from fedmerge.merging.training_free import merge_stack
 from fedmerge.merging.vectors import Vectors, initial_vectors, merge_vectors
-from fedmerge.server.collaborative import CollaborativeSettings, learn_coefficients, student_vectors
-from fedmerge.server.learned import learned_variants, pseudo_domains
+from fedmerge.server.collaborative import learn_coefficients, student_vectors
+from fedmerge.server.learned import learned_variants, pseudo_domains, tried_steps
 from fedmerge.server.pseudo_users import PseudoDomain
 
 logger = logging.getLogger(__name__)
@@ -80,11 +80,14 @@ def merge_candidates(
     layout = survey_adapters(adapters)
     sources = {domain: adapter_sha256(adapters[domain]) for domain in layout.domains}
     candidates: list[Candidate] = []
-    pseudo: dict[str, PseudoDomain] = {}
 
     @cache
     def stack() -> Stack:
         return stack_adapters(adapters)
+
+    @cache
+    def pseudo(encoder: Backbone) -> dict[str, PseudoDomain]:
+        return pseudo_domains(encoder, adapters, catalogs, config, progress)
 
     def add_sum(label: str, method: str, coefficients: Any, vectors: Vectors | None = None, **own: Any) -> None:
         if vectors is None or isinstance(vectors, Stack):
@@ -140,30 +143,17 @@ def merge_candidates(
                     )
                     add(label, adapter=merged.adapter, **merged.record())
         else:
-            prepared: tuple[Vectors, dict[str, torch.Tensor]] | None = None
-            for label, settings in learned_variants(config, method).items():
-                if made_before(label):
-                    continue
-                if backbone is None:
-                    raise MergeError(f"{method}: found no backbone, expected the one that the adapters were trained on")
-                pseudo = pseudo or pseudo_domains(backbone, adapters, catalogs, config, progress)
-                if prepared is None:
-                    prepared = _prepared(backbone, stack(), pseudo, settings)
-                    progress(f"{method}: item vectors under the initial merge")
-                vectors, students = prepared
-                learned = learn_coefficients(
-                    backbone, vectors, pseudo, settings, _every_fifth(label, progress), students
-                )
-                add_sum(
-                    label,
-                    method,
-                    learned.coefficients,
-                    vectors,
-                    parameters=asdict(settings) | {"initial_coefficient": settings.start},
-                    losses=[dict(losses) for losses in learned.history],
-                    validation=[list(looked) for looked in learned.validation],
-                    chosen_step=learned.chosen_step,
-                )
+            labels = [
+                tried for label in learned_variants(config, method) for tried in tried_steps(config, method, label)
+            ]
+            missing = [label for label in labels if not made_before(label)]
+            if not missing:
+                continue
+            if backbone is None:
+                raise MergeError(f"{method}: found no backbone, expected the one that the adapters were trained on")
+            learned = _learn(method, missing, backbone, stack(), pseudo(backbone), config, progress)
+            for label, coefficients, vectors, own in learned:
+                add_sum(label, method, coefficients, vectors, **own)
     return candidates
 
 
@@ -213,13 +203,44 @@ def _variants(method: str, config: ExperimentConfig) -> Iterator[tuple[str, dict
         yield " ".join([method, *(f"{key} {value:g}" for key, value in parameters.items())]), parameters
 
 
-def _prepared(
-    backbone: Backbone, stack: Stack, pseudo: Mapping[str, PseudoDomain], settings: CollaborativeSettings
-) -> tuple[Vectors, dict[str, torch.Tensor]]:
-    """What the variants of a learned method share: the vectors, and the items' vectors under the initial merge."""
-    vectors = initial_vectors(stack, settings.initialisation)
-    start = start_coefficients(vectors, "domain", settings.start)
-    return vectors, student_vectors(backbone, vectors, pseudo, start)
+def _learn(
+    method: str,
+    labels: Sequence[str],
+    backbone: Backbone,
+    stack: Stack,
+    pseudo: Mapping[str, PseudoDomain],
+    config: ExperimentConfig,
+    progress: Callable[[str], None],
+) -> Iterator[tuple[str, torch.Tensor, Vectors, dict[str, Any]]]:
+    """Learn what these labels of a learned method ask for: label, coefficients, vectors, entries of the provenance.
+
+    Variants share the vectors, and the items' vectors under the initial merge.
+    """
+    vectors: Vectors | None = None
+    students: dict[str, torch.Tensor] = {}
+    for label, settings in learned_variants(config, method).items():
+        steps = {tried: step for tried, step in tried_steps(config, method, label).items() if tried in labels}
+        if not steps:
+            continue
+        if vectors is None:
+            vectors = initial_vectors(stack, settings.initialisation)
+            start = start_coefficients(vectors, "domain", settings.start)
+            students = student_vectors(backbone, vectors, pseudo, start)
+            progress(f"{method}: item vectors under the initial merge")
+        learned = learn_coefficients(backbone, vectors, pseudo, settings, _every_fifth(label, progress), students)
+        for tried, step in steps.items():
+            chosen = learned.chosen_step if step is None else step
+            yield (
+                tried,
+                learned.trajectory[chosen],
+                vectors,
+                {
+                    "parameters": asdict(settings) | {"initial_coefficient": settings.start},
+                    "losses": [dict(losses) for losses in learned.history],
+                    "validation": [list(looked) for looked in learned.validation],
+                    "chosen_step": chosen,
+                },
+            )
 
 
 def _every_fifth(label: str, progress: Callable[[str], None]) -> Progress:

@@ -33,10 +33,21 @@ def learned_variants(config: ExperimentConfig, method: str) -> dict[str, Collabo
     }
 
 
+def tried_steps(config: ExperimentConfig, method: str, label: str) -> dict[str, int | None]:
+    """Label -> step of the merges that one optimisation gives: ``mergerec.try_steps``, and its result (None)."""
+    steps = config.mergerec.try_steps if method == "mergerec" else ()
+    return {**{f"{label} @{step}": step for step in steps}, label: None}
+
+
 def learned_labels(config: ExperimentConfig) -> set[str]:
     """The labels of all learned merges; where there are none, no catalog is needed."""
     methods = [method for method in config.merge.methods if method in LEARNED_METHODS]
-    return {label for method in methods for label in learned_variants(config, method)}
+    return {
+        tried
+        for method in methods
+        for label in learned_variants(config, method)
+        for tried in tried_steps(config, method, label)
+    }
 
 
 def pseudo_domains(
@@ -88,7 +99,7 @@ def average_of_others(adapters: Mapping[str, Adapter], domain: str) -> Adapter |
 
 def _mergerec(section: MergeRec) -> dict[str, Any]:
     """The settings of the section under its preset: "paper" replaces what was left at its default."""
-    given, defaults = section.model_dump(exclude={"granularities", "preset"}), MergeRec().model_dump()
+    given, defaults = section.model_dump(exclude={"granularities", "preset", "try_steps"}), MergeRec().model_dump()
     if section.preset == "paper":
         given = {key: getattr(PAPER, key) if value == defaults[key] else value for key, value in given.items()}
     return given
