@@ -6,6 +6,7 @@ FedMergeError
 ├── LayoutMismatchError (ValueError)   adapters or tensors that do not belong together
 ├── BackboneError (ValueError)         a backbone that is missing, damaged or not the one announced
 ├── MergeError                         a merge that cannot be computed
+├── AggregationError                   a round of a federation that cannot be aggregated
 ├── ClientError                        a client that failed, named
 ├── PolicyError                        something that the privacy policy does not let out
 └── RunDirError                        a run folder
@@ -34,6 +35,10 @@ class BackboneError(FedMergeError, ValueError):
 
 class MergeError(FedMergeError):
     """A merge cannot be computed."""
+
+
+class AggregationError(FedMergeError):
+    """A round of a federation cannot be aggregated."""
 
 
 class ClientError(FedMergeError):

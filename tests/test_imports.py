@@ -116,7 +116,7 @@ def test_no_application_can_send_gradients_of_coefficients() -> None:
 
 IMPORT_THE_SERVER = """
 import importlib, pkgutil, sys
-for name in ("fedmerge.server", "fedmerge.merging", "fedmerge.privacy"):
+for name in ("fedmerge.server", "fedmerge.federated", "fedmerge.merging", "fedmerge.privacy"):
     for module in pkgutil.walk_packages(importlib.import_module(name).__path__, name + "."):
         importlib.import_module(module.name)
 print(*sorted(sys.modules))

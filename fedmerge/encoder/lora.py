@@ -129,10 +129,22 @@ def attach(backbone: Backbone, target_modules: Sequence[str], rank: int, alpha: 
         model = get_peft_model(backbone.model, config)
     with torch.no_grad():
         for name, lora_A, _, _ in _lora_layers(model):
-            bound = 1.0 / math.sqrt(lora_A.shape[1])
-            values = generator(seed, "lora-init", name).uniform(-bound, bound, tuple(lora_A.shape))
-            lora_A.copy_(torch.from_numpy(values))
+            lora_A.copy_(initial_lora_A(seed, name, *lora_A.shape))
     return model
+
+
+def initial_lora_A(seed: int, name: str, rank: int, width_in: int) -> torch.Tensor:
+    """The values that a fresh A starts from; at equal seeds those of a smaller rank are the first rows of a larger one.
+
+    Args:
+        seed: of the adapter.
+        name: of the module in the bare backbone.
+
+    Returns:
+        float32 (rank, width_in), uniform in ±1/√width_in.
+    """
+    bound = 1.0 / math.sqrt(width_in)
+    return torch.from_numpy(generator(seed, "lora-init", name).uniform(-bound, bound, (rank, width_in))).float()
 
 
 def adapter_of(model: PeftModel) -> Adapter:

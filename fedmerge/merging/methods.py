@@ -367,7 +367,7 @@ def describe_method(name: str) -> str:
     """
     method = method_named(name)
     about = [("use", method.use)]
-    about += [("parameter", f"{key} = {_described(parameter)}") for key, parameter in method.parameters.items()]
+    about += [("parameter", f"{key} = {parameter_text(parameter)}") for key, parameter in method.parameters.items()]
     about += [
         ("scope", _scopes(method)),
         ("cost", method.cost),
@@ -381,18 +381,18 @@ def methods_table() -> str:
     """METHODS as a Markdown table, without the laws."""
     rows = []
     for name, method in METHODS.items():
-        parameters = ", ".join(f"{key} {_described(parameter)}" for key, parameter in method.parameters.items())
+        parameters = ", ".join(f"{key} {parameter_text(parameter)}" for key, parameter in method.parameters.items())
         rows.append(
             (f"`{name}`", method.what, method.use, parameters or "none", _scopes(method), method.cost, method.source)
         )
-    return _markdown(("method", "what it is", "when to use", "parameters", "scope", "cost", "source"), rows)
+    return markdown_table(("method", "what it is", "when to use", "parameters", "scope", "cost", "source"), rows)
 
 
 def laws_table() -> str:
     """Which method obeys which law, as a Markdown table."""
     laws = get_args(Law)
     rows = [(f"`{name}`", *("x" if law in method.laws else "" for law in laws)) for name, method in METHODS.items()]
-    return _markdown(("method", *laws), rows)
+    return markdown_table(("method", *laws), rows)
 
 
 def _scopes(method: Method) -> str:
@@ -401,7 +401,8 @@ def _scopes(method: Method) -> str:
     return "tensor, layer, model" if method.rows else "tensor" if method.factors else "all the same"
 
 
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
@@ -440,7 +441,8 @@ def _expected(parameter: Parameter) -> str:
     return f"{expected}, or None" if default is None else expected
 
 
-def _described(parameter: Parameter) -> str:
+def parameter_text(parameter: Parameter) -> str:
+    """Default and bounds of a parameter, as the tables have them."""
     bounds = _expected(parameter)
     if isinstance(parameter.default, float):
         bounds = bounds.removeprefix("a finite number").removeprefix(", ")

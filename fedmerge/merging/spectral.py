@@ -99,6 +99,27 @@ def thin_svd(
     return Q_left @ U[:, :rank], S[:rank], Vh[:rank] @ Q_right.T
 
 
+def dense_svd(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The SVD of a matrix by the eigenvectors of its smaller Gram matrix: several times faster.
+
+    In float64 singular values down to 1e-8 of the largest are right, and only those above 1e-6 are ever used.
+
+    Args:
+        matrix: (out, in).
+
+    Returns:
+        U (out, q), S (q,), Vh (q, in) float64, q = min(out, in).
+    """
+    if matrix.shape[0] > matrix.shape[1]:
+        U, S, Vh = dense_svd(matrix.T)
+        return Vh.T, S, U.T
+    wide = matrix.double()
+    values, vectors = torch.linalg.eigh(wide @ wide.T)
+    S = values.flip(0).clamp(min=0).sqrt()
+    U = vectors.flip(1)
+    return U, S, (U.T @ wide) / torch.where(S > 0, S, 1.0)[:, None]
+
+
 def support(values: torch.Tensor, largest: float = 0.0) -> int:
     """How many of the singular values, in descending order, are not numerically 0."""
     return int((values > SUPPORT * torch.clamp(values[:1], min=largest)).sum())

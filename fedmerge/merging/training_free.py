@@ -12,7 +12,7 @@ from fedmerge.errors import ConfigError, MergeError
 from fedmerge.merging.methods import Method, Value, complete_parameters, method_named
 from fedmerge.merging.rows import Piece, total
 from fedmerge.merging.spaces import Bases, core_bases, knots_bases, lift, lift_dense, project
-from fedmerge.merging.spectral import Factors, support, thin_svd
+from fedmerge.merging.spectral import Factors, dense_svd, support, thin_svd
 from fedmerge.merging.stack import Stack, dense_module, linear_merge, stack_adapters
 
 Scope = Literal["tensor", "layer", "model"]
@@ -259,7 +259,7 @@ def _compressed(update: torch.Tensor | Factors, bases: Bases, output_rank: int |
         full = min(update.shape)
         if bases.identity and (output_rank is None or output_rank >= full) and not _of_low_rank(update):
             return dense_module(update.float()), 0.0  # no larger than factors would be
-        U, S, Vh = _wide_svd(update) if update.shape[0] <= update.shape[1] else _turned(_wide_svd(update.T))
+        U, S, Vh = dense_svd(update)
     else:
         U, S, Vh = thin_svd(*update)
     rank = support(S) if output_rank is None else min(support(S), output_rank)
@@ -270,25 +270,6 @@ def _compressed(update: torch.Tensor | Factors, bases: Bases, output_rank: int |
     left, right = lift((U[:, :rank] * root, root[:, None] * Vh[:rank]), bases)
     residual = float(torch.linalg.vector_norm(S[rank:]) / torch.linalg.vector_norm(S))
     return LoraModule(right.float().contiguous(), left.float().contiguous(), 1.0), residual
-
-
-def _wide_svd(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The SVD of a wide (a, b) matrix by the eigenvectors of its (a, a) Gram matrix: several times faster.
-
-    In float64 singular values down to 1e-8 of the largest are right, and only those above 1e-6 are ever used.
-    """
-    wide = matrix.double()
-    values, vectors = torch.linalg.eigh(wide @ wide.T)
-    S = values.flip(0).clamp(min=0).sqrt()
-    U = vectors.flip(1)
-    return U, S, (U.T @ wide) / torch.where(S > 0, S, 1.0)[:, None]
-
-
-def _turned(
-    factors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    U, S, Vh = factors
-    return Vh.T, S, U.T
 
 
 def _of_low_rank(update: torch.Tensor) -> bool:

@@ -1,0 +1,360 @@
+"""Rounds of a federation as values: the state after a round, and the one function that makes the next from it.
+
+    state = initial_state(starts)
+    for every round:
+        locals = {client: what it trained from state.starts[client], on state.base folded into the backbone}
+        state = aggregate("flexlora", state, locals, num_examples)
+
+A client sends its adapter as trained. What it started from is in the state, so the server takes the difference
+Δ_local − Δ_start itself: sent as an adapter it would have twice the rank.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from fedmerge.encoder.lora import Adapter, LoraModule, initial_lora_A
+from fedmerge.errors import AggregationError, LayoutMismatchError
+from fedmerge.federated.product_space import (
+    client_update,
+    compressed,
+    cut_to,
+    decomposed,
+    first_rows,
+    relative_error,
+    weighted_sum,
+)
+from fedmerge.federated.rules import Continuation, MergeFunction, Rule, rule_named, rule_of, rule_parameters
+from fedmerge.federated.server_steps import Moments
+from fedmerge.merging.methods import Value
+from fedmerge.merging.stack import survey_adapters
+from fedmerge.seeding import derive
+
+
+@dataclass(frozen=True)
+class RoundReport:
+    """How a round was aggregated, and what it cost.
+
+    Attributes:
+        rule: row of RULES, merging method, or name of the function.
+        parameters: all of the rule's.
+        client_weights: client that took part -> p_k.
+        error: ‖Δ − Σ p_k Δ_k‖ / ‖Σ p_k Δ_k‖ (Frobenius, all modules) of FedIT and HetLoRA; 0 of the others.
+        selected: the clients that Krum or Multi-Krum took; else empty.
+        output_residual: what ``output_rank`` cut off the global adapter, as a share of its norm.
+        start_residuals: client -> ‖Δ − Δ_start‖ / ‖Δ‖, what it does not get of the global adapter Δ; all clients.
+        rank: the largest of the global adapter.
+        size_bytes: of the global adapter.
+        bytes_up: client that took part -> bytes of the tensors it sent.
+        bytes_down: client -> bytes of the tensors it needs to take part in the next round; all clients. Fresh tensors
+            come from a seed and are not counted, a frozen global adapter is counted whole.
+    """
+
+    rule: str
+    parameters: Mapping[str, Value]
+    client_weights: Mapping[str, float]
+    error: float
+    selected: tuple[str, ...]
+    output_residual: float
+    start_residuals: Mapping[str, float]
+    rank: int
+    size_bytes: int
+    bytes_up: Mapping[str, int]
+    bytes_down: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class GlobalState:
+    """A federation after a round.
+
+    Attributes:
+        num_rounds: aggregated so far.
+        adapter: the global adapter Δ, the model to evaluate; 0 before the first round.
+        starts: client -> the adapter that it trains in the next round, of its rank and scaling; all clients, also those
+            that took no part.
+        frozen: whether clients train on ``adapter`` folded into the backbone, and ``starts`` are fresh.
+        moments: of a server optimiser.
+        report: of the last round; None before the first.
+    """
+
+    num_rounds: int
+    adapter: Adapter
+    starts: Mapping[str, Adapter]
+    frozen: bool = False
+    moments: Moments | None = None
+    report: RoundReport | None = None
+
+    @property
+    def base(self) -> Adapter | None:
+        """What clients fold into the backbone before they train; None: nothing."""
+        return self.adapter if self.frozen else None
+
+
+def initial_state(starts: Mapping[str, Adapter]) -> GlobalState:
+    """A federation before its first round.
+
+    Args:
+        starts: client -> its fresh adapter, with B = 0: it says which modules, rank and scaling the client has in all
+            rounds. :func:`fedmerge.encoder.lora.attach` makes them; FFA-LoRA and HetLoRA need one seed for all.
+
+    Raises:
+        AggregationError: a B that is not 0, or a scaling that is not above 0.
+        LayoutMismatchError, MergeError: as :func:`fedmerge.merging.stack.survey_adapters`.
+    """
+    survey_adapters(starts)
+    for client, adapter in starts.items():
+        for name, module in adapter.modules.items():
+            if module.lora_B.any() or module.scaling <= 0:
+                raise AggregationError(
+                    f"initial_state: client {client!r}, module {name}: found scaling {module.scaling:g} and "
+                    f"{int(module.lora_B.count_nonzero())} values of lora_B that are not 0, expected a scaling above 0 "
+                    "and lora_B = 0; start from fresh adapters"
+                )
+    return GlobalState(0, weighted_sum(starts, dict.fromkeys(starts, 0.0)), dict(sorted(starts.items())))
+
+
+def aggregate(
+    rule: str | MergeFunction,
+    state: GlobalState,
+    adapters: Mapping[str, Adapter],
+    client_weights: Mapping[str, float] | None = None,
+    *,
+    seed: int = 0,
+    **parameters: Value,
+) -> GlobalState:
+    """One round: what the clients trained in, the next state out. Inputs are left as they were.
+
+    Rules over updates: Δ ← Δ + rule(Δ_k − Δ_start,k). Rules over whole adapters: Δ ← rule(Δ_k).
+
+    Args:
+        rule: row of RULES, a training-free method of METHODS, or a function updates by client -> their merge.
+        state: what the clients started from.
+        adapters: client -> adapter after local training, of the rank and scaling that it started from; any clients of
+            the state, the order does not matter.
+        client_weights: client -> number of training examples, or any weight above 0; None: all equal.
+        seed: of rules that draw and of fresh adapters; every round has draws of its own.
+        parameters: of the rule.
+
+    Raises:
+        ConfigError: no such rule, or a parameter that it does not have or out of its bounds.
+        AggregationError: no or unknown clients, wrong weights, or what the rule refuses.
+        LayoutMismatchError: an adapter of other modules or shapes than its client's start, or than the others.
+        MergeError: a value that is not finite.
+    """
+    name = rule if isinstance(rule, str) else getattr(rule, "__name__", type(rule).__name__)
+    row = rule_named(rule) if isinstance(rule, str) else rule_of(rule)
+    chosen = rule_parameters(name, row, parameters)
+    _check_adapters(name, row, state, adapters)
+    shares = _shares(adapters, client_weights)
+    own = {key: value for key, value in chosen.items() if key not in ("continuation", "output_rank")}
+    continuation = _continuation(row, chosen)
+
+    if row.of == "adapters":
+        received = {client: adapters[client] for client in shares}
+    else:
+        received = {client: client_update(adapters[client], state.starts[client]) for client in shares}
+    drawn = {"seed": derive(seed, "aggregate", state.num_rounds)} if row.random else {}
+    combined = row.combine(received, shares, **({} if row.step else own), **drawn)
+    result, moments = combined.adapter, None
+    if row.step is not None:
+        result, moments = row.step(result, state.moments, **own)
+    if row.of == "updates" and state.num_rounds:
+        result = weighted_sum({"global": state.adapter, "update": result}, {"global": 1.0, "update": 1.0})
+
+    adapter, starts, residuals, lost = _continued(
+        result, state.starts, continuation, chosen.get("output_rank"), fresh_seed(seed, state.num_rounds + 1)
+    )
+    report = RoundReport(
+        rule=name,
+        parameters=chosen,
+        client_weights=shares,
+        error=combined.error,
+        selected=combined.selected,
+        output_residual=lost,
+        start_residuals=residuals,
+        rank=max(module.rank for module in adapter.modules.values()),
+        size_bytes=adapter.size_bytes,
+        bytes_up={client: _sent_bytes(adapters[client], row) for client in shares},
+        bytes_down={
+            client: adapter.size_bytes if continuation == "frozen" else _sent_bytes(start, row)
+            for client, start in starts.items()
+        },
+    )
+    return GlobalState(state.num_rounds + 1, adapter, starts, continuation == "frozen", moments, report)
+
+
+def fresh_seed(seed: int, num_rounds: int) -> int:
+    """The seed of the fresh adapters that clients get after so many rounds; ``attach`` makes them of it."""
+    return derive(seed, "lora-round", num_rounds)
+
+
+def state_tensors(state: GlobalState) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """All of a state, to be written: tensors by name (safetensors takes them), and the rest (JSON does)."""
+    starts = {id(start): start for start in state.starts.values()}
+    numbers = {key: number for number, key in enumerate(starts)}
+    parts = {"adapter": state.adapter, **{f"start {numbers[key]}": start for key, start in starts.items()}}
+    record: dict[str, Any] = {
+        "num_rounds": state.num_rounds,
+        "frozen": state.frozen,
+        "starts": {client: numbers[id(start)] for client, start in state.starts.items()},
+        "report": None if state.report is None else asdict(state.report),
+        "moments": None,
+    }
+    tensors = {}
+    if state.moments is not None:
+        parts["moment"] = state.moments.first
+        record["moments"] = {"optimiser": state.moments.optimiser, "num_steps": state.moments.num_steps}
+        tensors = {f"second/{name}": tensor.clone() for name, tensor in state.moments.second.items()}
+    for part, adapter in parts.items():
+        for name, module in adapter.modules.items():
+            tensors[f"{part}/{name}/lora_A"] = module.lora_A.clone(memory_format=torch.contiguous_format)
+            tensors[f"{part}/{name}/lora_B"] = module.lora_B.clone(memory_format=torch.contiguous_format)
+    record["scalings"] = {
+        part: {name: module.scaling for name, module in adapter.modules.items()} for part, adapter in parts.items()
+    }
+    return tensors, record
+
+
+def state_of(tensors: Mapping[str, torch.Tensor], record: Mapping[str, Any]) -> GlobalState:
+    """The state that :func:`state_tensors` took apart.
+
+    Raises:
+        AggregationError: something is missing.
+    """
+    try:
+        parts = {
+            part: Adapter(
+                {
+                    name: LoraModule(tensors[f"{part}/{name}/lora_A"], tensors[f"{part}/{name}/lora_B"], float(scaling))
+                    for name, scaling in scalings.items()
+                }
+            )
+            for part, scalings in record["scalings"].items()
+        }
+        moments = None
+        if record["moments"] is not None:
+            second = {key.removeprefix("second/"): value for key, value in tensors.items() if key.startswith("second/")}
+            moments = Moments(**record["moments"], first=parts["moment"], second=second)
+        report = record["report"]
+        return GlobalState(
+            num_rounds=record["num_rounds"],
+            adapter=parts["adapter"],
+            starts={client: parts[f"start {number}"] for client, number in record["starts"].items()},
+            frozen=record["frozen"],
+            moments=moments,
+            report=None if report is None else RoundReport(**{**report, "selected": tuple(report["selected"])}),
+        )
+    except KeyError as error:
+        raise AggregationError(
+            f"state of a federation: found no {error}, expected all that state_tensors gave; restore it from an "
+            "undamaged copy, or begin again"
+        ) from error
+
+
+def _check_adapters(name: str, rule: Rule, state: GlobalState, adapters: Mapping[str, Adapter]) -> None:
+    unknown = sorted(adapters.keys() - state.starts.keys())
+    if unknown or not adapters:
+        who = f"clients {', '.join(unknown)}" if unknown else "no client"
+        raise AggregationError(
+            f"{name}, round {state.num_rounds + 1}: found {who}, expected some of {', '.join(state.starts)}; "
+            "initial_state takes all clients that ever take part"
+        )
+    if rule.of == "adapters" and state.frozen:
+        raise AggregationError(
+            f"{name}, round {state.num_rounds + 1}: the clients trained on a frozen global adapter, which a rule over "
+            "whole adapters would drop; keep one rule for all rounds"
+        )
+    survey_adapters(adapters)
+    for client, adapter in adapters.items():
+        start = state.starts[client].modules
+        if start.keys() != adapter.modules.keys():
+            raise LayoutMismatchError(
+                f"adapter of {client!r}: found modules {', '.join(adapter.modules)}, expected {', '.join(start)}, "
+                "which it started from; train what the server sent"
+            )
+        for module, factors in adapter.modules.items():
+            found, expected = _shape(factors), _shape(start[module])
+            if found != expected:
+                raise LayoutMismatchError(
+                    f"adapter of {client!r}, module {module}: found (lora_A, lora_B, scaling) {found}, expected "
+                    f"{expected}, which it started from; train what the server sent"
+                )
+            if rule.trained == "B" and not torch.equal(factors.lora_A, start[module].lora_A):
+                raise AggregationError(
+                    f"{name}: client {client!r}, module {module}: found a lora_A that is not the one it started from, "
+                    "expected it frozen; train lora_B alone"
+                )
+
+
+def _shape(module: LoraModule) -> tuple[tuple[int, ...], tuple[int, ...], float]:
+    return tuple(module.lora_A.shape), tuple(module.lora_B.shape), module.scaling
+
+
+def _shares(adapters: Mapping[str, Adapter], client_weights: Mapping[str, float] | None) -> dict[str, float]:
+    """p_k by client, sorted by name."""
+    weights = dict.fromkeys(adapters, 1.0) if client_weights is None else client_weights
+    if weights.keys() != adapters.keys():
+        found, expected = ", ".join(sorted(weights)), ", ".join(sorted(adapters))
+        raise AggregationError(
+            f"client_weights: found weights of {found}, expected them of {expected}; weigh those that took part"
+        )
+    for client, weight in weights.items():
+        if not 0 < weight < float("inf"):
+            raise AggregationError(
+                f"client_weights: client {client!r}: found {weight}, expected a finite number above 0; leave a client "
+                "without examples out of the round"
+            )
+    summed = sum(weights[client] for client in sorted(adapters))
+    return {client: weights[client] / summed for client in sorted(adapters)}
+
+
+def _continuation(rule: Rule, chosen: Mapping[str, Value]) -> Continuation:
+    return next(each for each in rule.continuations if each == chosen.get("continuation", each))
+
+
+def _continued(
+    result: Adapter,
+    before: Mapping[str, Adapter],
+    continuation: Continuation,
+    output_rank: Value,
+    fresh_seed: int,
+) -> tuple[Adapter, dict[str, Adapter], dict[str, float], float]:
+    """The global adapter, every client's start and its residual, and what ``output_rank`` cut off."""
+    adapter, triples, lost = result, None, 0.0
+    if continuation == "truncated" or output_rank is not None:
+        rank = output_rank if isinstance(output_rank, int) else None
+        triples = decomposed(result)
+        adapter, lost = compressed(triples, rank)
+        triples = {name: (U[:, :rank], S[:rank], Vh[:rank]) for name, (U, S, Vh) in triples.items()}
+    made: dict[tuple[Any, ...], tuple[Adapter, float]] = {}  # clients of one shape start alike
+    starts, residuals = {}, {}
+    for client, like in before.items():
+        shape = tuple((name, module.rank, module.scaling) for name, module in like.modules.items())
+        if shape not in made:
+            fresh = _fresh(like, fresh_seed)
+            if continuation == "frozen":
+                made[shape] = fresh, 0.0
+            elif continuation == "factors":
+                start = first_rows(adapter, like, fresh)
+                made[shape] = start, relative_error(start, adapter)
+            elif triples is not None:
+                made[shape] = cut_to(triples, like, fresh)
+        starts[client], residuals[client] = made[shape]
+    return adapter, starts, residuals, lost
+
+
+def _fresh(like: Adapter, seed: int) -> Adapter:
+    """A random A and B = 0 in the shapes of an adapter."""
+    modules = {}
+    for name, module in like.modules.items():
+        lora_A = initial_lora_A(seed, name, module.rank, module.lora_A.shape[1])
+        modules[name] = LoraModule(lora_A, torch.zeros_like(module.lora_B), module.scaling)
+    return Adapter(modules)
+
+
+def _sent_bytes(adapter: Adapter, rule: Rule) -> int:
+    if rule.trained == "B":
+        return sum(module.lora_B.nbytes for module in adapter.modules.values())
+    return adapter.size_bytes

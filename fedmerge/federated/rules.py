@@ -1,0 +1,277 @@
+"""Aggregation rules as rows of one literal table; ``fedmerge.federated.rounds.aggregate`` runs them."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, get_args
+
+from fedmerge.encoder.lora import Adapter
+from fedmerge.errors import ConfigError
+from fedmerge.federated.averages import Combined, fedit, ffa_lora, hetlora, weighted_average
+from fedmerge.federated.robust import coordinate_median, krum, multi_krum, trimmed_mean
+from fedmerge.federated.server_steps import Moments, fedadam, fedavgm, fedyogi
+from fedmerge.merging.methods import METHODS, Parameter, Value, check_parameter, markdown_table, parameter_text
+from fedmerge.merging.training_free import Scope, Space, merge_adapters
+
+Continuation = Literal["truncated", "frozen", "factors"]
+CONTINUATIONS: dict[Continuation, str] = {
+    "truncated": "from the global adapter cut to their rank by SVD; the residual is reported",
+    "frozen": "on the global adapter, frozen, with a fresh one of their rank; nothing is cut, it grows",
+    "factors": "from the averaged A and B, of which a smaller rank takes the first rows",
+}
+MergeFunction = Callable[[Mapping[str, Adapter]], Adapter]
+"""A merge from outside, of updates by client, say a learned one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What the server does in a round, and what the clients do after it.
+
+    Attributes:
+        what: what it computes.
+        parameters: name -> parameter.
+        source: paper or standard.
+        cost: of the server, in n clients, R = Σ ranks, and modules of in · out entries.
+        combine: (adapters or updates, client_weights, **parameters) -> Combined.
+        continuations: how clients may continue, the default first; with several, "continuation" is a parameter.
+        of: what is combined: "updates" Δ_local − Δ_start, and the result is added to the global adapter; or whole
+            "adapters", and the result replaces it.
+        step: of a server optimiser: (combined update, moments, **parameters) -> what is added instead, new moments.
+        trained: what clients train and send.
+        random: ``combine`` takes a seed.
+    """
+
+    what: str
+    parameters: dict[str, Parameter]
+    source: str
+    cost: str
+    combine: Callable[..., Combined]
+    continuations: tuple[Continuation, ...] = ("truncated", "frozen")
+    of: Literal["updates", "adapters"] = "updates"
+    step: Callable[..., tuple[Adapter, Moments]] | None = None
+    trained: Literal["A and B", "B"] = "A and B"
+    random: bool = False
+
+
+_CONTINUED = {
+    "continuation": Parameter("truncated", choices=("truncated", "frozen")),
+    "output_rank": Parameter(None, low=1),
+}
+_ADAPTIVE = {
+    "learning_rate": Parameter(0.01, above=0.0),
+    "beta_1": Parameter(0.9, low=0.0, high=0.9999),
+    "beta_2": Parameter(0.99, low=0.0, high=0.9999),
+    "tau": Parameter(0.001, above=0.0),
+}
+_MALICIOUS = {"num_malicious": Parameter(1, low=0)}
+_SVD_COST = "O((R + global rank)² (in + out)) a module"
+_DENSE_COST = "O(n in · out) a module, one module's n dense updates in memory; SVD of dense modules"
+
+RULES: dict[str, Rule] = {
+    "weighted-average": Rule(
+        what="Σ p_k Δ_k of the updates, exact",
+        combine=weighted_average,
+        parameters=_CONTINUED,
+        source="FedAvg (arXiv:1602.05629), in product space",
+        cost=_SVD_COST,
+    ),
+    "fedit": Rule(
+        what="A and B averaged separately: inexact, the error is reported; equal ranks",
+        combine=fedit,
+        parameters={},
+        continuations=("factors",),
+        of="adapters",
+        source="FedIT (arXiv:2305.05644)",
+        cost="O(R (in + out)) a module, and the error O(R² (in + out))",
+    ),
+    "ffa-lora": Rule(
+        what="B averaged over a shared, frozen A: exact, half the traffic; equal ranks",
+        combine=ffa_lora,
+        parameters={},
+        continuations=("factors",),
+        of="adapters",
+        trained="B",
+        source="FFA-LoRA (arXiv:2403.12313)",
+        cost="O(R out) a module",
+    ),
+    "flora": Rule(
+        what="stacked: Σ p_k Δ_k at rank Σ r_k, exact, any ranks",
+        combine=weighted_average,
+        parameters={},
+        continuations=("frozen",),
+        source="FLoRA (arXiv:2409.05976)",
+        cost="O(R (in + out)) a module; the global adapter grows by R a round, to min(in, out) at most",
+    ),
+    "flexlora": Rule(
+        what="Σ p_k Δ_k of the whole adapters, exact, any ranks",
+        combine=weighted_average,
+        parameters={},
+        continuations=("truncated",),
+        of="adapters",
+        source="FlexLoRA (arXiv:2402.11505)",
+        cost="O(R² (in + out)) a module",
+    ),
+    "hetlora": Rule(
+        what="A and B, filled up with zeros, averaged by ‖B_k A_k‖: inexact, the error is reported; any ranks",
+        combine=hetlora,
+        parameters={},
+        continuations=("factors",),
+        of="adapters",
+        source="HetLoRA (arXiv:2401.06432)",
+        cost="O(R² (in + out)) a module",
+    ),
+    "median": Rule(
+        what="coordinate-wise median of the updates, unweighted",
+        combine=coordinate_median,
+        parameters=_CONTINUED,
+        source="coordinate-wise median (arXiv:1803.01498)",
+        cost=_DENSE_COST,
+    ),
+    "trimmed-mean": Rule(
+        what="coordinate-wise mean without the smallest and largest values, unweighted",
+        combine=trimmed_mean,
+        parameters={"trim": Parameter(0.2, above=0.0, high=0.49), **_CONTINUED},
+        source="coordinate-wise trimmed mean (arXiv:1803.01498)",
+        cost=_DENSE_COST,
+    ),
+    "krum": Rule(
+        what="the update nearest to its neighbours; at least 2f + 3 clients",
+        combine=krum,
+        parameters={**_MALICIOUS, **_CONTINUED},
+        source="Krum (arXiv:1703.02757)",
+        cost="distances O(R² (in + out)) a module, from factors",
+    ),
+    "multi-krum": Rule(
+        what="the weighted average of the updates nearest to their neighbours; at least 2f + 3 clients",
+        combine=multi_krum,
+        parameters={**_MALICIOUS, "num_selected": Parameter(None, low=1), **_CONTINUED},
+        source="Multi-Krum (arXiv:1703.02757)",
+        cost="as krum",
+    ),
+    "fedavgm": Rule(
+        what="a step along the momentum of the weighted average",
+        combine=weighted_average,
+        step=fedavgm,
+        parameters={
+            "learning_rate": Parameter(1.0, above=0.0),
+            "momentum": Parameter(0.9, low=0.0, high=0.9999),
+            **_CONTINUED,
+        },
+        source="FedAvgM (arXiv:1909.06335)",
+        cost="as weighted-average; the momentum's rank grows by R a round, to min(in, out) at most",
+    ),
+    "fedadam": Rule(
+        what="Adam's step along the weighted average, entry by entry",
+        combine=weighted_average,
+        step=fedadam,
+        parameters={**_ADAPTIVE, **_CONTINUED},
+        source="FedAdam (arXiv:2003.00295)",
+        cost="O(in · out) a module, two dense moments kept; SVD of dense modules",
+    ),
+    "fedyogi": Rule(
+        what="Yogi's step along the weighted average, entry by entry",
+        combine=weighted_average,
+        step=fedyogi,
+        parameters={**_ADAPTIVE, **_CONTINUED},
+        source="FedYogi (arXiv:2003.00295)",
+        cost="as fedadam",
+    ),
+}
+
+
+def rule_named(name: str) -> Rule:
+    """A row of RULES, or a training-free merging method as the rule of a round.
+
+    Such a rule merges the updates, each multiplied by n · p_k (1 for equal weights), and has the method's parameters,
+    ``scope`` and ``space`` beside ``continuation`` and ``output_rank``.
+
+    Raises:
+        ConfigError: no such rule, or a learned method.
+    """
+    if name in RULES:
+        return RULES[name]
+    if name not in METHODS:
+        expected = ", ".join([*RULES, *(method for method, row in METHODS.items() if not row.learned)])
+        raise ConfigError(f"aggregation rule: found {name!r}, expected one of {expected}")
+    method = METHODS[name]
+    if method.learned:
+        raise ConfigError(
+            f"aggregation rule {name!r}: it is learned and needs a model; pass a function of the clients' updates "
+            "that returns their merge"
+        )
+    scopes = get_args(Scope) if method.rows is not None else ("tensor",)
+    parameters = {
+        **method.parameters,
+        "scope": Parameter("tensor", choices=scopes),
+        "space": Parameter("full", choices=get_args(Space)),
+        **_CONTINUED,
+    }
+    return Rule(
+        what=f"{method.what}, of the updates",
+        combine=partial(_merged, name),
+        parameters=parameters,
+        source=method.source,
+        cost=method.cost,
+        random=method.random,
+    )
+
+
+def rule_of(merge: MergeFunction) -> Rule:
+    """A merge from outside as the rule of a round: it gets the clients' updates, and its result is added."""
+    return Rule(
+        what="a merge from outside, of the updates",
+        combine=lambda updates, _client_weights: Combined(merge(updates)),
+        parameters=_CONTINUED,
+        source="",
+        cost="its own",
+    )
+
+
+def rule_parameters(name: str, rule: Rule, given: Mapping[str, Value]) -> dict[str, Value]:
+    """The parameters of a rule, checked, with the defaults of those that are not given.
+
+    Raises:
+        ConfigError: a parameter that the rule does not have, or out of its bounds.
+    """
+    unknown = sorted(given.keys() - rule.parameters.keys())
+    if unknown:
+        expected = ", ".join(rule.parameters) or "none"
+        raise ConfigError(f"aggregation rule {name!r}: found parameters {', '.join(unknown)}, expected {expected}")
+    chosen = {key: given.get(key, parameter.default) for key, parameter in rule.parameters.items()}
+    for key, value in chosen.items():
+        check_parameter(f"aggregation rule {name!r}: {key}", rule.parameters[key], value)
+    return chosen
+
+
+def rules_table() -> str:
+    """RULES as a Markdown table."""
+    rows = []
+    for name, rule in RULES.items():
+        parameters = ", ".join(f"{key} {parameter_text(parameter)}" for key, parameter in rule.parameters.items())
+        sent = "B" if rule.trained == "B" else "A, B"
+        rows.append(
+            (
+                f"`{name}`",
+                rule.what,
+                " or ".join(rule.continuations),
+                sent,
+                parameters or "none",
+                rule.cost,
+                rule.source,
+            )
+        )
+    return markdown_table(
+        ("rule", "what it computes", "clients continue", "sent", "parameters", "cost", "source"), rows
+    )
+
+
+def _merged(
+    method: str,
+    updates: Mapping[str, Adapter],
+    client_weights: Mapping[str, float],
+    *,
+    seed: int = 0,
+    **parameters: Any,  # of the method, checked
+) -> Combined:
+    factors = {client: len(updates) * client_weights[client] for client in updates}
+    return Combined(merge_adapters(updates, method, coefficients=factors, seed=seed, **parameters).adapter)
