@@ -243,6 +243,8 @@ def _check_cells(cells: Any, path: Path) -> None:
         missing = [key for key in CELL_KEYS if not isinstance(cell, Mapping) or key not in cell]
         if missing:
             raise RunDirError(f"{path}: cell {number} is without {', '.join(missing)}. {_AGAIN}")
+        if not _fits(cell["seconds"], "number"):
+            raise RunDirError(f"{path}: cell {number} took {cell['seconds']!r}; expected a number of seconds or null.")
 
 
 def _json(path: Path) -> Any:
