@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from fedmerge.report.page import ABSENT, Cell, Column, Html, decimal, element, is_number, join, table
 
 WIDTH = 320.0
-MOST_POINTS = 120  # of a line; neighbours beyond it are averaged
+MOST_POINTS = 60  # of a line; neighbours beyond it are averaged
 _COLOURS, _ROW = 7, 34.0
+_STRETCH = 6.0  # how many times as long minor rows may make an axis
 _SHAPES = (  # of radius 5, closed
     "M-4.6 0a4.6 4.6 0 1 0 9.2 0a4.6 4.6 0 1 0-9.2 0z",
     "M-4.2-4.2h8.4v8.4h-8.4z",
@@ -26,7 +27,10 @@ _DASHES = (None, "7 3", "2 2.5", "9 3 2 3")
 
 @dataclass(frozen=True)
 class Dot:
-    """A row of a dot chart: value with the bounds around it; ``hollow`` is drawn as an outline."""
+    """A row of a dot chart: value with the bounds around it.
+
+    ``hollow`` is drawn as an outline; a ``minor`` row far from the others is an arrow, lest it squeeze them.
+    """
 
     label: str
     series: int
@@ -35,6 +39,7 @@ class Dot:
     high: float | None = None
     hollow: bool = False
     shown: str = ""
+    minor: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,7 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
     """Round numbers from ``low`` to ``high``: at most ``most`` of them, a step of 1, 2 or 5 times a power of ten apart.
 
     >>> ticks(0.0, 1.0), ticks(-3, 8)
-    ([0.0, 0.5, 1.0], [-2.0, 0.0, 2.0, 4.0, 6.0, 8.0])
+    ([0.0, 0.5, 1.0], [0.0, 5.0])
     """
     exponent = math.floor(math.log10((high - low) / most))
     steps = [factor * 10.0 ** (exponent + shift) for shift in range(3) for factor in (1, 2, 5)]
@@ -127,10 +132,9 @@ def dot_chart(title: str, dots: Sequence[Dot], *, reference: float | None = None
         reference: a dashed line, for a baseline or zero.
         num_digits: decimals of the values in the text for screen readers.
     """
-    numbers = [n for dot in dots for n in (dot.value, dot.low, dot.high) if n is not None]
-    if not numbers:
+    if not any(_numbers(dot) for dot in dots):
         return Html("")
-    scale = _scale([*numbers, *([reference] if reference is not None else [])], 8.0, WIDTH - 8)
+    scale = _scale(_close_together(dots, [] if reference is None else [reference]), 8.0, WIDTH - 8)
     bottom = _ROW * len(dots) + 4
     parts = [_vertical_axis_lines(scale, 4.0, bottom)]
     if reference is not None:
@@ -139,13 +143,33 @@ def dot_chart(title: str, dots: Sequence[Dot], *, reference: float | None = None
         y = _ROW * number + 26
         parts.append(_text(_short(dot.label, 26), 2.0, y - 11, "start", "over"))
         parts.append(_text(dot.shown, WIDTH - 2, y - 11, "end", "over muted"))
-        if dot.low is not None and dot.high is not None:
-            parts.append(_line(scale(dot.low), y, scale(dot.high), y, "stem"))
-        if dot.value is not None:
+        if dot.value is not None and not scale.low <= dot.value <= scale.high:
+            parts.append(_arrow(y, dot.value < scale.low))
+        elif dot.value is not None:
+            if dot.low is not None and dot.high is not None:
+                parts.append(_line(scale(max(dot.low, scale.low)), y, scale(min(dot.high, scale.high)), y, "stem"))
             text = f"{dot.label}: {dot.shown or decimal(dot.value, num_digits)}"
             parts.append(mark(dot.series, scale(dot.value), y, hollow=dot.hollow, title=text))
     told = "; ".join(f"{dot.label} {dot.shown or decimal(dot.value, num_digits)}" for dot in dots)
     return _figure(title, f"{title}. {told}", bottom + 20, parts)
+
+
+def _numbers(dot: Dot) -> list[float]:
+    return [number for number in (dot.value, dot.low, dot.high) if number is not None]
+
+
+def _close_together(dots: Sequence[Dot], more: Sequence[float]) -> list[float]:
+    """What the axis shall hold: all but minor rows that would make it more than ``_STRETCH`` times as long."""
+    held = [number for dot in dots if not dot.minor for number in _numbers(dot)] or [
+        number for dot in dots for number in _numbers(dot)
+    ]
+    held += more
+    most = _STRETCH * max(max(held) - min(held), 0.1 * max(map(abs, held)))
+    for dot in sorted((dot for dot in dots if dot.minor and dot.value is not None), key=lambda dot: -(dot.value or 0)):
+        together = [*held, *_numbers(dot)]
+        if max(together) - min(together) <= most:
+            held = together
+    return held
 
 
 def scatter_chart(
@@ -163,14 +187,16 @@ def scatter_chart(
     top, bottom = 26.0, 226.0
     xs = [x for point in points for x in (point.x - (point.x_spread or 0), point.x + (point.x_spread or 0))]
     ys = [y for point in points for y in (point.y - (point.y_spread or 0), point.y + (point.y_spread or 0))]
-    across = _scale([*xs, *([0.0] if x_from_zero else [])], 48.0, WIDTH - 12, pad_low=not x_from_zero)
     up = _scale(ys, bottom, top)
-    parts = [_horizontal_axis_lines(up, 48.0, WIDTH - 4)]
-    for value in ticks(across.low, across.high, 4):
+    left = _left_margin(up)
+    across = _scale([*xs, *([0.0] if x_from_zero else [])], left, WIDTH - 12, pad_low=not x_from_zero)
+    parts = [_horizontal_axis_lines(up, left, WIDTH - 4)]
+    places = ticks(across.low, across.high, 4 if x_text else 5)
+    for value in places:
         parts.append(_line(across(value), bottom, across(value), bottom + 4, "axis"))
-        text = x_text(value) if x_text else _tick_text(value, ticks(across.low, across.high, 4))
+        text = x_text(value).replace(".0 ", " ") if x_text else _tick_text(value, places)
         parts.append(_text(text, across(value), bottom + 17, "middle", "muted"))
-    parts.append(_line(48.0, bottom, WIDTH - 4, bottom, "axis"))
+    parts.append(_line(left, bottom, WIDTH - 4, bottom, "axis"))
     parts.append(_text(f"↑ {y_title}", 2.0, 12.0, "start", "muted"))
     parts.append(_text(f"{x_title} →", WIDTH - 4, bottom + 35, "end", "muted"))
     for point in points:
@@ -189,20 +215,21 @@ def scatter_chart(
     return _figure(title, f"{title}: {x_title}, {y_title}. {told}", bottom + 40, parts)
 
 
-def line_chart(title: str, x_title: str, lines: Sequence[Line]) -> Html:
+def line_chart(title: str, x_title: str, lines: Sequence[Line], *, with_legend: bool = False) -> Html:
     """Values over steps, each line with the band between its bounds; nothing without a line."""
     lines = [Line(line.label, line.series, _thinned(line.points)) for line in lines if line.points]
     if not lines:
         return Html("")
     top, bottom = 8.0, 160.0
-    across = _scale([x for line in lines for x, *_ in line.points], 48.0, WIDTH - 10, padded=False)
     up = _scale([value for line in lines for _, *values in line.points for value in values], bottom, top)
-    parts = [_horizontal_axis_lines(up, 48.0, WIDTH - 4)]
+    left = _left_margin(up)
+    across = _scale([x for line in lines for x, *_ in line.points], left, WIDTH - 10, padded=False)
+    parts = [_horizontal_axis_lines(up, left, WIDTH - 4)]
     places = ticks(across.low, across.high, 5)
     for value in places:
         parts.append(_line(across(value), bottom, across(value), bottom + 4, "axis"))
         parts.append(_text(_tick_text(value, places), across(value), bottom + 17, "middle", "muted"))
-    parts.append(_line(48.0, bottom, WIDTH - 4, bottom, "axis"))
+    parts.append(_line(left, bottom, WIDTH - 4, bottom, "axis"))
     parts.append(_text(f"{x_title} →", WIDTH - 4, bottom + 34, "end", "muted"))
     for line in lines:
         upper = [f"{across(x):.1f} {up(high):.1f}" for x, _, _, high in line.points]
@@ -216,7 +243,8 @@ def line_chart(title: str, x_title: str, lines: Sequence[Line]) -> Html:
         x, y, *_ = line.points[-1]
         parts.append(mark(line.series, across(x), up(y), title=f"{line.label}: {decimal(y)} at {x:g}"))
     told = "; ".join(f"{line.label} ends at {decimal(line.points[-1][1])}" for line in lines)
-    return _figure(title, f"{title} over {x_title}. {told}", bottom + 40, parts)
+    below = legend({line.label: line.series for line in lines if line.label}, with_line=True) if with_legend else None
+    return _figure(title, f"{title} over {x_title}. {told}", bottom + 40, parts, below)
 
 
 def rank_chart(title: str, ranks: Sequence[tuple[str, int, float]], critical_difference: float) -> Html:
@@ -294,9 +322,14 @@ def heat_table(
     return element("div", table(key, caption, heads, body, sortable=False), class_="heat")
 
 
-def _figure(title: str, told: str, height: float, parts: Sequence[Html]) -> Html:
+def grid(*pictures: Html) -> Html:
+    """Pictures side by side where there is room; four are two pairs rather than three and one."""
+    return element("div", *pictures, class_="charts pairs" if len(pictures) == 4 else "charts")
+
+
+def _figure(title: str, told: str, height: float, parts: Sequence[Html], below: Html | None = None) -> Html:
     picture = element("svg", *parts, viewBox=f"0 0 {WIDTH:g} {height:g}", role="img", aria_label=told)
-    return element("figure", element("figcaption", title), picture)
+    return element("figure", element("figcaption", title), picture, below)
 
 
 def _scale(values: Sequence[float], start: float, stop: float, *, padded: bool = True, pad_low: bool = True) -> _Scale:
@@ -321,6 +354,12 @@ def _horizontal_axis_lines(scale: _Scale, left: float, right: float) -> Html:
         *(_line(left, scale(value), right, scale(value), "grid") for value in places),
         *(_text(_tick_text(value, places), left - 6, scale(value) + 4, "end", "muted") for value in places),
     )
+
+
+def _left_margin(scale: _Scale) -> float:
+    """Room for the numbers beside a vertical axis."""
+    places = ticks(scale.low, scale.high, 5)
+    return 14.0 + 7.4 * max((len(_tick_text(value, places)) for value in places), default=0)
 
 
 def _tick_text(value: float, places: Sequence[float]) -> str:
@@ -351,6 +390,12 @@ def _stroke(series: int, path: str, title: str | None = None) -> Html:
 
 def _line(x1: float, y1: float, x2: float, y2: float, style: str) -> Html:
     return element("line", x1=f"{x1:.1f}", y1=f"{y1:.1f}", x2=f"{x2:.1f}", y2=f"{y2:.1f}", class_=style)
+
+
+def _arrow(y: float, left: bool) -> Html:
+    """To what lies outside the picture."""
+    path = f"M14 {y:.1f}H2m4 -4l-4 4l4 4" if left else f"M{WIDTH - 14:g} {y:.1f}h12m-4 -4l4 4l-4 4"
+    return element("path", class_="arrow", d=path)
 
 
 def _text(text: str, x: float, y: float, anchor: str, style: str | None = None) -> Html:

@@ -5,7 +5,7 @@ A finished run is shown by the same page, as a benchmark of one seed; see :mod:`
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -209,7 +209,7 @@ def _difference(row: Mapping[str, Any]) -> str:
 
 
 def _p(value: float | None, equals: bool = False) -> str:
-    return "< 0.001" if value is not None and value < 0.001 else ("= " if equals else "") + decimal(value, 3)
+    return "<\u00a00.001" if value is not None and value < 0.001 else ("= " if equals else "") + decimal(value, 3)
 
 
 def _metric(name: str) -> str:
@@ -232,12 +232,14 @@ def _in_short(tables: BenchTables, datasets: Mapping[str, _Dataset]) -> Html:
                     (f"Highest {_metric(HEADLINE[0])}, {_ROLES[role]}{where}", join(element("strong", best), *small))
                 )
     rows = [row for data in datasets.values() for row in data.tables.results]
-    counts = {what: len({row[what] for row in rows}) for what in ("dataset", "strategy", "seed", "domain")}
-    words = ", ".join(_counted(count, what) for what, count in counts.items() if (what, count) != ("dataset", 1))
-    users: dict[tuple[str, str], int] = {}
-    for row in rows:
-        users[row["dataset"], row["domain"]] = max(users.get((row["dataset"], row["domain"]), 0), row["num_users"])
-    pairs.append(("Compared", join(words, element("small", f"on {sum(users.values()):,} test users"))))
+    users = {
+        (row["dataset"], row["domain"]): row["num_users"] for row in sorted(rows, key=lambda row: row["num_users"])
+    }
+    strategies, seeds = ({row[what] for row in rows} for what in ("strategy", "seed"))
+    counts = ((len(strategies), "strategy"), (len(seeds), "seed"), (len(users), "domain"))
+    words = ", ".join(_counted(count, what) for count, what in counts)
+    on = f"{sum(users.values()):,} test users of {' and '.join(datasets) or 'no dataset'}"
+    pairs.append(("Compared", join(words, element("small", on))))
     if len(tables.cells) > 1:
         finished = sum(cell["status"] == _FINISHED for cell in tables.cells)
         left = len(tables.cells) - finished
@@ -294,9 +296,9 @@ def _score_table(data: _Dataset, variant: str, key: str) -> Html:
             score = scores[column].get(strategy)
             few = f" {score.num_seeds} of {most} seeds" if score and score.num_seeds < most else None
             shown = join(
+                _marks(compared[column].get(strategy), strategy == best[column]) if score else None,
                 _shown(score),
                 element("small", few) if few else None,
-                _marks(compared[column].get(strategy), strategy == best[column]),
             )
             row.append(number_cell(score.mean if score else None, shown, strategy == best[column]))
         body.append(row)
@@ -316,7 +318,7 @@ def _how_to_read(data: _Dataset, variant: str) -> Html:
     parts = [_VARIANTS[variant], " ★ highest of the strategies that compete, before rounding."]
     if baseline:
         parts.append(
-            f" ▲ better, ▼ worse than {baseline}, = not told apart: paired over users and seeds, corrected for the "
+            f" ▲ better, ▼ worse than {baseline}, ○ not told apart: paired over users and seeds, corrected for the "
             f"number of strategies (Holm, {100 * LEVEL:g} %)."
         )
     if len(data.competing) < len(data.strategies):
@@ -330,25 +332,27 @@ def _best(data: _Dataset, scores: Mapping[str, Score]) -> str | None:
 
 
 def _marks(comparison: Mapping[str, Any] | None, best: bool) -> Html:
-    sign, style, meaning = "", None, None
+    """Signs before a number; what they mean is told to screen readers and on hovering."""
+    marks = [("★", " best", "highest")] if best else []
     if comparison is not None and is_number(comparison["difference"]):
+        baseline = comparison["baseline"]
         if not comparison["significant"]:
-            sign, meaning = "=", f"not told apart from {comparison['baseline']}"
+            marks.append(("○", "", f"not told apart from {baseline}"))
         elif comparison["difference"] > 0:
-            sign, style, meaning = "▲", "better", f"significantly better than {comparison['baseline']}"
+            marks.append(("▲", " better", f"significantly better than {baseline}"))
         else:
-            sign, style, meaning = "▼", "worse", f"significantly worse than {comparison['baseline']}"
-    return join(_mark(sign, style, meaning), _mark("★" if best else "", None, "highest" if best else None))
-
-
-def _mark(sign: str, style: str | None, meaning: str | None) -> Html:
-    hidden = element("span", f" {meaning}", class_="hidden") if meaning else None
-    return element(
-        "span",
-        element("span", sign, aria_hidden="true"),
-        hidden,
-        class_=f"mark {style}" if style else "mark",
-        title=meaning,
+            marks.append(("▼", " worse", f"significantly worse than {baseline}"))
+    return join(
+        *(
+            element(
+                "span",
+                element("span", sign, aria_hidden="true"),
+                element("span", f"{meaning}: ", class_="hidden"),
+                class_=f"mark{style}",
+                title=meaning,
+            )
+            for sign, style, meaning in marks
+        )
     )
 
 
@@ -410,7 +414,7 @@ def _differences(data: _Dataset) -> Html | None:
             Cell(_strategy(data, row["strategy"]), row["strategy"]),
             Cell(_domain_name(row), row["domain"]),
             Cell(_metric(row["metric"]), row["metric"]),
-            number_cell(row["difference"], join(_difference(row), _marks(row, False))),
+            number_cell(row["difference"], join(_marks(row, False), _difference(row))),
             number_cell(row["p_value"], _p(row["p_value"])),
             number_cell(row["p_adjusted"], _p(row["p_adjusted"])),
             number_cell(row["num_seeds"], str(row["num_seeds"])),
@@ -420,10 +424,11 @@ def _differences(data: _Dataset) -> Html | None:
     ]
     others = sorted({row["baseline"] for row in data.tables.comparisons} - {data.baseline})
     return join(
-        element("div", *pictures, class_="charts"),
+        charts.grid(*pictures),
         note(
             f"Mean difference to {data.baseline} with its 95 % interval, paired over users; over several seeds their "
-            "spread is in it. Filled: significant after Holm's correction; outlined: not. An interval speaks of other "
+            "spread is in it. Filled: significant after Holm's correction; outlined: not; an arrow: outside the "
+            "picture. An interval speaks of other "
             "users and seeds of these domains, not of other domains."
             + (f" Differences to {', '.join(others)} are in comparisons.parquet." if others else "")
         ),
@@ -447,6 +452,7 @@ def _difference_dot(data: _Dataset, strategy: str, row: Mapping[str, Any]) -> ch
         difference + half if bounded else None,
         hollow=not row["significant"],
         shown=_difference(row),
+        minor=strategy in data.tables.references,
     )
 
 
@@ -475,19 +481,20 @@ def _by_domain(data: _Dataset) -> Html:
                 None if score.spread is None else score.mean - score.spread,
                 None if score.spread is None else score.mean + score.spread,
                 shown=_shown_plain(score),
+                minor=strategy in data.tables.references,
             )
             for strategy in data.strategies
             if (score := scores.get(strategy))
         ]
         reference = scores[baseline].mean if baseline in scores else None
         pictures.append(charts.dot_chart(title, dots, reference=reference))
-    shown = element("div", *pictures, class_="charts")
+    shown = charts.grid(*pictures)
     body = []
     for strategy in data.strategies:
         row = [Cell(_strategy(data, strategy), strategy)]
         for _, scores in columns:
             score, is_best = scores.get(strategy), strategy == _best(data, scores)
-            row.append(number_cell(score.mean if score else None, join(_shown(score), _marks(None, is_best)), is_best))
+            row.append(number_cell(score.mean if score else None, join(_marks(None, is_best), _shown(score)), is_best))
         body.append(row)
     heads = [Column("Strategy", numeric=False), *(Column(title) for title, _ in columns)]
     told = f"{_metric(metric)} on test, {variant}"
@@ -496,7 +503,7 @@ def _by_domain(data: _Dataset) -> Html:
         folded("Pictures", shown) if len(pictures) > MANY_PICTURES else shown,
         note(
             "Mean over seeds, ± their standard deviation where there are several."
-            f"{line} Each picture has its own scale."
+            f"{line} Each picture has its own scale; an arrow is outside it."
         ),
         table(f"{data.prefix}domains-table", told, heads, body),
     )
@@ -538,7 +545,7 @@ def _with_legend(pictures: Sequence[Html], points: Sequence[charts.Point], told:
     if not points:
         return None
     legend = charts.legend({point.label: point.series for point in points})
-    return element("div", *pictures, element("div", legend, note(told), class_="side"), class_="charts")
+    return charts.grid(*pictures, element("div", legend, note(told), class_="side"))
 
 
 def _selected(rows: Rows) -> Rows:
@@ -639,47 +646,50 @@ def _coefficients(data: _Dataset) -> Html | None:
             some = {(d, g): means[strategy, d, g] for d in domains for g in of_strategy if (strategy, d, g) in means}
             key = f"{data.prefix}heat-{number}"
             parts.append(charts.heat_table(key, f"{strategy}, domain by layer", domains, of_strategy, some))
-    return join(*parts, note("Mean over seeds. Darker is further from zero; blue is positive, orange negative."))
-
-
-def _curves(data: _Dataset) -> Html | None:
-    rows = _selected(data.tables.curves)
-    parts: list[Html] = []
-    for name in dict.fromkeys(row["name"] for row in rows):
-        of_name = [row for row in rows if row["name"] == name and row["value"] is not None]
-        strategies = list(dict.fromkeys(row["strategy"] for row in of_name))
-        # Lines are strategies; where there is one alone they are domains, in one picture.
-        panel, line = ("domain", "strategy") if len(strategies) > 1 else ("strategy", "domain")
-        series = data.series if line == "strategy" else _places(row["domain"] for row in of_name)
-        pictures, drawn = [], {}
-        for title in dict.fromkeys(row[panel] for row in of_name):
-            lines = []
-            for label in dict.fromkeys(row[line] for row in of_name if row[panel] == title):
-                lines.append(
-                    charts.Line(
-                        label, series[label], _over_steps([r for r in of_name if (r[panel], r[line]) == (title, label)])
-                    )
-                )
-                drawn[label] = series[label]
-            pictures.append(charts.line_chart(title or name, "step", lines))
-        if pictures:
-            parts.append(element("h3", name))
-            shown = element("div", *pictures, class_="charts")
-            parts.append(folded("Pictures", shown) if len(pictures) > MANY_PICTURES else shown)
-            if list(drawn) != [""]:
-                parts.append(charts.legend(drawn, with_line=True))
-    if not parts:
-        return None
     return join(
         *parts,
-        note(
-            f"Mean over seeds, between the smallest and the largest; of more than {charts.MOST_POINTS} steps, averages "
-            "of neighbours."
-        ),
+        note("Mean over seeds. The stronger the colour, the further from zero; blue is positive, orange negative."),
     )
 
 
-def _places(names: Any) -> dict[str, int]:
+def _curves(data: _Dataset) -> Html | None:
+    """A picture a domain with a line a strategy; of curves of one strategy alone, one picture with a line a domain."""
+    rows = [row for row in _selected(data.tables.curves) if row["value"] is not None]
+    single: list[Html] = []
+    parts: list[Html] = []
+    for name in dict.fromkeys(row["name"] for row in rows):
+        of_name = [row for row in rows if row["name"] == name]
+        several = len({row["strategy"] for row in of_name}) > 1
+        panel, line = ("domain", "strategy") if several else ("strategy", "domain")
+        series = data.series if several else _places(row["domain"] for row in of_name)
+        panels = {
+            title: _lines([row for row in of_name if row[panel] == title], line, series)
+            for title in dict.fromkeys(row[panel] for row in of_name)
+        }
+        if len(panels) == 1:
+            single += [charts.line_chart(name, "step", lines, with_legend=True) for lines in panels.values()]
+            continue
+        pictures = [charts.line_chart(title or name, "step", lines) for title, lines in panels.items()]
+        shown = charts.grid(*pictures)
+        used = dict.fromkeys(line.label for lines in panels.values() for line in lines)
+        parts.append(element("h3", name))
+        parts.append(folded("Pictures", shown) if len(pictures) > MANY_PICTURES else shown)
+        parts.append(charts.legend({label: series[label] for label in used}, with_line=True))
+    if not rows:
+        return None
+    told = "Mean over seeds, within the range of them; " if len({row["seed"] for row in rows}) > 1 else ""
+    few = f"{told}of more than {charts.MOST_POINTS} steps, averages of neighbours."
+    return join(charts.grid(*single) if single else None, *parts, note(few[0].upper() + few[1:]))
+
+
+def _lines(rows: Rows, what: str, series: Mapping[str, int]) -> list[charts.Line]:
+    return [
+        charts.Line(label, series[label], _over_steps([row for row in rows if row[what] == label]))
+        for label in dict.fromkeys(row[what] for row in rows)
+    ]
+
+
+def _places(names: Iterable[str]) -> dict[str, int]:
     return {name: place for place, name in enumerate(dict.fromkeys(names))}
 
 
@@ -723,7 +733,7 @@ def _ranks(tables: BenchTables, series: Mapping[str, int]) -> Html:
         ),
         class_="side",
     )
-    return element("div", *pictures, told, class_="charts")
+    return charts.grid(*pictures, told)
 
 
 def _cells(tables: BenchTables) -> Html:
@@ -754,5 +764,8 @@ def _time(cell: Mapping[str, Any]) -> str:
 
 def _cell_parts(cell: Mapping[str, Any]) -> Html:
     facts_of_cell = {key: value for key, value in cell.items() if key not in {"config", "environment"}}
-    parts = (("Cell", facts_of_cell), ("Settings", cell["config"]), ("Environment", cell["environment"]))
-    return join(*(join(element("h3", title), settings(values)) for title, values in parts))
+    return join(
+        settings(facts_of_cell),
+        folded("Settings", settings(cell["config"])),
+        folded("Environment", settings(cell["environment"])),
+    )

@@ -160,7 +160,7 @@ def _curves(folder: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for path in sorted(folder.glob("adapters/*/training.json")):
         for validation in read_record(path).get("validations", ()):
-            for key, name in (("loss", "loss of an expert"), ("ndcg", "ndcg@10 of an expert on validation")):
+            for key, name in (("ndcg", "Experts, NDCG@10 on validation"), ("loss", "Experts, loss")):
                 if validation.get(key) is not None:
                     rows.append(_point(EXPERT, path.parent.name, validation["step"], name, validation[key]))
     for path in sorted(folder.glob("merged/*/provenance.json")):
@@ -168,9 +168,9 @@ def _curves(folder: Path) -> list[dict[str, Any]]:
         label = str(provenance.get("label", path.parent.name))
         for step, losses in enumerate(provenance.get("losses", ()), start=1):
             names = losses if len(losses) > 2 else ("total",)  # a sum of one term is that term, but for its weight
-            rows += [_point(label, "", step, f"loss of a merge: {name}", losses[name]) for name in names]
+            rows += [_point(label, "", step, f"Merges, {name} loss", losses[name]) for name in names]
         for step, score in provenance.get("validation", ()):
-            rows.append(_point(label, "", step, "validation score of a merge", score))
+            rows.append(_point(label, "", step, "Merges, validation score", score))
     return rows
 
 
