@@ -28,6 +28,7 @@ from fedmerge.run_dir import write_json, write_table
 BENCH_FILE = "bench.json"
 CELLS_FILE = "cells.json"
 EVERY_FOLD = "any"  # left_out of a comparison over all leave-one-domain-out folds
+FINISHED = "done"  # status of a cell; any other is shown as one that did not finish
 MEAN = "mean"  # domain of a comparison of the unweighted mean over domains
 
 # Table -> column -> type. "text" and "count" are never absent; a "number" may be (null), and NaN counts as absent.
@@ -122,7 +123,8 @@ class BenchTables:
         synthetic: whether any data are generated.
         results, comparisons, costs, curves, coefficients, ranks: rows; any may be empty. Strategies are shown in the
             order in which ``results`` names them.
-        cells: one record a cell, with at least ``CELL_KEYS``; ``config`` and ``environment`` are nested.
+        cells: one record a cell, with at least ``CELL_KEYS``; ``status`` is ``FINISHED`` or says what happened,
+            ``config`` and ``environment`` are nested, ``seconds`` may be None; what else there is is shown, too.
         references: strategies that do not compete for the mark of the best: the backbone, solo experts, joint training.
     """
 

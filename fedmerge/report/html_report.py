@@ -11,7 +11,7 @@ from typing import Any
 
 from fedmerge.client.metrics import METRICS
 from fedmerge.report import charts
-from fedmerge.report.bench_tables import MEAN, BenchTables, Rows
+from fedmerge.report.bench_tables import FINISHED, MEAN, BenchTables, Rows
 from fedmerge.report.page import (
     ABSENT,
     Cell,
@@ -42,7 +42,6 @@ _VARIANTS = {
     "unmasked": "Items of a user's history stay candidates (unmasked).",
     "masked": "Items of a user's history are removed from the candidates, except the target (masked).",
 }
-_FINISHED = "done"  # status of a cell
 
 Key = tuple[str, str]  # left_out, domain
 
@@ -241,7 +240,7 @@ def _in_short(tables: BenchTables, datasets: Mapping[str, _Dataset]) -> Html:
     on = f"{sum(users.values()):,} test users of {' and '.join(datasets) or 'no dataset'}"
     pairs.append(("Compared", join(words, element("small", on))))
     if len(tables.cells) > 1:
-        finished = sum(cell["status"] == _FINISHED for cell in tables.cells)
+        finished = sum(cell["status"] == FINISHED for cell in tables.cells)
         left = len(tables.cells) - finished
         link = element("small", element("a", f"{left} did not finish", href="#cells")) if left else None
         pairs.append(("Cells", join(f"{finished} finished", link)))
@@ -744,7 +743,7 @@ def _cells(tables: BenchTables) -> Html:
         return _cell_parts(tables.cells[0])
     parts = []
     for name, cells in groups.items():
-        finished = sum(cell["status"] == _FINISHED for cell in cells)
+        finished = sum(cell["status"] == FINISHED for cell in cells)
         folds = [(cell, f", without {cell['left_out']}" if cell["left_out"] else "") for cell in cells]
         parts.append(
             folded(
