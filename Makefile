@@ -19,9 +19,9 @@ demo: install
 test: install
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
-# Flower and Ray for real.
+# Flower and Ray for real, and the report in Chromium where chromium and chromedriver are installed.
 e2e: install
-	$(BIN)/python -m pytest -m e2e --durations=12
+	$(BIN)/python -m pytest -m 'e2e or browser' --durations=12
 
 lint: install
 	$(BIN)/ruff check .

@@ -303,12 +303,13 @@ def write_json(path: Path, data: Any) -> None:
     write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
 
 
-def write_table(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+def write_table(path: Path, rows: Iterable[Mapping[str, Any]], schema: Any = None) -> None:
     """Write rows of equal keys as Parquet, whole or not at all; a few thousand at a time are in memory.
 
     Args:
         path: the file.
-        rows: one or more; the first ones decide the types of the columns.
+        rows: one or more; with a schema also none.
+        schema: of pyarrow; None lets the first rows decide the types of the columns.
 
     Raises:
         RunDirError: as :func:`write_text`.
@@ -316,11 +317,11 @@ def write_table(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     partial = path.with_name(f".{path.name}.partial")
     try:
         remaining = iter(rows)
-        schema = None
         with ExitStack() as stack:
+            writer = None if schema is None else stack.enter_context(pq.ParquetWriter(partial, schema))
             while some := [dict(row) for row in itertools.islice(remaining, ROWS_AT_ONCE)]:
                 table = pa.Table.from_pylist(some, schema)
-                if schema is None:
+                if writer is None:
                     schema = table.schema
                     writer = stack.enter_context(pq.ParquetWriter(partial, schema))
                 writer.write_table(table)

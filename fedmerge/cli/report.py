@@ -1,0 +1,41 @@
+"""``fedmerge report``."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedmerge.cli.options import add_runs_folder
+
+if TYPE_CHECKING:
+    from fedmerge.cli.options import Commands
+
+
+def add_commands(commands: "Commands") -> None:
+    """Add it to the parser."""
+    report = commands.add_parser("report", help="write the page of a run or a benchmark: one HTML file, no network")
+    report.add_argument("run", metavar="RUN|BENCH", help="a run or benchmark folder, or the beginning of a run's id")
+    add_runs_folder(report)
+    report.add_argument("--out", type=Path, default=None, metavar="FILE", help="(default: report.html in the folder)")
+    report.set_defaults(command=_report)
+
+
+def _report(options: argparse.Namespace) -> int:
+    from fedmerge.errors import RunDirError
+    from fedmerge.report.bench_tables import is_bench, read_bench_tables
+    from fedmerge.report.html_report import bench_page
+    from fedmerge.report.run_tables import run_page
+    from fedmerge.run_dir import write_text
+    from fedmerge.runs import find_run
+
+    folder = Path(options.run)
+    if is_bench(folder):
+        text = bench_page(read_bench_tables(folder))
+    else:
+        folder = find_run(options.run, options.dir)
+        text = run_page(folder)
+    out = options.out or folder / "report.html"
+    if not out.parent.is_dir() or out.is_dir():
+        raise RunDirError(f"{out}: expected the name of a file in a folder that is there. Give another --out.")
+    write_text(out, text)
+    print(out)
+    return 0

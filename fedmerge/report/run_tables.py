@@ -1,0 +1,276 @@
+"""A finished run as the tables of a benchmark of one seed, and what only a run can tell."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fedmerge.client.metrics import EXPERT, METRICS, VARIANTS, MetricSums
+from fedmerge.config import Split
+from fedmerge.errors import RunDirError
+from fedmerge.report.bench_tables import BenchTables
+from fedmerge.report.html_report import bench_page
+from fedmerge.report.page import (
+    ABSENT,
+    Cell,
+    Column,
+    Html,
+    Section,
+    element,
+    join,
+    note,
+    number_cell,
+    seconds,
+    size,
+    table,
+)
+from fedmerge.report.statistics import comparison_rows
+from fedmerge.report.sums import read_metric_sums
+from fedmerge.report.tables import Role
+from fedmerge.runs import RunDetails, describe_run, read_record
+from fedmerge.server.fallback import SERVED, with_served
+
+_SPLITS: tuple[Split, ...] = ("valid", "test")
+
+
+def run_page(folder: Path) -> str:
+    """The page of a finished run.
+
+    Raises:
+        RunDirError: not finished, or damaged.
+    """
+    run = describe_run(folder)
+    if run.summary.state != "done":
+        raise RunDirError(
+            f"{folder}: the run is {run.summary.state}, and a report needs one that is done. Go on with it: "
+            f"fedmerge run --resume {folder}. What is there is shown by fedmerge show {folder}"
+        )
+    tables = run_tables(run)
+    sections = [("clients", "Who took part", _participants(run)), ("choice", "Chosen on validation", _choice(run))]
+    sections.append(("exposure", "What left each client", _exposure(run.summary.folder)))
+    more = [Section(key, heading, content) for key, heading, content in sections if content]
+    served = join("To be served: ", element("strong", run.summary.served)) if run.summary.served else Html("")
+    return bench_page(tables, kind="Run", lead=element("p", served), more=more)
+
+
+def run_tables(run: RunDetails) -> BenchTables:
+    """A run's tables; its methods are the strategies.
+
+    Raises:
+        RunDirError: a table or record is missing or damaged.
+    """
+    folder = run.summary.folder
+    name, seed = str(run.settings.get("name", folder.name)), _seed(run.settings)
+    place = {"dataset": name, "seed": seed, "left_out": ""}
+    roles = _domain_roles(folder / "metrics.parquet")
+    validation = run.choice.get("validation")
+    merged = list(validation) if isinstance(validation, dict) else []
+    results: list[dict[str, Any]] = []
+    comparisons: list[dict[str, Any]] = []
+    methods: dict[str, None] = {}
+    for split in _SPLITS:
+        for variant in VARIANTS:
+            sums = read_metric_sums(folder, split, variant)
+            if split == "test":
+                sums = {domain: _with_served(of_domain, run, domain) for domain, of_domain in sums.items()}
+                methods |= dict.fromkeys(method for of_domain in sums.values() for method in of_domain.methods)
+            results += [
+                {
+                    **place,
+                    "strategy": method,
+                    "label": method,
+                    "domain": domain,
+                    "role": roles[domain],
+                    "split": split,
+                    "variant": variant,
+                    "metric": metric,
+                    "num_users": of_domain.num_users,
+                    "value": of_domain.mean(method, metric),
+                }
+                for domain, of_domain in sums.items()
+                for method in of_domain.methods
+                for metric in METRICS
+            ]
+            if split == "test":
+                comparisons += _comparisons(sums, roles, name, merged)
+    order = {method: place for place, method in enumerate(methods)}
+    results.sort(key=lambda row: order.get(row["strategy"], len(order)))
+    return BenchTables(
+        title=run.summary.id,
+        synthetic=bool(run.summary.synthetic),
+        results=results,
+        comparisons=comparisons,
+        curves=[{**place, **row} for row in _curves(folder)],
+        coefficients=[{**place, **row} for row in _coefficients(run)],
+        cells=[
+            {
+                **place,
+                "strategy": ", ".join(run.summary.methods),
+                "status": run.summary.state,
+                "seconds": run.summary.seconds,
+                "config": dict(run.settings),
+                "environment": read_record(folder / "environment.json"),
+            }
+        ],
+        references=tuple(method for method in methods if method not in merged),
+    )
+
+
+def _seed(run_settings: Mapping[str, Any]) -> int:
+    seed = run_settings.get("seed", 0)
+    return seed if isinstance(seed, int) else 0
+
+
+def _domain_roles(path: Path) -> dict[str, Role]:
+    try:
+        rows = pq.read_table(path, columns=["domain", "role"]).to_pylist()
+    except (OSError, pa.ArrowException) as error:
+        raise RunDirError(
+            f"{path}: cannot be read ({str(error).splitlines()[0]}). Get the run folder again."
+        ) from error
+    return {row["domain"]: row["role"] for row in rows}
+
+
+def _with_served(sums: MetricSums, run: RunDetails, domain: str) -> MetricSums:
+    """With a row of what this domain is served, where domains were chosen for one by one."""
+    per_domain, served = run.choice.get("per_domain"), run.summary.served
+    if not isinstance(per_domain, dict) or not per_domain or served not in sums.methods:
+        return sums
+    of_domain = per_domain.get(domain)
+    own = isinstance(of_domain, dict) and of_domain.get("serve") == EXPERT
+    return with_served(sums, EXPERT if own else str(served))
+
+
+def _comparisons(
+    sums: Mapping[str, MetricSums], roles: Mapping[str, Role], name: str, merged: Sequence[str]
+) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for role in ("train", "unseen"):
+        of_role = {(0, domain): of_domain for domain, of_domain in sums.items() if roles[domain] == role}
+        methods = [method for of_domain in of_role.values() for method in of_domain.methods]
+        baseline = next((method for method in ("average", *merged) if method in methods), None)
+        if baseline and min(of_domain.num_users for of_domain in of_role.values()) > 1:
+            rows += comparison_rows(of_role, dataset=name, baseline=baseline, role=role)
+    return rows
+
+
+def _curves(folder: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for path in sorted(folder.glob("adapters/*/training.json")):
+        for validation in read_record(path).get("validations", ()):
+            for key, name in (("ndcg", "Experts, NDCG@10 on validation"), ("loss", "Experts, loss")):
+                if validation.get(key) is not None:
+                    rows.append(_point(EXPERT, path.parent.name, validation["step"], name, validation[key]))
+    for path in sorted(folder.glob("merged/*/provenance.json")):
+        provenance = read_record(path)
+        label = str(provenance.get("label", path.parent.name))
+        for step, losses in enumerate(provenance.get("losses", ()), start=1):
+            names = losses if len(losses) > 2 else ("total",)  # a sum of one term is that term, but for its weight
+            rows += [_point(label, "", step, f"Merges, {name} loss", losses[name]) for name in names]
+        for step, score in provenance.get("validation", ()):
+            rows.append(_point(label, "", step, "Merges, validation score", score))
+    return rows
+
+
+def _point(strategy: str, domain: str, step: int, name: str, value: float) -> dict[str, Any]:
+    return {"strategy": strategy, "domain": domain, "step": step, "name": name, "value": value}
+
+
+def _coefficients(run: RunDetails) -> list[dict[str, Any]]:
+    rows = []
+    for merge in run.merges:
+        groups = merge.provenance.get("coefficient_groups")
+        for domain, values in (merge.provenance.get("coefficients") or {}).items():
+            numbers = values if isinstance(values, list) else [values]
+            names = (
+                groups
+                if isinstance(groups, list) and len(groups) == len(numbers)
+                else [str(i) for i in range(len(numbers))]
+            )
+            label = str(merge.provenance.get("label", merge.label))
+            for group, value in zip(names, numbers, strict=True):
+                rows.append({"strategy": label, "domain": domain, "group": group, "value": value})
+    return rows
+
+
+# What only a run can tell
+
+
+def _participants(run: RunDetails) -> Html:
+    counts = ("num_users", "num_items", "num_interactions")
+    heads = [
+        *(Column(title, numeric=False) for title in ("Domain", "Role")),
+        *(Column(title) for title in ("Users", "Items", "Interactions", "Steps", "Best step", "Training")),
+    ]
+    body = []
+    for name, client in run.participants.items():
+        expert = run.experts.get(name, {})
+        numbers = [client.get(count) for count in counts] + [expert.get("steps"), expert.get("best_step")]
+        body.append(
+            [
+                Cell(name, name),
+                Cell(str(client.get("role", ABSENT)), str(client.get("role", ""))),
+                *(number_cell(n, f"{n:,}" if isinstance(n, int) else ABSENT) for n in numbers),
+                number_cell(expert.get("seconds"), seconds(expert.get("seconds"))),
+            ]
+        )
+    excluded = [element("p", element("strong", f"Excluded: {name}. "), reason) for name, reason in run.excluded.items()]
+    return join(table("clients-table", "Clients, and the training of their experts", heads, body), *excluded)
+
+
+def _choice(run: RunDetails) -> Html | None:
+    scores = run.choice.get("validation")
+    if not isinstance(scores, dict) or not scores:
+        return None
+    highest = max(scores.values())
+    body = [
+        [
+            Cell(
+                join(label, element("span", "to be served", class_="tag") if label == run.summary.served else None),
+                label,
+            ),
+            number_cell(score, f"{score:.4f}", best=score == highest),
+        ]
+        for label, score in scores.items()
+    ]
+    heads = [Column("Merge", numeric=False), Column(str(run.summary.metric))]
+    own = [
+        domain
+        for domain, chosen in (run.choice.get("per_domain") or {}).items()
+        if isinstance(chosen, dict) and chosen.get("serve") == EXPERT
+    ]
+    told = note(f"Better served by their own expert, and so in the row “{SERVED}”: {', '.join(own)}.") if own else None
+    return join(table("choice-table", "Mean over training domains on validation, unmasked", heads, body), told)
+
+
+def _exposure(folder: Path) -> Html | None:
+    path = folder / "exposure.parquet"
+    try:
+        rows = pq.read_table(path, columns=["domain", "message", "size_bytes"]).to_pylist()
+    except FileNotFoundError:
+        return None
+    except (OSError, pa.ArrowException) as error:
+        raise RunDirError(
+            f"{path}: cannot be read ({str(error).splitlines()[0]}). Get the run folder again."
+        ) from error
+    messages = list(dict.fromkeys(row["message"] for row in rows))
+    sums: dict[tuple[str, str], int] = {}
+    for row in rows:
+        sums[row["domain"], row["message"]] = sums.get((row["domain"], row["message"]), 0) + row["size_bytes"]
+    body = []
+    for domain in dict.fromkeys(row["domain"] for row in rows):
+        numbers = [sums.get((domain, message)) for message in messages]
+        total = sum(number or 0 for number in numbers)
+        body.append(
+            [Cell(domain, domain), *(number_cell(n, size(n)) for n in numbers), number_cell(total, size(total))]
+        )
+    heads = [Column("Domain", numeric=False), *(Column(message) for message in messages), Column("All")]
+    return join(
+        table("exposure-table", "Bytes from each client to the server, by message", heads, body),
+        note(
+            "Every name, shape and size is in exposure.parquet. An adapter is computed from private data and can leak "
+            "some of it."
+        ),
+    )

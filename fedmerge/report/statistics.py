@@ -1,0 +1,333 @@
+"""Strategies against a baseline over several seeds, from what may leave a client; and their ranks over blocks.
+
+Only :class:`fedmerge.client.metrics.MetricSums` go in: counts, sums and sums of products. No user's outcome is seen.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fedmerge.client.metrics import (
+    METRICS,
+    MetricSums,
+    PairedDifference,
+    paired_difference,
+    paired_difference_of_mean,
+)
+from fedmerge.errors import LayoutMismatchError
+from fedmerge.report.bench_tables import MEAN
+from fedmerge.report.tables import Role
+
+LEVEL = 0.05  # of tests; intervals are 1 - LEVEL
+
+FloatArray = npt.NDArray[np.float64]
+
+
+# Over seeds
+
+
+@dataclass(frozen=True, slots=True)
+class OverSeeds:
+    """A paired difference over seeds: its mean, the half-width of its 95 % interval, and the two-sided p-value of 0."""
+
+    num_seeds: int
+    mean: float
+    half_width: float
+    p_value: float
+
+
+def difference_over_seeds(differences: Sequence[PairedDifference]) -> OverSeeds:
+    """Combine the paired differences of several seeds into one with an interval.
+
+    mean = sum_s m_s / S
+    half-width^2 = (z · users)^2 + (t_{S-1} · seeds)^2
+    users = sum_s SE_s / S,  seeds^2 = sum_s (m_s - mean)^2 / (S - 1) / S
+
+    z and t are the 97.5 % points of the normal and of Student's distribution; the p-value is the level at which the
+    interval would just reach 0.
+
+    Assumed: (1) Every seed is evaluated on the same users, whose luck therefore does not average out over seeds:
+    ``users`` takes it as fully shared. No product of outcomes of two seeds is ever computed, so how far it is shared
+    is not known; fully is the worst case. (2) Seeds are independent, normal draws of everything else (training order,
+    initial adapters); ``seeds`` is their own spread, with its few degrees of freedom. What is particular to a user and
+    a seed at once is in both. (3) m_s of one seed is normal over users: hundreds of them. Under these the interval
+    covers at least 95 % (95.0 to 97.6 % in simulation of three seeds, whichever part is larger). With one seed the
+    second part is absent, and the interval speaks of that seed alone.
+
+    Args:
+        differences: one a seed, of the same method, baseline, metric and domains.
+
+    Raises:
+        LayoutMismatchError: none.
+    """
+    num_seeds = len(differences)
+    if not num_seeds:
+        raise LayoutMismatchError("a difference over seeds was asked for of no seed; expected at least one")
+    mean = math.fsum(difference.mean for difference in differences) / num_seeds
+    users = math.fsum(difference.standard_error for difference in differences) / num_seeds
+    seeds = 0.0
+    if num_seeds > 1:
+        scatter = math.fsum((difference.mean - mean) ** 2 for difference in differences)
+        seeds = math.sqrt(scatter / (num_seeds - 1) / num_seeds)
+
+    def half_width(t: float) -> float:
+        return math.hypot(_normal_quantile(student_p_value(t, num_seeds - 1)) * users, t * seeds)
+
+    if seeds == 0.0:
+        p_value = 2 * NormalDist().cdf(-abs(mean) / users) if users else float(mean == 0.0)
+        return OverSeeds(num_seeds, mean, _normal_quantile(LEVEL) * users, p_value)
+    t = _root(lambda t: half_width(t) - abs(mean), abs(mean) / seeds)
+    return OverSeeds(
+        num_seeds, mean, half_width(student_quantile(LEVEL, num_seeds - 1)), student_p_value(t, num_seeds - 1)
+    )
+
+
+def comparison_rows(
+    sums: Mapping[tuple[int, str], MetricSums],
+    *,
+    dataset: str,
+    baseline: str,
+    role: Role,
+    left_out: str = "",
+    metrics: Sequence[str] = METRICS,
+) -> list[dict[str, Any]]:
+    """Rows of ``comparisons``: every strategy against the baseline, on every domain and on their unweighted mean.
+
+    A seed counts for a strategy where strategy and baseline were evaluated on the same users; for the mean, on all the
+    domains. A strategy without such a seed has no row. p-values are corrected by Holm, a metric at a time: those of
+    the mean over all strategies, those of single domains over all strategies and domains.
+
+    Args:
+        sums: (seed, domain) -> its sums, whose methods are named by strategy. For unseen domains of leave-one-domain-
+            out folds, each domain's sums come from the fold that left it out.
+        dataset: written into the rows.
+        baseline: the strategy that the others are compared with.
+        role: of the domains; written into the rows.
+        left_out: "" or ``EVERY_FOLD``; written into the rows.
+        metrics: of METRICS.
+
+    Raises:
+        LayoutMismatchError: no sums, several variants, or a baseline that nobody evaluated.
+        ClientError: fewer than two users, or sums that no users can have produced.
+    """
+    variants = sorted({of_domain.variant for of_domain in sums.values()})
+    if len(variants) != 1:
+        raise LayoutMismatchError(
+            f"comparisons of {dataset}: sums of the variants {variants}; expected at least one domain, and one variant"
+        )
+    strategies = list(dict.fromkeys(name for of_domain in sums.values() for name in of_domain.methods))
+    if baseline not in strategies:
+        raise LayoutMismatchError(
+            f"comparisons of {dataset}: no sums of the baseline {baseline!r}; found {strategies}. Add it to the "
+            "strategies, or choose another baseline"
+        )
+    domains = sorted({domain for _, domain in sums})
+    rows: list[dict[str, Any]] = []
+    for metric in metrics:
+        for groups in ({MEAN: domains}, {domain: [domain] for domain in domains}):
+            found = {
+                (domain, strategy): difference_over_seeds(differences)
+                for domain, members in groups.items()
+                for strategy in strategies
+                if strategy != baseline and (differences := _by_seed(sums, members, strategy, baseline, metric))
+            }
+            adjusted = holm([difference.p_value for difference in found.values()])
+            rows += [
+                {
+                    "dataset": dataset,
+                    "strategy": strategy,
+                    "baseline": baseline,
+                    "left_out": left_out,
+                    "domain": domain,
+                    "role": role,
+                    "variant": variants[0],
+                    "metric": metric,
+                    "num_seeds": difference.num_seeds,
+                    "difference": difference.mean,
+                    "half_width": difference.half_width,
+                    "p_value": difference.p_value,
+                    "p_adjusted": p_adjusted,
+                    "significant": p_adjusted < LEVEL,
+                }
+                for ((domain, strategy), difference), p_adjusted in zip(found.items(), adjusted, strict=True)
+            ]
+    return rows
+
+
+def _by_seed(
+    sums: Mapping[tuple[int, str], MetricSums], domains: Sequence[str], strategy: str, baseline: str, metric: str
+) -> list[PairedDifference]:
+    differences = []
+    for seed in sorted({seed for seed, _ in sums}):
+        members = [of_domain for domain in domains if (of_domain := sums.get((seed, domain)))]
+        if len(members) == len(domains) and all({strategy, baseline} <= set(member.methods) for member in members):
+            differences.append(
+                paired_difference(members[0], strategy, baseline, metric)
+                if len(members) == 1
+                else paired_difference_of_mean(members, strategy, baseline, metric)
+            )
+    return differences
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjusted p-values: any below a level may be called significant, and all such calls are right with 1 - level.
+
+    p of rank i among m (smallest first) becomes max over j <= i of min(1, (m - j + 1) p_j). Any dependence is allowed.
+
+    Source: Holm, Scandinavian Journal of Statistics 6 (1979).
+
+    >>> holm([0.01, 0.04, 0.03])
+    [0.03, 0.06, 0.06]
+    """
+    adjusted = [1.0] * len(p_values)
+    largest = 0.0
+    for place, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        largest = max(largest, min(1.0, (len(p_values) - place) * p_values[index]))
+        adjusted[index] = largest
+    return adjusted
+
+
+# Over blocks
+
+
+@dataclass(frozen=True, slots=True)
+class Friedman:
+    """Mean ranks (k,), 1 is best; the statistic, corrected for ties; and its p-value."""
+
+    mean_ranks: FloatArray
+    statistic: float
+    p_value: float
+
+
+def friedman(scores: FloatArray) -> Friedman:
+    """Friedman's test that k strategies rank alike over N blocks; higher scores are better, ties share their rank.
+
+    statistic = (k - 1) · sum_j (R_j - N(k+1)/2)^2 / sum_ij (r_ij - (k+1)/2)^2,  chi-square with k - 1 degrees.
+
+    Args:
+        scores: (N, k), N and k at least 2.
+
+    Raises:
+        LayoutMismatchError: fewer, or scores that are not finite.
+
+    Source: Friedman, JASA 32 (1937); Conover, Practical Nonparametric Statistics, for ties.
+    """
+    if scores.ndim != 2 or min(scores.shape) < 2 or not np.isfinite(scores).all():
+        raise LayoutMismatchError(
+            f"Friedman's test of scores of shape {scores.shape}; expected finite ones of at least 2 blocks and 2 "
+            "strategies"
+        )
+    num_strategies = scores.shape[1]
+    above = (scores[:, None, :] > scores[:, :, None]).sum(axis=2)  # (N, k)
+    equal = (scores[:, None, :] == scores[:, :, None]).sum(axis=2)  # (N, k), itself included
+    centred = 1.0 + above + (equal - 1) / 2 - (num_strategies + 1) / 2
+    scatter = float((centred**2).sum())
+    statistic = (num_strategies - 1) * float((centred.sum(axis=0) ** 2).sum()) / scatter if scatter else 0.0
+    # chi-square's upper tail is the regularised upper incomplete gamma function.
+    p_value = torch.special.gammaincc(
+        torch.tensor((num_strategies - 1) / 2, dtype=torch.float64), torch.tensor(statistic / 2, dtype=torch.float64)
+    )
+    return Friedman(centred.mean(axis=0) + (num_strategies + 1) / 2, statistic, float(p_value))
+
+
+def critical_difference(num_strategies: int, num_blocks: int, level: float = LEVEL) -> float:
+    """Mean ranks that differ by less are not told apart by Nemenyi's test.
+
+    q / sqrt(2) · sqrt(k(k+1) / (6N)),  q: upper point of the studentised range of k normal values.
+
+    Source: Demšar, JMLR 7 (2006).
+    """
+    quantile = studentized_range_quantile(level, num_strategies)
+    return quantile / math.sqrt(2) * math.sqrt(num_strategies * (num_strategies + 1) / (6 * num_blocks))
+
+
+def rank_rows(scores: Mapping[tuple[str, str, int], Mapping[str, float]]) -> list[dict[str, Any]]:
+    """Rows of ``ranks``: each dataset by itself, and with several also all of them under "".
+
+    Blocks are (dataset, domain, seed). Nemenyi's test takes blocks as independent, which the seeds of one domain are
+    not quite: read the picture as a summary, and the intervals as the evidence.
+
+    Args:
+        scores: (dataset, domain, seed) -> strategy -> score, higher is better. Blocks without a score of every
+            strategy are left out, which ``num_blocks`` tells; with fewer than two blocks or strategies there is no row.
+    """
+    datasets = sorted({dataset for dataset, _, _ in scores})
+    rows: list[dict[str, Any]] = []
+    for name in [*([""] if len(datasets) > 1 else []), *datasets]:
+        blocks = [of_block for (dataset, _, _), of_block in sorted(scores.items()) if name in ("", dataset)]
+        strategies = list(dict.fromkeys(strategy for of_block in blocks for strategy in of_block))
+        whole = [[of_block[s] for s in strategies] for of_block in blocks if len(of_block) == len(strategies)]
+        if len(whole) < 2 or len(strategies) < 2:
+            continue
+        test = friedman(np.array(whole, dtype=np.float64))
+        rows += [
+            {
+                "dataset": name,
+                "strategy": strategy,
+                "mean_rank": mean_rank,
+                "num_blocks": len(whole),
+                "critical_difference": critical_difference(len(strategies), len(whole)),
+                "p_friedman": test.p_value,
+            }
+            for strategy, mean_rank in zip(strategies, test.mean_ranks.tolist(), strict=True)
+        ]
+    return rows
+
+
+# Distributions
+
+
+def student_p_value(statistic: float, dof: int) -> float:
+    """Two-sided tail of Student's t with ``dof`` degrees of freedom, P(|T| >= |statistic|)."""
+    # With t = sqrt(dof) tan(angle) the density becomes a power of a cosine on a finite range, which is cut where
+    # nothing is left of it.
+    start = math.atan(abs(statistic) / math.sqrt(dof))
+    stop = min(math.pi / 2, start + 12 / math.sqrt(dof))
+    nodes, heights = _gauss_legendre()
+    angles = start + (stop - start) * (nodes + 1) / 2
+    area = (stop - start) / 2 * float(heights @ np.cos(angles) ** (dof - 1))
+    return min(1.0, 2 * area * math.exp(math.lgamma((dof + 1) / 2) - math.lgamma(dof / 2)) / math.sqrt(math.pi))
+
+
+@cache
+def student_quantile(level: float, dof: int) -> float:
+    """t with P(|T| >= t) = level."""
+    return _root(lambda t: level - student_p_value(t, dof), 1e4)
+
+
+@cache
+def studentized_range_quantile(level: float, num_values: int) -> float:
+    """q with P(largest - smallest of independent standard normal values >= q) = level; infinite degrees of freedom."""
+    z = torch.linspace(-9.0, 9.0, 2001, dtype=torch.float64)  # the largest value
+    density = torch.exp(-(z**2) / 2) / math.sqrt(2 * math.pi) * (z[1] - z[0])
+
+    def tail(q: float) -> float:
+        others = (torch.special.ndtr(z) - torch.special.ndtr(z - q)) ** (num_values - 1)
+        return 1.0 - num_values * float((density * others).sum())
+
+    return _root(lambda q: level - tail(q), 100.0)
+
+
+def _normal_quantile(level: float) -> float:
+    return -NormalDist().inv_cdf(max(level, 1e-300) / 2)
+
+
+@cache
+def _gauss_legendre() -> tuple[FloatArray, FloatArray]:
+    return np.polynomial.legendre.leggauss(80)
+
+
+def _root(rising: Callable[[float], float], high: float) -> float:
+    """Where a function that rises from below 0 reaches 0, between 0 and ``high``."""
+    low = 0.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if rising(middle) < 0 else (low, middle)
+    return high

@@ -1,0 +1,227 @@
+"""The report in headless Chromium, on a phone and a laptop, light and dark: it fits, sorts, and can be read."""
+
+import base64
+import io
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from report_folders import make_reported_run, some_bench
+from run_folders import make_place
+
+from fedmerge.cli import main
+from fedmerge.report.bench_tables import write_bench_tables
+
+webdriver: Any = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+DRIVER = shutil.which("chromedriver")
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="Chromium or its chromedriver is not installed"),
+]
+
+SIZES = {"phone": (360, 740), "laptop": (1366, 768)}
+LEGIBLE_PIXELS = 10.0
+CONTRAST = 4.5  # of text to its ground, WCAG 2.2 AA
+
+# The contrast of every text to the nearest opaque ground below it. A canvas turns any CSS colour into red, green, blue.
+CONTRASTS = """
+const canvas = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
+const known = new Map();
+function rgba(colour) {
+  if (!known.has(colour)) {
+    canvas.clearRect(0, 0, 1, 1);
+    canvas.fillStyle = colour;
+    canvas.fillRect(0, 0, 1, 1);
+    known.set(colour, canvas.getImageData(0, 0, 1, 1).data);
+  }
+  return known.get(colour);
+}
+function luminance(colour) {
+  const linear = (c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4);
+  const [red, green, blue] = [...rgba(colour)].map((c) => linear(c / 255));
+  return 0.2126 * red + 0.7152 * green + 0.0722 * blue;
+}
+const found = [];
+const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+while (texts.nextNode()) {
+  const element = texts.currentNode.parentElement;
+  if (!texts.currentNode.data.trim() || element.closest("script, title, .hidden")) continue;
+  let ground = element;
+  while (ground.parentElement && rgba(getComputedStyle(ground).backgroundColor)[3] < 255) ground = ground.parentElement;
+  const style = getComputedStyle(element);
+  const colour = element.closest("svg") ? style.fill : style.color;
+  const pair = [luminance(colour), luminance(getComputedStyle(ground).backgroundColor)].sort((a, b) => b - a);
+  found.push([(pair[0] + 0.05) / (pair[1] + 0.05), texts.currentNode.data.trim().slice(0, 40)]);
+}
+return found;
+"""
+PICTURES = """
+return [...document.querySelectorAll("figure svg[role=img]")].map((picture) => {
+  const { x, y, width, height } = picture.getBoundingClientRect();
+  return { x: x + scrollX, y: y + scrollY, width, height, scale: picture.getScreenCTM().a };
+});
+"""
+
+
+@dataclass
+class Browser:
+    """Chromium, and how it looks at a page."""
+
+    driver: Any
+
+    def open(self, path: Path, size: str, scheme: str) -> None:
+        width, height = SIZES[size]
+        phone = size == "phone"
+        self.do("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=phone)
+        self.do("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+        self.driver.get(path.as_uri())
+
+    def do(self, command: str, **parameters: Any) -> Any:
+        return self.driver.execute_cdp_cmd(command, parameters)
+
+    def ask(self, script: str, *arguments: Any) -> Any:
+        return self.driver.execute_script(script, *arguments)
+
+    def screenshot(self, height: float) -> Image.Image:
+        """The page from its top, however far down."""
+        clip = {"x": 0, "y": 0, "width": self.ask("return innerWidth"), "height": height, "scale": 1}
+        taken = self.do("Page.captureScreenshot", format="png", captureBeyondViewport=True, clip=clip)
+        return Image.open(io.BytesIO(base64.b64decode(taken["data"]))).convert("RGB")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    os.environ["SE_AVOID_STATS"] = "true"  # selenium would tell its makers
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    yield Browser(driver)
+    driver.quit()
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A page of a run, one of a benchmark, and one with long names, many of everything and two datasets."""
+    place = make_place(tmp_path_factory.mktemp("place"))
+    folders = {"run": make_reported_run(place, "shops-20260102-030405-abcd")}
+    strategies = (
+        "backbone",
+        "average",
+        "task-arithmetic",
+        "ties",
+        "localize-and-stitch",
+        "mergerec",
+        "fedit",
+        "flexlora",
+    )
+    domains = ("books", "Cell_Phones_and_Accessories", "Musical Instruments & more, with a long name")
+    benches = {
+        "bench": some_bench(),
+        "large": some_bench((*strategies, "joint training"), domains, ("demo", "amazon3"), (0, 1), num_layers=24),
+    }
+    for name, tables in benches.items():
+        folders[name] = tmp_path_factory.mktemp(name)
+        write_bench_tables(folders[name], tables)
+    for folder in folders.values():
+        assert main(["report", str(folder)]) == 0
+    return {name: folder / "report.html" for name, folder in folders.items()}
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("which", ["run", "bench", "large"])
+def test_the_page_fits_and_can_be_read(
+    browser: Browser, pages: dict[str, Path], which: str, size: str, scheme: str
+) -> None:
+    browser.open(pages[which], size, scheme)
+    width = SIZES[size][0]
+    assert browser.ask("return innerWidth") == width
+    assert browser.ask("return matchMedia('(prefers-color-scheme: dark)').matches") == (scheme == "dark")
+    assert browser.ask("return performance.getEntriesByType('resource').length") == 0
+    browser.ask("for (const details of document.querySelectorAll('details')) details.open = true")
+    assert browser.ask("return document.documentElement.scrollWidth") <= width
+    browser.ask("scrollTo(500, 0)")
+    assert browser.ask("return scrollX") == 0
+    outside = browser.ask(
+        "return [...document.querySelectorAll('h1, h2, h3, p, figure, .scroll, pre, dl')]"
+        ".filter((e) => e.getBoundingClientRect().right > innerWidth).map((e) => e.outerHTML.slice(0, 80))"
+    )
+    assert outside == []
+
+    contrasts = browser.ask(CONTRASTS)
+    assert len(contrasts) > 300
+    assert [(contrast, text) for contrast, text in contrasts if contrast < CONTRAST] == []
+
+    pictures = browser.ask(PICTURES)
+    assert len(pictures) >= 9
+    page = np.asarray(browser.screenshot(max(box["y"] + box["height"] for box in pictures)))
+    for box in pictures:
+        assert box["width"] > 200
+        assert box["height"] > 60
+        assert 12 * box["scale"] >= LEGIBLE_PIXELS  # the size of the letters
+        x, y = int(box["x"]), int(box["y"])
+        inside = page[y : y + int(box["height"]), x : x + int(box["width"])].reshape(-1, 3)
+        ground = np.median(inside, axis=0)
+        drawn = np.abs(inside - ground).max(axis=1) > 40
+        assert 0.005 < drawn.mean() < 0.5
+    brightness = page[:5, :5].mean()
+    assert brightness > 200 if scheme == "light" else brightness < 60
+    assert browser.driver.get_log("browser") == []
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_tables_sort_by_click_and_by_key(browser: Browser, pages: dict[str, Path], size: str) -> None:
+    browser.open(pages["run"], size, "light")
+    table = browser.driver.find_element("css selector", "#d0-scores-table")
+    headings = table.find_elements("css selector", "thead th")
+
+    def column(number: int) -> list[str | None]:
+        script = "return [...arguments[0].querySelectorAll('tbody tr')].map((row) => row.cells[arguments[1]])"
+        script += ".map((cell) => cell.dataset.sort ?? null)"
+        values: list[str | None] = browser.ask(script, table, number)
+        return values
+
+    def sorts() -> list[str]:
+        return [heading.get_attribute("aria-sort") for heading in headings]
+
+    assert sorts() == ["none"] * 5
+    before = column(0)
+    unseen = 3  # the expert has no score there
+    for direction in ("descending", "ascending"):
+        headings[unseen].find_element("tag name", "button").click()
+        assert sorts() == ["none", "none", "none", direction, "none"]
+        *values, last = column(unseen)
+        assert last is None
+        numbers = [float(str(value)) for value in values]
+        assert numbers == sorted(numbers, reverse=direction == "descending")
+        assert len(set(numbers)) > 2
+    button = headings[0].find_element("tag name", "button")
+    browser.ask("arguments[0].focus()", button)
+    button.send_keys("\ue007")  # the enter key
+    assert sorts()[0] == "ascending"
+    assert column(0) == sorted(before, key=str)
+    assert column(0) != before
+    assert browser.driver.get_log("browser") == []
+
+
+def test_wide_tables_scroll_in_their_own_box_with_names_in_sight(browser: Browser, pages: dict[str, Path]) -> None:
+    browser.open(pages["large"], "phone", "dark")
+    box = browser.driver.find_element("css selector", "#d0-scores-table")
+    assert browser.ask("return arguments[0].scrollWidth > arguments[0].clientWidth + 50", box)
+    name = box.find_element("css selector", "tbody th")
+    before = name.rect["x"]
+    browser.ask("arguments[0].focus(); arguments[0].scrollLeft = 80", box)
+    assert browser.ask("return document.activeElement === arguments[0]", box)
+    assert browser.ask("return arguments[0].getBoundingClientRect().x", name) == pytest.approx(before, abs=1)
