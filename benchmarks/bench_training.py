@@ -22,7 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModel, AutoTokenizer
 
 from fedmerge.client.local_domain import LocalDomain, open_domain
-from fedmerge.client.train import _batches, _step
+from fedmerge.client.train import training_batches, training_step
 from fedmerge.config import Text, Train
 from fedmerge.device import resolve_compute
 from fedmerge.domain.catalog import ATTRIBUTES, Catalog
@@ -43,13 +43,13 @@ def fedmerge_epoch(domain: LocalDomain, steps: int) -> Callable[[], None]:
         [parameter for parameter in model.parameters() if parameter.requires_grad], LEARNING_RATE, weight_decay=0.0
     )
     products = frozen_products(domain.backbone)
-    batches = _batches(domain.training_sequences, settings, 0, domain.manifest.name)
+    batches = training_batches(domain.training_sequences, settings, 0, domain.manifest.name)
 
     def epoch() -> None:
         for _ in range(steps):
             batch, _done = next(batches)
             with using(products):
-                _step(domain, batch, TEMPERATURE, optimizer, LEARNING_RATE)
+                training_step(domain, batch, settings, optimizer, LEARNING_RATE)
 
     return epoch
 

@@ -124,6 +124,23 @@ class Lora(Section):
     target_modules: tuple[str, ...] = Field(
         ("query", "value"), min_length=1, description="Names of linear layers, or 'all-linear'."
     )
+    ranks: tuple[Annotated[str, Field(pattern=r"^[^=,]+=[1-9][0-9]{0,3}$")], ...] = Field(
+        (), description="Ranks of single domains, such as 'books=4,toys=16'; alpha / rank stays the same."
+    )
+
+    @model_validator(mode="after")
+    def _ranks_once(self) -> "Lora":
+        if twice := _twice([text.partition("=")[0] for text in self.ranks]):
+            raise ValueError(f"ranks names {twice} twice; give each domain one rank")
+        return self
+
+    def of(self, domain: str) -> "Lora":
+        """The layout of one domain's adapter."""
+        ranks = {name: int(rank) for name, _, rank in (text.partition("=") for text in self.ranks)}
+        rank = ranks.get(domain, self.rank)
+        alpha = self.alpha * rank / self.rank
+        whole = int(alpha) if alpha.is_integer() else alpha
+        return self.model_copy(update={"rank": rank, "alpha": whole, "ranks": ()})
 
 
 class Train(Section):
@@ -150,6 +167,44 @@ class Train(Section):
     def _some_budget(self) -> "Train":
         if self.max_epochs is None and self.max_steps is None and self.max_minutes is None:
             raise ValueError("max_epochs, max_steps and max_minutes are all 'none'; set at least one")
+        return self
+
+
+RoundRule = Literal[
+    "weighted-average",
+    "fedit",
+    "ffa-lora",
+    "flora",
+    "flexlora",
+    "hetlora",
+    "median",
+    "trimmed-mean",
+    "krum",
+    "multi-krum",
+    "fedavgm",
+    "fedadam",
+    "fedyogi",
+]
+
+
+class Rounds(Section):
+    """A federation of several rounds in place of one merge, explained in [federated.md](federated.md)."""
+
+    rule: RoundRule | MergeMethod | None = Field(
+        None, description="Rule of a round, or a merging method; 'none': experts are trained once and merged."
+    )
+    number: int = Field(4, ge=1, description="Rounds; the budgets of train are those of all rounds together.")
+    parameters: tuple[Annotated[str, Field(pattern=r"^[a-z0-9_]+=[^=,]+$")], ...] = Field(
+        (), description="Of the rule, such as 'num_malicious=1,continuation=frozen'."
+    )
+    weights: Literal["equal", "users"] = Field("equal", description="Clients count alike, or by their training users.")
+    fraction: float = Field(1.0, gt=0, le=1, description="Share of the clients that is drawn for each round.")
+    proximal: float = Field(0.0, ge=0, description="FedProx: clients are drawn to where a round began.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Rounds":
+        if twice := _twice([text.partition("=")[0] for text in self.parameters]):
+            raise ValueError(f"parameters has {twice} twice; give each once")
         return self
 
 
@@ -397,6 +452,7 @@ class ExperimentConfig(Section):
         description="Name of the run folder; 'none': name, time and a random part.",
     )
     resume: bool = Field(False, description="Go on with the run that run_id names, from where it was ended.")
+    until: Literal["report", "train"] = Field("report", description="train: end when the experts are on disk.")
     output_dir: str = Field("runs", min_length=1, description="Where run folders are made.")
     cache_dir: str = Field(
         "~/.cache/fedmerge", min_length=1, description="Each client's own disk: its experts, the demo domains."
@@ -406,6 +462,7 @@ class ExperimentConfig(Section):
     text: Text = Text()
     lora: Lora = Lora()
     train: Train = Train()
+    rounds: Rounds = Rounds()
     merge: Merge = Merge()
     mergerec: MergeRec = MergeRec()
     adamerging: AdaMerging = AdaMerging()
@@ -419,13 +476,18 @@ class ExperimentConfig(Section):
     def _consistent(self) -> "ExperimentConfig":
         if self.resume and self.run_id is None:
             raise ValueError("resume = true, but run_id is 'none'; set run_id to the name of the run folder")
-        learned = [method for method in self.merge.methods if method in LEARNED_METHODS]
+        rule = self.rounds.rule
+        learned = [name for name in (self.merge.methods if rule is None else (rule,)) if name in LEARNED_METHODS]
         if learned and self.privacy.policy == "adapter" and self.server.catalogs is None:
-            raise ValueError(
-                f"merge.methods holds {learned[0]}, which needs the catalogs, but privacy.policy = 'adapter' keeps "
-                "them at the clients and server.catalogs is 'none'; set privacy.policy = 'adapter+catalog' or give "
-                "server.catalogs a folder"
+            catalogs = (
+                "which needs the catalogs, but privacy.policy = 'adapter' keeps them at the clients and "
+                "server.catalogs is 'none'; set privacy.policy = 'adapter+catalog' or give server.catalogs a folder"
             )
+            if rule is not None:
+                raise ValueError(f"rounds.rule is {rule}, {catalogs}")
+            raise ValueError(f"merge.methods holds {learned[0]}, {catalogs}")
+        if strange := sorted({text.partition("=")[0] for text in self.lora.ranks} - {*self.domains.train}):
+            raise ValueError(f"lora.ranks names {', '.join(strange)}, not among domains.train; correct the name")
         if self.server.min_train_clients > len(self.domains.train):
             raise ValueError(
                 f"server.min_train_clients = {self.server.min_train_clients}, but domains.train names only "
@@ -486,7 +548,7 @@ def from_flat(flat: Mapping[str, Any], where: str = "run config") -> ExperimentC
     try:
         config = ExperimentConfig.model_validate(nested)
     except ValidationError as error:
-        problems += [_describe(problem) for problem in error.errors(include_url=False)]
+        problems += [describe_problem(problem) for problem in error.errors(include_url=False)]
     if problems:
         raise ConfigError(
             f"{where}: {len(problems)} problem{'s' * (len(problems) > 1)}\n" + "\n".join(f"  {p}" for p in problems)
@@ -575,7 +637,8 @@ def _toml_value(text: str) -> Any:
         return text
 
 
-def _describe(problem: Any) -> str:
+def describe_problem(problem: Any) -> str:
+    """One of pydantic's problems in a line: where, what, and what was found."""
     where = ".".join(str(part) for part in problem["loc"])
     message = problem["msg"].removeprefix("Value error, ")
     found = "" if isinstance(problem["input"], (Mapping, BaseModel)) else f" (found {problem['input']!r})"

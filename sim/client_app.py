@@ -6,7 +6,7 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache, lru_cache, wraps
 from pathlib import Path
 
@@ -20,11 +20,13 @@ from fedmerge.client.evaluate import evaluate
 from fedmerge.client.experts import expert_by_hash, trained_expert
 from fedmerge.client.local_domain import LocalDomain, open_domain
 from fedmerge.client.metrics import BACKBONE, EXPERT
+from fedmerge.client.rounds import RoundTask, train_round
 from fedmerge.config import DEMO_ROOT, ExperimentConfig, Text, from_flat
 from fedmerge.device import resolve_compute
 from fedmerge.domain.catalog import catalog_to_bytes
 from fedmerge.domain.demo import bundled_demo
 from fedmerge.encoder.backbone import Backbone, load_backbone
+from fedmerge.encoder.lora import fresh_adapter
 from fedmerge.errors import ClientError, FedMergeError
 from fedmerge.privacy.paths import without_paths
 from fedmerge.privacy.policy import check_catalog_is_public, check_enough_users, check_may_leave
@@ -105,13 +107,26 @@ def catalog(message: Message, context: Context) -> RecordDict:
 @app.train()
 @_answer
 def train(message: Message, context: Context) -> RecordDict:
-    """Train the expert, or take it from disk, and send it."""
+    """Train the expert, or take it from disk, or train for a round; send the adapter."""
     client = _client(context)
     check_may_leave(client.config.privacy.policy, "adapter", client.domain.manifest.name)
+    if client.config.rounds.rule is not None:
+        return _trained_round(client, message)
     adapter, report = trained_expert(client.domain, client.config, logger.info)
     if report["validation_users"] < client.config.privacy.min_users:
         report = {**report, "validations": []}
     return records.expert_record(adapter, report)
+
+
+def _trained_round(client: Client, message: Message) -> RecordDict:
+    config, domain = client.config, client.domain
+    request, start, base = records.read_round_request(message.content)
+    lora = config.lora.of(domain.manifest.name)
+    if start is None:
+        start = fresh_adapter(domain.backbone, lora, request.fresh_seed)
+    task = RoundTask(request.number, request.num_rounds, start, base, request.trained, config.rounds.proximal)
+    adapter, report = train_round(domain, lora, config.train, config.seed, task, logger.info)
+    return records.expert_record(adapter, {**asdict(report), "num_users": len(domain.training_sequences)})
 
 
 @app.evaluate()

@@ -80,6 +80,7 @@ def run_federation(
     on_line: Callable[[str], None],
     environment: Mapping[str, str] | None = None,
     is_over: Callable[[], bool] = lambda: False,
+    mark: str | None = None,
 ) -> FederationOutcome:
     """Run a Flower app in simulation and wait for its end.
 
@@ -98,6 +99,7 @@ def run_federation(
         on_line: receives the log of Flower, the ServerApp and the clients line by line, without colours, as it comes.
         environment: variables for the run, on top of this process's own.
         is_over: whether the app has done its work; a simulation does not end by itself while a client hangs.
+        mark: of the processes that are started, for who wants to end them after this one was killed; None: a new one.
 
     Raises:
         ConfigError: an argument is wrong, or Flower refused the app or the run config.
@@ -110,7 +112,7 @@ def run_federation(
     if cpus_per_client < 1 or (num_cpus is not None and cpus_per_client > num_cpus):
         raise ConfigError(f"cpus_per_client = {cpus_per_client}: expected 1 to {num_cpus or 'what a node has'}")
     flwr = _check(app_dir, run_config_file)
-    mark = secrets.token_hex(16)
+    mark = mark or secrets.token_hex(16)
     temporary = tempfile.gettempdir()
     short = temporary if len(temporary) <= SOCKET_FOLDER_LENGTH else "/tmp"
     scratch = Path(tempfile.mkdtemp(prefix="fedmerge-", dir=short))

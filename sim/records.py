@@ -4,7 +4,7 @@ import io
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +19,8 @@ DESCRIBE = "query.describe"
 CATALOG = "query.catalog"
 TRAIN = "train"
 EVALUATE = "evaluate"
+
+NOT_FRESH = -1  # a round starts from the adapter that is sent
 
 T = TypeVar("T")
 
@@ -79,6 +81,23 @@ class EvaluationRequest:
     baselines: bool
 
 
+@dataclass(frozen=True)
+class RoundRequest:
+    """What a client is to do in a round.
+
+    Attributes:
+        number: of the round, from 1.
+        num_rounds: in all.
+        trained: ``A and B`` or ``B``.
+        fresh_seed: the seed of a fresh adapter to start from, or NOT_FRESH.
+    """
+
+    number: int
+    num_rounds: int
+    trained: Literal["A and B", "B"]
+    fresh_seed: int
+
+
 def description_record(description: Description) -> RecordDict:
     """A client's description."""
     return RecordDict({_FACTS: ConfigRecord(asdict(description))})
@@ -124,6 +143,27 @@ def read_expert(content: RecordDict) -> tuple[Adapter, dict[str, Any]]:
     if not isinstance(report, dict):
         raise ClientError(f"its training report is a {type(report).__name__}, expected an object")
     return _read_adapter(content, ""), report
+
+
+def round_request_record(request: RoundRequest, start: Adapter | None, base: Adapter | None) -> RecordDict:
+    """A round's request: the adapter to start from, None for a fresh one, and what is folded into the backbone."""
+    adapters: ModelRecords = {}
+    for suffix, adapter in (("start", start), ("base", base)):
+        adapters |= _adapter_records(adapter, suffix) if adapter is not None else {}
+    return RecordDict({_FACTS: ConfigRecord(asdict(request)), **adapters})
+
+
+def read_round_request(content: RecordDict) -> tuple[RoundRequest, Adapter | None, Adapter | None]:
+    """Inverse of :func:`round_request_record`.
+
+    Raises:
+        ClientError, LayoutMismatchError: another form.
+    """
+    request = _dataclass(RoundRequest, dict(_config(content, _FACTS)))
+    start, base = (
+        _read_adapter(content, suffix) if f"{_ADAPTER}{suffix}" in content else None for suffix in ("start", "base")
+    )
+    return request, start, base
 
 
 def model_records(adapters: Mapping[str, Adapter]) -> ModelRecords:

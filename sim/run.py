@@ -13,12 +13,13 @@ from fedmerge.run_dir import CONFIG_FILE, DONE, check_same_config, is_locked, lo
 from sim.launch import run_federation
 
 
-def run_experiment(config: ExperimentConfig, app_dir: Path) -> int:
+def run_experiment(config: ExperimentConfig, app_dir: Path, mark: str | None = None) -> int:
     """Run an experiment, or go on with one, and print its log as it comes.
 
     Args:
         config: with absolute paths; of a run to resume, with ``resume`` and its ``run_id``.
         app_dir: the folder of the Flower app.
+        mark: see :func:`sim.launch.run_federation`.
 
     Returns:
         0 if the run finished and its folder is complete, else 1.
@@ -43,6 +44,7 @@ def run_experiment(config: ExperimentConfig, app_dir: Path) -> int:
             f"fedmerge run --resume {run_dir}"
         )
     _check_domains(config)
+    _check_rounds(config)
     with tempfile.TemporaryDirectory(prefix="fedmerge-config-") as folder:
         resolved = Path(folder) / "experiment.toml"
         resolved.write_text(to_toml(config), encoding="utf-8")
@@ -55,6 +57,7 @@ def run_experiment(config: ExperimentConfig, app_dir: Path) -> int:
                 gpus_per_client=config.runtime.gpus_per_client,
                 on_line=lambda line: print(line, flush=True),
                 is_over=_server_ended(run_dir),
+                mark=mark,
             )
         except ClientError as error:
             if not (run_dir / DONE).is_file():
@@ -87,6 +90,13 @@ def _server_ended(run_dir: Path) -> Callable[[], bool]:
 def _say_how_to_go_on(run_dir: Path) -> None:
     if (run_dir / CONFIG_FILE).is_file():
         print(f"fedmerge: what there is lies in {run_dir}; to go on: fedmerge run --resume {run_dir}", file=sys.stderr)
+
+
+def _check_rounds(config: ExperimentConfig) -> None:
+    if config.rounds.rule is not None:
+        from sim.rounds import check_rounds  # noqa: PLC0415  # imports torch, for which other runs need not wait
+
+        check_rounds(config)
 
 
 def _check_domains(config: ExperimentConfig) -> None:

@@ -43,6 +43,7 @@ from fedmerge.server.fallback import choose_per_domain
 from fedmerge.server.learned import learned_labels
 from sim import records
 from sim.federation import POLL_SECONDS, Federation, Question, ask, listed, remembered_clients, require_quorum
+from sim.rounds import check_rounds, run_rounds
 
 CATALOG_BYTES_PER_ITEM = 4096  # at most, and a mebibyte for a small catalog
 REPORT_BYTES = 2**20
@@ -93,6 +94,7 @@ def main(grid: Grid, context: Context) -> None:
 def _experiment(config: ExperimentConfig, federation: Federation, run_dir: Path) -> None:
     torch.set_num_threads(config.runtime.server_threads)
     started = time.monotonic()
+    check_rounds(config)
     _say_what_changed(run_dir)
     compute = resolve_compute(config.runtime.device, config.runtime.precision)
     backbone = load_backbone(config.backbone.source, config.backbone.pooling, compute, config.backbone.weights_sha256)
@@ -100,16 +102,28 @@ def _experiment(config: ExperimentConfig, federation: Federation, run_dir: Path)
         _remember(federation, run_dir)
         _gather(federation, config, backbone)
         catalogs = _catalogs(federation, config, run_dir)
-        sources = _train(federation, config, backbone, catalogs, run_dir)
-        candidates = _merge(config, backbone, sources, catalogs, run_dir)
+        sources: dict[str, str] = {}
+        if config.rounds.rule is None:
+            sources = _train(federation, config, backbone, catalogs, run_dir)
+            members = list(sources)
+        else:
+            members, after_rounds = run_rounds(federation, config, backbone, catalogs, run_dir)
+        if config.until == "train":
+            write_text(run_dir / DONE, f"the experts were there after {time.monotonic() - started:.0f} s\n")
+            logger.info("the experts are there, run folder: %s", run_dir)
+            return
+        if config.rounds.rule is None:
+            candidates = _merge(config, backbone, sources, catalogs, run_dir)
+        else:
+            candidates = [after_rounds]
         validation, choice = _choose(federation, config, candidates, sources, run_dir)
         chosen = [candidate for candidate in candidates if candidate.label in choice.best.values()]
         test = _evaluate(federation, config, "test", sorted(federation.nodes), chosen, sources, run_dir)
-        require_quorum(federation, config, [domain for domain in test if domain in sources])
+        require_quorum(federation, config, [domain for domain in test if domain in members])
     finally:
         federation.write_clients()
         federation.write_ledger()
-    roles: dict[str, Role] = {domain: "train" if domain in sources else "unseen" for domain in [*validation, *test]}
+    roles: dict[str, Role] = {domain: "train" if domain in members else "unseen" for domain in [*validation, *test]}
     splits: dict[Split, dict[str, checkpoints.Sums]] = {"valid": validation, "test": test}
     write_table(run_dir / "metrics.parquet", metric_rows(splits, roles))
     write_table(run_dir / "products.parquet", product_rows(splits))
@@ -121,7 +135,7 @@ def _experiment(config: ExperimentConfig, federation: Federation, run_dir: Path)
             served=choice.served,
             per_domain=choice.per_domain,
             excluded={name: exclusion.reason for name, exclusion in federation.excluded.items()},
-            merged_domains=list(sources),
+            merged_domains=list(members),
             synthetic=any(federation.descriptions[domain].synthetic for domain in test),
         ),
         fallback=config.evaluation.fallback,
@@ -275,7 +289,7 @@ def _train(
     ended, which experts are merged is fixed.
     """
     federation.phase = "train"
-    layout = expected_layout(backbone, config.lora)
+    layouts = {domain: expected_layout(backbone, config.lora.of(domain)) for domain in config.domains.train}
     ended = checkpoints.ended_training(run_dir)
     may_join = {*config.domains.train} - {*federation.excluded}
     if learned_labels(config):
@@ -287,7 +301,7 @@ def _train(
 
     def admit(domain: str, content: RecordDict) -> None:
         adapter, report = records.read_expert(content)
-        check_adapter(domain, adapter, layout)
+        check_adapter(domain, adapter, layouts[domain])
         seconds = float(report.get("seconds", 0))
         log = logger.info if len(nodes) <= 20 else logger.debug
         log(
@@ -307,8 +321,8 @@ def _train(
     nodes = {domain: federation.nodes[domain] for domain in wanted if domain in roles and domain not in sources}
     if nodes:
         logger.info("training: %s", listed(list(nodes)))
-        most = adapter_bytes(layout) + REPORT_BYTES
-        question = Question(records.TRAIN, config.server.train_timeout_seconds, limit_bytes=lambda _: most)
+        most = {domain: adapter_bytes(layout) + REPORT_BYTES for domain, layout in layouts.items()}
+        question = Question(records.TRAIN, config.server.train_timeout_seconds, limit_bytes=most.__getitem__)
         ask(federation, nodes, question, admit)
     sources = dict(sorted(sources.items()))
     if ended is None:

@@ -10,7 +10,7 @@ from fedmerge.client.baselines import Ranker
 from fedmerge.client.local_domain import LocalDomain
 from fedmerge.client.metrics import VARIANTS, MetricSums, Variant, metric_sums, per_user_metrics, rank_targets
 from fedmerge.config import Split
-from fedmerge.domain.splits import evaluation_examples
+from fedmerge.domain.splits import Examples, evaluation_examples
 from fedmerge.encoder.encode import encode
 from fedmerge.encoder.lora import Adapter, applied
 from fedmerge.encoder.text import pack_sequences
@@ -43,20 +43,47 @@ def evaluate(
         Per variant, sums and cross-products over the users.
     """
     examples = evaluation_examples(domain.interactions, split, max_users, seed)
-    seen: dict[Variant, list[npt.NDArray[np.int32]] | None] = {"unmasked": None, "masked": examples.histories}
-    outcomes: dict[Variant, dict[str, npt.NDArray[np.float64]]] = {variant: {} for variant in VARIANTS}
+    ranks = {**model_ranks(domain, models, examples, progress), **baseline_ranks(examples, baselines)}
+    return {
+        variant: metric_sums({label: per_user_metrics(found[variant]) for label, found in ranks.items()}, variant)
+        for variant in VARIANTS
+    }
+
+
+Ranks = dict[Variant, npt.NDArray[np.int64]]
+
+
+def model_ranks(
+    domain: LocalDomain,
+    models: Mapping[str, Adapter | None],
+    examples: Examples,
+    progress: Callable[[str], None] = lambda line: None,
+) -> dict[str, Ranks]:
+    """Every user's rank of the target under each model: label -> variant -> (U,); private to the client."""
     users = pack_sequences(
         domain.table, examples.histories, domain.backbone.special, domain.text.max_items, domain.text.max_tokens
     )
+    found: dict[str, Ranks] = {}
     for label, adapter in models.items():
         with applied(domain.backbone, adapter):
             items = domain.backbone_item_vectors if adapter is None else encode(domain.backbone, domain.item_sequences)
             vectors = encode(domain.backbone, users)
-        for variant in VARIANTS:
-            ranks = rank_targets(vectors, items, examples.targets, seen[variant])
-            outcomes[variant][label] = per_user_metrics(ranks)
-        progress(f"{domain.manifest.name}: {label} evaluated on {len(examples)} users ({split})")
-    for label, ranks_of in baselines.items():
-        for variant in VARIANTS:
-            outcomes[variant][label] = per_user_metrics(ranks_of(examples, seen[variant]))
-    return {variant: metric_sums(outcomes[variant], variant) for variant in VARIANTS}
+        found[label] = {
+            variant: rank_targets(vectors, items, examples.targets, seen_items(examples, variant))
+            for variant in VARIANTS
+        }
+        progress(f"{domain.manifest.name}: {label} evaluated on {len(examples)} users")
+    return found
+
+
+def baseline_ranks(examples: Examples, baselines: Mapping[str, Ranker]) -> dict[str, Ranks]:
+    """As :func:`model_ranks`, under baselines."""
+    return {
+        label: {variant: ranks_of(examples, seen_items(examples, variant)) for variant in VARIANTS}
+        for label, ranks_of in baselines.items()
+    }
+
+
+def seen_items(examples: Examples, variant: Variant) -> list[npt.NDArray[np.int32]] | None:
+    """What a variant takes out of the candidates."""
+    return examples.histories if variant == "masked" else None

@@ -36,7 +36,8 @@ def trained_expert(domain: LocalDomain, config: ExperimentConfig, progress: Prog
         return kept[0], {**kept[1], "cached": True}
     shutil.rmtree(folder, ignore_errors=True)  # damaged, if there is anything
     begun = folder.with_name(f"{folder.name}.begun.safetensors")
-    adapter, training = train_expert(domain, config.lora, config.train, config.seed, progress, begun)
+    lora = config.lora.of(domain.manifest.name)
+    adapter, training = train_expert(domain, lora, config.train, config.seed, progress, begun)
     report = {**asdict(training), "sha256": adapter_sha256(adapter)}
     report["validations"][0]["loss"] = None  # nothing was trained on yet; JSON has no NaN
 
@@ -79,6 +80,7 @@ def _folder(domain: LocalDomain, config: ExperimentConfig) -> Path:
 
 
 def _training_key(domain: LocalDomain, config: ExperimentConfig) -> str:
+    lora = config.lora.of(domain.manifest.name)
     inputs = {
         "catalog": domain.manifest.catalog_sha256,
         "interactions": domain.manifest.interactions_sha256,
@@ -86,7 +88,7 @@ def _training_key(domain: LocalDomain, config: ExperimentConfig) -> str:
         "backbone": domain.backbone.sha256,
         "pooling": domain.backbone.pooling,
         "text": config.text.model_dump(),
-        "lora": config.lora.model_dump(),
+        "lora": {"rank": lora.rank, "alpha": lora.alpha, "target_modules": lora.target_modules},
         "train": config.train.model_dump(),
         "seed": config.seed,
         "threads": config.runtime.threads_per_client,

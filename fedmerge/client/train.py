@@ -86,11 +86,7 @@ def train_expert(
     """
     name = domain.manifest.name
     sequences = domain.training_sequences
-    if not domain.can_train:
-        raise DomainError(
-            f"domain {name}: {len(sequences)} users have two items or more outside validation and test, training needs "
-            "two users. List it under domains.unseen, or give it more data."
-        )
+    check_can_train(domain)
     examples = evaluation_examples(domain.interactions, "valid", settings.validation_users, seed)
     started = time.monotonic()
     model = attach(domain.backbone, lora.target_modules, lora.rank, lora.alpha, seed)
@@ -110,20 +106,16 @@ def train_expert(
             best_step, step, spent = 0, 0, 0.0
             progress(f"{name}: start, validation ndcg@10 {validations[0].ndcg:.4f}")
         products = frozen_products(domain.backbone)
-        batches = itertools.islice(_batches(sequences, settings, seed, name), step, None)
+        batches = itertools.islice(training_batches(sequences, settings, seed, name), step, None)
         while not stopped_by:
             batch, epochs = next(batches)
             rate = settings.learning_rate * min(1.0, (step + 1) / max(1, settings.warmup_steps)) * (1.0 - spent)
             with using(products):
-                loss = _step(domain, batch, settings.temperature, optimizer, rate)
-            if not math.isfinite(loss):
-                raise ClientError(
-                    f"domain {name}: the training loss is {loss} at step {step + 1}. Lower train.learning_rate "
-                    f"({settings.learning_rate}) or set runtime.precision = 'float32'."
-                )
+                loss = training_step(domain, batch, settings, optimizer, rate)
+            check_loss(name, loss, step + 1, settings)
             step += 1
             losses.append(loss)
-            spent, stopped_by = _budget(settings, step, epochs, time.monotonic() - started)
+            spent, stopped_by = spent_budget(settings, step, epochs, time.monotonic() - started)
             if step % settings.validate_every_steps == 0 or stopped_by:
                 validations.append(Validation(step, float(np.mean(losses)), _validation_ndcg(domain, examples)))
                 losses.clear()
@@ -146,14 +138,56 @@ def train_expert(
     )
 
 
-def _step(
-    domain: LocalDomain, batch: Batch, temperature: float, optimizer: torch.optim.Optimizer, learning_rate: float
+def check_can_train(domain: LocalDomain) -> None:
+    """Refuse a domain with nobody to train on.
+
+    Raises:
+        DomainError: how many users there are.
+    """
+    if not domain.can_train:
+        raise DomainError(
+            f"domain {domain.manifest.name}: {len(domain.training_sequences)} users have two items or more outside "
+            "validation and test, training needs two users. List it under domains.unseen, or give it more data."
+        )
+
+
+def check_loss(name: str, loss: float, step: int, settings: Train) -> None:
+    """Refuse a training that has diverged.
+
+    Raises:
+        ClientError: at which step.
+    """
+    if not math.isfinite(loss):
+        raise ClientError(
+            f"domain {name}: the training loss is {loss} at step {step}. Lower train.learning_rate "
+            f"({settings.learning_rate}) or set runtime.precision = 'float32'."
+        )
+
+
+def training_step(
+    domain: LocalDomain,
+    batch: Batch,
+    settings: Train,
+    optimizer: torch.optim.Optimizer,
+    learning_rate: float,
+    penalty: Callable[[], torch.Tensor] | None = None,
 ) -> float:
-    """One optimiser step; the loss before it, after which nothing is changed if it is not finite."""
+    """One optimiser step; the loss before it, after which nothing is changed if it is not finite.
+
+    Args:
+        domain: the client's own.
+        batch: users.
+        settings: the temperature is read.
+        optimizer: of the adapter's parameters.
+        learning_rate: of this step.
+        penalty: is added to the loss.
+    """
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     optimizer.zero_grad()
-    loss = _loss(domain, batch, temperature)
+    loss = _loss(domain, batch, settings.temperature)
+    if penalty is not None:
+        loss = loss + penalty()
     if math.isfinite(loss.item()):
         loss.backward()  # type: ignore[no-untyped-call]  # PyTorch leaves it untyped
         optimizer.step()
@@ -179,14 +213,14 @@ def _validation_ndcg(domain: LocalDomain, examples: Examples) -> float:
     return float(per_user_metrics(ranks)[:, METRICS.index("ndcg@10")].mean())
 
 
-def _batches(
-    sequences: list[npt.NDArray[np.int32]], settings: Train, seed: int, name: str
+def training_batches(
+    sequences: list[npt.NDArray[np.int32]], settings: Train, seed: int, *scope: str | int
 ) -> Iterator[tuple[Batch, float]]:
-    """Endless epochs over the users; with each batch, the epochs done after it."""
+    """Endless epochs over the users, drawn from seed and scope; with each batch, the epochs done after it."""
     size = settings.batch_size
     per_epoch = max(1, len(sequences) // size)  # a last, smaller batch would have too few negatives: its users wait
     for epoch in itertools.count():
-        rng = generator(seed, "client", name, "epoch", epoch)
+        rng = generator(seed, "client", *scope, "epoch", epoch)
         cuts = [len(sequence) - 1 for sequence in sequences]
         if settings.samples == "random-prefix":
             cuts = rng.integers(1, np.asarray(cuts) + 1).tolist()
@@ -203,7 +237,7 @@ def _batches(
                 yield Batch(histories, targets), epoch + min(1.0, done / per_epoch)
 
 
-def _budget(settings: Train, step: int, epochs: float, seconds: float) -> tuple[float, str]:
+def spent_budget(settings: Train, step: int, epochs: float, seconds: float) -> tuple[float, str]:
     """The share of the budget that is spent, in [0, 1], and which limit is reached, if any."""
     shares = {
         "max_steps": step / settings.max_steps if settings.max_steps else 0.0,

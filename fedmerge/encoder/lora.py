@@ -19,6 +19,7 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from fedmerge.config import Lora
 from fedmerge.encoder.backbone import Backbone
 from fedmerge.errors import ConfigError, LayoutMismatchError
 from fedmerge.seeding import generator
@@ -99,7 +100,7 @@ def layer_of(module_name: str) -> int | None:
     return int(found.group(1)) if found else None
 
 
-def attach(backbone: Backbone, target_modules: Sequence[str], rank: int, alpha: int, seed: int) -> PeftModel:
+def attach(backbone: Backbone, target_modules: Sequence[str], rank: int, alpha: float, seed: int) -> PeftModel:
     """Put a fresh, trainable LoRA on a backbone, in place; ``.unload()`` takes it off again.
 
     B is zero and A uniform in ±1/√in as in PEFT, but drawn from ``seed`` and the module's name, so that every client of
@@ -122,7 +123,11 @@ def attach(backbone: Backbone, target_modules: Sequence[str], rank: int, alpha: 
                 f"lora.target_modules: {backbone.name} has no linear layer {target!r}. It has: {known}; or all-linear."
             )
     config = LoraConfig(
-        task_type=TaskType.FEATURE_EXTRACTION, r=rank, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0
+        task_type=TaskType.FEATURE_EXTRACTION,
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT computes with fractions, too
+        target_modules=targets,
+        lora_dropout=0.0,
     )
     with warnings.catch_warnings():  # PEFT 0.21 asks transformers 5 for an attribute by its old name
         warnings.simplefilter("ignore", FutureWarning)
@@ -155,6 +160,36 @@ def adapter_of(model: PeftModel) -> Adapter:
             for name, lora_A, lora_B, scaling in _lora_layers(model)
         }
     )
+
+
+def fresh_adapter(backbone: Backbone, lora: Lora, seed: int) -> Adapter:
+    """The adapter that :func:`attach` starts from; the backbone is left as it was."""
+    model = attach(backbone, lora.target_modules, lora.rank, lora.alpha, seed)
+    try:
+        return adapter_of(model)
+    finally:
+        model.unload()
+
+
+def load_into(model: PeftModel, adapter: Adapter) -> None:
+    """Put an adapter's values into the LoRA layers of a PEFT model.
+
+    Raises:
+        LayoutMismatchError: other modules, shapes or scalings.
+    """
+    layers = {name: (lora_A, lora_B, scaling) for name, lora_A, lora_B, scaling in _lora_layers(model)}
+    found = {name: (tuple(m.lora_A.shape), tuple(m.lora_B.shape), m.scaling) for name, m in adapter.modules.items()}
+    expected = {name: (tuple(A.shape), tuple(B.shape), scaling) for name, (A, B, scaling) in layers.items()}
+    for name in sorted(found.keys() | expected.keys()):
+        if found.get(name) != expected.get(name):
+            raise LayoutMismatchError(
+                f"adapter module {name}: found (lora_A, lora_B, scaling) {found.get(name)}, the model has "
+                f"{expected.get(name)}. Use the same lora settings and backbone everywhere."
+            )
+    with torch.no_grad():
+        for name, (lora_A, lora_B, _) in layers.items():
+            lora_A.copy_(adapter.modules[name].lora_A)
+            lora_B.copy_(adapter.modules[name].lora_B)
 
 
 @contextmanager

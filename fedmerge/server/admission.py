@@ -7,7 +7,7 @@ import torch
 from fedmerge.client.metrics import MetricSums, Variant
 from fedmerge.config import Lora
 from fedmerge.encoder.backbone import Backbone
-from fedmerge.encoder.lora import Adapter, adapter_of, attach
+from fedmerge.encoder.lora import Adapter, fresh_adapter
 from fedmerge.errors import ClientError, LayoutMismatchError
 
 Layout = Mapping[str, tuple[tuple[int, ...], tuple[int, ...], float]]
@@ -20,11 +20,7 @@ _BYTES_PER_TENSOR = 1024  # name, shape, header, and the module's scaling
 
 def expected_layout(backbone: Backbone, lora: Lora) -> Layout:
     """The layout that every client of this experiment trains."""
-    model = attach(backbone, lora.target_modules, lora.rank, lora.alpha, seed=0)
-    try:
-        return layout_of(adapter_of(model))
-    finally:
-        model.unload()
+    return layout_of(fresh_adapter(backbone, lora, seed=0))
 
 
 def layout_of(adapter: Adapter) -> Layout:

@@ -22,19 +22,19 @@ def choose_per_domain(
     """Which model each training domain is served.
 
     Args:
-        validation: domain -> unmasked metric sums of the served merge and the domain's own expert.
+        validation: domain -> unmasked metric sums of the served merge and the domain's own expert, if it has one.
         served: label of the merge that is served where there is no reason for another.
         metric: the deciding one.
         fallback: False: the merge for everybody.
 
     Returns:
-        domain -> ``serve`` (``merged`` or ``expert``) and both scores. Of equal scores the merge's counts.
+        domain -> ``serve`` (``merged`` or ``expert``) and the scores. Of equal scores the merge's counts.
     """
     chosen = {}
     for domain, sums in sorted(validation.items()):
-        merged, expert = sums.mean(served, metric), sums.mean(EXPERT, metric)
-        serve = EXPERT if fallback and expert > merged else MERGED
-        chosen[domain] = {"serve": serve, MERGED: merged, EXPERT: expert}
+        labels = {MERGED: served} | ({EXPERT: EXPERT} if EXPERT in sums.methods else {})
+        scores = {model: sums.mean(label, metric) for model, label in labels.items()}
+        chosen[domain] = {"serve": max(scores, key=scores.__getitem__) if fallback else MERGED, **scores}
     return chosen
 
 

@@ -41,6 +41,10 @@ def tried_steps(config: ExperimentConfig, method: str, label: str) -> dict[str, 
 
 def learned_labels(config: ExperimentConfig) -> set[str]:
     """The labels of all learned merges; where there are none, no catalog is needed."""
+    if config.rounds.rule is not None:
+        return {str(config.rounds.rule)} & LEARNED_METHODS
+    if config.until == "train":
+        return set()
     methods = [method for method in config.merge.methods if method in LEARNED_METHODS]
     return {
         tried

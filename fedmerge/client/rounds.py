@@ -1,0 +1,133 @@
+"""One round of a federation at a client: from the adapter that the server says, on what it says is frozen."""
+
+import time
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import numpy as np
+import torch
+
+from fedmerge.client.local_domain import LocalDomain
+from fedmerge.client.losses import proximal_term
+from fedmerge.client.train import (
+    Progress,
+    check_can_train,
+    check_loss,
+    spent_budget,
+    training_batches,
+    training_step,
+)
+from fedmerge.config import Lora, Train
+from fedmerge.encoder.frozen import frozen_products, using
+from fedmerge.encoder.lora import Adapter, adapter_of, applied, attach, load_into
+
+
+@dataclass(frozen=True)
+class RoundTask:
+    """What a client is to do in a round.
+
+    Attributes:
+        number: of the round, from 1.
+        num_rounds: in all; the budgets of ``train`` are those of all rounds together.
+        start: the adapter that is trained.
+        base: folded into the backbone, frozen; None: nothing.
+        trained: "B": A is frozen, too.
+        proximal: μ of FedProx; 0: none.
+    """
+
+    number: int
+    num_rounds: int
+    start: Adapter
+    base: Adapter | None = None
+    trained: Literal["A and B", "B"] = "A and B"
+    proximal: float = 0.0
+
+
+@dataclass(frozen=True)
+class RoundReport:
+    """How a client's round went: steps, the limit that ended it, wall clock, mean training loss."""
+
+    steps: int
+    stopped_by: str
+    seconds: float
+    loss: float
+
+
+def train_round(
+    domain: LocalDomain,
+    lora: Lora,
+    settings: Train,
+    seed: int,
+    task: RoundTask,
+    progress: Progress = lambda line: None,
+) -> tuple[Adapter, RoundReport]:
+    """A round's steps; what they end with is sent, so no validation user is looked at.
+
+    The learning rate falls linearly over all rounds, with a warm-up in each, since every round has a new optimiser.
+
+    Args:
+        domain: the client's own.
+        lora: layout of the adapter.
+        settings: optimiser and budgets.
+        seed: of the experiment; sampling depends on it, on the domain's name and on the round.
+        task: see there.
+        progress: receives a line.
+
+    Returns:
+        The adapter in float32 on the CPU, and how it came about.
+
+    Raises:
+        DomainError: nobody to train on.
+        ClientError: the loss is no longer finite.
+        LayoutMismatchError: an adapter for another backbone.
+    """
+    name = domain.manifest.name
+    check_can_train(domain)
+    started = time.monotonic()
+    with applied(domain.backbone, task.base):
+        like = next(iter(task.start.modules.values()))
+        model = attach(domain.backbone, lora.target_modules, like.rank, like.rank * like.scaling, seed)
+        try:
+            load_into(model, task.start)
+            if task.trained == "B":
+                for parameter_name, parameter in model.named_parameters():
+                    parameter.requires_grad_("lora_B" in parameter_name)
+            parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            before = [parameter.detach().clone() for parameter in parameters]
+            optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0)
+            penalty = partial(proximal_term, parameters, before, task.proximal) if task.proximal else None
+            products = frozen_products(domain.backbone)
+            losses: list[float] = []
+            stopped_by = ""
+            spent = 0.0
+            drawn = training_batches(domain.training_sequences, settings, seed, name, "round", task.number)
+            share = settings_of_round(settings, task)
+            while not stopped_by:
+                batch, epochs = next(drawn)
+                warm = min(1.0, (len(losses) + 1) / max(1, settings.warmup_steps))
+                rate = settings.learning_rate * warm * (1.0 - (task.number - 1 + spent) / task.num_rounds)
+                with using(products):
+                    loss = training_step(domain, batch, settings, optimizer, rate, penalty)
+                check_loss(name, loss, len(losses) + 1, settings)
+                losses.append(loss)
+                spent, stopped_by = spent_budget(share, len(losses), epochs, time.monotonic() - started)
+            progress(
+                f"{name}: round {task.number} of {task.num_rounds}, {len(losses)} steps, loss {np.mean(losses):.3f}"
+            )
+            trained = adapter_of(model)
+        finally:
+            model.unload()
+    seconds = time.monotonic() - started
+    return trained, RoundReport(len(losses), stopped_by, seconds, float(np.mean(losses)))
+
+
+def settings_of_round(settings: Train, task: RoundTask) -> Train:
+    """The part of the budgets that a round has; over all rounds the steps add up to ``max_steps``."""
+    before, upto = ((settings.max_steps or 0) * number // task.num_rounds for number in (task.number - 1, task.number))
+    shares = {
+        "max_steps": max(1, upto - before) if settings.max_steps else None,
+        "max_epochs": settings.max_epochs and settings.max_epochs / task.num_rounds,
+        "max_minutes": settings.max_minutes and settings.max_minutes / task.num_rounds,
+    }
+    return settings.model_copy(update=shares)

@@ -1,0 +1,213 @@
+"""A federation of rounds: clients train on, the server aggregates, by a rule of ``fedmerge.federated``."""
+
+import logging
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flwr.app import RecordDict
+
+from fedmerge.config import LEARNED_METHODS, ExperimentConfig
+from fedmerge.domain.catalog import Catalog
+from fedmerge.encoder.backbone import Backbone
+from fedmerge.encoder.lora import Adapter, adapter_sha256, applied, fresh_adapter
+from fedmerge.federated.rounds import GlobalState, aggregate, fresh_seed, initial_state
+from fedmerge.federated.rules import MergeFunction, rule_named, rule_of, rule_parameters
+from fedmerge.merging.methods import Value
+from fedmerge.seeding import generator
+from fedmerge.server.admission import adapter_bytes, check_adapter, layout_of
+from fedmerge.server.candidates import Candidate, merge_candidates
+from fedmerge.server.checkpoints import keep_merge
+from fedmerge.server.round_checkpoints import (
+    keep_members,
+    keep_reply,
+    keep_state,
+    kept_replies,
+    kept_state,
+    members_of,
+    round_records,
+)
+from sim import records
+from sim.federation import Federation, Question, ask, listed, require_quorum
+
+REPORT_BYTES = 2**20
+
+logger = logging.getLogger("fedmerge.server")
+
+
+def run_rounds(
+    federation: Federation,
+    config: ExperimentConfig,
+    backbone: Backbone,
+    catalogs: Mapping[str, Catalog],
+    run_dir: Path,
+) -> tuple[list[str], Candidate]:
+    """All rounds, or those that are left of them.
+
+    Args:
+        federation: the clients.
+        config: rounds, lora and train count.
+        backbone: the frozen encoder.
+        catalogs: of the training domains, where the rule of a round is learned.
+        run_dir: where every reply and every state is kept.
+
+    Returns:
+        Who takes part, and the global adapter after the last round.
+
+    Raises:
+        ClientError: too few clients are left.
+        AggregationError: what the rule refuses.
+    """
+    rounds = config.rounds
+    name = str(rounds.rule)
+    parameters = parsed_parameters(rounds.parameters)
+    federation.phase = "train"
+    if not (members := members_of(run_dir)):
+        members = federation.of("train")
+        keep_members(run_dir, members)
+    starts = {domain: fresh_adapter(backbone, config.lora.of(domain), fresh_seed(config.seed, 0)) for domain in members}
+    state = kept_state(run_dir) or initial_state(starts)
+    if state.num_rounds:
+        logger.info("%s: %d of %d rounds are on disk", name, state.num_rounds, rounds.number)
+    while state.num_rounds < rounds.number:
+        state = _round(federation, config, backbone, catalogs, run_dir, state, parameters)
+        report = state.report
+        if report is not None:
+            logger.info(
+                "%s, round %d of %d: rank %d, error %.3f, largest residual of a start %.3f%s",
+                name,
+                state.num_rounds,
+                rounds.number,
+                report.rank,
+                report.error,
+                max(report.start_residuals.values()),
+                f", took {', '.join(report.selected)}" if report.selected else "",
+            )
+    candidate = _candidate(config, backbone, state, members, run_dir)
+    keep_merge(run_dir, candidate, backbone.name)
+    return members, candidate
+
+
+def parsed_parameters(texts: tuple[str, ...]) -> dict[str, Value]:
+    """``num_malicious=1`` as a number, ``continuation=frozen`` as text, ``none`` as None."""
+    return {key: _value(text) for key, _, text in (each.partition("=") for each in texts)}
+
+
+def check_rounds(config: ExperimentConfig) -> None:
+    """Refuse parameters that the rule does not have, before anything starts.
+
+    Raises:
+        ConfigError: which.
+    """
+    rule = config.rounds.rule
+    if rule is not None:
+        row = rule_of(lambda updates: next(iter(updates.values()))) if rule in LEARNED_METHODS else rule_named(rule)
+        rule_parameters(rule, row, parsed_parameters(config.rounds.parameters))
+
+
+def _round(
+    federation: Federation,
+    config: ExperimentConfig,
+    backbone: Backbone,
+    catalogs: Mapping[str, Catalog],
+    run_dir: Path,
+    state: GlobalState,
+    parameters: Mapping[str, Value],
+) -> GlobalState:
+    rounds, number = config.rounds, state.num_rounds + 1
+    name = str(rounds.rule)
+    trained = "A and B" if name in LEARNED_METHODS else rule_named(name).trained
+    drawn = _drawn(list(state.starts), rounds.fraction, config.seed, number)
+    replies = {domain: kept for domain, kept in kept_replies(run_dir, number).items() if domain in drawn}
+    fresh = state.frozen or not state.num_rounds
+    task = records.RoundRequest(
+        number, rounds.number, trained, fresh_seed(config.seed, state.num_rounds) if fresh else records.NOT_FRESH
+    )
+
+    def request(domain: str) -> RecordDict:
+        return records.round_request_record(task, None if fresh else state.starts[domain], state.base)
+
+    def limit_bytes(domain: str) -> int:
+        return adapter_bytes(layout_of(state.starts[domain])) + REPORT_BYTES
+
+    def admit(domain: str, content: RecordDict) -> None:
+        adapter, report = records.read_expert(content)
+        check_adapter(domain, adapter, layout_of(state.starts[domain]))
+        keep_reply(run_dir, number, domain, adapter, report, backbone.name)
+        replies[domain] = (adapter, report)
+
+    nodes = {domain: federation.nodes[domain] for domain in drawn if domain in federation.of("train")}
+    nodes = {domain: node for domain, node in nodes.items() if domain not in replies}
+    if nodes:
+        logger.info("round %d of %d: %s", number, rounds.number, listed(sorted(nodes)))
+        ask(
+            federation, nodes, Question(records.TRAIN, config.server.train_timeout_seconds, request, limit_bytes), admit
+        )
+    require_quorum(federation, config, list(replies) if rounds.fraction == 1 else federation.of("train"))
+    adapters = {domain: adapter for domain, (adapter, _) in sorted(replies.items())}
+    reports = {domain: report for domain, (_, report) in sorted(replies.items())}
+    weights = {domain: float(reports[domain]["num_users"]) for domain in reports} if rounds.weights == "users" else None
+    rule = _learned(config, backbone, catalogs, state) if name in LEARNED_METHODS else name
+    started = time.monotonic()
+    state = aggregate(rule, state, adapters, weights, seed=config.seed, **parameters)
+    keep_state(run_dir, state, reports, time.monotonic() - started)
+    return state
+
+
+def _drawn(domains: list[str], fraction: float, seed: int, number: int) -> list[str]:
+    """Who takes part in a round."""
+    count = max(1, math.ceil(fraction * len(domains)))
+    chosen = generator(seed, "rounds", "clients", number).permutation(len(domains))[:count]
+    return sorted(domains[index] for index in chosen)
+
+
+def _learned(
+    config: ExperimentConfig, backbone: Backbone, catalogs: Mapping[str, Catalog], state: GlobalState
+) -> MergeFunction:
+    """Coefficients of the updates, learned on top of the global adapter: it is folded into the backbone meanwhile."""
+
+    def learned(updates: Mapping[str, Adapter]) -> Adapter:
+        methods = config.merge.model_copy(update={"methods": (config.rounds.rule,)})
+        wanted = {domain: catalogs[domain] for domain in updates}
+        with applied(backbone, state.adapter):
+            made = merge_candidates(
+                backbone, updates, wanted, config.model_copy(update={"merge": methods}), logger.info
+            )
+        return made[-1].adapter
+
+    learned.__name__ = str(config.rounds.rule)
+    return learned
+
+
+def _candidate(
+    config: ExperimentConfig, backbone: Backbone, state: GlobalState, members: list[str], run_dir: Path
+) -> Candidate:
+    """The global adapter as a merge among merges."""
+    rule = str(config.rounds.rule)
+    label = f"{rule} {config.rounds.number} round{'s' * (config.rounds.number > 1)}"
+    provenance: dict[str, Any] = {
+        "label": label,
+        "method": rule,
+        "domains": dict.fromkeys(members, ""),
+        "rank": max(module.rank for module in state.adapter.modules.values()),
+        "excluded": {},
+        "policy": config.privacy.policy,
+        "backbone": {"name": backbone.name, "sha256": backbone.sha256},
+        "sha256": adapter_sha256(state.adapter),
+        "parameters": config.rounds.model_dump(mode="json"),
+        "rounds": [record["aggregation"] for record in round_records(run_dir)],
+    }
+    return Candidate(label, rule, state.adapter, provenance)
+
+
+def _value(text: str) -> Value:
+    if text.lower() in ("true", "false", "none"):
+        return {"true": True, "false": False, "none": None}[text.lower()]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text

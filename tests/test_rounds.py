@@ -1,0 +1,258 @@
+"""Federations of several rounds through both Flower apps, in one process."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Context, Message
+from in_process import answer_honestly, run_in_process, small_experiment
+
+import sim.rounds
+from fedmerge.cli import main
+from fedmerge.client.local_domain import open_domain
+from fedmerge.client.rounds import RoundTask, settings_of_round, train_round
+from fedmerge.client.train import train_expert
+from fedmerge.config import ExperimentConfig, MergeMethod, RoundRule, Train
+from fedmerge.encoder.lora import Adapter, adapter_sha256, fresh_adapter, read_adapter
+from fedmerge.errors import AggregationError, ConfigError
+from fedmerge.federated.rounds import fresh_seed
+from fedmerge.federated.rules import RULES
+from fedmerge.run_dir import DONE, read_json
+from fedmerge.server.round_checkpoints import keep_reply, keep_state, round_records
+from sim import records
+from sim.client_app import _backbone
+from sim.rounds import check_rounds
+
+TRAIN = ("beauty", "books", "coffee")
+
+
+def rounds_experiment(place: Path, name: str, rule: str, **changes: object) -> ExperimentConfig:
+    flat = {"run_id": name, "rounds.rule": rule, "rounds.number": 2, "privacy.min_users": 2}
+    return small_experiment(place, **flat | {key.replace("__", "."): value for key, value in changes.items()})
+
+
+def run_dir(config: ExperimentConfig) -> Path:
+    return Path(config.output_dir) / str(config.run_id)
+
+
+def final(config: ExperimentConfig) -> Adapter:
+    (folder,) = (run_dir(config) / "merged").iterdir()
+    return read_adapter(folder)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("rounds")
+
+
+def test_the_rules_of_the_configuration_are_those_of_the_library() -> None:
+    assert set(RoundRule.__args__) == set(RULES)  # type: ignore[attr-defined]
+    assert not set(RoundRule.__args__) & set(MergeMethod.__args__)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    "rule", ["fedit", "ffa-lora", "flora", "flexlora", "hetlora", "median", "fedadam", "ties", "mergerec"]
+)
+def test_rounds_run_to_their_end(place: Path, rule: str) -> None:
+    config = rounds_experiment(place, rule, rule)
+    run_in_process(config)
+    folder = run_dir(config)
+    assert (folder / DONE).is_file()
+    made = round_records(folder)
+    assert [record["aggregation"]["rule"] for record in made] == [rule, rule]
+    assert all(set(record["clients"]) == {*TRAIN} for record in made)
+    assert sum(record["clients"]["books"]["steps"] for record in made) == config.train.max_steps
+    assert not list((folder / "rounds").glob("[0-9]/"))
+    report = (folder / "report.txt").read_text()
+    assert f"{rule} 2 rounds" in report
+    assert read_json(folder / "choice.json")["served"] == f"{rule} 2 rounds"
+    assert any(module.lora_B.abs().max() > 0 for module in final(config).modules.values())
+
+
+def test_a_run_of_rounds_is_shown_and_reported(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = rounds_experiment(place, "shown", "flora", rounds__number=1)
+    run_in_process(config)
+    assert main(["show", str(run_dir(config))]) == 0
+    assert "flora 1 round" in capsys.readouterr().out
+    assert main(["report", str(run_dir(config))]) == 0
+    assert "flora 1 round" in (run_dir(config) / "report.html").read_text()
+    assert main(["merge", str(run_dir(config))]) == 1
+    assert "no adapter in" in capsys.readouterr().err
+
+
+def test_a_run_that_ends_with_its_experts_can_be_merged(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = small_experiment(place, **{"run_id": "experts", "until": "train"})
+    run_in_process(config)
+    assert (run_dir(config) / DONE).is_file()
+    assert not (run_dir(config) / "merged").exists()
+    assert main(["show", str(run_dir(config))]) == 0
+    assert main(["merge", str(run_dir(config)), "--set", "merge.methods=average"]) == 0
+    assert main(["report", str(run_dir(config))]) == 1
+    assert "experts" in capsys.readouterr().err
+
+
+def test_one_round_of_flora_is_what_its_clients_trained_averaged(place: Path) -> None:
+    config = rounds_experiment(place, "one", "flora", rounds__number=1)
+    run_in_process(config)
+    deltas = {}
+    for name in TRAIN:
+        backbone = _backbone(config.backbone.source, config.backbone.pooling, None, "cpu", "float32")
+        domain = open_domain(Path(config.domains.root) / name, backbone, config.text)
+        task = RoundTask(1, 1, fresh_adapter(backbone, config.lora, fresh_seed(config.seed, 0)))
+        adapter, _ = train_round(domain, config.lora, config.train, config.seed, task)
+        deltas[name] = {key: module.delta_weight() for key, module in adapter.modules.items()}
+    for key, module in final(config).modules.items():
+        mean = sum(deltas[name][key] for name in TRAIN) / 3
+        torch.testing.assert_close(module.delta_weight(), mean, rtol=1e-4, atol=1e-6)
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_killed_federation_goes_on_and_ends_as_one_that_was_not(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = rounds_experiment(place, "whole", "flexlora", lora__ranks="books=1,coffee=3")
+    run_in_process(whole)
+    asked: list[str] = []
+
+    def counting(message: Message, context: Context) -> Message | None:
+        if message.metadata.message_type == "train":
+            asked.append(str(context.node_config["partition-id"]))
+        return answer_honestly(message, context)
+
+    killed = whole.model_copy(update={"run_id": "killed"})
+    own = {"keep_reply": keep_reply, "keep_state": keep_state}
+    for name, call in (("keep_reply", 2), ("keep_state", 1), ("keep_reply", 2), ("keep_state", 1)):
+        with monkeypatch.context() as patched:
+            calls = iter(range(1, 9))
+
+            def dying(*arguments: Any, keep: Any = own[name], call: int = call, calls: Any = calls) -> None:
+                keep(*arguments)
+                if next(calls) == call:
+                    raise Killed
+
+            patched.setattr(sim.rounds, name, dying)
+            with pytest.raises(Killed):
+                run_in_process(killed.model_copy(update={"resume": run_dir(killed).exists()}), counting)
+    run_in_process(killed.model_copy(update={"resume": True}), counting)
+    assert adapter_sha256(final(killed)) == adapter_sha256(final(whole))
+    assert (run_dir(killed) / "metrics.parquet").read_bytes() == (run_dir(whole) / "metrics.parquet").read_bytes()
+    assert len(asked) <= 2 * 3 + 2  # a client that was asked when the server died is asked again
+    sizes = {name: round_records(run_dir(whole))[0]["aggregation"]["bytes_up"][name] for name in TRAIN}
+    assert sizes["coffee"] == 3 * sizes["books"] == 1.5 * sizes["beauty"]
+
+
+def test_a_client_that_fails_is_left_out_and_a_fraction_is_drawn(place: Path) -> None:
+    def failing(message: Message, context: Context) -> Message | None:
+        if message.metadata.message_type == "train" and context.node_config["partition-id"] == 0:
+            return Message(records.error_record("ValueError: broken", "beauty"), reply_to=message)
+        return answer_honestly(message, context)
+
+    config = rounds_experiment(place, "failing", "weighted-average")
+    run_in_process(config, failing)
+    assert [set(record["clients"]) for record in round_records(run_dir(config))] == [{"books", "coffee"}] * 2
+    excluded = read_json(run_dir(config) / "clients.json")["excluded"]
+    assert list(excluded) == ["beauty"]
+
+    config = rounds_experiment(place, "part", "weighted-average", rounds__number=4, rounds__fraction=0.5)
+    run_in_process(config)
+    drawn = [tuple(record["clients"]) for record in round_records(run_dir(config))]
+    assert all(len(each) == 2 for each in drawn)
+    assert len(set(drawn)) > 1
+
+
+def test_ffa_sends_the_a_that_everybody_has(place: Path) -> None:
+    config = rounds_experiment(place, "ffa", "ffa-lora")
+    run_in_process(config)
+    for record in round_records(run_dir(config)):
+        assert record["aggregation"]["error"] == 0
+        assert record["aggregation"]["bytes_up"]["books"] < final(config).size_bytes
+
+
+def test_the_steps_of_all_rounds_are_those_of_one_training(place: Path) -> None:
+    task = RoundTask(1, 3, Adapter({}))
+    settings = Train(max_steps=10, max_epochs=6)
+    shares = [settings_of_round(settings, RoundTask(number, 3, task.start)) for number in (1, 2, 3)]
+    assert [share.max_steps for share in shares] == [3, 3, 4]
+    assert [share.max_epochs for share in shares] == [2, 2, 2]
+    assert [settings_of_round(Train(max_steps=2), RoundTask(n, 3, task.start)).max_steps for n in (1, 2, 3)] == [1] * 3
+
+
+def test_proximal_training_stays_nearer_to_where_it_began(place: Path) -> None:
+
+    config = rounds_experiment(place, "unused", "fedit")
+    backbone = _backbone(config.backbone.source, config.backbone.pooling, None, "cpu", "float32")
+    domain = open_domain(Path(config.domains.root) / "books", backbone, config.text)
+    start = fresh_adapter(backbone, config.lora, 3)
+
+    def distance(proximal: float) -> float:
+        task = RoundTask(1, 1, start, proximal=proximal)
+        trained, _ = train_round(domain, config.lora, config.train, 0, task)
+        return sum(
+            float(
+                (module.lora_B - start.modules[name].lora_B).square().sum()
+                + (module.lora_A - start.modules[name].lora_A).square().sum()
+            )
+            for name, module in trained.modules.items()
+        )
+
+    assert distance(1000.0) < distance(0.0)
+
+
+def test_one_round_from_a_fresh_adapter_trains_what_an_expert_trains_apart_from_its_draws(place: Path) -> None:
+
+    config = rounds_experiment(place, "unused", "fedit", train__samples="last", train__batch_size=30)
+    backbone = _backbone(config.backbone.source, config.backbone.pooling, None, "cpu", "float32")
+    domain = open_domain(Path(config.domains.root) / "books", backbone, config.text)
+    settings = config.train.model_copy(update={"validate_every_steps": 4, "patience": 9})
+    task = RoundTask(1, 1, fresh_adapter(backbone, config.lora, 0))
+    trained, report = train_round(domain, config.lora, settings, 0, task)
+    _, expert = train_expert(domain, config.lora, settings, 0)
+    assert report.steps == expert.steps
+    assert report.loss == pytest.approx(expert.validations[-1].loss, rel=0.2)
+    assert np.isfinite(report.loss)
+    assert set(trained.modules) == set(task.start.modules)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rounds__parameters": "num_malicious=1"}, r"'fedit'.*num_malicious"),
+        ({"rounds__rule": "krum", "rounds__parameters": "num_malicious=-1"}, r"'krum': num_malicious"),
+    ],
+)
+def test_wrong_parameters_are_refused_before_anything_starts(
+    place: Path, changes: dict[str, str], message: str
+) -> None:
+    flat = {key.replace("__", "."): value for key, value in changes.items()}
+    config = small_experiment(place, **{"rounds.rule": "fedit", **flat})
+    with pytest.raises(ConfigError, match=message):
+        check_rounds(config)
+    with pytest.raises(ConfigError, match=message):  # plain Flower
+        run_in_process(config.model_copy(update={"run_id": f"refused-{config.rounds.rule}"}))
+
+
+@pytest.mark.parametrize(
+    ("flat", "message"),
+    [
+        ({"rounds.rule": "fedavg"}, r"rounds.rule"),
+        ({"rounds.parameters": "trim=0.1,trim=0.2"}, r"parameters has trim twice"),
+        ({"rounds.parameters": "trim"}, r"rounds.parameters"),
+        ({"lora.ranks": "books=4,books=5"}, r"ranks names books twice"),
+        ({"lora.ranks": "bokks=4"}, r"lora.ranks names bokks, not among domains.train"),
+        (
+            {"rounds.rule": "mergerec", "privacy.policy": "adapter"},
+            r"rounds.rule is mergerec, which needs the catalogs",
+        ),
+    ],
+)
+def test_wrong_settings_are_refused(place: Path, flat: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        small_experiment(place, **flat)
+
+
+def test_what_a_rule_refuses_ends_the_run_with_its_reason(place: Path) -> None:
+    with pytest.raises(AggregationError, match=r"krum: found 3 clients and num_malicious 1, expected at least"):
+        run_in_process(rounds_experiment(place, "krum", "krum"))
