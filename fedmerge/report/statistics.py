@@ -4,17 +4,17 @@ Only :class:`fedmerge.client.metrics.MetricSums` go in: counts, sums and sums of
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
+from scipy import optimize, special, stats
 
 from fedmerge.client.metrics import (
+    INTERVAL_95,
     METRICS,
     MetricSums,
     PairedDifference,
@@ -77,16 +77,17 @@ def difference_over_seeds(differences: Sequence[PairedDifference]) -> OverSeeds:
         scatter = math.fsum((difference.mean - mean) ** 2 for difference in differences)
         seeds = math.sqrt(scatter / (num_seeds - 1) / num_seeds)
 
+    dof = num_seeds - 1
+
     def half_width(t: float) -> float:
-        return math.hypot(_normal_quantile(student_p_value(t, num_seeds - 1)) * users, t * seeds)
+        return math.hypot(-special.ndtri(special.stdtr(dof, -t)) * users, t * seeds)
 
     if seeds == 0.0:
-        p_value = 2 * NormalDist().cdf(-abs(mean) / users) if users else float(mean == 0.0)
-        return OverSeeds(num_seeds, mean, _normal_quantile(LEVEL) * users, p_value)
-    t = _root(lambda t: half_width(t) - abs(mean), abs(mean) / seeds)
-    return OverSeeds(
-        num_seeds, mean, half_width(student_quantile(LEVEL, num_seeds - 1)), student_p_value(t, num_seeds - 1)
-    )
+        p_value = float(2 * special.ndtr(-abs(mean) / users)) if users else float(mean == 0.0)
+        return OverSeeds(num_seeds, mean, INTERVAL_95 * users, p_value)
+    t = optimize.brentq(lambda t: half_width(t) - abs(mean), 0.0, abs(mean) / seeds)
+    wide = half_width(special.stdtrit(dof, 1 - LEVEL / 2))
+    return OverSeeds(num_seeds, mean, wide, float(2 * special.stdtr(dof, -t)))
 
 
 def comparison_rows(
@@ -225,15 +226,10 @@ def friedman(scores: FloatArray) -> Friedman:
             "strategies"
         )
     num_strategies = scores.shape[1]
-    above = (scores[:, None, :] > scores[:, :, None]).sum(axis=2)  # (N, k)
-    equal = (scores[:, None, :] == scores[:, :, None]).sum(axis=2)  # (N, k), itself included
-    centred = 1.0 + above + (equal - 1) / 2 - (num_strategies + 1) / 2
+    centred = stats.rankdata(-scores, axis=1) - (num_strategies + 1) / 2  # (N, k)
     scatter = float((centred**2).sum())
     statistic = (num_strategies - 1) * float((centred.sum(axis=0) ** 2).sum()) / scatter if scatter else 0.0
-    # chi-square's upper tail is the regularised upper incomplete gamma function.
-    p_value = torch.special.gammaincc(
-        torch.tensor((num_strategies - 1) / 2, dtype=torch.float64), torch.tensor(statistic / 2, dtype=torch.float64)
-    )
+    p_value = special.chdtrc(num_strategies - 1, statistic)
     return Friedman(centred.mean(axis=0) + (num_strategies + 1) / 2, statistic, float(p_value))
 
 
@@ -244,8 +240,14 @@ def critical_difference(num_strategies: int, num_blocks: int, level: float = LEV
 
     Source: Demšar, JMLR 7 (2006).
     """
-    quantile = studentized_range_quantile(level, num_strategies)
+    quantile = _studentized_range(level, num_strategies)
     return quantile / math.sqrt(2) * math.sqrt(num_strategies * (num_strategies + 1) / (6 * num_blocks))
+
+
+@cache
+def _studentized_range(level: float, num_values: int) -> float:
+    """The upper point, with infinitely many degrees of freedom; it takes SciPy a second."""
+    return float(stats.studentized_range.isf(level, num_values, math.inf))
 
 
 def rank_rows(scores: Mapping[tuple[str, str, int], Mapping[str, float]]) -> list[dict[str, Any]]:
@@ -279,55 +281,3 @@ def rank_rows(scores: Mapping[tuple[str, str, int], Mapping[str, float]]) -> lis
             for strategy, mean_rank in zip(strategies, test.mean_ranks.tolist(), strict=True)
         ]
     return rows
-
-
-# Distributions
-
-
-def student_p_value(statistic: float, dof: int) -> float:
-    """Two-sided tail of Student's t with ``dof`` degrees of freedom, P(|T| >= |statistic|)."""
-    # With t = sqrt(dof) tan(angle) the density becomes a power of a cosine on a finite range, which is cut where
-    # nothing is left of it.
-    start = math.atan(abs(statistic) / math.sqrt(dof))
-    stop = min(math.pi / 2, start + 12 / math.sqrt(dof))
-    nodes, heights = _gauss_legendre()
-    angles = start + (stop - start) * (nodes + 1) / 2
-    area = (stop - start) / 2 * float(heights @ np.cos(angles) ** (dof - 1))
-    return min(1.0, 2 * area * math.exp(math.lgamma((dof + 1) / 2) - math.lgamma(dof / 2)) / math.sqrt(math.pi))
-
-
-@cache
-def student_quantile(level: float, dof: int) -> float:
-    """t with P(|T| >= t) = level."""
-    return _root(lambda t: level - student_p_value(t, dof), 1e4)
-
-
-@cache
-def studentized_range_quantile(level: float, num_values: int) -> float:
-    """q with P(largest - smallest of independent standard normal values >= q) = level; infinite degrees of freedom."""
-    z = torch.linspace(-9.0, 9.0, 2001, dtype=torch.float64)  # the largest value
-    density = torch.exp(-(z**2) / 2) / math.sqrt(2 * math.pi) * (z[1] - z[0])
-
-    def tail(q: float) -> float:
-        others = (torch.special.ndtr(z) - torch.special.ndtr(z - q)) ** (num_values - 1)
-        return 1.0 - num_values * float((density * others).sum())
-
-    return _root(lambda q: level - tail(q), 100.0)
-
-
-def _normal_quantile(level: float) -> float:
-    return -NormalDist().inv_cdf(max(level, 1e-300) / 2)
-
-
-@cache
-def _gauss_legendre() -> tuple[FloatArray, FloatArray]:
-    return np.polynomial.legendre.leggauss(80)
-
-
-def _root(rising: Callable[[float], float], high: float) -> float:
-    """Where a function that rises from below 0 reaches 0, between 0 and ``high``."""
-    low = 0.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if rising(middle) < 0 else (low, middle)
-    return high

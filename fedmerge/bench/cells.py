@@ -1,0 +1,265 @@
+"""The work of a benchmark in cells: plain functions that leave one file, whole, as their last act.
+
+A cell whose file is there is not done again; so a benchmark that was killed goes on where it was. Ranks of single users
+lie under ``clients/``, which stands for the clients' own disks: only sums over users leave it.
+"""
+
+import io
+import resource
+import shutil
+import time
+import zipfile
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedmerge.client.baselines import baseline_rankers
+from fedmerge.client.evaluate import Ranks, baseline_ranks, model_ranks
+from fedmerge.client.kept import inputs_key
+from fedmerge.client.local_domain import LocalDomain, open_domain
+from fedmerge.client.metrics import VARIANTS, MetricSums, Variant, metric_sums, per_user_metrics
+from fedmerge.config import DEMO_ROOT, BackboneSection, Baseline, ExperimentConfig, Runtime, Split, Text
+from fedmerge.device import resolve_compute
+from fedmerge.domain.catalog import Catalog, load_catalog
+from fedmerge.domain.demo import bundled_demo
+from fedmerge.domain.manifest import read_manifest
+from fedmerge.domain.splits import evaluation_examples
+from fedmerge.encoder.backbone import Backbone, load_backbone
+from fedmerge.encoder.lora import read_adapter
+from fedmerge.errors import RunDirError
+from fedmerge.privacy.policy import check_catalog_is_public, check_enough_users
+from fedmerge.run_dir import read_json, whole_folder, write_bytes, write_json
+from fedmerge.server.candidates import merge_candidates
+from fedmerge.server.checkpoints import MERGED, KeptExperts, ended_training, keep_merge, kept_merges, merge_folder
+from fedmerge.server.learned import learned_labels
+from fedmerge.server.round_checkpoints import round_records
+
+MERGES = "merges.json"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One piece of work.
+
+    Attributes:
+        kind: a key of WORK.
+        title: for people.
+        result: the file that is there when it is done.
+        arguments: of the function.
+        threads: CPUs that it takes.
+    """
+
+    kind: str
+    title: str
+    result: Path
+    arguments: Mapping[str, Any]
+    threads: int
+
+
+def work(cell: Cell) -> float:
+    """Do a cell in this process; seconds."""
+    torch.set_num_threads(cell.threads)
+    started = time.monotonic()
+    cell.result.parent.mkdir(parents=True, exist_ok=True)
+    WORK[cell.kind](cell.result, **cell.arguments)
+    return time.monotonic() - started
+
+
+def merge_experts(result: Path, config: ExperimentConfig, run: Path, left_out: str) -> None:
+    """Every merge that a strategy asks for, from the experts of a training run.
+
+    Args:
+        result: gets the merges' labels and hashes, seconds and peak memory; the merges lie beside it.
+        config: the strategy's experiment.
+        run: folder of the training run.
+        left_out: a domain that is not merged, or "".
+
+    Raises:
+        FedMergeError: what cannot be merged.
+    """
+    started = time.monotonic()
+    _forget_peak()
+    if config.rounds.rule is not None:
+        _take_rounds(result, run, started)
+        return
+    sources = {domain: sha256 for domain, sha256 in (ended_training(run) or {}).items() if domain != left_out}
+    learned = bool(learned_labels(config))
+    backbone = backbone_of(config.backbone, config.runtime) if learned else None
+    candidates = merge_candidates(
+        backbone,
+        KeptExperts(run, sources),
+        _public_catalogs(config, sources) if learned else {},
+        config,
+        finished=kept_merges(result.parent, sources),
+        keep=lambda candidate: keep_merge(result.parent, candidate, config.backbone.source),
+    )
+    hashes = {candidate.label: candidate.provenance["sha256"] for candidate in candidates}
+    seconds = time.monotonic() - started
+    write_json(result, {"merges": hashes, "seconds": seconds, "peak_bytes": _peak_bytes()})
+
+
+def _take_rounds(result: Path, run: Path, started: float) -> None:
+    """The global adapter of a federation of rounds is its strategy's only merge."""
+    (made,) = (run / MERGED).glob("[!.]*")
+    provenance = read_json(made / "provenance.json")
+    with whole_folder(merge_folder(result.parent, provenance["label"])) as folder:
+        shutil.copytree(made, folder, dirs_exist_ok=True)
+    seconds = sum(record["seconds"] for record in round_records(run)) + time.monotonic() - started
+    write_json(result, {"merges": {provenance["label"]: provenance["sha256"]}, "seconds": seconds, "peak_bytes": None})
+
+
+def rank_model(result: Path, config: ExperimentConfig, domain: str, split: Split, adapter: Path | None) -> None:
+    """Every user's rank of the target under one model.
+
+    Args:
+        result: on the client's own disk.
+        config: text, backbone, evaluation, runtime and seed count.
+        domain: its name.
+        split: whose targets.
+        adapter: a PEFT folder; None: the backbone alone.
+    """
+    opened = domain_of(config, domain)
+    examples = evaluation_examples(opened.interactions, split, num_users(config, split), config.seed)
+    models = {"model": None if adapter is None else read_adapter(adapter)}
+    _write_ranks(result, model_ranks(opened, models, examples)["model"])
+
+
+def rank_baseline(result: Path, config: ExperimentConfig, domain: str, split: Split, baseline: Baseline) -> None:
+    """As :func:`rank_model`, under a baseline; an empty file where there is nothing to train it on."""
+    opened = domain_of(config, domain)
+    examples = evaluation_examples(opened.interactions, split, num_users(config, split), config.seed)
+    found = baseline_ranks(examples, baseline_rankers(opened, config, [baseline]))
+    _write_ranks(result, *found.values())
+
+
+WORK: Mapping[str, Callable[..., None]] = {
+    "merging": merge_experts,
+    "ranking": rank_model,
+    "baseline": rank_baseline,
+}
+
+
+# ---- what leaves a client
+
+
+def ranks_file(clients: Path, config: ExperimentConfig, domain: str, split: Split, model: str) -> Path:
+    """Where the ranks of a domain's users under a model lie: named by all that they depend on.
+
+    Args:
+        clients: the folder that stands for the clients' disks.
+        config: as for :func:`rank_model`.
+        domain: its name.
+        split: whose targets.
+        model: the adapter's hash, or the name of another row.
+    """
+    inputs = {
+        "root": config.domains.root,
+        "text": config.text.model_dump(),
+        "backbone": config.backbone.model_dump(),
+        "sasrec": config.sasrec.model_dump(),
+        "runtime": [config.runtime.device, config.runtime.precision],
+        "users": [config.seed, num_users(config, split), config.evaluation.validation_users],
+        "model": model,
+    }
+    return clients / domain / split / f"{inputs_key(inputs)}.npz"
+
+
+def sums_of_ranks(files: Mapping[str, Path], domain: str, min_users: int) -> dict[Variant, MetricSums]:
+    """What a client tells: sums over its users, and their products between rows.
+
+    Args:
+        files: row -> file of ranks, of the same users; rows whose file is empty are left out.
+        domain: for messages.
+        min_users: over fewer users nothing leaves.
+
+    Raises:
+        PolicyError: too few users.
+        RunDirError: a file that cannot be read.
+    """
+    ranks = {row: read for row, file in files.items() if (read := _read_ranks(file))}
+    sums = {
+        variant: metric_sums({row: per_user_metrics(found[variant]) for row, found in ranks.items()}, variant)
+        for variant in VARIANTS
+    }
+    for of_variant in sums.values():
+        check_enough_users(domain, of_variant.num_users, min_users)
+    return sums
+
+
+def num_users(config: ExperimentConfig, split: Split) -> int | None:
+    """Users that are evaluated in a domain at most."""
+    return config.evaluation.validation_users if split == "valid" else config.evaluation.test_users
+
+
+def _write_ranks(file: Path, *found: Ranks) -> None:
+    arrays: dict[str, Any] = {
+        variant: of_variant.astype(np.int32) for ranks in found for variant, of_variant in ranks.items()
+    }
+    data = io.BytesIO()
+    np.savez_compressed(data, **arrays)
+    write_bytes(file, data.getvalue())
+
+
+def _read_ranks(file: Path) -> Ranks:
+    try:
+        with np.load(file) as arrays:
+            return {variant: arrays[variant].astype(np.int64) for variant in VARIANTS if variant in arrays}
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise RunDirError(f"{file} cannot be read ({error}). Delete it and start the benchmark again.") from error
+
+
+# ---- what the cells of a process share
+
+
+def domains_root(config: ExperimentConfig) -> Path:
+    """The folder of domain folders."""
+    if config.domains.root == DEMO_ROOT:
+        return bundled_demo(Path(config.cache_dir).expanduser())
+    return Path(config.domains.root)
+
+
+def domain_of(config: ExperimentConfig, domain: str) -> LocalDomain:
+    """A domain, opened once in a process."""
+    return _domain(domains_root(config) / domain, backbone_of(config.backbone, config.runtime), config.text)
+
+
+@lru_cache(maxsize=1)
+def backbone_of(section: BackboneSection, runtime: Runtime) -> Backbone:
+    """The frozen encoder, loaded once in a process."""
+    compute = resolve_compute(runtime.device, runtime.precision)
+    return load_backbone(section.source, section.pooling, compute, section.weights_sha256)
+
+
+@lru_cache(maxsize=4)
+def _domain(folder: Path, backbone: Backbone, text: Text) -> LocalDomain:
+    return open_domain(folder, backbone, text)
+
+
+def _public_catalogs(config: ExperimentConfig, domains: Mapping[str, str]) -> dict[str, Catalog]:
+    if config.server.catalogs is not None:
+        return {domain: load_catalog(Path(config.server.catalogs) / domain) for domain in domains}
+    root = domains_root(config)
+    for domain in domains:
+        check_catalog_is_public(domain, read_manifest(root / domain).public_catalog)
+    return {domain: load_catalog(root / domain) for domain in domains}
+
+
+def _forget_peak() -> None:
+    """Let the kernel count this process's peak memory from here on, where it can."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak_bytes() -> int:
+    """Peak resident memory of this process."""
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

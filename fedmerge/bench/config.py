@@ -1,0 +1,136 @@
+"""A benchmark file: one experiment, and the strategies, seeds and datasets that it is repeated for."""
+
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fedmerge.config import (
+    ExperimentConfig,
+    describe_problem,
+    flatten,
+    from_flat,
+    load_config,
+    to_flat,
+    with_absolute_paths,
+)
+from fedmerge.errors import ConfigError
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,63}$")]
+REFERENCES = ("backbone", "expert")  # rows of every benchmark, beside the baselines of the experiment file
+FIXED = {"name", "seed", "run_id", "resume", "until", "output_dir"}  # a benchmark sets these itself
+
+
+class Table(BaseModel):
+    """Frozen; unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Variation(Table):
+    """A strategy or a dataset: its name, and the keys of the experiment in which it differs."""
+
+    name: Name
+    set: dict[str, Any] = {}
+
+
+class BenchConfig(Table):
+    """A grid: every strategy on every dataset with every seed.
+
+    Attributes:
+        title: of the report.
+        experiment: an experiment file, relative to this one.
+        seeds: of training and merging; which users are evaluated depends on the experiment's own seed alone.
+        leave_one_out: besides, each training domain in turn is left out of the merge and evaluated as unseen.
+        baseline: the row that the others are compared with.
+        dataset: where there is more than one.
+        strategy: what is compared; of several merges that one asks for, validation chooses.
+    """
+
+    title: str = Field(min_length=1)
+    experiment: str = Field(min_length=1)
+    seeds: tuple[Annotated[int, Field(ge=0, lt=2**31)], ...] = Field((0, 1, 2), min_length=1)
+    leave_one_out: bool = False
+    baseline: str
+    dataset: tuple[Variation, ...] = Field((Variation(name="main"),), min_length=1)
+    strategy: tuple[Variation, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "BenchConfig":
+        for what, names in (
+            ("seeds", [str(seed) for seed in self.seeds]),
+            ("dataset", [dataset.name for dataset in self.dataset]),
+            ("strategy", [*REFERENCES, *(strategy.name for strategy in self.strategy)]),
+        ):
+            if twice := sorted({name for name in names if names.count(name) > 1}):
+                raise ValueError(f"{what}: {', '.join(twice)} is there twice; give each once")
+        rows = [*REFERENCES, *(strategy.name for strategy in self.strategy)]
+        if self.baseline not in rows:
+            raise ValueError(f"baseline: found {self.baseline!r}, expected one of {', '.join(rows)}")
+        return self
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A benchmark whose every experiment is valid.
+
+    Attributes:
+        config: the grid.
+        base: its experiment file, flat, with absolute paths.
+    """
+
+    config: BenchConfig
+    base: dict[str, Any]
+
+    def experiment(self, dataset: str, strategy: str | None, seed: int) -> ExperimentConfig:
+        """The experiment of one strategy; None: of what all strategies on a dataset share.
+
+        Raises:
+            ConfigError: every problem at once.
+        """
+        changes: dict[str, Any] = {}
+        where = "benchmark"
+        for what, name, variations in (
+            ("dataset", dataset, self.config.dataset),
+            ("strategy", strategy, self.config.strategy),
+        ):
+            if name is not None:
+                (variation,) = (variation for variation in variations if variation.name == name)
+                changes |= flatten(variation.set)
+                where += f", {what} {name}"
+        if wrong := sorted(FIXED & changes.keys()):
+            raise ConfigError(f"{where}: set: found {', '.join(wrong)}, which a benchmark sets itself; leave it out")
+        return from_flat({**self.base, **changes, "seed": seed}, where)
+
+
+def load_bench(path: Path) -> Bench:
+    """Read a benchmark file and validate every experiment in it.
+
+    Raises:
+        ConfigError: every problem of the file, or of the first experiment that has one.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        config = BenchConfig.model_validate(values)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}). Give the path of a benchmark file.") from error
+    except ValidationError as error:
+        problems = [describe_problem(problem) for problem in error.errors(include_url=False)]
+        raise ConfigError(
+            f"{path}: {len(problems)} problem(s)\n" + "\n".join(f"  {line}" for line in problems)
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}.") from error
+    base = with_absolute_paths(load_config(path.parent / config.experiment), Path.cwd())
+    bench = Bench(config, dict(to_flat(base)))
+    for dataset in config.dataset:
+        for strategy in (None, *(strategy.name for strategy in config.strategy)):
+            experiment = bench.experiment(dataset.name, strategy, config.seeds[0])
+            if config.leave_one_out and len(experiment.domains.train) < 3:
+                raise ConfigError(
+                    f"{path}: dataset {dataset.name}: leave_one_out = true, but domains.train names only "
+                    f"{len(experiment.domains.train)}; at least 3 are needed, so that two are left to merge"
+                )
+    return bench

@@ -1,0 +1,356 @@
+"""A benchmark from its file to its tables, in stages; what trains and what runs the cells comes from outside.
+
+DIR/benchmark.json                    the benchmark and its experiment, resolved; a later call must have the same
+DIR/training/<experiment>/            run folders that end with the experts
+DIR/merges/<dataset>/<seed>/<fold>/<strategy>/    merges.json, merged/<label>/; choice.json once validation chose
+DIR/clients/<dataset>/<domain>/       ranks of users: stands for the clients' disks
+the tables of fedmerge.report.bench_tables
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fedmerge.bench.cells import MERGES, Cell, ranks_file, sums_of_ranks
+from fedmerge.bench.config import Bench
+from fedmerge.client.kept import inputs_key
+from fedmerge.client.metrics import MetricSums, Variant
+from fedmerge.config import ExperimentConfig, Split, flatten
+from fedmerge.errors import ClientError, ConfigError, RunDirError
+from fedmerge.run_dir import DONE, read_json, write_json
+from fedmerge.server.checkpoints import ADAPTERS, ended_training, merge_folder
+from fedmerge.server.round_checkpoints import members_of
+
+BENCHMARK = "benchmark.json"
+
+Train = Callable[[ExperimentConfig], None]
+Execute = Callable[[Sequence[Cell]], Iterable[tuple[Cell, str]]]  # as they end, with the reason of a failure or ""
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Place:
+    """A column of the grid: one dataset, one seed, and who is left out of the merge ("" for nobody)."""
+
+    dataset: str
+    seed: int
+    left_out: str
+
+    @property
+    def fold(self) -> str:
+        """As a folder."""
+        return f"without-{self.left_out}" if self.left_out else "all"
+
+    def __str__(self) -> str:
+        """For people."""
+        return f"{self.dataset}, seed {self.seed}" + (f", without {self.left_out}" if self.left_out else "")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A benchmark and its folder."""
+
+    bench: Bench
+    folder: Path
+
+    def experiment(self, place: Place, strategy: str | None) -> ExperimentConfig:
+        """A strategy's experiment at a place of the grid."""
+        return self.bench.experiment(place.dataset, strategy, place.seed)
+
+    def judge(self, place: Place, strategy: str | None) -> ExperimentConfig:
+        """The same with the seed that says which users are evaluated: one for the whole benchmark."""
+        return self.bench.experiment(place.dataset, strategy, int(self.bench.base["seed"]))
+
+    def training(self, place: Place, strategy: str | None) -> ExperimentConfig:
+        """The run that trains for a strategy: strategies that train experts alike share it, and so do all folds.
+
+        A federation of rounds is a run of its own, in which who is left out takes no part.
+        """
+        wanted = self.experiment(place, strategy)
+        runtime, rounds = wanted.runtime, wanted.rounds.rule is not None
+        left_out = place.left_out if rounds else ""
+        domains = tuple(domain for domain in wanted.domains.train if domain != left_out)
+        sections = [wanted.backbone, wanted.text, wanted.lora, wanted.train]
+        sections += [wanted.rounds, wanted.mergerec, wanted.adamerging] if rounds else []
+        inputs = {
+            "domains": [wanted.domains.root, sorted(domains)],
+            "sections": [section.model_dump() for section in sections],
+            "runtime": [runtime.threads_per_client, runtime.device, runtime.precision],
+            "policy": wanted.privacy.policy,
+        }
+        changes = {
+            "name": "bench",
+            "run_id": f"{place.dataset}-seed{place.seed}-{inputs_key(inputs)[:8]}",
+            "output_dir": str(self.folder / "training"),
+            "until": "train",
+            "domains": wanted.domains.model_copy(update={"train": domains, "unseen": ()}),
+            "merge": wanted.merge.model_copy(update={"methods": ("average",)}),
+        }
+        return wanted.model_copy(update=changes)
+
+    def run(self, place: Place, strategy: str | None) -> Path:
+        """Folder of the run that trains."""
+        return self.folder / "training" / str(self.training(place, strategy).run_id)
+
+    def merges(self, place: Place, strategy: str) -> Path:
+        """Folder of a strategy's merges."""
+        return self.folder / "merges" / place.dataset / f"seed{place.seed}" / place.fold / strategy
+
+    @property
+    def strategies(self) -> list[str]:
+        """In the order of the file."""
+        return [strategy.name for strategy in self.bench.config.strategy]
+
+    def places(self) -> list[Place]:
+        """Every place; those that leave nobody out first."""
+        config = self.bench.config
+        whole = [Place(dataset.name, seed, "") for dataset in config.dataset for seed in config.seeds]
+        folds = [
+            Place(place.dataset, place.seed, domain)
+            for place in whole
+            for domain in self.experiment(place, None).domains.train
+            if config.leave_one_out
+        ]
+        return whole + folds
+
+
+def open_folder(folder: Path, bench: Bench) -> None:
+    """Make a benchmark's folder, or see that it is this benchmark's.
+
+    Raises:
+        ConfigError: it holds another benchmark, or something else.
+        RunDirError: it cannot be written.
+    """
+    wanted = {"benchmark": bench.config.model_dump(mode="json"), "experiment": bench.base}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        others = any(folder.iterdir())
+    except OSError as error:
+        raise RunDirError(f"{folder} cannot be made ({error.strerror}). Give --out a folder you can write.") from error
+    kept = read_json(folder / BENCHMARK)
+    if kept is None:
+        if others:
+            raise ConfigError(f"{folder}: holds something, but no benchmark; give --out a new or empty folder")
+        write_json(folder / BENCHMARK, wanted)
+    elif kept != json.loads(json.dumps(wanted)):
+        flat = {name: flatten(of) for name, of in {"kept": kept, "wanted": wanted}.items()}
+        keys = [key for key in {**flat["kept"], **flat["wanted"]} if flat["kept"].get(key) != flat["wanted"].get(key)]
+        raise ConfigError(
+            f"{folder}: was begun with another benchmark; {', '.join(sorted(keys))} differ. Give --out another folder, "
+            "or put the files back as they were."
+        )
+
+
+def run_grid(grid: Grid, train: Train, execute: Execute, progress: Progress) -> list[str]:
+    """Do all that is not done yet.
+
+    Args:
+        grid: what.
+        train: runs an experiment until its experts are there, or goes on with one.
+        execute: does cells, any number at once.
+        progress: receives a line for everything that happens.
+
+    Returns:
+        What failed, a line each; what depends on it is left out.
+    """
+    failed: list[str] = []
+    places = grid.places()
+    runs = {
+        grid.run(place, strategy): grid.training(place, strategy)
+        for place in places
+        for strategy in (None, *grid.strategies)  # None: the experts of the reference row
+    }
+    for number, (run, config) in enumerate(runs.items(), 1):
+        if not (run / DONE).is_file():
+            progress(f"training {number} of {len(runs)}: {run.name}")
+            train(config)
+        took_part = ended_training(run) or {} if config.rounds.rule is None else members_of(run)
+        if missing := sorted({*config.domains.train} - {*took_part}):
+            raise ClientError(
+                f"{run}: without {', '.join(missing)}; every strategy needs all domains. See its run.log and "
+                "clients.json; correct what is said there, delete this folder, and start the benchmark again."
+            )
+    stages: list[tuple[str, Callable[[], list[Cell]]]] = [
+        ("merging", lambda: merging_cells(grid, places)),
+        ("validation", lambda: validation_cells(grid, places)),
+        ("test", lambda: test_cells(grid, places)),
+    ]
+    for name, cells_of in stages:
+        cells = cells_of()
+        left = [cell for cell in cells if not cell.result.is_file()]
+        progress(f"{name}: {len(cells) - len(left)} of {len(cells)} cells are done")
+        failed += _do(name, left, execute, progress)
+    return failed
+
+
+def merging_cells(grid: Grid, places: Sequence[Place]) -> list[Cell]:
+    """One for each strategy and place."""
+    return [
+        Cell(
+            "merging",
+            f"{strategy} ({place})",
+            grid.merges(place, strategy) / MERGES,
+            {
+                "config": (config := grid.experiment(place, strategy)),
+                "run": grid.run(place, strategy),
+                "left_out": place.left_out,
+            },
+            config.runtime.server_threads,
+        )
+        for place in places
+        for strategy in grid.strategies
+    ]
+
+
+def validation_cells(grid: Grid, places: Sequence[Place]) -> list[Cell]:
+    """Every variant of the strategies that have several, on the validation users of the domains that are merged."""
+    cells = {}
+    for place in places:
+        for strategy in grid.strategies:
+            merges = made_merges(grid, place, strategy)
+            config = grid.judge(place, strategy)
+            for domain in merged_domains(grid, place, strategy):
+                for label in merges if len(merges) > 1 else ():
+                    cell = _ranking(grid, place, config, domain, "valid", strategy, label)
+                    cells[cell.result] = cell
+    return list(cells.values())
+
+
+def test_cells(grid: Grid, places: Sequence[Place]) -> list[Cell]:
+    """The reference rows, and each strategy's chosen variant. Choices are made, and written, before."""
+    cells = {}
+    for place in places:
+        for strategy in grid.strategies:
+            chosen_variant(grid, place, strategy)
+    for place in places:
+        for domain in tested_domains(grid, place):
+            for cell in _test_rows(grid, place, domain).values():
+                cells[cell.result] = cell
+    return list(cells.values())
+
+
+def made_merges(grid: Grid, place: Place, strategy: str) -> dict[str, str]:
+    """Label -> hash of what a strategy's cell has merged; empty if it failed."""
+    merges: dict[str, str] = (read_json(grid.merges(place, strategy) / MERGES) or {}).get("merges", {})
+    return merges
+
+
+def merged_domains(grid: Grid, place: Place, strategy: str) -> list[str]:
+    """Whose experts are merged: they decide among variants."""
+    return [domain for domain in sorted(grid.experiment(place, strategy).domains.train) if domain != place.left_out]
+
+
+def tested_domains(grid: Grid, place: Place) -> list[str]:
+    """With nobody left out all domains, else the one that is."""
+    domains = grid.experiment(place, None).domains
+    return [place.left_out] if place.left_out else [*domains.train, *domains.unseen]
+
+
+def chosen_variant(grid: Grid, place: Place, strategy: str) -> str | None:
+    """The label that validation chose, once: what is on disk is final. None if no merge was made or judged."""
+    file = grid.merges(place, strategy) / "choice.json"
+    if made := read_json(file):
+        return str(made["chosen"])
+    merges = made_merges(grid, place, strategy)
+    config = grid.judge(place, strategy)
+    metric = config.evaluation.selection_metric
+    scores: dict[str, float] = {}
+    if len(merges) > 1:
+        means: dict[str, list[float]] = {label: [] for label in merges}
+        for domain in merged_domains(grid, place, strategy):
+            files = {label: _ranking(grid, place, config, domain, "valid", strategy, label).result for label in merges}
+            if not all(file.is_file() for file in files.values()):
+                return None
+            sums = sums_of_ranks(files, domain, config.privacy.min_users)["unmasked"]
+            for label in merges:
+                means[label].append(sums.mean(label, metric))
+        scores = {label: float(np.mean(values)) for label, values in means.items()}
+    elif not merges:
+        return None
+    chosen = max(merges, key=lambda label: scores.get(label, 0.0))  # of equal ones the first
+    write_json(file, {"chosen": chosen, "metric": metric, "validation": scores})
+    return chosen
+
+
+def test_sums(grid: Grid, place: Place, domain: str) -> dict[Variant, MetricSums]:
+    """What a domain tells of its test users: a row for each reference and strategy that did not fail."""
+    rows = {row: cell.result for row, cell in _test_rows(grid, place, domain).items() if cell.result.is_file()}
+    return sums_of_ranks(rows, domain, grid.experiment(place, None).privacy.min_users) if rows else {}
+
+
+def _test_rows(grid: Grid, place: Place, domain: str) -> dict[str, Cell]:
+    """Row -> cell."""
+    shared = grid.judge(place, None)
+    clients = grid.folder / "clients" / place.dataset
+    rows = {"backbone": _ranking(grid, place, shared, domain, "test", None, None)}
+    for baseline in shared.evaluation.baselines:
+        file = ranks_file(clients, shared, domain, "test", baseline)
+        arguments = {"config": shared, "domain": domain, "split": "test", "baseline": baseline}
+        threads = shared.runtime.threads_per_client
+        rows[baseline] = Cell("baseline", f"{baseline} on {domain} ({place.dataset})", file, arguments, threads)
+    if domain in shared.domains.train:
+        run = grid.run(place, None)
+        expert = (ended_training(run) or {})[domain]
+        folder = run / ADAPTERS / domain
+        rows["expert"] = _ranking_of(
+            grid, place, shared, domain, "test", f"expert of seed {place.seed}", folder, expert
+        )
+    for strategy in grid.strategies:
+        label = chosen_variant(grid, place, strategy)
+        if label is not None:
+            config = grid.judge(place, strategy)
+            rows[strategy] = _ranking(grid, place, config, domain, "test", strategy, label)
+    return rows
+
+
+def _ranking(
+    grid: Grid,
+    place: Place,
+    config: ExperimentConfig,
+    domain: str,
+    split: Split,
+    strategy: str | None,
+    label: str | None,
+) -> Cell:
+    """A merge, or with no strategy the backbone alone, on a domain's users."""
+    if strategy is None or label is None:
+        return _ranking_of(grid, place, config, domain, split, "backbone", None, "backbone")
+    folder = merge_folder(grid.merges(place, strategy), label)
+    return _ranking_of(grid, place, config, domain, split, label, folder, made_merges(grid, place, strategy)[label])
+
+
+def _ranking_of(
+    grid: Grid,
+    place: Place,
+    config: ExperimentConfig,
+    domain: str,
+    split: Split,
+    title: str,
+    adapter: Path | None,
+    model: str,
+) -> Cell:
+    file = ranks_file(grid.folder / "clients" / place.dataset, config, domain, split, model)
+    arguments = {"config": config, "domain": domain, "split": split, "adapter": adapter}
+    return Cell("ranking", f"{title} on {domain} ({place})", file, arguments, config.runtime.threads_per_client)
+
+
+def _do(stage: str, cells: Sequence[Cell], execute: Execute, progress: Progress) -> list[str]:
+    """Do cells with a line for each: how many, and how much longer at the pace so far."""
+    failed = []
+    started = time.monotonic()
+    for number, (cell, problem) in enumerate(execute(cells), 1):
+        spent = time.monotonic() - started
+        left = len(cells) - number
+        about = f", about {_duration(spent / number * left)} left" if left else ""
+        progress(f"{stage} {number} of {len(cells)}: {cell.title}{f': FAILED: {problem}' if problem else ''}{about}")
+        if problem:
+            failed.append(f"{stage}: {cell.title}: {problem}")
+    return failed
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"

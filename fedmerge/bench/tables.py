@@ -1,0 +1,213 @@
+"""The tables of a benchmark, from what its cells left: sums, costs, curves, coefficients, and what failed."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedmerge.bench.cells import MERGES, domains_root
+from fedmerge.bench.config import REFERENCES
+from fedmerge.bench.grid import (
+    Grid,
+    Place,
+    chosen_variant,
+    merged_domains,
+    test_sums,
+    tested_domains,
+)
+from fedmerge.client.metrics import VARIANTS, MetricSums, Variant
+from fedmerge.domain.catalog import CATALOG_FILE
+from fedmerge.domain.manifest import read_manifest
+from fedmerge.report.bench_tables import EVERY_FOLD, BenchTables
+from fedmerge.report.statistics import comparison_rows, rank_rows
+from fedmerge.report.tables import Role
+from fedmerge.run_dir import read_json
+from fedmerge.server.checkpoints import ADAPTERS, merge_folder
+from fedmerge.server.learned import learned_labels
+from fedmerge.server.round_checkpoints import round_records
+
+Sums = dict[tuple[Place, str], dict[Variant, MetricSums]]  # place and domain -> variant -> sums
+WEIGHTS = "adapter_model.safetensors"
+CURVE_POINTS = 200
+
+
+def bench_tables(grid: Grid) -> BenchTables:
+    """Everything that the report draws; what failed is absent."""
+    places = grid.places()
+    sums: Sums = {
+        (place, domain): found
+        for place in places
+        for domain in tested_domains(grid, place)
+        if (found := test_sums(grid, place, domain))
+    }
+    baselines = {row for of_domain in sums.values() for row in of_domain["unmasked"].methods} - {*grid.strategies}
+    cells = [(place, strategy) for place in places for strategy in grid.strategies]
+    return BenchTables(
+        title=grid.bench.config.title,
+        synthetic=_synthetic(grid, places),
+        results=list(_results(grid, sums)),
+        comparisons=list(_comparisons(grid, sums)),
+        costs=[_cost(grid, place, strategy) for place, strategy in cells if chosen_variant(grid, place, strategy)],
+        curves=list(_curves(grid, places)),
+        coefficients=[row for place, strategy in cells for row in _coefficients(grid, place, strategy)],
+        ranks=list(_ranks(grid, sums)),
+        cells=[_cell(grid, place, strategy) for place, strategy in cells],
+        references=tuple(row for row in (*REFERENCES, *sorted(baselines - {*REFERENCES})) if row in baselines),
+    )
+
+
+def _results(grid: Grid, sums: Sums) -> Iterator[dict[str, Any]]:
+    for (place, domain), variants in sums.items():
+        for variant, of_variant in variants.items():
+            for strategy, metrics in of_variant.metrics_by_method().items():
+                competes = strategy in grid.strategies
+                for metric, value in metrics.items():
+                    yield {
+                        **_named(place, strategy),
+                        "label": chosen_variant(grid, place, strategy) if competes else strategy,
+                        "domain": domain,
+                        "role": _role(grid, place, domain),
+                        "split": "test",
+                        "variant": variant,
+                        "metric": metric,
+                        "num_users": of_variant.num_users,
+                        "value": value,
+                    }
+
+
+def _comparisons(grid: Grid, sums: Sums) -> Iterator[dict[str, Any]]:
+    """Domains that were merged, domains that never are, and those of the folds, each with the baseline."""
+    baseline = grid.bench.config.baseline
+    groups: tuple[tuple[str, Role], ...] = (("", "train"), ("", "unseen"), (EVERY_FOLD, "unseen"))
+    for dataset in grid.bench.config.dataset:
+        for left_out, role in groups:
+            for variant in VARIANTS:
+                of_group = {
+                    (place.seed, domain): variants[variant]
+                    for (place, domain), variants in sums.items()
+                    if place.dataset == dataset.name
+                    and bool(place.left_out) == bool(left_out)
+                    and _role(grid, place, domain) == role
+                    and baseline in variants[variant].methods
+                }
+                if of_group:
+                    yield from comparison_rows(
+                        of_group, dataset=dataset.name, baseline=baseline, role=role, left_out=left_out
+                    )
+
+
+def _ranks(grid: Grid, sums: Sums) -> list[dict[str, Any]]:
+    metric = grid.bench.experiment(grid.bench.config.dataset[0].name, None, 0).evaluation.selection_metric
+    scores = {
+        (place.dataset, domain, place.seed): {
+            strategy: of_strategy[metric]
+            for strategy, of_strategy in variants["unmasked"].metrics_by_method().items()
+            if strategy in grid.strategies
+        }
+        for (place, domain), variants in sums.items()
+        if not place.left_out
+    }
+    return rank_rows(scores)
+
+
+def _cost(grid: Grid, place: Place, strategy: str) -> dict[str, Any]:
+    """Up: an expert a domain, and the catalogs if the strategy learns from them; down: the merge to every domain.
+
+    Of a federation of rounds, what went up and down in all rounds.
+    """
+    config = grid.experiment(place, strategy)
+    run, domains = grid.run(place, strategy), merged_domains(grid, place, strategy)
+    merge = merge_folder(grid.merges(place, strategy), str(chosen_variant(grid, place, strategy)))
+    record = read_json(grid.merges(place, strategy) / MERGES)
+    down = (merge / WEIGHTS).stat().st_size * len(domains)
+    if config.rounds.rule is None:
+        experts = [run / ADAPTERS / domain for domain in domains]
+        up = sum((expert / WEIGHTS).stat().st_size for expert in experts)
+        seconds = sum(float(_report(expert)["seconds"]) for expert in experts)
+    else:
+        rounds = round_records(run)
+        up = sum(sum(of_round["aggregation"]["bytes_up"].values()) for of_round in rounds)
+        down += sum(sum(of_round["aggregation"]["bytes_down"].values()) for of_round in rounds[:-1])
+        seconds = sum(client["seconds"] for of_round in rounds for client in of_round["clients"].values())
+    if learned_labels(config) and config.server.catalogs is None:
+        up += sum((domains_root(config) / domain / CATALOG_FILE).stat().st_size for domain in domains)
+    return {
+        **_named(place, strategy),
+        "bytes_up": up,
+        "bytes_down": down,
+        "client_seconds": seconds,
+        "server_seconds": record["seconds"],
+        "peak_bytes": record["peak_bytes"],
+    }
+
+
+def _curves(grid: Grid, places: Sequence[Place]) -> Iterator[dict[str, Any]]:
+    """Of the experts that the strategies share, and of every learned merge."""
+    for place in places:
+        run = grid.run(place, None)
+        for expert in sorted((run / ADAPTERS).glob("[!.]*")) if not place.left_out else ():
+            for validation in _report(expert)["validations"]:
+                for name, value in (("loss", validation["loss"]), ("ndcg@10", validation["ndcg"])):
+                    if value is not None:
+                        yield _point(place, "expert", expert.name, validation["step"], name, value)
+        for strategy in grid.strategies:
+            if grid.experiment(place, strategy).rounds.rule is not None:
+                for number, of_round in enumerate(round_records(grid.run(place, strategy)), 1):
+                    for domain, client in of_round["clients"].items():
+                        yield _point(place, strategy, domain, number, "loss", client["loss"])
+                continue
+            losses = _provenance(grid, place, strategy).get("losses", [])
+            for step in range(0, len(losses), max(1, len(losses) // CURVE_POINTS)):
+                yield _point(place, strategy, "", step, "loss", losses[step]["total"])
+
+
+def _coefficients(grid: Grid, place: Place, strategy: str) -> Iterator[dict[str, Any]]:
+    """Of merges that learned them."""
+    provenance = _provenance(grid, place, strategy)
+    if "losses" in provenance:
+        for domain, values in provenance["coefficients"].items():
+            each = values if isinstance(values, list) else [values]
+            for group, value in zip(provenance["coefficient_groups"], each, strict=True):
+                yield {**_named(place, strategy), "domain": domain, "group": group, "value": value}
+
+
+def _cell(grid: Grid, place: Place, strategy: str) -> dict[str, Any]:
+    config, record = grid.experiment(place, strategy), read_json(grid.merges(place, strategy) / MERGES) or {}
+    return {
+        **_named(place, strategy),
+        "status": "done" if chosen_variant(grid, place, strategy) else "failed",
+        "config": config.model_dump(mode="json"),
+        "environment": read_json(grid.run(place, strategy) / "environment.json"),
+        "seconds": record.get("seconds"),
+    }
+
+
+def _point(place: Place, strategy: str, domain: str, step: int, name: str, value: float) -> dict[str, Any]:
+    return {**_named(place, strategy), "domain": domain, "step": step, "name": name, "value": value}
+
+
+def _named(place: Place, strategy: str) -> dict[str, Any]:
+    return {"dataset": place.dataset, "strategy": strategy, "seed": place.seed, "left_out": place.left_out}
+
+
+def _role(grid: Grid, place: Place, domain: str) -> Role:
+    return "train" if not place.left_out and domain in grid.experiment(place, None).domains.train else "unseen"
+
+
+def _provenance(grid: Grid, place: Place, strategy: str) -> dict[str, Any]:
+    chosen = chosen_variant(grid, place, strategy)
+    folder = merge_folder(grid.merges(place, strategy), chosen) if chosen else None
+    provenance: dict[str, Any] = (folder and read_json(folder / "provenance.json")) or {}
+    return provenance
+
+
+def _report(expert: Path) -> dict[str, Any]:
+    report: dict[str, Any] = read_json(expert / "training.json")
+    return report
+
+
+def _synthetic(grid: Grid, places: Sequence[Place]) -> bool:
+    return any(
+        read_manifest(domains_root(grid.experiment(place, None)) / domain).synthetic
+        for place in places
+        for domain in tested_domains(grid, place)
+    )

@@ -1,0 +1,123 @@
+"""`fedmerge bench`: experts are trained through Flower, one experiment after the other; all other cells are Ray tasks.
+
+This process holds no CPU of Ray's: it hands out cells and writes down what they say.
+"""
+
+import atexit
+import hashlib
+import os
+import shutil
+import tempfile
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from fedmerge.bench.cells import Cell, work
+from fedmerge.bench.config import load_bench
+from fedmerge.bench.grid import Grid, open_folder, run_grid
+from fedmerge.bench.tables import bench_tables
+from fedmerge.config import ExperimentConfig
+from fedmerge.errors import ClientError, FedMergeError
+from fedmerge.report.bench_tables import read_bench_tables, write_bench_tables
+from fedmerge.report.html_report import bench_page
+from fedmerge.run_dir import CONFIG_FILE, locked, write_text
+from sim.launch import MARK, SOCKET_FOLDER_LENGTH, end_processes
+from sim.run import run_experiment
+
+REPORT = "report.html"
+
+
+def run_bench(file: Path, folder: Path, app_dir: Path, address: str | None = None) -> int:
+    """Run a benchmark, or go on with one, and print what happens as it happens.
+
+    Args:
+        file: the benchmark.
+        folder: where everything goes; on a cluster a folder that every node sees.
+        app_dir: of the Flower app.
+        address: of a Ray cluster; None: one of this machine's, started and ended here, or that of RAY_ADDRESS.
+
+    Returns:
+        0 if every cell is done, else 1; the tables hold what is done.
+
+    Raises:
+        ConfigError: the benchmark is not valid, or another one than the folder's.
+        ClientError: experts could not be trained.
+    """
+    bench = load_bench(file)
+    open_folder(folder, bench)
+    grid = Grid(bench, folder.resolve())
+    mark = hashlib.sha256(str(grid.folder).encode()).hexdigest()[:32]
+    with locked(grid.folder):
+        end_processes(mark)  # of a call that was killed
+        try:
+            failed = run_grid(
+                grid,
+                lambda config: _train(config, app_dir, mark),
+                lambda cells: _on_ray(cells, address or os.environ.get("RAY_ADDRESS"), mark),
+                lambda line: print(line, flush=True),
+            )
+        finally:
+            ray.shutdown()
+        write_bench_tables(grid.folder, bench_tables(grid))
+        write_text(grid.folder / REPORT, bench_page(read_bench_tables(grid.folder)))
+    for line in failed:
+        print(f"failed: {line}")
+    print(f"report: {grid.folder / REPORT}")
+    return int(bool(failed))
+
+
+def _train(config: ExperimentConfig, app_dir: Path, mark: str) -> None:
+    run = Path(config.output_dir) / str(config.run_id)
+    begun = (run / CONFIG_FILE).is_file()
+    if run.exists() and not begun:  # killed before it began
+        shutil.rmtree(run)
+    run.parent.mkdir(parents=True, exist_ok=True)
+    if run_experiment(config.model_copy(update={"resume": begun}), app_dir, mark):
+        raise ClientError(f"{run}: the experts could not be trained; see above, then start the benchmark again")
+
+
+def _on_ray(cells: Sequence[Cell], address: str | None, mark: str) -> Iterator[tuple[Cell, str]]:
+    """Do cells as Ray tasks; each as it ends, with the reason if it failed."""
+    if not cells:
+        return
+    if not ray.is_initialized():
+        _connect(address, mark)
+    most = max(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])  # type: ignore[no-untyped-call]  # untyped in Ray
+    run = ray.remote(max_retries=1)(_work)
+    waiting = {run.options(num_cpus=min(cell.threads, most)).remote(cell): cell for cell in cells}
+    while waiting:
+        (ended,), _ = ray.wait(list(waiting), num_returns=1)
+        cell = waiting.pop(ended)
+        try:
+            yield cell, ray.get(ended)
+        except ray.exceptions.RayError as error:
+            yield cell, f"its process ended ({type(error).__name__}); was it killed, or the memory full?"
+
+
+def _work(cell: Cell) -> str:
+    try:
+        work(cell)
+    except FedMergeError as error:
+        return f"{type(error).__name__}: {error}"
+    except Exception:
+        return traceback.format_exc()
+    return ""
+
+
+def _connect(address: str | None, mark: str) -> None:
+    """Join a Ray cluster, or start one here that ends with this process."""
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    if address is not None:
+        ray.init(address=address, **quiet)
+        return
+    os.environ |= {MARK: mark, "RAY_USAGE_STATS_ENABLED": "0"}
+    temporary = tempfile.gettempdir()
+    short = temporary if len(temporary) <= SOCKET_FOLDER_LENGTH else "/tmp"
+    files = Path(short) / f"fedmerge-{mark[:8]}"
+    shutil.rmtree(files, ignore_errors=True)  # of a call that was killed
+    atexit.register(shutil.rmtree, files, ignore_errors=True)
+    cpus = len(os.sched_getaffinity(0))
+    ray.init(address="local", num_cpus=cpus, include_dashboard=False, _temp_dir=str(files), **quiet)

@@ -1,0 +1,356 @@
+"""A benchmark: its file, its cells, going on after a kill, and what its tables say."""
+
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from in_process import run_in_process, small_experiment
+
+from fedmerge.bench.cells import Cell, domain_of, sums_of_ranks, work
+from fedmerge.bench.config import load_bench
+from fedmerge.bench.grid import Grid, Place, made_merges, merged_domains, open_folder, run_grid
+from fedmerge.bench.tables import bench_tables
+from fedmerge.client.evaluate import evaluate
+from fedmerge.config import ExperimentConfig, to_toml
+from fedmerge.encoder.lora import read_adapter
+from fedmerge.errors import ClientError, ConfigError, FedMergeError, PolicyError, RunDirError
+from fedmerge.report.bench_tables import EVERY_FOLD, BenchTables, read_bench_tables, write_bench_tables
+from fedmerge.run_dir import read_json, write_json
+from fedmerge.server.checkpoints import merge_folder
+
+TRAIN = ("beauty", "books", "coffee")
+STRATEGIES = ("average", "task-arithmetic", "mergerec")
+VARIANTS = ("task-arithmetic 0.2", "task-arithmetic 0.6")
+
+FILE = """
+title = "A small benchmark"
+experiment = "experiment.toml"
+seeds = [0, 1]
+leave_one_out = true
+baseline = "average"
+
+[[strategy]]
+name = "average"
+set = { "merge.methods" = "average" }
+
+[[strategy]]
+name = "task-arithmetic"
+[strategy.set.merge]
+methods = "task-arithmetic"
+task_arithmetic_coefficients = "0.2,0.6"
+
+[[strategy]]
+name = "mergerec"
+set = { "merge.methods" = "mergerec", "mergerec.granularities" = "layer" }
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Domains, a tiny backbone, and a benchmark file."""
+    place = tmp_path_factory.mktemp("bench")
+    experiment = small_experiment(place, **{"privacy.min_users": 2})
+    (place / "experiment.toml").write_text(to_toml(experiment))
+    (place / "bench.toml").write_text(FILE)
+    return place
+
+
+def train(config: ExperimentConfig) -> None:
+    run_in_process(config.model_copy(update={"resume": (Path(config.output_dir) / str(config.run_id)).exists()}))
+
+
+def here(cells: Sequence[Cell]) -> Iterator[tuple[Cell, str]]:
+    for cell in cells:
+        try:
+            work(cell)
+        except FedMergeError as error:
+            yield cell, str(error)
+        else:
+            yield cell, ""
+
+
+def grid_in(place: Path, name: str, file: str = "bench.toml") -> Grid:
+    bench = load_bench(place / file)
+    open_folder(place / name, bench)
+    return Grid(bench, place / name)
+
+
+def tables_of(grid: Grid) -> BenchTables:
+    write_bench_tables(grid.folder, bench_tables(grid))
+    return read_bench_tables(grid.folder)
+
+
+@pytest.fixture(scope="module")
+def done(place: Path) -> tuple[Grid, BenchTables, list[str]]:
+    lines: list[str] = []
+    grid = grid_in(place, "done")
+    assert run_grid(grid, train, here, lines.append) == []
+    return grid, tables_of(grid), lines
+
+
+def scores(tables: BenchTables, **wanted: object) -> dict[str, float]:
+    """Strategy -> recall@10, unmasked."""
+    wanted = {"variant": "unmasked", "metric": "recall@10", **wanted}
+    rows = [row for row in tables.results if all(row[key] == value for key, value in wanted.items())]
+    assert len({row["strategy"] for row in rows}) == len(rows)
+    return {row["strategy"]: row["value"] for row in rows}
+
+
+def test_the_grid_is_complete_and_experts_are_trained_once_a_seed(done: tuple[Grid, BenchTables, list[str]]) -> None:
+    _, tables, lines = done
+    found = {(row["strategy"], row["seed"], row["left_out"], row["domain"]) for row in tables.results}
+    rows = {*STRATEGIES, "backbone", "popularity", "last-item", "expert"}
+    whole = {(row, seed, "", domain) for row in rows for seed in (0, 1) for domain in TRAIN}
+    unseen = {(row, seed, "", "camping") for row in rows - {"expert"} for seed in (0, 1)}
+    folds = {(row, seed, domain, domain) for row in rows for seed in (0, 1) for domain in TRAIN}
+    assert found == whole | unseen | folds
+    assert {row["role"] for row in tables.results if row["left_out"] or row["domain"] == "camping"} == {"unseen"}
+    assert {row["num_users"] for row in tables.results} == {30}
+    assert sum(line.startswith("training") for line in lines) == 2
+    assert {(cell["strategy"], cell["status"]) for cell in tables.cells} == {(name, "done") for name in STRATEGIES}
+    assert tables.synthetic
+    assert set(tables.references) == rows - {*STRATEGIES}
+    ranked = [line for line in lines if line.startswith("test ")]
+    assert len(ranked) == len(set(ranked))
+
+
+def test_scores_are_those_of_the_library_and_validation_chooses(done: tuple[Grid, BenchTables, list[str]]) -> None:
+    grid, tables, _ = done
+    place = Place("main", 1, "")
+    config = grid.experiment(place, "task-arithmetic")
+    merges = {label: read_adapter(merge_folder(grid.merges(place, "task-arithmetic"), label)) for label in VARIANTS}
+    means = dict.fromkeys(VARIANTS, 0.0)
+    for name in TRAIN:
+        sums = evaluate(domain_of(config, name), merges, "valid", None, 0)["unmasked"]
+        means = {label: mean + sums.mean(label, "ndcg@10") / 3 for label, mean in means.items()}
+    chosen = max(means, key=lambda label: means[label])
+    assert {row["label"] for row in tables.results if (row["strategy"], row["seed"]) == ("task-arithmetic", 1)} >= {
+        chosen
+    }
+    for name in (*TRAIN, "camping"):
+        expected = evaluate(domain_of(config, name), {chosen: merges[chosen]}, "test", None, 0)["unmasked"]
+        found = scores(tables, seed=1, left_out="", domain=name)["task-arithmetic"]
+        assert found == pytest.approx(expected.mean(chosen, "recall@10"), abs=1e-12)
+
+
+def test_whoever_is_left_out_is_in_no_merge_and_has_no_say(done: tuple[Grid, BenchTables, list[str]]) -> None:
+    grid, tables, _ = done
+    for place in grid.places():
+        for strategy in STRATEGIES:
+            for label in made_merges(grid, place, strategy):
+                provenance = read_json(merge_folder(grid.merges(place, strategy), label) / "provenance.json")
+                assert {*provenance["domains"]} == {*TRAIN} - {place.left_out}
+            assert merged_domains(grid, place, strategy) == sorted({*TRAIN} - {place.left_out})
+    rows = [row for row in tables.comparisons if row["left_out"] == EVERY_FOLD]
+    assert {row["role"] for row in rows} == {"unseen"}
+    assert {row["domain"] for row in rows} == {*TRAIN, "mean"}
+
+
+def test_costs_curves_and_coefficients(done: tuple[Grid, BenchTables, list[str]]) -> None:
+    _, tables, _ = done
+    up = {row["strategy"]: row["bytes_up"] for row in tables.costs if (row["seed"], row["left_out"]) == (0, "")}
+    assert up["average"] == up["task-arithmetic"] < up["mergerec"]  # which needs the catalogs
+    assert all(row["peak_bytes"] > 2**27 and row["server_seconds"] > 0 < row["client_seconds"] for row in tables.costs)
+    assert {row["strategy"] for row in tables.coefficients} == {"mergerec"}
+    assert {row["domain"] for row in tables.coefficients} == {*TRAIN}
+    losses = [row for row in tables.curves if row["strategy"] == "mergerec" and row["name"] == "loss"]
+    assert len(losses) == 2 * 4 * 2  # steps, folds, seeds
+    assert {row["domain"] for row in tables.curves if row["name"] == "ndcg@10"} == {*TRAIN}
+
+
+def test_killed_anywhere_ten_times_it_ends_as_if_it_had_not_been(
+    place: Path, done: tuple[Grid, BenchTables, list[str]]
+) -> None:
+    finished, expected, _ = done
+    grid = grid_in(place, "killed")
+    shutil.copytree(finished.folder / "training", grid.folder / "training")  # test_resume.py kills trainings
+    random = np.random.default_rng(0)
+    did: list[Path] = []
+
+    class Killed(BaseException):
+        pass
+
+    def dying(cells: Sequence[Cell]) -> Iterator[tuple[Cell, str]]:
+        for cell in cells:
+            if random.random() < 0.12 and kills < 10:
+                if random.random() < 0.5 and not cell.result.is_file():  # in the middle of a cell
+                    cell.result.parent.mkdir(parents=True, exist_ok=True)
+                    (cell.result.parent / f".{cell.result.name}.partial").write_bytes(b"half")
+                raise Killed
+            work(cell)
+            did.append(cell.result)
+            yield cell, ""
+
+    kills = 0
+    while True:
+        try:
+            assert run_grid(grid_in(place, "killed"), train, dying, lambda line: None) == []
+            break
+        except Killed:
+            kills += 1
+    assert kills == 10
+    assert len(did) == len(set(did)), "a finished cell was done again"
+    measured = {"server_seconds": 0, "peak_bytes": 0, "seconds": 0}
+    found = tables_of(grid)
+    for name in ("results", "comparisons", "curves", "coefficients", "ranks", "costs"):
+        with_same = [
+            [{**row, **{k: v for k, v in measured.items() if k in row}} for row in getattr(t, name)]
+            for t in (found, expected)
+        ]
+        assert with_same[0] == with_same[1], name
+
+
+def test_federations_of_rounds_are_strategies_like_others(
+    place: Path, done: tuple[Grid, BenchTables, list[str]]
+) -> None:
+    text = FILE.replace("[0, 1]", "[1]").replace("leave_one_out = true", "")
+    for rule in ("flora", "ffa-lora"):
+        text += f'\n[[strategy]]\nname = "{rule}"\nset = {{ "rounds.rule" = "{rule}", "rounds.number" = 2 }}\n'
+    (place / "rounds.toml").write_text(text)
+    grid = grid_in(place, "rounds", "rounds.toml")
+    shutil.copytree(done[0].folder / "training", grid.folder / "training")
+    lines: list[str] = []
+    assert run_grid(grid, train, here, lines.append) == []
+    assert sum(line.startswith("training") for line in lines) == 2
+    tables = tables_of(grid)
+    shared = scores(done[1], domain="books", seed=1, left_out="")
+    assert scores(tables, domain="books").items() >= shared.items()
+    assert {"flora", "ffa-lora"} < set(scores(tables, domain="camping"))
+    costs = {row["strategy"]: row for row in tables.costs}
+    assert costs["flora"]["bytes_up"] == 2 * 3 * 2048  # rounds, clients, tensors
+    assert costs["average"]["bytes_up"] > 3 * 2048  # of files
+    assert costs["ffa-lora"]["bytes_up"] < costs["flora"]["bytes_up"]
+    assert [row["step"] for row in tables.curves if (row["strategy"], row["domain"]) == ("flora", "books")] == [1, 2]
+
+
+def test_a_cell_that_fails_is_named_and_the_others_go_on(
+    place: Path, done: tuple[Grid, BenchTables, list[str]]
+) -> None:
+    text = FILE.replace("leave_one_out = true", "").replace("[0, 1]", "[0]")
+    text = text.replace('"layer" }', '"layer", "mergerec.kd_weight" = 1e300 }')
+    (place / "failing.toml").write_text(text)
+    grid = grid_in(place, "failing", "failing.toml")
+    shutil.copytree(done[0].folder / "training", grid.folder / "training")
+    (failed,) = run_grid(grid, train, here, lambda line: None)
+    assert failed.startswith("merging: mergerec (main, seed 0): mergerec, step")
+    tables = tables_of(grid)
+    assert {cell["strategy"]: cell["status"] for cell in tables.cells}["mergerec"] == "failed"
+    assert set(scores(tables, domain="books")) == {
+        "average",
+        "task-arithmetic",
+        "backbone",
+        "popularity",
+        "last-item",
+        "expert",
+    }
+    assert len(run_grid(grid, train, here, lambda line: None)) == 1  # tried again
+
+
+def test_a_domain_without_expert_ends_the_benchmark(place: Path, done: tuple[Grid, BenchTables, list[str]]) -> None:
+    grid = grid_in(place, "incomplete")
+    shutil.copytree(done[0].folder / "training", grid.folder / "training")
+    run = grid.run(Place("main", 0, ""), None)
+    experts = read_json(run / "experts.json")
+    write_json(run / "experts.json", {name: sha256 for name, sha256 in experts.items() if name != "coffee"})
+    with pytest.raises(ClientError, match="without coffee; every strategy needs all domains"):
+        run_grid(grid, train, here, lambda line: None)
+
+
+def test_ranks_of_too_few_users_do_not_leave_a_client(place: Path, done: tuple[Grid, BenchTables, list[str]]) -> None:
+    file = next((done[0].folder / "clients").rglob("*.npz"))
+    assert sums_of_ranks({"row": file}, "books", 30)["masked"].num_users == 30
+    with pytest.raises(PolicyError, match="books"):
+        sums_of_ranks({"row": file}, "books", 31)
+    damaged = place / "damaged.npz"
+    damaged.write_bytes(file.read_bytes()[:50])
+    with pytest.raises(RunDirError, match=r"damaged\.npz cannot be read"):
+        sums_of_ranks({"row": damaged}, "books", 2)
+
+
+def test_a_folder_belongs_to_one_benchmark(place: Path, done: tuple[Grid, BenchTables, list[str]]) -> None:
+    (place / "other.toml").write_text(FILE.replace("[0, 1]", "[0, 2]"))
+    with pytest.raises(ConfigError, match=r"was begun with another benchmark; benchmark.seeds differ"):
+        open_folder(place / "done", load_bench(place / "other.toml"))
+    (place / "full").mkdir()
+    (place / "full" / "thesis.doc").touch()
+    with pytest.raises(ConfigError, match="holds something, but no benchmark; give --out a new or empty folder"):
+        open_folder(place / "full", load_bench(place / "bench.toml"))
+    with pytest.raises(RunDirError, match="cannot be made"):
+        open_folder(place / "bench.toml" / "x", load_bench(place / "bench.toml"))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('title = "A small benchmark"', "", r"title: Field required"),
+        ("seeds = [0, 1]", "seeds = [1, 1]", r"seeds: 1 is there twice"),
+        ("seeds = [0, 1]", "seeds = []", r"seeds: .*at least 1 item"),
+        ("seeds = [0, 1]", "seed = [0]", r"seed: Extra inputs"),
+        ('name = "average"', 'name = "mergerec"', r"strategy: mergerec is there twice"),
+        ('name = "average"', 'name = "expert"', r"strategy: expert is there twice"),
+        ('name = "average"', 'name = "a/b"', r"strategy.0.name: .*pattern"),
+        (
+            'baseline = "average"',
+            'baseline = "avrage"',
+            r"baseline: found 'avrage', expected one of backbone, expert, av",
+        ),
+        (
+            '"merge.methods" = "average"',
+            '"merge.method" = "average"',
+            r"strategy average: 1 problem\n.*did you mean merge.methods",
+        ),
+        (
+            '"merge.methods" = "average"',
+            "seed = 3",
+            r"strategy average: set: found seed, which a benchmark sets itself",
+        ),
+        ("experiment.toml", "absent.toml", r"absent.toml: cannot be read"),
+        ("title =", "title", r"not valid TOML"),
+    ],
+)
+def test_a_wrong_file_is_refused_before_anything_starts(place: Path, old: str, new: str, message: str) -> None:
+    assert old in FILE
+    (place / "wrong.toml").write_text(FILE.replace(old, new, 1))
+    with pytest.raises(ConfigError, match=message):
+        load_bench(place / "wrong.toml")
+
+
+def test_two_domains_are_too_few_to_leave_one_out(place: Path) -> None:
+    (place / "wrong.toml").write_text(
+        FILE + '\n[[dataset]]\nname = "pair"\nset = { "domains.train" = "beauty,books" }\n'
+    )
+    with pytest.raises(ConfigError, match=r"dataset pair: leave_one_out = true, but domains\.train names only 2"):
+        load_bench(place / "wrong.toml")
+
+
+@pytest.mark.e2e
+def test_flower_and_ray_killed_on_the_way_give_the_tables_of_one_process(
+    place: Path, done: tuple[Grid, BenchTables, list[str]]
+) -> None:
+    text = FILE.replace("[0, 1]", "[1]").replace("leave_one_out = true", "")
+    text += '\n[[strategy]]\nname = "flora"\nset = { "rounds.rule" = "flora", "rounds.number" = 2 }\n'
+    (place / "one.toml").write_text(text)
+    command = [sys.executable, "-m", "fedmerge.cli", "bench", "one.toml", "--out", "one"]
+    with subprocess.Popen(command, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("validation 2"):
+                process.kill()
+                break
+    assert process.returncode == -signal.SIGKILL
+    finished = {file: file.stat().st_mtime_ns for file in (place / "one").rglob("*.npz")}
+    again = subprocess.run(command, cwd=place, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "training 1 of" not in again.stdout
+    assert finished
+    assert finished == {file: file.stat().st_mtime_ns for file in finished}
+    tables = read_bench_tables(place / "one")
+    assert {row["strategy"] for row in tables.results} > {"flora"}
+    expected = tuple(row for row in done[1].results if row["seed"] == 1 and not row["left_out"])
+    assert tuple(row for row in tables.results if row["strategy"] != "flora") == expected
+    assert (place / "one" / "report.html").stat().st_size > 10_000
