@@ -1,8 +1,6 @@
 """An exported model in the real sentence-transformers gives the platform's vectors."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,7 +23,6 @@ from fedmerge.encoder.export import export_model
 from fedmerge.encoder.lora import Adapter, LoraModule, write_adapter
 from fedmerge.encoder.text import build_token_table, item_sequences, item_text, pack_sequences, sequence_text
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 Capsys = pytest.CaptureFixture[str]
 TEXT = Text(max_tokens=120, max_items=3, max_attribute_tokens=20)
 HISTORIES = [[4], [1, 2], [7, 8, 9, 3, 5]]
@@ -83,15 +80,7 @@ def test_export_of_a_run_s_merge(tmp_path: Path, capsys: Capsys) -> None:
     place = make_place(tmp_path / "place")
     average = make_run(place, "trial", ["merge.methods=average"]) / "merged" / "average"
     out = tmp_path / "model"
-    done = subprocess.run(
-        [sys.executable, "-m", "fedmerge.cli", "export", str(average), str(out)],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert str(out) in done.stdout
+    assert str(out) in output(capsys, "export", average, out)
     assert sorted(contents(out)) == [
         "1_Pooling/config.json",
         "2_Normalize/config.json",

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +29,6 @@ from fedmerge.encoder.text import item_text, pack_sequences, sequence_text
 from fedmerge.errors import ConfigError, DomainError, LayoutMismatchError
 from fedmerge.recommend import Recommender, load_recommender, make_recommender, recommend
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 Capsys = pytest.CaptureFixture[str]
 
 
@@ -231,14 +228,13 @@ def test_adapters_that_do_not_fit_are_refused(place: Place, average: Path, tmp_p
 # The command
 
 
-def test_recommend_prints_titles_and_scores(place: Place, average: Path, recommender: Recommender) -> None:
+def test_recommend_prints_titles_and_scores(
+    place: Place, average: Path, recommender: Recommender, capsys: Capsys
+) -> None:
     ids = history_of(recommender, 1, 5)
-    command = [sys.executable, "-m", "fedmerge.cli", "recommend", str(average)]
-    command += ["--domain", str(place.domains / "toys"), "--history", ",".join(ids), "-k", "3"]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
+    arguments = ("--domain", place.domains / "toys", "--history", ",".join(ids), "-k", "3")
+    lines = output(capsys, "recommend", average, *arguments).splitlines()
     titles = recommender.catalog.attributes["title"]
-    lines = done.stdout.splitlines()
     assert lines[0] == "toys (SYNTHETIC DATA): after"
     assert [line.strip() for line in lines[1:3]] == [f"{ids[0]}  {titles[1]}", f"{ids[1]}  {titles[5]}"]
     for number, (line, item) in enumerate(zip(lines[4:], recommend(recommender, ids, 3), strict=True), start=1):

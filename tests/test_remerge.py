@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +23,6 @@ from fedmerge.merging.training_free import merge_adapters
 from fedmerge.runs import config_of_adapter
 from fedmerge.server.candidates import merge_candidates
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 Capsys = pytest.CaptureFixture[str]
 
 
@@ -57,12 +54,10 @@ def provenance(folder: Path) -> dict[str, object]:
 # A run
 
 
-def test_the_experts_of_a_run_are_merged_without_one_of_them(run: Path) -> None:
+def test_the_experts_of_a_run_are_merged_without_one_of_them(run: Path, capsys: Capsys) -> None:
     before = contents(run)
-    command = [sys.executable, "-m", "fedmerge.cli", "merge", str(run), "--exclude", "toys"]
-    command += ["--set", "merge.methods=task-arithmetic", "merge.task_arithmetic_coefficients=0.3,0.9"]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    settings = ["merge.methods=task-arithmetic", "merge.task_arithmetic_coefficients=0.3,0.9"]
+    printed = output(capsys, "merge", run, "--exclude", "toys", "--set", *settings)
 
     (made,) = (run / "remerged").iterdir()
     assert sorted(path.name for path in made.iterdir()) == [
@@ -70,7 +65,7 @@ def test_the_experts_of_a_run_are_merged_without_one_of_them(run: Path) -> None:
         "task-arithmetic-0.3",
         "task-arithmetic-0.9",
     ]
-    assert done.stdout.splitlines() == [
+    assert printed.splitlines() == [
         "merged books, coffee, without toys",
         f"{made / 'task-arithmetic-0.3'}: books 0.300, coffee 0.300",
         f"{made / 'task-arithmetic-0.9'}: books 0.900, coffee 0.900",

@@ -52,9 +52,7 @@ def test_the_rules_of_the_configuration_are_those_of_the_library() -> None:
     assert not set(RoundRule.__args__) & set(MergeMethod.__args__)  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize(
-    "rule", ["fedit", "ffa-lora", "flora", "flexlora", "hetlora", "median", "fedadam", "ties", "mergerec"]
-)
+@pytest.mark.parametrize("rule", ["fedit", "hetlora", "fedadam", "ties", "mergerec"])  # others: below
 def test_rounds_run_to_their_end(place: Path, rule: str) -> None:
     config = rounds_experiment(place, rule, rule)
     run_in_process(config)
