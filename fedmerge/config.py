@@ -197,7 +197,7 @@ class Rounds(Section):
     parameters: tuple[Annotated[str, Field(pattern=r"^[a-z0-9_]+=[^=,]+$")], ...] = Field(
         (), description="Of the rule, such as 'num_malicious=1,continuation=frozen'."
     )
-    weights: Literal["equal", "users"] = Field("equal", description="Clients count alike, or by their training users.")
+    weights: Literal["equal", "users"] = Field("equal", description="Clients count alike, or by their users.")
     fraction: float = Field(1.0, gt=0, le=1, description="Share of the clients that is drawn for each round.")
     proximal: float = Field(0.0, ge=0, description="FedProx: clients are drawn to where a round began.")
 

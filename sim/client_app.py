@@ -21,10 +21,10 @@ from fedmerge.client.experts import expert_by_hash, trained_expert
 from fedmerge.client.local_domain import LocalDomain, open_domain
 from fedmerge.client.metrics import BACKBONE, EXPERT
 from fedmerge.client.rounds import RoundTask, train_round
-from fedmerge.config import DEMO_ROOT, ExperimentConfig, Text, from_flat
+from fedmerge.config import ExperimentConfig, Text, from_flat
 from fedmerge.device import resolve_compute
 from fedmerge.domain.catalog import catalog_to_bytes
-from fedmerge.domain.demo import bundled_demo
+from fedmerge.domain.demo import domains_root
 from fedmerge.encoder.backbone import Backbone, load_backbone
 from fedmerge.encoder.lora import fresh_adapter
 from fedmerge.errors import ClientError, FedMergeError
@@ -126,7 +126,10 @@ def _trained_round(client: Client, message: Message) -> RecordDict:
         start = fresh_adapter(domain.backbone, lora, request.fresh_seed)
     task = RoundTask(request.number, request.num_rounds, start, base, request.trained, config.rounds.proximal)
     adapter, report = train_round(domain, lora, config.train, config.seed, task, logger.info)
-    return records.expert_record(adapter, {**asdict(report), "num_users": len(domain.training_sequences)})
+    told = asdict(report)
+    if len(domain.training_sequences) < config.privacy.min_users:
+        told["loss"] = None
+    return records.expert_record(adapter, told)
 
 
 @app.evaluate()
@@ -180,12 +183,7 @@ def _place(context: Context) -> tuple[Path, str] | None:
         turn = int(context.node_config["partition-id"])
         if turn >= len(names):
             return None
-        root = (
-            bundled_demo(Path(config.cache_dir).expanduser())
-            if domains.root == DEMO_ROOT
-            else Path(domains.root).expanduser()
-        )
-        folder = root / names[turn]
+        folder = domains_root(domains.root, config.cache_dir) / names[turn]
     else:
         raise ClientError("this node does not know its domain: start it with --node-config 'domain-path=\"/…/NAME\"'")
     return folder, "train" if folder.name in domains.train else "unseen"

@@ -17,7 +17,7 @@ from fedmerge.federated.rounds import GlobalState, aggregate, fresh_seed, initia
 from fedmerge.federated.rules import MergeFunction, rule_named, rule_of, rule_parameters
 from fedmerge.merging.methods import Value
 from fedmerge.seeding import generator
-from fedmerge.server.admission import adapter_bytes, check_adapter, layout_of
+from fedmerge.server.admission import adapter_bytes, check_adapter, check_frozen_A, layout_of
 from fedmerge.server.candidates import Candidate, merge_candidates
 from fedmerge.server.checkpoints import keep_merge
 from fedmerge.server.round_checkpoints import (
@@ -67,8 +67,7 @@ def run_rounds(
     if not (members := members_of(run_dir)):
         members = federation.of("train")
         keep_members(run_dir, members)
-    starts = {domain: fresh_adapter(backbone, config.lora.of(domain), fresh_seed(config.seed, 0)) for domain in members}
-    state = kept_state(run_dir) or initial_state(starts)
+    state = kept_state(run_dir) or initial_state(_fresh_adapters(backbone, config, members))
     if state.num_rounds:
         logger.info("%s: %d of %d rounds are on disk", name, state.num_rounds, rounds.number)
     while state.num_rounds < rounds.number:
@@ -135,6 +134,8 @@ def _round(
     def admit(domain: str, content: RecordDict) -> None:
         adapter, report = records.read_expert(content)
         check_adapter(domain, adapter, layout_of(state.starts[domain]))
+        if trained == "B":
+            check_frozen_A(domain, adapter, state.starts[domain])
         keep_reply(run_dir, number, domain, adapter, report, backbone.name)
         replies[domain] = (adapter, report)
 
@@ -148,12 +149,22 @@ def _round(
     require_quorum(federation, config, list(replies) if rounds.fraction == 1 else federation.of("train"))
     adapters = {domain: adapter for domain, (adapter, _) in sorted(replies.items())}
     reports = {domain: report for domain, (_, report) in sorted(replies.items())}
-    weights = {domain: float(reports[domain]["num_users"]) for domain in reports} if rounds.weights == "users" else None
+    users = {domain: float(federation.descriptions[domain].num_users) for domain in adapters}
+    weights = users if rounds.weights == "users" else None
     rule = _learned(config, backbone, catalogs, state) if name in LEARNED_METHODS else name
     started = time.monotonic()
     state = aggregate(rule, state, adapters, weights, seed=config.seed, **parameters)
     keep_state(run_dir, state, reports, time.monotonic() - started)
     return state
+
+
+def _fresh_adapters(backbone: Backbone, config: ExperimentConfig, domains: list[str]) -> dict[str, Adapter]:
+    """What every domain starts from; domains of one rank share it."""
+    seed = fresh_seed(config.seed, 0)
+    layouts = {domain: config.lora.of(domain) for domain in domains}
+    by_rank = {lora.rank: lora for lora in layouts.values()}
+    made = {rank: fresh_adapter(backbone, lora, seed) for rank, lora in by_rank.items()}
+    return {domain: made[lora.rank] for domain, lora in layouts.items()}
 
 
 def _drawn(domains: list[str], fraction: float, seed: int, number: int) -> list[str]:

@@ -289,7 +289,9 @@ def _train(
     ended, which experts are merged is fixed.
     """
     federation.phase = "train"
-    layouts = {domain: expected_layout(backbone, config.lora.of(domain)) for domain in config.domains.train}
+    of_rank = {lora.rank: lora for lora in map(config.lora.of, config.domains.train)}
+    by_rank = {rank: expected_layout(backbone, lora) for rank, lora in of_rank.items()}
+    layouts = {domain: by_rank[config.lora.of(domain).rank] for domain in config.domains.train}
     ended = checkpoints.ended_training(run_dir)
     may_join = {*config.domains.train} - {*federation.excluded}
     if learned_labels(config):

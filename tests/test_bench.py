@@ -309,6 +309,12 @@ def test_a_folder_belongs_to_one_benchmark(place: Path, done: tuple[Grid, BenchT
             "seed = 3",
             r"strategy average: set: found seed, which a benchmark sets itself",
         ),
+        (
+            '"merge.methods" = "average"',
+            '"evaluation.test_users" = 5',
+            r"strategy average: found another \[evaluation\] than its dataset's; .* same domains and users",
+        ),
+        ('name = "average"', 'name = "popularity"', r"baseline: found|strategy: popularity is there twice"),
         ("experiment.toml", "absent.toml", r"absent.toml: cannot be read"),
         ("title =", "title", r"not valid TOML"),
     ],

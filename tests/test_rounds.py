@@ -1,7 +1,7 @@
 """Federations of several rounds through both Flower apps, in one process."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -15,8 +15,8 @@ from fedmerge.client.local_domain import open_domain
 from fedmerge.client.rounds import RoundTask, settings_of_round, train_round
 from fedmerge.client.train import train_expert
 from fedmerge.config import ExperimentConfig, MergeMethod, RoundRule, Train
-from fedmerge.encoder.lora import Adapter, adapter_sha256, fresh_adapter, read_adapter
-from fedmerge.errors import AggregationError, ConfigError
+from fedmerge.encoder.lora import Adapter, LoraModule, adapter_sha256, fresh_adapter, read_adapter
+from fedmerge.errors import AggregationError, ClientError, ConfigError
 from fedmerge.federated.rounds import fresh_seed
 from fedmerge.federated.rules import RULES
 from fedmerge.run_dir import DONE, read_json
@@ -48,8 +48,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_rules_of_the_configuration_are_those_of_the_library() -> None:
-    assert set(RoundRule.__args__) == set(RULES)  # type: ignore[attr-defined]
-    assert not set(RoundRule.__args__) & set(MergeMethod.__args__)  # type: ignore[attr-defined]
+    assert set(get_args(RoundRule)) == set(RULES)
+    assert not set(get_args(RoundRule)) & set(get_args(MergeMethod))
 
 
 @pytest.mark.parametrize("rule", ["fedit", "hetlora", "fedadam", "ties", "mergerec"])  # others: below
@@ -167,6 +167,48 @@ def test_ffa_sends_the_a_that_everybody_has(place: Path) -> None:
     for record in round_records(run_dir(config)):
         assert record["aggregation"]["error"] == 0
         assert record["aggregation"]["bytes_up"]["books"] < final(config).size_bytes
+
+
+def test_who_does_not_keep_a_frozen_a_is_left_out_by_name(place: Path) -> None:
+    def stubborn(message: Message, context: Context) -> Message | None:
+        answer = answer_honestly(message, context)
+        if message.metadata.message_type == "train" and context.node_config["partition-id"] == 1:
+            assert answer is not None
+            adapter, report = records.read_expert(answer.content)
+            modules = {
+                name: LoraModule(2 * module.lora_A, module.lora_B, module.scaling)
+                for name, module in adapter.modules.items()
+            }
+            return Message(records.expert_record(Adapter(modules), report), reply_to=message)
+        return answer
+
+    config = rounds_experiment(place, "stubborn", "ffa-lora")
+    run_in_process(config, stubborn)
+    excluded = read_json(run_dir(config) / "clients.json")["excluded"]
+    assert set(excluded) == {"books"}
+    assert "lora_A is not the one that it was to keep frozen" in excluded["books"]
+    assert [set(record["clients"]) for record in round_records(run_dir(config))] == [{"beauty", "coffee"}] * 2
+
+
+def test_few_users_tell_no_loss_and_weigh_by_their_number(place: Path) -> None:
+    sent: list[float | None] = []
+
+    def listening(message: Message, context: Context) -> Message | None:
+        answer = answer_honestly(message, context)
+        if message.metadata.message_type == "train" and answer is not None:
+            sent.append(records.read_expert(answer.content)[1]["loss"])
+        return answer
+
+    config = rounds_experiment(place, "few", "weighted-average", rounds__weights="users", privacy__min_users=30)
+    run_in_process(config, listening)
+    assert len(sent) == 6
+    assert None not in sent
+    (first, _) = round_records(run_dir(config))
+    assert first["aggregation"]["client_weights"] == pytest.approx(dict.fromkeys(TRAIN, 1 / 3))
+    sent.clear()
+    with pytest.raises(ClientError):  # nobody's metric sums may leave either
+        run_in_process(rounds_experiment(place, "fewer", "weighted-average", privacy__min_users=31), listening)
+    assert sent == [None] * 6
 
 
 def test_the_steps_of_all_rounds_are_those_of_one_training(place: Path) -> None:

@@ -24,10 +24,10 @@ from fedmerge.client.evaluate import Ranks, baseline_ranks, model_ranks
 from fedmerge.client.kept import inputs_key
 from fedmerge.client.local_domain import LocalDomain, open_domain
 from fedmerge.client.metrics import VARIANTS, MetricSums, Variant, metric_sums, per_user_metrics
-from fedmerge.config import DEMO_ROOT, BackboneSection, Baseline, ExperimentConfig, Runtime, Split, Text
+from fedmerge.config import BackboneSection, Baseline, ExperimentConfig, Runtime, Split, Text
 from fedmerge.device import resolve_compute
 from fedmerge.domain.catalog import Catalog, load_catalog
-from fedmerge.domain.demo import bundled_demo
+from fedmerge.domain.demo import domains_root
 from fedmerge.domain.manifest import read_manifest
 from fedmerge.domain.splits import evaluation_examples
 from fedmerge.encoder.backbone import Backbone, load_backbone
@@ -62,13 +62,11 @@ class Cell:
     threads: int
 
 
-def work(cell: Cell) -> float:
-    """Do a cell in this process; seconds."""
+def work(cell: Cell) -> None:
+    """Do a cell in this process."""
     torch.set_num_threads(cell.threads)
-    started = time.monotonic()
     cell.result.parent.mkdir(parents=True, exist_ok=True)
     WORK[cell.kind](cell.result, **cell.arguments)
-    return time.monotonic() - started
 
 
 def merge_experts(result: Path, config: ExperimentConfig, run: Path, left_out: str) -> None:
@@ -217,16 +215,13 @@ def _read_ranks(file: Path) -> Ranks:
 # ---- what the cells of a process share
 
 
-def domains_root(config: ExperimentConfig) -> Path:
-    """The folder of domain folders."""
-    if config.domains.root == DEMO_ROOT:
-        return bundled_demo(Path(config.cache_dir).expanduser())
-    return Path(config.domains.root)
-
-
 def domain_of(config: ExperimentConfig, domain: str) -> LocalDomain:
     """A domain, opened once in a process."""
-    return _domain(domains_root(config) / domain, backbone_of(config.backbone, config.runtime), config.text)
+    return _domain(
+        domains_root(config.domains.root, config.cache_dir) / domain,
+        backbone_of(config.backbone, config.runtime),
+        config.text,
+    )
 
 
 @lru_cache(maxsize=1)
@@ -244,7 +239,7 @@ def _domain(folder: Path, backbone: Backbone, text: Text) -> LocalDomain:
 def _public_catalogs(config: ExperimentConfig, domains: Mapping[str, str]) -> dict[str, Catalog]:
     if config.server.catalogs is not None:
         return {domain: load_catalog(Path(config.server.catalogs) / domain) for domain in domains}
-    root = domains_root(config)
+    root = domains_root(config.domains.root, config.cache_dir)
     for domain in domains:
         check_catalog_is_public(domain, read_manifest(root / domain).public_catalog)
     return {domain: load_catalog(root / domain) for domain in domains}

@@ -3,11 +3,12 @@
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fedmerge.config import (
+    Baseline,
     ExperimentConfig,
     describe_problem,
     flatten,
@@ -62,7 +63,7 @@ class BenchConfig(Table):
         for what, names in (
             ("seeds", [str(seed) for seed in self.seeds]),
             ("dataset", [dataset.name for dataset in self.dataset]),
-            ("strategy", [*REFERENCES, *(strategy.name for strategy in self.strategy)]),
+            ("strategy", [*REFERENCES, *get_args(Baseline), *(strategy.name for strategy in self.strategy)]),
         ):
             if twice := sorted({name for name in names if names.count(name) > 1}):
                 raise ValueError(f"{what}: {', '.join(twice)} is there twice; give each once")
@@ -128,6 +129,13 @@ def load_bench(path: Path) -> Bench:
     for dataset in config.dataset:
         for strategy in (None, *(strategy.name for strategy in config.strategy)):
             experiment = bench.experiment(dataset.name, strategy, config.seeds[0])
+            shared = bench.experiment(dataset.name, None, config.seeds[0])
+            for section in ("domains", "evaluation"):
+                if getattr(experiment, section) != getattr(shared, section):
+                    raise ConfigError(
+                        f"{path}: strategy {strategy}: found another [{section}] than its dataset's; strategies are "
+                        "compared on the same domains and users. Make it a dataset of its own."
+                    )
             if config.leave_one_out and len(experiment.domains.train) < 3:
                 raise ConfigError(
                     f"{path}: dataset {dataset.name}: leave_one_out = true, but domains.train names only "

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedmerge.bench.cells import MERGES, domains_root
+from fedmerge.bench.cells import MERGES
 from fedmerge.bench.config import REFERENCES
 from fedmerge.bench.grid import (
     Grid,
@@ -16,6 +16,7 @@ from fedmerge.bench.grid import (
 )
 from fedmerge.client.metrics import VARIANTS, MetricSums, Variant
 from fedmerge.domain.catalog import CATALOG_FILE
+from fedmerge.domain.demo import domains_root
 from fedmerge.domain.manifest import read_manifest
 from fedmerge.report.bench_tables import EVERY_FOLD, BenchTables
 from fedmerge.report.statistics import comparison_rows, rank_rows
@@ -59,11 +60,11 @@ def _results(grid: Grid, sums: Sums) -> Iterator[dict[str, Any]]:
     for (place, domain), variants in sums.items():
         for variant, of_variant in variants.items():
             for strategy, metrics in of_variant.metrics_by_method().items():
-                competes = strategy in grid.strategies
+                label = chosen_variant(grid, place, strategy) if strategy in grid.strategies else strategy
                 for metric, value in metrics.items():
                     yield {
                         **_named(place, strategy),
-                        "label": chosen_variant(grid, place, strategy) if competes else strategy,
+                        "label": label,
                         "domain": domain,
                         "role": _role(grid, place, domain),
                         "split": "test",
@@ -129,7 +130,8 @@ def _cost(grid: Grid, place: Place, strategy: str) -> dict[str, Any]:
         down += sum(sum(of_round["aggregation"]["bytes_down"].values()) for of_round in rounds[:-1])
         seconds = sum(client["seconds"] for of_round in rounds for client in of_round["clients"].values())
     if learned_labels(config) and config.server.catalogs is None:
-        up += sum((domains_root(config) / domain / CATALOG_FILE).stat().st_size for domain in domains)
+        root = domains_root(config.domains.root, config.cache_dir)
+        up += sum((root / domain / CATALOG_FILE).stat().st_size for domain in domains)
     return {
         **_named(place, strategy),
         "bytes_up": up,
@@ -153,7 +155,8 @@ def _curves(grid: Grid, places: Sequence[Place]) -> Iterator[dict[str, Any]]:
             if grid.experiment(place, strategy).rounds.rule is not None:
                 for number, of_round in enumerate(round_records(grid.run(place, strategy)), 1):
                     for domain, client in of_round["clients"].items():
-                        yield _point(place, strategy, domain, number, "loss", client["loss"])
+                        if client["loss"] is not None:
+                            yield _point(place, strategy, domain, number, "loss", client["loss"])
                 continue
             losses = _provenance(grid, place, strategy).get("losses", [])
             for step in range(0, len(losses), max(1, len(losses) // CURVE_POINTS)):
@@ -206,8 +209,10 @@ def _report(expert: Path) -> dict[str, Any]:
 
 
 def _synthetic(grid: Grid, places: Sequence[Place]) -> bool:
-    return any(
-        read_manifest(domains_root(grid.experiment(place, None)) / domain).synthetic
+    folders = {
+        domains_root(config.domains.root, config.cache_dir) / domain
         for place in places
+        for config in [grid.experiment(place, None)]
         for domain in tested_domains(grid, place)
-    )
+    }
+    return any(read_manifest(folder).synthetic for folder in folders)

@@ -11,7 +11,6 @@ from fedmerge.cli.options import add_overrides, add_runs_folder
 
 if TYPE_CHECKING:
     from fedmerge.cli.options import Commands
-    from fedmerge.config import ExperimentConfig
     from fedmerge.server.remerge import Experts
 
 DESCRIPTION = """\
@@ -178,6 +177,7 @@ def _merge_settings(options: argparse.Namespace, run: Path | None, folders: dict
     import torch
 
     from fedmerge.device import resolve_compute
+    from fedmerge.domain.demo import domains_root
     from fedmerge.encoder.backbone import load_backbone
     from fedmerge.report.runs import coefficients_text
     from fedmerge.run_dir import check_free
@@ -189,7 +189,11 @@ def _merge_settings(options: argparse.Namespace, run: Path | None, folders: dict
     experts = _experts(options, run, folders)
     backbone, catalogs = None, {}
     if remerge.needs_backbone(config):
-        root = Path(config.server.catalogs) if config.server.catalogs is not None else _domains_root(config)
+        root = (
+            Path(config.server.catalogs)
+            if config.server.catalogs is not None
+            else domains_root(config.domains.root, config.cache_dir)
+        )
         catalogs = remerge.catalogs_of(experts, root, ask_owner=config.server.catalogs is None)
         compute = resolve_compute(config.runtime.device, config.runtime.precision)
         source = config.backbone
@@ -321,12 +325,3 @@ def _config_of(adapters: list[Path]) -> Path | None:
             f"({', '.join(map(str, paths))}). Give --config FILE."
         )
     return paths[0] if paths else None
-
-
-def _domains_root(config: "ExperimentConfig") -> Path:
-    from fedmerge.config import DEMO_ROOT
-    from fedmerge.domain.demo import bundled_demo
-
-    if config.domains.root == DEMO_ROOT:
-        return bundled_demo(Path(config.cache_dir).expanduser())
-    return Path(config.domains.root)

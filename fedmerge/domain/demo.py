@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedmerge import seeding
+from fedmerge.config import DEMO_ROOT
 from fedmerge.domain.catalog import ATTRIBUTES, Catalog, make_catalog
 from fedmerge.domain.demo_words import (
     BRAND_ENDS,
@@ -175,6 +176,11 @@ def write_demo(
             overwrite=overwrite,
         )
     return names
+
+
+def domains_root(root: str, cache_dir: str) -> Path:
+    """The folder that ``domains.root`` means: for "demo" that of the bundled domains, written on first use."""
+    return bundled_demo(Path(cache_dir).expanduser()) if root == DEMO_ROOT else Path(root).expanduser()
 
 
 def bundled_demo(cache_dir: Path) -> Path:

@@ -10,7 +10,7 @@ from fedmerge.errors import ConfigError
 from fedmerge.federated.averages import Combined, fedit, ffa_lora, hetlora, weighted_average
 from fedmerge.federated.robust import coordinate_median, krum, multi_krum, trimmed_mean
 from fedmerge.federated.server_steps import Moments, fedadam, fedavgm, fedyogi
-from fedmerge.merging.methods import METHODS, Parameter, Value, check_parameter, markdown_table, parameter_text
+from fedmerge.merging.methods import METHODS, Parameter, Value, checked_parameters, markdown_table, parameter_text
 from fedmerge.merging.training_free import Scope, Space, merge_adapters
 
 Continuation = Literal["truncated", "frozen", "factors"]
@@ -233,14 +233,7 @@ def rule_parameters(name: str, rule: Rule, given: Mapping[str, Value]) -> dict[s
     Raises:
         ConfigError: a parameter that the rule does not have, or out of its bounds.
     """
-    unknown = sorted(given.keys() - rule.parameters.keys())
-    if unknown:
-        expected = ", ".join(rule.parameters) or "none"
-        raise ConfigError(f"aggregation rule {name!r}: found parameters {', '.join(unknown)}, expected {expected}")
-    chosen = {key: given.get(key, parameter.default) for key, parameter in rule.parameters.items()}
-    for key, value in chosen.items():
-        check_parameter(f"aggregation rule {name!r}: {key}", rule.parameters[key], value)
-    return chosen
+    return checked_parameters(f"aggregation rule {name!r}", rule.parameters, given)
 
 
 def rules_table() -> str:

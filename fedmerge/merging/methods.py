@@ -348,14 +348,22 @@ def complete_parameters(name: str, parameters: Mapping[str, Value]) -> dict[str,
     Raises:
         ConfigError: no such method, or a parameter that it does not have or out of its bounds.
     """
-    method = method_named(name)
-    unknown = sorted(parameters.keys() - method.parameters.keys())
+    return checked_parameters(f"merging method {name!r}", method_named(name).parameters, parameters)
+
+
+def checked_parameters(where: str, parameters: Mapping[str, Parameter], given: Mapping[str, Value]) -> dict[str, Value]:
+    """Given values, checked, with the defaults of those that are not given.
+
+    Raises:
+        ConfigError: one that is not among the parameters, or out of its bounds.
+    """
+    unknown = sorted(given.keys() - parameters.keys())
     if unknown:
-        expected = ", ".join(method.parameters) or "none"
-        raise ConfigError(f"merging method {name!r}: found parameters {', '.join(unknown)}, expected {expected}")
-    chosen = {key: parameters.get(key, parameter.default) for key, parameter in method.parameters.items()}
+        expected = ", ".join(parameters) or "none"
+        raise ConfigError(f"{where}: found parameters {', '.join(unknown)}, expected {expected}")
+    chosen = {key: given.get(key, parameter.default) for key, parameter in parameters.items()}
     for key, value in chosen.items():
-        check_parameter(f"merging method {name!r}: {key}", method.parameters[key], value)
+        check_parameter(f"{where}: {key}", parameters[key], value)
     return chosen
 
 

@@ -58,7 +58,7 @@ def difference_over_seeds(differences: Sequence[PairedDifference]) -> OverSeeds:
     is not known; fully is the worst case. (2) Seeds are independent, normal draws of everything else (training order,
     initial adapters); ``seeds`` is their own spread, with its few degrees of freedom. What is particular to a user and
     a seed at once is in both. (3) m_s of one seed is normal over users: hundreds of them. Under these the interval
-    covers at least 95 % (95.0 to 97.6 % in simulation of three seeds, whichever part is larger). With one seed the
+    covers at least 95 %, which a simulation of three seeds in the tests holds it to. With one seed the
     second part is absent, and the interval speaks of that seed alone.
 
     Args:
