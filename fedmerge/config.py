@@ -6,6 +6,7 @@ list is a comma-separated string and an absent value is ``"none"``; Python sees 
 
 import difflib
 import json
+import math
 import tomllib
 import types
 import typing
@@ -414,6 +415,64 @@ class Privacy(Section):
     min_users: int = Field(20, ge=1, description="Metric sums over fewer users than this do not leave a client.")
 
 
+class Admission(Section):
+    """The gate in front of the merge, explained in [admission.md](admission.md)."""
+
+    action: Literal["flag", "exclude"] | None = Field(
+        "flag", description="What happens to an expert that fails a check; 'none': nothing is checked."
+    )
+    probe_items: int | None = Field(
+        None,
+        ge=20,
+        description="Items of its own catalog that an expert must still tell apart and find by title; the server then "
+        "asks for catalogs. 'none': no probe.",
+    )
+    leave_one_out: bool = Field(
+        False,
+        description="Average without each domain in turn, evaluated on the validation users of the others. Takes "
+        "domains² evaluations.",
+    )
+    rollback: bool = Field(
+        False,
+        description="Where the served merge drops a domain below its own expert: serve the best merge without the "
+        "domains that failed a check, else those domains their own experts.",
+    )
+
+    @model_validator(mode="after")
+    def _of_a_gate(self) -> "Admission":
+        asked = [key for key in ("probe_items", "leave_one_out", "rollback") if getattr(self, key)]
+        if self.action is None and asked:
+            raise ValueError(f"action is 'none', but {', '.join(asked)} is set; set action = 'flag', or leave it out")
+        return self
+
+
+class Attack(Section):
+    """A benchmark's client that poisons its own training on purpose, explained in [admission.md](admission.md)."""
+
+    domain: str | None = Field(None, description="The training domain that does so; 'none': nobody.")
+    kind: Literal["flipped-labels", "promoted-items", "scaled-update"] = Field(
+        "flipped-labels",
+        description="Targets i become N - 1 - i; or one of a few items; or the expert is trained well and multiplied.",
+    )
+    strength: float = Field(
+        1.0,
+        gt=0,
+        le=1000,
+        description="Share of the targets that are poisoned, or the factor on the update.",
+    )
+    on_real_data: bool = Field(False, description="Allow it on data that are not synthetic.")
+
+    @model_validator(mode="after")
+    def _possible(self) -> "Attack":
+        most = {"flipped-labels": 1.0, "promoted-items": 0.95}.get(self.kind, 1000.0)
+        if self.domain is not None and self.strength > most:
+            raise ValueError(
+                f"strength = {self.strength:g}: for {self.kind} it is a share of the targets, at most {most:g}"
+                + ("; with all of them promoted no other item is left to rank below" if most == 0.95 else "")
+            )
+        return self
+
+
 class Runtime(Section):
     """Compute on each side."""
 
@@ -470,6 +529,8 @@ class ExperimentConfig(Section):
     sasrec: SASRec = SASRec()
     server: Server = Server()
     privacy: Privacy = Privacy()
+    admission: Admission = Admission()
+    attack: Attack = Attack()
     runtime: Runtime = Runtime()
 
     @model_validator(mode="after")
@@ -486,6 +547,8 @@ class ExperimentConfig(Section):
             if rule is not None:
                 raise ValueError(f"rounds.rule is {rule}, {catalogs}")
             raise ValueError(f"merge.methods holds {learned[0]}, {catalogs}")
+        _check_admission(self)
+        _check_enough_for_krum(self)
         if strange := sorted({text.partition("=")[0] for text in self.lora.ranks} - {*self.domains.train}):
             raise ValueError(f"lora.ranks names {', '.join(strange)}, not among domains.train; correct the name")
         if self.server.min_train_clients > len(self.domains.train):
@@ -494,6 +557,37 @@ class ExperimentConfig(Section):
                 f"{len(self.domains.train)}; lower it"
             )
         return self
+
+
+def _check_admission(config: ExperimentConfig) -> None:
+    admission, attack = config.admission, config.attack
+    if admission.probe_items and config.privacy.policy == "adapter" and config.server.catalogs is None:
+        raise ValueError(
+            "admission.probe_items needs the catalogs, but privacy.policy = 'adapter' keeps them at the clients and "
+            "server.catalogs is 'none'; leave the probe out or give server.catalogs a folder"
+        )
+    asked = [key for key in ("probe_items", "leave_one_out", "rollback") if getattr(admission, key)]
+    if config.rounds.rule is not None and (asked or admission.action == "exclude"):
+        keys = ", ".join(f"admission.{key}" for key in asked or ["action"])
+        raise ValueError(
+            f"{keys}: the gate stands in front of one merge of experts, but rounds.rule is {config.rounds.rule}; leave "
+            "it out, or choose a robust rule (median, trimmed-mean, krum, multi-krum)"
+        )
+    if attack.domain is not None and attack.domain not in config.domains.train:
+        raise ValueError(f"attack.domain = {attack.domain!r} is not among domains.train; only who trains can poison")
+
+
+def _check_enough_for_krum(config: ExperimentConfig) -> None:
+    if config.rounds.rule not in ("krum", "multi-krum"):
+        return
+    given = dict(text.split("=", 1) for text in config.rounds.parameters).get("num_malicious", "1")
+    clients = max(1, math.ceil(config.rounds.fraction * len(config.domains.train)))
+    if given.isdecimal() and clients < 2 * int(given) + 3:
+        raise ValueError(
+            f"rounds.rule is {config.rounds.rule} with num_malicious = {given}, and {clients} clients take part in a "
+            f"round; its proof needs at least 2 · num_malicious + 3 = {2 * int(given) + 3}. Name more domains, or "
+            "lower num_malicious in rounds.parameters"
+        )
 
 
 def load_config(path: Path | None, overrides: Sequence[str] = ()) -> ExperimentConfig:
