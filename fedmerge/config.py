@@ -548,7 +548,8 @@ class ExperimentConfig(Section):
                 raise ValueError(f"rounds.rule is {rule}, {catalogs}")
             raise ValueError(f"merge.methods holds {learned[0]}, {catalogs}")
         _check_admission(self)
-        _check_enough_for_krum(self)
+        if problem := too_few_for_krum(self.rounds, len(self.domains.train)):
+            raise ValueError(problem)
         if strange := sorted({text.partition("=")[0] for text in self.lora.ranks} - {*self.domains.train}):
             raise ValueError(f"lora.ranks names {', '.join(strange)}, not among domains.train; correct the name")
         if self.server.min_train_clients > len(self.domains.train):
@@ -577,17 +578,17 @@ def _check_admission(config: ExperimentConfig) -> None:
         raise ValueError(f"attack.domain = {attack.domain!r} is not among domains.train; only who trains can poison")
 
 
-def _check_enough_for_krum(config: ExperimentConfig) -> None:
-    if config.rounds.rule not in ("krum", "multi-krum"):
-        return
-    given = dict(text.split("=", 1) for text in config.rounds.parameters).get("num_malicious", "1")
-    clients = max(1, math.ceil(config.rounds.fraction * len(config.domains.train)))
-    if given.isdecimal() and clients < 2 * int(given) + 3:
-        raise ValueError(
-            f"rounds.rule is {config.rounds.rule} with num_malicious = {given}, and {clients} clients take part in a "
-            f"round; its proof needs at least 2 · num_malicious + 3 = {2 * int(given) + 3}. Name more domains, or "
-            "lower num_malicious in rounds.parameters"
-        )
+def too_few_for_krum(rounds: Rounds, num_domains: int) -> str:
+    """What is wrong where Krum or Multi-Krum has fewer than 2f + 3 clients in a round; empty if nothing is."""
+    clients = max(1, math.ceil(rounds.fraction * num_domains))
+    given = dict(text.split("=", 1) for text in rounds.parameters).get("num_malicious", "1")
+    if rounds.rule not in ("krum", "multi-krum") or not given.isdecimal() or clients >= 2 * int(given) + 3:
+        return ""
+    return (
+        f"rounds.rule is {rounds.rule} with num_malicious = {given}, and {clients} clients take part in a round; its "
+        f"proof needs at least 2 · num_malicious + 3 = {2 * int(given) + 3}. Name more domains, or lower num_malicious "
+        "in rounds.parameters"
+    )
 
 
 def load_config(path: Path | None, overrides: Sequence[str] = ()) -> ExperimentConfig:

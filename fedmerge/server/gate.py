@@ -30,10 +30,11 @@ from fedmerge.seeding import generator
 
 SMALLEST_COHORT = 3  # of two experts nobody can say which one is the odd one out
 # Norms are compared as ratios, so by their logarithms. 3.5 robust standard deviations is the usual bound for outliers
-# (Iglewicz and Hoaglin, 1993); the MAD of a few experts can be next to nothing, so no factor below 3 is one: the
-# update of one of K = 8 that is √(K - 1) = 2.6 times as large as the others outweighs all of them in the average.
+# (Iglewicz and Hoaglin, 1993). The MAD of a few experts can be next to nothing, so no factor below 3 is one: the update
+# of one of K = 8 that is √(K - 1) = 2.6 times as large as the others outweighs all of them in the average. It can be
+# huge, too, so a factor above 10 is one whatever the others do.
 MOST_DEVIATIONS = 3.5
-LEAST_FACTOR = 3.0
+LEAST_FACTOR, MOST_FACTOR = 3.0, 10.0
 DEVIATIONS_OF_MAD = 1.4826  # of a normal distribution
 LEAST_SHARE_OF_BACKBONE = 0.5  # of the backbone's own score: an expert that loses half of it has unlearned the language
 LEAST_GAIN = 0.05  # relative: less may be a domain that is merely far from the others
@@ -188,7 +189,7 @@ def norm_checks(norms: Mapping[str, float]) -> Checks:
     median = statistics.median(logs)
     spread = DEVIATIONS_OF_MAD * statistics.median(abs(value - median) for value in logs)
     typical = math.exp(median)
-    limit = typical * math.exp(max(MOST_DEVIATIONS * spread, math.log(LEAST_FACTOR)))
+    limit = typical * min(max(math.exp(MOST_DEVIATIONS * spread), LEAST_FACTOR), MOST_FACTOR)
     return {
         domain: Check(
             norm,
