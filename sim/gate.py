@@ -7,7 +7,6 @@ from pathlib import Path
 from fedmerge.config import ExperimentConfig
 from fedmerge.domain.catalog import Catalog
 from fedmerge.encoder.backbone import Backbone
-from fedmerge.errors import ClientError
 from fedmerge.run_dir import read_json, write_json
 from fedmerge.server import checkpoints
 from fedmerge.server.gate import Vote, check_experts, leave_one_out_merges, votes_of
@@ -72,11 +71,9 @@ def _votes(
     if not merges:
         return {}
     voters = [domain for domain in federation.of("train") if domain in experts]
-    votes = {}
-    for domain, sums in evaluate_models(federation, config, "admission", voters, merges, {}, run_dir).items():
-        others = [other for other in experts if other != domain]
-        try:
-            votes[domain] = votes_of(sums["unmasked"], others, config.evaluation.selection_metric)
-        except ClientError as error:  # sums that no users can have
-            federation.exclude(domain, f"admission: {error}")
-    return votes
+    said = evaluate_models(federation, config, "admission", voters, merges, {}, run_dir)
+    metric = config.evaluation.selection_metric
+    return {
+        domain: votes_of(sums["unmasked"], [other for other in experts if other != domain], metric)
+        for domain, sums in said.items()
+    }

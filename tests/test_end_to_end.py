@@ -316,7 +316,7 @@ def test_a_run_ends_well_and_its_folder_is_complete(first: Run) -> None:
     assert f"run folder: {first.folder}" in first.output.splitlines()
     files = {str(file.relative_to(first.folder)) for file in first.folder.rglob("*") if file.is_file()}
     peft = ("adapter_config.json", "adapter_model.safetensors")
-    top = "config.toml environment.json lock experts.json choice.json clients.json"
+    top = "config.toml environment.json lock experts.json admission.json choice.json clients.json"
     tables = "metrics.parquet products.parquet exposure.parquet"
     assert files == {
         *top.split(),

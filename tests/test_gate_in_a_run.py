@@ -1,5 +1,6 @@
 """A poisoned client in a whole experiment: excluded by name, or flagged and rolled back; and as a benchmark."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from flwr.app import Context, Message
 from in_process import answer_honestly, run_in_process, small_experiment
@@ -20,6 +22,7 @@ from fedmerge.config import ExperimentConfig, to_toml
 from fedmerge.encoder.lora import adapter_sha256, read_adapter
 from fedmerge.errors import ClientError, ConfigError
 from fedmerge.report.html_report import bench_page
+from fedmerge.report.run_tables import run_page
 from fedmerge.run_dir import DONE, read_json
 from fedmerge.server import checkpoints
 from fedmerge.server.remerge import experts_of_run
@@ -93,6 +96,9 @@ def test_an_attacked_client_is_excluded_by_name_and_the_run_goes_on(place: Path,
     others = run(place, "without", **{"domains.train": ",".join(sorted({*TRAIN} - {"coffee"}))})
     hashes = [adapter_sha256(read_adapter(of / "merged" / "average")) for of in (folder, others)]
     assert hashes[0] == hashes[1]  # as if it had never been there
+    page = run_page(folder)
+    assert "Poisoned on purpose." in page
+    assert "coffee spoils its own training (scaled-update, strength 100)" in page
     again = experts_of_run(folder)
     assert set(again.adapters) == {*TRAIN} - {"coffee"}
     assert again.excluded == {"coffee": f"not admitted: {failed['coffee']}"}
@@ -105,6 +111,7 @@ def test_a_flagged_client_is_merged_and_rolled_back(place: Path) -> None:
     assert "flagged by the admission gate, and merged all the same: coffee: its update has norm" in report
     assert set(read_json(flagged / "merged/average/provenance.json")["domains"]) == {*TRAIN}
     assert read_json(flagged / "choice.json")["rollback"] is None
+    assert "Flagged, and merged all the same: coffee. " in run_page(flagged)
     back = run(place, "back", **changes, **{"admission.rollback": True})
     assert {folder.name for folder in (back / "merged").iterdir()} == {"average", "average-without-coffee"}
     choice = read_json(back / "choice.json")
@@ -170,20 +177,21 @@ def test_too_few_experts_that_pass_end_the_run(place: Path) -> None:
 def test_a_client_whose_votes_cannot_be_is_left_out(place: Path) -> None:
     def lying(message: Message, context: Context) -> Message | None:
         honest = answer_honestly(message, context)
-        its_turn = (
-            TRAIN[int(context.node_config["partition-id"])] if int(context.node_config["partition-id"]) < 5 else ""
-        )
-        if its_turn == "books" and message.metadata.message_type == records.EVALUATE and honest is not None:
+        books = int(context.node_config["partition-id"]) == TRAIN.index("books")
+        if books and message.metadata.message_type == records.EVALUATE and honest is not None:
             facts = honest.content.config_records["facts"]
             for variant in ("unmasked", "masked"):
-                facts[variant] = re.sub(
-                    r'"products": .*\]\]\]', lambda found: re.sub(r"[\d.]+", "0", found[0]), str(facts[variant])
-                )
+                told = json.loads(str(facts[variant]))
+                told["products"] = np.zeros_like(told["products"], dtype=float).tolist()
+                told["sums"][0] = [9.0] * len(told["sums"][0])
+                facts[variant] = json.dumps(told)
         return honest
 
     run_in_process(experiment(place, run_id="lying", **FULL), lying)
     clients = read_json(place / "runs" / "lying" / "clients.json")
     assert list(clients["excluded"]) == ["books"]
+    assert "domain books: its unmasked products of outcomes leave a difference of" in clients["excluded"]["books"]
+    assert clients["excluded_in_phase"] == {"books": "admission"}
 
 
 BENCH = """

@@ -73,8 +73,10 @@ def work(cell: Cell) -> None:
 
 
 def is_one_shot(config: ExperimentConfig) -> bool:
-    """Whether a strategy merges experts that are trained once; also by the rule of a single round, if nothing of the
-    clients' training hangs on that rule."""
+    """Whether a strategy merges experts that are trained once.
+
+    So does the rule of a single round, if nothing of the clients' training hangs on it.
+    """
     rounds = config.rounds
     if rounds.rule is None:
         return True

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fedmerge.client.metrics import METRICS
+from fedmerge.config import flatten
 from fedmerge.report import charts
 from fedmerge.report.bench_tables import FINISHED, MEAN, BenchTables, Rows
 from fedmerge.report.page import (
@@ -155,10 +156,11 @@ def _attacks(tables: BenchTables) -> list[Html]:
     """A warning for every client that poisoned its training on purpose."""
     notes: dict[str, None] = {}
     for cell in tables.cells:
-        attack = cell["config"].get("attack") or {}
-        if attack.get("domain") not in (None, "none"):
-            where = f" {cell['dataset']}: {attack['domain']} spoils its own training "
-            notes[f"{where}({attack['kind']}, strength {attack['strength']:g}). Serve none of these models."] = None
+        settings = flatten(cell["config"])
+        if settings.get("attack.domain") not in (None, "none"):
+            who = f" {cell['dataset']}: {settings['attack.domain']} spoils its own training "
+            how = f"({settings['attack.kind']}, strength {settings['attack.strength']:g})"
+            notes[f"{who}{how}. Serve none of these models."] = None
     return [
         element("p", element("strong", "Poisoned on purpose."), note, class_="warning", role="note") for note in notes
     ]

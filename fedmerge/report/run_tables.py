@@ -30,6 +30,7 @@ from fedmerge.report.statistics import comparison_rows
 from fedmerge.report.sums import read_metric_sums
 from fedmerge.report.tables import Role
 from fedmerge.runs import RunDetails, describe_run, read_record
+from fedmerge.server.checkpoints import ADMISSION
 from fedmerge.server.fallback import SERVED, with_served
 
 _SPLITS: tuple[Split, ...] = ("valid", "test")
@@ -216,8 +217,15 @@ def _participants(run: RunDetails) -> Html:
                 number_cell(expert.get("seconds"), seconds(expert.get("seconds"))),
             ]
         )
-    excluded = [element("p", element("strong", f"Excluded: {name}. "), reason) for name, reason in run.excluded.items()]
-    return join(table("clients-table", "Clients, and the training of their experts", heads, body), *excluded)
+    gate = read_record(run.summary.folder / ADMISSION)
+    flagged = gate.get("failed", {}) if gate.get("action") == "flag" else {}
+    named = [("Excluded", run.excluded), ("Flagged, and merged all the same", flagged)]
+    said = [
+        element("p", element("strong", f"{what}: {name}. "), reason)
+        for what, reasons in named
+        for name, reason in reasons.items()
+    ]
+    return join(table("clients-table", "Clients, and the training of their experts", heads, body), *said)
 
 
 def _choice(run: RunDetails) -> Html | None:
@@ -242,7 +250,11 @@ def _choice(run: RunDetails) -> Html | None:
         if isinstance(chosen, dict) and chosen.get("serve") == EXPERT
     ]
     told = note(f"Better served by their own expert, and so in the row “{SERVED}”: {', '.join(own)}.") if own else None
-    return join(table("choice-table", "Mean over training domains on validation, unmasked", heads, body), told)
+    dropped, back = run.choice.get("dropped") or {}, run.choice.get("rollback") or {}
+    worse = note(f"The merge chosen first is worse than their own expert, beyond noise, for: {', '.join(dropped)}.")
+    rolled = note(f"Rolled back from {back.get('from')} to: {back.get('to')}.")
+    scores_table = table("choice-table", "Mean over training domains on validation, unmasked", heads, body)
+    return join(scores_table, told, worse if dropped else None, rolled if back else None)
 
 
 def _exposure(folder: Path) -> Html | None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 
 from fedmerge.client.metrics import MetricSums, Variant
@@ -142,3 +143,20 @@ def check_sums(
                 f"domain {domain}: its {of_variant.variant} products of outcomes exceed {of_variant.num_users}, the "
                 "number of its users; no outcome exceeds 1. Leave it out, or look into its client."
             )
+        if _smallest_scatter(of_variant) < -1e-9:
+            raise ClientError(
+                f"domain {domain}: its {of_variant.variant} products of outcomes leave a difference of two models with "
+                "a negative variance, which no users can have. Leave it out, or look into its client."
+            )
+
+
+def _smallest_scatter(sums: MetricSums) -> float:
+    """The smallest Σ (d - mean d)² of all differences d = x - y of two rows, over max(1, Σ x² + Σ y²).
+
+    From sums and products, as :func:`fedmerge.client.metrics.paired_difference` has it, which refuses the same.
+    """
+    squares = np.diagonal(sums.products, axis1=1, axis2=2)  # (metrics, methods)
+    own = squares[:, :, None] + squares[:, None, :]  # (metrics, methods, methods)
+    totals = sums.sums.T[:, :, None] - sums.sums.T[:, None, :]
+    scatter = own - 2 * sums.products - totals**2 / sums.num_users
+    return float((scatter / np.maximum(1.0, own)).min())
