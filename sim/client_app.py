@@ -28,6 +28,7 @@ from fedmerge.domain.demo import domains_root
 from fedmerge.encoder.backbone import Backbone, load_backbone
 from fedmerge.encoder.lora import fresh_adapter
 from fedmerge.errors import ClientError, FedMergeError
+from fedmerge.privacy.client_policy import ClientPolicy, check_message_size, check_run_is_allowed, read_client_policy
 from fedmerge.privacy.paths import without_paths
 from fedmerge.privacy.policy import check_catalog_is_public, check_enough_users, check_may_leave
 from sim import records
@@ -53,6 +54,8 @@ def _answer(handler: Callable[[Message, Context], RecordDict]) -> Callable[[Mess
         _log_to_stderr()
         try:
             content = handler(message, context)
+            if own := _own_policy(context):
+                check_message_size(own, records.size_bytes(content), _domain_name(context))
         except FedMergeError as error:
             logger.error("%s: %s", type(error).__name__, error)
             told = without_paths(f"{type(error).__name__}: {error}", _own_paths(context))
@@ -161,6 +164,8 @@ def _client(context: Context) -> Client:
     if place is None:
         raise ClientError("this node has no domain; it takes no part")
     folder, role = place
+    if own := _own_policy(context):
+        check_run_is_allowed(own, config.privacy, folder.name)
     wanted, runtime = config.backbone, config.runtime
     backbone = _backbone(wanted.source, wanted.pooling, wanted.weights_sha256, runtime.device, runtime.precision)
     domain = _domain(folder, backbone, config.text)
@@ -189,9 +194,16 @@ def _place(context: Context) -> tuple[Path, str] | None:
     return folder, "train" if folder.name in domains.train else "unseen"
 
 
+def _own_policy(context: Context) -> ClientPolicy | None:
+    """What the organisation allows, by the node's own ``policy-path``; None where it left that to the run."""
+    path = context.node_config.get("policy-path")
+    return None if path is None else read_client_policy(Path(str(path)).expanduser())
+
+
 def _own_paths(context: Context) -> list[str]:
     """The folders of this machine that its messages can name."""
-    paths = [str(context.node_config.get("domain-path", "")), str(Path.cwd()), tempfile.gettempdir()]
+    paths = [str(context.node_config.get(key, "")) for key in ("domain-path", "policy-path")]
+    paths += [str(Path.cwd()), tempfile.gettempdir()]
     with suppress(Exception):  # this is for a reply that tells of an error already
         config = from_flat(context.run_config)
         paths += [config.cache_dir, config.domains.root, config.backbone.source]

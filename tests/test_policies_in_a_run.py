@@ -1,0 +1,64 @@
+"""Privacy policies in whole runs: what a client's own file refuses, and whom the run then names."""
+
+import json
+from pathlib import Path
+
+import pytest
+from flwr.app import Context, Message
+from in_process import Answer, answer_honestly, run_in_process, small_experiment
+
+import sim.federation
+import sim.server_app
+from fedmerge.config import ExperimentConfig
+
+DOMAINS = ("beauty", "books", "coffee", "camping")
+STRICT = "coffee"
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (sim.federation, sim.server_app):
+        monkeypatch.setattr(module, "POLL_SECONDS", 0.01)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Domains, a backbone and the clients' disk: every client trains once for all tests here."""
+    return tmp_path_factory.mktemp("place")
+
+
+def experiment(place: Path, tmp_path: Path, **changes: object) -> ExperimentConfig:
+    return small_experiment(place, **{"output_dir": str(tmp_path), "merge.methods": "average", **changes})
+
+
+def with_own_policy(path: Path, text: str) -> Answer:
+    """One client has a policy file of its own."""
+    path.write_text(text)
+
+    def answer(message: Message, context: Context) -> Message | None:
+        if DOMAINS[int(context.node_config["partition-id"])] == STRICT:
+            context.node_config["policy-path"] = str(path)
+        return answer_honestly(message, context)
+
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("text", "phase", "message"),
+    [
+        ('policies = "adapter"', "gather", "policies = 'adapter', the run has privacy.policy = 'adapter+catalog'"),
+        ("min_users = 21", "gather", "min_users = 21, the run has privacy.min_users = 20"),
+        ("mni_users = 1", "gather", "policy file …/policy.toml: nothing is sent until this is corrected"),
+    ],
+)
+def test_a_client_with_a_stricter_policy_refuses_and_is_named(
+    place: Path, tmp_path: Path, text: str, phase: str, message: str
+) -> None:
+    run_in_process(experiment(place, tmp_path), with_own_policy(tmp_path / "policy.toml", text))
+    clients = json.loads((tmp_path / "run" / "clients.json").read_text())
+    ((name, reason),) = clients["excluded"].items()
+    assert name.startswith(f"{STRICT} (node ")
+    assert message in reason
+    assert str(tmp_path) not in reason
+    assert clients["excluded_in_phase"][name] == phase
+    assert name in (tmp_path / "run" / "report.txt").read_text()
