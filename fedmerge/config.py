@@ -407,9 +407,11 @@ class Server(Section):
 class Privacy(Section):
     """What may leave a client; checked on both sides."""
 
-    policy: Literal["adapter+catalog", "adapter"] = Field(
+    policy: Literal["adapter+catalog", "adapter", "catalog-private", "aggregate-only"] = Field(
         "adapter+catalog",
-        description="adapter+catalog: catalogs are public, as MergeRec has it; adapter: adapter and metric sums only.",
+        description="adapter+catalog: catalogs are public, as MergeRec has it; adapter: adapter and metric sums only; "
+        "catalog-private: the clients learn the coefficients; aggregate-only: sums of adapters only "
+        "([privacy.md](privacy.md)).",
     )
     min_users: int = Field(20, ge=1, description="Metric sums over fewer users than this do not leave a client.")
 
@@ -478,9 +480,15 @@ class ExperimentConfig(Section):
             raise ValueError("resume = true, but run_id is 'none'; set run_id to the name of the run folder")
         rule = self.rounds.rule
         learned = [name for name in (self.merge.methods if rule is None else (rule,)) if name in LEARNED_METHODS]
-        if learned and self.privacy.policy == "adapter" and self.server.catalogs is None:
+        policy = self.privacy.policy
+        if policy == "aggregate-only":
+            raise ValueError(
+                "privacy.policy = 'aggregate-only' shows the server no single adapter, and every method of this "
+                "version needs them; set privacy.policy = 'adapter'"
+            )
+        if learned and policy in ("adapter", "catalog-private") and self.server.catalogs is None:
             catalogs = (
-                "which needs the catalogs, but privacy.policy = 'adapter' keeps them at the clients and "
+                f"which needs the catalogs, but privacy.policy = '{policy}' keeps them at the clients and "
                 "server.catalogs is 'none'; set privacy.policy = 'adapter+catalog' or give server.catalogs a folder"
             )
             if rule is not None:

@@ -20,8 +20,10 @@ from fedmerge.client.metrics import BACKBONE, EXPERT, METRICS
 from fedmerge.config import ExperimentConfig, Split, from_flat
 from fedmerge.device import resolve_compute
 from fedmerge.domain.catalog import Catalog, catalog_from_bytes, load_catalog
+from fedmerge.domain.manifest import read_manifest
 from fedmerge.encoder.backbone import Backbone, load_backbone
 from fedmerge.errors import ClientError
+from fedmerge.privacy.policy import check_catalog_is_public
 from fedmerge.report.run_report import Evaluated, metric_rows, product_rows, run_report
 from fedmerge.report.tables import Role
 from fedmerge.run_dir import (
@@ -253,6 +255,7 @@ def _catalogs(federation: Federation, config: ExperimentConfig, run_dir: Path) -
     catalogs: dict[str, Catalog] = {}
     if config.server.catalogs is not None:
         for domain in domains:
+            check_catalog_is_public(domain, read_manifest(Path(config.server.catalogs) / domain).public_catalog)
             catalogs[domain] = load_catalog(Path(config.server.catalogs) / domain)
     else:
         nodes = {domain: federation.nodes[domain] for domain in domains}

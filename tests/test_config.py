@@ -150,6 +150,7 @@ def test_all_problems_are_said_at_once_with_their_dotted_names() -> None:
         ({"train.max_steps": "none"}, "train: max_epochs, max_steps and max_minutes are all 'none'"),
         ({"domains.train": "a,b", "server.min_train_clients": 3}, "server.min_train_clients = 3, but domains.train"),
         ({"privacy.policy": "adapter"}, "merge.methods holds mergerec, which needs the catalogs"),
+        ({"privacy.policy": "aggregate-only"}, "privacy.policy = 'aggregate-only' shows the server no single adapter"),
         ({"mergerec.pseudo_users": "centroid"}, "mergerec: pseudo_users = 'centroid' needs a number; set num_pseu"),
         ({"mergerec.num_pseudo_users": 9}, "mergerec: pseudo_users = 'one-item' takes every item; use 'subset'"),
         ({"adamerging.granularities": "layer,layer"}, "adamerging: granularities names layer twice"),

@@ -1,6 +1,7 @@
 """Privacy policies in whole runs: what a client's own file refuses, and whom the run then names."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from in_process import Answer, answer_honestly, run_in_process, small_experiment
 import sim.federation
 import sim.server_app
 from fedmerge.config import ExperimentConfig
+from fedmerge.errors import PolicyError
 
 DOMAINS = ("beauty", "books", "coffee", "camping")
 STRICT = "coffee"
@@ -62,3 +64,15 @@ def test_a_client_with_a_stricter_policy_refuses_and_is_named(
     assert str(tmp_path) not in reason
     assert clients["excluded_in_phase"][name] == phase
     assert name in (tmp_path / "run" / "report.txt").read_text()
+
+
+def test_a_catalog_that_is_not_declared_public_is_not_used_before_any_work(place: Path, tmp_path: Path) -> None:
+    small_experiment(place)  # writes the domains
+    shutil.copytree(place / "domains", tmp_path / "catalogs")
+    manifest = tmp_path / "catalogs" / "books" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"public_catalog": true', '"public_catalog": false'))
+    catalogs = {"privacy.policy": "adapter", "server.catalogs": str(tmp_path / "catalogs")}
+    changes = {"merge.methods": "mergerec", **catalogs}
+    with pytest.raises(PolicyError, match=r"domain books: its manifest says public_catalog = false .* catalog-private"):
+        run_in_process(experiment(place, tmp_path, **changes))
+    assert not (tmp_path / "run" / "adapters").exists()

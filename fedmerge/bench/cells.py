@@ -237,9 +237,8 @@ def _domain(folder: Path, backbone: Backbone, text: Text) -> LocalDomain:
 
 
 def _public_catalogs(config: ExperimentConfig, domains: Mapping[str, str]) -> dict[str, Catalog]:
-    if config.server.catalogs is not None:
-        return {domain: load_catalog(Path(config.server.catalogs) / domain) for domain in domains}
-    root = domains_root(config.domains.root, config.cache_dir)
+    given = config.server.catalogs
+    root = domains_root(config.domains.root, config.cache_dir) if given is None else Path(given)
     for domain in domains:
         check_catalog_is_public(domain, read_manifest(root / domain).public_catalog)
     return {domain: load_catalog(root / domain) for domain in domains}

@@ -94,17 +94,16 @@ def needs_backbone(config: ExperimentConfig) -> bool:
     return any(METHODS[method].learned for method in config.merge.methods)
 
 
-def catalogs_of(experts: Experts, root: Path, ask_owner: bool) -> dict[str, Catalog]:
+def catalogs_of(experts: Experts, root: Path) -> dict[str, Catalog]:
     """The catalog of every expert's domain from a folder of domains or catalogs.
 
     Args:
         experts: whose.
         root: holds a folder for each domain.
-        ask_owner: the folders are the owners' own, so that a catalog whose manifest says private is refused.
 
     Raises:
         DomainError: a catalog that is missing, damaged, or not the one that the expert was trained with.
-        PolicyError: a private catalog.
+        PolicyError: a catalog whose manifest says private.
     """
     missing = [domain for domain in experts.adapters if not (root / domain).is_dir()]
     if missing:
@@ -114,8 +113,7 @@ def catalogs_of(experts: Experts, root: Path, ask_owner: bool) -> dict[str, Cata
         )
     catalogs = {}
     for domain in experts.adapters:
-        if ask_owner:
-            check_catalog_is_public(domain, read_manifest(root / domain).public_catalog)
+        check_catalog_is_public(domain, read_manifest(root / domain).public_catalog)
         catalog = load_catalog(root / domain)
         expected = experts.catalog_sha256.get(domain, catalog.sha256)
         if catalog.sha256 != expected:
