@@ -47,6 +47,7 @@ class Question:
     Attributes:
         message_type: of Flower.
         split: what is evaluated on, else empty; for the ledger.
+        quiet: one of many alike, so that no line of the log tells of its answers.
         timeout_seconds: from sending to the answer.
         request: name -> content of the message.
         limit_bytes: name -> the most bytes that its answer may take; checked before anything of it is read.
@@ -57,6 +58,7 @@ class Question:
     request: Callable[[str], RecordDict] = lambda name: RecordDict()
     limit_bytes: Callable[[str], int] = lambda name: 2**16
     split: str = ""
+    quiet: bool = False
 
 
 @dataclass
@@ -198,7 +200,8 @@ def ask(
                 continue
             answered += 1
             now = time.monotonic()
-            if len(nodes) <= FEW_CLIENTS or now - said > LINES_SECONDS or not (waiting or to_ask):
+            due = len(nodes) <= FEW_CLIENTS or now - said > LINES_SECONDS or not (waiting or to_ask)
+            if due and not question.quiet:
                 said = now
                 seconds = now - started
                 logger.info("%s: %d of %d answered (%s, %.0f s)", message_type, answered, len(nodes), name, seconds)

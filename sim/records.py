@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, TypeVar
 
@@ -19,6 +19,8 @@ DESCRIBE = "query.describe"
 CATALOG = "query.catalog"
 TRAIN = "train"
 EVALUATE = "evaluate"
+COHORT = "query.cohort"
+GRADIENT = "query.gradient"
 
 NOT_FRESH = -1  # a round starts from the adapter that is sent
 
@@ -29,6 +31,8 @@ _ADAPTER = "adapter"
 _SCALINGS = "scalings"
 _MODELS = "models"
 _ERROR = "error"
+_COEFFICIENTS = "coefficients"
+_USERS = "users"
 
 ModelRecords = dict[str, ArrayRecord | ConfigRecord]
 
@@ -96,6 +100,23 @@ class RoundRequest:
     num_rounds: int
     trained: Literal["A and B", "B"]
     fresh_seed: int
+
+
+@dataclass(frozen=True)
+class GradientRequest:
+    """Which step of learning through the clients a message is for.
+
+    Attributes:
+        label: of the merge whose coefficients are learned.
+        cohort_sha256: the cohort that the client has received.
+        step: the first step, from 0.
+        num_steps: how many steps the client makes by itself; 0: it returns the gradient.
+    """
+
+    label: str
+    cohort_sha256: str
+    step: int
+    num_steps: int
 
 
 def description_record(description: Description) -> RecordDict:
@@ -166,6 +187,82 @@ def read_round_request(content: RecordDict) -> tuple[RoundRequest, Adapter | Non
     return request, start, base
 
 
+def cohort_record(adapters: Mapping[str, Adapter]) -> RecordDict:
+    """The cohort's adapters, by domain."""
+    return RecordDict({**model_records(adapters)})
+
+
+def read_cohort(content: RecordDict) -> dict[str, Adapter]:
+    """Inverse of :func:`cohort_record`.
+
+    Raises:
+        ClientError, LayoutMismatchError: another form.
+    """
+    return _read_models(content)
+
+
+def pseudo_users_record(number: int) -> RecordDict:
+    """How many pseudo-users a client has made; 0 where it learns on its own users."""
+    return RecordDict({_FACTS: ConfigRecord({"num_pseudo_users": number})})
+
+
+def read_pseudo_users(content: RecordDict) -> int:
+    """Inverse of :func:`pseudo_users_record`.
+
+    Raises:
+        ClientError: another form.
+    """
+    number = _config(content, _FACTS).get("num_pseudo_users")
+    if type(number) is not int or number < 0:
+        raise ClientError(f"its number of pseudo-users is {number!r}, expected a count")
+    return number
+
+
+def gradient_request_record(
+    request: GradientRequest, coefficients: torch.Tensor, students: torch.Tensor, users: Sequence[int]
+) -> RecordDict:
+    """A request for a gradient.
+
+    Args:
+        request: which step.
+        coefficients: (K,) or (K, G), where the gradient is taken.
+        students: likewise, under which the items' vectors are.
+        users: the client's pseudo-users of the step; none where it draws itself.
+    """
+    arrays = {"at": _coefficient_array(coefficients), "students": _coefficient_array(students)}
+    drawn = {_USERS: ConfigRecord({"indices": list(users)})} if users else {}
+    return RecordDict({_FACTS: ConfigRecord(asdict(request)), _COEFFICIENTS: ArrayRecord(arrays), **drawn})
+
+
+def read_gradient_request(
+    content: RecordDict,
+) -> tuple[GradientRequest, torch.Tensor, torch.Tensor, list[int]]:
+    """Inverse of :func:`gradient_request_record`; coefficients have two axes.
+
+    Raises:
+        ClientError, LayoutMismatchError: another form.
+    """
+    at, students = (_read_coefficients(content, name) for name in ("at", "students"))
+    indices: Any = _config(content, _USERS).get("indices") if _USERS in content else []
+    if not isinstance(indices, list) or not all(type(index) is int for index in indices):
+        raise ClientError("the request for a gradient names no pseudo-users; use one fedmerge version everywhere")
+    return _dataclass(GradientRequest, dict(_config(content, _FACTS))), at, students, indices
+
+
+def gradient_record(found: torch.Tensor) -> RecordDict:
+    """What a client answers: the gradient of the coefficients, or their change; (K,) or (K, G) float32."""
+    return RecordDict({_COEFFICIENTS: ArrayRecord({"answer": _coefficient_array(found)})})
+
+
+def read_gradient(content: RecordDict) -> torch.Tensor:
+    """Inverse of :func:`gradient_record`; with two axes.
+
+    Raises:
+        ClientError, LayoutMismatchError: another form.
+    """
+    return _read_coefficients(content, "answer")
+
+
 def model_records(adapters: Mapping[str, Adapter]) -> ModelRecords:
     """Adapters by label, as :func:`evaluation_request_record` takes them: made once, shared by all requests."""
     content: ModelRecords = {_MODELS: ConfigRecord({"labels": list(adapters)})}
@@ -182,11 +279,7 @@ def evaluation_request_record(request: EvaluationRequest, models: ModelRecords) 
 def read_evaluation_request(content: RecordDict) -> tuple[EvaluationRequest, dict[str, Adapter]]:
     """Inverse of :func:`evaluation_request_record`."""
     facts = dict(_config(content, _FACTS))
-    labels = _config(content, _MODELS).get("labels")
-    if not isinstance(labels, list):
-        raise ClientError("the request to evaluate names no models; use one fedmerge version everywhere")
-    adapters = {str(label): _read_adapter(content, str(number)) for number, label in enumerate(labels)}
-    return _dataclass(EvaluationRequest, facts), adapters
+    return _dataclass(EvaluationRequest, facts), _read_models(content)
 
 
 def metric_sums_record(sums: Mapping[Variant, MetricSums]) -> RecordDict:
@@ -295,6 +388,25 @@ def _read_adapter(content: RecordDict, suffix: str) -> Adapter:
         lora_A, lora_B = (_tensor(arrays[f"{name}.{part}"], f"{name}.{part}") for part in ("lora_A", "lora_B"))
         modules[name] = LoraModule(lora_A, lora_B, float(scaling))
     return Adapter(modules)
+
+
+def _read_models(content: RecordDict) -> dict[str, Adapter]:
+    labels = _config(content, _MODELS).get("labels")
+    if not isinstance(labels, list):
+        raise ClientError("the request names no models; use one fedmerge version everywhere")
+    return {str(label): _read_adapter(content, str(number)) for number, label in enumerate(labels)}
+
+
+def _coefficient_array(values: torch.Tensor) -> Array:
+    """(K, G) float32; (K,) travels as (K, 1), and whoever reads it knows which it is."""
+    return Array(values.detach().cpu().float().reshape(len(values), -1).contiguous().numpy())
+
+
+def _read_coefficients(content: RecordDict, name: str) -> torch.Tensor:
+    arrays = content.array_records.get(_COEFFICIENTS)
+    if arrays is None or name not in arrays:
+        raise LayoutMismatchError(f"the message holds no coefficients {name!r} (records: {sorted(content)})")
+    return _tensor(arrays[name], name)
 
 
 def _tensor(array: Array, name: str) -> torch.Tensor:

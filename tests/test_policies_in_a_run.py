@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from flwr.app import Context, Message
 from in_process import Answer, answer_honestly, run_in_process, small_experiment
@@ -73,6 +74,50 @@ def test_a_catalog_that_is_not_declared_public_is_not_used_before_any_work(place
     manifest.write_text(manifest.read_text().replace('"public_catalog": true', '"public_catalog": false'))
     catalogs = {"privacy.policy": "adapter", "server.catalogs": str(tmp_path / "catalogs")}
     changes = {"merge.methods": "mergerec", **catalogs}
-    with pytest.raises(PolicyError, match=r"domain books: its manifest says public_catalog = false .* catalog-private"):
+    with pytest.raises(
+        PolicyError, match=r"domain books: its manifest says public_catalog = false, .*catalog-private"
+    ):
         run_in_process(experiment(place, tmp_path, **changes))
     assert not (tmp_path / "run" / "adapters").exists()
+
+
+LEARNED = {
+    "merge.methods": "average,mergerec,adamerging",
+    "mergerec.steps": 4,
+    "mergerec.batch_size": 8,
+    "mergerec.learning_rate": 0.01,
+    "mergerec.refresh_every": 2,
+    "adamerging.steps": 2,
+}
+LABELS = ("mergerec domain-wise", "mergerec layer-wise", "adamerging domain-wise", "adamerging layer-wise")
+
+
+def coefficients(run: Path, label: str) -> np.ndarray:
+    provenance = json.loads((run / "merged" / label.replace(" ", "-") / "provenance.json").read_text())
+    return np.array([provenance["coefficients"][domain] for domain in sorted(provenance["coefficients"])])
+
+
+@pytest.fixture(scope="module")
+def at_the_server(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run in which the server has the catalogs."""
+    folder = tmp_path_factory.mktemp("server")
+    run_in_process(experiment(place, folder, **LEARNED))
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def exact(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with catalogs that stay at the clients."""
+    folder = tmp_path_factory.mktemp("exact")
+    run_in_process(experiment(place, folder, **LEARNED, **{"privacy.policy": "catalog-private"}))
+    return folder / "run"
+
+
+@pytest.mark.parametrize("label", LABELS)
+def test_learning_through_the_clients_equals_learning_from_catalogs(
+    at_the_server: Path, exact: Path, label: str
+) -> None:
+    through, before = coefficients(exact, label), coefficients(at_the_server, label)
+    start = 0.2 if label.startswith("mergerec") else 0.3
+    assert np.abs(before - start).min() > 1e-3
+    assert np.abs(through - before).max() < 1e-5
