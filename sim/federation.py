@@ -47,6 +47,7 @@ class Question:
     Attributes:
         message_type: of Flower.
         split: what is evaluated on, else empty; for the ledger.
+        noise: what the clients add to their answers, for the ledger; "none" for nothing.
         quiet: one of many alike, so that no line of the log tells of its answers.
         timeout_seconds: from sending to the answer.
         request: name -> content of the message.
@@ -58,6 +59,7 @@ class Question:
     request: Callable[[str], RecordDict] = lambda name: RecordDict()
     limit_bytes: Callable[[str], int] = lambda name: 2**16
     split: str = ""
+    noise: str = "none"
     quiet: bool = False
 
 
@@ -300,5 +302,12 @@ def _record(
     rows = [{"name": "(too much)", "dtype": "", "shape": "", "size_bytes": records.size_bytes(reply.content)}]
     if in_detail:
         rows = list(records.contents(reply.content))
-    entry = {"domain": name, "message": question.message_type, "split": question.split, "late": late, "contents": rows}
+    entry = {
+        "domain": name,
+        "message": question.message_type,
+        "split": question.split,
+        "noise": question.noise,
+        "late": late,
+        "contents": rows,
+    }
     append_line(federation.run_dir / LEDGER, entry)
