@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from in_process import run_in_process, small_experiment
 
-from fedmerge.bench.cells import Cell, domain_of, sums_of_ranks, work
+from fedmerge.bench.cells import Cell, domain_of, joint_folder, sums_of_ranks, work
 from fedmerge.bench.config import load_bench
 from fedmerge.bench.grid import Grid, Place, made_merges, merged_domains, open_folder, run_grid
 from fedmerge.bench.tables import bench_tables
@@ -20,6 +20,7 @@ from fedmerge.config import ExperimentConfig, to_toml
 from fedmerge.encoder.lora import read_adapter
 from fedmerge.errors import ClientError, ConfigError, FedMergeError, PolicyError, RunDirError
 from fedmerge.report.bench_tables import EVERY_FOLD, BenchTables, read_bench_tables, write_bench_tables
+from fedmerge.report.html_report import bench_page
 from fedmerge.run_dir import read_json, write_json
 from fedmerge.server.checkpoints import merge_folder
 
@@ -228,6 +229,45 @@ def test_federations_of_rounds_are_strategies_like_others(
     assert [row["step"] for row in tables.curves if (row["strategy"], row["domain"]) == ("flora", "books")] == [1, 2]
 
 
+def test_joint_training_is_a_row_for_reference_that_says_what_it_is(
+    place: Path, done: tuple[Grid, BenchTables, list[str]]
+) -> None:
+    text = FILE[: FILE.index("[[strategy]]", FILE.index("average"))].replace("[0, 1]", "[1]")
+    text = text.replace("leave_one_out", 'joint = ["shuffled", "balanced"]\nleave_one_out')
+    text += '\n[[strategy]]\nname = "average"\nset = { "merge.methods" = "average" }\n'
+    (place / "joint.toml").write_text(text)
+    grid = grid_in(place, "joint", "joint.toml")
+    for kept in ("training", "clients"):
+        shutil.copytree(done[0].folder / kept, grid.folder / kept)
+    lines: list[str] = []
+    assert run_grid(grid, train, here, lines.append) == []
+    assert sum(line.startswith("joint training") for line in lines) == 1 + 2 * 4  # drawings, folds
+    tables = tables_of(grid)
+    rows = {"joint-shuffled (pooled)", "joint-balanced (pooled)"}
+    for left_out, domain in (("", "books"), ("", "camping"), ("books", "books")):
+        assert rows < set(scores(tables, left_out=left_out, domain=domain))
+    assert rows < {*tables.references}
+    assert not rows & {row["strategy"] for row in tables.ranks}
+    assert rows < {row["strategy"] for row in tables.comparisons}
+    assert {cell["strategy"] for cell in tables.cells if cell["status"] == "done"} == {*rows, "average"}
+    costs = {row["strategy"]: row for row in tables.costs if not row["left_out"]}
+    assert costs["joint-balanced (pooled)"]["bytes_up"] is None
+    assert costs["joint-balanced (pooled)"]["server_seconds"] > 0
+    points = [row for row in tables.curves if row["strategy"] in rows and row["name"] == "ndcg@10"]
+    assert [row["step"] for row in points if not row["left_out"]] == [0, 3, 6, 9, 12] * 2
+    assert [row["step"] for row in points if row["left_out"] == "books"] == [0, 2, 4, 6, 8] * 2  # two domains are left
+
+    place_of_all = Place("main", 1, "")
+    config = grid.experiment(place_of_all, None)
+    adapter = read_adapter(joint_folder(grid.joint(place_of_all, "balanced")))
+    expected = evaluate(domain_of(config, "coffee"), {"it": adapter}, "test", None, 0)["unmasked"]
+    found = scores(tables, left_out="", domain="coffee")["joint-balanced (pooled)"]
+    assert found == pytest.approx(expected.mean("it", "recall@10"), abs=1e-12)
+    page = bench_page(tables).split("<section")
+    assert "break isolation" in next(part for part in page if 'id="d0-scores"' in part)
+    assert sum('class="tag">breaks isolation' in part for part in page) >= 4  # scores, differences, by domain, costs
+
+
 def test_a_cell_that_fails_is_named_and_the_others_go_on(
     place: Path, done: tuple[Grid, BenchTables, list[str]]
 ) -> None:
@@ -315,6 +355,8 @@ def test_a_folder_belongs_to_one_benchmark(place: Path, done: tuple[Grid, BenchT
             r"strategy average: found another \[evaluation\] than its dataset's; .* same domains and users",
         ),
         ('name = "average"', 'name = "popularity"', r"baseline: found|strategy: popularity is there twice"),
+        ("leave_one_out", 'joint = ["both"]\nleave_one_out', r"joint.0: Input should be 'shuffled' or 'balanced'"),
+        ("leave_one_out", 'joint = ["balanced", "balanced"]\nleave_one_out', r"joint: balanced is there twice"),
         ("experiment.toml", "absent.toml", r"absent.toml: cannot be read"),
         ("title =", "title", r"not valid TOML"),
     ],
@@ -331,6 +373,13 @@ def test_two_domains_are_too_few_to_leave_one_out(place: Path) -> None:
         FILE + '\n[[dataset]]\nname = "pair"\nset = { "domains.train" = "beauty,books" }\n'
     )
     with pytest.raises(ConfigError, match=r"dataset pair: leave_one_out = true, but domains\.train names only 2"):
+        load_bench(place / "wrong.toml")
+
+
+def test_one_domain_is_too_few_to_pool(place: Path) -> None:
+    alone = '\n[[dataset]]\nname = "one"\nset = { "domains.train" = "books", "server.min_train_clients" = 1 }\n'
+    (place / "wrong.toml").write_text(FILE.replace("leave_one_out = true", 'joint = ["shuffled"]') + alone)
+    with pytest.raises(ConfigError, match=r"dataset one: found joint, but domains\.train names only one"):
         load_bench(place / "wrong.toml")
 
 
