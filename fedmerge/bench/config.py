@@ -1,6 +1,7 @@
 """A benchmark file: one experiment, and the strategies, seeds and datasets that it is repeated for."""
 
 import tomllib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -47,6 +48,7 @@ class BenchConfig(Table):
         experiment: an experiment file, relative to this one.
         seeds: of training and merging; which users are evaluated depends on the experiment's own seed alone.
         joint: rows of one adapter trained on pooled data, which breaks isolation; see fedmerge.bench.joint.
+        joint_folds: with leave_one_out, train those rows for every fold, too.
         leave_one_out: besides, each training domain in turn is left out of the merge and evaluated as unseen.
         baseline: the row that the others are compared with.
         dataset: where there is more than one.
@@ -57,6 +59,7 @@ class BenchConfig(Table):
     experiment: str = Field(min_length=1)
     seeds: tuple[Annotated[int, Field(ge=0, lt=2**31)], ...] = Field((0, 1, 2), min_length=1)
     joint: tuple[Drawing, ...] = ()
+    joint_folds: bool = True
     leave_one_out: bool = False
     baseline: str
     dataset: tuple[Variation, ...] = Field((Variation(name="main"),), min_length=1)
@@ -116,8 +119,12 @@ class Bench:
         return from_flat({**self.base, **changes, "seed": seed}, where)
 
 
-def load_bench(path: Path) -> Bench:
+def load_bench(path: Path, overrides: Sequence[str] = ()) -> Bench:
     """Read a benchmark file and validate every experiment in it.
+
+    Args:
+        path: TOML file.
+        overrides: ``key=value`` pairs that change the experiment file, as for :func:`fedmerge.config.load_config`.
 
     Raises:
         ConfigError: every problem of the file, or of the first experiment that has one.
@@ -134,7 +141,7 @@ def load_bench(path: Path) -> Bench:
         ) from error
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not valid TOML: {error}.") from error
-    base = with_absolute_paths(load_config(path.parent / config.experiment), Path.cwd())
+    base = with_absolute_paths(load_config(path.parent / config.experiment, overrides), Path.cwd())
     bench = Bench(config, dict(to_flat(base)))
     for dataset in config.dataset:
         for strategy in (None, *(strategy.name for strategy in config.strategy)):

@@ -89,6 +89,7 @@ class Grid:
             "output_dir": str(self.folder / "training"),
             "until": "train",
             "domains": wanted.domains.model_copy(update={"train": domains, "unseen": ()}),
+            "lora": wanted.lora.model_copy(update={"ranks": wanted.lora.ranks_of(domains)}),
             "merge": wanted.merge.model_copy(update={"methods": ("average",)}),
         }
         return wanted.model_copy(update=changes)
@@ -124,6 +125,11 @@ class Grid:
             if config.leave_one_out
         ]
         return whole + folds
+
+    def joint_rows(self, place: Place) -> tuple[Drawing, ...]:
+        """The rows of joint training at a place."""
+        config = self.bench.config
+        return () if place.left_out and not config.joint_folds else config.joint
 
 
 def open_folder(folder: Path, bench: Bench) -> None:
@@ -211,7 +217,7 @@ def joint_cells(grid: Grid, places: Sequence[Place]) -> list[Cell]:
             config.runtime.threads_per_client,
         )
         for place in places
-        for drawing in grid.bench.config.joint
+        for drawing in grid.joint_rows(place)
     ]
 
 
@@ -327,7 +333,7 @@ def _test_rows(grid: Grid, place: Place, domain: str) -> dict[str, Cell]:
         rows["expert"] = _ranking_of(
             grid, place, shared, domain, "test", f"expert of seed {place.seed}", folder, expert
         )
-    for drawing in grid.bench.config.joint:
+    for drawing in grid.joint_rows(place):
         made = grid.joint(place, drawing)
         if record := read_json(made):
             title = joint_row(drawing)

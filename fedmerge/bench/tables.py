@@ -42,7 +42,7 @@ def bench_tables(grid: Grid) -> BenchTables:
     }
     baselines = {row for of_domain in sums.values() for row in of_domain["unmasked"].methods} - {*grid.strategies}
     cells = [(place, strategy) for place in places for strategy in grid.strategies]
-    joint = [(place, drawing) for place in places for drawing in grid.bench.config.joint]
+    joint = [(place, drawing) for place in places for drawing in grid.joint_rows(place)]
     return BenchTables(
         title=grid.bench.config.title,
         synthetic=_synthetic(grid, places),
