@@ -134,6 +134,10 @@ class Lora(Section):
             raise ValueError(f"ranks names {twice} twice; give each domain one rank")
         return self
 
+    def ranks_of(self, domains: Sequence[str]) -> tuple[str, ...]:
+        """The entries of ``ranks`` for some of the domains."""
+        return tuple(text for text in self.ranks if text.partition("=")[0] in domains)
+
     def of(self, domain: str) -> "Lora":
         """The layout of one domain's adapter."""
         ranks = {name: int(rank) for name, _, rank in (text.partition("=") for text in self.ranks)}

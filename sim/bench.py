@@ -30,7 +30,9 @@ from sim.run import run_experiment
 REPORT = "report.html"
 
 
-def run_bench(file: Path, folder: Path, app_dir: Path, address: str | None = None) -> int:
+def run_bench(
+    file: Path, folder: Path, app_dir: Path, address: str | None = None, overrides: Sequence[str] = ()
+) -> int:
     """Run a benchmark, or go on with one, and print what happens as it happens.
 
     Args:
@@ -38,6 +40,7 @@ def run_bench(file: Path, folder: Path, app_dir: Path, address: str | None = Non
         folder: where everything goes; on a cluster a folder that every node sees.
         app_dir: of the Flower app.
         address: of a Ray cluster; None: one of this machine's, started and ended here, or that of RAY_ADDRESS.
+        overrides: of the benchmark's experiment file, as ``key=value``.
 
     Returns:
         0 if every cell is done, else 1; the tables hold what is done.
@@ -46,7 +49,7 @@ def run_bench(file: Path, folder: Path, app_dir: Path, address: str | None = Non
         ConfigError: the benchmark is not valid, or another one than the folder's.
         ClientError: experts could not be trained.
     """
-    bench = load_bench(file)
+    bench = load_bench(file, overrides)
     open_folder(folder, bench)
     grid = Grid(bench, folder.resolve())
     mark = hashlib.sha256(str(grid.folder).encode()).hexdigest()[:32]

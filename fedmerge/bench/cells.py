@@ -9,9 +9,9 @@ import resource
 import shutil
 import time
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from fedmerge.bench.config import Drawing
+from fedmerge.bench.joint import train_jointly
 from fedmerge.client.baselines import baseline_rankers
 from fedmerge.client.evaluate import Ranks, baseline_ranks, model_ranks
 from fedmerge.client.kept import inputs_key
@@ -31,7 +33,7 @@ from fedmerge.domain.demo import domains_root
 from fedmerge.domain.manifest import check_catalog_is_public, read_manifest
 from fedmerge.domain.splits import evaluation_examples
 from fedmerge.encoder.backbone import Backbone, load_backbone
-from fedmerge.encoder.lora import read_adapter
+from fedmerge.encoder.lora import adapter_sha256, read_adapter, write_adapter
 from fedmerge.errors import RunDirError
 from fedmerge.privacy.policy import check_enough_users
 from fedmerge.run_dir import read_json, whole_folder, write_bytes, write_json
@@ -41,6 +43,7 @@ from fedmerge.server.learned import learned_labels
 from fedmerge.server.round_checkpoints import round_records
 
 MERGES = "merges.json"
+JOINT = "joint.json"
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,36 @@ def _take_rounds(result: Path, run: Path, started: float) -> None:
     write_json(result, {"merges": {provenance["label"]: provenance["sha256"]}, "seconds": seconds, "peak_bytes": None})
 
 
+def train_joint(result: Path, config: ExperimentConfig, domains: Sequence[str], drawing: Drawing) -> None:
+    """Joint training, or to go on with one that was ended.
+
+    Args:
+        result: gets the adapter's hash, the report of the training and peak memory; the adapter lies beside it.
+        config: lora, train, text, backbone, runtime and seed count.
+        domains: whose users are pooled.
+        drawing: how they are mixed.
+
+    Raises:
+        FedMergeError: a domain with nobody to train on, or a training that diverges.
+    """
+    _forget_peak()
+    begun = result.with_name("begun.safetensors")
+    opened = {domain: domain_of(config, domain) for domain in domains}
+    lora = config.lora.model_copy(update={"ranks": ()})
+    adapter, training = train_jointly(opened, lora, config.train, config.seed, drawing, begun=begun)
+    with whole_folder(joint_folder(result)) as folder:
+        write_adapter(adapter, folder, config.backbone.source)
+    report = asdict(training)
+    report["validations"][0]["loss"] = None  # nothing was trained on yet; JSON has no NaN
+    write_json(result, {"sha256": adapter_sha256(adapter), "peak_bytes": _peak_bytes(), "training": report})
+    begun.unlink(missing_ok=True)
+
+
+def joint_folder(result: Path) -> Path:
+    """Where a jointly trained adapter lies."""
+    return result.with_name("adapter")
+
+
 def rank_model(result: Path, config: ExperimentConfig, domain: str, split: Split, adapter: Path | None) -> None:
     """Every user's rank of the target under one model.
 
@@ -137,6 +170,7 @@ def rank_baseline(result: Path, config: ExperimentConfig, domain: str, split: Sp
 
 
 WORK: Mapping[str, Callable[..., None]] = {
+    "joint training": train_joint,
     "merging": merge_experts,
     "ranking": rank_model,
     "baseline": rank_baseline,

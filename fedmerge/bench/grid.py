@@ -2,6 +2,7 @@
 
 DIR/benchmark.json                    the benchmark and its experiment, resolved; a later call must have the same
 DIR/training/<experiment>/            run folders that end with the experts
+DIR/joint/<dataset>/<seed>/<fold>/<drawing>/      joint.json, adapter/: trained on pooled data, which breaks isolation
 DIR/merges/<dataset>/<seed>/<fold>/<strategy>/    merges.json, merged/<label>/; choice.json once validation chose
 DIR/clients/<dataset>/<domain>/       ranks of users: stands for the clients' disks
 the tables of fedmerge.report.bench_tables
@@ -15,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fedmerge.bench.cells import MERGES, Cell, ranks_file, sums_of_ranks
-from fedmerge.bench.config import Bench
+from fedmerge.bench.cells import JOINT, MERGES, Cell, joint_folder, ranks_file, sums_of_ranks
+from fedmerge.bench.config import Bench, Drawing, joint_row
 from fedmerge.client.kept import inputs_key
 from fedmerge.client.metrics import MetricSums, Variant
 from fedmerge.config import ExperimentConfig, Split, flatten
@@ -88,6 +89,7 @@ class Grid:
             "output_dir": str(self.folder / "training"),
             "until": "train",
             "domains": wanted.domains.model_copy(update={"train": domains, "unseen": ()}),
+            "lora": wanted.lora.model_copy(update={"ranks": wanted.lora.ranks_of(domains)}),
             "merge": wanted.merge.model_copy(update={"methods": ("average",)}),
         }
         return wanted.model_copy(update=changes)
@@ -98,7 +100,14 @@ class Grid:
 
     def merges(self, place: Place, strategy: str) -> Path:
         """Folder of a strategy's merges."""
-        return self.folder / "merges" / place.dataset / f"seed{place.seed}" / place.fold / strategy
+        return self._at(place, "merges") / strategy
+
+    def joint(self, place: Place, drawing: Drawing) -> Path:
+        """What joint training leaves when it is done."""
+        return self._at(place, "joint") / drawing / JOINT
+
+    def _at(self, place: Place, what: str) -> Path:
+        return self.folder / what / place.dataset / f"seed{place.seed}" / place.fold
 
     @property
     def strategies(self) -> list[str]:
@@ -116,6 +125,11 @@ class Grid:
             if config.leave_one_out
         ]
         return whole + folds
+
+    def joint_rows(self, place: Place) -> tuple[Drawing, ...]:
+        """The rows of joint training at a place."""
+        config = self.bench.config
+        return () if place.left_out and not config.joint_folds else config.joint
 
 
 def open_folder(folder: Path, bench: Bench) -> None:
@@ -175,6 +189,7 @@ def run_grid(grid: Grid, train: Train, execute: Execute, progress: Progress) -> 
                 "clients.json; correct what is said there, delete this folder, and start the benchmark again."
             )
     stages: list[tuple[str, Callable[[], list[Cell]]]] = [
+        ("joint training", lambda: joint_cells(grid, places)),
         ("merging", lambda: merging_cells(grid, places)),
         ("validation", lambda: validation_cells(grid, places)),
         ("test", lambda: test_cells(grid, places)),
@@ -185,6 +200,25 @@ def run_grid(grid: Grid, train: Train, execute: Execute, progress: Progress) -> 
         progress(f"{name}: {len(cells) - len(left)} of {len(cells)} cells are done")
         failed += _do(name, left, execute, progress)
     return failed
+
+
+def joint_cells(grid: Grid, places: Sequence[Place]) -> list[Cell]:
+    """Joint training at each place, without whoever is left out."""
+    return [
+        Cell(
+            "joint training",
+            f"{drawing} ({place})",
+            grid.joint(place, drawing),
+            {
+                "config": (config := grid.experiment(place, None)),
+                "domains": merged_domains(grid, place, None),
+                "drawing": drawing,
+            },
+            config.runtime.threads_per_client,
+        )
+        for place in places
+        for drawing in grid.joint_rows(place)
+    ]
 
 
 def merging_cells(grid: Grid, places: Sequence[Place]) -> list[Cell]:
@@ -239,8 +273,8 @@ def made_merges(grid: Grid, place: Place, strategy: str) -> dict[str, str]:
     return merges
 
 
-def merged_domains(grid: Grid, place: Place, strategy: str) -> list[str]:
-    """Whose experts are merged: they decide among variants."""
+def merged_domains(grid: Grid, place: Place, strategy: str | None) -> list[str]:
+    """Whose experts are merged: they decide among variants. None: whose data are pooled."""
     return [domain for domain in sorted(grid.experiment(place, strategy).domains.train) if domain != place.left_out]
 
 
@@ -299,6 +333,11 @@ def _test_rows(grid: Grid, place: Place, domain: str) -> dict[str, Cell]:
         rows["expert"] = _ranking_of(
             grid, place, shared, domain, "test", f"expert of seed {place.seed}", folder, expert
         )
+    for drawing in grid.joint_rows(place):
+        made = grid.joint(place, drawing)
+        if record := read_json(made):
+            title = joint_row(drawing)
+            rows[title] = _ranking_of(grid, place, shared, domain, "test", title, joint_folder(made), record["sha256"])
     for strategy in grid.strategies:
         label = chosen_variant(grid, place, strategy)
         if label is not None:

@@ -3,7 +3,7 @@
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,12 +84,42 @@ def train_expert(
         DomainError: nobody to train on.
         ClientError: the loss is no longer finite.
     """
-    name = domain.manifest.name
-    sequences = domain.training_sequences
     check_can_train(domain)
-    examples = evaluation_examples(domain.interactions, "valid", settings.validation_users, seed)
+    name = domain.manifest.name
+    drawn = training_batches(domain.training_sequences, settings, seed, name)
+    batches = ((domain, batch, epochs) for batch, epochs in drawn)
+    return fine_tune(name, [domain], batches, lora, settings, seed, progress, begun)
+
+
+def fine_tune(
+    name: str,
+    domains: Sequence[LocalDomain],
+    batches: Iterator[tuple[LocalDomain, Batch, float]],
+    lora: Lora,
+    settings: Train,
+    seed: int,
+    progress: Progress = lambda line: None,
+    begun: Path | None = None,
+) -> tuple[Adapter, TrainingReport]:
+    """Train a fresh adapter on batches; keep the one with the best mean NDCG@10 over the domains' validation users.
+
+    Args:
+        name: of what is trained, for the lines.
+        domains: one, or several that share a backbone.
+        batches: without end: of which domain, users, and the epochs done after them.
+        lora, settings, seed, progress, begun: as for :func:`train_expert`, which says what is returned and raised.
+    """
+    backbone = domains[0].backbone
+    examples = [
+        evaluation_examples(domain.interactions, "valid", settings.validation_users, seed) for domain in domains
+    ]
+
+    def validated() -> float:
+        scores = [_validation_ndcg(domain, of_domain) for domain, of_domain in zip(domains, examples, strict=True)]
+        return float(np.mean(scores))
+
     started = time.monotonic()
-    model = attach(domain.backbone, lora.target_modules, lora.rank, lora.alpha, seed)
+    model = attach(backbone, lora.target_modules, lora.rank, lora.alpha, seed)
     try:
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0)
@@ -102,22 +132,22 @@ def train_expert(
             started -= before.seconds
             progress(f"{name}: goes on after step {step}, where an earlier training was ended")
         else:
-            best, validations = adapter_of(model), [Validation(0, math.nan, _validation_ndcg(domain, examples))]
+            best, validations = adapter_of(model), [Validation(0, math.nan, validated())]
             best_step, step, spent = 0, 0, 0.0
             progress(f"{name}: start, validation ndcg@10 {validations[0].ndcg:.4f}")
-        products = frozen_products(domain.backbone)
-        batches = itertools.islice(training_batches(sequences, settings, seed, name), step, None)
+        products = frozen_products(backbone)
+        left = itertools.islice(batches, step, None)
         while not stopped_by:
-            batch, epochs = next(batches)
+            domain, batch, epochs = next(left)
             rate = settings.learning_rate * min(1.0, (step + 1) / max(1, settings.warmup_steps)) * (1.0 - spent)
             with using(products):
                 loss = training_step(domain, batch, settings, optimizer, rate)
-            check_loss(name, loss, step + 1, settings)
+            check_loss(domain.manifest.name, loss, step + 1, settings)
             step += 1
             losses.append(loss)
             spent, stopped_by = spent_budget(settings, step, epochs, time.monotonic() - started)
             if step % settings.validate_every_steps == 0 or stopped_by:
-                validations.append(Validation(step, float(np.mean(losses)), _validation_ndcg(domain, examples)))
+                validations.append(Validation(step, float(np.mean(losses)), validated()))
                 losses.clear()
                 if validations[-1].ndcg > max(earlier.ndcg for earlier in validations[:-1]):
                     best, best_step = adapter_of(model), step
@@ -133,9 +163,8 @@ def train_expert(
                     keep_begun(begun, BegunTraining(step, spent, seconds, best_step, best, tuple(validations), tensors))
     finally:
         model.unload()
-    return best, TrainingReport(
-        step, best_step, stopped_by, time.monotonic() - started, len(examples), tuple(validations)
-    )
+    num_users = sum(len(of_domain) for of_domain in examples)
+    return best, TrainingReport(step, best_step, stopped_by, time.monotonic() - started, num_users, tuple(validations))
 
 
 def check_can_train(domain: LocalDomain) -> None:
