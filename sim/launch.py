@@ -130,7 +130,7 @@ def run_federation(
             federation["init-args-num-cpus"] = min(num_cpus, num_supernodes * cpus_per_client)
         command = [flwr, "run", str(app_dir.resolve()), "--run-config", str(run_config_file.resolve())]
         command += ["--federation-config", " ".join(f"{key}={json.dumps(value)}" for key, value in federation.items())]
-        with _ending_processes(mark):
+        with ending_processes(mark):
             run_id, variables = _start(command, home, base, mark)
             status, details = _follow(flwr, run_id, variables, mark, is_over, on_line)
         keep = status != COMPLETED
@@ -216,12 +216,12 @@ def _start(command: list[str], home: Path, base: Mapping[str, str], mark: str) -
     """Start a SuperLink and submit the run to it; return the run's id and the variables that lead to this SuperLink."""
     for _ in range(START_ATTEMPTS):
         variables = flower_environment(home, _free_port(), base)
-        answer = _ask(command, variables)
+        answer = ask_flower(command, variables)
         if answer.get("success"):
             if not marked_processes(mark):
                 raise ClientError(f"run {answer['run-id']}: another SuperLink got in first and took it; start again")
             return str(answer["run-id"]), variables
-        reason = _reason(answer)
+        reason = flower_reason(answer)
         if "start local SuperLink" not in reason:
             remedy = "check [tool.flwr.app] of its pyproject.toml, which must declare every key of the run config"
             raise ConfigError(f"{command[2]} with {command[4]}: refused by `flwr run`: {reason}; {remedy}")
@@ -264,12 +264,12 @@ def _follow(
                             on_line(COLOURS.sub("", line.rstrip()))
                 finally:
                     log.kill()
-            answer = _ask([flwr, "ls", "--run-id", run_id], variables) if not lost else {}
+            answer = ask_flower([flwr, "ls", "--run-id", run_id], variables) if not lost else {}
             if lost:
                 break
             if not answer.get("success"):
                 raise ClientError(
-                    f"run {run_id}: its SuperLink is gone ({_reason(answer)}); was it killed, or the memory full?"
+                    f"run {run_id}: its SuperLink is gone ({flower_reason(answer)}); was it killed, or the memory full?"
                 )
             run = answer["runs"][0]
             if run["status"].startswith("finished"):
@@ -306,7 +306,7 @@ def _is_simulation(pid: int) -> bool:
     return False
 
 
-def _ask(command: list[str], variables: dict[str, str]) -> dict[str, Any]:
+def ask_flower(command: list[str], variables: dict[str, str]) -> dict[str, Any]:
     """What a flwr command answers as JSON; it exits with 0 on errors too."""
     done = subprocess.run(
         [*command, "--format", "json"],
@@ -328,7 +328,7 @@ def _ask(command: list[str], variables: dict[str, str]) -> dict[str, Any]:
     return dict(answer)
 
 
-def _reason(answer: dict[str, Any]) -> str:
+def flower_reason(answer: dict[str, Any]) -> str:
     """Why flwr could not do it, in one line, without what it said before: that ends with an empty line."""
     text = str(answer.get("error-message", answer))
     return " ".join((f"\n{text}".partition("\n\n")[2] or text).split())
@@ -345,7 +345,7 @@ def _free_port() -> int:
 
 
 @contextmanager
-def _ending_processes(mark: str) -> Iterator[None]:
+def ending_processes(mark: str) -> Iterator[None]:
     """Whatever happens inside, SIGTERM included, no process with this mark is alive afterwards."""
 
     def leave(number: int, _: FrameType | None) -> None:
