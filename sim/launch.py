@@ -245,25 +245,7 @@ def _follow(
     watcher.start()
     try:
         while not lost:
-            log = subprocess.Popen(
-                [flwr, "log", run_id, "--stream"],
-                env=variables,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                encoding="utf-8",
-                errors="replace",
-                start_new_session=True,
-            )
-            with log:
-                try:
-                    # A stream that broke off starts again from the beginning.
-                    for number, line in enumerate(log.stdout or ()):
-                        if number >= num_seen:
-                            num_seen += 1
-                            on_line(COLOURS.sub("", line.rstrip()))
-                finally:
-                    log.kill()
+            num_seen = pass_on_log([flwr, "log", run_id, "--stream"], variables, num_seen, on_line)
             answer = ask_flower([flwr, "ls", "--run-id", run_id], variables) if not lost else {}
             if lost:
                 break
@@ -279,6 +261,33 @@ def _follow(
     finally:
         finished.set()
         watcher.join()
+
+
+def pass_on_log(command: list[str], variables: dict[str, str], num_seen: int, on_line: Callable[[str], None]) -> int:
+    """Hand on what `flwr log` prints until it ends, but for so many lines: a stream that broke off begins again.
+
+    Returns:
+        How many lines have been seen now.
+    """
+    log = subprocess.Popen(
+        command,
+        env=variables,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        errors="replace",
+        start_new_session=True,
+    )
+    with log:
+        try:
+            for number, line in enumerate(log.stdout or ()):
+                if number >= num_seen:
+                    num_seen += 1
+                    on_line(COLOURS.sub("", line.rstrip()))
+        finally:
+            log.kill()
+    return num_seen
 
 
 def _watch(mark: str, is_over: Callable[[], bool], finished: threading.Event, lost: list[str]) -> None:

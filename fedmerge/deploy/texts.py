@@ -211,8 +211,8 @@ Nothing here is secret, but it must be what the operator made. Compare with them
   your key      {key_sha256}
   app           {app_sha256 or "not known yet"}
 
-Your private key is not here and never was: it stays in the folder that 'fedmerge client init' made (DIR). This folder is
-BUNDLE, wherever you put it. With fedmerge {__version__} installed:
+Your private key is not here and never was: it stays in the folder that 'fedmerge client init' made (DIR). This folder
+is BUNDLE, wherever you put it. With fedmerge {__version__} installed:
 
   1. fedmerge client approve DIR --bundle BUNDLE    the app above, and no other, may be run beside your data
   2. fedmerge client check DIR --bundle BUNDLE      tests data, backbone, disk, network, certificate, clock, key, policy
