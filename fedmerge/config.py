@@ -418,6 +418,12 @@ class Server(Section):
     messages_at_once: int = Field(
         64, ge=1, description="Clients asked at once, others wait their turn; at least as many as can work at once."
     )
+    return_seconds: float = Field(
+        180.0,
+        ge=0,
+        description="How long a client that was lost on the way (process, machine or network) is waited for, in each "
+        "phase, to be asked again; 0: it is excluded at once.",
+    )
     describe_timeout_seconds: float = Field(
         600.0, gt=0, description="For opening the domain and loading the backbone, and for sending the catalog."
     )

@@ -68,7 +68,7 @@ def _answer(handler: Callable[[Message, Context], RecordDict]) -> Callable[[Mess
 
     @wraps(handler)
     def answer(message: Message, context: Context) -> Message:
-        _log_to_stderr()
+        log_to_stderr()
         try:
             content = handler(message, context)
             if own := _own_policy(context):
@@ -316,7 +316,7 @@ def _vectors(kept: Cohort, initialisation: str, backbone: Backbone) -> Vectors:
 
 
 @cache
-def _log_to_stderr() -> None:
+def log_to_stderr() -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s client %(message)s", "%H:%M:%S"))
     library = logging.getLogger("fedmerge")

@@ -3,13 +3,14 @@
 import logging
 import re
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from flwr.app import Message, RecordDict
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from fedmerge.config import ExperimentConfig
@@ -24,6 +25,14 @@ FEW_CLIENTS = 20  # up to so many, every one gets its own line
 LONGEST_REASON = 2000
 LATE_SECONDS = 3600.0  # after its time, an answer is still seen so long
 LEDGER = "exposure.jsonl"
+MOST_LOSSES = 3  # in one phase; a client that is lost more often than this would be lost again
+LOOK_SECONDS = 2.0  # between two looks whether a lost client is back
+
+# What Flower says when nobody is to blame: the node's heartbeats have stopped, or the process that worked was killed.
+LOSSES = {
+    ErrorCode.NODE_UNAVAILABLE: "its machine or network is away",
+    ErrorCode.CLIENT_APP_CRASHED: "its work was killed",
+}
 
 # How Flower words the death of a simulated client's process; what a client itself raises comes as RayTaskError.
 WORKER_DIED = re.compile(r"ray\.exceptions\.(?!RayTaskError)\w+")
@@ -71,6 +80,7 @@ class Federation:
         grid: Flower's connection to the nodes.
         run_dir: where exclusions and the exposure ledger are written as they come.
         messages_at_once: clients asked at once.
+        return_seconds: how long a lost client is waited for.
         phase: what the run is at.
         nodes: domain -> node, of those that take part.
         descriptions: domain -> what its client said it is, of everybody who ever took part.
@@ -81,6 +91,7 @@ class Federation:
     grid: Grid
     run_dir: Path
     messages_at_once: int
+    return_seconds: float = 0.0
     phase: str = "gather"
     nodes: dict[str, int] = field(default_factory=dict)
     descriptions: dict[str, records.Description] = field(default_factory=dict)
@@ -162,8 +173,9 @@ def ask(
 ) -> None:
     """Ask nodes, so many at once, and handle each reply as it comes.
 
-    Who fails, is late, sends too much, or sends what ``on_reply`` raises on, is excluded by name. A reply that comes
-    after its time is recorded in the ledger and dropped.
+    Who fails, is late, sends too much, or sends what ``on_reply`` raises on, is excluded by name. Who is lost on the
+    way is asked again when it is back, within the same time. A reply that comes after its time is recorded in the
+    ledger and dropped.
 
     Args:
         nodes: domain -> node.
@@ -177,16 +189,19 @@ def ask(
     message_type, timeout_seconds = question.message_type, question.timeout_seconds
     to_ask = deque(nodes.items())
     waiting: dict[str, tuple[str, float]] = {}  # message id -> name, when its time is over
+    deadlines: dict[str, float] = {}  # name -> when its time is over, from the first time that it was asked
+    lost = _Lost(federation, message_type)
     started = heartbeat = said = time.monotonic()
     answered = 0
-    while to_ask or waiting:
+    while to_ask or waiting or lost.until:
+        to_ask.extend((name, nodes[name]) for name in lost.returned(nodes))
         while to_ask and len(waiting) < federation.messages_at_once:
             name, node = to_ask.popleft()
             # Longer than the wait for the answer, so that a late one is seen and recorded.
             content = question.request(name)
             message = Message(content, dst_node_id=node, message_type=message_type, ttl=timeout_seconds + LATE_SECONDS)
             if ids := list(federation.grid.push_messages([message])):
-                waiting[ids[0]] = (name, time.monotonic() + timeout_seconds)
+                waiting[ids[0]] = (name, deadlines.setdefault(name, time.monotonic() + timeout_seconds))
             else:
                 federation.exclude(name, f"{message_type}: Flower could not send the message")
         # Flower fails when it is asked for a message that it has forgotten.
@@ -197,8 +212,12 @@ def ask(
                 name, asked, _ = federation.late.pop(message_id)
                 _record_late(federation, name, asked, reply)
                 continue
-            name, _ = waiting.pop(message_id, ("", 0.0))
-            if not name or not _accepted(federation, name, question, reply, on_reply):
+            name, deadline = waiting.pop(message_id, ("", 0.0))
+            if (
+                not name
+                or lost.takes(name, reply, deadline)
+                or not _accepted(federation, name, question, reply, on_reply)
+            ):
                 continue
             answered += 1
             now = time.monotonic()
@@ -221,8 +240,59 @@ def ask(
             heartbeat = now
             names = sorted(name for name, _ in waiting.values())
             logger.info("%s: waiting for %s (%.0f s)", message_type, listed(names), now - started)
-        if waiting:
+        if waiting or lost.until:
             time.sleep(POLL_SECONDS)
+
+
+@dataclass
+class _Lost:
+    """Clients that were lost in one phase through nobody's fault, and are waited for.
+
+    Attributes:
+        federation: who takes part.
+        message_type: what they were asked.
+        until: name -> how long it is waited for.
+        times: name -> how often it was lost.
+        looked: when it was last seen who is there.
+    """
+
+    federation: Federation
+    message_type: str
+    until: dict[str, float] = field(default_factory=dict)
+    times: Counter[str] = field(default_factory=Counter)
+    looked: float = 0.0
+
+    def takes(self, name: str, reply: Message, deadline: float) -> bool:
+        """Whether this reply says that the client was lost, and it is to be waited for."""
+        cause = LOSSES.get(reply.error.code) if reply.has_error() else None
+        now = time.monotonic()
+        if cause is None or self.times[name] >= MOST_LOSSES or self.federation.return_seconds <= 0 or now > deadline:
+            return False
+        self.times[name] += 1
+        self.until[name] = min(now + self.federation.return_seconds, deadline)
+        seconds = self.until[name] - now
+        logger.warning("%s: %s was lost: %s; waiting for it, at most %.0f s", self.message_type, name, cause, seconds)
+        return True
+
+    def returned(self, nodes: Mapping[str, int]) -> list[str]:
+        """Who is back now, to be asked again; who has been away for too long is excluded."""
+        now = time.monotonic()
+        if not self.until or now - self.looked < LOOK_SECONDS:
+            return []
+        self.looked = now
+        there = set(self.federation.grid.get_node_ids())
+        back = sorted(name for name in self.until if nodes[name] in there)
+        for name in back:
+            del self.until[name]
+            logger.info("%s: %s is back and is asked again", self.message_type, name)
+        for name in [name for name, until in self.until.items() if now > until]:
+            del self.until[name]
+            self.federation.exclude(
+                name,
+                f"{self.message_type}: it was lost and did not come back; start its client again, and go on with the "
+                "run: --resume",
+            )
+        return back
 
 
 def listed(names: list[str]) -> str:

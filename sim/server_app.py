@@ -87,7 +87,9 @@ def main(grid: Grid, context: Context) -> None:
         _log_to(folder / "run.log")
         logger.info("run folder: %s%s", folder, ", resumed" if config.resume else "")
         try:
-            _experiment(config, Federation(grid, folder, config.server.messages_at_once), folder)
+            _experiment(
+                config, Federation(grid, folder, config.server.messages_at_once, config.server.return_seconds), folder
+            )
         except Exception:
             logger.exception("the run failed")
             raise
@@ -462,7 +464,9 @@ def _say_who_took_part(federation: Federation, config: ExperimentConfig) -> None
         "taking part: %s",
         listed([*federation.of("train"), *(f"{domain} (unseen)" for domain in federation.of("unseen"))]),
     )
-    if absent:
+    if absent and not any(description.num_nodes for description in federation.descriptions.values()):
+        logger.info("not taking part: %s", listed(absent))
+    elif absent:
         logger.info(
             "not taking part: %s. For all %d domains: fedmerge run CONFIG, or "
             "flwr run . --federation-config 'num-supernodes=%d client-resources-num-cpus=%d'",

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
+from flwr.superlink.grid import InMemoryGrid
 from in_process import Answer, answer_honestly, run_in_process, small_experiment
 
 import sim.federation
@@ -316,6 +317,61 @@ def test_the_death_of_a_simulated_clients_process_ends_the_run_with_the_way_to_g
     assert not json.loads((tmp_path / "run" / "clients.json").read_text())["excluded"]  # it is asked again
     config = experiment(place, tmp_path)
     run_in_process(config.model_copy(update={"resume": True}))
+    assert (tmp_path / "run" / "DONE").exists()
+
+
+def lost(times: int, code: int) -> Answer:
+    """One client is lost so many times while it trains."""
+    left = [times]
+
+    def lose(question: Message, honest: Message) -> Message:
+        left[0] -= 1
+        return honest if left[0] < 0 else Message(Error(code=code, reason="lost"), reply_to=question)
+
+    return bad_client("train", lose)
+
+
+@pytest.mark.parametrize("code", [5, 8], ids=["machine", "process"])
+def test_a_client_that_was_lost_and_comes_back_is_asked_again(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    monkeypatch.setattr(sim.federation, "LOOK_SECONDS", 0.05)
+    run_in_process(experiment(place, tmp_path), lost(sim.federation.MOST_LOSSES, code))
+    assert not json.loads((tmp_path / "run" / "clients.json").read_text())["excluded"]
+    told = (tmp_path / "run" / "run.log").read_text()
+    assert told.count("train: coffee was lost: ") == 3
+    assert told.count("train: coffee is back and is asked again") == 3
+    run_in_process(experiment(place, tmp_path / "whole"))
+    for name in ("metrics.parquet", "choice.json", "report.txt"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / "run" / name).read_bytes()
+
+
+def test_a_client_that_is_lost_again_and_again_or_not_waited_for_is_left_out(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sim.federation, "LOOK_SECONDS", 0.05)
+    run_in_process(experiment(place, tmp_path / "a"), lost(99, 8))
+    run_in_process(experiment(place, tmp_path / "b", **{"server.return_seconds": 0}), lost(1, 8))
+    for name in "ab":
+        excluded = json.loads((tmp_path / name / "run" / "clients.json").read_text())["excluded"]
+        assert excluded == {BAD: "train failed: lost (Flower error 8)"}
+
+
+def test_a_lost_client_that_stays_away_is_left_out_in_time(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sim.federation, "LOOK_SECONDS", 0.05)
+    gone: list[int] = []
+    seen = InMemoryGrid.get_node_ids
+    monkeypatch.setattr(InMemoryGrid, "get_node_ids", lambda grid: [node for node in seen(grid) if node not in gone])
+
+    def leave(question: Message, honest: Message) -> Message:
+        gone.append(question.metadata.dst_node_id)
+        return Message(Error(code=5, reason="lost"), reply_to=question)
+
+    run_in_process(experiment(place, tmp_path, **{"server.return_seconds": 0.3}), bad_client("train", leave))
+    excluded = json.loads((tmp_path / "run" / "clients.json").read_text())["excluded"]
+    assert re.fullmatch(r"train: it was lost and did not come back; start its client again, .*--resume", excluded[BAD])
     assert (tmp_path / "run" / "DONE").exists()
 
 

@@ -16,11 +16,11 @@ FILES = sorted((REPOSITORY / "fedmerge").rglob("*.py"))
 ROWS: tuple[tuple[str, ...], ...] = (
     ("errors", "__init__"),
     ("config", "seeding", "device", "run_dir", "runs"),
-    ("domain", "encoder"),
+    ("domain", "encoder", "deploy"),
     ("client", "merging", "recommend"),
     ("server", "federated", "privacy"),
     ("report",),
-    ("bench",),
+    ("bench", "organisation"),
     ("cli",),
 )
 ROW_OF = {part: number for number, row in enumerate(ROWS) for part in row}
@@ -31,6 +31,7 @@ PRIVATE = {
     "fedmerge.client.local_domain",
 }
 FRAMEWORKS = {"flwr", "ray"}
+USE_FLOWER = {f"fedmerge.cli.{name}" for name in ("run", "runs", "bench", "deploy", "client")}
 
 
 def module_name(path: Path) -> str:
@@ -78,7 +79,7 @@ def test_imports_are_found_wherever_they_stand(tmp_path: Path) -> None:
 def test_the_library_knows_no_flower_and_no_ray(path: Path) -> None:
     tops = {name.split(".")[0] for name in imports_of(path)}
     assert not tops & FRAMEWORKS
-    if module_name(path) not in ("fedmerge.cli.run", "fedmerge.cli.bench"):  # which start Flower and Ray
+    if module_name(path) not in USE_FLOWER:
         assert "sim" not in tops
 
 

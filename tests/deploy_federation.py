@@ -1,0 +1,173 @@
+"""A federation on machines of :mod:`deploy_hosts`: an operator with SuperLink and nginx, organisations with clients."""
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from backbones import tiny_bert
+from deploy_hosts import PROGRAMS, Host, Network, free_port, wait_for
+
+from fedmerge.domain.demo import write_demo
+
+EXPERIMENT = """
+name = "trial"
+
+[domains]
+train = "beauty,books"
+unseen = ""
+
+[text]
+max_attribute_tokens = 24
+max_items = 3
+max_tokens = 96
+
+[lora]
+rank = 2
+alpha = 4
+
+[train]
+learning_rate = 0.03
+batch_size = 32
+max_steps = {steps}
+validate_every_steps = 5
+patience = 99
+
+[merge]
+methods = "average,mergerec"
+
+[mergerec]
+steps = 3
+batch_size = 8
+
+[runtime]
+device = "cpu"
+precision = "float32"
+threads_per_client = 1
+server_threads = 1
+"""
+FEDMERGE = (sys.executable, "-m", "fedmerge.cli")
+
+
+@dataclass
+class Federation:
+    """What stands on the machines.
+
+    Attributes:
+        network: the machines: first the operator's, then one for each organisation.
+        ports: of the clients' own processes, where they share the loopback.
+        domains: domain of each organisation, in the order of their machines.
+    """
+
+    network: Network
+    domains: tuple[str, ...] = ("beauty", "books")
+    ports: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def operator(self) -> Host:
+        """The operator's machine."""
+        return self.network.hosts[0]
+
+    @property
+    def organisations(self) -> dict[str, Host]:
+        """Domain -> machine."""
+        return dict(zip(self.domains, self.network.hosts[1:], strict=True))
+
+    @property
+    def deployment(self) -> Path:
+        """The operator's folder."""
+        return self.network.home(self.operator) / "deployment"
+
+    @property
+    def shared(self) -> Path:
+        """Domains, backbone and experiment file, as if each machine had its own copy."""
+        return self.network.folder
+
+    def prepare(self, steps: int = 10) -> None:
+        """Data, the operator's folder, every organisation's key and bundle."""
+        write_demo(self.shared / "domains", num_domains=8, num_users=80, num_items=40)
+        tiny_bert(self.shared / "backbone")
+        experiment = EXPERIMENT.format(steps=steps) + f'\n[backbone]\nsource = "{self.shared / "backbone"}"\n'
+        (self.shared / "experiment.toml").write_text(experiment)
+        ports = ["--port", str(free_port()), "--superlink-port", str(free_port())]
+        self.fedmerge("deploy", "init", self.deployment, "--host", self.operator.address, *ports)
+        for domain, host in self.organisations.items():
+            self.network.variables(host)  # makes its folder
+            make_key(self.network.home(host) / "key")
+            key = self.network.home(host) / "key.pub"
+            self.fedmerge("deploy", "add-client", self.deployment, domain, "--public-key", key)
+
+    def fedmerge(self, *arguments: str | Path, fails: bool = False) -> str:
+        """A command of the operator; its output."""
+        done = self.network.run(self.operator, *FEDMERGE, *arguments, more=self.operators_variables())
+        assert (done.returncode != 0) == fails, done.stdout
+        return done.stdout
+
+    def operators_variables(self) -> dict[str, str]:
+        """What the operator exports."""
+        return {"FLWR_HOME": str(self.deployment / "flower")}
+
+    def start_operator(self) -> "subprocess.Popen[bytes]":
+        """SuperLink and nginx; returns when clients can connect."""
+        log = self.network.home(self.operator) / "operator.log"
+        before = log.read_text().count("proxy: clients reach") if log.exists() else 0
+        process = self.network.start(
+            self.operator, log.name, *FEDMERGE, "deploy", "start", self.deployment, more=self.operators_variables()
+        )
+        wait_for(f"{log}", lambda: process.poll() is not None or log.read_text().count("proxy: clients") > before)
+        assert process.poll() is None, log.read_text()
+        return process
+
+    def start_client(
+        self, domain: str, *, key: Path | None = None, authority: Path | None = None, log: str = "client.log"
+    ) -> "subprocess.Popen[bytes]":
+        """An organisation's SuperNode."""
+        host = self.organisations[domain]
+        home, bundle = self.network.home(host), self.deployment / "clients" / domain
+        port = 9094 if host.namespace else self.ports.setdefault(domain, free_port())
+        command: list[str | Path] = [PROGRAMS / "flower-supernode", "--superlink", self.address, "--port", str(port)]
+        command += ["--root-certificates", authority or bundle / "ca.crt"]
+        command += ["--node-config", f"domain-path='{self.shared / 'domains' / domain}'"]
+        if key is None:
+            key = home / "key"
+        if key.name != "none":
+            command += ["--auth-supernode-private-key", key]
+        return self.network.start(host, log, *command)
+
+    @property
+    def address(self) -> str:
+        """Where clients connect."""
+        told = (self.deployment / "clients" / self.domains[0] / "federation.toml").read_text()
+        found = re.search(r'address = "([^"]+)"', told)
+        assert found, told
+        return found.group(1)
+
+    def states(self) -> dict[str, str]:
+        """Domain -> what the SuperLink says about its client."""
+        done = self.network.run(self.operator, *FEDMERGE, "deploy", "status", self.deployment, "--json")
+        told: dict[str, Any] = json.loads(done.stdout)
+        return {client["name"]: client["state"] for client in told["clients"]}
+
+    def wait_for_clients(self) -> None:
+        """Until all are online."""
+        wait_for("all clients are online", lambda: set(self.states().values()) == {"online"})
+
+    def settings(self, run_id: str) -> list[str]:
+        """The arguments of `fedmerge run` for one run."""
+        return [str(self.shared / "experiment.toml"), "--set", f"run_id={run_id}"]
+
+    def run_folder(self, run_id: str) -> Path:
+        """Where a run's files are."""
+        return self.deployment / "runs" / run_id
+
+    def log(self, domain: str, name: str = "client.log") -> str:
+        """What an organisation's client said."""
+        return (self.network.home(self.organisations[domain]) / name).read_text()
+
+
+def make_key(path: Path) -> None:
+    """A key pair as `fedmerge client init` makes it."""
+    subprocess.run(["ssh-keygen", "-q", "-t", "ecdsa", "-b", "384", "-N", "", "-f", str(path)], check=True)
