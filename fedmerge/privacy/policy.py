@@ -4,12 +4,19 @@ from typing import Literal
 
 from fedmerge.errors import PolicyError
 
-Policy = Literal["adapter+catalog", "adapter"]
-Kind = Literal["description", "adapter", "catalog", "metric sums"]
+Policy = Literal["adapter+catalog", "adapter", "aggregate-only"]
+Kind = Literal["description", "adapter", "catalog", "metric sums", "masked update"]
 
 ALLOWED: dict[Policy, frozenset[Kind]] = {
     "adapter": frozenset({"description", "adapter", "metric sums"}),
     "adapter+catalog": frozenset({"description", "adapter", "metric sums", "catalog"}),
+    "aggregate-only": frozenset({"description", "masked update", "metric sums"}),
+}
+
+REMEDIES: dict[Kind, str] = {
+    "adapter": "Do without methods that need single adapters, or set privacy.policy = 'adapter'.",
+    "catalog": "Give the server a folder of catalogs (server.catalogs), or set privacy.policy = 'adapter+catalog'.",
+    "masked update": "Set privacy.policy = 'aggregate-only'.",
 }
 
 
@@ -20,8 +27,7 @@ def check_may_leave(policy: Policy, kind: Kind, domain: str) -> None:
         PolicyError: with the remedy.
     """
     if kind not in ALLOWED[policy]:
-        remedy = "Give the server a folder of catalogs (server.catalogs), or set privacy.policy = 'adapter+catalog'."
-        raise PolicyError(f"domain {domain}: the policy {policy!r} keeps the {kind} at the client. {remedy}")
+        raise PolicyError(f"domain {domain}: the policy {policy!r} keeps the {kind} at the client. {REMEDIES[kind]}")
 
 
 def check_catalog_is_public(domain: str, public_catalog: bool) -> None:

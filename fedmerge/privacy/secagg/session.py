@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from fedmerge.config import MIN_SUMMED
 from fedmerge.errors import AggregationError
 
-MIN_SUMMED = 3  # with two, each client reads the other's values off the sum
 LARGEST_SHARE = 0.5  # of one client in the sum of the coefficients
 SESSION_BYTES = 32
 _HALF = 2**30
