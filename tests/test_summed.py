@@ -82,7 +82,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"merge.methods": "ties"},
-        r"holds ties, .*; use one of average, task-arithmetic, knots-task-arithmetic, or set privacy.policy = 'adapter'",
+        r"holds ties, .*; use one of average, task-arithmetic, knots-task-arithmetic, or set privacy\.policy",
     ),
     ({"rounds.rule": "flora"}, "rounds.rule is flora, which lays the factors side by side, which shows every block"),
     ({"rounds.rule": "median"}, r"rounds.rule is median, which needs every single one, .* use one of weighted-average"),
