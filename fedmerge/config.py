@@ -6,6 +6,7 @@ list is a comma-separated string and an absent value is ``"none"``; Python sees 
 
 import difflib
 import json
+import math
 import tomllib
 import types
 import typing
@@ -44,6 +45,14 @@ MergeMethod = Literal[
     "mergerec",
     "adamerging",
 ]
+
+SUMMED_METHODS = (
+    "average",
+    "task-arithmetic",
+    "knots-task-arithmetic",
+)  # multiples of the sum, so a secure sum is enough for them
+SUMMED_RULES = ("weighted-average", "fedit", "ffa-lora", "flexlora", "fedavgm", "fedadam", "fedyogi")
+MIN_SUMMED = 3  # adapters in a secure sum: of two, each client reads the other's off it
 
 LEARNED_METHODS = frozenset({"mergerec", "adamerging"})  # from pseudo-users, so they need the catalogs
 
@@ -441,6 +450,15 @@ class Privacy(Section):
         "([privacy.md](privacy.md)).",
     )
     min_users: int = Field(20, ge=1, description="Metric sums over fewer users than this do not leave a client.")
+    threshold: int | None = Field(
+        None,
+        ge=2,
+        description="aggregate-only: clients that must stay to the end; one fewer learn nothing together. "
+        "'none': the smallest majority.",
+    )
+    value_range: float = Field(
+        8.0, gt=0, le=1e4, description="aggregate-only: largest entry of what is summed; larger ones are refused."
+    )
 
 
 class Runtime(Section):
@@ -529,6 +547,8 @@ class ExperimentConfig(Section):
             if rule is not None:
                 raise ValueError(f"rounds.rule is {rule}, {catalogs}")
             raise ValueError(f"merge.methods holds {learned[0]}, {catalogs}")
+        if self.privacy.policy == "aggregate-only":
+            _check_aggregate_only(self)
         if strange := sorted({text.partition("=")[0] for text in self.lora.ranks} - {*self.domains.train}):
             raise ValueError(f"lora.ranks names {', '.join(strange)}, not among domains.train; correct the name")
         if self.server.min_train_clients > len(self.domains.train):
@@ -569,6 +589,46 @@ class ExperimentConfig(Section):
             )
         if problems:
             raise ValueError("privacy.policy = 'catalog-private': " + "; ".join(problems))
+
+
+def _check_aggregate_only(config: ExperimentConfig) -> None:
+    """Refuse what a server cannot do that sees sums alone.
+
+    Raises:
+        ValueError: what, and the remedy.
+    """
+    hidden = "privacy.policy = 'aggregate-only' shows the server no single adapter"
+    rule, num_domains = config.rounds.rule, len(config.domains.train)
+    if rule is None:
+        if needing := [method for method in config.merge.methods if method not in SUMMED_METHODS]:
+            raise ValueError(
+                f"merge.methods holds {needing[0]}, which needs every single adapter, but {hidden}; use "
+                f"one of {', '.join(SUMMED_METHODS)}, or set privacy.policy = 'adapter'"
+            )
+        if config.until == "train":
+            raise ValueError(f"until = 'train' ends with the experts on the server's disk, but {hidden}; set 'report'")
+    elif rule not in SUMMED_RULES:
+        why = "lays the factors side by side, which shows every block" if rule == "flora" else "needs every single one"
+        raise ValueError(
+            f"rounds.rule is {rule}, which {why}, but {hidden}; use one of {', '.join(SUMMED_RULES)}, or set "
+            "privacy.policy = 'adapter'"
+        )
+    elif rule in ("fedit", "ffa-lora") and config.lora.ranks:
+        raise ValueError(
+            f"lora.ranks differ, but rounds.rule = '{rule}' sums factors of one shape; leave lora.ranks out"
+        )
+    drawn = num_domains if rule is None else math.ceil(config.rounds.fraction * num_domains)
+    if drawn < MIN_SUMMED:
+        raise ValueError(
+            f"privacy.policy = 'aggregate-only' with {drawn} clients in a sum: with fewer than {MIN_SUMMED} one client "
+            "reads another's adapter off the sum; name more domains, or raise rounds.fraction"
+        )
+    threshold = config.privacy.threshold
+    if threshold is not None and not drawn // 2 < threshold <= drawn:
+        raise ValueError(
+            f"privacy.threshold = {threshold} with {drawn} clients in a sum: expected {drawn // 2 + 1} to {drawn}, "
+            "more than half of them and not more than there are; change it, or write 'none'"
+        )
 
 
 def load_config(path: Path | None, overrides: Sequence[str] = ()) -> ExperimentConfig:

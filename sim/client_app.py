@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache, lru_cache, wraps
 from pathlib import Path
+from typing import Any
 
 import torch
 from flwr.app import Context, Message, RecordDict
@@ -22,14 +23,17 @@ from fedmerge.client.experts import expert_by_hash, trained_expert
 from fedmerge.client.local_domain import LocalDomain, open_domain
 from fedmerge.client.metrics import BACKBONE, EXPERT
 from fedmerge.client.rounds import RoundTask, train_round
+from fedmerge.client.summed import keep_values
 from fedmerge.config import ExperimentConfig, Text, from_flat
 from fedmerge.device import resolve_compute
 from fedmerge.domain.catalog import catalog_to_bytes
 from fedmerge.domain.demo import domains_root
 from fedmerge.domain.manifest import check_catalog_is_public
 from fedmerge.encoder.backbone import Backbone, load_backbone
-from fedmerge.encoder.lora import fresh_adapter
-from fedmerge.errors import ClientError, FedMergeError
+from fedmerge.encoder.lora import Adapter, fresh_adapter
+from fedmerge.errors import ClientError, FedMergeError, PolicyError
+from fedmerge.federated.rules import RULES
+from fedmerge.federated.summed import summed_values
 from fedmerge.merging.stack import stack_adapters
 from fedmerge.merging.vectors import Vectors, initial_vectors, on_device
 from fedmerge.privacy.catalog_private import (
@@ -49,6 +53,7 @@ from fedmerge.privacy.policy import check_enough_users, check_may_leave
 from fedmerge.server.collaborative import CollaborativeSettings
 from fedmerge.server.learned import learned_settings
 from sim import records
+from sim.secure_client import answer_advertise, answer_masked, answer_share, answer_unmask, remember_values
 
 app = ClientApp()
 logger = logging.getLogger("fedmerge.client")
@@ -127,18 +132,40 @@ def catalog(message: Message, context: Context) -> RecordDict:
 @app.train()
 @_answer
 def train(message: Message, context: Context) -> RecordDict:
-    """Train the expert, or take it from disk, or train for a round; send the adapter."""
+    """Train the expert, or take it from disk, or train for a round; send the adapter, or keep it for a secure sum."""
     client = _client(context)
-    check_may_leave(client.config.privacy.policy, "adapter", client.domain.manifest.name)
+    policy, name = client.config.privacy.policy, client.domain.manifest.name
+    if policy == "aggregate-only":
+        check_may_leave(policy, "metric sums", name)
+        return _kept_for_sum(client, message, context)
+    check_may_leave(policy, "adapter", name)
+    adapter, report, _ = _trained(client, message)
+    return records.expert_record(adapter, report)
+
+
+def _kept_for_sum(client: Client, message: Message, context: Context) -> RecordDict:
+    """Train, keep what the secure sum will ask for, and send the report alone, without the hash of the adapter."""
+    adapter, report, start = _trained(client, message)
+    rule = client.config.rounds.rule
+    row = RULES["weighted-average" if rule is None else rule]
+    if row.summed is None:
+        raise PolicyError(f"rounds.rule is {rule}, which needs single adapters; the policy keeps them at the client.")
+    values = summed_values(row.summed, adapter, start if row.of == "updates" else None)
+    remember_values(context, keep_values(client.config.cache_dir, client.domain.manifest.name, values))
+    return records.report_record({key: value for key, value in report.items() if key != "sha256"})
+
+
+def _trained(client: Client, message: Message) -> tuple[Adapter, dict[str, Any], Adapter | None]:
+    """The adapter that was asked for, the report of its training, and what it started from in a round."""
     if client.config.rounds.rule is not None:
         return _trained_round(client, message)
     adapter, report = trained_expert(client.domain, client.config, logger.info)
     if report["validation_users"] < client.config.privacy.min_users:
         report = {**report, "validations": []}
-    return records.expert_record(adapter, report)
+    return adapter, report, None
 
 
-def _trained_round(client: Client, message: Message) -> RecordDict:
+def _trained_round(client: Client, message: Message) -> tuple[Adapter, dict[str, Any], Adapter | None]:
     config, domain = client.config, client.domain
     request, start, base = records.read_round_request(message.content)
     lora = config.lora.of(domain.manifest.name)
@@ -149,7 +176,46 @@ def _trained_round(client: Client, message: Message) -> RecordDict:
     told = asdict(report)
     if len(domain.training_sequences) < config.privacy.min_users:
         told["loss"] = None
-    return records.expert_record(adapter, told)
+    return adapter, told, start
+
+
+@app.query("secagg_advertise")
+@_answer
+def secagg_advertise(message: Message, context: Context) -> RecordDict:
+    """Fresh keys for a secure sum."""
+    domain, _ = _in_sum(context)
+    return answer_advertise(domain, message.content, context)
+
+
+@app.query("secagg_share")
+@_answer
+def secagg_share(message: Message, context: Context) -> RecordDict:
+    """Sealed shares of this client's secrets, for every other one."""
+    _in_sum(context)
+    return answer_share(message.content, context)
+
+
+@app.query("secagg_masked")
+@_answer
+def secagg_masked(message: Message, context: Context) -> RecordDict:
+    """What this client trained, masked."""
+    domain, config = _in_sum(context)
+    return answer_masked(domain, config, message.content, context)
+
+
+@app.query("secagg_unmask")
+@_answer
+def secagg_unmask(message: Message, context: Context) -> RecordDict:
+    """Shares of what takes the masks off the sum, and off nothing else."""
+    domain, config = _in_sum(context)
+    return answer_unmask(domain, config, message.content, context)
+
+
+def _in_sum(context: Context) -> tuple[str, ExperimentConfig]:
+    """Domain and configuration of a client that takes part in a secure sum; no backbone is loaded for it."""
+    config, domain = from_flat(context.run_config), _domain_name(context)
+    check_may_leave(config.privacy.policy, "masked update", domain)
+    return domain, config
 
 
 @app.evaluate()
@@ -160,9 +226,10 @@ def evaluate_models(message: Message, context: Context) -> RecordDict:
     config, domain = client.config, client.domain
     check_may_leave(config.privacy.policy, "metric sums", domain.manifest.name)
     request, adapters = records.read_evaluation_request(message.content)
+    sha256 = None if request.expert_sha256 == records.OWN_EXPERT else request.expert_sha256
     models = {
         **({BACKBONE: None} if request.backbone else {}),
-        **({EXPERT: expert_by_hash(domain, config, request.expert_sha256)} if request.expert_sha256 else {}),
+        **({EXPERT: expert_by_hash(domain, config, sha256)} if request.expert_sha256 else {}),
         **adapters,
     }
     limit = config.evaluation.validation_users if request.split == "valid" else config.evaluation.test_users

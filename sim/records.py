@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, TypeVar
@@ -9,6 +10,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, ConfigRecordValues, RecordDict
+from numpy.typing import NDArray
 
 from fedmerge.client.metrics import VARIANTS, MetricSums, Variant, metric_sums_from_dict
 from fedmerge.config import Split
@@ -22,9 +24,11 @@ EVALUATE = "evaluate"
 COHORT = "query.cohort"
 GRADIENT = "query.gradient"
 
+OWN_EXPERT = "own"
 NOT_FRESH = -1  # a round starts from the adapter that is sent
 
 T = TypeVar("T")
+T_Scalar = TypeVar("T_Scalar", bound=np.generic)
 
 _FACTS = "facts"
 _ADAPTER = "adapter"
@@ -75,7 +79,8 @@ class EvaluationRequest:
     Attributes:
         split: ``valid`` or ``test``.
         backbone: the backbone alone, too.
-        expert_sha256: the client's own expert, too, by its hash; empty for none.
+        expert_sha256: the client's own expert, too, by its hash, or as OWN_EXPERT where the server does not know that;
+            empty for none.
         baselines: the sanity baselines, too.
     """
 
@@ -157,13 +162,28 @@ def read_expert(content: RecordDict) -> tuple[Adapter, dict[str, Any]]:
     Raises:
         ClientError, LayoutMismatchError: another form.
     """
+    report = read_report(content)
+    return _read_adapter(content, ""), report
+
+
+def read_report(content: RecordDict) -> dict[str, Any]:
+    """The report of a training, with its adapter or without.
+
+    Raises:
+        ClientError: another form.
+    """
     try:
         report = json.loads(str(_config(content, _FACTS).get("report")))
     except (ValueError, RecursionError) as error:
         raise ClientError("its training report is not JSON; use one fedmerge version everywhere") from error
     if not isinstance(report, dict):
         raise ClientError(f"its training report is a {type(report).__name__}, expected an object")
-    return _read_adapter(content, ""), report
+    return report
+
+
+def report_record(report: Mapping[str, Any]) -> RecordDict:
+    """The report of a training whose adapter stays at the client."""
+    return RecordDict({_FACTS: ConfigRecord({"report": json.dumps(report)})})
 
 
 def round_request_record(request: RoundRequest, start: Adapter | None, base: Adapter | None) -> RecordDict:
@@ -349,7 +369,10 @@ def contents(content: RecordDict) -> Iterator[dict[str, Any]]:
             yield _exposed(f"{key}.{name}", array.dtype, tuple(array.shape), len(array.data))
     for key, values in content.config_records.items():
         for name, value in values.items():
-            size = len(value) if isinstance(value, (bytes, str)) else len(json.dumps(value, default=str))
+            if isinstance(value, list) and all(isinstance(part, (bytes, str)) for part in value):
+                size = sum(len(part) for part in value if isinstance(part, (bytes, str)))
+            else:
+                size = len(value) if isinstance(value, (bytes, str)) else len(json.dumps(value, default=str))
             yield _exposed(f"{key}.{name}", type(value).__name__, (), size)
     for key, metrics in content.metric_records.items():
         for name, metric in metrics.items():
@@ -410,23 +433,45 @@ def _read_coefficients(content: RecordDict, name: str) -> torch.Tensor:
 
 
 def _tensor(array: Array, name: str) -> torch.Tensor:
-    if array.dtype != "float32" or len(array.shape) != 2:
-        raise LayoutMismatchError(f"{name} is {array.dtype} of shape {tuple(array.shape)}, expected a float32 matrix")
+    return torch.from_numpy(array_values(array, name, np.dtype(np.float32), 2))
+
+
+def array_values(array: Array, name: str, dtype: np.dtype[T_Scalar], num_axes: int) -> NDArray[T_Scalar]:
+    """The values of an array that arrived, in memory of their own.
+
+    Args:
+        array: as Flower holds it.
+        name: for the message.
+        dtype: expected.
+        num_axes: expected.
+
+    Raises:
+        LayoutMismatchError: another type or shape than announced or expected.
+    """
+    if array.dtype != str(dtype) or len(array.shape) != num_axes:
+        what = {1: "vector", 2: "matrix"}[num_axes]
+        raise LayoutMismatchError(f"{name} is {array.dtype} of shape {tuple(array.shape)}, expected a {dtype} {what}")
     if array.stype != "numpy.ndarray":
         raise LayoutMismatchError(f"{name} cannot be read: it is serialised as {array.stype!r}, expected numpy.ndarray")
     stream = io.BytesIO(array.data)
     try:  # the header first: nothing is allocated for more than what came
         major, _ = np.lib.format.read_magic(stream)
         read_header = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
-        shape, fortran_order, dtype = read_header(stream)
+        shape, fortran_order, found = read_header(stream)
     except (ValueError, TypeError, OSError, EOFError) as error:
         raise LayoutMismatchError(f"{name} cannot be read ({error})") from error
     values = array.data[stream.tell() :]
-    if shape != tuple(array.shape) or dtype != np.float32 or fortran_order or len(values) != 4 * shape[0] * shape[1]:
+    in_order = not fortran_order or num_axes == 1
+    if (
+        shape != tuple(array.shape)
+        or found != dtype
+        or not in_order
+        or len(values) != dtype.itemsize * math.prod(shape)
+    ):
         raise LayoutMismatchError(
-            f"{name} announces float32 {tuple(array.shape)} but holds {dtype} {shape} in {len(values)} bytes"
+            f"{name} announces {dtype} {tuple(array.shape)} but holds {found} {shape} in {len(values)} bytes"
         )
-    return torch.from_numpy(np.frombuffer(values, dtype=np.float32).reshape(shape).copy())
+    return np.frombuffer(values, dtype=dtype).reshape(shape).copy()
 
 
 def _config(content: RecordDict, key: str) -> ConfigRecord:

@@ -46,6 +46,7 @@ from sim import records
 from sim.catalog_private import learn_through_clients
 from sim.federation import POLL_SECONDS, Federation, Question, ask, listed, remembered_clients, require_quorum
 from sim.rounds import check_rounds, run_rounds
+from sim.secure_sum import secure_candidates
 
 CATALOG_BYTES_PER_ITEM = 4096  # at most, and a mebibyte for a small catalog
 REPORT_BYTES = 2**20
@@ -107,19 +108,22 @@ def _experiment(config: ExperimentConfig, federation: Federation, run_dir: Path)
         _gather(federation, config, backbone)
         catalogs = _catalogs(federation, config, run_dir)
         sources: dict[str, str] = {}
-        if config.rounds.rule is None:
-            sources = _train(federation, config, backbone, catalogs, run_dir)
+        candidates: list[Candidate] = []
+        if config.rounds.rule is not None:
+            members, after_rounds = run_rounds(federation, config, backbone, catalogs, run_dir)
+            candidates = [after_rounds]
+        elif config.privacy.policy == "aggregate-only":
+            sources, candidates = secure_candidates(federation, config, backbone, run_dir)
             members = list(sources)
         else:
-            members, after_rounds = run_rounds(federation, config, backbone, catalogs, run_dir)
+            sources = _train(federation, config, backbone, catalogs, run_dir)
+            members = list(sources)
         if config.until == "train":
             write_text(run_dir / DONE, f"the experts were there after {time.monotonic() - started:.0f} s\n")
             logger.info("the experts are there, run folder: %s", run_dir)
             return
-        if config.rounds.rule is None:
+        if not candidates:
             candidates = _merge(federation, config, backbone, sources, catalogs, run_dir)
-        else:
-            candidates = [after_rounds]
         validation, choice = _choose(federation, config, candidates, sources, run_dir)
         chosen = [candidate for candidate in candidates if candidate.label in choice.best.values()]
         if late := _greet(federation, config, backbone):

@@ -50,16 +50,16 @@ def trained_expert(domain: LocalDomain, config: ExperimentConfig, progress: Prog
     return adapter, {**report, "cached": False}
 
 
-def expert_by_hash(domain: LocalDomain, config: ExperimentConfig, sha256: str) -> Adapter:
-    """The expert that this client shipped before.
+def expert_by_hash(domain: LocalDomain, config: ExperimentConfig, sha256: str | None) -> Adapter:
+    """The expert that this client trained before; by its hash where it was shipped, None where it never was.
 
     Raises:
         ClientError: it is no longer on this client's disk.
     """
     kept = _kept(_folder(domain, config))
-    if kept is None or kept[1]["sha256"] != sha256:
+    if kept is None or sha256 not in (None, kept[1]["sha256"]):
         raise ClientError(
-            f"domain {domain.manifest.name}: its expert {sha256[:12]} is not in {_folder(domain, config)}. "
+            f"domain {domain.manifest.name}: its expert {(sha256 or '')[:12]} is not in {_folder(domain, config)}. "
             "Keep cache_dir between training and evaluation."
         )
     return kept[0]

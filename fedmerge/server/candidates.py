@@ -153,7 +153,7 @@ def merge_candidates(
     for method in config.merge.methods:
         row = METHODS[method]
         if row.coefficients is not None:
-            for label, parameters in _linear_variants(method, config):
+            for label, parameters in linear_variants(method, config):
                 if not made_before(label):
                     add_sum(label, method, method_coefficients(method, layout, **parameters), parameters=parameters)
         elif not row.learned:
@@ -211,7 +211,7 @@ def choose(
     return best, max(best.values(), key=lambda label: scores[label]), scores
 
 
-def _linear_variants(method: str, config: ExperimentConfig) -> Iterator[tuple[str, dict[str, Value]]]:
+def linear_variants(method: str, config: ExperimentConfig) -> Iterator[tuple[str, dict[str, Value]]]:
     """Labels and parameters."""
     if "coefficient" not in METHODS[method].parameters:
         yield method, {}
