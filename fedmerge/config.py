@@ -461,6 +461,64 @@ class Privacy(Section):
     )
 
 
+class Admission(Section):
+    """The gate in front of the merge, explained in [admission.md](admission.md)."""
+
+    action: Literal["flag", "exclude"] | None = Field(
+        "flag", description="What happens to an expert that fails a check; 'none': nothing is checked."
+    )
+    probe_items: int | None = Field(
+        None,
+        ge=20,
+        description="Items of its own catalog that an expert must still tell apart and find by title; the server then "
+        "asks for catalogs. 'none': no probe.",
+    )
+    leave_one_out: bool = Field(
+        False,
+        description="Average without each domain in turn, evaluated on the validation users of the others. Takes "
+        "domains² evaluations.",
+    )
+    rollback: bool = Field(
+        False,
+        description="Where the served merge drops a domain below its own expert: serve the best merge without the "
+        "domains that failed a check, else those domains their own experts.",
+    )
+
+    @model_validator(mode="after")
+    def _of_a_gate(self) -> "Admission":
+        asked = [key for key in ("probe_items", "leave_one_out", "rollback") if getattr(self, key)]
+        if self.action is None and asked:
+            raise ValueError(f"action is 'none', but {', '.join(asked)} is set; set action = 'flag', or leave it out")
+        return self
+
+
+class Attack(Section):
+    """A benchmark's client that poisons its own training on purpose, explained in [admission.md](admission.md)."""
+
+    domain: str | None = Field(None, description="The training domain that does so; 'none': nobody.")
+    kind: Literal["flipped-labels", "promoted-items", "scaled-update"] = Field(
+        "flipped-labels",
+        description="Targets i become N - 1 - i; or one of a few items; or the expert is trained well and multiplied.",
+    )
+    strength: float = Field(
+        1.0,
+        gt=0,
+        le=1000,
+        description="Share of the targets that are poisoned, or the factor on the update.",
+    )
+    on_real_data: bool = Field(False, description="Allow it on data that are not synthetic.")
+
+    @model_validator(mode="after")
+    def _possible(self) -> "Attack":
+        most = {"flipped-labels": 1.0, "promoted-items": 0.95}.get(self.kind, 1000.0)
+        if self.domain is not None and self.strength > most:
+            raise ValueError(
+                f"strength = {self.strength:g}: for {self.kind} it is a share of the targets, at most {most:g}"
+                + ("; with all of them promoted no other item is left to rank below" if most == 0.95 else "")
+            )
+        return self
+
+
 class Runtime(Section):
     """Compute on each side."""
 
@@ -518,6 +576,8 @@ class ExperimentConfig(Section):
     sasrec: SASRec = SASRec()
     server: Server = Server()
     privacy: Privacy = Privacy()
+    admission: Admission = Admission()
+    attack: Attack = Attack()
     runtime: Runtime = Runtime()
 
     @model_validator(mode="after")
@@ -549,6 +609,9 @@ class ExperimentConfig(Section):
             raise ValueError(f"merge.methods holds {learned[0]}, {catalogs}")
         if self.privacy.policy == "aggregate-only":
             _check_aggregate_only(self)
+        _check_admission(self)
+        if problem := too_few_for_krum(self.rounds, len(self.domains.train)):
+            raise ValueError(problem)
         if strange := sorted({text.partition("=")[0] for text in self.lora.ranks} - {*self.domains.train}):
             raise ValueError(f"lora.ranks names {', '.join(strange)}, not among domains.train; correct the name")
         if self.server.min_train_clients > len(self.domains.train):
@@ -629,6 +692,43 @@ def _check_aggregate_only(config: ExperimentConfig) -> None:
             f"privacy.threshold = {threshold} with {drawn} clients in a sum: expected {drawn // 2 + 1} to {drawn}, "
             "more than half of them and not more than there are; change it, or write 'none'"
         )
+
+
+def _check_admission(config: ExperimentConfig) -> None:
+    admission, attack = config.admission, config.attack
+    if admission.probe_items and config.privacy.policy != "adapter+catalog" and config.server.catalogs is None:
+        raise ValueError(
+            f"admission.probe_items needs the catalogs, but privacy.policy = '{config.privacy.policy}' keeps them at the "
+            "clients and server.catalogs is 'none'; leave the probe out or give server.catalogs a folder"
+        )
+    asked = [key for key in ("probe_items", "leave_one_out", "rollback") if getattr(admission, key)]
+    if config.privacy.policy == "aggregate-only" and (asked or admission.action == "exclude"):
+        keys = ", ".join(f"admission.{key}" for key in asked or ["action"])
+        raise ValueError(
+            f"{keys}: the gate looks at single adapters, which privacy.policy = 'aggregate-only' hides from the server; "
+            "leave it out, or set privacy.policy = 'adapter'"
+        )
+    if config.rounds.rule is not None and (asked or admission.action == "exclude"):
+        keys = ", ".join(f"admission.{key}" for key in asked or ["action"])
+        raise ValueError(
+            f"{keys}: the gate stands in front of one merge of experts, but rounds.rule is {config.rounds.rule}; leave "
+            "it out, or choose a robust rule (median, trimmed-mean, krum, multi-krum)"
+        )
+    if attack.domain is not None and attack.domain not in config.domains.train:
+        raise ValueError(f"attack.domain = {attack.domain!r} is not among domains.train; only who trains can poison")
+
+
+def too_few_for_krum(rounds: Rounds, num_domains: int) -> str:
+    """What is wrong where Krum or Multi-Krum has fewer than 2f + 3 clients in a round; empty if nothing is."""
+    clients = max(1, math.ceil(rounds.fraction * num_domains))
+    given = dict(text.split("=", 1) for text in rounds.parameters).get("num_malicious", "1")
+    if rounds.rule not in ("krum", "multi-krum") or not given.isdecimal() or clients >= 2 * int(given) + 3:
+        return ""
+    return (
+        f"rounds.rule is {rounds.rule} with num_malicious = {given}, and {clients} clients take part in a round; its "
+        f"proof needs at least 2 · num_malicious + 3 = {2 * int(given) + 3}. Name more domains, or lower num_malicious "
+        "in rounds.parameters"
+    )
 
 
 def load_config(path: Path | None, overrides: Sequence[str] = ()) -> ExperimentConfig:

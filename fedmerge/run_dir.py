@@ -3,7 +3,9 @@
 config.toml, environment.json      what was run, and on what
 clients.json                       who takes part, who was excluded in which phase and why
 adapters/<domain>/                 each expert, a PEFT folder, with training.json; written as it arrives
-experts.json                       which experts are merged, by hash; ends the training
+experts.json                       which experts there are to be merged, by hash; ends the training
+admission/<domain>.json            metric sums of the merges without each domain, where the gate asks for them
+admission.json                     what the gate found of each expert, and who is not merged; final
 merged/<label>/                    each merge, a PEFT folder, with provenance.json
 validation/<domain>.json           metric sums of each domain; written as they arrive
 choice.json                        what validation chose; written before test is read, and final

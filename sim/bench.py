@@ -25,7 +25,7 @@ from fedmerge.report.bench_tables import read_bench_tables, write_bench_tables
 from fedmerge.report.html_report import bench_page
 from fedmerge.run_dir import CONFIG_FILE, locked, write_text
 from sim.launch import MARK, SOCKET_FOLDER_LENGTH, end_processes
-from sim.run import run_experiment
+from sim.run import check_attack, run_experiment
 
 REPORT = "report.html"
 
@@ -52,6 +52,8 @@ def run_bench(
     bench = load_bench(file, overrides)
     open_folder(folder, bench)
     grid = Grid(bench, folder.resolve())
+    for dataset in bench.config.dataset:
+        check_attack(bench.experiment(dataset.name, None, bench.config.seeds[0]))
     mark = hashlib.sha256(str(grid.folder).encode()).hexdigest()[:32]
     with locked(grid.folder):
         end_processes(mark)  # of a call that was killed

@@ -16,6 +16,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedmerge import __version__
+from fedmerge.client.attack import sent, training_inputs
 from fedmerge.client.baselines import baseline_rankers
 from fedmerge.client.collaborative import ClientMergeSettings, coefficient_gradient
 from fedmerge.client.evaluate import evaluate
@@ -172,7 +173,9 @@ def _trained_round(client: Client, message: Message) -> tuple[Adapter, dict[str,
     if start is None:
         start = fresh_adapter(domain.backbone, lora, request.fresh_seed)
     task = RoundTask(request.number, request.num_rounds, start, base, request.trained, config.rounds.proximal)
-    adapter, report = train_round(domain, lora, config.train, config.seed, task, logger.info)
+    trained_on, settings = training_inputs(domain, config)
+    adapter, report = train_round(trained_on, lora, settings, config.seed, task, logger.info)
+    adapter = sent(adapter, domain.manifest.name, config)
     told = asdict(report)
     if len(domain.training_sequences) < config.privacy.min_users:
         told["loss"] = None

@@ -14,7 +14,7 @@ from fedmerge.domain.catalog import Catalog
 from fedmerge.encoder.backbone import Backbone
 from fedmerge.encoder.lora import Adapter, adapter_sha256, applied, fresh_adapter
 from fedmerge.federated.rounds import GlobalState, aggregate, aggregate_mean, fresh_seed, initial_state
-from fedmerge.federated.rules import MergeFunction, rule_named, rule_of, rule_parameters
+from fedmerge.federated.rules import MergeFunction, parsed_parameters, rule_named, rule_of, rule_parameters
 from fedmerge.federated.summed import num_summed
 from fedmerge.merging.methods import Value
 from fedmerge.seeding import generator
@@ -87,11 +87,6 @@ def run_rounds(
     candidate = _candidate(config, backbone, state, members, run_dir)
     keep_merge(run_dir, candidate, backbone.name)
     return members, candidate
-
-
-def parsed_parameters(texts: tuple[str, ...]) -> dict[str, Value]:
-    """``num_malicious=1`` as a number, ``continuation=frozen`` as text, ``none`` as None."""
-    return {key: _value(text) for key, _, text in (each.partition("=") for each in texts)}
 
 
 def check_rounds(config: ExperimentConfig) -> None:
@@ -254,14 +249,3 @@ def _candidate(
         "rounds": [record["aggregation"] for record in round_records(run_dir)],
     }
     return Candidate(label, rule, state.adapter, provenance)
-
-
-def _value(text: str) -> Value:
-    if text.lower() in ("true", "false", "none"):
-        return {"true": True, "false": False, "none": None}[text.lower()]
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text

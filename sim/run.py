@@ -8,6 +8,7 @@ from pathlib import Path
 from fedmerge.config import DEMO_ROOT, ExperimentConfig, to_toml
 from fedmerge.domain.demo import DEMO_DOMAINS
 from fedmerge.domain.folder import list_domains
+from fedmerge.domain.manifest import read_manifest
 from fedmerge.errors import ClientError, ConfigError, RunDirError
 from fedmerge.run_dir import CONFIG_FILE, DONE, check_same_config, is_locked, locked, new_run_id
 from sim.launch import run_federation
@@ -44,6 +45,7 @@ def run_experiment(config: ExperimentConfig, app_dir: Path, mark: str | None = N
             f"fedmerge run --resume {run_dir}"
         )
     _check_domains(config)
+    check_attack(config)
     _check_rounds(config)
     with tempfile.TemporaryDirectory(prefix="fedmerge-config-") as folder:
         resolved = Path(folder) / "experiment.toml"
@@ -90,6 +92,19 @@ def _server_ended(run_dir: Path) -> Callable[[], bool]:
 def _say_how_to_go_on(run_dir: Path) -> None:
     if (run_dir / CONFIG_FILE).is_file():
         print(f"fedmerge: what there is lies in {run_dir}; to go on: fedmerge run --resume {run_dir}", file=sys.stderr)
+
+
+def check_attack(config: ExperimentConfig) -> None:
+    """Refuse to poison a training on data of this machine that are not synthetic.
+
+    Raises:
+        PolicyError: whose.
+    """
+    domain, root = config.attack.domain, config.domains.root
+    if domain is not None and root != DEMO_ROOT:
+        from fedmerge.client.attack import check_may_attack  # noqa: PLC0415  # imports torch; others need not wait
+
+        check_may_attack(read_manifest(Path(root) / domain), config.attack)
 
 
 def _check_rounds(config: ExperimentConfig) -> None:

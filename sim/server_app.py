@@ -6,8 +6,8 @@ a run that was ended at any point goes on from there.
 
 import logging
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,14 @@ from flwr.app import Context, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 from fedmerge import __version__
-from fedmerge.client.metrics import BACKBONE, EXPERT, METRICS
+from fedmerge.client.metrics import EXPERT
 from fedmerge.config import ExperimentConfig, Split, from_flat
 from fedmerge.device import resolve_compute
 from fedmerge.domain.catalog import Catalog, catalog_from_bytes, load_catalog
 from fedmerge.domain.manifest import check_catalog_is_public, read_manifest
 from fedmerge.encoder.backbone import Backbone, load_backbone
 from fedmerge.errors import ClientError
-from fedmerge.report.run_report import Evaluated, metric_rows, product_rows, run_report
+from fedmerge.report.run_report import Evaluated, attack_note, metric_rows, product_rows, run_report
 from fedmerge.report.tables import Role
 from fedmerge.run_dir import (
     DONE,
@@ -38,13 +38,17 @@ from fedmerge.run_dir import (
     write_text,
 )
 from fedmerge.server import checkpoints
-from fedmerge.server.admission import adapter_bytes, check_adapter, check_sums, expected_layout, sums_bytes
+from fedmerge.server.admission import adapter_bytes, check_adapter, expected_layout
 from fedmerge.server.candidates import Candidate, choose, merge_candidates
 from fedmerge.server.fallback import choose_per_domain
+from fedmerge.server.gate import probes
 from fedmerge.server.learned import labels_from_catalogs
+from fedmerge.server.rollback import FALLBACK, dropped_domains, roll_back
 from sim import records
 from sim.catalog_private import learn_through_clients
+from sim.evaluations import evaluate_models
 from sim.federation import POLL_SECONDS, Federation, Question, ask, listed, remembered_clients, require_quorum
+from sim.gate import pass_gate
 from sim.rounds import check_rounds, run_rounds
 from sim.secure_sum import secure_candidates
 
@@ -64,12 +68,34 @@ class Choice:
         served: label of the best of all.
         domains: whose validation decided.
         per_domain: domain -> whether it is served the merge or its own expert, with both scores.
+        dropped: domains that the merge chosen first ranks worse than their own expert, see
+            :func:`fedmerge.server.rollback.dropped_domains`.
+        rollback: what was served in its place, see :func:`fedmerge.server.rollback.roll_back`.
     """
 
     best: Mapping[str, str]
     served: str
     domains: list[str]
     per_domain: Mapping[str, Mapping[str, Any]]
+    dropped: Mapping[str, Mapping[str, float]]
+    rollback: Mapping[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Made:
+    """The merges that validation chooses from.
+
+    Attributes:
+        members: domains that are in them.
+        sources: domain -> hash of its expert; empty after rounds, which leave none.
+        candidates: the merges.
+        failed: domain -> why the gate would not have its expert.
+    """
+
+    members: list[str]
+    sources: Mapping[str, str]
+    candidates: list[Candidate]
+    failed: Mapping[str, str]
 
 
 @app.main()
@@ -100,6 +126,8 @@ def _experiment(config: ExperimentConfig, federation: Federation, run_dir: Path)
     torch.set_num_threads(config.runtime.server_threads)
     started = time.monotonic()
     check_rounds(config)
+    if config.attack.domain is not None:
+        logger.warning("%s", attack_note(config.attack))
     _say_what_changed(run_dir)
     compute = resolve_compute(config.runtime.device, config.runtime.precision)
     backbone = load_backbone(config.backbone.source, config.backbone.pooling, compute, config.backbone.weights_sha256)
@@ -107,33 +135,24 @@ def _experiment(config: ExperimentConfig, federation: Federation, run_dir: Path)
         _remember(federation, run_dir)
         _gather(federation, config, backbone)
         catalogs = _catalogs(federation, config, run_dir)
-        sources: dict[str, str] = {}
-        candidates: list[Candidate] = []
-        if config.rounds.rule is not None:
-            members, after_rounds = run_rounds(federation, config, backbone, catalogs, run_dir)
-            candidates = [after_rounds]
-        elif config.privacy.policy == "aggregate-only":
-            sources, candidates = secure_candidates(federation, config, backbone, run_dir)
-            members = list(sources)
-        else:
-            sources = _train(federation, config, backbone, catalogs, run_dir)
-            members = list(sources)
+        made = _candidates(federation, config, backbone, catalogs, run_dir)
         if config.until == "train":
             write_text(run_dir / DONE, f"the experts were there after {time.monotonic() - started:.0f} s\n")
             logger.info("the experts are there, run folder: %s", run_dir)
             return
-        if not candidates:
-            candidates = _merge(federation, config, backbone, sources, catalogs, run_dir)
-        validation, choice = _choose(federation, config, candidates, sources, run_dir)
-        chosen = [candidate for candidate in candidates if candidate.label in choice.best.values()]
+        validation, choice = _choose(federation, config, made, run_dir)
+        chosen = [candidate for candidate in made.candidates if candidate.label in choice.best.values()]
         if late := _greet(federation, config, backbone):
             logger.info("came late and are tested as unseen: %s", listed(late))
-        test = _evaluate(federation, config, "test", sorted(federation.nodes), chosen, sources, run_dir)
-        require_quorum(federation, config, [domain for domain in test if domain in members])
+        adapters = {candidate.label: candidate.adapter for candidate in chosen}
+        test = evaluate_models(federation, config, "test", sorted(federation.nodes), adapters, made.sources, run_dir)
+        require_quorum(federation, config, [domain for domain in test if domain in made.members])
     finally:
         federation.write_clients()
         federation.write_ledger()
-    roles: dict[str, Role] = {domain: "train" if domain in members else "unseen" for domain in [*validation, *test]}
+    roles: dict[str, Role] = {
+        domain: "train" if domain in made.members else "unseen" for domain in [*validation, *test]
+    }
     splits: dict[Split, dict[str, checkpoints.Sums]] = {"valid": validation, "test": test}
     write_table(run_dir / "metrics.parquet", metric_rows(splits, roles))
     write_table(run_dir / "products.parquet", product_rows(splits))
@@ -145,10 +164,14 @@ def _experiment(config: ExperimentConfig, federation: Federation, run_dir: Path)
             served=choice.served,
             per_domain=choice.per_domain,
             excluded={name: exclusion.reason for name, exclusion in federation.excluded.items()},
-            merged_domains=list(members),
+            merged_domains=made.members,
             synthetic=any(federation.descriptions[domain].synthetic for domain in test),
+            attack=attack_note(config.attack),
+            flagged={domain: reason for domain, reason in made.failed.items() if domain in made.members},
+            dropped=choice.dropped,
+            rollback=choice.rollback,
         ),
-        fallback=config.evaluation.fallback,
+        fallback=config.evaluation.fallback or (choice.rollback is not None and choice.rollback["to"] == FALLBACK),
     )
     write_text(run_dir / "report.txt", report)
     write_text(run_dir / DONE, f"finished after {time.monotonic() - started:.0f} s\n")
@@ -158,10 +181,35 @@ def _experiment(config: ExperimentConfig, federation: Federation, run_dir: Path)
     logger.info("done in %.0f s, run folder: %s", time.monotonic() - started, run_dir)
 
 
+def _candidates(
+    federation: Federation,
+    config: ExperimentConfig,
+    backbone: Backbone,
+    catalogs: Mapping[str, Catalog],
+    run_dir: Path,
+) -> Made:
+    """Train and merge: over rounds, in secure sums, or once from the experts; no merges where the run ends before."""
+    if config.rounds.rule is not None:
+        members, after_rounds = run_rounds(federation, config, backbone, catalogs, run_dir)
+        return Made(list(members), {}, [after_rounds], {})
+    if config.privacy.policy == "aggregate-only":
+        sources, sums = secure_candidates(federation, config, backbone, run_dir)
+        return Made(list(sources), sources, sums, {})
+    sources = _train(federation, config, backbone, catalogs, run_dir)
+    if config.until == "train":
+        return Made(list(sources), sources, [], {})
+    sources, failed = pass_gate(federation, config, backbone, catalogs, sources, run_dir)
+    candidates = _merge(federation, config, backbone, sources, catalogs, run_dir)
+    if config.admission.rollback and failed and failed.keys() < sources.keys():
+        candidates += _merge(federation, config, backbone, sources, catalogs, run_dir, without=sorted(failed))
+    return Made(list(sources), sources, candidates, failed)
+
+
 def _remember(federation: Federation, run_dir: Path) -> None:
     """Who was excluded in a phase that has ended stays so; who failed in one that goes on is asked again."""
     federation.descriptions, excluded = remembered_clients(run_dir)
     ended = {"catalogs", "train"} if checkpoints.ended_training(run_dir) else set()
+    ended |= {"admission"} if read_json(run_dir / checkpoints.ADMISSION) else set()
     ended |= {"validation"} if read_json(run_dir / "choice.json") else set()
     federation.excluded = {name: exclusion for name, exclusion in excluded.items() if exclusion.phase in ended}
 
@@ -257,14 +305,18 @@ def _misfit(
 def _catalogs(federation: Federation, config: ExperimentConfig, run_dir: Path) -> dict[str, Catalog]:
     """The catalogs of the training domains, from the server's folder or from the clients, checked by hash.
 
-    None is needed without a learned merge, or when all learned merges are on disk.
+    None is needed without a learned merge and without a probe, or when all that needs them is on disk.
     """
     labels = labels_from_catalogs(config)
-    if not labels:
+    if not labels and not probes(config):
         return {}
     sources = checkpoints.ended_training(run_dir)
-    if sources is not None and labels <= checkpoints.kept_merges(run_dir, sources).keys():
-        return {}
+    probed = not probes(config) or read_json(run_dir / checkpoints.ADMISSION) is not None
+    if sources is not None and probed:
+        away = checkpoints.turned_away(run_dir)
+        merged = {domain: sha256 for domain, sha256 in sources.items() if domain not in away}
+        if labels <= checkpoints.kept_merges(run_dir, merged).keys():
+            return {}
     federation.phase = "catalogs"
     domains = [domain for domain in federation.of("train") if sources is None or domain in sources]
     catalogs: dict[str, Catalog] = {}
@@ -312,7 +364,7 @@ def _train(
     layouts = {domain: by_rank[config.lora.of(domain).rank] for domain in config.domains.train}
     ended = checkpoints.ended_training(run_dir)
     may_join = {*config.domains.train} - {*federation.excluded}
-    if labels_from_catalogs(config):
+    if labels_from_catalogs(config) or probes(config):
         may_join &= {*catalogs}  # without its catalog a domain cannot be merged
     wanted = sorted(may_join if ended is None else ended)
     sources = {domain: sha256 for domain in wanted if (sha256 := checkpoints.kept_expert(run_dir, domain))}
@@ -367,46 +419,74 @@ def _merge(
     sources: Mapping[str, str],
     catalogs: Mapping[str, Catalog],
     run_dir: Path,
+    without: Sequence[str] = (),
 ) -> list[Candidate]:
-    """Every merge, each written as it is made; those on disk are not made again."""
+    """Every merge, each written as it is made; those on disk are not made again. Who is left out is in the labels."""
+    suffix = f" without {' '.join(without)}" if without else ""
+    sources = {domain: sha256 for domain, sha256 in sources.items() if domain not in without}
+
+    def renamed(candidate: Candidate) -> Candidate:
+        label = candidate.label + suffix
+        return replace(candidate, label=label, provenance={**candidate.provenance, "label": label})
 
     def keep(candidate: Candidate) -> None:
-        checkpoints.keep_merge(run_dir, candidate, backbone.name)
+        checkpoints.keep_merge(run_dir, renamed(candidate), backbone.name)
 
     experts = checkpoints.KeptExperts(run_dir, sources)
     private = config.privacy.policy == "catalog-private"
-    return merge_candidates(
+    kept = checkpoints.kept_merges(run_dir, sources)
+    made = merge_candidates(
         backbone,
         experts,
         {domain: catalogs[domain] for domain in sources if domain in catalogs},
         config,
         logger.info,
-        finished=checkpoints.kept_merges(run_dir, sources),
+        finished={
+            label.removesuffix(suffix): replace(candidate, label=label.removesuffix(suffix))
+            for label, candidate in kept.items()
+        },
         keep=keep,
         through_clients=learn_through_clients(federation, config, experts, run_dir) if private else None,
     )
+    return [renamed(candidate) for candidate in made]
 
 
 def _choose(
     federation: Federation,
     config: ExperimentConfig,
-    candidates: list[Candidate],
-    sources: Mapping[str, str],
+    merges: Made,
     run_dir: Path,
 ) -> tuple[dict[str, checkpoints.Sums], Choice]:
     """Evaluate on validation, then choose, once: a choice on disk is final. Unseen domains have no say."""
     made = read_json(run_dir / "choice.json")
     deciding = made["domains"] if made else federation.of("train")
-    validation = _evaluate(federation, config, "valid", deciding, candidates, sources, run_dir)
+    adapters = {candidate.label: candidate.adapter for candidate in merges.candidates}
+    validation = evaluate_models(federation, config, "valid", deciding, adapters, merges.sources, run_dir)
     if made:
         logger.info("validation chose before: serving %s", made["served"])
         validation = {domain: sums for domain, sums in validation.items() if domain in made["domains"]}
-        return validation, Choice(made["best_variants"], made["served"], made["domains"], made["per_domain"])
+        keys = ("best_variants", "served", "domains", "per_domain", "dropped", "rollback")
+        return validation, Choice(*(made[key] for key in keys))
     require_quorum(federation, config, list(validation))
-    deciding_sums = {domain: sums["unmasked"] for domain, sums in validation.items()}
+    sums = {domain: of_domain["unmasked"] for domain, of_domain in validation.items()}
     metric = config.evaluation.selection_metric
-    best, served, scores = choose(candidates, deciding_sums, list(validation), metric)
-    per_domain = choose_per_domain(deciding_sums, served, metric, config.evaluation.fallback)
+    without = [candidate for candidate in merges.candidates if {*merges.sources} - {*candidate.provenance["domains"]}]
+    best, served, scores = choose(
+        [candidate for candidate in merges.candidates if candidate not in without], sums, list(validation), metric
+    )
+    dropped = {} if config.admission.action is None else dropped_domains(sums, served, metric)
+    rollback = None
+    if config.admission.rollback:
+        rollback = roll_back(sums, served, [candidate.label for candidate in without], list(merges.failed), metric)
+    per_domain = choose_per_domain(sums, served, metric, config.evaluation.fallback)
+    if rollback is not None and rollback["to"] != FALLBACK:
+        served = rollback["to"]
+        best = {**best, "rolled back": served}
+        per_domain = choose_per_domain(sums, served, metric, config.evaluation.fallback)
+    elif rollback is not None:
+        for domain in rollback["dropped"]:
+            per_domain[domain]["serve"] = EXPERT
+    choice = Choice(best, served, list(validation), per_domain, dropped, rollback)
     write_json(
         run_dir / "choice.json",
         {
@@ -416,58 +496,12 @@ def _choose(
             "served": served,
             "domains": list(validation),
             "per_domain": per_domain,
+            "dropped": dropped,
+            "rollback": rollback,
         },
     )
     logger.info("validation chose %s; serving %s. Test is read now, once.", ", ".join(best.values()), served)
-    return validation, Choice(best, served, list(validation), per_domain)
-
-
-def _evaluate(
-    federation: Federation,
-    config: ExperimentConfig,
-    split: Split,
-    domains: list[str],
-    candidates: list[Candidate],
-    sources: Mapping[str, str],
-    run_dir: Path,
-) -> dict[str, checkpoints.Sums]:
-    """All models on the users of some domains, on test with the reference rows; what is on disk is not asked again."""
-    test = split == "test"
-    federation.phase = checkpoints.SUMS[split]
-    labels = [candidate.label for candidate in candidates]
-    models = records.model_records({candidate.label: candidate.adapter for candidate in candidates})
-
-    def asked_models(domain: str) -> list[str]:
-        return [*([BACKBONE] if test else []), *([EXPERT] if domain in sources else []), *labels]
-
-    kept = checkpoints.kept_sums(run_dir, split)
-    results = {
-        domain: sums for domain, sums in kept.items() if set(asked_models(domain)) <= set(sums["unmasked"].methods)
-    }
-
-    def request(domain: str) -> RecordDict:
-        return records.evaluation_request_record(
-            records.EvaluationRequest(split, test, sources.get(domain, ""), test), models
-        )
-
-    def receive(domain: str, content: RecordDict) -> None:
-        sums = records.read_metric_sums(content)
-        num_users = (config.privacy.min_users, federation.descriptions[domain].num_users)
-        check_sums(domain, sums, asked_models(domain), test, num_users)
-        checkpoints.keep_sums(run_dir, split, domain, sums)
-        results[domain] = sums
-
-    nodes = {
-        domain: federation.nodes[domain] for domain in domains if domain in federation.nodes.keys() - results.keys()
-    }
-    if results:
-        logger.info("evaluated on %s already: %s", split, listed(list(results)))
-    if nodes:
-        logger.info("evaluating on %s: %s", split, ", ".join(labels))
-    most = sums_bytes(len(labels) + 2, len(METRICS))
-    timeout_seconds = config.server.evaluate_timeout_seconds
-    ask(federation, nodes, Question(records.EVALUATE, timeout_seconds, request, lambda _: most, split), receive)
-    return dict(sorted(results.items()))
+    return validation, choice
 
 
 def _say_who_took_part(federation: Federation, config: ExperimentConfig) -> None:

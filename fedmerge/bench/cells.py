@@ -9,7 +9,7 @@ import resource
 import shutil
 import time
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -22,23 +22,26 @@ import torch
 from fedmerge.bench.config import Drawing
 from fedmerge.bench.joint import train_jointly
 from fedmerge.client.baselines import baseline_rankers
-from fedmerge.client.evaluate import Ranks, baseline_ranks, model_ranks
+from fedmerge.client.evaluate import Ranks, baseline_ranks, evaluate, model_ranks
 from fedmerge.client.kept import inputs_key
 from fedmerge.client.local_domain import LocalDomain, open_domain
 from fedmerge.client.metrics import VARIANTS, MetricSums, Variant, metric_sums, per_user_metrics
-from fedmerge.config import BackboneSection, Baseline, ExperimentConfig, Runtime, Split, Text
+from fedmerge.config import LEARNED_METHODS, BackboneSection, Baseline, ExperimentConfig, Runtime, Split, Text
 from fedmerge.device import resolve_compute
 from fedmerge.domain.catalog import Catalog, load_catalog
 from fedmerge.domain.demo import domains_root
 from fedmerge.domain.manifest import check_catalog_is_public, read_manifest
 from fedmerge.domain.splits import evaluation_examples
 from fedmerge.encoder.backbone import Backbone, load_backbone
-from fedmerge.encoder.lora import adapter_sha256, read_adapter, write_adapter
+from fedmerge.encoder.lora import Adapter, LoraModule, adapter_sha256, read_adapter, write_adapter
 from fedmerge.errors import RunDirError
+from fedmerge.federated.rounds import aggregate, initial_state
+from fedmerge.federated.rules import parsed_parameters, rule_named
 from fedmerge.privacy.policy import check_enough_users
 from fedmerge.run_dir import read_json, whole_folder, write_bytes, write_json
-from fedmerge.server.candidates import merge_candidates
+from fedmerge.server.candidates import Candidate, merge_candidates
 from fedmerge.server.checkpoints import MERGED, KeptExperts, ended_training, keep_merge, kept_merges, merge_folder
+from fedmerge.server.gate import check_experts, leave_one_out_merges, votes_of
 from fedmerge.server.learned import learned_labels
 from fedmerge.server.round_checkpoints import round_records
 
@@ -72,24 +75,68 @@ def work(cell: Cell) -> None:
     WORK[cell.kind](cell.result, **cell.arguments)
 
 
-def merge_experts(result: Path, config: ExperimentConfig, run: Path, left_out: str) -> None:
+def is_one_shot(config: ExperimentConfig) -> bool:
+    """Whether a strategy merges experts that are trained once; also by the rule of a single round, if nothing of the
+    clients' training hangs on that rule."""
+    rounds = config.rounds
+    if rounds.rule is None:
+        return True
+    plain = rounds.number == 1 and rounds.fraction == 1 and rounds.weights == "equal" and not rounds.proximal
+    return plain and rounds.rule not in LEARNED_METHODS and rule_named(rounds.rule).trained == "A and B"
+
+
+def check_admission(result: Path, config: ExperimentConfig, run: Path, left_out: str) -> None:
+    """The admission gate in front of the experts of a training run.
+
+    Args:
+        result: gets the gate's record, seconds, and bytes to the clients.
+        config: an experiment with a gate, and with the seed that says which users are evaluated.
+        run: folder of the training run.
+        left_out: a domain that is not merged, or "".
+
+    Raises:
+        FedMergeError: what cannot be checked.
+    """
+    started = time.monotonic()
+    sources = {domain: sha256 for domain, sha256 in (ended_training(run) or {}).items() if domain != left_out}
+    experts = KeptExperts(run, sources)
+    votes, size_bytes = {}, 0
+    if config.admission.leave_one_out and (merges := leave_one_out_merges(experts)):
+        for voter in sources:
+            sums = evaluate(domain_of(config, voter), merges, "valid", num_users(config, "valid"), config.seed)
+            check_enough_users(voter, sums["unmasked"].num_users, config.privacy.min_users)
+            others = [domain for domain in sources if domain != voter]
+            votes[voter] = votes_of(sums["unmasked"], others, config.evaluation.selection_metric)
+        size_bytes = sum(merge.size_bytes for merge in merges.values()) * len(sources)
+    probed = config.admission.probe_items is not None
+    backbone = backbone_of(config.backbone, config.runtime) if probed else None
+    catalogs = _public_catalogs(config, sources) if probed else {}
+    record = check_experts(experts, config, backbone, catalogs, votes)
+    write_json(result, {**record, "seconds": time.monotonic() - started, "bytes_down": size_bytes})
+
+
+def merge_experts(result: Path, config: ExperimentConfig, run: Path, without: tuple[str, ...]) -> None:
     """Every merge that a strategy asks for, from the experts of a training run.
 
     Args:
         result: gets the merges' labels and hashes, seconds and peak memory; the merges lie beside it.
         config: the strategy's experiment.
         run: folder of the training run.
-        left_out: a domain that is not merged, or "".
+        without: domains that are not merged.
 
     Raises:
         FedMergeError: what cannot be merged.
     """
     started = time.monotonic()
     _forget_peak()
-    if config.rounds.rule is not None:
+    if not is_one_shot(config):
         _take_rounds(result, run, started)
         return
-    sources = {domain: sha256 for domain, sha256 in (ended_training(run) or {}).items() if domain != left_out}
+    sources = {domain: sha256 for domain, sha256 in (ended_training(run) or {}).items() if domain not in without}
+    if config.rounds.rule is not None:
+        keep_merge(result.parent, _one_round(config, KeptExperts(run, sources), sources), config.backbone.source)
+        _write_merges(result, kept_merges(result.parent, sources).values(), started)
+        return
     learned = bool(learned_labels(config))
     backbone = backbone_of(config.backbone, config.runtime) if learned else None
     candidates = merge_candidates(
@@ -100,9 +147,44 @@ def merge_experts(result: Path, config: ExperimentConfig, run: Path, left_out: s
         finished=kept_merges(result.parent, sources),
         keep=lambda candidate: keep_merge(result.parent, candidate, config.backbone.source),
     )
+    _write_merges(result, candidates, started)
+
+
+def _write_merges(result: Path, candidates: Iterable[Candidate], started: float) -> None:
     hashes = {candidate.label: candidate.provenance["sha256"] for candidate in candidates}
     seconds = time.monotonic() - started
     write_json(result, {"merges": hashes, "seconds": seconds, "peak_bytes": _peak_bytes()})
+
+
+def _one_round(config: ExperimentConfig, experts: Mapping[str, Adapter], sources: Mapping[str, str]) -> Candidate:
+    """The experts as one round of a federation that begins from nothing."""
+    rule = str(config.rounds.rule)
+    adapters = dict(experts)
+    starts = {
+        domain: Adapter(
+            {
+                name: LoraModule(module.lora_A, torch.zeros_like(module.lora_B), module.scaling)
+                for name, module in adapter.modules.items()
+            }
+        )
+        for domain, adapter in adapters.items()
+    }
+    parameters = parsed_parameters(config.rounds.parameters)
+    state = aggregate(rule, initial_state(starts), adapters, seed=config.seed, **parameters)
+    label = f"{rule} 1 round"
+    provenance = {
+        "label": label,
+        "method": rule,
+        "domains": dict(sources),
+        "rank": max(module.rank for module in state.adapter.modules.values()),
+        "excluded": {},
+        "policy": config.privacy.policy,
+        "backbone": None,
+        "sha256": adapter_sha256(state.adapter),
+        "parameters": config.rounds.model_dump(mode="json"),
+        "rounds": [asdict(state.report)] if state.report else [],
+    }
+    return Candidate(label, rule, state.adapter, provenance)
 
 
 def _take_rounds(result: Path, run: Path, started: float) -> None:
@@ -171,6 +253,7 @@ def rank_baseline(result: Path, config: ExperimentConfig, domain: str, split: Sp
 
 WORK: Mapping[str, Callable[..., None]] = {
     "joint training": train_joint,
+    "admission": check_admission,
     "merging": merge_experts,
     "ranking": rank_model,
     "baseline": rank_baseline,

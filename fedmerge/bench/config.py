@@ -16,6 +16,7 @@ from fedmerge.config import (
     from_flat,
     load_config,
     to_flat,
+    too_few_for_krum,
     with_absolute_paths,
 )
 from fedmerge.errors import ConfigError
@@ -147,7 +148,12 @@ def load_bench(path: Path, overrides: Sequence[str] = ()) -> Bench:
         for strategy in (None, *(strategy.name for strategy in config.strategy)):
             experiment = bench.experiment(dataset.name, strategy, config.seeds[0])
             shared = bench.experiment(dataset.name, None, config.seeds[0])
-            for section in ("domains", "evaluation"):
+            if experiment.admission.rollback:
+                raise ConfigError(
+                    f"{path}: strategy {strategy}: admission.rollback = true; a benchmark shows merges as they are. "
+                    "Leave it out."
+                )
+            for section in ("domains", "evaluation", "attack"):
                 if getattr(experiment, section) != getattr(shared, section):
                     raise ConfigError(
                         f"{path}: strategy {strategy}: found another [{section}] than its dataset's; strategies are "
@@ -158,6 +164,9 @@ def load_bench(path: Path, overrides: Sequence[str] = ()) -> Bench:
                     f"{path}: dataset {dataset.name}: found joint, but domains.train names only one; leave joint out, "
                     "or name more domains"
                 )
+            left = len(experiment.domains.train) - 1
+            if config.leave_one_out and (problem := too_few_for_krum(experiment.rounds, left)):
+                raise ConfigError(f"{path}: strategy {strategy}, with leave_one_out = true: {problem}")
             if config.leave_one_out and len(experiment.domains.train) < 3:
                 raise ConfigError(
                     f"{path}: dataset {dataset.name}: leave_one_out = true, but domains.train names only "

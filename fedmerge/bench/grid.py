@@ -3,6 +3,7 @@
 DIR/benchmark.json                    the benchmark and its experiment, resolved; a later call must have the same
 DIR/training/<experiment>/            run folders that end with the experts
 DIR/joint/<dataset>/<seed>/<fold>/<drawing>/      joint.json, adapter/: trained on pooled data, which breaks isolation
+DIR/admission/<dataset>/<seed>/<fold>/<gate>.json     what the gate found of the experts, of strategies that have one
 DIR/merges/<dataset>/<seed>/<fold>/<strategy>/    merges.json, merged/<label>/; choice.json once validation chose
 DIR/clients/<dataset>/<domain>/       ranks of users: stands for the clients' disks
 the tables of fedmerge.report.bench_tables
@@ -16,11 +17,11 @@ from pathlib import Path
 
 import numpy as np
 
-from fedmerge.bench.cells import JOINT, MERGES, Cell, joint_folder, ranks_file, sums_of_ranks
+from fedmerge.bench.cells import JOINT, MERGES, Cell, is_one_shot, joint_folder, ranks_file, sums_of_ranks
 from fedmerge.bench.config import Bench, Drawing, joint_row
 from fedmerge.client.kept import inputs_key
 from fedmerge.client.metrics import MetricSums, Variant
-from fedmerge.config import ExperimentConfig, Split, flatten
+from fedmerge.config import Admission, ExperimentConfig, Rounds, Split, flatten
 from fedmerge.errors import ClientError, ConfigError, RunDirError
 from fedmerge.run_dir import DONE, read_json, write_json
 from fedmerge.server.checkpoints import ADAPTERS, ended_training, merge_folder
@@ -72,11 +73,12 @@ class Grid:
         A federation of rounds is a run of its own, in which who is left out takes no part.
         """
         wanted = self.experiment(place, strategy)
-        runtime, rounds = wanted.runtime, wanted.rounds.rule is not None
+        runtime, rounds = wanted.runtime, not is_one_shot(wanted)
         left_out = place.left_out if rounds else ""
         domains = tuple(domain for domain in wanted.domains.train if domain != left_out)
         sections = [wanted.backbone, wanted.text, wanted.lora, wanted.train]
         sections += [wanted.rounds, wanted.mergerec, wanted.adamerging] if rounds else []
+        sections += [wanted.attack] if wanted.attack.domain is not None else []
         inputs = {
             "domains": [wanted.domains.root, sorted(domains)],
             "sections": [section.model_dump() for section in sections],
@@ -91,12 +93,29 @@ class Grid:
             "domains": wanted.domains.model_copy(update={"train": domains, "unseen": ()}),
             "lora": wanted.lora.model_copy(update={"ranks": wanted.lora.ranks_of(domains)}),
             "merge": wanted.merge.model_copy(update={"methods": ("average",)}),
+            "rounds": wanted.rounds if rounds else Rounds(),
+            "admission": Admission(),
         }
         return wanted.model_copy(update=changes)
 
     def run(self, place: Place, strategy: str | None) -> Path:
         """Folder of the run that trains."""
         return self.folder / "training" / str(self.training(place, strategy).run_id)
+
+    def gate(self, place: Place, strategy: str) -> Path | None:
+        """What the gate of a strategy says of its experts: one file for all strategies with the same; None: no gate."""
+        config = self.judge(place, strategy)
+        if config.admission.action != "exclude":
+            return None
+        inputs = {"admission": config.admission.model_dump(), "run": self.run(place, strategy).name}
+        folder = self.folder / "admission" / place.dataset / f"seed{place.seed}" / place.fold
+        return folder / f"{inputs_key(inputs)[:8]}.json"
+
+    def turned_away(self, place: Place, strategy: str) -> dict[str, str]:
+        """Domain -> why the gate of a strategy keeps its expert out of the merges."""
+        gate = self.gate(place, strategy)
+        failed: dict[str, str] = (read_json(gate) or {}).get("failed", {}) if gate else {}
+        return failed
 
     def merges(self, place: Place, strategy: str) -> Path:
         """Folder of a strategy's merges."""
@@ -190,6 +209,7 @@ def run_grid(grid: Grid, train: Train, execute: Execute, progress: Progress) -> 
             )
     stages: list[tuple[str, Callable[[], list[Cell]]]] = [
         ("joint training", lambda: joint_cells(grid, places)),
+        ("admission", lambda: admission_cells(grid, places)),
         ("merging", lambda: merging_cells(grid, places)),
         ("validation", lambda: validation_cells(grid, places)),
         ("test", lambda: test_cells(grid, places)),
@@ -197,6 +217,8 @@ def run_grid(grid: Grid, train: Train, execute: Execute, progress: Progress) -> 
     for name, cells_of in stages:
         cells = cells_of()
         left = [cell for cell in cells if not cell.result.is_file()]
+        if not cells and name == "admission":
+            continue
         progress(f"{name}: {len(cells) - len(left)} of {len(cells)} cells are done")
         failed += _do(name, left, execute, progress)
     return failed
@@ -221,8 +243,20 @@ def joint_cells(grid: Grid, places: Sequence[Place]) -> list[Cell]:
     ]
 
 
+def admission_cells(grid: Grid, places: Sequence[Place]) -> list[Cell]:
+    """One for each place and gate."""
+    cells = {}
+    for place in places:
+        for strategy in grid.strategies:
+            if gate := grid.gate(place, strategy):
+                config = grid.judge(place, strategy)
+                arguments = {"config": config, "run": grid.run(place, strategy), "left_out": place.left_out}
+                cells[gate] = Cell("admission", f"gate ({place})", gate, arguments, config.runtime.server_threads)
+    return list(cells.values())
+
+
 def merging_cells(grid: Grid, places: Sequence[Place]) -> list[Cell]:
-    """One for each strategy and place."""
+    """One for each strategy and place; none where its gate failed."""
     return [
         Cell(
             "merging",
@@ -231,12 +265,15 @@ def merging_cells(grid: Grid, places: Sequence[Place]) -> list[Cell]:
             {
                 "config": (config := grid.experiment(place, strategy)),
                 "run": grid.run(place, strategy),
-                "left_out": place.left_out,
+                "without": tuple(
+                    domain for domain in config.domains.train if domain not in merged_domains(grid, place, strategy)
+                ),
             },
             config.runtime.server_threads,
         )
         for place in places
         for strategy in grid.strategies
+        if (gate := grid.gate(place, strategy)) is None or gate.is_file()
     ]
 
 
@@ -275,7 +312,8 @@ def made_merges(grid: Grid, place: Place, strategy: str) -> dict[str, str]:
 
 def merged_domains(grid: Grid, place: Place, strategy: str | None) -> list[str]:
     """Whose experts are merged: they decide among variants. None: whose data are pooled."""
-    return [domain for domain in sorted(grid.experiment(place, strategy).domains.train) if domain != place.left_out]
+    out = {place.left_out, *(grid.turned_away(place, strategy) if strategy else ())}
+    return [domain for domain in sorted(grid.experiment(place, strategy).domains.train) if domain not in out]
 
 
 def tested_domains(grid: Grid, place: Place) -> list[str]:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedmerge.bench.cells import MERGES
+from fedmerge.bench.cells import MERGES, is_one_shot
 from fedmerge.bench.config import REFERENCES, Drawing, joint_row
 from fedmerge.bench.grid import (
     Grid,
@@ -127,7 +127,7 @@ def _cost(grid: Grid, place: Place, strategy: str) -> dict[str, Any]:
     merge = merge_folder(grid.merges(place, strategy), str(chosen_variant(grid, place, strategy)))
     record = read_json(grid.merges(place, strategy) / MERGES)
     down = (merge / WEIGHTS).stat().st_size * len(domains)
-    if config.rounds.rule is None:
+    if is_one_shot(config):
         experts = [run / ADAPTERS / domain for domain in domains]
         up = sum((expert / WEIGHTS).stat().st_size for expert in experts)
         seconds = sum(float(_report(expert)["seconds"]) for expert in experts)
@@ -139,12 +139,14 @@ def _cost(grid: Grid, place: Place, strategy: str) -> dict[str, Any]:
     if learned_labels(config) and config.server.catalogs is None:
         root = domains_root(config.domains.root, config.cache_dir)
         up += sum((root / domain / CATALOG_FILE).stat().st_size for domain in domains)
+    gate = grid.gate(place, strategy)
+    judged = (read_json(gate) or {}) if gate else {}
     return {
         **_named(place, strategy),
         "bytes_up": up,
-        "bytes_down": down,
+        "bytes_down": down + judged.get("bytes_down", 0),
         "client_seconds": seconds,
-        "server_seconds": record["seconds"],
+        "server_seconds": record["seconds"] + judged.get("seconds", 0.0),
         "peak_bytes": record["peak_bytes"],
     }
 
@@ -169,7 +171,7 @@ def _curves(grid: Grid, places: Sequence[Place]) -> Iterator[dict[str, Any]]:
         for expert in sorted((run / ADAPTERS).glob("[!.]*")) if not place.left_out else ():
             yield from _validation_points(place, "expert", expert.name, _report(expert))
         for strategy in grid.strategies:
-            if grid.experiment(place, strategy).rounds.rule is not None:
+            if not is_one_shot(grid.experiment(place, strategy)):
                 for number, of_round in enumerate(round_records(grid.run(place, strategy)), 1):
                     for domain, client in of_round["clients"].items():
                         if client["loss"] is not None:
@@ -211,6 +213,7 @@ def _cell(grid: Grid, place: Place, strategy: str) -> dict[str, Any]:
         "config": config.model_dump(mode="json"),
         "environment": read_json(grid.run(place, strategy) / "environment.json"),
         "seconds": record.get("seconds"),
+        **({"excluded": away} if (away := grid.turned_away(place, strategy)) else {}),
     }
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fedmerge import __version__
+from fedmerge.client.attack import poisoned_expert, poisons
 from fedmerge.client.kept import inputs_key, keep
 from fedmerge.client.local_domain import LocalDomain
 from fedmerge.client.train import Progress, train_expert
@@ -24,7 +25,8 @@ def trained_expert(domain: LocalDomain, config: ExperimentConfig, progress: Prog
 
     Args:
         domain: the client's own.
-        config: lora, train, text, seed and runtime decide what is the same; so do data, backbone, versions, precision.
+        config: lora, train, text, seed, runtime and attack decide what is the same; so do data, backbone, versions,
+            precision.
         progress: receives one line now and then.
 
     Returns:
@@ -37,9 +39,13 @@ def trained_expert(domain: LocalDomain, config: ExperimentConfig, progress: Prog
     shutil.rmtree(folder, ignore_errors=True)  # damaged, if there is anything
     begun = folder.with_name(f"{folder.name}.begun.safetensors")
     lora = config.lora.of(domain.manifest.name)
-    adapter, training = train_expert(domain, lora, config.train, config.seed, progress, begun)
+    if poisons(config, domain.manifest.name):
+        adapter, training = poisoned_expert(domain, config, begun, progress)
+    else:
+        adapter, training = train_expert(domain, lora, config.train, config.seed, progress, begun)
     report = {**asdict(training), "sha256": adapter_sha256(adapter)}
-    report["validations"][0]["loss"] = None  # nothing was trained on yet; JSON has no NaN
+    for first in report["validations"][:1]:
+        first["loss"] = None  # nothing was trained on yet; JSON has no NaN
 
     def write(expert: Path) -> None:
         write_adapter(adapter, expert, domain.backbone.name)
@@ -95,5 +101,6 @@ def _training_key(domain: LocalDomain, config: ExperimentConfig) -> str:
         "device": str(domain.backbone.device),
         "precision": domain.backbone.compute.precision,
         "versions": [__version__, torch.__version__],
+        **({"attack": config.attack.model_dump()} if poisons(config, domain.manifest.name) else {}),
     }
     return inputs_key(inputs)

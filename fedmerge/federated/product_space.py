@@ -60,6 +60,16 @@ def relative_error(found: Adapter, expected: Adapter) -> float:
     return float((difference / norm) ** 0.5)
 
 
+def inner_product(left: Adapter, right: Adapter) -> float:
+    """⟨Δ, Δ'⟩ over all modules, of adapters with the same ones: Σ s s' Σ (Bᵀ B') ∘ (A A'ᵀ), float64; no Δ is formed."""
+    total = 0.0
+    for name, module in left.modules.items():
+        own_B, own_A = factors_of(module)
+        other_B, other_A = factors_of(right.modules[name])
+        total += float(((own_B.T @ other_B) * (own_A @ other_A.T)).sum())
+    return total
+
+
 def factors_of(module: LoraModule) -> Factors:
     """(out, r) and (r, in) float64, scaling included in the second."""
     return module.lora_B.double(), module.lora_A.double() * module.scaling

@@ -148,7 +148,20 @@ def bench_page(tables: BenchTables, *, kind: str = "Benchmark", lead: str = "", 
     sections += more
     if tables.cells:
         sections.append(Section("cells", "Settings and environment", _cells(tables)))
-    return page(tables.title, lead, sections, kind=kind, synthetic=tables.synthetic)
+    return page(tables.title, join(lead, *_attacks(tables)), sections, kind=kind, synthetic=tables.synthetic)
+
+
+def _attacks(tables: BenchTables) -> list[Html]:
+    """A warning for every client that poisoned its training on purpose."""
+    notes: dict[str, None] = {}
+    for cell in tables.cells:
+        attack = cell["config"].get("attack") or {}
+        if attack.get("domain") not in (None, "none"):
+            where = f" {cell['dataset']}: {attack['domain']} spoils its own training "
+            notes[f"{where}({attack['kind']}, strength {attack['strength']:g}). Serve none of these models."] = None
+    return [
+        element("p", element("strong", "Poisoned on purpose."), note, class_="warning", role="note") for note in notes
+    ]
 
 
 # Numbers

@@ -1,11 +1,11 @@
 """What a run says at its end: the rows of its tables of sums, and the report."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from fedmerge.client.metrics import EXPERT, METRICS, VARIANTS, MetricSums, Variant
-from fedmerge.config import Split
+from fedmerge.config import Attack, Split
 from fedmerge.report.tables import Role, differences_table, result_rows, results_table
 from fedmerge.server.fallback import SERVED, with_served
 
@@ -25,6 +25,10 @@ class Evaluated:
         excluded: domain (or node) -> why.
         merged_domains: whose experts are in the merges.
         synthetic: whether any domain's data are generated.
+        attack: says who poisoned its training on purpose, see :func:`attack_note`.
+        flagged: domain -> why the gate would have kept its expert out; it is in the merges all the same.
+        dropped: domain -> difference of the merge to its own expert, of those that it ranks worse beyond noise.
+        rollback: what was served instead, see :func:`fedmerge.server.rollback.roll_back`.
     """
 
     sums: SumsByDomain
@@ -35,6 +39,20 @@ class Evaluated:
     excluded: Mapping[str, str]
     merged_domains: Sequence[str]
     synthetic: bool
+    attack: str = ""
+    flagged: Mapping[str, str] = field(default_factory=dict)
+    dropped: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    rollback: Mapping[str, Any] | None = None
+
+
+def attack_note(attack: Attack) -> str:
+    """Who poisons its training on purpose, in capitals; empty for nobody."""
+    if attack.domain is None:
+        return ""
+    return (
+        f"POISONED ON PURPOSE: {attack.domain} spoils its own training ({attack.kind}, strength {attack.strength:g}), "
+        "for a benchmark of robust merges. Serve none of these models."
+    )
 
 
 def metric_rows(splits: Mapping[Split, SumsByDomain], roles: Mapping[str, Role]) -> Iterator[dict[str, Any]]:
@@ -109,9 +127,18 @@ def run_report(run: Evaluated, fallback: bool) -> str:
     parts.append(
         differences_table(by_variant["unmasked"], roles, baseline=baseline, split="test", synthetic=run.synthetic)
     )
+    if run.attack:
+        parts = [f"{run.attack}\n", *parts]
+    for name, reason in sorted(run.flagged.items()):
+        parts.append(f"flagged by the admission gate, and merged all the same: {name}: {reason}\n")
     for name, reason in sorted(run.excluded.items()):
         merged = ", its expert is in the merges" if name in run.merged_domains else ""
         parts.append(f"excluded{merged}: {name}: {reason}\n")
+    if run.dropped:
+        each = ", ".join(f"{name} ({found['mean']:+.4f})" for name, found in sorted(run.dropped.items()))
+        parts.append(f"dropped below their own expert on validation, beyond noise: {each}\n")
+    if run.rollback:
+        parts.append(f"rolled back from {run.rollback['from']} to: {run.rollback['to']}\n")
     parts.append(f"chosen on validation and to be served: {run.served}\n")
     if fallback:
         own = [domain for domain in sorted(run.per_domain) if run.per_domain[domain]["serve"] == EXPERT]

@@ -6,10 +6,9 @@ it is asked for or computed again, with the same result.
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fedmerge.client.metrics import VARIANTS, MetricSums, Variant, metric_sums_from_dict
-from fedmerge.config import Split
 from fedmerge.encoder.lora import Adapter, adapter_sha256, read_adapter, write_adapter
 from fedmerge.errors import FedMergeError, RunDirError
 from fedmerge.run_dir import read_json, whole_folder, write_json
@@ -18,7 +17,9 @@ from fedmerge.server.pictures import draw_learned
 
 ADAPTERS = "adapters"
 MERGED = "merged"
-SUMS: Mapping[Split, str] = {"valid": "validation", "test": "test"}
+Stage = Literal["admission", "valid", "test"]
+SUMS: Mapping[Stage, str] = {"admission": "admission", "valid": "validation", "test": "test"}
+ADMISSION = "admission.json"
 
 Sums = dict[Variant, MetricSums]
 
@@ -82,9 +83,16 @@ def end_training(run_dir: Path, sources: Mapping[str, str]) -> None:
 
 
 def ended_training(run_dir: Path) -> dict[str, str] | None:
-    """The experts that are merged, by hash, once that is fixed."""
+    """The experts that are there to be merged, by hash, once that is fixed."""
     sources: dict[str, str] | None = read_json(run_dir / "experts.json")
     return sources
+
+
+def turned_away(run_dir: Path) -> dict[str, str]:
+    """Domain -> why the gate keeps its expert out of the merges; empty before it has decided, and where it flags."""
+    record = read_json(run_dir / ADMISSION) or {}
+    failed: dict[str, str] = record["failed"] if record.get("action") == "exclude" else {}
+    return failed
 
 
 def merge_folder(run_dir: Path, label: str) -> Path:
@@ -119,13 +127,13 @@ def kept_merges(run_dir: Path, sources: Mapping[str, str]) -> dict[str, Candidat
     return found
 
 
-def keep_sums(run_dir: Path, split: Split, domain: str, sums: Mapping[Variant, MetricSums]) -> None:
+def keep_sums(run_dir: Path, stage: Stage, domain: str, sums: Mapping[Variant, MetricSums]) -> None:
     """Write the metric sums of a domain.
 
     Raises:
         RunDirError: they cannot be written.
     """
-    folder = run_dir / SUMS[split]
+    folder = run_dir / SUMS[stage]
     try:
         folder.mkdir(exist_ok=True)
     except OSError as error:
@@ -133,10 +141,10 @@ def keep_sums(run_dir: Path, split: Split, domain: str, sums: Mapping[Variant, M
     write_json(folder / f"{domain}.json", {variant: of_variant.to_dict() for variant, of_variant in sums.items()})
 
 
-def kept_sums(run_dir: Path, split: Split) -> dict[str, Sums]:
+def kept_sums(run_dir: Path, stage: Stage) -> dict[str, Sums]:
     """The metric sums that are there and whole, by domain, sorted."""
     found = {}
-    for file in sorted((run_dir / SUMS[split]).glob("*.json")):
+    for file in sorted((run_dir / SUMS[stage]).glob("*.json")):
         try:
             record = read_json(file)
             found[file.stem] = {variant: metric_sums_from_dict(record[variant]) for variant in VARIANTS}

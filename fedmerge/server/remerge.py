@@ -3,7 +3,7 @@
 import os
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,11 @@ from fedmerge.merging.methods import METHODS
 from fedmerge.run_dir import new_folder, write_json, write_text
 from fedmerge.runs import REMERGED, read_record
 from fedmerge.server.candidates import Candidate, merge_candidates
+from fedmerge.server.checkpoints import turned_away
 from fedmerge.server.pictures import draw_learned
 
 WITHDRAWN = "left out with --exclude"
+TURNED_AWAY = "not admitted"
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Experts:
 
 
 def experts_of_run(run: Path, exclude: Sequence[str] = ()) -> Experts:
-    """The experts that a run received, whether or not it finished.
+    """The experts that a run received, whether or not it finished, but for those that its gate kept out of the merges.
 
     Args:
         run: its folder.
@@ -64,12 +66,15 @@ def experts_of_run(run: Path, exclude: Sequence[str] = ()) -> Experts:
         raise RunDirError(
             f"{run}: no adapter in {run / 'adapters'}; the run ended before an expert was received. Run it again."
         )
+    away = {domain: f"{TURNED_AWAY}: {why}" for domain, why in turned_away(run).items() if domain in folders}
+    folders = {name: folder for name, folder in folders.items() if name not in away}
     participants = read_record(run / "clients.json").get("participants")
     catalogs = {}
     for domain, client in participants.items() if isinstance(participants, dict) else ():
         if isinstance(client, dict) and isinstance(client.get("catalog_sha256"), str):
             catalogs[domain] = client["catalog_sha256"]
-    return _experts(folders, exclude, run.name, catalogs, None)
+    experts = _experts(folders, exclude, run.name, catalogs, None)
+    return replace(experts, excluded={**away, **experts.excluded})
 
 
 def experts_in(folders: Mapping[str, Path], exclude: Sequence[str] = (), backbone_name: str | None = None) -> Experts:

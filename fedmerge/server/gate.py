@@ -1,0 +1,331 @@
+"""The admission gate: experts that are well formed (``fedmerge.server.admission``) but would spoil the merge.
+
+Four checks, each with a number, a limit and the reason for that limit below: the size of the update against the cohort,
+a probe of the adapted encoder on its domain's own catalog, whether that encoder still tells items apart, and what the
+others say of the merge without it. What each check cannot see stands in docs/admission.md.
+
+Source: "One Bad Model Spoils the Bunch" (arXiv:2406.14563) for the need; the checks are our own.
+"""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedmerge.client.metrics import MetricSums, paired_difference, rank_targets
+from fedmerge.config import ExperimentConfig, Text
+from fedmerge.domain.catalog import Catalog, make_catalog
+from fedmerge.encoder.backbone import Backbone
+from fedmerge.encoder.encode import encode
+from fedmerge.encoder.lora import Adapter, applied
+from fedmerge.encoder.text import build_token_table, item_sequences
+from fedmerge.errors import MergeError
+from fedmerge.federated.product_space import inner_product
+from fedmerge.merging.stack import linear_merge_of_many, survey_adapters
+from fedmerge.seeding import generator
+
+SMALLEST_COHORT = 3  # of two experts nobody can say which one is the odd one out
+# Norms are compared as ratios, so by their logarithms. 3.5 robust standard deviations is the usual bound for outliers
+# (Iglewicz and Hoaglin, 1993). The MAD of a few experts can be next to nothing, so no factor below 3 is one: the update
+# of one of K = 8 that is √(K - 1) = 2.6 times as large as the others outweighs all of them in the average. It can be
+# huge, too, so a factor above 10 is one whatever the others do.
+MOST_DEVIATIONS = 3.5
+LEAST_FACTOR, MOST_FACTOR = 3.0, 10.0
+DEVIATIONS_OF_MAD = 1.4826  # of a normal distribution
+LEAST_SHARE_OF_BACKBONE = 0.5  # of the backbone's own score: an expert that loses half of it has unlearned the language
+LEAST_GAIN = 0.05  # relative: less may be a domain that is merely far from the others
+ALL, WITHOUT = "average of all", "average without "
+
+
+@dataclass(frozen=True)
+class Check:
+    """What one check of one expert found.
+
+    Attributes:
+        value: what was measured.
+        limit: beyond which it fails.
+        failed: whether it did.
+        reason: in words, where it did.
+        details: other numbers of it.
+    """
+
+    value: float
+    limit: float
+    failed: bool = False
+    reason: str = ""
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+Checks = dict[str, Check]  # domain -> what a check found
+Vote = tuple[float, bool]  # relative gain without somebody, and whether it counts
+
+
+def probes(config: ExperimentConfig) -> bool:
+    """Whether experts are probed on their catalogs, which the server then needs."""
+    one_merge = config.rounds.rule is None and config.until != "train"
+    return config.admission.probe_items is not None and one_merge
+
+
+def failures(checks: Mapping[str, Mapping[str, Check]]) -> dict[str, str]:
+    """Domain -> why it is not to be merged, of those that fail any check; by name.
+
+    Args:
+        checks: name of a check -> domain -> what it found.
+    """
+    reasons: dict[str, list[str]] = {}
+    for of_check in checks.values():
+        for domain, check in of_check.items():
+            if check.failed:
+                reasons.setdefault(domain, []).append(check.reason)
+    return {domain: "; ".join(found) for domain, found in sorted(reasons.items())}
+
+
+def check_experts(
+    adapters: Mapping[str, Adapter],
+    config: ExperimentConfig,
+    backbone: Backbone | None,
+    catalogs: Mapping[str, Catalog],
+    votes: Mapping[str, Mapping[str, Vote]],
+) -> dict[str, Any]:
+    """All checks that the experiment asks for.
+
+    Args:
+        adapters: domain -> expert, well formed; asked for one at a time.
+        config: admission, text and seed are read.
+        backbone: the frozen encoder; for the probe.
+        catalogs: domain -> catalog; for the probe.
+        votes: for leave-one-out: domain -> what it says of each of the others, by :func:`votes_of`.
+
+    Returns:
+        ``admission.json``: the action, who failed and why (domain -> reason), every number of every check, and the
+        geometry of the updates.
+
+    Raises:
+        MergeError: a probe without the backbone or without a catalog.
+    """
+    geometry = cohort_geometry(adapters)
+    checks = {"norm": norm_checks({domain: values["norm"] for domain, values in geometry.items()})}
+    if config.admission.probe_items is not None:
+        checks |= {"titles": {}, "distances": {}}
+        for domain in sorted(adapters):
+            if backbone is None or domain not in catalogs:
+                raise MergeError(
+                    f"admission: found no {'backbone' if backbone is None else f'catalog of {domain}'} to probe its "
+                    "expert with; give it, or set admission.probe_items = 'none'"
+                )
+            found = probe_checks(
+                backbone,
+                domain,
+                adapters[domain],
+                catalogs[domain],
+                config.text,
+                config.admission.probe_items,
+                config.seed,
+            )
+            for name, check in found.items():
+                checks[name][domain] = check
+    if config.admission.leave_one_out:
+        checks["leave-one-out"] = leave_one_out_checks(votes)
+    return {
+        "action": config.admission.action,
+        "failed": failures(checks),
+        "checks": {
+            name: {domain: asdict(check) for domain, check in sorted(of_check.items())}
+            for name, of_check in checks.items()
+        },
+        "geometry": geometry,
+    }
+
+
+# ---- the updates themselves
+
+
+def cohort_geometry(adapters: Mapping[str, Adapter]) -> dict[str, dict[str, float]]:
+    """Norm of every update, and how far the average of the others is from the average with it; from factors.
+
+    With M the average of all K and M₋ₖ that of the others, M - M₋ₖ = (Δₖ - M) / (K - 1).
+
+    Args:
+        adapters: domain -> expert, at least one; asked for one at a time, twice.
+
+    Returns:
+        domain -> ``norm`` ‖Δₖ‖_F over all modules, ``shift`` ‖M - M₋ₖ‖ / ‖M‖, ``cosine`` of Δₖ and M₋ₖ; the last
+        two are 0 where an average is 0 or there are no others.
+
+    Raises:
+        LayoutMismatchError, MergeError: as :func:`fedmerge.merging.stack.survey_adapters`.
+    """
+    layout = survey_adapters(adapters)
+    num_domains = len(layout.domains)
+    mean = linear_merge_of_many(adapters, layout, torch.full((num_domains,), 1 / num_domains))
+    whole = inner_product(mean, mean)
+    found = {}
+    for domain in layout.domains:
+        adapter = adapters[domain]
+        own, shared = inner_product(adapter, adapter), inner_product(adapter, mean)
+        others = num_domains * shared - own  # ⟨Δₖ, sum of the others⟩
+        of_others = max(0.0, num_domains**2 * whole - 2 * num_domains * shared + own)
+        away = max(0.0, own - 2 * shared + whole)
+        found[domain] = {
+            "norm": math.sqrt(own),
+            "shift": math.sqrt(away / whole) / (num_domains - 1) if whole and num_domains > 1 else 0.0,
+            "cosine": others / math.sqrt(own * of_others) if own and of_others and num_domains > 1 else 0.0,
+        }
+    return found
+
+
+def norm_checks(norms: Mapping[str, float]) -> Checks:
+    """Updates that are far larger than the cohort's; a small one, or none at all, spoils nothing.
+
+    Updates that are 0 say nothing about the usual size. With fewer than ``SMALLEST_COHORT`` others nothing is checked.
+    """
+    logs = [math.log(norm) for norm in norms.values() if norm > 0]
+    if len(logs) < SMALLEST_COHORT:
+        return {}
+    median = statistics.median(logs)
+    spread = DEVIATIONS_OF_MAD * statistics.median(abs(value - median) for value in logs)
+    typical = math.exp(median)
+    limit = typical * min(max(math.exp(MOST_DEVIATIONS * spread), LEAST_FACTOR), MOST_FACTOR)
+    return {
+        domain: Check(
+            norm,
+            limit,
+            norm > limit,
+            f"its update has norm {norm:.3g}, {norm / typical:.1f} times the cohort's median; expected at most "
+            f"{limit / typical:.1f} times"
+            if norm > limit
+            else "",
+        )
+        for domain, norm in norms.items()
+    }
+
+
+# ---- the adapted encoder on its own catalog
+
+
+def probe_checks(
+    backbone: Backbone, domain: str, adapter: Adapter, catalog: Catalog, text: Text, num_items: int, seed: int
+) -> dict[str, Check]:
+    """Whether an expert still understands its own catalog, measured against the backbone without it.
+
+    Of a random subset of items, each title alone is to find its item among them, and their vectors are to lie apart.
+
+    Args:
+        backbone: the frozen encoder; left as it was.
+        domain: its name.
+        adapter: its expert.
+        catalog: its own.
+        text: how items become tokens.
+        num_items: of the subset, at most; items without a title are left out.
+        seed: of the draw.
+
+    Returns:
+        ``titles``: mean reciprocal rank of the item, ``distances``: one minus the mean cosine of two items; empty for
+        fewer than two items with a title.
+    """
+    drawn = generator(seed, "probe", domain).permutation(len(catalog))
+    chosen = [int(item) for item in drawn if catalog.attributes["title"][item]][:num_items]
+    if len(chosen) < 2:
+        return {}
+    ids = [catalog.item_ids[item] for item in chosen]
+    columns = {name: [values[item] for item in chosen] for name, values in catalog.attributes.items()}
+    bare = {name: values if name == "title" else [""] * len(values) for name, values in columns.items()}
+    sequences = [
+        item_sequences(
+            build_token_table(make_catalog(domain, ids, attributes), backbone.tokenizer, text.max_attribute_tokens),
+            backbone.special,
+            text.max_tokens,
+        )
+        for attributes in (bare, columns)
+    ]
+    before = _probe(backbone, None, *sequences)
+    after = _probe(backbone, adapter, *sequences)
+    said = {
+        "titles": "under its expert a title finds its item with reciprocal rank {:.3f}, under the backbone {:.3f}",
+        "distances": "its expert draws its items together: mean distance {:.3f}, under the backbone {:.3f}",
+    }
+    checks = {}
+    for name, words in said.items():
+        limit = LEAST_SHARE_OF_BACKBONE * before[name]
+        failed = after[name] < limit
+        reason = words.format(after[name], before[name]) + f"; expected at least {limit:.3f}" if failed else ""
+        checks[name] = Check(after[name], limit, failed, reason, {"backbone": before[name]})
+    return checks
+
+
+def _probe(
+    backbone: Backbone, adapter: Adapter | None, titles: Sequence[Any], items: Sequence[Any]
+) -> dict[str, float]:
+    with applied(backbone, adapter):
+        queries, vectors = encode(backbone, titles), encode(backbone, items)  # (n, d) each
+    if not (queries.isfinite().all() and vectors.isfinite().all()):
+        return {"titles": 0.0, "distances": 0.0}
+    ranks = rank_targets(queries, vectors, np.arange(len(items)))
+    together = (float(vectors.double().sum(0).square().sum()) - len(items)) / (len(items) * (len(items) - 1))
+    return {"titles": float((1 / ranks).mean()), "distances": 1 - together}
+
+
+# ---- what the others say of the merge without it
+
+
+def leave_one_out_merges(adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:
+    """The average of all experts, and of all but each: label -> merge; empty for fewer than ``SMALLEST_COHORT``."""
+    layout = survey_adapters(adapters)
+    num_domains = len(layout.domains)
+    if num_domains < SMALLEST_COHORT:
+        return {}
+    weights = {ALL: torch.full((num_domains,), 1 / num_domains)}
+    for k, domain in enumerate(layout.domains):
+        weights[WITHOUT + domain] = torch.full((num_domains,), 1 / (num_domains - 1))
+        weights[WITHOUT + domain][k] = 0
+    return {label: linear_merge_of_many(adapters, layout, of_label) for label, of_label in weights.items()}
+
+
+def votes_of(sums: MetricSums, domains: Sequence[str], metric: str) -> dict[str, Vote]:
+    """What one domain's validation users say of the merges without each of the others.
+
+    Args:
+        sums: of the merges of :func:`leave_one_out_merges` on this domain's users.
+        domains: the others.
+        metric: what is compared.
+
+    Returns:
+        other domain -> relative gain without it, and whether that is at least ``LEAST_GAIN`` and beyond noise (the 95 %
+        interval, paired over users, lies above 0).
+
+    Raises:
+        ClientError: sums that no users can have produced.
+    """
+    whole = sums.mean(ALL, metric)
+    votes = {}
+    for other in domains:
+        difference = paired_difference(sums, WITHOUT + other, ALL, metric)
+        gain = difference.mean / whole if whole > 0 else (math.inf if difference.mean > 0 else 0.0)
+        votes[other] = (gain, bool(difference.low > 0 and gain >= LEAST_GAIN))
+    return votes
+
+
+def leave_one_out_checks(votes: Mapping[str, Mapping[str, Vote]]) -> Checks:
+    """Experts without which more than half of the other domains do better: so no minority can vote somebody out.
+
+    Args:
+        votes: domain -> what it says of each of the others, by :func:`votes_of`.
+    """
+    found: Checks = {}
+    for domain in sorted({other for of_domain in votes.values() for other in of_domain}):
+        against = {voter: of_voter[domain] for voter, of_voter in votes.items() if domain in of_voter}
+        if len(against) < SMALLEST_COHORT - 1:
+            continue
+        share = sum(vote for _, vote in against.values()) / len(against)
+        gains = {voter: gain if math.isfinite(gain) else None for voter, (gain, _) in sorted(against.items())}
+        gain = statistics.median(gain for gain, _ in against.values())
+        reason = (
+            f"without it the average of the others ranks better for {round(share * len(against))} of {len(against)} "
+            f"other domains, beyond noise (median gain {100 * gain:.0f} %); expected at most half of them"
+        )
+        found[domain] = Check(share, 0.5, share > 0.5, reason if share > 0.5 else "", {"gains": gains})
+    return found
