@@ -22,6 +22,8 @@ from fedmerge.device import resolve_compute
 from fedmerge.domain.catalog import Catalog, catalog_from_bytes, load_catalog
 from fedmerge.encoder.backbone import Backbone, load_backbone
 from fedmerge.errors import ClientError
+from fedmerge.privacy.accountant import opacus_accountants
+from fedmerge.privacy.statement import PRIVACY_FILE, check_spent, privacy_statement, statement_text
 from fedmerge.report.run_report import Evaluated, metric_rows, product_rows, run_report
 from fedmerge.report.tables import Role
 from fedmerge.run_dir import (
@@ -41,6 +43,7 @@ from fedmerge.server.admission import adapter_bytes, check_adapter, check_sums, 
 from fedmerge.server.candidates import Candidate, choose, merge_candidates
 from fedmerge.server.fallback import choose_per_domain
 from fedmerge.server.learned import learned_labels
+from fedmerge.server.spent import spent_by_domain
 from sim import records
 from sim.federation import POLL_SECONDS, Federation, Question, ask, listed, remembered_clients, require_quorum
 from sim.rounds import check_rounds, run_rounds
@@ -95,6 +98,8 @@ def _experiment(config: ExperimentConfig, federation: Federation, run_dir: Path)
     torch.set_num_threads(config.runtime.server_threads)
     started = time.monotonic()
     check_rounds(config)
+    if config.dp.mode != "none":
+        opacus_accountants()  # before any work
     _say_what_changed(run_dir)
     compute = resolve_compute(config.runtime.device, config.runtime.precision)
     backbone = load_backbone(config.backbone.source, config.backbone.pooling, compute, config.backbone.weights_sha256)
@@ -109,6 +114,7 @@ def _experiment(config: ExperimentConfig, federation: Federation, run_dir: Path)
         else:
             members, after_rounds = run_rounds(federation, config, backbone, catalogs, run_dir)
         if config.until == "train":
+            _say_what_was_spent(config, run_dir, evaluated=False)
             write_text(run_dir / DONE, f"the experts were there after {time.monotonic() - started:.0f} s\n")
             logger.info("the experts are there, run folder: %s", run_dir)
             return
@@ -140,12 +146,22 @@ def _experiment(config: ExperimentConfig, federation: Federation, run_dir: Path)
         ),
         fallback=config.evaluation.fallback,
     )
+    report += _say_what_was_spent(config, run_dir, evaluated=True)
     write_text(run_dir / "report.txt", report)
     write_text(run_dir / DONE, f"finished after {time.monotonic() - started:.0f} s\n")
     federation.forget_ledger_lines()
     logger.info("results\n\n%s", report)
     _say_who_took_part(federation, config)
     logger.info("done in %.0f s, run folder: %s", time.monotonic() - started, run_dir)
+
+
+def _say_what_was_spent(config: ExperimentConfig, run_dir: Path, evaluated: bool) -> str:
+    """Write down what differential privacy the run gives, if any; what the report says of it."""
+    if config.dp.mode == "none":
+        return ""
+    statement = privacy_statement(config.dp, spent_by_domain(run_dir), evaluated)
+    write_json(run_dir / PRIVACY_FILE, statement)
+    return "\n" + statement_text(statement)
 
 
 def _remember(federation: Federation, run_dir: Path) -> None:
@@ -304,6 +320,7 @@ def _train(
     def admit(domain: str, content: RecordDict) -> None:
         adapter, report = records.read_expert(content)
         check_adapter(domain, adapter, layouts[domain])
+        check_spent(domain, config.dp, report.get("privacy"))
         seconds = float(report.get("seconds", 0))
         log = logger.info if len(nodes) <= 20 else logger.debug
         log(

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,21 @@ import torch
 from fedmerge import __version__
 from fedmerge.client.kept import inputs_key, keep
 from fedmerge.client.local_domain import LocalDomain
-from fedmerge.client.train import Progress, train_expert
+from fedmerge.client.train import Progress, TrainingReport, check_can_train, train_expert, train_private_expert
+from fedmerge.client.user_dp import plan_record, user_plan
 from fedmerge.config import ExperimentConfig
-from fedmerge.encoder.lora import Adapter, adapter_sha256, read_adapter, write_adapter
+from fedmerge.encoder.lora import Adapter, adapter_sha256, fresh_adapter, read_adapter, write_adapter
 from fedmerge.errors import ClientError
+from fedmerge.privacy.domain_noise import domain_noise, domain_record, noised_factors
+from fedmerge.privacy.randomness import source
 
 REPORT_FILE = "training.json"
 
 
 def trained_expert(domain: LocalDomain, config: ExperimentConfig, progress: Progress) -> tuple[Adapter, dict[str, Any]]:
     """The domain's expert: from disk where the same inputs were trained on before, else trained now and kept.
+
+    What is kept is what was released: with differential privacy the noised adapter, so sending it again spends nothing.
 
     Args:
         domain: the client's own.
@@ -36,10 +42,10 @@ def trained_expert(domain: LocalDomain, config: ExperimentConfig, progress: Prog
         return kept[0], {**kept[1], "cached": True}
     shutil.rmtree(folder, ignore_errors=True)  # damaged, if there is anything
     begun = folder.with_name(f"{folder.name}.begun.safetensors")
-    lora = config.lora.of(domain.manifest.name)
-    adapter, training = train_expert(domain, lora, config.train, config.seed, progress, begun)
-    report = {**asdict(training), "sha256": adapter_sha256(adapter)}
-    report["validations"][0]["loss"] = None  # nothing was trained on yet; JSON has no NaN
+    adapter, training, spent = train_adapter(domain, config, progress, begun)
+    report = {**asdict(training), "sha256": adapter_sha256(adapter), "privacy": spent}
+    for validation in report["validations"][:1]:
+        validation["loss"] = None  # nothing was trained on yet; JSON has no NaN
 
     def write(expert: Path) -> None:
         write_adapter(adapter, expert, domain.backbone.name)
@@ -48,6 +54,32 @@ def trained_expert(domain: LocalDomain, config: ExperimentConfig, progress: Prog
     keep(folder, write, lambda: _kept(folder) is not None, f"domain {domain.manifest.name}: its expert")
     begun.unlink(missing_ok=True)
     return adapter, {**report, "cached": False}
+
+
+def train_adapter(
+    domain: LocalDomain, config: ExperimentConfig, progress: Progress = lambda line: None, begun: Path | None = None
+) -> tuple[Adapter, TrainingReport, Mapping[str, Any] | None]:
+    """Train by ``dp.mode``; with what was spent of a user or of the domain, if anything counts it.
+
+    Raises:
+        DomainError, ClientError, ConfigError: what the domain or its data do not allow.
+    """
+    dp, name, lora = config.dp, domain.manifest.name, config.lora.of(domain.manifest.name)
+    if dp.mode == "user":
+        check_can_train(domain)
+        plan = user_plan(domain, config.train, dp)
+        progress(f"{name}: differential privacy by user, noise multiplier {plan.noise_multiplier:.3f}")
+        adapter, report = train_private_expert(domain, lora, config.train, config.seed, plan, progress, begun)
+        return adapter, report, plan_record(plan)
+    adapter, report = train_expert(domain, lora, config.train, config.seed, progress, begun)
+    if dp.mode == "domain-local":
+        noise = domain_noise(dp)
+        drawn = source(dp.randomness, config.seed, "client", name, "domain-dp")
+        start = fresh_adapter(domain.backbone, lora, config.seed)
+        adapter = noised_factors(adapter, start, dp.clip, noise, drawn)
+        report = TrainingReport(0, 0, "not told", report.seconds, 0, ())  # the rest was computed from private data
+        return adapter, report, domain_record(dp, noise)
+    return adapter, report, None
 
 
 def expert_by_hash(domain: LocalDomain, config: ExperimentConfig, sha256: str) -> Adapter:
@@ -90,6 +122,8 @@ def _training_key(domain: LocalDomain, config: ExperimentConfig) -> str:
         "text": config.text.model_dump(),
         "lora": {"rank": lora.rank, "alpha": lora.alpha, "target_modules": lora.target_modules},
         "train": config.train.model_dump(),
+        "dp": config.dp.model_dump() if config.dp.mode in ("user", "domain-local") else None,
+        "audit": config.audit.model_dump(),
         "seed": config.seed,
         "threads": config.runtime.threads_per_client,
         "device": str(domain.backbone.device),

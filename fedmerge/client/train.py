@@ -13,8 +13,9 @@ import torch
 
 from fedmerge.client.begun_training import BegunTraining, Validation, begun_training, keep_begun, restore, state_tensors
 from fedmerge.client.local_domain import LocalDomain
-from fedmerge.client.losses import in_batch_softmax
+from fedmerge.client.losses import catalog_softmax, in_batch_softmax
 from fedmerge.client.metrics import METRICS, per_user_metrics, rank_targets
+from fedmerge.client.user_dp import UserPlan, items_are_due, private_steps
 from fedmerge.config import Lora, Train
 from fedmerge.domain.splits import Examples, evaluation_examples
 from fedmerge.encoder.encode import embed_in_groups, encode
@@ -105,13 +106,15 @@ def train_expert(
             best, validations = adapter_of(model), [Validation(0, math.nan, _validation_ndcg(domain, examples))]
             best_step, step, spent = 0, 0, 0.0
             progress(f"{name}: start, validation ndcg@10 {validations[0].ndcg:.4f}")
-        products = frozen_products(domain.backbone)
+        products, items = frozen_products(domain.backbone), None
         batches = itertools.islice(training_batches(sequences, settings, seed, name), step, None)
         while not stopped_by:
             batch, epochs = next(batches)
             rate = settings.learning_rate * min(1.0, (step + 1) / max(1, settings.warmup_steps)) * (1.0 - spent)
             with using(products):
-                loss = training_step(domain, batch, settings, optimizer, rate)
+                if settings.negatives == "catalog" and items_are_due(settings, step):
+                    items = encode(domain.backbone, domain.item_sequences).to(domain.backbone.device)
+                loss = training_step(domain, batch, settings, optimizer, rate, items)
             check_loss(name, loss, step + 1, settings)
             step += 1
             losses.append(loss)
@@ -136,6 +139,56 @@ def train_expert(
     return best, TrainingReport(
         step, best_step, stopped_by, time.monotonic() - started, len(examples), tuple(validations)
     )
+
+
+def train_private_expert(
+    domain: LocalDomain,
+    lora: Lora,
+    settings: Train,
+    seed: int,
+    plan: UserPlan,
+    progress: Progress = lambda line: None,
+    begun: Path | None = None,
+) -> tuple[Adapter, TrainingReport]:
+    """Fine-tune a fresh adapter with differential privacy by user, and keep the last one: no validation user is
+    looked at, so there is no early stopping and the report tells no loss.
+
+    Args:
+        domain, lora, settings, seed, progress, begun: see :func:`train_expert`; the state is kept as often as would be
+            validated. With system randomness a training that goes on has other noise than one that was never ended.
+        plan: what is spent.
+
+    Raises:
+        DomainError: nobody to train on.
+    """
+    name = domain.manifest.name
+    check_can_train(domain)
+    started = time.monotonic()
+    model = attach(domain.backbone, lora.target_modules, lora.rank, lora.alpha, seed)
+    try:
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0)
+        first = 0
+        if before := begun and begun_training(begun):
+            restore(before.tensors, parameters, optimizer)
+            first, started = before.step, started - before.seconds
+            progress(f"{name}: goes on after step {first}, where an earlier training was ended")
+        products = frozen_products(domain.backbone)
+        with private_steps(domain, model, optimizer, settings, plan, seed, name) as make, using(products):
+            for step in range(first, plan.steps):
+                rate = settings.learning_rate * min(1.0, (step + 1) / max(1, settings.warmup_steps))
+                make(step, rate * (1.0 - step / plan.steps))
+                done = step + 1
+                if done % settings.validate_every_steps == 0 and done < plan.steps:
+                    progress(f"{name}: step {done} of {plan.steps}, with noise")
+                    if begun:
+                        tensors, seconds = state_tensors(parameters, optimizer), time.monotonic() - started
+                        spent = done / plan.steps
+                        keep_begun(begun, BegunTraining(done, spent, seconds, done, adapter_of(model), (), tensors))
+        trained = adapter_of(model)
+    finally:
+        model.unload()
+    return trained, TrainingReport(plan.steps, plan.steps, "max_steps", time.monotonic() - started, 0, ())
 
 
 def check_can_train(domain: LocalDomain) -> None:
@@ -170,6 +223,7 @@ def training_step(
     settings: Train,
     optimizer: torch.optim.Optimizer,
     learning_rate: float,
+    items: torch.Tensor | None = None,
     penalty: Callable[[], torch.Tensor] | None = None,
 ) -> float:
     """One optimiser step; the loss before it, after which nothing is changed if it is not finite.
@@ -180,12 +234,13 @@ def training_step(
         settings: the temperature is read.
         optimizer: of the adapter's parameters.
         learning_rate: of this step.
+        items: (N, d) vectors of the whole catalog to be the negatives; None: the targets of the batch are.
         penalty: is added to the loss.
     """
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     optimizer.zero_grad()
-    loss = _loss(domain, batch, settings.temperature)
+    loss = _loss(domain, batch, settings.temperature, items)
     if penalty is not None:
         loss = loss + penalty()
     if math.isfinite(loss.item()):
@@ -194,12 +249,15 @@ def training_step(
     return loss.item()
 
 
-def _loss(domain: LocalDomain, batch: Batch, temperature: float) -> torch.Tensor:
+def _loss(domain: LocalDomain, batch: Batch, temperature: float, items: torch.Tensor | None) -> torch.Tensor:
     text, backbone = domain.text, domain.backbone
-    items, rows = np.unique(batch.targets, return_inverse=True)
     users = pack_sequences(domain.table, batch.histories, backbone.special, text.max_items, text.max_tokens)
     user_vectors = embed_in_groups(backbone, users)
-    item_vectors = embed_in_groups(backbone, [domain.item_sequences[item] for item in items])
+    if items is not None:
+        targets = torch.from_numpy(batch.targets).to(backbone.device)
+        return catalog_softmax(user_vectors, items, targets, temperature).mean()
+    numbers, rows = np.unique(batch.targets, return_inverse=True)
+    item_vectors = embed_in_groups(backbone, [domain.item_sequences[number] for number in numbers])
     return in_batch_softmax(user_vectors, item_vectors, torch.from_numpy(rows).to(backbone.device), temperature)
 
 

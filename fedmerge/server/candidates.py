@@ -22,6 +22,8 @@ from fedmerge.merging.methods import METHODS, Value, method_coefficients
 from fedmerge.merging.stack import Stack, linear_merge_of_many, stack_adapters, survey_adapters
 from fedmerge.merging.training_free import merge_stack
 from fedmerge.merging.vectors import Vectors, initial_vectors, merge_vectors
+from fedmerge.privacy.domain_noise import domain_noise, domain_record, noised_average
+from fedmerge.privacy.randomness import source
 from fedmerge.server.collaborative import learn_coefficients, student_vectors
 from fedmerge.server.learned import learned_variants, pseudo_domains, tried_steps
 from fedmerge.server.pseudo_users import PseudoDomain
@@ -90,7 +92,9 @@ def merge_candidates(
         return pseudo_domains(encoder, adapters, catalogs, config, progress)
 
     def add_sum(label: str, method: str, coefficients: Any, vectors: Vectors | None = None, **own: Any) -> None:
-        if vectors is None or isinstance(vectors, Stack):
+        if config.dp.mode == "domain-central":
+            adapter, own["privacy"] = _noised_average(adapters, config)
+        elif vectors is None or isinstance(vectors, Stack):
             adapter = linear_merge_of_many(adapters, layout, coefficients)
         else:
             adapter = merge_vectors(vectors, coefficients)
@@ -183,6 +187,14 @@ def choose(
         if candidate.method not in best or scores[candidate.label] > scores[best[candidate.method]]:
             best[candidate.method] = candidate.label
     return best, max(best.values(), key=lambda label: scores[label]), scores
+
+
+def _noised_average(adapters: Mapping[str, Adapter], config: ExperimentConfig) -> tuple[Adapter, Mapping[str, Any]]:
+    """The average with the noise of ``dp.mode = 'domain-central'``, and what it spent."""
+    noise = domain_noise(config.dp)
+    drawn = source(config.dp.randomness, config.seed, "server", "domain-dp")
+    rank = max(config.lora.of(domain).rank for domain in adapters)
+    return noised_average(adapters, config.dp.clip, noise, rank, drawn), domain_record(config.dp, noise)
 
 
 def _linear_variants(method: str, config: ExperimentConfig) -> Iterator[tuple[str, dict[str, Value]]]:
