@@ -208,14 +208,13 @@ def user_gradients(
     """
     text, backbone = domain.text, domain.backbone
     packed = pack_sequences(domain.table, records.histories, backbone.special, text.max_items, text.max_tokens)
-    for group in _groups(packed):
-        targets = torch.from_numpy(records.targets[group]).to(backbone.device)
-        with _gradients_by_user(model):
+    with _gradients_by_user(model):
+        for group in _groups(packed):
+            targets = torch.from_numpy(records.targets[group]).to(backbone.device)
             vectors = embed_batch(backbone, [packed[index] for index in group])
             losses = catalog_softmax(vectors, items, targets, temperature)
             losses.sum().backward()  # type: ignore[no-untyped-call]  # PyTorch leaves it untyped
-            found = [_taken(parameter) for parameter in parameters]
-        yield found
+            yield [_taken(parameter) for parameter in parameters]
 
 
 def noised(total: Sequence[torch.Tensor], deviation: float, drawn: Source) -> list[torch.Tensor]:
