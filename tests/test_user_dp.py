@@ -236,8 +236,7 @@ def test_a_step_divides_the_noised_sum_by_the_expected_number_of_users(
     plan = replace(PLAN, num_users=len(toys.training_sequences))
     before = [parameter.detach().clone() for parameter in trained(model)]
     optimizer = torch.optim.SGD(trained(model), lr=1.0)
-    with private_steps(toys, model, optimizer, TRAIN, plan, 7, "toys") as make:
-        make(0, 1.0)
+    private_steps(toys, model, optimizer, TRAIN, plan, 7, "toys")(0, 1.0)
     moved = torch.cat([(b - p.detach()).flatten() for b, p in zip(before, trained(model), strict=True)])
     with torch.no_grad():
         for parameter, value in zip(trained(model), before, strict=True):

@@ -143,9 +143,8 @@ def _losses(
     items, vectors = _encoded(domain, adapter, histories)
     wanted = torch.from_numpy(targets)
     parts = [slice(start, start + BLOCK) for start in range(0, len(targets), BLOCK)]
-    return (
-        torch.cat([catalog_softmax(vectors[part], items, wanted[part], temperature) for part in parts]).double().numpy()
-    )
+    found = [catalog_softmax(vectors[part], items, wanted[part], temperature) for part in parts]
+    return torch.cat(found).double().numpy()
 
 
 def _encoded(

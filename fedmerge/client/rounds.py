@@ -109,26 +109,25 @@ def train_round(
 
             scope = (name, "round", task.number)
             losses: list[float] = []
-            with using(frozen_products(domain.backbone)):
-                if plan is not None:
-                    steps, stopped_by = int(share.max_steps or 0), "max_steps"
-                    with private_steps(domain, model, optimizer, settings, plan, seed, *scope) as make:
-                        for step in range(steps):
-                            make(step, rate(step, step / steps), penalty)
-                else:
-                    stopped_by, spent, items = "", 0.0, None
-                    drawn = training_batches(domain.training_sequences, settings, seed, *scope)
-                    while not stopped_by:
-                        batch, epochs = next(drawn)
-                        if settings.negatives == "catalog" and items_are_due(settings, len(losses)):
-                            items = encode(domain.backbone, domain.item_sequences).to(domain.backbone.device)
-                        loss = training_step(
-                            domain, batch, settings, optimizer, rate(len(losses), spent), items, penalty
-                        )
-                        check_loss(name, loss, len(losses) + 1, settings)
-                        losses.append(loss)
-                        spent, stopped_by = spent_budget(share, len(losses), epochs, time.monotonic() - started)
-                    steps = len(losses)
+            if plan is not None:
+                steps, stopped_by = int(share.max_steps or 0), "max_steps"
+                make = private_steps(domain, model, optimizer, settings, plan, seed, *scope)
+                for step in range(steps):
+                    make(step, rate(step, step / steps), penalty)
+            else:
+                stopped_by, spent, items, products = "", 0.0, None, frozen_products(domain.backbone)
+                drawn = training_batches(domain.training_sequences, settings, seed, *scope)
+                while not stopped_by:
+                    batch, epochs = next(drawn)
+                    if settings.negatives == "catalog" and items_are_due(settings, len(losses)):
+                        items = encode(domain.backbone, domain.item_sequences).to(domain.backbone.device)
+                    current = rate(len(losses), spent)
+                    with using(products):
+                        loss = training_step(domain, batch, settings, optimizer, current, items, penalty)
+                    check_loss(name, loss, len(losses) + 1, settings)
+                    losses.append(loss)
+                    spent, stopped_by = spent_budget(share, len(losses), epochs, time.monotonic() - started)
+                steps = len(losses)
             mean = float(np.mean(losses)) if losses else None
             told = "with noise" if mean is None else f"loss {mean:.3f}"
             progress(f"{name}: round {task.number} of {task.num_rounds}, {steps} steps, {told}")

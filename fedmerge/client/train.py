@@ -111,9 +111,9 @@ def train_expert(
         while not stopped_by:
             batch, epochs = next(batches)
             rate = settings.learning_rate * min(1.0, (step + 1) / max(1, settings.warmup_steps)) * (1.0 - spent)
+            if settings.negatives == "catalog" and items_are_due(settings, step):
+                items = encode(domain.backbone, domain.item_sequences).to(domain.backbone.device)
             with using(products):
-                if settings.negatives == "catalog" and items_are_due(settings, step):
-                    items = encode(domain.backbone, domain.item_sequences).to(domain.backbone.device)
                 loss = training_step(domain, batch, settings, optimizer, rate, items)
             check_loss(name, loss, step + 1, settings)
             step += 1
@@ -173,18 +173,17 @@ def train_private_expert(
             restore(before.tensors, parameters, optimizer)
             first, started = before.step, started - before.seconds
             progress(f"{name}: goes on after step {first}, where an earlier training was ended")
-        products = frozen_products(domain.backbone)
-        with private_steps(domain, model, optimizer, settings, plan, seed, name) as make, using(products):
-            for step in range(first, plan.steps):
-                rate = settings.learning_rate * min(1.0, (step + 1) / max(1, settings.warmup_steps))
-                make(step, rate * (1.0 - step / plan.steps))
-                done = step + 1
-                if done % settings.validate_every_steps == 0 and done < plan.steps:
-                    progress(f"{name}: step {done} of {plan.steps}, with noise")
-                    if begun:
-                        tensors, seconds = state_tensors(parameters, optimizer), time.monotonic() - started
-                        spent = done / plan.steps
-                        keep_begun(begun, BegunTraining(done, spent, seconds, done, adapter_of(model), (), tensors))
+        make = private_steps(domain, model, optimizer, settings, plan, seed, name)
+        for step in range(first, plan.steps):
+            rate = settings.learning_rate * min(1.0, (step + 1) / max(1, settings.warmup_steps))
+            make(step, rate * (1.0 - step / plan.steps))
+            done = step + 1
+            if done % settings.validate_every_steps == 0 and done < plan.steps:
+                progress(f"{name}: step {done} of {plan.steps}, with noise")
+                if begun:
+                    tensors, seconds = state_tensors(parameters, optimizer), time.monotonic() - started
+                    spent = done / plan.steps
+                    keep_begun(begun, BegunTraining(done, spent, seconds, done, adapter_of(model), (), tensors))
         trained = adapter_of(model)
     finally:
         model.unload()

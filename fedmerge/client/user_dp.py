@@ -22,6 +22,7 @@ from fedmerge.client.local_domain import LocalDomain
 from fedmerge.client.losses import catalog_softmax
 from fedmerge.config import DP, Train
 from fedmerge.encoder.encode import TRAINING_GROUPS, embed_batch, encode
+from fedmerge.encoder.frozen import frozen_products, using
 from fedmerge.encoder.text import Tokens, pack_sequences
 from fedmerge.errors import DomainError
 from fedmerge.privacy.accountant import calibrated_noise, opacus_accountants
@@ -91,7 +92,6 @@ def user_plan(domain: LocalDomain, settings: Train, dp: DP) -> UserPlan:
     return UserPlan(noise, dp.clip, rate, num_users, steps, dp.randomness)
 
 
-@contextmanager
 def private_steps(
     domain: LocalDomain,
     model: torch.nn.Module,
@@ -100,8 +100,8 @@ def private_steps(
     plan: UserPlan,
     seed: int,
     *scope: str | int,
-) -> Iterator[PrivateStep]:
-    """Within it, steps can be made; the model's gradients are taken by user.
+) -> PrivateStep:
+    """What makes steps: encodes the items when they are due, draws users, clips, adds noise, and moves the parameters.
 
     Args:
         domain: the client's own.
@@ -113,6 +113,7 @@ def private_steps(
         scope: of the randomness.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    products = frozen_products(domain.backbone)
     items: torch.Tensor | None = None
 
     def make(step: int, rate: float, penalty: Callable[[], torch.Tensor] | None = None) -> None:
@@ -121,7 +122,8 @@ def private_steps(
             items = encode(domain.backbone, domain.item_sequences).to(domain.backbone.device)
         drawn = source(plan.randomness, seed, "client", *scope, "dp", step)
         records = poisson_records(domain.training_sequences, settings.samples, plan.sample_rate, drawn)
-        total = clipped_sum(domain, model, parameters, records, items, settings.temperature, plan.clip)
+        with using(products):
+            total = clipped_sum(domain, model, parameters, records, items, settings.temperature, plan.clip)
         optimizer.zero_grad()
         if penalty is not None:
             penalty().backward()  # type: ignore[no-untyped-call]  # PyTorch leaves it untyped
@@ -134,7 +136,7 @@ def private_steps(
             group["lr"] = rate
         optimizer.step()
 
-    yield make
+    return make
 
 
 def items_are_due(settings: Train, step: int) -> bool:
