@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from fedmerge.client.experts import train_adapter
+from fedmerge.client.experts import train_adapter, trained_expert
 from fedmerge.client.local_domain import LocalDomain, open_domain
 from fedmerge.client.losses import catalog_softmax
-from fedmerge.client.train import train_private_expert
+from fedmerge.client.private_expert import train_private_expert
 from fedmerge.client.user_dp import (
     Records,
     UserPlan,
@@ -294,6 +294,32 @@ def test_train_adapter_says_what_was_spent(toys: LocalDomain) -> None:
     assert report.steps == spent["steps"] == 2
     assert (spent["unit"], spent["noise_multiplier"], spent["num_units"]) == ("user", 1.5, 24)
     assert spent["sample_rate"] == pytest.approx(8 / 24)
+
+
+def test_experts_of_before_are_found_and_other_noise_is_another_expert(toys: LocalDomain, tmp_path: Path) -> None:
+    """What is off is no part of the key; whatever changes the adapter is."""
+    plain: dict[str, object] = {
+        "cache_dir": str(tmp_path),
+        "dp.mode": "none",
+        "train.negatives": "in-batch",
+        "train.max_steps": 1,
+    }
+    keys: list[dict[str, object]] = [
+        {},
+        {"train.item_refresh_steps": 3},
+        {"audit.held_out_users": 0.5},
+        {"train.negatives": "catalog"},
+        {"train.negatives": "catalog", "train.item_refresh_steps": 3},
+    ]
+    told = [trained_expert(toys, from_flat({**plain, **changes}), lambda line: None)[1]["cached"] for changes in keys]
+    assert told == [False, True, False, False, False]
+    noise = {**plain, "train.negatives": "catalog", "dp.mode": "user", "dp.randomness": "system", "dp.delta": 1e-3}
+    sent = [
+        trained_expert(toys, from_flat({**noise, "dp.noise_multiplier": sigma}), lambda line: None)[1]
+        for sigma in (1.0, 1.0, 2.0)
+    ]
+    assert [report["cached"] for report in sent] == [False, True, False]
+    assert sent[0]["sha256"] == sent[1]["sha256"]  # the same release, not a second one
 
 
 # Refusals

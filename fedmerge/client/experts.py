@@ -12,15 +12,17 @@ import torch
 from fedmerge import __version__
 from fedmerge.client.kept import inputs_key, keep
 from fedmerge.client.local_domain import LocalDomain
-from fedmerge.client.train import Progress, TrainingReport, check_can_train, train_expert, train_private_expert
+from fedmerge.client.private_expert import train_private_expert
+from fedmerge.client.train import Progress, TrainingReport, check_can_train, train_expert
 from fedmerge.client.user_dp import plan_record, user_plan
-from fedmerge.config import ExperimentConfig
+from fedmerge.config import Audit, ExperimentConfig
 from fedmerge.encoder.lora import Adapter, adapter_sha256, fresh_adapter, read_adapter, write_adapter
 from fedmerge.errors import ClientError
 from fedmerge.privacy.domain_noise import domain_noise, domain_record, noised_factors
 from fedmerge.privacy.randomness import source
 
 REPORT_FILE = "training.json"
+_UNUSED = {"in-batch": {"negatives", "item_refresh_steps"}, "catalog": set[str]()}  # so that older experts are found
 
 
 def trained_expert(domain: LocalDomain, config: ExperimentConfig, progress: Progress) -> tuple[Adapter, dict[str, Any]]:
@@ -121,13 +123,15 @@ def _training_key(domain: LocalDomain, config: ExperimentConfig) -> str:
         "pooling": domain.backbone.pooling,
         "text": config.text.model_dump(),
         "lora": {"rank": lora.rank, "alpha": lora.alpha, "target_modules": lora.target_modules},
-        "train": config.train.model_dump(),
-        "dp": config.dp.model_dump() if config.dp.mode in ("user", "domain-local") else None,
-        "audit": config.audit.model_dump(),
+        "train": config.train.model_dump(exclude=_UNUSED[config.train.negatives]),
         "seed": config.seed,
         "threads": config.runtime.threads_per_client,
         "device": str(domain.backbone.device),
         "precision": domain.backbone.compute.precision,
         "versions": [__version__, torch.__version__],
     }
+    if config.dp.mode in ("user", "domain-local"):
+        inputs["dp"] = config.dp.model_dump()
+    if config.audit != Audit():
+        inputs["audit"] = config.audit.model_dump()
     return inputs_key(inputs)

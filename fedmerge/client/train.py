@@ -15,7 +15,7 @@ from fedmerge.client.begun_training import BegunTraining, Validation, begun_trai
 from fedmerge.client.local_domain import LocalDomain
 from fedmerge.client.losses import catalog_softmax, in_batch_softmax
 from fedmerge.client.metrics import METRICS, per_user_metrics, rank_targets
-from fedmerge.client.user_dp import UserPlan, items_are_due, private_steps
+from fedmerge.client.user_dp import items_are_due
 from fedmerge.config import Lora, Train
 from fedmerge.domain.splits import Examples, evaluation_examples
 from fedmerge.encoder.encode import embed_in_groups, encode
@@ -139,55 +139,6 @@ def train_expert(
     return best, TrainingReport(
         step, best_step, stopped_by, time.monotonic() - started, len(examples), tuple(validations)
     )
-
-
-def train_private_expert(
-    domain: LocalDomain,
-    lora: Lora,
-    settings: Train,
-    seed: int,
-    plan: UserPlan,
-    progress: Progress = lambda line: None,
-    begun: Path | None = None,
-) -> tuple[Adapter, TrainingReport]:
-    """Fine-tune a fresh adapter with differential privacy by user, and keep the last one: no validation user is
-    looked at, so there is no early stopping and the report tells no loss.
-
-    Args:
-        domain, lora, settings, seed, progress, begun: see :func:`train_expert`; the state is kept as often as would be
-            validated. With system randomness a training that goes on has other noise than one that was never ended.
-        plan: what is spent.
-
-    Raises:
-        DomainError: nobody to train on.
-    """
-    name = domain.manifest.name
-    check_can_train(domain)
-    started = time.monotonic()
-    model = attach(domain.backbone, lora.target_modules, lora.rank, lora.alpha, seed)
-    try:
-        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0)
-        first = 0
-        if before := begun and begun_training(begun):
-            restore(before.tensors, parameters, optimizer)
-            first, started = before.step, started - before.seconds
-            progress(f"{name}: goes on after step {first}, where an earlier training was ended")
-        make = private_steps(domain, model, optimizer, settings, plan, seed, name)
-        for step in range(first, plan.steps):
-            rate = settings.learning_rate * min(1.0, (step + 1) / max(1, settings.warmup_steps))
-            make(step, rate * (1.0 - step / plan.steps))
-            done = step + 1
-            if done % settings.validate_every_steps == 0 and done < plan.steps:
-                progress(f"{name}: step {done} of {plan.steps}, with noise")
-                if begun:
-                    tensors, seconds = state_tensors(parameters, optimizer), time.monotonic() - started
-                    spent = done / plan.steps
-                    keep_begun(begun, BegunTraining(done, spent, seconds, done, adapter_of(model), (), tensors))
-        trained = adapter_of(model)
-    finally:
-        model.unload()
-    return trained, TrainingReport(plan.steps, plan.steps, "max_steps", time.monotonic() - started, 0, ())
 
 
 def check_can_train(domain: LocalDomain) -> None:

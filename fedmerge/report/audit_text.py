@@ -17,7 +17,8 @@ def audit_text(audit: Mapping[str, Any]) -> str:
         audit: of :func:`fedmerge.cli.privacy`: run, dp, and domain -> what :func:`fedmerge.client.audit.audit_domain`
             measured.
     """
-    parts = [f"privacy audit of {audit['run']}\ndifferential privacy of its training: {audit['dp']}\n\n{NOTE}"]
+    told = ", ".join(f"{key} {value}" for key, value in audit["dp"].items() if value is not None)
+    parts = [f"privacy audit of {audit['run']}\ndifferential privacy of its training: {told}\n\n{NOTE}"]
     parts += [_domain_text(domain, found) for domain, found in audit["domains"].items()]
     return "\n".join(parts)
 
