@@ -175,6 +175,13 @@ class Train(Section):
     )
     validation_users: int | None = Field(500, ge=1, description="Users that early stopping looks at; 'none' for all.")
     patience: int = Field(5, ge=1, description="Validations without a better NDCG@10 before training stops.")
+    negatives: Literal["in-batch", "catalog"] = Field(
+        "in-batch",
+        description="in-batch: the other targets of a step; catalog: every item, its vector held fixed (no gradient).",
+    )
+    item_refresh_steps: int = Field(
+        10, ge=1, description="With catalog negatives: steps between two encodings of the items by the current model."
+    )
 
     @model_validator(mode="after")
     def _some_budget(self) -> "Train":
@@ -519,6 +526,59 @@ class Attack(Section):
         return self
 
 
+class DP(Section):
+    """Differential privacy, explained in [differential-privacy.md](differential-privacy.md)."""
+
+    mode: Literal["none", "user", "domain-local", "domain-central"] = Field(
+        "none",
+        description="What one unit is: a user of a domain, or a whole domain that trusts nobody, or the server.",
+    )
+    epsilon: float | None = Field(None, gt=0, le=1000, description="The noise is chosen to meet it; needs delta.")
+    delta: float | None = Field(None, gt=0, lt=1, description="Of the guarantee; well below one over the users.")
+    noise_multiplier: float | None = Field(
+        None, ge=0, le=10000, description="Noise over the sensitivity, in place of epsilon; 0: clipped, no guarantee."
+    )
+    clip: float = Field(1.0, gt=0, le=1e6, description="Largest norm of a user's gradient, or of a domain's update.")
+    accountant: Literal["prv", "rdp"] = Field(
+        "prv", description="prv: tighter, numerical; rdp: an upper bound by Rényi divergences."
+    )
+    randomness: Literal["system", "seeded"] = Field(
+        "system",
+        description="seeded: reproducible, for research, no guarantee: whoever knows the seed can subtract the noise.",
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "DP":
+        given = [key for key in ("epsilon", "noise_multiplier") if getattr(self, key) is not None]
+        if self.mode == "none":
+            if given or self.delta is not None:
+                raise ValueError(
+                    f"mode = 'none', but {', '.join([*given, *['delta'] * (self.delta is not None)])} is set; set mode "
+                    "to 'user' or to a domain mode, or leave the others out"
+                )
+            return self
+        if len(given) != 1:
+            found = "both are set" if given else "neither is set"
+            raise ValueError(f"mode = '{self.mode}' needs epsilon or noise_multiplier, {found}; set one of the two")
+        if self.delta is None and self.noise_multiplier != 0:
+            raise ValueError(
+                f"{given[0]} is set without delta; Gaussian noise gives no guarantee with delta = 0. Set delta well "
+                "below one over the number of users, say 1e-6"
+            )
+        return self
+
+
+class Audit(Section):
+    """What `fedmerge privacy audit` needs of a training; for simulations only."""
+
+    held_out_users: float = Field(
+        0.0, ge=0, le=0.9, description="Share of the users who are left out of training: the audit's non-members."
+    )
+    canaries: int = Field(
+        0, ge=0, le=10000, description="Planted users with random items, trained on; as many are kept out to compare."
+    )
+
+
 class Runtime(Section):
     """Compute on each side."""
 
@@ -578,6 +638,8 @@ class ExperimentConfig(Section):
     privacy: Privacy = Privacy()
     admission: Admission = Admission()
     attack: Attack = Attack()
+    dp: DP = DP()
+    audit: Audit = Audit()
     runtime: Runtime = Runtime()
 
     @model_validator(mode="after")
@@ -614,12 +676,48 @@ class ExperimentConfig(Section):
             raise ValueError(problem)
         if strange := sorted({text.partition("=")[0] for text in self.lora.ranks} - {*self.domains.train}):
             raise ValueError(f"lora.ranks names {', '.join(strange)}, not among domains.train; correct the name")
+        self._check_dp()
         if self.server.min_train_clients > len(self.domains.train):
             raise ValueError(
                 f"server.min_train_clients = {self.server.min_train_clients}, but domains.train names only "
                 f"{len(self.domains.train)}; lower it"
             )
         return self
+
+    def _check_dp(self) -> None:
+        mode, train = self.dp.mode, self.train
+        if mode == "user" and train.negatives == "in-batch":
+            raise ValueError(
+                "dp.mode = 'user', but train.negatives = 'in-batch': a user's loss then depends on the other users of "
+                "the step, and clipping by user bounds nothing; set train.negatives = 'catalog'"
+            )
+        if mode == "user" and (train.max_steps is None or train.max_epochs or train.max_minutes):
+            raise ValueError(
+                "dp.mode = 'user' needs the number of steps beforehand, since the noise is chosen for it; set "
+                "train.max_steps and leave train.max_epochs and train.max_minutes at 'none'"
+            )
+        if mode != "none" and self.privacy.policy == "aggregate-only":
+            raise ValueError(
+                f"dp.mode = '{mode}' with privacy.policy = 'aggregate-only': a secure sum carries no account of what "
+                "each client has spent; set dp.mode = 'none', or another policy"
+            )
+        own = (self.privacy.policy, self.through_clients.users) == ("catalog-private", "own-users")
+        if mode != "none" and own and {*self.merge.methods} & LEARNED_METHODS:
+            raise ValueError(
+                f"dp.mode = '{mode}' with through_clients.users = 'own-users': gradients of coefficients on own users "
+                "carry no noise and are not in the account; set through_clients.users = 'pseudo-users'"
+            )
+        if mode.startswith("domain") and self.rounds.rule is not None:
+            raise ValueError(
+                f"dp.mode = '{mode}' covers a single merge, but rounds.rule is {self.rounds.rule}; set rounds.rule = "
+                "'none', or dp.mode = 'user'"
+            )
+        if mode == "domain-central" and self.merge.methods != ("average",):
+            raise ValueError(
+                "dp.mode = 'domain-central' adds noise to the sum of all updates, so merge.methods can only be "
+                f"'average', found {', '.join(self.merge.methods)}; set merge.methods = 'average', or dp.mode = "
+                "'domain-local', after which any method may follow"
+            )
 
     def _check_through_clients(self, learned: Sequence[str]) -> None:
         """Refuse what cannot be learned through the clients, each with the remedy."""
@@ -698,21 +796,26 @@ def _check_admission(config: ExperimentConfig) -> None:
     admission, attack = config.admission, config.attack
     if admission.probe_items and config.privacy.policy != "adapter+catalog" and config.server.catalogs is None:
         raise ValueError(
-            f"admission.probe_items needs the catalogs, but privacy.policy = '{config.privacy.policy}' keeps them at the "
-            "clients and server.catalogs is 'none'; leave the probe out or give server.catalogs a folder"
+            f"admission.probe_items needs the catalogs, but privacy.policy = '{config.privacy.policy}' keeps them at "
+            "the clients and server.catalogs is 'none'; leave the probe out or give server.catalogs a folder"
         )
     asked = [key for key in ("probe_items", "leave_one_out", "rollback") if getattr(admission, key)]
     if config.privacy.policy == "aggregate-only" and (asked or admission.action == "exclude"):
         keys = ", ".join(f"admission.{key}" for key in asked or ["action"])
         raise ValueError(
-            f"{keys}: the gate looks at single adapters, which privacy.policy = 'aggregate-only' hides from the server; "
-            "leave it out, or set privacy.policy = 'adapter'"
+            f"{keys}: the gate looks at single adapters, which privacy.policy = 'aggregate-only' hides from the "
+            "server; leave it out, or set privacy.policy = 'adapter'"
         )
     if config.rounds.rule is not None and (asked or admission.action == "exclude"):
         keys = ", ".join(f"admission.{key}" for key in asked or ["action"])
         raise ValueError(
             f"{keys}: the gate stands in front of one merge of experts, but rounds.rule is {config.rounds.rule}; leave "
             "it out, or choose a robust rule (median, trimmed-mean, krum, multi-krum)"
+        )
+    if attack.domain is not None and config.dp.mode != "none":
+        raise ValueError(
+            f"attack.domain = {attack.domain!r} with dp.mode = '{config.dp.mode}': who poisons its training keeps no "
+            "promise of privacy; leave one of the two out"
         )
     if attack.domain is not None and attack.domain not in config.domains.train:
         raise ValueError(f"attack.domain = {attack.domain!r} is not among domains.train; only who trains can poison")

@@ -12,6 +12,8 @@ choice.json                        what validation chose; written before test is
 test/<domain>.json                 as validation
 metrics.parquet, products.parquet  sums and counts per split, variant, domain, method and metric
 exposure.parquet                   what left each client: names, shapes, dtypes, bytes (exposure.jsonl until the end)
+privacy.json                       with differential privacy: what was spent of every unit, assumptions included
+privacy-audit.json, .txt           what an audit measured, where one was made
 report.txt, run.log, DONE
 lock                               held by the process that works on the run
 """

@@ -6,7 +6,7 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, lru_cache, wraps
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from flwr.clientapp import ClientApp
 
 from fedmerge import __version__
 from fedmerge.client.attack import sent, training_inputs
+from fedmerge.client.audit_users import for_audit
 from fedmerge.client.baselines import baseline_rankers
 from fedmerge.client.collaborative import ClientMergeSettings, coefficient_gradient
 from fedmerge.client.evaluate import evaluate
@@ -25,6 +26,7 @@ from fedmerge.client.local_domain import LocalDomain, open_domain
 from fedmerge.client.metrics import BACKBONE, EXPERT
 from fedmerge.client.rounds import RoundTask, train_round
 from fedmerge.client.summed import keep_values
+from fedmerge.client.user_dp import plan_record, user_plan
 from fedmerge.config import ExperimentConfig, Text, from_flat
 from fedmerge.device import resolve_compute
 from fedmerge.domain.catalog import catalog_to_bytes
@@ -174,9 +176,10 @@ def _trained_round(client: Client, message: Message) -> tuple[Adapter, dict[str,
         start = fresh_adapter(domain.backbone, lora, request.fresh_seed)
     task = RoundTask(request.number, request.num_rounds, start, base, request.trained, config.rounds.proximal)
     trained_on, settings = training_inputs(domain, config)
-    adapter, report = train_round(trained_on, lora, settings, config.seed, task, logger.info)
+    plan = user_plan(domain, config.train, config.dp) if config.dp.mode == "user" else None
+    adapter, report = train_round(trained_on, lora, settings, config.seed, task, logger.info, plan)
     adapter = sent(adapter, domain.manifest.name, config)
-    told = asdict(report)
+    told = asdict(report) | {"privacy": plan and plan_record(replace(plan, steps=report.steps))}
     if len(domain.training_sequences) < config.privacy.min_users:
         told["loss"] = None
     return adapter, told, start
@@ -316,6 +319,13 @@ def _client(context: Context) -> Client:
     wanted, runtime = config.backbone, config.runtime
     backbone = _backbone(wanted.source, wanted.pooling, wanted.weights_sha256, runtime.device, runtime.precision)
     domain = _domain(folder, backbone, config.text)
+    if config.audit.held_out_users or config.audit.canaries:
+        if "partition-id" not in context.node_config:
+            raise ClientError(
+                f"domain {domain.manifest.name}: audit.held_out_users and audit.canaries change what is trained on, so "
+                "they are for simulations only; set both to 0"
+            )
+        domain = for_audit(domain, config.audit, config.seed)
     if role == "train" and not domain.can_train:
         logger.info("%s: nobody to train on, so it takes part as unseen", domain.manifest.name)
         role = "unseen"

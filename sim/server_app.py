@@ -23,6 +23,8 @@ from fedmerge.domain.catalog import Catalog, catalog_from_bytes, load_catalog
 from fedmerge.domain.manifest import check_catalog_is_public, read_manifest
 from fedmerge.encoder.backbone import Backbone, load_backbone
 from fedmerge.errors import ClientError
+from fedmerge.privacy.accountant import opacus_accountants
+from fedmerge.privacy.statement import PRIVACY_FILE, check_spent, privacy_statement, statement_text
 from fedmerge.report.run_report import Evaluated, attack_note, metric_rows, product_rows, run_report
 from fedmerge.report.tables import Role
 from fedmerge.run_dir import (
@@ -44,6 +46,7 @@ from fedmerge.server.fallback import choose_per_domain
 from fedmerge.server.gate import probes
 from fedmerge.server.learned import labels_from_catalogs
 from fedmerge.server.rollback import FALLBACK, dropped_domains, roll_back
+from fedmerge.server.spent import spent_by_domain
 from sim import records
 from sim.catalog_private import learn_through_clients
 from sim.evaluations import evaluate_models
@@ -128,6 +131,8 @@ def _experiment(config: ExperimentConfig, federation: Federation, run_dir: Path)
     check_rounds(config)
     if config.attack.domain is not None:
         logger.warning("%s", attack_note(config.attack))
+    if config.dp.mode != "none":
+        opacus_accountants()  # before any work
     _say_what_changed(run_dir)
     compute = resolve_compute(config.runtime.device, config.runtime.precision)
     backbone = load_backbone(config.backbone.source, config.backbone.pooling, compute, config.backbone.weights_sha256)
@@ -137,6 +142,7 @@ def _experiment(config: ExperimentConfig, federation: Federation, run_dir: Path)
         catalogs = _catalogs(federation, config, run_dir)
         made = _candidates(federation, config, backbone, catalogs, run_dir)
         if config.until == "train":
+            _say_what_was_spent(config, run_dir, evaluated=False)
             write_text(run_dir / DONE, f"the experts were there after {time.monotonic() - started:.0f} s\n")
             logger.info("the experts are there, run folder: %s", run_dir)
             return
@@ -173,6 +179,7 @@ def _experiment(config: ExperimentConfig, federation: Federation, run_dir: Path)
         ),
         fallback=config.evaluation.fallback or (choice.rollback is not None and choice.rollback["to"] == FALLBACK),
     )
+    report += _say_what_was_spent(config, run_dir, evaluated=True)
     write_text(run_dir / "report.txt", report)
     write_text(run_dir / DONE, f"finished after {time.monotonic() - started:.0f} s\n")
     federation.forget_ledger_lines()
@@ -203,6 +210,15 @@ def _candidates(
     if config.admission.rollback and failed and failed.keys() < sources.keys():
         candidates += _merge(federation, config, backbone, sources, catalogs, run_dir, without=sorted(failed))
     return Made(list(sources), sources, candidates, failed)
+
+
+def _say_what_was_spent(config: ExperimentConfig, run_dir: Path, evaluated: bool) -> str:
+    """Write down what differential privacy the run gives, if any; what the report says of it."""
+    if config.dp.mode == "none":
+        return ""
+    statement = privacy_statement(config.dp, spent_by_domain(run_dir), evaluated)
+    write_json(run_dir / PRIVACY_FILE, statement)
+    return "\n" + statement_text(statement)
 
 
 def _remember(federation: Federation, run_dir: Path) -> None:
@@ -374,6 +390,7 @@ def _train(
     def admit(domain: str, content: RecordDict) -> None:
         adapter, report = records.read_expert(content)
         check_adapter(domain, adapter, layouts[domain])
+        check_spent(domain, config.dp, report.get("privacy"))
         seconds = float(report.get("seconds", 0))
         log = logger.info if len(nodes) <= 20 else logger.debug
         log(

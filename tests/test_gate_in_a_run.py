@@ -22,6 +22,7 @@ from fedmerge.encoder.lora import adapter_sha256, read_adapter
 from fedmerge.errors import ClientError, ConfigError
 from fedmerge.report.html_report import bench_page
 from fedmerge.run_dir import DONE, read_json
+from fedmerge.server import checkpoints
 from sim import records
 
 TRAIN = ("beauty", "books", "camping", "coffee", "garden")
@@ -33,7 +34,7 @@ FULL = {"admission.action": "exclude", "admission.probe_items": 20, "admission.l
 def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for module in (sim.federation, sim.server_app):
         monkeypatch.setattr(module, "POLL_SECONDS", 0.01)
-    return
+    yield
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +127,7 @@ def test_a_run_killed_at_the_gate_goes_on(place: Path, dies_at: str, monkeypatch
             asked.append(f"{split} {len(models)}")
         return answer_honestly(message, context)
 
-    kept = sim.server_app.checkpoints.keep_sums
+    kept = checkpoints.keep_sums
 
     def dying(run_dir: Path, stage: Any, domain: str, sums: Any) -> None:
         if len(list((run_dir / "admission").glob("*.json"))) == (0 if dies_at == "first vote" else 1):
@@ -137,7 +138,7 @@ def test_a_run_killed_at_the_gate_goes_on(place: Path, dies_at: str, monkeypatch
         if dies_at == "merging":
             patch.setattr(sim.server_app, "_merge", lambda *_, **__: (_ for _ in ()).throw(Killed()))
         else:
-            patch.setattr(sim.server_app.checkpoints, "keep_sums", dying)
+            patch.setattr(checkpoints, "keep_sums", dying)
         with pytest.raises(Killed):
             run_in_process(experiment(place, **changes), answer)
     before = len(asked)

@@ -249,6 +249,7 @@ def test_one_round_from_a_fresh_adapter_trains_what_an_expert_trains_apart_from_
     settings = config.train.model_copy(update={"validate_every_steps": 4, "patience": 9})
     task = RoundTask(1, 1, fresh_adapter(backbone, config.lora, 0))
     trained, report = train_round(domain, config.lora, settings, 0, task)
+    assert report.loss is not None
     _, expert = train_expert(domain, config.lora, settings, 0)
     assert report.steps == expert.steps
     assert report.loss == pytest.approx(expert.validations[-1].loss, rel=0.2)

@@ -170,7 +170,7 @@ def _one_round(config: ExperimentConfig, experts: Mapping[str, Adapter], sources
         for domain, adapter in adapters.items()
     }
     parameters = parsed_parameters(config.rounds.parameters)
-    state = aggregate(rule, initial_state(starts), adapters, seed=config.seed, **parameters)
+    state = aggregate(rule, initial_state(starts), adapters, None, seed=config.seed, **parameters)
     label = f"{rule} 1 round"
     provenance = {
         "label": label,

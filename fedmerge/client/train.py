@@ -13,8 +13,9 @@ import torch
 
 from fedmerge.client.begun_training import BegunTraining, Validation, begun_training, keep_begun, restore, state_tensors
 from fedmerge.client.local_domain import LocalDomain
-from fedmerge.client.losses import in_batch_softmax
+from fedmerge.client.losses import catalog_softmax, in_batch_softmax
 from fedmerge.client.metrics import METRICS, per_user_metrics, rank_targets
+from fedmerge.client.user_dp import items_are_due
 from fedmerge.config import Lora, Train
 from fedmerge.domain.splits import Examples, evaluation_examples
 from fedmerge.encoder.encode import embed_in_groups, encode
@@ -135,13 +136,14 @@ def fine_tune(
             best, validations = adapter_of(model), [Validation(0, math.nan, validated())]
             best_step, step, spent = 0, 0, 0.0
             progress(f"{name}: start, validation ndcg@10 {validations[0].ndcg:.4f}")
-        products = frozen_products(backbone)
+        products, encoded = frozen_products(backbone), dict[str, torch.Tensor]()
         left = itertools.islice(batches, step, None)
         while not stopped_by:
             domain, batch, epochs = next(left)
             rate = settings.learning_rate * min(1.0, (step + 1) / max(1, settings.warmup_steps)) * (1.0 - spent)
+            items = _catalog_negatives(domain, settings, step, encoded)
             with using(products):
-                loss = training_step(domain, batch, settings, optimizer, rate)
+                loss = training_step(domain, batch, settings, optimizer, rate, items)
             check_loss(domain.manifest.name, loss, step + 1, settings)
             step += 1
             losses.append(loss)
@@ -165,6 +167,20 @@ def fine_tune(
         model.unload()
     num_users = sum(len(of_domain) for of_domain in examples)
     return best, TrainingReport(step, best_step, stopped_by, time.monotonic() - started, num_users, tuple(validations))
+
+
+def _catalog_negatives(
+    domain: LocalDomain, settings: Train, step: int, encoded: dict[str, torch.Tensor]
+) -> torch.Tensor | None:
+    """The domain's item vectors, (N, d), encoded anew when it is time; None where the negatives are in the batch."""
+    if settings.negatives == "in-batch":
+        return None
+    if items_are_due(settings, step):
+        encoded.clear()
+    name = domain.manifest.name
+    if name not in encoded:
+        encoded[name] = encode(domain.backbone, domain.item_sequences).to(domain.backbone.device)
+    return encoded[name]
 
 
 def check_can_train(domain: LocalDomain) -> None:
@@ -199,6 +215,7 @@ def training_step(
     settings: Train,
     optimizer: torch.optim.Optimizer,
     learning_rate: float,
+    items: torch.Tensor | None = None,
     penalty: Callable[[], torch.Tensor] | None = None,
 ) -> float:
     """One optimiser step; the loss before it, after which nothing is changed if it is not finite.
@@ -209,12 +226,13 @@ def training_step(
         settings: the temperature is read.
         optimizer: of the adapter's parameters.
         learning_rate: of this step.
+        items: (N, d) vectors of the whole catalog to be the negatives; None: the targets of the batch are.
         penalty: is added to the loss.
     """
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     optimizer.zero_grad()
-    loss = _loss(domain, batch, settings.temperature)
+    loss = _loss(domain, batch, settings.temperature, items)
     if penalty is not None:
         loss = loss + penalty()
     if math.isfinite(loss.item()):
@@ -223,12 +241,15 @@ def training_step(
     return loss.item()
 
 
-def _loss(domain: LocalDomain, batch: Batch, temperature: float) -> torch.Tensor:
+def _loss(domain: LocalDomain, batch: Batch, temperature: float, items: torch.Tensor | None) -> torch.Tensor:
     text, backbone = domain.text, domain.backbone
-    items, rows = np.unique(batch.targets, return_inverse=True)
     users = pack_sequences(domain.table, batch.histories, backbone.special, text.max_items, text.max_tokens)
     user_vectors = embed_in_groups(backbone, users)
-    item_vectors = embed_in_groups(backbone, [domain.item_sequences[item] for item in items])
+    if items is not None:
+        targets = torch.from_numpy(batch.targets).to(backbone.device)
+        return catalog_softmax(user_vectors, items, targets, temperature).mean()
+    numbers, rows = np.unique(batch.targets, return_inverse=True)
+    item_vectors = embed_in_groups(backbone, [domain.item_sequences[number] for number in numbers])
     return in_batch_softmax(user_vectors, item_vectors, torch.from_numpy(rows).to(backbone.device), temperature)
 
 

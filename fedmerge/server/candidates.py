@@ -22,6 +22,8 @@ from fedmerge.merging.methods import METHODS, Value, method_coefficients
 from fedmerge.merging.stack import Stack, linear_merge_of_many, stack_adapters, survey_adapters
 from fedmerge.merging.training_free import merge_stack
 from fedmerge.merging.vectors import Vectors, initial_vectors, merge_vectors
+from fedmerge.privacy.domain_noise import domain_noise, domain_record, noised_average
+from fedmerge.privacy.randomness import source
 from fedmerge.server.collaborative import CollaborativeSettings, learn_coefficients, student_vectors
 from fedmerge.server.learned import learned_variants, pseudo_domains, tried_steps
 from fedmerge.server.pseudo_users import PseudoDomain
@@ -96,28 +98,10 @@ def merge_candidates(
     def pseudo(encoder: Backbone) -> dict[str, PseudoDomain]:
         return pseudo_domains(encoder, adapters, catalogs, config, progress)
 
-    def learner_from_catalogs(method: str) -> Learn:
-        if config.privacy.policy == "catalog-private":
-            raise PolicyError(
-                f"{method}: privacy.policy = 'catalog-private' keeps the catalogs at the clients, so its coefficients "
-                "are learned in a federation (fedmerge run). Here do without it (merge.methods), or set privacy.policy."
-            )
-        if backbone is None:
-            raise MergeError(f"{method}: found no backbone, expected the one that the adapters were trained on")
-        encoder, students = backbone, dict[str, torch.Tensor]()  # the students of a method's variants are the same
-
-        def learn(label: str, settings: CollaborativeSettings, vectors: Vectors) -> LearnedCoefficients:
-            if not students:
-                start = start_coefficients(vectors, "domain", settings.start)
-                students.update(student_vectors(encoder, vectors, pseudo(encoder), start))
-                progress(f"{method}: item vectors under the initial merge")
-            shown = _every_fifth(label, progress)
-            return learn_coefficients(encoder, vectors, pseudo(encoder), settings, shown, students)
-
-        return learn
-
     def add_sum(label: str, method: str, coefficients: Any, vectors: Vectors | None = None, **own: Any) -> None:
-        if vectors is None or isinstance(vectors, Stack):
+        if config.dp.mode == "domain-central":
+            adapter, own["privacy"] = _noised_average(adapters, config)
+        elif vectors is None or isinstance(vectors, Stack):
             adapter = linear_merge_of_many(adapters, layout, coefficients)
         else:
             adapter = merge_vectors(vectors, coefficients)
@@ -176,7 +160,7 @@ def merge_candidates(
             missing = [label for label in labels if not made_before(label)]
             if not missing:
                 continue
-            learn = through_clients or learner_from_catalogs(method)
+            learn = through_clients or _learner_from_catalogs(method, backbone, pseudo, config, progress)
             learned = _learn(method, missing, stack(), config, learn)
             for label, coefficients, vectors, own in learned:
                 add_sum(label, method, coefficients, vectors, **own)
@@ -209,6 +193,42 @@ def choose(
         if candidate.method not in best or scores[candidate.label] > scores[best[candidate.method]]:
             best[candidate.method] = candidate.label
     return best, max(best.values(), key=lambda label: scores[label]), scores
+
+
+def _learner_from_catalogs(
+    method: str,
+    backbone: Backbone | None,
+    pseudo: Callable[[Backbone], dict[str, PseudoDomain]],
+    config: ExperimentConfig,
+    progress: Callable[[str], None],
+) -> Learn:
+    """What learns the coefficients of a method in this process."""
+    if config.privacy.policy == "catalog-private":
+        raise PolicyError(
+            f"{method}: privacy.policy = 'catalog-private' keeps the catalogs at the clients, so its coefficients "
+            "are learned in a federation (fedmerge run). Here do without it (merge.methods), or set privacy.policy."
+        )
+    if backbone is None:
+        raise MergeError(f"{method}: found no backbone, expected the one that the adapters were trained on")
+    encoder, students = backbone, dict[str, torch.Tensor]()  # the students of a method's variants are the same
+
+    def learn(label: str, settings: CollaborativeSettings, vectors: Vectors) -> LearnedCoefficients:
+        if not students:
+            start = start_coefficients(vectors, "domain", settings.start)
+            students.update(student_vectors(encoder, vectors, pseudo(encoder), start))
+            progress(f"{method}: item vectors under the initial merge")
+        shown = _every_fifth(label, progress)
+        return learn_coefficients(encoder, vectors, pseudo(encoder), settings, shown, students)
+
+    return learn
+
+
+def _noised_average(adapters: Mapping[str, Adapter], config: ExperimentConfig) -> tuple[Adapter, Mapping[str, Any]]:
+    """The average with the noise of ``dp.mode = 'domain-central'``, and what it spent."""
+    noise = domain_noise(config.dp)
+    drawn = source(config.dp.randomness, config.seed, "server", "domain-dp")
+    rank = max(config.lora.of(domain).rank for domain in adapters)
+    return noised_average(adapters, config.dp.clip, noise, rank, drawn), domain_record(config.dp, noise)
 
 
 def linear_variants(method: str, config: ExperimentConfig) -> Iterator[tuple[str, dict[str, Value]]]:
