@@ -47,6 +47,8 @@ MergeMethod = Literal[
 
 LEARNED_METHODS = frozenset({"mergerec", "adamerging"})  # from pseudo-users, so they need the catalogs
 
+Transport = Literal["float32", "float16", "int8", "top-k"]
+
 Baseline = Literal["popularity", "last-item", "item-knn", "sasrec"]
 
 
@@ -431,6 +433,10 @@ class Privacy(Section):
         "([privacy.md](privacy.md)).",
     )
     min_users: int = Field(20, ge=1, description="Metric sums over fewer users than this do not leave a client.")
+    transport: Transport = Field(
+        "float32", description="How experts travel to the server; int8: 8-bit levels, top-k: the largest changes only."
+    )
+    transport_density: float = Field(0.1, gt=0, le=1, description="top-k: share of each factor's entries that travels.")
 
 
 class Runtime(Section):
@@ -505,6 +511,11 @@ class ExperimentConfig(Section):
             raise ValueError(
                 "through_clients.users = 'own-users', but nothing is learned through the clients; set privacy.policy = "
                 "'catalog-private' and add mergerec to merge.methods, or leave users at 'pseudo-users'"
+            )
+        if self.privacy.transport != "float32" and (self.rounds.rule is not None or policy == "aggregate-only"):
+            raise ValueError(
+                f"privacy.transport = '{self.privacy.transport}' is for experts that are trained once and merged; set "
+                "it to 'float32' with rounds.rule and with privacy.policy = 'aggregate-only'"
             )
         if policy == "aggregate-only":
             raise ValueError(
