@@ -569,7 +569,7 @@ class ExperimentConfig(Section):
                 f"{self.privacy.min_users}; raise the one, or lower the other"
             )
         if problems:
-            raise ValueError("privacy.policy = 'catalog-private': " + "; ".join(problems))
+            raise ValueError(f"privacy.policy = 'catalog-private': {'; '.join(problems)}")
 
 
 def load_config(path: Path | None, overrides: Sequence[str] = ()) -> ExperimentConfig:

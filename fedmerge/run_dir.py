@@ -4,6 +4,7 @@ config.toml, environment.json      what was run, and on what
 clients.json                       who takes part, who was excluded in which phase and why
 adapters/<domain>/                 each expert, a PEFT folder, with training.json; written as it arrives
 experts.json                       which experts are merged, by hash; ends the training
+learning/                          coefficients learned through the clients: the cohort, what each message gave
 merged/<label>/                    each merge, a PEFT folder, with provenance.json
 validation/<domain>.json           metric sums of each domain; written as they arrive
 choice.json                        what validation chose; written before test is read, and final

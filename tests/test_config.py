@@ -22,7 +22,7 @@ from fedmerge.config import (
 from fedmerge.errors import ConfigError
 
 REPOSITORY = Path(__file__).parent.parent
-CONFIG_FILES = sorted((REPOSITORY / "configs").glob("*.toml"))
+CONFIG_FILES = sorted([*(REPOSITORY / "configs").glob("*.toml"), *(REPOSITORY / "configs" / "privacy").glob("*.toml")])
 
 # Far from every default; tuples of one, several and no value, None in both directions.
 CHANGED = {
