@@ -56,6 +56,8 @@ MIN_SUMMED = 3  # adapters in a secure sum: of two, each client reads the other'
 
 LEARNED_METHODS = frozenset({"mergerec", "adamerging"})  # from pseudo-users, so they need the catalogs
 
+Transport = Literal["float32", "float16", "int8", "top-k"]
+
 Baseline = Literal["popularity", "last-item", "item-knn", "sasrec"]
 
 
@@ -457,6 +459,10 @@ class Privacy(Section):
         "([privacy.md](privacy.md)).",
     )
     min_users: int = Field(20, ge=1, description="Metric sums over fewer users than this do not leave a client.")
+    transport: Transport = Field(
+        "float32", description="How experts travel to the server; int8: 8-bit levels, top-k: the largest changes only."
+    )
+    transport_density: float = Field(0.1, gt=0, le=1, description="top-k: share of each factor's entries that travels.")
     threshold: int | None = Field(
         None,
         ge=2,
@@ -656,6 +662,11 @@ class ExperimentConfig(Section):
                 "through_clients.users = 'own-users', but nothing is learned through the clients; set privacy.policy = "
                 "'catalog-private' and add mergerec to merge.methods, or leave users at 'pseudo-users'"
             )
+        if self.privacy.transport != "float32" and (self.rounds.rule is not None or policy == "aggregate-only"):
+            raise ValueError(
+                f"privacy.transport = '{self.privacy.transport}' is for experts that are trained once and merged; set "
+                "it to 'float32' with rounds.rule and with privacy.policy = 'aggregate-only'"
+            )
         if policy == "aggregate-only":
             raise ValueError(
                 "privacy.policy = 'aggregate-only' shows the server no single adapter, and every method of this "
@@ -749,7 +760,7 @@ class ExperimentConfig(Section):
                 f"{self.privacy.min_users}; raise the one, or lower the other"
             )
         if problems:
-            raise ValueError("privacy.policy = 'catalog-private': " + "; ".join(problems))
+            raise ValueError(f"privacy.policy = 'catalog-private': {'; '.join(problems)}")
 
 
 def _check_aggregate_only(config: ExperimentConfig) -> None:

@@ -6,6 +6,7 @@ adapters/<domain>/                 each expert, a PEFT folder, with training.jso
 experts.json                       which experts there are to be merged, by hash; ends the training
 admission/<domain>.json            metric sums of the merges without each domain, where the gate asks for them
 admission.json                     what the gate found of each expert, and who is not merged; final
+learning/                          coefficients learned through the clients: the cohort, what each message gave
 merged/<label>/                    each merge, a PEFT folder, with provenance.json
 validation/<domain>.json           metric sums of each domain; written as they arrive
 choice.json                        what validation chose; written before test is read, and final

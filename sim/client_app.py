@@ -33,7 +33,7 @@ from fedmerge.domain.catalog import catalog_to_bytes
 from fedmerge.domain.demo import domains_root
 from fedmerge.domain.manifest import check_catalog_is_public
 from fedmerge.encoder.backbone import Backbone, load_backbone
-from fedmerge.encoder.lora import Adapter, fresh_adapter
+from fedmerge.encoder.lora import Adapter, adapter_sha256, fresh_adapter
 from fedmerge.errors import ClientError, FedMergeError, PolicyError
 from fedmerge.federated.rules import RULES
 from fedmerge.federated.summed import summed_values
@@ -53,6 +53,7 @@ from fedmerge.privacy.catalog_private import (
 from fedmerge.privacy.client_policy import ClientPolicy, check_message_size, check_run_is_allowed, read_client_policy
 from fedmerge.privacy.paths import without_paths
 from fedmerge.privacy.policy import check_enough_users, check_may_leave
+from fedmerge.privacy.transport import as_received, coding_of, residual
 from fedmerge.server.collaborative import CollaborativeSettings
 from fedmerge.server.learned import learned_settings
 from sim import records
@@ -143,7 +144,11 @@ def train(message: Message, context: Context) -> RecordDict:
         return _kept_for_sum(client, message, context)
     check_may_leave(policy, "adapter", name)
     adapter, report, _ = _trained(client, message)
-    return records.expert_record(adapter, report)
+    coding = coding_of(client.config, name, client.domain.backbone)
+    if coding.transport != "float32":
+        lost = residual(adapter, as_received(adapter, coding))
+        report = {**report, "transport": {"kind": coding.transport, "residual": lost}}
+    return records.expert_record(adapter, report, coding)
 
 
 def _kept_for_sum(client: Client, message: Message, context: Context) -> RecordDict:
@@ -233,9 +238,15 @@ def evaluate_models(message: Message, context: Context) -> RecordDict:
     check_may_leave(config.privacy.policy, "metric sums", domain.manifest.name)
     request, adapters = records.read_evaluation_request(message.content)
     sha256 = None if request.expert_sha256 == records.OWN_EXPERT else request.expert_sha256
+    coding = coding_of(config, domain.manifest.name, domain.backbone)
+
+    def received(expert: Adapter) -> str:
+        """The server knows an expert by the hash of what arrived."""
+        return adapter_sha256(as_received(expert, coding))
+
     models = {
         **({BACKBONE: None} if request.backbone else {}),
-        **({EXPERT: expert_by_hash(domain, config, sha256)} if request.expert_sha256 else {}),
+        **({EXPERT: expert_by_hash(domain, config, sha256, received)} if request.expert_sha256 else {}),
         **adapters,
     }
     limit = config.evaluation.validation_users if request.split == "valid" else config.evaluation.test_users

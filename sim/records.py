@@ -16,6 +16,7 @@ from fedmerge.client.metrics import VARIANTS, MetricSums, Variant, metric_sums_f
 from fedmerge.config import Split
 from fedmerge.encoder.lora import Adapter, LoraModule
 from fedmerge.errors import ClientError, LayoutMismatchError
+from fedmerge.privacy.transport import PIECES, Coding, pack, unpack
 
 DESCRIBE = "query.describe"
 CATALOG = "query.catalog"
@@ -25,6 +26,8 @@ COHORT = "query.cohort"
 GRADIENT = "query.gradient"
 
 OWN_EXPERT = "own"
+FLOAT32 = Coding()
+
 NOT_FRESH = -1  # a round starts from the adapter that is sent
 
 T = TypeVar("T")
@@ -151,19 +154,26 @@ def read_catalog(content: RecordDict) -> bytes:
     return data
 
 
-def expert_record(adapter: Adapter, report: Mapping[str, Any]) -> RecordDict:
+def expert_record(adapter: Adapter, report: Mapping[str, Any], coding: Coding = FLOAT32) -> RecordDict:
     """A trained adapter with the report of its training."""
-    return RecordDict({**_adapter_records(adapter, ""), _FACTS: ConfigRecord({"report": json.dumps(report)})})
+    return RecordDict({**_adapter_records(adapter, "", coding), _FACTS: ConfigRecord({"report": json.dumps(report)})})
 
 
-def read_expert(content: RecordDict) -> tuple[Adapter, dict[str, Any]]:
+def read_expert(
+    content: RecordDict, coding: Coding = FLOAT32, like: Adapter | None = None
+) -> tuple[Adapter, dict[str, Any]]:
     """Inverse of :func:`expert_record`.
+
+    Args:
+        content: of the message.
+        coding: how it was sent.
+        like: an adapter of the expected layout, needed where it was not sent as float32.
 
     Raises:
         ClientError, LayoutMismatchError: another form.
     """
     report = read_report(content)
-    return _read_adapter(content, ""), report
+    return _read_adapter(content, "", coding, like), report
 
 
 def read_report(content: RecordDict) -> dict[str, Any]:
@@ -383,22 +393,30 @@ def _exposed(name: str, dtype: str, shape: tuple[int, ...], size_bytes: int) -> 
     return {"name": name, "dtype": dtype, "shape": "x".join(map(str, shape)), "size_bytes": size_bytes}
 
 
-def _adapter_records(adapter: Adapter, suffix: str) -> ModelRecords:
-    arrays = {}
-    for name, module in adapter.modules.items():
-        arrays[f"{name}.lora_A"] = Array(module.lora_A.contiguous().numpy())
-        arrays[f"{name}.lora_B"] = Array(module.lora_B.contiguous().numpy())
+def _adapter_records(adapter: Adapter, suffix: str, coding: Coding = FLOAT32) -> ModelRecords:
+    arrays = {name: Array(values) for name, values in pack(adapter, coding).items()}
     scalings: dict[str, ConfigRecordValues] = {name: module.scaling for name, module in adapter.modules.items()}
     return {f"{_ADAPTER}{suffix}": ArrayRecord(arrays), f"{_SCALINGS}{suffix}": ConfigRecord(scalings)}
 
 
-def _read_adapter(content: RecordDict, suffix: str) -> Adapter:
+def _read_adapter(content: RecordDict, suffix: str, coding: Coding = FLOAT32, like: Adapter | None = None) -> Adapter:
     arrays, scalings = (
         content.array_records.get(f"{_ADAPTER}{suffix}"),
         content.config_records.get(f"{_SCALINGS}{suffix}"),
     )
     if arrays is None or scalings is None:
         raise LayoutMismatchError(f"the message holds no adapter{suffix} (records: {sorted(content)})")
+    for name, scaling in scalings.items():
+        if not isinstance(scaling, (int, float)):
+            raise LayoutMismatchError(f"module {name}: its scaling is a {type(scaling).__name__}, expected a number")
+    if coding.transport != "float32" and like is not None:
+        types = PIECES[coding.transport]
+        found = {
+            name: array_values(array, name, np.dtype(types.get(_piece(name), "float32")), 2)
+            for name, array in arrays.items()
+        }
+        numbers = {name: float(scaling) for name, scaling in scalings.items()}  # type: ignore[arg-type]  # as checked
+        return unpack(found, like, numbers, coding)
     expected = {f"{name}.{part}" for name in scalings for part in ("lora_A", "lora_B")}
     if set(arrays) != expected:
         raise LayoutMismatchError(
@@ -406,10 +424,8 @@ def _read_adapter(content: RecordDict, suffix: str) -> Adapter:
         )
     modules = {}
     for name, scaling in scalings.items():
-        if not isinstance(scaling, (int, float)):
-            raise LayoutMismatchError(f"module {name}: its scaling is a {type(scaling).__name__}, expected a number")
         lora_A, lora_B = (_tensor(arrays[f"{name}.{part}"], f"{name}.{part}") for part in ("lora_A", "lora_B"))
-        modules[name] = LoraModule(lora_A, lora_B, float(scaling))
+        modules[name] = LoraModule(lora_A, lora_B, float(scaling))  # type: ignore[arg-type]  # as checked
     return Adapter(modules)
 
 
@@ -434,6 +450,12 @@ def _read_coefficients(content: RecordDict, name: str) -> torch.Tensor:
 
 def _tensor(array: Array, name: str) -> torch.Tensor:
     return torch.from_numpy(array_values(array, name, np.dtype(np.float32), 2))
+
+
+def _piece(name: str) -> str:
+    """``encoder.query.lora_A.levels`` -> ``.levels``; empty for a factor as it is."""
+    last = name.rpartition(".")[2]
+    return "" if last in ("lora_A", "lora_B") else f".{last}"
 
 
 def array_values(array: Array, name: str, dtype: np.dtype[T_Scalar], num_axes: int) -> NDArray[T_Scalar]:

@@ -22,9 +22,11 @@ from fedmerge.device import resolve_compute
 from fedmerge.domain.catalog import Catalog, catalog_from_bytes, load_catalog
 from fedmerge.domain.manifest import check_catalog_is_public, read_manifest
 from fedmerge.encoder.backbone import Backbone, load_backbone
+from fedmerge.encoder.lora import fresh_adapter
 from fedmerge.errors import ClientError
 from fedmerge.privacy.accountant import opacus_accountants
 from fedmerge.privacy.statement import PRIVACY_FILE, check_spent, privacy_statement, statement_text
+from fedmerge.privacy.transport import coding_of
 from fedmerge.report.run_report import Evaluated, attack_note, metric_rows, product_rows, run_report
 from fedmerge.report.tables import Role
 from fedmerge.run_dir import (
@@ -40,7 +42,7 @@ from fedmerge.run_dir import (
     write_text,
 )
 from fedmerge.server import checkpoints
-from fedmerge.server.admission import adapter_bytes, check_adapter, expected_layout
+from fedmerge.server.admission import adapter_bytes, check_adapter, layout_of
 from fedmerge.server.candidates import Candidate, choose, merge_candidates
 from fedmerge.server.fallback import choose_per_domain
 from fedmerge.server.gate import probes
@@ -376,7 +378,8 @@ def _train(
     """
     federation.phase = "train"
     of_rank = {lora.rank: lora for lora in map(config.lora.of, config.domains.train)}
-    by_rank = {rank: expected_layout(backbone, lora) for rank, lora in of_rank.items()}
+    likes = {rank: fresh_adapter(backbone, lora, seed=0) for rank, lora in of_rank.items()}
+    by_rank = {rank: layout_of(like) for rank, like in likes.items()}
     layouts = {domain: by_rank[config.lora.of(domain).rank] for domain in config.domains.train}
     ended = checkpoints.ended_training(run_dir)
     may_join = {*config.domains.train} - {*federation.excluded}
@@ -388,9 +391,12 @@ def _train(
         logger.info("training: on disk already: %s", listed(sorted(sources)))
 
     def admit(domain: str, content: RecordDict) -> None:
-        adapter, report = records.read_expert(content)
+        coding = coding_of(config, domain, backbone)
+        adapter, report = records.read_expert(content, coding, likes[config.lora.of(domain).rank])
         check_adapter(domain, adapter, layouts[domain])
         check_spent(domain, config.dp, report.get("privacy"))
+        if sent := report.get("transport"):
+            logger.info("%s: expert came as %s, relative residual %s", domain, sent.get("kind"), sent.get("residual"))
         seconds = float(report.get("seconds", 0))
         log = logger.info if len(nodes) <= 20 else logger.debug
         log(

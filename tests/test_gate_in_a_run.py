@@ -4,7 +4,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +30,9 @@ FULL = {"admission.action": "exclude", "admission.probe_items": 20, "admission.l
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (sim.federation, sim.server_app):
         monkeypatch.setattr(module, "POLL_SECONDS", 0.01)
-    yield
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from flwr.app import Context, Message
+from flwr.app import Array, ArrayRecord, Context, Message
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 from in_process import Answer, answer_honestly, run_in_process, small_experiment
@@ -256,3 +256,31 @@ def test_other_ways_through_the_clients(
     assert provenance["through_clients"].items() >= {key.split(".")[1]: value for key, value in changes.items()}.items()
     assert provenance["policy"] == "catalog-private"
     assert (tmp_path / "run" / "DONE").is_file()
+
+
+@pytest.mark.parametrize("transport", ["int8", "top-k"])
+def test_experts_travel_in_fewer_bytes(place: Path, tmp_path: Path, transport: str) -> None:
+    changes = {"merge.methods": "average", "privacy.transport": transport, "privacy.transport_density": 0.25}
+
+    def garbled(message: Message, context: Context) -> Message | None:
+        reply = answer_honestly(message, context)
+        if message.metadata.message_type == "train" and DOMAINS[int(context.node_config["partition-id"])] == STRICT:
+            assert reply is not None
+            arrays = {name: array.numpy() for name, array in reply.content.array_records["adapter"].items()}
+            name = next(name for name in arrays if name.endswith((".levels", ".positions")))
+            arrays[name] = arrays[name].astype(np.int64)
+            reply.content["adapter"] = ArrayRecord({name: Array(array) for name, array in arrays.items()})
+        return reply
+
+    run_in_process(experiment(place, tmp_path, **changes), garbled)
+    run = tmp_path / "run"
+    clients = json.loads((run / "clients.json").read_text())
+    assert list(clients["excluded"]) == [STRICT]
+    assert "is int64 of shape" in clients["excluded"][STRICT]
+    sent = json.loads((run / "adapters" / "books" / "training.json").read_text())["transport"]
+    assert sent["kind"] == transport
+    assert 0 < sent["residual"] < 1
+    rows = [row for row in pq.read_table(run / "exposure.parquet").to_pylist() if row["domain"] == "books"]
+    shapes = {row["name"].rpartition(".")[2] for row in rows if row["name"].startswith("adapter.")}
+    assert shapes == ({"levels", "scales"} if transport == "int8" else {"values", "positions"})
+    assert (run / "DONE").is_file()  # clients still find their experts, by the hash of what arrived

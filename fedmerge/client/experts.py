@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -88,14 +88,25 @@ def train_adapter(
     return adapter, report, None
 
 
-def expert_by_hash(domain: LocalDomain, config: ExperimentConfig, sha256: str | None) -> Adapter:
+def expert_by_hash(
+    domain: LocalDomain,
+    config: ExperimentConfig,
+    sha256: str | None,
+    received: Callable[[Adapter], str] = adapter_sha256,
+) -> Adapter:
     """The expert that this client trained before; by its hash where it was shipped, None where it never was.
+
+    Args:
+        domain: the client's own.
+        config: as for :func:`trained_expert`.
+        sha256: what the server knows it by.
+        received: expert -> the hash of what arrives of it, where it does not travel as it is.
 
     Raises:
         ClientError: it is no longer on this client's disk.
     """
     kept = _kept(_folder(domain, config))
-    if kept is None or sha256 not in (None, kept[1]["sha256"]):
+    if kept is None or sha256 not in (None, received(kept[0])):
         raise ClientError(
             f"domain {domain.manifest.name}: its expert {(sha256 or '')[:12]} is not in {_folder(domain, config)}. "
             "Keep cache_dir between training and evaluation."
