@@ -47,6 +47,8 @@ MergeMethod = Literal[
 
 LEARNED_METHODS = frozenset({"mergerec", "adamerging"})  # from pseudo-users, so they need the catalogs
 
+Transport = Literal["float32", "float16", "int8", "top-k"]
+
 Baseline = Literal["popularity", "last-item", "item-knn", "sasrec"]
 
 
@@ -334,6 +336,23 @@ class AdaMerging(Section):
         return self
 
 
+class ThroughClients(Section):
+    """Coefficients learned through the clients: `privacy.policy = "catalog-private"` ([privacy.md](privacy.md))."""
+
+    mode: Literal["exact", "local-steps"] = Field(
+        "exact", description="exact: one message a step, as if the server had the catalogs; local-steps: several."
+    )
+    local_steps: int = Field(10, ge=1, description="Steps a message in mode local-steps; the changes are averaged.")
+    users: Literal["pseudo-users", "own-users"] = Field(
+        "pseudo-users", description="own-users: each client's real ones, where its own policy file allows it."
+    )
+    batch_size: int = Field(32, ge=1, description="Own users a client and step.")
+    negatives: int = Field(
+        64, ge=1, description="Items of its catalog that a client draws for its own users in a step."
+    )
+    temperature: float = Field(0.05, gt=0, description="Cosines of own users are divided by it.")
+
+
 class Evaluation(Section):
     """Full-ranking evaluation on the clients' own users."""
 
@@ -420,6 +439,10 @@ class Privacy(Section):
         "([privacy.md](privacy.md)).",
     )
     min_users: int = Field(20, ge=1, description="Metric sums over fewer users than this do not leave a client.")
+    transport: Transport = Field(
+        "float32", description="How experts travel to the server; int8: 8-bit levels, top-k: the largest changes only."
+    )
+    transport_density: float = Field(0.1, gt=0, le=1, description="top-k: share of each factor's entries that travels.")
 
 
 class Runtime(Section):
@@ -474,6 +497,7 @@ class ExperimentConfig(Section):
     merge: Merge = Merge()
     mergerec: MergeRec = MergeRec()
     adamerging: AdaMerging = AdaMerging()
+    through_clients: ThroughClients = ThroughClients()
     evaluation: Evaluation = Evaluation()
     sasrec: SASRec = SASRec()
     server: Server = Server()
@@ -487,14 +511,26 @@ class ExperimentConfig(Section):
         rule = self.rounds.rule
         learned = [name for name in (self.merge.methods if rule is None else (rule,)) if name in LEARNED_METHODS]
         policy = self.privacy.policy
+        if learned and policy == "catalog-private":
+            self._check_through_clients(learned)
+        elif self.through_clients.users == "own-users":
+            raise ValueError(
+                "through_clients.users = 'own-users', but nothing is learned through the clients; set privacy.policy = "
+                "'catalog-private' and add mergerec to merge.methods, or leave users at 'pseudo-users'"
+            )
+        if self.privacy.transport != "float32" and (self.rounds.rule is not None or policy == "aggregate-only"):
+            raise ValueError(
+                f"privacy.transport = '{self.privacy.transport}' is for experts that are trained once and merged; set "
+                "it to 'float32' with rounds.rule and with privacy.policy = 'aggregate-only'"
+            )
         if policy == "aggregate-only":
             raise ValueError(
                 "privacy.policy = 'aggregate-only' shows the server no single adapter, and every method of this "
                 "version needs them; set privacy.policy = 'adapter'"
             )
-        if learned and policy in ("adapter", "catalog-private") and self.server.catalogs is None:
+        if learned and policy == "adapter" and self.server.catalogs is None:
             catalogs = (
-                f"which needs the catalogs, but privacy.policy = '{policy}' keeps them at the clients and "
+                "which needs the catalogs, but privacy.policy = 'adapter' keeps them at the clients and "
                 "server.catalogs is 'none'; set privacy.policy = 'adapter+catalog' or give server.catalogs a folder"
             )
             if rule is not None:
@@ -508,6 +544,38 @@ class ExperimentConfig(Section):
                 f"{len(self.domains.train)}; lower it"
             )
         return self
+
+    def _check_through_clients(self, learned: Sequence[str]) -> None:
+        """Refuse what cannot be learned through the clients, each with the remedy."""
+        section, problems = self.through_clients, []
+        if self.rounds.rule is not None:
+            problems.append(
+                f"rounds.rule = '{learned[0]}' learns from catalogs at the server; set privacy.policy = "
+                "'adapter+catalog', or another rule"
+            )
+        if self.server.catalogs is not None:
+            problems.append(
+                "server.catalogs gives the server what the policy keeps at the clients; set server.catalogs = 'none', "
+                "or privacy.policy = 'adapter'"
+            )
+        if self.mergerec.select_every is not None:
+            problems.append("mergerec.select_every needs losses, which stay at the clients; set it to 'none'")
+        if section.mode == "local-steps" and (self.mergerec.try_steps or self.mergerec.prior_weight):
+            problems.append(
+                "mergerec.try_steps and mergerec.prior_weight need one message a step; set through_clients.mode = "
+                "'exact', or leave them out"
+            )
+        if section.users == "own-users" and "adamerging" in learned:
+            problems.append(
+                "adamerging has no loss on own users; set through_clients.users = 'pseudo-users', or leave it out"
+            )
+        if section.users == "own-users" and section.batch_size < self.privacy.min_users:
+            problems.append(
+                f"through_clients.batch_size = {section.batch_size} own users are fewer than privacy.min_users = "
+                f"{self.privacy.min_users}; raise the one, or lower the other"
+            )
+        if problems:
+            raise ValueError("privacy.policy = 'catalog-private': " + "; ".join(problems))
 
 
 def load_config(path: Path | None, overrides: Sequence[str] = ()) -> ExperimentConfig:

@@ -16,6 +16,7 @@ from flwr.clientapp import ClientApp
 
 from fedmerge import __version__
 from fedmerge.client.baselines import baseline_rankers
+from fedmerge.client.collaborative import ClientMergeSettings, coefficient_gradient
 from fedmerge.client.evaluate import evaluate
 from fedmerge.client.experts import expert_by_hash, trained_expert
 from fedmerge.client.local_domain import LocalDomain, open_domain
@@ -25,12 +26,29 @@ from fedmerge.config import ExperimentConfig, Text, from_flat
 from fedmerge.device import resolve_compute
 from fedmerge.domain.catalog import catalog_to_bytes
 from fedmerge.domain.demo import domains_root
+from fedmerge.domain.manifest import check_catalog_is_public
 from fedmerge.encoder.backbone import Backbone, load_backbone
-from fedmerge.encoder.lora import fresh_adapter
+from fedmerge.encoder.lora import Adapter, adapter_sha256, fresh_adapter
 from fedmerge.errors import ClientError, FedMergeError
+from fedmerge.merging.stack import stack_adapters
+from fedmerge.merging.vectors import Vectors, initial_vectors, on_device
+from fedmerge.privacy.catalog_private import (
+    Cohort,
+    LocalGradient,
+    cohort_folder,
+    cohort_sha256,
+    keep_cohort,
+    local_change,
+    on_pseudo_users,
+    read_cohort,
+    student_items,
+)
 from fedmerge.privacy.client_policy import ClientPolicy, check_message_size, check_run_is_allowed, read_client_policy
 from fedmerge.privacy.paths import without_paths
-from fedmerge.privacy.policy import check_catalog_is_public, check_enough_users, check_may_leave
+from fedmerge.privacy.policy import check_enough_users, check_may_leave
+from fedmerge.privacy.transport import as_received, coding_of, residual
+from fedmerge.server.collaborative import CollaborativeSettings
+from fedmerge.server.learned import learned_settings
 from sim import records
 
 app = ClientApp()
@@ -118,7 +136,11 @@ def train(message: Message, context: Context) -> RecordDict:
     adapter, report = trained_expert(client.domain, client.config, logger.info)
     if report["validation_users"] < client.config.privacy.min_users:
         report = {**report, "validations": []}
-    return records.expert_record(adapter, report)
+    coding = coding_of(client.config, client.domain.manifest.name, client.domain.backbone)
+    if coding.transport != "float32":
+        lost = residual(adapter, as_received(adapter, coding))
+        report = {**report, "transport": {"kind": coding.transport, "residual": lost}}
+    return records.expert_record(adapter, report, coding)
 
 
 def _trained_round(client: Client, message: Message) -> RecordDict:
@@ -143,9 +165,15 @@ def evaluate_models(message: Message, context: Context) -> RecordDict:
     config, domain = client.config, client.domain
     check_may_leave(config.privacy.policy, "metric sums", domain.manifest.name)
     request, adapters = records.read_evaluation_request(message.content)
+    coding = coding_of(config, domain.manifest.name, domain.backbone)
+
+    def received(expert: Adapter) -> str:
+        """The server knows an expert by the hash of what arrived."""
+        return adapter_sha256(as_received(expert, coding))
+
     models = {
         **({BACKBONE: None} if request.backbone else {}),
-        **({EXPERT: expert_by_hash(domain, config, request.expert_sha256)} if request.expert_sha256 else {}),
+        **({EXPERT: expert_by_hash(domain, config, request.expert_sha256, received)} if request.expert_sha256 else {}),
         **adapters,
     }
     limit = config.evaluation.validation_users if request.split == "valid" else config.evaluation.test_users
@@ -157,6 +185,65 @@ def evaluate_models(message: Message, context: Context) -> RecordDict:
     return records.metric_sums_record(sums)
 
 
+@app.query("cohort")
+@_answer
+def cohort(message: Message, context: Context) -> RecordDict:
+    """Keep the cohort's adapters on this client's own disk, and make its pseudo-users."""
+    client = _client(context)
+    config, domain = client.config, client.domain
+    name = domain.manifest.name
+    check_may_leave(config.privacy.policy, "coefficient gradient", name)
+    if config.through_clients.users == "own-users":
+        num_users = min(len(domain.training_sequences), config.through_clients.batch_size)
+        check_enough_users(name, num_users, config.privacy.min_users, "gradients of coefficients")
+    adapters = records.read_cohort(message.content)
+    folder = cohort_folder(config, name, domain.catalog, domain.backbone, cohort_sha256(adapters))
+    keep_cohort(folder, name, domain.backbone, adapters, domain.catalog, config)
+    pseudo = _cohort(folder, domain).pseudo
+    return records.pseudo_users_record(len(pseudo.users) if pseudo else 0)
+
+
+@app.query("gradient")
+@_answer
+def gradient(message: Message, context: Context) -> RecordDict:
+    """The gradient of the merging coefficients on this client's pseudo-users or users, or what a few steps change."""
+    client = _client(context)
+    config, domain = client.config, client.domain
+    check_may_leave(config.privacy.policy, "coefficient gradient", domain.manifest.name)
+    request, at, students, users = records.read_gradient_request(message.content)
+    settings = learned_settings(config, request.label)
+    start = at[:, 0] if settings.granularity == "domain" else at
+    students = students[:, 0] if students.shape[1] == 1 else students
+    kept = _cohort(
+        cohort_folder(config, domain.manifest.name, domain.catalog, domain.backbone, request.cohort_sha256), domain
+    )
+    vectors = _vectors(kept, settings.initialisation, domain.backbone)
+    if kept.pseudo is None:
+        found = _on_own_users(client, vectors, settings, request.step)
+    else:
+        items = student_items(kept, domain.manifest.name, domain.item_sequences, domain.backbone, vectors, students)
+        found = on_pseudo_users(domain.backbone, vectors, kept.pseudo, items, settings, request.step, users)
+    if not request.num_steps:
+        return records.gradient_record(found(0, start))
+    return records.gradient_record(local_change(found, start, settings, request.num_steps))
+
+
+def _on_own_users(client: Client, vectors: Vectors, settings: CollaborativeSettings, first: int) -> LocalGradient:
+    section, device = client.config.through_clients, client.domain.backbone.device
+    own = ClientMergeSettings(
+        granularity=settings.granularity,
+        batch_size=section.batch_size,
+        temperature=section.temperature,
+        negatives=section.negatives,
+        seed=settings.seed,
+    )
+
+    def found(step: int, coefficients: torch.Tensor) -> torch.Tensor:
+        return coefficient_gradient(client.domain, vectors, coefficients.to(device), first + step, own)[0].cpu()
+
+    return found
+
+
 def _client(context: Context) -> Client:
     config = from_flat(context.run_config)
     torch.set_num_threads(config.runtime.threads_per_client)  # before any work; Ray's own setting does not count
@@ -164,8 +251,9 @@ def _client(context: Context) -> Client:
     if place is None:
         raise ClientError("this node has no domain; it takes no part")
     folder, role = place
-    if own := _own_policy(context):
-        check_run_is_allowed(own, config.privacy, folder.name)
+    own = _own_policy(context)
+    if own is not None or "domain-path" in context.node_config:  # in a simulation the run's policy alone rules
+        check_run_is_allowed(own, config, folder.name)
     wanted, runtime = config.backbone, config.runtime
     backbone = _backbone(wanted.source, wanted.pooling, wanted.weights_sha256, runtime.device, runtime.precision)
     domain = _domain(folder, backbone, config.text)
@@ -226,6 +314,16 @@ def _backbone(source: str, pooling: str, weights_sha256: str | None, device: str
 @lru_cache(maxsize=4)
 def _domain(folder: Path, backbone: Backbone, text: Text) -> LocalDomain:
     return open_domain(folder, backbone, text)
+
+
+@lru_cache(maxsize=4)
+def _cohort(folder: Path, domain: LocalDomain) -> Cohort:
+    return read_cohort(folder, domain.manifest.name, domain.item_sequences)
+
+
+@lru_cache(maxsize=4)
+def _vectors(kept: Cohort, initialisation: str, backbone: Backbone) -> Vectors:
+    return on_device(initial_vectors(stack_adapters(kept.adapters), initialisation), backbone.device)
 
 
 @cache

@@ -60,6 +60,8 @@ class Question:
     Attributes:
         message_type: of Flower.
         split: what is evaluated on, else empty; for the ledger.
+        noise: what the clients add to their answers, for the ledger; "none" for nothing.
+        quiet: one of many alike, so that no line of the log tells of its answers.
         timeout_seconds: from sending to the answer.
         request: name -> content of the message.
         limit_bytes: name -> the most bytes that its answer may take; checked before anything of it is read.
@@ -70,6 +72,8 @@ class Question:
     request: Callable[[str], RecordDict] = lambda name: RecordDict()
     limit_bytes: Callable[[str], int] = lambda name: 2**16
     split: str = ""
+    noise: str = "none"
+    quiet: bool = False
 
 
 @dataclass
@@ -225,7 +229,8 @@ def ask(
                 continue
             answered += 1
             now = time.monotonic()
-            if len(nodes) <= FEW_CLIENTS or now - said > LINES_SECONDS or not (waiting or to_ask):
+            due = len(nodes) <= FEW_CLIENTS or now - said > LINES_SECONDS or not (waiting or to_ask)
+            if due and not question.quiet:
                 said = now
                 seconds = now - started
                 logger.info("%s: %d of %d answered (%s, %.0f s)", message_type, answered, len(nodes), name, seconds)
@@ -404,5 +409,12 @@ def _record(
     rows = [{"name": "(too much)", "dtype": "", "shape": "", "size_bytes": records.size_bytes(reply.content)}]
     if in_detail:
         rows = list(records.contents(reply.content))
-    entry = {"domain": name, "message": question.message_type, "split": question.split, "late": late, "contents": rows}
+    entry = {
+        "domain": name,
+        "message": question.message_type,
+        "split": question.split,
+        "noise": question.noise,
+        "late": late,
+        "contents": rows,
+    }
     append_line(federation.run_dir / LEDGER, entry)

@@ -20,10 +20,11 @@ from fedmerge.client.metrics import BACKBONE, EXPERT, METRICS
 from fedmerge.config import ExperimentConfig, Split, from_flat
 from fedmerge.device import resolve_compute
 from fedmerge.domain.catalog import Catalog, catalog_from_bytes, load_catalog
-from fedmerge.domain.manifest import read_manifest
+from fedmerge.domain.manifest import check_catalog_is_public, read_manifest
 from fedmerge.encoder.backbone import Backbone, load_backbone
+from fedmerge.encoder.lora import fresh_adapter
 from fedmerge.errors import ClientError
-from fedmerge.privacy.policy import check_catalog_is_public
+from fedmerge.privacy.transport import coding_of
 from fedmerge.report.run_report import Evaluated, metric_rows, product_rows, run_report
 from fedmerge.report.tables import Role
 from fedmerge.run_dir import (
@@ -39,11 +40,12 @@ from fedmerge.run_dir import (
     write_text,
 )
 from fedmerge.server import checkpoints
-from fedmerge.server.admission import adapter_bytes, check_adapter, check_sums, expected_layout, sums_bytes
+from fedmerge.server.admission import adapter_bytes, check_adapter, check_sums, layout_of, sums_bytes
 from fedmerge.server.candidates import Candidate, choose, merge_candidates
 from fedmerge.server.fallback import choose_per_domain
-from fedmerge.server.learned import learned_labels
+from fedmerge.server.learned import labels_from_catalogs
 from sim import records
+from sim.catalog_private import learn_through_clients
 from sim.federation import POLL_SECONDS, Federation, Question, ask, listed, remembered_clients, require_quorum
 from sim.rounds import check_rounds, run_rounds
 
@@ -118,7 +120,7 @@ def _experiment(config: ExperimentConfig, federation: Federation, run_dir: Path)
             logger.info("the experts are there, run folder: %s", run_dir)
             return
         if config.rounds.rule is None:
-            candidates = _merge(config, backbone, sources, catalogs, run_dir)
+            candidates = _merge(federation, config, backbone, sources, catalogs, run_dir)
         else:
             candidates = [after_rounds]
         validation, choice = _choose(federation, config, candidates, sources, run_dir)
@@ -247,7 +249,7 @@ def _catalogs(federation: Federation, config: ExperimentConfig, run_dir: Path) -
 
     None is needed without a learned merge, or when all learned merges are on disk.
     """
-    labels = learned_labels(config)
+    labels = labels_from_catalogs(config)
     if not labels:
         return {}
     sources = checkpoints.ended_training(run_dir)
@@ -296,11 +298,12 @@ def _train(
     """
     federation.phase = "train"
     of_rank = {lora.rank: lora for lora in map(config.lora.of, config.domains.train)}
-    by_rank = {rank: expected_layout(backbone, lora) for rank, lora in of_rank.items()}
+    likes = {rank: fresh_adapter(backbone, lora, seed=0) for rank, lora in of_rank.items()}
+    by_rank = {rank: layout_of(like) for rank, like in likes.items()}
     layouts = {domain: by_rank[config.lora.of(domain).rank] for domain in config.domains.train}
     ended = checkpoints.ended_training(run_dir)
     may_join = {*config.domains.train} - {*federation.excluded}
-    if learned_labels(config):
+    if labels_from_catalogs(config):
         may_join &= {*catalogs}  # without its catalog a domain cannot be merged
     wanted = sorted(may_join if ended is None else ended)
     sources = {domain: sha256 for domain in wanted if (sha256 := checkpoints.kept_expert(run_dir, domain))}
@@ -308,8 +311,11 @@ def _train(
         logger.info("training: on disk already: %s", listed(sorted(sources)))
 
     def admit(domain: str, content: RecordDict) -> None:
-        adapter, report = records.read_expert(content)
+        coding = coding_of(config, domain, backbone)
+        adapter, report = records.read_expert(content, coding, likes[config.lora.of(domain).rank])
         check_adapter(domain, adapter, layouts[domain])
+        if sent := report.get("transport"):
+            logger.info("%s: expert came as %s, relative residual %s", domain, sent.get("kind"), sent.get("residual"))
         seconds = float(report.get("seconds", 0))
         log = logger.info if len(nodes) <= 20 else logger.debug
         log(
@@ -349,6 +355,7 @@ def _train(
 
 
 def _merge(
+    federation: Federation,
     config: ExperimentConfig,
     backbone: Backbone,
     sources: Mapping[str, str],
@@ -360,14 +367,17 @@ def _merge(
     def keep(candidate: Candidate) -> None:
         checkpoints.keep_merge(run_dir, candidate, backbone.name)
 
+    experts = checkpoints.KeptExperts(run_dir, sources)
+    private = config.privacy.policy == "catalog-private"
     return merge_candidates(
         backbone,
-        checkpoints.KeptExperts(run_dir, sources),
+        experts,
         {domain: catalogs[domain] for domain in sources if domain in catalogs},
         config,
         logger.info,
         finished=checkpoints.kept_merges(run_dir, sources),
         keep=keep,
+        through_clients=learn_through_clients(federation, config, experts, run_dir) if private else None,
     )
 
 

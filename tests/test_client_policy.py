@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from fedmerge.config import Privacy
+from fedmerge.config import from_flat
 from fedmerge.errors import ConfigError, PolicyError
 from fedmerge.privacy.client_policy import (
     DEFAULT_POLICY_TOML,
@@ -15,6 +15,8 @@ from fedmerge.privacy.client_policy import (
     check_run_is_allowed,
     read_client_policy,
 )
+
+PRIVATE = {"privacy.policy": "catalog-private"}
 
 
 def test_the_file_that_is_handed_out_names_every_key_with_its_default(tmp_path: Path) -> None:
@@ -62,17 +64,34 @@ def test_a_missing_file_sends_nothing(tmp_path: Path) -> None:
         ({"min_users": 50}, {}, "min_users = 50, the run has privacy.min_users = 20"),
         ({"max_epsilon": 8}, {}, "max_epsilon = 8, the run promises no differential privacy"),
         ({"max_delta": 1e-5}, {}, "max_delta = 1e-05, the run promises no differential privacy"),
-        ({"policies": "adapter", "min_users": 30}, {"min_users": 3}, "policies = .*; min_users = 30, .* = 3[.]"),
+        ({"policies": "catalog-private"}, PRIVATE, "receive_adapters = false, the run has privacy.policy = 'cat"),
+        (
+            {"policies": "catalog-private", "receive_adapters": True},
+            {**PRIVATE, "through_clients.users": "own-users"},
+            "real_users = false, the run has through_clients.users = 'own-users'",
+        ),
+        (
+            {"policies": "adapter", "min_users": 30},
+            {"privacy.min_users": 3},
+            "policies = .*; min_users = 30, .* = 3[.]",
+        ),
     ],
 )
 def test_what_it_refuses(own: dict[str, Any], run: dict[str, Any], message: str) -> None:
     with pytest.raises(PolicyError, match=f"domain shop: its own policy file refuses: {message}") as caught:
-        check_run_is_allowed(ClientPolicy(**own), Privacy(**run), "shop")
+        check_run_is_allowed(ClientPolicy(**own), from_flat(run), "shop")
     assert "Change the run, or agree with the organisation" in str(caught.value)
 
 
 def test_a_stricter_run_is_welcome() -> None:
-    check_run_is_allowed(ClientPolicy(), Privacy(policy="adapter", min_users=100), "shop")
+    run = from_flat({"privacy.policy": "adapter", "privacy.min_users": 100, "merge.methods": "average"})
+    check_run_is_allowed(ClientPolicy(), run, "shop")
+
+
+def test_without_a_file_all_is_left_to_the_run_but_own_users() -> None:
+    check_run_is_allowed(None, from_flat(PRIVATE), "shop")
+    with pytest.raises(PolicyError, match=r"domain shop: .* real_users = false"):
+        check_run_is_allowed(None, from_flat({**PRIVATE, "through_clients.users": "own-users"}), "shop")
 
 
 def test_large_messages_stay() -> None:

@@ -108,12 +108,11 @@ def test_the_config_is_light() -> None:
         assert not {module.split(".")[0] for module in imports_of(REPOSITORY / "fedmerge" / f"{name}.py")} & heavy
 
 
-def test_no_application_can_send_gradients_of_coefficients() -> None:
-    """The clients' collaborative merging is a library: no message, no policy, so nobody who answers one imports it."""
+def test_gradients_on_own_users_are_sent_by_the_client_app_alone_and_under_one_policy() -> None:
     files = [*FILES, *(REPOSITORY / "sim").rglob("*.py")]
-    assert not [path for path in files if "fedmerge.client.collaborative" in imports_of(path)]
-    for allowed in ALLOWED.values():
-        assert allowed <= {"description", "adapter", "catalog", "metric sums"}
+    using = [path.name for path in files if "fedmerge.client.collaborative" in imports_of(path)]
+    assert using == ["client_app.py"]
+    assert [policy for policy, allowed in ALLOWED.items() if "coefficient gradient" in allowed] == ["catalog-private"]
 
 
 IMPORT_THE_SERVER = """

@@ -6,13 +6,13 @@ from typing import get_args
 import pytest
 
 from fedmerge.config import ExperimentConfig, Privacy
+from fedmerge.domain.manifest import check_catalog_is_public
 from fedmerge.errors import FedMergeError, PolicyError
 from fedmerge.privacy.policy import (
     ALLOWED,
     REMEDIES,
     Kind,
     Policy,
-    check_catalog_is_public,
     check_enough_users,
     check_may_leave,
 )

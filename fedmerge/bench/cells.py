@@ -28,12 +28,12 @@ from fedmerge.config import BackboneSection, Baseline, ExperimentConfig, Runtime
 from fedmerge.device import resolve_compute
 from fedmerge.domain.catalog import Catalog, load_catalog
 from fedmerge.domain.demo import domains_root
-from fedmerge.domain.manifest import read_manifest
+from fedmerge.domain.manifest import check_catalog_is_public, read_manifest
 from fedmerge.domain.splits import evaluation_examples
 from fedmerge.encoder.backbone import Backbone, load_backbone
 from fedmerge.encoder.lora import read_adapter
 from fedmerge.errors import RunDirError
-from fedmerge.privacy.policy import check_catalog_is_public, check_enough_users
+from fedmerge.privacy.policy import check_enough_users
 from fedmerge.run_dir import read_json, whole_folder, write_bytes, write_json
 from fedmerge.server.candidates import merge_candidates
 from fedmerge.server.checkpoints import MERGED, KeptExperts, ended_training, keep_merge, kept_merges, merge_folder

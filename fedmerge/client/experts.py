@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -50,14 +51,22 @@ def trained_expert(domain: LocalDomain, config: ExperimentConfig, progress: Prog
     return adapter, {**report, "cached": False}
 
 
-def expert_by_hash(domain: LocalDomain, config: ExperimentConfig, sha256: str) -> Adapter:
+def expert_by_hash(
+    domain: LocalDomain, config: ExperimentConfig, sha256: str, received: Callable[[Adapter], str] = adapter_sha256
+) -> Adapter:
     """The expert that this client shipped before.
+
+    Args:
+        domain: the client's own.
+        config: as for :func:`trained_expert`.
+        sha256: what the server knows it by.
+        received: expert -> the hash of what arrives of it, where it does not travel as it is.
 
     Raises:
         ClientError: it is no longer on this client's disk.
     """
     kept = _kept(_folder(domain, config))
-    if kept is None or kept[1]["sha256"] != sha256:
+    if kept is None or received(kept[0]) != sha256:
         raise ClientError(
             f"domain {domain.manifest.name}: its expert {sha256[:12]} is not in {_folder(domain, config)}. "
             "Keep cache_dir between training and evaluation."

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pydantic import Field, ValidationError
 
-from fedmerge.config import Privacy, Section, describe_problem
+from fedmerge.config import ExperimentConfig, Section, describe_problem
 from fedmerge.errors import ConfigError, PolicyError
 from fedmerge.privacy.policy import Policy
 
@@ -80,26 +80,34 @@ def read_client_policy(path: Path) -> ClientPolicy:
         ) from error
 
 
-def check_run_is_allowed(own: ClientPolicy, run: Privacy, domain: str) -> None:
+def check_run_is_allowed(own: ClientPolicy | None, run: ExperimentConfig, domain: str) -> None:
     """Refuse a run that asks for more than the organisation allows.
 
     Args:
-        own: the organisation's.
-        run: the privacy settings of the run.
+        own: the organisation's; None for one that has no policy file and leaves all to the run but the gradients of its
+            own users.
+        run: the experiment.
         domain: whose policy it is.
 
     Raises:
         PolicyError: every key that refuses, with what the run has.
     """
     problems = []
-    if run.policy not in own.policies:
-        problems.append(f"policies = {','.join(own.policies)!r}, the run has privacy.policy = {run.policy!r}")
-    if run.min_users < own.min_users:
-        problems.append(f"min_users = {own.min_users}, the run has privacy.min_users = {run.min_users}")
+    privacy, learned_on = run.privacy, run.through_clients.users
+    if learned_on == "own-users" and (own is None or not own.real_users):
+        problems.append(f"real_users = false, the run has through_clients.users = {learned_on!r}")
+    if own is None:
+        return _refuse(problems, domain)
+    if privacy.policy not in own.policies:
+        problems.append(f"policies = {','.join(own.policies)!r}, the run has privacy.policy = {privacy.policy!r}")
+    if privacy.policy == "catalog-private" and not own.receive_adapters:
+        problems.append("receive_adapters = false, the run has privacy.policy = 'catalog-private'")
+    if privacy.min_users < own.min_users:
+        problems.append(f"min_users = {own.min_users}, the run has privacy.min_users = {privacy.min_users}")
     for name, demanded in (("max_epsilon", own.max_epsilon), ("max_delta", own.max_delta)):
         if demanded is not None:
             problems.append(f"{name} = {demanded:g}, the run promises no differential privacy")
-    _refuse(problems, domain)
+    return _refuse(problems, domain)
 
 
 def check_message_size(own: ClientPolicy, size_bytes: int, domain: str) -> None:
@@ -116,5 +124,5 @@ def _refuse(problems: Sequence[str], domain: str) -> None:
     if problems:
         raise PolicyError(
             f"domain {domain}: its own policy file refuses: {'; '.join(problems)}. Change the run, or agree with the "
-            "organisation on another policy file."
+            "organisation on another policy file (policy-path)."
         )

@@ -35,20 +35,6 @@ def check_may_leave(policy: Policy, kind: Kind, domain: str) -> None:
         raise PolicyError(f"domain {domain}: the policy {policy!r} keeps the {kind} at the client. {REMEDIES[kind]}")
 
 
-def check_catalog_is_public(domain: str, public_catalog: bool) -> None:
-    """Refuse to use a catalog as public that its owner has not declared public, whatever the policy and whoever has it.
-
-    Raises:
-        PolicyError: with the remedy.
-    """
-    if not public_catalog:
-        raise PolicyError(
-            f"domain {domain}: its manifest says public_catalog = false, so the catalog does not leave the client. "
-            "Its owner can import the domain again as public; or learn through the clients (privacy.policy = "
-            "'catalog-private'), or do without methods that need catalogs."
-        )
-
-
 def check_enough_users(domain: str, num_users: int, min_users: int, what: str = "metric sums") -> None:
     """Refuse to send sums over few users.
 

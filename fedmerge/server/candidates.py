@@ -16,17 +16,20 @@ from fedmerge.config import ExperimentConfig
 from fedmerge.domain.catalog import Catalog
 from fedmerge.encoder.backbone import Backbone
 from fedmerge.encoder.lora import Adapter, adapter_sha256
-from fedmerge.errors import MergeError
-from fedmerge.merging.learned import Progress, start_coefficients
+from fedmerge.errors import MergeError, PolicyError
+from fedmerge.merging.learned import LearnedCoefficients, Progress, start_coefficients
 from fedmerge.merging.methods import METHODS, Value, method_coefficients
 from fedmerge.merging.stack import Stack, linear_merge_of_many, stack_adapters, survey_adapters
 from fedmerge.merging.training_free import merge_stack
 from fedmerge.merging.vectors import Vectors, initial_vectors, merge_vectors
-from fedmerge.server.collaborative import learn_coefficients, student_vectors
+from fedmerge.server.collaborative import CollaborativeSettings, learn_coefficients, student_vectors
 from fedmerge.server.learned import learned_variants, pseudo_domains, tried_steps
 from fedmerge.server.pseudo_users import PseudoDomain
 
 logger = logging.getLogger(__name__)
+
+Learn = Callable[[str, CollaborativeSettings, Vectors], LearnedCoefficients]
+"""(label, settings, vectors) -> coefficients."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ def merge_candidates(
     details: Mapping[str, Any] = MappingProxyType({}),
     finished: Mapping[str, Candidate] = MappingProxyType({}),
     keep: Callable[[Candidate], None] = lambda candidate: None,
+    through_clients: Learn | None = None,
 ) -> list[Candidate]:
     """Make every merge of the configuration.
 
@@ -73,9 +77,12 @@ def merge_candidates(
         details: entries that every provenance gets, in place of its own where names are equal.
         finished: label -> a merge of the same experts that was made before and is not made again.
         keep: receives every other merge as soon as it is made.
+        through_clients: learns the coefficients of learned methods in place of this process, which then needs neither
+            backbone nor catalogs for them.
 
     Raises:
         MergeError: a learned method without the backbone or without the catalogs of all domains.
+        PolicyError: learning from catalogs under a policy that keeps them at the clients.
     """
     layout = survey_adapters(adapters)
     sources = {domain: adapter_sha256(adapters[domain]) for domain in layout.domains}
@@ -88,6 +95,26 @@ def merge_candidates(
     @cache
     def pseudo(encoder: Backbone) -> dict[str, PseudoDomain]:
         return pseudo_domains(encoder, adapters, catalogs, config, progress)
+
+    def learner_from_catalogs(method: str) -> Learn:
+        if config.privacy.policy == "catalog-private":
+            raise PolicyError(
+                f"{method}: privacy.policy = 'catalog-private' keeps the catalogs at the clients, so its coefficients "
+                "are learned in a federation (fedmerge run). Here do without it (merge.methods), or set privacy.policy."
+            )
+        if backbone is None:
+            raise MergeError(f"{method}: found no backbone, expected the one that the adapters were trained on")
+        encoder, students = backbone, dict[str, torch.Tensor]()  # the students of a method's variants are the same
+
+        def learn(label: str, settings: CollaborativeSettings, vectors: Vectors) -> LearnedCoefficients:
+            if not students:
+                start = start_coefficients(vectors, "domain", settings.start)
+                students.update(student_vectors(encoder, vectors, pseudo(encoder), start))
+                progress(f"{method}: item vectors under the initial merge")
+            shown = _every_fifth(label, progress)
+            return learn_coefficients(encoder, vectors, pseudo(encoder), settings, shown, students)
+
+        return learn
 
     def add_sum(label: str, method: str, coefficients: Any, vectors: Vectors | None = None, **own: Any) -> None:
         if vectors is None or isinstance(vectors, Stack):
@@ -149,9 +176,8 @@ def merge_candidates(
             missing = [label for label in labels if not made_before(label)]
             if not missing:
                 continue
-            if backbone is None:
-                raise MergeError(f"{method}: found no backbone, expected the one that the adapters were trained on")
-            learned = _learn(method, missing, backbone, stack(), pseudo(backbone), config, progress)
+            learn = through_clients or learner_from_catalogs(method)
+            learned = _learn(method, missing, stack(), config, learn)
             for label, coefficients, vectors, own in learned:
                 add_sum(label, method, coefficients, vectors, **own)
     return candidates
@@ -204,30 +230,18 @@ def _variants(method: str, config: ExperimentConfig) -> Iterator[tuple[str, dict
 
 
 def _learn(
-    method: str,
-    labels: Sequence[str],
-    backbone: Backbone,
-    stack: Stack,
-    pseudo: Mapping[str, PseudoDomain],
-    config: ExperimentConfig,
-    progress: Callable[[str], None],
+    method: str, labels: Sequence[str], stack: Stack, config: ExperimentConfig, learn: Learn
 ) -> Iterator[tuple[str, torch.Tensor, Vectors, dict[str, Any]]]:
-    """Learn what these labels of a learned method ask for: label, coefficients, vectors, entries of the provenance.
-
-    Variants share the vectors, and the items' vectors under the initial merge.
-    """
+    """Learn what these labels of a learned method ask for: label, coefficients, vectors, entries of the provenance."""
     vectors: Vectors | None = None
-    students: dict[str, torch.Tensor] = {}
+    through_clients = config.privacy.policy == "catalog-private"
     for label, settings in learned_variants(config, method).items():
         steps = {tried: step for tried, step in tried_steps(config, method, label).items() if tried in labels}
         if not steps:
             continue
         if vectors is None:
             vectors = initial_vectors(stack, settings.initialisation)
-            start = start_coefficients(vectors, "domain", settings.start)
-            students = student_vectors(backbone, vectors, pseudo, start)
-            progress(f"{method}: item vectors under the initial merge")
-        learned = learn_coefficients(backbone, vectors, pseudo, settings, _every_fifth(label, progress), students)
+        learned = learn(label, settings, vectors)
         for tried, step in steps.items():
             chosen = learned.chosen_step if step is None else step
             yield (
@@ -236,9 +250,10 @@ def _learn(
                 vectors,
                 {
                     "parameters": asdict(settings) | {"initial_coefficient": settings.start},
-                    "losses": [dict(losses) for losses in learned.history],
+                    "losses": [dict(losses) for losses in learned.history if losses],
                     "validation": [list(looked) for looked in learned.validation],
                     "chosen_step": chosen,
+                    **({"through_clients": config.through_clients.model_dump()} if through_clients else {}),
                 },
             )
 

@@ -10,14 +10,13 @@ from typing import Any
 
 from fedmerge.config import ExperimentConfig, to_toml
 from fedmerge.domain.catalog import Catalog, load_catalog
-from fedmerge.domain.manifest import check_name, read_manifest
+from fedmerge.domain.manifest import check_catalog_is_public, check_name, read_manifest
 from fedmerge.encoder.adapted import check_backbone
 from fedmerge.encoder.backbone import Backbone
 from fedmerge.encoder.lora import Adapter
 from fedmerge.errors import ConfigError, DomainError, RunDirError
 from fedmerge.merging.folders import AdapterFolders, read_folders, write_as_sources
 from fedmerge.merging.methods import METHODS
-from fedmerge.privacy.policy import check_catalog_is_public
 from fedmerge.run_dir import new_folder, write_json, write_text
 from fedmerge.runs import REMERGED, read_record
 from fedmerge.server.candidates import Candidate, merge_candidates
