@@ -189,11 +189,14 @@ def _submit(config: ExperimentConfig, app_dir: Path, to: Connection) -> str:
 
 def _follow(flower_id: str, to: Connection, on_line: Callable[[str], None]) -> tuple[str, str]:
     """Hand on the log until the run is finished, through restarts of the SuperLink; its status and the reason."""
-    num_seen, reached = 0, time.monotonic()
+    num_seen, reached, away = 0, time.monotonic(), False
     while True:
-        num_seen = pass_on_log([_flwr(), "log", flower_id, to.name, "--stream"], _environment(to), num_seen, on_line)
+        if not away:
+            command = [_flwr(), "log", flower_id, to.name, "--stream"]
+            num_seen = pass_on_log(command, _environment(to), num_seen, on_line)
         answer = ask_flower([_flwr(), "list", to.name, "--run-id", flower_id], _environment(to))
-        if answer.get("success"):
+        away = not answer.get("success")
+        if not away:
             reached = time.monotonic()
             run = answer["runs"][0]
             if run["status"].startswith("finished"):

@@ -89,6 +89,8 @@ class Federation:
         nodes: domain -> node, of those that take part.
         descriptions: domain -> what its client said it is, of everybody who ever took part.
         excluded: domain (or node) -> why.
+        greeted: nodes that were asked what they are.
+        num_nodes: how many there are in all, where a simulation says so; else 0.
         late: message id -> whose answer it would be, to what, and until when it is looked for.
     """
 
@@ -100,6 +102,8 @@ class Federation:
     nodes: dict[str, int] = field(default_factory=dict)
     descriptions: dict[str, records.Description] = field(default_factory=dict)
     excluded: dict[str, Exclusion] = field(default_factory=dict)
+    greeted: set[int] = field(default_factory=set)
+    num_nodes: int = 0
     late: dict[str, tuple[str, Question, float]] = field(default_factory=dict)
 
     @property

@@ -125,6 +125,8 @@ def _experiment(config: ExperimentConfig, federation: Federation, run_dir: Path)
             candidates = [after_rounds]
         validation, choice = _choose(federation, config, candidates, sources, run_dir)
         chosen = [candidate for candidate in candidates if candidate.label in choice.best.values()]
+        if late := _greet(federation, config, backbone):
+            logger.info("came late and are tested as unseen: %s", listed(late))
         test = _evaluate(federation, config, "test", sorted(federation.nodes), chosen, sources, run_dir)
         require_quorum(federation, config, [domain for domain in test if domain in members])
     finally:
@@ -165,17 +167,30 @@ def _remember(federation: Federation, run_dir: Path) -> None:
 
 def _gather(federation: Federation, config: ExperimentConfig, backbone: Backbone) -> None:
     """Wait for the nodes, ask each what it is as it comes, refuse those that do not fit."""
-    federation.phase = "gather"
-    expected = num_domains = len(config.domains.train) + len(config.domains.unseen)
-    logger.info("waiting for %d nodes, one a domain, at most %g s", expected, config.server.wait_seconds)
+    num_domains = len(config.domains.train) + len(config.domains.unseen)
+    logger.info("waiting for %d nodes, one a domain, at most %g s", num_domains, config.server.wait_seconds)
     deadline = time.monotonic() + config.server.wait_seconds
-    asked: set[int] = set()
+    while True:
+        _greet(federation, config, backbone)
+        expected = min(num_domains, federation.num_nodes or num_domains)
+        if len(federation.greeted) >= expected or time.monotonic() > deadline:
+            break
+        time.sleep(POLL_SECONDS)
+    federation.write_clients()
+    logger.info("%d nodes are connected, %d domains are expected", len(federation.greeted), num_domains)
+    require_quorum(federation, config, federation.of("train"))
+    _say_who_took_part(federation, config)
+
+
+def _greet(federation: Federation, config: ExperimentConfig, backbone: Backbone) -> list[str]:
+    """Ask the nodes that are new what they are; the domains that take part now, too."""
+    federation.phase = "gather"
+    welcomed: list[str] = []
 
     def receive(name: str, content: RecordDict) -> str | None:
-        nonlocal expected
         description = records.read_description(content)
         if description.num_nodes and federation.simulated:  # there are so many and no more
-            expected = min(expected, description.num_nodes)
+            federation.num_nodes = description.num_nodes
         if description.role == "idle":
             return None
         if problem := _misfit(description, backbone, config, federation):
@@ -186,7 +201,8 @@ def _gather(federation: Federation, config: ExperimentConfig, backbone: Backbone
             return description.domain  # in a phase that has ended
         federation.nodes[description.domain] = int(name.removeprefix("node "))
         federation.descriptions[description.domain] = description
-        log = logger.info if expected <= 20 else logger.debug
+        welcomed.append(description.domain)
+        log = logger.info if len(config.domains.train) + len(config.domains.unseen) <= 20 else logger.debug
         log(
             "%s (%s%s): %d users, %d items, %d interactions",
             description.domain,
@@ -198,18 +214,11 @@ def _gather(federation: Federation, config: ExperimentConfig, backbone: Backbone
         )
         return description.domain
 
+    new = sorted(set(federation.grid.get_node_ids()) - federation.greeted)
     question = Question(records.DESCRIBE, config.server.describe_timeout_seconds)
-    while True:
-        new = sorted(set(federation.grid.get_node_ids()) - asked)
-        ask(federation, {f"node {node}": node for node in new}, question, receive)
-        asked |= set(new)
-        if len(asked) >= expected or time.monotonic() > deadline:
-            break
-        time.sleep(POLL_SECONDS)
-    federation.write_clients()
-    logger.info("%d nodes are connected, %d domains are expected", len(asked), num_domains)
-    require_quorum(federation, config, federation.of("train"))
-    _say_who_took_part(federation, config)
+    ask(federation, {f"node {node}": node for node in new}, question, receive)
+    federation.greeted |= set(new)
+    return sorted(welcomed)
 
 
 def _misfit(

@@ -147,8 +147,8 @@ def why_no_namespaces() -> str:
     name = f"fm{secrets.token_hex(3)}try"
     try:
         _ip("netns", "add", name)
-        _ip("-n", name, "link", "add", "br0", "type", "bridge")
-        _ip("-n", name, "link", "add", "a", "type", "veth", "peer", "name", "b")
+        _ip("-n", name, "link", "add", "name", "br0", "type", "bridge")
+        _ip("-n", name, "link", "add", "name", "try0", "type", "veth", "peer", "name", "try1")
     except AssertionError as error:
         return f"network namespaces are not permitted: {error}"
     finally:
@@ -209,13 +209,13 @@ def _ancestors(pid: int) -> list[int]:
 
 def _wire(made: Network) -> None:
     _ip("netns", "add", made.switch)
-    _ip("-n", made.switch, "link", "add", "br0", "type", "bridge")
+    _ip("-n", made.switch, "link", "add", "name", "br0", "type", "bridge")
     _ip("-n", made.switch, "link", "set", "br0", "up")
     for host in made.hosts:
         _ip("netns", "add", host.namespace)
         _ip("-n", host.namespace, "link", "set", "lo", "up")
         peer = ["type", "veth", "peer", "name", "eth0", "netns", host.namespace]
-        _ip("-n", made.switch, "link", "add", host.cable, *peer)
+        _ip("-n", made.switch, "link", "add", "name", host.cable, *peer)
         _ip("-n", made.switch, "link", "set", host.cable, "master", "br0", "up")
         _ip("-n", host.namespace, "address", "add", f"{host.address}/24", "dev", "eth0")
         _ip("-n", host.namespace, "link", "set", "eth0", "up")
