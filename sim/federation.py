@@ -4,14 +4,17 @@ import logging
 import re
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import httpx
 from flwr.app import Message, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
+from flwr.supercore.run import RunNotRunningException
+from flwr.superlink.grid import InMemoryGrid
 
 from fedmerge.config import ExperimentConfig
 from fedmerge.errors import ClientError, RunDirError
@@ -23,6 +26,7 @@ HEARTBEAT_SECONDS = 60.0
 LINES_SECONDS = 10.0  # between two lines of a phase with many clients
 FEW_CLIENTS = 20  # up to so many, every one gets its own line
 LONGEST_REASON = 2000
+LONGEST_NAME = 200
 LATE_SECONDS = 3600.0  # after its time, an answer is still seen so long
 LEDGER = "exposure.jsonl"
 MOST_LOSSES = 3  # in one phase; a client that is lost more often than this would be lost again
@@ -102,13 +106,18 @@ class Federation:
     num_nodes: int = 0
     late: dict[str, tuple[str, Question, float]] = field(default_factory=dict)
 
+    @property
+    def simulated(self) -> bool:
+        """Whether the nodes are this machine's own processes; otherwise what they say of themselves is hearsay."""
+        return isinstance(self.grid, InMemoryGrid)
+
     def of(self, role: str) -> list[str]:
         """The domains of one role that are still in, sorted."""
         return sorted(domain for domain in self.nodes if self.descriptions[domain].role == role)
 
     def exclude(self, name: str, reason: str) -> None:
         """Take a domain out."""
-        reason = reason if len(reason) <= LONGEST_REASON else f"{reason[:LONGEST_REASON]} …"
+        name, reason = printable(name, LONGEST_NAME), printable(reason, LONGEST_REASON)
         logger.warning("excluded: %s: %s", name, reason)
         self.excluded[name] = Exclusion(self.phase, reason, self.descriptions.get(name))
         self.nodes.pop(name, None)
@@ -210,8 +219,7 @@ def ask(
                 federation.exclude(name, f"{message_type}: Flower could not send the message")
         # Flower fails when it is asked for a message that it has forgotten.
         federation.late = {key: late for key, late in federation.late.items() if late[2] > time.monotonic()}
-        for reply in federation.grid.pull_messages([*waiting, *federation.late]):
-            message_id = reply.metadata.reply_to_message_id
+        for message_id, reply in _replies(federation, [*waiting, *federation.late]):
             if message_id in federation.late:
                 name, asked, _ = federation.late.pop(message_id)
                 _record_late(federation, name, asked, reply)
@@ -266,9 +274,9 @@ class _Lost:
     times: Counter[str] = field(default_factory=Counter)
     looked: float = 0.0
 
-    def takes(self, name: str, reply: Message, deadline: float) -> bool:
+    def takes(self, name: str, reply: Message | str, deadline: float) -> bool:
         """Whether this reply says that the client was lost, and it is to be waited for."""
-        cause = LOSSES.get(reply.error.code) if reply.has_error() else None
+        cause = LOSSES.get(reply.error.code) if isinstance(reply, Message) and reply.has_error() else None
         now = time.monotonic()
         if cause is None or self.times[name] >= MOST_LOSSES or self.federation.return_seconds <= 0 or now > deadline:
             return False
@@ -299,6 +307,31 @@ class _Lost:
         return back
 
 
+def _replies(federation: Federation, message_ids: list[str]) -> Iterator[tuple[str, Message | str]]:
+    """Message id and reply of whatever has come; the reason in place of a reply that Flower itself fails to unpack.
+
+    Between machines Flower unpacks what clients have packed, and one malformed reply would take all others of the same
+    call with it. So each is asked for by itself there.
+    """
+    for some in [message_ids] if federation.simulated else [[message_id] for message_id in message_ids]:
+        try:
+            came = list(federation.grid.pull_messages(some))
+        except (httpx.HTTPError, RunNotRunningException):  # Flower's own trouble, not the client's
+            raise
+        except Exception as error:
+            if len(some) != 1 or federation.simulated:
+                raise
+            yield some[0], f"{type(error).__name__}: {error}"
+        else:
+            yield from ((reply.metadata.reply_to_message_id, reply) for reply in came)
+
+
+def printable(text: str, longest: int) -> str:
+    """What a client says, fit for a log and a terminal: control characters escaped, cut to a length."""
+    shown = "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text[:longest])
+    return shown if len(text) <= longest else f"{shown} …"
+
+
 def listed(names: list[str]) -> str:
     """Names for a line of the log: the first few, and how many more."""
     more = len(names) - FEW_CLIENTS
@@ -323,14 +356,18 @@ def _accepted(
     federation: Federation,
     name: str,
     question: Question,
-    reply: Message,
+    reply: Message | str,
     on_reply: Callable[[str, RecordDict], str | None],
 ) -> bool:
     """Record and handle one reply; whatever a client sends, it does not take the server down."""
     message_type = question.message_type
+    if isinstance(reply, str):
+        federation.exclude(name, f"{message_type}: its reply cannot be unpacked: {reply}")
+        return False
     if reply.has_error():
         reason = f"{reply.error.reason} (Flower error {reply.error.code})"
-        if WORKER_DIED.search(reply.error.reason or ""):  # Flower would give the dead process all further messages
+        # Flower would give the dead process all further messages. Between machines anybody could say so of himself.
+        if federation.simulated and WORKER_DIED.search(reply.error.reason or ""):
             raise ClientError(
                 f"{name}: the process that simulated it died in {message_type}: {reason[:LONGEST_REASON]}\nWas it "
                 "killed, or the memory full? Nothing that is finished is lost: "
@@ -360,8 +397,8 @@ def _accepted(
         _record(federation, recorded_as, question, reply, size <= limit)
 
 
-def _record_late(federation: Federation, name: str, question: Question, reply: Message) -> None:
-    if reply.has_error():
+def _record_late(federation: Federation, name: str, question: Question, reply: Message | str) -> None:
+    if isinstance(reply, str) or reply.has_error():
         return
     logger.warning("%s: a late answer of %s is dropped", question.message_type, name)
     _record(

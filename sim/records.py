@@ -349,7 +349,10 @@ def error_record(error: str, domain: str = "") -> RecordDict:
 
 def read_error(content: RecordDict) -> str | None:
     """The client's error, if it reports one."""
-    return str(content.config_records[_ERROR].get("message")) if _ERROR in content.config_records else None
+    if _ERROR not in content.config_records:
+        return None
+    message = content.config_records[_ERROR].get("message")
+    return message if isinstance(message, str) and message else "an error that does not say what it is"
 
 
 def read_error_domain(content: RecordDict) -> str:

@@ -58,6 +58,7 @@ from sim.rounds import check_rounds, run_rounds
 from sim.secure_sum import secure_candidates
 
 CATALOG_BYTES_PER_ITEM = 4096  # at most, and a mebibyte for a small catalog
+MOST_CATALOG_BYTES = 2**30  # however many items a client says that it has
 REPORT_BYTES = 2**20
 
 app = ServerApp()
@@ -256,7 +257,7 @@ def _greet(federation: Federation, config: ExperimentConfig, backbone: Backbone)
 
     def receive(name: str, content: RecordDict) -> str | None:
         description = records.read_description(content)
-        if description.num_nodes:  # a simulation: there are so many and no more
+        if description.num_nodes and federation.simulated:  # there are so many and no more
             federation.num_nodes = description.num_nodes
         if description.role == "idle":
             return None
@@ -349,7 +350,7 @@ def _catalogs(federation: Federation, config: ExperimentConfig, run_dir: Path) -
             catalogs[domain] = catalog_from_bytes(records.read_catalog(content), domain)
 
         def limit_bytes(domain: str) -> int:
-            return 2**20 + CATALOG_BYTES_PER_ITEM * federation.descriptions[domain].num_items
+            return min(2**20 + CATALOG_BYTES_PER_ITEM * federation.descriptions[domain].num_items, MOST_CATALOG_BYTES)
 
         timeout_seconds = config.server.describe_timeout_seconds
         ask(federation, nodes, Question(records.CATALOG, timeout_seconds, limit_bytes=limit_bytes), receive)
