@@ -29,10 +29,10 @@ from fedmerge.encoder.demo_backbone import write_demo_backbone
 from fedmerge.encoder.lora import Adapter, fresh_adapter
 from fedmerge.merging.learned import start_coefficients
 from fedmerge.merging.stack import linear_merge, stack_adapters
-from fedmerge.privacy.catalog_private import local_change, on_pseudo_users
 from fedmerge.privacy.transport import Coding, as_received, pack, residual
 from fedmerge.server.collaborative import CollaborativeSettings, learn_coefficients, student_vectors
 from fedmerge.server.learned import pseudo_users_of
+from fedmerge.server.through_clients import local_change, on_pseudo_users
 
 DENSITIES = (0.5, 0.25, 0.1)
 LOCAL_STEPS = (5, 10, 25)

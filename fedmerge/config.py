@@ -667,11 +667,6 @@ class ExperimentConfig(Section):
                 f"privacy.transport = '{self.privacy.transport}' is for experts that are trained once and merged; set "
                 "it to 'float32' with rounds.rule and with privacy.policy = 'aggregate-only'"
             )
-        if policy == "aggregate-only":
-            raise ValueError(
-                "privacy.policy = 'aggregate-only' shows the server no single adapter, and every method of this "
-                "version needs them; set privacy.policy = 'adapter'"
-            )
         if learned and policy == "adapter" and self.server.catalogs is None:
             catalogs = (
                 "which needs the catalogs, but privacy.policy = 'adapter' keeps them at the clients and "

@@ -1,4 +1,4 @@
-"""Coefficients learned through the clients: the server's half, with Flower (see ``fedmerge.privacy.catalog_private``).
+"""Coefficients learned through the clients: the server's half, with Flower (see ``fedmerge.server.through_clients``).
 
 The cohort's adapters are sent once to each of its clients. Then every message asks the clients for the gradient at
 given coefficients (mode ``exact``) or for what a few steps of their own change (``local-steps``); the server averages
@@ -19,10 +19,10 @@ from fedmerge.encoder.lora import Adapter
 from fedmerge.errors import ClientError
 from fedmerge.merging.learned import LearnedCoefficients, optimise, start_coefficients
 from fedmerge.merging.vectors import Vectors
-from fedmerge.privacy.catalog_private import cohort_sha256
 from fedmerge.run_dir import append_line, read_json, read_lines, write_json
 from fedmerge.server.candidates import Learn
 from fedmerge.server.collaborative import CollaborativeSettings, draw_pseudo_users
+from fedmerge.server.through_clients import cohort_sha256
 from sim import records
 from sim.federation import Federation, Question, ask, listed, require_quorum
 

@@ -39,7 +39,13 @@ from fedmerge.federated.rules import RULES
 from fedmerge.federated.summed import summed_values
 from fedmerge.merging.stack import stack_adapters
 from fedmerge.merging.vectors import Vectors, initial_vectors, on_device
-from fedmerge.privacy.catalog_private import (
+from fedmerge.privacy.client_policy import ClientPolicy, check_message_size, check_run_is_allowed, read_client_policy
+from fedmerge.privacy.paths import without_paths
+from fedmerge.privacy.policy import check_enough_users, check_may_leave
+from fedmerge.privacy.transport import as_received, coding_of, residual
+from fedmerge.server.collaborative import CollaborativeSettings
+from fedmerge.server.learned import learned_settings
+from fedmerge.server.through_clients import (
     Cohort,
     LocalGradient,
     cohort_folder,
@@ -50,12 +56,6 @@ from fedmerge.privacy.catalog_private import (
     read_cohort,
     student_items,
 )
-from fedmerge.privacy.client_policy import ClientPolicy, check_message_size, check_run_is_allowed, read_client_policy
-from fedmerge.privacy.paths import without_paths
-from fedmerge.privacy.policy import check_enough_users, check_may_leave
-from fedmerge.privacy.transport import as_received, coding_of, residual
-from fedmerge.server.collaborative import CollaborativeSettings
-from fedmerge.server.learned import learned_settings
 from sim import records
 from sim.secure_client import answer_advertise, answer_masked, answer_share, answer_unmask, remember_values
 

@@ -17,7 +17,10 @@ from fedmerge.encoder.text import build_token_table, item_sequences
 from fedmerge.errors import ClientError, MergeError, PolicyError
 from fedmerge.merging.stack import stack_adapters
 from fedmerge.privacy import catalog_private
-from fedmerge.privacy.catalog_private import (
+from fedmerge.server.candidates import merge_candidates
+from fedmerge.server.collaborative import CollaborativeSettings, draw_pseudo_users
+from fedmerge.server.learned import learned_settings, learned_variants
+from fedmerge.server.through_clients import (
     Cohort,
     cohort_folder,
     cohort_sha256,
@@ -28,9 +31,6 @@ from fedmerge.privacy.catalog_private import (
     read_cohort,
     student_items,
 )
-from fedmerge.server.candidates import merge_candidates
-from fedmerge.server.collaborative import CollaborativeSettings, draw_pseudo_users
-from fedmerge.server.learned import learned_settings, learned_variants
 
 SETTINGS = CollaborativeSettings(steps=4, batch_size=3)
 NAME = "toys"
