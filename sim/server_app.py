@@ -50,12 +50,12 @@ from fedmerge.server.learned import labels_from_catalogs
 from fedmerge.server.rollback import FALLBACK, dropped_domains, roll_back
 from fedmerge.server.spent import spent_by_domain
 from sim import records
-from sim.catalog_private import learn_through_clients
 from sim.evaluations import evaluate_models
 from sim.federation import POLL_SECONDS, Federation, Question, ask, listed, remembered_clients, require_quorum
 from sim.gate import pass_gate
 from sim.rounds import check_rounds, run_rounds
 from sim.secure_sum import secure_candidates
+from sim.through_clients import learn_through_clients
 
 CATALOG_BYTES_PER_ITEM = 4096  # at most, and a mebibyte for a small catalog
 MOST_CATALOG_BYTES = 2**30  # however many items a client says that it has

@@ -14,9 +14,9 @@ from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 from in_process import Answer, answer_honestly, run_in_process, small_experiment
 
-import sim.catalog_private
 import sim.federation
 import sim.server_app
+import sim.through_clients
 from fedmerge.config import ExperimentConfig
 from fedmerge.errors import PolicyError
 from fedmerge.run_dir import append_line, read_lines
@@ -205,7 +205,7 @@ def test_a_run_that_was_killed_replays_what_was_averaged(
         if len(lines) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(sim.catalog_private, "append_line", killed_after_two)
+    monkeypatch.setattr(sim.through_clients, "append_line", killed_after_two)
     with pytest.raises(KeyboardInterrupt):
         run_in_process(experiment(place, tmp_path, **changes))
     run_in_process(experiment(place, tmp_path, **changes, resume=True), seen_by_flower(tmp_path / "sent.jsonl"))

@@ -16,7 +16,7 @@ from fedmerge.encoder.lora import Adapter, adapter_sha256
 from fedmerge.encoder.text import build_token_table, item_sequences
 from fedmerge.errors import ClientError, MergeError, PolicyError
 from fedmerge.merging.stack import stack_adapters
-from fedmerge.privacy import catalog_private
+from fedmerge.server import through_clients
 from fedmerge.server.candidates import merge_candidates
 from fedmerge.server.collaborative import CollaborativeSettings, draw_pseudo_users
 from fedmerge.server.learned import learned_settings, learned_variants
@@ -87,7 +87,7 @@ def test_item_vectors_are_made_once_a_merge(
         calls.append(len(sequences))
         return encode(encoder, sequences)
 
-    monkeypatch.setattr(catalog_private, "encode", counted)
+    monkeypatch.setattr(through_clients, "encode", counted)
     first, again = (student_items(cohort, NAME, items, backbone, vectors, torch.full((3,), 0.2)) for _ in range(2))
     assert torch.equal(first, again)
     assert len(calls) == 1
