@@ -17,6 +17,7 @@ from fedmerge.privacy.client_policy import (
 )
 
 PRIVATE = {"privacy.policy": "catalog-private"}
+DP_RUN = {"dp.mode": "user", "dp.delta": 1e-6, "train.negatives": "catalog", "train.max_epochs": "none"}
 
 
 def test_the_file_that_is_handed_out_names_every_key_with_its_default(tmp_path: Path) -> None:
@@ -62,8 +63,19 @@ def test_a_missing_file_sends_nothing(tmp_path: Path) -> None:
     [
         ({"policies": "adapter"}, {}, "policies = 'adapter', the run has privacy.policy = 'adapter\\+catalog'"),
         ({"min_users": 50}, {}, "min_users = 50, the run has privacy.min_users = 20"),
-        ({"max_epsilon": 8}, {}, "max_epsilon = 8, the run promises no differential privacy"),
-        ({"max_delta": 1e-5}, {}, "max_delta = 1e-05, the run promises no differential privacy"),
+        (
+            {"max_epsilon": 8},
+            {},
+            "max_epsilon = 8, the run has dp.mode = 'none' and dp.randomness = 'system', by which",
+        ),
+        ({"max_epsilon": 8}, DP_RUN | {"dp.epsilon": 9}, "max_epsilon = 8, the run has dp.epsilon = 9"),
+        ({"max_delta": 1e-9}, DP_RUN | {"dp.epsilon": 1}, "max_delta = 1e-09, the run has dp.delta = 1e-06"),
+        ({"max_epsilon": 8}, DP_RUN | {"dp.noise_multiplier": 1}, "max_epsilon = 8, the run has no dp.epsilon"),
+        (
+            {"max_epsilon": 8},
+            DP_RUN | {"dp.epsilon": 1, "dp.randomness": "seeded"},
+            "max_epsilon = 8, the run has dp.mode = 'user' and dp.randomness = 'seeded', by which this client",
+        ),
         ({"policies": "catalog-private"}, PRIVATE, "receive_adapters = false, the run has privacy.policy = 'cat"),
         (
             {"policies": "catalog-private", "receive_adapters": True},
@@ -84,6 +96,7 @@ def test_what_it_refuses(own: dict[str, Any], run: dict[str, Any], message: str)
 
 
 def test_a_stricter_run_is_welcome() -> None:
+    check_run_is_allowed(ClientPolicy(max_epsilon=1, max_delta=1e-6), from_flat(DP_RUN | {"dp.epsilon": 1}), "shop")
     run = from_flat({"privacy.policy": "adapter", "privacy.min_users": 100, "merge.methods": "average"})
     check_run_is_allowed(ClientPolicy(), run, "shop")
 

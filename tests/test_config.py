@@ -150,7 +150,10 @@ def test_all_problems_are_said_at_once_with_their_dotted_names() -> None:
         ({"train.max_steps": "none"}, "train: max_epochs, max_steps and max_minutes are all 'none'"),
         ({"domains.train": "a,b", "server.min_train_clients": 3}, "server.min_train_clients = 3, but domains.train"),
         ({"privacy.policy": "adapter"}, "merge.methods holds mergerec, which needs the catalogs"),
-        ({"privacy.policy": "aggregate-only"}, "privacy.policy = 'aggregate-only' shows the server no single adapter"),
+        (
+            {"privacy.policy": "aggregate-only"},
+            "which needs every single adapter, but privacy.policy = 'aggregate-only' shows",
+        ),
         (
             {"privacy.transport": "int8", "rounds.rule": "fedit"},
             "privacy.transport = 'int8' is for experts that are trained once and merged; set it to 'float32'",

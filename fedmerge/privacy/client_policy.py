@@ -5,12 +5,12 @@ and where the run asks for more than the file allows, nothing but that refusal i
 """
 
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pydantic import Field, ValidationError
 
-from fedmerge.config import ExperimentConfig, Section, describe_problem
+from fedmerge.config import DP, ExperimentConfig, Section, describe_problem
 from fedmerge.errors import ConfigError, PolicyError
 from fedmerge.privacy.policy import Policy
 
@@ -46,7 +46,8 @@ receive_adapters = false
 # Whether merging coefficients may be learned on its own users (policy "catalog-private"), whose gradients then leave.
 real_users = false
 
-# Differential privacy that it demands of a run: the largest epsilon and delta; "none": no demand.
+# Differential privacy that it demands of each run (dp.mode "user" or "domain-local"): the largest epsilon and delta;
+# "none": no demand. Runs are not added up: several of them spend several budgets.
 max_epsilon = "none"
 max_delta = "none"
 """
@@ -104,10 +105,7 @@ def check_run_is_allowed(own: ClientPolicy | None, run: ExperimentConfig, domain
         problems.append("receive_adapters = false, the run has privacy.policy = 'catalog-private'")
     if privacy.min_users < own.min_users:
         problems.append(f"min_users = {own.min_users}, the run has privacy.min_users = {privacy.min_users}")
-    for name, demanded in (("max_epsilon", own.max_epsilon), ("max_delta", own.max_delta)):
-        if demanded is not None:
-            problems.append(f"{name} = {demanded:g}, the run promises no differential privacy")
-    return _refuse(problems, domain)
+    return _refuse([*problems, *_unmet_bounds(own, run.dp)], domain)
 
 
 def check_message_size(own: ClientPolicy, size_bytes: int, domain: str) -> None:
@@ -118,6 +116,24 @@ def check_message_size(own: ClientPolicy, size_bytes: int, domain: str) -> None:
     """
     if own.max_message_bytes is not None and size_bytes > own.max_message_bytes:
         _refuse([f"max_message_bytes = {own.max_message_bytes:,}, the answer has {size_bytes:,}"], domain)
+
+
+def _unmet_bounds(own: ClientPolicy, dp: DP) -> Iterator[str]:
+    """Demands of differential privacy that one run does not meet by what the client itself does."""
+    for key, demanded, promised in (("epsilon", own.max_epsilon, dp.epsilon), ("delta", own.max_delta, dp.delta)):
+        if demanded is None:
+            continue
+        if dp.mode not in ("user", "domain-local") or dp.randomness != "system":
+            found = (
+                f"dp.mode = {dp.mode!r} and dp.randomness = {dp.randomness!r}, by which this client promises nothing"
+            )
+        elif promised is None:
+            found = f"no dp.{key}"
+        elif promised > demanded:
+            found = f"dp.{key} = {promised:g}"
+        else:
+            continue
+        yield f"max_{key} = {demanded:g}, the run has {found}"
 
 
 def _refuse(problems: Sequence[str], domain: str) -> None:
