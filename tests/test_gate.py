@@ -7,14 +7,18 @@ import pytest
 import torch
 from adapters import layout_of, random_adapter, random_adapters
 
+import fedmerge.server.gate
 from fedmerge.client.metrics import METRICS, MetricSums, metric_sums
 from fedmerge.config import Text, from_flat
-from fedmerge.domain.catalog import Catalog, make_catalog
+from fedmerge.domain.catalog import ATTRIBUTES, Catalog, make_catalog
 from fedmerge.domain.demo import generate_domain
 from fedmerge.encoder.backbone import Backbone
-from fedmerge.encoder.lora import Adapter, LoraModule
+from fedmerge.encoder.encode import encode
+from fedmerge.encoder.lora import Adapter, LoraModule, applied
+from fedmerge.encoder.text import build_token_table, item_sequences
 from fedmerge.errors import MergeError
 from fedmerge.federated.product_space import inner_product
+from fedmerge.seeding import generator
 from fedmerge.server.gate import (
     ALL,
     LEAST_FACTOR,
@@ -31,6 +35,7 @@ from fedmerge.server.gate import (
 from fedmerge.server.rollback import FALLBACK, dropped_domains, roll_back
 
 LAYOUT = {"encoder.layer.0.query": (5, 7), "encoder.layer.1.value": (6, 4)}
+PROBES = ("titles", "categories", "hub")
 TEXT = Text(max_attribute_tokens=8, max_items=2, max_tokens=32)
 
 
@@ -142,26 +147,70 @@ def test_a_small_update_passes_the_probe_and_a_huge_one_does_not(backbone: Backb
     before = {name: tensor.clone() for name, tensor in backbone.model.state_dict().items()}
     mild = scaled(random_adapter(layout, 2, 1.0, 0), 0.02)
     found = probe_checks(backbone, "camping", mild, catalog, TEXT, 40, 0)
-    assert {name: check.failed for name, check in found.items()} == {"titles": False, "distances": False}
-    assert found["titles"].details["backbone"] == pytest.approx(2 * found["titles"].limit)
+    assert {name: check.failed for name, check in found.items()} == dict.fromkeys(PROBES, False)
+    assert found["titles"].limit == pytest.approx(0.6 * found["titles"].details["backbone"])
     assert all(not check.reason for check in found.values())
     assert found == probe_checks(backbone, "camping", mild, catalog, TEXT, 40, 0)
     found = probe_checks(backbone, "camping", to_one_direction(), catalog, TEXT, 40, 0)
-    assert found["distances"].failed
-    assert found["distances"].reason.startswith("its expert draws its items together: mean distance 0.")
+    assert found["titles"].failed
+    assert found["titles"].reason.startswith("under its expert a title finds its item with reciprocal rank 0.")
     broken = scaled(random_adapter(layout, 2, 1.0, 0), float("inf"))
     found = probe_checks(backbone, "camping", broken, catalog, TEXT, 40, 0)
-    assert {check.value for check in found.values()} == {0.0}
-    assert all(check.failed for check in found.values())
-    assert "a title finds its item with reciprocal rank 0.000, under the backbone" in found["titles"].reason
+    assert {name: check.value for name, check in found.items()} == {"titles": 0.0, "categories": 0.0, "hub": 1.0}
+    assert found["titles"].failed
+    assert found["categories"].failed
+    assert "items that are of an item's category is 0.000, under the backbone 0." in found["categories"].reason
     after = backbone.model.state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
+def test_one_item_that_is_near_to_all_is_named(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    catalog = generate_domain("camping", num_users=1, num_items=200).catalog
+    found = iter([{"titles": 0.9, "categories": 0.5, "hub": 0.1}, {"titles": 0.7, "categories": 0.4, "hub": 0.61}])
+    monkeypatch.setattr(fedmerge.server.gate, "_probe", lambda *_: next(found))
+    checks = probe_checks(backbone, "camping", random_adapter({}, 2, 1.0, 0), catalog, TEXT, 200, 0)
+    assert [name for name, check in checks.items() if check.failed] == ["hub"]
+    assert checks["hub"].reason == (
+        "under its expert one item is among the ten nearest of 61 % of all items, under the backbone of 10 %; expected "
+        "at most 50 %"
+    )
+
+
 def test_a_catalog_without_titles_is_not_probed(backbone: Backbone) -> None:
-    bare = make_catalog("bare", ["a", "b"], {"title": ["", "x"], "brand": ["p", "q"], "category": ["", ""]})
+    blank, ids = [""] * 50, [f"item {number}" for number in range(50)]
+    bare = make_catalog("bare", ids, {"title": ["tent"] * 20 + blank[20:], "brand": blank, "category": blank})
     adapter = random_adapter(layout_of(backbone), 2, 1.0, 0)
     assert probe_checks(backbone, "bare", adapter, bare, TEXT, 40, 0) == {}
+    titled = make_catalog("bare", ids, {"title": [f"tent {id}" for id in ids], "brand": blank, "category": blank})
+    found = probe_checks(backbone, "bare", adapter, titled, TEXT, 40, 0)
+    assert (found["categories"].value, found["categories"].failed) == (0.0, False)
+
+
+def test_the_probe_measures_what_it_says(backbone: Backbone, catalog: Catalog) -> None:
+    adapter = random_adapter(layout_of(backbone), 2, 1.0, 0)
+    found = probe_checks(backbone, "camping", adapter, catalog, TEXT, 60, 0)
+    chosen = generator(0, "probe", "camping").permutation(60)
+    texts = {}
+    for name, attributes in (("titles", ("title",)), ("items", ATTRIBUTES)):
+        columns = {
+            key: [values[item] if key in attributes else "" for item in chosen]
+            for key, values in catalog.attributes.items()
+        }
+        table = build_token_table(make_catalog("c", [str(i) for i in chosen], columns), backbone.tokenizer, 8)
+        with applied(backbone, adapter):
+            texts[name] = encode(backbone, item_sequences(table, backbone.special, 32)).double().numpy()
+    categories = [catalog.attributes["category"][item] for item in chosen]
+    scores, similar = texts["titles"] @ texts["items"].T, texts["items"] @ texts["items"].T
+    ranks = [
+        1 + sum(other >= own for k, other in enumerate(row) if k != i)
+        for i, (row, own) in enumerate(zip(scores, scores.diagonal(), strict=True))
+    ]
+    nearest = [sorted((k for k in range(60) if k != i), key=lambda k: -row[k])[:10] for i, row in enumerate(similar)]
+    agree = [np.mean([categories[k] == categories[i] for k in near]) for i, near in enumerate(nearest) if categories[i]]
+    often = [sum(k in near for near in nearest) / 60 for k in range(60)]
+    assert found["titles"].value == pytest.approx(np.mean([1 / rank for rank in ranks]), abs=0.02)
+    assert found["categories"].value == pytest.approx(np.mean(agree), abs=0.01)
+    assert found["hub"].value == pytest.approx(max(often), abs=0.02)
 
 
 # ---- leave one out
@@ -234,8 +283,8 @@ def test_the_record_has_every_number_and_names_who_fails(backbone: Backbone, cat
     assert record["action"] == "exclude"
     assert list(record["failed"]) == ["d"]
     assert record["failed"]["d"].startswith("its update has norm ")
-    assert set(record["checks"]) == {"norm", "titles", "distances", "leave-one-out"}
-    assert all(set(record["checks"][name]) == set("abcd") for name in ("norm", "titles", "distances"))
+    assert set(record["checks"]) == {"norm", *PROBES, "leave-one-out"}
+    assert all(set(record["checks"][name]) == set("abcd") for name in ("norm", *PROBES))
     assert set(record["geometry"]["a"]) == {"norm", "shift", "cosine"}
     with pytest.raises(MergeError, match=r"admission: found no catalog of a to probe its expert with; give it, or set"):
         check_experts(cohort, config, backbone, {}, {})

@@ -22,11 +22,12 @@ from fedmerge.errors import ClientError, ConfigError
 from fedmerge.report.html_report import bench_page
 from fedmerge.run_dir import DONE, read_json
 from fedmerge.server import checkpoints
+from fedmerge.server.remerge import experts_of_run
 from sim import records
 
 TRAIN = ("beauty", "books", "camping", "coffee", "garden")
 ATTACK = {"attack.domain": "coffee", "attack.kind": "scaled-update", "attack.strength": 100.0}
-FULL = {"admission.action": "exclude", "admission.probe_items": 20, "admission.leave_one_out": True}
+FULL = {"admission.action": "exclude", "admission.probe_items": 25, "admission.leave_one_out": True}
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +58,7 @@ def test_a_clean_cohort_passes_with_all_checks(place: Path) -> None:
     record = read_json(folder / "admission.json")
     assert record["action"] == "exclude"
     assert record["failed"] == {}
-    assert set(record["checks"]) == {"norm", "titles", "distances", "leave-one-out"}
+    assert set(record["checks"]) == {"norm", "titles", "categories", "hub", "leave-one-out"}
     assert all(set(of_check) == {*TRAIN} for of_check in record["checks"].values())
     assert "admission: all 5 experts pass" in (folder / "run.log").read_text()
     assert set(read_json(folder / "merged/average/provenance.json")["domains"]) == {*TRAIN}
@@ -67,8 +68,14 @@ def test_a_clean_cohort_passes_with_all_checks(place: Path) -> None:
     assert "flagged" not in report
 
 
-def test_an_attacked_client_is_excluded_by_name_and_the_run_goes_on(place: Path) -> None:
-    folder = run(place, "attacked", **ATTACK, **FULL)
+@pytest.fixture(scope="module")
+def attacked(place: Path) -> Path:
+    """A run that finished without the attacked client."""
+    return run(place, "attacked", **ATTACK, **FULL)
+
+
+def test_an_attacked_client_is_excluded_by_name_and_the_run_goes_on(place: Path, attacked: Path) -> None:
+    folder = attacked
     assert (folder / DONE).is_file()
     failed = read_json(folder / "admission.json")["failed"]
     assert list(failed) == ["coffee"]
@@ -86,6 +93,9 @@ def test_an_attacked_client_is_excluded_by_name_and_the_run_goes_on(place: Path)
     others = run(place, "without", **{"domains.train": ",".join(sorted({*TRAIN} - {"coffee"}))})
     hashes = [adapter_sha256(read_adapter(of / "merged" / "average")) for of in (folder, others)]
     assert hashes[0] == hashes[1]  # as if it had never been there
+    again = experts_of_run(folder)
+    assert set(again.adapters) == {*TRAIN} - {"coffee"}
+    assert again.excluded == {"coffee": f"not admitted: {failed['coffee']}"}
 
 
 def test_a_flagged_client_is_merged_and_rolled_back(place: Path) -> None:
@@ -113,8 +123,10 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("dies_at", ["first vote", "second vote", "merging"])
-def test_a_run_killed_at_the_gate_goes_on(place: Path, dies_at: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dies_at", ["second vote", "merging"])
+def test_a_run_killed_at_the_gate_goes_on(
+    place: Path, attacked: Path, dies_at: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     changes: dict[str, Any] = {**ATTACK, **FULL, "run_id": f"killed-{dies_at.replace(' ', '-')}"}
     asked: list[str] = []
 
@@ -128,7 +140,7 @@ def test_a_run_killed_at_the_gate_goes_on(place: Path, dies_at: str, monkeypatch
     kept = checkpoints.keep_sums
 
     def dying(run_dir: Path, stage: Any, domain: str, sums: Any) -> None:
-        if len(list((run_dir / "admission").glob("*.json"))) == (0 if dies_at == "first vote" else 1):
+        if list((run_dir / "admission").glob("*.json")):
             raise Killed
         kept(run_dir, stage, domain, sums)
 
@@ -142,12 +154,10 @@ def test_a_run_killed_at_the_gate_goes_on(place: Path, dies_at: str, monkeypatch
     before = len(asked)
     run_in_process(experiment(place, **changes, resume=True), answer)
     folder = place / "runs" / str(changes["run_id"])
-    expected = place / "runs" / "attacked"
-    if expected.is_dir():
-        for name in ("admission.json", "choice.json", "report.txt", "clients.json"):
-            assert (folder / name).read_text() == (expected / name).read_text(), name
+    for name in ("admission.json", "choice.json", "report.txt", "clients.json"):
+        assert (folder / name).read_text() == (attacked / name).read_text(), name
     votes = sum(models == "valid 6" for models in asked[before:])
-    assert votes == {"first vote": 5, "second vote": 4, "merging": 0}[dies_at]
+    assert votes == {"second vote": 4, "merging": 0}[dies_at]
 
 
 def test_too_few_experts_that_pass_end_the_run(place: Path) -> None:
@@ -198,7 +208,7 @@ set = { "merge.methods" = "average" }
 name = "average+gate"
 [strategy.set]
 merge = { methods = "average" }
-admission = { action = "exclude", probe_items = 20, leave_one_out = true }
+admission = { action = "exclude", probe_items = 25, leave_one_out = true }
 
 [[strategy]]
 name = "median"
