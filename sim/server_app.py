@@ -24,6 +24,7 @@ from fedmerge.domain.manifest import check_catalog_is_public, read_manifest
 from fedmerge.encoder.backbone import Backbone, load_backbone
 from fedmerge.encoder.lora import fresh_adapter
 from fedmerge.errors import ClientError
+from fedmerge.privacy.signatures import registered_keys
 from fedmerge.privacy.transport import coding_of
 from fedmerge.report.run_report import Evaluated, metric_rows, product_rows, run_report
 from fedmerge.report.tables import Role
@@ -40,7 +41,7 @@ from fedmerge.run_dir import (
     write_text,
 )
 from fedmerge.server import checkpoints
-from fedmerge.server.admission import adapter_bytes, check_adapter, check_sums, layout_of, sums_bytes
+from fedmerge.server.admission import adapter_bytes, check_adapter, check_sums, layout_of, layout_sha256, sums_bytes
 from fedmerge.server.candidates import Candidate, choose, merge_candidates
 from fedmerge.server.fallback import choose_per_domain
 from fedmerge.server.learned import labels_from_catalogs
@@ -90,9 +91,11 @@ def main(grid: Grid, context: Context) -> None:
         _log_to(folder / "run.log")
         logger.info("run folder: %s%s", folder, ", resumed" if config.resume else "")
         try:
-            _experiment(
-                config, Federation(grid, folder, config.server.messages_at_once, config.server.return_seconds), folder
-            )
+            server = config.server
+            federation = Federation(grid, folder, server.messages_at_once, server.return_seconds)
+            if server.client_keys is not None:
+                federation.keys = registered_keys(Path(server.client_keys))
+            _experiment(config, federation, folder)
         except Exception:
             logger.exception("the run failed")
             raise
@@ -241,6 +244,11 @@ def _misfit(
             "'auto' is what each machine multiplies best, so set runtime.precision to float32 or bfloat16 for both",
         ),
         "fedmerge version": (description.fedmerge_version, __version__, "install the same version everywhere"),
+        "LoRA layout": (
+            description.layout_sha256,
+            layout_sha256(backbone, config.lora.of(description.domain)),
+            "use the same versions of fedmerge, peft and transformers everywhere",
+        ),
         "policy": (description.policy, config.privacy.policy, "agree on privacy.policy"),
     }
     if before := federation.descriptions.get(description.domain):  # the run is resumed
