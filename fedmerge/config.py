@@ -431,6 +431,11 @@ class Server(Section):
         description="Folder of domain folders that hold at least manifest and catalog; 'none': clients send their "
         "catalogs, if the policy lets them.",
     )
+    client_keys: str | None = Field(
+        None,
+        description="Folder of the clients' public keys, NAME.pub, as fedmerge deploy add-client keeps it: answers "
+        "that none of them has signed are refused. 'none': signatures are checked, but not whose they are.",
+    )
     wait_seconds: float = Field(30.0, gt=0, description="How long to wait for all clients to connect.")
     min_train_clients: int = Field(2, ge=1, description="Fewer working training clients than this: the run fails.")
     messages_at_once: int = Field(
@@ -946,7 +951,10 @@ def with_absolute_paths(config: ExperimentConfig, start: Path) -> ExperimentConf
             ),
             "backbone": config.backbone.model_copy(update={"source": absolute(source) if is_folder else source}),
             "server": config.server.model_copy(
-                update={"catalogs": config.server.catalogs and absolute(config.server.catalogs)}
+                update={
+                    "catalogs": config.server.catalogs and absolute(config.server.catalogs),
+                    "client_keys": config.server.client_keys and absolute(config.server.client_keys),
+                }
             ),
         }
     )

@@ -42,7 +42,9 @@ from fedmerge.merging.vectors import Vectors, initial_vectors, on_device
 from fedmerge.privacy.client_policy import ClientPolicy, check_message_size, check_run_is_allowed, read_client_policy
 from fedmerge.privacy.paths import without_paths
 from fedmerge.privacy.policy import check_enough_users, check_may_leave
+from fedmerge.privacy.signatures import read_private_key, sign, statement
 from fedmerge.privacy.transport import as_received, coding_of, residual
+from fedmerge.server.admission import layout_sha256
 from fedmerge.server.collaborative import CollaborativeSettings
 from fedmerge.server.learned import learned_settings
 from fedmerge.server.through_clients import (
@@ -82,6 +84,10 @@ def _answer(handler: Callable[[Message, Context], RecordDict]) -> Callable[[Mess
             content = handler(message, context)
             if own := _own_policy(context):
                 check_message_size(own, records.size_bytes(content), _domain_name(context))
+            if key_path := context.node_config.get("key-path"):
+                asked = message.metadata
+                stated = statement(asked.run_id, asked.message_id, records.content_sha256(content))
+                records.add_signature(content, sign(read_private_key(Path(str(key_path))), stated))
         except FedMergeError as error:
             logger.error("%s: %s", type(error).__name__, error)
             told = without_paths(f"{type(error).__name__}: {error}", _own_paths(context))
@@ -118,6 +124,7 @@ def describe(message: Message, context: Context) -> RecordDict:
         fedmerge_version=__version__,
         policy=client.config.privacy.policy,
         num_nodes=num_nodes,
+        layout_sha256=layout_sha256(backbone, client.config.lora.of(manifest.name)),
     )
     return records.description_record(description)
 
@@ -370,7 +377,7 @@ def _own_policy(context: Context) -> ClientPolicy | None:
 
 def _own_paths(context: Context) -> list[str]:
     """The folders of this machine that its messages can name."""
-    paths = [str(context.node_config.get(key, "")) for key in ("domain-path", "policy-path")]
+    paths = [str(context.node_config.get(key, "")) for key in ("domain-path", "policy-path", "key-path")]
     paths += [str(Path.cwd()), tempfile.gettempdir()]
     with suppress(Exception):  # this is for a reply that tells of an error already
         config = from_flat(context.run_config)

@@ -18,6 +18,7 @@ from flwr.superlink.grid import InMemoryGrid
 
 from fedmerge.config import ExperimentConfig
 from fedmerge.errors import ClientError, RunDirError
+from fedmerge.privacy.signatures import signer, statement
 from fedmerge.run_dir import append_line, read_json, read_lines, write_json, write_table
 from sim import records
 
@@ -29,6 +30,7 @@ LONGEST_REASON = 2000
 LONGEST_NAME = 200
 LATE_SECONDS = 3600.0  # after its time, an answer is still seen so long
 LEDGER = "exposure.jsonl"
+NOT_SIGNED: Mapping[str, str] = {"sha256": "", "signed_by": "", "signature": ""}
 MOST_LOSSES = 3  # in one phase; a client that is lost more often than this would be lost again
 LOOK_SECONDS = 2.0  # between two looks whether a lost client is back
 
@@ -92,6 +94,8 @@ class Federation:
         greeted: nodes that were asked what they are.
         num_nodes: how many there are in all, where a simulation says so; else 0.
         late: message id -> whose answer it would be, to what, and until when it is looked for.
+        keys: fingerprints of the registered public keys -> client; empty where they are not known.
+        signers: node -> the fingerprint of the key that it signs with, empty for none.
     """
 
     grid: Grid
@@ -105,6 +109,8 @@ class Federation:
     greeted: set[int] = field(default_factory=set)
     num_nodes: int = 0
     late: dict[str, tuple[str, Question, float]] = field(default_factory=dict)
+    keys: Mapping[str, str] = field(default_factory=dict)
+    signers: dict[int, str] = field(default_factory=dict)
 
     @property
     def simulated(self) -> bool:
@@ -375,7 +381,7 @@ def _accepted(
             )
         federation.exclude(name, f"{message_type} failed: {reason}")
         return False
-    recorded_as, size, limit = name, 0, question.limit_bytes(name)
+    recorded_as, size, limit, signed = name, 0, question.limit_bytes(name), NOT_SIGNED
     try:
         size = records.size_bytes(reply.content)
         if size > limit:
@@ -386,6 +392,7 @@ def _accepted(
                 recorded_as = f"{domain} ({name})"
             federation.exclude(recorded_as, f"{message_type} failed: {error}")
             return False
+        signed = _checked_signature(federation, reply)
         recorded_as = on_reply(name, reply.content) or name
         return recorded_as == name or recorded_as in federation.nodes
     except (RunDirError, OSError):
@@ -394,7 +401,27 @@ def _accepted(
         federation.exclude(name, f"{message_type}: its reply is refused: {type(error).__name__}: {error}")
         return False
     finally:
-        _record(federation, recorded_as, question, reply, size <= limit)
+        _record(federation, recorded_as, question, reply, size <= limit, signed=signed)
+
+
+def _checked_signature(federation: Federation, reply: Message) -> Mapping[str, str]:
+    """Who signed a reply, for the ledger.
+
+    Raises:
+        ClientError: it is not of this reply, or of another key than expected, or missing where keys are known.
+    """
+    content, told = reply.content, reply.metadata
+    signature, sha256, key = records.read_signature(content), records.content_sha256(content), ""
+    if signature is not None:
+        key = signer(signature, statement(told.run_id, told.reply_to_message_id, sha256))
+    if federation.keys and key not in federation.keys:
+        found = f"is signed by the key {key}, which is not" if key else "is not signed; expected one of the keys"
+        raise ClientError(f"it {found} in server.client_keys. Start the client with fedmerge client start.")
+    if (first := federation.signers.setdefault(told.src_node_id, key)) != key:
+        raise ClientError(f"it is signed by the key {key or 'none'}, this client's answers so far by {first or 'none'}")
+    if signature is None:
+        return {**NOT_SIGNED, "sha256": sha256}
+    return {"sha256": sha256, "signed_by": federation.keys.get(key, key), "signature": signature.data.hex()}
 
 
 def _record_late(federation: Federation, name: str, question: Question, reply: Message | str) -> None:
@@ -407,7 +434,13 @@ def _record_late(federation: Federation, name: str, question: Question, reply: M
 
 
 def _record(
-    federation: Federation, name: str, question: Question, reply: Message, in_detail: bool, late: bool = False
+    federation: Federation,
+    name: str,
+    question: Question,
+    reply: Message,
+    in_detail: bool,
+    late: bool = False,
+    signed: Mapping[str, str] = NOT_SIGNED,
 ) -> None:
     """Put into the ledger what a reply holds; of one that is too large, its size."""
     rows = [{"name": "(too much)", "dtype": "", "shape": "", "size_bytes": records.size_bytes(reply.content)}]
@@ -419,6 +452,7 @@ def _record(
         "split": question.split,
         "noise": question.noise,
         "late": late,
+        **signed,
         "contents": rows,
     }
     append_line(federation.run_dir / LEDGER, entry)

@@ -1,5 +1,6 @@
 """What travels between server and clients as Flower records. The only file that knows record keys."""
 
+import hashlib
 import io
 import json
 import math
@@ -16,6 +17,7 @@ from fedmerge.client.metrics import VARIANTS, MetricSums, Variant, metric_sums_f
 from fedmerge.config import Split
 from fedmerge.encoder.lora import Adapter, LoraModule
 from fedmerge.errors import ClientError, LayoutMismatchError
+from fedmerge.privacy.signatures import Signature
 from fedmerge.privacy.transport import PIECES, Coding, pack, unpack
 
 DESCRIBE = "query.describe"
@@ -38,6 +40,7 @@ _ADAPTER = "adapter"
 _SCALINGS = "scalings"
 _MODELS = "models"
 _ERROR = "error"
+_SIGNATURE = "signature"
 _COEFFICIENTS = "coefficients"
 _USERS = "users"
 
@@ -59,6 +62,7 @@ class Description:
         fedmerge_version: of the client.
         policy: the privacy policy that the client enforces.
         num_nodes: how many nodes there are in all, where the client knows: in a simulation; otherwise 0.
+        layout_sha256: hash of the LoRA layout that it would train.
     """
 
     domain: str
@@ -73,6 +77,7 @@ class Description:
     fedmerge_version: str = ""
     policy: str = ""
     num_nodes: int = 0
+    layout_sha256: str = ""
 
 
 @dataclass(frozen=True)
@@ -358,6 +363,36 @@ def read_error(content: RecordDict) -> str | None:
 def read_error_domain(content: RecordDict) -> str:
     """The domain that a client with an error says it is; empty where it does not know."""
     return str(content.config_records[_ERROR].get("domain", "")) if _ERROR in content.config_records else ""
+
+
+def content_sha256(content: RecordDict) -> str:
+    """A hash over everything that a message holds, its signature aside: names, types, shapes, bytes."""
+    digest = hashlib.sha256()
+    for key, record in sorted(content.items()):
+        if key == _SIGNATURE:
+            continue
+        digest.update(repr((key, type(record).__name__)).encode())
+        for name, value in sorted(record.items()):
+            if isinstance(value, Array):
+                data = hashlib.sha256(value.data).hexdigest()
+                digest.update(repr((name, value.dtype, tuple(value.shape), value.stype, data)).encode())
+            else:
+                digest.update(repr((name, type(value).__name__, value)).encode())
+    return digest.hexdigest()
+
+
+def add_signature(content: RecordDict, signature: Signature) -> None:
+    """Put a signature of the rest into a message."""
+    content[_SIGNATURE] = ConfigRecord({"key": signature.key, "data": signature.data})
+
+
+def read_signature(content: RecordDict) -> Signature | None:
+    """Inverse of :func:`add_signature`; None where there is none.
+
+    Raises:
+        ClientError: another form.
+    """
+    return _dataclass(Signature, content.config_records[_SIGNATURE]) if _SIGNATURE in content else None
 
 
 def size_bytes(content: RecordDict) -> int:

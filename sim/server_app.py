@@ -25,6 +25,7 @@ from fedmerge.encoder.backbone import Backbone, load_backbone
 from fedmerge.encoder.lora import fresh_adapter
 from fedmerge.errors import ClientError
 from fedmerge.privacy.accountant import opacus_accountants
+from fedmerge.privacy.signatures import registered_keys
 from fedmerge.privacy.statement import PRIVACY_FILE, check_spent, privacy_statement, statement_text
 from fedmerge.privacy.transport import coding_of
 from fedmerge.report.run_report import Evaluated, attack_note, metric_rows, product_rows, run_report
@@ -42,7 +43,7 @@ from fedmerge.run_dir import (
     write_text,
 )
 from fedmerge.server import checkpoints
-from fedmerge.server.admission import adapter_bytes, check_adapter, layout_of
+from fedmerge.server.admission import adapter_bytes, check_adapter, layout_of, layout_sha256
 from fedmerge.server.candidates import Candidate, choose, merge_candidates
 from fedmerge.server.fallback import choose_per_domain
 from fedmerge.server.gate import probes
@@ -120,9 +121,11 @@ def main(grid: Grid, context: Context) -> None:
         _log_to(folder / "run.log")
         logger.info("run folder: %s%s", folder, ", resumed" if config.resume else "")
         try:
-            _experiment(
-                config, Federation(grid, folder, config.server.messages_at_once, config.server.return_seconds), folder
-            )
+            server = config.server
+            federation = Federation(grid, folder, server.messages_at_once, server.return_seconds)
+            if server.client_keys is not None:
+                federation.keys = registered_keys(Path(server.client_keys))
+            _experiment(config, federation, folder)
         except Exception:
             logger.exception("the run failed")
             raise
@@ -309,6 +312,11 @@ def _misfit(
             "'auto' is what each machine multiplies best, so set runtime.precision to float32 or bfloat16 for both",
         ),
         "fedmerge version": (description.fedmerge_version, __version__, "install the same version everywhere"),
+        "LoRA layout": (
+            description.layout_sha256,
+            layout_sha256(backbone, config.lora.of(description.domain)),
+            "use the same versions of fedmerge, peft and transformers everywhere",
+        ),
         "policy": (description.policy, config.privacy.policy, "agree on privacy.policy"),
     }
     if before := federation.descriptions.get(description.domain):  # the run is resumed

@@ -35,9 +35,9 @@ from fedmerge.organisation.folder import (
     Bundle,
     Client,
     approved_apps,
-    fingerprint,
     private_key,
 )
+from fedmerge.privacy.signatures import fingerprint
 from fedmerge.run_dir import locked
 from sim.executor import end_with_parent
 

@@ -174,6 +174,24 @@ CASES: dict[str, tuple[str, Change, str, str]] = {
         "gather",
         "its fedmerge version is 0.0.0, the server's .*; install the same version everywhere",
     ),
+    "another precision": (
+        "query.describe",
+        of_description(precision="bfloat16"),
+        "gather",
+        "its precision is bfloat16, the server's float32; .*set runtime.precision",
+    ),
+    "another layout": (
+        "query.describe",
+        of_description(layout_sha256="0" * 64),
+        "gather",
+        "its LoRA layout is 0{64}, the server's [0-9a-f]{64}; use the same versions of fedmerge, peft and transformers",
+    ),
+    "another policy": (
+        "query.describe",
+        of_description(policy="adapter"),
+        "gather",
+        r"its policy is adapter, the server's adapter\+catalog; agree on privacy.policy",
+    ),
     "sums of other models": (
         "evaluate",
         of_sums(lambda told: told.update(methods=["expert", "mine"])),

@@ -42,8 +42,8 @@ class Malformed:
 
 TEXT = st.text(max_size=30)
 SCALARS = st.one_of(st.integers(-(2**62), 2**62), st.floats(), TEXT, st.binary(max_size=40), st.booleans())
-CONFIGS = st.dictionaries(TEXT, SCALARS, max_size=4).map(ConfigRecord)
-METRICS = st.dictionaries(TEXT, st.floats(), max_size=3).map(MetricRecord)
+CONFIGS = st.dictionaries(TEXT, SCALARS, max_size=4).map(lambda values: ConfigRecord({**values}))
+METRICS = st.dictionaries(TEXT, st.floats(), max_size=3).map(lambda values: MetricRecord({**values}))
 ARRAYS = st.dictionaries(
     TEXT,
     st.builds(Array, TEXT, st.lists(st.integers(-9, 2**31 - 1), max_size=3).map(tuple), TEXT, st.binary(max_size=60)),

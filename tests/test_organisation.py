@@ -19,14 +19,13 @@ from fedmerge.organisation.folder import (
     Bundle,
     approve_app,
     approved_apps,
-    fingerprint,
     init_client,
     private_key,
     read_bundle,
     read_client,
-    read_private_key,
 )
 from fedmerge.privacy.client_policy import ClientPolicy, read_client_policy
+from fedmerge.privacy.signatures import fingerprint, read_private_key
 
 APP = "ab" * 32
 

@@ -15,8 +15,9 @@ from fedmerge.domain.catalog import load_catalog
 from fedmerge.domain.interactions import load_interactions
 from fedmerge.domain.manifest import read_manifest
 from fedmerge.errors import FedMergeError
-from fedmerge.organisation.folder import APPROVED, Bundle, Client, approved_apps, fingerprint, private_key
+from fedmerge.organisation.folder import APPROVED, Bundle, Client, approved_apps, private_key
 from fedmerge.privacy.client_policy import read_client_policy
+from fedmerge.privacy.signatures import fingerprint
 
 FREE_BYTES = 2**30  # experts and trainings that are going on are some MB each
 WAIT_SECONDS = 10.0

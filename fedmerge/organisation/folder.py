@@ -10,7 +10,6 @@ lock, flower.log  of the process that runs the client
 The bundle: ca.crt, whom to trust as the server, and federation.toml, where it is.
 """
 
-import hashlib
 import os
 import re
 import tomllib
@@ -20,19 +19,14 @@ from pathlib import Path
 from typing import TypeVar
 
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    NoEncryption,
-    PrivateFormat,
-    PublicFormat,
-    load_ssh_private_key,
-)
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from pydantic import Field, ValidationError
 
 from fedmerge.config import ExperimentConfig, Section, describe_problem
 from fedmerge.domain.manifest import read_manifest
 from fedmerge.errors import ConfigError
 from fedmerge.privacy.client_policy import DEFAULT_POLICY_TOML
+from fedmerge.privacy.signatures import fingerprint, read_private_key
 from fedmerge.run_dir import new_folder, write_text
 
 KEY, PUBLIC_KEY, CLIENT, POLICY, APPROVED = "key", "key.pub", "client.toml", "policy.toml", "approved.txt"
@@ -208,33 +202,6 @@ def private_key(client: Client) -> ec.EllipticCurvePrivateKey:
         ConfigError: it is missing, readable by others, or no key of this kind.
     """
     return read_private_key(client.folder / KEY)
-
-
-def read_private_key(path: Path) -> ec.EllipticCurvePrivateKey:
-    """A private key file.
-
-    Raises:
-        ConfigError: it is missing, readable by others, or no elliptic-curve key in OpenSSH's form.
-    """
-    remedy = "Put the file back, or make a new client folder with fedmerge client init and have its key registered."
-    try:
-        if path.stat().st_mode & 0o077:
-            raise ConfigError(f"{path}: other users of this machine can read it. Run: chmod 600 {path}")
-        key = load_ssh_private_key(path.read_bytes(), None)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}). {remedy}") from error
-    except ConfigError:
-        raise
-    except Exception as error:  # of several libraries; none of them quotes the key
-        raise ConfigError(f"{path}: is no OpenSSH private key ({type(error).__name__}). {remedy}") from None
-    if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise ConfigError(f"{path}: is a {type(key).__name__}, expected an elliptic-curve key. {remedy}")
-    return key
-
-
-def fingerprint(key: ec.EllipticCurvePublicKey) -> str:
-    """SHA-256 of a public key's DER form, hexadecimal: for two people to compare over the telephone."""
-    return hashlib.sha256(key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)).hexdigest()
 
 
 def approved_apps(folder: Path) -> frozenset[str]:
