@@ -19,7 +19,7 @@ from fedmerge.encoder.backbone import load_backbone
 from fedmerge.encoder.lora import read_adapter
 from fedmerge.run_dir import read_json
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 SHIPPED = Path(__file__).resolve().parent.parent / "configs" / "privacy" / "aggregate-only.toml"
 TRAIN = ("beauty", "books", "coffee")
@@ -38,7 +38,10 @@ def test_the_server_learns_the_average_and_no_expert(tmp_path: Path) -> None:
         "backbone.source": tmp_path / "backbone",
         "lora.rank": 2,
         "lora.alpha": 4,
-        "train.max_steps": 4,
+        "train.max_steps": 6,
+        "train.warmup_steps": 1,
+        "train.validate_every_steps": 2,
+        "train.learning_rate": 0.03,
         "train.batch_size": 16,
         "runtime.device": "cpu",
         "runtime.precision": "float32",

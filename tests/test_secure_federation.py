@@ -320,7 +320,7 @@ def test_nodes_with_registered_keys_refuse_keys_that_are_not_signed(tmp_path: Pa
         (tmp_path / name).write_bytes(private.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
         public = private.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
         (tmp_path / "peers" / f"{name}.pub").write_bytes(public + b" someone@example.org\n")
-        node: dict[str, str | int | float | bool] = {
+        node: dict[str, bool | float | str] = {
             "identity-key": str(tmp_path / name),
             "peer-keys": str(tmp_path / "peers"),
         }
