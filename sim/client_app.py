@@ -232,6 +232,7 @@ def secagg_unmask(message: Message, context: Context) -> RecordDict:
 def _in_sum(context: Context) -> tuple[str, ExperimentConfig]:
     """Domain and configuration of a client that takes part in a secure sum; no backbone is loaded for it."""
     config, domain = from_flat(context.run_config), _domain_name(context)
+    _check_own_policy(context, config, domain)
     check_may_leave(config.privacy.policy, "masked update", domain)
     return domain, config
 
@@ -331,9 +332,7 @@ def _client(context: Context) -> Client:
     if place is None:
         raise ClientError("this node has no domain; it takes no part")
     folder, role = place
-    own = _own_policy(context)
-    if own is not None or "domain-path" in context.node_config:  # in a simulation the run's policy alone rules
-        check_run_is_allowed(own, config, folder.name)
+    _check_own_policy(context, config, folder.name)
     wanted, runtime = config.backbone, config.runtime
     backbone = _backbone(wanted.source, wanted.pooling, wanted.weights_sha256, runtime.device, runtime.precision)
     domain = _domain(folder, backbone, config.text)
@@ -367,6 +366,13 @@ def _place(context: Context) -> tuple[Path, str] | None:
     else:
         raise ClientError("this node does not know its domain: start it with --node-config 'domain-path=\"/…/NAME\"'")
     return folder, "train" if folder.name in domains.train else "unseen"
+
+
+def _check_own_policy(context: Context, config: ExperimentConfig, domain: str) -> None:
+    """Refuse what the organisation does not allow; in a simulation the run's policy alone rules."""
+    own = _own_policy(context)
+    if own is not None or "domain-path" in context.node_config:
+        check_run_is_allowed(own, config, domain)
 
 
 def _own_policy(context: Context) -> ClientPolicy | None:
