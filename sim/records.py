@@ -44,6 +44,8 @@ _SIGNATURE = "signature"
 _COEFFICIENTS = "coefficients"
 _USERS = "users"
 
+_NPY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+
 ModelRecords = dict[str, ArrayRecord | ConfigRecord]
 
 
@@ -515,10 +517,8 @@ def array_values(array: Array, name: str, dtype: np.dtype[T_Scalar], num_axes: i
         raise LayoutMismatchError(f"{name} cannot be read: it is serialised as {array.stype!r}, expected numpy.ndarray")
     stream = io.BytesIO(array.data)
     try:  # the header first: nothing is allocated for more than what came
-        major, _ = np.lib.format.read_magic(stream)
-        read_header = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
-        shape, fortran_order, found = read_header(stream)
-    except (ValueError, TypeError, OSError, EOFError) as error:
+        shape, fortran_order, found = _NPY_HEADERS[np.lib.format.read_magic(stream)](stream)
+    except (LookupError, ValueError, TypeError, OSError, EOFError) as error:
         raise LayoutMismatchError(f"{name} cannot be read ({error})") from error
     values = array.data[stream.tell() :]
     in_order = not fortran_order or num_axes == 1
