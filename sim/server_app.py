@@ -232,6 +232,7 @@ def _remember(federation: Federation, run_dir: Path) -> None:
     federation.descriptions, excluded = remembered_clients(run_dir)
     ended = {"catalogs", "train"} if checkpoints.ended_training(run_dir) else set()
     ended |= {"admission"} if read_json(run_dir / checkpoints.ADMISSION) else set()
+    ended |= {"merge"} if (run_dir / checkpoints.SUMS["valid"]).is_dir() else set()
     ended |= {"validation"} if read_json(run_dir / "choice.json") else set()
     federation.excluded = {name: exclusion for name, exclusion in excluded.items() if exclusion.phase in ended}
 

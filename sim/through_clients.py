@@ -123,16 +123,15 @@ def _send_cohort(
     sizes: dict[str, int] = {}
 
     def receive(domain: str, reply: RecordDict) -> None:
-        sizes[domain] = records.read_pseudo_users(reply)
-        if before is not None and sizes[domain] != before[domain]:
+        size = records.read_pseudo_users(reply)
+        if before is not None and size != before[domain]:
             raise ClientError(
-                f"domain {domain}: it makes {sizes[domain]} pseudo-users, before the run was resumed it made "
+                f"domain {domain}: it makes {size} pseudo-users, before the run was resumed it made "
                 f"{before[domain]}. A run has one state of the data and settings: put them back, or start a new run."
             )
-        if (sizes[domain] == 0) != (config.through_clients.users == "own-users"):
-            raise ClientError(
-                f"domain {domain}: it makes {sizes[domain]} pseudo-users. Use the same settings everywhere."
-            )
+        if (size == 0) != (config.through_clients.users == "own-users"):
+            raise ClientError(f"domain {domain}: it makes {size} pseudo-users. Use the same settings everywhere.")
+        sizes[domain] = size
 
     logger.info("the cohort's %d adapters go to every participant: %s", len(adapters), listed(sorted(nodes)))
     ask(federation, nodes, Question(records.COHORT, config.server.train_timeout_seconds, lambda _: content), receive)

@@ -284,3 +284,17 @@ def test_experts_travel_in_fewer_bytes(place: Path, tmp_path: Path, transport: s
     shapes = {row["name"].rpartition(".")[2] for row in rows if row["name"].startswith("adapter.")}
     assert shapes == ({"levels", "scales"} if transport == "int8" else {"values", "positions"})
     assert (run / "DONE").is_file()  # clients still find their experts, by the hash of what arrived
+
+
+def test_a_client_whose_pseudo_users_make_no_sense_has_no_part(place: Path, tmp_path: Path) -> None:
+    def answer(message: Message, context: Context) -> Message | None:
+        reply = answer_honestly(message, context)
+        cohort = message.metadata.message_type == records.COHORT
+        if cohort and DOMAINS[int(context.node_config["partition-id"])] == STRICT and reply is not None:
+            reply.content = records.pseudo_users_record(0)
+        return reply
+
+    run_in_process(experiment(place, tmp_path, **{**LITTLE, "mergerec.steps": 1}), answer)
+    clients = json.loads((tmp_path / "run" / "clients.json").read_text())
+    assert "it makes 0 pseudo-users. Use the same settings" in clients["excluded"][STRICT]
+    assert json.loads((tmp_path / "run" / "learning" / "cohort.json").read_text()) == {"beauty": 25, "books": 25}
