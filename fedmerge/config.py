@@ -47,6 +47,8 @@ MergeMethod = Literal[
 
 LEARNED_METHODS = frozenset({"mergerec", "adamerging"})  # from pseudo-users, so they need the catalogs
 
+Tracking = Literal["tensorboard", "mlflow"]
+
 Baseline = Literal["popularity", "last-item", "item-knn", "sasrec"]
 
 
@@ -460,6 +462,9 @@ class ExperimentConfig(Section):
     output_dir: str = Field("runs", min_length=1, description="Where run folders are made.")
     cache_dir: str = Field(
         "~/.cache/fedmerge", min_length=1, description="Each client's own disk: its experts, the demo domains."
+    )
+    tracking: Tracking | None = Field(
+        None, description="Copy curves, scores and settings for this viewer into the run folder."
     )
     domains: Domains = Domains()
     backbone: BackboneSection = BackboneSection()

@@ -10,6 +10,7 @@ choice.json                        what validation chose; written before test is
 test/<domain>.json                 as validation
 metrics.parquet, products.parquet  sums and counts per split, variant, domain, method and metric
 exposure.parquet                   what left each client: names, shapes, dtypes, bytes (exposure.jsonl until the end)
+tracking/                          with `tracking`: the same for TensorBoard or MLflow (fedmerge.report.tracking)
 report.txt, run.log, DONE
 lock                               held by the process that works on the run
 """

@@ -23,6 +23,7 @@ from fedmerge.config import ExperimentConfig
 from fedmerge.errors import ClientError
 from fedmerge.report.bench_tables import read_bench_tables, write_bench_tables
 from fedmerge.report.html_report import bench_page
+from fedmerge.report.tracking import FOLDER, check_tracking, write_tracking
 from fedmerge.run_dir import CONFIG_FILE, locked, write_text
 from sim.launch import MARK, SOCKET_FOLDER_LENGTH, end_processes
 from sim.run import run_experiment
@@ -50,6 +51,8 @@ def run_bench(
         ClientError: experts could not be trained.
     """
     bench = load_bench(file, overrides)
+    tracking = bench.experiment(bench.config.dataset[0].name, None, 0).tracking
+    check_tracking(tracking)
     open_folder(folder, bench)
     grid = Grid(bench, folder.resolve())
     mark = hashlib.sha256(str(grid.folder).encode()).hexdigest()[:32]
@@ -65,7 +68,10 @@ def run_bench(
         finally:
             ray.shutdown()
         write_bench_tables(grid.folder, bench_tables(grid))
-        write_text(grid.folder / REPORT, bench_page(read_bench_tables(grid.folder)))
+        tables = read_bench_tables(grid.folder)
+        write_text(grid.folder / REPORT, bench_page(tables))
+        if tracking is not None:
+            write_tracking(tables, grid.folder / FOLDER, tracking)
     for line in failed:
         print(f"failed: {line}")
     print(f"report: {grid.folder / REPORT}")

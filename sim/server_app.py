@@ -24,6 +24,7 @@ from fedmerge.encoder.backbone import Backbone, load_backbone
 from fedmerge.errors import ClientError
 from fedmerge.report.run_report import Evaluated, metric_rows, product_rows, run_report
 from fedmerge.report.tables import Role
+from fedmerge.report.tracking import check_tracking, track_run
 from fedmerge.run_dir import (
     DONE,
     create_run,
@@ -95,6 +96,7 @@ def _experiment(config: ExperimentConfig, federation: Federation, run_dir: Path)
     torch.set_num_threads(config.runtime.server_threads)
     started = time.monotonic()
     check_rounds(config)
+    check_tracking(config.tracking)
     _say_what_changed(run_dir)
     compute = resolve_compute(config.runtime.device, config.runtime.precision)
     backbone = load_backbone(config.backbone.source, config.backbone.pooling, compute, config.backbone.weights_sha256)
@@ -141,6 +143,8 @@ def _experiment(config: ExperimentConfig, federation: Federation, run_dir: Path)
         fallback=config.evaluation.fallback,
     )
     write_text(run_dir / "report.txt", report)
+    if config.tracking is not None:
+        track_run(run_dir, config.tracking)
     write_text(run_dir / DONE, f"finished after {time.monotonic() - started:.0f} s\n")
     federation.forget_ledger_lines()
     logger.info("results\n\n%s", report)
