@@ -58,6 +58,8 @@ LEARNED_METHODS = frozenset({"mergerec", "adamerging"})  # from pseudo-users, so
 
 Transport = Literal["float32", "float16", "int8", "top-k"]
 
+Tracking = Literal["tensorboard", "mlflow"]
+
 Baseline = Literal["popularity", "last-item", "item-knn", "sasrec"]
 
 
@@ -632,6 +634,9 @@ class ExperimentConfig(Section):
     output_dir: str = Field("runs", min_length=1, description="Where run folders are made.")
     cache_dir: str = Field(
         "~/.cache/fedmerge", min_length=1, description="Each client's own disk: its experts, the demo domains."
+    )
+    tracking: Tracking | None = Field(
+        None, description="Copy curves, scores and settings for this viewer into the run folder."
     )
     domains: Domains = Domains()
     backbone: BackboneSection = BackboneSection()

@@ -15,6 +15,7 @@ metrics.parquet, products.parquet  sums and counts per split, variant, domain, m
 exposure.parquet                   what left each client: names, shapes, dtypes, bytes (exposure.jsonl until the end)
 privacy.json                       with differential privacy: what was spent of every unit, assumptions included
 privacy-audit.json, .txt           what an audit measured, where one was made
+tracking/                          with `tracking`: the same for TensorBoard or MLflow (fedmerge.report.tracking)
 report.txt, run.log, DONE
 lock                               held by the process that works on the run
 """

@@ -30,6 +30,7 @@ from fedmerge.privacy.statement import PRIVACY_FILE, check_spent, privacy_statem
 from fedmerge.privacy.transport import coding_of
 from fedmerge.report.run_report import Evaluated, attack_note, metric_rows, product_rows, run_report
 from fedmerge.report.tables import Role
+from fedmerge.report.tracking import check_tracking, track_run
 from fedmerge.run_dir import (
     DONE,
     create_run,
@@ -139,6 +140,7 @@ def _experiment(config: ExperimentConfig, federation: Federation, run_dir: Path)
         logger.warning("%s", attack_note(config.attack))
     if config.dp.mode != "none":
         opacus_accountants()  # before any work
+    check_tracking(config.tracking)
     _say_what_changed(run_dir)
     compute = resolve_compute(config.runtime.device, config.runtime.precision)
     backbone = load_backbone(config.backbone.source, config.backbone.pooling, compute, config.backbone.weights_sha256)
@@ -187,6 +189,8 @@ def _experiment(config: ExperimentConfig, federation: Federation, run_dir: Path)
     )
     report += _say_what_was_spent(config, run_dir, evaluated=True)
     write_text(run_dir / "report.txt", report)
+    if config.tracking is not None:
+        track_run(run_dir, config.tracking)
     write_text(run_dir / DONE, f"finished after {time.monotonic() - started:.0f} s\n")
     federation.forget_ledger_lines()
     logger.info("results\n\n%s", report)

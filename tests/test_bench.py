@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from in_process import run_in_process, small_experiment
 
-from fedmerge.bench.cells import Cell, domain_of, joint_folder, sums_of_ranks, work
+from fedmerge.bench.cells import Cell, Ended, domain_of, joint_folder, sums_of_ranks, work
 from fedmerge.bench.config import load_bench
 from fedmerge.bench.grid import Grid, Place, made_merges, merged_domains, open_folder, run_grid
 from fedmerge.bench.tables import bench_tables
@@ -20,7 +20,7 @@ from fedmerge.client.evaluate import evaluate
 from fedmerge.config import DEMO_ROOT, ExperimentConfig, from_flat, load_config, to_flat, to_toml
 from fedmerge.domain.demo import DEMO_DOMAINS
 from fedmerge.encoder.lora import read_adapter
-from fedmerge.errors import ClientError, ConfigError, FedMergeError, PolicyError, RunDirError
+from fedmerge.errors import ClientError, ConfigError, PolicyError, RunDirError
 from fedmerge.federated.rules import RULES
 from fedmerge.merging.methods import METHODS
 from fedmerge.report.bench_tables import EVERY_FOLD, BenchTables, read_bench_tables, write_bench_tables
@@ -71,14 +71,8 @@ def train(config: ExperimentConfig) -> None:
     run_in_process(config.model_copy(update={"resume": (Path(config.output_dir) / str(config.run_id)).exists()}))
 
 
-def here(cells: Sequence[Cell]) -> Iterator[tuple[Cell, str]]:
-    for cell in cells:
-        try:
-            work(cell)
-        except FedMergeError as error:
-            yield cell, str(error)
-        else:
-            yield cell, ""
+def here(cells: Sequence[Cell]) -> Iterator[Ended]:
+    return map(work, cells)
 
 
 def grid_in(place: Path, name: str, file: str = "bench.toml") -> Grid:
@@ -236,16 +230,16 @@ def test_killed_anywhere_ten_times_it_ends_as_if_it_had_not_been(
     class Killed(BaseException):
         pass
 
-    def dying(cells: Sequence[Cell]) -> Iterator[tuple[Cell, str]]:
+    def dying(cells: Sequence[Cell]) -> Iterator[Ended]:
         for cell in cells:
             if random.random() < 0.12 and kills < 10:
                 if random.random() < 0.5 and not cell.result.is_file():  # in the middle of a cell
                     cell.result.parent.mkdir(parents=True, exist_ok=True)
                     (cell.result.parent / f".{cell.result.name}.partial").write_bytes(b"half")
                 raise Killed
-            work(cell)
+            ended = work(cell)
             did.append(cell.result)
-            yield cell, ""
+            yield ended
 
     kills = 0
     while True:
@@ -337,7 +331,7 @@ def test_a_cell_that_fails_is_named_and_the_others_go_on(
     grid = grid_in(place, "failing", "failing.toml")
     shutil.copytree(done[0].folder / "training", grid.folder / "training")
     (failed,) = run_grid(grid, train, here, lambda line: None)
-    assert failed.startswith("merging: mergerec (main, seed 0): mergerec, step")
+    assert failed.startswith("merging: mergerec (main, seed 0): MergeError: mergerec, step")
     tables = tables_of(grid)
     assert {cell["strategy"]: cell["status"] for cell in tables.cells}["mergerec"] == "failed"
     assert set(scores(tables, domain="books")) == {

@@ -75,7 +75,9 @@ def test_a_run_of_rounds_is_shown_and_reported(place: Path, capsys: pytest.Captu
     assert main(["show", str(run_dir(config))]) == 0
     assert "flora 1 round" in capsys.readouterr().out
     assert main(["report", str(run_dir(config))]) == 0
-    assert "flora 1 round" in (run_dir(config) / "report.html").read_text()
+    page = (run_dir(config) / "report.html").read_text()
+    assert "flora 1 round" in page
+    assert "Rounds, loss of the clients" in page
     assert main(["merge", str(run_dir(config))]) == 1
     assert "no adapter in" in capsys.readouterr().err
 

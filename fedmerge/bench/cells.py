@@ -34,7 +34,7 @@ from fedmerge.domain.manifest import check_catalog_is_public, read_manifest
 from fedmerge.domain.splits import evaluation_examples
 from fedmerge.encoder.backbone import Backbone, load_backbone
 from fedmerge.encoder.lora import Adapter, LoraModule, adapter_sha256, read_adapter, write_adapter
-from fedmerge.errors import RunDirError
+from fedmerge.errors import FedMergeError, RunDirError
 from fedmerge.federated.rounds import aggregate, initial_state
 from fedmerge.federated.rules import parsed_parameters, rule_named
 from fedmerge.privacy.policy import check_enough_users
@@ -68,8 +68,27 @@ class Cell:
     threads: int
 
 
-def work(cell: Cell) -> None:
-    """Do a cell in this process."""
+@dataclass(frozen=True)
+class Ended:
+    """A cell that is done, or was tried: why it failed ("" if it did not), and the seconds of its own work."""
+
+    cell: Cell
+    problem: str
+    seconds: float
+
+
+def work(cell: Cell) -> Ended:
+    """Do a cell in this process; whatever it raises that is ours is its problem."""
+    started = time.monotonic()
+    problem = ""
+    try:
+        _do(cell)
+    except FedMergeError as error:
+        problem = f"{type(error).__name__}: {error}"
+    return Ended(cell, problem, time.monotonic() - started)
+
+
+def _do(cell: Cell) -> None:
     torch.set_num_threads(cell.threads)
     cell.result.parent.mkdir(parents=True, exist_ok=True)
     WORK[cell.kind](cell.result, **cell.arguments)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fedmerge.bench.cells import JOINT, MERGES, Cell, is_one_shot, joint_folder, ranks_file, sums_of_ranks
+from fedmerge.bench.cells import JOINT, MERGES, Cell, Ended, is_one_shot, joint_folder, ranks_file, sums_of_ranks
 from fedmerge.bench.config import Bench, Drawing, joint_row
 from fedmerge.client.kept import inputs_key
 from fedmerge.client.metrics import MetricSums, Variant
@@ -30,7 +30,7 @@ from fedmerge.server.round_checkpoints import members_of
 BENCHMARK = "benchmark.json"
 
 Train = Callable[[ExperimentConfig], None]
-Execute = Callable[[Sequence[Cell]], Iterable[tuple[Cell, str]]]  # as they end, with the reason of a failure or ""
+Execute = Callable[[Sequence[Cell]], Iterable[Ended]]  # as they end
 Progress = Callable[[str], None]
 
 
@@ -419,13 +419,18 @@ def _do(stage: str, cells: Sequence[Cell], execute: Execute, progress: Progress)
     """Do cells with a line for each: how many, and how much longer at the pace so far."""
     failed = []
     started = time.monotonic()
-    for number, (cell, problem) in enumerate(execute(cells), 1):
+    own = 0.0
+    for number, ended in enumerate(execute(cells), 1):
         spent = time.monotonic() - started
+        own += ended.seconds
         left = len(cells) - number
         about = f", about {_duration(spent / number * left)} left" if left else ""
-        progress(f"{stage} {number} of {len(cells)}: {cell.title}{f': FAILED: {problem}' if problem else ''}{about}")
-        if problem:
-            failed.append(f"{stage}: {cell.title}: {problem}")
+        how = f": FAILED: {ended.problem}" if ended.problem else f", {_duration(ended.seconds)}"
+        progress(f"{stage} {number} of {len(cells)}: {ended.cell.title}{how}{about}")
+        if ended.problem:
+            failed.append(f"{stage}: {ended.cell.title}: {ended.problem}")
+    if cells:
+        progress(f"{stage}: {own:.1f} s of work in {time.monotonic() - started:.1f} s")
     return failed
 
 
