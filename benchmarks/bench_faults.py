@@ -1,9 +1,9 @@
 """What happens when something dies in a federation on machines: each kind of process at each phase, and a cut cable.
 
 For each case one run of a tiny experiment on three machines (network namespaces): when the phase is reached, the
-process is killed with kill -9 (or the cable pulled out for a minute); what a supervisor would start again is started
-again; a run that ended as failed is resumed once. The table says how each ended, how long after the fault the phase
-went on, and how many trainings began anew instead of going on.
+process is killed with kill -9, or the cable pulled out for a minute; the SuperLink is started again as systemd would,
+clients have supervisors of their own; a run that ended as failed is resumed once. The table says how each ended, how
+long after the fault the phase was over, and how many trainings began anew instead of going on.
 
     python benchmarks/bench_faults.py [--only superlink:train client:test …]
 
@@ -21,7 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 from deploy_federation import FEDMERGE, Federation
-from deploy_hosts import has_nginx, kill, network, processes_of, wait_for, why_no_namespaces
+from deploy_hosts import has_nginx, kill, network, processes_of, wait_for, why_no_namespaces, workers_of
 
 CUT_SECONDS = 60.0
 MOST_SECONDS = 900.0
@@ -35,7 +35,7 @@ PROGRAMS = {
     "superlink": "flower-superlink",
     "serverapp": "flwr-serverapp",
     "supernode": "flower-supernode",
-    "client": "flwr-clientapp",
+    "client": "sim.executor",
 }
 
 
@@ -117,39 +117,17 @@ def _break(federation: Federation, what: str) -> None:
         time.sleep(CUT_SECONDS)
         machines.pull_out(host, out=False)
         return
-    wait_for(PROGRAMS[what], lambda: bool(processes_of(machines.mark, PROGRAMS[what])), MOST_SECONDS)
-    kill(processes_of(machines.mark, PROGRAMS[what])[:1])
+    wait_for(what, lambda: kill(_victims(machines.mark, what)) > 0, MOST_SECONDS)
     if what == "superlink":
         log = machines.home(federation.operator) / "operator.log"
         wait_for("its command has ended", lambda: "everything is ended now" in log.read_text())
         time.sleep(5.0)  # RestartSec of the unit
         federation.start_operator()
-    elif what == "supernode":
-        _start_again(federation)
 
 
-def _start_again(federation: Federation) -> None:
-    """Start SuperNodes until both are online, every ten seconds: Flower refuses one that died for up to a minute."""
-    deadline = time.monotonic() + MOST_SECONDS
-    while time.monotonic() < deadline:
-        states = federation.states()
-        running = len(processes_of(federation.network.mark, PROGRAMS["supernode"]))
-        if running == len(federation.domains) and set(states.values()) == {"online"}:
-            return
-        for domain, host in federation.organisations.items():
-            if not any(
-                process_in(host.namespace, pid) for pid in processes_of(federation.network.mark, PROGRAMS["supernode"])
-            ):
-                federation.start_client(domain)
-        time.sleep(10.0)
-
-
-def process_in(namespace: str, pid: int) -> bool:
-    """Whether a process is on the machine of this namespace."""
-    try:
-        return Path(f"/proc/{pid}/ns/net").stat().st_ino == Path(f"/run/netns/{namespace}").stat().st_ino
-    except OSError:
-        return False
+def _victims(mark: str, what: str) -> list[int]:
+    """One living process of this kind, if there is any."""
+    return (workers_of(mark) if what == "client" else processes_of(mark, PROGRAMS[what]))[:1]
 
 
 def _when(log: Path, text: str, otherwise: float) -> float:

@@ -4,12 +4,12 @@ import json
 import re
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from backbones import tiny_bert
-from deploy_hosts import PROGRAMS, Host, Network, free_port, wait_for
+from deploy_hosts import Host, Network, free_port, wait_for
 
 from fedmerge.domain.demo import write_demo
 
@@ -58,13 +58,11 @@ class Federation:
 
     Attributes:
         network: the machines: first the operator's, then one for each organisation.
-        ports: of the clients' own processes, where they share the loopback.
         domains: domain of each organisation, in the order of their machines.
     """
 
     network: Network
     domains: tuple[str, ...] = ("beauty", "books")
-    ports: dict[str, int] = field(default_factory=dict)
 
     @property
     def operator(self) -> Host:
@@ -95,10 +93,16 @@ class Federation:
         ports = ["--port", str(free_port()), "--superlink-port", str(free_port())]
         self.fedmerge("deploy", "init", self.deployment, "--host", self.operator.address, *ports)
         for domain, host in self.organisations.items():
-            self.network.variables(host)  # makes its folder
-            make_key(self.network.home(host) / "key")
-            key = self.network.home(host) / "key.pub"
-            self.fedmerge("deploy", "add-client", self.deployment, domain, "--public-key", key)
+            folder = self.client_folder(domain)
+            data: list[str | Path] = [
+                "--domain",
+                self.shared / "domains" / domain,
+                "--backbone",
+                self.shared / "backbone",
+            ]
+            self.client(host, "init", folder, "--name", domain, *data)
+            self.fedmerge("deploy", "add-client", self.deployment, domain, "--public-key", folder / "key.pub")
+            self.client(host, "approve", folder, "--bundle", self.bundle(domain))
 
     def fedmerge(self, *arguments: str | Path, fails: bool = False) -> str:
         """A command of the operator; its output."""
@@ -121,21 +125,24 @@ class Federation:
         assert process.poll() is None, log.read_text()
         return process
 
-    def start_client(
-        self, domain: str, *, key: Path | None = None, authority: Path | None = None, log: str = "client.log"
-    ) -> "subprocess.Popen[bytes]":
-        """An organisation's SuperNode."""
-        host = self.organisations[domain]
-        home, bundle = self.network.home(host), self.deployment / "clients" / domain
-        port = 9094 if host.namespace else self.ports.setdefault(domain, free_port())
-        command: list[str | Path] = [PROGRAMS / "flower-supernode", "--superlink", self.address, "--port", str(port)]
-        command += ["--root-certificates", authority or bundle / "ca.crt"]
-        command += ["--node-config", f"domain-path='{self.shared / 'domains' / domain}'"]
-        if key is None:
-            key = home / "key"
-        if key.name != "none":
-            command += ["--auth-supernode-private-key", key]
-        return self.network.start(host, log, *command)
+    def client(self, host: Host, *arguments: str | Path) -> str:
+        """A command of an organisation; its output."""
+        done = self.network.run(host, *FEDMERGE, "client", *arguments)
+        assert done.returncode == 0, done.stdout
+        return done.stdout
+
+    def client_folder(self, domain: str) -> Path:
+        """What an organisation's `fedmerge client init` made."""
+        return self.network.home(self.organisations[domain]) / "client"
+
+    def bundle(self, domain: str) -> Path:
+        """What the operator gave an organisation."""
+        return self.deployment / "clients" / domain
+
+    def start_client(self, domain: str) -> "subprocess.Popen[bytes]":
+        """An organisation's client, with its supervisor."""
+        command: list[str | Path] = ["client", "start", self.client_folder(domain), "--bundle", self.bundle(domain)]
+        return self.network.start(self.organisations[domain], "client.log", *FEDMERGE, *command)
 
     @property
     def address(self) -> str:
@@ -169,5 +176,5 @@ class Federation:
 
 
 def make_key(path: Path) -> None:
-    """A key pair as `fedmerge client init` makes it."""
+    """A key pair that nobody knows."""
     subprocess.run(["ssh-keygen", "-q", "-t", "ecdsa", "-b", "384", "-N", "", "-f", str(path)], check=True)

@@ -192,11 +192,20 @@ def processes_of(mark: str, program: str, under: int | None = None) -> list[int]
     return found
 
 
-def kill(pids: list[int]) -> None:
-    """Kill -9."""
+def workers_of(mark: str) -> list[int]:
+    """The clients' processes that work on a message: children of an executor."""
+    executors = processes_of(mark, "sim.executor")
+    return [pid for executor in executors for pid in processes_of(mark, "sim.executor", executor) if pid != executor]
+
+
+def kill(pids: list[int]) -> int:
+    """Kill -9; how many there were to kill."""
+    killed = 0
     for pid in pids:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
+            killed += 1
+    return killed
 
 
 def _ancestors(pid: int) -> list[int]:

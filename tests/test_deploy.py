@@ -16,7 +16,15 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 from deploy_federation import FEDMERGE, Federation, make_key
-from deploy_hosts import PROGRAMS, has_nginx, kill, network, processes_of, wait_for, why_no_namespaces
+from deploy_hosts import (
+    PROGRAMS,
+    has_nginx,
+    kill,
+    network,
+    processes_of,
+    wait_for,
+    why_no_namespaces,
+)
 
 from fedmerge.deploy.certificates import new_authority
 
