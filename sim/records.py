@@ -41,6 +41,8 @@ _SIGNATURE = "signature"
 _COEFFICIENTS = "coefficients"
 _USERS = "users"
 
+_NPY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+
 ModelRecords = dict[str, ArrayRecord | ConfigRecord]
 
 
@@ -480,10 +482,8 @@ def _matrix(array: Array, name: str, expected: str) -> np.ndarray[Any, Any]:
         raise LayoutMismatchError(f"{name} cannot be read: it is serialised as {array.stype!r}, expected numpy.ndarray")
     stream = io.BytesIO(array.data)
     try:  # the header first: nothing is allocated for more than what came
-        major, _ = np.lib.format.read_magic(stream)
-        read_header = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
-        shape, fortran_order, dtype = read_header(stream)
-    except (ValueError, TypeError, OSError, EOFError) as error:
+        shape, fortran_order, dtype = _NPY_HEADERS[np.lib.format.read_magic(stream)](stream)
+    except (LookupError, ValueError, TypeError, OSError, EOFError) as error:
         raise LayoutMismatchError(f"{name} cannot be read ({error})") from error
     values = array.data[stream.tell() :]
     size = np.dtype(expected).itemsize * math.prod(tuple(array.shape))

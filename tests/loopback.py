@@ -92,7 +92,7 @@ class Loopback:
         self.processes.append(process)
         return process
 
-    def said(self, log: str, text: str, seconds: float = 60.0) -> str:
+    def said(self, log: str, text: str, seconds: float = 120.0) -> str:
         """Wait until a log has a text; return the log."""
         found = ""
 
@@ -120,7 +120,7 @@ class Loopback:
         except ValueError:
             raise AssertionError(f"flwr {arguments}: {done.stdout}{done.stderr}") from None
 
-    def run(self, app: Path, config: Path, folder: Path, seconds: float = 240.0) -> str:
+    def run(self, app: Path, config: Path, folder: Path, seconds: float = 900.0) -> str:
         """Submit a run and wait until its server has ended; return the server's log."""
         answer = self.flwr("run", str(app), "test", "--run-config", str(config))
         assert "run-id" in answer, answer

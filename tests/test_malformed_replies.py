@@ -8,7 +8,6 @@ import json
 import re
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +29,6 @@ from sim import records
 
 HONEST = ("beauty", "books")
 Harm = Callable[[RecordDict], RecordDict]
-
-
-@dataclass(frozen=True)
-class Malformed:
-    """In which phase a reply is harmed, and how."""
-
-    phase: str
-    harm: Harm
 
 
 TEXT = st.text(max_size=30)
@@ -222,22 +213,35 @@ IN_EVALUATE = st.one_of(
     ),
     VARIANTS.map(lambda variant: of_facts(lambda facts: facts.pop(variant))),
 ).map(lambda harm: ("evaluate", harm))
-MALFORMED = st.one_of(IN_ANY, IN_DESCRIBE, IN_TRAIN, IN_EVALUATE).map(lambda drawn: Malformed(*drawn))
+MALFORMED = st.one_of(IN_ANY, IN_DESCRIBE, IN_TRAIN, IN_EVALUATE)
 
 
-def draw(number: int) -> list[Malformed]:
-    """So many malformed replies; the same ones each time."""
-    drawn: list[Malformed] = []
+def draw(number: int, model: Mapping[str, RecordDict]) -> list[tuple[str, RecordDict]]:
+    """So many malformed replies, each with the kind of message that it answers; the same ones each time."""
+    drawn: list[tuple[str, RecordDict]] = []
 
-    @settings(max_examples=number, phases=[Phase.generate], derandomize=True, suppress_health_check=list(HealthCheck))
+    quietly = list(HealthCheck)
+
+    @settings(max_examples=2 * number, phases=[Phase.generate], derandomize=True, suppress_health_check=quietly)
     @given(MALFORMED)
-    def keep(malformed: Malformed) -> None:
-        drawn.append(malformed)
+    def keep(malformed: tuple[str, Harm]) -> None:
+        phase, harm = malformed
+        honest = model["valid" if phase == "evaluate" else phase]
+        if phase == "query.describe":
+            honest = of_facts(lambda facts: facts.update(domain=name_of(len(drawn))))(honest)
+        try:
+            reply = travelled(harm(honest))
+        except (ValueError, TypeError, UnicodeError):  # Flower cannot send it
+            return
+        drawn.append((phase, reply))
 
     keep()
-    while len(drawn) < number:  # hypothesis stops early only where it has seen everything
-        drawn.append(drawn[len(drawn) % 7])
+    assert len(drawn) >= number
     return drawn[:number]
+
+
+def name_of(turn: int) -> str:
+    return f"bad-{turn:04}"
 
 
 def travelled(content: RecordDict) -> RecordDict:
@@ -254,7 +258,7 @@ def kind_of(message: Message) -> str:
 def experiment(place: Path, out: Path, number: int) -> ExperimentConfig:
     changes = {
         "output_dir": str(out),
-        "domains.train": ",".join([*HONEST, *(f"bad-{turn:04}" for turn in range(number))]),
+        "domains.train": ",".join([*HONEST, *map(name_of, range(number))]),
         "domains.unseen": "",
         "merge.methods": "average",
         "evaluation.baselines": "",
@@ -263,19 +267,23 @@ def experiment(place: Path, out: Path, number: int) -> ExperimentConfig:
     return small_experiment(place, **changes)
 
 
-def run_with(malformed: list[Malformed], model: Mapping[str, RecordDict], config: ExperimentConfig) -> None:
-    """A run of the honest clients and of one for each malformed reply, who answers as the model but for one harm."""
+def run_with(
+    malformed: list[tuple[str, RecordDict]], model: Mapping[str, RecordDict], config: ExperimentConfig
+) -> None:
+    """A run of the honest clients and of one for each malformed reply, who answers all else as the model."""
 
     def answer(message: Message, context: Context) -> Message | list[Message] | None:
-        turn, kind = int(context.node_config["partition-id"]) - len(HONEST), message.metadata.message_type
+        turn = int(context.node_config["partition-id"]) - len(HONEST)
         if turn < 0:
             return answer_honestly(message, context)
-        honest = model[kind_of(message)]
-        if kind == "query.describe":
-            who = {"domain": config.domains.train[turn + len(HONEST)], "num_nodes": len(config.domains.train)}
-            honest = of_facts(lambda facts: facts.update(who))(honest)
-        bad = malformed[turn]
-        return Message(travelled(bad.harm(honest) if bad.phase == kind else honest), reply_to=message)
+        phase, reply = malformed[turn]
+        kind = message.metadata.message_type
+        if phase != kind:
+            reply = model[kind_of(message)]
+            if kind == "query.describe":
+                who = {"domain": name_of(turn), "num_nodes": len(config.domains.train)}
+                reply = of_facts(lambda facts: facts.update(who))(reply)
+        return Message(reply, reply_to=message)
 
     run_in_process(config, answer)
 
@@ -310,8 +318,8 @@ def model(place: Path) -> dict[str, RecordDict]:
 def test_each_malformed_reply_is_refused_with_a_reason_and_the_run_ends_with_the_rest(
     place: Path, model: dict[str, RecordDict], tmp_path: Path, number: int
 ) -> None:
-    malformed = draw(number)
-    assert {bad.phase for bad in malformed} == {"query.describe", "train", "evaluate"}
+    malformed = draw(number, model)
+    assert {phase for phase, _ in malformed} == {"query.describe", "train", "evaluate"}
     started = time.monotonic()
     run_with(malformed, model, experiment(place, tmp_path, number))
     print(f"{number} malformed replies: {time.monotonic() - started:.1f} s")
@@ -323,7 +331,7 @@ def test_each_malformed_reply_is_refused_with_a_reason_and_the_run_ends_with_the
     phases = {"query.describe": "gather", "train": "train", "evaluate": "validation"}
     for name, phase in clients["excluded_in_phase"].items():
         if found := re.fullmatch(r"bad-(\d{4})", name):
-            assert phase == phases[malformed[int(found[1])].phase]
+            assert phase == phases[malformed[int(found[1])][0]]
     assert (run / "DONE").exists()
     assert json.loads((run / "choice.json").read_text())["domains"] == list(HONEST)
     assert set(json.loads((run / "merged/average/provenance.json").read_text())["domains"]) >= set(HONEST)
