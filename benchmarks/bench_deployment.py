@@ -1,8 +1,9 @@
 """What Flower's deployment engine costs: seconds a phase of a federation of two clients, beside Flower's own floor.
 
 One federation: operator with nginx and TLS, two clients with registered keys, each on a machine of its own (a network
-namespace) where that is permitted. First an app that does nothing asks both clients something a few times: that is the
-floor, made of Flower's polls (3 s) and of starting a Python process for every message. Then a whole tiny experiment.
+namespace) where that is permitted. First an app that the clients have not approved asks both something a few times;
+they refuse at once, so that is the floor: the way there and back, made of Flower's polls (3 s). Then a whole tiny
+experiment.
 
     python benchmarks/bench_deployment.py [--rounds 5]
 """

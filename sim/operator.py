@@ -98,7 +98,7 @@ def start(deployment: Deployment, say: Callable[[str], None]) -> int:
         while superlink.poll() is None and proxy.poll() is None:
             time.sleep(0.5)
         ended, code = ("the SuperLink", superlink.poll()) if proxy.poll() is None else ("nginx", proxy.poll())
-        say(f"{ended} ended with {code}; everything is ended now")
+        say(f"{ended} ended with {code}; ending the rest")
     return 1
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from backbones import tiny_bert
-from deploy_hosts import Host, Network, free_port, wait_for
+from deploy_hosts import Host, Network, free_port, processes_of, wait_for
 
 from fedmerge.domain.demo import write_demo
 
@@ -59,10 +59,12 @@ class Federation:
     Attributes:
         network: the machines: first the operator's, then one for each organisation.
         domains: domain of each organisation, in the order of their machines.
+        operators_command: `fedmerge deploy start`.
     """
 
     network: Network
     domains: tuple[str, ...] = ("beauty", "books")
+    operators_command: "subprocess.Popen[bytes] | None" = None
 
     @property
     def operator(self) -> Host:
@@ -114,7 +116,7 @@ class Federation:
         """What the operator exports."""
         return {"FLWR_HOME": str(self.deployment / "flower")}
 
-    def start_operator(self) -> "subprocess.Popen[bytes]":
+    def start_operator(self) -> None:
         """SuperLink and nginx; returns when clients can connect."""
         log = self.network.home(self.operator) / "operator.log"
         before = log.read_text().count("proxy: clients reach") if log.exists() else 0
@@ -123,7 +125,14 @@ class Federation:
         )
         wait_for(f"{log}", lambda: process.poll() is not None or log.read_text().count("proxy: clients") > before)
         assert process.poll() is None, log.read_text()
-        return process
+        self.operators_command = process
+
+    def restart_operator(self) -> None:
+        """Wait until `fedmerge deploy start` has ended, and all that it started; then start it again."""
+        assert self.operators_command is not None
+        assert self.operators_command.wait(timeout=60) == 1
+        assert not processes_of(self.network.mark, "flwr-serverapp")
+        self.start_operator()
 
     def client(self, host: Host, *arguments: str | Path) -> str:
         """A command of an organisation; its output."""

@@ -17,10 +17,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sim.launch import MARK, end_processes, flower_environment
+from sim.launch import flower_environment
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PROGRAMS = Path(sys.executable).parent
+NETWORK = "FEDMERGE_TEST_NETWORK"
+GRACE_SECONDS = 15.0
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class Network:
         """The environment of a machine's processes."""
         home = self.home(host)
         home.mkdir(exist_ok=True)
-        own = {"HOME": str(home), "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", MARK: self.mark}
+        own = {"HOME": str(home), "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", NETWORK: self.mark}
         return flower_environment(home / "flower", 1) | own | dict(more or {})
 
     def run(
@@ -129,9 +131,7 @@ def network(folder: Path, names: list[str], in_namespaces: bool) -> Iterator[Net
         yield made
     finally:
         try:
-            end_processes(made.mark)
-            for process in made.processes:
-                process.wait()
+            _end(made)
         finally:
             for namespace in [host.namespace for host in made.hosts] + [made.switch]:
                 if namespace:
@@ -181,14 +181,13 @@ def wait_for(what: str, is_so: Callable[[], bool], seconds: float = 120.0) -> fl
 
 def processes_of(mark: str, program: str, under: int | None = None) -> list[int]:
     """The network's living processes that run this program, by its name in the command line; under one of them."""
-    entry, found = f"{MARK}={mark}".encode(), []
-    for folder in Path("/proc").glob("[0-9]*"):
+    found = []
+    for pid in _all(mark):
         with suppress(OSError, IndexError):
-            words = (folder / "cmdline").read_bytes().split(b"\0")[:4]
-            if any(word.rpartition(b"/")[2] == program.encode() for word in words):
-                mine = entry in (folder / "environ").read_bytes().split(b"\0")
-                if mine and (under is None or under in _ancestors(int(folder.name))):
-                    found.append(int(folder.name))
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[:4]
+            runs = any(word.rpartition(b"/")[2] == program.encode() for word in words)
+            if runs and (under is None or under in _ancestors(pid)):
+                found.append(pid)
     return found
 
 
@@ -206,6 +205,33 @@ def kill(pids: list[int]) -> int:
             os.kill(pid, signal.SIGKILL)
             killed += 1
     return killed
+
+
+def _all(mark: str) -> list[int]:
+    """Every living process that was started on the network's machines, and what these started."""
+    entry, found = f"{NETWORK}={mark}".encode(), []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if entry in (folder / "environ").read_bytes().split(b"\0"):
+                found.append(int(folder.name))
+    return found
+
+
+def _end(made: Network) -> None:
+    """Ask every process to end, then kill those that are left."""
+    for process in made.processes:
+        process.terminate()
+    deadline = time.monotonic() + GRACE_SECONDS
+    while (alive := _all(made.mark)) and time.monotonic() < deadline:
+        for process in made.processes:
+            process.poll()
+        time.sleep(0.2)
+    while alive:
+        kill(alive)
+        for process in made.processes:
+            process.poll()
+        time.sleep(0.1)
+        alive = _all(made.mark)
 
 
 def _ancestors(pid: int) -> list[int]:
