@@ -152,7 +152,7 @@ def test_all_problems_are_said_at_once_with_their_dotted_names() -> None:
         ({"privacy.policy": "adapter"}, "merge.methods holds mergerec, which needs the catalogs"),
         (
             {"privacy.policy": "aggregate-only"},
-            "merge.methods holds mergerec, which needs every single adapter, but privacy.policy = 'aggregate-only' shows",
+            "merge.methods holds mergerec, which needs every single adapter, but privacy.policy = 'aggregate-only'",
         ),
         (
             {"privacy.transport": "int8", "rounds.rule": "fedit"},
