@@ -7,6 +7,7 @@ import os
 import re
 import secrets
 import shutil
+import signal
 import socket
 import ssl
 import subprocess
@@ -14,8 +15,8 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,7 +26,7 @@ from fedmerge.deploy.certificates import expires
 from fedmerge.deploy.clients import RegisteredClient, find_client, list_clients, note_nodes, remove_client
 from fedmerge.deploy.folder import Deployment
 from fedmerge.errors import DeploymentError
-from sim.launch import COLOURS, MARK, ask_flower, ending_processes, flower_environment, flower_reason
+from sim.launch import COLOURS, GRACE_SECONDS, MARK, ask_flower, ending_processes, flower_environment, flower_reason
 
 START_SECONDS = 60.0
 POLL_LINE = re.compile(r'"(POST /v1/|GET /health).* 200$')
@@ -92,14 +93,33 @@ def start(deployment: Deployment, say: Callable[[str], None]) -> int:
         say(f"SuperLink: answers on 127.0.0.1:{deployment.superlink_port}")
         for name in register_clients(deployment):
             say(f"{name}: its key is registered now")
-        proxy = subprocess.Popen(nginx, cwd=deployment.folder, env=variables, stdin=subprocess.DEVNULL)
-        _wait(lambda: _listens(deployment.port), proxy, "nginx")
-        say(f"proxy: clients reach this federation at {deployment.address}")
-        while superlink.poll() is None and proxy.poll() is None:
-            time.sleep(0.5)
-        ended, code = ("the SuperLink", superlink.poll()) if proxy.poll() is None else ("nginx", proxy.poll())
-        say(f"{ended} ended with {code}; ending the rest")
+        with _proxy(nginx, deployment, variables) as proxy:
+            _wait(lambda: _listens(deployment.port), proxy, "nginx")
+            say(f"proxy: clients reach this federation at {deployment.address}")
+            while superlink.poll() is None and proxy.poll() is None:
+                time.sleep(0.5)
+            ended, code = ("the SuperLink", superlink.poll()) if proxy.poll() is None else ("nginx", proxy.poll())
+            say(f"{ended} ended with {code}; ending the rest")
     return 1
+
+
+@contextmanager
+def _proxy(
+    nginx: list[str], deployment: Deployment, variables: Mapping[str, str]
+) -> "Iterator[subprocess.Popen[bytes]]":
+    """nginx and its workers, which are ended afterwards; they overwrite the mark by which the others are found."""
+    process = subprocess.Popen(
+        nginx, cwd=deployment.folder, env=variables, stdin=subprocess.DEVNULL, start_new_session=True
+    )
+    try:
+        yield process
+    finally:
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE_SECONDS)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def is_healthy(deployment: Deployment) -> bool:

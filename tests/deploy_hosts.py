@@ -135,6 +135,10 @@ def network(folder: Path, names: list[str], in_namespaces: bool) -> Iterator[Net
         finally:
             for namespace in [host.namespace for host in made.hosts] + [made.switch]:
                 if namespace:
+                    left = subprocess.run(
+                        ["ip", "netns", "pids", namespace], capture_output=True, text=True, check=False
+                    )
+                    kill([int(pid) for pid in left.stdout.split()])  # what has overwritten its mark, as nginx does
                     subprocess.run(["ip", "netns", "del", namespace], capture_output=True, check=False)
 
 
