@@ -58,7 +58,7 @@ def test_a_clean_cohort_passes_with_all_checks(place: Path) -> None:
     record = read_json(folder / "admission.json")
     assert record["action"] == "exclude"
     assert record["failed"] == {}
-    assert set(record["checks"]) == {"norm", "titles", "categories", "hub", "leave-one-out"}
+    assert set(record["checks"]) == {"norm", "titles", "categories", "leave-one-out"}
     assert all(set(of_check) == {*TRAIN} for of_check in record["checks"].values())
     assert "admission: all 5 experts pass" in (folder / "run.log").read_text()
     assert set(read_json(folder / "merged/average/provenance.json")["domains"]) == {*TRAIN}

@@ -38,11 +38,10 @@ LEAST_FACTOR, MOST_FACTOR = 3.0, 10.0
 DEVIATIONS_OF_MAD = 1.4826  # of a normal distribution
 NEAREST = 10
 # Fine-tuning brings together what is bought together, also across categories, so an honest expert may lose some of what
-# the backbone knows of titles and categories. Of nine honest ones none had less than .76 of the backbone's share, one
-# trained on flipped labels .53. (How far items lie apart says nothing: honest experts draw them to a thirtieth of it.)
+# the backbone knows of titles and categories. Set by hand between what was found with seed 0: ten honest experts kept
+# .76 and more of the share of categories, one trained on flipped labels .48, one on promoted items .53. (How far items
+# lie apart says nothing: honest experts draw them to a thirtieth of the backbone's distance.)
 LEAST_SHARE_OF_BACKBONE = 0.6
-LARGEST_HUB = 0.5  # whatever is bought most, no text is like half of all others
-LARGEST_GROWTH = 1.5  # of a hub of the backbone's own, as there are among few items
 LEAST_GAIN = 0.05  # relative: less may be a domain that is merely far from the others
 ALL, WITHOUT = "average of all", "average without "
 
@@ -116,7 +115,7 @@ def check_experts(
     geometry = cohort_geometry(adapters)
     checks = {"norm": norm_checks({domain: values["norm"] for domain, values in geometry.items()})}
     if config.admission.probe_items is not None:
-        checks |= {"titles": {}, "categories": {}, "hub": {}}
+        checks |= {"titles": {}, "categories": {}}
         for domain in sorted(adapters):
             if backbone is None or domain not in catalogs:
                 raise MergeError(
@@ -221,7 +220,6 @@ def probe_checks(
     Of a random subset of items:
     titles: the mean reciprocal rank of an item when its title alone is asked for; ties count against it.
     categories: the share of the ten items nearest to an item that are of its category, over items that have one.
-    hub: the largest share of items that have one and the same item among their ten nearest.
 
     Args:
         backbone: the frozen encoder; left as it was.
@@ -263,11 +261,6 @@ def probe_checks(
         checks[name] = Check(
             after[name], limit, failed, f"{reason}{limit:.3f}" if failed else "", {"backbone": before[name]}
         )
-    limit = max(LARGEST_HUB, LARGEST_GROWTH * before["hub"])
-    failed = after["hub"] > limit
-    reason = f"under its expert one item is among the ten nearest of {100 * after['hub']:.0f} % of all items, under "
-    reason += f"the backbone of {100 * before['hub']:.0f} %; expected at most {100 * limit:.0f} %"
-    checks["hub"] = Check(after["hub"], limit, failed, reason if failed else "", {"backbone": before["hub"]})
     return checks
 
 
@@ -281,7 +274,7 @@ def _probe(
     with applied(backbone, adapter):
         queries, vectors = encode(backbone, titles), encode(backbone, items)  # (n, d) each
     if not (queries.isfinite().all() and vectors.isfinite().all()):
-        return {"titles": 0.0, "categories": 0.0, "hub": 1.0}
+        return {"titles": 0.0, "categories": 0.0}
     ranks = rank_targets(queries, vectors, np.arange(len(items)))
     similar = vectors @ vectors.T
     similar.fill_diagonal_(-torch.inf)
@@ -292,7 +285,6 @@ def _probe(
     return {
         "titles": float((1 / ranks).mean()),
         "categories": float(same[named].float().mean()) if named.any() else 0.0,
-        "hub": float(torch.bincount(nearest.flatten(), minlength=len(items)).max()) / len(items),
     }
 
 
