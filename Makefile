@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test e2e lint bench docs
+.PHONY: install demo test e2e deploy lint bench docs
 
 install: .venv/.installed
 
@@ -22,6 +22,10 @@ test: install
 # Flower and Ray for real, and the report in Chromium where chromium and chromedriver are installed.
 e2e: install
 	$(BIN)/python -m pytest -m 'e2e or browser' --durations=12
+
+# A federation on machines of its own (network namespaces, as root; otherwise the loopback) behind nginx.
+deploy: install
+	$(BIN)/python -m pytest -m deploy --durations=12
 
 lint: install
 	$(BIN)/ruff check .

@@ -46,7 +46,19 @@ MergeMethod = Literal[
     "adamerging",
 ]
 
+SUMMED_METHODS = (
+    "average",
+    "task-arithmetic",
+    "knots-task-arithmetic",
+)  # multiples of the sum, so a secure sum is enough for them
+SUMMED_RULES = ("weighted-average", "fedit", "ffa-lora", "flexlora", "fedavgm", "fedadam", "fedyogi")
+MIN_SUMMED = 3  # adapters in a secure sum: of two, each client reads the other's off it
+
 LEARNED_METHODS = frozenset({"mergerec", "adamerging"})  # from pseudo-users, so they need the catalogs
+
+Transport = Literal["float32", "float16", "int8", "top-k"]
+
+Tracking = Literal["tensorboard", "mlflow"]
 
 Baseline = Literal["popularity", "last-item", "item-knn", "sasrec"]
 
@@ -135,6 +147,10 @@ class Lora(Section):
             raise ValueError(f"ranks names {twice} twice; give each domain one rank")
         return self
 
+    def ranks_of(self, domains: Sequence[str]) -> tuple[str, ...]:
+        """The entries of ``ranks`` for some of the domains."""
+        return tuple(text for text in self.ranks if text.partition("=")[0] in domains)
+
     def of(self, domain: str) -> "Lora":
         """The layout of one domain's adapter."""
         ranks = {name: int(rank) for name, _, rank in (text.partition("=") for text in self.ranks)}
@@ -163,6 +179,13 @@ class Train(Section):
     )
     validation_users: int | None = Field(500, ge=1, description="Users that early stopping looks at; 'none' for all.")
     patience: int = Field(5, ge=1, description="Validations without a better NDCG@10 before training stops.")
+    negatives: Literal["in-batch", "catalog"] = Field(
+        "in-batch",
+        description="in-batch: the other targets of a step; catalog: every item, its vector held fixed (no gradient).",
+    )
+    item_refresh_steps: int = Field(
+        10, ge=1, description="With catalog negatives: steps between two encodings of the items by the current model."
+    )
 
     @model_validator(mode="after")
     def _some_budget(self) -> "Train":
@@ -335,6 +358,23 @@ class AdaMerging(Section):
         return self
 
 
+class ThroughClients(Section):
+    """Coefficients learned through the clients: `privacy.policy = "catalog-private"` ([privacy.md](privacy.md))."""
+
+    mode: Literal["exact", "local-steps"] = Field(
+        "exact", description="exact: one message a step, as if the server had the catalogs; local-steps: several."
+    )
+    local_steps: int = Field(10, ge=1, description="Steps a message in mode local-steps; the changes are averaged.")
+    users: Literal["pseudo-users", "own-users"] = Field(
+        "pseudo-users", description="own-users: each client's real ones, where its own policy file allows it."
+    )
+    batch_size: int = Field(32, ge=1, description="Own users a client and step.")
+    negatives: int = Field(
+        64, ge=1, description="Items of its catalog that a client draws for its own users in a step."
+    )
+    temperature: float = Field(0.05, gt=0, description="Cosines of own users are divided by it.")
+
+
 class Evaluation(Section):
     """Full-ranking evaluation on the clients' own users."""
 
@@ -393,10 +433,21 @@ class Server(Section):
         description="Folder of domain folders that hold at least manifest and catalog; 'none': clients send their "
         "catalogs, if the policy lets them.",
     )
+    client_keys: str | None = Field(
+        None,
+        description="Folder of the clients' public keys, NAME.pub, as fedmerge deploy add-client keeps it: answers "
+        "that none of them has signed are refused. 'none': signatures are checked, but not whose they are.",
+    )
     wait_seconds: float = Field(30.0, gt=0, description="How long to wait for all clients to connect.")
     min_train_clients: int = Field(2, ge=1, description="Fewer working training clients than this: the run fails.")
     messages_at_once: int = Field(
         64, ge=1, description="Clients asked at once, others wait their turn; at least as many as can work at once."
+    )
+    return_seconds: float = Field(
+        180.0,
+        ge=0,
+        description="How long a client that was lost on the way (process, machine or network) is waited for, in each "
+        "phase, to be asked again; 0: it is excluded at once.",
     )
     describe_timeout_seconds: float = Field(
         600.0, gt=0, description="For opening the domain and loading the backbone, and for sending the catalog."
@@ -408,11 +459,26 @@ class Server(Section):
 class Privacy(Section):
     """What may leave a client; checked on both sides."""
 
-    policy: Literal["adapter+catalog", "adapter"] = Field(
+    policy: Literal["adapter+catalog", "adapter", "catalog-private", "aggregate-only"] = Field(
         "adapter+catalog",
-        description="adapter+catalog: catalogs are public, as MergeRec has it; adapter: adapter and metric sums only.",
+        description="adapter+catalog: catalogs are public, as MergeRec has it; adapter: adapter and metric sums only; "
+        "catalog-private: the clients learn the coefficients; aggregate-only: sums of adapters only "
+        "([privacy.md](privacy.md)).",
     )
     min_users: int = Field(20, ge=1, description="Metric sums over fewer users than this do not leave a client.")
+    transport: Transport = Field(
+        "float32", description="How experts travel to the server; int8: 8-bit levels, top-k: the largest changes only."
+    )
+    transport_density: float = Field(0.1, gt=0, le=1, description="top-k: share of each factor's entries that travels.")
+    threshold: int | None = Field(
+        None,
+        ge=2,
+        description="aggregate-only: clients that must stay to the end; one fewer learn nothing together. "
+        "'none': the smallest majority.",
+    )
+    value_range: float = Field(
+        8.0, gt=0, le=1e4, description="aggregate-only: largest entry of what is summed; larger ones are refused."
+    )
 
 
 class Admission(Section):
@@ -473,6 +539,59 @@ class Attack(Section):
         return self
 
 
+class DP(Section):
+    """Differential privacy, explained in [differential-privacy.md](differential-privacy.md)."""
+
+    mode: Literal["none", "user", "domain-local", "domain-central"] = Field(
+        "none",
+        description="What one unit is: a user of a domain, or a whole domain that trusts nobody, or the server.",
+    )
+    epsilon: float | None = Field(None, gt=0, le=1000, description="The noise is chosen to meet it; needs delta.")
+    delta: float | None = Field(None, gt=0, lt=1, description="Of the guarantee; well below one over the users.")
+    noise_multiplier: float | None = Field(
+        None, ge=0, le=10000, description="Noise over the sensitivity, in place of epsilon; 0: clipped, no guarantee."
+    )
+    clip: float = Field(1.0, gt=0, le=1e6, description="Largest norm of a user's gradient, or of a domain's update.")
+    accountant: Literal["prv", "rdp"] = Field(
+        "prv", description="prv: tighter, numerical; rdp: an upper bound by Rényi divergences."
+    )
+    randomness: Literal["system", "seeded"] = Field(
+        "system",
+        description="seeded: reproducible, for research, no guarantee: whoever knows the seed can subtract the noise.",
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "DP":
+        given = [key for key in ("epsilon", "noise_multiplier") if getattr(self, key) is not None]
+        if self.mode == "none":
+            if given or self.delta is not None:
+                raise ValueError(
+                    f"mode = 'none', but {', '.join([*given, *['delta'] * (self.delta is not None)])} is set; set mode "
+                    "to 'user' or to a domain mode, or leave the others out"
+                )
+            return self
+        if len(given) != 1:
+            found = "both are set" if given else "neither is set"
+            raise ValueError(f"mode = '{self.mode}' needs epsilon or noise_multiplier, {found}; set one of the two")
+        if self.delta is None and self.noise_multiplier != 0:
+            raise ValueError(
+                f"{given[0]} is set without delta; Gaussian noise gives no guarantee with delta = 0. Set delta well "
+                "below one over the number of users, say 1e-6"
+            )
+        return self
+
+
+class Audit(Section):
+    """What `fedmerge privacy audit` needs of a training; for simulations only."""
+
+    held_out_users: float = Field(
+        0.0, ge=0, le=0.9, description="Share of the users who are left out of training: the audit's non-members."
+    )
+    canaries: int = Field(
+        0, ge=0, le=10000, description="Planted users with random items, trained on; as many are kept out to compare."
+    )
+
+
 class Runtime(Section):
     """Compute on each side."""
 
@@ -516,6 +635,9 @@ class ExperimentConfig(Section):
     cache_dir: str = Field(
         "~/.cache/fedmerge", min_length=1, description="Each client's own disk: its experts, the demo domains."
     )
+    tracking: Tracking | None = Field(
+        None, description="Copy curves, scores and settings for this viewer into the run folder."
+    )
     domains: Domains = Domains()
     backbone: BackboneSection = BackboneSection()
     text: Text = Text()
@@ -525,12 +647,15 @@ class ExperimentConfig(Section):
     merge: Merge = Merge()
     mergerec: MergeRec = MergeRec()
     adamerging: AdaMerging = AdaMerging()
+    through_clients: ThroughClients = ThroughClients()
     evaluation: Evaluation = Evaluation()
     sasrec: SASRec = SASRec()
     server: Server = Server()
     privacy: Privacy = Privacy()
     admission: Admission = Admission()
     attack: Attack = Attack()
+    dp: DP = DP()
+    audit: Audit = Audit()
     runtime: Runtime = Runtime()
 
     @model_validator(mode="after")
@@ -539,7 +664,20 @@ class ExperimentConfig(Section):
             raise ValueError("resume = true, but run_id is 'none'; set run_id to the name of the run folder")
         rule = self.rounds.rule
         learned = [name for name in (self.merge.methods if rule is None else (rule,)) if name in LEARNED_METHODS]
-        if learned and self.privacy.policy == "adapter" and self.server.catalogs is None:
+        policy = self.privacy.policy
+        if learned and policy == "catalog-private":
+            self._check_through_clients(learned)
+        elif self.through_clients.users == "own-users":
+            raise ValueError(
+                "through_clients.users = 'own-users', but nothing is learned through the clients; set privacy.policy = "
+                "'catalog-private' and add mergerec to merge.methods, or leave users at 'pseudo-users'"
+            )
+        if self.privacy.transport != "float32" and (self.rounds.rule is not None or policy == "aggregate-only"):
+            raise ValueError(
+                f"privacy.transport = '{self.privacy.transport}' is for experts that are trained once and merged; set "
+                "it to 'float32' with rounds.rule and with privacy.policy = 'aggregate-only'"
+            )
+        if learned and policy == "adapter" and self.server.catalogs is None:
             catalogs = (
                 "which needs the catalogs, but privacy.policy = 'adapter' keeps them at the clients and "
                 "server.catalogs is 'none'; set privacy.policy = 'adapter+catalog' or give server.catalogs a folder"
@@ -547,11 +685,14 @@ class ExperimentConfig(Section):
             if rule is not None:
                 raise ValueError(f"rounds.rule is {rule}, {catalogs}")
             raise ValueError(f"merge.methods holds {learned[0]}, {catalogs}")
+        if self.privacy.policy == "aggregate-only":
+            _check_aggregate_only(self)
         _check_admission(self)
         if problem := too_few_for_krum(self.rounds, len(self.domains.train)):
             raise ValueError(problem)
         if strange := sorted({text.partition("=")[0] for text in self.lora.ranks} - {*self.domains.train}):
             raise ValueError(f"lora.ranks names {', '.join(strange)}, not among domains.train; correct the name")
+        self._check_dp()
         if self.server.min_train_clients > len(self.domains.train):
             raise ValueError(
                 f"server.min_train_clients = {self.server.min_train_clients}, but domains.train names only "
@@ -559,20 +700,138 @@ class ExperimentConfig(Section):
             )
         return self
 
+    def _check_dp(self) -> None:
+        mode, train = self.dp.mode, self.train
+        if mode == "user" and train.negatives == "in-batch":
+            raise ValueError(
+                "dp.mode = 'user', but train.negatives = 'in-batch': a user's loss then depends on the other users of "
+                "the step, and clipping by user bounds nothing; set train.negatives = 'catalog'"
+            )
+        if mode == "user" and (train.max_steps is None or train.max_epochs or train.max_minutes):
+            raise ValueError(
+                "dp.mode = 'user' needs the number of steps beforehand, since the noise is chosen for it; set "
+                "train.max_steps and leave train.max_epochs and train.max_minutes at 'none'"
+            )
+        if mode != "none" and self.privacy.policy == "aggregate-only":
+            raise ValueError(
+                f"dp.mode = '{mode}' with privacy.policy = 'aggregate-only': a secure sum carries no account of what "
+                "each client has spent; set dp.mode = 'none', or another policy"
+            )
+        own = (self.privacy.policy, self.through_clients.users) == ("catalog-private", "own-users")
+        if mode != "none" and own and {*self.merge.methods} & LEARNED_METHODS:
+            raise ValueError(
+                f"dp.mode = '{mode}' with through_clients.users = 'own-users': gradients of coefficients on own users "
+                "carry no noise and are not in the account; set through_clients.users = 'pseudo-users'"
+            )
+        if mode.startswith("domain") and self.rounds.rule is not None:
+            raise ValueError(
+                f"dp.mode = '{mode}' covers a single merge, but rounds.rule is {self.rounds.rule}; set rounds.rule = "
+                "'none', or dp.mode = 'user'"
+            )
+        if mode == "domain-central" and self.merge.methods != ("average",):
+            raise ValueError(
+                "dp.mode = 'domain-central' adds noise to the sum of all updates, so merge.methods can only be "
+                f"'average', found {', '.join(self.merge.methods)}; set merge.methods = 'average', or dp.mode = "
+                "'domain-local', after which any method may follow"
+            )
+
+    def _check_through_clients(self, learned: Sequence[str]) -> None:
+        """Refuse what cannot be learned through the clients, each with the remedy."""
+        section, problems = self.through_clients, []
+        if self.rounds.rule is not None:
+            problems.append(
+                f"rounds.rule = '{learned[0]}' learns from catalogs at the server; set privacy.policy = "
+                "'adapter+catalog', or another rule"
+            )
+        if self.server.catalogs is not None:
+            problems.append(
+                "server.catalogs gives the server what the policy keeps at the clients; set server.catalogs = 'none', "
+                "or privacy.policy = 'adapter'"
+            )
+        if self.mergerec.select_every is not None:
+            problems.append("mergerec.select_every needs losses, which stay at the clients; set it to 'none'")
+        if section.mode == "local-steps" and (self.mergerec.try_steps or self.mergerec.prior_weight):
+            problems.append(
+                "mergerec.try_steps and mergerec.prior_weight need one message a step; set through_clients.mode = "
+                "'exact', or leave them out"
+            )
+        if section.users == "own-users" and "adamerging" in learned:
+            problems.append(
+                "adamerging has no loss on own users; set through_clients.users = 'pseudo-users', or leave it out"
+            )
+        if section.users == "own-users" and section.batch_size < self.privacy.min_users:
+            problems.append(
+                f"through_clients.batch_size = {section.batch_size} own users are fewer than privacy.min_users = "
+                f"{self.privacy.min_users}; raise the one, or lower the other"
+            )
+        if problems:
+            raise ValueError(f"privacy.policy = 'catalog-private': {'; '.join(problems)}")
+
+
+def _check_aggregate_only(config: ExperimentConfig) -> None:
+    """Refuse what a server cannot do that sees sums alone.
+
+    Raises:
+        ValueError: what, and the remedy.
+    """
+    hidden = "privacy.policy = 'aggregate-only' shows the server no single adapter"
+    rule, num_domains = config.rounds.rule, len(config.domains.train)
+    if rule is None:
+        if needing := [method for method in config.merge.methods if method not in SUMMED_METHODS]:
+            raise ValueError(
+                f"merge.methods holds {needing[0]}, which needs every single adapter, but {hidden}; use "
+                f"one of {', '.join(SUMMED_METHODS)}, or set privacy.policy = 'adapter'"
+            )
+        if config.until == "train":
+            raise ValueError(f"until = 'train' ends with the experts on the server's disk, but {hidden}; set 'report'")
+    elif rule not in SUMMED_RULES:
+        why = "lays the factors side by side, which shows every block" if rule == "flora" else "needs every single one"
+        raise ValueError(
+            f"rounds.rule is {rule}, which {why}, but {hidden}; use one of {', '.join(SUMMED_RULES)}, or set "
+            "privacy.policy = 'adapter'"
+        )
+    elif rule in ("fedit", "ffa-lora") and config.lora.ranks:
+        raise ValueError(
+            f"lora.ranks differ, but rounds.rule = '{rule}' sums factors of one shape; leave lora.ranks out"
+        )
+    drawn = num_domains if rule is None else math.ceil(config.rounds.fraction * num_domains)
+    if drawn < MIN_SUMMED:
+        raise ValueError(
+            f"privacy.policy = 'aggregate-only' with {drawn} clients in a sum: with fewer than {MIN_SUMMED} one client "
+            "reads another's adapter off the sum; name more domains, or raise rounds.fraction"
+        )
+    threshold = config.privacy.threshold
+    if threshold is not None and not drawn // 2 < threshold <= drawn:
+        raise ValueError(
+            f"privacy.threshold = {threshold} with {drawn} clients in a sum: expected {drawn // 2 + 1} to {drawn}, "
+            "more than half of them and not more than there are; change it, or write 'none'"
+        )
+
 
 def _check_admission(config: ExperimentConfig) -> None:
     admission, attack = config.admission, config.attack
-    if admission.probe_items and config.privacy.policy == "adapter" and config.server.catalogs is None:
+    if admission.probe_items and config.privacy.policy != "adapter+catalog" and config.server.catalogs is None:
         raise ValueError(
-            "admission.probe_items needs the catalogs, but privacy.policy = 'adapter' keeps them at the clients and "
-            "server.catalogs is 'none'; leave the probe out or give server.catalogs a folder"
+            f"admission.probe_items needs the catalogs, but privacy.policy = '{config.privacy.policy}' keeps them at "
+            "the clients and server.catalogs is 'none'; leave the probe out or give server.catalogs a folder"
         )
     asked = [key for key in ("probe_items", "leave_one_out", "rollback") if getattr(admission, key)]
+    if config.privacy.policy == "aggregate-only" and (asked or admission.action == "exclude"):
+        keys = ", ".join(f"admission.{key}" for key in asked or ["action"])
+        raise ValueError(
+            f"{keys}: the gate looks at single adapters, which privacy.policy = 'aggregate-only' hides from the "
+            "server; leave it out, or set privacy.policy = 'adapter'"
+        )
     if config.rounds.rule is not None and (asked or admission.action == "exclude"):
         keys = ", ".join(f"admission.{key}" for key in asked or ["action"])
         raise ValueError(
             f"{keys}: the gate stands in front of one merge of experts, but rounds.rule is {config.rounds.rule}; leave "
             "it out, or choose a robust rule (median, trimmed-mean, krum, multi-krum)"
+        )
+    if attack.domain is not None and config.dp.mode != "none":
+        raise ValueError(
+            f"attack.domain = {attack.domain!r} with dp.mode = '{config.dp.mode}': who poisons its training keeps no "
+            "promise of privacy; leave one of the two out"
         )
     if attack.domain is not None and attack.domain not in config.domains.train:
         raise ValueError(f"attack.domain = {attack.domain!r} is not among domains.train; only who trains can poison")
@@ -697,7 +956,10 @@ def with_absolute_paths(config: ExperimentConfig, start: Path) -> ExperimentConf
             ),
             "backbone": config.backbone.model_copy(update={"source": absolute(source) if is_folder else source}),
             "server": config.server.model_copy(
-                update={"catalogs": config.server.catalogs and absolute(config.server.catalogs)}
+                update={
+                    "catalogs": config.server.catalogs and absolute(config.server.catalogs),
+                    "client_keys": config.server.client_keys and absolute(config.server.client_keys),
+                }
             ),
         }
     )

@@ -9,6 +9,7 @@ FedMergeError
 ├── AggregationError                   a round of a federation that cannot be aggregated
 ├── ClientError                        a client that failed, named
 ├── PolicyError                        something that the privacy policy does not let out
+├── DeploymentError                    the operator's side of a federation on several machines
 └── RunDirError                        a run folder
 """
 
@@ -47,6 +48,10 @@ class ClientError(FedMergeError):
 
 class PolicyError(FedMergeError):
     """The privacy policy does not let this out."""
+
+
+class DeploymentError(FedMergeError):
+    """The operator's side of a federation on several machines is wrong, or does not run."""
 
 
 class RunDirError(FedMergeError):

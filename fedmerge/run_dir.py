@@ -6,12 +6,16 @@ adapters/<domain>/                 each expert, a PEFT folder, with training.jso
 experts.json                       which experts there are to be merged, by hash; ends the training
 admission/<domain>.json            metric sums of the merges without each domain, where the gate asks for them
 admission.json                     what the gate found of each expert, and who is not merged; final
+learning/                          coefficients learned through the clients: the cohort, what each message gave
 merged/<label>/                    each merge, a PEFT folder, with provenance.json
 validation/<domain>.json           metric sums of each domain; written as they arrive
 choice.json                        what validation chose; written before test is read, and final
 test/<domain>.json                 as validation
 metrics.parquet, products.parquet  sums and counts per split, variant, domain, method and metric
 exposure.parquet                   what left each client: names, shapes, dtypes, bytes (exposure.jsonl until the end)
+privacy.json                       with differential privacy: what was spent of every unit, assumptions included
+privacy-audit.json, .txt           what an audit measured, where one was made
+tracking/                          with `tracking`: the same for TensorBoard or MLflow (fedmerge.report.tracking)
 report.txt, run.log, DONE
 lock                               held by the process that works on the run
 """

@@ -15,14 +15,15 @@ from typing import Any
 
 import ray
 
-from fedmerge.bench.cells import Cell, work
+from fedmerge.bench.cells import Cell, Ended, work
 from fedmerge.bench.config import load_bench
 from fedmerge.bench.grid import Grid, open_folder, run_grid
 from fedmerge.bench.tables import bench_tables
 from fedmerge.config import ExperimentConfig
-from fedmerge.errors import ClientError, FedMergeError
+from fedmerge.errors import ClientError
 from fedmerge.report.bench_tables import read_bench_tables, write_bench_tables
 from fedmerge.report.html_report import bench_page
+from fedmerge.report.tracking import FOLDER, check_tracking, write_tracking
 from fedmerge.run_dir import CONFIG_FILE, locked, write_text
 from sim.launch import MARK, SOCKET_FOLDER_LENGTH, end_processes
 from sim.run import check_attack, run_experiment
@@ -30,7 +31,9 @@ from sim.run import check_attack, run_experiment
 REPORT = "report.html"
 
 
-def run_bench(file: Path, folder: Path, app_dir: Path, address: str | None = None) -> int:
+def run_bench(
+    file: Path, folder: Path, app_dir: Path, address: str | None = None, overrides: Sequence[str] = ()
+) -> int:
     """Run a benchmark, or go on with one, and print what happens as it happens.
 
     Args:
@@ -38,6 +41,7 @@ def run_bench(file: Path, folder: Path, app_dir: Path, address: str | None = Non
         folder: where everything goes; on a cluster a folder that every node sees.
         app_dir: of the Flower app.
         address: of a Ray cluster; None: one of this machine's, started and ended here, or that of RAY_ADDRESS.
+        overrides: of the benchmark's experiment file, as ``key=value``.
 
     Returns:
         0 if every cell is done, else 1; the tables hold what is done.
@@ -46,7 +50,9 @@ def run_bench(file: Path, folder: Path, app_dir: Path, address: str | None = Non
         ConfigError: the benchmark is not valid, or another one than the folder's.
         ClientError: experts could not be trained.
     """
-    bench = load_bench(file)
+    bench = load_bench(file, overrides)
+    tracking = bench.experiment(bench.config.dataset[0].name, None, 0).tracking
+    check_tracking(tracking)
     open_folder(folder, bench)
     grid = Grid(bench, folder.resolve())
     for dataset in bench.config.dataset:
@@ -64,7 +70,10 @@ def run_bench(file: Path, folder: Path, app_dir: Path, address: str | None = Non
         finally:
             ray.shutdown()
         write_bench_tables(grid.folder, bench_tables(grid))
-        write_text(grid.folder / REPORT, bench_page(read_bench_tables(grid.folder)))
+        tables = read_bench_tables(grid.folder)
+        write_text(grid.folder / REPORT, bench_page(tables))
+        if tracking is not None:
+            write_tracking(tables, grid.folder / FOLDER, tracking)
     for line in failed:
         print(f"failed: {line}")
     print(f"report: {grid.folder / REPORT}")
@@ -81,8 +90,8 @@ def _train(config: ExperimentConfig, app_dir: Path, mark: str) -> None:
         raise ClientError(f"{run}: the experts could not be trained; see above, then start the benchmark again")
 
 
-def _on_ray(cells: Sequence[Cell], address: str | None, mark: str) -> Iterator[tuple[Cell, str]]:
-    """Do cells as Ray tasks; each as it ends, with the reason if it failed."""
+def _on_ray(cells: Sequence[Cell], address: str | None, mark: str) -> Iterator[Ended]:
+    """Do cells as Ray tasks; each as it ends."""
     if not cells:
         return
     if not ray.is_initialized():
@@ -94,19 +103,17 @@ def _on_ray(cells: Sequence[Cell], address: str | None, mark: str) -> Iterator[t
         (ended,), _ = ray.wait(list(waiting), num_returns=1)
         cell = waiting.pop(ended)
         try:
-            yield cell, ray.get(ended)
+            yield ray.get(ended)
         except ray.exceptions.RayError as error:
-            yield cell, f"its process ended ({type(error).__name__}); was it killed, or the memory full?"
+            problem = f"its process ended ({type(error).__name__}); was it killed, or the memory full?"
+            yield Ended(cell, problem, 0.0)
 
 
-def _work(cell: Cell) -> str:
+def _work(cell: Cell) -> Ended:
     try:
-        work(cell)
-    except FedMergeError as error:
-        return f"{type(error).__name__}: {error}"
+        return work(cell)
     except Exception:
-        return traceback.format_exc()
-    return ""
+        return Ended(cell, traceback.format_exc(), 0.0)
 
 
 def _connect(address: str | None, mark: str) -> None:

@@ -6,9 +6,10 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, lru_cache, wraps
 from pathlib import Path
+from typing import Any
 
 import torch
 from flwr.app import Context, Message, RecordDict
@@ -16,22 +17,49 @@ from flwr.clientapp import ClientApp
 
 from fedmerge import __version__
 from fedmerge.client.attack import sent, training_inputs
+from fedmerge.client.audit_users import for_audit
 from fedmerge.client.baselines import baseline_rankers
+from fedmerge.client.collaborative import ClientMergeSettings, coefficient_gradient
 from fedmerge.client.evaluate import evaluate
 from fedmerge.client.experts import expert_by_hash, trained_expert
 from fedmerge.client.local_domain import LocalDomain, open_domain
 from fedmerge.client.metrics import BACKBONE, EXPERT
 from fedmerge.client.rounds import RoundTask, train_round
+from fedmerge.client.summed import keep_values
+from fedmerge.client.user_dp import plan_record, user_plan
 from fedmerge.config import ExperimentConfig, Text, from_flat
 from fedmerge.device import resolve_compute
 from fedmerge.domain.catalog import catalog_to_bytes
 from fedmerge.domain.demo import domains_root
+from fedmerge.domain.manifest import check_catalog_is_public
 from fedmerge.encoder.backbone import Backbone, load_backbone
-from fedmerge.encoder.lora import fresh_adapter
-from fedmerge.errors import ClientError, FedMergeError
+from fedmerge.encoder.lora import Adapter, adapter_sha256, fresh_adapter
+from fedmerge.errors import ClientError, FedMergeError, PolicyError
+from fedmerge.federated.rules import RULES
+from fedmerge.federated.summed import summed_values
+from fedmerge.merging.stack import stack_adapters
+from fedmerge.merging.vectors import Vectors, initial_vectors, on_device
+from fedmerge.privacy.client_policy import ClientPolicy, check_message_size, check_run_is_allowed, read_client_policy
 from fedmerge.privacy.paths import without_paths
-from fedmerge.privacy.policy import check_catalog_is_public, check_enough_users, check_may_leave
+from fedmerge.privacy.policy import check_enough_users, check_may_leave
+from fedmerge.privacy.signatures import read_private_key, sign, statement
+from fedmerge.privacy.transport import as_received, coding_of, residual
+from fedmerge.server.admission import layout_sha256
+from fedmerge.server.collaborative import CollaborativeSettings
+from fedmerge.server.learned import learned_settings
+from fedmerge.server.through_clients import (
+    Cohort,
+    LocalGradient,
+    cohort_folder,
+    cohort_sha256,
+    keep_cohort,
+    local_change,
+    on_pseudo_users,
+    read_cohort,
+    student_items,
+)
 from sim import records
+from sim.secure_client import answer_advertise, answer_masked, answer_share, answer_unmask, remember_values
 
 app = ClientApp()
 logger = logging.getLogger("fedmerge.client")
@@ -51,9 +79,15 @@ def _answer(handler: Callable[[Message, Context], RecordDict]) -> Callable[[Mess
 
     @wraps(handler)
     def answer(message: Message, context: Context) -> Message:
-        _log_to_stderr()
+        log_to_stderr()
         try:
             content = handler(message, context)
+            if own := _own_policy(context):
+                check_message_size(own, records.size_bytes(content), _domain_name(context))
+            if key_path := context.node_config.get("key-path"):
+                asked = message.metadata
+                stated = statement(asked.run_id, asked.message_id, records.content_sha256(content))
+                records.add_signature(content, sign(read_private_key(Path(str(key_path))), stated))
         except FedMergeError as error:
             logger.error("%s: %s", type(error).__name__, error)
             told = without_paths(f"{type(error).__name__}: {error}", _own_paths(context))
@@ -90,6 +124,7 @@ def describe(message: Message, context: Context) -> RecordDict:
         fedmerge_version=__version__,
         policy=client.config.privacy.policy,
         num_nodes=num_nodes,
+        layout_sha256=layout_sha256(backbone, client.config.lora.of(manifest.name)),
     )
     return records.description_record(description)
 
@@ -108,18 +143,44 @@ def catalog(message: Message, context: Context) -> RecordDict:
 @app.train()
 @_answer
 def train(message: Message, context: Context) -> RecordDict:
-    """Train the expert, or take it from disk, or train for a round; send the adapter."""
+    """Train the expert, or take it from disk, or train for a round; send the adapter, or keep it for a secure sum."""
     client = _client(context)
-    check_may_leave(client.config.privacy.policy, "adapter", client.domain.manifest.name)
+    policy, name = client.config.privacy.policy, client.domain.manifest.name
+    if policy == "aggregate-only":
+        check_may_leave(policy, "metric sums", name)
+        return _kept_for_sum(client, message, context)
+    check_may_leave(policy, "adapter", name)
+    adapter, report, _ = _trained(client, message)
+    coding = coding_of(client.config, name, client.domain.backbone)
+    if coding.transport != "float32":
+        lost = residual(adapter, as_received(adapter, coding))
+        report = {**report, "transport": {"kind": coding.transport, "residual": lost}}
+    return records.expert_record(adapter, report, coding)
+
+
+def _kept_for_sum(client: Client, message: Message, context: Context) -> RecordDict:
+    """Train, keep what the secure sum will ask for, and send the report alone, without the hash of the adapter."""
+    adapter, report, start = _trained(client, message)
+    rule = client.config.rounds.rule
+    row = RULES["weighted-average" if rule is None else rule]
+    if row.summed is None:
+        raise PolicyError(f"rounds.rule is {rule}, which needs single adapters; the policy keeps them at the client.")
+    values = summed_values(row.summed, adapter, start if row.of == "updates" else None)
+    remember_values(context, keep_values(client.config.cache_dir, client.domain.manifest.name, values))
+    return records.report_record({key: value for key, value in report.items() if key != "sha256"})
+
+
+def _trained(client: Client, message: Message) -> tuple[Adapter, dict[str, Any], Adapter | None]:
+    """The adapter that was asked for, the report of its training, and what it started from in a round."""
     if client.config.rounds.rule is not None:
         return _trained_round(client, message)
     adapter, report = trained_expert(client.domain, client.config, logger.info)
     if report["validation_users"] < client.config.privacy.min_users:
         report = {**report, "validations": []}
-    return records.expert_record(adapter, report)
+    return adapter, report, None
 
 
-def _trained_round(client: Client, message: Message) -> RecordDict:
+def _trained_round(client: Client, message: Message) -> tuple[Adapter, dict[str, Any], Adapter | None]:
     config, domain = client.config, client.domain
     request, start, base = records.read_round_request(message.content)
     lora = config.lora.of(domain.manifest.name)
@@ -127,12 +188,53 @@ def _trained_round(client: Client, message: Message) -> RecordDict:
         start = fresh_adapter(domain.backbone, lora, request.fresh_seed)
     task = RoundTask(request.number, request.num_rounds, start, base, request.trained, config.rounds.proximal)
     trained_on, settings = training_inputs(domain, config)
-    adapter, report = train_round(trained_on, lora, settings, config.seed, task, logger.info)
+    plan = user_plan(domain, config.train, config.dp) if config.dp.mode == "user" else None
+    adapter, report = train_round(trained_on, lora, settings, config.seed, task, logger.info, plan)
     adapter = sent(adapter, domain.manifest.name, config)
-    told = asdict(report)
+    told = asdict(report) | {"privacy": plan and plan_record(replace(plan, steps=report.steps))}
     if len(domain.training_sequences) < config.privacy.min_users:
         told["loss"] = None
-    return records.expert_record(adapter, told)
+    return adapter, told, start
+
+
+@app.query("secagg_advertise")
+@_answer
+def secagg_advertise(message: Message, context: Context) -> RecordDict:
+    """Fresh keys for a secure sum."""
+    domain, _ = _in_sum(context)
+    return answer_advertise(domain, message.content, context)
+
+
+@app.query("secagg_share")
+@_answer
+def secagg_share(message: Message, context: Context) -> RecordDict:
+    """Sealed shares of this client's secrets, for every other one."""
+    _in_sum(context)
+    return answer_share(message.content, context)
+
+
+@app.query("secagg_masked")
+@_answer
+def secagg_masked(message: Message, context: Context) -> RecordDict:
+    """What this client trained, masked."""
+    domain, config = _in_sum(context)
+    return answer_masked(domain, config, message.content, context)
+
+
+@app.query("secagg_unmask")
+@_answer
+def secagg_unmask(message: Message, context: Context) -> RecordDict:
+    """Shares of what takes the masks off the sum, and off nothing else."""
+    domain, config = _in_sum(context)
+    return answer_unmask(domain, config, message.content, context)
+
+
+def _in_sum(context: Context) -> tuple[str, ExperimentConfig]:
+    """Domain and configuration of a client that takes part in a secure sum; no backbone is loaded for it."""
+    config, domain = from_flat(context.run_config), _domain_name(context)
+    _check_own_policy(context, config, domain)
+    check_may_leave(config.privacy.policy, "masked update", domain)
+    return domain, config
 
 
 @app.evaluate()
@@ -143,9 +245,16 @@ def evaluate_models(message: Message, context: Context) -> RecordDict:
     config, domain = client.config, client.domain
     check_may_leave(config.privacy.policy, "metric sums", domain.manifest.name)
     request, adapters = records.read_evaluation_request(message.content)
+    sha256 = None if request.expert_sha256 == records.OWN_EXPERT else request.expert_sha256
+    coding = coding_of(config, domain.manifest.name, domain.backbone)
+
+    def received(expert: Adapter) -> str:
+        """The server knows an expert by the hash of what arrived."""
+        return adapter_sha256(as_received(expert, coding))
+
     models = {
         **({BACKBONE: None} if request.backbone else {}),
-        **({EXPERT: expert_by_hash(domain, config, request.expert_sha256)} if request.expert_sha256 else {}),
+        **({EXPERT: expert_by_hash(domain, config, sha256, received)} if request.expert_sha256 else {}),
         **adapters,
     }
     limit = config.evaluation.validation_users if request.split == "valid" else config.evaluation.test_users
@@ -157,6 +266,65 @@ def evaluate_models(message: Message, context: Context) -> RecordDict:
     return records.metric_sums_record(sums)
 
 
+@app.query("cohort")
+@_answer
+def cohort(message: Message, context: Context) -> RecordDict:
+    """Keep the cohort's adapters on this client's own disk, and make its pseudo-users."""
+    client = _client(context)
+    config, domain = client.config, client.domain
+    name = domain.manifest.name
+    check_may_leave(config.privacy.policy, "coefficient gradient", name)
+    if config.through_clients.users == "own-users":
+        num_users = min(len(domain.training_sequences), config.through_clients.batch_size)
+        check_enough_users(name, num_users, config.privacy.min_users, "gradients of coefficients")
+    adapters = records.read_cohort(message.content)
+    folder = cohort_folder(config, name, domain.catalog, domain.backbone, cohort_sha256(adapters))
+    keep_cohort(folder, name, domain.backbone, adapters, domain.catalog, config)
+    pseudo = _cohort(folder, domain).pseudo
+    return records.pseudo_users_record(len(pseudo.users) if pseudo else 0)
+
+
+@app.query("gradient")
+@_answer
+def gradient(message: Message, context: Context) -> RecordDict:
+    """The gradient of the merging coefficients on this client's pseudo-users or users, or what a few steps change."""
+    client = _client(context)
+    config, domain = client.config, client.domain
+    check_may_leave(config.privacy.policy, "coefficient gradient", domain.manifest.name)
+    request, at, students, users = records.read_gradient_request(message.content)
+    settings = learned_settings(config, request.label)
+    start = at[:, 0] if settings.granularity == "domain" else at
+    students = students[:, 0] if students.shape[1] == 1 else students
+    kept = _cohort(
+        cohort_folder(config, domain.manifest.name, domain.catalog, domain.backbone, request.cohort_sha256), domain
+    )
+    vectors = _vectors(kept, settings.initialisation, domain.backbone)
+    if kept.pseudo is None:
+        found = _on_own_users(client, vectors, settings, request.step)
+    else:
+        items = student_items(kept, domain.manifest.name, domain.item_sequences, domain.backbone, vectors, students)
+        found = on_pseudo_users(domain.backbone, vectors, kept.pseudo, items, settings, request.step, users)
+    if not request.num_steps:
+        return records.gradient_record(found(0, start))
+    return records.gradient_record(local_change(found, start, settings, request.num_steps))
+
+
+def _on_own_users(client: Client, vectors: Vectors, settings: CollaborativeSettings, first: int) -> LocalGradient:
+    section, device = client.config.through_clients, client.domain.backbone.device
+    own = ClientMergeSettings(
+        granularity=settings.granularity,
+        batch_size=section.batch_size,
+        temperature=section.temperature,
+        negatives=section.negatives,
+        seed=settings.seed,
+    )
+
+    def found(step: int, coefficients: torch.Tensor) -> torch.Tensor:
+        return coefficient_gradient(client.domain, vectors, coefficients.to(device), first + step, own)[0].cpu()
+
+    return found
+
+
 def _client(context: Context) -> Client:
     config = from_flat(context.run_config)
     torch.set_num_threads(config.runtime.threads_per_client)  # before any work; Ray's own setting does not count
@@ -164,9 +332,17 @@ def _client(context: Context) -> Client:
     if place is None:
         raise ClientError("this node has no domain; it takes no part")
     folder, role = place
+    _check_own_policy(context, config, folder.name)
     wanted, runtime = config.backbone, config.runtime
     backbone = _backbone(wanted.source, wanted.pooling, wanted.weights_sha256, runtime.device, runtime.precision)
     domain = _domain(folder, backbone, config.text)
+    if config.audit.held_out_users or config.audit.canaries:
+        if "partition-id" not in context.node_config:
+            raise ClientError(
+                f"domain {domain.manifest.name}: audit.held_out_users and audit.canaries change what is trained on, so "
+                "they are for simulations only; set both to 0"
+            )
+        domain = for_audit(domain, config.audit, config.seed)
     if role == "train" and not domain.can_train:
         logger.info("%s: nobody to train on, so it takes part as unseen", domain.manifest.name)
         role = "unseen"
@@ -192,9 +368,23 @@ def _place(context: Context) -> tuple[Path, str] | None:
     return folder, "train" if folder.name in domains.train else "unseen"
 
 
+def _check_own_policy(context: Context, config: ExperimentConfig, domain: str) -> None:
+    """Refuse what the organisation does not allow; in a simulation the run's policy alone rules."""
+    own = _own_policy(context)
+    if own is not None or "domain-path" in context.node_config:
+        check_run_is_allowed(own, config, domain)
+
+
+def _own_policy(context: Context) -> ClientPolicy | None:
+    """What the organisation allows, by the node's own ``policy-path``; None where it left that to the run."""
+    path = context.node_config.get("policy-path")
+    return None if path is None else read_client_policy(Path(str(path)).expanduser())
+
+
 def _own_paths(context: Context) -> list[str]:
     """The folders of this machine that its messages can name."""
-    paths = [str(context.node_config.get("domain-path", "")), str(Path.cwd()), tempfile.gettempdir()]
+    paths = [str(context.node_config.get(key, "")) for key in ("domain-path", "policy-path", "key-path")]
+    paths += [str(Path.cwd()), tempfile.gettempdir()]
     with suppress(Exception):  # this is for a reply that tells of an error already
         config = from_flat(context.run_config)
         paths += [config.cache_dir, config.domains.root, config.backbone.source]
@@ -219,8 +409,18 @@ def _domain(folder: Path, backbone: Backbone, text: Text) -> LocalDomain:
     return open_domain(folder, backbone, text)
 
 
+@lru_cache(maxsize=4)
+def _cohort(folder: Path, domain: LocalDomain) -> Cohort:
+    return read_cohort(folder, domain.manifest.name, domain.item_sequences)
+
+
+@lru_cache(maxsize=4)
+def _vectors(kept: Cohort, initialisation: str, backbone: Backbone) -> Vectors:
+    return on_device(initial_vectors(stack_adapters(kept.adapters), initialisation), backbone.device)
+
+
 @cache
-def _log_to_stderr() -> None:
+def log_to_stderr() -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s client %(message)s", "%H:%M:%S"))
     library = logging.getLogger("fedmerge")

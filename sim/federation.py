@@ -3,17 +3,22 @@
 import logging
 import re
 import time
-from collections import deque
-from collections.abc import Callable, Mapping
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import httpx
 from flwr.app import Message, RecordDict
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
+from flwr.supercore.run import RunNotRunningException
+from flwr.superlink.grid import InMemoryGrid
 
 from fedmerge.config import ExperimentConfig
 from fedmerge.errors import ClientError, RunDirError
+from fedmerge.privacy.signatures import signer, statement
 from fedmerge.run_dir import append_line, read_json, read_lines, write_json, write_table
 from sim import records
 
@@ -22,8 +27,18 @@ HEARTBEAT_SECONDS = 60.0
 LINES_SECONDS = 10.0  # between two lines of a phase with many clients
 FEW_CLIENTS = 20  # up to so many, every one gets its own line
 LONGEST_REASON = 2000
+LONGEST_NAME = 200
 LATE_SECONDS = 3600.0  # after its time, an answer is still seen so long
 LEDGER = "exposure.jsonl"
+NOT_SIGNED: Mapping[str, str] = {"sha256": "", "signed_by": "", "signature": ""}
+MOST_LOSSES = 3  # in one phase; a client that is lost more often than this would be lost again
+LOOK_SECONDS = 2.0  # between two looks whether a lost client is back
+
+# What Flower says when nobody is to blame: the node's heartbeats have stopped, or the process that worked was killed.
+LOSSES = {
+    ErrorCode.NODE_UNAVAILABLE: "its machine or network is away",
+    ErrorCode.CLIENT_APP_CRASHED: "its work was killed",
+}
 
 # How Flower words the death of a simulated client's process; what a client itself raises comes as RayTaskError.
 WORKER_DIED = re.compile(r"ray\.exceptions\.(?!RayTaskError)\w+")
@@ -47,6 +62,8 @@ class Question:
     Attributes:
         message_type: of Flower.
         split: what is evaluated on, else empty; for the ledger.
+        noise: what the clients add to their answers, for the ledger; "none" for nothing.
+        quiet: one of many alike, so that no line of the log tells of its answers.
         timeout_seconds: from sending to the answer.
         request: name -> content of the message.
         limit_bytes: name -> the most bytes that its answer may take; checked before anything of it is read.
@@ -57,6 +74,8 @@ class Question:
     request: Callable[[str], RecordDict] = lambda name: RecordDict()
     limit_bytes: Callable[[str], int] = lambda name: 2**16
     split: str = ""
+    noise: str = "none"
+    quiet: bool = False
 
 
 @dataclass
@@ -67,21 +86,36 @@ class Federation:
         grid: Flower's connection to the nodes.
         run_dir: where exclusions and the exposure ledger are written as they come.
         messages_at_once: clients asked at once.
+        return_seconds: how long a lost client is waited for.
         phase: what the run is at.
         nodes: domain -> node, of those that take part.
         descriptions: domain -> what its client said it is, of everybody who ever took part.
         excluded: domain (or node) -> why.
+        greeted: nodes that were asked what they are.
+        num_nodes: how many there are in all, where a simulation says so; else 0.
         late: message id -> whose answer it would be, to what, and until when it is looked for.
+        keys: fingerprints of the registered public keys -> client; empty where they are not known.
+        signers: node -> the fingerprint of the key that it signs with, empty for none.
     """
 
     grid: Grid
     run_dir: Path
     messages_at_once: int
+    return_seconds: float = 0.0
     phase: str = "gather"
     nodes: dict[str, int] = field(default_factory=dict)
     descriptions: dict[str, records.Description] = field(default_factory=dict)
     excluded: dict[str, Exclusion] = field(default_factory=dict)
+    greeted: set[int] = field(default_factory=set)
+    num_nodes: int = 0
     late: dict[str, tuple[str, Question, float]] = field(default_factory=dict)
+    keys: Mapping[str, str] = field(default_factory=dict)
+    signers: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def simulated(self) -> bool:
+        """Whether the nodes are this machine's own processes; otherwise what they say of themselves is hearsay."""
+        return isinstance(self.grid, InMemoryGrid)
 
     def of(self, role: str) -> list[str]:
         """The domains of one role that are still in, sorted."""
@@ -89,7 +123,7 @@ class Federation:
 
     def exclude(self, name: str, reason: str) -> None:
         """Take a domain out."""
-        reason = reason if len(reason) <= LONGEST_REASON else f"{reason[:LONGEST_REASON]} …"
+        name, reason = printable(name, LONGEST_NAME), printable(reason, LONGEST_REASON)
         logger.warning("excluded: %s: %s", name, reason)
         self.excluded[name] = Exclusion(self.phase, reason, self.descriptions.get(name))
         self.nodes.pop(name, None)
@@ -158,8 +192,9 @@ def ask(
 ) -> None:
     """Ask nodes, so many at once, and handle each reply as it comes.
 
-    Who fails, is late, sends too much, or sends what ``on_reply`` raises on, is excluded by name. A reply that comes
-    after its time is recorded in the ledger and dropped.
+    Who fails, is late, sends too much, or sends what ``on_reply`` raises on, is excluded by name. Who is lost on the
+    way is asked again when it is back, within the same time. A reply that comes after its time is recorded in the
+    ledger and dropped.
 
     Args:
         nodes: domain -> node.
@@ -173,32 +208,39 @@ def ask(
     message_type, timeout_seconds = question.message_type, question.timeout_seconds
     to_ask = deque(nodes.items())
     waiting: dict[str, tuple[str, float]] = {}  # message id -> name, when its time is over
+    deadlines: dict[str, float] = {}  # name -> when its time is over, from the first time that it was asked
+    lost = _Lost(federation, message_type)
     started = heartbeat = said = time.monotonic()
     answered = 0
-    while to_ask or waiting:
+    while to_ask or waiting or lost.until:
+        to_ask.extend((name, nodes[name]) for name in lost.returned(nodes))
         while to_ask and len(waiting) < federation.messages_at_once:
             name, node = to_ask.popleft()
             # Longer than the wait for the answer, so that a late one is seen and recorded.
             content = question.request(name)
             message = Message(content, dst_node_id=node, message_type=message_type, ttl=timeout_seconds + LATE_SECONDS)
             if ids := list(federation.grid.push_messages([message])):
-                waiting[ids[0]] = (name, time.monotonic() + timeout_seconds)
+                waiting[ids[0]] = (name, deadlines.setdefault(name, time.monotonic() + timeout_seconds))
             else:
                 federation.exclude(name, f"{message_type}: Flower could not send the message")
         # Flower fails when it is asked for a message that it has forgotten.
         federation.late = {key: late for key, late in federation.late.items() if late[2] > time.monotonic()}
-        for reply in federation.grid.pull_messages([*waiting, *federation.late]):
-            message_id = reply.metadata.reply_to_message_id
+        for message_id, reply in _replies(federation, [*waiting, *federation.late]):
             if message_id in federation.late:
                 name, asked, _ = federation.late.pop(message_id)
                 _record_late(federation, name, asked, reply)
                 continue
-            name, _ = waiting.pop(message_id, ("", 0.0))
-            if not name or not _accepted(federation, name, question, reply, on_reply):
+            name, deadline = waiting.pop(message_id, ("", 0.0))
+            if (
+                not name
+                or lost.takes(name, reply, deadline)
+                or not _accepted(federation, name, question, reply, on_reply)
+            ):
                 continue
             answered += 1
             now = time.monotonic()
-            if len(nodes) <= FEW_CLIENTS or now - said > LINES_SECONDS or not (waiting or to_ask):
+            due = len(nodes) <= FEW_CLIENTS or now - said > LINES_SECONDS or not (waiting or to_ask)
+            if due and not question.quiet:
                 said = now
                 seconds = now - started
                 logger.info("%s: %d of %d answered (%s, %.0f s)", message_type, answered, len(nodes), name, seconds)
@@ -216,8 +258,84 @@ def ask(
             heartbeat = now
             names = sorted(name for name, _ in waiting.values())
             logger.info("%s: waiting for %s (%.0f s)", message_type, listed(names), now - started)
-        if waiting:
+        if waiting or lost.until:
             time.sleep(POLL_SECONDS)
+
+
+@dataclass
+class _Lost:
+    """Clients that were lost in one phase through nobody's fault, and are waited for.
+
+    Attributes:
+        federation: who takes part.
+        message_type: what they were asked.
+        until: name -> how long it is waited for.
+        times: name -> how often it was lost.
+        looked: when it was last seen who is there.
+    """
+
+    federation: Federation
+    message_type: str
+    until: dict[str, float] = field(default_factory=dict)
+    times: Counter[str] = field(default_factory=Counter)
+    looked: float = 0.0
+
+    def takes(self, name: str, reply: Message | str, deadline: float) -> bool:
+        """Whether this reply says that the client was lost, and it is to be waited for."""
+        cause = LOSSES.get(reply.error.code) if isinstance(reply, Message) and reply.has_error() else None
+        now = time.monotonic()
+        if cause is None or self.times[name] >= MOST_LOSSES or self.federation.return_seconds <= 0 or now > deadline:
+            return False
+        self.times[name] += 1
+        self.until[name] = min(now + self.federation.return_seconds, deadline)
+        seconds = self.until[name] - now
+        logger.warning("%s: %s was lost: %s; waiting for it, at most %.0f s", self.message_type, name, cause, seconds)
+        return True
+
+    def returned(self, nodes: Mapping[str, int]) -> list[str]:
+        """Who is back now, to be asked again; who has been away for too long is excluded."""
+        now = time.monotonic()
+        if not self.until or now - self.looked < LOOK_SECONDS:
+            return []
+        self.looked = now
+        there = set(self.federation.grid.get_node_ids())
+        back = sorted(name for name in self.until if nodes[name] in there)
+        for name in back:
+            del self.until[name]
+            logger.info("%s: %s is back and is asked again", self.message_type, name)
+        for name in [name for name, until in self.until.items() if now > until]:
+            del self.until[name]
+            self.federation.exclude(
+                name,
+                f"{self.message_type}: it was lost and did not come back; start its client again, and go on with the "
+                "run: --resume",
+            )
+        return back
+
+
+def _replies(federation: Federation, message_ids: list[str]) -> Iterator[tuple[str, Message | str]]:
+    """Message id and reply of whatever has come; the reason in place of a reply that Flower itself fails to unpack.
+
+    Between machines Flower unpacks what clients have packed, and one malformed reply would take all others of the same
+    call with it. So each is asked for by itself there.
+    """
+    for some in [message_ids] if federation.simulated else [[message_id] for message_id in message_ids]:
+        try:
+            came = list(federation.grid.pull_messages(some))
+        except (httpx.HTTPError, RunNotRunningException):  # Flower's own trouble, not the client's
+            raise
+        except Exception as error:
+            if len(some) != 1 or federation.simulated:
+                raise
+            yield some[0], f"{type(error).__name__}: {error}"
+        else:
+            yield from ((reply.metadata.reply_to_message_id, reply) for reply in came)
+
+
+def printable(text: str, longest: int) -> str:
+    """What a client says, fit for a log and a terminal: control characters escaped, cut to a length."""
+    shown = "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text[:longest])
+    return shown if len(text) <= longest else f"{shown} …"
 
 
 def listed(names: list[str]) -> str:
@@ -244,14 +362,18 @@ def _accepted(
     federation: Federation,
     name: str,
     question: Question,
-    reply: Message,
+    reply: Message | str,
     on_reply: Callable[[str, RecordDict], str | None],
 ) -> bool:
     """Record and handle one reply; whatever a client sends, it does not take the server down."""
     message_type = question.message_type
+    if isinstance(reply, str):
+        federation.exclude(name, f"{message_type}: its reply cannot be unpacked: {reply}")
+        return False
     if reply.has_error():
         reason = f"{reply.error.reason} (Flower error {reply.error.code})"
-        if WORKER_DIED.search(reply.error.reason or ""):  # Flower would give the dead process all further messages
+        # Flower would give the dead process all further messages. Between machines anybody could say so of himself.
+        if federation.simulated and WORKER_DIED.search(reply.error.reason or ""):
             raise ClientError(
                 f"{name}: the process that simulated it died in {message_type}: {reason[:LONGEST_REASON]}\nWas it "
                 "killed, or the memory full? Nothing that is finished is lost: "
@@ -259,7 +381,7 @@ def _accepted(
             )
         federation.exclude(name, f"{message_type} failed: {reason}")
         return False
-    recorded_as, size, limit = name, 0, question.limit_bytes(name)
+    recorded_as, size, limit, signed = name, 0, question.limit_bytes(name), NOT_SIGNED
     try:
         size = records.size_bytes(reply.content)
         if size > limit:
@@ -270,6 +392,7 @@ def _accepted(
                 recorded_as = f"{domain} ({name})"
             federation.exclude(recorded_as, f"{message_type} failed: {error}")
             return False
+        signed = _checked_signature(federation, reply)
         recorded_as = on_reply(name, reply.content) or name
         return recorded_as == name or recorded_as in federation.nodes
     except (RunDirError, OSError):
@@ -278,11 +401,31 @@ def _accepted(
         federation.exclude(name, f"{message_type}: its reply is refused: {type(error).__name__}: {error}")
         return False
     finally:
-        _record(federation, recorded_as, question, reply, size <= limit)
+        _record(federation, recorded_as, question, reply, size <= limit, signed=signed)
 
 
-def _record_late(federation: Federation, name: str, question: Question, reply: Message) -> None:
-    if reply.has_error():
+def _checked_signature(federation: Federation, reply: Message) -> Mapping[str, str]:
+    """Who signed a reply, for the ledger.
+
+    Raises:
+        ClientError: it is not of this reply, or of another key than expected, or missing where keys are known.
+    """
+    content, told = reply.content, reply.metadata
+    signature, sha256, key = records.read_signature(content), records.content_sha256(content), ""
+    if signature is not None:
+        key = signer(signature, statement(told.run_id, told.reply_to_message_id, sha256))
+    if federation.keys and key not in federation.keys:
+        found = f"is signed by the key {key}, which is not" if key else "is not signed; expected one of the keys"
+        raise ClientError(f"it {found} in server.client_keys. Start the client with fedmerge client start.")
+    if (first := federation.signers.setdefault(told.src_node_id, key)) != key:
+        raise ClientError(f"it is signed by the key {key or 'none'}, this client's answers so far by {first or 'none'}")
+    if signature is None:
+        return {**NOT_SIGNED, "sha256": sha256}
+    return {"sha256": sha256, "signed_by": federation.keys.get(key, key), "signature": signature.data.hex()}
+
+
+def _record_late(federation: Federation, name: str, question: Question, reply: Message | str) -> None:
+    if isinstance(reply, str) or reply.has_error():
         return
     logger.warning("%s: a late answer of %s is dropped", question.message_type, name)
     _record(
@@ -291,11 +434,25 @@ def _record_late(federation: Federation, name: str, question: Question, reply: M
 
 
 def _record(
-    federation: Federation, name: str, question: Question, reply: Message, in_detail: bool, late: bool = False
+    federation: Federation,
+    name: str,
+    question: Question,
+    reply: Message,
+    in_detail: bool,
+    late: bool = False,
+    signed: Mapping[str, str] = NOT_SIGNED,
 ) -> None:
     """Put into the ledger what a reply holds; of one that is too large, its size."""
     rows = [{"name": "(too much)", "dtype": "", "shape": "", "size_bytes": records.size_bytes(reply.content)}]
     if in_detail:
         rows = list(records.contents(reply.content))
-    entry = {"domain": name, "message": question.message_type, "split": question.split, "late": late, "contents": rows}
+    entry = {
+        "domain": name,
+        "message": question.message_type,
+        "split": question.split,
+        "noise": question.noise,
+        "late": late,
+        **signed,
+        "contents": rows,
+    }
     append_line(federation.run_dir / LEDGER, entry)

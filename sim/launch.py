@@ -130,7 +130,7 @@ def run_federation(
             federation["init-args-num-cpus"] = min(num_cpus, num_supernodes * cpus_per_client)
         command = [flwr, "run", str(app_dir.resolve()), "--run-config", str(run_config_file.resolve())]
         command += ["--federation-config", " ".join(f"{key}={json.dumps(value)}" for key, value in federation.items())]
-        with _ending_processes(mark):
+        with ending_processes(mark):
             run_id, variables = _start(command, home, base, mark)
             status, details = _follow(flwr, run_id, variables, mark, is_over, on_line)
         keep = status != COMPLETED
@@ -216,12 +216,12 @@ def _start(command: list[str], home: Path, base: Mapping[str, str], mark: str) -
     """Start a SuperLink and submit the run to it; return the run's id and the variables that lead to this SuperLink."""
     for _ in range(START_ATTEMPTS):
         variables = flower_environment(home, _free_port(), base)
-        answer = _ask(command, variables)
+        answer = ask_flower(command, variables)
         if answer.get("success"):
             if not marked_processes(mark):
                 raise ClientError(f"run {answer['run-id']}: another SuperLink got in first and took it; start again")
             return str(answer["run-id"]), variables
-        reason = _reason(answer)
+        reason = flower_reason(answer)
         if "start local SuperLink" not in reason:
             remedy = "check [tool.flwr.app] of its pyproject.toml, which must declare every key of the run config"
             raise ConfigError(f"{command[2]} with {command[4]}: refused by `flwr run`: {reason}; {remedy}")
@@ -245,31 +245,13 @@ def _follow(
     watcher.start()
     try:
         while not lost:
-            log = subprocess.Popen(
-                [flwr, "log", run_id, "--stream"],
-                env=variables,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                encoding="utf-8",
-                errors="replace",
-                start_new_session=True,
-            )
-            with log:
-                try:
-                    # A stream that broke off starts again from the beginning.
-                    for number, line in enumerate(log.stdout or ()):
-                        if number >= num_seen:
-                            num_seen += 1
-                            on_line(COLOURS.sub("", line.rstrip()))
-                finally:
-                    log.kill()
-            answer = _ask([flwr, "ls", "--run-id", run_id], variables) if not lost else {}
+            num_seen = pass_on_log([flwr, "log", run_id, "--stream"], variables, num_seen, on_line)
+            answer = ask_flower([flwr, "ls", "--run-id", run_id], variables) if not lost else {}
             if lost:
                 break
             if not answer.get("success"):
                 raise ClientError(
-                    f"run {run_id}: its SuperLink is gone ({_reason(answer)}); was it killed, or the memory full?"
+                    f"run {run_id}: its SuperLink is gone ({flower_reason(answer)}); was it killed, or the memory full?"
                 )
             run = answer["runs"][0]
             if run["status"].startswith("finished"):
@@ -279,6 +261,33 @@ def _follow(
     finally:
         finished.set()
         watcher.join()
+
+
+def pass_on_log(command: list[str], variables: dict[str, str], num_seen: int, on_line: Callable[[str], None]) -> int:
+    """Hand on what `flwr log` prints until it ends, but for so many lines: a stream that broke off begins again.
+
+    Returns:
+        How many lines have been seen now.
+    """
+    log = subprocess.Popen(
+        command,
+        env=variables,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        errors="replace",
+        start_new_session=True,
+    )
+    with log:
+        try:
+            for number, line in enumerate(log.stdout or ()):
+                if number >= num_seen:
+                    num_seen += 1
+                    on_line(COLOURS.sub("", line.rstrip()))
+        finally:
+            log.kill()
+    return num_seen
 
 
 def _watch(mark: str, is_over: Callable[[], bool], finished: threading.Event, lost: list[str]) -> None:
@@ -306,7 +315,7 @@ def _is_simulation(pid: int) -> bool:
     return False
 
 
-def _ask(command: list[str], variables: dict[str, str]) -> dict[str, Any]:
+def ask_flower(command: list[str], variables: dict[str, str]) -> dict[str, Any]:
     """What a flwr command answers as JSON; it exits with 0 on errors too."""
     done = subprocess.run(
         [*command, "--format", "json"],
@@ -328,7 +337,7 @@ def _ask(command: list[str], variables: dict[str, str]) -> dict[str, Any]:
     return dict(answer)
 
 
-def _reason(answer: dict[str, Any]) -> str:
+def flower_reason(answer: dict[str, Any]) -> str:
     """Why flwr could not do it, in one line, without what it said before: that ends with an empty line."""
     text = str(answer.get("error-message", answer))
     return " ".join((f"\n{text}".partition("\n\n")[2] or text).split())
@@ -345,7 +354,7 @@ def _free_port() -> int:
 
 
 @contextmanager
-def _ending_processes(mark: str) -> Iterator[None]:
+def ending_processes(mark: str) -> Iterator[None]:
     """Whatever happens inside, SIGTERM included, no process with this mark is alive afterwards."""
 
     def leave(number: int, _: FrameType | None) -> None:

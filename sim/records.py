@@ -1,34 +1,50 @@
 """What travels between server and clients as Flower records. The only file that knows record keys."""
 
+import hashlib
 import io
 import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, ConfigRecordValues, RecordDict
+from numpy.typing import NDArray
 
 from fedmerge.client.metrics import VARIANTS, MetricSums, Variant, metric_sums_from_dict
 from fedmerge.config import Split
 from fedmerge.encoder.lora import Adapter, LoraModule
 from fedmerge.errors import ClientError, LayoutMismatchError
+from fedmerge.privacy.signatures import Signature
+from fedmerge.privacy.transport import PIECES, Coding, pack, unpack
 
 DESCRIBE = "query.describe"
 CATALOG = "query.catalog"
 TRAIN = "train"
 EVALUATE = "evaluate"
+COHORT = "query.cohort"
+GRADIENT = "query.gradient"
+
+OWN_EXPERT = "own"
+FLOAT32 = Coding()
 
 NOT_FRESH = -1  # a round starts from the adapter that is sent
 
 T = TypeVar("T")
+T_Scalar = TypeVar("T_Scalar", bound=np.generic)
 
 _FACTS = "facts"
 _ADAPTER = "adapter"
 _SCALINGS = "scalings"
 _MODELS = "models"
 _ERROR = "error"
+_SIGNATURE = "signature"
+_COEFFICIENTS = "coefficients"
+_USERS = "users"
+
+_NPY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 ModelRecords = dict[str, ArrayRecord | ConfigRecord]
 
@@ -48,6 +64,7 @@ class Description:
         fedmerge_version: of the client.
         policy: the privacy policy that the client enforces.
         num_nodes: how many nodes there are in all, where the client knows: in a simulation; otherwise 0.
+        layout_sha256: hash of the LoRA layout that it would train.
     """
 
     domain: str
@@ -62,6 +79,7 @@ class Description:
     fedmerge_version: str = ""
     policy: str = ""
     num_nodes: int = 0
+    layout_sha256: str = ""
 
 
 @dataclass(frozen=True)
@@ -71,7 +89,8 @@ class EvaluationRequest:
     Attributes:
         split: ``valid`` or ``test``.
         backbone: the backbone alone, too.
-        expert_sha256: the client's own expert, too, by its hash; empty for none.
+        expert_sha256: the client's own expert, too, by its hash, or as OWN_EXPERT where the server does not know that;
+            empty for none.
         baselines: the sanity baselines, too.
     """
 
@@ -96,6 +115,23 @@ class RoundRequest:
     num_rounds: int
     trained: Literal["A and B", "B"]
     fresh_seed: int
+
+
+@dataclass(frozen=True)
+class GradientRequest:
+    """Which step of learning through the clients a message is for.
+
+    Attributes:
+        label: of the merge whose coefficients are learned.
+        cohort_sha256: the cohort that the client has received.
+        step: the first step, from 0.
+        num_steps: how many steps the client makes by itself; 0: it returns the gradient.
+    """
+
+    label: str
+    cohort_sha256: str
+    step: int
+    num_steps: int
 
 
 def description_record(description: Description) -> RecordDict:
@@ -125,16 +161,33 @@ def read_catalog(content: RecordDict) -> bytes:
     return data
 
 
-def expert_record(adapter: Adapter, report: Mapping[str, Any]) -> RecordDict:
+def expert_record(adapter: Adapter, report: Mapping[str, Any], coding: Coding = FLOAT32) -> RecordDict:
     """A trained adapter with the report of its training."""
-    return RecordDict({**_adapter_records(adapter, ""), _FACTS: ConfigRecord({"report": json.dumps(report)})})
+    return RecordDict({**_adapter_records(adapter, "", coding), _FACTS: ConfigRecord({"report": json.dumps(report)})})
 
 
-def read_expert(content: RecordDict) -> tuple[Adapter, dict[str, Any]]:
+def read_expert(
+    content: RecordDict, coding: Coding = FLOAT32, like: Adapter | None = None
+) -> tuple[Adapter, dict[str, Any]]:
     """Inverse of :func:`expert_record`.
+
+    Args:
+        content: of the message.
+        coding: how it was sent.
+        like: an adapter of the expected layout, needed where it was not sent as float32.
 
     Raises:
         ClientError, LayoutMismatchError: another form.
+    """
+    report = read_report(content)
+    return _read_adapter(content, "", coding, like), report
+
+
+def read_report(content: RecordDict) -> dict[str, Any]:
+    """The report of a training, with its adapter or without.
+
+    Raises:
+        ClientError: another form.
     """
     try:
         report = json.loads(str(_config(content, _FACTS).get("report")))
@@ -142,7 +195,12 @@ def read_expert(content: RecordDict) -> tuple[Adapter, dict[str, Any]]:
         raise ClientError("its training report is not JSON; use one fedmerge version everywhere") from error
     if not isinstance(report, dict):
         raise ClientError(f"its training report is a {type(report).__name__}, expected an object")
-    return _read_adapter(content, ""), report
+    return report
+
+
+def report_record(report: Mapping[str, Any]) -> RecordDict:
+    """The report of a training whose adapter stays at the client."""
+    return RecordDict({_FACTS: ConfigRecord({"report": json.dumps(report)})})
 
 
 def round_request_record(request: RoundRequest, start: Adapter | None, base: Adapter | None) -> RecordDict:
@@ -166,6 +224,82 @@ def read_round_request(content: RecordDict) -> tuple[RoundRequest, Adapter | Non
     return request, start, base
 
 
+def cohort_record(adapters: Mapping[str, Adapter]) -> RecordDict:
+    """The cohort's adapters, by domain."""
+    return RecordDict({**model_records(adapters)})
+
+
+def read_cohort(content: RecordDict) -> dict[str, Adapter]:
+    """Inverse of :func:`cohort_record`.
+
+    Raises:
+        ClientError, LayoutMismatchError: another form.
+    """
+    return _read_models(content)
+
+
+def pseudo_users_record(number: int) -> RecordDict:
+    """How many pseudo-users a client has made; 0 where it learns on its own users."""
+    return RecordDict({_FACTS: ConfigRecord({"num_pseudo_users": number})})
+
+
+def read_pseudo_users(content: RecordDict) -> int:
+    """Inverse of :func:`pseudo_users_record`.
+
+    Raises:
+        ClientError: another form.
+    """
+    number = _config(content, _FACTS).get("num_pseudo_users")
+    if type(number) is not int or number < 0:
+        raise ClientError(f"its number of pseudo-users is {number!r}, expected a count")
+    return number
+
+
+def gradient_request_record(
+    request: GradientRequest, coefficients: torch.Tensor, students: torch.Tensor, users: Sequence[int]
+) -> RecordDict:
+    """A request for a gradient.
+
+    Args:
+        request: which step.
+        coefficients: (K,) or (K, G), where the gradient is taken.
+        students: likewise, under which the items' vectors are.
+        users: the client's pseudo-users of the step; none where it draws itself.
+    """
+    arrays = {"at": _coefficient_array(coefficients), "students": _coefficient_array(students)}
+    drawn = {_USERS: ConfigRecord({"indices": list(users)})} if users else {}
+    return RecordDict({_FACTS: ConfigRecord(asdict(request)), _COEFFICIENTS: ArrayRecord(arrays), **drawn})
+
+
+def read_gradient_request(
+    content: RecordDict,
+) -> tuple[GradientRequest, torch.Tensor, torch.Tensor, list[int]]:
+    """Inverse of :func:`gradient_request_record`; coefficients have two axes.
+
+    Raises:
+        ClientError, LayoutMismatchError: another form.
+    """
+    at, students = (_read_coefficients(content, name) for name in ("at", "students"))
+    indices: Any = _config(content, _USERS).get("indices") if _USERS in content else []
+    if not isinstance(indices, list) or not all(type(index) is int for index in indices):
+        raise ClientError("the request for a gradient names no pseudo-users; use one fedmerge version everywhere")
+    return _dataclass(GradientRequest, dict(_config(content, _FACTS))), at, students, indices
+
+
+def gradient_record(found: torch.Tensor) -> RecordDict:
+    """What a client answers: the gradient of the coefficients, or their change; (K,) or (K, G) float32."""
+    return RecordDict({_COEFFICIENTS: ArrayRecord({"answer": _coefficient_array(found)})})
+
+
+def read_gradient(content: RecordDict) -> torch.Tensor:
+    """Inverse of :func:`gradient_record`; with two axes.
+
+    Raises:
+        ClientError, LayoutMismatchError: another form.
+    """
+    return _read_coefficients(content, "answer")
+
+
 def model_records(adapters: Mapping[str, Adapter]) -> ModelRecords:
     """Adapters by label, as :func:`evaluation_request_record` takes them: made once, shared by all requests."""
     content: ModelRecords = {_MODELS: ConfigRecord({"labels": list(adapters)})}
@@ -182,11 +316,7 @@ def evaluation_request_record(request: EvaluationRequest, models: ModelRecords) 
 def read_evaluation_request(content: RecordDict) -> tuple[EvaluationRequest, dict[str, Adapter]]:
     """Inverse of :func:`evaluation_request_record`."""
     facts = dict(_config(content, _FACTS))
-    labels = _config(content, _MODELS).get("labels")
-    if not isinstance(labels, list):
-        raise ClientError("the request to evaluate names no models; use one fedmerge version everywhere")
-    adapters = {str(label): _read_adapter(content, str(number)) for number, label in enumerate(labels)}
-    return _dataclass(EvaluationRequest, facts), adapters
+    return _dataclass(EvaluationRequest, facts), _read_models(content)
 
 
 def metric_sums_record(sums: Mapping[Variant, MetricSums]) -> RecordDict:
@@ -226,12 +356,45 @@ def error_record(error: str, domain: str = "") -> RecordDict:
 
 def read_error(content: RecordDict) -> str | None:
     """The client's error, if it reports one."""
-    return str(content.config_records[_ERROR].get("message")) if _ERROR in content.config_records else None
+    if _ERROR not in content.config_records:
+        return None
+    message = content.config_records[_ERROR].get("message")
+    return message if isinstance(message, str) and message else "an error that does not say what it is"
 
 
 def read_error_domain(content: RecordDict) -> str:
     """The domain that a client with an error says it is; empty where it does not know."""
     return str(content.config_records[_ERROR].get("domain", "")) if _ERROR in content.config_records else ""
+
+
+def content_sha256(content: RecordDict) -> str:
+    """A hash over everything that a message holds, its signature aside: names, types, shapes, bytes."""
+    digest = hashlib.sha256()
+    for key, record in sorted(content.items()):
+        if key == _SIGNATURE:
+            continue
+        digest.update(repr((key, type(record).__name__)).encode())
+        for name, value in sorted(record.items()):
+            if isinstance(value, Array):
+                data = hashlib.sha256(value.data).hexdigest()
+                digest.update(repr((name, value.dtype, tuple(value.shape), value.stype, data)).encode())
+            else:
+                digest.update(repr((name, type(value).__name__, value)).encode())
+    return digest.hexdigest()
+
+
+def add_signature(content: RecordDict, signature: Signature) -> None:
+    """Put a signature of the rest into a message."""
+    content[_SIGNATURE] = ConfigRecord({"key": signature.key, "data": signature.data})
+
+
+def read_signature(content: RecordDict) -> Signature | None:
+    """Inverse of :func:`add_signature`; None where there is none.
+
+    Raises:
+        ClientError: another form.
+    """
+    return _dataclass(Signature, content.config_records[_SIGNATURE]) if _SIGNATURE in content else None
 
 
 def size_bytes(content: RecordDict) -> int:
@@ -256,7 +419,10 @@ def contents(content: RecordDict) -> Iterator[dict[str, Any]]:
             yield _exposed(f"{key}.{name}", array.dtype, tuple(array.shape), len(array.data))
     for key, values in content.config_records.items():
         for name, value in values.items():
-            size = len(value) if isinstance(value, (bytes, str)) else len(json.dumps(value, default=str))
+            if isinstance(value, list) and all(isinstance(part, (bytes, str)) for part in value):
+                size = sum(len(part) for part in value if isinstance(part, (bytes, str)))
+            else:
+                size = len(value) if isinstance(value, (bytes, str)) else len(json.dumps(value, default=str))
             yield _exposed(f"{key}.{name}", type(value).__name__, (), size)
     for key, metrics in content.metric_records.items():
         for name, metric in metrics.items():
@@ -267,22 +433,30 @@ def _exposed(name: str, dtype: str, shape: tuple[int, ...], size_bytes: int) -> 
     return {"name": name, "dtype": dtype, "shape": "x".join(map(str, shape)), "size_bytes": size_bytes}
 
 
-def _adapter_records(adapter: Adapter, suffix: str) -> ModelRecords:
-    arrays = {}
-    for name, module in adapter.modules.items():
-        arrays[f"{name}.lora_A"] = Array(module.lora_A.contiguous().numpy())
-        arrays[f"{name}.lora_B"] = Array(module.lora_B.contiguous().numpy())
+def _adapter_records(adapter: Adapter, suffix: str, coding: Coding = FLOAT32) -> ModelRecords:
+    arrays = {name: Array(values) for name, values in pack(adapter, coding).items()}
     scalings: dict[str, ConfigRecordValues] = {name: module.scaling for name, module in adapter.modules.items()}
     return {f"{_ADAPTER}{suffix}": ArrayRecord(arrays), f"{_SCALINGS}{suffix}": ConfigRecord(scalings)}
 
 
-def _read_adapter(content: RecordDict, suffix: str) -> Adapter:
+def _read_adapter(content: RecordDict, suffix: str, coding: Coding = FLOAT32, like: Adapter | None = None) -> Adapter:
     arrays, scalings = (
         content.array_records.get(f"{_ADAPTER}{suffix}"),
         content.config_records.get(f"{_SCALINGS}{suffix}"),
     )
     if arrays is None or scalings is None:
         raise LayoutMismatchError(f"the message holds no adapter{suffix} (records: {sorted(content)})")
+    for name, scaling in scalings.items():
+        if not isinstance(scaling, (int, float)):
+            raise LayoutMismatchError(f"module {name}: its scaling is a {type(scaling).__name__}, expected a number")
+    if coding.transport != "float32" and like is not None:
+        types = PIECES[coding.transport]
+        found = {
+            name: array_values(array, name, np.dtype(types.get(_piece(name), "float32")), 2)
+            for name, array in arrays.items()
+        }
+        numbers = {name: float(scaling) for name, scaling in scalings.items()}  # type: ignore[arg-type]  # as checked
+        return unpack(found, like, numbers, coding)
     expected = {f"{name}.{part}" for name in scalings for part in ("lora_A", "lora_B")}
     if set(arrays) != expected:
         raise LayoutMismatchError(
@@ -290,31 +464,74 @@ def _read_adapter(content: RecordDict, suffix: str) -> Adapter:
         )
     modules = {}
     for name, scaling in scalings.items():
-        if not isinstance(scaling, (int, float)):
-            raise LayoutMismatchError(f"module {name}: its scaling is a {type(scaling).__name__}, expected a number")
         lora_A, lora_B = (_tensor(arrays[f"{name}.{part}"], f"{name}.{part}") for part in ("lora_A", "lora_B"))
-        modules[name] = LoraModule(lora_A, lora_B, float(scaling))
+        modules[name] = LoraModule(lora_A, lora_B, float(scaling))  # type: ignore[arg-type]  # as checked
     return Adapter(modules)
 
 
+def _read_models(content: RecordDict) -> dict[str, Adapter]:
+    labels = _config(content, _MODELS).get("labels")
+    if not isinstance(labels, list):
+        raise ClientError("the request names no models; use one fedmerge version everywhere")
+    return {str(label): _read_adapter(content, str(number)) for number, label in enumerate(labels)}
+
+
+def _coefficient_array(values: torch.Tensor) -> Array:
+    """(K, G) float32; (K,) travels as (K, 1), and whoever reads it knows which it is."""
+    return Array(values.detach().cpu().float().reshape(len(values), -1).contiguous().numpy())
+
+
+def _read_coefficients(content: RecordDict, name: str) -> torch.Tensor:
+    arrays = content.array_records.get(_COEFFICIENTS)
+    if arrays is None or name not in arrays:
+        raise LayoutMismatchError(f"the message holds no coefficients {name!r} (records: {sorted(content)})")
+    return _tensor(arrays[name], name)
+
+
 def _tensor(array: Array, name: str) -> torch.Tensor:
-    if array.dtype != "float32" or len(array.shape) != 2:
-        raise LayoutMismatchError(f"{name} is {array.dtype} of shape {tuple(array.shape)}, expected a float32 matrix")
+    return torch.from_numpy(array_values(array, name, np.dtype(np.float32), 2))
+
+
+def _piece(name: str) -> str:
+    """``encoder.query.lora_A.levels`` -> ``.levels``; empty for a factor as it is."""
+    last = name.rpartition(".")[2]
+    return "" if last in ("lora_A", "lora_B") else f".{last}"
+
+
+def array_values(array: Array, name: str, dtype: np.dtype[T_Scalar], num_axes: int) -> NDArray[T_Scalar]:
+    """The values of an array that arrived, in memory of their own.
+
+    Args:
+        array: as Flower holds it.
+        name: for the message.
+        dtype: expected.
+        num_axes: expected.
+
+    Raises:
+        LayoutMismatchError: another type or shape than announced or expected.
+    """
+    if array.dtype != str(dtype) or len(array.shape) != num_axes:
+        what = {1: "vector", 2: "matrix"}[num_axes]
+        raise LayoutMismatchError(f"{name} is {array.dtype} of shape {tuple(array.shape)}, expected a {dtype} {what}")
     if array.stype != "numpy.ndarray":
         raise LayoutMismatchError(f"{name} cannot be read: it is serialised as {array.stype!r}, expected numpy.ndarray")
     stream = io.BytesIO(array.data)
     try:  # the header first: nothing is allocated for more than what came
-        major, _ = np.lib.format.read_magic(stream)
-        read_header = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
-        shape, fortran_order, dtype = read_header(stream)
-    except (ValueError, TypeError, OSError, EOFError) as error:
+        shape, fortran_order, found = _NPY_HEADERS[np.lib.format.read_magic(stream)](stream)
+    except (LookupError, ValueError, TypeError, OSError, EOFError) as error:
         raise LayoutMismatchError(f"{name} cannot be read ({error})") from error
     values = array.data[stream.tell() :]
-    if shape != tuple(array.shape) or dtype != np.float32 or fortran_order or len(values) != 4 * shape[0] * shape[1]:
+    in_order = not fortran_order or num_axes == 1
+    if (
+        shape != tuple(array.shape)
+        or found != dtype
+        or not in_order
+        or len(values) != dtype.itemsize * math.prod(shape)
+    ):
         raise LayoutMismatchError(
-            f"{name} announces float32 {tuple(array.shape)} but holds {dtype} {shape} in {len(values)} bytes"
+            f"{name} announces {dtype} {tuple(array.shape)} but holds {found} {shape} in {len(values)} bytes"
         )
-    return torch.from_numpy(np.frombuffer(values, dtype=np.float32).reshape(shape).copy())
+    return np.frombuffer(values, dtype=dtype).reshape(shape).copy()
 
 
 def _config(content: RecordDict, key: str) -> ConfigRecord:

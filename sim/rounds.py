@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,11 @@ from fedmerge.config import LEARNED_METHODS, ExperimentConfig
 from fedmerge.domain.catalog import Catalog
 from fedmerge.encoder.backbone import Backbone
 from fedmerge.encoder.lora import Adapter, adapter_sha256, applied, fresh_adapter
-from fedmerge.federated.rounds import GlobalState, aggregate, fresh_seed, initial_state
+from fedmerge.federated.rounds import GlobalState, aggregate, aggregate_mean, fresh_seed, initial_state
 from fedmerge.federated.rules import MergeFunction, parsed_parameters, rule_named, rule_of, rule_parameters
+from fedmerge.federated.summed import num_summed
 from fedmerge.merging.methods import Value
+from fedmerge.privacy.statement import check_spent
 from fedmerge.seeding import generator
 from fedmerge.server.admission import adapter_bytes, check_adapter, check_frozen_A, layout_of
 from fedmerge.server.candidates import Candidate, merge_candidates
@@ -31,8 +33,7 @@ from fedmerge.server.round_checkpoints import (
 )
 from sim import records
 from sim.federation import Federation, Question, ask, listed, require_quorum
-
-REPORT_BYTES = 2**20
+from sim.secure_sum import REPORT_BYTES, secure_mean
 
 logger = logging.getLogger("fedmerge.server")
 
@@ -75,12 +76,12 @@ def run_rounds(
         report = state.report
         if report is not None:
             logger.info(
-                "%s, round %d of %d: rank %d, error %.3f, largest residual of a start %.3f%s",
+                "%s, round %d of %d: rank %d, error %s, largest residual of a start %.3f%s",
                 name,
                 state.num_rounds,
                 rounds.number,
                 report.rank,
-                report.error,
+                "unknown" if report.error is None else f"{report.error:.3f}",
                 max(report.start_residuals.values()),
                 f", took {', '.join(report.selected)}" if report.selected else "",
             )
@@ -114,7 +115,6 @@ def _round(
     name = str(rounds.rule)
     trained = "A and B" if name in LEARNED_METHODS else rule_named(name).trained
     drawn = _drawn(list(state.starts), rounds.fraction, config.seed, number)
-    replies = {domain: kept for domain, kept in kept_replies(run_dir, number).items() if domain in drawn}
     fresh = state.frozen or not state.num_rounds
     task = records.RoundRequest(
         number, rounds.number, trained, fresh_seed(config.seed, state.num_rounds) if fresh else records.NOT_FRESH
@@ -122,6 +122,10 @@ def _round(
 
     def request(domain: str) -> RecordDict:
         return records.round_request_record(task, None if fresh else state.starts[domain], state.base)
+
+    if config.privacy.policy == "aggregate-only":
+        return _round_of_sums(federation, config, run_dir, state, parameters, drawn, request)
+    replies = {domain: kept for domain, kept in kept_replies(run_dir, number).items() if domain in drawn}
 
     def limit_bytes(domain: str) -> int:
         return adapter_bytes(layout_of(state.starts[domain])) + REPORT_BYTES
@@ -131,6 +135,7 @@ def _round(
         check_adapter(domain, adapter, layout_of(state.starts[domain]))
         if trained == "B":
             check_frozen_A(domain, adapter, state.starts[domain])
+        check_spent(domain, config.dp, report.get("privacy"))
         keep_reply(run_dir, number, domain, adapter, report, backbone.name)
         replies[domain] = (adapter, report)
 
@@ -144,13 +149,53 @@ def _round(
     require_quorum(federation, config, list(replies) if rounds.fraction == 1 else federation.of("train"))
     adapters = {domain: adapter for domain, (adapter, _) in sorted(replies.items())}
     reports = {domain: report for domain, (_, report) in sorted(replies.items())}
-    users = {domain: float(federation.descriptions[domain].num_users) for domain in adapters}
-    weights = users if rounds.weights == "users" else None
+    weights = _weights(federation, config, list(adapters))
     rule = _learned(config, backbone, catalogs, state) if name in LEARNED_METHODS else name
     started = time.monotonic()
     state = aggregate(rule, state, adapters, weights, seed=config.seed, **parameters)
     keep_state(run_dir, state, reports, time.monotonic() - started)
     return state
+
+
+def _round_of_sums(
+    federation: Federation,
+    config: ExperimentConfig,
+    run_dir: Path,
+    state: GlobalState,
+    parameters: Mapping[str, Value],
+    drawn: list[str],
+    request: Callable[[str], RecordDict],
+) -> GlobalState:
+    """A round of which the server sees the weighted mean alone; one that was killed begins again, with fresh keys."""
+    rounds, number = config.rounds, state.num_rounds + 1
+    name = str(rounds.rule)
+    reports: dict[str, dict[str, Any]] = {}
+
+    def receive(domain: str, content: RecordDict) -> None:
+        reports[domain] = records.read_report(content)
+
+    nodes = {domain: federation.nodes[domain] for domain in drawn if domain in federation.of("train")}
+    logger.info("round %d of %d: %s", number, rounds.number, listed(sorted(nodes)))
+    limit = config.server.train_timeout_seconds
+    ask(federation, nodes, Question(records.TRAIN, limit, request, lambda _: REPORT_BYTES), receive)
+    require_quorum(federation, config, list(reports) if rounds.fraction == 1 else federation.of("train"))
+    started = time.monotonic()
+    summed = rule_named(name).summed or "updates"  # of a rule without, the configuration is refused
+    weights = _weights(federation, config, list(reports))
+    num_values = num_summed(summed, next(iter(state.starts.values())))
+    mean = secure_mean(federation, config, weights, num_values)
+    weights = {domain: weights[domain] for domain in mean.clients}
+    state = aggregate_mean(name, state, mean.values, weights, seed=config.seed, **parameters)
+    trained = {domain: reports[domain] for domain in mean.clients}
+    keep_state(run_dir, state, trained, time.monotonic() - started, mean.record)
+    return state
+
+
+def _weights(federation: Federation, config: ExperimentConfig, domains: list[str]) -> dict[str, float]:
+    """How much every client counts."""
+    if config.rounds.weights == "equal":
+        return dict.fromkeys(domains, 1.0)
+    return {domain: float(federation.descriptions[domain].num_users) for domain in domains}
 
 
 def _fresh_adapters(backbone: Backbone, config: ExperimentConfig, domains: list[str]) -> dict[str, Adapter]:

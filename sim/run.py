@@ -47,6 +47,7 @@ def run_experiment(config: ExperimentConfig, app_dir: Path, mark: str | None = N
     _check_domains(config)
     check_attack(config)
     _check_rounds(config)
+    _check_tracking(config)
     with tempfile.TemporaryDirectory(prefix="fedmerge-config-") as folder:
         resolved = Path(folder) / "experiment.toml"
         resolved.write_text(to_toml(config), encoding="utf-8")
@@ -112,6 +113,13 @@ def _check_rounds(config: ExperimentConfig) -> None:
         from sim.rounds import check_rounds  # noqa: PLC0415  # imports torch, for which other runs need not wait
 
         check_rounds(config)
+
+
+def _check_tracking(config: ExperimentConfig) -> None:
+    if config.tracking is not None:
+        from fedmerge.report.tracking import check_tracking  # noqa: PLC0415  # imports numpy and pyarrow
+
+        check_tracking(config.tracking)
 
 
 def _check_domains(config: ExperimentConfig) -> None:

@@ -20,10 +20,17 @@ from fedmerge.client.metrics import EXPERT
 from fedmerge.config import ExperimentConfig, Split, from_flat
 from fedmerge.device import resolve_compute
 from fedmerge.domain.catalog import Catalog, catalog_from_bytes, load_catalog
+from fedmerge.domain.manifest import check_catalog_is_public, read_manifest
 from fedmerge.encoder.backbone import Backbone, load_backbone
+from fedmerge.encoder.lora import fresh_adapter
 from fedmerge.errors import ClientError
+from fedmerge.privacy.accountant import opacus_accountants
+from fedmerge.privacy.signatures import registered_keys
+from fedmerge.privacy.statement import PRIVACY_FILE, check_spent, privacy_statement, statement_text
+from fedmerge.privacy.transport import coding_of
 from fedmerge.report.run_report import Evaluated, attack_note, metric_rows, product_rows, run_report
 from fedmerge.report.tables import Role
+from fedmerge.report.tracking import check_tracking, track_run
 from fedmerge.run_dir import (
     DONE,
     create_run,
@@ -37,19 +44,23 @@ from fedmerge.run_dir import (
     write_text,
 )
 from fedmerge.server import checkpoints
-from fedmerge.server.admission import adapter_bytes, check_adapter, expected_layout
+from fedmerge.server.admission import adapter_bytes, check_adapter, layout_of, layout_sha256
 from fedmerge.server.candidates import Candidate, choose, merge_candidates
 from fedmerge.server.fallback import choose_per_domain
 from fedmerge.server.gate import probes
-from fedmerge.server.learned import learned_labels
+from fedmerge.server.learned import labels_from_catalogs
 from fedmerge.server.rollback import FALLBACK, dropped_domains, roll_back
+from fedmerge.server.spent import spent_by_domain
 from sim import records
 from sim.evaluations import evaluate_models
 from sim.federation import POLL_SECONDS, Federation, Question, ask, listed, remembered_clients, require_quorum
 from sim.gate import pass_gate
 from sim.rounds import check_rounds, run_rounds
+from sim.secure_sum import secure_candidates
+from sim.through_clients import learn_through_clients
 
 CATALOG_BYTES_PER_ITEM = 4096  # at most, and a mebibyte for a small catalog
+MOST_CATALOG_BYTES = 2**30  # however many items a client says that it has
 REPORT_BYTES = 2**20
 
 app = ServerApp()
@@ -78,6 +89,23 @@ class Choice:
     rollback: Mapping[str, Any] | None
 
 
+@dataclass(frozen=True)
+class Made:
+    """The merges that validation chooses from.
+
+    Attributes:
+        members: domains that are in them.
+        sources: domain -> hash of its expert; empty after rounds, which leave none.
+        candidates: the merges.
+        failed: domain -> why the gate would not have its expert.
+    """
+
+    members: list[str]
+    sources: Mapping[str, str]
+    candidates: list[Candidate]
+    failed: Mapping[str, str]
+
+
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """One experiment; raises when it cannot be finished, so that Flower marks the run as failed."""
@@ -94,7 +122,11 @@ def main(grid: Grid, context: Context) -> None:
         _log_to(folder / "run.log")
         logger.info("run folder: %s%s", folder, ", resumed" if config.resume else "")
         try:
-            _experiment(config, Federation(grid, folder, config.server.messages_at_once), folder)
+            server = config.server
+            federation = Federation(grid, folder, server.messages_at_once, server.return_seconds)
+            if server.client_keys is not None:
+                federation.keys = registered_keys(Path(server.client_keys))
+            _experiment(config, federation, folder)
         except Exception:
             logger.exception("the run failed")
             raise
@@ -106,6 +138,9 @@ def _experiment(config: ExperimentConfig, federation: Federation, run_dir: Path)
     check_rounds(config)
     if config.attack.domain is not None:
         logger.warning("%s", attack_note(config.attack))
+    if config.dp.mode != "none":
+        opacus_accountants()  # before any work
+    check_tracking(config.tracking)
     _say_what_changed(run_dir)
     compute = resolve_compute(config.runtime.device, config.runtime.precision)
     backbone = load_backbone(config.backbone.source, config.backbone.pooling, compute, config.backbone.weights_sha256)
@@ -113,33 +148,25 @@ def _experiment(config: ExperimentConfig, federation: Federation, run_dir: Path)
         _remember(federation, run_dir)
         _gather(federation, config, backbone)
         catalogs = _catalogs(federation, config, run_dir)
-        sources: dict[str, str] = {}
-        failed: dict[str, str] = {}
-        if config.rounds.rule is None:
-            sources = _train(federation, config, backbone, catalogs, run_dir)
-        else:
-            members, after_rounds = run_rounds(federation, config, backbone, catalogs, run_dir)
+        made = _candidates(federation, config, backbone, catalogs, run_dir)
         if config.until == "train":
+            _say_what_was_spent(config, run_dir, evaluated=False)
             write_text(run_dir / DONE, f"the experts were there after {time.monotonic() - started:.0f} s\n")
             logger.info("the experts are there, run folder: %s", run_dir)
             return
-        if config.rounds.rule is None:
-            sources, failed = pass_gate(federation, config, backbone, catalogs, sources, run_dir)
-            members = list(sources)
-            candidates = _merge(config, backbone, sources, catalogs, run_dir)
-            if config.admission.rollback and failed.keys() < sources.keys() and failed:
-                candidates += _merge(config, backbone, sources, catalogs, run_dir, without=sorted(failed))
-        else:
-            candidates = [after_rounds]
-        validation, choice = _choose(federation, config, candidates, sources, failed, run_dir)
-        chosen = [candidate for candidate in candidates if candidate.label in choice.best.values()]
+        validation, choice = _choose(federation, config, made, run_dir)
+        chosen = [candidate for candidate in made.candidates if candidate.label in choice.best.values()]
+        if late := _greet(federation, config, backbone):
+            logger.info("came late and are tested as unseen: %s", listed(late))
         adapters = {candidate.label: candidate.adapter for candidate in chosen}
-        test = evaluate_models(federation, config, "test", sorted(federation.nodes), adapters, sources, run_dir)
-        require_quorum(federation, config, [domain for domain in test if domain in members])
+        test = evaluate_models(federation, config, "test", sorted(federation.nodes), adapters, made.sources, run_dir)
+        require_quorum(federation, config, [domain for domain in test if domain in made.members])
     finally:
         federation.write_clients()
         federation.write_ledger()
-    roles: dict[str, Role] = {domain: "train" if domain in members else "unseen" for domain in [*validation, *test]}
+    roles: dict[str, Role] = {
+        domain: "train" if domain in made.members else "unseen" for domain in [*validation, *test]
+    }
     splits: dict[Split, dict[str, checkpoints.Sums]] = {"valid": validation, "test": test}
     write_table(run_dir / "metrics.parquet", metric_rows(splits, roles))
     write_table(run_dir / "products.parquet", product_rows(splits))
@@ -151,16 +178,19 @@ def _experiment(config: ExperimentConfig, federation: Federation, run_dir: Path)
             served=choice.served,
             per_domain=choice.per_domain,
             excluded={name: exclusion.reason for name, exclusion in federation.excluded.items()},
-            merged_domains=list(members),
+            merged_domains=made.members,
             synthetic=any(federation.descriptions[domain].synthetic for domain in test),
             attack=attack_note(config.attack),
-            flagged={domain: reason for domain, reason in failed.items() if domain in members},
+            flagged={domain: reason for domain, reason in made.failed.items() if domain in made.members},
             dropped=choice.dropped,
             rollback=choice.rollback,
         ),
         fallback=config.evaluation.fallback or (choice.rollback is not None and choice.rollback["to"] == FALLBACK),
     )
+    report += _say_what_was_spent(config, run_dir, evaluated=True)
     write_text(run_dir / "report.txt", report)
+    if config.tracking is not None:
+        track_run(run_dir, config.tracking)
     write_text(run_dir / DONE, f"finished after {time.monotonic() - started:.0f} s\n")
     federation.forget_ledger_lines()
     logger.info("results\n\n%s", report)
@@ -168,28 +198,75 @@ def _experiment(config: ExperimentConfig, federation: Federation, run_dir: Path)
     logger.info("done in %.0f s, run folder: %s", time.monotonic() - started, run_dir)
 
 
+def _candidates(
+    federation: Federation,
+    config: ExperimentConfig,
+    backbone: Backbone,
+    catalogs: Mapping[str, Catalog],
+    run_dir: Path,
+) -> Made:
+    """Train and merge: over rounds, in secure sums, or once from the experts; no merges where the run ends before."""
+    if config.rounds.rule is not None:
+        members, after_rounds = run_rounds(federation, config, backbone, catalogs, run_dir)
+        return Made(list(members), {}, [after_rounds], {})
+    if config.privacy.policy == "aggregate-only":
+        sources, sums = secure_candidates(federation, config, backbone, run_dir)
+        return Made(list(sources), sources, sums, {})
+    sources = _train(federation, config, backbone, catalogs, run_dir)
+    if config.until == "train":
+        return Made(list(sources), sources, [], {})
+    sources, failed = pass_gate(federation, config, backbone, catalogs, sources, run_dir)
+    candidates = _merge(federation, config, backbone, sources, catalogs, run_dir)
+    if config.admission.rollback and failed and failed.keys() < sources.keys():
+        candidates += _merge(federation, config, backbone, sources, catalogs, run_dir, without=sorted(failed))
+    return Made(list(sources), sources, candidates, failed)
+
+
+def _say_what_was_spent(config: ExperimentConfig, run_dir: Path, evaluated: bool) -> str:
+    """Write down what differential privacy the run gives, if any; what the report says of it."""
+    if config.dp.mode == "none":
+        return ""
+    statement = privacy_statement(config.dp, spent_by_domain(run_dir), evaluated)
+    write_json(run_dir / PRIVACY_FILE, statement)
+    return "\n" + statement_text(statement)
+
+
 def _remember(federation: Federation, run_dir: Path) -> None:
     """Who was excluded in a phase that has ended stays so; who failed in one that goes on is asked again."""
     federation.descriptions, excluded = remembered_clients(run_dir)
     ended = {"catalogs", "train"} if checkpoints.ended_training(run_dir) else set()
     ended |= {"admission"} if read_json(run_dir / checkpoints.ADMISSION) else set()
+    ended |= {"merge"} if (run_dir / checkpoints.SUMS["valid"]).is_dir() else set()
     ended |= {"validation"} if read_json(run_dir / "choice.json") else set()
     federation.excluded = {name: exclusion for name, exclusion in excluded.items() if exclusion.phase in ended}
 
 
 def _gather(federation: Federation, config: ExperimentConfig, backbone: Backbone) -> None:
     """Wait for the nodes, ask each what it is as it comes, refuse those that do not fit."""
-    federation.phase = "gather"
-    expected = num_domains = len(config.domains.train) + len(config.domains.unseen)
-    logger.info("waiting for %d nodes, one a domain, at most %g s", expected, config.server.wait_seconds)
+    num_domains = len(config.domains.train) + len(config.domains.unseen)
+    logger.info("waiting for %d nodes, one a domain, at most %g s", num_domains, config.server.wait_seconds)
     deadline = time.monotonic() + config.server.wait_seconds
-    asked: set[int] = set()
+    while True:
+        _greet(federation, config, backbone)
+        expected = min(num_domains, federation.num_nodes or num_domains)
+        if len(federation.greeted) >= expected or time.monotonic() > deadline:
+            break
+        time.sleep(POLL_SECONDS)
+    federation.write_clients()
+    logger.info("%d nodes are connected, %d domains are expected", len(federation.greeted), num_domains)
+    require_quorum(federation, config, federation.of("train"))
+    _say_who_took_part(federation, config)
+
+
+def _greet(federation: Federation, config: ExperimentConfig, backbone: Backbone) -> list[str]:
+    """Ask the nodes that are new what they are; the domains that take part now, too."""
+    federation.phase = "gather"
+    welcomed: list[str] = []
 
     def receive(name: str, content: RecordDict) -> str | None:
-        nonlocal expected
         description = records.read_description(content)
-        if description.num_nodes:  # a simulation: there are so many and no more
-            expected = min(expected, description.num_nodes)
+        if description.num_nodes and federation.simulated:  # there are so many and no more
+            federation.num_nodes = description.num_nodes
         if description.role == "idle":
             return None
         if problem := _misfit(description, backbone, config, federation):
@@ -200,7 +277,8 @@ def _gather(federation: Federation, config: ExperimentConfig, backbone: Backbone
             return description.domain  # in a phase that has ended
         federation.nodes[description.domain] = int(name.removeprefix("node "))
         federation.descriptions[description.domain] = description
-        log = logger.info if expected <= 20 else logger.debug
+        welcomed.append(description.domain)
+        log = logger.info if len(config.domains.train) + len(config.domains.unseen) <= 20 else logger.debug
         log(
             "%s (%s%s): %d users, %d items, %d interactions",
             description.domain,
@@ -212,18 +290,11 @@ def _gather(federation: Federation, config: ExperimentConfig, backbone: Backbone
         )
         return description.domain
 
+    new = sorted(set(federation.grid.get_node_ids()) - federation.greeted)
     question = Question(records.DESCRIBE, config.server.describe_timeout_seconds)
-    while True:
-        new = sorted(set(federation.grid.get_node_ids()) - asked)
-        ask(federation, {f"node {node}": node for node in new}, question, receive)
-        asked |= set(new)
-        if len(asked) >= expected or time.monotonic() > deadline:
-            break
-        time.sleep(POLL_SECONDS)
-    federation.write_clients()
-    logger.info("%d nodes are connected, %d domains are expected", len(asked), num_domains)
-    require_quorum(federation, config, federation.of("train"))
-    _say_who_took_part(federation, config)
+    ask(federation, {f"node {node}": node for node in new}, question, receive)
+    federation.greeted |= set(new)
+    return sorted(welcomed)
 
 
 def _misfit(
@@ -246,6 +317,11 @@ def _misfit(
             "'auto' is what each machine multiplies best, so set runtime.precision to float32 or bfloat16 for both",
         ),
         "fedmerge version": (description.fedmerge_version, __version__, "install the same version everywhere"),
+        "LoRA layout": (
+            description.layout_sha256,
+            layout_sha256(backbone, config.lora.of(description.domain)),
+            "use the same versions of fedmerge, peft and transformers everywhere",
+        ),
         "policy": (description.policy, config.privacy.policy, "agree on privacy.policy"),
     }
     if before := federation.descriptions.get(description.domain):  # the run is resumed
@@ -263,7 +339,7 @@ def _catalogs(federation: Federation, config: ExperimentConfig, run_dir: Path) -
 
     None is needed without a learned merge and without a probe, or when all that needs them is on disk.
     """
-    labels = learned_labels(config)
+    labels = labels_from_catalogs(config)
     if not labels and not probes(config):
         return {}
     sources = checkpoints.ended_training(run_dir)
@@ -278,6 +354,7 @@ def _catalogs(federation: Federation, config: ExperimentConfig, run_dir: Path) -
     catalogs: dict[str, Catalog] = {}
     if config.server.catalogs is not None:
         for domain in domains:
+            check_catalog_is_public(domain, read_manifest(Path(config.server.catalogs) / domain).public_catalog)
             catalogs[domain] = load_catalog(Path(config.server.catalogs) / domain)
     else:
         nodes = {domain: federation.nodes[domain] for domain in domains}
@@ -286,7 +363,7 @@ def _catalogs(federation: Federation, config: ExperimentConfig, run_dir: Path) -
             catalogs[domain] = catalog_from_bytes(records.read_catalog(content), domain)
 
         def limit_bytes(domain: str) -> int:
-            return 2**20 + CATALOG_BYTES_PER_ITEM * federation.descriptions[domain].num_items
+            return min(2**20 + CATALOG_BYTES_PER_ITEM * federation.descriptions[domain].num_items, MOST_CATALOG_BYTES)
 
         timeout_seconds = config.server.describe_timeout_seconds
         ask(federation, nodes, Question(records.CATALOG, timeout_seconds, limit_bytes=limit_bytes), receive)
@@ -315,11 +392,12 @@ def _train(
     """
     federation.phase = "train"
     of_rank = {lora.rank: lora for lora in map(config.lora.of, config.domains.train)}
-    by_rank = {rank: expected_layout(backbone, lora) for rank, lora in of_rank.items()}
+    likes = {rank: fresh_adapter(backbone, lora, seed=0) for rank, lora in of_rank.items()}
+    by_rank = {rank: layout_of(like) for rank, like in likes.items()}
     layouts = {domain: by_rank[config.lora.of(domain).rank] for domain in config.domains.train}
     ended = checkpoints.ended_training(run_dir)
     may_join = {*config.domains.train} - {*federation.excluded}
-    if learned_labels(config) or probes(config):
+    if labels_from_catalogs(config) or probes(config):
         may_join &= {*catalogs}  # without its catalog a domain cannot be merged
     wanted = sorted(may_join if ended is None else ended)
     sources = {domain: sha256 for domain in wanted if (sha256 := checkpoints.kept_expert(run_dir, domain))}
@@ -327,8 +405,12 @@ def _train(
         logger.info("training: on disk already: %s", listed(sorted(sources)))
 
     def admit(domain: str, content: RecordDict) -> None:
-        adapter, report = records.read_expert(content)
+        coding = coding_of(config, domain, backbone)
+        adapter, report = records.read_expert(content, coding, likes[config.lora.of(domain).rank])
         check_adapter(domain, adapter, layouts[domain])
+        check_spent(domain, config.dp, report.get("privacy"))
+        if sent := report.get("transport"):
+            logger.info("%s: expert came as %s, relative residual %s", domain, sent.get("kind"), sent.get("residual"))
         seconds = float(report.get("seconds", 0))
         log = logger.info if len(nodes) <= 20 else logger.debug
         log(
@@ -368,6 +450,7 @@ def _train(
 
 
 def _merge(
+    federation: Federation,
     config: ExperimentConfig,
     backbone: Backbone,
     sources: Mapping[str, str],
@@ -386,10 +469,12 @@ def _merge(
     def keep(candidate: Candidate) -> None:
         checkpoints.keep_merge(run_dir, renamed(candidate), backbone.name)
 
+    experts = checkpoints.KeptExperts(run_dir, sources)
+    private = config.privacy.policy == "catalog-private"
     kept = checkpoints.kept_merges(run_dir, sources)
     made = merge_candidates(
         backbone,
-        checkpoints.KeptExperts(run_dir, sources),
+        experts,
         {domain: catalogs[domain] for domain in sources if domain in catalogs},
         config,
         logger.info,
@@ -398,6 +483,7 @@ def _merge(
             for label, candidate in kept.items()
         },
         keep=keep,
+        through_clients=learn_through_clients(federation, config, experts, run_dir) if private else None,
     )
     return [renamed(candidate) for candidate in made]
 
@@ -405,16 +491,14 @@ def _merge(
 def _choose(
     federation: Federation,
     config: ExperimentConfig,
-    candidates: list[Candidate],
-    sources: Mapping[str, str],
-    failed: Mapping[str, str],
+    merges: Made,
     run_dir: Path,
 ) -> tuple[dict[str, checkpoints.Sums], Choice]:
     """Evaluate on validation, then choose, once: a choice on disk is final. Unseen domains have no say."""
     made = read_json(run_dir / "choice.json")
     deciding = made["domains"] if made else federation.of("train")
-    adapters = {candidate.label: candidate.adapter for candidate in candidates}
-    validation = evaluate_models(federation, config, "valid", deciding, adapters, sources, run_dir)
+    adapters = {candidate.label: candidate.adapter for candidate in merges.candidates}
+    validation = evaluate_models(federation, config, "valid", deciding, adapters, merges.sources, run_dir)
     if made:
         logger.info("validation chose before: serving %s", made["served"])
         validation = {domain: sums for domain, sums in validation.items() if domain in made["domains"]}
@@ -423,14 +507,14 @@ def _choose(
     require_quorum(federation, config, list(validation))
     sums = {domain: of_domain["unmasked"] for domain, of_domain in validation.items()}
     metric = config.evaluation.selection_metric
-    without = [candidate for candidate in candidates if {*sources} - {*candidate.provenance["domains"]}]
+    without = [candidate for candidate in merges.candidates if {*merges.sources} - {*candidate.provenance["domains"]}]
     best, served, scores = choose(
-        [candidate for candidate in candidates if candidate not in without], sums, list(validation), metric
+        [candidate for candidate in merges.candidates if candidate not in without], sums, list(validation), metric
     )
     dropped = {} if config.admission.action is None else dropped_domains(sums, served, metric)
     rollback = None
     if config.admission.rollback:
-        rollback = roll_back(sums, served, [candidate.label for candidate in without], list(failed), metric)
+        rollback = roll_back(sums, served, [candidate.label for candidate in without], list(merges.failed), metric)
     per_domain = choose_per_domain(sums, served, metric, config.evaluation.fallback)
     if rollback is not None and rollback["to"] != FALLBACK:
         served = rollback["to"]
@@ -464,7 +548,9 @@ def _say_who_took_part(federation: Federation, config: ExperimentConfig) -> None
         "taking part: %s",
         listed([*federation.of("train"), *(f"{domain} (unseen)" for domain in federation.of("unseen"))]),
     )
-    if absent:
+    if absent and not any(description.num_nodes for description in federation.descriptions.values()):
+        logger.info("not taking part: %s", listed(absent))
+    elif absent:
         logger.info(
             "not taking part: %s. For all %d domains: fedmerge run CONFIG, or "
             "flwr run . --federation-config 'num-supernodes=%d client-resources-num-cpus=%d'",

@@ -7,10 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import in_process
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
+from flwr.server.superlink.fleet.vce.vce_api import _register_nodes
+from flwr.superlink.grid import InMemoryGrid
 from in_process import Answer, answer_honestly, run_in_process, small_experiment
 
 import sim.federation
@@ -171,6 +174,24 @@ CASES: dict[str, tuple[str, Change, str, str]] = {
         "gather",
         "its fedmerge version is 0.0.0, the server's .*; install the same version everywhere",
     ),
+    "another precision": (
+        "query.describe",
+        of_description(precision="bfloat16"),
+        "gather",
+        "its precision is bfloat16, the server's float32; .*set runtime.precision",
+    ),
+    "another layout": (
+        "query.describe",
+        of_description(layout_sha256="0" * 64),
+        "gather",
+        "its LoRA layout is 0{64}, the server's [0-9a-f]{64}; use the same versions of fedmerge, peft and transformers",
+    ),
+    "another policy": (
+        "query.describe",
+        of_description(policy="adapter"),
+        "gather",
+        r"its policy is adapter, the server's adapter\+catalog; agree on privacy.policy",
+    ),
     "sums of other models": (
         "evaluate",
         of_sums(lambda told: told.update(methods=["expert", "mine"])),
@@ -317,6 +338,88 @@ def test_the_death_of_a_simulated_clients_process_ends_the_run_with_the_way_to_g
     config = experiment(place, tmp_path)
     run_in_process(config.model_copy(update={"resume": True}))
     assert (tmp_path / "run" / "DONE").exists()
+
+
+def lost(times: int, code: int) -> Answer:
+    """One client is lost so many times while it trains."""
+    left = [times]
+
+    def lose(question: Message, honest: Message) -> Message:
+        left[0] -= 1
+        return honest if left[0] < 0 else Message(Error(code=code, reason="lost"), reply_to=question)
+
+    return bad_client("train", lose)
+
+
+@pytest.mark.parametrize("code", [5, 8], ids=["machine", "process"])
+def test_a_client_that_was_lost_and_comes_back_is_asked_again(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    monkeypatch.setattr(sim.federation, "LOOK_SECONDS", 0.05)
+    run_in_process(experiment(place, tmp_path), lost(sim.federation.MOST_LOSSES, code))
+    assert not json.loads((tmp_path / "run" / "clients.json").read_text())["excluded"]
+    told = (tmp_path / "run" / "run.log").read_text()
+    assert told.count("train: coffee was lost: ") == 3
+    assert told.count("train: coffee is back and is asked again") == 3
+    run_in_process(experiment(place, tmp_path / "whole"))
+    for name in ("metrics.parquet", "choice.json", "report.txt"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / "run" / name).read_bytes()
+
+
+def test_a_client_that_is_lost_again_and_again_or_not_waited_for_is_left_out(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sim.federation, "LOOK_SECONDS", 0.05)
+    run_in_process(experiment(place, tmp_path / "a"), lost(99, 8))
+    run_in_process(experiment(place, tmp_path / "b", **{"server.return_seconds": 0}), lost(1, 8))
+    for name in "ab":
+        excluded = json.loads((tmp_path / name / "run" / "clients.json").read_text())["excluded"]
+        assert excluded == {BAD: "train failed: lost (Flower error 8)"}
+
+
+def test_a_lost_client_that_stays_away_is_left_out_in_time(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sim.federation, "LOOK_SECONDS", 0.05)
+    gone: list[int] = []
+    seen = InMemoryGrid.get_node_ids
+    monkeypatch.setattr(InMemoryGrid, "get_node_ids", lambda grid: [node for node in seen(grid) if node not in gone])
+
+    def leave(question: Message, honest: Message) -> Message:
+        gone.append(question.metadata.dst_node_id)
+        return Message(Error(code=5, reason="lost"), reply_to=question)
+
+    run_in_process(experiment(place, tmp_path, **{"server.return_seconds": 0.3}), bad_client("train", leave))
+    excluded = json.loads((tmp_path / "run" / "clients.json").read_text())["excluded"]
+    assert re.fullmatch(r"train: it was lost and did not come back; start its client again, .*--resume", excluded[BAD])
+    assert (tmp_path / "run" / "DONE").exists()
+
+
+def test_who_comes_late_is_tested_as_unseen(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = InMemoryGrid.get_node_ids
+    away: list[int] = []
+    monkeypatch.setattr(InMemoryGrid, "get_node_ids", lambda grid: [node for node in seen(grid) if node not in away])
+
+    def answer(message: Message, context: Context) -> Message | None:
+        honest = answer_honestly(message, context)
+        if message.metadata.message_type == "evaluate":
+            away.clear()
+        context.node_config["num-partitions"] = 0  # as on machines of their own, nobody knows how many there are
+        return honest
+
+    def register(number: int, factory: Any) -> dict[int, int]:
+        nodes: dict[int, int] = _register_nodes(number, factory)
+        away.extend(node for node, turn in nodes.items() if DOMAINS[turn] == BAD)
+        return nodes
+
+    monkeypatch.setattr(in_process, "_register_nodes", register)
+    run_in_process(experiment(place, tmp_path, **{"server.wait_seconds": 0.5}), answer)
+    told = (tmp_path / "run" / "run.log").read_text()
+    assert "came late and are tested as unseen: coffee" in told
+    rows = pq.read_table(tmp_path / "run" / "metrics.parquet").to_pylist()
+    roles = {(row["split"], row["role"]) for row in rows if row["domain"] == BAD}
+    assert roles == {("test", "unseen")}
+    assert not json.loads((tmp_path / "run" / "clients.json").read_text())["excluded"]
 
 
 def test_fewer_nodes_than_domains_are_not_waited_for(place: Path, tmp_path: Path) -> None:

@@ -428,7 +428,7 @@ REPLIES: dict[str, tuple[Read, RecordDict, Parts]] = {
     ),
     "a request without models": (
         records.read_evaluation_request,
-        facts(split="test"),
+        facts(split="test", backbone=True, baselines=True, expert_sha256=""),
         ["its message has no record 'models' (records: ['facts'])"],
     ),
 }

@@ -176,7 +176,7 @@ def client_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     library.handlers[:], library.propagate = handlers, propagate
     library.setLevel(level)
-    client_app._log_to_stderr.cache_clear()
+    client_app.log_to_stderr.cache_clear()
 
 
 @pytest.mark.usefixtures("client_process")

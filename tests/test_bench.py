@@ -1,5 +1,6 @@
 """A benchmark: its file, its cells, going on after a kill, and what its tables say."""
 
+import itertools
 import shutil
 import signal
 import subprocess
@@ -11,18 +12,24 @@ import numpy as np
 import pytest
 from in_process import run_in_process, small_experiment
 
-from fedmerge.bench.cells import Cell, domain_of, sums_of_ranks, work
+from fedmerge.bench.cells import Cell, Ended, domain_of, joint_folder, sums_of_ranks, work
 from fedmerge.bench.config import load_bench
 from fedmerge.bench.grid import Grid, Place, made_merges, merged_domains, open_folder, run_grid
 from fedmerge.bench.tables import bench_tables
 from fedmerge.client.evaluate import evaluate
-from fedmerge.config import ExperimentConfig, to_toml
+from fedmerge.config import DEMO_ROOT, ExperimentConfig, from_flat, load_config, to_flat, to_toml
+from fedmerge.domain.demo import DEMO_DOMAINS
 from fedmerge.encoder.lora import read_adapter
-from fedmerge.errors import ClientError, ConfigError, FedMergeError, PolicyError, RunDirError
+from fedmerge.errors import ClientError, ConfigError, PolicyError, RunDirError
+from fedmerge.federated.rules import RULES
+from fedmerge.merging.methods import METHODS
 from fedmerge.report.bench_tables import EVERY_FOLD, BenchTables, read_bench_tables, write_bench_tables
+from fedmerge.report.html_report import bench_page
 from fedmerge.run_dir import read_json, write_json
-from fedmerge.server.checkpoints import merge_folder
+from fedmerge.server.checkpoints import ended_training, merge_folder
+from sim.rounds import check_rounds
 
+REPOSITORY = Path(__file__).resolve().parent.parent
 TRAIN = ("beauty", "books", "coffee")
 STRATEGIES = ("average", "task-arithmetic", "mergerec")
 VARIANTS = ("task-arithmetic 0.2", "task-arithmetic 0.6")
@@ -64,14 +71,8 @@ def train(config: ExperimentConfig) -> None:
     run_in_process(config.model_copy(update={"resume": (Path(config.output_dir) / str(config.run_id)).exists()}))
 
 
-def here(cells: Sequence[Cell]) -> Iterator[tuple[Cell, str]]:
-    for cell in cells:
-        try:
-            work(cell)
-        except FedMergeError as error:
-            yield cell, str(error)
-        else:
-            yield cell, ""
+def here(cells: Sequence[Cell]) -> Iterator[Ended]:
+    return map(work, cells)
 
 
 def grid_in(place: Path, name: str, file: str = "bench.toml") -> Grid:
@@ -89,6 +90,7 @@ def tables_of(grid: Grid) -> BenchTables:
 def done(place: Path) -> tuple[Grid, BenchTables, list[str]]:
     lines: list[str] = []
     grid = grid_in(place, "done")
+    run_in_process(load_config(place / "experiment.toml", ["seed=0", "until=train", "run_id=before"]))
     assert run_grid(grid, train, here, lines.append) == []
     return grid, tables_of(grid), lines
 
@@ -117,6 +119,59 @@ def test_the_grid_is_complete_and_experts_are_trained_once_a_seed(done: tuple[Gr
     assert set(tables.references) == rows - {*STRATEGIES}
     ranked = [line for line in lines if line.startswith("test ")]
     assert len(ranked) == len(set(ranked))
+
+
+def test_experts_that_a_run_left_in_the_cache_are_not_trained_again(
+    place: Path, done: tuple[Grid, BenchTables, list[str]]
+) -> None:
+    grid, _, _ = done
+    for seed, expected in ((0, True), (1, False)):  # there was a run with seed 0 before
+        run = grid.run(Place("main", seed, ""), None)
+        reports = {name: read_json(run / "adapters" / name / "training.json") for name in TRAIN}
+        assert {report["cached"] for report in reports.values()} == {expected}
+    before = {name: read_json(place / "runs" / "before" / "adapters" / name / "training.json") for name in TRAIN}
+    kept = ended_training(grid.run(Place("main", 0, ""), None))
+    assert kept == {name: report["sha256"] for name, report in before.items()}
+
+
+def test_settings_of_the_experiment_are_changed_on_the_command_line(place: Path) -> None:
+    bench = load_bench(place / "bench.toml", ["cache_dir=/elsewhere", "train.max_steps=3"])
+    experiment = bench.experiment("main", "mergerec", 1)
+    assert (experiment.cache_dir, experiment.train.max_steps, experiment.seed) == ("/elsewhere", 3, 1)
+    with pytest.raises(ConfigError, match=r"did you mean train.max_steps\?"):
+        load_bench(place / "bench.toml", ["train.max_step=3"])
+
+
+@pytest.mark.parametrize("file", sorted((REPOSITORY / "configs" / "bench").glob("*.toml")), ids=lambda file: file.stem)
+def test_every_benchmark_of_the_repository_is_valid(file: Path) -> None:
+    bench = load_bench(file)
+    for dataset, strategy in itertools.product(bench.config.dataset, bench.config.strategy):
+        config = bench.experiment(dataset.name, strategy.name, 0)
+        check_rounds(config)
+        if config.rounds.rule in ("krum", "multi-krum"):
+            assert len(config.domains.train) >= 5
+        if config.domains.root == DEMO_ROOT:
+            assert {*config.domains.train, *config.domains.unseen} <= {*DEMO_DOMAINS}
+    text = file.read_text()
+    assert f"fedmerge bench configs/bench/{file.name} --out bench/{file.stem}" in text
+
+
+def test_the_benchmark_of_aggregation_has_every_merge_and_rule() -> None:
+    bench = load_bench(REPOSITORY / "configs" / "bench" / "aggregation.toml")
+    configs = [bench.experiment("demo", strategy.name, 0) for strategy in bench.config.strategy]
+    merges = [name for config in configs if config.rounds.rule is None for name in config.merge.methods]
+    assert merges == [name for name, method in METHODS.items() if not method.learned]
+    assert [config.rounds.rule for config in configs if config.rounds.rule] == [*RULES]
+
+
+def test_ranks_of_a_domain_that_is_left_out_are_left_out(place: Path) -> None:
+    text = FILE + '\n[[strategy]]\nname = "flora"\n[strategy.set]\n"rounds.rule" = "flora"\n'
+    (place / "ranks.toml").write_text(text + '"lora.ranks" = "books=3,coffee=4"\n')
+    grid = Grid(load_bench(place / "ranks.toml"), place / "ranks")
+    training = grid.training(Place("main", 0, "books"), "flora")
+    assert training.domains.train == ("beauty", "coffee")
+    assert from_flat(to_flat(training)).lora.ranks == ("coffee=4",)  # as Flower hands it over
+    assert grid.training(Place("main", 0, "books"), None).domains.train == TRAIN
 
 
 def test_scores_are_those_of_the_library_and_validation_chooses(done: tuple[Grid, BenchTables, list[str]]) -> None:
@@ -175,16 +230,16 @@ def test_killed_anywhere_ten_times_it_ends_as_if_it_had_not_been(
     class Killed(BaseException):
         pass
 
-    def dying(cells: Sequence[Cell]) -> Iterator[tuple[Cell, str]]:
+    def dying(cells: Sequence[Cell]) -> Iterator[Ended]:
         for cell in cells:
             if random.random() < 0.12 and kills < 10:
                 if random.random() < 0.5 and not cell.result.is_file():  # in the middle of a cell
                     cell.result.parent.mkdir(parents=True, exist_ok=True)
                     (cell.result.parent / f".{cell.result.name}.partial").write_bytes(b"half")
                 raise Killed
-            work(cell)
+            ended = work(cell)
             did.append(cell.result)
-            yield cell, ""
+            yield ended
 
     kills = 0
     while True:
@@ -228,6 +283,45 @@ def test_federations_of_rounds_are_strategies_like_others(
     assert [row["step"] for row in tables.curves if (row["strategy"], row["domain"]) == ("flora", "books")] == [1, 2]
 
 
+def test_joint_training_is_a_row_for_reference_that_says_what_it_is(
+    place: Path, done: tuple[Grid, BenchTables, list[str]]
+) -> None:
+    text = FILE[: FILE.index("[[strategy]]", FILE.index("average"))].replace("[0, 1]", "[1]")
+    text = text.replace("leave_one_out", 'joint = ["shuffled", "balanced"]\nleave_one_out')
+    text += '\n[[strategy]]\nname = "average"\nset = { "merge.methods" = "average" }\n'
+    (place / "joint.toml").write_text(text)
+    grid = grid_in(place, "joint", "joint.toml")
+    for kept in ("training", "clients"):
+        shutil.copytree(done[0].folder / kept, grid.folder / kept)
+    lines: list[str] = []
+    assert run_grid(grid, train, here, lines.append) == []
+    assert sum(line.startswith("joint training ") for line in lines) == 2 * 4  # drawings, folds
+    tables = tables_of(grid)
+    rows = {"joint-shuffled (pooled)", "joint-balanced (pooled)"}
+    for left_out, domain in (("", "books"), ("", "camping"), ("books", "books")):
+        assert rows < set(scores(tables, left_out=left_out, domain=domain))
+    assert rows < {*tables.references}
+    assert not rows & {row["strategy"] for row in tables.ranks}
+    assert rows < {row["strategy"] for row in tables.comparisons}
+    assert {cell["strategy"] for cell in tables.cells if cell["status"] == "done"} == {*rows, "average"}
+    costs = {row["strategy"]: row for row in tables.costs if not row["left_out"]}
+    assert costs["joint-balanced (pooled)"]["bytes_up"] is None
+    assert costs["joint-balanced (pooled)"]["server_seconds"] > 0
+    points = [row for row in tables.curves if row["strategy"] in rows and row["name"] == "ndcg@10"]
+    assert [row["step"] for row in points if not row["left_out"]] == [0, 3, 6, 9, 12] * 2
+    assert [row["step"] for row in points if row["left_out"] == "books"] == [0, 2, 4, 6, 8] * 2  # two domains are left
+
+    place_of_all = Place("main", 1, "")
+    config = grid.experiment(place_of_all, None)
+    adapter = read_adapter(joint_folder(grid.joint(place_of_all, "balanced")))
+    expected = evaluate(domain_of(config, "coffee"), {"it": adapter}, "test", None, 0)["unmasked"]
+    found = scores(tables, left_out="", domain="coffee")["joint-balanced (pooled)"]
+    assert found == pytest.approx(expected.mean("it", "recall@10"), abs=1e-12)
+    page = bench_page(tables).split("<section")
+    assert "break isolation" in next(part for part in page if 'id="d0-scores"' in part)
+    assert sum('class="tag">breaks isolation' in part for part in page) >= 4  # scores, differences, by domain, costs
+
+
 def test_a_cell_that_fails_is_named_and_the_others_go_on(
     place: Path, done: tuple[Grid, BenchTables, list[str]]
 ) -> None:
@@ -237,7 +331,7 @@ def test_a_cell_that_fails_is_named_and_the_others_go_on(
     grid = grid_in(place, "failing", "failing.toml")
     shutil.copytree(done[0].folder / "training", grid.folder / "training")
     (failed,) = run_grid(grid, train, here, lambda line: None)
-    assert failed.startswith("merging: mergerec (main, seed 0): mergerec, step")
+    assert failed.startswith("merging: mergerec (main, seed 0): MergeError: mergerec, step")
     tables = tables_of(grid)
     assert {cell["strategy"]: cell["status"] for cell in tables.cells}["mergerec"] == "failed"
     assert set(scores(tables, domain="books")) == {
@@ -315,6 +409,8 @@ def test_a_folder_belongs_to_one_benchmark(place: Path, done: tuple[Grid, BenchT
             r"strategy average: found another \[evaluation\] than its dataset's; .* same domains and users",
         ),
         ('name = "average"', 'name = "popularity"', r"baseline: found|strategy: popularity is there twice"),
+        ("leave_one_out", 'joint = ["both"]\nleave_one_out', r"joint.0: Input should be 'shuffled' or 'balanced'"),
+        ("leave_one_out", 'joint = ["balanced", "balanced"]\nleave_one_out', r"joint: balanced is there twice"),
         ("experiment.toml", "absent.toml", r"absent.toml: cannot be read"),
         ("title =", "title", r"not valid TOML"),
     ],
@@ -331,6 +427,20 @@ def test_two_domains_are_too_few_to_leave_one_out(place: Path) -> None:
         FILE + '\n[[dataset]]\nname = "pair"\nset = { "domains.train" = "beauty,books" }\n'
     )
     with pytest.raises(ConfigError, match=r"dataset pair: leave_one_out = true, but domains\.train names only 2"):
+        load_bench(place / "wrong.toml")
+
+
+def test_joint_training_may_do_without_the_folds(place: Path) -> None:
+    (place / "folds.toml").write_text(FILE.replace("leave_one", 'joint = ["balanced"]\njoint_folds = false\nleave_one'))
+    grid = Grid(load_bench(place / "folds.toml"), place / "folds")
+    rows = {str(at): grid.joint_rows(at) for at in grid.places() if at.seed == 0}
+    assert rows == {"main, seed 0": ("balanced",), **{f"main, seed 0, without {name}": () for name in TRAIN}}
+
+
+def test_one_domain_is_too_few_to_pool(place: Path) -> None:
+    alone = '\n[[dataset]]\nname = "one"\nset = { "domains.train" = "books", "server.min_train_clients" = 1 }\n'
+    (place / "wrong.toml").write_text(FILE.replace("leave_one_out = true", 'joint = ["shuffled"]') + alone)
+    with pytest.raises(ConfigError, match=r"dataset one: found joint, but domains\.train names only one"):
         load_bench(place / "wrong.toml")
 
 

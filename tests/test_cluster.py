@@ -1,4 +1,4 @@
-"""A Ray cluster of two nodes, here both on this machine: `fedmerge run` uses it, and what comes out is the same."""
+"""A Ray cluster of two nodes, here both on this machine: run and bench use it, and what comes out is the same."""
 
 import json
 import os
@@ -10,21 +10,28 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
+from in_process import run_in_process, small_experiment
 
+from fedmerge.bench.cells import work
+from fedmerge.bench.config import load_bench
+from fedmerge.bench.grid import Grid, open_folder, run_grid
+from fedmerge.bench.tables import bench_tables
 from fedmerge.client.evaluate import evaluate
 from fedmerge.client.experts import trained_expert
 from fedmerge.client.local_domain import open_domain
-from fedmerge.config import load_config
+from fedmerge.config import load_config, to_toml
 from fedmerge.device import resolve_compute
 from fedmerge.domain.demo import write_demo
 from fedmerge.encoder.backbone import load_backbone
 from fedmerge.encoder.demo_backbone import write_demo_backbone
 from fedmerge.encoder.lora import adapter_sha256, read_adapter
 from fedmerge.merging.stack import linear_merge, stack_adapters
+from fedmerge.report.bench_tables import read_bench_tables, write_bench_tables
 from sim.launch import MARK, end_processes
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
@@ -56,6 +63,23 @@ device = "cpu"
 precision = "float32"
 """
 
+BENCH = """
+title = "Here or on a cluster"
+experiment = "experiment.toml"
+seeds = [0]
+joint = ["balanced"]
+baseline = "average"
+[[strategy]]
+name = "average"
+set = { "merge.methods" = "average" }
+[[strategy]]
+name = "ties"
+set = { "merge.methods" = "ties", "merge.coefficients" = "0.5,1" }
+[[strategy]]
+name = "mergerec"
+set = { "merge.methods" = "mergerec", "mergerec.granularities" = "layer" }
+"""
+
 
 @pytest.fixture
 def cluster() -> Iterator[str]:
@@ -72,6 +96,7 @@ def cluster() -> Iterator[str]:
             command += ["--min-worker-port", "0", "--max-worker-port", "0"]
             command += ["--dashboard-agent-listen-port", str(free_port())]
             environment = {**os.environ, MARK: mark, NODE: str(number), "PATH": path_of_this_python()}
+            environment["RAY_memory_monitor_refresh_ms"] = "0"  # it ends workers when others fill this machine
             done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
             assert done.returncode == 0, done.stdout + done.stderr
         yield address
@@ -130,3 +155,46 @@ def test_two_nodes_share_the_work_and_the_results_are_those_of_one_process(tmp_p
         for domain in opened.values()
     ]
     assert choice["validation"]["average"] == sum(scores) / 4
+
+
+def test_a_benchmark_on_two_nodes_has_the_tables_of_one_process(tmp_path: Path, cluster: str) -> None:
+    (tmp_path / "experiment.toml").write_text(to_toml(small_experiment(tmp_path, **{"privacy.min_users": 2})))
+    (tmp_path / "bench.toml").write_text(BENCH)
+    bench = load_bench(tmp_path / "bench.toml")
+    for name in ("here", "there"):
+        open_folder(tmp_path / name, bench)
+    grid = Grid(bench, tmp_path / "here")
+    assert run_grid(grid, run_in_process, lambda cells: map(work, cells), print) == []
+    write_bench_tables(grid.folder, bench_tables(grid))
+    shutil.copytree(tmp_path / "here" / "training", tmp_path / "there" / "training")  # Flower has no part in this
+    output: list[str] = []
+    nodes: set[bytes] = set()
+    with subprocess.Popen(
+        [sys.executable, "-m", "fedmerge.cli", "bench", "bench.toml", "--out", "there", "--address", cluster],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        for line in process.stdout or ():
+            output.append(line)
+            nodes |= nodes_at_work()
+    assert process.returncode == 0, "".join(output)
+    assert "test 1 of " in "".join(output)
+    assert nodes == {f"{NODE}=0".encode(), f"{NODE}=1".encode()}
+    found, expected = (read_bench_tables(tmp_path / name) for name in ("there", "here"))
+    for table in ("results", "comparisons", "curves", "coefficients", "ranks"):
+        assert getattr(found, table) == getattr(expected, table) != (), table
+    sent = [[(row["strategy"], row["bytes_up"], row["bytes_down"]) for row in of.costs] for of in (found, expected)]
+    assert sent[0] == sent[1]
+
+
+def nodes_at_work() -> set[bytes]:
+    """The nodes of the cluster on which a cell of a benchmark is being done."""
+    found = set()
+    for place in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if (place / "cmdline").read_bytes().startswith(b"ray::_work"):
+                variables = (place / "environ").read_bytes().split(b"\0")
+                found |= {entry for entry in variables if entry.startswith(NODE.encode())}
+    return found

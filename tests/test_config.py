@@ -22,7 +22,7 @@ from fedmerge.config import (
 from fedmerge.errors import ConfigError
 
 REPOSITORY = Path(__file__).parent.parent
-CONFIG_FILES = sorted((REPOSITORY / "configs").glob("*.toml"))
+CONFIG_FILES = sorted([*(REPOSITORY / "configs").glob("*.toml"), *(REPOSITORY / "configs" / "privacy").glob("*.toml")])
 
 # Far from every default; tuples of one, several and no value, None in both directions.
 CHANGED = {
@@ -150,6 +150,38 @@ def test_all_problems_are_said_at_once_with_their_dotted_names() -> None:
         ({"train.max_steps": "none"}, "train: max_epochs, max_steps and max_minutes are all 'none'"),
         ({"domains.train": "a,b", "server.min_train_clients": 3}, "server.min_train_clients = 3, but domains.train"),
         ({"privacy.policy": "adapter"}, "merge.methods holds mergerec, which needs the catalogs"),
+        (
+            {"privacy.policy": "aggregate-only"},
+            "merge.methods holds mergerec, which needs every single adapter, but privacy.policy = 'aggregate-only'",
+        ),
+        (
+            {"privacy.transport": "int8", "rounds.rule": "fedit"},
+            "privacy.transport = 'int8' is for experts that are trained once and merged; set it to 'float32'",
+        ),
+        ({"through_clients.users": "own-users"}, "through_clients.users = 'own-users', but nothing is learned through"),
+        (
+            {"privacy.policy": "catalog-private", "server.catalogs": "x", "mergerec.select_every": 5},
+            "privacy.policy = 'catalog-private': server.catalogs gives the server what the policy keeps at the "
+            "clients; set server.catalogs = 'none', or privacy.policy = 'adapter'; mergerec.select_every needs losses",
+        ),
+        (
+            {"privacy.policy": "catalog-private", "rounds.rule": "mergerec"},
+            "privacy.policy = 'catalog-private': rounds.rule = 'mergerec' learns from catalogs at the server; set",
+        ),
+        (
+            {"privacy.policy": "catalog-private", "through_clients.mode": "local-steps", "mergerec.try_steps": "5"},
+            "privacy.policy = 'catalog-private': mergerec.try_steps and mergerec.prior_weight need one message a step",
+        ),
+        (
+            {
+                "privacy.policy": "catalog-private",
+                "through_clients.users": "own-users",
+                "merge.methods": "adamerging",
+                "through_clients.batch_size": 5,
+            },
+            "privacy.policy = 'catalog-private': adamerging has no loss on own users; set through_clients.users = "
+            "'pseudo-users', or leave it out; through_clients.batch_size = 5 own users are fewer than privacy.min",
+        ),
         ({"mergerec.pseudo_users": "centroid"}, "mergerec: pseudo_users = 'centroid' needs a number; set num_pseu"),
         ({"mergerec.num_pseudo_users": 9}, "mergerec: pseudo_users = 'one-item' takes every item; use 'subset'"),
         ({"adamerging.granularities": "layer,layer"}, "adamerging: granularities names layer twice"),
@@ -163,6 +195,9 @@ def test_rules_across_fields(flat: dict[str, Any], expected: str) -> None:
 def test_the_remedies_that_cross_field_rules_name_do_work() -> None:
     assert from_flat({"privacy.policy": "adapter", "server.catalogs": "folder"}).server.catalogs == "folder"
     assert from_flat({"privacy.policy": "adapter", "merge.methods": "average"}).privacy.policy == "adapter"
+    assert from_flat({"privacy.policy": "catalog-private"}).merge.methods[-1] == "mergerec"
+    own_users = {"privacy.policy": "catalog-private", "through_clients.users": "own-users"}
+    assert from_flat(own_users).through_clients.batch_size == 32
     assert from_flat({"train.max_steps": "none", "train.max_epochs": 1}).train.max_steps is None
     assert from_flat({"domains.train": "a", "server.min_train_clients": 1}).server.min_train_clients == 1
 

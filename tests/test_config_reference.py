@@ -24,7 +24,7 @@ def test_a_row_says_bounds_alternatives_and_none() -> None:
     for row in (
         "| `train.learning_rate` | number, > 0, ≤ 1 | `0.001` | ",
         '| `train.max_minutes` | number, > 0 or `none` | `"none"` | ',
-        '| `privacy.policy` | `adapter+catalog`, `adapter` | `"adapter+catalog"` | ',
+        "| `privacy.policy` | `adapter+catalog`, `adapter`, `catalog-private`, `aggregate-only` | ",
         "| `merge.methods` | list (not empty): `average`, `task-arithmetic`, ",
         "| `mergerec.balance_domains` | `true`, `false` | `false` | ",
         "| `seed` | integer, ≥ 0, < 2147483648 | `0` | ",

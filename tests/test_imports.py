@@ -16,11 +16,11 @@ FILES = sorted((REPOSITORY / "fedmerge").rglob("*.py"))
 ROWS: tuple[tuple[str, ...], ...] = (
     ("errors", "__init__"),
     ("config", "seeding", "device", "run_dir", "runs"),
-    ("domain", "encoder"),
-    ("client", "merging", "recommend"),
-    ("server", "federated", "privacy"),
+    ("domain", "encoder", "deploy"),
+    ("client", "merging", "recommend", "privacy"),
+    ("server", "federated"),
     ("report",),
-    ("bench",),
+    ("bench", "organisation"),
     ("cli",),
 )
 ROW_OF = {part: number for number, row in enumerate(ROWS) for part in row}
@@ -31,6 +31,7 @@ PRIVATE = {
     "fedmerge.client.local_domain",
 }
 FRAMEWORKS = {"flwr", "ray"}
+USE_FLOWER = {f"fedmerge.cli.{name}" for name in ("run", "runs", "bench", "deploy", "client")}
 
 
 def module_name(path: Path) -> str:
@@ -78,7 +79,7 @@ def test_imports_are_found_wherever_they_stand(tmp_path: Path) -> None:
 def test_the_library_knows_no_flower_and_no_ray(path: Path) -> None:
     tops = {name.split(".")[0] for name in imports_of(path)}
     assert not tops & FRAMEWORKS
-    if module_name(path) not in ("fedmerge.cli.run", "fedmerge.cli.bench"):  # which start Flower and Ray
+    if module_name(path) not in USE_FLOWER:
         assert "sim" not in tops
 
 
@@ -107,12 +108,11 @@ def test_the_config_is_light() -> None:
         assert not {module.split(".")[0] for module in imports_of(REPOSITORY / "fedmerge" / f"{name}.py")} & heavy
 
 
-def test_no_application_can_send_gradients_of_coefficients() -> None:
-    """The clients' collaborative merging is a library: no message, no policy, so nobody who answers one imports it."""
+def test_gradients_on_own_users_are_sent_by_the_client_app_alone_and_under_one_policy() -> None:
     files = [*FILES, *(REPOSITORY / "sim").rglob("*.py")]
-    assert not [path for path in files if "fedmerge.client.collaborative" in imports_of(path)]
-    for allowed in ALLOWED.values():
-        assert allowed <= {"description", "adapter", "catalog", "metric sums"}
+    using = [path.name for path in files if "fedmerge.client.collaborative" in imports_of(path)]
+    assert using == ["client_app.py"]
+    assert [policy for policy, allowed in ALLOWED.items() if "coefficient gradient" in allowed] == ["catalog-private"]
 
 
 IMPORT_THE_SERVER = """

@@ -193,6 +193,7 @@ BAD_ARRAYS: dict[str, tuple[Array | None, str]] = {
     "another shape than announced": (array(npy(GOOD.T)), r"announces float32 \(2, 32\) but holds float32 \(32, 2\)"),
     "cut": (array(npy(GOOD)[:-1]), "cannot be read|holds"),
     "nothing": (array(b""), "cannot be read"),
+    "a version that does not exist": (array(b"\x93NUMPY\x01\x07" + npy(GOOD)[8:]), r"cannot be read \(\(1, 7\)\)"),
     "not an array": (array(b"garbage"), "cannot be read"),
     "objects": (array(npy(np.array([[Trap()]], dtype=object), allow_pickle=True)), "cannot be read|holds"),
     "a pickle": (array(b"\x80\x04\x95garbage."), "cannot be read"),

@@ -75,7 +75,9 @@ def test_a_run_of_rounds_is_shown_and_reported(place: Path, capsys: pytest.Captu
     assert main(["show", str(run_dir(config))]) == 0
     assert "flora 1 round" in capsys.readouterr().out
     assert main(["report", str(run_dir(config))]) == 0
-    assert "flora 1 round" in (run_dir(config) / "report.html").read_text()
+    page = (run_dir(config) / "report.html").read_text()
+    assert "flora 1 round" in page
+    assert "Rounds, loss of the clients" in page
     assert main(["merge", str(run_dir(config))]) == 1
     assert "no adapter in" in capsys.readouterr().err
 
@@ -249,6 +251,7 @@ def test_one_round_from_a_fresh_adapter_trains_what_an_expert_trains_apart_from_
     settings = config.train.model_copy(update={"validate_every_steps": 4, "patience": 9})
     task = RoundTask(1, 1, fresh_adapter(backbone, config.lora, 0))
     trained, report = train_round(domain, config.lora, settings, 0, task)
+    assert report.loss is not None
     _, expert = train_expert(domain, config.lora, settings, 0)
     assert report.steps == expert.steps
     assert report.loss == pytest.approx(expert.validations[-1].loss, rel=0.2)

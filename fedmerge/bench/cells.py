@@ -9,7 +9,7 @@ import resource
 import shutil
 import time
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from fedmerge.bench.config import Drawing
+from fedmerge.bench.joint import train_jointly
 from fedmerge.client.baselines import baseline_rankers
 from fedmerge.client.evaluate import Ranks, baseline_ranks, evaluate, model_ranks
 from fedmerge.client.kept import inputs_key
@@ -28,14 +30,14 @@ from fedmerge.config import LEARNED_METHODS, BackboneSection, Baseline, Experime
 from fedmerge.device import resolve_compute
 from fedmerge.domain.catalog import Catalog, load_catalog
 from fedmerge.domain.demo import domains_root
-from fedmerge.domain.manifest import read_manifest
+from fedmerge.domain.manifest import check_catalog_is_public, read_manifest
 from fedmerge.domain.splits import evaluation_examples
 from fedmerge.encoder.backbone import Backbone, load_backbone
-from fedmerge.encoder.lora import Adapter, LoraModule, adapter_sha256, read_adapter
-from fedmerge.errors import RunDirError
+from fedmerge.encoder.lora import Adapter, LoraModule, adapter_sha256, read_adapter, write_adapter
+from fedmerge.errors import FedMergeError, RunDirError
 from fedmerge.federated.rounds import aggregate, initial_state
 from fedmerge.federated.rules import parsed_parameters, rule_named
-from fedmerge.privacy.policy import check_catalog_is_public, check_enough_users
+from fedmerge.privacy.policy import check_enough_users
 from fedmerge.run_dir import read_json, whole_folder, write_bytes, write_json
 from fedmerge.server.candidates import Candidate, merge_candidates
 from fedmerge.server.checkpoints import MERGED, KeptExperts, ended_training, keep_merge, kept_merges, merge_folder
@@ -44,6 +46,7 @@ from fedmerge.server.learned import learned_labels
 from fedmerge.server.round_checkpoints import round_records
 
 MERGES = "merges.json"
+JOINT = "joint.json"
 
 
 @dataclass(frozen=True)
@@ -65,8 +68,27 @@ class Cell:
     threads: int
 
 
-def work(cell: Cell) -> None:
-    """Do a cell in this process."""
+@dataclass(frozen=True)
+class Ended:
+    """A cell that is done, or was tried: why it failed ("" if it did not), and the seconds of its own work."""
+
+    cell: Cell
+    problem: str
+    seconds: float
+
+
+def work(cell: Cell) -> Ended:
+    """Do a cell in this process; whatever it raises that is ours is its problem."""
+    started = time.monotonic()
+    problem = ""
+    try:
+        _do(cell)
+    except FedMergeError as error:
+        problem = f"{type(error).__name__}: {error}"
+    return Ended(cell, problem, time.monotonic() - started)
+
+
+def _do(cell: Cell) -> None:
     torch.set_num_threads(cell.threads)
     cell.result.parent.mkdir(parents=True, exist_ok=True)
     WORK[cell.kind](cell.result, **cell.arguments)
@@ -196,6 +218,36 @@ def _take_rounds(result: Path, run: Path, started: float) -> None:
     write_json(result, {"merges": {provenance["label"]: provenance["sha256"]}, "seconds": seconds, "peak_bytes": None})
 
 
+def train_joint(result: Path, config: ExperimentConfig, domains: Sequence[str], drawing: Drawing) -> None:
+    """Joint training, or to go on with one that was ended.
+
+    Args:
+        result: gets the adapter's hash, the report of the training and peak memory; the adapter lies beside it.
+        config: lora, train, text, backbone, runtime and seed count.
+        domains: whose users are pooled.
+        drawing: how they are mixed.
+
+    Raises:
+        FedMergeError: a domain with nobody to train on, or a training that diverges.
+    """
+    _forget_peak()
+    begun = result.with_name("begun.safetensors")
+    opened = {domain: domain_of(config, domain) for domain in domains}
+    lora = config.lora.model_copy(update={"ranks": ()})
+    adapter, training = train_jointly(opened, lora, config.train, config.seed, drawing, begun=begun)
+    with whole_folder(joint_folder(result)) as folder:
+        write_adapter(adapter, folder, config.backbone.source)
+    report = asdict(training)
+    report["validations"][0]["loss"] = None  # nothing was trained on yet; JSON has no NaN
+    write_json(result, {"sha256": adapter_sha256(adapter), "peak_bytes": _peak_bytes(), "training": report})
+    begun.unlink(missing_ok=True)
+
+
+def joint_folder(result: Path) -> Path:
+    """Where a jointly trained adapter lies."""
+    return result.with_name("adapter")
+
+
 def rank_model(result: Path, config: ExperimentConfig, domain: str, split: Split, adapter: Path | None) -> None:
     """Every user's rank of the target under one model.
 
@@ -221,6 +273,7 @@ def rank_baseline(result: Path, config: ExperimentConfig, domain: str, split: Sp
 
 
 WORK: Mapping[str, Callable[..., None]] = {
+    "joint training": train_joint,
     "admission": check_admission,
     "merging": merge_experts,
     "ranking": rank_model,
@@ -322,9 +375,8 @@ def _domain(folder: Path, backbone: Backbone, text: Text) -> LocalDomain:
 
 
 def _public_catalogs(config: ExperimentConfig, domains: Mapping[str, str]) -> dict[str, Catalog]:
-    if config.server.catalogs is not None:
-        return {domain: load_catalog(Path(config.server.catalogs) / domain) for domain in domains}
-    root = domains_root(config.domains.root, config.cache_dir)
+    given = config.server.catalogs
+    root = domains_root(config.domains.root, config.cache_dir) if given is None else Path(given)
     for domain in domains:
         check_catalog_is_public(domain, read_manifest(root / domain).public_catalog)
     return {domain: load_catalog(root / domain) for domain in domains}

@@ -1,9 +1,10 @@
 """A benchmark file: one experiment, and the strategies, seeds and datasets that it is repeated for."""
 
 import tomllib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -19,7 +20,9 @@ from fedmerge.config import (
     with_absolute_paths,
 )
 from fedmerge.errors import ConfigError
+from fedmerge.report.bench_tables import POOLED
 
+Drawing = Literal["shuffled", "balanced"]  # of joint training
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,63}$")]
 REFERENCES = ("backbone", "expert")  # rows of every benchmark, beside the baselines of the experiment file
 FIXED = {"name", "seed", "run_id", "resume", "until", "output_dir"}  # a benchmark sets these itself
@@ -45,6 +48,8 @@ class BenchConfig(Table):
         title: of the report.
         experiment: an experiment file, relative to this one.
         seeds: of training and merging; which users are evaluated depends on the experiment's own seed alone.
+        joint: rows of one adapter trained on pooled data, which breaks isolation; see fedmerge.bench.joint.
+        joint_folds: with leave_one_out, train those rows for every fold, too.
         leave_one_out: besides, each training domain in turn is left out of the merge and evaluated as unseen.
         baseline: the row that the others are compared with.
         dataset: where there is more than one.
@@ -54,6 +59,8 @@ class BenchConfig(Table):
     title: str = Field(min_length=1)
     experiment: str = Field(min_length=1)
     seeds: tuple[Annotated[int, Field(ge=0, lt=2**31)], ...] = Field((0, 1, 2), min_length=1)
+    joint: tuple[Drawing, ...] = ()
+    joint_folds: bool = True
     leave_one_out: bool = False
     baseline: str
     dataset: tuple[Variation, ...] = Field((Variation(name="main"),), min_length=1)
@@ -63,6 +70,7 @@ class BenchConfig(Table):
     def _consistent(self) -> "BenchConfig":
         for what, names in (
             ("seeds", [str(seed) for seed in self.seeds]),
+            ("joint", [*map(str, self.joint)]),
             ("dataset", [dataset.name for dataset in self.dataset]),
             ("strategy", [*REFERENCES, *get_args(Baseline), *(strategy.name for strategy in self.strategy)]),
         ):
@@ -72,6 +80,11 @@ class BenchConfig(Table):
         if self.baseline not in rows:
             raise ValueError(f"baseline: found {self.baseline!r}, expected one of {', '.join(rows)}")
         return self
+
+
+def joint_row(drawing: Drawing) -> str:
+    """What a row of joint training is called: wherever it stands, the name says what it is."""
+    return f"joint-{drawing}{POOLED}"
 
 
 @dataclass(frozen=True)
@@ -107,8 +120,12 @@ class Bench:
         return from_flat({**self.base, **changes, "seed": seed}, where)
 
 
-def load_bench(path: Path) -> Bench:
+def load_bench(path: Path, overrides: Sequence[str] = ()) -> Bench:
     """Read a benchmark file and validate every experiment in it.
+
+    Args:
+        path: TOML file.
+        overrides: ``key=value`` pairs that change the experiment file, as for :func:`fedmerge.config.load_config`.
 
     Raises:
         ConfigError: every problem of the file, or of the first experiment that has one.
@@ -125,7 +142,7 @@ def load_bench(path: Path) -> Bench:
         ) from error
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not valid TOML: {error}.") from error
-    base = with_absolute_paths(load_config(path.parent / config.experiment), Path.cwd())
+    base = with_absolute_paths(load_config(path.parent / config.experiment, overrides), Path.cwd())
     bench = Bench(config, dict(to_flat(base)))
     for dataset in config.dataset:
         for strategy in (None, *(strategy.name for strategy in config.strategy)):
@@ -142,6 +159,11 @@ def load_bench(path: Path) -> Bench:
                         f"{path}: strategy {strategy}: found another [{section}] than its dataset's; strategies are "
                         "compared on the same domains and users. Make it a dataset of its own."
                     )
+            if config.joint and len(experiment.domains.train) < 2:
+                raise ConfigError(
+                    f"{path}: dataset {dataset.name}: found joint, but domains.train names only one; leave joint out, "
+                    "or name more domains"
+                )
             left = len(experiment.domains.train) - 1
             if config.leave_one_out and (problem := too_few_for_krum(experiment.rounds, left)):
                 raise ConfigError(f"{path}: strategy {strategy}, with leave_one_out = true: {problem}")

@@ -2,6 +2,7 @@
 
 DIR/benchmark.json                    the benchmark and its experiment, resolved; a later call must have the same
 DIR/training/<experiment>/            run folders that end with the experts
+DIR/joint/<dataset>/<seed>/<fold>/<drawing>/      joint.json, adapter/: trained on pooled data, which breaks isolation
 DIR/admission/<dataset>/<seed>/<fold>/<gate>.json     what the gate found of the experts, of strategies that have one
 DIR/merges/<dataset>/<seed>/<fold>/<strategy>/    merges.json, merged/<label>/; choice.json once validation chose
 DIR/clients/<dataset>/<domain>/       ranks of users: stands for the clients' disks
@@ -16,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fedmerge.bench.cells import MERGES, Cell, is_one_shot, ranks_file, sums_of_ranks
-from fedmerge.bench.config import Bench
+from fedmerge.bench.cells import JOINT, MERGES, Cell, Ended, is_one_shot, joint_folder, ranks_file, sums_of_ranks
+from fedmerge.bench.config import Bench, Drawing, joint_row
 from fedmerge.client.kept import inputs_key
 from fedmerge.client.metrics import MetricSums, Variant
 from fedmerge.config import Admission, ExperimentConfig, Rounds, Split, flatten
@@ -29,7 +30,7 @@ from fedmerge.server.round_checkpoints import members_of
 BENCHMARK = "benchmark.json"
 
 Train = Callable[[ExperimentConfig], None]
-Execute = Callable[[Sequence[Cell]], Iterable[tuple[Cell, str]]]  # as they end, with the reason of a failure or ""
+Execute = Callable[[Sequence[Cell]], Iterable[Ended]]  # as they end
 Progress = Callable[[str], None]
 
 
@@ -90,6 +91,7 @@ class Grid:
             "output_dir": str(self.folder / "training"),
             "until": "train",
             "domains": wanted.domains.model_copy(update={"train": domains, "unseen": ()}),
+            "lora": wanted.lora.model_copy(update={"ranks": wanted.lora.ranks_of(domains)}),
             "merge": wanted.merge.model_copy(update={"methods": ("average",)}),
             "rounds": wanted.rounds if rounds else Rounds(),
             "admission": Admission(),
@@ -117,7 +119,14 @@ class Grid:
 
     def merges(self, place: Place, strategy: str) -> Path:
         """Folder of a strategy's merges."""
-        return self.folder / "merges" / place.dataset / f"seed{place.seed}" / place.fold / strategy
+        return self._at(place, "merges") / strategy
+
+    def joint(self, place: Place, drawing: Drawing) -> Path:
+        """What joint training leaves when it is done."""
+        return self._at(place, "joint") / drawing / JOINT
+
+    def _at(self, place: Place, what: str) -> Path:
+        return self.folder / what / place.dataset / f"seed{place.seed}" / place.fold
 
     @property
     def strategies(self) -> list[str]:
@@ -135,6 +144,11 @@ class Grid:
             if config.leave_one_out
         ]
         return whole + folds
+
+    def joint_rows(self, place: Place) -> tuple[Drawing, ...]:
+        """The rows of joint training at a place."""
+        config = self.bench.config
+        return () if place.left_out and not config.joint_folds else config.joint
 
 
 def open_folder(folder: Path, bench: Bench) -> None:
@@ -194,6 +208,7 @@ def run_grid(grid: Grid, train: Train, execute: Execute, progress: Progress) -> 
                 "clients.json; correct what is said there, delete this folder, and start the benchmark again."
             )
     stages: list[tuple[str, Callable[[], list[Cell]]]] = [
+        ("joint training", lambda: joint_cells(grid, places)),
         ("admission", lambda: admission_cells(grid, places)),
         ("merging", lambda: merging_cells(grid, places)),
         ("validation", lambda: validation_cells(grid, places)),
@@ -207,6 +222,25 @@ def run_grid(grid: Grid, train: Train, execute: Execute, progress: Progress) -> 
         progress(f"{name}: {len(cells) - len(left)} of {len(cells)} cells are done")
         failed += _do(name, left, execute, progress)
     return failed
+
+
+def joint_cells(grid: Grid, places: Sequence[Place]) -> list[Cell]:
+    """Joint training at each place, without whoever is left out."""
+    return [
+        Cell(
+            "joint training",
+            f"{drawing} ({place})",
+            grid.joint(place, drawing),
+            {
+                "config": (config := grid.experiment(place, None)),
+                "domains": merged_domains(grid, place, None),
+                "drawing": drawing,
+            },
+            config.runtime.threads_per_client,
+        )
+        for place in places
+        for drawing in grid.joint_rows(place)
+    ]
 
 
 def admission_cells(grid: Grid, places: Sequence[Place]) -> list[Cell]:
@@ -276,9 +310,9 @@ def made_merges(grid: Grid, place: Place, strategy: str) -> dict[str, str]:
     return merges
 
 
-def merged_domains(grid: Grid, place: Place, strategy: str) -> list[str]:
-    """Whose experts are merged: they decide among variants."""
-    out = {place.left_out, *grid.turned_away(place, strategy)}
+def merged_domains(grid: Grid, place: Place, strategy: str | None) -> list[str]:
+    """Whose experts are merged: they decide among variants. None: whose data are pooled."""
+    out = {place.left_out, *(grid.turned_away(place, strategy) if strategy else ())}
     return [domain for domain in sorted(grid.experiment(place, strategy).domains.train) if domain not in out]
 
 
@@ -337,6 +371,11 @@ def _test_rows(grid: Grid, place: Place, domain: str) -> dict[str, Cell]:
         rows["expert"] = _ranking_of(
             grid, place, shared, domain, "test", f"expert of seed {place.seed}", folder, expert
         )
+    for drawing in grid.joint_rows(place):
+        made = grid.joint(place, drawing)
+        if record := read_json(made):
+            title = joint_row(drawing)
+            rows[title] = _ranking_of(grid, place, shared, domain, "test", title, joint_folder(made), record["sha256"])
     for strategy in grid.strategies:
         label = chosen_variant(grid, place, strategy)
         if label is not None:
@@ -380,13 +419,18 @@ def _do(stage: str, cells: Sequence[Cell], execute: Execute, progress: Progress)
     """Do cells with a line for each: how many, and how much longer at the pace so far."""
     failed = []
     started = time.monotonic()
-    for number, (cell, problem) in enumerate(execute(cells), 1):
+    own = 0.0
+    for number, ended in enumerate(execute(cells), 1):
         spent = time.monotonic() - started
+        own += ended.seconds
         left = len(cells) - number
         about = f", about {_duration(spent / number * left)} left" if left else ""
-        progress(f"{stage} {number} of {len(cells)}: {cell.title}{f': FAILED: {problem}' if problem else ''}{about}")
-        if problem:
-            failed.append(f"{stage}: {cell.title}: {problem}")
+        how = f": FAILED: {ended.problem}" if ended.problem else f", {_duration(ended.seconds)}"
+        progress(f"{stage} {number} of {len(cells)}: {ended.cell.title}{how}{about}")
+        if ended.problem:
+            failed.append(f"{stage}: {ended.cell.title}: {ended.problem}")
+    if cells:
+        progress(f"{stage}: {own:.1f} s of work in {time.monotonic() - started:.1f} s")
     return failed
 
 

@@ -1,11 +1,11 @@
 """The tables of a benchmark, from what its cells left: sums, costs, curves, coefficients, and what failed."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fedmerge.bench.cells import MERGES, is_one_shot
-from fedmerge.bench.config import REFERENCES
+from fedmerge.bench.config import REFERENCES, Drawing, joint_row
 from fedmerge.bench.grid import (
     Grid,
     Place,
@@ -42,16 +42,23 @@ def bench_tables(grid: Grid) -> BenchTables:
     }
     baselines = {row for of_domain in sums.values() for row in of_domain["unmasked"].methods} - {*grid.strategies}
     cells = [(place, strategy) for place in places for strategy in grid.strategies]
+    joint = [(place, drawing) for place in places for drawing in grid.joint_rows(place)]
     return BenchTables(
         title=grid.bench.config.title,
         synthetic=_synthetic(grid, places),
         results=list(_results(grid, sums)),
         comparisons=list(_comparisons(grid, sums)),
-        costs=[_cost(grid, place, strategy) for place, strategy in cells if chosen_variant(grid, place, strategy)],
-        curves=list(_curves(grid, places)),
+        costs=[
+            *(_cost(grid, place, strategy) for place, strategy in cells if chosen_variant(grid, place, strategy)),
+            *(_joint_cost(grid, place, drawing) for place, drawing in joint if read_json(grid.joint(place, drawing))),
+        ],
+        curves=[*_curves(grid, places), *_joint_curves(grid, joint)],
         coefficients=[row for place, strategy in cells for row in _coefficients(grid, place, strategy)],
         ranks=list(_ranks(grid, sums)),
-        cells=[_cell(grid, place, strategy) for place, strategy in cells],
+        cells=[
+            *(_cell(grid, place, strategy) for place, strategy in cells),
+            *(_joint_cell(grid, place, drawing) for place, drawing in joint),
+        ],
         references=tuple(row for row in (*REFERENCES, *sorted(baselines - {*REFERENCES})) if row in baselines),
     )
 
@@ -144,15 +151,25 @@ def _cost(grid: Grid, place: Place, strategy: str) -> dict[str, Any]:
     }
 
 
+def _joint_cost(grid: Grid, place: Place, drawing: Drawing) -> dict[str, Any]:
+    """Whoever holds all the data does all the work; of an adapter nothing travels, and the data are not counted."""
+    record = read_json(grid.joint(place, drawing))
+    return {
+        **_named(place, joint_row(drawing)),
+        "bytes_up": None,
+        "bytes_down": None,
+        "client_seconds": None,
+        "server_seconds": record["training"]["seconds"],
+        "peak_bytes": record["peak_bytes"],
+    }
+
+
 def _curves(grid: Grid, places: Sequence[Place]) -> Iterator[dict[str, Any]]:
     """Of the experts that the strategies share, and of every learned merge."""
     for place in places:
         run = grid.run(place, None)
         for expert in sorted((run / ADAPTERS).glob("[!.]*")) if not place.left_out else ():
-            for validation in _report(expert)["validations"]:
-                for name, value in (("loss", validation["loss"]), ("ndcg@10", validation["ndcg"])):
-                    if value is not None:
-                        yield _point(place, "expert", expert.name, validation["step"], name, value)
+            yield from _validation_points(place, "expert", expert.name, _report(expert))
         for strategy in grid.strategies:
             if not is_one_shot(grid.experiment(place, strategy)):
                 for number, of_round in enumerate(round_records(grid.run(place, strategy)), 1):
@@ -163,6 +180,19 @@ def _curves(grid: Grid, places: Sequence[Place]) -> Iterator[dict[str, Any]]:
             losses = _provenance(grid, place, strategy).get("losses", [])
             for step in range(0, len(losses), max(1, len(losses) // CURVE_POINTS)):
                 yield _point(place, strategy, "", step, "loss", losses[step]["total"])
+
+
+def _joint_curves(grid: Grid, joint: Sequence[tuple[Place, Drawing]]) -> Iterator[dict[str, Any]]:
+    for place, drawing in joint:
+        if record := read_json(grid.joint(place, drawing)):
+            yield from _validation_points(place, joint_row(drawing), "all together", record["training"])
+
+
+def _validation_points(place: Place, row: str, domain: str, report: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    for validation in report["validations"]:
+        for name, value in (("loss", validation["loss"]), ("ndcg@10", validation["ndcg"])):
+            if value is not None:
+                yield _point(place, row, domain, validation["step"], name, value)
 
 
 def _coefficients(grid: Grid, place: Place, strategy: str) -> Iterator[dict[str, Any]]:
@@ -184,6 +214,17 @@ def _cell(grid: Grid, place: Place, strategy: str) -> dict[str, Any]:
         "environment": read_json(grid.run(place, strategy) / "environment.json"),
         "seconds": record.get("seconds"),
         **({"excluded": away} if (away := grid.turned_away(place, strategy)) else {}),
+    }
+
+
+def _joint_cell(grid: Grid, place: Place, drawing: Drawing) -> dict[str, Any]:
+    record = read_json(grid.joint(place, drawing))
+    return {
+        **_named(place, joint_row(drawing)),
+        "status": "done" if record else "failed",
+        "config": grid.experiment(place, None).model_dump(mode="json"),
+        "environment": read_json(grid.run(place, None) / "environment.json"),
+        "seconds": record["training"]["seconds"] if record else None,
     }
 
 

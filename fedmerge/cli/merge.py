@@ -194,7 +194,7 @@ def _merge_settings(options: argparse.Namespace, run: Path | None, folders: dict
             if config.server.catalogs is not None
             else domains_root(config.domains.root, config.cache_dir)
         )
-        catalogs = remerge.catalogs_of(experts, root, ask_owner=config.server.catalogs is None)
+        catalogs = remerge.catalogs_of(experts, root)
         compute = resolve_compute(config.runtime.device, config.runtime.precision)
         source = config.backbone
         backbone = load_backbone(source.source, source.pooling, compute, source.weights_sha256)

@@ -22,7 +22,13 @@ def add_commands(commands: "Commands") -> None:
     run.add_argument(
         "--app", type=Path, default=None, help="folder with pyproject.toml and sim/ (default: the installed checkout)"
     )
+    run.add_argument("--federation", metavar="NAME", help="run on the machines of a federation, not in a simulation")
     run.set_defaults(command=_run)
+
+    stop = commands.add_parser("stop", help="stop a run on the machines of a federation")
+    stop.add_argument("run", metavar="RUN", help="name of its run folder, or Flower's number")
+    stop.add_argument("--federation", metavar="NAME", required=True)
+    stop.set_defaults(command=_stop)
 
     check = commands.add_parser("check", help="validate an experiment file without running it")
     check.add_argument("config", type=Path)
@@ -34,8 +40,10 @@ def _run(options: argparse.Namespace) -> int:
     from fedmerge.config import load_config, with_absolute_paths
     from fedmerge.errors import ConfigError
 
+    if options.federation is not None:
+        return _run_on_federation(options)
     if options.resume is not None:
-        config = _config_to_resume(options.resume, options.config, options.overrides)
+        config = with_absolute_paths(_config_to_resume(options.resume, options.config, options.overrides), Path.cwd())
     elif options.config is None:
         raise ConfigError("run: name an experiment file, for example configs/demo.toml, or a run: --resume RUN.")
     else:
@@ -46,16 +54,43 @@ def _run(options: argparse.Namespace) -> int:
     return run_experiment(config, options.app or Path(__file__).resolve().parents[2])
 
 
-def _config_to_resume(run: str, path: Path | None, overrides: list[str]) -> "ExperimentConfig":
+def _run_on_federation(options: argparse.Namespace) -> int:
+    from fedmerge.config import load_config
+    from fedmerge.errors import ConfigError
+    from sim.deployed import connection, run_on_federation
+
+    to = connection(options.federation)
+    if options.resume is not None and to.operator is not None:
+        config = _config_to_resume(options.resume, options.config, options.overrides, to.operator)
+    elif options.config is None:
+        raise ConfigError(
+            "run: name an experiment file; without one a run is resumed only on the SuperLink's machine, where its "
+            "folder is."
+        )
+    else:
+        config = load_config(options.config, options.overrides)
+        if options.resume is not None:
+            config = config.model_copy(update={"run_id": options.resume, "resume": True})
+    return run_on_federation(config, options.app or Path(__file__).resolve().parents[2], to)
+
+
+def _stop(options: argparse.Namespace) -> int:
+    from sim.deployed import connection, stop_run
+
+    number = stop_run(options.run, connection(options.federation))
+    print(f"run {options.run}, Flower's number {number}: stopped; what is finished is kept")
+    return 0
+
+
+def _config_to_resume(run: str, path: Path | None, overrides: list[str], start: Path = Path()) -> "ExperimentConfig":
     """The run's own configuration; with a file or --set, what they say, which must be the same."""
-    from fedmerge.config import load_config, with_absolute_paths
+    from fedmerge.config import load_config
     from fedmerge.run_dir import CONFIG_FILE, run_to_resume
 
     given = load_config(path, overrides) if path else None
-    folder = run_to_resume(run, given.output_dir if given else "runs")
+    folder = run_to_resume(run, start / (given.output_dir if given else "runs"))
     config = given or load_config(folder / CONFIG_FILE, overrides)
-    where = {"output_dir": str(folder.parent), "run_id": folder.name, "resume": True}
-    return with_absolute_paths(config.model_copy(update=where), Path.cwd())
+    return config.model_copy(update={"output_dir": str(folder.parent), "run_id": folder.name, "resume": True})
 
 
 def _check(options: argparse.Namespace) -> int:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from fedmerge.cli.options import add_runs_folder
@@ -15,6 +16,9 @@ def add_commands(commands: "Commands") -> None:
     runs = commands.add_parser("runs", help="list runs: what they were, how they ended, what is served")
     add_runs_folder(runs)
     runs.add_argument("--json", action="store_true", help="machine-readable output")
+    runs.add_argument(
+        "--federation", metavar="NAME", help="the runs that a federation's server knows, with their state"
+    )
     runs.set_defaults(command=_runs)
     show = commands.add_parser("show", help="show a run: who took part, coefficients, results, files")
     show.add_argument("run", metavar="RUN", help="a run folder, or the beginning of a run's id")
@@ -24,6 +28,8 @@ def add_commands(commands: "Commands") -> None:
 
 
 def _runs(options: argparse.Namespace) -> int:
+    if options.federation is not None:
+        return _submitted(options)
     from fedmerge.report.runs import runs_table, summary_record
     from fedmerge.runs import list_runs, summarise_run
 
@@ -34,6 +40,21 @@ def _runs(options: argparse.Namespace) -> int:
         print(runs_table(summaries), end="")
     else:
         print(f"{options.dir}: no run in it")
+    return 0
+
+
+def _submitted(options: argparse.Namespace) -> int:
+    from sim.deployed import connection, list_submitted
+
+    runs = list_submitted(connection(options.federation))
+    if options.json:
+        print(json.dumps([asdict(run) for run in runs], indent=2, ensure_ascii=False))
+        return 0
+    for run in runs:
+        numbers = f"{run.seconds:.0f} s  {run.received_bytes / 2**20:.1f} MiB received"
+        print(f"{run.run or '(not from here)'}  {run.status}  {numbers}  {run.started}  {run.flower_id}")
+    if not runs:
+        print(f"{options.federation}: no run yet")
     return 0
 
 

@@ -42,7 +42,7 @@ def poisons(config: ExperimentConfig, domain: str) -> bool:
 
 
 def poisoned_expert(
-    domain: LocalDomain, config: ExperimentConfig, begun: Path, progress: Callable[[str], None]
+    domain: LocalDomain, config: ExperimentConfig, begun: Path | None, progress: Callable[[str], None]
 ) -> tuple[Adapter, TrainingReport]:
     """The expert of the domain that poisons its training, and how it came about.
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,23 @@ from fedmerge import __version__
 from fedmerge.client.attack import poisoned_expert, poisons
 from fedmerge.client.kept import inputs_key, keep
 from fedmerge.client.local_domain import LocalDomain
-from fedmerge.client.train import Progress, train_expert
-from fedmerge.config import ExperimentConfig
-from fedmerge.encoder.lora import Adapter, adapter_sha256, read_adapter, write_adapter
+from fedmerge.client.private_expert import train_private_expert
+from fedmerge.client.train import Progress, TrainingReport, check_can_train, train_expert
+from fedmerge.client.user_dp import plan_record, user_plan
+from fedmerge.config import Audit, ExperimentConfig
+from fedmerge.encoder.lora import Adapter, adapter_sha256, fresh_adapter, read_adapter, write_adapter
 from fedmerge.errors import ClientError
+from fedmerge.privacy.domain_noise import domain_noise, domain_record, noised_factors
+from fedmerge.privacy.randomness import source
 
 REPORT_FILE = "training.json"
+_UNUSED = {"in-batch": {"negatives", "item_refresh_steps"}, "catalog": set[str]()}  # so that older experts are found
 
 
 def trained_expert(domain: LocalDomain, config: ExperimentConfig, progress: Progress) -> tuple[Adapter, dict[str, Any]]:
     """The domain's expert: from disk where the same inputs were trained on before, else trained now and kept.
+
+    What is kept is what was released: with differential privacy the noised adapter, so sending it again spends nothing.
 
     Args:
         domain: the client's own.
@@ -38,14 +46,10 @@ def trained_expert(domain: LocalDomain, config: ExperimentConfig, progress: Prog
         return kept[0], {**kept[1], "cached": True}
     shutil.rmtree(folder, ignore_errors=True)  # damaged, if there is anything
     begun = folder.with_name(f"{folder.name}.begun.safetensors")
-    lora = config.lora.of(domain.manifest.name)
-    if poisons(config, domain.manifest.name):
-        adapter, training = poisoned_expert(domain, config, begun, progress)
-    else:
-        adapter, training = train_expert(domain, lora, config.train, config.seed, progress, begun)
-    report = {**asdict(training), "sha256": adapter_sha256(adapter)}
-    for first in report["validations"][:1]:
-        first["loss"] = None  # nothing was trained on yet; JSON has no NaN
+    adapter, training, spent = train_adapter(domain, config, progress, begun)
+    report = {**asdict(training), "sha256": adapter_sha256(adapter), "privacy": spent}
+    for validation in report["validations"][:1]:
+        validation["loss"] = None  # nothing was trained on yet; JSON has no NaN
 
     def write(expert: Path) -> None:
         write_adapter(adapter, expert, domain.backbone.name)
@@ -56,16 +60,55 @@ def trained_expert(domain: LocalDomain, config: ExperimentConfig, progress: Prog
     return adapter, {**report, "cached": False}
 
 
-def expert_by_hash(domain: LocalDomain, config: ExperimentConfig, sha256: str) -> Adapter:
-    """The expert that this client shipped before.
+def train_adapter(
+    domain: LocalDomain, config: ExperimentConfig, progress: Progress = lambda line: None, begun: Path | None = None
+) -> tuple[Adapter, TrainingReport, Mapping[str, Any] | None]:
+    """Train by ``dp.mode``; with what was spent of a user or of the domain, if anything counts it.
+
+    Raises:
+        DomainError, ClientError, ConfigError: what the domain or its data do not allow.
+    """
+    dp, name, lora = config.dp, domain.manifest.name, config.lora.of(domain.manifest.name)
+    if dp.mode == "user":
+        check_can_train(domain)
+        plan = user_plan(domain, config.train, dp)
+        progress(f"{name}: differential privacy by user, noise multiplier {plan.noise_multiplier:.3f}")
+        adapter, report = train_private_expert(domain, lora, config.train, config.seed, plan, progress, begun)
+        return adapter, report, plan_record(plan)
+    if poisons(config, name):
+        return *poisoned_expert(domain, config, begun, progress), None
+    adapter, report = train_expert(domain, lora, config.train, config.seed, progress, begun)
+    if dp.mode == "domain-local":
+        noise = domain_noise(dp)
+        drawn = source(dp.randomness, config.seed, "client", name, "domain-dp")
+        start = fresh_adapter(domain.backbone, lora, config.seed)
+        adapter = noised_factors(adapter, start, dp.clip, noise, drawn)
+        report = TrainingReport(0, 0, "not told", report.seconds, 0, ())  # the rest was computed from private data
+        return adapter, report, domain_record(dp, noise)
+    return adapter, report, None
+
+
+def expert_by_hash(
+    domain: LocalDomain,
+    config: ExperimentConfig,
+    sha256: str | None,
+    received: Callable[[Adapter], str] = adapter_sha256,
+) -> Adapter:
+    """The expert that this client trained before; by its hash where it was shipped, None where it never was.
+
+    Args:
+        domain: the client's own.
+        config: as for :func:`trained_expert`.
+        sha256: what the server knows it by.
+        received: expert -> the hash of what arrives of it, where it does not travel as it is.
 
     Raises:
         ClientError: it is no longer on this client's disk.
     """
     kept = _kept(_folder(domain, config))
-    if kept is None or kept[1]["sha256"] != sha256:
+    if kept is None or sha256 not in (None, received(kept[0])):
         raise ClientError(
-            f"domain {domain.manifest.name}: its expert {sha256[:12]} is not in {_folder(domain, config)}. "
+            f"domain {domain.manifest.name}: its expert {(sha256 or '')[:12]} is not in {_folder(domain, config)}. "
             "Keep cache_dir between training and evaluation."
         )
     return kept[0]
@@ -95,7 +138,7 @@ def _training_key(domain: LocalDomain, config: ExperimentConfig) -> str:
         "pooling": domain.backbone.pooling,
         "text": config.text.model_dump(),
         "lora": {"rank": lora.rank, "alpha": lora.alpha, "target_modules": lora.target_modules},
-        "train": config.train.model_dump(),
+        "train": config.train.model_dump(exclude=_UNUSED[config.train.negatives]),
         "seed": config.seed,
         "threads": config.runtime.threads_per_client,
         "device": str(domain.backbone.device),
@@ -103,4 +146,8 @@ def _training_key(domain: LocalDomain, config: ExperimentConfig) -> str:
         "versions": [__version__, torch.__version__],
         **({"attack": config.attack.model_dump()} if poisons(config, domain.manifest.name) else {}),
     }
+    if config.dp.mode in ("user", "domain-local"):
+        inputs["dp"] = config.dp.model_dump()
+    if config.audit != Audit():
+        inputs["audit"] = config.audit.model_dump()
     return inputs_key(inputs)

@@ -32,6 +32,8 @@ class LocalDomain:
         table: tokens of the items, made once.
         text: how sequences are packed.
         backbone: the encoder whose tokens these are.
+        left_out: (U,) users that training does not read; None: none are. For audits.
+        planted: sequences of users who do not exist and are trained on, too. For audits.
     """
 
     manifest: Manifest
@@ -40,11 +42,16 @@ class LocalDomain:
     table: TokenTable
     text: Text
     backbone: Backbone
+    left_out: npt.NDArray[np.bool_] | None = None
+    planted: tuple[npt.NDArray[np.int32], ...] = ()
 
     @cached_property
     def training_sequences(self) -> list[npt.NDArray[np.int32]]:
         """The items of every user who has a history and a target outside validation and test, oldest first."""
-        return [sequence for sequence in train_sequences(self.interactions) if len(sequence) >= MIN_TRAINING_LENGTH]
+        of_users = train_sequences(self.interactions)
+        if self.left_out is not None:
+            of_users = [sequence for sequence, out in zip(of_users, self.left_out, strict=True) if not out]
+        return [sequence for sequence in [*of_users, *self.planted] if len(sequence) >= MIN_TRAINING_LENGTH]
 
     @property
     def can_train(self) -> bool:

@@ -26,6 +26,24 @@ def in_batch_softmax(
     return torch.nn.functional.cross_entropy(logits, target_rows)
 
 
+def catalog_softmax(
+    user_vectors: torch.Tensor, item_vectors: torch.Tensor, targets: torch.Tensor, temperature: float
+) -> torch.Tensor:
+    """Softmax cross-entropy over the whole catalog, −log softmax(cos(u, ·)/τ)[target], of every user by itself.
+
+    Args:
+        user_vectors: (b, d), L2-normalised.
+        item_vectors: (N, d), L2-normalised; constants, so that no user's loss depends on another user.
+        targets: int64 (b,), row of each user's target in ``item_vectors``.
+        temperature: τ.
+
+    Returns:
+        (b,) one loss a user.
+    """
+    logits = user_vectors @ item_vectors.detach().T / temperature  # (b, N)
+    return torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+
+
 def proximal_term(
     parameters: Iterable[torch.Tensor], global_parameters: Iterable[torch.Tensor], strength: float
 ) -> torch.Tensor:

@@ -18,7 +18,9 @@ from fedmerge.client.train import (
     training_batches,
     training_step,
 )
+from fedmerge.client.user_dp import UserPlan, items_are_due, private_steps
 from fedmerge.config import Lora, Train
+from fedmerge.encoder.encode import encode
 from fedmerge.encoder.frozen import frozen_products, using
 from fedmerge.encoder.lora import Adapter, adapter_of, applied, attach, load_into
 
@@ -46,12 +48,12 @@ class RoundTask:
 
 @dataclass(frozen=True)
 class RoundReport:
-    """How a client's round went: steps, the limit that ended it, wall clock, mean training loss."""
+    """How a client's round went: steps, the limit that ended it, wall clock, mean training loss, if looked at."""
 
     steps: int
     stopped_by: str
     seconds: float
-    loss: float
+    loss: float | None
 
 
 def train_round(
@@ -61,6 +63,7 @@ def train_round(
     seed: int,
     task: RoundTask,
     progress: Progress = lambda line: None,
+    plan: UserPlan | None = None,
 ) -> tuple[Adapter, RoundReport]:
     """A round's steps; what they end with is sent, so no validation user is looked at.
 
@@ -73,6 +76,7 @@ def train_round(
         seed: of the experiment; sampling depends on it, on the domain's name and on the round.
         task: see there.
         progress: receives a line.
+        plan: of a training with differential privacy by user, over all rounds together; None: without.
 
     Returns:
         The adapter in float32 on the CPU, and how it came about.
@@ -97,29 +101,41 @@ def train_round(
             before = [parameter.detach().clone() for parameter in parameters]
             optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0)
             penalty = partial(proximal_term, parameters, before, task.proximal) if task.proximal else None
-            products = frozen_products(domain.backbone)
-            losses: list[float] = []
-            stopped_by = ""
-            spent = 0.0
-            drawn = training_batches(domain.training_sequences, settings, seed, name, "round", task.number)
             share = settings_of_round(settings, task)
-            while not stopped_by:
-                batch, epochs = next(drawn)
-                warm = min(1.0, (len(losses) + 1) / max(1, settings.warmup_steps))
-                rate = settings.learning_rate * warm * (1.0 - (task.number - 1 + spent) / task.num_rounds)
-                with using(products):
-                    loss = training_step(domain, batch, settings, optimizer, rate, penalty)
-                check_loss(name, loss, len(losses) + 1, settings)
-                losses.append(loss)
-                spent, stopped_by = spent_budget(share, len(losses), epochs, time.monotonic() - started)
-            progress(
-                f"{name}: round {task.number} of {task.num_rounds}, {len(losses)} steps, loss {np.mean(losses):.3f}"
-            )
+
+            def rate(step: int, spent: float) -> float:
+                warm = min(1.0, (step + 1) / max(1, settings.warmup_steps))
+                return settings.learning_rate * warm * (1.0 - (task.number - 1 + spent) / task.num_rounds)
+
+            scope = (name, "round", task.number)
+            losses: list[float] = []
+            if plan is not None:
+                steps, stopped_by = int(share.max_steps or 0), "max_steps"
+                make = private_steps(domain, model, optimizer, settings, plan, seed, *scope)
+                for step in range(steps):
+                    make(step, rate(step, step / steps), penalty)
+            else:
+                stopped_by, spent, items, products = "", 0.0, None, frozen_products(domain.backbone)
+                drawn = training_batches(domain.training_sequences, settings, seed, *scope)
+                while not stopped_by:
+                    batch, epochs = next(drawn)
+                    if settings.negatives == "catalog" and items_are_due(settings, len(losses)):
+                        items = encode(domain.backbone, domain.item_sequences).to(domain.backbone.device)
+                    current = rate(len(losses), spent)
+                    with using(products):
+                        loss = training_step(domain, batch, settings, optimizer, current, items, penalty)
+                    check_loss(name, loss, len(losses) + 1, settings)
+                    losses.append(loss)
+                    spent, stopped_by = spent_budget(share, len(losses), epochs, time.monotonic() - started)
+                steps = len(losses)
+            mean = float(np.mean(losses)) if losses else None
+            told = "with noise" if mean is None else f"loss {mean:.3f}"
+            progress(f"{name}: round {task.number} of {task.num_rounds}, {steps} steps, {told}")
             trained = adapter_of(model)
         finally:
             model.unload()
     seconds = time.monotonic() - started
-    return trained, RoundReport(len(losses), stopped_by, seconds, float(np.mean(losses)))
+    return trained, RoundReport(steps, stopped_by, seconds, mean)
 
 
 def settings_of_round(settings: Train, task: RoundTask) -> Train:

@@ -3,7 +3,7 @@
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,8 +13,9 @@ import torch
 
 from fedmerge.client.begun_training import BegunTraining, Validation, begun_training, keep_begun, restore, state_tensors
 from fedmerge.client.local_domain import LocalDomain
-from fedmerge.client.losses import in_batch_softmax
+from fedmerge.client.losses import catalog_softmax, in_batch_softmax
 from fedmerge.client.metrics import METRICS, per_user_metrics, rank_targets
+from fedmerge.client.user_dp import items_are_due
 from fedmerge.config import Lora, Train
 from fedmerge.domain.splits import Examples, evaluation_examples
 from fedmerge.encoder.encode import embed_in_groups, encode
@@ -84,12 +85,42 @@ def train_expert(
         DomainError: nobody to train on.
         ClientError: the loss is no longer finite.
     """
-    name = domain.manifest.name
-    sequences = domain.training_sequences
     check_can_train(domain)
-    examples = evaluation_examples(domain.interactions, "valid", settings.validation_users, seed)
+    name = domain.manifest.name
+    drawn = training_batches(domain.training_sequences, settings, seed, name)
+    batches = ((domain, batch, epochs) for batch, epochs in drawn)
+    return fine_tune(name, [domain], batches, lora, settings, seed, progress, begun)
+
+
+def fine_tune(
+    name: str,
+    domains: Sequence[LocalDomain],
+    batches: Iterator[tuple[LocalDomain, Batch, float]],
+    lora: Lora,
+    settings: Train,
+    seed: int,
+    progress: Progress = lambda line: None,
+    begun: Path | None = None,
+) -> tuple[Adapter, TrainingReport]:
+    """Train a fresh adapter on batches; keep the one with the best mean NDCG@10 over the domains' validation users.
+
+    Args:
+        name: of what is trained, for the lines.
+        domains: one, or several that share a backbone.
+        batches: without end: of which domain, users, and the epochs done after them.
+        lora, settings, seed, progress, begun: as for :func:`train_expert`, which says what is returned and raised.
+    """
+    backbone = domains[0].backbone
+    examples = [
+        evaluation_examples(domain.interactions, "valid", settings.validation_users, seed) for domain in domains
+    ]
+
+    def validated() -> float:
+        scores = [_validation_ndcg(domain, of_domain) for domain, of_domain in zip(domains, examples, strict=True)]
+        return float(np.mean(scores))
+
     started = time.monotonic()
-    model = attach(domain.backbone, lora.target_modules, lora.rank, lora.alpha, seed)
+    model = attach(backbone, lora.target_modules, lora.rank, lora.alpha, seed)
     try:
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0)
@@ -102,22 +133,23 @@ def train_expert(
             started -= before.seconds
             progress(f"{name}: goes on after step {step}, where an earlier training was ended")
         else:
-            best, validations = adapter_of(model), [Validation(0, math.nan, _validation_ndcg(domain, examples))]
+            best, validations = adapter_of(model), [Validation(0, math.nan, validated())]
             best_step, step, spent = 0, 0, 0.0
             progress(f"{name}: start, validation ndcg@10 {validations[0].ndcg:.4f}")
-        products = frozen_products(domain.backbone)
-        batches = itertools.islice(training_batches(sequences, settings, seed, name), step, None)
+        products, encoded = frozen_products(backbone), dict[str, torch.Tensor]()
+        left = itertools.islice(batches, step, None)
         while not stopped_by:
-            batch, epochs = next(batches)
+            domain, batch, epochs = next(left)
             rate = settings.learning_rate * min(1.0, (step + 1) / max(1, settings.warmup_steps)) * (1.0 - spent)
+            items = _catalog_negatives(domain, settings, step, encoded)
             with using(products):
-                loss = training_step(domain, batch, settings, optimizer, rate)
-            check_loss(name, loss, step + 1, settings)
+                loss = training_step(domain, batch, settings, optimizer, rate, items)
+            check_loss(domain.manifest.name, loss, step + 1, settings)
             step += 1
             losses.append(loss)
             spent, stopped_by = spent_budget(settings, step, epochs, time.monotonic() - started)
             if step % settings.validate_every_steps == 0 or stopped_by:
-                validations.append(Validation(step, float(np.mean(losses)), _validation_ndcg(domain, examples)))
+                validations.append(Validation(step, float(np.mean(losses)), validated()))
                 losses.clear()
                 if validations[-1].ndcg > max(earlier.ndcg for earlier in validations[:-1]):
                     best, best_step = adapter_of(model), step
@@ -133,9 +165,22 @@ def train_expert(
                     keep_begun(begun, BegunTraining(step, spent, seconds, best_step, best, tuple(validations), tensors))
     finally:
         model.unload()
-    return best, TrainingReport(
-        step, best_step, stopped_by, time.monotonic() - started, len(examples), tuple(validations)
-    )
+    num_users = sum(len(of_domain) for of_domain in examples)
+    return best, TrainingReport(step, best_step, stopped_by, time.monotonic() - started, num_users, tuple(validations))
+
+
+def _catalog_negatives(
+    domain: LocalDomain, settings: Train, step: int, encoded: dict[str, torch.Tensor]
+) -> torch.Tensor | None:
+    """The domain's item vectors, (N, d), encoded anew when it is time; None where the negatives are in the batch."""
+    if settings.negatives == "in-batch":
+        return None
+    if items_are_due(settings, step):
+        encoded.clear()
+    name = domain.manifest.name
+    if name not in encoded:
+        encoded[name] = encode(domain.backbone, domain.item_sequences).to(domain.backbone.device)
+    return encoded[name]
 
 
 def check_can_train(domain: LocalDomain) -> None:
@@ -170,6 +215,7 @@ def training_step(
     settings: Train,
     optimizer: torch.optim.Optimizer,
     learning_rate: float,
+    items: torch.Tensor | None = None,
     penalty: Callable[[], torch.Tensor] | None = None,
 ) -> float:
     """One optimiser step; the loss before it, after which nothing is changed if it is not finite.
@@ -180,12 +226,13 @@ def training_step(
         settings: the temperature is read.
         optimizer: of the adapter's parameters.
         learning_rate: of this step.
+        items: (N, d) vectors of the whole catalog to be the negatives; None: the targets of the batch are.
         penalty: is added to the loss.
     """
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     optimizer.zero_grad()
-    loss = _loss(domain, batch, settings.temperature)
+    loss = _loss(domain, batch, settings.temperature, items)
     if penalty is not None:
         loss = loss + penalty()
     if math.isfinite(loss.item()):
@@ -194,12 +241,15 @@ def training_step(
     return loss.item()
 
 
-def _loss(domain: LocalDomain, batch: Batch, temperature: float) -> torch.Tensor:
+def _loss(domain: LocalDomain, batch: Batch, temperature: float, items: torch.Tensor | None) -> torch.Tensor:
     text, backbone = domain.text, domain.backbone
-    items, rows = np.unique(batch.targets, return_inverse=True)
     users = pack_sequences(domain.table, batch.histories, backbone.special, text.max_items, text.max_tokens)
     user_vectors = embed_in_groups(backbone, users)
-    item_vectors = embed_in_groups(backbone, [domain.item_sequences[item] for item in items])
+    if items is not None:
+        targets = torch.from_numpy(batch.targets).to(backbone.device)
+        return catalog_softmax(user_vectors, items, targets, temperature).mean()
+    numbers, rows = np.unique(batch.targets, return_inverse=True)
+    item_vectors = embed_in_groups(backbone, [domain.item_sequences[number] for number in numbers])
     return in_batch_softmax(user_vectors, item_vectors, torch.from_numpy(rows).to(backbone.device), temperature)
 
 

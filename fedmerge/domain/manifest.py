@@ -10,7 +10,7 @@ from typing import Any, get_type_hints
 
 from fedmerge.config import DOMAIN_NAME
 from fedmerge.domain.tables import RESTORE, read_file
-from fedmerge.errors import DomainError
+from fedmerge.errors import DomainError, PolicyError
 
 FORMAT = 1
 MANIFEST_FILE = "manifest.json"
@@ -50,6 +50,20 @@ def check_name(name: str, where: str = "") -> None:
         raise DomainError(
             f"{where}Domain name {name!r}: expected at most 64 ASCII letters, digits and '._-', the first a letter or "
             "digit. Choose such a name."
+        )
+
+
+def check_catalog_is_public(domain: str, public_catalog: bool) -> None:
+    """Refuse to use a catalog as public that its owner has not declared public, whatever the policy and whoever has it.
+
+    Raises:
+        PolicyError: with the remedy.
+    """
+    if not public_catalog:
+        raise PolicyError(
+            f"domain {domain}: its manifest says public_catalog = false, so the catalog does not leave the client. "
+            "Its owner can import the domain again as public; or learn through the clients (privacy.policy = "
+            "'catalog-private'), or do without methods that need catalogs."
         )
 
 

@@ -17,12 +17,12 @@ class Combined:
     Attributes:
         adapter: the result.
         error: ‖Δ − Σ p_k Δ_k‖_F / ‖Σ p_k Δ_k‖_F, of rules that average inexactly; 0 of those that are exact or
-            are no average.
+            are no average; None where it cannot be known, since nobody sees the Δ_k.
         selected: the clients whose adapters count, where the rule selects; else empty.
     """
 
     adapter: Adapter
-    error: float = 0.0
+    error: float | None = 0.0
     selected: tuple[str, ...] = ()
 
 

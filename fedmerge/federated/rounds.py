@@ -13,10 +13,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from fedmerge.encoder.lora import Adapter, LoraModule, initial_lora_A
-from fedmerge.errors import AggregationError, LayoutMismatchError
+from fedmerge.errors import AggregationError, ConfigError, LayoutMismatchError
+from fedmerge.federated.averages import Combined
 from fedmerge.federated.product_space import (
     client_update,
     compressed,
@@ -26,8 +29,9 @@ from fedmerge.federated.product_space import (
     relative_error,
     weighted_sum,
 )
-from fedmerge.federated.rules import Continuation, MergeFunction, Rule, rule_named, rule_of, rule_parameters
+from fedmerge.federated.rules import RULES, Continuation, MergeFunction, Rule, rule_named, rule_of, rule_parameters
 from fedmerge.federated.server_steps import Moments
+from fedmerge.federated.summed import adapter_of_mean, summed_rank
 from fedmerge.merging.methods import Value
 from fedmerge.merging.stack import survey_adapters
 from fedmerge.seeding import derive
@@ -41,7 +45,8 @@ class RoundReport:
         rule: row of RULES, merging method, or name of the function.
         parameters: all of the rule's.
         client_weights: client that took part -> p_k.
-        error: ‖Δ − Σ p_k Δ_k‖ / ‖Σ p_k Δ_k‖ (Frobenius, all modules) of FedIT and HetLoRA; 0 of the others.
+        error: ‖Δ − Σ p_k Δ_k‖ / ‖Σ p_k Δ_k‖ (Frobenius, all modules) of FedIT and HetLoRA; 0 of the others; None of
+            FedIT where only a sum was seen.
         selected: the clients that Krum or Multi-Krum took; else empty.
         output_residual: what ``output_rank`` cut off the global adapter, as a share of its norm.
         start_residuals: client -> ‖Δ − Δ_start‖ / ‖Δ‖, what it does not get of the global adapter Δ; all clients.
@@ -55,7 +60,7 @@ class RoundReport:
     rule: str
     parameters: Mapping[str, Value]
     client_weights: Mapping[str, float]
-    error: float
+    error: float | None
     selected: tuple[str, ...]
     output_residual: float
     start_residuals: Mapping[str, float]
@@ -148,18 +153,78 @@ def aggregate(
     chosen = rule_parameters(name, row, parameters)
     _check_adapters(name, row, state, adapters)
     shares = _shares(adapters, client_weights)
-    own = {key: value for key, value in chosen.items() if key not in ("continuation", "output_rank")}
-    continuation = _continuation(row, chosen)
-
     if row.of == "adapters":
         received = {client: adapters[client] for client in shares}
     else:
         received = {client: client_update(adapters[client], state.starts[client]) for client in shares}
+    own = {} if row.step else _own(chosen)
     drawn = {"seed": derive(seed, "aggregate", state.num_rounds)} if row.random else {}
-    combined = row.combine(received, shares, **({} if row.step else own), **drawn)
+    combined = row.combine(received, shares, **own, **drawn)
+    bytes_up = {client: _sent_bytes(adapters[client], row) for client in shares}
+    return _advanced(name, row, state, combined, shares, chosen, bytes_up, seed)
+
+
+def aggregate_mean(
+    rule: str,
+    state: GlobalState,
+    mean: NDArray[np.floating],
+    client_weights: Mapping[str, float],
+    *,
+    seed: int = 0,
+    **parameters: Value,
+) -> GlobalState:
+    """One round of which the server saw nothing but the weighted mean of the clients' values, from a secure sum.
+
+    Args:
+        rule: row of RULES with ``summed``.
+        state: what the clients started from.
+        mean: (n,), of their :func:`fedmerge.federated.summed.summed_values` with these weights.
+        client_weights: client -> weight, of those in the sum.
+        seed, parameters: as :func:`aggregate`.
+
+    Raises:
+        ConfigError: no such rule, one that needs single adapters, or a parameter that it does not have.
+        AggregationError: unknown clients, wrong weights, or another number of values.
+    """
+    row = rule_named(rule)
+    if row.summed is None:
+        able = ", ".join(name for name, each in RULES.items() if each.summed)
+        raise ConfigError(
+            f"aggregation rule {rule!r}: it needs every single adapter, not their mean; use one of {able}"
+        )
+    chosen = rule_parameters(rule, row, parameters)
+    starts = {client: state.starts[client] for client in client_weights if client in state.starts}
+    _check_clients(rule, row, state, client_weights)
+    shares = _shares(client_weights, client_weights)
+    doubled = row.of == "updates" and any(
+        module.lora_B.any() for each in starts.values() for module in each.modules.values()
+    )
+    like = starts[min(starts)]
+    adapter = adapter_of_mean(row.summed, mean, like, summed_rank(starts) * (2 if doubled else 1))
+    combined = Combined(adapter, None if row.summed == "A and B" else 0.0)
+    return _advanced(rule, row, state, combined, shares, chosen, dict.fromkeys(shares, 4 * mean.size), seed)
+
+
+def _own(chosen: Mapping[str, Value]) -> dict[str, Value]:
+    """The parameters of the rule itself, without those of what comes after it."""
+    return {key: value for key, value in chosen.items() if key not in ("continuation", "output_rank")}
+
+
+def _advanced(
+    name: str,
+    row: Rule,
+    state: GlobalState,
+    combined: Combined,
+    shares: Mapping[str, float],
+    chosen: Mapping[str, Value],
+    bytes_up: Mapping[str, int],
+    seed: int,
+) -> GlobalState:
+    """The state after a round, from what the rule made of the clients' adapters."""
+    continuation = _continuation(row, chosen)
     result, moments = combined.adapter, None
     if row.step is not None:
-        result, moments = row.step(result, state.moments, **own)
+        result, moments = row.step(result, state.moments, **_own(chosen))
     if row.of == "updates" and state.num_rounds:
         result = weighted_sum({"global": state.adapter, "update": result}, {"global": 1.0, "update": 1.0})
 
@@ -176,7 +241,7 @@ def aggregate(
         start_residuals=residuals,
         rank=max(module.rank for module in adapter.modules.values()),
         size_bytes=adapter.size_bytes,
-        bytes_up={client: _sent_bytes(adapters[client], row) for client in shares},
+        bytes_up=bytes_up,
         bytes_down={
             client: adapter.size_bytes if continuation == "frozen" else _sent_bytes(start, row)
             for client, start in starts.items()
@@ -253,9 +318,9 @@ def state_of(tensors: Mapping[str, torch.Tensor], record: Mapping[str, Any]) -> 
         ) from error
 
 
-def _check_adapters(name: str, rule: Rule, state: GlobalState, adapters: Mapping[str, Adapter]) -> None:
-    unknown = sorted(adapters.keys() - state.starts.keys())
-    if unknown or not adapters:
+def _check_clients(name: str, rule: Rule, state: GlobalState, clients: Mapping[str, Any]) -> None:
+    unknown = sorted(clients.keys() - state.starts.keys())
+    if unknown or not clients:
         who = f"clients {', '.join(unknown)}" if unknown else "no client"
         raise AggregationError(
             f"{name}, round {state.num_rounds + 1}: found {who}, expected some of {', '.join(state.starts)}; "
@@ -266,6 +331,10 @@ def _check_adapters(name: str, rule: Rule, state: GlobalState, adapters: Mapping
             f"{name}, round {state.num_rounds + 1}: the clients trained on a frozen global adapter, which a rule over "
             "whole adapters would drop; keep one rule for all rounds"
         )
+
+
+def _check_adapters(name: str, rule: Rule, state: GlobalState, adapters: Mapping[str, Adapter]) -> None:
+    _check_clients(name, rule, state, adapters)
     survey_adapters(adapters)
     for client, adapter in adapters.items():
         start = state.starts[client].modules
@@ -292,7 +361,7 @@ def _shape(module: LoraModule) -> tuple[tuple[int, ...], tuple[int, ...], float]
     return tuple(module.lora_A.shape), tuple(module.lora_B.shape), module.scaling
 
 
-def _shares(adapters: Mapping[str, Adapter], client_weights: Mapping[str, float] | None) -> dict[str, float]:
+def _shares(adapters: Mapping[str, Any], client_weights: Mapping[str, float] | None) -> dict[str, float]:
     """p_k by client, sorted by name."""
     weights = dict.fromkeys(adapters, 1.0) if client_weights is None else client_weights
     if weights.keys() != adapters.keys():

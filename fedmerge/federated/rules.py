@@ -10,6 +10,7 @@ from fedmerge.errors import ConfigError
 from fedmerge.federated.averages import Combined, fedit, ffa_lora, hetlora, weighted_average
 from fedmerge.federated.robust import coordinate_median, krum, multi_krum, trimmed_mean
 from fedmerge.federated.server_steps import Moments, fedadam, fedavgm, fedyogi
+from fedmerge.federated.summed import Summed
 from fedmerge.merging.methods import METHODS, Parameter, Value, checked_parameters, markdown_table, parameter_text
 from fedmerge.merging.training_free import Scope, Space, merge_adapters
 
@@ -39,6 +40,8 @@ class Rule:
         step: of a server optimiser: (combined update, moments, **parameters) -> what is added instead, new moments.
         trained: what clients train and send.
         random: ``combine`` takes a seed.
+        summed: what a secure sum of the clients' contributions takes in its place, see ``fedmerge.federated.summed``;
+            None: the rule needs single adapters.
     """
 
     what: str
@@ -51,6 +54,7 @@ class Rule:
     step: Callable[..., tuple[Adapter, Moments]] | None = None
     trained: Literal["A and B", "B"] = "A and B"
     random: bool = False
+    summed: Summed | None = None
 
 
 _CONTINUED = {
@@ -74,6 +78,7 @@ RULES: dict[str, Rule] = {
         parameters=_CONTINUED,
         source="FedAvg (arXiv:1602.05629), in product space",
         cost=_SVD_COST,
+        summed="updates",
     ),
     "fedit": Rule(
         what="A and B averaged separately: inexact, the error is reported; equal ranks",
@@ -83,6 +88,7 @@ RULES: dict[str, Rule] = {
         of="adapters",
         source="FedIT (arXiv:2305.05644)",
         cost="O(R (in + out)) a module, and the error O(R² (in + out))",
+        summed="A and B",
     ),
     "ffa-lora": Rule(
         what="B averaged over a shared, frozen A: exact, half the traffic; equal ranks",
@@ -93,6 +99,7 @@ RULES: dict[str, Rule] = {
         trained="B",
         source="FFA-LoRA (arXiv:2403.12313)",
         cost="O(R out) a module",
+        summed="B",
     ),
     "flora": Rule(
         what="stacked: Σ p_k Δ_k at rank Σ r_k, exact, any ranks",
@@ -110,6 +117,7 @@ RULES: dict[str, Rule] = {
         of="adapters",
         source="FlexLoRA (arXiv:2402.11505)",
         cost="O(R² (in + out)) a module",
+        summed="updates",
     ),
     "hetlora": Rule(
         what="A and B, filled up with zeros, averaged by ‖B_k A_k‖: inexact, the error is reported; any ranks",
@@ -159,6 +167,7 @@ RULES: dict[str, Rule] = {
         },
         source="FedAvgM (arXiv:1909.06335)",
         cost="as weighted-average; the momentum's rank grows by R a round, to min(in, out) at most",
+        summed="updates",
     ),
     "fedadam": Rule(
         what="Adam's step along the weighted average, entry by entry",
@@ -167,6 +176,7 @@ RULES: dict[str, Rule] = {
         parameters={**_ADAPTIVE, **_CONTINUED},
         source="FedAdam (arXiv:2003.00295)",
         cost="O(in · out) a module, two dense moments kept; SVD of dense modules",
+        summed="updates",
     ),
     "fedyogi": Rule(
         what="Yogi's step along the weighted average, entry by entry",
@@ -175,6 +185,7 @@ RULES: dict[str, Rule] = {
         parameters={**_ADAPTIVE, **_CONTINUED},
         source="FedYogi (arXiv:2003.00295)",
         cost="as fedadam",
+        summed="updates",
     ),
 }
 

@@ -22,7 +22,8 @@ class LearnedCoefficients:
 
     Attributes:
         coefficients: (K,) or (K, G) float32, on the CPU, domains in the order of the stack: those of ``chosen_step``.
-        history: for every step, before its update, "total" and the terms that it is the weighted sum of.
+        history: for every step, before its update, "total" and the terms that it is the weighted sum of; empty where
+            the losses stay at the clients.
         initial_coefficients: the same shape, where the optimisation started.
         trajectory: (steps + 1, …) the coefficients after 0, 1, … steps.
         chosen_step: the last one, or the best of ``validation``.
@@ -82,7 +83,8 @@ def optimise(
     Args:
         name: of the method, for messages.
         start: (K,) or (K, G) float32 on the device of the model; not changed.
-        gradient: (step, coefficients) -> gradient, and the loss as "total" with its terms.
+        gradient: (step, coefficients) -> gradient, and the loss as "total" with its terms, or nothing where nobody
+            here knows it.
         steps: updates.
         learning_rate: constant.
         clamp: bring the coefficients back into [0, 1] after every update.
@@ -111,7 +113,8 @@ def optimise(
         if prior_weight:
             moved = coefficients.detach() - initial
             losses["prior"] = float(moved.square().mean())
-            losses["total"] += prior_weight * losses["prior"]
+            if "total" in losses:
+                losses["total"] += prior_weight * losses["prior"]
             coefficients.grad = coefficients.grad + 2 * prior_weight * moved / moved.numel()
         optimizer.step()
         if clamp:
@@ -121,7 +124,7 @@ def optimise(
         if not all(map(math.isfinite, losses.values())) or not bool(coefficients.detach().isfinite().all()):
             terms = ", ".join(f"{term} {value:g}" for term, value in losses.items() if term != "total")
             raise MergeError(
-                f"{name}, step {step} of {steps}: found loss {losses['total']:g} ({terms}) and coefficients "
+                f"{name}, step {step} of {steps}: found loss {losses.get('total', 0):g} ({terms}) and coefficients "
                 f"{coefficients.tolist()}, expected finite values; lower the learning rate or check the experts' norms"
             )
         trajectory.append(coefficients.detach().cpu().clone())
@@ -129,7 +132,8 @@ def optimise(
         if progress is not None:
             progress(step, steps, losses)
     chosen = min(validation, key=lambda found: found[1])[0] if validation else steps
-    logger.info("%s: %d steps, loss %.4f -> %.4f", name, steps, history[0]["total"], history[-1]["total"])
+    if "total" in history[0]:
+        logger.info("%s: %d steps, loss %.4f -> %.4f", name, steps, history[0]["total"], history[-1]["total"])
     return LearnedCoefficients(
         trajectory[chosen], tuple(history), initial.cpu(), torch.stack(trajectory), chosen, tuple(validation)
     )

@@ -29,6 +29,7 @@ BENCH_FILE = "bench.json"
 CELLS_FILE = "cells.json"
 EVERY_FOLD = "any"  # left_out of a comparison over all leave-one-domain-out folds
 FINISHED = "done"  # status of a cell; any other is shown as one that did not finish
+POOLED = " (pooled)"  # ends the name of a row that was trained on pooled data, which breaks isolation
 MEAN = "mean"  # domain of a comparison of the unweighted mean over domains
 
 # Table -> column -> type. "text" and "count" are never absent; a "number" may be (null), and NaN counts as absent.

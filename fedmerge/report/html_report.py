@@ -12,7 +12,7 @@ from typing import Any
 from fedmerge.client.metrics import METRICS
 from fedmerge.config import flatten
 from fedmerge.report import charts
-from fedmerge.report.bench_tables import FINISHED, MEAN, BenchTables, Rows
+from fedmerge.report.bench_tables import FINISHED, MEAN, POOLED, BenchTables, Rows
 from fedmerge.report.page import (
     ABSENT,
     Cell,
@@ -337,6 +337,11 @@ def _how_to_read(data: _Dataset, variant: str) -> Html:
         )
     if len(data.competing) < len(data.strategies):
         parts.append(" Reference rows do not compete for the ★.")
+    if any(strategy.endswith(POOLED) for strategy in data.strategies):
+        parts.append(
+            f" Rows that end in{POOLED} break isolation: they were trained on the interactions of all domains "
+            "together, which no federation can do."
+        )
     return note(*parts)
 
 
@@ -373,6 +378,7 @@ def _marks(comparison: Mapping[str, Any] | None, best: bool) -> Html:
 def _strategy(data: _Dataset, strategy: str, label: str = "") -> Html:
     tags = ["baseline"] if strategy == data.baseline else []
     tags += ["reference"] if strategy in data.tables.references else []
+    tags += ["breaks isolation"] if strategy.endswith(POOLED) else []
     words = join(
         strategy,
         element("small", f" {label}") if label else None,

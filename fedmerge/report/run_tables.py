@@ -32,6 +32,7 @@ from fedmerge.report.tables import Role
 from fedmerge.runs import RunDetails, describe_run, read_record
 from fedmerge.server.checkpoints import ADMISSION
 from fedmerge.server.fallback import SERVED, with_served
+from fedmerge.server.round_checkpoints import round_records
 
 _SPLITS: tuple[Split, ...] = ("valid", "test")
 
@@ -164,6 +165,10 @@ def _curves(folder: Path) -> list[dict[str, Any]]:
             for key, name in (("ndcg", "Experts, NDCG@10 on validation"), ("loss", "Experts, loss")):
                 if validation.get(key) is not None:
                     rows.append(_point(EXPERT, path.parent.name, validation["step"], name, validation[key]))
+    for number, of_round in enumerate(round_records(folder), start=1):
+        for domain, client in of_round["clients"].items():
+            if client.get("loss") is not None:
+                rows.append(_point("rounds", domain, number, "Rounds, loss of the clients", client["loss"]))
     for path in sorted(folder.glob("merged/*/provenance.json")):
         provenance = read_record(path)
         label = str(provenance.get("label", path.parent.name))

@@ -1,6 +1,8 @@
 """The gate in front of the merge and the choice: what is not what was asked for is refused by name."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
+from functools import cache
 
 import numpy as np
 import torch
@@ -30,6 +32,12 @@ def layout_of(adapter: Adapter) -> Layout:
         name: (tuple(module.lora_A.shape), tuple(module.lora_B.shape), module.scaling)
         for name, module in adapter.modules.items()
     }
+
+
+@cache
+def layout_sha256(backbone: Backbone, lora: Lora) -> str:
+    """A hash over modules, shapes and scalings of what is trained: two parties with equal hashes train the same."""
+    return hashlib.sha256(repr(sorted(expected_layout(backbone, lora).items())).encode()).hexdigest()
 
 
 def adapter_bytes(layout: Layout) -> int:

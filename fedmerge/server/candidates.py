@@ -16,17 +16,22 @@ from fedmerge.config import ExperimentConfig
 from fedmerge.domain.catalog import Catalog
 from fedmerge.encoder.backbone import Backbone
 from fedmerge.encoder.lora import Adapter, adapter_sha256
-from fedmerge.errors import MergeError
-from fedmerge.merging.learned import Progress, start_coefficients
+from fedmerge.errors import MergeError, PolicyError
+from fedmerge.merging.learned import LearnedCoefficients, Progress, start_coefficients
 from fedmerge.merging.methods import METHODS, Value, method_coefficients
 from fedmerge.merging.stack import Stack, linear_merge_of_many, stack_adapters, survey_adapters
 from fedmerge.merging.training_free import merge_stack
 from fedmerge.merging.vectors import Vectors, initial_vectors, merge_vectors
-from fedmerge.server.collaborative import learn_coefficients, student_vectors
+from fedmerge.privacy.domain_noise import domain_noise, domain_record, noised_average
+from fedmerge.privacy.randomness import source
+from fedmerge.server.collaborative import CollaborativeSettings, learn_coefficients, student_vectors
 from fedmerge.server.learned import learned_variants, pseudo_domains, tried_steps
 from fedmerge.server.pseudo_users import PseudoDomain
 
 logger = logging.getLogger(__name__)
+
+Learn = Callable[[str, CollaborativeSettings, Vectors], LearnedCoefficients]
+"""(label, settings, vectors) -> coefficients."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,7 @@ def merge_candidates(
     details: Mapping[str, Any] = MappingProxyType({}),
     finished: Mapping[str, Candidate] = MappingProxyType({}),
     keep: Callable[[Candidate], None] = lambda candidate: None,
+    through_clients: Learn | None = None,
 ) -> list[Candidate]:
     """Make every merge of the configuration.
 
@@ -73,9 +79,12 @@ def merge_candidates(
         details: entries that every provenance gets, in place of its own where names are equal.
         finished: label -> a merge of the same experts that was made before and is not made again.
         keep: receives every other merge as soon as it is made.
+        through_clients: learns the coefficients of learned methods in place of this process, which then needs neither
+            backbone nor catalogs for them.
 
     Raises:
         MergeError: a learned method without the backbone or without the catalogs of all domains.
+        PolicyError: learning from catalogs under a policy that keeps them at the clients.
     """
     layout = survey_adapters(adapters)
     sources = {domain: adapter_sha256(adapters[domain]) for domain in layout.domains}
@@ -90,7 +99,9 @@ def merge_candidates(
         return pseudo_domains(encoder, adapters, catalogs, config, progress)
 
     def add_sum(label: str, method: str, coefficients: Any, vectors: Vectors | None = None, **own: Any) -> None:
-        if vectors is None or isinstance(vectors, Stack):
+        if config.dp.mode == "domain-central":
+            adapter, own["privacy"] = _noised_average(adapters, config)
+        elif vectors is None or isinstance(vectors, Stack):
             adapter = linear_merge_of_many(adapters, layout, coefficients)
         else:
             adapter = merge_vectors(vectors, coefficients)
@@ -126,7 +137,7 @@ def merge_candidates(
     for method in config.merge.methods:
         row = METHODS[method]
         if row.coefficients is not None:
-            for label, parameters in _linear_variants(method, config):
+            for label, parameters in linear_variants(method, config):
                 if not made_before(label):
                     add_sum(label, method, method_coefficients(method, layout, **parameters), parameters=parameters)
         elif not row.learned:
@@ -149,9 +160,8 @@ def merge_candidates(
             missing = [label for label in labels if not made_before(label)]
             if not missing:
                 continue
-            if backbone is None:
-                raise MergeError(f"{method}: found no backbone, expected the one that the adapters were trained on")
-            learned = _learn(method, missing, backbone, stack(), pseudo(backbone), config, progress)
+            learn = through_clients or _learner_from_catalogs(method, backbone, pseudo, config, progress)
+            learned = _learn(method, missing, stack(), config, learn)
             for label, coefficients, vectors, own in learned:
                 add_sum(label, method, coefficients, vectors, **own)
     return candidates
@@ -185,7 +195,43 @@ def choose(
     return best, max(best.values(), key=lambda label: scores[label]), scores
 
 
-def _linear_variants(method: str, config: ExperimentConfig) -> Iterator[tuple[str, dict[str, Value]]]:
+def _learner_from_catalogs(
+    method: str,
+    backbone: Backbone | None,
+    pseudo: Callable[[Backbone], dict[str, PseudoDomain]],
+    config: ExperimentConfig,
+    progress: Callable[[str], None],
+) -> Learn:
+    """What learns the coefficients of a method in this process."""
+    if config.privacy.policy == "catalog-private":
+        raise PolicyError(
+            f"{method}: privacy.policy = 'catalog-private' keeps the catalogs at the clients, so its coefficients "
+            "are learned in a federation (fedmerge run). Here do without it (merge.methods), or set privacy.policy."
+        )
+    if backbone is None:
+        raise MergeError(f"{method}: found no backbone, expected the one that the adapters were trained on")
+    encoder, students = backbone, dict[str, torch.Tensor]()  # the students of a method's variants are the same
+
+    def learn(label: str, settings: CollaborativeSettings, vectors: Vectors) -> LearnedCoefficients:
+        if not students:
+            start = start_coefficients(vectors, "domain", settings.start)
+            students.update(student_vectors(encoder, vectors, pseudo(encoder), start))
+            progress(f"{method}: item vectors under the initial merge")
+        shown = _every_fifth(label, progress)
+        return learn_coefficients(encoder, vectors, pseudo(encoder), settings, shown, students)
+
+    return learn
+
+
+def _noised_average(adapters: Mapping[str, Adapter], config: ExperimentConfig) -> tuple[Adapter, Mapping[str, Any]]:
+    """The average with the noise of ``dp.mode = 'domain-central'``, and what it spent."""
+    noise = domain_noise(config.dp)
+    drawn = source(config.dp.randomness, config.seed, "server", "domain-dp")
+    rank = max(config.lora.of(domain).rank for domain in adapters)
+    return noised_average(adapters, config.dp.clip, noise, rank, drawn), domain_record(config.dp, noise)
+
+
+def linear_variants(method: str, config: ExperimentConfig) -> Iterator[tuple[str, dict[str, Value]]]:
     """Labels and parameters."""
     if "coefficient" not in METHODS[method].parameters:
         yield method, {}
@@ -204,30 +250,18 @@ def _variants(method: str, config: ExperimentConfig) -> Iterator[tuple[str, dict
 
 
 def _learn(
-    method: str,
-    labels: Sequence[str],
-    backbone: Backbone,
-    stack: Stack,
-    pseudo: Mapping[str, PseudoDomain],
-    config: ExperimentConfig,
-    progress: Callable[[str], None],
+    method: str, labels: Sequence[str], stack: Stack, config: ExperimentConfig, learn: Learn
 ) -> Iterator[tuple[str, torch.Tensor, Vectors, dict[str, Any]]]:
-    """Learn what these labels of a learned method ask for: label, coefficients, vectors, entries of the provenance.
-
-    Variants share the vectors, and the items' vectors under the initial merge.
-    """
+    """Learn what these labels of a learned method ask for: label, coefficients, vectors, entries of the provenance."""
     vectors: Vectors | None = None
-    students: dict[str, torch.Tensor] = {}
+    through_clients = config.privacy.policy == "catalog-private"
     for label, settings in learned_variants(config, method).items():
         steps = {tried: step for tried, step in tried_steps(config, method, label).items() if tried in labels}
         if not steps:
             continue
         if vectors is None:
             vectors = initial_vectors(stack, settings.initialisation)
-            start = start_coefficients(vectors, "domain", settings.start)
-            students = student_vectors(backbone, vectors, pseudo, start)
-            progress(f"{method}: item vectors under the initial merge")
-        learned = learn_coefficients(backbone, vectors, pseudo, settings, _every_fifth(label, progress), students)
+        learned = learn(label, settings, vectors)
         for tried, step in steps.items():
             chosen = learned.chosen_step if step is None else step
             yield (
@@ -236,9 +270,10 @@ def _learn(
                 vectors,
                 {
                     "parameters": asdict(settings) | {"initial_coefficient": settings.start},
-                    "losses": [dict(losses) for losses in learned.history],
+                    "losses": [dict(losses) for losses in learned.history if losses],
                     "validation": [list(looked) for looked in learned.validation],
                     "chosen_step": chosen,
+                    **({"through_clients": config.through_clients.model_dump()} if through_clients else {}),
                 },
             )
 

@@ -25,12 +25,25 @@ def learned_variants(config: ExperimentConfig, method: str) -> dict[str, Collabo
         shared = {key: chosen[key] for key in ("pseudo_users", "num_pseudo_users")}
         section = config.adamerging
         chosen = asdict(ADAMERGING) | section.model_dump(exclude={"granularities"}) | shared
+    own_users = " own-users" if config.through_clients.users == "own-users" else ""
     return {
-        f"{method} {granularity}-wise": CollaborativeSettings(
+        f"{method} {granularity}-wise{own_users}": CollaborativeSettings(
             **{**chosen, "granularity": granularity, "seed": config.seed}
         )
         for granularity in section.granularities
     }
+
+
+def learned_settings(config: ExperimentConfig, label: str) -> CollaborativeSettings:
+    """The settings of one variant.
+
+    Raises:
+        MergeError: the experiment has no such variant.
+    """
+    variants = {name: of for method in sorted(LEARNED_METHODS) for name, of in learned_variants(config, method).items()}
+    if label not in variants:
+        raise MergeError(f"learned merges: found {label!r}, expected one of {', '.join(variants)}; correct the label")
+    return variants[label]
 
 
 def tried_steps(config: ExperimentConfig, method: str, label: str) -> dict[str, int | None]:
@@ -40,7 +53,7 @@ def tried_steps(config: ExperimentConfig, method: str, label: str) -> dict[str, 
 
 
 def learned_labels(config: ExperimentConfig) -> set[str]:
-    """The labels of all learned merges; where there are none, no catalog is needed."""
+    """The labels of all learned merges."""
     if config.rounds.rule is not None:
         return {str(config.rounds.rule)} & LEARNED_METHODS
     if config.until == "train":
@@ -52,6 +65,11 @@ def learned_labels(config: ExperimentConfig) -> set[str]:
         for label in learned_variants(config, method)
         for tried in tried_steps(config, method, label)
     }
+
+
+def labels_from_catalogs(config: ExperimentConfig) -> set[str]:
+    """The labels of the merges that the server learns itself, from catalogs."""
+    return set() if config.privacy.policy == "catalog-private" else learned_labels(config)
 
 
 def pseudo_domains(
@@ -72,7 +90,7 @@ def pseudo_domains(
 
     Raises:
         MergeError: a catalog is missing.
-        ConfigError: contrastive pseudo-users of a single domain.
+        ConfigError: as :func:`pseudo_users_of`.
     """
     missing = sorted(adapters.keys() - catalogs.keys())
     if missing:
@@ -80,19 +98,36 @@ def pseudo_domains(
             f"learned merges: no catalog of {', '.join(missing)}. Put them into the folder server.catalogs, or let the "
             "clients send theirs (privacy.policy = 'adapter+catalog')."
         )
-    chosen = _mergerec(config.mergerec)
-    kind, number = chosen["pseudo_users"], chosen["num_pseudo_users"]
     made = {}
     for domain in sorted(adapters):
-        expert, most = adapters[domain], config.text.max_tokens
-        table = build_token_table(catalogs[domain], backbone.tokenizer, config.text.max_attribute_tokens)
-        items = one_item_domain(domain, backbone, expert, table, most)
-        amateur = average_of_others(adapters, domain) if kind == "contrastive" else None
-        made[domain] = pseudo_domain(
-            kind, items, backbone, expert, table, most, number=number, seed=config.seed, amateur=amateur
-        )
+        made[domain] = pseudo_users_of(domain, backbone, adapters, catalogs[domain], config)
+        kind = _mergerec(config.mergerec)["pseudo_users"]
         progress(f"pseudo-users: {len(made[domain].users)} of {domain} ({kind}) with their expert's vectors")
     return made
+
+
+def pseudo_users_of(
+    domain: str, backbone: Backbone, adapters: Mapping[str, Adapter], catalog: Catalog, config: ExperimentConfig
+) -> PseudoDomain:
+    """One domain's pseudo-users, as ``mergerec.pseudo_users`` asks for them.
+
+    Args:
+        domain: whose.
+        backbone: the frozen encoder; left as it was.
+        adapters: domain -> expert, of the whole cohort: contrastive pseudo-users look at the others.
+        catalog: the domain's own.
+        config: text, mergerec and seed are read.
+
+    Raises:
+        ConfigError: contrastive pseudo-users of a single domain.
+    """
+    chosen = _mergerec(config.mergerec)
+    kind, number = chosen["pseudo_users"], chosen["num_pseudo_users"]
+    expert, most = adapters[domain], config.text.max_tokens
+    table = build_token_table(catalog, backbone.tokenizer, config.text.max_attribute_tokens)
+    items = one_item_domain(domain, backbone, expert, table, most)
+    amateur = average_of_others(adapters, domain) if kind == "contrastive" else None
+    return pseudo_domain(kind, items, backbone, expert, table, most, number=number, seed=config.seed, amateur=amateur)
 
 
 def average_of_others(adapters: Mapping[str, Adapter], domain: str) -> Adapter | None:

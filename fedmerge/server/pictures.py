@@ -17,11 +17,12 @@ def draw_learned(folder: Path, provenance: Mapping[str, Any]) -> None:
         folder: of the merge; must exist.
         provenance: label, coefficients, coefficient_groups and losses are read.
     """
-    if not provenance.get("losses"):
+    if "losses" not in provenance:
         return
     label, coefficients = str(provenance["label"]), provenance["coefficients"]
     _draw_coefficients(folder / COEFFICIENTS, label, coefficients, provenance["coefficient_groups"])
-    _draw_losses(folder / LOSSES, label, provenance["losses"], provenance.get("validation") or [])
+    if provenance["losses"]:  # those learned through the clients have none
+        _draw_losses(folder / LOSSES, label, provenance["losses"], provenance.get("validation") or [])
 
 
 def _draw_coefficients(path: Path, label: str, coefficients: Mapping[str, Any], groups: Sequence[str]) -> None:

@@ -10,14 +10,13 @@ from typing import Any
 
 from fedmerge.config import ExperimentConfig, to_toml
 from fedmerge.domain.catalog import Catalog, load_catalog
-from fedmerge.domain.manifest import check_name, read_manifest
+from fedmerge.domain.manifest import check_catalog_is_public, check_name, read_manifest
 from fedmerge.encoder.adapted import check_backbone
 from fedmerge.encoder.backbone import Backbone
 from fedmerge.encoder.lora import Adapter
 from fedmerge.errors import ConfigError, DomainError, RunDirError
 from fedmerge.merging.folders import AdapterFolders, read_folders, write_as_sources
 from fedmerge.merging.methods import METHODS
-from fedmerge.privacy.policy import check_catalog_is_public
 from fedmerge.run_dir import new_folder, write_json, write_text
 from fedmerge.runs import REMERGED, read_record
 from fedmerge.server.candidates import Candidate, merge_candidates
@@ -99,17 +98,16 @@ def needs_backbone(config: ExperimentConfig) -> bool:
     return any(METHODS[method].learned for method in config.merge.methods)
 
 
-def catalogs_of(experts: Experts, root: Path, ask_owner: bool) -> dict[str, Catalog]:
+def catalogs_of(experts: Experts, root: Path) -> dict[str, Catalog]:
     """The catalog of every expert's domain from a folder of domains or catalogs.
 
     Args:
         experts: whose.
         root: holds a folder for each domain.
-        ask_owner: the folders are the owners' own, so that a catalog whose manifest says private is refused.
 
     Raises:
         DomainError: a catalog that is missing, damaged, or not the one that the expert was trained with.
-        PolicyError: a private catalog.
+        PolicyError: a catalog whose manifest says private.
     """
     missing = [domain for domain in experts.adapters if not (root / domain).is_dir()]
     if missing:
@@ -119,8 +117,7 @@ def catalogs_of(experts: Experts, root: Path, ask_owner: bool) -> dict[str, Cata
         )
     catalogs = {}
     for domain in experts.adapters:
-        if ask_owner:
-            check_catalog_is_public(domain, read_manifest(root / domain).public_catalog)
+        check_catalog_is_public(domain, read_manifest(root / domain).public_catalog)
         catalog = load_catalog(root / domain)
         expected = experts.catalog_sha256.get(domain, catalog.sha256)
         if catalog.sha256 != expected:

@@ -68,15 +68,29 @@ def kept_replies(run_dir: Path, number: int) -> dict[str, tuple[Adapter, dict[st
     return found
 
 
-def keep_state(run_dir: Path, state: GlobalState, reports: Mapping[str, Mapping[str, Any]], seconds: float) -> None:
+def keep_state(
+    run_dir: Path,
+    state: GlobalState,
+    reports: Mapping[str, Mapping[str, Any]],
+    seconds: float,
+    secure_sum: Mapping[str, Any] | None = None,
+) -> None:
     """Write the state after a round with what it took; then what it was made of, and the state before it, may go.
+
+    Args:
+        run_dir: the run.
+        state: after the round.
+        reports: domain -> how its training went.
+        seconds: of the server.
+        secure_sum: how the sum was made, where the server saw nothing else.
 
     Raises:
         RunDirError: it cannot be written.
     """
     folder, number = run_dir / ROUNDS, state.num_rounds
     tensors, record = state_tensors(state)
-    write_json(folder / f"{number}.json", {"aggregation": record["report"], "clients": reports, "seconds": seconds})
+    told = {"aggregation": record["report"], "clients": reports, "seconds": seconds}
+    write_json(folder / f"{number}.json", told if secure_sum is None else {**told, "secure_sum": secure_sum})
     write_bytes(folder / f"{number}.safetensors", save(tensors, {"record": json.dumps(record)}))
     shutil.rmtree(folder / str(number), ignore_errors=True)
     (folder / f"{number - 1}.safetensors").unlink(missing_ok=True)

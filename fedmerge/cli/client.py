@@ -1,0 +1,144 @@
+"""``fedmerge client``: an organisation's side of a federation on separate machines."""
+
+import argparse
+import logging
+import signal
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fedmerge.cli.options import Commands
+    from fedmerge.organisation.folder import Bundle
+
+
+def add_commands(commands: "Commands") -> None:
+    """Add them to the parser."""
+    group = commands.add_parser("client", help="take part in a federation on separate machines, beside your own data")
+    client = group.add_subparsers(required=True, metavar="COMMAND")
+
+    init = client.add_parser("init", help="make a client folder: key pair, client.toml, policy.toml")
+    init.add_argument("folder", type=Path, metavar="DIR")
+    init.add_argument("--name", required=True, help="the client's name towards the operator, for example north-shop")
+    init.add_argument("--domain", type=Path, required=True, metavar="PATH", help="the domain folder")
+    init.add_argument("--threads", type=int, default=1, help="processor threads (default: 1)")
+    init.add_argument("--backbone", default=None, help="folder or id of the text encoder (default: all-MiniLM-L6-v2)")
+    init.set_defaults(command=_init)
+
+    approve = client.add_parser("approve", help="allow one app, by its hash, to be worked for; without options: list")
+    approve.add_argument("folder", type=Path, metavar="DIR")
+    source = approve.add_mutually_exclusive_group()
+    source.add_argument("--bundle", type=Path, help="the operator's bundle, which tells the hash")
+    source.add_argument(
+        "--app", type=Path, metavar="FILE", help="the app itself, a .fab file; its contents are checked"
+    )
+    approve.set_defaults(command=_approve)
+
+    check = client.add_parser("check", help="test everything before the first run")
+    check.add_argument("folder", type=Path, metavar="DIR")
+    check.add_argument("--bundle", type=Path, default=None, help="the operator's bundle")
+    check.set_defaults(command=_check)
+
+    start = client.add_parser("start", help="run the client until it is ended (SIGTERM, Ctrl-C)")
+    start.add_argument("folder", type=Path, metavar="DIR")
+    start.add_argument("--bundle", type=Path, required=True, help="the operator's bundle")
+    start.set_defaults(command=_start)
+
+
+def _init(options: argparse.Namespace) -> int:
+    from fedmerge.organisation.folder import init_client
+
+    key = init_client(options.folder, options.name, options.domain, options.threads, options.backbone)
+    folder = options.folder
+    print(
+        f"{folder}: made for {options.name}, key {key}\n"
+        f"Next: read {folder / 'policy.toml'}, which is your last word on what may leave; send {folder / 'key.pub'} "
+        f"(never {folder / 'key'}) to the operator, who sends you a bundle; compare the key above with them over "
+        f"another channel. Then: fedmerge client approve {folder} --bundle BUNDLE"
+    )
+    return 0
+
+
+def _approve(options: argparse.Namespace) -> int:
+    from fedmerge.errors import ConfigError
+    from fedmerge.organisation.app import app_sha256, check_contents
+    from fedmerge.organisation.folder import approve_app, approved_apps, read_bundle, read_client
+
+    client = read_client(options.folder)
+    if options.app is not None:
+        import sim
+
+        try:
+            content = options.app.read_bytes()
+        except OSError as error:
+            raise ConfigError(f"{options.app}: cannot be read ({error.strerror}), expected a .fab file.") from error
+        check_contents(content, Path(str(sim.__file__)).parent)
+        sha256, source = app_sha256(content), options.app.name
+    elif options.bundle is not None:
+        bundle = read_bundle(options.bundle)
+        if not bundle.app:
+            raise ConfigError(
+                f"{options.bundle}: does not tell the app's hash. Ask the operator for the app and approve it by file: "
+                f"fedmerge client approve {options.folder} --app FILE"
+            )
+        sha256, source = bundle.app, f"as the operator of {bundle.federation or bundle.address} says"
+    else:
+        print("\n".join(sorted(approved_apps(client.folder))) or f"{options.folder}: no app is approved")
+        return 0
+    approve_app(client.folder, sha256, source)
+    print(
+        f"approved: {sha256}\nThis client works for runs of this app and refuses every other before it runs. To take "
+        f"it back, delete its line in {client.folder / 'approved.txt'}. Next: fedmerge client check {options.folder} "
+        "--bundle BUNDLE"
+    )
+    return 0
+
+
+def _check(options: argparse.Namespace) -> int:
+    from fedmerge.organisation.checks import check_client
+    from fedmerge.organisation.folder import read_bundle, read_client
+
+    client = read_client(options.folder)
+    bundle = None if options.bundle is None else read_bundle(options.bundle)
+
+    def backbone() -> str:
+        from fedmerge.device import resolve_compute
+        from fedmerge.encoder.backbone import load_backbone
+
+        found = load_backbone(client.backbone, "mean", resolve_compute("cpu", "float32"))
+        return f"{found.name}, hash {found.sha256}"
+
+    def registered(bundle: "Bundle") -> str:
+        from sim.supernode import is_registered
+
+        return is_registered(client, bundle)
+
+    failed = 0
+    for check in check_client(client, bundle, backbone, registered):
+        failed += check.holds is False
+        word = {True: "ok", False: "FAILED", None: "-"}[check.holds]
+        print(f"{word:7} {check.what:12} {check.found}", flush=True)
+    if failed:
+        print(f"{failed} failed; nothing was sent but the request to be let in")
+    elif bundle:
+        print(f"Next: fedmerge client start {options.folder} --bundle {options.bundle}")
+    return int(failed > 0)
+
+
+def _start(options: argparse.Namespace) -> int:
+    from fedmerge.organisation.folder import read_bundle, read_client
+
+    client, bundle = read_client(options.folder), read_bundle(options.bundle)
+    from sim.supernode import run_client
+
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s client %(message)s", "%H:%M:%S"))
+    library = logging.getLogger("fedmerge")
+    library.addHandler(handler)
+    library.setLevel(logging.INFO)
+    library.propagate = False
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    run_client(client, bundle, stop)
+    return 0

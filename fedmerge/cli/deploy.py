@@ -1,0 +1,152 @@
+"""``fedmerge deploy``: the operator's side of a federation on several machines."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fedmerge.cli.options import Commands
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+
+
+def add_commands(commands: "Commands") -> None:
+    """Add them to the parser."""
+    deploy = commands.add_parser("deploy", help="run the server of a federation on several machines")
+    parts = deploy.add_subparsers(required=True, metavar="COMMAND")
+
+    init = parts.add_parser("init", help="make the operator's folder: certificates and all configuration files")
+    init.add_argument("folder", type=Path, metavar="DIR", help="absent or empty")
+    init.add_argument(
+        "--host",
+        dest="hosts",
+        action="append",
+        required=True,
+        metavar="NAME",
+        help="name or address by which clients reach the server; the first is told to them; may be given again",
+    )
+    init.add_argument("--port", type=int, default=8443, help="where clients connect (default: 8443)")
+    init.add_argument("--superlink-port", type=int, default=8000, help="on this machine only (default: 8000)")
+    init.add_argument("--name", default="prod", help="of the federation, for --federation (default: prod)")
+    init.set_defaults(command=_init)
+
+    start = _with_folder(parts, "start", "bring up SuperLink and proxy, in the foreground")
+    start.set_defaults(command=_start)
+
+    add = _with_folder(parts, "add-client", "register an organisation's public key, write its bundle")
+    add.add_argument("client", metavar="NAME")
+    add.add_argument("--public-key", type=Path, required=True, metavar="key.pub", help="what the organisation sent")
+    add.set_defaults(command=_add_client)
+
+    remove = _with_folder(parts, "remove-client", "withdraw an organisation's key and forget it")
+    remove.add_argument("client", metavar="NAME")
+    remove.set_defaults(command=_remove_client)
+
+    status = _with_folder(parts, "status", "show health, clients, certificates, the last run")
+    status.add_argument("--json", action="store_true", help="machine-readable output")
+    status.set_defaults(command=_status)
+
+    renew = _with_folder(parts, "renew", "issue new certificates and write the configuration files again")
+    renew.set_defaults(command=_renew)
+
+
+def _with_folder(parts: "Commands", name: str, text: str) -> argparse.ArgumentParser:
+    parser = parts.add_parser(name, help=text)
+    parser.add_argument("folder", type=Path, metavar="DIR", help="the operator's folder")
+    return parser
+
+
+def _init(options: argparse.Namespace) -> int:
+    from fedmerge.deploy.folder import create_deployment
+
+    made = create_deployment(
+        options.folder, options.name, options.hosts, options.port, options.superlink_port, CHECKOUT
+    )
+    print(
+        f"{made.folder}: federation {made.name}, clients will reach it at {made.address}\n"
+        f"ca/ca.key signs certificates of this federation: keep a copy elsewhere, nobody else needs it\n"
+        f"next: fedmerge deploy start {made.folder}"
+    )
+    return 0
+
+
+def _start(options: argparse.Namespace) -> int:
+    from fedmerge.deploy.folder import read_deployment
+    from sim.operator import start
+
+    return start(read_deployment(options.folder), lambda line: print(line, flush=True))
+
+
+def _add_client(options: argparse.Namespace) -> int:
+    from fedmerge.deploy.clients import add_client, find_client
+    from fedmerge.deploy.folder import read_deployment
+    from sim.app import app_sha256
+    from sim.operator import is_healthy, register_clients
+
+    deployment = read_deployment(options.folder)
+    bundle = add_client(deployment, options.client, options.public_key, app_sha256(CHECKOUT))
+    running = is_healthy(deployment)
+    if running:
+        register_clients(deployment)
+    print(
+        f"{bundle}: send this folder to {options.client}; its README.txt says how to start, and which hashes to "
+        f"compare\n{options.client}: key {find_client(deployment, options.client).key_sha256}\n"
+        + ("its key is registered" if running else "its key will be registered when the federation is started")
+    )
+    return 0
+
+
+def _remove_client(options: argparse.Namespace) -> int:
+    from fedmerge.deploy.folder import read_deployment
+    from sim.operator import withdraw_client
+
+    withdraw_client(read_deployment(options.folder), options.client)
+    print(f"{options.client}: its key is refused from now on")
+    return 0
+
+
+def _status(options: argparse.Namespace) -> int:
+    from fedmerge.deploy.folder import read_deployment
+    from fedmerge.report.runs import summary_record
+    from fedmerge.runs import list_runs, summarise_run
+    from sim.operator import client_states, expiring, is_healthy
+
+    deployment = read_deployment(options.folder)
+    healthy = is_healthy(deployment)
+    states = client_states(deployment)
+    summaries = [summarise_run(folder) for folder in list_runs(deployment.folder / "runs")]
+    last = max(summaries, key=lambda summary: str(summary.started), default=None)
+    warnings = expiring(deployment)
+    if options.json:
+        told = {
+            "federation": deployment.name,
+            "address": deployment.address,
+            "healthy": healthy,
+            "clients": [
+                {"name": each.client.name, "state": each.state, "since": each.since, "key": each.client.key_sha256}
+                for each in states
+            ],
+            "last_run": summary_record(last) if last else None,
+            "warnings": warnings,
+        }
+        print(json.dumps(told, indent=2, ensure_ascii=False))
+        return 0 if healthy else 1
+    print(f"federation {deployment.name} at {deployment.address}: {'runs' if healthy else 'does not run'}")
+    for each in states:
+        print(f"  {each.client.name}: {each.state}{f' since {each.since}' if each.since else ''}")
+    if not states:
+        print(f"  no client yet: fedmerge deploy add-client {deployment.folder} NAME --public-key key.pub")
+    print(f"last run: {f'{last.id}, {last.state}' if last else 'none'}")
+    for line in warnings:
+        print(f"warning: {line}")
+    return 0 if healthy else 1
+
+
+def _renew(options: argparse.Namespace) -> int:
+    from fedmerge.deploy.folder import read_deployment, renew
+
+    deployment = read_deployment(options.folder)
+    renew(deployment, CHECKOUT)
+    print(f"{deployment.folder}: new certificates are there; start the federation again to use them")
+    return 0

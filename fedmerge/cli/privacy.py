@@ -1,0 +1,96 @@
+"""``fedmerge privacy``: what a run leaks, measured where its users' data are."""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedmerge.cli.options import add_overrides, add_runs_folder
+
+if TYPE_CHECKING:
+    from fedmerge.cli.options import Commands
+    from fedmerge.client.audit import Audited
+    from fedmerge.config import ExperimentConfig
+
+
+def add_commands(commands: "Commands") -> None:
+    """Add it to the parser."""
+    privacy = commands.add_parser("privacy", help="measure what a run leaks").add_subparsers(
+        required=True, metavar="ACTION"
+    )
+    audit = privacy.add_parser("audit", help="attack a run's adapters, where the data are: a client, or a simulation")
+    audit.add_argument("run", metavar="RUN", help="a run folder, or the beginning of a run's id")
+    audit.add_argument("--domain", action="append", default=[], metavar="NAME", help="(default: all training domains)")
+    audit.add_argument("--shadows", type=int, default=8, help="trainings on random halves of the users (default: 8)")
+    audit.add_argument("--json", action="store_true", help="machine-readable output")
+    add_runs_folder(audit)
+    add_overrides(audit)
+    audit.set_defaults(command=_audit)
+
+
+def _audit(options: argparse.Namespace) -> int:
+    from fedmerge.config import load_config
+    from fedmerge.errors import ConfigError
+    from fedmerge.run_dir import CONFIG_FILE, write_json, write_text
+    from fedmerge.runs import find_run
+
+    folder = find_run(options.run, options.dir)
+    config = load_config(folder / CONFIG_FILE, options.overrides)
+    names = options.domain or list(config.domains.train)
+    if strange := sorted({*names} - {*config.domains.train}):
+        raise ConfigError(
+            f"--domain {', '.join(strange)}: not a training domain of the run, which has "
+            f"{', '.join(config.domains.train)}. Name one of those."
+        )
+    if options.shadows < 0:
+        raise ConfigError(f"--shadows {options.shadows}: expected 0 or more; 0 leaves out the attack with shadows.")
+
+    import torch
+
+    from fedmerge.client.audit import audit_domain
+    from fedmerge.report.audit_text import audit_text
+
+    torch.set_num_threads(config.runtime.threads_per_client)
+    found = {
+        name: audit_domain(audited, options.shadows, lambda line: print(line, file=sys.stderr))
+        for name, audited in _opened(folder, config, names)
+    }
+    audit = {"run": folder.name, "dp": config.dp.model_dump(), "domains": found}
+    text = audit_text(audit)
+    write_json(folder / "privacy-audit.json", audit)
+    write_text(folder / "privacy-audit.txt", text)
+    print(json.dumps(audit, indent=2) if options.json else text.rstrip())
+    return 0
+
+
+def _opened(folder: Path, config: "ExperimentConfig", names: Sequence[str]) -> Iterator[tuple[str, "Audited"]]:
+    """Each domain with what its run has of it."""
+    from fedmerge.client.audit import Audited
+    from fedmerge.client.local_domain import open_domain
+    from fedmerge.domain.demo import domains_root
+    from fedmerge.encoder.adapted import NO_ADAPTER, load_adapted, read_verified
+    from fedmerge.errors import RunDirError
+    from fedmerge.merging.vectors import TASK_VECTORS
+    from fedmerge.runs import describe_run
+
+    run = describe_run(folder)
+    served = run.choice.get("served")
+    merges = [merge for merge in run.merges if merge.provenance.get("label") == served]
+    if not merges and not run.experts:
+        raise RunDirError(f"{folder}: holds no expert and no merge that was chosen. Let the run end first.")
+    provenance = merges[0].provenance if merges else {}
+    merged = read_verified(merges[0].folder) if merges else None
+    experts = {name: read_verified(folder / "adapters" / name) for name in sorted(run.experts)}
+    is_sum = merged is not None and "privacy" not in provenance and "coefficients" in provenance
+    is_sum = is_sum and provenance["coefficients"].keys() == experts.keys()
+    is_sum = is_sum and provenance.get("parameters", {}).get("initialisation", TASK_VECTORS) == TASK_VECTORS
+    backbone, _ = load_adapted(NO_ADAPTER, config)
+    root = domains_root(config.domains.root, config.cache_dir)
+    for name in names:
+        domain = open_domain(root / name, backbone, config.text)
+        coefficients = (
+            provenance["coefficients"] if is_sum and experts.keys() == provenance["coefficients"].keys() else None
+        )
+        yield name, Audited(domain, config, experts.get(name), merged, experts, coefficients)

@@ -1,0 +1,43 @@
+"""Who takes part in an audited training, drawn from the experiment's seed: left-out users and canaries."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from fedmerge.client.local_domain import LocalDomain
+from fedmerge.config import Audit
+from fedmerge.seeding import generator
+
+CANARY_LENGTH = 4  # items of a planted user
+
+Sequences = tuple[npt.NDArray[np.int32], ...]
+
+
+@dataclass(frozen=True)
+class Canaries:
+    """Users who do not exist, of random items: those planted into the training, and as many who are not."""
+
+    planted: Sequences
+    compared: Sequences
+
+
+def for_audit(domain: LocalDomain, audit: Audit, seed: int) -> LocalDomain:
+    """The domain with some users left out of training and canaries planted."""
+    users = left_out_users(domain.manifest.name, domain.interactions.num_users, audit.held_out_users, seed)
+    return replace(domain, left_out=users, planted=canaries(domain, audit.canaries, seed).planted)
+
+
+def left_out_users(name: str, num_users: int, share: float, seed: int) -> npt.NDArray[np.bool_]:
+    """(U,) who is left out; the same users for every call with this seed."""
+    out = np.zeros(num_users, dtype=np.bool_)
+    out[generator(seed, "audit", "left-out", name).permutation(num_users)[: round(share * num_users)]] = True
+    return out
+
+
+def canaries(domain: LocalDomain, count: int, seed: int) -> Canaries:
+    """Uniformly random items, so that nothing but their having been trained on makes a target likely."""
+    num_items = len(domain.table)
+    drawn = generator(seed, "audit", "canaries", domain.manifest.name)
+    sequences = [drawn.integers(0, num_items, CANARY_LENGTH).astype(np.int32) for _ in range(2 * count)]
+    return Canaries(tuple(sequences[:count]), tuple(sequences[count:]))

@@ -1,0 +1,98 @@
+"""What a client keeps on its own disk for secure sums: the values that are summed next, and what it has revealed.
+
+Two sums that hold the same values beside different ones show, subtracted, what differs. So a client reveals the same
+values again only in the same company, with the same coefficients: as when a run was killed and begins the sum anew.
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedmerge.errors import ClientError, PolicyError
+from fedmerge.run_dir import write_bytes
+
+
+def keep_values(cache_dir: str, domain: str, values: NDArray[np.float32]) -> str:
+    """Keep what the client adds to the next sum, in place of what was kept before; return its hash.
+
+    Args:
+        cache_dir: the client's own disk.
+        domain: its name.
+        values: (n,).
+
+    Raises:
+        ClientError: it cannot be written.
+    """
+    data = io.BytesIO()
+    np.save(data, values, allow_pickle=False)
+    _write(_folder(cache_dir, domain) / "values.npy", data.getvalue())
+    return hashlib.sha256(values.tobytes()).hexdigest()
+
+
+def kept_values(cache_dir: str, domain: str, sha256: str) -> NDArray[np.float32]:
+    """What :func:`keep_values` kept.
+
+    Raises:
+        ClientError: it is gone, damaged, or another run of this client has kept other values since.
+    """
+    path = _folder(cache_dir, domain) / "values.npy"
+    try:
+        values: NDArray[np.float32] = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise ClientError(
+            f"domain {domain}: {path}, what it adds to the sum, cannot be read ({error}). Keep cache_dir during a run."
+        ) from error
+    if hashlib.sha256(values.tobytes()).hexdigest() != sha256:
+        raise ClientError(
+            f"domain {domain}: {path} holds other values than this run trained. Another run of this client replaced "
+            "them: one run at a time, or give each a cache_dir of its own."
+        )
+    return values
+
+
+def note_revealed(cache_dir: str, domain: str, sha256: str, coefficients: Mapping[str, float]) -> None:
+    """Write down in which company values are revealed, before they are.
+
+    Args:
+        cache_dir: the client's own disk.
+        domain: its name.
+        sha256: of the values.
+        coefficients: client -> its part of the sum, of all that are in it.
+
+    Raises:
+        PolicyError: they were revealed before, in another company.
+        ClientError: it cannot be written.
+    """
+    path = _folder(cache_dir, domain) / "revealed" / f"{sha256}.json"
+    company = dict(sorted(coefficients.items()))
+    if path.exists():
+        before = json.loads(path.read_text())
+        if before != company:
+            raise PolicyError(
+                f"domain {domain}: the same adapter was summed before, with {_told(before)}, and now with "
+                f"{_told(company)}. The two sums, subtracted, would show what differs. Train anew (another seed); or, "
+                f"if its owner accepts that, remove {path}."
+            )
+        return
+    _write(path, json.dumps(company, indent=2).encode())
+
+
+def _told(company: Mapping[str, float]) -> str:
+    return ", ".join(f"{client} {part:.3g}" for client, part in company.items())
+
+
+def _folder(cache_dir: str, domain: str) -> Path:
+    return Path(cache_dir).expanduser() / "sums" / domain
+
+
+def _write(path: Path, data: bytes) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ClientError(f"{path.parent} cannot be made ({error.strerror}). Check the permissions there.") from error
+    write_bytes(path, data)

@@ -1,0 +1,117 @@
+"""The organisations of a federation as its operator knows them: a public key and a bundle for each."""
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedmerge.deploy import texts
+from fedmerge.deploy.certificates import read_public_key, sha256_fingerprint
+from fedmerge.deploy.folder import Deployment
+from fedmerge.errors import DeploymentError
+from fedmerge.run_dir import new_folder, read_json, write_json, write_text
+
+REGISTERED_FILE = "registered.json"
+CLIENT_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+
+
+@dataclass(frozen=True)
+class RegisteredClient:
+    """An organisation.
+
+    Attributes:
+        name: as the operator calls it.
+        key: file of its public key.
+        key_sha256: of the key's DER form.
+        node: Flower's id of its node, None while its key is not registered.
+    """
+
+    name: str
+    key: Path
+    key_sha256: str
+    node: int | None
+
+
+def add_client(deployment: Deployment, name: str, public_key: Path, app_sha256: str | None) -> Path:
+    """Note an organisation's public key and write its bundle; the key is registered with Flower separately.
+
+    Args:
+        deployment: the federation.
+        name: of the organisation.
+        public_key: the file that it sent.
+        app_sha256: hash of the app that it will be asked to run, where known.
+
+    Returns:
+        The bundle.
+
+    Raises:
+        DeploymentError: no such name or key, or one of them is taken.
+    """
+    if not CLIENT_NAME.fullmatch(name):
+        raise DeploymentError(f"client name {name!r}: expected 1 to 63 of a-z, 0-9 and -. Choose another.")
+    line, key_sha256 = read_public_key(public_key)
+    for known in list_clients(deployment):
+        if known.name == name:
+            raise DeploymentError(
+                f"client {name}: is there already, with the key {known.key_sha256[:12]}. For another key remove it "
+                f"first: fedmerge deploy remove-client {deployment.folder} {name}"
+            )
+        if known.key_sha256 == key_sha256:
+            raise DeploymentError(
+                f"{public_key}: is the key of client {known.name} already; every client needs its own. Ask for its own "
+                "key.pub."
+            )
+    folder = deployment.folder / "clients" / name
+    settings = {"address": deployment.address, "federation": deployment.name}
+    settings |= {"app": app_sha256} if app_sha256 else {}
+    authority_sha256 = sha256_fingerprint(deployment.authority)
+    with new_folder(folder) as partial:
+        shutil.copyfile(deployment.authority, partial / "ca.crt")
+        lines = [f"{key} = {json.dumps(value)}\n" for key, value in settings.items()]
+        write_text(partial / "federation.toml", "".join(lines))
+        readme = texts.bundle_readme(name, deployment.address, authority_sha256, key_sha256, app_sha256)
+        write_text(partial / "README.txt", readme)
+    write_text(deployment.folder / "keys" / f"{name}.pub", f"{line} {name}\n")  # last: it says that the client is there
+    return folder
+
+
+def remove_client(deployment: Deployment, name: str) -> None:
+    """Forget an organisation; its node is to be unregistered from Flower before.
+
+    Raises:
+        DeploymentError: there is none of this name.
+    """
+    find_client(deployment, name)
+    (deployment.folder / "keys" / f"{name}.pub").unlink()
+    shutil.rmtree(deployment.folder / "clients" / name, ignore_errors=True)
+    note_nodes(deployment, {key: node for key, node in _nodes(deployment).items() if key != name})
+
+
+def find_client(deployment: Deployment, name: str) -> RegisteredClient:
+    """The organisation of this name.
+
+    Raises:
+        DeploymentError: there is none.
+    """
+    clients = {client.name: client for client in list_clients(deployment)}
+    if name not in clients:
+        raise DeploymentError(f"client {name}: not known; there are: {', '.join(clients) or 'none'}. Correct the name.")
+    return clients[name]
+
+
+def list_clients(deployment: Deployment) -> list[RegisteredClient]:
+    """All organisations, by name."""
+    nodes = _nodes(deployment)
+    keys = sorted((deployment.folder / "keys").glob("[!.]*.pub"))
+    return [RegisteredClient(key.stem, key, read_public_key(key)[1], nodes.get(key.stem)) for key in keys]
+
+
+def note_nodes(deployment: Deployment, nodes: Mapping[str, int]) -> None:
+    """Write down which organisation is which of Flower's nodes, which Flower itself does not tell by name."""
+    write_json(deployment.state / REGISTERED_FILE, dict(sorted(nodes.items())))
+
+
+def _nodes(deployment: Deployment) -> dict[str, int]:
+    return {str(name): int(node) for name, node in (read_json(deployment.state / REGISTERED_FILE) or {}).items()}

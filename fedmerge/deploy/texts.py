@@ -1,0 +1,222 @@
+"""The texts of a deployment's configuration files: nginx, Flower, systemd, compose."""
+
+import getpass
+import os
+import sys
+from pathlib import Path
+
+from fedmerge import __version__
+
+SETTINGS_HEAD = "# The deployment. After a change: fedmerge deploy renew, then start it again."
+LARGEST_REQUEST = "16m"  # Flower sends arrays in pieces of 5 MiB and an app of at most 10 MiB
+
+
+def nginx(folder: Path, port: int, superlink_port: int, operator_sha1: str) -> str:
+    """The reverse proxy: Fleet for everybody with TLS, Control with the operator's certificate, nothing else.
+
+    Paths are those of Flower 1.41: ``/v1/fleet/…``, ``/v1/control/…``, ``/v1/runtime/…``, ``/health``, each one a POST
+    with a protobuf body, except the last. Runtime is only for the server's own processes, which reach the SuperLink
+    itself on 127.0.0.1.
+    """
+    return f"""\
+# Written by fedmerge deploy. Fleet is for everybody (the SuperLink asks each node for its registered key), Control only
+# for who shows the operator's certificate, Runtime for nobody outside this machine.
+daemon off;
+worker_processes 2;
+pid {folder}/state/nginx/nginx.pid;
+error_log stderr warn;
+
+events {{ worker_connections 1024; }}
+
+http {{
+    server_tokens off;
+    map_hash_bucket_size 128;
+    client_body_temp_path {folder}/state/nginx/body;
+    proxy_temp_path {folder}/state/nginx/proxy;
+    fastcgi_temp_path {folder}/state/nginx/fastcgi;
+    uwsgi_temp_path {folder}/state/nginx/uwsgi;
+    scgi_temp_path {folder}/state/nginx/scgi;
+
+    # Only what was refused or failed is written down: every client asks every three seconds.
+    map $status $is_refused {{ default 0; ~^[45] 1; }}
+    log_format refused '$time_iso8601 $remote_addr $status "$request" certificate=$ssl_client_verify';
+    access_log {folder}/state/nginx/refused.log refused if=$is_refused;
+
+    # The one certificate, by its fingerprint: issuing another shuts the one before out.
+    map "$ssl_client_verify $ssl_client_fingerprint" $is_operator {{ default 0; "SUCCESS {operator_sha1}" 1; }}
+
+    upstream superlink {{
+        server 127.0.0.1:{superlink_port};
+        keepalive 32;
+    }}
+
+    server {{
+        listen {port} ssl;
+        ssl_protocols TLSv1.2 TLSv1.3;
+        ssl_certificate {folder}/server/server.crt;
+        ssl_certificate_key {folder}/server/server.key;
+        ssl_client_certificate {folder}/ca/ca.crt;
+        ssl_verify_client optional;
+        ssl_session_cache shared:fedmerge:5m;
+
+        client_max_body_size {LARGEST_REQUEST};
+        client_header_timeout 15s;
+        client_body_timeout 60s;
+
+        proxy_http_version 1.1;
+        proxy_set_header Connection "";
+        proxy_set_header Host $host;
+        proxy_request_buffering off;
+        proxy_buffering off;
+        proxy_next_upstream off;
+        proxy_connect_timeout 5s;
+        proxy_read_timeout 300s;
+        proxy_ssl_trusted_certificate {folder}/ca/ca.crt;
+        proxy_ssl_verify on;
+        proxy_ssl_name localhost;
+        proxy_ssl_session_reuse on;
+
+        location /v1/fleet/ {{
+            if ($request_uri !~ ^/v1/fleet/[a-z-]+$) {{ return 404; }}  # as it is passed on, not as nginx reads it
+            proxy_pass https://superlink;
+        }}
+        location /v1/control/ {{
+            if ($is_operator = 0) {{ return 403; }}
+            proxy_read_timeout 24h;
+            proxy_pass https://superlink;
+        }}
+        location = /health {{
+            limit_except GET {{ deny all; }}
+            proxy_pass https://superlink;
+        }}
+        location / {{ return 404; }}
+    }}
+}}
+"""
+
+
+def operator_door(address: str, local_port: int) -> str:
+    """nginx on another machine of the operator: shows the operator's certificate, which flwr itself cannot."""
+    return f"""\
+# Written by fedmerge deploy, for another machine of the operator. flwr cannot show a certificate, so this does it for
+# all who reach 127.0.0.1 there: use it on a machine of your own only. In this folder:
+#   nginx -p "$PWD" -c nginx.conf
+#   FLWR_HOME="$PWD/flower" flwr list …
+daemon off;
+pid nginx.pid;
+error_log stderr warn;
+events {{ }}
+http {{
+    access_log off;
+    client_body_temp_path body;
+    proxy_temp_path proxy;
+    fastcgi_temp_path fastcgi;
+    uwsgi_temp_path uwsgi;
+    scgi_temp_path scgi;
+    server {{
+        listen 127.0.0.1:{local_port};
+        client_max_body_size {LARGEST_REQUEST};
+        proxy_http_version 1.1;
+        proxy_set_header Connection "";
+        proxy_buffering off;
+        proxy_read_timeout 24h;
+        proxy_ssl_certificate operator.crt;
+        proxy_ssl_certificate_key operator.key;
+        proxy_ssl_trusted_certificate ca.crt;
+        proxy_ssl_verify on;
+        proxy_ssl_name localhost;
+        location / {{ proxy_pass https://{address}; }}
+    }}
+}}
+"""
+
+
+def flower_config(name: str, address: str, authority: Path | None) -> str:
+    """``$FLWR_HOME/config.toml``; without an authority the connection is to the operator's own door."""
+    trust = f'root-certificates = "{authority}"' if authority else "insecure = true"
+    return f"""\
+[superlink]
+default = "{name}"
+
+[superlink.{name}]
+address = "{address}"
+{trust}
+"""
+
+
+def systemd_unit(folder: Path, name: str) -> str:
+    """One service: SuperLink and proxy start and end together."""
+    return f"""\
+[Unit]
+Description=fedmerge federation {name}: SuperLink and proxy
+After=network-online.target
+Wants=network-online.target
+
+[Service]
+User={getpass.getuser()}
+WorkingDirectory={folder}
+ExecStart={Path(sys.executable).parent / "fedmerge"} deploy start {folder}
+Restart=always
+RestartSec=5
+TimeoutStopSec=30
+NoNewPrivileges=yes
+PrivateTmp=yes
+ProtectSystem=full
+
+[Install]
+WantedBy=multi-user.target
+"""
+
+
+def compose(folder: Path, port: int, app_dir: Path) -> str:
+    """The same for Docker; the folder has the same path inside, so that its files are right in both places."""
+    return f"""\
+services:
+  operator:
+    image: fedmerge-operator:{__version__}
+    build:
+      context: {app_dir}
+      dockerfile_inline: |
+        FROM python:3.11-slim
+        RUN apt-get update && apt-get install --yes --no-install-recommends nginx && rm -rf /var/lib/apt/lists/*
+        COPY . /fedmerge
+        RUN pip install --no-cache-dir --constraint /fedmerge/constraints.txt /fedmerge
+    command: fedmerge deploy start {folder}
+    init: true
+    user: "{os.getuid()}:{os.getgid()}"
+    environment:
+      HOME: {folder}/state
+      FLWR_HOME: {folder}/flower
+    working_dir: {folder}
+    volumes:
+      - {folder}:{folder}
+    ports:
+      - "{port}:{port}"
+    restart: always
+"""
+
+
+def bundle_readme(name: str, address: str, authority_sha256: str, key_sha256: str, app_sha256: str | None) -> str:
+    """What an organisation is told in words, with the hashes that the two sides compare."""
+    return f"""\
+fedmerge federation, bundle for {name}
+
+  ca.crt            the certificate by which your client knows the server
+  federation.toml   the server's address, and the app that you will be asked to run
+  README.txt        this text
+
+Nothing here is secret, but it must be what the operator made. Compare with them over another channel (telephone):
+
+  certificate   {authority_sha256}
+  your key      {key_sha256}
+  app           {app_sha256 or "not known yet"}
+
+Your private key is not here and never was: it stays in the folder that 'fedmerge client init' made (DIR). This folder
+is BUNDLE, wherever you put it. With fedmerge {__version__} installed:
+
+  1. fedmerge client approve DIR --bundle BUNDLE    the app above, and no other, may be run beside your data
+  2. fedmerge client check DIR --bundle BUNDLE      tests data, backbone, disk, network, certificate, clock, key, policy
+  3. fedmerge client start DIR --bundle BUNDLE
+
+The client connects to {address}; it needs no open port of its own.
+"""

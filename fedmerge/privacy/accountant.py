@@ -1,0 +1,111 @@
+"""What was released of one unit, and the (ε, δ) that it adds up to.
+
+Every release here is a Gaussian mechanism: a sum over units, each bounded by a clip norm C, plus noise of standard
+deviation ``noise_multiplier`` · C per coordinate; ``sample_rate`` < 1 where each unit took part with that probability,
+independently (Poisson sampling). Adjacency: one unit added or removed, which changes the sum by at most C. Replacing
+one unit by another changes it by at most 2C: it is covered by counting with half the noise multiplier.
+
+Source: Rényi differential privacy of the sampled Gaussian mechanism, arXiv:1908.10530; privacy loss random variables,
+arXiv:2106.02848; both from Opacus (pip install fedmerge[dp]).
+"""
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from fedmerge.errors import ConfigError
+
+Method = Literal["prv", "rdp"]
+
+ORDERS = (*range(2, 64), 72, 80, 96, 112, 128, 160, 192, 256, 512)  # of the divergences; libraries agree on whole ones
+RELATIVE_PRECISION = 0.002  # of a calibrated noise multiplier
+LARGEST_NOISE = 1e4
+
+
+@dataclass(frozen=True)
+class Release:
+    """So many Gaussian mechanisms of one kind.
+
+    Attributes:
+        noise_multiplier: noise over the sensitivity.
+        sample_rate: probability with which a unit takes part, in (0, 1].
+        steps: how many.
+    """
+
+    noise_multiplier: float
+    sample_rate: float
+    steps: int
+
+
+def spent_epsilon(releases: Sequence[Release], delta: float, method: Method) -> float:
+    """The ε, at this δ, of everything that was released of one unit; infinite where something had no noise.
+
+    Raises:
+        ConfigError: Opacus is not installed.
+    """
+    history = [(r.noise_multiplier, r.sample_rate, r.steps) for r in releases if r.steps]
+    if not history:
+        return 0.0
+    if any(noise <= 0 for noise, _, _ in history):
+        return math.inf
+    accountants = opacus_accountants()
+    with warnings.catch_warnings():  # on orders that are not the best, and divisions by zero that are handled
+        warnings.simplefilter("ignore")
+        if method == "rdp":
+            accountant = accountants.RDPAccountant()
+            accountant.history = history
+            return float(accountant.get_epsilon(delta=delta, alphas=list(ORDERS)))
+        accountant = accountants.PRVAccountant()
+        accountant.history = history
+        return float(accountant.get_epsilon(delta=delta))
+
+
+def calibrated_noise(epsilon: float, delta: float, sample_rate: float, steps: int, method: Method) -> float:
+    """The least noise multiplier, to a relative 0.2 % and never below, with which ``steps`` releases meet (ε, δ).
+
+    Raises:
+        ConfigError: no reasonable noise does; or Opacus is not installed.
+    """
+
+    def enough(noise: float, by: Method) -> bool:
+        return spent_epsilon([Release(noise, sample_rate, steps)], delta, by) <= epsilon
+
+    low, high = 0.0, 1.0
+    while not enough(high, "rdp"):  # an upper bound of the other one, and quick
+        low, high = high, 2 * high
+        if high > LARGEST_NOISE:
+            raise ConfigError(
+                f"dp.epsilon = {epsilon:g} with dp.delta = {delta:g}: {steps} steps with sample rate {sample_rate:.3g} "
+                f"would take a noise multiplier above {LARGEST_NOISE:g}. Raise epsilon, or lower train.max_steps."
+            )
+    low, high = _bisected(low, high, lambda noise: enough(noise, "rdp"))
+    if method == "rdp":
+        return high
+    _, high = _bisected(0.5 * low, high, lambda noise: enough(noise, "prv"))
+    return high
+
+
+def _bisected(low: float, high: float, enough: Any) -> tuple[float, float]:
+    while high - low > RELATIVE_PRECISION * high:
+        middle = (low + high) / 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return low, high
+
+
+def opacus_accountants() -> Any:
+    """Opacus' module of accountants, imported when it is needed: it takes seconds.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from opacus import accountants  # noqa: PLC0415 - only for those who use differential privacy
+    except ImportError as error:
+        raise ConfigError(
+            f"dp.mode needs Opacus, which cannot be imported ({error}). Install it with: pip install 'fedmerge[dp]'"
+        ) from error
+    return accountants

@@ -1,0 +1,125 @@
+"""Differential privacy of a whole domain: its update is clipped, and Gaussian noise is added to it, or to the sum.
+
+**Local** (``noised_factors``, at the client, trusting nobody): on the factors. What leaves is A and B themselves, and
+whatever is made of them afterwards is post-processing. The factors' distance from the public start is clipped to C.
+The client is known to take part, so the adjacency is replacement of all its data: sensitivity 2C. Noise in product
+space would be as sound, on out·in coordinates instead of r(in + out), and would have to be sent dense or cut to rank r;
+but noise on both factors is multiplied, N_B·N_A, which is why neither leaves much of an adapter at a strict ε.
+
+**Central** (``noised_average``, at a server that is trusted with every adapter): in product space. What is released is
+the average of Δ = scaling·BA, exact; a sum of factors is not the sum of updates, and stacked factors would show every
+domain's own. Each Δ is clipped to C over all modules together; one domain more or less changes the sum by at most C;
+the number of domains is public. Cutting the noisy average to a rank is post-processing.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from fedmerge.config import DP
+from fedmerge.encoder.lora import Adapter, LoraModule
+from fedmerge.errors import LayoutMismatchError
+from fedmerge.privacy.accountant import calibrated_noise
+from fedmerge.privacy.randomness import Source
+
+
+def domain_noise(dp: DP) -> float:
+    """The noise multiplier of one release: the given one, or the least that meets (ε, δ)."""
+    if dp.epsilon is not None and dp.delta is not None:
+        return calibrated_noise(dp.epsilon, dp.delta, 1.0, 1, dp.accountant)
+    return float(dp.noise_multiplier or 0.0)
+
+
+def domain_record(dp: DP, noise_multiplier: float) -> Mapping[str, Any]:
+    """What one release spent, as it is told; the server's accountant adds it up."""
+    return {
+        "unit": "domain",
+        "noise_multiplier": noise_multiplier,
+        "clip": dp.clip,
+        "sample_rate": 1.0,
+        "num_units": 1,
+        "steps": 1,
+        "randomness": dp.randomness,
+    }
+
+
+def noised_factors(adapter: Adapter, start: Adapter, clip: float, noise_multiplier: float, drawn: Source) -> Adapter:
+    """The local mechanism: start + clip(adapter − start) + noise of deviation ``noise_multiplier`` · 2 · ``clip``.
+
+    Args:
+        adapter: the expert.
+        start: the public adapter that every training starts from, same layout.
+        clip: C, over all factors together.
+        noise_multiplier: noise over the sensitivity 2C.
+        drawn: randomness.
+
+    Raises:
+        LayoutMismatchError: another layout than the start's.
+    """
+    if {name: _shapes(m) for name, m in adapter.modules.items()} != {n: _shapes(m) for n, m in start.modules.items()}:
+        raise LayoutMismatchError(
+            "noised_factors: the adapter has other modules or shapes than its start. Give the start of its own layout."
+        )
+    distances = {
+        name: (m.lora_A - start.modules[name].lora_A, m.lora_B - start.modules[name].lora_B)
+        for name, m in adapter.modules.items()
+    }
+    factor = clip_factor([part for parts in distances.values() for part in parts], clip)
+    deviation = noise_multiplier * 2 * clip
+    modules = {}
+    for name, module in start.modules.items():
+        away_A, away_B = (factor * part + noise_like(part, deviation, drawn) for part in distances[name])
+        modules[name] = LoraModule(module.lora_A + away_A, module.lora_B + away_B, module.scaling)
+    return Adapter(modules)
+
+
+def noised_average(
+    adapters: Mapping[str, Adapter], clip: float, noise_multiplier: float, rank: int, drawn: Source
+) -> Adapter:
+    """The central mechanism: (Σ clip(Δ) + noise of deviation ``noise_multiplier`` · ``clip``) / K, cut to a rank.
+
+    Args:
+        adapters: domain -> expert, K of them, of one layout but for the rank.
+        clip: C, on the norm of Δ over all modules together.
+        noise_multiplier: noise over the sensitivity C.
+        rank: of the result.
+        drawn: randomness.
+    """
+    domains = sorted(adapters)
+    factors = {
+        domain: clip_factor([module.delta_weight() for module in adapters[domain].modules.values()], clip)
+        for domain in domains
+    }
+    modules = {}
+    for name in adapters[domains[0]].modules:
+        parts = [factors[domain] * adapters[domain].modules[name].delta_weight() for domain in domains]
+        total = torch.stack(parts).sum(dim=0)
+        total += noise_like(total, noise_multiplier * clip, drawn)
+        modules[name] = _cut(total / len(domains), rank)
+    return Adapter(modules)
+
+
+def clip_factor(parts: list[torch.Tensor], clip: float) -> float:
+    """min(1, C / norm of all parts together); 0 where the norm is not finite."""
+    norm = math.sqrt(sum(float(part.double().square().sum()) for part in parts))
+    return min(1.0, clip / max(norm, 1e-30)) * (1 - 1e-6) if math.isfinite(norm) else 0.0
+
+
+def noise_like(tensor: torch.Tensor, deviation: float, drawn: Source) -> torch.Tensor:
+    """Gaussian noise of this standard deviation in every coordinate."""
+    values = deviation * drawn.standard_normal(tensor.numel()) if deviation else [0.0] * tensor.numel()
+    return torch.as_tensor(values, dtype=tensor.dtype).reshape(tensor.shape)
+
+
+def _cut(delta: torch.Tensor, rank: int) -> LoraModule:
+    """The nearest matrix of a rank, as factors with scaling 1."""
+    left, values, right = torch.linalg.svd(delta, full_matrices=False)
+    kept = min(rank, len(values))
+    roots = values[:kept].sqrt()
+    return LoraModule((roots[:, None] * right[:kept]).contiguous(), (left[:, :kept] * roots).contiguous(), 1.0)
+
+
+def _shapes(module: LoraModule) -> tuple[tuple[int, ...], tuple[int, ...], float]:
+    return tuple(module.lora_A.shape), tuple(module.lora_B.shape), module.scaling

@@ -1,0 +1,222 @@
+"""A client's side of a secure sum: four answers, each from its state and what the server relays.
+
+    advertise    two public keys
+    share        to every other client, sealed: a share of the secret behind the mask key, a share of the self mask
+    mask_values  values + self mask ± a mask with every other client that has shared
+    unmask       of every client in the sum the share of its self mask, of every other the share of its mask key
+
+Whoever knows both secrets of a client can take its masks off. So a client gives a share of one of the two, never of
+both, answers each question once, and only for a sum of enough clients.
+
+Source: Bonawitz et al., CCS 2017, https://doi.org/10.1145/3133956.3133982, protocol of figure 4 for honest-but-curious
+    parties, with the signatures of round 0; all pairs mask each other.
+Differs: every client keeps a share of its own secrets, too, so that any t clients suffice at the end.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from numpy.typing import NDArray
+
+from fedmerge.errors import AggregationError, PolicyError
+from fedmerge.privacy.secagg.crypto import (
+    SECRET_BYTES,
+    agreed_key,
+    new_secret,
+    opened,
+    public_key,
+    sealed,
+    shares_of,
+)
+from fedmerge.privacy.secagg.masks import masked, pair_mask, self_mask
+from fedmerge.privacy.secagg.session import Integers, Session, encoded
+from fedmerge.privacy.secagg.state import Advertisement, ClientState, Revealed, Shares, Step
+
+
+def advertise(
+    session: Session, client: str, identity: Ed25519PrivateKey | None = None
+) -> tuple[ClientState, Advertisement]:
+    """Fresh keys.
+
+    Args:
+        session: as the server announces it; checked by its own making.
+        client: one's own name.
+        identity: a key that the others know as this client's; it signs.
+
+    Raises:
+        AggregationError: a session that does not name this client.
+    """
+    session.number(client)
+    state = ClientState(session, client, "advertised", new_secret(), new_secret(), new_secret())
+    advertisement = Advertisement(public_key(state.channel_secret), public_key(state.mask_secret))
+    if identity is not None:
+        signature = identity.sign(_signed_text(session, client, advertisement))
+        advertisement = replace(advertisement, signature=signature)
+    return state, advertisement
+
+
+def share(
+    state: ClientState,
+    advertisements: Mapping[str, Advertisement],
+    registered: Mapping[str, Ed25519PublicKey] | None = None,
+) -> tuple[ClientState, dict[str, bytes]]:
+    """Shares of one's secrets, sealed for every other client.
+
+    Args:
+        state: after :func:`advertise`.
+        advertisements: of all that take part.
+        registered: client -> the key that it signs with, from elsewhere than the server; None: nobody signs.
+
+    Returns:
+        The next state, and client -> sealed shares.
+
+    Raises:
+        AggregationError: too few clients, keys that are not this client's own, or that two clients share, a missing or
+            wrong signature, or a question out of turn.
+    """
+    session = state.session
+    _expect(state, "advertised", "share")
+    session.check_survivors(frozenset(advertisements), frozenset(session.clients), "keys")
+    own = advertisements.get(state.client)
+    if (
+        own is None
+        or own.channel_key != public_key(state.channel_secret)
+        or own.mask_key != public_key(state.mask_secret)
+    ):
+        raise AggregationError(
+            f"secure sum, client {state.client}: found other keys under its name, expected those that it sent; "
+            "somebody between the clients replaces keys. Do not go on"
+        )
+    keys = [key for each in advertisements.values() for key in (each.channel_key, each.mask_key)]
+    if len(set(keys)) < len(keys):
+        raise AggregationError(
+            f"secure sum, client {state.client}: found one key twice, expected two of its own of every client; "
+            "somebody pretends to be several. Do not go on"
+        )
+    if registered is not None:
+        _check_signatures(session, advertisements, registered)
+    split = [
+        dict(zip(session.clients, shares_of(secret, session.threshold, len(session.clients)), strict=True))
+        for secret in (state.mask_secret, state.self_secret)
+    ]
+    boxes = {
+        peer: sealed(
+            _channel(state, peer, advertisements[peer]), split[0][peer] + split[1][peer], _about(state.client, peer)
+        )
+        for peer in sorted(advertisements.keys() - {state.client})
+    }
+    kept = Shares(split[0][state.client], split[1][state.client])
+    return replace(state, step="shared", advertisements=dict(advertisements), own=kept), boxes
+
+
+def mask_values(
+    state: ClientState, boxes: Mapping[str, bytes], values: NDArray[np.floating]
+) -> tuple[ClientState, Integers]:
+    """The client's values under its masks: uniform to whoever lacks both secrets.
+
+    Args:
+        state: after :func:`share`.
+        boxes: client -> the shares that it sealed for this one; of all that have shared.
+        values: (num_values,), not yet multiplied by the coefficient.
+
+    Returns:
+        The next state, and (num_values,) integers modulo 2^32.
+
+    Raises:
+        AggregationError: too few clients, a box that does not open, values out of range, or a question out of turn.
+    """
+    session = state.session
+    _expect(state, "shared", "mask")
+    shared = frozenset(boxes) | {state.client}
+    session.check_survivors(shared, frozenset(state.advertisements), "shares")
+    held = {state.client: _own(state)}
+    for peer, box in sorted(boxes.items()):
+        if peer == state.client:
+            continue
+        text = opened(_channel(state, peer, state.advertisements[peer]), box, _about(peer, state.client))
+        if len(text) != 2 * SECRET_BYTES:
+            raise AggregationError(
+                f"secure sum, client {state.client}: found {len(text)} bytes of shares from {peer}, expected "
+                f"{2 * SECRET_BYTES}; use one fedmerge version everywhere"
+            )
+        held[peer] = Shares(text[:SECRET_BYTES], text[SECRET_BYTES:])
+    keys = {peer: state.advertisements[peer].mask_key for peer in shared - {state.client}}
+    pairs = {peer: pair_mask(session, state.client, state.mask_secret, peer, key) for peer, key in keys.items()}
+    total = masked(encoded(session, state.client, values), self_mask(session, state.self_secret), pairs, state.client)
+    return replace(state, step="masked", held=held), total
+
+
+def unmask(state: ClientState, survivors: Sequence[str]) -> Revealed:
+    """One share of every client that has shared, of the one or of the other secret; then the state is to be forgotten.
+
+    Args:
+        state: after :func:`mask_values`.
+        survivors: whose masked values are in the sum.
+
+    Raises:
+        AggregationError: too few of them, or a question out of turn.
+        PolicyError: this client's values are said not to be in the sum.
+    """
+    _expect(state, "masked", "unmask")
+    summed = frozenset(survivors)
+    state.session.check_survivors(summed, frozenset(state.held), "masked values")
+    if state.client not in summed:
+        raise PolicyError(
+            f"secure sum, client {state.client}: the server says that its masked values are not in the sum, so it "
+            "reveals nothing. They came too late, or it is asked for what would take off its masks; start again"
+        )
+    return Revealed(
+        {peer: shares.self_mask for peer, shares in state.held.items() if peer in summed},
+        {peer: shares.mask_key for peer, shares in state.held.items() if peer not in summed},
+    )
+
+
+def _expect(state: ClientState, step: Step, question: str) -> None:
+    if state.step != step:
+        raise AggregationError(
+            f"secure sum, client {state.client}: found the question {question!r} after it {state.step}, expected it "
+            f"once, after it {step}; a second answer could take its masks off. Start again, with fresh keys"
+        )
+
+
+def _own(state: ClientState) -> Shares:
+    if state.own is None:
+        raise AggregationError(f"secure sum, client {state.client}: found no shares of its own; start again")
+    return state.own
+
+
+def _channel(state: ClientState, peer: str, advertisement: Advertisement) -> bytes:
+    pair = [name.encode() for name in sorted((state.client, peer))]
+    return agreed_key(state.channel_secret, advertisement.channel_key, b"channel", state.session.identifier, *pair)
+
+
+def _about(sender: str, receiver: str) -> bytes:
+    return f"{sender}\n{receiver}".encode()
+
+
+def _signed_text(session: Session, client: str, advertisement: Advertisement) -> bytes:
+    return b"\n".join(
+        [b"fedmerge secure sum", session.identifier, client.encode(), advertisement.channel_key, advertisement.mask_key]
+    )
+
+
+def _check_signatures(
+    session: Session, advertisements: Mapping[str, Advertisement], registered: Mapping[str, Ed25519PublicKey]
+) -> None:
+    for peer, advertisement in sorted(advertisements.items()):
+        key = registered.get(peer)
+        try:
+            if key is None:
+                raise AggregationError(
+                    f"secure sum: found no registered key of {peer}, expected one of every client; get it from its "
+                    "owner, not from the server"
+                )
+            key.verify(advertisement.signature, _signed_text(session, peer, advertisement))
+        except InvalidSignature as error:
+            raise AggregationError(
+                f"secure sum: found keys that {peer} has not signed for this session, expected its signature; the "
+                "server, or somebody else, replaced them. Do not go on"
+            ) from error

@@ -1,0 +1,52 @@
+"""Ed25519 keys that clients know each other by, in OpenSSH's files: ``ssh-keygen -t ed25519 -N "" -f NAME``."""
+
+from pathlib import Path
+
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
+
+from fedmerge.errors import ClientError
+
+
+def read_identity(path: Path) -> Ed25519PrivateKey:
+    """A client's own private key.
+
+    Raises:
+        ClientError: no such file, or no such key.
+    """
+    try:
+        key = load_ssh_private_key(path.read_bytes(), password=None)
+    except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise _unreadable(path, str(error)) from error
+    if not isinstance(key, Ed25519PrivateKey):
+        raise _unreadable(path, f"it is a {type(key).__name__}")
+    return key
+
+
+def read_registered(folder: Path) -> dict[str, Ed25519PublicKey]:
+    """Every client's public key, by name: the files NAME.pub of a folder.
+
+    Raises:
+        ClientError: no such folder, or a file that holds no such key.
+    """
+    keys = {}
+    files = sorted(folder.glob("*.pub"))
+    if not files:
+        raise _unreadable(folder, "it holds no file NAME.pub")
+    for path in files:
+        try:
+            key = load_ssh_public_key(path.read_bytes())
+        except (OSError, ValueError, UnsupportedAlgorithm) as error:
+            raise _unreadable(path, str(error)) from error
+        if not isinstance(key, Ed25519PublicKey):
+            raise _unreadable(path, f"it is a {type(key).__name__}")
+        keys[path.stem] = key
+    return keys
+
+
+def _unreadable(path: Path, why: str) -> ClientError:
+    return ClientError(
+        f"{path}: cannot be read as an Ed25519 key ({why}), expected what ssh-keygen -t ed25519 -N '' -f NAME writes: "
+        "the private key of this client, and a folder of the public keys NAME.pub of all. Make it again"
+    )

@@ -1,0 +1,144 @@
+"""What differential privacy a run gives: (ε, δ) by unit, under which assumptions, and what is not covered."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from fedmerge.config import DP
+from fedmerge.errors import ClientError
+from fedmerge.privacy.accountant import Release, spent_epsilon
+
+PRIVACY_FILE = "privacy.json"
+
+_USER = (
+    "unit: one user of one domain, all their interactions. Who is a user of several domains adds up their ε and δ.",
+    "adjacency: one user added or removed, which changes a step's sum by at most the clip norm C; for one user "
+    "replaced by another (2C) the other number holds.",
+    "Poisson sampling: each user takes part in a step with the same probability, independently, with one record.",
+    "public: the catalog, and how many users a domain trains on.",
+    "no early stopping: no validation user is looked at, and the last adapter is kept.",
+)
+_DOMAIN_LOCAL = (
+    "unit: a whole domain, everything its adapter was computed from. That it takes part is public.",
+    "adjacency: all data of one domain replaced by others; the noise is counted over that sensitivity, 2C.",
+    "early stopping and everything else inside the training is covered: it happens before clip and noise.",
+)
+_DOMAIN_CENTRAL = (
+    "unit: a whole domain, everything its adapter was computed from. How many take part is public.",
+    "adjacency: one domain added or removed, which changes the sum by at most the clip norm C; for one domain "
+    "replaced by another (2C) the other number holds.",
+    "the server is trusted: it sees every adapter as it is, and its run folder holds them. What may be published is "
+    "the merge, nothing else of the folder.",
+)
+_ALWAYS = (
+    "one run counts: earlier runs on the same data, and settings tuned on them, add to it.",
+    "what a client says of its own noise is believed; arithmetic is floating-point, not exact.",
+)
+_COUNTS = "counts of users, items and interactions, and hashes of the data, which every client announces"
+_SUMS = (
+    "sums of metrics on validation and test, which are exact, and the choice among merges made by them: with them no "
+    "(ε, δ) holds for the run as a whole. For a release, end with until = 'train', merge without learning from users, "
+    "and evaluate on users who are not protected"
+)
+_TIMES = "how long anything took"
+
+
+def privacy_statement(dp: DP, spent: Mapping[str, Sequence[Mapping[str, Any]]], evaluated: bool) -> dict[str, Any]:
+    """Add up what was released.
+
+    Args:
+        dp: the settings.
+        spent: domain -> the record of each release.
+        evaluated: whether sums of metrics left the clients.
+
+    Returns:
+        JSON: mode, delta, accountant; per domain epsilon (None: no bound) under both adjacencies, and its releases;
+        whether the guarantee holds, and if not why; assumptions; what is not covered.
+    """
+    domains = {domain: _domain(dp, records) for domain, records in spent.items()}
+    problems = []
+    if dp.randomness == "seeded":
+        problems.append(
+            "noise and sampling came from the experiment's seed, which every participant holds, so they can be "
+            "subtracted: the numbers are for research. Set dp.randomness = 'system'."
+        )
+    if not domains:
+        problems.append("no release with noise was made.")
+    if any(found["epsilon"] is None for found in domains.values()):
+        problems.append("a release had no noise (noise_multiplier = 0).")
+    own = {"user": _USER, "domain-local": _DOMAIN_LOCAL, "domain-central": _DOMAIN_CENTRAL}[dp.mode]
+    return {
+        "mode": dp.mode,
+        "delta": dp.delta,
+        "accountant": dp.accountant,
+        "guarantee": not problems,
+        "why_not": problems,
+        "covers": "the merge" if dp.mode == "domain-central" else "the adapters, and whatever is computed from them",
+        "domains": domains,
+        "assumptions": [*own, *_ALWAYS],
+        "not_covered": [_COUNTS, *([_SUMS] if evaluated else []), _TIMES],
+    }
+
+
+def check_spent(domain: str, dp: DP, told: Any) -> None:
+    """Refuse a training that does not say what it released of a unit, or says something else than was agreed.
+
+    Raises:
+        ClientError: what is wrong.
+    """
+    if dp.mode not in ("user", "domain-local"):
+        return
+    remedy = "Use one configuration and one fedmerge version everywhere."
+    if not isinstance(told, Mapping):
+        raise ClientError(f"domain {domain}: dp.mode is {dp.mode!r}, but its report says nothing of noise. {remedy}")
+    numbers = [told.get(key) for key in ("noise_multiplier", "sample_rate", "steps", "num_units", "clip")]
+    sane = all(isinstance(n, int | float) and not isinstance(n, bool) and 0 <= n < math.inf for n in numbers)
+    agreed = (told.get("unit"), told.get("randomness")) == (dp.mode.partition("-")[0], dp.randomness)
+    if not sane or not agreed or told["clip"] != dp.clip or not 0 < told["sample_rate"] <= 1:
+        raise ClientError(f"domain {domain}: what it says it spent, {dict(told)}, is not what dp.* asks for. {remedy}")
+
+
+def statement_text(statement: Mapping[str, Any]) -> str:
+    """The statement for the report."""
+    lines = [f"differential privacy ({statement['mode']}), covers {statement['covers']}:"]
+    for domain, found in statement["domains"].items():
+        noise = ", ".join(
+            f"{release['steps']} × noise multiplier {release['noise_multiplier']:.3g} at sample rate "
+            f"{release['sample_rate']:.3g}, clip {release['clip']:g}"
+            for release in found["releases"]
+        )
+        lines.append(f"  {domain}: {_epsilon(found['epsilon'], statement['delta'])} ({_replaced(found)}; {noise})")
+    if statement["guarantee"]:
+        lines.append(f"  accountant: {statement['accountant']}. It holds under these assumptions:")
+    else:
+        lines.append("  THIS IS NO GUARANTEE: " + " ".join(statement["why_not"]) + " The assumptions are:")
+    lines += [f"  - {assumption}" for assumption in statement["assumptions"]]
+    lines += ["  not covered:", *(f"  - {what}" for what in statement["not_covered"])]
+    return "\n".join(lines) + "\n"
+
+
+def _domain(dp: DP, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    releases = [Release(record["noise_multiplier"], record["sample_rate"], record["steps"]) for record in records]
+    halved = [replace(release, noise_multiplier=release.noise_multiplier / 2) for release in releases]
+    return {
+        "epsilon": _bound(dp, releases),
+        "epsilon_replaced": _bound(dp, releases if dp.mode == "domain-local" else halved),
+        "num_units": records[0]["num_units"],
+        "releases": [dict(record) for record in records],
+    }
+
+
+def _bound(dp: DP, releases: Sequence[Release]) -> float | None:
+    """ε; None for none, as JSON has no infinity."""
+    epsilon = math.inf if dp.delta is None else spent_epsilon(releases, dp.delta, dp.accountant)
+    return epsilon if math.isfinite(epsilon) else None
+
+
+def _epsilon(epsilon: float | None, delta: float | None) -> str:
+    return "ε = ∞" if epsilon is None else f"ε = {epsilon:.3g}, δ = {delta:g}"
+
+
+def _replaced(found: Mapping[str, Any]) -> str:
+    epsilon = found["epsilon_replaced"]
+    return f"one unit replaced: ε = {'∞' if epsilon is None else f'{epsilon:.3g}'}"

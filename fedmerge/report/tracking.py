@@ -1,0 +1,137 @@
+"""Curves, scores and settings for TensorBoard or MLflow: a copy of what a report shows, on this machine's disk.
+
+A tracked run is one strategy at one place (dataset, seed, fold), or all that a run's merges share. Nothing is written
+that is not in the tables: numbers of clients as the server has them, sums over users at most. Neither package is a
+dependency; ``tracking`` in the experiment file asks for one of them.
+"""
+
+import importlib.util
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedmerge.config import Tracking, flatten
+from fedmerge.errors import ConfigError
+from fedmerge.report.bench_tables import BenchTables
+from fedmerge.run_dir import whole_folder
+from fedmerge.runs import describe_run
+
+FOLDER = "tracking"  # of a run or a benchmark
+STORE = "mlflow.db"
+_MODULES: Mapping[Tracking, str] = {"tensorboard": "tensorboard", "mlflow": "mlflow"}
+_MOST_AT_ONCE, _LONGEST = 100, 6000  # parameters and their characters, that MLflow takes
+
+
+@dataclass(frozen=True)
+class Tracked:
+    """What one tracked run gets.
+
+    Attributes:
+        name: ``demo/seed0/average``; of a run's method its label.
+        numbers: (name, step, value).
+        settings: dotted key -> value.
+    """
+
+    name: str
+    numbers: Sequence[tuple[str, int, float]]
+    settings: Mapping[str, Any]
+
+
+def check_tracking(tracking: Tracking | None) -> None:
+    """Refuse what is not installed, before anything starts.
+
+    Raises:
+        ConfigError: with the remedy.
+    """
+    if tracking is not None and importlib.util.find_spec(_MODULES[tracking]) is None:
+        raise ConfigError(
+            f"tracking = '{tracking}', but the package {_MODULES[tracking]} is not installed. Install it with "
+            f"pip install 'fedmerge[{tracking}]', or set tracking = 'none'."
+        )
+
+
+def track_run(run_dir: Path, tracking: Tracking) -> None:
+    """:func:`write_tracking` for a run whose tables are there, into a folder of its own beside them."""
+    from fedmerge.report.run_tables import run_tables  # noqa: PLC0415  # imports scipy, for which a server need not wait
+
+    write_tracking(run_tables(describe_run(run_dir)), run_dir / FOLDER, tracking)
+
+
+def write_tracking(tables: BenchTables, folder: Path, tracking: Tracking) -> None:
+    """Write a run's or a benchmark's tables for a viewer, in place of earlier ones.
+
+    Args:
+        tables: of a run or a benchmark.
+        folder: gets TensorBoard's event files, a folder each tracked run, or MLflow's SQLite file.
+        tracking: for whom.
+
+    Raises:
+        ConfigError: not installed.
+        RunDirError: the folder cannot be written.
+    """
+    check_tracking(tracking)
+    write = {"tensorboard": _write_tensorboard, "mlflow": _write_mlflow}[tracking]
+    with whole_folder(folder) as partial:
+        write(partial, tables.title, list(tracked_runs(tables)))
+
+
+def tracked_runs(tables: BenchTables) -> Iterator[Tracked]:
+    """The tables, a strategy and place at a time."""
+    numbers: dict[tuple[str, int, str, str], list[tuple[str, int, float | None]]] = {}
+    for row in tables.curves:
+        point = (_name(row["name"], row["domain"]), row["step"], row["value"])
+        numbers.setdefault(_key(row), []).append(point)
+    for row in tables.results:
+        score = (_name(f"{row['split']} {row['variant']} {row['metric']}", row["domain"]), 0, row["value"])
+        numbers.setdefault(_key(row), []).append(score)
+    cells = {_key(cell): cell for cell in tables.cells}
+    for key, found in numbers.items():
+        dataset, seed, left_out, strategy = key
+        cell = cells.get(key) or next(iter(tables.cells), {})  # a run has one for all its merges
+        settings = {**flatten(cell.get("config", {})), **flatten(cell.get("environment") or {}, "environment.")}
+        fold = f"/without-{left_out}" if left_out else ""
+        known = [(name, step, value) for name, step, value in found if value is not None]
+        yield Tracked(f"{dataset}/seed{seed}{fold}/{strategy}", known, settings)
+
+
+def _key(row: Mapping[str, Any]) -> tuple[str, int, str, str]:
+    return row["dataset"], row["seed"], row["left_out"], row["strategy"]
+
+
+def _name(what: str, domain: str) -> str:
+    """A name that both take: ``test unmasked recall_at_10/books``."""
+    return re.sub(r"[^\w\-. /]", "_", what.replace("@", "_at_") + (f"/{domain}" if domain else ""))
+
+
+def _write_tensorboard(folder: Path, _title: str, runs: Sequence[Tracked]) -> None:
+    from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415  # an optional package
+
+    for run in runs:
+        place = folder.joinpath(*(re.sub(r"[^\w\-.=+]", "-", part) for part in run.name.split("/")))
+        with SummaryWriter(str(place)) as writer:
+            for name, step, value in run.numbers:
+                writer.add_scalar(name, value, step)
+            text = json.dumps(run.settings, indent=2)
+            writer.add_text("settings", "    " + text.replace("\n", "\n    "))
+
+
+def _write_mlflow(folder: Path, title: str, runs: Sequence[Tracked]) -> None:
+    # MLflow tells its makers that it is used, unless this is set before it is imported
+    os.environ |= {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
+    from mlflow.entities import Metric, Param  # noqa: PLC0415  # an optional package
+    from mlflow.tracking import MlflowClient  # noqa: PLC0415  # as above
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{folder / STORE}")
+    experiment = client.create_experiment(title)
+    for run in runs:
+        run_id = client.create_run(experiment, run_name=run.name).info.run_id
+        params = [Param(key, json.dumps(value)[:_LONGEST]) for key, value in run.settings.items()]
+        metrics = [Metric(name, value, 0, step) for name, step, value in run.numbers]
+        for start in range(0, max(len(params), len(metrics)), _MOST_AT_ONCE):
+            part = slice(start, start + _MOST_AT_ONCE)
+            client.log_batch(run_id, metrics=metrics[part], params=params[part])
+        client.set_terminated(run_id)

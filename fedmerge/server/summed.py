@@ -1,0 +1,71 @@
+"""The merges that a secure sum gives without any single adapter: multiples of the mean, by METHODS' names."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fedmerge.config import ExperimentConfig
+from fedmerge.encoder.backbone import Backbone
+from fedmerge.encoder.lora import Adapter, adapter_sha256, read_adapter, write_adapter
+from fedmerge.errors import FedMergeError
+from fedmerge.federated.product_space import weighted_sum
+from fedmerge.run_dir import read_json, whole_folder, write_json
+from fedmerge.server.candidates import Candidate, linear_variants
+
+FOLDER = "secure-sum"
+
+
+def keep_mean(run_dir: Path, mean: Adapter, record: Mapping[str, Any], backbone_name: str) -> None:
+    """Write the mean of the experts with how it was made.
+
+    Raises:
+        RunDirError: it cannot be written.
+    """
+    with whole_folder(run_dir / FOLDER) as folder:
+        write_adapter(mean, folder, backbone_name)
+        write_json(folder / "sum.json", {**record, "sha256": adapter_sha256(mean)})
+
+
+def kept_mean(run_dir: Path) -> tuple[Adapter, dict[str, Any]] | None:
+    """What :func:`keep_mean` wrote, if it is there and whole."""
+    try:
+        mean, record = read_adapter(run_dir / FOLDER), read_json(run_dir / FOLDER / "sum.json")
+        return (mean, record) if adapter_sha256(mean) == record["sha256"] else None
+    except (FedMergeError, OSError, LookupError, TypeError):
+        return None
+
+
+def candidates_of_mean(
+    config: ExperimentConfig, mean: Adapter, record: Mapping[str, Any], backbone: Backbone
+) -> list[Candidate]:
+    """Average and task arithmetic of the clients in a secure sum of equal coefficients.
+
+    Args:
+        config: merge counts.
+        mean: of their experts.
+        record: how it was made; its ``clients`` are who is in it.
+        backbone: what they were trained on.
+    """
+    domains = sorted(record["clients"])
+    candidates = []
+    for method in config.merge.methods:
+        for label, parameters in linear_variants(method, config):
+            given = parameters.get("coefficient")
+            coefficient = float(given) if given is not None else 1 / len(domains)
+            adapter = weighted_sum({"mean": mean}, {"mean": coefficient * len(domains)})
+            provenance = {
+                "label": label,
+                "method": method,
+                "domains": dict.fromkeys(domains, ""),
+                "rank": max(module.rank for module in adapter.modules.values()),
+                "excluded": {},
+                "policy": config.privacy.policy,
+                "backbone": {"name": backbone.name, "sha256": backbone.sha256},
+                "sha256": adapter_sha256(adapter),
+                "parameters": parameters,
+                "coefficients": dict.fromkeys(domains, coefficient),
+                "coefficient_groups": ["all"],
+                "secure_sum": {key: value for key, value in record.items() if key != "sha256"},
+            }
+            candidates.append(Candidate(label, method, adapter, provenance))
+    return candidates

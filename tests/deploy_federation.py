@@ -1,0 +1,189 @@
+"""A federation on machines of :mod:`deploy_hosts`: an operator with SuperLink and nginx, organisations with clients."""
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from backbones import tiny_bert
+from deploy_hosts import Host, Network, free_port, processes_of, wait_for
+
+from fedmerge.domain.demo import write_demo
+
+EXPERIMENT = """
+name = "trial"
+
+[domains]
+train = "beauty,books"
+unseen = ""
+
+[text]
+max_attribute_tokens = 24
+max_items = 3
+max_tokens = 96
+
+[lora]
+rank = 2
+alpha = 4
+
+[train]
+learning_rate = 0.03
+batch_size = 32
+max_steps = {steps}
+validate_every_steps = 5
+patience = 99
+
+[merge]
+methods = "average,mergerec"
+
+[mergerec]
+steps = 3
+batch_size = 8
+
+[runtime]
+device = "cpu"
+precision = "float32"
+threads_per_client = 1
+server_threads = 1
+"""
+FEDMERGE = (sys.executable, "-m", "fedmerge.cli")
+
+
+@dataclass
+class Federation:
+    """What stands on the machines.
+
+    Attributes:
+        network: the machines: first the operator's, then one for each organisation.
+        domains: domain of each organisation, in the order of their machines.
+        operators_command: `fedmerge deploy start`.
+    """
+
+    network: Network
+    domains: tuple[str, ...] = ("beauty", "books")
+    operators_command: "subprocess.Popen[bytes] | None" = None
+
+    @property
+    def operator(self) -> Host:
+        """The operator's machine."""
+        return self.network.hosts[0]
+
+    @property
+    def organisations(self) -> dict[str, Host]:
+        """Domain -> machine."""
+        return dict(zip(self.domains, self.network.hosts[1:], strict=True))
+
+    @property
+    def deployment(self) -> Path:
+        """The operator's folder."""
+        return self.network.home(self.operator) / "deployment"
+
+    @property
+    def shared(self) -> Path:
+        """Domains, backbone and experiment file, as if each machine had its own copy."""
+        return self.network.folder
+
+    def prepare(self, steps: int = 10) -> None:
+        """Data, the operator's folder, every organisation's key and bundle."""
+        write_demo(self.shared / "domains", num_domains=8, num_users=80, num_items=40)
+        tiny_bert(self.shared / "backbone")
+        experiment = EXPERIMENT.format(steps=steps) + f'\n[backbone]\nsource = "{self.shared / "backbone"}"\n'
+        (self.shared / "experiment.toml").write_text(experiment)
+        ports = ["--port", str(free_port()), "--superlink-port", str(free_port())]
+        self.fedmerge("deploy", "init", self.deployment, "--host", self.operator.address, *ports)
+        for domain, host in self.organisations.items():
+            folder = self.client_folder(domain)
+            data: list[str | Path] = [
+                "--domain",
+                self.shared / "domains" / domain,
+                "--backbone",
+                self.shared / "backbone",
+            ]
+            self.client(host, "init", folder, "--name", domain, *data)
+            self.fedmerge("deploy", "add-client", self.deployment, domain, "--public-key", folder / "key.pub")
+            self.client(host, "approve", folder, "--bundle", self.bundle(domain))
+
+    def fedmerge(self, *arguments: str | Path, fails: bool = False) -> str:
+        """A command of the operator; its output."""
+        done = self.network.run(self.operator, *FEDMERGE, *arguments, more=self.operators_variables())
+        assert (done.returncode != 0) == fails, done.stdout
+        return done.stdout
+
+    def operators_variables(self) -> dict[str, str]:
+        """What the operator exports."""
+        return {"FLWR_HOME": str(self.deployment / "flower")}
+
+    def start_operator(self) -> None:
+        """SuperLink and nginx; returns when clients can connect."""
+        log = self.network.home(self.operator) / "operator.log"
+        before = log.read_text().count("proxy: clients reach") if log.exists() else 0
+        process = self.network.start(
+            self.operator, log.name, *FEDMERGE, "deploy", "start", self.deployment, more=self.operators_variables()
+        )
+        wait_for(f"{log}", lambda: process.poll() is not None or log.read_text().count("proxy: clients") > before)
+        assert process.poll() is None, log.read_text()
+        self.operators_command = process
+
+    def restart_operator(self) -> None:
+        """Wait until `fedmerge deploy start` has ended, and all that it started; then start it again."""
+        assert self.operators_command is not None
+        assert self.operators_command.wait(timeout=60) == 1
+        assert not processes_of(self.network.mark, "flwr-serverapp")
+        self.start_operator()
+
+    def client(self, host: Host, *arguments: str | Path) -> str:
+        """A command of an organisation; its output."""
+        done = self.network.run(host, *FEDMERGE, "client", *arguments)
+        assert done.returncode == 0, done.stdout
+        return done.stdout
+
+    def client_folder(self, domain: str) -> Path:
+        """What an organisation's `fedmerge client init` made."""
+        return self.network.home(self.organisations[domain]) / "client"
+
+    def bundle(self, domain: str) -> Path:
+        """What the operator gave an organisation."""
+        return self.deployment / "clients" / domain
+
+    def start_client(self, domain: str) -> "subprocess.Popen[bytes]":
+        """An organisation's client, with its supervisor."""
+        command: list[str | Path] = ["client", "start", self.client_folder(domain), "--bundle", self.bundle(domain)]
+        return self.network.start(self.organisations[domain], "client.log", *FEDMERGE, *command)
+
+    @property
+    def address(self) -> str:
+        """Where clients connect."""
+        told = (self.deployment / "clients" / self.domains[0] / "federation.toml").read_text()
+        found = re.search(r'address = "([^"]+)"', told)
+        assert found, told
+        return found.group(1)
+
+    def states(self) -> dict[str, str]:
+        """Domain -> what the SuperLink says about its client."""
+        done = self.network.run(self.operator, *FEDMERGE, "deploy", "status", self.deployment, "--json")
+        told: dict[str, Any] = json.loads(done.stdout)
+        return {client["name"]: client["state"] for client in told["clients"]}
+
+    def wait_for_clients(self) -> None:
+        """Until all are online."""
+        wait_for("all clients are online", lambda: set(self.states().values()) == {"online"})
+
+    def settings(self, run_id: str) -> list[str]:
+        """The arguments of `fedmerge run` for one run."""
+        return [str(self.shared / "experiment.toml"), "--set", f"run_id={run_id}"]
+
+    def run_folder(self, run_id: str) -> Path:
+        """Where a run's files are."""
+        return self.deployment / "runs" / run_id
+
+    def log(self, domain: str, name: str = "client.log") -> str:
+        """What an organisation's client said."""
+        return (self.network.home(self.organisations[domain]) / name).read_text()
+
+
+def make_key(path: Path) -> None:
+    """A key pair that nobody knows."""
+    subprocess.run(["ssh-keygen", "-q", "-t", "ecdsa", "-b", "384", "-N", "", "-f", str(path)], check=True)

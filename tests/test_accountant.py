@@ -1,0 +1,129 @@
+"""What was released adds up: against the library asked directly, a second library, and closed forms."""
+
+import builtins
+import math
+import warnings
+from typing import Any
+
+import pytest
+from scipy import optimize, stats
+
+from fedmerge.config import from_flat
+from fedmerge.errors import ConfigError
+from fedmerge.privacy.accountant import ORDERS, Release, calibrated_noise, spent_epsilon
+
+RELEASES = [Release(1.0, 0.05, 20), Release(4.0, 1.0, 2)]
+
+
+@pytest.mark.parametrize("method", ["rdp", "prv"])
+def test_it_equals_opacus(method: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from opacus.accountants import PRVAccountant, RDPAccountant  # noqa: PLC0415 - takes seconds
+
+        accountant: Any = RDPAccountant() if method == "rdp" else PRVAccountant()
+        for release in RELEASES:
+            for _ in range(release.steps):  # step by step, as a training would
+                accountant.step(noise_multiplier=release.noise_multiplier, sample_rate=release.sample_rate)
+        alphas = {"alphas": list(ORDERS)} if method == "rdp" else {}
+        expected = accountant.get_epsilon(delta=1e-5, **alphas)
+    assert spent_epsilon(RELEASES, 1e-5, method) == pytest.approx(expected, abs=1e-6)  # type: ignore[arg-type]
+
+
+def test_it_equals_dp_accounting() -> None:
+    dp_accounting = pytest.importorskip("dp_accounting")
+    from dp_accounting.pld import PLDAccountant  # noqa: PLC0415
+    from dp_accounting.rdp import RdpAccountant  # noqa: PLC0415
+
+    rdp, pld = RdpAccountant(orders=list(ORDERS)), PLDAccountant()
+    for release in RELEASES:
+        gaussian = dp_accounting.GaussianDpEvent(release.noise_multiplier)
+        event = dp_accounting.PoissonSampledDpEvent(release.sample_rate, gaussian)
+        for accountant in (rdp, pld):
+            accountant.compose(dp_accounting.SelfComposedDpEvent(event, release.steps))
+    assert spent_epsilon(RELEASES, 1e-5, "rdp") == pytest.approx(rdp.get_epsilon(1e-5), abs=1e-6)
+    # Two numerical accountants: each within its own error of the exact value.
+    assert spent_epsilon(RELEASES, 1e-5, "prv") == pytest.approx(pld.get_epsilon(1e-5), abs=0.03)
+
+
+@pytest.mark.parametrize("noise", [0.7, 2.0, 10.0])
+def test_one_release_without_sampling_is_the_gaussian_mechanism(noise: float) -> None:
+    """δ(ε) = Φ(1/2σ − εσ) − e^ε Φ(−1/2σ − εσ), Balle and Wang, arXiv:1805.06530."""
+
+    def excess(epsilon: float) -> float:
+        near, far = 1 / (2 * noise) - epsilon * noise, -1 / (2 * noise) - epsilon * noise
+        return float(stats.norm.cdf(near) - math.exp(epsilon) * stats.norm.cdf(far)) - 1e-5
+
+    exact = optimize.brentq(excess, 0, 60)
+    prv, rdp = (spent_epsilon([Release(noise, 1.0, 1)], 1e-5, method) for method in ("prv", "rdp"))
+    assert exact <= prv <= exact + 0.02
+    assert exact <= rdp <= 1.2 * exact + 0.1
+
+
+def test_nothing_released_spends_nothing_and_nothing_without_noise_is_bounded() -> None:
+    assert spent_epsilon([], 1e-5, "prv") == 0.0
+    assert spent_epsilon([Release(1.0, 0.1, 0)], 1e-5, "prv") == 0.0
+    assert spent_epsilon([Release(1.0, 0.1, 5), Release(0.0, 0.1, 1)], 1e-5, "rdp") == math.inf
+
+
+@pytest.mark.parametrize("method", ["rdp", "prv"])
+def test_the_calibrated_noise_meets_epsilon_and_hardly_more(method: Any) -> None:
+    noise = calibrated_noise(2.0, 1e-5, 1.0, 4, method)
+    assert spent_epsilon([Release(noise, 1.0, 4)], 1e-5, method) <= 2.0
+    assert spent_epsilon([Release(0.99 * noise, 1.0, 4)], 1e-5, method) > 2.0
+
+
+def test_an_epsilon_that_no_noise_meets_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"dp.epsilon = 1e-06 with dp.delta = 1e-09: .*above 10000. Raise epsilon"):
+        calibrated_noise(1e-6, 1e-9, 1.0, 1000, "rdp")
+
+
+def test_without_opacus_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def without_opacus(name: str, *arguments: Any, **options: Any) -> Any:
+        if name.startswith("opacus"):
+            raise ImportError("no such package")
+        return real(name, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "__import__", without_opacus)
+    with pytest.raises(ConfigError, match=r"dp.mode needs Opacus.*no such package.*pip install 'fedmerge\[dp\]'"):
+        spent_epsilon([Release(1.0, 0.1, 1)], 1e-5, "rdp")
+
+
+# What the configuration refuses
+
+USER = {"dp.mode": "user", "dp.epsilon": 4.0, "dp.delta": 1e-5, "train.negatives": "catalog"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train.negatives": "in-batch"}, r"depends on the other users of the step.*set train.negatives = 'catalog'"),
+        ({"dp.delta": "none"}, r"epsilon is set without delta.*Set delta well below one over the number of users"),
+        ({"dp.epsilon": "none"}, r"needs epsilon or noise_multiplier, neither is set; set one of the two"),
+        ({"dp.noise_multiplier": 1.0}, r"needs epsilon or noise_multiplier, both are set; set one of the two"),
+        (
+            {"train.max_steps": "none", "train.max_epochs": 2},
+            r"needs the number of steps beforehand.*set train.max_steps",
+        ),
+        ({"train.max_minutes": 2.0}, r"needs the number of steps beforehand"),
+        ({"dp.mode": "none"}, r"mode = 'none', but epsilon, delta is set; set mode to 'user'"),
+        ({"dp.mode": "domain-local", "rounds.rule": "fedit"}, r"covers a single merge, but rounds.rule is fedit; set"),
+        (
+            {"dp.mode": "domain-central"},
+            r"merge.methods can only be 'average', found average, task-arithmetic, mergerec",
+        ),
+    ],
+)
+def test_bad_settings_are_refused_with_the_remedy(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        from_flat({**USER, **changes})
+
+
+def test_good_settings_are_taken() -> None:
+    assert from_flat(USER).dp.epsilon == 4.0
+    clipped_only = {**USER, "dp.epsilon": "none", "dp.delta": "none", "dp.noise_multiplier": 0.0}
+    assert from_flat(clipped_only).dp.noise_multiplier == 0.0
+    central = {**USER, "dp.mode": "domain-central", "merge.methods": "average", "train.negatives": "in-batch"}
+    assert from_flat(central).dp.mode == "domain-central"

@@ -1,0 +1,99 @@
+"""Which apps a client works for: the approved ones that hold what is installed here, and nothing else, ever."""
+
+import zipfile
+from io import BytesIO
+from pathlib import Path
+
+import pytest
+from flwr.cli.build import build_fab_from_disk
+from flwr.supercore.fab import Fab
+
+import sim
+from fedmerge.cli import main
+from fedmerge.domain.demo import write_demo
+from fedmerge.errors import PolicyError
+from fedmerge.organisation.app import app_sha256, check_app, check_contents
+from fedmerge.organisation.folder import approve_app, approved_apps, init_client, read_client
+from sim.executor import check
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+INSTALLED = Path(str(sim.__file__)).parent
+
+
+@pytest.fixture(scope="module")
+def good() -> bytes:
+    return build_fab_from_disk(REPOSITORY)
+
+
+def repacked(good: bytes, changes: dict[str, bytes | None]) -> bytes:
+    """A bundle with some files replaced, added, or left out (None)."""
+    packed = BytesIO()
+    with zipfile.ZipFile(BytesIO(good)) as source, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as target:
+        for name in source.namelist():
+            if name not in changes:
+                target.writestr(name, source.read(name))
+        for name, data in changes.items():
+            if data is not None:
+                target.writestr(name, data)
+    return packed.getvalue()
+
+
+def test_the_app_that_is_built_here_is_taken_once_it_is_approved(good: bytes) -> None:
+    with pytest.raises(PolicyError, match=rf"the app {app_sha256(good)} is not approved here and was not run"):
+        check_app(good, frozenset({"0" * 64}), INSTALLED)
+    check_app(good, frozenset({app_sha256(good)}), INSTALLED)
+
+
+TAMPERED: dict[str, tuple[dict[str, bytes | None], str]] = {
+    "a line more": (
+        {"sim/client_app.py": b"import os\n"},
+        r"has another sim/client_app.py than the fedmerge",
+    ),
+    "a file more": ({"sim/more.py": b""}, r"has another sim/more.py .* \(1 files differ\)"),
+    "a file less": ({"sim/rounds.py": None}, r"has another sim/rounds.py"),
+    "its own fedmerge": ({"fedmerge/__init__.py": b""}, r"brings a fedmerge of its own \(fedmerge/__init__.py\)"),
+    "fedmerge as a module": ({"fedmerge.py": b""}, r"holds fedmerge.py; it was not run"),
+    "something that shadows": ({"torch.py": b""}, r"holds torch.py; it was not run. Expected nothing but sim/"),
+    "out of the folder": ({"../sim/x.py": b""}, r"holds \.\./sim/x.py"),
+    "data": ({"sim/users.json": b"[]"}, r"has another sim/users.json"),
+    "much": ({"sim/more.py": b"#" * 11 * 2**20}, r"unpacks to more than 10,485,760 bytes"),
+}
+
+
+@pytest.mark.parametrize("case", TAMPERED)
+def test_an_app_with_other_contents_is_refused_even_if_approved(good: bytes, case: str) -> None:
+    changes, message = TAMPERED[case]
+    bundle = repacked(good, changes)
+    with pytest.raises(PolicyError, match=message):
+        check_app(bundle, frozenset({app_sha256(bundle)}), INSTALLED)
+
+
+def test_what_is_no_bundle_is_refused(good: bytes) -> None:
+    for bundle in (b"", b"garbage", good[:-30], good[:2000] + b"\0" * 50 + good[2050:]):
+        with pytest.raises(PolicyError, match=r"is no Flower app bundle|has another sim/|is not approved"):
+            check_contents(bundle, INSTALLED)
+    twice = BytesIO(good)
+    with zipfile.ZipFile(twice, "a") as archive, pytest.warns(UserWarning, match="Duplicate name"):
+        archive.writestr("sim/client_app.py", b"import os\n")
+    with pytest.raises(PolicyError, match="holds a file twice"):
+        check_contents(twice.getvalue(), INSTALLED)
+
+
+def test_approving_by_file_looks_into_it(good: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_demo(tmp_path / "domains", num_domains=2, num_users=10, num_items=20)
+    init_client(tmp_path / "north", "north", tmp_path / "domains" / "beauty")
+    (tmp_path / "good.fab").write_bytes(good)
+    (tmp_path / "bad.fab").write_bytes(repacked(good, {"fedmerge/__init__.py": b""}))
+    assert main(["client", "approve", str(tmp_path / "north"), "--app", str(tmp_path / "bad.fab")]) == 1
+    assert "brings a fedmerge of its own" in capsys.readouterr().err
+    assert main(["client", "approve", str(tmp_path / "north"), "--app", str(tmp_path / "good.fab")]) == 0
+    assert approved_apps(tmp_path / "north") == {app_sha256(good)}
+    client = read_client(tmp_path / "north")
+    check(client, Fab(app_sha256(good), good, {}))
+    with pytest.raises(PolicyError, match="one of Flower's agents"):
+        check(client, Fab(app_sha256(good), good, {}), is_client_app=False)
+    other = repacked(good, {"LICENSE": b"free"})
+    with pytest.raises(PolicyError, match="is not approved here"):  # whatever hash comes with it
+        check(client, Fab(app_sha256(good), other, {}))
+    approve_app(client.folder, app_sha256(other), "by hand")
+    check(client, Fab(app_sha256(other), other, {}))

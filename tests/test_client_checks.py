@@ -1,0 +1,169 @@
+"""`fedmerge client check`: every line against something that is wrong, a small TLS server in place of the SuperLink."""
+
+import dataclasses
+import ssl
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from email.utils import formatdate
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from time import time
+from unittest.mock import ANY
+
+import pytest
+from loopback import bundle, certificates, free_port
+
+from fedmerge.domain.demo import write_demo
+from fedmerge.errors import BackboneError
+from fedmerge.organisation import checks
+from fedmerge.organisation.checks import Check, check_client
+from fedmerge.organisation.folder import Bundle, Client, approve_app, init_client, read_bundle, read_client
+
+APP = "ab" * 32
+WHAT = ["key", "domain", "policy", "backbone", "disk", "app", "address", "certificate", "clock", "registered"]
+
+
+@pytest.fixture(scope="module")
+def tls(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tls")
+    certificates(folder)
+    return folder
+
+
+@pytest.fixture
+def client(tmp_path: Path) -> Client:
+    write_demo(tmp_path / "domains", num_domains=2, num_users=10, num_items=20)
+    init_client(tmp_path / "north", "north", tmp_path / "domains" / "beauty")
+    approve_app(tmp_path / "north", APP, "by hand")
+    return read_client(tmp_path / "north")
+
+
+@contextmanager
+def server(tls: Path, seconds_ahead: float = 0.0) -> Iterator[int]:
+    """A TLS server whose clock may be wrong; yields its port."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response_only(404)  # as a proxy that lets nothing else through
+            self.send_header("Date", formatdate(time() + seconds_ahead, usegmt=True))
+            self.end_headers()
+
+        def log_message(self, format: str, *arguments: object) -> None:
+            pass
+
+    listening = HTTPServer(("0.0.0.0", 0), Handler)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tls / "server.pem", tls / "server.key")
+    listening.socket = context.wrap_socket(listening.socket, server_side=True)
+    thread = threading.Thread(target=listening.serve_forever, args=(0.05,), daemon=True)
+    thread.start()
+    try:
+        yield listening.server_address[1]
+    finally:
+        listening.shutdown()
+        listening.server_close()
+
+
+def found(
+    client: Client,
+    given: Bundle | None,
+    backbone: Callable[[], str] = lambda: "tiny",
+    registered: Callable[[Bundle], str] = lambda _: "",
+) -> dict[str, Check]:
+    return {check.what: check for check in check_client(client, given, backbone, registered)}
+
+
+def test_a_client_that_is_ready_passes_every_check(client: Client, tls: Path, tmp_path: Path) -> None:
+    with server(tls) as port:
+        told = found(client, read_bundle(bundle(tmp_path / "b", tls / "ca.crt", f"localhost:{port}", APP)))
+    assert list(told) == WHAT
+    assert [check for check in told.values() if not check.holds] == []
+    assert told["domain"].found == "beauty: 10 users, 20 items; its catalog may leave if the policy says so"
+    assert "min_users = 20" in told["policy"].found
+    assert told["app"].found == "1 approved, the operator's among them"
+    assert told["certificate"].found.startswith("of the federation's authority, for localhost, until 2")
+
+
+def test_without_a_bundle_the_server_is_left_out(client: Client) -> None:
+    told = found(client, None)
+    assert [check.what for check in told.values() if check.holds] == WHAT[:6]
+    assert told["server"] == Check("server", None, "not tested: give the operator's bundle with --bundle")
+
+
+def test_what_is_wrong_on_this_machine_is_named(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    (client.folder / "key").chmod(0o644)
+    (client.folder / "approved.txt").unlink()
+    (client.domain / "interactions.parquet").write_bytes(b"damaged")
+    client.policy.write_text("min_users = 0")
+    monkeypatch.setattr(checks, "FREE_BYTES", 2**60)
+
+    def backbone() -> str:
+        raise BackboneError("backbone here: not to be had")
+
+    told = found(client, None, backbone)
+    for what, message in {
+        "key": "other users of this machine can read it. Run: chmod 600",
+        "domain": "interactions.parquet",
+        "policy": "min_users",
+        "backbone": "backbone here: not to be had",
+        "disk": "GiB are free, expected 1. Make space or move cache_dir",
+        "app": "no app is approved, so every run is refused. fedmerge client approve",
+    }.items():
+        assert told[what].holds is False
+        assert message in told[what].found
+
+
+def test_a_cache_that_cannot_be_written_is_named(client: Client, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    told = found(dataclasses.replace(client, cache_dir=tmp_path / "file" / "cache"), None)
+    assert told["disk"] == Check("disk", False, ANY)
+    assert "cannot be written (Not a directory). Correct cache_dir." in told["disk"].found
+
+
+def test_another_app_than_the_operators_is_named(client: Client, tls: Path, tmp_path: Path) -> None:
+    given = read_bundle(bundle(tmp_path / "b", tls / "ca.crt", f"127.0.0.1:{free_port()}", "0" * 64))
+    told = found(client, given)
+    assert f"the operator's app {'0' * 64} is not approved" in told["app"].found
+    assert "cannot be reached" in told["address"].found
+    skipped = "not tested, the one before failed"
+    assert [told[what] for what in WHAT[7:]] == [Check(what, None, skipped) for what in WHAT[7:]]
+
+
+def test_a_wrong_certificate_is_named(client: Client, tls: Path, tmp_path: Path) -> None:
+    certificates(tmp_path / "other", days=5)
+    with server(tls) as port:
+        stranger = bundle(tmp_path / "stranger", tmp_path / "other" / "ca.crt", f"127.0.0.1:{port}")
+        told = found(client, read_bundle(stranger))["certificate"]
+        assert told.holds is False
+        assert "its certificate is refused (" in told.found
+        assert "Do not go on without." in told.found
+        other_host = bundle(tmp_path / "other host", tls / "ca.crt", f"127.0.0.2:{port}")
+        told = found(client, read_bundle(other_host))["certificate"]
+        assert "its certificate is refused (IP address mismatch" in told.found
+    with server(tmp_path / "other") as port:
+        soon = bundle(tmp_path / "soon", tmp_path / "other" / "ca.crt", f"127.0.0.1:{port}")
+        assert "its certificate ends on 2" in found(client, read_bundle(soon))["certificate"].found
+
+
+@pytest.mark.parametrize(("seconds", "word"), [(-30.0, "+30"), (-4000.0, "+4000"), (4000.0, "-4000")])
+def test_a_wrong_clock_is_named(client: Client, tls: Path, tmp_path: Path, seconds: float, word: str) -> None:
+    with server(tls, seconds) as port:
+        told = found(client, read_bundle(bundle(tmp_path / "b", tls / "ca.crt", f"127.0.0.1:{port}")))
+    assert told["clock"].holds is False
+    assert f"this machine's clock differs by {word[0]}" in told["clock"].found
+    assert told["registered"].holds
+
+
+def test_a_clock_that_is_a_little_late_is_good_enough(client: Client, tls: Path, tmp_path: Path) -> None:
+    with server(tls, 60.0) as port:
+        told = found(client, read_bundle(bundle(tmp_path / "b", tls / "ca.crt", f"127.0.0.1:{port}")))
+    assert told["clock"].holds
+
+
+def test_a_key_that_is_not_let_in_is_named(client: Client, tls: Path, tmp_path: Path) -> None:
+    with server(tls) as port:
+        given = read_bundle(bundle(tmp_path / "b", tls / "ca.crt", f"127.0.0.1:{port}"))
+        told = found(client, given, registered=lambda _: "412 no")
+    assert told["registered"].holds is False
+    assert "does not let this key in (412 no). It is not registered: send key.pub" in told["registered"].found

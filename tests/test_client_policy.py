@@ -1,0 +1,115 @@
+"""An organisation's own policy file: read, refused where wrong, and what it refuses."""
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedmerge.config import from_flat
+from fedmerge.errors import ConfigError, PolicyError
+from fedmerge.privacy.client_policy import (
+    DEFAULT_POLICY_TOML,
+    ClientPolicy,
+    check_message_size,
+    check_run_is_allowed,
+    read_client_policy,
+)
+
+PRIVATE = {"privacy.policy": "catalog-private"}
+DP_RUN = {"dp.mode": "user", "dp.delta": 1e-6, "train.negatives": "catalog", "train.max_epochs": "none"}
+
+
+def test_the_file_that_is_handed_out_names_every_key_with_its_default(tmp_path: Path) -> None:
+    (tmp_path / "policy.toml").write_text(DEFAULT_POLICY_TOML)
+    assert tomllib.loads(DEFAULT_POLICY_TOML).keys() == ClientPolicy.model_fields.keys()
+    assert read_client_policy(tmp_path / "policy.toml") == ClientPolicy()
+    (tmp_path / "empty.toml").write_text("")
+    assert read_client_policy(tmp_path / "empty.toml") == ClientPolicy()
+
+
+def test_lists_may_be_written_either_way(tmp_path: Path) -> None:
+    for text in ('policies = "adapter"', 'policies = ["adapter"]'):
+        (tmp_path / "policy.toml").write_text(text)
+        assert read_client_policy(tmp_path / "policy.toml").policies == ("adapter",)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("min_users = 0\nmax_message_bytes = 12", "(?s)min_users: .*(found 0).*max_message_bytes: .*(found 12)"),
+        ("min_user = 5", "keys: policies, min_users, .*\n  min_user: "),
+        ('policies = "everything"', "policies.0: .*(found 'everything')"),
+        ("policies = ''", "policies: "),
+        ("real_users = maybe", "not valid TOML"),
+        ("max_epsilon = 0", "max_epsilon: .*greater than 0"),
+    ],
+)
+def test_a_wrong_file_sends_nothing(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "policy.toml").write_text(text)
+    with pytest.raises(ConfigError, match=message) as caught:
+        read_client_policy(tmp_path / "policy.toml")
+    assert str(caught.value).startswith(f"policy file {tmp_path / 'policy.toml'}: ")
+    assert "othing is sent" in str(caught.value)
+
+
+def test_a_missing_file_sends_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot be read .* so nothing is sent\. Correct the node's policy-path"):
+        read_client_policy(tmp_path / "policy.toml")
+
+
+@pytest.mark.parametrize(
+    ("own", "run", "message"),
+    [
+        ({"policies": "adapter"}, {}, "policies = 'adapter', the run has privacy.policy = 'adapter\\+catalog'"),
+        ({"min_users": 50}, {}, "min_users = 50, the run has privacy.min_users = 20"),
+        (
+            {"max_epsilon": 8},
+            {},
+            "max_epsilon = 8, the run has dp.mode = 'none' and dp.randomness = 'system', by which",
+        ),
+        ({"max_epsilon": 8}, DP_RUN | {"dp.epsilon": 9}, "max_epsilon = 8, the run has dp.epsilon = 9"),
+        ({"max_delta": 1e-9}, DP_RUN | {"dp.epsilon": 1}, "max_delta = 1e-09, the run has dp.delta = 1e-06"),
+        ({"max_epsilon": 8}, DP_RUN | {"dp.noise_multiplier": 1}, "max_epsilon = 8, the run has no dp.epsilon"),
+        (
+            {"max_epsilon": 8},
+            DP_RUN | {"dp.epsilon": 1, "dp.randomness": "seeded"},
+            "max_epsilon = 8, the run has dp.mode = 'user' and dp.randomness = 'seeded', by which this client",
+        ),
+        ({"policies": "catalog-private"}, PRIVATE, "receive_adapters = false, the run has privacy.policy = 'cat"),
+        (
+            {"policies": "catalog-private", "receive_adapters": True},
+            {**PRIVATE, "through_clients.users": "own-users"},
+            "real_users = false, the run has through_clients.users = 'own-users'",
+        ),
+        (
+            {"policies": "adapter", "min_users": 30},
+            {"privacy.min_users": 3},
+            "policies = .*; min_users = 30, .* = 3[.]",
+        ),
+    ],
+)
+def test_what_it_refuses(own: dict[str, Any], run: dict[str, Any], message: str) -> None:
+    with pytest.raises(PolicyError, match=f"domain shop: its own policy file refuses: {message}") as caught:
+        check_run_is_allowed(ClientPolicy(**own), from_flat(run), "shop")
+    assert "Change the run, or agree with the organisation" in str(caught.value)
+
+
+def test_a_stricter_run_is_welcome() -> None:
+    check_run_is_allowed(ClientPolicy(max_epsilon=1, max_delta=1e-6), from_flat(DP_RUN | {"dp.epsilon": 1}), "shop")
+    run = from_flat({"privacy.policy": "adapter", "privacy.min_users": 100, "merge.methods": "average"})
+    check_run_is_allowed(ClientPolicy(), run, "shop")
+
+
+def test_without_a_file_all_is_left_to_the_run_but_own_users() -> None:
+    check_run_is_allowed(None, from_flat(PRIVATE), "shop")
+    with pytest.raises(PolicyError, match=r"domain shop: .* real_users = false"):
+        check_run_is_allowed(None, from_flat({**PRIVATE, "through_clients.users": "own-users"}), "shop")
+
+
+def test_large_messages_stay() -> None:
+    check_message_size(ClientPolicy(), 10**9, "shop")
+    own = ClientPolicy(max_message_bytes=100_000)
+    check_message_size(own, 100_000, "shop")
+    with pytest.raises(PolicyError, match=r"domain shop: .* max_message_bytes = 100,000, the answer has 100,001"):
+        check_message_size(own, 100_001, "shop")

@@ -1,0 +1,213 @@
+"""Noise for a whole domain, and the statement of what a run spent."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from scipy import stats
+
+from fedmerge.config import DP, ExperimentConfig, from_flat
+from fedmerge.encoder.lora import Adapter, LoraModule
+from fedmerge.errors import ClientError, LayoutMismatchError
+from fedmerge.privacy.accountant import Release, spent_epsilon
+from fedmerge.privacy.domain_noise import clip_factor, domain_noise, domain_record, noised_average, noised_factors
+from fedmerge.privacy.statement import check_spent, privacy_statement, statement_text
+from fedmerge.seeding import generator
+from fedmerge.server.candidates import merge_candidates
+from fedmerge.server.spent import EVERY_DOMAIN, spent_by_domain
+
+
+def adapter(seed: int, rank: int = 2, scale: float = 1.0, out: int = 40, width: int = 30) -> Adapter:
+    drawn = torch.Generator().manual_seed(seed)
+    return Adapter(
+        {
+            name: LoraModule(
+                scale * torch.randn(rank, width, generator=drawn), scale * torch.randn(out, rank, generator=drawn), 2.0
+            )
+            for name in ("layer.0.query", "layer.1.query")
+        }
+    )
+
+
+def flat(of: Adapter) -> torch.Tensor:
+    """All factors end to end."""
+    return torch.cat([part.flatten() for m in of.modules.values() for part in (m.lora_A, m.lora_B)]).double()
+
+
+def product(of: Adapter) -> torch.Tensor:
+    """All updates end to end."""
+    return torch.cat([module.delta_weight().flatten() for module in of.modules.values()]).double()
+
+
+def test_local_clips_the_distance_from_the_start_over_all_factors() -> None:
+    start = adapter(0)
+    near, far = (noised_factors(adapter(1), start, clip, 0.0, generator(0, "t")) for clip in (1e6, 0.5))
+    torch.testing.assert_close(flat(near), flat(adapter(1)), rtol=1e-4, atol=1e-4)
+    moved = flat(far) - flat(start)
+    assert 0.499 < float(moved.norm()) <= 0.5
+    assert float(torch.nn.functional.cosine_similarity(moved, flat(adapter(1)) - flat(start), dim=0)) > 1 - 1e-6
+
+
+def test_two_domains_in_one_place_are_at_most_twice_the_clip_norm_apart() -> None:
+    start = adapter(0)
+    clipped = [flat(noised_factors(adapter(s, scale=9.0), start, 0.5, 0.0, generator(0, "t"))) for s in (1, 2)]
+    assert float((clipped[0] - clipped[1]).norm()) <= 1.0
+
+
+def test_the_noise_of_the_local_mechanism_is_gaussian_with_twice_the_clip_norm() -> None:
+    start = adapter(0)
+    noise = (flat(noised_factors(start, start, 0.5, 3.0, generator(0, "t"))) - flat(start)).numpy()
+    assert noise.std() == pytest.approx(3.0, rel=0.1)
+    assert stats.kstest(noise / 3.0, "norm").pvalue > 1e-4
+
+
+def test_the_local_mechanism_refuses_another_start() -> None:
+    with pytest.raises(LayoutMismatchError, match=r"other modules or shapes than its start. Give the start"):
+        noised_factors(adapter(1), adapter(0, rank=3), 1.0, 1.0, generator(0, "t"))
+
+
+def test_central_without_noise_is_the_average_of_the_clipped_updates() -> None:
+    adapters = {"a": adapter(1), "b": adapter(2, scale=3.0), "c": adapter(3, scale=0.01)}
+    clip = 5.0
+    merged = noised_average(adapters, clip, 0.0, 6, generator(0, "t"))
+    expected = torch.zeros_like(product(merged))
+    for each in adapters.values():
+        update = product(each)
+        expected += update * min(1.0, clip / float(update.norm())) / 3
+    torch.testing.assert_close(product(merged), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_one_domain_moves_the_central_sum_by_at_most_the_clip_norm_and_the_noise_is_over_it() -> None:
+    adapters = {name: adapter(seed, scale=4.0) for seed, name in enumerate("abc")}
+    wide = 30  # full rank: nothing is cut
+    whole = 3 * product(noised_average(adapters, 5.0, 0.0, wide, generator(0, "t")))
+    without = 2 * product(noised_average({n: adapters[n] for n in "ab"}, 5.0, 0.0, wide, generator(0, "t")))
+    assert float((whole - without).norm()) <= 5.0 * (1 + 1e-4)
+    noised = 3 * product(noised_average(adapters, 5.0, 2.0, wide, generator(0, "t")))
+    noise = (noised - whole).numpy()
+    assert noise.std() == pytest.approx(10.0, rel=0.05)
+    assert stats.kstest(noise / 10.0, "norm").pvalue > 1e-4
+
+
+def test_an_update_that_is_not_finite_counts_for_nothing() -> None:
+    assert clip_factor([torch.tensor([math.nan, 1.0])], 1.0) == 0.0
+    assert clip_factor([torch.tensor([0.0])], 1.0) == pytest.approx(1.0, abs=1e-5)
+
+
+def central_config(**changes: Any) -> ExperimentConfig:
+    flat = {"dp.mode": "domain-central", "merge.methods": "average", "lora.rank": 2, "dp.randomness": "seeded"}
+    return from_flat({**flat, "dp.noise_multiplier": 4.0, "dp.delta": 1e-4, **changes})
+
+
+def test_the_merge_of_a_run_is_noised_and_says_so() -> None:
+    adapters = {"a": adapter(1), "b": adapter(2)}
+    (plain,) = merge_candidates(None, adapters, {}, from_flat({"merge.methods": "average"}))
+    (noised,) = merge_candidates(None, adapters, {}, central_config())
+    assert noised.label == plain.label == "average"
+    assert noised.provenance["privacy"]["noise_multiplier"] == 4.0
+    assert "privacy" not in plain.provenance
+    assert all(module.rank == 2 for module in noised.adapter.modules.values())
+    assert float((product(noised.adapter) - product(plain.adapter)).norm()) > float(product(plain.adapter).norm())
+
+
+# The statement
+
+RECORD = {
+    "unit": "user",
+    "noise_multiplier": 1.0,
+    "clip": 1.0,
+    "sample_rate": 0.1,
+    "num_units": 600,
+    "steps": 10,
+    "randomness": "system",
+}
+USER = DP(mode="user", noise_multiplier=1.0, delta=1e-5, accountant="rdp")
+
+
+def test_the_rounds_of_a_domain_add_up_and_domains_do_not() -> None:
+    statement = privacy_statement(USER, {"books": [RECORD, {**RECORD, "steps": 20}], "toys": [RECORD]}, True)
+    expected = spent_epsilon([Release(1.0, 0.1, 30)], 1e-5, "rdp")
+    assert statement["domains"]["books"]["epsilon"] == pytest.approx(expected, abs=1e-9)
+    assert statement["domains"]["toys"]["epsilon"] < expected
+    replaced = spent_epsilon([Release(0.5, 0.1, 30)], 1e-5, "rdp")
+    assert statement["domains"]["books"]["epsilon_replaced"] == pytest.approx(replaced, abs=1e-9)
+    assert statement["guarantee"]
+    assert any("sums of metrics" in what for what in statement["not_covered"])
+    text = statement_text(statement)
+    assert f"books: ε = {expected:.3g}, δ = 1e-05" in text
+    assert "It holds under these assumptions" in text
+    assert "no early stopping" in text
+    json.dumps(statement, allow_nan=False)
+
+
+def test_a_run_that_ended_with_its_experts_released_no_sums() -> None:
+    statement = privacy_statement(USER, {"books": [RECORD]}, evaluated=False)
+    assert not any("sums of metrics" in what for what in statement["not_covered"])
+
+
+def test_seeded_noise_is_called_no_guarantee() -> None:
+    statement = privacy_statement(USER.model_copy(update={"randomness": "seeded"}), {"books": [RECORD]}, True)
+    assert not statement["guarantee"]
+    assert "THIS IS NO GUARANTEE: noise and sampling came from the experiment's seed" in statement_text(statement)
+
+
+def test_no_noise_is_called_no_guarantee() -> None:
+    dp = DP(mode="user", noise_multiplier=0.0)
+    statement = privacy_statement(dp, {"books": [{**RECORD, "noise_multiplier": 0.0}]}, True)
+    assert statement["domains"]["books"]["epsilon"] is None
+    assert "THIS IS NO GUARANTEE: a release had no noise" in statement_text(statement)
+    assert "books: ε = ∞" in statement_text(statement)
+
+
+def test_a_domain_release_counts_replacement_already() -> None:
+    dp = DP(mode="domain-local", epsilon=3.0, delta=1e-5, clip=0.5, accountant="rdp")
+    record = domain_record(dp, domain_noise(dp))
+    found = privacy_statement(dp, {"books": [record]}, False)["domains"]["books"]
+    assert found["epsilon"] == found["epsilon_replaced"]
+    assert 2.95 < found["epsilon"] <= 3.0
+    assert record["unit"] == "domain"
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        (None, "dp.mode is 'user', but its report says nothing of noise. Use one configuration"),
+        ({**RECORD, "clip": 2.0}, "is not what dp.. asks for"),
+        ({**RECORD, "unit": "domain"}, "is not what dp.. asks for"),
+        ({**RECORD, "randomness": "seeded"}, "is not what dp.. asks for"),
+        ({**RECORD, "noise_multiplier": "much"}, "is not what dp.. asks for"),
+        ({**RECORD, "sample_rate": 0}, "is not what dp.. asks for"),
+    ],
+)
+def test_a_client_that_does_not_say_what_it_spent_is_refused(told: Any, message: str) -> None:
+    with pytest.raises(ClientError, match=f"domain books: .*{message}"):
+        check_spent("books", USER, told)
+
+
+def test_what_was_agreed_is_taken() -> None:
+    check_spent("books", USER, RECORD)
+    check_spent("books", DP(), None)
+
+
+def test_a_runs_releases_are_found_wherever_they_were_made(tmp_path: Path) -> None:
+    for path, told in {
+        "adapters/books": {"privacy": RECORD},
+        "adapters/toys": {"privacy": None},
+        "adapters/.books.partial": {"privacy": RECORD},
+    }.items():
+        (tmp_path / path).mkdir(parents=True)
+        (tmp_path / path / "training.json").write_text(json.dumps(told))
+    (tmp_path / "rounds").mkdir()
+    clients = {"coffee": {"privacy": RECORD}}
+    for number in (1, 2):
+        (tmp_path / "rounds" / f"{number}.json").write_text(json.dumps({"clients": clients}))
+    (tmp_path / "merged" / "average").mkdir(parents=True)
+    (tmp_path / "merged" / "average" / "provenance.json").write_text(json.dumps({"privacy": RECORD}))
+    assert {domain: len(found) for domain, found in spent_by_domain(tmp_path).items()} == {
+        "books": 1,
+        "coffee": 2,
+        EVERY_DOMAIN: 1,
+    }

@@ -1,0 +1,101 @@
+"""The executor of an organisation's client: what a run may not say of the machine, and work in a process of its own."""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from flwr.app import ConfigRecord, Context, RecordDict
+
+import sim.executor
+from fedmerge.config import ExperimentConfig, from_flat, to_flat
+from fedmerge.domain.demo import write_demo
+from fedmerge.organisation.folder import Client, init_client, read_client
+from sim.executor import in_own_process, settle
+
+
+@pytest.fixture
+def client(tmp_path: Path) -> Client:
+    write_demo(tmp_path / "domains", num_domains=2, num_users=10, num_items=20)
+    init_client(tmp_path / "north", "north", tmp_path / "domains" / "beauty", threads=2, backbone="own/encoder")
+    return read_client(tmp_path / "north")
+
+
+def test_what_a_run_says_of_this_machine_is_replaced_by_what_its_owner_says(client: Client, tmp_path: Path) -> None:
+    wanted: dict[str, str | int | float | bool] = {
+        "cache_dir": "/srv/elsewhere",
+        "domains.root": "/srv/other",
+        "backbone.source": "evil/encoder",
+        "runtime.threads_per_client": 64,
+        "seed": 3,
+    }
+    run_config: dict[str, str | int | float | bool] = {**to_flat(ExperimentConfig()), **wanted}
+    context = Context(1, 2, {"domain-path": "/elsewhere", "more": 1}, RecordDict(), run_config)
+    settle(context, client)
+    config = from_flat(context.run_config)
+    assert config.cache_dir == str(client.cache_dir)
+    assert config.domains.root == str(tmp_path / "domains")
+    assert (config.backbone.source, config.runtime.threads_per_client, config.seed) == ("own/encoder", 2, 3)
+    assert context.node_config == {
+        "domain-path": str(tmp_path / "domains" / "beauty"),
+        "policy-path": str(client.folder / "policy.toml"),
+        "key-path": str(client.folder / "key"),
+    }
+
+
+def test_the_work_is_done_in_another_process_and_its_answer_comes_back() -> None:
+    before = {"value": 1}
+
+    def work() -> RecordDict:
+        before["value"] = 2
+        return RecordDict({"facts": ConfigRecord({"pid": os.getpid(), "data": b"x" * 100_000})})
+
+    content = in_own_process(work, lambda: True)
+    assert content.config_records["facts"]["pid"] != os.getpid()
+    assert content.config_records["facts"]["data"] == b"x" * 100_000
+    assert before == {"value": 1}
+
+
+def killed() -> RecordDict:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return RecordDict()
+
+
+def raises() -> RecordDict:
+    raise SystemExit(5)
+
+
+def test_a_process_that_dies_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ChildProcessError, match="was killed by signal 9, out of memory"):
+        in_own_process(killed, lambda: True)
+    monkeypatch.setattr(sys, "stderr", open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+    with pytest.raises(ChildProcessError, match="the process that worked on it ended with 1"):
+        in_own_process(raises, lambda: True)
+
+
+def test_a_run_that_is_stopped_ends_the_work_at_once() -> None:
+    started = time.monotonic()
+    seen: list[int] = []
+
+    def hangs() -> RecordDict:
+        time.sleep(60)
+        return RecordDict()
+
+    def three_times() -> bool:
+        seen.append(1)
+        return len(seen) < 3
+
+    with pytest.raises(ChildProcessError, match="the run was stopped while it worked"):
+        in_own_process(hangs, three_times)
+    assert time.monotonic() - started < 20
+    with pytest.raises(ChildProcessError):  # no child is left behind
+        os.waitpid(-1, os.WNOHANG)
+
+
+def test_the_executor_takes_the_installed_code_only() -> None:
+    """It imports nothing that could unpack or load an app."""
+    text = Path(sim.executor.__file__).read_text()
+    assert "install_from_fab" not in text
+    assert "load_client_app" not in text

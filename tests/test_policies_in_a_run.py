@@ -1,0 +1,300 @@
+"""Privacy policies in whole runs: what a client's own file refuses, and whom the run then names."""
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, Context, Message
+from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
+from in_process import Answer, answer_honestly, run_in_process, small_experiment
+
+import sim.federation
+import sim.server_app
+import sim.through_clients
+from fedmerge.config import ExperimentConfig
+from fedmerge.errors import PolicyError
+from fedmerge.run_dir import append_line, read_lines
+from sim import records
+
+DOMAINS = ("beauty", "books", "coffee", "camping")
+STRICT = "coffee"
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (sim.federation, sim.server_app):
+        monkeypatch.setattr(module, "POLL_SECONDS", 0.01)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Domains, a backbone and the clients' disk: every client trains once for all tests here."""
+    return tmp_path_factory.mktemp("place")
+
+
+def experiment(place: Path, tmp_path: Path, **changes: object) -> ExperimentConfig:
+    return small_experiment(place, **{"output_dir": str(tmp_path), "merge.methods": "average", **changes})
+
+
+def with_own_policy(path: Path, text: str) -> Answer:
+    """One client has a policy file of its own."""
+    path.write_text(text)
+
+    def answer(message: Message, context: Context) -> Message | None:
+        if DOMAINS[int(context.node_config["partition-id"])] == STRICT:
+            context.node_config["policy-path"] = str(path)
+        return answer_honestly(message, context)
+
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("text", "phase", "message"),
+    [
+        ('policies = "adapter"', "gather", "policies = 'adapter', the run has privacy.policy = 'adapter+catalog'"),
+        ("min_users = 21", "gather", "min_users = 21, the run has privacy.min_users = 20"),
+        ("mni_users = 1", "gather", "policy file …/policy.toml: nothing is sent until this is corrected"),
+    ],
+)
+def test_a_client_with_a_stricter_policy_refuses_and_is_named(
+    place: Path, tmp_path: Path, text: str, phase: str, message: str
+) -> None:
+    run_in_process(experiment(place, tmp_path), with_own_policy(tmp_path / "policy.toml", text))
+    clients = json.loads((tmp_path / "run" / "clients.json").read_text())
+    ((name, reason),) = clients["excluded"].items()
+    assert name.startswith(f"{STRICT} (node ")
+    assert message in reason
+    assert str(tmp_path) not in reason
+    assert clients["excluded_in_phase"][name] == phase
+    assert name in (tmp_path / "run" / "report.txt").read_text()
+
+
+def test_a_catalog_that_is_not_declared_public_is_not_used_before_any_work(place: Path, tmp_path: Path) -> None:
+    small_experiment(place)  # writes the domains
+    shutil.copytree(place / "domains", tmp_path / "catalogs")
+    manifest = tmp_path / "catalogs" / "books" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"public_catalog": true', '"public_catalog": false'))
+    catalogs = {"privacy.policy": "adapter", "server.catalogs": str(tmp_path / "catalogs")}
+    changes = {"merge.methods": "mergerec", **catalogs}
+    with pytest.raises(PolicyError, match=r"domain books: its manifest says public_catalog = false, .*catalog-private"):
+        run_in_process(experiment(place, tmp_path, **changes))
+    assert not (tmp_path / "run" / "adapters").exists()
+
+
+def seen_by_flower(path: Path) -> Answer:
+    """Honest clients; what each sends is written down from the bytes that Flower makes of it."""
+
+    def answer(message: Message, context: Context) -> Message | None:
+        reply = answer_honestly(message, context)
+        assert reply is not None
+        wire = recorddict_to_proto(reply.content).SerializeToString()
+        sent = recorddict_from_proto(ProtoRecordDict.FromString(wire))
+        rows = []
+        for key, arrays in sent.array_records.items():
+            for name, array in arrays.items():
+                values = array.numpy()
+                rows.append([f"{key}.{name}", str(values.dtype), "x".join(map(str, values.shape)), values.nbytes])
+        for key, facts in sent.config_records.items():
+            rows += [[f"{key}.{name}", type(value).__name__, "", 0] for name, value in facts.items()]
+        domain = DOMAINS[int(context.node_config["partition-id"])]
+        append_line(path, [domain, message.metadata.message_type, len(wire), rows])
+        return reply
+
+    return answer
+
+
+LEARNED = {
+    "merge.methods": "mergerec,adamerging",
+    "mergerec.steps": 4,
+    "mergerec.batch_size": 8,
+    "mergerec.learning_rate": 0.01,
+    "mergerec.refresh_every": 2,
+    "adamerging.steps": 2,
+    "adamerging.granularities": "domain",
+}
+LABELS = ("mergerec domain-wise", "mergerec layer-wise", "adamerging domain-wise")
+
+
+def coefficients(run: Path, label: str) -> np.ndarray:
+    provenance = json.loads((run / "merged" / label.replace(" ", "-") / "provenance.json").read_text())
+    return np.array([provenance["coefficients"][domain] for domain in sorted(provenance["coefficients"])])
+
+
+@pytest.fixture(scope="module")
+def at_the_server(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run in which the server has the catalogs."""
+    folder = tmp_path_factory.mktemp("server")
+    run_in_process(experiment(place, folder, **LEARNED))
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def exact(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with catalogs that stay at the clients."""
+    folder = tmp_path_factory.mktemp("exact")
+    config = experiment(place, folder, **LEARNED, **{"privacy.policy": "catalog-private"})
+    run_in_process(config, seen_by_flower(folder / "sent.jsonl"))
+    return folder / "run"
+
+
+@pytest.mark.parametrize("label", LABELS)
+def test_learning_through_the_clients_equals_learning_from_catalogs(
+    at_the_server: Path, exact: Path, label: str
+) -> None:
+    through, before = coefficients(exact, label), coefficients(at_the_server, label)
+    start = 0.2 if label.startswith("mergerec") else 0.3
+    assert np.abs(before - start).max() > 1e-3
+    assert np.abs(through - before).max() < 1e-5
+
+
+def test_the_ledger_says_what_flower_sent(exact: Path) -> None:
+    """Every array and value of every message: names, types, shapes and bytes, from the bytes on the wire."""
+    sent, wire_bytes = Counter[tuple[str, ...]](), 0
+    value_bytes = Counter[tuple[str, ...]]()
+    for domain, message, size, rows in read_lines(exact.parent / "sent.jsonl"):
+        wire_bytes += size
+        for name, dtype, shape, nbytes in rows:
+            sent[domain, message, name, dtype, shape] += 1
+            value_bytes[domain, message, name] += nbytes
+    ledger, told_bytes = Counter[tuple[str, ...]](), Counter[tuple[str, ...]]()
+    rows = pq.read_table(exact / "exposure.parquet").to_pylist()
+    for row in rows:
+        ledger[row["domain"], row["message"], row["name"], row["dtype"], row["shape"]] += 1
+        told_bytes[row["domain"], row["message"], row["name"]] += row["size_bytes"]
+    assert ledger == sent
+    for key, size in value_bytes.items():
+        assert size <= told_bytes[key] <= size + 128 * sent_times(sent, key) or size == 0  # 128: NumPy's header
+    told = sum(told_bytes.values())
+    assert 0.8 * wire_bytes < told < wire_bytes
+    assert {row["noise"] for row in rows} == {"none"}
+    assert sum(row["message"] == "query.gradient" for row in rows) == 3 * 10
+    assert not any(row["message"] == "query.catalog" for row in rows)
+    gradients = {(row["name"], row["shape"]) for row in rows if row["message"] == "query.gradient"}
+    assert gradients == {("coefficients.answer", "3x1"), ("coefficients.answer", "3x2")}
+
+
+def sent_times(sent: Counter[tuple[str, ...]], key: tuple[str, ...]) -> int:
+    return sum(times for (domain, message, name, *_), times in sent.items() if (domain, message, name) == key)
+
+
+LITTLE = {
+    "privacy.policy": "catalog-private",
+    "merge.methods": "mergerec",
+    "mergerec.granularities": "layer",
+    "mergerec.steps": 4,
+    "mergerec.batch_size": 12,
+    "mergerec.learning_rate": 0.01,
+}
+
+
+def test_a_run_that_was_killed_replays_what_was_averaged(
+    place: Path, exact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {**LEARNED, **LITTLE, "mergerec.batch_size": 8}
+    lines: list[object] = []
+
+    def killed_after_two(path: Path, line: object) -> None:
+        append_line(path, line)
+        lines.append(line)
+        if len(lines) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(sim.through_clients, "append_line", killed_after_two)
+    with pytest.raises(KeyboardInterrupt):
+        run_in_process(experiment(place, tmp_path, **changes))
+    run_in_process(experiment(place, tmp_path, **changes, resume=True), seen_by_flower(tmp_path / "sent.jsonl"))
+    again = Counter((domain, message) for domain, message, _, _ in read_lines(tmp_path / "sent.jsonl"))
+    assert {again[domain, "query.gradient"] for domain in DOMAINS[:3]} == {2}
+    assert np.array_equal(coefficients(tmp_path / "run", LABELS[1]), coefficients(exact, LABELS[1]))
+
+
+def test_a_client_that_fails_is_named_and_the_others_go_on(place: Path, tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    def answer(message: Message, context: Context) -> Message | None:
+        reply = answer_honestly(message, context)
+        if message.metadata.message_type == records.GRADIENT:
+            asked.append(DOMAINS[int(context.node_config["partition-id"])])
+            if asked[-1] == STRICT and asked.count(STRICT) == 2 and reply is not None:
+                reply.content = records.gradient_record(torch.full((3, 2), torch.nan))
+        return reply
+
+    run_in_process(experiment(place, tmp_path, **LITTLE), answer)
+    clients = json.loads((tmp_path / "run" / "clients.json").read_text())
+    assert clients["excluded"].keys() == {STRICT}
+    assert "its gradient is not finite or exceeds 1e+06" in clients["excluded"][STRICT]
+    assert clients["excluded_in_phase"][STRICT] == "merge"
+    assert {domain: asked.count(domain) for domain in set(asked)} == {"beauty": 4, "books": 4, STRICT: 2}
+    lines = list(read_lines(tmp_path / "run" / "learning" / "mergerec-layer-wise.jsonl"))
+    assert [line["answered"] for line in lines] == [["beauty", "books", STRICT], *[["beauty", "books"]] * 3]
+    assert coefficients(tmp_path / "run", LABELS[1]).shape == (3, 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "label", "messages"),
+    [
+        ({"through_clients.mode": "local-steps", "through_clients.local_steps": 3}, LABELS[1], 2),
+        ({"through_clients.users": "own-users", "through_clients.batch_size": 25}, f"{LABELS[1]} own-users", 4),
+    ],
+    ids=["local-steps", "own-users"],
+)
+def test_other_ways_through_the_clients(
+    place: Path, tmp_path: Path, changes: dict[str, object], label: str, messages: int
+) -> None:
+    run_in_process(experiment(place, tmp_path, **LITTLE, **changes), seen_by_flower(tmp_path / "sent.jsonl"))
+    sent = Counter((domain, message) for domain, message, _, _ in read_lines(tmp_path / "sent.jsonl"))
+    assert {sent[domain, "query.gradient"] for domain in DOMAINS[:3]} == {messages}
+    found = coefficients(tmp_path / "run", label)
+    assert 1e-4 < np.abs(found - 0.2).max() < 0.1
+    provenance = json.loads((tmp_path / "run" / "merged" / label.replace(" ", "-") / "provenance.json").read_text())
+    assert provenance["through_clients"].items() >= {key.split(".")[1]: value for key, value in changes.items()}.items()
+    assert provenance["policy"] == "catalog-private"
+    assert (tmp_path / "run" / "DONE").is_file()
+
+
+@pytest.mark.parametrize("transport", ["int8", "top-k"])
+def test_experts_travel_in_fewer_bytes(place: Path, tmp_path: Path, transport: str) -> None:
+    changes = {"merge.methods": "average", "privacy.transport": transport, "privacy.transport_density": 0.25}
+
+    def garbled(message: Message, context: Context) -> Message | None:
+        reply = answer_honestly(message, context)
+        if message.metadata.message_type == "train" and DOMAINS[int(context.node_config["partition-id"])] == STRICT:
+            assert reply is not None
+            arrays = {name: array.numpy() for name, array in reply.content.array_records["adapter"].items()}
+            name = next(name for name in arrays if name.endswith((".levels", ".positions")))
+            arrays[name] = arrays[name].astype(np.int64)
+            reply.content["adapter"] = ArrayRecord({name: Array(array) for name, array in arrays.items()})
+        return reply
+
+    run_in_process(experiment(place, tmp_path, **changes), garbled)
+    run = tmp_path / "run"
+    clients = json.loads((run / "clients.json").read_text())
+    assert list(clients["excluded"]) == [STRICT]
+    assert "is int64 of shape" in clients["excluded"][STRICT]
+    sent = json.loads((run / "adapters" / "books" / "training.json").read_text())["transport"]
+    assert sent["kind"] == transport
+    assert 0 < sent["residual"] < 1
+    rows = [row for row in pq.read_table(run / "exposure.parquet").to_pylist() if row["domain"] == "books"]
+    shapes = {row["name"].rpartition(".")[2] for row in rows if row["name"].startswith("adapter.")}
+    assert shapes == ({"levels", "scales"} if transport == "int8" else {"values", "positions"})
+    assert (run / "DONE").is_file()  # clients still find their experts, by the hash of what arrived
+
+
+def test_a_client_whose_pseudo_users_make_no_sense_has_no_part(place: Path, tmp_path: Path) -> None:
+    def answer(message: Message, context: Context) -> Message | None:
+        reply = answer_honestly(message, context)
+        cohort = message.metadata.message_type == records.COHORT
+        if cohort and DOMAINS[int(context.node_config["partition-id"])] == STRICT and reply is not None:
+            reply.content = records.pseudo_users_record(0)
+        return reply
+
+    run_in_process(experiment(place, tmp_path, **{**LITTLE, "mergerec.steps": 1}), answer)
+    clients = json.loads((tmp_path / "run" / "clients.json").read_text())
+    assert "it makes 0 pseudo-users. Use the same settings" in clients["excluded"][STRICT]
+    assert json.loads((tmp_path / "run" / "learning" / "cohort.json").read_text()) == {"beauty": 25, "books": 25}

@@ -1,0 +1,475 @@
+"""Secure sums: what comes out, what the parties see, and what they refuse."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import cache
+from itertools import combinations, pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from scipy import stats
+from secagg_parties import ADVERTISE, MASK, SHARE, UNMASK, run_session
+
+from fedmerge.errors import AggregationError, PolicyError
+from fedmerge.privacy.secagg.client import advertise, mask_values, share, unmask
+from fedmerge.privacy.secagg.crypto import (
+    agreed_key,
+    mask,
+    new_secret,
+    opened,
+    public_key,
+    sealed,
+    secret_of,
+    shares_of,
+)
+from fedmerge.privacy.secagg.masks import masked, pair_mask, self_mask
+from fedmerge.privacy.secagg.server import (
+    added,
+    check_advertisement,
+    check_boxes,
+    check_revealed,
+    new_session,
+    weighted_mean,
+)
+from fedmerge.privacy.secagg.session import Session, decoded, default_threshold, encoded
+from fedmerge.privacy.secagg.state import Advertisement, Revealed
+
+Vector = NDArray[np.float64]
+
+
+def session_of(num_clients: int, num_values: int = 40, **changes: Any) -> Session:
+    weights = {f"client {k:02}": 1.0 + k % 3 for k in range(num_clients)}
+    arguments: dict[str, Any] = {"weights": weights, "num_values": num_values, "value_range": 8.0, **changes}
+    return new_session(**arguments)
+
+
+def random_values(session: Session, seed: int = 0) -> dict[str, Vector]:
+    rng = np.random.default_rng(seed)
+    return {client: rng.uniform(-0.1, 0.1, session.num_values) for client in session.clients}
+
+
+def plain_mean(session: Session, values: Mapping[str, Vector], survivors: set[str]) -> Vector:
+    """What an aggregation that sees everything gives."""
+    summed = sum(session.coefficients[client] * values[client] for client in survivors)
+    return np.asarray(summed / sum(session.coefficients[client] for client in survivors))
+
+
+# what comes out
+
+
+@pytest.mark.parametrize("num_clients", [3, 4, 7, 12])
+def test_a_secure_sum_is_the_plain_weighted_mean_to_the_stated_tolerance(num_clients: int) -> None:
+    session = session_of(num_clients)
+    values = random_values(session)
+    mean = run_session(session, values).mean
+    assert mean is not None
+    assert np.abs(mean - plain_mean(session, values, set(values))).max() <= session.tolerance
+    assert session.tolerance < 4.0e-9 * num_clients
+
+
+DROPS: list[dict[str, str]] = [
+    {"client 00": ADVERTISE},
+    {"client 01": SHARE},
+    {"client 02": MASK},
+    {"client 03": UNMASK},
+    {"client 00": ADVERTISE, "client 01": SHARE},
+    {"client 05": MASK, "client 06": MASK, "client 00": UNMASK},
+    {"client 00": ADVERTISE, "client 02": SHARE, "client 04": MASK},
+    {"client 01": UNMASK, "client 03": UNMASK, "client 05": UNMASK},
+]
+
+
+@pytest.mark.parametrize("drops", DROPS, ids=lambda drops: " ".join(f"{k[-1]}:{v}" for k, v in drops.items()))
+def test_clients_may_drop_out_at_every_step(drops: dict[str, str]) -> None:
+    session = session_of(7)
+    values = random_values(session, 1)
+    seen = run_session(session, values, drops)
+    survivors = {client for client in values if drops.get(client, UNMASK) == UNMASK}
+    assert set(seen.masked) == survivors
+    assert seen.mean is not None
+    share_of_sum = sum(session.coefficients[client] for client in survivors)
+    assert np.abs(seen.mean - plain_mean(session, values, survivors)).max() <= session.tolerance / share_of_sum
+    exact = np.zeros(session.num_values, np.uint32)
+    for client in survivors:
+        exact += encoded(session, client, values[client])
+    assert np.array_equal(seen.mean, decoded(session, exact, frozenset(survivors)))  # masks leave nothing behind
+
+
+@pytest.mark.parametrize("drops", [{0: MASK, 1: MASK, 2: MASK}, {0: ADVERTISE, 1: SHARE, 2: MASK}])
+def test_too_many_dropouts_end_the_sum(drops: dict[int, str]) -> None:
+    session = session_of(5)
+    gone = {f"client {k:02}": step for k, step in drops.items()}
+    with pytest.raises(AggregationError, match=r"found 2 of 5 clients \(client 03, client 04\), expected at least 3"):
+        run_session(session, random_values(session), gone)
+    with pytest.raises(AggregationError, match=r"unmasking: found answers of 2 clients .*, expected at least 3; start"):
+        run_session(session, random_values(session), {f"client {k:02}": UNMASK for k in range(3)})
+
+
+@given(st.integers(3, 60), st.floats(1e-3, 1e6), st.sampled_from([-1.0, 1.0]), st.integers(0, 2**32))
+@settings(max_examples=60, deadline=None)
+def test_no_sum_overflows_even_at_the_ends_of_the_range(clients: int, range_: float, sign: float, seed: int) -> None:
+    weights = dict(zip(map(str, range(clients)), np.random.default_rng(seed).uniform(0.5, 1, clients), strict=True))
+    session = new_session(weights, 1, range_)
+    ends = np.full(1, sign * range_)
+    total = np.zeros(1, np.uint32)
+    survivors: frozenset[str] = frozenset()
+    for client in session.clients:
+        total += encoded(session, client, ends)
+        survivors |= {client}
+        share_of_sum = sum(session.coefficients[each] for each in survivors)
+        assert np.abs(decoded(session, total, survivors) - ends).max() <= session.tolerance / share_of_sum
+
+
+# what the server sees
+
+
+def test_masked_values_are_uniform() -> None:
+    """Of the most telling input there is: all zeros at one client, all the same at another."""
+    session = session_of(4, num_values=20_000)
+    values = {client: np.full(session.num_values, k / 4) for k, client in enumerate(session.clients)}
+    seen = run_session(session, values)
+    for client, sent in seen.masked.items():
+        counts = np.bincount(sent.view(np.uint8), minlength=256)
+        assert stats.chisquare(counts).pvalue > 1e-6, client
+        assert stats.kstest(sent / 2**32, "uniform").pvalue > 1e-6, client
+        ones = np.unpackbits(sent.view(np.uint8)).reshape(-1, 32).mean(axis=0)
+        assert np.abs(ones - 0.5).max() < 6 * 0.5 / np.sqrt(session.num_values)
+        plain = encoded(session, client, values[client])
+        assert stats.kstest(plain / 2**32, "uniform").pvalue < 1e-6  # the tests see what is not uniform
+    left, right = list(seen.masked.values())[:2]
+    assert abs(stats.spearmanr(left, right).statistic) < 6 / np.sqrt(session.num_values)
+
+
+def test_the_same_values_look_different_in_every_session() -> None:
+    values = random_values(session_of(3))
+    first, second = (run_session(session_of(3), values).masked for _ in range(2))
+    assert all((first[client] == second[client]).mean() < 0.1 for client in first)
+
+
+def test_the_server_and_the_colluding_see_the_same_whatever_the_others_values_are() -> None:
+    """The definition, by a coupling.
+
+    Two inputs of the honest clients with one sum. For every draw of the masks there is a draw, equally likely (a shift
+    of uniform masks that nobody else knows is a bijection), under which the view is the same to the last bit: so the
+    views have one distribution. The masks that may be shifted are those between honest clients, and the self mask of
+    an honest client that dropped out late, whose masked values arrived and are not in the sum.
+    """
+    rng = np.random.default_rng(7)
+    size = 50
+    honest, colluding, late = ["a", "c", "e"], ["b", "d"], "f"
+    everybody = sorted([*honest, *colluding, late])
+
+    def uniform() -> NDArray[np.uint32]:
+        return rng.integers(0, 2**32, size, dtype=np.uint32)
+
+    own = {client: uniform() for client in everybody}
+    pairs = {pair: uniform() for pair in combinations(everybody, 2)}
+    values = {client: rng.integers(0, 2**20, size, dtype=np.uint32) for client in everybody}
+    others = {**values, "a": uniform(), "c": uniform(), late: uniform()}
+    others["e"] = values["a"] + values["c"] + values["e"] - others["a"] - others["c"]  # the same sum
+
+    shifted, shifted_own = dict(pairs), dict(own)
+    carried = np.zeros(size, np.uint32)
+    for left, right in pairwise(honest):  # along a path through the honest clients
+        carried += others[left] - values[left]
+        shifted[left, right] = pairs[left, right] - carried
+    shifted_own[late] = own[late] - (others[late] - values[late])
+
+    def view(inputs: Mapping[str, Any], own: Mapping[str, Any], pairs: Mapping[tuple[str, str], Any]) -> list[Any]:
+        """Masked values of all; self masks of those in the sum; masks with the colluding and with who dropped out."""
+        sent = []
+        for client in everybody:
+            with_peers = {peer: pairs[min(client, peer), max(client, peer)] for peer in everybody if peer != client}
+            sent.append(masked(inputs[client], own[client], with_peers, client))
+        known = [own[client] for client in everybody if client != late]
+        known += [pair for names, pair in pairs.items() if {*names} & {*colluding, late}]
+        return [*sent, *known, sum(inputs[client] for client in [*honest, *colluding])]
+
+    first, second = view(values, own, pairs), view(others, shifted_own, shifted)
+    assert all(np.array_equal(left, right) for left, right in zip(first, second, strict=True))
+    assert any(not np.array_equal(values[client], others[client]) for client in honest)
+
+
+def test_fewer_colluding_clients_than_the_threshold_cannot_tell_which_secret_is_shared() -> None:
+    """Whatever t − 1 clients hold, every other secret has shares that agree with it; t − 1 of them always do."""
+    threshold, num_clients = 3, 5
+    secret, other = new_secret(), new_secret()
+    shares = dict(enumerate(shares_of(secret, threshold, num_clients), 1))
+    for held in combinations(shares, threshold - 1):
+        points = {0: other, **{number: shares[number] for number in held}}
+        forged = {number: interpolated(points, number) for number in shares}
+        assert all(forged[number] == shares[number] for number in held)
+        assert secret_of({number: forged[number] for number in list(shares)[-threshold:]}, threshold) == other
+    assert secret_of(shares, threshold) == secret
+
+
+def test_as_many_colluding_clients_as_the_threshold_can_take_the_masks_off() -> None:
+    """The bound is sharp: t of them, with the server, read everybody's values."""
+    session = session_of(5)
+    values = random_values(session, 3)
+    seen = run_session(session, values)
+    target, *colluding = session.clients
+    held = [seen.states[client].held[target] for client in colluding[: session.threshold]]
+    numbers = [session.number(client) for client in colluding[: session.threshold]]
+    mask_secret, self_secret = (
+        secret_of({n: getattr(each, name) for n, each in zip(numbers, held, strict=True)}, session.threshold)
+        for name in ("mask_key", "self_mask")
+    )
+    pairs = {
+        peer: pair_mask(session, target, mask_secret, peer, keys.mask_key)
+        for peer, keys in seen.advertisements.items()
+        if peer != target
+    }
+    bare = seen.masked[target] - masked(
+        np.zeros(session.num_values, np.uint32), self_mask(session, self_secret), pairs, target
+    )
+    assert np.array_equal(bare, encoded(session, target, values[target]))
+
+
+# the pieces
+
+
+def product(left: int, right: int) -> int:
+    """In GF(2^128) modulo x^128 + x^7 + x^2 + x + 1, bit by bit."""
+    found = 0
+    for bit in reversed(range(128)):
+        found <<= 1
+        if found >> 128:
+            found ^= (1 << 128) | 0b10000111
+        if right >> bit & 1:
+            found ^= left
+    return found
+
+
+@cache
+def inverse(value: int) -> int:
+    """value^(2^128 − 2)."""
+    found = 1
+    for bit in reversed(range(128)):
+        found = product(found, found)
+        if bit:
+            found = product(found, value)
+    return found
+
+
+def interpolated(points: Mapping[int, bytes], at: int) -> bytes:
+    """Lagrange's polynomial through some points, at another one."""
+    total = 0
+    for number, share_ in points.items():
+        term = int.from_bytes(share_, "big")
+        for other in points:
+            if other != number:
+                term = product(term, product(at ^ other, inverse(number ^ other)))
+        total ^= term
+    return total.to_bytes(16, "big")
+
+
+@pytest.mark.parametrize(("threshold", "num_shares"), [(2, 3), (3, 5), (6, 10)])
+def test_shares_of_secrets_agree_with_another_implementation(threshold: int, num_shares: int) -> None:
+    secret = new_secret()
+    shares = dict(enumerate(shares_of(secret, threshold, num_shares), 1))
+    chosen = list(shares.items())[-threshold:]
+    assert interpolated(dict(chosen), 0) == secret == secret_of(dict(chosen), threshold)
+    assert interpolated(dict(chosen), 1) == shares[1]  # one polynomial of degree threshold − 1
+    assert interpolated(dict(chosen[1:]), 0) != secret
+    with pytest.raises(AggregationError, match=f"found {threshold - 1} shares of a secret, expected at least"):
+        secret_of(dict(chosen[1:]), threshold)
+
+
+def test_both_ends_agree_on_a_key_and_on_nothing_else() -> None:
+    left, right = new_secret(), new_secret()
+    key = agreed_key(left, public_key(right), b"pair", b"a")
+    assert key == agreed_key(right, public_key(left), b"pair", b"a")
+    assert (
+        len({key, agreed_key(left, public_key(right), b"pair", b"b"), agreed_key(left, public_key(right), b"p")}) == 3
+    )
+    assert agreed_key(left, public_key(right), b"ab", b"c") != agreed_key(left, public_key(right), b"a", b"bc")
+    assert np.array_equal(mask(key, 5, b"x"), mask(key, 5, b"x"))
+    assert not np.array_equal(mask(key, 5, b"x"), mask(key, 5, b"y"))
+    with pytest.raises(AggregationError, match="found a public key that X25519 refuses"):
+        agreed_key(left, bytes(32), b"pair")
+    with pytest.raises(AggregationError, match="found a public key that X25519 refuses"):
+        agreed_key(left, b"short", b"pair")
+
+
+def test_sealed_shares_open_for_their_receiver_alone() -> None:
+    key = agreed_key(new_secret(), public_key(new_secret()))
+    box = sealed(key, b"shares", b"a to b")
+    assert opened(key, box, b"a to b") == b"shares"
+    changed = box[:-1] + bytes([box[-1] ^ 1])
+    for wrong in ((key, box, b"b to a"), (bytes(32), box, b"a to b"), (key, changed, b"a to b"), (key, b"", b"a to b")):
+        with pytest.raises(AggregationError, match="that was not sealed for this client in this session"):
+            opened(*wrong)
+
+
+# what is refused
+
+BAD_SESSIONS: list[tuple[dict[str, Any], str]] = [
+    ({"identifier": b"short"}, "found an identifier of 5 bytes, expected 32"),
+    (
+        {"coefficients": {"a": 0.5, "b": 0.5}, "threshold": 2},
+        "found 2 clients, expected at least 3: of two, each reads",
+    ),
+    ({"threshold": 2}, "found a threshold of 2, expected 3 to 5, more than half of the 5 clients"),
+    ({"threshold": 6}, "found a threshold of 6, expected 3 to 5"),
+    ({"coefficients": dict.fromkeys("abcde", 0.3)}, "expected numbers above 0 that sum to at most 1"),
+    ({"coefficients": dict(zip("abcde", (0.5, 0.5, 0.0, 0.1, 0.1), strict=True))}, "expected numbers above 0"),
+    ({"num_values": 0}, r"found 0 values in ±8, expected at least one, and a range above 0"),
+    ({"value_range": float("inf")}, "values in ±inf"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD_SESSIONS)
+def test_a_session_that_nobody_should_take_part_in(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(AggregationError, match=message):
+        replace(session_of(5), **changes)
+
+
+def test_a_client_that_outweighs_the_others_and_values_that_do_not_fit() -> None:
+    assert [default_threshold(number) for number in (3, 4, 5, 10)] == [2, 3, 3, 6]
+    heavy = new_session({"a": 8, "b": 1, "c": 1}, 2, 1.0)
+    with pytest.raises(AggregationError, match=r"keys: found a with 80% of the sum, expected at most 50%.*'equal'"):
+        run_session(heavy, dict.fromkeys("abc", np.zeros(2)))
+    session = session_of(3, 2)
+    for wrong in (np.array([0.0, 8.1]), np.array([np.nan, 0.0]), np.array([-np.inf, 0.0])):
+        with pytest.raises(AggregationError, match=r"client 00: found values that are not finite or out of ±8"):
+            encoded(session, "client 00", wrong)
+    with pytest.raises(AggregationError, match=r"found values of shape \(3,\), expected \(2,\)"):
+        encoded(session, "client 00", np.zeros(3))
+    with pytest.raises(AggregationError, match="found client 'x', expected one of client 00, client 01, client 02"):
+        advertise(session, "x")
+
+
+def test_a_client_answers_each_question_once_and_in_turn() -> None:
+    session = session_of(3)
+    values = random_values(session)
+    seen = run_session(session, values)
+    state = seen.states["client 00"]
+    for again in (
+        lambda: share(state, seen.advertisements),
+        lambda: mask_values(state, {}, values["client 00"]),
+        lambda: unmask(replace(state, step="shared"), session.clients),
+    ):
+        with pytest.raises(
+            AggregationError, match=r"found the question '\w+' after it \w+, expected it once, after it"
+        ):
+            again()
+
+
+def test_a_client_reveals_one_secret_of_a_peer_and_nothing_for_too_few() -> None:
+    session = session_of(6)
+    seen = run_session(session, random_values(session), {"client 05": MASK})
+    state = seen.states["client 00"]
+    survivors = [f"client {k:02}" for k in range(5)]
+    revealed = unmask(state, survivors)
+    assert set(revealed.self_masks) == set(survivors)
+    assert set(revealed.mask_keys) == {"client 05"}
+    with pytest.raises(AggregationError, match=r"masked values: found 3 of 6 clients .*, expected at least 4"):
+        unmask(state, survivors[:3])
+    with pytest.raises(AggregationError, match="found stranger, expected some of client 00"):
+        unmask(state, [*survivors, "stranger"])
+    with pytest.raises(PolicyError, match="its masked values are not in the sum, so it reveals nothing"):
+        unmask(state, [f"client {k:02}" for k in range(1, 5)])
+
+
+def test_a_client_refuses_replaced_keys_and_boxes() -> None:
+    session = session_of(4)
+    made = {client: advertise(session, client) for client in session.clients}
+    keys = {client: keys for client, (_, keys) in made.items()}
+    state = made["client 00"][0]
+    strange = Advertisement(public_key(new_secret()), public_key(new_secret()))
+    with pytest.raises(AggregationError, match="found other keys under its name"):
+        share(state, {**keys, "client 00": strange})
+    with pytest.raises(AggregationError, match="found one key twice"):
+        share(state, {**keys, "client 01": keys["client 02"]})
+    with pytest.raises(AggregationError, match="keys: found 2 of 4 clients"):
+        share(state, {client: keys[client] for client in ("client 00", "client 01")})
+    shared = {client: share(each, keys) for client, (each, _) in made.items()}
+    mine = {peer: boxes["client 00"] for peer, (_, boxes) in shared.items() if peer != "client 00"}
+    others = {**mine, "client 01": shared["client 01"][1]["client 02"]}
+    with pytest.raises(AggregationError, match="was not sealed for this client"):
+        mask_values(shared["client 00"][0], others, np.zeros(session.num_values))
+    swapped = {**mine, "client 01": mine["client 02"]}
+    with pytest.raises(AggregationError, match="was not sealed for this client"):
+        mask_values(shared["client 00"][0], swapped, np.zeros(session.num_values))
+
+
+def test_signed_keys_keep_a_server_from_taking_a_clients_place() -> None:
+    session = session_of(3)
+    identities = {client: Ed25519PrivateKey.generate() for client in session.clients}
+    registered = {client: identity.public_key() for client, identity in identities.items()}
+    made = {client: advertise(session, client, identity) for client, identity in identities.items()}
+    keys = {client: keys for client, (_, keys) in made.items()}
+    state = made["client 00"][0]
+    share(state, keys, registered)
+    forged = replace(keys["client 01"], mask_key=public_key(new_secret()))
+    share(state, {**keys, "client 01": forged})  # unsigned keys are taken on trust
+    for wrong in (forged, replace(forged, signature=b""), replace(forged, signature=keys["client 02"].signature)):
+        with pytest.raises(AggregationError, match="found keys that client 01 has not signed for this session"):
+            share(state, {**keys, "client 01": wrong}, registered)
+    other = advertise(session_of(3), "client 01", identities["client 01"])[1]  # of another session
+    with pytest.raises(AggregationError, match="client 01 has not signed for this session"):
+        share(state, {**keys, "client 01": other}, registered)
+    with pytest.raises(AggregationError, match="found no registered key of client 02"):
+        share(state, keys, {client: key for client, key in registered.items() if client != "client 02"})
+
+
+def test_the_server_refuses_malformed_answers() -> None:
+    session = session_of(3, 4)
+    keys = run_session(session, random_values(session)).advertisements
+    with pytest.raises(AggregationError, match="client a: found keys of 32 and 5 bytes, expected 32"):
+        check_advertisement("a", Advertisement(bytes(32), b"short"))
+    with pytest.raises(AggregationError, match="found shares for client 01, expected them for client 01, client 02"):
+        check_boxes("client 00", {"client 01": b""}, keys)
+    total = np.zeros(4, np.uint32)
+    wrong: Any
+    for wrong in (np.zeros(3, np.uint32), np.zeros(4, np.int64)):
+        with pytest.raises(AggregationError, match=r"values of shape .*, expected uint32 of \(4,\)"):
+            added(session, "client 00", total, wrong)
+    everybody = frozenset(session.clients)
+    for revealed in (
+        Revealed({}, {}),
+        Revealed(dict.fromkeys(everybody, bytes(16)), {"client 00": bytes(16)}),
+        Revealed(dict.fromkeys(everybody, bytes(15)), {}),
+    ):
+        with pytest.raises(AggregationError, match=r"found shares of .* expected 3 and 0 of 16, for the clients"):
+            check_revealed("client 01", revealed, everybody, everybody)
+
+
+def wrong_share(revealed: Revealed, part: str) -> Revealed:
+    told = {client: bytes(16) for client in getattr(revealed, part)}
+    return replace(revealed, **{part: told})
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda told: wrong_share(told, "self_masks"), "found a sum that no values in range can have"),
+        (
+            lambda told: wrong_share(told, "mask_keys"),
+            "shares that do not give the mask key of client 04, which dropped",
+        ),
+    ],
+)
+def test_a_wrong_share_is_noticed(spoil: Callable[[Revealed], Revealed], message: str) -> None:
+    session = session_of(5)
+    seen = run_session(session, random_values(session), {"client 04": MASK})
+    total = sum(seen.masked.values(), np.zeros(session.num_values, np.uint32))
+    told = {**seen.revealed, "client 00": spoil(seen.revealed["client 00"])}
+    with pytest.raises(AggregationError, match=message):
+        weighted_mean(session, seen.advertisements, frozenset(seen.boxes), frozenset(seen.masked), total, told)
+
+
+def test_a_state_keeps_its_secrets_out_of_logs() -> None:
+    state, keys = advertise(session_of(3), "client 00")
+    state, _ = share(
+        state, {**{name: advertise(state.session, name)[1] for name in state.session.clients}, "client 00": keys}
+    )
+    shown = repr(state)
+    for secret in (state.channel_secret, state.mask_secret, state.self_secret, state.own.self_mask):  # type: ignore[union-attr]  # it has shared
+        assert repr(secret)[2:-1] not in shown
