@@ -3,9 +3,9 @@
     python benchmarks/bench_harness.py
 
 A turn is the whole command: Python's start, imports, Ray's start, the workers' imports, handing out cells, choices,
-tables, report, and Ray's end. Own work is what the cells take in their workers, backbone and domains included. A cell
-takes every CPU that it is given, so there is one at a time. Nothing is trained: the experts are random adapters that
-lie there (bench_scaling.py times Flower's start). Demo domains; `--users` and `--items` set a cell's length.
+tables, report, and Ray's end. Own work is what the cells take in their workers, backbone and domains included. The
+command gets as many CPUs as a cell has threads, so there is one at a time. Nothing is trained: the experts are random
+adapters that lie there (bench_scaling.py times Flower's start). `--users` and `--items` set a cell's length.
 """
 
 import argparse
@@ -30,7 +30,6 @@ from fedmerge.encoder.lora import Adapter, fresh_adapter
 from fedmerge.run_dir import DONE, environment, write_json
 from fedmerge.server.checkpoints import end_training, keep_expert
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 NUM_CELLS = 20  # 2 of merging, 2 variants on 3 domains' validation, 4 rows on 3 domains' test
 EXPERIMENT = """
 [domains]
@@ -71,6 +70,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
         prepare(place, options)
         shares = [turn(place, number) for number in range(options.repeats)]
     low, middle, high = (100 * share for share in statistics.quantiles(shares, n=4))
@@ -108,9 +108,8 @@ def turn(place: Path, number: int) -> float:
     """The whole command once; what it took more than its cells, as a share of those."""
     shutil.copytree(place / "begun", place / str(number))
     command = [sys.executable, "-m", "fedmerge.cli", "bench", "bench.toml", "--out", str(number)]
-    variables = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     started = time.monotonic()
-    done = subprocess.run(command, cwd=place, env=variables, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=place, capture_output=True, text=True, check=False)
     seconds = time.monotonic() - started
     stages = re.findall(r"^\w+: ([\d.]+) s of work in ([\d.]+) s$", done.stdout, re.MULTILINE)
     own, around = (sum(float(stage[part]) for stage in stages) for part in (0, 1))

@@ -369,7 +369,7 @@ def backbone_of(section: BackboneSection, runtime: Runtime) -> Backbone:
     return load_backbone(section.source, section.pooling, compute, section.weights_sha256)
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=16)  # small beside the backbone; opening one tokenises its catalog
 def _domain(folder: Path, backbone: Backbone, text: Text) -> LocalDomain:
     return open_domain(folder, backbone, text)
 
