@@ -28,7 +28,7 @@ from sim import records
 
 TRAIN = ("beauty", "books", "coffee")
 DOMAINS = (*TRAIN, "camping")
-RESULTS = ["choice.json", "metrics.parquet", "products.parquet", "report.txt", "experts.json"]
+RESULTS = ["choice.json", "metrics.parquet", "products.parquet", "report.txt", "experts.json", "admission.json"]
 
 
 @pytest.fixture(autouse=True)
