@@ -104,8 +104,9 @@ def test_packages_of_one_row_do_not_import_each_other_in_a_circle() -> None:
 
 def test_the_config_is_light() -> None:
     heavy = {"torch", "transformers", "peft", "numpy", "pyarrow", "safetensors"}
-    for name in ("config", "errors"):
-        assert not {module.split(".")[0] for module in imports_of(REPOSITORY / "fedmerge" / f"{name}.py")} & heavy
+    package = REPOSITORY / "fedmerge"
+    for path in (*(package / "config").glob("*.py"), package / "errors.py"):
+        assert not {module.split(".")[0] for module in imports_of(path)} & heavy
 
 
 def test_gradients_on_own_users_are_sent_by_the_client_app_alone_and_under_one_policy() -> None:

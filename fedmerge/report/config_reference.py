@@ -8,7 +8,7 @@ from fedmerge.config import ExperimentConfig, to_flat
 
 HEADER = """# Configuration
 
-<!-- Written by `make docs` from fedmerge/config.py; change the descriptions there. -->
+<!-- Written by `make docs` from fedmerge/config/sections.py; change the descriptions there. -->
 
 One TOML file is one experiment; `configs/` holds some. Every key has a default, so a file names only what it changes:
 

@@ -1,0 +1,158 @@
+"""Experiments as files and as the flat scalars that Flower's run configuration knows.
+
+An experiment file is TOML with one table per section. A list is a comma-separated string and an absent value is
+``"none"``; Python sees tuples and None.
+"""
+
+import difflib
+import json
+import tomllib
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from fedmerge.config.sections import DEMO_ROOT, ExperimentConfig
+from fedmerge.errors import ConfigError
+
+Scalar = str | int | float | bool
+
+
+def load_config(path: Path | None, overrides: Sequence[str] = ()) -> ExperimentConfig:
+    """Read an experiment file.
+
+    Args:
+        path: TOML file, or None for the defaults.
+        overrides: ``key=value`` pairs with dotted keys, values as in TOML (quotes may be left out).
+
+    Raises:
+        ConfigError: every problem at once.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            values = flatten(tomllib.loads(path.read_text(encoding="utf-8-sig")))
+        except OSError as error:
+            raise ConfigError(
+                f"{path}: cannot be read ({error.strerror}). Give the path of an experiment file."
+            ) from error
+        except (ValueError, RecursionError) as error:  # TOML that is none, bytes that are no UTF-8, nesting without end
+            raise ConfigError(f"{path}: not valid TOML: {error}.") from error
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {override!r}: expected key=value, for example --set train.max_steps=100.")
+        values[key.strip()] = _toml_value(text.strip())
+    return from_flat(values, where=str(path) if path else "settings")
+
+
+def from_flat(flat: Mapping[str, Any], where: str = "run config") -> ExperimentConfig:
+    """Build the experiment from dotted keys, as Flower hands them over.
+
+    Raises:
+        ConfigError: every problem at once.
+    """
+    nested: dict[str, Any] = {}
+    known = set(to_flat(ExperimentConfig()))
+    problems = []
+    for key, value in flat.items():
+        if key in ExperimentConfig.model_fields and key not in known:
+            problems.append(f"{key}: found {value!r}, but this is a section; write [{key}] and its keys below")
+            continue
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            problems.append(
+                f"{key}: unknown key; " + (f"did you mean {close[0]}?" if close else "docs/config.md lists all keys")
+            )
+            continue
+        section, dot, field = key.rpartition(".")
+        (nested.setdefault(section, {}) if dot else nested)[field] = value
+    try:
+        config = ExperimentConfig.model_validate(nested)
+    except ValidationError as error:
+        problems += [describe_problem(problem) for problem in error.errors(include_url=False)]
+    if problems:
+        raise ConfigError(
+            f"{where}: {len(problems)} problem{'s' * (len(problems) > 1)}\n" + "\n".join(f"  {p}" for p in problems)
+        )
+    return config
+
+
+def to_flat(config: ExperimentConfig) -> dict[str, Scalar]:
+    """The experiment as dotted keys and scalars; :func:`from_flat` reverses it."""
+    return {key: _to_scalar(value) for key, value in flatten(config.model_dump()).items()}
+
+
+def to_toml(config: ExperimentConfig) -> str:
+    """The whole experiment as a TOML file."""
+    lines: list[str] = []
+    for key, value in to_flat(config).items():
+        section, dot, field = key.rpartition(".")
+        if dot and f"[{section}]" not in lines:
+            lines += ["", f"[{section}]"]
+        lines.append(f"{field} = {json.dumps(value, ensure_ascii=False)}")
+    return "\n".join(lines) + "\n"
+
+
+def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables to dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def with_absolute_paths(config: ExperimentConfig, start: Path) -> ExperimentConfig:
+    """Resolve relative paths against ``start``; ``demo`` and hub ids stay as they are."""
+
+    def absolute(path: str) -> str:
+        return str((start / Path(path).expanduser()).resolve())
+
+    source = config.backbone.source
+    is_folder = source.startswith((".", "~", "/")) or (start / source).is_dir()
+    return config.model_copy(
+        update={
+            "output_dir": absolute(config.output_dir),
+            "cache_dir": absolute(config.cache_dir),
+            "domains": config.domains.model_copy(
+                update={
+                    "root": config.domains.root if config.domains.root == DEMO_ROOT else absolute(config.domains.root)
+                }
+            ),
+            "backbone": config.backbone.model_copy(update={"source": absolute(source) if is_folder else source}),
+            "server": config.server.model_copy(
+                update={
+                    "catalogs": config.server.catalogs and absolute(config.server.catalogs),
+                    "client_keys": config.server.client_keys and absolute(config.server.client_keys),
+                }
+            ),
+        }
+    )
+
+
+def _to_scalar(value: Any) -> Scalar:
+    if value is None:
+        return "none"
+    if isinstance(value, tuple):
+        return ",".join(str(item) for item in value)
+    return typing.cast(Scalar, value)
+
+
+def _toml_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def describe_problem(problem: Any) -> str:
+    """One of pydantic's problems in a line: where, what, and what was found."""
+    where = ".".join(str(part) for part in problem["loc"])
+    message = problem["msg"].removeprefix("Value error, ")
+    found = "" if isinstance(problem["input"], (Mapping, BaseModel)) else f" (found {problem['input']!r})"
+    return f"{where}: {message}{found}" if where else f"{message}"
