@@ -15,7 +15,6 @@ import torch
 from flwr.app import Context, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
-from fedmerge import __version__
 from fedmerge.client.metrics import EXPERT
 from fedmerge.config import ExperimentConfig, Split, from_flat
 from fedmerge.device import resolve_compute
@@ -44,7 +43,7 @@ from fedmerge.run_dir import (
     write_text,
 )
 from fedmerge.server import checkpoints
-from fedmerge.server.admission import adapter_bytes, check_adapter, layout_of, layout_sha256
+from fedmerge.server.admission import adapter_bytes, check_adapter, layout_of
 from fedmerge.server.candidates import Candidate, choose, merge_candidates
 from fedmerge.server.fallback import choose_per_domain
 from fedmerge.server.gate import probes
@@ -53,11 +52,12 @@ from fedmerge.server.rollback import FALLBACK, dropped_domains, roll_back
 from fedmerge.server.spent import spent_by_domain
 from sim import records
 from sim.evaluations import evaluate_models
-from sim.federation import POLL_SECONDS, Federation, Question, ask, listed, remembered_clients, require_quorum
+from sim.federation import Federation, Question, ask, listed, require_quorum
 from sim.gate import pass_gate
 from sim.rounds import check_rounds, run_rounds
 from sim.secure_sum import secure_candidates
 from sim.through_clients import learn_through_clients
+from sim.welcome import gather, greet, remember, say_who_took_part
 
 CATALOG_BYTES_PER_ITEM = 4096  # at most, and a mebibyte for a small catalog
 MOST_CATALOG_BYTES = 2**30  # however many items a client says that it has
@@ -145,8 +145,8 @@ def _experiment(config: ExperimentConfig, federation: Federation, run_dir: Path)
     compute = resolve_compute(config.runtime.device, config.runtime.precision)
     backbone = load_backbone(config.backbone.source, config.backbone.pooling, compute, config.backbone.weights_sha256)
     try:
-        _remember(federation, run_dir)
-        _gather(federation, config, backbone)
+        remember(federation, run_dir)
+        gather(federation, config, backbone)
         catalogs = _catalogs(federation, config, run_dir)
         made = _candidates(federation, config, backbone, catalogs, run_dir)
         if config.until == "train":
@@ -156,7 +156,7 @@ def _experiment(config: ExperimentConfig, federation: Federation, run_dir: Path)
             return
         validation, choice = _choose(federation, config, made, run_dir)
         chosen = [candidate for candidate in made.candidates if candidate.label in choice.best.values()]
-        if late := _greet(federation, config, backbone):
+        if late := greet(federation, config, backbone):
             logger.info("came late and are tested as unseen: %s", listed(late))
         adapters = {candidate.label: candidate.adapter for candidate in chosen}
         test = evaluate_models(federation, config, "test", sorted(federation.nodes), adapters, made.sources, run_dir)
@@ -194,7 +194,7 @@ def _experiment(config: ExperimentConfig, federation: Federation, run_dir: Path)
     write_text(run_dir / DONE, f"finished after {time.monotonic() - started:.0f} s\n")
     federation.forget_ledger_lines()
     logger.info("results\n\n%s", report)
-    _say_who_took_part(federation, config)
+    say_who_took_part(federation, config)
     logger.info("done in %.0f s, run folder: %s", time.monotonic() - started, run_dir)
 
 
@@ -229,109 +229,6 @@ def _say_what_was_spent(config: ExperimentConfig, run_dir: Path, evaluated: bool
     statement = privacy_statement(config.dp, spent_by_domain(run_dir), evaluated)
     write_json(run_dir / PRIVACY_FILE, statement)
     return "\n" + statement_text(statement)
-
-
-def _remember(federation: Federation, run_dir: Path) -> None:
-    """Who was excluded in a phase that has ended stays so; who failed in one that goes on is asked again."""
-    federation.descriptions, excluded = remembered_clients(run_dir)
-    ended = {"catalogs", "train"} if checkpoints.ended_training(run_dir) else set()
-    ended |= {"admission"} if read_json(run_dir / checkpoints.ADMISSION) else set()
-    ended |= {"merge"} if (run_dir / checkpoints.SUMS["valid"]).is_dir() else set()
-    ended |= {"validation"} if read_json(run_dir / "choice.json") else set()
-    federation.excluded = {name: exclusion for name, exclusion in excluded.items() if exclusion.phase in ended}
-
-
-def _gather(federation: Federation, config: ExperimentConfig, backbone: Backbone) -> None:
-    """Wait for the nodes, ask each what it is as it comes, refuse those that do not fit."""
-    num_domains = len(config.domains.train) + len(config.domains.unseen)
-    logger.info("waiting for %d nodes, one a domain, at most %g s", num_domains, config.server.wait_seconds)
-    deadline = time.monotonic() + config.server.wait_seconds
-    while True:
-        _greet(federation, config, backbone)
-        expected = min(num_domains, federation.num_nodes or num_domains)
-        if len(federation.greeted) >= expected or time.monotonic() > deadline:
-            break
-        time.sleep(POLL_SECONDS)
-    federation.write_clients()
-    logger.info("%d nodes are connected, %d domains are expected", len(federation.greeted), num_domains)
-    require_quorum(federation, config, federation.of("train"))
-    _say_who_took_part(federation, config)
-
-
-def _greet(federation: Federation, config: ExperimentConfig, backbone: Backbone) -> list[str]:
-    """Ask the nodes that are new what they are; the domains that take part now, too."""
-    federation.phase = "gather"
-    welcomed: list[str] = []
-
-    def receive(name: str, content: RecordDict) -> str | None:
-        description = records.read_description(content)
-        if description.num_nodes and federation.simulated:  # there are so many and no more
-            federation.num_nodes = description.num_nodes
-        if description.role == "idle":
-            return None
-        if problem := _misfit(description, backbone, config, federation):
-            name = f"{description.domain} ({name})"
-            federation.exclude(name, problem)
-            return name
-        if description.domain in federation.excluded:
-            return description.domain  # in a phase that has ended
-        federation.nodes[description.domain] = int(name.removeprefix("node "))
-        federation.descriptions[description.domain] = description
-        welcomed.append(description.domain)
-        log = logger.info if len(config.domains.train) + len(config.domains.unseen) <= 20 else logger.debug
-        log(
-            "%s (%s%s): %d users, %d items, %d interactions",
-            description.domain,
-            description.role,
-            ", synthetic" if description.synthetic else "",
-            description.num_users,
-            description.num_items,
-            description.num_interactions,
-        )
-        return description.domain
-
-    new = sorted(set(federation.grid.get_node_ids()) - federation.greeted)
-    question = Question(records.DESCRIBE, config.server.describe_timeout_seconds)
-    ask(federation, {f"node {node}": node for node in new}, question, receive)
-    federation.greeted |= set(new)
-    return sorted(welcomed)
-
-
-def _misfit(
-    description: records.Description, backbone: Backbone, config: ExperimentConfig, federation: Federation
-) -> str | None:
-    domains = config.domains
-    if description.domain not in (domains.train if description.role == "train" else domains.train + domains.unseen):
-        return f"it says to be {description.domain!r} ({description.role}), which the experiment does not name as such"
-    if description.domain in federation.nodes:
-        return f"another client already is {description.domain}; start one client for each domain"
-    checks = {
-        "backbone": (
-            description.backbone_sha256,
-            backbone.sha256,
-            "use the same backbone and tokenizer files everywhere",
-        ),
-        "precision": (
-            description.precision,
-            backbone.compute.precision,
-            "'auto' is what each machine multiplies best, so set runtime.precision to float32 or bfloat16 for both",
-        ),
-        "fedmerge version": (description.fedmerge_version, __version__, "install the same version everywhere"),
-        "LoRA layout": (
-            description.layout_sha256,
-            layout_sha256(backbone, config.lora.of(description.domain)),
-            "use the same versions of fedmerge, peft and transformers everywhere",
-        ),
-        "policy": (description.policy, config.privacy.policy, "agree on privacy.policy"),
-    }
-    if before := federation.descriptions.get(description.domain):  # the run is resumed
-        data = {"role", "num_users", "num_items", "num_interactions", "catalog_sha256"}
-        remedy = "a run has one state of the data: put it back, or start a new run"
-        checks |= {key: (getattr(description, key), getattr(before, key), remedy) for key in sorted(data)}
-    for what, (found, wanted, remedy) in checks.items():
-        if found != wanted:
-            return f"its {what} is {found}, the server's {wanted}; {remedy}"
-    return None
 
 
 def _catalogs(federation: Federation, config: ExperimentConfig, run_dir: Path) -> dict[str, Catalog]:
@@ -539,26 +436,6 @@ def _choose(
     )
     logger.info("validation chose %s; serving %s. Test is read now, once.", ", ".join(best.values()), served)
     return validation, choice
-
-
-def _say_who_took_part(federation: Federation, config: ExperimentConfig) -> None:
-    named = config.domains.train + config.domains.unseen
-    absent = [domain for domain in named if domain not in federation.nodes]
-    logger.info(
-        "taking part: %s",
-        listed([*federation.of("train"), *(f"{domain} (unseen)" for domain in federation.of("unseen"))]),
-    )
-    if absent and not any(description.num_nodes for description in federation.descriptions.values()):
-        logger.info("not taking part: %s", listed(absent))
-    elif absent:
-        logger.info(
-            "not taking part: %s. For all %d domains: fedmerge run CONFIG, or "
-            "flwr run . --federation-config 'num-supernodes=%d client-resources-num-cpus=%d'",
-            listed(absent),
-            len(named),
-            len(named),
-            config.runtime.threads_per_client,
-        )
 
 
 def _say_what_changed(run_dir: Path) -> None:

@@ -17,7 +17,7 @@ from flwr.superlink.grid import InMemoryGrid
 from in_process import Answer, answer_honestly, run_in_process, small_experiment
 
 import sim.federation
-import sim.server_app
+import sim.welcome
 from fedmerge.config import ExperimentConfig
 from fedmerge.errors import ClientError
 from sim import records
@@ -28,7 +28,7 @@ BAD = "coffee"
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (sim.federation, sim.server_app):
+    for module in (sim.federation, sim.welcome):
         monkeypatch.setattr(module, "POLL_SECONDS", 0.01)
 
 

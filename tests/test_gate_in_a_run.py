@@ -16,6 +16,7 @@ from test_bench import here, tables_of, train
 
 import sim.federation
 import sim.server_app
+import sim.welcome
 from fedmerge.bench.config import load_bench
 from fedmerge.bench.grid import Grid, Place, open_folder, run_grid
 from fedmerge.config import ExperimentConfig, to_toml
@@ -35,7 +36,7 @@ FULL = {"admission.action": "exclude", "admission.probe_items": 25, "admission.l
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (sim.federation, sim.server_app):
+    for module in (sim.federation, sim.welcome):
         monkeypatch.setattr(module, "POLL_SECONDS", 0.01)
 
 

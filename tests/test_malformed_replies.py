@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from in_process import answer_honestly, run_in_process, small_experiment
 
 import sim.federation
-import sim.server_app
+import sim.welcome
 from fedmerge.config import ExperimentConfig
 from fedmerge.errors import FedMergeError
 from fedmerge.server.admission import LARGEST_VALUE
@@ -290,7 +290,7 @@ def run_with(
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (sim.federation, sim.server_app):
+    for module in (sim.federation, sim.welcome):
         monkeypatch.setattr(module, "POLL_SECONDS", 0.01)
 
 

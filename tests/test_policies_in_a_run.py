@@ -15,8 +15,8 @@ from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 from in_process import Answer, answer_honestly, run_in_process, small_experiment
 
 import sim.federation
-import sim.server_app
 import sim.through_clients
+import sim.welcome
 from fedmerge.config import ExperimentConfig
 from fedmerge.errors import PolicyError
 from fedmerge.run_dir import append_line, read_lines
@@ -28,7 +28,7 @@ STRICT = "coffee"
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (sim.federation, sim.server_app):
+    for module in (sim.federation, sim.welcome):
         monkeypatch.setattr(module, "POLL_SECONDS", 0.01)
 
 

@@ -18,6 +18,7 @@ from in_process import Answer, answer_honestly, run_in_process, small_experiment
 
 import sim.federation
 import sim.server_app
+import sim.welcome
 from fedmerge.config import ExperimentConfig
 from fedmerge.encoder.lora import TENSOR_FILE
 from fedmerge.errors import ClientError, ConfigError, RunDirError
@@ -33,7 +34,7 @@ RESULTS = ["choice.json", "metrics.parquet", "products.parquet", "report.txt", "
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (sim.federation, sim.server_app):
+    for module in (sim.federation, sim.welcome):
         monkeypatch.setattr(module, "POLL_SECONDS", 0.01)
 
 

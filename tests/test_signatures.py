@@ -17,7 +17,7 @@ from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 from in_process import Answer, answer_honestly, run_in_process, small_experiment
 
 import sim.federation
-import sim.server_app
+import sim.welcome
 from fedmerge.config import ExperimentConfig
 from fedmerge.errors import ClientError, ConfigError
 from fedmerge.privacy.signatures import Signature, fingerprint, registered_keys, sign, signer, statement
@@ -116,7 +116,7 @@ def test_every_change_changes_the_hash(record: str, name: str, value: Any) -> No
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (sim.federation, sim.server_app):
+    for module in (sim.federation, sim.welcome):
         monkeypatch.setattr(module, "POLL_SECONDS", 0.01)
 
 
