@@ -1,6 +1,6 @@
-"""A grid of merges, training-free and learned, from a run's adapters: compared on VALIDATION users.
+"""A grid of merges, training-free and learned, from a run's adapters: compared on validation users.
 
-    python benchmarks/study_collaborative.py CONFIG ADAPTERS GRID --out DIR [--leave-out Toys] [--users 1000]
+    python benchmarks/study_collaborative.py CONFIG ADAPTERS GRID --out DIR [--users 1000] [--leave-out Toys]
 
 CONFIG is the experiment file of the run, ADAPTERS its folder of PEFT adapters, one a domain, GRID a TOML file with a
 table [[setting]] for each method; a list stands for one point a value (lists of several keys: all combinations):
@@ -12,9 +12,12 @@ table [[setting]] for each method; a list stands for one point a value (lists of
     look_at = [100, 250]               # steps that are evaluated besides the last one; no list of points
 
 Every point is one JSON file in DIR with its coefficients and the ranks of the users, written whole; a point whose file
-is there is not computed again. The table is printed at the end, and by --table alone. Differences to --baseline are
-paired over users, with 95 % half-widths; they are not corrected for the number of points. Domains that are left out
-are evaluated as unseen. Nothing here reads test.
+is there is not computed again. Domains that are left out are evaluated as unseen. The table is printed at the end, and
+by --table of everything that lies in one or more DIRs: adapters of several seeds, each domain left out in turn.
+A user's outcome is then the mean over the seeds; differences to --baseline are paired over users, with 95 %
+half-widths, not corrected for the number of points.
+
+--split test is for the one reading of a configuration that is committed; nothing is chosen by it.
 """
 
 import argparse
@@ -29,12 +32,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from fedmerge.client.collaborative import ClientMergeSettings, learn_on_clients
 from fedmerge.client.local_domain import LocalDomain, open_domain
 from fedmerge.client.metrics import METRICS, Variant, per_user_metrics, rank_targets
-from fedmerge.config import ExperimentConfig, load_config
+from fedmerge.config import ExperimentConfig, Split, load_config
 from fedmerge.device import resolve_compute
 from fedmerge.domain.splits import evaluation_examples
 from fedmerge.encoder.adapted import read_verified
@@ -54,20 +58,25 @@ from fedmerge.server.pseudo_users import PseudoDomain, one_item_domain, popular_
 
 Point = dict[str, Any]
 Merge = tuple[int | None, Any, Mapping[str, Adapter | None]]  # step, coefficients, domain -> adapter
+Outcomes = list[npt.NDArray[np.float64]]  # (users, metrics) of each seed
+Rows = dict[str, dict[bool, dict[str, Outcomes]]]  # row -> is unseen -> domain
 
 
 class Study:
     """Adapters, domains and what several points share: encoding a catalog takes longer than most learning."""
 
-    def __init__(self, config: ExperimentConfig, adapters: Path, left_out: Sequence[str], users: int) -> None:
+    def __init__(
+        self, config: ExperimentConfig, adapters: Path, left_out: Sequence[str], users: int | None, split: Split
+    ) -> None:
         """Open everything; domains without an adapter among train and unseen are unseen."""
         torch.set_num_threads(config.runtime.server_threads)
         compute = resolve_compute(config.runtime.device, config.runtime.precision)
-        self.config, self.users = config, users
+        self.config, self.users, self.split = config, users, split
         self.backbone: Backbone = load_backbone(
             config.backbone.source, config.backbone.pooling, compute, config.backbone.weights_sha256
         )
         names = sorted({*config.domains.train, *config.domains.unseen})
+        self.evaluated = names
         self.domains = {n: open_domain(Path(config.domains.root) / n, self.backbone, config.text) for n in names}
         self.adapters = {n: read_verified(adapters / n) for n in sorted(config.domains.train) if n not in left_out}
         self.stack: Stack = stack_adapters(self.adapters)
@@ -84,6 +93,7 @@ class Study:
             "backbone": self.backbone.sha256,
             "text": self.config.text.model_dump(),
             "users": self.users,
+            **({} if self.split == "valid" else {"split": self.split, "evaluated": self.evaluated}),
         }
 
     def vectors_of(self, initialisation: str) -> Vectors:
@@ -149,8 +159,8 @@ class Study:
             yield None, None, everywhere(merge_adapters(self.adapters, method, **keys).adapter)
 
     def ranks(self, domain: LocalDomain, adapter: Adapter | None) -> dict[Variant, list[int]]:
-        """The ranks of the targets of the validation users, always the same users."""
-        examples = evaluation_examples(domain.interactions, "valid", self.users, self.config.seed)
+        """The ranks of the targets of the users, always the same users."""
+        examples = evaluation_examples(domain.interactions, self.split, self.users, self.config.seed)
         text = self.config.text
         packed = pack_sequences(
             domain.table, examples.histories, self.backbone.special, text.max_items, text.max_tokens
@@ -183,34 +193,59 @@ def title(point: Point, step: int | None, steps: int) -> str:
     return str(point.get("name", " ".join([point["method"], *keys]))) + at
 
 
-def print_table(records: Sequence[Mapping[str, Any]], trained: Sequence[str], baseline: str, variant: Variant) -> None:
-    """Means over domains, and paired differences to the baseline."""
-    rows = [
-        (title(record["point"], merge["step"], len(record["merges"])), merge)
-        for record in records
-        for merge in record["merges"]
-    ]
-    reference = next((merge for name, merge in rows if name == baseline), rows[0][1])
+def pooled(records: Sequence[Mapping[str, Any]], variant: Variant) -> Rows:
+    """Every merge's outcomes, of all records that hold the same point: row -> is unseen -> domain."""
+    rows: Rows = {}
+    for record in records:
+        for merge in record["merges"]:
+            name = title(record["point"], merge["step"], len(record["merges"]))
+            for domain, ranks in merge["ranks"].items():
+                of_role = rows.setdefault(name, {False: {}, True: {}})[domain not in record["trained"]]
+                of_role.setdefault(domain, []).append(per_user_metrics(np.array(ranks[variant])))
+    return rows
+
+
+def print_table(rows: Rows, baseline: str) -> None:
+    """Means over domains, and paired differences to the baseline; a part each for domains seen and unseen."""
+    reference = rows.get(baseline, next(iter(rows.values())))
+    width = max(map(len, rows))
     recall, ndcg = METRICS.index("recall@10"), METRICS.index("ndcg@10")
-    width = max(len(name) for name, _ in rows)
-    print(f"{variant}, validation; difference: ndcg@10 to {baseline!r}, paired, 95 %")
-    print(f"{'':<{width}}  recall@10   ndcg@10  difference          unseen     of each domain (ndcg@10)")
-    for name, merge in rows:
-        outcomes = {d: per_user_metrics(np.array(ranks[variant])) for d, ranks in merge["ranks"].items()}
-        seen = [d for d in outcomes if d in trained]
-        means = {d: float(values[:, ndcg].mean()) for d, values in outcomes.items()}
-        unseen = [means[d] for d in outcomes if d not in trained]
-        recalls = float(np.mean([outcomes[d][:, recall].mean() for d in seen]))
-        paired = [
-            outcomes[d][:, ndcg] - per_user_metrics(np.array(reference["ranks"][d][variant]))[:, ndcg] for d in seen
-        ]
-        half = 1.96 * float(np.sqrt(sum(p.var(ddof=1) / len(p) for p in paired))) / len(paired)
-        difference = f"{np.mean([p.mean() for p in paired]):+.4f} ± {half:.4f}"
-        each = " ".join(f"{d} {mean:.4f}" for d, mean in means.items())
+    for unseen in (False, True):
+        if not reference[unseen]:
+            continue
+        print("\nunseen domains" if unseen else "\nmerged domains")
         print(
-            f"{name:<{width}}     {recalls:.4f}    {np.mean([means[d] for d in seen]):.4f}  {difference:<18}"
-            f"  {f'{np.mean(unseen):.4f}' if unseen else '-':<9}  {each}"
+            f"{'':<{width}}  recall@10  ndcg@10  difference of both to {baseline!r}, paired           ndcg@10 of each"
         )
+        for name, row in rows.items():
+            if not row[unseen]:
+                continue
+            outcomes = {domain: np.mean(seeds, axis=0) for domain, seeds in row[unseen].items()}  # (users, metrics)
+            means = np.mean([values.mean(axis=0) for values in outcomes.values()], axis=0)
+            cells = [f"{name:<{width}}     {means[recall]:.4f}   {means[ndcg]:.4f}"]
+            paired = [
+                values - np.mean(reference[unseen][domain], axis=0)
+                for domain, values in outcomes.items()
+                if domain in reference[unseen]
+            ]
+            for metric in (recall, ndcg):
+                mean = np.mean([values[:, metric].mean() for values in paired])
+                half = 1.96 * np.sqrt(sum(v[:, metric].var(ddof=1) / len(v) for v in paired)) / len(paired)
+                cells.append(f"{mean:+.4f} ± {half:.4f}")
+            seeds = [
+                np.mean([a[:, ndcg].mean() - b[:, ndcg].mean() for a, b in zip(*pair, strict=True)])
+                for pair in _by_seed(row[unseen], reference[unseen])
+            ]
+            cells.append("seeds " + " ".join(f"{value:+.4f}" for value in seeds) if len(seeds) > 1 else "")
+            print("  ".join([*cells, " ".join(f"{d} {values[:, ndcg].mean():.4f}" for d, values in outcomes.items())]))
+
+
+def _by_seed(row: Mapping[str, Outcomes], reference: Mapping[str, Outcomes]) -> Iterator[tuple[Outcomes, Outcomes]]:
+    """The outcomes of all domains, seed by seed, where both rows have as many."""
+    counts = {len(seeds) for of in (row, reference) for seeds in of.values()}
+    if len(counts) == 1 and row.keys() == reference.keys():
+        for index in range(counts.pop()):
+            yield [row[d][index] for d in row], [reference[d][index] for d in row]
 
 
 def main() -> None:
@@ -219,37 +254,57 @@ def main() -> None:
     parser.add_argument("config", type=Path)
     parser.add_argument("adapters", type=Path)
     parser.add_argument("grid", type=Path)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, nargs="+", required=True, help="written to the first, tabled from all")
     parser.add_argument("--set", nargs="+", default=[], dest="overrides", metavar="KEY=VALUE")
     parser.add_argument("--leave-out", nargs="+", default=[], metavar="DOMAIN", help="evaluated as unseen")
-    parser.add_argument("--users", type=int, default=1000, help="validation users a domain")
+    parser.add_argument("--unseen-only", action="store_true", help="evaluate nothing but the domains left out")
+    parser.add_argument("--users", type=int, default=1000, help="users a domain, 0: all")
+    parser.add_argument("--split", choices=["valid", "test"], default="valid")
     parser.add_argument("--baseline", default="average")
     parser.add_argument("--table", action="store_true", help="print the table of the points that are there")
     options = parser.parse_args()
     points = points_of(options.grid)
-    study = Study(load_config(options.config, options.overrides), options.adapters, options.leave_out, options.users)
-    options.out.mkdir(parents=True, exist_ok=True)
-    records = []
-    for point in points:
-        key = json.dumps({"point": point, **study.identity()}, sort_keys=True)
-        path = options.out / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
-        if not path.exists() and not options.table:
-            started = time.monotonic()
-            merges = [
-                {
-                    "step": step,
-                    "coefficients": coefficients,
-                    "ranks": {name: study.ranks(study.domains[name], adapter) for name, adapter in adapters.items()},
-                }
-                for step, coefficients, adapters in study.merges(point)
-            ]
-            write_json(path, {"point": point, "seconds": time.monotonic() - started, "merges": merges})
-            print(f"{title(point, None, 1)}: {time.monotonic() - started:.0f} s", flush=True)
-        if path.exists():
-            records.append(json.loads(path.read_text(encoding="utf-8")))
+    if not options.table:
+        config = load_config(options.config, options.overrides)
+        study = Study(config, options.adapters, options.leave_out, options.users or None, options.split)
+        if options.unseen_only:
+            study.evaluated = sorted(set(study.evaluated) - set(study.adapters))
+        options.out[0].mkdir(parents=True, exist_ok=True)
+        for point in points:
+            compute(study, point, options.out[0])
+    records = [
+        json.loads(path.read_text(encoding="utf-8")) for out in options.out for path in sorted(out.glob("*.json"))
+    ]
+    records = [record for record in records if record["point"] in points]
+    records.sort(key=lambda record: points.index(record["point"]))
     for variant in ("unmasked", "masked") if records else ():
-        print()
-        print_table(records, sorted(study.adapters), options.baseline, variant)
+        print(f"\n{variant}, {' and '.join(sorted({record['split'] for record in records}))}")
+        print_table(pooled(records, variant), options.baseline)
+
+
+def compute(study: Study, point: Point, out: Path) -> None:
+    """One point, unless its file is there."""
+    key = json.dumps({"point": point, **study.identity()}, sort_keys=True)
+    path = out / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    if path.exists():
+        return
+    started = time.monotonic()
+    merges = [
+        {
+            "step": step,
+            "coefficients": coefficients,
+            "ranks": {
+                name: study.ranks(study.domains[name], adapter)
+                for name, adapter in adapters.items()
+                if name in study.evaluated
+            },
+        }
+        for step, coefficients, adapters in study.merges(point)
+    ]
+    seconds = time.monotonic() - started
+    record = {"point": point, "split": study.split, "trained": sorted(study.adapters), "seconds": seconds}
+    write_json(path, {**record, "merges": merges})
+    print(f"{title(point, None, 1)}: {seconds:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -82,7 +82,10 @@ def test_a_grid_is_computed_once_and_tabled(
     for record in records:
         for merge in record["merges"]:
             assert all(len(ranks[variant]) == 20 for ranks in merge["ranks"].values() for variant in ranks)
-    assert table("--leave-out", "coffee").count("chains @3") == 2
+    arguments[-1] = tmp_path / "unseen"
+    assert table("--leave-out", "coffee", "--unseen-only", "--split", "test", "--users", "0").count("chains @3") == 2
+    (record, *_) = (json.loads(path.read_text()) for path in (tmp_path / "unseen").glob("*.json"))
+    assert {*record["merges"][0]["ranks"]} == {"camping", "coffee"}
 
 
 def test_every_point_of_the_grid_file_is_valid(monkeypatch: pytest.MonkeyPatch) -> None:
