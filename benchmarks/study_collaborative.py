@@ -9,6 +9,7 @@ table [[setting]] for each method; a list stands for one point a value (lists of
     method = "mergerec"                # or adamerging, clients, expert, backbone, any training-free method
     loss = ["rec+kd", "kd"]            # keys of CollaborativeSettings, ClientMergeSettings or of the method
     granularity = ["domain", "layer"]
+    preset = "default"                 # of mergerec; without it the published settings
     look_at = [100, 250]               # steps that are evaluated besides the last one; no list of points
 
 Every point is one JSON file in DIR with its coefficients and the ranks of the users, written whole; a point whose file
@@ -50,9 +51,15 @@ from fedmerge.errors import ConfigError
 from fedmerge.merging.learned import start_coefficients
 from fedmerge.merging.stack import Stack, stack_adapters
 from fedmerge.merging.training_free import merge_adapters
-from fedmerge.merging.vectors import Vectors, initial_vectors, merge_vectors
+from fedmerge.merging.vectors import TASK_VECTORS, Vectors, initial_vectors, merge_vectors
 from fedmerge.run_dir import write_json
-from fedmerge.server.collaborative import ADAMERGING, PAPER, learn_coefficients, student_vectors
+from fedmerge.server.collaborative import (
+    ADAMERGING,
+    PAPER,
+    CollaborativeSettings,
+    learn_coefficients,
+    student_vectors,
+)
 from fedmerge.server.learned import average_of_others
 from fedmerge.server.pseudo_users import PseudoDomain, one_item_domain, popular_domain, pseudo_domain
 
@@ -83,7 +90,7 @@ class Study:
         self.items: dict[str, PseudoDomain] = {}
         self.pseudo: dict[tuple[Any, ...], dict[str, PseudoDomain]] = {}
         self.vectors: dict[str, Vectors] = {}
-        self.students: dict[tuple[str, float], dict[str, torch.Tensor]] = {}
+        self.students: dict[tuple[str, float | None], dict[str, torch.Tensor]] = {}
 
     def identity(self) -> dict[str, Any]:
         """What every point depends on."""
@@ -141,7 +148,7 @@ class Study:
                 clients = [self.domains[name] for name in self.adapters]
                 learned = learn_on_clients(clients, vectors, ClientMergeSettings(**keys), start=start)
             else:
-                settings = replace(PAPER if method == "mergerec" else ADAMERGING, **keys)
+                settings = settings_of(method, keys)
                 vectors = self.vectors_of(settings.initialisation)
                 pseudo = self.pseudo_users(settings.pseudo_users, settings.num_pseudo_users, settings.seed)
                 students = None
@@ -171,6 +178,16 @@ class Study:
             "unmasked": rank_targets(users, items, examples.targets).tolist(),
             "masked": rank_targets(users, items, examples.targets, examples.histories).tolist(),
         }
+
+
+def settings_of(method: str, keys: Mapping[str, Any]) -> CollaborativeSettings:
+    """The published settings of a learned method, or of the preset that is named, with some keys changed."""
+    changes = {key: value for key, value in keys.items() if key != "preset"}
+    if keys.get("preset") == "default":
+        return CollaborativeSettings(**changes)
+    rows = changes.get("initialisation", TASK_VECTORS) != TASK_VECTORS
+    start = {"initial_coefficient": None} if rows else {}  # 1, the method's own merge
+    return replace(PAPER if method == "mergerec" else ADAMERGING, **(start | changes))
 
 
 def points_of(grid: Path) -> list[Point]:

@@ -51,6 +51,8 @@ def settings(**changes: Any) -> ExperimentConfig:
         "merge.task_arithmetic_coefficients": "0.5,1",
         "mergerec.steps": 3,
         "mergerec.batch_size": 4,
+        "mergerec.granularities": "domain,layer",
+        "mergerec.loss": "rec+kd",
         "text.max_attribute_tokens": 8,
         "text.max_tokens": 24,
     }
@@ -167,8 +169,8 @@ def test_coefficients_by_method(candidates: list[Candidate]) -> None:
     assert by_label["mergerec layer-wise"]["coefficient_groups"] == ["layer 0", "layer 1"]
     learned = np.array(list(by_label["mergerec domain-wise"]["coefficients"].values()))
     assert learned.shape == (3,)
-    moved = np.abs(learned - 0.2)
-    assert ((moved > 0) & (moved < 3 * 1.5e-3)).all()  # three steps of Adam from 0.2
+    moved = np.abs(learned - 1 / math.sqrt(3))
+    assert ((moved > 0) & (moved < 3 * 1.5 * 5e-3)).all()  # three steps of Adam from 1/√K
     layered = np.array(list(by_label["mergerec layer-wise"]["coefficients"].values()))
     assert layered.shape == (3, 2)
 
@@ -189,7 +191,7 @@ def test_provenance_says_where_a_merge_comes_from(
     assert by_label["task-arithmetic 0.5"]["parameters"] == {"coefficient": 0.5}
     parameters = by_label["mergerec layer-wise"]["parameters"]
     expected = settings().mergerec.model_dump(exclude={"granularities", "preset", "try_steps"})
-    made = {"granularity": "layer", "seed": 5, "initial_coefficient": 0.2, "clamp": False}
+    made = {"granularity": "layer", "seed": 5, "initial_coefficient": pytest.approx(1 / 3**0.5), "clamp": False}
     assert parameters == {**expected, **made}
     losses = by_label["mergerec layer-wise"]["losses"]
     assert len(losses) == 3

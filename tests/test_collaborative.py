@@ -184,9 +184,9 @@ ROWS: dict[str, Callable[[Rows], Rows]] = {
 }
 
 EVERY_LOSS = [
-    *(CollaborativeSettings(loss=loss) for loss in LOSSES),
-    CollaborativeSettings(loss="self+kd", kd_top_k=3, rec_temperature=0.2, temperature=0.3, kd_weight=20.0),
-    CollaborativeSettings(loss="rec", rec_temperature=0.05, rec_weight=2.0),
+    *(replace(PAPER, loss=loss) for loss in LOSSES),
+    replace(PAPER, loss="self+kd", kd_top_k=3, rec_temperature=0.2, temperature=0.3, kd_weight=20.0),
+    replace(PAPER, loss="rec", rec_temperature=0.05, rec_weight=2.0),
 ]
 
 
@@ -274,7 +274,7 @@ def test_first_step_is_the_papers(bert: Backbone) -> None:
 
 def test_losses_by_hand() -> None:
     z, S = torch.tensor([[0.0, math.log(3.0)]]), torch.tensor([[0.0, -1.0]])
-    one = CollaborativeSettings(temperature=1.0)
+    one = replace(PAPER, temperature=1.0)
     assert TERMS["rec"](z, S, one).item() == pytest.approx(math.log(4.0))  # the teacher's item has probability 1/4
     p = 1 / (1 + math.exp(-1.0))
     kl = p * math.log(p / 0.25) + (1 - p) * math.log((1 - p) / 0.75)
@@ -285,7 +285,7 @@ def test_losses_by_hand() -> None:
     assert TERMS["self"](z, S, one).item() == pytest.approx(math.log(4 / 3))
     assert TERMS["entropy"](z, S, one).item() == pytest.approx(0.25 * math.log(4) + 0.75 * math.log(4 / 3))
     three = torch.tensor([[0.3, 0.1, -9.0]]), torch.tensor([[0.2, 0.5, 0.1]])
-    first_two = TERMS["kd"](*three, CollaborativeSettings(kd_top_k=2))
+    first_two = TERMS["kd"](*three, replace(PAPER, kd_top_k=2))
     assert first_two.item() == pytest.approx(TERMS["kd"](three[0][:, :2], three[1][:, :2], PAPER).item(), rel=1e-5)
 
 
@@ -359,7 +359,7 @@ def test_two_runs_are_identical_and_inputs_unchanged(bert: Backbone, granularity
     domains = pseudo_domains(bert, adapters)
     before = [adapter_sha256(adapter) for adapter in adapters.values()]
     weights = {name: tensor.clone() for name, tensor in bert.model.state_dict().items()}
-    settings = CollaborativeSettings(granularity=granularity, steps=7, refresh_every=3, balance_domains=True, seed=4)
+    settings = replace(PAPER, granularity=granularity, steps=7, refresh_every=3, balance_domains=True, seed=4)
     calls: list[tuple[int, int, Mapping[str, float]]] = []
     first = learn_coefficients(bert, stack_adapters(adapters), domains, settings, lambda *call: calls.append(call))
     turned = stack_adapters(dict(reversed(adapters.items())))
@@ -378,7 +378,7 @@ def test_two_runs_are_identical_and_inputs_unchanged(bert: Backbone, granularity
 def test_finds_the_known_best_coefficient(bert: Backbone) -> None:
     """One domain whose teacher is its own expert: at w = 1 the student is the teacher."""
     adapters = {"toys": random_adapter(layout_of(bert), rank=4, scaling=1.0, seed=7)}
-    settings = CollaborativeSettings(steps=40, learning_rate=0.1, rec_weight=0.0, refresh_every=5)
+    settings = replace(PAPER, steps=40, learning_rate=0.1, rec_weight=0.0, refresh_every=5)
     domains = pseudo_domains(bert, adapters)
     learned = learn_coefficients(bert, stack_adapters(adapters), domains, settings)
     assert learned.coefficients.item() == pytest.approx(1.0, abs=0.05)
@@ -390,14 +390,14 @@ def test_finds_the_known_best_coefficient(bert: Backbone) -> None:
 
 def test_draws_walk_through_permutations() -> None:
     sizes = (3, 5, 20)
-    domains, items = draw_pseudo_users(sizes, CollaborativeSettings(steps=14, batch_size=4))
+    domains, items = draw_pseudo_users(sizes, replace(PAPER, steps=14, batch_size=4))
     assert domains.shape == items.shape == (14, 4)
     every = {(k, i) for k, size in enumerate(sizes) for i in range(size)}
     pairs = list(zip(domains.ravel().tolist(), items.ravel().tolist(), strict=True))
     assert set(pairs[:28]) == set(pairs[28:]) == every
     assert pairs[:28] != pairs[28:]
 
-    balanced = CollaborativeSettings(steps=15, batch_size=4, balance_domains=True)
+    balanced = replace(PAPER, steps=15, batch_size=4, balance_domains=True)
     domains, items = draw_pseudo_users(sizes, balanced)
     pairs = list(zip(domains.ravel().tolist(), items.ravel().tolist(), strict=True))
     assert Counter(domains.ravel().tolist()) == {0: 20, 1: 20, 2: 20}
@@ -419,13 +419,14 @@ def test_one_item_domain_is_the_experts_view_of_the_catalog(bert: Backbone) -> N
         assert torch.allclose(domain.teacher_items, encode(bert, domain.items), atol=1e-5)
 
 
-def test_settings_are_the_published_ones_and_bounded() -> None:
+def test_settings_have_one_default_and_bounds() -> None:
     section = config.MergeRec.model_fields
     for name in set(section) - {"granularities", "preset", "try_steps"}:
         assert section[name].default == getattr(CollaborativeSettings(), name)
-    assert CollaborativeSettings() == PAPER  # until something else is better
-    assert PAPER.start == CollaborativeSettings().start == 0.2
+    assert (PAPER.start, CollaborativeSettings().start) == (0.2, None)
     assert CollaborativeSettings(initialisation="ties").start == 1.0
+    parameters = {name: parameter.default for name, parameter in METHODS["mergerec"].parameters.items()}
+    assert parameters == {name: getattr(CollaborativeSettings(), name) for name in parameters}
     assert {method for method, row in METHODS.items() if row.learned} == config.LEARNED_METHODS
     choices = {name: parameter.choices for name, parameter in METHODS["mergerec"].parameters.items()}
     assert choices["loss"] == tuple(LOSSES)
@@ -485,7 +486,7 @@ def test_stops_at_a_loss_that_is_not_finite(bert: Backbone) -> None:
 def test_starts_from_any_coefficients_and_keeps_the_whole_way(bert: Backbone) -> None:
     adapters = random_adapters(layout_of(bert))
     stack, domains = stack_adapters(adapters), pseudo_domains(bert, adapters)
-    settings = CollaborativeSettings(granularity="layer", steps=2)
+    settings = replace(PAPER, granularity="layer", steps=2)
     start = torch.tensor([0.5, 0.0, -0.2])
     learned = learn_coefficients(bert, stack, domains, settings, start=start)
     assert torch.equal(learned.initial_coefficients, start[:, None].expand(3, 2))
@@ -495,15 +496,15 @@ def test_starts_from_any_coefficients_and_keeps_the_whole_way(bert: Backbone) ->
     assert learned.chosen_step == 2
     assert start.tolist() == pytest.approx([0.5, 0.0, -0.2])
     with pytest.raises(LayoutMismatchError, match=r"found shape \(3, 2\), expected one number or \(3,\) for granu"):
-        learn_coefficients(bert, stack, domains, CollaborativeSettings(), start=torch.zeros(3, 2))
+        learn_coefficients(bert, stack, domains, PAPER, start=torch.zeros(3, 2))
     with pytest.raises(ConfigError, match=r"found Stack, but settings\.initialisation is 'ties'; make the"):
-        learn_coefficients(bert, stack, domains, CollaborativeSettings(initialisation="ties"))
+        learn_coefficients(bert, stack, domains, replace(PAPER, initialisation="ties"))
 
 
 def test_a_prior_holds_the_coefficients_at_their_start(bert: Backbone) -> None:
     adapters = random_adapters(layout_of(bert))
     stack, domains = stack_adapters(adapters), pseudo_domains(bert, adapters)
-    free = CollaborativeSettings(steps=30, learning_rate=0.05)
+    free = replace(PAPER, steps=30, learning_rate=0.05)
     moved = [
         (learned.coefficients - 0.2).abs().max()
         for prior in (0.0, 1e6)
@@ -518,7 +519,7 @@ def test_a_prior_holds_the_coefficients_at_their_start(bert: Backbone) -> None:
 def test_the_step_is_chosen_on_pseudo_users_that_are_not_trained_on(bert: Backbone) -> None:
     adapters = random_adapters(layout_of(bert))
     stack, domains = stack_adapters(adapters), pseudo_domains(bert, adapters)
-    wild = CollaborativeSettings(steps=20, learning_rate=1.0, select_every=6)  # far too fast: later is worse
+    wild = replace(PAPER, steps=20, learning_rate=1.0, select_every=6)  # far too fast: later is worse
     learned = learn_coefficients(bert, stack, domains, wild)
     assert [step for step, _ in learned.validation] == [0, 6, 12, 18, 20]
     best = min(learned.validation, key=lambda looked: looked[1])
@@ -552,7 +553,7 @@ def test_too_few_pseudo_users_to_choose_the_step_are_refused(bert: Backbone) -> 
     domains = pseudo_domains(bert, adapters)
     few = replace(domains["books"], users=domains["books"].users[:4], teacher_users=domains["books"].teacher_users[:4])
     with pytest.raises(ConfigError, match="select_every: found at most 4 pseudo-users a domain, expected 5 or more"):
-        learn_coefficients(bert, stack_adapters(adapters), {"books": few}, CollaborativeSettings(select_every=2))
+        learn_coefficients(bert, stack_adapters(adapters), {"books": few}, replace(PAPER, select_every=2))
 
 
 def test_adamerging_is_entropy_in_bounds(bert: Backbone) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,6 @@ from fedmerge.device import resolve_compute
 from fedmerge.encoder.backbone import load_backbone
 from fedmerge.encoder.lora import write_adapter
 from fedmerge.merging.methods import complete_parameters
-from fedmerge.server.collaborative import ADAMERGING, PAPER
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -92,15 +90,16 @@ def test_every_point_of_the_grid_file_is_valid(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
     import study_collaborative  # noqa: PLC0415 - a script, not on the path
 
-    points = study_collaborative.points_of(REPOSITORY / "benchmarks" / "study_collaborative.toml")
+    grids = ("study_collaborative.toml", "study_collaborative_test.toml")
+    points = [p for grid in grids for p in study_collaborative.points_of(REPOSITORY / "benchmarks" / grid)]
     for point in points:
-        keys = {key: value for key, value in point.items() if key not in ("method", "look_at")}
+        keys = {key: value for key, value in point.items() if key not in ("method", "look_at", "name")}
         match point["method"]:
             case "mergerec" | "adamerging":
-                made = replace(PAPER if point["method"] == "mergerec" else ADAMERGING, **keys)
+                made = study_collaborative.settings_of(point["method"], keys)
                 assert max(point.get("look_at", [0])) <= made.steps
             case "clients":
-                assert max(point["look_at"]) <= ClientMergeSettings(**keys).steps
+                assert max(point.get("look_at", [0])) <= ClientMergeSettings(**keys).steps
             case "backbone" | "expert":
                 assert not keys
             case method:

@@ -18,7 +18,7 @@ from fedmerge.errors import ClientError, MergeError, PolicyError
 from fedmerge.merging.stack import stack_adapters
 from fedmerge.server import through_clients
 from fedmerge.server.candidates import merge_candidates
-from fedmerge.server.collaborative import CollaborativeSettings, draw_pseudo_users
+from fedmerge.server.collaborative import PAPER, draw_pseudo_users
 from fedmerge.server.learned import learned_settings, learned_variants
 from fedmerge.server.through_clients import (
     Cohort,
@@ -32,7 +32,7 @@ from fedmerge.server.through_clients import (
     student_items,
 )
 
-SETTINGS = CollaborativeSettings(steps=4, batch_size=3)
+SETTINGS = replace(PAPER, steps=4, batch_size=3)
 NAME = "toys"
 
 
@@ -132,7 +132,13 @@ def test_what_is_not_learned_here(adapters: dict[str, Adapter], tmp_path: Path) 
         merge_candidates(None, adapters, {}, config)
     with pytest.raises(MergeError, match="found 'mergerec', expected one of adamerging domain-wise, "):
         learned_settings(config, "mergerec")
-    own = from_flat({"privacy.policy": "catalog-private", "through_clients.users": "own-users"})
+    own = from_flat(
+        {
+            "privacy.policy": "catalog-private",
+            "through_clients.users": "own-users",
+            "mergerec.granularities": "domain,layer",
+        }
+    )
     assert list(learned_variants(own, "mergerec")) == [
         "mergerec domain-wise own-users",
         "mergerec layer-wise own-users",

@@ -258,7 +258,7 @@ class MergeRec(Section):
         "default", description="paper: the published value of every key that has its default here, granularities apart."
     )
     granularities: Granularities = Field(
-        ("domain", "layer"),
+        ("layer",),
         min_length=1,
         description="Variants to try: one coefficient per domain, or per domain and layer.",
     )
@@ -266,20 +266,20 @@ class MergeRec(Section):
         "task-vectors", description="What the coefficients multiply: the updates, or the rows of a method."
     )
     initial_coefficient: float | None = Field(
-        None, description="Where every coefficient starts; 'none': 0.2 for task vectors, 1 for rows."
+        None, description="Where every coefficient starts; 'none': 1/√K for task vectors of K domains, 1 for rows."
     )
     loss: Literal["rec+kd", "rec", "kd", "mse", "entropy", "entropy+kd", "self", "self+kd"] = Field(
-        "rec+kd", description="rec: the expert's first choice, kd: distillation, self: the merge's own first choice."
+        "kd", description="rec: the expert's first choice, kd: distillation, self: the merge's own first choice."
     )
     rec_weight: float = Field(1.0, ge=0, description="Factor on what stands in the loss beside the distillation.")
     rec_temperature: float = Field(1.0, gt=0, description="Of rec, entropy and self.")
     kd_weight: float = Field(1000.0, ge=0, description="Factor on the distillation loss.")
     temperature: float = Field(0.05, gt=0, description="Of the distillation loss.")
     kd_top_k: int | None = Field(
-        None, ge=2, description="Distil the expert's first so many items only; 'none': the whole catalog."
+        50, ge=2, description="Distil the expert's first so many items only; 'none': the whole catalog."
     )
-    learning_rate: float = Field(1e-3, gt=0, le=1, description="Of Adam, constant.")
-    steps: int = Field(500, ge=1, description="Optimiser steps.")
+    learning_rate: float = Field(5e-3, gt=0, le=1, description="Of Adam, constant.")
+    steps: int = Field(100, ge=1, description="Optimiser steps.")
     batch_size: int = Field(16, ge=1, description="Pseudo-users a step, of all domains together.")
     pseudo_users: Literal["one-item", "subset", "centroid", "chain", "contrastive"] = Field(
         "one-item", description="What a pseudo-user has seen; also for adamerging."
@@ -292,7 +292,7 @@ class MergeRec(Section):
     refresh_every: int | None = Field(
         None, ge=1, description="Re-encode the student's items every n steps; 'none': never."
     )
-    balance_domains: bool = Field(False, description="Draw domains equally often instead of by number of pseudo-users.")
+    balance_domains: bool = Field(True, description="Draw domains equally often; false: by number of pseudo-users.")
     select_every: int | None = Field(
         None, ge=1, description="Choose the step on held-out pseudo-users, looked at every n steps; 'none': the last."
     )

@@ -38,13 +38,13 @@ class LearnedCoefficients:
     validation: tuple[tuple[int, float], ...] = ()
 
 
-def start_coefficients(layout: StackLayout, granularity: str, start: float | torch.Tensor) -> torch.Tensor:
+def start_coefficients(layout: StackLayout, granularity: str, start: float | torch.Tensor | None) -> torch.Tensor:
     """Coefficients to start from.
 
     Args:
         layout: K domains, G groups.
         granularity: "domain": (K,); "layer": (K, G).
-        start: one number for all, or coefficients, (K,) or (K, G): those of another merge.
+        start: one number for all, or coefficients, (K,) or (K, G): those of another merge; None: 1/√K for all.
 
     Returns:
         float32 on the CPU, a copy.
@@ -53,7 +53,8 @@ def start_coefficients(layout: StackLayout, granularity: str, start: float | tor
         LayoutMismatchError: coefficients that do not fit, such as (K, G) where one number a domain is learned.
     """
     shape = (len(layout.domains),) if granularity == "domain" else (len(layout.domains), len(layout.groups))
-    values = torch.as_tensor(start, dtype=torch.float32).detach().cpu()
+    number = 1 / math.sqrt(len(layout.domains)) if start is None else start
+    values = torch.as_tensor(number, dtype=torch.float32).detach().cpu()
     if values.ndim == 1 and len(values) == shape[0] and len(shape) == 2:
         values = values[:, None]
     try:

@@ -36,6 +36,7 @@ class Parameter:
         above: a value that it must exceed.
         choices: of a string.
         number: not an integer but any finite number, where the default is None.
+        optional: may be None, though the default is not.
     """
 
     default: Value
@@ -44,6 +45,7 @@ class Parameter:
     above: float = -math.inf
     choices: tuple[str, ...] = ()
     number: bool = False
+    optional: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,26 +269,24 @@ METHODS: dict[str, Method] = {
     "mergerec": Method(
         what="the sum with coefficients learned by distilling the experts on pseudo-users from the catalogs",
         parameters={
-            "granularity": Parameter("domain", choices=("domain", "layer")),
+            "granularity": Parameter("layer", choices=("domain", "layer")),
             "initialisation": Parameter("task-vectors", choices=("task-vectors", "ties", "pcb", "localize-and-stitch")),
             "initial_coefficient": Parameter(None, number=True),
-            "loss": Parameter(
-                "rec+kd", choices=("rec+kd", "rec", "kd", "mse", "entropy", "entropy+kd", "self", "self+kd")
-            ),
+            "loss": Parameter("kd", choices=("rec+kd", "rec", "kd", "mse", "entropy", "entropy+kd", "self", "self+kd")),
             "rec_weight": Parameter(1.0, low=0.0),
             "rec_temperature": Parameter(1.0, above=0.0),
             "kd_weight": Parameter(1000.0, low=0.0),
             "temperature": Parameter(0.05, above=0.0),
-            "kd_top_k": Parameter(None, low=2),
-            "learning_rate": Parameter(1e-3, above=0.0, high=1.0),
-            "steps": Parameter(500, low=1),
+            "kd_top_k": Parameter(50, low=2, optional=True),
+            "learning_rate": Parameter(5e-3, above=0.0, high=1.0),
+            "steps": Parameter(100, low=1),
             "batch_size": Parameter(16, low=1),
             "pseudo_users": Parameter(
                 "one-item", choices=("one-item", "subset", "centroid", "popular", "chain", "contrastive")
             ),
             "num_pseudo_users": Parameter(None, low=1),
             "refresh_every": Parameter(None, low=1),
-            "balance_domains": Parameter(False),
+            "balance_domains": Parameter(True),
             "select_every": Parameter(None, low=1),
             "prior_weight": Parameter(0.0, low=0.0),
         },
@@ -431,8 +431,8 @@ def check_parameter(where: str, parameter: Parameter, value: Value) -> None:
         number = parameter.number or isinstance(default, float)
         if isinstance(value, int) or (isinstance(value, float) and number and math.isfinite(value)):
             good = not isinstance(value, bool) and value > parameter.above and parameter.low <= value <= parameter.high
-        if default is None:
-            good = good or value is None
+    if default is None or parameter.optional:
+        good = good or value is None
     if not good:
         raise ConfigError(f"{where}: found {value!r}, expected {_expected(parameter)}")
 
@@ -446,7 +446,7 @@ def _expected(parameter: Parameter) -> str:
     kind = "a finite number" if parameter.number or isinstance(default, float) else "an integer"
     bounds = (f"at least {parameter.low}", f"above {parameter.above}", f"at most {parameter.high}")
     expected = ", ".join([kind, *(bound for bound in bounds if "inf" not in bound)])
-    return f"{expected}, or None" if default is None else expected
+    return f"{expected}, or None" if default is None or parameter.optional else expected
 
 
 def parameter_text(parameter: Parameter) -> str:

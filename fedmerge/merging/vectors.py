@@ -22,7 +22,7 @@ from fedmerge.merging.training_free import domain_rows
 TASK_VECTORS = "task-vectors"
 
 INITIALISATIONS: dict[str, float] = {TASK_VECTORS: 0.2, "ties": 1.0, "pcb": 1.0, "localize-and-stitch": 1.0}
-"""Where the vectors come from -> the coefficient that the paper starts with; rows at 1 are the method's own merge."""
+"""Where the vectors come from -> the published start of their coefficients; rows at 1 are the method's own merge."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -269,7 +269,8 @@ def _learn(
                 learned.trajectory[chosen],
                 vectors,
                 {
-                    "parameters": asdict(settings) | {"initial_coefficient": settings.start},
+                    "parameters": asdict(settings)
+                    | {"initial_coefficient": learned.initial_coefficients.flatten()[0].item()},
                     "losses": [dict(losses) for losses in learned.history if losses],
                     "validation": [list(looked) for looked in learned.validation],
                     "chosen_step": chosen,

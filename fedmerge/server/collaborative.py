@@ -1,7 +1,7 @@
 """MergeRec and AdaMerging: merging coefficients learned from pseudo-users; no interaction is read."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import numpy as np
@@ -17,7 +17,6 @@ from fedmerge.merging.learned import LearnedCoefficients, Progress, optimise, st
 from fedmerge.merging.methods import METHODS, check_parameter
 from fedmerge.merging.stack import Stack
 from fedmerge.merging.vectors import (
-    INITIALISATIONS,
     TASK_VECTORS,
     Vectors,
     merge_vectors,
@@ -36,7 +35,8 @@ class CollaborativeSettings:
     Attributes:
         granularity: "domain": one coefficient per domain; "layer": one per domain and group of the stack.
         initialisation: what the coefficients multiply, a key of INITIALISATIONS.
-        initial_coefficient: where every coefficient starts; None: as published for the initialisation.
+        initial_coefficient: where every coefficient starts; None: 1/√K for the task vectors of K domains (the sum of K
+            orthogonal updates of one norm then has that norm), 1 for rows (the method's own merge).
         loss: a key of LOSSES.
         rec_weight: factor on the term of the loss that is not distillation.
         rec_temperature: the logits of "rec", "entropy" and "self" are divided by it.
@@ -59,22 +59,22 @@ class CollaborativeSettings:
         ConfigError: a value out of its bounds.
     """
 
-    granularity: Literal["domain", "layer"] = "domain"
+    granularity: Literal["domain", "layer"] = "layer"
     initialisation: Literal["task-vectors", "ties", "pcb", "localize-and-stitch"] = "task-vectors"
     initial_coefficient: float | None = None
-    loss: str = "rec+kd"
+    loss: str = "kd"
     rec_weight: float = 1.0
     rec_temperature: float = 1.0
     kd_weight: float = 1000.0
     temperature: float = 0.05
-    kd_top_k: int | None = None
-    learning_rate: float = 1e-3
-    steps: int = 500
+    kd_top_k: int | None = 50
+    learning_rate: float = 5e-3
+    steps: int = 100
     batch_size: int = 16
     pseudo_users: str = "one-item"
     num_pseudo_users: int | None = None
     refresh_every: int | None = None
-    balance_domains: bool = False
+    balance_domains: bool = True
     select_every: int | None = None
     prior_weight: float = 0.0
     clamp: bool = False
@@ -87,14 +87,16 @@ class CollaborativeSettings:
                 check_parameter(f"mergerec: {field.name}", parameter, getattr(self, field.name))
 
     @property
-    def start(self) -> float:
-        """The initial coefficient, that of the initialisation where none is given."""
-        return INITIALISATIONS[self.initialisation] if self.initial_coefficient is None else self.initial_coefficient
+    def start(self) -> float | None:
+        """The initial coefficient; None: 1/√K, see :func:`fedmerge.merging.learned.start_coefficients`."""
+        rows = None if self.initialisation == TASK_VECTORS else 1.0
+        return rows if self.initial_coefficient is None else self.initial_coefficient
 
 
 PAPER = CollaborativeSettings(  # arXiv:2601.01753, written out so that no default can change it
+    granularity="domain",
     initialisation="task-vectors",
-    initial_coefficient=None,  # 0.2 for task vectors, 1 for rows
+    initial_coefficient=0.2,  # 1 for rows
     loss="rec+kd",
     rec_weight=1.0,
     rec_temperature=1.0,
@@ -113,8 +115,8 @@ PAPER = CollaborativeSettings(  # arXiv:2601.01753, written out so that no defau
     clamp=False,
 )
 
-ADAMERGING = CollaborativeSettings(  # arXiv:2310.02575, with pseudo-users in place of unlabelled test data
-    initial_coefficient=0.3, loss="entropy", learning_rate=1e-3, steps=500, clamp=True
+ADAMERGING = replace(  # arXiv:2310.02575, with pseudo-users in place of unlabelled test data
+    PAPER, initial_coefficient=0.3, loss="entropy", learning_rate=1e-3, steps=500, clamp=True
 )
 
 

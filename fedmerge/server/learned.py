@@ -1,7 +1,7 @@
 """The learned merges that an experiment asks for: their settings, and the pseudo-users that they share."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from fedmerge.encoder.lora import Adapter
 from fedmerge.encoder.text import build_token_table
 from fedmerge.errors import MergeError
 from fedmerge.merging.stack import linear_merge, stack_adapters
+from fedmerge.merging.vectors import INITIALISATIONS
 from fedmerge.server.collaborative import ADAMERGING, PAPER, CollaborativeSettings
 from fedmerge.server.pseudo_users import PseudoDomain, one_item_domain, pseudo_domain
 
@@ -140,5 +141,6 @@ def _mergerec(section: MergeRec) -> dict[str, Any]:
     """The settings of the section under its preset: "paper" replaces what was left at its default."""
     given, defaults = section.model_dump(exclude={"granularities", "preset", "try_steps"}), MergeRec().model_dump()
     if section.preset == "paper":
-        given = {key: getattr(PAPER, key) if value == defaults[key] else value for key, value in given.items()}
+        paper = replace(PAPER, initial_coefficient=INITIALISATIONS[section.initialisation])
+        given = {key: getattr(paper, key) if value == defaults[key] else value for key, value in given.items()}
     return given
