@@ -87,7 +87,7 @@ def _work(runtime: RuntimeHttpClient, folder: Path, is_client_app: bool) -> None
         logger.info("%s: working", kind)
         settle(context, client)
         try:
-            content = in_own_process(lambda: client_app.app(message, context).content, _heartbeat(runtime))
+            content, context.state = in_own_process(lambda: _answer(message, context), _heartbeat(runtime))
             told = "an error" if records.read_error(content) else f"{records.size_bytes(content):,} bytes"
             logger.info("%s: answered after %.0f s (%s)", kind, time.monotonic() - started, told)
             reply = Message(content, reply_to=message)
@@ -96,6 +96,12 @@ def _work(runtime: RuntimeHttpClient, folder: Path, is_client_app: bool) -> None
             reply = Message(Error(ErrorCode.CLIENT_APP_CRASHED, str(error)), reply_to=message)
     push_message(runtime, reply, context)
     push_task_output(runtime, context, SubStatus.COMPLETED, "")
+
+
+def _answer(message: Message, context: Context) -> tuple[RecordDict, RecordDict]:
+    """The reply, and what the client app remembers until the run's next message: the secrets of a secure sum."""
+    reply = client_app.app(message, context)
+    return reply.content, context.state
 
 
 def check(client: Client, fab: Fab, is_client_app: bool = True) -> None:
@@ -111,6 +117,8 @@ def settle(context: Context, client: Client) -> None:
         "domain-path": str(client.domain),
         "policy-path": str(client.policy),
         "key-path": str(client.folder / KEY),
+        **({} if client.identity_key is None else {"identity-key": str(client.identity_key)}),
+        **({} if client.peer_keys is None else {"peer-keys": str(client.peer_keys)}),
     }
     context.run_config = dict(context.run_config) | {
         "cache_dir": str(client.cache_dir),
@@ -120,11 +128,13 @@ def settle(context: Context, client: Client) -> None:
     }
 
 
-def in_own_process(work: Callable[[], RecordDict], while_waiting: Callable[[], bool]) -> RecordDict:
+def in_own_process(
+    work: Callable[[], tuple[RecordDict, RecordDict]], while_waiting: Callable[[], bool]
+) -> tuple[RecordDict, RecordDict]:
     """What ``work`` returns, done in a copy of this process that ends with it.
 
     Args:
-        work: anything; what it changes in memory is lost.
+        work: anything; what it changes in memory is lost, what it returns is not.
         while_waiting: called again and again; False ends the work.
 
     Raises:
@@ -149,16 +159,19 @@ def in_own_process(work: Callable[[], RecordDict], while_waiting: Callable[[], b
             how = f"was killed by signal {-code}, out of memory?" if code < 0 else f"ended with {code}"
             raise ChildProcessError(f"the process that worked on it {how}")
         answer.seek(0)
-        return recorddict_from_proto(ProtoRecordDict.FromString(answer.read()))
+        first = answer.read(int.from_bytes(answer.read(8)))
+        content, state = (recorddict_from_proto(ProtoRecordDict.FromString(data)) for data in (first, answer.read()))
+        return content, state
 
 
-def _answer_and_exit(work: Callable[[], RecordDict], answer: IO[bytes], parent: int) -> None:
+def _answer_and_exit(work: Callable[[], tuple[RecordDict, RecordDict]], answer: IO[bytes], parent: int) -> None:
     code = 1
     try:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         end_with_parent(signal.SIGKILL)
         if os.getppid() == parent:
-            answer.write(recorddict_to_proto(work()).SerializeToString())
+            content, state = (recorddict_to_proto(part).SerializeToString() for part in work())
+            answer.write(len(content).to_bytes(8) + content + state)
             answer.flush()
             code = 0
     except BaseException:

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, TypeVar
@@ -14,7 +15,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, ConfigRecordValues, Recor
 from numpy.typing import NDArray
 
 from fedmerge.client.metrics import VARIANTS, MetricSums, Variant, metric_sums_from_dict
-from fedmerge.config import Split
+from fedmerge.config import DOMAIN_NAME, Split
 from fedmerge.encoder.lora import Adapter, LoraModule
 from fedmerge.errors import ClientError, LayoutMismatchError
 from fedmerge.privacy.signatures import Signature
@@ -233,9 +234,14 @@ def read_cohort(content: RecordDict) -> dict[str, Adapter]:
     """Inverse of :func:`cohort_record`.
 
     Raises:
-        ClientError, LayoutMismatchError: another form.
+        ClientError, LayoutMismatchError: another form, or a label that is no name of a domain: they become folders.
     """
-    return _read_models(content)
+    adapters = _read_models(content)
+    if strange := [label for label in adapters if not re.fullmatch(DOMAIN_NAME, label)]:
+        raise ClientError(
+            f"the cohort names a domain {strange[0]!r}, expected letters, digits, '.', '_', '-'; it was not kept"
+        )
+    return adapters
 
 
 def pseudo_users_record(number: int) -> RecordDict:

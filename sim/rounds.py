@@ -114,7 +114,8 @@ def _round(
     rounds, number = config.rounds, state.num_rounds + 1
     name = str(rounds.rule)
     trained = "A and B" if name in LEARNED_METHODS else rule_named(name).trained
-    drawn = _drawn(list(state.starts), rounds.fraction, config.seed, number)
+    still_in = [domain for domain in state.starts if domain not in federation.excluded]
+    drawn = _drawn(still_in, rounds.fraction, config.seed, number)
     fresh = state.frozen or not state.num_rounds
     task = records.RoundRequest(
         number, rounds.number, trained, fresh_seed(config.seed, state.num_rounds) if fresh else records.NOT_FRESH

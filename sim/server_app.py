@@ -4,6 +4,7 @@ Every phase writes what it has as soon as it has it (see ``fedmerge.run_dir``) a
 a run that was ended at any point goes on from there.
 """
 
+import hashlib
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -55,13 +56,13 @@ from sim.evaluations import evaluate_models
 from sim.federation import Federation, Question, ask, listed, require_quorum
 from sim.gate import pass_gate
 from sim.rounds import check_rounds, run_rounds
-from sim.secure_sum import secure_candidates
+from sim.secure_sum import REPORT_BYTES, secure_candidates
 from sim.through_clients import learn_through_clients
 from sim.welcome import gather, greet, remember, say_who_took_part
 
 CATALOG_BYTES_PER_ITEM = 4096  # at most, and a mebibyte for a small catalog
 MOST_CATALOG_BYTES = 2**30  # however many items a client says that it has
-REPORT_BYTES = 2**20
+LONGEST_NAMES = 100
 
 app = ServerApp()
 logger = logging.getLogger("fedmerge.server")
@@ -244,7 +245,8 @@ def _catalogs(federation: Federation, config: ExperimentConfig, run_dir: Path) -
     if sources is not None and probed:
         away = checkpoints.turned_away(run_dir)
         merged = {domain: sha256 for domain, sha256 in sources.items() if domain not in away}
-        if labels <= checkpoints.kept_merges(run_dir, merged).keys():
+        made = not config.admission.rollback or read_json(run_dir / "choice.json")  # else a second merge may be missing
+        if made and labels <= checkpoints.kept_merges(run_dir, merged).keys():
             return {}
     federation.phase = "catalogs"
     domains = [domain for domain in federation.of("train") if sources is None or domain in sources]
@@ -327,7 +329,8 @@ def _train(
     nodes = {domain: federation.nodes[domain] for domain in wanted if domain in roles and domain not in sources}
     if nodes:
         logger.info("training: %s", listed(list(nodes)))
-        most = {domain: adapter_bytes(layout) + REPORT_BYTES for domain, layout in layouts.items()}
+        largest = 2 if config.privacy.transport == "top-k" else 1  # each entry with its position
+        most = {domain: largest * adapter_bytes(layout) + REPORT_BYTES for domain, layout in layouts.items()}
         question = Question(records.TRAIN, config.server.train_timeout_seconds, limit_bytes=most.__getitem__)
         ask(federation, nodes, question, admit)
     sources = dict(sorted(sources.items()))
@@ -356,7 +359,10 @@ def _merge(
     without: Sequence[str] = (),
 ) -> list[Candidate]:
     """Every merge, each written as it is made; those on disk are not made again. Who is left out is in the labels."""
-    suffix = f" without {' '.join(without)}" if without else ""
+    names = " ".join(without)
+    if len(names) > LONGEST_NAMES:  # labels become names of folders
+        names = f"{len(without)} domains {hashlib.sha256(names.encode()).hexdigest()[:8]}"
+    suffix = f" without {names}" if without else ""
     sources = {domain: sha256 for domain, sha256 in sources.items() if domain not in without}
 
     def renamed(candidate: Candidate) -> Candidate:

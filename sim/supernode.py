@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -187,8 +187,9 @@ def _read_log(lines: IO[str] | None, client: Client, bundle: Bundle, life: Life)
     with path.open("w" if fresh else "a", encoding="utf-8") as log:
         for line in lines or ():
             text = COLOURS.sub("", line.rstrip())
-            log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
-            log.flush()
+            with suppress(OSError):  # on a full disk, too, the pipe has to be read: Flower waits for it
+                log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+                log.flush()
             if found := re.search(r"SuperNode ID: (\d+)", text):
                 life.connected, life.unreachable = True, False
                 logger.info("connected to %s as node %s; waiting for runs", bundle.address, found.group(1))

@@ -54,7 +54,7 @@ def learn_through_clients(
 
     def learn(label: str, settings: CollaborativeSettings, vectors: Vectors) -> LearnedCoefficients:
         sha256, sizes = cohort()
-        log = run_dir / LEARNING / f"{label.replace(' ', '-')}.jsonl"
+        log = run_dir / LEARNING / f"{label.replace(' ', '-')}-{sha256[:8]}.jsonl"
         kept = [line["found"] for line in read_lines(log)]
         if kept:
             logger.info("%s: %d messages to each client are on disk", label, len(kept))
@@ -117,7 +117,7 @@ def _send_cohort(
     federation.phase = "merge"
     adapters = dict(experts)
     sha256, content = cohort_sha256(adapters), records.cohort_record(adapters)
-    path = run_dir / LEARNING / "cohort.json"
+    path = run_dir / LEARNING / f"cohort-{sha256[:8]}.json"  # with a rollback there are two: all, and without some
     before: dict[str, int] | None = read_json(path)
     nodes = {domain: federation.nodes[domain] for domain in federation.of("train") if domain in (before or adapters)}
     sizes: dict[str, int] = {}

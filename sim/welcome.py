@@ -92,6 +92,8 @@ def _misfit(
         return f"it says to be {description.domain!r} ({description.role}), which the experiment does not name as such"
     if description.domain in federation.nodes:
         return f"another client already is {description.domain}; start one client for each domain"
+    if description.role == "train" and description.num_users < 1:
+        return f"it trains, but has {description.num_users} users; import its domain again"
     checks = {
         "backbone": (
             description.backbone_sha256,

@@ -56,6 +56,9 @@ validate_every_steps = 2
 [merge]
 methods = "average"
 
+[privacy]
+policy = "{policy}"
+
 [server]
 wait_seconds = {wait}
 
@@ -124,9 +127,9 @@ def start_client(federation: Loopback, name: str) -> None:
     federation.start(f"{name}.log", *command, STOLEN=str(federation.place / "stolen"))
 
 
-def experiment(federation: Loopback, run: str, backbone: bool = False) -> Path:
+def experiment(federation: Loopback, run: str, policy: str = "adapter") -> Path:
     """An experiment file; the backbone that it names is on the server, not where the clients look by themselves."""
-    text = EXPERIMENT.format(place=federation.place, run=run, wait=60)
+    text = EXPERIMENT.format(place=federation.place, run=run, wait=60, policy=policy)
     path = federation.place / f"{run}.toml"
     path.write_text(text.replace("/nowhere", "/server-backbone"))
     if not (federation.place / "server-backbone").exists():
@@ -162,6 +165,15 @@ def test_an_approved_app_is_worked_for_by_the_installed_code(federation: Loopbac
     assert list((place / "plain").rglob("client_app.py"))  # Flower's own executor does that
     assert not list((place / "stolen").iterdir())
     assert not list(run.rglob("interactions*"))
+
+
+def test_a_client_keeps_its_secrets_through_the_messages_of_a_secure_sum(federation: Loopback) -> None:
+    run = federation.place / "runs" / "summed"
+    log = federation.run(REPOSITORY, experiment(federation, "summed", "aggregate-only"), run)
+    assert (run / "DONE").exists(), log
+    assert json.loads((run / "clients.json").read_text())["excluded"] == {}
+    assert not (run / "adapters").exists()  # no single one came
+    assert list((run / "merged").rglob("adapter_model.safetensors"))
 
 
 def test_a_client_that_was_killed_comes_back_by_itself(federation: Loopback) -> None:

@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -43,27 +44,33 @@ def test_what_a_run_says_of_this_machine_is_replaced_by_what_its_owner_says(clie
         "policy-path": str(client.folder / "policy.toml"),
         "key-path": str(client.folder / "key"),
     }
+    named = replace(client, identity_key=tmp_path / "identity", peer_keys=tmp_path / "peers")
+    settle(context, named)
+    assert context.node_config["identity-key"] == str(tmp_path / "identity")
+    assert context.node_config["peer-keys"] == str(tmp_path / "peers")
 
 
 def test_the_work_is_done_in_another_process_and_its_answer_comes_back() -> None:
     before = {"value": 1}
 
-    def work() -> RecordDict:
+    def work() -> tuple[RecordDict, RecordDict]:
         before["value"] = 2
-        return RecordDict({"facts": ConfigRecord({"pid": os.getpid(), "data": b"x" * 100_000})})
+        facts = ConfigRecord({"pid": os.getpid(), "data": b"x" * 100_000})
+        return RecordDict({"facts": facts}), RecordDict({"secrets": ConfigRecord({"state": "kept"})})
 
-    content = in_own_process(work, lambda: True)
+    content, state = in_own_process(work, lambda: True)
+    assert state.config_records["secrets"]["state"] == "kept"
     assert content.config_records["facts"]["pid"] != os.getpid()
     assert content.config_records["facts"]["data"] == b"x" * 100_000
     assert before == {"value": 1}
 
 
-def killed() -> RecordDict:
+def killed() -> tuple[RecordDict, RecordDict]:
     os.kill(os.getpid(), signal.SIGKILL)
-    return RecordDict()
+    return RecordDict(), RecordDict()
 
 
-def raises() -> RecordDict:
+def raises() -> tuple[RecordDict, RecordDict]:
     raise SystemExit(5)
 
 
@@ -79,9 +86,9 @@ def test_a_run_that_is_stopped_ends_the_work_at_once() -> None:
     started = time.monotonic()
     seen: list[int] = []
 
-    def hangs() -> RecordDict:
+    def hangs() -> tuple[RecordDict, RecordDict]:
         time.sleep(60)
-        return RecordDict()
+        return RecordDict(), RecordDict()
 
     def three_times() -> bool:
         seen.append(1)

@@ -297,4 +297,5 @@ def test_a_client_whose_pseudo_users_make_no_sense_has_no_part(place: Path, tmp_
     run_in_process(experiment(place, tmp_path, **{**LITTLE, "mergerec.steps": 1}), answer)
     clients = json.loads((tmp_path / "run" / "clients.json").read_text())
     assert "it makes 0 pseudo-users. Use the same settings" in clients["excluded"][STRICT]
-    assert json.loads((tmp_path / "run" / "learning" / "cohort.json").read_text()) == {"beauty": 25, "books": 25}
+    (cohort,) = (tmp_path / "run" / "learning").glob("cohort-*.json")
+    assert json.loads(cohort.read_text()) == {"beauty": 25, "books": 25}

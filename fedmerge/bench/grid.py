@@ -21,7 +21,7 @@ from fedmerge.bench.cells import JOINT, MERGES, Cell, Ended, is_one_shot, joint_
 from fedmerge.bench.config import Bench, Drawing, joint_row
 from fedmerge.client.kept import inputs_key
 from fedmerge.client.metrics import MetricSums, Variant
-from fedmerge.config import Admission, ExperimentConfig, Rounds, Split, flatten
+from fedmerge.config import Admission, Audit, ExperimentConfig, Rounds, Split, flatten
 from fedmerge.errors import ClientError, ConfigError, RunDirError
 from fedmerge.run_dir import DONE, read_json, write_json
 from fedmerge.server.checkpoints import ADAPTERS, ended_training, merge_folder
@@ -78,12 +78,19 @@ class Grid:
         domains = tuple(domain for domain in wanted.domains.train if domain != left_out)
         sections = [wanted.backbone, wanted.text, wanted.lora, wanted.train]
         sections += [wanted.rounds, wanted.mergerec, wanted.adamerging] if rounds else []
-        sections += [wanted.attack] if wanted.attack.domain is not None else []
+        for section, is_set in (
+            (wanted.attack, wanted.attack.domain is not None),
+            (wanted.dp, wanted.dp.mode != "none"),
+            (wanted.audit, wanted.audit != Audit()),
+        ):
+            sections += [section] if is_set else []  # else left out, so that runs of earlier benchmarks are found
+        transport = wanted.privacy.model_dump(include={"transport", "transport_density"})
         inputs = {
             "domains": [wanted.domains.root, sorted(domains)],
             "sections": [section.model_dump() for section in sections],
             "runtime": [runtime.threads_per_client, runtime.device, runtime.precision],
             "policy": wanted.privacy.policy,
+            **(transport if wanted.privacy.transport != "float32" else {}),
         }
         changes = {
             "name": "bench",

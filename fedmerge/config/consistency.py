@@ -89,6 +89,13 @@ def _check_dp(config: ExperimentConfig) -> None:
             f"dp.mode = '{mode}' covers a single merge, but rounds.rule is {config.rounds.rule}; set rounds.rule = "
             "'none', or dp.mode = 'user'"
         )
+    gate = [key for key in ("leave_one_out", "rollback") if getattr(config.admission, key)]
+    gate += ["action = 'exclude'"] if config.admission.action == "exclude" else []
+    if mode == "domain-central" and gate:
+        raise ValueError(
+            f"dp.mode = 'domain-central' with admission.{gate[0]}: merges without noise would go to the clients, or "
+            "one domain would decide which others are in the sum; leave it out, or set dp.mode = 'domain-local'"
+        )
     if mode == "domain-central" and config.merge.methods != ("average",):
         raise ValueError(
             "dp.mode = 'domain-central' adds noise to the sum of all updates, so merge.methods can only be "

@@ -20,7 +20,7 @@ from typing import TypeVar
 
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from fedmerge.config import ExperimentConfig, Section, describe_problem
 from fedmerge.domain.manifest import read_manifest
@@ -54,6 +54,11 @@ policy = "policy.toml"
 # Processor threads for training and evaluating.
 threads = {threads}
 
+# For secure sums, that no server can take the place of another client: an Ed25519 key of ssh-keygen, and a folder with
+# the NAME.pub of all domains, from elsewhere than the operator. See docs/secure-aggregation.md.
+# identity_key = "identity"
+# peer_keys = "peers"
+
 # The text encoder: a folder, or an id of the Hugging Face hub. A run for another one is refused by its hash.
 backbone = "{backbone}"
 """
@@ -66,6 +71,14 @@ class _ClientFile(Section):
     policy: str = POLICY
     threads: int = Field(1, ge=1)
     backbone: str = Field(ExperimentConfig().backbone.source, min_length=1)
+    identity_key: str | None = Field(None, min_length=1)
+    peer_keys: str | None = Field(None, min_length=1)
+
+    @model_validator(mode="after")
+    def _both_or_none(self) -> "_ClientFile":
+        if (self.identity_key is None) != (self.peer_keys is None):
+            raise ValueError("identity_key and peer_keys belong together; set both, or neither")
+        return self
 
 
 class _FederationFile(Section):
@@ -86,6 +99,8 @@ class Client:
         policy: the policy file.
         threads: of PyTorch.
         backbone: where the encoder comes from.
+        identity_key: the client's Ed25519 key for secure sums, if any.
+        peer_keys: folder of everybody's public ones.
     """
 
     folder: Path
@@ -95,6 +110,8 @@ class Client:
     policy: Path
     threads: int
     backbone: str
+    identity_key: Path | None
+    peer_keys: Path | None
 
 
 @dataclass(frozen=True)
@@ -174,7 +191,15 @@ def read_client(folder: Path) -> Client:
 
     backbone = str(place(told.backbone)) if place(told.backbone).is_dir() else told.backbone
     return Client(
-        folder, told.name, place(told.domain), place(told.cache_dir), place(told.policy), told.threads, backbone
+        folder,
+        told.name,
+        place(told.domain),
+        place(told.cache_dir),
+        place(told.policy),
+        told.threads,
+        backbone,
+        None if told.identity_key is None else place(told.identity_key),
+        None if told.peer_keys is None else place(told.peer_keys),
     )
 
 

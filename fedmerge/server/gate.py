@@ -167,11 +167,11 @@ def cohort_geometry(adapters: Mapping[str, Adapter]) -> dict[str, dict[str, floa
     layout = survey_adapters(adapters)
     num_domains = len(layout.domains)
     mean = linear_merge_of_many(adapters, layout, torch.full((num_domains,), 1 / num_domains))
-    whole = inner_product(mean, mean)
+    whole = max(0.0, inner_product(mean, mean))  # by rounding below 0 where factors cancel each other
     found = {}
     for domain in layout.domains:
         adapter = adapters[domain]
-        own, shared = inner_product(adapter, adapter), inner_product(adapter, mean)
+        own, shared = max(0.0, inner_product(adapter, adapter)), inner_product(adapter, mean)
         others = num_domains * shared - own  # ⟨Δₖ, sum of the others⟩
         of_others = max(0.0, num_domains**2 * whole - 2 * num_domains * shared + own)
         away = max(0.0, own - 2 * shared + whole)
@@ -186,7 +186,7 @@ def cohort_geometry(adapters: Mapping[str, Adapter]) -> dict[str, dict[str, floa
 def norm_checks(norms: Mapping[str, float]) -> Checks:
     """Updates that are far larger than the cohort's; a small one, or none at all, spoils nothing.
 
-    Updates that are 0 say nothing about the usual size. With fewer than ``SMALLEST_COHORT`` others nothing is checked.
+    Updates that are 0 say nothing about the usual size. With fewer than ``SMALLEST_COHORT`` updates nothing is checked.
     """
     logs = [math.log(norm) for norm in norms.values() if norm > 0]
     if len(logs) < SMALLEST_COHORT:
