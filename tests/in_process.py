@@ -52,6 +52,7 @@ def small_experiment(place: Path, **changes: object) -> ExperimentConfig:
         "train.warmup_steps": 1,
         "train.validate_every_steps": 1,
         "merge.task_arithmetic_coefficients": "0.5",
+        "mergerec.granularities": "domain,layer",
         "mergerec.steps": 2,
         "mergerec.batch_size": 4,
         "runtime.device": "cpu",

@@ -134,6 +134,43 @@ def test_experts_that_a_run_left_in_the_cache_are_not_trained_again(
     assert kept == {name: report["sha256"] for name, report in before.items()}
 
 
+OTHERWISE = """
+[[strategy]]
+name = "plain"
+set = { "merge.methods" = "average" }
+[[strategy]]
+name = "catalog"
+set = { "train.negatives" = "catalog" }
+[[strategy]]
+name = "epsilon-8"
+set = { "train.negatives" = "catalog", "dp.mode" = "user", "dp.epsilon" = 8, "dp.delta" = 1e-6 }
+[[strategy]]
+name = "epsilon-1"
+set = { "train.negatives" = "catalog", "dp.mode" = "user", "dp.epsilon" = 1, "dp.delta" = 1e-6 }
+[[strategy]]
+name = "canaries"
+set = { "audit.canaries" = 3 }
+[[strategy]]
+name = "int8"
+set = { "privacy.transport" = "int8" }
+[[strategy]]
+name = "a-tenth"
+set = { "privacy.transport" = "top-k" }
+[[strategy]]
+name = "a-half"
+set = { "privacy.transport" = "top-k", "privacy.transport_density" = 0.5 }
+"""
+
+
+def test_strategies_that_train_otherwise_do_not_share_their_experts(place: Path) -> None:
+    (place / "otherwise.toml").write_text(
+        FILE[: FILE.index("[[strategy]]")].replace('"average"', '"plain"') + OTHERWISE
+    )
+    grid = grid_in(place, "otherwise", "otherwise.toml")
+    names = [strategy.name for strategy in grid.bench.config.strategy]
+    assert len({grid.run(Place("main", 0, ""), name) for name in names}) == len(names) == 8
+
+
 def test_settings_of_the_experiment_are_changed_on_the_command_line(place: Path) -> None:
     bench = load_bench(place / "bench.toml", ["cache_dir=/elsewhere", "train.max_steps=3"])
     experiment = bench.experiment("main", "mergerec", 1)

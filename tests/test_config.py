@@ -160,6 +160,26 @@ def test_all_problems_are_said_at_once_with_their_dotted_names() -> None:
         ),
         ({"through_clients.users": "own-users"}, "through_clients.users = 'own-users', but nothing is learned through"),
         (
+            {
+                "dp.mode": "domain-central",
+                "dp.epsilon": 1.0,
+                "dp.delta": 1e-6,
+                "merge.methods": "average",
+                "admission.leave_one_out": "true",
+            },
+            "dp.mode = 'domain-central' with admission.leave_one_out: merges without noise would go to the clients",
+        ),
+        (
+            {
+                "dp.mode": "domain-central",
+                "dp.epsilon": 1.0,
+                "dp.delta": 1e-6,
+                "merge.methods": "average",
+                "admission.action": "exclude",
+            },
+            "dp.mode = 'domain-central' with admission.action = 'exclude'",
+        ),
+        (
             {"privacy.policy": "catalog-private", "server.catalogs": "x", "mergerec.select_every": 5},
             "privacy.policy = 'catalog-private': server.catalogs gives the server what the policy keeps at the "
             "clients; set server.catalogs = 'none', or privacy.policy = 'adapter'; mergerec.select_every needs losses",

@@ -108,7 +108,6 @@ def test_merging_choosing_and_admission_need_no_interactions(tmp_path: Path) -> 
     assert result["labels"] == [
         "average",
         *(f"task-arithmetic {coefficient}" for coefficient in (0.2, 0.4, 0.6, 0.8)),
-        "mergerec domain-wise",
         "mergerec layer-wise",
     ]
     assert result["served"] == "average"

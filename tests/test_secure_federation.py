@@ -286,6 +286,9 @@ def test_what_a_client_keeps_for_sums(tmp_path: Path) -> None:
         kept_values(str(tmp_path), "toys", sha256)
     note_revealed(str(tmp_path), "books", sha256, {"a": 0.5, "b": 0.25, "books": 0.25})
     note_revealed(str(tmp_path), "books", sha256, {"books": 0.25, "b": 0.25, "a": 0.5})  # a sum that was killed
+    note_revealed(
+        str(tmp_path), "books", sha256, {"books": 0.25, "b": 0.25, "a": 0.5 * (1 + 1e-15)}
+    )  # rounded otherwise
     note_revealed(str(tmp_path), "books", "other", {"a": 0.5, "c": 0.25, "books": 0.25})
     for company in ({"a": 0.5, "c": 0.25, "books": 0.25}, {"a": 0.25, "b": 0.5, "books": 0.25}):
         with pytest.raises(PolicyError, match=r"summed before, with a 0\.5, b 0\.25, books 0\.25, and now with a"):

@@ -31,6 +31,7 @@ from fedmerge.server.through_clients import (
     read_cohort,
     student_items,
 )
+from sim import records
 
 SETTINGS = replace(PAPER, steps=4, batch_size=3)
 NAME = "toys"
@@ -72,6 +73,13 @@ def test_a_cohort_comes_back_from_disk(adapters: dict[str, Adapter], kept: tuple
     assert sum(map(len, cohort.pseudo.users)) > sum(map(len, items))  # chains have several items
     with pytest.raises(ClientError, match=r"the cohort.s adapters are not in .*elsewhere .*Keep cache_dir"):
         read_cohort(cohort.folder / "elsewhere", NAME, items)
+
+
+@pytest.mark.parametrize("label", ["../../outside", "/srv/models/prod", "", ".hidden", "a/b"])
+def test_no_label_of_a_cohort_leads_out_of_its_folder(adapters: dict[str, Adapter], label: str) -> None:
+    content = records.cohort_record({NAME: adapters[NAME], label: adapters["books"]})
+    with pytest.raises(ClientError, match="the cohort names a domain"):
+        records.read_cohort(content)
 
 
 def test_item_vectors_are_made_once_a_merge(
