@@ -131,6 +131,39 @@ class Killed(BaseException):
     pass
 
 
+LEARNED = {"merge.methods": "mergerec", "mergerec.granularities": "layer", "admission.rollback": True}
+
+
+def test_coefficients_are_learned_with_and_without_the_flagged_through_the_clients(place: Path) -> None:
+    folder = run(place, "private", **ATTACK, **LEARNED, **{"privacy.policy": "catalog-private"})
+    assert (folder / DONE).is_file()
+    assert read_json(folder / "clients.json")["excluded"] == {}
+    merged = {path.name: len(read_json(path / "provenance.json")["domains"]) for path in (folder / "merged").iterdir()}
+    assert merged == {"mergerec-layer-wise": 5, "mergerec-layer-wise-without-coffee": 4}
+
+
+def test_a_run_killed_in_its_second_learned_merge_goes_on(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes: dict[str, Any] = {**ATTACK, **LEARNED, "run_id": "killed-second"}
+    kept = checkpoints.keep_merge
+
+    def dying(run_dir: Path, candidate: Any, name: str) -> None:
+        if "without" in candidate.label:
+            raise Killed
+        kept(run_dir, candidate, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "keep_merge", dying)
+        with pytest.raises(Killed):
+            run_in_process(experiment(place, **changes))
+    run_in_process(experiment(place, **changes, resume=True))
+    folder = place / "runs" / "killed-second"
+    assert (folder / DONE).is_file()
+    assert {path.name for path in (folder / "merged").iterdir()} == {
+        "mergerec-layer-wise",
+        "mergerec-layer-wise-without-coffee",
+    }
+
+
 @pytest.mark.parametrize("dies_at", ["second vote", "merging"])
 def test_a_run_killed_at_the_gate_goes_on(
     place: Path, attacked: Path, dies_at: str, monkeypatch: pytest.MonkeyPatch
