@@ -49,7 +49,7 @@ LOCK_FILE = "lock"
 LOCK_ATTEMPTS = 3
 ROWS_AT_ONCE = 10_000
 WHERE_IT_LIES = {"output_dir", "run_id", "resume"}  # settings that name a run and do not change it
-_SPACE = "Make space there or check the permissions, then go on with fedmerge run --resume."
+_SPACE = "Make space there or check the permissions, then do it again; a run goes on with fedmerge run --resume."
 
 
 def new_run_id(name: str) -> str:

@@ -110,7 +110,8 @@ def run_federation(
     if num_supernodes < 1 or gpus_per_client < 0:
         raise ConfigError(f"{num_supernodes} supernodes, {gpus_per_client} GPUs per client: expected >= 1 and >= 0")
     if cpus_per_client < 1 or (num_cpus is not None and cpus_per_client > num_cpus):
-        raise ConfigError(f"cpus_per_client = {cpus_per_client}: expected 1 to {num_cpus or 'what a node has'}")
+        most = "the processors of a node" if num_cpus is None else f"the {num_cpus} processors there are"
+        raise ConfigError(f"runtime.threads_per_client = {cpus_per_client}: expected 1 to {most}; lower it")
     flwr = _check(app_dir, run_config_file)
     mark = mark or secrets.token_hex(16)
     temporary = tempfile.gettempdir()

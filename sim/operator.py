@@ -66,10 +66,10 @@ def start(deployment: Deployment, say: Callable[[str], None]) -> int:
             try:
                 probe.bind(("127.0.0.1", port))
             except OSError as error:
-                raise DeploymentError(
-                    f"port {port} of {what} cannot be had ({error.strerror}). Does the federation run already? See "
-                    f"fedmerge deploy status {deployment.folder}"
-                ) from error
+                remedy = f"Does the federation run already? See fedmerge deploy status {deployment.folder}"
+                if isinstance(error, PermissionError):
+                    remedy = "Ports below 1024 are for root: make the deployment with a higher --port"
+                raise DeploymentError(f"port {port} of {what} cannot be had ({error.strerror}). {remedy}.") from error
     mark = secrets.token_hex(16)
     variables = operator_environment(deployment) | {MARK: mark}
     server = deployment.folder / "server"
@@ -192,7 +192,10 @@ def expiring(deployment: Deployment) -> list[str]:
         until = expires(path)
         days = (until - datetime.now(UTC)).days
         if days < SOON_DAYS:
-            lines.append(f"{path} is valid until {until:%Y-%m-%d}: fedmerge deploy renew {deployment.folder}")
+            remedy = f"fedmerge deploy renew {deployment.folder}"
+            if path.name == "ca.crt":
+                remedy = "with it every certificate ends; make a new deployment, whose bundles all clients need"
+            lines.append(f"{path} is valid until {until:%Y-%m-%d}: {remedy}")
     return lines
 
 

@@ -4,6 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from fedmerge.config import LEARNED_METHODS, ExperimentConfig
 from fedmerge.domain.catalog import Catalog
 from fedmerge.encoder.backbone import Backbone
 from fedmerge.encoder.lora import Adapter, adapter_sha256, applied, fresh_adapter
+from fedmerge.errors import ConfigError
 from fedmerge.federated.rounds import GlobalState, aggregate, aggregate_mean, fresh_seed, initial_state
 from fedmerge.federated.rules import MergeFunction, parsed_parameters, rule_named, rule_of, rule_parameters
 from fedmerge.federated.summed import num_summed
@@ -91,7 +93,7 @@ def run_rounds(
 
 
 def check_rounds(config: ExperimentConfig) -> None:
-    """Refuse parameters that the rule does not have, before anything starts.
+    """Refuse parameters that the rule does not have, and a trimmed mean of too few, before anything starts.
 
     Raises:
         ConfigError: which.
@@ -99,7 +101,13 @@ def check_rounds(config: ExperimentConfig) -> None:
     rule = config.rounds.rule
     if rule is not None:
         row = rule_of(lambda updates: next(iter(updates.values()))) if rule in LEARNED_METHODS else rule_named(rule)
-        rule_parameters(rule, row, parsed_parameters(config.rounds.parameters))
+        parameters = rule_parameters(rule, row, parsed_parameters(config.rounds.parameters))
+        clients = max(1, math.ceil(config.rounds.fraction * len(config.domains.train)))
+        if rule == "trimmed-mean" and math.floor(Fraction(str(parameters["trim"])) * clients) < 1:
+            raise ConfigError(
+                f"rounds.rule = 'trimmed-mean' with trim = {parameters['trim']} and {clients} clients in a round cuts "
+                "off nobody; raise trim in rounds.parameters to one over the clients, or name more domains"
+            )
 
 
 def _round(

@@ -164,7 +164,7 @@ def test_a_process_that_is_being_executed_is_ended_though_it_shows_no_mark(tmp_p
     ("arguments", "message"),
     [
         ({"num_supernodes": 0}, "0 supernodes"),
-        ({"cpus_per_client": 10_000}, "cpus_per_client = 10000: expected 1 to"),
+        ({"cpus_per_client": 10_000}, "runtime.threads_per_client = 10000: expected 1 to the"),
         ({"gpus_per_client": -1.0}, "-1.0 GPUs"),
         ({"app_dir": Path("/nowhere")}, "/nowhere: no pyproject.toml"),
         ({"run_config_file": Path("/nowhere.toml")}, "/nowhere.toml: expected an existing file"),

@@ -260,9 +260,7 @@ def test_a_folder_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_named_with_the_way_to_go_on_and_leaves_nothing(tmp_path: Path) -> None:
-    remedy = (
-        r"cannot be written \(.*\)\. Make space there or check the permissions, then go on with fedmerge run --resume"
-    )
+    remedy = r"cannot be written \(.*\)\. Make space there or check the permissions, then do it again; a run"
     rows = [{"a": number} for number in range(10_000)]
     with full_disk(1000):
         with pytest.raises(RunDirError, match=remedy):

@@ -89,7 +89,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"rounds.rule": "krum"}, "rounds.rule is krum"),
     ({"rounds.rule": "hetlora"}, "rounds.rule is hetlora"),
     ({"rounds.rule": "mergerec"}, "rounds.rule is mergerec"),
-    ({"rounds.rule": "fedit", "lora.ranks": "books=2"}, "lora.ranks differ, but rounds.rule = 'fedit' sums factors"),
+    (
+        {"rounds.rule": "fedit", "lora.ranks": "books=2"},
+        "lora.ranks differ, but rounds.rule = 'fedit' averages",
+    ),
     (
         {"domains.train": "books,coffee"},
         "with 2 clients in a sum: with fewer than 3 one client reads another's adapter",

@@ -97,6 +97,10 @@ def _check(options: argparse.Namespace) -> int:
     from fedmerge.config import load_config
 
     config = load_config(options.config, options.overrides)
+    if config.rounds.rule is not None:
+        from sim.rounds import check_rounds  # imports torch, for which other experiments need not wait
+
+        check_rounds(config)
     domains = f"{len(config.domains.train)} training and {len(config.domains.unseen)} unseen domains"
     print(
         f"{options.config}: valid ({config.name}: {domains}, methods {', '.join(config.merge.methods)}, "

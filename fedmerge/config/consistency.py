@@ -51,6 +51,11 @@ def check_together(config: ExperimentConfig) -> None:
     _check_admission(config)
     if problem := too_few_for_krum(config.rounds, len(config.domains.train)):
         raise ValueError(problem)
+    if rule in ("fedit", "ffa-lora") and config.lora.ranks:
+        raise ValueError(
+            f"lora.ranks differ, but rounds.rule = '{rule}' averages factors of one shape; leave lora.ranks out, or "
+            "choose flexlora, flora or hetlora"
+        )
     if strange := sorted({text.partition("=")[0] for text in config.lora.ranks} - {*config.domains.train}):
         raise ValueError(f"lora.ranks names {', '.join(strange)}, not among domains.train; correct the name")
     _check_dp(config)
@@ -158,10 +163,6 @@ def _check_aggregate_only(config: ExperimentConfig) -> None:
         raise ValueError(
             f"rounds.rule is {rule}, which {why}, but {hidden}; use one of {', '.join(SUMMED_RULES)}, or set "
             "privacy.policy = 'adapter'"
-        )
-    elif rule in ("fedit", "ffa-lora") and config.lora.ranks:
-        raise ValueError(
-            f"lora.ranks differ, but rounds.rule = '{rule}' sums factors of one shape; leave lora.ranks out"
         )
     drawn = num_domains if rule is None else math.ceil(config.rounds.fraction * num_domains)
     if drawn < MIN_SUMMED:
