@@ -139,7 +139,7 @@ def train_round(
 
 
 def settings_of_round(settings: Train, task: RoundTask) -> Train:
-    """The part of the budgets that a round has; over all rounds the steps add up to ``max_steps``."""
+    """The part of the budgets that a round has: a step or more; ``max_steps`` in all, where rounds are not more."""
     before, upto = ((settings.max_steps or 0) * number // task.num_rounds for number in (task.number - 1, task.number))
     shares = {
         "max_steps": max(1, upto - before) if settings.max_steps else None,
