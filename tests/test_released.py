@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from flwr.app import Context, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
 from in_process import small_experiment
 
 from fedmerge.config import ExperimentConfig, from_flat, to_flat
@@ -18,6 +19,7 @@ FIRST = records.RoundRequest(1, 2, "A and B", 7)
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> ExperimentConfig:
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
     private = {"dp.mode": "user", "dp.noise_multiplier": 2.0, "dp.delta": 1e-3, "train.negatives": "catalog"}
     rounds = {"rounds.rule": "fedit", "rounds.number": 2, "train.max_steps": 2, "run_id": "run"}
     return small_experiment(tmp_path_factory.mktemp("released"), **private, **rounds)
