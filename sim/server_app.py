@@ -24,8 +24,9 @@ from fedmerge.encoder.backbone import Backbone, load_backbone
 from fedmerge.encoder.lora import fresh_adapter
 from fedmerge.errors import ClientError
 from fedmerge.privacy.accountant import opacus_accountants
+from fedmerge.privacy.agreed import check_spent
 from fedmerge.privacy.signatures import registered_keys
-from fedmerge.privacy.statement import PRIVACY_FILE, check_spent, privacy_statement, statement_text
+from fedmerge.privacy.statement import PRIVACY_FILE, privacy_statement, statement_text
 from fedmerge.privacy.transport import coding_of
 from fedmerge.report.run_report import Evaluated, attack_note, metric_rows, product_rows, run_report
 from fedmerge.report.tables import Role
@@ -226,7 +227,7 @@ def _say_what_was_spent(config: ExperimentConfig, run_dir: Path, evaluated: bool
     """Write down what differential privacy the run gives, if any; what the report says of it."""
     if config.dp.mode == "none":
         return ""
-    statement = privacy_statement(config.dp, spent_by_domain(run_dir), evaluated)
+    statement = privacy_statement(config.dp, spent_by_domain(run_dir, config.dp.mode), evaluated)
     write_json(run_dir / PRIVACY_FILE, statement)
     return "\n" + statement_text(statement)
 
@@ -305,7 +306,7 @@ def _train(
         coding = coding_of(config, domain, backbone)
         adapter, report = records.read_expert(content, coding, likes[config.lora.of(domain).rank])
         check_adapter(domain, adapter, layouts[domain])
-        check_spent(domain, config.dp, report.get("privacy"))
+        check_spent(domain, config, report.get("privacy"), federation.descriptions[domain].num_users)
         if sent := report.get("transport"):
             logger.info("%s: expert came as %s, relative residual %s", domain, sent.get("kind"), sent.get("residual"))
         seconds = float(report.get("seconds", 0))
