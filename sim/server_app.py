@@ -190,10 +190,13 @@ def _experiment(config: ExperimentConfig, federation: Federation, run_dir: Path)
     )
     report += _say_what_was_spent(config, run_dir, evaluated=True)
     write_text(run_dir / "report.txt", report)
-    if config.tracking is not None:
-        track_run(run_dir, config.tracking)
     write_text(run_dir / DONE, f"finished after {time.monotonic() - started:.0f} s\n")
     federation.forget_ledger_lines()
+    if config.tracking is not None:
+        try:
+            track_run(run_dir, config.tracking)
+        except Exception:  # of a package that is not ours; the run is finished whatever it does
+            logger.warning("tracking = '%s' failed; the run is finished without it", config.tracking, exc_info=True)
     logger.info("results\n\n%s", report)
     say_who_took_part(federation, config)
     logger.info("done in %.0f s, run folder: %s", time.monotonic() - started, run_dir)
