@@ -63,12 +63,12 @@ def test_another_request_for_a_round_that_was_released_is_refused(config: Experi
         path.write_text(text)
 
 
-@pytest.mark.parametrize("changes", [{"num_rounds": 1}, {"number": 3}, {"number": 0}, {"number": 3, "num_rounds": 3}])
+@pytest.mark.parametrize(("number", "num_rounds"), [(1, 1), (3, 2), (0, 2), (3, 3)])
 def test_a_round_that_the_noise_was_not_chosen_for_is_refused(
-    config: ExperimentConfig, changes: dict[str, int]
+    config: ExperimentConfig, number: int, num_rounds: int
 ) -> None:
-    asked = replace(FIRST, **changes)
-    expected = f"asked for round {asked.number} of {asked.num_rounds}, but its noise is chosen for the 2 of rounds"
+    asked = replace(FIRST, number=number, num_rounds=num_rounds)
+    expected = f"asked for round {number} of {num_rounds}, but its noise is chosen for the 2 of rounds.number"
     assert expected in refusal(config, asked)
 
 
