@@ -24,10 +24,11 @@ from fedmerge.client.evaluate import evaluate
 from fedmerge.client.experts import expert_by_hash, trained_expert
 from fedmerge.client.local_domain import LocalDomain, open_domain
 from fedmerge.client.metrics import BACKBONE, EXPERT
+from fedmerge.client.released import Release, check_counted, released_once
 from fedmerge.client.rounds import RoundTask, train_round
 from fedmerge.client.summed import keep_values
 from fedmerge.client.user_dp import plan_record, user_plan
-from fedmerge.config import ExperimentConfig, Text, from_flat
+from fedmerge.config import ExperimentConfig, Lora, Text, from_flat
 from fedmerge.device import resolve_compute
 from fedmerge.domain.catalog import catalog_to_bytes
 from fedmerge.domain.demo import domains_root
@@ -182,11 +183,22 @@ def _trained(client: Client, message: Message) -> tuple[Adapter, dict[str, Any],
 
 def _trained_round(client: Client, message: Message) -> tuple[Adapter, dict[str, Any], Adapter | None]:
     config, domain = client.config, client.domain
+    name = domain.manifest.name
     request, start, base = records.read_round_request(message.content)
-    lora = config.lora.of(domain.manifest.name)
+    lora = config.lora.of(name)
     if start is None:
         start = fresh_adapter(domain.backbone, lora, request.fresh_seed)
     task = RoundTask(request.number, request.num_rounds, start, base, request.trained, config.rounds.proximal)
+    if config.dp.mode == "user":
+        check_counted(name, config, task)
+        released = released_once(domain, config, task, lambda: _round(client, task, lora))
+    else:
+        released = _round(client, task, lora)
+    return released.adapter, dict(released.told), start
+
+
+def _round(client: Client, task: RoundTask, lora: Lora) -> Release:
+    config, domain = client.config, client.domain
     trained_on, settings = training_inputs(domain, config)
     plan = user_plan(domain, config.train, config.dp) if config.dp.mode == "user" else None
     adapter, report = train_round(trained_on, lora, settings, config.seed, task, logger.info, plan)
@@ -194,7 +206,7 @@ def _trained_round(client: Client, message: Message) -> tuple[Adapter, dict[str,
     told = asdict(report) | {"privacy": plan and plan_record(replace(plan, steps=report.steps))}
     if len(domain.training_sequences) < config.privacy.min_users:
         told["loss"] = None
-    return adapter, told, start
+    return Release(adapter, told)
 
 
 @app.query("secagg_advertise")

@@ -1,11 +1,14 @@
-"""What travels between server and clients as Flower records. The only file that knows record keys."""
+"""What travels between server and clients as Flower records; ``secure_records`` has what a secure sum adds.
+
+No other file knows record keys.
+"""
 
 import hashlib
 import io
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, TypeVar
 
@@ -32,6 +35,8 @@ OWN_EXPERT = "own"
 FLOAT32 = Coding()
 
 NOT_FRESH = -1  # a round starts from the adapter that is sent
+
+LARGEST_COUNT, LARGEST_NUMBER = 2**53, 1e30  # in a report
 
 T = TypeVar("T")
 T_Scalar = TypeVar("T_Scalar", bound=np.generic)
@@ -196,6 +201,12 @@ def read_report(content: RecordDict) -> dict[str, Any]:
         raise ClientError("its training report is not JSON; use one fedmerge version everywhere") from error
     if not isinstance(report, dict):
         raise ClientError(f"its training report is a {type(report).__name__}, expected an object")
+    for key, (expected, fits) in _REPORT.items():
+        if key in report and not fits(report[key]):
+            raise ClientError(
+                f"its training report has {key} = {json.dumps(report[key])[:80]}, expected {expected}; use one "
+                "fedmerge version everywhere"
+            )
     return report
 
 
@@ -545,6 +556,35 @@ def _config(content: RecordDict, key: str) -> ConfigRecord:
     if record is None:
         raise ClientError(f"its message has no record {key!r} (records: {sorted(content)})")
     return record
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < LARGEST_COUNT
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < LARGEST_NUMBER  # NaN is not
+
+
+def _is_validation(value: Any) -> bool:
+    if not isinstance(value, dict) or not _is_count(value.get("step")):
+        return False
+    return all(value.get(key) is None or _is_number(value[key]) for key in ("loss", "ndcg"))
+
+
+_REPORT: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
+    **dict.fromkeys(("steps", "best_step", "validation_users"), ("a count", _is_count)),
+    "seconds": ("a number", _is_number),
+    "loss": ("a number, or null", lambda value: value is None or _is_number(value)),
+    **dict.fromkeys(("stopped_by", "sha256"), ("a text", lambda value: isinstance(value, str))),
+    "cached": ("true or false", lambda value: isinstance(value, bool)),
+    "privacy": ("an object, or null", lambda value: value is None or isinstance(value, dict)),
+    "transport": ("an object", lambda value: isinstance(value, dict)),
+    "validations": (
+        "a list of objects with step, loss and ndcg",
+        lambda value: isinstance(value, list) and all(map(_is_validation, value)),
+    ),
+}
 
 
 def _dataclass(kind: type[T], values: Mapping[str, Any]) -> T:

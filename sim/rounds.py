@@ -19,7 +19,7 @@ from fedmerge.federated.rounds import GlobalState, aggregate, aggregate_mean, fr
 from fedmerge.federated.rules import MergeFunction, parsed_parameters, rule_named, rule_of, rule_parameters
 from fedmerge.federated.summed import num_summed
 from fedmerge.merging.methods import Value
-from fedmerge.privacy.statement import check_spent
+from fedmerge.privacy.agreed import check_spent
 from fedmerge.seeding import generator
 from fedmerge.server.admission import adapter_bytes, check_adapter, check_frozen_A, layout_of
 from fedmerge.server.candidates import Candidate, merge_candidates
@@ -144,7 +144,7 @@ def _round(
         check_adapter(domain, adapter, layout_of(state.starts[domain]))
         if trained == "B":
             check_frozen_A(domain, adapter, state.starts[domain])
-        check_spent(domain, config.dp, report.get("privacy"))
+        check_spent(domain, config, report.get("privacy"), federation.descriptions[domain].num_users, number)
         keep_reply(run_dir, number, domain, adapter, report, backbone.name)
         replies[domain] = (adapter, report)
 

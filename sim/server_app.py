@@ -25,8 +25,9 @@ from fedmerge.encoder.backbone import Backbone, load_backbone
 from fedmerge.encoder.lora import fresh_adapter
 from fedmerge.errors import ClientError
 from fedmerge.privacy.accountant import opacus_accountants
+from fedmerge.privacy.agreed import check_spent
 from fedmerge.privacy.signatures import registered_keys
-from fedmerge.privacy.statement import PRIVACY_FILE, check_spent, privacy_statement, statement_text
+from fedmerge.privacy.statement import PRIVACY_FILE, privacy_statement, statement_text
 from fedmerge.privacy.transport import coding_of
 from fedmerge.report.run_report import Evaluated, attack_note, metric_rows, product_rows, run_report
 from fedmerge.report.tables import Role
@@ -190,10 +191,13 @@ def _experiment(config: ExperimentConfig, federation: Federation, run_dir: Path)
     )
     report += _say_what_was_spent(config, run_dir, evaluated=True)
     write_text(run_dir / "report.txt", report)
-    if config.tracking is not None:
-        track_run(run_dir, config.tracking)
     write_text(run_dir / DONE, f"finished after {time.monotonic() - started:.0f} s\n")
     federation.forget_ledger_lines()
+    if config.tracking is not None:
+        try:
+            track_run(run_dir, config.tracking)
+        except Exception:  # of a package that is not ours; the run is finished whatever it does
+            logger.warning("tracking = '%s' failed; the run is finished without it", config.tracking, exc_info=True)
     logger.info("results\n\n%s", report)
     say_who_took_part(federation, config)
     logger.info("done in %.0f s, run folder: %s", time.monotonic() - started, run_dir)
@@ -227,7 +231,7 @@ def _say_what_was_spent(config: ExperimentConfig, run_dir: Path, evaluated: bool
     """Write down what differential privacy the run gives, if any; what the report says of it."""
     if config.dp.mode == "none":
         return ""
-    statement = privacy_statement(config.dp, spent_by_domain(run_dir), evaluated)
+    statement = privacy_statement(config.dp, spent_by_domain(run_dir, config.dp.mode), evaluated)
     write_json(run_dir / PRIVACY_FILE, statement)
     return "\n" + statement_text(statement)
 
@@ -307,7 +311,7 @@ def _train(
         coding = coding_of(config, domain, backbone)
         adapter, report = records.read_expert(content, coding, likes[config.lora.of(domain).rank])
         check_adapter(domain, adapter, layouts[domain])
-        check_spent(domain, config.dp, report.get("privacy"))
+        check_spent(domain, config, report.get("privacy"), federation.descriptions[domain].num_users)
         if sent := report.get("transport"):
             logger.info("%s: expert came as %s, relative residual %s", domain, sent.get("kind"), sent.get("residual"))
         seconds = float(report.get("seconds", 0))

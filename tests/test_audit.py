@@ -14,11 +14,13 @@ from in_process import run_in_process, small_experiment
 import sim.federation
 import sim.welcome
 from fedmerge.cli import main
+from fedmerge.client.audit import Audited, audit_domain
 from fedmerge.client.audit_users import CANARY_LENGTH, canaries, for_audit, left_out_users
 from fedmerge.client.local_domain import open_domain
 from fedmerge.config import Audit, ExperimentConfig, to_flat
 from fedmerge.encoder.backbone import Backbone
-from fedmerge.encoder.lora import read_adapter
+from fedmerge.encoder.lora import fresh_adapter, read_adapter
+from fedmerge.report.audit_text import audit_text
 from sim import records
 from sim.client_app import app as client_app
 
@@ -154,6 +156,18 @@ def test_an_audit_of_a_run(run: ExperimentConfig, capsys: Capsys) -> None:
     text = (folder_of(run) / "privacy-audit.txt").read_text()
     for part in ("LiRA", "who was trained on", "bought one after the other", "canaries (3 planted", "15 were left out"):
         assert part in text
+
+
+def test_after_rounds_there_is_nothing_that_shadows_could_stand_for(backbone: Backbone, run: ExperimentConfig) -> None:
+    domain = open_domain(Path(run.domains.root) / "books", backbone, run.text)
+    merged = fresh_adapter(backbone, run.lora.of("books"), seed=0)
+    lines: list[str] = []
+    found = audit_domain(Audited(domain, run, None, merged, {}, None), 8, lines.append)
+    assert found["shadows"] == 0
+    assert not any("shadow 1 of" in line for line in lines)
+    assert {row["model"] for row in found["membership"]} == {"backbone", "merged"}
+    text = audit_text({"run": "rounds", "dp": {}, "domains": {"books": found}})
+    assert "0 shadow trainings (neither an expert nor a merge that is a plain sum, as after rounds: none" in text
 
 
 def test_an_audit_needs_users_who_were_left_out(place: Path, run: ExperimentConfig, capsys: Capsys) -> None:

@@ -12,9 +12,10 @@ from scipy import stats
 from fedmerge.config import DP, ExperimentConfig, from_flat
 from fedmerge.encoder.lora import Adapter, LoraModule
 from fedmerge.errors import ClientError, LayoutMismatchError
-from fedmerge.privacy.accountant import Release, spent_epsilon
+from fedmerge.privacy.accountant import Release, calibrated_noise, spent_epsilon
+from fedmerge.privacy.agreed import check_spent
 from fedmerge.privacy.domain_noise import clip_factor, domain_noise, domain_record, noised_average, noised_factors
-from fedmerge.privacy.statement import check_spent, privacy_statement, statement_text
+from fedmerge.privacy.statement import privacy_statement, statement_text
 from fedmerge.seeding import generator
 from fedmerge.server.candidates import merge_candidates
 from fedmerge.server.spent import EVERY_DOMAIN, spent_by_domain
@@ -171,25 +172,75 @@ def test_a_domain_release_counts_replacement_already() -> None:
     assert record["unit"] == "domain"
 
 
+AGREED: dict[str, Any] = {
+    "dp.mode": "user",
+    "dp.noise_multiplier": 1.0,
+    "dp.delta": 1e-5,
+    "train.negatives": "catalog",
+    "train.batch_size": 60,
+    "train.max_steps": 10,
+}
+
+
 @pytest.mark.parametrize(
     ("told", "message"),
     [
         (None, "dp.mode is 'user', but its report says nothing of noise. Use one configuration"),
-        ({**RECORD, "clip": 2.0}, "is not what dp.. asks for"),
+        ({**RECORD, "clip": 2.0}, "is not what dp.. asks for: clip 2.0 instead of 1.0"),
         ({**RECORD, "unit": "domain"}, "is not what dp.. asks for"),
         ({**RECORD, "randomness": "seeded"}, "is not what dp.. asks for"),
         ({**RECORD, "noise_multiplier": "much"}, "is not what dp.. asks for"),
+        ({**RECORD, "noise_multiplier": 0.001}, "noise_multiplier 0.001 instead of 1.0. Use one"),
+        ({**RECORD, "noise_multiplier": 10**400}, "is not what dp.. asks for"),
+        ({**RECORD, "noise_multiplier": math.nan}, "is not what dp.. asks for"),
         ({**RECORD, "sample_rate": 0}, "is not what dp.. asks for"),
+        ({**RECORD, "sample_rate": 0.2}, "sample_rate 0.2 instead of 0.1"),
+        ({**RECORD, "steps": 10**9}, "steps 1000000000 instead of 10"),
+        ({**RECORD, "steps": 10.0}, "steps 10.0 instead of 10"),
+        ({**RECORD, "steps": True}, "steps True instead of 10"),
+        ({**RECORD, "num_units": 601, "sample_rate": 60 / 601}, "trained on 601 users, expected 1 to the 600"),
+        ({**RECORD, "num_units": 0}, "trained on 0 users"),
+        ({**RECORD, "num_units": 600.0}, "trained on 600.0 users"),
+        ({"x": 1}, "trained on None users"),
     ],
 )
-def test_a_client_that_does_not_say_what_it_spent_is_refused(told: Any, message: str) -> None:
+def test_a_client_that_says_something_else_than_was_agreed_is_refused(told: Any, message: str) -> None:
     with pytest.raises(ClientError, match=f"domain books: .*{message}"):
-        check_spent("books", USER, told)
+        check_spent("books", from_flat(AGREED), told, 600)
 
 
 def test_what_was_agreed_is_taken() -> None:
-    check_spent("books", USER, RECORD)
-    check_spent("books", DP(), None)
+    config = from_flat(AGREED)
+    check_spent("books", config, RECORD, 600)
+    check_spent(
+        "books", config, {**RECORD, "num_units": 500, "sample_rate": 0.12}, 600
+    )  # who bought once trains nothing
+    check_spent("books", from_flat({}), None, 600)
+    rounds = from_flat({**AGREED, "rounds.rule": "fedit", "rounds.number": 3})
+    for number, steps in enumerate((3, 3, 4), start=1):
+        check_spent("books", rounds, {**RECORD, "steps": steps}, 600, number)
+    with pytest.raises(ClientError, match="steps 10 instead of 3"):
+        check_spent("books", rounds, RECORD, 600, 1)
+
+
+def test_the_noise_of_an_epsilon_is_the_one_that_meets_it() -> None:
+    flat = {**AGREED, "dp.noise_multiplier": "none", "dp.epsilon": 2.0, "dp.accountant": "rdp"}
+    noise = calibrated_noise(2.0, 1e-5, 0.1, 10, "rdp")
+    check_spent("books", from_flat(flat), {**RECORD, "noise_multiplier": noise}, 600)
+    for factor in (0.9, 1.1):
+        with pytest.raises(ClientError, match=r"noise_multiplier .* instead of"):
+            check_spent("books", from_flat(flat), {**RECORD, "noise_multiplier": factor * noise}, 600)
+    local = from_flat({"dp.mode": "domain-local", "dp.noise_multiplier": 4.0, "dp.delta": 1e-5})
+    check_spent("books", local, domain_record(local.dp, 4.0), 600)
+    with pytest.raises(ClientError, match=r"noise_multiplier 0.001 instead of 4.0"):
+        check_spent("books", local, domain_record(local.dp, 0.001), 600)
+
+
+def test_the_statement_says_where_rdp_had_to_count() -> None:
+    dp = DP(mode="user", noise_multiplier=0.01, delta=1e-5)
+    statement = privacy_statement(dp, {"books": [{**RECORD, "noise_multiplier": 0.01, "steps": 60}]}, False)
+    assert statement["domains"]["books"]["accountant"] == "rdp"
+    assert "counted by rdp, an upper bound, since prv would take too large a grid: books." in statement_text(statement)
 
 
 def test_a_runs_releases_are_found_wherever_they_were_made(tmp_path: Path) -> None:
@@ -206,8 +257,15 @@ def test_a_runs_releases_are_found_wherever_they_were_made(tmp_path: Path) -> No
         (tmp_path / "rounds" / f"{number}.json").write_text(json.dumps({"clients": clients}))
     (tmp_path / "merged" / "average").mkdir(parents=True)
     (tmp_path / "merged" / "average" / "provenance.json").write_text(json.dumps({"privacy": RECORD}))
-    assert {domain: len(found) for domain, found in spent_by_domain(tmp_path).items()} == {
-        "books": 1,
-        "coffee": 2,
-        EVERY_DOMAIN: 1,
-    }
+    found = spent_by_domain(tmp_path, "user")
+    assert {domain: len(releases) for domain, releases in found.items()} == {"books": 1, "coffee": 2}
+    assert spent_by_domain(tmp_path, "domain-central") == {EVERY_DOMAIN: [RECORD]}
+
+
+def test_what_clients_say_counts_for_nothing_where_the_server_adds_the_noise(tmp_path: Path) -> None:
+    for path, told in {"adapters/books/training.json": {"x": 1}, "merged/average/provenance.json": RECORD}.items():
+        (tmp_path / path).parent.mkdir(parents=True)
+        (tmp_path / path).write_text(json.dumps({"privacy": told}))
+    dp = DP(mode="domain-central", noise_multiplier=1.0, delta=1e-5, accountant="rdp")
+    statement = privacy_statement(dp, spent_by_domain(tmp_path, dp.mode), True)
+    assert statement["domains"].keys() == {EVERY_DOMAIN}

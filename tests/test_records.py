@@ -56,7 +56,7 @@ def test_a_catalog_comes_back() -> None:
 
 
 def test_an_expert_comes_back_to_the_last_bit() -> None:
-    report = {"steps": 3, "validations": [{"loss": None, "ndcg": 0.1}], "stopped_by": "ü"}
+    report = {"steps": 3, "validations": [{"step": 0, "loss": None, "ndcg": 0.1}], "stopped_by": "ü"}
     found, found_report = records.read_expert(travelled(records.expert_record(adapter(), report)))
     assert adapter_sha256(found) == adapter_sha256(adapter())
     assert found_report == report
@@ -331,3 +331,27 @@ def test_the_ledger_holds_no_values() -> None:
 def test_the_ledger_takes_everything_that_a_client_can_send() -> None:
     content = RecordDict({"facts": ConfigRecord({"parts": [b"a", b"bc"]})})
     assert [row["name"] for row in records.contents(content)] == ["facts.parts"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"validations": [1]}, r"validations = \[1\], expected a list of objects with step, loss and ndcg"),
+        ({"validations": 1}, "validations = 1, expected a list"),
+        ({"validations": [{"step": "x"}]}, "expected a list of objects with step"),
+        ({"validations": [{"step": 1, "ndcg": [1]}]}, "expected a list of objects with step"),
+        ({"loss": "x"}, 'loss = "x", expected a number, or null; use one fedmerge version'),
+        ({"loss": float("nan")}, "loss = NaN, expected a number"),
+        ({"steps": 1.5}, "steps = 1.5, expected a count"),
+        ({"steps": 10**100}, "expected a count"),
+        ({"best_step": True}, "best_step = true, expected a count"),
+        ({"seconds": None}, "seconds = null, expected a number"),
+        ({"stopped_by": []}, "expected a text"),
+        ({"privacy": 1}, "expected an object, or null"),
+        ({"transport": "x"}, "expected an object"),
+    ],
+)
+def test_a_report_of_another_form_is_refused(changes: dict[str, Any], message: str) -> None:
+    for content in (records.expert_record(adapter(), changes), records.report_record(changes)):
+        with pytest.raises(ClientError, match=f"its training report has {message}"):
+            records.read_report(travelled(content))

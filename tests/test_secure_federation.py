@@ -18,7 +18,7 @@ from in_process import answer_honestly, run_in_process, small_experiment
 from fedmerge.client.summed import keep_values, kept_values, note_revealed
 from fedmerge.config import ExperimentConfig
 from fedmerge.encoder.lora import Adapter, read_adapter
-from fedmerge.errors import AggregationError, ClientError, PolicyError
+from fedmerge.errors import AggregationError, ClientError, ConfigError, PolicyError
 from fedmerge.privacy.secagg.client import advertise
 from fedmerge.privacy.secagg.identity import read_identity, read_registered
 from fedmerge.privacy.secagg.server import new_session
@@ -94,7 +94,7 @@ def gone_at(step: str, domain: str) -> Callable[[Message, Context], Message | No
 @pytest.fixture(autouse=True)
 def _quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sim.federation.POLL_SECONDS", 0.02)
-    monkeypatch.setattr("sim.server_app.POLL_SECONDS", 0.02)
+    monkeypatch.setattr("sim.welcome.POLL_SECONDS", 0.02)
 
 
 @pytest.fixture(scope="module")
@@ -320,6 +320,7 @@ def test_nodes_with_registered_keys_refuse_keys_that_are_not_signed(tmp_path: Pa
     contexts, keys = {}, {}
     for number, name in enumerate(TRAIN):
         private = Ed25519PrivateKey.generate()
+        (tmp_path / name).touch(mode=0o600)
         (tmp_path / name).write_bytes(private.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
         public = private.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
         (tmp_path / "peers" / f"{name}.pub").write_bytes(public + b" someone@example.org\n")
@@ -342,7 +343,13 @@ def test_nodes_with_registered_keys_refuse_keys_that_are_not_signed(tmp_path: Pa
     (tmp_path / "peers" / "toys.pub").write_text("ssh-rsa AAAA")
     with pytest.raises(ClientError, match=r"toys\.pub: cannot be read as an Ed25519 key .*ssh-keygen -t ed25519"):
         read_registered(tmp_path / "peers")
+    with pytest.raises(ClientError, match="nowhere: cannot be read as an Ed25519 key"):
+        read_identity(tmp_path / "nowhere")
+    (tmp_path / "peers" / "toys.pub").chmod(0o600)
     with pytest.raises(ClientError, match="cannot be read as an Ed25519 key"):
         read_identity(tmp_path / "peers" / "toys.pub")
+    (tmp_path / "books").chmod(0o644)
+    with pytest.raises(ConfigError, match=r"books: other users of this machine can read it. Run: chmod 600 .*books$"):
+        read_identity(tmp_path / "books")
     with pytest.raises(ClientError, match="it has no session of a secure sum: its node was started again"):
         answer_share(told, Context(1, 9, {}, RecordDict(), {}))

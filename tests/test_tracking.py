@@ -6,13 +6,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from in_process import run_in_process, small_experiment
+from flwr.app import Context, Message
+from in_process import answer_honestly, run_in_process, small_experiment
 from report_folders import some_bench
 
 from fedmerge.config import Tracking, flatten
 from fedmerge.errors import ConfigError
 from fedmerge.report.bench_tables import BenchTables
 from fedmerge.report.tracking import FOLDER, STORE, check_tracking, tracked_runs, write_tracking
+from fedmerge.run_dir import DONE
 from sim.run import run_experiment
 
 needs_tensorboard = pytest.mark.skipif(
@@ -100,6 +102,20 @@ def test_a_run_leaves_it_beside_its_tables(tmp_path: Path) -> None:
     assert found.keys() == {f"small/seed0/{row}" for row in rows}
     assert "valid unmasked ndcg_at_10/books" in found["small/seed0/average"]
     assert [step for step, _ in found["small/seed0/expert"]["Experts_ loss/books"]] == [1]
+
+
+@needs_tensorboard
+def test_a_tracker_that_fails_does_not_undo_a_finished_run(tmp_path: Path) -> None:
+    changes = {"train.max_steps": 1, "merge.methods": "average", "privacy.min_users": 2, "tracking": "tensorboard"}
+    run_dir = tmp_path / "runs" / "run"
+
+    def occupy(message: Message, context: Context) -> Message | None:
+        (run_dir / FOLDER).write_text("in the way")
+        return answer_honestly(message, context)
+
+    run_in_process(small_experiment(tmp_path, **changes), occupy)
+    assert (run_dir / DONE).is_file()
+    assert "tracking = 'tensorboard' failed; the run is finished without it" in (run_dir / "run.log").read_text()
 
 
 @pytest.mark.parametrize("tracking", ["tensorboard", "mlflow"])

@@ -104,6 +104,11 @@ def audit_domain(audited: Audited, num_shadows: int, progress: Progress = lambda
         scores[label] = user_scores(domain, adapter, pool, config.train)
         progress(f"{domain.manifest.name}: {len(pool)} users scored under {label}")
     rows = _loss_attacks(scores, members)
+    why_none = ""
+    if num_shadows and EXPERT not in scores and not _is_in_a_sum(audited):
+        why_none = "neither an expert nor a merge that is a plain sum, as after rounds: none is trained"
+        progress(f"{domain.manifest.name}: shadows have nothing to stand for, {why_none}")
+        num_shadows = 0
     if num_shadows:
         rows += _shadow_attacks(audited, scores, users, members, num_shadows, progress)
     return {
@@ -111,6 +116,7 @@ def audit_domain(audited: Audited, num_shadows: int, progress: Progress = lambda
         "non_members": int((~members).sum()),
         "items": len(domain.table),
         "shadows": num_shadows,
+        "why_no_shadows": why_none,
         "membership": rows,
         "recovery": _recovery(domain, models, [s for s, m in zip(pool, members, strict=True) if m], config.seed),
         "canaries": _canaries(domain, models, config),
@@ -204,11 +210,16 @@ def _shadow_attacks(
 
 def _merged_with(audited: Audited, adapter: Adapter) -> Adapter | None:
     """The merge that would have come of this adapter in place of the domain's own; None where it is no plain sum."""
-    if audited.coefficients is None:
+    if audited.coefficients is None or not _is_in_a_sum(audited):
         return None
     adapters = {**audited.experts, audited.domain.manifest.name: adapter}
     coefficients = np.array([audited.coefficients[domain] for domain in sorted(adapters)], dtype=np.float64)
     return linear_merge_of_many(adapters, survey_adapters(adapters), coefficients)
+
+
+def _is_in_a_sum(audited: Audited) -> bool:
+    """Whether a shadow can take the domain's place in the merge."""
+    return audited.merged is not None and audited.domain.manifest.name in (audited.coefficients or ())
 
 
 def _recovery(

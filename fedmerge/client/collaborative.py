@@ -1,6 +1,7 @@
 """Merging coefficients learned on clients' own users: a client returns the gradient of K or K × G numbers, no more.
 
-A library for studies. No message of a federation carries these gradients, and they come without a formal guarantee.
+With ``through_clients.users = "own-users"`` the answers to ``query.gradient`` carry these gradients; they come without
+a formal guarantee.
 """
 
 from collections.abc import Sequence

@@ -23,6 +23,7 @@ from fedmerge.config import Lora, Train
 from fedmerge.encoder.encode import encode
 from fedmerge.encoder.frozen import frozen_products, using
 from fedmerge.encoder.lora import Adapter, adapter_of, applied, attach, load_into
+from fedmerge.privacy.agreed import steps_of_round
 
 
 @dataclass(frozen=True)
@@ -139,10 +140,9 @@ def train_round(
 
 
 def settings_of_round(settings: Train, task: RoundTask) -> Train:
-    """The part of the budgets that a round has; over all rounds the steps add up to ``max_steps``."""
-    before, upto = ((settings.max_steps or 0) * number // task.num_rounds for number in (task.number - 1, task.number))
+    """The part of the budgets that a round has: a step or more; ``max_steps`` in all, where rounds are not more."""
     shares = {
-        "max_steps": max(1, upto - before) if settings.max_steps else None,
+        "max_steps": settings.max_steps and steps_of_round(settings.max_steps, task.number, task.num_rounds),
         "max_epochs": settings.max_epochs and settings.max_epochs / task.num_rounds,
         "max_minutes": settings.max_minutes and settings.max_minutes / task.num_rounds,
     }

@@ -25,7 +25,7 @@ from fedmerge.encoder.encode import TRAINING_GROUPS, embed_batch, encode
 from fedmerge.encoder.frozen import frozen_products, using
 from fedmerge.encoder.text import Tokens, pack_sequences
 from fedmerge.errors import DomainError
-from fedmerge.privacy.accountant import calibrated_noise, opacus_accountants
+from fedmerge.privacy.accountant import agreed_noise, opacus_accountants
 from fedmerge.privacy.randomness import Randomness, Source, source
 
 
@@ -85,10 +85,7 @@ def user_plan(domain: LocalDomain, settings: Train, dp: DP) -> UserPlan:
             f"allow to publish one of them. Set dp.delta well below {1 / num_users:.2g}."
         )
     rate, steps = min(1.0, settings.batch_size / num_users), int(settings.max_steps or 0)
-    if dp.epsilon is not None and dp.delta is not None:
-        noise = calibrated_noise(dp.epsilon, dp.delta, rate, steps, dp.accountant)
-    else:
-        noise = float(dp.noise_multiplier or 0.0)
+    noise = agreed_noise(dp, rate, steps)
     return UserPlan(noise, dp.clip, rate, num_users, steps, dp.randomness)
 
 

@@ -78,6 +78,12 @@ def _check_dp(config: ExperimentConfig) -> None:
             "dp.mode = 'user' needs the number of steps beforehand, since the noise is chosen for it; set "
             "train.max_steps and leave train.max_epochs and train.max_minutes at 'none'"
         )
+    if mode == "user" and config.rounds.rule is not None and (train.max_steps or 0) < config.rounds.number:
+        raise ValueError(
+            f"dp.mode = 'user' with rounds.number = {config.rounds.number}, but train.max_steps = {train.max_steps}: "
+            "every round makes at least one step, and the noise is chosen for train.max_steps in all; lower "
+            "rounds.number, or raise train.max_steps"
+        )
     if mode != "none" and config.privacy.policy == "aggregate-only":
         raise ValueError(
             f"dp.mode = '{mode}' with privacy.policy = 'aggregate-only': a secure sum carries no account of what "

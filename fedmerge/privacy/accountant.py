@@ -12,9 +12,12 @@ arXiv:2106.02848; both from Opacus (pip install fedmerge[dp]).
 import math
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
+from fedmerge.config import DP
 from fedmerge.errors import ConfigError
 
 Method = Literal["prv", "rdp"]
@@ -22,6 +25,8 @@ Method = Literal["prv", "rdp"]
 ORDERS = (*range(2, 64), 72, 80, 96, 112, 128, 160, 192, 256, 512)  # of the divergences; libraries agree on whole ones
 RELATIVE_PRECISION = 0.002  # of a calibrated noise multiplier
 LARGEST_NOISE = 1e4
+LARGEST_GRID = 2**24  # points of the privacy loss; PRV takes about a gigabyte for them
+_PRV_ERROR = 0.01  # of ε; Opacus' own
 
 
 @dataclass(frozen=True)
@@ -40,28 +45,63 @@ class Release:
 
 
 def spent_epsilon(releases: Sequence[Release], delta: float, method: Method) -> float:
+    """The ε of :func:`accounted`."""
+    return accounted(releases, delta, method)[0]
+
+
+def accounted(releases: Sequence[Release], delta: float, method: Method) -> tuple[float, Method]:
     """The ε, at this δ, of everything that was released of one unit; infinite where something had no noise.
+
+    Returns:
+        ε, and what it was counted by: ``rdp``, an upper bound, also where ``prv`` was asked for and its grid, which
+        grows with the privacy loss and the root of the number of steps, would be too large or too coarse.
 
     Raises:
         ConfigError: Opacus is not installed.
     """
     history = [(r.noise_multiplier, r.sample_rate, r.steps) for r in releases if r.steps]
     if not history:
-        return 0.0
+        return 0.0, method
     if any(noise <= 0 for noise, _, _ in history):
-        return math.inf
+        return math.inf, method
     accountants = opacus_accountants()
     with warnings.catch_warnings():  # on orders that are not the best, and divisions by zero that are handled
         warnings.simplefilter("ignore")
-        if method == "rdp":
-            accountant = accountants.RDPAccountant()
+        if method == "prv" and _grid_points(accountants, history, delta) <= LARGEST_GRID:
+            accountant = accountants.PRVAccountant()
             accountant.history = history
-            return float(accountant.get_epsilon(delta=delta, alphas=list(ORDERS)))
-        accountant = accountants.PRVAccountant()
+            with suppress(RuntimeError):  # too coarse for so little noise
+                return float(accountant.get_epsilon(delta=delta, eps_error=_PRV_ERROR)), "prv"
+        accountant = accountants.RDPAccountant()
         accountant.history = history
-        return float(accountant.get_epsilon(delta=delta))
+        return float(accountant.get_epsilon(delta=delta, alphas=list(ORDERS))), "rdp"
 
 
+def _grid_points(accountants: Any, history: Sequence[tuple[float, float, int]], delta: float) -> float:
+    """How many points Opacus' PRV accountant takes."""
+    prv, delta_error, steps = accountants.analysis.prv, delta / 1000, [steps for _, _, steps in history]
+    reach = prv.compute_safe_domain_size(
+        prvs=[prv.PoissonSubsampledGaussianPRV(rate, noise) for noise, rate, _ in history],
+        max_self_compositions=steps,
+        eps_error=_PRV_ERROR,
+        delta_error=delta_error,
+    )
+    points = 2 * reach / _PRV_ERROR * math.sqrt(sum(steps) * math.log(12 / delta_error) / 2)
+    return float(points) if math.isfinite(points) else math.inf
+
+
+def agreed_noise(dp: DP, sample_rate: float = 1.0, steps: int = 1) -> float:
+    """The noise multiplier that a configuration asks for: the given one, or the least that meets (ε, δ).
+
+    Raises:
+        ConfigError: as :func:`calibrated_noise`.
+    """
+    if dp.epsilon is not None and dp.delta is not None:
+        return calibrated_noise(dp.epsilon, dp.delta, sample_rate, steps, dp.accountant)
+    return float(dp.noise_multiplier or 0.0)
+
+
+@cache
 def calibrated_noise(epsilon: float, delta: float, sample_rate: float, steps: int, method: Method) -> float:
     """The least noise multiplier, to a relative 0.2 % and never below, with which ``steps`` releases meet (ε, δ).
 
@@ -72,18 +112,22 @@ def calibrated_noise(epsilon: float, delta: float, sample_rate: float, steps: in
     def enough(noise: float, by: Method) -> bool:
         return spent_epsilon([Release(noise, sample_rate, steps)], delta, by) <= epsilon
 
-    low, high = 0.0, 1.0
-    while not enough(high, "rdp"):  # an upper bound of the other one, and quick
-        low, high = high, 2 * high
-        if high > LARGEST_NOISE:
-            raise ConfigError(
-                f"dp.epsilon = {epsilon:g} with dp.delta = {delta:g}: {steps} steps with sample rate {sample_rate:.3g} "
-                f"would take a noise multiplier above {LARGEST_NOISE:g}. Raise epsilon, or lower train.max_steps."
-            )
-    low, high = _bisected(low, high, lambda noise: enough(noise, "rdp"))
+    def raised(low: float, high: float, by: Method) -> tuple[float, float]:
+        while not enough(high, by):
+            low, high = high, 2 * high
+            if high > LARGEST_NOISE:
+                raise ConfigError(
+                    f"dp.epsilon = {epsilon:g} with dp.delta = {delta:g}: {steps} steps with sample rate "
+                    f"{sample_rate:.3g} would take a noise multiplier above {LARGEST_NOISE:g}. Raise epsilon, or lower "
+                    f"train.max_steps{remedies[by]}."
+                )
+        return low, high
+
+    remedies = {"rdp": "", "prv": f", or set dp.accountant = 'rdp': 'prv' adds an error of {_PRV_ERROR:g} to epsilon"}
+    low, high = _bisected(*raised(0.0, 1.0, "rdp"), lambda noise: enough(noise, "rdp"))  # quick, and near the other one
     if method == "rdp":
         return high
-    _, high = _bisected(0.5 * low, high, lambda noise: enough(noise, "prv"))
+    _, high = _bisected(*raised(0.5 * low, high, "prv"), lambda noise: enough(noise, "prv"))
     return high
 
 

@@ -21,15 +21,13 @@ import torch
 from fedmerge.config import DP
 from fedmerge.encoder.lora import Adapter, LoraModule
 from fedmerge.errors import LayoutMismatchError
-from fedmerge.privacy.accountant import calibrated_noise
+from fedmerge.privacy.accountant import agreed_noise
 from fedmerge.privacy.randomness import Source
 
 
 def domain_noise(dp: DP) -> float:
     """The noise multiplier of one release: the given one, or the least that meets (ε, δ)."""
-    if dp.epsilon is not None and dp.delta is not None:
-        return calibrated_noise(dp.epsilon, dp.delta, 1.0, 1, dp.accountant)
-    return float(dp.noise_multiplier or 0.0)
+    return agreed_noise(dp)
 
 
 def domain_record(dp: DP, noise_multiplier: float) -> Mapping[str, Any]:

@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from fedmerge.errors import ClientError, ConfigError
+from fedmerge.privacy.key_files import private_key_bytes
 
 LONGEST_KEY = 1000  # of a public key in one line
 
@@ -95,11 +96,9 @@ def read_private_key(path: Path) -> ec.EllipticCurvePrivateKey:
     """
     remedy = "Put the file back, or make a new client folder with fedmerge client init and have its key registered."
     try:
-        others, data = path.stat().st_mode & 0o077, path.read_bytes()
+        data = private_key_bytes(path)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}). {remedy}") from error
-    if others:
-        raise ConfigError(f"{path}: other users of this machine can read it. Run: chmod 600 {path}")
     try:
         key = load_ssh_private_key(data, None)
     except Exception as error:  # of several libraries; none of them quotes the key

@@ -6,8 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from fedmerge.config import DP
-from fedmerge.errors import ClientError
-from fedmerge.privacy.accountant import Release, spent_epsilon
+from fedmerge.privacy.accountant import Method, Release, accounted
 
 PRIVACY_FILE = "privacy.json"
 
@@ -53,7 +52,8 @@ def privacy_statement(dp: DP, spent: Mapping[str, Sequence[Mapping[str, Any]]], 
         evaluated: whether sums of metrics left the clients.
 
     Returns:
-        JSON: mode, delta, accountant; per domain epsilon (None: no bound) under both adjacencies, and its releases;
+        JSON: mode, delta, accountant; per domain epsilon (None: no bound) under both adjacencies, what each was counted
+        by, and its releases;
         whether the guarantee holds, and if not why; assumptions; what is not covered.
     """
     domains = {domain: _domain(dp, records) for domain, records in spent.items()}
@@ -81,24 +81,6 @@ def privacy_statement(dp: DP, spent: Mapping[str, Sequence[Mapping[str, Any]]], 
     }
 
 
-def check_spent(domain: str, dp: DP, told: Any) -> None:
-    """Refuse a training that does not say what it released of a unit, or says something else than was agreed.
-
-    Raises:
-        ClientError: what is wrong.
-    """
-    if dp.mode not in ("user", "domain-local"):
-        return
-    remedy = "Use one configuration and one fedmerge version everywhere."
-    if not isinstance(told, Mapping):
-        raise ClientError(f"domain {domain}: dp.mode is {dp.mode!r}, but its report says nothing of noise. {remedy}")
-    numbers = [told.get(key) for key in ("noise_multiplier", "sample_rate", "steps", "num_units", "clip")]
-    sane = all(isinstance(n, int | float) and not isinstance(n, bool) and 0 <= n < math.inf for n in numbers)
-    agreed = (told.get("unit"), told.get("randomness")) == (dp.mode.partition("-")[0], dp.randomness)
-    if not sane or not agreed or told["clip"] != dp.clip or not 0 < told["sample_rate"] <= 1:
-        raise ClientError(f"domain {domain}: what it says it spent, {dict(told)}, is not what dp.* asks for. {remedy}")
-
-
 def statement_text(statement: Mapping[str, Any]) -> str:
     """The statement for the report."""
     lines = [f"differential privacy ({statement['mode']}), covers {statement['covers']}:"]
@@ -109,6 +91,11 @@ def statement_text(statement: Mapping[str, Any]) -> str:
             for release in found["releases"]
         )
         lines.append(f"  {domain}: {_epsilon(found['epsilon'], statement['delta'])} ({_replaced(found)}; {noise})")
+    bounded = [
+        name for name, of in statement["domains"].items() if "rdp" in (of["accountant"], of["accountant_replaced"])
+    ]
+    if statement["accountant"] == "prv" and bounded:
+        lines.append(f"  counted by rdp, an upper bound, since prv would take too large a grid: {', '.join(bounded)}.")
     if statement["guarantee"]:
         lines.append(f"  accountant: {statement['accountant']}. It holds under these assumptions:")
     else:
@@ -121,18 +108,24 @@ def statement_text(statement: Mapping[str, Any]) -> str:
 def _domain(dp: DP, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     releases = [Release(record["noise_multiplier"], record["sample_rate"], record["steps"]) for record in records]
     halved = [replace(release, noise_multiplier=release.noise_multiplier / 2) for release in releases]
+    epsilon, by = _bound(dp, releases)
+    replaced, replaced_by = _bound(dp, releases if dp.mode == "domain-local" else halved)
     return {
-        "epsilon": _bound(dp, releases),
-        "epsilon_replaced": _bound(dp, releases if dp.mode == "domain-local" else halved),
+        "epsilon": epsilon,
+        "epsilon_replaced": replaced,
+        "accountant": by,
+        "accountant_replaced": replaced_by,
         "num_units": records[0]["num_units"],
         "releases": [dict(record) for record in records],
     }
 
 
-def _bound(dp: DP, releases: Sequence[Release]) -> float | None:
-    """ε; None for none, as JSON has no infinity."""
-    epsilon = math.inf if dp.delta is None else spent_epsilon(releases, dp.delta, dp.accountant)
-    return epsilon if math.isfinite(epsilon) else None
+def _bound(dp: DP, releases: Sequence[Release]) -> tuple[float | None, Method]:
+    """ε, None for none, as JSON has no infinity; and what it was counted by."""
+    if dp.delta is None:
+        return None, dp.accountant
+    epsilon, by = accounted(releases, dp.delta, dp.accountant)
+    return epsilon if math.isfinite(epsilon) else None, by
 
 
 def _epsilon(epsilon: float | None, delta: float | None) -> str:

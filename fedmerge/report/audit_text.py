@@ -28,7 +28,8 @@ def _domain_text(domain: str, found: Mapping[str, Any]) -> str:
     heads = [f"TPR at {100 * rate:g} % FPR" for rate in FALSE_POSITIVE_RATES]
     parts = [
         f"{domain}: {found['members']} users were trained on, {found['non_members']} were left out, "
-        f"{found['items']} items, {found['shadows']} shadow trainings\n",
+        f"{found['items']} items, {found['shadows']} shadow trainings"
+        + (f" ({found['why_no_shadows']})\n" if found["why_no_shadows"] else "\n"),
         "who was trained on (membership inference)",
         _table(
             ["model", "attack", "AUC", "± s.e.", *heads],

@@ -7,6 +7,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
 
 from fedmerge.errors import ClientError
+from fedmerge.privacy.key_files import private_key_bytes
 
 
 def read_identity(path: Path) -> Ed25519PrivateKey:
@@ -14,10 +15,15 @@ def read_identity(path: Path) -> Ed25519PrivateKey:
 
     Raises:
         ClientError: no such file, or no such key.
+        ConfigError: other users of the machine can read it.
     """
     try:
-        key = load_ssh_private_key(path.read_bytes(), password=None)
-    except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
+        data = private_key_bytes(path)
+    except OSError as error:
+        raise _unreadable(path, str(error)) from error
+    try:
+        key = load_ssh_private_key(data, password=None)
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise _unreadable(path, str(error)) from error
     if not isinstance(key, Ed25519PrivateKey):
         raise _unreadable(path, f"it is a {type(key).__name__}")

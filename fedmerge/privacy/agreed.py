@@ -1,0 +1,69 @@
+"""What a configuration implies of a client's releases, to which the client's own account of them is held."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from fedmerge.config import ExperimentConfig
+from fedmerge.errors import ClientError
+from fedmerge.privacy.accountant import agreed_noise
+from fedmerge.privacy.domain_noise import domain_noise, domain_record
+
+_NOISE_TOLERANCE = 0.01  # relative; calibrated elsewhere, perhaps with other versions of the libraries
+
+
+def steps_of_round(max_steps: int, number: int, num_rounds: int) -> int:
+    """The steps of a round, counted from 1: a share of all, and at least one."""
+    return max(1, max_steps * number // num_rounds - max_steps * (number - 1) // num_rounds)
+
+
+def check_spent(domain: str, config: ExperimentConfig, told: Any, num_users: int, number: int | None = None) -> None:
+    """Refuse a training that does not say what it released of a unit, or says something else than was agreed.
+
+    Args:
+        domain: whose.
+        config: dp, train, rounds and audit are read.
+        told: the ``privacy`` of its report.
+        num_users: that the client says it has.
+        number: of the round, where there are rounds.
+
+    Raises:
+        ClientError: what is wrong.
+        ConfigError: no noise is enough for so many users.
+    """
+    dp = config.dp
+    if dp.mode not in ("user", "domain-local"):
+        return
+    remedy = "Use one configuration and one fedmerge version everywhere."
+    if not isinstance(told, Mapping):
+        raise ClientError(f"domain {domain}: dp.mode is {dp.mode!r}, but its report says nothing of noise. {remedy}")
+    most = num_users + config.audit.canaries
+    units = told.get("num_units")
+    if dp.mode == "domain-local":
+        agreed = domain_record(dp, domain_noise(dp))
+    elif type(units) is not int or not 1 <= units <= most:
+        raise ClientError(
+            f"domain {domain}: it says that it trained on {units!r} users, expected 1 to the {most} that it has. "
+            f"{remedy}"
+        )
+    else:
+        rate, steps = min(1.0, config.train.batch_size / units), int(config.train.max_steps or 0)
+        agreed = {
+            "unit": "user",
+            "noise_multiplier": agreed_noise(dp, rate, steps),
+            "clip": dp.clip,
+            "sample_rate": rate,
+            "num_units": units,
+            "steps": steps if number is None else steps_of_round(steps, number, config.rounds.number),
+            "randomness": dp.randomness,
+        }
+    if wrong := [key for key, value in agreed.items() if not _is(told.get(key), value, key)]:
+        found = ", ".join(f"{key} {told.get(key)!r} instead of {agreed[key]!r}" for key in wrong)
+        raise ClientError(f"domain {domain}: what it says it spent is not what dp.* asks for: {found}. {remedy}")
+
+
+def _is(found: Any, agreed: Any, key: str) -> bool:
+    if not isinstance(agreed, float):
+        return type(found) is type(agreed) and bool(found == agreed)
+    tolerance = _NOISE_TOLERANCE if key == "noise_multiplier" else 1e-9
+    return type(found) in (int, float) and abs(found) < 1e9 and math.isclose(found, agreed, rel_tol=tolerance)

@@ -1,0 +1,84 @@
+"""With differential privacy by user a client releases each round of a run once, whatever it is asked."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from flwr.app import Context, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+from in_process import small_experiment
+
+from fedmerge.config import ExperimentConfig, from_flat, to_flat
+from fedmerge.encoder.lora import adapter_sha256
+from fedmerge.errors import ConfigError
+from sim import records
+from sim.client_app import app as client_app
+
+FIRST = records.RoundRequest(1, 2, "A and B", 7)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> ExperimentConfig:
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+    private = {"dp.mode": "user", "dp.noise_multiplier": 2.0, "dp.delta": 1e-3, "train.negatives": "catalog"}
+    rounds = {"rounds.rule": "fedit", "rounds.number": 2, "train.max_steps": 2, "run_id": "run"}
+    return small_experiment(tmp_path_factory.mktemp("released"), **private, **rounds)
+
+
+def ask(config: ExperimentConfig, request: records.RoundRequest) -> RecordDict:
+    context = Context(1, 1, {"partition-id": 0, "num-partitions": 4}, RecordDict(), dict(to_flat(config)))
+    question = Message(records.round_request_record(request, None, None), dst_node_id=1, message_type=records.TRAIN)
+    return client_app(question, context).content
+
+
+def refusal(config: ExperimentConfig, request: records.RoundRequest) -> str:
+    return str(records.read_error(ask(config, request)))
+
+
+def test_a_round_is_released_once(config: ExperimentConfig) -> None:
+    (adapter, told), (again, told_again) = (records.read_expert(ask(config, FIRST)) for _ in range(2))
+    assert adapter_sha256(again) == adapter_sha256(adapter)  # with system noise, trained anew it would differ
+    assert told_again == told
+    assert told["privacy"]["steps"] == 1
+
+    second, told = records.read_expert(ask(config, replace(FIRST, number=2)))
+    assert told["privacy"]["steps"] == 1
+    assert adapter_sha256(second) != adapter_sha256(adapter)
+
+    other, _ = records.read_expert(ask(config.model_copy(update={"run_id": "other"}), FIRST))
+    assert adapter_sha256(other) != adapter_sha256(adapter)  # a run of its own, which somebody adds up
+
+
+def test_another_request_for_a_round_that_was_released_is_refused(config: ExperimentConfig) -> None:
+    ask(config, FIRST)
+    elsewhere = "round 1 of this run was released before, from another start or with other settings, and its noise"
+    assert elsewhere in refusal(config, replace(FIRST, fresh_seed=8))
+    assert elsewhere in refusal(config.model_copy(update={"seed": config.seed + 1}), FIRST)
+    spoiled = sorted(Path(config.cache_dir).glob("released/beauty-*/1/training.json"))
+    kept = [path.read_text() for path in spoiled]
+    for path in spoiled:
+        path.write_text("{")
+    assert "round 1 was released before, but …/1 is damaged" in refusal(config, FIRST)
+    for path, text in zip(spoiled, kept, strict=True):
+        path.write_text(text)
+
+
+@pytest.mark.parametrize(("number", "num_rounds"), [(1, 1), (3, 2), (0, 2), (3, 3)])
+def test_a_round_that_the_noise_was_not_chosen_for_is_refused(
+    config: ExperimentConfig, number: int, num_rounds: int
+) -> None:
+    asked = replace(FIRST, number=number, num_rounds=num_rounds)
+    expected = f"asked for round {number} of {num_rounds}, but its noise is chosen for the 2 of rounds.number"
+    assert expected in refusal(config, asked)
+
+
+def test_a_run_without_a_name_cannot_count_its_releases(config: ExperimentConfig) -> None:
+    assert "but run_id is 'none'. Set it, or use fedmerge run" in refusal(
+        config.model_copy(update={"run_id": None}), FIRST
+    )
+
+
+def test_more_rounds_than_steps_are_refused(config: ExperimentConfig) -> None:
+    with pytest.raises(ConfigError, match=r"rounds.number = 3, but train.max_steps = 2: .*lower rounds.number, or"):
+        from_flat({**to_flat(config), "rounds.number": 3})
+    assert from_flat({**to_flat(config), "rounds.number": 3, "train.max_steps": 3}).rounds.number == 3
