@@ -39,7 +39,7 @@ MARK = "FEDMERGE_FEDERATION"
 LOST = "lost"
 OVER_SECONDS = 20.0  # after the app's own end, for Flower to end
 GRACE_SECONDS = 5.0  # between asking the processes of a run to end and ending them
-QUIET_LOOKS = 5  # in a row without a process, .1 s apart: one that is just being started or executed shows no mark
+QUIET_LOOKS = 10  # in a row without a process, .1 s apart: one that is just being started or executed shows no mark
 START_ATTEMPTS = 3  # flwr gives a SuperLink 15 s to start, which a cold disk or a busy machine can exceed
 SOCKET_FOLDER_LENGTH = 20  # of the path of the temporary folder; with a longer one Ray's sockets exceed 107 bytes
 # In memory: a database would bring back the unfinished runs of a SuperLink that has ended.
