@@ -13,6 +13,7 @@ seeds.
 import argparse
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ from fedmerge.encoder.lora import Adapter, fresh_adapter
 from fedmerge.merging.learned import start_coefficients
 from fedmerge.merging.stack import linear_merge, stack_adapters
 from fedmerge.privacy.transport import Coding, as_received, pack, residual
-from fedmerge.server.collaborative import CollaborativeSettings, learn_coefficients, student_vectors
+from fedmerge.server.collaborative import PAPER, learn_coefficients, student_vectors
 from fedmerge.server.learned import pseudo_users_of
 from fedmerge.server.through_clients import local_change, on_pseudo_users
 
@@ -60,7 +61,7 @@ def by_local_steps(
     backbone: Backbone, config: ExperimentConfig, experts: Mapping[str, Adapter], domains: Sequence[LocalDomain]
 ) -> Made:
     """MergeRec; messages to a client, and how far the coefficients are from the exact ones, of the way those went."""
-    settings = CollaborativeSettings(granularity="layer", steps=100, learning_rate=1e-2, seed=config.seed)
+    settings = replace(PAPER, granularity="layer", steps=100, learning_rate=1e-2, seed=config.seed)
     vectors = stack_adapters(experts)
     catalogs = {domain.manifest.name: domain.catalog for domain in domains}
     pseudo = {name: pseudo_users_of(name, backbone, experts, catalogs[name], config) for name in vectors.domains}
@@ -101,7 +102,7 @@ def one_seed(
     """Row -> what stands in it, and mean Recall@10 and NDCG@10 of its merge."""
     names = write_demo(root, num_domains=4, num_users=options.users, num_items=200, seed=seed)
     training = {"train.max_steps": options.steps, "train.learning_rate": 0.005, "train.batch_size": 32}
-    config = from_flat({**training, "seed": seed, "mergerec.granularities": "layer"})
+    config = from_flat({**training, "seed": seed, "mergerec.preset": "paper"})
     domains = [open_domain(root / name, backbone, config.text) for name in names]
     experts = {
         domain.manifest.name: train_expert(domain, config.lora, config.train, seed, lambda line: None)[0]

@@ -231,30 +231,39 @@ def print_table(rows: Rows, baseline: str) -> None:
         if not reference[unseen]:
             continue
         print("\nunseen domains" if unseen else "\nmerged domains")
-        print(
-            f"{'':<{width}}  recall@10  ndcg@10  difference of both to {baseline!r}, paired           ndcg@10 of each"
-        )
+        print(f"{'':<{width}}  recall@10  ndcg@10  differences to {baseline!r}, paired; ndcg@10 by domain, seed")
         for name, row in rows.items():
             if not row[unseen]:
                 continue
             outcomes = {domain: np.mean(seeds, axis=0) for domain, seeds in row[unseen].items()}  # (users, metrics)
             means = np.mean([values.mean(axis=0) for values in outcomes.values()], axis=0)
-            cells = [f"{name:<{width}}     {means[recall]:.4f}   {means[ndcg]:.4f}"]
-            paired = [
-                values - np.mean(reference[unseen][domain], axis=0)
+            paired = {
+                domain: values - np.mean(reference[unseen][domain], axis=0)
                 for domain, values in outcomes.items()
                 if domain in reference[unseen]
-            ]
-            for metric in (recall, ndcg):
-                mean = np.mean([values[:, metric].mean() for values in paired])
-                half = 1.96 * np.sqrt(sum(v[:, metric].var(ddof=1) / len(v) for v in paired)) / len(paired)
-                cells.append(f"{mean:+.4f} ± {half:.4f}")
+            }
             seeds = [
                 np.mean([a[:, ndcg].mean() - b[:, ndcg].mean() for a, b in zip(*pair, strict=True)])
                 for pair in _by_seed(row[unseen], reference[unseen])
             ]
-            cells.append("seeds " + " ".join(f"{value:+.4f}" for value in seeds) if len(seeds) > 1 else "")
-            print("  ".join([*cells, " ".join(f"{d} {values[:, ndcg].mean():.4f}" for d, values in outcomes.items())]))
+            cells = [
+                f"{name:<{width}}     {means[recall]:.4f}   {means[ndcg]:.4f}",
+                *(_interval([values[:, metric] for values in paired.values()]) for metric in (recall, ndcg)),
+                *(
+                    f"{domain} {values[:, ndcg].mean():.4f} ({_interval([paired[domain][:, ndcg]])})"
+                    for domain, values in outcomes.items()
+                    if domain in paired
+                ),
+                "seeds " + " ".join(f"{value:+.4f}" for value in seeds) if len(seeds) > 1 else "",
+            ]
+            print("  ".join(cells).rstrip())
+
+
+def _interval(differences: Sequence[npt.NDArray[np.float64]]) -> str:
+    """The mean over domains, and half the width of its 95 % interval over users."""
+    mean = np.mean([values.mean() for values in differences])
+    half = 1.96 * np.sqrt(sum(values.var(ddof=1) / len(values) for values in differences)) / len(differences)
+    return f"{mean:+.5f} ± {half:.5f}"
 
 
 def _by_seed(row: Mapping[str, Outcomes], reference: Mapping[str, Outcomes]) -> Iterator[tuple[Outcomes, Outcomes]]:

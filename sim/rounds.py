@@ -156,6 +156,9 @@ def _round(
             federation, nodes, Question(records.TRAIN, config.server.train_timeout_seconds, request, limit_bytes), admit
         )
     require_quorum(federation, config, list(replies) if rounds.fraction == 1 else federation.of("train"))
+    if not replies:
+        logger.warning("round %d: of all who were drawn nobody is left; others are drawn", number)
+        return _round(federation, config, backbone, catalogs, run_dir, state, parameters)
     adapters = {domain: adapter for domain, (adapter, _) in sorted(replies.items())}
     reports = {domain: report for domain, (_, report) in sorted(replies.items())}
     weights = _weights(federation, config, list(adapters))

@@ -46,7 +46,7 @@ def run_experiment(config: ExperimentConfig, app_dir: Path, mark: str | None = N
         )
     _check_domains(config)
     check_attack(config)
-    _check_rounds(config)
+    check_rule(config)
     _check_tracking(config)
     with tempfile.TemporaryDirectory(prefix="fedmerge-config-") as folder:
         resolved = Path(folder) / "experiment.toml"
@@ -108,7 +108,8 @@ def check_attack(config: ExperimentConfig) -> None:
         check_may_attack(read_manifest(Path(root) / domain), config.attack)
 
 
-def _check_rounds(config: ExperimentConfig) -> None:
+def check_rule(config: ExperimentConfig) -> None:
+    """See :func:`sim.rounds.check_rounds`."""
     if config.rounds.rule is not None:
         from sim.rounds import check_rounds  # noqa: PLC0415  # imports torch, for which other runs need not wait
 

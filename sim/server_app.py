@@ -4,7 +4,6 @@ Every phase writes what it has as soon as it has it (see ``fedmerge.run_dir``) a
 a run that was ended at any point goes on from there.
 """
 
-import hashlib
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -50,7 +49,7 @@ from fedmerge.server.candidates import Candidate, choose, merge_candidates
 from fedmerge.server.fallback import choose_per_domain
 from fedmerge.server.gate import probes
 from fedmerge.server.learned import labels_from_catalogs
-from fedmerge.server.rollback import FALLBACK, dropped_domains, roll_back
+from fedmerge.server.rollback import FALLBACK, dropped_domains, roll_back, suffix_without
 from fedmerge.server.spent import spent_by_domain
 from sim import records
 from sim.evaluations import evaluate_models
@@ -63,7 +62,6 @@ from sim.welcome import gather, greet, remember, say_who_took_part
 
 CATALOG_BYTES_PER_ITEM = 4096  # at most, and a mebibyte for a small catalog
 MOST_CATALOG_BYTES = 2**30  # however many items a client says that it has
-LONGEST_NAMES = 100
 
 app = ServerApp()
 logger = logging.getLogger("fedmerge.server")
@@ -333,8 +331,8 @@ def _train(
     nodes = {domain: federation.nodes[domain] for domain in wanted if domain in roles and domain not in sources}
     if nodes:
         logger.info("training: %s", listed(list(nodes)))
-        largest = 2 if config.privacy.transport == "top-k" else 1  # each entry with its position
-        most = {domain: largest * adapter_bytes(layout) + REPORT_BYTES for domain, layout in layouts.items()}
+        transport = config.privacy.transport
+        most = {domain: adapter_bytes(layout, transport) + REPORT_BYTES for domain, layout in layouts.items()}
         question = Question(records.TRAIN, config.server.train_timeout_seconds, limit_bytes=most.__getitem__)
         ask(federation, nodes, question, admit)
     sources = dict(sorted(sources.items()))
@@ -363,10 +361,7 @@ def _merge(
     without: Sequence[str] = (),
 ) -> list[Candidate]:
     """Every merge, each written as it is made; those on disk are not made again. Who is left out is in the labels."""
-    names = " ".join(without)
-    if len(names) > LONGEST_NAMES:  # labels become names of folders
-        names = f"{len(without)} domains {hashlib.sha256(names.encode()).hexdigest()[:8]}"
-    suffix = f" without {names}" if without else ""
+    suffix = suffix_without(without)
     sources = {domain: sha256 for domain, sha256 in sources.items() if domain not in without}
 
     def renamed(candidate: Candidate) -> Candidate:

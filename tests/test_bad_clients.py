@@ -186,6 +186,12 @@ CASES: dict[str, tuple[str, Change, str, str]] = {
         "gather",
         "its LoRA layout is 0{64}, the server's [0-9a-f]{64}; use the same versions of fedmerge, peft and transformers",
     ),
+    "no users": (
+        "query.describe",
+        of_description(num_users=0),
+        "gather",
+        "it trains, but has 0 users; import its domain",
+    ),
     "another policy": (
         "query.describe",
         of_description(policy="adapter"),

@@ -133,6 +133,12 @@ def test_check_names_every_problem(fedmerge: Command, tmp_path: Path) -> None:
     assert "did you mean train.learning_rate?" in "".join(err)
 
 
+def test_check_looks_at_the_parameters_of_a_rule(fedmerge: Command) -> None:
+    code, _, err = fedmerge("check", CONFIG, "--set", "rounds.rule=fedit", "rounds.parameters=trim=0.1")
+    assert code != 0
+    assert "trim" in "".join(err)
+
+
 @pytest.mark.parametrize("command", ["check", "run"])
 def test_a_bad_experiment_is_refused_in_a_line(fedmerge: Command, tmp_path: Path, command: str) -> None:
     assert "gone.toml: cannot be read" in refusal(fedmerge(command, tmp_path / "gone.toml"))

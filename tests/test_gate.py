@@ -31,7 +31,7 @@ from fedmerge.server.gate import (
     probe_checks,
     votes_of,
 )
-from fedmerge.server.rollback import FALLBACK, dropped_domains, roll_back
+from fedmerge.server.rollback import FALLBACK, dropped_domains, roll_back, suffix_without
 
 LAYOUT = {"encoder.layer.0.query": (5, 7), "encoder.layer.1.value": (6, 4)}
 PROBES = ("titles", "categories")
@@ -308,6 +308,15 @@ def test_a_domain_is_dropped_where_its_expert_is_better_beyond_noise() -> None:
     assert list(found) == ["beauty"]
     assert found["beauty"]["mean"] == pytest.approx(-0.2)
     assert found["beauty"]["high"] < 0
+
+
+def test_labels_of_merges_without_many_domains_are_names_of_folders() -> None:
+    assert suffix_without([]) == ""
+    assert suffix_without(["books", "toys"]) == " without books toys"
+    many = [f"{'long-name' * 6}-{number}" for number in range(20)]
+    assert suffix_without(many).startswith(" without 20 domains ")
+    assert len(suffix_without(many)) < 40
+    assert suffix_without(many) != suffix_without([*many[1:], "another"])
 
 
 def test_rolling_back_to_a_merge_without_who_failed_or_to_the_experts() -> None:

@@ -162,6 +162,13 @@ def test_a_client_that_fails_is_left_out_and_a_fraction_is_drawn(place: Path) ->
     assert all(len(each) == 2 for each in drawn)
     assert len(set(drawn)) > 1
 
+    config = rounds_experiment(place, "one", "weighted-average", seed=2, rounds__number=3, rounds__fraction=0.3)
+    run_in_process(config, failing)
+    drawn = [tuple(record["clients"]) for record in round_records(run_dir(config))]
+    assert len(drawn) == 3
+    assert {*drawn} <= {("books",), ("coffee",)}  # beauty was drawn first: another in its place
+    assert list(read_json(run_dir(config) / "clients.json")["excluded"]) == ["beauty"]
+
 
 def test_ffa_sends_the_a_that_everybody_has(place: Path) -> None:
     config = rounds_experiment(place, "ffa", "ffa-lora")

@@ -13,6 +13,8 @@ from fedmerge.encoder.backbone import Backbone
 from fedmerge.encoder.lora import Adapter, LoraModule, adapter_sha256
 from fedmerge.errors import LayoutMismatchError
 from fedmerge.privacy.transport import PIECES, Coding, as_received, pack, residual, unpack
+from fedmerge.server.admission import adapter_bytes
+from fedmerge.server.admission import layout_of as shapes_of
 
 A = torch.tensor([[1.0, -2.54, 0.0], [0.0, 0.0, 0.0]])
 B = torch.tensor([[0.5, 4.0], [1.27, -1.0]])
@@ -66,6 +68,14 @@ def test_there_and_back(trained: tuple[Adapter, Adapter], transport: Transport, 
     if transport == "top-k":  # what training did not change travels for nothing
         assert lost < residual(adapter, as_received(adapter, Coding("top-k", 0.25, None)))
         assert residual(adapter, as_received(adapter, Coding("top-k", 1.0, start))) < 1e-6
+
+
+@pytest.mark.parametrize("transport", get_args(Transport))
+def test_the_limit_holds_every_honest_adapter(trained: tuple[Adapter, Adapter], transport: Transport) -> None:
+    start, adapter = trained
+    packed = pack(adapter, Coding(transport, 1.0, start))
+    at_most = adapter_bytes(shapes_of(adapter), transport)
+    assert at_most / 20 < sum(values.nbytes for values in packed.values()) <= at_most
 
 
 def test_residuals_of_nothing() -> None:

@@ -95,12 +95,10 @@ def _config_to_resume(run: str, path: Path | None, overrides: list[str], start: 
 
 def _check(options: argparse.Namespace) -> int:
     from fedmerge.config import load_config
+    from sim.run import check_rule
 
     config = load_config(options.config, options.overrides)
-    if config.rounds.rule is not None:
-        from sim.rounds import check_rounds  # imports torch, for which other experiments need not wait
-
-        check_rounds(config)
+    check_rule(config)
     domains = f"{len(config.domains.train)} training and {len(config.domains.unseen)} unseen domains"
     print(
         f"{options.config}: valid ({config.name}: {domains}, methods {', '.join(config.merge.methods)}, "

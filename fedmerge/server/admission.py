@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from fedmerge.client.metrics import MetricSums, Variant
-from fedmerge.config import Lora
+from fedmerge.config import Lora, Transport
 from fedmerge.encoder.backbone import Backbone
 from fedmerge.encoder.lora import Adapter, fresh_adapter
 from fedmerge.errors import ClientError, LayoutMismatchError
@@ -40,10 +40,11 @@ def layout_sha256(backbone: Backbone, lora: Lora) -> str:
     return hashlib.sha256(repr(sorted(expected_layout(backbone, lora).items())).encode()).hexdigest()
 
 
-def adapter_bytes(layout: Layout) -> int:
-    """The most bytes that an adapter of this layout takes in a message."""
+def adapter_bytes(layout: Layout, transport: Transport = "float32") -> int:
+    """The most bytes that an adapter of this layout takes in a message; with top-k each entry has its position."""
     shapes = [shape for lora_A, lora_B, _ in layout.values() for shape in (lora_A, lora_B)]
-    return sum(4 * shape[0] * shape[1] + _BYTES_PER_TENSOR for shape in shapes)
+    bytes_per_entry = 8 if transport == "top-k" else 4
+    return sum(bytes_per_entry * shape[0] * shape[1] + _BYTES_PER_TENSOR for shape in shapes)
 
 
 def check_adapter(domain: str, adapter: Adapter, layout: Layout) -> None:

@@ -1,5 +1,6 @@
 """After the merge: which domains does the served merge drop below their own expert, and what is served instead."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 from fedmerge.client.metrics import EXPERT, MetricSums, paired_difference
 
 FALLBACK = "fallback"
+LONGEST_NAMES = 100
 
 
 def dropped_domains(validation: Mapping[str, MetricSums], merge: str, metric: str) -> dict[str, dict[str, float]]:
@@ -28,6 +30,14 @@ def dropped_domains(validation: Mapping[str, MetricSums], merge: str, metric: st
             if difference.high < 0:
                 found[domain] = {"mean": difference.mean, "low": difference.low, "high": difference.high}
     return found
+
+
+def suffix_without(domains: Sequence[str]) -> str:
+    """What the labels of merges without some domains end in; labels become names of folders, so it stays short."""
+    names = " ".join(domains)
+    if len(names) > LONGEST_NAMES:
+        names = f"{len(domains)} domains {hashlib.sha256(names.encode()).hexdigest()[:8]}"
+    return f" without {names}" if domains else ""
 
 
 def roll_back(
