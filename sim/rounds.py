@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from fedmerge.server.round_checkpoints import (
 from sim import records
 from sim.federation import Federation, Question, ask, listed, require_quorum
 from sim.secure_sum import REPORT_BYTES, secure_mean
+from sim.welcome import greet
 
 logger = logging.getLogger("fedmerge.server")
 
@@ -70,11 +71,12 @@ def run_rounds(
     if not (members := members_of(run_dir)):
         members = federation.of("train")
         keep_members(run_dir, members)
-    state = kept_state(run_dir) or initial_state(_fresh_adapters(backbone, config, members))
+    state = kept_state(run_dir) or initial_state(_fresh_adapters(backbone, config, config.domains.train))
     if state.num_rounds:
         logger.info("%s: %d of %d rounds are on disk", name, state.num_rounds, rounds.number)
     while state.num_rounds < rounds.number:
-        state = _round(federation, config, backbone, catalogs, run_dir, state, parameters)
+        members = _joined(federation, config, backbone, run_dir, members)
+        state = _round(federation, config, backbone, catalogs, run_dir, state, members, parameters)
         report = state.report
         if report is not None:
             logger.info(
@@ -110,6 +112,26 @@ def check_rounds(config: ExperimentConfig) -> None:
             )
 
 
+def _joined(
+    federation: Federation,
+    config: ExperimentConfig,
+    backbone: Backbone,
+    run_dir: Path,
+    members: list[str],
+) -> list[str]:
+    """The members and who has come since, who is no member where the rule learns from catalogs: they were asked for."""
+    came = greet(federation, config, backbone)
+    federation.phase = "train"
+    if config.rounds.rule in LEARNED_METHODS:
+        if came:
+            logger.info("came late and are tested as unseen: %s", listed(came))
+        return members
+    if new := sorted({*federation.of("train")} - {*members}):
+        logger.info("came late and take part from now on: %s", listed(new))
+        keep_members(run_dir, members := sorted([*members, *new]))
+    return members
+
+
 def _round(
     federation: Federation,
     config: ExperimentConfig,
@@ -117,12 +139,13 @@ def _round(
     catalogs: Mapping[str, Catalog],
     run_dir: Path,
     state: GlobalState,
+    members: list[str],
     parameters: Mapping[str, Value],
 ) -> GlobalState:
     rounds, number = config.rounds, state.num_rounds + 1
     name = str(rounds.rule)
     trained = "A and B" if name in LEARNED_METHODS else rule_named(name).trained
-    still_in = [domain for domain in state.starts if domain not in federation.excluded]
+    still_in = [domain for domain in members if domain not in federation.excluded]
     drawn = _drawn(still_in, rounds.fraction, config.seed, number)
     fresh = state.frozen or not state.num_rounds
     task = records.RoundRequest(
@@ -158,7 +181,7 @@ def _round(
     require_quorum(federation, config, list(replies) if rounds.fraction == 1 else federation.of("train"))
     if not replies:
         logger.warning("round %d: of all who were drawn nobody is left; others are drawn", number)
-        return _round(federation, config, backbone, catalogs, run_dir, state, parameters)
+        return _round(federation, config, backbone, catalogs, run_dir, state, members, parameters)
     adapters = {domain: adapter for domain, (adapter, _) in sorted(replies.items())}
     reports = {domain: report for domain, (_, report) in sorted(replies.items())}
     weights = _weights(federation, config, list(adapters))
@@ -210,7 +233,7 @@ def _weights(federation: Federation, config: ExperimentConfig, domains: list[str
     return {domain: float(federation.descriptions[domain].num_users) for domain in domains}
 
 
-def _fresh_adapters(backbone: Backbone, config: ExperimentConfig, domains: list[str]) -> dict[str, Adapter]:
+def _fresh_adapters(backbone: Backbone, config: ExperimentConfig, domains: Sequence[str]) -> dict[str, Adapter]:
     """What every domain starts from; domains of one rank share it."""
     seed = fresh_seed(config.seed, 0)
     layouts = {domain: config.lora.of(domain) for domain in domains}

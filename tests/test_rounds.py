@@ -3,10 +3,14 @@
 from pathlib import Path
 from typing import Any, get_args
 
+import in_process
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from flwr.app import Context, Message
+from flwr.server.superlink.fleet.vce.vce_api import _register_nodes
+from flwr.superlink.grid import InMemoryGrid
 from in_process import answer_honestly, run_in_process, small_experiment
 
 import sim.rounds
@@ -162,12 +166,45 @@ def test_a_client_that_fails_is_left_out_and_a_fraction_is_drawn(place: Path) ->
     assert all(len(each) == 2 for each in drawn)
     assert len(set(drawn)) > 1
 
-    config = rounds_experiment(place, "one", "weighted-average", seed=2, rounds__number=3, rounds__fraction=0.3)
+    config = rounds_experiment(place, "drawn", "weighted-average", seed=2, rounds__number=3, rounds__fraction=0.3)
     run_in_process(config, failing)
     drawn = [tuple(record["clients"]) for record in round_records(run_dir(config))]
     assert len(drawn) == 3
     assert {*drawn} <= {("books",), ("coffee",)}  # beauty was drawn first: another in its place
     assert list(read_json(run_dir(config) / "clients.json")["excluded"]) == ["beauty"]
+
+
+@pytest.mark.parametrize(("rule", "joins"), [("flora", True), ("weighted-average", True), ("mergerec", False)])
+def test_who_comes_late_takes_part_from_the_next_round(
+    place: Path, monkeypatch: pytest.MonkeyPatch, rule: str, joins: bool
+) -> None:
+    seen = InMemoryGrid.get_node_ids
+    away: list[int] = []
+    monkeypatch.setattr(InMemoryGrid, "get_node_ids", lambda grid: [node for node in seen(grid) if node not in away])
+
+    def register_all_but_coffee(number: int, factory: Any) -> dict[int, int]:
+        nodes: dict[int, int] = _register_nodes(number, factory)
+        away.extend(node for node, turn in nodes.items() if turn == TRAIN.index("coffee"))
+        return nodes
+
+    def answer(message: Message, context: Context) -> Message | None:
+        honest = answer_honestly(message, context)
+        if message.metadata.message_type == "train":
+            away.clear()
+        context.node_config["num-partitions"] = 0  # as on machines of their own, nobody knows how many there are
+        return honest
+
+    monkeypatch.setattr(in_process, "_register_nodes", register_all_but_coffee)
+    config = rounds_experiment(place, f"late-{rule}", rule, server__wait_seconds=0.5)
+    run_in_process(config, answer)
+    first, second = ({*record["clients"]} for record in round_records(run_dir(config)))
+    assert first == {"beauty", "books"}
+    assert second == ({*TRAIN} if joins else first)
+    told = (run_dir(config) / "run.log").read_text()
+    assert ("came late and take part from now on: coffee" in told) == joins
+    assert ("came late and are tested as unseen: coffee" in told) != joins
+    rows = pq.read_table(run_dir(config) / "metrics.parquet").to_pylist()
+    assert {row["role"] for row in rows if row["domain"] == "coffee"} == {"train" if joins else "unseen"}
 
 
 def test_ffa_sends_the_a_that_everybody_has(place: Path) -> None:
