@@ -231,7 +231,7 @@ def print_table(rows: Rows, baseline: str) -> None:
         if not reference[unseen]:
             continue
         print("\nunseen domains" if unseen else "\nmerged domains")
-        print(f"{'':<{width}}  recall@10  ndcg@10  differences to {baseline!r}, paired; ndcg@10 by domain, seed")
+        print(f"{'':<{width}}  recall@10  ndcg@10  differences to {baseline!r}, paired; ndcg@10 by domain, run")
         for name, row in rows.items():
             if not row[unseen]:
                 continue
@@ -254,7 +254,7 @@ def print_table(rows: Rows, baseline: str) -> None:
                     for domain, values in outcomes.items()
                     if domain in paired
                 ),
-                "seeds " + " ".join(f"{value:+.4f}" for value in seeds) if len(seeds) > 1 else "",
+                "runs " + " ".join(f"{value:+.4f}" for value in seeds) if len(seeds) > 1 else "",
             ]
             print("  ".join(cells).rstrip())
 

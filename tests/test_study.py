@@ -90,8 +90,8 @@ def test_every_point_of_the_grid_file_is_valid(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
     import study_collaborative  # noqa: PLC0415 - a script, not on the path
 
-    grids = ("study_collaborative.toml", "study_collaborative_test.toml")
-    points = [p for grid in grids for p in study_collaborative.points_of(REPOSITORY / "benchmarks" / grid)]
+    grids = sorted((REPOSITORY / "benchmarks").glob("study_*.toml"))
+    points = [point for grid in grids for point in study_collaborative.points_of(grid)]
     for point in points:
         keys = {key: value for key, value in point.items() if key not in ("method", "look_at", "name")}
         match point["method"]:
