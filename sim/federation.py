@@ -18,7 +18,7 @@ from flwr.superlink.grid import InMemoryGrid
 
 from fedmerge.config import ExperimentConfig
 from fedmerge.errors import ClientError, RunDirError
-from fedmerge.privacy.signatures import signer, statement
+from fedmerge.privacy.signatures import RegisteredKey, signer, statement
 from fedmerge.run_dir import append_line, read_json, read_lines, write_json, write_table
 from sim import records
 
@@ -94,7 +94,7 @@ class Federation:
         greeted: nodes that were asked what they are.
         num_nodes: how many there are in all, where a simulation says so; else 0.
         late: message id -> whose answer it would be, to what, and until when it is looked for.
-        keys: fingerprints of the registered public keys -> client; empty where they are not known.
+        keys: the registered public keys by fingerprint; empty where they are not known.
         signers: node -> the fingerprint of the key that it signs with, empty for none.
     """
 
@@ -109,7 +109,7 @@ class Federation:
     greeted: set[int] = field(default_factory=set)
     num_nodes: int = 0
     late: dict[str, tuple[str, Question, float]] = field(default_factory=dict)
-    keys: Mapping[str, str] = field(default_factory=dict)
+    keys: Mapping[str, RegisteredKey] = field(default_factory=dict)
     signers: dict[int, str] = field(default_factory=dict)
 
     @property
@@ -421,7 +421,11 @@ def _checked_signature(federation: Federation, reply: Message) -> Mapping[str, s
         raise ClientError(f"it is signed by the key {key or 'none'}, this client's answers so far by {first or 'none'}")
     if signature is None:
         return {**NOT_SIGNED, "sha256": sha256}
-    return {"sha256": sha256, "signed_by": federation.keys.get(key, key), "signature": signature.data.hex()}
+    return {
+        "sha256": sha256,
+        "signed_by": federation.keys[key].name if federation.keys else key,
+        "signature": signature.data.hex(),
+    }
 
 
 def _record_late(federation: Federation, name: str, question: Question, reply: Message | str) -> None:

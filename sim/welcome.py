@@ -56,13 +56,14 @@ def greet(federation: Federation, config: ExperimentConfig, backbone: Backbone) 
             federation.num_nodes = description.num_nodes
         if description.role == "idle":
             return None
-        if problem := _misfit(description, backbone, config, federation):
+        problem = _misfit(description, backbone, config, federation) or _not_its_key(description, name, federation)
+        if problem:
             name = f"{description.domain} ({name})"
             federation.exclude(name, problem)
             return name
         if description.domain in federation.excluded:
             return description.domain  # in a phase that has ended
-        federation.nodes[description.domain] = int(name.removeprefix("node "))
+        federation.nodes[description.domain] = _node(name)
         federation.descriptions[description.domain] = description
         welcomed.append(description.domain)
         log = logger.info if len(config.domains.train) + len(config.domains.unseen) <= 20 else logger.debug
@@ -121,6 +122,20 @@ def _misfit(
         if found != wanted:
             return f"its {what} is {found}, the server's {wanted}; {remedy}"
     return None
+
+
+def _not_its_key(description: records.Description, name: str, federation: Federation) -> str | None:
+    registered = federation.keys.get(federation.signers.get(_node(name), ""))
+    if registered is None or registered.domain in (None, description.domain):
+        return None
+    return (
+        f"it says to be {description.domain!r}, but its key is registered for {registered.domain!r} alone "
+        f"({registered.name}); one of them took the other's key or name: look into it"
+    )
+
+
+def _node(name: str) -> int:
+    return int(name.removeprefix("node "))
 
 
 def say_who_took_part(federation: Federation, config: ExperimentConfig) -> None:

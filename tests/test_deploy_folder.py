@@ -18,7 +18,8 @@ from fedmerge.cli import main
 from fedmerge.deploy.certificates import CERTIFICATE_DAYS, check_host, expires, issue, new_authority, sha1_fingerprint
 from fedmerge.deploy.clients import add_client, find_client, list_clients, note_nodes, remove_client
 from fedmerge.deploy.folder import Deployment, create_deployment, read_deployment, renew
-from fedmerge.errors import DeploymentError, RunDirError
+from fedmerge.errors import DeploymentError, DomainError, RunDirError
+from fedmerge.privacy.signatures import registered_keys
 from sim.app import app_sha256
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -186,8 +187,9 @@ def test_a_bundle_tells_the_organisation_all_that_it_needs_and_no_secret(
     remove_client(deployment, "north-shop")
     assert list_clients(deployment) == []
     assert not bundle.exists()
-    add_client(deployment, "north-shop", tmp_path / "key.pub", None)
+    add_client(deployment, "north-shop", tmp_path / "key.pub", None, "books")
     assert find_client(deployment, "north-shop").node is None
+    assert [key.domain for key in registered_keys(deployment.folder / "keys").values()] == ["books"]
     assert main(["deploy", "status", str(deployment.folder)]) == 1
     output = capsys.readouterr().out
     assert "federation prod at fl.example.org:8443: does not run\n  north-shop: unknown\nlast run: none\n" in output
@@ -224,6 +226,8 @@ def test_what_cannot_be_a_client_is_refused(
         path.write_bytes(os.urandom(200))
     with pytest.raises(DeploymentError, match=message):
         add_client(deployment, name, path, None)
+    with pytest.raises(DomainError, match=r"--domain: Domain name '\.\./x'"):
+        add_client(deployment, "other", path, None, "../x")
     assert [client.name for client in list_clients(deployment)] == ["there"]
 
 

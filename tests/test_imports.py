@@ -16,11 +16,11 @@ FILES = sorted((REPOSITORY / "fedmerge").rglob("*.py"))
 ROWS: tuple[tuple[str, ...], ...] = (
     ("errors", "__init__"),
     ("config", "seeding", "device", "run_dir", "runs"),
-    ("domain", "encoder", "deploy"),
+    ("domain", "encoder"),
     ("client", "merging", "recommend", "privacy"),
     ("server", "federated"),
     ("report",),
-    ("bench", "organisation"),
+    ("bench", "deploy", "organisation"),
     ("cli",),
 )
 ROW_OF = {part: number for number, row in enumerate(ROWS) for part in row}

@@ -20,7 +20,16 @@ import sim.federation
 import sim.welcome
 from fedmerge.config import ExperimentConfig
 from fedmerge.errors import ClientError, ConfigError
-from fedmerge.privacy.signatures import Signature, fingerprint, registered_keys, sign, signer, statement
+from fedmerge.privacy.signatures import (
+    RegisteredKey,
+    Signature,
+    fingerprint,
+    key_comment,
+    registered_keys,
+    sign,
+    signer,
+    statement,
+)
 from sim import records
 
 DOMAINS = ("beauty", "books", "coffee", "camping")
@@ -63,7 +72,9 @@ def test_registered_keys_are_read_by_name(key: ec.EllipticCurvePrivateKey, tmp_p
     with pytest.raises(ConfigError, match=r"server.client_keys = .*: no \*.pub in it"):
         registered_keys(tmp_path)
     (tmp_path / "north.pub").write_text(f"{public(key)} north\n")
-    assert registered_keys(tmp_path) == {fingerprint(key.public_key()): "north"}
+    assert registered_keys(tmp_path) == {fingerprint(key.public_key()): RegisteredKey("north", None)}
+    (tmp_path / "north.pub").write_text(f"{public(key)} {key_comment('north', 'books')}\n")
+    assert registered_keys(tmp_path) == {fingerprint(key.public_key()): RegisteredKey("north", "books")}
     (tmp_path / "south.pub").write_text("garbage")
     with pytest.raises(ConfigError, match=r"south.pub: is no public key of ECDSA in one line"):
         registered_keys(tmp_path)
@@ -176,7 +187,7 @@ def test_the_ledger_says_who_signed_what(place: Path, tmp_path: Path) -> None:
 def test_without_known_keys_the_ledger_has_their_fingerprints(place: Path, tmp_path: Path) -> None:
     run_in_process(experiment(place, tmp_path), signing(place, lambda told: told if told.startswith(BAD) else None))
     signed = {(row["domain"], row["signed_by"]) for row in ledger(tmp_path)}
-    known = {name: key for key, name in registered_keys(place / "keys").items()}
+    known = {key.name: sha256 for sha256, key in registered_keys(place / "keys").items()}
     assert signed == {(name, known[f"org-{BAD}"] if name == BAD else "") for name in DOMAINS}
 
 
@@ -218,6 +229,19 @@ CASES: dict[str, tuple[Callable[[str], str | None], Callable[[Message], object],
         "it is signed by the key [0-9a-f]{64}, this client's answers so far by [0-9a-f]{64}",
     ),
 }
+
+
+def test_a_key_registered_for_one_domain_speaks_for_no_other(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "keys").mkdir()
+    for name, domain in zip(DOMAINS, ("beauty", "books", "toys", "camping"), strict=True):
+        line = (place / "keys" / f"org-{name}.pub").read_text()
+        (tmp_path / "keys" / f"org-{name}.pub").write_text(f"{line} {key_comment(f'org-{name}', domain)}\n")
+    run_in_process(experiment(place, tmp_path, **{"server.client_keys": str(tmp_path / "keys")}), signing(place))
+    clients = json.loads((tmp_path / "run" / "clients.json").read_text())
+    ((name, reason),) = clients["excluded"].items()
+    assert name.startswith(BAD)
+    assert "it says to be 'coffee', but its key is registered for 'toys' alone (org-coffee)" in reason
+    assert BAD not in clients["participants"]
 
 
 @pytest.mark.parametrize("case", CASES)

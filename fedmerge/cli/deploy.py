@@ -37,6 +37,7 @@ def add_commands(commands: "Commands") -> None:
     add = _with_folder(parts, "add-client", "register an organisation's public key, write its bundle")
     add.add_argument("client", metavar="NAME")
     add.add_argument("--public-key", type=Path, required=True, metavar="key.pub", help="what the organisation sent")
+    add.add_argument("--domain", help="the one domain that its key may sign for (default: any)")
     add.set_defaults(command=_add_client)
 
     remove = _with_folder(parts, "remove-client", "withdraw an organisation's key and forget it")
@@ -85,7 +86,7 @@ def _add_client(options: argparse.Namespace) -> int:
     from sim.operator import is_healthy, register_clients
 
     deployment = read_deployment(options.folder)
-    bundle = add_client(deployment, options.client, options.public_key, app_sha256(CHECKOUT))
+    bundle = add_client(deployment, options.client, options.public_key, app_sha256(CHECKOUT), options.domain)
     running = is_healthy(deployment)
     if running:
         register_clients(deployment)

@@ -415,7 +415,8 @@ class Server(Section):
     client_keys: str | None = Field(
         None,
         description="Folder of the clients' public keys, NAME.pub, as fedmerge deploy add-client keeps it: answers "
-        "that none of them has signed are refused. 'none': signatures are checked, but not whose they are.",
+        "that none of them has signed are refused, and a key registered for another domain. 'none': signatures are "
+        "checked, but not whose they are.",
     )
     wait_seconds: float = Field(30.0, gt=0, description="How long to wait for all clients to connect.")
     min_train_clients: int = Field(2, ge=1, description="Fewer working training clients than this: the run fails.")

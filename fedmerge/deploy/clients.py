@@ -10,7 +10,9 @@ from pathlib import Path
 from fedmerge.deploy import texts
 from fedmerge.deploy.certificates import read_public_key, sha256_fingerprint
 from fedmerge.deploy.folder import Deployment
+from fedmerge.domain.manifest import check_name
 from fedmerge.errors import DeploymentError
+from fedmerge.privacy.signatures import key_comment
 from fedmerge.run_dir import new_folder, read_json, write_json, write_text
 
 REGISTERED_FILE = "registered.json"
@@ -34,7 +36,9 @@ class RegisteredClient:
     node: int | None
 
 
-def add_client(deployment: Deployment, name: str, public_key: Path, app_sha256: str | None) -> Path:
+def add_client(
+    deployment: Deployment, name: str, public_key: Path, app_sha256: str | None, domain: str | None = None
+) -> Path:
     """Note an organisation's public key and write its bundle; the key is registered with Flower separately.
 
     Args:
@@ -42,15 +46,19 @@ def add_client(deployment: Deployment, name: str, public_key: Path, app_sha256: 
         name: of the organisation.
         public_key: the file that it sent.
         app_sha256: hash of the app that it will be asked to run, where known.
+        domain: the one domain that it may be; None: any.
 
     Returns:
         The bundle.
 
     Raises:
         DeploymentError: no such name or key, or one of them is taken.
+        DomainError: no name of a domain.
     """
     if not CLIENT_NAME.fullmatch(name):
         raise DeploymentError(f"client name {name!r}: expected 1 to 63 of a-z, 0-9 and -. Choose another.")
+    if domain is not None:
+        check_name(domain, "--domain: ")
     line, key_sha256 = read_public_key(public_key)
     for known in list_clients(deployment):
         if known.name == name:
@@ -73,7 +81,9 @@ def add_client(deployment: Deployment, name: str, public_key: Path, app_sha256: 
         write_text(partial / "federation.toml", "".join(lines))
         readme = texts.bundle_readme(name, deployment.address, authority_sha256, key_sha256, app_sha256)
         write_text(partial / "README.txt", readme)
-    write_text(deployment.folder / "keys" / f"{name}.pub", f"{line} {name}\n")  # last: it says that the client is there
+    write_text(
+        deployment.folder / "keys" / f"{name}.pub", f"{line} {key_comment(name, domain)}\n"
+    )  # last: it says that the client is there
     return folder
 
 

@@ -23,6 +23,7 @@ from fedmerge.errors import ClientError, ConfigError
 from fedmerge.privacy.key_files import private_key_bytes
 
 LONGEST_KEY = 1000  # of a public key in one line
+_DOMAIN = "domain="
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,24 @@ class Signature:
 
     key: str
     data: bytes
+
+
+@dataclass(frozen=True)
+class RegisteredKey:
+    """Whose a public key is.
+
+    Attributes:
+        name: of the client, as the operator calls it.
+        domain: the one domain that it may be; None: any.
+    """
+
+    name: str
+    domain: str | None
+
+
+def key_comment(name: str, domain: str | None) -> str:
+    """What follows the key in a registered NAME.pub, where OpenSSH has a comment."""
+    return name if domain is None else f"{name} {_DOMAIN}{domain}"
 
 
 def statement(run_id: int, message_id: str, content_sha256: str) -> bytes:
@@ -68,8 +87,8 @@ def signer(signature: Signature, stated: bytes) -> str:
     return fingerprint(key)
 
 
-def registered_keys(folder: Path) -> Mapping[str, str]:
-    """The public keys (NAME.pub) in a folder: fingerprint -> name.
+def registered_keys(folder: Path) -> Mapping[str, RegisteredKey]:
+    """The public keys (NAME.pub) in a folder, by fingerprint.
 
     Raises:
         ConfigError: there is no such folder, none in it, or one is no key.
@@ -81,10 +100,12 @@ def registered_keys(folder: Path) -> Mapping[str, str]:
         )
     keys = {}
     for path in paths:
-        key = _public_key(path.read_text(encoding="utf-8", errors="replace"))
+        line = path.read_text(encoding="utf-8", errors="replace")
+        key = _public_key(line)
         if key is None:
             raise ConfigError(f"{path}: is no public key of ECDSA in one line. Register the client again.")
-        keys[fingerprint(key)] = path.stem
+        domains = [word.removeprefix(_DOMAIN) for word in line.split()[2:] if word.startswith(_DOMAIN)]
+        keys[fingerprint(key)] = RegisteredKey(path.stem, domains[-1] if domains else None)
     return keys
 
 
