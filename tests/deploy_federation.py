@@ -103,7 +103,8 @@ class Federation:
                 self.shared / "backbone",
             ]
             self.client(host, "init", folder, "--name", domain, *data)
-            self.fedmerge("deploy", "add-client", self.deployment, domain, "--public-key", folder / "key.pub")
+            key: list[str | Path] = ["--public-key", folder / "key.pub", "--domain", domain]
+            self.fedmerge("deploy", "add-client", self.deployment, domain, *key)
             self.client(host, "approve", folder, "--bundle", self.bundle(domain))
 
     def fedmerge(self, *arguments: str | Path, fails: bool = False) -> str:
