@@ -24,7 +24,7 @@ from fedmerge.client.evaluate import evaluate
 from fedmerge.client.experts import expert_by_hash, trained_expert
 from fedmerge.client.local_domain import LocalDomain, open_domain
 from fedmerge.client.metrics import BACKBONE, EXPERT
-from fedmerge.client.released import Release, check_counted, released_once
+from fedmerge.client.released import CoefficientMessage, Release, check_counted, noised_answer_once, released_once
 from fedmerge.client.rounds import RoundTask, train_round
 from fedmerge.client.summed import keep_values
 from fedmerge.client.user_dp import plan_record, user_plan
@@ -311,14 +311,19 @@ def gradient(message: Message, context: Context) -> RecordDict:
         cohort_folder(config, domain.manifest.name, domain.catalog, domain.backbone, request.cohort_sha256), domain
     )
     vectors = _vectors(kept, settings.initialisation, domain.backbone)
-    if kept.pseudo is None:
-        found = _on_own_users(client, vectors, settings, request.step)
-    else:
-        items = student_items(kept, domain.manifest.name, domain.item_sequences, domain.backbone, vectors, students)
-        found = on_pseudo_users(domain.backbone, vectors, kept.pseudo, items, settings, request.step, users)
-    if not request.num_steps:
-        return records.gradient_record(found(0, start))
-    return records.gradient_record(local_change(found, start, settings, request.num_steps))
+
+    def answer() -> torch.Tensor:
+        if kept.pseudo is None:
+            found = _on_own_users(client, vectors, settings, request.step)
+        else:
+            items = student_items(kept, domain.manifest.name, domain.item_sequences, domain.backbone, vectors, students)
+            found = on_pseudo_users(domain.backbone, vectors, kept.pseudo, items, settings, request.step, users)
+        return local_change(found, start, settings, request.num_steps) if request.num_steps else found(0, start)
+
+    if config.dp.mode != "domain-local":
+        return records.gradient_record(answer())
+    asked = CoefficientMessage(**asdict(request), coefficients=start.tolist(), students=students.tolist(), users=users)
+    return records.gradient_record(noised_answer_once(domain, config, asked, answer))
 
 
 def _on_own_users(client: Client, vectors: Vectors, settings: CollaborativeSettings, first: int) -> LocalGradient:

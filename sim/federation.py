@@ -62,7 +62,7 @@ class Question:
     Attributes:
         message_type: of Flower.
         split: what is evaluated on, else empty; for the ledger.
-        noise: what the clients add to their answers, for the ledger; "none" for nothing.
+        noise: what the clients add to their answers, for the ledger, see :func:`own_noise`; "none" for nothing.
         quiet: one of many alike, so that no line of the log tells of its answers.
         timeout_seconds: from sending to the answer.
         request: name -> content of the message.
@@ -76,6 +76,11 @@ class Question:
     split: str = ""
     noise: str = "none"
     quiet: bool = False
+
+
+def own_noise(config: ExperimentConfig) -> str:
+    """The noise that clients add to adapters, and by domain to answers about coefficients, as the ledger names it."""
+    return {"user": "Gaussian, by user", "domain-local": "Gaussian, by domain"}.get(config.dp.mode, "none")
 
 
 @dataclass

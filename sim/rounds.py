@@ -34,7 +34,7 @@ from fedmerge.server.round_checkpoints import (
     round_records,
 )
 from sim import records
-from sim.federation import Federation, Question, ask, listed, require_quorum
+from sim.federation import Federation, Question, ask, listed, own_noise, require_quorum
 from sim.secure_sum import REPORT_BYTES, secure_mean
 from sim.welcome import greet
 
@@ -175,9 +175,8 @@ def _round(
     nodes = {domain: node for domain, node in nodes.items() if domain not in replies}
     if nodes:
         logger.info("round %d of %d: %s", number, rounds.number, listed(sorted(nodes)))
-        ask(
-            federation, nodes, Question(records.TRAIN, config.server.train_timeout_seconds, request, limit_bytes), admit
-        )
+        timeout_seconds, noise = config.server.train_timeout_seconds, own_noise(config)
+        ask(federation, nodes, Question(records.TRAIN, timeout_seconds, request, limit_bytes, noise=noise), admit)
     require_quorum(federation, config, list(replies) if rounds.fraction == 1 else federation.of("train"))
     if not replies:
         logger.warning("round %d: of all who were drawn nobody is left; others are drawn", number)

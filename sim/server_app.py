@@ -53,7 +53,7 @@ from fedmerge.server.rollback import FALLBACK, dropped_domains, roll_back, suffi
 from fedmerge.server.spent import spent_by_domain
 from sim import records
 from sim.evaluations import evaluate_models
-from sim.federation import Federation, Question, ask, listed, require_quorum
+from sim.federation import Federation, Question, ask, listed, own_noise, require_quorum
 from sim.gate import pass_gate
 from sim.rounds import check_rounds, run_rounds
 from sim.secure_sum import REPORT_BYTES, secure_candidates
@@ -229,7 +229,8 @@ def _say_what_was_spent(config: ExperimentConfig, run_dir: Path, evaluated: bool
     """Write down what differential privacy the run gives, if any; what the report says of it."""
     if config.dp.mode == "none":
         return ""
-    statement = privacy_statement(config.dp, spent_by_domain(run_dir, config.dp.mode), evaluated)
+    catalogs = bool(labels_from_catalogs(config)) or probes(config)
+    statement = privacy_statement(config.dp, spent_by_domain(run_dir, config), evaluated, catalogs)
     write_json(run_dir / PRIVACY_FILE, statement)
     return "\n" + statement_text(statement)
 
@@ -333,7 +334,8 @@ def _train(
         logger.info("training: %s", listed(list(nodes)))
         transport = config.privacy.transport
         most = {domain: adapter_bytes(layout, transport) + REPORT_BYTES for domain, layout in layouts.items()}
-        question = Question(records.TRAIN, config.server.train_timeout_seconds, limit_bytes=most.__getitem__)
+        timeout_seconds, noise = config.server.train_timeout_seconds, own_noise(config)
+        question = Question(records.TRAIN, timeout_seconds, limit_bytes=most.__getitem__, noise=noise)
         ask(federation, nodes, question, admit)
     sources = dict(sorted(sources.items()))
     if ended is None:

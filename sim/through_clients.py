@@ -19,14 +19,16 @@ from fedmerge.encoder.lora import Adapter
 from fedmerge.errors import ClientError
 from fedmerge.merging.learned import LearnedCoefficients, optimise, start_coefficients
 from fedmerge.merging.vectors import Vectors
+from fedmerge.privacy.domain_noise import domain_noise
 from fedmerge.run_dir import append_line, read_json, read_lines, write_json
 from fedmerge.server.candidates import Learn
+from fedmerge.server.checkpoints import LEARNING
 from fedmerge.server.collaborative import CollaborativeSettings, draw_pseudo_users
 from fedmerge.server.through_clients import cohort_sha256
 from sim import records
-from sim.federation import Federation, Question, ask, listed, require_quorum
+from sim.federation import Federation, Question, ask, listed, own_noise, require_quorum
 
-LEARNING = "learning"
+FARTHEST_NOISE = 20  # standard deviations that nobody ever draws
 LARGEST_GRADIENT = 1e6  # of a coefficient, far beyond any loss here
 
 logger = logging.getLogger("fedmerge.server")
@@ -83,6 +85,8 @@ def learn_through_clients(
             num_steps = min(steps_a_message, settings.steps - step) if local else 0
             task = records.GradientRequest(label, sha256, step, num_steps)
             bound = 10 * num_steps * settings.learning_rate if local else LARGEST_GRADIENT
+            if config.dp.mode == "domain-local":
+                bound = config.dp.coefficient_clip * (1 + 2 * FARTHEST_NOISE * domain_noise(config))
             answers = _answers(federation, config, task, coefficients, students, users, weights, bound)
             mean = torch.zeros_like(coefficients.detach())  # where all whose turn it was have failed, others are left
             for domain in sorted(answers):
@@ -178,6 +182,7 @@ def _answers(
         config.server.evaluate_timeout_seconds,
         request,
         lambda _: 4 * coefficients.numel() + 2**12,
+        noise=own_noise(config) if config.dp.mode == "domain-local" else "none",
         quiet=True,
     )
     ask(federation, nodes, question, receive)

@@ -180,6 +180,28 @@ def test_all_problems_are_said_at_once_with_their_dotted_names() -> None:
             "dp.mode = 'domain-central' with admission.action = 'exclude'",
         ),
         (
+            {
+                "dp.mode": "user",
+                "dp.epsilon": 1.0,
+                "dp.delta": 1e-6,
+                "train.negatives": "catalog",
+                "privacy.policy": "catalog-private",
+                "through_clients.users": "own-users",
+            },
+            "dp.mode = 'user' with through_clients.users = 'own-users': gradients of coefficients on own users are not",
+        ),
+        (
+            {
+                "dp.mode": "domain-local",
+                "dp.epsilon": 1.0,
+                "dp.delta": 1e-6,
+                "privacy.policy": "catalog-private",
+                "admission.rollback": "true",
+                "admission.leave_one_out": "true",
+            },
+            "dp.mode = 'domain-local' with admission.rollback: a second merge would be learned through the clients",
+        ),
+        (
             {"privacy.policy": "catalog-private", "server.catalogs": "x", "mergerec.select_every": 5},
             "privacy.policy = 'catalog-private': server.catalogs gives the server what the policy keeps at the "
             "clients; set server.catalogs = 'none', or privacy.policy = 'adapter'; mergerec.select_every needs losses",

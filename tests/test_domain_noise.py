@@ -14,10 +14,20 @@ from fedmerge.encoder.lora import Adapter, LoraModule
 from fedmerge.errors import ClientError, LayoutMismatchError
 from fedmerge.privacy.accountant import Release, calibrated_noise, spent_epsilon
 from fedmerge.privacy.agreed import check_spent
-from fedmerge.privacy.domain_noise import clip_factor, domain_noise, domain_record, noised_average, noised_factors
+from fedmerge.privacy.domain_noise import (
+    clip_factor,
+    coefficient_messages,
+    domain_noise,
+    domain_record,
+    noised_answer,
+    noised_average,
+    noised_factors,
+)
 from fedmerge.privacy.statement import privacy_statement, statement_text
 from fedmerge.seeding import generator
 from fedmerge.server.candidates import merge_candidates
+from fedmerge.server.collaborative import CollaborativeSettings
+from fedmerge.server.learned import learned_variants
 from fedmerge.server.spent import EVERY_DOMAIN, spent_by_domain
 
 
@@ -50,6 +60,51 @@ def test_local_clips_the_distance_from_the_start_over_all_factors() -> None:
     moved = flat(far) - flat(start)
     assert 0.499 < float(moved.norm()) <= 0.5
     assert float(torch.nn.functional.cosine_similarity(moved, flat(adapter(1)) - flat(start), dim=0)) > 1 - 1e-6
+
+
+def test_an_answer_is_clipped_and_noised_for_twice_the_clip_norm() -> None:
+    answers = [torch.randn(3, 7, generator=torch.Generator().manual_seed(seed)) * 100 for seed in (1, 2)]
+    clipped = [noised_answer(answer, 0.5, 0.0, generator(0, "t")) for answer in answers]
+    assert all(0.499 < float(each.norm()) <= 0.5 for each in clipped)
+    assert float((clipped[0] - clipped[1]).norm()) <= 1.0
+    small = answers[0] / 1e4
+    torch.testing.assert_close(noised_answer(small, 0.5, 0.0, generator(0, "t")), small, rtol=1e-5, atol=0)
+    many = noised_answer(torch.zeros(20000), 0.5, 3.0, generator(0, "t")).double()
+    assert stats.kstest(many, "norm", args=(0, 3.0 * 2 * 0.5)).pvalue > 1e-3
+    broken = noised_answer(torch.tensor([math.inf, 1.0]), 0.5, 1.0, generator(0, "t"))
+    torch.testing.assert_close(broken, noised_answer(torch.zeros(2), 0.5, 1.0, generator(0, "t")))  # says nothing
+
+
+LOCAL = {"dp.mode": "domain-local", "dp.epsilon": 5.0, "dp.delta": 1e-5, "dp.accountant": "rdp"}
+THROUGH = {"privacy.policy": "catalog-private", "merge.methods": "average,mergerec,adamerging", "mergerec.steps": 7}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, 7 + 2 * 500),
+        ({"mergerec.granularities": "domain,layer", "adamerging.steps": 3}, 2 * 7 + 2 * 3),
+        ({"mergerec.preset": "paper", "mergerec.steps": 100, "merge.methods": "mergerec"}, 500),
+        ({"mergerec.preset": "paper", "merge.methods": "mergerec"}, 7),
+        ({"through_clients.mode": "local-steps", "through_clients.local_steps": 3, "adamerging.steps": 3}, 3 + 2),
+        ({"merge.methods": "average"}, 0),
+        ({"until": "train"}, 0),
+        ({"privacy.policy": "adapter+catalog"}, 0),
+    ],
+)
+def test_the_noise_is_chosen_for_the_adapter_and_all_answers(changes: dict[str, object], expected: int) -> None:
+    config = from_flat({**LOCAL, **THROUGH, **changes})
+    assert coefficient_messages(config) == expected
+    if expected and config.through_clients.mode == "exact":  # one message a step
+        variants = [of for name in config.merge.methods[-2:] if name != "average" for of in learned(config, name)]
+        assert sum(variant.steps for variant in variants) == expected
+    noise = domain_noise(config)
+    assert spent_epsilon([Release(noise, 1.0, 1 + expected)], 1e-5, "rdp") <= 5.0
+    assert spent_epsilon([Release(0.99 * noise, 1.0, 1 + expected)], 1e-5, "rdp") > 5.0
+
+
+def learned(config: ExperimentConfig, method: str) -> list[CollaborativeSettings]:
+    return list(learned_variants(config, method).values())
 
 
 def test_two_domains_in_one_place_are_at_most_twice_the_clip_norm_apart() -> None:
@@ -165,13 +220,16 @@ def test_no_noise_is_called_no_guarantee() -> None:
 
 def test_a_domain_release_counts_replacement_already() -> None:
     dp = DP(mode="domain-local", epsilon=3.0, delta=1e-5, clip=0.5, accountant="rdp")
-    record = domain_record(dp, domain_noise(dp))
+    record = domain_record(dp, domain_noise(ExperimentConfig(dp=dp)))
     found = privacy_statement(dp, {"books": [record]}, False)["domains"]["books"]
     assert found["epsilon"] == found["epsilon_replaced"]
     assert 2.95 < found["epsilon"] <= 3.0
     assert record["unit"] == "domain"
 
 
+CENTRAL = from_flat(
+    {"dp.mode": "domain-central", "dp.noise_multiplier": 1.0, "dp.delta": 1e-5, "merge.methods": "average"}
+)
 AGREED: dict[str, Any] = {
     "dp.mode": "user",
     "dp.noise_multiplier": 1.0,
@@ -257,15 +315,14 @@ def test_a_runs_releases_are_found_wherever_they_were_made(tmp_path: Path) -> No
         (tmp_path / "rounds" / f"{number}.json").write_text(json.dumps({"clients": clients}))
     (tmp_path / "merged" / "average").mkdir(parents=True)
     (tmp_path / "merged" / "average" / "provenance.json").write_text(json.dumps({"privacy": RECORD}))
-    found = spent_by_domain(tmp_path, "user")
+    found = spent_by_domain(tmp_path, from_flat(AGREED))
     assert {domain: len(releases) for domain, releases in found.items()} == {"books": 1, "coffee": 2}
-    assert spent_by_domain(tmp_path, "domain-central") == {EVERY_DOMAIN: [RECORD]}
+    assert spent_by_domain(tmp_path, CENTRAL) == {EVERY_DOMAIN: [RECORD]}
 
 
 def test_what_clients_say_counts_for_nothing_where_the_server_adds_the_noise(tmp_path: Path) -> None:
     for path, told in {"adapters/books/training.json": {"x": 1}, "merged/average/provenance.json": RECORD}.items():
         (tmp_path / path).parent.mkdir(parents=True)
         (tmp_path / path).write_text(json.dumps({"privacy": told}))
-    dp = DP(mode="domain-central", noise_multiplier=1.0, delta=1e-5, accountant="rdp")
-    statement = privacy_statement(dp, spent_by_domain(tmp_path, dp.mode), True)
+    statement = privacy_statement(CENTRAL.dp, spent_by_domain(tmp_path, CENTRAL), True)
     assert statement["domains"].keys() == {EVERY_DOMAIN}

@@ -259,6 +259,36 @@ def test_other_ways_through_the_clients(
     assert (tmp_path / "run" / "DONE").is_file()
 
 
+@pytest.mark.parametrize(
+    ("changes", "messages"),
+    [
+        ({}, 4),
+        ({"through_clients.users": "own-users", "through_clients.batch_size": 25}, 4),
+        ({"through_clients.mode": "local-steps", "through_clients.local_steps": 3}, 2),
+    ],
+    ids=["exact", "own-users", "local-steps"],
+)
+def test_with_noise_by_domain_every_answer_is_counted(
+    place: Path, tmp_path: Path, changes: dict[str, object], messages: int
+) -> None:
+    private = {"dp.mode": "domain-local", "dp.epsilon": 8.0, "dp.delta": 1e-3, "dp.coefficient_clip": 0.01}
+    config = experiment(place, tmp_path, **LITTLE, **private, **changes, cache_dir=str(tmp_path / "cache"))
+    run_in_process(config)
+    told = json.loads((tmp_path / "run" / "privacy.json").read_text())
+    assert told["guarantee"]
+    assert told["domains"].keys() == {"beauty", "books", STRICT}
+    for found in told["domains"].values():
+        update, answers = found["releases"]
+        assert (update["steps"], answers["steps"], update["clip"], answers["clip"]) == (1, messages, 1.0, 0.01)
+        assert update["noise_multiplier"] == answers["noise_multiplier"]
+        assert 7.5 < found["epsilon"] <= 8.0
+    rows = pq.read_table(tmp_path / "run" / "exposure.parquet").to_pylist()
+    noised = {row["message"] for row in rows if row["noise"] == "Gaussian, by domain"}
+    assert noised == {"train", "query.gradient"} == {row["message"] for row in rows if row["noise"] != "none"}
+    own = " own-users" if config.through_clients.users == "own-users" else ""
+    assert np.isfinite(coefficients(tmp_path / "run", LABELS[1] + own)).all()
+
+
 @pytest.mark.parametrize("transport", ["int8", "top-k"])
 def test_experts_travel_in_fewer_bytes(place: Path, tmp_path: Path, transport: str) -> None:
     changes = {"merge.methods": "average", "privacy.transport": transport, "privacy.transport_density": 0.25}

@@ -1,16 +1,22 @@
-"""With differential privacy by user a client releases each round of a run once, whatever it is asked."""
+"""What the noise is chosen for, a client releases once, whatever it is asked: rounds by user, answers by domain."""
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from adapters import layout_of, random_adapters
 from flwr.app import Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 from in_process import small_experiment
 
 from fedmerge.config import ExperimentConfig, from_flat, to_flat
+from fedmerge.device import resolve_compute
+from fedmerge.encoder.backbone import load_backbone
 from fedmerge.encoder.lora import adapter_sha256
 from fedmerge.errors import ConfigError
+from fedmerge.server.through_clients import cohort_sha256
 from sim import records
 from sim.client_app import app as client_app
 
@@ -82,3 +88,60 @@ def test_more_rounds_than_steps_are_refused(config: ExperimentConfig) -> None:
     with pytest.raises(ConfigError, match=r"rounds.number = 3, but train.max_steps = 2: .*lower rounds.number, or"):
         from_flat({**to_flat(config), "rounds.number": 3})
     assert from_flat({**to_flat(config), "rounds.number": 3, "train.max_steps": 3}).rounds.number == 3
+
+
+@pytest.fixture(scope="module")
+def learning(tmp_path_factory: pytest.TempPathFactory) -> tuple[ExperimentConfig, records.GradientRequest]:
+    """Coefficients learned on own users, with noise by domain; the cohort lies at the client."""
+    private = {"dp.mode": "domain-local", "dp.noise_multiplier": 2.0, "dp.delta": 1e-3, "privacy.min_users": 2}
+    through = {"privacy.policy": "catalog-private", "through_clients.users": "own-users", "merge.methods": "mergerec"}
+    config = small_experiment(tmp_path_factory.mktemp("answers"), **private, **through, run_id="run")
+    backbone = load_backbone(config.backbone.source, config.backbone.pooling, resolve_compute("cpu", "float32"))
+    made = random_adapters(layout_of(backbone, ("query", "value")))
+    cohort = {"beauty": made["toys"], "books": made["books"]}
+    assert records.read_pseudo_users(send(config, records.COHORT, records.cohort_record(cohort))) == 0
+    return config, records.GradientRequest("mergerec domain-wise own-users", cohort_sha256(cohort), 0, 0)
+
+
+def send(config: ExperimentConfig, message_type: str, content: RecordDict) -> RecordDict:
+    context = Context(1, 1, {"partition-id": 0, "num-partitions": 4}, RecordDict(), dict(to_flat(config)))
+    return client_app(Message(content, dst_node_id=1, message_type=message_type), context).content
+
+
+def answer(config: ExperimentConfig, request: records.GradientRequest, at: float = 0.5) -> RecordDict:
+    coefficients = torch.full((2,), at)
+    return send(
+        config, records.GRADIENT, records.gradient_request_record(request, coefficients, torch.full((2,), 0.5), [])
+    )
+
+
+def test_an_answer_about_coefficients_is_released_once(
+    learning: tuple[ExperimentConfig, records.GradientRequest],
+) -> None:
+    config, first = learning
+    given, again = (records.read_gradient(answer(config, first)) for _ in range(2))
+    assert torch.equal(given, again)  # with system noise, made anew it would differ
+    assert not torch.equal(records.read_gradient(answer(config, replace(first, step=1))), given)
+    other = config.model_copy(update={"run_id": "other"})  # a run of its own, which somebody adds up
+    assert not torch.equal(records.read_gradient(answer(other, first)), given)
+    refused = str(records.read_error(answer(config, first, at=0.6)))
+    assert "step 0, was released before, at other coefficients or with other settings, and its noise covers" in refused
+    (spoiled,) = Path(config.cache_dir).glob("released/beauty-*/*-1.json")
+    spoiled.write_text("{")
+    assert "step 1, was released before, but …" in str(records.read_error(answer(config, replace(first, step=1))))
+    nameless = config.model_copy(update={"run_id": None})
+    assert "counts the releases of a run, but run_id is 'none'" in str(records.read_error(answer(nameless, first)))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"step": 2}, {"step": -1}, {"num_steps": 1}, {"label": "adamerging domain-wise own-users"}],
+    ids=["beyond the last", "before the first", "several", "another method"],
+)
+def test_an_answer_that_the_noise_was_not_chosen_for_is_refused(
+    learning: tuple[ExperimentConfig, records.GradientRequest], changes: dict[str, Any]
+) -> None:
+    config, first = learning
+    refused = str(records.read_error(answer(config, replace(first, **changes))))
+    assert "but its noise is chosen for mergerec, " in refused
+    assert " steps, 1 a message. Use one configuration everywhere." in refused

@@ -19,7 +19,7 @@ from fedmerge.client.user_dp import plan_record, user_plan
 from fedmerge.config import Audit, ExperimentConfig
 from fedmerge.encoder.lora import Adapter, adapter_sha256, fresh_adapter, read_adapter, write_adapter
 from fedmerge.errors import ClientError
-from fedmerge.privacy.domain_noise import domain_noise, domain_record, noised_factors
+from fedmerge.privacy.domain_noise import coefficient_messages, domain_noise, domain_record, noised_factors
 from fedmerge.privacy.randomness import source
 
 REPORT_FILE = "training.json"
@@ -79,7 +79,7 @@ def train_adapter(
         return *poisoned_expert(domain, config, begun, progress), None
     adapter, report = train_expert(domain, lora, config.train, config.seed, progress, begun)
     if dp.mode == "domain-local":
-        noise = domain_noise(dp)
+        noise = domain_noise(config)
         drawn = source(dp.randomness, config.seed, "client", name, "domain-dp")
         start = fresh_adapter(domain.backbone, lora, config.seed)
         adapter = noised_factors(adapter, start, dp.clip, noise, drawn)
@@ -148,6 +148,8 @@ def _training_key(domain: LocalDomain, config: ExperimentConfig) -> str:
     }
     if config.dp.mode in ("user", "domain-local"):
         inputs["dp"] = config.dp.model_dump()
+    if answers := coefficient_messages(config) if config.dp.mode == "domain-local" else 0:
+        inputs["noise also for"] = answers
     if config.audit != Audit():
         inputs["audit"] = config.audit.model_dump()
     return inputs_key(inputs)

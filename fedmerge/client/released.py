@@ -1,14 +1,17 @@
-"""The rounds that a client has released with differential privacy by user, on its own disk.
+"""What a client has released with differential privacy besides experts, on its own disk: rounds, and answers.
 
-The noise is chosen for the rounds of the configuration, each released once. So a round that is asked for again, as
-after a run that was killed, is answered with what was released before, and nothing else is released for it.
+The noise is chosen for the rounds of the configuration, by user, or for its messages about merging coefficients, by
+domain, each released once. So what is asked for again, as after a run that was killed, is answered with what was
+released before, and nothing else is released for it.
 """
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from fedmerge.client.kept import inputs_key, keep
 from fedmerge.client.local_domain import LocalDomain
@@ -16,8 +19,12 @@ from fedmerge.client.rounds import RoundTask
 from fedmerge.config import ExperimentConfig
 from fedmerge.encoder.lora import Adapter, adapter_sha256, read_adapter, write_adapter
 from fedmerge.errors import FedMergeError, PolicyError
+from fedmerge.privacy.domain_noise import domain_noise, noised_answer
+from fedmerge.privacy.randomness import source
+from fedmerge.run_dir import read_json, write_json
 
 REPORT_FILE = "training.json"
+_ANSWERS_DEPEND_ON = ("text", "mergerec", "adamerging", "through_clients", "dp", "audit")
 
 
 @dataclass(frozen=True)
@@ -28,17 +35,35 @@ class Release:
     told: Mapping[str, Any]
 
 
+@dataclass(frozen=True)
+class CoefficientMessage:
+    """What a message about merging coefficients asks for.
+
+    Attributes:
+        label: of the merge whose coefficients are learned.
+        cohort_sha256: the cohort's adapters.
+        step: the first step, from 0.
+        num_steps: that the client makes by itself; 0: it answers with a gradient.
+        coefficients, students: where, as nested lists.
+        users: the client's pseudo-users of the step; none where it draws itself.
+    """
+
+    label: str
+    cohort_sha256: str
+    step: int
+    num_steps: int
+    coefficients: list[Any]
+    students: list[Any]
+    users: list[int]
+
+
 def check_counted(domain: str, config: ExperimentConfig, task: RoundTask) -> None:
     """Refuse a round that the noise was not chosen for, or of a run that cannot be told from another.
 
     Raises:
         PolicyError: what was asked, and what is expected.
     """
-    if config.run_id is None:
-        raise PolicyError(
-            f"domain {domain}: dp.mode = 'user' in rounds counts the releases of a run, but run_id is 'none'. Set it, "
-            "or use fedmerge run, which does."
-        )
+    _check_run_id(domain, config)
     number = config.rounds.number
     if task.num_rounds != number or not 1 <= task.number <= number:
         raise PolicyError(
@@ -63,8 +88,7 @@ def released_once(
         ClientError: it cannot be kept.
     """
     name = domain.manifest.name
-    run = f"{name}-{inputs_key({'run': config.run_id})}"
-    folder = Path(config.cache_dir).expanduser() / "released" / run / str(task.number)
+    folder = _released(name, config) / str(task.number)
     asked = _asked(domain, config, task)
     if not folder.exists():
         made = train()
@@ -90,6 +114,85 @@ def released_once(
             "release. Start a new run, with a run_id of its own."
         )
     return Release(adapter, told)
+
+
+def noised_answer_once(
+    domain: LocalDomain, config: ExperimentConfig, message: CoefficientMessage, compute: Callable[[], torch.Tensor]
+) -> torch.Tensor:
+    """What this client has released for a message about coefficients: made and noised now, or as it was sent.
+
+    Args:
+        domain: the client's own.
+        config: what a release depends on, besides data and message; the answers of one ``run_id`` count together.
+        message: what was asked.
+        compute: the answer without noise, (K,) or (K, G).
+
+    Raises:
+        PolicyError: a message that the noise was not chosen for; another answer was given to it, or it is damaged.
+        ConfigError: no noise is enough.
+        ClientError, RunDirError: it cannot be kept.
+    """
+    name, dp = domain.manifest.name, config.dp
+    _check_run_id(name, config)
+    _check_chosen_for(name, config, message)
+    what = f"the answer about {message.label}, step {message.step},"
+    path = _released(name, config) / f"{inputs_key({'label': message.label})}-{message.step}.json"
+    asked = inputs_key(
+        {
+            "message": asdict(message),
+            "data": [domain.manifest.catalog_sha256, domain.manifest.interactions_sha256],
+            "backbone": [domain.backbone.sha256, domain.backbone.pooling],
+            "config": [getattr(config, key).model_dump() for key in _ANSWERS_DEPEND_ON],
+            "seed": config.seed,
+        }
+    )
+    if not path.exists():
+        drawn = source(dp.randomness, config.seed, "client", name, "coefficients-dp", message.label, message.step)
+        made = noised_answer(compute().cpu(), dp.coefficient_clip, domain_noise(config), drawn)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"asked": asked, "answer": made.tolist()})
+    try:
+        kept = read_json(path) or {}
+        same, answer = kept["asked"] == asked, torch.tensor(kept["answer"], dtype=torch.float32)
+    except (FedMergeError, LookupError, TypeError, ValueError) as error:
+        raise PolicyError(
+            f"domain {name}: {what} was released before, but {path} is damaged ({type(error).__name__}), and its noise "
+            "covers one release. Start a new run."
+        ) from error
+    if not same:
+        raise PolicyError(
+            f"domain {name}: {what} was released before, at other coefficients or with other settings, and its noise "
+            "covers one release. Start a new run, with a run_id of its own."
+        )
+    return answer
+
+
+def _check_chosen_for(name: str, config: ExperimentConfig, message: CoefficientMessage) -> None:
+    """Refuse a message that is not among :func:`fedmerge.privacy.domain_noise.coefficient_messages`."""
+    method = message.label.split()[0]
+    steps = config.adamerging.steps if method == "adamerging" else config.mergerec.steps_made
+    local = config.through_clients.local_steps if config.through_clients.mode == "local-steps" else 0
+    expected = min(local, steps - message.step)
+    begins = 0 <= message.step < steps and message.step % (local or 1) == 0
+    if method not in config.merge.methods or not begins or message.num_steps != expected:
+        raise PolicyError(
+            f"domain {name}: asked for {message.num_steps} steps of {message.label} from step {message.step}, but its "
+            f"noise is chosen for {', '.join(config.merge.methods)}, {steps} steps, {local or 1} a message. Use one "
+            "configuration everywhere."
+        )
+
+
+def _check_run_id(domain: str, config: ExperimentConfig) -> None:
+    if config.run_id is None:
+        raise PolicyError(
+            f"domain {domain}: dp.mode = '{config.dp.mode}' counts the releases of a run, but run_id is 'none'. Set "
+            "it, or use fedmerge run, which does."
+        )
+
+
+def _released(name: str, config: ExperimentConfig) -> Path:
+    run = f"{name}-{inputs_key({'run': config.run_id})}"
+    return Path(config.cache_dir).expanduser() / "released" / run
 
 
 def _asked(domain: LocalDomain, config: ExperimentConfig, task: RoundTask) -> str:

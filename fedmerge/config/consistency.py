@@ -90,10 +90,17 @@ def _check_dp(config: ExperimentConfig) -> None:
             "each client has spent; set dp.mode = 'none', or another policy"
         )
     own = (config.privacy.policy, config.through_clients.users) == ("catalog-private", "own-users")
-    if mode != "none" and own and {*config.merge.methods} & LEARNED_METHODS:
+    learned = {*config.merge.methods} & LEARNED_METHODS
+    if mode == "user" and own and learned:
         raise ValueError(
-            f"dp.mode = '{mode}' with through_clients.users = 'own-users': gradients of coefficients on own users "
-            "carry no noise and are not in the account; set through_clients.users = 'pseudo-users'"
+            "dp.mode = 'user' with through_clients.users = 'own-users': gradients of coefficients on own users "
+            "are not clipped by user and not in the account; set through_clients.users = 'pseudo-users', or dp.mode = "
+            "'domain-local'"
+        )
+    if mode == "domain-local" and config.privacy.policy == "catalog-private" and learned and config.admission.rollback:
+        raise ValueError(
+            "dp.mode = 'domain-local' with admission.rollback: a second merge would be learned through the clients, "
+            "for which the noise is not chosen; set admission.rollback = false"
         )
     if mode.startswith("domain") and config.rounds.rule is not None:
         raise ValueError(

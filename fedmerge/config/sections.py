@@ -251,6 +251,9 @@ class Merge(Section):
 Granularities = tuple[Literal["domain", "layer"], ...]
 
 
+PAPER_STEPS = 500  # of MergeRec, as published
+
+
 class MergeRec(Section):
     """Collaborative merging (https://arxiv.org/abs/2601.01753), explained in [collaborative.md](collaborative.md)."""
 
@@ -303,9 +306,9 @@ class MergeRec(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> "MergeRec":
-        if len(set(self.try_steps)) < len(self.try_steps) or max(self.try_steps, default=0) >= self.steps:
+        if len(set(self.try_steps)) < len(self.try_steps) or max(self.try_steps, default=0) >= self.steps_made:
             found = ", ".join(map(str, self.try_steps))
-            raise ValueError(f"try_steps: found {found}; expected different numbers below steps = {self.steps}")
+            raise ValueError(f"try_steps: found {found}; expected different numbers below steps = {self.steps_made}")
         if twice := _twice(self.granularities):
             raise ValueError(f"granularities names {twice} twice; name each once")
         if self.pseudo_users in ("subset", "centroid") and self.num_pseudo_users is None:
@@ -313,6 +316,12 @@ class MergeRec(Section):
         if self.pseudo_users == "one-item" and self.num_pseudo_users is not None:
             raise ValueError("pseudo_users = 'one-item' takes every item; use 'subset' for a number of them")
         return self
+
+    @property
+    def steps_made(self) -> int:
+        """The optimiser steps under the preset."""
+        published = self.preset == "paper" and self.steps == type(self).model_fields["steps"].default
+        return PAPER_STEPS if published else self.steps
 
 
 class AdaMerging(Section):
@@ -532,6 +541,12 @@ class DP(Section):
         None, ge=0, le=10000, description="Noise over the sensitivity, in place of epsilon; 0: clipped, no guarantee."
     )
     clip: float = Field(1.0, gt=0, le=1e6, description="Largest norm of a user's gradient, or of a domain's update.")
+    coefficient_clip: float = Field(
+        1.0,
+        gt=0,
+        le=1e6,
+        description="domain-local: largest norm of an answer about merging coefficients, learned through the clients.",
+    )
     accountant: Literal["prv", "rdp"] = Field(
         "prv", description="prv: tighter, numerical; rdp: an upper bound by Rényi divergences."
     )

@@ -40,7 +40,7 @@ def check_spent(domain: str, config: ExperimentConfig, told: Any, num_users: int
     most = num_users + config.audit.canaries
     units = told.get("num_units")
     if dp.mode == "domain-local":
-        agreed = domain_record(dp, domain_noise(dp))
+        agreed = domain_record(dp, domain_noise(config))
     elif type(units) is not int or not 1 <= units <= most:
         raise ClientError(
             f"domain {domain}: it says that it trained on {units!r} users, expected 1 to the {most} that it has. "

@@ -10,6 +10,10 @@ but noise on both factors is multiplied, N_B·N_A, which is why neither leaves m
 the average of Δ = scaling·BA, exact; a sum of factors is not the sum of updates, and stacked factors would show every
 domain's own. Each Δ is clipped to C over all modules together; one domain more or less changes the sum by at most C;
 the number of domains is public. Cutting the noisy average to a rank is post-processing.
+
+Where merging coefficients are learned through the clients, what a client answers depends on its catalog or its users
+once more. With the local mechanism each answer, K or K × G numbers, is clipped and noised in the same way
+(``noised_answer``), and the noise is chosen for the adapter and all answers together.
 """
 
 import math
@@ -18,27 +22,38 @@ from typing import Any
 
 import torch
 
-from fedmerge.config import DP
+from fedmerge.config import DP, LEARNED_METHODS, ExperimentConfig
 from fedmerge.encoder.lora import Adapter, LoraModule
 from fedmerge.errors import LayoutMismatchError
 from fedmerge.privacy.accountant import agreed_noise
 from fedmerge.privacy.randomness import Source
 
 
-def domain_noise(dp: DP) -> float:
-    """The noise multiplier of one release: the given one, or the least that meets (ε, δ)."""
-    return agreed_noise(dp)
+def coefficient_messages(config: ExperimentConfig) -> int:
+    """How many messages about merging coefficients a client answers in a run, at most."""
+    if config.privacy.policy != "catalog-private" or config.until == "train":
+        return 0
+    steps = {"mergerec": config.mergerec.steps_made, "adamerging": config.adamerging.steps}
+    variants = {"mergerec": config.mergerec.granularities, "adamerging": config.adamerging.granularities}
+    a_message = config.through_clients.local_steps if config.through_clients.mode == "local-steps" else 1
+    learned = LEARNED_METHODS & {*config.merge.methods}
+    return sum(len(variants[method]) * -(-steps[method] // a_message) for method in learned)
 
 
-def domain_record(dp: DP, noise_multiplier: float) -> Mapping[str, Any]:
-    """What one release spent, as it is told; the server's accountant adds it up."""
+def domain_noise(config: ExperimentConfig) -> float:
+    """The noise multiplier of every release of a run: the given one, or the least with which all meet (ε, δ)."""
+    return agreed_noise(config.dp, steps=1 + coefficient_messages(config))
+
+
+def domain_record(dp: DP, noise_multiplier: float, answers: int = 0) -> Mapping[str, Any]:
+    """What was spent, as it is told, of an update or of so many answers; the server's accountant adds it up."""
     return {
         "unit": "domain",
         "noise_multiplier": noise_multiplier,
-        "clip": dp.clip,
+        "clip": dp.coefficient_clip if answers else dp.clip,
         "sample_rate": 1.0,
         "num_units": 1,
-        "steps": 1,
+        "steps": answers or 1,
         "randomness": dp.randomness,
     }
 
@@ -71,6 +86,18 @@ def noised_factors(adapter: Adapter, start: Adapter, clip: float, noise_multipli
         away_A, away_B = (factor * part + noise_like(part, deviation, drawn) for part in distances[name])
         modules[name] = LoraModule(module.lora_A + away_A, module.lora_B + away_B, module.scaling)
     return Adapter(modules)
+
+
+def noised_answer(answer: torch.Tensor, clip: float, noise_multiplier: float, drawn: Source) -> torch.Tensor:
+    """The local mechanism on what answers a message about coefficients: clip(answer) + noise as for the factors.
+
+    Args:
+        answer: (K,) or (K, G), a gradient or a change.
+        clip, noise_multiplier, drawn: as for :func:`noised_factors`.
+    """
+    factor = clip_factor([answer], clip)
+    clipped = factor * answer if factor else torch.zeros_like(answer)
+    return clipped + noise_like(answer, noise_multiplier * 2 * clip, drawn)
 
 
 def noised_average(

@@ -19,7 +19,8 @@ _USER = (
     "no early stopping: no validation user is looked at, and the last adapter is kept.",
 )
 _DOMAIN_LOCAL = (
-    "unit: a whole domain, everything its adapter was computed from. That it takes part is public.",
+    "unit: a whole domain, everything its adapter and its answers about coefficients were computed from. That it takes "
+    "part is public.",
     "adjacency: all data of one domain replaced by others; the noise is counted over that sensitivity, 2C.",
     "early stopping and everything else inside the training is covered: it happens before clip and noise.",
 )
@@ -40,16 +41,20 @@ _SUMS = (
     "(ε, δ) holds for the run as a whole. For a release, end with until = 'train', merge without learning from users, "
     "and evaluate on users who are not protected"
 )
+_CATALOGS = "the catalogs, which the server has as they are, and what is computed from them alone"
 _TIMES = "how long anything took"
 
 
-def privacy_statement(dp: DP, spent: Mapping[str, Sequence[Mapping[str, Any]]], evaluated: bool) -> dict[str, Any]:
+def privacy_statement(
+    dp: DP, spent: Mapping[str, Sequence[Mapping[str, Any]]], evaluated: bool, catalogs: bool = False
+) -> dict[str, Any]:
     """Add up what was released.
 
     Args:
         dp: the settings.
         spent: domain -> the record of each release.
         evaluated: whether sums of metrics left the clients.
+        catalogs: whether the server has the domains' catalogs.
 
     Returns:
         JSON: mode, delta, accountant; per domain epsilon (None: no bound) under both adjacencies, what each was counted
@@ -67,6 +72,7 @@ def privacy_statement(dp: DP, spent: Mapping[str, Sequence[Mapping[str, Any]]], 
         problems.append("no release with noise was made.")
     if any(found["epsilon"] is None for found in domains.values()):
         problems.append("a release had no noise (noise_multiplier = 0).")
+    uncovered = [_COUNTS, *([_CATALOGS] if catalogs and dp.mode != "user" else [])]
     own = {"user": _USER, "domain-local": _DOMAIN_LOCAL, "domain-central": _DOMAIN_CENTRAL}[dp.mode]
     return {
         "mode": dp.mode,
@@ -77,7 +83,7 @@ def privacy_statement(dp: DP, spent: Mapping[str, Sequence[Mapping[str, Any]]], 
         "covers": "the merge" if dp.mode == "domain-central" else "the adapters, and whatever is computed from them",
         "domains": domains,
         "assumptions": [*own, *_ALWAYS],
-        "not_covered": [_COUNTS, *([_SUMS] if evaluated else []), _TIMES],
+        "not_covered": [*uncovered, *([_SUMS] if evaluated else []), _TIMES],
     }
 
 

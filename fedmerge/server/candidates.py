@@ -225,7 +225,7 @@ def _learner_from_catalogs(
 
 def _noised_average(adapters: Mapping[str, Adapter], config: ExperimentConfig) -> tuple[Adapter, Mapping[str, Any]]:
     """The average with the noise of ``dp.mode = 'domain-central'``, and what it spent."""
-    noise = domain_noise(config.dp)
+    noise = domain_noise(config)
     drawn = source(config.dp.randomness, config.seed, "server", "domain-dp")
     rank = max(config.lora.of(domain).rank for domain in adapters)
     return noised_average(adapters, config.dp.clip, noise, rank, drawn), domain_record(config.dp, noise)

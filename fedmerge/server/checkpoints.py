@@ -16,6 +16,7 @@ from fedmerge.server.candidates import Candidate
 from fedmerge.server.pictures import draw_learned
 
 ADAPTERS = "adapters"
+LEARNING = "learning"
 MERGED = "merged"
 Stage = Literal["admission", "valid", "test"]
 SUMS: Mapping[Stage, str] = {"admission": "admission", "valid": "validation", "test": "test"}

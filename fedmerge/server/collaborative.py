@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from fedmerge import seeding
+from fedmerge.config import PAPER_STEPS
 from fedmerge.encoder.backbone import Backbone
 from fedmerge.encoder.encode import embed_batch, encode
 from fedmerge.encoder.lora import applied
@@ -104,7 +105,7 @@ PAPER = CollaborativeSettings(  # arXiv:2601.01753, written out so that no defau
     temperature=0.05,
     kd_top_k=None,
     learning_rate=1e-3,
-    steps=500,
+    steps=PAPER_STEPS,
     batch_size=16,
     pseudo_users="one-item",
     num_pseudo_users=None,

@@ -4,19 +4,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fedmerge.run_dir import read_json
-from fedmerge.server.checkpoints import ADAPTERS, MERGED
+from fedmerge.config import ExperimentConfig
+from fedmerge.privacy.domain_noise import domain_noise, domain_record
+from fedmerge.run_dir import read_json, read_lines
+from fedmerge.server.checkpoints import ADAPTERS, LEARNING, MERGED
 from fedmerge.server.round_checkpoints import round_records
 
 EVERY_DOMAIN = "every domain"
 
 
-def spent_by_domain(run_dir: Path, mode: str) -> dict[str, list[Mapping[str, Any]]]:
-    """Domain -> one record for each release: of its expert or of each round, or of a noised sum of all.
+def spent_by_domain(run_dir: Path, config: ExperimentConfig) -> dict[str, list[Mapping[str, Any]]]:
+    """Domain -> one record for each kind of release: its expert, each round, answers, or a noised sum of all.
 
     Args:
         run_dir: the run.
-        mode: ``dp.mode``. With ``domain-central`` the server alone adds noise; clients' accounts are nothing.
+        config: of the run. With ``dp.mode = "domain-central"`` the server alone adds noise; clients' accounts are
+            nothing.
     """
     found: dict[str, list[Mapping[str, Any]]] = {}
 
@@ -24,7 +27,7 @@ def spent_by_domain(run_dir: Path, mode: str) -> dict[str, list[Mapping[str, Any
         if told and told.get("privacy"):
             found.setdefault(domain, []).append(told["privacy"])
 
-    if mode == "domain-central":
+    if config.dp.mode == "domain-central":
         for path in sorted((run_dir / MERGED).glob("[!.]*/provenance.json")):
             add(EVERY_DOMAIN, read_json(path))
         return found
@@ -33,4 +36,19 @@ def spent_by_domain(run_dir: Path, mode: str) -> dict[str, list[Mapping[str, Any
     for record in round_records(run_dir):
         for domain, told in sorted(record["clients"].items()):
             add(domain, told)
+    if config.dp.mode == "domain-local" and (answers := _messages_by_domain(run_dir)):
+        noise = domain_noise(config)
+        for domain, number in answers.items():
+            found.setdefault(domain, []).append(domain_record(config.dp, noise, answers=number))
     return dict(sorted(found.items()))
+
+
+def _messages_by_domain(run_dir: Path) -> dict[str, int]:
+    """Domain -> how many messages about coefficients it was asked, at most: not every one has a part in each step."""
+    found: dict[str, int] = {}
+    for cohort in sorted((run_dir / LEARNING).glob("cohort-*.json")):
+        logs = (run_dir / LEARNING).glob(f"*{cohort.stem.removeprefix('cohort')}.jsonl")
+        number = sum(1 for log in logs for _ in read_lines(log))
+        for domain in read_json(cohort) or {}:
+            found[domain] = found.get(domain, 0) + number
+    return {domain: number for domain, number in found.items() if number}
