@@ -390,7 +390,10 @@ def _accepted(
     try:
         size = records.size_bytes(reply.content)
         if size > limit:
-            raise ClientError(f"it takes {size:,} bytes, at most {limit:,} are expected")
+            raise ClientError(
+                f"it takes {size:,} bytes, at most {limit:,} are expected. Use one configuration and one fedmerge "
+                "version everywhere, or look into its client."
+            )
         if error := records.read_error(reply.content):
             domain = records.read_error_domain(reply.content)
             if name not in federation.nodes and domain:  # its word alone must not exclude another domain
@@ -423,7 +426,10 @@ def _checked_signature(federation: Federation, reply: Message) -> Mapping[str, s
         found = f"is signed by the key {key}, which is not" if key else "is not signed; expected one of the keys"
         raise ClientError(f"it {found} in server.client_keys. Start the client with fedmerge client start.")
     if (first := federation.signers.setdefault(told.src_node_id, key)) != key:
-        raise ClientError(f"it is signed by the key {key or 'none'}, this client's answers so far by {first or 'none'}")
+        raise ClientError(
+            f"it is signed by the key {key or 'none'}, this client's answers so far by {first or 'none'}. Start "
+            "one client with one key a domain, then resume the run."
+        )
     if signature is None:
         return {**NOT_SIGNED, "sha256": sha256}
     return {

@@ -144,7 +144,10 @@ def register_clients(deployment: Deployment) -> list[str]:
     for client in new:
         answer = _flwr(deployment, "supernode", "register", str(client.key), deployment.name, "--name", client.name)
         if not answer.get("success"):
-            raise DeploymentError(f"{client.key}: Flower refuses to register it: {flower_reason(answer)}")
+            raise DeploymentError(
+                f"{client.key}: Flower refuses to register it: {flower_reason(answer)}. Is it registered under another "
+                "name? Then remove-client there, or ask for a new key."
+            )
         nodes[client.name] = int(answer["node-id"])
         note_nodes(deployment, {name: node for name, node in nodes.items() if node is not None})
     return [client.name for client in new]
@@ -165,7 +168,10 @@ def withdraw_client(deployment: Deployment, name: str) -> None:
     if client.node in _nodes(deployment):
         answer = _flwr(deployment, "supernode", "unregister", str(client.node), deployment.name)
         if not answer.get("success"):
-            raise DeploymentError(f"client {name}: Flower refuses to unregister it: {flower_reason(answer)}")
+            raise DeploymentError(
+                f"client {name}: Flower refuses to unregister it: {flower_reason(answer)}. Its key still counts: start "
+                f"the federation again and repeat this: fedmerge deploy start {deployment.folder}"
+            )
     remove_client(deployment, name)
 
 
@@ -208,7 +214,10 @@ def _nodes(deployment: Deployment) -> dict[int, dict[str, Any]]:
     """Flower's nodes that are not unregistered, by id."""
     answer = _flwr(deployment, "supernode", "list", deployment.name)
     if not answer.get("success"):
-        raise DeploymentError(f"the SuperLink does not list its nodes: {flower_reason(answer)}")
+        raise DeploymentError(
+            f"the SuperLink does not list its nodes: {flower_reason(answer)}. Look into its log, or start it again: "
+            f"fedmerge deploy start {deployment.folder}"
+        )
     return {int(node["node-id"]): node for node in answer["nodes"] if node["status"] != "unregistered"}
 
 

@@ -41,6 +41,7 @@ LARGEST_COUNT, LARGEST_NUMBER = 2**53, 1e30  # in a report
 T = TypeVar("T")
 T_Scalar = TypeVar("T_Scalar", bound=np.generic)
 
+_ONE_VERSION = "use one fedmerge version everywhere"
 _FACTS = "facts"
 _ADAPTER = "adapter"
 _SCALINGS = "scalings"
@@ -163,7 +164,7 @@ def read_catalog(content: RecordDict) -> bytes:
     """Inverse of :func:`catalog_record`."""
     data = _config(content, _FACTS).get("catalog")
     if not isinstance(data, bytes):
-        raise ClientError(f"its catalog came as {type(data).__name__}, expected bytes")
+        raise ClientError(f"its catalog came as {type(data).__name__}, expected bytes; {_ONE_VERSION}")
     return data
 
 
@@ -198,14 +199,13 @@ def read_report(content: RecordDict) -> dict[str, Any]:
     try:
         report = json.loads(str(_config(content, _FACTS).get("report")))
     except (ValueError, RecursionError) as error:
-        raise ClientError("its training report is not JSON; use one fedmerge version everywhere") from error
+        raise ClientError(f"its training report is not JSON; {_ONE_VERSION}") from error
     if not isinstance(report, dict):
-        raise ClientError(f"its training report is a {type(report).__name__}, expected an object")
+        raise ClientError(f"its training report is a {type(report).__name__}, expected an object; {_ONE_VERSION}")
     for key, (expected, fits) in _REPORT.items():
         if key in report and not fits(report[key]):
             raise ClientError(
-                f"its training report has {key} = {json.dumps(report[key])[:80]}, expected {expected}; use one "
-                "fedmerge version everywhere"
+                f"its training report has {key} = {json.dumps(report[key])[:80]}, expected {expected}; {_ONE_VERSION}"
             )
     return report
 
@@ -268,7 +268,7 @@ def read_pseudo_users(content: RecordDict) -> int:
     """
     number = _config(content, _FACTS).get("num_pseudo_users")
     if type(number) is not int or number < 0:
-        raise ClientError(f"its number of pseudo-users is {number!r}, expected a count")
+        raise ClientError(f"its number of pseudo-users is {number!r}, expected a count; {_ONE_VERSION}")
     return number
 
 
@@ -299,7 +299,7 @@ def read_gradient_request(
     at, students = (_read_coefficients(content, name) for name in ("at", "students"))
     indices: Any = _config(content, _USERS).get("indices") if _USERS in content else []
     if not isinstance(indices, list) or not all(type(index) is int for index in indices):
-        raise ClientError("the request for a gradient names no pseudo-users; use one fedmerge version everywhere")
+        raise ClientError(f"the request for a gradient names no pseudo-users; {_ONE_VERSION}")
     return _dataclass(GradientRequest, dict(_config(content, _FACTS))), at, students, indices
 
 
@@ -353,15 +353,15 @@ def read_metric_sums(content: RecordDict) -> dict[Variant, MetricSums]:
     try:
         sums = {variant: metric_sums_from_dict(json.loads(str(facts[variant]))) for variant in VARIANTS}
     except (KeyError, ValueError, TypeError, OverflowError, RecursionError) as error:
-        raise ClientError(f"its metric sums are malformed ({type(error).__name__}: {error})") from error
+        raise ClientError(f"its metric sums are malformed ({type(error).__name__}: {error}); {_ONE_VERSION}") from error
     for variant, of_variant in sums.items():
         if of_variant.variant != variant:
-            raise ClientError(f"its metric sums named {variant} are {of_variant.variant}")
+            raise ClientError(f"its metric sums named {variant} are {of_variant.variant}; {_ONE_VERSION}")
         low, high = of_variant.sums.min(), of_variant.sums.max()
         if low < 0 or high > of_variant.num_users * (1 + 1e-9):
             raise ClientError(
                 f"its metric sums run from {low:g} to {high:g}, expected 0 to {of_variant.num_users}: the outcome "
-                "of a user is between 0 and 1"
+                f"of a user is between 0 and 1; {_ONE_VERSION}, or look into its client"
             )
     return sums
 
@@ -462,10 +462,12 @@ def _read_adapter(content: RecordDict, suffix: str, coding: Coding = FLOAT32, li
         content.config_records.get(f"{_SCALINGS}{suffix}"),
     )
     if arrays is None or scalings is None:
-        raise LayoutMismatchError(f"the message holds no adapter{suffix} (records: {sorted(content)})")
+        raise LayoutMismatchError(f"the message holds no adapter{suffix} (records: {sorted(content)}); {_ONE_VERSION}")
     for name, scaling in scalings.items():
         if not isinstance(scaling, (int, float)):
-            raise LayoutMismatchError(f"module {name}: its scaling is a {type(scaling).__name__}, expected a number")
+            raise LayoutMismatchError(
+                f"module {name}: its scaling is a {type(scaling).__name__}, expected a number; {_ONE_VERSION}"
+            )
     if coding.transport != "float32" and like is not None:
         types = PIECES[coding.transport]
         found = {
@@ -477,7 +479,7 @@ def _read_adapter(content: RecordDict, suffix: str, coding: Coding = FLOAT32, li
     expected = {f"{name}.{part}" for name in scalings for part in ("lora_A", "lora_B")}
     if set(arrays) != expected:
         raise LayoutMismatchError(
-            f"the adapter's tensors do not match its modules: {sorted(set(arrays) ^ expected)[:3]}"
+            f"the adapter's tensors do not match its modules: {sorted(set(arrays) ^ expected)[:3]}; {_ONE_VERSION}"
         )
     modules = {}
     for name, scaling in scalings.items():
@@ -489,7 +491,7 @@ def _read_adapter(content: RecordDict, suffix: str, coding: Coding = FLOAT32, li
 def _read_models(content: RecordDict) -> dict[str, Adapter]:
     labels = _config(content, _MODELS).get("labels")
     if not isinstance(labels, list):
-        raise ClientError("the request names no models; use one fedmerge version everywhere")
+        raise ClientError(f"the request names no models; {_ONE_VERSION}")
     return {str(label): _read_adapter(content, str(number)) for number, label in enumerate(labels)}
 
 
@@ -501,7 +503,9 @@ def _coefficient_array(values: torch.Tensor) -> Array:
 def _read_coefficients(content: RecordDict, name: str) -> torch.Tensor:
     arrays = content.array_records.get(_COEFFICIENTS)
     if arrays is None or name not in arrays:
-        raise LayoutMismatchError(f"the message holds no coefficients {name!r} (records: {sorted(content)})")
+        raise LayoutMismatchError(
+            f"the message holds no coefficients {name!r} (records: {sorted(content)}); {_ONE_VERSION}"
+        )
     return _tensor(arrays[name], name)
 
 
@@ -529,14 +533,18 @@ def array_values(array: Array, name: str, dtype: np.dtype[T_Scalar], num_axes: i
     """
     if array.dtype != str(dtype) or len(array.shape) != num_axes:
         what = {1: "vector", 2: "matrix"}[num_axes]
-        raise LayoutMismatchError(f"{name} is {array.dtype} of shape {tuple(array.shape)}, expected a {dtype} {what}")
+        raise LayoutMismatchError(
+            f"{name} is {array.dtype} of shape {tuple(array.shape)}, expected a {dtype} {what}; {_ONE_VERSION}"
+        )
     if array.stype != "numpy.ndarray":
-        raise LayoutMismatchError(f"{name} cannot be read: it is serialised as {array.stype!r}, expected numpy.ndarray")
+        raise LayoutMismatchError(
+            f"{name} cannot be read: it is serialised as {array.stype!r}, expected numpy.ndarray; {_ONE_VERSION}"
+        )
     stream = io.BytesIO(array.data)
     try:  # the header first: nothing is allocated for more than what came
         shape, fortran_order, found = _NPY_HEADERS[np.lib.format.read_magic(stream)](stream)
     except (LookupError, ValueError, TypeError, OSError, EOFError) as error:
-        raise LayoutMismatchError(f"{name} cannot be read ({error})") from error
+        raise LayoutMismatchError(f"{name} cannot be read ({error}); {_ONE_VERSION}") from error
     values = array.data[stream.tell() :]
     in_order = not fortran_order or num_axes == 1
     if (
@@ -546,7 +554,8 @@ def array_values(array: Array, name: str, dtype: np.dtype[T_Scalar], num_axes: i
         or len(values) != dtype.itemsize * math.prod(shape)
     ):
         raise LayoutMismatchError(
-            f"{name} announces {dtype} {tuple(array.shape)} but holds {found} {shape} in {len(values)} bytes"
+            f"{name} announces {dtype} {tuple(array.shape)} but holds {found} {shape} in {len(values)} bytes; "
+            f"{_ONE_VERSION}"
         )
     return np.frombuffer(values, dtype=dtype).reshape(shape).copy()
 
@@ -554,7 +563,7 @@ def array_values(array: Array, name: str, dtype: np.dtype[T_Scalar], num_axes: i
 def _config(content: RecordDict, key: str) -> ConfigRecord:
     record = content.config_records.get(key)
     if record is None:
-        raise ClientError(f"its message has no record {key!r} (records: {sorted(content)})")
+        raise ClientError(f"its message has no record {key!r} (records: {sorted(content)}); {_ONE_VERSION}")
     return record
 
 
@@ -594,7 +603,7 @@ def _dataclass(kind: type[T], values: Mapping[str, Any]) -> T:
         | {key for key, value in values.items() if key in expected and type(value) is not _plain(expected[key])}
     )
     if wrong:
-        raise ClientError(f"its {kind.__name__} has another form in {wrong}; use one fedmerge version everywhere")
+        raise ClientError(f"its {kind.__name__} has another form in {wrong}; {_ONE_VERSION}")
     return kind(**values)
 
 

@@ -93,7 +93,9 @@ def read_masked(content: RecordDict) -> Integers:
     """
     arrays = content.array_records.get(_MASKED)
     if arrays is None or set(arrays) != {"values"}:
-        raise ClientError(f"its message holds no masked values (records: {sorted(content)})")
+        raise ClientError(
+            f"its message holds no masked values (records: {sorted(content)}); use one fedmerge version everywhere"
+        )
     return array_values(arrays["values"], "the masked values", np.dtype(np.uint32), 1)
 
 
@@ -135,7 +137,9 @@ def _record(**facts: ConfigRecordValues) -> RecordDict:
 def _config(content: RecordDict) -> ConfigRecord:
     record = content.config_records.get(_FACTS)
     if record is None:
-        raise ClientError(f"its message has no record {_FACTS!r} (records: {sorted(content)})")
+        raise ClientError(
+            f"its message has no record {_FACTS!r} (records: {sorted(content)}); use one fedmerge version everywhere"
+        )
     return record
 
 

@@ -298,7 +298,9 @@ def read_adapter(folder: Path) -> Adapter:
     for key, tensor in tensors.items():
         found = re.fullmatch(rf"{re.escape(_PREFIX)}(.+)\.(lora_A|lora_B)\.weight", key)
         if not found:
-            raise LayoutMismatchError(f"adapter {folder}: tensor {key!r} is not part of a LoRA on linear layers.")
+            raise LayoutMismatchError(
+                f"adapter {folder}: tensor {key!r} is not part of a LoRA on linear layers. Train without it."
+            )
         if not tensor.is_floating_point():
             raise LayoutMismatchError(
                 f"adapter {folder}: tensor {key!r} is {tensor.dtype}, expected floating point. Save it unquantised."
@@ -307,7 +309,9 @@ def read_adapter(folder: Path) -> Adapter:
     modules = {}
     for name, pair in pairs.items():
         if set(pair) != {"lora_A", "lora_B"} or pair["lora_A"].ndim != 2 or pair["lora_B"].ndim != 2:
-            raise LayoutMismatchError(f"adapter {folder}: module {name} has no matrix pair lora_A, lora_B.")
+            raise LayoutMismatchError(
+                f"adapter {folder}: module {name} has no matrix pair lora_A, lora_B. Get the folder again."
+            )
         rank = pair["lora_A"].shape[0]
         if (
             not rank
@@ -317,13 +321,13 @@ def read_adapter(folder: Path) -> Adapter:
             raise LayoutMismatchError(
                 f"adapter {folder}: module {name} has lora_A {tuple(pair['lora_A'].shape)} and lora_B "
                 f"{tuple(pair['lora_B'].shape)}, its configuration says rank "
-                f"{_pattern(config.get('rank_pattern'), name, config['r'])}."
+                f"{_pattern(config.get('rank_pattern'), name, config['r'])}. Get the folder again."
             )
         alpha = _pattern(config.get("alpha_pattern"), name, config["lora_alpha"])
         scaling = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
         modules[name] = LoraModule(pair["lora_A"], pair["lora_B"], scaling)
     if not modules:
-        raise LayoutMismatchError(f"adapter {folder}: {TENSOR_FILE} holds no LoRA module.")
+        raise LayoutMismatchError(f"adapter {folder}: {TENSOR_FILE} holds no LoRA module. Get the folder again.")
     return Adapter(modules)
 
 
@@ -370,7 +374,9 @@ def _refuse_unsupported(config: Any, folder: Path) -> None:
     if not isinstance(config, dict):
         raise LayoutMismatchError(f"adapter {folder}: {CONFIG_FILE} holds no JSON object. Get the folder again.")
     if config.get("peft_type") != "LORA":
-        raise LayoutMismatchError(f"adapter {folder}: peft_type is {config.get('peft_type')!r}, expected 'LORA'.")
+        raise LayoutMismatchError(
+            f"adapter {folder}: peft_type is {config.get('peft_type')!r}, expected 'LORA'. Train a LoRA instead."
+        )
     for key in ("r", "lora_alpha"):
         if not _is_number(config.get(key)):
             raise LayoutMismatchError(

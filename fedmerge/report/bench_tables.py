@@ -215,11 +215,11 @@ def _checked(name: str, rows: Rows, folder: Path) -> list[dict[str, Any]]:
     for number, row in enumerate(rows):
         where = f"{folder / name}.parquet, row {number}"
         if set(row) != set(columns):
-            raise RunDirError(f"{where}: found the columns {sorted(row)}; expected {sorted(columns)}.")
+            raise RunDirError(f"{where}: found the columns {sorted(row)}; expected {sorted(columns)}. {_AGAIN}")
         for column, kind in columns.items():
             if not _fits(row[column], kind) or (column in ALLOWED and row[column] not in ALLOWED[column]):
                 wanted = " or ".join(map(repr, ALLOWED[column])) if column in ALLOWED else f"a {kind}"
-                raise RunDirError(f"{where}: {column} is {row[column]!r}; expected {wanted}.")
+                raise RunDirError(f"{where}: {column} is {row[column]!r}; expected {wanted}. {_AGAIN}")
         checked.append({column: _plain(row[column], kind) for column, kind in columns.items()})
     return checked
 
@@ -247,7 +247,9 @@ def _check_cells(cells: Any, path: Path) -> None:
         if missing:
             raise RunDirError(f"{path}: cell {number} is without {', '.join(missing)}. {_AGAIN}")
         if not _fits(cell["seconds"], "number"):
-            raise RunDirError(f"{path}: cell {number} took {cell['seconds']!r}; expected a number of seconds or null.")
+            raise RunDirError(
+                f"{path}: cell {number} took {cell['seconds']!r}; expected a number of seconds or null. {_AGAIN}"
+            )
 
 
 def _json(path: Path) -> Any:
