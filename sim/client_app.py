@@ -291,7 +291,15 @@ def cohort(message: Message, context: Context) -> RecordDict:
         check_enough_users(name, num_users, config.privacy.min_users, "gradients of coefficients")
     adapters = records.read_cohort(message.content)
     folder = cohort_folder(config, name, domain.catalog, domain.backbone, cohort_sha256(adapters))
-    keep_cohort(folder, name, domain.backbone, adapters, domain.catalog, config)
+    try:
+        keep_cohort(folder, name, domain.backbone, adapters, domain.catalog, config)
+    except FedMergeError as error:
+        if config.dp.mode != "domain-local":
+            raise
+        logger.error("%s", error)
+        raise ClientError(
+            "no pseudo-users can be made of this cohort; why would tell of data, the client's own log has it"
+        ) from error
     pseudo = _cohort(folder, domain).pseudo
     return records.pseudo_users_record(len(pseudo.users) if pseudo else 0)
 

@@ -25,9 +25,11 @@ from fedmerge.server.admission import adapter_bytes, check_adapter, check_frozen
 from fedmerge.server.candidates import Candidate, merge_candidates
 from fedmerge.server.checkpoints import keep_merge
 from fedmerge.server.round_checkpoints import (
+    keep_draw,
     keep_members,
     keep_reply,
     keep_state,
+    kept_draw,
     kept_replies,
     kept_state,
     members_of,
@@ -76,8 +78,12 @@ def run_rounds(
         logger.info("%s: %d of %d rounds are on disk", name, state.num_rounds, rounds.number)
     while state.num_rounds < rounds.number:
         members = _joined(federation, config, backbone, run_dir, members)
-        state = _round(federation, config, backbone, catalogs, run_dir, state, members, parameters)
-        report = state.report
+        drawn = _drawn_now(federation, config, run_dir, members, state.num_rounds + 1)
+        made = _round(federation, config, backbone, catalogs, run_dir, state, drawn, parameters)
+        if made is None:
+            logger.warning("round %d: of all who were drawn nobody is left; others are drawn", state.num_rounds + 1)
+            continue
+        state, report = made, made.report
         if report is not None:
             logger.info(
                 "%s, round %d of %d: rank %d, error %s, largest residual of a start %.3f%s",
@@ -129,7 +135,22 @@ def _joined(
     if new := sorted({*federation.of("train")} - {*members}):
         logger.info("came late and take part from now on: %s", listed(new))
         keep_members(run_dir, members := sorted([*members, *new]))
+        federation.write_clients()
     return members
+
+
+def _drawn_now(
+    federation: Federation, config: ExperimentConfig, run_dir: Path, members: list[str], number: int
+) -> list[str]:
+    """Who takes part in a round: as was drawn when it began, while one of them can still answer or has answered."""
+    there = [domain for domain in members if domain in federation.of("train")]
+    begun = kept_draw(run_dir, number)
+    if {*begun} & ({*there} | {*kept_replies(run_dir, number)}):
+        return begun
+    require_quorum(federation, config, there)
+    drawn = _drawn(there, config.rounds.fraction, config.seed, number)
+    keep_draw(run_dir, number, drawn)
+    return drawn
 
 
 def _round(
@@ -139,14 +160,13 @@ def _round(
     catalogs: Mapping[str, Catalog],
     run_dir: Path,
     state: GlobalState,
-    members: list[str],
+    drawn: list[str],
     parameters: Mapping[str, Value],
-) -> GlobalState:
+) -> GlobalState | None:
+    """The state after a round; None where nobody is left of those who were drawn."""
     rounds, number = config.rounds, state.num_rounds + 1
     name = str(rounds.rule)
     trained = "A and B" if name in LEARNED_METHODS else rule_named(name).trained
-    still_in = [domain for domain in members if domain not in federation.excluded]
-    drawn = _drawn(still_in, rounds.fraction, config.seed, number)
     fresh = state.frozen or not state.num_rounds
     task = records.RoundRequest(
         number, rounds.number, trained, fresh_seed(config.seed, state.num_rounds) if fresh else records.NOT_FRESH
@@ -179,8 +199,7 @@ def _round(
         ask(federation, nodes, Question(records.TRAIN, timeout_seconds, request, limit_bytes, noise=noise), admit)
     require_quorum(federation, config, list(replies) if rounds.fraction == 1 else federation.of("train"))
     if not replies:
-        logger.warning("round %d: of all who were drawn nobody is left; others are drawn", number)
-        return _round(federation, config, backbone, catalogs, run_dir, state, members, parameters)
+        return None
     adapters = {domain: adapter for domain, (adapter, _) in sorted(replies.items())}
     reports = {domain: report for domain, (_, report) in sorted(replies.items())}
     weights = _weights(federation, config, list(adapters))
@@ -199,7 +218,7 @@ def _round_of_sums(
     parameters: Mapping[str, Value],
     drawn: list[str],
     request: Callable[[str], RecordDict],
-) -> GlobalState:
+) -> GlobalState | None:
     """A round of which the server sees the weighted mean alone; one that was killed begins again, with fresh keys."""
     rounds, number = config.rounds, state.num_rounds + 1
     name = str(rounds.rule)
@@ -213,6 +232,8 @@ def _round_of_sums(
     limit = config.server.train_timeout_seconds
     ask(federation, nodes, Question(records.TRAIN, limit, request, lambda _: REPORT_BYTES), receive)
     require_quorum(federation, config, list(reports) if rounds.fraction == 1 else federation.of("train"))
+    if not reports:
+        return None
     started = time.monotonic()
     summed = rule_named(name).summed or "updates"  # of a rule without, the configuration is refused
     weights = _weights(federation, config, list(reports))

@@ -24,7 +24,7 @@ from fedmerge.encoder.backbone import Backbone, load_backbone
 from fedmerge.encoder.lora import fresh_adapter
 from fedmerge.errors import ClientError
 from fedmerge.privacy.accountant import opacus_accountants
-from fedmerge.privacy.agreed import check_spent
+from fedmerge.privacy.agreed import check_releases, check_spent
 from fedmerge.privacy.signatures import registered_keys
 from fedmerge.privacy.statement import PRIVACY_FILE, privacy_statement, statement_text
 from fedmerge.privacy.transport import coding_of
@@ -140,6 +140,7 @@ def _experiment(config: ExperimentConfig, federation: Federation, run_dir: Path)
         logger.warning("%s", attack_note(config.attack))
     if config.dp.mode != "none":
         opacus_accountants()  # before any work
+    check_releases(config)
     check_tracking(config.tracking)
     _say_what_changed(run_dir)
     compute = resolve_compute(config.runtime.device, config.runtime.precision)
@@ -400,7 +401,7 @@ def _choose(
 ) -> tuple[dict[str, checkpoints.Sums], Choice]:
     """Evaluate on validation, then choose, once: a choice on disk is final. Unseen domains have no say."""
     made = read_json(run_dir / "choice.json")
-    deciding = made["domains"] if made else federation.of("train")
+    deciding = made["domains"] if made else [name for name in federation.of("train") if name in merges.members]
     adapters = {candidate.label: candidate.adapter for candidate in merges.candidates}
     validation = evaluate_models(federation, config, "valid", deciding, adapters, merges.sources, run_dir)
     if made:

@@ -126,11 +126,17 @@ def _misfit(
 
 def _not_its_key(description: records.Description, name: str, federation: Federation) -> str | None:
     registered = federation.keys.get(federation.signers.get(_node(name), ""))
-    if registered is None or registered.domain in (None, description.domain):
+    bound = {key.domain: key.name for key in federation.keys.values() if key.domain is not None}
+    if registered is None or registered.domain == description.domain:
         return None
+    if registered.domain is None and description.domain not in bound:
+        return None
+    whose = (
+        f"for {registered.domain!r} alone" if registered.domain else f"without it; {bound[description.domain]} has it"
+    )
     return (
-        f"it says to be {description.domain!r}, but its key is registered for {registered.domain!r} alone "
-        f"({registered.name}); one of them took the other's key or name: look into it"
+        f"it says to be {description.domain!r}, but its key ({registered.name}) is registered {whose}. One of them "
+        "took the other's key or name: look into it"
     )
 
 

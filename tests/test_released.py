@@ -11,11 +11,13 @@ from flwr.app import Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 from in_process import small_experiment
 
+from fedmerge.client import released
 from fedmerge.config import ExperimentConfig, from_flat, to_flat
 from fedmerge.device import resolve_compute
 from fedmerge.encoder.backbone import load_backbone
 from fedmerge.encoder.lora import adapter_sha256
 from fedmerge.errors import ConfigError
+from fedmerge.privacy.domain_noise import noised_answer
 from fedmerge.server.through_clients import cohort_sha256
 from sim import records
 from sim.client_app import app as client_app
@@ -23,9 +25,13 @@ from sim.client_app import app as client_app
 FIRST = records.RoundRequest(1, 2, "A and B", 7)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _in_a_task() -> None:
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+
+
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> ExperimentConfig:
-    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
     private = {"dp.mode": "user", "dp.noise_multiplier": 2.0, "dp.delta": 1e-3, "train.negatives": "catalog"}
     rounds = {"rounds.rule": "fedit", "rounds.number": 2, "train.max_steps": 2, "run_id": "run"}
     return small_experiment(tmp_path_factory.mktemp("released"), **private, **rounds)
@@ -127,21 +133,56 @@ def test_an_answer_about_coefficients_is_released_once(
     refused = str(records.read_error(answer(config, first, at=0.6)))
     assert "step 0, was released before, at other coefficients or with other settings, and its noise covers" in refused
     (spoiled,) = Path(config.cache_dir).glob("released/beauty-*/*-1.json")
-    spoiled.write_text("{")
-    assert "step 1, was released before, but …" in str(records.read_error(answer(config, replace(first, step=1))))
+    for text in (
+        "{",
+        spoiled.read_text().replace('"answer": [[', '"answer": [[1').replace('"answer": [', '"answer": [1'),
+    ):
+        spoiled.write_text(text)
+        assert "step 1, was released before, but …" in str(records.read_error(answer(config, replace(first, step=1))))
     nameless = config.model_copy(update={"run_id": None})
     assert "counts the releases of a run, but run_id is 'none'" in str(records.read_error(answer(nameless, first)))
 
 
 @pytest.mark.parametrize(
     "changes",
-    [{"step": 2}, {"step": -1}, {"num_steps": 1}, {"label": "adamerging domain-wise own-users"}],
-    ids=["beyond the last", "before the first", "several", "another method"],
+    [{"step": 2}, {"step": -1}, {"num_steps": 1}, {"label": "adamerging domain-wise own-users"}, {}],
+    ids=["beyond the last", "before the first", "several", "another method", "until train"],
 )
 def test_an_answer_that_the_noise_was_not_chosen_for_is_refused(
     learning: tuple[ExperimentConfig, records.GradientRequest], changes: dict[str, Any]
 ) -> None:
     config, first = learning
+    if not changes:  # then the noise is chosen for the adapter alone
+        config = config.model_copy(update={"until": "train", "run_id": "until-train"})
     refused = str(records.read_error(answer(config, replace(first, **changes))))
-    assert "but its noise is chosen for mergerec, " in refused
+    assert f"but its noise is chosen for {4 if changes else 0} messages: mergerec, " in refused
     assert " steps, 1 a message. Use one configuration everywhere." in refused
+
+
+def test_where_nothing_can_be_computed_noise_alone_is_the_answer(
+    learning: tuple[ExperimentConfig, records.GradientRequest],
+) -> None:
+    config, first = learning
+    config = config.model_copy(update={"run_id": "broken"})
+    for step, at in enumerate((torch.nan, 1e38)):
+        found = [records.read_gradient(answer(config, replace(first, step=step), at)) for _ in range(2)]
+        assert torch.isfinite(found[0]).all()
+        assert found[0].abs().max() > 0
+        assert torch.equal(*found)
+
+
+def test_of_several_processes_the_first_ones_answer_stays(
+    learning: tuple[ExperimentConfig, records.GradientRequest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, first = learning
+    config = config.model_copy(update={"run_id": "at-once"})
+    others: list[torch.Tensor] = []
+
+    def slowly(*arguments: Any) -> torch.Tensor:
+        if not others:  # meanwhile the same message is answered elsewhere
+            others.append(torch.zeros(1))
+            others.append(records.read_gradient(answer(config, first)))
+        return noised_answer(*arguments)
+
+    monkeypatch.setattr(released, "noised_answer", slowly)
+    assert torch.equal(records.read_gradient(answer(config, first)), others[1])

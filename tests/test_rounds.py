@@ -174,6 +174,49 @@ def test_a_client_that_fails_is_left_out_and_a_fraction_is_drawn(place: Path) ->
     assert list(read_json(run_dir(config) / "clients.json")["excluded"]) == ["beauty"]
 
 
+@pytest.mark.parametrize("policy", ["adapter+catalog", "aggregate-only"])
+def test_where_who_was_drawn_does_not_come_back_others_are_drawn(
+    place: Path, monkeypatch: pytest.MonkeyPatch, policy: str
+) -> None:
+    flat: dict[str, object] = {
+        "server__wait_seconds": 0.5,
+        "seed": 2,
+        "rounds__number": 3,
+        "rounds__fraction": 0.3,
+        "privacy__policy": policy,
+    }
+    if policy == "aggregate-only":
+        flat |= {"rounds__fraction": 0.99, "domains__train": "beauty,books,coffee,camping", "domains__unseen": ""}
+    config = rounds_experiment(place, f"gone-{policy.partition('+')[0]}", "weighted-average", **flat)
+    seen, at_beauty = InMemoryGrid.get_node_ids, list[int]()
+
+    def register_and_note(number: int, factory: Any) -> dict[int, int]:
+        nodes: dict[int, int] = _register_nodes(number, factory)
+        at_beauty[:] = [node for node, turn in nodes.items() if turn == 0]
+        return nodes
+
+    def die(*arguments: Any) -> None:
+        raise Killed
+
+    monkeypatch.setattr(in_process, "_register_nodes", register_and_note)
+    with monkeypatch.context() as patched:
+        patched.setattr(sim.rounds, "ask", die)
+        with pytest.raises(Killed):
+            run_in_process(config)
+    assert "beauty" in read_json(run_dir(config) / "rounds" / "drawn.json")["domains"]
+
+    def answer(message: Message, context: Context) -> Message | None:
+        honest = answer_honestly(message, context)
+        context.node_config["num-partitions"] = 0
+        return honest
+
+    monkeypatch.setattr(InMemoryGrid, "get_node_ids", lambda grid: [n for n in seen(grid) if n not in at_beauty])
+    run_in_process(config.model_copy(update={"resume": True}), answer)
+    trained = [set(record["clients"]) for record in round_records(run_dir(config))]
+    assert len(trained) == 3
+    assert "beauty" not in set.union(*trained)
+
+
 @pytest.mark.parametrize(("rule", "joins"), [("flora", True), ("weighted-average", True), ("mergerec", False)])
 def test_who_comes_late_takes_part_from_the_next_round(
     place: Path, monkeypatch: pytest.MonkeyPatch, rule: str, joins: bool
@@ -204,7 +247,8 @@ def test_who_comes_late_takes_part_from_the_next_round(
     assert ("came late and take part from now on: coffee" in told) == joins
     assert ("came late and are tested as unseen: coffee" in told) != joins
     rows = pq.read_table(run_dir(config) / "metrics.parquet").to_pylist()
-    assert {row["role"] for row in rows if row["domain"] == "coffee"} == {"train" if joins else "unseen"}
+    roles = {(row["split"], row["role"]) for row in rows if row["domain"] == "coffee"}
+    assert roles == ({("valid", "train"), ("test", "train")} if joins else {("test", "unseen")})
 
 
 def test_ffa_sends_the_a_that_everybody_has(place: Path) -> None:

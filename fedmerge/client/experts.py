@@ -57,6 +57,7 @@ def trained_expert(domain: LocalDomain, config: ExperimentConfig, progress: Prog
 
     keep(folder, write, lambda: _kept(folder) is not None, f"domain {domain.manifest.name}: its expert")
     begun.unlink(missing_ok=True)
+    adapter, report = _kept(folder) or (adapter, report)  # another process may have been faster
     return adapter, {**report, "cached": False}
 
 
@@ -147,9 +148,9 @@ def _training_key(domain: LocalDomain, config: ExperimentConfig) -> str:
         **({"attack": config.attack.model_dump()} if poisons(config, domain.manifest.name) else {}),
     }
     if config.dp.mode in ("user", "domain-local"):
-        inputs["dp"] = config.dp.model_dump()
-    if answers := coefficient_messages(config) if config.dp.mode == "domain-local" else 0:
-        inputs["noise also for"] = answers
+        inputs["dp"] = config.dp.model_dump(exclude={"coefficient_clip"})
+    if config.dp.mode == "domain-local" and config.dp.epsilon is not None and (number := coefficient_messages(config)):
+        inputs["noise also for"] = number
     if config.audit != Audit():
         inputs["audit"] = config.audit.model_dump()
     return inputs_key(inputs)

@@ -6,7 +6,10 @@ released before, and nothing else is released for it.
 """
 
 import json
+import os
+import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +21,10 @@ from fedmerge.client.local_domain import LocalDomain
 from fedmerge.client.rounds import RoundTask
 from fedmerge.config import ExperimentConfig
 from fedmerge.encoder.lora import Adapter, adapter_sha256, read_adapter, write_adapter
-from fedmerge.errors import FedMergeError, PolicyError
-from fedmerge.privacy.domain_noise import domain_noise, noised_answer
+from fedmerge.errors import ClientError, FedMergeError, PolicyError
+from fedmerge.privacy.domain_noise import coefficient_messages, domain_noise, noised_answer
 from fedmerge.privacy.randomness import source
-from fedmerge.run_dir import read_json, write_json
+from fedmerge.run_dir import read_json
 
 REPORT_FILE = "training.json"
 _ANSWERS_DEPEND_ON = ("text", "mergerec", "adamerging", "through_clients", "dp", "audit")
@@ -121,6 +124,9 @@ def noised_answer_once(
 ) -> torch.Tensor:
     """What this client has released for a message about coefficients: made and noised now, or as it was sent.
 
+    Where nothing can be computed, as at coefficients that a server has chosen to that end, noise alone is the answer:
+    an error would tell of the data, and could be had as often as it is asked for.
+
     Args:
         domain: the client's own.
         config: what a release depends on, besides data and message; the answers of one ``run_id`` count together.
@@ -130,7 +136,7 @@ def noised_answer_once(
     Raises:
         PolicyError: a message that the noise was not chosen for; another answer was given to it, or it is damaged.
         ConfigError: no noise is enough.
-        ClientError, RunDirError: it cannot be kept.
+        ClientError: it cannot be kept.
     """
     name, dp = domain.manifest.name, config.dp
     _check_run_id(name, config)
@@ -147,24 +153,64 @@ def noised_answer_once(
         }
     )
     if not path.exists():
+        try:
+            answer = compute().cpu()
+        except (FedMergeError, ArithmeticError, RuntimeError):
+            answer = torch.zeros_like(torch.tensor(message.coefficients))
         drawn = source(dp.randomness, config.seed, "client", name, "coefficients-dp", message.label, message.step)
-        made = noised_answer(compute().cpu(), dp.coefficient_clip, domain_noise(config), drawn)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"asked": asked, "answer": made.tolist()})
+        made = noised_answer(answer, dp.coefficient_clip, _kept_noise(name, config), drawn).tolist()
+        _create(
+            path, {"asked": asked, "answer": made, "sha256": inputs_key({"answer": made})}, f"domain {name}: {what}"
+        )
     try:
         kept = read_json(path) or {}
-        same, answer = kept["asked"] == asked, torch.tensor(kept["answer"], dtype=torch.float32)
+        same, whole = kept["asked"] == asked, kept["sha256"] == inputs_key({"answer": kept["answer"]})
+        answer = torch.tensor(kept["answer"], dtype=torch.float32)
     except (FedMergeError, LookupError, TypeError, ValueError) as error:
         raise PolicyError(
             f"domain {name}: {what} was released before, but {path} is damaged ({type(error).__name__}), and its noise "
             "covers one release. Start a new run."
         ) from error
-    if not same:
+    if not same or not whole:
+        found = "at other coefficients or with other settings" if whole else f"but {path} was changed since"
         raise PolicyError(
-            f"domain {name}: {what} was released before, at other coefficients or with other settings, and its noise "
-            "covers one release. Start a new run, with a run_id of its own."
+            f"domain {name}: {what} was released before, {found}, and its noise covers one release. Start a new run, "
+            "with a run_id of its own."
         )
     return answer
+
+
+def _kept_noise(name: str, config: ExperimentConfig) -> float:
+    """The noise multiplier of the run, found once: each message may be worked on by a process of its own."""
+    path = _released(name, config) / "noise.json"
+    key = inputs_key({"dp": config.dp.model_dump(), "messages": coefficient_messages(config)})
+    try:
+        kept = read_json(path) or {}
+        if kept["for"] == key:
+            return float(kept["noise_multiplier"])
+    except (FedMergeError, LookupError, TypeError, ValueError):
+        pass
+    found = domain_noise(config)
+    with suppress(ClientError):  # it is found again
+        path.unlink(missing_ok=True)
+        _create(path, {"for": key, "noise_multiplier": found}, f"domain {name}: its noise")
+    return found
+
+
+def _create(path: Path, data: Mapping[str, Any], what: str) -> None:
+    """Write a file whole, unless it is there: of several processes that make it at once the first one's stays."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".partial-", dir=path.parent) as partial:
+            written = Path(partial) / path.name
+            written.write_text(json.dumps(data), encoding="utf-8")
+            with suppress(FileExistsError):
+                os.link(written, path)
+    except OSError as error:
+        raise ClientError(
+            f"{what} cannot be kept under {path.parent} ({error}). Check the space and the permissions there, or set "
+            "cache_dir."
+        ) from error
 
 
 def _check_chosen_for(name: str, config: ExperimentConfig, message: CoefficientMessage) -> None:
@@ -174,11 +220,12 @@ def _check_chosen_for(name: str, config: ExperimentConfig, message: CoefficientM
     local = config.through_clients.local_steps if config.through_clients.mode == "local-steps" else 0
     expected = min(local, steps - message.step)
     begins = 0 <= message.step < steps and message.step % (local or 1) == 0
-    if method not in config.merge.methods or not begins or message.num_steps != expected:
+    asked_for = method in config.merge.methods and coefficient_messages(config) > 0
+    if not asked_for or not begins or message.num_steps != expected:
         raise PolicyError(
             f"domain {name}: asked for {message.num_steps} steps of {message.label} from step {message.step}, but its "
-            f"noise is chosen for {', '.join(config.merge.methods)}, {steps} steps, {local or 1} a message. Use one "
-            "configuration everywhere."
+            f"noise is chosen for {coefficient_messages(config)} messages: {', '.join(config.merge.methods)}, {steps} "
+            f"steps, {local or 1} a message. Use one configuration everywhere."
         )
 
 
@@ -205,7 +252,7 @@ def _asked(domain: LocalDomain, config: ExperimentConfig, task: RoundTask) -> st
             "backbone": [domain.backbone.sha256, domain.backbone.pooling],
             "text": config.text.model_dump(),
             "train": config.train.model_dump(),
-            "dp": config.dp.model_dump(),
+            "dp": config.dp.model_dump(exclude={"coefficient_clip"}),
             "audit": config.audit.model_dump(),
             "seed": config.seed,
         }

@@ -53,8 +53,8 @@ class RoundReport:
         rank: the largest of the global adapter.
         size_bytes: of the global adapter.
         bytes_up: client that took part -> bytes of the tensors it sent.
-        bytes_down: client -> bytes of the tensors it needs to take part in the next round; all clients. Fresh tensors
-            come from a seed and are not counted, a frozen global adapter is counted whole.
+        bytes_down: client -> bytes of the tensors it needs to take part in the next round; all clients of the state.
+            Fresh tensors come from a seed and are not counted, a frozen global adapter is counted whole.
     """
 
     rule: str

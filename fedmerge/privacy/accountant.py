@@ -118,8 +118,9 @@ def calibrated_noise(epsilon: float, delta: float, sample_rate: float, steps: in
             if high > LARGEST_NOISE:
                 raise ConfigError(
                     f"dp.epsilon = {epsilon:g} with dp.delta = {delta:g}: {steps} steps with sample rate "
-                    f"{sample_rate:.3g} would take a noise multiplier above {LARGEST_NOISE:g}. Raise epsilon, or lower "
-                    f"train.max_steps{remedies[by]}."
+                    f"{sample_rate:.3g} would take a noise multiplier above {LARGEST_NOISE:g}. Raise epsilon, or make "
+                    "fewer steps: train.max_steps, or by domain those of the coefficients, their granularities or "
+                    f"through_clients.mode = 'local-steps'{remedies[by]}."
                 )
         return low, high
 

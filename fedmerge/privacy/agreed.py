@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedmerge.config import ExperimentConfig
-from fedmerge.errors import ClientError
+from fedmerge.errors import ClientError, ConfigError
 from fedmerge.privacy.accountant import agreed_noise
-from fedmerge.privacy.domain_noise import domain_noise, domain_record
+from fedmerge.privacy.domain_noise import coefficient_messages, domain_noise, domain_record
 
 _NOISE_TOLERANCE = 0.01  # relative; calibrated elsewhere, perhaps with other versions of the libraries
 
@@ -15,6 +15,23 @@ _NOISE_TOLERANCE = 0.01  # relative; calibrated elsewhere, perhaps with other ve
 def steps_of_round(max_steps: int, number: int, num_rounds: int) -> int:
     """The steps of a round, counted from 1: a share of all, and at least one."""
     return max(1, max_steps * number // num_rounds - max_steps * (number - 1) // num_rounds)
+
+
+def check_releases(config: ExperimentConfig) -> None:
+    """Refuse, before any work, a run whose releases by domain no noise covers, or whose releases cannot be counted.
+
+    Raises:
+        ConfigError: which.
+    """
+    mode, rounds = config.dp.mode, config.rounds.rule is not None
+    if mode == "domain-local":
+        domain_noise(config)
+    counted = (mode == "user" and rounds) or (mode == "domain-local" and coefficient_messages(config) > 0)
+    if counted and config.run_id is None:
+        raise ConfigError(
+            f"dp.mode = '{mode}': clients count the releases of a run by its run_id, which is 'none'. Set one that no "
+            "earlier run had, or use fedmerge run, which does."
+        )
 
 
 def check_spent(domain: str, config: ExperimentConfig, told: Any, num_users: int, number: int | None = None) -> None:

@@ -35,6 +35,11 @@ _ALWAYS = (
     "one run counts: earlier runs on the same data, and settings tuned on them, add to it.",
     "what a client says of its own noise is believed; arithmetic is floating-point, not exact.",
 )
+_COVERS = {
+    "user": "the adapters, and whatever is computed from them",
+    "domain-local": "the adapters and answers about coefficients, and whatever is computed from them",
+    "domain-central": "the merge",
+}
 _COUNTS = "counts of users, items and interactions, and hashes of the data, which every client announces"
 _SUMS = (
     "sums of metrics on validation and test, which are exact, and the choice among merges made by them: with them no "
@@ -80,7 +85,7 @@ def privacy_statement(
         "accountant": dp.accountant,
         "guarantee": not problems,
         "why_not": problems,
-        "covers": "the merge" if dp.mode == "domain-central" else "the adapters, and whatever is computed from them",
+        "covers": _COVERS[dp.mode],
         "domains": domains,
         "assumptions": [*own, *_ALWAYS],
         "not_covered": [*uncovered, *([_SUMS] if evaluated else []), _TIMES],

@@ -1,6 +1,7 @@
 """A federation of rounds on disk: the state after each round, and what has arrived of the one that goes on.
 
 rounds/members.json           who takes part
+rounds/drawn.json             of the round that goes on: its number, and who was drawn
 rounds/<number>/<domain>/     what a client sent, a PEFT folder with training.json; removed once the round is aggregated
 rounds/<number>.safetensors   the state after a round, for going on; that of the last round alone is kept
 rounds/<number>.json          how it was aggregated and what it cost; kept of every round
@@ -40,6 +41,17 @@ def members_of(run_dir: Path) -> list[str]:
     """Who takes part, once that is fixed."""
     members: list[str] = read_json(run_dir / ROUNDS / "members.json") or []
     return members
+
+
+def keep_draw(run_dir: Path, number: int, domains: Sequence[str]) -> None:
+    """Fix who takes part in a round before anybody is asked."""
+    write_json(run_dir / ROUNDS / "drawn.json", {"round": number, "domains": list(domains)})
+
+
+def kept_draw(run_dir: Path, number: int) -> list[str]:
+    """Who was drawn for a round; nobody where it has not begun."""
+    drawn = read_json(run_dir / ROUNDS / "drawn.json") or {}
+    return list(drawn["domains"]) if drawn.get("round") == number else []
 
 
 def keep_reply(
