@@ -104,6 +104,4 @@ def test_every_point_of_the_grid_file_is_valid(monkeypatch: pytest.MonkeyPatch) 
                 assert not keys
             case method:
                 complete_parameters(method, keys)
-    assert {"mergerec", "clients", "backbone", "expert", "average", "ties"} <= {
-        p["method"] for p in points
-    }
+    assert {"mergerec", "clients", "backbone", "expert", "average", "ties"} <= {p["method"] for p in points}
