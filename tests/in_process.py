@@ -1,7 +1,7 @@
 """A federation as Flower simulates it, with its own link state and grid, but in this process and without Ray."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from uuid import uuid4
 
@@ -67,13 +67,31 @@ def answer_honestly(message: Message, context: Context) -> Message | None:
     return client_app(message, context)
 
 
-def run_in_process(config: ExperimentConfig, answer: Answer = answer_honestly, num_nodes: int | None = None) -> None:
+class _PartlyConnected(InMemoryGrid):
+    """Flower's grid without the nodes that are away."""
+
+    def __init__(self, factory: LinkStateFactory, turns: Mapping[int, int], away: set[int]) -> None:
+        super().__init__(factory)
+        self.turns, self.away = turns, away
+
+    def get_node_ids(self) -> Iterable[int]:
+        return [node for node in super().get_node_ids() if self.turns[node] not in self.away]
+
+
+def run_in_process(
+    config: ExperimentConfig,
+    answer: Answer = answer_honestly,
+    num_nodes: int | None = None,
+    away: set[int] | None = None,
+) -> None:
     """One experiment to its end; raises what the server raises.
 
     Args:
         config: of the experiment.
         answer: what a node does with a message; None for no reply, several to give older ones, too.
         num_nodes: by default one a domain.
+        away: the turns of nodes that are not connected, while they are in it; as on machines of their own, nobody knows
+            how many nodes there are.
     """
     if num_nodes is None:
         num_nodes = len(config.domains.train) + len(config.domains.unseen)
@@ -83,12 +101,14 @@ def run_in_process(config: ExperimentConfig, answer: Answer = answer_honestly, n
     run = Run.create_empty(run_id=1)
     run.primary_task_id, run.federation_id = 1, NOOP_FEDERATION_ID
     state.run_ids[1], state.task_store[1] = RunRecord(run=run), Task(task_id=1, run_id=1)  # type: ignore[attr-defined]  # in memory
-    grid = InMemoryGrid(factory)
+    turns = _register_nodes(num_nodes, factory)
+    grid = InMemoryGrid(factory) if away is None else _PartlyConnected(factory, turns, away)
     grid.set_run(run)
     run_config = to_flat(config)
+    told = num_nodes if away is None else 0
     contexts = {
-        node: Context(1, node, {"partition-id": turn, "num-partitions": num_nodes}, RecordDict(), dict(run_config))
-        for node, turn in _register_nodes(num_nodes, factory).items()
+        node: Context(1, node, {"partition-id": turn, "num-partitions": told}, RecordDict(), dict(run_config))
+        for node, turn in turns.items()
     }
     over = threading.Event()
 

@@ -107,6 +107,13 @@ def learned(config: ExperimentConfig, method: str) -> list[CollaborativeSettings
     return list(learned_variants(config, method).values())
 
 
+def test_of_what_is_not_finite_noise_alone_leaves() -> None:
+    start, broken = adapter(0), adapter(1)
+    next(iter(broken.modules.values())).lora_A[0, 0] = math.inf
+    noised, alone = (noised_factors(each, start, 0.5, 1.0, generator(0, "t")) for each in (broken, start))
+    torch.testing.assert_close(flat(noised), flat(alone))
+
+
 def test_two_domains_in_one_place_are_at_most_twice_the_clip_norm_apart() -> None:
     start = adapter(0)
     clipped = [flat(noised_factors(adapter(s, scale=9.0), start, 0.5, 0.0, generator(0, "t"))) for s in (1, 2)]

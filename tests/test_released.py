@@ -1,5 +1,6 @@
 """What the noise is chosen for, a client releases once, whatever it is asked: rounds by user, answers by domain."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -63,14 +64,14 @@ def test_a_round_is_released_once(config: ExperimentConfig) -> None:
 
 def test_another_request_for_a_round_that_was_released_is_refused(config: ExperimentConfig) -> None:
     ask(config, FIRST)
-    elsewhere = "round 1 of this run was released before, from another start or with other settings, and its noise"
+    elsewhere = "round 1 of this run was released before, for another request or with other settings, and its noise"
     assert elsewhere in refusal(config, replace(FIRST, fresh_seed=8))
     assert elsewhere in refusal(config.model_copy(update={"seed": config.seed + 1}), FIRST)
     spoiled = sorted(Path(config.cache_dir).glob("released/beauty-*/1/training.json"))
     kept = [path.read_text() for path in spoiled]
     for path in spoiled:
         path.write_text("{")
-    assert "round 1 was released before, but …/1 is damaged" in refusal(config, FIRST)
+    assert "round 1 of this run was released before, but …/1 is damaged" in refusal(config, FIRST)
     for path, text in zip(spoiled, kept, strict=True):
         path.write_text(text)
 
@@ -131,14 +132,17 @@ def test_an_answer_about_coefficients_is_released_once(
     other = config.model_copy(update={"run_id": "other"})  # a run of its own, which somebody adds up
     assert not torch.equal(records.read_gradient(answer(other, first)), given)
     refused = str(records.read_error(answer(config, first, at=0.6)))
-    assert "step 0, was released before, at other coefficients or with other settings, and its noise covers" in refused
-    (spoiled,) = Path(config.cache_dir).glob("released/beauty-*/*-1.json")
-    for text in (
-        "{",
-        spoiled.read_text().replace('"answer": [[', '"answer": [[1').replace('"answer": [', '"answer": [1'),
+    assert "step 0, was released before, for another request or with other settings, and its noise covers" in refused
+    (spoiled,) = Path(config.cache_dir).glob("released/beauty-*/*-1/training.json")
+    kept = json.loads(spoiled.read_text())
+    for text, found in (
+        ("{", "is damaged (JSONDecodeError)"),
+        (json.dumps({**kept, "answer": [2 * value for value in kept["answer"]]}), "was changed since"),
     ):
         spoiled.write_text(text)
-        assert "step 1, was released before, but …" in str(records.read_error(answer(config, replace(first, step=1))))
+        refused = str(records.read_error(answer(config, replace(first, step=1))))
+        assert "step 1, was released before, but …" in refused
+        assert found in refused
     nameless = config.model_copy(update={"run_id": None})
     assert "counts the releases of a run, but run_id is 'none'" in str(records.read_error(answer(nameless, first)))
 
@@ -159,13 +163,15 @@ def test_an_answer_that_the_noise_was_not_chosen_for_is_refused(
     assert " steps, 1 a message. Use one configuration everywhere." in refused
 
 
+@pytest.mark.parametrize("num_steps", [0, 2], ids=["a gradient that is not finite", "local steps that raise"])
 def test_where_nothing_can_be_computed_noise_alone_is_the_answer(
-    learning: tuple[ExperimentConfig, records.GradientRequest],
+    learning: tuple[ExperimentConfig, records.GradientRequest], num_steps: int
 ) -> None:
     config, first = learning
-    config = config.model_copy(update={"run_id": "broken"})
-    for step, at in enumerate((torch.nan, 1e38)):
-        found = [records.read_gradient(answer(config, replace(first, step=step), at)) for _ in range(2)]
+    through = config.through_clients.model_copy(update={"mode": "local-steps" if num_steps else "exact"})
+    for number, at in enumerate((torch.nan, 1e38)):
+        run = config.model_copy(update={"run_id": f"broken-{num_steps}-{number}", "through_clients": through})
+        found = [records.read_gradient(answer(run, replace(first, num_steps=num_steps), at)) for _ in range(2)]
         assert torch.isfinite(found[0]).all()
         assert found[0].abs().max() > 0
         assert torch.equal(*found)

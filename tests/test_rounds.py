@@ -3,14 +3,11 @@
 from pathlib import Path
 from typing import Any, get_args
 
-import in_process
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 from flwr.app import Context, Message
-from flwr.server.superlink.fleet.vce.vce_api import _register_nodes
-from flwr.superlink.grid import InMemoryGrid
 from in_process import answer_honestly, run_in_process, small_experiment
 
 import sim.rounds
@@ -188,58 +185,33 @@ def test_where_who_was_drawn_does_not_come_back_others_are_drawn(
     if policy == "aggregate-only":
         flat |= {"rounds__fraction": 0.99, "domains__train": "beauty,books,coffee,camping", "domains__unseen": ""}
     config = rounds_experiment(place, f"gone-{policy.partition('+')[0]}", "weighted-average", **flat)
-    seen, at_beauty = InMemoryGrid.get_node_ids, list[int]()
-
-    def register_and_note(number: int, factory: Any) -> dict[int, int]:
-        nodes: dict[int, int] = _register_nodes(number, factory)
-        at_beauty[:] = [node for node, turn in nodes.items() if turn == 0]
-        return nodes
 
     def die(*arguments: Any) -> None:
         raise Killed
 
-    monkeypatch.setattr(in_process, "_register_nodes", register_and_note)
     with monkeypatch.context() as patched:
         patched.setattr(sim.rounds, "ask", die)
         with pytest.raises(Killed):
             run_in_process(config)
     assert "beauty" in read_json(run_dir(config) / "rounds" / "drawn.json")["domains"]
 
-    def answer(message: Message, context: Context) -> Message | None:
-        honest = answer_honestly(message, context)
-        context.node_config["num-partitions"] = 0
-        return honest
-
-    monkeypatch.setattr(InMemoryGrid, "get_node_ids", lambda grid: [n for n in seen(grid) if n not in at_beauty])
-    run_in_process(config.model_copy(update={"resume": True}), answer)
+    run_in_process(config.model_copy(update={"resume": True}), away={0})
     trained = [set(record["clients"]) for record in round_records(run_dir(config))]
     assert len(trained) == 3
     assert "beauty" not in set.union(*trained)
 
 
 @pytest.mark.parametrize(("rule", "joins"), [("flora", True), ("weighted-average", True), ("mergerec", False)])
-def test_who_comes_late_takes_part_from_the_next_round(
-    place: Path, monkeypatch: pytest.MonkeyPatch, rule: str, joins: bool
-) -> None:
-    seen = InMemoryGrid.get_node_ids
-    away: list[int] = []
-    monkeypatch.setattr(InMemoryGrid, "get_node_ids", lambda grid: [node for node in seen(grid) if node not in away])
-
-    def register_all_but_coffee(number: int, factory: Any) -> dict[int, int]:
-        nodes: dict[int, int] = _register_nodes(number, factory)
-        away.extend(node for node, turn in nodes.items() if turn == TRAIN.index("coffee"))
-        return nodes
+def test_who_comes_late_takes_part_from_the_next_round(place: Path, rule: str, joins: bool) -> None:
+    away = {TRAIN.index("coffee")}
 
     def answer(message: Message, context: Context) -> Message | None:
-        honest = answer_honestly(message, context)
         if message.metadata.message_type == "train":
             away.clear()
-        context.node_config["num-partitions"] = 0  # as on machines of their own, nobody knows how many there are
-        return honest
+        return answer_honestly(message, context)
 
-    monkeypatch.setattr(in_process, "_register_nodes", register_all_but_coffee)
     config = rounds_experiment(place, f"late-{rule}", rule, server__wait_seconds=0.5)
-    run_in_process(config, answer)
+    run_in_process(config, answer, away=away)
     first, second = ({*record["clients"]} for record in round_records(run_dir(config)))
     assert first == {"beauty", "books"}
     assert second == ({*TRAIN} if joins else first)

@@ -6,13 +6,11 @@ released before, and nothing else is released for it.
 """
 
 import json
-import os
-import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -21,10 +19,12 @@ from fedmerge.client.local_domain import LocalDomain
 from fedmerge.client.rounds import RoundTask
 from fedmerge.config import ExperimentConfig
 from fedmerge.encoder.lora import Adapter, adapter_sha256, read_adapter, write_adapter
-from fedmerge.errors import ClientError, FedMergeError, PolicyError
+from fedmerge.errors import FedMergeError, PolicyError
 from fedmerge.privacy.domain_noise import coefficient_messages, domain_noise, noised_answer
 from fedmerge.privacy.randomness import source
-from fedmerge.run_dir import read_json
+from fedmerge.run_dir import read_json, write_json
+
+Made = TypeVar("Made")
 
 REPORT_FILE = "training.json"
 _ANSWERS_DEPEND_ON = ("text", "mergerec", "adamerging", "through_clients", "dp", "audit")
@@ -91,32 +91,18 @@ def released_once(
         ClientError: it cannot be kept.
     """
     name = domain.manifest.name
+
+    def write(made: Release, folder: Path) -> dict[str, Any]:
+        write_adapter(made.adapter, folder, domain.backbone.name)
+        return {"told": dict(made.told), "sha256": adapter_sha256(made.adapter)}
+
+    def read(folder: Path, record: Mapping[str, Any]) -> tuple[Release, str]:
+        adapter = read_adapter(folder)
+        return Release(adapter, record["told"]), adapter_sha256(adapter)
+
     folder = _released(name, config) / str(task.number)
-    asked = _asked(domain, config, task)
-    if not folder.exists():
-        made = train()
-
-        def write(partial: Path) -> None:
-            write_adapter(made.adapter, partial, domain.backbone.name)
-            record = {"asked": asked, "told": dict(made.told), "sha256": adapter_sha256(made.adapter)}
-            (partial / REPORT_FILE).write_text(json.dumps(record, indent=2) + "\n")
-
-        keep(folder, write, folder.exists, f"domain {name}: its round {task.number}")
-    try:
-        adapter, record = read_adapter(folder), json.loads((folder / REPORT_FILE).read_text())
-        same, whole, told = record["asked"] == asked, record["sha256"] == adapter_sha256(adapter), record["told"]
-    except (FedMergeError, OSError, LookupError, TypeError, ValueError) as error:
-        raise PolicyError(
-            f"domain {name}: round {task.number} was released before, but {folder} is damaged "
-            f"({type(error).__name__}), and its noise covers one release. Start a new run."
-        ) from error
-    if not same or not whole:
-        found = "from another start or with other settings" if whole else f"but {folder} was changed since"
-        raise PolicyError(
-            f"domain {name}: round {task.number} of this run was released before, {found}, and its noise covers one "
-            "release. Start a new run, with a run_id of its own."
-        )
-    return Release(adapter, told)
+    what = f"domain {name}: round {task.number} of this run"
+    return _once(folder, what, _asked(domain, config, task), train, write, read)
 
 
 def noised_answer_once(
@@ -141,8 +127,6 @@ def noised_answer_once(
     name, dp = domain.manifest.name, config.dp
     _check_run_id(name, config)
     _check_chosen_for(name, config, message)
-    what = f"the answer about {message.label}, step {message.step},"
-    path = _released(name, config) / f"{inputs_key({'label': message.label})}-{message.step}.json"
     asked = inputs_key(
         {
             "message": asdict(message),
@@ -152,32 +136,68 @@ def noised_answer_once(
             "seed": config.seed,
         }
     )
-    if not path.exists():
+
+    def make() -> torch.Tensor:
         try:
             answer = compute().cpu()
         except (FedMergeError, ArithmeticError, RuntimeError):
             answer = torch.zeros_like(torch.tensor(message.coefficients))
         drawn = source(dp.randomness, config.seed, "client", name, "coefficients-dp", message.label, message.step)
-        made = noised_answer(answer, dp.coefficient_clip, _kept_noise(name, config), drawn).tolist()
-        _create(
-            path, {"asked": asked, "answer": made, "sha256": inputs_key({"answer": made})}, f"domain {name}: {what}"
-        )
+        return noised_answer(answer, dp.coefficient_clip, _kept_noise(name, config), drawn)
+
+    def write(made: torch.Tensor, folder: Path) -> dict[str, Any]:
+        return {"answer": made.tolist(), "sha256": inputs_key({"answer": made.tolist()})}
+
+    def read(folder: Path, record: Mapping[str, Any]) -> tuple[torch.Tensor, str]:
+        return torch.tensor(record["answer"], dtype=torch.float32), inputs_key({"answer": record["answer"]})
+
+    folder = _released(name, config) / f"{inputs_key({'label': message.label})}-{message.step}"
+    what = f"domain {name}: the answer about {message.label}, step {message.step},"
+    return _once(folder, what, asked, make, write, read)
+
+
+def _once(
+    folder: Path,
+    what: str,
+    asked: str,
+    make: Callable[[], Made],
+    write: Callable[[Made, Path], dict[str, Any]],
+    read: Callable[[Path, Mapping[str, Any]], tuple[Made, str]],
+) -> Made:
+    """A release from its folder, made before where it is not there; of several processes the first one's stays.
+
+    Args:
+        folder: of the release.
+        what: for messages.
+        asked: key of all that it depends on.
+        make: makes it.
+        write: puts it into a folder; what is recorded beside ``asked``, with its hash as ``sha256``.
+        read: folder, record -> the release and its hash as found.
+    """
+    if not folder.exists():
+        made = make()
+
+        def fill(partial: Path) -> None:
+            record = {"asked": asked, **write(made, partial)}
+            (partial / REPORT_FILE).write_text(json.dumps(record, indent=2) + "\n")
+
+        keep(folder, fill, folder.exists, what)
     try:
-        kept = read_json(path) or {}
-        same, whole = kept["asked"] == asked, kept["sha256"] == inputs_key({"answer": kept["answer"]})
-        answer = torch.tensor(kept["answer"], dtype=torch.float32)
-    except (FedMergeError, LookupError, TypeError, ValueError) as error:
+        record = json.loads((folder / REPORT_FILE).read_text())
+        release, sha256 = read(folder, record)
+        same, whole = record["asked"] == asked, record["sha256"] == sha256
+    except (FedMergeError, OSError, LookupError, TypeError, ValueError) as error:
         raise PolicyError(
-            f"domain {name}: {what} was released before, but {path} is damaged ({type(error).__name__}), and its noise "
-            "covers one release. Start a new run."
+            f"{what} was released before, but {folder} is damaged ({type(error).__name__}), and its noise covers one "
+            "release. Start a new run."
         ) from error
     if not same or not whole:
-        found = "at other coefficients or with other settings" if whole else f"but {path} was changed since"
+        found = "for another request or with other settings" if whole else f"but {folder} was changed since"
         raise PolicyError(
-            f"domain {name}: {what} was released before, {found}, and its noise covers one release. Start a new run, "
-            "with a run_id of its own."
+            f"{what} was released before, {found}, and its noise covers one release. Start a new run, with a run_id of "
+            "its own."
         )
-    return answer
+    return release
 
 
 def _kept_noise(name: str, config: ExperimentConfig) -> float:
@@ -191,26 +211,10 @@ def _kept_noise(name: str, config: ExperimentConfig) -> float:
     except (FedMergeError, LookupError, TypeError, ValueError):
         pass
     found = domain_noise(config)
-    with suppress(ClientError):  # it is found again
-        path.unlink(missing_ok=True)
-        _create(path, {"for": key, "noise_multiplier": found}, f"domain {name}: its noise")
-    return found
-
-
-def _create(path: Path, data: Mapping[str, Any], what: str) -> None:
-    """Write a file whole, unless it is there: of several processes that make it at once the first one's stays."""
-    try:
+    with suppress(OSError, FedMergeError):  # then it is found again
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".partial-", dir=path.parent) as partial:
-            written = Path(partial) / path.name
-            written.write_text(json.dumps(data), encoding="utf-8")
-            with suppress(FileExistsError):
-                os.link(written, path)
-    except OSError as error:
-        raise ClientError(
-            f"{what} cannot be kept under {path.parent} ({error}). Check the space and the permissions there, or set "
-            "cache_dir."
-        ) from error
+        write_json(path, {"for": key, "noise_multiplier": found})
+    return found
 
 
 def _check_chosen_for(name: str, config: ExperimentConfig, message: CoefficientMessage) -> None:

@@ -83,7 +83,7 @@ def noised_factors(adapter: Adapter, start: Adapter, clip: float, noise_multipli
     deviation = noise_multiplier * 2 * clip
     modules = {}
     for name, module in start.modules.items():
-        away_A, away_B = (factor * part + noise_like(part, deviation, drawn) for part in distances[name])
+        away_A, away_B = (scaled(part, factor) + noise_like(part, deviation, drawn) for part in distances[name])
         modules[name] = LoraModule(module.lora_A + away_A, module.lora_B + away_B, module.scaling)
     return Adapter(modules)
 
@@ -95,9 +95,7 @@ def noised_answer(answer: torch.Tensor, clip: float, noise_multiplier: float, dr
         answer: (K,) or (K, G), a gradient or a change.
         clip, noise_multiplier, drawn: as for :func:`noised_factors`.
     """
-    factor = clip_factor([answer], clip)
-    clipped = factor * answer if factor else torch.zeros_like(answer)
-    return clipped + noise_like(answer, noise_multiplier * 2 * clip, drawn)
+    return scaled(answer, clip_factor([answer], clip)) + noise_like(answer, noise_multiplier * 2 * clip, drawn)
 
 
 def noised_average(
@@ -119,7 +117,7 @@ def noised_average(
     }
     modules = {}
     for name in adapters[domains[0]].modules:
-        parts = [factors[domain] * adapters[domain].modules[name].delta_weight() for domain in domains]
+        parts = [scaled(adapters[domain].modules[name].delta_weight(), factors[domain]) for domain in domains]
         total = torch.stack(parts).sum(dim=0)
         total += noise_like(total, noise_multiplier * clip, drawn)
         modules[name] = _cut(total / len(domains), rank)
@@ -130,6 +128,11 @@ def clip_factor(parts: list[torch.Tensor], clip: float) -> float:
     """min(1, C / norm of all parts together); 0 where the norm is not finite."""
     norm = math.sqrt(sum(float(part.double().square().sum()) for part in parts))
     return min(1.0, clip / max(norm, 1e-30)) * (1 - 1e-6) if math.isfinite(norm) else 0.0
+
+
+def scaled(part: torch.Tensor, factor: float) -> torch.Tensor:
+    """The part times the factor; zeros for 0, also of what is not finite."""
+    return factor * part if factor else torch.zeros_like(part)
 
 
 def noise_like(tensor: torch.Tensor, deviation: float, drawn: Source) -> torch.Tensor:
