@@ -42,6 +42,7 @@ import fedmerge
 from fedmerge.errors import FedMergeError, PolicyError
 from fedmerge.organisation.app import check_app
 from fedmerge.organisation.folder import KEY, Client, approved_apps, read_client
+from fedmerge.privacy.client_policy import read_client_policy, took_too_long
 from fedmerge.privacy.paths import without_paths
 from sim import client_app, records
 
@@ -79,21 +80,21 @@ def _work(runtime: RuntimeHttpClient, folder: Path, is_client_app: bool) -> None
     try:
         client = read_client(folder)  # anew each time: what its owner changes holds at once
         check(client, fab, is_client_app)
+        own = read_client_policy(client.policy)
+        logger.info("%s: working", kind)
+        settle(context, client)
+        in_time = within(own.max_minutes, client.domain.name, _heartbeat(runtime))
+        content, context.state = in_own_process(lambda: _answer(message, context), in_time)
+        told = "an error" if records.read_error(content) else f"{records.size_bytes(content):,} bytes"
+        logger.info("%s: answered after %.0f s (%s)", kind, time.monotonic() - started, told)
+        reply = Message(content, reply_to=message)
     except FedMergeError as error:
         logger.error("%s: refused: %s", kind, error)
         told = without_paths(f"{type(error).__name__}: {error}", [str(folder)])
         reply = Message(records.error_record(told, _domain(folder)), reply_to=message)
-    else:
-        logger.info("%s: working", kind)
-        settle(context, client)
-        try:
-            content, context.state = in_own_process(lambda: _answer(message, context), _heartbeat(runtime))
-            told = "an error" if records.read_error(content) else f"{records.size_bytes(content):,} bytes"
-            logger.info("%s: answered after %.0f s (%s)", kind, time.monotonic() - started, told)
-            reply = Message(content, reply_to=message)
-        except ChildProcessError as error:
-            logger.error("%s: %s", kind, error)
-            reply = Message(Error(ErrorCode.CLIENT_APP_CRASHED, str(error)), reply_to=message)
+    except ChildProcessError as error:
+        logger.error("%s: %s", kind, error)
+        reply = Message(Error(ErrorCode.CLIENT_APP_CRASHED, str(error)), reply_to=message)
     push_message(runtime, reply, context)
     push_task_output(runtime, context, SubStatus.COMPLETED, "")
 
@@ -135,7 +136,7 @@ def in_own_process(
 
     Args:
         work: anything; what it changes in memory is lost, what it returns is not.
-        while_waiting: called again and again; False ends the work.
+        while_waiting: called again and again; False ends the work, and so does what it raises.
 
     Raises:
         ChildProcessError: the process died, was ended, or raised.
@@ -184,6 +185,18 @@ def _answer_and_exit(work: Callable[[], tuple[RecordDict, RecordDict]], answer: 
 def end_with_parent(number: signal.Signals) -> None:
     """Have the system send this process a signal when its parent dies, however that dies. Linux."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(number))
+
+
+def within(max_minutes: float | None, domain: str, beat: Callable[[], bool]) -> Callable[[], bool]:
+    """``beat``, which raises PolicyError once the organisation's ``max_minutes`` are over."""
+    started = time.monotonic()
+
+    def in_time() -> bool:
+        if max_minutes is not None and time.monotonic() - started > 60.0 * max_minutes:
+            raise took_too_long(max_minutes, domain)
+        return beat()
+
+    return in_time
 
 
 def _heartbeat(runtime: RuntimeHttpClient) -> Callable[[], bool]:

@@ -86,6 +86,18 @@ def test_everything_is_there_and_nobody_else_can_read_a_key(deployment: Deployme
     assert read_deployment(deployment.folder) == deployment
 
 
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
+def test_systemd_understands_the_service(deployment: Deployment) -> None:
+    unit = deployment.folder / "fedmerge-operator.service"
+    done = subprocess.run(["systemd-analyze", "verify", unit], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert str(unit.name) not in done.stderr
+    with unit.open("a") as file:
+        file.write("Restart=now and then\n[Service]\nRestart=now and then\n")
+    done = subprocess.run(["systemd-analyze", "verify", unit], capture_output=True, text=True, check=False)
+    assert str(unit.name) in done.stderr  # it does read the unit
+
+
 @pytest.mark.parametrize("host", [*HOSTS, "localhost", "127.0.0.1"])
 def test_clients_know_the_server_by_each_of_its_names(deployment: Deployment, host: str) -> None:
     handshake(server_context(deployment), ssl.create_default_context(cafile=str(deployment.authority)), host)

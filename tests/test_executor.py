@@ -13,8 +13,9 @@ from flwr.app import ConfigRecord, Context, RecordDict
 import sim.executor
 from fedmerge.config import ExperimentConfig, from_flat, to_flat
 from fedmerge.domain.demo import write_demo
+from fedmerge.errors import PolicyError
 from fedmerge.organisation.folder import Client, init_client, read_client
-from sim.executor import in_own_process, settle
+from sim.executor import in_own_process, settle, within
 
 
 @pytest.fixture
@@ -99,6 +100,28 @@ def test_a_run_that_is_stopped_ends_the_work_at_once() -> None:
     assert time.monotonic() - started < 20
     with pytest.raises(ChildProcessError):  # no child is left behind
         os.waitpid(-1, os.WNOHANG)
+
+
+def test_work_ends_when_the_organisations_minutes_are_over() -> None:
+    started, beats = time.monotonic(), []
+
+    def hangs() -> tuple[RecordDict, RecordDict]:
+        time.sleep(60)
+        return RecordDict(), RecordDict()
+
+    def beat() -> bool:
+        beats.append(1)
+        return True
+
+    told = r"domain north: its own policy file refuses: max_minutes = 0.01, .* Ask for less \(train.max_minutes"
+    with pytest.raises(PolicyError, match=told):
+        in_own_process(hangs, within(0.01, "north", beat))
+    assert 0.6 <= time.monotonic() - started < 20
+    assert beats
+    with pytest.raises(ChildProcessError):  # no child is left behind
+        os.waitpid(-1, os.WNOHANG)
+    assert within(None, "north", beat)()
+    assert not within(1.0, "north", lambda: False)()
 
 
 def test_the_executor_takes_the_installed_code_only() -> None:

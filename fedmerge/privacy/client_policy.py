@@ -21,6 +21,7 @@ class ClientPolicy(Section):
     policies: tuple[Policy, ...] = Field(("adapter+catalog", "adapter"), min_length=1)
     min_users: int = Field(20, ge=1)
     max_message_bytes: int | None = Field(None, ge=2**16)
+    max_minutes: float | None = Field(1440.0, gt=0)
     receive_adapters: bool = False
     real_users: bool = False
     max_epsilon: float | None = Field(None, gt=0)
@@ -38,6 +39,10 @@ min_users = 20
 
 # The most bytes that one answer may have; "none": no bound. An adapter of MiniLM at rank 8 has about 600,000.
 max_message_bytes = "none"
+
+# The most minutes that one answer may take, training included; "none": no bound. What a run sets (steps, users) is
+# bounded by it. A training that is ended goes on from its last validation, should the run be resumed.
+max_minutes = 1440.0
 
 # Whether single adapters of other domains may be sent to it, as privacy.policy = "catalog-private" does. Merges, which
 # every participant evaluates, hold other domains' adapters in any case.
@@ -116,6 +121,14 @@ def check_message_size(own: ClientPolicy, size_bytes: int, domain: str) -> None:
     """
     if own.max_message_bytes is not None and size_bytes > own.max_message_bytes:
         _refuse([f"max_message_bytes = {own.max_message_bytes:,}, the answer has {size_bytes:,}"], domain)
+
+
+def took_too_long(max_minutes: float, domain: str) -> PolicyError:
+    """What is said when an answer was not ready within the minutes that the organisation allows."""
+    return PolicyError(
+        f"domain {domain}: its own policy file refuses: max_minutes = {max_minutes:g}, and the answer was not ready by "
+        "then. Ask for less (train.max_minutes, fewer users or methods), or agree with the organisation on more."
+    )
 
 
 def _unmet_bounds(own: ClientPolicy, dp: DP) -> Iterator[str]:
