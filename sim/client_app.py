@@ -360,7 +360,7 @@ def _client(context: Context) -> Client:
     _check_own_policy(context, config, folder.name)
     wanted, runtime = config.backbone, config.runtime
     backbone = _backbone(wanted.source, wanted.pooling, wanted.weights_sha256, runtime.device, runtime.precision)
-    domain = _domain(folder, backbone, config.text)
+    domain = _domain(folder, backbone, config.text, config.cache_dir)
     if config.audit.held_out_users or config.audit.canaries:
         if "partition-id" not in context.node_config:
             raise ClientError(
@@ -430,8 +430,8 @@ def _backbone(source: str, pooling: str, weights_sha256: str | None, device: str
 
 
 @lru_cache(maxsize=4)
-def _domain(folder: Path, backbone: Backbone, text: Text) -> LocalDomain:
-    return open_domain(folder, backbone, text)
+def _domain(folder: Path, backbone: Backbone, text: Text, cache_dir: str) -> LocalDomain:
+    return open_domain(folder, backbone, text, Path(cache_dir))
 
 
 @lru_cache(maxsize=4)

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from fedmerge.errors import ClientError
 
 
@@ -38,7 +40,7 @@ def keep(folder: Path, write: Callable[[Path], None], is_whole: Callable[[], boo
             filled.mkdir()
             write(filled)
             filled.rename(folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         if not is_whole():
             raise ClientError(
                 f"{what} cannot be kept under {folder.parent} ({error}). "

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from fedmerge.client.kept_tokens import token_table
 from fedmerge.config import Text
 from fedmerge.domain.catalog import Catalog, load_catalog
 from fedmerge.domain.interactions import Interactions, load_interactions
@@ -69,8 +70,14 @@ class LocalDomain:
         return encode(self.backbone, self.item_sequences)
 
 
-def open_domain(folder: Path, backbone: Backbone, text: Text) -> LocalDomain:
+def open_domain(folder: Path, backbone: Backbone, text: Text, cache_dir: Path | None = None) -> LocalDomain:
     """Read, verify and tokenise a domain.
+
+    Args:
+        folder: of the domain.
+        backbone: the encoder.
+        text: how items and histories become tokens.
+        cache_dir: where the tokens are kept; None to make them anew.
 
     Raises:
         DomainError: missing or damaged files.
@@ -78,5 +85,9 @@ def open_domain(folder: Path, backbone: Backbone, text: Text) -> LocalDomain:
     """
     check_max_tokens(backbone, text.max_tokens)
     catalog = load_catalog(folder)
-    table = build_token_table(catalog, backbone.tokenizer, text.max_attribute_tokens)
-    return LocalDomain(read_manifest(folder), catalog, load_interactions(folder), table, text, backbone)
+    manifest, limit = read_manifest(folder), text.max_attribute_tokens
+    if cache_dir is None:
+        table = build_token_table(catalog, backbone.tokenizer, limit)
+    else:
+        table = token_table(catalog, manifest, backbone, limit, cache_dir)
+    return LocalDomain(manifest, catalog, load_interactions(folder), table, text, backbone)

@@ -4,7 +4,7 @@ key, key.pub      the client's key pair (ECDSA P-384, OpenSSH); the private key 
 client.toml       what the client works with; no run can change it
 policy.toml       what may leave (``fedmerge.privacy.client_policy``)
 approved.txt      hashes of the apps that may be worked for, one a line
-cache/            experts, and trainings that are going on
+cache/            experts, trainings that are going on, the catalog's tokens
 lock, flower.log  of the process that runs the client
 
 The bundle: ca.crt, whom to trust as the server, and federation.toml, where it is.
