@@ -37,7 +37,7 @@ from fedmerge.server.round_checkpoints import (
 )
 from sim import records
 from sim.federation import Federation, Question, ask, listed, own_noise, require_quorum
-from sim.secure_sum import REPORT_BYTES, secure_mean
+from sim.secure_sum import REPORT_BYTES, read_checked_report, secure_mean
 from sim.welcome import greet
 
 logger = logging.getLogger("fedmerge.server")
@@ -225,7 +225,7 @@ def _round_of_sums(
     reports: dict[str, dict[str, Any]] = {}
 
     def receive(domain: str, content: RecordDict) -> None:
-        reports[domain] = records.read_report(content)
+        reports[domain] = read_checked_report(federation, config, domain, content, number)
 
     nodes = {domain: federation.nodes[domain] for domain in drawn if domain in federation.of("train")}
     logger.info("round %d of %d: %s", number, rounds.number, listed(sorted(nodes)))

@@ -14,6 +14,7 @@ from fedmerge.config import ExperimentConfig
 from fedmerge.encoder.backbone import Backbone
 from fedmerge.encoder.lora import fresh_adapter
 from fedmerge.federated.summed import adapter_of_mean, num_summed, summed_rank
+from fedmerge.privacy.agreed import check_spent
 from fedmerge.privacy.secagg.server import (
     added,
     check_advertisement,
@@ -28,7 +29,7 @@ from fedmerge.server.candidates import Candidate
 from fedmerge.server.checkpoints import end_training, keep_merge
 from fedmerge.server.summed import candidates_of_mean, keep_mean, kept_mean
 from sim import records, secure_records
-from sim.federation import Federation, Question, ask, listed, require_quorum
+from sim.federation import Federation, Question, ask, listed, own_noise, require_quorum
 
 REPORT_BYTES = 2**20
 _BYTES_PER_CLIENT = 1024  # of keys, shares and names, at most
@@ -68,7 +69,7 @@ def secure_candidates(
         reports: dict[str, dict[str, Any]] = {}
 
         def receive(domain: str, content: RecordDict) -> None:
-            reports[domain] = records.read_report(content)
+            reports[domain] = read_checked_report(federation, config, domain, content)
 
         nodes = {domain: federation.nodes[domain] for domain in federation.of("train")}
         logger.info("training: %s", listed(list(nodes)))
@@ -94,6 +95,26 @@ def secure_candidates(
         keep_merge(run_dir, candidate, backbone.name)
         logger.info("merged: %s", candidate.label)
     return sources, candidates
+
+
+def read_checked_report(
+    federation: Federation, config: ExperimentConfig, domain: str, content: RecordDict, number: int | None = None
+) -> dict[str, Any]:
+    """The report of a training whose adapter stays hidden, held to the noise that was agreed on.
+
+    Args:
+        federation, config: of the run.
+        domain: whose.
+        content: of its reply.
+        number: of the round, where there are rounds.
+
+    Raises:
+        ClientError: it says something else than was agreed.
+    """
+    report = records.read_report(content)
+    num_users = federation.descriptions[domain].num_users
+    check_spent(domain, config, report.get("privacy"), num_users, number)
+    return report
 
 
 def secure_mean(
@@ -127,9 +148,10 @@ def secure_mean(
         request: Callable[[str], RecordDict],
         receive: Callable[[str, RecordDict], None],
         most: int = small,
+        noise: str = "none",
     ) -> None:
         nodes = {client: federation.nodes[client] for client in sorted(clients) if client in federation.nodes}
-        question = Question(kind, config.server.describe_timeout_seconds, request, lambda _: most)
+        question = Question(kind, config.server.describe_timeout_seconds, request, lambda _: most, noise=noise)
         ask(federation, nodes, question, receive)
 
     advertisements: dict[str, Advertisement] = {}
@@ -166,7 +188,7 @@ def secure_mean(
     def relayed(client: str) -> RecordDict:
         return secure_records.boxes_record({peer: boxes[peer][client] for peer in sorted(shared - {client})})
 
-    put(secure_records.MASKED, shared, relayed, take_masked, _BYTES_OF_A_MESSAGE + 4 * num_values)
+    put(secure_records.MASKED, shared, relayed, take_masked, _BYTES_OF_A_MESSAGE + 4 * num_values, own_noise(config))
     survivors = frozenset(in_sum)
     session.check_survivors(survivors, shared, "masked values")
 

@@ -251,6 +251,54 @@ def test_rounds_of_sums_are_rounds(place: Path, rule: str) -> None:
         assert record["aggregation"]["client_weights"] == plain_record["aggregation"]["client_weights"]
 
 
+NOISED: list[tuple[str, dict[str, Any]]] = [
+    ("user", {"train__negatives": "catalog", "dp__clip": 1.0}),
+    ("user", {"train__negatives": "catalog", "dp__clip": 1.0, "rounds__rule": "weighted-average", "rounds__number": 2}),
+    ("domain-local", {"dp__clip": 0.05}),
+]
+
+
+@pytest.mark.parametrize(("mode", "changes"), NOISED, ids=["user", "user-rounds", "domain-local"])
+def test_differential_privacy_is_summed_securely_and_counted_as_without_the_sum(
+    place: Path, mode: str, changes: dict[str, Any]
+) -> None:
+    """The noise is each client's own, seeded here: one server sees the adapters, the other does not."""
+    noise = {"dp__mode": mode, "dp__noise_multiplier": 0.5, "dp__delta": 1e-3, "dp__randomness": "seeded"}
+    noise |= {"dp__accountant": "rdp"}  # quicker
+    name = f"{mode}-{len(changes)}"
+    told = {}
+    for policy in ("adapter", "aggregate-only"):
+        disk = {"cache_dir": str(place / f"cache-{name}-{policy}")}
+        config = experiment(place, f"{name}-{policy}", privacy__policy=policy, **noise, **changes, **disk)
+        run_in_process(config)
+        told[policy] = read_json(run_dir(config) / "privacy.json")
+    if "rounds__rule" not in changes:  # whose second noise depends on the mean that it starts from, here a rounded one
+        seen, hidden = (merged(experiment(place, f"{name}-{policy}"), "average") for policy in told)
+        assert_close(hidden, seen)
+    assert told["aggregate-only"] == told["adapter"]
+    assert told["adapter"]["domains"].keys() == {*TRAIN}
+    assert all(of["epsilon"] is not None and of["releases"] for of in told["adapter"]["domains"].values())
+    rows = pq.read_table(run_dir(experiment(place, f"{name}-aggregate-only")) / "exposure.parquet").to_pylist()
+    noised = {row["message"] for row in rows if row["noise"] != "none"}
+    assert noised == {secure_records.MASKED}
+
+
+def test_who_tells_another_noise_than_agreed_is_not_in_the_sum(place: Path) -> None:
+    noise = {"dp__mode": "domain-local", "dp__noise_multiplier": 0.5, "dp__delta": 1e-3, "dp__randomness": "seeded"}
+    config = experiment(place, "less-noise", cache_dir=str(place / "cache-less"), **noise, dp__clip=0.05)
+
+    def answer(message: Message, context: Context) -> Message | None:
+        if domain_of(context) == "books":
+            context.run_config["dp.noise_multiplier"] = 0.25
+        return answer_honestly(message, context)
+
+    run_in_process(config, answer)
+    assert sorted(read_json(run_dir(config) / "secure-sum" / "sum.json")["clients"]) == ["beauty", "camping", "coffee"]
+    assert {*read_json(run_dir(config) / "privacy.json")["domains"]} == {"beauty", "camping", "coffee"}
+    excluded = read_json(run_dir(config) / "clients.json")["excluded"]
+    assert "what it says it spent is not what dp.* asks for: noise_multiplier 0.25 instead of 0.5" in excluded["books"]
+
+
 def test_a_client_keeps_to_its_own_policy(place: Path) -> None:
     """Whatever the server asks: no adapter under aggregate-only, no masked values under another policy."""
     flat = experiment(place, "strict")

@@ -100,6 +100,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"rounds.rule": "fedit", "rounds.fraction": 0.5}, r"with 2 clients in a sum.*or raise rounds\.fraction"),
     ({"privacy.threshold": 2}, r"privacy.threshold = 2 with 4 clients in a sum: expected 3 to 4, more than half"),
     ({"privacy.threshold": 5}, "privacy.threshold = 5 with 4 clients"),
+    (
+        {"dp.mode": "domain-central", "dp.epsilon": 4.0, "dp.delta": 1e-4},
+        "the server would clip every single adapter, which the policy hides",
+    ),
     ({"until": "train"}, "until = 'train' ends with the experts on the server's disk"),
 ]
 

@@ -84,10 +84,10 @@ def _check_dp(config: ExperimentConfig) -> None:
             "every round makes at least one step, and the noise is chosen for train.max_steps in all; lower "
             "rounds.number, or raise train.max_steps"
         )
-    if mode != "none" and config.privacy.policy == "aggregate-only":
+    if mode == "domain-central" and config.privacy.policy == "aggregate-only":
         raise ValueError(
-            f"dp.mode = '{mode}' with privacy.policy = 'aggregate-only': a secure sum carries no account of what "
-            "each client has spent; set dp.mode = 'none', or another policy"
+            "dp.mode = 'domain-central' with privacy.policy = 'aggregate-only': the server would clip every single "
+            "adapter, which the policy hides from it; set dp.mode = 'domain-local' or 'user', or another policy"
         )
     own = (config.privacy.policy, config.through_clients.users) == ("catalog-private", "own-users")
     learned = {*config.merge.methods} & LEARNED_METHODS

@@ -9,6 +9,7 @@ from fedmerge.privacy.domain_noise import domain_noise, domain_record
 from fedmerge.run_dir import read_json, read_lines
 from fedmerge.server.checkpoints import ADAPTERS, LEARNING, MERGED
 from fedmerge.server.round_checkpoints import round_records
+from fedmerge.server.summed import SECURE_SUM, SUM_FILE
 
 EVERY_DOMAIN = "every domain"
 
@@ -33,6 +34,9 @@ def spent_by_domain(run_dir: Path, config: ExperimentConfig) -> dict[str, list[M
         return found
     for path in sorted((run_dir / ADAPTERS).glob("[!.]*/training.json")):
         add(path.parent.name, read_json(path))
+    summed = read_json(run_dir / SECURE_SUM / SUM_FILE) or {}
+    for domain, told in summed.get("training", {}).items():
+        add(domain, told)
     for record in round_records(run_dir):
         for domain, told in sorted(record["clients"].items()):
             add(domain, told)

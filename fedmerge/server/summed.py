@@ -12,7 +12,7 @@ from fedmerge.federated.product_space import weighted_sum
 from fedmerge.run_dir import read_json, whole_folder, write_json
 from fedmerge.server.candidates import Candidate, linear_variants
 
-FOLDER = "secure-sum"
+SECURE_SUM, SUM_FILE = "secure-sum", "sum.json"
 
 
 def keep_mean(run_dir: Path, mean: Adapter, record: Mapping[str, Any], backbone_name: str) -> None:
@@ -21,15 +21,15 @@ def keep_mean(run_dir: Path, mean: Adapter, record: Mapping[str, Any], backbone_
     Raises:
         RunDirError: it cannot be written.
     """
-    with whole_folder(run_dir / FOLDER) as folder:
+    with whole_folder(run_dir / SECURE_SUM) as folder:
         write_adapter(mean, folder, backbone_name)
-        write_json(folder / "sum.json", {**record, "sha256": adapter_sha256(mean)})
+        write_json(folder / SUM_FILE, {**record, "sha256": adapter_sha256(mean)})
 
 
 def kept_mean(run_dir: Path) -> tuple[Adapter, dict[str, Any]] | None:
     """What :func:`keep_mean` wrote, if it is there and whole."""
     try:
-        mean, record = read_adapter(run_dir / FOLDER), read_json(run_dir / FOLDER / "sum.json")
+        mean, record = read_adapter(run_dir / SECURE_SUM), read_json(run_dir / SECURE_SUM / SUM_FILE)
         return (mean, record) if adapter_sha256(mean) == record["sha256"] else None
     except (FedMergeError, OSError, LookupError, TypeError):
         return None
