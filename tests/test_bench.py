@@ -320,6 +320,91 @@ def test_federations_of_rounds_are_strategies_like_others(
     assert [row["step"] for row in tables.curves if (row["strategy"], row["domain"]) == ("flora", "books")] == [1, 2]
 
 
+POLICIES = """
+title = "Policies"
+experiment = "experiment.toml"
+seeds = [0]
+baseline = "adapter"
+[[dataset]]
+name = "dp"
+set = { "dp.mode" = "user", "dp.delta" = 1e-3, "dp.noise_multiplier" = 0.0, "train.negatives" = "catalog" }
+[[strategy]]
+name = "adapter"
+set = { "privacy.policy" = "adapter" }
+[[strategy]]
+name = "aggregate-only"
+set = { "privacy.policy" = "aggregate-only" }
+[[strategy]]
+name = "noised"
+set = { "privacy.policy" = "aggregate-only", "dp.noise_multiplier" = "none", "dp.epsilon" = 1.0 }
+[[strategy]]
+name = "adapter+catalog"
+set = { "merge.methods" = "mergerec" }
+[[strategy]]
+name = "catalog-private"
+set = { "merge.methods" = "mergerec", "privacy.policy" = "catalog-private" }
+"""
+
+
+def test_what_may_travel_changes_bytes_and_not_what_is_merged(place: Path) -> None:
+    (place / "policies.toml").write_text(POLICIES)
+    overrides = ["merge.methods=average", "mergerec.granularities=layer", "dp.accountant=rdp"]
+    bench = load_bench(place / "policies.toml", overrides)
+    open_folder(place / "policies", bench)
+    grid = Grid(bench, place / "policies")
+    lines: list[str] = []
+    assert run_grid(grid, train, here, lines.append) == []
+    assert sum(line.startswith("training") for line in lines) == 2  # without noise, and with
+    tables = tables_of(grid)
+    for domain in (*TRAIN, "camping"):
+        found = scores(tables, domain=domain)
+        assert found["adapter"] == found["aggregate-only"]
+        assert found["adapter+catalog"] == found["catalog-private"]
+    up = {row["strategy"]: row["bytes_up"] for row in tables.costs}
+    down = {row["strategy"]: row["bytes_down"] for row in tables.costs}
+    at = Place("dp", 0, "")
+    experts = [read_adapter(grid.run(at, "adapter") / "adapters" / name) for name in TRAIN]
+    dense = sum(module.delta_weight().numel() for expert in experts for module in expert.modules.values())
+    assert up["aggregate-only"] == up["noised"] == 4 * dense
+    (label,) = made_merges(grid, at, "catalog-private")
+    learned = read_json(merge_folder(grid.merges(at, "catalog-private"), label) / "provenance.json")["coefficients"]
+    steps = grid.experiment(at, "catalog-private").mergerec.steps_made
+    answers = 3 * 4 * sum(map(len, learned.values())) * steps
+    assert up["catalog-private"] == up["adapter"] + answers
+    assert down["catalog-private"] == down["adapter"] + 3 * up["adapter"] + 2 * answers
+    page = bench_page(tables)
+    assert "Utility, privacy and bytes" in page
+    assert "aggregate-only: average" in page
+    assert {cell["config"]["privacy"]["policy"] for cell in tables.cells} == {
+        "adapter",
+        "aggregate-only",
+        "adapter+catalog",
+        "catalog-private",
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"through_clients.users": "own-users"},
+            r"through_clients.users = 'own-users' is learned in a federation only",
+        ),
+        ({"through_clients.mode": "local-steps"}, r"through_clients.mode = 'local-steps' is .*; set 'exact'"),
+        (
+            {"dp.mode": "domain-local", "dp.epsilon": 4, "dp.delta": 1e-3},
+            "dp.mode = 'domain-local' adds noise to every answer about coefficients, in a federation only",
+        ),
+    ],
+)
+def test_what_only_a_federation_learns_is_no_cell(place: Path, changes: dict[str, object], message: str) -> None:
+    head = FILE[: FILE.index("[[strategy]]")]
+    (place / "own.toml").write_text(f'{head}[[strategy]]\nname = "average"\n')
+    wanted = {"privacy.policy": "catalog-private", "merge.methods": "mergerec", "privacy.min_users": 2, **changes}
+    with pytest.raises(ConfigError, match=message):
+        load_bench(place / "own.toml", [f"{key}={value}" for key, value in wanted.items()])
+
+
 def test_joint_training_is_a_row_for_reference_that_says_what_it_is(
     place: Path, done: tuple[Grid, BenchTables, list[str]]
 ) -> None:

@@ -20,6 +20,7 @@ from report_folders import DOMAINS, STRATEGIES, make_reported_run, some_bench
 from run_folders import Place, make_place, make_run, output, refusal
 
 from fedmerge.client.metrics import paired_difference_of_mean
+from fedmerge.config import from_flat
 from fedmerge.errors import RunDirError
 from fedmerge.report import bench_tables, charts, html_report, page, statistics
 from fedmerge.report.bench_tables import BenchTables, is_bench, read_bench_tables, write_bench_tables
@@ -201,10 +202,12 @@ def test_other_columns_and_cells_are_refused(folder: Path) -> None:
 # Structure
 
 
-@pytest.mark.parametrize("which", ["bench", "run"])
-def test_the_page_is_sound(bench: BenchTables, run: Path, capsys: Capsys, tmp_path: Path, which: str) -> None:
-    if which == "bench":
-        text = bench_page(bench)
+@pytest.mark.parametrize("which", ["bench", "private", "run"])
+def test_the_page_is_sound(
+    bench: BenchTables, private_bench: BenchTables, run: Path, capsys: Capsys, tmp_path: Path, which: str
+) -> None:
+    if which != "run":
+        text = bench_page(bench if which == "bench" else private_bench)
     else:
         out = tmp_path / "page.html"
         assert output(capsys, "report", run, "--out", out) == f"{out}\n"
@@ -234,6 +237,53 @@ def test_the_page_is_sound(bench: BenchTables, run: Path, capsys: Capsys, tmp_pa
     assert "Synthetic data." in found.text
     # no number that is none
     assert not re.search(r"\b(nan|inf|None|NaN)\b", re.sub(r"<pre.*?</pre>|<style.*?</style>", "", text, flags=re.S))
+
+
+PRIVATE: dict[str, dict[str, Any]] = {
+    "average": {"dp.noise_multiplier": 0.0},
+    "some": {"dp.epsilon": 8.0},
+    "much": {"dp.epsilon": 1.0},
+    "summed": {"dp.epsilon": 1.0, "privacy.policy": "aggregate-only"},
+    "only-noise": {"dp.noise_multiplier": 2.0},
+    "open": {"dp.mode": "none", "dp.delta": "none", "train.negatives": "in-batch"},
+}
+
+
+@pytest.fixture(scope="module")
+def private_bench() -> BenchTables:
+    """Strategies with differential privacy, and one without."""
+    tables = some_bench(tuple(PRIVATE), folds=False)
+    flat = {"dp.mode": "user", "dp.delta": 1e-4, "train.negatives": "catalog", "merge.methods": "average"}
+    configs = {name: from_flat(flat | changes).model_dump(mode="json") for name, changes in PRIVATE.items()}
+    return replace(tables, cells=[{**cell, "config": configs[cell["strategy"]]} for cell in tables.cells])
+
+
+def test_privacy_stands_beside_utility_and_bytes(private_bench: BenchTables, bench: BenchTables) -> None:
+    text = bench_page(private_bench)
+    found = parsed(text)
+    heads, *rows = found.tables["d0-privacy-table"]
+    assert heads == ["Strategy", "What travels", "Unit", "ε", "δ", "Recall@10", "NDCG@10", "Up", "Down"]
+    shown = {row[0].removesuffix("baseline"): row[1:5] for row in rows}
+    assert shown == {
+        "average": ["adapter+catalog", "a user", "∞", "0.0001"],
+        "some": ["adapter+catalog", "a user", "8", "0.0001"],
+        "much": ["adapter+catalog", "a user", "1", "0.0001"],
+        "summed": ["aggregate-only", "a user", "1", "0.0001"],
+        "only-noise": ["adapter+catalog", "a user", "–", "0.0001"],
+    }
+    scores = {row[0].removesuffix("baseline"): row[5] for row in rows}
+    main = {row[0].removesuffix("baseline"): row[1] for row in found.tables["d0-scores-table"][1:]}
+    assert all(scores[name] in main[name] for name in scores)
+    (picture,) = [
+        str(attributes["aria-label"])
+        for attributes in found.of("svg")
+        if "over 1/ε" in str(attributes.get("aria-label")) and "Recall" in str(attributes.get("aria-label"))
+    ]
+    assert f"adapter+catalog: average ends at {scores['much']}" in picture
+    assert f"aggregate-only: average ends at {scores['summed']}" in picture
+    assert "Utility, privacy and bytes" not in bench_page(bench)
+    one = [cell for cell in private_bench.cells if cell["strategy"] in ("much", "summed", "open")]
+    assert "Utility, privacy and bytes" not in bench_page(replace(private_bench, cells=one))
 
 
 def test_equal_tables_give_equal_bytes(bench: BenchTables, folder: Path, capsys: Capsys) -> None:

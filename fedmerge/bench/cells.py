@@ -158,6 +158,8 @@ def merge_experts(result: Path, config: ExperimentConfig, run: Path, without: tu
         keep_merge(result.parent, _one_round(config, KeptExperts(run, sources), sources), config.backbone.source)
         _write_merges(result, kept_merges(result.parent, sources).values(), started)
         return
+    if config.privacy.policy == "catalog-private":  # what the clients would come to, step by step
+        config = config.model_copy(update={"privacy": config.privacy.model_copy(update={"policy": "adapter+catalog"})})
     learned = bool(learned_labels(config))
     backbone = backbone_of(config.backbone, config.runtime) if learned else None
     candidates = merge_candidates(

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fedmerge.config import (
+    LEARNED_METHODS,
     Baseline,
     ExperimentConfig,
     describe_problem,
@@ -153,6 +154,8 @@ def load_bench(path: Path, overrides: Sequence[str] = ()) -> Bench:
                     f"{path}: strategy {strategy}: admission.rollback = true; a benchmark shows merges as they are. "
                     "Leave it out."
                 )
+            if problem := _not_in_one_place(experiment):
+                raise ConfigError(f"{path}: strategy {strategy}: {problem}")
             for section in ("domains", "evaluation", "attack"):
                 if getattr(experiment, section) != getattr(shared, section):
                     raise ConfigError(
@@ -173,3 +176,22 @@ def load_bench(path: Path, overrides: Sequence[str] = ()) -> Bench:
                     f"{len(experiment.domains.train)}; at least 3 are needed, so that two are left to merge"
                 )
     return bench
+
+
+def _not_in_one_place(experiment: ExperimentConfig) -> str:
+    """Why coefficients that the clients learn cannot be learned in a benchmark's own cell; empty if they can."""
+    learned = {*experiment.merge.methods} & LEARNED_METHODS and experiment.rounds.rule is None
+    if experiment.privacy.policy != "catalog-private" or not learned:
+        return ""
+    for key, found, wanted in (
+        ("through_clients.users", experiment.through_clients.users, "pseudo-users"),
+        ("through_clients.mode", experiment.through_clients.mode, "exact"),
+    ):
+        if found != wanted:
+            return f"{key} = '{found}' is learned in a federation only (fedmerge run); set {wanted!r}"
+    if experiment.dp.mode == "domain-local":
+        return (
+            "dp.mode = 'domain-local' adds noise to every answer about coefficients, in a federation only (fedmerge "
+            "run); leave learned merges out"
+        )
+    return ""

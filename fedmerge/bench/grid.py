@@ -23,6 +23,7 @@ from fedmerge.client.kept import inputs_key
 from fedmerge.client.metrics import MetricSums, Variant
 from fedmerge.config import Admission, Audit, ExperimentConfig, Rounds, Split, flatten
 from fedmerge.errors import ClientError, ConfigError, RunDirError
+from fedmerge.privacy.policy import Policy
 from fedmerge.run_dir import DONE, read_json, write_json
 from fedmerge.server.checkpoints import ADAPTERS, ended_training, merge_folder
 from fedmerge.server.round_checkpoints import members_of
@@ -70,12 +71,14 @@ class Grid:
     def training(self, place: Place, strategy: str | None) -> ExperimentConfig:
         """The run that trains for a strategy: strategies that train experts alike share it, and so do all folds.
 
+        What leaves a client does not change what it trains once, so strategies of every policy share it, too.
         A federation of rounds is a run of its own, in which who is left out takes no part.
         """
         wanted = self.experiment(place, strategy)
         runtime, rounds = wanted.runtime, not is_one_shot(wanted)
         left_out = place.left_out if rounds else ""
         domains = tuple(domain for domain in wanted.domains.train if domain != left_out)
+        policy: Policy = wanted.privacy.policy if rounds else "adapter+catalog"
         sections = [wanted.backbone, wanted.text, wanted.lora, wanted.train]
         sections += [wanted.rounds, wanted.mergerec, wanted.adamerging] if rounds else []
         for section, is_set in (
@@ -89,7 +92,7 @@ class Grid:
             "domains": [wanted.domains.root, sorted(domains)],
             "sections": [section.model_dump() for section in sections],
             "runtime": [runtime.threads_per_client, runtime.device, runtime.precision],
-            "policy": wanted.privacy.policy,
+            "policy": policy,
             **(transport if wanted.privacy.transport != "float32" else {}),
         }
         changes = {
@@ -102,6 +105,7 @@ class Grid:
             "merge": wanted.merge.model_copy(update={"methods": ("average",)}),
             "rounds": wanted.rounds if rounds else Rounds(),
             "admission": Admission(),
+            "privacy": wanted.privacy.model_copy(update={"policy": policy}),
         }
         return wanted.model_copy(update=changes)
 

@@ -4,6 +4,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fedmerge.bench.cells import MERGES, is_one_shot
 from fedmerge.bench.config import REFERENCES, Drawing, joint_row
 from fedmerge.bench.grid import (
@@ -18,17 +20,21 @@ from fedmerge.client.metrics import VARIANTS, MetricSums, Variant
 from fedmerge.domain.catalog import CATALOG_FILE
 from fedmerge.domain.demo import domains_root
 from fedmerge.domain.manifest import read_manifest
+from fedmerge.encoder.lora import read_adapter
+from fedmerge.federated.summed import num_summed
+from fedmerge.privacy.domain_noise import coefficient_messages
 from fedmerge.report.bench_tables import EVERY_FOLD, BenchTables
 from fedmerge.report.statistics import comparison_rows, rank_rows
 from fedmerge.report.tables import Role
 from fedmerge.run_dir import read_json
 from fedmerge.server.checkpoints import ADAPTERS, merge_folder
-from fedmerge.server.learned import learned_labels
+from fedmerge.server.learned import labels_from_catalogs
 from fedmerge.server.round_checkpoints import round_records
 
 Sums = dict[tuple[Place, str], dict[Variant, MetricSums]]  # place and domain -> variant -> sums
 WEIGHTS = "adapter_model.safetensors"
 CURVE_POINTS = 200
+BYTES_OF_A_VALUE = 4
 
 
 def bench_tables(grid: Grid) -> BenchTables:
@@ -120,7 +126,9 @@ def _ranks(grid: Grid, sums: Sums) -> list[dict[str, Any]]:
 def _cost(grid: Grid, place: Place, strategy: str) -> dict[str, Any]:
     """Up: an expert a domain, and the catalogs if the strategy learns from them; down: the merge to every domain.
 
-    Of a federation of rounds, what went up and down in all rounds.
+    Under ``aggregate-only`` a masked update of every weight goes up instead. Under ``catalog-private`` no catalog does,
+    but the experts go down to every domain, and of each step coefficients down and an answer up. Of a federation of
+    rounds, what went up and down in all rounds.
     """
     config = grid.experiment(place, strategy)
     run, domains = grid.run(place, strategy), merged_domains(grid, place, strategy)
@@ -130,13 +138,20 @@ def _cost(grid: Grid, place: Place, strategy: str) -> dict[str, Any]:
     if is_one_shot(config):
         experts = [run / ADAPTERS / domain for domain in domains]
         up = sum((expert / WEIGHTS).stat().st_size for expert in experts)
+        if config.privacy.policy == "aggregate-only":
+            up = sum(BYTES_OF_A_VALUE * num_summed("updates", read_adapter(expert)) for expert in experts)
+        elif messages := coefficient_messages(config):
+            coefficients = _provenance(grid, place, strategy).get("coefficients", {})
+            answer = BYTES_OF_A_VALUE * sum(np.size(values) for values in coefficients.values())
+            down += len(domains) * (up + 2 * answer * messages)
+            up += len(domains) * answer * messages
         seconds = sum(float(_report(expert)["seconds"]) for expert in experts)
     else:
         rounds = round_records(run)
         up = sum(sum(of_round["aggregation"]["bytes_up"].values()) for of_round in rounds)
         down += sum(sum(of_round["aggregation"]["bytes_down"].values()) for of_round in rounds[:-1])
         seconds = sum(client["seconds"] for of_round in rounds for client in of_round["clients"].values())
-    if learned_labels(config) and config.server.catalogs is None:
+    if labels_from_catalogs(config) and config.server.catalogs is None:
         root = domains_root(config.domains.root, config.cache_dir)
         up += sum((root / domain / CATALOG_FILE).stat().st_size for domain in domains)
     gate = grid.gate(place, strategy)

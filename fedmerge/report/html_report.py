@@ -33,6 +33,7 @@ from fedmerge.report.page import (
     size,
     table,
 )
+from fedmerge.report.privacy_picture import PrivateRow, utility_and_privacy
 from fedmerge.report.statistics import LEVEL
 
 HEADLINE: tuple[str, ...] = ("recall@10", "ndcg@10")
@@ -100,6 +101,7 @@ def _dataset(tables: BenchTables, name: str, series: Mapping[str, int], prefix: 
             costs=rows("costs"),
             curves=rows("curves"),
             coefficients=rows("coefficients"),
+            cells=rows("cells"),
         ),
         strategies=strategies,
         competing=tuple(strategy for strategy in strategies if strategy not in tables.references),
@@ -138,6 +140,7 @@ def bench_page(tables: BenchTables, *, kind: str = "Benchmark", lead: str = "", 
             ("domains", f"{_metric(HEADLINE[0])} by domain", _by_domain(data)),
             ("unseen", "Unseen against seen domains", _unseen(data)),
             ("bytes", "Accuracy against bytes", _bytes(data)),
+            ("privacy", "Utility, privacy and bytes", _privacy(data)),
             ("coefficients", "Merging coefficients", _coefficients(data)),
             ("curves", "Training curves", _curves(data)),
             ("costs", "Costs", _costs(data)),
@@ -607,6 +610,35 @@ def _bytes(data: _Dataset) -> Html | None:
         "standard deviation over seeds."
     )
     return _with_legend(pictures, drawn, told)
+
+
+def _privacy(data: _Dataset) -> Html | None:
+    configs = {cell["strategy"]: cell["config"] for cell in data.tables.cells}
+    costs = _selected(data.tables.costs)
+    columns = {
+        _metric(metric) + (f", {_ROLES[role]}" if len(data.roles) > 1 else ""): _score_of(
+            data, data.variant, role, metric
+        )
+        for role in data.roles
+        for metric in HEADLINE
+    }
+    rows = [
+        PrivateRow(
+            strategy,
+            _strategy(data, strategy),
+            configs[strategy],
+            {
+                title: (score.mean, score.mean - (score.spread or 0.0), score.mean + (score.spread or 0.0))
+                for title, scores in columns.items()
+                if (score := scores.get(strategy))
+            },
+            _mean_of(costs, strategy, lambda row: row["bytes_up"]),
+            _mean_of(costs, strategy, lambda row: row["bytes_down"]),
+        )
+        for strategy in data.competing
+        if strategy in configs
+    ]
+    return utility_and_privacy(f"{data.prefix}privacy-table", rows)
 
 
 def _costs(data: _Dataset) -> Html | None:
