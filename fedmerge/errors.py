@@ -8,6 +8,7 @@ FedMergeError
 ├── MergeError                         a merge that cannot be computed
 ├── AggregationError                   a round of a federation that cannot be aggregated
 ├── ClientError                        a client that failed, named
+│   └── DivergedError                  its training
 ├── PolicyError                        something that the privacy policy does not let out
 ├── DeploymentError                    the operator's side of a federation on several machines
 └── RunDirError                        a run folder
@@ -44,6 +45,10 @@ class AggregationError(FedMergeError):
 
 class ClientError(FedMergeError):
     """A client failed, or too few of them are left."""
+
+
+class DivergedError(ClientError):
+    """A training whose loss is no number any more."""
 
 
 class PolicyError(FedMergeError):

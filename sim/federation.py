@@ -356,10 +356,13 @@ def require_quorum(federation: Federation, config: ExperimentConfig, domains: li
         ClientError: naming everybody who was excluded.
     """
     if len(domains) < config.server.min_train_clients:
+        named = [*config.domains.train, *config.domains.unseen]
+        absent = [domain for domain in named if domain not in federation.descriptions]
+        nobody = f" nobody; never connected: {listed(absent) or 'nobody'}"
         reasons = "".join(f"\n  {name}: {exclusion.reason}" for name, exclusion in federation.excluded.items())
         raise ClientError(
             f"{len(domains)} training clients are left ({', '.join(domains) or 'none'}), server.min_train_clients is "
-            f"{config.server.min_train_clients}. Excluded:{reasons or ' nobody; the others never connected'}"
+            f"{config.server.min_train_clients}. Excluded:{reasons or nobody}"
         )
 
 

@@ -91,7 +91,7 @@ def start(deployment: Deployment, say: Callable[[str], None]) -> int:
         threading.Thread(target=_pass_on, args=(superlink, say), daemon=True).start()
         _wait(lambda: is_healthy(deployment), superlink, "the SuperLink")
         say(f"SuperLink: answers on 127.0.0.1:{deployment.superlink_port}")
-        for name in register_clients(deployment):
+        for name in register_clients(deployment, say):
             say(f"{name}: its key is registered now")
         with _proxy(nginx, deployment, variables) as proxy:
             _wait(lambda: _listens(deployment.port), proxy, "nginx")
@@ -132,11 +132,12 @@ def is_healthy(deployment: Deployment) -> bool:
     return False
 
 
-def register_clients(deployment: Deployment) -> list[str]:
+def register_clients(deployment: Deployment, say_refusal: Callable[[str], None]) -> list[str]:
     """Register every organisation's key that the SuperLink does not know; their names.
 
-    Raises:
-        DeploymentError: Flower refuses one.
+    Args:
+        deployment: the federation, which runs.
+        say_refusal: receives what Flower says of a key that it does not take; the others are registered all the same.
     """
     there = set(_nodes(deployment))
     nodes = {client.name: client.node for client in list_clients(deployment) if client.node in there}
@@ -144,13 +145,16 @@ def register_clients(deployment: Deployment) -> list[str]:
     for client in new:
         answer = _flwr(deployment, "supernode", "register", str(client.key), deployment.name, "--name", client.name)
         if not answer.get("success"):
-            raise DeploymentError(
-                f"{client.key}: Flower refuses to register it: {flower_reason(answer)}. Is it registered under another "
-                "name? Then remove-client there, or ask for a new key."
+            say_refusal(
+                f"{client.name}: Flower refuses to register {client.key}: {flower_reason(answer).rstrip('.')}. A key "
+                "that was withdrawn once never comes back: "
+                f"fedmerge deploy remove-client {deployment.folder} {client.name}, and ask for the key.pub of a new "
+                "client folder (fedmerge client init)."
             )
+            continue
         nodes[client.name] = int(answer["node-id"])
         note_nodes(deployment, {name: node for name, node in nodes.items() if node is not None})
-    return [client.name for client in new]
+    return [client.name for client in new if client.name in nodes]
 
 
 def withdraw_client(deployment: Deployment, name: str) -> None:
@@ -160,6 +164,9 @@ def withdraw_client(deployment: Deployment, name: str) -> None:
         DeploymentError: there is none of this name, or the SuperLink does not run.
     """
     client = find_client(deployment, name)
+    if client.node is None:  # never registered
+        remove_client(deployment, name)
+        return
     if not is_healthy(deployment):
         raise DeploymentError(
             f"client {name}: its key can only be withdrawn while the federation runs. Start it: fedmerge deploy start "

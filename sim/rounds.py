@@ -35,6 +35,7 @@ from fedmerge.server.round_checkpoints import (
     members_of,
     round_records,
 )
+from fedmerge.server.summed import note_reveal
 from sim import records
 from sim.federation import Federation, Question, ask, listed, own_noise, require_quorum
 from sim.secure_sum import REPORT_BYTES, read_checked_report, secure_mean
@@ -238,7 +239,11 @@ def _round_of_sums(
     summed = rule_named(name).summed or "updates"  # of a rule without, the configuration is refused
     weights = _weights(federation, config, list(reports))
     num_values = num_summed(summed, next(iter(state.starts.values())))
-    mean = secure_mean(federation, config, weights, num_values)
+
+    def note(clients: Sequence[str]) -> None:
+        note_reveal(run_dir, number, {client: reports[client] for client in clients})
+
+    mean = secure_mean(federation, config, weights, num_values, note)
     weights = {domain: weights[domain] for domain in mean.clients}
     state = aggregate_mean(name, state, mean.values, weights, seed=config.seed, **parameters)
     trained = {domain: reports[domain] for domain in mean.clients}

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from fedmerge.privacy.secagg.session import Reals, default_threshold
 from fedmerge.privacy.secagg.state import Advertisement, Revealed
 from fedmerge.server.candidates import Candidate
 from fedmerge.server.checkpoints import end_training, keep_merge
-from fedmerge.server.summed import candidates_of_mean, keep_mean, kept_mean
+from fedmerge.server.summed import candidates_of_mean, keep_mean, kept_mean, note_reveal
 from sim import records, secure_records
 from sim.federation import Federation, Question, ask, listed, own_noise, require_quorum
 
@@ -78,7 +78,11 @@ def secure_candidates(
         require_quorum(federation, config, list(reports))
         like = {domain: fresh_adapter(backbone, config.lora.of(domain), seed=0) for domain in sorted(reports)}
         num_values = num_summed("updates", next(iter(like.values())))
-        summed = secure_mean(federation, config, dict.fromkeys(like, 1.0), num_values)
+
+        def note(clients: Sequence[str]) -> None:
+            note_reveal(run_dir, 0, {client: reports[client] for client in clients})
+
+        summed = secure_mean(federation, config, dict.fromkeys(like, 1.0), num_values, note)
         rank = summed_rank({domain: like[domain] for domain in summed.clients})
         mean = adapter_of_mean("updates", summed.values, like[summed.clients[0]], rank)
         training = {domain: reports[domain] for domain in summed.clients}
@@ -118,7 +122,11 @@ def read_checked_report(
 
 
 def secure_mean(
-    federation: Federation, config: ExperimentConfig, weights: Mapping[str, float], num_values: int
+    federation: Federation,
+    config: ExperimentConfig,
+    weights: Mapping[str, float],
+    num_values: int,
+    before_it_shows: Callable[[Sequence[str]], None] = lambda clients: None,
 ) -> SecureMean:
     """The weighted mean of what the clients have trained.
 
@@ -130,6 +138,7 @@ def secure_mean(
         config: privacy and server count.
         weights: client -> weight, of those that have trained.
         num_values: of each.
+        before_it_shows: called with who is in the sum, before anything is asked that takes the masks off.
 
     Raises:
         AggregationError: too few clients are left.
@@ -199,6 +208,7 @@ def secure_mean(
         check_revealed(client, told, survivors, shared)
         revealed[client] = told
 
+    before_it_shows(sorted(survivors))
     asked = secure_records.survivors_record(sorted(survivors))
     put(secure_records.UNMASK, survivors, lambda _: asked, take_revealed)
     values = weighted_mean(session, advertisements, shared, survivors, total, revealed)

@@ -74,7 +74,7 @@ def run_client(client: Client, bundle: Bundle, stop: threading.Event) -> None:
     if not approved_apps(client.folder):
         raise ClientError(
             f"{client.folder}: no app is approved, so every run would be refused. Approve the one that you agreed on: "
-            f"fedmerge client approve {client.folder}"
+            f"fedmerge client approve {client.folder} --bundle BUNDLE, or --app FILE"
         )
     with ExitStack() as stack:
         try:

@@ -36,13 +36,16 @@ def gather(federation: Federation, config: ExperimentConfig, backbone: Backbone)
     while True:
         greet(federation, config, backbone)
         expected = min(num_domains, federation.num_nodes or num_domains)
-        if len(federation.greeted) >= expected or time.monotonic() > deadline:
+        come = len(federation.greeted) if federation.num_nodes else len(federation.nodes) + len(federation.excluded)
+        if come >= expected or time.monotonic() > deadline:
             break
         time.sleep(POLL_SECONDS)
     federation.write_clients()
     logger.info("%d nodes are connected, %d domains are expected", len(federation.greeted), num_domains)
-    require_quorum(federation, config, federation.of("train"))
+    if idle := len(federation.greeted) - len(federation.nodes) - len(federation.excluded):
+        logger.info("%d of them say that the experiment does not name their domain", idle)
     say_who_took_part(federation, config)
+    require_quorum(federation, config, federation.of("train"))
 
 
 def greet(federation: Federation, config: ExperimentConfig, backbone: Backbone) -> list[str]:

@@ -405,6 +405,39 @@ def test_what_only_a_federation_learns_is_no_cell(place: Path, changes: dict[str
         load_bench(place / "own.toml", [f"{key}={value}" for key, value in wanted.items()])
 
 
+def test_a_fold_of_too_few_for_a_secure_sum_is_refused(place: Path) -> None:
+    head = FILE[: FILE.index("[[strategy]]")]
+    (place / "fold.toml").write_text(f'{head}[[strategy]]\nname = "average"\nset = {{ "merge.methods" = "average" }}\n')
+    hidden = ["privacy.policy=aggregate-only", "merge.methods=average"]
+    with pytest.raises(ConfigError, match=r"(?s)main, with leave_one_out = true: .*with 2 clients in a sum"):
+        load_bench(place / "fold.toml", hidden)
+    load_bench(place / "fold.toml", [*hidden, "domains.train=beauty,books,coffee,garden"])
+
+
+def test_a_private_catalog_is_learned_from_where_its_client_would_learn(place: Path) -> None:
+    text = FILE[: FILE.index("[[strategy]]")].replace("[0, 1]", "[0]").replace("leave_one_out = true", "")
+    for policy in ("adapter+catalog", "catalog-private"):
+        text += f'[[strategy]]\nname = "{policy}"\nset = {{ "privacy.policy" = "{policy}" }}\n'
+    (place / "private.toml").write_text(text.replace('baseline = "average"', 'baseline = "backbone"'))
+    shutil.copytree(place / "domains", place / "private-domains")
+    for domain in TRAIN:
+        manifest = place / "private-domains" / domain / "manifest.json"
+        manifest.write_text(manifest.read_text().replace('"public_catalog": true', '"public_catalog": false'))
+    wanted = [f"domains.root={place / 'private-domains'}", "merge.methods=mergerec", "mergerec.granularities=layer"]
+    bench = load_bench(place / "private.toml", wanted)
+    open_folder(place / "private", bench)
+    grid = Grid(bench, place / "private")
+    (failed,) = run_grid(grid, train, here, lambda line: None)
+    assert "merging: adapter+catalog" in failed
+    assert "public_catalog = false" in failed
+    at = Place("main", 0, "")
+    (label,) = made_merges(grid, at, "catalog-private")
+    made = read_json(merge_folder(grid.merges(at, "catalog-private"), label) / "provenance.json")
+    assert made["policy"] == "catalog-private"
+    (cost,) = [row for row in tables_of(grid).costs if row["strategy"] == "catalog-private"]
+    assert cost["bytes_up"] > 0
+
+
 def test_joint_training_is_a_row_for_reference_that_says_what_it_is(
     place: Path, done: tuple[Grid, BenchTables, list[str]]
 ) -> None:

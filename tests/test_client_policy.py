@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from fedmerge.config import from_flat
+from fedmerge.config import ExperimentConfig, Train, from_flat
 from fedmerge.errors import ConfigError, PolicyError
 from fedmerge.privacy.client_policy import (
     DEFAULT_POLICY_TOML,
@@ -93,6 +93,14 @@ def test_what_it_refuses(own: dict[str, Any], run: dict[str, Any], message: str)
     with pytest.raises(PolicyError, match=f"domain shop: its own policy file refuses: {message}") as caught:
         check_run_is_allowed(ClientPolicy(**own), from_flat(run), "shop")
     assert "Change the run, or agree with the organisation" in str(caught.value)
+
+
+def test_a_run_that_says_it_takes_longer_is_refused_before_it_does() -> None:
+    run = ExperimentConfig().model_copy(update={"train": Train(max_minutes=30.5)})
+    check_run_is_allowed(ClientPolicy(), run, "shop")
+    check_run_is_allowed(ClientPolicy(max_minutes=None), run, "shop")
+    with pytest.raises(PolicyError, match=r"max_minutes = 30, the run has train\.max_minutes = 30\.5"):
+        check_run_is_allowed(ClientPolicy(max_minutes=30), run, "shop")
 
 
 def test_a_stricter_run_is_welcome() -> None:

@@ -132,6 +132,25 @@ def test_whoever_is_not_registered_or_not_encrypted_is_refused(federation: Feder
     assert set(federation.states().values()) == {"online"}
 
 
+def test_a_key_that_was_withdrawn_never_comes_back_and_leaves_nothing(federation: Federation, tmp_path: Path) -> None:
+    make_key(tmp_path / "guest")
+    key: list[str | Path] = ["guest", "--public-key", tmp_path / "guest.pub"]
+    before = sorted(federation.deployment.rglob("*guest*"))
+    assert "its key is registered" in federation.fedmerge("deploy", "add-client", federation.deployment, *key)
+    federation.fedmerge("deploy", "remove-client", federation.deployment, "guest")
+    told = federation.fedmerge("deploy", "add-client", federation.deployment, *key, fails=True)
+    assert "A key that was withdrawn once never comes back" in told
+    assert sorted(federation.deployment.rglob("*guest*")) == before == []
+    assert set(federation.states()) == {"beauty", "books"}
+    # what lies there all the same, as of an older version, keeps nobody else out
+    (federation.deployment / "keys" / "guest.pub").write_bytes((tmp_path / "guest.pub").read_bytes())
+    make_key(tmp_path / "host")
+    federation.fedmerge("deploy", "add-client", federation.deployment, "host", "--public-key", tmp_path / "host.pub")
+    for name in ("guest", "host"):
+        federation.fedmerge("deploy", "remove-client", federation.deployment, name)
+    assert set(federation.states().values()) == {"online"}
+
+
 def test_an_organisation_reaches_nothing_but_fleet(federation: Federation) -> None:
     organisation = federation.organisations["books"]
     operators = federation.deployment / "operator"

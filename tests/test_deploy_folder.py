@@ -303,5 +303,15 @@ def test_the_commands_say_what_comes_next(tmp_path: Path, capsys: pytest.Capture
     assert output[2] == "its key will be registered when the federation is started"
     told = tomllib.loads((folder / "clients/shop/federation.toml").read_text())
     assert told["app"] == app_sha256(REPOSITORY)
+    note_nodes(read_deployment(folder), {"shop": 5})
     assert main(["deploy", "remove-client", str(folder), "shop"]) == 1
     assert "its key can only be withdrawn while the federation runs. Start it: " in capsys.readouterr().err
+    (folder / "clients/shop/federation.toml").unlink()
+    assert main(["deploy", "bundle", str(folder), "shop"]) == 0
+    assert "clients/shop: written again; send this folder to shop" in capsys.readouterr().out
+    assert tomllib.loads((folder / "clients/shop/federation.toml").read_text()) == told
+    assert main(["deploy", "bundle", str(folder), "other"]) == 1
+    assert "client other: not known; there are: shop" in capsys.readouterr().err
+    note_nodes(read_deployment(folder), {})  # it never was registered: nothing of Flower's is to be undone
+    assert main(["deploy", "remove-client", str(folder), "shop"]) == 0
+    assert not list((folder / "clients").iterdir())

@@ -265,11 +265,11 @@ def test_privacy_stands_beside_utility_and_bytes(private_bench: BenchTables, ben
     assert heads == ["Strategy", "What travels", "Unit", "ε", "δ", "Recall@10", "NDCG@10", "Up", "Down"]
     shown = {row[0].removesuffix("baseline"): row[1:5] for row in rows}
     assert shown == {
-        "average": ["adapter+catalog", "a user", "∞", "0.0001"],
-        "some": ["adapter+catalog", "a user", "8", "0.0001"],
-        "much": ["adapter+catalog", "a user", "1", "0.0001"],
-        "summed": ["aggregate-only", "a user", "1", "0.0001"],
-        "only-noise": ["adapter+catalog", "a user", "–", "0.0001"],
+        "average": ["adapter+catalog", "user", "∞", "0.0001"],
+        "some": ["adapter+catalog", "user", "8", "0.0001"],
+        "much": ["adapter+catalog", "user", "1", "0.0001"],
+        "summed": ["aggregate-only", "user", "1", "0.0001"],
+        "only-noise": ["adapter+catalog", "user", "–", "0.0001"],
     }
     scores = {row[0].removesuffix("baseline"): row[5] for row in rows}
     main = {row[0].removesuffix("baseline"): row[1] for row in found.tables["d0-scores-table"][1:]}
@@ -279,8 +279,8 @@ def test_privacy_stands_beside_utility_and_bytes(private_bench: BenchTables, ben
         for attributes in found.of("svg")
         if "over 1/ε" in str(attributes.get("aria-label")) and "Recall" in str(attributes.get("aria-label"))
     ]
-    assert f"adapter+catalog: average ends at {scores['much']}" in picture
-    assert f"aggregate-only: average ends at {scores['summed']}" in picture
+    assert f"adapter+catalog: average, by user ends at {scores['much']}" in picture
+    assert f"aggregate-only: average, by user ends at {scores['summed']}" in picture
     assert "Utility, privacy and bytes" not in bench_page(bench)
     one = [cell for cell in private_bench.cells if cell["strategy"] in ("much", "summed", "open")]
     assert "Utility, privacy and bytes" not in bench_page(replace(private_bench, cells=one))

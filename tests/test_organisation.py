@@ -1,5 +1,8 @@
 """An organisation's client folder and the operator's bundle: made, read, and refused where wrong."""
 
+import hashlib
+import re
+import ssl
 import stat
 from pathlib import Path
 
@@ -13,6 +16,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from fedmerge.cli import main
+from fedmerge.deploy.certificates import new_authority
 from fedmerge.domain.demo import write_demo
 from fedmerge.errors import ConfigError, FedMergeError
 from fedmerge.organisation.folder import (
@@ -159,16 +163,20 @@ def test_what_is_no_hash_is_not_approved(folder: Path) -> None:
 # The bundle
 
 
+AUTHORITY = new_authority("shops").certificate
+AUTHORITY_SHA256 = hashlib.sha256(ssl.PEM_cert_to_DER_cert(AUTHORITY.decode())).hexdigest()
+
+
 def make_bundle(folder: Path, text: str) -> Path:
     folder.mkdir()
-    (folder / "ca.crt").write_text("a certificate")
+    (folder / "ca.crt").write_bytes(AUTHORITY)
     (folder / "federation.toml").write_text(text)
     return folder
 
 
 def test_a_bundle_is_read(tmp_path: Path) -> None:
     folder = make_bundle(tmp_path / "b", f'address = "fl.example.org:8000"\nfederation = "shops"\napp = "{APP}"\n')
-    assert read_bundle(folder) == Bundle(folder / "ca.crt", "fl.example.org", 8000, "shops", APP)
+    assert read_bundle(folder) == Bundle(folder / "ca.crt", "fl.example.org", 8000, "shops", APP, AUTHORITY_SHA256)
     assert read_bundle(folder).address == "fl.example.org:8000"
     six = read_bundle(make_bundle(tmp_path / "six", 'address = "[::1]:8000"\n'))
     assert (six.host, six.address, six.app) == ("::1", "[::1]:8000", "")
@@ -196,6 +204,9 @@ def test_a_bundle_without_its_files_is_refused(tmp_path: Path) -> None:
     (folder / "ca.crt").unlink()
     with pytest.raises(ConfigError, match=r"ca.crt: not there, expected the certificate of the federation's authority"):
         read_bundle(folder)
+    (folder / "ca.crt").write_bytes(AUTHORITY[:300])
+    with pytest.raises(ConfigError, match=r"ca.crt: is no certificate .* Ask the operator for the folder"):
+        read_bundle(folder)
 
 
 # The commands
@@ -213,7 +224,9 @@ def test_the_commands_say_what_comes_next(
     assert main(["client", "approve", "north"]) == 0
     assert "north: no app is approved" in capsys.readouterr().out
     assert main(["client", "approve", "north", "--bundle", str(bundle)]) == 0
-    assert f"approved: {APP}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"approved: {APP}" in said
+    assert f"certificate: {AUTHORITY_SHA256}" in said
     assert main(["client", "approve", "north"]) == 0
     assert capsys.readouterr().out.strip() == APP
     assert "as the operator of shops says" in (tmp_path / "north" / "approved.txt").read_text()
@@ -235,3 +248,13 @@ def test_a_client_without_an_approved_app_is_not_started(
     bundle = make_bundle(tmp_path / "b", 'address = "127.0.0.1:1"')
     assert main(["client", "start", str(folder), "--bundle", str(bundle)]) == 1
     assert "no app is approved, so every run would be refused" in capsys.readouterr().err
+
+
+def test_a_client_whose_domain_is_gone_is_not_started(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = make_bundle(tmp_path / "b", 'address = "127.0.0.1:1"')
+    told = (folder / "client.toml").read_text()
+    (folder / "client.toml").write_text(re.sub(r"(?m)^domain = .*", f'domain = "{tmp_path / "nowhere"}"', told))
+    assert main(["client", "start", str(folder), "--bundle", str(bundle)]) == 1
+    assert "no such domain folder" in capsys.readouterr().err

@@ -283,6 +283,60 @@ def test_differential_privacy_is_summed_securely_and_counted_as_without_the_sum(
     assert noised == {secure_records.MASKED}
 
 
+BY_DOMAIN = {"dp__mode": "domain-local", "dp__noise_multiplier": 0.5, "dp__delta": 1e-3, "dp__clip": 0.05}
+
+
+@pytest.mark.parametrize(("step", "counted"), [("masked", False), ("unmask", True)])
+def test_only_whose_values_were_in_the_sum_are_counted(place: Path, step: str, counted: bool) -> None:
+    config = experiment(place, f"gone-{step}", cache_dir=str(place / f"cache-gone-{step}"), **BY_DOMAIN)
+    run_in_process(config, gone_at(step, "books"))
+    assert ("books" in read_json(run_dir(config) / "privacy.json")["domains"]) == counted
+    assert "books" in read_json(run_dir(config) / "clients.json")["excluded"]
+
+
+def test_a_sum_that_was_shown_and_lost_is_counted(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed before the mean is on disk; books is away on the resume, coffee has lost its expert and trains anew."""
+    config = experiment(place, "shown", cache_dir=str(place / "cache-shown"), **BY_DOMAIN)
+
+    def killed(*arguments: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr("sim.secure_sum.keep_mean", killed)
+        with pytest.raises(Killed):
+            run_in_process(config)
+    for folder in (place / "cache-shown" / "experts").glob("*"):
+        shutil.rmtree(folder)  # else nobody would show the same again in other company
+    resumed = config.model_copy(update={"resume": True})
+    run_in_process(resumed, gone_at("advertise", "books"))
+    domains = read_json(run_dir(config) / "privacy.json")["domains"]
+    assert {name: len(of["releases"]) for name, of in domains.items()} == {
+        "beauty": 2,
+        "books": 1,
+        "camping": 2,
+        "coffee": 2,
+    }
+    assert domains["books"]["epsilon"] < domains["beauty"]["epsilon"]
+
+
+def test_a_range_that_the_noise_is_sure_to_leave_is_refused_before_any_training(place: Path) -> None:
+    noise = {"dp__mode": "domain-local", "dp__epsilon": 8.0, "dp__delta": 1e-5}
+    asked: list[str] = []
+
+    def answer(message: Message, context: Context) -> Message | None:
+        asked.append(message.metadata.message_type)
+        return answer_honestly(message, context)
+
+    told = r"privacy.value_range = 8 .* noise of deviation 1\.\d+ on A and B .* Set privacy.value_range to \d+ or more"
+    with pytest.raises(ConfigError, match=told) as refused:
+        run_in_process(experiment(place, "narrow", **noise), answer)
+    assert not asked
+    wide = {**noise, "privacy__value_range": float(str(refused.value).partition("value_range to ")[2].split()[0])}
+    config = experiment(place, "wide", cache_dir=str(place / "cache-wide"), **wide)
+    run_in_process(config)
+    assert len(read_json(run_dir(config) / "secure-sum" / "sum.json")["clients"]) == len(TRAIN)
+
+
 def test_who_tells_another_noise_than_agreed_is_not_in_the_sum(place: Path) -> None:
     noise = {"dp__mode": "domain-local", "dp__noise_multiplier": 0.5, "dp__delta": 1e-3, "dp__randomness": "seeded"}
     config = experiment(place, "less-noise", cache_dir=str(place / "cache-less"), **noise, dp__clip=0.05)

@@ -29,7 +29,7 @@ from fedmerge.encoder.backbone import Backbone
 from fedmerge.encoder.encode import embed_batch
 from fedmerge.encoder.lora import Adapter, adapter_sha256, applied
 from fedmerge.encoder.text import pack_sequences
-from fedmerge.errors import ClientError, DomainError
+from fedmerge.errors import ClientError, DivergedError, DomainError
 
 NUM_ITEMS = 20
 LORA = Lora(rank=8, alpha=16, target_modules=("all-linear",))
@@ -333,6 +333,22 @@ def test_a_state_that_cannot_be_kept_is_an_error_with_the_remedy(toys: LocalDoma
 
 
 # The cache of experts
+
+
+def test_by_domain_nobody_learns_that_a_training_diverged(toys: LocalDomain, tmp_path: Path) -> None:
+    def diverging(**changes: Any) -> ExperimentConfig:
+        config = settings_for(tmp_path, **{"train.max_steps": 3, "train.validate_every_steps": 3, **changes})
+        return config.model_copy(update={"train": config.train.model_copy(update={"learning_rate": 1e30})})
+
+    with pytest.raises(DivergedError, match="the training loss is"):
+        expert(toys, diverging())
+    noise = {"dp.mode": "domain-local", "dp.noise_multiplier": 0.5, "dp.delta": 1e-3, "dp.clip": 0.1}
+    sent, report, lines = expert(toys, diverging(**noise))
+    assert any("the training loss is" in line and "Noise alone is sent" in line for line in lines)
+    assert (report["steps"], report["stopped_by"]) == (0, "not told")
+    assert report["privacy"]["noise_multiplier"] == 0.5
+    noised = torch.cat([module.lora_B.flatten() for module in sent.modules.values()])
+    assert float(noised.std()) == pytest.approx(0.5 * 2 * 0.1, rel=0.2)
 
 
 def settings_for(cache: Path, **changes: Any) -> ExperimentConfig:

@@ -11,7 +11,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -131,7 +131,7 @@ def check_admission(result: Path, config: ExperimentConfig, run: Path, left_out:
         size_bytes = sum(merge.size_bytes for merge in merges.values()) * len(sources)
     probed = config.admission.probe_items is not None
     backbone = backbone_of(config.backbone, config.runtime) if probed else None
-    catalogs = _public_catalogs(config, sources) if probed else {}
+    catalogs = _catalogs(config, sources) if probed else {}
     record = check_experts(experts, config, backbone, catalogs, votes)
     write_json(result, {**record, "seconds": time.monotonic() - started, "bytes_down": size_bytes})
 
@@ -158,17 +158,20 @@ def merge_experts(result: Path, config: ExperimentConfig, run: Path, without: tu
         keep_merge(result.parent, _one_round(config, KeptExperts(run, sources), sources), config.backbone.source)
         _write_merges(result, kept_merges(result.parent, sources).values(), started)
         return
-    if config.privacy.policy == "catalog-private":  # what the clients would come to, step by step
+    policy = config.privacy.policy
+    if policy == "catalog-private":  # the cell learns what the clients would come to, and reads catalogs in their place
         config = config.model_copy(update={"privacy": config.privacy.model_copy(update={"policy": "adapter+catalog"})})
     learned = bool(learned_labels(config))
     backbone = backbone_of(config.backbone, config.runtime) if learned else None
     candidates = merge_candidates(
         backbone,
         KeptExperts(run, sources),
-        _public_catalogs(config, sources) if learned else {},
+        _catalogs(config, sources, public=policy != "catalog-private") if learned else {},
         config,
         finished=kept_merges(result.parent, sources),
-        keep=lambda candidate: keep_merge(result.parent, candidate, config.backbone.source),
+        keep=lambda made: keep_merge(
+            result.parent, replace(made, provenance={**made.provenance, "policy": policy}), config.backbone.source
+        ),
     )
     _write_merges(result, candidates, started)
 
@@ -376,10 +379,10 @@ def _domain(folder: Path, backbone: Backbone, text: Text) -> LocalDomain:
     return open_domain(folder, backbone, text)
 
 
-def _public_catalogs(config: ExperimentConfig, domains: Mapping[str, str]) -> dict[str, Catalog]:
+def _catalogs(config: ExperimentConfig, domains: Mapping[str, str], public: bool = True) -> dict[str, Catalog]:
     given = config.server.catalogs
     root = domains_root(config.domains.root, config.cache_dir) if given is None else Path(given)
-    for domain in domains:
+    for domain in domains if public else ():
         check_catalog_is_public(domain, read_manifest(root / domain).public_catalog)
     return {domain: load_catalog(root / domain) for domain in domains}
 

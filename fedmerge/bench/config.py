@@ -167,15 +167,29 @@ def load_bench(path: Path, overrides: Sequence[str] = ()) -> Bench:
                     f"{path}: dataset {dataset.name}: found joint, but domains.train names only one; leave joint out, "
                     "or name more domains"
                 )
-            left = len(experiment.domains.train) - 1
-            if config.leave_one_out and (problem := too_few_for_krum(experiment.rounds, left)):
-                raise ConfigError(f"{path}: strategy {strategy}, with leave_one_out = true: {problem}")
-            if config.leave_one_out and len(experiment.domains.train) < 3:
-                raise ConfigError(
-                    f"{path}: dataset {dataset.name}: leave_one_out = true, but domains.train names only "
-                    f"{len(experiment.domains.train)}; at least 3 are needed, so that two are left to merge"
-                )
+            if config.leave_one_out:
+                _check_fold(path, dataset.name, strategy, experiment)
     return bench
+
+
+def _check_fold(path: Path, dataset: str, strategy: str | None, experiment: ExperimentConfig) -> None:
+    """Refuse what too few domains are left for when one of them is left out; ConfigError."""
+    rest = experiment.domains.train[1:]
+    whose = f"dataset {dataset}" if strategy is None else f"strategy {strategy}"
+    where = f"{path}: {whose}, with leave_one_out = true"
+    if problem := too_few_for_krum(experiment.rounds, len(rest)):
+        raise ConfigError(f"{where}: {problem}")
+    if len(rest) < 2:
+        raise ConfigError(
+            f"{path}: dataset {dataset}: leave_one_out = true, but domains.train names only "
+            f"{len(experiment.domains.train)}; at least 3 are needed, so that two are left to merge"
+        )
+    if experiment.privacy.policy == "aggregate-only":
+        fold = {
+            "domains": experiment.domains.model_copy(update={"train": rest}),
+            "lora": experiment.lora.model_copy(update={"ranks": experiment.lora.ranks_of(rest)}),
+        }
+        from_flat(to_flat(experiment.model_copy(update=fold)), where)
 
 
 def _not_in_one_place(experiment: ExperimentConfig) -> str:

@@ -93,6 +93,7 @@ class Grid:
             "sections": [section.model_dump() for section in sections],
             "runtime": [runtime.threads_per_client, runtime.device, runtime.precision],
             "policy": policy,
+            **(wanted.privacy.model_dump(include={"threshold", "value_range"}) if policy == "aggregate-only" else {}),
             **(transport if wanted.privacy.transport != "float32" else {}),
         }
         changes = {

@@ -12,6 +12,7 @@ from fedmerge.bench.grid import (
     Grid,
     Place,
     chosen_variant,
+    made_merges,
     merged_domains,
     test_sums,
     tested_domains,
@@ -21,6 +22,7 @@ from fedmerge.domain.catalog import CATALOG_FILE
 from fedmerge.domain.demo import domains_root
 from fedmerge.domain.manifest import read_manifest
 from fedmerge.encoder.lora import read_adapter
+from fedmerge.federated.rules import rule_named
 from fedmerge.federated.summed import num_summed
 from fedmerge.privacy.domain_noise import coefficient_messages
 from fedmerge.report.bench_tables import EVERY_FOLD, BenchTables
@@ -139,10 +141,10 @@ def _cost(grid: Grid, place: Place, strategy: str) -> dict[str, Any]:
         experts = [run / ADAPTERS / domain for domain in domains]
         up = sum((expert / WEIGHTS).stat().st_size for expert in experts)
         if config.privacy.policy == "aggregate-only":
-            up = sum(BYTES_OF_A_VALUE * num_summed("updates", read_adapter(expert)) for expert in experts)
-        elif messages := coefficient_messages(config):
-            coefficients = _provenance(grid, place, strategy).get("coefficients", {})
-            answer = BYTES_OF_A_VALUE * sum(np.size(values) for values in coefficients.values())
+            summed = rule_named(config.rounds.rule or "weighted-average").summed or "updates"
+            up = sum(BYTES_OF_A_VALUE * num_summed(summed, read_adapter(expert)) for expert in experts)
+        elif config.rounds.rule is None and (messages := coefficient_messages(config)):
+            answer = BYTES_OF_A_VALUE * _most_coefficients(grid, place, strategy)
             down += len(domains) * (up + 2 * answer * messages)
             up += len(domains) * answer * messages
         seconds = sum(float(_report(expert)["seconds"]) for expert in experts)
@@ -164,6 +166,14 @@ def _cost(grid: Grid, place: Place, strategy: str) -> dict[str, Any]:
         "server_seconds": record["seconds"] + judged.get("seconds", 0.0),
         "peak_bytes": record["peak_bytes"],
     }
+
+
+def _most_coefficients(grid: Grid, place: Place, strategy: str) -> int:
+    """How many numbers the largest of a strategy's learned merges has."""
+    folders = [merge_folder(grid.merges(place, strategy), label) for label in made_merges(grid, place, strategy)]
+    records = [read_json(folder / "provenance.json") for folder in folders]
+    learned = [record["coefficients"].values() for record in records if "losses" in record]
+    return max((sum(np.size(of_domain) for of_domain in values) for values in learned), default=0)
 
 
 def _joint_cost(grid: Grid, place: Place, drawing: Drawing) -> dict[str, Any]:

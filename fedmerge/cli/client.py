@@ -82,6 +82,10 @@ def _approve(options: argparse.Namespace) -> int:
                 f"fedmerge client approve {options.folder} --app FILE"
             )
         sha256, source = bundle.app, f"as the operator of {bundle.federation or bundle.address} says"
+        print(
+            f"certificate: {bundle.authority_sha256}\nCompare it (of {bundle.authority.name} as it is here) and "
+            "the app's below with the operator over another channel."
+        )
     else:
         print("\n".join(sorted(approved_apps(client.folder))) or f"{options.folder}: no app is approved")
         return 0
@@ -126,9 +130,11 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _start(options: argparse.Namespace) -> int:
+    from fedmerge.domain.manifest import read_manifest
     from fedmerge.organisation.folder import read_bundle, read_client
 
     client, bundle = read_client(options.folder), read_bundle(options.bundle)
+    read_manifest(client.domain)  # else it would wait for ever to be asked
     from sim.supernode import run_client
 
     handler = logging.StreamHandler()

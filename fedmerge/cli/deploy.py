@@ -44,6 +44,10 @@ def add_commands(commands: "Commands") -> None:
     remove.add_argument("client", metavar="NAME")
     remove.set_defaults(command=_remove_client)
 
+    bundle = _with_folder(parts, "bundle", "write an organisation's bundle again, as after an upgrade")
+    bundle.add_argument("client", metavar="NAME")
+    bundle.set_defaults(command=_bundle)
+
     status = _with_folder(parts, "status", "show health, clients, certificates, the last run")
     status.add_argument("--json", action="store_true", help="machine-readable output")
     status.set_defaults(command=_status)
@@ -80,21 +84,34 @@ def _start(options: argparse.Namespace) -> int:
 
 
 def _add_client(options: argparse.Namespace) -> int:
-    from fedmerge.deploy.clients import add_client, find_client
+    from fedmerge.deploy.clients import add_client, find_client, remove_client
     from fedmerge.deploy.folder import read_deployment
+    from fedmerge.errors import DeploymentError
     from sim.app import app_sha256
     from sim.operator import is_healthy, register_clients
 
     deployment = read_deployment(options.folder)
     bundle = add_client(deployment, options.client, options.public_key, app_sha256(CHECKOUT), options.domain)
     running = is_healthy(deployment)
-    if running:
-        register_clients(deployment)
+    refusals: list[str] = []
+    if running and options.client not in register_clients(deployment, refusals.append):
+        remove_client(deployment, options.client)
+        raise DeploymentError("\n".join(refusals))
     print(
         f"{bundle}: send this folder to {options.client}; its README.txt says how to start, and which hashes to "
         f"compare\n{options.client}: key {find_client(deployment, options.client).key_sha256}\n"
         + ("its key is registered" if running else "its key will be registered when the federation is started")
     )
+    return 0
+
+
+def _bundle(options: argparse.Namespace) -> int:
+    from fedmerge.deploy.clients import write_bundle
+    from fedmerge.deploy.folder import read_deployment
+    from sim.app import app_sha256
+
+    bundle = write_bundle(read_deployment(options.folder), options.client, app_sha256(CHECKOUT))
+    print(f"{bundle}: written again; send this folder to {options.client}, who approves the app that it names")
     return 0
 
 

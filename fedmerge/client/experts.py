@@ -18,7 +18,7 @@ from fedmerge.client.train import Progress, TrainingReport, check_can_train, tra
 from fedmerge.client.user_dp import plan_record, user_plan
 from fedmerge.config import Audit, ExperimentConfig
 from fedmerge.encoder.lora import Adapter, adapter_sha256, fresh_adapter, read_adapter, write_adapter
-from fedmerge.errors import ClientError
+from fedmerge.errors import ClientError, DivergedError
 from fedmerge.privacy.domain_noise import coefficient_messages, domain_noise, domain_record, noised_factors
 from fedmerge.privacy.randomness import source
 
@@ -78,11 +78,17 @@ def train_adapter(
         return adapter, report, plan_record(plan)
     if poisons(config, name):
         return *poisoned_expert(domain, config, begun, progress), None
-    adapter, report = train_expert(domain, lora, config.train, config.seed, progress, begun)
+    start = fresh_adapter(domain.backbone, lora, config.seed)
+    try:
+        adapter, report = train_expert(domain, lora, config.train, config.seed, progress, begun)
+    except DivergedError as error:
+        if dp.mode != "domain-local":
+            raise
+        progress(f"{error} Noise alone is sent.")  # that it diverged tells of data, too
+        adapter, report = start, TrainingReport(0, 0, "not told", 0.0, 0, ())
     if dp.mode == "domain-local":
         noise = domain_noise(config)
         drawn = source(dp.randomness, config.seed, "client", name, "domain-dp")
-        start = fresh_adapter(domain.backbone, lora, config.seed)
         adapter = noised_factors(adapter, start, dp.clip, noise, drawn)
         report = TrainingReport(0, 0, "not told", report.seconds, 0, ())  # the rest was computed from private data
         return adapter, report, domain_record(dp, noise)

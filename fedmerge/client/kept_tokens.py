@@ -1,16 +1,18 @@
 """The tokens of a client's catalog on its own disk: a catalog is tokenised once, not once for each message."""
 
+import hashlib
 import logging
 import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
+import tokenizers
 import transformers
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from fedmerge import __version__
 from fedmerge.client.kept import inputs_key, keep
 from fedmerge.domain.catalog import Catalog
 from fedmerge.domain.manifest import Manifest
@@ -18,7 +20,7 @@ from fedmerge.encoder.backbone import Backbone
 from fedmerge.encoder.text import TokenTable, build_token_table
 from fedmerge.errors import ClientError
 
-TOKENS_FILE = "tokens.safetensors"
+TOKENS_FILE, HASH_FILE = "tokens.safetensors", "sha256"
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +39,8 @@ def token_table(
         max_attribute_tokens: as for :func:`fedmerge.encoder.text.build_token_table`.
         cache_dir: of this client.
     """
-    inputs = [manifest.catalog_sha256, backbone.sha256, max_attribute_tokens, transformers.__version__]
+    versions = [__version__, transformers.__version__, tokenizers.__version__]
+    inputs = [manifest.catalog_sha256, backbone.sha256, max_attribute_tokens, versions]
     folder = cache_dir.expanduser() / "tokens" / f"{manifest.name}-{inputs_key({'inputs': inputs})}"
     if (kept := _kept(folder, len(catalog))) is not None:
         return kept
@@ -50,6 +53,7 @@ def token_table(
             "separator": table.separator,
         }
         save_file(arrays, filled / TOKENS_FILE)
+        (filled / HASH_FILE).write_text(_sha256(table))
 
     shutil.rmtree(folder, ignore_errors=True)  # damaged, if there is anything
     try:
@@ -63,14 +67,15 @@ def _kept(folder: Path, num_items: int) -> TokenTable | None:
     """A table on disk, if it is there and whole."""
     try:
         table = TokenTable(**load_file(folder / TOKENS_FILE))
-    except (OSError, SafetensorError, TypeError):
+        if _sha256(table) != (folder / HASH_FILE).read_text():
+            return None
+    except (OSError, SafetensorError, TypeError, ValueError):
         return None
-    offsets = table.offsets
-    if (
-        len(offsets) != num_items + 1
-        or offsets[0] != 0
-        or offsets[-1] != len(table.ids)
-        or (np.diff(offsets) < 0).any()
-    ):
-        return None
-    return table
+    return table if len(table) == num_items else None
+
+
+def _sha256(table: TokenTable) -> str:
+    digest = hashlib.sha256()
+    for part in (table.ids, table.offsets, table.separator):
+        digest.update(str((part.dtype, part.shape)).encode() + part.tobytes())
+    return digest.hexdigest()

@@ -22,7 +22,7 @@ from fedmerge.encoder.encode import embed_in_groups, encode
 from fedmerge.encoder.frozen import frozen_products, using
 from fedmerge.encoder.lora import Adapter, adapter_of, attach
 from fedmerge.encoder.text import pack_sequences
-from fedmerge.errors import ClientError, DomainError
+from fedmerge.errors import DivergedError, DomainError
 from fedmerge.seeding import generator
 
 BATCHES_PER_BUCKET = 16  # batches are formed by length among this many batches of users drawn at random
@@ -200,10 +200,10 @@ def check_loss(name: str, loss: float, step: int, settings: Train) -> None:
     """Refuse a training that has diverged.
 
     Raises:
-        ClientError: at which step.
+        DivergedError: at which step.
     """
     if not math.isfinite(loss):
-        raise ClientError(
+        raise DivergedError(
             f"domain {name}: the training loss is {loss} at step {step}. Lower train.learning_rate "
             f"({settings.learning_rate}) or set runtime.precision = 'float32'."
         )

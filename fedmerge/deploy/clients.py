@@ -71,6 +71,25 @@ def add_client(
                 f"{public_key}: is the key of client {known.name} already; every client needs its own. Ask for its own "
                 "key.pub."
             )
+    folder = _write_bundle(deployment, name, key_sha256, app_sha256)
+    write_text(
+        deployment.folder / "keys" / f"{name}.pub", f"{line} {key_comment(name, domain)}\n"
+    )  # last: it says that the client is there
+    return folder
+
+
+def write_bundle(deployment: Deployment, name: str, app_sha256: str | None) -> Path:
+    """Write an organisation's bundle again, as after an upgrade, which changes the app; its key stays as it is.
+
+    Raises:
+        DeploymentError: there is none of this name.
+    """
+    client = find_client(deployment, name)
+    shutil.rmtree(deployment.folder / "clients" / name, ignore_errors=True)
+    return _write_bundle(deployment, name, client.key_sha256, app_sha256)
+
+
+def _write_bundle(deployment: Deployment, name: str, key_sha256: str, app_sha256: str | None) -> Path:
     folder = deployment.folder / "clients" / name
     settings = {"address": deployment.address, "federation": deployment.name}
     settings |= {"app": app_sha256} if app_sha256 else {}
@@ -81,9 +100,6 @@ def add_client(
         write_text(partial / "federation.toml", "".join(lines))
         readme = texts.bundle_readme(name, deployment.address, authority_sha256, key_sha256, app_sha256)
         write_text(partial / "README.txt", readme)
-    write_text(
-        deployment.folder / "keys" / f"{name}.pub", f"{line} {key_comment(name, domain)}\n"
-    )  # last: it says that the client is there
     return folder
 
 

@@ -84,7 +84,7 @@ def _domain(client: Client) -> str:
     manifest = read_manifest(client.domain)
     load_catalog(client.domain)
     load_interactions(client.domain)
-    kept = "may leave if the policy says so" if manifest.public_catalog else "stays here"
+    kept = "may leave if the policy says so" if manifest.public_catalog else "stays here (tell the operator)"
     return f"{manifest.name}: {manifest.num_users:,} users, {manifest.num_items:,} items; its catalog {kept}"
 
 
@@ -146,7 +146,7 @@ def _certificate(bundle: Bundle) -> str:
     days = (until - datetime.now(UTC)).days
     if days < DAYS_LEFT:
         raise _Fails(f"{bundle.address}: its certificate ends on {until:%Y-%m-%d}. Tell the operator.")
-    return f"of the federation's authority, for {bundle.host}, until {until:%Y-%m-%d}"
+    return f"of the authority {bundle.authority_sha256}, for {bundle.host}, until {until:%Y-%m-%d}"
 
 
 def _clock(bundle: Bundle) -> str:

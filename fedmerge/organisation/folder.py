@@ -18,8 +18,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeVar
 
+from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+from cryptography.x509 import load_pem_x509_certificate
 from pydantic import Field, ValidationError, model_validator
 
 from fedmerge.config import ExperimentConfig, Section, describe_problem
@@ -123,6 +125,7 @@ class Bundle:
         host, port: of the server.
         federation: its name.
         app: SHA-256 of the app that the operator submits; empty where it is not told.
+        authority_sha256: the certificate's fingerprint, of the file as it is.
     """
 
     authority: Path
@@ -130,6 +133,7 @@ class Bundle:
     port: int
     federation: str
     app: str
+    authority_sha256: str
 
     @property
     def address(self) -> str:
@@ -214,10 +218,14 @@ def read_bundle(folder: Path) -> Bundle:
     authority = Path(os.path.abspath(folder / CA))
     if not authority.is_file():
         raise ConfigError(f"{authority}: not there, expected the certificate of the federation's authority. {remedy}")
+    try:
+        authority_sha256 = load_pem_x509_certificate(authority.read_bytes()).fingerprint(hashes.SHA256()).hex()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{authority}: is no certificate ({error}). {remedy}") from error
     host, _, port = told.address.rpartition(":")
     if not 0 < int(port) < 2**16:
         raise ConfigError(f"{folder / FEDERATION}: address has the port {port}, expected 1 to 65535. {remedy}")
-    return Bundle(authority, host.strip("[]"), int(port), told.federation, told.app)
+    return Bundle(authority, host.strip("[]"), int(port), told.federation, told.app, authority_sha256)
 
 
 def private_key(client: Client) -> ec.EllipticCurvePrivateKey:

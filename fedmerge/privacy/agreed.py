@@ -9,6 +9,7 @@ from fedmerge.errors import ClientError, ConfigError
 from fedmerge.privacy.accountant import agreed_noise
 from fedmerge.privacy.domain_noise import coefficient_messages, domain_noise, domain_record
 
+_DEVIATIONS = 8  # of a sum of products of normal numbers; the largest of ten million is not as far out
 _NOISE_TOLERANCE = 0.01  # relative; calibrated elsewhere, perhaps with other versions of the libraries
 
 
@@ -25,12 +26,28 @@ def check_releases(config: ExperimentConfig) -> None:
     """
     mode, rounds = config.dp.mode, config.rounds.rule is not None
     if mode == "domain-local":
-        domain_noise(config)
+        noise = domain_noise(config)
+        if config.privacy.policy == "aggregate-only":
+            _check_range(config, noise)
     counted = (mode == "user" and rounds) or (mode == "domain-local" and coefficient_messages(config) > 0)
     if counted and config.run_id is None:
         raise ConfigError(
             f"dp.mode = '{mode}': clients count the releases of a run by its run_id, which is 'none'. Set one that no "
             "earlier run had, or use fedmerge run, which does."
+        )
+
+
+def _check_range(config: ExperimentConfig, noise_multiplier: float) -> None:
+    """Refuse a secure sum whose range the product of two noised factors is sure to leave."""
+    deviation = noise_multiplier * 2 * config.dp.clip
+    rank = config.lora.rank
+    largest = _DEVIATIONS * config.lora.alpha / math.sqrt(rank) * deviation**2
+    if largest > config.privacy.value_range:
+        raise ConfigError(
+            f"privacy.value_range = {config.privacy.value_range:g} with dp.mode = 'domain-local': noise of deviation "
+            f"{deviation:.3g} on A and B makes updates with entries of about {largest:.2g}, which a secure sum would "
+            f"refuse. Set privacy.value_range to {largest:.2g} or more (at most 10,000; the sum becomes coarser), or "
+            "lower dp.clip."
         )
 
 

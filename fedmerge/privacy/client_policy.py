@@ -40,8 +40,8 @@ min_users = 20
 # The most bytes that one answer may have; "none": no bound. An adapter of MiniLM at rank 8 has about 600,000.
 max_message_bytes = "none"
 
-# The most minutes that one answer may take, training included; "none": no bound. What a run sets (steps, users) is
-# bounded by it. A training that is ended goes on from its last validation, should the run be resumed.
+# The most minutes that one answer may take, training included; "none": no bound. `fedmerge client` ends the work then;
+# a client that is started otherwise refuses only runs with more train.max_minutes. How many answers is not bounded.
 max_minutes = 1440.0
 
 # Whether single adapters of other domains may be sent to it, as privacy.policy = "catalog-private" does. Merges, which
@@ -110,6 +110,8 @@ def check_run_is_allowed(own: ClientPolicy | None, run: ExperimentConfig, domain
         problems.append("receive_adapters = false, the run has privacy.policy = 'catalog-private'")
     if privacy.min_users < own.min_users:
         problems.append(f"min_users = {own.min_users}, the run has privacy.min_users = {privacy.min_users}")
+    if own.max_minutes is not None and (run.train.max_minutes or 0) > own.max_minutes:
+        problems.append(f"max_minutes = {own.max_minutes:g}, the run has train.max_minutes = {run.train.max_minutes:g}")
     return _refuse([*problems, *_unmet_bounds(own, run.dp)], domain)
 
 
@@ -127,7 +129,7 @@ def took_too_long(max_minutes: float, domain: str) -> PolicyError:
     """What is said when an answer was not ready within the minutes that the organisation allows."""
     return PolicyError(
         f"domain {domain}: its own policy file refuses: max_minutes = {max_minutes:g}, and the answer was not ready by "
-        "then. Ask for less (train.max_minutes, fewer users or methods), or agree with the organisation on more."
+        "then. Ask for less (fewer train.max_steps, users or methods), or agree with the organisation on more."
     )
 
 
@@ -153,5 +155,5 @@ def _refuse(problems: Sequence[str], domain: str) -> None:
     if problems:
         raise PolicyError(
             f"domain {domain}: its own policy file refuses: {'; '.join(problems)}. Change the run, or agree with the "
-            "organisation on another policy file (policy-path)."
+            "organisation on another policy file (its policy.toml, or the node's policy-path)."
         )

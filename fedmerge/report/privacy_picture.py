@@ -10,9 +10,9 @@ from fedmerge.report import charts
 from fedmerge.report.page import ABSENT, Cell, Column, Html, decimal, join, note, number_cell, size, table
 
 _UNITS = {
-    "user": "a user",
-    "domain-local": "a domain, noise at the clients",
-    "domain-central": "a domain, at the server",
+    "user": "user",
+    "domain-local": "domain, noise at the clients",
+    "domain-central": "domain, noise at the server",
 }
 
 Values = tuple[float, float, float]  # mean over seeds, and a standard deviation below and above it
@@ -39,7 +39,7 @@ class PrivateRow:
 
 
 def utility_and_privacy(key: str, rows: Sequence[PrivateRow]) -> Html | None:
-    """A picture a score, with a line for each set of strategies that differ in ``dp`` alone, and a table; or nothing.
+    """A picture a score, with a line for each set of strategies that differ in noise alone, and a table; or nothing.
 
     Of one ε alone there is nothing to compare.
 
@@ -53,7 +53,7 @@ def utility_and_privacy(key: str, rows: Sequence[PrivateRow]) -> Html | None:
         return None
     lines: dict[str, list[PrivateRow]] = {}
     for row in rows:
-        lines.setdefault(_all_but_dp(row.config), []).append(row)
+        lines.setdefault(_all_but_noise(row.config), []).append(row)
     labels = _labels(list(lines.values()))
     pictures = [
         charts.line_chart(
@@ -96,7 +96,7 @@ def _table(key: str, rows: Sequence[PrivateRow]) -> Html:
             [
                 Cell(row.shown, row.strategy),
                 Cell(policy, policy),
-                Cell(_UNITS[dp["mode"]], dp["mode"]),
+                Cell(_unit(row.config), dp["mode"]),
                 number_cell(epsilon, told),
                 number_cell(dp["delta"], ABSENT if dp["delta"] is None else f"{dp['delta']:g}"),
                 *(number_cell(mean, decimal(mean)) for mean in means),
@@ -124,19 +124,27 @@ def _points(rows: Sequence[PrivateRow], title: str) -> list[tuple[float, float, 
     )
 
 
-def _all_but_dp(config: Mapping[str, Any]) -> str:
-    return json.dumps(
-        {section: values for section, values in config.items() if section not in ("dp", "seed")}, sort_keys=True
-    )
+def _all_but_noise(config: Mapping[str, Any]) -> str:
+    """What two strategies have in common that differ in the amount of noise alone."""
+    others = {section: values for section, values in config.items() if section not in ("dp", "seed")}
+    dp = {key: value for key, value in config["dp"].items() if key not in ("epsilon", "noise_multiplier")}
+    return json.dumps([others, dp], sort_keys=True)
 
 
 def _labels(lines: Sequence[Sequence[PrivateRow]]) -> list[str]:
-    """What travels and what is merged; where that is the same of two lines, the first strategy of each."""
-    labels = [f"{of_line[0].config['privacy']['policy']}: {_merged(of_line[0].config)}" for of_line in lines]
+    """What travels, what is merged and whom it protects; where that is the same of two lines, a strategy too."""
+    firsts = [of_line[0].config for of_line in lines]
+    labels = [f"{first['privacy']['policy']}: {_merged(first)}, by {_unit(first)}" for first in firsts]
     return [
         label if labels.count(label) == 1 else f"{label} ({of_line[0].strategy})"
         for label, of_line in zip(labels, lines, strict=True)
     ]
+
+
+def _unit(config: Mapping[str, Any]) -> str:
+    """Whom it protects, and whether it does."""
+    dp = config["dp"]
+    return _UNITS[dp["mode"]] + (" (seeded noise: no guarantee)" if dp["randomness"] == "seeded" else "")
 
 
 def _merged(config: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ from fedmerge.privacy.domain_noise import domain_noise, domain_record
 from fedmerge.run_dir import read_json, read_lines
 from fedmerge.server.checkpoints import ADAPTERS, LEARNING, MERGED
 from fedmerge.server.round_checkpoints import round_records
-from fedmerge.server.summed import SECURE_SUM, SUM_FILE
+from fedmerge.server.summed import revealed_reports
 
 EVERY_DOMAIN = "every domain"
 
@@ -34,10 +34,10 @@ def spent_by_domain(run_dir: Path, config: ExperimentConfig) -> dict[str, list[M
         return found
     for path in sorted((run_dir / ADAPTERS).glob("[!.]*/training.json")):
         add(path.parent.name, read_json(path))
-    summed = read_json(run_dir / SECURE_SUM / SUM_FILE) or {}
-    for domain, told in summed.get("training", {}).items():
+    in_sums = revealed_reports(run_dir)
+    for domain, told in in_sums:
         add(domain, told)
-    for record in round_records(run_dir):
+    for record in round_records(run_dir) if not in_sums else ():
         for domain, told in sorted(record["clients"].items()):
             add(domain, told)
     if config.dp.mode == "domain-local" and (answers := _messages_by_domain(run_dir)):

@@ -9,10 +9,10 @@ from fedmerge.encoder.backbone import Backbone
 from fedmerge.encoder.lora import Adapter, adapter_sha256, read_adapter, write_adapter
 from fedmerge.errors import FedMergeError
 from fedmerge.federated.product_space import weighted_sum
-from fedmerge.run_dir import read_json, whole_folder, write_json
+from fedmerge.run_dir import append_line, read_json, read_lines, whole_folder, write_json
 from fedmerge.server.candidates import Candidate, linear_variants
 
-SECURE_SUM, SUM_FILE = "secure-sum", "sum.json"
+SECURE_SUM, SUM_FILE, REVEALED = "secure-sum", "sum.json", "secure-sum.jsonl"
 
 
 def keep_mean(run_dir: Path, mean: Adapter, record: Mapping[str, Any], backbone_name: str) -> None:
@@ -24,6 +24,35 @@ def keep_mean(run_dir: Path, mean: Adapter, record: Mapping[str, Any], backbone_
     with whole_folder(run_dir / SECURE_SUM) as folder:
         write_adapter(mean, folder, backbone_name)
         write_json(folder / SUM_FILE, {**record, "sha256": adapter_sha256(mean)})
+
+
+def note_reveal(run_dir: Path, number: int, reports: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write down whose values a sum is about to show, before it does: what follows may be killed.
+
+    Args:
+        run_dir: the run.
+        number: of the round; 0 where there are none.
+        reports: domain -> the report of its training, of everybody in the sum.
+
+    Raises:
+        RunDirError: it cannot be written.
+    """
+    append_line(run_dir / REVEALED, {"round": number, "reports": {name: dict(told) for name, told in reports.items()}})
+
+
+def revealed_reports(run_dir: Path) -> list[tuple[str, Mapping[str, Any]]]:
+    """Domain and report of every adapter that was in a sum, once each: a sum that began again shows the same again.
+
+    The same but for an expert that its client did not find on its disk any more and trained anew.
+    """
+    found: list[tuple[str, Mapping[str, Any]]] = []
+    seen: set[tuple[str, int]] = set()
+    for line in read_lines(run_dir / REVEALED):
+        for domain, told in sorted(line["reports"].items()):
+            if (domain, line["round"]) not in seen or told.get("cached") is False:
+                found.append((domain, told))
+            seen.add((domain, line["round"]))
+    return found
 
 
 def kept_mean(run_dir: Path) -> tuple[Adapter, dict[str, Any]] | None:
