@@ -337,7 +337,7 @@ def test_a_state_that_cannot_be_kept_is_an_error_with_the_remedy(toys: LocalDoma
 
 def test_by_domain_nobody_learns_that_a_training_diverged(toys: LocalDomain, tmp_path: Path) -> None:
     def diverging(**changes: Any) -> ExperimentConfig:
-        config = settings_for(tmp_path, **{"train.max_steps": 3, "train.validate_every_steps": 3, **changes})
+        config = settings_for(tmp_path, **{"train.max_steps": 8, "lora.target_modules": "query,value", **changes})
         return config.model_copy(update={"train": config.train.model_copy(update={"learning_rate": 1e30})})
 
     with pytest.raises(DivergedError, match="the training loss is"):
