@@ -48,7 +48,7 @@ class ClientError(FedMergeError):
 
 
 class DivergedError(ClientError):
-    """A training whose loss is no number any more."""
+    """A training whose loss, or an encoder whose scores are no numbers any more."""
 
 
 class PolicyError(FedMergeError):

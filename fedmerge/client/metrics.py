@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedmerge.errors import ClientError, LayoutMismatchError
+from fedmerge.errors import ClientError, DivergedError, LayoutMismatchError
 
 IntArray = npt.NDArray[np.integer[Any]]
 FloatArray = npt.NDArray[np.float64]
@@ -172,7 +172,7 @@ def _rank_blocks(
         at_least.scatter_(1, target[:, None], False)  # the target is no competitor of itself, in its history or not
         ranks[span] = (1 + at_least.sum(dim=1)).cpu().numpy()
     if num_non_finite:
-        raise ClientError(
+        raise DivergedError(
             f"ranking of {len(targets)} users: {num_non_finite} of {num_scores} scores are NaN or infinite; "
             "expected finite scores. The adapter or the encoder has diverged: lower its learning rate, "
             "or leave this adapter out of the merge"
