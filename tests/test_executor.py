@@ -113,7 +113,7 @@ def test_work_ends_when_the_organisations_minutes_are_over() -> None:
         beats.append(1)
         return True
 
-    told = r"domain north: its own policy file refuses: max_minutes = 0.01, .* Ask for less \(train.max_minutes"
+    told = r"domain north: its own policy file refuses: max_minutes = 0.01, .* Ask for less \(fewer train.max_steps"
     with pytest.raises(PolicyError, match=told):
         in_own_process(hangs, within(0.01, "north", beat))
     assert 0.6 <= time.monotonic() - started < 20
