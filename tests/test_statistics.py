@@ -82,6 +82,14 @@ def test_without_users_noise_it_is_the_t_test_over_seeds() -> None:
     assert (over.mean - over.half_width, over.mean + over.half_width) == pytest.approx((low, high))
 
 
+def test_seeds_that_cancel_but_for_rounding_have_an_interval() -> None:
+    for high, low in ((1 / 900, -1 / 900 * (1 + 2e-16)), (0.1 + 0.2, -0.3), (1e-3, -1e-3)):
+        over = difference_over_seeds([PairedDifference(mean, 0.004, mean, mean) for mean in (high, low)])
+        assert abs(over.mean) < 1e-16
+        assert over.p_value == pytest.approx(1.0, abs=1e-9)
+        assert over.half_width > max(high, -low)
+
+
 def test_equal_methods_do_not_differ_and_a_constant_difference_is_certain() -> None:
     assert difference_over_seeds([PairedDifference(0.0, 0.0, 0.0, 0.0)] * 3).p_value == 1.0
     assert difference_over_seeds([PairedDifference(0.5, 0.0, 0.5, 0.5)] * 3).p_value == 0.0

@@ -85,7 +85,8 @@ def difference_over_seeds(differences: Sequence[PairedDifference]) -> OverSeeds:
     if seeds == 0.0:
         p_value = float(2 * special.ndtr(-abs(mean) / users)) if users else float(mean == 0.0)
         return OverSeeds(num_seeds, mean, INTERVAL_95 * users, p_value)
-    t = optimize.brentq(lambda t: half_width(t) - abs(mean), 0.0, abs(mean) / seeds)
+    # half_width(t) is t · seeds at least; a little more, lest rounding leave no root in between.
+    t = optimize.brentq(lambda t: half_width(t) - abs(mean), 0.0, abs(mean) / seeds * (1 + 1e-9))
     wide = half_width(special.stdtrit(dof, 1 - LEVEL / 2))
     return OverSeeds(num_seeds, mean, wide, float(2 * special.stdtr(dof, -t)))
 
