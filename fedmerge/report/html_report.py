@@ -625,7 +625,6 @@ def _privacy(data: _Dataset) -> Html | None:
     rows = [
         PrivateRow(
             strategy,
-            _strategy(data, strategy),
             configs[strategy],
             {
                 title: (score.mean, score.mean - (score.spread or 0.0), score.mean + (score.spread or 0.0))

@@ -24,14 +24,12 @@ class PrivateRow:
 
     Attributes:
         strategy: its name.
-        shown: its name as the page shows it.
         config: of one of its cells, nested.
         scores: title of a score -> its values.
         bytes_up, bytes_down: of all clients together, mean over seeds; None where not measured.
     """
 
     strategy: str
-    shown: Html
     config: Mapping[str, Any]
     scores: Mapping[str, Values]
     bytes_up: float | None
@@ -94,7 +92,7 @@ def _table(key: str, rows: Sequence[PrivateRow]) -> Html:
         means = [row.scores[title][0] if title in row.scores else None for title in titles]
         body.append(
             [
-                Cell(row.shown, row.strategy),
+                Cell(row.strategy, row.strategy),
                 Cell(policy, policy),
                 Cell(_unit(row.config), dp["mode"]),
                 number_cell(epsilon, told),
