@@ -145,7 +145,10 @@ def test_a_key_that_was_withdrawn_never_comes_back_and_leaves_nothing(federation
     # what lies there all the same, as of an older version, keeps nobody else out
     (federation.deployment / "keys" / "guest.pub").write_bytes((tmp_path / "guest.pub").read_bytes())
     make_key(tmp_path / "host")
-    federation.fedmerge("deploy", "add-client", federation.deployment, "host", "--public-key", tmp_path / "host.pub")
+    other: list[str | Path] = ["host", "--public-key", tmp_path / "host.pub"]
+    told = federation.fedmerge("deploy", "add-client", federation.deployment, *other)
+    assert "warning: guest: Flower refuses to register" in told
+    assert "its key is registered" in told
     for name in ("guest", "host"):
         federation.fedmerge("deploy", "remove-client", federation.deployment, name)
     assert set(federation.states().values()) == {"online"}

@@ -97,6 +97,8 @@ def _add_client(options: argparse.Namespace) -> int:
     if running and options.client not in register_clients(deployment, refusals.append):
         remove_client(deployment, options.client)
         raise DeploymentError("\n".join(refusals))
+    for refusal in refusals:
+        print(f"warning: {refusal}")
     print(
         f"{bundle}: send this folder to {options.client}; its README.txt says how to start, and which hashes to "
         f"compare\n{options.client}: key {find_client(deployment, options.client).key_sha256}\n"
