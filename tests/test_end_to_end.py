@@ -529,7 +529,7 @@ def test_clients_that_fail_are_left_out_by_name_and_the_others_go_on(place: Path
     assert set(clients["participants"]) == {"beauty", "books"}
     reasons = {
         "camping": r"query\.describe failed: DomainError: .*truncated or damaged",
-        DIVERGING: r"train failed: ClientError: .* NaN or infinite.*has diverged",
+        DIVERGING: r"train failed: DivergedError: .* NaN or infinite.*has diverged",
         "garden": r"lora_B .* 1 of \d+ values NaN or infinite, expected finite",
         "toys": rf"evaluate failed: PolicyError: .*over {NUM_FEW_USERS} users do not leave",
     }
