@@ -5,7 +5,8 @@ started it first and takes the runs of every checkout that finds its port; and i
 whatever happens. So here every run has
 
 - a FLWR_HOME and a port of its own, and a SuperLink that keeps its state in memory: no stale or foreign one takes it;
-- a mark in its environment, which every process that Flower and Ray start inherits: so they are found and ended;
+- a mark in its environment, which every process that Flower and Ray start inherits: so they, and what they started, are
+  found and ended;
 - a folder for Flower's and Ray's files, removed unless the run failed;
 - a verdict: `finished:completed`, asked of the SuperLink, is success; anything else is not.
 
@@ -25,6 +26,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,14 +173,33 @@ def flower_environment(home: Path, port: int, base: Mapping[str, str] | None = N
 
 
 def marked_processes(mark: str) -> set[int]:
-    """The ids of the living processes that carry this mark in their environment, this process aside."""
+    """The ids of the living processes that carry this mark in their environment, and of all that they started.
+
+    Ray's agents write their title over the mark: each is known by its parent. This process is never among them.
+    """
+    return {pid for pid, _ in _family(mark, frozenset())}
+
+
+def _family(mark: str, known: AbstractSet[tuple[int, int]]) -> set[tuple[int, int]]:
+    """(id, start time) of the living processes that carry the mark or are known, and of their descendants."""
     entry = f"{MARK}={mark}".encode()
     found = set()
+    children: dict[int, list[tuple[int, int]]] = {}
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # ended meanwhile, or somebody else's
-            if entry in (folder / "environ").read_bytes().split(b"\0"):
-                found.add(int(folder.name))
-    return found - {os.getpid()}
+            fields = (folder / "stat").read_bytes().rpartition(b")")[2].split()
+            process = (int(folder.name), int(fields[19]))
+            if fields[0] in (b"Z", b"X") or process[0] == os.getpid():
+                continue
+            children.setdefault(int(fields[1]), []).append(process)
+            if process in known or entry in (folder / "environ").read_bytes().split(b"\0"):
+                found.add(process)
+    parents = list(found)
+    while parents:
+        new = {child for child in children.get(parents.pop()[0], ()) if child not in found}
+        found |= new
+        parents += new
+    return found
 
 
 def _check(app_dir: Path, run_config_file: Path) -> str:
@@ -382,17 +403,18 @@ def ending_processes(mark: str) -> Iterator[None]:
 def end_processes(mark: str) -> None:
     """Ask once, then kill until none is left: processes that are being started meanwhile are found in the next turn."""
     start = time.monotonic()
-    asked: set[int] = set()
+    asked: set[tuple[int, int]] = set()
     quiet = 0
     while quiet < QUIET_LOOKS:
-        alive = marked_processes(mark)
+        alive = _family(mark, asked)  # a process whose parent has ended is known from the turn before
         quiet = 0 if alive else quiet + 1
         waited = time.monotonic() - start
         if alive and waited > 4 * GRACE_SECONDS:
-            raise ClientError(f"processes {sorted(alive)}: still there {waited:.0f} s after the run; end them by hand")
+            ids = sorted(pid for pid, _ in alive)
+            raise ClientError(f"processes {ids}: still there {waited:.0f} s after the run; end them by hand")
         kill = waited > GRACE_SECONDS
-        for pid in alive if kill else alive - asked:
+        for process in alive if kill else alive - asked:
             with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL if kill else signal.SIGTERM)
+                os.kill(process[0], signal.SIGKILL if kill else signal.SIGTERM)
         asked |= alive
         time.sleep(0.1)

@@ -1,6 +1,7 @@
 """`flwr run` from outside: what is refused at once; real runs that succeed, fail, collide, are interrupted."""
 
 import os
+import select
 import shutil
 import signal
 import socket
@@ -142,6 +143,25 @@ def test_every_process_with_the_mark_is_ended_even_one_that_ignores_sigterm(monk
         assert first.returncode == -signal.SIGKILL
         assert other.poll() is None, "a process with another mark was ended"
         other.kill()
+
+
+def test_a_process_that_has_lost_the_mark_is_ended_with_its_parent_even_one_that_ignores_sigterm(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(launch, "GRACE_SECONDS", 0.3)
+    child = "trap '' TERM; echo ready; for _ in $(seq 60); do sleep 1; done"  # as Ray's agents: no mark
+    parent = f"import subprocess; subprocess.run(['sh', '-c', {child!r}], env={{}}, start_new_session=True)"
+    variables = {MARK: "trial-parent"}
+    with subprocess.Popen([sys.executable, "-c", parent], env=variables, stdout=subprocess.PIPE) as process:
+        reaper = threading.Thread(target=process.wait)  # otherwise it stays a zombie
+        reaper.start()
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        assert len(marked_processes("trial-parent")) >= 2
+        end_processes("trial-parent")
+        reaper.join(5)
+        assert process.returncode == -signal.SIGTERM
+        assert select.select([process.stdout], [], [], 5)[0], "the child lives, and holds the other end of the pipe"
 
 
 def test_a_process_that_is_being_executed_is_ended_though_it_shows_no_mark(tmp_path: Path) -> None:
@@ -319,10 +339,6 @@ def test_an_interrupted_run_leaves_nothing_behind(tmp_path: Path, number: signal
             process.kill()
     assert process.returncode == {signal.SIGINT: -signal.SIGINT, signal.SIGTERM: 128 + signal.SIGTERM}[number], rest
     assert time.monotonic() - start < 15
-    for _ in range(100):  # one that was about to start ends by itself when it finds nobody there
-        if not processes_of(tmp_path / "home"):
-            break
-        time.sleep(0.1)
     assert not processes_of(tmp_path / "home")
     assert not list(temporary.glob("fedmerge-*"))
     temporary.rmdir()
