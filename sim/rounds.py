@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -239,10 +240,7 @@ def _round_of_sums(
     summed = rule_named(name).summed or "updates"  # of a rule without, the configuration is refused
     weights = _weights(federation, config, list(reports))
     num_values = num_summed(summed, next(iter(state.starts.values())))
-
-    def note(clients: Sequence[str]) -> None:
-        note_reveal(run_dir, number, {client: reports[client] for client in clients})
-
+    note = partial(note_reveal, run_dir, number, reports)
     mean = secure_mean(federation, config, weights, num_values, note)
     weights = {domain: weights[domain] for domain in mean.clients}
     state = aggregate_mean(name, state, mean.values, weights, seed=config.seed, **parameters)

@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +79,7 @@ def secure_candidates(
         require_quorum(federation, config, list(reports))
         like = {domain: fresh_adapter(backbone, config.lora.of(domain), seed=0) for domain in sorted(reports)}
         num_values = num_summed("updates", next(iter(like.values())))
-
-        def note(clients: Sequence[str]) -> None:
-            note_reveal(run_dir, 0, {client: reports[client] for client in clients})
-
+        note = partial(note_reveal, run_dir, 0, reports)
         summed = secure_mean(federation, config, dict.fromkeys(like, 1.0), num_values, note)
         rank = summed_rank({domain: like[domain] for domain in summed.clients})
         mean = adapter_of_mean("updates", summed.values, like[summed.clients[0]], rank)
@@ -126,7 +124,7 @@ def secure_mean(
     config: ExperimentConfig,
     weights: Mapping[str, float],
     num_values: int,
-    before_it_shows: Callable[[Sequence[str]], None] = lambda clients: None,
+    before_it_shows: Callable[[Sequence[str]], None],
 ) -> SecureMean:
     """The weighted mean of what the clients have trained.
 

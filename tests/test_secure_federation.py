@@ -332,6 +332,9 @@ def test_a_range_that_the_noise_is_sure_to_leave_is_refused_before_any_training(
         run_in_process(experiment(place, "narrow", **noise), answer)
     assert not asked
     wide = {**noise, "privacy__value_range": float(str(refused.value).partition("value_range to ")[2].split()[0])}
+    with pytest.raises(ConfigError, match="which a secure sum would refuse"):  # of one domain's higher rank, too
+        run_in_process(experiment(place, "one-is-wide", **wide, lora__ranks="books=64"), answer)
+    assert not asked
     config = experiment(place, "wide", cache_dir=str(place / "cache-wide"), **wide)
     run_in_process(config)
     assert len(read_json(run_dir(config) / "secure-sum" / "sum.json")["clients"]) == len(TRAIN)

@@ -346,6 +346,7 @@ def test_by_domain_nobody_learns_that_a_training_diverged(toys: LocalDomain, tmp
     sent, report, lines = expert(toys, diverging(**noise))
     assert any("scores are NaN" in line and "Noise alone is sent" in line for line in lines)
     assert (report["steps"], report["stopped_by"]) == (0, "not told")
+    assert report["seconds"] > 0  # as of any other training: 0 would tell
     assert report["privacy"]["noise_multiplier"] == 0.5
     noised = torch.cat([module.lora_B.flatten() for module in sent.modules.values()])
     assert float(noised.std()) == pytest.approx(0.5 * 2 * 0.1, rel=0.2)

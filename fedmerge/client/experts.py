@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -78,21 +79,27 @@ def train_adapter(
         return adapter, report, plan_record(plan)
     if poisons(config, name):
         return *poisoned_expert(domain, config, begun, progress), None
+    if dp.mode == "domain-local":
+        return _noised_expert(domain, config, progress, begun)
+    return *train_expert(domain, lora, config.train, config.seed, progress, begun), None
+
+
+def _noised_expert(
+    domain: LocalDomain, config: ExperimentConfig, progress: Progress, begun: Path | None
+) -> tuple[Adapter, TrainingReport, Mapping[str, Any]]:
+    """An expert that was clipped and noised; of its training nothing is told but how long it took."""
+    dp, name, lora = config.dp, domain.manifest.name, config.lora.of(domain.manifest.name)
+    started = time.monotonic()
     start = fresh_adapter(domain.backbone, lora, config.seed)
     try:
-        adapter, report = train_expert(domain, lora, config.train, config.seed, progress, begun)
+        adapter, _ = train_expert(domain, lora, config.train, config.seed, progress, begun)
     except DivergedError as error:
-        if dp.mode != "domain-local":
-            raise
         progress(f"{error} Noise alone is sent.")  # that it diverged tells of data, too
-        adapter, report = start, TrainingReport(0, 0, "not told", 0.0, 0, ())
-    if dp.mode == "domain-local":
-        noise = domain_noise(config)
-        drawn = source(dp.randomness, config.seed, "client", name, "domain-dp")
-        adapter = noised_factors(adapter, start, dp.clip, noise, drawn)
-        report = TrainingReport(0, 0, "not told", report.seconds, 0, ())  # the rest was computed from private data
-        return adapter, report, domain_record(dp, noise)
-    return adapter, report, None
+        adapter = start
+    noise = domain_noise(config)
+    drawn = source(dp.randomness, config.seed, "client", name, "domain-dp")
+    report = TrainingReport(0, 0, "not told", time.monotonic() - started, 0, ())
+    return noised_factors(adapter, start, dp.clip, noise, drawn), report, domain_record(dp, noise)
 
 
 def expert_by_hash(

@@ -18,15 +18,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeVar
 
-from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
-from cryptography.x509 import load_pem_x509_certificate
 from pydantic import Field, ValidationError, model_validator
 
 from fedmerge.config import ExperimentConfig, Section, describe_problem
+from fedmerge.deploy.certificates import sha256_fingerprint
 from fedmerge.domain.manifest import read_manifest
-from fedmerge.errors import ConfigError
+from fedmerge.errors import ConfigError, DeploymentError
 from fedmerge.privacy.client_policy import DEFAULT_POLICY_TOML
 from fedmerge.privacy.signatures import fingerprint, read_private_key
 from fedmerge.run_dir import new_folder, write_text
@@ -219,9 +218,9 @@ def read_bundle(folder: Path) -> Bundle:
     if not authority.is_file():
         raise ConfigError(f"{authority}: not there, expected the certificate of the federation's authority. {remedy}")
     try:
-        authority_sha256 = load_pem_x509_certificate(authority.read_bytes()).fingerprint(hashes.SHA256()).hex()
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{authority}: is no certificate ({error}). {remedy}") from error
+        authority_sha256 = sha256_fingerprint(authority)
+    except DeploymentError as error:
+        raise ConfigError(f"{authority}: is no certificate. {remedy}") from error
     host, _, port = told.address.rpartition(":")
     if not 0 < int(port) < 2**16:
         raise ConfigError(f"{folder / FEDERATION}: address has the port {port}, expected 1 to 65535. {remedy}")

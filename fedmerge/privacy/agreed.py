@@ -40,8 +40,8 @@ def check_releases(config: ExperimentConfig) -> None:
 def _check_range(config: ExperimentConfig, noise_multiplier: float) -> None:
     """Refuse a secure sum whose range the product of two noised factors is sure to leave."""
     deviation = noise_multiplier * 2 * config.dp.clip
-    rank = config.lora.rank
-    largest = _DEVIATIONS * config.lora.alpha / math.sqrt(rank) * deviation**2
+    layouts = [config.lora.of(domain) for domain in config.domains.train]
+    largest = _DEVIATIONS * max(lora.alpha / math.sqrt(lora.rank) for lora in layouts) * deviation**2
     if largest > config.privacy.value_range:
         raise ConfigError(
             f"privacy.value_range = {config.privacy.value_range:g} with dp.mode = 'domain-local': noise of deviation "

@@ -1,6 +1,6 @@
 """The merges that a secure sum gives without any single adapter: multiples of the mean, by METHODS' names."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +26,19 @@ def keep_mean(run_dir: Path, mean: Adapter, record: Mapping[str, Any], backbone_
         write_json(folder / SUM_FILE, {**record, "sha256": adapter_sha256(mean)})
 
 
-def note_reveal(run_dir: Path, number: int, reports: Mapping[str, Mapping[str, Any]]) -> None:
+def note_reveal(run_dir: Path, number: int, reports: Mapping[str, Mapping[str, Any]], domains: Sequence[str]) -> None:
     """Write down whose values a sum is about to show, before it does: what follows may be killed.
 
     Args:
         run_dir: the run.
         number: of the round; 0 where there are none.
-        reports: domain -> the report of its training, of everybody in the sum.
+        reports: domain -> the report of its training.
+        domains: who is in the sum.
 
     Raises:
         RunDirError: it cannot be written.
     """
-    append_line(run_dir / REVEALED, {"round": number, "reports": {name: dict(told) for name, told in reports.items()}})
+    append_line(run_dir / REVEALED, {"round": number, "reports": {name: dict(reports[name]) for name in domains}})
 
 
 def revealed_reports(run_dir: Path) -> list[tuple[str, Mapping[str, Any]]]:
