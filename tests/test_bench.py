@@ -16,6 +16,7 @@ from fedmerge.bench.cells import Cell, Ended, domain_of, joint_folder, sums_of_r
 from fedmerge.bench.config import load_bench
 from fedmerge.bench.grid import Grid, Place, made_merges, merged_domains, open_folder, run_grid
 from fedmerge.bench.tables import bench_tables
+from fedmerge.client.audit import Audited, audit_domain
 from fedmerge.client.evaluate import evaluate
 from fedmerge.config import DEMO_ROOT, ExperimentConfig, from_flat, load_config, to_flat, to_toml
 from fedmerge.domain.demo import DEMO_DOMAINS
@@ -381,6 +382,46 @@ def test_what_may_travel_changes_bytes_and_not_what_is_merged(place: Path) -> No
         "adapter+catalog",
         "catalog-private",
     }
+
+
+def test_what_an_audit_finds_stands_beside_the_scores(place: Path) -> None:
+    audited = '"audit.held_out_users" = 0.5, "audit.canaries" = 4'
+    text = POLICIES.replace('"dp.mode" = "user", "dp.delta" = 1e-3, "dp.noise_multiplier" = 0.0', audited)
+    (place / "audited.toml").write_text(text.partition('[[strategy]]\nname = "noised"')[0])
+    bench = load_bench(place / "audited.toml", ["merge.methods=average"])
+    open_folder(place / "audited", bench)
+    grid = Grid(bench, place / "audited")
+    lines: list[str] = []
+    assert run_grid(grid, train, here, lines.append) == []
+    audits = [line for line in lines if line.startswith("audit ")]
+    assert len(audits) == len(TRAIN)  # one for both policies, whose merge is the same
+    tables = tables_of(grid)
+    at = Place("dp", 0, "")
+    config, run = grid.experiment(at, "adapter"), grid.run(at, "adapter")
+    (label,) = made_merges(grid, at, "adapter")
+    merged = read_adapter(merge_folder(grid.merges(at, "adapter"), label))
+    expert = read_adapter(run / "adapters" / "books")
+    found = audit_domain(Audited(domain_of(config, "books"), config, expert, merged, {}, None), num_shadows=0)
+    assert found["members"] > 0 < found["non_members"]
+
+    def leaks(**wanted: object) -> dict[tuple[str, str, str], float]:
+        rows = [row for row in tables.leaks if all(row[key] == value for key, value in wanted.items())]
+        return {(row["model"], row["attack"], row["metric"]): row["value"] for row in rows}
+
+    told = leaks(domain="books", strategy="adapter")
+    for row in found["membership"]:
+        assert told[row["model"], row["attack"], "auc"] == row["auc"]
+    for row in found["canaries"]:
+        assert told[row["model"], "canaries", "mean_exposure"] == row["mean_exposure"]
+    for row in found["recovery"]["rows"]:
+        assert told[row["from"], "pairs", "precision@50"] == row["precision_at"]["50"]
+    assert told["expert", "loss", "tpr_at_fpr_0.001"] is None  # too few users to see it
+    hidden = leaks(domain="books", strategy="aggregate-only")
+    assert hidden == {key: value for key, value in told.items() if not key[0].startswith("expert")}
+    assert "Membership AUC, merge" in bench_page(tables)
+    again: list[str] = []
+    assert run_grid(grid, train, here, again.append) == []
+    assert f"audit: {len(TRAIN)} of {len(TRAIN)} cells are done" in again
 
 
 @pytest.mark.parametrize(

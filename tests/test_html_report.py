@@ -286,6 +286,41 @@ def test_privacy_stands_beside_utility_and_bytes(private_bench: BenchTables, ben
     assert "Utility, privacy and bytes" not in bench_page(replace(private_bench, cells=one))
 
 
+def test_what_leaks_stands_beside_what_was_promised(private_bench: BenchTables) -> None:
+    (dataset,) = {row["dataset"] for row in private_bench.results}
+    aucs = {"open": (0.9, 0.7), "much": (0.52, 0.5), "some": (0.6, 0.5)}
+    leaks = [
+        {
+            "dataset": dataset,
+            "strategy": strategy,
+            "seed": seed,
+            "left_out": "",
+            "domain": domain,
+            "model": "expert",
+            "attack": attack,
+            "metric": "auc",
+            "value": value,
+            "error": 0.05,
+        }
+        for strategy, of_domain in aucs.items()
+        for domain, mean in zip(("a", "b"), of_domain, strict=True)
+        for attack, shift in (("loss", 0.08), ("loss against the backbone's", 0.0))
+        for seed, value in ((0, mean - 0.01 + shift), (1, mean + 0.01 + shift))
+    ]
+    found = parsed(bench_page(replace(private_bench, leaks=leaks)))
+    heads, *rows = found.tables["d0-privacy-table"]
+    column = heads.index("Membership AUC, expert")
+    shown = {row[0]: (row[2], row[3], row[4], row[column]) for row in rows}
+    assert shown["open"] == ("none: no guarantee", "∞", "–", "0.8000")
+    assert shown["much"] == ("user", "1", "0.0001", "0.5100")
+    assert shown["average"][3] == "–"
+    assert any("Membership AUC, expert over 1/ε" in str(attributes.get("aria-label")) for attributes in found.of("svg"))
+    assert ".5 is by chance" in found.text
+    alone = [cell for cell in private_bench.cells if cell["strategy"] == "open"]
+    heads, *rows = parsed(bench_page(replace(private_bench, leaks=leaks, cells=alone))).tables["d0-privacy-table"]
+    assert [row[:3] for row in rows] == [["open", "adapter+catalog", "none: no guarantee"]]
+
+
 def test_equal_tables_give_equal_bytes(bench: BenchTables, folder: Path, capsys: Capsys) -> None:
     assert bench_page(bench) == bench_page(read_bench_tables(folder))
     assert output(capsys, "report", folder) == f"{folder / 'report.html'}\n"

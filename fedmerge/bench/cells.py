@@ -21,6 +21,7 @@ import torch
 
 from fedmerge.bench.config import Drawing
 from fedmerge.bench.joint import train_jointly
+from fedmerge.client.audit import Audited, audit_domain
 from fedmerge.client.baselines import baseline_rankers
 from fedmerge.client.evaluate import Ranks, baseline_ranks, evaluate, model_ranks
 from fedmerge.client.kept import inputs_key
@@ -277,12 +278,28 @@ def rank_baseline(result: Path, config: ExperimentConfig, domain: str, split: Sp
     _write_ranks(result, *found.values())
 
 
+def audit_adapters(result: Path, config: ExperimentConfig, domain: str, expert: Path | None, merged: Path) -> None:
+    """What an expert and a merge tell of the users that a domain trained on, by attacks without shadow trainings.
+
+    Args:
+        result: on the client's own disk; see :func:`fedmerge.client.audit.audit_domain`.
+        config: as it trained: audit, train, text, backbone, runtime and seed count.
+        domain: its name.
+        expert: a PEFT folder; None after rounds.
+        merged: the same.
+    """
+    adapter = None if expert is None else read_adapter(expert)
+    audited = Audited(domain_of(config, domain), config, adapter, read_adapter(merged), {}, None)
+    write_json(result, audit_domain(audited, num_shadows=0))
+
+
 WORK: Mapping[str, Callable[..., None]] = {
     "joint training": train_joint,
     "admission": check_admission,
     "merging": merge_experts,
     "ranking": rank_model,
     "baseline": rank_baseline,
+    "audit": audit_adapters,
 }
 
 

@@ -5,7 +5,7 @@ DIR/training/<experiment>/            run folders that end with the experts
 DIR/joint/<dataset>/<seed>/<fold>/<drawing>/      joint.json, adapter/: trained on pooled data, which breaks isolation
 DIR/admission/<dataset>/<seed>/<fold>/<gate>.json     what the gate found of the experts, of strategies that have one
 DIR/merges/<dataset>/<seed>/<fold>/<strategy>/    merges.json, merged/<label>/; choice.json once validation chose
-DIR/clients/<dataset>/<domain>/       ranks of users: stands for the clients' disks
+DIR/clients/<dataset>/<domain>/       ranks of users, audits: stands for the clients' disks
 the tables of fedmerge.report.bench_tables
 """
 
@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -225,11 +226,12 @@ def run_grid(grid: Grid, train: Train, execute: Execute, progress: Progress) -> 
         ("merging", lambda: merging_cells(grid, places)),
         ("validation", lambda: validation_cells(grid, places)),
         ("test", lambda: test_cells(grid, places)),
+        ("audit", lambda: audit_cells(grid, places)),
     ]
     for name, cells_of in stages:
         cells = cells_of()
         left = [cell for cell in cells if not cell.result.is_file()]
-        if not cells and name == "admission":
+        if not cells and name in ("admission", "audit"):
             continue
         progress(f"{name}: {len(cells) - len(left)} of {len(cells)} cells are done")
         failed += _do(name, left, execute, progress)
@@ -314,6 +316,41 @@ def test_cells(grid: Grid, places: Sequence[Place]) -> list[Cell]:
             for cell in _test_rows(grid, place, domain).values():
                 cells[cell.result] = cell
     return list(cells.values())
+
+
+def audit_cells(grid: Grid, places: Sequence[Place]) -> list[Cell]:
+    """What strategies that left users out of their trainings tell of the others; nobody is left out of the merge."""
+    cells = {}
+    for place in places:
+        for strategy in grid.strategies if not place.left_out else ():
+            for domain in merged_domains(grid, place, strategy):
+                if cell := _audit(grid, place, strategy, domain):
+                    cells[cell.result] = cell
+    return list(cells.values())
+
+
+def audit_of(grid: Grid, place: Place, strategy: str, domain: str) -> dict[str, Any] | None:
+    """What an audit measured; None if there is none."""
+    cell = _audit(grid, place, strategy, domain)
+    found: dict[str, Any] | None = read_json(cell.result) if cell else None
+    return found
+
+
+def _audit(grid: Grid, place: Place, strategy: str, domain: str) -> Cell | None:
+    config = grid.experiment(place, strategy)
+    label = chosen_variant(grid, place, strategy) if config.audit.held_out_users else None
+    if label is None:
+        return None
+    run, merged = grid.run(place, strategy), merge_folder(grid.merges(place, strategy), label)
+    inputs = {"run": run.name, "merged": made_merges(grid, place, strategy)[label]}
+    arguments = {
+        "config": config,
+        "domain": domain,
+        "expert": run / ADAPTERS / domain if is_one_shot(config) else None,
+        "merged": merged,
+    }
+    file = grid.folder / "clients" / place.dataset / domain / "audit" / f"{inputs_key(inputs)}.json"
+    return Cell("audit", f"audit of {label} on {domain} ({place})", file, arguments, config.runtime.threads_per_client)
 
 
 def made_merges(grid: Grid, place: Place, strategy: str) -> dict[str, str]:

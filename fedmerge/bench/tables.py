@@ -11,12 +11,14 @@ from fedmerge.bench.config import REFERENCES, Drawing, joint_row
 from fedmerge.bench.grid import (
     Grid,
     Place,
+    audit_of,
     chosen_variant,
     made_merges,
     merged_domains,
     test_sums,
     tested_domains,
 )
+from fedmerge.client.audit import EXPERT
 from fedmerge.client.metrics import VARIANTS, MetricSums, Variant
 from fedmerge.domain.catalog import CATALOG_FILE
 from fedmerge.domain.demo import domains_root
@@ -63,6 +65,7 @@ def bench_tables(grid: Grid) -> BenchTables:
         curves=[*_curves(grid, places), *_joint_curves(grid, joint)],
         coefficients=[row for place, strategy in cells for row in _coefficients(grid, place, strategy)],
         ranks=list(_ranks(grid, sums)),
+        leaks=[row for place, strategy in cells if not place.left_out for row in _leaks(grid, place, strategy)],
         cells=[
             *(_cell(grid, place, strategy) for place, strategy in cells),
             *(_joint_cell(grid, place, drawing) for place, drawing in joint),
@@ -228,6 +231,32 @@ def _coefficients(grid: Grid, place: Place, strategy: str) -> Iterator[dict[str,
             each = values if isinstance(values, list) else [values]
             for group, value in zip(provenance["coefficient_groups"], each, strict=True):
                 yield {**_named(place, strategy), "domain": domain, "group": group, "value": value}
+
+
+def _leaks(grid: Grid, place: Place, strategy: str) -> Iterator[dict[str, Any]]:
+    """What audits found: of the merge, and of the expert where anybody but its client sees it."""
+    hidden = grid.experiment(place, strategy).privacy.policy == "aggregate-only"
+    for domain in merged_domains(grid, place, strategy):
+        audit = audit_of(grid, place, strategy, domain) or {"membership": [], "canaries": [], "recovery": {"rows": []}}
+        attacks = [
+            *audit["membership"],
+            *({**row, "attack": "canaries"} for row in audit["canaries"]),
+            *({**row, "model": row["from"], "attack": "pairs"} for row in audit["recovery"]["rows"]),
+        ]
+        for row in attacks:
+            measured = {key: row[key] for key in ("auc", "mean_exposure") if key in row}
+            measured |= {key: value for key, value in row.items() if key.startswith("tpr_at_fpr_")}
+            measured |= {f"precision@{k}": value for k, value in row.get("precision_at", {}).items()}
+            for metric, value in measured.items() if not (hidden and row["model"].startswith(EXPERT)) else ():
+                yield {
+                    **_named(place, strategy),
+                    "domain": domain,
+                    "model": row["model"],
+                    "attack": row["attack"],
+                    "metric": metric,
+                    "value": value,
+                    "error": row["auc_error"] if metric == "auc" else None,
+                }
 
 
 def _cell(grid: Grid, place: Place, strategy: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ comparisons.parquet   every strategy against a baseline, over seeds (fedmerge.re
 costs.parquet         bytes, seconds and memory of every cell
 curves.parquet        losses and validation scores over steps or rounds
 coefficients.parquet  merging coefficients a domain and group of tensors
+leaks.parquet         what an audit read off experts and merges, of strategies that left users out of their training
 ranks.parquet         mean ranks with their critical difference (fedmerge.report.statistics.rank_rows)
 cells.json            every cell's status, exact configuration and environment
 bench.json            the title, whether data are synthetic, which strategies are for reference; written last
@@ -94,6 +95,18 @@ COLUMNS: Mapping[str, Mapping[str, str]] = {
         "group": "text",  # "layer 0"
         "value": "number",
     },
+    "leaks": {
+        "dataset": "text",
+        "strategy": "text",
+        "seed": "count",
+        "left_out": "text",
+        "domain": "text",
+        "model": "text",  # what was attacked: "expert", "merged", "backbone"; of pairs, what they were read from
+        "attack": "text",  # "loss", "loss against the backbone's", "canaries", "pairs"
+        "metric": "text",  # "auc", "tpr_at_fpr_0.01", "mean_exposure", "precision@100"
+        "value": "number",
+        "error": "number",  # standard error, of an "auc"
+    },
     "ranks": {
         "dataset": "text",  # "" is all of them
         "strategy": "text",
@@ -122,8 +135,8 @@ class BenchTables:
     Attributes:
         title: what the page is called.
         synthetic: whether any data are generated.
-        results, comparisons, costs, curves, coefficients, ranks: rows; any may be empty. Strategies are shown in the
-            order in which ``results`` names them.
+        results, comparisons, costs, curves, coefficients, leaks, ranks: rows; any may be empty. Strategies are shown in
+            the order in which ``results`` names them.
         cells: one record a cell, with at least ``CELL_KEYS``; ``status`` is ``FINISHED`` or says what happened,
             ``config`` and ``environment`` are nested, ``seconds`` may be None; what else there is is shown, too.
         references: strategies that do not compete for the mark of the best: the backbone, solo experts, joint training.
@@ -136,6 +149,7 @@ class BenchTables:
     costs: Rows = ()
     curves: Rows = ()
     coefficients: Rows = ()
+    leaks: Rows = ()
     ranks: Rows = ()
     cells: Rows = ()
     references: tuple[str, ...] = ()

@@ -33,11 +33,18 @@ from fedmerge.report.page import (
     size,
     table,
 )
-from fedmerge.report.privacy_picture import PrivateRow, utility_and_privacy
+from fedmerge.report.privacy_picture import PrivateRow, Values, utility_and_privacy
 from fedmerge.report.statistics import LEVEL
 
 HEADLINE: tuple[str, ...] = ("recall@10", "ndcg@10")
 MANY_PICTURES = 12  # more of one kind are folded away
+_AGAINST_BACKBONE = "loss against the backbone's"
+_LEAKS = {  # title -> model, attack and metric
+    "Membership AUC, expert": ("expert", _AGAINST_BACKBONE, "auc"),
+    "Membership AUC, merge": ("merged", _AGAINST_BACKBONE, "auc"),
+    "Exposure, expert": ("expert", "canaries", "mean_exposure"),
+    "Exposure, merge": ("merged", "canaries", "mean_exposure"),
+}
 _TITLES = {"mrr": "MRR"}
 _ROLES = {"train": "training domains", "unseen": "unseen domains"}
 _VARIANTS = {
@@ -101,6 +108,7 @@ def _dataset(tables: BenchTables, name: str, series: Mapping[str, int], prefix: 
             costs=rows("costs"),
             curves=rows("curves"),
             coefficients=rows("coefficients"),
+            leaks=rows("leaks"),
             cells=rows("cells"),
         ),
         strategies=strategies,
@@ -622,15 +630,21 @@ def _privacy(data: _Dataset) -> Html | None:
         for role in data.roles
         for metric in HEADLINE
     }
+    leaks = {title: _leak_scores(data, *wanted) for title, wanted in _LEAKS.items()}
+
+    def values(of_columns: Mapping[str, Mapping[str, Score]], strategy: str) -> dict[str, Values]:
+        return {
+            title: (score.mean, score.mean - (score.spread or 0.0), score.mean + (score.spread or 0.0))
+            for title, scores in of_columns.items()
+            if (score := scores.get(strategy))
+        }
+
     rows = [
         PrivateRow(
             strategy,
             configs[strategy],
-            {
-                title: (score.mean, score.mean - (score.spread or 0.0), score.mean + (score.spread or 0.0))
-                for title, scores in columns.items()
-                if (score := scores.get(strategy))
-            },
+            values(columns, strategy),
+            values(leaks, strategy),
             _mean_of(costs, strategy, lambda row: row["bytes_up"]),
             _mean_of(costs, strategy, lambda row: row["bytes_down"]),
         )
@@ -638,6 +652,12 @@ def _privacy(data: _Dataset) -> Html | None:
         if strategy in configs
     ]
     return utility_and_privacy(f"{data.prefix}privacy-table", rows)
+
+
+def _leak_scores(data: _Dataset, model: str, attack: str, metric: str) -> dict[str, Score]:
+    wanted = {"model": model, "attack": attack, "metric": metric}
+    rows = [row for row in data.tables.leaks if all(row[key] == value for key, value in wanted.items())]
+    return mean_scores(rows, sorted({(row["left_out"], row["domain"]) for row in rows}))
 
 
 def _costs(data: _Dataset) -> Html | None:

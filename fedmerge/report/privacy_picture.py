@@ -1,4 +1,4 @@
-"""Utility, privacy and bytes side by side: the strategies of a benchmark that train with differential privacy."""
+"""Utility, privacy and bytes side by side: strategies that train with differential privacy, or that were audited."""
 
 import json
 import math
@@ -10,6 +10,7 @@ from fedmerge.report import charts
 from fedmerge.report.page import ABSENT, Cell, Column, Html, decimal, join, note, number_cell, size, table
 
 _UNITS = {
+    "none": "none: no guarantee",
     "user": "user",
     "domain-local": "domain, noise at the clients",
     "domain-central": "domain, noise at the server",
@@ -20,35 +21,59 @@ Values = tuple[float, float, float]  # mean over seeds, and a standard deviation
 
 @dataclass(frozen=True)
 class PrivateRow:
-    """A strategy with differential privacy.
+    """A strategy.
 
     Attributes:
         strategy: its name.
         config: of one of its cells, nested.
         scores: title of a score -> its values.
+        leaks: title of what an audit measured -> its values; empty where there was none.
         bytes_up, bytes_down: of all clients together, mean over seeds; None where not measured.
     """
 
     strategy: str
     config: Mapping[str, Any]
     scores: Mapping[str, Values]
+    leaks: Mapping[str, Values]
     bytes_up: float | None
     bytes_down: float | None
 
 
 def utility_and_privacy(key: str, rows: Sequence[PrivateRow]) -> Html | None:
-    """A picture a score, with a line for each set of strategies that differ in noise alone, and a table; or nothing.
+    """A table, and a picture a score with a line for each set of strategies that differ in noise alone; or nothing.
 
-    Of one ε alone there is nothing to compare.
-
+    Without audits, and of one ε alone, there is nothing to compare.
 
     Args:
         key: identifies the table on the page.
-        rows: strategies, in their order; those without differential privacy are left out.
+        rows: strategies, in their order; those with neither differential privacy nor audit are left out.
     """
-    rows = [row for row in rows if row.config.get("dp", {}).get("mode", "none") != "none"]
-    if len({_epsilon(row) for row in rows}) < 2:
+    noised = [row for row in rows if _is_noised(row)]
+    rows = [row for row in rows if row.leaks or _is_noised(row)]
+    several = len({_epsilon(row) for row in noised}) > 1
+    audited = any(row.leaks for row in rows)
+    if not several and not audited:
         return None
+    return join(
+        *(_pictures(noised) if several else ()),
+        _table(key, rows),
+        note(
+            "ε and δ are those that were asked for, of one run, for the unit named; every further run on the same data "
+            "adds to them. The tables above hold exact metric sums, which no (ε, δ) covers."
+        ),
+        note(
+            "Membership: how well users who were trained on are told from users who were left out, by their loss "
+            "against the backbone's (.5 is by chance). Exposure: how far planted users with random items come forward, "
+            "in bits (1.44 by chance). That these attacks find nothing is no proof that nothing can be found; "
+            "leaks.parquet has all of them. These are exact figures of users, for a simulation or for the domains' "
+            "owners."
+        )
+        if audited
+        else None,
+    )
+
+
+def _pictures(rows: Sequence[PrivateRow]) -> tuple[Html, ...]:
     lines: dict[str, list[PrivateRow]] = {}
     for row in rows:
         lines.setdefault(_all_but_noise(row.config), []).append(row)
@@ -62,9 +87,9 @@ def utility_and_privacy(key: str, rows: Sequence[PrivateRow]) -> Html | None:
                 for number, (label, of_line) in enumerate(zip(labels, lines.values(), strict=True))
             ],
         )
-        for title in dict.fromkeys(title for row in rows for title in row.scores)
+        for title in dict.fromkeys(title for row in rows for title in {**row.scores, **row.leaks})
     ]
-    return join(
+    return (
         charts.grid(*pictures),
         charts.legend({label: number for number, label in enumerate(labels)}, with_line=True),
         note(
@@ -72,31 +97,27 @@ def utility_and_privacy(key: str, rows: Sequence[PrivateRow]) -> Html | None:
             "their standard deviation. Lines that lie on each other merge the same and differ in what travels, and to "
             "whom."
         ),
-        _table(key, rows),
-        note(
-            "ε and δ are those that were asked for, of one run, for the unit named; every further run on the same data "
-            "adds to them. The tables above hold exact metric sums, which no (ε, δ) covers."
-        ),
     )
 
 
 def _table(key: str, rows: Sequence[PrivateRow]) -> Html:
-    titles = list(dict.fromkeys(title for row in rows for title in row.scores))
+    titles = list(dict.fromkeys(title for row in rows for title in {**row.scores, **row.leaks}))
     heads = [Column("Strategy", numeric=False), Column("What travels", numeric=False), Column("Unit", numeric=False)]
     heads += [Column(title) for title in ("ε", "δ", *titles, "Up", "Down")]
     body = []
     for row in rows:
         policy, dp = str(row.config["privacy"]["policy"]), row.config["dp"]
-        epsilon = _epsilon(row)
+        epsilon, delta = _epsilon(row), dp["delta"] if dp["mode"] != "none" else None
         told = ABSENT if epsilon is None else "∞" if epsilon == math.inf else f"{epsilon:g}"
-        means = [row.scores[title][0] if title in row.scores else None for title in titles]
+        measured = {**row.scores, **row.leaks}
+        means = [measured[title][0] if title in measured else None for title in titles]
         body.append(
             [
                 Cell(row.strategy, row.strategy),
                 Cell(policy, policy),
                 Cell(_unit(row.config), dp["mode"]),
                 number_cell(epsilon, told),
-                number_cell(dp["delta"], ABSENT if dp["delta"] is None else f"{dp['delta']:g}"),
+                number_cell(delta, ABSENT if delta is None else f"{delta:g}"),
                 *(number_cell(mean, decimal(mean)) for mean in means),
                 number_cell(row.bytes_up, size(row.bytes_up)),
                 number_cell(row.bytes_down, size(row.bytes_down)),
@@ -105,9 +126,15 @@ def _table(key: str, rows: Sequence[PrivateRow]) -> Html:
     return table(key, "Asked for, reached, and sent by all clients together; means over seeds", heads, body)
 
 
+def _is_noised(row: PrivateRow) -> bool:
+    return bool(row.config.get("dp", {}).get("mode", "none") != "none")
+
+
 def _epsilon(row: PrivateRow) -> float | None:
     """Infinity without noise; None where only the noise was given."""
     dp = row.config["dp"]
+    if dp["mode"] == "none":
+        return math.inf
     if dp["noise_multiplier"] is not None:
         return math.inf if dp["noise_multiplier"] == 0 else None
     return float(dp["epsilon"])
@@ -116,9 +143,9 @@ def _epsilon(row: PrivateRow) -> float | None:
 def _points(rows: Sequence[PrivateRow], title: str) -> list[tuple[float, float, float, float]]:
     """1/ε and a score's values, from left to right."""
     return sorted(
-        (1 / epsilon, *row.scores[title])
+        (1 / epsilon, *values)
         for row in rows
-        if title in row.scores and (epsilon := _epsilon(row)) is not None
+        if (values := row.scores.get(title) or row.leaks.get(title)) and (epsilon := _epsilon(row)) is not None
     )
 
 
@@ -142,7 +169,8 @@ def _labels(lines: Sequence[Sequence[PrivateRow]]) -> list[str]:
 def _unit(config: Mapping[str, Any]) -> str:
     """Whom it protects, and whether it does."""
     dp = config["dp"]
-    return _UNITS[dp["mode"]] + (" (seeded noise: no guarantee)" if dp["randomness"] == "seeded" else "")
+    is_seeded = dp["mode"] != "none" and dp["randomness"] == "seeded"
+    return _UNITS[dp["mode"]] + (" (seeded noise: no guarantee)" if is_seeded else "")
 
 
 def _merged(config: Mapping[str, Any]) -> str:
