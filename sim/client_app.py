@@ -19,7 +19,7 @@ from fedmerge import __version__
 from fedmerge.client.attack import sent, training_inputs
 from fedmerge.client.audit_users import for_audit
 from fedmerge.client.baselines import baseline_rankers
-from fedmerge.client.collaborative import ClientMergeSettings, coefficient_gradient
+from fedmerge.client.collaborative import ClientMergeSettings, clipped_gradient_sum, coefficient_gradient
 from fedmerge.client.evaluate import evaluate
 from fedmerge.client.experts import expert_by_hash, trained_expert
 from fedmerge.client.local_domain import LocalDomain, open_domain
@@ -27,7 +27,7 @@ from fedmerge.client.metrics import BACKBONE, EXPERT
 from fedmerge.client.released import CoefficientMessage, Release, check_counted, noised_answer_once, released_once
 from fedmerge.client.rounds import RoundTask, train_round
 from fedmerge.client.summed import keep_values
-from fedmerge.client.user_dp import plan_record, user_plan
+from fedmerge.client.user_dp import plan_record, poisson_records, user_plan
 from fedmerge.config import ExperimentConfig, Lora, Text, from_flat
 from fedmerge.device import resolve_compute
 from fedmerge.domain.catalog import catalog_to_bytes
@@ -43,6 +43,8 @@ from fedmerge.merging.vectors import Vectors, initial_vectors, on_device
 from fedmerge.privacy.client_policy import ClientPolicy, check_message_size, check_run_is_allowed, read_client_policy
 from fedmerge.privacy.paths import without_paths
 from fedmerge.privacy.policy import check_enough_users, check_may_leave
+from fedmerge.privacy.randomness import source
+from fedmerge.privacy.releases import answer_rate, answers_have_noise
 from fedmerge.privacy.signatures import read_private_key, sign, statement
 from fedmerge.privacy.transport import as_received, coding_of, residual
 from fedmerge.server.admission import layout_sha256
@@ -200,7 +202,7 @@ def _trained_round(client: Client, message: Message) -> tuple[Adapter, dict[str,
 def _round(client: Client, task: RoundTask, lora: Lora) -> Release:
     config, domain = client.config, client.domain
     trained_on, settings = training_inputs(domain, config)
-    plan = user_plan(domain, config.train, config.dp) if config.dp.mode == "user" else None
+    plan = user_plan(domain, config) if config.dp.mode == "user" else None
     adapter, report = train_round(trained_on, lora, settings, config.seed, task, logger.info, plan)
     adapter = sent(adapter, domain.manifest.name, config)
     told = asdict(report) | {"privacy": plan and plan_record(replace(plan, steps=report.steps))}
@@ -294,7 +296,7 @@ def cohort(message: Message, context: Context) -> RecordDict:
     try:
         keep_cohort(folder, name, domain.backbone, adapters, domain.catalog, config)
     except FedMergeError as error:
-        if config.dp.mode != "domain-local":
+        if not answers_have_noise(config):
             raise
         logger.error("%s", error)
         raise ClientError(
@@ -321,6 +323,8 @@ def gradient(message: Message, context: Context) -> RecordDict:
     vectors = _vectors(kept, settings.initialisation, domain.backbone)
 
     def answer() -> torch.Tensor:
+        if kept.pseudo is None and config.dp.mode == "user":
+            return _sum_over_own_users(client, vectors, settings, request, start)
         if kept.pseudo is None:
             found = _on_own_users(client, vectors, settings, request.step)
         else:
@@ -328,26 +332,48 @@ def gradient(message: Message, context: Context) -> RecordDict:
             found = on_pseudo_users(domain.backbone, vectors, kept.pseudo, items, settings, request.step, users)
         return local_change(found, start, settings, request.num_steps) if request.num_steps else found(0, start)
 
-    if config.dp.mode != "domain-local":
+    if not answers_have_noise(config):
         return records.gradient_record(answer())
     asked = CoefficientMessage(**asdict(request), coefficients=start.tolist(), students=students.tolist(), users=users)
     return records.gradient_record(noised_answer_once(domain, config, asked, answer))
 
 
 def _on_own_users(client: Client, vectors: Vectors, settings: CollaborativeSettings, first: int) -> LocalGradient:
-    section, device = client.config.through_clients, client.domain.backbone.device
-    own = ClientMergeSettings(
+    own, device = _client_settings(client, settings), client.domain.backbone.device
+
+    def found(step: int, coefficients: torch.Tensor) -> torch.Tensor:
+        return coefficient_gradient(client.domain, vectors, coefficients.to(device), first + step, own)[0].cpu()
+
+    return found
+
+
+def _sum_over_own_users(
+    client: Client,
+    vectors: Vectors,
+    settings: CollaborativeSettings,
+    request: records.GradientRequest,
+    coefficients: torch.Tensor,
+) -> torch.Tensor:
+    """Of those users who take part in the step: each with the same probability, and whoever else does."""
+    config, domain = client.config, client.domain
+    drawn = source(
+        config.dp.randomness, config.seed, "client", domain.manifest.name, "own-users", request.label, request.step
+    )
+    rate = answer_rate(config, len(domain.training_sequences))
+    taking_part = poisson_records(domain.training_sequences, "random-prefix", rate, drawn)
+    own, at = _client_settings(client, settings), coefficients.to(domain.backbone.device)
+    return clipped_gradient_sum(domain, vectors, at, taking_part, request.step, own, config.dp.coefficient_clip)
+
+
+def _client_settings(client: Client, settings: CollaborativeSettings) -> ClientMergeSettings:
+    section = client.config.through_clients
+    return ClientMergeSettings(
         granularity=settings.granularity,
         batch_size=section.batch_size,
         temperature=section.temperature,
         negatives=section.negatives,
         seed=settings.seed,
     )
-
-    def found(step: int, coefficients: torch.Tensor) -> torch.Tensor:
-        return coefficient_gradient(client.domain, vectors, coefficients.to(device), first + step, own)[0].cpu()
-
-    return found
 
 
 def _client(context: Context) -> Client:

@@ -79,7 +79,7 @@ class Question:
 
 
 def own_noise(config: ExperimentConfig) -> str:
-    """The noise that clients add to adapters, and by domain to answers about coefficients, as the ledger names it."""
+    """The noise that clients add to adapters, and to answers about coefficients, as the ledger names it."""
     return {"user": "Gaussian, by user", "domain-local": "Gaussian, by domain"}.get(config.dp.mode, "none")
 
 

@@ -20,6 +20,7 @@ from fedmerge.errors import ClientError
 from fedmerge.merging.learned import LearnedCoefficients, optimise, start_coefficients
 from fedmerge.merging.vectors import Vectors
 from fedmerge.privacy.domain_noise import domain_noise
+from fedmerge.privacy.releases import answers_have_noise
 from fedmerge.run_dir import append_line, read_json, read_lines, write_json
 from fedmerge.server.candidates import Learn
 from fedmerge.server.checkpoints import LEARNING
@@ -182,7 +183,7 @@ def _answers(
         config.server.evaluate_timeout_seconds,
         request,
         lambda _: 4 * coefficients.numel() + 2**12,
-        noise=own_noise(config) if config.dp.mode == "domain-local" else "none",
+        noise=own_noise(config) if answers_have_noise(config) else "none",
         quiet=True,
     )
     ask(federation, nodes, question, receive)

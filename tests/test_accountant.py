@@ -68,16 +68,25 @@ def test_nothing_released_spends_nothing_and_nothing_without_noise_is_bounded() 
 
 @pytest.mark.parametrize("method", ["rdp", "prv"])
 def test_the_calibrated_noise_meets_epsilon_and_hardly_more(method: Any) -> None:
-    noise = calibrated_noise(2.0, 1e-5, 1.0, 4, method)
+    noise = calibrated_noise(2.0, 1e-5, ((1.0, 4),), method)
     assert spent_epsilon([Release(noise, 1.0, 4)], 1e-5, method) <= 2.0
     assert spent_epsilon([Release(0.99 * noise, 1.0, 4)], 1e-5, method) > 2.0
 
 
+@pytest.mark.parametrize("method", ["rdp", "prv"])
+def test_the_calibrated_noise_meets_epsilon_over_releases_of_several_kinds(method: Any) -> None:
+    kinds = ((0.1, 40), (0.25, 100))
+    noise = calibrated_noise(4.0, 1e-4, kinds, method)
+    assert noise > calibrated_noise(4.0, 1e-4, kinds[1:], method)
+    assert spent_epsilon([Release(noise, rate, steps) for rate, steps in kinds], 1e-4, method) <= 4.0
+    assert spent_epsilon([Release(0.99 * noise, rate, steps) for rate, steps in kinds], 1e-4, method) > 4.0
+
+
 def test_the_calibrated_noise_meets_a_small_epsilon_with_the_error_of_the_accountant() -> None:
-    noise = calibrated_noise(0.05, 1e-5, 1.0, 1, "prv")
+    noise = calibrated_noise(0.05, 1e-5, ((1.0, 1),), "prv")
     assert spent_epsilon([Release(noise, 1.0, 1)], 1e-5, "prv") <= 0.05
     with pytest.raises(ConfigError, match=r"or set dp.accountant = 'rdp': 'prv' adds an error of 0.01 to epsilon"):
-        calibrated_noise(0.009, 1e-5, 1.0, 1, "prv")
+        calibrated_noise(0.009, 1e-5, ((1.0, 1),), "prv")
 
 
 @pytest.mark.parametrize("release", [Release(0.01, 0.05, 60), Release(1.0, 0.05, 10**9), Release(0.01, 1.0, 1)])
@@ -88,7 +97,7 @@ def test_what_prv_cannot_count_is_counted_by_rdp(release: Release) -> None:
 
 def test_an_epsilon_that_no_noise_meets_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"dp.epsilon = 1e-06 with dp.delta = 1e-09: .*above 10000. Raise epsilon"):
-        calibrated_noise(1e-6, 1e-9, 1.0, 1000, "rdp")
+        calibrated_noise(1e-6, 1e-9, ((1.0, 1000),), "rdp")
 
 
 def test_without_opacus_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

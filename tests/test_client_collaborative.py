@@ -11,11 +11,14 @@ from test_collaborative import dense_vectors, oracle_rows
 
 from fedmerge.client.collaborative import (
     ClientMergeSettings,
+    clipped_gradient_sum,
     coefficient_gradient,
     draw_batch,
+    draw_negatives,
     learn_on_clients,
 )
 from fedmerge.client.local_domain import LocalDomain, open_domain
+from fedmerge.client.user_dp import Records, poisson_records
 from fedmerge.config import Text
 from fedmerge.domain.demo import generate_domain
 from fedmerge.domain.folder import write_domain
@@ -100,6 +103,69 @@ def test_users_add_up(
     none, first, second, both = gradient(), gradient(marked[0]), gradient(marked[1]), gradient(*marked)
     assert (first - none).abs().max() > 1e-3
     assert torch.allclose(both - second, first - none, atol=1e-5)
+
+
+def some_records(client: LocalDomain, number: int) -> Records:
+    drawn = poisson_records(client.training_sequences, "random-prefix", 1.0, np.random.default_rng(number))
+    return Records(drawn.histories[:12], drawn.targets[:12])
+
+
+def one_of(records: Records, user: int) -> Records:
+    return Records(records.histories[user : user + 1], records.targets[user : user + 1])
+
+
+@pytest.mark.parametrize("layer_wise", [False, True], ids=["domain", "layer"])
+def test_the_sum_over_users_equals_a_dense_float64_model_user_by_user(
+    backbone: Backbone, adapters: dict[str, Adapter], clients: list[LocalDomain], layer_wise: bool
+) -> None:
+    vectors, client, clip = initial_vectors(stack_adapters(adapters), "task-vectors"), clients[0], 0.5
+    values = np.random.default_rng(1).uniform(0.2, 0.9, (3, len(vectors.groups)) if layer_wise else (3,))
+    at, records = torch.tensor(values, dtype=torch.float32), some_records(client, 0)
+    exact, rows = torch.tensor(values, requires_grad=True), oracle_rows(adapters, "task-vectors")
+
+    def coefficient(domain: str, module: str) -> torch.Tensor:
+        row = exact[vectors.domains.index(domain)]
+        return row[vectors.group_of[module]] if layer_wise else row
+
+    texts = pack_sequences(client.table, records.histories, backbone.special, TEXT.max_items, TEXT.max_tokens)
+    users = dense_vectors(backbone, rows, coefficient, texts)
+    items = dense_vectors(backbone, rows, coefficient, client.item_sequences).detach()
+    negatives = draw_negatives(client, 4, SMALL)
+    assert len({*negatives.tolist()}) == SMALL.negatives
+    whole, clipped, norms = torch.zeros_like(exact), torch.zeros_like(exact), []
+    for user, target in zip(users, records.targets.tolist(), strict=True):
+        scores = torch.stack([user @ items[i] / 0.05 for i in {target, *negatives.tolist()}])
+        loss = torch.logsumexp(scores, 0) - user @ items[target] / 0.05
+        (gradient,) = torch.autograd.grad(loss, [exact], retain_graph=True)
+        norms.append(float(gradient.norm()))
+        whole += gradient
+        clipped += gradient * min(1.0, clip / norms[-1])
+    assert min(norms) < clip < max(norms), "some are clipped, some are not"
+    for bound, expected in ((1e9, whole), (clip, clipped)):
+        found = clipped_gradient_sum(client, vectors, at, records, 4, SMALL, bound)
+        assert found.shape == values.shape
+        assert torch.linalg.norm(found - expected) <= 1e-4 * torch.linalg.norm(expected)
+
+
+def test_one_user_more_or_less_changes_the_sum_by_the_clip_norm_at_most(
+    adapters: dict[str, Adapter], clients: list[LocalDomain]
+) -> None:
+    vectors, at, client, clip = stack_adapters(adapters), torch.full((3,), 0.5), clients[0], 0.2
+    reached = []
+    for number in range(3):
+        records = some_records(client, number)
+        whole = clipped_gradient_sum(client, vectors, at, records, number, SMALL, clip)
+        for user in range(len(records.targets)):
+            rest = [other for other in range(len(records.targets)) if other != user]
+            without = Records([records.histories[other] for other in rest], records.targets[rest])
+            change = whole - clipped_gradient_sum(client, vectors, at, without, number, SMALL, clip)
+            alone = clipped_gradient_sum(client, vectors, at, one_of(records, user), number, SMALL, clip)
+            assert torch.allclose(change, alone, atol=1e-5)
+            reached.append(float(change.norm()))
+    assert max(reached) <= clip * (1 + 1e-5)
+    assert max(reached) > 0.99 * clip
+    nobody = Records([], np.array([], dtype=np.int64))
+    assert not clipped_gradient_sum(client, vectors, at, nobody, 0, SMALL, clip).any()
 
 
 def test_training_sequences_alone_are_read(clients: list[LocalDomain]) -> None:

@@ -187,8 +187,22 @@ def test_all_problems_are_said_at_once_with_their_dotted_names() -> None:
                 "train.negatives": "catalog",
                 "privacy.policy": "catalog-private",
                 "through_clients.users": "own-users",
+                "through_clients.mode": "local-steps",
             },
-            "dp.mode = 'user' with through_clients.users = 'own-users': gradients of coefficients on own users are not",
+            "dp.mode = 'user' with through_clients.users = 'own-users' and mode = 'local-steps': what several steps",
+        ),
+        (
+            {
+                "dp.mode": "user",
+                "dp.epsilon": 1.0,
+                "dp.delta": 1e-6,
+                "train.negatives": "catalog",
+                "privacy.policy": "catalog-private",
+                "through_clients.users": "own-users",
+                "admission.rollback": "true",
+                "admission.leave_one_out": "true",
+            },
+            "dp.mode = 'user' with admission.rollback: a second merge would be learned through the clients",
         ),
         (
             {

@@ -16,13 +16,13 @@ from fedmerge.privacy.accountant import Release, calibrated_noise, spent_epsilon
 from fedmerge.privacy.agreed import check_spent
 from fedmerge.privacy.domain_noise import (
     clip_factor,
-    coefficient_messages,
     domain_noise,
     domain_record,
     noised_answer,
     noised_average,
     noised_factors,
 )
+from fedmerge.privacy.releases import coefficient_messages
 from fedmerge.privacy.statement import privacy_statement, statement_text
 from fedmerge.seeding import generator
 from fedmerge.server.candidates import merge_candidates
@@ -290,7 +290,7 @@ def test_what_was_agreed_is_taken() -> None:
 
 def test_the_noise_of_an_epsilon_is_the_one_that_meets_it() -> None:
     flat = {**AGREED, "dp.noise_multiplier": "none", "dp.epsilon": 2.0, "dp.accountant": "rdp"}
-    noise = calibrated_noise(2.0, 1e-5, 0.1, 10, "rdp")
+    noise = calibrated_noise(2.0, 1e-5, ((0.1, 10),), "rdp")
     check_spent("books", from_flat(flat), {**RECORD, "noise_multiplier": noise}, 600)
     for factor in (0.9, 1.1):
         with pytest.raises(ClientError, match=r"noise_multiplier .* instead of"):

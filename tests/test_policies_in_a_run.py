@@ -289,6 +289,31 @@ def test_with_noise_by_domain_every_answer_is_counted(
     assert np.isfinite(coefficients(tmp_path / "run", LABELS[1] + own)).all()
 
 
+def test_with_noise_by_user_every_answer_on_own_users_is_counted(place: Path, tmp_path: Path) -> None:
+    private = {"dp.mode": "user", "dp.epsilon": 8.0, "dp.delta": 1e-3, "dp.coefficient_clip": 0.01}
+    own = {"through_clients.users": "own-users", "through_clients.batch_size": 25, "train.negatives": "catalog"}
+    config = experiment(place, tmp_path, **LITTLE, **private, **own, cache_dir=str(tmp_path / "cache"))
+    run_in_process(config)
+    told = json.loads((tmp_path / "run" / "privacy.json").read_text())
+    assert told["guarantee"]
+    assert told["domains"].keys() == {"beauty", "books", STRICT}
+    for found in told["domains"].values():
+        training, answers = found["releases"]
+        assert (training["steps"], training["clip"]) == (config.train.max_steps, 1.0)
+        assert (answers["steps"], answers["clip"]) == (4, 0.01)
+        assert answers["sample_rate"] == min(1.0, 25 / found["num_units"])
+        assert training["noise_multiplier"] == answers["noise_multiplier"]
+        assert 7.5 < found["epsilon"] <= 8.0
+    rows = pq.read_table(tmp_path / "run" / "exposure.parquet").to_pylist()
+    noised = {row["message"] for row in rows if row["noise"] == "Gaussian, by user"}
+    assert noised == {"train", "query.gradient"} == {row["message"] for row in rows if row["noise"] != "none"}
+    assert np.isfinite(coefficients(tmp_path / "run", f"{LABELS[1]} own-users")).all()
+    pseudo = {**private, "train.negatives": "catalog", "run_id": "pseudo"}  # of pseudo-users nothing is to be protected
+    run_in_process(experiment(place, tmp_path, **LITTLE, **pseudo, cache_dir=str(tmp_path / "cache")))
+    told = json.loads((tmp_path / "pseudo" / "privacy.json").read_text())
+    assert {len(found["releases"]) for found in told["domains"].values()} == {1}
+
+
 @pytest.mark.parametrize("transport", ["int8", "top-k"])
 def test_experts_travel_in_fewer_bytes(place: Path, tmp_path: Path, transport: str) -> None:
     changes = {"merge.methods": "average", "privacy.transport": transport, "privacy.transport_density": 0.25}

@@ -13,12 +13,19 @@ from flwr.supercore.task_identity import TaskIdentity
 from in_process import small_experiment
 
 from fedmerge.client import released
+from fedmerge.client.collaborative import ClientMergeSettings, clipped_gradient_sum
+from fedmerge.client.local_domain import open_domain
+from fedmerge.client.user_dp import poisson_records
 from fedmerge.config import ExperimentConfig, from_flat, to_flat
 from fedmerge.device import resolve_compute
 from fedmerge.encoder.backbone import load_backbone
 from fedmerge.encoder.lora import adapter_sha256
 from fedmerge.errors import ConfigError
+from fedmerge.merging.stack import stack_adapters
+from fedmerge.merging.vectors import initial_vectors
 from fedmerge.privacy.domain_noise import noised_answer
+from fedmerge.seeding import generator
+from fedmerge.server.learned import learned_settings
 from fedmerge.server.through_clients import cohort_sha256
 from sim import records
 from sim.client_app import app as client_app
@@ -175,6 +182,36 @@ def test_where_nothing_can_be_computed_noise_alone_is_the_answer(
         assert torch.isfinite(found[0]).all()
         assert found[0].abs().max() > 0
         assert torch.equal(*found)
+
+
+def test_by_user_an_answer_is_a_noised_sum_over_those_who_take_part(tmp_path: Path) -> None:
+    private = {"dp.mode": "user", "dp.delta": 1e-3, "train.negatives": "catalog", "privacy.min_users": 2}
+    through = {"privacy.policy": "catalog-private", "through_clients.users": "own-users", "merge.methods": "mergerec"}
+    everybody = {"through_clients.batch_size": 10_000, "dp.coefficient_clip": 0.25, "dp.randomness": "seeded"}
+    given = {**private, **through, **everybody}
+    config = small_experiment(tmp_path, **given, **{"dp.noise_multiplier": 0.0}, run_id="exact")
+    backbone = load_backbone(config.backbone.source, config.backbone.pooling, resolve_compute("cpu", "float32"))
+    made = random_adapters(layout_of(backbone, ("query", "value")))
+    cohort = {"beauty": made["toys"], "books": made["books"]}
+    assert records.read_pseudo_users(send(config, records.COHORT, records.cohort_record(cohort))) == 0
+    request = records.GradientRequest("mergerec domain-wise own-users", cohort_sha256(cohort), 0, 0)
+    exact = records.read_gradient(answer(config, request)).flatten()
+
+    domain = open_domain(tmp_path / "domains" / "beauty", backbone, config.text)
+    vectors = initial_vectors(stack_adapters(cohort), "task-vectors")
+    drawn = generator(config.seed, "client", "beauty", "own-users", request.label, 0)
+    taking_part = poisson_records(domain.training_sequences, "random-prefix", 1.0, drawn)
+    assert len(taking_part.targets) == len(domain.training_sequences)  # q is 1
+    own = ClientMergeSettings(granularity="domain", negatives=64, seed=learned_settings(config, request.label).seed)
+    total = clipped_gradient_sum(domain, vectors, torch.full((2,), 0.5), taking_part, 0, own, 0.25)
+    torch.testing.assert_close(exact, total / len(taking_part.targets), rtol=1e-4, atol=1e-6)
+
+    noisy = from_flat({**to_flat(config), "dp.noise_multiplier": 50.0, "dp.randomness": "system"})
+    runs = [noisy.model_copy(update={"run_id": f"noisy-{number}"}) for number in range(25)]
+    found = torch.stack([records.read_gradient(answer(run, request)).flatten() - exact for run in runs])
+    deviation = 50.0 * 0.25 / len(taking_part.targets)  # far above what other prefixes of the same users change
+    assert float(found.std()) == pytest.approx(deviation, rel=0.35)
+    assert abs(float(found.mean())) < 4 * deviation / found.numel() ** 0.5
 
 
 def test_of_several_processes_the_first_ones_answer_stays(

@@ -28,7 +28,7 @@ from fedmerge.client.user_dp import (
     user_gradients,
     user_plan,
 )
-from fedmerge.config import DP, ExperimentConfig, Lora, Text, Train, from_flat
+from fedmerge.config import ExperimentConfig, Lora, Text, Train, from_flat
 from fedmerge.domain.demo import generate_domain
 from fedmerge.domain.folder import write_domain
 from fedmerge.encoder.backbone import Backbone
@@ -336,14 +336,19 @@ def dp_config(**changes: object) -> ExperimentConfig:
     return from_flat({**flat, "dp.randomness": "seeded", **changes})
 
 
+def private_config(delta: float) -> ExperimentConfig:
+    flat = {"dp.mode": "user", "dp.noise_multiplier": 1.0, "dp.delta": delta, "train.negatives": "catalog"}
+    return from_flat(flat).model_copy(update={"train": TRAIN})
+
+
 def test_a_catalog_that_is_not_public_is_no_source_of_negatives(toys: LocalDomain) -> None:
     private = replace(toys, manifest=replace(toys.manifest, public_catalog=False))
     with pytest.raises(
         DomainError, match=r"domain toys: .*takes the catalog as public.*public_catalog = false.*Import"
     ):
-        user_plan(private, TRAIN, DP(mode="user", noise_multiplier=1, delta=1e-4))
+        user_plan(private, private_config(1e-4))
 
 
 def test_a_delta_that_would_let_a_user_be_published_is_refused(toys: LocalDomain) -> None:
     with pytest.raises(DomainError, match=r"dp.delta = 0.05 is not below one over its 24 training users.*below 0.042"):
-        user_plan(toys, TRAIN, DP(mode="user", noise_multiplier=1, delta=0.05))
+        user_plan(toys, private_config(0.05))

@@ -26,7 +26,7 @@ from fedmerge.domain.manifest import read_manifest
 from fedmerge.encoder.lora import read_adapter
 from fedmerge.federated.rules import rule_named
 from fedmerge.federated.summed import num_summed
-from fedmerge.privacy.domain_noise import coefficient_messages
+from fedmerge.privacy.releases import coefficient_messages
 from fedmerge.report.bench_tables import EVERY_FOLD, BenchTables
 from fedmerge.report.statistics import comparison_rows, rank_rows
 from fedmerge.report.tables import Role

@@ -1,7 +1,7 @@
 """Merging coefficients learned on clients' own users: a client returns the gradient of K or K × G numbers, no more.
 
-With ``through_clients.users = "own-users"`` the answers to ``query.gradient`` carry these gradients; they come without
-a formal guarantee.
+With ``through_clients.users = "own-users"`` the answers to ``query.gradient`` carry these gradients. By themselves they
+come without a formal guarantee; with ``dp.mode = "user"`` they are sums over users, each user's part clipped.
 """
 
 from collections.abc import Sequence
@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 
 from fedmerge.client.local_domain import LocalDomain
+from fedmerge.client.user_dp import Records, clip_factors
 from fedmerge.encoder.encode import embed_batch
 from fedmerge.encoder.text import pack_sequences
 from fedmerge.errors import ConfigError, DomainError
@@ -131,6 +132,60 @@ def coefficient_gradient(
     loss = torch.nn.functional.cross_entropy(logits, target_rows)
     (gradient,) = torch.autograd.grad(loss, [leaf])
     return gradient, float(loss.detach())
+
+
+def draw_negatives(domain: LocalDomain, round_index: int, settings: ClientMergeSettings) -> npt.NDArray[np.int64]:
+    """(m,) items of the public catalog for a round, whoever takes part in it; negatives and seed are read."""
+    rng = generator(settings.seed, "client merge", domain.manifest.name, "negatives", round_index)
+    return rng.permutation(len(domain.catalog))[: settings.negatives].astype(np.int64)
+
+
+def clipped_gradient_sum(
+    domain: LocalDomain,
+    vectors: Vectors,
+    coefficients: torch.Tensor,
+    records: Records,
+    round_index: int,
+    settings: ClientMergeSettings,
+    clip: float,
+) -> torch.Tensor:
+    """Σ over users of gᵤ · min(1, C / ‖gᵤ‖), with gᵤ the gradient of user u's own loss in the coefficients.
+
+    The loss is that of :func:`coefficient_gradient`. A user's part depends on that user and on public items alone, so
+    adding or removing a user changes the sum by at most C. A user whose gradient is not finite counts for nothing.
+
+    Args:
+        domain: the client's own; its catalog is public.
+        vectors: as there.
+        coefficients: (K,) or (K, G) float32 on the backbone's device.
+        records: one of each user who takes part.
+        round_index: see :func:`draw_negatives`.
+        settings: negatives, temperature and seed are read.
+        clip: C.
+
+    Returns:
+        (K,) or (K, G) float32; zeros where nobody takes part.
+    """
+    backbone, text = domain.backbone, domain.text
+    negatives = draw_negatives(domain, round_index, settings)
+    packed = pack_sequences(domain.table, records.histories, backbone.special, text.max_items, text.max_tokens)
+    total = torch.zeros_like(coefficients)
+    leaf = coefficients.detach().clone().requires_grad_()
+    right = torch.zeros(1, dtype=torch.long, device=backbone.device)  # the target comes first
+    with merged_forward(backbone, vectors, leaf):
+        with torch.no_grad():
+            others = embed_batch(backbone, [domain.item_sequences[item] for item in negatives])  # (m, d)
+        for history, target in zip(packed, records.targets.tolist(), strict=True):
+            with torch.no_grad():
+                wanted = embed_batch(backbone, [domain.item_sequences[target]])  # (1, d)
+            is_other = torch.from_numpy(negatives != target).to(backbone.device)
+            items = torch.cat([wanted, others[is_other]])
+            logits = embed_batch(backbone, [history]) @ items.T / settings.temperature
+            loss = torch.nn.functional.cross_entropy(logits, right)
+            (gradient,) = torch.autograd.grad(loss, [leaf])
+            (factor,) = clip_factors([gradient[None]], clip)
+            total += factor * gradient if factor > 0 else 0.0
+    return total
 
 
 def learn_on_clients(

@@ -20,8 +20,9 @@ from fedmerge.client.user_dp import plan_record, user_plan
 from fedmerge.config import Audit, ExperimentConfig
 from fedmerge.encoder.lora import Adapter, adapter_sha256, fresh_adapter, read_adapter, write_adapter
 from fedmerge.errors import ClientError, DivergedError
-from fedmerge.privacy.domain_noise import coefficient_messages, domain_noise, domain_record, noised_factors
+from fedmerge.privacy.domain_noise import domain_noise, domain_record, noised_factors
 from fedmerge.privacy.randomness import source
+from fedmerge.privacy.releases import answers_have_noise, coefficient_messages
 
 REPORT_FILE = "training.json"
 _UNUSED = {"in-batch": {"negatives", "item_refresh_steps"}, "catalog": set[str]()}  # so that older experts are found
@@ -73,7 +74,7 @@ def train_adapter(
     dp, name, lora = config.dp, domain.manifest.name, config.lora.of(domain.manifest.name)
     if dp.mode == "user":
         check_can_train(domain)
-        plan = user_plan(domain, config.train, dp)
+        plan = user_plan(domain, config)
         progress(f"{name}: differential privacy by user, noise multiplier {plan.noise_multiplier:.3f}")
         adapter, report = train_private_expert(domain, lora, config.train, config.seed, plan, progress, begun)
         return adapter, report, plan_record(plan)
@@ -162,8 +163,9 @@ def _training_key(domain: LocalDomain, config: ExperimentConfig) -> str:
     }
     if config.dp.mode in ("user", "domain-local"):
         inputs["dp"] = config.dp.model_dump(exclude={"coefficient_clip"})
-    if config.dp.mode == "domain-local" and config.dp.epsilon is not None and (number := coefficient_messages(config)):
-        inputs["noise also for"] = number
+    if answers_have_noise(config) and config.dp.epsilon is not None and (number := coefficient_messages(config)):
+        of_users = config.dp.mode == "user"
+        inputs["noise also for"] = [number, config.through_clients.batch_size] if of_users else number
     if config.audit != Audit():
         inputs["audit"] = config.audit.model_dump()
     return inputs_key(inputs)

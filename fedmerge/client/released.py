@@ -1,7 +1,7 @@
 """What a client has released with differential privacy besides experts, on its own disk: rounds, and answers.
 
-The noise is chosen for the rounds of the configuration, by user, or for its messages about merging coefficients, by
-domain, each released once. So what is asked for again, as after a run that was killed, is answered with what was
+The noise is chosen for the rounds of the configuration, or for its messages about merging coefficients, each released
+once. So what is asked for again, as after a run that was killed, is answered with what was
 released before, and nothing else is released for it.
 """
 
@@ -20,8 +20,10 @@ from fedmerge.client.rounds import RoundTask
 from fedmerge.config import ExperimentConfig
 from fedmerge.encoder.lora import Adapter, adapter_sha256, read_adapter, write_adapter
 from fedmerge.errors import FedMergeError, PolicyError
-from fedmerge.privacy.domain_noise import coefficient_messages, domain_noise, noised_answer
+from fedmerge.privacy.accountant import agreed_noise
+from fedmerge.privacy.domain_noise import noise_like, noised_answer
 from fedmerge.privacy.randomness import source
+from fedmerge.privacy.releases import Counted, answer_rate, coefficient_messages, domain_releases, user_releases
 from fedmerge.run_dir import read_json, write_json
 
 Made = TypeVar("Made")
@@ -110,6 +112,9 @@ def noised_answer_once(
 ) -> torch.Tensor:
     """What this client has released for a message about coefficients: made and noised now, or as it was sent.
 
+    By domain the answer is clipped. By user it is a sum over users whose parts are clipped already; the noise is added
+    to it, and what leaves is divided by the expected number of users who take part.
+
     Where nothing can be computed, as at coefficients that a server has chosen to that end, noise alone is the answer:
     an error would tell of the data, and could be had as often as it is asked for.
 
@@ -117,7 +122,7 @@ def noised_answer_once(
         domain: the client's own.
         config: what a release depends on, besides data and message; the answers of one ``run_id`` count together.
         message: what was asked.
-        compute: the answer without noise, (K,) or (K, G).
+        compute: the answer without noise, or that sum, (K,) or (K, G).
 
     Raises:
         PolicyError: a message that the noise was not chosen for; another answer was given to it, or it is damaged.
@@ -143,7 +148,12 @@ def noised_answer_once(
         except (FedMergeError, ArithmeticError, RuntimeError):
             answer = torch.zeros_like(torch.tensor(message.coefficients))
         drawn = source(dp.randomness, config.seed, "client", name, "coefficients-dp", message.label, message.step)
-        return noised_answer(answer, dp.coefficient_clip, _kept_noise(name, config), drawn)
+        if dp.mode == "user":
+            num_users = len(domain.training_sequences)
+            noise = _kept_noise(name, config, user_releases(config, num_users))
+            expected = answer_rate(config, num_users) * num_users
+            return (answer + noise_like(answer, noise * dp.coefficient_clip, drawn)) / expected
+        return noised_answer(answer, dp.coefficient_clip, _kept_noise(name, config, domain_releases(config)), drawn)
 
     def write(made: torch.Tensor, folder: Path) -> dict[str, Any]:
         return {"answer": made.tolist(), "sha256": inputs_key({"answer": made.tolist()})}
@@ -200,17 +210,17 @@ def _once(
     return release
 
 
-def _kept_noise(name: str, config: ExperimentConfig) -> float:
+def _kept_noise(name: str, config: ExperimentConfig, releases: tuple[Counted, ...]) -> float:
     """The noise multiplier of the run, found once: each message may be worked on by a process of its own."""
     path = _released(name, config) / "noise.json"
-    key = inputs_key({"dp": config.dp.model_dump(), "messages": coefficient_messages(config)})
+    key = inputs_key({"dp": config.dp.model_dump(), "releases": releases})
     try:
         kept = read_json(path) or {}
         if kept["for"] == key:
             return float(kept["noise_multiplier"])
     except (FedMergeError, LookupError, TypeError, ValueError):
         pass
-    found = domain_noise(config)
+    found = agreed_noise(config.dp, releases)
     with suppress(OSError, FedMergeError):  # then it is found again
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, {"for": key, "noise_multiplier": found})
@@ -218,7 +228,7 @@ def _kept_noise(name: str, config: ExperimentConfig) -> float:
 
 
 def _check_chosen_for(name: str, config: ExperimentConfig, message: CoefficientMessage) -> None:
-    """Refuse a message that is not among :func:`fedmerge.privacy.domain_noise.coefficient_messages`."""
+    """Refuse a message that is not among :func:`fedmerge.privacy.releases.coefficient_messages`."""
     method = message.label.split()[0]
     steps = config.adamerging.steps if method == "adamerging" else config.mergerec.steps_made
     local = config.through_clients.local_steps if config.through_clients.mode == "local-steps" else 0

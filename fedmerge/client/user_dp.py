@@ -20,13 +20,14 @@ import torch
 
 from fedmerge.client.local_domain import LocalDomain
 from fedmerge.client.losses import catalog_softmax
-from fedmerge.config import DP, Train
+from fedmerge.config import ExperimentConfig, Train
 from fedmerge.encoder.encode import TRAINING_GROUPS, embed_batch, encode
 from fedmerge.encoder.frozen import frozen_products, using
 from fedmerge.encoder.text import Tokens, pack_sequences
 from fedmerge.errors import DomainError
 from fedmerge.privacy.accountant import agreed_noise, opacus_accountants
 from fedmerge.privacy.randomness import Randomness, Source, source
+from fedmerge.privacy.releases import user_releases
 
 
 @dataclass(frozen=True)
@@ -65,14 +66,14 @@ class PrivateStep(Protocol):
         """Make it."""
 
 
-def user_plan(domain: LocalDomain, settings: Train, dp: DP) -> UserPlan:
-    """Choose the noise for a training.
+def user_plan(domain: LocalDomain, config: ExperimentConfig) -> UserPlan:
+    """Choose the noise for a training, and for answers about coefficients where they are computed from users, too.
 
     Raises:
         DomainError: the catalog is not public, or δ is no guarantee for so many users.
         ConfigError: no noise is enough; or Opacus is not installed.
     """
-    name, num_users = domain.manifest.name, len(domain.training_sequences)
+    name, num_users, dp = domain.manifest.name, len(domain.training_sequences), config.dp
     if not domain.manifest.public_catalog:
         raise DomainError(
             f"domain {name}: dp.mode = 'user' takes the catalog as public, since it is every user's negatives, but its "
@@ -84,9 +85,9 @@ def user_plan(domain: LocalDomain, settings: Train, dp: DP) -> UserPlan:
             f"domain {name}: dp.delta = {dp.delta:g} is not below one over its {num_users} training users, so it would "
             f"allow to publish one of them. Set dp.delta well below {1 / num_users:.2g}."
         )
-    rate, steps = min(1.0, settings.batch_size / num_users), int(settings.max_steps or 0)
-    noise = agreed_noise(dp, rate, steps)
-    return UserPlan(noise, dp.clip, rate, num_users, steps, dp.randomness)
+    releases = user_releases(config, num_users)
+    rate, steps = releases[0]
+    return UserPlan(agreed_noise(dp, releases), dp.clip, rate, num_users, steps, dp.randomness)
 
 
 def private_steps(

@@ -91,16 +91,16 @@ def _check_dp(config: ExperimentConfig) -> None:
         )
     own = (config.privacy.policy, config.through_clients.users) == ("catalog-private", "own-users")
     learned = {*config.merge.methods} & LEARNED_METHODS
-    if mode == "user" and own and learned:
+    if mode == "user" and own and learned and config.through_clients.mode == "local-steps":
         raise ValueError(
-            "dp.mode = 'user' with through_clients.users = 'own-users': gradients of coefficients on own users "
-            "are not clipped by user and not in the account; set through_clients.users = 'pseudo-users', or dp.mode = "
-            "'domain-local'"
+            "dp.mode = 'user' with through_clients.users = 'own-users' and mode = 'local-steps': what several steps "
+            "change cannot be clipped by user; set through_clients.mode = 'exact', or dp.mode = 'domain-local'"
         )
-    if mode == "domain-local" and config.privacy.policy == "catalog-private" and learned and config.admission.rollback:
+    noised = own if mode == "user" else mode == "domain-local" and config.privacy.policy == "catalog-private"
+    if noised and learned and config.admission.rollback:
         raise ValueError(
-            "dp.mode = 'domain-local' with admission.rollback: a second merge would be learned through the clients, "
-            "for which the noise is not chosen; set admission.rollback = false"
+            f"dp.mode = '{mode}' with admission.rollback: a second merge would be learned through the clients, for "
+            "which the noise is not chosen; set admission.rollback = false"
         )
     if mode.startswith("domain") and config.rounds.rule is not None:
         raise ValueError(

@@ -545,7 +545,7 @@ class DP(Section):
         1.0,
         gt=0,
         le=1e6,
-        description="domain-local: largest norm of an answer about merging coefficients, learned through the clients.",
+        description="Largest norm of an answer about merging coefficients, or by user of a user's part of it.",
     )
     accountant: Literal["prv", "rdp"] = Field(
         "prv", description="prv: tighter, numerical; rdp: an upper bound by Rényi divergences."

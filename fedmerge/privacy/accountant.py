@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from fedmerge.config import DP
 from fedmerge.errors import ConfigError
+from fedmerge.privacy.releases import Counted
 
 Method = Literal["prv", "rdp"]
 
@@ -90,40 +91,45 @@ def _grid_points(accountants: Any, history: Sequence[tuple[float, float, int]], 
     return float(points) if math.isfinite(points) else math.inf
 
 
-def agreed_noise(dp: DP, sample_rate: float = 1.0, steps: int = 1) -> float:
+def agreed_noise(dp: DP, releases: tuple[Counted, ...] = ((1.0, 1),)) -> float:
     """The noise multiplier that a configuration asks for: the given one, or the least that meets (ε, δ).
+
+    Args:
+        dp: epsilon, delta, noise_multiplier and accountant are read.
+        releases: everything that a unit has a part in, all with this noise.
 
     Raises:
         ConfigError: as :func:`calibrated_noise`.
     """
     if dp.epsilon is not None and dp.delta is not None:
-        return calibrated_noise(dp.epsilon, dp.delta, sample_rate, steps, dp.accountant)
+        return calibrated_noise(dp.epsilon, dp.delta, releases, dp.accountant)
     return float(dp.noise_multiplier or 0.0)
 
 
 @cache
-def calibrated_noise(epsilon: float, delta: float, sample_rate: float, steps: int, method: Method) -> float:
-    """The least noise multiplier, to a relative 0.2 % and never below, with which ``steps`` releases meet (ε, δ).
+def calibrated_noise(epsilon: float, delta: float, releases: tuple[Counted, ...], method: Method) -> float:
+    """The least noise multiplier, to a relative 0.2 % and never below, with which the releases together meet (ε, δ).
 
     Raises:
         ConfigError: no reasonable noise does; or Opacus is not installed.
     """
 
     def enough(noise: float, by: Method) -> bool:
-        return spent_epsilon([Release(noise, sample_rate, steps)], delta, by) <= epsilon
+        return spent_epsilon([Release(noise, rate, steps) for rate, steps in releases], delta, by) <= epsilon
 
     def raised(low: float, high: float, by: Method) -> tuple[float, float]:
         while not enough(high, by):
             low, high = high, 2 * high
             if high > LARGEST_NOISE:
                 raise ConfigError(
-                    f"dp.epsilon = {epsilon:g} with dp.delta = {delta:g}: {steps} steps with sample rate "
-                    f"{sample_rate:.3g} would take a noise multiplier above {LARGEST_NOISE:g}. Raise epsilon, or make "
-                    "fewer steps: train.max_steps, or by domain those of the coefficients, their granularities or "
-                    f"through_clients.mode = 'local-steps'{remedies[by]}."
+                    f"dp.epsilon = {epsilon:g} with dp.delta = {delta:g}: {counted} would take a noise multiplier "
+                    f"above {LARGEST_NOISE:g}. Raise epsilon, or make fewer steps: train.max_steps, those of the "
+                    "coefficients, their granularities, or by domain through_clients.mode = "
+                    f"'local-steps'{remedies[by]}."
                 )
         return low, high
 
+    counted = " and ".join(f"{steps} steps with sample rate {rate:.3g}" for rate, steps in releases)
     remedies = {"rdp": "", "prv": f", or set dp.accountant = 'rdp': 'prv' adds an error of {_PRV_ERROR:g} to epsilon"}
     low, high = _bisected(*raised(0.0, 1.0, "rdp"), lambda noise: enough(noise, "rdp"))  # quick, and near the other one
     if method == "rdp":

@@ -7,7 +7,8 @@ from typing import Any
 from fedmerge.config import ExperimentConfig
 from fedmerge.errors import ClientError, ConfigError
 from fedmerge.privacy.accountant import agreed_noise
-from fedmerge.privacy.domain_noise import coefficient_messages, domain_noise, domain_record
+from fedmerge.privacy.domain_noise import domain_noise, domain_record
+from fedmerge.privacy.releases import answers_have_noise, coefficient_messages, user_releases
 
 _DEVIATIONS = 8  # of a sum of products of normal numbers; the largest of ten million is not as far out
 _NOISE_TOLERANCE = 0.01  # relative; calibrated elsewhere, perhaps with other versions of the libraries
@@ -29,7 +30,8 @@ def check_releases(config: ExperimentConfig) -> None:
         noise = domain_noise(config)
         if config.privacy.policy == "aggregate-only":
             _check_range(config, noise)
-    counted = (mode == "user" and rounds) or (mode == "domain-local" and coefficient_messages(config) > 0)
+    answers = answers_have_noise(config) and coefficient_messages(config) > 0
+    counted = (mode == "user" and rounds) or answers
     if counted and config.run_id is None:
         raise ConfigError(
             f"dp.mode = '{mode}': clients count the releases of a run by its run_id, which is 'none'. Set one that no "
@@ -81,10 +83,11 @@ def check_spent(domain: str, config: ExperimentConfig, told: Any, num_users: int
             f"{remedy}"
         )
     else:
-        rate, steps = min(1.0, config.train.batch_size / units), int(config.train.max_steps or 0)
+        releases = user_releases(config, units)
+        rate, steps = releases[0]
         agreed = {
             "unit": "user",
-            "noise_multiplier": agreed_noise(dp, rate, steps),
+            "noise_multiplier": agreed_noise(dp, releases),
             "clip": dp.clip,
             "sample_rate": rate,
             "num_units": units,

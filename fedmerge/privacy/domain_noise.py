@@ -22,38 +22,28 @@ from typing import Any
 
 import torch
 
-from fedmerge.config import DP, LEARNED_METHODS, ExperimentConfig
+from fedmerge.config import DP, ExperimentConfig
 from fedmerge.encoder.lora import Adapter, LoraModule
 from fedmerge.errors import LayoutMismatchError
 from fedmerge.privacy.accountant import agreed_noise
 from fedmerge.privacy.randomness import Source
-
-
-def coefficient_messages(config: ExperimentConfig) -> int:
-    """How many messages about merging coefficients a client answers in a run, at most."""
-    if config.privacy.policy != "catalog-private" or config.until == "train":
-        return 0
-    steps = {"mergerec": config.mergerec.steps_made, "adamerging": config.adamerging.steps}
-    variants = {"mergerec": config.mergerec.granularities, "adamerging": config.adamerging.granularities}
-    a_message = config.through_clients.local_steps if config.through_clients.mode == "local-steps" else 1
-    learned = LEARNED_METHODS & {*config.merge.methods}
-    return sum(len(variants[method]) * -(-steps[method] // a_message) for method in learned)
+from fedmerge.privacy.releases import domain_releases
 
 
 def domain_noise(config: ExperimentConfig) -> float:
     """The noise multiplier of every release of a run: the given one, or the least with which all meet (ε, δ)."""
-    return agreed_noise(config.dp, steps=1 + coefficient_messages(config))
+    return agreed_noise(config.dp, domain_releases(config))
 
 
-def domain_record(dp: DP, noise_multiplier: float, answers: int = 0) -> Mapping[str, Any]:
-    """What was spent, as it is told, of an update or of so many answers; the server's accountant adds it up."""
+def domain_record(dp: DP, noise_multiplier: float) -> Mapping[str, Any]:
+    """What was spent of a domain for its update, as it is told; the server's accountant adds it up."""
     return {
         "unit": "domain",
         "noise_multiplier": noise_multiplier,
-        "clip": dp.coefficient_clip if answers else dp.clip,
+        "clip": dp.clip,
         "sample_rate": 1.0,
         "num_units": 1,
-        "steps": answers or 1,
+        "steps": 1,
         "randomness": dp.randomness,
     }
 

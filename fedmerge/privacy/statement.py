@@ -36,7 +36,7 @@ _ALWAYS = (
     "what a client says of its own noise is believed; arithmetic is floating-point, not exact.",
 )
 _COVERS = {
-    "user": "the adapters, and whatever is computed from them",
+    "user": "the adapters and answers about coefficients, and whatever is computed from them",
     "domain-local": "the adapters and answers about coefficients, and whatever is computed from them",
     "domain-central": "the merge",
 }

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from fedmerge.config import ExperimentConfig
-from fedmerge.privacy.domain_noise import domain_noise, domain_record
+from fedmerge.privacy.releases import answer_rate, answers_have_noise
 from fedmerge.run_dir import read_json, read_lines
 from fedmerge.server.checkpoints import ADAPTERS, LEARNING, MERGED
 from fedmerge.server.round_checkpoints import round_records
@@ -40,10 +40,13 @@ def spent_by_domain(run_dir: Path, config: ExperimentConfig) -> dict[str, list[M
     for record in round_records(run_dir) if not in_sums else ():
         for domain, told in sorted(record["clients"].items()):
             add(domain, told)
-    if config.dp.mode == "domain-local" and (answers := _messages_by_domain(run_dir)):
-        noise = domain_noise(config)
+    if answers_have_noise(config) and (answers := _messages_by_domain(run_dir)):
         for domain, number in answers.items():
-            found.setdefault(domain, []).append(domain_record(config.dp, noise, answers=number))
+            training = found[domain][0]  # its noise was chosen for the answers, too
+            changes: dict[str, Any] = {"clip": config.dp.coefficient_clip, "steps": number}
+            if config.dp.mode == "user":
+                changes["sample_rate"] = answer_rate(config, training["num_units"])
+            found[domain].append({**training, **changes})
     return dict(sorted(found.items()))
 
 

@@ -1,0 +1,39 @@
+"""What a client releases in one run by its configuration: how often, and with which part of its users."""
+
+from fedmerge.config import LEARNED_METHODS, ExperimentConfig
+
+Counted = tuple[float, int]  # the probability with which a unit takes part in a release, and how many there are of them
+
+
+def coefficient_messages(config: ExperimentConfig) -> int:
+    """How many messages about merging coefficients a client answers in a run, at most."""
+    if config.privacy.policy != "catalog-private" or config.until == "train":
+        return 0
+    steps = {"mergerec": config.mergerec.steps_made, "adamerging": config.adamerging.steps}
+    variants = {"mergerec": config.mergerec.granularities, "adamerging": config.adamerging.granularities}
+    a_message = config.through_clients.local_steps if config.through_clients.mode == "local-steps" else 1
+    learned = LEARNED_METHODS & {*config.merge.methods}
+    return sum(len(variants[method]) * -(-steps[method] // a_message) for method in learned)
+
+
+def answers_have_noise(config: ExperimentConfig) -> bool:
+    """Whether noise is added to answers about coefficients: by user where they are computed from users at all."""
+    of_users = config.through_clients.users == "own-users"
+    return config.dp.mode == "domain-local" or (config.dp.mode == "user" and of_users)
+
+
+def domain_releases(config: ExperimentConfig) -> tuple[Counted, ...]:
+    """Of a domain, with ``dp.mode = "domain-local"``: its update and its answers, which need no less noise than it."""
+    return ((1.0, 1 + coefficient_messages(config)),)
+
+
+def user_releases(config: ExperimentConfig, num_users: int) -> tuple[Counted, ...]:
+    """Of a user among so many, with ``dp.mode = "user"``: the steps of the training, and answers on own users."""
+    training = (min(1.0, config.train.batch_size / num_users), int(config.train.max_steps or 0))
+    answers = coefficient_messages(config) if answers_have_noise(config) else 0
+    return (training, (answer_rate(config, num_users), answers)) if answers else (training,)
+
+
+def answer_rate(config: ExperimentConfig, num_users: int) -> float:
+    """The probability with which a user takes part in an answer on own users."""
+    return min(1.0, config.through_clients.batch_size / num_users)
