@@ -296,7 +296,7 @@ def cohort(message: Message, context: Context) -> RecordDict:
     try:
         keep_cohort(folder, name, domain.backbone, adapters, domain.catalog, config)
     except FedMergeError as error:
-        if not answers_have_noise(config):
+        if config.dp.mode != "domain-local" or config.through_clients.users == "own-users":
             raise
         logger.error("%s", error)
         raise ClientError(

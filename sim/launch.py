@@ -315,8 +315,10 @@ def pass_on_log(command: list[str], variables: dict[str, str], num_seen: int, on
 def _watch(mark: str, is_over: Callable[[], bool], finished: threading.Event, lost: list[str]) -> None:
     """End everything when the simulation died, or does not end after the app, which Flower itself may never notice."""
     began, since, reason = False, time.monotonic(), ""
+    family: set[tuple[int, int]] = set()
     while not finished.wait(1.0):
-        alive = any(_is_simulation(pid) for pid in marked_processes(mark))
+        family = _family(mark, family)
+        alive = any(_is_simulation(pid) for pid, _ in family)
         began = began or alive
         now_reason = ""
         if began and not alive:
@@ -327,7 +329,7 @@ def _watch(mark: str, is_over: Callable[[], bool], finished: threading.Event, lo
             reason, since = now_reason, time.monotonic()
         if reason and time.monotonic() - since > (OVER_SECONDS if alive else GRACE_SECONDS):
             lost.append(reason)
-            end_processes(mark)
+            end_processes(mark, family)
             return
 
 
@@ -400,13 +402,18 @@ def ending_processes(mark: str) -> Iterator[None]:
                 signal.signal(number, handler)
 
 
-def end_processes(mark: str) -> None:
-    """Ask once, then kill until none is left: processes that are being started meanwhile are found in the next turn."""
+def end_processes(mark: str, known: AbstractSet[tuple[int, int]] = frozenset()) -> None:
+    """Ask once, then kill until none is left: processes that are being started meanwhile are found in the next turn.
+
+    Args:
+        mark: of the processes.
+        known: processes that were found before, as (id, start time); their parents may have ended since.
+    """
     start = time.monotonic()
     asked: set[tuple[int, int]] = set()
     quiet = 0
     while quiet < QUIET_LOOKS:
-        alive = _family(mark, asked)  # a process whose parent has ended is known from the turn before
+        alive = _family(mark, known | asked)
         quiet = 0 if alive else quiet + 1
         waited = time.monotonic() - start
         if alive and waited > 4 * GRACE_SECONDS:
@@ -414,7 +421,7 @@ def end_processes(mark: str) -> None:
             raise ClientError(f"processes {ids}: still there {waited:.0f} s after the run; end them by hand")
         kill = waited > GRACE_SECONDS
         for process in alive if kill else alive - asked:
-            with suppress(ProcessLookupError):
+            with suppress(OSError):  # ended meanwhile; or somebody else's by now, which is named below
                 os.kill(process[0], signal.SIGKILL if kill else signal.SIGTERM)
         asked |= alive
         time.sleep(0.1)

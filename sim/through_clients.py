@@ -30,7 +30,7 @@ from sim import records
 from sim.federation import Federation, Question, ask, listed, own_noise, require_quorum
 
 FARTHEST_NOISE = 20  # standard deviations that nobody ever draws
-LARGEST_GRADIENT = 1e6  # of a coefficient, far beyond any loss here
+LARGEST_GRADIENT = 1e6  # of a coefficient, far beyond any loss here, with noise by user too
 
 logger = logging.getLogger("fedmerge.server")
 

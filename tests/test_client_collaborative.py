@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from adapters import layout_of, random_adapters
 from test_collaborative import dense_vectors, oracle_rows
 
+from fedmerge.client import collaborative
 from fedmerge.client.collaborative import (
     ClientMergeSettings,
     clipped_gradient_sum,
@@ -166,6 +168,27 @@ def test_one_user_more_or_less_changes_the_sum_by_the_clip_norm_at_most(
     assert max(reached) > 0.99 * clip
     nobody = Records([], np.array([], dtype=np.int64))
     assert not clipped_gradient_sum(client, vectors, at, nobody, 0, SMALL, clip).any()
+
+
+def test_a_user_who_cannot_be_computed_does_not_take_the_others_along(
+    adapters: dict[str, Adapter], clients: list[LocalDomain], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vectors, at, client, records = (
+        stack_adapters(adapters),
+        torch.full((3,), 0.5),
+        clients[0],
+        some_records(clients[0], 0),
+    )
+    rest = Records(records.histories[1:], records.targets[1:])
+    expected = clipped_gradient_sum(client, vectors, at, rest, 0, SMALL, 0.2)
+
+    def short_of_memory(*arguments: Any) -> Any:
+        if arguments[1][0] is records.histories[0]:
+            raise MemoryError
+        return pack_sequences(*arguments)
+
+    monkeypatch.setattr(collaborative, "pack_sequences", short_of_memory)
+    assert torch.equal(clipped_gradient_sum(client, vectors, at, records, 0, SMALL, 0.2), expected)
 
 
 def test_training_sequences_alone_are_read(clients: list[LocalDomain]) -> None:

@@ -205,7 +205,7 @@ def test_a_bundle_without_its_files_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"ca.crt: not there, expected the certificate of the federation's authority"):
         read_bundle(folder)
     (folder / "ca.crt").write_bytes(AUTHORITY[:300])
-    with pytest.raises(ConfigError, match=r"ca.crt: is no certificate\. Ask the operator for the folder"):
+    with pytest.raises(ConfigError, match=r"ca.crt: is no certificate .* Ask the operator for the folder"):
         read_bundle(folder)
 
 

@@ -302,8 +302,10 @@ def test_with_noise_by_user_every_answer_on_own_users_is_counted(place: Path, tm
         assert (training["steps"], training["clip"]) == (config.train.max_steps, 1.0)
         assert (answers["steps"], answers["clip"]) == (4, 0.01)
         assert answers["sample_rate"] == min(1.0, 25 / found["num_units"])
-        assert training["noise_multiplier"] == answers["noise_multiplier"]
         assert 7.5 < found["epsilon"] <= 8.0
+    for name, found in told["domains"].items():  # what the client really drew with, and what it told of its training
+        (used,) = (tmp_path / "cache" / "released").glob(f"{name}-*/noise.json")
+        assert json.loads(used.read_text())["noise_multiplier"] == found["releases"][0]["noise_multiplier"]
     rows = pq.read_table(tmp_path / "run" / "exposure.parquet").to_pylist()
     noised = {row["message"] for row in rows if row["noise"] == "Gaussian, by user"}
     assert noised == {"train", "query.gradient"} == {row["message"] for row in rows if row["noise"] != "none"}

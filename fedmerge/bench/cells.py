@@ -1,7 +1,8 @@
 """The work of a benchmark in cells: plain functions that leave one file, whole, as their last act.
 
 A cell whose file is there is not done again; so a benchmark that was killed goes on where it was. Ranks of single users
-lie under ``clients/``, which stands for the clients' own disks: only sums over users leave it.
+lie under ``clients/``, which stands for the clients' own disks: only sums over users leave it, and the figures of
+audits that somebody asked for.
 """
 
 import io

@@ -319,11 +319,14 @@ def test_cells(grid: Grid, places: Sequence[Place]) -> list[Cell]:
 
 
 def audit_cells(grid: Grid, places: Sequence[Place]) -> list[Cell]:
-    """What strategies that left users out of their trainings tell of the others; nobody is left out of the merge."""
+    """What strategies that left users out of their trainings tell of the others: places that leave no domain out.
+
+    An expert that a gate turned away was sent, and is audited with the others.
+    """
     cells = {}
     for place in places:
         for strategy in grid.strategies if not place.left_out else ():
-            for domain in merged_domains(grid, place, strategy):
+            for domain in grid.experiment(place, strategy).domains.train:
                 if cell := _audit(grid, place, strategy, domain):
                     cells[cell.result] = cell
     return list(cells.values())

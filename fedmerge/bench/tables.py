@@ -235,19 +235,24 @@ def _coefficients(grid: Grid, place: Place, strategy: str) -> Iterator[dict[str,
 
 def _leaks(grid: Grid, place: Place, strategy: str) -> Iterator[dict[str, Any]]:
     """What audits found: of the merge, and of the expert where anybody but its client sees it."""
-    hidden = grid.experiment(place, strategy).privacy.policy == "aggregate-only"
-    for domain in merged_domains(grid, place, strategy):
-        audit = audit_of(grid, place, strategy, domain) or {"membership": [], "canaries": [], "recovery": {"rows": []}}
+    config = grid.experiment(place, strategy)
+    hidden = config.privacy.policy == "aggregate-only"
+    for domain in config.domains.train:
+        audit = audit_of(grid, place, strategy, domain)
+        if audit is None:
+            continue
         attacks = [
             *audit["membership"],
             *({**row, "attack": "canaries"} for row in audit["canaries"]),
             *({**row, "model": row["from"], "attack": "pairs"} for row in audit["recovery"]["rows"]),
         ]
         for row in attacks:
+            if hidden and row["model"].startswith(EXPERT):  # of pairs also "expert minus backbone"
+                continue
             measured = {key: row[key] for key in ("auc", "mean_exposure") if key in row}
             measured |= {key: value for key, value in row.items() if key.startswith("tpr_at_fpr_")}
             measured |= {f"precision@{k}": value for k, value in row.get("precision_at", {}).items()}
-            for metric, value in measured.items() if not (hidden and row["model"].startswith(EXPERT)) else ():
+            for metric, value in measured.items():
                 yield {
                     **_named(place, strategy),
                     "domain": domain,

@@ -23,6 +23,7 @@ from fedmerge.encoder.text import pack_sequences
 from fedmerge.errors import ClientError
 from fedmerge.merging.stack import linear_merge_of_many, survey_adapters
 from fedmerge.privacy.attacks import (
+    AGAINST_BACKBONE,
     Floats,
     consecutive_pairs,
     exposures,
@@ -168,7 +169,7 @@ def _loss_attacks(scores: Mapping[str, UserScores], members: npt.NDArray[np.bool
     for label, found in scores.items():
         attacks = {"loss": -found.losses}
         if label != BACKBONE:
-            attacks["loss against the backbone's"] = scores[BACKBONE].losses - found.losses
+            attacks[AGAINST_BACKBONE] = scores[BACKBONE].losses - found.losses
         for attack, values in attacks.items():
             rows.append({"model": label, "attack": attack, **membership(values[members], values[~members])})
     return rows

@@ -5,6 +5,7 @@ come without a formal guarantee; with ``dp.mode = "user"`` they are sums over us
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
@@ -152,7 +153,8 @@ def clipped_gradient_sum(
     """Σ over users of gᵤ · min(1, C / ‖gᵤ‖), with gᵤ the gradient of user u's own loss in the coefficients.
 
     The loss is that of :func:`coefficient_gradient`. A user's part depends on that user and on public items alone, so
-    adding or removing a user changes the sum by at most C. A user whose gradient is not finite counts for nothing.
+    adding or removing a user changes the sum by at most C. A user whose gradient is not finite, or cannot be computed,
+    counts for nothing.
 
     Args:
         domain: the client's own; its catalog is public.
@@ -168,23 +170,27 @@ def clipped_gradient_sum(
     """
     backbone, text = domain.backbone, domain.text
     negatives = draw_negatives(domain, round_index, settings)
-    packed = pack_sequences(domain.table, records.histories, backbone.special, text.max_items, text.max_tokens)
     total = torch.zeros_like(coefficients)
     leaf = coefficients.detach().clone().requires_grad_()
     right = torch.zeros(1, dtype=torch.long, device=backbone.device)  # the target comes first
+
+    def gradient_of(history: npt.NDArray[np.int32], target: int) -> torch.Tensor:
+        with torch.no_grad():
+            wanted = embed_batch(backbone, [domain.item_sequences[target]])  # (1, d)
+        items = torch.cat([wanted, others[torch.from_numpy(negatives != target).to(backbone.device)]])
+        packed = pack_sequences(domain.table, [history], backbone.special, text.max_items, text.max_tokens)
+        logits = embed_batch(backbone, packed) @ items.T / settings.temperature
+        (gradient,) = torch.autograd.grad(torch.nn.functional.cross_entropy(logits, right), [leaf])
+        return gradient
+
     with merged_forward(backbone, vectors, leaf):
         with torch.no_grad():
             others = embed_batch(backbone, [domain.item_sequences[item] for item in negatives])  # (m, d)
-        for history, target in zip(packed, records.targets.tolist(), strict=True):
-            with torch.no_grad():
-                wanted = embed_batch(backbone, [domain.item_sequences[target]])  # (1, d)
-            is_other = torch.from_numpy(negatives != target).to(backbone.device)
-            items = torch.cat([wanted, others[is_other]])
-            logits = embed_batch(backbone, [history]) @ items.T / settings.temperature
-            loss = torch.nn.functional.cross_entropy(logits, right)
-            (gradient,) = torch.autograd.grad(loss, [leaf])
-            (factor,) = clip_factors([gradient[None]], clip)
-            total += factor * gradient if factor > 0 else 0.0
+        for history, target in zip(records.histories, records.targets.tolist(), strict=True):
+            with suppress(Exception):  # whatever it is, it must not take the other users' parts with it
+                gradient = gradient_of(history, target)
+                (factor,) = clip_factors([gradient[None]], clip)
+                total += factor * gradient if factor > 0 else 0.0
     return total
 
 

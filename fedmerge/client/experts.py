@@ -22,7 +22,7 @@ from fedmerge.encoder.lora import Adapter, adapter_sha256, fresh_adapter, read_a
 from fedmerge.errors import ClientError, DivergedError
 from fedmerge.privacy.domain_noise import domain_noise, domain_record, noised_factors
 from fedmerge.privacy.randomness import source
-from fedmerge.privacy.releases import answers_have_noise, coefficient_messages
+from fedmerge.privacy.releases import noised_answers
 
 REPORT_FILE = "training.json"
 _UNUSED = {"in-batch": {"negatives", "item_refresh_steps"}, "catalog": set[str]()}  # so that older experts are found
@@ -163,7 +163,7 @@ def _training_key(domain: LocalDomain, config: ExperimentConfig) -> str:
     }
     if config.dp.mode in ("user", "domain-local"):
         inputs["dp"] = config.dp.model_dump(exclude={"coefficient_clip"})
-    if answers_have_noise(config) and config.dp.epsilon is not None and (number := coefficient_messages(config)):
+    if config.dp.epsilon is not None and (number := noised_answers(config)):
         of_users = config.dp.mode == "user"
         inputs["noise also for"] = [number, config.through_clients.batch_size] if of_users else number
     if config.audit != Audit():

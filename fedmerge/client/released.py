@@ -1,7 +1,7 @@
 """What a client has released with differential privacy besides experts, on its own disk: rounds, and answers.
 
-The noise is chosen for the rounds of the configuration, or for its messages about merging coefficients, each released
-once. So what is asked for again, as after a run that was killed, is answered with what was
+The noise is chosen for the rounds of the configuration, or for its messages about merging coefficients, and each is
+released once. So what is asked for again, as after a run that was killed, is answered with what was
 released before, and nothing else is released for it.
 """
 
@@ -17,6 +17,7 @@ import torch
 from fedmerge.client.kept import inputs_key, keep
 from fedmerge.client.local_domain import LocalDomain
 from fedmerge.client.rounds import RoundTask
+from fedmerge.client.user_dp import check_user_dp
 from fedmerge.config import ExperimentConfig
 from fedmerge.encoder.lora import Adapter, adapter_sha256, read_adapter, write_adapter
 from fedmerge.errors import FedMergeError, PolicyError
@@ -127,11 +128,16 @@ def noised_answer_once(
     Raises:
         PolicyError: a message that the noise was not chosen for; another answer was given to it, or it is damaged.
         ConfigError: no noise is enough.
+        DomainError: by user, a catalog that is not public, or too few users for δ.
         ClientError: it cannot be kept.
     """
     name, dp = domain.manifest.name, config.dp
     _check_run_id(name, config)
     _check_chosen_for(name, config, message)
+    num_users = len(domain.training_sequences)
+    if dp.mode == "user":
+        check_user_dp(domain, dp)
+    releases = user_releases(config, num_users) if dp.mode == "user" else domain_releases(config)
     asked = inputs_key(
         {
             "message": asdict(message),
@@ -139,21 +145,21 @@ def noised_answer_once(
             "backbone": [domain.backbone.sha256, domain.backbone.pooling],
             "config": [getattr(config, key).model_dump() for key in _ANSWERS_DEPEND_ON],
             "seed": config.seed,
+            "releases": releases,
         }
     )
 
     def make() -> torch.Tensor:
         try:
             answer = compute().cpu()
-        except (FedMergeError, ArithmeticError, RuntimeError):
+        except Exception:
             answer = torch.zeros_like(torch.tensor(message.coefficients))
         drawn = source(dp.randomness, config.seed, "client", name, "coefficients-dp", message.label, message.step)
+        noise = _kept_noise(name, config, releases)
         if dp.mode == "user":
-            num_users = len(domain.training_sequences)
-            noise = _kept_noise(name, config, user_releases(config, num_users))
             expected = answer_rate(config, num_users) * num_users
             return (answer + noise_like(answer, noise * dp.coefficient_clip, drawn)) / expected
-        return noised_answer(answer, dp.coefficient_clip, _kept_noise(name, config, domain_releases(config)), drawn)
+        return noised_answer(answer, dp.coefficient_clip, noise, drawn)
 
     def write(made: torch.Tensor, folder: Path) -> dict[str, Any]:
         return {"answer": made.tolist(), "sha256": inputs_key({"answer": made.tolist()})}

@@ -20,7 +20,7 @@ import torch
 
 from fedmerge.client.local_domain import LocalDomain
 from fedmerge.client.losses import catalog_softmax
-from fedmerge.config import ExperimentConfig, Train
+from fedmerge.config import DP, ExperimentConfig, Train
 from fedmerge.encoder.encode import TRAINING_GROUPS, embed_batch, encode
 from fedmerge.encoder.frozen import frozen_products, using
 from fedmerge.encoder.text import Tokens, pack_sequences
@@ -70,10 +70,23 @@ def user_plan(domain: LocalDomain, config: ExperimentConfig) -> UserPlan:
     """Choose the noise for a training, and for answers about coefficients where they are computed from users, too.
 
     Raises:
-        DomainError: the catalog is not public, or δ is no guarantee for so many users.
+        DomainError: as :func:`check_user_dp`.
         ConfigError: no noise is enough; or Opacus is not installed.
     """
-    name, num_users, dp = domain.manifest.name, len(domain.training_sequences), config.dp
+    check_user_dp(domain, config.dp)
+    num_users, dp = len(domain.training_sequences), config.dp
+    releases = user_releases(config, num_users)
+    rate, steps = releases[0]
+    return UserPlan(agreed_noise(dp, releases), dp.clip, rate, num_users, steps, dp.randomness)
+
+
+def check_user_dp(domain: LocalDomain, dp: DP) -> None:
+    """Refuse a domain for whose users differential privacy would promise nothing.
+
+    Raises:
+        DomainError: the catalog is not public, or δ is no guarantee for so many users.
+    """
+    name, num_users = domain.manifest.name, len(domain.training_sequences)
     if not domain.manifest.public_catalog:
         raise DomainError(
             f"domain {name}: dp.mode = 'user' takes the catalog as public, since it is every user's negatives, but its "
@@ -85,9 +98,6 @@ def user_plan(domain: LocalDomain, config: ExperimentConfig) -> UserPlan:
             f"domain {name}: dp.delta = {dp.delta:g} is not below one over its {num_users} training users, so it would "
             f"allow to publish one of them. Set dp.delta well below {1 / num_users:.2g}."
         )
-    releases = user_releases(config, num_users)
-    rate, steps = releases[0]
-    return UserPlan(agreed_noise(dp, releases), dp.clip, rate, num_users, steps, dp.randomness)
 
 
 def private_steps(

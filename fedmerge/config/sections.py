@@ -577,7 +577,7 @@ class DP(Section):
 
 
 class Audit(Section):
-    """What `fedmerge privacy audit` needs of a training; for simulations only."""
+    """What `fedmerge privacy audit`, or a benchmark that audits, needs of a training; for simulations only."""
 
     held_out_users: float = Field(
         0.0, ge=0, le=0.9, description="Share of the users who are left out of training: the audit's non-members."

@@ -220,7 +220,7 @@ def read_bundle(folder: Path) -> Bundle:
     try:
         authority_sha256 = sha256_fingerprint(authority)
     except DeploymentError as error:
-        raise ConfigError(f"{authority}: is no certificate. {remedy}") from error
+        raise ConfigError(f"{authority}: is no certificate ({error.__cause__}). {remedy}") from error
     host, _, port = told.address.rpartition(":")
     if not 0 < int(port) < 2**16:
         raise ConfigError(f"{folder / FEDERATION}: address has the port {port}, expected 1 to 65535. {remedy}")

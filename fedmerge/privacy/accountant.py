@@ -124,8 +124,8 @@ def calibrated_noise(epsilon: float, delta: float, releases: tuple[Counted, ...]
                 raise ConfigError(
                     f"dp.epsilon = {epsilon:g} with dp.delta = {delta:g}: {counted} would take a noise multiplier "
                     f"above {LARGEST_NOISE:g}. Raise epsilon, or make fewer steps: train.max_steps, those of the "
-                    "coefficients, their granularities, or by domain through_clients.mode = "
-                    f"'local-steps'{remedies[by]}."
+                    "coefficients, their granularities; or by user smaller batches, by domain "
+                    f"through_clients.mode = 'local-steps'{remedies[by]}."
                 )
         return low, high
 

@@ -8,7 +8,7 @@ from fedmerge.config import ExperimentConfig
 from fedmerge.errors import ClientError, ConfigError
 from fedmerge.privacy.accountant import agreed_noise
 from fedmerge.privacy.domain_noise import domain_noise, domain_record
-from fedmerge.privacy.releases import answers_have_noise, coefficient_messages, user_releases
+from fedmerge.privacy.releases import noised_answers, user_releases
 
 _DEVIATIONS = 8  # of a sum of products of normal numbers; the largest of ten million is not as far out
 _NOISE_TOLERANCE = 0.01  # relative; calibrated elsewhere, perhaps with other versions of the libraries
@@ -30,8 +30,7 @@ def check_releases(config: ExperimentConfig) -> None:
         noise = domain_noise(config)
         if config.privacy.policy == "aggregate-only":
             _check_range(config, noise)
-    answers = answers_have_noise(config) and coefficient_messages(config) > 0
-    counted = (mode == "user" and rounds) or answers
+    counted = (mode == "user" and rounds) or noised_answers(config) > 0
     if counted and config.run_id is None:
         raise ConfigError(
             f"dp.mode = '{mode}': clients count the releases of a run by its run_id, which is 'none'. Set one that no "

@@ -14,6 +14,7 @@ Floats = npt.NDArray[np.float64]
 Pairs = npt.NDArray[np.int64]
 
 FALSE_POSITIVE_RATES = (0.001, 0.01)
+AGAINST_BACKBONE = "loss against the backbone's"  # an attack that takes out that some users are easy for anybody
 SMALLEST_DEVIATION = 1e-6
 
 

@@ -22,6 +22,11 @@ def answers_have_noise(config: ExperimentConfig) -> bool:
     return config.dp.mode == "domain-local" or (config.dp.mode == "user" and of_users)
 
 
+def noised_answers(config: ExperimentConfig) -> int:
+    """How many answers about coefficients a client gives with noise in a run, at most."""
+    return coefficient_messages(config) if answers_have_noise(config) else 0
+
+
 def domain_releases(config: ExperimentConfig) -> tuple[Counted, ...]:
     """Of a domain, with ``dp.mode = "domain-local"``: its update and its answers, which need no less noise than it."""
     return ((1.0, 1 + coefficient_messages(config)),)
@@ -30,7 +35,7 @@ def domain_releases(config: ExperimentConfig) -> tuple[Counted, ...]:
 def user_releases(config: ExperimentConfig, num_users: int) -> tuple[Counted, ...]:
     """Of a user among so many, with ``dp.mode = "user"``: the steps of the training, and answers on own users."""
     training = (min(1.0, config.train.batch_size / num_users), int(config.train.max_steps or 0))
-    answers = coefficient_messages(config) if answers_have_noise(config) else 0
+    answers = noised_answers(config)
     return (training, (answer_rate(config, num_users), answers)) if answers else (training,)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from fedmerge.client.metrics import METRICS
 from fedmerge.config import flatten
+from fedmerge.privacy.attacks import AGAINST_BACKBONE
 from fedmerge.report import charts
 from fedmerge.report.bench_tables import FINISHED, MEAN, POOLED, BenchTables, Rows
 from fedmerge.report.page import (
@@ -38,10 +39,9 @@ from fedmerge.report.statistics import LEVEL
 
 HEADLINE: tuple[str, ...] = ("recall@10", "ndcg@10")
 MANY_PICTURES = 12  # more of one kind are folded away
-_AGAINST_BACKBONE = "loss against the backbone's"
 _LEAKS = {  # title -> model, attack and metric
-    "Membership AUC, expert": ("expert", _AGAINST_BACKBONE, "auc"),
-    "Membership AUC, merge": ("merged", _AGAINST_BACKBONE, "auc"),
+    "Membership AUC, expert": ("expert", AGAINST_BACKBONE, "auc"),
+    "Membership AUC, merge": ("merged", AGAINST_BACKBONE, "auc"),
     "Exposure, expert": ("expert", "canaries", "mean_exposure"),
     "Exposure, merge": ("merged", "canaries", "mean_exposure"),
 }
