@@ -56,6 +56,16 @@ CHANGED = {
 }
 
 
+BY_USER_ON_OWN_USERS = {
+    "dp.mode": "user",
+    "dp.epsilon": 1.0,
+    "dp.delta": 1e-6,
+    "train.negatives": "catalog",
+    "privacy.policy": "catalog-private",
+    "through_clients.users": "own-users",
+}
+
+
 def problems_of(flat: dict[str, Any]) -> list[str]:
     """The lines below the heading, one a problem."""
     with pytest.raises(ConfigError) as caught:
@@ -180,28 +190,11 @@ def test_all_problems_are_said_at_once_with_their_dotted_names() -> None:
             "dp.mode = 'domain-central' with admission.action = 'exclude'",
         ),
         (
-            {
-                "dp.mode": "user",
-                "dp.epsilon": 1.0,
-                "dp.delta": 1e-6,
-                "train.negatives": "catalog",
-                "privacy.policy": "catalog-private",
-                "through_clients.users": "own-users",
-                "through_clients.mode": "local-steps",
-            },
+            {**BY_USER_ON_OWN_USERS, "through_clients.mode": "local-steps"},
             "dp.mode = 'user' with through_clients.users = 'own-users' and mode = 'local-steps': what several steps",
         ),
         (
-            {
-                "dp.mode": "user",
-                "dp.epsilon": 1.0,
-                "dp.delta": 1e-6,
-                "train.negatives": "catalog",
-                "privacy.policy": "catalog-private",
-                "through_clients.users": "own-users",
-                "admission.rollback": "true",
-                "admission.leave_one_out": "true",
-            },
+            {**BY_USER_ON_OWN_USERS, "admission.rollback": "true", "admission.leave_one_out": "true"},
             "dp.mode = 'user' with admission.rollback: a second merge would be learned through the clients",
         ),
         (
@@ -252,6 +245,7 @@ def test_the_remedies_that_cross_field_rules_name_do_work() -> None:
     assert from_flat({"privacy.policy": "adapter", "server.catalogs": "folder"}).server.catalogs == "folder"
     assert from_flat({"privacy.policy": "adapter", "merge.methods": "average"}).privacy.policy == "adapter"
     assert from_flat({"privacy.policy": "catalog-private"}).merge.methods[-1] == "mergerec"
+    assert from_flat(BY_USER_ON_OWN_USERS).dp.mode == "user"
     own_users = {"privacy.policy": "catalog-private", "through_clients.users": "own-users"}
     assert from_flat(own_users).through_clients.batch_size == 32
     assert from_flat({"train.max_steps": "none", "train.max_epochs": 1}).train.max_steps is None

@@ -4,8 +4,8 @@ With ``through_clients.users = "own-users"`` the answers to ``query.gradient`` c
 come without a formal guarantee; with ``dp.mode = "user"`` they are sums over users, each user's part clipped.
 """
 
+import logging
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,6 +21,8 @@ from fedmerge.errors import ConfigError, DomainError
 from fedmerge.merging.learned import LearnedCoefficients, Progress, optimise, start_coefficients
 from fedmerge.merging.vectors import Vectors, merged_forward, on_device
 from fedmerge.seeding import generator
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,10 +189,13 @@ def clipped_gradient_sum(
         with torch.no_grad():
             others = embed_batch(backbone, [domain.item_sequences[item] for item in negatives])  # (m, d)
         for history, target in zip(records.histories, records.targets.tolist(), strict=True):
-            with suppress(Exception):  # whatever it is, it must not take the other users' parts with it
+            try:
                 gradient = gradient_of(history, target)
-                (factor,) = clip_factors([gradient[None]], clip)
-                total += factor * gradient if factor > 0 else 0.0
+            except Exception:  # of whatever kind: it must not take the other users' parts along
+                logger.warning("domain %s: a user counts for nothing", domain.manifest.name, exc_info=True)
+                continue
+            (factor,) = clip_factors([gradient[None]], clip)
+            total += factor * gradient if factor > 0 else 0.0
     return total
 
 

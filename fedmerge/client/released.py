@@ -6,6 +6,7 @@ released before, and nothing else is released for it.
 """
 
 import json
+import logging
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -27,6 +28,7 @@ from fedmerge.privacy.randomness import source
 from fedmerge.privacy.releases import Counted, answer_rate, coefficient_messages, domain_releases, user_releases
 from fedmerge.run_dir import read_json, write_json
 
+logger = logging.getLogger(__name__)
 Made = TypeVar("Made")
 
 REPORT_FILE = "training.json"
@@ -152,7 +154,10 @@ def noised_answer_once(
     def make() -> torch.Tensor:
         try:
             answer = compute().cpu()
-        except Exception:
+        except Exception:  # of whatever kind: an error would tell of the data
+            logger.warning(
+                "domain %s: noise alone answers %s, step %d", name, message.label, message.step, exc_info=True
+            )
             answer = torch.zeros_like(torch.tensor(message.coefficients))
         drawn = source(dp.randomness, config.seed, "client", name, "coefficients-dp", message.label, message.step)
         noise = _kept_noise(name, config, releases)
