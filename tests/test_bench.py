@@ -424,6 +424,44 @@ def test_what_an_audit_finds_stands_beside_the_scores(place: Path) -> None:
     assert f"audit: {len(TRAIN)} of {len(TRAIN)} cells are done" in again
 
 
+AUDITED = """
+title = "Audited"
+experiment = "experiment.toml"
+seeds = [0]
+leave_one_out = true
+baseline = "average"
+[[dataset]]
+name = "poisoned"
+[dataset.set]
+audit = { held_out_users = 0.5 }
+attack = { domain = "coffee", kind = "scaled-update", strength = 100.0 }
+[[strategy]]
+name = "average"
+set = { "merge.methods" = "average" }
+[[strategy]]
+name = "rounds"
+set = { "rounds.rule" = "fedit", "rounds.number" = 2 }
+"""
+
+
+def test_audits_and_an_attack_with_folds_and_rounds(place: Path) -> None:
+    (place / "audited.toml").write_text(AUDITED)
+    grid = grid_in(place, "audited-more", "audited.toml")
+    assert run_grid(grid, train, here, lambda line: None) == []
+    tables = tables_of(grid)
+    assert {row["left_out"] for row in tables.results} == {"", *TRAIN}
+    assert {row["left_out"] for row in tables.leaks} == {""}  # a fold's experts are those that are audited already
+    of_average, of_rounds = (
+        {(row["domain"], row["model"]) for row in tables.leaks if row["strategy"] == name and row["metric"] == "auc"}
+        for name in ("average", "rounds")
+    )
+    assert of_average == {(domain, model) for domain in TRAIN for model in ("expert", "merged", "backbone")}
+    assert of_rounds == {(domain, model) for domain, model in of_average if model != "expert"}
+    trained = [load_config(run / "config.toml") for run in grid.folder.glob("training/*")]
+    assert [config.attack.domain for config in trained if "coffee" in config.domains.train] == ["coffee"] * 4
+    assert [config.attack.domain for config in trained if "coffee" not in config.domains.train] == [None]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

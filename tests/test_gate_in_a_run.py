@@ -240,6 +240,7 @@ name = "clean"
 [[dataset]]
 name = "scaled"
 [dataset.set]
+audit = { held_out_users = 0.5 }
 attack = { domain = "coffee", kind = "scaled-update", strength = 100.0 }
 
 [[strategy]]
@@ -289,6 +290,10 @@ def test_a_benchmark_of_a_bad_client(place: Path) -> None:
     cells = {(cell["dataset"], cell["strategy"]): cell for cell in tables.cells}
     assert list(cells["scaled", "average+gate"]["excluded"]) == ["coffee"]
     assert "excluded" not in cells["scaled", "average"]
+    audited = {(row["strategy"], row["domain"]) for row in tables.leaks if row["model"] == "expert"}
+    assert audited == {
+        (name, domain) for name in grid.strategies for domain in TRAIN
+    }  # who is turned away has sent, too
     costs = {(row["dataset"], row["strategy"]): row for row in tables.costs}
     assert costs["clean", "average+gate"]["bytes_down"] > costs["clean", "average"]["bytes_down"]
     page = bench_page(tables)

@@ -2,7 +2,7 @@
 
 import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -99,6 +99,9 @@ class Bench:
 
     config: BenchConfig
     base: dict[str, Any]
+    _validated: dict[tuple[str, str | None, int], ExperimentConfig] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def experiment(self, dataset: str, strategy: str | None, seed: int) -> ExperimentConfig:
         """The experiment of one strategy; None: of what all strategies on a dataset share.
@@ -106,6 +109,12 @@ class Bench:
         Raises:
             ConfigError: every problem at once.
         """
+        key = (dataset, strategy, seed)
+        if key not in self._validated:  # a grid asks for each again and again, and validating one takes milliseconds
+            self._validated[key] = self._validate(*key)
+        return self._validated[key]
+
+    def _validate(self, dataset: str, strategy: str | None, seed: int) -> ExperimentConfig:
         changes: dict[str, Any] = {}
         where = "benchmark"
         for what, name, variations in (

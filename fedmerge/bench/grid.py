@@ -22,7 +22,7 @@ from fedmerge.bench.cells import JOINT, MERGES, Cell, Ended, is_one_shot, joint_
 from fedmerge.bench.config import Bench, Drawing, joint_row
 from fedmerge.client.kept import inputs_key
 from fedmerge.client.metrics import MetricSums, Variant
-from fedmerge.config import Admission, Audit, ExperimentConfig, Rounds, Split, flatten
+from fedmerge.config import Admission, Attack, Audit, ExperimentConfig, Rounds, Split, flatten
 from fedmerge.errors import ClientError, ConfigError, RunDirError
 from fedmerge.privacy.policy import Policy
 from fedmerge.run_dir import DONE, read_json, write_json
@@ -80,10 +80,11 @@ class Grid:
         left_out = place.left_out if rounds else ""
         domains = tuple(domain for domain in wanted.domains.train if domain != left_out)
         policy: Policy = wanted.privacy.policy if rounds else "adapter+catalog"
+        attack = wanted.attack if wanted.attack.domain in domains else Attack()  # whoever is left out poisons nothing
         sections = [wanted.backbone, wanted.text, wanted.lora, wanted.train]
         sections += [wanted.rounds, wanted.mergerec, wanted.adamerging] if rounds else []
         for section, is_set in (
-            (wanted.attack, wanted.attack.domain is not None),
+            (attack, attack.domain is not None),
             (wanted.dp, wanted.dp.mode != "none"),
             (wanted.audit, wanted.audit != Audit()),
         ):
@@ -107,6 +108,7 @@ class Grid:
             "merge": wanted.merge.model_copy(update={"methods": ("average",)}),
             "rounds": wanted.rounds if rounds else Rounds(),
             "admission": Admission(),
+            "attack": attack,
             "privacy": wanted.privacy.model_copy(update={"policy": policy}),
         }
         return wanted.model_copy(update=changes)
