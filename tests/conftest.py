@@ -8,9 +8,13 @@ from hypothesis import settings
 from fedmerge.device import resolve_compute
 from fedmerge.encoder.backbone import Backbone, load_backbone
 
-torch.set_num_threads(1)
 settings.register_profile("fedmerge", deadline=None)  # a busy machine is no failure
 settings.load_profile("fedmerge")
+
+
+def pytest_runtest_setup() -> None:
+    """One thread, also after a test of a command or client, which take as many as their configuration says."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")
