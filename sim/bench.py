@@ -20,13 +20,13 @@ from fedmerge.bench.config import load_bench
 from fedmerge.bench.grid import Grid, open_folder, run_grid
 from fedmerge.bench.tables import bench_tables
 from fedmerge.config import ExperimentConfig
-from fedmerge.errors import ClientError
+from fedmerge.errors import ClientError, ConfigError
 from fedmerge.report.bench_tables import read_bench_tables, write_bench_tables
 from fedmerge.report.html_report import bench_page
 from fedmerge.report.tracking import FOLDER, check_tracking, write_tracking
 from fedmerge.run_dir import CONFIG_FILE, locked, write_text
 from sim.launch import MARK, SOCKET_FOLDER_LENGTH, end_processes
-from sim.run import check_attack, run_experiment
+from sim.run import check_attack, check_rule, run_experiment
 
 REPORT = "report.html"
 
@@ -53,10 +53,13 @@ def run_bench(
     bench = load_bench(file, overrides)
     tracking = bench.experiment(bench.config.dataset[0].name, None, 0).tracking
     check_tracking(tracking)
-    open_folder(folder, bench)
-    grid = Grid(bench, folder.resolve())
     for dataset in bench.config.dataset:
         check_attack(bench.experiment(dataset.name, None, bench.config.seeds[0]))
+        for strategy in bench.config.strategy:
+            config = bench.experiment(dataset.name, strategy.name, bench.config.seeds[0])
+            _check_rule(config, bench.config.leave_one_out)
+    open_folder(folder, bench)
+    grid = Grid(bench, folder.resolve())
     mark = hashlib.sha256(str(grid.folder).encode()).hexdigest()[:32]
     with locked(grid.folder):
         end_processes(mark)  # of a call that was killed
@@ -78,6 +81,16 @@ def run_bench(
         print(f"failed: {line}")
     print(f"report: {grid.folder / REPORT}")
     return int(bool(failed))
+
+
+def _check_rule(config: ExperimentConfig, leave_one_out: bool) -> None:
+    check_rule(config)
+    if leave_one_out:
+        rest = config.domains.model_copy(update={"train": config.domains.train[1:]})
+        try:
+            check_rule(config.model_copy(update={"domains": rest}))
+        except ConfigError as error:
+            raise ConfigError(f"leave_one_out = true, so of each fold: {error}") from error
 
 
 def _train(config: ExperimentConfig, app_dir: Path, mark: str) -> None:

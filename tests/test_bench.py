@@ -15,7 +15,7 @@ from in_process import run_in_process, small_experiment
 from fedmerge.bench.cells import Cell, Ended, domain_of, joint_folder, sums_of_ranks, work
 from fedmerge.bench.config import load_bench
 from fedmerge.bench.grid import Grid, Place, made_merges, merged_domains, open_folder, run_grid
-from fedmerge.bench.tables import bench_tables
+from fedmerge.bench.tables import WEIGHTS, bench_tables
 from fedmerge.client.audit import Audited, audit_domain
 from fedmerge.client.evaluate import evaluate
 from fedmerge.config import DEMO_ROOT, ExperimentConfig, from_flat, load_config, to_flat, to_toml
@@ -28,6 +28,8 @@ from fedmerge.report.bench_tables import EVERY_FOLD, BenchTables, read_bench_tab
 from fedmerge.report.html_report import bench_page
 from fedmerge.run_dir import read_json, write_json
 from fedmerge.server.checkpoints import ended_training, merge_folder
+from fedmerge.server.round_checkpoints import round_records
+from sim.bench import run_bench
 from sim.rounds import check_rounds
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -241,7 +243,12 @@ def test_whoever_is_left_out_is_in_no_merge_and_has_no_say(done: tuple[Grid, Ben
             assert merged_domains(grid, place, strategy) == sorted({*TRAIN} - {place.left_out})
     rows = [row for row in tables.comparisons if row["left_out"] == EVERY_FOLD]
     assert {row["role"] for row in rows} == {"unseen"}
-    assert {row["domain"] for row in rows} == {*TRAIN, "mean"}
+    assert {row["domain"] for row in rows} == {*TRAIN, "camping", "mean"}  # camping is in no merge of any fold
+    assert [row for row in tables.comparisons if row["role"] == "unseen" and row not in rows] == []
+    page = bench_page(tables)
+    assert "Unseen against seen domains" in page
+    for domain in (*TRAIN, "camping"):
+        assert f"{domain} (unseen)" in page
 
 
 def test_costs_curves_and_coefficients(done: tuple[Grid, BenchTables, list[str]]) -> None:
@@ -314,11 +321,63 @@ def test_federations_of_rounds_are_strategies_like_others(
     shared = scores(done[1], domain="books", seed=1, left_out="")
     assert scores(tables, domain="books").items() >= shared.items()
     assert {"flora", "ffa-lora"} < set(scores(tables, domain="camping"))
+    reports = [of_round["aggregation"] for of_round in round_records(grid.run(Place("main", 1, ""), "flora"))]
     costs = {row["strategy"]: row for row in tables.costs}
     assert costs["flora"]["bytes_up"] == 2 * 3 * 2048  # rounds, clients, tensors
-    assert costs["average"]["bytes_up"] > 3 * 2048  # of files
+    assert costs["average"]["bytes_up"] > 3 * 2048  # the tensors as Flower packs them
+    assert costs["flora"]["error"] == reports[-1]["error"]
+    assert costs["flora"]["residual"] == max(reports[-1]["start_residuals"].values())
+    assert costs["flora"]["rank"] == reports[-1]["rank"] == 2 * costs["average"]["rank"]
+    assert costs["average"]["error"] is costs["average"]["residual"] is None
     assert costs["ffa-lora"]["bytes_up"] < costs["flora"]["bytes_up"]
     assert [row["step"] for row in tables.curves if (row["strategy"], row["domain"]) == ("flora", "books")] == [1, 2]
+
+
+def test_a_federation_that_fails_or_goes_on_without_a_domain_is_named_and_the_others_are_compared(
+    place: Path, done: tuple[Grid, BenchTables, list[str]]
+) -> None:
+    text = FILE.replace("[0, 1]", "[1]").replace("leave_one_out = true", "")
+    for rule in ("fedit", "weighted-average"):
+        text += f'\n[[strategy]]\nname = "{rule}"\nset = {{ "rounds.rule" = "{rule}", "rounds.number" = 2 }}\n'
+    (place / "lost.toml").write_text(text)
+    grid = grid_in(place, "lost", "lost.toml")
+    shutil.copytree(done[0].folder / "training", grid.folder / "training")
+
+    def unlucky(config: ExperimentConfig) -> None:
+        if config.rounds.rule == "fedit":
+            raise ClientError("the experts could not be trained")
+        train(config)
+        (record,) = (grid.folder / "training" / str(config.run_id) / "rounds").glob("2.json")
+        told = read_json(record)
+        del told["aggregation"]["client_weights"]["books"]  # as of a client that diverged
+        write_json(record, told)
+
+    for _ in range(2):  # and again when it is called again
+        failed = run_grid(grid, unlucky, here, lambda line: None)
+        assert [line.partition(": ")[0] for line in failed] == ["training", "training"]
+        assert "the experts could not be trained" in failed[0]
+        assert "without books; every strategy needs all domains" in failed[1]
+    tables = tables_of(grid)
+    assert scores(tables, domain="books") == scores(done[1], domain="books", seed=1, left_out="")
+    status = {cell["strategy"]: cell["status"] for cell in tables.cells}
+    assert status == {**dict.fromkeys(STRATEGIES, "done"), "fedit": "failed", "weighted-average": "failed"}
+
+
+@pytest.mark.parametrize(
+    ("rule", "parameters", "message"),
+    [
+        ("trimmed-mean", "tirm=0.34", "tirm"),
+        ("trimmed-mean", "trim=0.34", "leave_one_out = true, so of each fold: .* 2 clients in a round cuts off nobody"),
+    ],
+)
+def test_what_a_rule_refuses_is_refused_before_anything_is_trained(
+    place: Path, rule: str, parameters: str, message: str
+) -> None:
+    changes = f'"rounds.rule" = "{rule}", "rounds.number" = 2, "rounds.parameters" = "{parameters}"'
+    (place / "rule.toml").write_text(FILE + f'\n[[strategy]]\nname = "rule"\nset = {{ {changes} }}\n')
+    with pytest.raises(ConfigError, match=message):
+        run_bench(place / "rule.toml", place / "rule", REPOSITORY)
+    assert not (place / "rule").exists()
 
 
 POLICIES = """
@@ -372,7 +431,8 @@ def test_what_may_travel_changes_bytes_and_not_what_is_merged(place: Path) -> No
     steps = grid.experiment(at, "catalog-private").mergerec.steps_made
     answers = 3 * 4 * sum(map(len, learned.values())) * steps
     assert up["catalog-private"] == up["adapter"] + answers
-    assert down["catalog-private"] == down["adapter"] + 3 * up["adapter"] + 2 * answers
+    cohort = sum((grid.run(at, "adapter") / "adapters" / name / WEIGHTS).stat().st_size for name in TRAIN)
+    assert down["catalog-private"] == down["adapter"] + 3 * cohort + 2 * answers
     page = bench_page(tables)
     assert "Utility, privacy and bytes" in page
     assert "aggregate-only: average" in page

@@ -20,6 +20,7 @@ import sim.welcome
 from fedmerge.bench.config import load_bench
 from fedmerge.bench.grid import Grid, Place, open_folder, run_grid
 from fedmerge.config import ExperimentConfig, to_toml
+from fedmerge.domain.catalog import CATALOG_FILE
 from fedmerge.encoder.lora import adapter_sha256, read_adapter
 from fedmerge.errors import ClientError, ConfigError
 from fedmerge.report.html_report import bench_page
@@ -296,6 +297,11 @@ def test_a_benchmark_of_a_bad_client(place: Path) -> None:
     }  # who is turned away has sent, too
     costs = {(row["dataset"], row["strategy"]): row for row in tables.costs}
     assert costs["clean", "average+gate"]["bytes_down"] > costs["clean", "average"]["bytes_down"]
+    catalogs = sum((place / "domains" / domain / CATALOG_FILE).stat().st_size for domain in TRAIN)
+    for dataset in ("clean", "scaled"):  # whoever is turned away has trained and sent, too
+        gated, plain = costs[dataset, "average+gate"], costs[dataset, "average"]
+        assert gated["bytes_up"] == plain["bytes_up"] + catalogs
+        assert gated["client_seconds"] > plain["client_seconds"]
     page = bench_page(tables)
     assert "Poisoned on purpose." in page
     assert "coffee spoils its own training (scaled-update, strength 100)" in page

@@ -125,7 +125,8 @@ def test_empty_tables_and_numpys_numbers_are_written_too(tmp_path: Path) -> None
     cost = {
         **row,
         "seed": np.int64(3),
-        **dict.fromkeys(("bytes_up", "peak_bytes"), np.float32(0.5)),
+        **dict.fromkeys(("bytes_up", "peak_bytes", "rank"), np.float32(0.5)),
+        **dict.fromkeys(("error", "residual")),
         "bytes_down": None,
     }
     cost |= {"client_seconds": float("nan"), "server_seconds": float("inf")}

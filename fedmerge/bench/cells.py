@@ -40,7 +40,7 @@ from fedmerge.errors import FedMergeError, RunDirError
 from fedmerge.federated.rounds import aggregate, initial_state
 from fedmerge.federated.rules import parsed_parameters, rule_named
 from fedmerge.privacy.policy import check_enough_users
-from fedmerge.run_dir import read_json, whole_folder, write_bytes, write_json
+from fedmerge.run_dir import environment, read_json, whole_folder, write_bytes, write_json
 from fedmerge.server.candidates import Candidate, merge_candidates
 from fedmerge.server.checkpoints import MERGED, KeptExperts, ended_training, keep_merge, kept_merges, merge_folder
 from fedmerge.server.gate import check_experts, leave_one_out_merges, votes_of
@@ -112,7 +112,7 @@ def check_admission(result: Path, config: ExperimentConfig, run: Path, left_out:
     """The admission gate in front of the experts of a training run.
 
     Args:
-        result: gets the gate's record, seconds, and bytes to the clients.
+        result: gets the gate's record, seconds of the server and of the clients, and bytes to the clients.
         config: an experiment with a gate, and with the seed that says which users are evaluated.
         run: folder of the training run.
         left_out: a domain that is not merged, or "".
@@ -123,19 +123,22 @@ def check_admission(result: Path, config: ExperimentConfig, run: Path, left_out:
     started = time.monotonic()
     sources = {domain: sha256 for domain, sha256 in (ended_training(run) or {}).items() if domain != left_out}
     experts = KeptExperts(run, sources)
-    votes, size_bytes = {}, 0
+    votes, size_bytes, client_seconds = {}, 0, 0.0
     if config.admission.leave_one_out and (merges := leave_one_out_merges(experts)):
+        voting = time.monotonic()
         for voter in sources:
             sums = evaluate(domain_of(config, voter), merges, "valid", num_users(config, "valid"), config.seed)
             check_enough_users(voter, sums["unmasked"].num_users, config.privacy.min_users)
             others = [domain for domain in sources if domain != voter]
             votes[voter] = votes_of(sums["unmasked"], others, config.evaluation.selection_metric)
         size_bytes = sum(merge.size_bytes for merge in merges.values()) * len(sources)
+        client_seconds = time.monotonic() - voting
     probed = config.admission.probe_items is not None
     backbone = backbone_of(config.backbone, config.runtime) if probed else None
     catalogs = _catalogs(config, sources) if probed else {}
     record = check_experts(experts, config, backbone, catalogs, votes)
-    write_json(result, {**record, "seconds": time.monotonic() - started, "bytes_down": size_bytes})
+    seconds = time.monotonic() - started - client_seconds
+    write_json(result, {**record, "seconds": seconds, "client_seconds": client_seconds, "bytes_down": size_bytes})
 
 
 def merge_experts(result: Path, config: ExperimentConfig, run: Path, without: tuple[str, ...]) -> None:
@@ -180,8 +183,8 @@ def merge_experts(result: Path, config: ExperimentConfig, run: Path, without: tu
 
 def _write_merges(result: Path, candidates: Iterable[Candidate], started: float) -> None:
     hashes = {candidate.label: candidate.provenance["sha256"] for candidate in candidates}
-    seconds = time.monotonic() - started
-    write_json(result, {"merges": hashes, "seconds": seconds, "peak_bytes": _peak_bytes()})
+    measured = {"seconds": time.monotonic() - started, "peak_bytes": _peak_bytes()}
+    write_json(result, {"merges": hashes, **measured, "environment": environment()})
 
 
 def _one_round(config: ExperimentConfig, experts: Mapping[str, Adapter], sources: Mapping[str, str]) -> Candidate:
@@ -222,7 +225,8 @@ def _take_rounds(result: Path, run: Path, started: float) -> None:
     with whole_folder(merge_folder(result.parent, provenance["label"])) as folder:
         shutil.copytree(made, folder, dirs_exist_ok=True)
     seconds = sum(record["seconds"] for record in round_records(run)) + time.monotonic() - started
-    write_json(result, {"merges": {provenance["label"]: provenance["sha256"]}, "seconds": seconds, "peak_bytes": None})
+    merges = {provenance["label"]: provenance["sha256"]}
+    write_json(result, {"merges": merges, "seconds": seconds, "peak_bytes": None})
 
 
 def train_joint(result: Path, config: ExperimentConfig, domains: Sequence[str], drawing: Drawing) -> None:
@@ -246,7 +250,8 @@ def train_joint(result: Path, config: ExperimentConfig, domains: Sequence[str], 
         write_adapter(adapter, folder, config.backbone.source)
     report = asdict(training)
     report["validations"][0]["loss"] = None  # nothing was trained on yet; JSON has no NaN
-    write_json(result, {"sha256": adapter_sha256(adapter), "peak_bytes": _peak_bytes(), "training": report})
+    told = {"peak_bytes": _peak_bytes(), "training": report, "environment": environment()}
+    write_json(result, {"sha256": adapter_sha256(adapter), **told})
     begun.unlink(missing_ok=True)
 
 

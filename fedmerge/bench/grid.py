@@ -23,11 +23,11 @@ from fedmerge.bench.config import Bench, Drawing, joint_row
 from fedmerge.client.kept import inputs_key
 from fedmerge.client.metrics import MetricSums, Variant
 from fedmerge.config import Admission, Attack, Audit, ExperimentConfig, Rounds, Split, flatten
-from fedmerge.errors import ClientError, ConfigError, RunDirError
+from fedmerge.errors import ClientError, ConfigError, FedMergeError, RunDirError
 from fedmerge.privacy.policy import Policy
 from fedmerge.run_dir import DONE, read_json, write_json
 from fedmerge.server.checkpoints import ADAPTERS, ended_training, merge_folder
-from fedmerge.server.round_checkpoints import members_of
+from fedmerge.server.round_checkpoints import members_of, round_records
 
 BENCHMARK = "benchmark.json"
 
@@ -212,20 +212,23 @@ def run_grid(grid: Grid, train: Train, execute: Execute, progress: Progress) -> 
         for place in places
         for strategy in (None, *grid.strategies)  # None: the experts of the reference row
     }
+    incomplete = set()
     for number, (run, config) in enumerate(runs.items(), 1):
-        if not (run / DONE).is_file():
-            progress(f"training {number} of {len(runs)}: {run.name}")
-            train(config)
-        took_part = ended_training(run) or {} if config.rounds.rule is None else members_of(run)
-        if missing := sorted({*config.domains.train} - {*took_part}):
-            raise ClientError(
-                f"{run}: without {', '.join(missing)}; every strategy needs all domains. See its run.log and "
-                "clients.json; correct what is said there, delete this folder, and start the benchmark again."
-            )
+        try:
+            if not (run / DONE).is_file():
+                progress(f"training {number} of {len(runs)}: {run.name}")
+                train(config)
+            _check_all_took_part(run, config)
+        except FedMergeError as error:
+            if config.rounds.rule is None:  # experts are everybody's
+                raise
+            failed.append(f"training: {run.name}: {error}")
+            progress(failed[-1])
+            incomplete.add(run)
     stages: list[tuple[str, Callable[[], list[Cell]]]] = [
         ("joint training", lambda: joint_cells(grid, places)),
         ("admission", lambda: admission_cells(grid, places)),
-        ("merging", lambda: merging_cells(grid, places)),
+        ("merging", lambda: [cell for cell in merging_cells(grid, places) if cell.arguments["run"] not in incomplete]),
         ("validation", lambda: validation_cells(grid, places)),
         ("test", lambda: test_cells(grid, places)),
         ("audit", lambda: audit_cells(grid, places)),
@@ -238,6 +241,21 @@ def run_grid(grid: Grid, train: Train, execute: Execute, progress: Progress) -> 
         progress(f"{name}: {len(cells) - len(left)} of {len(cells)} cells are done")
         failed += _do(name, left, execute, progress)
     return failed
+
+
+def _check_all_took_part(run: Path, config: ExperimentConfig) -> None:
+    """Strategies are compared on the same domains; ClientError where a training went on without one."""
+    if config.rounds.rule is None:
+        took_part = {*(ended_training(run) or {})}
+    elif config.rounds.fraction < 1:  # not everybody is drawn for a round
+        took_part = {*members_of(run)} - {*read_json(run / "clients.json")["excluded"]}
+    else:
+        took_part = set.intersection(*({*record["aggregation"]["client_weights"]} for record in round_records(run)))
+    if missing := sorted({*config.domains.train} - took_part):
+        raise ClientError(
+            f"{run}: without {', '.join(missing)}; every strategy needs all domains. See its run.log and "
+            "clients.json; correct what is said there, delete this folder, and start the benchmark again."
+        )
 
 
 def joint_cells(grid: Grid, places: Sequence[Place]) -> list[Cell]:

@@ -1,10 +1,12 @@
 """The tables of a benchmark, from what its cells left: sums, costs, curves, coefficients, and what failed."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 
 from fedmerge.bench.cells import MERGES, is_one_shot
 from fedmerge.bench.config import REFERENCES, Drawing, joint_row
@@ -94,9 +96,12 @@ def _results(grid: Grid, sums: Sums) -> Iterator[dict[str, Any]]:
 
 
 def _comparisons(grid: Grid, sums: Sums) -> Iterator[dict[str, Any]]:
-    """Domains that were merged, domains that never are, and those of the folds, each with the baseline."""
+    """Domains that were merged, and domains that were not: those that never are, and each where it was left out."""
     baseline = grid.bench.config.baseline
-    groups: tuple[tuple[str, Role], ...] = (("", "train"), ("", "unseen"), (EVERY_FOLD, "unseen"))
+    groups: tuple[tuple[str, Role], ...] = (
+        ("", "train"),
+        (EVERY_FOLD if grid.bench.config.leave_one_out else "", "unseen"),
+    )
     for dataset in grid.bench.config.dataset:
         for left_out, role in groups:
             for variant in VARIANTS:
@@ -104,7 +109,6 @@ def _comparisons(grid: Grid, sums: Sums) -> Iterator[dict[str, Any]]:
                     (place.seed, domain): variants[variant]
                     for (place, domain), variants in sums.items()
                     if place.dataset == dataset.name
-                    and bool(place.left_out) == bool(left_out)
                     and _role(grid, place, domain) == role
                     and baseline in variants[variant].methods
                 }
@@ -129,46 +133,66 @@ def _ranks(grid: Grid, sums: Sums) -> list[dict[str, Any]]:
 
 
 def _cost(grid: Grid, place: Place, strategy: str) -> dict[str, Any]:
-    """Up: an expert a domain, and the catalogs if the strategy learns from them; down: the merge to every domain.
+    """Up: an expert a domain, and the catalogs if the strategy asks for them; down: the merge to every domain in it.
 
-    Under ``aggregate-only`` a masked update of every weight goes up instead. Under ``catalog-private`` no catalog does,
-    but the experts go down to every domain, and of each step coefficients down and an answer up. Of a federation of
-    rounds, what went up and down in all rounds.
+    Who is turned away by a gate has trained and sent as the others. Under ``aggregate-only`` a masked update of every
+    weight goes up instead. Under ``catalog-private`` no catalog does, but the experts go down to every domain, and of
+    each step coefficients down and an answer up. Of a federation of rounds, what went up and down in all rounds.
     """
     config = grid.experiment(place, strategy)
-    run, domains = grid.run(place, strategy), merged_domains(grid, place, strategy)
+    run, merged = grid.run(place, strategy), merged_domains(grid, place, strategy)
+    sent = [domain for domain in sorted(config.domains.train) if domain != place.left_out]
     merge = merge_folder(grid.merges(place, strategy), str(chosen_variant(grid, place, strategy)))
-    record = read_json(grid.merges(place, strategy) / MERGES)
-    down = (merge / WEIGHTS).stat().st_size * len(domains)
+    record, provenance = read_json(grid.merges(place, strategy) / MERGES), read_json(merge / "provenance.json")
+    down = (merge / WEIGHTS).stat().st_size * len(merged)
     if is_one_shot(config):
-        experts = [run / ADAPTERS / domain for domain in domains]
-        up = sum((expert / WEIGHTS).stat().st_size for expert in experts)
+        experts = [run / ADAPTERS / domain for domain in sent]
+        up = _bytes_of_experts(run, sent)
         if config.privacy.policy == "aggregate-only":
             summed = rule_named(config.rounds.rule or "weighted-average").summed or "updates"
             up = sum(BYTES_OF_A_VALUE * num_summed(summed, read_adapter(expert)) for expert in experts)
         elif config.rounds.rule is None and (messages := coefficient_messages(config)):
             answer = BYTES_OF_A_VALUE * _most_coefficients(grid, place, strategy)
-            down += len(domains) * (up + 2 * answer * messages)
-            up += len(domains) * answer * messages
+            cohort = sum((run / ADAPTERS / domain / WEIGHTS).stat().st_size for domain in merged)
+            down += len(merged) * (cohort + 2 * answer * messages)
+            up += len(merged) * answer * messages
         seconds = sum(float(_report(expert)["seconds"]) for expert in experts)
     else:
-        rounds = round_records(run)
-        up = sum(sum(of_round["aggregation"]["bytes_up"].values()) for of_round in rounds)
-        down += sum(sum(of_round["aggregation"]["bytes_down"].values()) for of_round in rounds[:-1])
-        seconds = sum(client["seconds"] for of_round in rounds for client in of_round["clients"].values())
-    if labels_from_catalogs(config) and config.server.catalogs is None:
-        root = domains_root(config.domains.root, config.cache_dir)
-        up += sum((root / domain / CATALOG_FILE).stat().st_size for domain in domains)
+        rounds = [of_round["aggregation"] for of_round in round_records(run)]
+        up = sum(sum(of_round["bytes_up"].values()) for of_round in rounds)
+        for of_round, following in pairwise(rounds):
+            down += sum(of_round["bytes_down"][domain] for domain in following["client_weights"])
+        clients = [client for of_round in round_records(run) for client in of_round["clients"].values()]
+        seconds = sum(client["seconds"] for client in clients)
     gate = grid.gate(place, strategy)
+    probed = gate is not None and config.admission.probe_items is not None
+    if (labels_from_catalogs(config) or probed) and config.server.catalogs is None:
+        root = domains_root(config.domains.root, config.cache_dir)
+        up += sum((root / domain / CATALOG_FILE).stat().st_size for domain in sent)
     judged = (read_json(gate) or {}) if gate else {}
+    last = (provenance.get("rounds") or [{}])[-1]
     return {
         **_named(place, strategy),
         "bytes_up": up,
         "bytes_down": down + judged.get("bytes_down", 0),
-        "client_seconds": seconds,
+        "client_seconds": seconds + judged.get("client_seconds", 0.0),
         "server_seconds": record["seconds"] + judged.get("seconds", 0.0),
         "peak_bytes": record["peak_bytes"],
+        "rank": provenance["rank"],
+        "error": last.get("error"),
+        "residual": max(last.get("start_residuals", {}).values(), default=None),
     }
+
+
+def _bytes_of_experts(run: Path, domains: Sequence[str]) -> int:
+    """What the ledger of a training says that experts took on the way; of one that was sent twice, once."""
+    ledger = pq.read_table(run / "exposure.parquet", columns=["domain", "message", "late", "name", "size_bytes"])
+    sizes = {
+        (row["domain"], row["name"]): int(row["size_bytes"])
+        for row in ledger.to_pylist()
+        if row["message"] == "train" and row["name"].startswith("adapter.") and not row["late"]
+    }
+    return sum(size for (domain, _), size in sizes.items() if domain in domains)
 
 
 def _most_coefficients(grid: Grid, place: Place, strategy: str) -> int:
@@ -189,6 +213,9 @@ def _joint_cost(grid: Grid, place: Place, drawing: Drawing) -> dict[str, Any]:
         "client_seconds": None,
         "server_seconds": record["training"]["seconds"],
         "peak_bytes": record["peak_bytes"],
+        "rank": grid.experiment(place, None).lora.rank,
+        "error": None,
+        "residual": None,
     }
 
 
@@ -270,7 +297,7 @@ def _cell(grid: Grid, place: Place, strategy: str) -> dict[str, Any]:
         **_named(place, strategy),
         "status": "done" if chosen_variant(grid, place, strategy) else "failed",
         "config": config.model_dump(mode="json"),
-        "environment": read_json(grid.run(place, strategy) / "environment.json"),
+        "environment": record.get("environment") or read_json(grid.run(place, strategy) / "environment.json"),
         "seconds": record.get("seconds"),
         **({"excluded": away} if (away := grid.turned_away(place, strategy)) else {}),
     }
@@ -282,7 +309,7 @@ def _joint_cell(grid: Grid, place: Place, drawing: Drawing) -> dict[str, Any]:
         **_named(place, joint_row(drawing)),
         "status": "done" if record else "failed",
         "config": grid.experiment(place, None).model_dump(mode="json"),
-        "environment": read_json(grid.run(place, None) / "environment.json"),
+        "environment": (record or {}).get("environment") or read_json(grid.run(place, None) / "environment.json"),
         "seconds": record["training"]["seconds"] if record else None,
     }
 

@@ -75,6 +75,9 @@ COLUMNS: Mapping[str, Mapping[str, str]] = {
         "client_seconds": "number",  # summed over clients
         "server_seconds": "number",
         "peak_bytes": "number",  # of the process that used most
+        "rank": "number",  # largest of any module
+        "error": "number",  # of rounds, the last one: how far its merge is from the exact mean, as a share of its norm
+        "residual": "number",  # of rounds: the largest share of the last merge's norm that a client's start leaves out
     },
     "curves": {
         "dataset": "text",

@@ -7,6 +7,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from fedmerge.client.metrics import METRICS
@@ -210,11 +211,9 @@ def _results(data: _Dataset, variant: str, role: str, metric: str) -> Rows:
 
 
 def _keys(rows: Rows, role: str) -> list[Key]:
-    """What a mean goes over: training domains of the whole federation; of folds, each domain where it was left out."""
+    """What a mean goes over: training domains of the whole federation; unseen ones, and each where it was left out."""
     keys = list(dict.fromkeys((row["left_out"], row["domain"]) for row in rows))
-    if role == "unseen":
-        return [key for key in keys if key[0] == key[1]] or keys
-    return [key for key in keys if not key[0]] or keys
+    return keys if role == "unseen" else [key for key in keys if not key[0]]
 
 
 def _score_of(data: _Dataset, variant: str, role: str, metric: str) -> dict[str, Score]:
@@ -551,8 +550,7 @@ def _unseen(data: _Dataset) -> Html | None:
         return None
     keys = _keys(unseen, "unseen")
     folds = {left_out for left_out, _ in keys}
-    seen = [row for row in _results(data, variant, "train", metric) if row["left_out"] in folds]
-    of_seen = mean_scores(seen, list(dict.fromkeys((row["left_out"], row["domain"]) for row in seen)))
+    of_seen = _score_of(data, variant, "train", metric)
     of_unseen = mean_scores(unseen, keys)
     points = [
         charts.Point(s, data.series[s], of_seen[s].mean, of_unseen[s].mean, of_seen[s].spread, of_unseen[s].spread)
@@ -560,8 +558,8 @@ def _unseen(data: _Dataset) -> Html | None:
         if s in of_seen and s in of_unseen
     ]
     how = (
-        "Every domain in turn was left out of the training and the merge: the mean over all of them where they were "
-        "left out, against the mean over the others in the same federations."
+        "Every training domain in turn was left out of the merge and of every choice: the mean over domains where they "
+        "took no part, against the mean over the training domains where all were merged."
         if folds != {""}
         else "Unseen domains took no part in training, merging or any choice."
     )
@@ -670,12 +668,15 @@ def _costs(data: _Dataset) -> Html | None:
         ("client_seconds", "Clients", seconds),
         ("server_seconds", "Server", seconds),
         ("peak_bytes", "Peak memory", size),
+        ("rank", "Rank", partial(decimal, num_digits=0)),
+        ("error", "Error", decimal),
+        ("residual", "Residual", decimal),
     ]
     body = []
     for strategy in dict.fromkeys(row["strategy"] for row in rows):
         cells = [Cell(_strategy(data, strategy), strategy)]
         for name, _, text in columns:
-            if name == "peak_bytes":
+            if name in ("peak_bytes", "rank"):
                 peaks = [row[name] for row in rows if row["strategy"] == strategy and row[name] is not None]
                 value = max(peaks, default=None)
             else:
@@ -684,10 +685,17 @@ def _costs(data: _Dataset) -> Html | None:
         body.append(cells)
     heads = [Column("Strategy", numeric=False), *(Column(title) for _, title, _ in columns)]
     return join(
-        table(f"{data.prefix}costs-table", "Means over seeds; peak memory is the largest of any cell", heads, body),
+        table(
+            f"{data.prefix}costs-table",
+            "Means over seeds; of peak memory and rank the largest",
+            heads,
+            body,
+        ),
         note(
-            "Up: from all clients to the server; down: back. Clients: seconds of training and evaluation, summed over "
-            f"clients. {ABSENT}: not measured."
+            "Up: from all clients to the server; down: back. Clients: seconds of training, and of votes about experts, "
+            "summed over clients; evaluation is not counted. Of a federation of rounds, in its last round: error, how "
+            "far what was aggregated is from the exact mean; residual, what a client's start leaves out of it at most; "
+            f"both as shares of its norm. {ABSENT}: not measured, or there is none."
         ),
     )
 
