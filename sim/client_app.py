@@ -27,7 +27,7 @@ from fedmerge.client.metrics import BACKBONE, EXPERT
 from fedmerge.client.released import CoefficientMessage, Release, check_counted, noised_answer_once, released_once
 from fedmerge.client.rounds import RoundTask, train_round
 from fedmerge.client.summed import keep_values
-from fedmerge.client.user_dp import plan_record, poisson_records, user_plan
+from fedmerge.client.user_dp import check_user_dp, plan_record, poisson_records, user_plan
 from fedmerge.config import ExperimentConfig, Lora, Text, from_flat
 from fedmerge.device import resolve_compute
 from fedmerge.domain.catalog import catalog_to_bytes
@@ -114,6 +114,8 @@ def describe(message: Message, context: Context) -> RecordDict:
     client = _client(context)
     manifest, backbone = client.domain.manifest, client.domain.backbone
     check_may_leave(client.config.privacy.policy, "description", manifest.name)
+    if client.role == "train" and client.config.dp.mode == "user":
+        check_user_dp(client.domain, client.config.dp)  # before anybody trains
     description = records.Description(
         domain=manifest.name,
         role=client.role,
@@ -179,7 +181,8 @@ def _trained(client: Client, message: Message) -> tuple[Adapter, dict[str, Any],
         return _trained_round(client, message)
     adapter, report = trained_expert(client.domain, client.config, logger.info)
     if report["validation_users"] < client.config.privacy.min_users:
-        report = {**report, "validations": []}
+        of_few = ("best_step", "stopped_by")  # chosen by the same few users
+        report = {**{key: value for key, value in report.items() if key not in of_few}, "validations": []}
     return adapter, report, None
 
 
@@ -288,9 +291,7 @@ def cohort(message: Message, context: Context) -> RecordDict:
     config, domain = client.config, client.domain
     name = domain.manifest.name
     check_may_leave(config.privacy.policy, "coefficient gradient", name)
-    if config.through_clients.users == "own-users":
-        num_users = min(len(domain.training_sequences), config.through_clients.batch_size)
-        check_enough_users(name, num_users, config.privacy.min_users, "gradients of coefficients")
+    _check_enough_own_users(client)
     adapters = records.read_cohort(message.content)
     folder = cohort_folder(config, name, domain.catalog, domain.backbone, cohort_sha256(adapters))
     try:
@@ -306,6 +307,14 @@ def cohort(message: Message, context: Context) -> RecordDict:
     return records.pseudo_users_record(len(pseudo.users) if pseudo else 0)
 
 
+def _check_enough_own_users(client: Client) -> None:
+    config, domain = client.config, client.domain
+    if config.through_clients.users == "own-users":
+        num_users = min(len(domain.training_sequences), config.through_clients.batch_size)
+        what = "gradients of coefficients"
+        check_enough_users(domain.manifest.name, num_users, config.privacy.min_users, what)
+
+
 @app.query("gradient")
 @_answer
 def gradient(message: Message, context: Context) -> RecordDict:
@@ -313,6 +322,7 @@ def gradient(message: Message, context: Context) -> RecordDict:
     client = _client(context)
     config, domain = client.config, client.domain
     check_may_leave(config.privacy.policy, "coefficient gradient", domain.manifest.name)
+    _check_enough_own_users(client)  # the cohort may be on disk from a run that allowed fewer
     request, at, students, users = records.read_gradient_request(message.content)
     settings = learned_settings(config, request.label)
     start = at[:, 0] if settings.granularity == "domain" else at

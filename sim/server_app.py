@@ -320,8 +320,8 @@ def _train(
             "%s: expert received (%s steps, best at %s, stopped by %s, %.0f s%s)",
             domain,
             report.get("steps"),
-            report.get("best_step"),
-            report.get("stopped_by"),
+            report.get("best_step", "(not told)"),
+            report.get("stopped_by", "(not told)"),
             seconds,
             ", from the client's disk" if report.get("cached") else "",
         )

@@ -209,6 +209,17 @@ def test_all_problems_are_said_at_once_with_their_dotted_names() -> None:
             "dp.mode = 'domain-local' with admission.rollback: a second merge would be learned through the clients",
         ),
         (
+            {
+                "dp.mode": "domain-local",
+                "dp.epsilon": 1.0,
+                "dp.delta": 1e-6,
+                "privacy.policy": "catalog-private",
+                "mergerec.pseudo_users": "centroid",
+                "mergerec.num_pseudo_users": 9,
+            },
+            "dp.mode = 'domain-local' with mergerec.pseudo_users = 'centroid': how many pseudo-users",
+        ),
+        (
             {"privacy.policy": "catalog-private", "server.catalogs": "x", "mergerec.select_every": 5},
             "privacy.policy = 'catalog-private': server.catalogs gives the server what the policy keeps at the "
             "clients; set server.catalogs = 'none', or privacy.policy = 'adapter'; mergerec.select_every needs losses",

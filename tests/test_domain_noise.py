@@ -201,7 +201,8 @@ def test_the_rounds_of_a_domain_add_up_and_domains_do_not() -> None:
     assert any("sums of metrics" in what for what in statement["not_covered"])
     text = statement_text(statement)
     assert f"books: ε = {expected:.3g}, δ = 1e-05" in text
-    assert "It holds under these assumptions" in text
+    assert "It holds for what it covers, NOT for the run as a whole" in text
+    assert not statement["guarantee_of_run"]
     assert "no early stopping" in text
     json.dumps(statement, allow_nan=False)
 
@@ -209,6 +210,8 @@ def test_the_rounds_of_a_domain_add_up_and_domains_do_not() -> None:
 def test_a_run_that_ended_with_its_experts_released_no_sums() -> None:
     statement = privacy_statement(USER, {"books": [RECORD]}, evaluated=False)
     assert not any("sums of metrics" in what for what in statement["not_covered"])
+    assert statement["guarantee_of_run"]
+    assert "It holds under these assumptions" in statement_text(statement)
 
 
 def test_seeded_noise_is_called_no_guarantee() -> None:

@@ -18,7 +18,7 @@ import sim.federation
 import sim.through_clients
 import sim.welcome
 from fedmerge.config import ExperimentConfig
-from fedmerge.errors import PolicyError
+from fedmerge.errors import ClientError, PolicyError
 from fedmerge.run_dir import append_line, read_lines
 from sim import records
 
@@ -302,6 +302,7 @@ def test_with_noise_by_user_every_answer_on_own_users_is_counted(place: Path, tm
     run_in_process(config)
     told = json.loads((tmp_path / "run" / "privacy.json").read_text())
     assert told["guarantee"]
+    assert not told["guarantee_of_run"]  # sums of metrics are exact
     assert told["domains"].keys() == {"beauty", "books", STRICT}
     for found in told["domains"].values():
         training, answers = found["releases"]
@@ -320,6 +321,32 @@ def test_with_noise_by_user_every_answer_on_own_users_is_counted(place: Path, tm
     run_in_process(experiment(place, tmp_path, **LITTLE, **pseudo, cache_dir=str(tmp_path / "cache")))
     told = json.loads((tmp_path / "pseudo" / "privacy.json").read_text())
     assert {len(found["releases"]) for found in told["domains"].values()} == {1}
+
+
+def test_by_user_a_domain_that_nothing_can_be_promised_to_is_refused_before_anybody_trains(
+    place: Path, tmp_path: Path
+) -> None:
+    private = {
+        "dp.mode": "user",
+        "dp.epsilon": 8.0,
+        "dp.delta": 0.1,
+        "dp.accountant": "rdp",
+        "train.negatives": "catalog",
+    }
+    with pytest.raises(ClientError, match=r"dp.delta = 0.1 is not below one over its .* training users"):
+        run_in_process(experiment(place, tmp_path, **{"merge.methods": "average", **private}))
+    clients = json.loads((tmp_path / "run" / "clients.json").read_text())
+    assert set(clients["excluded_in_phase"].values()) == {"gather"}
+    ledger = read_lines(tmp_path / "run" / "exposure.jsonl")
+    assert {reply["message"] for reply in ledger} == {"query.describe"}
+
+
+def test_what_few_validation_users_chose_is_not_told(place: Path, tmp_path: Path) -> None:
+    few = {"merge.methods": "average", "until": "train", "privacy.min_users": 10**6}
+    run_in_process(experiment(place, tmp_path, **few))
+    told = json.loads((tmp_path / "run" / "adapters" / "books" / "training.json").read_text())
+    assert told["validations"] == []
+    assert told.keys().isdisjoint({"best_step", "stopped_by"})
 
 
 @pytest.mark.parametrize("transport", ["int8", "top-k"])

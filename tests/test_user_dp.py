@@ -29,6 +29,7 @@ from fedmerge.client.user_dp import (
     user_plan,
 )
 from fedmerge.config import ExperimentConfig, Lora, Text, Train, from_flat
+from fedmerge.device import resolve_compute
 from fedmerge.domain.demo import generate_domain
 from fedmerge.domain.folder import write_domain
 from fedmerge.encoder.backbone import Backbone
@@ -249,6 +250,23 @@ def test_a_step_divides_the_noised_sum_by_the_expected_number_of_users(
     noise = drawn.standard_normal(gradients.shape[1])
     sums = gradients.sum(dim=0) + plan.noise_multiplier * plan.clip * torch.from_numpy(noise).float()
     torch.testing.assert_close(moved, sums / (plan.sample_rate * plan.num_users), rtol=1e-3, atol=1e-5)
+
+
+def test_a_step_is_made_in_float32_whatever_the_backbone_computes_in(toys: LocalDomain, model: torch.nn.Module) -> None:
+    """With bfloat16 one user more or less would change how everybody else's gradient is rounded."""
+    lower = replace(toys.backbone, compute=resolve_compute("cpu", "bfloat16"))
+    before = [parameter.detach().clone() for parameter in trained(model)]
+    made = []
+    for domain in (toys, replace(toys, backbone=lower)):
+        with torch.no_grad():
+            for parameter, value in zip(trained(model), before, strict=True):
+                parameter.copy_(value)
+        private_steps(domain, model, torch.optim.SGD(trained(model), lr=1.0), TRAIN, PLAN, 7, "toys")(0, 1.0)
+        made.append(torch.cat([parameter.detach().flatten() for parameter in trained(model)]))
+    assert torch.equal(*made)
+    with torch.no_grad():
+        vectors = [embed_batch(each, toys.item_sequences[:4]).float() for each in (toys.backbone, lower)]
+    assert not torch.equal(*vectors)
 
 
 # Trainings

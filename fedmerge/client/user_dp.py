@@ -11,7 +11,7 @@ are constants: they are encoded by the model as it is, which noise has protected
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,8 +21,8 @@ import torch
 from fedmerge.client.local_domain import LocalDomain
 from fedmerge.client.losses import catalog_softmax
 from fedmerge.config import DP, ExperimentConfig, Train
+from fedmerge.encoder.backbone import in_float32
 from fedmerge.encoder.encode import TRAINING_GROUPS, embed_batch, encode
-from fedmerge.encoder.frozen import frozen_products, using
 from fedmerge.encoder.text import Tokens, pack_sequences
 from fedmerge.errors import DomainError
 from fedmerge.privacy.accountant import agreed_noise, opacus_accountants
@@ -111,6 +111,9 @@ def private_steps(
 ) -> PrivateStep:
     """What makes steps: encodes the items when they are due, draws users, clips, adds noise, and moves the parameters.
 
+    In float32, whatever ``runtime.precision`` is: who is in a batch decides how it is padded, and with bfloat16 the
+    rounding of everybody's gradient would change with one user by what no clip norm bounds.
+
     Args:
         domain: the client's own.
         model: the domain's backbone with a trainable LoRA attached.
@@ -120,8 +123,8 @@ def private_steps(
         seed: of the experiment; read with seeded randomness only.
         scope: of the randomness.
     """
+    domain = replace(domain, backbone=in_float32(domain.backbone))
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    products = frozen_products(domain.backbone)
     items: torch.Tensor | None = None
 
     def make(step: int, rate: float, penalty: Callable[[], torch.Tensor] | None = None) -> None:
@@ -130,8 +133,7 @@ def private_steps(
             items = encode(domain.backbone, domain.item_sequences).to(domain.backbone.device)
         drawn = source(plan.randomness, seed, "client", *scope, "dp", step)
         records = poisson_records(domain.training_sequences, settings.samples, plan.sample_rate, drawn)
-        with using(products):
-            total = clipped_sum(domain, model, parameters, records, items, settings.temperature, plan.clip)
+        total = clipped_sum(domain, model, parameters, records, items, settings.temperature, plan.clip)
         optimizer.zero_grad()
         if penalty is not None:
             penalty().backward()  # type: ignore[no-untyped-call]  # PyTorch leaves it untyped

@@ -97,6 +97,12 @@ def _check_dp(config: ExperimentConfig) -> None:
             "change cannot be clipped by user; set through_clients.mode = 'exact', or dp.mode = 'domain-local'"
         )
     noised = own if mode == "user" else mode == "domain-local" and config.privacy.policy == "catalog-private"
+    counted = noised and not own and "mergerec" in learned  # as many pseudo-users as the server is told
+    if mode == "domain-local" and counted and config.mergerec.pseudo_users == "centroid":
+        raise ValueError(
+            "dp.mode = 'domain-local' with mergerec.pseudo_users = 'centroid': how many pseudo-users that makes would "
+            "leave without noise; set mergerec.pseudo_users = 'subset' or 'one-item'"
+        )
     if noised and learned and config.admission.rollback:
         raise ValueError(
             f"dp.mode = '{mode}' with admission.rollback: a second merge would be learned through the clients, for "

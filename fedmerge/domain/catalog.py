@@ -138,6 +138,6 @@ def _check_columns(where: str, item_ids: Sequence[str], attributes: Mapping[str,
             raise DomainError(f"{where}: item {row} has an empty id, expected a unique one. Correct it in the source.")
         if rows.setdefault(item_id, row) != row:
             raise DomainError(
-                f"{where}: items {rows[item_id]} and {row} have the same id {item_id!r}, expected unique ids. "
+                f"{where}: items {rows[item_id]} and {row} have the same id, expected unique ids. "
                 "Remove the duplicate in the source."
             )

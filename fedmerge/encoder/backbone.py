@@ -3,7 +3,7 @@
 import hashlib
 import importlib.util
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -143,6 +143,11 @@ def load_backbone(source: str, pooling: str, compute: Compute, weights_sha256: s
     identity = hashlib.sha256("\n".join(f"{file} {digest}" for file, digest in sorted(hashes.items())).encode())
     logger.info("backbone %s (%s)", name, compute.reason)
     return Backbone(model, tokenizer, special_tokens(tokenizer), pooling, name, identity.hexdigest(), compute)
+
+
+def in_float32(backbone: Backbone) -> Backbone:
+    """The same encoder, computing in float32 throughout."""
+    return replace(backbone, compute=replace(backbone.compute, autocast_dtype=None, reason="float32 is needed here"))
 
 
 def check_max_tokens(backbone: Backbone, max_tokens: int) -> None:

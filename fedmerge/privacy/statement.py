@@ -63,8 +63,8 @@ def privacy_statement(
 
     Returns:
         JSON: mode, delta, accountant; per domain epsilon (None: no bound) under both adjacencies, what each was counted
-        by, and its releases;
-        whether the guarantee holds, and if not why; assumptions; what is not covered.
+        by, and its releases; whether the guarantee holds for what it covers, and if not why; whether it holds for all
+        that the run told; assumptions; what is not covered.
     """
     domains = {domain: _domain(dp, records) for domain, records in spent.items()}
     problems = []
@@ -84,6 +84,7 @@ def privacy_statement(
         "delta": dp.delta,
         "accountant": dp.accountant,
         "guarantee": not problems,
+        "guarantee_of_run": not problems and not evaluated,
         "why_not": problems,
         "covers": _COVERS[dp.mode],
         "domains": domains,
@@ -107,8 +108,13 @@ def statement_text(statement: Mapping[str, Any]) -> str:
     ]
     if statement["accountant"] == "prv" and bounded:
         lines.append(f"  counted by rdp, an upper bound, since prv would take too large a grid: {', '.join(bounded)}.")
-    if statement["guarantee"]:
+    if statement["guarantee_of_run"]:
         lines.append(f"  accountant: {statement['accountant']}. It holds under these assumptions:")
+    elif statement["guarantee"]:
+        lines.append(
+            f"  accountant: {statement['accountant']}. It holds for what it covers, NOT for the run as a whole, from "
+            "which exact sums over users left. The assumptions are:"
+        )
     else:
         lines.append("  THIS IS NO GUARANTEE: " + " ".join(statement["why_not"]) + " The assumptions are:")
     lines += [f"  - {assumption}" for assumption in statement["assumptions"]]

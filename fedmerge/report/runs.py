@@ -130,9 +130,8 @@ def _participant(name: str, client: Mapping[str, Any], experts: Mapping[str, Map
     trained = ""
     if isinstance(report.get("seconds"), (int, float)):
         cached = ", from its disk" if report.get("cached") else ""
-        trained = (
-            f"; {report.get('steps')} steps, best at {report.get('best_step')}, {report['seconds']:,.0f} s{cached}"
-        )
+        best = f", best at {report['best_step']}" if "best_step" in report else ""
+        trained = f"; {report.get('steps')} steps{best}, {report['seconds']:,.0f} s{cached}"
     return f"{name} ({client.get('role', _ABSENT)}): {counts or _ABSENT}{trained}"
 
 
