@@ -290,7 +290,13 @@ def test_with_noise_by_domain_every_answer_is_counted(
 
 
 def test_with_noise_by_user_every_answer_on_own_users_is_counted(place: Path, tmp_path: Path) -> None:
-    private = {"dp.mode": "user", "dp.epsilon": 8.0, "dp.delta": 1e-3, "dp.coefficient_clip": 0.01, "dp.accountant": "rdp"}
+    private = {
+        "dp.mode": "user",
+        "dp.epsilon": 8.0,
+        "dp.delta": 1e-3,
+        "dp.coefficient_clip": 0.01,
+        "dp.accountant": "rdp",
+    }
     own = {"through_clients.users": "own-users", "through_clients.batch_size": 25, "train.negatives": "catalog"}
     config = experiment(place, tmp_path, **LITTLE, **private, **own, cache_dir=str(tmp_path / "cache"))
     run_in_process(config)
