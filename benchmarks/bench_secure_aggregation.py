@@ -121,9 +121,7 @@ def plain(adapters: dict[str, Adapter], summed: Summed) -> Cost:
     else:
         values = [summed_values(summed, adapter, None) for adapter in adapters.values()]
         cost.timed(None, lambda: np.mean(values, axis=0))
-    cost.up = records.size_bytes(records.expert_record(some, {}))
-    if summed == "B":
-        cost.up -= sum(module.lora_A.nbytes for module in some.modules.values())
+    cost.up = records.size_bytes(records.expert_record(some, {}, only_B=summed == "B"))
     return cost
 
 

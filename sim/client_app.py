@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from functools import cache, lru_cache, wraps
+from functools import cache, lru_cache, partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -155,28 +155,28 @@ def train(message: Message, context: Context) -> RecordDict:
         check_may_leave(policy, "metric sums", name)
         return _kept_for_sum(client, message, context)
     check_may_leave(policy, "adapter", name)
-    adapter, report, _ = _trained(client, message)
+    adapter, report, task = _trained(client, message)
     coding = coding_of(client.config, name, client.domain.backbone)
     if coding.transport != "float32":
         lost = residual(adapter, as_received(adapter, coding))
         report = {**report, "transport": {"kind": coding.transport, "residual": lost}}
-    return records.expert_record(adapter, report, coding)
+    return records.expert_record(adapter, report, coding, only_B=task is not None and task.trained == "B")
 
 
 def _kept_for_sum(client: Client, message: Message, context: Context) -> RecordDict:
     """Train, keep what the secure sum will ask for, and send the report alone, without the hash of the adapter."""
-    adapter, report, start = _trained(client, message)
+    adapter, report, task = _trained(client, message)
     rule = client.config.rounds.rule
     row = RULES["weighted-average" if rule is None else rule]
     if row.summed is None:
         raise PolicyError(f"rounds.rule is {rule}, which needs single adapters; the policy keeps them at the client.")
-    values = summed_values(row.summed, adapter, start if row.of == "updates" else None)
+    values = summed_values(row.summed, adapter, task.start if task and row.of == "updates" else None)
     remember_values(context, keep_values(client.config.cache_dir, client.domain.manifest.name, values))
     return records.report_record({key: value for key, value in report.items() if key != "sha256"})
 
 
-def _trained(client: Client, message: Message) -> tuple[Adapter, dict[str, Any], Adapter | None]:
-    """The adapter that was asked for, the report of its training, and what it started from in a round."""
+def _trained(client: Client, message: Message) -> tuple[Adapter, dict[str, Any], RoundTask | None]:
+    """The adapter that was asked for, the report of its training, and the task of a round."""
     if client.config.rounds.rule is not None:
         return _trained_round(client, message)
     adapter, report = trained_expert(client.domain, client.config, logger.info)
@@ -186,20 +186,18 @@ def _trained(client: Client, message: Message) -> tuple[Adapter, dict[str, Any],
     return adapter, report, None
 
 
-def _trained_round(client: Client, message: Message) -> tuple[Adapter, dict[str, Any], Adapter | None]:
+def _trained_round(client: Client, message: Message) -> tuple[Adapter, dict[str, Any], RoundTask]:
     config, domain = client.config, client.domain
     name = domain.manifest.name
-    request, start, base = records.read_round_request(message.content)
     lora = config.lora.of(name)
-    if start is None:
-        start = fresh_adapter(domain.backbone, lora, request.fresh_seed)
+    request, start, base = records.read_round_request(message.content, partial(fresh_adapter, domain.backbone, lora))
     task = RoundTask(request.number, request.num_rounds, start, base, request.trained, config.rounds.proximal)
     if config.dp.mode == "user":
         check_counted(name, config, task)
         released = released_once(domain, config, task, lambda: _round(client, task, lora))
     else:
         released = _round(client, task, lora)
-    return released.adapter, dict(released.told), start
+    return released.adapter, dict(released.told), task
 
 
 def _round(client: Client, task: RoundTask, lora: Lora) -> Release:

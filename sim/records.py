@@ -34,7 +34,7 @@ GRADIENT = "query.gradient"
 OWN_EXPERT = "own"
 FLOAT32 = Coding()
 
-NOT_FRESH = -1  # a round starts from the adapter that is sent
+NOT_FRESH = -1  # a round starts from the adapter that is sent, whole
 
 LARGEST_COUNT, LARGEST_NUMBER = 2**53, 1e30  # in a report
 
@@ -115,7 +115,8 @@ class RoundRequest:
         number: of the round, from 1.
         num_rounds: in all.
         trained: ``A and B`` or ``B``.
-        fresh_seed: the seed of a fresh adapter to start from, or NOT_FRESH.
+        fresh_seed: the seed of a fresh adapter to start from; where the start's lora_B travels alone, of its lora_A;
+            NOT_FRESH where all of it does.
     """
 
     number: int
@@ -168,13 +169,16 @@ def read_catalog(content: RecordDict) -> bytes:
     return data
 
 
-def expert_record(adapter: Adapter, report: Mapping[str, Any], coding: Coding = FLOAT32) -> RecordDict:
-    """A trained adapter with the report of its training."""
-    return RecordDict({**_adapter_records(adapter, "", coding), _FACTS: ConfigRecord({"report": json.dumps(report)})})
+def expert_record(
+    adapter: Adapter, report: Mapping[str, Any], coding: Coding = FLOAT32, only_B: bool = False
+) -> RecordDict:
+    """A trained adapter with the report of its training; with ``only_B`` its lora_A stays, which nobody trained."""
+    arrays = _adapter_records(adapter, "", coding, only_B)
+    return RecordDict({**arrays, _FACTS: ConfigRecord({"report": json.dumps(report)})})
 
 
 def read_expert(
-    content: RecordDict, coding: Coding = FLOAT32, like: Adapter | None = None
+    content: RecordDict, coding: Coding = FLOAT32, like: Adapter | None = None, frozen: Adapter | None = None
 ) -> tuple[Adapter, dict[str, Any]]:
     """Inverse of :func:`expert_record`.
 
@@ -182,12 +186,13 @@ def read_expert(
         content: of the message.
         coding: how it was sent.
         like: an adapter of the expected layout, needed where it was not sent as float32.
+        frozen: an adapter whose lora_A goes with the lora_B that was sent alone; None: both were sent.
 
     Raises:
         ClientError, LayoutMismatchError: another form.
     """
     report = read_report(content)
-    return _read_adapter(content, "", coding, like), report
+    return _read_adapter(content, "", coding, like, frozen), report
 
 
 def read_report(content: RecordDict) -> dict[str, Any]:
@@ -218,21 +223,32 @@ def report_record(report: Mapping[str, Any]) -> RecordDict:
 def round_request_record(request: RoundRequest, start: Adapter | None, base: Adapter | None) -> RecordDict:
     """A round's request: the adapter to start from, None for a fresh one, and what is folded into the backbone."""
     adapters: ModelRecords = {}
-    for suffix, adapter in (("start", start), ("base", base)):
-        adapters |= _adapter_records(adapter, suffix) if adapter is not None else {}
+    if start is not None:
+        adapters |= _adapter_records(start, "start", only_B=request.trained == "B")
+    if base is not None:
+        adapters |= _adapter_records(base, "base")
     return RecordDict({_FACTS: ConfigRecord(asdict(request)), **adapters})
 
 
-def read_round_request(content: RecordDict) -> tuple[RoundRequest, Adapter | None, Adapter | None]:
+def read_round_request(
+    content: RecordDict, fresh: Callable[[int], Adapter]
+) -> tuple[RoundRequest, Adapter, Adapter | None]:
     """Inverse of :func:`round_request_record`.
+
+    Args:
+        content: of the message.
+        fresh: makes the fresh adapter of a seed.
 
     Raises:
         ClientError, LayoutMismatchError: another form.
     """
     request = _dataclass(RoundRequest, dict(_config(content, _FACTS)))
-    start, base = (
-        _read_adapter(content, suffix) if f"{_ADAPTER}{suffix}" in content else None for suffix in ("start", "base")
-    )
+    made = None if request.fresh_seed == NOT_FRESH else fresh(request.fresh_seed)
+    frozen = made if request.trained == "B" else None
+    start = _read_adapter(content, "start", frozen=frozen) if f"{_ADAPTER}start" in content else made
+    if start is None:
+        raise ClientError(f"the request holds neither an adapter to start from nor the seed of one; {_ONE_VERSION}")
+    base = _read_adapter(content, "base") if f"{_ADAPTER}base" in content else None
     return request, start, base
 
 
@@ -450,13 +466,20 @@ def _exposed(name: str, dtype: str, shape: tuple[int, ...], size_bytes: int) -> 
     return {"name": name, "dtype": dtype, "shape": "x".join(map(str, shape)), "size_bytes": size_bytes}
 
 
-def _adapter_records(adapter: Adapter, suffix: str, coding: Coding = FLOAT32) -> ModelRecords:
-    arrays = {name: Array(values) for name, values in pack(adapter, coding).items()}
+def _adapter_records(adapter: Adapter, suffix: str, coding: Coding = FLOAT32, only_B: bool = False) -> ModelRecords:
+    packed = pack(adapter, coding)
+    arrays = {name: Array(values) for name, values in packed.items() if not only_B or name.endswith(".lora_B")}
     scalings: dict[str, ConfigRecordValues] = {name: module.scaling for name, module in adapter.modules.items()}
     return {f"{_ADAPTER}{suffix}": ArrayRecord(arrays), f"{_SCALINGS}{suffix}": ConfigRecord(scalings)}
 
 
-def _read_adapter(content: RecordDict, suffix: str, coding: Coding = FLOAT32, like: Adapter | None = None) -> Adapter:
+def _read_adapter(
+    content: RecordDict,
+    suffix: str,
+    coding: Coding = FLOAT32,
+    like: Adapter | None = None,
+    frozen: Adapter | None = None,
+) -> Adapter:
     arrays, scalings = (
         content.array_records.get(f"{_ADAPTER}{suffix}"),
         content.config_records.get(f"{_SCALINGS}{suffix}"),
@@ -468,24 +491,43 @@ def _read_adapter(content: RecordDict, suffix: str, coding: Coding = FLOAT32, li
             raise LayoutMismatchError(
                 f"module {name}: its scaling is a {type(scaling).__name__}, expected a number; {_ONE_VERSION}"
             )
+    numbers = {name: float(scaling) for name, scaling in scalings.items()}  # type: ignore[arg-type]  # as checked
     if coding.transport != "float32" and like is not None:
         types = PIECES[coding.transport]
         found = {
             name: array_values(array, name, np.dtype(types.get(_piece(name), "float32")), 2)
             for name, array in arrays.items()
         }
-        numbers = {name: float(scaling) for name, scaling in scalings.items()}  # type: ignore[arg-type]  # as checked
         return unpack(found, like, numbers, coding)
+    if frozen is not None:
+        _check_alone(arrays, scalings, frozen)
+        return Adapter(
+            {
+                name: LoraModule(module.lora_A, _tensor(arrays[f"{name}.lora_B"], f"{name}.lora_B"), numbers[name])
+                for name, module in frozen.modules.items()
+            }
+        )
     expected = {f"{name}.{part}" for name in scalings for part in ("lora_A", "lora_B")}
     if set(arrays) != expected:
         raise LayoutMismatchError(
             f"the adapter's tensors do not match its modules: {sorted(set(arrays) ^ expected)[:3]}; {_ONE_VERSION}"
         )
     modules = {}
-    for name, scaling in scalings.items():
+    for name, scaling in numbers.items():
         lora_A, lora_B = (_tensor(arrays[f"{name}.{part}"], f"{name}.{part}") for part in ("lora_A", "lora_B"))
-        modules[name] = LoraModule(lora_A, lora_B, float(scaling))  # type: ignore[arg-type]  # as checked
+        modules[name] = LoraModule(lora_A, lora_B, scaling)
     return Adapter(modules)
+
+
+def _check_alone(arrays: ArrayRecord, scalings: ConfigRecord, frozen: Adapter) -> None:
+    """Refuse anything but lora_B of every module, with its scaling."""
+    found = set(arrays) | {f"{name}.scaling" for name in scalings}
+    expected = {f"{name}.{part}" for name in frozen.modules for part in ("lora_B", "scaling")}
+    if found != expected:
+        raise LayoutMismatchError(
+            f"the adapter's lora_B was to travel alone, since lora_A is frozen: it lacks "
+            f"{sorted(expected - found)[:3]} and has unexpected {sorted(found - expected)[:3]}; {_ONE_VERSION}"
+        )
 
 
 def _read_models(content: RecordDict) -> dict[str, Adapter]:

@@ -22,7 +22,7 @@ from fedmerge.federated.summed import num_summed
 from fedmerge.merging.methods import Value
 from fedmerge.privacy.agreed import check_spent
 from fedmerge.seeding import generator
-from fedmerge.server.admission import adapter_bytes, check_adapter, check_frozen_A, layout_of
+from fedmerge.server.admission import adapter_bytes, check_adapter, layout_of
 from fedmerge.server.candidates import Candidate, merge_candidates
 from fedmerge.server.checkpoints import keep_merge
 from fedmerge.server.round_checkpoints import (
@@ -170,9 +170,10 @@ def _round(
     name = str(rounds.rule)
     trained = "A and B" if name in LEARNED_METHODS else rule_named(name).trained
     fresh = state.frozen or not state.num_rounds
-    task = records.RoundRequest(
-        number, rounds.number, trained, fresh_seed(config.seed, state.num_rounds) if fresh else records.NOT_FRESH
-    )
+    seed = records.NOT_FRESH
+    if fresh or trained == "B":  # an A that nobody trains stays the one of the first round
+        seed = fresh_seed(config.seed, state.num_rounds if fresh else 0)
+    task = records.RoundRequest(number, rounds.number, trained, seed)
 
     def request(domain: str) -> RecordDict:
         return records.round_request_record(task, None if fresh else state.starts[domain], state.base)
@@ -185,10 +186,9 @@ def _round(
         return adapter_bytes(layout_of(state.starts[domain])) + REPORT_BYTES
 
     def admit(domain: str, content: RecordDict) -> None:
-        adapter, report = records.read_expert(content)
-        check_adapter(domain, adapter, layout_of(state.starts[domain]))
-        if trained == "B":
-            check_frozen_A(domain, adapter, state.starts[domain])
+        start = state.starts[domain]
+        adapter, report = records.read_expert(content, frozen=start if trained == "B" else None)
+        check_adapter(domain, adapter, layout_of(start))
         check_spent(domain, config, report.get("privacy"), federation.descriptions[domain].num_users, number)
         keep_reply(run_dir, number, domain, adapter, report, backbone.name)
         replies[domain] = (adapter, report)

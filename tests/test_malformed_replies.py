@@ -23,6 +23,7 @@ from in_process import answer_honestly, run_in_process, small_experiment
 import sim.federation
 import sim.welcome
 from fedmerge.config import ExperimentConfig
+from fedmerge.encoder.lora import Adapter
 from fedmerge.errors import FedMergeError
 from fedmerge.server.admission import LARGEST_VALUE
 from sim import records
@@ -348,7 +349,7 @@ def test_a_record_of_any_contents_raises_our_own_errors_only(content: dict[str, 
         records.read_catalog,
         records.read_expert,
         records.read_metric_sums,
-        records.read_round_request,
+        lambda content: records.read_round_request(content, lambda seed: Adapter({})),
         records.read_evaluation_request,
     ):
         with pytest.raises(FedMergeError):

@@ -1,6 +1,7 @@
 """What travels: every record comes back as it went, and what is malformed is refused with a word that helps."""
 
 import json
+from dataclasses import replace
 from io import BytesIO
 from typing import Any
 
@@ -71,6 +72,36 @@ def test_a_transposed_view_travels_as_its_values() -> None:
     found, _ = records.read_expert(travelled(records.expert_record(view, {})))
     assert found.modules["a"].lora_A.tolist() == [[0.0, 2.0, 4.0], [1.0, 3.0, 5.0]]
     assert adapter_sha256(found) == adapter_sha256(view)
+
+
+def test_b_comes_back_alone_beside_an_a_that_both_sides_have() -> None:
+    content = travelled(records.expert_record(adapter(), {}, only_B=True))
+    assert {*content.array_records["adapter"]} == {f"{name}.lora_B" for name in LAYOUT}
+    found, _ = records.read_expert(content, frozen=adapter())
+    assert adapter_sha256(found) == adapter_sha256(adapter())
+    refused(records.read_expert, content, r"tensors do not match its modules.*lora_A")
+
+
+def test_a_request_of_a_round_comes_back() -> None:
+    start, base, fresh = adapter(), adapter(1), adapter(2)
+    zero = {name: replace(module, lora_B=0 * module.lora_B) for name, module in start.modules.items()}
+    made = {7: fresh, 8: Adapter(zero)}
+    whole = records.RoundRequest(2, 3, "A and B", records.NOT_FRESH)
+    seed_alone = records.RoundRequest(1, 3, "A and B", 7)
+    b_alone = records.RoundRequest(2, 3, "B", 8)
+    for request, sent, expected in ((whole, start, start), (seed_alone, None, fresh), (b_alone, start, start)):
+        content = travelled(records.round_request_record(request, sent, base))
+        found, found_start, found_base = records.read_round_request(content, made.__getitem__)
+        assert found == request
+        assert adapter_sha256(found_start) == adapter_sha256(expected)
+        assert found_base is not None
+        assert adapter_sha256(found_base) == adapter_sha256(base)
+    content = records.round_request_record(b_alone, start, None)
+    assert {*content.array_records["adapterstart"]} == {f"{name}.lora_B" for name in LAYOUT}
+    nothing = records.round_request_record(whole, None, None)
+    refused(
+        lambda content: records.read_round_request(content, made.__getitem__), nothing, "neither an adapter to start"
+    )
 
 
 @pytest.mark.parametrize("number", [0, 1, 12])
@@ -144,13 +175,14 @@ def test_a_catalog_that_is_not_bytes_is_refused() -> None:
     assert type(refused(records.read_catalog, facts, "came as str, expected bytes")) is ClientError
 
 
-def expert_with(arrays: dict[str, Array | None], scalings: dict[str, Any] | None = None) -> RecordDict:
-    """A good message but for these tensors (None: left out) and scalings."""
-    content = records.expert_record(adapter(), {})
-    kept = {name: array for name, array in content.array_records["adapter"].items() if name not in arrays}
-    changed = {name: array for name, array in arrays.items() if array is not None}
-    content["adapter"] = ArrayRecord({**kept, **changed})
-    content["scalings"] = ConfigRecord({**content.config_records["scalings"], **(scalings or {})})
+def expert_with(
+    arrays: dict[str, Array | None], scalings: dict[str, Any] | None = None, only_B: bool = False
+) -> RecordDict:
+    """A good message but for these tensors and scalings (None: left out)."""
+    content = records.expert_record(adapter(), {}, only_B=only_B)
+    for key, kind, changes in (("adapter", ArrayRecord, arrays), ("scalings", ConfigRecord, scalings or {})):
+        kept = {**content[key], **changes}
+        content[key] = kind({name: value for name, value in kept.items() if value is not None})
     return content
 
 
@@ -223,6 +255,33 @@ def test_the_good_tensor_of_these_tests_is_good() -> None:
 def test_modules_without_tensors_and_tensors_without_modules_are_refused() -> None:
     refused(records.read_expert, expert_with({}, {"pooler": 1.0}), r"pooler\.lora_A")
     refused(records.read_expert, expert_with({"pooler.lora_A": array(npy(GOOD))}), r"pooler\.lora_A")
+
+
+QUERY, DENSE = LAYOUT
+NOT_ALONE: dict[str, tuple[dict[str, Array | None], dict[str, Any], str]] = {
+    "lora_A, too": (
+        {QUERY_A: array(npy(GOOD))},
+        {},
+        rf"lacks \[\] and has unexpected \['{QUERY_A}'\]; use one fedmerge",
+    ),
+    "no tensor": ({f"{DENSE}.lora_B": None}, {}, rf"lacks \['{DENSE}\.lora_B'\] and has unexpected \[\]"),
+    "no scaling": ({}, {DENSE: None}, rf"lacks \['{DENSE}\.scaling'\]"),
+    "no module": ({f"{DENSE}.lora_B": None}, {DENSE: None}, rf"lacks \['{DENSE}\.lora_B', '{DENSE}\.scaling'\]"),
+    "another module": (
+        {"pooler.lora_B": array(npy(GOOD))},
+        {"pooler": 1.0},
+        r"\['pooler\.lora_B', 'pooler\.scaling'\]",
+    ),
+    "a bad tensor": ({f"{QUERY}.lora_B": array(npz())}, {}, rf"{QUERY}\.lora_B (cannot be read|announces)"),
+}
+
+
+@pytest.mark.parametrize("case", list(NOT_ALONE))
+def test_where_b_travels_alone_anything_more_or_less_is_refused(case: str) -> None:
+    arrays, scalings, message = NOT_ALONE[case]
+    content = expert_with(arrays, scalings, only_B=True)
+    error = refused(lambda content: records.read_expert(content, frozen=adapter()), content, message)
+    assert type(error) is LayoutMismatchError
 
 
 @pytest.mark.parametrize("scaling", ["2.0", b"2", [2.0]], ids=["text", "bytes", "list"])

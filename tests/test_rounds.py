@@ -16,9 +16,9 @@ from fedmerge.client.local_domain import open_domain
 from fedmerge.client.rounds import RoundTask, settings_of_round, train_round
 from fedmerge.client.train import train_expert
 from fedmerge.config import ExperimentConfig, MergeMethod, RoundRule, Train
-from fedmerge.encoder.lora import Adapter, LoraModule, adapter_sha256, fresh_adapter, read_adapter
+from fedmerge.encoder.lora import Adapter, adapter_sha256, fresh_adapter, read_adapter
 from fedmerge.errors import ClientError, ConfigError
-from fedmerge.federated.rounds import fresh_seed
+from fedmerge.federated.rounds import aggregate, fresh_seed, initial_state
 from fedmerge.federated.rules import RULES
 from fedmerge.run_dir import DONE, read_json
 from fedmerge.server.round_checkpoints import keep_reply, keep_state, round_records
@@ -27,6 +27,7 @@ from sim.client_app import _backbone
 from sim.rounds import check_rounds
 
 TRAIN = ("beauty", "books", "coffee")
+NPY_HEADER = 128  # bytes of it before the values of an array that travels
 
 
 def rounds_experiment(place: Path, name: str, rule: str, **changes: object) -> ExperimentConfig:
@@ -223,33 +224,122 @@ def test_who_comes_late_takes_part_from_the_next_round(place: Path, rule: str, j
     assert roles == ({("valid", "train"), ("test", "train")} if joins else {("test", "unseen")})
 
 
-def test_ffa_sends_the_a_that_everybody_has(place: Path) -> None:
+def first_start(config: ExperimentConfig) -> Adapter:
+    """What every client begins with."""
+    backbone = _backbone(config.backbone.source, config.backbone.pooling, None, "cpu", "float32")
+    return fresh_adapter(backbone, config.lora, fresh_seed(config.seed, 0))
+
+
+def test_of_ffa_b_alone_travels_both_ways(place: Path) -> None:
+    asked: dict[int, list[dict[str, Any]]] = {1: [], 2: []}
+
+    def listening(message: Message, context: Context) -> Message | None:
+        if message.metadata.message_type == "train":
+            request, _, base = records.read_round_request(message.content, lambda seed: first_start(config))
+            assert (request.fresh_seed, base) == (fresh_seed(config.seed, 0), None)
+            asked[request.number] += [row for row in records.contents(message.content) if "lora" in row["name"]]
+        return answer_honestly(message, context)
+
     config = rounds_experiment(place, "ffa", "ffa-lora")
-    run_in_process(config)
-    for record in round_records(run_dir(config)):
+    run_in_process(config, listening)
+    made = round_records(run_dir(config))
+    for record in made:
         assert record["aggregation"]["error"] == 0
         assert record["aggregation"]["bytes_up"]["books"] < final(config).size_bytes
 
+    def sizes(rows: list[dict[str, Any]]) -> int:
+        assert all(row["name"].endswith(".lora_B") for row in rows)
+        return sum(row["size_bytes"] - NPY_HEADER for row in rows)
 
-def test_who_does_not_keep_a_frozen_a_is_left_out_by_name(place: Path) -> None:
-    def stubborn(message: Message, context: Context) -> Message | None:
+    assert asked[1] == []
+    assert sizes(asked[2]) == sum(made[0]["aggregation"]["bytes_down"].values())
+    ledger = pq.read_table(run_dir(config) / "exposure.parquet").to_pylist()
+    for name in TRAIN:
+        arrays = [row for row in ledger if row["domain"] == name and row["dtype"] == "float32"]
+        assert {row["message"] for row in arrays} == {"train"}
+        assert len(arrays) == 2 * len(first_start(config).modules)
+        assert sizes(arrays) == sum(record["aggregation"]["bytes_up"][name] for record in made)
+    assert not any("lora_A" in row["name"] for row in ledger)
+
+
+def test_rounds_of_ffa_are_those_of_whole_adapters(place: Path) -> None:
+    config = rounds_experiment(place, "whole-ffa", "ffa-lora")
+    run_in_process(config)
+    start = first_start(config)
+    state = initial_state(dict.fromkeys(TRAIN, start))
+    for number in (1, 2):
+        local = {}
+        for name in TRAIN:
+            backbone = _backbone(config.backbone.source, config.backbone.pooling, None, "cpu", "float32")
+            domain = open_domain(Path(config.domains.root) / name, backbone, config.text)
+            task = RoundTask(number, 2, state.starts[name], trained="B")
+            local[name], _ = train_round(domain, config.lora, config.train, config.seed, task)
+        state = aggregate("ffa-lora", state, local)
+    for key, module in final(config).modules.items():
+        assert torch.equal(module.lora_A, start.modules[key].lora_A)
+        torch.testing.assert_close(module.lora_B, state.adapter.modules[key].lora_B, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("stubborn", ["too-much", "too-little"])
+def test_who_does_not_send_b_alone_is_left_out_by_name(place: Path, stubborn: str) -> None:
+    def answer(message: Message, context: Context) -> Message | None:
         answer = answer_honestly(message, context)
         if message.metadata.message_type == "train" and context.node_config["partition-id"] == 1:
             assert answer is not None
-            adapter, report = records.read_expert(answer.content)
-            modules = {
-                name: LoraModule(2 * module.lora_A, module.lora_B, module.scaling)
-                for name, module in adapter.modules.items()
-            }
-            return Message(records.expert_record(Adapter(modules), report), reply_to=message)
+            adapter, report = records.read_expert(answer.content, frozen=first_start(config))
+            if stubborn == "too-much":
+                return Message(records.expert_record(adapter, report), reply_to=message)
+            less = Adapter(dict(list(adapter.modules.items())[1:]))
+            return Message(records.expert_record(less, report, only_B=True), reply_to=message)
         return answer
 
-    config = rounds_experiment(place, "stubborn", "ffa-lora")
-    run_in_process(config, stubborn)
+    config = rounds_experiment(place, stubborn, "ffa-lora")
+    run_in_process(config, answer)
     excluded = read_json(run_dir(config) / "clients.json")["excluded"]
     assert set(excluded) == {"books"}
-    assert "lora_A is not the one that it was to keep frozen" in excluded["books"]
+    assert "LayoutMismatchError: the adapter's lora_B was to travel alone, since lora_A is frozen" in excluded["books"]
+    first = min(first_start(config).modules)
+    found = f"unexpected ['{first}.lora_A'" if stubborn == "too-much" else f"lacks ['{first}.lora_B'"
+    assert found in excluded["books"]
     assert [set(record["clients"]) for record in round_records(run_dir(config))] == [{"beauty", "coffee"}] * 2
+
+
+def test_a_noised_b_is_released_once_though_the_server_died(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashes: dict[tuple[int, str], list[str]] = {}
+
+    def listening(message: Message, context: Context) -> Message | None:
+        answer = answer_honestly(message, context)
+        if message.metadata.message_type == "train" and answer is not None:
+            request, *_ = records.read_round_request(message.content, lambda seed: first_start(config))
+            key = (request.number, TRAIN[int(context.node_config["partition-id"])])
+            adapter, _ = records.read_expert(answer.content, frozen=first_start(config))
+            hashes.setdefault(key, []).append(adapter_sha256(adapter))
+        return answer
+
+    noise: dict[str, object] = {"dp__mode": "user", "dp__noise_multiplier": 2.0, "dp__delta": 1e-3}
+    noise |= {"dp__accountant": "rdp", "train__negatives": "catalog"}
+    config = rounds_experiment(place, "noised-ffa", "ffa-lora", **noise)
+    assert config.dp.randomness == "system"  # trained anew it would differ
+
+    def dying(run_dir: Path, number: int, *arguments: Any) -> None:
+        if number == 2:
+            raise Killed
+        keep_reply(run_dir, number, *arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(sim.rounds, "keep_reply", dying)
+        with pytest.raises(Killed):
+            run_in_process(config, listening)
+    run_in_process(config.model_copy(update={"resume": True}), listening)
+    assert (run_dir(config) / DONE).is_file()
+    assert [set(record["clients"]) for record in round_records(run_dir(config))] == [{*TRAIN}] * 2
+    assert {*hashes} == {(number, name) for number in (1, 2) for name in TRAIN}
+    assert max(map(len, hashes.values())) == 2
+    assert all(len(set(each)) == 1 for each in hashes.values())
+    assert len(set.union(*map(set, hashes.values()))) == 2 * len(TRAIN)
+    ledger = pq.read_table(run_dir(config) / "exposure.parquet").to_pylist()
+    assert any("lora_B" in row["name"] for row in ledger)
+    assert not any("lora_A" in row["name"] for row in ledger)
 
 
 def test_few_users_tell_no_loss_and_weigh_by_their_number(place: Path) -> None:

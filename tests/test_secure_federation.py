@@ -224,7 +224,7 @@ def test_a_killed_sum_begins_again_with_fresh_keys(place: Path, monkeypatch: pyt
     assert_close(merged(config, "average"), before)
 
 
-@pytest.mark.parametrize("rule", ["weighted-average", "fedit"])  # others: test_federated_rules.py
+@pytest.mark.parametrize("rule", ["weighted-average", "fedit", "ffa-lora"])  # others: test_federated_rules.py
 def test_rounds_of_sums_are_rounds(place: Path, rule: str) -> None:
     changes = {
         "rounds__rule": rule,

@@ -83,20 +83,6 @@ def check_adapter(domain: str, adapter: Adapter, layout: Layout) -> None:
                 )
 
 
-def check_frozen_A(domain: str, adapter: Adapter, start: Adapter) -> None:  # A of LoRA, as in the papers
-    """Refuse an adapter whose A is not the one that all clients share.
-
-    Raises:
-        LayoutMismatchError: which module.
-    """
-    for name, module in adapter.modules.items():
-        if not torch.equal(module.lora_A, start.modules[name].lora_A):
-            raise LayoutMismatchError(
-                f"domain {domain}: {name}.lora_A is not the one that it was to keep frozen. "
-                "Use the same fedmerge version everywhere."
-            )
-
-
 def sums_bytes(num_models: int, num_metrics: int) -> int:
     """The most bytes that the metric sums of so many models take in a message, baselines included."""
     methods = num_models + MAX_BASELINES
