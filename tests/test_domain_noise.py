@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from scipy import stats
@@ -13,7 +14,7 @@ from fedmerge.config import DP, ExperimentConfig, from_flat
 from fedmerge.encoder.lora import Adapter, LoraModule
 from fedmerge.errors import ClientError, LayoutMismatchError
 from fedmerge.privacy.accountant import Release, calibrated_noise, spent_epsilon
-from fedmerge.privacy.agreed import check_spent
+from fedmerge.privacy.agreed import check_spent, largest_product
 from fedmerge.privacy.domain_noise import (
     clip_factor,
     domain_noise,
@@ -336,3 +337,12 @@ def test_what_clients_say_counts_for_nothing_where_the_server_adds_the_noise(tmp
         (tmp_path / path).write_text(json.dumps({"privacy": told}))
     statement = privacy_statement(CENTRAL.dp, spent_by_domain(tmp_path, CENTRAL), True)
     assert statement["domains"].keys() == {EVERY_DOMAIN}
+
+
+@pytest.mark.parametrize("rank", [1, 2, 8, 64])
+def test_products_of_noise_stay_within_the_range_that_is_asked_for(rank: int) -> None:
+    rng = np.random.default_rng(0)
+    sums = np.concatenate([(rng.standard_normal((2, 50_000, rank)).prod(axis=0)).sum(axis=1) for _ in range(4)])
+    beyond = np.abs(sums) > largest_product(rank, 1e-3)
+    assert 0 < beyond.mean() <= 1e-3
+    assert not (np.abs(sums) > largest_product(rank, 1e-10)).any()

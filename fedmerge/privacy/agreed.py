@@ -10,7 +10,7 @@ from fedmerge.privacy.accountant import agreed_noise
 from fedmerge.privacy.domain_noise import domain_noise, domain_record
 from fedmerge.privacy.releases import noised_answers, user_releases
 
-_DEVIATIONS = 8  # of a sum of products of normal numbers; the largest of ten million is not as far out
+_CHANCE = 1e-10  # that one entry leaves the range; a model has a hundred thousand to a hundred million
 _NOISE_TOLERANCE = 0.01  # relative; calibrated elsewhere, perhaps with other versions of the libraries
 
 
@@ -39,17 +39,34 @@ def check_releases(config: ExperimentConfig) -> None:
 
 
 def _check_range(config: ExperimentConfig, noise_multiplier: float) -> None:
-    """Refuse a secure sum whose range the product of two noised factors is sure to leave."""
+    """Refuse a secure sum whose range the product of two noised factors may well leave."""
     deviation = noise_multiplier * 2 * config.dp.clip
     layouts = [config.lora.of(domain) for domain in config.domains.train]
-    largest = _DEVIATIONS * max(lora.alpha / math.sqrt(lora.rank) for lora in layouts) * deviation**2
+    largest = max(lora.alpha / lora.rank * largest_product(lora.rank, _CHANCE) for lora in layouts) * deviation**2
     if largest > config.privacy.value_range:
         raise ConfigError(
             f"privacy.value_range = {config.privacy.value_range:g} with dp.mode = 'domain-local': noise of deviation "
             f"{deviation:.3g} on A and B makes updates with entries of about {largest:.2g}, which a secure sum would "
-            f"refuse. Set privacy.value_range to {largest:.2g} or more (at most 10,000; the sum becomes coarser), or "
+            f"refuse. Set privacy.value_range to {math.ceil(largest)} or more (at most 10,000; the sum becomes coarser), or "
             "lower dp.clip."
         )
+
+
+def largest_product(rank: int, chance: float) -> float:
+    """t with P(|Σ aᵢbᵢ| > t) ≤ chance for rank products of independent standard normal numbers, by Chernoff's bound.
+
+    E exp(s Σ aᵢbᵢ) = (1 - s²)^(-rank/2) for s < 1.
+    """
+
+    def log_chance(t: float) -> float:
+        s = (math.sqrt(rank**2 + 4 * t**2) - rank) / (2 * t)
+        return math.log(2) - s * t - rank / 2 * math.log1p(-(s**2))
+
+    low, high = 1.0, 1e6
+    while high - low > 1e-3 * high:
+        middle = (low + high) / 2
+        low, high = (low, middle) if log_chance(middle) <= math.log(chance) else (middle, high)
+    return high
 
 
 def check_spent(domain: str, config: ExperimentConfig, told: Any, num_users: int, number: int | None = None) -> None:
