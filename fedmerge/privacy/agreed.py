@@ -47,8 +47,8 @@ def _check_range(config: ExperimentConfig, noise_multiplier: float) -> None:
         raise ConfigError(
             f"privacy.value_range = {config.privacy.value_range:g} with dp.mode = 'domain-local': noise of deviation "
             f"{deviation:.3g} on A and B makes updates with entries of about {largest:.2g}, which a secure sum would "
-            f"refuse. Set privacy.value_range to {math.ceil(largest)} or more (at most 10,000; the sum becomes coarser), or "
-            "lower dp.clip."
+            f"refuse. Set privacy.value_range to {math.ceil(largest)} or more (at most 10,000; the sum becomes "
+            "coarser), or lower dp.clip."
         )
 
 
