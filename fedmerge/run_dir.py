@@ -13,6 +13,7 @@ choice.json                        what validation chose; written before test is
 test/<domain>.json                 as validation
 metrics.parquet, products.parquet  sums and counts per split, variant, domain, method and metric
 exposure.parquet                   what left each client: names, shapes, dtypes, bytes (exposure.jsonl until the end)
+released.jsonl                     with noise of the clients' own: what arrived of it, also what was late or refused
 privacy.json                       with differential privacy: what was spent of every unit, assumptions included
 privacy-audit.json, .txt           what an audit measured, where one was made
 tracking/                          with `tracking`: the same for TensorBoard or MLflow (fedmerge.report.tracking)

@@ -26,7 +26,7 @@ from fedmerge.client.local_domain import LocalDomain, open_domain
 from fedmerge.client.metrics import BACKBONE, EXPERT
 from fedmerge.client.released import CoefficientMessage, Release, check_counted, noised_answer_once, released_once
 from fedmerge.client.rounds import RoundTask, train_round
-from fedmerge.client.summed import keep_values
+from fedmerge.client.summed import check_not_shown, keep_values, sum_of_run
 from fedmerge.client.user_dp import check_user_dp, plan_record, poisson_records, user_plan
 from fedmerge.config import ExperimentConfig, Lora, Text, from_flat
 from fedmerge.device import resolve_compute
@@ -171,7 +171,11 @@ def _kept_for_sum(client: Client, message: Message, context: Context) -> RecordD
     if row.summed is None:
         raise PolicyError(f"rounds.rule is {rule}, which needs single adapters; the policy keeps them at the client.")
     values = summed_values(row.summed, adapter, task.start if task and row.of == "updates" else None)
-    remember_values(context, keep_values(client.config.cache_dir, client.domain.manifest.name, values))
+    name, cache_dir = client.domain.manifest.name, client.config.cache_dir
+    of = sum_of_run(client.config, task.number if task else 0)
+    sha256 = keep_values(cache_dir, name, values)
+    check_not_shown(cache_dir, name, sha256, of)
+    remember_values(context, sha256, of)
     return records.report_record({key: value for key, value in report.items() if key != "sha256"})
 
 

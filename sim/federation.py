@@ -67,6 +67,8 @@ class Question:
         timeout_seconds: from sending to the answer.
         request: name -> content of the message.
         limit_bytes: name -> the most bytes that its answer may take; checked before anything of it is read.
+        released: called with name and content of every answer but errors as it arrives, late or not, before anything
+            can refuse it; with the reason in place of a content that is not read. None where nothing is counted.
     """
 
     message_type: str
@@ -76,6 +78,7 @@ class Question:
     split: str = ""
     noise: str = "none"
     quiet: bool = False
+    released: Callable[[str, RecordDict | str], None] | None = None
 
 
 def own_noise(config: ExperimentConfig) -> str:
@@ -217,6 +220,13 @@ def ask(
     lost = _Lost(federation, message_type)
     started = heartbeat = said = time.monotonic()
     answered = 0
+
+    def arrived(message_id: str, reply: Message | str) -> None:
+        if message_id in federation.late:
+            _note_release(*federation.late[message_id][:2], reply)
+        elif message_id in waiting:
+            _note_release(waiting[message_id][0], question, reply)
+
     while to_ask or waiting or lost.until:
         to_ask.extend((name, nodes[name]) for name in lost.returned(nodes))
         while to_ask and len(waiting) < federation.messages_at_once:
@@ -230,7 +240,7 @@ def ask(
                 federation.exclude(name, f"{message_type}: Flower could not send the message")
         # Flower fails when it is asked for a message that it has forgotten.
         federation.late = {key: late for key, late in federation.late.items() if late[2] > time.monotonic()}
-        for message_id, reply in _replies(federation, [*waiting, *federation.late]):
+        for message_id, reply in _replies(federation, [*waiting, *federation.late], arrived):
             if message_id in federation.late:
                 name, asked, _ = federation.late.pop(message_id)
                 _record_late(federation, name, asked, reply)
@@ -318,11 +328,20 @@ class _Lost:
         return back
 
 
-def _replies(federation: Federation, message_ids: list[str]) -> Iterator[tuple[str, Message | str]]:
+def _replies(
+    federation: Federation,
+    message_ids: list[str],
+    arrived: Callable[[str, Message | str], None] = lambda message_id, reply: None,
+) -> Iterator[tuple[str, Message | str]]:
     """Message id and reply of whatever has come; the reason in place of a reply that Flower itself fails to unpack.
 
     Between machines Flower unpacks what clients have packed, and one malformed reply would take all others of the same
     call with it. So each is asked for by itself there.
+
+    Args:
+        federation: the clients.
+        message_ids: that are waited for.
+        arrived: called with all that one call of Flower's gives, before any of it is handled, which may end the run.
     """
     for some in [message_ids] if federation.simulated else [[message_id] for message_id in message_ids]:
         try:
@@ -332,8 +351,12 @@ def _replies(federation: Federation, message_ids: list[str]) -> Iterator[tuple[s
         except Exception as error:
             if len(some) != 1 or federation.simulated:
                 raise
-            yield some[0], f"{type(error).__name__}: {error}"
+            reason = f"{type(error).__name__}: {error}"
+            arrived(some[0], reason)
+            yield some[0], reason
         else:
+            for reply in came:
+                arrived(reply.metadata.reply_to_message_id, reply)
             yield from ((reply.metadata.reply_to_message_id, reply) for reply in came)
 
 
@@ -440,6 +463,18 @@ def _checked_signature(federation: Federation, reply: Message) -> Mapping[str, s
         "signed_by": federation.keys[key].name if federation.keys else key,
         "signature": signature.data.hex(),
     }
+
+
+def _note_release(name: str, question: Question, reply: Message | str) -> None:
+    if question.released is None:
+        return
+    if isinstance(reply, str):
+        question.released(name, "its reply cannot be unpacked")
+    elif not reply.has_error():
+        if (size := records.size_bytes(reply.content)) > question.limit_bytes(name):
+            question.released(name, f"its reply takes {size:,} bytes and was not read")
+        elif reply.content.array_records or not records.read_error(reply.content):
+            question.released(name, reply.content)
 
 
 def _record_late(federation: Federation, name: str, question: Question, reply: Message | str) -> None:

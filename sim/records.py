@@ -416,6 +416,11 @@ def content_sha256(content: RecordDict) -> str:
     return digest.hexdigest()
 
 
+def arrays_sha256(content: RecordDict) -> str:
+    """A hash over the arrays that a message holds, whatever is told beside them."""
+    return content_sha256(RecordDict(dict(content.array_records)))
+
+
 def add_signature(content: RecordDict, signature: Signature) -> None:
     """Put a signature of the rest into a message."""
     content[_SIGNATURE] = ConfigRecord({"key": signature.key, "data": signature.data})

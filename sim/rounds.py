@@ -39,6 +39,7 @@ from fedmerge.server.round_checkpoints import (
 from fedmerge.server.summed import note_reveal
 from sim import records
 from sim.federation import Federation, Question, ask, listed, own_noise, require_quorum
+from sim.releases import trainings_released
 from sim.secure_sum import REPORT_BYTES, read_checked_report, secure_mean
 from sim.welcome import greet
 
@@ -198,7 +199,9 @@ def _round(
     if nodes:
         logger.info("round %d of %d: %s", number, rounds.number, listed(sorted(nodes)))
         timeout_seconds, noise = config.server.train_timeout_seconds, own_noise(config)
-        ask(federation, nodes, Question(records.TRAIN, timeout_seconds, request, limit_bytes, noise=noise), admit)
+        released = trainings_released(federation, config, number)
+        question = Question(records.TRAIN, timeout_seconds, request, limit_bytes, noise=noise, released=released)
+        ask(federation, nodes, question, admit)
     require_quorum(federation, config, list(replies) if rounds.fraction == 1 else federation.of("train"))
     if not replies:
         return None

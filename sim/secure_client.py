@@ -16,9 +16,9 @@ _SECRETS = "secure sum"
 _VALUES = "summed values"
 
 
-def remember_values(context: Context, sha256: str) -> None:
-    """Which values the next sum is of; an earlier session that has not ended is over."""
-    context.state[_VALUES] = ConfigRecord({"sha256": sha256})
+def remember_values(context: Context, sha256: str, of: str) -> None:
+    """Which values the next sum is of, and of which training; an earlier session that has not ended is over."""
+    context.state[_VALUES] = ConfigRecord({"sha256": sha256, "of": of})
     context.state.pop(_SECRETS, None)
 
 
@@ -42,7 +42,7 @@ def answer_share(content: RecordDict, context: Context) -> RecordDict:
 
 def answer_masked(domain: str, config: ExperimentConfig, content: RecordDict, context: Context) -> RecordDict:
     """The masked values."""
-    values = kept_values(config.cache_dir, domain, _values_sha256(context))
+    values = kept_values(config.cache_dir, domain, _values(context)[0])
     state, masked = mask_values(_state(context), secure_records.read_boxes(content), values)
     _remember(context, state)
     return secure_records.masked_record(masked)
@@ -56,7 +56,8 @@ def answer_unmask(domain: str, config: ExperimentConfig, content: RecordDict, co
     of_sum = {client: state.session.coefficients[client] for client in survivors}
     summed = sum(of_sum[client] for client in sorted(of_sum))
     parts = {client: part / summed for client, part in of_sum.items()}
-    note_revealed(config.cache_dir, domain, _values_sha256(context), parts)
+    sha256, of = _values(context)
+    note_revealed(config.cache_dir, domain, sha256, parts, of)
     context.state.pop(_SECRETS, None)
     return secure_records.revealed_record(revealed)
 
@@ -75,8 +76,8 @@ def _state(context: Context) -> ClientState:
     return state_from_text(str(record["state"]))
 
 
-def _values_sha256(context: Context) -> str:
+def _values(context: Context) -> tuple[str, str]:
     record = context.state.config_records.get(_VALUES)
     if record is None:
         raise ClientError("it has trained nothing in this run that could be summed; ask it to train first")
-    return str(record["sha256"])
+    return str(record["sha256"]), str(record["of"])

@@ -38,6 +38,7 @@ from fedmerge.run_dir import (
     locked,
     open_run,
     read_json,
+    read_lines,
     run_to_resume,
     write_json,
     write_table,
@@ -50,11 +51,12 @@ from fedmerge.server.fallback import choose_per_domain
 from fedmerge.server.gate import probes
 from fedmerge.server.learned import labels_from_catalogs
 from fedmerge.server.rollback import FALLBACK, dropped_domains, roll_back, suffix_without
-from fedmerge.server.spent import spent_by_domain
+from fedmerge.server.spent import not_counted, spent_by_domain
 from sim import records
 from sim.evaluations import evaluate_models
-from sim.federation import Federation, Question, ask, listed, own_noise, require_quorum
+from sim.federation import LEDGER, Federation, Question, ask, listed, own_noise, require_quorum
 from sim.gate import pass_gate
+from sim.releases import trainings_released
 from sim.rounds import check_rounds, run_rounds
 from sim.secure_sum import REPORT_BYTES, secure_candidates
 from sim.through_clients import learn_through_clients
@@ -151,7 +153,6 @@ def _experiment(config: ExperimentConfig, federation: Federation, run_dir: Path)
         catalogs = _catalogs(federation, config, run_dir)
         made = _candidates(federation, config, backbone, catalogs, run_dir)
         if config.until == "train":
-            _say_what_was_spent(config, run_dir, evaluated=False)
             write_text(run_dir / DONE, f"the experts were there after {time.monotonic() - started:.0f} s\n")
             logger.info("the experts are there, run folder: %s", run_dir)
             return
@@ -165,6 +166,7 @@ def _experiment(config: ExperimentConfig, federation: Federation, run_dir: Path)
     finally:
         federation.write_clients()
         federation.write_ledger()
+        spent = _say_what_was_spent(config, run_dir)  # also of a run that fails: what was released has left its client
     roles: dict[str, Role] = {
         domain: "train" if domain in made.members else "unseen" for domain in [*validation, *test]
     }
@@ -188,7 +190,7 @@ def _experiment(config: ExperimentConfig, federation: Federation, run_dir: Path)
         ),
         fallback=config.evaluation.fallback or (choice.rollback is not None and choice.rollback["to"] == FALLBACK),
     )
-    report += _say_what_was_spent(config, run_dir, evaluated=True)
+    report += spent
     write_text(run_dir / "report.txt", report)
     write_text(run_dir / DONE, f"finished after {time.monotonic() - started:.0f} s\n")
     federation.forget_ledger_lines()
@@ -226,12 +228,14 @@ def _candidates(
     return Made(list(sources), sources, candidates, failed)
 
 
-def _say_what_was_spent(config: ExperimentConfig, run_dir: Path, evaluated: bool) -> str:
+def _say_what_was_spent(config: ExperimentConfig, run_dir: Path) -> str:
     """Write down what differential privacy the run gives, if any; what the report says of it."""
     if config.dp.mode == "none":
         return ""
     catalogs = bool(labels_from_catalogs(config)) or probes(config)
-    statement = privacy_statement(config.dp, spent_by_domain(run_dir, config), evaluated, catalogs)
+    evaluated = any(line["message"] == records.EVALUATE for line in read_lines(run_dir / LEDGER))
+    spent = spent_by_domain(run_dir, config)
+    statement = privacy_statement(config.dp, spent, evaluated, catalogs, not_counted(run_dir))
     write_json(run_dir / PRIVACY_FILE, statement)
     return "\n" + statement_text(statement)
 
@@ -336,7 +340,10 @@ def _train(
         transport = config.privacy.transport
         most = {domain: adapter_bytes(layout, transport) + REPORT_BYTES for domain, layout in layouts.items()}
         timeout_seconds, noise = config.server.train_timeout_seconds, own_noise(config)
-        question = Question(records.TRAIN, timeout_seconds, limit_bytes=most.__getitem__, noise=noise)
+        released = trainings_released(federation, config)
+        question = Question(
+            records.TRAIN, timeout_seconds, limit_bytes=most.__getitem__, noise=noise, released=released
+        )
         ask(federation, nodes, question, admit)
     sources = dict(sorted(sources.items()))
     if ended is None:

@@ -28,6 +28,7 @@ from fedmerge.server.collaborative import CollaborativeSettings, draw_pseudo_use
 from fedmerge.server.through_clients import cohort_sha256
 from sim import records
 from sim.federation import Federation, Question, ask, listed, own_noise, require_quorum
+from sim.releases import answers_released
 
 FARTHEST_NOISE = 20  # standard deviations that nobody ever draws
 LARGEST_GRADIENT = 1e6  # of a coefficient, far beyond any loss here, with noise by user too
@@ -178,13 +179,15 @@ def _answers(
 
     taking_part = [domain for domain in federation.of("train") if weights.get(domain)]
     nodes = {domain: federation.nodes[domain] for domain in taking_part}
+    noised = answers_have_noise(config)
     question = Question(
         records.GRADIENT,
         config.server.evaluate_timeout_seconds,
         request,
         lambda _: 4 * coefficients.numel() + 2**12,
-        noise=own_noise(config) if answers_have_noise(config) else "none",
+        noise=own_noise(config) if noised else "none",
         quiet=True,
+        released=answers_released(federation) if noised else None,
     )
     ask(federation, nodes, question, receive)
     require_quorum(federation, config, [domain for domain in federation.of("train") if domain in weights])

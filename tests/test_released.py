@@ -1,4 +1,4 @@
-"""What the noise is chosen for, a client releases once, whatever it is asked: rounds by user, answers by domain."""
+"""What the noise is chosen for, a client releases once, whatever it is asked: experts, rounds, answers."""
 
 import json
 from dataclasses import replace
@@ -12,8 +12,9 @@ from flwr.app import Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 from in_process import small_experiment
 
-from fedmerge.client import released
+from fedmerge.client import experts, released
 from fedmerge.client.collaborative import ClientMergeSettings, clipped_gradient_sum
+from fedmerge.client.kept import inputs_key
 from fedmerge.client.local_domain import open_domain
 from fedmerge.client.user_dp import poisson_records
 from fedmerge.config import ExperimentConfig, from_flat, to_flat
@@ -103,6 +104,39 @@ def test_more_rounds_than_steps_are_refused(config: ExperimentConfig) -> None:
     with pytest.raises(ConfigError, match=r"rounds.number = 3, but train.max_steps = 2: .*lower rounds.number, or"):
         from_flat({**to_flat(config), "rounds.number": 3})
     assert from_flat({**to_flat(config), "rounds.number": 3, "train.max_steps": 3}).rounds.number == 3
+
+
+def test_an_expert_is_released_once_a_run_wherever_it_is_trained(
+    config: ExperimentConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = from_flat({**to_flat(config), "rounds.rule": "none", "run_id": "experts"})
+    content = send(run, records.TRAIN, RecordDict())
+    adapter, told = records.read_expert(content)
+    assert not told["cached"]
+    more_threads = from_flat({**to_flat(run), "runtime.threads_per_client": run.runtime.threads_per_client + 1})
+    monkeypatch.setattr(experts, "__version__", "of tomorrow")
+    again, told_again = records.read_expert(send(more_threads, records.TRAIN, RecordDict()))
+    assert adapter_sha256(again) == adapter_sha256(adapter)  # with system noise, trained anew it would differ
+    assert told_again == {**told, "cached": True}
+    assert records.arrays_sha256(send(run, records.TRAIN, RecordDict())) == records.arrays_sha256(content)
+
+    backbone = load_backbone(run.backbone.source, run.backbone.pooling, resolve_compute("cpu", "float32"))
+    beauty = open_domain(Path(run.domains.root) / "beauty", backbone, run.text)
+    assert adapter_sha256(experts.expert_by_hash(beauty, more_threads, told["sha256"])) == told["sha256"]
+    assert adapter_sha256(experts.expert_by_hash(beauty, more_threads, None)) == told["sha256"]
+
+    other, _ = records.read_expert(
+        send(more_threads.model_copy(update={"run_id": "more"}), records.TRAIN, RecordDict())
+    )
+    assert adapter_sha256(other) != adapter_sha256(adapter)  # a run of its own, which somebody adds up
+    asked = send(run.model_copy(update={"seed": run.seed + 1}), records.TRAIN, RecordDict())
+    assert "the expert of this run was released before, for another request or with other settings" in str(
+        records.read_error(asked)
+    )
+    (spoiled,) = Path(run.cache_dir).glob(f"released/beauty-{inputs_key({'run': 'experts'})}/expert/training.json")
+    spoiled.write_text("{")
+    refused = str(records.read_error(send(run, records.TRAIN, RecordDict())))
+    assert "the expert of this run was released before, but …/expert is damaged" in refused
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from flwr.app import Context, Message, RecordDict
 from in_process import answer_honestly, run_in_process, small_experiment
 
-from fedmerge.client.summed import keep_values, kept_values, note_revealed
+from fedmerge.client.summed import check_not_shown, keep_values, kept_values, note_revealed, sum_of_run
 from fedmerge.config import ExperimentConfig
 from fedmerge.encoder.lora import Adapter, read_adapter
 from fedmerge.errors import AggregationError, ClientError, ConfigError, PolicyError
@@ -398,6 +398,60 @@ def test_what_a_client_keeps_for_sums(tmp_path: Path) -> None:
     for company in ({"a": 0.5, "c": 0.25, "books": 0.25}, {"a": 0.25, "b": 0.5, "books": 0.25}):
         with pytest.raises(PolicyError, match=r"summed before, with a 0\.5, b 0\.25, books 0\.25, and now with a"):
             note_revealed(str(tmp_path), "books", sha256, company)
+
+
+def test_of_a_run_a_client_shows_one_training(tmp_path: Path) -> None:
+    company = {"a": 0.5, "b": 0.25, "books": 0.25}
+    config = small_experiment(tmp_path, run_id="run")
+    of = [sum_of_run(config, number) for number in (1, 2)]
+    of.append(sum_of_run(config.model_copy(update={"run_id": "other"}), 1))
+    assert len({*of}) == 3
+    note_revealed(str(tmp_path), "books", "first", company, of[0])
+    note_revealed(str(tmp_path), "books", "first", company, of[0])  # a sum that was killed
+    for other in (*of[1:], ""):
+        check_not_shown(str(tmp_path), "books", "second", other)
+    check_not_shown(str(tmp_path), "toys", "second", of[0])
+    for other_company in (company, {"a": 0.5, "c": 0.25, "books": 0.25}):
+        with pytest.raises(PolicyError, match=r"domain books: its training came out otherwise than .* remove /"):
+            note_revealed(str(tmp_path), "books", "second", other_company, of[0])
+    assert sum_of_run(config.model_copy(update={"run_id": None}), 1) == ""
+    for mode in ("user", "domain-local"):  # each release is counted
+        noised = config.model_copy(update={"dp": config.dp.model_copy(update={"mode": mode})})
+        assert sum_of_run(noised, 1) == ""
+
+
+@pytest.mark.parametrize("number", [0, 1], ids=["experts", "round"])
+def test_what_is_trained_otherwise_after_a_sum_was_shown_is_in_no_second_one(
+    place: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    rounds = {"rounds__rule": "weighted-average", "rounds__number": 2} if number else {}
+    config = experiment(place, f"otherwise-{number}", cache_dir=str(place / f"cache-otherwise-{number}"), **rounds)
+
+    def killed(*arguments: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr("sim.rounds.keep_state" if number else "sim.secure_sum.keep_mean", killed)
+        with pytest.raises(Killed):
+            run_in_process(config)
+    revealed = sorted((place / f"cache-otherwise-{number}" / "sums").glob("*/revealed/run-*.json"))
+    assert len(revealed) == len(TRAIN)
+
+    others = {"books", "camping"}  # beauty keeps what it began with, the same whatever it trains
+
+    def otherwise(message: Message, context: Context) -> Message | None:
+        if domain_of(context) in others:  # as another budget or version would
+            context.run_config["train.learning_rate"] = config.train.learning_rate * 1.001
+        return answer_honestly(message, context)
+
+    resumed = config.model_copy(update={"resume": True})
+    with pytest.raises((ClientError, AggregationError)):
+        run_in_process(resumed, otherwise)
+    excluded = read_json(run_dir(config) / "clients.json")["excluded"]
+    assert {*excluded} == others
+    assert all("its training came out otherwise than the one that a sum of this" in why for why in excluded.values())
+    run_in_process(resumed)  # trained as before, the same is shown again
+    assert (run_dir(config) / DONE).is_file()
 
 
 def test_messages_of_another_form_are_refused() -> None:

@@ -15,6 +15,7 @@ from fedmerge.client.attack import poisoned_expert, poisons
 from fedmerge.client.kept import inputs_key, keep
 from fedmerge.client.local_domain import LocalDomain
 from fedmerge.client.private_expert import train_private_expert
+from fedmerge.client.released import Release, expert_released_once, released_expert
 from fedmerge.client.train import Progress, TrainingReport, check_can_train, train_expert
 from fedmerge.client.user_dp import plan_record, user_plan
 from fedmerge.config import Audit, ExperimentConfig
@@ -32,6 +33,7 @@ def trained_expert(domain: LocalDomain, config: ExperimentConfig, progress: Prog
     """The domain's expert: from disk where the same inputs were trained on before, else trained now and kept.
 
     What is kept is what was released: with differential privacy the noised adapter, so sending it again spends nothing.
+    By user a run has one, whatever versions, threads or device it goes on with: another would be another release.
 
     Args:
         domain: the client's own.
@@ -41,7 +43,25 @@ def trained_expert(domain: LocalDomain, config: ExperimentConfig, progress: Prog
 
     Returns:
         The adapter, and :class:`fedmerge.client.train.TrainingReport` as a dict with ``cached`` and ``sha256``.
+
+    Raises:
+        PolicyError: by user, the run was sent another one, or that is damaged.
     """
+    if not _once_a_run(config):
+        return _trained(domain, config, progress)
+    made_now: list[str] = []
+
+    def make() -> Release:
+        adapter, report = _trained(domain, config, progress)
+        if not report["cached"]:
+            made_now.append(report["sha256"])
+        return Release(adapter, report)
+
+    release = expert_released_once(domain, config, _released_for(domain, config), make)
+    return release.adapter, {**release.told, "cached": release.told["sha256"] not in made_now}
+
+
+def _trained(domain: LocalDomain, config: ExperimentConfig, progress: Progress) -> tuple[Adapter, dict[str, Any]]:
     folder = _folder(domain, config)
     if kept := _kept(folder):
         progress(f"{domain.manifest.name}: expert of an earlier run with the same inputs taken from {folder}")
@@ -120,10 +140,13 @@ def expert_by_hash(
     Raises:
         ClientError: it is no longer on this client's disk.
     """
-    kept = _kept(_folder(domain, config))
+    folder = released_expert(domain, config)
+    if not _once_a_run(config) or not folder.exists():
+        folder = _folder(domain, config)
+    kept = _kept(folder)
     if kept is None or sha256 not in (None, received(kept[0])):
         raise ClientError(
-            f"domain {domain.manifest.name}: its expert {(sha256 or '')[:12]} is not in {_folder(domain, config)}. "
+            f"domain {domain.manifest.name}: its expert {(sha256 or '')[:12]} is not in {folder}. "
             "Keep cache_dir between training and evaluation."
         )
     return kept[0]
@@ -143,7 +166,21 @@ def _folder(domain: LocalDomain, config: ExperimentConfig) -> Path:
     return experts / f"{domain.manifest.name}-{_training_key(domain, config)}"
 
 
+def _once_a_run(config: ExperimentConfig) -> bool:
+    return config.dp.mode == "user" and config.run_id is not None
+
+
+def _released_for(domain: LocalDomain, config: ExperimentConfig) -> str:
+    """Key of what an expert is trained on and how; where it is trained may change between a kill and a resume."""
+    inputs = _training_inputs(domain, config)
+    return inputs_key({key: value for key, value in inputs.items() if key not in ("versions", "threads", "device")})
+
+
 def _training_key(domain: LocalDomain, config: ExperimentConfig) -> str:
+    return inputs_key(_training_inputs(domain, config))
+
+
+def _training_inputs(domain: LocalDomain, config: ExperimentConfig) -> dict[str, Any]:
     lora = config.lora.of(domain.manifest.name)
     inputs = {
         "catalog": domain.manifest.catalog_sha256,
@@ -168,4 +205,4 @@ def _training_key(domain: LocalDomain, config: ExperimentConfig) -> str:
         inputs["noise also for"] = [number, config.through_clients.batch_size] if of_users else number
     if config.audit != Audit():
         inputs["audit"] = config.audit.model_dump()
-    return inputs_key(inputs)
+    return inputs

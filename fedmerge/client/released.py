@@ -1,7 +1,7 @@
-"""What a client has released with differential privacy besides experts, on its own disk: rounds, and answers.
+"""What a client has released with differential privacy in a run, on its own disk: its expert, rounds, and answers.
 
-The noise is chosen for the rounds of the configuration, or for its messages about merging coefficients, and each is
-released once. So what is asked for again, as after a run that was killed, is answered with what was
+The noise is chosen for one expert, for the rounds of the configuration, or for its messages about merging coefficients,
+and each is released once. So what is asked for again, as after a run that was killed, is answered with what was
 released before, and nothing else is released for it.
 """
 
@@ -37,7 +37,7 @@ _ANSWERS_DEPEND_ON = ("text", "mergerec", "adamerging", "through_clients", "dp",
 
 @dataclass(frozen=True)
 class Release:
-    """What a client sent for a round: the noised adapter, and what it told of its training."""
+    """What a client sent for a round, or as its expert: the noised adapter, and what it told of its training."""
 
     adapter: Adapter
     told: Mapping[str, Any]
@@ -95,8 +95,36 @@ def released_once(
         PolicyError: another release was made for the round, or it is damaged.
         ClientError: it cannot be kept.
     """
-    name = domain.manifest.name
+    folder = _released(domain.manifest.name, config) / str(task.number)
+    what = f"domain {domain.manifest.name}: round {task.number} of this run"
+    return _adapter_once(domain, folder, what, _asked(domain, config, task), train)
 
+
+def expert_released_once(
+    domain: LocalDomain, config: ExperimentConfig, asked: str, train: Callable[[], Release]
+) -> Release:
+    """What this client has released as its expert in a run: trained now and kept before it is sent, or as it was sent.
+
+    Args:
+        domain: the client's own.
+        config: whose ``run_id`` names the run.
+        asked: key of all that the expert depends on, but not of where it is trained.
+        train: what makes the release.
+
+    Raises:
+        PolicyError: another expert was released, or it is damaged.
+        ClientError: it cannot be kept.
+    """
+    what = f"domain {domain.manifest.name}: the expert of this run"
+    return _adapter_once(domain, released_expert(domain, config), what, asked, train)
+
+
+def released_expert(domain: LocalDomain, config: ExperimentConfig) -> Path:
+    """Where the expert lies that this client has released in a run, if it has."""
+    return _released(domain.manifest.name, config) / "expert"
+
+
+def _adapter_once(domain: LocalDomain, folder: Path, what: str, asked: str, train: Callable[[], Release]) -> Release:
     def write(made: Release, folder: Path) -> dict[str, Any]:
         write_adapter(made.adapter, folder, domain.backbone.name)
         return {"told": dict(made.told), "sha256": adapter_sha256(made.adapter)}
@@ -105,9 +133,7 @@ def released_once(
         adapter = read_adapter(folder)
         return Release(adapter, record["told"]), adapter_sha256(adapter)
 
-    folder = _released(name, config) / str(task.number)
-    what = f"domain {name}: round {task.number} of this run"
-    return _once(folder, what, _asked(domain, config, task), train, write, read)
+    return _once(folder, what, asked, train, write, read)
 
 
 def noised_answer_once(

@@ -2,6 +2,8 @@
 
 Two sums that hold the same values beside different ones show, subtracted, what differs. So a client reveals the same
 values again only in the same company, with the same coefficients: as when a run was killed and begins the sum anew.
+Without noise that is counted, what is trained again for the same sum is hardly another, so of a run's training, or of a
+round of it, it reveals nothing but the same values.
 """
 
 import hashlib
@@ -14,6 +16,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from fedmerge.client.kept import inputs_key
+from fedmerge.config import ExperimentConfig
 from fedmerge.errors import ClientError, PolicyError
 from fedmerge.run_dir import write_bytes
 
@@ -56,7 +60,39 @@ def kept_values(cache_dir: str, domain: str, sha256: str) -> NDArray[np.float32]
     return values
 
 
-def note_revealed(cache_dir: str, domain: str, sha256: str, coefficients: Mapping[str, float]) -> None:
+def sum_of_run(config: ExperimentConfig, number: int) -> str:
+    """Names the training of a run (number 0), or a round of it; empty where its values may be others when made again.
+
+    That is where noise of the client's own is in them, and every release is counted; and in a run without a name, which
+    cannot be resumed.
+    """
+    if config.dp.mode != "none" or config.run_id is None:
+        return ""
+    return f"{inputs_key({'run': config.run_id})}-{number}"
+
+
+def check_not_shown(cache_dir: str, domain: str, sha256: str, of: str) -> None:
+    """Refuse other values than a sum of the same run and round has shown, before anything of them leaves.
+
+    Args:
+        cache_dir: the client's own disk.
+        domain: its name.
+        sha256: of the values.
+        of: :func:`sum_of_run`.
+
+    Raises:
+        PolicyError: others were in a sum.
+    """
+    path = _folder(cache_dir, domain) / "revealed" / f"run-{of}.json"
+    if of and path.exists() and json.loads(path.read_text())["sha256"] != sha256:
+        raise PolicyError(
+            f"domain {domain}: its training came out otherwise than the one that a sum of this run has shown. The two "
+            "sums, subtracted, could show a single adapter. Start a new run, with another seed; or, if its owner "
+            f"accepts that, remove {path}."
+        )
+
+
+def note_revealed(cache_dir: str, domain: str, sha256: str, coefficients: Mapping[str, float], of: str = "") -> None:
     """Write down in which company values are revealed, before they are.
 
     Args:
@@ -64,11 +100,13 @@ def note_revealed(cache_dir: str, domain: str, sha256: str, coefficients: Mappin
         domain: its name.
         sha256: of the values.
         coefficients: client -> its part of the sum, of all that are in it.
+        of: :func:`sum_of_run`.
 
     Raises:
-        PolicyError: they were revealed before, in another company.
+        PolicyError: they were revealed before, in another company; or others in their place.
         ClientError: it cannot be written.
     """
+    check_not_shown(cache_dir, domain, sha256, of)
     path = _folder(cache_dir, domain) / "revealed" / f"{sha256}.json"
     company = dict(sorted(coefficients.items()))
     if path.exists():
@@ -81,8 +119,10 @@ def note_revealed(cache_dir: str, domain: str, sha256: str, coefficients: Mappin
                 f"{_told(company)}. The two sums, subtracted, would show what differs. Train anew (another seed); or, "
                 f"if its owner accepts that, remove {path}."
             )
-        return
-    _write(path, json.dumps(company, indent=2).encode())
+    else:
+        _write(path, json.dumps(company, indent=2).encode())
+    if of:
+        _write(path.with_name(f"run-{of}.json"), json.dumps({"sha256": sha256}).encode())
 
 
 def _told(company: Mapping[str, float]) -> str:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 from fedmerge.config import DP
@@ -10,6 +11,10 @@ from fedmerge.privacy.accountant import Method, Release, accounted
 
 PRIVACY_FILE = "privacy.json"
 
+_ARRIVED = (
+    "what arrived while the run went on is counted, also where it was late, refused or lost; what a client sends after "
+    "the run has ended is one release more."
+)
 _USER = (
     "unit: one user of one domain, all their interactions. Who is a user of several domains adds up their ε and δ.",
     "adjacency: one user added or removed, which changes a step's sum by at most the clip norm C; for one user "
@@ -17,12 +22,14 @@ _USER = (
     "Poisson sampling: each user takes part in a step with the same probability, independently, with one record.",
     "public: the catalog, and how many users a domain trains on.",
     "no early stopping: no validation user is looked at, and the last adapter is kept.",
+    _ARRIVED,
 )
 _DOMAIN_LOCAL = (
     "unit: a whole domain, everything its adapter and its answers about coefficients were computed from. That it takes "
     "part is public.",
     "adjacency: all data of one domain replaced by others; the noise is counted over that sensitivity, 2C.",
     "early stopping and everything else inside the training is covered: it happens before clip and noise.",
+    _ARRIVED,
 )
 _DOMAIN_CENTRAL = (
     "unit: a whole domain, everything its adapter was computed from. How many take part is public.",
@@ -51,7 +58,11 @@ _TIMES = "how long anything took"
 
 
 def privacy_statement(
-    dp: DP, spent: Mapping[str, Sequence[Mapping[str, Any]]], evaluated: bool, catalogs: bool = False
+    dp: DP,
+    spent: Mapping[str, Sequence[Mapping[str, Any]]],
+    evaluated: bool,
+    catalogs: bool = False,
+    not_counted: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Add up what was released.
 
@@ -60,6 +71,7 @@ def privacy_statement(
         spent: domain -> the record of each release.
         evaluated: whether sums of metrics left the clients.
         catalogs: whether the server has the domains' catalogs.
+        not_counted: domain -> why something that it sent cannot be counted.
 
     Returns:
         JSON: mode, delta, accountant; per domain epsilon (None: no bound) under both adjacencies, what each was counted
@@ -73,10 +85,15 @@ def privacy_statement(
             "noise and sampling came from the experiment's seed, which every participant holds, so they can be "
             "subtracted: the numbers are for research. Set dp.randomness = 'system'."
         )
-    if not domains:
+    if not domains and not not_counted:
         problems.append("no release with noise was made.")
     if any(found["epsilon"] is None for found in domains.values()):
         problems.append("a release had no noise (noise_multiplier = 0).")
+    for domain, why in sorted(not_counted.items()):
+        problems.append(f"something that {domain} sent cannot be counted, so no ε holds for it: {why}")
+        by = {"accountant": dp.accountant, "accountant_replaced": dp.accountant}
+        counted = domains.get(domain, {"num_units": None, "releases": []})
+        domains[domain] = {**counted, **by, "epsilon": None, "epsilon_replaced": None}
     uncovered = [_COUNTS, *([_CATALOGS] if catalogs and dp.mode != "user" else [])]
     own = {"user": _USER, "domain-local": _DOMAIN_LOCAL, "domain-central": _DOMAIN_CENTRAL}[dp.mode]
     return {
@@ -87,7 +104,7 @@ def privacy_statement(
         "guarantee_of_run": not problems and not evaluated,
         "why_not": problems,
         "covers": _COVERS[dp.mode],
-        "domains": domains,
+        "domains": dict(sorted(domains.items())),
         "assumptions": [*own, *_ALWAYS],
         "not_covered": [*uncovered, *([_SUMS] if evaluated else []), _TIMES],
     }
@@ -102,7 +119,9 @@ def statement_text(statement: Mapping[str, Any]) -> str:
             f"{release['sample_rate']:.3g}, clip {release['clip']:g}"
             for release in found["releases"]
         )
-        lines.append(f"  {domain}: {_epsilon(found['epsilon'], statement['delta'])} ({_replaced(found)}; {noise})")
+        lines.append(
+            f"  {domain}: {_epsilon(found['epsilon'], statement['delta'])} ({_replaced(found)}; {noise or 'not known'})"
+        )
     bounded = [
         name for name, of in statement["domains"].items() if "rdp" in (of["accountant"], of["accountant_replaced"])
     ]

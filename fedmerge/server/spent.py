@@ -1,21 +1,51 @@
 """What the mechanisms of a run say that they released, read from its folder."""
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from fedmerge.config import ExperimentConfig
 from fedmerge.privacy.releases import answer_rate, answers_have_noise
-from fedmerge.run_dir import read_json, read_lines
+from fedmerge.run_dir import append_line, read_json, read_lines
 from fedmerge.server.checkpoints import ADAPTERS, LEARNING, MERGED
 from fedmerge.server.round_checkpoints import round_records
 from fedmerge.server.summed import revealed_reports
 
 EVERY_DOMAIN = "every domain"
+RELEASED = "released.jsonl"
+ANSWER: Mapping[str, Any] = {"answer": True}  # about coefficients, with the noise of its domain's training
+
+
+def note_release(
+    run_dir: Path, domain: str, number: int, sha256: str, privacy: Mapping[str, Any] | None, why_not: str = ""
+) -> None:
+    """Write down what a reply released, before anything can refuse it: whatever becomes of it, it has left its client.
+
+    Args:
+        run_dir: the run.
+        domain: whose.
+        number: of the round; 0 where there are none.
+        sha256: of what it holds; the same sent twice is one release.
+        privacy: the record of the release, :data:`ANSWER` for an answer about coefficients, None where it is not known.
+        why_not: where it is not known.
+
+    Raises:
+        RunDirError: it cannot be written.
+    """
+    line = {"domain": domain, "round": number, "sha256": sha256, "privacy": privacy, "why_not": why_not}
+    append_line(run_dir / RELEASED, line)
+
+
+def not_counted(run_dir: Path) -> dict[str, str]:
+    """Domain -> why something that it sent cannot be counted."""
+    return {line["domain"]: line["why_not"] for line in read_lines(run_dir / RELEASED) if line["privacy"] is None}
 
 
 def spent_by_domain(run_dir: Path, config: ExperimentConfig) -> dict[str, list[Mapping[str, Any]]]:
     """Domain -> one record for each kind of release: its expert, each round, answers, or a noised sum of all.
+
+    Of what clients send, everything that arrived counts, also what came late or was refused.
 
     Args:
         run_dir: the run.
@@ -32,17 +62,29 @@ def spent_by_domain(run_dir: Path, config: ExperimentConfig) -> dict[str, list[M
         for path in sorted((run_dir / MERGED).glob("[!.]*/provenance.json")):
             add(EVERY_DOMAIN, read_json(path))
         return found
+    noted = {
+        (line["domain"], line["round"], line["sha256"]): line["privacy"] for line in read_lines(run_dir / RELEASED)
+    }
+    arrived = Counter(domain for (domain, _, _), privacy in noted.items() if privacy == ANSWER)
+    trained = {release: privacy for release, privacy in noted.items() if privacy not in (None, ANSWER)}
+    for (domain, _, _), privacy in trained.items():
+        add(domain, {"privacy": privacy})
+    counted = {(domain, number) for domain, number, _ in trained}  # what is kept besides was begun without notes
     for path in sorted((run_dir / ADAPTERS).glob("[!.]*/training.json")):
-        add(path.parent.name, read_json(path))
+        if (path.parent.name, 0) not in counted:
+            add(path.parent.name, read_json(path))
     in_sums = revealed_reports(run_dir)
     for domain, told in in_sums:
         add(domain, told)
-    for record in round_records(run_dir) if not in_sums else ():
+    for number, record in enumerate(round_records(run_dir) if not in_sums else (), start=1):
         for domain, told in sorted(record["clients"].items()):
-            add(domain, told)
-    if answers_have_noise(config) and (answers := _messages_by_domain(run_dir)):
-        for domain, number in answers.items():
+            if (domain, number) not in counted:
+                add(domain, told)
+    if answers_have_noise(config):
+        asked = _messages_by_domain(run_dir)
+        for domain in sorted({*asked, *arrived} & {*found}):
             training = found[domain][0]  # its noise was chosen for the answers, too
+            number = max(asked.get(domain, 0), arrived[domain])
             changes: dict[str, Any] = {"clip": config.dp.coefficient_clip, "steps": number}
             if config.dp.mode == "user":
                 changes["sample_rate"] = answer_rate(config, training["num_units"])
