@@ -185,7 +185,7 @@ def _trained(client: Client, message: Message) -> tuple[Adapter, dict[str, Any],
         return _trained_round(client, message)
     adapter, report = trained_expert(client.domain, client.config, logger.info)
     if report["validation_users"] < client.config.privacy.min_users:
-        of_few = ("best_step", "stopped_by")  # chosen by the same few users
+        of_few = ("best_step", "stopped_by") if report["validation_users"] else ()  # chosen by the same few
         report = {**{key: value for key, value in report.items() if key not in of_few}, "validations": []}
     return adapter, report, None
 
