@@ -27,7 +27,7 @@ from fedmerge.bench.config import load_bench
 from fedmerge.bench.grid import Grid, Place, open_folder
 from fedmerge.domain.demo import write_demo
 from fedmerge.encoder.lora import Adapter, fresh_adapter
-from fedmerge.run_dir import DONE, environment, write_json
+from fedmerge.run_dir import DONE, environment, write_json, write_table
 from fedmerge.server.checkpoints import end_training, keep_expert
 
 NUM_CELLS = 20  # 2 of merging, 2 variants on 3 domains' validation, 4 rows on 3 domains' test
@@ -91,7 +91,7 @@ def prepare(place: Path, options: argparse.Namespace) -> None:
     run.mkdir(parents=True)
     start = fresh_adapter(backbone_of(config.backbone, config.runtime), config.lora, 0)
     rng = torch.Generator().manual_seed(0)
-    sources = {}
+    sources, ledger = {}, []
     for domain in config.domains.train:
         modules = {
             name: replace(module, lora_B=0.01 * torch.randn(module.lora_B.shape, generator=rng))
@@ -99,6 +99,9 @@ def prepare(place: Path, options: argparse.Namespace) -> None:
         }
         report = {"seconds": 0.0, "validations": []}
         sources[domain] = keep_expert(run, domain, Adapter(modules), report, config.backbone.source)
+        sent = {"message": "train", "late": False, "name": "adapter.all", "size_bytes": Adapter(modules).size_bytes}
+        ledger.append({"domain": domain, **sent})
+    write_table(run / "exposure.parquet", ledger)
     end_training(run, sources)
     write_json(run / "environment.json", environment())
     (run / DONE).touch()
