@@ -685,12 +685,7 @@ def _costs(data: _Dataset) -> Html | None:
         body.append(cells)
     heads = [Column("Strategy", numeric=False), *(Column(title) for _, title, _ in columns)]
     return join(
-        table(
-            f"{data.prefix}costs-table",
-            "Means over seeds; of peak memory and rank the largest",
-            heads,
-            body,
-        ),
+        table(f"{data.prefix}costs-table", "Means over seeds; of peak memory and rank the largest", heads, body),
         note(
             "Up: from all clients to the server; down: back. Clients: seconds of training, and of votes about experts, "
             "summed over clients; evaluation is not counted. Of a federation of rounds, in its last round: error, how "
