@@ -1,5 +1,7 @@
 """What all tests share, one thread: equalities hold at a fixed thread count; tiny models are slower on two."""
 
+import logging
+
 import pytest
 import torch
 from backbones import tiny_bert
@@ -13,8 +15,16 @@ settings.load_profile("fedmerge")
 
 
 def pytest_runtest_setup() -> None:
-    """One thread, also after a test of a command or client, which take as many as their configuration says."""
+    """What commands, servers and clients set for a whole process ends with the test that ran them there.
+
+    Threads: one, also after one that took as many as its configuration says. Logging: their handlers write to a stream
+    that pytest closes after the test.
+    """
     torch.set_num_threads(1)
+    library = logging.getLogger("fedmerge")
+    library.handlers.clear()
+    library.propagate = True
+    library.setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="module")
