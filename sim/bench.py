@@ -9,13 +9,14 @@ import os
 import shutil
 import tempfile
 import traceback
+from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import ray
 
-from fedmerge.bench.cells import Cell, Ended, work
+from fedmerge.bench.cells import Cell, Ended, Running, work
 from fedmerge.bench.config import load_bench
 from fedmerge.bench.grid import Grid, open_folder, run_grid
 from fedmerge.bench.tables import bench_tables
@@ -29,6 +30,7 @@ from sim.launch import MARK, SOCKET_FOLDER_LENGTH, end_processes
 from sim.run import check_attack, check_rule, run_experiment
 
 REPORT = "report.html"
+SILENCE_SECONDS = 30.0  # then it is told what is running
 
 
 def run_bench(
@@ -103,20 +105,29 @@ def _train(config: ExperimentConfig, app_dir: Path, mark: str) -> None:
         raise ClientError(f"{run}: the experts could not be trained; see above, then start the benchmark again")
 
 
-def _on_ray(cells: Sequence[Cell], address: str | None, mark: str) -> Iterator[Ended]:
-    """Do cells as Ray tasks; each as it ends."""
+def _on_ray(cells: Sequence[Cell], address: str | None, mark: str) -> Iterator[Ended | Running]:
+    """Do cells as Ray tasks, as many at once as there are CPUs for; each as it ends."""
     if not cells:
         return
     if not ray.is_initialized():
         _connect(address, mark)
-    most = max(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])  # type: ignore[no-untyped-call]  # untyped in Ray
-    run = ray.remote(max_retries=1)(_work)
-    waiting = {run.options(num_cpus=min(cell.threads, most)).remote(cell): cell for cell in cells}
-    while waiting:
-        (ended,), _ = ray.wait(list(waiting), num_returns=1)
-        cell = waiting.pop(ended)
+    task = ray.remote(max_retries=1)(_work)
+    left = deque(cells)
+    running: dict[Any, Cell] = {}
+    while left or running:
+        nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]  # untyped in Ray
+        free = sum(nodes) - sum(min(cell.threads, max(nodes)) for cell in running.values())
+        if left and (not running or min(left[0].threads, max(nodes)) <= free):
+            cell = left.popleft()
+            running[task.options(num_cpus=min(cell.threads, max(nodes))).remote(cell)] = cell
+            continue
+        ended, _ = ray.wait(list(running), num_returns=1, timeout=SILENCE_SECONDS)
+        if not ended:
+            yield Running(tuple(running.values()))
+            continue
+        cell = running.pop(ended[0])
         try:
-            yield ray.get(ended)
+            yield ray.get(ended[0])
         except ray.exceptions.RayError as error:
             problem = f"its process ended ({type(error).__name__}); was it killed, or the memory full?"
             yield Ended(cell, problem, 0.0)

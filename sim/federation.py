@@ -22,7 +22,7 @@ from fedmerge.privacy.signatures import RegisteredKey, signer, statement
 from fedmerge.run_dir import append_line, read_json, read_lines, write_json, write_table
 from sim import records
 
-POLL_SECONDS = 0.2
+POLL_SECONDS = 0.2  # at most, between two looks for what has come
 HEARTBEAT_SECONDS = 60.0
 LINES_SECONDS = 10.0  # between two lines of a phase with many clients
 FEW_CLIENTS = 20  # up to so many, every one gets its own line
@@ -274,7 +274,12 @@ def ask(
             names = sorted(name for name, _ in waiting.values())
             logger.info("%s: waiting for %s (%.0f s)", message_type, listed(names), now - started)
         if waiting or lost.until:
-            time.sleep(POLL_SECONDS)
+            pause(started)
+
+
+def pause(since: float) -> None:
+    """Wait a tenth of the time that was waited already, so that a quick answer is not held up by the looks for it."""
+    time.sleep(min(POLL_SECONDS, max(0.005, (time.monotonic() - since) / 10)))
 
 
 @dataclass

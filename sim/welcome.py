@@ -13,7 +13,7 @@ from fedmerge.run_dir import read_json
 from fedmerge.server import checkpoints
 from fedmerge.server.admission import layout_sha256
 from sim import records
-from sim.federation import POLL_SECONDS, Federation, Question, ask, listed, remembered_clients, require_quorum
+from sim.federation import Federation, Question, ask, listed, pause, remembered_clients, require_quorum
 
 logger = logging.getLogger("fedmerge.server")
 
@@ -32,14 +32,15 @@ def gather(federation: Federation, config: ExperimentConfig, backbone: Backbone)
     """Wait for the nodes, ask each what it is as it comes, refuse those that do not fit."""
     num_domains = len(config.domains.train) + len(config.domains.unseen)
     logger.info("waiting for %d nodes, one a domain, at most %g s", num_domains, config.server.wait_seconds)
-    deadline = time.monotonic() + config.server.wait_seconds
+    started = time.monotonic()
+    deadline = started + config.server.wait_seconds
     while True:
         greet(federation, config, backbone)
         expected = min(num_domains, federation.num_nodes or num_domains)
         come = len(federation.greeted) if federation.num_nodes else len(federation.nodes) + len(federation.excluded)
         if come >= expected or time.monotonic() > deadline:
             break
-        time.sleep(POLL_SECONDS)
+        pause(started)
     federation.write_clients()
     logger.info("%d nodes are connected, %d domains are expected", len(federation.greeted), num_domains)
     if idle := len(federation.greeted) - len(federation.nodes) - len(federation.excluded):

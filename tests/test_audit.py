@@ -11,8 +11,6 @@ import torch
 from flwr.app import Context, Message, RecordDict
 from in_process import run_in_process, small_experiment
 
-import sim.federation
-import sim.welcome
 from fedmerge.cli import main
 from fedmerge.client.audit import Audited, audit_domain
 from fedmerge.client.audit_users import CANARY_LENGTH, canaries, for_audit, left_out_users
@@ -50,11 +48,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(place: Path) -> ExperimentConfig:
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (sim.federation, sim.welcome):
-            patch.setattr(module, "POLL_SECONDS", 0.01)
-        config = small_experiment(place, run_id="private", **SETTINGS)
-        run_in_process(config)
+    config = small_experiment(place, run_id="private", **SETTINGS)
+    run_in_process(config)
     return config
 
 
@@ -85,9 +80,7 @@ def test_with_differential_privacy_no_loss_and_no_validation_leaves_the_client(r
         assert told["privacy"]["noise_multiplier"] == 2.0
 
 
-def test_rounds_add_up_and_domains_can_hide_their_update(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (sim.federation, sim.welcome):
-        monkeypatch.setattr(module, "POLL_SECONDS", 0.01)
+def test_rounds_add_up_and_domains_can_hide_their_update(place: Path) -> None:
     without = {"audit.held_out_users": 0.0, "audit.canaries": 0}
     rounds = small_experiment(
         place, run_id="rounds", **{**SETTINGS, **without, "rounds.rule": "ffa-lora", "rounds.number": 2}

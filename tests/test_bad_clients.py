@@ -24,12 +24,6 @@ DOMAINS = ("beauty", "books", "coffee", "camping")
 BAD = "coffee"
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (sim.federation, sim.welcome):
-        monkeypatch.setattr(module, "POLL_SECONDS", 0.01)
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Domains, a backbone and the clients' disk: every client trains once for all tests here."""

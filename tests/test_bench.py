@@ -1,6 +1,7 @@
 """A benchmark: its file, its cells, going on after a kill, and what its tables say."""
 
 import itertools
+import re
 import shutil
 import signal
 import subprocess
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from in_process import run_in_process, small_experiment
 
-from fedmerge.bench.cells import Cell, Ended, domain_of, joint_folder, sums_of_ranks, work
+from fedmerge.bench.cells import Cell, Ended, Running, domain_of, joint_folder, sums_of_ranks, work
 from fedmerge.bench.config import load_bench
 from fedmerge.bench.grid import Grid, Place, made_merges, merged_domains, open_folder, run_grid
 from fedmerge.bench.tables import WEIGHTS, bench_tables
@@ -122,6 +123,30 @@ def test_the_grid_is_complete_and_experts_are_trained_once_a_seed(done: tuple[Gr
     assert set(tables.references) == rows - {*STRATEGIES}
     ranked = [line for line in lines if line.startswith("test ")]
     assert len(ranked) == len(set(ranked))
+    trainings = [re.sub("[0-9]+ s", "9 s", line) for line in lines if line.startswith("training ")]
+    assert re.fullmatch(r"training 1 of 2: main-seed0-\w{8}", trainings[0])
+    assert re.fullmatch(r"training 2 of 2: main-seed1-\w{8}, about 9 s of training left", trainings[1])
+
+
+def test_who_waits_is_told_what_is_running(place: Path, done: tuple[Grid, BenchTables, list[str]]) -> None:
+    grid = grid_in(place, "slow")
+    shutil.copytree(done[0].folder / "training", grid.folder / "training")
+
+    def slow(cells: Sequence[Cell]) -> Iterator[Ended | Running]:
+        for cell in cells:
+            yield Running((cell, cells[-1]))
+            yield work(cell)
+
+    lines: list[str] = []
+    assert run_grid(grid, train, slow, lines.append) == []
+    merging = [line for line in lines if line.startswith("merging")]
+    assert merging[0] == "merging: 0 of 24 cells are done"
+    last = "mergerec (main, seed 1, without coffee)"
+    assert merging[1] == f"merging: 0 of 24 ended, 0 s so far; running: average (main, seed 0); {last}"
+    assert re.fullmatch(r"merging 1 of 24: average \(main, seed 0\), \d+ s, about \d+ s of merging left", merging[2])
+    assert re.fullmatch(rf"merging: 23 of 24 ended, \d+ s so far; running: {re.escape(f'{last}; {last}')}", merging[47])
+    assert re.fullmatch(rf"merging 24 of 24: {re.escape(last)}, \d+ s", merging[48])
+    assert re.fullmatch(r"merging: [\d.]+ s of work in [\d.]+ s", merging[49])
 
 
 def test_experts_that_a_run_left_in_the_cache_are_not_trained_again(

@@ -35,12 +35,6 @@ ATTACK = {"attack.domain": "coffee", "attack.kind": "scaled-update", "attack.str
 FULL = {"admission.action": "exclude", "admission.probe_items": 25, "admission.leave_one_out": True}
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (sim.federation, sim.welcome):
-        monkeypatch.setattr(module, "POLL_SECONDS", 0.01)
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("gate")

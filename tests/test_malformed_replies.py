@@ -20,8 +20,6 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from in_process import answer_honestly, run_in_process, small_experiment
 
-import sim.federation
-import sim.welcome
 from fedmerge.config import ExperimentConfig
 from fedmerge.encoder.lora import Adapter
 from fedmerge.errors import FedMergeError
@@ -287,12 +285,6 @@ def run_with(
         return Message(reply, reply_to=message)
 
     run_in_process(config, answer)
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (sim.federation, sim.welcome):
-        monkeypatch.setattr(module, "POLL_SECONDS", 0.01)
 
 
 @pytest.fixture(scope="module")

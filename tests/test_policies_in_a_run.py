@@ -4,6 +4,7 @@ import json
 import shutil
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -24,12 +25,13 @@ from sim import records
 
 DOMAINS = ("beauty", "books", "coffee", "camping")
 STRICT = "coffee"
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (sim.federation, sim.welcome):
-        monkeypatch.setattr(module, "POLL_SECONDS", 0.01)
+NOISE_BY_USER = {
+    "dp.mode": "user",
+    "dp.noise_multiplier": 2.0,
+    "dp.delta": 1e-3,
+    "train.negatives": "catalog",
+    "privacy.min_users": 2,
+}
 
 
 @pytest.fixture(scope="module")
@@ -153,30 +155,59 @@ def test_learning_through_the_clients_equals_learning_from_catalogs(
     assert np.abs(through - before).max() < 1e-5
 
 
-def test_the_ledger_says_what_flower_sent(exact: Path) -> None:
-    """Every array and value of every message: names, types, shapes and bytes, from the bytes on the wire."""
+def ledger_as_flower_sent(run: Path) -> list[dict[str, Any]]:
+    """The ledger's rows, which hold every array and value of every message: names, types, shapes, bytes on the wire."""
     sent, wire_bytes = Counter[tuple[str, ...]](), 0
     value_bytes = Counter[tuple[str, ...]]()
-    for domain, message, size, rows in read_lines(exact.parent / "sent.jsonl"):
+    for domain, message, size, values in read_lines(run.parent / "sent.jsonl"):
         wire_bytes += size
-        for name, dtype, shape, nbytes in rows:
+        for name, dtype, shape, nbytes in values:
             sent[domain, message, name, dtype, shape] += 1
             value_bytes[domain, message, name] += nbytes
     ledger, told_bytes = Counter[tuple[str, ...]](), Counter[tuple[str, ...]]()
-    rows = pq.read_table(exact / "exposure.parquet").to_pylist()
+    rows = pq.read_table(run / "exposure.parquet").to_pylist()
     for row in rows:
         ledger[row["domain"], row["message"], row["name"], row["dtype"], row["shape"]] += 1
         told_bytes[row["domain"], row["message"], row["name"]] += row["size_bytes"]
     assert ledger == sent
     for key, size in value_bytes.items():
         assert size <= told_bytes[key] <= size + 128 * sent_times(sent, key) or size == 0  # 128: NumPy's header
-    told = sum(told_bytes.values())
-    assert 0.8 * wire_bytes < told < wire_bytes
+    assert 0.8 * wire_bytes < sum(told_bytes.values()) < wire_bytes
+    return list(rows)
+
+
+def test_the_ledger_says_what_flower_sent(exact: Path) -> None:
+    rows = ledger_as_flower_sent(exact)
     assert {row["noise"] for row in rows} == {"none"}
     assert sum(row["message"] == "query.gradient" for row in rows) == 3 * 10
     assert not any(row["message"] == "query.catalog" for row in rows)
     gradients = {(row["name"], row["shape"]) for row in rows if row["message"] == "query.gradient"}
     assert gradients == {("coefficients.answer", "3x1"), ("coefficients.answer", "3x2")}
+
+
+@pytest.mark.parametrize(
+    ("changes", "adapters", "noise"),
+    [
+        pytest.param({}, {"adapter float32"}, "none", id="adapters"),
+        pytest.param({"privacy.transport": "int8"}, {"adapter int8", "adapter float32"}, "none", id="quantised"),
+        pytest.param({"privacy.transport": "top-k"}, {"adapter float32", "adapter int32"}, "none", id="sparse"),
+        pytest.param({"privacy.policy": "aggregate-only"}, {"masked uint32"}, "none", id="secure sum"),
+        pytest.param(
+            {"rounds.rule": "weighted-average", "rounds.number": 2, "privacy.policy": "aggregate-only"},
+            {"masked uint32"},
+            "none",
+            id="secure rounds",
+        ),
+        pytest.param(NOISE_BY_USER, {"adapter float32"}, "Gaussian, by user", id="noise by user"),
+    ],
+)
+def test_the_ledger_says_what_flower_sent_whatever_travels(
+    place: Path, tmp_path: Path, changes: dict[str, object], adapters: set[str], noise: str
+) -> None:
+    run_in_process(experiment(place, tmp_path, **changes), seen_by_flower(tmp_path / "sent.jsonl"))
+    arrays = [row for row in ledger_as_flower_sent(tmp_path / "run") if row["shape"]]
+    assert {f"{row['name'].partition('.')[0]} {row['dtype']}" for row in arrays} == adapters
+    assert {row["noise"] for row in arrays} == {noise}
 
 
 def sent_times(sent: Counter[tuple[str, ...]], key: tuple[str, ...]) -> int:

@@ -32,12 +32,6 @@ DOMAINS = (*TRAIN, "camping")
 RESULTS = ["choice.json", "metrics.parquet", "products.parquet", "report.txt", "experts.json", "admission.json"]
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (sim.federation, sim.welcome):
-        monkeypatch.setattr(module, "POLL_SECONDS", 0.01)
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Domains and backbone of all runs here."""

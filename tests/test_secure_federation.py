@@ -91,12 +91,6 @@ def gone_at(step: str, domain: str) -> Callable[[Message, Context], Message | No
     return answer
 
 
-@pytest.fixture(autouse=True)
-def _quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sim.federation.POLL_SECONDS", 0.02)
-    monkeypatch.setattr("sim.welcome.POLL_SECONDS", 0.02)
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("secure")

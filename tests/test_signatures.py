@@ -16,8 +16,6 @@ from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 from in_process import Answer, answer_honestly, run_in_process, small_experiment
 
-import sim.federation
-import sim.welcome
 from fedmerge.config import ExperimentConfig
 from fedmerge.errors import ClientError, ConfigError
 from fedmerge.privacy.signatures import (
@@ -123,12 +121,6 @@ def test_every_change_changes_the_hash(record: str, name: str, value: Any) -> No
 
 
 # In a run
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (sim.federation, sim.welcome):
-        monkeypatch.setattr(module, "POLL_SECONDS", 0.01)
 
 
 @pytest.fixture(scope="module")

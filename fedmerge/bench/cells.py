@@ -79,6 +79,13 @@ class Ended:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Running:
+    """Nothing has ended for a while: the cells that were handed out."""
+
+    cells: tuple[Cell, ...]
+
+
 def work(cell: Cell) -> Ended:
     """Do a cell in this process; whatever it raises that is ours is its problem."""
     started = time.monotonic()

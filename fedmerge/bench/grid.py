@@ -18,7 +18,17 @@ from typing import Any
 
 import numpy as np
 
-from fedmerge.bench.cells import JOINT, MERGES, Cell, Ended, is_one_shot, joint_folder, ranks_file, sums_of_ranks
+from fedmerge.bench.cells import (
+    JOINT,
+    MERGES,
+    Cell,
+    Ended,
+    Running,
+    is_one_shot,
+    joint_folder,
+    ranks_file,
+    sums_of_ranks,
+)
 from fedmerge.bench.config import Bench, Drawing, joint_row
 from fedmerge.client.kept import inputs_key
 from fedmerge.client.metrics import MetricSums, Variant
@@ -32,7 +42,7 @@ from fedmerge.server.round_checkpoints import members_of, round_records
 BENCHMARK = "benchmark.json"
 
 Train = Callable[[ExperimentConfig], None]
-Execute = Callable[[Sequence[Cell]], Iterable[Ended]]  # as they end
+Execute = Callable[[Sequence[Cell]], Iterable[Ended | Running]]  # as they end
 Progress = Callable[[str], None]
 
 
@@ -213,11 +223,17 @@ def run_grid(grid: Grid, train: Train, execute: Execute, progress: Progress) -> 
         for strategy in (None, *grid.strategies)  # None: the experts of the reference row
     }
     incomplete = set()
+    untrained = sum(not (run / DONE).is_file() for run in runs)
+    trained: list[float] = []  # seconds
     for number, (run, config) in enumerate(runs.items(), 1):
         try:
             if not (run / DONE).is_file():
-                progress(f"training {number} of {len(runs)}: {run.name}")
+                pace = sum(trained) / len(trained) if trained else 0
+                about = f", about {_duration(pace * untrained)} of training left" if trained else ""
+                progress(f"training {number} of {len(runs)}: {run.name}{about}")
+                started, untrained = time.monotonic(), untrained - 1
                 train(config)
+                trained.append(time.monotonic() - started)
             _check_all_took_part(run, config)
         except FedMergeError as error:
             if config.rounds.rule is None:  # experts are everybody's
@@ -491,12 +507,17 @@ def _do(stage: str, cells: Sequence[Cell], execute: Execute, progress: Progress)
     """Do cells with a line for each: how many, and how much longer at the pace so far."""
     failed = []
     started = time.monotonic()
-    own = 0.0
-    for number, ended in enumerate(execute(cells), 1):
+    own, number = 0.0, 0
+    for ended in execute(cells):
         spent = time.monotonic() - started
+        if isinstance(ended, Running):
+            titles = "; ".join(cell.title for cell in ended.cells)
+            progress(f"{stage}: {number} of {len(cells)} ended, {_duration(spent)} so far; running: {titles}")
+            continue
+        number += 1
         own += ended.seconds
         left = len(cells) - number
-        about = f", about {_duration(spent / number * left)} left" if left else ""
+        about = f", about {_duration(spent / number * left)} of {stage} left" if left else ""
         how = f": FAILED: {ended.problem}" if ended.problem else f", {_duration(ended.seconds)}"
         progress(f"{stage} {number} of {len(cells)}: {ended.cell.title}{how}{about}")
         if ended.problem:
