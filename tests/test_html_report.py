@@ -280,8 +280,8 @@ def test_privacy_stands_beside_utility_and_bytes(private_bench: BenchTables, ben
         for attributes in found.of("svg")
         if "over 1/ε" in str(attributes.get("aria-label")) and "Recall" in str(attributes.get("aria-label"))
     ]
-    assert f"adapter+catalog: average, by user ends at {scores['much']}" in picture
-    assert f"aggregate-only: average, by user ends at {scores['summed']}" in picture
+    assert f"adapter+catalog: average, by user; 12.0 MB ends at {scores['much']}" in picture
+    assert f"aggregate-only: average, by user; 12.0 MB ends at {scores['summed']}" in picture
     assert "Utility, privacy and bytes" not in bench_page(bench)
     one = [cell for cell in private_bench.cells if cell["strategy"] in ("much", "summed", "open")]
     assert "Utility, privacy and bytes" not in bench_page(replace(private_bench, cells=one))

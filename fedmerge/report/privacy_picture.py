@@ -95,7 +95,7 @@ def _pictures(rows: Sequence[PrivateRow]) -> tuple[Html, ...]:
         note(
             "To the right is more private: 1/ε is 0 without noise (ε = ∞) and 1 at ε = 1. Mean over seeds, within "
             "their standard deviation. Lines that lie on each other merge the same and differ in what travels, and to "
-            "whom."
+            "whom. Bytes are those of all clients, up and down; noise changes nothing in them."
         ),
     )
 
@@ -157,13 +157,18 @@ def _all_but_noise(config: Mapping[str, Any]) -> str:
 
 
 def _labels(lines: Sequence[Sequence[PrivateRow]]) -> list[str]:
-    """What travels, what is merged and whom it protects; where that is the same of two lines, a strategy too."""
+    """What travels, what is merged, whom it protects, and bytes; where two lines have the same, a strategy too."""
     firsts = [of_line[0].config for of_line in lines]
     labels = [f"{first['privacy']['policy']}: {_merged(first)}, by {_unit(first)}" for first in firsts]
     return [
-        label if labels.count(label) == 1 else f"{label} ({of_line[0].strategy})"
+        (label if labels.count(label) == 1 else f"{label} ({of_line[0].strategy})") + _bytes(of_line[0])
         for label, of_line in zip(labels, lines, strict=True)
     ]
+
+
+def _bytes(row: PrivateRow) -> str:
+    """Up and down together; noise changes nothing in them."""
+    return "" if row.bytes_up is None or row.bytes_down is None else f"; {size(row.bytes_up + row.bytes_down)}"
 
 
 def _unit(config: Mapping[str, Any]) -> str:
