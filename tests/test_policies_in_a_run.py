@@ -19,7 +19,9 @@ import sim.federation
 import sim.through_clients
 import sim.welcome
 from fedmerge.config import ExperimentConfig
+from fedmerge.encoder.lora import read_adapter
 from fedmerge.errors import ClientError, PolicyError
+from fedmerge.merging.stack import linear_merge, stack_adapters
 from fedmerge.run_dir import append_line, read_lines
 from sim import records
 
@@ -212,6 +214,34 @@ def test_the_ledger_says_what_flower_sent_whatever_travels(
 
 def sent_times(sent: Counter[tuple[str, ...]], key: tuple[str, ...]) -> int:
     return sum(times for (domain, message, name, *_), times in sent.items() if (domain, message, name) == key)
+
+
+def test_with_noise_at_the_server_no_client_receives_an_adapter_without(place: Path, tmp_path: Path) -> None:
+    received: list[np.ndarray] = []
+
+    def listening(message: Message, context: Context) -> Message | None:
+        for record in message.content.array_records.values():
+            received.extend(array.numpy() for name, array in record.items() if name.endswith("lora_B"))
+        return answer_honestly(message, context)
+
+    noise = {"dp.mode": "domain-central", "dp.noise_multiplier": 2.0, "dp.delta": 1e-3, "dp.clip": 0.5}
+    run_in_process(experiment(place, tmp_path, **noise), listening)
+    run = tmp_path / "run"
+    experts = {name: read_adapter(run / "adapters" / name) for name in ("beauty", "books", "coffee")}
+    merged = read_adapter(run / "merged" / "average")
+    assert len(received) == 7 * len(merged.modules)  # three train and are asked twice, the unseen one once
+    for number, name in enumerate(merged.modules):
+        for array in received[number :: len(merged.modules)]:
+            assert np.array_equal(array, merged.modules[name].lora_B.numpy())
+            assert not any(np.array_equal(array, expert.modules[name].lora_B.numpy()) for expert in experts.values())
+    exact = linear_merge(stack_adapters(experts), np.full(3, 1 / 3))
+    products = [
+        torch.cat([(module.scaling * module.lora_B @ module.lora_A).flatten() for module in adapter.modules.values()])
+        for adapter in (merged, exact)
+    ]
+    assert float((products[0] - products[1]).norm()) > 10 * float(products[1].norm())
+    (found,) = json.loads((run / "privacy.json").read_text())["domains"].values()
+    assert [(release["unit"], release["noise_multiplier"]) for release in found["releases"]] == [("domain", 2.0)]
 
 
 LITTLE = {
