@@ -20,6 +20,8 @@ from fedmerge.config import ExperimentConfig
 from fedmerge.errors import ClientError
 from sim import records
 
+pytestmark = pytest.mark.federation
+
 DOMAINS = ("beauty", "books", "coffee", "camping")
 BAD = "coffee"
 

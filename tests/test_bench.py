@@ -33,6 +33,8 @@ from fedmerge.server.round_checkpoints import round_records
 from sim.bench import run_bench
 from sim.rounds import check_rounds
 
+pytestmark = pytest.mark.federation
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 TRAIN = ("beauty", "books", "coffee")
 STRATEGIES = ("average", "task-arithmetic", "mergerec")

@@ -30,6 +30,8 @@ from fedmerge.server import checkpoints
 from fedmerge.server.remerge import experts_of_run
 from sim import records
 
+pytestmark = pytest.mark.federation
+
 TRAIN = ("beauty", "books", "camping", "coffee", "garden")
 ATTACK = {"attack.domain": "coffee", "attack.kind": "scaled-update", "attack.strength": 100.0}
 FULL = {"admission.action": "exclude", "admission.probe_items": 25, "admission.leave_one_out": True}

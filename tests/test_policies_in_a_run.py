@@ -25,6 +25,8 @@ from fedmerge.merging.stack import linear_merge, stack_adapters
 from fedmerge.run_dir import append_line, read_lines
 from sim import records
 
+pytestmark = pytest.mark.federation
+
 DOMAINS = ("beauty", "books", "coffee", "camping")
 STRICT = "coffee"
 NOISE_BY_USER = {

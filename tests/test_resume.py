@@ -27,6 +27,8 @@ from fedmerge.server import collaborative
 from fedmerge.server.collaborative import batch_terms
 from sim import records
 
+pytestmark = pytest.mark.federation
+
 TRAIN = ("beauty", "books", "coffee")
 DOMAINS = (*TRAIN, "camping")
 RESULTS = ["choice.json", "metrics.parquet", "products.parquet", "report.txt", "experts.json", "admission.json"]

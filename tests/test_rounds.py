@@ -26,6 +26,8 @@ from sim import records
 from sim.client_app import _backbone
 from sim.rounds import check_rounds
 
+pytestmark = pytest.mark.federation
+
 TRAIN = ("beauty", "books", "coffee")
 NPY_HEADER = 128  # bytes of it before the values of an array that travels
 

@@ -27,6 +27,8 @@ from fedmerge.server.round_checkpoints import round_records
 from sim import records, secure_records
 from sim.secure_client import answer_advertise, answer_share
 
+pytestmark = pytest.mark.federation
+
 TRAIN = ("beauty", "books", "camping", "coffee")
 STEPS = {
     "advertise": secure_records.ADVERTISE,
