@@ -21,7 +21,7 @@ from fedmerge.config import ExperimentConfig, to_toml
 from fedmerge.deploy.folder import DEPLOYMENT_FILE
 from fedmerge.errors import ClientError, ConfigError, RunDirError
 from fedmerge.run_dir import DONE, append_line, check_same_config, locked, new_run_id, read_lines
-from sim.launch import COMPLETED, ask_flower, flower_environment, flower_reason, pass_on_log
+from sim.launch import COMPLETED, ask_flower, copy_app, flower_environment, flower_reason, pass_on_log
 
 JOURNAL = "fedmerge-runs.jsonl"
 AWAY_SECONDS = 180.0  # a SuperLink that is started again is back long before
@@ -178,10 +178,11 @@ def stop_run(run: str, to: Connection) -> str:
 
 def _submit(config: ExperimentConfig, app_dir: Path, to: Connection) -> str:
     """Hand the app and the configuration to the SuperLink; Flower's number of the run."""
-    with tempfile.TemporaryDirectory(prefix="fedmerge-config-") as folder:
+    with tempfile.TemporaryDirectory(prefix="fedmerge-submit-") as folder:
         resolved = Path(folder) / "experiment.toml"
         resolved.write_text(to_toml(config), encoding="utf-8")
-        answer = _ask(to, "run", str(app_dir.resolve()), to.name, "--run-config", str(resolved))
+        app = copy_app(app_dir.resolve(), Path(folder) / "app")
+        answer = _ask(to, "run", str(app), to.name, "--run-config", str(resolved))
     started = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
     append_line(to.home / JOURNAL, {"run": config.run_id, "flower": answer["run-id"], "started": started})
     return str(answer["run-id"])

@@ -25,6 +25,7 @@ import sys
 import tempfile
 import threading
 import time
+import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager, suppress
@@ -131,10 +132,11 @@ def run_federation(
         }
         if num_cpus is not None:  # Ray refuses to be told the size of a cluster that is there already
             federation["init-args-num-cpus"] = min(num_cpus, num_supernodes * cpus_per_client)
-        command = [flwr, "run", str(app_dir.resolve()), "--run-config", str(run_config_file.resolve())]
+        app = copy_app(app_dir.resolve(), scratch / "app")
+        command = [flwr, "run", str(app), "--run-config", str(run_config_file.resolve())]
         command += ["--federation-config", " ".join(f"{key}={json.dumps(value)}" for key, value in federation.items())]
         with ending_processes(mark):
-            run_id, variables = _start(command, home, base, mark)
+            run_id, variables = _start(command, home, base, mark, app_dir)
             status, details = _follow(flwr, run_id, variables, mark, is_over, on_line)
         keep = status != COMPLETED
     except ClientError:
@@ -142,9 +144,36 @@ def run_federation(
         on_line(f"logs are kept in {' and '.join(str(path) for path in (home, scratch / 'ray') if path.exists())}")
         raise
     finally:
+        shutil.rmtree(scratch / "app", ignore_errors=True)
         if not keep or not any(scratch.iterdir()):
             shutil.rmtree(scratch, ignore_errors=True)
     return FederationOutcome(run_id, status, details if keep else "", int(keep), scratch if keep else None)
+
+
+def copy_app(app_dir: Path, folder: Path) -> Path:
+    """Copy the files that an app's ``fab-include`` names, from which Flower builds the same bundle.
+
+    Flower looks at every file of a folder first, and a checkout with its virtual environment has sixty thousand.
+
+    Args:
+        app_dir: the folder of the app's pyproject.toml.
+        folder: gets the copies.
+
+    Returns:
+        The folder to give to Flower: the copies', or the app's own where it has no such list.
+    """
+    try:
+        project = tomllib.loads((app_dir / "pyproject.toml").read_text(encoding="utf-8"))
+        patterns = project["tool"]["flwr"]["app"]["fab-include"]
+    except (tomllib.TOMLDecodeError, LookupError, TypeError):  # no list, or nothing that Flower takes
+        return app_dir
+    for pattern in ("pyproject.toml", ".gitignore", *patterns):
+        for file in app_dir.glob(pattern):
+            if file.is_file() and not file.is_symlink():
+                copied = folder / file.relative_to(app_dir)
+                copied.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, copied)
+    return folder
 
 
 def flower_environment(home: Path, port: int, base: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -234,7 +263,9 @@ def _prepare_home(home: Path) -> Path:
     return home
 
 
-def _start(command: list[str], home: Path, base: Mapping[str, str], mark: str) -> tuple[str, dict[str, str]]:
+def _start(
+    command: list[str], home: Path, base: Mapping[str, str], mark: str, app_dir: Path
+) -> tuple[str, dict[str, str]]:
     """Start a SuperLink and submit the run to it; return the run's id and the variables that lead to this SuperLink."""
     for _ in range(START_ATTEMPTS):
         variables = flower_environment(home, _free_port(), base)
@@ -246,7 +277,7 @@ def _start(command: list[str], home: Path, base: Mapping[str, str], mark: str) -
         reason = flower_reason(answer)
         if "start local SuperLink" not in reason:
             remedy = "check [tool.flwr.app] of its pyproject.toml, which must declare every key of the run config"
-            raise ConfigError(f"{command[2]} with {command[4]}: refused by `flwr run`: {reason}; {remedy}")
+            raise ConfigError(f"{app_dir.resolve()} with {command[4]}: refused by `flwr run`: {reason}; {remedy}")
     log = home / "local-superlink" / "superlink.log"
     raise ClientError(f"Flower's SuperLink: {START_ATTEMPTS} attempts to start it failed: {reason}; read {log}")
 

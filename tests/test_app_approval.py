@@ -1,5 +1,6 @@
 """Which apps a client works for: the approved ones that hold what is installed here, and nothing else, ever."""
 
+import tempfile
 import zipfile
 from io import BytesIO
 from pathlib import Path
@@ -8,13 +9,14 @@ import pytest
 from flwr.cli.build import build_fab_from_disk
 from flwr.supercore.fab import Fab
 
-import sim
+import sim.app
 from fedmerge.cli import main
 from fedmerge.domain.demo import write_demo
 from fedmerge.errors import PolicyError
 from fedmerge.organisation.app import app_sha256, check_app, check_contents
 from fedmerge.organisation.folder import approve_app, approved_apps, init_client, read_client
 from sim.executor import check
+from sim.launch import copy_app
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 INSTALLED = Path(str(sim.__file__)).parent
@@ -22,7 +24,26 @@ INSTALLED = Path(str(sim.__file__)).parent
 
 @pytest.fixture(scope="module")
 def good() -> bytes:
-    return build_fab_from_disk(REPOSITORY)
+    with tempfile.TemporaryDirectory() as folder:
+        return build_fab_from_disk(copy_app(REPOSITORY, Path(folder)))
+
+
+def test_the_copy_that_flower_is_given_makes_the_bundle_of_the_checkout(tmp_path: Path, good: bytes) -> None:
+    """Whatever else lies in the checkout; and of an app that does not name its files nothing is copied."""
+    checkout = tmp_path / "checkout"
+    copy_app(REPOSITORY, checkout)
+    for name in (".venv/lib/other/module.py", "runs/notes.md", "sim/notes.md", "README.md", "sim/__pycache__/x.pyc"):
+        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+        (checkout / name).write_text("not of the app")
+    (checkout / "sim" / "link.py").symlink_to(REPOSITORY / "README.md")
+    copied = copy_app(checkout, tmp_path / "copied")
+    assert build_fab_from_disk(checkout) == build_fab_from_disk(copied) == good
+    assert sim.app.app_sha256(checkout) == app_sha256(good)
+    assert not list(copied.rglob("*.md")) + list(copied.rglob("link.py"))
+    project = (checkout / "pyproject.toml").read_text()
+    (checkout / "pyproject.toml").write_text(project.replace("fab-include", "# fab-include"))
+    assert copy_app(checkout, tmp_path / "none") == checkout
+    assert not (tmp_path / "none").exists()
 
 
 def repacked(good: bytes, changes: dict[str, bytes | None]) -> bytes:
