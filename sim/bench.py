@@ -62,7 +62,7 @@ def run_bench(
             _check_rule(config, bench.config.leave_one_out)
     open_folder(folder, bench)
     grid = Grid(bench, folder.resolve())
-    mark = hashlib.sha256(str(grid.folder).encode()).hexdigest()[:32]
+    mark = mark_of(grid.folder)
     with locked(grid.folder):
         end_processes(mark)  # of a call that was killed
         try:
@@ -83,6 +83,11 @@ def run_bench(
         print(f"failed: {line}")
     print(f"report: {grid.folder / REPORT}")
     return int(bool(failed))
+
+
+def mark_of(folder: Path) -> str:
+    """The mark of all processes that a benchmark in this folder starts."""
+    return hashlib.sha256(str(folder).encode()).hexdigest()[:32]
 
 
 def _check_rule(config: ExperimentConfig, leave_one_out: bool) -> None:
@@ -114,12 +119,14 @@ def _on_ray(cells: Sequence[Cell], address: str | None, mark: str) -> Iterator[E
     task = ray.remote(max_retries=1)(_work)
     left = deque(cells)
     running: dict[Any, Cell] = {}
+    most = 1  # CPUs of a node, while there is one
     while left or running:
         nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]  # untyped in Ray
-        free = sum(nodes) - sum(min(cell.threads, max(nodes)) for cell in running.values())
-        if left and (not running or min(left[0].threads, max(nodes)) <= free):
+        most = max(nodes, default=0) or most
+        free = sum(nodes) - sum(min(cell.threads, most) for cell in running.values())
+        if left and (not running or min(left[0].threads, most) <= free):
             cell = left.popleft()
-            running[task.options(num_cpus=min(cell.threads, max(nodes))).remote(cell)] = cell
+            running[task.options(num_cpus=min(cell.threads, most)).remote(cell)] = cell
             continue
         ended, _ = ray.wait(list(running), num_returns=1, timeout=SILENCE_SECONDS)
         if not ended:

@@ -35,7 +35,7 @@ from types import FrameType
 from typing import Any
 
 from fedmerge import errors
-from fedmerge.errors import ClientError, ConfigError
+from fedmerge.errors import ClientError, ConfigError, RunDirError
 
 COMPLETED = "finished:completed"
 MARK = "FEDMERGE_FEDERATION"
@@ -47,6 +47,7 @@ START_ATTEMPTS = 3  # flwr gives a SuperLink 15 s to start, which a cold disk or
 SOCKET_FOLDER_LENGTH = 20  # of the path of the temporary folder; with a longer one Ray's sockets exceed 107 bytes
 # In memory: a database would bring back the unfinished runs of a SuperLink that has ended.
 FLOWER_CONFIG = '[superlink]\ndefault = "local"\n\n[superlink.local]\naddress = ":local-in-memory:"\n'
+PLAIN_PATTERN = re.compile(r"[\w.-]+|[\w.-]+/\*\*/\*\.\w+")  # which Flower, as git, and a glob read alike
 COLOURS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
 
@@ -160,19 +161,28 @@ def copy_app(app_dir: Path, folder: Path) -> Path:
         folder: gets the copies.
 
     Returns:
-        The folder to give to Flower: the copies', or the app's own where it has no such list.
+        The folder to give to Flower: the copies', or the app's own where its rules are other than files of its root
+        and ``folder/**/*.ending``, or cannot be read, which Flower then says.
+
+    Raises:
+        RunDirError: the copies cannot be written.
     """
     try:
-        project = tomllib.loads((app_dir / "pyproject.toml").read_text(encoding="utf-8"))
-        patterns = project["tool"]["flwr"]["app"]["fab-include"]
-    except (tomllib.TOMLDecodeError, LookupError, TypeError):  # no list, or nothing that Flower takes
+        app = tomllib.loads((app_dir / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["flwr"]["app"]
+        patterns = app["fab-include"]
+        if "fab-exclude" in app or not all(PLAIN_PATTERN.fullmatch(pattern) for pattern in patterns):
+            return app_dir
+    except (OSError, ValueError, LookupError, TypeError):
         return app_dir
-    for pattern in ("pyproject.toml", ".gitignore", *patterns):
-        for file in app_dir.glob(pattern):
-            if file.is_file() and not file.is_symlink():
-                copied = folder / file.relative_to(app_dir)
-                copied.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(file, copied)
+    try:
+        for pattern in ("pyproject.toml", ".gitignore", *patterns):
+            for file in app_dir.glob(pattern):
+                if file.is_file() and not file.is_symlink():
+                    copied = folder / file.relative_to(app_dir)
+                    copied.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(file, copied)
+    except OSError as error:
+        raise RunDirError(f"{folder}: cannot be written ({error.strerror}). Make room, or set TMPDIR.") from error
     return folder
 
 
@@ -277,7 +287,8 @@ def _start(
         reason = flower_reason(answer)
         if "start local SuperLink" not in reason:
             remedy = "check [tool.flwr.app] of its pyproject.toml, which must declare every key of the run config"
-            raise ConfigError(f"{app_dir.resolve()} with {command[4]}: refused by `flwr run`: {reason}; {remedy}")
+            told = reason.replace(command[2], str(app_dir.resolve()))
+            raise ConfigError(f"{app_dir.resolve()} with {command[4]}: refused by `flwr run`: {told}; {remedy}")
     log = home / "local-superlink" / "superlink.log"
     raise ClientError(f"Flower's SuperLink: {START_ATTEMPTS} attempts to start it failed: {reason}; read {log}")
 

@@ -1,5 +1,6 @@
 """Which apps a client works for: the approved ones that hold what is installed here, and nothing else, ever."""
 
+import shutil
 import tempfile
 import zipfile
 from io import BytesIO
@@ -12,7 +13,7 @@ from flwr.supercore.fab import Fab
 import sim.app
 from fedmerge.cli import main
 from fedmerge.domain.demo import write_demo
-from fedmerge.errors import PolicyError
+from fedmerge.errors import PolicyError, RunDirError
 from fedmerge.organisation.app import app_sha256, check_app, check_contents
 from fedmerge.organisation.folder import approve_app, approved_apps, init_client, read_client
 from sim.executor import check
@@ -29,21 +30,48 @@ def good() -> bytes:
 
 
 def test_the_copy_that_flower_is_given_makes_the_bundle_of_the_checkout(tmp_path: Path, good: bytes) -> None:
-    """Whatever else lies in the checkout; and of an app that does not name its files nothing is copied."""
+    """Whatever else lies in the checkout."""
     checkout = tmp_path / "checkout"
-    copy_app(REPOSITORY, checkout)
-    for name in (".venv/lib/other/module.py", "runs/notes.md", "sim/notes.md", "README.md", "sim/__pycache__/x.pyc"):
+    shutil.copytree(REPOSITORY / "sim", checkout / "sim")
+    for name in ("pyproject.toml", "LICENSE", "README.md", ".gitignore"):
+        shutil.copyfile(REPOSITORY / name, checkout / name)
+    (checkout / ".gitignore").write_text((checkout / ".gitignore").read_text() + "\nsim/scratch.py\n")
+    for name in (".venv/lib/other/module.py", "runs/notes.md", "sim/notes.md", "sim/scratch.py", "docs/code.py"):
         (checkout / name).parent.mkdir(parents=True, exist_ok=True)
         (checkout / name).write_text("not of the app")
     (checkout / "sim" / "link.py").symlink_to(REPOSITORY / "README.md")
     copied = copy_app(checkout, tmp_path / "copied")
     assert build_fab_from_disk(checkout) == build_fab_from_disk(copied) == good
     assert sim.app.app_sha256(checkout) == app_sha256(good)
-    assert not list(copied.rglob("*.md")) + list(copied.rglob("link.py"))
-    project = (checkout / "pyproject.toml").read_text()
-    (checkout / "pyproject.toml").write_text(project.replace("fab-include", "# fab-include"))
-    assert copy_app(checkout, tmp_path / "none") == checkout
+    assert {file.suffix for file in copied.rglob("*") if file.is_file()} == {".py", ".toml", ""}
+    assert not (copied / "docs").exists()
+
+
+@pytest.mark.parametrize(
+    "project",
+    [
+        "[tool.flwr.app]\npublisher = 'x'\n",
+        "[tool.flwr.app]\nfab-include = ['sim/']\n",
+        "[tool.flwr.app]\nfab-include = ['*.py']\n",
+        "[tool.flwr.app]\nfab-include = ['/LICENSE', 1, '']\n",
+        "[tool.flwr.app]\nfab-include = ['sim/**/*.py']\nfab-exclude = ['sim/app.py']\n",
+        "tool = 3\n",
+        "not toml",
+        None,
+    ],
+)
+def test_of_an_app_with_other_rules_nothing_is_copied(tmp_path: Path, project: str | None) -> None:
+    (tmp_path / "app").mkdir()
+    if project is not None:
+        (tmp_path / "app" / "pyproject.toml").write_text(project)
+    assert copy_app(tmp_path / "app", tmp_path / "none") == tmp_path / "app"
     assert not (tmp_path / "none").exists()
+
+
+def test_a_copy_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(RunDirError, match=r"file/app: cannot be written \(Not a directory\)\. Make room, or"):
+        copy_app(REPOSITORY, tmp_path / "file" / "app")
 
 
 def repacked(good: bytes, changes: dict[str, bytes | None]) -> bytes:

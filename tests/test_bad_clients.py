@@ -15,7 +15,6 @@ from flwr.superlink.grid import InMemoryGrid
 from in_process import Answer, answer_honestly, run_in_process, small_experiment
 
 import sim.federation
-import sim.welcome
 from fedmerge.config import ExperimentConfig
 from fedmerge.errors import ClientError
 from sim import records

@@ -1,6 +1,7 @@
 """A benchmark: its file, its cells, going on after a kill, and what its tables say."""
 
 import itertools
+import os
 import re
 import shutil
 import signal
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from in_process import run_in_process, small_experiment
 
+import sim.bench
 from fedmerge.bench.cells import Cell, Ended, Running, domain_of, joint_folder, sums_of_ranks, work
 from fedmerge.bench.config import load_bench
 from fedmerge.bench.grid import Grid, Place, made_merges, merged_domains, open_folder, run_grid
@@ -145,7 +147,9 @@ def test_who_waits_is_told_what_is_running(place: Path, done: tuple[Grid, BenchT
     assert merging[0] == "merging: 0 of 24 cells are done"
     last = "mergerec (main, seed 1, without coffee)"
     assert merging[1] == f"merging: 0 of 24 ended, 0 s so far; running: average (main, seed 0); {last}"
-    assert re.fullmatch(r"merging 1 of 24: average \(main, seed 0\), \d+ s, about \d+ s of merging left", merging[2])
+    assert re.fullmatch(
+        r"merging 1 of 24: average \(main, seed 0\), \d+ s, about \d+ (s|min) of merging left", merging[2]
+    )
     assert re.fullmatch(rf"merging: 23 of 24 ended, \d+ s so far; running: {re.escape(f'{last}; {last}')}", merging[47])
     assert re.fullmatch(rf"merging 24 of 24: {re.escape(last)}, \d+ s", merging[48])
     assert re.fullmatch(r"merging: [\d.]+ s of work in [\d.]+ s", merging[49])
@@ -763,6 +767,24 @@ def test_one_domain_is_too_few_to_pool(place: Path) -> None:
     (place / "wrong.toml").write_text(FILE.replace("leave_one_out = true", 'joint = ["shuffled"]') + alone)
     with pytest.raises(ConfigError, match=r"dataset one: found joint, but domains\.train names only one"):
         load_bench(place / "wrong.toml")
+
+
+@pytest.mark.e2e
+def test_who_waits_for_ray_is_told_as_many_cells_as_run(
+    place: Path, done: tuple[Grid, BenchTables, list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    grid = grid_in(place, "waiting")
+    shutil.copytree(done[0].folder / "training", grid.folder / "training")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sim.bench, "SILENCE_SECONDS", 0.02)
+        assert run_bench(place / "bench.toml", grid.folder, REPOSITORY) == 0
+    lines = capsys.readouterr().out.splitlines()
+    told = [line.partition("; running: ")[2].split("; ") for line in lines if "; running: " in line]
+    assert told
+    assert {len(titles) for titles in told} <= set(range(1, len(os.sched_getaffinity(0)) + 1))
+    ended = {line.partition(": ")[2].rpartition(", ")[0].partition(", about")[0] for line in lines if " of " in line}
+    assert all(any(text.startswith(title) for text in ended) for titles in told for title in titles)
+    assert read_bench_tables(grid.folder).results == done[1].results
 
 
 @pytest.mark.e2e

@@ -14,9 +14,7 @@ from flwr.app import Context, Message
 from in_process import answer_honestly, run_in_process, small_experiment
 from test_bench import here, tables_of, train
 
-import sim.federation
 import sim.server_app
-import sim.welcome
 from fedmerge.bench.config import load_bench
 from fedmerge.bench.grid import Grid, Place, open_folder, run_grid
 from fedmerge.config import ExperimentConfig, to_toml

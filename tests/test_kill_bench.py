@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from bisect import bisect
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,8 @@ import pytest
 from backbones import tiny_bert
 
 from fedmerge.report.bench_tables import BenchTables, read_bench_tables
+from sim.bench import mark_of
+from sim.launch import end_processes
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1500)]
 
@@ -42,6 +45,15 @@ def comparable(tables: BenchTables) -> dict[str, list[dict[str, object]]]:
     }
 
 
+@pytest.fixture
+def nothing_left(tmp_path: Path) -> Iterator[None]:
+    """Ends what a test that fails leaves running."""
+    yield
+    for folder in ("whole", "killed"):
+        end_processes(mark_of(tmp_path / folder))
+
+
+@pytest.mark.usefixtures("nothing_left")
 def test_killed_ten_times_the_smoke_grid_ends_as_one_that_was_not(tmp_path: Path) -> None:
     tiny_bert(tmp_path / "bert")
     log, started = tmp_path / "whole.log", time.time_ns()
@@ -52,8 +64,8 @@ def test_killed_ten_times_the_smoke_grid_ends_as_one_that_was_not(tmp_path: Path
     for kill, moment in enumerate(sorted(np.random.default_rng(0).uniform(0, moments[-1], NUM_KILLS))):
         num_files = bisect(moments, moment) - 1  # so many were finished at this moment, the last one for so long
         log, reached = tmp_path / f"{kill}.log", 0
-        process = bench(tmp_path, "killed", log)
-        while process.poll() is None:
+        process, asked = bench(tmp_path, "killed", log), time.time_ns()
+        while process.poll() is None and time.time_ns() - asked < 600e9:
             there = len(finished(tmp_path / "killed"))
             reached = reached or (time.time_ns() if there >= num_files else 0)
             if there > num_files or (reached and time.time_ns() - reached > moment - moments[num_files]):

@@ -15,9 +15,7 @@ from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 from in_process import Answer, answer_honestly, run_in_process, small_experiment
 
-import sim.federation
 import sim.through_clients
-import sim.welcome
 from fedmerge.config import ExperimentConfig
 from fedmerge.encoder.lora import read_adapter
 from fedmerge.errors import ClientError, PolicyError

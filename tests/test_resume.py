@@ -16,9 +16,7 @@ import pytest
 from flwr.app import Context, Message
 from in_process import Answer, answer_honestly, run_in_process, small_experiment
 
-import sim.federation
 import sim.server_app
-import sim.welcome
 from fedmerge.config import ExperimentConfig
 from fedmerge.encoder.lora import TENSOR_FILE
 from fedmerge.errors import ClientError, ConfigError, RunDirError
