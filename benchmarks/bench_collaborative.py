@@ -22,13 +22,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import BertConfig, BertModel
 
+from fedmerge.adapter import Adapter, LoraModule
 from fedmerge.device import resolve_compute
 from fedmerge.encoder.backbone import Backbone
 from fedmerge.encoder.encode import embed_batch
-from fedmerge.encoder.lora import Adapter, LoraModule
 from fedmerge.encoder.text import SpecialTokens
-from fedmerge.merging.stack import Stack, stack_adapters
-from fedmerge.merging.vectors import (
+from fedmerge.mergerec.objective import PAPER, batch_terms, weighted_total
+from fedmerge.mergerec.vectors import (
     INITIALISATIONS,
     TASK_VECTORS,
     Hook,
@@ -38,7 +38,7 @@ from fedmerge.merging.vectors import (
     merged_forward,
     on_device,
 )
-from fedmerge.server.collaborative import PAPER, batch_terms, weighted_total
+from fedmerge.merging.stack import Stack, stack_adapters
 
 Forward = Callable[[Backbone, Vectors, torch.Tensor], AbstractContextManager[None]]
 

@@ -4,7 +4,7 @@
 
 Who takes part in a step decides how batches are padded, and so how gradients are rounded. For some users, of the
 clipped sums with and without them: the norm of the difference, less what the user adds alone, over the clip norm.
-DP-SGD promises 0. Training makes its steps in float32 (fedmerge.client.user_dp.private_steps).
+DP-SGD promises 0. Training makes its steps in float32 (fedmerge.client.training.dp_sgd.private_steps).
 """
 
 import argparse
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from fedmerge.client.local_domain import LocalDomain, open_domain
-from fedmerge.client.user_dp import Records, clipped_sum
+from fedmerge.client.training.dp_sgd import Records, clipped_sum
 from fedmerge.config import Text, load_config
 from fedmerge.device import resolve_compute
 from fedmerge.domain.demo import generate_domain

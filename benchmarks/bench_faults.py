@@ -18,7 +18,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "support"))
 
 from deploy_federation import FEDMERGE, Federation
 from deploy_hosts import has_nginx, kill, network, processes_of, wait_for, why_no_namespaces, workers_of
@@ -35,7 +35,7 @@ PROGRAMS = {
     "superlink": "flower-superlink",
     "serverapp": "flwr-serverapp",
     "supernode": "flower-supernode",
-    "client": "sim.executor",
+    "client": "sim.machines.executor",
 }
 
 

@@ -22,13 +22,15 @@ from pathlib import Path
 
 import torch
 
+from fedmerge.adapter import Adapter
 from fedmerge.bench.cells import backbone_of
 from fedmerge.bench.config import load_bench
 from fedmerge.bench.grid import Grid, Place, open_folder
 from fedmerge.domain.demo import write_demo
-from fedmerge.encoder.lora import Adapter, fresh_adapter
-from fedmerge.run_dir import DONE, environment, write_json, write_table
-from fedmerge.server.checkpoints import end_training, keep_expert
+from fedmerge.encoder.lora import fresh_adapter
+from fedmerge.files import write_json, write_table
+from fedmerge.runs.checkpoints import end_training, keep_expert
+from fedmerge.runs.folder import DONE, environment
 
 NUM_CELLS = 20  # 2 of merging, 2 variants on 3 domains' validation, 4 rows on 3 domains' test
 EXPERIMENT = """

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from transformers import RobertaConfig, RobertaModel
 
-from fedmerge.encoder.lora import Adapter, LoraModule, write_adapter
+from fedmerge.adapter import Adapter, LoraModule
+from fedmerge.encoder.peft_folder import write_adapter
 from fedmerge.merging.methods import METHODS
 from fedmerge.merging.training_free import merge_adapters
 

@@ -19,21 +19,23 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from fedmerge.adapter import Adapter
+from fedmerge.client.coefficients.pseudo_users import local_change, on_pseudo_users
 from fedmerge.client.evaluate import evaluate
 from fedmerge.client.local_domain import LocalDomain, open_domain
-from fedmerge.client.train import train_expert
+from fedmerge.client.training.expert import train_expert
 from fedmerge.config import ExperimentConfig, from_flat
 from fedmerge.device import resolve_compute
 from fedmerge.domain.demo import write_demo
 from fedmerge.encoder.backbone import Backbone, load_backbone
 from fedmerge.encoder.demo_backbone import write_demo_backbone
-from fedmerge.encoder.lora import Adapter, fresh_adapter
-from fedmerge.merging.learned import start_coefficients
+from fedmerge.encoder.lora import fresh_adapter
+from fedmerge.mergerec.coefficients import start_coefficients
+from fedmerge.mergerec.learn import learn_coefficients, student_vectors
+from fedmerge.mergerec.objective import PAPER
+from fedmerge.mergerec.variants import pseudo_users_of
 from fedmerge.merging.stack import linear_merge, stack_adapters
 from fedmerge.privacy.transport import Coding, as_received, pack, residual
-from fedmerge.server.collaborative import PAPER, learn_coefficients, student_vectors
-from fedmerge.server.learned import pseudo_users_of
-from fedmerge.server.through_clients import local_change, on_pseudo_users
 
 DENSITIES = (0.5, 0.25, 0.1)
 LOCAL_STEPS = (5, 10, 25)

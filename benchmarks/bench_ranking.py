@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from interleaved import arguments, print_table, timed_in_turn
 
-from fedmerge.client.metrics import rank_targets
+from fedmerge.evaluation.ranks import rank_targets
 
 WIDTH, DEEPEST = 384, 50
 Ranking = Callable[[torch.Tensor, torch.Tensor, np.ndarray], np.ndarray]

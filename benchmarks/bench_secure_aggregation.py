@@ -19,13 +19,14 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from fedmerge.encoder.lora import Adapter, LoraModule
+from fedmerge.adapter import Adapter, LoraModule
 from fedmerge.federated.product_space import weighted_sum
 from fedmerge.federated.summed import Summed, adapter_of_mean, num_summed, summed_rank, summed_values
 from fedmerge.privacy.secagg.client import advertise, mask_values, share, unmask
 from fedmerge.privacy.secagg.server import added, new_session, weighted_mean
 from fedmerge.privacy.secagg.state import Advertisement, ClientState, Revealed
-from sim import records, secure_records
+from sim.app.messages import records
+from sim.app.messages import secure_sum as secure_records
 
 RANK, WIDTH, NUM_MODULES = 8, 384, 12
 VARIANTS: tuple[Summed, ...] = ("updates", "A and B", "B")

@@ -22,7 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModel, AutoTokenizer
 
 from fedmerge.client.local_domain import LocalDomain, open_domain
-from fedmerge.client.train import training_batches, training_step
+from fedmerge.client.training.expert import training_batches, training_step
 from fedmerge.config import Text, Train
 from fedmerge.device import resolve_compute
 from fedmerge.domain.catalog import ATTRIBUTES, Catalog

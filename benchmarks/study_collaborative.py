@@ -36,32 +36,29 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedmerge.client.collaborative import ClientMergeSettings, learn_on_clients
+from fedmerge.adapter import Adapter, adapter_sha256
+from fedmerge.client.coefficients.own_users import ClientMergeSettings, learn_on_clients
 from fedmerge.client.local_domain import LocalDomain, open_domain
-from fedmerge.client.metrics import METRICS, Variant, per_user_metrics, rank_targets
 from fedmerge.config import ExperimentConfig, Split, load_config
 from fedmerge.device import resolve_compute
 from fedmerge.domain.splits import evaluation_examples
 from fedmerge.encoder.adapted import read_verified
 from fedmerge.encoder.backbone import Backbone, load_backbone
 from fedmerge.encoder.encode import encode
-from fedmerge.encoder.lora import Adapter, adapter_sha256, applied
+from fedmerge.encoder.lora import applied
 from fedmerge.encoder.text import pack_sequences
 from fedmerge.errors import ConfigError
-from fedmerge.merging.learned import start_coefficients
+from fedmerge.evaluation.ranks import METRICS, per_user_metrics, rank_targets
+from fedmerge.evaluation.sums import Variant
+from fedmerge.files import write_json
+from fedmerge.mergerec.coefficients import start_coefficients
+from fedmerge.mergerec.learn import learn_coefficients, student_vectors
+from fedmerge.mergerec.objective import ADAMERGING, PAPER, CollaborativeSettings
+from fedmerge.mergerec.pseudo_users import PseudoDomain, one_item_domain, popular_domain, pseudo_domain
+from fedmerge.mergerec.variants import average_of_others
+from fedmerge.mergerec.vectors import TASK_VECTORS, Vectors, initial_vectors, merge_vectors
 from fedmerge.merging.stack import Stack, stack_adapters
 from fedmerge.merging.training_free import merge_adapters
-from fedmerge.merging.vectors import TASK_VECTORS, Vectors, initial_vectors, merge_vectors
-from fedmerge.run_dir import write_json
-from fedmerge.server.collaborative import (
-    ADAMERGING,
-    PAPER,
-    CollaborativeSettings,
-    learn_coefficients,
-    student_vectors,
-)
-from fedmerge.server.learned import average_of_others
-from fedmerge.server.pseudo_users import PseudoDomain, one_item_domain, popular_domain, pseudo_domain
 
 Point = dict[str, Any]
 Merge = tuple[int | None, Any, Mapping[str, Adapter | None]]  # step, coefficients, domain -> adapter

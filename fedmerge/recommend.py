@@ -13,15 +13,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from fedmerge.adapter import Adapter
 from fedmerge.config import ExperimentConfig, Text, load_config
 from fedmerge.domain.catalog import Catalog, load_catalog
 from fedmerge.encoder.adapted import NO_ADAPTER, folded, load_adapted
+from fedmerge.encoder.adapter_records import config_of_adapter
 from fedmerge.encoder.backbone import Backbone, check_max_tokens
 from fedmerge.encoder.encode import encode
-from fedmerge.encoder.lora import Adapter
 from fedmerge.encoder.text import TokenTable, build_token_table, item_sequences, pack_sequences
 from fedmerge.errors import ConfigError, DomainError, LayoutMismatchError
-from fedmerge.runs import config_of_adapter
 
 
 @dataclass(frozen=True)

@@ -20,14 +20,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from fedmerge.adapter import Adapter, LoraModule, adapter_sha256
 from fedmerge.bench.config import Drawing
 from fedmerge.bench.joint import train_jointly
-from fedmerge.client.audit import Audited, audit_domain
-from fedmerge.client.baselines import baseline_rankers
+from fedmerge.client.audit.attacks import Audited, audit_domain
+from fedmerge.client.baselines.rankers import baseline_rankers
+from fedmerge.client.cache.folders import inputs_key
 from fedmerge.client.evaluate import Ranks, baseline_ranks, evaluate, model_ranks
-from fedmerge.client.kept import inputs_key
 from fedmerge.client.local_domain import LocalDomain, open_domain
-from fedmerge.client.metrics import VARIANTS, MetricSums, Variant, metric_sums, per_user_metrics
 from fedmerge.config import LEARNED_METHODS, BackboneSection, Baseline, ExperimentConfig, Runtime, Split, Text
 from fedmerge.device import resolve_compute
 from fedmerge.domain.catalog import Catalog, load_catalog
@@ -35,17 +35,21 @@ from fedmerge.domain.demo import domains_root
 from fedmerge.domain.manifest import check_catalog_is_public, read_manifest
 from fedmerge.domain.splits import evaluation_examples
 from fedmerge.encoder.backbone import Backbone, load_backbone
-from fedmerge.encoder.lora import Adapter, LoraModule, adapter_sha256, read_adapter, write_adapter
+from fedmerge.encoder.peft_folder import read_adapter, write_adapter
 from fedmerge.errors import FedMergeError, RunDirError
+from fedmerge.evaluation.ranks import per_user_metrics
+from fedmerge.evaluation.sums import VARIANTS, MetricSums, Variant, metric_sums
 from fedmerge.federated.rounds import aggregate, initial_state
 from fedmerge.federated.rules import parsed_parameters, rule_named
+from fedmerge.files import read_json, whole_folder, write_bytes, write_json
+from fedmerge.mergerec.variants import learned_labels
+from fedmerge.merging.candidate import Candidate
 from fedmerge.privacy.policy import check_enough_users
-from fedmerge.run_dir import environment, read_json, whole_folder, write_bytes, write_json
-from fedmerge.server.candidates import Candidate, merge_candidates
-from fedmerge.server.checkpoints import MERGED, KeptExperts, ended_training, keep_merge, kept_merges, merge_folder
+from fedmerge.runs.checkpoints import MERGED, KeptExperts, ended_training, keep_merge, kept_merges, merge_folder
+from fedmerge.runs.folder import environment
+from fedmerge.runs.round_checkpoints import round_records
+from fedmerge.server.candidates import merge_candidates
 from fedmerge.server.gate import check_experts, leave_one_out_merges, votes_of
-from fedmerge.server.learned import learned_labels
-from fedmerge.server.round_checkpoints import round_records
 
 MERGES = "merges.json"
 JOINT = "joint.json"
@@ -295,7 +299,7 @@ def audit_adapters(result: Path, config: ExperimentConfig, domain: str, expert: 
     """What an expert and a merge tell of the users that a domain trained on, by attacks without shadow trainings.
 
     Args:
-        result: on the client's own disk; see :func:`fedmerge.client.audit.audit_domain`.
+        result: on the client's own disk; see :func:`fedmerge.client.audit.attacks.audit_domain`.
         config: as it trained: audit, train, text, backbone, runtime and seed count.
         domain: its name.
         expert: a PEFT folder; None after rounds.

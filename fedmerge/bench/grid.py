@@ -30,14 +30,15 @@ from fedmerge.bench.cells import (
     sums_of_ranks,
 )
 from fedmerge.bench.config import Bench, Drawing, joint_row
-from fedmerge.client.kept import inputs_key
-from fedmerge.client.metrics import MetricSums, Variant
+from fedmerge.client.cache.folders import inputs_key
 from fedmerge.config import Admission, Attack, Audit, ExperimentConfig, Rounds, Split, flatten
 from fedmerge.errors import ClientError, ConfigError, FedMergeError, RunDirError
+from fedmerge.evaluation.sums import MetricSums, Variant
+from fedmerge.files import read_json, write_json
 from fedmerge.privacy.policy import Policy
-from fedmerge.run_dir import DONE, read_json, write_json
-from fedmerge.server.checkpoints import ADAPTERS, ended_training, merge_folder
-from fedmerge.server.round_checkpoints import members_of, round_records
+from fedmerge.runs.checkpoints import ADAPTERS, ended_training, merge_folder
+from fedmerge.runs.folder import DONE
+from fedmerge.runs.round_checkpoints import members_of, round_records
 
 BENCHMARK = "benchmark.json"
 

@@ -8,11 +8,18 @@ import itertools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from fedmerge.adapter import Adapter
 from fedmerge.bench.config import Drawing
 from fedmerge.client.local_domain import LocalDomain
-from fedmerge.client.train import Batch, Progress, TrainingReport, check_can_train, fine_tune, training_batches
+from fedmerge.client.training.expert import (
+    Batch,
+    Progress,
+    TrainingReport,
+    check_can_train,
+    fine_tune,
+    training_batches,
+)
 from fedmerge.config import Lora, Train
-from fedmerge.encoder.lora import Adapter
 from fedmerge.seeding import generator
 
 
@@ -34,7 +41,7 @@ def train_jointly(
         seed: of the experiment.
         drawing: see :func:`joint_batches`.
         progress: receives one line after every validation.
-        begun: as for :func:`fedmerge.client.train.train_expert`.
+        begun: as for :func:`fedmerge.client.training.expert.train_expert`.
 
     Returns:
         The adapter with the best mean NDCG@10 over the domains' validation users, and how it came about.

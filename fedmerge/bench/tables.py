@@ -20,22 +20,22 @@ from fedmerge.bench.grid import (
     test_sums,
     tested_domains,
 )
-from fedmerge.client.audit import EXPERT
-from fedmerge.client.metrics import VARIANTS, MetricSums, Variant
+from fedmerge.client.audit.attacks import EXPERT
 from fedmerge.domain.catalog import CATALOG_FILE
 from fedmerge.domain.demo import domains_root
 from fedmerge.domain.manifest import read_manifest
-from fedmerge.encoder.lora import read_adapter
+from fedmerge.encoder.peft_folder import read_adapter
+from fedmerge.evaluation.sums import VARIANTS, MetricSums, Variant
 from fedmerge.federated.rules import rule_named
 from fedmerge.federated.summed import num_summed
+from fedmerge.files import read_json
+from fedmerge.mergerec.variants import labels_from_catalogs
 from fedmerge.privacy.releases import coefficient_messages
 from fedmerge.report.bench_tables import EVERY_FOLD, BenchTables
 from fedmerge.report.statistics import comparison_rows, rank_rows
 from fedmerge.report.tables import Role
-from fedmerge.run_dir import read_json
-from fedmerge.server.checkpoints import ADAPTERS, merge_folder
-from fedmerge.server.learned import labels_from_catalogs
-from fedmerge.server.round_checkpoints import round_records
+from fedmerge.runs.checkpoints import ADAPTERS, merge_folder
+from fedmerge.runs.round_checkpoints import round_records
 
 Sums = dict[tuple[Place, str], dict[Variant, MetricSums]]  # place and domain -> variant -> sums
 WEIGHTS = "adapter_model.safetensors"

@@ -24,7 +24,7 @@ def add_commands(commands: "Commands") -> None:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from sim.bench import run_bench
+    from sim.local.bench import run_bench
 
     return run_bench(
         options.file,

@@ -113,7 +113,7 @@ def _check(options: argparse.Namespace) -> int:
         return f"{found.name}, hash {found.sha256}"
 
     def registered(bundle: "Bundle") -> str:
-        from sim.supernode import is_registered
+        from sim.machines.supernode import is_registered
 
         return is_registered(client, bundle)
 
@@ -135,7 +135,7 @@ def _start(options: argparse.Namespace) -> int:
 
     client, bundle = read_client(options.folder), read_bundle(options.bundle)
     read_manifest(client.domain)  # else it would wait for ever to be asked
-    from sim.supernode import run_client
+    from sim.machines.supernode import run_client
 
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s client %(message)s", "%H:%M:%S"))

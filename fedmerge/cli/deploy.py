@@ -78,7 +78,7 @@ def _init(options: argparse.Namespace) -> int:
 
 def _start(options: argparse.Namespace) -> int:
     from fedmerge.deploy.folder import read_deployment
-    from sim.operator import start
+    from sim.machines.superlink import start
 
     return start(read_deployment(options.folder), lambda line: print(line, flush=True))
 
@@ -87,8 +87,8 @@ def _add_client(options: argparse.Namespace) -> int:
     from fedmerge.deploy.clients import add_client, find_client, remove_client
     from fedmerge.deploy.folder import read_deployment
     from fedmerge.errors import DeploymentError
-    from sim.app import app_sha256
-    from sim.operator import is_healthy, register_clients
+    from sim.machines.app_bundle import app_sha256
+    from sim.machines.superlink import is_healthy, register_clients
 
     deployment = read_deployment(options.folder)
     bundle = add_client(deployment, options.client, options.public_key, app_sha256(CHECKOUT), options.domain)
@@ -110,7 +110,7 @@ def _add_client(options: argparse.Namespace) -> int:
 def _bundle(options: argparse.Namespace) -> int:
     from fedmerge.deploy.clients import write_bundle
     from fedmerge.deploy.folder import read_deployment
-    from sim.app import app_sha256
+    from sim.machines.app_bundle import app_sha256
 
     bundle = write_bundle(read_deployment(options.folder), options.client, app_sha256(CHECKOUT))
     print(f"{bundle}: written again; send this folder to {options.client}, who approves the app that it names")
@@ -119,7 +119,7 @@ def _bundle(options: argparse.Namespace) -> int:
 
 def _remove_client(options: argparse.Namespace) -> int:
     from fedmerge.deploy.folder import read_deployment
-    from sim.operator import withdraw_client
+    from sim.machines.superlink import withdraw_client
 
     withdraw_client(read_deployment(options.folder), options.client)
     print(f"{options.client}: its key is refused from now on")
@@ -129,8 +129,8 @@ def _remove_client(options: argparse.Namespace) -> int:
 def _status(options: argparse.Namespace) -> int:
     from fedmerge.deploy.folder import read_deployment
     from fedmerge.report.runs import summary_record
-    from fedmerge.runs import list_runs, summarise_run
-    from sim.operator import client_states, expiring, is_healthy
+    from fedmerge.runs.reading import list_runs, summarise_run
+    from sim.machines.superlink import client_states, expiring, is_healthy
 
     deployment = read_deployment(options.folder)
     healthy = is_healthy(deployment)

@@ -36,7 +36,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
     import torch
 
-    from fedmerge.client.baselines import BASELINE_LABELS, baseline_rankers
+    from fedmerge.client.baselines.rankers import BASELINE_LABELS, baseline_rankers
     from fedmerge.client.evaluate import BACKBONE, evaluate
     from fedmerge.client.local_domain import open_domain
     from fedmerge.encoder.adapted import load_adapted

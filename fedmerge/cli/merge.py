@@ -103,7 +103,7 @@ def _methods(options: argparse.Namespace) -> int:
 
 def _merge(options: argparse.Namespace) -> int:
     from fedmerge.errors import ConfigError
-    from fedmerge.runs import find_run
+    from fedmerge.runs.reading import find_run
 
     _check_groups(options)
     folders = _adapters(options.sources)
@@ -115,9 +115,9 @@ def _merge(options: argparse.Namespace) -> int:
 
 def _merge_one(options: argparse.Namespace, run: Path | None, folders: dict[str, Path]) -> int:
     """One merge by ``--method``."""
+    from fedmerge.files import check_free
     from fedmerge.merging.folders import write_merge
     from fedmerge.merging.training_free import checked_settings, merge_adapters
-    from fedmerge.run_dir import check_free
 
     rank: Any = options.output_rank or "exact"
     settings: dict[str, Any] = {
@@ -179,8 +179,8 @@ def _merge_settings(options: argparse.Namespace, run: Path | None, folders: dict
     from fedmerge.device import resolve_compute
     from fedmerge.domain.demo import domains_root
     from fedmerge.encoder.backbone import load_backbone
+    from fedmerge.files import check_free
     from fedmerge.report.runs import coefficients_text
-    from fedmerge.run_dir import check_free
     from fedmerge.server import remerge
 
     torch.set_num_threads(config.runtime.server_threads)
@@ -255,7 +255,7 @@ def _adapters(sources: list[str]) -> dict[str, Path]:
     """``NAME=DIR`` or ``DIR``, which is called like its folder; nothing where the one source is to be a run."""
     from fedmerge.config import DOMAIN_NAME
     from fedmerge.errors import ConfigError, LayoutMismatchError
-    from fedmerge.runs import is_run
+    from fedmerge.runs.reading import is_run
 
     folders: dict[str, Path] = {}
     for source in sources:
@@ -314,8 +314,8 @@ def _coefficients(text: str | None, names: list[str]) -> dict[str, float] | None
 def _config_of(adapters: list[Path]) -> Path | None:
     """The configuration of the runs the adapters lie in, where backbone and texts are the same in all of them."""
     from fedmerge.config import load_config
+    from fedmerge.encoder.adapter_records import config_of_adapter
     from fedmerge.errors import ConfigError
-    from fedmerge.runs import config_of_adapter
 
     paths = [path for adapter in adapters if (path := config_of_adapter(adapter))]
     configs = [load_config(path) for path in dict.fromkeys(paths)]

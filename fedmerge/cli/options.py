@@ -32,7 +32,7 @@ def add_adapter(parser: argparse.ArgumentParser) -> None:
 def adapter_config(options: argparse.Namespace) -> "ExperimentConfig":
     """The settings to use an adapter with."""
     from fedmerge.config import load_config
-    from fedmerge.runs import config_of_adapter
+    from fedmerge.encoder.adapter_records import config_of_adapter
 
     of_run = None if options.adapter == "none" else config_of_adapter(Path(options.adapter))
     return load_config(options.config or of_run, options.overrides)

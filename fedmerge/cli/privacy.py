@@ -11,7 +11,7 @@ from fedmerge.cli.options import add_overrides, add_runs_folder
 
 if TYPE_CHECKING:
     from fedmerge.cli.options import Commands
-    from fedmerge.client.audit import Audited
+    from fedmerge.client.audit.attacks import Audited
     from fedmerge.config import ExperimentConfig
 
 
@@ -33,8 +33,9 @@ def add_commands(commands: "Commands") -> None:
 def _audit(options: argparse.Namespace) -> int:
     from fedmerge.config import load_config
     from fedmerge.errors import ConfigError
-    from fedmerge.run_dir import CONFIG_FILE, write_json, write_text
-    from fedmerge.runs import find_run
+    from fedmerge.files import write_json, write_text
+    from fedmerge.runs.folder import CONFIG_FILE
+    from fedmerge.runs.reading import find_run
 
     folder = find_run(options.run, options.dir)
     config = load_config(folder / CONFIG_FILE, options.overrides)
@@ -49,7 +50,7 @@ def _audit(options: argparse.Namespace) -> int:
 
     import torch
 
-    from fedmerge.client.audit import audit_domain
+    from fedmerge.client.audit.attacks import audit_domain
     from fedmerge.report.audit_text import audit_text
 
     torch.set_num_threads(config.runtime.threads_per_client)
@@ -67,13 +68,13 @@ def _audit(options: argparse.Namespace) -> int:
 
 def _opened(folder: Path, config: "ExperimentConfig", names: Sequence[str]) -> Iterator[tuple[str, "Audited"]]:
     """Each domain with what its run has of it."""
-    from fedmerge.client.audit import Audited
+    from fedmerge.client.audit.attacks import Audited
     from fedmerge.client.local_domain import open_domain
     from fedmerge.domain.demo import domains_root
     from fedmerge.encoder.adapted import NO_ADAPTER, load_adapted, read_verified
     from fedmerge.errors import RunDirError
-    from fedmerge.merging.vectors import TASK_VECTORS
-    from fedmerge.runs import describe_run
+    from fedmerge.mergerec.vectors import TASK_VECTORS
+    from fedmerge.runs.reading import describe_run
 
     run = describe_run(folder)
     served = run.choice.get("served")

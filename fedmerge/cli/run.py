@@ -49,7 +49,7 @@ def _run(options: argparse.Namespace) -> int:
     else:
         config = with_absolute_paths(load_config(options.config, options.overrides), Path.cwd())
 
-    from sim.run import run_experiment
+    from sim.local.run import run_experiment
 
     return run_experiment(config, options.app or Path(__file__).resolve().parents[2])
 
@@ -57,7 +57,7 @@ def _run(options: argparse.Namespace) -> int:
 def _run_on_federation(options: argparse.Namespace) -> int:
     from fedmerge.config import load_config
     from fedmerge.errors import ConfigError
-    from sim.deployed import connection, run_on_federation
+    from sim.machines.runs import connection, run_on_federation
 
     to = connection(options.federation)
     if options.resume is not None and to.operator is not None:
@@ -75,7 +75,7 @@ def _run_on_federation(options: argparse.Namespace) -> int:
 
 
 def _stop(options: argparse.Namespace) -> int:
-    from sim.deployed import connection, stop_run
+    from sim.machines.runs import connection, stop_run
 
     number = stop_run(options.run, connection(options.federation))
     print(f"run {options.run}, Flower's number {number}: stopped; what is finished is kept")
@@ -85,7 +85,7 @@ def _stop(options: argparse.Namespace) -> int:
 def _config_to_resume(run: str, path: Path | None, overrides: list[str], start: Path = Path()) -> "ExperimentConfig":
     """The run's own configuration; with a file or --set, what they say, which must be the same."""
     from fedmerge.config import load_config
-    from fedmerge.run_dir import CONFIG_FILE, run_to_resume
+    from fedmerge.runs.folder import CONFIG_FILE, run_to_resume
 
     given = load_config(path, overrides) if path else None
     folder = run_to_resume(run, start / (given.output_dir if given else "runs"))
@@ -95,7 +95,7 @@ def _config_to_resume(run: str, path: Path | None, overrides: list[str], start: 
 
 def _check(options: argparse.Namespace) -> int:
     from fedmerge.config import load_config
-    from sim.run import check_rule
+    from sim.local.run import check_rule
 
     config = load_config(options.config, options.overrides)
     check_rule(config)

@@ -31,7 +31,7 @@ def _runs(options: argparse.Namespace) -> int:
     if options.federation is not None:
         return _submitted(options)
     from fedmerge.report.runs import runs_table, summary_record
-    from fedmerge.runs import list_runs, summarise_run
+    from fedmerge.runs.reading import list_runs, summarise_run
 
     summaries = [summarise_run(folder) for folder in list_runs(options.dir)]
     if options.json:
@@ -44,7 +44,7 @@ def _runs(options: argparse.Namespace) -> int:
 
 
 def _submitted(options: argparse.Namespace) -> int:
-    from sim.deployed import connection, list_submitted
+    from sim.machines.runs import connection, list_submitted
 
     runs = list_submitted(connection(options.federation))
     if options.json:
@@ -60,7 +60,7 @@ def _submitted(options: argparse.Namespace) -> int:
 
 def _show(options: argparse.Namespace) -> int:
     from fedmerge.report.runs import run_record, run_text
-    from fedmerge.runs import describe_run, find_run
+    from fedmerge.runs.reading import describe_run, find_run
 
     run = describe_run(find_run(options.run, options.dir))
     print(json.dumps(run_record(run), indent=2, ensure_ascii=False) if options.json else run_text(run).rstrip())

@@ -6,14 +6,16 @@ from types import MappingProxyType
 import numpy as np
 import numpy.typing as npt
 
-from fedmerge.client.baselines import Ranker
+from fedmerge.adapter import Adapter
+from fedmerge.client.baselines.rankers import Ranker
 from fedmerge.client.local_domain import LocalDomain
-from fedmerge.client.metrics import VARIANTS, MetricSums, Variant, metric_sums, per_user_metrics, rank_targets
 from fedmerge.config import Split
 from fedmerge.domain.splits import Examples, evaluation_examples
 from fedmerge.encoder.encode import encode
-from fedmerge.encoder.lora import Adapter, applied
+from fedmerge.encoder.lora import applied
 from fedmerge.encoder.text import pack_sequences
+from fedmerge.evaluation.ranks import per_user_metrics, rank_targets
+from fedmerge.evaluation.sums import VARIANTS, MetricSums, Variant, metric_sums
 
 BACKBONE = "backbone"
 NO_BASELINES: Mapping[str, Ranker] = MappingProxyType({})
@@ -36,7 +38,7 @@ def evaluate(
         split: ``valid`` or ``test``.
         max_users: at most so many users, the same for every call with this seed; None takes all.
         seed: of the draw of users.
-        baselines: label -> ranker, of :func:`fedmerge.client.baselines.baseline_rankers`; their rows come last.
+        baselines: label -> ranker, of :func:`fedmerge.client.baselines.rankers.baseline_rankers`; their rows come last.
         progress: receives one line a model.
 
     Returns:

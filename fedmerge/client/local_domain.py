@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedmerge.client.kept_tokens import token_table
+from fedmerge.client.cache.tokens import token_table
 from fedmerge.config import Text
 from fedmerge.domain.catalog import Catalog, load_catalog
 from fedmerge.domain.interactions import Interactions, load_interactions

@@ -5,6 +5,7 @@ from fedmerge.config.consistency import (
     MIN_SUMMED,
     SUMMED_METHODS,
     SUMMED_RULES,
+    ExperimentConfig,
     too_few_for_krum,
 )
 from fedmerge.config.files import (
@@ -27,7 +28,6 @@ from fedmerge.config.sections import (
     Audit,
     BackboneSection,
     Baseline,
-    ExperimentConfig,
     Lora,
     MergeMethod,
     MergeRec,

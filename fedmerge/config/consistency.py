@@ -1,13 +1,36 @@
-"""What several sections say together: refused before any work starts, each with the remedy."""
+"""The configuration of one experiment, and the settings of several sections that contradict each other."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Literal
 
-if TYPE_CHECKING:
-    from fedmerge.config.sections import ExperimentConfig, Rounds
+from pydantic import Field, model_validator
+
+from fedmerge.config.sections import (
+    DP,
+    AdaMerging,
+    Admission,
+    Attack,
+    Audit,
+    BackboneSection,
+    Domains,
+    Evaluation,
+    Lora,
+    Merge,
+    MergeRec,
+    Privacy,
+    Rounds,
+    Runtime,
+    SASRec,
+    Section,
+    Server,
+    Text,
+    ThroughClients,
+    Tracking,
+    Train,
+)
 
 LEARNED_METHODS = frozenset({"mergerec", "adamerging"})  # from pseudo-users, so they need the catalogs
 SUMMED_METHODS = ("average", "task-arithmetic", "knots-task-arithmetic")  # multiples of the sum: a secure sum will do
@@ -237,3 +260,48 @@ def too_few_for_krum(rounds: Rounds, num_domains: int) -> str:
         f"proof needs at least 2 · num_malicious + 3 = {2 * int(given) + 3}. Name more domains, or lower num_malicious "
         "in rounds.parameters"
     )
+
+
+class ExperimentConfig(Section):
+    """Everything that defines one experiment."""
+
+    name: str = Field("demo", pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$", description="Begins the name of the run folder.")
+    seed: int = Field(0, ge=0, lt=2**31, description="Of every random draw.")
+    run_id: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$",
+        description="Name of the run folder; 'none': name, time and a random part.",
+    )
+    resume: bool = Field(False, description="Go on with the run that run_id names, from where it was ended.")
+    until: Literal["report", "train"] = Field("report", description="train: end when the experts are on disk.")
+    output_dir: str = Field("runs", min_length=1, description="Where run folders are made.")
+    cache_dir: str = Field(
+        "~/.cache/fedmerge", min_length=1, description="Each client's own disk: its experts, the demo domains."
+    )
+    tracking: Tracking | None = Field(
+        None, description="Copy curves, scores and settings for this viewer into the run folder."
+    )
+    domains: Domains = Domains()
+    backbone: BackboneSection = BackboneSection()
+    text: Text = Text()
+    lora: Lora = Lora()
+    train: Train = Train()
+    rounds: Rounds = Rounds()
+    merge: Merge = Merge()
+    mergerec: MergeRec = MergeRec()
+    adamerging: AdaMerging = AdaMerging()
+    through_clients: ThroughClients = ThroughClients()
+    evaluation: Evaluation = Evaluation()
+    sasrec: SASRec = SASRec()
+    server: Server = Server()
+    privacy: Privacy = Privacy()
+    admission: Admission = Admission()
+    attack: Attack = Attack()
+    dp: DP = DP()
+    audit: Audit = Audit()
+    runtime: Runtime = Runtime()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ExperimentConfig:
+        check_together(self)
+        return self

@@ -14,7 +14,8 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from fedmerge.config.sections import DEMO_ROOT, ExperimentConfig
+from fedmerge.config.consistency import ExperimentConfig
+from fedmerge.config.sections import DEMO_ROOT
 from fedmerge.errors import ConfigError
 
 Scalar = str | int | float | bool

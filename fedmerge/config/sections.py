@@ -7,8 +7,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from fedmerge.config.consistency import check_together
-
 Split = Literal["valid", "test"]
 
 DOMAIN_NAME = "^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"  # fit to be a folder, part of a comma-separated list, a record key
@@ -611,51 +609,6 @@ class Runtime(Section):
                 f"gpus_per_client = {self.gpus_per_client:g}: clients share one GPU or get whole ones; set at most 1, "
                 "or a whole number"
             )
-        return self
-
-
-class ExperimentConfig(Section):
-    """Everything that defines one experiment."""
-
-    name: str = Field("demo", pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$", description="Begins the name of the run folder.")
-    seed: int = Field(0, ge=0, lt=2**31, description="Of every random draw.")
-    run_id: str | None = Field(
-        None,
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$",
-        description="Name of the run folder; 'none': name, time and a random part.",
-    )
-    resume: bool = Field(False, description="Go on with the run that run_id names, from where it was ended.")
-    until: Literal["report", "train"] = Field("report", description="train: end when the experts are on disk.")
-    output_dir: str = Field("runs", min_length=1, description="Where run folders are made.")
-    cache_dir: str = Field(
-        "~/.cache/fedmerge", min_length=1, description="Each client's own disk: its experts, the demo domains."
-    )
-    tracking: Tracking | None = Field(
-        None, description="Copy curves, scores and settings for this viewer into the run folder."
-    )
-    domains: Domains = Domains()
-    backbone: BackboneSection = BackboneSection()
-    text: Text = Text()
-    lora: Lora = Lora()
-    train: Train = Train()
-    rounds: Rounds = Rounds()
-    merge: Merge = Merge()
-    mergerec: MergeRec = MergeRec()
-    adamerging: AdaMerging = AdaMerging()
-    through_clients: ThroughClients = ThroughClients()
-    evaluation: Evaluation = Evaluation()
-    sasrec: SASRec = SASRec()
-    server: Server = Server()
-    privacy: Privacy = Privacy()
-    admission: Admission = Admission()
-    attack: Attack = Attack()
-    dp: DP = DP()
-    audit: Audit = Audit()
-    runtime: Runtime = Runtime()
-
-    @model_validator(mode="after")
-    def _consistent(self) -> "ExperimentConfig":
-        check_together(self)
         return self
 
 

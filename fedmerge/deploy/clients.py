@@ -12,8 +12,8 @@ from fedmerge.deploy.certificates import read_public_key, sha256_fingerprint
 from fedmerge.deploy.folder import Deployment
 from fedmerge.domain.manifest import check_name
 from fedmerge.errors import DeploymentError
+from fedmerge.files import new_folder, read_json, write_json, write_text
 from fedmerge.privacy.signatures import key_comment
-from fedmerge.run_dir import new_folder, read_json, write_json, write_text
 
 REGISTERED_FILE = "registered.json"
 CLIENT_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")

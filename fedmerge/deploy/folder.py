@@ -23,7 +23,7 @@ from pathlib import Path
 from fedmerge.deploy import texts
 from fedmerge.deploy.certificates import LOCAL_HOSTS, Issued, check_host, issue, new_authority, sha1_fingerprint
 from fedmerge.errors import DeploymentError
-from fedmerge.run_dir import new_folder, write_bytes
+from fedmerge.files import new_folder, write_bytes
 
 DEPLOYMENT_FILE = "deployment.toml"
 NAME_CHARACTERS = set("abcdefghijklmnopqrstuvwxyz0123456789-_")

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import torch
 
+from fedmerge.adapter import Adapter, adapter_sha256
 from fedmerge.config import ExperimentConfig
 from fedmerge.device import resolve_compute
+from fedmerge.encoder.adapter_records import adapter_record
 from fedmerge.encoder.backbone import Backbone, load_backbone
-from fedmerge.encoder.lora import Adapter, adapter_sha256, applied, read_adapter
+from fedmerge.encoder.lora import applied
+from fedmerge.encoder.peft_folder import read_adapter
 from fedmerge.errors import LayoutMismatchError
-from fedmerge.runs import adapter_record
 
 NO_ADAPTER = "none"  # in place of a folder: the backbone alone
 

@@ -7,14 +7,14 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from fedmerge.adapter import Adapter
 from fedmerge.config import Text
 from fedmerge.encoder.adapted import folded
+from fedmerge.encoder.adapter_records import adapter_record
 from fedmerge.encoder.backbone import Backbone, check_max_tokens
-from fedmerge.encoder.lora import Adapter
 from fedmerge.encoder.text import item_text, special_tokens
 from fedmerge.errors import BackboneError
-from fedmerge.run_dir import check_free, new_folder, write_json, write_text
-from fedmerge.runs import adapter_record, read_record
+from fedmerge.files import check_free, new_folder, read_record, write_json, write_text
 
 POOLING_MODES = {"cls": "pooling_mode_cls_token", "mean": "pooling_mode_mean_tokens", "last": "pooling_mode_lasttoken"}
 _NO_POOLER = ("bert", "roberta", "xlm-roberta")  # loaded without; elsewhere it would be drawn at random, with a warning

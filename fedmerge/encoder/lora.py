@@ -1,103 +1,20 @@
 """LoRA adapters: as data, on a backbone, and as PEFT folders on disk."""
 
-import hashlib
-import json
 import math
-import os
-import re
 import warnings
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from types import MappingProxyType
-from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
+from fedmerge.adapter import Adapter, LoraModule
 from fedmerge.config import Lora
 from fedmerge.encoder.backbone import Backbone
 from fedmerge.errors import ConfigError, LayoutMismatchError
 from fedmerge.seeding import generator
 
-CONFIG_FILE = "adapter_config.json"
-TENSOR_FILE = "adapter_model.safetensors"
-PICKLE_FILE = "adapter_model.bin"
 _PREFIX = "base_model.model."
-_UNSUPPORTED = (  # settings under which an adapter is more than B A, or something else
-    "use_dora",
-    "lora_bias",
-    "modules_to_save",
-    "trainable_token_indices",
-    "target_parameters",
-    "layer_replication",
-    "alora_invocation_tokens",
-    "use_qalora",
-    "use_bdlora",
-    "arrow_config",
-    "kasa_config",
-    "monteclora_config",
-)
-_CHANGES_THE_BACKBONE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")  # initialisations of A and B
-
-
-@dataclass(frozen=True)
-class LoraModule:
-    """The low-rank update of one linear layer, Δ = scaling · B A.
-
-    Attributes:
-        lora_A: float32 (r, in).
-        lora_B: float32 (out, r).
-        scaling: alpha / r (rsLoRA: alpha / √r).
-    """
-
-    lora_A: torch.Tensor
-    lora_B: torch.Tensor
-    scaling: float
-
-    @property
-    def rank(self) -> int:
-        """r."""
-        return self.lora_A.shape[0]
-
-    def delta_weight(self) -> torch.Tensor:
-        """Δ, float32 (out, in)."""
-        return self.scaling * (self.lora_B @ self.lora_A)
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """All LoRA modules of one fine-tuning, by module name in the bare backbone, sorted."""
-
-    modules: Mapping[str, LoraModule]
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "modules", MappingProxyType(dict(sorted(self.modules.items()))))
-
-    @property
-    def size_bytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(tensor.nbytes for m in self.modules.values() for tensor in (m.lora_A, m.lora_B))
-
-
-def adapter_sha256(adapter: Adapter) -> str:
-    """A hash over names, shapes, scalings and values."""
-    digest = hashlib.sha256()
-    for name, module in adapter.modules.items():
-        digest.update(f"{name} {tuple(module.lora_A.shape)} {tuple(module.lora_B.shape)} {module.scaling!r}\n".encode())
-        for tensor in (module.lora_A, module.lora_B):
-            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def layer_of(module_name: str) -> int | None:
-    """The encoder layer of a module: ``encoder.layer.3.…`` is 3; None for modules outside the layers."""
-    found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", module_name)
-    return int(found.group(1)) if found else None
 
 
 def attach(backbone: Backbone, target_modules: Sequence[str], rank: int, alpha: float, seed: int) -> PeftModel:
@@ -221,116 +138,6 @@ def applied(backbone: Backbone, adapter: Adapter | None) -> Iterator[None]:
             modules[name].weight.data = weight
 
 
-def write_adapter(
-    adapter: Adapter,
-    folder: Path,
-    backbone_name: str | None,
-    *,
-    task_type: str | None = "FEATURE_EXTRACTION",
-    target_modules: Sequence[str] | str | None = None,
-    fan_in_fan_out: bool = False,
-) -> None:
-    """Write a PEFT folder: ``adapter_config.json`` and ``adapter_model.safetensors``.
-
-    Uneven ranks and scalings go into ``rank_pattern`` and ``alpha_pattern``. Both files are complete or absent.
-
-    Args:
-        folder: created where missing.
-        backbone_name: written as ``base_model_name_or_path``.
-        task_type: PEFT's; it decides what kind of model PEFT makes of the backbone.
-        target_modules: what the backbone calls the adapter's modules, as PEFT matches it; None: each by its whole name.
-        fan_in_fan_out: whether the layers keep their weights transposed, as GPT-2's do; A and B are the same.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    ranks = {name: module.rank for name, module in adapter.modules.items()}
-    alphas = {name: _whole(module.scaling * module.rank) for name, module in adapter.modules.items()}
-    rank = Counter(ranks.values()).most_common(1)[0][0]
-    alpha = Counter(alphas.values()).most_common(1)[0][0]
-    config = LoraConfig(
-        task_type=task_type,
-        base_model_name_or_path=backbone_name,
-        inference_mode=True,
-        r=rank,
-        lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT computes with fractions, too
-        use_rslora=False,
-        target_modules=sorted(adapter.modules) if target_modules is None else _strings(target_modules),
-        fan_in_fan_out=fan_in_fan_out,
-        rank_pattern={re.escape(name): value for name, value in ranks.items() if value != rank},
-        alpha_pattern={re.escape(name): value for name, value in alphas.items() if value != alpha},
-    ).to_dict()  # type: ignore[no-untyped-call]  # PEFT leaves it untyped
-    if not isinstance(config["target_modules"], str):
-        config["target_modules"] = sorted(config["target_modules"])
-    tensors = {}
-    for name, module in adapter.modules.items():
-        tensors[f"{_PREFIX}{name}.lora_A.weight"] = module.lora_A.contiguous()
-        tensors[f"{_PREFIX}{name}.lora_B.weight"] = module.lora_B.contiguous()
-    partial = folder / f".{TENSOR_FILE}.partial"
-    save_file(tensors, partial, metadata={"format": "pt"})
-    os.replace(partial, folder / TENSOR_FILE)
-    partial = folder / f".{CONFIG_FILE}.partial"
-    partial.write_text(json.dumps(config, indent=2, sort_keys=True, default=str) + "\n")
-    os.replace(partial, folder / CONFIG_FILE)
-
-
-def read_adapter(folder: Path) -> Adapter:
-    """Read a PEFT LoRA folder, rsLoRA and rank and alpha patterns included.
-
-    Raises:
-        LayoutMismatchError: not a plain LoRA adapter, or a damaged one.
-    """
-    try:
-        config = json.loads((folder / CONFIG_FILE).read_text())
-        tensors = load_file(folder / TENSOR_FILE)
-    except FileNotFoundError as error:
-        if (folder / PICKLE_FILE).is_file():
-            raise LayoutMismatchError(
-                f"adapter {folder}: found {PICKLE_FILE}, expected {TENSOR_FILE}; pickled files are never opened, since "
-                "they can run code. Load the adapter with peft where you trust it, and save it again."
-            ) from error
-        raise LayoutMismatchError(
-            f"adapter {folder}: no {Path(error.filename or TENSOR_FILE).name}. "
-            f"A PEFT folder holds {CONFIG_FILE} and {TENSOR_FILE}."
-        ) from error
-    except (OSError, ValueError, RecursionError, SafetensorError) as error:
-        raise LayoutMismatchError(f"adapter {folder}: damaged ({error}). Get the folder again.") from error
-    _refuse_unsupported(config, folder)
-    pairs: dict[str, dict[str, torch.Tensor]] = {}
-    for key, tensor in tensors.items():
-        found = re.fullmatch(rf"{re.escape(_PREFIX)}(.+)\.(lora_A|lora_B)\.weight", key)
-        if not found:
-            raise LayoutMismatchError(
-                f"adapter {folder}: tensor {key!r} is not part of a LoRA on linear layers. Train without it."
-            )
-        if not tensor.is_floating_point():
-            raise LayoutMismatchError(
-                f"adapter {folder}: tensor {key!r} is {tensor.dtype}, expected floating point. Save it unquantised."
-            )
-        pairs.setdefault(found.group(1), {})[found.group(2)] = tensor.float()
-    modules = {}
-    for name, pair in pairs.items():
-        if set(pair) != {"lora_A", "lora_B"} or pair["lora_A"].ndim != 2 or pair["lora_B"].ndim != 2:
-            raise LayoutMismatchError(
-                f"adapter {folder}: module {name} has no matrix pair lora_A, lora_B. Get the folder again."
-            )
-        rank = pair["lora_A"].shape[0]
-        if (
-            not rank
-            or pair["lora_B"].shape[1] != rank
-            or rank != _pattern(config.get("rank_pattern"), name, config["r"])
-        ):
-            raise LayoutMismatchError(
-                f"adapter {folder}: module {name} has lora_A {tuple(pair['lora_A'].shape)} and lora_B "
-                f"{tuple(pair['lora_B'].shape)}, its configuration says rank "
-                f"{_pattern(config.get('rank_pattern'), name, config['r'])}. Get the folder again."
-            )
-        alpha = _pattern(config.get("alpha_pattern"), name, config["lora_alpha"])
-        scaling = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-        modules[name] = LoraModule(pair["lora_A"], pair["lora_B"], scaling)
-    if not modules:
-        raise LayoutMismatchError(f"adapter {folder}: {TENSOR_FILE} holds no LoRA module. Get the folder again.")
-    return Adapter(modules)
-
-
 def _lora_layers(model: PeftModel) -> Iterator[tuple[str, torch.Tensor, torch.Tensor, float]]:
     for name, module in sorted(model.named_modules()):
         if hasattr(module, "lora_A") and "default" in module.lora_A:
@@ -341,68 +148,3 @@ def _lora_layers(model: PeftModel) -> Iterator[tuple[str, torch.Tensor, torch.Te
                 module.lora_B["default"].weight,
                 float(module.scaling["default"]),
             )
-
-
-def _whole(value: float) -> float | int:
-    """An integer where it is one: other programs expect ``lora_alpha`` to be."""
-    return int(value) if float(value).is_integer() else value
-
-
-def _strings(names: Sequence[str] | str) -> list[str] | str:
-    return names if isinstance(names, str) else list(names)
-
-
-def _is_number(value: Any) -> bool:
-    return not isinstance(value, bool) and isinstance(value, (int, float)) and 0 < value < 1e30
-
-
-def _compile(patterns: Iterable[str]) -> bool:
-    try:
-        return all(re.compile(pattern) for pattern in patterns)
-    except (re.error, RecursionError, OverflowError):
-        return False
-
-
-def _pattern(pattern: Mapping[str, float] | None, name: str, default: float) -> float:
-    for key, value in (pattern or {}).items():  # PEFT's own rule: a regular expression that matches from the right
-        if re.match(rf"(.*\.)?({key})$", name):
-            return value
-    return default
-
-
-def _refuse_unsupported(config: Any, folder: Path) -> None:
-    if not isinstance(config, dict):
-        raise LayoutMismatchError(f"adapter {folder}: {CONFIG_FILE} holds no JSON object. Get the folder again.")
-    if config.get("peft_type") != "LORA":
-        raise LayoutMismatchError(
-            f"adapter {folder}: peft_type is {config.get('peft_type')!r}, expected 'LORA'. Train a LoRA instead."
-        )
-    for key in ("r", "lora_alpha"):
-        if not _is_number(config.get(key)):
-            raise LayoutMismatchError(
-                f"adapter {folder}: {key} is {config.get(key)!r} in {CONFIG_FILE}, not a number above 0. "
-                "Get the folder again."
-            )
-    for key in ("rank_pattern", "alpha_pattern"):
-        pattern = config.get(key) or {}
-        if not (
-            isinstance(pattern, dict) and all(_is_number(value) for value in pattern.values()) and _compile(pattern)
-        ):
-            raise LayoutMismatchError(
-                f"adapter {folder}: {key} is {pattern!r} in {CONFIG_FILE}, not an object of module patterns and "
-                "numbers above 0. Get the folder again."
-            )
-    unsupported = {"bias": config.get("bias", "none") != "none"}
-    unsupported |= {key: bool(config.get(key)) for key in _UNSUPPORTED}
-    for key, present in unsupported.items():
-        if present:
-            raise LayoutMismatchError(
-                f"adapter {folder}: {key} = {config[key]!r}; only plain LoRA on linear layers is supported. "
-                "Train without it."
-            )
-    start = str(config.get("init_lora_weights", True))
-    if start.lower().startswith(_CHANGES_THE_BACKBONE):
-        raise LayoutMismatchError(
-            f"adapter {folder}: init_lora_weights = {start!r} changed the weights of its backbone, so that B A alone "
-            "is not what was learned. Convert it with peft's save_pretrained(path_initial_model_for_weight_conversion)."
-        )

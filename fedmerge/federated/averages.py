@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fedmerge.encoder.lora import Adapter, LoraModule
+from fedmerge.adapter import Adapter, LoraModule
 from fedmerge.errors import AggregationError
 from fedmerge.federated.product_space import factors_of, frobenius, relative_error, weighted_sum
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import torch
 
-from fedmerge.encoder.lora import Adapter, LoraModule
+from fedmerge.adapter import Adapter, LoraModule
 from fedmerge.merging.spectral import Factors, dense_svd, support, thin_svd
 from fedmerge.merging.stack import linear_merge_of_many, survey_adapters
 

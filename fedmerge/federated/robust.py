@@ -10,7 +10,7 @@ from fractions import Fraction
 import numpy as np
 import torch
 
-from fedmerge.encoder.lora import Adapter, LoraModule
+from fedmerge.adapter import Adapter, LoraModule
 from fedmerge.errors import AggregationError
 from fedmerge.federated.averages import Combined
 from fedmerge.federated.product_space import weighted_sum

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedmerge.encoder.lora import Adapter, LoraModule, initial_lora_A
+from fedmerge.adapter import Adapter, LoraModule
+from fedmerge.encoder.lora import initial_lora_A
 from fedmerge.errors import AggregationError, ConfigError, LayoutMismatchError
 from fedmerge.federated.averages import Combined
 from fedmerge.federated.product_space import (

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, get_args
 
-from fedmerge.encoder.lora import Adapter
+from fedmerge.adapter import Adapter
 from fedmerge.errors import ConfigError
 from fedmerge.federated.averages import Combined, fedit, ffa_lora, hetlora, weighted_average
 from fedmerge.federated.robust import coordinate_median, krum, multi_krum, trimmed_mean

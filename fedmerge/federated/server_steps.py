@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from fedmerge.encoder.lora import Adapter
+from fedmerge.adapter import Adapter
 from fedmerge.errors import AggregationError
 from fedmerge.federated.product_space import weighted_sum
 from fedmerge.merging.stack import dense_module

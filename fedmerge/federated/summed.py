@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedmerge.encoder.lora import Adapter, LoraModule
+from fedmerge.adapter import Adapter, LoraModule
 from fedmerge.errors import AggregationError
 from fedmerge.federated.product_space import client_update, compressed, decomposed, factors_of
 from fedmerge.merging.stack import dense_module

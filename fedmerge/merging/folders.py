@@ -7,13 +7,14 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from fedmerge.adapter import Adapter, adapter_sha256
 from fedmerge.encoder.adapted import read_verified
-from fedmerge.encoder.lora import CONFIG_FILE, Adapter, adapter_sha256, write_adapter
+from fedmerge.encoder.adapter_records import adapter_record
+from fedmerge.encoder.peft_folder import CONFIG_FILE, write_adapter
 from fedmerge.errors import LayoutMismatchError, MergeError
+from fedmerge.files import new_folder, read_record, write_json, write_text
 from fedmerge.merging.stack import survey_adapters
 from fedmerge.merging.training_free import MergedAdapter
-from fedmerge.run_dir import new_folder, write_json, write_text
-from fedmerge.runs import adapter_record, read_record
 
 
 @dataclass(frozen=True)

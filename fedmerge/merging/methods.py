@@ -80,7 +80,7 @@ class Method:
 
     @property
     def learned(self) -> bool:
-        """Whether it takes pseudo-users and a model: ``fedmerge.server.collaborative``."""
+        """Whether it takes pseudo-users and a model: ``fedmerge.mergerec.learn``."""
         return self.coefficients is None and self.rows is None and self.factors is None
 
 

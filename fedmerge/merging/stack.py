@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fedmerge.encoder.lora import Adapter, LoraModule, layer_of
+from fedmerge.adapter import Adapter, LoraModule, layer_of
 from fedmerge.errors import LayoutMismatchError, MergeError
 
 OTHERS = "others"

@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from fedmerge.encoder.lora import Adapter, LoraModule, adapter_sha256
+from fedmerge.adapter import Adapter, LoraModule, adapter_sha256
 from fedmerge.errors import ConfigError, MergeError
 from fedmerge.merging.methods import Method, Value, complete_parameters, method_named
 from fedmerge.merging.rows import Piece, total

@@ -1,7 +1,8 @@
 """The app that an operator submits is code beside an organisation's data: what is not approved here is refused.
 
-A client of ``fedmerge client start`` never runs the code that arrives. It runs its own installed ``sim``, and only for
-an app whose bundle (Flower's FAB) was approved by hash and holds the same ``sim``, byte for byte, and nothing more.
+A client of ``fedmerge client start`` never runs the code that arrives. It runs its own installed ``sim.app``, and only
+for an app whose bundle (Flower's FAB) was approved by hash and holds the same ``sim.app``, byte for byte, and nothing
+more.
 """
 
 import hashlib
@@ -13,6 +14,7 @@ from pathlib import Path
 from fedmerge.errors import PolicyError
 
 BESIDE = frozenset({"pyproject.toml", "LICENSE", ".info/CONTENT"})
+CODE = ("sim/__init__.py", "sim/app/")  # the files that travel
 MOST_BYTES = 10 * 2**20  # unpacked; Flower's limit for a packed bundle is the same
 
 
@@ -42,7 +44,7 @@ def check_app(bundle: bytes, approved: Collection[str], installed: Path) -> None
 
 
 def check_contents(bundle: bytes, installed: Path) -> None:
-    """Refuse a bundle that holds anything but the ``sim`` that is installed here, pyproject.toml and the licence.
+    """Refuse a bundle that holds anything but the ``sim.app`` that is installed here, pyproject.toml and the licence.
 
     Raises:
         PolicyError: which file.
@@ -52,14 +54,16 @@ def check_contents(bundle: bytes, installed: Path) -> None:
     if shadow := sorted(name for name in found if name.split("/")[0] == "fedmerge"):
         raise PolicyError(
             f"the app {short}… brings a fedmerge of its own ({shadow[0]}), which would take the place of the one "
-            "installed here; it was not run. Ship sim/ and pyproject.toml alone."
+            "installed here; it was not run. Ship sim/app/ and pyproject.toml alone."
         )
-    if extra := sorted(name for name in found if name not in BESIDE and not name.startswith("sim/")):
+    if extra := sorted(name for name in found if name not in BESIDE and not name.startswith(CODE)):
         raise PolicyError(
-            f"the app {short}… holds {extra[0]}; it was not run. Expected nothing but sim/, pyproject.toml and LICENSE."
+            f"the app {short}… holds {extra[0]}; it was not run. Expected nothing but sim/app/, pyproject.toml and "
+            "LICENSE."
         )
-    own = {f"sim/{path.relative_to(installed).as_posix()}": path.read_bytes() for path in installed.rglob("*.py")}
-    shipped = {name: data for name, data in found.items() if name.startswith("sim/")}
+    files = (installed / "__init__.py", *(installed / "app").rglob("*.py"))
+    own = {f"sim/{path.relative_to(installed).as_posix()}": path.read_bytes() for path in files}
+    shipped = {name: data for name, data in found.items() if name.startswith(CODE)}
     if different := sorted(name for name in own.keys() | shipped.keys() if own.get(name) != shipped.get(name)):
         raise PolicyError(
             f"the app {short}… has another {different[0]} than the fedmerge installed here ({len(different)} files "

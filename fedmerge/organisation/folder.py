@@ -26,9 +26,9 @@ from fedmerge.config import ExperimentConfig, Section, describe_problem
 from fedmerge.deploy.certificates import sha256_fingerprint
 from fedmerge.domain.manifest import read_manifest
 from fedmerge.errors import ConfigError, DeploymentError
+from fedmerge.files import new_folder, write_text
 from fedmerge.privacy.client_policy import DEFAULT_POLICY_TOML
 from fedmerge.privacy.signatures import fingerprint, read_private_key
-from fedmerge.run_dir import new_folder, write_text
 
 KEY, PUBLIC_KEY, CLIENT, POLICY, APPROVED = "key", "key.pub", "client.toml", "policy.toml", "approved.txt"
 CA, FEDERATION = "ca.crt", "federation.toml"

@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 
+from fedmerge.adapter import Adapter, LoraModule
 from fedmerge.config import DP, ExperimentConfig
-from fedmerge.encoder.lora import Adapter, LoraModule
 from fedmerge.errors import LayoutMismatchError
 from fedmerge.privacy.accountant import agreed_noise
 from fedmerge.privacy.randomness import Source

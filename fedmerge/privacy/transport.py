@@ -12,9 +12,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from fedmerge.adapter import Adapter, LoraModule
 from fedmerge.config import ExperimentConfig, Transport
 from fedmerge.encoder.backbone import Backbone
-from fedmerge.encoder.lora import Adapter, LoraModule, fresh_adapter
+from fedmerge.encoder.lora import fresh_adapter
 from fedmerge.errors import LayoutMismatchError
 
 PIECES: Mapping[Transport, Mapping[str, str]] = {  # what stands for one matrix on the way: name -> type

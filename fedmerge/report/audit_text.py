@@ -14,8 +14,8 @@ def audit_text(audit: Mapping[str, Any]) -> str:
     """All tables.
 
     Args:
-        audit: of :func:`fedmerge.cli.privacy`: run, dp, and domain -> what :func:`fedmerge.client.audit.audit_domain`
-            measured.
+        audit: of :func:`fedmerge.cli.privacy`: run, dp, and domain -> what
+            :func:`fedmerge.client.audit.attacks.audit_domain` measured.
     """
     told = ", ".join(f"{key} {value}" for key, value in audit["dp"].items() if value is not None)
     parts = [f"privacy audit of {audit['run']}\ndifferential privacy of its training: {told}\n\n{NOTE}"]

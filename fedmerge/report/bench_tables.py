@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fedmerge.errors import RunDirError
-from fedmerge.run_dir import write_json, write_table
+from fedmerge.files import write_json, write_table
 
 BENCH_FILE = "bench.json"
 CELLS_FILE = "cells.json"

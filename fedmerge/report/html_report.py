@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from fedmerge.client.metrics import METRICS
 from fedmerge.config import flatten
+from fedmerge.evaluation.ranks import METRICS
 from fedmerge.privacy.attacks import AGAINST_BACKBONE
 from fedmerge.report import charts
 from fedmerge.report.bench_tables import FINISHED, MEAN, POOLED, BenchTables, Rows

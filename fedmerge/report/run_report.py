@@ -4,10 +4,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fedmerge.client.metrics import EXPERT, METRICS, VARIANTS, MetricSums, Variant
 from fedmerge.config import Attack, Split
+from fedmerge.evaluation.ranks import METRICS
+from fedmerge.evaluation.sums import EXPERT, VARIANTS, MetricSums, Variant
 from fedmerge.report.tables import Role, differences_table, result_rows, results_table
-from fedmerge.server.fallback import SERVED, with_served
+from fedmerge.server.choice import SERVED, with_served
 
 SumsByDomain = Mapping[str, Mapping[Variant, MetricSums]]
 
@@ -21,14 +22,14 @@ class Evaluated:
         roles: domain -> "train" or "unseen".
         merged: labels of the merges, one a method.
         served: the label that validation chose.
-        per_domain: domain -> its ``serve`` and scores, see :func:`fedmerge.server.fallback.choose_per_domain`.
+        per_domain: domain -> its ``serve`` and scores, see :func:`fedmerge.server.choice.choose_per_domain`.
         excluded: domain (or node) -> why.
         merged_domains: whose experts are in the merges.
         synthetic: whether any domain's data are generated.
         attack: says who poisoned its training on purpose, see :func:`attack_note`.
         flagged: domain -> why the gate would have kept its expert out; it is in the merges all the same.
         dropped: domain -> difference of the merge to its own expert, of those that it ranks worse beyond noise.
-        rollback: what was served instead, see :func:`fedmerge.server.rollback.roll_back`.
+        rollback: what was served instead, see :func:`fedmerge.server.choice.roll_back`.
     """
 
     sums: SumsByDomain

@@ -7,9 +7,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fedmerge.client.metrics import EXPERT, METRICS, VARIANTS, MetricSums
 from fedmerge.config import Split
 from fedmerge.errors import RunDirError
+from fedmerge.evaluation.ranks import METRICS
+from fedmerge.evaluation.sums import EXPERT, VARIANTS, MetricSums
+from fedmerge.files import read_record
 from fedmerge.report.bench_tables import BenchTables
 from fedmerge.report.html_report import bench_page
 from fedmerge.report.page import (
@@ -27,12 +29,12 @@ from fedmerge.report.page import (
     table,
 )
 from fedmerge.report.statistics import comparison_rows
-from fedmerge.report.sums import read_metric_sums
 from fedmerge.report.tables import Role
-from fedmerge.runs import RunDetails, describe_run, read_record
-from fedmerge.server.checkpoints import ADMISSION
-from fedmerge.server.fallback import SERVED, with_served
-from fedmerge.server.round_checkpoints import round_records
+from fedmerge.runs.checkpoints import ADMISSION
+from fedmerge.runs.metric_sums import read_metric_sums
+from fedmerge.runs.reading import RunDetails, describe_run
+from fedmerge.runs.round_checkpoints import round_records
+from fedmerge.server.choice import SERVED, with_served
 
 _SPLITS: tuple[Split, ...] = ("valid", "test")
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fedmerge.runs import MergeRecord, RunDetails, RunSummary
+from fedmerge.runs.reading import MergeRecord, RunDetails, RunSummary
 
 MOST_LINES = 20  # of one kind, for people
 _ABSENT = "-"

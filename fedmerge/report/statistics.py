@@ -1,6 +1,6 @@
 """Strategies against a baseline over several seeds, from what may leave a client; and their ranks over blocks.
 
-Only :class:`fedmerge.client.metrics.MetricSums` go in: counts, sums and sums of products. No user's outcome is seen.
+Only :class:`fedmerge.evaluation.sums.MetricSums` go in: counts, sums and sums of products. No user's outcome is seen.
 """
 
 import math
@@ -13,15 +13,15 @@ import numpy as np
 import numpy.typing as npt
 from scipy import optimize, special, stats
 
-from fedmerge.client.metrics import (
+from fedmerge.errors import LayoutMismatchError
+from fedmerge.evaluation.ranks import METRICS
+from fedmerge.evaluation.sums import (
     INTERVAL_95,
-    METRICS,
     MetricSums,
     PairedDifference,
     paired_difference,
     paired_difference_of_mean,
 )
-from fedmerge.errors import LayoutMismatchError
 from fedmerge.report.bench_tables import MEAN
 from fedmerge.report.tables import Role
 

@@ -9,8 +9,10 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from fedmerge.client.metrics import (
-    METRICS,
+from fedmerge.config import Split
+from fedmerge.errors import LayoutMismatchError
+from fedmerge.evaluation.ranks import METRICS
+from fedmerge.evaluation.sums import (
     VARIANTS,
     MetricSums,
     PairedDifference,
@@ -18,8 +20,6 @@ from fedmerge.client.metrics import (
     paired_difference,
     paired_difference_of_mean,
 )
-from fedmerge.config import Split
-from fedmerge.errors import LayoutMismatchError
 
 Role = Literal["train", "unseen"]
 TableFormat = Literal["plain", "markdown"]
@@ -195,7 +195,7 @@ def differences_table(
     Raises:
         LayoutMismatchError: no domain, domains of different variants or without a role, or a baseline that no domain
             has.
-        ClientError: as :func:`fedmerge.client.metrics.paired_difference`.
+        ClientError: as :func:`fedmerge.evaluation.sums.paired_difference`.
     """
     _check_roles(sums, roles)
     _check_format(table_format)

@@ -16,9 +16,9 @@ from typing import Any
 
 from fedmerge.config import Tracking, flatten
 from fedmerge.errors import ConfigError
+from fedmerge.files import whole_folder
 from fedmerge.report.bench_tables import BenchTables
-from fedmerge.run_dir import whole_folder
-from fedmerge.runs import describe_run
+from fedmerge.runs.reading import describe_run
 
 FOLDER = "tracking"  # of a run or a benchmark
 STORE = "mlflow.db"

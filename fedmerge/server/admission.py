@@ -7,11 +7,12 @@ from functools import cache
 import numpy as np
 import torch
 
-from fedmerge.client.metrics import MetricSums, Variant
+from fedmerge.adapter import Adapter
 from fedmerge.config import Lora, Transport
 from fedmerge.encoder.backbone import Backbone
-from fedmerge.encoder.lora import Adapter, fresh_adapter
+from fedmerge.encoder.lora import fresh_adapter
 from fedmerge.errors import ClientError, LayoutMismatchError
+from fedmerge.evaluation.sums import MetricSums, Variant
 
 Layout = Mapping[str, tuple[tuple[int, ...], tuple[int, ...], float]]
 """Module name -> shape of lora_A, shape of lora_B, scaling."""
@@ -148,7 +149,7 @@ def check_sums(
 def _smallest_scatter(sums: MetricSums) -> float:
     """The smallest Σ (d - mean d)² of all differences d = x - y of two rows, over max(1, Σ x² + Σ y²).
 
-    From sums and products, as :func:`fedmerge.client.metrics.paired_difference` has it, which refuses the same.
+    From sums and products, as :func:`fedmerge.evaluation.sums.paired_difference` has it, which refuses the same.
     """
     squares = np.diagonal(sums.products, axis1=1, axis2=2)  # (metrics, methods)
     own = squares[:, :, None] + squares[:, None, :]  # (metrics, methods, methods)

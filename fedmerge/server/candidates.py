@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import cache
 from itertools import product
 from types import MappingProxyType
@@ -11,45 +11,29 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedmerge.client.metrics import MetricSums
+from fedmerge.adapter import Adapter, adapter_sha256
 from fedmerge.config import ExperimentConfig
 from fedmerge.domain.catalog import Catalog
 from fedmerge.encoder.backbone import Backbone
-from fedmerge.encoder.lora import Adapter, adapter_sha256
 from fedmerge.errors import MergeError, PolicyError
-from fedmerge.merging.learned import LearnedCoefficients, Progress, start_coefficients
+from fedmerge.federated.product_space import weighted_sum
+from fedmerge.mergerec.coefficients import LearnedCoefficients, Progress, start_coefficients
+from fedmerge.mergerec.learn import learn_coefficients, student_vectors
+from fedmerge.mergerec.objective import CollaborativeSettings
+from fedmerge.mergerec.pseudo_users import PseudoDomain
+from fedmerge.mergerec.variants import learned_variants, pseudo_domains, tried_steps
+from fedmerge.mergerec.vectors import Vectors, initial_vectors, merge_vectors
+from fedmerge.merging.candidate import Candidate
 from fedmerge.merging.methods import METHODS, Value, method_coefficients
 from fedmerge.merging.stack import Stack, linear_merge_of_many, stack_adapters, survey_adapters
 from fedmerge.merging.training_free import merge_stack
-from fedmerge.merging.vectors import Vectors, initial_vectors, merge_vectors
 from fedmerge.privacy.domain_noise import domain_noise, domain_record, noised_average
 from fedmerge.privacy.randomness import source
-from fedmerge.server.collaborative import CollaborativeSettings, learn_coefficients, student_vectors
-from fedmerge.server.learned import learned_variants, pseudo_domains, tried_steps
-from fedmerge.server.pseudo_users import PseudoDomain
 
 logger = logging.getLogger(__name__)
 
 Learn = Callable[[str, CollaborativeSettings, Vectors], LearnedCoefficients]
 """(label, settings, vectors) -> coefficients."""
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One merge.
-
-    Attributes:
-        label: unique in the run, e.g. ``task-arithmetic 0.4``.
-        method: row of METHODS.
-        adapter: the merged adapter.
-        provenance: label, source domains and hashes, method, parameters, coefficients, the largest rank of a module,
-            who was left out on request, policy, backbone, loss curve of a learned merge.
-    """
-
-    label: str
-    method: str
-    adapter: Adapter
-    provenance: Mapping[str, Any] = field(repr=False)
 
 
 def merge_candidates(
@@ -167,34 +151,6 @@ def merge_candidates(
     return candidates
 
 
-def choose(
-    candidates: Sequence[Candidate], validation: Mapping[str, MetricSums], train_domains: Sequence[str], metric: str
-) -> tuple[dict[str, str], str, dict[str, float]]:
-    """Choose each method's variant, and the merge to serve, on validation.
-
-    Args:
-        candidates: all merges.
-        validation: domain -> unmasked metric sums of all candidates.
-        train_domains: whose unweighted mean decides; unseen domains have no say.
-        metric: the deciding one.
-
-    Returns:
-        Method -> label of its best variant; label of the best of all; every label's score. Of equal scores the first
-        counts.
-    """
-    scores = {
-        candidate.label: float(
-            np.mean([validation[domain].mean(candidate.label, metric) for domain in sorted(train_domains)])
-        )
-        for candidate in candidates
-    }
-    best: dict[str, str] = {}
-    for candidate in candidates:
-        if candidate.method not in best or scores[candidate.label] > scores[best[candidate.method]]:
-            best[candidate.method] = candidate.label
-    return best, max(best.values(), key=lambda label: scores[label]), scores
-
-
 def _learner_from_catalogs(
     method: str,
     backbone: Backbone | None,
@@ -286,3 +242,39 @@ def _every_fifth(label: str, progress: Callable[[str], None]) -> Progress:
             progress(f"{label}: step {step}/{steps}, {terms}")
 
     return report
+
+
+def candidates_of_mean(
+    config: ExperimentConfig, mean: Adapter, record: Mapping[str, Any], backbone: Backbone
+) -> list[Candidate]:
+    """Average and task arithmetic of the clients in a secure sum of equal coefficients.
+
+    Args:
+        config: merge counts.
+        mean: of their experts.
+        record: how it was made; its ``clients`` are who is in it.
+        backbone: what they were trained on.
+    """
+    domains = sorted(record["clients"])
+    candidates = []
+    for method in config.merge.methods:
+        for label, parameters in linear_variants(method, config):
+            given = parameters.get("coefficient")
+            coefficient = float(given) if given is not None else 1 / len(domains)
+            adapter = weighted_sum({"mean": mean}, {"mean": coefficient * len(domains)})
+            provenance = {
+                "label": label,
+                "method": method,
+                "domains": dict.fromkeys(domains, ""),
+                "rank": max(module.rank for module in adapter.modules.values()),
+                "excluded": {},
+                "policy": config.privacy.policy,
+                "backbone": {"name": backbone.name, "sha256": backbone.sha256},
+                "sha256": adapter_sha256(adapter),
+                "parameters": parameters,
+                "coefficients": dict.fromkeys(domains, coefficient),
+                "coefficient_groups": ["all"],
+                "secure_sum": {key: value for key, value in record.items() if key != "sha256"},
+            }
+            candidates.append(Candidate(label, method, adapter, provenance))
+    return candidates

@@ -16,14 +16,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedmerge.client.metrics import MetricSums, paired_difference, rank_targets
+from fedmerge.adapter import Adapter
 from fedmerge.config import ExperimentConfig, Text
 from fedmerge.domain.catalog import Catalog, make_catalog
 from fedmerge.encoder.backbone import Backbone
 from fedmerge.encoder.encode import encode
-from fedmerge.encoder.lora import Adapter, applied
+from fedmerge.encoder.lora import applied
 from fedmerge.encoder.text import Tokens, build_token_table, item_sequences
 from fedmerge.errors import MergeError
+from fedmerge.evaluation.ranks import rank_targets
+from fedmerge.evaluation.sums import MetricSums, paired_difference
 from fedmerge.federated.product_space import inner_product
 from fedmerge.merging.stack import linear_merge_of_many, survey_adapters
 from fedmerge.seeding import generator

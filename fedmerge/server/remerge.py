@@ -8,20 +8,21 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from fedmerge.adapter import Adapter
 from fedmerge.config import ExperimentConfig, to_toml
 from fedmerge.domain.catalog import Catalog, load_catalog
 from fedmerge.domain.manifest import check_catalog_is_public, check_name, read_manifest
 from fedmerge.encoder.adapted import check_backbone
 from fedmerge.encoder.backbone import Backbone
-from fedmerge.encoder.lora import Adapter
 from fedmerge.errors import ConfigError, DomainError, RunDirError
+from fedmerge.files import new_folder, read_record, write_json, write_text
+from fedmerge.mergerec.pictures import draw_learned
+from fedmerge.merging.candidate import Candidate
 from fedmerge.merging.folders import AdapterFolders, read_folders, write_as_sources
 from fedmerge.merging.methods import METHODS
-from fedmerge.run_dir import new_folder, write_json, write_text
-from fedmerge.runs import REMERGED, read_record
-from fedmerge.server.candidates import Candidate, merge_candidates
-from fedmerge.server.checkpoints import turned_away
-from fedmerge.server.pictures import draw_learned
+from fedmerge.runs.checkpoints import turned_away
+from fedmerge.runs.reading import REMERGED
+from fedmerge.server.candidates import merge_candidates
 
 WITHDRAWN = "left out with --exclude"
 TURNED_AWAY = "not admitted"

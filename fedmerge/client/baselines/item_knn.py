@@ -1,0 +1,151 @@
+"""ItemKNN: what was bought together with the items of the history, without any training."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fedmerge.domain.splits import Examples
+from fedmerge.evaluation.ranks import METRICS, FloatArray, IntArray, check_in_catalog, per_user_metrics, target_ranks
+
+# What validation chooses from.
+NUM_NEIGHBOURS = (20, 100, 200)
+SHRINKAGES = (0.0, 10.0, 100.0)
+
+SCORES_PER_BLOCK = 2**22  # 32 MiB of float64
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ItemNeighbours:
+    """The nearest items of every item, nearest first.
+
+    Attributes:
+        items: (N, k) int32; where an item has fewer neighbours, item 0 at similarity 0, which adds nothing.
+        similarities: (N, k) float64, 0 or above.
+    """
+
+    items: npt.NDArray[np.int32]
+    similarities: FloatArray
+
+    def nearest(self, num_neighbours: int) -> "ItemNeighbours":
+        """The same with at most ``num_neighbours`` an item (views)."""
+        return ItemNeighbours(self.items[:, :num_neighbours], self.similarities[:, :num_neighbours])
+
+
+@dataclass(frozen=True, slots=True)
+class ItemKnnChoice:
+    """What validation chose, and its NDCG@10 there."""
+
+    num_neighbours: int
+    shrinkage: float
+    ndcg: float
+
+
+def item_neighbours(
+    train_sequences: Sequence[IntArray], num_items: int, num_neighbours: int, shrinkage: float = 0.0
+) -> ItemNeighbours:
+    """Cosine between the columns of the binary user-item matrix of the train sequences.
+
+    s_ij = c_ij / (√(n_i n_j) + h) for i ≠ j, with n_i the users of item i and c_ij those of both.
+
+    Args:
+        train_sequences: one array of item indices a user; an item counts once a user.
+        num_items: N, items of the catalog.
+        num_neighbours: k; of equally similar items the one with the lower index is nearer.
+        shrinkage: h; pulls down similarities that rest on few users.
+
+    Raises:
+        LayoutMismatchError: an item index outside the catalog.
+
+    Source: Deshpande and Karypis, Item-based top-N recommendation algorithms, TOIS 2004; the shrinkage as in Ferrari
+        Dacrema et al., Are we really making much progress?, RecSys 2019.
+    """
+    distinct = [np.unique(sequence).astype(np.int64) for sequence in train_sequences]
+    bought = np.concatenate([np.zeros(0, dtype=np.int64), *distinct])
+    check_in_catalog(bought, num_items, "the train sequences")
+    num_users = np.bincount(bought, minlength=num_items)  # (N,) of each item
+    users = np.repeat(np.arange(len(distinct)), [len(items) for items in distinct])
+    buyers = np.split(users[np.argsort(bought, kind="stable")], np.cumsum(num_users)[:-1])  # N arrays of users
+    neighbours = np.zeros((num_items, num_neighbours), dtype=np.int32)
+    similarities = np.zeros((num_items, num_neighbours))
+    for item, its_buyers in enumerate(buyers):
+        if not len(its_buyers):
+            continue
+        together = np.bincount(np.concatenate([distinct[user] for user in its_buyers]), minlength=num_items)  # (N,)
+        together[item] = 0
+        candidates = np.flatnonzero(together)
+        cosines = together[candidates] / (np.sqrt(num_users[item] * num_users[candidates]) + shrinkage)
+        nearest = np.argsort(-cosines, kind="stable")[:num_neighbours]
+        neighbours[item, : len(nearest)] = candidates[nearest]
+        similarities[item, : len(nearest)] = cosines[nearest]
+    return ItemNeighbours(neighbours, similarities)
+
+
+def item_knn_ranks(
+    neighbours: ItemNeighbours,
+    histories: Sequence[IntArray],
+    targets: IntArray,
+    seen: Sequence[IntArray] | None = None,
+    *,
+    block_size: int | None = None,
+) -> npt.NDArray[np.int64]:
+    """Ranks of the targets by the similarities that the items of the history add up to.
+
+    score_uj = Σ_{i in the history of u} s_ij over the i that have j among their neighbours; 0 where none has, and such
+    items tie.
+
+    Args:
+        neighbours: of :func:`item_neighbours`.
+        histories: one array of item indices a user; repeats and order do not matter.
+        targets: (U,) item indices.
+        seen: as in :func:`fedmerge.evaluation.ranks.target_ranks`; None is the unmasked variant.
+        block_size: users scored at once; None keeps a block at about four million scores.
+
+    Returns:
+        (U,) int64 ranks from 1.
+
+    Raises:
+        LayoutMismatchError: item indices outside the catalog.
+    """
+    num_items = len(neighbours.items)
+    check_in_catalog(np.concatenate([np.zeros(0, dtype=np.int64), *histories]), num_items, "the histories")
+    size = block_size or max(1, SCORES_PER_BLOCK // max(1, num_items))
+    ranks = np.zeros(len(histories), dtype=np.int64)
+    for start in range(0, len(histories), size):
+        span = slice(start, start + size)
+        distinct = [np.unique(history) for history in histories[span]]  # in order: sums do not depend on the history's
+        rows = np.repeat(np.arange(len(distinct)), [len(items) for items in distinct])
+        items = np.concatenate(distinct)
+        cells = rows[:, None] * num_items + neighbours.items[items]  # (history items, k)
+        weights = neighbours.similarities[items]
+        scores = np.bincount(cells.ravel(), weights.ravel(), minlength=len(distinct) * num_items)
+        block = torch.from_numpy(scores.reshape(len(distinct), num_items))
+        ranks[span] = target_ranks(block, targets[span], None if seen is None else seen[span])
+    return ranks
+
+
+def choose_item_knn(
+    train_sequences: Sequence[IntArray], num_items: int, validation: Examples
+) -> tuple[ItemNeighbours, ItemKnnChoice]:
+    """The neighbours that rank the validation users best (NDCG@10, unmasked) among NUM_NEIGHBOURS x SHRINKAGES.
+
+    Args:
+        train_sequences: as in :func:`item_neighbours`.
+        num_items: N.
+        validation: examples of the split ``valid``; of equal choices the first of the grid is taken.
+    """
+    return max(_tried(train_sequences, num_items, validation), key=lambda tried: tried[1].ndcg)
+
+
+def _tried(
+    train_sequences: Sequence[IntArray], num_items: int, validation: Examples
+) -> Iterator[tuple[ItemNeighbours, ItemKnnChoice]]:
+    for shrinkage in SHRINKAGES:
+        widest = item_neighbours(train_sequences, num_items, max(NUM_NEIGHBOURS), shrinkage)
+        for num_neighbours in NUM_NEIGHBOURS:
+            neighbours = widest.nearest(num_neighbours)
+            ranks = item_knn_ranks(neighbours, validation.histories, validation.targets)
+            ndcg = float(per_user_metrics(ranks)[:, METRICS.index("ndcg@10")].mean())
+            yield neighbours, ItemKnnChoice(num_neighbours, shrinkage, ndcg)

@@ -1,0 +1,81 @@
+"""The tokens of a client's catalog on its own disk: a catalog is tokenised once, not once for each message."""
+
+import hashlib
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+import tokenizers
+import transformers
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from fedmerge import __version__
+from fedmerge.client.cache.folders import inputs_key, keep
+from fedmerge.domain.catalog import Catalog
+from fedmerge.domain.manifest import Manifest
+from fedmerge.encoder.backbone import Backbone
+from fedmerge.encoder.text import TokenTable, build_token_table
+from fedmerge.errors import ClientError
+
+TOKENS_FILE, HASH_FILE = "tokens.safetensors", "sha256"
+
+logger = logging.getLogger(__name__)
+
+
+def token_table(
+    catalog: Catalog, manifest: Manifest, backbone: Backbone, max_attribute_tokens: int, cache_dir: Path
+) -> TokenTable:
+    """The tokens of a catalog, from disk where the same inputs were tokenised before, else made now and kept.
+
+    A disk that takes nothing costs the time of the next message, no more.
+
+    Args:
+        catalog: N items.
+        manifest: the domain's; catalog and tokens are known by its hash.
+        backbone: whose tokens.
+        max_attribute_tokens: as for :func:`fedmerge.encoder.text.build_token_table`.
+        cache_dir: of this client.
+    """
+    versions = [__version__, transformers.__version__, tokenizers.__version__]
+    inputs = [manifest.catalog_sha256, backbone.sha256, max_attribute_tokens, versions]
+    folder = cache_dir.expanduser() / "tokens" / f"{manifest.name}-{inputs_key({'inputs': inputs})}"
+    if (kept := _kept(folder, len(catalog))) is not None:
+        return kept
+    table = build_token_table(catalog, backbone.tokenizer, max_attribute_tokens)
+
+    def write(filled: Path) -> None:
+        arrays: dict[str, npt.NDArray[Any]] = {
+            "ids": table.ids,
+            "offsets": table.offsets,
+            "separator": table.separator,
+        }
+        save_file(arrays, filled / TOKENS_FILE)
+        (filled / HASH_FILE).write_text(_sha256(table))
+
+    shutil.rmtree(folder, ignore_errors=True)  # damaged, if there is anything
+    try:
+        keep(folder, write, lambda: _kept(folder, len(catalog)) is not None, f"domain {manifest.name}: its tokens")
+    except ClientError as error:
+        logger.warning("%s", error)
+    return table
+
+
+def _kept(folder: Path, num_items: int) -> TokenTable | None:
+    """A table on disk, if it is there and whole."""
+    try:
+        table = TokenTable(**load_file(folder / TOKENS_FILE))
+        if _sha256(table) != (folder / HASH_FILE).read_text():
+            return None
+    except (OSError, SafetensorError, TypeError, ValueError):
+        return None
+    return table if len(table) == num_items else None
+
+
+def _sha256(table: TokenTable) -> str:
+    digest = hashlib.sha256()
+    for part in (table.ids, table.offsets, table.separator):
+        digest.update(str((part.dtype, part.shape)).encode() + part.tobytes())
+    return digest.hexdigest()

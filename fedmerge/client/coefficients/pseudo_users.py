@@ -1,0 +1,285 @@
+"""Coefficients learned through the clients: what a client keeps of a cohort, and what it computes for a message.
+
+The server sends the cohort's adapters once, then coefficients. A client answers with the gradient of the objective on
+its own pseudo-users, or with the change that a few steps make: K or K × G numbers, nothing else. Here is the part that
+needs the client's catalog alone; on its own users :mod:`fedmerge.client.coefficients.own_users` computes the gradient.
+"""
+
+import hashlib
+import os
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from fedmerge import __version__
+from fedmerge.adapter import Adapter, adapter_sha256
+from fedmerge.client.cache.folders import inputs_key, keep
+from fedmerge.config import ExperimentConfig
+from fedmerge.domain.catalog import Catalog
+from fedmerge.encoder.backbone import Backbone
+from fedmerge.encoder.encode import embed_batch, encode
+from fedmerge.encoder.lora import applied
+from fedmerge.encoder.peft_folder import read_adapter, write_adapter
+from fedmerge.encoder.text import Tokens
+from fedmerge.errors import ClientError, FedMergeError
+from fedmerge.mergerec.coefficients import optimise
+from fedmerge.mergerec.learn import draw_pseudo_users
+from fedmerge.mergerec.objective import CollaborativeSettings, batch_terms, weighted_total
+from fedmerge.mergerec.pseudo_users import PseudoDomain
+from fedmerge.mergerec.variants import pseudo_users_of
+from fedmerge.mergerec.vectors import Vectors, merge_vectors, merged_forward
+
+ADAPTERS = "adapters"
+PSEUDO_FILE = "pseudo-users.safetensors"
+STUDENTS_FILE = "students.safetensors"
+
+LocalGradient = Callable[[int, torch.Tensor], torch.Tensor]
+"""(step within the message, coefficients) -> gradient, both (K,) or (K, G) float32 on the CPU."""
+
+
+@dataclass(frozen=True, eq=False)
+class Cohort:
+    """What a client keeps of the cohort that it learns coefficients with.
+
+    Attributes:
+        folder: on the client's own disk.
+        adapters: domain -> expert, of everybody.
+        pseudo: the client's own pseudo-users, with what its expert thinks of them; None where it learns on its users.
+    """
+
+    folder: Path
+    adapters: Mapping[str, Adapter]
+    pseudo: PseudoDomain | None
+
+
+def cohort_sha256(adapters: Mapping[str, Adapter]) -> str:
+    """A hash over the domains and their experts, by which server and client name a cohort."""
+    lines = [f"{domain} {adapter_sha256(adapters[domain])}" for domain in sorted(adapters)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def cohort_folder(config: ExperimentConfig, name: str, catalog: Catalog, backbone: Backbone, sha256: str) -> Path:
+    """Where a client keeps a cohort: named by everything that its pseudo-users depend on."""
+    inputs = {
+        "cohort": sha256,
+        "catalog": catalog.sha256,
+        "backbone": backbone.sha256,
+        "pooling": backbone.pooling,
+        "text": config.text.model_dump(),
+        "mergerec": config.mergerec.model_dump(),
+        "users": config.through_clients.users,
+        "seed": config.seed,
+        "threads": config.runtime.threads_per_client,
+        "device": str(backbone.device),
+        "precision": backbone.compute.precision,
+        "versions": [__version__, torch.__version__],
+    }
+    return Path(config.cache_dir).expanduser() / "cohorts" / f"{name}-{inputs_key(inputs)}"
+
+
+def keep_cohort(
+    folder: Path,
+    name: str,
+    backbone: Backbone,
+    adapters: Mapping[str, Adapter],
+    catalog: Catalog,
+    config: ExperimentConfig,
+) -> None:
+    """Make a client's pseudo-users and keep them with the cohort's adapters; nothing where they are kept already.
+
+    Args:
+        folder: :func:`cohort_folder`.
+        name: the client's own domain.
+        backbone: the frozen encoder; left as it was.
+        adapters: domain -> expert, of everybody.
+        catalog: the client's own; it goes nowhere.
+        config: text, mergerec, through_clients and seed are read.
+
+    Raises:
+        ClientError: the client's own expert is not among them; the disk.
+    """
+    if name not in adapters:
+        raise ClientError(f"domain {name}: the cohort is {', '.join(sorted(adapters))}, expected {name} among them")
+    if folder.is_dir():
+        return
+    own = config.through_clients.users == "own-users"
+    pseudo = None if own else pseudo_users_of(name, backbone, adapters, catalog, config)
+
+    def write(cohort: Path) -> None:
+        for domain, adapter in adapters.items():
+            write_adapter(adapter, cohort / ADAPTERS / domain, backbone.name)
+        if pseudo is not None:
+            lengths = torch.tensor([len(user) for user in pseudo.users])
+            tensors = {
+                "teacher_items": pseudo.teacher_items,
+                "teacher_users": pseudo.teacher_users,
+                "users": torch.from_numpy(np.concatenate([np.asarray(user, dtype=np.int32) for user in pseudo.users])),
+                "lengths": lengths,
+            }
+            save_file({key: value.clone() for key, value in tensors.items()}, cohort / PSEUDO_FILE)
+
+    keep(folder, write, folder.is_dir, f"domain {name}: the cohort")
+
+
+def read_cohort(folder: Path, name: str, items: Sequence[Tokens]) -> Cohort:
+    """What :func:`keep_cohort` kept.
+
+    Args:
+        folder: as there.
+        name: the client's own domain.
+        items: N token sequences of its catalog.
+
+    Raises:
+        ClientError: it is not there, or damaged.
+    """
+    try:
+        adapters = {path.name: read_adapter(path) for path in sorted((folder / ADAPTERS).iterdir())}
+        pseudo = _read_pseudo(folder / PSEUDO_FILE, name, items) if (folder / PSEUDO_FILE).is_file() else None
+    except (FedMergeError, OSError, LookupError, SafetensorError) as error:
+        raise ClientError(
+            f"domain {name}: the cohort's adapters are not in {folder} ({type(error).__name__}). "
+            "Keep cache_dir between the messages of a run."
+        ) from error
+    return Cohort(folder, adapters, pseudo)
+
+
+def student_items(
+    cohort: Cohort, name: str, items: Sequence[Tokens], backbone: Backbone, vectors: Vectors, coefficients: torch.Tensor
+) -> torch.Tensor:
+    """The client's item vectors under a merge, Ê (N, d): from its disk where they are those asked for last.
+
+    Args:
+        cohort: of the client.
+        name: its domain.
+        items: N token sequences of its catalog.
+        backbone: the frozen encoder; left as it was.
+        vectors: of the K experts.
+        coefficients: (K,) or (K, G).
+    """
+    values = coefficients.detach().cpu().contiguous()
+    of = f"{type(vectors).__name__} {tuple(values.shape)} ".encode()
+    key, path = hashlib.sha256(of + values.numpy().tobytes()).hexdigest(), cohort.folder / STUDENTS_FILE
+    try:
+        kept = load_file(path)
+        if key in kept:
+            return kept[key]
+    except (OSError, SafetensorError):
+        pass
+    with applied(backbone, merge_vectors(vectors, values)):
+        found = encode(backbone, items)
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        save_file({key: found}, partial)
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise ClientError(
+            f"domain {name}: item vectors cannot be kept in {cohort.folder} ({error}). Check the space there."
+        ) from error
+    return found
+
+
+def gradient_on_pseudo_users(
+    backbone: Backbone,
+    vectors: Vectors,
+    pseudo: PseudoDomain,
+    students: torch.Tensor,
+    users: Sequence[int],
+    coefficients: torch.Tensor,
+    settings: CollaborativeSettings,
+) -> torch.Tensor:
+    """The gradient of the mean loss over some of the client's own pseudo-users.
+
+    Batches that mix domains are the mean of these, weighted by how many pseudo-users each client had in them: the loss
+    of :func:`fedmerge.mergerec.learn.learn_coefficients` scores a pseudo-user on its own catalog only.
+
+    Args:
+        backbone: the frozen encoder; left as it was.
+        vectors: of the K experts, on its device.
+        pseudo: the client's own.
+        students: Ê, (N, d).
+        users: which pseudo-users.
+        coefficients: (K,) or (K, G) float32.
+        settings: loss, weights and temperatures are read.
+
+    Returns:
+        float32 like the coefficients, on the CPU.
+
+    Raises:
+        ClientError: a pseudo-user that the client does not have.
+    """
+    if not users or min(users) < 0 or max(users) >= len(pseudo.users):
+        raise ClientError(
+            f"domain {pseudo.name}: the server asks for pseudo-users {sorted(users)[:3]} …, there are "
+            f"{len(pseudo.users)}. Use one fedmerge version everywhere."
+        )
+    device = backbone.device
+    leaf = coefficients.detach().clone().to(device).requires_grad_()
+    with merged_forward(backbone, vectors, leaf):
+        vectors_of_users = embed_batch(backbone, [pseudo.users[user] for user in users])  # (n, d)
+    teacher_users = pseudo.teacher_users[list(users)].to(vectors_of_users)  # (n, d)
+    teachers, items = pseudo.teacher_items.to(device, torch.float32), students.to(device)
+    own = np.zeros(len(users), dtype=np.int64)
+    terms = batch_terms(vectors_of_users, teacher_users, own, [teachers], [items], settings)
+    (found,) = torch.autograd.grad(weighted_total(terms, settings), [leaf])
+    return found.cpu()
+
+
+def on_pseudo_users(
+    backbone: Backbone,
+    vectors: Vectors,
+    pseudo: PseudoDomain,
+    students: torch.Tensor,
+    settings: CollaborativeSettings,
+    first: int,
+    users: Sequence[int],
+) -> LocalGradient:
+    """The client's gradient at a step of a message: on the pseudo-users that the server drew, or on its own draw.
+
+    Args:
+        backbone, vectors, pseudo, students, settings: as for :func:`gradient_on_pseudo_users`.
+        first: the first step of the message.
+        users: drawn by the server, for one step; none: the client walks through its own permutations, as many
+            pseudo-users a step as ``settings.batch_size``.
+    """
+    drawn = None if users else draw_pseudo_users((len(pseudo.users),), settings)[1]  # (steps, batch)
+
+    def found(step: int, coefficients: torch.Tensor) -> torch.Tensor:
+        chosen = list(users) if drawn is None else drawn[first + step].tolist()
+        return gradient_on_pseudo_users(backbone, vectors, pseudo, students, chosen, coefficients, settings)
+
+    return found
+
+
+def local_change(
+    gradient: LocalGradient, start: torch.Tensor, settings: CollaborativeSettings, steps: int
+) -> torch.Tensor:
+    """What a few steps of Adam at one client change in the coefficients; each message begins with a fresh Adam.
+
+    Args:
+        gradient: (step within the message, coefficients) -> gradient.
+        start: (K,) or (K, G) float32.
+        settings: learning_rate and clamp are read.
+        steps: how many.
+    """
+    learned = optimise(
+        "local steps",
+        start,
+        lambda step, coefficients: (gradient(step, coefficients), {}),
+        steps=steps,
+        learning_rate=settings.learning_rate,
+        clamp=settings.clamp,
+    )
+    return learned.coefficients - start.cpu()
+
+
+def _read_pseudo(path: Path, name: str, items: Sequence[Tokens]) -> PseudoDomain:
+    kept = load_file(path)
+    users = np.split(kept["users"].numpy(), np.cumsum(kept["lengths"].numpy())[:-1])
+    return PseudoDomain(name, items, kept["teacher_items"], users, kept["teacher_users"])

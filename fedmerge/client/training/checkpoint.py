@@ -1,0 +1,142 @@
+"""A training that goes on where it was ended: its state after a validation, in one file on the client's disk.
+
+The state is everything that the next step depends on, so the result is to the last bit that of a training that was
+never ended. Batches are drawn from the seed alone; nothing is kept of them but their number.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from fedmerge.adapter import Adapter, LoraModule
+from fedmerge.errors import ClientError
+
+_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+
+
+@dataclass(frozen=True)
+class Validation:
+    """One look at the validation users: after which step, the mean training loss since the last look, their NDCG@10."""
+
+    step: int
+    loss: float
+    ndcg: float
+
+
+@dataclass(frozen=True)
+class BegunTraining:
+    """Where a training is.
+
+    Attributes:
+        step: optimiser steps made.
+        spent: share of the budget that is spent.
+        seconds: wall clock so far.
+        best_step: step of the best adapter so far.
+        best: that adapter.
+        validations: so far.
+        tensors: parameters and moments of the optimiser, by :func:`state_tensors`.
+    """
+
+    step: int
+    spent: float
+    seconds: float
+    best_step: int
+    best: Adapter
+    validations: tuple[Validation, ...]
+    tensors: Mapping[str, torch.Tensor]
+
+
+def state_tensors(
+    parameters: Sequence[torch.nn.Parameter], optimizer: torch.optim.Optimizer
+) -> dict[str, torch.Tensor]:
+    """Copies of the parameters and of what the optimiser holds of them, on the CPU."""
+    found = {}
+    for number, parameter in enumerate(parameters):
+        found[f"parameter.{number}"] = parameter.detach().cpu().clone()
+        for moment in _MOMENTS:
+            found[f"{moment}.{number}"] = optimizer.state[parameter][moment].detach().cpu().clone()
+    return found
+
+
+def restore(
+    tensors: Mapping[str, torch.Tensor], parameters: Sequence[torch.nn.Parameter], optimizer: torch.optim.Optimizer
+) -> None:
+    """Put the tensors of :func:`state_tensors` back."""
+    state = optimizer.state_dict()
+    for number, parameter in enumerate(parameters):
+        with torch.no_grad():
+            parameter.copy_(tensors[f"parameter.{number}"])
+        state["state"][number] = {moment: tensors[f"{moment}.{number}"].clone() for moment in _MOMENTS}
+    optimizer.load_state_dict(state)
+
+
+def keep_begun(path: Path, begun: BegunTraining) -> None:
+    """Write the state, whole or not at all, in place of an earlier one.
+
+    Raises:
+        ClientError: the disk is full, or the folder cannot be written.
+    """
+    tensors = dict(begun.tensors)
+    scalings = {}
+    for name, module in begun.best.modules.items():
+        tensors |= {f"best.{name}.lora_A": module.lora_A, f"best.{name}.lora_B": module.lora_B}
+        scalings[name] = module.scaling
+    facts = {
+        "step": begun.step,
+        "spent": begun.spent,
+        "seconds": begun.seconds,
+        "best_step": begun.best_step,
+        "scalings": scalings,
+        "validations": [asdict(validation) for validation in begun.validations],
+    }
+    text = json.dumps(facts)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(contiguous, partial, metadata={"facts": text, "sha256": _digest(text, contiguous)})
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise ClientError(
+            f"a training that has begun cannot be kept in {path.parent} ({error}). Check the space and the permissions "
+            "there, or set cache_dir."
+        ) from error
+
+
+def begun_training(path: Path) -> BegunTraining | None:
+    """The state on disk, if it is there and whole."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
+        if metadata["sha256"] != _digest(metadata["facts"], tensors):
+            return None
+        facts = json.loads(metadata["facts"])
+        best = {
+            name: LoraModule(tensors.pop(f"best.{name}.lora_A"), tensors.pop(f"best.{name}.lora_B"), scaling)
+            for name, scaling in facts["scalings"].items()
+        }
+        validations = tuple(Validation(**validation) for validation in facts["validations"])
+        begun = BegunTraining(
+            facts["step"], facts["spent"], facts["seconds"], facts["best_step"], Adapter(best), validations, tensors
+        )
+    except (OSError, SafetensorError, ValueError, LookupError, TypeError):
+        return None
+    return begun if math.isfinite(begun.spent) else None
+
+
+def _digest(text: str, tensors: Mapping[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,251 @@
+"""Metric sums: the sums and cross-products of outcomes that a client reports about its users.
+
+Means, paired differences between methods and their standard errors need nothing else.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from fedmerge.errors import ClientError, LayoutMismatchError
+from fedmerge.evaluation.ranks import METRICS, FloatArray
+
+Variant = Literal["unmasked", "masked"]
+VARIANTS: tuple[Variant, ...] = get_args(Variant)
+BACKBONE, EXPERT = "backbone", "expert"  # what client and server call these two models
+# Half-width of a two-sided 95 % normal interval in standard errors.
+INTERVAL_95 = 1.96
+
+
+@dataclass(frozen=True, slots=True, eq=False)  # eq: arrays have no single truth value
+class MetricSums:
+    """What a client tells about its users: sums and cross-products of their outcomes under P methods.
+
+    Args:
+        methods: the P methods, in the order of the axes below.
+        variant: "unmasked" or "masked".
+        num_users: users summed over.
+        sums: (P, M) float64, sum over users of x_p, with M the metrics of METRICS.
+        products: (M, P, P) float64, sum over users of x_p * x_q; symmetric in p and q.
+
+    Raises:
+        ClientError: on construction, whatever cannot be such sums, so that nothing malformed gets past the wire.
+    """
+
+    methods: tuple[str, ...]
+    variant: Variant
+    num_users: int
+    sums: FloatArray
+    products: FloatArray
+
+    def __post_init__(self) -> None:
+        num_methods, num_metrics = len(self.methods), len(METRICS)
+        if (
+            not num_methods
+            or len(set(self.methods)) != num_methods
+            or not all(isinstance(name, str) for name in self.methods)
+        ):
+            raise ClientError(
+                f"metric sums name the methods {list(self.methods)}; expected at least one, each named once"
+            )
+        if self.variant not in VARIANTS:
+            raise ClientError(f"metric sums name the variant {self.variant!r}; expected one of {list(VARIANTS)}")
+        if self.num_users < 1:
+            raise ClientError(
+                f"metric sums over {self.num_users} users; expected at least 1: a domain without evaluated users has "
+                "no metrics"
+            )
+        expected = {"sums": (num_methods, num_metrics), "products": (num_metrics, num_methods, num_methods)}
+        for name, array in (("sums", self.sums), ("products", self.products)):
+            if array.shape != expected[name] or array.dtype != np.float64:
+                raise ClientError(
+                    f"metric sums: {name} are {array.dtype} of shape {array.shape}; "
+                    f"expected float64 of shape {expected[name]} for {num_methods} methods and {num_metrics} metrics"
+                )
+            if not np.isfinite(array).all():
+                raise ClientError(
+                    f"metric sums: {np.count_nonzero(~np.isfinite(array))} of {array.size} {name} are not finite; "
+                    "exclude this client"
+                )
+        if not np.allclose(self.products, self.products.transpose(0, 2, 1), rtol=1e-9, atol=1e-9):
+            raise ClientError(
+                "metric sums: products are not symmetric between methods; expected sum(x_p * x_q) over the same users "
+                "both ways"
+            )
+
+    def means(self) -> FloatArray:
+        """(P, M) mean outcome of every method and metric."""
+        return self.sums / self.num_users
+
+    def mean(self, method: str, metric: str) -> float:
+        """Mean outcome of one method in one metric."""
+        return float(self.sums[_method_index(self, method), _metric_index(metric)] / self.num_users)
+
+    def metrics_by_method(self) -> dict[str, dict[str, float]]:
+        """Method -> metric -> mean outcome."""
+        return {
+            method: dict(zip(METRICS, row, strict=True))
+            for method, row in zip(self.methods, self.means().tolist(), strict=True)
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as JSON types; floats survive JSON exactly. See :func:`metric_sums_from_dict`."""
+        return {
+            "methods": list(self.methods),
+            "metrics": list(METRICS),
+            "variant": self.variant,
+            "num_users": self.num_users,
+            "sums": self.sums.tolist(),
+            "products": self.products.tolist(),
+        }
+
+
+def metric_sums_from_dict(record: Mapping[str, Any]) -> MetricSums:
+    """Inverse of :meth:`MetricSums.to_dict`.
+
+    Raises:
+        ClientError: missing or malformed entries, or other metrics than METRICS.
+    """
+    names = ("methods", "metrics", "variant", "num_users", "sums", "products")
+    if set(record) != set(names):
+        raise ClientError(f"metric sums: found the entries {sorted(record)}; expected {sorted(names)}")
+    if list(record["metrics"]) != list(METRICS):
+        raise ClientError(
+            f"metric sums: found the metrics {list(record['metrics'])}; expected {list(METRICS)}: use one version on "
+            "both ends"
+        )
+    try:
+        sums, products = np.array(record["sums"], dtype=np.float64), np.array(record["products"], dtype=np.float64)
+        num_users = int(record["num_users"])
+    except (TypeError, ValueError) as error:
+        raise ClientError(
+            f"metric sums: entries that are not numbers ({error}); expected rectangular arrays of floats"
+        ) from error
+    return MetricSums(tuple(record["methods"]), record["variant"], num_users, sums, products)
+
+
+def metric_sums(outcomes: Mapping[str, FloatArray], variant: Variant) -> MetricSums:
+    """Sums and cross-products over the users of one client.
+
+    Args:
+        outcomes: method -> (U, M) of :func:`per_user_metrics`; the same users in the same order for every method.
+        variant: how the outcomes were ranked.
+
+    Raises:
+        ClientError: no method, no users, or outcomes that are not finite.
+        LayoutMismatchError: methods with different numbers of users.
+    """
+    methods = tuple(outcomes)
+    num_users = len(next(iter(outcomes.values()))) if methods else 0
+    for method, array in outcomes.items():
+        if array.shape != (num_users, len(METRICS)):
+            raise LayoutMismatchError(
+                f"outcomes of {method!r} have shape {array.shape}; expected {(num_users, len(METRICS))}: evaluate "
+                "every method on the same users"
+            )
+    # One contiguous row a method and metric, summed by NumPy's pairwise rule: accurate, exactly symmetric, and two
+    # methods with equal outcomes get equal products to the last bit, which a matrix product does not promise.
+    columns = [np.ascontiguousarray(outcomes[method].T, dtype=np.float64) for method in methods]  # P x (M, U)
+    sums = np.array([column.sum(axis=1) for column in columns]).reshape(len(methods), len(METRICS))
+    products = np.empty((len(METRICS), len(methods), len(methods)))
+    for p, left in enumerate(columns):
+        for q, right in enumerate(columns[: p + 1]):
+            products[:, p, q] = products[:, q, p] = (left * right).sum(axis=1)
+    return MetricSums(methods, variant, num_users, sums, products)
+
+
+@dataclass(frozen=True, slots=True)
+class PairedDifference:
+    """Mean of method minus baseline, its standard error, and the bounds of its 95 % normal interval."""
+
+    mean: float
+    standard_error: float
+    low: float
+    high: float
+
+
+def paired_difference(sums: MetricSums, method: str, baseline: str, metric: str) -> PairedDifference:
+    """Mean difference between two methods on the same users, from sums and products alone.
+
+    With d_u = x_u - y_u:  mean = sum d / U,  var = (sum d^2 - (sum d)^2 / U) / (U - 1),  SE = sqrt(var / U),
+    where sum d^2 = sum x^2 + sum y^2 - 2 sum xy.
+
+    Args:
+        sums: of one domain.
+        method: what is judged.
+        baseline: what it is judged against.
+        metric: one of METRICS.
+
+    Raises:
+        ClientError: an unknown method or metric, fewer than two users, or products that no users can have produced.
+    """
+    p, q, m = _method_index(sums, method), _method_index(sums, baseline), _metric_index(metric)
+    num_users = sums.num_users
+    if num_users < 2:
+        raise ClientError(
+            f"paired difference of {method!r} and {baseline!r} over {num_users} user; a standard error needs at least 2"
+        )
+    total = float(sums.sums[p, m] - sums.sums[q, m])
+    own_squares = float(sums.products[m, p, p] + sums.products[m, q, q])
+    squares = own_squares - 2.0 * float(sums.products[m, p, q])
+    scatter = squares - total * total / num_users
+    if scatter < -1e-9 * max(1.0, own_squares):  # more than rounding can explain
+        raise ClientError(
+            f"paired difference of {method!r} and {baseline!r} in {metric}: a negative variance "
+            f"({scatter / (num_users - 1):.3g}); "
+            "expected sums and products over the same users, without noise"
+        )
+    standard_error = math.sqrt(max(scatter, 0.0) / (num_users - 1) / num_users)
+    return _with_interval(total / num_users, standard_error)
+
+
+def paired_difference_of_mean(
+    domains: Sequence[MetricSums], method: str, baseline: str, metric: str
+) -> PairedDifference:
+    """The paired difference of the unweighted mean over domains, whose users are independent.
+
+    mean = sum_k mean_k / K,  SE = sqrt(sum_k SE_k^2) / K.  The interval speaks of other users of these domains, not of
+    other domains.
+
+    Args:
+        domains: one MetricSums a domain, all of one variant.
+        method: what is judged.
+        baseline: what it is judged against.
+        metric: one of METRICS.
+
+    Raises:
+        LayoutMismatchError: no domain, or domains of different variants.
+        ClientError: as :func:`paired_difference`.
+    """
+    variants = sorted({sums.variant for sums in domains})
+    if len(variants) != 1:
+        raise LayoutMismatchError(
+            f"a mean over {len(domains)} domains of the variants {variants}; expected at least one domain, and one "
+            "variant"
+        )
+    differences = [paired_difference(sums, method, baseline, metric) for sums in domains]
+    mean = math.fsum(difference.mean for difference in differences) / len(differences)
+    variance_of_total = math.fsum(difference.standard_error**2 for difference in differences)
+    return _with_interval(mean, math.sqrt(variance_of_total) / len(differences))
+
+
+def _with_interval(mean: float, standard_error: float) -> PairedDifference:
+    half_width = INTERVAL_95 * standard_error
+    return PairedDifference(mean, standard_error, mean - half_width, mean + half_width)
+
+
+def _method_index(sums: MetricSums, method: str) -> int:
+    if method not in sums.methods:
+        raise ClientError(
+            f"no metric sums of the method {method!r}; found {list(sums.methods)}: evaluate it, or ask for one of these"
+        )
+    return sums.methods.index(method)
+
+
+def _metric_index(metric: str) -> int:
+    if metric not in METRICS:
+        raise ClientError(f"no metric {metric!r}; expected one of {list(METRICS)}")
+    return METRICS.index(metric)

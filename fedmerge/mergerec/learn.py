@@ -1,0 +1,189 @@
+"""MergeRec's optimisation: learn merging coefficients from pseudo-users; no interaction is read."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+from fedmerge import seeding
+from fedmerge.encoder.backbone import Backbone
+from fedmerge.encoder.encode import embed_batch, encode
+from fedmerge.encoder.lora import applied
+from fedmerge.errors import ConfigError, LayoutMismatchError
+from fedmerge.mergerec.coefficients import LearnedCoefficients, Progress, optimise, start_coefficients
+from fedmerge.mergerec.objective import PAPER, CollaborativeSettings, batch_terms, weighted_total
+from fedmerge.mergerec.pseudo_users import PseudoDomain
+from fedmerge.mergerec.vectors import TASK_VECTORS, Vectors, merge_vectors, merged_forward, on_device
+from fedmerge.merging.stack import Stack
+
+HELD_OUT = 64  # pseudo-users a domain that validation looks at, at most a fifth of them
+
+
+def draw_pseudo_users(sizes: tuple[int, ...], settings: CollaborativeSettings) -> tuple[np.ndarray, np.ndarray]:
+    """Which pseudo-users each step takes: epochs of a permutation, so that none comes again before all have come.
+
+    Args:
+        sizes: number of pseudo-users of each domain.
+        settings: steps, batch_size, balance_domains and seed are read.
+
+    Returns:
+        domain and pseudo-user of each draw, two int64 arrays (steps, batch_size). Balanced: domains alternate in a
+        random order and each walks through its own permutations; else one permutation of all of them together.
+    """
+    shape = (settings.steps, settings.batch_size)
+    count = settings.steps * settings.batch_size
+    if not settings.balance_domains:
+        pooled = _epochs(sum(sizes), count, seeding.generator(settings.seed, "mergerec"))
+        starts = np.cumsum((0, *sizes))
+        domains = np.searchsorted(starts, pooled, side="right") - 1
+        return domains.reshape(shape), (pooled - starts[domains]).reshape(shape)
+    domains = _epochs(len(sizes), count, seeding.generator(settings.seed, "mergerec", "domains"))
+    items = np.empty_like(domains)
+    for domain, size in enumerate(sizes):
+        chosen = domains == domain
+        items[chosen] = _epochs(size, int(chosen.sum()), seeding.generator(settings.seed, "mergerec", "items", domain))
+    return domains.reshape(shape), items.reshape(shape)
+
+
+def student_vectors(
+    backbone: Backbone, vectors: Vectors, domains: Mapping[str, PseudoDomain], coefficients: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Every domain's item vectors under the merge: Ê_k, (N_k, d) float32 on the CPU, by domain.
+
+    Args:
+        backbone: the frozen encoder; left as it was.
+        vectors: of the K experts.
+        domains: name -> pseudo-users, for exactly the vectors' domains.
+        coefficients: (K,) or (K, G).
+
+    Raises:
+        LayoutMismatchError: vectors, pseudo-users and backbone do not belong together.
+    """
+    _check_domains(vectors, domains)
+    with applied(backbone, merge_vectors(vectors, coefficients)):
+        return {name: encode(backbone, domains[name].items) for name in vectors.domains}
+
+
+def learn_coefficients(
+    backbone: Backbone,
+    vectors: Vectors,
+    domains: Mapping[str, PseudoDomain],
+    settings: CollaborativeSettings = PAPER,
+    progress: Progress | None = None,
+    students: Mapping[str, torch.Tensor] | None = None,
+    start: torch.Tensor | None = None,
+) -> LearnedCoefficients:
+    """Learn merging coefficients on the server from pseudo-users.
+
+    The loss of θ(w) = θ₀ + Σ_k w_k v_k is minimised by Adam over w alone; the items' vectors Ê are held fixed between
+    two refreshes, and no gradient goes through them. Published: L = L_rec + 1000 · L_kd, w neither clamped nor
+    normalised, Ê never refreshed. For a one-item pseudo-user the teacher's first choice is the item itself.
+
+    Args:
+        backbone: the frozen encoder; left as it was.
+        vectors: of the K experts, :func:`fedmerge.mergerec.vectors.initial_vectors` of ``settings.initialisation``.
+        domains: name -> pseudo-users, for exactly the vectors' domains; the order does not matter.
+        settings: see there.
+        progress: called after every step.
+        students: :func:`student_vectors` at the start, which variants can share; None: encoded here.
+        start: coefficients to start from, (K,) or (K, G), in place of ``settings.start`` for all.
+
+    Returns:
+        coefficients, history and start.
+
+    Raises:
+        ConfigError: vectors of another initialisation than the settings say; too few pseudo-users to hold some out.
+        LayoutMismatchError: vectors, pseudo-users and backbone do not belong together.
+        MergeError: a loss or a coefficient that is not finite, with its step.
+
+    Source: arXiv:2601.01753 (MergeRec); AdaMerging (arXiv:2310.02575) with the settings ADAMERGING.
+    Differs: low-rank or sparse student and teacher logits per batch, instead of K + 1 dense models and an N × N matrix
+        per domain; the result is the same. refresh_every, balance_domains, select_every, prior_weight, kd_top_k and
+        rec_temperature are not in the paper.
+    """
+    _check_domains(vectors, domains)
+    if isinstance(vectors, Stack) != (settings.initialisation == TASK_VECTORS):
+        raise ConfigError(
+            f"learn_coefficients: found {type(vectors).__name__}, but settings.initialisation is "
+            f"{settings.initialisation!r}; make the vectors with initial_vectors(stack, settings.initialisation)"
+        )
+    device = backbone.compute.device
+    vectors = on_device(vectors, device)
+    pseudo = [domains[name] for name in vectors.domains]
+    teachers = [domain.teacher_items.to(device, torch.float32) for domain in pseudo]
+    orders = [
+        seeding.generator(settings.seed, "mergerec", "held out", name).permutation(len(domains[name].users))
+        if settings.select_every
+        else np.arange(len(domains[name].users))
+        for name in vectors.domains
+    ]
+    held_out = [min(HELD_OUT, len(order) // 5) if settings.select_every else 0 for order in orders]
+    if settings.select_every and not any(held_out):
+        raise ConfigError(
+            f"mergerec: select_every: found at most {max(map(len, orders))} pseudo-users a domain, expected 5 or more "
+            "in one, so that a fifth can be held out; set it to None, or make more pseudo-users"
+        )
+    drawn_domains, drawn_users = draw_pseudo_users(
+        tuple(len(order) - held for order, held in zip(orders, held_out, strict=True)), settings
+    )
+    initial = start_coefficients(vectors, settings.granularity, settings.start if start is None else start).to(device)
+    if students is None:
+        students = student_vectors(backbone, vectors, domains, initial)
+    student_items = [students[name].to(device) for name in vectors.domains]
+
+    def terms_of(pairs: list[tuple[int, int]], coefficients: torch.Tensor) -> dict[str, torch.Tensor]:
+        with merged_forward(backbone, vectors, coefficients):
+            users = embed_batch(backbone, [pseudo[domain].users[user] for domain, user in pairs])  # (n, d)
+        teacher_users = torch.stack([pseudo[domain].teacher_users[user] for domain, user in pairs]).to(users)  # (n, d)
+        drawn = np.array([domain for domain, _ in pairs])
+        return batch_terms(users, teacher_users, drawn, teachers, student_items, settings)
+
+    def gradient(step: int, coefficients: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
+        nonlocal student_items
+        if step and settings.refresh_every and step % settings.refresh_every == 0:
+            fresh = student_vectors(backbone, vectors, domains, coefficients)
+            student_items = [fresh[name].to(device) for name in vectors.domains]
+        pairs = [
+            (int(domain), int(orders[domain][user + held_out[domain]]))
+            for domain, user in zip(drawn_domains[step], drawn_users[step], strict=True)
+        ]
+        terms = terms_of(pairs, coefficients)
+        loss = weighted_total(terms, settings)
+        (found,) = torch.autograd.grad(loss, [coefficients])
+        return found, {"total": float(loss.detach()), **{name: float(term.detach()) for name, term in terms.items()}}
+
+    @torch.no_grad()
+    def validate(coefficients: torch.Tensor) -> float:
+        """The loss on the pseudo-users held out, every domain counting the same."""
+        losses = []
+        for domain, (order, held) in enumerate(zip(orders, held_out, strict=True)):
+            if held:
+                pairs = [(domain, int(user)) for user in order[:held]]
+                losses.append(float(weighted_total(terms_of(pairs, coefficients), settings)))
+        return float(np.mean(losses))
+
+    return optimise(
+        "adamerging" if settings.clamp else "mergerec",
+        initial,
+        gradient,
+        steps=settings.steps,
+        learning_rate=settings.learning_rate,
+        clamp=settings.clamp,
+        prior_weight=settings.prior_weight,
+        validate=validate if settings.select_every else None,
+        validate_every=settings.select_every,
+        progress=progress,
+    )
+
+
+def _check_domains(vectors: Vectors, domains: Mapping[str, PseudoDomain]) -> None:
+    if set(domains) != set(vectors.domains):
+        raise LayoutMismatchError(
+            f"learn_coefficients: found pseudo-users of {', '.join(sorted(domains)) or 'no domain'}, "
+            f"expected those of {', '.join(vectors.domains)}; build them for exactly the domains that are merged"
+        )
+
+
+def _epochs(size: int, count: int, rng: np.random.Generator) -> np.ndarray:
+    """The first ``count`` entries of one permutation of range(size) after the other."""
+    return np.concatenate([rng.permutation(size) for _ in range(-(-count // size))] or [np.empty(0, np.int64)])[:count]

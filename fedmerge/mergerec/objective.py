@@ -1,0 +1,192 @@
+"""MergeRec's and AdaMerging's objective: settings, loss terms and how they add up (METHODS 4)."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from fedmerge.config import PAPER_STEPS
+from fedmerge.mergerec.vectors import TASK_VECTORS
+from fedmerge.merging.methods import METHODS, check_parameter
+
+
+@dataclass(frozen=True, slots=True)
+class CollaborativeSettings:
+    """How the coefficients are learned; bounds stand in ``METHODS["mergerec"]``.
+
+    Attributes:
+        granularity: "domain": one coefficient per domain; "layer": one per domain and group of the stack.
+        initialisation: what the coefficients multiply, a key of INITIALISATIONS.
+        initial_coefficient: where every coefficient starts; None: 1/√K for the task vectors of K domains (the sum of K
+            orthogonal updates of one norm then has that norm), 1 for rows (the method's own merge).
+        loss: a key of LOSSES.
+        rec_weight: factor on the term of the loss that is not distillation.
+        rec_temperature: the logits of "rec", "entropy" and "self" are divided by it.
+        kd_weight: factor on L_kd.
+        temperature: T of L_kd.
+        kd_top_k: L_kd compares the expert's first so many items only; None: all (paper).
+        learning_rate: of Adam, constant.
+        steps: optimisation steps.
+        batch_size: pseudo-users a step, of all domains together.
+        pseudo_users: a kind of ``fedmerge.mergerec.pseudo_users``.
+        num_pseudo_users: how many a domain; None: as many as it has items.
+        refresh_every: steps after which the student's item vectors are encoded again; None: never (paper).
+        balance_domains: every domain is drawn equally often; False: in proportion to its pseudo-users (paper).
+        select_every: the step is chosen on held-out pseudo-users, looked at so often; None: the last step (paper).
+        prior_weight: of the mean squared distance from the start; 0: none (paper).
+        clamp: coefficients are kept in [0, 1] (AdaMerging).
+        seed: of all draws.
+
+    Raises:
+        ConfigError: a value out of its bounds.
+    """
+
+    granularity: Literal["domain", "layer"] = "layer"
+    initialisation: Literal["task-vectors", "ties", "pcb", "localize-and-stitch"] = "task-vectors"
+    initial_coefficient: float | None = None
+    loss: str = "kd"
+    rec_weight: float = 1.0
+    rec_temperature: float = 1.0
+    kd_weight: float = 1000.0
+    temperature: float = 0.05
+    kd_top_k: int | None = 50
+    learning_rate: float = 5e-3
+    steps: int = 100
+    batch_size: int = 16
+    pseudo_users: str = "one-item"
+    num_pseudo_users: int | None = None
+    refresh_every: int | None = None
+    balance_domains: bool = True
+    select_every: int | None = None
+    prior_weight: float = 0.0
+    clamp: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            if field.name in METHODS["mergerec"].parameters:
+                parameter = METHODS["mergerec"].parameters[field.name]
+                check_parameter(f"mergerec: {field.name}", parameter, getattr(self, field.name))
+
+    @property
+    def start(self) -> float | None:
+        """The initial coefficient; None: 1/√K, see :func:`fedmerge.mergerec.coefficients.start_coefficients`."""
+        rows = None if self.initialisation == TASK_VECTORS else 1.0
+        return rows if self.initial_coefficient is None else self.initial_coefficient
+
+
+PAPER = CollaborativeSettings(  # arXiv:2601.01753, written out so that no default can change it
+    granularity="domain",
+    initialisation="task-vectors",
+    initial_coefficient=0.2,  # 1 for rows
+    loss="rec+kd",
+    rec_weight=1.0,
+    rec_temperature=1.0,
+    kd_weight=1000.0,
+    temperature=0.05,
+    kd_top_k=None,
+    learning_rate=1e-3,
+    steps=PAPER_STEPS,
+    batch_size=16,
+    pseudo_users="one-item",
+    num_pseudo_users=None,
+    refresh_every=None,
+    balance_domains=False,
+    select_every=None,
+    prior_weight=0.0,
+    clamp=False,
+)
+ADAMERGING = replace(  # arXiv:2310.02575, with pseudo-users in place of unlabelled test data
+    PAPER, initial_coefficient=0.3, loss="entropy", learning_rate=1e-3, steps=500, clamp=True
+)
+
+
+def first_choice(z: torch.Tensor, S: torch.Tensor, settings: CollaborativeSettings) -> torch.Tensor:
+    """L_rec = CE(z / τ, argmax S), τ = rec_temperature: the expert's first choice as a hard label."""
+    return F.cross_entropy(z / settings.rec_temperature, S.argmax(dim=1), reduction="none")
+
+
+def distillation(z: torch.Tensor, S: torch.Tensor, settings: CollaborativeSettings) -> torch.Tensor:
+    """L_kd = T² · KL(softmax(S/T) ‖ softmax(z/T)); with kd_top_k over the expert's first k items, renormalised."""
+    temperature, top = settings.temperature, settings.kd_top_k
+    if top is not None and top < S.shape[1]:
+        S, chosen = S.topk(top, dim=1)
+        z = z.gather(1, chosen)
+    student, teacher = F.log_softmax(z / temperature, dim=1), F.log_softmax(S / temperature, dim=1)
+    return F.kl_div(student, teacher, reduction="none", log_target=True).sum(dim=1) * temperature**2
+
+
+def squared_error(z: torch.Tensor, S: torch.Tensor, settings: CollaborativeSettings) -> torch.Tensor:
+    """The mean over the items of (z - S)²."""
+    return (z - S).square().mean(dim=1)
+
+
+def entropy(z: torch.Tensor, S: torch.Tensor, settings: CollaborativeSettings) -> torch.Tensor:
+    """The entropy of softmax(z / τ): no teacher (AdaMerging)."""
+    logs = F.log_softmax(z / settings.rec_temperature, dim=1)
+    return -(logs.exp() * logs).sum(dim=1)
+
+
+def own_choice(z: torch.Tensor, S: torch.Tensor, settings: CollaborativeSettings) -> torch.Tensor:
+    """CE(z / τ, argmax z): the merged model's own first choice as a hard label."""
+    return F.cross_entropy(z / settings.rec_temperature, z.argmax(dim=1), reduction="none")
+
+
+Term = Callable[[torch.Tensor, torch.Tensor, CollaborativeSettings], torch.Tensor]
+TERMS: dict[str, Term] = {
+    "rec": first_choice,
+    "kd": distillation,
+    "mse": squared_error,
+    "entropy": entropy,
+    "self": own_choice,
+}
+LOSSES: dict[str, tuple[str, ...]] = {  # all of arXiv:2601.01753 and its code; "kd" has kd_weight, others rec_weight
+    "rec+kd": ("rec", "kd"),
+    "rec": ("rec",),
+    "kd": ("kd",),
+    "mse": ("mse",),
+    "entropy": ("entropy",),
+    "entropy+kd": ("entropy", "kd"),
+    "self": ("self",),
+    "self+kd": ("self", "kd"),
+}
+
+
+def weighted_total(terms: Mapping[str, torch.Tensor], settings: CollaborativeSettings) -> torch.Tensor:
+    """The loss: kd_weight · L_kd + rec_weight · the other term."""
+    weights = {name: settings.kd_weight if name == "kd" else settings.rec_weight for name in terms}
+    return torch.stack([term * weights[name] for name, term in terms.items()]).sum()
+
+
+def batch_terms(
+    users: torch.Tensor,
+    teacher_users: torch.Tensor,
+    drawn_domains: np.ndarray,
+    teachers: list[torch.Tensor],
+    students: list[torch.Tensor],
+    settings: CollaborativeSettings,
+) -> dict[str, torch.Tensor]:
+    """The terms of the loss over a batch that mixes domains; each pseudo-user is scored on its own catalog only.
+
+    Args:
+        users: (n, d) vectors of the pseudo-users under the merged model, differentiable.
+        teacher_users: (n, d), the same under their own experts.
+        drawn_domains: (n,) the domain of each.
+        teachers: per domain E_k, (N_k, d).
+        students: per domain Ê_k, (N_k, d).
+        settings: loss, weights and temperatures are read.
+
+    Returns:
+        term of the loss -> mean over the batch, a scalar. Teacher logits exist for the batch only: n × N_k, never
+        N_k × N_k.
+    """
+    sums = {name: users.new_zeros(()) for name in LOSSES[settings.loss]}
+    for domain in np.unique(drawn_domains):
+        rows = torch.as_tensor(np.flatnonzero(drawn_domains == domain), device=users.device)
+        z = users[rows] @ students[domain].T  # (n_k, N_k)
+        S = teacher_users[rows] @ teachers[domain].T  # (n_k, N_k)
+        sums = {name: value + TERMS[name](z, S, settings).sum() for name, value in sums.items()}
+    return {name: value / len(users) for name, value in sums.items()}

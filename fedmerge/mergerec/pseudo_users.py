@@ -1,0 +1,277 @@
+"""Pseudo-users: token sequences made from a catalog alone, with what the domain's own expert thinks of them.
+
+Every kind is made from the items' vectors under the expert; none reads an interaction. Popular items are the exception
+in spirit: their counts are a private quantity, so a caller must bring them, and no message of a federation does.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fedmerge.adapter import Adapter
+from fedmerge.encoder.backbone import Backbone
+from fedmerge.encoder.encode import encode
+from fedmerge.encoder.lora import applied
+from fedmerge.encoder.text import Tokens, TokenTable, item_sequences, pack_sequences
+from fedmerge.errors import ConfigError, DomainError
+from fedmerge.seeding import generator
+
+Kind = Literal["one-item", "subset", "centroid", "popular", "chain", "contrastive"]
+
+LONGEST_CHAIN = 5
+NEIGHBOURS = 10  # a chain goes on with one of so many items, those most similar to its last
+CONTRAST_TEMPERATURE = 0.05
+ROUNDS = 20  # of k-means
+BLOCK = 1024  # rows of similarities at once: never N × N
+
+
+@dataclass(frozen=True, slots=True)
+class PseudoDomain:
+    """The pseudo-users of one domain and their teacher.
+
+    Attributes:
+        name: the domain.
+        items: N token sequences, int32: the texts of the items, which everybody ranks.
+        teacher_items: (N, d) float32, the items' vectors under the domain's own expert, L2-normalised.
+        users: P token sequences, int32: the texts of the pseudo-users.
+        teacher_users: (P, d) float32, their vectors under the expert, L2-normalised.
+    """
+
+    name: str
+    items: Sequence[Tokens]
+    teacher_items: torch.Tensor
+    users: Sequence[Tokens]
+    teacher_users: torch.Tensor
+
+    def __post_init__(self) -> None:
+        for what, sequences, vectors in (
+            ("item", self.items, self.teacher_items),
+            ("pseudo-user", self.users, self.teacher_users),
+        ):
+            found, expected = tuple(vectors.shape), len(sequences)
+            if vectors.ndim != 2 or found[0] != expected or expected == 0:
+                raise DomainError(
+                    f"pseudo-users of {self.name!r}: found {expected} {what} sequences and teacher vectors of shape "
+                    f"{found}, expected one vector a sequence and at least one sequence; encode the same catalog"
+                )
+            norms = torch.linalg.vector_norm(vectors, dim=1)
+            if not torch.allclose(norms, torch.ones_like(norms), atol=1e-3):
+                worst = int((norms - 1).abs().nan_to_num(torch.inf).argmax())
+                raise DomainError(
+                    f"pseudo-users of {self.name!r}: the teacher vector of {what} {worst} has norm "
+                    f"{float(norms[worst]):.4g}, expected 1; use the vectors that encode returns"
+                )
+
+
+def one_item_domain(name: str, backbone: Backbone, expert: Adapter, table: TokenTable, max_tokens: int) -> PseudoDomain:
+    """The paper's pseudo-users, every item as a sequence of its own, from a catalog and the domain's expert only.
+
+    Args:
+        name: the domain.
+        backbone: the frozen encoder; left as it was.
+        expert: the domain's own adapter.
+        table: token table of its catalog, N items.
+        max_tokens: longest sequence.
+
+    Returns:
+        N pseudo-users with the expert's (N, d) vectors.
+
+    Source: arXiv:2601.01753, pseudo-users.
+    Differs: the released code keeps an N × N matrix of teacher scores; these are the vectors it is the product of.
+    """
+    sequences = item_sequences(table, backbone.special, max_tokens)
+    with applied(backbone, expert):
+        vectors = encode(backbone, sequences)
+    return PseudoDomain(name, sequences, vectors, sequences, vectors)
+
+
+def subset_domain(domain: PseudoDomain, number: int, seed: int) -> PseudoDomain:
+    """One-item pseudo-users of a random subset of the items."""
+    size = min(number, len(domain.items))
+    return _of_items(
+        domain, generator(seed, "pseudo-users", "subset", domain.name).permutation(len(domain.items))[:size]
+    )
+
+
+def centroid_domain(domain: PseudoDomain, number: int, seed: int) -> PseudoDomain:
+    """One-item pseudo-users of the items nearest to the centroids of a k-means over the expert's item vectors.
+
+    A centroid itself is no text that the merged model could read. The k-means is spherical (cosines), starts from a
+    random subset and runs 20 rounds; centroids that share their nearest item give one pseudo-user.
+
+    Args:
+        domain: of :func:`one_item_domain`.
+        number: centroids.
+        seed: of the start.
+    """
+    vectors = domain.teacher_items
+    start = generator(seed, "pseudo-users", "centroid", domain.name).permutation(len(vectors))[:number]
+    centres = vectors[torch.from_numpy(start)]
+    for _ in range(ROUNDS):
+        nearest = torch.cat([(block @ centres.T).argmax(dim=1) for block in torch.split(vectors, BLOCK)])
+        sums = torch.zeros_like(centres).index_add(0, nearest, vectors)
+        norms = torch.linalg.vector_norm(sums, dim=1, keepdim=True)
+        moved = torch.where(norms > 0, sums / norms.clamp(min=1e-12), centres)  # a centre without items stays
+        if torch.equal(moved, centres):
+            break
+        centres = moved
+    chosen = torch.cat([(block @ vectors.T).argmax(dim=1) for block in torch.split(centres, BLOCK)])
+    return _of_items(domain, np.unique(chosen.numpy()))
+
+
+def popular_domain(domain: PseudoDomain, counts: npt.NDArray[np.integer], number: int) -> PseudoDomain:
+    """One-item pseudo-users of the most popular items, of equal counts those that come first.
+
+    Args:
+        domain: of :func:`one_item_domain`.
+        counts: (N,) how often each item occurs in the TRAINING part of the interactions. A private quantity: only the
+            owner can count it, and nothing in a federation sends it.
+        number: pseudo-users.
+
+    Raises:
+        DomainError: counts of another catalog.
+    """
+    if counts.shape != (len(domain.items),):
+        raise DomainError(
+            f"pseudo-users of {domain.name!r}: found counts of shape {counts.shape}, expected one for each of "
+            f"{len(domain.items)} items; count over the same catalog"
+        )
+    return _of_items(domain, np.argsort(-counts, kind="stable")[:number])
+
+
+def chain_domain(
+    domain: PseudoDomain,
+    backbone: Backbone,
+    expert: Adapter,
+    table: TokenTable,
+    max_tokens: int,
+    *,
+    number: int | None = None,
+    seed: int = 0,
+    amateur: Adapter | None = None,
+) -> PseudoDomain:
+    """Pseudo-users with a history of two to five items that walk the expert's item similarity.
+
+    A walk starts at an item (each item once before any twice) and goes on with one of the ten items that the expert
+    finds most similar to its last and that it has not met yet. Without an amateur all ten are equally likely. With one
+    (contrastive decoding) the chance is softmax((S_expert - S_amateur) / 0.05): what only this domain's expert finds
+    similar comes first.
+
+    Args:
+        domain: of :func:`one_item_domain`.
+        backbone: the frozen encoder; left as it was.
+        expert: the domain's own adapter.
+        table: token table of its catalog.
+        max_tokens: longest sequence.
+        number: pseudo-users; None: as many as items.
+        seed: of the walks.
+        amateur: an adapter to contrast with, the average of the other experts.
+
+    Returns:
+        Pseudo-users whose teacher vectors are the expert's own encoding of the whole history.
+
+    Source: substitution and insertion of similar items as in CoSeRec (arXiv:2108.06479); contrastive decoding
+        (arXiv:2210.15097) between experts.
+    """
+    rng = generator(seed, "pseudo-users", "chain" if amateur is None else "contrastive", domain.name)
+    size = len(domain.items)
+    similar, chances = _neighbours(domain.teacher_items, _encoded(backbone, amateur, domain))  # (N, m) each
+    number = size if number is None else number
+    starts = np.concatenate([rng.permutation(size) for _ in range(-(-number // size))])[:number]
+    chains = [_walk(int(start), similar, chances, rng) for start in starts]
+    users = pack_sequences(table, chains, backbone.special, LONGEST_CHAIN, max_tokens)
+    with applied(backbone, expert):
+        return replace(domain, users=users, teacher_users=encode(backbone, users))
+
+
+def pseudo_domain(
+    kind: str,
+    domain: PseudoDomain,
+    backbone: Backbone,
+    expert: Adapter,
+    table: TokenTable,
+    max_tokens: int,
+    *,
+    number: int | None,
+    seed: int,
+    amateur: Adapter | None,
+) -> PseudoDomain:
+    """The pseudo-users of a kind that a server can make by itself.
+
+    Args:
+        kind: "one-item", "subset", "centroid", "chain" or "contrastive".
+        domain: of :func:`one_item_domain`; the other arguments as for :func:`chain_domain`.
+        number: pseudo-users; None: as many as items.
+
+    Raises:
+        ConfigError: no such kind; "popular", whose counts a server does not have.
+    """
+    if kind not in get_args(Kind):
+        raise ConfigError(f"pseudo-users: found kind {kind!r}, expected one of {', '.join(get_args(Kind))}")
+    if kind == "popular":
+        raise ConfigError(
+            "pseudo-users: found kind 'popular', but popularity is counted on private interactions and no message "
+            "carries it; choose another kind, or call popular_domain where the counts may be known"
+        )
+    count = len(domain.items) if number is None else number
+    if kind == "subset":
+        return subset_domain(domain, count, seed)
+    if kind == "centroid":
+        return centroid_domain(domain, count, seed)
+    if kind == "one-item":
+        return domain
+    if kind == "contrastive" and amateur is None:
+        raise ConfigError("pseudo-users: contrastive decoding contrasts with other experts, found none; use 'chain'")
+    contrast = amateur if kind == "contrastive" else None
+    return chain_domain(domain, backbone, expert, table, max_tokens, number=number, seed=seed, amateur=contrast)
+
+
+def _of_items(domain: PseudoDomain, items: npt.NDArray[np.integer]) -> PseudoDomain:
+    """One-item pseudo-users of these items."""
+    chosen = torch.from_numpy(items.astype(np.int64))
+    users = [domain.items[item] for item in items]
+    return replace(domain, users=users, teacher_users=domain.teacher_items[chosen])
+
+
+def _encoded(backbone: Backbone, amateur: Adapter | None, domain: PseudoDomain) -> torch.Tensor | None:
+    if amateur is None:
+        return None
+    with applied(backbone, amateur):
+        return encode(backbone, domain.items)
+
+
+def _neighbours(
+    vectors: torch.Tensor, contrast: torch.Tensor | None
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    """For every item the ten most similar others and the unnormalised chance of each: (N, m), m ≤ 10."""
+    most = min(NEIGHBOURS, len(vectors) - 1)
+    found, chances = [], []
+    for start in range(0, len(vectors), BLOCK):
+        rows = torch.arange(start, min(start + BLOCK, len(vectors)))
+        scores = vectors[rows] @ vectors.T  # (b, N)
+        scores[torch.arange(len(rows)), rows] = -torch.inf
+        values, items = scores.topk(most, dim=1)
+        found.append(items)
+        if contrast is None:
+            chances.append(torch.ones_like(values))
+        else:
+            theirs = (contrast[items] * contrast[rows][:, None, :]).sum(dim=2)  # (b, m)
+            chances.append(torch.softmax((values - theirs) / CONTRAST_TEMPERATURE, dim=1))
+    return torch.cat(found).numpy(), torch.cat(chances).double().numpy()
+
+
+def _walk(
+    start: int, similar: npt.NDArray[np.int64], chances: npt.NDArray[np.float64], rng: np.random.Generator
+) -> list[int]:
+    chain = [start]
+    for _ in range(int(rng.integers(1, LONGEST_CHAIN))):
+        items = similar[chain[-1]]
+        weights = chances[chain[-1]] * ~np.isin(items, chain)
+        if weights.sum() <= 0:  # a catalog too small to go on
+            break
+        chain.append(int(rng.choice(items, p=weights / weights.sum())))
+    return chain

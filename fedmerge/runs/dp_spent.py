@@ -1,0 +1,103 @@
+"""What the mechanisms of a run say that they released, read from its folder."""
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fedmerge.config import ExperimentConfig
+from fedmerge.files import append_line, read_json, read_lines
+from fedmerge.privacy.releases import answer_rate, answers_have_noise
+from fedmerge.runs.checkpoints import ADAPTERS, LEARNING, MERGED
+from fedmerge.runs.round_checkpoints import round_records
+from fedmerge.runs.secure_sums import revealed_reports
+
+EVERY_DOMAIN = "every domain"
+RELEASED = "released.jsonl"
+ANSWER: Mapping[str, Any] = {"answer": True}  # about coefficients, with the noise of its domain's training
+
+
+def note_release(
+    run_dir: Path, domain: str, number: int, sha256: str, privacy: Mapping[str, Any] | None, why_not: str = ""
+) -> None:
+    """Write down what a reply released, before anything can refuse it: whatever becomes of it, it has left its client.
+
+    Args:
+        run_dir: the run.
+        domain: whose.
+        number: of the round; 0 where there are none.
+        sha256: of what it holds; the same sent twice is one release.
+        privacy: the record of the release, :data:`ANSWER` for an answer about coefficients, None where it is not known.
+        why_not: where it is not known.
+
+    Raises:
+        RunDirError: it cannot be written.
+    """
+    line = {"domain": domain, "round": number, "sha256": sha256, "privacy": privacy, "why_not": why_not}
+    append_line(run_dir / RELEASED, line)
+
+
+def not_counted(run_dir: Path) -> dict[str, str]:
+    """Domain -> why something that it sent cannot be counted."""
+    return {line["domain"]: line["why_not"] for line in read_lines(run_dir / RELEASED) if line["privacy"] is None}
+
+
+def spent_by_domain(run_dir: Path, config: ExperimentConfig) -> dict[str, list[Mapping[str, Any]]]:
+    """Domain -> one record for each kind of release: its expert, each round, answers, or a noised sum of all.
+
+    Of what clients send, everything that arrived counts, also what came late or was refused.
+
+    Args:
+        run_dir: the run.
+        config: of the run. With ``dp.mode = "domain-central"`` the server alone adds noise; clients' accounts are
+            nothing.
+    """
+    found: dict[str, list[Mapping[str, Any]]] = {}
+
+    def add(domain: str, told: Mapping[str, Any] | None) -> None:
+        if told and told.get("privacy"):
+            found.setdefault(domain, []).append(told["privacy"])
+
+    if config.dp.mode == "domain-central":
+        for path in sorted((run_dir / MERGED).glob("[!.]*/provenance.json")):
+            add(EVERY_DOMAIN, read_json(path))
+        return found
+    noted = {
+        (line["domain"], line["round"], line["sha256"]): line["privacy"] for line in read_lines(run_dir / RELEASED)
+    }
+    arrived = Counter(domain for (domain, _, _), privacy in noted.items() if privacy == ANSWER)
+    trained = {release: privacy for release, privacy in noted.items() if privacy not in (None, ANSWER)}
+    for (domain, _, _), privacy in trained.items():
+        add(domain, {"privacy": privacy})
+    counted = {(domain, number) for domain, number, _ in trained}  # what is kept besides was begun without notes
+    for path in sorted((run_dir / ADAPTERS).glob("[!.]*/training.json")):
+        if (path.parent.name, 0) not in counted:
+            add(path.parent.name, read_json(path))
+    in_sums = revealed_reports(run_dir)
+    for domain, told in in_sums:
+        add(domain, told)
+    for number, record in enumerate(round_records(run_dir) if not in_sums else (), start=1):
+        for domain, told in sorted(record["clients"].items()):
+            if (domain, number) not in counted:
+                add(domain, told)
+    if answers_have_noise(config):
+        asked = _messages_by_domain(run_dir)
+        for domain in sorted({*asked, *arrived} & {*found}):
+            training = found[domain][0]  # its noise was chosen for the answers, too
+            number = max(asked.get(domain, 0), arrived[domain])
+            changes: dict[str, Any] = {"clip": config.dp.coefficient_clip, "steps": number}
+            if config.dp.mode == "user":
+                changes["sample_rate"] = answer_rate(config, training["num_units"])
+            found[domain].append({**training, **changes})
+    return dict(sorted(found.items()))
+
+
+def _messages_by_domain(run_dir: Path) -> dict[str, int]:
+    """Domain -> how many messages about coefficients it was asked, at most: not every one has a part in each step."""
+    found: dict[str, int] = {}
+    for cohort in sorted((run_dir / LEARNING).glob("cohort-*.json")):
+        logs = (run_dir / LEARNING).glob(f"*{cohort.stem.removeprefix('cohort')}.jsonl")
+        number = sum(1 for log in logs for _ in read_lines(log))
+        for domain in read_json(cohort) or {}:
+            found[domain] = found.get(domain, 0) + number
+    return {domain: number for domain, number in found.items() if number}

@@ -1,0 +1,72 @@
+"""The metric sums of a finished run, read back from its tables."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fedmerge.config import Split
+from fedmerge.errors import RunDirError
+from fedmerge.evaluation.ranks import METRICS
+from fedmerge.evaluation.sums import MetricSums, Variant
+
+
+def read_metric_sums(run_dir: Path | str, split: Split, variant: Variant) -> dict[str, MetricSums]:
+    """What each domain of a run reported: enough for every mean, paired difference and interval.
+
+    Args:
+        run_dir: a run folder.
+        split: "valid" or "test".
+        variant: "unmasked" or "masked".
+
+    Returns:
+        Domain -> its sums, in the order of the table.
+
+    Raises:
+        RunDirError: no tables there, damaged ones, or none of this split and variant.
+    """
+    values, products = (_rows(Path(run_dir) / f"{name}.parquet", split, variant) for name in ("metrics", "products"))
+    methods: dict[str, dict[str, int]] = {}  # domain -> method -> its place
+    for row in values:
+        places = methods.setdefault(row["domain"], {})
+        places.setdefault(row["method"], len(places))
+    num_users = {row["domain"]: row["num_users"] for row in values}
+    metric_index = {metric: index for index, metric in enumerate(METRICS)}
+    sums = {domain: np.full((len(places), len(METRICS)), np.nan) for domain, places in methods.items()}
+    crossed = {domain: np.full((len(METRICS), len(places), len(places)), np.nan) for domain, places in methods.items()}
+    try:
+        for row in values:
+            sums[row["domain"]][methods[row["domain"]][row["method"]], metric_index[row["metric"]]] = row["sum"]
+        for row in products:
+            places, m = methods[row["domain"]], metric_index[row["metric"]]
+            p, q = places[row["method"]], places[row["other"]]
+            crossed[row["domain"]][m, p, q] = crossed[row["domain"]][m, q, p] = row["sum_of_products"]
+        return {
+            domain: MetricSums(tuple(places), variant, num_users[domain], sums[domain], crossed[domain])
+            for domain, places in methods.items()
+        }
+    except (KeyError, ValueError) as error:
+        raise RunDirError(
+            f"{run_dir}: metrics.parquet and products.parquet do not belong together ({error}). "
+            "Take both from one run of this version."
+        ) from error
+
+
+def _rows(path: Path, split: Split, variant: Variant) -> list[dict[str, Any]]:
+    try:
+        rows: list[dict[str, Any]] = [
+            row for row in pq.read_table(path).to_pylist() if (row["split"], row["variant"]) == (split, variant)
+        ]
+    except FileNotFoundError as error:
+        raise RunDirError(
+            f"{path}: not there. Give the folder of a finished run, runs/<id>; its {path.name} is written near the end."
+        ) from error
+    except (OSError, pa.ArrowException, KeyError) as error:
+        raise RunDirError(
+            f"{path}: cannot be read as a table of metrics ({error}). Get the run folder again."
+        ) from error
+    if not rows:
+        raise RunDirError(f"{path}: no rows of split {split!r}, {variant}. Expected 'valid' or 'test', of one run.")
+    return rows

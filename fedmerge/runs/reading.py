@@ -1,0 +1,294 @@
+"""Run folders, read back: found by name, summarised, shown. A damaged or unfinished run is described, not refused."""
+
+import itertools
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fedmerge.config import flatten
+from fedmerge.encoder.adapter_records import _table, _text
+from fedmerge.errors import RunDirError
+from fedmerge.files import read_record
+from fedmerge.runs.folder import DONE
+
+State = Literal["done", "failed", "incomplete"]
+
+REMERGED = "remerged"  # folder of a run for merges made after it
+_MARKS = ("environment.json", "run.log", "clients.json", DONE)  # merges made afterwards hold a config.toml, too
+_LOG_LINE = re.compile(r"\d\d:\d\d:\d\d (.*)")
+_FAILED = "the run failed"
+_TIME_IN_ID = re.compile(r"-(\d{8}-\d{6})-[0-9a-f]{4}$")
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """One run in a line.
+
+    Attributes:
+        id: name of its folder.
+        folder: absolute.
+        state: done; failed: it says so itself; incomplete: still running, or killed.
+        started: UTC, or None where the folder does not tell.
+        seconds: from start to ``DONE``.
+        train: domains that were asked to train.
+        unseen: domains that were to be evaluated only.
+        methods: merging methods.
+        metric: what validation decided by.
+        served: label of the merge that validation chose.
+        test: mean of ``metric`` over the training domains on test, unmasked, of the served merge.
+        synthetic: some participant's data were generated; None where nobody said.
+        problems: what is damaged, in sentences.
+    """
+
+    id: str
+    folder: Path
+    state: State
+    started: datetime | None
+    seconds: float | None
+    train: tuple[str, ...]
+    unseen: tuple[str, ...]
+    methods: tuple[str, ...]
+    metric: str | None
+    served: str | None
+    test: float | None
+    synthetic: bool | None
+    problems: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class MergeRecord:
+    """A merge on disk and where it comes from; ``provenance`` is without the loss curve."""
+
+    folder: Path
+    label: str
+    provenance: Mapping[str, Any] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class RunDetails:
+    """Everything that a run folder tells in words.
+
+    Attributes:
+        summary: the run in a line.
+        settings: dotted key -> value of its configuration.
+        participants: domain -> what its client said.
+        excluded: domain -> why.
+        experts: domain -> what its training reported, without the single validations.
+        merges: made by the run.
+        remerges: made of its adapters afterwards.
+        choice: what validation chose, with every merge's score.
+        failure: the error that ended it.
+        report: its tables.
+    """
+
+    summary: RunSummary
+    settings: Mapping[str, Any]
+    participants: Mapping[str, Mapping[str, Any]]
+    excluded: Mapping[str, str]
+    experts: Mapping[str, Mapping[str, Any]]
+    merges: tuple[MergeRecord, ...]
+    remerges: tuple[MergeRecord, ...]
+    choice: Mapping[str, Any]
+    failure: str | None
+    report: str | None
+
+
+def find_run(name: str, root: Path) -> Path:
+    """The folder of a run.
+
+    Args:
+        name: a path, or an id under ``root``, of which the beginning is enough where only one run begins so.
+        root: folder of run folders.
+
+    Raises:
+        RunDirError: no such run, more than one, or a folder that is no run.
+    """
+    if not name:
+        raise RunDirError("run: found an empty name, expected the path of a run folder or its id.")
+    for folder in (Path(name), root / name):
+        if is_run(folder):
+            return folder.resolve()
+    ids = [folder.name for folder in list_runs(root)] if root.is_dir() else []
+    matching = [run_id for run_id in ids if run_id.startswith(name)]
+    if len(matching) == 1:
+        return (root / matching[0]).resolve()
+    if matching:
+        raise RunDirError(
+            f"run {name!r}: {len(matching)} runs in {root} begin so: {_some(matching)}. Give more of the id."
+        )
+    if Path(name).is_dir():
+        raise RunDirError(f"{name}: no run folder, it holds none of {', '.join(_MARKS)}. Give the folder of a run.")
+    known = f"it has: {_some(ids)}" if ids else "there is no run in it"
+    raise RunDirError(f"run {name!r}: neither a run folder nor a run in {root}; {known}. Give a path, or --dir.")
+
+
+def list_runs(root: Path) -> list[Path]:
+    """The run folders directly under ``root``, sorted by name; other folders are left out.
+
+    Raises:
+        RunDirError: no such folder.
+    """
+    if not root.is_dir():
+        raise RunDirError(f"{root}: no such folder, expected one with a folder for each run. Give --dir.")
+    try:
+        return sorted(folder for folder in root.iterdir() if is_run(folder))
+    except OSError as error:
+        raise RunDirError(f"{root}: cannot be read ({error.strerror}). Check the permissions there.") from error
+
+
+def is_run(folder: Path) -> bool:
+    """Whether the folder holds at least one of the files that only a run writes."""
+    try:
+        return any((folder / mark).is_file() for mark in _MARKS)
+    except OSError:
+        return False
+
+
+def summarise_run(folder: Path) -> RunSummary:
+    """One run in a line, whatever state its folder is in."""
+    problems: list[str] = []
+    settings = _settings(folder, problems)
+    choice = _record(folder / "choice.json", problems)
+    participants = _table(_record(folder / "clients.json", problems).get("participants"))
+    synthetic = [bool(_table(client).get("synthetic")) for client in participants.values()]
+    done = _read(folder / DONE, problems)
+    found = re.search(r"after ([\d.]+) s", done or "")
+    state: State = "done" if done is not None else "failed" if _log_says_failed(folder, problems) else "incomplete"
+    metric = _text(choice.get("metric")) or _text(settings.get("evaluation.selection_metric"))
+    served = _text(choice.get("served"))
+    return RunSummary(
+        id=folder.resolve().name,
+        folder=folder.resolve(),
+        state=state,
+        started=_started(folder),
+        seconds=float(found.group(1)) if found else None,
+        train=_names(settings.get("domains.train")),
+        unseen=_names(settings.get("domains.unseen")),
+        methods=_names(settings.get("merge.methods")),
+        metric=metric,
+        served=served,
+        test=_test_mean(folder, served, metric, problems) if served and metric else None,
+        synthetic=any(synthetic) if synthetic else None,
+        problems=tuple(problems),
+    )
+
+
+def describe_run(folder: Path) -> RunDetails:
+    """Everything that a run folder tells in words, whatever state it is in."""
+    folder = folder.resolve()
+    summary = summarise_run(folder)
+    problems: list[str] = []
+    clients = _record(folder / "clients.json", [])
+    experts = {
+        path.parent.name: {key: value for key, value in _record(path, problems).items() if key != "validations"}
+        for path in sorted(folder.glob("adapters/*/training.json"))
+    }
+    merges = _merges(sorted(folder.glob("merged/*/provenance.json")), problems)
+    remerges = _merges(sorted(folder.glob(f"{REMERGED}/*/*/provenance.json")), problems)
+    report = _read(folder / "report.txt", problems)
+    return RunDetails(
+        summary=replace(summary, problems=(*summary.problems, *problems)),
+        settings=_settings(folder, []),
+        participants={name: _table(client) for name, client in _table(clients.get("participants")).items()},
+        excluded={name: str(reason) for name, reason in _table(clients.get("excluded")).items()},
+        experts=experts,
+        merges=merges,
+        remerges=remerges,
+        choice=_record(folder / "choice.json", []),
+        failure=_failure(folder) if summary.state == "failed" else None,
+        report=report,
+    )
+
+
+def _merges(paths: Sequence[Path], problems: list[str]) -> tuple[MergeRecord, ...]:
+    merges = []
+    for path in paths:
+        provenance = {key: value for key, value in _record(path, problems).items() if key != "losses"}
+        merges.append(MergeRecord(path.parent, path.parent.name, provenance))
+    return tuple(merges)
+
+
+def _settings(folder: Path, problems: list[str]) -> dict[str, Any]:
+    """The configuration as it is written; also of a version with other keys."""
+    text = _read(folder / "config.toml", problems)
+    if text is None:
+        problems.append("config.toml is missing: it is not known what was run.")
+        return {}
+    try:
+        return flatten(tomllib.loads(text))
+    except tomllib.TOMLDecodeError as error:
+        problems.append(f"config.toml is not valid TOML ({error}).")
+        return {}
+
+
+def _record(path: Path, problems: list[str]) -> dict[str, Any]:
+    try:
+        return read_record(path)
+    except RunDirError as error:
+        problems.append(str(error))
+        return {}
+
+
+def _read(path: Path, problems: list[str]) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        problems.append(f"{path.name} cannot be read ({error}).")
+        return None
+
+
+def _log_says_failed(folder: Path, problems: list[str]) -> bool:
+    lines = (_read(folder / "run.log", problems) or "").splitlines()
+    said = [found.group(1) for line in lines if (found := _LOG_LINE.fullmatch(line))]
+    return bool(said) and said[-1] == _FAILED
+
+
+def _failure(folder: Path) -> str | None:
+    """The error under the last traceback of the log, without the exception's package."""
+    lines = (_read(folder / "run.log", []) or "").rpartition(f" {_FAILED}\n")[2].splitlines()
+    frames = [number for number, line in enumerate(lines) if line.startswith("  File ")]
+    message = list(itertools.dropwhile(lambda line: line.startswith(" "), lines[frames[-1] :] if frames else []))
+    return re.sub(r"^(\w+\.)+", "", "\n".join(message).strip()) or None
+
+
+def _started(folder: Path) -> datetime | None:
+    if found := _TIME_IN_ID.search(folder.resolve().name):
+        try:
+            return datetime.strptime(found.group(1), "%Y%m%d-%H%M%S").replace(tzinfo=UTC)
+        except ValueError:
+            pass
+    try:
+        return datetime.fromtimestamp((folder / "config.toml").stat().st_mtime, UTC).replace(microsecond=0)
+    except OSError:
+        return None
+
+
+def _test_mean(folder: Path, served: str, metric: str, problems: list[str]) -> float | None:
+    path = folder / "metrics.parquet"
+    if not path.is_file():
+        return None
+    wanted = {"split": "test", "variant": "unmasked", "role": "train", "method": served, "metric": metric}
+    try:
+        rows = pq.read_table(path, filters=[(key, "=", value) for key, value in wanted.items()]).to_pylist()
+        means = [row["sum"] / row["num_users"] for row in rows]
+    except (OSError, KeyError, TypeError, ZeroDivisionError, pa.ArrowException) as error:
+        problems.append(f"metrics.parquet: damaged ({str(error).splitlines()[0]}).")
+        return None
+    return sum(means) / len(means) if means else None
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else ()
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")

@@ -1,0 +1,164 @@
+"""`fedmerge bench`: experts are trained through Flower, one experiment after the other; all other cells are Ray tasks.
+
+This process holds no CPU of Ray's: it hands out cells and writes down what they say.
+"""
+
+import atexit
+import hashlib
+import os
+import shutil
+import tempfile
+import traceback
+from collections import deque
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from fedmerge.bench.cells import Cell, Ended, Running, work
+from fedmerge.bench.config import load_bench
+from fedmerge.bench.grid import Grid, open_folder, run_grid
+from fedmerge.bench.tables import bench_tables
+from fedmerge.config import ExperimentConfig
+from fedmerge.errors import ClientError, ConfigError
+from fedmerge.files import write_text
+from fedmerge.report.bench_tables import read_bench_tables, write_bench_tables
+from fedmerge.report.html_report import bench_page
+from fedmerge.report.tracking import FOLDER, check_tracking, write_tracking
+from fedmerge.runs.folder import CONFIG_FILE, locked
+from sim.local.launch import MARK, SOCKET_FOLDER_LENGTH, end_processes
+from sim.local.run import check_attack, check_rule, run_experiment
+
+REPORT = "report.html"
+SILENCE_SECONDS = 30.0  # then it is told what is running
+
+
+def run_bench(
+    file: Path, folder: Path, app_dir: Path, address: str | None = None, overrides: Sequence[str] = ()
+) -> int:
+    """Run a benchmark, or go on with one, and print what happens as it happens.
+
+    Args:
+        file: the benchmark.
+        folder: where everything goes; on a cluster a folder that every node sees.
+        app_dir: of the Flower app.
+        address: of a Ray cluster; None: one of this machine's, started and ended here, or that of RAY_ADDRESS.
+        overrides: of the benchmark's experiment file, as ``key=value``.
+
+    Returns:
+        0 if every cell is done, else 1; the tables hold what is done.
+
+    Raises:
+        ConfigError: the benchmark is not valid, or another one than the folder's.
+        ClientError: experts could not be trained.
+    """
+    bench = load_bench(file, overrides)
+    tracking = bench.experiment(bench.config.dataset[0].name, None, 0).tracking
+    check_tracking(tracking)
+    for dataset in bench.config.dataset:
+        check_attack(bench.experiment(dataset.name, None, bench.config.seeds[0]))
+        for strategy in bench.config.strategy:
+            config = bench.experiment(dataset.name, strategy.name, bench.config.seeds[0])
+            _check_rule(config, bench.config.leave_one_out)
+    open_folder(folder, bench)
+    grid = Grid(bench, folder.resolve())
+    mark = mark_of(grid.folder)
+    with locked(grid.folder):
+        end_processes(mark)  # of a call that was killed
+        try:
+            failed = run_grid(
+                grid,
+                lambda config: _train(config, app_dir, mark),
+                lambda cells: _on_ray(cells, address or os.environ.get("RAY_ADDRESS"), mark),
+                lambda line: print(line, flush=True),
+            )
+        finally:
+            ray.shutdown()
+        write_bench_tables(grid.folder, bench_tables(grid))
+        tables = read_bench_tables(grid.folder)
+        write_text(grid.folder / REPORT, bench_page(tables))
+        if tracking is not None:
+            write_tracking(tables, grid.folder / FOLDER, tracking)
+    for line in failed:
+        print(f"failed: {line}")
+    print(f"report: {grid.folder / REPORT}")
+    return int(bool(failed))
+
+
+def mark_of(folder: Path) -> str:
+    """The mark of all processes that a benchmark in this folder starts."""
+    return hashlib.sha256(str(folder).encode()).hexdigest()[:32]
+
+
+def _check_rule(config: ExperimentConfig, leave_one_out: bool) -> None:
+    check_rule(config)
+    if leave_one_out:
+        rest = config.domains.model_copy(update={"train": config.domains.train[1:]})
+        try:
+            check_rule(config.model_copy(update={"domains": rest}))
+        except ConfigError as error:
+            raise ConfigError(f"leave_one_out = true, so of each fold: {error}") from error
+
+
+def _train(config: ExperimentConfig, app_dir: Path, mark: str) -> None:
+    run = Path(config.output_dir) / str(config.run_id)
+    begun = (run / CONFIG_FILE).is_file()
+    if run.exists() and not begun:  # killed before it began
+        shutil.rmtree(run)
+    run.parent.mkdir(parents=True, exist_ok=True)
+    if run_experiment(config.model_copy(update={"resume": begun}), app_dir, mark):
+        raise ClientError(f"{run}: the experts could not be trained; see above, then start the benchmark again")
+
+
+def _on_ray(cells: Sequence[Cell], address: str | None, mark: str) -> Iterator[Ended | Running]:
+    """Do cells as Ray tasks, as many at once as there are CPUs for; each as it ends."""
+    if not cells:
+        return
+    if not ray.is_initialized():
+        _connect(address, mark)
+    task = ray.remote(max_retries=1)(_work)
+    left = deque(cells)
+    running: dict[Any, Cell] = {}
+    most = 1  # CPUs of a node, while there is one
+    while left or running:
+        nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]  # untyped in Ray
+        most = max(nodes, default=0) or most
+        free = sum(nodes) - sum(min(cell.threads, most) for cell in running.values())
+        if left and (not running or min(left[0].threads, most) <= free):
+            cell = left.popleft()
+            running[task.options(num_cpus=min(cell.threads, most)).remote(cell)] = cell
+            continue
+        ended, _ = ray.wait(list(running), num_returns=1, timeout=SILENCE_SECONDS)
+        if not ended:
+            yield Running(tuple(running.values()))
+            continue
+        cell = running.pop(ended[0])
+        try:
+            yield ray.get(ended[0])
+        except ray.exceptions.RayError as error:
+            problem = f"its process ended ({type(error).__name__}); was it killed, or the memory full?"
+            yield Ended(cell, problem, 0.0)
+
+
+def _work(cell: Cell) -> Ended:
+    try:
+        return work(cell)
+    except Exception:
+        return Ended(cell, traceback.format_exc(), 0.0)
+
+
+def _connect(address: str | None, mark: str) -> None:
+    """Join a Ray cluster, or start one here that ends with this process."""
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    if address is not None:
+        ray.init(address=address, **quiet)
+        return
+    os.environ |= {MARK: mark, "RAY_USAGE_STATS_ENABLED": "0"}
+    temporary = tempfile.gettempdir()
+    short = temporary if len(temporary) <= SOCKET_FOLDER_LENGTH else "/tmp"
+    files = Path(short) / f"fedmerge-{mark[:8]}"
+    shutil.rmtree(files, ignore_errors=True)  # of a call that was killed
+    atexit.register(shutil.rmtree, files, ignore_errors=True)
+    cpus = len(os.sched_getaffinity(0))
+    ray.init(address="local", num_cpus=cpus, include_dashboard=False, _temp_dir=str(files), **quiet)

@@ -1,0 +1,135 @@
+"""`fedmerge run`: one experiment through Flower's simulation engine, watched from outside to its end."""
+
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from fedmerge.config import DEMO_ROOT, ExperimentConfig, to_toml
+from fedmerge.domain.demo import DEMO_DOMAINS
+from fedmerge.domain.folder import list_domains
+from fedmerge.domain.manifest import read_manifest
+from fedmerge.errors import ClientError, ConfigError, RunDirError
+from fedmerge.runs.folder import CONFIG_FILE, DONE, check_same_config, is_locked, locked, new_run_id
+from sim.local.launch import run_federation
+
+
+def run_experiment(config: ExperimentConfig, app_dir: Path, mark: str | None = None) -> int:
+    """Run an experiment, or go on with one, and print its log as it comes.
+
+    Args:
+        config: with absolute paths; of a run to resume, with ``resume`` and its ``run_id``.
+        app_dir: the folder of the Flower app.
+        mark: see :func:`sim.local.launch.run_federation`.
+
+    Returns:
+        0 if the run finished and its folder is complete, else 1.
+
+    Raises:
+        ConfigError: a domain that is not there, or another configuration than the run's; before anything is started.
+        RunDirError: the run is not there, or a process works on it.
+        ClientError: Flower could not be started, or was lost on the way.
+    """
+    config = config.model_copy(update={"run_id": config.run_id or new_run_id(config.name)})
+    run_dir = Path(config.output_dir) / str(config.run_id)
+    if config.resume:
+        check_same_config(run_dir, config)
+        if (run_dir / DONE).is_file():
+            print(f"this run is finished; nothing is left to do\nrun folder: {run_dir}")
+            return 0
+        with locked(run_dir):
+            pass  # nobody else works on it
+    elif run_dir.exists():
+        raise RunDirError(
+            f"{run_dir} exists; a run never overwrites another. Choose another run_id or output_dir, or go on with it: "
+            f"fedmerge run --resume {run_dir}"
+        )
+    _check_domains(config)
+    check_attack(config)
+    check_rule(config)
+    _check_tracking(config)
+    with tempfile.TemporaryDirectory(prefix="fedmerge-config-") as folder:
+        resolved = Path(folder) / "experiment.toml"
+        resolved.write_text(to_toml(config), encoding="utf-8")
+        try:
+            outcome = run_federation(
+                app_dir,
+                resolved,
+                num_supernodes=len(config.domains.train) + len(config.domains.unseen),
+                cpus_per_client=config.runtime.threads_per_client,
+                gpus_per_client=config.runtime.gpus_per_client,
+                on_line=lambda line: print(line, flush=True),
+                is_over=_server_ended(run_dir),
+                mark=mark,
+            )
+        except ClientError as error:
+            if not (run_dir / DONE).is_file():
+                _say_how_to_go_on(run_dir)
+                raise
+            print(f"fedmerge: the run had ended already when this happened: {error}", file=sys.stderr)
+    if (run_dir / DONE).is_file():
+        print(f"run folder: {run_dir}")
+        return 0
+    print(f"fedmerge: the run did not finish: {outcome.status} {outcome.details}", file=sys.stderr)
+    _say_how_to_go_on(run_dir)
+    if outcome.kept:
+        print(f"fedmerge: Flower's and Ray's logs in {outcome.kept}", file=sys.stderr)
+    return 1
+
+
+def _server_ended(run_dir: Path) -> Callable[[], bool]:
+    """Whether the server has held the run's lock and does so no longer."""
+    began = False
+
+    def ended() -> bool:
+        nonlocal began
+        works = is_locked(run_dir)
+        began = began or works
+        return began and not works
+
+    return ended
+
+
+def _say_how_to_go_on(run_dir: Path) -> None:
+    if (run_dir / CONFIG_FILE).is_file():
+        print(f"fedmerge: what there is lies in {run_dir}; to go on: fedmerge run --resume {run_dir}", file=sys.stderr)
+
+
+def check_attack(config: ExperimentConfig) -> None:
+    """Refuse to poison a training on data of this machine that are not synthetic.
+
+    Raises:
+        PolicyError: whose.
+    """
+    domain, root = config.attack.domain, config.domains.root
+    if domain is not None and root != DEMO_ROOT:
+        from fedmerge.client.training.poisoning import check_may_attack  # noqa: PLC0415  # imports torch; others need not wait
+
+        check_may_attack(read_manifest(Path(root) / domain), config.attack)
+
+
+def check_rule(config: ExperimentConfig) -> None:
+    """See :func:`sim.app.server.rounds.check_rounds`."""
+    if config.rounds.rule is not None:
+        from sim.app.server.rounds import check_rounds  # noqa: PLC0415  # imports torch, for which other runs need not wait
+
+        check_rounds(config)
+
+
+def _check_tracking(config: ExperimentConfig) -> None:
+    if config.tracking is not None:
+        from fedmerge.report.tracking import check_tracking  # noqa: PLC0415  # imports numpy and pyarrow
+
+        check_tracking(config.tracking)
+
+
+def _check_domains(config: ExperimentConfig) -> None:
+    root = config.domains.root
+    known = DEMO_DOMAINS if root == DEMO_ROOT else list_domains(Path(root))
+    missing = [name for name in config.domains.train + config.domains.unseen if name not in known]
+    if missing:
+        raise ConfigError(
+            f"domains.root = {root!r} has no domain {', '.join(missing)}; it has: {', '.join(known) or 'none'}. "
+            "Make domain folders with 'fedmerge data import' or 'fedmerge data demo', or correct domains.train and "
+            "domains.unseen."
+        )

@@ -1,0 +1,241 @@
+"""Works for a SuperNode in the place of Flower's own executor: it never runs the code that a run brings.
+
+Flower's executor unpacks the app and imports it. This one compares the app with what is installed and approved here
+(``fedmerge.organisation.app``) and then answers with the installed ``sim.app.client.app``, in a process of its own for
+each message. What the run configuration says of this machine is replaced by what client.toml says.
+
+    python -P -m sim.machines.executor CLIENT_FOLDER RUNTIME_ADDRESS SECRET_FILE
+
+It is started by ``fedmerge client start`` and ends with it.
+"""
+
+import ctypes
+import logging
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+import httpx
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.common.constant import ErrorCode, SubStatus
+from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
+from flwr.proto.runtime_pb2 import AcquireTaskRequest, SendTaskHeartbeatRequest
+from flwr.supercore.constant import TaskType
+from flwr.supercore.fab import Fab
+from flwr.supercore.interceptors import (
+    RuntimeTokenHttpInterceptor,
+    RuntimeVersionHttpInterceptor,
+    SuperExecAuthHttpInterceptor,
+)
+from flwr.supercore.protobuf.client import ProtobufClientInterceptor
+from flwr.supercore.retry import make_simple_http_retry_invoker
+from flwr.supercore.runtime import RuntimeHttpClient
+from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
+
+import fedmerge
+from fedmerge.errors import FedMergeError, PolicyError
+from fedmerge.organisation.app import check_app
+from fedmerge.organisation.folder import KEY, Client, approved_apps, read_client
+from fedmerge.privacy.client_policy import read_client_policy, took_too_long
+from fedmerge.privacy.paths import without_paths
+from sim.app.client import app as client_app
+from sim.app.messages import records
+
+POLL_SECONDS = 0.2
+HEARTBEAT_SECONDS = 10.0  # Flower gives a message up after 60
+PR_SET_PDEATHSIG = 1
+
+logger = logging.getLogger("fedmerge.client")
+
+
+def main(folder: Path, address: str, secret: bytes) -> None:
+    """Take messages from the SuperNode, one after the other, until it or the parent is gone."""
+    end_with_parent(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, _leave)
+    client_app.log_to_stderr()
+    logger.info("ready; answers with fedmerge %s from %s", fedmerge.__version__, Path(fedmerge.__file__).parent)
+    auth = SuperExecAuthHttpInterceptor(
+        master_secret=secret, protected_methods=frozenset({"/flwr.proto.Runtime/AcquireTask"})
+    )
+    # Tasks of Flower's agents are taken, too, to be refused: nobody else is there to answer them.
+    request = AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP, TaskType.AGENT_APP])
+    with _runtime(address, auth) as runtime:
+        while True:
+            found = runtime.AcquireTask(request)
+            if found.HasField("task") and found.token:
+                with _runtime(address, RuntimeTokenHttpInterceptor(found.token)) as of_task:
+                    _work(of_task, folder, found.task.type == TaskType.CLIENT_APP)
+            time.sleep(POLL_SECONDS)
+
+
+def _work(runtime: RuntimeHttpClient, folder: Path, is_client_app: bool) -> None:
+    """Answer one message: check the app, then work in a process of its own."""
+    message, context, _, fab = pull_task_input(runtime)
+    kind, started = message.metadata.message_type, time.monotonic()
+    try:
+        client = read_client(folder)  # anew each time: what its owner changes holds at once
+        check(client, fab, is_client_app)
+        own = read_client_policy(client.policy)
+        logger.info("%s: working", kind)
+        settle(context, client)
+        in_time = within(own.max_minutes, client.domain.name, _heartbeat(runtime))
+        content, context.state = in_own_process(lambda: _answer(message, context), in_time)
+        told = "an error" if records.read_error(content) else f"{records.size_bytes(content):,} bytes"
+        logger.info("%s: answered after %.0f s (%s)", kind, time.monotonic() - started, told)
+        reply = Message(content, reply_to=message)
+    except FedMergeError as error:
+        logger.error("%s: refused: %s", kind, error)
+        told = without_paths(f"{type(error).__name__}: {error}", [str(folder)])
+        reply = Message(records.error_record(told, _domain(folder)), reply_to=message)
+    except ChildProcessError as error:
+        logger.error("%s: %s", kind, error)
+        reply = Message(Error(ErrorCode.CLIENT_APP_CRASHED, str(error)), reply_to=message)
+    push_message(runtime, reply, context)
+    push_task_output(runtime, context, SubStatus.COMPLETED, "")
+
+
+def _answer(message: Message, context: Context) -> tuple[RecordDict, RecordDict]:
+    """The reply, and what the client app remembers until the run's next message: the secrets of a secure sum."""
+    reply = client_app.app(message, context)
+    return reply.content, context.state
+
+
+def check(client: Client, fab: Fab, is_client_app: bool = True) -> None:
+    """Refuse what is not the approved app; PolicyError, ConfigError."""
+    if not is_client_app:
+        raise PolicyError("the run is one of Flower's agents, not an app for clients; it was not run.")
+    check_app(fab.content, approved_apps(client.folder), Path(__file__).parents[1])
+
+
+def settle(context: Context, client: Client) -> None:
+    """Replace what a run may not say of this machine by what client.toml says."""
+    context.node_config = {
+        "domain-path": str(client.domain),
+        "policy-path": str(client.policy),
+        "key-path": str(client.folder / KEY),
+        **({} if client.identity_key is None else {"identity-key": str(client.identity_key)}),
+        **({} if client.peer_keys is None else {"peer-keys": str(client.peer_keys)}),
+    }
+    context.run_config = dict(context.run_config) | {
+        "cache_dir": str(client.cache_dir),
+        "backbone.source": client.backbone,
+        "domains.root": str(client.domain.parent),
+        "runtime.threads_per_client": client.threads,
+    }
+
+
+def in_own_process(
+    work: Callable[[], tuple[RecordDict, RecordDict]], while_waiting: Callable[[], bool]
+) -> tuple[RecordDict, RecordDict]:
+    """What ``work`` returns, done in a copy of this process that ends with it.
+
+    Args:
+        work: anything; what it changes in memory is lost, what it returns is not.
+        while_waiting: called again and again; False ends the work, and so does what it raises.
+
+    Raises:
+        ChildProcessError: the process died, was ended, or raised.
+    """
+    with tempfile.TemporaryFile() as answer:
+        parent = os.getpid()
+        child = os.fork()
+        if child == 0:
+            _answer_and_exit(work, answer, parent)
+        try:
+            while not (done := os.waitpid(child, os.WNOHANG))[0]:
+                if not while_waiting():
+                    raise ChildProcessError("the run was stopped while it worked")
+                time.sleep(POLL_SECONDS / 2)
+        except BaseException:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            raise
+        if done[1] != 0:
+            code = os.waitstatus_to_exitcode(done[1])
+            how = f"was killed by signal {-code}, out of memory?" if code < 0 else f"ended with {code}"
+            raise ChildProcessError(f"the process that worked on it {how}")
+        answer.seek(0)
+        first = answer.read(int.from_bytes(answer.read(8)))
+        content, state = (recorddict_from_proto(ProtoRecordDict.FromString(data)) for data in (first, answer.read()))
+        return content, state
+
+
+def _answer_and_exit(work: Callable[[], tuple[RecordDict, RecordDict]], answer: IO[bytes], parent: int) -> None:
+    code = 1
+    try:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        end_with_parent(signal.SIGKILL)
+        if os.getppid() == parent:
+            content, state = (recorddict_to_proto(part).SerializeToString() for part in work())
+            answer.write(len(content).to_bytes(8) + content + state)
+            answer.flush()
+            code = 0
+    except BaseException:
+        logger.exception("the work failed")
+    finally:
+        logging.shutdown()
+        os._exit(code)  # nothing of the copied parent is to run here
+
+
+def end_with_parent(number: signal.Signals) -> None:
+    """Have the system send this process a signal when its parent dies, however that dies. Linux."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(number))
+
+
+def within(max_minutes: float | None, domain: str, beat: Callable[[], bool]) -> Callable[[], bool]:
+    """``beat``, which raises PolicyError once the organisation's ``max_minutes`` are over."""
+    started = time.monotonic()
+
+    def in_time() -> bool:
+        if max_minutes is not None and time.monotonic() - started > 60.0 * max_minutes:
+            raise took_too_long(max_minutes, domain)
+        return beat()
+
+    return in_time
+
+
+def _heartbeat(runtime: RuntimeHttpClient) -> Callable[[], bool]:
+    last = time.monotonic()
+
+    def beat() -> bool:
+        nonlocal last
+        if time.monotonic() - last < HEARTBEAT_SECONDS:
+            return True
+        last = time.monotonic()
+        try:
+            return bool(runtime.SendTaskHeartbeat(SendTaskHeartbeatRequest()).success)
+        except httpx.TransportError:
+            return True
+
+    return beat
+
+
+def _runtime(address: str, interceptor: ProtobufClientInterceptor) -> RuntimeHttpClient:
+    return RuntimeHttpClient.from_server_address(
+        server_address=address,
+        insecure=True,  # the loopback of this machine
+        root_certificates=None,
+        interceptors=[RuntimeVersionHttpInterceptor(component_name="fedmerge"), interceptor],
+        retry_invoker=make_simple_http_retry_invoker(),
+    )
+
+
+def _domain(folder: Path) -> str:
+    try:
+        return read_client(folder).domain.name
+    except FedMergeError:  # this is for a reply that tells of an error already
+        return ""
+
+
+def _leave(number: int, _: Any) -> None:
+    raise SystemExit(0)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]).read_bytes())

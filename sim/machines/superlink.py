@@ -1,0 +1,290 @@
+"""The operator's side at work: SuperLink and proxy started together, keys registered, what there is to see.
+
+Flower is used through its own commands, `flower-superlink` and `flwr`.
+"""
+
+import os
+import re
+import secrets
+import shutil
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from fedmerge.deploy.certificates import expires
+from fedmerge.deploy.clients import RegisteredClient, find_client, list_clients, note_nodes, remove_client
+from fedmerge.deploy.folder import Deployment
+from fedmerge.errors import DeploymentError
+from sim.local.launch import (
+    COLOURS,
+    GRACE_SECONDS,
+    MARK,
+    ask_flower,
+    ending_processes,
+    flower_environment,
+    flower_reason,
+)
+
+START_SECONDS = 60.0
+POLL_LINE = re.compile(r'"(POST /v1/|GET /health).* 200$')
+SOON_DAYS = 30
+NGINX_PLACES = os.pathsep.join(["/usr/sbin", "/usr/local/sbin", "/opt/homebrew/bin"])
+
+
+@dataclass(frozen=True)
+class ClientStatus:
+    """An organisation as `deploy status` shows it.
+
+    Attributes:
+        client: name and key.
+        state: Flower's word (``online``, ``offline``, ``registered``), or ``not registered``, or ``unknown`` while the
+            SuperLink does not run.
+        since: when it became so, as Flower writes it; empty where it does not say.
+    """
+
+    client: RegisteredClient
+    state: str
+    since: str
+
+
+def start(deployment: Deployment, say: Callable[[str], None]) -> int:
+    """Bring up SuperLink and proxy and stay until one of them ends, or this process is told to.
+
+    Returns:
+        Always 1: that it ended by itself is a failure, which systemd answers with a new start.
+
+    Raises:
+        DeploymentError: nginx is missing, a port is taken, or one of them does not start.
+    """
+    nginx = _nginx(deployment)
+    for what, port in (("the SuperLink", deployment.superlink_port), ("nginx", deployment.port)):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError as error:
+                remedy = f"Does the federation run already? See fedmerge deploy status {deployment.folder}"
+                if isinstance(error, PermissionError):
+                    remedy = "Ports below 1024 are for root: make the deployment with a higher --port"
+                raise DeploymentError(f"port {port} of {what} cannot be had ({error.strerror}). {remedy}.") from error
+    mark = secrets.token_hex(16)
+    variables = operator_environment(deployment) | {MARK: mark}
+    server = deployment.folder / "server"
+    command = [_program("flower-superlink"), "--host", "127.0.0.1", "--port", str(deployment.superlink_port)]
+    command += ["--ssl-ca-certfile", str(deployment.authority), "--ssl-certfile", str(server / "server.crt")]
+    command += ["--ssl-keyfile", str(server / "server.key"), "--enable-supernode-auth"]
+    command += ["--database", str(deployment.state / "superlink.db"), "--disable-runtime-dependency-installation"]
+    with ending_processes(mark):
+        superlink = subprocess.Popen(
+            command,
+            cwd=deployment.folder,
+            env=variables,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
+            errors="replace",
+        )
+        threading.Thread(target=_pass_on, args=(superlink, say), daemon=True).start()
+        _wait(lambda: is_healthy(deployment), superlink, "the SuperLink")
+        say(f"SuperLink: answers on 127.0.0.1:{deployment.superlink_port}")
+        for name in register_clients(deployment, say):
+            say(f"{name}: its key is registered now")
+        with _proxy(nginx, deployment, variables) as proxy:
+            _wait(lambda: _listens(deployment.port), proxy, "nginx")
+            say(f"proxy: clients reach this federation at {deployment.address}")
+            while superlink.poll() is None and proxy.poll() is None:
+                time.sleep(0.5)
+            ended, code = ("the SuperLink", superlink.poll()) if proxy.poll() is None else ("nginx", proxy.poll())
+            say(f"{ended} ended with {code}; ending the rest")
+    return 1
+
+
+@contextmanager
+def _proxy(
+    nginx: list[str], deployment: Deployment, variables: Mapping[str, str]
+) -> "Iterator[subprocess.Popen[bytes]]":
+    """nginx and its workers, which are ended afterwards; they overwrite the mark by which the others are found."""
+    process = subprocess.Popen(
+        nginx, cwd=deployment.folder, env=variables, stdin=subprocess.DEVNULL, start_new_session=True
+    )
+    try:
+        yield process
+    finally:
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE_SECONDS)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def is_healthy(deployment: Deployment) -> bool:
+    """Whether the SuperLink answers, and shows the federation's certificate."""
+    context = ssl.create_default_context(cafile=str(deployment.authority))
+    url = f"https://127.0.0.1:{deployment.superlink_port}/health"
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context))
+    with suppress(OSError), opener.open(url, timeout=5.0) as response:
+        return bool(response.status == 200)
+    return False
+
+
+def register_clients(deployment: Deployment, say_refusal: Callable[[str], None]) -> list[str]:
+    """Register every organisation's key that the SuperLink does not know; their names.
+
+    Args:
+        deployment: the federation, which runs.
+        say_refusal: receives what Flower says of a key that it does not take; the others are registered all the same.
+    """
+    there = set(_nodes(deployment))
+    nodes = {client.name: client.node for client in list_clients(deployment) if client.node in there}
+    new = [client for client in list_clients(deployment) if client.name not in nodes]
+    for client in new:
+        answer = _flwr(deployment, "supernode", "register", str(client.key), deployment.name, "--name", client.name)
+        if not answer.get("success"):
+            say_refusal(
+                f"{client.name}: Flower refuses to register {client.key}: {flower_reason(answer).rstrip('.')}. A key "
+                "that was withdrawn once never comes back: "
+                f"fedmerge deploy remove-client {deployment.folder} {client.name}, and ask for the key.pub of a new "
+                "client folder (fedmerge client init)."
+            )
+            continue
+        nodes[client.name] = int(answer["node-id"])
+        note_nodes(deployment, {name: node for name, node in nodes.items() if node is not None})
+    return [client.name for client in new if client.name in nodes]
+
+
+def withdraw_client(deployment: Deployment, name: str) -> None:
+    """Unregister an organisation's key, so that its node is refused from now on, and forget the organisation.
+
+    Raises:
+        DeploymentError: there is none of this name, or the SuperLink does not run.
+    """
+    client = find_client(deployment, name)
+    if client.node is None:  # never registered
+        remove_client(deployment, name)
+        return
+    if not is_healthy(deployment):
+        raise DeploymentError(
+            f"client {name}: its key can only be withdrawn while the federation runs. Start it: fedmerge deploy start "
+            f"{deployment.folder}"
+        )
+    if client.node in _nodes(deployment):
+        answer = _flwr(deployment, "supernode", "unregister", str(client.node), deployment.name)
+        if not answer.get("success"):
+            raise DeploymentError(
+                f"client {name}: Flower refuses to unregister it: {flower_reason(answer)}. Its key still counts: start "
+                f"the federation again and repeat this: fedmerge deploy start {deployment.folder}"
+            )
+    remove_client(deployment, name)
+
+
+def client_states(deployment: Deployment) -> list[ClientStatus]:
+    """Every organisation with what Flower says about its node."""
+    nodes = _nodes(deployment) if is_healthy(deployment) else None
+    found = []
+    for client in list_clients(deployment):
+        if nodes is None:
+            found.append(ClientStatus(client, "unknown", ""))
+            continue
+        node: Mapping[str, Any] = nodes.get(client.node or 0, {})
+        state = str(node.get("status", "not registered"))
+        since = node.get({"online": "online-at", "offline": "offline-at"}.get(state, ""), "")
+        found.append(ClientStatus(client, state, str(since)))
+    return found
+
+
+def expiring(deployment: Deployment) -> list[str]:
+    """What to say about certificates that end soon, or have ended."""
+    lines = []
+    paths = ["server/server.crt", "operator/operator.crt", "ca/ca.crt"]
+    for path in (deployment.folder / part for part in paths):
+        until = expires(path)
+        days = (until - datetime.now(UTC)).days
+        if days < SOON_DAYS:
+            remedy = f"fedmerge deploy renew {deployment.folder}"
+            if path.name == "ca.crt":
+                remedy = "with it every certificate ends; make a new deployment, whose bundles all clients need"
+            lines.append(f"{path} is valid until {until:%Y-%m-%d}: {remedy}")
+    return lines
+
+
+def operator_environment(deployment: Deployment) -> dict[str, str]:
+    """The variables under which Flower's commands use this deployment."""
+    return flower_environment(deployment.flower_home, deployment.superlink_port)
+
+
+def _nodes(deployment: Deployment) -> dict[int, dict[str, Any]]:
+    """Flower's nodes that are not unregistered, by id."""
+    answer = _flwr(deployment, "supernode", "list", deployment.name)
+    if not answer.get("success"):
+        raise DeploymentError(
+            f"the SuperLink does not list its nodes: {flower_reason(answer)}. Look into its log, or start it again: "
+            f"fedmerge deploy start {deployment.folder}"
+        )
+    return {int(node["node-id"]): node for node in answer["nodes"] if node["status"] != "unregistered"}
+
+
+def _flwr(deployment: Deployment, *arguments: str) -> dict[str, Any]:
+    return ask_flower([_program("flwr"), *arguments], operator_environment(deployment))
+
+
+def _program(name: str) -> str:
+    path = Path(sys.executable).parent / name
+    if not path.exists():
+        raise DeploymentError(f"{path}: not there, but Flower brings it. Install fedmerge again in this environment.")
+    return str(path)
+
+
+def _nginx(deployment: Deployment) -> list[str]:
+    """The command that starts the proxy; its configuration has been tested."""
+    program = shutil.which("nginx", path=os.pathsep.join([os.environ.get("PATH", os.defpath), NGINX_PLACES]))
+    if program is None:
+        raise DeploymentError(
+            "nginx: not found, but nothing else may listen to the outside: Flower's own port lets everybody who "
+            "reaches it submit code. Install it, for example with apt-get install nginx, and disable its own service."
+        )
+    config = deployment.folder / "nginx.conf"
+    command = [program, "-p", str(deployment.state / "nginx"), "-c", str(config)]
+    command += ["-g", "user root;"] if os.geteuid() == 0 else []  # its workers must read this folder
+    tested = subprocess.run([*command, "-t", "-q"], capture_output=True, text=True, check=False)
+    if tested.returncode:
+        raise DeploymentError(
+            f"{config}: nginx refuses it: {tested.stderr.strip()}. Write it again: fedmerge deploy renew "
+            f"{deployment.folder}"
+        )
+    return command
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.settimeout(1.0)
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def _pass_on(superlink: "subprocess.Popen[str]", say: Callable[[str], None]) -> None:
+    """What the SuperLink says, without the line for each time that a client asks whether there is something to do."""
+    for line in superlink.stdout or ():
+        if not POLL_LINE.search(line):
+            say(COLOURS.sub("", line.rstrip()))
+
+
+def _wait(is_there: Callable[[], bool], process: "subprocess.Popen[Any]", what: str) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while not is_there():
+        if process.poll() is not None:
+            raise DeploymentError(f"{what} ended with {process.returncode} as it was started; see what it said above")
+        if time.monotonic() > deadline:
+            raise DeploymentError(f"{what} does not answer {START_SECONDS:g} s after its start; see what it said above")
+        time.sleep(0.2)

@@ -1,0 +1,257 @@
+"""Keep an organisation's client running: Flower's SuperNode and its executor (``sim.machines.executor``).
+
+A SuperNode that died uncleanly is refused for up to a minute, until the server has noticed, and exits; so does one
+whose key is not registered. The server tells both the same. This supervisor waits, tries again, and says which it is.
+"""
+
+import logging
+import os
+import re
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from cryptography.hazmat.primitives.asymmetric import ec
+from flwr.proto.fleet_pb2 import ActivateNodeRequest, DeactivateNodeRequest
+from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+from flwr.supercore.protobuf.client import ProtobufClientInterceptor
+from flwr.supernode.fleet_http_client import FleetHttpClient
+from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+
+import fedmerge
+from fedmerge.errors import ClientError, RunDirError
+from fedmerge.organisation.folder import (
+    KEY,
+    Bundle,
+    Client,
+    approved_apps,
+    private_key,
+)
+from fedmerge.privacy.signatures import fingerprint
+from fedmerge.runs.folder import locked
+from sim.machines.executor import end_with_parent
+
+WAITS_SECONDS = (5.0, 10.0, 15.0, 30.0)  # between attempts; the last for all further ones
+TRAP_SECONDS = 75.0  # so long a refusal can mean that the server has not noticed yet that the last SuperNode ended
+GRACE_SECONDS = 10.0
+POLL_SECONDS = 0.2
+LARGEST_LOG_BYTES = 10 * 2**20
+FLOWER_LOG = "flower.log"
+
+COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+
+logger = logging.getLogger("fedmerge.client")
+
+
+@dataclass
+class Life:
+    """What a SuperNode has said of itself so far; written by the thread that reads its log."""
+
+    connected: bool = False
+    refused: bool = False
+    unsafe: bool = False
+    unreachable: bool = False
+
+
+def run_client(client: Client, bundle: Bundle, stop: threading.Event) -> None:
+    """Run the client until ``stop`` is set; whatever happens to its processes, they are started again.
+
+    Raises:
+        ConfigError: the key.
+        ClientError: the client runs already, or no app is approved.
+    """
+    name = fingerprint(private_key(client).public_key())
+    if not approved_apps(client.folder):
+        raise ClientError(
+            f"{client.folder}: no app is approved, so every run would be refused. Approve the one that you agreed on: "
+            f"fedmerge client approve {client.folder} --bundle BUNDLE, or --app FILE"
+        )
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(client.folder))
+        except RunDirError as error:
+            raise ClientError(f"{client.folder}: this client runs already? {error}") from error
+        logger.info("%s: domain %s, key %s", client.name, client.domain.name, name)
+        refused_since: float | None = None
+        attempt = 0
+        while not stop.is_set():
+            life = Life()
+            with _processes(client, bundle, life) as (supernode, executor):
+                while not stop.wait(POLL_SECONDS) and supernode.poll() is None and executor.poll() is None:
+                    pass
+                codes = supernode.poll(), executor.poll()
+            if stop.is_set():
+                break
+            if life.connected:
+                attempt, refused_since = 0, None
+            elif life.refused:
+                refused_since = refused_since or time.monotonic()
+            wait = WAITS_SECONDS[min(attempt, len(WAITS_SECONDS) - 1)]
+            attempt += 1
+            trapped = refused_since is None or time.monotonic() - refused_since < TRAP_SECONDS
+            logger.warning("%s; trying again in %.0f s", _why(life, codes, bundle, name, trapped), wait)
+            stop.wait(wait)
+        logger.info("ended")
+
+
+def _why(life: Life, codes: tuple[int | None, int | None], bundle: Bundle, name: str, trapped: bool) -> str:
+    """Why a life ended, for the log."""
+    if life.unsafe:
+        return (
+            f"{bundle.address} is not who it says: its certificate is not of the authority in {bundle.authority.name}, "
+            "not for this address, or not valid now (fedmerge client check says which)"
+        )
+    if life.refused and trapped:
+        return (
+            f"{bundle.address} does not let this client in yet: it may take a minute to notice that the last process "
+            "has ended; or the key is not registered"
+        )
+    if life.refused:
+        return (
+            f"{bundle.address} still does not let this client in: its key {name} is not registered there, or runs "
+            "elsewhere; send key.pub to the operator"
+        )
+    if codes[0] is None:
+        return f"the process that answers messages ended with {codes[1]}"
+    if not life.connected:
+        return (
+            f"{bundle.address} did not take this client's signature, or could not be used (SuperNode ended with "
+            f"{codes[0]}): is this machine's clock right? {FLOWER_LOG} has more"
+        )
+    return f"the SuperNode ended with {codes[0]}; {FLOWER_LOG} has more"
+
+
+@contextmanager
+def _processes(
+    client: Client, bundle: Bundle, life: Life
+) -> Iterator[tuple["subprocess.Popen[str]", "subprocess.Popen[bytes]"]]:
+    """A SuperNode and its executor; both are ended afterwards, the SuperNode so that the server learns of it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    client.cache_dir.mkdir(parents=True, exist_ok=True)
+    secret = client.cache_dir / ".executor-secret"
+    secret.unlink(missing_ok=True)
+    secret.touch(mode=0o600)
+    secret.write_bytes(secrets.token_bytes(32))
+    python = Path(sys.executable)
+    environment = _environment(client)
+    command = [str(python.parent / "flower-supernode"), "--superlink", bundle.address]
+    command += ["--root-certificates", str(bundle.authority), "--auth-supernode-private-key", str(client.folder / KEY)]
+    command += ["--isolation", "process", "--superexec-auth-secret-file", str(secret)]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
+    work = [str(python), "-P", "-m", "sim.machines.executor", str(client.folder), f"127.0.0.1:{port}", str(secret)]
+    started: list[subprocess.Popen[Any]] = []
+    try:
+        supernode = subprocess.Popen(
+            command,
+            cwd=client.cache_dir,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
+            errors="replace",
+            preexec_fn=_die_with_parent,  # noqa: PLW1509  # one thread more, which only reads a log
+            start_new_session=True,  # Ctrl-C is for the supervisor, which ends it in order
+        )
+        started.append(supernode)
+        reader = threading.Thread(target=_read_log, args=(supernode.stdout, client, bundle, life), daemon=True)
+        reader.start()
+        executor = subprocess.Popen(
+            work, cwd=client.cache_dir, env=environment, stdin=subprocess.DEVNULL, start_new_session=True
+        )
+        started.append(executor)
+        yield supernode, executor
+        reader.join(timeout=1.0)
+    finally:
+        for process in reversed(started):
+            _end(process)
+        secret.unlink(missing_ok=True)
+
+
+def _read_log(lines: IO[str] | None, client: Client, bundle: Bundle, life: Life) -> None:
+    """Keep what Flower's SuperNode prints, and say the few things of it that matter."""
+    path = client.folder / FLOWER_LOG
+    fresh = path.exists() and path.stat().st_size > LARGEST_LOG_BYTES
+    with path.open("w" if fresh else "a", encoding="utf-8") as log:
+        for line in lines or ():
+            text = COLOURS.sub("", line.rstrip())
+            with suppress(OSError):  # on a full disk, too, the pipe has to be read: Flower waits for it
+                log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+                log.flush()
+            if found := re.search(r"SuperNode ID: (\d+)", text):
+                life.connected, life.unreachable = True, False
+                logger.info("connected to %s as node %s; waiting for runs", bundle.address, found.group(1))
+            elif "[code: 2004]" in text:
+                life.refused = True
+            elif "SSL/TLS handshake error" in text:
+                life.unsafe = True
+            elif "Connection attempt failed" in text and not life.unreachable:
+                life.unreachable = True
+                logger.warning("%s cannot be reached; going on trying", bundle.address)
+            elif "Connection successful" in text and life.unreachable:
+                life.unreachable = False
+                logger.info("%s is reached again", bundle.address)
+
+
+def _end(process: "subprocess.Popen[Any]") -> None:
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+    process.wait()
+
+
+def _environment(client: Client) -> dict[str, str]:
+    """This process's, with the fedmerge of this process first, and nothing that Flower would send or install."""
+    variables = dict(os.environ)
+    variables.pop("PYTHONDONTWRITEBYTECODE", None)
+    root = str(Path(fedmerge.__file__).resolve().parents[1])
+    return variables | {
+        "PYTHONPATH": os.pathsep.join(filter(None, [root, variables.get("PYTHONPATH", "")])),
+        "PYTHONUNBUFFERED": "1",
+        "FLWR_HOME": str(client.cache_dir / "flower"),
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_TELEMETRY_ENABLED": "0",
+    }
+
+
+def _die_with_parent() -> None:
+    end_with_parent(signal.SIGTERM)
+
+
+def is_registered(client: Client, bundle: Bundle) -> str:
+    """Ask the server to let this client in, and leave at once.
+
+    Returns:
+        Empty if it did, else what it said.
+    """
+    key: ec.EllipticCurvePrivateKey = private_key(client)
+    interceptors: list[ProtobufClientInterceptor] = [
+        RuntimeVersionHttpInterceptor(component_name="SuperNode"),
+        NodeAuthHttpInterceptor(key, key.public_key()),
+    ]
+    authority = bundle.authority.read_bytes()
+    with FleetHttpClient.from_server_address(bundle.address, False, authority, interceptors) as fleet:
+        try:
+            public = public_key_to_bytes(key.public_key())
+            node = fleet.ActivateNode(ActivateNodeRequest(public_key=public, heartbeat_interval=30.0))
+            fleet.DeactivateNode(DeactivateNodeRequest(node_id=node.node_id))
+        except Exception as error:  # of the HTTP library and of Flower
+            response = getattr(error, "response", None)
+            return f"{error}" if response is None else f"{response.status_code} {response.text[:200]}"
+    return ""

@@ -1,0 +1,100 @@
+"""Joint training: what is pooled, in which order, for how long, and that nobody else has the code."""
+
+import itertools
+import math
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fedmerge.adapter import adapter_sha256
+from fedmerge.bench.config import Drawing
+from fedmerge.bench.joint import joint_batches, pooled_settings, train_jointly
+from fedmerge.client.local_domain import LocalDomain, open_domain
+from fedmerge.client.training.expert import training_batches
+from fedmerge.config import Lora, Text, Train
+from fedmerge.domain.demo import generate_domain
+from fedmerge.domain.folder import write_domain
+from fedmerge.encoder.backbone import Backbone
+from fedmerge.errors import ClientError, DomainError
+
+USERS = {"books": 43, "coffee": 20, "toys": 12}  # in batches of five: 8, 4 and 2
+LORA = Lora(rank=2, alpha=4, target_modules=("query",))
+TRAIN = Train(
+    learning_rate=0.03, batch_size=5, max_steps=2, warmup_steps=1, validate_every_steps=1, validation_users=None
+)
+
+
+@pytest.fixture(scope="module")
+def domains(backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) -> dict[str, LocalDomain]:
+    root = tmp_path_factory.mktemp("domains")
+    for name, num_users in USERS.items():
+        demo = generate_domain(name, num_users=num_users, num_items=25)
+        write_domain(root / name, demo.catalog, demo.interactions, public_catalog=True, synthetic=True, source="test")
+    text = Text(max_attribute_tokens=6, max_items=2, max_tokens=32)
+    return {name: open_domain(root / name, backbone, text) for name in USERS}
+
+
+def test_shuffled_every_user_counts_alike_and_balanced_every_domain(domains: dict[str, LocalDomain]) -> None:
+    drawn: dict[Drawing, list[str]] = {}
+    orders: tuple[Drawing, ...] = ("shuffled", "balanced")
+    for drawing in orders:
+        batches = list(itertools.islice(joint_batches(domains, TRAIN, 0, drawing), 28))
+        drawn[drawing] = [domain.manifest.name for domain, _, _ in batches]
+        assert [epochs for _, _, epochs in batches] == [number / 14 for number in range(1, 29)]
+        for name, domain in domains.items():  # each domain's batches are those of its expert, in their order
+            found = [batch for of, batch, _ in batches if of is domain]
+            own = training_batches(domain.training_sequences, TRAIN, 0, name)
+            for batch, (expected, _) in zip(found, own, strict=False):
+                assert batch.targets.tolist() == expected.targets.tolist()
+                assert [h.tolist() for h in batch.histories] == [h.tolist() for h in expected.histories]
+    for epoch in (drawn["shuffled"][:14], drawn["shuffled"][14:]):
+        assert Counter(epoch) == {"books": 8, "coffee": 4, "toys": 2}
+    assert drawn["shuffled"][:14] != drawn["shuffled"][14:]
+    for number in range(9):
+        assert sorted(drawn["balanced"][3 * number : 3 * number + 3]) == ["books", "coffee", "toys"]
+    assert len({tuple(drawn["balanced"][3 * number : 3 * number + 3]) for number in range(9)}) > 1
+
+
+def test_the_budgets_are_those_of_all_experts_together() -> None:
+    settings = Train(max_steps=100, max_minutes=2.5, max_epochs=3, validate_every_steps=20, patience=4, warmup_steps=7)
+    pooled = pooled_settings(settings, 3)
+    assert (pooled.max_steps, pooled.max_minutes, pooled.max_epochs) == (300, 7.5, 3)
+    assert (pooled.validate_every_steps, pooled.patience, pooled.warmup_steps) == (60, 4, 7)
+    unlimited = pooled_settings(settings.model_copy(update={"max_steps": None, "max_minutes": None}), 3)
+    assert (unlimited.max_steps, unlimited.max_minutes) == (None, None)
+
+
+def test_a_joint_training_that_was_ended_goes_on_to_the_same_result(
+    domains: dict[str, LocalDomain], tmp_path: Path
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    def kill(line: str) -> None:
+        if "step 6" in line:
+            raise Killed
+
+    whole, report = train_jointly(domains, LORA, TRAIN, 3, "shuffled")
+    assert (report.steps, report.stopped_by, len(report.validations)) == (6, "max_steps", 3)
+    assert report.validation_users == sum(USERS.values())
+    with pytest.raises(Killed):
+        train_jointly(domains, LORA, TRAIN, 3, "shuffled", kill, tmp_path / "begun")
+    lines: list[str] = []
+    again, report_again = train_jointly(domains, LORA, TRAIN, 3, "shuffled", lines.append, tmp_path / "begun")
+    assert lines[0] == "joint training, shuffled: goes on after step 3, where an earlier training was ended"
+    assert adapter_sha256(again) == adapter_sha256(whole)
+    assert report_again.validations[1:] == report.validations[1:]
+    assert math.isnan(report_again.validations[0].loss)
+    assert adapter_sha256(train_jointly(domains, LORA, TRAIN, 3, "balanced")[0]) != adapter_sha256(whole)
+
+
+def test_a_domain_that_cannot_train_and_a_loss_that_diverges_are_named(domains: dict[str, LocalDomain]) -> None:
+    everywhere = LORA.model_copy(update={"target_modules": ("all-linear",)})
+    with pytest.raises(ClientError, match=r"domain (books|coffee|toys): the training loss is nan"):
+        train_jointly(domains, everywhere, TRAIN.model_copy(update={"learning_rate": 1e30}), 0, "balanced")
+    demo = generate_domain("toys", num_users=1, num_items=25)
+    lonely = replace(domains["toys"], interactions=demo.interactions)
+    with pytest.raises(DomainError, match=r"domain toys: .*training needs two users"):
+        train_jointly({**domains, "toys": lonely}, LORA, TRAIN, 0, "balanced")

@@ -1,0 +1,243 @@
+"""Baselines as rows: from the configuration through client and command line, kept on disk, blind to test."""
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from backbones import tiny_bert
+from flwr.app import Context, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+
+from fedmerge.cli import main
+from fedmerge.client.baselines.rankers import BASELINE_LABELS, baseline_rankers
+from fedmerge.client.baselines.sasrec import TENSOR_FILE
+from fedmerge.client.evaluate import BACKBONE, evaluate
+from fedmerge.client.local_domain import LocalDomain, open_domain
+from fedmerge.config import ExperimentConfig, Text, load_config, to_flat
+from fedmerge.device import resolve_compute
+from fedmerge.domain.demo import generate_domain
+from fedmerge.domain.folder import write_domain
+from fedmerge.domain.interactions import make_interactions
+from fedmerge.domain.splits import evaluation_examples
+from fedmerge.encoder.backbone import load_backbone
+from fedmerge.errors import ClientError, ConfigError
+from sim.app.client import app as client_app
+from sim.app.messages import records
+
+NUM_USERS, NUM_ITEMS = 30, 25
+ALL = tuple(BASELINE_LABELS)
+SASREC = ["sasrec.hidden_size=8", "sasrec.heads=1", "sasrec.layers=1", "sasrec.max_epochs=2"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A backbone and a domain three times: as it is, with other test items, and with three items a user."""
+    root = tmp_path_factory.mktemp("rows")
+    tiny_bert(root / "bert")
+    demo = generate_domain("coffee", num_users=NUM_USERS, num_items=NUM_ITEMS)
+    sequences = [demo.interactions.sequence(user).tolist() for user in range(NUM_USERS)]
+    others = [[*sequence[:-1], (sequence[-1] + 1) % NUM_ITEMS] for sequence in sequences]
+    short = [sequence[:3] for sequence in sequences]
+    for name, of_name in (("plain", sequences), ("other", others), ("short", short)):
+        interactions = make_interactions([f"u{user}" for user in range(NUM_USERS)], of_name)
+        write_domain(
+            root / name / "coffee", demo.catalog, interactions, public_catalog=True, synthetic=True, source="test"
+        )
+    return root
+
+
+@pytest.fixture(scope="module")
+def domains(folder: Path) -> dict[str, LocalDomain]:
+    backbone = load_backbone(str(folder / "bert"), "mean", resolve_compute("cpu", "float32"))
+    text = Text(max_tokens=48)
+    return {name: open_domain(folder / name / "coffee", backbone, text) for name in ("plain", "other", "short")}
+
+
+def config_of(cache: Path, *more: str) -> ExperimentConfig:
+    return load_config(None, [f"cache_dir={cache}", *SASREC, *more])
+
+
+# Rows
+
+
+def test_every_baseline_is_a_row_of_both_variants_after_the_models(
+    domains: dict[str, LocalDomain], tmp_path: Path
+) -> None:
+    rankers = baseline_rankers(domains["plain"], config_of(tmp_path), ALL)
+    assert list(rankers) == ["popularity", "last item", "item-knn", "sasrec"]
+    sums = evaluate(domains["plain"], {BACKBONE: None}, "test", None, 0, rankers)
+    for of_variant in sums.values():
+        assert of_variant.methods == (BACKBONE, *rankers)
+        assert of_variant.num_users == NUM_USERS
+    unmasked, masked = (sums[variant].metrics_by_method() for variant in ("unmasked", "masked"))
+    for label in rankers:  # removing items that are not the target can only help
+        assert all(masked[label][metric] >= value for metric, value in unmasked[label].items())
+    assert len({tuple(masked[label].values()) for label in rankers}) == len(rankers)
+
+
+def test_nothing_is_learned_or_chosen_from_test_items(domains: dict[str, LocalDomain], tmp_path: Path) -> None:
+    assert domains["plain"].manifest.interactions_sha256 != domains["other"].manifest.interactions_sha256
+    examples = evaluation_examples(domains["plain"].interactions, "test", None, 0)
+    ranks = []
+    for name in ("plain", "other"):
+        rankers = baseline_rankers(domains[name], config_of(tmp_path / name), ALL)
+        ranks.append({label: ranks_of(examples, None).tolist() for label, ranks_of in rankers.items()})
+    assert ranks[0] == ranks[1]
+
+
+def test_without_a_training_sequence_sasrec_has_no_row(domains: dict[str, LocalDomain], tmp_path: Path) -> None:
+    lines: list[str] = []
+    rankers = baseline_rankers(domains["short"], config_of(tmp_path), ("item-knn", "sasrec"), lines.append)
+    assert list(rankers) == ["item-knn"]
+    assert "coffee: no row of sasrec: no user has two items outside validation and test" in lines
+    assert not (tmp_path / "sasrec").exists()
+
+
+# Kept on disk
+
+
+def test_sasrec_is_trained_once_for_the_same_inputs(domains: dict[str, LocalDomain], tmp_path: Path) -> None:
+    domain = domains["plain"]
+    examples = evaluation_examples(domain.interactions, "test", None, 0)
+
+    def ranks(*more: str) -> tuple[list[int], str]:
+        lines: list[str] = []
+        ranks_of = baseline_rankers(domain, config_of(tmp_path, *more), ("sasrec",), lines.append)["sasrec"]
+        return ranks_of(examples, examples.histories).tolist(), "\n".join(lines)
+
+    before = torch.get_rng_state()
+    first, told = ranks()
+    assert "coffee: sasrec epoch 2" in told
+    assert torch.equal(before, torch.get_rng_state())
+    again, told = ranks()
+    assert again == first
+    assert "taken from" in told
+    assert "epoch" not in told
+    (kept,) = (tmp_path / "sasrec").iterdir()
+    report = json.loads((kept / "training.json").read_text())
+    assert report["epochs"] == 2
+    assert report["stopped_by"] == "max_epochs"
+
+    (kept / TENSOR_FILE).write_bytes(b"damaged")
+    again, told = ranks()
+    assert again == first
+    assert "coffee: sasrec epoch 2" in told
+
+    for changed in ("seed=1", "sasrec.dropout=0.1", "sasrec.max_epochs=1"):
+        assert "epoch 1" in ranks(changed)[1]
+    assert len(list((tmp_path / "sasrec").iterdir())) == 4
+
+
+def test_a_disk_that_cannot_keep_it_is_named(domains: dict[str, LocalDomain], tmp_path: Path) -> None:
+    (tmp_path / "sasrec").write_text("a file where the folder should be")
+    with pytest.raises(ClientError, match=r"domain coffee: its sasrec cannot be kept under .*or set cache_dir"):
+        baseline_rankers(domains["plain"], config_of(tmp_path), ("sasrec",))
+
+
+# Configuration
+
+
+def test_baselines_of_the_configuration() -> None:
+    assert load_config(None).evaluation.baselines == ("popularity", "last-item")
+    assert load_config(None, ["evaluation.baselines=sasrec,item-knn"]).evaluation.baselines == ("sasrec", "item-knn")
+    assert load_config(None, ["evaluation.baselines="]).evaluation.baselines == ()
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("evaluation.baselines=itemknn", r"evaluation\.baselines.*'item-knn' or 'sasrec' \(found 'itemknn'\)"),
+        ("evaluation.baselines=sasrec,item-knn,sasrec", "baselines names sasrec twice; name each baseline once"),
+        ("sasrec.heads=3", "hidden_size = 64 is no multiple of heads = 3; change one"),
+        ("sasrec.dropout=1", r"sasrec\.dropout: .*less than 1"),
+        ("sasrec.max_epochs=0", r"sasrec\.max_epochs: .*greater than or equal to 1"),
+        ("sasrec.max_epoch=5", r"sasrec\.max_epoch: unknown key; did you mean sasrec\.max_epochs"),
+        ("sasrec.patience=none", r"sasrec\.patience: "),
+    ],
+)
+def test_wrong_settings_are_refused(setting: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(None, [setting])
+
+
+# The client
+
+
+@pytest.fixture
+def client_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What Flower sets before it calls a client, and the log as it was afterwards."""
+    for name in ("_task_id", "_run_id", "_node_id"):
+        monkeypatch.setattr(TaskIdentity, name, 1)
+    library = logging.getLogger("fedmerge")
+    handlers, propagate, level = list(library.handlers), library.propagate, library.level
+    yield
+    library.handlers[:], library.propagate = handlers, propagate
+    library.setLevel(level)
+    client_app.log_to_stderr.cache_clear()
+
+
+@pytest.mark.usefixtures("client_process")
+def test_the_client_answers_a_test_request_with_the_rows_it_is_configured_for(folder: Path, tmp_path: Path) -> None:
+    config = config_of(
+        tmp_path,
+        "domains.train=coffee,books",
+        "domains.unseen=",
+        f"backbone.source={folder / 'bert'}",
+        "runtime.device=cpu",
+        "runtime.precision=float32",
+        "text.max_tokens=48",
+        "evaluation.baselines=sasrec,popularity,item-knn",
+    )
+    context = Context(1, 1, {"domain-path": str(folder / "plain" / "coffee")}, RecordDict(), dict(to_flat(config)))
+
+    def answer(split: str, baselines: bool) -> RecordDict:
+        request = records.EvaluationRequest("test" if split == "test" else "valid", True, "", baselines)
+        content = records.evaluation_request_record(request, records.model_records({}))
+        message = Message(content, dst_node_id=1, message_type=records.EVALUATE)
+        return client_app.evaluate_models(message, context).content
+
+    content = answer("test", True)
+    assert records.read_error(content) is None
+    for of_variant in records.read_metric_sums(content).values():
+        assert of_variant.methods == (BACKBONE, "sasrec", "popularity", "item-knn")
+    # Still sums and nothing else: as many values as for one method, and no file of the training.
+    assert [row["name"] for row in records.contents(content)] == [
+        row["name"] for row in records.contents(answer("valid", False))
+    ]
+    assert records.read_metric_sums(answer("valid", False))["masked"].methods == (BACKBONE,)
+
+
+# The command line
+
+
+def test_the_command_line_prints_the_rows(
+    folder: Path, domains: dict[str, LocalDomain], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = [f"cache_dir={tmp_path}", *SASREC, f"backbone.source={folder / 'bert'}", "runtime.server_threads=1"]
+    settings += ["runtime.device=cpu", "runtime.precision=float32", "text.max_tokens=48"]
+    command = ["evaluate", "none", "--domain", str(folder / "plain" / "coffee"), "--split", "test"]
+    command += ["--baselines", "item-knn,sasrec", "--set", *settings]
+    assert main([*command, "--json"]) == 0
+    printed = capsys.readouterr()
+    assert "coffee: item-knn chose" in printed.err
+    assert "coffee: sasrec epoch 2" in printed.err
+    found = json.loads(printed.out)
+    rankers = baseline_rankers(domains["plain"], config_of(tmp_path), ("item-knn", "sasrec"))
+    wanted = evaluate(domains["plain"], {BACKBONE: None}, "test", None, 0, rankers)
+    for variant, sums in wanted.items():
+        methods = found[variant]["methods"]
+        assert list(methods) == [BACKBONE, "item-knn", "sasrec"]
+        for method, metrics in sums.metrics_by_method().items():
+            np.testing.assert_allclose(list(methods[method].values()), list(metrics.values()), atol=1e-12)
+
+    assert main(command) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("sasrec ") for line in lines) == 4  # two metrics, two variants
+    assert not any(line.startswith("popularity") for line in lines)
+
+    assert main([*command[:6], "--baselines", "bert4rec"]) == 1
+    assert "evaluation.baselines" in capsys.readouterr().err

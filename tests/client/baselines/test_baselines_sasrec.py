@@ -1,0 +1,214 @@
+"""SASRec against one written out in NumPy, what it may and may not read, and how its training ends."""
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+
+from fedmerge.client.baselines.sasrec import SASRec, backward, sasrec_ranks, train_sasrec, user_vectors
+from fedmerge.config import SASRec as Settings
+from fedmerge.domain.splits import Examples
+from fedmerge.errors import ClientError, DomainError, LayoutMismatchError
+from fedmerge.evaluation.ranks import IntArray
+from fedmerge.seeding import generator
+
+NUM_ITEMS = 12
+CPU = torch.device("cpu")
+SETTINGS = Settings(
+    hidden_size=16, layers=2, heads=2, dropout=0.0, max_length=6, learning_rate=0.01, batch_size=8, max_epochs=40
+)
+LOOSE = 1e-5  # float32
+
+
+def spread_model(settings: Settings = SETTINGS) -> SASRec:
+    """Every weight drawn anew and large, so that each of them matters."""
+    model = SASRec(NUM_ITEMS, settings).eval()
+    rng = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=rng) * 0.5)
+    return model
+
+
+def circle(num_users: int, seed: int) -> list[IntArray]:
+    """Sequences in which item i + 1 follows item i, and item 0 the last."""
+    rng = generator(seed, "test-sasrec")
+    return [(rng.integers(0, NUM_ITEMS) + np.arange(rng.integers(2, 10))) % NUM_ITEMS for _ in range(num_users)]
+
+
+def next_on_circle(num_users: int, seed: int) -> Examples:
+    histories = circle(num_users, seed)
+    targets = np.array([(history[-1] + 1) % NUM_ITEMS for history in histories], dtype=np.int64)
+    return Examples(np.arange(num_users), [history.astype(np.int32) for history in histories], targets)
+
+
+# The model
+
+
+def normalised(x: npt.NDArray[np.float64], weight: torch.Tensor, bias: torch.Tensor) -> npt.NDArray[np.float64]:
+    centred = x - x.mean(axis=-1, keepdims=True)
+    scaled = centred / np.sqrt((centred**2).mean(axis=-1, keepdims=True) + 1e-5)
+    return np.asarray(scaled * weight.double().numpy() + bias.double().numpy())
+
+
+def written_out(model: SASRec, history: list[int], heads: int) -> npt.NDArray[np.float64]:
+    """(t, d) hidden states of one history, head by head and position by position, in float64."""
+    weights = {name: tensor.double() for name, tensor in model.state_dict().items()}
+    width = weights["items.weight"].shape[1]
+    d = width // heads
+    x = (
+        weights["items.weight"].numpy()[history] * math.sqrt(width)
+        + weights["positions.weight"].numpy()[: len(history)]
+    )
+    for block in range(SETTINGS.layers):
+        w = {name.removeprefix(f"blocks.layers.{block}."): tensor for name, tensor in weights.items()}
+        y = normalised(x, w["norm1.weight"], w["norm1.bias"])
+        projected = y @ w["self_attn.in_proj_weight"].numpy().T + w["self_attn.in_proj_bias"].numpy()
+        query, key, value = np.split(projected, 3, axis=1)
+        attended = np.zeros_like(x)
+        for head in range(heads):
+            columns = slice(head * d, (head + 1) * d)
+            for position in range(len(history)):
+                logits = key[: position + 1, columns] @ query[position, columns] / math.sqrt(d)
+                shares = np.exp(logits - logits.max())
+                attended[position, columns] = shares @ value[: position + 1, columns] / shares.sum()
+        x = x + attended @ w["self_attn.out_proj.weight"].numpy().T + w["self_attn.out_proj.bias"].numpy()
+        y = normalised(x, w["norm2.weight"], w["norm2.bias"])
+        inner = np.maximum(y @ w["linear1.weight"].numpy().T + w["linear1.bias"].numpy(), 0)
+        x = x + inner @ w["linear2.weight"].numpy().T + w["linear2.bias"].numpy()
+    return normalised(x, weights["blocks.norm.weight"], weights["blocks.norm.bias"])
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_hidden_states_are_those_written_out(heads: int) -> None:
+    model = spread_model(SETTINGS.model_copy(update={"heads": heads}))
+    for history in ([3], [5, 5, 0, 11], [1, 2, 3, 4, 5, 6]):
+        with torch.no_grad():
+            found = model(torch.tensor([history]))[0]
+        np.testing.assert_allclose(found.numpy(), written_out(model, history, heads), rtol=1e-4, atol=1e-4)
+
+
+def test_a_later_item_changes_nothing_before_it() -> None:
+    model = spread_model()
+    before, after = torch.tensor([[1, 2, 3, 4, 5]]), torch.tensor([[1, 2, 3, 9, 0]])
+    for hidden in (model, model.train()):  # PyTorch takes another path for each mode
+        left, right = hidden(before)[0], hidden(after)[0]
+        torch.testing.assert_close(left[:3], right[:3], rtol=LOOSE, atol=LOOSE)
+        assert ((left[3:] - right[3:]).abs().amax(dim=1) > 0.01).all()
+
+
+def test_padding_and_company_change_nothing() -> None:
+    model = spread_model()
+    histories = [np.array([4]), np.array([7, 2, 2, 0, 1, 3]), np.array([9, 8, 7]), np.array([0, 5])]
+    together = user_vectors(model, histories)
+    for row, history in enumerate(histories):
+        torch.testing.assert_close(together[row], user_vectors(model, [history])[0], rtol=LOOSE, atol=LOOSE)
+    assert len({round(float(value), 3) for value in together[:, 0]}) == len(histories)
+
+
+def test_only_the_most_recent_items_are_read() -> None:
+    model = spread_model()
+    recent = np.array([3, 1, 4, 1, 5, 9])
+    long = user_vectors(model, [np.concatenate([[2, 6, 8], recent])])
+    assert torch.equal(long, user_vectors(model, [recent]))
+    assert not torch.equal(long, user_vectors(model, [recent[1:]]))
+
+
+def test_ranks_are_those_of_the_inner_products_with_seen_items_removed_on_demand() -> None:
+    model = spread_model()
+    histories = [np.array([3, 1, 3]), np.array([0]), np.array([5, 6, 7, 8])]
+    targets = np.array([1, 4, 9])
+    scores = user_vectors(model, histories) @ model.items.weight.detach().T
+    for seen in (None, histories):
+        expected = []
+        for row, target in enumerate(targets.tolist()):
+            removed = set() if seen is None else set(seen[row].tolist()) - {target}
+            rivals = [item for item in range(NUM_ITEMS) if item not in removed | {target}]
+            expected.append(1 + sum(bool(scores[row, item] >= scores[row, target]) for item in rivals))
+        assert sasrec_ranks(model, histories, targets, seen).tolist() == expected
+
+
+# The loss
+
+
+@pytest.mark.parametrize("logits_per_block", [1, 5 * NUM_ITEMS, 10**6])
+def test_gradients_are_those_of_the_softmax_over_the_whole_catalog(logits_per_block: int) -> None:
+    batch = [np.array([1, 2, 3, 4]), np.array([5, 5]), np.array([0, 11, 7])]
+    plain, blocked = spread_model().train(), spread_model().train()
+    losses = []
+    for sequence in batch:
+        logits = plain(torch.from_numpy(sequence[None, :-1]))[0] @ plain.items.weight.T
+        losses += [-torch.log_softmax(row, 0)[item] for row, item in zip(logits, sequence[1:], strict=True)]
+    expected = torch.stack(losses).mean()
+    expected.backward()  # type: ignore[no-untyped-call]  # PyTorch leaves it untyped
+    assert backward(blocked, batch, logits_per_block=logits_per_block) == pytest.approx(expected.item(), rel=1e-5)
+    for (name, one), (_, other) in zip(plain.named_parameters(), blocked.named_parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-3, atol=1e-4, msg=name)
+
+
+# Training
+
+
+def test_what_follows_by_a_rule_is_learned() -> None:
+    validation = next_on_circle(40, 1)
+    model, report = train_sasrec(circle(60, 0), NUM_ITEMS, validation, SETTINGS, 0, CPU)
+    assert sasrec_ranks(model, validation.histories, validation.targets).tolist() == [1] * 40
+    assert report.validation_ndcgs[report.best_epoch] == 1.0 > report.validation_ndcgs[0]
+    assert report.losses[-1] < 0.2 < report.losses[0]
+    assert not model.training
+
+
+def test_the_same_seed_gives_the_same_model_and_leaves_the_global_generator_alone() -> None:
+    settings = SETTINGS.model_copy(update={"dropout": 0.4, "max_epochs": 3})
+    before = torch.get_rng_state()
+    runs = [train_sasrec(circle(30, 0), NUM_ITEMS, next_on_circle(9, 1), settings, seed, CPU) for seed in (4, 4, 5)]
+    assert torch.equal(before, torch.get_rng_state())
+    first, second, other = (model.state_dict() for model, _ in runs)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert runs[0][1].losses == runs[1][1].losses != runs[2][1].losses
+    assert not torch.equal(first["items.weight"], other["items.weight"])
+
+
+def test_the_blocks_start_from_different_weights() -> None:
+    settings = SETTINGS.model_copy(update={"max_epochs": 1, "max_minutes": 1e-9, "learning_rate": 1e-12})
+    model, _ = train_sasrec(circle(30, 0), NUM_ITEMS, next_on_circle(9, 1), settings, 0, CPU)
+    weights = model.state_dict()
+    assert not torch.equal(weights["blocks.layers.0.linear1.weight"], weights["blocks.layers.1.linear1.weight"])
+
+
+def test_the_best_epoch_is_kept_and_not_the_last() -> None:
+    settings = SETTINGS.model_copy(update={"learning_rate": 0.2, "max_epochs": 12, "patience": 3})
+    validation = next_on_circle(40, 1)
+    lines: list[str] = []
+    model, report = train_sasrec(circle(60, 0), NUM_ITEMS, validation, settings, 0, CPU, lines.append)
+    ranks = sasrec_ranks(model, validation.histories, validation.targets)
+    found = np.where(ranks <= 10, 1 / np.log2(1 + ranks), 0).mean()
+    assert found == pytest.approx(max(report.validation_ndcgs)) == report.validation_ndcgs[report.best_epoch]
+    assert len(lines) == report.epochs == len(report.losses) == len(report.validation_ndcgs) - 1
+    assert report.stopped_by in lines[-1]
+    if report.stopped_by == "patience":
+        assert report.epochs == report.best_epoch + 3
+
+
+def test_every_limit_ends_the_training() -> None:
+    def stopped(**changes: float) -> tuple[str, int]:
+        settings = SETTINGS.model_copy(update={"max_epochs": 2, **changes})
+        report = train_sasrec(circle(30, 0), NUM_ITEMS, next_on_circle(9, 1), settings, 0, CPU)[1]
+        return report.stopped_by, report.epochs
+
+    assert stopped() == ("max_epochs", 2)
+    assert stopped(max_minutes=1e-9) == ("max_minutes", 1)
+    assert stopped(learning_rate=1e-12, max_epochs=50, patience=4) == ("patience", 4)
+
+
+def test_training_that_cannot_be_is_refused() -> None:
+    validation = next_on_circle(5, 1)
+    with pytest.raises(DomainError, match=r"none of 2 train sequences has 2 items\. Leave sasrec out"):
+        train_sasrec([np.array([1]), np.array([2])], NUM_ITEMS, validation, SETTINGS, 0, CPU)
+    with pytest.raises(LayoutMismatchError, match="1 of 2 item indices in the train sequences"):
+        train_sasrec([np.array([1, NUM_ITEMS])], NUM_ITEMS, validation, SETTINGS, 0, CPU)
+    wild = SETTINGS.model_copy(update={"learning_rate": 1e30})
+    with pytest.raises(ClientError, match=r"SASRec: the training loss is (nan|inf) in epoch 1\. Lower sasrec"):
+        train_sasrec(circle(60, 0), NUM_ITEMS, validation, wild, 0, CPU)

@@ -1,0 +1,276 @@
+"""What the noise is chosen for, a client releases once, whatever it is asked: experts, rounds, answers."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from adapters import layout_of, random_adapters
+from flwr.app import Context, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+from in_process import small_experiment
+
+from fedmerge.adapter import adapter_sha256
+from fedmerge.client.cache import dp_releases as released
+from fedmerge.client.cache import experts
+from fedmerge.client.cache.folders import inputs_key
+from fedmerge.client.coefficients.own_users import ClientMergeSettings, clipped_gradient_sum
+from fedmerge.client.coefficients.pseudo_users import cohort_sha256
+from fedmerge.client.local_domain import open_domain
+from fedmerge.client.training.dp_sgd import poisson_records
+from fedmerge.config import ExperimentConfig, from_flat, to_flat
+from fedmerge.device import resolve_compute
+from fedmerge.encoder.backbone import load_backbone
+from fedmerge.errors import ConfigError
+from fedmerge.mergerec.variants import learned_settings
+from fedmerge.mergerec.vectors import initial_vectors
+from fedmerge.merging.stack import stack_adapters
+from fedmerge.privacy.domain_noise import noised_answer
+from fedmerge.seeding import generator
+from sim.app.client import app as client_module
+from sim.app.client.app import app as client_app
+from sim.app.messages import records
+
+FIRST = records.RoundRequest(1, 2, "A and B", 7)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _in_a_task() -> None:
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> ExperimentConfig:
+    private = {"dp.mode": "user", "dp.noise_multiplier": 2.0, "dp.delta": 1e-3, "train.negatives": "catalog"}
+    rounds = {"rounds.rule": "fedit", "rounds.number": 2, "train.max_steps": 2, "run_id": "run"}
+    return small_experiment(tmp_path_factory.mktemp("released"), **private, **rounds)
+
+
+def ask(config: ExperimentConfig, request: records.RoundRequest) -> RecordDict:
+    context = Context(1, 1, {"partition-id": 0, "num-partitions": 4}, RecordDict(), dict(to_flat(config)))
+    question = Message(records.round_request_record(request, None, None), dst_node_id=1, message_type=records.TRAIN)
+    return client_app(question, context).content
+
+
+def refusal(config: ExperimentConfig, request: records.RoundRequest) -> str:
+    return str(records.read_error(ask(config, request)))
+
+
+def test_a_round_is_released_once(config: ExperimentConfig) -> None:
+    (adapter, told), (again, told_again) = (records.read_expert(ask(config, FIRST)) for _ in range(2))
+    assert adapter_sha256(again) == adapter_sha256(adapter)  # with system noise, trained anew it would differ
+    assert told_again == told
+    assert told["privacy"]["steps"] == 1
+
+    second, told = records.read_expert(ask(config, replace(FIRST, number=2)))
+    assert told["privacy"]["steps"] == 1
+    assert adapter_sha256(second) != adapter_sha256(adapter)
+
+    other, _ = records.read_expert(ask(config.model_copy(update={"run_id": "other"}), FIRST))
+    assert adapter_sha256(other) != adapter_sha256(adapter)  # a run of its own, which somebody adds up
+
+
+def test_another_request_for_a_round_that_was_released_is_refused(config: ExperimentConfig) -> None:
+    ask(config, FIRST)
+    elsewhere = "round 1 of this run was released before, for another request or with other settings, and its noise"
+    assert elsewhere in refusal(config, replace(FIRST, fresh_seed=8))
+    assert elsewhere in refusal(config.model_copy(update={"seed": config.seed + 1}), FIRST)
+    spoiled = sorted(Path(config.cache_dir).glob("released/beauty-*/1/training.json"))
+    kept = [path.read_text() for path in spoiled]
+    for path in spoiled:
+        path.write_text("{")
+    assert "round 1 of this run was released before, but …/1 is damaged" in refusal(config, FIRST)
+    for path, text in zip(spoiled, kept, strict=True):
+        path.write_text(text)
+
+
+@pytest.mark.parametrize(("number", "num_rounds"), [(1, 1), (3, 2), (0, 2), (3, 3)])
+def test_a_round_that_the_noise_was_not_chosen_for_is_refused(
+    config: ExperimentConfig, number: int, num_rounds: int
+) -> None:
+    asked = replace(FIRST, number=number, num_rounds=num_rounds)
+    expected = f"asked for round {number} of {num_rounds}, but its noise is chosen for the 2 of rounds.number"
+    assert expected in refusal(config, asked)
+
+
+def test_a_run_without_a_name_cannot_count_its_releases(config: ExperimentConfig) -> None:
+    assert "but run_id is 'none'. Set it, or use fedmerge run" in refusal(
+        config.model_copy(update={"run_id": None}), FIRST
+    )
+
+
+def test_more_rounds_than_steps_are_refused(config: ExperimentConfig) -> None:
+    with pytest.raises(ConfigError, match=r"rounds.number = 3, but train.max_steps = 2: .*lower rounds.number, or"):
+        from_flat({**to_flat(config), "rounds.number": 3})
+    assert from_flat({**to_flat(config), "rounds.number": 3, "train.max_steps": 3}).rounds.number == 3
+
+
+def test_an_expert_is_released_once_a_run_wherever_it_is_trained(
+    config: ExperimentConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = from_flat({**to_flat(config), "rounds.rule": "none", "run_id": "experts"})
+    content = send(run, records.TRAIN, RecordDict())
+    adapter, told = records.read_expert(content)
+    assert not told["cached"]
+    more_threads = from_flat({**to_flat(run), "runtime.threads_per_client": run.runtime.threads_per_client + 1})
+    monkeypatch.setattr(experts, "__version__", "of tomorrow")
+    again, told_again = records.read_expert(send(more_threads, records.TRAIN, RecordDict()))
+    assert adapter_sha256(again) == adapter_sha256(adapter)  # with system noise, trained anew it would differ
+    assert told_again == {**told, "cached": True}
+    assert records.arrays_sha256(send(run, records.TRAIN, RecordDict())) == records.arrays_sha256(content)
+
+    backbone = load_backbone(run.backbone.source, run.backbone.pooling, resolve_compute("cpu", "float32"))
+    beauty = open_domain(Path(run.domains.root) / "beauty", backbone, run.text)
+    assert adapter_sha256(experts.expert_by_hash(beauty, more_threads, told["sha256"])) == told["sha256"]
+    assert adapter_sha256(experts.expert_by_hash(beauty, more_threads, None)) == told["sha256"]
+
+    other, _ = records.read_expert(
+        send(more_threads.model_copy(update={"run_id": "more"}), records.TRAIN, RecordDict())
+    )
+    assert adapter_sha256(other) != adapter_sha256(adapter)  # a run of its own, which somebody adds up
+    asked = send(run.model_copy(update={"seed": run.seed + 1}), records.TRAIN, RecordDict())
+    assert "the expert of this run was released before, for another request or with other settings" in str(
+        records.read_error(asked)
+    )
+    (spoiled,) = Path(run.cache_dir).glob(f"released/beauty-{inputs_key({'run': 'experts'})}/expert/training.json")
+    spoiled.write_text("{")
+    refused = str(records.read_error(send(run, records.TRAIN, RecordDict())))
+    assert "the expert of this run was released before, but …/expert is damaged" in refused
+
+
+@pytest.fixture(scope="module")
+def learning(tmp_path_factory: pytest.TempPathFactory) -> tuple[ExperimentConfig, records.GradientRequest]:
+    """Coefficients learned on own users, with noise by domain; the cohort lies at the client."""
+    private = {"dp.mode": "domain-local", "dp.noise_multiplier": 2.0, "dp.delta": 1e-3, "privacy.min_users": 2}
+    through = {"privacy.policy": "catalog-private", "through_clients.users": "own-users", "merge.methods": "mergerec"}
+    config = small_experiment(tmp_path_factory.mktemp("answers"), **private, **through, run_id="run")
+    backbone = load_backbone(config.backbone.source, config.backbone.pooling, resolve_compute("cpu", "float32"))
+    made = random_adapters(layout_of(backbone, ("query", "value")))
+    cohort = {"beauty": made["toys"], "books": made["books"]}
+    assert records.read_pseudo_users(send(config, records.COHORT, records.cohort_record(cohort))) == 0
+    return config, records.GradientRequest("mergerec domain-wise own-users", cohort_sha256(cohort), 0, 0)
+
+
+def send(config: ExperimentConfig, message_type: str, content: RecordDict) -> RecordDict:
+    context = Context(1, 1, {"partition-id": 0, "num-partitions": 4}, RecordDict(), dict(to_flat(config)))
+    return client_app(Message(content, dst_node_id=1, message_type=message_type), context).content
+
+
+def answer(config: ExperimentConfig, request: records.GradientRequest, at: float = 0.5) -> RecordDict:
+    coefficients = torch.full((2,), at)
+    return send(
+        config, records.GRADIENT, records.gradient_request_record(request, coefficients, torch.full((2,), 0.5), [])
+    )
+
+
+def test_an_answer_about_coefficients_is_released_once(
+    learning: tuple[ExperimentConfig, records.GradientRequest],
+) -> None:
+    config, first = learning
+    given, again = (records.read_gradient(answer(config, first)) for _ in range(2))
+    assert torch.equal(given, again)  # with system noise, made anew it would differ
+    assert not torch.equal(records.read_gradient(answer(config, replace(first, step=1))), given)
+    other = config.model_copy(update={"run_id": "other"})  # a run of its own, which somebody adds up
+    assert not torch.equal(records.read_gradient(answer(other, first)), given)
+    refused = str(records.read_error(answer(config, first, at=0.6)))
+    assert "step 0, was released before, for another request or with other settings, and its noise covers" in refused
+    (spoiled,) = Path(config.cache_dir).glob("released/beauty-*/*-1/training.json")
+    kept = json.loads(spoiled.read_text())
+    for text, found in (
+        ("{", "is damaged (JSONDecodeError)"),
+        (json.dumps({**kept, "answer": [2 * value for value in kept["answer"]]}), "was changed since"),
+    ):
+        spoiled.write_text(text)
+        refused = str(records.read_error(answer(config, replace(first, step=1))))
+        assert "step 1, was released before, but …" in refused
+        assert found in refused
+    nameless = config.model_copy(update={"run_id": None})
+    assert "counts the releases of a run, but run_id is 'none'" in str(records.read_error(answer(nameless, first)))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"step": 2}, {"step": -1}, {"num_steps": 1}, {"label": "adamerging domain-wise own-users"}, {}],
+    ids=["beyond the last", "before the first", "several", "another method", "until train"],
+)
+def test_an_answer_that_the_noise_was_not_chosen_for_is_refused(
+    learning: tuple[ExperimentConfig, records.GradientRequest], changes: dict[str, Any]
+) -> None:
+    config, first = learning
+    if not changes:  # then the noise is chosen for the adapter alone
+        config = config.model_copy(update={"until": "train", "run_id": "until-train"})
+    refused = str(records.read_error(answer(config, replace(first, **changes))))
+    assert f"but its noise is chosen for {4 if changes else 0} messages: mergerec, " in refused
+    assert " steps, 1 a message. Use one configuration everywhere." in refused
+
+
+@pytest.mark.parametrize("num_steps", [0, 2], ids=["a gradient that is not finite", "local steps that raise"])
+def test_where_nothing_can_be_computed_noise_alone_is_the_answer(
+    learning: tuple[ExperimentConfig, records.GradientRequest], num_steps: int
+) -> None:
+    config, first = learning
+    through = config.through_clients.model_copy(update={"mode": "local-steps" if num_steps else "exact"})
+    for number, at in enumerate((torch.nan, 1e38)):
+        run = config.model_copy(update={"run_id": f"broken-{num_steps}-{number}", "through_clients": through})
+        found = [records.read_gradient(answer(run, replace(first, num_steps=num_steps), at)) for _ in range(2)]
+        assert torch.isfinite(found[0]).all()
+        assert found[0].abs().max() > 0
+        assert torch.equal(*found)
+
+
+def test_by_user_an_answer_is_a_noised_sum_over_those_who_take_part(tmp_path: Path) -> None:
+    private = {"dp.mode": "user", "dp.delta": 1e-3, "train.negatives": "catalog", "privacy.min_users": 2}
+    through = {"privacy.policy": "catalog-private", "through_clients.users": "own-users", "merge.methods": "mergerec"}
+    everybody = {"through_clients.batch_size": 10_000, "dp.coefficient_clip": 0.25, "dp.randomness": "seeded"}
+    given = {**private, **through, **everybody}
+    config = small_experiment(tmp_path, **given, **{"dp.noise_multiplier": 0.0}, run_id="exact")
+    backbone = load_backbone(config.backbone.source, config.backbone.pooling, resolve_compute("cpu", "float32"))
+    made = random_adapters(layout_of(backbone, ("query", "value")))
+    cohort = {"beauty": made["toys"], "books": made["books"]}
+    assert records.read_pseudo_users(send(config, records.COHORT, records.cohort_record(cohort))) == 0
+    request = records.GradientRequest("mergerec domain-wise own-users", cohort_sha256(cohort), 0, 0)
+    exact = records.read_gradient(answer(config, request)).flatten()
+
+    domain = open_domain(tmp_path / "domains" / "beauty", backbone, config.text)
+    vectors = initial_vectors(stack_adapters(cohort), "task-vectors")
+    drawn = generator(config.seed, "client", "beauty", "own-users", request.label, 0)
+    taking_part = poisson_records(domain.training_sequences, "random-prefix", 1.0, drawn)
+    assert len(taking_part.targets) == len(domain.training_sequences)  # q is 1
+    own = ClientMergeSettings(granularity="domain", negatives=64, seed=learned_settings(config, request.label).seed)
+    total = clipped_gradient_sum(domain, vectors, torch.full((2,), 0.5), taking_part, 0, own, 0.25)
+    torch.testing.assert_close(exact, total / len(taking_part.targets), rtol=1e-4, atol=1e-6)
+
+    noisy = from_flat({**to_flat(config), "dp.noise_multiplier": 4.0, "run_id": "noisy"})
+    found = records.read_gradient(answer(noisy, request)).flatten()
+    drawn = generator(config.seed, "client", "beauty", "coefficients-dp", request.label, 0)
+    noise = 4.0 * 0.25 * torch.from_numpy(drawn.standard_normal(2)).float()
+    torch.testing.assert_close(found, (total + noise) / len(taking_part.targets), rtol=1e-4, atol=1e-6)
+    unseeded = [from_flat({**to_flat(noisy), "dp.randomness": "system", "run_id": f"system-{n}"}) for n in range(2)]
+    first, second = (records.read_gradient(answer(run, request)).flatten() for run in unseeded)
+    assert not torch.equal(first, second)
+    for delta, expected in ((0.05, "dp.delta = 0.05 is not below one over its"), (1e-3, "takes the catalog as public")):
+        if delta < 0.05:  # imported again: its expert may still be on the client's disk
+            manifest = tmp_path / "domains" / "beauty" / "manifest.json"
+            manifest.write_text(manifest.read_text().replace('"public_catalog": true', '"public_catalog": false'))
+            client_module._domain.cache_clear()
+        other = from_flat({**to_flat(config), "dp.delta": delta, "run_id": f"refused-{delta}"})
+        assert expected in str(records.read_error(answer(other, request)))
+
+
+def test_of_several_processes_the_first_ones_answer_stays(
+    learning: tuple[ExperimentConfig, records.GradientRequest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, first = learning
+    config = config.model_copy(update={"run_id": "at-once"})
+    others: list[torch.Tensor] = []
+
+    def slowly(*arguments: Any) -> torch.Tensor:
+        if not others:  # meanwhile the same message is answered elsewhere
+            others.append(torch.zeros(1))
+            others.append(records.read_gradient(answer(config, first)))
+        return noised_answer(*arguments)
+
+    monkeypatch.setattr(released, "noised_answer", slowly)
+    assert torch.equal(records.read_gradient(answer(config, first)), others[1])

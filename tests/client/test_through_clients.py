@@ -1,0 +1,154 @@
+"""What a client keeps and computes of learning through the clients; whole runs are in test_policies_in_a_run.py."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from adapters import layout_of, random_adapters
+
+from fedmerge.adapter import Adapter, adapter_sha256
+from fedmerge.client.coefficients import pseudo_users as through_clients
+from fedmerge.client.coefficients.pseudo_users import (
+    Cohort,
+    cohort_folder,
+    cohort_sha256,
+    gradient_on_pseudo_users,
+    keep_cohort,
+    local_change,
+    on_pseudo_users,
+    read_cohort,
+    student_items,
+)
+from fedmerge.config import from_flat
+from fedmerge.domain.demo import generate_domain
+from fedmerge.encoder.backbone import Backbone
+from fedmerge.encoder.encode import encode
+from fedmerge.encoder.text import build_token_table, item_sequences
+from fedmerge.errors import ClientError, MergeError, PolicyError
+from fedmerge.mergerec.learn import draw_pseudo_users
+from fedmerge.mergerec.objective import PAPER
+from fedmerge.mergerec.variants import learned_settings, learned_variants
+from fedmerge.merging.stack import stack_adapters
+from fedmerge.server.candidates import merge_candidates
+from sim.app.messages import records
+
+SETTINGS = replace(PAPER, steps=4, batch_size=3)
+NAME = "toys"
+
+
+@pytest.fixture(scope="module")
+def adapters(backbone: Backbone) -> dict[str, Adapter]:
+    found = list(random_adapters(layout_of(backbone)).values())
+    return dict(zip(("beauty", "books", NAME), found, strict=True))
+
+
+@pytest.fixture(scope="module")
+def kept(
+    backbone: Backbone, adapters: dict[str, Adapter], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Cohort, list[np.ndarray]]:
+    """A cohort on a client's disk, and the client's items."""
+    config = from_flat(
+        {"cache_dir": str(tmp_path_factory.mktemp("cache")), "mergerec.pseudo_users": "chain", "text.max_tokens": 60}
+    )
+    catalog = generate_domain(NAME, num_users=20, num_items=20).catalog
+    folder = cohort_folder(config, NAME, catalog, backbone, cohort_sha256(adapters))
+    for _ in range(2):  # the second time it is there
+        keep_cohort(folder, NAME, backbone, adapters, catalog, config)
+    table = build_token_table(catalog, backbone.tokenizer, config.text.max_attribute_tokens)
+    items = item_sequences(table, backbone.special, config.text.max_tokens)
+    rest = {name: adapters[name] for name in ("beauty", NAME)}
+    with pytest.raises(ClientError, match="domain books: the cohort is beauty, toys, expected books among them"):
+        keep_cohort(folder, "books", backbone, rest, catalog, config)
+    return read_cohort(folder, NAME, items), items
+
+
+def test_a_cohort_comes_back_from_disk(adapters: dict[str, Adapter], kept: tuple[Cohort, list[np.ndarray]]) -> None:
+    cohort, items = kept
+    assert {name: adapter_sha256(found) for name, found in cohort.adapters.items()} == {
+        name: adapter_sha256(sent) for name, sent in adapters.items()
+    }
+    assert cohort.pseudo is not None
+    assert len(cohort.pseudo.users) == len(items) == 20
+    assert sum(map(len, cohort.pseudo.users)) > sum(map(len, items))  # chains have several items
+    with pytest.raises(ClientError, match=r"the cohort.s adapters are not in .*elsewhere .*Keep cache_dir"):
+        read_cohort(cohort.folder / "elsewhere", NAME, items)
+
+
+@pytest.mark.parametrize("label", ["../../outside", "/srv/models/prod", "", ".hidden", "a/b"])
+def test_no_label_of_a_cohort_leads_out_of_its_folder(adapters: dict[str, Adapter], label: str) -> None:
+    content = records.cohort_record({NAME: adapters[NAME], label: adapters["books"]})
+    with pytest.raises(ClientError, match="the cohort names a domain"):
+        records.read_cohort(content)
+
+
+def test_item_vectors_are_made_once_a_merge(
+    backbone: Backbone,
+    adapters: dict[str, Adapter],
+    kept: tuple[Cohort, list[np.ndarray]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cohort, items = kept
+    vectors, calls = stack_adapters(adapters), []
+
+    def counted(encoder: Backbone, sequences: list[np.ndarray]) -> torch.Tensor:
+        calls.append(len(sequences))
+        return encode(encoder, sequences)
+
+    monkeypatch.setattr(through_clients, "encode", counted)
+    first, again = (student_items(cohort, NAME, items, backbone, vectors, torch.full((3,), 0.2)) for _ in range(2))
+    assert torch.equal(first, again)
+    assert len(calls) == 1
+    assert not torch.equal(student_items(cohort, NAME, items, backbone, vectors, torch.full((3,), 0.9)), first)
+
+
+def test_gradients_of_parts_add_up_and_strange_pseudo_users_are_refused(
+    backbone: Backbone, adapters: dict[str, Adapter], kept: tuple[Cohort, list[np.ndarray]]
+) -> None:
+    cohort, items = kept
+    vectors, at = stack_adapters(adapters), torch.full((3, 2), 0.3)
+    students = student_items(cohort, NAME, items, backbone, vectors, torch.full((3,), 0.2))
+    assert cohort.pseudo is not None
+
+    def gradient(*users: int) -> torch.Tensor:
+        assert cohort.pseudo is not None
+        return gradient_on_pseudo_users(backbone, vectors, cohort.pseudo, students, users, at, SETTINGS)
+
+    whole = gradient(0, 1, 2)
+    assert torch.allclose(whole, (gradient(0) + 2 * gradient(1, 2)) / 3, rtol=1e-4, atol=1e-6)
+    for users in ((), (20,), (-1, 3)):
+        with pytest.raises(ClientError, match=r"domain toys: the server asks for pseudo-users .*, there are 20"):
+            gradient(*users)
+
+    found = on_pseudo_users(backbone, vectors, cohort.pseudo, students, SETTINGS, 1, ())
+    drawn = draw_pseudo_users((20,), SETTINGS)[1]
+    assert torch.equal(found(2, at), gradient(*drawn[3].tolist()))
+
+
+def test_local_steps_are_adam() -> None:
+    settings = replace(SETTINGS, learning_rate=0.1)
+    start = torch.tensor([0.5, 0.5])
+    change = local_change(lambda step, at: torch.tensor([2.0, -3.0]), start, settings, 3)
+    assert change.tolist() == pytest.approx([-0.3, 0.3], abs=1e-6)  # a constant gradient: its sign, three times
+    clamped = local_change(lambda step, at: torch.ones(2), start, replace(settings, learning_rate=0.4, clamp=True), 3)
+    assert clamped.tolist() == [-0.5, -0.5]
+
+
+def test_what_is_not_learned_here(adapters: dict[str, Adapter], tmp_path: Path) -> None:
+    config = from_flat({"privacy.policy": "catalog-private", "merge.methods": "mergerec"})
+    with pytest.raises(PolicyError, match=r"mergerec: .* keeps the catalogs at the clients, .* \(fedmerge run\)"):
+        merge_candidates(None, adapters, {}, config)
+    with pytest.raises(MergeError, match="found 'mergerec', expected one of adamerging domain-wise, "):
+        learned_settings(config, "mergerec")
+    own = from_flat(
+        {
+            "privacy.policy": "catalog-private",
+            "through_clients.users": "own-users",
+            "mergerec.granularities": "domain,layer",
+        }
+    )
+    assert list(learned_variants(own, "mergerec")) == [
+        "mergerec domain-wise own-users",
+        "mergerec layer-wise own-users",
+    ]

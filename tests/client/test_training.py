@@ -1,0 +1,498 @@
+"""Local fine-tuning: it learns, it is reproducible, every budget stops it, and an expert is trained once."""
+
+import json
+import math
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from backbones import WORDS
+from run_folders import full_disk
+
+from fedmerge.adapter import Adapter, adapter_sha256
+from fedmerge.client.cache.experts import REPORT_FILE, expert_by_hash, trained_expert
+from fedmerge.client.evaluate import evaluate
+from fedmerge.client.local_domain import LocalDomain, open_domain
+from fedmerge.client.training.checkpoint import begun_training, keep_begun
+from fedmerge.client.training.expert import TrainingReport, train_expert
+from fedmerge.client.training.losses import in_batch_softmax
+from fedmerge.config import ExperimentConfig, Lora, Text, Train, from_flat
+from fedmerge.domain.catalog import make_catalog
+from fedmerge.domain.demo import generate_domain
+from fedmerge.domain.folder import write_domain
+from fedmerge.domain.interactions import Interactions, make_interactions
+from fedmerge.domain.splits import train_sequences
+from fedmerge.encoder.backbone import Backbone
+from fedmerge.encoder.encode import embed_batch
+from fedmerge.encoder.lora import applied
+from fedmerge.encoder.text import pack_sequences
+from fedmerge.errors import ClientError, DivergedError, DomainError
+
+NUM_ITEMS = 20
+LORA = Lora(rank=8, alpha=16, target_modules=("all-linear",))
+TRAIN = Train(
+    learning_rate=1e-2,
+    batch_size=20,
+    max_steps=40,
+    warmup_steps=3,
+    validate_every_steps=10,
+    validation_users=None,
+    patience=9,
+)
+QUICK = TRAIN.model_copy(update={"max_steps": 3, "batch_size": 10})
+
+
+def write_walk(folder: Path, sequences: list[np.ndarray]) -> Path:
+    """A domain of items of one word each."""
+    words = [word for word in WORDS if len(word) > 2][3 : 3 + NUM_ITEMS]
+    blank = [""] * NUM_ITEMS
+    catalog = make_catalog(
+        folder.name, [f"i{i}" for i in range(NUM_ITEMS)], {"title": words, "brand": blank, "category": blank}
+    )
+    users = make_interactions([f"u{i}" for i in range(len(sequences))], sequences)
+    write_domain(folder, catalog, users, public_catalog=True, synthetic=True, source="test")
+    return folder
+
+
+def walks(num_users: int, seed: int = 0) -> list[np.ndarray]:
+    """Everybody goes on by seven items at each step: the next item is certain, and nothing in the text says so."""
+    starts = np.random.default_rng(seed).integers(0, NUM_ITEMS, num_users)
+    return [(start + np.arange(6)) * 7 % NUM_ITEMS for start in starts]
+
+
+@pytest.fixture(scope="module")
+def walk(backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) -> LocalDomain:
+    folder = write_walk(tmp_path_factory.mktemp("domains") / "walk", walks(60))
+    return open_domain(folder, backbone, Text(max_items=2, max_tokens=32))
+
+
+@pytest.fixture(scope="module")
+def toys(backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) -> LocalDomain:
+    demo = generate_domain("toys", num_users=30, num_items=25)
+    folder = tmp_path_factory.mktemp("domains") / "toys"
+    write_domain(folder, demo.catalog, demo.interactions, public_catalog=True, synthetic=True, source="test")
+    return open_domain(folder, backbone, Text(max_attribute_tokens=6, max_items=3, max_tokens=48))
+
+
+def facts(report: TrainingReport) -> tuple[Any, ...]:
+    """All of a report but the wall clock; NaN made comparable."""
+    validations = [(v.step, -1.0 if math.isnan(v.loss) else v.loss, v.ndcg) for v in report.validations]
+    return report.steps, report.best_step, report.stopped_by, validations
+
+
+# The loss
+
+
+def by_hand(users: torch.Tensor, targets: list[int], items: torch.Tensor, temperature: float) -> float:
+    """Mean of −log softmax over each user's target and the other different targets of the batch, one user at a time."""
+    losses = []
+    for user, target in zip(users.double(), targets, strict=True):
+        negatives = sorted(set(targets) - {target})
+        scores = [float(user @ items[item].double()) / temperature for item in [target, *negatives]]
+        losses.append(math.log(math.fsum(math.exp(score - scores[0]) for score in scores)))
+    return math.fsum(losses) / len(losses)
+
+
+def test_in_batch_softmax_by_hand() -> None:
+    users = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
+    items = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    # Users 0 and 2 want item 0: user 0 has it (logits 2, 0), user 1 has item 1 (0, 2), user 2 is wrong (0, 2).
+    right, wrong = math.log(1 + math.exp(-2)), math.log(1 + math.exp(2))
+    loss = in_batch_softmax(users, items, torch.tensor([0, 1, 0]), temperature=0.5)
+    assert float(loss) == pytest.approx((2 * right + wrong) / 3, rel=1e-6)
+
+
+def test_in_batch_softmax_masks_the_duplicates_of_a_target() -> None:
+    rng = torch.Generator().manual_seed(0)
+    catalog = torch.nn.functional.normalize(torch.randn(9, 5, generator=rng), dim=1)
+    users = torch.nn.functional.normalize(torch.randn(8, 5, generator=rng), dim=1)
+    targets = [3, 7, 3, 0, 8, 7, 3, 1]
+    items, rows = np.unique(targets, return_inverse=True)
+    loss = in_batch_softmax(users, catalog[torch.from_numpy(items)], torch.from_numpy(rows), 0.05)
+    assert float(loss) == pytest.approx(by_hand(users, targets, catalog, 0.05), rel=1e-5)
+    unmasked = torch.nn.functional.cross_entropy(users @ catalog[torch.tensor(targets)].T / 0.05, torch.arange(8))
+    assert abs(float(unmasked - loss)) > 0.05  # the naive loss is another
+
+
+@pytest.mark.parametrize("samples", ["last", "random-prefix"])
+def test_the_first_loss_is_that_of_the_untouched_backbone(backbone: Backbone, tmp_path: Path, samples: str) -> None:
+    # With two training items a user, a random prefix has only one choice too, and the batch is everybody.
+    sequences = [sequence[:4] for sequence in walks(30)]
+    domain = open_domain(write_walk(tmp_path / "walk", sequences), backbone, Text(max_items=2, max_tokens=32))
+    settings = TRAIN.model_copy(update={"samples": samples, "max_steps": 1, "batch_size": 30})
+    _, report = train_expert(domain, LORA, settings, seed=0)
+    targets = [int(sequence[1]) for sequence in sequences]
+    assert len(set(targets)) < 30
+    text = domain.text
+    packed = pack_sequences(
+        domain.table, [sequence[:1] for sequence in sequences], backbone.special, text.max_items, text.max_tokens
+    )
+    users, items = embed_batch(backbone, packed), embed_batch(backbone, domain.item_sequences)
+    assert report.validations[1].loss == pytest.approx(by_hand(users, targets, items, settings.temperature), rel=1e-4)
+
+
+def test_the_last_training_item_is_the_target_and_held_out_items_are_never_seen(
+    backbone: Backbone, tmp_path: Path
+) -> None:
+    # Held-out items changed: the same training, for another validation.
+    reports = {}
+    for name, held_out in (("one", [0, 1]), ("two", [5, 5])):
+        sequences = [np.concatenate([sequence[:4], held_out]) for sequence in walks(30)]
+        (tmp_path / name).mkdir()
+        domain = open_domain(
+            write_walk(tmp_path / name / "walk", sequences), backbone, Text(max_items=2, max_tokens=32)
+        )
+        assert [sequence.tolist() for sequence in train_sequences(domain.interactions)] == [
+            s[:4].tolist() for s in sequences
+        ]
+        settings = QUICK.model_copy(update={"validate_every_steps": 1})
+        reports[name] = train_expert(domain, LORA, settings, seed=0)[1].validations
+    losses = {name: [validation.loss for validation in report[1:]] for name, report in reports.items()}
+    assert losses["one"] == losses["two"]
+    assert [v.ndcg for v in reports["one"]] != [v.ndcg for v in reports["two"]]
+
+
+# Training
+
+
+def test_training_learns_what_the_text_does_not_say(walk: LocalDomain, backbone: Backbone) -> None:
+    before = {name: tensor.clone() for name, tensor in backbone.model.state_dict().items()}
+    lines: list[str] = []
+    adapter, report = train_expert(walk, LORA, TRAIN, seed=0, progress=lines.append)
+    validations = report.validations
+    assert [validation.step for validation in validations] == [0, 10, 20, 30, 40]
+    assert validations[-1].loss < 0.8 * validations[1].loss
+    best = max(validation.ndcg for validation in validations)
+    assert best > validations[0].ndcg + 0.15
+    assert next(v.ndcg for v in validations if v.step == report.best_step) == best
+    assert (report.steps, report.stopped_by) == (40, "max_steps")
+    assert len(lines) == len(validations)
+    assert all(line.startswith("walk: ") for line in lines)
+    assert all(module.lora_A.dtype == module.lora_B.dtype == torch.float32 for module in adapter.modules.values())
+    after = backbone.model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_the_best_adapter_is_kept_and_not_the_last(walk: LocalDomain) -> None:
+    adapter, report = train_expert(
+        walk, LORA, TRAIN.model_copy(update={"learning_rate": 0.05, "max_steps": 30}), seed=1
+    )
+    sums = evaluate(walk, {"kept": adapter}, "valid", None, seed=1)["unmasked"]
+    kept = next(v.ndcg for v in report.validations if v.step == report.best_step)
+    assert 0 < report.best_step < report.steps
+    assert kept == max(v.ndcg for v in report.validations)
+    assert sums.mean("kept", "ndcg@10") == pytest.approx(kept, abs=1e-3)
+
+
+def test_the_same_seed_gives_the_same_adapter_and_another_seed_another(toys: LocalDomain) -> None:
+    runs = []
+    for seed, noise in ((0, 1), (0, 2), (1, 1)):
+        torch.manual_seed(noise)
+        np.random.seed(noise)  # the global generators have no say
+        runs.append(train_expert(toys, LORA, QUICK, seed))
+    (first, first_report), (again, again_report), (other, _) = runs
+    assert adapter_sha256(first) == adapter_sha256(again)
+    assert facts(first_report) == facts(again_report)
+    assert adapter_sha256(first) != adapter_sha256(other)
+
+
+def test_steps_are_a_budget(toys: LocalDomain) -> None:
+    _, report = train_expert(toys, LORA, QUICK.model_copy(update={"max_steps": 4, "validate_every_steps": 3}), seed=0)
+    assert (report.steps, report.stopped_by) == (4, "max_steps")
+    assert [validation.step for validation in report.validations] == [0, 3, 4]
+
+
+def test_epochs_are_a_budget(toys: LocalDomain) -> None:
+    settings = QUICK.model_copy(update={"max_steps": 100, "max_epochs": 2, "batch_size": 10})
+    _, report = train_expert(toys, LORA, settings, seed=0)
+    assert (report.steps, report.stopped_by) == (2 * 3, "max_epochs")  # 30 users in batches of 10
+
+
+def test_minutes_are_a_budget(toys: LocalDomain) -> None:
+    settings = QUICK.model_copy(update={"max_steps": 100, "max_minutes": 1e-9})
+    _, report = train_expert(toys, LORA, settings, seed=0)
+    assert (report.steps, report.stopped_by) == (1, "max_minutes")
+
+
+def test_a_batch_larger_than_the_domain_is_everybody(toys: LocalDomain) -> None:
+    settings = QUICK.model_copy(update={"max_steps": None, "max_epochs": 3, "batch_size": 4096})
+    assert train_expert(toys, LORA, settings, seed=0)[1].steps == 3
+
+
+def test_patience_stops_a_training_that_does_not_improve(toys: LocalDomain) -> None:
+    settings = QUICK.model_copy(
+        update={"learning_rate": 1e-12, "max_steps": 100, "validate_every_steps": 2, "patience": 3}
+    )
+    adapter, report = train_expert(toys, LORA, settings, seed=0)
+    assert (report.steps, report.best_step, report.stopped_by) == (6, 0, "patience")
+    assert not any(module.lora_B.any() for module in adapter.modules.values())  # the untouched backbone
+
+
+def test_a_loss_that_is_not_finite_is_refused_and_the_backbone_left_clean(
+    toys: LocalDomain, backbone: Backbone
+) -> None:
+    names = list(backbone.model.state_dict())
+    with pytest.raises(ClientError, match=r"domain toys: the training loss is nan at step 2.*train\.learning_rate"):
+        train_expert(toys, LORA, QUICK.model_copy(update={"learning_rate": 1e30}), seed=0)
+    assert list(backbone.model.state_dict()) == names
+    with applied(backbone, None):
+        assert embed_batch(backbone, toys.item_sequences[:2]).isfinite().all()
+
+
+def reduced(domain: LocalDomain, sequences: list[list[int]]) -> LocalDomain:
+    interactions: Interactions = make_interactions([f"u{i}" for i in range(len(sequences))], sequences)
+    return replace(domain, interactions=interactions)
+
+
+@pytest.mark.parametrize(
+    ("sequences", "message"),
+    [
+        ([[0, 1, 2, 3]], "1 users have two items or more outside validation and test"),
+        ([[0, 1, 2], [3, 4, 5], [1]], "0 users have two items or more"),
+        ([[0, 1], [2, 3]], "none of 2 users has 3 interactions"),
+    ],
+)
+def test_a_domain_too_small_to_train_on_is_refused(toys: LocalDomain, sequences: list[list[int]], message: str) -> None:
+    with pytest.raises(DomainError, match=message):
+        train_expert(reduced(toys, sequences), LORA, QUICK, seed=0)
+
+
+# A training that is ended and goes on
+
+
+class Killed(BaseException):
+    """Nothing catches it."""
+
+
+def killed_after(domain: LocalDomain, settings: Train, begun: Path, validations: int) -> None:
+    """Train until so many validations have been kept."""
+
+    def progress(line: str) -> None:
+        if sum(f"step {settings.validate_every_steps * number}," in line for number in range(1, 99)):
+            progress.seen += 1  # type: ignore[attr-defined]  # a counter
+        if progress.seen > validations:  # type: ignore[attr-defined]  # as above
+            raise Killed
+
+    progress.seen = 0  # type: ignore[attr-defined]  # as above
+    with pytest.raises(Killed):
+        train_expert(domain, LORA, settings, 3, progress, begun)
+
+
+LONG = TRAIN.model_copy(update={"max_steps": 9, "batch_size": 10, "validate_every_steps": 2, "learning_rate": 0.03})
+
+
+@pytest.mark.parametrize("validations", [1, 3])
+def test_a_training_that_was_ended_goes_on_to_the_same_result(
+    toys: LocalDomain, tmp_path: Path, validations: int
+) -> None:
+    whole, report = train_expert(toys, LORA, LONG, 3)
+    begun = tmp_path / "experts" / "begun"
+    killed_after(toys, LONG, begun, validations)
+    assert [path.name for path in begun.parent.iterdir()] == ["begun"]
+    lines: list[str] = []
+    again, report_again = train_expert(toys, LORA, LONG, 3, lines.append, begun)
+    assert adapter_sha256(again) == adapter_sha256(whole)
+    assert facts(report_again) == facts(report)
+    assert lines[0] == f"toys: goes on after step {2 * validations}, where an earlier training was ended"
+    assert len(lines) == 1 + 5 - validations
+
+
+def test_the_wall_clock_of_a_training_goes_on_too(toys: LocalDomain, tmp_path: Path) -> None:
+    settings = LONG.model_copy(update={"max_minutes": 60.0})
+    killed_after(toys, settings, tmp_path / "begun", 1)
+    begun = begun_training(tmp_path / "begun")
+    assert begun is not None
+    keep_begun(tmp_path / "begun", replace(begun, seconds=3600.0))
+    assert train_expert(toys, LORA, settings, 3, begun=tmp_path / "begun")[1].stopped_by == "max_minutes"
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])
+def test_a_damaged_state_starts_the_training_again(toys: LocalDomain, tmp_path: Path, damage: str) -> None:
+    whole, _ = train_expert(toys, LORA, LONG, 3)
+    begun = tmp_path / "begun"
+    killed_after(toys, LONG, begun, 1)
+    data = bytearray(begun.read_bytes())
+    data[-2] ^= 1
+    begun.write_bytes(bytes({"cut": data[:200], "flipped": data, "empty": data[:0]}[damage]))
+    lines: list[str] = []
+    assert adapter_sha256(train_expert(toys, LORA, LONG, 3, lines.append, begun)[0]) == adapter_sha256(whole)
+    assert lines[0].startswith("toys: start, validation")
+
+
+def test_a_state_that_cannot_be_kept_is_an_error_with_the_remedy(toys: LocalDomain, tmp_path: Path) -> None:
+    with (
+        full_disk(4096),
+        pytest.raises(ClientError, match=rf"cannot be kept in {tmp_path} .*Check the space.*or set cache_dir"),
+    ):
+        train_expert(toys, LORA, LONG, 3, begun=tmp_path / "begun")
+    assert not list(tmp_path.iterdir())
+
+
+# The cache of experts
+
+
+def test_by_domain_nobody_learns_that_a_training_diverged(toys: LocalDomain, tmp_path: Path) -> None:
+    def diverging(**changes: Any) -> ExperimentConfig:
+        config = settings_for(tmp_path, **{"train.max_steps": 8, "lora.target_modules": "query,value", **changes})
+        return config.model_copy(update={"train": config.train.model_copy(update={"learning_rate": 1e30})})
+
+    with pytest.raises(DivergedError, match="scores are NaN"):  # at the first validation
+        expert(toys, diverging())
+    noise = {"dp.mode": "domain-local", "dp.noise_multiplier": 0.5, "dp.delta": 1e-3, "dp.clip": 0.1}
+    sent, report, lines = expert(toys, diverging(**noise))
+    assert any("scores are NaN" in line and "Noise alone is sent" in line for line in lines)
+    assert (report["steps"], report["stopped_by"]) == (0, "not told")
+    assert report["seconds"] > 0  # as of any other training: 0 would tell
+    assert report["privacy"]["noise_multiplier"] == 0.5
+    noised = torch.cat([module.lora_B.flatten() for module in sent.modules.values()])
+    assert float(noised.std()) == pytest.approx(0.5 * 2 * 0.1, rel=0.2)
+
+
+def settings_for(cache: Path, **changes: Any) -> ExperimentConfig:
+    flat = {
+        "cache_dir": str(cache),
+        "train.max_steps": 2,
+        "train.batch_size": 10,
+        "train.validate_every_steps": 1,
+        "lora.target_modules": "query",
+        "lora.rank": 2,
+        "lora.alpha": 4,
+        "runtime.device": "cpu",
+        "runtime.precision": "float32",
+        "text.max_attribute_tokens": 6,
+        "text.max_items": 3,
+        "text.max_tokens": 48,
+    }
+    return from_flat({**flat, **changes})
+
+
+def expert(domain: LocalDomain, config: ExperimentConfig) -> tuple[Adapter, dict[str, Any], list[str]]:
+    lines: list[str] = []
+    adapter, report = trained_expert(domain, config, lines.append)
+    return adapter, report, lines
+
+
+def experts_on_disk(cache: Path) -> list[Path]:
+    return sorted((cache / "experts").iterdir())
+
+
+def test_an_expert_is_trained_once(toys: LocalDomain, tmp_path: Path) -> None:
+    config = settings_for(tmp_path)
+    trained, report, lines = expert(toys, config)
+    assert report["cached"] is False
+    assert report["sha256"] == adapter_sha256(trained)
+    assert len(lines) == 3  # start and two validations
+    json.dumps(report, allow_nan=False)
+    (folder,) = experts_on_disk(tmp_path)  # and nothing begun or unfinished beside it
+    times = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+    again, cached, lines = expert(toys, config)
+    assert cached == {**json.loads(json.dumps(report)), "cached": True}
+    assert adapter_sha256(again) == report["sha256"]
+    assert len(lines) == 1
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == times
+    assert adapter_sha256(expert_by_hash(toys, config, report["sha256"])) == report["sha256"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 1},
+        {"train.max_steps": 3},
+        {"lora.rank": 3},
+        {"text.max_items": 2},
+        {"runtime.threads_per_client": 2},
+    ],
+    ids=str,
+)
+def test_other_settings_train_again(toys: LocalDomain, tmp_path: Path, change: dict[str, Any]) -> None:
+    expert(toys, settings_for(tmp_path))
+    assert expert(toys, settings_for(tmp_path, **change))[1]["cached"] is False
+    assert len(experts_on_disk(tmp_path)) == 2
+
+
+def test_settings_of_the_server_do_not_train_again(toys: LocalDomain, tmp_path: Path) -> None:
+    expert(toys, settings_for(tmp_path))
+    change = {"merge.methods": "average", "evaluation.test_users": 3, "output_dir": "elsewhere", "name": "other"}
+    assert expert(toys, settings_for(tmp_path, **change))[1]["cached"] is True
+
+
+def test_other_data_of_the_same_name_trains_again(toys: LocalDomain, backbone: Backbone, tmp_path: Path) -> None:
+    config = settings_for(tmp_path)
+    _, first, _ = expert(toys, config)
+    for number, demo in enumerate(
+        (
+            generate_domain("toys", num_users=31, num_items=25),
+            generate_domain("toys", seed=1, num_users=30, num_items=25),
+        )
+    ):
+        folder = tmp_path / str(number) / "toys"
+        write_domain(folder, demo.catalog, demo.interactions, public_catalog=True, synthetic=True, source="test")
+        _, report, _ = expert(open_domain(folder, backbone, toys.text), config)
+        assert report["cached"] is False
+        assert [v["loss"] for v in report["validations"]] != [v["loss"] for v in first["validations"]]
+
+
+def flip_a_value(folder: Path) -> None:
+    path = folder / "adapter_model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-2] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def cut_tensors(folder: Path) -> None:
+    os.truncate(folder / "adapter_model.safetensors", 100)
+
+
+def spoil_report(folder: Path) -> None:
+    (folder / REPORT_FILE).write_text('{"steps":')
+
+
+def remove_report(folder: Path) -> None:
+    (folder / REPORT_FILE).unlink()
+
+
+@pytest.mark.parametrize("damage", [flip_a_value, cut_tensors, spoil_report, remove_report])
+def test_a_damaged_expert_is_trained_again(toys: LocalDomain, tmp_path: Path, damage: Any) -> None:
+    config = settings_for(tmp_path)
+    _, report, _ = expert(toys, config)
+    (folder,) = experts_on_disk(tmp_path)
+    damage(folder)
+    adapter, again, _ = expert(toys, config)
+    assert again["cached"] is False
+    assert adapter_sha256(adapter) == again["sha256"] == report["sha256"]
+    assert expert(toys, config)[1]["cached"] is True
+
+
+def test_an_expert_whose_training_was_ended_goes_on_from_disk(toys: LocalDomain, tmp_path: Path) -> None:
+    changes = {"train.max_steps": 4}
+    whole, _, _ = expert(toys, settings_for(tmp_path / "whole", **changes))
+
+    def kill(line: str) -> None:
+        if "step 3," in line:
+            raise Killed
+
+    config = settings_for(tmp_path / "killed", **changes)
+    with pytest.raises(Killed):
+        trained_expert(toys, config, kill)
+    (begun,) = experts_on_disk(tmp_path / "killed")
+    assert begun.suffix == ".safetensors"
+    adapter, report, lines = expert(toys, config)
+    assert adapter_sha256(adapter) == adapter_sha256(whole)
+    assert report["cached"] is False
+    assert "goes on after step 2" in lines[0]
+    assert begun not in experts_on_disk(tmp_path / "killed")
+
+
+def test_an_expert_that_was_not_shipped_is_not_evaluated(toys: LocalDomain, tmp_path: Path) -> None:
+    config = settings_for(tmp_path)
+    with pytest.raises(ClientError, match="domain toys: its expert aaaaaaaaaaaa is not "):
+        expert_by_hash(toys, config, "a" * 64)
+    _, report, _ = expert(toys, config)
+    with pytest.raises(ClientError, match="Keep cache_dir"):
+        expert_by_hash(toys, config, report["sha256"][::-1])

@@ -1,0 +1,395 @@
+"""The experiment file: both forms, every problem at once, and equality with what pyproject.toml declares to Flower."""
+
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedmerge.config import (
+    ExperimentConfig,
+    flatten,
+    from_flat,
+    load_config,
+    to_flat,
+    to_toml,
+    with_absolute_paths,
+)
+from fedmerge.errors import ConfigError
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+CONFIG_FILES = sorted([*(REPOSITORY / "configs").glob("*.toml"), *(REPOSITORY / "configs" / "privacy").glob("*.toml")])
+
+# Far from every default; tuples of one, several and no value, None in both directions.
+CHANGED = {
+    "name": "far-away_1.0",
+    "seed": 2**31 - 1,
+    "run_id": "Run.1",
+    "output_dir": 'a "quoted" \\ folder/ünï',
+    "domains.root": "data/x",
+    "domains.train": "Only",
+    "domains.unseen": "",
+    "backbone.weights_sha256": "0" * 64,
+    "lora.target_modules": "all-linear",
+    "train.learning_rate": 1.5e-7,
+    "train.max_steps": "none",
+    "train.max_minutes": 0.1,
+    "train.validation_users": "none",
+    "merge.methods": "mergerec",
+    "merge.task_arithmetic_coefficients": "0.30000000000000004,-1.0,1e-09",
+    "merge.densities": "0.07,1.0",
+    "merge.coefficients": "-0.5",
+    "merge.output_rank": 12,
+    "mergerec.granularities": "layer",
+    "mergerec.refresh_every": 7,
+    "mergerec.balance_domains": True,
+    "evaluation.test_users": 12,
+    "server.catalogs": "catalogs",
+    "server.min_train_clients": 1,
+    "privacy.policy": "adapter",
+    "runtime.device": "cuda:1",
+    "runtime.gpus_per_client": 0.25,
+}
+
+
+BY_USER_ON_OWN_USERS = {
+    "dp.mode": "user",
+    "dp.epsilon": 1.0,
+    "dp.delta": 1e-6,
+    "train.negatives": "catalog",
+    "privacy.policy": "catalog-private",
+    "through_clients.users": "own-users",
+}
+
+
+def problems_of(flat: dict[str, Any]) -> list[str]:
+    """The lines below the heading, one a problem."""
+    with pytest.raises(ConfigError) as caught:
+        from_flat(flat)
+    heading, *problems = str(caught.value).splitlines()
+    assert heading == f"run config: {len(problems)} problem{'s' * (len(problems) > 1)}"
+    return [problem.strip() for problem in problems]
+
+
+@pytest.mark.parametrize("flat", [{}, CHANGED], ids=["defaults", "changed"])
+def test_flat_form_round_trip(flat: dict[str, Any]) -> None:
+    config = from_flat(flat)
+    scalars = to_flat(config)
+    assert all(type(value) in (str, int, float, bool) for value in scalars.values())
+    assert from_flat(scalars) == config
+    assert all(scalars[key] == value for key, value in flat.items())
+
+
+@pytest.mark.parametrize("flat", [{}, CHANGED], ids=["defaults", "changed"])
+def test_toml_round_trip(flat: dict[str, Any], tmp_path: Path) -> None:
+    config = from_flat(flat)
+    path = tmp_path / "experiment.toml"
+    path.write_text(to_toml(config), encoding="utf-8")
+    assert load_config(path) == config
+    assert set(flatten(tomllib.loads(path.read_text(encoding="utf-8")))) == set(to_flat(config))
+
+
+@given(st.text(st.characters(exclude_categories=["C"]), min_size=1), st.floats(1e-300, 1.0))
+def test_toml_holds_any_printable_folder_and_any_float(folder: str, rate: float) -> None:
+    config = from_flat({"output_dir": folder, "train.learning_rate": rate})
+    assert from_flat(flatten(tomllib.loads(to_toml(config)))) == config
+
+
+def test_files_speak_of_tuples_and_none() -> None:
+    config = from_flat({"domains.train": " a, b ,,c ", "domains.unseen": "", "train.max_minutes": "none"})
+    assert config.domains.train == ("a", "b", "c")
+    assert config.domains.unseen == ()
+    assert config.train.max_minutes is None
+    assert from_flat({"merge.task_arithmetic_coefficients": "0.5, 1"}).merge.task_arithmetic_coefficients == (0.5, 1.0)
+    one = load_config(None, ["merge.task_arithmetic_coefficients=0.5", "domains.train=a,b"])
+    assert one.merge.task_arithmetic_coefficients == (0.5,)
+    assert from_flat({"output_dir": "none"}).output_dir == "none"  # not a setting that can be absent
+    flat = to_flat(config)
+    assert (flat["domains.train"], flat["domains.unseen"], flat["train.max_minutes"]) == ("a,b,c", "", "none")
+
+
+def test_none_where_a_value_is_needed_is_refused() -> None:
+    (problem,) = problems_of({"train.batch_size": "none"})
+    assert problem.startswith("train.batch_size: ")
+    assert "'none'" in problem
+
+
+@pytest.mark.parametrize(
+    ("key", "suggestion"),
+    [("train.learning_rat", "train.learning_rate"), ("trian.max_steps", "train.max_steps"), ("sede", "seed")],
+)
+def test_an_unknown_key_is_named_with_the_nearest(key: str, suggestion: str) -> None:
+    assert problems_of({key: 1}) == [f"{key}: unknown key; did you mean {suggestion}?"]
+
+
+def test_an_unknown_key_like_no_other_points_to_the_list_of_keys() -> None:
+    (problem,) = problems_of({"zzz.qqq": 1})
+    assert problem.startswith("zzz.qqq: unknown key; ")
+    assert "docs/config.md lists all keys" in problem
+
+
+def test_all_problems_are_said_at_once_with_their_dotted_names() -> None:
+    problems = problems_of(
+        {
+            "seed": -1,
+            "name": "Not Lower",
+            "text.max_tokenz": 5,
+            "train.learning_rate": 2.0,
+            "train.temperature": float("nan"),
+            "merge.methods": "average,magic",
+            "runtime.device": "tpu",
+        }
+    )
+    expected = {"seed", "name", "text.max_tokenz", "train.learning_rate", "train.temperature", "merge.methods.1"}
+    assert {problem.partition(":")[0] for problem in problems} == expected | {"runtime.device"}
+    assert any(problem.startswith("merge.methods.1: ") and "'magic'" in problem for problem in problems)
+    assert any(problem.startswith("train.learning_rate: ") and "(found 2.0)" in problem for problem in problems)
+
+
+@pytest.mark.parametrize(
+    ("flat", "expected"),
+    [
+        ({"domains.train": "a,b", "domains.unseen": "b"}, "domains: named twice in train and unseen: b"),
+        ({"runtime.gpus_per_client": 1.5}, "runtime: gpus_per_client = 1.5: clients share one GPU or get whole ones"),
+        ({"domains.train": "a,a"}, "domains: named twice in train and unseen: a"),
+        ({"domains.train": ""}, "domains: train names no domain"),
+        ({"train.max_steps": "none"}, "train: max_epochs, max_steps and max_minutes are all 'none'"),
+        ({"domains.train": "a,b", "server.min_train_clients": 3}, "server.min_train_clients = 3, but domains.train"),
+        ({"privacy.policy": "adapter"}, "merge.methods holds mergerec, which needs the catalogs"),
+        (
+            {"privacy.policy": "aggregate-only"},
+            "merge.methods holds mergerec, which needs every single adapter, but privacy.policy = 'aggregate-only'",
+        ),
+        (
+            {"privacy.transport": "int8", "rounds.rule": "fedit"},
+            "privacy.transport = 'int8' is for experts that are trained once and merged; set it to 'float32'",
+        ),
+        ({"through_clients.users": "own-users"}, "through_clients.users = 'own-users', but nothing is learned through"),
+        (
+            {
+                "dp.mode": "domain-central",
+                "dp.epsilon": 1.0,
+                "dp.delta": 1e-6,
+                "merge.methods": "average",
+                "admission.leave_one_out": "true",
+            },
+            "dp.mode = 'domain-central' with admission.leave_one_out: merges without noise would go to the clients",
+        ),
+        (
+            {
+                "dp.mode": "domain-central",
+                "dp.epsilon": 1.0,
+                "dp.delta": 1e-6,
+                "merge.methods": "average",
+                "admission.action": "exclude",
+            },
+            "dp.mode = 'domain-central' with admission.action = 'exclude'",
+        ),
+        (
+            {**BY_USER_ON_OWN_USERS, "through_clients.mode": "local-steps"},
+            "dp.mode = 'user' with through_clients.users = 'own-users' and mode = 'local-steps': what several steps",
+        ),
+        (
+            {**BY_USER_ON_OWN_USERS, "admission.rollback": "true", "admission.leave_one_out": "true"},
+            "dp.mode = 'user' with admission.rollback: a second merge would be learned through the clients",
+        ),
+        (
+            {
+                "dp.mode": "domain-local",
+                "dp.epsilon": 1.0,
+                "dp.delta": 1e-6,
+                "privacy.policy": "catalog-private",
+                "admission.rollback": "true",
+                "admission.leave_one_out": "true",
+            },
+            "dp.mode = 'domain-local' with admission.rollback: a second merge would be learned through the clients",
+        ),
+        (
+            {
+                "dp.mode": "domain-local",
+                "dp.epsilon": 1.0,
+                "dp.delta": 1e-6,
+                "privacy.policy": "catalog-private",
+                "mergerec.pseudo_users": "centroid",
+                "mergerec.num_pseudo_users": 9,
+            },
+            "dp.mode = 'domain-local' with mergerec.pseudo_users = 'centroid': how many pseudo-users",
+        ),
+        (
+            {"privacy.policy": "catalog-private", "server.catalogs": "x", "mergerec.select_every": 5},
+            "privacy.policy = 'catalog-private': server.catalogs gives the server what the policy keeps at the "
+            "clients; set server.catalogs = 'none', or privacy.policy = 'adapter'; mergerec.select_every needs losses",
+        ),
+        (
+            {"privacy.policy": "catalog-private", "rounds.rule": "mergerec"},
+            "privacy.policy = 'catalog-private': rounds.rule = 'mergerec' learns from catalogs at the server; set",
+        ),
+        (
+            {"privacy.policy": "catalog-private", "through_clients.mode": "local-steps", "mergerec.try_steps": "5"},
+            "privacy.policy = 'catalog-private': mergerec.try_steps and mergerec.prior_weight need one message a step",
+        ),
+        (
+            {
+                "privacy.policy": "catalog-private",
+                "through_clients.users": "own-users",
+                "merge.methods": "adamerging",
+                "through_clients.batch_size": 5,
+            },
+            "privacy.policy = 'catalog-private': adamerging has no loss on own users; set through_clients.users = "
+            "'pseudo-users', or leave it out; through_clients.batch_size = 5 own users are fewer than privacy.min",
+        ),
+        ({"mergerec.pseudo_users": "centroid"}, "mergerec: pseudo_users = 'centroid' needs a number; set num_pseu"),
+        ({"mergerec.num_pseudo_users": 9}, "mergerec: pseudo_users = 'one-item' takes every item; use 'subset'"),
+        ({"adamerging.granularities": "layer,layer"}, "adamerging: granularities names layer twice"),
+    ],
+)
+def test_rules_across_fields(flat: dict[str, Any], expected: str) -> None:
+    (problem,) = problems_of(flat)
+    assert problem.startswith(expected)
+
+
+def test_the_remedies_that_cross_field_rules_name_do_work() -> None:
+    assert from_flat({"privacy.policy": "adapter", "server.catalogs": "folder"}).server.catalogs == "folder"
+    assert from_flat({"privacy.policy": "adapter", "merge.methods": "average"}).privacy.policy == "adapter"
+    assert from_flat({"privacy.policy": "catalog-private"}).merge.methods[-1] == "mergerec"
+    assert from_flat(BY_USER_ON_OWN_USERS).dp.mode == "user"
+    own_users = {"privacy.policy": "catalog-private", "through_clients.users": "own-users"}
+    assert from_flat(own_users).through_clients.batch_size == 32
+    assert from_flat({"train.max_steps": "none", "train.max_epochs": 1}).train.max_steps is None
+    assert from_flat({"domains.train": "a", "server.min_train_clients": 1}).server.min_train_clients == 1
+
+
+def test_overrides_are_toml_values_with_or_without_quotes(tmp_path: Path) -> None:
+    path = tmp_path / "x.toml"
+    path.write_text('seed = 4\n[train]\nmax_steps = 7\n[domains]\ntrain = "a,b"\n')
+    overrides = [
+        "train.max_steps=9",
+        "train.max_epochs = none",
+        "domains.root=some/folder=x",
+        'name="quoted"',
+        "mergerec.balance_domains=true",
+        "train.learning_rate=1e-4",
+        'domains.train=["c", "d"]',
+        "train.max_steps=11",
+    ]
+    config = load_config(path, overrides)
+    assert (config.seed, config.train.max_steps, config.train.max_epochs, config.name) == (4, 11, None, "quoted")
+    assert (config.domains.root, config.domains.train) == ("some/folder=x", ("c", "d"))
+    assert config.mergerec.balance_domains is True
+    assert config.train.learning_rate == 1e-4
+    assert load_config(None, ["seed=3"]) == from_flat({"seed": 3})
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("train.max_steps", "--set 'train.max_steps': expected key=value"),
+        ("train.max_step=3", "did you mean train.max_steps"),
+        ("train.max_steps=many", "train.max_steps: .*'many'"),
+    ],
+)
+def test_bad_overrides_are_refused(override: str, expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        load_config(None, [override])
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (None, "cannot be read"),
+        (b"seed = ", "not valid TOML"),
+        (b"\xff\xfe", "not valid TOML"),
+        (b"seed = 1.5", "seed: "),
+    ],
+)
+def test_unreadable_files_are_named(tmp_path: Path, content: bytes | None, expected: str) -> None:
+    path = tmp_path / "x.toml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ConfigError, match=expected) as caught:
+        load_config(path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_config_cannot_be_changed() -> None:
+    config = ExperimentConfig()
+    with pytest.raises(ValueError, match="frozen"):
+        config.seed = 3  # type: ignore[misc]  # mypy sees it too
+
+
+def test_there_are_experiment_files() -> None:
+    assert CONFIG_FILES
+
+
+@pytest.mark.parametrize("path", CONFIG_FILES, ids=lambda path: path.stem)
+def test_every_experiment_file_loads_and_is_named_after_itself(path: Path) -> None:
+    config = load_config(path)
+    assert config.name == path.stem
+    assert from_flat(to_flat(config)) == config
+
+
+def test_pyproject_declares_every_key_with_its_default() -> None:
+    with (REPOSITORY / "pyproject.toml").open("rb") as file:
+        declared = flatten(tomllib.load(file)["tool"]["flwr"]["app"]["config"])
+    expected = to_flat(ExperimentConfig())
+    assert declared == expected
+    assert {key: type(value) for key, value in declared.items()} == {
+        key: type(value) for key, value in expected.items()
+    }
+
+
+# Prints what a statement leaves imported of the heavy and the forbidden.
+IMPORTS = """
+import sys
+{statement}
+print(*sorted({{'torch', 'transformers', 'peft', 'flwr', 'ray'}} & sys.modules.keys()), file=sys.stderr)
+"""
+CLI = "import contextlib, fedmerge.cli\nwith contextlib.suppress(SystemExit): fedmerge.cli.main({arguments})"
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import fedmerge.config",
+        CLI.format(arguments=["--help"]),
+        CLI.format(arguments=["check", str(CONFIG_FILES[0])]),
+        CLI.format(arguments=["run", str(CONFIG_FILES[0]), "--set", "seed=x"]),
+        CLI.format(arguments=["evaluate", "none", "--domain", "x", "--set", "seed=x"]),
+    ],
+    ids=["config", "help", "check", "run with a bad setting", "evaluate with a bad setting"],
+)
+def test_a_config_is_validated_before_anything_heavy_is_imported(statement: str) -> None:
+    code = IMPORTS.format(statement=statement)
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert done.stderr.splitlines()[-1] == ""
+    assert ("seed: " in done.stderr) == ("seed=x" in statement)
+
+
+def test_paths_are_made_absolute_and_names_are_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    (tmp_path / "here" / "model").mkdir(parents=True)
+    start = tmp_path / "here"
+    config = with_absolute_paths(
+        from_flat(
+            {"output_dir": "../runs", "domains.root": "data", "server.catalogs": "/abs", "backbone.source": "model"}
+        ),
+        start,
+    )
+    assert config.output_dir == str(tmp_path / "runs")
+    assert config.cache_dir == "/home/somebody/.cache/fedmerge"
+    assert config.domains.root == str(start / "data")
+    assert config.server.catalogs == "/abs"
+    assert config.backbone.source == str(start / "model")
+    assert with_absolute_paths(config, Path("/elsewhere")) == config
+
+    names = with_absolute_paths(ExperimentConfig(), start)
+    assert (names.domains.root, names.backbone.source, names.server.catalogs) == (
+        "demo",
+        "sentence-transformers/all-MiniLM-L6-v2",
+        None,
+    )
+    assert with_absolute_paths(from_flat({"backbone.source": "./gone"}), start).backbone.source == str(start / "gone")

@@ -1,0 +1,432 @@
+"""Domain folders: written whole or not at all, read back exactly, every defect named with its file and a remedy."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedmerge.domain.catalog import (
+    Catalog,
+    catalog_fingerprint,
+    catalog_from_bytes,
+    catalog_to_bytes,
+    load_catalog,
+    make_catalog,
+    read_catalog,
+    write_catalog,
+)
+from fedmerge.domain.folder import domain_info, list_domains, write_domain
+from fedmerge.domain.interactions import Interactions, interactions_fingerprint, load_interactions, make_interactions
+from fedmerge.domain.manifest import Manifest, read_manifest
+from fedmerge.errors import DomainError
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def small_catalog(name: str = "tea", prefix: str = "") -> Catalog:
+    """Four items: only the first has all attributes, the last has no text."""
+    attributes = {
+        "title": (f"{prefix}Sencha", "Assam, née 'Ásám'", "Oolong", ""),
+        "brand": ("Fukamushi", "", "", ""),
+        "category": ("Tea", "", "Tea", ""),
+    }
+    return make_catalog(name, ("a1", "b2", "c3", "d4"), attributes)
+
+
+def small_interactions() -> Interactions:
+    """Three users; user "one" is too short to be evaluated, user "four" repeats item 0 twice, nobody has item 3."""
+    return make_interactions(("zoe", "one", "four"), ([2, 0, 1], [1], [0, 0, 2, 0]))
+
+
+def write_small(folder: Path, *, overwrite: bool = False, prefix: str = "") -> Manifest:
+    """The small domain in the folder."""
+    return write_domain(
+        folder,
+        small_catalog(folder.name, prefix),
+        small_interactions(),
+        public_catalog=True,
+        synthetic=True,
+        source="by hand",
+        overwrite=overwrite,
+    )
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A written small domain."""
+    write_small(tmp_path / "tea")
+    return tmp_path / "tea"
+
+
+def change_manifest(folder: Path, **fields: object) -> None:
+    """Overwrite fields of the manifest."""
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+# Round trip
+
+
+def test_a_domain_reads_back_as_it_was_written(tmp_path: Path) -> None:
+    written = write_small(tmp_path / "deep" / "tea")
+    folder = tmp_path / "deep" / "tea"
+    assert read_manifest(folder) == written
+    assert (written.num_items, written.num_users, written.num_interactions) == (4, 3, 8)
+    assert load_catalog(folder) == small_catalog()
+    interactions = load_interactions(folder)
+    assert interactions.user_ids == ("zoe", "one", "four")
+    assert [interactions.sequence(u).tolist() for u in range(interactions.num_users)] == [[2, 0, 1], [1], [0, 0, 2, 0]]
+    assert interactions.items.dtype == np.int32
+    assert interactions.offsets.dtype == np.int64
+    assert sorted(os.listdir(folder)) == ["catalog.parquet", "interactions.parquet", "manifest.json"]
+    assert os.listdir(tmp_path / "deep") == ["tea"]
+
+
+@given(
+    st.lists(st.tuples(st.text(min_size=1), st.text(), st.text(), st.text()), min_size=1, unique_by=lambda row: row[0])
+)
+def test_any_text_survives_the_bytes(rows: list[tuple[str, str, str, str]]) -> None:
+    item_ids, titles, brands, categories = zip(*rows, strict=True)
+    attributes = {"title": titles, "brand": brands, "category": categories}
+    try:
+        "".join("".join(row) for row in rows).encode()
+    except UnicodeEncodeError:  # a lone surrogate is no text; JSON can smuggle one in
+        with pytest.raises(DomainError, match="UTF-8"):
+            catalog_to_bytes(make_catalog("any", item_ids, attributes))
+    else:
+        catalog = make_catalog("any", item_ids, attributes)
+        assert catalog_from_bytes(catalog_to_bytes(catalog), "any") == catalog
+
+
+def test_one_catalog_file_reads_back(tmp_path: Path) -> None:
+    write_catalog(small_catalog(), tmp_path / "x.parquet")
+    assert read_catalog(tmp_path / "x.parquet", "tea") == small_catalog()
+    with pytest.raises(DomainError, match=r"y\.parquet: the file is missing"):
+        read_catalog(tmp_path / "y.parquet", "tea")
+
+
+def test_fingerprints_are_of_the_content_and_stay_the_same_over_versions(folder: Path) -> None:
+    pq.write_table(pq.read_table(folder / "catalog.parquet"), folder / "catalog.parquet", compression="none")
+    assert load_catalog(folder).sha256 == small_catalog().sha256
+    assert small_catalog().sha256.startswith("53d93536a0d93eb8")
+    assert interactions_fingerprint(small_interactions()).startswith("eb4626eb3daedbc9")
+
+
+def test_fingerprints_see_where_one_value_ends_and_the_next_begins() -> None:
+    empty = {"title": ("", ""), "brand": ("", ""), "category": ("", "")}
+    assert catalog_fingerprint(("ab", "c"), empty) != catalog_fingerprint(("a", "bc"), empty)
+    assert catalog_fingerprint(("a", "b"), empty) != catalog_fingerprint(("b", "a"), empty)
+    two, one = make_interactions(("u", "v"), ([1], [2, 3])), make_interactions(("u", "v"), ([1, 2], [3]))
+    assert interactions_fingerprint(two) != interactions_fingerprint(one)
+
+
+# Isolation
+
+
+def test_a_catalog_loads_where_the_interactions_do_not_exist_and_their_code_is_never_imported(folder: Path) -> None:
+    (folder / "interactions.parquet").unlink()
+    script = (
+        "import sys, pathlib; from fedmerge.domain.catalog import load_catalog;"
+        "print(len(load_catalog(pathlib.Path(sys.argv[1]))), "
+        "[m for m in sys.modules if 'interactions' in m or 'folder' in m])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script, str(folder)], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "4 []"
+
+
+def test_errors_about_interactions_name_no_user(folder: Path) -> None:
+    rewrite_interactions(folder, ["secret", "other", "secret"], [0, 1, 2])
+    with pytest.raises(DomainError) as error:
+        load_interactions(folder)
+    assert "secret" not in str(error.value)
+    assert "row 2" in str(error.value)
+
+
+# Damage
+
+
+def rewrite(path: Path, change: Callable[[pa.Table], pa.Table]) -> None:
+    """Change a Parquet file in place."""
+    pq.write_table(change(pq.read_table(path)), path)
+
+
+def set_column(path: Path, name: str, values: pa.Array) -> None:
+    """Replace one column of a Parquet file."""
+    rewrite(path, lambda table: table.set_column(table.column_names.index(name), name, values))
+
+
+def rewrite_interactions(folder: Path, user_ids: list[str], items: list[int]) -> None:
+    """Replace all interactions, leaving the manifest as it is."""
+    table = pa.table({"user_id": pa.array(user_ids, pa.string()), "item_index": pa.array(items, pa.int32())})
+    pq.write_table(table, folder / "interactions.parquet")
+
+
+def truncate(path: Path) -> None:
+    """Keep the first half of a file."""
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+CATALOG_DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "missing": (lambda p: p.unlink(), r"missing.*Restore"),
+    "a folder": (lambda p: p.rename(p.with_suffix(".old")).parent.joinpath(p.name).mkdir(), r"cannot be read.*Check"),
+    "empty file": (lambda p: p.write_bytes(b""), r"0 bytes that cannot be read as Parquet.*Restore"),
+    "truncated": (truncate, r"cannot be read as Parquet.*truncated.*Restore"),
+    "not Parquet": (lambda p: p.write_text("item_id,title\n" * 100), r"1400 bytes that cannot be read as Parquet"),
+    "one letter": (
+        lambda p: set_column(p, "brand", pa.array(["fukamushi", "", "", ""])),
+        r"content was changed.*Restore",
+    ),
+    "a row fewer": (lambda p: rewrite(p, lambda t: t.slice(0, 3)), r"found 3 items.*manifest says 4"),
+    "no rows": (lambda p: rewrite(p, lambda t: t.slice(0, 0)), r"catalog is empty.*Import"),
+    "null": (lambda p: set_column(p, "title", pa.array(["x", None, "z", None])), r"'title' has 2 null.*row 1.*Fill"),
+    "same id": (
+        lambda p: set_column(p, "item_id", pa.array(["a", "b", "c", "b"])),
+        r"items 1 and 3 have the same id, .*Remove",
+    ),
+    "no id": (lambda p: set_column(p, "item_id", pa.array(["a", "", "c", "d"])), r"item 1 has an empty id.*Correct"),
+    "numbers": (
+        lambda p: set_column(p, "brand", pa.array([1.0, 2.0, 3.0, float("nan")])),
+        r"'brand' is of type double",
+    ),
+    "other columns": (lambda p: rewrite(p, lambda t: t.drop_columns("brand")), r"found columns .*expected exactly"),
+    "bad text": (
+        lambda p: set_column(p, "title", pa.array([b"\xff", b"", b"", b""]).cast(pa.string(), safe=False)),
+        r"cannot be read as Parquet.*UTF8",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", CATALOG_DAMAGE)
+def test_a_damaged_catalog_is_refused_by_file_finding_and_remedy(folder: Path, damage: str) -> None:
+    break_it, message = CATALOG_DAMAGE[damage]
+    break_it(folder / "catalog.parquet")
+    with pytest.raises(DomainError, match=message) as error:
+        load_catalog(folder)
+    assert str(error.value).startswith(str(folder / "catalog.parquet"))
+    load_interactions(folder)  # the other half does not depend on it
+
+
+def set_items(values: pa.Array) -> Callable[[Path], object]:
+    """A change of the item_index column."""
+    return lambda path: set_column(path, "item_index", values)
+
+
+INTERACTIONS_DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "missing": (lambda p: p.unlink(), r"missing.*Restore"),
+    "truncated": (truncate, r"cannot be read as Parquet.*truncated.*Restore"),
+    "one item": (set_items(pa.array([2, 0, 1, 1, 0, 0, 2, 1], pa.int32())), r"content was changed.*Restore"),
+    "order": (lambda p: rewrite(p, lambda t: t.take([1, 0, 2, 3, 4, 5, 6, 7])), r"content was changed.*Restore"),
+    "a row fewer": (lambda p: rewrite(p, lambda t: t.slice(0, 7)), r"3 users and 7 interactions.*says 3 and 8"),
+    "too large": (set_items(pa.array([2, 0, 4, 1, 0, 0, 9, 0], pa.int32())), r"2 rows.*is 4 in row 2.*0 to 3.*import"),
+    "negative": (
+        set_items(pa.array([2, 0, 1, -1, 0, 0, 2, 0], pa.int32())),
+        r"1 rows.*is -1 in row 3; expected 0 to 3",
+    ),
+    "null": (set_items(pa.array([2, 0, 1, None, 0, 0, 2, 0], pa.int32())), r"'item_index' has 1 null.*row 3.*Fill"),
+    "NaN": (set_items(pa.array([2, 0, 1, float("nan"), 0, 0, 2, 0])), r"type double, expected int32.*Convert"),
+    "int64": (set_items(pa.array([2, 0, 1, 1, 0, 0, 2, 0])), r"type int64, expected int32.*Convert"),
+    "no rows": (lambda p: rewrite(p, lambda t: t.slice(0, 0)), r"zero users.*Restore"),
+    "scattered": (
+        lambda p: rewrite(p, lambda t: t.take([0, 3, 1, 2, 4, 5, 6, 7])),
+        r"row 2 returns to an earlier user",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", INTERACTIONS_DAMAGE)
+def test_damaged_interactions_are_refused_by_file_finding_and_remedy(folder: Path, damage: str) -> None:
+    break_it, message = INTERACTIONS_DAMAGE[damage]
+    break_it(folder / "interactions.parquet")
+    with pytest.raises(DomainError, match=message) as error:
+        load_interactions(folder)
+    assert str(error.value).startswith(str(folder / "interactions.parquet"))
+    load_catalog(folder)
+
+
+MANIFEST_DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "missing": (lambda f: (f / "manifest.json").unlink(), r"manifest\.json: the file is missing"),
+    "not JSON": (lambda f: truncate(f / "manifest.json"), r"manifest\.json: not JSON"),
+    "not text": (lambda f: (f / "manifest.json").write_bytes(b"\xff{}"), r"manifest\.json: not JSON"),
+    "a list": (lambda f: (f / "manifest.json").write_text("[]"), r"found a JSON list, expected an object"),
+    "later format": (lambda f: change_manifest(f, format=2), r"found format 2, expected 1"),
+    "boolean format": (lambda f: change_manifest(f, format=True), r"found format True"),
+    "unknown key": (lambda f: change_manifest(f, colour="red"), r"unknown keys \['colour'\]"),
+    "text for a count": (lambda f: change_manifest(f, num_items="4"), r"'num_items' is '4', expected int"),
+    "boolean for a count": (lambda f: change_manifest(f, num_users=True), r"'num_users' is True, expected int"),
+    "zero users": (lambda f: change_manifest(f, num_users=0), r"'num_users' is 0, expected at least 1"),
+    "another name": (lambda f: change_manifest(f, name="coffee"), r"called 'coffee' but its folder 'tea'.*Rename"),
+    "a name that is a path": (lambda f: change_manifest(f, name="../tea"), r"Domain name '\.\./tea'"),
+    "no folder": (lambda f: f.rename(f.with_name("gone")), r"tea: no such domain folder.*Check"),
+}
+
+
+@pytest.mark.parametrize("damage", MANIFEST_DAMAGE)
+def test_a_damaged_manifest_is_refused_by_every_reader(folder: Path, damage: str) -> None:
+    break_it, message = MANIFEST_DAMAGE[damage]
+    break_it(folder)
+    for read in (read_manifest, load_catalog, load_interactions, domain_info):
+        with pytest.raises(DomainError, match=message):
+            read(folder)
+
+
+def test_bytes_from_elsewhere_are_checked_like_files() -> None:
+    data = catalog_to_bytes(small_catalog())
+    with pytest.raises(DomainError, match=r"Catalog of 'tea': \d+ bytes that cannot be read as Parquet"):
+        catalog_from_bytes(data[:-10], "tea")
+    with pytest.raises(DomainError, match="Domain name 'a/b'"):
+        catalog_from_bytes(data, "a/b")
+
+
+def test_objects_cannot_be_built_from_what_does_not_fit() -> None:
+    texts = ("", "")
+    with pytest.raises(DomainError, match=r"found attributes \['title'\]"):
+        make_catalog("x", ("a", "b"), {"title": texts})
+    with pytest.raises(DomainError, match="unequal length"):
+        make_catalog("x", ("a", "b", "c"), {"title": texts, "brand": texts, "category": texts})
+    with pytest.raises(DomainError, match="items 0 and 1 have the same id, expected unique"):
+        dataclasses.replace(small_catalog(), item_ids=("a", "a", "c", "d"))
+    with pytest.raises(DomainError, match="zero users"):
+        make_interactions((), ())
+    with pytest.raises(DomainError, match="2 users but 1 sequences"):
+        make_interactions(("u", "v"), ([1],))
+    with pytest.raises(DomainError, match="2 users but 1 different ids"):
+        make_interactions(("u", "u"), ([1], [2]))
+    with pytest.raises(DomainError, match="1 users have no interactions, the first is user 1"):
+        make_interactions(("u", "v"), ([1], []))
+    with pytest.raises(DomainError, match="found items int64"):
+        Interactions(("u",), np.array([1]), np.array([0, 1]))
+    with pytest.raises(DomainError, match="offsets run from 0 to 2, expected 0 to 1"):
+        Interactions(("u",), np.array([1], np.int32), np.array([0, 2]))
+
+
+# Writing
+
+
+def test_an_existing_domain_is_replaced_only_when_asked(folder: Path) -> None:
+    with pytest.raises(DomainError, match="there is a domain already"):
+        write_small(folder, prefix="New ")
+    assert load_catalog(folder) == small_catalog()
+    write_small(folder, prefix="New ", overwrite=True)
+    assert load_catalog(folder).attributes["title"][0] == "New Sencha"
+    assert os.listdir(folder.parent) == ["tea"]
+
+
+def test_what_is_not_a_domain_is_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "tea").mkdir()
+    write_small(tmp_path / "tea")  # an empty folder is fine
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "draft.txt").write_text("years of work")
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "link").symlink_to(tmp_path / "tea")
+    for name, message in (("thesis", "not a domain"), ("file", "a file of this name"), ("link", "symbolic link")):
+        with pytest.raises(DomainError, match=message):
+            write_small(tmp_path / name, overwrite=True)
+    assert (tmp_path / "thesis" / "draft.txt").read_text() == "years of work"
+    assert sorted(os.listdir(tmp_path)) == ["file", "link", "tea", "thesis"]
+
+
+def test_inconsistent_domains_are_not_written(tmp_path: Path) -> None:
+    def write(folder: Path, interactions: Interactions) -> None:
+        write_domain(folder, small_catalog(), interactions, public_catalog=True, synthetic=True, source="")
+
+    with pytest.raises(DomainError, match="must be called 'tea'"):
+        write(tmp_path / "coffee", small_interactions())
+    with pytest.raises(DomainError, match="the first is 4 in row 1; expected 0 to 3"):
+        write(tmp_path / "tea", make_interactions(("u",), ([0, 4],)))
+    assert not os.listdir(tmp_path)
+
+
+WRITER = """
+import resource, signal, sys
+from pathlib import Path
+sys.path[:0] = ["tests/domain", "tests/support", "."]
+from test_domain_folder import write_small
+if sys.argv[2] == "kill":
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # the kernel ends the process in the middle of a write
+resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))  # any larger file fails, as on a full disk
+write_small(Path(sys.argv[1]), overwrite=True, prefix="New " + "".join(map(str, range(3000))))
+"""
+
+
+@pytest.mark.parametrize("existing", [False, True])
+@pytest.mark.parametrize("how", ["full", "kill"])
+def test_a_full_disk_or_a_killed_process_leaves_no_half_written_domain(
+    tmp_path: Path, how: str, existing: bool
+) -> None:
+    folder = tmp_path / "tea"
+    if existing:
+        write_small(folder)
+    result = subprocess.run(
+        [sys.executable, "-B", "-c", WRITER, str(folder), how],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert list_domains(tmp_path) == (("tea",) if existing else ())
+    if existing:
+        assert load_catalog(folder) == small_catalog()
+        assert load_interactions(folder).num_users == 3
+    if how == "kill":
+        assert result.returncode == -25, result.stderr  # SIGXFSZ
+        assert any(name.startswith(".tea.partial-") for name in os.listdir(tmp_path))  # it did die half way
+    else:
+        assert "could not be written ([Errno 27]" in result.stderr
+        assert os.listdir(tmp_path) == (["tea"] if existing else [])
+    write_small(folder, overwrite=True)  # and nothing is in the way of trying again
+    assert load_catalog(folder) == small_catalog()
+
+
+def test_a_domain_lost_between_the_renames_of_an_overwrite_is_pointed_at(folder: Path) -> None:
+    folder.rename(folder.with_name(".tea.previous-0a1b2c3d"))
+    with pytest.raises(DomainError, match=r"previous version in .*\.tea\.previous-0a1b2c3d: rename it back"):
+        load_catalog(folder)
+
+
+# Listing and describing
+
+
+def test_domains_are_listed_sorted_and_other_folders_ignored(tmp_path: Path) -> None:
+    for name in ("toys", "Books", "tea"):
+        write_small(tmp_path / name)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "readme.txt").write_text("x")
+    (tmp_path / "tea").rename(tmp_path / ".tea.partial-1")
+    assert list_domains(tmp_path) == ("Books", "toys")
+    with pytest.raises(DomainError, match="no such folder"):
+        list_domains(tmp_path / "nowhere")
+    (tmp_path / "toys" / "manifest.json").unlink()
+    with pytest.raises(DomainError, match=r"toys/manifest\.json: missing beside the domain's tables"):
+        list_domains(tmp_path)
+
+
+def test_the_facts_of_a_domain_are_those_counted_by_hand(folder: Path) -> None:
+    info = domain_info(folder)
+    assert (info.min_length, info.median_length, info.max_length) == (1, 3.0, 4)
+    assert info.density == 6 / 12  # pairs: zoe 3, one 1, four 2
+    assert info.attribute_shares == {"title": 0.75, "brand": 0.25, "category": 0.5}
+    assert (info.num_short_users, info.num_unused_items, info.num_repeats) == (1, 1, 2)
+    assert info.problems == (
+        "1 of 4 items have no text at all: an encoder cannot tell them apart.",
+        "1 of 3 users own under 3 interactions and are not evaluated.",
+        "1 of 4 items have no interaction.",
+    )
+
+
+def test_an_attribute_nobody_has_is_a_problem(tmp_path: Path) -> None:
+    catalog = make_catalog("x", ("a",), {"title": ("T",), "brand": ("B",), "category": (" ",)})
+    everyone = make_interactions(("u",), ([0, 0, 0],))
+    write_domain(tmp_path / "x", catalog, everyone, public_catalog=False, synthetic=True, source="")
+    assert domain_info(tmp_path / "x").problems == ("No item has a category.",)

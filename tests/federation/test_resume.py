@@ -1,0 +1,376 @@
+"""A run that is ended at any point goes on from there, repeats nothing, and ends as one that was never ended."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.app import Context, Message
+from in_process import Answer, answer_honestly, run_in_process, small_experiment
+
+import sim.app.server.app
+from fedmerge.config import ExperimentConfig
+from fedmerge.encoder.peft_folder import TENSOR_FILE
+from fedmerge.errors import ClientError, ConfigError, RunDirError
+from fedmerge.mergerec import learn
+from fedmerge.mergerec.objective import batch_terms
+from fedmerge.runs.folder import locked
+from sim.app.messages import records
+
+pytestmark = pytest.mark.federation
+
+TRAIN = ("beauty", "books", "coffee")
+DOMAINS = (*TRAIN, "camping")
+RESULTS = ["choice.json", "metrics.parquet", "products.parquet", "report.txt", "experts.json", "admission.json"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Domains and backbone of all runs here."""
+    place = tmp_path_factory.mktemp("place")
+    small_experiment(place)
+    return place
+
+
+@pytest.fixture(scope="module")
+def whole(place: Path) -> Path:
+    """A run that was not ended."""
+    config = small_experiment(place, output_dir=str(place / "whole"), cache_dir=str(place / "whole-cache"))
+    run_in_process(config)
+    return place / "whole" / "run"
+
+
+def experiment(place: Path, tmp_path: Path, **changes: object) -> ExperimentConfig:
+    own = {"output_dir": str(tmp_path / "runs"), "cache_dir": str(tmp_path / "cache")}
+    return small_experiment(place, **{**own, **changes})
+
+
+def results(run: Path) -> dict[str, str]:
+    """Hashes of all that must be equal, logs and seconds aside."""
+    files = [run / name for name in RESULTS]
+    files += [file for pattern in ("adapter_*", "provenance.json") for file in run.glob(f"*/*/{pattern}")]
+    files += [*run.glob("validation/*"), *run.glob("test/*")]
+    return {str(file.relative_to(run)): hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(files)}
+
+
+def tree(folder: Path) -> dict[str, tuple[bytes, int]]:
+    """Every file but the lock, with its content and time."""
+    return {
+        str(file.relative_to(folder)): (file.read_bytes(), file.stat().st_mtime_ns)
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and file.name != "lock"
+    }
+
+
+def resumed(config: ExperimentConfig) -> ExperimentConfig:
+    return config.model_copy(update={"resume": True})
+
+
+class Questions:
+    """Answers honestly and remembers who was asked what."""
+
+    def __init__(self) -> None:
+        self.asked: Counter[tuple[str, str]] = Counter()
+
+    def __call__(self, message: Message, context: Context) -> Message | None:
+        what = message.metadata.message_type
+        if what == records.EVALUATE:
+            what = records.read_evaluation_request(message.content)[0].split
+        self.asked[what, DOMAINS[int(context.node_config["partition-id"])]] += 1
+        return answer_honestly(message, context)
+
+    def of(self, what: str) -> set[str]:
+        return {domain for (asked, domain) in self.asked if asked == what}
+
+
+def killed_at_write(config: ExperimentConfig, number: int) -> bool:
+    """Run in a process that is killed at its n-th write; whether it came so far."""
+    child = os.fork()
+    if child == 0:
+        writes, replace = 0, os.replace
+
+        def replace_or_die(*places: Any) -> None:
+            nonlocal writes
+            writes += 1
+            if writes == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            replace(*places)
+
+        os.replace = replace_or_die  # type: ignore[assignment]  # as far as it is used
+        devnull = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(devnull, 2)
+        try:
+            run_in_process(config)
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(child, 0)
+    return os.WIFSIGNALED(status)
+
+
+def check_kill_and_resume(config: ExperimentConfig, whole: Path, number: int) -> bool:
+    """Kill a run at its n-th write, resume it, compare; whether it came so far."""
+    if not killed_at_write(config, number):
+        return False
+    run = Path(config.output_dir) / "run"
+    if not (run / "config.toml").exists():
+        with pytest.raises(RunDirError, match=r"config\.toml.*ended before it began"):
+            run_in_process(resumed(config))
+        return True
+    have = {
+        "train": {file.parent.name for file in run.glob("adapters/[!.]*/training.json")},
+        "valid": {file.stem for file in run.glob("validation/*.json")},
+        "test": {file.stem for file in run.glob("test/*.json")},
+    }
+    merges = {file.parent.name: file.stat().st_mtime_ns for file in run.glob("merged/[!.]*/provenance.json")}
+    chosen = (run / "choice.json").exists()
+    questions = Questions()
+    run_in_process(resumed(config), questions)
+    assert results(run) == results(whole)
+    assert questions.of("train") == set(TRAIN) - have["train"]
+    assert questions.of("valid") == (set() if chosen else set(TRAIN) - have["valid"])
+    assert questions.of("test") == set(DOMAINS) - have["test"]
+    for label, time in merges.items():
+        assert (run / "merged" / label / "provenance.json").stat().st_mtime_ns == time
+    assert not [file for file in run.rglob("*") if "partial" in file.name]
+    assert (run / "DONE").exists()
+    return True
+
+
+# About 60 writes: experts at the clients, experts at the server, merges, validation, choice, test, tables, report.
+@pytest.mark.parametrize("number", [1, 25, 33, 45, 58])
+def test_a_run_killed_anywhere_ends_as_one_that_was_not(place: Path, tmp_path: Path, whole: Path, number: int) -> None:
+    assert check_kill_and_resume(experiment(place, tmp_path), whole, number)
+
+
+LEARNED_STEPS = 3
+LEARNED = {
+    "merge.methods": "mergerec,adamerging",
+    "mergerec.steps": LEARNED_STEPS,
+    "mergerec.initialisation": "ties",
+    "mergerec.pseudo_users": "chain",
+    "adamerging.steps": 2,
+}
+
+
+def test_a_run_killed_while_it_learns_ends_as_one_that_was_not(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in the second step of the second learned merge: the first is not learned again, the others are."""
+    run_in_process(experiment(place, tmp_path / "whole", **LEARNED))
+    config, run = experiment(place, tmp_path, **LEARNED), tmp_path / "runs" / "run"
+    steps = 0
+
+    def draw_or_die(*arguments: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps == LEARNED_STEPS + 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return batch_terms(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(learn, "batch_terms", draw_or_die)
+        assert killed_at_write(config, number=10**6)
+    assert [folder.name for folder in run.glob("merged/[!.]*")] == ["mergerec-domain-wise"]
+    made = tree(run / "merged")
+    run_in_process(resumed(config))
+    assert made.items() <= tree(run / "merged").items()
+    assert results(run) == results(tmp_path / "whole" / "runs" / "run")
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_every_write_ends_as_one_that_was_not(place: Path, tmp_path: Path, whole: Path) -> None:
+    number = 1
+    while check_kill_and_resume(experiment(place, tmp_path / str(number)), whole, number):
+        number += 1
+    assert number > 50
+
+
+def test_the_run_that_was_not_ended_asks_everybody_once(place: Path, tmp_path: Path, whole: Path) -> None:
+    questions = Questions()
+    run_in_process(experiment(place, tmp_path), questions)
+    assert results(tmp_path / "runs" / "run") == results(whole)
+    assert set(questions.asked.values()) == {1}
+    assert questions.of("test") == set(DOMAINS)
+    assert questions.of("valid") == questions.of("train") == set(TRAIN)
+
+
+class Stopped(Exception):
+    """Ends a run where a test wants it."""
+
+
+@contextmanager
+def stopping_at(monkeypatch: pytest.MonkeyPatch, function: str) -> Iterator[None]:
+    """The server fails when it comes to this function."""
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sim.app.server.app, function, stop)
+        with pytest.raises(Stopped):
+            yield
+
+
+def test_a_damaged_expert_is_asked_for_again_and_a_damaged_merge_made_again(
+    place: Path, tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = experiment(place, tmp_path)
+    run = tmp_path / "runs" / "run"
+    with stopping_at(monkeypatch, "choose"):
+        run_in_process(config)
+    flip_last_byte(run / "adapters" / "books" / TENSOR_FILE)
+    (run / "adapters" / "coffee" / "training.json").unlink()
+    flip_last_byte(run / "merged" / "average" / TENSOR_FILE)
+    (run / "validation" / "beauty.json").write_text("{")
+    questions = Questions()
+    run_in_process(resumed(config), questions)
+    assert questions.of("train") == {"books", "coffee"}
+    assert questions.of("valid") == {"beauty"}
+    assert results(run) == results(whole)
+
+
+def test_a_merged_expert_that_cannot_be_had_again_is_named(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = experiment(place, tmp_path, **{"merge.methods": "average"})
+    with stopping_at(monkeypatch, "choose"):
+        run_in_process(config)
+    shutil.rmtree(tmp_path / "runs" / "run" / "adapters" / "books")
+    with pytest.raises(ClientError, match=r"the experts of books were merged, but are missing or damaged"):
+        run_in_process(resumed(config), silent("books", "train"))
+
+
+def silent(domain: str, message_type: str) -> Answer:
+    """One client says that it cannot answer one type of message."""
+
+    def answer(message: Message, context: Context) -> Message | None:
+        its_turn = DOMAINS[int(context.node_config["partition-id"])] == domain
+        if its_turn and message.metadata.message_type == message_type:
+            return Message(records.error_record("not today", domain), reply_to=message)
+        return answer_honestly(message, context)
+
+    return answer
+
+
+def test_who_failed_in_a_phase_that_has_ended_stays_out_and_who_failed_in_one_that_goes_on_is_asked_again(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = experiment(place, tmp_path, **{"merge.methods": "average"})
+    run = tmp_path / "runs" / "run"
+    with stopping_at(monkeypatch, "choose_per_domain"):
+        run_in_process(config, silent("coffee", "train"))
+    assert json.loads((run / "clients.json").read_text())["excluded_in_phase"] == {"coffee": "train"}
+    questions = Questions()
+    run_in_process(resumed(config), questions)
+    assert not questions.of("train")
+    clients = json.loads((run / "clients.json").read_text())
+    assert clients["excluded"] == {"coffee": "train failed: not today"}
+    assert set(clients["participants"]) == {"beauty", "books", "camping"}
+    assert set(json.loads((run / "merged/average/provenance.json").read_text())["domains"]) == {"beauty", "books"}
+
+
+def test_data_changed_under_a_resumed_run_exclude_their_domain(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = experiment(place, tmp_path, **{"merge.methods": "average"})
+    with stopping_at(monkeypatch, "_train"):
+        run_in_process(config)
+    clients = tmp_path / "runs" / "run" / "clients.json"
+    told = json.loads(clients.read_text())
+    told["participants"]["coffee"]["num_users"] = 29
+    clients.write_text(json.dumps(told))
+    run_in_process(resumed(config))
+    (reason,) = json.loads(clients.read_text())["excluded"].values()
+    assert reason == (
+        "its num_users is 30, the server's 29; a run has one state of the data: put it back, or start a new run"
+    )
+
+
+def test_a_finished_run_is_left_alone(whole: Path, place: Path, caplog: pytest.LogCaptureFixture) -> None:
+    before = tree(whole)
+    config = small_experiment(place, output_dir=str(place / "whole"), cache_dir=str(place / "whole-cache"))
+    run_in_process(resumed(config), lambda message, context: None)
+    assert tree(whole) == before
+
+
+def test_another_configuration_is_refused_and_nothing_is_damaged(whole: Path, place: Path, tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "run"
+    shutil.copytree(whole, run)
+    (run / "DONE").unlink()
+    before = tree(run)
+    config = small_experiment(place, output_dir=str(tmp_path / "runs"), cache_dir=str(place / "whole-cache"))
+    changed = config.model_copy(update={"seed": 1, "lora": config.lora.model_copy(update={"rank": 4})})
+    with pytest.raises(ConfigError) as caught:
+        run_in_process(resumed(changed))
+    lines = str(caught.value).splitlines()
+    assert lines[0] == (
+        f"{run}: the configuration differs from that of the run in 2 settings, so it cannot be resumed with it:"
+    )
+    assert lines[1:3] == ["  seed: the run has 0, given is 1", "  lora.rank: the run has 2, given is 4"]
+    assert "Resume without a configuration file" in lines[3]
+    assert tree(run) == before
+
+
+def test_two_processes_on_one_run_are_refused(whole: Path, place: Path, tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "run"
+    shutil.copytree(whole, run)
+    (run / "DONE").unlink()
+    config = small_experiment(place, output_dir=str(tmp_path / "runs"), cache_dir=str(place / "whole-cache"))
+    with (
+        locked(run),
+        pytest.raises(RunDirError, match=rf"{run}: process {os.getpid()} on .* works on this run\. Wait until"),
+    ):
+        run_in_process(resumed(config))
+    run_in_process(resumed(config))  # the lock file of a process that has ended does not count
+    assert results(run) == results(whole)
+
+
+def test_a_second_run_over_the_first_is_refused(whole: Path, place: Path) -> None:
+    before = tree(whole)
+    with pytest.raises(RunDirError, match=rf"never overwrites another.*fedmerge run --resume {whole}"):
+        run_in_process(small_experiment(place, output_dir=str(place / "whole")))
+    assert tree(whole) == before
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system with little space."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", disk], capture_output=True, check=False)
+    if done.returncode:
+        pytest.skip("mounting is not allowed here")
+    yield disk
+    subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+def test_a_full_disk_ends_the_run_and_with_more_space_it_goes_on(place: Path, whole: Path, small_disk: Path) -> None:
+    config = small_experiment(place, output_dir=str(small_disk), cache_dir=str(place / "whole-cache"))
+    run = small_disk / "run"
+    with pytest.raises(RunDirError, match=r"No space left.*Make space there .* a run goes on with fedmerge run"):
+        run_in_process(config)
+    assert list(run.glob("adapters/*/training.json"))
+    assert not (run / "DONE").exists()
+    assert not (run / "merged" / "mergerec-layer-wise").exists()
+    subprocess.run(["mount", "-o", "remount,size=10m", small_disk], check=True)
+    run_in_process(resumed(config))
+    assert results(run) == results(whole)
+
+
+def test_a_run_that_is_not_there_cannot_be_resumed(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunDirError, match=rf"there is no run {tmp_path}/runs/run \(looked for {tmp_path}/runs/run\)"):
+        run_in_process(resumed(experiment(place, tmp_path)))
+
+
+def flip_last_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-2] ^= 1
+    path.write_bytes(bytes(data))

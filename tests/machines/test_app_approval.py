@@ -1,0 +1,149 @@
+"""Which apps a client works for: the approved ones that hold what is installed here, and nothing else, ever."""
+
+import shutil
+import tempfile
+import zipfile
+from io import BytesIO
+from pathlib import Path
+
+import pytest
+from flwr.cli.build import build_fab_from_disk
+from flwr.supercore.fab import Fab
+
+import sim.machines.app_bundle
+from fedmerge.cli import main
+from fedmerge.domain.demo import write_demo
+from fedmerge.errors import PolicyError, RunDirError
+from fedmerge.organisation.app import app_sha256, check_app, check_contents
+from fedmerge.organisation.folder import approve_app, approved_apps, init_client, read_client
+from sim.local.launch import copy_app
+from sim.machines.executor import check
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+INSTALLED = Path(str(sim.__file__)).parent
+
+
+@pytest.fixture(scope="module")
+def good() -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        return build_fab_from_disk(copy_app(REPOSITORY, Path(folder)))
+
+
+def test_the_copy_that_flower_is_given_makes_the_bundle_of_the_checkout(tmp_path: Path, good: bytes) -> None:
+    """Whatever else lies in the checkout."""
+    checkout = tmp_path / "checkout"
+    shutil.copytree(REPOSITORY / "sim", checkout / "sim")
+    for name in ("pyproject.toml", "LICENSE", "README.md", ".gitignore"):
+        shutil.copyfile(REPOSITORY / name, checkout / name)
+    (checkout / ".gitignore").write_text((checkout / ".gitignore").read_text() + "\nsim/scratch.py\n")
+    for name in (".venv/lib/other/module.py", "runs/notes.md", "sim/notes.md", "sim/scratch.py", "docs/code.py"):
+        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+        (checkout / name).write_text("not of the app")
+    (checkout / "sim" / "link.py").symlink_to(REPOSITORY / "README.md")
+    copied = copy_app(checkout, tmp_path / "copied")
+    assert build_fab_from_disk(checkout) == build_fab_from_disk(copied) == good
+    assert sim.machines.app_bundle.app_sha256(checkout) == app_sha256(good)
+    assert {file.suffix for file in copied.rglob("*") if file.is_file()} == {".py", ".toml", ""}
+    assert not (copied / "docs").exists()
+
+
+@pytest.mark.parametrize(
+    "project",
+    [
+        "[tool.flwr.app]\npublisher = 'x'\n",
+        "[tool.flwr.app]\nfab-include = ['sim/']\n",
+        "[tool.flwr.app]\nfab-include = ['*.py']\n",
+        "[tool.flwr.app]\nfab-include = ['/LICENSE', 1, '']\n",
+        "[tool.flwr.app]\nfab-include = ['sim/**/*.py']\nfab-exclude = ['sim/machines/app_bundle.py']\n",
+        "tool = 3\n",
+        "not toml",
+        None,
+    ],
+)
+def test_of_an_app_with_other_rules_nothing_is_copied(tmp_path: Path, project: str | None) -> None:
+    (tmp_path / "app").mkdir()
+    if project is not None:
+        (tmp_path / "app" / "pyproject.toml").write_text(project)
+    assert copy_app(tmp_path / "app", tmp_path / "none") == tmp_path / "app"
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_copy_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(RunDirError, match=r"file/app: cannot be written \(Not a directory\)\. Make room, or"):
+        copy_app(REPOSITORY, tmp_path / "file" / "app")
+
+
+def repacked(good: bytes, changes: dict[str, bytes | None]) -> bytes:
+    """A bundle with some files replaced, added, or left out (None)."""
+    packed = BytesIO()
+    with zipfile.ZipFile(BytesIO(good)) as source, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as target:
+        for name in source.namelist():
+            if name not in changes:
+                target.writestr(name, source.read(name))
+        for name, data in changes.items():
+            if data is not None:
+                target.writestr(name, data)
+    return packed.getvalue()
+
+
+def test_the_app_that_is_built_here_is_taken_once_it_is_approved(good: bytes) -> None:
+    with pytest.raises(PolicyError, match=rf"the app {app_sha256(good)} is not approved here and was not run"):
+        check_app(good, frozenset({"0" * 64}), INSTALLED)
+    check_app(good, frozenset({app_sha256(good)}), INSTALLED)
+
+
+TAMPERED: dict[str, tuple[dict[str, bytes | None], str]] = {
+    "a line more": (
+        {"sim/app/client/app.py": b"import os\n"},
+        r"has another sim/app/client/app.py than the fedmerge",
+    ),
+    "a file more": ({"sim/app/more.py": b""}, r"has another sim/app/more.py .* \(1 files differ\)"),
+    "a file less": ({"sim/app/server/rounds.py": None}, r"has another sim/app/server/rounds.py"),
+    "its own fedmerge": ({"fedmerge/__init__.py": b""}, r"brings a fedmerge of its own \(fedmerge/__init__.py\)"),
+    "fedmerge as a module": ({"fedmerge.py": b""}, r"holds fedmerge.py; it was not run"),
+    "something that shadows": ({"torch.py": b""}, r"holds torch.py; it was not run. Expected nothing but sim/"),
+    "out of the folder": ({"../sim/x.py": b""}, r"holds \.\./sim/x.py"),
+    "a launcher": ({"sim/local/run.py": b""}, r"holds sim/local/run.py"),
+    "data": ({"sim/app/users.json": b"[]"}, r"has another sim/app/users.json"),
+    "much": ({"sim/more.py": b"#" * 11 * 2**20}, r"unpacks to more than 10,485,760 bytes"),
+}
+
+
+@pytest.mark.parametrize("case", TAMPERED)
+def test_an_app_with_other_contents_is_refused_even_if_approved(good: bytes, case: str) -> None:
+    changes, message = TAMPERED[case]
+    bundle = repacked(good, changes)
+    with pytest.raises(PolicyError, match=message):
+        check_app(bundle, frozenset({app_sha256(bundle)}), INSTALLED)
+
+
+def test_what_is_no_bundle_is_refused(good: bytes) -> None:
+    for bundle in (b"", b"garbage", good[:-30], good[:2000] + b"\0" * 50 + good[2050:]):
+        with pytest.raises(PolicyError, match=r"is no Flower app bundle|has another sim/|is not approved"):
+            check_contents(bundle, INSTALLED)
+    twice = BytesIO(good)
+    with zipfile.ZipFile(twice, "a") as archive, pytest.warns(UserWarning, match="Duplicate name"):
+        archive.writestr("sim/app/client/app.py", b"import os\n")
+    with pytest.raises(PolicyError, match="holds a file twice"):
+        check_contents(twice.getvalue(), INSTALLED)
+
+
+def test_approving_by_file_looks_into_it(good: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_demo(tmp_path / "domains", num_domains=2, num_users=10, num_items=20)
+    init_client(tmp_path / "north", "north", tmp_path / "domains" / "beauty")
+    (tmp_path / "good.fab").write_bytes(good)
+    (tmp_path / "bad.fab").write_bytes(repacked(good, {"fedmerge/__init__.py": b""}))
+    assert main(["client", "approve", str(tmp_path / "north"), "--app", str(tmp_path / "bad.fab")]) == 1
+    assert "brings a fedmerge of its own" in capsys.readouterr().err
+    assert main(["client", "approve", str(tmp_path / "north"), "--app", str(tmp_path / "good.fab")]) == 0
+    assert approved_apps(tmp_path / "north") == {app_sha256(good)}
+    client = read_client(tmp_path / "north")
+    check(client, Fab(app_sha256(good), good, {}))
+    with pytest.raises(PolicyError, match="one of Flower's agents"):
+        check(client, Fab(app_sha256(good), good, {}), is_client_app=False)
+    other = repacked(good, {"LICENSE": b"free"})
+    with pytest.raises(PolicyError, match="is not approved here"):  # whatever hash comes with it
+        check(client, Fab(app_sha256(good), other, {}))
+    approve_app(client.folder, app_sha256(other), "by hand")
+    check(client, Fab(app_sha256(other), other, {}))

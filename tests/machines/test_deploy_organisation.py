@@ -1,0 +1,248 @@
+"""Two organisations' clients over TLS with registered keys: an approved app is worked for, a tampered one never runs.
+
+A third organisation runs Flower's own SuperNode, which takes whatever comes: what the tampered app does there is what
+the other two are spared. One federation for the whole file; its tests follow each other.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from backbones import tiny_bert
+from flwr.cli.build import build_fab_from_disk
+from loopback import PROGRAMS, REPOSITORY, Loopback, bundle, eventually, free_port, start_loopback
+
+from fedmerge.domain.demo import write_demo
+from fedmerge.organisation.app import app_sha256
+
+pytestmark = [pytest.mark.deploy, pytest.mark.timeout(1800)]
+
+GUARDED = ("beauty", "books")
+PLAIN = "camping"
+EXPERIMENT = """
+name = "deployed"
+output_dir = "{place}/runs"
+run_id = "{run}"
+
+[domains]
+train = "beauty,books,camping"
+unseen = ""
+
+[backbone]
+source = "{place}/nowhere"
+
+[text]
+max_attribute_tokens = 12
+max_items = 2
+max_tokens = 48
+
+[lora]
+rank = 2
+alpha = 4
+
+[train]
+max_steps = 4
+batch_size = 16
+validate_every_steps = 2
+
+[merge]
+methods = "average"
+
+[privacy]
+policy = "{policy}"
+
+[server]
+wait_seconds = {wait}
+
+[runtime]
+precision = "float32"
+"""
+ATTACK = """
+import os as _os
+from pathlib import Path as _Path
+_stolen = _Path(_os.environ["STOLEN"]) / str(_os.getpid())
+_stolen.write_text("the app that was sent has run")
+
+@app.query("describe")
+def describe(message, context):
+    folder = _Path(str(context.node_config["domain-path"]))
+    data = (folder / "interactions.parquet").read_bytes()
+    return Message(RecordDict({"facts": records.ConfigRecord({"interactions": data})}), reply_to=message)
+"""
+SHADOW = "import os, pathlib\n(pathlib.Path(os.environ['STOLEN']) / __name__).write_text('imported')\n"
+
+
+@pytest.fixture(scope="module")
+def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loopback]:
+    """A SuperLink, two guarded clients, one plain SuperNode, all connected."""
+    place = tmp_path_factory.mktemp("federation")
+    write_demo(place / "domains", num_domains=4, num_users=40, num_items=25)
+    tiny_bert(place / "backbone")
+    (place / "stolen").mkdir()
+    found = start_loopback(place)
+    try:
+        app = app_sha256(build_fab_from_disk(REPOSITORY))
+        given = bundle(place / "bundle", place / "tls" / "ca.crt", found.address, app)
+        for name in (*GUARDED, PLAIN):
+            where = ("--domain", str(place / "domains" / name), "--backbone", str(place / "backbone"))
+            done = found.client("init", f"org-{name}", "--name", name, *where)
+            assert done.returncode == 0, done.stderr
+            found.flwr("supernode", "register", str(place / f"org-{name}" / "key.pub"), "test")
+        for name in GUARDED:
+            done = found.client("approve", f"org-{name}", "--bundle", str(given))
+            assert done.returncode == 0, done.stderr
+            cache = place / f"org-{name}" / "cache"  # the folder that the client's processes work in
+            for shadow in ("fedmerge", "sim"):
+                (cache / shadow).mkdir(parents=True)
+                (cache / shadow / "__init__.py").write_text(SHADOW)
+            start_client(found, name)
+        key = str(place / f"org-{PLAIN}" / "key")
+        found.start(
+            f"{PLAIN}.log",
+            *(str(PROGRAMS / "flower-supernode"), "--superlink", found.address, "--port", str(free_port())),
+            *("--root-certificates", str(place / "tls" / "ca.crt"), "--auth-supernode-private-key", key),
+            *("--node-config", f"domain-path='{place / 'domains' / PLAIN}'"),
+            STOLEN=str(place / "stolen"),
+            FLWR_HOME=str(place / "plain"),
+        )
+        for name in GUARDED:
+            found.said(f"{name}.log", "connected to", 300)
+            found.said(f"{name}.log", "ready; answers with", 300)
+        found.said(f"{PLAIN}.log", "SuperNode ID", 300)
+        yield found
+    finally:
+        found.end()
+
+
+def start_client(federation: Loopback, name: str) -> None:
+    command = (sys.executable, "-m", "fedmerge.cli", "client", "start", f"org-{name}", "--bundle", "bundle")
+    federation.start(f"{name}.log", *command, STOLEN=str(federation.place / "stolen"))
+
+
+def experiment(federation: Loopback, run: str, policy: str = "adapter") -> Path:
+    """An experiment file; the backbone that it names is on the server, not where the clients look by themselves."""
+    text = EXPERIMENT.format(place=federation.place, run=run, wait=60, policy=policy)
+    path = federation.place / f"{run}.toml"
+    path.write_text(text.replace("/nowhere", "/server-backbone"))
+    if not (federation.place / "server-backbone").exists():
+        shutil.copytree(federation.place / "backbone", federation.place / "server-backbone")
+    return path
+
+
+def processes(*words: str) -> set[int]:
+    """The ids of the living processes whose command line holds all these words."""
+    found = set()
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            line = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue
+        if all(word in line for word in words):
+            found.add(int(folder.name))
+    return found - {os.getpid()}
+
+
+def test_an_approved_app_is_worked_for_by_the_installed_code(federation: Loopback) -> None:
+    place = federation.place
+    run = place / "runs" / "honest"
+    log = federation.run(REPOSITORY, experiment(federation, "honest"), run)
+    assert (run / "DONE").exists(), log
+    assert set(json.loads((run / "clients.json").read_text())["participants"]) == {*GUARDED, PLAIN}
+    for name in GUARDED:
+        said = (place / f"{name}.log").read_text()
+        assert re.search(rf"ready; answers with fedmerge \S+ from {re.escape(str(REPOSITORY / 'fedmerge'))}\n", said)
+        assert "train: answered after" in said
+        assert list((place / f"org-{name}" / "cache" / "experts").glob("*"))  # its own cache_dir, not the run's
+        assert not list((place / f"org-{name}" / "cache" / "flower").rglob("*.py"))  # nothing that came was unpacked
+    assert list((place / "plain").rglob("client_app.py"))  # Flower's own executor does that
+    assert not list((place / "stolen").iterdir())
+    assert not list(run.rglob("interactions*"))
+
+
+def test_a_client_keeps_its_secrets_through_the_messages_of_a_secure_sum(federation: Loopback) -> None:
+    run = federation.place / "runs" / "summed"
+    for name in GUARDED:  # its owner's word; read anew for every message
+        path = federation.place / f"org-{name}" / "policy.toml"
+        path.write_text(
+            path.read_text().replace('"adapter+catalog,adapter"', '"adapter+catalog,adapter,aggregate-only"')
+        )
+    log = federation.run(REPOSITORY, experiment(federation, "summed", "aggregate-only"), run)
+    assert (run / "DONE").exists(), log
+    assert json.loads((run / "clients.json").read_text())["excluded"] == {}
+    assert not (run / "adapters").exists()  # no single one came
+    assert list((run / "merged").rglob("adapter_model.safetensors"))
+
+
+def test_a_client_that_was_killed_comes_back_by_itself(federation: Loopback) -> None:
+    """Its SuperNode is refused until the server has noticed; the supervisor says so, waits, and is let in again."""
+    place = federation.place
+    (supernode,) = processes("flower-supernode", str(place / "org-books"))
+    started = time.monotonic()
+    os.kill(supernode, signal.SIGKILL)
+    log = place / "books.log"
+    assert eventually(lambda: log.read_text().count("connected to") == 2, 300), log.read_text()
+    print(f"let in again after {time.monotonic() - started:.0f} s")
+    said = log.read_text()
+    assert "the SuperNode ended with -9; flower.log has more; trying again in 5 s" in said
+    assert "does not let this client in yet: it may take a minute to notice" in said
+    assert "is not registered there" not in said
+    assert eventually(lambda: log.read_text().count("ready; answers with") >= 2, 300)
+
+
+def test_a_tampered_app_is_refused_before_anything_of_it_runs(federation: Loopback) -> None:
+    place = federation.place
+    app = place / "app"
+    app.mkdir()
+    for name in ("pyproject.toml", "LICENSE"):
+        shutil.copy(REPOSITORY / name, app)
+    shutil.copytree(REPOSITORY / "sim", app / "sim", ignore=shutil.ignore_patterns("__pycache__"))
+    text = (app / "sim" / "client_app.py").read_text()
+    text = text.replace('@app.query("describe")', '@app.query("described")') + ATTACK
+    (app / "sim" / "client_app.py").write_text(text.replace("from sim import records", "from sim import records\n"))
+    sha256 = app_sha256(build_fab_from_disk(app))
+    with (place / "org-books" / "approved.txt").open("a") as file:  # one organisation has even been talked into it
+        file.write(f"\n{sha256}\n")
+    interactions = {name: (place / "domains" / name / "interactions.parquet").read_bytes() for name in GUARDED}
+
+    run = place / "runs" / "tampered"
+    log = federation.run(app, experiment(federation, "tampered"), run)
+
+    assert "0 training clients are left" in log
+    excluded = json.loads((run / "clients.json").read_text())["excluded"]
+    reasons = {name.split(" (")[0]: reason for name, reason in excluded.items()}
+    assert f"PolicyError: the app {sha256} is not approved here and was not run" in reasons["beauty"]
+    assert "has another sim/app/client/app.py than the fedmerge installed here" in reasons["books"]
+    assert len(list((place / "stolen").iterdir())) == 1  # Flower's own SuperNode ran it, so the attack is a real one
+    sizes = {row["name"]: row["size_bytes"] for row in pq.read_table(run / "exposure.parquet").to_pylist()}
+    assert sizes["facts.interactions"] == (place / "domains" / PLAIN / "interactions.parquet").stat().st_size
+    for name in GUARDED:
+        said = (place / f"{name}.log").read_text()
+        assert "query.describe: refused: the app" in said
+        assert not list((place / f"org-{name}" / "cache" / "flower").rglob("*.py"))
+        for path in (path for path in run.rglob("*") if path.is_file()):
+            assert interactions[name] not in path.read_bytes()
+
+
+def test_a_client_whose_supervisor_is_killed_leaves_nothing_behind(federation: Loopback) -> None:
+    place = str(federation.place / "org-beauty")
+    assert len(processes("flower-supernode", place)) == len(processes("sim.machines.executor", place)) == 1
+    (supervisor,) = processes("client start org-beauty")
+    os.kill(supervisor, signal.SIGKILL)
+    assert eventually(lambda: not processes("flower-supernode", place) | processes("sim.machines.executor", place), 20)
+
+
+def test_a_client_that_is_told_to_end_tells_the_server(federation: Loopback) -> None:
+    (supervisor,) = processes("client start org-books")
+    os.kill(supervisor, signal.SIGTERM)
+    federation.said("books.log", "client ended", 60)
+    start_client(federation, "books")  # at once: the server knows that the last one has gone
+    log = federation.place / "books.log"
+    assert eventually(lambda: log.read_text().count("connected to") == 3, 200), log.read_text()

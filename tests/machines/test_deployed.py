@@ -1,0 +1,166 @@
+"""Commands for a federation on several machines, as far as they need none: what is refused, and how it is said."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fedmerge.cli import main
+from fedmerge.deploy.folder import create_deployment
+from fedmerge.files import append_line
+from sim.machines import runs as deployed
+from sim.machines.runs import JOURNAL, connection, list_submitted
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+UNUSED = 9  # nobody listens there
+
+
+@pytest.fixture
+def operator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The operator's folder of a federation that does not run."""
+    made = create_deployment(tmp_path / "operator", "prod", ["localhost"], 8443, UNUSED, REPOSITORY)
+    monkeypatch.setenv("FLWR_HOME", str(made.flower_home))
+    return made.folder
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What a command that fails says."""
+    assert main(list(arguments)) == 1
+    return capsys.readouterr().err
+
+
+def test_a_federation_that_is_not_known_is_named(
+    operator: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = refusal(capsys, "runs", "--federation", "test")
+    assert f"{operator}/flower/config.toml: has no federation 'test'; it has: prod. Correct the name, or export" in told
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path / "nowhere"))
+    told = refusal(capsys, "stop", "x", "--federation", "prod")
+    assert "nowhere/config.toml: cannot be read" in told
+    assert "export FLWR_HOME=DIR/flower" in told
+
+
+def test_a_connection_knows_whether_the_operators_folder_is_here(operator: Path, tmp_path: Path) -> None:
+    assert connection("prod").operator == operator
+    remote = tmp_path / "laptop"
+    (operator / "operator").rename(remote)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FLWR_HOME", str(remote / "flower"))
+        assert connection("prod").operator is None
+
+
+def test_a_superlink_that_does_not_run_is_told_with_the_command_that_starts_it(
+    operator: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = refusal(capsys, "runs", "--federation", "prod")
+    assert "prod: its SuperLink does not answer" in told
+    assert f"Does it run? fedmerge deploy start {operator}" in told
+
+
+def test_what_is_there_already_is_refused_before_anything_is_sent(
+    operator: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["run", str(REPOSITORY / "configs" / "tiny.toml"), "--federation", "prod", "--set", "run_id=x"]
+    (operator / "runs" / "x").mkdir()
+    told = refusal(capsys, *arguments)
+    assert f"{operator}/runs/x exists; a run never overwrites another" in told
+    assert "go on with it: fedmerge run --resume x --federation prod" in told
+    told = refusal(capsys, "run", "--resume", "y", "--federation", "prod")
+    assert "there is no run y" in told
+    told = refusal(capsys, "run", "--federation", "prod")
+    assert "run: name an experiment file; without one a run is resumed only on the SuperLink's machine" in told
+
+
+class Flower:
+    """What Flower's commands answer."""
+
+    def __init__(self) -> None:
+        self.asked: list[list[str]] = []
+        self.status = "running"
+
+    def __call__(self, command: list[str], variables: dict[str, str]) -> dict[str, object]:
+        self.asked.append(command[1:])
+        if command[1] == "run":
+            return {"success": True, "run-id": "77"}
+        if command[1] == "stop":
+            return {"success": True}
+        run = {
+            "run-id": "77",
+            "status": self.status,
+            "status-details": "why",
+            "pending-at": "2026-01-02 03:04:05Z",
+            "elapsed": 12.0,
+            "network-traffic": {"inbound-bytes": 2**21},
+        }
+        return {"success": True, "runs": [run]}
+
+
+@pytest.fixture
+def flower(monkeypatch: pytest.MonkeyPatch) -> Flower:
+    made = Flower()
+    monkeypatch.setattr(deployed, "ask_flower", made)
+    return made
+
+
+def test_a_run_is_stopped_by_the_name_of_its_folder(
+    operator: Path, flower: Flower, capsys: pytest.CaptureFixture[str]
+) -> None:
+    append_line(operator / "flower" / JOURNAL, {"run": "mine", "flower": "77"})
+    assert [(run.run, run.status, run.received_bytes) for run in list_submitted(connection("prod"))] == [
+        ("mine", "running", 2**21)
+    ]
+    assert main(["runs", "--federation", "prod"]) == 0
+    assert "mine  running  12 s  2.0 MiB received  2026-01-02 03:04:05Z  77" in capsys.readouterr().out
+    assert main(["stop", "mine", "--federation", "prod"]) == 0
+    assert flower.asked[-1][:3] == ["stop", "77", "prod"]
+    assert "run mine, Flower's number 77: stopped; what is finished is kept" in capsys.readouterr().out
+    flower.status = "finished:failed"
+    assert "run 77: has ended already (finished:failed)" in refusal(capsys, "stop", "77", "--federation", "prod")
+    assert "run other: not known to prod. See fedmerge runs" in refusal(capsys, "stop", "other", "--federation", "prod")
+
+
+def test_paths_are_sent_as_they_are_written_and_the_exit_code_is_that_of_the_run(
+    operator: Path, flower: Flower, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sent: list[str] = []
+
+    def log(command: list[str], variables: dict[str, str], num_seen: int, on_line: object) -> int:
+        flower.status = "finished:failed"
+        return num_seen
+
+    def asked(command: list[str], variables: dict[str, str]) -> dict[str, object]:
+        if command[1] == "run":
+            sent.append(Path(command[-1]).read_text())
+        return flower(command, variables)
+
+    monkeypatch.setattr(deployed, "pass_on_log", log)
+    monkeypatch.setattr(deployed, "ask_flower", asked)
+    arguments = ["run", str(REPOSITORY / "configs" / "tiny.toml"), "--federation", "prod", "--set", "run_id=x"]
+    assert main(arguments) == 1
+    told = capsys.readouterr()
+    assert "run x, Flower's number 77: submitted to prod" in told.out
+    assert "the run did not finish: finished:failed why" in told.err
+    assert "to go on: fedmerge run --resume x --federation prod" in told.err
+    assert 'cache_dir = "~/.cache/fedmerge"' in sent[0]
+    assert 'output_dir = "runs"' in sent[0]
+    assert json.loads((operator / "flower" / JOURNAL).read_text())["run"] == "x"
+
+    (operator / "runs" / "x").mkdir()
+    (operator / "runs" / "x" / "config.toml").write_text(sent[0])
+    (operator / "runs" / "x" / "DONE").touch()
+    assert main(["run", "--resume", "x", "--federation", "prod"]) == 0
+    assert "this run is finished; nothing is left to do" in capsys.readouterr().out
+
+
+def test_ctrl_c_leaves_the_run_going(
+    operator: Path, flower: Flower, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(deployed, "pass_on_log", interrupted)
+    arguments = ["run", str(REPOSITORY / "configs" / "tiny.toml"), "--federation", "prod", "--set", "run_id=x"]
+    assert main(arguments) == 130
+    told = capsys.readouterr().err
+    assert "run x, Flower's number 77: goes on. To end it: fedmerge stop x --federation prod" in told
+    assert not [command for command in flower.asked if command[0] == "stop"]

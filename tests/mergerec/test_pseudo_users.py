@@ -1,0 +1,194 @@
+"""Pseudo-users of every kind: which texts, which teacher vectors, and that nothing private is needed."""
+
+import itertools
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from adapters import layout_of, random_adapter
+from backbones import tiny_bert
+
+from fedmerge.adapter import Adapter
+from fedmerge.device import resolve_compute
+from fedmerge.domain.demo import generate_domain
+from fedmerge.encoder.backbone import Backbone, load_backbone
+from fedmerge.encoder.encode import encode
+from fedmerge.encoder.lora import applied
+from fedmerge.encoder.text import TokenTable, build_token_table, pack_sequences
+from fedmerge.errors import ConfigError, DomainError
+from fedmerge.mergerec.pseudo_users import (
+    LONGEST_CHAIN,
+    NEIGHBOURS,
+    PseudoDomain,
+    centroid_domain,
+    chain_domain,
+    one_item_domain,
+    popular_domain,
+    pseudo_domain,
+    subset_domain,
+)
+
+NUM_ITEMS = 30
+MAX_TOKENS = 40
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
+    return load_backbone(str(tiny_bert(tmp_path_factory.mktemp("bert"))), "mean", resolve_compute("cpu", "float32"))
+
+
+@pytest.fixture(scope="module")
+def expert(bert: Backbone) -> Adapter:
+    return random_adapter(layout_of(bert), rank=2, scaling=1.0, seed=0)
+
+
+@pytest.fixture(scope="module")
+def table(bert: Backbone) -> TokenTable:
+    return build_token_table(generate_domain("camping", num_users=1, num_items=NUM_ITEMS).catalog, bert.tokenizer, 6)
+
+
+@pytest.fixture(scope="module")
+def items(bert: Backbone, expert: Adapter, table: TokenTable) -> PseudoDomain:
+    return one_item_domain("camping", bert, expert, table, MAX_TOKENS)
+
+
+@pytest.fixture(scope="module")
+def amateur(bert: Backbone) -> Adapter:
+    return random_adapter(layout_of(bert), rank=2, scaling=1.0, seed=9)
+
+
+@pytest.fixture(scope="module")
+def theirs(bert: Backbone, amateur: Adapter, items: PseudoDomain) -> torch.Tensor:
+    """The items' vectors under the amateur."""
+    with applied(bert, amateur):
+        return encode(bert, items.items)
+
+
+def chosen(domain: PseudoDomain, items: PseudoDomain) -> list[int]:
+    """The items that one-item pseudo-users consist of, after a check of texts and vectors."""
+    found = [next(i for i, text in enumerate(items.items) if text is user) for user in domain.users]
+    assert torch.equal(domain.teacher_users, items.teacher_items[found])
+    assert domain.items is items.items
+    return found
+
+
+def test_a_subset_is_drawn_once_and_by_seed(items: PseudoDomain) -> None:
+    drawn = chosen(subset_domain(items, 12, seed=3), items)
+    assert len(set(drawn)) == 12
+    assert drawn == chosen(subset_domain(items, 12, seed=3), items)
+    assert drawn != chosen(subset_domain(items, 12, seed=4), items)
+    assert sorted(chosen(subset_domain(items, 999, seed=0), items)) == list(range(NUM_ITEMS))
+
+
+def test_centroids_stand_for_the_clusters() -> None:
+    angles = torch.tensor([0.00, 0.02, 0.04, 1.50, 1.52, 1.54, 3.00, 3.02, 3.04])  # three bundles of three
+    vectors = torch.stack([angles.cos(), angles.sin()], dim=1)
+    texts = [np.array([i], np.int32) for i in range(9)]
+    bundles = PseudoDomain("x", texts, vectors, texts, vectors)
+    found = {tuple(chosen(centroid_domain(bundles, 3, seed), bundles)) for seed in range(20)}
+    assert (1, 4, 7) in found  # the middle of each; a start with two centres in one bundle can stay stuck
+    assert all(1 <= len(items) <= 3 for items in found)
+    assert chosen(centroid_domain(bundles, 9, 0), bundles) == list(range(9))
+
+
+def test_popular_items_come_first_in_the_catalog_order_of_ties(items: PseudoDomain) -> None:
+    counts = np.zeros(NUM_ITEMS, np.int64)
+    counts[[7, 3, 20, 11]] = (5, 2, 9, 2)
+    assert chosen(popular_domain(items, counts, 4), items) == [20, 7, 3, 11]
+    with pytest.raises(DomainError, match=r"'camping': found counts of shape \(29,\), expected one for each of 30"):
+        popular_domain(items, counts[:-1], 4)
+
+
+def walks(domain: PseudoDomain, table: TokenTable, bert: Backbone) -> list[list[int]]:
+    """The chains that texts were packed from, oldest item first, found again by their tokens."""
+    texts = {pack_sequences(table, [[i]], bert.special, 1, MAX_TOKENS)[0][1:-1].tobytes(): i for i in range(NUM_ITEMS)}
+    assert len(texts) == NUM_ITEMS
+    separator = int(table.separator[0])
+    found = []
+    for user in domain.users:
+        body = user[1:-1]
+        parts = np.split(body, np.flatnonzero(body == separator))
+        found.append([texts[(part if n == 0 else part[1:]).tobytes()] for n, part in enumerate(parts)][::-1])
+    return found
+
+
+def test_chains_walk_among_the_most_similar_items(
+    bert: Backbone, expert: Adapter, table: TokenTable, items: PseudoDomain
+) -> None:
+    domain = chain_domain(items, bert, expert, table, 127, number=45, seed=1)
+    similarity = items.teacher_items @ items.teacher_items.T - 2 * torch.eye(NUM_ITEMS)
+    nearest = similarity.topk(NEIGHBOURS, dim=1).indices.tolist()
+    chains = walks(domain, table, bert)
+    assert len(chains) == 45
+    assert sorted(chain[0] for chain in chains[:NUM_ITEMS]) == list(range(NUM_ITEMS))
+    assert {len(chain) for chain in chains} == set(range(2, LONGEST_CHAIN + 1))
+    for chain in chains:
+        assert len(set(chain)) == len(chain)
+        assert all(after in nearest[before] for before, after in itertools.pairwise(chain))
+    with applied(bert, expert):
+        assert torch.equal(domain.teacher_users, encode(bert, domain.users))
+    again = chain_domain(items, bert, expert, table, 127, number=45, seed=1)
+    assert walks(again, table, bert) == chains
+    assert walks(chain_domain(items, bert, expert, table, 127, number=45, seed=2), table, bert) != chains
+
+
+def test_contrast_prefers_what_only_the_expert_finds_similar(
+    bert: Backbone, expert: Adapter, amateur: Adapter, theirs: torch.Tensor, table: TokenTable, items: PseudoDomain
+) -> None:
+    advantage = items.teacher_items @ items.teacher_items.T - theirs @ theirs.T
+
+    def mean_advantage(domain: PseudoDomain) -> float:
+        steps = [pair for chain in walks(domain, table, bert) for pair in itertools.pairwise(chain)]
+        return float(np.mean([advantage[before, after] for before, after in steps]))
+
+    plain = chain_domain(items, bert, expert, table, 127, number=300, seed=0)
+    contrastive = chain_domain(items, bert, expert, table, 127, number=300, seed=0, amateur=amateur)
+    assert mean_advantage(contrastive) > mean_advantage(plain) + 0.005
+
+
+def test_the_first_step_of_a_walk_has_the_chances_of_the_definition(
+    bert: Backbone, expert: Adapter, amateur: Adapter, theirs: torch.Tensor, table: TokenTable, items: PseudoDomain
+) -> None:
+    for contrast in (None, amateur):
+        domain = chain_domain(items, bert, expert, table, 127, number=40 * NUM_ITEMS, seed=0, amateur=contrast)
+        steps = Counter((chain[0], chain[1]) for chain in walks(domain, table, bert))
+        surprise = 0.0
+        for start in range(NUM_ITEMS):
+            similarity = [float(items.teacher_items[start] @ other) for other in items.teacher_items]
+            others = sorted({*range(NUM_ITEMS)} - {start}, key=lambda item: -similarity[item])[:NEIGHBOURS]
+            advantage = [similarity[item] - float(theirs[start] @ theirs[item]) for item in others]
+            chances = np.exp(np.array(advantage) / 0.05 if contrast else np.zeros(NEIGHBOURS))
+            expected = 40 * chances / chances.sum()
+            assert sum(steps[start, item] for item in others) == 40
+            surprise += sum((steps[start, i] - e) ** 2 / e for i, e in zip(others, expected, strict=True))
+        freedom = NUM_ITEMS * (NEIGHBOURS - 1)
+        assert abs(surprise - freedom) < 4 * (2 * freedom) ** 0.5  # chi-squared
+
+
+def test_kinds_by_name(bert: Backbone, expert: Adapter, table: TokenTable, items: PseudoDomain) -> None:
+    def made(kind: str, **changes: Any) -> PseudoDomain:
+        settings = {"number": 7, "seed": 0, "amateur": expert, **changes}
+        return pseudo_domain(kind, items, bert, expert, table, MAX_TOKENS, **settings)
+
+    assert made("one-item") is items
+    sizes: dict[str, Callable[[int], bool]] = {"subset": (7).__eq__, "centroid": (7).__ge__, "chain": (7).__eq__}
+    for kind, right in sizes.items():
+        assert right(len(made(kind).users)), kind
+    assert len(made("chain", number=None).users) == NUM_ITEMS
+    assert len(made("contrastive").users) == 7
+    with pytest.raises(ConfigError, match="popularity is counted on private interactions and no message carries it"):
+        made("popular")
+    with pytest.raises(ConfigError, match="contrasts with other experts, found none; use 'chain'"):
+        made("contrastive", amateur=None)
+    with pytest.raises(ConfigError, match="found kind 'typical', expected one of one-item, subset, centroid"):
+        made("typical")
+
+
+def test_a_catalog_of_two_items_still_has_chains(bert: Backbone, expert: Adapter) -> None:
+    table = build_token_table(generate_domain("camping", num_users=1, num_items=NUM_ITEMS).catalog, bert.tokenizer, 6)
+    two = TokenTable(table.ids, table.offsets[:3], table.separator)
+    items = one_item_domain("two", bert, expert, two, MAX_TOKENS)
+    assert {len(chain) for chain in walks(chain_domain(items, bert, expert, two, 127, number=9), table, bert)} == {2}

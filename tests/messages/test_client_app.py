@@ -1,0 +1,42 @@
+"""What the clients that one worker process simulates have in common."""
+
+from pathlib import Path
+
+import torch
+from flwr.app import Context, RecordDict
+
+from fedmerge.client.cache.experts import trained_expert
+from fedmerge.config import from_flat, to_flat
+from fedmerge.domain.demo import write_demo
+from fedmerge.encoder.demo_backbone import write_demo_backbone
+from sim.app.client import app as client_app
+
+
+def test_the_clients_of_one_worker_share_one_backbone_that_no_training_changes(tmp_path: Path) -> None:
+    names = write_demo(tmp_path / "domains", num_domains=6, num_users=20, num_items=20)
+    flat = {
+        "domains.root": str(tmp_path / "domains"),
+        "domains.train": ",".join(names),
+        "domains.unseen": "",
+        "backbone.source": str(write_demo_backbone(tmp_path / "backbone")),
+        "cache_dir": str(tmp_path / "cache"),
+        "train.max_steps": 2,
+        "train.batch_size": 8,
+        "runtime.precision": "float32",
+        "runtime.device": "cpu",
+    }
+    config = from_flat(flat)
+    loads = client_app._backbone.cache_info().misses
+    clients = [
+        client_app._client(Context(1, node, {"partition-id": node, "num-partitions": 6}, RecordDict(), to_flat(config)))
+        for node in range(6)
+    ]
+    assert [client.domain.manifest.name for client in clients] == list(names)
+    assert len({id(client.domain.backbone.model) for client in clients}) == 1
+    assert client_app._backbone.cache_info().misses == loads + 1
+    model = clients[0].domain.backbone.model
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    _, report = trained_expert(clients[0].domain, config, lambda line: None)
+    assert report["steps"] == 2
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

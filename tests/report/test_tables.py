@@ -1,0 +1,270 @@
+"""Tables of results: numbers in the right cells, marks, headers, and what is refused."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from fedmerge.errors import LayoutMismatchError
+from fedmerge.evaluation.ranks import METRICS, per_user_metrics
+from fedmerge.evaluation.sums import MetricSums, metric_sums, paired_difference, paired_difference_of_mean
+from fedmerge.report.tables import ResultRow, Role, TableFormat, differences_table, result_rows, results_table
+from fedmerge.seeding import generator
+
+ROLES: dict[str, Role] = {"Beauty": "train", "Toys": "train", "Garden": "unseen"}
+
+
+def row(domain: str, method: str, recall: float, ndcg: float = 0.01) -> ResultRow:
+    num_users = {"Beauty": 4000, "Toys": 1500, "Garden": 20}[domain]
+    return ResultRow(domain, ROLES[domain], method, num_users, {"recall@10": recall, "ndcg@10": ndcg})
+
+
+ROWS = (
+    row("Garden", "backbone", 0.03),
+    row("Beauty", "backbone", 0.05),
+    row("Toys", "backbone", 0.04),
+    row("Beauty", "expert", 0.09),
+    row("Beauty", "average", 0.0612),
+    row("Toys", "average", 0.0744),
+    row("Garden", "average", 0.041),
+    row("Beauty", "ties", 0.0627),
+    row("Toys", "ties", 0.0701),
+    row("Garden", "ties", 0.041),
+)
+
+
+def plain_cells(text: str, metric: str) -> dict[str, list[str]]:
+    """First word of a line -> the other words, for the lines of one metric's table."""
+    table = next(part for part in text.split("\n\n") if part.startswith(metric))
+    return {line.split()[0]: line.split()[1:] for line in table.splitlines()[1:]}
+
+
+def markdown_cells(text: str, metric: str) -> dict[str, list[str]]:
+    """First cell of a line -> the other cells."""
+    table = next(part for part in text.split("\n\n") if part.startswith(f"| {metric}"))
+    lines = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table.splitlines()]
+    return {line[0]: line[1:] for line in lines}
+
+
+def test_numbers_stand_in_their_cells() -> None:
+    text = results_table(ROWS, variant="masked", split="test", merged_methods={"average", "ties"})
+    cells = plain_cells(text, "recall@10")
+    # Training domains first, then unseen ones, then the means over training and over unseen domains.
+    assert cells["users"] == ["4,000", "1,500", "20"]
+    assert cells["backbone"] == ["0.0500", "0.0400", "0.0300", "0.0450", "0.0300"]
+    assert cells["average"] == ["0.0612", "0.0744*", "0.0410*", "0.0678*", "0.0410*"]
+    assert cells["ties"] == ["0.0627*", "0.0701", "0.0410*", "0.0664", "0.0410*"]
+    assert plain_cells(text, "ndcg@10")["ties"] == ["0.0100*"] * 5
+
+
+def test_a_mean_over_some_of_the_domains_is_not_given() -> None:
+    text = results_table(ROWS, variant="masked", split="test")
+    assert plain_cells(text, "recall@10")["expert"] == ["0.0900", "-", "-", "-", "-"]
+    assert "-: not evaluated" in text
+    whole = results_table([one for one in ROWS if one.method != "expert"], variant="masked", split="test")
+    assert "not evaluated" not in whole
+
+
+def test_the_header_says_what_was_measured() -> None:
+    text = results_table(ROWS, variant="unmasked", split="valid")
+    head = text.split("\n\n")[0].splitlines()
+    assert head[0].startswith("variant: unmasked")
+    assert head[1:] == ["split: valid", "users: 5,520 in 3 domains"]
+    assert "SYNTHETIC" not in text
+    titles = next(line for line in text.splitlines() if line.startswith("recall@10"))
+    assert titles.split("  ")[-1].strip() == "mean of unseen (1)"
+    assert "mean of training (2)" in titles
+    assert "Garden (unseen)" in titles
+
+
+def test_of_many_domains_the_means_alone_are_shown() -> None:
+    def rows(num_domains: int) -> list[ResultRow]:
+        return [
+            ResultRow(f"d{k:02d}", "train" if k else "unseen", method, 10, {"recall@10": recall, "ndcg@10": 0.0})
+            for k in range(num_domains)
+            for method, recall in (("average", k / 100), ("ties", 0.5))
+        ]
+
+    few = results_table(rows(20), variant="masked", split="test", merged_methods={"average", "ties"})
+    assert len(plain_cells(few, "recall@10")["average"]) == 22
+    assert "columns:" not in few
+    many = results_table(rows(21), variant="masked", split="test", merged_methods={"average", "ties"})
+    assert plain_cells(many, "recall@10")["average"] == ["0.1050", "0.0000"]
+    assert plain_cells(many, "recall@10")["ties"] == ["0.5000*", "0.5000*"]
+    assert "the sums of each of the 21 domains are in metrics.parquet" in many
+    assert "d00" not in many
+    rng = generator(0, "tables")
+    sums = {
+        f"d{k:02d}": metric_sums({name: rng.random((9, len(METRICS))) for name in ("average", "ties")}, "unmasked")
+        for k in range(21)
+    }
+    roles: dict[str, Role] = dict.fromkeys(sums, "train")
+    text = differences_table(sums, roles, baseline="average", split="test")
+    assert len(plain_cells(text, "recall@10")["ties"]) == 3  # difference ± half-width
+    assert max(map(len, text.splitlines())) < 250
+
+
+@pytest.mark.parametrize("table_format", ["plain", "markdown"])
+def test_generated_data_are_announced_first(table_format: TableFormat) -> None:
+    text = results_table(ROWS, variant="masked", split="test", synthetic=True, table_format=table_format)
+    assert text.lstrip("*").startswith("SYNTHETIC DATA")
+
+
+def test_columns_of_plain_text_are_aligned() -> None:
+    text = results_table(ROWS, variant="masked", split="test", merged_methods=("average", "ties"))
+    table = next(part for part in text.split("\n\n") if part.startswith("recall@10")).splitlines()
+    rule, body = table[2], table[3:]
+    assert set(rule) == {"-"}
+    assert all(len(line) <= len(rule) for line in table)
+    points = [[i for i, character in enumerate(line) if character == "."] for line in body if "-" not in line]
+    assert len(points) == 3
+    assert points[0] == points[1] == points[2]
+
+
+def test_markdown_has_one_cell_a_column_and_bold_marks() -> None:
+    text = results_table(
+        ROWS, variant="masked", split="test", merged_methods=["average", "ties"], table_format="markdown"
+    )
+    cells = markdown_cells(text, "recall@10")
+    assert "\n| --- | ---: | ---: | ---: | ---: | ---: |\n| users |" in text
+    assert cells["average"] == ["0.0612", "**0.0744**", "**0.0410**", "**0.0678**", "**0.0410**"]
+    assert cells["expert"] == ["0.0900", "-", "-", "-", "-"]
+    widths = {line.count(" | ") for line in text.splitlines() if line.startswith("| ")}
+    assert widths == {5}
+
+
+def test_a_pipe_or_a_line_break_in_a_name_cannot_break_the_table() -> None:
+    rows = [replace(ROWS[0], method="a|b\nc")]
+    text = results_table(rows, variant="masked", split="test", table_format="markdown")
+    assert "| a\\|b c | 0.0300 | 0.0300 |" in text
+    assert "\na|b c " in results_table(rows, variant="masked", split="test")
+
+
+def test_nothing_is_marked_without_competition() -> None:
+    for merged in ((), ("average",)):
+        text = results_table(ROWS, variant="masked", split="test", merged_methods=merged)
+        assert "*" not in text
+
+
+def test_the_best_is_found_before_rounding() -> None:
+    rows = [row("Beauty", "average", 0.06124), row("Beauty", "ties", 0.06121)]
+    text = results_table(rows, variant="masked", split="test", merged_methods=["average", "ties"])
+    cells = plain_cells(text, "recall@10")
+    assert cells["average"] == ["0.0612*", "0.0612*"]
+    assert cells["ties"] == ["0.0612", "0.0612"]
+
+
+def test_only_the_roles_in_use_have_a_mean() -> None:
+    rows = [one for one in ROWS if one.role == "train"]
+    assert "unseen" not in results_table(rows, variant="masked", split="test")
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "no rows"),
+        ([ROWS[0], ROWS[0]], "given twice"),
+        ([ROWS[0], replace(ROWS[6], role="train")], "same users"),
+        ([ROWS[0], replace(ROWS[6], num_users=21)], "same users"),
+        ([replace(ROWS[0], metrics={"recall@10": 0.1})], r"ndcg@10 = None"),
+        ([replace(ROWS[0], metrics={"recall@10": float("nan"), "ndcg@10": 0.1})], r"recall@10 = nan"),
+        ([replace(ROWS[0], role="both")], "has the role 'both'"),  # type: ignore[arg-type]  # what a caller could pass
+    ],
+)
+def test_rows_that_do_not_belong_together_are_refused(rows: list[ResultRow], message: str) -> None:
+    with pytest.raises(LayoutMismatchError, match=message):
+        results_table(rows, variant="masked", split="test")
+
+
+def test_options_that_do_not_exist_are_refused() -> None:
+    with pytest.raises(LayoutMismatchError, match=r"no rows of the merged methods \['tise'\]"):
+        results_table(ROWS, variant="masked", split="test", merged_methods=["ties", "tise"])
+    with pytest.raises(LayoutMismatchError, match="split 'train'"):
+        results_table(ROWS, variant="masked", split="train")  # type: ignore[arg-type]  # what a caller could pass
+    with pytest.raises(ValueError, match="table_format is 'html'"):
+        results_table(ROWS, variant="masked", split="test", table_format="html")  # type: ignore[arg-type]  # as above
+
+
+# From sums
+
+
+def some_sums(domain: str, num_users: int = 300) -> MetricSums:
+    rng = generator(0, "test-tables", domain)
+    backbone = rng.integers(5, 60, num_users)
+    ranks = {"backbone": backbone, "average": np.maximum(1, backbone - 20), "same": backbone}
+    return metric_sums({method: per_user_metrics(of_method) for method, of_method in ranks.items()}, "masked")
+
+
+SUMS = {"Garden": some_sums("Garden"), "Beauty": some_sums("Beauty"), "Toys": some_sums("Toys")}
+
+
+def test_rows_hold_the_means_of_the_sums() -> None:
+    rows = result_rows(SUMS, ROLES)
+    assert len(rows) == 9
+    assert rows[0] == ResultRow(
+        "Garden", "unseen", "backbone", 300, dict(zip(METRICS, SUMS["Garden"].means()[0], strict=True))
+    )
+    text = results_table(rows, variant="masked", split="valid", metrics=("mrr",))
+    expected = [SUMS[domain].mean("average", "mrr") for domain in ("Beauty", "Toys", "Garden")]
+    shown = [*expected, (expected[0] + expected[1]) / 2, expected[2]]
+    assert plain_cells(text, "mrr")["average"] == [f"{value:.4f}" for value in shown]
+
+
+def test_differences_stand_in_their_cells() -> None:
+    text = differences_table(SUMS, ROLES, baseline="backbone", split="test", metrics=("mrr",), table_format="markdown")
+    cells = markdown_cells(text, "mrr, difference to backbone")
+    found = [
+        *(paired_difference(SUMS[domain], "average", "backbone", "mrr") for domain in ("Beauty", "Toys", "Garden")),
+        paired_difference_of_mean([SUMS["Beauty"], SUMS["Toys"]], "average", "backbone", "mrr"),
+        paired_difference(SUMS["Garden"], "average", "backbone", "mrr"),
+    ]
+    assert all(difference.low > 0 for difference in found)
+    assert cells["average"] == [f"**+{one.mean:.4f} ± {1.96 * one.standard_error:.4f}**" for one in found]
+    assert cells["same"] == ["+0.0000 ± 0.0000"] * 5
+    assert "backbone" not in cells
+    assert "variant: masked" in text
+    assert "bold: the interval excludes 0" in text
+
+
+def test_differences_below_zero_are_marked_and_signed() -> None:
+    text = differences_table(SUMS, ROLES, baseline="average", split="test", metrics=("mrr",))
+    line = next(line for line in text.splitlines() if line.startswith("backbone"))
+    assert line.count("*") == 5
+    assert line.count(" -0.") == 5
+
+
+def test_a_difference_that_rounds_to_nothing_has_no_minus_sign() -> None:
+    ranks = np.full(3000, 40)
+    worse = ranks.copy()
+    worse[0] = 41
+    sums = metric_sums({"old": per_user_metrics(ranks), "new": per_user_metrics(worse)}, "masked")
+    assert paired_difference(sums, "new", "old", "mrr").mean < 0
+    text = differences_table({"Beauty": sums}, ROLES, baseline="old", split="test", metrics=("mrr",))
+    assert "+0.0000 ± 0.0000" in text
+    assert "-0.0000" not in text
+
+
+def test_domains_without_the_method_or_with_one_user_have_no_difference() -> None:
+    without = metric_sums({"backbone": np.zeros((5, len(METRICS)))}, "masked")
+    for toys in (without, some_sums("Toys", num_users=1)):
+        sums = {"Beauty": SUMS["Beauty"], "Toys": toys}
+        text = differences_table(
+            sums, ROLES, baseline="backbone", split="test", metrics=("mrr",), table_format="markdown"
+        )
+        cells = markdown_cells(text, "mrr")["average"]
+        assert cells[0] != "-"
+        assert cells[1:] == ["-", "-"]
+        assert "-: not evaluated" in text
+
+
+def test_sums_that_do_not_belong_together_are_refused() -> None:
+    with pytest.raises(LayoutMismatchError, match="no domain has the baseline 'none'"):
+        differences_table(SUMS, ROLES, baseline="none", split="test")
+    with pytest.raises(LayoutMismatchError, match="one variant"):
+        differences_table(
+            {**SUMS, "Toys": replace(SUMS["Toys"], variant="unmasked")}, ROLES, baseline="same", split="test"
+        )
+    with pytest.raises(LayoutMismatchError, match=r"the domains \['Toys'\] have no role"):
+        result_rows(SUMS, {"Beauty": "train", "Garden": "unseen"})
+    with pytest.raises(LayoutMismatchError, match="at least one domain"):
+        differences_table({}, {}, baseline="same", split="test")

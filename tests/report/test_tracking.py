@@ -1,0 +1,140 @@
+"""TensorBoard and MLflow: what was written is read back; nothing else is in it, and nothing asks the network."""
+
+import importlib.util
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+from flwr.app import Context, Message
+from in_process import answer_honestly, run_in_process, small_experiment
+from report_folders import some_bench
+
+from fedmerge.config import Tracking, flatten
+from fedmerge.errors import ConfigError
+from fedmerge.report.bench_tables import BenchTables
+from fedmerge.report.tracking import FOLDER, STORE, check_tracking, tracked_runs, write_tracking
+from fedmerge.runs.folder import DONE
+from sim.local.run import run_experiment
+
+needs_tensorboard = pytest.mark.skipif(
+    importlib.util.find_spec("tensorboard") is None, reason="tensorboard is not installed"
+)
+needs_mlflow = pytest.mark.skipif(importlib.util.find_spec("mlflow") is None, reason="mlflow is not installed")
+RUNS = {f"demo/seed{seed}/{strategy}" for seed in (0, 1) for strategy in ("average", "mergerec")}
+
+
+@pytest.fixture(scope="module")
+def bench() -> BenchTables:
+    return some_bench(("average", "mergerec"), ("books", "toys"), seeds=(0, 1), folds=False)
+
+
+def read_tensorboard(folder: Path) -> dict[str, dict[str, list[tuple[int, float]]]]:
+    """Tracked run -> name -> (step, value)."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: PLC0415  # optional
+
+    found = {}
+    for place in {file.parent for file in folder.rglob("events.*")}:
+        events = EventAccumulator(str(place)).Reload()
+        name = str(place.relative_to(folder))
+        found[name] = {
+            tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]
+        }
+        (settings,) = events.Tensors("settings/text_summary")
+        assert b"lora.rank" in settings.tensor_proto.string_val[0]
+    return found
+
+
+def expected_score(bench: BenchTables) -> float:
+    wanted = {"seed": 1, "strategy": "mergerec", "split": "test", "domain": "toys", "variant": "masked"}
+    (row,) = (row for row in bench.results if row.items() >= {**wanted, "metric": "ndcg@10"}.items())
+    return float(row["value"])
+
+
+@needs_tensorboard
+def test_tensorboard_has_curves_scores_and_settings_of_every_strategy(bench: BenchTables, tmp_path: Path) -> None:
+    for _ in range(2):  # the second in place of the first
+        write_tracking(bench, tmp_path / "tracking", "tensorboard")
+    assert [path.name for path in tmp_path.iterdir()] == ["tracking"]
+    found = read_tensorboard(tmp_path / "tracking")
+    assert found.keys() == RUNS
+    of_run = found["demo/seed1/mergerec"]
+    assert dict(of_run["test masked ndcg_at_10/toys"]) == pytest.approx({0: expected_score(bench)})
+    curve = [row for row in bench.curves if (row["strategy"], row["seed"], row["domain"]) == ("mergerec", 1, "toys")]
+    losses = {row["step"]: row["value"] for row in curve if row["name"] == "loss"}
+    assert dict(of_run["loss/toys"]) == pytest.approx(losses)
+
+
+@needs_mlflow
+def test_mlflow_has_the_same_in_one_local_file_and_stays_off_the_network(
+    bench: BenchTables, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("it asked the network")
+
+    for way in ("connect", "connect_ex", "sendto"):
+        monkeypatch.setattr(socket.socket, way, refuse)
+    monkeypatch.chdir(tmp_path)
+    write_tracking(bench, tmp_path / "tracking", "mlflow")
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == [STORE]
+    from mlflow.tracking import MlflowClient  # noqa: PLC0415  # optional
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path / 'tracking' / STORE}")
+    (experiment,) = (found for found in client.search_experiments() if found.name == bench.title)
+    runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    assert runs.keys() == RUNS
+    run = runs["demo/seed1/mergerec"]
+    assert run.data.metrics["test masked ndcg_at_10/toys"] == pytest.approx(expected_score(bench))
+    (tracked,) = (run for run in tracked_runs(bench) if run.name == "demo/seed1/mergerec")
+    assert run.data.params.keys() == tracked.settings.keys()
+    assert run.data.params["lora.rank"] == "8"
+    history = client.get_metric_history(run.info.run_id, "loss/toys")
+    wanted = [(step, value) for name, step, value in tracked.numbers if name == "loss/toys"]
+    assert [(point.step, point.value) for point in history] == wanted
+
+
+@needs_tensorboard
+def test_a_run_leaves_it_beside_its_tables(tmp_path: Path) -> None:
+    changes = {"train.max_steps": 1, "merge.methods": "average", "privacy.min_users": 2, "tracking": "tensorboard"}
+    run_in_process(small_experiment(tmp_path, **changes))
+    found = read_tensorboard(tmp_path / "runs" / "run" / FOLDER)
+    rows = ("average", "backbone", "expert", "last-item", "popularity", "served--with-fallback-")
+    assert found.keys() == {f"small/seed0/{row}" for row in rows}
+    assert "valid unmasked ndcg_at_10/books" in found["small/seed0/average"]
+    assert [step for step, _ in found["small/seed0/expert"]["Experts_ loss/books"]] == [1]
+
+
+@needs_tensorboard
+def test_a_tracker_that_fails_does_not_undo_a_finished_run(tmp_path: Path) -> None:
+    changes = {"train.max_steps": 1, "merge.methods": "average", "privacy.min_users": 2, "tracking": "tensorboard"}
+    run_dir = tmp_path / "runs" / "run"
+
+    def occupy(message: Message, context: Context) -> Message | None:
+        (run_dir / FOLDER).write_text("in the way")
+        return answer_honestly(message, context)
+
+    run_in_process(small_experiment(tmp_path, **changes), occupy)
+    assert (run_dir / DONE).is_file()
+    assert "tracking = 'tensorboard' failed; the run is finished without it" in (run_dir / "run.log").read_text()
+
+
+@pytest.mark.parametrize("tracking", ["tensorboard", "mlflow"])
+def test_what_is_not_installed_is_refused_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tracking: Tracking
+) -> None:
+    monkeypatch.setattr(sys, "path", [])
+    monkeypatch.delitem(sys.modules, tracking, raising=False)
+    remedy = rf"tracking = '{tracking}', but the package {tracking} is not installed.*fedmerge\[{tracking}\]"
+    with pytest.raises(ConfigError, match=remedy):
+        check_tracking(tracking)
+    config = small_experiment(tmp_path, tracking=tracking)
+    with pytest.raises(ConfigError, match=remedy):
+        run_experiment(config, tmp_path)
+    assert not (tmp_path / "runs").exists()
+    check_tracking(None)
+
+
+def test_settings_are_flat(bench: BenchTables) -> None:
+    settings = next(tracked_runs(bench)).settings
+    assert settings == flatten(settings)
+    assert settings["environment.packages.torch"] == "2.13.0"

@@ -1,0 +1,67 @@
+"""Random adapters for tests: strong enough that every one of them matters."""
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+
+from fedmerge.adapter import Adapter, LoraModule
+from fedmerge.encoder.backbone import Backbone
+
+Layout = dict[str, tuple[int, int]]  # module name -> (out, in)
+
+
+def layout_of(backbone: Backbone, targets: tuple[str, ...] = ("query", "value", "intermediate.dense")) -> Layout:
+    """The linear layers whose names end with one of the targets."""
+    layers = dict(backbone.model.named_modules())
+    return {name: tuple(layers[name].weight.shape) for name in layers if name.endswith(targets)}
+
+
+def random_adapter(layout: Layout, rank: int, scaling: float, seed: int) -> Adapter:
+    """Normal factors whose update has entries of about scaling / √in."""
+    rng = torch.Generator().manual_seed(seed)
+    return Adapter(
+        {
+            name: LoraModule(
+                torch.randn(rank, width_in, generator=rng) / width_in**0.5,
+                torch.randn(width_out, rank, generator=rng) / rank**0.5,
+                scaling,
+            )
+            for name, (width_out, width_in) in layout.items()
+        }
+    )
+
+
+def random_adapters(layout: Layout) -> dict[str, Adapter]:
+    """Three domains of unequal rank and scaling, not in alphabetical order."""
+    settings = {"toys": (3, 2.0), "books": (1, 0.5), "tents": (4, 1.25)}
+    return {
+        name: random_adapter(layout, rank, scaling, seed)
+        for seed, (name, (rank, scaling)) in enumerate(settings.items())
+    }
+
+
+class Lent(Mapping[str, Adapter]):
+    """Makes an adapter whenever one is asked for, as if from disk, and knows how many of them somebody still holds."""
+
+    def __init__(self, names: Sequence[str], make: Callable[[str], Adapter]) -> None:
+        self.names, self.make = names, make
+        self.held: list[weakref.ref[torch.Tensor]] = []  # one tensor of each
+        self.times = self.most = 0
+
+    def __getitem__(self, name: str) -> Adapter:
+        modules = {
+            module: replace(factors, lora_A=factors.lora_A.clone(), lora_B=factors.lora_B.clone())
+            for module, factors in self.make(name).modules.items()
+        }
+        self.held.append(weakref.ref(next(iter(modules.values())).lora_B))
+        self.held = [tensor for tensor in self.held if tensor() is not None]
+        self.times, self.most = self.times + 1, max(self.most, len(self.held))
+        return Adapter(modules)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
