@@ -114,7 +114,7 @@ def _write_tokenizer(backbone: Backbone, folder: Path, max_tokens: int) -> None:
     if found != expected:
         raise BackboneError(
             f"export of {backbone.name}: its tokenizer splits {text!r} into {found} as a text of its own, expected "
-            f"{expected} as in a catalog. Serve this backbone with fedmerge.recommend instead."
+            f"{expected} as in a catalog. Serve this backbone with fedmerge.recommender instead."
         )
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from in_process import here, run_in_process, small_experiment, tables_of, train
+from in_process import here, small_experiment, tables_of, train
 
 import sim.local.bench
 from fedmerge.bench.cells import Cell, Ended, Running, domain_of, joint_folder, sums_of_ranks, work
@@ -34,6 +34,7 @@ from fedmerge.runs.checkpoints import ended_training, merge_folder
 from fedmerge.runs.round_checkpoints import round_records
 from sim.app.server.rounds import check_rounds
 from sim.local.bench import run_bench
+from sim.local.in_process import run_in_process
 
 pytestmark = pytest.mark.federation
 

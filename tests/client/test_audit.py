@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import Context, Message, RecordDict
-from in_process import run_in_process, small_experiment
+from in_process import small_experiment
 
 from fedmerge.cli import main
 from fedmerge.client.audit.attacks import Audited, audit_domain
@@ -22,6 +22,7 @@ from fedmerge.encoder.peft_folder import read_adapter
 from fedmerge.report.audit_text import audit_text
 from sim.app.client.app import app as client_app
 from sim.app.messages import records
+from sim.local.in_process import run_in_process
 
 Capsys = pytest.CaptureFixture[str]
 SETTINGS: dict[str, Any] = {

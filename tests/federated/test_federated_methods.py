@@ -3,10 +3,11 @@
 import json
 from pathlib import Path
 
-from in_process import run_in_process, small_experiment
+from in_process import small_experiment
 
 from fedmerge.encoder.peft_folder import read_adapter
 from fedmerge.runs.folder import DONE
+from sim.local.in_process import run_in_process
 
 
 def test_training_free_methods_take_part_in_the_choice(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from flwr.app import Context, Message
-from in_process import answer_honestly, run_in_process, small_experiment
+from in_process import small_experiment
 
 import sim.app.server.rounds
 from fedmerge.adapter import Adapter, adapter_sha256
@@ -28,6 +28,7 @@ from fedmerge.runs.round_checkpoints import keep_reply, keep_state, round_record
 from sim.app.client.app import _backbone
 from sim.app.messages import records
 from sim.app.server.rounds import check_rounds
+from sim.local.in_process import answer_honestly, run_in_process
 
 pytestmark = pytest.mark.federation
 

@@ -12,12 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
 from flwr.superlink.grid import InMemoryGrid
-from in_process import Answer, answer_honestly, run_in_process, small_experiment
+from in_process import small_experiment
 
 import sim.app.server.asking
 from fedmerge.config import ExperimentConfig
 from fedmerge.errors import ClientError
 from sim.app.messages import records
+from sim.local.in_process import Answer, answer_honestly, run_in_process
 
 pytestmark = pytest.mark.federation
 

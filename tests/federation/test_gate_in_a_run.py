@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from flwr.app import Context, Message
-from in_process import answer_honestly, here, run_in_process, small_experiment, tables_of, train
+from in_process import here, small_experiment, tables_of, train
 
 import sim.app.server.app
 from fedmerge.adapter import adapter_sha256
@@ -28,6 +28,7 @@ from fedmerge.runs import checkpoints
 from fedmerge.runs.folder import DONE
 from fedmerge.server.remerge import experts_of_run
 from sim.app.messages import records
+from sim.local.in_process import answer_honestly, run_in_process
 
 pytestmark = pytest.mark.federation
 

@@ -13,7 +13,7 @@ import torch
 from flwr.app import Array, ArrayRecord, Context, Message
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
-from in_process import Answer, answer_honestly, run_in_process, small_experiment
+from in_process import small_experiment
 
 import sim.app.server.coefficients
 from fedmerge.config import ExperimentConfig
@@ -22,6 +22,7 @@ from fedmerge.errors import ClientError, PolicyError
 from fedmerge.files import append_line, read_lines
 from fedmerge.merging.stack import linear_merge, stack_adapters
 from sim.app.messages import records
+from sim.local.in_process import Answer, answer_honestly, run_in_process
 
 pytestmark = pytest.mark.federation
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from flwr.app import Context, Message
-from in_process import Answer, answer_honestly, run_in_process, small_experiment
+from in_process import small_experiment
 
 import sim.app.server.app
 from fedmerge.config import ExperimentConfig
@@ -24,6 +24,7 @@ from fedmerge.mergerec import learn
 from fedmerge.mergerec.objective import batch_terms
 from fedmerge.runs.folder import locked
 from sim.app.messages import records
+from sim.local.in_process import Answer, answer_honestly, run_in_process
 
 pytestmark = pytest.mark.federation
 

@@ -13,7 +13,7 @@ import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from flwr.app import Context, Message, RecordDict
-from in_process import answer_honestly, run_in_process, small_experiment
+from in_process import small_experiment
 
 from fedmerge.adapter import Adapter
 from fedmerge.client.cache.secure_sums import check_not_shown, keep_values, kept_values, note_revealed, sum_of_run
@@ -29,6 +29,7 @@ from fedmerge.runs.round_checkpoints import round_records
 from sim.app.client.secure_sum import answer_advertise, answer_share
 from sim.app.messages import records
 from sim.app.messages import secure_sum as secure_records
+from sim.local.in_process import answer_honestly, run_in_process
 
 pytestmark = pytest.mark.federation
 

@@ -19,7 +19,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("domain",),
     ("encoder",),
     ("merging",),
-    ("federated", "mergerec", "privacy", "recommend"),
+    ("federated", "mergerec", "privacy", "recommender"),
     ("client", "runs"),
     ("server",),
     ("report",),

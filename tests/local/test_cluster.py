@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from in_process import run_in_process, small_experiment
+from in_process import small_experiment
 
 from fedmerge.adapter import adapter_sha256
 from fedmerge.bench.cells import work
@@ -33,6 +33,7 @@ from fedmerge.encoder.demo_backbone import write_demo_backbone
 from fedmerge.encoder.peft_folder import read_adapter
 from fedmerge.merging.stack import linear_merge, stack_adapters
 from fedmerge.report.bench_tables import read_bench_tables, write_bench_tables
+from sim.local.in_process import run_in_process
 from sim.local.launch import MARK, end_processes
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]

@@ -17,10 +17,10 @@ import pyarrow.parquet as pq
 import pytest
 from deploy_federation import FEDMERGE, Federation, make_key
 from deploy_hosts import PROGRAMS, has_nginx, kill, network, processes_of, wait_for, why_no_namespaces, workers_of
-from in_process import run_in_process
 
 from fedmerge.config import load_config
 from fedmerge.deploy.certificates import new_authority
+from sim.local.in_process import run_in_process
 
 pytestmark = [
     pytest.mark.deploy,

@@ -18,13 +18,14 @@ from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from in_process import answer_honestly, run_in_process, small_experiment
+from in_process import small_experiment
 
 from fedmerge.adapter import Adapter
 from fedmerge.config import ExperimentConfig
 from fedmerge.errors import FedMergeError
 from fedmerge.server.admission import LARGEST_VALUE
 from sim.app.messages import records
+from sim.local.in_process import answer_honestly, run_in_process
 
 HONEST = ("beauty", "books")
 Harm = Callable[[RecordDict], RecordDict]

@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
-from in_process import Answer, answer_honestly, run_in_process, small_experiment
+from in_process import small_experiment
 
 from fedmerge.config import ExperimentConfig
 from fedmerge.errors import ClientError, ConfigError
@@ -29,6 +29,7 @@ from fedmerge.privacy.signatures import (
     statement,
 )
 from sim.app.messages import records
+from sim.local.in_process import Answer, answer_honestly, run_in_process
 
 DOMAINS = ("beauty", "books", "coffee", "camping")
 BAD = "coffee"

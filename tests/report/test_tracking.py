@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from flwr.app import Context, Message
-from in_process import answer_honestly, run_in_process, small_experiment
+from in_process import small_experiment
 from report_folders import some_bench
 
 from fedmerge.config import Tracking, flatten
@@ -15,6 +15,7 @@ from fedmerge.errors import ConfigError
 from fedmerge.report.bench_tables import BenchTables
 from fedmerge.report.tracking import FOLDER, STORE, check_tracking, tracked_runs, write_tracking
 from fedmerge.runs.folder import DONE
+from sim.local.in_process import answer_honestly, run_in_process
 from sim.local.run import run_experiment
 
 needs_tensorboard = pytest.mark.skipif(

@@ -1,6 +1,6 @@
 """Recommendations from an adapter and a catalog; interactions are never read.
 
->>> from fedmerge.recommend import load_recommender, recommend  # doctest: +SKIP
+>>> from fedmerge.recommender import load_recommender, recommend  # doctest: +SKIP
 >>> recommender = load_recommender("runs/<id>/merged/average", "data/Toys")  # doctest: +SKIP
 >>> recommend(recommender, ["B00004", "B00017"], k=3)  # doctest: +SKIP
 """
