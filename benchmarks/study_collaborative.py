@@ -42,10 +42,10 @@ from fedmerge.client.local_domain import LocalDomain, open_domain
 from fedmerge.config import ExperimentConfig, Split, load_config
 from fedmerge.device import resolve_compute
 from fedmerge.domain.splits import evaluation_examples
-from fedmerge.encoder.adapted import read_verified
 from fedmerge.encoder.backbone import Backbone, load_backbone
 from fedmerge.encoder.encode import encode
 from fedmerge.encoder.lora import applied
+from fedmerge.encoder.peft_folder import read_verified
 from fedmerge.encoder.text import pack_sequences
 from fedmerge.errors import ConfigError
 from fedmerge.evaluation.ranks import METRICS, per_user_metrics, rank_targets

@@ -10,8 +10,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from safetensors import SafetensorError
 
 from fedmerge.errors import RunDirError
@@ -125,6 +123,9 @@ def write_table(path: Path, rows: Iterable[Mapping[str, Any]], schema: Any = Non
     Raises:
         RunDirError: as :func:`write_text`.
     """
+    import pyarrow as pa  # noqa: PLC0415  # only tables need pyarrow; merging imports this module without it
+    import pyarrow.parquet as pq  # noqa: PLC0415  # likewise
+
     partial = path.with_name(f".{path.name}.partial")
     try:
         remaining = iter(rows)

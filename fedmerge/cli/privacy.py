@@ -71,7 +71,8 @@ def _opened(folder: Path, config: "ExperimentConfig", names: Sequence[str]) -> I
     from fedmerge.client.audit.attacks import Audited
     from fedmerge.client.local_domain import open_domain
     from fedmerge.domain.demo import domains_root
-    from fedmerge.encoder.adapted import NO_ADAPTER, load_adapted, read_verified
+    from fedmerge.encoder.adapted import NO_ADAPTER, load_adapted
+    from fedmerge.encoder.peft_folder import read_verified
     from fedmerge.errors import RunDirError
     from fedmerge.mergerec.vectors import TASK_VECTORS
     from fedmerge.runs.reading import describe_run

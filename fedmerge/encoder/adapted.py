@@ -6,41 +6,16 @@ from pathlib import Path
 
 import torch
 
-from fedmerge.adapter import Adapter, adapter_sha256
+from fedmerge.adapter import Adapter
 from fedmerge.config import ExperimentConfig
 from fedmerge.device import resolve_compute
 from fedmerge.encoder.adapter_records import adapter_record
 from fedmerge.encoder.backbone import Backbone, load_backbone
 from fedmerge.encoder.lora import applied
-from fedmerge.encoder.peft_folder import read_adapter
+from fedmerge.encoder.peft_folder import read_verified
 from fedmerge.errors import LayoutMismatchError
 
 NO_ADAPTER = "none"  # in place of a folder: the backbone alone
-
-
-def read_verified(folder: Path) -> Adapter:
-    """Read a PEFT folder and hold it to the hash that was written beside it, if there is one.
-
-    Raises:
-        LayoutMismatchError: no plain LoRA adapter, a damaged one, or values that are not finite.
-        RunDirError: ``training.json`` or ``provenance.json`` is damaged.
-    """
-    adapter = read_adapter(folder)
-    expected, found = adapter_record(folder).sha256, adapter_sha256(adapter)
-    if expected is not None and found != expected:
-        raise LayoutMismatchError(
-            f"adapter {folder}: its content has hash {found[:12]}, the file beside it says {expected[:12]}. "
-            "It was changed or damaged after it was written: restore the folder."
-        )
-    for name, module in adapter.modules.items():
-        for part, tensor in (("lora_A", module.lora_A), ("lora_B", module.lora_B)):
-            bad = int((~tensor.isfinite()).sum())
-            if bad:
-                raise LayoutMismatchError(
-                    f"adapter {folder}: {name}.{part} has {bad} of {tensor.numel()} values NaN or infinite, expected "
-                    "finite ones. Its training diverged or the file is damaged: leave it out, or train it again."
-                )
-    return adapter
 
 
 def load_adapted(source: str | Path, config: ExperimentConfig) -> tuple[Backbone, Adapter | None]:

@@ -11,10 +11,9 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from fedmerge.adapter import Adapter, LoraModule
 from fedmerge.config import Lora
 from fedmerge.encoder.backbone import Backbone
+from fedmerge.encoder.peft_folder import MODULE_PREFIX
 from fedmerge.errors import ConfigError, LayoutMismatchError
 from fedmerge.seeding import generator
-
-_PREFIX = "base_model.model."
 
 
 def attach(backbone: Backbone, target_modules: Sequence[str], rank: int, alpha: float, seed: int) -> PeftModel:
@@ -141,7 +140,7 @@ def applied(backbone: Backbone, adapter: Adapter | None) -> Iterator[None]:
 def _lora_layers(model: PeftModel) -> Iterator[tuple[str, torch.Tensor, torch.Tensor, float]]:
     for name, module in sorted(model.named_modules()):
         if hasattr(module, "lora_A") and "default" in module.lora_A:
-            bare = name.removeprefix(_PREFIX)
+            bare = name.removeprefix(MODULE_PREFIX)
             yield (
                 bare,
                 module.lora_A["default"].weight,

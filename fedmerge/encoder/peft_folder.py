@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from fedmerge.adapter import Adapter, LoraModule
-from fedmerge.encoder.lora import _PREFIX
+from fedmerge.adapter import Adapter, LoraModule, adapter_sha256
+from fedmerge.encoder.adapter_records import adapter_record
 from fedmerge.errors import LayoutMismatchError
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
+MODULE_PREFIX = "base_model.model."  # PEFT's name of the bare backbone
 _UNSUPPORTED = (  # settings under which an adapter is more than B A, or something else
     "use_dora",
     "lora_bias",
@@ -35,6 +35,22 @@ _UNSUPPORTED = (  # settings under which an adapter is more than B A, or somethi
     "kasa_config",
     "monteclora_config",
 )
+_PLAIN_LORA = {  # the other settings that every PEFT since 0.18 reads, each at PEFT's default
+    "peft_type": "LORA",
+    "auto_mapping": None,
+    "revision": None,
+    "inference_mode": True,
+    "bias": "none",
+    "lora_dropout": 0.0,
+    "init_lora_weights": True,
+    "use_rslora": False,
+    "use_dora": False,
+    "modules_to_save": None,
+    "exclude_modules": None,
+    "layers_to_transform": None,
+    "layers_pattern": None,
+    "layer_replication": None,
+}
 _CHANGES_THE_BACKBONE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")  # initialisations of A and B
 
 
@@ -63,29 +79,27 @@ def write_adapter(
     alphas = {name: _whole(module.scaling * module.rank) for name, module in adapter.modules.items()}
     rank = Counter(ranks.values()).most_common(1)[0][0]
     alpha = Counter(alphas.values()).most_common(1)[0][0]
-    config = LoraConfig(
-        task_type=task_type,
-        base_model_name_or_path=backbone_name,
-        inference_mode=True,
-        r=rank,
-        lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT computes with fractions, too
-        use_rslora=False,
-        target_modules=sorted(adapter.modules) if target_modules is None else _strings(target_modules),
-        fan_in_fan_out=fan_in_fan_out,
-        rank_pattern={re.escape(name): value for name, value in ranks.items() if value != rank},
-        alpha_pattern={re.escape(name): value for name, value in alphas.items() if value != alpha},
-    ).to_dict()  # type: ignore[no-untyped-call]  # PEFT leaves it untyped
-    if not isinstance(config["target_modules"], str):
-        config["target_modules"] = sorted(config["target_modules"])
+    targets = sorted(adapter.modules) if target_modules is None else target_modules
+    config = {
+        **_PLAIN_LORA,
+        "task_type": task_type,
+        "base_model_name_or_path": backbone_name,
+        "r": rank,
+        "lora_alpha": alpha,
+        "target_modules": targets if isinstance(targets, str) else sorted(targets),
+        "fan_in_fan_out": fan_in_fan_out,
+        "rank_pattern": {re.escape(name): value for name, value in ranks.items() if value != rank},
+        "alpha_pattern": {re.escape(name): value for name, value in alphas.items() if value != alpha},
+    }
     tensors = {}
     for name, module in adapter.modules.items():
-        tensors[f"{_PREFIX}{name}.lora_A.weight"] = module.lora_A.contiguous()
-        tensors[f"{_PREFIX}{name}.lora_B.weight"] = module.lora_B.contiguous()
+        tensors[f"{MODULE_PREFIX}{name}.lora_A.weight"] = module.lora_A.contiguous()
+        tensors[f"{MODULE_PREFIX}{name}.lora_B.weight"] = module.lora_B.contiguous()
     partial = folder / f".{TENSOR_FILE}.partial"
     save_file(tensors, partial, metadata={"format": "pt"})
     os.replace(partial, folder / TENSOR_FILE)
     partial = folder / f".{CONFIG_FILE}.partial"
-    partial.write_text(json.dumps(config, indent=2, sort_keys=True, default=str) + "\n")
+    partial.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     os.replace(partial, folder / CONFIG_FILE)
 
 
@@ -113,7 +127,7 @@ def read_adapter(folder: Path) -> Adapter:
     _refuse_unsupported(config, folder)
     pairs: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
-        found = re.fullmatch(rf"{re.escape(_PREFIX)}(.+)\.(lora_A|lora_B)\.weight", key)
+        found = re.fullmatch(rf"{re.escape(MODULE_PREFIX)}(.+)\.(lora_A|lora_B)\.weight", key)
         if not found:
             raise LayoutMismatchError(
                 f"adapter {folder}: tensor {key!r} is not part of a LoRA on linear layers. Train without it."
@@ -148,13 +162,34 @@ def read_adapter(folder: Path) -> Adapter:
     return Adapter(modules)
 
 
+def read_verified(folder: Path) -> Adapter:
+    """Read a PEFT folder and hold it to the hash that was written beside it, if there is one.
+
+    Raises:
+        LayoutMismatchError: no plain LoRA adapter, a damaged one, or values that are not finite.
+        RunDirError: ``training.json`` or ``provenance.json`` is damaged.
+    """
+    adapter = read_adapter(folder)
+    expected, found = adapter_record(folder).sha256, adapter_sha256(adapter)
+    if expected is not None and found != expected:
+        raise LayoutMismatchError(
+            f"adapter {folder}: its content has hash {found[:12]}, the file beside it says {expected[:12]}. "
+            "It was changed or damaged after it was written: restore the folder."
+        )
+    for name, module in adapter.modules.items():
+        for part, tensor in (("lora_A", module.lora_A), ("lora_B", module.lora_B)):
+            bad = int((~tensor.isfinite()).sum())
+            if bad:
+                raise LayoutMismatchError(
+                    f"adapter {folder}: {name}.{part} has {bad} of {tensor.numel()} values NaN or infinite, expected "
+                    "finite ones. Its training diverged or the file is damaged: leave it out, or train it again."
+                )
+    return adapter
+
+
 def _whole(value: float) -> float | int:
     """An integer where it is one: other programs expect ``lora_alpha`` to be."""
     return int(value) if float(value).is_integer() else value
-
-
-def _strings(names: Sequence[str] | str) -> list[str] | str:
-    return names if isinstance(names, str) else list(names)
 
 
 def _is_number(value: Any) -> bool:

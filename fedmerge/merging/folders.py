@@ -8,9 +8,8 @@ from types import MappingProxyType
 from typing import Any
 
 from fedmerge.adapter import Adapter, adapter_sha256
-from fedmerge.encoder.adapted import read_verified
 from fedmerge.encoder.adapter_records import adapter_record
-from fedmerge.encoder.peft_folder import CONFIG_FILE, write_adapter
+from fedmerge.encoder.peft_folder import CONFIG_FILE, read_verified, write_adapter
 from fedmerge.errors import LayoutMismatchError, MergeError
 from fedmerge.files import new_folder, read_record, write_json, write_text
 from fedmerge.merging.stack import survey_adapters

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,32 @@ def test_written_adapters_are_read_back_exactly(
     config = json.loads((tmp_path / "adapter" / CONFIG).read_text())
     assert config["base_model_name_or_path"] == "some/backbone"
     assert config["target_modules"] == sorted(adapter.modules)
+
+
+@pytest.mark.parametrize("make", MAKERS)
+@pytest.mark.parametrize("targets", [None, ("query", "dense"), r".*\.(query|dense)"], ids=["names", "short", "pattern"])
+def test_peft_reads_the_configuration_that_it_would_write(
+    bert: Backbone, make: Callable[[Backbone], Adapter], targets: tuple[str, ...] | str | None, tmp_path: Path
+) -> None:
+    adapter = make(bert)
+    write_adapter(
+        adapter, tmp_path, "some/backbone", task_type="CAUSAL_LM", target_modules=targets, fan_in_fan_out=True
+    )
+    written = json.loads((tmp_path / CONFIG).read_text())
+    expected = LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        base_model_name_or_path="some/backbone",
+        inference_mode=True,
+        r=written["r"],
+        lora_alpha=written["lora_alpha"],
+        target_modules=list(targets) if isinstance(targets, tuple) else targets or list(adapter.modules),
+        fan_in_fan_out=True,
+        rank_pattern=written["rank_pattern"],
+        alpha_pattern=written["alpha_pattern"],
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # PEFT warns of keys that it does not know
+        assert LoraConfig.from_pretrained(str(tmp_path)) == expected
 
 
 def test_an_uneven_adapter_needs_its_patterns(bert: Backbone, tmp_path: Path) -> None:

@@ -161,6 +161,20 @@ def test_help_imports_the_standard_library_only() -> None:
     assert imported <= {*sys.stdlib_module_names, "fedmerge"}
 
 
+def test_merging_and_peft_folders_need_torch_and_safetensors_alone() -> None:
+    light = "import fedmerge.merging.training_free, fedmerge.merging.folders, fedmerge.encoder.peft_folder"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{light}, sys; print(*sys.modules)"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    imported = {name.split(".")[0] for name in done.stdout.split()}
+    assert {"torch", "safetensors"} <= imported
+    assert not imported & {"transformers", "peft", "flwr", "ray", "pyarrow", "pydantic"}
+
+
 def test_only_a_benchmark_can_train_jointly() -> None:
     files = [*FILES, *sorted((REPOSITORY / "sim").rglob("*.py"))]
     users = [module_name(path) for path in files if "fedmerge.bench.joint" in imports_of(path)]
