@@ -35,7 +35,7 @@ lint: install
 
 # Every benchmark at a size for two cores; docs/performance.md has the longer ones.
 bench: install
-	@set -e; for file in benchmarks/bench_*.py; do echo; echo "== $$file"; $(BIN)/python $$file; done
+	@set -e; for file in benchmarks/*/bench_*.py; do echo; echo "== $$file"; $(BIN)/python $$file; done
 
 # What is written from the code: the reference of the configuration.
 docs: install

@@ -6,7 +6,9 @@ import sys
 from collections.abc import Sequence
 
 from fedmerge import __version__
-from fedmerge.cli import bench, client, data, deploy, evaluate, export, merge, privacy, recommend, report, run, runs
+from fedmerge.cli import bench, client, deploy, privacy, report, run, runs
+from fedmerge.cli.adapters import evaluate, export, merge, recommend
+from fedmerge.cli.data import folders
 from fedmerge.errors import FedMergeError
 
 
@@ -38,6 +40,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"fedmerge {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for group in (run, data, runs, report, merge, evaluate, recommend, export, bench, privacy, deploy, client):
+    for group in (run, folders, runs, report, merge, evaluate, recommend, export, bench, privacy, deploy, client):
         group.add_commands(commands)
     return parser

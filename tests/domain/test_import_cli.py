@@ -91,7 +91,7 @@ def test_movielens(tmp_path: Path, capsys: Capture) -> None:
 
 
 def test_a_long_import_says_how_far_it_is(tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedmerge.cli.data_import.SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr("fedmerge.cli.data.imports.SECONDS_BETWEEN_LINES", 0.0)
     text = "user_id,item_id,timestamp\n" + "".join(f"u{n % 100},i1,{n}\n" for n in range(20_000))
     rows, items = write_tables(tmp_path, text)
     code, _, err = fedmerge(capsys, "data", "import", "csv", tmp_path / "d", "--interactions", rows, "--catalog", items)

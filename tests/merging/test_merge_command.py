@@ -16,7 +16,7 @@ from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, Lla
 from transformers import PreTrainedModel as Model
 
 from fedmerge.adapter import adapter_sha256
-from fedmerge.cli.merge import PARAMETERS
+from fedmerge.cli.adapters.merge import PARAMETERS
 from fedmerge.encoder.peft_folder import read_adapter
 from fedmerge.merging.methods import METHODS
 from fedmerge.merging.training_free import merge_adapters

@@ -1,6 +1,6 @@
 """What a secure sum costs a client and the server, beside plain aggregation.
 
-    python benchmarks/bench_secure_aggregation.py --clients 3 10 50
+    python benchmarks/privacy/bench_secure_aggregation.py --clients 3 10 50
 
 Adapters of rank 8 on query and value of an encoder of MiniLM's size: twelve modules of 384 × 384. Every client of a sum
 does its whole part, in turn, in this process; bytes are those of its messages, keys, shares and names included. "Up" is

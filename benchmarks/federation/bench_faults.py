@@ -5,7 +5,7 @@ process is killed with kill -9, or the cable pulled out for a minute; the SuperL
 clients have supervisors of their own; a run that ended as failed is resumed once. The table says how each ended, how
 long after the fault the phase was over, and how many trainings began anew instead of going on.
 
-    python benchmarks/bench_faults.py [--only superlink:train client:test …]
+    python benchmarks/federation/bench_faults.py [--only superlink:train client:test …]
 
 A case takes two minutes or so on an idle machine of two cores, and all together about half an hour.
 """
@@ -18,7 +18,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "support"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "support"))
 
 from deploy_federation import FEDMERGE, Federation
 from deploy_hosts import has_nginx, kill, network, processes_of, wait_for, why_no_namespaces, workers_of

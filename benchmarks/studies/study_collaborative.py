@@ -1,6 +1,6 @@
 """A grid of merges, training-free and learned, from a run's adapters: compared on validation users.
 
-    python benchmarks/study_collaborative.py CONFIG ADAPTERS GRID --out DIR [--users 1000] [--leave-out Toys]
+    python benchmarks/studies/study_collaborative.py CONFIG ADAPTERS GRID --out DIR [--users 1000] [--leave-out Toys]
 
 CONFIG is the experiment file of the run, ADAPTERS its folder of PEFT adapters, one a domain, GRID a TOML file with a
 table [[setting]] for each method; a list stands for one point a value (lists of several keys: all combinations):

@@ -1,6 +1,6 @@
 """How long ``fedmerge --help`` takes, against Python alone and against the libraries that a command needs.
 
-    python benchmarks/bench_startup.py
+    python benchmarks/speed/bench_startup.py
 
 Whole processes, in turn, after one of each that is not counted.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from interleaved import print_table, timed_in_turn
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 ALTERNATIVES = {
     "import torch, transformers, flwr": ["-c", "import torch, transformers, flwr"],
     "fedmerge --help": ["-m", "fedmerge.cli", "--help"],

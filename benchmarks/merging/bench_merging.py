@@ -1,7 +1,7 @@
 """Time and memory of training-free merges.
 
-    python benchmarks/bench_merging.py                    # core space against full space as modules get wider
-    python benchmarks/bench_merging.py --many             # `fedmerge merge` of a hundred adapters, every method
+    python benchmarks/merging/bench_merging.py                    # core space against full space as modules get wider
+    python benchmarks/merging/bench_merging.py --many             # `fedmerge merge` of a hundred adapters, every method
 
 ``--many`` writes 100 adapters of rank 8 on query and value of a backbone of RoBERTa-base's size, built from its
 configuration: 24 modules of 768 × 768, 5.7 GB if all updates were dense at once. Each case is the whole command in a
@@ -27,7 +27,7 @@ from fedmerge.merging.methods import METHODS
 from fedmerge.merging.training_free import merge_adapters
 
 GIB = 2**30
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 Shapes = dict[str, tuple[int, int]]
 
 

@@ -1,6 +1,6 @@
 """What importing raw Amazon reviews costs: rows a second and peak memory, against loading everything with json.
 
-    python benchmarks/bench_import.py --gigabytes 3 [--gzip] [--folder DIR]
+    python benchmarks/speed/bench_import.py --gigabytes 3 [--gzip] [--folder DIR]
 
 Writes a file of made-up reviews with text in the form of the 2018 release (about 850 bytes a row; plain, or gzip of
 level 1) and its metadata, and imports it as a 5-core. The alternative does the same with the standard library alone on

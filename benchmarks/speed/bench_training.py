@@ -1,6 +1,6 @@
 """Training samples a second: fedmerge's step against a plain PEFT loop, on all-MiniLM-L6-v2.
 
-    python benchmarks/bench_training.py
+    python benchmarks/speed/bench_training.py
 
 The plain loop is what people write: every step joins the texts of 64 users' random prefixes and of their targets, runs
 the Hugging Face tokenizer on them (padded to the longest, cut at 96 tokens), computes in float32 with the model's own

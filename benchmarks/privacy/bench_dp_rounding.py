@@ -1,6 +1,6 @@
 """How much rounding lets one user change what everybody else adds to a clipped sum: bfloat16 against float32.
 
-    python benchmarks/bench_dp_rounding.py
+    python benchmarks/privacy/bench_dp_rounding.py
 
 Who takes part in a step decides how batches are padded, and so how gradients are rounded. For some users, of the
 clipped sums with and without them: the norm of the difference, less what the user adds alone, over the clip norm.
@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--users", type=int, default=300)
     parser.add_argument("--left-out", type=int, default=6, help="how many users are left out, one at a time")
     options = parser.parse_args()
-    source = load_config(Path(__file__).resolve().parent.parent / "configs" / "demo.toml").backbone.source
+    source = load_config(Path(__file__).resolve().parents[2] / "configs" / "demo.toml").backbone.source
     demo = generate_domain("toys", num_users=options.users + 100, num_items=200)
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder) / "toys"

@@ -1,7 +1,7 @@
 """What one step of MergeRec costs, for 2, 8 and 32 domains, against one plain LoRA forward and backward.
 
-    python benchmarks/bench_collaborative.py
-    python benchmarks/bench_collaborative.py --rows    # also rows of TIES, PCB and Localize-and-Stitch, and dense ones
+    python benchmarks/merging/bench_collaborative.py
+    python benchmarks/merging/bench_collaborative.py --rows    # TIES, PCB, Localize-and-Stitch and dense rows as well
 
 A backbone of MiniLM's size (6 layers, width 384, vocabulary 30,522; random weights from a configuration) and LoRA
 of rank 8 on query and value. A step encodes 16 pseudo-users and updates the merging coefficients; the plain step is

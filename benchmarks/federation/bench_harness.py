@@ -1,6 +1,6 @@
 """What a benchmark's harness costs: `fedmerge bench` on a grid of 20 cells, against the sum of its cells' own work.
 
-    python benchmarks/bench_harness.py
+    python benchmarks/federation/bench_harness.py
 
 A turn is the whole command: Python's start, imports, Ray's start, the workers' imports, handing out cells, choices,
 tables, report, and Ray's end. Own work is what the cells take in their workers, backbone and domains included. The

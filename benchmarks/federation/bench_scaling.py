@@ -1,6 +1,6 @@
 """What a federation costs as it grows: seconds, memory and bytes, end to end through `fedmerge run`.
 
-    python benchmarks/bench_scaling.py --num-domains 10 50 200
+    python benchmarks/federation/bench_scaling.py --num-domains 10 50 200
 
 Small demo domains, the demo backbone, two training steps a client: what is measured is everything but the training. For
 each size: seconds in all and a domain, by phase; CPU seconds, which a busy machine changes less; the memory of the
@@ -32,7 +32,7 @@ import pyarrow.parquet as pq
 from fedmerge.domain.demo import write_demo
 from fedmerge.encoder.demo_backbone import write_demo_backbone
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 VARIABLE = "FEDMERGE_BENCH"  # every process of a run inherits it
 SAMPLE_SECONDS = 0.5
 FLOOR_SECONDS = {4_000: 0.0046, 1_000_000: 0.032}  # bytes -> seconds a message

@@ -1,7 +1,7 @@
 """What privacy settings cost on demo domains, over seeds: how adapters travel, and local steps in place of exact ones.
 
-    python benchmarks/bench_privacy.py transport
-    python benchmarks/bench_privacy.py local-steps
+    python benchmarks/privacy/bench_privacy.py transport
+    python benchmarks/privacy/bench_privacy.py local-steps
 
 Four demo domains train experts on the bundled demo backbone. ``transport``: each expert is packed and unpacked as it
 would travel, and the average of what arrives is evaluated. ``local-steps``: MergeRec's coefficients, layer-wise,

@@ -1,6 +1,6 @@
 """Encoding, as a share of the measured peak of bfloat16 matrix products.
 
-    python benchmarks/bench_encoding.py [--size 12x768] [--profile]
+    python benchmarks/speed/bench_encoding.py [--size 12x768] [--profile]
 
 Alternatives: the transformers model called under autocast on batches of 64 in the order given, padded to the longest;
 the same on batches sorted by length; and ``fedmerge.encoder.encode``. The model is a BERT built from a configuration,

@@ -1,6 +1,6 @@
 """Ranks of every user's target among all items: ``rank_targets`` against the full score matrix, sorted.
 
-    python benchmarks/bench_ranking.py
+    python benchmarks/speed/bench_ranking.py
 
 ``argsort`` sorts all scores of every user and finds the target's place; ``topk`` sorts the first 50 only, and so knows
 no rank beyond. Both hold the (users, items) matrix. Peak memory is that of a process of its own that ranks once, above

@@ -5,7 +5,7 @@ namespace) where that is permitted. First an app that the clients have not appro
 they refuse at once, so that is the floor: the way there and back, made of Flower's polls (3 s). Then a whole tiny
 experiment.
 
-    python benchmarks/bench_deployment.py [--rounds 5]
+    python benchmarks/federation/bench_deployment.py [--rounds 5]
 """
 
 import argparse
@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "support"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "support"))
 
 from deploy_federation import Federation
 from deploy_hosts import has_nginx, network, why_no_namespaces

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedmerge.cli.data_import import add_importers
+from fedmerge.cli.data.imports import add_importers
 
 if TYPE_CHECKING:
     from fedmerge.cli.options import Commands

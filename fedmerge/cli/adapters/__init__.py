@@ -1,0 +1,1 @@
+"""Commands on adapters: ``merge``, ``evaluate``, ``export`` and ``recommend``."""

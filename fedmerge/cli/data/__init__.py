@@ -1,0 +1,1 @@
+"""Commands on domain folders: ``data``."""
