@@ -1,11 +1,12 @@
 """The sections of an experiment, their keys, defaults and bounds."""
 
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 
 Split = Literal["valid", "test"]
 
@@ -32,6 +33,15 @@ MergeMethod = Literal[
     "mergerec",
     "adamerging",
 ]
+
+OWN_METHOD = r"^[\w.]+:\w+$"  # package.module:function; imported by the server alone, never to check a configuration
+
+
+def _merge_method(name: str) -> str:
+    if name not in typing.get_args(MergeMethod) and not re.fullmatch(OWN_METHOD, name):
+        raise ValueError(f"expected package.module:function or one of {', '.join(typing.get_args(MergeMethod))}")
+    return name
+
 
 Transport = Literal["float32", "float16", "int8", "top-k"]
 
@@ -212,7 +222,14 @@ class Rounds(Section):
 class Merge(Section):
     """Which merges are made. Among a method's variants the best on validation is kept."""
 
-    methods: tuple[MergeMethod, ...] = Field(
+    methods: tuple[
+        Annotated[
+            str,
+            AfterValidator(_merge_method),
+            WithJsonSchema({"anyOf": [{"enum": list(typing.get_args(MergeMethod))}, {"pattern": OWN_METHOD}]}),
+        ],
+        ...,
+    ] = Field(
         ("average", "task-arithmetic", "mergerec"),
         min_length=1,
         description="Methods to try; `fedmerge methods` describes them.",

@@ -33,7 +33,7 @@ from fedmerge.federated.product_space import (
 from fedmerge.federated.rules import RULES, Continuation, MergeFunction, Rule, rule_named, rule_of, rule_parameters
 from fedmerge.federated.server_steps import Moments
 from fedmerge.federated.summed import adapter_of_mean, summed_rank
-from fedmerge.merging.methods import Value
+from fedmerge.merging.parameters import Value
 from fedmerge.merging.stack import survey_adapters
 from fedmerge.seeding import derive
 

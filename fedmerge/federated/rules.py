@@ -11,7 +11,8 @@ from fedmerge.federated.averages import Combined, fedit, ffa_lora, hetlora, weig
 from fedmerge.federated.robust import coordinate_median, krum, multi_krum, trimmed_mean
 from fedmerge.federated.server_steps import Moments, fedadam, fedavgm, fedyogi
 from fedmerge.federated.summed import Summed
-from fedmerge.merging.methods import METHODS, Parameter, Value, checked_parameters, markdown_table, parameter_text
+from fedmerge.merging.methods import METHODS, method_named
+from fedmerge.merging.parameters import Parameter, Value, checked_parameters, markdown_table, parameter_text
 from fedmerge.merging.training_free import Scope, Space, merge_adapters
 
 Continuation = Literal["truncated", "frozen", "factors"]
@@ -201,10 +202,10 @@ def rule_named(name: str) -> Rule:
     """
     if name in RULES:
         return RULES[name]
-    if name not in METHODS:
+    if name not in METHODS and ":" not in name:
         expected = ", ".join([*RULES, *(method for method, row in METHODS.items() if not row.learned)])
         raise ConfigError(f"aggregation rule: found {name!r}, expected one of {expected}")
-    method = METHODS[name]
+    method = method_named(name)
     if method.learned:
         raise ConfigError(
             f"aggregation rule {name!r}: it is learned and needs a model; pass a function of the clients' updates "

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 
 from fedmerge.config import PAPER_STEPS
 from fedmerge.mergerec.vectors import TASK_VECTORS
-from fedmerge.merging.methods import METHODS, check_parameter
+from fedmerge.merging.methods import METHODS
+from fedmerge.merging.parameters import check_parameter
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from fedmerge.adapter import Adapter
 from fedmerge.encoder.backbone import Backbone
 from fedmerge.errors import ConfigError, LayoutMismatchError
-from fedmerge.merging.methods import Value
+from fedmerge.merging.parameters import Value
 from fedmerge.merging.stack import Stack, StackedModule, StackLayout, dense_module, expand_coefficients, linear_merge
 from fedmerge.merging.training_free import domain_rows
 

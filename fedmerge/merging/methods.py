@@ -1,13 +1,21 @@
-"""Merging methods as rows of one literal table; ``fedmerge.merging.training_free`` runs those that need no model."""
+"""Merging methods as rows of one literal table; ``fedmerge.merging.training_free`` runs those that need no model.
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+To add a method, write its function in the file of its kind, named after the paper's step: linear (here), elementwise
+(``rows``) or spectral (``spectral``). Then add a row to METHODS with its parameters, their defaults and bounds, and the
+laws that it obeys, and its name to ``MergeMethod`` in ``fedmerge.config``. tests/merging run over all rows; add a case
+by hand. A method that stays outside this repository needs none of this: see ``fedmerge.merging.own_method``.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 
 from fedmerge.errors import ConfigError
+from fedmerge.merging.own_method import OwnMethod, function_name, function_parameters, load_function
+from fedmerge.merging.parameters import Parameter, Value, checked_parameters, markdown_table, parameter_text
 from fedmerge.merging.rows import breadcrumbs, dare, dare_ties, localize_and_stitch, pcb, ties
 from fedmerge.merging.spectral import Factors, iso_c, iso_cts, tsv
 from fedmerge.merging.stack import StackLayout
@@ -22,35 +30,11 @@ Law = Literal[
     "rotation",  # the same for any change of orthonormal bases
     "core is full",  # core space changes nothing
 ]
-Value = float | int | str | bool | None
-
-
-@dataclass(frozen=True, slots=True)
-class Parameter:
-    """One parameter of a method.
-
-    Attributes:
-        default: also says its type; None stands for an integer that may be absent, or with ``number`` for a number.
-        low: smallest value.
-        high: largest value.
-        above: a value that it must exceed.
-        choices: of a string.
-        number: not an integer but any finite number, where the default is None.
-        optional: may be None, though the default is not.
-    """
-
-    default: Value
-    low: float = -math.inf
-    high: float = math.inf
-    above: float = -math.inf
-    choices: tuple[str, ...] = ()
-    number: bool = False
-    optional: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """One merging method: linear, elementwise, spectral, or (none of the three functions) learned.
+    """One merging method: linear, elementwise, spectral, a function of one's own, or (none of these) learned.
 
     Attributes:
         what: what it does.
@@ -62,8 +46,9 @@ class Method:
         coefficients: linear: (stack, **parameters) -> (K,) or (K, G) float32.
         rows: elementwise: (pieces, **parameters) -> K rows a piece, see ``fedmerge.merging.rows``.
         factors: spectral: (updates, **parameters) -> the merge's factors, see ``fedmerge.merging.spectral``.
+        function: one's own: (updates, **parameters) -> (out, in), see ``fedmerge.merging.own_method``.
         knots: the rows are those of KnOTS' S V_k.
-        random: ``rows`` also takes a seed.
+        random: ``rows`` or ``function`` also takes a seed.
     """
 
     what: str
@@ -75,13 +60,14 @@ class Method:
     coefficients: Callable[..., torch.Tensor] | None = None
     rows: Callable[..., Iterator[torch.Tensor]] | None = None
     factors: Callable[..., Factors] | None = None
+    function: OwnMethod | None = None
     knots: bool = False
     random: bool = False
 
     @property
     def learned(self) -> bool:
-        """Whether it takes pseudo-users and a model: ``fedmerge.mergerec.learn``."""
-        return self.coefficients is None and self.rows is None and self.factors is None
+        """True if the merge needs pseudo-users and a model: ``fedmerge.mergerec.learn``."""
+        return all(each is None for each in (self.coefficients, self.rows, self.factors, self.function))
 
 
 def average(stack: StackLayout) -> torch.Tensor:
@@ -312,15 +298,37 @@ METHODS: dict[str, Method] = {
 }
 
 
-def method_named(name: str) -> Method:
-    """The method of this name.
+def method_named(name: str | OwnMethod) -> Method:
+    """Return the row of a method: one of METHODS, or a row made for a function of one's own.
+
+    Args:
+        name: a name in METHODS, ``package.module:function``, or the function itself.
 
     Raises:
-        ConfigError: no such method.
+        ConfigError: no such method, or a function that cannot be one.
     """
-    if name not in METHODS:
-        raise ConfigError(f"merging method: found {name!r}, expected one of {', '.join(sorted(METHODS))}")
-    return METHODS[name]
+    if isinstance(name, str) and name in METHODS:
+        return METHODS[name]
+    if isinstance(name, str) and ":" not in name:
+        expected = f"one of {', '.join(sorted(METHODS))}, or package.module:function"
+        raise ConfigError(f"merging method: found {name!r}, expected {expected}")
+    function = load_function(name) if isinstance(name, str) else name
+    parameters, random = function_parameters(name_of(name), function)
+    return Method(
+        what=(inspect.getdoc(function) or "a function of your own").partition("\n")[0],
+        function=function,
+        parameters=parameters,
+        source=name_of(name),
+        use="your own method",
+        cost="O(K n) a module, and the function's own",
+        laws=(),
+        random=random,
+    )
+
+
+def name_of(method: str | OwnMethod) -> str:
+    """Return the name of a method, as settings and provenance give it."""
+    return method if isinstance(method, str) else function_name(method)
 
 
 def method_coefficients(name: str, stack: StackLayout, **parameters: Value) -> torch.Tensor:
@@ -351,22 +359,6 @@ def complete_parameters(name: str, parameters: Mapping[str, Value]) -> dict[str,
     return checked_parameters(f"merging method {name!r}", method_named(name).parameters, parameters)
 
 
-def checked_parameters(where: str, parameters: Mapping[str, Parameter], given: Mapping[str, Value]) -> dict[str, Value]:
-    """Given values, checked, with the defaults of those that are not given.
-
-    Raises:
-        ConfigError: one that is not among the parameters, or out of its bounds.
-    """
-    unknown = sorted(given.keys() - parameters.keys())
-    if unknown:
-        expected = ", ".join(parameters) or "none"
-        raise ConfigError(f"{where}: found parameters {', '.join(unknown)}, expected {expected}")
-    chosen = {key: given.get(key, parameter.default) for key, parameter in parameters.items()}
-    for key, value in chosen.items():
-        check_parameter(f"{where}: {key}", parameters[key], value)
-    return chosen
-
-
 def describe_method(name: str) -> str:
     """A row of METHODS as text of several lines.
 
@@ -380,7 +372,7 @@ def describe_method(name: str) -> str:
         ("scope", _scopes(method)),
         ("cost", method.cost),
         ("source", method.source),
-        ("laws", ", ".join(method.laws)),
+        ("laws", ", ".join(method.laws) or "none declared"),
     ]
     return f"{name}: {method.what}\n" + "".join(f"  {key:<11}{text}\n" for key, text in about)
 
@@ -406,52 +398,4 @@ def laws_table() -> str:
 def _scopes(method: Method) -> str:
     if method.learned:
         return "its granularity"
-    return "tensor, layer, model" if method.rows else "tensor" if method.factors else "all the same"
-
-
-def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
-
-
-def check_parameter(where: str, parameter: Parameter, value: Value) -> None:
-    """Refuse a value of another type than its parameter's default, or outside its bounds or choices.
-
-    Raises:
-        ConfigError: with ``where``, the value and what was expected.
-    """
-    default = parameter.default
-    if isinstance(default, str):
-        good = value in parameter.choices
-    elif isinstance(default, bool):
-        good = isinstance(value, bool)
-    else:
-        good = False
-        number = parameter.number or isinstance(default, float)
-        if isinstance(value, int) or (isinstance(value, float) and number and math.isfinite(value)):
-            good = not isinstance(value, bool) and value > parameter.above and parameter.low <= value <= parameter.high
-    if default is None or parameter.optional:
-        good = good or value is None
-    if not good:
-        raise ConfigError(f"{where}: found {value!r}, expected {_expected(parameter)}")
-
-
-def _expected(parameter: Parameter) -> str:
-    default = parameter.default
-    if isinstance(default, str):
-        return f"one of {', '.join(parameter.choices)}"
-    if isinstance(default, bool):
-        return "true or false"
-    kind = "a finite number" if parameter.number or isinstance(default, float) else "an integer"
-    bounds = (f"at least {parameter.low}", f"above {parameter.above}", f"at most {parameter.high}")
-    expected = ", ".join([kind, *(bound for bound in bounds if "inf" not in bound)])
-    return f"{expected}, or None" if default is None or parameter.optional else expected
-
-
-def parameter_text(parameter: Parameter) -> str:
-    """Default and bounds of a parameter, as the tables have them."""
-    bounds = _expected(parameter)
-    if isinstance(parameter.default, float):
-        bounds = bounds.removeprefix("a finite number").removeprefix(", ")
-    return f"{parameter.default} ({bounds})" if bounds else str(parameter.default)
+    return "tensor, layer, model" if method.rows else "all the same" if method.coefficients else "tensor"

@@ -9,11 +9,14 @@ import torch
 
 from fedmerge.adapter import Adapter, LoraModule, adapter_sha256
 from fedmerge.errors import ConfigError, MergeError
-from fedmerge.merging.methods import Method, Value, complete_parameters, method_named
+from fedmerge.merging.methods import Method, method_named, name_of
+from fedmerge.merging.own_method import SEED, OwnMethod, call_function
+from fedmerge.merging.parameters import Value, checked_parameters
 from fedmerge.merging.rows import Piece, total
 from fedmerge.merging.spaces import Bases, core_bases, knots_bases, lift, lift_dense, project
 from fedmerge.merging.spectral import Factors, dense_svd, support, thin_svd
 from fedmerge.merging.stack import Stack, dense_module, linear_merge, stack_adapters
+from fedmerge.seeding import derive
 
 Scope = Literal["tensor", "layer", "model"]
 Space = Literal["full", "core"]
@@ -26,7 +29,7 @@ class MergedAdapter:
     Attributes:
         adapter: the merge, float32.
         residuals: module -> ‖Δ - Δ_adapter‖_F / ‖Δ‖_F, Δ the merge by its definition; 0 for a merge that is 0.
-        method: row of METHODS.
+        method: name in METHODS, or ``package.module:function`` of one's own.
         parameters: the method's, with those that were left at their default.
         coefficients: domain -> its coefficient, of those that took part.
         settings: scope, space, seed (of methods that draw) and output rank.
@@ -55,7 +58,7 @@ class MergedAdapter:
 
 def merge_adapters(
     adapters: Mapping[str, Adapter],
-    method: str,
+    method: str | OwnMethod,
     *,
     coefficients: Mapping[str, float] | None = None,
     scope: Scope = "tensor",
@@ -70,7 +73,8 @@ def merge_adapters(
 
     Args:
         adapters: domain -> adapter; the order does not matter.
-        method: row of METHODS that is not learned.
+        method: name in METHODS of a method that is not learned, or one's own: ``package.module:function``, or the
+            function itself; see ``fedmerge.merging.own_method``.
         coefficients: domain -> factor on its scaling, before the method sees it; 1 for domains that are not named. A
             domain at 0 is absent: it counts neither in K nor in a rank.
         scope: what a row is to methods with thresholds: a module, all modules of a layer, or all modules.
@@ -97,7 +101,7 @@ def merge_adapters(
 
 def merge_stack(
     stack: Stack,
-    method: str,
+    method: str | OwnMethod,
     *,
     scope: Scope = "tensor",
     space: Space = "full",
@@ -113,15 +117,15 @@ def merge_stack(
     factors = dict.fromkeys(stack.domains, 1.0)
     if row.coefficients is not None and space == "full" and output_rank == "exact":
         merged = linear_merge(stack, row.coefficients(stack, **chosen))
-        return MergedAdapter(merged, dict.fromkeys(merged.modules, 0.0), method, chosen, factors, made)
+        return MergedAdapter(merged, dict.fromkeys(merged.modules, 0.0), name_of(method), chosen, factors, made)
     modules, residuals = {}, {}
     for name, bases, update in _merges(stack, row, chosen, scope, space, seed):
         modules[name], residuals[name] = _compressed(update, bases, None if output_rank == "exact" else output_rank)
-    return MergedAdapter(Adapter(modules), dict(sorted(residuals.items())), method, chosen, factors, made)
+    return MergedAdapter(Adapter(modules), dict(sorted(residuals.items())), name_of(method), chosen, factors, made)
 
 
 def checked_settings(
-    method: str, scope: str, space: str, output_rank: int | str, parameters: Mapping[str, Value]
+    method: str | OwnMethod, scope: str, space: str, output_rank: int | str, parameters: Mapping[str, Value]
 ) -> tuple[Method, dict[str, Value]]:
     """What :func:`merge_adapters` makes of its settings: the row of METHODS, and all of its parameters.
 
@@ -153,7 +157,7 @@ def domain_rows(
         ConfigError: as :func:`merge_adapters`, or a spectral method, whose merge is no sum over domains.
     """
     row, chosen = _checked(method, scope, space, parameters)
-    if row.factors is not None:
+    if row.coefficients is None and row.rows is None:
         raise ConfigError(f"merging method {method!r}: its merge is no sum of rows; choose a linear or elementwise one")
     return _domain_rows(stack, row, chosen, scope, space, seed)
 
@@ -184,6 +188,9 @@ def _merges(
         updates = project(_updates(stack, name), bases)
         if row.factors is not None:
             yield name, bases, row.factors(updates, **chosen)
+        elif row.function is not None:
+            drawn = {SEED: derive(seed, "own method", name)} if row.random else {}
+            yield name, bases, call_function(row.source, row.function, name, _dense(updates), {**chosen, **drawn})
         else:
             left = torch.cat([left * value for (left, _), value in zip(updates, values, strict=True)], dim=1)
             yield name, bases, (left, torch.cat([right for _, right in updates]))
@@ -303,16 +310,16 @@ def _scaled(adapter: Adapter, factor: float) -> Adapter:
     return Adapter({name: replace(module, scaling=module.scaling * factor) for name, module in adapter.modules.items()})
 
 
-def _checked(method: str, scope: str, space: str, parameters: Mapping[str, Value]) -> tuple[Method, dict[str, Value]]:
+def _checked(
+    method: str | OwnMethod, scope: str, space: str, parameters: Mapping[str, Value]
+) -> tuple[Method, dict[str, Value]]:
     """The row of a method and its complete parameters."""
-    row = method_named(method)
+    row, where = method_named(method), f"merging method {name_of(method)!r}"
     if row.learned:
-        raise ConfigError(f"merging method {method!r}: it is learned from catalogs; call learn_coefficients")
+        raise ConfigError(f"{where}: it is learned from catalogs; call learn_coefficients")
     for what, value, choices in (("scope", scope, get_args(Scope)), ("space", space, get_args(Space))):
         if value not in choices:
             raise ConfigError(f"merge: {what}: found {value!r}, expected one of {', '.join(choices)}")
-    if row.factors is not None and scope != "tensor":
-        raise ConfigError(
-            f"merging method {method!r}: found scope {scope!r}, expected 'tensor'; it works on one matrix at a time"
-        )
-    return row, complete_parameters(method, parameters)
+    if (row.factors or row.function) and scope != "tensor":
+        raise ConfigError(f"{where}: found scope {scope!r}, expected 'tensor'; it works on one matrix at a time")
+    return row, checked_parameters(where, row.parameters, parameters)

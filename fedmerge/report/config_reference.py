@@ -55,15 +55,15 @@ def _table(section: Mapping[str, Any], prefix: str, defaults: Mapping[str, Any])
 def _values(field: Mapping[str, Any]) -> str:
     """What a setting may be, in words."""
     if "anyOf" in field:
-        return " or ".join("`none`" if kind["type"] == "null" else _values(kind) for kind in field["anyOf"])
+        return " or ".join("`none`" if kind.get("type") == "null" else _values(kind) for kind in field["anyOf"])
     if "enum" in field:
         return ", ".join(f"`{value}`" for value in field["enum"])
-    if field["type"] == "array":
-        least = " (not empty)" if field.get("minItems") else ""
-        return f"list{least}: {_values(field['items'])}"
     if "pattern" in field:
         pattern = str(field["pattern"]).replace("|", "\\|")
         return f"text of the form `{pattern}`"
+    if field["type"] == "array":
+        least = " (not empty)" if field.get("minItems") else ""
+        return f"list{least}: {_values(field['items'])}"
     word = {"integer": "integer", "number": "number", "boolean": "`true`, `false`", "string": "text"}[field["type"]]
     signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
     bounds = [f"{sign} {field[bound]}" for bound, sign in signs.items() if bound in field]

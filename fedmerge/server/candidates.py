@@ -24,7 +24,8 @@ from fedmerge.mergerec.pseudo_users import PseudoDomain
 from fedmerge.mergerec.variants import learned_variants, pseudo_domains, tried_steps
 from fedmerge.mergerec.vectors import Vectors, initial_vectors, merge_vectors
 from fedmerge.merging.candidate import Candidate
-from fedmerge.merging.methods import METHODS, Value, method_coefficients
+from fedmerge.merging.methods import method_coefficients, method_named
+from fedmerge.merging.parameters import Value
 from fedmerge.merging.stack import Stack, linear_merge_of_many, stack_adapters, survey_adapters
 from fedmerge.merging.training_free import merge_stack
 from fedmerge.privacy.domain_noise import domain_noise, domain_record, noised_average
@@ -119,7 +120,7 @@ def merge_candidates(
         return label in finished
 
     for method in config.merge.methods:
-        row = METHODS[method]
+        row = method_named(method)
         if row.coefficients is not None:
             for label, parameters in linear_variants(method, config):
                 if not made_before(label):
@@ -189,7 +190,7 @@ def _noised_average(adapters: Mapping[str, Adapter], config: ExperimentConfig) -
 
 def linear_variants(method: str, config: ExperimentConfig) -> Iterator[tuple[str, dict[str, Value]]]:
     """Labels and parameters."""
-    if "coefficient" not in METHODS[method].parameters:
+    if "coefficient" not in method_named(method).parameters:
         yield method, {}
         return
     for coefficient in config.merge.task_arithmetic_coefficients:
@@ -199,7 +200,7 @@ def linear_variants(method: str, config: ExperimentConfig) -> Iterator[tuple[str
 def _variants(method: str, config: ExperimentConfig) -> Iterator[tuple[str, dict[str, Value]]]:
     """Labels and parameters of a training-free method that is not linear: every density with every coefficient."""
     lists = {"density": config.merge.densities, "coefficient": config.merge.coefficients}
-    varied = {key: values for key, values in lists.items() if values and key in METHODS[method].parameters}
+    varied = {key: values for key, values in lists.items() if values and key in method_named(method).parameters}
     for values in product(*varied.values()):
         parameters: dict[str, Value] = dict(zip(varied, values, strict=True))
         yield " ".join([method, *(f"{key} {value:g}" for key, value in parameters.items())]), parameters

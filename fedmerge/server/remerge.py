@@ -19,7 +19,7 @@ from fedmerge.files import new_folder, read_record, write_json, write_text
 from fedmerge.mergerec.pictures import draw_learned
 from fedmerge.merging.candidate import Candidate
 from fedmerge.merging.folders import AdapterFolders, read_folders, write_as_sources
-from fedmerge.merging.methods import METHODS
+from fedmerge.merging.methods import method_named
 from fedmerge.runs.checkpoints import turned_away
 from fedmerge.runs.reading import REMERGED
 from fedmerge.server.candidates import merge_candidates
@@ -96,7 +96,7 @@ def experts_in(folders: Mapping[str, Path], exclude: Sequence[str] = (), backbon
 
 def needs_backbone(config: ExperimentConfig) -> bool:
     """Whether a method of the configuration is learned, so that it runs the backbone on the catalogs."""
-    return any(METHODS[method].learned for method in config.merge.methods)
+    return any(method_named(method).learned for method in config.merge.methods)
 
 
 def catalogs_of(experts: Experts, root: Path) -> dict[str, Catalog]:

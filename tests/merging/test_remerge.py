@@ -238,9 +238,8 @@ def test_bad_settings_are_refused_before_anything_is_read(run: Path, capsys: Cap
     assert "merge.method: unknown key; did you mean merge.methods?" in refusal(
         capsys, "merge", run, "--set", "merge.method=average"
     )
-    assert "Input should be 'average', 'task-arithmetic', 'ties'" in refusal(
-        capsys, "merge", run, "--set", "merge.methods=magic"
-    )
+    refused = refusal(capsys, "merge", run, "--set", "merge.methods=magic")
+    assert all(word in refused for word in ("merge.methods", "'magic'", "task-arithmetic", "package.module:function"))
     with pytest.raises(SystemExit) as caught:
         output(capsys, "merge")
     assert caught.value.code == 2

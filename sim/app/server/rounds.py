@@ -21,7 +21,7 @@ from fedmerge.federated.rounds import GlobalState, aggregate, aggregate_mean, fr
 from fedmerge.federated.rules import MergeFunction, parsed_parameters, rule_named, rule_of, rule_parameters
 from fedmerge.federated.summed import num_summed
 from fedmerge.merging.candidate import Candidate
-from fedmerge.merging.methods import Value
+from fedmerge.merging.parameters import Value
 from fedmerge.privacy.agreed import check_spent
 from fedmerge.runs.checkpoints import keep_merge
 from fedmerge.runs.round_checkpoints import (
