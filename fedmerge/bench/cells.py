@@ -40,10 +40,11 @@ from fedmerge.errors import FedMergeError, RunDirError
 from fedmerge.evaluation.ranks import per_user_metrics
 from fedmerge.evaluation.sums import VARIANTS, MetricSums, Variant, metric_sums
 from fedmerge.federated.rounds import aggregate, initial_state
-from fedmerge.federated.rules import parsed_parameters, rule_named
+from fedmerge.federated.rules import rule_named
 from fedmerge.files import read_json, whole_folder, write_bytes, write_json
 from fedmerge.mergerec.variants import learned_labels
 from fedmerge.merging.candidate import Candidate
+from fedmerge.merging.parameters import parse_parameters
 from fedmerge.privacy.policy import check_enough_users
 from fedmerge.runs.checkpoints import MERGED, KeptExperts, ended_training, keep_merge, kept_merges, merge_folder
 from fedmerge.runs.folder import environment
@@ -211,7 +212,7 @@ def _one_round(config: ExperimentConfig, experts: Mapping[str, Adapter], sources
         )
         for domain, adapter in adapters.items()
     }
-    parameters = parsed_parameters(config.rounds.parameters)
+    parameters = parse_parameters(config.rounds.parameters)
     state = aggregate(rule, initial_state(starts), adapters, None, seed=config.seed, **parameters)
     label = f"{rule} 1 round"
     provenance = {

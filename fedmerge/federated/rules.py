@@ -1,6 +1,6 @@
 """Aggregation rules as rows of one literal table; ``fedmerge.federated.rounds.aggregate`` runs them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, get_args
@@ -248,11 +248,6 @@ def rule_parameters(name: str, rule: Rule, given: Mapping[str, Value]) -> dict[s
     return checked_parameters(f"aggregation rule {name!r}", rule.parameters, given)
 
 
-def parsed_parameters(texts: Sequence[str]) -> dict[str, Value]:
-    """``num_malicious=1`` as a number, ``continuation=frozen`` as text, ``none`` as None."""
-    return {key: _value(text) for key, _, text in (each.partition("=") for each in texts)}
-
-
 def rules_table() -> str:
     """RULES as a Markdown table."""
     rows = []
@@ -273,17 +268,6 @@ def rules_table() -> str:
     return markdown_table(
         ("rule", "what it computes", "clients continue", "sent", "parameters", "cost", "source"), rows
     )
-
-
-def _value(text: str) -> Value:
-    if text.lower() in ("true", "false", "none"):
-        return {"true": True, "false": False, "none": None}[text.lower()]
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
 
 
 def _merged(

@@ -94,3 +94,19 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def parse_parameters(texts: Sequence[str]) -> dict[str, Value]:
+    """Read ``key=value`` texts: numbers, ``true``, ``false`` and ``none`` as such, anything else as text."""
+    return {key.strip(): _value(text.strip()) for key, _, text in (each.partition("=") for each in texts)}
+
+
+def _value(text: str) -> Value:
+    if text.lower() in ("true", "false", "none"):
+        return {"true": True, "false": False, "none": None}[text.lower()]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text

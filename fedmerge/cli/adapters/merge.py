@@ -59,7 +59,7 @@ def add_commands(commands: "Commands") -> None:
         metavar="SOURCE",
         help="two or more PEFT LoRA folders as [NAME=]DIR, or one run: its folder, or the beginning of its id",
     )
-    merge.add_argument("--method", help="make one merge by this method; `fedmerge methods` describes them")
+    merge.add_argument("--method", help="make one merge by this method (`fedmerge methods`), or yours: module:function")
     merge.add_argument(
         "--out", type=Path, metavar="DIR", help="folder to make (default, for a run only: a new one in RUN/remerged)"
     )
@@ -79,6 +79,12 @@ def add_commands(commands: "Commands") -> None:
     one.add_argument("--seed", type=int, help="of methods that draw [0]")
     for name, meaning in PARAMETERS.items():
         one.add_argument(_flag(name), type=float, metavar="X", help=meaning)
+    one.add_argument(
+        "--parameter",
+        action="append",
+        metavar="NAME=VALUE",
+        help="any parameter of the method, such as one of your own (package.module:function)",
+    )
 
     several = merge.add_argument_group("without --method")
     several.add_argument("--config", type=Path, help="experiment file (default: that of the run the adapters lie in)")
@@ -117,6 +123,7 @@ def _merge_one(options: argparse.Namespace, run: Path | None, folders: dict[str,
     """One merge by ``--method``."""
     from fedmerge.files import check_free
     from fedmerge.merging.folders import write_merge
+    from fedmerge.merging.parameters import parse_parameters
     from fedmerge.merging.training_free import checked_settings, merge_adapters
 
     rank: Any = options.output_rank or "exact"
@@ -126,6 +133,7 @@ def _merge_one(options: argparse.Namespace, run: Path | None, folders: dict[str,
         "output_rank": int(rank) if re.fullmatch(r"\d+", rank) else rank,
     }
     parameters = {name: value for name in PARAMETERS if (value := getattr(options, name)) is not None}
+    parameters |= parse_parameters(options.parameter or [])
     coefficients = _coefficients(options.coefficients, list(folders))
     checked_settings(options.method, **settings, parameters=parameters)
     if options.out is not None:
@@ -234,7 +242,7 @@ def _check_groups(options: argparse.Namespace) -> None:
     """Flags that say nothing to the form of the command that was chosen are refused."""
     from fedmerge.errors import ConfigError
 
-    of_one = ["coefficients", "scope", "space", "output_rank", "seed", *PARAMETERS]
+    of_one = ["coefficients", "scope", "space", "output_rank", "seed", "parameter", *PARAMETERS]
     given = [_flag(name) for name in of_one if getattr(options, name) is not None]
     if given and options.method is None:
         raise ConfigError(f"merge: found {', '.join(given)} without --method. Give --method, or settings with --set.")

@@ -18,10 +18,10 @@ from fedmerge.encoder.backbone import Backbone
 from fedmerge.encoder.lora import applied, fresh_adapter
 from fedmerge.errors import ConfigError
 from fedmerge.federated.rounds import GlobalState, aggregate, aggregate_mean, fresh_seed, initial_state
-from fedmerge.federated.rules import MergeFunction, parsed_parameters, rule_named, rule_of, rule_parameters
+from fedmerge.federated.rules import MergeFunction, rule_named, rule_of, rule_parameters
 from fedmerge.federated.summed import num_summed
 from fedmerge.merging.candidate import Candidate
-from fedmerge.merging.parameters import Value
+from fedmerge.merging.parameters import Value, parse_parameters
 from fedmerge.privacy.agreed import check_spent
 from fedmerge.runs.checkpoints import keep_merge
 from fedmerge.runs.round_checkpoints import (
@@ -73,7 +73,7 @@ def run_rounds(
     """
     rounds = config.rounds
     name = str(rounds.rule)
-    parameters = parsed_parameters(rounds.parameters)
+    parameters = parse_parameters(rounds.parameters)
     federation.phase = "train"
     if not (members := members_of(run_dir)):
         members = federation.of("train")
@@ -114,7 +114,7 @@ def check_rounds(config: ExperimentConfig) -> None:
     rule = config.rounds.rule
     if rule is not None:
         row = rule_of(lambda updates: next(iter(updates.values()))) if rule in LEARNED_METHODS else rule_named(rule)
-        parameters = rule_parameters(rule, row, parsed_parameters(config.rounds.parameters))
+        parameters = rule_parameters(rule, row, parse_parameters(config.rounds.parameters))
         clients = max(1, math.ceil(config.rounds.fraction * len(config.domains.train)))
         if rule == "trimmed-mean" and math.floor(Fraction(str(parameters["trim"])) * clients) < 1:
             raise ConfigError(
