@@ -158,8 +158,8 @@ def metric_sums(outcomes: Mapping[str, FloatArray], variant: Variant) -> MetricS
 
 
 @dataclass(frozen=True, slots=True)
-class PairedDifference:
-    """Mean of method minus baseline, its standard error, and the bounds of its 95 % normal interval."""
+class Estimate:
+    """Mean over users, or over their paired differences, with its standard error and 95 % normal interval."""
 
     mean: float
     standard_error: float
@@ -167,7 +167,28 @@ class PairedDifference:
     high: float
 
 
-def paired_difference(sums: MetricSums, method: str, baseline: str, metric: str) -> PairedDifference:
+def estimate_mean(sums: MetricSums, method: str, metric: str) -> Estimate:
+    """Estimate the mean outcome of one method, with an interval over users.
+
+    mean = sum x / U,  var = (sum x^2 - (sum x)^2 / U) / (U - 1),  SE = sqrt(var / U).
+
+    Args:
+        sums: metric sums of one domain.
+        method: one of ``sums.methods``.
+        metric: one of METRICS.
+
+    Raises:
+        ClientError: an unknown method or metric, or fewer than two users.
+    """
+    p, m, num_users = _method_index(sums, method), _metric_index(metric), sums.num_users
+    if num_users < 2:
+        raise ClientError(f"mean of {method!r} over {num_users} user; a standard error needs at least 2")
+    total = float(sums.sums[p, m])
+    scatter = max(float(sums.products[m, p, p]) - total * total / num_users, 0.0)
+    return _with_interval(total / num_users, math.sqrt(scatter / (num_users - 1) / num_users))
+
+
+def paired_difference(sums: MetricSums, method: str, baseline: str, metric: str) -> Estimate:
     """Mean difference between two methods on the same users, from sums and products alone.
 
     With d_u = x_u - y_u:  mean = sum d / U,  var = (sum d^2 - (sum d)^2 / U) / (U - 1),  SE = sqrt(var / U),
@@ -202,9 +223,7 @@ def paired_difference(sums: MetricSums, method: str, baseline: str, metric: str)
     return _with_interval(total / num_users, standard_error)
 
 
-def paired_difference_of_mean(
-    domains: Sequence[MetricSums], method: str, baseline: str, metric: str
-) -> PairedDifference:
+def paired_difference_of_mean(domains: Sequence[MetricSums], method: str, baseline: str, metric: str) -> Estimate:
     """The paired difference of the unweighted mean over domains, whose users are independent.
 
     mean = sum_k mean_k / K,  SE = sqrt(sum_k SE_k^2) / K.  The interval speaks of other users of these domains, not of
@@ -232,9 +251,9 @@ def paired_difference_of_mean(
     return _with_interval(mean, math.sqrt(variance_of_total) / len(differences))
 
 
-def _with_interval(mean: float, standard_error: float) -> PairedDifference:
+def _with_interval(mean: float, standard_error: float) -> Estimate:
     half_width = INTERVAL_95 * standard_error
-    return PairedDifference(mean, standard_error, mean - half_width, mean + half_width)
+    return Estimate(mean, standard_error, mean - half_width, mean + half_width)
 
 
 def _method_index(sums: MetricSums, method: str) -> int:

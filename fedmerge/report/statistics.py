@@ -17,8 +17,8 @@ from fedmerge.errors import LayoutMismatchError
 from fedmerge.evaluation.ranks import METRICS
 from fedmerge.evaluation.sums import (
     INTERVAL_95,
+    Estimate,
     MetricSums,
-    PairedDifference,
     paired_difference,
     paired_difference_of_mean,
 )
@@ -43,7 +43,7 @@ class OverSeeds:
     p_value: float
 
 
-def difference_over_seeds(differences: Sequence[PairedDifference]) -> OverSeeds:
+def difference_over_seeds(differences: Sequence[Estimate]) -> OverSeeds:
     """Combine the paired differences of several seeds into one with an interval.
 
     mean = sum_s m_s / S
@@ -165,7 +165,7 @@ def comparison_rows(
 
 def _by_seed(
     sums: Mapping[tuple[int, str], MetricSums], domains: Sequence[str], strategy: str, baseline: str, metric: str
-) -> list[PairedDifference]:
+) -> list[Estimate]:
     differences = []
     for seed in sorted({seed for seed, _ in sums}):
         members = [of_domain for domain in domains if (of_domain := sums.get((seed, domain)))]

@@ -14,8 +14,8 @@ from fedmerge.errors import LayoutMismatchError
 from fedmerge.evaluation.ranks import METRICS
 from fedmerge.evaluation.sums import (
     VARIANTS,
+    Estimate,
     MetricSums,
-    PairedDifference,
     Variant,
     paired_difference,
     paired_difference_of_mean,
@@ -212,7 +212,7 @@ def differences_table(
         {domain: roles[domain] for domain in sums}, {domain: of_domain.num_users for domain, of_domain in sums.items()}
     )
 
-    def difference(group: Sequence[str], method: str, metric: str) -> PairedDifference | None:
+    def difference(group: Sequence[str], method: str, metric: str) -> Estimate | None:
         members = [sums[domain] for domain in group]
         if any(member.num_users < 2 or not {method, baseline} <= set(member.methods) for member in members):
             return None
@@ -301,7 +301,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return math.fsum(present) / len(present) if len(present) == len(values) else None
 
 
-def _difference_cell(difference: PairedDifference | None, num_digits: int) -> _Cell:
+def _difference_cell(difference: Estimate | None, num_digits: int) -> _Cell:
     if difference is None:
         return _ABSENT, False
     rounded = round(difference.mean, num_digits) + 0.0  # no "-0.0000"

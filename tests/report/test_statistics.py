@@ -10,8 +10,8 @@ from scipy import stats
 from fedmerge.errors import ClientError, LayoutMismatchError
 from fedmerge.evaluation.ranks import METRICS, per_user_metrics
 from fedmerge.evaluation.sums import (
+    Estimate,
     MetricSums,
-    PairedDifference,
     metric_sums,
     paired_difference,
     paired_difference_of_mean,
@@ -62,20 +62,20 @@ def test_one_seed_is_the_interval_of_its_users() -> None:
 
 
 def test_three_seeds_by_hand() -> None:
-    differences = [PairedDifference(mean, 0.02, 0.0, 0.0) for mean in (0.01, 0.03, 0.05)]
+    differences = [Estimate(mean, 0.02, 0.0, 0.0) for mean in (0.01, 0.03, 0.05)]
     over = difference_over_seeds(differences)
     seeds = 0.02 / math.sqrt(3)
     assert over.mean == pytest.approx(0.03)
     assert over.half_width == pytest.approx(math.hypot(1.959964 * 0.02, 4.302653 * seeds))
     reached = math.hypot(stats.norm.isf(over.p_value / 2) * 0.02, stats.t.isf(over.p_value / 2, 2) * seeds)
     assert reached == pytest.approx(0.03)  # the interval of this level ends at 0
-    far = difference_over_seeds([PairedDifference(mean, 1e-9, 0.0, 0.0) for mean in (0.5, 0.5, 0.5 + 1e-12)])
+    far = difference_over_seeds([Estimate(mean, 1e-9, 0.0, 0.0) for mean in (0.5, 0.5, 0.5 + 1e-12)])
     assert 0.0 <= far.p_value < 1e-9
 
 
 def test_without_users_noise_it_is_the_t_test_over_seeds() -> None:
     values = [0.01, 0.03, 0.02, 0.05]
-    over = difference_over_seeds([PairedDifference(value, 0.0, value, value) for value in values])
+    over = difference_over_seeds([Estimate(value, 0.0, value, value) for value in values])
     assert over.p_value == pytest.approx(stats.ttest_1samp(values, 0.0).pvalue)
     low, high = stats.ttest_1samp(values, 0.0).confidence_interval(0.95)
     assert (over.mean - over.half_width, over.mean + over.half_width) == pytest.approx((low, high))
@@ -83,15 +83,15 @@ def test_without_users_noise_it_is_the_t_test_over_seeds() -> None:
 
 def test_seeds_that_cancel_but_for_rounding_have_an_interval() -> None:
     for high, low in ((1 / 900, -1 / 900 * (1 + 2e-16)), (0.1 + 0.2, -0.3), (1e-3, -1e-3)):
-        over = difference_over_seeds([PairedDifference(mean, 0.004, mean, mean) for mean in (high, low)])
+        over = difference_over_seeds([Estimate(mean, 0.004, mean, mean) for mean in (high, low)])
         assert abs(over.mean) < 1e-16
         assert over.p_value == pytest.approx(1.0, abs=1e-9)
         assert over.half_width > max(high, -low)
 
 
 def test_equal_methods_do_not_differ_and_a_constant_difference_is_certain() -> None:
-    assert difference_over_seeds([PairedDifference(0.0, 0.0, 0.0, 0.0)] * 3).p_value == 1.0
-    assert difference_over_seeds([PairedDifference(0.5, 0.0, 0.5, 0.5)] * 3).p_value == 0.0
+    assert difference_over_seeds([Estimate(0.0, 0.0, 0.0, 0.0)] * 3).p_value == 1.0
+    assert difference_over_seeds([Estimate(0.5, 0.0, 0.5, 0.5)] * 3).p_value == 0.0
     with pytest.raises(LayoutMismatchError, match="of no seed; expected at least one"):
         difference_over_seeds([])
 
@@ -107,7 +107,7 @@ def test_intervals_cover_the_truth(of_seed: float) -> None:
         for _ in range(num_seeds):
             values = users + random.normal(0, of_seed) + random.normal(0, 0.5, num_users)
             mean, error = float(values.mean()), float(values.std(ddof=1) / math.sqrt(num_users))
-            differences.append(PairedDifference(mean, error, 0.0, 0.0))
+            differences.append(Estimate(mean, error, 0.0, 0.0))
         over = difference_over_seeds(differences)
         covered += abs(over.mean) <= over.half_width
         assert (over.p_value < 0.05) == (abs(over.mean) > over.half_width)

@@ -1,7 +1,7 @@
 """The server: ask, train, collect, merge, evaluate on validation, choose, read test once, report.
 
-Every phase writes each result as soon as it exists (see ``fedmerge.runs.folder``) and starts from the results on disk, so
-a killed run resumes where it was.
+Every phase writes each result as soon as it exists (see ``fedmerge.runs.folder``) and starts from the results on
+disk, so a killed run resumes where it was.
 """
 
 import logging

@@ -1,0 +1,308 @@
+"""Train, merge, read and write adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from fedmerge.api.data import section_of
+from fedmerge.errors import ConfigError, MergeError
+
+if TYPE_CHECKING:
+    from fedmerge.adapter import Adapter
+    from fedmerge.client.local_domain import LocalDomain
+    from fedmerge.config import Text
+    from fedmerge.domain.catalog import Catalog
+    from fedmerge.encoder.backbone import Backbone
+    from fedmerge.encoder.text import TokenTable
+    from fedmerge.merging.folders import AdapterFolders
+    from fedmerge.merging.methods import Method
+
+
+@dataclass(frozen=True)
+class Model:
+    """A LoRA adapter and how it was made.
+
+    Attributes:
+        adapter: the LoRA tensors.
+        provenance: the entries of ``provenance.json``.
+        sources: the adapters it was made of, and what their PEFT folders agree on (base model, task, module names).
+    """
+
+    adapter: Adapter
+    provenance: Mapping[str, Any] = field(repr=False)
+    sources: AdapterFolders = field(repr=False)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write a PEFT folder with ``provenance.json``, whole or not at all.
+
+        Args:
+            folder: absent or empty.
+
+        Returns:
+            The folder, which ``PeftModel.from_pretrained`` and every fedmerge command can read.
+
+        Raises:
+            RunDirError: the folder holds something, or cannot be written.
+        """
+        from fedmerge.files import new_folder, write_json
+        from fedmerge.merging.folders import write_as_sources
+
+        with new_folder(Path(folder)) as partial:
+            write_as_sources(self.adapter, self.sources, partial)
+            write_json(partial / "provenance.json", self.provenance)
+        return Path(folder)
+
+
+if TYPE_CHECKING:
+    AdapterLike = Model | Adapter | str | Path
+
+
+def load_adapter(folder: str | Path) -> Model:
+    """Read a PEFT LoRA folder, and hold it to the hash in its ``provenance.json`` if there is one.
+
+    Raises:
+        LayoutMismatchError: not a plain LoRA adapter, or a damaged one.
+    """
+    from fedmerge.files import read_record
+    from fedmerge.merging.folders import read_folders
+
+    name = Path(folder).resolve().name
+    sources = read_folders({name: Path(folder)})
+    return Model(sources.adapters[name], read_record(Path(folder) / "provenance.json"), sources)
+
+
+def train(
+    domain: LocalDomain,
+    *,
+    rank: int = 8,
+    alpha: float = 16,
+    target_modules: Sequence[str] = ("query", "value"),
+    seed: int = 0,
+    progress: Callable[[str], None] = lambda line: None,
+    **settings: Any,
+) -> Model:
+    """Fine-tune a LoRA expert on one domain's training users; the best step on its validation users is returned.
+
+    Args:
+        domain: of :func:`load_domains`.
+        rank, alpha, target_modules: the LoRA layout; target_modules may be ``("all-linear",)``.
+        seed: seed of all randomness.
+        progress: receives one line after every validation.
+        settings: settings of ``[train]``, such as max_steps, learning_rate, batch_size.
+
+    Raises:
+        DomainError: too few users to train on.
+        ClientError: the loss is no longer finite.
+        ConfigError: a setting that does not exist or is out of bounds.
+    """
+    from fedmerge.adapter import adapter_sha256
+    from fedmerge.client.training.expert import train_expert
+    from fedmerge.config import Lora, Train
+
+    lora = section_of(Lora, {"rank": rank, "alpha": alpha, "target_modules": tuple(target_modules)})
+    adapter, report = train_expert(domain, lora, section_of(Train, settings), seed, progress)
+    name, backbone = domain.manifest.name, domain.backbone
+    provenance = {
+        "method": "expert",
+        "domains": {name: adapter_sha256(adapter)},
+        "backbone": {"name": backbone.name, "sha256": backbone.sha256},
+        "sha256": adapter_sha256(adapter),
+        "training": {**asdict(report), "validations": [asdict(each) for each in report.validations[1:]]},
+    }
+    return Model(adapter, provenance, _made_on(backbone, {name: adapter}))
+
+
+def merge(
+    adapters: Mapping[str, AdapterLike],
+    method: str | Callable[..., Any],
+    *,
+    coefficients: Mapping[str, float] | None = None,
+    scope: Literal["tensor", "layer", "model"] = "tensor",
+    space: Literal["full", "core"] = "full",
+    output_rank: int | Literal["exact"] = "exact",
+    seed: int = 0,
+    **parameters: Any,
+) -> Model:
+    """Merge LoRA adapters of one layout without training.
+
+    Args:
+        adapters: name -> adapter, result of another function of this API, or PEFT folder.
+        method: a name of :func:`methods`, ``package.module:function``, or a function of your own (docs/own-method.md).
+        coefficients: name -> factor on its adapter; 1 where it is not named, and 0 leaves it out.
+        scope: the entries over which thresholds are taken.
+        space: ``core`` merges in core space, at a cost that does not grow with the square of the width.
+        output_rank: rank of the result; ``exact`` keeps the merge as the method defines it.
+        seed: seed of methods that draw.
+        parameters: the method's own parameters.
+
+    Raises:
+        LayoutMismatchError: adapters of different layouts or backbones.
+        ConfigError: an unknown method, or a setting out of bounds.
+        MergeError: values that are not finite.
+    """
+    from fedmerge.adapter import adapter_sha256
+    from fedmerge.merging.training_free import merge_adapters
+
+    sources = _sources(adapters)
+    merged = merge_adapters(
+        sources.adapters,
+        method,
+        coefficients=coefficients,
+        scope=scope,
+        space=space,
+        output_rank=output_rank,
+        seed=seed,
+        **parameters,
+    )
+    provenance = {
+        **merged.record(),
+        "domains": {name: adapter_sha256(sources.adapters[name]) for name in merged.coefficients},
+        "backbone": {"name": sources.backbone_name, "sha256": sources.backbone_sha256},
+    }
+    return Model(merged.adapter, provenance, sources)
+
+
+def merge_learned(
+    adapters: Mapping[str, AdapterLike],
+    catalogs: Mapping[str, LocalDomain | Catalog | str | Path],
+    backbone: Backbone,
+    *,
+    preset: Literal["default", "paper", "adamerging"] = "default",
+    text: Mapping[str, int] | None = None,
+    progress: Callable[[int, int, Mapping[str, float]], None] | None = None,
+    **settings: Any,
+) -> Model:
+    """Merge the MergeRec way: learn coefficients from pseudo-users by distilling each domain's expert.
+
+    Every catalog item is a pseudo-user; no interaction is read.
+
+    Args:
+        adapters: domain -> its expert, as for :func:`merge`.
+        catalogs: domain -> catalog, opened domain or domain folder, for exactly the domains of ``adapters``.
+        backbone: the frozen encoder; left as it was.
+        preset: ``paper`` has the settings of arXiv:2601.01753, ``adamerging`` those of arXiv:2310.02575.
+        text: settings of ``[text]`` for catalogs; an opened domain has its own.
+        progress: called after every step with step, number of steps and losses.
+        settings: fields of :class:`fedmerge.mergerec.objective.CollaborativeSettings`: granularity, steps, seed, …
+
+    Raises:
+        ConfigError: a setting that does not exist or is out of bounds.
+        MergeError: a catalog is missing, or a loss is not finite.
+    """
+    from dataclasses import fields, replace
+
+    from fedmerge.adapter import adapter_sha256
+    from fedmerge.config import Text
+    from fedmerge.mergerec.learn import learn_coefficients
+    from fedmerge.mergerec.objective import ADAMERGING, PAPER, CollaborativeSettings
+    from fedmerge.mergerec.pseudo_users import one_item_domain, pseudo_domain
+    from fedmerge.mergerec.variants import average_of_others
+    from fedmerge.mergerec.vectors import initial_vectors, merge_vectors
+    from fedmerge.merging.stack import stack_adapters
+
+    presets = {"default": CollaborativeSettings(), "paper": PAPER, "adamerging": ADAMERGING}
+    names = [each.name for each in fields(CollaborativeSettings)]
+    if preset not in presets or (unknown := sorted(settings.keys() - {*names})):
+        found = f"preset {preset!r}" if preset not in presets else f"settings {', '.join(unknown)}"
+        raise ConfigError(f"merge_learned: found {found}, expected presets {', '.join(presets)}; {', '.join(names)}.")
+    chosen = replace(presets[preset], **settings)
+    sources, of_catalogs = _sources(adapters), section_of(Text, text or {})
+    if missing := sorted(sources.adapters.keys() - catalogs.keys()):
+        raise MergeError(f"merge_learned: no catalog of {', '.join(missing)}. Give one for each adapter.")
+    pseudo = {}
+    for name, expert in sources.adapters.items():
+        table, longest = _token_table(catalogs[name], backbone, of_catalogs)
+        items = one_item_domain(name, backbone, expert, table, longest)
+        amateur = average_of_others(sources.adapters, name) if chosen.pseudo_users == "contrastive" else None
+        pseudo[name] = pseudo_domain(
+            chosen.pseudo_users,
+            items,
+            backbone,
+            expert,
+            table,
+            longest,
+            number=chosen.num_pseudo_users,
+            seed=chosen.seed,
+            amateur=amateur,
+        )
+    vectors = initial_vectors(stack_adapters(sources.adapters), chosen.initialisation)
+    learned = learn_coefficients(backbone, vectors, pseudo, chosen, progress)
+    adapter = merge_vectors(vectors, learned.coefficients)
+    coefficients = learned.coefficients.tolist()
+    provenance = {
+        "method": "adamerging" if chosen.clamp else "mergerec",
+        "parameters": asdict(chosen),
+        "domains": {name: adapter_sha256(expert) for name, expert in sources.adapters.items()},
+        "coefficients": dict(zip(vectors.domains, coefficients, strict=True)),
+        "losses": [dict(losses) for losses in learned.history if losses],
+        "backbone": {"name": backbone.name, "sha256": backbone.sha256},
+        "sha256": adapter_sha256(adapter),
+    }
+    return Model(adapter, provenance, _made_on(backbone, sources.adapters))
+
+
+def methods() -> dict[str, Method]:
+    """Return every merging method by name, with its parameters, source and the laws it obeys."""
+    from fedmerge.merging.methods import METHODS
+
+    return dict(METHODS)
+
+
+def adapter_of(model: AdapterLike) -> Adapter:
+    from fedmerge.adapter import Adapter
+
+    if isinstance(model, Adapter):
+        return model
+    return model.adapter if isinstance(model, Model) else load_adapter(model).adapter
+
+
+def _sources(adapters: Mapping[str, AdapterLike]) -> AdapterFolders:
+    """Collect adapters of one layout and one backbone, and what their folders agree on."""
+    from dataclasses import replace
+
+    from fedmerge.adapter import Adapter
+    from fedmerge.merging.folders import AdapterFolders, read_folders
+    from fedmerge.merging.stack import survey_adapters
+
+    if not adapters:
+        raise MergeError("merge: found no adapter, expected one or more.")
+    folders = {name: Path(each) for name, each in adapters.items() if isinstance(each, str | Path)}
+    found: dict[str, AdapterFolders] = {}
+    for name, each in sorted(adapters.items()):
+        if isinstance(each, Adapter):
+            found[name] = AdapterFolders({name: each}, None, None, "FEATURE_EXTRACTION", None, False)
+        elif isinstance(each, Model):
+            found[name] = replace(each.sources, adapters={name: each.adapter})
+    if folders:
+        read = read_folders(folders)
+        found |= {name: replace(read, adapters={name: read.adapters[name]}) for name in folders}
+    known = {name: each.backbone_sha256 for name, each in found.items() if each.backbone_sha256 is not None}
+    if len({*known.values()}) > 1:
+        named = ", ".join(f"{name} {sha256[:12]}" for name, sha256 in known.items())
+        raise MergeError(f"merge: adapters of different backbones ({named}). Merge adapters of one backbone.")
+    together = {name: found[name].adapters[name] for name in sorted(found)}
+    survey_adapters(together)
+    best = max(found.values(), key=lambda each: (each.backbone_sha256 is not None, each.backbone_name is not None))
+    alike = {each.target_modules for each in found.values()}
+    return replace(best, adapters=together, target_modules=best.target_modules if len(alike) == 1 else None)
+
+
+def _made_on(backbone: Backbone, adapters: Mapping[str, Adapter]) -> AdapterFolders:
+    from fedmerge.merging.folders import AdapterFolders
+
+    return AdapterFolders(adapters, backbone.name, backbone.sha256, "FEATURE_EXTRACTION", None, False)
+
+
+def _token_table(source: LocalDomain | Catalog | str | Path, backbone: Backbone, text: Text) -> tuple[TokenTable, int]:
+    """The token table of a catalog, and the most tokens of a sequence."""
+    from fedmerge.client.local_domain import LocalDomain
+    from fedmerge.domain.catalog import load_catalog
+    from fedmerge.encoder.text import build_token_table
+
+    if isinstance(source, LocalDomain):
+        return source.table, source.text.max_tokens
+    catalog = load_catalog(Path(source)) if isinstance(source, str | Path) else source
+    return build_token_table(catalog, backbone.tokenizer, text.max_attribute_tokens), text.max_tokens
