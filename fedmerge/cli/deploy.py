@@ -128,7 +128,7 @@ def _remove_client(options: argparse.Namespace) -> int:
 
 def _status(options: argparse.Namespace) -> int:
     from fedmerge.deploy.folder import read_deployment
-    from fedmerge.report.runs import summary_record
+    from fedmerge.report.run.listing import summary_record
     from fedmerge.runs.reading import list_runs, summarise_run
     from sim.machines.superlink import client_states, expiring, is_healthy
 

@@ -22,9 +22,9 @@ def add_commands(commands: "Commands") -> None:
 def _report(options: argparse.Namespace) -> int:
     from fedmerge.errors import RunDirError
     from fedmerge.files import write_text
+    from fedmerge.report.bench.page import bench_page
     from fedmerge.report.bench_tables import is_bench, read_bench_tables
-    from fedmerge.report.html_report import bench_page
-    from fedmerge.report.run_tables import run_page
+    from fedmerge.report.run.page import run_page
     from fedmerge.runs.reading import find_run
 
     folder = Path(options.run)

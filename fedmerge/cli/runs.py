@@ -30,7 +30,7 @@ def add_commands(commands: "Commands") -> None:
 def _runs(options: argparse.Namespace) -> int:
     if options.federation is not None:
         return _submitted(options)
-    from fedmerge.report.runs import runs_table, summary_record
+    from fedmerge.report.run.listing import runs_table, summary_record
     from fedmerge.runs.reading import list_runs, summarise_run
 
     summaries = [summarise_run(folder) for folder in list_runs(options.dir)]
@@ -59,7 +59,7 @@ def _submitted(options: argparse.Namespace) -> int:
 
 
 def _show(options: argparse.Namespace) -> int:
-    from fedmerge.report.runs import run_record, run_text
+    from fedmerge.report.run.listing import run_record, run_text
     from fedmerge.runs.reading import describe_run, find_run
 
     run = describe_run(find_run(options.run, options.dir))

@@ -56,7 +56,7 @@ def check_tracking(tracking: Tracking | None) -> None:
 
 def track_run(run_dir: Path, tracking: Tracking) -> None:
     """:func:`write_tracking` for a run whose tables are there, into a folder of its own beside them."""
-    from fedmerge.report.run_tables import run_tables  # noqa: PLC0415  # imports scipy, for which a server need not wait
+    from fedmerge.report.run.page import run_tables  # noqa: PLC0415  # imports scipy, for which a server need not wait
 
     write_tracking(run_tables(describe_run(run_dir)), run_dir / FOLDER, tracking)
 

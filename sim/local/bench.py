@@ -23,8 +23,8 @@ from fedmerge.bench.tables import bench_tables
 from fedmerge.config import ExperimentConfig
 from fedmerge.errors import ClientError, ConfigError
 from fedmerge.files import write_text
+from fedmerge.report.bench.page import bench_page
 from fedmerge.report.bench_tables import read_bench_tables, write_bench_tables
-from fedmerge.report.html_report import bench_page
 from fedmerge.report.tracking import FOLDER, check_tracking, write_tracking
 from fedmerge.runs.folder import CONFIG_FILE, locked
 from sim.local.launch import MARK, SOCKET_FOLDER_LENGTH, end_processes

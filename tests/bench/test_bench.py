@@ -28,8 +28,8 @@ from fedmerge.errors import ClientError, ConfigError, PolicyError, RunDirError
 from fedmerge.federated.rules import RULES
 from fedmerge.files import read_json, write_json
 from fedmerge.merging.methods import METHODS
+from fedmerge.report.bench.page import bench_page
 from fedmerge.report.bench_tables import EVERY_FOLD, BenchTables, read_bench_tables
-from fedmerge.report.html_report import bench_page
 from fedmerge.runs.checkpoints import ended_training, merge_folder
 from fedmerge.runs.round_checkpoints import round_records
 from sim.app.server.rounds import check_rounds

@@ -22,8 +22,8 @@ from fedmerge.domain.catalog import CATALOG_FILE
 from fedmerge.encoder.peft_folder import read_adapter
 from fedmerge.errors import ClientError, ConfigError
 from fedmerge.files import read_json
-from fedmerge.report.html_report import bench_page
-from fedmerge.report.run_tables import run_page
+from fedmerge.report.bench.page import bench_page
+from fedmerge.report.run.page import run_page
 from fedmerge.runs import checkpoints
 from fedmerge.runs.folder import DONE
 from fedmerge.server.remerge import experts_of_run

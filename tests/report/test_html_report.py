@@ -21,10 +21,12 @@ from run_folders import Place, full_disk, make_place, make_run, output, refusal
 from fedmerge.config import from_flat
 from fedmerge.errors import RunDirError
 from fedmerge.evaluation.sums import paired_difference_of_mean
-from fedmerge.report import bench_tables, charts, html_report, page, statistics
+from fedmerge.report import bench_tables, statistics
+from fedmerge.report.bench import dataset
+from fedmerge.report.bench.page import bench_page
 from fedmerge.report.bench_tables import BenchTables, is_bench, read_bench_tables, write_bench_tables
-from fedmerge.report.charts import Dot, Line, Point, dot_chart, line_chart, scatter_chart
-from fedmerge.report.html_report import bench_page
+from fedmerge.report.html import charts, page
+from fedmerge.report.html.charts import Dot, Line, Point, dot_chart, line_chart, scatter_chart
 from fedmerge.runs.metric_sums import read_metric_sums
 
 Capsys = pytest.CaptureFixture[str]
@@ -432,7 +434,7 @@ def test_other_tables_say_what_the_parquet_tables_say(folder: Path, capsys: Caps
     heat = next(table for key, table in tables.items() if key.startswith("d0-heat-"))
     assert heat[4][4] == f"{np.mean(of_layer):.2f}".replace("-", "−")
     differences = pq.read_table(folder / "comparisons.parquet").to_pylist()
-    shown = [row for row in differences if row["variant"] == "unmasked" and row["metric"] in html_report.HEADLINE]
+    shown = [row for row in differences if row["variant"] == "unmasked" and row["metric"] in dataset.HEADLINE]
     assert len(tables["d0-differences-table"]) == 1 + len(shown)
     assert f"{shown[0]['difference']:+.4f}".replace("-", "−") in tables["d0-differences-table"][1][3]
 
@@ -513,7 +515,7 @@ def test_every_series_of_a_page_has_its_own_symbol() -> None:
 
 
 def test_examples_in_docstrings() -> None:
-    for module in (page, charts, statistics, bench_tables, html_report):
+    for module in (page, charts, statistics, bench_tables):
         assert doctest.testmod(module).failed == 0
 
 

@@ -5,7 +5,7 @@ import pytest
 
 from fedmerge.evaluation.ranks import METRICS, per_user_metrics
 from fedmerge.evaluation.sums import MetricSums, Variant, metric_sums, paired_difference
-from fedmerge.report.run_report import Evaluated, run_report
+from fedmerge.report.run.final_report import Evaluated, run_report
 from fedmerge.server.choice import SERVED, choose_per_domain, with_served
 
 

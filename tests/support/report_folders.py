@@ -12,7 +12,7 @@ from fedmerge.evaluation.ranks import METRICS, per_user_metrics
 from fedmerge.evaluation.sums import VARIANTS, MetricSums, Variant, metric_sums
 from fedmerge.files import write_json, write_table
 from fedmerge.report.bench_tables import EVERY_FOLD, BenchTables
-from fedmerge.report.run_report import metric_rows, product_rows
+from fedmerge.report.run.final_report import metric_rows, product_rows
 from fedmerge.report.statistics import comparison_rows, rank_rows
 from fedmerge.report.tables import Role
 from fedmerge.seeding import generator

@@ -188,7 +188,7 @@ def _merge_settings(options: argparse.Namespace, run: Path | None, folders: dict
     from fedmerge.domain.demo import domains_root
     from fedmerge.encoder.backbone import load_backbone
     from fedmerge.files import check_free
-    from fedmerge.report.runs import coefficients_text
+    from fedmerge.report.run.listing import coefficients_text
     from fedmerge.server import remerge
 
     torch.set_num_threads(config.runtime.server_threads)

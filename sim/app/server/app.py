@@ -31,7 +31,7 @@ from fedmerge.privacy.agreed import check_releases, check_spent
 from fedmerge.privacy.signatures import registered_keys
 from fedmerge.privacy.statement import PRIVACY_FILE, privacy_statement, statement_text
 from fedmerge.privacy.transport import coding_of
-from fedmerge.report.run_report import Evaluated, attack_note, metric_rows, product_rows, run_report
+from fedmerge.report.run.final_report import Evaluated, attack_note, metric_rows, product_rows, run_report
 from fedmerge.report.tables import Role
 from fedmerge.report.tracking import check_tracking, track_run
 from fedmerge.runs import checkpoints

@@ -12,9 +12,9 @@ from fedmerge.errors import RunDirError
 from fedmerge.evaluation.ranks import METRICS
 from fedmerge.evaluation.sums import EXPERT, VARIANTS, MetricSums
 from fedmerge.files import read_record
+from fedmerge.report.bench.page import bench_page
 from fedmerge.report.bench_tables import BenchTables
-from fedmerge.report.html_report import bench_page
-from fedmerge.report.page import (
+from fedmerge.report.html.page import (
     ABSENT,
     Cell,
     Column,

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from fedmerge.report.page import ABSENT, Cell, Column, Html, decimal, element, is_number, join, table
+from fedmerge.report.html.page import ABSENT, Cell, Column, Html, decimal, element, is_number, join, note, table
 
 WIDTH = 320.0
 MOST_POINTS = 60  # of a line; neighbours beyond it are averaged
@@ -325,6 +325,14 @@ def heat_table(
 def grid(*pictures: Html) -> Html:
     """Pictures side by side where there is room; four are two pairs rather than three and one."""
     return element("div", *pictures, class_="charts pairs" if len(pictures) == 4 else "charts")
+
+
+def with_legend(pictures: Sequence[Html], points: Sequence[Point], caption: str) -> Html | None:
+    """Lay out scatter charts beside one legend and a caption; None without a point."""
+    if not points:
+        return None
+    entries = legend({point.label: point.series for point in points})
+    return grid(*pictures, element("div", entries, note(caption), class_="side"))
 
 
 def _figure(title: str, told: str, height: float, parts: Sequence[Html], below: Html | None = None) -> Html:

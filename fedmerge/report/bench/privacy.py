@@ -6,8 +6,33 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedmerge.report import charts
-from fedmerge.report.page import ABSENT, Cell, Column, Html, decimal, join, note, number_cell, size, table
+from fedmerge.privacy.attacks import AGAINST_BACKBONE
+from fedmerge.report.bench.dataset import (
+    HEADLINE,
+    ROLE_TITLES,
+    Dataset,
+    Score,
+    mean_of,
+    mean_scores,
+    scores_of,
+    whole_federation,
+)
+from fedmerge.report.bench.notation import (
+    metric_title,
+)
+from fedmerge.report.html import charts
+from fedmerge.report.html.page import (
+    ABSENT,
+    Cell,
+    Column,
+    Html,
+    decimal,
+    join,
+    note,
+    number_cell,
+    size,
+    table,
+)
 
 _UNITS = {
     "none": "none: no guarantee",
@@ -180,3 +205,51 @@ def _unit(config: Mapping[str, Any]) -> str:
 
 def _merged(config: Mapping[str, Any]) -> str:
     return str(config["rounds"]["rule"] or ", ".join(config["merge"]["methods"]))
+
+
+_LEAKS = {  # title -> model, attack and metric
+    "Membership AUC, expert": ("expert", AGAINST_BACKBONE, "auc"),
+    "Membership AUC, merge": ("merged", AGAINST_BACKBONE, "auc"),
+    "Exposure, expert": ("expert", "canaries", "mean_exposure"),
+    "Exposure, merge": ("merged", "canaries", "mean_exposure"),
+}
+
+
+def privacy_section(data: Dataset) -> Html | None:
+    configs = {cell["strategy"]: cell["config"] for cell in data.tables.cells}
+    costs = whole_federation(data.tables.costs)
+    columns = {
+        metric_title(metric) + (f", {ROLE_TITLES[role]}" if len(data.roles) > 1 else ""): scores_of(
+            data, data.variant, role, metric
+        )
+        for role in data.roles
+        for metric in HEADLINE
+    }
+    leaks = {title: _leak_scores(data, *wanted) for title, wanted in _LEAKS.items()}
+
+    def values(of_columns: Mapping[str, Mapping[str, Score]], strategy: str) -> dict[str, Values]:
+        return {
+            title: (score.mean, score.mean - (score.spread or 0.0), score.mean + (score.spread or 0.0))
+            for title, scores in of_columns.items()
+            if (score := scores.get(strategy))
+        }
+
+    rows = [
+        PrivateRow(
+            strategy,
+            configs[strategy],
+            values(columns, strategy),
+            values(leaks, strategy),
+            mean_of(costs, strategy, lambda row: row["bytes_up"]),
+            mean_of(costs, strategy, lambda row: row["bytes_down"]),
+        )
+        for strategy in data.competing
+        if strategy in configs
+    ]
+    return utility_and_privacy(f"{data.prefix}privacy-table", rows)
+
+
+def _leak_scores(data: Dataset, model: str, attack: str, metric: str) -> dict[str, Score]:
+    wanted = {"model": model, "attack": attack, "metric": metric}
+    rows = [row for row in data.tables.leaks if all(row[key] == value for key, value in wanted.items())]
+    return mean_scores(rows, sorted({(row["left_out"], row["domain"]) for row in rows}))

@@ -221,7 +221,7 @@ def page(title: str, lead: str, sections: Sequence[Section], *, kind: str, synth
         synthetic: warn that the data are generated.
     """
     style, script = (
-        files("fedmerge.report").joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "page.js")
+        files("fedmerge.report.html").joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "page.js")
     )
     policy = (
         f"default-src 'none'; style-src 'unsafe-inline'; script-src '{_digest(script)}'; img-src data:; "

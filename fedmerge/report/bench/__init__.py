@@ -1,0 +1,1 @@
+"""The page of a benchmark, a file for each part of it."""

@@ -1,0 +1,155 @@
+"""One dataset of a benchmark: its rows, and the means, comparisons and best strategies that the sections show."""
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fedmerge.report.bench_tables import MEAN, BenchTables, Rows
+from fedmerge.report.html.page import (
+    is_number,
+)
+
+HEADLINE: tuple[str, ...] = ("recall@10", "ndcg@10")
+
+
+ROLE_TITLES = {"train": "training domains", "unseen": "unseen domains"}
+
+
+VARIANT_NOTES = {
+    "unmasked": "Items of a user's history stay candidates (unmasked).",
+    "masked": "Items of a user's history are removed from the candidates, except the target (masked).",
+}
+
+Key = tuple[str, str]  # left_out, domain
+
+
+@dataclass(frozen=True)
+class Score:
+    """Mean over seeds, sample standard deviation over them (None of one seed), and how many they are."""
+
+    mean: float
+    spread: float | None
+    num_seeds: int
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """One dataset of a benchmark, and what the parts of its page have in common.
+
+    Attributes:
+        tables: the rows of this dataset alone; results on test, comparisons with ``baseline``.
+        strategies: in the order of the results.
+        competing: those that are not for reference.
+        baseline: of the comparisons; None without any.
+        other_baselines: whose comparisons are not shown.
+        variant: "unmasked" where there is such a result.
+        roles: of the domains, "train" first.
+        series: strategy -> its place, which decides symbol and colour.
+        prefix: of anchors.
+    """
+
+    tables: BenchTables
+    strategies: tuple[str, ...]
+    competing: tuple[str, ...]
+    baseline: str | None
+    other_baselines: tuple[str, ...]
+    variant: str
+    roles: tuple[str, ...]
+    series: Mapping[str, int]
+    prefix: str
+
+
+def dataset_of(tables: BenchTables, name: str, series: Mapping[str, int], prefix: str) -> Dataset:
+    def rows(table_name: str) -> list[Mapping[str, Any]]:
+        return [row for row in getattr(tables, table_name) if row["dataset"] == name]
+
+    results = [row for row in rows("results") if row["split"] == "test"]
+    baselines = list(dict.fromkeys(row["baseline"] for row in rows("comparisons")))
+    baseline = baselines[0] if baselines else None
+    strategies = tuple(dict.fromkeys(row["strategy"] for row in results))
+    found = {row[key] for row in results for key in ("variant", "role")}
+    return Dataset(
+        tables=replace(
+            tables,
+            results=results,
+            comparisons=[row for row in rows("comparisons") if row["baseline"] == baseline],
+            costs=rows("costs"),
+            curves=rows("curves"),
+            coefficients=rows("coefficients"),
+            leaks=rows("leaks"),
+            cells=rows("cells"),
+        ),
+        strategies=strategies,
+        competing=tuple(strategy for strategy in strategies if strategy not in tables.references),
+        baseline=baseline,
+        other_baselines=tuple(baselines[1:]),
+        variant=next((variant for variant in VARIANT_NOTES if variant in found), "unmasked"),
+        roles=tuple(role for role in ROLE_TITLES if role in found),
+        series=series,
+        prefix=prefix,
+    )
+
+
+def mean_scores(rows: Rows, keys: Sequence[Key]) -> dict[str, Score]:
+    """Strategy -> its score: per seed the unweighted mean over all (left_out, domain) of ``keys``, then over seeds.
+
+    A seed counts for a strategy where it has a value everywhere; a strategy without such a seed is absent.
+
+    Args:
+        rows: of results, of one dataset, split, variant, role and metric.
+        keys: at least one.
+    """
+    values: dict[tuple[str, int], dict[Key, float]] = {}
+    for row in rows:
+        if is_number(row["value"]):
+            of_seed = values.setdefault((row["strategy"], row["seed"]), {})
+            of_seed[row["left_out"], row["domain"]] = row["value"]
+    by_strategy: dict[str, list[float]] = {}
+    for (strategy, _), of_seed in sorted(values.items()):
+        if keys and all(key in of_seed for key in keys):
+            by_strategy.setdefault(strategy, []).append(math.fsum(of_seed[key] for key in keys) / len(keys))
+    return {
+        strategy: Score(math.fsum(means) / len(means), statistics.stdev(means) if len(means) > 1 else None, len(means))
+        for strategy, means in by_strategy.items()
+    }
+
+
+def test_rows(data: Dataset, variant: str, role: str, metric: str) -> Rows:
+    wanted = {"variant": variant, "role": role, "metric": metric}
+    return [row for row in data.tables.results if all(row[key] == value for key, value in wanted.items())]
+
+
+def mean_keys(rows: Rows, role: str) -> list[Key]:
+    """What a mean goes over: training domains of the whole federation; unseen ones, and each where it was left out."""
+    keys = list(dict.fromkeys((row["left_out"], row["domain"]) for row in rows))
+    return keys if role == "unseen" else [key for key in keys if not key[0]]
+
+
+def scores_of(data: Dataset, variant: str, role: str, metric: str) -> dict[str, Score]:
+    rows = test_rows(data, variant, role, metric)
+    return mean_scores(rows, mean_keys(rows, role))
+
+
+def best_strategy(data: Dataset, scores: Mapping[str, Score]) -> str | None:
+    competing = [strategy for strategy in data.competing if strategy in scores]
+    return max(competing, key=lambda strategy: scores[strategy].mean) if len(competing) > 1 else None
+
+
+def mean_comparisons(data: Dataset, variant: str, role: str, metric: str) -> dict[str, Mapping[str, Any]]:
+    return {
+        row["strategy"]: row
+        for row in data.tables.comparisons
+        if (row["domain"], row["variant"], row["role"], row["metric"]) == (MEAN, variant, role, metric)
+    }
+
+
+def whole_federation(rows: Rows) -> Rows:
+    """Those of the whole federation, or of all folds where there is none."""
+    return [row for row in rows if not row["left_out"]] or rows
+
+
+def mean_of(rows: Rows, strategy: str, value: Callable[[Mapping[str, Any]], float | None]) -> float | None:
+    found = [number for row in rows if row["strategy"] == strategy and (number := value(row)) is not None]
+    return math.fsum(found) / len(found) if found else None

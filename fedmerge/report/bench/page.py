@@ -1,0 +1,119 @@
+"""The page of a benchmark, from its tables. A finished run has the same page; see :mod:`fedmerge.report.run.page`."""
+
+from collections.abc import Mapping, Sequence
+
+from fedmerge.config import flatten
+from fedmerge.report.bench.cells import cells_section
+from fedmerge.report.bench.costs import bytes_section, costs_section
+from fedmerge.report.bench.dataset import (
+    HEADLINE,
+    ROLE_TITLES,
+    Dataset,
+    best_strategy,
+    dataset_of,
+    mean_comparisons,
+    scores_of,
+)
+from fedmerge.report.bench.differences import differences_section
+from fedmerge.report.bench.learning import coefficients_section, curves_section
+from fedmerge.report.bench.notation import counted, difference_text, metric_title, score_html
+from fedmerge.report.bench.privacy import privacy_section
+from fedmerge.report.bench.ranks import ranks_section
+from fedmerge.report.bench.scores import domains_section, scores_section, unseen_section
+from fedmerge.report.bench_tables import FINISHED, BenchTables
+from fedmerge.report.html.page import Html, Section, element, facts, join, page
+
+
+def bench_page(tables: BenchTables, *, kind: str = "Benchmark", lead: str = "", more: Sequence[Section] = ()) -> str:
+    """The whole page; equal tables give equal bytes.
+
+    Args:
+        tables: of a benchmark.
+        kind: what is reported on.
+        lead: under the title.
+        more: sections before the last one, which is the settings.
+    """
+    names = dict.fromkeys(
+        row["strategy"] for name in ("results", "costs", "curves", "coefficients") for row in getattr(tables, name)
+    )
+    series = {strategy: place for place, strategy in enumerate(names)}
+    datasets = {
+        name: dataset_of(tables, name, series, f"d{number}-")
+        for number, name in enumerate(dict.fromkeys(row["dataset"] for row in tables.results))
+    }
+    sections = [Section("short", "In short", _in_short(tables, datasets))]
+    for name, data in datasets.items():
+        where = f"{name}: " if len(datasets) > 1 else ""
+        for key, heading, content in (
+            ("scores", "Scores", scores_section(data)),
+            ("differences", f"Differences to {data.baseline}", differences_section(data)),
+            ("domains", f"{metric_title(HEADLINE[0])} by domain", domains_section(data)),
+            ("unseen", "Unseen against seen domains", unseen_section(data)),
+            ("bytes", "Accuracy against bytes", bytes_section(data)),
+            ("privacy", "Utility, privacy and bytes", privacy_section(data)),
+            ("coefficients", "Merging coefficients", coefficients_section(data)),
+            ("curves", "Training curves", curves_section(data)),
+            ("costs", "Costs", costs_section(data)),
+        ):
+            if content:
+                sections.append(Section(data.prefix + key, where + heading, content))
+    if tables.ranks:
+        sections.append(Section("ranks", "Ranks over domains and seeds", ranks_section(tables, series)))
+    sections += more
+    if tables.cells:
+        sections.append(Section("cells", "Settings and environment", cells_section(tables)))
+    return page(tables.title, join(lead, *_attacks(tables)), sections, kind=kind, synthetic=tables.synthetic)
+
+
+def _attacks(tables: BenchTables) -> list[Html]:
+    """A warning for every client that poisoned its training on purpose."""
+    notes: dict[str, None] = {}
+    for cell in tables.cells:
+        settings = flatten(cell["config"])
+        if settings.get("attack.domain") not in (None, "none"):
+            who = f" {cell['dataset']}: {settings['attack.domain']} spoils its own training "
+            how = f"({settings['attack.kind']}, strength {settings['attack.strength']:g})"
+            notes[f"{who}{how}. Serve none of these models."] = None
+    return [
+        element("p", element("strong", "Poisoned on purpose."), note, class_="warning", role="note") for note in notes
+    ]
+
+
+def _in_short(tables: BenchTables, datasets: Mapping[str, Dataset]) -> Html:
+    pairs: list[tuple[str, str]] = []
+    for name, data in datasets.items():
+        where = f" on {name}" if len(datasets) > 1 else ""
+        for role in data.roles:
+            scores = scores_of(data, data.variant, role, HEADLINE[0])
+            if best := best_strategy(data, scores):
+                told = (score_html(scores[best]), _against_baseline(data, role, best))
+                small = [element("small", text) for text in told if text]
+                pairs.append(
+                    (
+                        f"Highest {metric_title(HEADLINE[0])}, {ROLE_TITLES[role]}{where}",
+                        join(element("strong", best), *small),
+                    )
+                )
+    rows = [row for data in datasets.values() for row in data.tables.results]
+    users = {
+        (row["dataset"], row["domain"]): row["num_users"] for row in sorted(rows, key=lambda row: row["num_users"])
+    }
+    strategies, seeds = ({row[what] for row in rows} for what in ("strategy", "seed"))
+    counts = ((len(strategies), "strategy"), (len(seeds), "seed"), (len(users), "domain"))
+    words = ", ".join(counted(count, what) for count, what in counts)
+    on = f"{sum(users.values()):,} test users of {' and '.join(datasets) or 'no dataset'}"
+    pairs.append(("Compared", join(words, element("small", on))))
+    if len(tables.cells) > 1:
+        finished = sum(cell["status"] == FINISHED for cell in tables.cells)
+        left = len(tables.cells) - finished
+        link = element("small", element("a", f"{left} did not finish", href="#cells")) if left else None
+        pairs.append(("Cells", join(f"{finished} finished", link)))
+    return facts(pairs)
+
+
+def _against_baseline(data: Dataset, role: str, strategy: str) -> str | None:
+    row = mean_comparisons(data, data.variant, role, HEADLINE[0]).get(strategy)
+    if row is None:
+        return "the baseline of the comparisons" if strategy == data.baseline else None
+    told = "significant" if row["significant"] else "not significant"
+    return f"{difference_text(row)} against {row['baseline']}, {told}"

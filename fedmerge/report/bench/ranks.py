@@ -1,0 +1,42 @@
+"""The section with ranks over domains and seeds."""
+
+from collections.abc import Mapping
+
+from fedmerge.report.bench.notation import p_text
+from fedmerge.report.bench_tables import BenchTables
+from fedmerge.report.html import charts
+from fedmerge.report.html.page import Html, element, is_number, note
+from fedmerge.report.statistics import LEVEL
+
+
+def ranks_section(tables: BenchTables, series: Mapping[str, int]) -> Html:
+    pictures, lines = [], []
+    for dataset in dict.fromkeys(row["dataset"] for row in tables.ranks):
+        rows = [row for row in tables.ranks if row["dataset"] == dataset and is_number(row["mean_rank"])]
+        if not rows:
+            continue
+        rows.sort(key=lambda row: (row["mean_rank"], series.get(row["strategy"], 0)))
+        places = {**series, **{row["strategy"]: len(series) for row in rows if row["strategy"] not in series}}
+        ranks = [(row["strategy"], places[row["strategy"]], row["mean_rank"]) for row in rows]
+        title = dataset or "all datasets"
+        first = rows[0]
+        if is_number(first["critical_difference"]):
+            pictures.append(charts.rank_chart(title, ranks, first["critical_difference"]))
+        p = first["p_friedman"]
+        told = (
+            "the strategies do not all rank alike"
+            if p is not None and p < LEVEL
+            else "no evidence that they rank differently"
+        )
+        lines.append(f"{title}: {first['num_blocks']} blocks; Friedman's test, p {p_text(p, equals=True)}: {told}.")
+    told = element(
+        "div",
+        *(element("p", line) for line in lines),
+        note(
+            "Mean rank over the blocks (dataset, domain, seed), 1 is best. Strategies joined by a bar differ by less "
+            "than the critical difference (Nemenyi, 5 %). Seeds of one domain are not quite independent blocks: a "
+            "summary, not a proof."
+        ),
+        class_="side",
+    )
+    return charts.grid(*pictures, told)

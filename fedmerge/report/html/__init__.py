@@ -1,0 +1,1 @@
+"""HTML for every page: elements, the frame, style and script, and figures."""

@@ -1,0 +1,1 @@
+"""A run: its final report, its page, and lists of runs."""
