@@ -10,16 +10,8 @@ import pyarrow.parquet as pq
 
 from fedmerge.bench.cells import MERGES, is_one_shot
 from fedmerge.bench.config import REFERENCES, Drawing, joint_row
-from fedmerge.bench.grid import (
-    Grid,
-    Place,
-    audit_of,
-    chosen_variant,
-    made_merges,
-    merged_domains,
-    test_sums,
-    tested_domains,
-)
+from fedmerge.bench.grid import Grid, Place
+from fedmerge.bench.outcomes import audit_of, chosen_variant, merge_hashes, merged_domains, test_sums, tested_domains
 from fedmerge.client.audit.attacks import EXPERT
 from fedmerge.domain.catalog import CATALOG_FILE
 from fedmerge.domain.demo import domains_root
@@ -197,7 +189,7 @@ def _bytes_of_experts(run: Path, domains: Sequence[str]) -> int:
 
 def _most_coefficients(grid: Grid, place: Place, strategy: str) -> int:
     """How many numbers the largest of a strategy's learned merges has."""
-    folders = [merge_folder(grid.merges(place, strategy), label) for label in made_merges(grid, place, strategy)]
+    folders = [merge_folder(grid.merges(place, strategy), label) for label in merge_hashes(grid, place, strategy)]
     records = [read_json(folder / "provenance.json") for folder in folders]
     learned = [record["coefficients"].values() for record in records if "losses" in record]
     return max((sum(np.size(of_domain) for of_domain in values) for values in learned), default=0)
@@ -299,7 +291,7 @@ def _cell(grid: Grid, place: Place, strategy: str) -> dict[str, Any]:
         "config": config.model_dump(mode="json"),
         "environment": record.get("environment") or read_json(grid.run(place, strategy) / "environment.json"),
         "seconds": record.get("seconds"),
-        **({"excluded": away} if (away := grid.turned_away(place, strategy)) else {}),
+        **({"excluded": away} if (away := grid.excluded_by_gate(place, strategy)) else {}),
     }
 
 

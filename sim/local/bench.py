@@ -18,7 +18,8 @@ import ray
 
 from fedmerge.bench.cells import Cell, Ended, Running, work
 from fedmerge.bench.config import load_bench
-from fedmerge.bench.grid import Grid, open_folder, run_grid
+from fedmerge.bench.grid import Grid, open_folder
+from fedmerge.bench.stages import run_grid
 from fedmerge.bench.tables import bench_tables
 from fedmerge.config import ExperimentConfig
 from fedmerge.errors import ClientError, ConfigError

@@ -17,7 +17,9 @@ from in_process import here, small_experiment, tables_of, train
 import sim.local.bench
 from fedmerge.bench.cells import Cell, Ended, Running, domain_of, joint_folder, sums_of_ranks, work
 from fedmerge.bench.config import load_bench
-from fedmerge.bench.grid import Grid, Place, made_merges, merged_domains, open_folder, run_grid
+from fedmerge.bench.grid import Grid, Place, open_folder
+from fedmerge.bench.outcomes import merge_hashes, merged_domains
+from fedmerge.bench.stages import run_grid
 from fedmerge.bench.tables import WEIGHTS
 from fedmerge.client.audit.attacks import Audited, audit_domain
 from fedmerge.client.evaluate import evaluate
@@ -256,7 +258,7 @@ def test_whoever_is_left_out_is_in_no_merge_and_has_no_say(done: tuple[Grid, Ben
     grid, tables, _ = done
     for place in grid.places():
         for strategy in STRATEGIES:
-            for label in made_merges(grid, place, strategy):
+            for label in merge_hashes(grid, place, strategy):
                 provenance = read_json(merge_folder(grid.merges(place, strategy), label) / "provenance.json")
                 assert {*provenance["domains"]} == {*TRAIN} - {place.left_out}
             assert merged_domains(grid, place, strategy) == sorted({*TRAIN} - {place.left_out})
@@ -445,7 +447,7 @@ def test_what_may_travel_changes_bytes_and_not_what_is_merged(place: Path) -> No
     experts = [read_adapter(grid.run(at, "adapter") / "adapters" / name) for name in TRAIN]
     dense = sum(module.delta_weight().numel() for expert in experts for module in expert.modules.values())
     assert up["aggregate-only"] == up["noised"] == 4 * dense
-    (label,) = made_merges(grid, at, "catalog-private")
+    (label,) = merge_hashes(grid, at, "catalog-private")
     learned = read_json(merge_folder(grid.merges(at, "catalog-private"), label) / "provenance.json")["coefficients"]
     steps = grid.experiment(at, "catalog-private").mergerec.steps_made
     answers = 3 * 4 * sum(map(len, learned.values())) * steps
@@ -477,7 +479,7 @@ def test_what_an_audit_finds_stands_beside_the_scores(place: Path) -> None:
     tables = tables_of(grid)
     at = Place("dp", 0, "")
     config, run = grid.experiment(at, "adapter"), grid.run(at, "adapter")
-    (label,) = made_merges(grid, at, "adapter")
+    (label,) = merge_hashes(grid, at, "adapter")
     merged = read_adapter(merge_folder(grid.merges(at, "adapter"), label))
     expert = read_adapter(run / "adapters" / "books")
     found = audit_domain(Audited(domain_of(config, "books"), config, expert, merged, {}, None), num_shadows=0)
@@ -589,7 +591,7 @@ def test_a_private_catalog_is_learned_from_where_its_client_would_learn(place: P
     assert "merging: adapter+catalog" in failed
     assert "public_catalog = false" in failed
     at = Place("main", 0, "")
-    (label,) = made_merges(grid, at, "catalog-private")
+    (label,) = merge_hashes(grid, at, "catalog-private")
     made = read_json(merge_folder(grid.merges(at, "catalog-private"), label) / "provenance.json")
     assert made["policy"] == "catalog-private"
     (cost,) = [row for row in tables_of(grid).costs if row["strategy"] == "catalog-private"]

@@ -16,7 +16,8 @@ from in_process import here, small_experiment, tables_of, train
 import sim.app.server.app
 from fedmerge.adapter import adapter_sha256
 from fedmerge.bench.config import load_bench
-from fedmerge.bench.grid import Grid, Place, open_folder, run_grid
+from fedmerge.bench.grid import Grid, Place, open_folder
+from fedmerge.bench.stages import run_grid
 from fedmerge.config import ExperimentConfig, to_toml
 from fedmerge.domain.catalog import CATALOG_FILE
 from fedmerge.encoder.peft_folder import read_adapter
@@ -270,9 +271,9 @@ def test_a_benchmark_of_a_bad_client(place: Path) -> None:
     assert run_grid(grid, train, here, lines.append) == []
     assert sum(line.startswith("training") for line in lines) == 2  # the robust rules merge the same experts
     clean, scaled = Place("clean", 0, ""), Place("scaled", 0, "")
-    assert grid.turned_away(clean, "average+gate") == {}
-    assert list(grid.turned_away(scaled, "average+gate")) == ["coffee"]
-    assert grid.turned_away(scaled, "average") == {}
+    assert grid.excluded_by_gate(clean, "average+gate") == {}
+    assert list(grid.excluded_by_gate(scaled, "average+gate")) == ["coffee"]
+    assert grid.excluded_by_gate(scaled, "average") == {}
     tables = tables_of(grid)
     values = {
         (row["dataset"], row["strategy"], row["domain"]): row["value"]

@@ -183,4 +183,5 @@ def test_only_a_benchmark_can_train_jointly() -> None:
     users = [module_name(path) for path in files if "fedmerge.bench.joint" in imports_of(path)]
     assert users == ["fedmerge.bench.cells"]
     of_cells = [module_name(path) for path in files if "fedmerge.bench.cells" in imports_of(path)]
-    assert sorted(of_cells) == ["fedmerge.bench.grid", "fedmerge.bench.tables", "sim.local.bench"]
+    bench = [f"fedmerge.bench.{name}" for name in ("grid", "outcomes", "stages", "tables")]
+    assert sorted(of_cells) == [*bench, "sim.local.bench"]

@@ -20,7 +20,8 @@ from in_process import small_experiment
 from fedmerge.adapter import adapter_sha256
 from fedmerge.bench.cells import work
 from fedmerge.bench.config import load_bench
-from fedmerge.bench.grid import Grid, open_folder, run_grid
+from fedmerge.bench.grid import Grid, open_folder
+from fedmerge.bench.stages import run_grid
 from fedmerge.bench.tables import bench_tables
 from fedmerge.client.cache.experts import trained_expert
 from fedmerge.client.evaluate import evaluate

@@ -16,7 +16,8 @@ from run_folders import output, refusal
 
 from fedmerge.adapter import Adapter, LoraModule
 from fedmerge.bench.config import load_bench
-from fedmerge.bench.grid import Grid, open_folder, run_grid
+from fedmerge.bench.grid import Grid, open_folder
+from fedmerge.bench.stages import run_grid
 from fedmerge.config import from_flat, to_toml
 from fedmerge.encoder.peft_folder import read_adapter, write_adapter
 from fedmerge.errors import ConfigError, MergeError

@@ -1,0 +1,155 @@
+"""What a benchmark's cells have left so far: merges, the chosen variants, and sums over users."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedmerge.bench.cells import (
+    MERGES,
+    Cell,
+    is_one_shot,
+    joint_folder,
+    ranks_file,
+    sums_of_ranks,
+)
+from fedmerge.bench.config import joint_row
+from fedmerge.bench.grid import Grid, Place
+from fedmerge.client.cache.folders import inputs_key
+from fedmerge.config import ExperimentConfig, Split
+from fedmerge.evaluation.sums import MetricSums, Variant
+from fedmerge.files import read_json, write_json
+from fedmerge.runs.checkpoints import ADAPTERS, ended_training, merge_folder
+
+
+def merge_hashes(grid: Grid, place: Place, strategy: str) -> dict[str, str]:
+    """Label -> hash of what a strategy's cell has merged; empty if it failed."""
+    merges: dict[str, str] = (read_json(grid.merges(place, strategy) / MERGES) or {}).get("merges", {})
+    return merges
+
+
+def merged_domains(grid: Grid, place: Place, strategy: str | None) -> list[str]:
+    """Whose experts are merged: they decide among variants. None: whose data are pooled."""
+    out = {place.left_out, *(grid.excluded_by_gate(place, strategy) if strategy else ())}
+    return [domain for domain in sorted(grid.experiment(place, strategy).domains.train) if domain not in out]
+
+
+def tested_domains(grid: Grid, place: Place) -> list[str]:
+    """With nobody left out all domains, else the one that is."""
+    domains = grid.experiment(place, None).domains
+    return [place.left_out] if place.left_out else [*domains.train, *domains.unseen]
+
+
+def chosen_variant(grid: Grid, place: Place, strategy: str) -> str | None:
+    """The label that validation chose, once: what is on disk is final. None if no merge was made or judged."""
+    file = grid.merges(place, strategy) / "choice.json"
+    if made := read_json(file):
+        return str(made["chosen"])
+    merges = merge_hashes(grid, place, strategy)
+    config = grid.evaluation(place, strategy)
+    metric = config.evaluation.selection_metric
+    scores: dict[str, float] = {}
+    if len(merges) > 1:
+        means: dict[str, list[float]] = {label: [] for label in merges}
+        for domain in merged_domains(grid, place, strategy):
+            files = {label: ranking(grid, place, config, domain, "valid", strategy, label).result for label in merges}
+            if not all(file.is_file() for file in files.values()):
+                return None
+            sums = sums_of_ranks(files, domain, config.privacy.min_users)["unmasked"]
+            for label in merges:
+                means[label].append(sums.mean(label, metric))
+        scores = {label: float(np.mean(values)) for label, values in means.items()}
+    elif not merges:
+        return None
+    chosen = max(merges, key=lambda label: scores.get(label, 0.0))  # of equal ones the first
+    write_json(file, {"chosen": chosen, "metric": metric, "validation": scores})
+    return chosen
+
+
+def test_sums(grid: Grid, place: Place, domain: str) -> dict[Variant, MetricSums]:
+    """What a domain tells of its test users: a row for each reference and strategy that did not fail."""
+    rows = {row: cell.result for row, cell in test_rows(grid, place, domain).items() if cell.result.is_file()}
+    return sums_of_ranks(rows, domain, grid.experiment(place, None).privacy.min_users) if rows else {}
+
+
+def audit_of(grid: Grid, place: Place, strategy: str, domain: str) -> dict[str, Any] | None:
+    """What an audit measured; None if there is none."""
+    cell = audit_cell(grid, place, strategy, domain)
+    found: dict[str, Any] | None = read_json(cell.result) if cell else None
+    return found
+
+
+def audit_cell(grid: Grid, place: Place, strategy: str, domain: str) -> Cell | None:
+    config = grid.experiment(place, strategy)
+    label = chosen_variant(grid, place, strategy) if config.audit.held_out_users else None
+    if label is None:
+        return None
+    run, merged = grid.run(place, strategy), merge_folder(grid.merges(place, strategy), label)
+    inputs = {"run": run.name, "merged": merge_hashes(grid, place, strategy)[label]}
+    arguments = {
+        "config": config,
+        "domain": domain,
+        "expert": run / ADAPTERS / domain if is_one_shot(config) else None,
+        "merged": merged,
+    }
+    file = grid.folder / "clients" / place.dataset / domain / "audit" / f"{inputs_key(inputs)}.json"
+    return Cell("audit", f"audit of {label} on {domain} ({place})", file, arguments, config.runtime.threads_per_client)
+
+
+def test_rows(grid: Grid, place: Place, domain: str) -> dict[str, Cell]:
+    """Row -> cell."""
+    shared = grid.evaluation(place, None)
+    clients = grid.folder / "clients" / place.dataset
+    rows = {"backbone": ranking(grid, place, shared, domain, "test", None, None)}
+    for baseline in shared.evaluation.baselines:
+        file = ranks_file(clients, shared, domain, "test", baseline)
+        arguments = {"config": shared, "domain": domain, "split": "test", "baseline": baseline}
+        threads = shared.runtime.threads_per_client
+        rows[baseline] = Cell("baseline", f"{baseline} on {domain} ({place.dataset})", file, arguments, threads)
+    if domain in shared.domains.train:
+        run = grid.run(place, None)
+        expert = (ended_training(run) or {})[domain]
+        folder = run / ADAPTERS / domain
+        rows["expert"] = ranking_of(grid, place, shared, domain, "test", f"expert of seed {place.seed}", folder, expert)
+    for drawing in grid.joint_rows(place):
+        made = grid.joint(place, drawing)
+        if record := read_json(made):
+            title = joint_row(drawing)
+            rows[title] = ranking_of(grid, place, shared, domain, "test", title, joint_folder(made), record["sha256"])
+    for strategy in grid.strategies:
+        label = chosen_variant(grid, place, strategy)
+        if label is not None:
+            config = grid.evaluation(place, strategy)
+            rows[strategy] = ranking(grid, place, config, domain, "test", strategy, label)
+    return rows
+
+
+def ranking(
+    grid: Grid,
+    place: Place,
+    config: ExperimentConfig,
+    domain: str,
+    split: Split,
+    strategy: str | None,
+    label: str | None,
+) -> Cell:
+    """A merge, or with no strategy the backbone alone, on a domain's users."""
+    if strategy is None or label is None:
+        return ranking_of(grid, place, config, domain, split, "backbone", None, "backbone")
+    folder = merge_folder(grid.merges(place, strategy), label)
+    return ranking_of(grid, place, config, domain, split, label, folder, merge_hashes(grid, place, strategy)[label])
+
+
+def ranking_of(
+    grid: Grid,
+    place: Place,
+    config: ExperimentConfig,
+    domain: str,
+    split: Split,
+    title: str,
+    adapter: Path | None,
+    model: str,
+) -> Cell:
+    file = ranks_file(grid.folder / "clients" / place.dataset, config, domain, split, model)
+    arguments = {"config": config, "domain": domain, "split": split, "adapter": adapter}
+    return Cell("ranking", f"{title} on {domain} ({place})", file, arguments, config.runtime.threads_per_client)

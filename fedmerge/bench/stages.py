@@ -1,0 +1,225 @@
+"""The stages of a benchmark."""
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from fedmerge.bench.cells import (
+    MERGES,
+    Cell,
+    Ended,
+    Running,
+)
+from fedmerge.bench.grid import Grid, Place
+from fedmerge.bench.outcomes import (
+    audit_cell,
+    chosen_variant,
+    merge_hashes,
+    merged_domains,
+    ranking,
+    test_rows,
+    tested_domains,
+)
+from fedmerge.config import ExperimentConfig
+from fedmerge.errors import ClientError, FedMergeError
+from fedmerge.files import read_json
+from fedmerge.runs.checkpoints import ended_training
+from fedmerge.runs.folder import DONE
+from fedmerge.runs.round_checkpoints import members_of, round_records
+
+Train = Callable[[ExperimentConfig], None]
+Execute = Callable[[Sequence[Cell]], Iterable[Ended | Running]]  # as they end
+Progress = Callable[[str], None]
+
+
+def run_grid(grid: Grid, train: Train, execute: Execute, progress: Progress) -> list[str]:
+    """Do all that is not done yet.
+
+    Args:
+        grid: what.
+        train: runs an experiment until its experts are there, or goes on with one.
+        execute: does cells, any number at once.
+        progress: receives a line for everything that happens.
+
+    Returns:
+        What failed, a line each; what depends on it is left out.
+    """
+    failed: list[str] = []
+    places = grid.places()
+    runs = {
+        grid.run(place, strategy): grid.training(place, strategy)
+        for place in places
+        for strategy in (None, *grid.strategies)  # None: the experts of the reference row
+    }
+    incomplete = set()
+    untrained = sum(not (run / DONE).is_file() for run in runs)
+    trained: list[float] = []  # seconds
+    for number, (run, config) in enumerate(runs.items(), 1):
+        try:
+            if not (run / DONE).is_file():
+                pace = sum(trained) / len(trained) if trained else 0
+                about = f", about {_duration(pace * untrained)} of training left" if trained else ""
+                progress(f"training {number} of {len(runs)}: {run.name}{about}")
+                started, untrained = time.monotonic(), untrained - 1
+                train(config)
+                trained.append(time.monotonic() - started)
+            _check_all_took_part(run, config)
+        except FedMergeError as error:
+            if config.rounds.rule is None:  # experts are everybody's
+                raise
+            failed.append(f"training: {run.name}: {error}")
+            progress(failed[-1])
+            incomplete.add(run)
+    stages: list[tuple[str, Callable[[], list[Cell]]]] = [
+        ("joint training", lambda: joint_cells(grid, places)),
+        ("admission", lambda: admission_cells(grid, places)),
+        ("merging", lambda: [cell for cell in merging_cells(grid, places) if cell.arguments["run"] not in incomplete]),
+        ("validation", lambda: validation_cells(grid, places)),
+        ("test", lambda: test_cells(grid, places)),
+        ("audit", lambda: audit_cells(grid, places)),
+    ]
+    for name, cells_of in stages:
+        cells = cells_of()
+        left = [cell for cell in cells if not cell.result.is_file()]
+        if not cells and name in ("admission", "audit"):
+            continue
+        progress(f"{name}: {len(cells) - len(left)} of {len(cells)} cells are done")
+        failed += _do(name, left, execute, progress)
+    return failed
+
+
+def joint_cells(grid: Grid, places: Sequence[Place]) -> list[Cell]:
+    """Joint training at each place, without whoever is left out."""
+    return [
+        Cell(
+            "joint training",
+            f"{drawing} ({place})",
+            grid.joint(place, drawing),
+            {
+                "config": (config := grid.experiment(place, None)),
+                "domains": merged_domains(grid, place, None),
+                "drawing": drawing,
+            },
+            config.runtime.threads_per_client,
+        )
+        for place in places
+        for drawing in grid.joint_rows(place)
+    ]
+
+
+def admission_cells(grid: Grid, places: Sequence[Place]) -> list[Cell]:
+    """One for each place and gate."""
+    cells = {}
+    for place in places:
+        for strategy in grid.strategies:
+            if gate := grid.gate(place, strategy):
+                config = grid.evaluation(place, strategy)
+                arguments = {"config": config, "run": grid.run(place, strategy), "left_out": place.left_out}
+                cells[gate] = Cell("admission", f"gate ({place})", gate, arguments, config.runtime.server_threads)
+    return list(cells.values())
+
+
+def merging_cells(grid: Grid, places: Sequence[Place]) -> list[Cell]:
+    """One for each strategy and place; none where its gate failed."""
+    return [
+        Cell(
+            "merging",
+            f"{strategy} ({place})",
+            grid.merges(place, strategy) / MERGES,
+            {
+                "config": (config := grid.experiment(place, strategy)),
+                "run": grid.run(place, strategy),
+                "without": tuple(
+                    domain for domain in config.domains.train if domain not in merged_domains(grid, place, strategy)
+                ),
+            },
+            config.runtime.server_threads,
+        )
+        for place in places
+        for strategy in grid.strategies
+        if (gate := grid.gate(place, strategy)) is None or gate.is_file()
+    ]
+
+
+def validation_cells(grid: Grid, places: Sequence[Place]) -> list[Cell]:
+    """Every variant of the strategies that have several, on the validation users of the domains that are merged."""
+    cells = {}
+    for place in places:
+        for strategy in grid.strategies:
+            merges = merge_hashes(grid, place, strategy)
+            config = grid.evaluation(place, strategy)
+            for domain in merged_domains(grid, place, strategy):
+                for label in merges if len(merges) > 1 else ():
+                    cell = ranking(grid, place, config, domain, "valid", strategy, label)
+                    cells[cell.result] = cell
+    return list(cells.values())
+
+
+def test_cells(grid: Grid, places: Sequence[Place]) -> list[Cell]:
+    """The reference rows, and each strategy's chosen variant. Choices are made, and written, before."""
+    cells = {}
+    for place in places:
+        for strategy in grid.strategies:
+            chosen_variant(grid, place, strategy)
+    for place in places:
+        for domain in tested_domains(grid, place):
+            for cell in test_rows(grid, place, domain).values():
+                cells[cell.result] = cell
+    return list(cells.values())
+
+
+def audit_cells(grid: Grid, places: Sequence[Place]) -> list[Cell]:
+    """What strategies that left users out of their trainings tell of the others: places that leave no domain out.
+
+    An expert that a gate turned away was sent, and is audited with the others.
+    """
+    cells = {}
+    for place in places:
+        for strategy in grid.strategies if not place.left_out else ():
+            for domain in grid.experiment(place, strategy).domains.train:
+                if cell := audit_cell(grid, place, strategy, domain):
+                    cells[cell.result] = cell
+    return list(cells.values())
+
+
+def _check_all_took_part(run: Path, config: ExperimentConfig) -> None:
+    """Strategies are compared on the same domains; ClientError where a training went on without one."""
+    if config.rounds.rule is None:
+        took_part = {*(ended_training(run) or {})}
+    elif config.rounds.fraction < 1:  # not everybody is drawn for a round
+        took_part = {*members_of(run)} - {*read_json(run / "clients.json")["excluded"]}
+    else:
+        took_part = set.intersection(*({*record["aggregation"]["client_weights"]} for record in round_records(run)))
+    if missing := sorted({*config.domains.train} - took_part):
+        raise ClientError(
+            f"{run}: without {', '.join(missing)}; every strategy needs all domains. See its run.log and "
+            "clients.json; correct what is said there, delete this folder, and start the benchmark again."
+        )
+
+
+def _do(stage: str, cells: Sequence[Cell], execute: Execute, progress: Progress) -> list[str]:
+    """Do cells with a line for each: how many, and how much longer at the pace so far."""
+    failed = []
+    started = time.monotonic()
+    own, number = 0.0, 0
+    for ended in execute(cells):
+        spent = time.monotonic() - started
+        if isinstance(ended, Running):
+            titles = "; ".join(cell.title for cell in ended.cells)
+            progress(f"{stage}: {number} of {len(cells)} ended, {_duration(spent)} so far; running: {titles}")
+            continue
+        number += 1
+        own += ended.seconds
+        left = len(cells) - number
+        about = f", about {_duration(spent / number * left)} of {stage} left" if left else ""
+        how = f": FAILED: {ended.problem}" if ended.problem else f", {_duration(ended.seconds)}"
+        progress(f"{stage} {number} of {len(cells)}: {ended.cell.title}{how}{about}")
+        if ended.problem:
+            failed.append(f"{stage}: {ended.cell.title}: {ended.problem}")
+    if cells:
+        progress(f"{stage}: {own:.1f} s of work in {time.monotonic() - started:.1f} s")
+    return failed
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
