@@ -5,8 +5,10 @@ import re
 import shutil
 from pathlib import Path
 
+import nbformat
 import pytest
 from backbones import tiny_bert
+from nbclient import NotebookClient
 
 from fedmerge.domain.demo import write_demo
 
@@ -32,7 +34,10 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def small(text: str, place: Path) -> str:
     """Exchange the backbone and the data for small ones."""
-    return text.replace(MINILM, str(place / "backbone")).replace('"demo"', json.dumps(str(place / "domains")))
+    for name, found in ((MINILM, place / "backbone"), ("demo", place / "domains")):
+        for quote in ('"', '\\"'):  # in Python, and in Python within the notebook's JSON
+            text = text.replace(f"{quote}{name}{quote}", f"{quote}{found}{quote}")
+    return text
 
 
 def run(blocks: list[str], place: Path) -> dict[str, object]:
@@ -48,3 +53,11 @@ def test_every_block_of_the_page_runs(place: Path) -> None:
     names = run(blocks, place)
     assert {"scores", "learned", "run"} <= names.keys()
     assert (place / "learned" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.e2e
+def test_every_cell_of_the_notebook_runs(place: Path) -> None:
+    notebook = nbformat.reads(small(NOTEBOOK.read_text(encoding="utf-8"), place), as_version=4)
+    done = NotebookClient(notebook, timeout=240, kernel_name="python3").execute()
+    outputs = [output for cell in done.cells if cell.cell_type == "code" for output in cell.outputs]
+    assert "Estimate(mean=" in json.dumps(outputs)
