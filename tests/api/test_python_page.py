@@ -57,7 +57,8 @@ def test_every_block_of_the_page_runs(place: Path) -> None:
 
 @pytest.mark.e2e
 def test_every_cell_of_the_notebook_runs(place: Path) -> None:
-    notebook = nbformat.reads(small(NOTEBOOK.read_text(encoding="utf-8"), place), as_version=4)
+    text = small(NOTEBOOK.read_text(encoding="utf-8"), place)
+    notebook = nbformat.reads(text, as_version=4)  # type: ignore[no-untyped-call]  # nbformat leaves it untyped
     done = NotebookClient(notebook, timeout=240, kernel_name="python3").execute()
     outputs = [output for cell in done.cells if cell.cell_type == "code" for output in cell.outputs]
     assert "Estimate(mean=" in json.dumps(outputs)
