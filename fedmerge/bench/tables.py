@@ -22,7 +22,7 @@ from fedmerge.federated.rules import rule_named
 from fedmerge.federated.summed import num_summed
 from fedmerge.files import read_json
 from fedmerge.mergerec.variants import labels_from_catalogs
-from fedmerge.privacy.releases import coefficient_messages
+from fedmerge.privacy.dp.releases import coefficient_messages
 from fedmerge.report.bench_tables import EVERY_FOLD, BenchTables
 from fedmerge.report.statistics import comparison_rows, rank_rows
 from fedmerge.report.tables import Role

@@ -7,7 +7,7 @@ from typing import Any
 
 from fedmerge.config import ExperimentConfig
 from fedmerge.files import append_line, read_json, read_lines
-from fedmerge.privacy.releases import answer_rate, answers_have_noise
+from fedmerge.privacy.dp.releases import answer_rate, answers_have_noise
 from fedmerge.runs.checkpoints import ADAPTERS, LEARNING, MERGED
 from fedmerge.runs.round_checkpoints import round_records
 from fedmerge.runs.secure_sums import revealed_reports

@@ -28,8 +28,8 @@ from fedmerge.merging.methods import method_coefficients, method_named
 from fedmerge.merging.parameters import Value
 from fedmerge.merging.stack import Stack, linear_merge_of_many, stack_adapters, survey_adapters
 from fedmerge.merging.training_free import merge_stack
-from fedmerge.privacy.domain_noise import domain_noise, domain_record, noised_average
-from fedmerge.privacy.randomness import source
+from fedmerge.privacy.dp.domain_noise import domain_noise, domain_record, noised_average
+from fedmerge.privacy.dp.randomness import source
 
 logger = logging.getLogger(__name__)
 

@@ -27,7 +27,7 @@ from fedmerge.errors import ConfigError
 from fedmerge.mergerec.variants import learned_settings
 from fedmerge.mergerec.vectors import initial_vectors
 from fedmerge.merging.stack import stack_adapters
-from fedmerge.privacy.domain_noise import noised_answer
+from fedmerge.privacy.dp.domain_noise import noised_answer
 from fedmerge.seeding import generator
 from sim.app.client import app as client_module
 from sim.app.client.app import app as client_app

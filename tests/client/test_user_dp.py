@@ -38,7 +38,7 @@ from fedmerge.encoder.encode import embed_batch, encode
 from fedmerge.encoder.lora import attach
 from fedmerge.encoder.text import pack_sequences
 from fedmerge.errors import DomainError
-from fedmerge.privacy.randomness import SystemSource
+from fedmerge.privacy.dp.randomness import SystemSource
 from fedmerge.seeding import generator
 
 LORA = Lora(rank=2, alpha=4, target_modules=("query", "value"))

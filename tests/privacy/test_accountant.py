@@ -10,7 +10,7 @@ from scipy import optimize, stats
 
 from fedmerge.config import from_flat
 from fedmerge.errors import ConfigError
-from fedmerge.privacy.accountant import ORDERS, Release, accounted, calibrated_noise, spent_epsilon
+from fedmerge.privacy.dp.accountant import ORDERS, Release, accounted, calibrated_noise, spent_epsilon
 
 RELEASES = [Release(1.0, 0.05, 20), Release(4.0, 1.0, 2)]
 

@@ -15,9 +15,9 @@ from fedmerge.config import DP, ExperimentConfig, from_flat
 from fedmerge.errors import ClientError, LayoutMismatchError
 from fedmerge.mergerec.objective import CollaborativeSettings
 from fedmerge.mergerec.variants import learned_variants
-from fedmerge.privacy.accountant import Release, calibrated_noise, spent_epsilon
-from fedmerge.privacy.agreed import check_spent, largest_product
-from fedmerge.privacy.domain_noise import (
+from fedmerge.privacy.dp.accountant import Release, calibrated_noise, spent_epsilon
+from fedmerge.privacy.dp.agreement import check_spent, largest_product
+from fedmerge.privacy.dp.domain_noise import (
     clip_factor,
     domain_noise,
     domain_record,
@@ -25,8 +25,8 @@ from fedmerge.privacy.domain_noise import (
     noised_average,
     noised_factors,
 )
-from fedmerge.privacy.releases import coefficient_messages
-from fedmerge.privacy.statement import privacy_statement, statement_text
+from fedmerge.privacy.dp.releases import coefficient_messages
+from fedmerge.privacy.dp.statement import privacy_statement, statement_text
 from fedmerge.runs.dp_spent import EVERY_DOMAIN, spent_by_domain
 from fedmerge.seeding import generator
 from fedmerge.server.candidates import merge_candidates

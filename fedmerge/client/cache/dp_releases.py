@@ -24,10 +24,10 @@ from fedmerge.config import ExperimentConfig
 from fedmerge.encoder.peft_folder import read_adapter, write_adapter
 from fedmerge.errors import FedMergeError, PolicyError
 from fedmerge.files import read_json, write_json
-from fedmerge.privacy.accountant import agreed_noise
-from fedmerge.privacy.domain_noise import noise_like, noised_answer
-from fedmerge.privacy.randomness import source
-from fedmerge.privacy.releases import Counted, answer_rate, coefficient_messages, domain_releases, user_releases
+from fedmerge.privacy.dp.accountant import agreed_noise
+from fedmerge.privacy.dp.domain_noise import noise_like, noised_answer
+from fedmerge.privacy.dp.randomness import source
+from fedmerge.privacy.dp.releases import Counted, answer_rate, coefficient_messages, domain_releases, user_releases
 
 logger = logging.getLogger(__name__)
 Made = TypeVar("Made")
@@ -266,7 +266,7 @@ def _kept_noise(name: str, config: ExperimentConfig, releases: tuple[Counted, ..
 
 
 def _check_chosen_for(name: str, config: ExperimentConfig, message: CoefficientMessage) -> None:
-    """Refuse a message that is not among :func:`fedmerge.privacy.releases.coefficient_messages`."""
+    """Refuse a message that is not among :func:`fedmerge.privacy.dp.releases.coefficient_messages`."""
     method = message.label.split()[0]
     steps = config.adamerging.steps if method == "adamerging" else config.mergerec.steps_made
     local = config.through_clients.local_steps if config.through_clients.mode == "local-steps" else 0

@@ -23,9 +23,9 @@ from fedmerge.config import Audit, ExperimentConfig
 from fedmerge.encoder.lora import fresh_adapter
 from fedmerge.encoder.peft_folder import read_adapter, write_adapter
 from fedmerge.errors import ClientError, DivergedError
-from fedmerge.privacy.domain_noise import domain_noise, domain_record, noised_factors
-from fedmerge.privacy.randomness import source
-from fedmerge.privacy.releases import noised_answers
+from fedmerge.privacy.dp.domain_noise import domain_noise, domain_record, noised_factors
+from fedmerge.privacy.dp.randomness import source
+from fedmerge.privacy.dp.releases import noised_answers
 
 REPORT_FILE = "training.json"
 _UNUSED = {"in-batch": {"negatives", "item_refresh_steps"}, "catalog": set[str]()}  # so that older experts are found

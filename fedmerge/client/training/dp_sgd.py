@@ -25,9 +25,9 @@ from fedmerge.encoder.backbone import in_float32
 from fedmerge.encoder.encode import TRAINING_GROUPS, embed_batch, encode
 from fedmerge.encoder.text import Tokens, pack_sequences
 from fedmerge.errors import DomainError
-from fedmerge.privacy.accountant import agreed_noise, opacus_accountants
-from fedmerge.privacy.randomness import Randomness, Source, source
-from fedmerge.privacy.releases import user_releases
+from fedmerge.privacy.dp.accountant import agreed_noise, opacus_accountants
+from fedmerge.privacy.dp.randomness import Randomness, Source, source
+from fedmerge.privacy.dp.releases import user_releases
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from fedmerge.config import Lora, Train
 from fedmerge.encoder.encode import encode
 from fedmerge.encoder.frozen import frozen_products, using
 from fedmerge.encoder.lora import adapter_of, applied, attach, load_into
-from fedmerge.privacy.agreed import steps_of_round
+from fedmerge.privacy.dp.agreement import steps_of_round
 
 
 @dataclass(frozen=True)

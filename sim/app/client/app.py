@@ -61,10 +61,10 @@ from fedmerge.mergerec.variants import learned_settings
 from fedmerge.mergerec.vectors import Vectors, initial_vectors, on_device
 from fedmerge.merging.stack import stack_adapters
 from fedmerge.privacy.client_policy import ClientPolicy, check_message_size, check_run_is_allowed, read_client_policy
+from fedmerge.privacy.dp.randomness import source
+from fedmerge.privacy.dp.releases import answer_rate, answers_have_noise
 from fedmerge.privacy.paths import without_paths
 from fedmerge.privacy.policy import check_enough_users, check_may_leave
-from fedmerge.privacy.randomness import source
-from fedmerge.privacy.releases import answer_rate, answers_have_noise
 from fedmerge.privacy.signatures import read_private_key, sign, statement
 from fedmerge.privacy.transport import as_received, coding_of, residual
 from fedmerge.server.admission import layout_sha256

@@ -26,10 +26,10 @@ from fedmerge.evaluation.sums import EXPERT
 from fedmerge.files import read_json, read_lines, write_json, write_table, write_text
 from fedmerge.mergerec.variants import labels_from_catalogs
 from fedmerge.merging.candidate import Candidate
-from fedmerge.privacy.accountant import opacus_accountants
-from fedmerge.privacy.agreed import check_releases, check_spent
+from fedmerge.privacy.dp.accountant import opacus_accountants
+from fedmerge.privacy.dp.agreement import check_releases, check_spent
+from fedmerge.privacy.dp.statement import PRIVACY_FILE, privacy_statement, statement_text
 from fedmerge.privacy.signatures import registered_keys
-from fedmerge.privacy.statement import PRIVACY_FILE, privacy_statement, statement_text
 from fedmerge.privacy.transport import coding_of
 from fedmerge.report.run.final_report import Evaluated, attack_note, metric_rows, product_rows, run_report
 from fedmerge.report.tables import Role

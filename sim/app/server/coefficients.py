@@ -23,8 +23,8 @@ from fedmerge.mergerec.coefficients import LearnedCoefficients, optimise, start_
 from fedmerge.mergerec.learn import draw_pseudo_users
 from fedmerge.mergerec.objective import CollaborativeSettings
 from fedmerge.mergerec.vectors import Vectors
-from fedmerge.privacy.domain_noise import domain_noise
-from fedmerge.privacy.releases import answers_have_noise
+from fedmerge.privacy.dp.domain_noise import domain_noise
+from fedmerge.privacy.dp.releases import answers_have_noise
 from fedmerge.runs.checkpoints import LEARNING
 from fedmerge.server.candidates import Learn
 from sim.app.messages import records

@@ -7,7 +7,7 @@ from flwr.app import RecordDict
 
 from fedmerge.config import ExperimentConfig
 from fedmerge.errors import FedMergeError, RunDirError
-from fedmerge.privacy.agreed import check_spent
+from fedmerge.privacy.dp.agreement import check_spent
 from fedmerge.runs.dp_spent import ANSWER, note_release
 from sim.app.messages import records
 from sim.app.server.asking import LONGEST_REASON, Federation, own_noise, printable

@@ -22,7 +22,7 @@ from fedmerge.federated.rules import MergeFunction, rule_named, rule_of, rule_pa
 from fedmerge.federated.summed import num_summed
 from fedmerge.merging.candidate import Candidate
 from fedmerge.merging.parameters import Value, parse_parameters
-from fedmerge.privacy.agreed import check_spent
+from fedmerge.privacy.dp.agreement import check_spent
 from fedmerge.runs.checkpoints import keep_merge
 from fedmerge.runs.round_checkpoints import (
     keep_draw,

@@ -16,7 +16,7 @@ from fedmerge.encoder.backbone import Backbone
 from fedmerge.encoder.lora import fresh_adapter
 from fedmerge.federated.summed import adapter_of_mean, num_summed, summed_rank
 from fedmerge.merging.candidate import Candidate
-from fedmerge.privacy.agreed import check_spent
+from fedmerge.privacy.dp.agreement import check_spent
 from fedmerge.privacy.secagg.server import (
     added,
     check_advertisement,

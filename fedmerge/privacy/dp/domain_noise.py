@@ -25,9 +25,9 @@ import torch
 from fedmerge.adapter import Adapter, LoraModule
 from fedmerge.config import DP, ExperimentConfig
 from fedmerge.errors import LayoutMismatchError
-from fedmerge.privacy.accountant import agreed_noise
-from fedmerge.privacy.randomness import Source
-from fedmerge.privacy.releases import domain_releases
+from fedmerge.privacy.dp.accountant import agreed_noise
+from fedmerge.privacy.dp.randomness import Source
+from fedmerge.privacy.dp.releases import domain_releases
 
 
 def domain_noise(config: ExperimentConfig) -> float:

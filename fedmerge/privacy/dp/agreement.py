@@ -6,9 +6,9 @@ from typing import Any
 
 from fedmerge.config import ExperimentConfig
 from fedmerge.errors import ClientError, ConfigError
-from fedmerge.privacy.accountant import agreed_noise
-from fedmerge.privacy.domain_noise import domain_noise, domain_record
-from fedmerge.privacy.releases import noised_answers, user_releases
+from fedmerge.privacy.dp.accountant import agreed_noise
+from fedmerge.privacy.dp.domain_noise import domain_noise, domain_record
+from fedmerge.privacy.dp.releases import noised_answers, user_releases
 
 _CHANCE = 1e-10  # that one entry leaves the range; a model has a hundred thousand to a hundred million
 _NOISE_TOLERANCE = 0.01  # relative; calibrated elsewhere, perhaps with other versions of the libraries

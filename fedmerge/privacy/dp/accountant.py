@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from fedmerge.config import DP
 from fedmerge.errors import ConfigError
-from fedmerge.privacy.releases import Counted
+from fedmerge.privacy.dp.releases import Counted
 
 Method = Literal["prv", "rdp"]
 

@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 from fedmerge.config import DP
-from fedmerge.privacy.accountant import Method, Release, accounted
+from fedmerge.privacy.dp.accountant import Method, Release, accounted
 
 PRIVACY_FILE = "privacy.json"
 
