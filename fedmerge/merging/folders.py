@@ -1,4 +1,4 @@
-"""Any PEFT LoRA folders, of encoders or decoders: read and held together, and their merge written as another."""
+"""Read PEFT LoRA folders of encoders or decoders that are to be merged, and write their merge as another folder."""
 
 import json
 from collections.abc import Mapping
@@ -18,15 +18,15 @@ from fedmerge.merging.training_free import MergedAdapter
 
 @dataclass(frozen=True)
 class AdapterFolders:
-    """Adapters of one layout, and what their folders agree on.
+    """Adapters of one layout, and the settings that their folders share.
 
     Attributes:
         adapters: name -> adapter.
-        backbone_name: ``base_model_name_or_path``; None where no folder names one.
-        backbone_sha256: of the backbone they were trained on; None where nobody wrote it down.
-        task_type: PEFT's; None where no folder has one.
-        target_modules: as the folders have it, where all say the same and nothing else narrows it; else None.
-        fan_in_fan_out: of layers that keep their weights transposed.
+        backbone_name: ``base_model_name_or_path``; None if no folder has one.
+        backbone_sha256: hash of the backbone they were trained on; None if unknown.
+        task_type: PEFT's task type; None if no folder has one.
+        target_modules: PEFT's target modules, if all folders agree and nothing narrows them; else None.
+        fan_in_fan_out: True for layers that store transposed weights.
     """
 
     adapters: Mapping[str, Adapter]
@@ -38,17 +38,17 @@ class AdapterFolders:
 
 
 def read_folders(folders: Mapping[str, Path], backbone_name: str | None = None) -> AdapterFolders:
-    """Read adapters that are to be merged and see that they belong together.
+    """Read adapters that are to be merged and check that they belong together.
 
     Args:
         folders: name -> PEFT folder.
-        backbone_name: to write as the merge's base model; needed where the folders name different ones.
+        backbone_name: base model of the merge; needed if the folders name different ones.
 
     Raises:
-        LayoutMismatchError: no plain LoRA adapter, a damaged one, values that are not finite, other modules or shapes
-            than in the first, or folders that disagree about the base model or the task.
-        MergeError: no folder at all, or adapters of different backbones, by their hashes.
-        RunDirError: a damaged record beside an adapter.
+        LayoutMismatchError: an adapter is damaged, not plain LoRA or not finite, its modules or shapes differ from the
+            first one's, or the folders disagree about the base model or the task.
+        MergeError: no folder, or adapters of different backbones by their hashes.
+        RunDirError: a record beside an adapter is damaged.
     """
     adapters = {name: read_verified(folders[name]) for name in sorted(folders)}
     survey_adapters(adapters)
@@ -56,13 +56,13 @@ def read_folders(folders: Mapping[str, Path], backbone_name: str | None = None) 
     known = {name: sha256 for name, sha256 in hashes.items() if sha256 is not None}
     if len(set(known.values())) > 1:
         found = ", ".join(f"{name} {sha256[:12]}" for name, sha256 in known.items())
-        raise MergeError(f"the adapters were made on different backbones ({found}). Merge adapters of one backbone.")
+        raise MergeError(f"the adapters belong to different backbones ({found}). Merge adapters of one backbone.")
     configs = {name: read_record(folders[name] / CONFIG_FILE) for name in adapters}
     if backbone_name is None:
-        same = len(known) == len(adapters)  # by hash, whatever each of them calls it
-        remedy = "Merge adapters of one base model; if these are names of one and the same, say which: --base-model."
+        same = len(known) == len(adapters)  # equal hashes: the names may differ
+        remedy = "Merge adapters of one base model. If these names mean the same one, choose a name with --base-model."
         backbone_name = _agreed("base_model_name_or_path", configs, remedy, first=same)
-    remedy = "PEFT makes different models of these; set it to the same in each adapter_config.json."
+    remedy = "PEFT builds different models for these. Set the same value in every adapter_config.json."
     return AdapterFolders(
         adapters=adapters,
         backbone_name=backbone_name,
@@ -80,19 +80,19 @@ def write_merge(
     details: Mapping[str, Any],
     files: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Write a merge as a PEFT folder with ``provenance.json``, whole or not at all.
+    """Write a merge as a PEFT folder with ``provenance.json``, complete or not at all.
 
-    Base model, task and names of modules are those of the sources, so that PEFT loads it as it loads them.
+    Base model, task and module names are those of the sources, so PEFT loads the merge in the same way.
 
     Args:
-        merged: of ``merge_adapters``.
-        sources: what it was made of.
+        merged: merge from ``merge_adapters``.
+        sources: adapters that were merged.
         folder: must be absent or empty.
-        details: entries that the provenance gets, too.
-        files: name -> text of files that the folder gets, too.
+        details: more entries of the provenance.
+        files: name -> text of more files in the folder.
 
     Raises:
-        RunDirError: the folder holds something, or cannot be written.
+        RunDirError: the folder is not empty, or cannot be written.
     """
     provenance = {
         **merged.record(),
@@ -108,7 +108,7 @@ def write_merge(
 
 
 def write_as_sources(adapter: Adapter, sources: AdapterFolders, folder: Path) -> None:
-    """Write a merge as a PEFT folder with base model, task and names of modules as its sources have them."""
+    """Write a merge as a PEFT folder with the base model, task and module names of its sources."""
     write_adapter(
         adapter,
         folder,
@@ -120,11 +120,11 @@ def write_as_sources(adapter: Adapter, sources: AdapterFolders, folder: Path) ->
 
 
 def _agreed(key: str, configs: Mapping[str, Mapping[str, Any]], remedy: str, first: bool = False) -> str | None:
-    """What the folders that have this setting have for it."""
+    """Return the value of a setting, which must be the same in all folders that have it, unless ``first``."""
     given = {name: str(config[key]) for name, config in configs.items() if config.get(key)}
     if len(set(given.values())) > 1 and not first:
         found = ", ".join(f"{name} {value!r}" for name, value in given.items())
-        raise LayoutMismatchError(f"the adapters have different {key} ({found}), expected the same. {remedy}")
+        raise LayoutMismatchError(f"the adapters differ in {key} ({found}). {remedy}")
     return next(iter(given.values()), None)
 
 

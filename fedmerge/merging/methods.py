@@ -22,12 +22,12 @@ from fedmerge.merging.stack import StackLayout
 
 Law = Literal[
     "one domain is identity",  # with coefficient 1 and nothing dropped
-    "permutation",  # the order and the names of the domains do not matter
+    "permutation",  # order and names of the domains do not matter
     "zero coefficient is absent",
     "inputs unchanged",
-    "homogeneous",  # updates times c, also below 0, give the merge times c
-    "neurons",  # inputs and outputs of a module in another order: the same merge in that order
-    "rotation",  # the same for any change of orthonormal bases
+    "homogeneous",  # scaling all updates by c, also c < 0, scales the merge by c
+    "neurons",  # reordering the inputs and outputs of a module reorders the merge in the same way
+    "rotation",  # any change of orthonormal bases changes the merge in the same way
     "core is full",  # core space changes nothing
 ]
 
@@ -41,14 +41,14 @@ class Method:
         parameters: name -> parameter.
         source: paper or standard.
         use: when to choose it.
-        cost: time and memory, in K domains, R = Σ ranks, n = in · out entries of a module.
-        laws: what the tests hold this method to.
+        cost: time and memory, for K domains, R = Σ ranks, n = in · out entries of a module.
+        laws: laws that the tests check.
         coefficients: linear: (stack, **parameters) -> (K,) or (K, G) float32.
-        rows: elementwise: (pieces, **parameters) -> K rows a piece, see ``fedmerge.merging.rows``.
-        factors: spectral: (updates, **parameters) -> the merge's factors, see ``fedmerge.merging.spectral``.
+        rows: elementwise: (pieces, **parameters) -> K rows per piece, see ``fedmerge.merging.rows``.
+        factors: spectral: (updates, **parameters) -> factors of the merge, see ``fedmerge.merging.spectral``.
         function: one's own: (updates, **parameters) -> (out, in), see ``fedmerge.merging.own_method``.
-        knots: the rows are those of KnOTS' S V_k.
-        random: ``rows`` or ``function`` also takes a seed.
+        knots: True if ``rows`` works on S V_k of KnOTS.
+        random: True if ``rows`` or ``function`` also takes a seed.
     """
 
     what: str
@@ -71,7 +71,7 @@ class Method:
 
 
 def average(stack: StackLayout) -> torch.Tensor:
-    """The mean of the updates: w_k = 1/K.
+    """Return the coefficients of the mean of the updates: w_k = 1/K.
 
     Returns:
         (K,) float32.
@@ -80,12 +80,12 @@ def average(stack: StackLayout) -> torch.Tensor:
 
 
 def task_arithmetic(stack: StackLayout, coefficient: float) -> torch.Tensor:
-    """The scaled sum of the updates: w_k = coefficient for every domain.
+    """Return the coefficients of the scaled sum of the updates: w_k = coefficient for every domain.
 
     Returns:
         (K,) float32.
 
-    Source: arXiv:2212.04089, equation of task addition with one scaling for all tasks.
+    Source: arXiv:2212.04089, task addition with one scaling for all tasks.
     """
     return torch.full((len(stack.domains),), float(coefficient))
 
@@ -93,8 +93,8 @@ def task_arithmetic(stack: StackLayout, coefficient: float) -> torch.Tensor:
 _ALWAYS: tuple[Law, ...] = ("permutation", "zero coefficient is absent", "inputs unchanged")
 _IDENTITY: tuple[Law, ...] = ("one domain is identity", *_ALWAYS)
 _LINEAR: tuple[Law, ...] = (*_IDENTITY, "homogeneous", "neurons", "rotation", "core is full")
-_LINEAR_COST = "O(R (in + out)) a module"
-_TIES_COST = "O(K n) a module, 3 passes over the updates"
+_LINEAR_COST = "O(R (in + out)) per module"
+_TIES_COST = "O(K n) per module, 3 passes over the updates"
 
 
 def _density(default: float) -> Parameter:
@@ -107,7 +107,7 @@ METHODS: dict[str, Method] = {
         coefficients=average,
         parameters={},
         source="mean of task vectors (model soups, arXiv:2203.05482)",
-        use="first: nothing to tune",
+        use="first choice: nothing to tune",
         cost=_LINEAR_COST,
         laws=_LINEAR,
     ),
@@ -116,12 +116,12 @@ METHODS: dict[str, Method] = {
         coefficients=task_arithmetic,
         parameters={"coefficient": Parameter(0.5)},
         source="task arithmetic (arXiv:2212.04089)",
-        use="the size of the sum can be tuned on validation",
+        use="the factor can be tuned on validation",
         cost=_LINEAR_COST,
         laws=_LINEAR,
     ),
     "ties": Method(
-        what="trim to the largest entries, elect a sign per entry, average those that bear it",
+        what="trim to the largest entries, elect a sign per entry, average the entries that have it",
         rows=ties,
         parameters={"density": _density(0.2), "coefficient": Parameter(1.0)},
         source="TIES-Merging (arXiv:2306.01708)",
@@ -130,27 +130,27 @@ METHODS: dict[str, Method] = {
         laws=(*_IDENTITY, "homogeneous", "neurons"),
     ),
     "dare": Method(
-        what="drop entries at random, rescale the others, average",
+        what="drop entries at random, rescale the rest, average",
         rows=dare,
         parameters={"density": _density(0.1), "coefficient": Parameter(1.0)},
         source="DARE, then average (arXiv:2311.03099)",
-        use="many redundant entries; the average in expectation",
-        cost="O(K n) a module, 1 pass",
+        use="updates with many redundant entries; in expectation it is the average",
+        cost="O(K n) per module, 1 pass",
         laws=(*_IDENTITY, "homogeneous"),
         random=True,
     ),
     "dare-ties": Method(
-        what="drop entries at random, rescale the others, then TIES",
+        what="drop entries at random, rescale the rest, then TIES",
         rows=dare_ties,
         parameters={"density": _density(0.1), "ties_density": _density(1.0), "coefficient": Parameter(1.0)},
         source="DARE, then TIES (arXiv:2311.03099)",
         use="as TIES, with random instead of magnitude trimming",
-        cost="O(K n) a module, 1 pass (3 with ties_density below 1)",
+        cost="O(K n) per module, 1 pass (3 with ties_density below 1)",
         laws=(*_IDENTITY, "homogeneous"),
         random=True,
     ),
     "pcb": Method(
-        what="average weighted by how large an entry is in its domain and how well it agrees with the others",
+        what="average weighted by an entry's size within its domain and its agreement with the other domains",
         rows=pcb,
         parameters={
             "density": _density(0.1),
@@ -158,16 +158,16 @@ METHODS: dict[str, Method] = {
             "coefficient": Parameter(1.0),
         },
         source="PCB-Merging (arXiv:2410.02396)",
-        use="domains compete for the same weights with different strength",
-        cost="O(K n) a module, 7 passes, scores in float64",
+        use="domains compete for the same weights with unequal strength",
+        cost="O(K n) per module, 7 passes, scores in float64",
         laws=(*_ALWAYS, "neurons"),
     ),
     "localize-and-stitch": Method(
-        what="keep each domain's largest entries, average where they overlap, without data",
+        what="keep each domain's largest entries, average where they overlap; uses no data",
         rows=localize_and_stitch,
         parameters={"density": _density(0.05), "coefficient": Parameter(1.0)},
         source="Localize-and-Stitch, dataless (arXiv:2408.13656)",
-        use="what each domain learned sits in few, mostly different weights",
+        use="each domain learned in a few weights, mostly different ones",
         cost=_TIES_COST,
         laws=(*_IDENTITY, "homogeneous", "neurons"),
     ),
@@ -180,7 +180,7 @@ METHODS: dict[str, Method] = {
             "coefficient": Parameter(1.0),
         },
         source="Model Breadcrumbs (arXiv:2312.06795)",
-        use="outliers of single domains spoil the sum; many domains",
+        use="many domains, where outliers of single ones spoil the sum",
         cost=_TIES_COST,
         laws=(*_IDENTITY, "homogeneous", "neurons"),
     ),
@@ -190,8 +190,8 @@ METHODS: dict[str, Method] = {
         knots=True,
         parameters={"density": _density(0.2), "coefficient": Parameter(1.0)},
         source="KnOTS, then TIES (arXiv:2410.19735)",
-        use="as TIES, where low-rank updates are not aligned entry by entry",
-        cost="O(R² (in + out) + K R in) a module, 3 passes",
+        use="as TIES, for low-rank updates that are not aligned entry by entry",
+        cost="O(R² (in + out) + K R in) per module, 3 passes",
         laws=(*_IDENTITY, "homogeneous", "neurons"),
     ),
     "knots-dare": Method(
@@ -201,7 +201,7 @@ METHODS: dict[str, Method] = {
         parameters={"density": _density(0.9), "coefficient": Parameter(1.0)},
         source="KnOTS, then DARE (arXiv:2410.19735)",
         use="as DARE, in aligned coordinates",
-        cost="O(R² (in + out) + K R in) a module, 1 pass",
+        cost="O(R² (in + out) + K R in) per module, 1 pass",
         laws=(*_IDENTITY, "homogeneous"),
         random=True,
     ),
@@ -212,16 +212,16 @@ METHODS: dict[str, Method] = {
         parameters={"density": _density(0.9), "ties_density": _density(1.0), "coefficient": Parameter(1.0)},
         source="KnOTS, then DARE and TIES (arXiv:2410.19735)",
         use="as KnOTS-TIES, with random instead of magnitude trimming",
-        cost="O(R² (in + out) + K R in) a module, 1 pass (3 with ties_density below 1)",
+        cost="O(R² (in + out) + K R in) per module, 1 pass (3 with ties_density below 1)",
         laws=(*_IDENTITY, "homogeneous"),
         random=True,
     ),
     "knots-task-arithmetic": Method(
-        what="the scaled sum, by way of KnOTS' coordinates",
+        what="the scaled sum in KnOTS' coordinates",
         coefficients=task_arithmetic,
         parameters={"coefficient": Parameter(0.5)},
         source="KnOTS, then task arithmetic (arXiv:2410.19735)",
-        use="never: U Σ S V_k is Σ Δ_k, so it is task arithmetic; here for comparison with the paper",
+        use="never: U Σ S V_k = Σ Δ_k, so it equals task arithmetic; included for comparison with the paper",
         cost=_LINEAR_COST,
         laws=_LINEAR,
     ),
@@ -231,7 +231,7 @@ METHODS: dict[str, Method] = {
         parameters={"coefficient": Parameter(1.0)},
         source="TSV-Merge (arXiv:2412.00081)",
         use="the leading directions of different domains overlap",
-        cost="O(R² (in + out)) a module",
+        cost="O(R² (in + out)) per module",
         laws=(*_IDENTITY, "homogeneous", "neurons", "rotation"),
     ),
     "iso-c": Method(
@@ -240,16 +240,16 @@ METHODS: dict[str, Method] = {
         parameters={"coefficient": Parameter(1.0)},
         source="Iso-C (arXiv:2502.04959)",
         use="a few shared directions drown what single domains need",
-        cost="O(R² (in + out)) a module",
+        cost="O(R² (in + out)) per module",
         laws=(*_ALWAYS, "homogeneous", "neurons", "rotation", "core is full"),
     ),
     "iso-cts": Method(
-        what="as Iso-C, with some common directions given up for the domains' own",
+        what="Iso-C with some common directions replaced by the domains' own",
         factors=iso_cts,
         parameters={"common_fraction": Parameter(0.8, low=0.0, high=1.0), "coefficient": Parameter(1.0)},
         source="Iso-CTS (arXiv:2502.04959)",
-        use="as Iso-C, with room for what only one domain has; many domains",
-        cost="O(R² (in + out)) a module",
+        use="as Iso-C, with many domains that each have directions of their own",
+        cost="O(R² (in + out)) per module",
         laws=(*_ALWAYS, "homogeneous", "neurons", "rotation", "core is full"),
     ),
     "mergerec": Method(
@@ -277,8 +277,8 @@ METHODS: dict[str, Method] = {
             "prior_weight": Parameter(0.0, low=0.0),
         },
         source="MergeRec (arXiv:2601.01753)",
-        use="catalogs are at hand: the coefficients are learned so that the merge ranks as the experts do",
-        cost="steps of one low-rank or sparse forward and backward of a batch, plus encoding every catalog once",
+        use="catalogs are available; the coefficients are learned so that the merge ranks as the experts do",
+        cost="per step one low-rank or sparse forward and backward of a batch; every catalog is encoded once",
         laws=("permutation", "inputs unchanged"),
     ),
     "adamerging": Method(
@@ -291,7 +291,7 @@ METHODS: dict[str, Method] = {
             "batch_size": Parameter(16, low=1),
         },
         source="AdaMerging (arXiv:2310.02575), on pseudo-users",
-        use="as mergerec, without a teacher: the merged model is made sure of itself; a baseline",
+        use="as a baseline for mergerec: no teacher, the merged model is made more certain",
         cost="as mergerec",
         laws=("permutation", "inputs unchanged"),
     ),
@@ -320,7 +320,7 @@ def method_named(name: str | OwnMethod) -> Method:
         parameters=parameters,
         source=name_of(name),
         use="your own method",
-        cost="O(K n) a module, and the function's own",
+        cost="O(K n) per module, and the function's own",
         laws=(),
         random=random,
     )
@@ -332,35 +332,35 @@ def name_of(method: str | OwnMethod) -> str:
 
 
 def method_coefficients(name: str, stack: StackLayout, **parameters: Value) -> torch.Tensor:
-    """The coefficients of a linear method, its parameters checked and completed with their defaults.
+    """Return the coefficients of a linear method; its parameters are checked and completed with their defaults.
 
     Returns:
         (K,) or (K, G) float32.
 
     Raises:
-        ConfigError: no such method, one that is not linear, or a parameter that it does not have or out of its bounds.
+        ConfigError: no such method, a method that is not linear, or a parameter that is unknown or out of bounds.
     """
     method = method_named(name)
     if method.learned:
-        raise ConfigError(f"merging method {name!r}: its coefficients are learned; call learn_coefficients")
+        raise ConfigError(f"merging method {name!r}: its coefficients are learned, not fixed; call learn_coefficients")
     if method.coefficients is None:
         raise ConfigError(
-            f"merging method {name!r}: it is no linear merge and has no coefficients; call merge_adapters"
+            f"merging method {name!r}: not a linear merge, so it has no coefficients; call merge_adapters"
         )
     return method.coefficients(stack, **complete_parameters(name, parameters))
 
 
 def complete_parameters(name: str, parameters: Mapping[str, Value]) -> dict[str, Value]:
-    """The parameters of a method, checked, with the defaults of those that are not given.
+    """Check the parameters of a method and fill in the defaults of the others.
 
     Raises:
-        ConfigError: no such method, or a parameter that it does not have or out of its bounds.
+        ConfigError: no such method, or a parameter that is unknown or out of bounds.
     """
     return checked_parameters(f"merging method {name!r}", method_named(name).parameters, parameters)
 
 
 def describe_method(name: str) -> str:
-    """A row of METHODS as text of several lines.
+    """Describe a method in several lines of text.
 
     Raises:
         ConfigError: no such method.
@@ -378,7 +378,7 @@ def describe_method(name: str) -> str:
 
 
 def methods_table() -> str:
-    """METHODS as a Markdown table, without the laws."""
+    """Return METHODS as a Markdown table, without the laws."""
     rows = []
     for name, method in METHODS.items():
         parameters = ", ".join(f"{key} {parameter_text(parameter)}" for key, parameter in method.parameters.items())
@@ -389,7 +389,7 @@ def methods_table() -> str:
 
 
 def laws_table() -> str:
-    """Which method obeys which law, as a Markdown table."""
+    """Return the laws of every method as a Markdown table."""
     laws = get_args(Law)
     rows = [(f"`{name}`", *("x" if law in method.laws else "" for law in laws)) for name, method in METHODS.items()]
     return markdown_table(("method", *laws), rows)

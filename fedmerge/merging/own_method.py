@@ -55,12 +55,12 @@ def load_function(name: str) -> OwnMethod:
 
 
 def function_name(function: OwnMethod) -> str:
-    """``package.module:function``, as settings would name it."""
+    """Return ``package.module:function``, the name in settings."""
     return f"{function.__module__}:{getattr(function, '__qualname__', type(function).__qualname__)}"
 
 
 def function_parameters(name: str, function: OwnMethod) -> tuple[dict[str, Parameter], bool]:
-    """The parameters of a method, read from its function's arguments, and whether it takes a seed.
+    """Read the parameters of a method from its function's arguments; also return True if it takes a seed.
 
     Raises:
         ConfigError: no argument for the updates, or another argument without a default that settings can express.
@@ -90,20 +90,19 @@ def function_parameters(name: str, function: OwnMethod) -> tuple[dict[str, Param
 def call_function(
     name: str, function: OwnMethod, module: str, updates: torch.Tensor, parameters: Mapping[str, Value]
 ) -> torch.Tensor:
-    """The merge of one module by a function, checked.
+    """Merge one module with a function and check the result.
 
     Args:
         name: of the method, for errors.
-        function: the method.
         module: name of the module, for errors.
         updates: (K, out, in) float32.
-        parameters: of the function, the seed included.
+        parameters: arguments of the function, the seed included.
 
     Returns:
-        (out, in), of the dtype that the function chose.
+        (out, in), in the dtype that the function chose.
 
     Raises:
-        MergeError: the function raised, or returned something else than a finite (out, in) tensor.
+        MergeError: the function raised, or did not return a finite (out, in) tensor.
     """
     where, shape = f"merging method {name!r}, module {module}", tuple(updates.shape[1:])
     try:

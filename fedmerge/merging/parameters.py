@@ -14,13 +14,13 @@ class Parameter:
     """One parameter of a method.
 
     Attributes:
-        default: also says its type; None stands for an integer that may be absent, or with ``number`` for a number.
+        default: value and type. None means an optional integer, or with ``number`` an optional number.
         low: smallest value.
         high: largest value.
-        above: a value that it must exceed.
-        choices: of a string; empty for any text.
-        number: not an integer but any finite number, where the default is an integer or None.
-        optional: may be None, though the default is not.
+        above: value that it must exceed.
+        choices: allowed strings; empty for any text.
+        number: True if any finite number is allowed although the default is an integer or None.
+        optional: True if None is allowed although the default is not None.
     """
 
     default: Value
@@ -33,10 +33,10 @@ class Parameter:
 
 
 def checked_parameters(where: str, parameters: Mapping[str, Parameter], given: Mapping[str, Value]) -> dict[str, Value]:
-    """Given values, checked, with the defaults of those that are not given.
+    """Check given values and fill in the defaults of the others.
 
     Raises:
-        ConfigError: one that is not among the parameters, or out of its bounds.
+        ConfigError: a value that is out of bounds, or given for an unknown parameter.
     """
     unknown = sorted(given.keys() - parameters.keys())
     if unknown:
@@ -49,10 +49,10 @@ def checked_parameters(where: str, parameters: Mapping[str, Parameter], given: M
 
 
 def check_parameter(where: str, parameter: Parameter, value: Value) -> None:
-    """Refuse a value of another type than its parameter's default, or outside its bounds or choices.
+    """Raise unless a value has the type of its parameter's default and lies within the bounds and choices.
 
     Raises:
-        ConfigError: with ``where``, the value and what was expected.
+        ConfigError: names ``where``, the value and what was expected.
     """
     default = parameter.default
     if isinstance(default, str):
@@ -83,7 +83,7 @@ def _expected(parameter: Parameter) -> str:
 
 
 def parameter_text(parameter: Parameter) -> str:
-    """Default and bounds of a parameter, as the tables have them."""
+    """Return default and bounds of a parameter as text for tables."""
     bounds = _expected(parameter)
     if isinstance(parameter.default, float):
         bounds = bounds.removeprefix("a finite number").removeprefix(", ")
@@ -91,7 +91,7 @@ def parameter_text(parameter: Parameter) -> str:
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
+    """Format a Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 

@@ -1,8 +1,8 @@
-"""Elementwise merging methods: K rows of entries in, K rows out, and the sum of these rows is the merge.
+"""Elementwise merging methods: they map K rows of entries to K rows whose sum is the merge.
 
-A row is one domain's update flattened over the scope: a module, a layer, or the whole model. It comes in pieces, one
-a module, so that a scope may be larger than the memory; thresholds are exact all the same, they take several passes.
-Equal magnitudes are treated equally: entries that tie with the last one kept are kept. Entries of 0 are never kept.
+A row is one domain's update, flattened over the scope: a module, a layer, or the whole model. It comes in pieces, one
+per module, so a scope may be larger than memory. Thresholds are exact nevertheless: they take several passes.
+Entries that tie with the last one that passes a threshold pass as well. Entries of 0 never pass.
 """
 
 import math
@@ -23,8 +23,8 @@ class Piece:
     """One module's part of K rows.
 
     Attributes:
-        module: its name.
-        domains: the K names.
+        module: name of the module.
+        domains: names of the K domains.
         rows: (K, n) float32 or float64.
     """
 
@@ -34,25 +34,25 @@ class Piece:
 
 
 Pieces = Callable[[], Iterable[Piece]]
-"""Every call yields the same pieces again, in the same order."""
+"""Every call yields the same pieces in the same order."""
 
 
 def ties(pieces: Pieces, density: float, coefficient: float) -> Iterator[torch.Tensor]:
-    """TIES: trim, elect a sign per coordinate, average the entries that bear it.
+    """TIES: trim, elect a sign per coordinate, average the entries with that sign.
 
-    Each row keeps its ⌈density · n⌉ largest magnitudes; the elected sign is that of the sum of what is kept; row k
-    keeps its entries of that sign, divided by the number of rows that agree. An exact tie of signs yields 0.
+    Each row keeps its ⌈density · n⌉ largest magnitudes. The elected sign is the sign of the sum of these entries. Row k
+    then keeps its entries of the elected sign, divided by the number of rows that agree. A tie of signs yields 0.
 
     Args:
         pieces: the rows.
-        density: fraction kept.
+        density: fraction of entries that is kept.
         coefficient: factor on the merge.
 
     Yields:
         (K, n) for every piece; the sum over K is the merge.
 
     Source: arXiv:2306.01708, algorithm 1.
-    Differs: published code rounds density · n down, and gives a tie of signs to the positive one or to the majority.
+    Differs: published code rounds density · n down, and resolves a tie of signs to + or to the majority.
     """
     threshold = _smallest_kept(pieces, density)  # (K, 1)
     for piece in pieces():
@@ -64,16 +64,16 @@ def ties(pieces: Pieces, density: float, coefficient: float) -> Iterator[torch.T
 
 
 def dare(pieces: Pieces, density: float, coefficient: float, seed: int) -> Iterator[torch.Tensor]:
-    """DARE: drop entries at random, rescale the others, then average.
+    """DARE: drop entries at random, rescale the rest, then average.
 
-    Each entry is kept with probability density and divided by it. The draws depend on the seed, the domain and the
-    module alone.
+    Each entry is kept with probability density and divided by it. The draws depend only on the seed, the domain and the
+    module.
 
     Args:
         pieces: the rows.
-        density: probability of being kept.
+        density: probability that an entry is kept.
         coefficient: factor on the merge.
-        seed: of the draws.
+        seed: seed of the draws.
 
     Yields:
         (K, n) for every piece; the sum over K is the merge.
@@ -87,35 +87,35 @@ def dare(pieces: Pieces, density: float, coefficient: float, seed: int) -> Itera
 def dare_ties(
     pieces: Pieces, density: float, ties_density: float, coefficient: float, seed: int
 ) -> Iterator[torch.Tensor]:
-    """DARE's drop and rescale, then TIES, which trims to ``ties_density`` of all entries (1: sign election only).
+    """DARE's drop and rescale, then TIES, trimmed to ``ties_density`` of all entries (1: sign election only).
 
     Yields:
         (K, n) for every piece; the sum over K is the merge.
 
-    Source: arXiv:2311.03099. Without trimming it is ``dare_ties`` of peft and of mergekit.
+    Source: arXiv:2311.03099. Without trimming it equals ``dare_ties`` of peft and of mergekit.
     """
     return ties(lambda: (_drop(piece, density, seed) for piece in pieces()), ties_density, coefficient)
 
 
 def pcb(pieces: Pieces, density: float, clamp: float, coefficient: float) -> Iterator[torch.Tensor]:
-    """PCB-Merging: entries weigh by how large they are in their row and how well they agree with the other rows.
+    """PCB-Merging: weight each entry by its size within its row and its agreement with the other rows.
 
-    With τ̃ = τ, its magnitudes clamped to their [clamp, 1 - clamp] quantiles: intra = exp(K · minmax(|τ̃|)²),
-    inter = tanh(τ_k · Σ τ), score = intra · inter; s_k is the score of the ⌈density · n⌉ best entries of the row,
-    brought to [0, 1] by min-max, and 0 elsewhere; the merge is Σ τ̃ s / Σ s, and 0 where Σ s = 0.
+    τ̃ is τ with magnitudes clamped to their [clamp, 1 - clamp] quantiles. intra = exp(K · minmax(|τ̃|)²),
+    inter = tanh(τ_k · Σ τ), score = intra · inter. s_k is the score of the row's ⌈density · n⌉ best entries, scaled to
+    [0, 1] by min-max, and 0 elsewhere. The merge is Σ τ̃ s / Σ s, and 0 where Σ s = 0.
 
     Args:
         pieces: the rows.
-        density: fraction of entries that can have a weight.
-        clamp: ⌊clamp · n⌋ magnitudes at each end of a row are clamped.
+        density: fraction of entries with a weight.
+        clamp: fraction clamped at each end: ⌊clamp · n⌋ magnitudes.
         coefficient: factor on the merge.
 
     Yields:
         (K, n) for every piece; the sum over K is the merge.
 
     Source: Parameter Competition Balancing for Model Merging, NeurIPS 2024, arXiv:2410.02396.
-    Differs: where min-max is 0/0, magnitudes count as 0 and scores as 1 (a score of 0 stays 0); published code yields
-        NaN there, and its upper quantile lies one entry lower where clamp · n is not whole.
+    Differs: where min-max is 0/0, magnitudes become 0 and scores 1 (a score of 0 stays 0); published code yields NaN.
+        Its upper quantile lies one entry lower where clamp · n is not an integer.
     """
 
     def ends(n: int) -> tuple[int, int]:
@@ -128,7 +128,7 @@ def pcb(pieces: Pieces, density: float, clamp: float, coefficient: float) -> Ite
         return row.abs().double().clamp(bounds[k, 0], bounds[k, 1])
 
     def scores(piece: Piece) -> torch.Tensor:
-        """(K, n) float64, each row divided by exp(K), so that many domains do not overflow: s does not notice."""
+        """(K, n) float64, divided by exp(K) to avoid overflow with many domains; s is the same."""
         summed, found = total(piece.rows), torch.empty_like(piece.rows, dtype=torch.float64)
         for k, row in enumerate(piece.rows):
             low, high = bounds[k]
@@ -155,11 +155,11 @@ def pcb(pieces: Pieces, density: float, clamp: float, coefficient: float) -> Ite
 
 
 def localize_and_stitch(pieces: Pieces, density: float, coefficient: float) -> Iterator[torch.Tensor]:
-    """Localize-and-Stitch without data: each row keeps its ⌈density · n⌉ largest magnitudes, overlaps are averaged.
+    """Localize-and-Stitch without data: keep each row's ⌈density · n⌉ largest magnitudes, average overlaps.
 
     Args:
         pieces: the rows.
-        density: fraction kept.
+        density: fraction of entries that is kept.
         coefficient: factor on the merge.
 
     Yields:
@@ -176,26 +176,26 @@ def localize_and_stitch(pieces: Pieces, density: float, coefficient: float) -> I
 def breadcrumbs(
     pieces: Pieces, drop_smallest: float, drop_largest: float, coefficient: float
 ) -> Iterator[torch.Tensor]:
-    """Model Breadcrumbs: each row loses its smallest and its largest magnitudes, then task arithmetic.
+    """Model Breadcrumbs: drop each row's smallest and largest magnitudes, then task arithmetic.
 
     Args:
         pieces: the rows.
-        drop_smallest: fraction of a row, rounded down, that is dropped at the lower end.
-        drop_largest: the same at the upper end.
+        drop_smallest: fraction of a row that is dropped at the lower end, rounded down.
+        drop_largest: fraction of a row that is dropped at the upper end, rounded down.
         coefficient: factor on the merge.
 
     Yields:
         (K, n) for every piece; the sum over K is the merge.
 
     Raises:
-        ConfigError: nothing would be left.
+        ConfigError: no entry would be left.
 
     Source: arXiv:2312.06795.
     """
     if drop_smallest + drop_largest >= 1:
         raise ConfigError(
-            f"breadcrumbs: found drop_smallest = {drop_smallest} and drop_largest = {drop_largest}, "
-            "expected less than 1 together; lower one, or nothing is left to merge"
+            f"breadcrumbs: drop_smallest = {drop_smallest} and drop_largest = {drop_largest} drop everything; "
+            "their sum must be below 1"
         )
 
     def ends(n: int) -> tuple[int, int]:
@@ -209,7 +209,7 @@ def breadcrumbs(
 
 
 def total(rows: torch.Tensor) -> torch.Tensor:
-    """The sum over K in float64, in which float32 numbers of like size add up without error: (n,)."""
+    """Sum over K in float64, which is exact for float32 numbers of similar size: (n,)."""
     summed = torch.zeros_like(rows[0], dtype=torch.float64)
     for row in rows:
         summed += row
@@ -217,7 +217,7 @@ def total(rows: torch.Tensor) -> torch.Tensor:
 
 
 def _smallest_kept(pieces: Pieces, density: float) -> torch.Tensor:
-    """The ⌈density · n⌉-th largest magnitude of each row: (K, 1), or a single 0 where all is kept."""
+    """The ⌈density · n⌉-th largest magnitude of each row: (K, 1), or a single 0 at density 1."""
     if density == 1:
         return torch.zeros(1, 1)
     return order_statistics(
@@ -226,7 +226,7 @@ def _smallest_kept(pieces: Pieces, density: float) -> torch.Tensor:
 
 
 def _part(fraction: float, n: int) -> Fraction:
-    """fraction · n as written in decimals: 0.07 of 100 is 7, not 7.000000000000001."""
+    """fraction · n, with the fraction read as a decimal: 0.07 of 100 is 7, not 7.000000000000001."""
     return Fraction(str(fraction)) * n
 
 

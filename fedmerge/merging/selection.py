@@ -1,4 +1,4 @@
-"""Exact order statistics of rows that come in pieces, without ever holding more than one piece."""
+"""Exact order statistics of rows in pieces, with one piece in memory at a time."""
 
 from collections.abc import Callable, Iterable, Sequence
 
@@ -11,21 +11,21 @@ RADIX = 1 << DIGIT_BITS
 def order_statistics(
     pieces: Callable[[], Iterable[torch.Tensor]], places: Callable[[int], Sequence[int]], magnitudes: bool = False
 ) -> torch.Tensor:
-    """The values at given places of every row's ascending order, to the last bit.
+    """Return the values at given places of every row's ascending order, exact to the last bit.
 
-    A radix selection from the most significant digit: each pass counts the next 16 bits of all values that share the
-    digits found so far. Two passes for float32, four for float64; K · J · 65,536 counters are all that is kept.
+    Radix selection from the most significant digit: each pass counts the next 16 bits of all values that share the
+    digits found so far. float32 takes two passes, float64 four. Memory is K · J · 65,536 counters.
 
     Args:
-        pieces: every call yields the same (K, n_i) tensors again, finite, float32 or float64.
+        pieces: every call yields the same (K, n_i) tensors, finite, float32 or float64.
         places: n = Σ n_i -> J places, 0 for the smallest value, n - 1 for the largest.
-        magnitudes: order the absolute values.
+        magnitudes: True orders the absolute values.
 
     Returns:
-        (K, J), of the pieces' dtype.
+        (K, J), in the dtype of the pieces.
     """
-    found: torch.Tensor | None = None  # (K, J) the digits so far
-    wanted: torch.Tensor | None = None  # (K, J) the place among the values that share them
+    found: torch.Tensor | None = None  # (K, J) digits so far
+    wanted: torch.Tensor | None = None  # (K, J) place among the values with these digits
     step, num_digits, dtype = 0, 1, torch.float32
     while found is None or step < num_digits:
         counts = None
@@ -42,7 +42,7 @@ def order_statistics(
             wanted = torch.tensor([list(places(int(counts[0].sum())))] * len(counts), device=counts.device)  # (K, J)
             counts = counts.expand(*wanted.shape, RADIX)
         upto = counts.cumsum(-1)
-        digit = torch.searchsorted(upto, wanted[..., None], right=True)  # (K, J, 1): the first with more than wanted
+        digit = torch.searchsorted(upto, wanted[..., None], right=True)  # (K, J, 1): first count above wanted
         wanted = wanted - (upto.gather(-1, digit) - counts.gather(-1, digit)).squeeze(-1)
         digit = digit.squeeze(-1)
         found = digit - RADIX // 2 if found is None else (found << DIGIT_BITS) | digit
@@ -51,11 +51,11 @@ def order_statistics(
 
 
 def _count(piece: torch.Tensor, magnitudes: bool, found: torch.Tensor | None, shift: int, counts: torch.Tensor) -> None:
-    """Add to ``counts`` how often each digit at ``shift`` follows the digits ``found``: (K, J, RADIX)."""
+    """Count each digit at ``shift`` that follows the digits ``found``, into ``counts`` (K, J, RADIX)."""
     for row, values in enumerate(piece):
         keys = _keys(values.abs() if magnitudes else values)
         for column in range(counts.shape[1]):
-            if found is None:  # the sign is in the first digit
+            if found is None:  # the first digit holds the sign
                 digits = (keys >> shift) + RADIX // 2
             else:
                 digits = (keys[keys >> (shift + DIGIT_BITS) == found[row, column]] >> shift) & (RADIX - 1)

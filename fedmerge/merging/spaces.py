@@ -1,4 +1,4 @@
-"""Coordinates in which updates are merged: of the module itself, of KnOTS, or of the core space; all without loss."""
+"""Coordinates to merge in: those of the module, of KnOTS, or of core space. All are lossless."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,11 +10,11 @@ from fedmerge.merging.spectral import Factors, support
 
 @dataclass(frozen=True, slots=True)
 class Bases:
-    """Orthonormal bases of one module: every update is Δ = left · M · rightᵀ.
+    """Orthonormal bases of one module; every update is Δ = left · M · rightᵀ.
 
     Attributes:
-        left: (out, a) float64; None: the identity.
-        right: (in, b) float64; None: the identity.
+        left: (out, a) float64; None for the identity.
+        right: (in, b) float64; None for the identity.
     """
 
     left: torch.Tensor | None = None
@@ -22,20 +22,20 @@ class Bases:
 
     @property
     def identity(self) -> bool:
-        """Whether M is Δ itself."""
+        """True if M is Δ itself."""
         return self.left is None and self.right is None
 
 
 def core_bases(updates: Sequence[Factors]) -> Bases:
-    """Core space: the left singular vectors of [B_1 | … | B_K] and the right ones of A_1, …, A_K over one another.
+    """Core space: left singular vectors of [B_1 | … | B_K] and right singular vectors of A_1, …, A_K stacked as rows.
 
-    M has at most R × R entries, R = Σ r_k, whatever the width of the module; the cost is O(R² (out + in)).
+    M has at most R × R entries, R = Σ r_k, for any width of the module. The cost is O(R² (out + in)).
 
     Args:
         updates: K pairs (out, r_k), (r_k, in), scaling included in the second.
 
     Source: Accurate and Efficient Low-Rank Model Merging in Core Space, NeurIPS 2025.
-    Differs: directions whose singular value is numerically 0 are left out; no update has anything there.
+    Differs: directions whose singular value is numerically 0 are left out; every update is 0 there.
     """
     return Bases(
         _span(torch.cat([left for left, _ in updates], dim=1)), _span(torch.cat([right for _, right in updates]).T)
@@ -43,9 +43,9 @@ def core_bases(updates: Sequence[Factors]) -> Bases:
 
 
 def knots_bases(updates: Sequence[Factors]) -> Bases:
-    """KnOTS: the left singular vectors U of [Δ_1 | … | Δ_K] = U S [V_1 | … | V_K]; M_k = S V_k is what is merged.
+    """KnOTS: left singular vectors U of [Δ_1 | … | Δ_K] = U S [V_1 | … | V_K]; the merge works on M_k = S V_k.
 
-    The wide matrix is not formed: QR of the stacked B and of every A, then the SVD of an R × R core, R = Σ r_k.
+    The wide matrix is never formed: QR of the stacked B and of every A, then SVD of an R × R core, R = Σ r_k.
 
     Args:
         updates: K pairs (out, r_k), (r_k, in).
@@ -62,7 +62,7 @@ def knots_bases(updates: Sequence[Factors]) -> Bases:
 
 
 def project(updates: Sequence[Factors], bases: Bases) -> list[Factors]:
-    """The updates in these coordinates: K pairs (a, r_k), (r_k, b)."""
+    """Express updates in these coordinates: K pairs (a, r_k), (r_k, b)."""
     return [
         (
             left if bases.left is None else bases.left.T @ left.double(),
@@ -73,7 +73,7 @@ def project(updates: Sequence[Factors], bases: Bases) -> list[Factors]:
 
 
 def lift(factors: Factors, bases: Bases) -> Factors:
-    """A merge back in the module's own coordinates: (a, q), (q, b) -> (out, q), (q, in)."""
+    """Express a merge in the module's own coordinates: (a, q), (q, b) -> (out, q), (q, in)."""
     left, right = factors
     return (
         left if bases.left is None else bases.left @ left.double(),
@@ -82,7 +82,7 @@ def lift(factors: Factors, bases: Bases) -> Factors:
 
 
 def lift_dense(matrix: torch.Tensor, bases: Bases) -> torch.Tensor:
-    """The same for a dense M: (a, b) -> (out, in)."""
+    """Express a dense merge M in the module's own coordinates: (a, b) -> (out, in)."""
     if bases.left is not None:
         matrix = bases.left @ matrix.double()
     return matrix if bases.right is None else matrix.double() @ bases.right.T

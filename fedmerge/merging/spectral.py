@@ -1,8 +1,8 @@
-"""Spectral merging methods: K updates of one module as low-rank factors in, the factors of the merge out.
+"""Spectral merging methods: they map the low-rank factors of one module's K updates to the factors of the merge.
 
-They were made for updates of full rank. Here they work on the numerical support of low-rank ones: singular values below
-a millionth of the largest count as 0, and directions that no update has stay 0. An update is a pair (out, r), (r, in),
-scaling included; a dense one is the pair of itself and an identity. All in float64.
+The methods were published for updates of full rank. Here they work on the numerical support of low-rank updates:
+singular values below a millionth of the largest count as 0, and directions in no update stay 0. An update is a pair
+(out, r), (r, in), scaling included. A dense update is the pair of itself and an identity. Everything is float64.
 """
 
 import math
@@ -16,16 +16,16 @@ Factors = tuple[torch.Tensor, torch.Tensor]
 
 
 def tsv(updates: Sequence[Factors], coefficient: float) -> Factors:
-    """TSV-Merge: the leading singular triples of every update, their directions made orthogonal to one another.
+    """TSV-Merge: the leading singular triples of all updates, with their directions made orthogonal.
 
-    Each update keeps min(rank, max(1, ⌊min(out, in) / K⌋)) triples. With U, S, V side by side: Δ = U⊥ S V⊥ᵀ, where
-    X⊥ = P Qᵀ for X = P D Qᵀ.
+    Each update keeps min(rank, max(1, ⌊min(out, in) / K⌋)) triples. With U, S, V of all updates side by side,
+    Δ = U⊥ S V⊥ᵀ, where X⊥ = P Qᵀ for X = P D Qᵀ.
 
     Returns:
         (out, q) and (q, in) float64.
 
     Source: Task Singular Vectors, CVPR 2025, arXiv:2412.00081.
-    Differs: of linearly dependent directions, only their common span is whitened.
+    Differs: linearly dependent directions are whitened on their common span only.
     """
     width_out, width_in = updates[0][0].shape[0], updates[0][1].shape[1]
     kept = max(1, min(width_out, width_in) // len(updates))
@@ -37,10 +37,10 @@ def tsv(updates: Sequence[Factors], coefficient: float) -> Factors:
 
 
 def iso_c(updates: Sequence[Factors], coefficient: float) -> Factors:
-    """Iso-C: the sum of the updates with all singular values set to their mean over the support.
+    """Iso-C: the sum of the updates with all singular values replaced by their mean over the support.
 
     Returns:
-        (out, R) and (R, in) float64, R the rank of the sum.
+        (out, R) and (R, in) float64, where R is the rank of the sum.
 
     Source: No Task Left Behind, ICML 2025, arXiv:2502.04959.
     Differs: the mean is over the R values of the support, not over min(out, in).
@@ -50,18 +50,18 @@ def iso_c(updates: Sequence[Factors], coefficient: float) -> Factors:
 
 
 def iso_cts(updates: Sequence[Factors], common_fraction: float, coefficient: float) -> Factors:
-    """Iso-CTS: the leading directions of the sum, joined by those of each update that the sum lacks, made isotropic.
+    """Iso-CTS: leading directions of the sum, plus directions of each update that the sum lacks, made isotropic.
 
-    Of the R directions of the sum the first ⌊common_fraction · R⌋ are common; the others make room for the leading
-    directions of each update projected off the common ones, equally many a domain (rounded, what is left over is
-    common). All are made orthogonal as in TSV-Merge and get the mean of their singular values.
+    The first ⌊common_fraction · R⌋ of the R directions of the sum are common. The others are replaced by the leading
+    directions of each update after projecting the common ones out, the same number per domain (rounded; the rest is
+    common). All directions are made orthogonal as in TSV-Merge and get the mean of their singular values.
 
     Returns:
-        (out, q) and (q, in) float64, q at most R.
+        (out, q) and (q, in) float64, q ≤ R.
 
     Source: No Task Left Behind, ICML 2025, arXiv:2502.04959.
-    Differs: R is the rank of the sum, not min(out, in); a domain has at most as many directions of its own as its
-        projected update has rank.
+    Differs: R is the rank of the sum, not min(out, in). A domain has at most as many directions of its own as the rank
+        of its projected update.
     """
     U, S, Vh = thin_svd(*_sum(updates))
     room = len(S) - math.floor(Fraction(str(common_fraction)) * len(S))
@@ -80,14 +80,14 @@ def iso_cts(updates: Sequence[Factors], common_fraction: float, coefficient: flo
 def thin_svd(
     left: torch.Tensor, right: torch.Tensor, largest: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The SVD of left · right on its numerical support, without forming the product.
+    """Return the SVD of left · right on its numerical support, without forming the product.
 
-    QR of both factors, then the SVD of an r × r core.
+    QR of both factors, then SVD of an r × r core.
 
     Args:
         left: (out, r).
         right: (r, in).
-        largest: what the support is relative to, where the product's own largest singular value is smaller.
+        largest: lower bound on the singular value that the support is relative to.
 
     Returns:
         U (out, q), S (q,), Vh (q, in) float64; q may be 0.
@@ -100,9 +100,9 @@ def thin_svd(
 
 
 def dense_svd(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The SVD of a matrix by the eigenvectors of its smaller Gram matrix: several times faster.
+    """Return the SVD of a matrix from the eigenvectors of its smaller Gram matrix, which is several times faster.
 
-    In float64 singular values down to 1e-8 of the largest are right, and only those above 1e-6 are ever used.
+    In float64 it is accurate for singular values down to 1e-8 of the largest; only those above 1e-6 are used.
 
     Args:
         matrix: (out, in).
@@ -121,7 +121,7 @@ def dense_svd(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.T
 
 
 def support(values: torch.Tensor, largest: float = 0.0) -> int:
-    """How many of the singular values, in descending order, are not numerically 0."""
+    """Count the singular values that are not numerically 0; they come in descending order."""
     return int((values > SUPPORT * torch.clamp(values[:1], min=largest)).sum())
 
 

@@ -1,4 +1,4 @@
-"""K adapters of one layout, in memory as stacked low-rank factors or one at a time, and their exact linear merge."""
+"""K adapters of one layout, stacked in memory or read one at a time, and their exact linear merge."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,12 +14,12 @@ OTHERS = "others"
 
 @dataclass(frozen=True, slots=True)
 class StackedModule:
-    """The K updates of one linear module side by side: sum_k w_k Δ_k = lora_B · diag(w[owner]) · lora_A.
+    """The K updates of one linear module side by side: Σ_k w_k Δ_k = lora_B · diag(w[owner]) · lora_A.
 
     Attributes:
-        lora_A: (R, in) float32, R = sum of the ranks; row j is already multiplied by the scaling of its domain.
+        lora_A: (R, in) float32, R = Σ ranks; row j includes the scaling of its domain.
         lora_B: (out, R) float32.
-        owner: (R,) int64, the domain that rank row j belongs to.
+        owner: (R,) int64, index of the domain of row j.
     """
 
     lora_A: torch.Tensor
@@ -29,11 +29,11 @@ class StackedModule:
 
 @dataclass(frozen=True, slots=True)
 class StackLayout:
-    """What K adapters have in common: all that coefficients need to know, and none of their values.
+    """The layout that K adapters share, without their values: enough to make coefficients.
 
     Attributes:
-        domains: the K names, sorted; this order is the first axis of all coefficients.
-        groups: the G groups of layer-wise coefficients: "layer 0", ..., and "others" if a module lies in no layer.
+        domains: K names, sorted; their order is the first axis of all coefficients.
+        groups: G groups of layer-wise coefficients: "layer 0", ..., and "others" if some module is in no layer.
         group_of: module name -> index into ``groups``, sorted by name.
     """
 
@@ -44,31 +44,31 @@ class StackLayout:
 
 @dataclass(frozen=True, slots=True)
 class Stack(StackLayout):
-    """K adapters of one layout, all of them in memory.
+    """K adapters of one layout, all in memory.
 
     Attributes:
-        modules: module name -> its stacked factors, sorted by name.
+        modules: module name -> stacked factors, sorted by name.
     """
 
     modules: Mapping[str, StackedModule]
 
 
 def survey_adapters(adapters: Mapping[str, Adapter]) -> StackLayout:
-    """Check that K adapters fit together, one after the other; ranks and scalings may differ, modules may not.
+    """Check that K adapters have one layout, reading one at a time; ranks and scalings may differ, modules may not.
 
     Args:
-        adapters: domain name -> adapter; the order does not matter. Each is asked for once.
+        adapters: domain name -> adapter, in any order. Each is read once.
 
     Raises:
         LayoutMismatchError: an adapter lacks or adds a module, or a factor has another shape than in the first domain.
-        MergeError: no adapter, or a value that is not finite.
+        MergeError: no adapter, or a value is not finite.
     """
     if not adapters:
-        raise MergeError("survey_adapters: found no adapter, expected at least one; check the admission log")
+        raise MergeError("merge: found no adapter, expected at least one. Check which domains were admitted.")
     domains = tuple(sorted(adapters))
     first = adapters[domains[0]].modules
     if not first:
-        raise LayoutMismatchError(f"adapter of {domains[0]!r}: found no LoRA module, expected those that were trained")
+        raise LayoutMismatchError(f"adapter of {domains[0]!r}: it has no LoRA module. Train it again.")
     for domain in domains:
         _check_layout(domain, adapters[domain], domains[0], first)
     layers = {name: layer_of(name) for name in sorted(first)}
@@ -82,11 +82,11 @@ def stack_adapters(adapters: Mapping[str, Adapter]) -> Stack:
     """Stack the adapters of K domains; ranks and scalings may differ, module names and shapes may not.
 
     Args:
-        adapters: domain name -> adapter; the order does not matter.
+        adapters: domain name -> adapter, in any order.
 
     Returns:
-        The stack, with domains sorted by name. It shares no memory with the adapters, and holds R (in + out) floats a
-        module, R = sum of the ranks.
+        The stack, with domains sorted by name. It shares no memory with the adapters and holds R (in + out) floats per
+        module, R = Σ ranks.
 
     Raises:
         LayoutMismatchError, MergeError: as :func:`survey_adapters`.
@@ -101,17 +101,18 @@ def stack_adapters(adapters: Mapping[str, Adapter]) -> Stack:
 
 
 def expand_coefficients(stack: StackLayout, coefficients: torch.Tensor | np.ndarray) -> torch.Tensor:
-    """Coefficients as one number per domain and group, differentiable.
+    """Expand coefficients to one number per domain and group, differentiable.
 
     Args:
-        coefficients: (K,) one per domain, or (K, G) one per domain and group of ``stack.groups``.
+        stack: layout of the K adapters.
+        coefficients: (K,) per domain, or (K, G) per domain and group of ``stack.groups``.
 
     Returns:
         (K, G) float32.
 
     Raises:
         LayoutMismatchError: another shape.
-        MergeError: a coefficient that is not finite, with its domain.
+        MergeError: a coefficient is not finite; names its domain.
     """
     values = torch.as_tensor(coefficients).to(torch.float32)
     num_domains, num_groups = len(stack.domains), len(stack.groups)
@@ -124,30 +125,30 @@ def expand_coefficients(stack: StackLayout, coefficients: torch.Tensor | np.ndar
     finite = values.detach().isfinite().reshape(num_domains, -1).all(dim=1)
     if not finite.all():
         bad = [domain for domain, good in zip(stack.domains, finite.tolist(), strict=True) if not good]
-        raise MergeError(f"coefficients of {', '.join(bad)}: found a value that is not finite; expected finite numbers")
+        raise MergeError(f"the coefficients of {', '.join(bad)} are not finite; give finite numbers")
     return values if values.ndim == 2 else values[:, None].expand(num_domains, num_groups)
 
 
 def linear_merge(stack: Stack, coefficients: torch.Tensor | np.ndarray) -> Adapter:
-    """The linear merge as one adapter: Δ = Σ_k w_k s_k B_k A_k, at rank min(Σ r_k, in, out).
+    """Merge linearly into one adapter: Δ = Σ_k w_k s_k B_k A_k, of rank min(Σ r_k, in, out).
 
-    As long as Σ r_k fits, the merge is exact and no out × in matrix is formed: the rows w_k s_k A_k are stacked over
-    one another and the B_k lie side by side, with scaling 1. Beyond that Δ itself is the smaller form: it is summed in
-    float64, rounded to float32 once, and written as one factor beside an identity. Domains whose coefficient is 0 take
-    no rank; where all are 0 a module keeps one row of zeros, so that the layout stays complete.
+    While Σ r_k fits, the merge is exact and no out × in matrix is formed: the rows w_k s_k A_k are stacked, the B_k are
+    placed side by side, and the scaling is 1. Beyond that Δ itself is smaller: it is summed in float64, rounded to
+    float32 once, and written as one factor beside an identity. A domain with coefficient 0 takes no rank. If all are 0,
+    a module keeps one row of zeros, so that the layout stays complete.
 
     Args:
         stack: K adapters.
         coefficients: (K,) or (K, G).
 
     Returns:
-        The merged adapter, float32; the inputs are left as they were.
+        The merged adapter, float32. The inputs are unchanged.
 
     Raises:
         LayoutMismatchError: coefficients of another shape.
-        MergeError: a coefficient that is not finite.
+        MergeError: a coefficient is not finite.
 
-    Source: "concatenation" in peft's ``add_weighted_adapter``; exact where averaging A and B separately is not.
+    Source: "concatenation" in peft's ``add_weighted_adapter``, which is exact, unlike averaging A and B separately.
     """
     values = expand_coefficients(stack, coefficients).detach()  # (K, G)
     sums = {}
@@ -163,18 +164,18 @@ def linear_merge(stack: Stack, coefficients: torch.Tensor | np.ndarray) -> Adapt
 def linear_merge_of_many(
     adapters: Mapping[str, Adapter], layout: StackLayout, coefficients: torch.Tensor | np.ndarray
 ) -> Adapter:
-    """The same as :func:`linear_merge` to the last bit, reading the adapters one at a time.
+    """Compute :func:`linear_merge`, equal to the last bit, reading one adapter at a time.
 
     Args:
-        adapters: domain name -> adapter, for instance a mapping that reads each from disk. Each is asked for once, in
-            the order of the layout, and none is kept: the memory is that of one adapter and of the sum so far, at most
-            out × in float64 numbers a module, however many domains there are.
-        layout: what :func:`survey_adapters` found.
+        adapters: domain name -> adapter, for instance a mapping that reads each from disk. Each is read once, in the
+            order of the layout, and then released. For any number of domains, memory holds one adapter and the sum so
+            far: at most out × in float64 numbers per module.
+        layout: layout of the adapters, from :func:`survey_adapters`.
         coefficients: (K,) or (K, G).
 
     Raises:
         LayoutMismatchError: coefficients of another shape.
-        MergeError: a coefficient that is not finite.
+        MergeError: a coefficient is not finite.
     """
     values = expand_coefficients(layout, coefficients).detach()  # (K, G)
     sums = {name: _UpdateSum() for name in layout.group_of}
@@ -186,14 +187,14 @@ def linear_merge_of_many(
 
 
 def dense_module(delta: torch.Tensor) -> LoraModule:
-    """An (out, in) update that has no low rank as one factor beside an identity: exact, of rank min(out, in)."""
+    """Write an (out, in) update without low rank as one factor beside an identity: exact, of rank min(out, in)."""
     identity = torch.eye(min(delta.shape), device=delta.device)
     wide = delta.shape[0] <= delta.shape[1]
     return LoraModule(delta, identity, 1.0) if wide else LoraModule(identity, delta, 1.0)
 
 
 class _UpdateSum:
-    """Σ w B A of one linear module while the domains come by: factors side by side, then Δ once that is smaller."""
+    """Running sum Σ w B A of one linear module: factors side by side, then Δ as soon as that is smaller."""
 
     def __init__(self) -> None:
         self.parts: list[tuple[torch.Tensor, torch.Tensor]] = []  # (r, in) with the coefficient, (out, r)
@@ -202,7 +203,7 @@ class _UpdateSum:
         self.nothing: tuple[torch.Tensor, torch.Tensor] | None = None  # the first domain's shapes, rank 1
 
     def add(self, lora_A: torch.Tensor, lora_B: torch.Tensor, coefficient: float) -> None:
-        """Add coefficient · lora_B lora_A: float32 (out, r) and (r, in), kept until the end unless Δ is smaller."""
+        """Add coefficient · lora_B lora_A: float32 (out, r) and (r, in), held as factors unless Δ is smaller."""
         if self.nothing is None:
             self.nothing = torch.zeros_like(lora_A[:1]), torch.zeros_like(lora_B[:, :1])
         if coefficient == 0:
@@ -219,7 +220,7 @@ class _UpdateSum:
         self.parts.clear()
 
     def module(self) -> LoraModule:
-        """The sum, scaling 1, in memory of its own."""
+        """Return the sum with scaling 1, in memory of its own."""
         if self.delta is not None:
             return dense_module(self.delta.float())
         if self.parts:
@@ -227,7 +228,7 @@ class _UpdateSum:
                 torch.cat([rows for rows, _ in self.parts]), torch.cat([columns for _, columns in self.parts], 1), 1.0
             )
         if self.nothing is None:
-            raise MergeError("merge: found no domain for a module, expected at least one; check the admission log")
+            raise MergeError("merge: found no adapter, expected at least one. Check which domains were admitted.")
         return LoraModule(*self.nothing, 1.0)
 
 
@@ -245,7 +246,7 @@ def _stack_module(parts: list[LoraModule]) -> StackedModule:
 
 
 def _check_layout(domain: str, adapter: Adapter, reference: str, expected: Mapping[str, LoraModule]) -> None:
-    """Refuse an adapter that has another layout than ``reference`` or holds a value that is not finite."""
+    """Raise unless an adapter has the layout of ``reference`` and finite values."""
     missing, surplus = expected.keys() - adapter.modules.keys(), adapter.modules.keys() - expected.keys()
     if missing or surplus:
         found = [
@@ -269,6 +270,6 @@ def _check_layout(domain: str, adapter: Adapter, reference: str, expected: Mappi
             bad = int((~torch.as_tensor(values).isfinite()).sum())
             if bad:
                 raise MergeError(
-                    f"adapter of {domain!r}, module {name}: {factor} holds {bad} values that are not finite; "
-                    "expected finite values: leave this domain out or train it again"
+                    f"adapter of {domain!r}, module {name}: {bad} values of {factor} are not finite. "
+                    "Leave this domain out, or train it again."
                 )

@@ -1,4 +1,4 @@
-"""Merging adapters by any method that needs no model run, one module at a time."""
+"""Merge adapters by any method that runs no model, one module at a time."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,15 +24,15 @@ Space = Literal["full", "core"]
 
 @dataclass(frozen=True, slots=True)
 class MergedAdapter:
-    """A merge, how it was made, and what was lost on the way into its adapter.
+    """A merge, how it was made, and what its adapter loses.
 
     Attributes:
         adapter: the merge, float32.
-        residuals: module -> ‖Δ - Δ_adapter‖_F / ‖Δ‖_F, Δ the merge by its definition; 0 for a merge that is 0.
+        residuals: module -> ‖Δ - Δ_adapter‖_F / ‖Δ‖_F, where Δ is the merge as defined; 0 where Δ = 0.
         method: name in METHODS, or ``package.module:function`` of one's own.
-        parameters: the method's, with those that were left at their default.
-        coefficients: domain -> its coefficient, of those that took part.
-        settings: scope, space, seed (of methods that draw) and output rank.
+        parameters: all parameters of the method, defaults included.
+        coefficients: domain -> coefficient, for the domains that took part.
+        settings: scope, space, output rank, and the seed of methods that draw.
     """
 
     adapter: Adapter
@@ -43,7 +43,7 @@ class MergedAdapter:
     settings: Mapping[str, str | int]
 
     def record(self) -> dict[str, Any]:
-        """All but the adapter's values, as it goes into ``provenance.json``."""
+        """Return everything but the adapter's values, as written to ``provenance.json``."""
         return {
             "method": self.method,
             "parameters": dict(self.parameters),
@@ -69,27 +69,27 @@ def merge_adapters(
 ) -> MergedAdapter:
     """Merge adapters of one layout; their ranks and scalings may differ.
 
-    Modules are merged one after the other: no more than one module's K dense updates are in memory, at any scope.
+    Modules are merged one at a time: at any scope, at most one module's K dense updates are in memory.
 
     Args:
-        adapters: domain -> adapter; the order does not matter.
+        adapters: domain -> adapter, in any order.
         method: name in METHODS of a method that is not learned, or one's own: ``package.module:function``, or the
             function itself; see ``fedmerge.merging.own_method``.
-        coefficients: domain -> factor on its scaling, before the method sees it; 1 for domains that are not named. A
+        coefficients: domain -> factor on the scaling of its adapter, applied before the method; 1 where not given. A
             domain at 0 is absent: it counts neither in K nor in a rank.
-        scope: what a row is to methods with thresholds: a module, all modules of a layer, or all modules.
-        space: "core" merges in core space, which costs nothing that grows with the square of the width.
-        output_rank: rank of the result. "exact" keeps the merge as the method defines it: at most the sum of the ranks
-            for linear and spectral methods, KnOTS and core space; up to min(in, out) for elementwise methods in full
-            space, whose merges have no low rank. That is the default because a rank chosen here would turn these
-            into other methods without a word. A number compresses by SVD; see ``residuals``.
-        seed: of methods that draw.
-        parameters: of the method.
+        scope: range of a threshold: one module, all modules of a layer, or all modules.
+        space: "core" merges in core space, at a cost that does not grow with the square of the width.
+        output_rank: rank of the result. "exact" keeps the merge as defined: at most the sum of the ranks for linear
+            and spectral methods, KnOTS and core space; up to min(in, out) for elementwise methods and functions in full
+            space, whose merges have no low rank. It is the default because a fixed rank would silently change what
+            these methods compute. An integer compresses by SVD; see ``residuals``.
+        seed: seed of methods that draw.
+        parameters: parameters of the method.
 
     Raises:
-        ConfigError: no such method, a learned one, or a setting out of its bounds.
-        LayoutMismatchError: an adapter of another layout, named.
-        MergeError: no domain is left, or a value that is not finite.
+        ConfigError: no such method, a learned method, or a setting out of bounds.
+        LayoutMismatchError: an adapter of another layout; names it.
+        MergeError: no domain is left, or a value is not finite.
     """
     checked_settings(method, scope, space, output_rank, parameters)
     weighted, factors = _weighted(adapters, coefficients)
@@ -109,7 +109,7 @@ def merge_stack(
     seed: int = 0,
     **parameters: Value,
 ) -> MergedAdapter:
-    """The same as :func:`merge_adapters` for adapters that are stacked already, each with coefficient 1."""
+    """Merge stacked adapters, each with coefficient 1; see :func:`merge_adapters`."""
     row, chosen = checked_settings(method, scope, space, output_rank, parameters)
     made: dict[str, str | int] = {"scope": scope, "space": space, "output_rank": output_rank}
     if row.random:
@@ -127,10 +127,10 @@ def merge_stack(
 def checked_settings(
     method: str | OwnMethod, scope: str, space: str, output_rank: int | str, parameters: Mapping[str, Value]
 ) -> tuple[Method, dict[str, Value]]:
-    """What :func:`merge_adapters` makes of its settings: the row of METHODS, and all of its parameters.
+    """Check the settings of :func:`merge_adapters`; return the method and all of its parameters.
 
     Raises:
-        ConfigError: no such method, a learned one, or a setting out of its bounds.
+        ConfigError: no such method, a learned method, or a setting out of bounds.
     """
     if output_rank != "exact" and (
         isinstance(output_rank, bool) or not isinstance(output_rank, int) or output_rank < 1
@@ -142,23 +142,26 @@ def checked_settings(
 def domain_rows(
     stack: Stack, method: str, *, scope: Scope = "tensor", space: Space = "full", seed: int = 0, **parameters: Value
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """What each domain contributes to a merge: for every module K updates whose sum is the merge.
+    """Yield each domain's contribution to a merge: per module K updates whose sum is the merge.
 
-    These are the vectors that MergeRec starts from (TIES rows, PCB rows, …). Linear and elementwise methods have them.
+    MergeRec starts from these vectors (TIES rows, PCB rows, …). Only linear and elementwise methods have them.
 
     Args:
         stack: K adapters.
-        method, scope, space, seed, parameters: as for :func:`merge_adapters`.
+        method, scope, space, seed, parameters: as in :func:`merge_adapters`.
 
     Yields:
-        Module name, (K, out, in) float32 in the order of ``stack.domains``. Modules come scope by scope.
+        Module name and (K, out, in) float32 in the order of ``stack.domains``; modules are grouped by scope.
 
     Raises:
-        ConfigError: as :func:`merge_adapters`, or a spectral method, whose merge is no sum over domains.
+        ConfigError: as :func:`merge_adapters`, or a method whose merge is not a sum over domains: spectral, or one's
+            own.
     """
     row, chosen = _checked(method, scope, space, parameters)
     if row.coefficients is None and row.rows is None:
-        raise ConfigError(f"merging method {method!r}: its merge is no sum of rows; choose a linear or elementwise one")
+        raise ConfigError(
+            f"merging method {method!r}: its merge is not a sum of rows; choose a linear or elementwise method"
+        )
     return _domain_rows(stack, row, chosen, scope, space, seed)
 
 
@@ -177,7 +180,7 @@ def _domain_rows(
 def _merges(
     stack: Stack, row: Method, chosen: Mapping[str, Value], scope: Scope, space: Space, seed: int
 ) -> Iterator[tuple[str, Bases, torch.Tensor | Factors]]:
-    """Every module's merge in its coordinates: dense (a, b), or factors (a, q), (q, b)."""
+    """Yield every module's merge in its coordinates: dense (a, b), or factors (a, q), (q, b)."""
     if row.rows is not None:
         for name, bases, rows in _rows(stack, row, chosen, scope, space, seed):
             yield name, bases, total(rows)
@@ -199,7 +202,7 @@ def _merges(
 def _rows(
     stack: Stack, row: Method, chosen: Mapping[str, Value], scope: Scope, space: Space, seed: int
 ) -> Iterator[tuple[str, Bases, torch.Tensor]]:
-    """The rows of an elementwise method: for every module (K, a, b) in its coordinates."""
+    """Yield the rows of an elementwise method: per module (K, a, b) in its coordinates."""
     if row.rows is None:
         return
     drawn = {"seed": seed} if row.random else {}
@@ -214,7 +217,7 @@ def _rows(
 
 
 def _pieces(stack: Stack, names: Sequence[str], bases: Mapping[str, Bases]) -> Callable[[], Iterator[Piece]]:
-    """One row per domain over the modules, computed again in every pass, or kept where it is a single module."""
+    """One row per domain over the modules, recomputed in every pass, or held in memory for a single module."""
 
     def piece(name: str) -> Piece:
         return Piece(name, stack.domains, _dense(project(_updates(stack, name), bases[name])).flatten(1))
@@ -226,7 +229,7 @@ def _pieces(stack: Stack, names: Sequence[str], bases: Mapping[str, Bases]) -> C
 
 
 def _units(stack: Stack, scope: Scope) -> list[list[str]]:
-    """The modules whose entries share their thresholds."""
+    """Groups of modules that share thresholds."""
     if scope == "model":
         return [list(stack.modules)]
     if scope == "layer":
@@ -236,7 +239,7 @@ def _units(stack: Stack, scope: Scope) -> list[list[str]]:
 
 
 def _bases(updates: Sequence[Factors], space: Space, knots: bool) -> Bases:
-    """The coordinates to merge in; KnOTS under core space turns the core matrices."""
+    """Coordinates to merge in; in core space KnOTS rotates the core matrices."""
     core = core_bases(updates) if space == "core" else Bases()
     if not knots:
         return core
@@ -252,7 +255,7 @@ def _updates(stack: Stack, name: str) -> list[Factors]:
 
 
 def _dense(updates: Sequence[Factors]) -> torch.Tensor:
-    """(K, a, b): formed in float64, so that which entries pass a threshold does not hang on threads; then float32."""
+    """(K, a, b) float32, computed in float64 so that thresholds do not depend on the number of threads."""
     first_left, first_right = updates[0]
     rows = torch.empty(len(updates), first_left.shape[0], first_right.shape[1], device=first_left.device)
     for k, (left, right) in enumerate(updates):
@@ -261,16 +264,16 @@ def _dense(updates: Sequence[Factors]) -> torch.Tensor:
 
 
 def _compressed(update: torch.Tensor | Factors, bases: Bases, output_rank: int | None) -> tuple[LoraModule, float]:
-    """A merge as a LoRA module of at most this rank (None: of its own), and its relative Frobenius residual."""
+    """Write a merge as a LoRA module of at most this rank (None: its own); also return the relative residual."""
     if isinstance(update, torch.Tensor):
         full = min(update.shape)
         if bases.identity and (output_rank is None or output_rank >= full) and not _of_low_rank(update):
-            return dense_module(update.float()), 0.0  # no larger than factors would be
+            return dense_module(update.float()), 0.0  # factors would not be smaller
         U, S, Vh = dense_svd(update)
     else:
         U, S, Vh = thin_svd(*update)
     rank = support(S) if output_rank is None else min(support(S), output_rank)
-    if rank == 0:  # a merge that is 0 keeps one row of zeros, so that the layout stays complete
+    if rank == 0:  # a zero merge keeps one row of zeros, so that the layout stays complete
         left, right = lift((U.new_zeros(U.shape[0], 1), Vh.new_zeros(1, Vh.shape[1])), bases)
         return LoraModule(right.float(), left.float(), 1.0), 0.0
     root = S[:rank].sqrt()
@@ -280,7 +283,7 @@ def _compressed(update: torch.Tensor | Factors, bases: Bases, output_rank: int |
 
 
 def _of_low_rank(update: torch.Tensor) -> bool:
-    """Whether the rank is below half of min(a, b), and below 128: a random sketch of so many columns shows it."""
+    """Return True if the rank is below half of min(a, b) and below 128, by a random sketch of that many columns."""
     width = max(1, min(128, min(update.shape) // 2))
     rng = torch.Generator().manual_seed(0)
     sketch = torch.randn(update.shape[1], width, generator=rng, dtype=torch.float64).to(update.device)
@@ -290,19 +293,19 @@ def _of_low_rank(update: torch.Tensor) -> bool:
 def _weighted(
     adapters: Mapping[str, Adapter], coefficients: Mapping[str, float] | None
 ) -> tuple[dict[str, Adapter], dict[str, float]]:
-    """The adapters that take part, scaled, and their coefficients; by name."""
+    """Return the adapters that take part, scaled, and their coefficients, both by name."""
     given = coefficients or {}
     unknown = sorted(given.keys() - adapters.keys())
     if unknown:
         raise ConfigError(
-            f"merge: coefficients of {', '.join(unknown)}: found no such domain, expected {', '.join(sorted(adapters))}"
+            f"merge: coefficients for {', '.join(unknown)}, but the domains are {', '.join(sorted(adapters))}"
         )
     bad = sorted(domain for domain, value in given.items() if not math.isfinite(value))
     if bad:
-        raise MergeError(f"merge: coefficients of {', '.join(bad)}: found a value that is not finite; expected numbers")
+        raise MergeError(f"merge: the coefficients of {', '.join(bad)} are not finite; give finite numbers")
     used = {domain: float(given.get(domain, 1.0)) for domain in sorted(adapters) if given.get(domain, 1.0) != 0}
     if adapters and not used:
-        raise MergeError("merge: found coefficient 0 for every domain, expected another for at least one")
+        raise MergeError("merge: every domain has coefficient 0; give at least one another value")
     return {domain: _scaled(adapters[domain], value) for domain, value in used.items()}, used
 
 
@@ -313,13 +316,13 @@ def _scaled(adapter: Adapter, factor: float) -> Adapter:
 def _checked(
     method: str | OwnMethod, scope: str, space: str, parameters: Mapping[str, Value]
 ) -> tuple[Method, dict[str, Value]]:
-    """The row of a method and its complete parameters."""
+    """Return the row of a method and its complete parameters."""
     row, where = method_named(method), f"merging method {name_of(method)!r}"
     if row.learned:
-        raise ConfigError(f"{where}: it is learned from catalogs; call learn_coefficients")
+        raise ConfigError(f"{where}: it learns from catalogs; call learn_coefficients")
     for what, value, choices in (("scope", scope, get_args(Scope)), ("space", space, get_args(Space))):
         if value not in choices:
             raise ConfigError(f"merge: {what}: found {value!r}, expected one of {', '.join(choices)}")
     if (row.factors or row.function) and scope != "tensor":
-        raise ConfigError(f"{where}: found scope {scope!r}, expected 'tensor'; it works on one matrix at a time")
+        raise ConfigError(f"{where}: found scope {scope!r}, expected 'tensor', since it merges one matrix at a time")
     return row, checked_parameters(where, row.parameters, parameters)

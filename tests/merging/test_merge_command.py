@@ -238,24 +238,23 @@ def nan(folder: Path) -> Path:
     return folder
 
 
-SPOILED: dict[str, tuple[Callable[[Path], Path], str]] = {
-    "DoRA": (lambda folder: changed(folder, use_dora=True), "medicine: use_dora = True; only plain LoRA"),
-    "bias": (lambda folder: changed(folder, bias="all"), "medicine: bias = 'all'"),
-    "head": (lambda folder: changed(folder, modules_to_save=["lm_head"]), "medicine: modules_to_save = ['lm_head']"),
-    "not LoRA": (lambda folder: changed(folder, peft_type="IA3"), "medicine: peft_type is 'IA3', expected 'LORA'"),
-    "NaN": (nan, "values NaN or infinite, expected finite ones."),
+SPOILED: dict[str, tuple[Callable[[Path], Path], str]] = {  # values that the message has, as a pattern
+    "DoRA": (lambda folder: changed(folder, use_dora=True), "medicine.*use_dora = True"),
+    "bias": (lambda folder: changed(folder, bias="all"), "medicine.*bias = 'all'"),
+    "head": (lambda folder: changed(folder, modules_to_save=["lm_head"]), r"medicine.*modules_to_save = \['lm_head'\]"),
+    "not LoRA": (lambda folder: changed(folder, peft_type="IA3"), "medicine.*'IA3'.*'LORA'"),
+    "NaN": (nan, "medicine.*lora_A.* 1 of [0-9]+"),
     "base model": (
         lambda folder: changed(folder, base_model_name_or_path="other"),
-        "different base_model_name_or_path (law 'tiny/llama', medicine 'other'), expected the same. Merge adapters of "
-        "one base model; if these are names of one and the same, say which: --base-model.",
+        "base_model_name_or_path.*law 'tiny/llama', medicine 'other'.*--base-model",
     ),
     "task": (
         lambda folder: changed(folder, task_type="SEQ_CLS"),
-        "different task_type (law 'CAUSAL_LM', medicine 'SEQ_CLS'), expected the same. PEFT makes different models",
+        "task_type.*law 'CAUSAL_LM', medicine 'SEQ_CLS'.*adapter_config.json",
     ),
     "layout": (
         lambda folder: trained(seeded(llama), folder, 1, target_modules=["k_proj"], r=2, task_type="CAUSAL_LM"),
-        "adapter of 'medicine': lacks model.layers.0.self_attn.q_proj",
+        r"'medicine'.*model\.layers\.0\.self_attn\.q_proj",
     ),
 }
 
@@ -264,9 +263,9 @@ SPOILED: dict[str, tuple[Callable[[Path], Path], str]] = {
 def test_adapters_that_cannot_be_merged_are_refused_by_name(
     kind: str, llamas: dict[str, Path], tmp_path: Path, capsys: Capsys
 ) -> None:
-    spoil, message = SPOILED[kind]
+    spoil, values = SPOILED[kind]
     spoil(llamas["medicine"])
-    assert message in refusal(capsys, "merge", "--method", "ties", "--out", tmp_path / "out", *llamas.values())
+    assert re.search(values, refusal(capsys, "merge", "--method", "ties", "--out", tmp_path / "out", *llamas.values()))
     assert not (tmp_path / "out").exists()
 
 
@@ -279,33 +278,33 @@ def test_one_base_model_of_two_names(llamas: dict[str, Path], tmp_path: Path, ca
 
 def test_wrong_settings_are_refused_with_a_remedy(llamas: dict[str, Path], tmp_path: Path, capsys: Capsys) -> None:
     out, both = ("--out", tmp_path / "out"), tuple(llamas.values())
-    cases: list[tuple[str, tuple[Any, ...]]] = [
-        (f"found one adapter, {both[0]}, expected two or more, or one run.", (both[0], "--method", "ties", *out)),
-        ("gone: no such folder. Adapters are read from disk", (*both, tmp_path / "gone", "--method", "ties", *out)),
-        ("no adapter_config.json", (both[0], tmp_path, "--method", "ties", *out)),
-        ("found no --method, expected one. `fedmerge methods` describes them.", (*both, *out)),
-        ("found no --out, expected the folder to make", (*both, "--method", "ties")),
-        ("expected one of adamerging, average, breadcrumbs", (*both, "--method", "magic", *out)),
-        ("'mergerec': it is learned from catalogs", (*both, "--method", "mergerec", *out)),
-        ("density: found 1.5, expected a finite number, above 0.0, at most 1.0", (*both, "--density", "1.5", *out)),
-        ("density: found nan", (*both, "--density", "nan", *out)),
-        ("found parameters clamp, expected density, coefficient", (*both, "--clamp", "0.1", *out)),
-        ("'iso-c': found scope 'layer', expected 'tensor'", (*both, "--method", "iso-c", "--scope", "layer", *out)),
-        ("output_rank: found 'half', expected 'exact' or an integer", (*both, "--output-rank", "half", *out)),
-        ("--coefficients: found '1,2,3', expected NAME=X,… or 2 numbers, for law", (*both, "--coefficients", "1,2,3")),
-        ("--coefficients: found 'law=1,2', expected", (*both, "--coefficients", "law=1,2")),
-        ("coefficients of code: found no such domain", (*both, "--coefficients", "code=1", *out)),
-        ("expected another for at least one", (*both, "--coefficients", "0,0", *out)),
-        ("found --set beside --method, which reads no settings", (*both, *out, "--set", "seed=1")),
-        ("found the name 'two words', expected letters", (both[0], f"two words={both[1]}", *out)),
-        ("--exclude code: there is no adapter of that name", (*both, *out, "--exclude", "code")),
-        ("is not an empty folder", (*both, "--out", tmp_path / "llamas")),
+    ties = ("--method", "ties")
+    cases: list[tuple[str, tuple[Any, ...]]] = [  # values that the message has, as a pattern
+        (str(both[0]), (both[0], *ties, *out)),
+        ("gone", (*both, tmp_path / "gone", *ties, *out)),
+        ("adapter_config.json", (both[0], tmp_path, *ties, *out)),
+        ("--method.*`fedmerge methods`", (*both, *out)),
+        ("--out", (*both, *ties)),
+        ("'magic'.*adamerging, average, breadcrumbs", (*both, "--method", "magic", *out)),
+        ("'mergerec'", (*both, "--method", "mergerec", *out)),
+        (r"density.*1\.5.*0\.0.*1\.0", (*both, *ties, "--density", "1.5", *out)),
+        ("density.*nan", (*both, *ties, "--density", "nan", *out)),
+        ("clamp.*density, coefficient", (*both, *ties, "--clamp", "0.1", *out)),
+        ("'iso-c'.*'layer'.*'tensor'", (*both, "--method", "iso-c", "--scope", "layer", *out)),
+        ("output_rank.*'half'.*'exact'", (*both, *ties, "--output-rank", "half", *out)),
+        ("--coefficients.*'1,2,3'.*NAME=X,….* 2 .*law", (*both, *ties, "--coefficients", "1,2,3", *out)),
+        ("--coefficients.*'law=1,2'", (*both, *ties, "--coefficients", "law=1,2", *out)),
+        ("coefficients.*code", (*both, *ties, "--coefficients", "code=1", *out)),
+        ("coefficient 0", (*both, *ties, "--coefficients", "0,0", *out)),
+        ("--set.*--method", (*both, *ties, *out, "--set", "seed=1")),
+        ("'two words'", (both[0], f"two words={both[1]}", *ties, *out)),
+        ("--exclude code", (*both, *ties, *out, "--exclude", "code")),
+        (str(tmp_path / "llamas"), (*both, *ties, "--out", tmp_path / "llamas")),
+        ("--density.*--method", (*both, *out, "--density", "0.5")),
+        ("--parameter.*--method", (*both, *out, "--parameter", "density=0.5")),
     ]
-    for message, arguments in cases:
-        named = arguments if "--method" in arguments or "no --method" in message else (*arguments, "--method", "ties")
-        needed = named if "--out" in named or "no --out" in message else (*named, *out)
-        assert message in refusal(capsys, "merge", *needed)
-    assert "found --density without --method" in refusal(capsys, "merge", *both, *out, "--density", "0.5")
+    for values, arguments in cases:
+        assert re.search(values, refusal(capsys, "merge", *arguments)), values
     assert not (tmp_path / "out").exists()
 
 
@@ -317,4 +316,4 @@ def test_methods_are_described(capsys: Capsys) -> None:
         assert row.cost in shown
     assert "  parameter  density = 0.2 (above 0.0, at most 1.0)\n" in shown
     assert output(capsys, "methods", "iso-c").startswith("iso-c: ")
-    assert "found 'magic', expected one of" in refusal(capsys, "methods", "magic")
+    assert "'magic'" in refusal(capsys, "methods", "magic")

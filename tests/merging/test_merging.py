@@ -240,54 +240,54 @@ def changed(adapter: Adapter, name: str, **factors: Any) -> Adapter:
 
 
 @pytest.mark.parametrize(
-    ("damage", "error", "words"),
+    ("damage", "error", "values"),
     [
-        (lambda a: Adapter({n: m for n, m in a.modules.items() if n != "top"}), LayoutMismatchError, "lacks top"),
-        (lambda a: Adapter({**a.modules, "more": a.modules["top"]}), LayoutMismatchError, "adds more"),
-        (lambda a: changed(a, "top", lora_A=torch.ones(3, 7)), LayoutMismatchError, r"module top.*\(3, 7\).*\(r, 4\)"),
-        (lambda a: changed(a, "top", lora_B=torch.ones(2, 5)), LayoutMismatchError, r"module top.*\(2, 5\)"),
-        (lambda a: changed(a, "top", lora_B=torch.full((2, 3), torch.nan)), MergeError, "top: lora_B holds 6 values"),
-        (lambda a: changed(a, "top", scaling=float("inf")), MergeError, "top: scaling holds 1"),
+        (lambda a: Adapter({n: m for n, m in a.modules.items() if n != "top"}), LayoutMismatchError, "top"),
+        (lambda a: Adapter({**a.modules, "more": a.modules["top"]}), LayoutMismatchError, "more"),
+        (lambda a: changed(a, "top", lora_A=torch.ones(3, 7)), LayoutMismatchError, r"top.*\(3, 7\).*\(r, 4\)"),
+        (lambda a: changed(a, "top", lora_B=torch.ones(2, 5)), LayoutMismatchError, r"top.*\(2, 5\)"),
+        (lambda a: changed(a, "top", lora_B=torch.full((2, 3), torch.nan)), MergeError, "top: 6 .*lora_B"),
+        (lambda a: changed(a, "top", scaling=float("inf")), MergeError, "top: 1 .*scaling"),
     ],
 )
 def test_refuses_by_name(
-    adapters: dict[str, Adapter], damage: Callable[[Adapter], Adapter], error: type[Exception], words: str
+    adapters: dict[str, Adapter], damage: Callable[[Adapter], Adapter], error: type[Exception], values: str
 ) -> None:
-    with pytest.raises(error, match=f"adapter of 'toys'.*{words}"):
+    with pytest.raises(error, match=f"'toys'.*{values}"):
         stack_adapters({**adapters, "toys": damage(adapters["toys"])})
 
 
 def test_refuses_nothing_to_merge() -> None:
-    with pytest.raises(MergeError, match="no adapter"):
+    with pytest.raises(MergeError):
         stack_adapters({})
-    with pytest.raises(LayoutMismatchError, match="'toys': found no LoRA module"):
+    with pytest.raises(LayoutMismatchError, match="'toys'"):
         stack_adapters({"toys": Adapter({})})
 
 
 def test_refuses_coefficients(adapters: dict[str, Adapter]) -> None:
     stack = stack_adapters(adapters)
-    with pytest.raises(LayoutMismatchError, match=r"shape \(2,\), expected \(3,\) or \(3, 4\)"):
+    with pytest.raises(LayoutMismatchError, match=r"\(2,\).*\(3,\).*\(3, 4\)"):
         linear_merge(stack, torch.ones(2))
-    with pytest.raises(MergeError, match="coefficients of tents"):
+    with pytest.raises(MergeError, match="tents"):
         linear_merge(stack, np.array([1.0, np.nan, 1.0]))
 
 
 @pytest.mark.parametrize(
-    ("name", "parameters", "words"),
+    ("name", "parameters", "values"),
     [
-        ("mean", {}, "'mean', expected one of adamerging, average"),
-        ("mergerec", {}, "learned"),
-        ("ties", {}, "it is no linear merge and has no coefficients; call merge_adapters"),
-        ("average", {"coefficient": 1.0}, "found parameters coefficient, expected none"),
-        ("task-arithmetic", {"coefficient": float("nan")}, "coefficient: found nan, expected a finite number"),
-        ("task-arithmetic", {"coefficient": "1"}, "found '1'"),
-        ("task-arithmetic", {"coefficient": True}, "found True"),
+        ("mean", {}, "'mean'.*adamerging, average"),
+        ("mergerec", {}, "'mergerec'.*learn_coefficients"),
+        ("ties", {}, "'ties'.*merge_adapters"),
+        ("average", {"coefficient": 1.0}, "'average'.*coefficient"),
+        ("task-arithmetic", {"coefficient": float("nan")}, "coefficient.*nan"),
+        ("task-arithmetic", {"coefficient": "1"}, "coefficient.*'1'"),
+        ("task-arithmetic", {"coefficient": True}, "coefficient.*True"),
     ],
 )
 def test_refuses_methods_and_parameters(
-    adapters: dict[str, Adapter], name: str, parameters: dict[str, Any], words: str
+    adapters: dict[str, Adapter], name: str, parameters: dict[str, Any], values: str
 ) -> None:
-    with pytest.raises(ConfigError, match=words):
+    with pytest.raises(ConfigError, match=values):
         method_coefficients(name, stack_adapters(adapters), **parameters)
 
 

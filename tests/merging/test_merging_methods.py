@@ -108,7 +108,7 @@ def test_breadcrumbs_by_hand() -> None:
     rows = [[3.0, -1.0, 2.0], [-2.0, 5.0, 1.0]]
     settings = {"drop_smallest": 0.34, "drop_largest": 0.34}
     assert merged_rows(elementwise.breadcrumbs, rows, **settings, coefficient=0.5) == [-1.0, 0.0, 1.0]
-    with pytest.raises(ConfigError, match=r"drop_smallest = 0.9 and drop_largest = 0.1, expected less than 1 together"):
+    with pytest.raises(ConfigError, match=r"drop_smallest = 0.9.*drop_largest = 0.1"):
         merged_rows(elementwise.breadcrumbs, rows, drop_smallest=0.9, drop_largest=0.1, coefficient=1.0)
 
 
@@ -435,31 +435,31 @@ def test_coefficients_scale_the_updates_before_the_method() -> None:
 def test_refusals() -> None:
     adapters = random_adapters(LAYOUT)
     other = {**adapters, "toys": random_adapter({**LAYOUT, "top": (3, 5)}, 2, 1.0, 0)}
-    with pytest.raises(LayoutMismatchError, match=r"adapter of 'toys', module top.*\(r, 6\)"):
+    with pytest.raises(LayoutMismatchError, match=r"'toys'.*top.*\(r, 6\)"):
         merge_adapters(other, "ties")
     refused: list[tuple[type[Exception], str, dict[str, Any]]] = [
-        (ConfigError, "found 'x', expected one of adamerging, average", {"method": "x"}),
-        (ConfigError, "'mergerec': it is learned", {"method": "mergerec"}),
-        (ConfigError, "'ties': found parameters rank, expected density, coefficient", {"method": "ties", "rank": 3}),
-        (ConfigError, "density: found 0.0, expected a finite number, above 0.0, at most 1.0", {"density": 0.0}),
-        (ConfigError, "density: found 1.5", {"density": 1.5}),
-        (ConfigError, "scope: found 'all', expected one of tensor, layer, model", {"scope": "all"}),
-        (ConfigError, "space: found 'half', expected one of full, core", {"space": "half"}),
-        (ConfigError, "'tsv': found scope 'model', expected 'tensor'", {"method": "tsv", "scope": "model"}),
-        (ConfigError, "output_rank: found 0, expected 'exact' or an integer of at least 1", {"output_rank": 0}),
-        (ConfigError, "output_rank: found True", {"output_rank": True}),
-        (ConfigError, "coefficients of boats: found no such domain", {"coefficients": {"boats": 1.0}}),
-        (MergeError, "coefficients of toys: found a value that is not finite", {"coefficients": {"toys": math.nan}}),
-        (MergeError, "coefficient 0 for every domain", {"coefficients": dict.fromkeys(adapters, 0.0)}),
+        (ConfigError, "'x'.*adamerging, average", {"method": "x"}),
+        (ConfigError, "'mergerec'.*learn_coefficients", {"method": "mergerec"}),
+        (ConfigError, "'ties'.*rank.*density, coefficient", {"method": "ties", "rank": 3}),
+        (ConfigError, r"density.*0\.0.*0\.0.*1\.0", {"density": 0.0}),
+        (ConfigError, r"density.*1\.5", {"density": 1.5}),
+        (ConfigError, "scope.*'all'.*tensor, layer, model", {"scope": "all"}),
+        (ConfigError, "space.*'half'.*full, core", {"space": "half"}),
+        (ConfigError, "'tsv'.*'model'.*'tensor'", {"method": "tsv", "scope": "model"}),
+        (ConfigError, "output_rank.* 0.*'exact'.*1", {"output_rank": 0}),
+        (ConfigError, "output_rank.*True", {"output_rank": True}),
+        (ConfigError, "boats.*books, tents, toys", {"coefficients": {"boats": 1.0}}),
+        (MergeError, "toys", {"coefficients": {"toys": math.nan}}),
+        (MergeError, "0", {"coefficients": dict.fromkeys(adapters, 0.0)}),
     ]
-    for error, words, settings in refused:
-        with pytest.raises(error, match=words):
+    for error, values, settings in refused:
+        with pytest.raises(error, match=values):
             merge_adapters(adapters, **{"method": "ties", **settings})
-    with pytest.raises(ConfigError, match="'iso-c': its merge is no sum of rows"):
+    with pytest.raises(ConfigError, match="'iso-c'"):
         domain_rows(stack_adapters(adapters), "iso-c")
-    with pytest.raises(MergeError, match="no adapter"):
+    with pytest.raises(MergeError):
         merge_adapters({}, "ties")
-    with pytest.raises(ValueError, match="no piece"):
+    with pytest.raises(ValueError, match="order_statistics"):
         order_statistics(lambda: [], lambda n: (0,))
 
 

@@ -1,8 +1,10 @@
 """Merging again: other settings, withdrawn domains, foreign adapters; the run stays as it was."""
 
 import json
+import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -47,8 +49,8 @@ def experts(run: Path) -> dict[str, Adapter]:
     return {name: read_adapter(run / "adapters" / name) for name in TRAIN}
 
 
-def provenance(folder: Path) -> dict[str, object]:
-    found: dict[str, object] = json.loads((folder / "provenance.json").read_text())
+def provenance(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "provenance.json").read_text())
     return found
 
 
@@ -112,7 +114,7 @@ def test_the_same_settings_give_the_run_s_own_merges_and_others_do_not(place: Pl
     found = provenance(run / "more" / "mergerec-domain-wise")
     assert found["sha256"] == wanted.provenance["sha256"]
     assert found["sha256"] != provenance(run / "again" / "mergerec-domain-wise")["sha256"]
-    assert len(found["losses"]) == 5  # type: ignore[arg-type]
+    assert len(found["losses"]) == 5
 
 
 def test_one_merge_of_a_run_by_a_method(run: Path, capsys: Capsys, tmp_path: Path) -> None:
@@ -142,7 +144,7 @@ def test_a_withdrawn_domain_is_not_even_opened(place: Place, run: Path, capsys: 
     out = tmp_path / "out"
     output(capsys, "merge", run, "--exclude", "toys", "--catalogs", catalogs, "--out", out)
     for folder in (path for path in out.iterdir() if path.is_dir()):
-        assert list(provenance(folder)["domains"]) == ["books", "coffee"]  # type: ignore[call-overload]
+        assert list(provenance(folder)["domains"]) == ["books", "coffee"]
         assert "toys" not in json.dumps({**provenance(folder), "excluded": {}})
 
 
@@ -174,12 +176,9 @@ def test_nothing_is_overwritten_and_two_merges_get_two_folders(run: Path, capsys
     (tmp_path / "out").mkdir()
     output(capsys, "merge", run, "--out", tmp_path / "out", *average)  # an empty folder is free
     before = contents(tmp_path / "out")
-    assert "out: exists and is not an empty folder; nothing is overwritten" in refusal(
-        capsys, "merge", run, "--out", tmp_path / "out", *average
-    )
     (tmp_path / "file").write_text("mine")
-    assert "file: exists" in refusal(capsys, "merge", run, "--out", tmp_path / "file", *average)
-    assert "exists and is not an empty folder" in refusal(capsys, "merge", run, "--out", run, *average)
+    for taken in (tmp_path / "out", tmp_path / "file", run):
+        assert f"{taken}: " in refusal(capsys, "merge", run, "--out", taken, *average)
     assert contents(tmp_path / "out") == before
     assert (tmp_path / "file").read_text() == "mine"
 
@@ -189,18 +188,18 @@ def test_a_merge_that_cannot_be_written_leaves_nothing(run: Path, capsys: Capsys
     target = tmp_path / "file" / "out"
     capsys.readouterr()
     assert main(["merge", str(run), "--out", str(target), "--set", "merge.methods=average"]) == 1
-    assert f"fedmerge: {target}: cannot be written" in capsys.readouterr().err
+    assert f"fedmerge: {target}" in capsys.readouterr().err
     assert not (run / "remerged").exists()
 
 
 # What is refused
 
 
-def test_who_is_excluded_must_be_there(run: Path, capsys: Capsys) -> None:
-    assert "--exclude shoes camping: there is no adapter of that name. There are: books, coffee, toys." in refusal(
-        capsys, "merge", run, "--exclude", "shoes", "camping", "books"
-    )
-    assert "--exclude leaves none of books, coffee, toys" in refusal(capsys, "merge", run, "--exclude", *TRAIN)
+def test_only_adapters_that_exist_can_be_excluded(run: Path, capsys: Capsys) -> None:
+    refused = refusal(capsys, "merge", run, "--exclude", "shoes", "camping", "books")
+    assert "--exclude shoes camping" in refused
+    assert "books, coffee, toys" in refused
+    assert "books, coffee, toys" in refusal(capsys, "merge", run, "--exclude", *TRAIN)
 
 
 def test_damaged_experts_are_refused_by_name(run: Path, capsys: Capsys) -> None:
@@ -209,35 +208,37 @@ def test_damaged_experts_are_refused_by_name(run: Path, capsys: Capsys) -> None:
     name, module = next(iter(adapter.modules.items()))
     other = Adapter({**adapter.modules, name: LoraModule(module.lora_A * 1.001, module.lora_B, module.scaling)})
     write_adapter(other, folder, "backbone")
-    assert "coffee: its content has hash " in refusal(capsys, "merge", run)
+    assert "coffee: " in (refused := refusal(capsys, "merge", run))
+    assert adapter_sha256(other)[:12] in refused
+    assert adapter_sha256(adapter)[:12] in refused
     lora_A = module.lora_A.clone()
     lora_A[0, 0] = torch.nan
     diverged = Adapter({**adapter.modules, name: LoraModule(lora_A, module.lora_B, module.scaling)})
     write_adapter(diverged, folder, "backbone")
     (folder / "training.json").unlink()
-    assert f"coffee: {name}.lora_A has 1 of {lora_A.numel()} values NaN or infinite" in refusal(capsys, "merge", run)
+    assert "coffee: " in (refused := refusal(capsys, "merge", run))
+    assert f"{name}.lora_A" in refused
+    assert f"1 of {lora_A.numel()}" in refused
     (folder / "training.json").write_text("{")
-    assert "training.json: damaged" in refusal(capsys, "merge", run)
+    assert "coffee/training.json: " in refusal(capsys, "merge", run)
     (folder / "training.json").write_text("[1]")
-    assert "training.json: found a JSON list, expected an object" in refusal(capsys, "merge", run)
+    assert "coffee/training.json: found a JSON list" in refusal(capsys, "merge", run)
     (folder / "adapter_config.json").unlink()
-    assert "coffee: no adapter_config.json" in refusal(capsys, "merge", run)
+    assert re.search("coffee: .*adapter_config.json", refusal(capsys, "merge", run))
     assert output(capsys, "merge", run, "--exclude", "coffee", "--set", "merge.methods=average")
 
 
 def test_a_run_without_experts_and_no_run_at_all_are_refused(run: Path, capsys: Capsys, tmp_path: Path) -> None:
     shutil.rmtree(run / "adapters")
-    assert "the run ended before an expert was received" in refusal(capsys, "merge", run)
-    assert f"run 'gone': neither a run folder nor a run in {run.parent}; it has: {run.name}." in refusal(
-        capsys, "merge", "gone", "--dir", run.parent
-    )
-    assert "neither a run folder nor a run in" in refusal(capsys, "merge", "gone", "--dir", tmp_path / "nowhere")
+    assert f"{run}: " in refusal(capsys, "merge", run)
+    refused = refusal(capsys, "merge", "gone", "--dir", run.parent)
+    assert all(text in refused for text in ("'gone'", str(run.parent), run.name))
+    refused = refusal(capsys, "merge", "gone", "--dir", tmp_path / "nowhere")
+    assert all(text in refused for text in ("'gone'", str(tmp_path / "nowhere")))
 
 
 def test_bad_settings_are_refused_before_anything_is_read(run: Path, capsys: Capsys) -> None:
-    assert "merge.method: unknown key; did you mean merge.methods?" in refusal(
-        capsys, "merge", run, "--set", "merge.method=average"
-    )
+    assert re.search("merge.method: .*merge.methods", refusal(capsys, "merge", run, "--set", "merge.method=average"))
     refused = refusal(capsys, "merge", run, "--set", "merge.methods=magic")
     assert all(word in refused for word in ("merge.methods", "'magic'", "task-arithmetic", "package.module:function"))
     with pytest.raises(SystemExit) as caught:
@@ -248,16 +249,17 @@ def test_bad_settings_are_refused_before_anything_is_read(run: Path, capsys: Cap
 def test_mergerec_wants_the_catalogs_of_the_run(place: Place, run: Path, capsys: Capsys, tmp_path: Path) -> None:
     learned = ("--set", "merge.methods=mergerec")
     (tmp_path / "empty").mkdir()
-    assert "empty: no catalog of books, coffee, toys, which learned merges need. Give --catalogs a folder" in refusal(
-        capsys, "merge", run, "--catalogs", tmp_path / "empty", *learned
-    )
+    refused = refusal(capsys, "merge", run, "--catalogs", tmp_path / "empty", *learned)
+    assert all(text in refused for text in (str(tmp_path / "empty"), "books, coffee, toys", "--catalogs"))
     catalogs = tmp_path / "catalogs"
     shutil.copytree(place.domains, catalogs)
     shutil.rmtree(catalogs / "books")
     shutil.copytree(place.domains / "camping", catalogs / "books")
     manifest = json.loads((catalogs / "books" / MANIFEST_FILE).read_text())
     (catalogs / "books" / MANIFEST_FILE).write_text(json.dumps({**manifest, "name": "books"}))
-    assert "books: the catalog has hash " in refusal(capsys, "merge", run, "--catalogs", catalogs, *learned)
+    refused = refusal(capsys, "merge", run, "--catalogs", catalogs, *learned)
+    hashes = [load_catalog(place.domains / domain).sha256[:12] for domain in ("books", "camping")]
+    assert all(text in refused for text in (str(catalogs / "books"), *hashes))
     (catalogs / "coffee" / CATALOG_FILE).write_bytes(b"PAR1")
     shutil.rmtree(catalogs / "books")
     shutil.copytree(place.domains / "books", catalogs / "books")
@@ -272,13 +274,13 @@ def test_a_private_catalog_is_not_taken_from_its_owner_s_folder(
     path.write_text(json.dumps({**json.loads(path.read_text()), "public_catalog": False}))
     root = f"domains.root={tmp_path / 'owners'}"
     message = refusal(capsys, "merge", run, "--set", "merge.methods=mergerec", root)
-    assert "domain books: its manifest says public_catalog = false" in message
+    assert all(text in message for text in ("books", "public_catalog"))
 
 
 def test_another_backbone_than_the_run_s_is_refused(place: Place, run: Path, capsys: Capsys, tmp_path: Path) -> None:
     source = f"backbone.source={tiny_bert(tmp_path / 'other', seed=1)}"
     message = refusal(capsys, "merge", run, "--set", "merge.methods=mergerec", source)
-    assert "the experts: made on a backbone with hash" in message
+    assert provenance(run / "merged" / "average")["backbone"]["sha256"][:12] in message
 
 
 # Any adapters
@@ -304,7 +306,7 @@ def test_any_lora_adapters_can_be_merged_also_of_decoders(tmp_path: Path, capsys
         np.testing.assert_allclose(module.delta_weight(), wanted, atol=1e-5)
     # a merge is an adapter like any other
     output(capsys, "merge", tmp_path / "out" / "average", folders[0], "--out", tmp_path / "next", *settings)
-    assert list(provenance(tmp_path / "next" / "average")["domains"]) == ["average", "code"]  # type: ignore[call-overload]
+    assert list(provenance(tmp_path / "next" / "average")["domains"]) == ["average", "code"]
 
 
 def test_adapters_that_cannot_be_merged_are_refused(place: Place, tmp_path: Path, capsys: Capsys) -> None:
@@ -313,10 +315,9 @@ def test_adapters_that_cannot_be_merged_are_refused(place: Place, tmp_path: Path
     write_adapter(random_adapter({"layers.0.v": (4, 4)}, 1, 1.0, 0), two, "x")
     average = ("--set", "merge.methods=average")
     out = ("--out", tmp_path / "out")
-    assert "are both called 'same', expected different names. Give one as NAME=" in refusal(
-        capsys, "merge", one, two, *out, *average
-    )
-    assert "adapter of 'same': " in refusal(capsys, "merge", one, f"other={two}", *out, *average)
+    refused = refusal(capsys, "merge", one, two, *out, *average)
+    assert all(text in refused for text in (str(one), str(two), "'same'", "NAME="))
+    assert "'same'" in refusal(capsys, "merge", one, f"other={two}", *out, *average)
     assert not (tmp_path / "out").exists()
 
 
@@ -328,6 +329,8 @@ def test_adapters_of_runs_on_different_backbones_are_refused(
     theirs = make_run(other, "theirs")
     folders = [str(finished / "merged" / "average"), f"theirs={theirs / 'merged' / 'average'}"]
     arguments = ["merge", *folders, "--out", str(tmp_path / "out"), "--set", "merge.methods=average"]
-    assert "the runs of these adapters have different backbone or text settings" in refusal(capsys, *arguments)
-    config = ("--config", str(finished / "config.toml"))
-    assert "the adapters were made on different backbones (average " in refusal(capsys, *arguments, *config)
+    refused = refusal(capsys, *arguments)
+    assert all(str(run / "config.toml") in refused for run in (finished, theirs))
+    refused = refusal(capsys, *arguments, "--config", str(finished / "config.toml"))
+    hashes = [provenance(folder / "merged" / "average")["backbone"]["sha256"][:12] for folder in (finished, theirs)]
+    assert all(text in refused for text in ("average", "theirs", *hashes))
