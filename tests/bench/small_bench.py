@@ -1,0 +1,76 @@
+"""A small benchmark for the tests: three domains, three strategies, two seeds, leave-one-out."""
+
+from pathlib import Path
+
+from fedmerge.bench.config import load_bench
+from fedmerge.bench.grid import Grid, open_folder
+from fedmerge.report.bench_tables import BenchTables
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+TRAIN = ("beauty", "books", "coffee")
+
+STRATEGIES = ("average", "task-arithmetic", "mergerec")
+
+VARIANTS = ("task-arithmetic 0.2", "task-arithmetic 0.6")
+
+FILE = """
+title = "A small benchmark"
+experiment = "experiment.toml"
+seeds = [0, 1]
+leave_one_out = true
+baseline = "average"
+
+[[strategy]]
+name = "average"
+set = { "merge.methods" = "average" }
+
+[[strategy]]
+name = "task-arithmetic"
+[strategy.set.merge]
+methods = "task-arithmetic"
+task_arithmetic_coefficients = "0.2,0.6"
+
+[[strategy]]
+name = "mergerec"
+set = { "merge.methods" = "mergerec", "mergerec.granularities" = "layer" }
+"""
+
+POLICIES = """
+title = "Policies"
+experiment = "experiment.toml"
+seeds = [0]
+baseline = "adapter"
+[[dataset]]
+name = "dp"
+set = { "dp.mode" = "user", "dp.delta" = 1e-3, "dp.noise_multiplier" = 0.0, "train.negatives" = "catalog" }
+[[strategy]]
+name = "adapter"
+set = { "privacy.policy" = "adapter" }
+[[strategy]]
+name = "aggregate-only"
+set = { "privacy.policy" = "aggregate-only" }
+[[strategy]]
+name = "noised"
+set = { "privacy.policy" = "aggregate-only", "dp.noise_multiplier" = "none", "dp.epsilon" = 1.0 }
+[[strategy]]
+name = "adapter+catalog"
+set = { "merge.methods" = "mergerec" }
+[[strategy]]
+name = "catalog-private"
+set = { "merge.methods" = "mergerec", "privacy.policy" = "catalog-private" }
+"""
+
+
+def grid_in(place: Path, name: str, file: str = "bench.toml") -> Grid:
+    bench = load_bench(place / file)
+    open_folder(place / name, bench)
+    return Grid(bench, place / name)
+
+
+def scores(tables: BenchTables, **wanted: object) -> dict[str, float]:
+    """Strategy -> recall@10, unmasked."""
+    wanted = {"variant": "unmasked", "metric": "recall@10", **wanted}
+    rows = [row for row in tables.results if all(row[key] == value for key, value in wanted.items())]
+    assert len({row["strategy"] for row in rows}) == len(rows)
+    return {row["strategy"]: row["value"] for row in rows}

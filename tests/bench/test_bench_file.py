@@ -1,0 +1,169 @@
+"""A benchmark file and folder: what is valid, and what is refused before anything runs."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+from small_bench import FILE, REPOSITORY
+
+from fedmerge.bench.config import load_bench
+from fedmerge.bench.grid import Grid, open_folder
+from fedmerge.config import DEMO_ROOT
+from fedmerge.domain.demo import DEMO_DOMAINS
+from fedmerge.errors import ConfigError, RunDirError
+from fedmerge.federated.rules import RULES
+from fedmerge.merging.methods import METHODS
+from fedmerge.report.bench_tables import BenchTables
+from sim.app.server.rounds import check_rounds
+from sim.local.bench import run_bench
+
+pytestmark = pytest.mark.federation
+
+
+def test_command_line_settings_change_the_experiment(place: Path) -> None:
+    bench = load_bench(place / "bench.toml", ["cache_dir=/elsewhere", "train.max_steps=3"])
+    experiment = bench.experiment("main", "mergerec", 1)
+    assert (experiment.cache_dir, experiment.train.max_steps, experiment.seed) == ("/elsewhere", 3, 1)
+    with pytest.raises(ConfigError, match="train.max_step.*train.max_steps"):
+        load_bench(place / "bench.toml", ["train.max_step=3"])
+
+
+@pytest.mark.parametrize("file", sorted((REPOSITORY / "configs" / "bench").glob("*.toml")), ids=lambda file: file.stem)
+def test_every_benchmark_of_the_repository_is_valid(file: Path) -> None:
+    bench = load_bench(file)
+    for dataset, strategy in itertools.product(bench.config.dataset, bench.config.strategy):
+        config = bench.experiment(dataset.name, strategy.name, 0)
+        check_rounds(config)
+        if config.rounds.rule in ("krum", "multi-krum"):
+            assert len(config.domains.train) >= 5
+        if config.domains.root == DEMO_ROOT:
+            assert {*config.domains.train, *config.domains.unseen} <= {*DEMO_DOMAINS}
+    text = file.read_text()
+    assert f"fedmerge bench configs/bench/{file.name} --out bench/{file.stem}" in text
+
+
+def test_the_aggregation_benchmark_has_every_merge_and_rule() -> None:
+    bench = load_bench(REPOSITORY / "configs" / "bench" / "aggregation.toml")
+    configs = [bench.experiment("demo", strategy.name, 0) for strategy in bench.config.strategy]
+    merges = [name for config in configs if config.rounds.rule is None for name in config.merge.methods]
+    assert merges == [name for name, method in METHODS.items() if not method.learned]
+    assert [config.rounds.rule for config in configs if config.rounds.rule] == [*RULES]
+
+
+@pytest.mark.parametrize(
+    ("rule", "parameters", "message"),
+    [
+        ("trimmed-mean", "tirm=0.34", "tirm"),
+        ("trimmed-mean", "trim=0.34", "leave_one_out = true.* 2 clients"),
+    ],
+)
+def test_wrong_rule_parameters_are_refused_before_training(
+    place: Path, rule: str, parameters: str, message: str
+) -> None:
+    changes = f'"rounds.rule" = "{rule}", "rounds.number" = 2, "rounds.parameters" = "{parameters}"'
+    (place / "rule.toml").write_text(FILE + f'\n[[strategy]]\nname = "rule"\nset = {{ {changes} }}\n')
+    with pytest.raises(ConfigError, match=message):
+        run_bench(place / "rule.toml", place / "rule", REPOSITORY)
+    assert not (place / "rule").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"through_clients.users": "own-users"},
+            "through_clients.users.*own-users",
+        ),
+        ({"through_clients.mode": "local-steps"}, "through_clients.mode.*local-steps.*exact"),
+        (
+            {"dp.mode": "domain-local", "dp.epsilon": 4, "dp.delta": 1e-3},
+            "dp.mode.*domain-local",
+        ),
+    ],
+)
+def test_coefficients_that_need_a_federation_are_refused(place: Path, changes: dict[str, object], message: str) -> None:
+    head = FILE[: FILE.index("[[strategy]]")]
+    (place / "own.toml").write_text(f'{head}[[strategy]]\nname = "average"\n')
+    wanted = {"privacy.policy": "catalog-private", "merge.methods": "mergerec", "privacy.min_users": 2, **changes}
+    with pytest.raises(ConfigError, match=message):
+        load_bench(place / "own.toml", [f"{key}={value}" for key, value in wanted.items()])
+
+
+def test_a_fold_with_too_few_clients_for_a_secure_sum_is_refused(place: Path) -> None:
+    head = FILE[: FILE.index("[[strategy]]")]
+    (place / "fold.toml").write_text(f'{head}[[strategy]]\nname = "average"\nset = {{ "merge.methods" = "average" }}\n')
+    hidden = ["privacy.policy=aggregate-only", "merge.methods=average"]
+    with pytest.raises(ConfigError, match=r"(?s)main.*leave_one_out.* 2 clients"):
+        load_bench(place / "fold.toml", hidden)
+    load_bench(place / "fold.toml", [*hidden, "domains.train=beauty,books,coffee,garden"])
+
+
+def test_a_folder_belongs_to_one_benchmark(place: Path, done: tuple[Grid, BenchTables, list[str]]) -> None:
+    (place / "other.toml").write_text(FILE.replace("[0, 1]", "[0, 2]"))
+    with pytest.raises(ConfigError, match=r"done.*benchmark\.seeds"):
+        open_folder(place / "done", load_bench(place / "other.toml"))
+    (place / "full").mkdir()
+    (place / "full" / "thesis.doc").touch()
+    with pytest.raises(ConfigError, match="full.*--out"):
+        open_folder(place / "full", load_bench(place / "bench.toml"))
+    with pytest.raises(RunDirError, match=r"bench\.toml.x"):
+        open_folder(place / "bench.toml" / "x", load_bench(place / "bench.toml"))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('title = "A small benchmark"', "", "title"),
+        ("seeds = [0, 1]", "seeds = [1, 1]", "seeds: 1 "),
+        ("seeds = [0, 1]", "seeds = []", "seeds: .* 1 "),
+        ("seeds = [0, 1]", "seed = [0]", "seed: "),
+        ('name = "average"', 'name = "mergerec"', "strategy: mergerec "),
+        ('name = "average"', 'name = "expert"', "strategy: expert "),
+        ('name = "average"', 'name = "a/b"', r"strategy\.0\.name: "),
+        (
+            'baseline = "average"',
+            'baseline = "avrage"',
+            "baseline: .*'avrage'.*backbone, expert, av",
+        ),
+        (
+            '"merge.methods" = "average"',
+            '"merge.method" = "average"',
+            r"strategy average: 1 problem\n.*merge\.method.*merge\.methods",
+        ),
+        (
+            '"merge.methods" = "average"',
+            "seed = 3",
+            "strategy average: set: .*seed",
+        ),
+        (
+            '"merge.methods" = "average"',
+            '"evaluation.test_users" = 5',
+            r"strategy average: .*\[evaluation\]",
+        ),
+        ('name = "average"', 'name = "popularity"', "baseline: .*'average'|strategy: popularity "),
+        ("leave_one_out", 'joint = ["both"]\nleave_one_out', "joint.0: .*'shuffled'.*'balanced'"),
+        ("leave_one_out", 'joint = ["balanced", "balanced"]\nleave_one_out', "joint: balanced "),
+        ("experiment.toml", "absent.toml", "absent.toml"),
+        ("title =", "title", "wrong.toml.*TOML"),
+    ],
+)
+def test_a_wrong_file_is_refused(place: Path, old: str, new: str, message: str) -> None:
+    assert old in FILE
+    (place / "wrong.toml").write_text(FILE.replace(old, new, 1))
+    with pytest.raises(ConfigError, match=message):
+        load_bench(place / "wrong.toml")
+
+
+def test_two_domains_are_too_few_to_leave_one_out(place: Path) -> None:
+    (place / "wrong.toml").write_text(
+        FILE + '\n[[dataset]]\nname = "pair"\nset = { "domains.train" = "beauty,books" }\n'
+    )
+    with pytest.raises(ConfigError, match=r"dataset pair: leave_one_out.*domains\.train.* 2"):
+        load_bench(place / "wrong.toml")
+
+
+def test_one_domain_is_too_few_to_pool(place: Path) -> None:
+    alone = '\n[[dataset]]\nname = "one"\nset = { "domains.train" = "books", "server.min_train_clients" = 1 }\n'
+    (place / "wrong.toml").write_text(FILE.replace("leave_one_out = true", 'joint = ["shuffled"]') + alone)
+    with pytest.raises(ConfigError, match=r"dataset one: .*joint.*domains\.train"):
+        load_bench(place / "wrong.toml")

@@ -1,0 +1,224 @@
+"""Strategies that differ in rounds, policy, audit and attack."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from in_process import here, tables_of, train
+from small_bench import FILE, POLICIES, STRATEGIES, TRAIN, grid_in, scores
+
+from fedmerge.bench.cells import domain_of
+from fedmerge.bench.config import load_bench
+from fedmerge.bench.grid import Grid, Place, open_folder
+from fedmerge.bench.outcomes import merge_hashes
+from fedmerge.bench.stages import run_grid
+from fedmerge.bench.tables import WEIGHTS
+from fedmerge.client.audit.attacks import Audited, audit_domain
+from fedmerge.config import ExperimentConfig, load_config
+from fedmerge.encoder.peft_folder import read_adapter
+from fedmerge.errors import ClientError
+from fedmerge.files import read_json, write_json
+from fedmerge.report.bench.page import bench_page
+from fedmerge.report.bench_tables import BenchTables
+from fedmerge.runs.checkpoints import merge_folder
+from fedmerge.runs.round_checkpoints import round_records
+
+pytestmark = pytest.mark.federation
+
+
+def test_federations_of_rounds_are_compared_like_other_strategies(
+    place: Path, done: tuple[Grid, BenchTables, list[str]]
+) -> None:
+    text = FILE.replace("[0, 1]", "[1]").replace("leave_one_out = true", "")
+    for rule in ("flora", "ffa-lora"):
+        text += f'\n[[strategy]]\nname = "{rule}"\nset = {{ "rounds.rule" = "{rule}", "rounds.number" = 2 }}\n'
+    (place / "rounds.toml").write_text(text)
+    grid = grid_in(place, "rounds", "rounds.toml")
+    shutil.copytree(done[0].folder / "training", grid.folder / "training")
+    lines: list[str] = []
+    assert run_grid(grid, train, here, lines.append) == []
+    assert sum(line.startswith("training") for line in lines) == 2
+    tables = tables_of(grid)
+    shared = scores(done[1], domain="books", seed=1, left_out="")
+    assert scores(tables, domain="books").items() >= shared.items()
+    assert {"flora", "ffa-lora"} < set(scores(tables, domain="camping"))
+    reports = [of_round["aggregation"] for of_round in round_records(grid.run(Place("main", 1, ""), "flora"))]
+    costs = {row["strategy"]: row for row in tables.costs}
+    assert costs["flora"]["bytes_up"] == 2 * 3 * 2048  # rounds, clients, tensors
+    assert costs["average"]["bytes_up"] > 3 * 2048  # the tensors as Flower packs them
+    assert costs["flora"]["error"] == reports[-1]["error"]
+    assert costs["flora"]["residual"] == max(reports[-1]["start_residuals"].values())
+    assert costs["flora"]["rank"] == reports[-1]["rank"] == 2 * costs["average"]["rank"]
+    assert costs["average"]["error"] is costs["average"]["residual"] is None
+    assert costs["ffa-lora"]["bytes_up"] < costs["flora"]["bytes_up"]
+    assert [row["step"] for row in tables.curves if (row["strategy"], row["domain"]) == ("flora", "books")] == [1, 2]
+
+
+def test_a_federation_that_fails_or_loses_a_domain_is_reported_and_the_others_are_compared(
+    place: Path, done: tuple[Grid, BenchTables, list[str]]
+) -> None:
+    text = FILE.replace("[0, 1]", "[1]").replace("leave_one_out = true", "")
+    for rule in ("fedit", "weighted-average"):
+        text += f'\n[[strategy]]\nname = "{rule}"\nset = {{ "rounds.rule" = "{rule}", "rounds.number" = 2 }}\n'
+    (place / "lost.toml").write_text(text)
+    grid = grid_in(place, "lost", "lost.toml")
+    shutil.copytree(done[0].folder / "training", grid.folder / "training")
+
+    def unlucky(config: ExperimentConfig) -> None:
+        if config.rounds.rule == "fedit":
+            raise ClientError("the experts could not be trained")
+        train(config)
+        (record,) = (grid.folder / "training" / str(config.run_id) / "rounds").glob("2.json")
+        told = read_json(record)
+        del told["aggregation"]["client_weights"]["books"]  # as of a client that diverged
+        write_json(record, told)
+
+    for _ in range(2):  # and again when it is called again
+        failed = run_grid(grid, unlucky, here, lambda line: None)
+        assert [line.partition(": ")[0] for line in failed] == ["training", "training"]
+        assert "the experts could not be trained" in failed[0]
+        assert "books" in failed[1]
+    tables = tables_of(grid)
+    assert scores(tables, domain="books") == scores(done[1], domain="books", seed=1, left_out="")
+    status = {cell["strategy"]: cell["status"] for cell in tables.cells}
+    assert status == {**dict.fromkeys(STRATEGIES, "done"), "fedit": "failed", "weighted-average": "failed"}
+
+
+def test_the_policy_changes_bytes_and_not_merges(place: Path) -> None:
+    (place / "policies.toml").write_text(POLICIES)
+    overrides = ["merge.methods=average", "mergerec.granularities=layer", "dp.accountant=rdp"]
+    bench = load_bench(place / "policies.toml", overrides)
+    open_folder(place / "policies", bench)
+    grid = Grid(bench, place / "policies")
+    lines: list[str] = []
+    assert run_grid(grid, train, here, lines.append) == []
+    assert sum(line.startswith("training") for line in lines) == 2  # without noise, and with
+    tables = tables_of(grid)
+    for domain in (*TRAIN, "camping"):
+        found = scores(tables, domain=domain)
+        assert found["adapter"] == found["aggregate-only"]
+        assert found["adapter+catalog"] == found["catalog-private"]
+    up = {row["strategy"]: row["bytes_up"] for row in tables.costs}
+    down = {row["strategy"]: row["bytes_down"] for row in tables.costs}
+    at = Place("dp", 0, "")
+    experts = [read_adapter(grid.run(at, "adapter") / "adapters" / name) for name in TRAIN]
+    dense = sum(module.delta_weight().numel() for expert in experts for module in expert.modules.values())
+    assert up["aggregate-only"] == up["noised"] == 4 * dense
+    (label,) = merge_hashes(grid, at, "catalog-private")
+    learned = read_json(merge_folder(grid.merges(at, "catalog-private"), label) / "provenance.json")["coefficients"]
+    steps = grid.experiment(at, "catalog-private").mergerec.steps_made
+    answers = 3 * 4 * sum(map(len, learned.values())) * steps
+    assert up["catalog-private"] == up["adapter"] + answers
+    cohort = sum((grid.run(at, "adapter") / "adapters" / name / WEIGHTS).stat().st_size for name in TRAIN)
+    assert down["catalog-private"] == down["adapter"] + 3 * cohort + 2 * answers
+    page = bench_page(tables)
+    assert "Utility, privacy and bytes" in page
+    assert "aggregate-only: average" in page
+    assert {cell["config"]["privacy"]["policy"] for cell in tables.cells} == {
+        "adapter",
+        "aggregate-only",
+        "adapter+catalog",
+        "catalog-private",
+    }
+
+
+def test_audit_results_are_reported_beside_scores(place: Path) -> None:
+    audited = '"audit.held_out_users" = 0.5, "audit.canaries" = 4'
+    text = POLICIES.replace('"dp.mode" = "user", "dp.delta" = 1e-3, "dp.noise_multiplier" = 0.0', audited)
+    (place / "audited.toml").write_text(text.partition('[[strategy]]\nname = "noised"')[0])
+    bench = load_bench(place / "audited.toml", ["merge.methods=average"])
+    open_folder(place / "audited", bench)
+    grid = Grid(bench, place / "audited")
+    lines: list[str] = []
+    assert run_grid(grid, train, here, lines.append) == []
+    audits = [line for line in lines if line.startswith("audit ")]
+    assert len(audits) == len(TRAIN)  # one for both policies, whose merge is the same
+    tables = tables_of(grid)
+    at = Place("dp", 0, "")
+    config, run = grid.experiment(at, "adapter"), grid.run(at, "adapter")
+    (label,) = merge_hashes(grid, at, "adapter")
+    merged = read_adapter(merge_folder(grid.merges(at, "adapter"), label))
+    expert = read_adapter(run / "adapters" / "books")
+    found = audit_domain(Audited(domain_of(config, "books"), config, expert, merged, {}, None), num_shadows=0)
+    assert found["members"] > 0 < found["non_members"]
+
+    def leaks(**wanted: object) -> dict[tuple[str, str, str], float]:
+        rows = [row for row in tables.leaks if all(row[key] == value for key, value in wanted.items())]
+        return {(row["model"], row["attack"], row["metric"]): row["value"] for row in rows}
+
+    told = leaks(domain="books", strategy="adapter")
+    for row in found["membership"]:
+        assert told[row["model"], row["attack"], "auc"] == row["auc"]
+    for row in found["canaries"]:
+        assert told[row["model"], "canaries", "mean_exposure"] == row["mean_exposure"]
+    for row in found["recovery"]["rows"]:
+        assert told[row["from"], "pairs", "precision@50"] == row["precision_at"]["50"]
+    assert told["expert", "loss", "tpr_at_fpr_0.001"] is None  # too few users to see it
+    hidden = leaks(domain="books", strategy="aggregate-only")
+    assert hidden == {key: value for key, value in told.items() if not key[0].startswith("expert")}
+    assert "Membership AUC, merge" in bench_page(tables)
+    again: list[str] = []
+    assert run_grid(grid, train, here, again.append) == []
+    assert f"audit: {len(TRAIN)} of {len(TRAIN)} cells are done" in again
+
+
+AUDITED = """
+title = "Audited"
+experiment = "experiment.toml"
+seeds = [0]
+leave_one_out = true
+baseline = "average"
+[[dataset]]
+name = "poisoned"
+[dataset.set]
+audit = { held_out_users = 0.5 }
+attack = { domain = "coffee", kind = "scaled-update", strength = 100.0 }
+[[strategy]]
+name = "average"
+set = { "merge.methods" = "average" }
+[[strategy]]
+name = "rounds"
+set = { "rounds.rule" = "fedit", "rounds.number" = 2 }
+"""
+
+
+def test_audits_and_an_attack_with_folds_and_rounds(place: Path) -> None:
+    (place / "audited.toml").write_text(AUDITED)
+    grid = grid_in(place, "audited-more", "audited.toml")
+    assert run_grid(grid, train, here, lambda line: None) == []
+    tables = tables_of(grid)
+    assert {row["left_out"] for row in tables.results} == {"", *TRAIN}
+    assert {row["left_out"] for row in tables.leaks} == {""}  # a fold's experts are those that are audited already
+    of_average, of_rounds = (
+        {(row["domain"], row["model"]) for row in tables.leaks if row["strategy"] == name and row["metric"] == "auc"}
+        for name in ("average", "rounds")
+    )
+    assert of_average == {(domain, model) for domain in TRAIN for model in ("expert", "merged", "backbone")}
+    assert of_rounds == {(domain, model) for domain, model in of_average if model != "expert"}
+    trained = [load_config(run / "config.toml") for run in grid.folder.glob("training/*")]
+    assert [config.attack.domain for config in trained if "coffee" in config.domains.train] == ["coffee"] * 4
+    assert [config.attack.domain for config in trained if "coffee" not in config.domains.train] == [None]
+
+
+def test_a_private_catalog_is_used_in_its_clients_place_only(place: Path) -> None:
+    text = FILE[: FILE.index("[[strategy]]")].replace("[0, 1]", "[0]").replace("leave_one_out = true", "")
+    for policy in ("adapter+catalog", "catalog-private"):
+        text += f'[[strategy]]\nname = "{policy}"\nset = {{ "privacy.policy" = "{policy}" }}\n'
+    (place / "private.toml").write_text(text.replace('baseline = "average"', 'baseline = "backbone"'))
+    shutil.copytree(place / "domains", place / "private-domains")
+    for domain in TRAIN:
+        manifest = place / "private-domains" / domain / "manifest.json"
+        manifest.write_text(manifest.read_text().replace('"public_catalog": true', '"public_catalog": false'))
+    wanted = [f"domains.root={place / 'private-domains'}", "merge.methods=mergerec", "mergerec.granularities=layer"]
+    bench = load_bench(place / "private.toml", wanted)
+    open_folder(place / "private", bench)
+    grid = Grid(bench, place / "private")
+    (failed,) = run_grid(grid, train, here, lambda line: None)
+    assert "merging: adapter+catalog" in failed
+    assert "public_catalog = false" in failed
+    at = Place("main", 0, "")
+    (label,) = merge_hashes(grid, at, "catalog-private")
+    made = read_json(merge_folder(grid.merges(at, "catalog-private"), label) / "provenance.json")
+    assert made["policy"] == "catalog-private"
+    (cost,) = [row for row in tables_of(grid).costs if row["strategy"] == "catalog-private"]
+    assert cost["bytes_up"] > 0
