@@ -162,13 +162,13 @@ def test_only_the_roles_in_use_have_a_mean() -> None:
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([], "no rows"),
-        ([ROWS[0], ROWS[0]], "given twice"),
-        ([ROWS[0], replace(ROWS[6], role="train")], "same users"),
-        ([ROWS[0], replace(ROWS[6], num_users=21)], "same users"),
-        ([replace(ROWS[0], metrics={"recall@10": 0.1})], r"ndcg@10 = None"),
-        ([replace(ROWS[0], metrics={"recall@10": float("nan"), "ndcg@10": 0.1})], r"recall@10 = nan"),
-        ([replace(ROWS[0], role="both")], "has the role 'both'"),  # type: ignore[arg-type]  # what a caller could pass
+        ([], "results table"),
+        ([ROWS[0], ROWS[0]], f"{ROWS[0].method!r} on {ROWS[0].domain!r}"),
+        ([ROWS[0], replace(ROWS[6], role="train")], "'train'"),
+        ([ROWS[0], replace(ROWS[6], num_users=21)], "21"),
+        ([replace(ROWS[0], metrics={"recall@10": 0.1})], "ndcg@10.*None"),
+        ([replace(ROWS[0], metrics={"recall@10": float("nan"), "ndcg@10": 0.1})], "recall@10.*nan"),
+        ([replace(ROWS[0], role="both")], "'both'"),  # type: ignore[arg-type]  # what a caller could pass
     ],
 )
 def test_rows_that_do_not_belong_together_are_refused(rows: list[ResultRow], message: str) -> None:
@@ -177,11 +177,11 @@ def test_rows_that_do_not_belong_together_are_refused(rows: list[ResultRow], mes
 
 
 def test_options_that_do_not_exist_are_refused() -> None:
-    with pytest.raises(LayoutMismatchError, match=r"no rows of the merged methods \['tise'\]"):
+    with pytest.raises(LayoutMismatchError, match=r"\['tise'\]"):
         results_table(ROWS, variant="masked", split="test", merged_methods=["ties", "tise"])
-    with pytest.raises(LayoutMismatchError, match="split 'train'"):
+    with pytest.raises(LayoutMismatchError, match="'train'"):
         results_table(ROWS, variant="masked", split="train")  # type: ignore[arg-type]  # what a caller could pass
-    with pytest.raises(ValueError, match="table_format is 'html'"):
+    with pytest.raises(ValueError, match="'html'"):
         results_table(ROWS, variant="masked", split="test", table_format="html")  # type: ignore[arg-type]  # as above
 
 
@@ -258,13 +258,13 @@ def test_domains_without_the_method_or_with_one_user_have_no_difference() -> Non
 
 
 def test_sums_that_do_not_belong_together_are_refused() -> None:
-    with pytest.raises(LayoutMismatchError, match="no domain has the baseline 'none'"):
+    with pytest.raises(LayoutMismatchError, match="'none'"):
         differences_table(SUMS, ROLES, baseline="none", split="test")
-    with pytest.raises(LayoutMismatchError, match="one variant"):
+    with pytest.raises(LayoutMismatchError, match=r"\['masked', 'unmasked'\]"):
         differences_table(
             {**SUMS, "Toys": replace(SUMS["Toys"], variant="unmasked")}, ROLES, baseline="same", split="test"
         )
-    with pytest.raises(LayoutMismatchError, match=r"the domains \['Toys'\] have no role"):
+    with pytest.raises(LayoutMismatchError, match=r"\['Toys'\]"):
         result_rows(SUMS, {"Beauty": "train", "Garden": "unseen"})
-    with pytest.raises(LayoutMismatchError, match="at least one domain"):
+    with pytest.raises(LayoutMismatchError, match=r"\[\]"):
         differences_table({}, {}, baseline="same", split="test")

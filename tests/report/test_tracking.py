@@ -120,12 +120,12 @@ def test_a_tracker_that_fails_does_not_undo_a_finished_run(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("tracking", ["tensorboard", "mlflow"])
-def test_what_is_not_installed_is_refused_before_anything_starts(
+def test_a_tracker_that_is_not_installed_is_refused_before_anything_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tracking: Tracking
 ) -> None:
     monkeypatch.setattr(sys, "path", [])
     monkeypatch.delitem(sys.modules, tracking, raising=False)
-    remedy = rf"tracking = '{tracking}', but the package {tracking} is not installed.*fedmerge\[{tracking}\]"
+    remedy = rf"tracking = '{tracking}'.*fedmerge\[{tracking}\]"
     with pytest.raises(ConfigError, match=remedy):
         check_tracking(tracking)
     config = small_experiment(tmp_path, tracking=tracking)

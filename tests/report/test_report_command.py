@@ -1,0 +1,57 @@
+"""``fedmerge report``: refusals, and a file written whole or not at all."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from run_folders import Place, full_disk, make_run, output, refusal
+
+RUN_ID = "shops-20260102-030405-abcd"
+Capsys = pytest.CaptureFixture[str]
+
+
+def test_a_run_that_is_not_done_is_refused(run: Path, tmp_path: Path, capsys: Capsys) -> None:
+    shutil.copytree(run, tmp_path / "runs" / RUN_ID)
+    (tmp_path / "runs" / RUN_ID / "DONE").unlink()
+    told = refusal(capsys, "report", RUN_ID[:6], "--dir", tmp_path / "runs")
+    assert "incomplete" in told
+    assert f"fedmerge run --resume {tmp_path / 'runs' / RUN_ID}" in told
+    told = refusal(capsys, "report", "nothing", "--dir", tmp_path / "runs")
+    assert "nothing" in told
+    assert str(tmp_path / "runs") in told
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("metrics.parquet", "metrics.parquet:"),
+        ("products.parquet", "products.parquet:"),
+        ("exposure.parquet", "exposure.parquet:"),
+        ("adapters/toys/training.json", "training.json:"),
+        ("merged/average/provenance.json", "provenance.json:"),
+        ("environment.json", "environment.json:"),
+    ],
+)
+def test_a_damaged_run_is_refused_by_name(run: Path, tmp_path: Path, capsys: Capsys, file: str, message: str) -> None:
+    shutil.copytree(run, tmp_path / "copy")
+    (tmp_path / "copy" / file).write_bytes(b"PAR1{")
+    assert message in refusal(capsys, "report", tmp_path / "copy")
+    assert not (tmp_path / "copy" / "report.html").exists()
+
+
+def test_a_run_without_its_tables_is_refused(place: Place, capsys: Capsys) -> None:
+    folder = make_run(place, "bare-run")  # has no products.parquet
+    assert "products.parquet:" in refusal(capsys, "report", folder)
+
+
+def test_the_file_is_written_whole_or_not_at_all(folder: Path, capsys: Capsys) -> None:
+    output(capsys, "report", folder)
+    before = (folder / "report.html").read_bytes()
+    with full_disk(10_000):
+        assert str(folder / "report.html") in refusal(capsys, "report", folder)
+    assert (folder / "report.html").read_bytes() == before
+    assert not list(folder.glob(".*"))
+    for out in (folder / "gone" / "x.html", folder):
+        told = refusal(capsys, "report", folder, "--out", out)
+        assert f"{out}:" in told
+        assert "--out" in told
