@@ -24,7 +24,7 @@ def test_command_line_settings_change_the_experiment(place: Path) -> None:
     bench = load_bench(place / "bench.toml", ["cache_dir=/elsewhere", "train.max_steps=3"])
     experiment = bench.experiment("main", "mergerec", 1)
     assert (experiment.cache_dir, experiment.train.max_steps, experiment.seed) == ("/elsewhere", 3, 1)
-    with pytest.raises(ConfigError, match="train.max_step.*train.max_steps"):
+    with pytest.raises(ConfigError, match=r"train.max_step.*train.max_steps"):
         load_bench(place / "bench.toml", ["train.max_step=3"])
 
 
@@ -104,7 +104,7 @@ def test_a_folder_belongs_to_one_benchmark(place: Path, done: tuple[Grid, BenchT
         open_folder(place / "done", load_bench(place / "other.toml"))
     (place / "full").mkdir()
     (place / "full" / "thesis.doc").touch()
-    with pytest.raises(ConfigError, match="full.*--out"):
+    with pytest.raises(ConfigError, match=r"full.*--out"):
         open_folder(place / "full", load_bench(place / "bench.toml"))
     with pytest.raises(RunDirError, match=r"bench\.toml.x"):
         open_folder(place / "bench.toml" / "x", load_bench(place / "bench.toml"))

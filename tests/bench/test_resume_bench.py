@@ -92,7 +92,7 @@ def test_a_domain_without_an_expert_ends_the_benchmark(place: Path, done: tuple[
     run = grid.run(Place("main", 0, ""), None)
     experts = read_json(run / "experts.json")
     write_json(run / "experts.json", {name: sha256 for name, sha256 in experts.items() if name != "coffee"})
-    with pytest.raises(ClientError, match="main-seed0.*coffee"):
+    with pytest.raises(ClientError, match=r"main-seed0.*coffee"):
         run_grid(grid, train, here, lambda line: None)
 
 

@@ -105,5 +105,5 @@ def test_other_columns_and_cells_are_refused(folder: Path) -> None:
     with pytest.raises(RunDirError, match=r"elsewhere.bench\.json"):
         read_bench_tables(folder / "elsewhere")
     cells = [{**dict.fromkeys(bench_tables.CELL_KEYS, ""), "seconds": "long"}]
-    with pytest.raises(RunDirError, match="cell 0 .*'long'"):
+    with pytest.raises(RunDirError, match=r"cell 0 .*'long'"):
         write_bench_tables(folder, BenchTables("t", False, cells=cells))
