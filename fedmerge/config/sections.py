@@ -199,7 +199,7 @@ RoundRule = Literal[
 
 
 class Rounds(Section):
-    """A federation of several rounds in place of one merge, explained in [federated.md](federated.md)."""
+    """A federation of several rounds in place of one merge, explained in [rounds.md](reference/rounds.md)."""
 
     rule: RoundRule | MergeMethod | None = Field(
         None, description="Rule of a round, or a merging method; 'none': experts are trained once and merged."
@@ -270,7 +270,7 @@ PAPER_STEPS = 500  # of MergeRec, as published
 
 
 class MergeRec(Section):
-    """Collaborative merging (https://arxiv.org/abs/2601.01753), explained in [collaborative.md](collaborative.md)."""
+    """Collaborative merging (https://arxiv.org/abs/2601.01753), explained in [mergerec.md](reference/mergerec.md)."""
 
     preset: Literal["default", "paper"] = Field(
         "default", description="paper: the published value of every key that has its default here, granularities apart."
@@ -362,7 +362,7 @@ class AdaMerging(Section):
 
 
 class ThroughClients(Section):
-    """Coefficients learned through the clients: `privacy.policy = "catalog-private"` ([privacy.md](privacy.md))."""
+    """Coefficients learned by the clients: `privacy.policy = "catalog-private"` ([policies](reference/policies.md))."""
 
     mode: Literal["exact", "local-steps"] = Field(
         "exact", description="exact: one message a step, as if the server had the catalogs; local-steps: several."
@@ -467,7 +467,7 @@ class Privacy(Section):
         "adapter+catalog",
         description="adapter+catalog: catalogs are public, as MergeRec has it; adapter: adapter and metric sums only; "
         "catalog-private: the clients learn the coefficients; aggregate-only: sums of adapters only "
-        "([privacy.md](privacy.md)).",
+        "([policies](reference/policies.md)).",
     )
     min_users: int = Field(20, ge=1, description="Metric sums over fewer users than this do not leave a client.")
     transport: Transport = Field(
@@ -486,7 +486,7 @@ class Privacy(Section):
 
 
 class Admission(Section):
-    """The gate in front of the merge, explained in [admission.md](admission.md)."""
+    """The gate in front of the merge, explained in [admission.md](reference/admission.md)."""
 
     action: Literal["flag", "exclude"] | None = Field(
         "flag", description="What happens to an expert that fails a check; 'none': nothing is checked."
@@ -517,7 +517,7 @@ class Admission(Section):
 
 
 class Attack(Section):
-    """A benchmark's client that poisons its own training on purpose, explained in [admission.md](admission.md)."""
+    """A benchmark's client that poisons its own training, explained in [admission.md](reference/admission.md)."""
 
     domain: str | None = Field(None, description="The training domain that does so; 'none': nobody.")
     kind: Literal["flipped-labels", "promoted-items", "scaled-update"] = Field(
@@ -544,7 +544,7 @@ class Attack(Section):
 
 
 class DP(Section):
-    """Differential privacy, explained in [differential-privacy.md](differential-privacy.md)."""
+    """Differential privacy, explained in [differential-privacy.md](reference/differential-privacy.md)."""
 
     mode: Literal["none", "user", "domain-local", "domain-central"] = Field(
         "none",

@@ -56,7 +56,7 @@ policy = "policy.toml"
 threads = {threads}
 
 # For secure sums, that no server can take the place of another client: an Ed25519 key of ssh-keygen, and a folder with
-# the NAME.pub of all domains, from elsewhere than the operator. See docs/secure-aggregation.md.
+# the NAME.pub of all domains, from elsewhere than the operator. See docs/reference/secure-aggregation.md.
 # identity_key = "identity"
 # peer_keys = "peers"
 

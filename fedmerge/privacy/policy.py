@@ -1,6 +1,6 @@
 """What may leave a client, by policy. The client asks here before it answers; its answer is refused otherwise.
 
-What each policy promises, and to whom, is in docs/privacy.md.
+What each policy promises, and to whom, is in docs/reference/policies.md.
 """
 
 from typing import Literal

@@ -2,7 +2,7 @@
 
 Three kinds of checks, each with a number, a limit and the reason for that limit below: the size of the update against
 the cohort, a probe of the adapted encoder on its domain's own catalog, and what the other domains' users say of the
-merge without it. What they cannot see stands in docs/admission.md.
+merge without it. What they cannot see stands in docs/reference/admission.md.
 
 Source: "One Bad Model Spoils the Bunch" (arXiv:2406.14563) for the need; the checks are our own.
 """

@@ -1,6 +1,6 @@
 """What an audit finds on an adapter that was deliberately overfitted, and what noise leaves of it.
 
-    pytest -m slow tests/test_audit_overfitted.py -s        prints the tables of docs/results.md
+    pytest -m slow tests/client/test_audit_overfitted.py -s        prints the tables of docs/results.md
 
 The bundled demo's generator (100 users, 100 items) and its random backbone; 50 users and 16 canaries are trained on for
 200 steps, each with its last item alone, without early stopping. The only thing that differs is the noise.

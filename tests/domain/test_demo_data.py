@@ -1,4 +1,4 @@
-"""The demo data: frozen, plausible, and with the structure that docs/demo-data.md promises."""
+"""The demo data: frozen, plausible, and with the structure that docs/reference/demo-data.md promises."""
 
 import time
 from pathlib import Path

@@ -524,6 +524,6 @@ def test_states_that_do_not_fit_are_refused() -> None:
 
 
 def test_the_documentation_has_the_table() -> None:
-    document = (Path(__file__).resolve().parents[2] / "docs" / "federated.md").read_text(encoding="utf-8")
+    document = (Path(__file__).resolve().parents[2] / "docs" / "reference" / "rounds.md").read_text(encoding="utf-8")
     assert rules_table() in document
     assert all(f"**{name}**" in document and text in " ".join(document.split()) for name, text in CONTINUATIONS.items())

@@ -1,6 +1,6 @@
-"""Each tutorial is run as it stands: its sh and python blocks in order, in a copy of the repository.
+"""The guides marked in docs/README.md run exactly as written: their sh and python blocks, in a copy of the repository.
 
-Only the backbone is exchanged for a tiny one. Each line of a text block must be printed; … stands for anything.
+Only the backbone is replaced by a tiny one. Each line of a text block must be printed; … stands for anything.
 """
 
 import os
@@ -22,14 +22,15 @@ from sim.local.launch import MARK, end_processes, flower_environment
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-TUTORIALS = sorted((REPOSITORY / "docs" / "tutorials").glob("*.md"))
+MAP = (REPOSITORY / "docs" / "README.md").read_text()
+GUIDES = [REPOSITORY / "docs" / path for path in re.findall(r"\]\((guides/\S+\.md)\) \*", MAP)]
 TRACKED = ("fedmerge", "sim", "configs", "docs", "pyproject.toml", "LICENSE", "README.md")
 PORT = re.compile(r"\b(8000|909\d)\b")
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the tutorials share: a home folder, so that no expert is trained twice, and the tiny backbone."""
+    """A home folder that the guides share, so that no expert is trained twice, with the tiny backbone."""
     folder = tmp_path_factory.mktemp("home")
     tiny_bert(folder / "backbone")
     return folder
@@ -53,7 +54,7 @@ def checkout(home: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def variables(home: Path, checkout: Path) -> Iterator[dict[str, str]]:
-    """The environment of a shell in which the copy is installed; whatever was started in it is ended."""
+    """The environment of a shell in which the copy is installed; processes started in it are ended."""
     programs = checkout.parent / "bin"
     programs.mkdir()
     for name, module in (("fedmerge", " -m fedmerge.cli"), ("python", "")):
@@ -77,14 +78,14 @@ def variables(home: Path, checkout: Path) -> Iterator[dict[str, str]]:
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """Return a port that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def script(text: str) -> str:
-    """The sh and python blocks of a page as one shell script, with ports that are free here."""
+    """Join the sh and python blocks of a page into one shell script, with ports that are free here."""
     lines = ["set -e"]
     for language, content in re.findall(r"^```(\w+)\n(.*?)^```$", text, re.M | re.S):
         if language == "sh":
@@ -96,14 +97,14 @@ def script(text: str) -> str:
 
 
 def expected(text: str) -> list[str]:
-    """The lines of the text blocks."""
+    """Return the lines of the text blocks."""
     found = re.findall(r"^```text\n(.*?)^```$", text, re.M | re.S)
     return [line for content in found for line in content.splitlines() if line.strip()]
 
 
-@pytest.mark.parametrize("tutorial", TUTORIALS, ids=lambda path: path.stem)
-def test_a_tutorial_does_what_it_says(tutorial: Path, checkout: Path, variables: dict[str, str]) -> None:
-    text = tutorial.read_text()
+@pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.stem)
+def test_a_guide_does_what_it_says(guide: Path, checkout: Path, variables: dict[str, str]) -> None:
+    text = guide.read_text()
     done = subprocess.run(
         ["bash", "-c", script(text)],
         cwd=checkout,

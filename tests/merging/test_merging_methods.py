@@ -464,7 +464,7 @@ def test_refusals() -> None:
 
 
 def test_the_documentation_has_the_tables() -> None:
-    document = (Path(__file__).resolve().parents[2] / "docs" / "merging.md").read_text(encoding="utf-8")
+    document = (Path(__file__).resolve().parents[2] / "docs" / "reference" / "merging.md").read_text(encoding="utf-8")
     for table in (methods_table(), laws_table()):
         assert table in document
         assert all(f"| `{name}` |" in table for name in METHODS)

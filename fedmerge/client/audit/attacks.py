@@ -1,4 +1,4 @@
-"""What an adapter tells of the users it was trained on, measured where they are; see docs/differential-privacy.md."""
+"""Attacks that measure what an adapter reveals about its users, docs/reference/differential-privacy.md."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
