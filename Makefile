@@ -1,20 +1,34 @@
-# PYTHON: 3.11 or newer. Everything lives in .venv; delete it to start afresh.
+# Linux, Python 3.11 or newer. Everything is installed in .venv; delete it to start from scratch.
+#
+#   make demo                        the bundled federation
+#   make install TORCH=cpu           PyTorch's CPU build, without CUDA's libraries; before anything else is installed
+#   make install PIP_FLAGS="..."     more arguments for pip, for example an index of your own
+#   make wheel                       dist/fedmerge-VERSION-py3-none-any.whl, which is all that organisations need
 PYTHON ?= python3
 BIN := .venv/bin
+PIP_FLAGS ?=
+ifeq ($(TORCH),cpu)
+PIP_FLAGS += --extra-index-url https://download.pytorch.org/whl/cpu
+endif
 
-.PHONY: install demo test e2e deploy lint bench docs
+.PHONY: install demo test e2e deploy lint bench docs wheel
 
 install: .venv/.installed
 
-.venv/.installed: pyproject.toml constraints.txt
+.venv/.installed: pyproject.toml setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.platform == "linux" else "fedmerge runs on Linux only, this is " + sys.platform)'
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "fedmerge needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; run make PYTHON=python3.12 …")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
 # The bundled synthetic federation: four domains train, one is unseen. A few minutes on two cores.
 demo: install
-	$(BIN)/fedmerge run configs/demo.toml
+	$(BIN)/fedmerge demo
+
+# With the setuptools that is installed, so that it needs no network.
+wheel: install
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir dist .
 
 test: install
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile

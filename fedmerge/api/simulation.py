@@ -56,7 +56,8 @@ def simulate(
     Progress goes to the logger ``fedmerge``; no handler is installed.
 
     Args:
-        config: an experiment file or configuration; None is the defaults.
+        config: an experiment file, the name of one that comes with fedmerge (``tiny``), or a configuration; None is the
+            defaults.
         overrides: dotted key -> value, or ``key=value`` texts.
 
     Raises:
@@ -65,7 +66,10 @@ def simulate(
     """
     from fedmerge.config import ExperimentConfig, load_config, with_absolute_paths
     from fedmerge.files import read_json
+    from fedmerge.installation import find_config, import_flower_side
     from fedmerge.runs.folder import new_run_id
+
+    import_flower_side()
     from sim.local.in_process import run_in_process
 
     pairs = dict(overrides) if isinstance(overrides, Mapping) else None
@@ -77,7 +81,7 @@ def simulate(
             )
         experiment = config
     else:
-        experiment = load_config(None if config is None else Path(config), texts)
+        experiment = load_config(None if config is None else find_config(config), texts)
     experiment = with_absolute_paths(experiment, Path.cwd())
     if experiment.run_id is None:
         experiment = experiment.model_copy(update={"run_id": new_run_id(experiment.name)})

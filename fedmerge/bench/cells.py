@@ -9,6 +9,7 @@ import io
 import resource
 import shutil
 import time
+import traceback
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -100,6 +101,17 @@ def work(cell: Cell) -> Ended:
     except FedMergeError as error:
         problem = f"{type(error).__name__}: {error}"
     return Ended(cell, problem, time.monotonic() - started)
+
+
+def work_in_task(cell: Cell) -> Ended:
+    """Do a cell in a Ray task; whatever is raised is its problem, with the traceback.
+
+    Here, since the processes of Ray can import ``fedmerge`` everywhere, and ``sim`` in a checkout only.
+    """
+    try:
+        return work(cell)
+    except Exception:
+        return Ended(cell, traceback.format_exc(), 0.0)
 
 
 def _do(cell: Cell) -> None:

@@ -1,4 +1,4 @@
-"""The command line: one module per group of commands. Nothing heavy is imported before a command needs it."""
+"""The command line: one module for each group of commands. Nothing heavy is imported before a command needs it."""
 
 import argparse
 import os
@@ -6,27 +6,31 @@ import sys
 from collections.abc import Sequence
 
 from fedmerge import __version__
-from fedmerge.cli import bench, client, deploy, privacy, report, run, runs
+from fedmerge.cli import bench, configs, privacy, report, run, runs
 from fedmerge.cli.adapters import evaluate, export, merge, recommend
 from fedmerge.cli.data import folders
+from fedmerge.cli.machines import client, deploy
 from fedmerge.errors import FedMergeError
+from fedmerge.installation import check_platform, import_flower_side
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        0 on success, 1 when something went wrong (with a message on standard error), 2 for wrong usage.
+        0 on success, 1 on an error (with a message on standard error), 2 for wrong usage.
     """
     options = _parser().parse_args(arguments)
     try:
+        check_platform()
+        import_flower_side()
         code = int(options.command(options))
         sys.stdout.flush()
         return code
     except FedMergeError as error:
         print(f"fedmerge: {error}", file=sys.stderr)
         return 1
-    except BrokenPipeError:  # whoever reads, `head` say, has had enough; Python's own last flush must not fail, too
+    except BrokenPipeError:  # the reader, for example `head`, has closed; Python's own last flush must not fail, too
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except KeyboardInterrupt:
@@ -40,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"fedmerge {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for group in (run, folders, runs, report, merge, evaluate, recommend, export, bench, privacy, deploy, client):
+    local = (run, configs, folders, runs, report, merge, evaluate, recommend, export, bench, privacy)
+    for group in (*local, deploy, client):
         group.add_commands(commands)
     return parser

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedmerge.cli.options import add_overrides
+from fedmerge.cli.options import add_app, add_overrides, app_folder, config_file
 
 if TYPE_CHECKING:
     from fedmerge.cli.options import Commands
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 def add_commands(commands: "Commands") -> None:
     """Add it to the parser."""
     bench = commands.add_parser("bench", help="compare strategies over seeds and datasets, with a report")
-    bench.add_argument("file", type=Path, help="benchmark file, for example configs/bench/smoke.toml")
+    bench.add_argument(
+        "file", type=config_file, help="benchmark file, or a name that 'fedmerge configs' lists, as bench/smoke"
+    )
     bench.add_argument("--out", type=Path, required=True, metavar="DIR", help="where everything goes; goes on with it")
     add_overrides(bench)
     bench.add_argument("--address", default=None, help="of a Ray cluster whose nodes see DIR (default: this machine)")
-    bench.add_argument(
-        "--app", type=Path, default=None, help="folder with pyproject.toml and sim/ (default: the installed checkout)"
-    )
+    add_app(bench)
     bench.set_defaults(command=_bench)
 
 
@@ -29,7 +29,7 @@ def _bench(options: argparse.Namespace) -> int:
     return run_bench(
         options.file,
         options.out,
-        options.app or Path(__file__).resolve().parents[2],
+        app_folder(options),
         options.address,
         options.overrides,
     )

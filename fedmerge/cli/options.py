@@ -1,4 +1,4 @@
-"""What several commands have in common."""
+"""Arguments that several commands share."""
 
 import argparse
 from pathlib import Path
@@ -10,27 +10,55 @@ if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
 
+def config_file(text: str) -> Path:
+    """Convert an argument to the file that it names, or to the shipped configuration of that name."""
+    from fedmerge.errors import ConfigError
+    from fedmerge.installation import find_config
+
+    try:
+        return find_config(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def app_folder(options: argparse.Namespace) -> Path:
+    """Return the folder of the Flower app: what ``--app`` says, else that of this installation."""
+    from fedmerge.installation import root
+
+    return options.app or root()
+
+
+def add_app(parser: argparse.ArgumentParser) -> None:
+    """Add ``--app`` for :func:`app_folder`."""
+    parser.add_argument(
+        "--app",
+        type=Path,
+        metavar="DIR",
+        help="folder with pyproject.toml and sim/ (default: the app of this fedmerge)",
+    )
+
+
 def add_overrides(parser: argparse._ActionsContainer) -> None:
-    """``--set KEY=VALUE …``."""
+    """Add ``--set KEY=VALUE …``."""
     parser.add_argument(
         "--set", dest="overrides", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="change settings"
     )
 
 
 def add_adapter(parser: argparse.ArgumentParser) -> None:
-    """The adapter, and where its settings come from; see :func:`adapter_config`."""
+    """Add the adapter and the source of its settings; see :func:`adapter_config`."""
     parser.add_argument("adapter", help="a PEFT folder, or 'none' for the backbone alone")
     parser.add_argument(
         "--config",
-        type=Path,
+        type=config_file,
         default=None,
-        help="experiment file for backbone, text and runtime (default: that of the run the adapter lies in)",
+        help="experiment file for backbone, text and runtime (default: that of the run that the adapter belongs to)",
     )
     add_overrides(parser)
 
 
 def adapter_config(options: argparse.Namespace) -> "ExperimentConfig":
-    """The settings to use an adapter with."""
+    """Return the settings to use an adapter with."""
     from fedmerge.config import load_config
     from fedmerge.encoder.adapter_records import config_of_adapter
 
@@ -39,7 +67,7 @@ def adapter_config(options: argparse.Namespace) -> "ExperimentConfig":
 
 
 def add_runs_folder(parser: argparse.ArgumentParser) -> None:
-    """``--dir``, where runs are looked for by their id."""
+    """Add ``--dir``, the folder in which runs are found by their id."""
     parser.add_argument(
         "--dir", type=Path, default=Path("runs"), metavar="DIR", help="folder of run folders (default: runs)"
     )

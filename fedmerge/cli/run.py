@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedmerge.cli.options import add_overrides
+from fedmerge.cli.options import add_app, add_overrides, app_folder, config_file
 
 if TYPE_CHECKING:
     from fedmerge.cli.options import Commands
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 def add_commands(commands: "Commands") -> None:
     """Add them to the parser."""
     run = commands.add_parser("run", help="run an experiment through Flower's simulation engine")
-    run.add_argument("config", type=Path, nargs="?", help="experiment file, for example configs/demo.toml")
+    run.add_argument(
+        "config", type=config_file, nargs="?", help="experiment file, or a name that 'fedmerge configs' lists, as demo"
+    )
     run.add_argument(
         "--resume", metavar="RUN", help="go on with a run that was ended, by its folder or its name in runs/"
     )
     add_overrides(run)
-    run.add_argument(
-        "--app", type=Path, default=None, help="folder with pyproject.toml and sim/ (default: the installed checkout)"
-    )
+    add_app(run)
     run.add_argument("--federation", metavar="NAME", help="run on the machines of a federation, not in a simulation")
     run.set_defaults(command=_run)
 
@@ -31,7 +31,7 @@ def add_commands(commands: "Commands") -> None:
     stop.set_defaults(command=_stop)
 
     check = commands.add_parser("check", help="validate an experiment file without running it")
-    check.add_argument("config", type=Path)
+    check.add_argument("config", type=config_file)
     add_overrides(check)
     check.set_defaults(command=_check)
 
@@ -51,7 +51,7 @@ def _run(options: argparse.Namespace) -> int:
 
     from sim.local.run import run_experiment
 
-    return run_experiment(config, options.app or Path(__file__).resolve().parents[2])
+    return run_experiment(config, app_folder(options))
 
 
 def _run_on_federation(options: argparse.Namespace) -> int:
@@ -71,7 +71,7 @@ def _run_on_federation(options: argparse.Namespace) -> int:
         config = load_config(options.config, options.overrides)
         if options.resume is not None:
             config = config.model_copy(update={"run_id": options.resume, "resume": True})
-    return run_on_federation(config, options.app or Path(__file__).resolve().parents[2], to)
+    return run_on_federation(config, app_folder(options), to)
 
 
 def _stop(options: argparse.Namespace) -> int:

@@ -7,7 +7,7 @@ operator/operator.crt, .key   opens the Control API, also from another machine; 
 flower/config.toml            FLWR_HOME on this machine
 nginx.conf                    the only thing that listens to the outside: Fleet for everybody, Control for the operator
 fedmerge-operator.service     for systemd
-compose.yaml                  for Docker, instead
+compose.yaml, image/          for Docker, instead; the wheel of fedmerge goes to image/, beside the tested versions
 clients/NAME/                 what the organisation NAME gets; its public key beside it in keys/NAME.pub
 state/                        the SuperLink's database, nginx's files, which keys are registered
 runs/                         the runs
@@ -24,6 +24,7 @@ from fedmerge.deploy import texts
 from fedmerge.deploy.certificates import LOCAL_HOSTS, Issued, check_host, issue, new_authority, sha1_fingerprint
 from fedmerge.errors import DeploymentError
 from fedmerge.files import new_folder, write_bytes
+from fedmerge.installation import root
 
 DEPLOYMENT_FILE = "deployment.toml"
 NAME_CHARACTERS = set("abcdefghijklmnopqrstuvwxyz0123456789-_")
@@ -70,9 +71,7 @@ class Deployment:
         return self.folder / "state"
 
 
-def create_deployment(
-    folder: Path, name: str, hosts: Sequence[str], port: int, superlink_port: int, app_dir: Path
-) -> Deployment:
+def create_deployment(folder: Path, name: str, hosts: Sequence[str], port: int, superlink_port: int) -> Deployment:
     """Make the operator's folder, whole or not at all.
 
     Args:
@@ -80,7 +79,6 @@ def create_deployment(
         name: of the federation.
         hosts: names and addresses of the server.
         port, superlink_port: see :class:`Deployment`.
-        app_dir: the checkout, for the compose file.
 
     Raises:
         DeploymentError: a name, host or port that cannot be.
@@ -89,14 +87,14 @@ def create_deployment(
     deployment = _checked(Path(os.path.abspath(folder)), name, hosts, port, superlink_port)
     with new_folder(deployment.folder) as partial:
         partial.chmod(0o700)
-        for part in ("ca", "server", "operator/flower", "flower", "clients", "keys", "state/nginx", "runs"):
+        for part in ("ca", "server", "operator/flower", "flower", "image", "clients", "keys", "state/nginx", "runs"):
             (partial / part).mkdir(parents=True)
         authority = new_authority(name)
         write_bytes(partial / "ca" / "ca.crt", authority.certificate)
         write_private(partial / "ca" / "ca.key", authority.key)
         _write_settings(partial / DEPLOYMENT_FILE, deployment)
         _issue_all(partial, deployment, authority)
-        _write_texts(partial, deployment, app_dir)
+        _write_texts(partial, deployment)
     return deployment
 
 
@@ -124,7 +122,7 @@ def read_deployment(folder: Path) -> Deployment:
     return _checked(path.parent, found["name"], found["hosts"], found["port"], found["superlink_port"])
 
 
-def renew(deployment: Deployment, app_dir: Path) -> None:
+def renew(deployment: Deployment) -> None:
     """Issue new server and operator certificates and write all configuration files again; the authority stays.
 
     The operator's certificate of before opens nothing any more, as soon as nginx is started again.
@@ -137,7 +135,7 @@ def renew(deployment: Deployment, app_dir: Path) -> None:
             "back from where you keep it."
         ) from error
     _issue_all(deployment.folder, deployment, authority)
-    _write_texts(deployment.folder, deployment, app_dir)
+    _write_texts(deployment.folder, deployment)
 
 
 def write_private(path: Path, data: bytes) -> None:
@@ -197,14 +195,15 @@ def _issue_all(folder: Path, deployment: Deployment, authority: Issued) -> None:
     write_bytes(folder / "operator" / "ca.crt", authority.certificate)
 
 
-def _write_texts(folder: Path, deployment: Deployment, app_dir: Path) -> None:
+def _write_texts(folder: Path, deployment: Deployment) -> None:
     home, name = deployment.folder, deployment.name
     operator = sha1_fingerprint(folder / "operator" / "operator.crt")
     files = {
         "nginx.conf": texts.nginx(home, deployment.port, deployment.superlink_port, operator),
         "flower/config.toml": texts.flower_config(name, f"127.0.0.1:{deployment.superlink_port}", deployment.authority),
         "fedmerge-operator.service": texts.systemd_unit(home, name),
-        "compose.yaml": texts.compose(home, deployment.port, app_dir),
+        "image/constraints.txt": (root() / "constraints.txt").read_text(encoding="utf-8"),
+        "compose.yaml": texts.compose(home, deployment.port),
         "operator/nginx.conf": texts.operator_door(deployment.address, deployment.superlink_port),
         "operator/flower/config.toml": texts.flower_config(name, f"127.0.0.1:{deployment.superlink_port}", None),
     }

@@ -168,19 +168,23 @@ WantedBy=multi-user.target
 """
 
 
-def compose(folder: Path, port: int, app_dir: Path) -> str:
-    """The same for Docker; the folder has the same path inside, so that its files are right in both places."""
+def compose(folder: Path, port: int) -> str:
+    """Return the same for Docker; the folder has the same path inside, so that its files are right in both places."""
+    wheel = f"fedmerge-{__version__}-py3-none-any.whl"
     return f"""\
+# Put {wheel} into {folder}/image first. More arguments for pip, for example
+# the index of PyTorch's CPU wheels: docker compose build --build-arg PIP_FLAGS="..."
 services:
   operator:
     image: fedmerge-operator:{__version__}
     build:
-      context: {app_dir}
+      context: {folder}/image
       dockerfile_inline: |
         FROM python:3.11-slim
         RUN apt-get update && apt-get install --yes --no-install-recommends nginx && rm -rf /var/lib/apt/lists/*
-        COPY . /fedmerge
-        RUN pip install --no-cache-dir --constraint /fedmerge/constraints.txt /fedmerge
+        COPY constraints.txt {wheel} /fedmerge/
+        ARG PIP_FLAGS=""
+        RUN pip install --no-cache-dir $$PIP_FLAGS --constraint /fedmerge/constraints.txt /fedmerge/{wheel}
     command: fedmerge deploy start {folder}
     init: true
     user: "{os.getuid()}:{os.getgid()}"

@@ -8,7 +8,6 @@ import hashlib
 import os
 import shutil
 import tempfile
-import traceback
 from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 import ray
 
-from fedmerge.bench.cells import Cell, Ended, Running, work
+from fedmerge.bench.cells import Cell, Ended, Running, work_in_task
 from fedmerge.bench.config import load_bench
 from fedmerge.bench.grid import Grid, open_folder
 from fedmerge.bench.stages import run_grid
@@ -118,7 +117,7 @@ def _on_ray(cells: Sequence[Cell], address: str | None, mark: str) -> Iterator[E
         return
     if not ray.is_initialized():
         _connect(address, mark)
-    task = ray.remote(max_retries=1)(_work)
+    task = ray.remote(max_retries=1)(work_in_task)
     left = deque(cells)
     running: dict[Any, Cell] = {}
     most = 1  # CPUs of a node, while there is one
@@ -140,13 +139,6 @@ def _on_ray(cells: Sequence[Cell], address: str | None, mark: str) -> Iterator[E
         except ray.exceptions.RayError as error:
             problem = f"its process ended ({type(error).__name__}); was it killed, or the memory full?"
             yield Ended(cell, problem, 0.0)
-
-
-def _work(cell: Cell) -> Ended:
-    try:
-        return work(cell)
-    except Exception:
-        return Ended(cell, traceback.format_exc(), 0.0)
 
 
 def _connect(address: str | None, mark: str) -> None:

@@ -35,6 +35,7 @@ from types import FrameType
 from typing import Any
 
 from fedmerge import errors
+from fedmerge.config import flatten
 from fedmerge.errors import ClientError, ConfigError, RunDirError
 
 COMPLETED = "finished:completed"
@@ -47,6 +48,7 @@ START_ATTEMPTS = 3  # flwr gives a SuperLink 15 s to start, which a cold disk or
 SOCKET_FOLDER_LENGTH = 20  # of the path of the temporary folder; with a longer one Ray's sockets exceed 107 bytes
 # In memory: a database would bring back the unfinished runs of a SuperLink that has ended.
 FLOWER_CONFIG = '[superlink]\ndefault = "local"\n\n[superlink.local]\naddress = ":local-in-memory:"\n'
+APP_PROJECT = ("name", "version", "description", "license")  # the keys of [project] that travel
 PLAIN_PATTERN = re.compile(r"[\w.-]+(/[\w.-]+)*(/\*\*/\*\.\w+)?")  # which Flower, as git, and a glob read alike
 COLOURS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
@@ -152,30 +154,40 @@ def run_federation(
 
 
 def copy_app(app_dir: Path, folder: Path) -> Path:
-    """Copy the files that an app's ``fab-include`` names, from which Flower builds the same bundle.
+    """Copy the files that an app's ``fab-include`` names, and of its pyproject.toml what Flower needs.
 
-    Flower looks at every file of a folder first, and a checkout with its virtual environment has sixty thousand.
+    The bundle that Flower builds from the copy is the same in a checkout and in an installed wheel, and no tool's
+    settings or development dependencies are in its hash. Flower looks at every file of a folder first, and a checkout
+    with its virtual environment has sixty thousand.
 
     Args:
         app_dir: the folder of the app's pyproject.toml.
         folder: gets the copies.
 
     Returns:
-        The folder to give to Flower: the copies', or the app's own where its rules are other than files of its root
-        and ``folder/**/*.ending``, or cannot be read, which Flower then says.
+        The folder to give to Flower: that of the copies, or the app's own where its rules are other than files of its
+        root and ``folder/**/*.ending``, or where its pyproject.toml cannot be read: Flower then says why.
 
     Raises:
         RunDirError: the copies cannot be written.
     """
     try:
-        app = tomllib.loads((app_dir / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["flwr"]["app"]
+        settings = tomllib.loads((app_dir / "pyproject.toml").read_text(encoding="utf-8"))
+        app = settings["tool"]["flwr"]["app"]
         patterns = app["fab-include"]
         if "fab-exclude" in app or not all(PLAIN_PATTERN.fullmatch(pattern) for pattern in patterns):
             return app_dir
+        project = {key: settings["project"][key] for key in APP_PROJECT if key in settings["project"]}
+        # Flower wants to see itself there; everything else is installed on every node, together with fedmerge.
+        project["dependencies"] = [name for name in settings["project"]["dependencies"] if name.startswith("flwr")]
+        reduced = flatten({"project": project, "tool": {"flwr": settings["tool"]["flwr"]}})
     except (OSError, ValueError, LookupError, TypeError):
         return app_dir
     try:
-        for pattern in ("pyproject.toml", ".gitignore", *patterns):
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = [f"{key} = {json.dumps(value)}\n" for key, value in reduced.items()]
+        (folder / "pyproject.toml").write_text("".join(lines), encoding="utf-8")
+        for pattern in (".gitignore", *patterns):
             for file in app_dir.glob(pattern):
                 if file.is_file() and not file.is_symlink():
                     copied = folder / file.relative_to(app_dir)

@@ -28,8 +28,8 @@ from flwr.supercore.protobuf.client import ProtobufClientInterceptor
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
-import fedmerge
 from fedmerge.errors import ClientError, RunDirError
+from fedmerge.installation import root
 from fedmerge.organisation.folder import (
     KEY,
     Bundle,
@@ -216,12 +216,11 @@ def _end(process: "subprocess.Popen[Any]") -> None:
 
 
 def _environment(client: Client) -> dict[str, str]:
-    """This process's, with the fedmerge of this process first, and nothing that Flower would send or install."""
+    """Return this process's variables, with this installation's ``sim`` first and Flower's telemetry off."""
     variables = dict(os.environ)
     variables.pop("PYTHONDONTWRITEBYTECODE", None)
-    root = str(Path(fedmerge.__file__).resolve().parents[1])
     return variables | {
-        "PYTHONPATH": os.pathsep.join(filter(None, [root, variables.get("PYTHONPATH", "")])),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(root()), variables.get("PYTHONPATH", "")])),
         "PYTHONUNBUFFERED": "1",
         "FLWR_HOME": str(client.cache_dir / "flower"),
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",

@@ -16,6 +16,7 @@ ROOMS = [path for path in FILES if path.parent.name != "fedmerge" or path.name !
 # Dependencies run one way: a module imports from its own row or from those above.
 ROWS: tuple[tuple[str, ...], ...] = (
     ("errors", "__init__"),
+    ("installation",),
     ("adapter", "config", "device", "evaluation", "files", "seeding"),
     ("domain",),
     ("encoder",),
@@ -37,7 +38,7 @@ PRIVATE = {
 }
 FRAMEWORKS = {"flwr", "ray"}
 USE_FLOWER = {"fedmerge.api.simulation"} | {
-    f"fedmerge.cli.{name}" for name in ("run", "runs", "bench", "deploy", "client")
+    f"fedmerge.cli.{name}" for name in ("run", "runs", "bench", "configs", "machines.deploy", "machines.client")
 }
 
 

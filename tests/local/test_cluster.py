@@ -197,7 +197,7 @@ def nodes_at_work() -> set[bytes]:
     found = set()
     for place in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
-            if (place / "cmdline").read_bytes().startswith(b"ray::_work"):
+            if (place / "cmdline").read_bytes().startswith(b"ray::work_in_task"):
                 variables = (place / "environ").read_bytes().split(b"\0")
                 found |= {entry for entry in variables if entry.startswith(NODE.encode())}
     return found

@@ -2,6 +2,7 @@
 
 import shutil
 import tempfile
+import tomllib
 import zipfile
 from io import BytesIO
 from pathlib import Path
@@ -29,22 +30,30 @@ def good() -> bytes:
         return build_fab_from_disk(copy_app(REPOSITORY, Path(folder)))
 
 
-def test_the_copy_that_flower_is_given_makes_the_bundle_of_the_checkout(tmp_path: Path, good: bytes) -> None:
-    """Whatever else lies in the checkout."""
+def test_the_copy_that_flower_is_given_depends_on_the_app_alone(tmp_path: Path, good: bytes) -> None:
+    """Whatever else lies in the checkout, and whatever else its pyproject.toml says."""
     checkout = tmp_path / "checkout"
     shutil.copytree(REPOSITORY / "sim", checkout / "sim")
     for name in ("pyproject.toml", "LICENSE", "README.md", ".gitignore"):
         shutil.copyfile(REPOSITORY / name, checkout / name)
+    settings = (checkout / "pyproject.toml").read_text()
+    assert "line-length = 120" in settings
+    (checkout / "pyproject.toml").write_text(settings.replace("line-length = 120", "line-length = 100"))
     (checkout / ".gitignore").write_text((checkout / ".gitignore").read_text() + "\nsim/scratch.py\n")
     for name in (".venv/lib/other/module.py", "runs/notes.md", "sim/notes.md", "sim/scratch.py", "docs/code.py"):
         (checkout / name).parent.mkdir(parents=True, exist_ok=True)
         (checkout / name).write_text("not of the app")
     (checkout / "sim" / "link.py").symlink_to(REPOSITORY / "README.md")
     copied = copy_app(checkout, tmp_path / "copied")
-    assert build_fab_from_disk(checkout) == build_fab_from_disk(copied) == good
+    assert build_fab_from_disk(copied) == good
     assert sim.machines.app_bundle.app_sha256(checkout) == app_sha256(good)
     assert {file.suffix for file in copied.rglob("*") if file.is_file()} == {".py", ".toml", ""}
     assert not (copied / "docs").exists()
+    told = tomllib.loads((copied / "pyproject.toml").read_text())
+    assert told.keys() == {"project", "tool"}
+    assert told["tool"] == {"flwr": tomllib.loads(settings)["tool"]["flwr"]}
+    (checkout / "pyproject.toml").write_text(settings.replace("max_steps = 60", "max_steps = 61"))
+    assert sim.machines.app_bundle.app_sha256(checkout) != app_sha256(good)
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ SECRETS = {"ca/ca.key", "server/server.key", "operator/operator.key"}
 
 @pytest.fixture
 def deployment(tmp_path: Path) -> Deployment:
-    return create_deployment(tmp_path / "operator", "prod", HOSTS, 8443, 8000, REPOSITORY)
+    return create_deployment(tmp_path / "operator", "prod", HOSTS, 8443, 8000)
 
 
 def public_key(path: Path, key: Any = None) -> Path:
@@ -70,6 +70,7 @@ def test_everything_is_there_and_nobody_else_can_read_a_key(deployment: Deployme
         "deployment.toml",
         "nginx.conf",
         "compose.yaml",
+        "image/constraints.txt",
         "fedmerge-operator.service",
         "flower/config.toml",
         "ca/ca.crt",
@@ -138,10 +139,10 @@ def test_only_the_operators_certificate_opens_what_asks_for_one(deployment: Depl
 def test_nothing_is_overwritten_and_a_full_disk_leaves_nothing(deployment: Deployment, tmp_path: Path) -> None:
     before = (deployment.folder / "ca/ca.key").read_bytes()
     with pytest.raises(RunDirError, match="is not an empty folder; nothing is overwritten"):
-        create_deployment(deployment.folder, "prod", HOSTS, 8443, 8000, REPOSITORY)
+        create_deployment(deployment.folder, "prod", HOSTS, 8443, 8000)
     assert (deployment.folder / "ca/ca.key").read_bytes() == before
     with full_disk(100), pytest.raises(RunDirError, match="cannot be written"):
-        create_deployment(tmp_path / "full", "prod", HOSTS, 8443, 8000, REPOSITORY)
+        create_deployment(tmp_path / "full", "prod", HOSTS, 8443, 8000)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["operator"]
 
 
@@ -151,7 +152,7 @@ def test_renewed_certificates_shut_the_former_operator_out(deployment: Deploymen
     assert former in (deployment.folder / "nginx.conf").read_text()
     settings = deployment.folder / "deployment.toml"
     settings.write_text(settings.read_text().replace("10.1.2.3", "new.example.org").replace("8443", "9443"))
-    renew(read_deployment(deployment.folder), REPOSITORY)
+    renew(read_deployment(deployment.folder))
     text = (deployment.folder / "nginx.conf").read_text()
     assert former not in text
     assert sha1_fingerprint(operator) in text
@@ -165,7 +166,7 @@ def test_renewed_certificates_shut_the_former_operator_out(deployment: Deploymen
     assert days < CERTIFICATE_DAYS - 3000
     (deployment.folder / "ca/ca.key").unlink()
     with pytest.raises(DeploymentError, match=r"ca\.key: cannot be read .* Put it back from where you keep it"):
-        renew(deployment, REPOSITORY)
+        renew(deployment)
 
 
 @pytest.mark.skipif(not shutil.which("nginx", path="/usr/sbin:/usr/bin"), reason="nginx is not installed")
@@ -173,7 +174,7 @@ def test_nginx_takes_both_configurations(deployment: Deployment) -> None:
     nginx = shutil.which("nginx", path="/usr/sbin:/usr/bin") or ""
     for folder in (deployment.folder, deployment.folder / "operator"):
         command = [nginx, "-t", "-q", "-p", str(folder), "-c", str(folder / "nginx.conf")]
-        renew(Deployment(deployment.folder, "prod", ("localhost",), 8443, 8000), REPOSITORY)  # a name that resolves
+        renew(Deployment(deployment.folder, "prod", ("localhost",), 8443, 8000))  # a name that resolves
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert (done.returncode, done.stderr) == (0, "")
 
@@ -264,7 +265,7 @@ def test_what_cannot_be_a_deployment_is_refused(tmp_path: Path, changes: dict[st
         "superlink_port": 8000,
     }
     with pytest.raises(DeploymentError, match=message):
-        create_deployment(**(arguments | changes), app_dir=REPOSITORY)
+        create_deployment(**(arguments | changes))
     assert not (tmp_path / "x").exists()
 
 

@@ -18,7 +18,7 @@ UNUSED = 9  # nobody listens there
 @pytest.fixture
 def operator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The operator's folder of a federation that does not run."""
-    made = create_deployment(tmp_path / "operator", "prod", ["localhost"], 8443, UNUSED, REPOSITORY)
+    made = create_deployment(tmp_path / "operator", "prod", ["localhost"], 8443, UNUSED)
     monkeypatch.setenv("FLWR_HOME", str(made.flower_home))
     return made.folder
 

@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fedmerge.cli.options import Commands
 
-CHECKOUT = Path(__file__).resolve().parents[2]
-
 
 def add_commands(commands: "Commands") -> None:
     """Add them to the parser."""
@@ -65,9 +63,7 @@ def _with_folder(parts: "Commands", name: str, text: str) -> argparse.ArgumentPa
 def _init(options: argparse.Namespace) -> int:
     from fedmerge.deploy.folder import create_deployment
 
-    made = create_deployment(
-        options.folder, options.name, options.hosts, options.port, options.superlink_port, CHECKOUT
-    )
+    made = create_deployment(options.folder, options.name, options.hosts, options.port, options.superlink_port)
     print(
         f"{made.folder}: federation {made.name}, clients will reach it at {made.address}\n"
         f"ca/ca.key signs certificates of this federation: keep a copy elsewhere, nobody else needs it\n"
@@ -87,11 +83,12 @@ def _add_client(options: argparse.Namespace) -> int:
     from fedmerge.deploy.clients import add_client, find_client, remove_client
     from fedmerge.deploy.folder import read_deployment
     from fedmerge.errors import DeploymentError
+    from fedmerge.installation import root
     from sim.machines.app_bundle import app_sha256
     from sim.machines.superlink import is_healthy, register_clients
 
     deployment = read_deployment(options.folder)
-    bundle = add_client(deployment, options.client, options.public_key, app_sha256(CHECKOUT), options.domain)
+    bundle = add_client(deployment, options.client, options.public_key, app_sha256(root()), options.domain)
     running = is_healthy(deployment)
     refusals: list[str] = []
     if running and options.client not in register_clients(deployment, refusals.append):
@@ -110,9 +107,10 @@ def _add_client(options: argparse.Namespace) -> int:
 def _bundle(options: argparse.Namespace) -> int:
     from fedmerge.deploy.clients import write_bundle
     from fedmerge.deploy.folder import read_deployment
+    from fedmerge.installation import root
     from sim.machines.app_bundle import app_sha256
 
-    bundle = write_bundle(read_deployment(options.folder), options.client, app_sha256(CHECKOUT))
+    bundle = write_bundle(read_deployment(options.folder), options.client, app_sha256(root()))
     print(f"{bundle}: written again; send this folder to {options.client}, who approves the app that it names")
     return 0
 
@@ -167,6 +165,6 @@ def _renew(options: argparse.Namespace) -> int:
     from fedmerge.deploy.folder import read_deployment, renew
 
     deployment = read_deployment(options.folder)
-    renew(deployment, CHECKOUT)
+    renew(deployment)
     print(f"{deployment.folder}: new certificates are there; start the federation again to use them")
     return 0

@@ -1,0 +1,52 @@
+"""What pyproject.toml cannot say: how the Flower side and the configurations get into the wheel.
+
+In a checkout they lie at the top: ``sim`` must be called so in the bundle that Flower ships, and must be no part of
+``fedmerge``, which is installed on every node. A wheel holds them as files in ``fedmerge/shipped``, so that nothing
+called ``sim`` is installed; ``fedmerge.installation`` finds them in both places.
+"""
+
+import shutil
+from pathlib import Path
+
+from setuptools import setup
+from setuptools.command.build_py import build_py
+from setuptools.command.editable_wheel import editable_wheel
+
+SHIPPED = ("pyproject.toml", "LICENSE", "constraints.txt", "sim/**/*.py", "configs/**/*.toml")
+
+
+def shipped_files() -> list[Path]:
+    """Return the files outside the package that the wheel holds, relative to this folder."""
+    return sorted(path for pattern in SHIPPED for path in Path().glob(pattern))
+
+
+class BuildWithShipped(build_py):
+    """Copy the shipped files beside the modules; an editable installation uses them where they are."""
+
+    def run(self) -> None:
+        """Build from an empty folder: a module that was deleted since the last build must not be in the wheel."""
+        if self.editable_mode:
+            super().run()
+            return
+        shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
+        for source in shipped_files():
+            target = Path(self.build_lib, "fedmerge", "shipped", source)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target)
+
+    def get_source_files(self) -> list[str]:
+        """Return what a source distribution needs."""
+        return [*super().get_source_files(), *(str(path) for path in shipped_files())]
+
+
+class EditableWithSim(editable_wheel):
+    """Make ``sim`` importable, too, for tests and benchmarks of a checkout."""
+
+    def run(self) -> None:
+        """Add the package before the finder is written."""
+        self.distribution.packages = [*self.distribution.packages, "sim"]
+        super().run()
+
+
+setup(cmdclass={"build_py": BuildWithShipped, "editable_wheel": EditableWithSim})
