@@ -35,7 +35,7 @@ from fedmerge.mergerec.learn import learn_coefficients, student_vectors
 from fedmerge.mergerec.objective import PAPER
 from fedmerge.mergerec.variants import pseudo_users_of
 from fedmerge.merging.stack import linear_merge, stack_adapters
-from fedmerge.privacy.transport import Coding, as_received, pack, residual
+from fedmerge.privacy.transport import Coding, decode_as_receiver, pack, residual
 
 DENSITIES = (0.5, 0.25, 0.1)
 LOCAL_STEPS = (5, 10, 25)
@@ -51,7 +51,7 @@ def by_transport(backbone: Backbone, config: ExperimentConfig, experts: Mapping[
     codings |= {f"top-k {density:g}": Coding("top-k", density, start) for density in DENSITIES}
     made = {}
     for label, coding in codings.items():
-        received = {name: as_received(expert, coding) for name, expert in experts.items()}
+        received = {name: decode_as_receiver(expert, coding) for name, expert in experts.items()}
         size = sum(values.nbytes for values in pack(next(iter(experts.values())), coding).values())
         lost = float(np.mean([residual(expert, received[name]) for name, expert in experts.items()]))
         equal = torch.full((len(experts),), 1 / len(experts))

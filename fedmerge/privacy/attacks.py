@@ -1,6 +1,6 @@
-"""Attacks, as statistics of scores: who was trained on, what was bought together, what was memorised.
+"""Attacks as statistics of scores: membership, pairs bought together, memorised canaries.
 
-Nothing here knows a model: scores come from whoever holds data and adapters. A higher score says "was trained on".
+No model is needed: whoever holds data and adapters computes the scores. A higher score means "was trained on".
 """
 
 import math
@@ -14,12 +14,12 @@ Floats = npt.NDArray[np.float64]
 Pairs = npt.NDArray[np.int64]
 
 FALSE_POSITIVE_RATES = (0.001, 0.01)
-AGAINST_BACKBONE = "loss against the backbone's"  # an attack that takes out that some users are easy for anybody
+AGAINST_BACKBONE = "loss against the backbone's"  # calibrated: some users are easy for every model
 SMALLEST_DEVIATION = 1e-6
 
 
 def membership(members: Floats, others: Floats) -> dict[str, float | None]:
-    """How well a score tells members from others: AUC with its standard error, and TPR at small FPR.
+    """Measure how well a score separates members from others: AUC with its standard error, and TPR at small FPR.
 
     Args:
         members: (m,) scores of units that were trained on.
@@ -34,7 +34,7 @@ def membership(members: Floats, others: Floats) -> dict[str, float | None]:
 
 
 def auc(members: Floats, others: Floats) -> tuple[float, float]:
-    """P(member's score > other's) + ½ P(equal), and its standard error.
+    """Return P(member's score > other's) + ½ P(equal), and its standard error.
 
     Source: DeLong, DeLong and Clarke-Pearson, Biometrics 44 (1988).
     """
@@ -44,9 +44,9 @@ def auc(members: Floats, others: Floats) -> tuple[float, float]:
 
 
 def tpr_at_fpr(members: Floats, others: Floats, rate: float) -> float | None:
-    """The largest share of members found at a threshold that accuses at most this share of the others.
+    """Return the largest true positive rate at a threshold whose false positive rate is at most ``rate``.
 
-    None with fewer than 1 / rate others: the rate cannot be seen.
+    None with fewer than 1 / rate others, which cannot resolve the rate.
     """
     allowed = math.floor(rate * len(others) + 1e-9)
     if allowed < 1:
@@ -56,15 +56,15 @@ def tpr_at_fpr(members: Floats, others: Floats, rate: float) -> float | None:
 
 
 def likelihood_ratios(scores: Floats, shadow_scores: Floats, shadow_members: npt.NDArray[np.bool_]) -> Floats:
-    """log p(score | trained on) − log p(score | not), each a Gaussian fitted on shadow models; LiRA, online.
+    """Return log p(score | trained on) − log p(score | not), Gaussians fitted on shadow models (online LiRA).
 
     Args:
         scores: (U,) of the attacked model.
         shadow_scores: (S, U) of S shadow models.
-        shadow_members: (S, U) whom each was trained on.
+        shadow_members: (S, U) True where the shadow model was trained on the user.
 
     Returns:
-        (U,). A user whom all or none of the shadows were trained on gets the mean of the others on that side.
+        (U,). A user in all or none of the shadow trainings gets the mean of the other users on the missing side.
 
     Source: Membership Inference Attacks From First Principles, arXiv:2112.03570, with one variance a side for all
     users, as it recommends for few shadows.
@@ -81,9 +81,9 @@ def likelihood_ratios(scores: Floats, shadow_scores: Floats, shadow_members: npt
 
 
 def exposures(ranks: npt.NDArray[np.int64], num_candidates: int) -> Floats:
-    """log₂ N − log₂ rank of each canary's secret among N candidates, rank 1 the likeliest.
+    """Return log₂ N − log₂ rank of each canary's secret among N candidates; rank 1 is the most likely.
 
-    A model that has memorised nothing gives uniform ranks, so a mean of log₂ e = 1.44 bits.
+    Without memorisation ranks are uniform, and the mean is log₂ e = 1.44 bits.
 
     Source: The Secret Sharer, arXiv:1802.08232.
     """
@@ -91,11 +91,11 @@ def exposures(ranks: npt.NDArray[np.int64], num_candidates: int) -> Floats:
 
 
 def top_pairs(rows: Iterable[tuple[int, Floats]], count: int) -> Pairs:
-    """The highest-scored pairs i < j of a symmetric matrix that comes in blocks of rows, best first.
+    """Return the highest-scored pairs i < j of a symmetric matrix given in blocks of rows, best first.
 
     Args:
         rows: (first row, (b, N) scores).
-        count: how many.
+        count: number of pairs.
 
     Returns:
         (count, 2), fewer where there are fewer pairs.
@@ -116,19 +116,19 @@ def top_pairs(rows: Iterable[tuple[int, Floats]], count: int) -> Pairs:
 
 
 def precision_at(pairs: Pairs, true: set[tuple[int, int]], counts: Iterable[int]) -> Mapping[str, float]:
-    """Which share of the first k predicted pairs is true, for every k up to their number."""
+    """Return precision@k of the predicted pairs, for every k up to their number."""
     hits = np.cumsum([(int(i), int(j)) in true for i, j in pairs])
     return {str(k): float(hits[k - 1]) / k for k in counts if k <= len(pairs)}
 
 
 def consecutive_pairs(sequences: Iterable[npt.NDArray[np.integer]]) -> set[tuple[int, int]]:
-    """Different items that some user had one after the other, the smaller index first."""
+    """Return the pairs of different items that some user had consecutively, the smaller index first."""
     steps = ((int(a), int(b)) for sequence in sequences for a, b in pairwise(sequence))
     return {(min(step), max(step)) for step in steps if step[0] != step[1]}
 
 
 def _share_below(values: Floats, others: Floats) -> Floats:
-    """Of each value, the share of the others below it, ties half."""
+    """Return, for each value, the share of the others below it; ties count half."""
     ordered = np.sort(others)
     left, right = np.searchsorted(ordered, values, "left"), np.searchsorted(ordered, values, "right")
     return np.asarray((left + right) / (2 * len(others)))

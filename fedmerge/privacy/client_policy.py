@@ -1,7 +1,7 @@
-"""What an organisation itself allows: a file on its own disk, which no run can change.
+"""An organisation's own policy: a file on its disk that no run can change.
 
-The settings of a run come with the run. This file is the organisation's word: its client reads it before every answer,
-and where the run asks for more than the file allows, nothing but that refusal is sent.
+Settings of a run arrive with the run. This file is the organisation's word: its client reads it before every answer. If
+the run asks for more than the file allows, the client sends nothing but the refusal.
 """
 
 import tomllib
@@ -16,7 +16,7 @@ from fedmerge.privacy.policy import Policy
 
 
 class ClientPolicy(Section):
-    """What one organisation allows, whatever a run asks for."""
+    """Limits that one organisation sets for every run."""
 
     policies: tuple[Policy, ...] = Field(("adapter+catalog", "adapter"), min_length=1)
     min_users: int = Field(20, ge=1)
@@ -29,30 +29,31 @@ class ClientPolicy(Section):
 
 
 DEFAULT_POLICY_TOML = """\
-# What this organisation allows, whatever a run asks for. Its client refuses runs that ask for more, and says which key.
+# The limits that this organisation sets for every run. Its client refuses a run that asks for more, and names the key.
 
-# The values of privacy.policy that it takes part under.
+# Accepted values of privacy.policy.
 policies = "adapter+catalog,adapter"
 
-# It takes part only where privacy.min_users, below which no sums leave, is at least this.
+# Smallest accepted privacy.min_users, below which no sums leave the client.
 min_users = 20
 
-# The most bytes that one answer may have; "none": no bound. An adapter of MiniLM at rank 8 has about 600,000.
+# Largest answer in bytes; "none" is no limit. An adapter of MiniLM at rank 8 has about 600,000.
 max_message_bytes = "none"
 
-# The most minutes that one answer may take, training included; "none": no bound. `fedmerge client` ends the work then;
-# a client that is started otherwise refuses only runs with more train.max_minutes. How many answers is not bounded.
+# Longest time for one answer in minutes, training included; "none" is no limit. `fedmerge client` stops the work then;
+# a client started in another way only refuses runs with a larger train.max_minutes. The number of answers is not
+# limited.
 max_minutes = 1440.0
 
-# Whether single adapters of other domains may be sent to it, as privacy.policy = "catalog-private" does. Merges, which
-# every participant evaluates, hold other domains' adapters in any case.
+# Accept single adapters of other domains, which privacy.policy = "catalog-private" sends. Every participant evaluates
+# merges in any case, and they contain other domains' adapters.
 receive_adapters = false
 
-# Whether merging coefficients may be learned on its own users (policy "catalog-private"), whose gradients then leave.
+# Allow learning merging coefficients on its own users (policy "catalog-private"); their gradients then leave.
 real_users = false
 
-# Differential privacy that it demands of each run (dp.mode "user" or "domain-local"): the largest epsilon and delta;
-# "none": no demand. Runs are not added up: several of them spend several budgets.
+# Required differential privacy of each run (dp.mode "user" or "domain-local"): largest epsilon and delta; "none"
+# requires nothing. Runs are not added up: several runs spend several budgets.
 max_epsilon = "none"
 max_delta = "none"
 """
@@ -62,27 +63,29 @@ def read_client_policy(path: Path) -> ClientPolicy:
     """Read an organisation's policy file.
 
     Args:
-        path: TOML file as DEFAULT_POLICY_TOML; a key that is left out has the value it has there.
+        path: TOML file like DEFAULT_POLICY_TOML, which has the defaults of missing keys.
 
     Raises:
-        ConfigError: it cannot be read, or every problem in it.
+        ConfigError: the file cannot be read; or all problems in it.
     """
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(
             f"policy file {path}: cannot be read ({error.strerror}), so nothing is sent. "
-            "Correct the node's policy-path."
+            "Correct policy-path in the node's configuration."
         ) from error
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"policy file {path}: not valid TOML: {error}. Nothing is sent until it is.") from error
+        raise ConfigError(
+            f"policy file {path}: not valid TOML ({error}). Nothing is sent until it is corrected."
+        ) from error
     try:
         return ClientPolicy.model_validate(values)
     except ValidationError as error:
         lines = "\n".join(f"  {describe_problem(problem)}" for problem in error.errors(include_url=False))
         known = ", ".join(ClientPolicy.model_fields)
         raise ConfigError(
-            f"policy file {path}: nothing is sent until this is corrected; keys: {known}\n{lines}"
+            f"policy file {path}: nothing is sent until these keys are corrected. Known keys: {known}.\n{lines}"
         ) from error
 
 
@@ -90,13 +93,13 @@ def check_run_is_allowed(own: ClientPolicy | None, run: ExperimentConfig, domain
     """Refuse a run that asks for more than the organisation allows.
 
     Args:
-        own: the organisation's; None for one that has no policy file and leaves all to the run but the gradients of its
+        own: the organisation's policy; None if it has no policy file: then it allows everything but gradients of its
             own users.
         run: the experiment.
-        domain: whose policy it is.
+        domain: the organisation's domain.
 
     Raises:
-        PolicyError: every key that refuses, with what the run has.
+        PolicyError: every key that refuses, with the run's value.
     """
     problems = []
     privacy, learned_on = run.privacy, run.through_clients.users
@@ -125,22 +128,23 @@ def check_message_size(own: ClientPolicy, size_bytes: int, domain: str) -> None:
         _refuse([f"max_message_bytes = {own.max_message_bytes:,}, the answer has {size_bytes:,}"], domain)
 
 
-def took_too_long(max_minutes: float, domain: str) -> PolicyError:
-    """What is said when an answer was not ready within the minutes that the organisation allows."""
+def too_slow_error(max_minutes: float, domain: str) -> PolicyError:
+    """Make the error for an answer that took longer than the organisation allows."""
     return PolicyError(
         f"domain {domain}: its own policy file refuses: max_minutes = {max_minutes:g}, and the answer was not ready by "
-        "then. Ask for less (fewer train.max_steps, users or methods), or agree with the organisation on more."
+        "then. Ask for less (fewer train.max_steps, users or methods), or agree on a higher limit with the "
+        "organisation."
     )
 
 
 def _unmet_bounds(own: ClientPolicy, dp: DP) -> Iterator[str]:
-    """Demands of differential privacy that one run does not meet by what the client itself does."""
+    """Yield the required bounds of differential privacy that the client's own noise does not meet in this run."""
     for key, demanded, promised in (("epsilon", own.max_epsilon, dp.epsilon), ("delta", own.max_delta, dp.delta)):
         if demanded is None:
             continue
         if dp.mode not in ("user", "domain-local") or dp.randomness != "system":
             found = (
-                f"dp.mode = {dp.mode!r} and dp.randomness = {dp.randomness!r}, by which this client promises nothing"
+                f"dp.mode = {dp.mode!r} and dp.randomness = {dp.randomness!r}, which guarantee nothing for this client"
             )
         elif promised is None:
             found = f"no dp.{key}"
@@ -154,6 +158,6 @@ def _unmet_bounds(own: ClientPolicy, dp: DP) -> Iterator[str]:
 def _refuse(problems: Sequence[str], domain: str) -> None:
     if problems:
         raise PolicyError(
-            f"domain {domain}: its own policy file refuses: {'; '.join(problems)}. Change the run, or agree with the "
-            "organisation on another policy file (its policy.toml, or the node's policy-path)."
+            f"domain {domain}: its own policy file refuses: {'; '.join(problems)}. Change the run, or agree on another "
+            "policy file with the organisation (its policy.toml, or the node's policy-path)."
         )

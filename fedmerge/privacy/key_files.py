@@ -1,4 +1,4 @@
-"""Private keys on disk: for their owner alone."""
+"""Private key files, readable by their owner only."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from fedmerge.errors import ConfigError
 
 
 def private_key_bytes(path: Path) -> bytes:
-    """What a private key file holds.
+    """Read a private key file.
 
     Raises:
         OSError: it cannot be read.
@@ -14,5 +14,5 @@ def private_key_bytes(path: Path) -> bytes:
     """
     others, data = path.stat().st_mode & 0o077, path.read_bytes()
     if others:
-        raise ConfigError(f"{path}: other users of this machine can read it. Run: chmod 600 {path}")
+        raise ConfigError(f"{path}: other users of this machine can read this private key. Run: chmod 600 {path}")
     return data

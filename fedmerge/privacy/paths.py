@@ -1,19 +1,19 @@
-"""What a client says of its errors, without the places on its disk: names of folders tell of people and machines."""
+"""Error messages without the paths of a client's disk: folder names reveal people and machines."""
 
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
-# A slash or ~/ that begins a word, up to the last slash of it; addresses (https://…) do not begin so.
+# From a slash or ~/ at the start of a word to its last slash; addresses (https://…) do not match.
 _PATH = re.compile(r"(?<![\w.:/~…])~?/(?:[^\s'\",;:()\[\]/]*/)*")
 
 
 def without_paths(text: str, own: Iterable[str] = ()) -> str:
-    """The text with every absolute path cut down to its last part: ``…/interactions.parquet``.
+    """Cut every absolute path in a text down to its last part: ``…/interactions.parquet``.
 
     Args:
         text: an error message.
-        own: folders known to be this machine's; found whole, even where their names hold blanks.
+        own: known folders of this machine; these are found even if their names contain spaces.
 
     >>> without_paths("domain books: /home/anna/shop/books/catalog.parquet is damaged")
     'domain books: …/catalog.parquet is damaged'

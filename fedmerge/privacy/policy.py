@@ -1,6 +1,6 @@
-"""What may leave a client, by policy. The client asks here before it answers; its answer is refused otherwise.
+"""Privacy policies: the kinds of content that may leave a client. The client checks this before every answer.
 
-What each policy promises, and to whom, is in docs/reference/policies.md.
+A new policy is a row of ALLOWED. docs/reference/policies.md says what each policy promises, and to whom.
 """
 
 from typing import Literal
@@ -18,15 +18,15 @@ ALLOWED: dict[Policy, frozenset[Kind]] = {
 }
 
 REMEDIES: dict[Kind, str] = {
-    "adapter": "Do without methods that need single adapters, or set privacy.policy = 'adapter'.",
+    "adapter": "Remove methods that need single adapters, or set privacy.policy = 'adapter'.",
     "catalog": "Give the server a folder of catalogs (server.catalogs), or set privacy.policy = 'adapter+catalog'.",
-    "coefficient gradient": "Do without learned merges, or set privacy.policy = 'catalog-private'.",
+    "coefficient gradient": "Remove learned merges, or set privacy.policy = 'catalog-private'.",
     "masked update": "Set privacy.policy = 'aggregate-only'.",
 }
 
 
 def check_may_leave(policy: Policy, kind: Kind, domain: str) -> None:
-    """Refuse to send what the policy keeps at the client.
+    """Refuse to send a kind of content that the policy keeps at the client.
 
     Raises:
         PolicyError: with the remedy.
@@ -36,13 +36,13 @@ def check_may_leave(policy: Policy, kind: Kind, domain: str) -> None:
 
 
 def check_enough_users(domain: str, num_users: int, min_users: int, what: str = "metric sums") -> None:
-    """Refuse to send sums over few users.
+    """Refuse to send sums over too few users.
 
     Raises:
         PolicyError: with the remedy.
     """
     if num_users < min_users:
         raise PolicyError(
-            f"domain {domain}: {what} over {num_users} users do not leave the client, privacy.min_users is "
-            f"{min_users}. Use more users, or lower privacy.min_users if that is acceptable."
+            f"domain {domain}: {what} over {num_users} users do not leave the client; expected at least "
+            f"privacy.min_users = {min_users}. Use more users, or lower privacy.min_users if that is acceptable."
         )

@@ -1,7 +1,7 @@
-"""Who sent what: a client signs the hash of each answer with its key, and the server checks the signature.
+"""Signatures: a client signs the hash of each answer with its key, and the server checks the signature.
 
-What is signed names the run, the question that is answered and the answer's hash: an answer can be given neither again,
-nor in another run, nor by somebody else.
+The signed statement names the run, the message that is answered and the hash of the answer, so an answer can be neither
+replayed, nor used in another run, nor sent by somebody else.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.serialization import (
 from fedmerge.errors import ClientError, ConfigError
 from fedmerge.privacy.key_files import private_key_bytes
 
-LONGEST_KEY = 1000  # of a public key in one line
+LONGEST_KEY = 1000  # prefix of a public key in one line
 _DOMAIN = "domain="
 
 
@@ -41,11 +41,11 @@ class Signature:
 
 @dataclass(frozen=True)
 class RegisteredKey:
-    """Whose a public key is.
+    """A registered public key and its owner.
 
     Attributes:
-        name: of the client, as the operator calls it.
-        domain: the one domain that it may be; None: any.
+        name: the operator's name for the client.
+        domain: the only domain that it may claim; None is any.
     """
 
     name: str
@@ -53,12 +53,12 @@ class RegisteredKey:
 
 
 def key_comment(name: str, domain: str | None) -> str:
-    """What follows the key in a registered NAME.pub, where OpenSSH has a comment."""
+    """Make the comment behind the key in a registered NAME.pub."""
     return name if domain is None else f"{name} {_DOMAIN}{domain}"
 
 
 def statement(run_id: int, message_id: str, content_sha256: str) -> bytes:
-    """What is signed."""
+    """Make the bytes that are signed."""
     return f"fedmerge answer 1\nrun {run_id}\nto {message_id}\nsha256 {content_sha256}\n".encode()
 
 
@@ -69,68 +69,70 @@ def sign(key: ec.EllipticCurvePrivateKey, stated: bytes) -> Signature:
 
 
 def signer(signature: Signature, stated: bytes) -> str:
-    """The fingerprint of the key that signed a statement.
+    """Return the fingerprint of the key that signed a statement.
 
     Raises:
-        ClientError: it did not, or is no key.
+        ClientError: the signature does not match, or the key is not an ECDSA key.
     """
     key = _public_key(signature.key)
     if key is None:
-        raise ClientError("its signature comes with what is no public key of ECDSA. Use fedmerge client init.")
+        raise ClientError("the key sent with its signature is not an ECDSA key. Make one with fedmerge client init.")
     try:
         key.verify(signature.data, stated, ec.ECDSA(hashes.SHA384()))
     except InvalidSignature:
         raise ClientError(
-            f"its signature by the key {fingerprint(key)} is not of this answer. It was changed on the way, or is not "
-            "what the client sent: look into it before its client takes part again."
+            f"its signature by the key {fingerprint(key)} does not match this answer. The answer was changed on the "
+            "way, or is not "
+            "the client's: find out which before this client takes part again."
         ) from None
     return fingerprint(key)
 
 
-def registered_keys(folder: Path) -> Mapping[str, RegisteredKey]:
-    """The public keys (NAME.pub) in a folder, by fingerprint.
+def read_registered_keys(folder: Path) -> Mapping[str, RegisteredKey]:
+    """Read the public keys (NAME.pub) of a folder, by fingerprint.
 
     Raises:
-        ConfigError: there is no such folder, none in it, or one is no key.
+        ConfigError: the folder is missing or has no key, or a file is not a key.
     """
     paths = sorted(folder.glob("[!.]*.pub"))
     if not paths:
         raise ConfigError(
-            f"server.client_keys = {folder}: no *.pub in it. Give the folder keys/ of fedmerge deploy add-client."
+            f"server.client_keys = {folder}: no *.pub file in this folder. Give the folder keys/ that fedmerge "
+            "deploy add-client fills."
         )
     keys = {}
     for path in paths:
         line = path.read_text(encoding="utf-8", errors="replace")
         key = _public_key(line)
         if key is None:
-            raise ConfigError(f"{path}: is no public key of ECDSA in one line. Register the client again.")
+            raise ConfigError(f"{path}: not an ECDSA public key in one line. Register the client again.")
         domains = [word.removeprefix(_DOMAIN) for word in line.split()[2:] if word.startswith(_DOMAIN)]
         keys[fingerprint(key)] = RegisteredKey(path.stem, domains[-1] if domains else None)
     return keys
 
 
 def read_private_key(path: Path) -> ec.EllipticCurvePrivateKey:
-    """A private key file.
+    """Read an elliptic-curve private key in OpenSSH format.
 
     Raises:
-        ConfigError: it is missing, readable by others, or no elliptic-curve key in OpenSSH's form.
+        ConfigError: the file is missing, readable by others, or holds another kind of key.
     """
-    remedy = "Put the file back, or make a new client folder with fedmerge client init and have its key registered."
+    remedy = "Restore the file, or make a new client folder with fedmerge client init and have its key registered."
     try:
         data = private_key_bytes(path)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}). {remedy}") from error
     try:
         key = load_ssh_private_key(data, None)
-    except Exception as error:  # of several libraries; none of them quotes the key
-        raise ConfigError(f"{path}: is no OpenSSH private key ({type(error).__name__}). {remedy}") from None
+    except Exception as error:  # several libraries raise; none of them quotes the key
+        raise ConfigError(f"{path}: not an OpenSSH private key ({type(error).__name__}). {remedy}") from None
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise ConfigError(f"{path}: is a {type(key).__name__}, expected an elliptic-curve key. {remedy}")
     return key
 
 
 def fingerprint(key: ec.EllipticCurvePublicKey) -> str:
-    """SHA-256 of a public key's DER form, hexadecimal: for two people to compare over the telephone."""
+    """Return the SHA-256 of a public key's DER form as hexadecimal, for comparison by telephone."""
     return hashlib.sha256(key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)).hexdigest()
 
 
@@ -139,6 +141,6 @@ def _public_key(line: str) -> ec.EllipticCurvePublicKey | None:
         return None
     try:
         key = load_ssh_public_key(line.encode())
-    except Exception:  # of several libraries
+    except Exception:  # several libraries raise
         return None
     return key if isinstance(key, ec.EllipticCurvePublicKey) else None

@@ -1,7 +1,7 @@
-"""How an adapter's factors travel: float32, float16, 8-bit levels, or the largest changes only.
+"""Transport of an adapter's factors: float32, float16, 8-bit levels, or the largest changes only.
 
-Packed where they leave the client, unpacked at the server, which takes what arrives for hostile: types, shapes,
-positions and numbers of entries are held to what was agreed before anything is computed with them.
+The client packs them, and the server unpacks them. The server treats everything that arrives as hostile: it checks
+types, shapes, positions and numbers of entries against the agreed ones before it computes anything.
 """
 
 import math
@@ -18,7 +18,7 @@ from fedmerge.encoder.backbone import Backbone
 from fedmerge.encoder.lora import fresh_adapter
 from fedmerge.errors import LayoutMismatchError
 
-PIECES: Mapping[Transport, Mapping[str, str]] = {  # what stands for one matrix on the way: name -> type
+PIECES: Mapping[Transport, Mapping[str, str]] = {  # arrays that encode one matrix: suffix -> dtype
     "float32": {"": "float32"},
     "float16": {".half": "float16"},
     "int8": {".levels": "int8", ".scales": "float32"},
@@ -32,12 +32,12 @@ Array = npt.NDArray[np.generic]
 
 @dataclass(frozen=True)
 class Coding:
-    """How adapters travel, as both sides know it.
+    """The encoding of adapters, known to both sides.
 
     Attributes:
         transport: a key of PIECES.
-        density: top-k: the share of each factor's entries that travels, those that training changed most.
-        start: top-k: what training started from; changes are added to it.
+        density: for top-k, the share of each factor's entries that travels: those that training changed most.
+        start: for top-k, the adapter that training started from, to which the changes are added.
     """
 
     transport: Transport = "float32"
@@ -46,7 +46,7 @@ class Coding:
 
 
 def coding_of(config: ExperimentConfig, domain: str, backbone: Backbone) -> Coding:
-    """How a domain's expert travels in this experiment."""
+    """Return the encoding of a domain's expert in this experiment."""
     privacy = config.privacy
     if privacy.transport != "top-k":
         return Coding(privacy.transport)
@@ -55,9 +55,9 @@ def coding_of(config: ExperimentConfig, domain: str, backbone: Backbone) -> Codi
 
 
 def pack(adapter: Adapter, coding: Coding) -> dict[str, Array]:
-    """What travels in place of an adapter's factors: ``<module>.lora_A<piece>`` -> array with two axes.
+    """Encode an adapter's factors as ``<module>.lora_A<piece>`` -> array with two axes.
 
-    int8: every rank component (row of A, column of B) has its own scale, so that B A is rescaled nowhere.
+    With int8 every rank component (row of A, column of B) has its own scale.
     """
     packed: dict[str, Array] = {}
     for name, part, matrix in _factors(adapter):
@@ -68,23 +68,24 @@ def pack(adapter: Adapter, coding: Coding) -> dict[str, Array]:
 
 
 def unpack(packed: Mapping[str, Array], like: Adapter, scalings: Mapping[str, float], coding: Coding) -> Adapter:
-    """Inverse of :func:`pack`, up to the rounding.
+    """Decode the arrays of :func:`pack`, up to rounding.
 
     Args:
-        packed: what arrived, each of the type that PIECES says.
-        like: an adapter of the layout that is expected; its values do not count.
-        scalings: by module.
-        coding: as it was packed with.
+        packed: received arrays, with the dtypes of PIECES.
+        like: an adapter of the expected layout; its values are not used.
+        scalings: module -> scaling.
+        coding: the encoding.
 
     Raises:
-        LayoutMismatchError: other tensors, shapes, numbers of entries or positions.
+        LayoutMismatchError: unexpected tensors, shapes, numbers of entries or positions.
     """
     pieces = PIECES[coding.transport]
     expected = {f"{name}.{part}{piece}" for name, part, _ in _factors(like) for piece in pieces}
     if set(packed) != expected or set(scalings) != set(like.modules):
         strange = sorted(set(packed) ^ expected) or sorted(set(scalings) ^ set(like.modules))
         raise LayoutMismatchError(
-            f"the adapter came as {coding.transport} with other tensors than expected: {strange[:3]}. Use the same "
+            f"the adapter arrived as {coding.transport} with unexpected or missing tensors: {strange[:3]}. Use the "
+            "same "
             "privacy.transport and lora settings everywhere."
         )
     factors: dict[tuple[str, str], torch.Tensor] = {}
@@ -97,13 +98,13 @@ def unpack(packed: Mapping[str, Array], like: Adapter, scalings: Mapping[str, fl
     )
 
 
-def as_received(adapter: Adapter, coding: Coding) -> Adapter:
-    """What the other side has of an adapter after the way."""
+def decode_as_receiver(adapter: Adapter, coding: Coding) -> Adapter:
+    """Return an adapter as the receiver decodes it."""
     return unpack(pack(adapter, coding), adapter, {n: m.scaling for n, m in adapter.modules.items()}, coding)
 
 
 def residual(adapter: Adapter, received: Adapter) -> float:
-    """‖Δ - Δ'‖_F / ‖Δ‖_F over all modules, Δ = scaling · B A; 0 where both are 0."""
+    """Return ‖Δ - Δ'‖_F / ‖Δ‖_F over all modules, Δ = scaling · B A; 0 if both are 0."""
     lost = sum(
         float((module.delta_weight() - received.modules[name].delta_weight()).square().sum())
         for name, module in adapter.modules.items()
@@ -174,7 +175,7 @@ def _unpack_matrix(
 
 
 def _across(part: str) -> int:
-    """The axis along which a rank component of a factor lies."""
+    """Return the axis along which a rank component of a factor lies."""
     return 1 if part == "lora_A" else 0
 
 

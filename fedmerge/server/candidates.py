@@ -28,7 +28,7 @@ from fedmerge.merging.methods import method_coefficients, method_named
 from fedmerge.merging.parameters import Value
 from fedmerge.merging.stack import Stack, linear_merge_of_many, stack_adapters, survey_adapters
 from fedmerge.merging.training_free import merge_stack
-from fedmerge.privacy.dp.domain_noise import domain_noise, domain_record, noised_average
+from fedmerge.privacy.dp.domain_noise import average_with_noise, domain_noise, domain_record
 from fedmerge.privacy.dp.randomness import source
 
 logger = logging.getLogger(__name__)
@@ -185,7 +185,7 @@ def _noised_average(adapters: Mapping[str, Adapter], config: ExperimentConfig) -
     noise = domain_noise(config)
     drawn = source(config.dp.randomness, config.seed, "server", "domain-dp")
     rank = max(config.lora.of(domain).rank for domain in adapters)
-    return noised_average(adapters, config.dp.clip, noise, rank, drawn), domain_record(config.dp, noise)
+    return average_with_noise(adapters, config.dp.clip, noise, rank, drawn), domain_record(config.dp, noise)
 
 
 def linear_variants(method: str, config: ExperimentConfig) -> Iterator[tuple[str, dict[str, Value]]]:

@@ -42,7 +42,7 @@ import fedmerge
 from fedmerge.errors import FedMergeError, PolicyError
 from fedmerge.organisation.app import check_app
 from fedmerge.organisation.folder import KEY, Client, approved_apps, read_client
-from fedmerge.privacy.client_policy import read_client_policy, took_too_long
+from fedmerge.privacy.client_policy import read_client_policy, too_slow_error
 from fedmerge.privacy.paths import without_paths
 from sim.app.client import app as client_app
 from sim.app.messages import records
@@ -194,7 +194,7 @@ def within(max_minutes: float | None, domain: str, beat: Callable[[], bool]) -> 
 
     def in_time() -> bool:
         if max_minutes is not None and time.monotonic() - started > 60.0 * max_minutes:
-            raise took_too_long(max_minutes, domain)
+            raise too_slow_error(max_minutes, domain)
         return beat()
 
     return in_time

@@ -70,7 +70,7 @@ def test_a_run_says_what_it_spent(run: ExperimentConfig) -> None:
         assert 0 < found["epsilon"] < found["epsilon_replaced"]
     report = (folder_of(run) / "report.txt").read_text()
     assert "differential privacy (user), covers the adapters" in report
-    assert "THIS IS NO GUARANTEE: noise and sampling came from the experiment's seed" in report
+    assert "THIS GUARANTEES NOTHING: noise and sampling came from the experiment's seed" in report
     assert "sums of metrics on validation and test, which are exact" in report
 
 

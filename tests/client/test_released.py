@@ -27,7 +27,7 @@ from fedmerge.errors import ConfigError
 from fedmerge.mergerec.variants import learned_settings
 from fedmerge.mergerec.vectors import initial_vectors
 from fedmerge.merging.stack import stack_adapters
-from fedmerge.privacy.dp.domain_noise import noised_answer
+from fedmerge.privacy.dp.domain_noise import add_noise_to_answer
 from fedmerge.seeding import generator
 from sim.app.client import app as client_module
 from sim.app.client.app import app as client_app
@@ -270,7 +270,7 @@ def test_of_several_processes_the_first_ones_answer_stays(
         if not others:  # meanwhile the same message is answered elsewhere
             others.append(torch.zeros(1))
             others.append(records.read_gradient(answer(config, first)))
-        return noised_answer(*arguments)
+        return add_noise_to_answer(*arguments)
 
-    monkeypatch.setattr(released, "noised_answer", slowly)
+    monkeypatch.setattr(released, "add_noise_to_answer", slowly)
     assert torch.equal(records.read_gradient(answer(config, first)), others[1])

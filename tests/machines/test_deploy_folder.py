@@ -19,7 +19,7 @@ from fedmerge.deploy.certificates import CERTIFICATE_DAYS, check_host, expires, 
 from fedmerge.deploy.clients import add_client, find_client, list_clients, note_nodes, remove_client
 from fedmerge.deploy.folder import Deployment, create_deployment, read_deployment, renew
 from fedmerge.errors import DeploymentError, DomainError, RunDirError
-from fedmerge.privacy.signatures import registered_keys
+from fedmerge.privacy.signatures import read_registered_keys
 from sim.machines.app_bundle import app_sha256
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -202,7 +202,7 @@ def test_a_bundle_tells_the_organisation_all_that_it_needs_and_no_secret(
     assert not bundle.exists()
     add_client(deployment, "north-shop", tmp_path / "key.pub", None, "books")
     assert find_client(deployment, "north-shop").node is None
-    assert [key.domain for key in registered_keys(deployment.folder / "keys").values()] == ["books"]
+    assert [key.domain for key in read_registered_keys(deployment.folder / "keys").values()] == ["books"]
     assert main(["deploy", "status", str(deployment.folder)]) == 1
     output = capsys.readouterr().out
     assert "federation prod at fl.example.org:8443: does not run\n  north-shop: unknown\nlast run: none\n" in output

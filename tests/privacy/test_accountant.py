@@ -10,7 +10,7 @@ from scipy import optimize, stats
 
 from fedmerge.config import from_flat
 from fedmerge.errors import ConfigError
-from fedmerge.privacy.dp.accountant import ORDERS, Release, accounted, calibrated_noise, spent_epsilon
+from fedmerge.privacy.dp.accountant import ORDERS, Release, account, calibrate_noise, spent_epsilon
 
 RELEASES = [Release(1.0, 0.05, 20), Release(4.0, 1.0, 2)]
 
@@ -68,7 +68,7 @@ def test_nothing_released_spends_nothing_and_nothing_without_noise_is_bounded() 
 
 @pytest.mark.parametrize("method", ["rdp", "prv"])
 def test_the_calibrated_noise_meets_epsilon_and_hardly_more(method: Any) -> None:
-    noise = calibrated_noise(2.0, 1e-5, ((1.0, 4),), method)
+    noise = calibrate_noise(2.0, 1e-5, ((1.0, 4),), method)
     assert spent_epsilon([Release(noise, 1.0, 4)], 1e-5, method) <= 2.0
     assert spent_epsilon([Release(0.99 * noise, 1.0, 4)], 1e-5, method) > 2.0
 
@@ -76,28 +76,28 @@ def test_the_calibrated_noise_meets_epsilon_and_hardly_more(method: Any) -> None
 @pytest.mark.parametrize("method", ["rdp", "prv"])
 def test_the_calibrated_noise_meets_epsilon_over_releases_of_several_kinds(method: Any) -> None:
     kinds = ((0.1, 40), (0.25, 100))
-    noise = calibrated_noise(4.0, 1e-4, kinds, method)
-    assert noise > calibrated_noise(4.0, 1e-4, kinds[1:], method)
+    noise = calibrate_noise(4.0, 1e-4, kinds, method)
+    assert noise > calibrate_noise(4.0, 1e-4, kinds[1:], method)
     assert spent_epsilon([Release(noise, rate, steps) for rate, steps in kinds], 1e-4, method) <= 4.0
     assert spent_epsilon([Release(0.99 * noise, rate, steps) for rate, steps in kinds], 1e-4, method) > 4.0
 
 
 def test_the_calibrated_noise_meets_a_small_epsilon_with_the_error_of_the_accountant() -> None:
-    noise = calibrated_noise(0.05, 1e-5, ((1.0, 1),), "prv")
+    noise = calibrate_noise(0.05, 1e-5, ((1.0, 1),), "prv")
     assert spent_epsilon([Release(noise, 1.0, 1)], 1e-5, "prv") <= 0.05
     with pytest.raises(ConfigError, match=r"or set dp.accountant = 'rdp': 'prv' adds an error of 0.01 to epsilon"):
-        calibrated_noise(0.009, 1e-5, ((1.0, 1),), "prv")
+        calibrate_noise(0.009, 1e-5, ((1.0, 1),), "prv")
 
 
 @pytest.mark.parametrize("release", [Release(0.01, 0.05, 60), Release(1.0, 0.05, 10**9), Release(0.01, 1.0, 1)])
 def test_what_prv_cannot_count_is_counted_by_rdp(release: Release) -> None:
-    assert accounted([release], 1e-5, "prv") == (spent_epsilon([release], 1e-5, "rdp"), "rdp")
-    assert accounted([Release(2.0, 0.05, 10)], 1e-5, "prv")[1] == "prv"
+    assert account([release], 1e-5, "prv") == (spent_epsilon([release], 1e-5, "rdp"), "rdp")
+    assert account([Release(2.0, 0.05, 10)], 1e-5, "prv")[1] == "prv"
 
 
 def test_an_epsilon_that_no_noise_meets_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"dp.epsilon = 1e-06 with dp.delta = 1e-09: .*above 10000. Raise epsilon"):
-        calibrated_noise(1e-6, 1e-9, ((1.0, 1000),), "rdp")
+        calibrate_noise(1e-6, 1e-9, ((1.0, 1000),), "rdp")
 
 
 def test_without_opacus_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

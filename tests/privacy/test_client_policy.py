@@ -38,7 +38,7 @@ def test_lists_may_be_written_either_way(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("min_users = 0\nmax_message_bytes = 12", "(?s)min_users: .*(found 0).*max_message_bytes: .*(found 12)"),
-        ("min_user = 5", "keys: policies, min_users, .*\n  min_user: "),
+        ("min_user = 5", "policies, min_users, .*\n  min_user: "),
         ('policies = "everything"', "policies.0: .*(found 'everything')"),
         ("policies = ''", "policies: "),
         ("real_users = maybe", "not valid TOML"),
@@ -54,33 +54,33 @@ def test_a_wrong_file_sends_nothing(tmp_path: Path, text: str, message: str) -> 
 
 
 def test_a_missing_file_sends_nothing(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"cannot be read .* so nothing is sent\. Correct the node's policy-path"):
+    with pytest.raises(ConfigError, match=r"policy-path"):
         read_client_policy(tmp_path / "policy.toml")
 
 
 @pytest.mark.parametrize(
     ("own", "run", "message"),
     [
-        ({"policies": "adapter"}, {}, "policies = 'adapter', the run has privacy.policy = 'adapter\\+catalog'"),
-        ({"min_users": 50}, {}, "min_users = 50, the run has privacy.min_users = 20"),
+        ({"policies": "adapter"}, {}, "policies = 'adapter'.*privacy.policy = 'adapter\\+catalog'"),
+        ({"min_users": 50}, {}, "min_users = 50.*privacy.min_users = 20"),
         (
             {"max_epsilon": 8},
             {},
-            "max_epsilon = 8, the run has dp.mode = 'none' and dp.randomness = 'system', by which",
+            "max_epsilon = 8.*dp.mode = 'none'.*dp.randomness = 'system'",
         ),
-        ({"max_epsilon": 8}, DP_RUN | {"dp.epsilon": 9}, "max_epsilon = 8, the run has dp.epsilon = 9"),
-        ({"max_delta": 1e-9}, DP_RUN | {"dp.epsilon": 1}, "max_delta = 1e-09, the run has dp.delta = 1e-06"),
-        ({"max_epsilon": 8}, DP_RUN | {"dp.noise_multiplier": 1}, "max_epsilon = 8, the run has no dp.epsilon"),
+        ({"max_epsilon": 8}, DP_RUN | {"dp.epsilon": 9}, "max_epsilon = 8.*dp.epsilon = 9"),
+        ({"max_delta": 1e-9}, DP_RUN | {"dp.epsilon": 1}, "max_delta = 1e-09.*dp.delta = 1e-06"),
+        ({"max_epsilon": 8}, DP_RUN | {"dp.noise_multiplier": 1}, "max_epsilon = 8.*dp.epsilon"),
         (
             {"max_epsilon": 8},
             DP_RUN | {"dp.epsilon": 1, "dp.randomness": "seeded"},
-            "max_epsilon = 8, the run has dp.mode = 'user' and dp.randomness = 'seeded', by which this client",
+            "max_epsilon = 8.*dp.mode = 'user'.*dp.randomness = 'seeded'",
         ),
-        ({"policies": "catalog-private"}, PRIVATE, "receive_adapters = false, the run has privacy.policy = 'cat"),
+        ({"policies": "catalog-private"}, PRIVATE, "receive_adapters = false.*privacy.policy = 'cat"),
         (
             {"policies": "catalog-private", "receive_adapters": True},
             {**PRIVATE, "through_clients.users": "own-users"},
-            "real_users = false, the run has through_clients.users = 'own-users'",
+            "real_users = false.*through_clients.users = 'own-users'",
         ),
         (
             {"policies": "adapter", "min_users": 30},
@@ -90,16 +90,15 @@ def test_a_missing_file_sends_nothing(tmp_path: Path) -> None:
     ],
 )
 def test_what_it_refuses(own: dict[str, Any], run: dict[str, Any], message: str) -> None:
-    with pytest.raises(PolicyError, match=f"domain shop: its own policy file refuses: {message}") as caught:
+    with pytest.raises(PolicyError, match=f"domain shop.*{message}"):
         check_run_is_allowed(ClientPolicy(**own), from_flat(run), "shop")
-    assert "Change the run, or agree with the organisation" in str(caught.value)
 
 
 def test_a_run_that_says_it_takes_longer_is_refused_before_it_does() -> None:
     run = ExperimentConfig().model_copy(update={"train": Train(max_minutes=30.5)})
     check_run_is_allowed(ClientPolicy(), run, "shop")
     check_run_is_allowed(ClientPolicy(max_minutes=None), run, "shop")
-    with pytest.raises(PolicyError, match=r"max_minutes = 30, the run has train\.max_minutes = 30\.5"):
+    with pytest.raises(PolicyError, match=r"max_minutes = 30.*train\.max_minutes = 30\.5"):
         check_run_is_allowed(ClientPolicy(max_minutes=30), run, "shop")
 
 
@@ -111,7 +110,7 @@ def test_a_stricter_run_is_welcome() -> None:
 
 def test_without_a_file_all_is_left_to_the_run_but_own_users() -> None:
     check_run_is_allowed(None, from_flat(PRIVATE), "shop")
-    with pytest.raises(PolicyError, match=r"domain shop: .* real_users = false"):
+    with pytest.raises(PolicyError, match=r"shop.*real_users"):
         check_run_is_allowed(None, from_flat({**PRIVATE, "through_clients.users": "own-users"}), "shop")
 
 
@@ -119,5 +118,5 @@ def test_large_messages_stay() -> None:
     check_message_size(ClientPolicy(), 10**9, "shop")
     own = ClientPolicy(max_message_bytes=100_000)
     check_message_size(own, 100_000, "shop")
-    with pytest.raises(PolicyError, match=r"domain shop: .* max_message_bytes = 100,000, the answer has 100,001"):
+    with pytest.raises(PolicyError, match=r"shop.*max_message_bytes = 100,000.*100,001"):
         check_message_size(own, 100_001, "shop")

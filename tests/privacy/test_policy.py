@@ -46,14 +46,14 @@ def test_no_policy_lets_interactions_out_and_every_policy_is_a_setting() -> None
 
 def test_a_private_catalog_stays_whatever_the_policy() -> None:
     check_catalog_is_public("shop", True)
-    with pytest.raises(PolicyError, match="domain shop: its manifest says public_catalog = false"):
+    with pytest.raises(PolicyError, match=r"shop.*public_catalog = false"):
         check_catalog_is_public("shop", False)
 
 
 def test_sums_over_few_users_stay() -> None:
     check_enough_users("shop", 20, 20)
-    with pytest.raises(PolicyError, match="domain shop: a gradient over 3 users do"):
+    with pytest.raises(PolicyError, match="shop: a gradient over 3 users"):
         check_enough_users("shop", 3, 20, "a gradient")
-    with pytest.raises(PolicyError, match=r"domain shop: metric sums over 19 users .* privacy\.min_users is 20"):
+    with pytest.raises(PolicyError, match=r"shop: metric sums over 19 users.*privacy\.min_users = 20"):
         check_enough_users("shop", 19, 20)
     assert issubclass(PolicyError, FedMergeError)

@@ -12,7 +12,7 @@ from fedmerge.adapter import Adapter, LoraModule, adapter_sha256
 from fedmerge.config import Transport
 from fedmerge.encoder.backbone import Backbone
 from fedmerge.errors import LayoutMismatchError
-from fedmerge.privacy.transport import PIECES, Coding, as_received, pack, residual, unpack
+from fedmerge.privacy.transport import PIECES, Coding, decode_as_receiver, pack, residual, unpack
 from fedmerge.server.admission import adapter_bytes
 from fedmerge.server.admission import layout_of as shapes_of
 
@@ -42,7 +42,7 @@ def test_by_hand() -> None:
     largest = pack(SMALL, Coding("top-k", 0.5, None))
     assert largest["m.lora_A.positions"].flatten().tolist()[:2] == [0, 1]
     assert largest["m.lora_B.values"].flatten().tolist() == pytest.approx([4.0, 1.27])
-    back = as_received(SMALL, Coding("top-k", 0.5, None)).modules["m"]
+    back = decode_as_receiver(SMALL, Coding("top-k", 0.5, None)).modules["m"]
     assert back.lora_B.tolist() == [[0.0, 4.0], [pytest.approx(1.27), 0.0]]
     change = pack(SMALL, Coding("top-k", 0.25, Adapter({"m": LoraModule(A, B + torch.eye(2), 2.0)})))
     assert change["m.lora_B.values"].flatten().tolist() == [-1.0]
@@ -56,7 +56,7 @@ def test_there_and_back(trained: tuple[Adapter, Adapter], transport: Transport, 
     start, adapter = trained
     coding = Coding(transport, 0.25, start if transport == "top-k" else None)
     before = adapter_sha256(adapter)
-    received = as_received(adapter, coding)
+    received = decode_as_receiver(adapter, coding)
     assert adapter_sha256(adapter) == before
     assert all(module.lora_A.dtype == torch.float32 for module in received.modules.values())
     lost = residual(adapter, received)
@@ -66,8 +66,8 @@ def test_there_and_back(trained: tuple[Adapter, Adapter], transport: Transport, 
     share = 0.25 if transport == "top-k" else 1
     assert sum(values.nbytes for values in pack(adapter, coding).values()) <= 1.2 * bytes_each * share * numbers
     if transport == "top-k":  # what training did not change travels for nothing
-        assert lost < residual(adapter, as_received(adapter, Coding("top-k", 0.25, None)))
-        assert residual(adapter, as_received(adapter, Coding("top-k", 1.0, start))) < 1e-6
+        assert lost < residual(adapter, decode_as_receiver(adapter, Coding("top-k", 0.25, None)))
+        assert residual(adapter, decode_as_receiver(adapter, Coding("top-k", 1.0, start))) < 1e-6
 
 
 @pytest.mark.parametrize("transport", get_args(Transport))
@@ -80,7 +80,7 @@ def test_the_limit_holds_every_honest_adapter(trained: tuple[Adapter, Adapter], 
 
 def test_residuals_of_nothing() -> None:
     nothing = Adapter({"m": LoraModule(A, torch.zeros_like(B), 2.0)})
-    assert residual(nothing, as_received(nothing, Coding("int8"))) == 0
+    assert residual(nothing, decode_as_receiver(nothing, Coding("int8"))) == 0
     assert residual(nothing, SMALL) == float("inf")
 
 
@@ -90,7 +90,7 @@ Change = Callable[[dict[str, Any]], Any]
 @pytest.mark.parametrize(
     ("transport", "change", "message"),
     [
-        ("int8", lambda p: p.pop("m.lora_A.scales"), r"with other tensors than expected: \['m.lora_A.scales'\]"),
+        ("int8", lambda p: p.pop("m.lora_A.scales"), r"m.lora_A.scales"),
         (
             "int8",
             lambda p: p.update({"m.lora_A.levels": p["m.lora_A.levels"][:1]}),
@@ -113,5 +113,5 @@ def test_what_no_honest_client_sends(transport: Transport, change: Change, messa
 
 
 def test_scalings_of_other_modules_are_refused() -> None:
-    with pytest.raises(LayoutMismatchError, match=r"other tensors than expected: .*'n'"):
+    with pytest.raises(LayoutMismatchError, match=r"'n'"):
         unpack(pack(SMALL, Coding()), SMALL, {"m": 2.0, "n": 1.0}, Coding())

@@ -25,7 +25,7 @@ from fedmerge.encoder.peft_folder import read_adapter, write_adapter
 from fedmerge.errors import FedMergeError, PolicyError
 from fedmerge.files import read_json, write_json
 from fedmerge.privacy.dp.accountant import agreed_noise
-from fedmerge.privacy.dp.domain_noise import noise_like, noised_answer
+from fedmerge.privacy.dp.domain_noise import add_noise_to_answer, noise_like
 from fedmerge.privacy.dp.randomness import source
 from fedmerge.privacy.dp.releases import Counted, answer_rate, coefficient_messages, domain_releases, user_releases
 
@@ -191,7 +191,7 @@ def noised_answer_once(
         if dp.mode == "user":
             expected = answer_rate(config, num_users) * num_users
             return (answer + noise_like(answer, noise * dp.coefficient_clip, drawn)) / expected
-        return noised_answer(answer, dp.coefficient_clip, noise, drawn)
+        return add_noise_to_answer(answer, dp.coefficient_clip, noise, drawn)
 
     def write(made: torch.Tensor, folder: Path) -> dict[str, Any]:
         return {"answer": made.tolist(), "sha256": inputs_key({"answer": made.tolist()})}

@@ -23,7 +23,7 @@ from fedmerge.config import Audit, ExperimentConfig
 from fedmerge.encoder.lora import fresh_adapter
 from fedmerge.encoder.peft_folder import read_adapter, write_adapter
 from fedmerge.errors import ClientError, DivergedError
-from fedmerge.privacy.dp.domain_noise import domain_noise, domain_record, noised_factors
+from fedmerge.privacy.dp.domain_noise import add_noise, domain_noise, domain_record
 from fedmerge.privacy.dp.randomness import source
 from fedmerge.privacy.dp.releases import noised_answers
 
@@ -123,7 +123,7 @@ def _noised_expert(
     noise = domain_noise(config)
     drawn = source(dp.randomness, config.seed, "client", name, "domain-dp")
     report = TrainingReport(0, 0, "not told", time.monotonic() - started, 0, ())
-    return noised_factors(adapter, start, dp.clip, noise, drawn), report, domain_record(dp, noise)
+    return add_noise(adapter, start, dp.clip, noise, drawn), report, domain_record(dp, noise)
 
 
 def expert_by_hash(

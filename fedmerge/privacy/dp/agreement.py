@@ -1,4 +1,4 @@
-"""What a configuration implies of a client's releases, to which the client's own account of them is held."""
+"""Checks of a client's DP report against the noise, steps and sampling that the configuration implies."""
 
 import math
 from collections.abc import Mapping
@@ -10,20 +10,20 @@ from fedmerge.privacy.dp.accountant import agreed_noise
 from fedmerge.privacy.dp.domain_noise import domain_noise, domain_record
 from fedmerge.privacy.dp.releases import noised_answers, user_releases
 
-_CHANCE = 1e-10  # that one entry leaves the range; a model has a hundred thousand to a hundred million
-_NOISE_TOLERANCE = 0.01  # relative; calibrated elsewhere, perhaps with other versions of the libraries
+_CHANCE = 1e-10  # probability that one entry leaves the range; a model has 1e5 to 1e8 entries
+_NOISE_TOLERANCE = 0.01  # relative; the client calibrates by itself, perhaps with other library versions
 
 
 def steps_of_round(max_steps: int, number: int, num_rounds: int) -> int:
-    """The steps of a round, counted from 1: a share of all, and at least one."""
+    """Return the number of steps of a round (rounds count from 1): a share of all steps, and at least one."""
     return max(1, max_steps * number // num_rounds - max_steps * (number - 1) // num_rounds)
 
 
 def check_releases(config: ExperimentConfig) -> None:
-    """Refuse, before any work, a run whose releases by domain no noise covers, or whose releases cannot be counted.
+    """Refuse a run, before any work, if no noise covers its releases by domain or its releases cannot be counted.
 
     Raises:
-        ConfigError: which.
+        ConfigError: the setting and its remedy.
     """
     mode, rounds = config.dp.mode, config.rounds.rule is not None
     if mode == "domain-local":
@@ -33,27 +33,27 @@ def check_releases(config: ExperimentConfig) -> None:
     counted = (mode == "user" and rounds) or noised_answers(config) > 0
     if counted and config.run_id is None:
         raise ConfigError(
-            f"dp.mode = '{mode}': clients count the releases of a run by its run_id, which is 'none'. Set one that no "
-            "earlier run had, or use fedmerge run, which does."
+            f"dp.mode = '{mode}': clients count the releases of a run by its run_id, but run_id is 'none'. Set a new "
+            "run_id, or use fedmerge run, which sets one."
         )
 
 
 def _check_range(config: ExperimentConfig, noise_multiplier: float) -> None:
-    """Refuse a secure sum whose range the product of two noised factors may well leave."""
+    """Refuse a secure sum with a range that the product of two noisy factors is likely to leave."""
     deviation = noise_multiplier * 2 * config.dp.clip
     layouts = [config.lora.of(domain) for domain in config.domains.train]
     largest = max(lora.alpha / lora.rank * largest_product(lora.rank, _CHANCE) for lora in layouts) * deviation**2
     if largest > config.privacy.value_range:
         raise ConfigError(
             f"privacy.value_range = {config.privacy.value_range:g} with dp.mode = 'domain-local': noise of deviation "
-            f"{deviation:.3g} on A and B makes updates with entries of about {largest:.2g}, which a secure sum would "
-            f"refuse. Set privacy.value_range to {math.ceil(largest)} or more (at most 10,000; the sum becomes "
+            f"{deviation:.3g} on A and B makes updates with entries up to about {largest:.2g}, which a secure sum "
+            f"refuses. Set privacy.value_range to {math.ceil(largest)} or more (at most 10,000; the sum becomes "
             "coarser), or lower dp.clip."
         )
 
 
 def largest_product(rank: int, chance: float) -> float:
-    """t with P(|Σ aᵢbᵢ| > t) ≤ chance for rank products of independent standard normal numbers, by Chernoff's bound.
+    """Return t with P(|Σ aᵢbᵢ| > t) ≤ chance for ``rank`` products of independent standard normals (Chernoff's bound).
 
     E exp(s Σ aᵢbᵢ) = (1 - s²)^(-rank/2) for s < 1.
     """
@@ -70,33 +70,32 @@ def largest_product(rank: int, chance: float) -> float:
 
 
 def check_spent(domain: str, config: ExperimentConfig, told: Any, num_users: int, number: int | None = None) -> None:
-    """Refuse a training that does not say what it released of a unit, or says something else than was agreed.
+    """Refuse a training whose report about its DP releases is missing or differs from the configuration.
 
     Args:
-        domain: whose.
+        domain: the client's domain.
         config: dp, train, rounds and audit are read.
-        told: the ``privacy`` of its report.
-        num_users: that the client says it has.
-        number: of the round, where there are rounds.
+        told: the entry ``privacy`` of its report.
+        num_users: number of users that the client announced.
+        number: round, or None without rounds.
 
     Raises:
-        ClientError: what is wrong.
-        ConfigError: no noise is enough for so many users.
+        ClientError: the entries that differ.
+        ConfigError: no noise meets (ε, δ) for this number of users.
     """
     dp = config.dp
     if dp.mode not in ("user", "domain-local"):
         return
     remedy = "Use one configuration and one fedmerge version everywhere."
     if not isinstance(told, Mapping):
-        raise ClientError(f"domain {domain}: dp.mode is {dp.mode!r}, but its report says nothing of noise. {remedy}")
+        raise ClientError(f"domain {domain}: dp.mode is {dp.mode!r}, but its report has no entry 'privacy'. {remedy}")
     most = num_users + config.audit.canaries
     units = told.get("num_units")
     if dp.mode == "domain-local":
         agreed = domain_record(dp, domain_noise(config))
     elif type(units) is not int or not 1 <= units <= most:
         raise ClientError(
-            f"domain {domain}: it says that it trained on {units!r} users, expected 1 to the {most} that it has. "
-            f"{remedy}"
+            f"domain {domain}: its report says that it trained on {units!r} users, expected 1 to {most}. {remedy}"
         )
     else:
         releases = user_releases(config, units)
@@ -112,7 +111,7 @@ def check_spent(domain: str, config: ExperimentConfig, told: Any, num_users: int
         }
     if wrong := [key for key, value in agreed.items() if not _is(told.get(key), value, key)]:
         found = ", ".join(f"{key} {told.get(key)!r} instead of {agreed[key]!r}" for key in wrong)
-        raise ClientError(f"domain {domain}: what it says it spent is not what dp.* asks for: {found}. {remedy}")
+        raise ClientError(f"domain {domain}: its report differs from the settings of dp.*: {found}. {remedy}")
 
 
 def _is(found: Any, agreed: Any, key: str) -> bool:

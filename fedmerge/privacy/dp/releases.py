@@ -1,12 +1,12 @@
-"""What a client releases in one run by its configuration: how often, and with which part of its users."""
+"""The releases of a client in one run by its configuration: their number, and the share of users in each."""
 
 from fedmerge.config import LEARNED_METHODS, ExperimentConfig
 
-Counted = tuple[float, int]  # the probability with which a unit takes part in a release, and how many there are of them
+Counted = tuple[float, int]  # the probability that a unit takes part in a release, and the number of releases
 
 
 def coefficient_messages(config: ExperimentConfig) -> int:
-    """How many messages about merging coefficients a client answers in a run, at most."""
+    """Return the largest number of messages about merging coefficients that a client answers in a run."""
     if config.privacy.policy != "catalog-private" or config.until == "train":
         return 0
     steps = {"mergerec": config.mergerec.steps_made, "adamerging": config.adamerging.steps}
@@ -17,28 +17,28 @@ def coefficient_messages(config: ExperimentConfig) -> int:
 
 
 def answers_have_noise(config: ExperimentConfig) -> bool:
-    """Whether noise is added to answers about coefficients: by user where they are computed from users at all."""
+    """Return True if noise is added to answers about coefficients; by user, only if they are computed from users."""
     of_users = config.through_clients.users == "own-users"
     return config.dp.mode == "domain-local" or (config.dp.mode == "user" and of_users)
 
 
 def noised_answers(config: ExperimentConfig) -> int:
-    """How many answers about coefficients a client gives with noise in a run, at most."""
+    """Return the largest number of noisy answers about coefficients that a client gives in a run."""
     return coefficient_messages(config) if answers_have_noise(config) else 0
 
 
 def domain_releases(config: ExperimentConfig) -> tuple[Counted, ...]:
-    """Of a domain, with ``dp.mode = "domain-local"``: its update and its answers, which need no less noise than it."""
+    """Return a domain's releases with ``dp.mode = "domain-local"``: its update and its answers, with equal noise."""
     return ((1.0, 1 + coefficient_messages(config)),)
 
 
 def user_releases(config: ExperimentConfig, num_users: int) -> tuple[Counted, ...]:
-    """Of a user among so many, with ``dp.mode = "user"``: the steps of the training, and answers on own users."""
+    """Return a user's releases with ``dp.mode = "user"``: the steps of the training, and answers on own users."""
     training = (min(1.0, config.train.batch_size / num_users), int(config.train.max_steps or 0))
     answers = noised_answers(config)
     return (training, (answer_rate(config, num_users), answers)) if answers else (training,)
 
 
 def answer_rate(config: ExperimentConfig, num_users: int) -> float:
-    """The probability with which a user takes part in an answer on own users."""
+    """Return the probability that a user takes part in an answer on own users."""
     return min(1.0, config.through_clients.batch_size / num_users)

@@ -1,4 +1,4 @@
-"""What differential privacy a run gives: (ε, δ) by unit, under which assumptions, and what is not covered."""
+"""The privacy statement of a run: (ε, δ) by unit, its assumptions, and what is not covered."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -7,54 +7,57 @@ from types import MappingProxyType
 from typing import Any
 
 from fedmerge.config import DP
-from fedmerge.privacy.dp.accountant import Method, Release, accounted
+from fedmerge.privacy.dp.accountant import Method, Release, account
 
 PRIVACY_FILE = "privacy.json"
 
 _ARRIVED = (
-    "what arrived while the run went on is counted, also where it was late, refused or lost; what a client sends after "
-    "the run has ended is one release more."
+    "everything that arrived during the run is counted, even if it was late, refused or lost; anything that a "
+    "client sends "
+    "after the end of the run is one more release."
 )
 _USER = (
-    "unit: one user of one domain, all their interactions. Who is a user of several domains adds up their ε and δ.",
-    "adjacency: one user added or removed, which changes a step's sum by at most the clip norm C; for one user "
-    "replaced by another (2C) the other number holds.",
+    "unit: one user of one domain, all their interactions. For a user of several domains, ε and δ add up.",
+    "adjacency: one user added or removed, which changes a step's sum by at most the clip norm C; the second number "
+    "holds for one user replaced by another (2C).",
     "Poisson sampling: each user takes part in a step with the same probability, independently, with one record.",
-    "public: the catalog, and how many users a domain trains on.",
-    "no early stopping: no validation user is looked at, and the last adapter is kept.",
+    "public: the catalog, and the number of users that a domain trains on.",
+    "no early stopping: validation users are not read, and the last adapter is kept.",
     _ARRIVED,
 )
 _DOMAIN_LOCAL = (
-    "unit: a whole domain, everything its adapter and its answers about coefficients were computed from. That it takes "
-    "part is public.",
-    "adjacency: all data of one domain replaced by others; the noise is counted over that sensitivity, 2C.",
-    "early stopping and everything else inside the training is covered: it happens before clip and noise.",
+    "unit: a whole domain, with all data behind its adapter and its answers about coefficients. Its participation is "
+    "public.",
+    "adjacency: all data of one domain replaced by other data; the sensitivity is 2C.",
+    "early stopping and everything else in the training is covered, because it happens before clipping and noise.",
     _ARRIVED,
 )
 _DOMAIN_CENTRAL = (
-    "unit: a whole domain, everything its adapter was computed from. How many take part is public.",
-    "adjacency: one domain added or removed, which changes the sum by at most the clip norm C; for one domain "
-    "replaced by another (2C) the other number holds.",
-    "the server is trusted: it sees every adapter as it is, and its run folder holds them. What may be published is "
-    "the merge, nothing else of the folder.",
+    "unit: a whole domain, with all data behind its adapter. The number of domains is public.",
+    "adjacency: one domain added or removed, which changes the sum by at most the clip norm C; the second number holds "
+    "for one domain replaced by another (2C).",
+    "the server is trusted: it sees every adapter without noise, and its run folder holds them. Only the merge may be "
+    "published, nothing else of the folder.",
 )
 _ALWAYS = (
-    "one run counts: earlier runs on the same data, and settings tuned on them, add to it.",
-    "what a client says of its own noise is believed; arithmetic is floating-point, not exact.",
+    "only this run is counted: earlier runs on the same data, and settings tuned on them, add to it.",
+    "a client's report of its own noise is believed; arithmetic is floating-point, not exact.",
 )
 _COVERS = {
-    "user": "the adapters and answers about coefficients, and whatever is computed from them",
-    "domain-local": "the adapters and answers about coefficients, and whatever is computed from them",
+    "user": "the adapters and answers about coefficients, and everything computed from them",
+    "domain-local": "the adapters and answers about coefficients, and everything computed from them",
     "domain-central": "the merge",
 }
 _COUNTS = "counts of users, items and interactions, and hashes of the data, which every client announces"
 _SUMS = (
-    "sums of metrics on validation and test, which are exact, and the choice among merges made by them: with them no "
-    "(ε, δ) holds for the run as a whole. For a release, end with until = 'train', merge without learning from users, "
-    "and evaluate on users who are not protected"
+    "metric sums on validation and test, which are exact, and the selection among merges based on them: no (ε, δ) "
+    "holds "
+    "for the run as a whole. For a release, end with until = 'train', merge without learning from users, and "
+    "evaluate on "
+    "users who are not protected"
 )
-_CATALOGS = "the catalogs, which the server has as they are, and what is computed from them alone"
-_TIMES = "how long anything took"
+_CATALOGS = "the catalogs, which the server has without noise, and everything computed from them alone"
+_TIMES = "the time that anything took"
 
 
 def privacy_statement(
@@ -68,25 +71,25 @@ def privacy_statement(
 
     Args:
         dp: the settings.
-        spent: domain -> the record of each release.
-        evaluated: whether sums of metrics left the clients.
-        catalogs: whether the server has the domains' catalogs.
-        not_counted: domain -> why something that it sent cannot be counted.
+        spent: domain -> records of its releases.
+        evaluated: True if metric sums left the clients.
+        catalogs: True if the server has the domains' catalogs.
+        not_counted: domain -> reason why something that it sent cannot be counted.
 
     Returns:
-        JSON: mode, delta, accountant; per domain epsilon (None: no bound) under both adjacencies, what each was counted
-        by, and its releases; whether the guarantee holds for what it covers, and if not why; whether it holds for all
-        that the run told; assumptions; what is not covered.
+        JSON: mode, delta, accountant; per domain epsilon (None is no bound) under both adjacencies, the accountant of
+        each, and its releases; whether the guarantee holds for what it covers, and the reason if not; whether it holds
+        for the run as a whole; assumptions; what is not covered.
     """
     domains = {domain: _domain(dp, records) for domain, records in spent.items()}
     problems = []
     if dp.randomness == "seeded":
         problems.append(
             "noise and sampling came from the experiment's seed, which every participant holds, so they can be "
-            "subtracted: the numbers are for research. Set dp.randomness = 'system'."
+            "subtracted; the numbers are for research only. Set dp.randomness = 'system'."
         )
     if not domains and not not_counted:
-        problems.append("no release with noise was made.")
+        problems.append("nothing was released with noise.")
     if any(found["epsilon"] is None for found in domains.values()):
         problems.append("a release had no noise (noise_multiplier = 0).")
     for domain, why in sorted(not_counted.items()):
@@ -111,7 +114,7 @@ def privacy_statement(
 
 
 def statement_text(statement: Mapping[str, Any]) -> str:
-    """The statement for the report."""
+    """Format the statement for the report."""
     lines = [f"differential privacy ({statement['mode']}), covers {statement['covers']}:"]
     for domain, found in statement["domains"].items():
         noise = ", ".join(
@@ -126,16 +129,19 @@ def statement_text(statement: Mapping[str, Any]) -> str:
         name for name, of in statement["domains"].items() if "rdp" in (of["accountant"], of["accountant_replaced"])
     ]
     if statement["accountant"] == "prv" and bounded:
-        lines.append(f"  counted by rdp, an upper bound, since prv would take too large a grid: {', '.join(bounded)}.")
+        lines.append(
+            f"  counted by rdp, an upper bound, because prv would need too large a grid: {', '.join(bounded)}."
+        )
     if statement["guarantee_of_run"]:
         lines.append(f"  accountant: {statement['accountant']}. It holds under these assumptions:")
     elif statement["guarantee"]:
         lines.append(
-            f"  accountant: {statement['accountant']}. It holds for what it covers, NOT for the run as a whole, from "
-            "which exact sums over users left. The assumptions are:"
+            f"  accountant: {statement['accountant']}. It holds for what it covers, NOT for the run as a whole, "
+            "because "
+            "exact sums over users left the clients. The assumptions are:"
         )
     else:
-        lines.append("  THIS IS NO GUARANTEE: " + " ".join(statement["why_not"]) + " The assumptions are:")
+        lines.append("  THIS GUARANTEES NOTHING: " + " ".join(statement["why_not"]) + " The assumptions are:")
     lines += [f"  - {assumption}" for assumption in statement["assumptions"]]
     lines += ["  not covered:", *(f"  - {what}" for what in statement["not_covered"])]
     return "\n".join(lines) + "\n"
@@ -157,10 +163,10 @@ def _domain(dp: DP, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _bound(dp: DP, releases: Sequence[Release]) -> tuple[float | None, Method]:
-    """ε, None for none, as JSON has no infinity; and what it was counted by."""
+    """Return ε, None if infinite since JSON has no infinity, and its accountant."""
     if dp.delta is None:
         return None, dp.accountant
-    epsilon, by = accounted(releases, dp.delta, dp.accountant)
+    epsilon, by = account(releases, dp.delta, dp.accountant)
     return epsilon if math.isfinite(epsilon) else None, by
 
 

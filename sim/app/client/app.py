@@ -66,7 +66,7 @@ from fedmerge.privacy.dp.releases import answer_rate, answers_have_noise
 from fedmerge.privacy.paths import without_paths
 from fedmerge.privacy.policy import check_enough_users, check_may_leave
 from fedmerge.privacy.signatures import read_private_key, sign, statement
-from fedmerge.privacy.transport import as_received, coding_of, residual
+from fedmerge.privacy.transport import coding_of, decode_as_receiver, residual
 from fedmerge.server.admission import layout_sha256
 from sim.app.client.secure_sum import answer_advertise, answer_masked, answer_share, answer_unmask, remember_values
 from sim.app.messages import records
@@ -165,7 +165,7 @@ def train(message: Message, context: Context) -> RecordDict:
     adapter, report, task = _trained(client, message)
     coding = coding_of(client.config, name, client.domain.backbone)
     if coding.transport != "float32":
-        lost = residual(adapter, as_received(adapter, coding))
+        lost = residual(adapter, decode_as_receiver(adapter, coding))
         report = {**report, "transport": {"kind": coding.transport, "residual": lost}}
     return records.expert_record(adapter, report, coding, only_B=task is not None and task.trained == "B")
 
@@ -276,7 +276,7 @@ def evaluate_models(message: Message, context: Context) -> RecordDict:
 
     def received(expert: Adapter) -> str:
         """The server knows an expert by the hash of what arrived."""
-        return adapter_sha256(as_received(expert, coding))
+        return adapter_sha256(decode_as_receiver(expert, coding))
 
     models = {
         **({BACKBONE: None} if request.backbone else {}),

@@ -29,7 +29,7 @@ from fedmerge.merging.candidate import Candidate
 from fedmerge.privacy.dp.accountant import opacus_accountants
 from fedmerge.privacy.dp.agreement import check_releases, check_spent
 from fedmerge.privacy.dp.statement import PRIVACY_FILE, privacy_statement, statement_text
-from fedmerge.privacy.signatures import registered_keys
+from fedmerge.privacy.signatures import read_registered_keys
 from fedmerge.privacy.transport import coding_of
 from fedmerge.report.run.final_report import Evaluated, attack_note, metric_rows, product_rows, run_report
 from fedmerge.report.tables import Role
@@ -116,7 +116,7 @@ def main(grid: Grid, context: Context) -> None:
             server = config.server
             federation = Federation(grid, folder, server.messages_at_once, server.return_seconds)
             if server.client_keys is not None:
-                federation.keys = registered_keys(Path(server.client_keys))
+                federation.keys = read_registered_keys(Path(server.client_keys))
             _experiment(config, federation, folder)
         except Exception:
             logger.exception("the run failed")
