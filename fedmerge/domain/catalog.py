@@ -1,4 +1,4 @@
-"""The catalog of a domain: the shareable half. Nothing here, or imported here, can open a domain's private file."""
+"""The catalog of a domain: its shareable half. Neither this module nor its imports can open a domain's private file."""
 
 import hashlib
 import json
@@ -41,18 +41,18 @@ class Catalog:
         _check_columns(f"Catalog of {self.name!r}", self.item_ids, self.attributes)
 
     def __len__(self) -> int:
-        """The number of items."""
+        """Return the number of items."""
         return len(self.item_ids)
 
 
 def catalog_fingerprint(item_ids: Sequence[str], attributes: Mapping[str, Sequence[str]]) -> str:
-    """SHA-256 (hex) of ids and attributes in order, whatever file, compression or library version holds them."""
+    """Return the SHA-256 (hex) of ids and attributes in order, independent of file, compression and library version."""
     columns = [list(item_ids), *(list(attributes[attribute]) for attribute in ATTRIBUTES)]
     return hashlib.sha256(json.dumps(columns, separators=(",", ":")).encode()).hexdigest()
 
 
 def make_catalog(name: str, item_ids: Sequence[str], attributes: Mapping[str, Sequence[str]]) -> Catalog:
-    """A checked catalog with its fingerprint.
+    """Make a checked catalog with its fingerprint.
 
     Args:
         name: the domain's name.
@@ -68,18 +68,18 @@ def make_catalog(name: str, item_ids: Sequence[str], attributes: Mapping[str, Se
 
 
 def catalog_to_bytes(catalog: Catalog) -> bytes:
-    """The catalog as Parquet bytes, as it is stored and sent."""
+    """Encode the catalog as Parquet bytes, as it is stored and sent."""
     columns = [catalog.item_ids, *(catalog.attributes[attribute] for attribute in ATTRIBUTES)]
     try:
         return encode_table(pa.table([pa.array(column, pa.string()) for column in columns], schema=SCHEMA))
     except (pa.ArrowException, TypeError, UnicodeEncodeError) as error:
         raise DomainError(
-            f"Catalog of {catalog.name!r}: a value is not text that UTF-8 can hold ({error}). Correct it in the source."
+            f"Catalog of {catalog.name!r}: a value is not valid UTF-8 text ({error}). Correct it in the source."
         ) from error
 
 
 def catalog_from_bytes(data: bytes, name: str) -> Catalog:
-    """The catalog in Parquet bytes; its fingerprint is computed from the content, never taken on trust.
+    """Decode a catalog from Parquet bytes; its fingerprint is computed from the content, never trusted.
 
     Raises:
         DomainError: damaged bytes, another schema, null cells, no items, an empty or repeated item id.
@@ -88,7 +88,7 @@ def catalog_from_bytes(data: bytes, name: str) -> Catalog:
 
 
 def write_catalog(catalog: Catalog, path: Path) -> None:
-    """Write one Parquet file; ``folder.write_domain`` is what writes a whole domain safely."""
+    """Write one Parquet file; ``folder.write_domain`` writes a whole domain safely."""
     path.write_bytes(catalog_to_bytes(catalog))
 
 
@@ -98,10 +98,10 @@ def read_catalog(path: Path, name: str) -> Catalog:
 
 
 def load_catalog(folder: Path) -> Catalog:
-    """The catalog of a domain folder, verified against the manifest; nothing else in the folder is opened.
+    """Load the catalog of a domain folder and verify it against the manifest; nothing else in the folder is opened.
 
     Raises:
-        DomainError: a wrong manifest, a damaged catalog, or content other than the manifest announces.
+        DomainError: a wrong manifest, a damaged catalog, or content that differs from the manifest.
     """
     manifest = read_manifest(folder)
     path = folder / CATALOG_FILE

@@ -1,7 +1,7 @@
-"""Bundled synthetic domains: shops with tastes that all domains share and habits that only one has.
+"""Bundled synthetic domains: shops with tastes that all domains share and habits that only one domain has.
 
 ``docs/reference/demo-data.md`` describes the generative process. The data are frozen: DEMO_VERSION is part of every
-seed, and only ``Generator.random`` is drawn from, the NumPy stream least likely ever to change.
+seed, and only ``Generator.random`` is used, the NumPy stream that is least likely to change.
 """
 
 import os
@@ -56,7 +56,7 @@ BLOCK_SIZE = 2_000_000  # user-item pairs handled at once: bounds the memory, ch
 
 
 class Mechanism(IntEnum):
-    """How the next item is chosen."""
+    """The mechanism that chooses the next item."""
 
     COMPLEMENT = 0
     TASTE = 1
@@ -107,7 +107,7 @@ class Tastes:
 
 @dataclass(frozen=True, slots=True)
 class DemoDomain:
-    """One generated domain with the hidden variables it was drawn from (which are never written to disk)."""
+    """One generated domain with its hidden variables, which are never written to disk."""
 
     catalog: Catalog
     interactions: Interactions
@@ -116,7 +116,8 @@ class DemoDomain:
 
 
 def demo_names(num_domains: int) -> tuple[str, ...]:
-    """Names of the first demo domains: DEMO_DOMAINS, then their variants ``beauty-2``, ``books-2``, … (up to 1000).
+    """Return the names of the first demo domains: DEMO_DOMAINS, then the variants ``beauty-2``, ``books-2``, …, at most
+    1000.
 
     Raises:
         DomainError: num_domains out of range.
@@ -143,8 +144,8 @@ def write_demo(
     A domain's content depends on its name, seed, num_users and num_items only, not on num_domains.
 
     Args:
-        root: folder that gets one folder a domain; created if absent.
-        num_domains: 1 to 1000; beyond DEMO_DOMAINS come numbered variants (same words, other brands, items and habits).
+        root: parent folder of the domains; created if absent.
+        num_domains: 1 to 1000; after DEMO_DOMAINS come numbered variants (same words, other brands, items and habits).
         seed: another seed gives other data of the same kind; the frozen demo is seed 0.
         num_users: users of each domain, at least 1.
         num_items: items of each domain, 20 to 20000.
@@ -179,15 +180,15 @@ def write_demo(
 
 
 def domains_root(root: str, cache_dir: str) -> Path:
-    """The folder that ``domains.root`` means: for "demo" that of the bundled domains, written on first use."""
+    """Return the folder of ``domains.root``; for "demo" that of the bundled domains, written on first use."""
     return bundled_demo(Path(cache_dir).expanduser()) if root == DEMO_ROOT else Path(root).expanduser()
 
 
 def bundled_demo(cache_dir: Path) -> Path:
-    """The root of the bundled demo domains, written on first use; safe when several processes ask at once.
+    """Return the root of the bundled demo domains, written on first use; several processes may call this at once.
 
     Args:
-        cache_dir: created where missing.
+        cache_dir: created if absent.
     """
     root = cache_dir / f"demo-v{DEMO_VERSION}"
     if not root.is_dir():
@@ -197,7 +198,7 @@ def bundled_demo(cache_dir: Path) -> Path:
             try:
                 os.rename(Path(unfinished) / "demo", root)
             except OSError:
-                if not root.is_dir():  # otherwise another process was faster with the same content
+                if not root.is_dir():  # otherwise another process wrote the same content first
                     raise
     return root
 
@@ -275,7 +276,7 @@ def _draw_family_steps(rng: np.random.Generator, vocabulary: Vocabulary) -> Floa
 
 
 def _draw_sequences(rng: np.random.Generator, traits: ItemTraits, tastes: Tastes) -> list[Integers]:
-    """Each user's items, oldest first."""
+    """Draw each user's items, oldest first."""
     num_users, num_items = len(tastes.user_style), len(traits.family)
     extra = LENGTH_SCALE * _exponential(rng.random(num_users))
     lengths = np.minimum(MIN_LENGTH + extra.astype(np.int64), MAX_LENGTH)
@@ -348,12 +349,12 @@ def _draw(weights: npt.ArrayLike, uniform: Floats) -> Integers:
 
 
 def _exponential(uniform: Floats) -> Floats:
-    """Standard exponential variables from uniform ones in [0, 1)."""
+    """Return standard exponential variables from uniform ones in [0, 1)."""
     return -np.log1p(-uniform)
 
 
 def _draw_brands(rng: np.random.Generator) -> tuple[str, ...]:
-    """NUM_BRANDS different invented brand names."""
+    """Draw NUM_BRANDS different invented brand names."""
     pairs = np.argsort(rng.random(len(BRAND_STARTS) * len(BRAND_ENDS)))[:NUM_BRANDS]
     forms = _draw(np.ones(len(BRAND_FORMS)), rng.random(NUM_BRANDS))
     return tuple(

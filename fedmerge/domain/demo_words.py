@@ -19,7 +19,7 @@ class Family:
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """What the titles of one domain are made of."""
+    """The words of the titles of one domain."""
 
     department: str
     families: tuple[Family, ...]

@@ -1,4 +1,4 @@
-"""Domain folders: written whole or not at all, listed, and described to their owner."""
+"""Domain folders: writing them whole or not at all, listing them, and describing them to their owner."""
 
 import os
 import secrets
@@ -70,7 +70,7 @@ def write_domain(
     source: str,
     overwrite: bool = False,
 ) -> Manifest:
-    """Write a domain folder so that it is there whole or not at all.
+    """Write a domain folder, whole or not at all.
 
     The files are written and synced in a hidden folder beside the target (``.<name>.partial-…``), which is then
     renamed; a killed process may leave it, and it may be deleted. An overwrite first renames the existing domain to
@@ -80,10 +80,10 @@ def write_domain(
         folder: the domain folder; its name is the catalog's. Missing parents are made.
         catalog: the items.
         interactions: the sequences, over the catalog's item indices.
-        public_catalog: whether the owner lets the catalog leave the client.
-        synthetic: whether the data is generated.
-        source: where the data comes from, in words.
-        overwrite: replace an existing domain; a folder that is something else is never replaced.
+        public_catalog: True if the owner lets the catalog leave the client.
+        synthetic: True if the data is generated.
+        source: origin of the data, in words.
+        overwrite: replace an existing domain; a folder that is not a domain is never replaced.
 
     Raises:
         DomainError: names that differ, an item index outside the catalog, a target that may not be replaced, or a write
@@ -136,10 +136,10 @@ def write_domain(
 
 
 def list_domains(root: Path) -> tuple[str, ...]:
-    """Names of the domain folders directly under root, sorted; hidden folders and folders of other things are not.
+    """List the names of the domain folders directly under root, sorted; hidden and other folders are left out.
 
     Raises:
-        DomainError: root is no folder, or a folder holds a domain's tables without their manifest.
+        DomainError: root is not a folder, or a folder holds a domain's tables without their manifest.
     """
     if not root.is_dir():
         raise DomainError(f"{root}: no such folder, expected one with a folder per domain. Check the path.")
@@ -158,7 +158,7 @@ def domain_info(folder: Path) -> DomainInfo:
     """Load and verify a whole domain and describe it.
 
     Raises:
-        DomainError: anything that load_catalog or load_interactions refuses.
+        DomainError: as load_catalog and load_interactions.
     """
     manifest, catalog, interactions = read_manifest(folder), load_catalog(folder), load_interactions(folder)
     lengths = np.diff(interactions.offsets)
@@ -193,20 +193,20 @@ def domain_info(folder: Path) -> DomainInfo:
 
 
 def check_target(folder: Path, overwrite: bool) -> None:
-    """Refuse a folder that write_domain may not write: a link, a file, something else, or a domain that is to stay.
+    """Refuse a folder that write_domain may not write: a link, a file, something else, or a domain without overwrite.
 
     Raises:
-        DomainError: what is there, and what to do.
+        DomainError: what the folder is, and the remedy.
     """
     if folder.is_symlink():
         raise DomainError(f"{folder}: a symbolic link is never replaced. Give the folder it points at.")
     if not folder.exists():
         return
     if not folder.is_dir():
-        raise DomainError(f"{folder}: there is a file of this name. Choose another name or folder.")
+        raise DomainError(f"{folder}: a file of this name exists. Choose another name or folder.")
     if (folder / MANIFEST_FILE).exists():
         if not overwrite:
-            raise DomainError(f"{folder}: there is a domain already. Choose another name, or ask to overwrite it.")
+            raise DomainError(f"{folder}: a domain of this name exists. Choose another name, or ask to overwrite it.")
     elif any(folder.iterdir()):
         raise DomainError(
             f"{folder}: holds something that is not a domain and is never replaced. Choose another folder."

@@ -1,4 +1,4 @@
-"""The interactions of a domain: the private half. Only client code may import this module.
+"""The interactions of a domain: its private half. Only client code may import this module.
 
 Messages name rows and counts, never a user's id: an error may travel further than the data.
 """
@@ -23,7 +23,7 @@ SCHEMA = pa.schema([pa.field("user_id", pa.string()), pa.field("item_index", pa.
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Interactions:
-    """Who interacted with what, in time order within a user; repeats are kept.
+    """The items of every user in time order; repeats are kept.
 
     Attributes:
         user_ids: (U,) original ids, unique.
@@ -43,11 +43,11 @@ class Interactions:
 
     @property
     def num_users(self) -> int:
-        """The number of users U."""
+        """Return the number of users U."""
         return len(self.user_ids)
 
     def sequence(self, user: int) -> npt.NDArray[np.int32]:
-        """The items of one user, oldest first (a view).
+        """Return the items of one user, oldest first (a view).
 
         Args:
             user: index in [0, U).
@@ -58,7 +58,7 @@ class Interactions:
 def make_interactions(
     user_ids: Sequence[str], sequences: Sequence[Sequence[int] | npt.NDArray[np.integer]]
 ) -> Interactions:
-    """Checked interactions from one sequence of item indices per user, oldest first.
+    """Make checked interactions from one sequence of item indices per user, oldest first.
 
     Args:
         user_ids: (U,) original ids, unique.
@@ -76,7 +76,7 @@ def make_interactions(
 
 
 def interactions_fingerprint(interactions: Interactions) -> str:
-    """SHA-256 (hex) of users and sequences in order, whatever file, compression or library version holds them."""
+    """Return the SHA-256 (hex) of users and sequences in order, independent of file, compression and library."""
     digest = hashlib.sha256(json.dumps(interactions.user_ids, separators=(",", ":")).encode())
     digest.update(interactions.offsets.astype("<i8").tobytes())
     digest.update(interactions.items.astype("<i4").tobytes())
@@ -84,29 +84,27 @@ def interactions_fingerprint(interactions: Interactions) -> str:
 
 
 def interactions_to_bytes(interactions: Interactions) -> bytes:
-    """The interactions as Parquet bytes, as they are stored (they are never sent)."""
+    """Encode the interactions as Parquet bytes, as they are stored (they are never sent)."""
     try:
         user_ids = pa.array(interactions.user_ids, pa.string())
     except (pa.ArrowException, TypeError, UnicodeEncodeError) as error:
-        raise DomainError(
-            "Interactions: a user id is not text that UTF-8 can hold. Correct it in the source."
-        ) from error
+        raise DomainError("Interactions: a user id is not valid UTF-8 text. Correct it in the source.") from error
     rows = np.repeat(np.arange(interactions.num_users), np.diff(interactions.offsets))
     return encode_table(pa.table([user_ids.take(pa.array(rows)), pa.array(interactions.items)], schema=SCHEMA))
 
 
 def load_interactions(folder: Path) -> Interactions:
-    """The interactions of a domain folder, verified against the manifest.
+    """Load the interactions of a domain folder and verify them against the manifest.
 
     Raises:
-        DomainError: a wrong manifest, a damaged file, rows of a user apart, an item index out of range, or content
-            other than the manifest announces.
+        DomainError: a wrong manifest, a damaged file, scattered rows of a user, an item index out of range, or content
+            that differs from the manifest.
     """
     manifest = read_manifest(folder)
     path = folder / INTERACTIONS_FILE
     table = decode_table(read_file(path), str(path), SCHEMA)
     if not len(table):
-        raise DomainError(f"{path}: there are no interactions, hence zero users; expected at least one. {RESTORE}")
+        raise DomainError(f"{path}: found no interactions, expected at least one. {RESTORE}")
     users = table.column("user_id").combine_chunks().dictionary_encode()
     steps = np.diff(
         users.indices.to_numpy()

@@ -1,4 +1,4 @@
-"""The manifest of a domain folder: what is in it, and the hashes that its tables must have."""
+"""The manifest of a domain folder: counts, origin, and the hashes of its tables."""
 
 import dataclasses
 import json
@@ -19,13 +19,13 @@ NAME_PATTERN = re.compile(DOMAIN_NAME)
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What a domain folder says about itself.
+    """The description of a domain folder.
 
     Attributes:
         name: the domain's name, equal to the folder's.
-        public_catalog: whether the owner lets the catalog leave the client.
-        synthetic: whether the data is generated.
-        source: where the data comes from, in words.
+        public_catalog: True if the owner lets the catalog leave the client.
+        synthetic: True if the data is generated.
+        source: origin of the data, in words.
         num_items: rows of the catalog.
         num_users: different users of the interactions.
         num_interactions: rows of the interactions.
@@ -45,7 +45,7 @@ class Manifest:
 
 
 def check_name(name: str, where: str = "") -> None:
-    """Refuse a name that cannot be a folder, a comma-separated setting and a record key alike; DomainError."""
+    """Refuse a name that cannot be a folder, an entry of a comma-separated setting and a record key; DomainError."""
     if not NAME_PATTERN.fullmatch(name):
         raise DomainError(
             f"{where}Domain name {name!r}: expected at most 64 ASCII letters, digits and '._-', the first a letter or "
@@ -54,7 +54,7 @@ def check_name(name: str, where: str = "") -> None:
 
 
 def check_catalog_is_public(domain: str, public_catalog: bool) -> None:
-    """Refuse to use a catalog as public that its owner has not declared public, whatever the policy and whoever has it.
+    """Refuse to use a catalog that its owner has not declared public, under any policy.
 
     Raises:
         PolicyError: with the remedy.
@@ -62,18 +62,18 @@ def check_catalog_is_public(domain: str, public_catalog: bool) -> None:
     if not public_catalog:
         raise PolicyError(
             f"domain {domain}: its manifest says public_catalog = false, so the catalog does not leave the client. "
-            "Its owner can import the domain again as public; or learn through the clients (privacy.policy = "
-            "'catalog-private'), or do without methods that need catalogs."
+            "Import the domain again as public, learn through the clients (privacy.policy = 'catalog-private'), or "
+            "remove the methods that need catalogs."
         )
 
 
 def folder_name(folder: Path) -> str:
-    """The folder's own name, also for paths like ``.`` (symbolic links are not followed)."""
+    """Return the folder's own name, also for paths like ``.`` (symbolic links are not followed)."""
     return Path(os.path.abspath(folder)).name
 
 
 def manifest_to_bytes(manifest: Manifest) -> bytes:
-    """The manifest as the JSON of ``manifest.json``."""
+    """Encode the manifest as the JSON of ``manifest.json``."""
     fields = {"format": FORMAT, **dataclasses.asdict(manifest)}
     return (json.dumps(fields, indent=2, ensure_ascii=False) + "\n").encode()
 
@@ -85,7 +85,7 @@ def read_manifest(folder: Path) -> Manifest:
         folder: the domain folder.
 
     Raises:
-        DomainError: no such folder, no manifest, damaged JSON, another format, wrong fields, or another domain's name.
+        DomainError: a missing folder or manifest, damaged JSON, another format, wrong fields, or a name that differs.
     """
     path = folder / MANIFEST_FILE
     if not folder.is_dir():
@@ -108,7 +108,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def _check_fields(path: Path, fields: dict[str, Any]) -> None:
-    """Format, keys, types and bounds of the parsed manifest."""
+    """Check format, keys, types and bounds of the parsed manifest."""
     if type(fields.get("format")) is not int or fields["format"] != FORMAT:
         raise DomainError(f"{path}: found format {fields.get('format')!r}, expected {FORMAT}. Import the domain again.")
     expected = get_type_hints(Manifest)
@@ -125,6 +125,6 @@ def _check_fields(path: Path, fields: dict[str, Any]) -> None:
 
 
 def _interrupted_overwrite(folder: Path) -> str:
-    """A remedy if a killed overwrite left the previous version beside the folder, else empty."""
+    """Return the remedy if a killed overwrite left the previous version beside the folder, else an empty text."""
     previous = sorted(folder.parent.glob(f".{folder.name}.previous-*"))
     return f"An interrupted overwrite left the previous version in {previous[-1]}: rename it back." if previous else ""

@@ -1,4 +1,4 @@
-"""Leave-one-out: a user's last item is the test target, the one before the validation target, the rest is train."""
+"""Leave-one-out splits: a user's last item is the test target, the one before the validation target, the rest train."""
 
 from dataclasses import dataclass
 
@@ -30,12 +30,12 @@ class Examples:
     targets: npt.NDArray[np.int64]
 
     def __len__(self) -> int:
-        """The number of examples E."""
+        """Return the number of examples E."""
         return len(self.users)
 
 
 def train_sequences(interactions: Interactions) -> list[npt.NDArray[np.int32]]:
-    """Each user's items without the last two; all items of a user with fewer than 3, who is never evaluated.
+    """Return each user's items without the last two; all items of a user with fewer than 3, who is never evaluated.
 
     Args:
         interactions: U users.
@@ -48,17 +48,17 @@ def train_sequences(interactions: Interactions) -> list[npt.NDArray[np.int32]]:
 
 
 def evaluation_examples(interactions: Interactions, split: Split, max_users: int | None, seed: int) -> Examples:
-    """The examples of one split; the history is train for "valid", and train plus the validation item for "test".
+    """Return the examples of one split. The history is train for "valid", train plus the validation item for "test".
 
     Args:
         interactions: users with fewer than 3 interactions are left out.
         split: "valid" or "test".
-        max_users: at most so many users, drawn without replacement; None takes all.
-        seed: of the draw, which depends on nothing but seed, split, max_users and the number of candidates.
+        max_users: largest number of users, drawn without replacement; None takes all.
+        seed: seed of the draw, which depends only on seed, split, max_users and the number of candidates.
 
     Raises:
-        ConfigError: another split, or max_users below 1.
-        DomainError: nobody has 3 interactions.
+        ConfigError: an unknown split, or max_users below 1.
+        DomainError: no user has 3 interactions.
     """
     if split not in HELD_OUT:
         raise ConfigError(f"split is {split!r}, expected one of {sorted(HELD_OUT)}.")

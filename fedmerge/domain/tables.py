@@ -1,4 +1,4 @@
-"""Parquet tables of an exact schema, read with every defect named."""
+"""Parquet tables of an exact schema; reading names every defect."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ RESTORE = "Restore the file from a copy or import the domain again."
 
 
 def read_file(path: Path) -> bytes:
-    """The bytes of one file of a domain folder; DomainError if it is missing or cannot be read."""
+    """Read one file of a domain folder; DomainError if it is missing or cannot be read."""
     try:
         return path.read_bytes()
     except FileNotFoundError:
@@ -23,18 +23,18 @@ def read_file(path: Path) -> bytes:
 
 
 def encode_table(table: pa.Table) -> bytes:
-    """The table as Parquet bytes (zstd)."""
+    """Encode a table as Parquet bytes (zstd)."""
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
     return bytes(sink.getvalue())
 
 
 def decode_table(data: bytes, where: str, schema: pa.Schema) -> pa.Table:
-    """Parquet bytes as a table of exactly this schema, each column in one chunk, no nulls.
+    """Decode Parquet bytes to a table of exactly this schema, each column in one chunk, without nulls.
 
     Args:
         data: Parquet bytes.
-        where: what the bytes are (a path, say); starts each message.
+        where: name of the bytes (a path, for example), which starts each message.
         schema: the columns, in order.
 
     Raises:

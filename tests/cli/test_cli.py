@@ -221,7 +221,7 @@ def test_import_makes_a_domain(fedmerge: Command, tmp_path: Path) -> None:
     assert out == [f"{tmp_path / 'domains' / 'Tiny'}: 3 users, 3 items, 10 interactions"]
     assert read_manifest(tmp_path / "domains" / "Tiny").public_catalog
     again = ("data", "import", "mergerec", source, tmp_path / "domains")
-    assert "there is a domain already" in refusal(fedmerge(*again))
+    assert "a domain of this name exists" in refusal(fedmerge(*again))
     assert fedmerge(*again, "--overwrite", "--private-catalog")[0] == 0
     assert not read_manifest(tmp_path / "domains" / "Tiny").public_catalog
     assert fedmerge(*again, "--name", "other")[0] == 0

@@ -237,7 +237,7 @@ INTERACTIONS_DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "null": (set_items(pa.array([2, 0, 1, None, 0, 0, 2, 0], pa.int32())), r"'item_index' has 1 null.*row 3.*Fill"),
     "NaN": (set_items(pa.array([2, 0, 1, float("nan"), 0, 0, 2, 0])), r"type double, expected int32.*Convert"),
     "int64": (set_items(pa.array([2, 0, 1, 1, 0, 0, 2, 0])), r"type int64, expected int32.*Convert"),
-    "no rows": (lambda p: rewrite(p, lambda t: t.slice(0, 0)), r"zero users.*Restore"),
+    "no rows": (lambda p: rewrite(p, lambda t: t.slice(0, 0)), r"no interactions.*Restore"),
     "scattered": (
         lambda p: rewrite(p, lambda t: t.take([0, 3, 1, 2, 4, 5, 6, 7])),
         r"row 2 returns to an earlier user",
@@ -315,7 +315,7 @@ def test_objects_cannot_be_built_from_what_does_not_fit() -> None:
 
 
 def test_an_existing_domain_is_replaced_only_when_asked(folder: Path) -> None:
-    with pytest.raises(DomainError, match="there is a domain already"):
+    with pytest.raises(DomainError, match="a domain of this name exists"):
         write_small(folder, prefix="New ")
     assert load_catalog(folder) == small_catalog()
     write_small(folder, prefix="New ", overwrite=True)

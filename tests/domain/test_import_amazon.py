@@ -143,7 +143,7 @@ def test_the_name_is_that_of_the_category() -> None:
 def test_an_import_can_be_repeated(tmp_path: Path) -> None:
     source = write_source(tmp_path, "2014")
     first = import_amazon(*source, tmp_path / "d", settings()).manifest
-    with pytest.raises(DomainError, match="there is a domain already"):
+    with pytest.raises(DomainError, match="a domain of this name exists"):
         import_amazon(tmp_path / "gone" / "Toys.json", source[1], tmp_path / "d", settings())
     assert import_amazon(*source, tmp_path / "d", settings(overwrite=True)).manifest == first
     plain = tmp_path / "plain"

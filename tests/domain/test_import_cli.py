@@ -44,7 +44,7 @@ def test_csv(tmp_path: Path, capsys: Capture) -> None:
     assert not read_manifest(tmp_path / "d" / "mine").public_catalog
     code, out, err = fedmerge(capsys, *command, *options)
     assert code == 1
-    assert "there is a domain already" in err[0]
+    assert "a domain of this name exists" in err[0]
     assert fedmerge(capsys, *command, *options, "--max-bad-share", "0.2", "--overwrite")[0] == 0
     assert read_manifest(tmp_path / "d" / "mine").public_catalog
 

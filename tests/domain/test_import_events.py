@@ -143,7 +143,7 @@ def test_a_target_that_may_not_be_written_is_refused_before_anything_is_read(tmp
     with pytest.raises(DomainError, match=r"Domain name '\.x'"):
         prepare(tmp_path, ImportSettings(), ".x")
     (tmp_path / "toys").write_text("")
-    with pytest.raises(DomainError, match="there is a file of this name"):
+    with pytest.raises(DomainError, match="a file of this name exists"):
         prepare(tmp_path, ImportSettings(), "toys")
     assert prepare(tmp_path, ImportSettings(name="books"), "toys") == tmp_path / "books"
 

@@ -43,7 +43,7 @@ def test_a_name_can_be_given_and_an_existing_domain_needs_overwrite(tmp_path: Pa
         import_mergerec(src, tmp_path / "domains")
     first = import_mergerec(src, tmp_path / "domains", name="tiny", public_catalog=False)
     assert not first.public_catalog
-    with pytest.raises(DomainError, match="there is a domain already"):
+    with pytest.raises(DomainError, match="a domain of this name exists"):
         import_mergerec(src, tmp_path / "domains", name="tiny")
     assert import_mergerec(src, tmp_path / "domains", name="tiny", overwrite=True, public_catalog=False) == first
     assert list_domains(tmp_path / "domains") == ("tiny",)

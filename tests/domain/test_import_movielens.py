@@ -92,7 +92,7 @@ def test_a_layout_is_imported_as_by_hand(tmp_path: Path, layout: str) -> None:
 def test_an_archive_gives_the_same_domain_again_and_again(tmp_path: Path, layout: str) -> None:
     folder = import_movielens(write_release(tmp_path / "x" / layout, LAYOUTS[layout]), tmp_path / "d").manifest
     path = write_archive(tmp_path / f"{layout}.zip", LAYOUTS[layout])
-    with pytest.raises(DomainError, match="there is a domain already"):
+    with pytest.raises(DomainError, match="a domain of this name exists"):
         import_movielens(path, tmp_path / "d")
     archive = import_movielens(path, tmp_path / "d", ImportSettings(overwrite=True)).manifest
     assert archive.name == layout

@@ -63,7 +63,7 @@ def test_two_small_tables_are_imported_as_by_hand(tmp_path: Path) -> None:
 def test_an_import_can_be_repeated_and_never_replaces_unasked(tmp_path: Path) -> None:
     tables = write_tables(tmp_path)
     first = import_csv(*tables, tmp_path / "domains").manifest
-    with pytest.raises(DomainError, match="there is a domain already"):
+    with pytest.raises(DomainError, match="a domain of this name exists"):
         import_csv(tables[0], tmp_path / "gone.csv", tmp_path / "domains")  # refused before the catalog is looked for
     assert import_csv(*tables, tmp_path / "domains", settings=ImportSettings(overwrite=True)).manifest == first
     other = import_csv(*tables, tmp_path / "domains", settings=ImportSettings(name="b", public_catalog=False)).manifest

@@ -36,7 +36,7 @@ HTML_TAG = re.compile(r"</?[A-Za-z][^<>]*>")
 
 @dataclass(frozen=True, slots=True)
 class ReviewFields:
-    """What the fields of a review are called."""
+    """The field names of a review."""
 
     user: str
     item: str
@@ -121,7 +121,7 @@ def default_name(reviews: Path) -> str:
 
 
 def _read_reviews(source: SourceFile, log: EventLog, settings: ImportSettings) -> tuple[FileReport, tuple[str, ...]]:
-    """Log the reviews; the file's report, and the releases it may be of."""
+    """Log the reviews; return the file's report and the possible releases."""
     bad = BadRows(str(source), "line", settings.max_bad_share)
     fields: ReviewFields | None = None
     releases: tuple[str, ...] = ()
@@ -137,7 +137,7 @@ def _read_reviews(source: SourceFile, log: EventLog, settings: ImportSettings) -
 
 
 def _log_review(record: dict[str, Any], fields: ReviewFields, log: EventLog, min_rating: float | None) -> None:
-    """Log one review; _BadRow if it cannot be used."""
+    """Log one review; raise _BadRow if it cannot be used."""
     user, item, time = record.get(fields.user), record.get(fields.item), record.get(fields.time)
     if not _is_id(user):
         raise _BadRow(f"no {fields.user}")
@@ -161,7 +161,7 @@ def _log_review(record: dict[str, Any], fields: ReviewFields, log: EventLog, min
 def _read_metadata(
     source: SourceFile, wanted: dict[str, int], releases: tuple[str, ...], settings: ImportSettings
 ) -> tuple[dict[int, Texts], FileReport]:
-    """Texts by code of the wanted items, of which the first entry counts; and the file's report."""
+    """Return the texts of the wanted items by code (the first entry counts), and the file's report."""
     bad = BadRows(str(source), "line", settings.max_bad_share)
     wanted_bytes = {item_id.encode() for item_id in wanted}
     release, num_good = "", 0
@@ -188,7 +188,7 @@ def _read_metadata(
 
 
 def _review_release(source: SourceFile, number: int, record: dict[str, Any]) -> tuple[ReviewFields, tuple[str, ...]]:
-    """The fields, and the releases that have them: 2014 reviews are told from 2018 by ``helpful`` and ``verified``."""
+    """Return the fields and the releases that have them; ``helpful`` and ``verified`` distinguish 2014 from 2018."""
     if record.keys() >= {FIELDS_2023.user, FIELDS_2023.item, FIELDS_2023.time}:
         return FIELDS_2023, ("2023",)
     if record.keys() >= {FIELDS_2014_2018.user, FIELDS_2014_2018.item, FIELDS_2014_2018.time}:
@@ -202,7 +202,7 @@ def _review_release(source: SourceFile, number: int, record: dict[str, Any]) -> 
 
 
 def _metadata_release(source: SourceFile, number: int, record: dict[str, Any], releases: tuple[str, ...]) -> str:
-    """The release of the metadata, which must be one of the reviews'."""
+    """Return the release of the metadata, which must be one of the reviews' releases."""
     is_review = not record.keys().isdisjoint({"reviewerID", "user_id"})
     if is_review or record.keys().isdisjoint({"asin", "parent_asin"}):
         raise DomainError(
@@ -239,12 +239,12 @@ def _texts(record: dict[str, Any], release: str) -> Texts:
 
 
 def _joined(path: Any) -> str:
-    """The words of a category path, in MergeRec's form: the names with a space between."""
+    """Join the names of a category path with spaces, as MergeRec does."""
     return " ".join(filter(None, map(_clean, path))) if isinstance(path, list) else ""
 
 
 def _clean(value: Any) -> str:
-    """Text without tags, entities and superfluous white space; "" for anything else."""
+    """Remove tags, entities and superfluous white space from a text; "" for anything else."""
     if not isinstance(value, str):
         return ""
     text = html.unescape(HTML_TAG.sub(" ", value)) if "<" in value or "&" in value else value
@@ -256,14 +256,14 @@ class _BadRow(Exception):
 
 
 def _lines(source: SourceFile, progress: Progress | None) -> Iterator[tuple[int, bytes]]:
-    """Lines that are not blank, with their numbers."""
+    """Yield the lines that are not blank, with their numbers."""
     for number, line in enumerate(read_lines(source, progress), 1):
         if not line.isspace():
             yield number, line
 
 
 def _parse(line: bytes) -> dict[str, Any]:
-    """The object on a line: JSON, or the Python literal that the metadata of 2014 consists of."""
+    """Parse the object on a line: JSON, or a Python literal as in the metadata of 2014."""
     try:
         text = line.decode()
     except UnicodeDecodeError:
@@ -285,7 +285,7 @@ def _literal(text: str) -> Any:
 
 
 def _is_id(value: Any) -> TypeGuard[str]:
-    """Whether the value is text that UTF-8 can hold, and not blank."""
+    """Return True for valid UTF-8 text that is not blank."""
     return isinstance(value, str) and (value.isascii() or _is_utf8(value)) and not value.isspace() and value != ""
 
 

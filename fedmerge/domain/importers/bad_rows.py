@@ -1,6 +1,6 @@
-"""Rows that cannot be used: counted, with their reasons and the first lines of each, and refused beyond a share.
+"""Rows that cannot be used: their count, reasons and first lines. Above a share of the rows the import is refused.
 
-Reasons are fixed texts without values: a value could be a user's id, and the owner can look at the line.
+Reasons are fixed texts without values, because a value could be a user's id; the owner can look at the line.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ ALL_BAD = 1000
 
 @dataclass(frozen=True, slots=True)
 class Reason:
-    """Why rows of a file were left out.
+    """A reason why rows of a file were left out.
 
     Attributes:
         text: the reason.
@@ -28,7 +28,7 @@ class Reason:
 
 @dataclass(frozen=True, slots=True)
 class FileReport:
-    """What became of one file.
+    """The result of reading one file.
 
     Attributes:
         source: the file.
@@ -44,12 +44,12 @@ class FileReport:
 
     @property
     def num_bad(self) -> int:
-        """Rows that were left out as bad."""
+        """Return the number of rows that were left out as bad."""
         return sum(reason.count for reason in self.bad)
 
 
 class BadRows:
-    """The bad rows of one file, as they are found.
+    """The bad rows of one file, collected while it is read.
 
     Args:
         source: the file, for messages.
@@ -63,7 +63,7 @@ class BadRows:
         self._reasons: dict[str, tuple[int, list[int]]] = {}
 
     def add(self, number: int, text: str, count: int = 1) -> None:
-        """Note a bad row, or several that begin at one; DomainError once the first 1,000 rows are all bad.
+        """Record a bad row, or several from one on; DomainError if the first 1,000 rows are all bad.
 
         Args:
             number: of the line or row.
@@ -77,7 +77,7 @@ class BadRows:
             raise self._refusal(self.count)
 
     def report(self, num_good: int) -> FileReport:
-        """The file's report.
+        """Make the file's report.
 
         Args:
             num_good: rows that were not bad.
