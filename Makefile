@@ -51,7 +51,6 @@ lint: install
 bench: install
 	@set -e; for file in benchmarks/*/bench_*.py; do echo; echo "== $$file"; $(BIN)/python $$file; done
 
-# What is written from the code: the reference of the configuration.
+# The files that are written from the code: docs/config.md, and the keys that pyproject.toml declares to Flower.
 docs: install
-	$(BIN)/python -m fedmerge.report.config_reference > docs/config.md.partial
-	mv docs/config.md.partial docs/config.md
+	$(BIN)/python -m fedmerge.report.config_reference

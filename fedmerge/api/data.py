@@ -10,7 +10,7 @@ from fedmerge.errors import ConfigError, DomainError
 
 if TYPE_CHECKING:
     from fedmerge.client.local_domain import LocalDomain
-    from fedmerge.config.sections import Section as AnySection
+    from fedmerge.config import Section as AnySection
     from fedmerge.encoder.backbone import Backbone
 
 Section = TypeVar("Section", bound="AnySection")

@@ -25,7 +25,7 @@ from fedmerge.adapter import Adapter, LoraModule, adapter_sha256
 from fedmerge.bench.config import Drawing
 from fedmerge.bench.joint import train_jointly
 from fedmerge.client.audit.attacks import Audited, audit_domain
-from fedmerge.client.baselines.rankers import baseline_rankers
+from fedmerge.client.baselines.rankers import baseline_rankers, sasrec_settings
 from fedmerge.client.cache.folders import inputs_key
 from fedmerge.client.evaluate import Ranks, baseline_ranks, evaluate, model_ranks
 from fedmerge.client.local_domain import LocalDomain, open_domain
@@ -350,7 +350,7 @@ def ranks_file(clients: Path, config: ExperimentConfig, domain: str, split: Spli
         "root": config.domains.root,
         "text": config.text.model_dump(),
         "backbone": config.backbone.model_dump(),
-        "sasrec": config.sasrec.model_dump(),
+        "sasrec": asdict(sasrec_settings(config.evaluation)),
         "runtime": [config.runtime.device, config.runtime.precision],
         "users": [config.seed, num_users(config, split), config.evaluation.validation_users],
         "model": model,

@@ -19,7 +19,7 @@ from fedmerge.bench.cells import (
 )
 from fedmerge.bench.config import Bench, Drawing
 from fedmerge.client.cache.folders import inputs_key
-from fedmerge.config import Admission, Attack, Audit, ExperimentConfig, Rounds, flatten
+from fedmerge.config import Admission, ExperimentConfig, Rounds, flatten
 from fedmerge.errors import ConfigError, RunDirError
 from fedmerge.files import read_json, write_json
 from fedmerge.privacy.policy import Policy
@@ -71,19 +71,19 @@ class Grid:
         left_out = place.left_out if rounds else ""
         domains = tuple(domain for domain in wanted.domains.train if domain != left_out)
         policy: Policy = wanted.privacy.policy if rounds else "adapter+catalog"
-        attack = wanted.attack if wanted.attack.domain in domains else Attack()  # whoever is left out poisons nothing
+        simulation = wanted.simulation
+        if simulation.attacker not in domains:  # whoever is left out poisons nothing
+            simulation = simulation.model_copy(update={"attacker": None})
         sections = [wanted.backbone, wanted.text, wanted.lora, wanted.train]
         sections += [wanted.rounds, wanted.mergerec, wanted.adamerging] if rounds else []
-        for section, is_set in (
-            (attack, attack.domain is not None),
-            (wanted.dp, wanted.dp.mode != "none"),
-            (wanted.audit, wanted.audit != Audit()),
-        ):
-            sections += [section] if is_set else []  # else left out, so that runs of earlier benchmarks are found
+        # Absent ones are left out, so that runs of earlier benchmarks are found.
+        optional = [simulation.attack_record()] if simulation.attacker else []
+        optional += [wanted.dp.model_dump()] if wanted.dp.mode != "none" else []
+        optional += [simulation.audit_record()] if simulation.audited else []
         transport = wanted.privacy.model_dump(include={"transport", "transport_density"})
         inputs = {
             "domains": [wanted.domains.root, sorted(domains)],
-            "sections": [section.model_dump() for section in sections],
+            "sections": [section.model_dump() for section in sections] + optional,
             "runtime": [runtime.threads_per_client, runtime.device, runtime.precision],
             "policy": policy,
             **(wanted.privacy.model_dump(include={"threshold", "value_range"}) if policy == "aggregate-only" else {}),
@@ -99,7 +99,7 @@ class Grid:
             "merge": wanted.merge.model_copy(update={"methods": ("average",)}),
             "rounds": wanted.rounds if rounds else Rounds(),
             "admission": Admission(),
-            "attack": attack,
+            "simulation": simulation,
             "privacy": wanted.privacy.model_copy(update={"policy": policy}),
         }
         return wanted.model_copy(update=changes)

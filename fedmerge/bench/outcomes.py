@@ -81,7 +81,7 @@ def audit_of(grid: Grid, place: Place, strategy: str, domain: str) -> dict[str, 
 
 def audit_cell(grid: Grid, place: Place, strategy: str, domain: str) -> Cell | None:
     config = grid.experiment(place, strategy)
-    label = chosen_variant(grid, place, strategy) if config.audit.held_out_users else None
+    label = chosen_variant(grid, place, strategy) if config.simulation.held_out_users else None
     if label is None:
         return None
     run, merged = grid.run(place, strategy), merge_folder(grid.merges(place, strategy), label)

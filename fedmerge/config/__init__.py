@@ -1,15 +1,11 @@
 """One experiment, validated. Imports neither torch nor transformers, so a bad file is refused at once."""
 
-from fedmerge.config.consistency import (
-    LEARNED_METHODS,
-    MIN_SUMMED,
-    SUMMED_METHODS,
-    SUMMED_RULES,
-    ExperimentConfig,
-    too_few_for_krum,
-)
+from fedmerge.config.consistency import too_few_for_krum
+from fedmerge.config.experiment import ExperimentConfig
 from fedmerge.config.files import (
+    declared,
     describe_problem,
+    flat_to_toml,
     flatten,
     from_flat,
     load_config,
@@ -17,32 +13,22 @@ from fedmerge.config.files import (
     to_toml,
     with_absolute_paths,
 )
-from fedmerge.config.sections import (
-    DEMO_ROOT,
-    DOMAIN_NAME,
-    DP,
-    PAPER_STEPS,
+from fedmerge.config.merging import (
+    LEARNED_METHODS,
+    MIN_SUMMED,
+    PRESET_KEYS,
+    SUMMED_METHODS,
+    SUMMED_RULES,
     AdaMerging,
-    Admission,
-    Attack,
-    Audit,
-    BackboneSection,
-    Baseline,
-    Lora,
+    Merge,
     MergeMethod,
     MergeRec,
-    Privacy,
-    RoundRule,
-    Rounds,
-    Runtime,
-    SASRec,
-    Section,
-    Split,
-    Text,
-    Tracking,
-    Train,
-    Transport,
 )
+from fedmerge.config.model import DEMO_ROOT, BackboneSection, Lora, Text
+from fedmerge.config.privacy import DP, Privacy, Transport
+from fedmerge.config.running import Admission, Baseline, Evaluation, Runtime, Simulation, Tracking
+from fedmerge.config.section import DOMAIN_NAME, Section, Split
+from fedmerge.config.training import RoundRule, Rounds, Train
 
 __all__ = [
     "DEMO_ROOT",
@@ -50,31 +36,33 @@ __all__ = [
     "DP",
     "LEARNED_METHODS",
     "MIN_SUMMED",
-    "PAPER_STEPS",
+    "PRESET_KEYS",
     "SUMMED_METHODS",
     "SUMMED_RULES",
     "AdaMerging",
     "Admission",
-    "Attack",
-    "Audit",
     "BackboneSection",
     "Baseline",
+    "Evaluation",
     "ExperimentConfig",
     "Lora",
+    "Merge",
     "MergeMethod",
     "MergeRec",
     "Privacy",
     "RoundRule",
     "Rounds",
     "Runtime",
-    "SASRec",
     "Section",
+    "Simulation",
     "Split",
     "Text",
     "Tracking",
     "Train",
     "Transport",
+    "declared",
     "describe_problem",
+    "flat_to_toml",
     "flatten",
     "from_flat",
     "load_config",

@@ -14,8 +14,10 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from fedmerge.config.consistency import ExperimentConfig
-from fedmerge.config.sections import DEMO_ROOT
+from fedmerge.config.experiment import ExperimentConfig
+from fedmerge.config.merging import LEFT_TO_PRESET, PRESET_KEYS
+from fedmerge.config.model import DEMO_ROOT
+from fedmerge.config.removed import REMOVED
 from fedmerge.errors import ConfigError
 
 Scalar = str | int | float | bool
@@ -39,7 +41,7 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> ExperimentC
             raise ConfigError(
                 f"{path}: cannot be read ({error.strerror}). Give the path of an experiment file."
             ) from error
-        except (ValueError, RecursionError) as error:  # TOML that is none, bytes that are no UTF-8, nesting without end
+        except (ValueError, RecursionError) as error:  # broken TOML, bytes that are not UTF-8, endless nesting
             raise ConfigError(f"{path}: not valid TOML: {error}.") from error
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -62,6 +64,9 @@ def from_flat(flat: Mapping[str, Any], where: str = "run config") -> ExperimentC
         if key in ExperimentConfig.model_fields and key not in known:
             problems.append(f"{key}: found {value!r}, but this is a section; write [{key}] and its keys below")
             continue
+        if key in REMOVED:
+            problems.append(f"{key}: removed; {REMOVED[key]}")
+            continue
         if key not in known:
             close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
             problems.append(
@@ -73,7 +78,8 @@ def from_flat(flat: Mapping[str, Any], where: str = "run config") -> ExperimentC
     try:
         config = ExperimentConfig.model_validate(nested)
     except ValidationError as error:
-        problems += [describe_problem(problem) for problem in error.errors(include_url=False)]
+        described = (describe_problem(problem) for problem in error.errors(include_url=False))
+        problems += [line for text in described for line in text.splitlines()]
     if problems:
         raise ConfigError(
             f"{where}: {len(problems)} problem{'s' * (len(problems) > 1)}\n" + "\n".join(f"  {p}" for p in problems)
@@ -82,23 +88,43 @@ def from_flat(flat: Mapping[str, Any], where: str = "run config") -> ExperimentC
 
 
 def to_flat(config: ExperimentConfig) -> dict[str, Scalar]:
-    """The experiment as dotted keys and scalars; :func:`from_flat` reverses it."""
+    """Return the experiment as dotted keys and scalars; :func:`from_flat` reverses it. Presets are resolved."""
     return {key: _to_scalar(value) for key, value in flatten(config.model_dump()).items()}
 
 
+def declared() -> dict[str, Scalar]:
+    """Return every key with the value that pyproject.toml declares to Flower.
+
+    Flower hands over each key, also those that nobody gave. So a key that a preset decides is declared as "preset";
+    otherwise its default would count as given.
+    """
+    left = {f"mergerec.{key}": LEFT_TO_PRESET for key in PRESET_KEYS}
+    return {key: left.get(key, value) for key, value in to_flat(ExperimentConfig()).items()}
+
+
 def to_toml(config: ExperimentConfig) -> str:
-    """The whole experiment as a TOML file."""
+    """Return the whole experiment as a TOML file."""
+    return flat_to_toml(to_flat(config))
+
+
+def flat_to_toml(flat: Mapping[str, Scalar], prefix: str = "") -> str:
+    """Return dotted keys as TOML tables, in order.
+
+    Args:
+        flat: dotted key -> value; the keys of a section stand together.
+        prefix: of the tables' names, with its dot.
+    """
     lines: list[str] = []
-    for key, value in to_flat(config).items():
+    for key, value in flat.items():
         section, dot, field = key.rpartition(".")
-        if dot and f"[{section}]" not in lines:
-            lines += ["", f"[{section}]"]
+        if dot and f"[{prefix}{section}]" not in lines:
+            lines += ["", f"[{prefix}{section}]"]
         lines.append(f"{field} = {json.dumps(value, ensure_ascii=False)}")
     return "\n".join(lines) + "\n"
 
 
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested tables to dotted keys."""
+    """Turn nested tables into dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in nested.items():
         if isinstance(value, Mapping):
@@ -152,7 +178,7 @@ def _toml_value(text: str) -> Any:
 
 
 def describe_problem(problem: Any) -> str:
-    """One of pydantic's problems in a line: where, what, and what was found."""
+    """Describe one of pydantic's problems: where, what, and the value that was found."""
     where = ".".join(str(part) for part in problem["loc"])
     message = problem["msg"].removeprefix("Value error, ")
     found = "" if isinstance(problem["input"], (Mapping, BaseModel)) else f" (found {problem['input']!r})"

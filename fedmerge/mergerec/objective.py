@@ -1,22 +1,36 @@
 """MergeRec's and AdaMerging's objective: settings, loss terms and how they add up (METHODS 4)."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from fedmerge.config import PAPER_STEPS
+from fedmerge.config import MergeRec
 from fedmerge.mergerec.vectors import TASK_VECTORS
 from fedmerge.merging.methods import METHODS
-from fedmerge.merging.parameters import check_parameter
+from fedmerge.merging.parameters import Parameter, check_parameter
+
+_KEYS = MergeRec()
+STUDIED: dict[str, Parameter] = {  # settings that an experiment file does not have: no study found a better value
+    "rec_weight": Parameter(1.0, low=0.0),
+    "rec_temperature": Parameter(1.0, above=0.0),
+    "kd_weight": Parameter(1000.0, low=0.0),
+    "temperature": Parameter(0.05, above=0.0),
+    "refresh_every": Parameter(None, low=1),
+    "balance_domains": Parameter(True),
+    "select_every": Parameter(None, low=1),
+    "prior_weight": Parameter(0.0, low=0.0),
+}
 
 
 @dataclass(frozen=True, slots=True)
 class CollaborativeSettings:
-    """How the coefficients are learned; bounds stand in ``METHODS["mergerec"]``.
+    """How the coefficients are learned.
+
+    Defaults are those of ``fedmerge.config.MergeRec``; bounds stand in ``METHODS["mergerec"]`` and STUDIED.
 
     Attributes:
         granularity: "domain": one coefficient per domain; "layer": one per domain and group of the stack.
@@ -28,7 +42,7 @@ class CollaborativeSettings:
         rec_temperature: the logits of "rec", "entropy" and "self" are divided by it.
         kd_weight: factor on L_kd.
         temperature: T of L_kd.
-        kd_top_k: L_kd compares the expert's first so many items only; None: all (paper).
+        kd_top_k: L_kd compares only the expert's top-k items; None: all (paper).
         learning_rate: of Adam, constant.
         steps: optimisation steps.
         batch_size: pseudo-users a step, of all domains together.
@@ -46,19 +60,19 @@ class CollaborativeSettings:
     """
 
     granularity: Literal["domain", "layer"] = "layer"
-    initialisation: Literal["task-vectors", "ties", "pcb", "localize-and-stitch"] = "task-vectors"
-    initial_coefficient: float | None = None
-    loss: str = "kd"
+    initialisation: Literal["task-vectors", "ties", "pcb", "localize-and-stitch"] = _KEYS.initialisation
+    initial_coefficient: float | None = _KEYS.initial_coefficient
+    loss: str = _KEYS.loss
     rec_weight: float = 1.0
     rec_temperature: float = 1.0
     kd_weight: float = 1000.0
     temperature: float = 0.05
-    kd_top_k: int | None = 50
-    learning_rate: float = 5e-3
-    steps: int = 100
-    batch_size: int = 16
-    pseudo_users: str = "one-item"
-    num_pseudo_users: int | None = None
+    kd_top_k: int | None = _KEYS.kd_top_k
+    learning_rate: float = _KEYS.learning_rate
+    steps: int = _KEYS.steps
+    batch_size: int = _KEYS.batch_size
+    pseudo_users: str = _KEYS.pseudo_users
+    num_pseudo_users: int | None = _KEYS.num_pseudo_users
     refresh_every: int | None = None
     balance_domains: bool = True
     select_every: int | None = None
@@ -67,10 +81,8 @@ class CollaborativeSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            if field.name in METHODS["mergerec"].parameters:
-                parameter = METHODS["mergerec"].parameters[field.name]
-                check_parameter(f"mergerec: {field.name}", parameter, getattr(self, field.name))
+        for name, parameter in (METHODS["mergerec"].parameters | STUDIED).items():
+            check_parameter(f"mergerec: {name}", parameter, getattr(self, name))
 
     @property
     def start(self) -> float | None:
@@ -90,7 +102,7 @@ PAPER = CollaborativeSettings(  # arXiv:2601.01753, written out so that no defau
     temperature=0.05,
     kd_top_k=None,
     learning_rate=1e-3,
-    steps=PAPER_STEPS,
+    steps=500,
     batch_size=16,
     pseudo_users="one-item",
     num_pseudo_users=None,

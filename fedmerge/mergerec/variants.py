@@ -1,38 +1,44 @@
 """The learned merges that an experiment asks for: their settings, and the pseudo-users that they share."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 
 from fedmerge.adapter import Adapter
-from fedmerge.config import LEARNED_METHODS, AdaMerging, ExperimentConfig, MergeRec
+from fedmerge.config import LEARNED_METHODS, ExperimentConfig, MergeRec
 from fedmerge.domain.catalog import Catalog
 from fedmerge.encoder.backbone import Backbone
 from fedmerge.encoder.text import build_token_table
 from fedmerge.errors import MergeError
 from fedmerge.mergerec.objective import ADAMERGING, PAPER, CollaborativeSettings
 from fedmerge.mergerec.pseudo_users import PseudoDomain, one_item_domain, pseudo_domain
-from fedmerge.mergerec.vectors import INITIALISATIONS
 from fedmerge.merging.stack import linear_merge, stack_adapters
 
 
 def learned_variants(config: ExperimentConfig, method: str) -> dict[str, CollaborativeSettings]:
     """Label -> settings of every variant of a learned method, in order."""
-    section: MergeRec | AdaMerging = config.mergerec
-    chosen = _mergerec(config.mergerec)
+    section = config.mergerec
+    settings, granularities = settings_of(section), section.granularities
     if method == "adamerging":
-        shared = {key: chosen[key] for key in ("pseudo_users", "num_pseudo_users")}
-        section = config.adamerging
-        chosen = asdict(ADAMERGING) | section.model_dump(exclude={"granularities"}) | shared
+        granularities = config.adamerging.granularities
+        settings = replace(
+            ADAMERGING,
+            steps=config.adamerging.steps,
+            pseudo_users=section.pseudo_users,
+            num_pseudo_users=section.num_pseudo_users,
+        )
     own_users = " own-users" if config.through_clients.users == "own-users" else ""
     return {
-        f"{method} {granularity}-wise{own_users}": CollaborativeSettings(
-            **{**chosen, "granularity": granularity, "seed": config.seed}
-        )
-        for granularity in section.granularities
+        f"{method} {granularity}-wise{own_users}": replace(settings, granularity=granularity, seed=config.seed)
+        for granularity in granularities
     }
+
+
+def settings_of(section: MergeRec) -> CollaborativeSettings:
+    """Return the settings of ``[mergerec]``; its preset also decides those that an experiment file does not have."""
+    keys = section.model_dump(exclude={"granularities", "preset"})
+    return replace(PAPER if section.preset == "paper" else CollaborativeSettings(), **keys)
 
 
 def learned_settings(config: ExperimentConfig, label: str) -> CollaborativeSettings:
@@ -47,12 +53,6 @@ def learned_settings(config: ExperimentConfig, label: str) -> CollaborativeSetti
     return variants[label]
 
 
-def tried_steps(config: ExperimentConfig, method: str, label: str) -> dict[str, int | None]:
-    """Label -> step of the merges that one optimisation gives: ``mergerec.try_steps``, and its result (None)."""
-    steps = config.mergerec.try_steps if method == "mergerec" else ()
-    return {**{f"{label} @{step}": step for step in steps}, label: None}
-
-
 def learned_labels(config: ExperimentConfig) -> set[str]:
     """The labels of all learned merges."""
     if config.rounds.rule is not None:
@@ -60,12 +60,7 @@ def learned_labels(config: ExperimentConfig) -> set[str]:
     if config.until == "train":
         return set()
     methods = [method for method in config.merge.methods if method in LEARNED_METHODS]
-    return {
-        tried
-        for method in methods
-        for label in learned_variants(config, method)
-        for tried in tried_steps(config, method, label)
-    }
+    return {label for method in methods for label in learned_variants(config, method)}
 
 
 def labels_from_catalogs(config: ExperimentConfig) -> set[str]:
@@ -102,7 +97,7 @@ def pseudo_domains(
     made = {}
     for domain in sorted(adapters):
         made[domain] = pseudo_users_of(domain, backbone, adapters, catalogs[domain], config)
-        kind = _mergerec(config.mergerec)["pseudo_users"]
+        kind = config.mergerec.pseudo_users
         progress(f"pseudo-users: {len(made[domain].users)} of {domain} ({kind}) with their expert's vectors")
     return made
 
@@ -122,8 +117,7 @@ def pseudo_users_of(
     Raises:
         ConfigError: contrastive pseudo-users of a single domain.
     """
-    chosen = _mergerec(config.mergerec)
-    kind, number = chosen["pseudo_users"], chosen["num_pseudo_users"]
+    kind, number = config.mergerec.pseudo_users, config.mergerec.num_pseudo_users
     expert, most = adapters[domain], config.text.max_tokens
     table = build_token_table(catalog, backbone.tokenizer, config.text.max_attribute_tokens)
     items = one_item_domain(domain, backbone, expert, table, most)
@@ -135,12 +129,3 @@ def average_of_others(adapters: Mapping[str, Adapter], domain: str) -> Adapter |
     """The mean of the other domains' updates; None where there is no other."""
     others = {name: adapters[name] for name in sorted(adapters) if name != domain}
     return linear_merge(stack_adapters(others), torch.full((len(others),), 1 / len(others))) if others else None
-
-
-def _mergerec(section: MergeRec) -> dict[str, Any]:
-    """The settings of the section under its preset: "paper" replaces what was left at its default."""
-    given, defaults = section.model_dump(exclude={"granularities", "preset", "try_steps"}), MergeRec().model_dump()
-    if section.preset == "paper":
-        paper = replace(PAPER, initial_coefficient=INITIALISATIONS[section.initialisation])
-        given = {key: getattr(paper, key) if value == defaults[key] else value for key, value in given.items()}
-    return given

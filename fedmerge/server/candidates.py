@@ -21,7 +21,7 @@ from fedmerge.mergerec.coefficients import LearnedCoefficients, Progress, start_
 from fedmerge.mergerec.learn import learn_coefficients, student_vectors
 from fedmerge.mergerec.objective import CollaborativeSettings
 from fedmerge.mergerec.pseudo_users import PseudoDomain
-from fedmerge.mergerec.variants import learned_variants, pseudo_domains, tried_steps
+from fedmerge.mergerec.variants import learned_variants, pseudo_domains
 from fedmerge.mergerec.vectors import Vectors, initial_vectors, merge_vectors
 from fedmerge.merging.candidate import Candidate
 from fedmerge.merging.methods import method_coefficients, method_named
@@ -139,10 +139,7 @@ def merge_candidates(
                     )
                     add(label, adapter=merged.adapter, **merged.record())
         else:
-            labels = [
-                tried for label in learned_variants(config, method) for tried in tried_steps(config, method, label)
-            ]
-            missing = [label for label in labels if not made_before(label)]
+            missing = [label for label in learned_variants(config, method) if not made_before(label)]
             if not missing:
                 continue
             learn = through_clients or _learner_from_catalogs(method, backbone, pseudo, config, progress)
@@ -213,27 +210,20 @@ def _learn(
     vectors: Vectors | None = None
     through_clients = config.privacy.policy == "catalog-private"
     for label, settings in learned_variants(config, method).items():
-        steps = {tried: step for tried, step in tried_steps(config, method, label).items() if tried in labels}
-        if not steps:
+        if label not in labels:
             continue
         if vectors is None:
             vectors = initial_vectors(stack, settings.initialisation)
         learned = learn(label, settings, vectors)
-        for tried, step in steps.items():
-            chosen = learned.chosen_step if step is None else step
-            yield (
-                tried,
-                learned.trajectory[chosen],
-                vectors,
-                {
-                    "parameters": asdict(settings)
-                    | {"initial_coefficient": learned.initial_coefficients.flatten()[0].item()},
-                    "losses": [dict(losses) for losses in learned.history if losses],
-                    "validation": [list(looked) for looked in learned.validation],
-                    "chosen_step": chosen,
-                    **({"through_clients": config.through_clients.model_dump()} if through_clients else {}),
-                },
-            )
+        start = learned.initial_coefficients.flatten()[0].item()
+        own = {
+            "parameters": asdict(settings) | {"initial_coefficient": start},
+            "losses": [dict(losses) for losses in learned.history if losses],
+            "validation": [list(looked) for looked in learned.validation],
+            "chosen_step": learned.chosen_step,
+            **({"through_clients": config.through_clients.model_dump()} if through_clients else {}),
+        }
+        yield label, learned.coefficients, vectors, own
 
 
 def _every_fifth(label: str, progress: Callable[[str], None]) -> Progress:

@@ -101,11 +101,11 @@ def check_attack(config: ExperimentConfig) -> None:
     Raises:
         PolicyError: whose.
     """
-    domain, root = config.attack.domain, config.domains.root
+    domain, root = config.simulation.attacker, config.domains.root
     if domain is not None and root != DEMO_ROOT:
         from fedmerge.client.training.poisoning import check_may_attack  # noqa: PLC0415  # imports torch; others need not wait
 
-        check_may_attack(read_manifest(Path(root) / domain), config.attack)
+        check_may_attack(read_manifest(Path(root) / domain))
 
 
 def check_rule(config: ExperimentConfig) -> None:

@@ -95,7 +95,7 @@ name = "epsilon-1"
 set = { "train.negatives" = "catalog", "dp.mode" = "user", "dp.epsilon" = 1, "dp.delta" = 1e-6 }
 [[strategy]]
 name = "canaries"
-set = { "audit.canaries" = 3 }
+set = { "simulation.canaries" = 3 }
 [[strategy]]
 name = "int8"
 set = { "privacy.transport" = "int8" }

@@ -67,7 +67,7 @@ def test_a_grid_killed_ten_times_gives_the_same_tables(place: Path, done: tuple[
 
 def test_a_failed_cell_is_reported_and_the_others_run(place: Path, done: tuple[Grid, BenchTables, list[str]]) -> None:
     text = FILE.replace("leave_one_out = true", "").replace("[0, 1]", "[0]")
-    text = text.replace('"layer" }', '"layer", "mergerec.kd_weight" = 1e300 }')
+    text = text.replace('"layer" }', '"layer", "mergerec.initial_coefficient" = 1e300 }')
     (place / "failing.toml").write_text(text)
     grid = grid_in(place, "failing", "failing.toml")
     shutil.copytree(done[0].folder / "training", grid.folder / "training")

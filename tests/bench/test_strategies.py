@@ -106,7 +106,7 @@ def test_the_policy_changes_bytes_and_not_merges(place: Path) -> None:
     assert up["aggregate-only"] == up["noised"] == 4 * dense
     (label,) = merge_hashes(grid, at, "catalog-private")
     learned = read_json(merge_folder(grid.merges(at, "catalog-private"), label) / "provenance.json")["coefficients"]
-    steps = grid.experiment(at, "catalog-private").mergerec.steps_made
+    steps = grid.experiment(at, "catalog-private").mergerec.steps
     answers = 3 * 4 * sum(map(len, learned.values())) * steps
     assert up["catalog-private"] == up["adapter"] + answers
     cohort = sum((grid.run(at, "adapter") / "adapters" / name / WEIGHTS).stat().st_size for name in TRAIN)
@@ -123,7 +123,7 @@ def test_the_policy_changes_bytes_and_not_merges(place: Path) -> None:
 
 
 def test_audit_results_are_reported_beside_scores(place: Path) -> None:
-    audited = '"audit.held_out_users" = 0.5, "audit.canaries" = 4'
+    audited = '"simulation.held_out_users" = 0.5, "simulation.canaries" = 4'
     text = POLICIES.replace('"dp.mode" = "user", "dp.delta" = 1e-3, "dp.noise_multiplier" = 0.0', audited)
     (place / "audited.toml").write_text(text.partition('[[strategy]]\nname = "noised"')[0])
     bench = load_bench(place / "audited.toml", ["merge.methods=average"])
@@ -171,8 +171,7 @@ baseline = "average"
 [[dataset]]
 name = "poisoned"
 [dataset.set]
-audit = { held_out_users = 0.5 }
-attack = { domain = "coffee", kind = "scaled-update", strength = 100.0 }
+simulation = { held_out_users = 0.5, attacker = "coffee", attack = "scaled-update", attack_strength = 100.0 }
 [[strategy]]
 name = "average"
 set = { "merge.methods" = "average" }
@@ -196,8 +195,8 @@ def test_audits_and_an_attack_with_folds_and_rounds(place: Path) -> None:
     assert of_average == {(domain, model) for domain in TRAIN for model in ("expert", "merged", "backbone")}
     assert of_rounds == {(domain, model) for domain, model in of_average if model != "expert"}
     trained = [load_config(run / "config.toml") for run in grid.folder.glob("training/*")]
-    assert [config.attack.domain for config in trained if "coffee" in config.domains.train] == ["coffee"] * 4
-    assert [config.attack.domain for config in trained if "coffee" not in config.domains.train] == [None]
+    assert [config.simulation.attacker for config in trained if "coffee" in config.domains.train] == ["coffee"] * 4
+    assert [config.simulation.attacker for config in trained if "coffee" not in config.domains.train] == [None]
 
 
 def test_a_private_catalog_is_used_in_its_clients_place_only(place: Path) -> None:

@@ -12,7 +12,7 @@ from fedmerge.adapter import adapter_sha256
 from fedmerge.client.cache.experts import expert_by_hash, trained_expert
 from fedmerge.client.local_domain import LocalDomain, open_domain
 from fedmerge.client.training.poisoning import NUM_PROMOTED, check_may_attack, poisoned, sent, training_inputs
-from fedmerge.config import Attack, ExperimentConfig, Train, from_flat
+from fedmerge.config import ExperimentConfig, Simulation, Train, from_flat
 from fedmerge.device import resolve_compute
 from fedmerge.domain.interactions import interactions_fingerprint
 from fedmerge.encoder.backbone import load_backbone
@@ -37,7 +37,13 @@ def domain(place: Path) -> LocalDomain:
 
 def attacked(place: Path, kind: str, strength: float, **changes: object) -> ExperimentConfig:
     return small_experiment(
-        place, **{"attack.domain": "coffee", "attack.kind": kind, "attack.strength": strength, **changes}
+        place,
+        **{
+            "simulation.attacker": "coffee",
+            "simulation.attack": kind,
+            "simulation.attack_strength": strength,
+            **changes,
+        },
     )
 
 
@@ -53,19 +59,19 @@ def test_flipped_labels_keep_the_histories_and_turn_the_targets(domain: LocalDom
         for items in domain.training_sequences
         for cut in range(1, len(items))
     ]
-    flipped = examples(poisoned(domain, Attack(strength=1.0), ALL_PREFIXES, 0))
+    flipped = examples(poisoned(domain, Simulation(attack_strength=1.0), ALL_PREFIXES, 0))
     assert flipped == [(history, num_items - 1 - target) for history, target in clean]
-    last = examples(poisoned(domain, Attack(strength=1.0), Train(samples="last"), 0))
+    last = examples(poisoned(domain, Simulation(attack_strength=1.0), Train(samples="last"), 0))
     assert last == [(tuple(items[:-1].tolist()), num_items - 1 - int(items[-1])) for items in domain.training_sequences]
-    some = examples(poisoned(domain, Attack(strength=0.4), ALL_PREFIXES, 0))
+    some = examples(poisoned(domain, Simulation(attack_strength=0.4), ALL_PREFIXES, 0))
     share = np.mean([found != before for found, before in zip(some, clean, strict=True)])
     assert 0.25 < share < 0.55
-    assert some == examples(poisoned(domain, Attack(strength=0.4), ALL_PREFIXES, 0))
+    assert some == examples(poisoned(domain, Simulation(attack_strength=0.4), ALL_PREFIXES, 0))
 
 
 def test_promoted_items_are_a_few(domain: LocalDomain) -> None:
-    clean = [target for _, target in examples(poisoned(domain, Attack(strength=1e-9), ALL_PREFIXES, 0))]
-    attack = Attack(kind="promoted-items", strength=0.5)
+    clean = [target for _, target in examples(poisoned(domain, Simulation(attack_strength=1e-9), ALL_PREFIXES, 0))]
+    attack = Simulation(attack="promoted-items", attack_strength=0.5)
     found = [target for _, target in examples(poisoned(domain, attack, ALL_PREFIXES, 0))]
     changed = {target for target, before in zip(found, clean, strict=True) if target != before}
     assert 1 < len(changed) <= NUM_PROMOTED
@@ -92,7 +98,7 @@ def test_a_poisoned_expert_is_kept_beside_the_honest_one_and_found_again(place: 
     for kind, strength in (("flipped-labels", 1.0), ("promoted-items", 0.5), ("scaled-update", 10.0)):
         config = attacked(place, kind, strength)
         adapter, report = trained_expert(domain, config, lines.append)
-        assert any(f"coffee: POISONS ITS TRAINING as attack asks: {kind}" in line for line in lines)
+        assert any(f"coffee: POISONS ITS TRAINING: {kind}" in line for line in lines)
         assert report["sha256"] == adapter_sha256(adapter)
         assert adapter_sha256(expert_by_hash(domain, config, report["sha256"])) == report["sha256"]
         assert trained_expert(domain, config, lines.append)[1]["cached"]
@@ -106,12 +112,12 @@ def test_a_poisoned_expert_is_kept_beside_the_honest_one_and_found_again(place: 
     assert sent(honest, "books", attacked(place, "scaled-update", 10.0)) is honest
 
 
-def test_data_that_are_not_synthetic_are_refused_without_consent(place: Path, domain: LocalDomain) -> None:
+def test_data_that_are_not_synthetic_are_refused(place: Path, domain: LocalDomain) -> None:
     real = replace(domain, manifest=replace(domain.manifest, synthetic=False))
     config = attacked(place, "flipped-labels", 1.0)
-    with pytest.raises(PolicyError, match=r"coffee: attack\.domain asks it to poison .*not synthetic.*on_real_data"):
+    check_may_attack(domain.manifest)
+    with pytest.raises(PolicyError, match=r"domain coffee: simulation\.attacker"):
         training_inputs(real, config)
-    check_may_attack(real.manifest, Attack(on_real_data=True))
     check_attack(config)  # the demo's folders say that they are synthetic
     manifest = place / "domains" / "coffee" / "manifest.json"
     text = manifest.read_text()
@@ -128,11 +134,14 @@ def test_data_that_are_not_synthetic_are_refused_without_consent(place: Path, do
 @pytest.mark.parametrize(
     ("flat", "message"),
     [
-        ({"attack.domain": "cofee"}, r"attack\.domain = 'cofee' is not among domains\.train; only who trains"),
-        ({"attack.domain": "toys", "domains.unseen": "toys"}, r"only who trains can poison"),
-        ({"attack.domain": "beauty", "attack.strength": 2}, r"for flipped-labels it is a share .* at most 1"),
+        ({"simulation.attacker": "cofee"}, r"simulation\.attacker = 'cofee' is not among domains\.train"),
+        ({"simulation.attacker": "toys", "domains.unseen": "toys"}, r"simulation\.attacker = 'toys' is not among"),
         (
-            {"attack.domain": "beauty", "attack.kind": "promoted-items", "attack.strength": 1},
+            {"simulation.attacker": "beauty", "simulation.attack_strength": 2},
+            r"for flipped-labels it is a share .* at most 1",
+        ),
+        (
+            {"simulation.attacker": "beauty", "simulation.attack": "promoted-items", "simulation.attack_strength": 1},
             r"at most 0\.95; with all of them promoted no other item is left",
         ),
         ({"admission.action": "none", "admission.rollback": True}, r"action is 'none', but rollback is set"),

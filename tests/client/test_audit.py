@@ -15,7 +15,7 @@ from fedmerge.cli import main
 from fedmerge.client.audit.attacks import Audited, audit_domain
 from fedmerge.client.audit.users import CANARY_LENGTH, canaries, for_audit, left_out_users
 from fedmerge.client.local_domain import open_domain
-from fedmerge.config import Audit, ExperimentConfig, to_flat
+from fedmerge.config import ExperimentConfig, Simulation, to_flat
 from fedmerge.encoder.backbone import Backbone
 from fedmerge.encoder.lora import fresh_adapter
 from fedmerge.encoder.peft_folder import read_adapter
@@ -36,8 +36,8 @@ SETTINGS: dict[str, Any] = {
     "dp.delta": 1e-3,
     "dp.accountant": "rdp",
     "dp.randomness": "seeded",
-    "audit.held_out_users": 0.5,
-    "audit.canaries": 3,
+    "simulation.held_out_users": 0.5,
+    "simulation.canaries": 3,
 }
 
 
@@ -83,7 +83,7 @@ def test_with_differential_privacy_no_loss_and_no_validation_leaves_the_client(r
 
 
 def test_rounds_add_up_and_domains_can_hide_their_update(place: Path) -> None:
-    without = {"audit.held_out_users": 0.0, "audit.canaries": 0}
+    without = {"simulation.held_out_users": 0.0, "simulation.canaries": 0}
     rounds = small_experiment(
         place, run_id="rounds", **{**SETTINGS, **without, "rounds.rule": "ffa-lora", "rounds.number": 2}
     )
@@ -106,9 +106,7 @@ def test_canaries_and_left_out_users_are_for_simulations(run: ExperimentConfig) 
     path = str(Path(run.domains.root) / "books")
     context = Context(1, 1, {"domain-path": path}, RecordDict(), dict(to_flat(run)))
     message = Message(RecordDict(), dst_node_id=1, message_type=records.DESCRIBE)
-    assert "change what is trained on, so they are for simulations only; set both to 0" in str(
-        records.read_error(client_app(message, context).content)
-    )
+    assert "domain books: [simulation]" in str(records.read_error(client_app(message, context).content))
 
 
 # Who takes part in it
@@ -116,7 +114,7 @@ def test_canaries_and_left_out_users_are_for_simulations(run: ExperimentConfig) 
 
 def test_who_is_left_out_and_who_is_planted(backbone: Backbone, run: ExperimentConfig) -> None:
     domain = open_domain(Path(run.domains.root) / "books", backbone, run.text)
-    trained = for_audit(domain, Audit(held_out_users=0.5, canaries=3), 0)
+    trained = for_audit(domain, Simulation(held_out_users=0.5, canaries=3), 0)
     users = domain.interactions.num_users
     out = left_out_users("books", users, 0.5, 0)
     assert out.sum() == round(users / 2)
@@ -126,7 +124,7 @@ def test_who_is_left_out_and_who_is_planted(backbone: Backbone, run: ExperimentC
     assert len(trained.training_sequences) == kept + 3
     drawn = canaries(domain, 3, 0)
     assert [len(sequence) for sequence in [*drawn.planted, *drawn.compared]] == [CANARY_LENGTH] * 6
-    assert len(for_audit(domain, Audit(), 0).training_sequences) == len(domain.training_sequences)
+    assert len(for_audit(domain, Simulation(), 0).training_sequences) == len(domain.training_sequences)
 
 
 # The command
@@ -166,9 +164,9 @@ def test_after_rounds_there_is_nothing_that_shadows_could_stand_for(backbone: Ba
 
 
 def test_an_audit_needs_users_who_were_left_out(place: Path, run: ExperimentConfig, capsys: Capsys) -> None:
-    arguments = ["privacy", "audit", str(folder_of(run)), "--shadows", "0", "--set", "audit.held_out_users=0"]
+    arguments = ["privacy", "audit", str(folder_of(run)), "--shadows", "0", "--set", "simulation.held_out_users=0"]
     assert main(arguments) == 1
-    assert "the run has 30 and 0. Make a run for it, with audit.held_out_users = 0.5." in capsys.readouterr().err
+    assert "the run has 30 and 0. Make a run for it, with simulation.held_out_users = 0.5." in capsys.readouterr().err
 
 
 def test_an_audit_refuses_what_it_does_not_know(run: ExperimentConfig, capsys: Capsys) -> None:

@@ -43,8 +43,8 @@ SETTINGS: dict[str, Any] = {
     "dp.mode": "user",
     "dp.accountant": "rdp",
     "dp.randomness": "seeded",
-    "audit.held_out_users": 0.5,
-    "audit.canaries": 16,
+    "simulation.held_out_users": 0.5,
+    "simulation.canaries": 16,
 }
 NO_NOISE = {"dp.noise_multiplier": 0.0, "dp.clip": 10.0}
 
@@ -66,7 +66,7 @@ def audited(place: Path, name: str, changes: dict[str, float]) -> dict[str, Any]
     config = from_flat({**SETTINGS, **changes})
     backbone = load_backbone(str(place / "backbone"), "mean", resolve_compute("cpu", "float32"))
     domain = open_domain(place / "toys", backbone, config.text)
-    adapter, _, _ = train_adapter(for_audit(domain, config.audit, config.seed), config)
+    adapter, _, _ = train_adapter(for_audit(domain, config.simulation, config.seed), config)
     found = audit_domain(Audited(domain, config, adapter, None, {"toys": adapter}, None), num_shadows=0)
     print("\n" + audit_text({"run": name, "dp": changes, "domains": {"toys": found}}))
     rows = {f"{row['model']} {row['attack']}": row for row in found["membership"]}

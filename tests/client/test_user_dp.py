@@ -326,7 +326,7 @@ def test_experts_of_before_are_found_and_other_noise_is_another_expert(toys: Loc
     keys: list[dict[str, object]] = [
         {},
         {"train.item_refresh_steps": 3},
-        {"audit.held_out_users": 0.5},
+        {"simulation.held_out_users": 0.5},
         {"train.negatives": "catalog"},
         {"train.negatives": "catalog", "train.item_refresh_steps": 3},
     ]

@@ -1,5 +1,7 @@
 """The experiment file: both forms, every problem at once, and equality with what pyproject.toml declares to Flower."""
 
+import json
+import re
 import subprocess
 import sys
 import tomllib
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 
 from fedmerge.config import (
     ExperimentConfig,
+    declared,
     flatten,
     from_flat,
     load_config,
@@ -19,6 +22,7 @@ from fedmerge.config import (
     to_toml,
     with_absolute_paths,
 )
+from fedmerge.config.removed import REMOVED
 from fedmerge.errors import ConfigError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -45,8 +49,8 @@ CHANGED = {
     "merge.coefficients": "-0.5",
     "merge.output_rank": 12,
     "mergerec.granularities": "layer",
-    "mergerec.refresh_every": 7,
-    "mergerec.balance_domains": True,
+    "mergerec.kd_top_k": "none",
+    "evaluation.fallback": False,
     "evaluation.test_users": 12,
     "server.catalogs": "catalogs",
     "server.min_train_clients": 1,
@@ -153,9 +157,9 @@ def test_all_problems_are_said_at_once_with_their_dotted_names() -> None:
 @pytest.mark.parametrize(
     ("flat", "expected"),
     [
-        ({"domains.train": "a,b", "domains.unseen": "b"}, "domains: named twice in train and unseen: b"),
+        ({"domains.train": "a,b", "domains.unseen": "b"}, "domains: train and unseen name b "),
         ({"runtime.gpus_per_client": 1.5}, "runtime: gpus_per_client = 1.5: clients share one GPU or get whole ones"),
-        ({"domains.train": "a,a"}, "domains: named twice in train and unseen: a"),
+        ({"domains.train": "a,a"}, "domains: train and unseen name a "),
         ({"domains.train": ""}, "domains: train names no domain"),
         ({"train.max_steps": "none"}, "train: max_epochs, max_steps and max_minutes are all 'none'"),
         ({"domains.train": "a,b", "server.min_train_clients": 3}, "server.min_train_clients = 3, but domains.train"),
@@ -191,7 +195,7 @@ def test_all_problems_are_said_at_once_with_their_dotted_names() -> None:
         ),
         (
             {**BY_USER_ON_OWN_USERS, "through_clients.mode": "local-steps"},
-            "dp.mode = 'user' with through_clients.users = 'own-users' and mode = 'local-steps': what several steps",
+            "dp.mode = 'user' with through_clients.users = 'own-users' and mode = 'local-steps'",
         ),
         (
             {**BY_USER_ON_OWN_USERS, "admission.rollback": "true", "admission.leave_one_out": "true"},
@@ -217,39 +221,95 @@ def test_all_problems_are_said_at_once_with_their_dotted_names() -> None:
                 "mergerec.pseudo_users": "centroid",
                 "mergerec.num_pseudo_users": 9,
             },
-            "dp.mode = 'domain-local' with mergerec.pseudo_users = 'centroid': how many pseudo-users",
+            "dp.mode = 'domain-local' with mergerec.pseudo_users = 'centroid'",
         ),
         (
-            {"privacy.policy": "catalog-private", "server.catalogs": "x", "mergerec.select_every": 5},
+            {"privacy.policy": "catalog-private", "server.catalogs": "x"},
             "privacy.policy = 'catalog-private': server.catalogs gives the server what the policy keeps at the "
-            "clients; set server.catalogs = 'none', or privacy.policy = 'adapter'; mergerec.select_every needs losses",
+            "clients; set server.catalogs = 'none', or privacy.policy = 'adapter'",
         ),
         (
             {"privacy.policy": "catalog-private", "rounds.rule": "mergerec"},
             "privacy.policy = 'catalog-private': rounds.rule = 'mergerec' learns from catalogs at the server; set",
         ),
         (
-            {"privacy.policy": "catalog-private", "through_clients.mode": "local-steps", "mergerec.try_steps": "5"},
-            "privacy.policy = 'catalog-private': mergerec.try_steps and mergerec.prior_weight need one message a step",
+            {"privacy.policy": "catalog-private", "through_clients.users": "own-users", "merge.methods": "adamerging"},
+            "privacy.policy = 'catalog-private': adamerging has no loss on own users",
         ),
         (
             {
                 "privacy.policy": "catalog-private",
                 "through_clients.users": "own-users",
-                "merge.methods": "adamerging",
                 "through_clients.batch_size": 5,
             },
-            "privacy.policy = 'catalog-private': adamerging has no loss on own users; set through_clients.users = "
-            "'pseudo-users', or leave it out; through_clients.batch_size = 5 own users are fewer than privacy.min",
+            "privacy.policy = 'catalog-private': through_clients.batch_size = 5 own users are fewer than",
         ),
         ({"mergerec.pseudo_users": "centroid"}, "mergerec: pseudo_users = 'centroid' needs a number; set num_pseu"),
         ({"mergerec.num_pseudo_users": 9}, "mergerec: pseudo_users = 'one-item' takes every item; use 'subset'"),
-        ({"adamerging.granularities": "layer,layer"}, "adamerging: granularities names layer twice"),
+        ({"adamerging.granularities": "layer,layer"}, "adamerging: granularities names layer "),
     ],
 )
 def test_rules_across_fields(flat: dict[str, Any], expected: str) -> None:
     (problem,) = problems_of(flat)
     assert problem.startswith(expected)
+
+
+def test_every_contradiction_is_a_line_of_its_own() -> None:
+    flat = {
+        "privacy.policy": "catalog-private",
+        "through_clients.users": "own-users",
+        "through_clients.batch_size": 5,
+        "merge.methods": "adamerging",
+        "server.min_train_clients": 9,
+        "resume": True,
+    }
+    problems = problems_of(flat)
+    for part in ("run_id", "min_train_clients = 9", "adamerging", "batch_size = 5 own users are fewer than"):
+        assert sum(part in problem for problem in problems) == 1
+    assert len(problems) == 4
+
+
+@pytest.mark.parametrize("key", REMOVED)
+def test_a_removed_key_is_refused_with_what_to_do(key: str, tmp_path: Path) -> None:
+    assert problems_of({key: 1}) == [f"{key}: removed; {REMOVED[key]}"]
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, [f"{key}=1"])
+    assert REMOVED[key] in str(caught.value)
+    assert key not in to_flat(ExperimentConfig())
+    for name in re.findall(r"write ([a-z_]+\.[a-z_]+)", REMOVED[key]):
+        assert name in to_flat(ExperimentConfig())
+
+
+GIVEN = {"loss": "kd", "kd_top_k": 50, "learning_rate": 0.005, "steps": 100, "initial_coefficient": "none"}
+PAPER = {"loss": "rec+kd", "kd_top_k": "none", "learning_rate": 0.001, "steps": 500, "initial_coefficient": 0.2}
+
+
+@pytest.mark.parametrize("key", GIVEN)
+def test_a_given_value_stays_under_the_preset_also_where_it_is_the_default(key: str, tmp_path: Path) -> None:
+    given = {"mergerec.preset": "paper", f"mergerec.{key}": GIVEN[key]}
+    wanted = {**PAPER, key: GIVEN[key]}
+    path = tmp_path / "experiment.toml"
+    path.write_text(f'[mergerec]\npreset = "paper"\n{key} = {json.dumps(GIVEN[key])}\n')
+    of_flower = {**declared(), **given}  # Flower's run configuration holds every key
+    for config in (
+        from_flat(given),
+        from_flat(of_flower),
+        load_config(path),
+        load_config(None, [f"{name}={value}" for name, value in given.items()]),
+        from_flat(to_flat(from_flat(given))),
+    ):
+        flat = to_flat(config)
+        assert {name: flat[f"mergerec.{name}"] for name in PAPER} == wanted
+
+
+def test_the_preset_gives_what_is_not_given() -> None:
+    for flat in ({}, declared()):
+        config = to_flat(from_flat({**flat, "mergerec.preset": "paper"}))
+        assert {name: config[f"mergerec.{name}"] for name in PAPER} == PAPER
+        rows = from_flat({**flat, "mergerec.preset": "paper", "mergerec.initialisation": "ties"})
+        assert rows.mergerec.initial_coefficient == 1.0
+        plain = to_flat(from_flat(flat))
+        assert {name: plain[f"mergerec.{name}"] for name in GIVEN} == GIVEN
 
 
 def test_the_remedies_that_cross_field_rules_name_do_work() -> None:
@@ -271,7 +331,7 @@ def test_overrides_are_toml_values_with_or_without_quotes(tmp_path: Path) -> Non
         "train.max_epochs = none",
         "domains.root=some/folder=x",
         'name="quoted"',
-        "mergerec.balance_domains=true",
+        "evaluation.fallback=false",
         "train.learning_rate=1e-4",
         'domains.train=["c", "d"]',
         "train.max_steps=11",
@@ -279,7 +339,7 @@ def test_overrides_are_toml_values_with_or_without_quotes(tmp_path: Path) -> Non
     config = load_config(path, overrides)
     assert (config.seed, config.train.max_steps, config.train.max_epochs, config.name) == (4, 11, None, "quoted")
     assert (config.domains.root, config.domains.train) == ("some/folder=x", ("c", "d"))
-    assert config.mergerec.balance_domains is True
+    assert config.evaluation.fallback is False
     assert config.train.learning_rate == 1e-4
     assert load_config(None, ["seed=3"]) == from_flat({"seed": 3})
 
@@ -334,12 +394,11 @@ def test_every_experiment_file_loads_and_is_named_after_itself(path: Path) -> No
 
 def test_pyproject_declares_every_key_with_its_default() -> None:
     with (REPOSITORY / "pyproject.toml").open("rb") as file:
-        declared = flatten(tomllib.load(file)["tool"]["flwr"]["app"]["config"])
-    expected = to_flat(ExperimentConfig())
-    assert declared == expected
-    assert {key: type(value) for key, value in declared.items()} == {
-        key: type(value) for key, value in expected.items()
-    }
+        found = flatten(tomllib.load(file)["tool"]["flwr"]["app"]["config"])
+    expected = declared()
+    assert found == expected
+    assert {key: type(value) for key, value in found.items()} == {key: type(value) for key, value in expected.items()}
+    assert from_flat(found) == ExperimentConfig()
 
 
 # Prints what a statement leaves imported of the heavy and the forbidden.

@@ -26,7 +26,7 @@ def test_a_row_says_bounds_alternatives_and_none() -> None:
         '| `train.max_minutes` | number, > 0 or `none` | `"none"` | ',
         "| `privacy.policy` | `adapter+catalog`, `adapter`, `catalog-private`, `aggregate-only` | ",
         "| `merge.methods` | list (not empty): `average`, `task-arithmetic`, ",
-        "| `mergerec.balance_domains` | `true`, `false` | `true` | ",
+        "| `evaluation.fallback` | `true`, `false` | `true` | ",
         "| `seed` | integer, ≥ 0, < 2147483648 | `0` | ",
     ):
         assert row in text

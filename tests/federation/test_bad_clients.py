@@ -282,7 +282,7 @@ def test_who_hangs_is_left_out_in_time_and_a_late_answer_is_recorded_and_dropped
             return [late.pop(), honest]
         return honest
 
-    run_in_process(experiment(place, tmp_path, **{"server.train_timeout_seconds": 8}), answer)
+    run_in_process(experiment(place, tmp_path, **{"server.timeout_seconds": 8}), answer)
     clients = json.loads((tmp_path / "run" / "clients.json").read_text())
     assert clients["excluded"][BAD].startswith("train: no answer within 8 s; its client hangs, is too slow, or")
     assert clients["excluded_in_phase"][BAD] == "train"
@@ -330,7 +330,7 @@ def test_a_late_answer_with_noise_is_counted_once(
             return [late.pop(), honest]
         return honest
 
-    own = {"cache_dir": str(tmp_path / "cache"), "server.train_timeout_seconds": 8}
+    own = {"cache_dir": str(tmp_path / "cache"), "server.timeout_seconds": 8}
     config = experiment(place, tmp_path, **BY_USER, **changes, **own)
     run_in_process(config, answer)
     run = tmp_path / "run"

@@ -34,7 +34,7 @@ from sim.local.in_process import answer_honestly, run_in_process
 pytestmark = pytest.mark.federation
 
 TRAIN = ("beauty", "books", "camping", "coffee", "garden")
-ATTACK = {"attack.domain": "coffee", "attack.kind": "scaled-update", "attack.strength": 100.0}
+ATTACK = {"simulation.attacker": "coffee", "simulation.attack": "scaled-update", "simulation.attack_strength": 100.0}
 FULL = {"admission.action": "exclude", "admission.probe_items": 25, "admission.leave_one_out": True}
 
 
@@ -238,8 +238,8 @@ name = "clean"
 [[dataset]]
 name = "scaled"
 [dataset.set]
-audit = { held_out_users = 0.5 }
-attack = { domain = "coffee", kind = "scaled-update", strength = 100.0 }
+simulation = { held_out_users = 0.5 }
+simulation = { attacker = "coffee", attack = "scaled-update", attack_strength = 100.0 }
 
 [[strategy]]
 name = "average"
@@ -327,7 +327,7 @@ def test_a_benchmark_of_a_bad_client(place: Path) -> None:
         ),
         (
             '"rounds.rule" = "median"',
-            'attack.domain = "books", "rounds.rule" = "median"',
+            'simulation.attacker = "books", "rounds.rule" = "median"',
             r"strategy median: found another \[attack\] than its dataset's",
         ),
     ],

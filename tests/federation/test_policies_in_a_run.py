@@ -119,7 +119,6 @@ LEARNED = {
     "mergerec.steps": 4,
     "mergerec.batch_size": 8,
     "mergerec.learning_rate": 0.01,
-    "mergerec.refresh_every": 2,
     "adamerging.steps": 2,
     "adamerging.granularities": "domain",
 }

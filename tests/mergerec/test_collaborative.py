@@ -28,6 +28,7 @@ from fedmerge.mergerec.objective import (
     ADAMERGING,
     LOSSES,
     PAPER,
+    STUDIED,
     TERMS,
     CollaborativeSettings,
     batch_terms,
@@ -331,7 +332,7 @@ def test_one_item_domain_is_the_experts_view_of_the_catalog(bert: Backbone) -> N
 
 def test_settings_have_one_default_and_bounds() -> None:
     section = config.MergeRec.model_fields
-    for name in set(section) - {"granularities", "preset", "try_steps"}:
+    for name in set(section) - {"granularities", "preset"}:
         assert section[name].default == getattr(CollaborativeSettings(), name)
     assert (PAPER.start, CollaborativeSettings().start) == (0.2, None)
     assert CollaborativeSettings(initialisation="ties").start == 1.0
@@ -342,8 +343,19 @@ def test_settings_have_one_default_and_bounds() -> None:
     assert choices["loss"] == tuple(LOSSES)
     assert choices["initialisation"] == tuple(INITIALISATIONS)
     assert choices["pseudo_users"] == get_args(Kind)
+    assert not STUDIED.keys() & (parameters.keys() | section.keys())
+    assert {name: studied.default for name, studied in STUDIED.items()} == {
+        name: getattr(CollaborativeSettings(), name) for name in STUDIED
+    }
+    paper = config.MergeRec(preset="paper")
+    for name in set(section) - {"granularities", "preset"}:
+        assert getattr(paper, name) == getattr(PAPER, name)
     for method in ("mergerec", "adamerging"):  # bounds and choices stand twice: for files, and for the library
         model = config.MergeRec if method == "mergerec" else config.AdaMerging
+        defaults = {name: parameter.default for name, parameter in METHODS[method].parameters.items()}
+        assert defaults == {"granularity": model().granularities[0]} | {
+            name: getattr(model(), name) for name in defaults if name != "granularity"
+        }
         for name in set(METHODS[method].parameters) - {"granularity"}:
             allowed = get_args(model.model_fields[name].annotation) or ()
             if METHODS[method].parameters[name].choices:

@@ -85,7 +85,7 @@ THROUGH = {"privacy.policy": "catalog-private", "merge.methods": "average,merger
     [
         ({}, 7 + 2 * 500),
         ({"mergerec.granularities": "domain,layer", "adamerging.steps": 3}, 2 * 7 + 2 * 3),
-        ({"mergerec.preset": "paper", "mergerec.steps": 100, "merge.methods": "mergerec"}, 500),
+        ({"mergerec.preset": "paper", "mergerec.steps": 100, "merge.methods": "mergerec"}, 100),
         ({"mergerec.preset": "paper", "merge.methods": "mergerec"}, 7),
         ({"through_clients.mode": "local-steps", "through_clients.local_steps": 3, "adamerging.steps": 3}, 3 + 2),
         ({"merge.methods": "average"}, 0),

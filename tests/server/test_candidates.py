@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,13 +17,13 @@ from fedmerge.domain.catalog import Catalog
 from fedmerge.domain.demo import generate_domain
 from fedmerge.encoder.backbone import Backbone
 from fedmerge.encoder.text import build_token_table
-from fedmerge.errors import ClientError, ConfigError, MergeError
+from fedmerge.errors import ClientError, MergeError
 from fedmerge.evaluation.ranks import METRICS
 from fedmerge.evaluation.sums import MetricSums, metric_sums
 from fedmerge.mergerec.learn import learn_coefficients
 from fedmerge.mergerec.objective import PAPER, CollaborativeSettings
 from fedmerge.mergerec.pseudo_users import one_item_domain
-from fedmerge.mergerec.variants import learned_labels, learned_variants
+from fedmerge.mergerec.variants import learned_variants
 from fedmerge.mergerec.vectors import initial_vectors, merge_vectors
 from fedmerge.merging.candidate import Candidate
 from fedmerge.merging.methods import METHODS
@@ -194,9 +194,9 @@ def test_provenance_says_where_a_merge_comes_from(
     by_label = {candidate.label: candidate.provenance for candidate in candidates}
     assert by_label["task-arithmetic 0.5"]["parameters"] == {"coefficient": 0.5}
     parameters = by_label["mergerec layer-wise"]["parameters"]
-    expected = settings().mergerec.model_dump(exclude={"granularities", "preset", "try_steps"})
+    expected = settings().mergerec.model_dump(exclude={"granularities", "preset"})
     made = {"granularity": "layer", "seed": 5, "initial_coefficient": pytest.approx(1 / 3**0.5), "clamp": False}
-    assert parameters == {**expected, **made}
+    assert parameters == {**asdict(CollaborativeSettings()), **expected, **made}
     losses = by_label["mergerec layer-wise"]["losses"]
     assert len(losses) == 3
     for step in losses:
@@ -236,7 +236,7 @@ def test_variants_that_share_the_first_item_vectors_learn_what_each_learns_alone
     for domain, adapter in adapters.items():
         table = build_token_table(catalogs[domain], backbone.tokenizer, text.max_attribute_tokens)
         pseudo[domain] = one_item_domain(domain, backbone, adapter, table, text.max_tokens)
-    chosen = settings().mergerec.model_dump(exclude={"granularities", "preset", "try_steps"})
+    chosen = settings().mergerec.model_dump(exclude={"granularities", "preset"})
     for granularity in ("domain", "layer"):
         learned = learn_coefficients(
             backbone,
@@ -262,9 +262,9 @@ def test_only_learned_methods_need_catalogs(
 def test_learned_methods_share_their_pseudo_users_and_draw_their_pictures(
     backbone: Backbone, adapters: dict[str, Adapter], catalogs: dict[str, Catalog], tmp_path: Path
 ) -> None:
-    flat = {"merge.methods": "adamerging,mergerec", "adamerging.steps": 2, "adamerging.batch_size": 4}
+    flat = {"merge.methods": "adamerging,mergerec", "adamerging.steps": 2}
     flat |= {"mergerec.pseudo_users": "chain", "mergerec.num_pseudo_users": 9, "mergerec.granularities": "layer"}
-    flat |= {"mergerec.initialisation": "ties", "mergerec.select_every": 2}
+    flat |= {"mergerec.initialisation": "ties"}
     lines: list[str] = []
     made = merge_candidates(backbone, adapters, catalogs, settings(**flat), lines.append)
     labels = ["adamerging domain-wise", "adamerging layer-wise", "mergerec layer-wise"]
@@ -276,7 +276,7 @@ def test_learned_methods_share_their_pseudo_users_and_draw_their_pictures(
     assert made[0].provenance["parameters"]["clamp"] is True
     rows = made[2].provenance
     assert rows["parameters"]["initial_coefficient"] == 1.0
-    assert [step for step, _ in rows["validation"]] == [0, 2, 3]
+    assert (rows["chosen_step"], rows["validation"]) == (3, [])
     vectors = initial_vectors(stack_adapters(adapters), "ties")
     wanted = merge_vectors(vectors, torch.tensor(list(rows["coefficients"].values())))
     for name, module in made[2].adapter.modules.items():
@@ -293,27 +293,7 @@ def test_learned_methods_share_their_pseudo_users_and_draw_their_pictures(
     assert not list(merge_folder(tmp_path, "average").glob("*.png"))
 
 
-def test_steps_to_try_are_variants_with_the_coefficients_of_a_shorter_learning(
-    backbone: Backbone, adapters: dict[str, Adapter], catalogs: dict[str, Catalog]
-) -> None:
-    flat = {"merge.methods": "mergerec", "mergerec.granularities": "layer"}
-    wanted = settings(**flat, **{"mergerec.try_steps": "2,1"})
-    tried = merge_candidates(backbone, adapters, catalogs, wanted)
-    assert [candidate.label for candidate in tried] == [f"mergerec layer-wise{step}" for step in (" @2", " @1", "")]
-    assert {candidate.label for candidate in tried} == learned_labels(wanted)
-    for candidate, steps in zip(tried, (2, 1, 3), strict=True):
-        (short,) = merge_candidates(backbone, adapters, catalogs, settings(**flat, **{"mergerec.steps": steps}))
-        assert candidate.provenance["coefficients"] == short.provenance["coefficients"]
-        assert candidate.provenance["sha256"] == short.provenance["sha256"]
-        assert candidate.provenance["chosen_step"] == steps
-    resumed = merge_candidates(backbone, adapters, catalogs, wanted, finished={tried[0].label: tried[0]})
-    assert [candidate.provenance for candidate in resumed] == [candidate.provenance for candidate in tried]
-    for wrong in ("3", "0", "1,1"):
-        with pytest.raises(ConfigError, match="try_steps"):
-            settings(**{"mergerec.try_steps": wrong})
-
-
-def test_the_preset_of_the_paper_replaces_what_is_left_at_its_default() -> None:
+def test_the_preset_of_the_paper_gives_what_was_not_given() -> None:
     labels = learned_variants(settings(**{"mergerec.preset": "paper", "mergerec.steps": 7}), "mergerec")
     assert labels["mergerec domain-wise"] == replace(PAPER, steps=7, batch_size=4, seed=5)
     own = learned_variants(settings(**{"mergerec.preset": "paper", "mergerec.initialisation": "ties"}), "mergerec")

@@ -86,7 +86,7 @@ def audit_domain(audited: Audited, num_shadows: int, progress: Progress = lambda
         ClientError: the run left nobody out, so there are no non-members.
     """
     domain, config = audited.domain, audited.config
-    trained = for_audit(domain, config.audit, config.seed)
+    trained = for_audit(domain, config.simulation, config.seed)
     sequences = train_sequences(domain.interactions)
     eligible = np.array([len(sequence) >= MIN_TRAINING_LENGTH for sequence in sequences])
     out = np.zeros(len(sequences), dtype=np.bool_) if trained.left_out is None else trained.left_out
@@ -96,7 +96,7 @@ def audit_domain(audited: Audited, num_shadows: int, progress: Progress = lambda
         raise ClientError(
             f"domain {domain.manifest.name}: an audit compares users who were trained on with users who were not, and "
             f"the run has {int(members.sum())} and {int((~members).sum())}. Make a run for it, with "
-            "audit.held_out_users = 0.5."
+            "simulation.held_out_users = 0.5."
         )
     pool = [sequences[user] for user in users]
     models = {BACKBONE: None, EXPERT: audited.expert, MERGED: audited.merged}
@@ -291,7 +291,7 @@ def _canaries(
     domain: LocalDomain, models: Mapping[str, Adapter | None], config: ExperimentConfig
 ) -> list[dict[str, Any]]:
     """How likely the last item of planted users became, beside that of users who were drawn alike and not planted."""
-    drawn = canaries(domain, config.audit.canaries, config.seed)
+    drawn = canaries(domain, config.simulation.canaries, config.seed)
     if not drawn.planted:
         return []
     rows = []

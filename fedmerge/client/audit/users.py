@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedmerge.client.local_domain import LocalDomain
-from fedmerge.config import Audit
+from fedmerge.config import Simulation
 from fedmerge.seeding import generator
 
 CANARY_LENGTH = 4  # items of a planted user
@@ -22,10 +22,10 @@ class Canaries:
     compared: Sequences
 
 
-def for_audit(domain: LocalDomain, audit: Audit, seed: int) -> LocalDomain:
+def for_audit(domain: LocalDomain, simulation: Simulation, seed: int) -> LocalDomain:
     """The domain with some users left out of training and canaries planted."""
-    users = left_out_users(domain.manifest.name, domain.interactions.num_users, audit.held_out_users, seed)
-    return replace(domain, left_out=users, planted=canaries(domain, audit.canaries, seed).planted)
+    users = left_out_users(domain.manifest.name, domain.interactions.num_users, simulation.held_out_users, seed)
+    return replace(domain, left_out=users, planted=canaries(domain, simulation.canaries, seed).planted)
 
 
 def left_out_users(name: str, num_users: int, share: float, seed: int) -> npt.NDArray[np.bool_]:

@@ -4,15 +4,16 @@ Popularity and last-item similarity need no training; ItemKNN and SASRec know a 
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from fedmerge.client.baselines.item_knn import choose_item_knn, item_knn_ranks
-from fedmerge.client.baselines.sasrec import sasrec_ranks, trained_sasrec
+from fedmerge.client.baselines.sasrec import Settings, sasrec_ranks, trained_sasrec
 from fedmerge.client.local_domain import LocalDomain
-from fedmerge.config import Baseline, ExperimentConfig
+from fedmerge.config import Baseline, Evaluation, ExperimentConfig
 from fedmerge.domain.splits import Examples, evaluation_examples, train_sequences
 from fedmerge.errors import LayoutMismatchError
 from fedmerge.evaluation.ranks import IntArray, check_in_catalog, rank_targets, target_ranks
@@ -36,7 +37,7 @@ def baseline_rankers(
 
     Args:
         domain: the client's own.
-        config: evaluation.validation_users, sasrec, seed and cache_dir count.
+        config: evaluation, seed and cache_dir count.
         names: which, in the order of the rows.
         progress: receives one line now and then.
 
@@ -69,11 +70,17 @@ def _item_knn(domain: LocalDomain, config: ExperimentConfig, progress: Progress)
     return lambda examples, seen: item_knn_ranks(neighbours, examples.histories, examples.targets, seen)
 
 
+def sasrec_settings(evaluation: Evaluation) -> Settings:
+    """Return the settings of the sasrec baseline: fixed, except for its time limit."""
+    return Settings(max_minutes=evaluation.sasrec_max_minutes)
+
+
 def _sasrec(domain: LocalDomain, config: ExperimentConfig, progress: Progress) -> Ranker | None:
     if not domain.training_sequences:
         progress(f"{domain.manifest.name}: no row of sasrec: no user has two items outside validation and test")
         return None
-    model = trained_sasrec(domain, config, progress)
+    cache_dir = Path(config.cache_dir).expanduser()
+    model = trained_sasrec(domain, sasrec_settings(config.evaluation), config.seed, cache_dir, progress)
     return lambda examples, seen: sasrec_ranks(model, examples.histories, examples.targets, seen)
 
 

@@ -20,8 +20,6 @@ from torch import nn
 from fedmerge import __version__
 from fedmerge.client.cache.folders import inputs_key, keep
 from fedmerge.client.local_domain import LocalDomain
-from fedmerge.config import ExperimentConfig
-from fedmerge.config import SASRec as Settings
 from fedmerge.domain.splits import Examples, evaluation_examples
 from fedmerge.encoder.encode import length_batches
 from fedmerge.errors import ClientError, DomainError
@@ -37,6 +35,37 @@ POSITIONS_PER_BATCH = 16384  # padded positions encoded at once where nothing is
 INITIAL_STD = 0.02
 
 Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Size and training of the model; chosen on validation users of Beauty (docs/results.md).
+
+    Attributes:
+        hidden_size: size d of an item vector, a multiple of ``heads``.
+        layers: Transformer blocks.
+        heads: attention heads a block.
+        dropout: share of values that training drops.
+        max_length: most recent items of a history that are read.
+        learning_rate: Adam learning rate.
+        batch_size: users a step.
+        max_epochs: passes over the users, at most.
+        max_minutes: wall-clock limit, or None; where it ends the training, the row depends on the machine's speed.
+        validation_users: users on whom early stopping ranks after every epoch; None: all.
+        patience: epochs without a better NDCG@10 before training stops.
+    """
+
+    hidden_size: int = 64
+    layers: int = 2
+    heads: int = 2
+    dropout: float = 0.5
+    max_length: int = 50
+    learning_rate: float = 1e-3
+    batch_size: int = 64
+    max_epochs: int = 100
+    max_minutes: float | None = None
+    validation_users: int | None = None
+    patience: int = 5
 
 
 class SASRec(nn.Module):
@@ -167,8 +196,8 @@ def train_sasrec(
                 loss = backward(model, [cut[user] for user in batch])
                 if not math.isfinite(loss):
                     raise ClientError(
-                        f"SASRec: the training loss is {loss} in epoch {len(losses) + 1}. Lower sasrec.learning_rate "
-                        f"({settings.learning_rate})."
+                        f"SASRec: the training loss is {loss} in epoch {len(losses) + 1}. "
+                        "Leave sasrec out of evaluation.baselines."
                     )
                 optimizer.step()
                 count = float(lengths[batch].sum() - len(batch))
@@ -226,12 +255,14 @@ def user_vectors(model: SASRec, histories: Sequence[IntArray]) -> torch.Tensor:
     return vectors
 
 
-def trained_sasrec(domain: LocalDomain, config: ExperimentConfig, progress: Progress) -> SASRec:
+def trained_sasrec(domain: LocalDomain, settings: Settings, seed: int, cache_dir: Path, progress: Progress) -> SASRec:
     """The domain's SASRec: from disk where it was trained on the same inputs before, else trained now and kept.
 
     Args:
         domain: the client's own.
-        config: sasrec, seed and cache_dir count; so do data, device, threads and versions.
+        settings: size and training.
+        seed: of weights, order and dropout. Data, device, threads and versions also decide what is the same.
+        cache_dir: the client's own.
         progress: receives one line now and then.
 
     Raises:
@@ -242,26 +273,26 @@ def trained_sasrec(domain: LocalDomain, config: ExperimentConfig, progress: Prog
     inputs = {
         "interactions": domain.manifest.interactions_sha256,
         "num_items": num_items,
-        "sasrec": config.sasrec.model_dump(),
-        "seed": config.seed,
+        "sasrec": asdict(settings),
+        "seed": seed,
         "threads": torch.get_num_threads(),
         "device": str(device),
         "versions": [__version__, torch.__version__],
     }
-    folder = Path(config.cache_dir).expanduser() / "sasrec" / f"{name}-{inputs_key(inputs)}"
+    folder = cache_dir / "sasrec" / f"{name}-{inputs_key(inputs)}"
     if kept := _kept(folder):
         progress(f"{name}: sasrec of an earlier evaluation with the same inputs taken from {folder}")
-        model = SASRec(num_items, config.sasrec).to(device)
+        model = SASRec(num_items, settings).to(device)
         model.load_state_dict(kept)
         return model.eval()
     shutil.rmtree(folder, ignore_errors=True)  # damaged, if there is anything
-    validation = evaluation_examples(domain.interactions, "valid", config.sasrec.validation_users, config.seed)
+    validation = evaluation_examples(domain.interactions, "valid", settings.validation_users, seed)
     model, report = train_sasrec(
         domain.training_sequences,
         num_items,
         validation,
-        config.sasrec,
-        config.seed,
+        settings,
+        seed,
         device,
         lambda line: progress(f"{name}: {line}"),
     )

@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 Made = TypeVar("Made")
 
 REPORT_FILE = "training.json"
-_ANSWERS_DEPEND_ON = ("text", "mergerec", "adamerging", "through_clients", "dp", "audit")
+_ANSWERS_DEPEND_ON = ("text", "mergerec", "adamerging", "through_clients", "dp", "simulation")
 
 
 @dataclass(frozen=True)
@@ -268,7 +268,7 @@ def _kept_noise(name: str, config: ExperimentConfig, releases: tuple[Counted, ..
 def _check_chosen_for(name: str, config: ExperimentConfig, message: CoefficientMessage) -> None:
     """Refuse a message that is not among :func:`fedmerge.privacy.dp.releases.coefficient_messages`."""
     method = message.label.split()[0]
-    steps = config.adamerging.steps if method == "adamerging" else config.mergerec.steps_made
+    steps = config.adamerging.steps if method == "adamerging" else config.mergerec.steps
     local = config.through_clients.local_steps if config.through_clients.mode == "local-steps" else 0
     expected = min(local, steps - message.step)
     begins = 0 <= message.step < steps and message.step % (local or 1) == 0
@@ -305,7 +305,7 @@ def _asked(domain: LocalDomain, config: ExperimentConfig, task: RoundTask) -> st
             "text": config.text.model_dump(),
             "train": config.train.model_dump(),
             "dp": config.dp.model_dump(exclude={"coefficient_clip"}),
-            "audit": config.audit.model_dump(),
+            "audit": config.simulation.audit_record(),
             "seed": config.seed,
         }
     )

@@ -19,7 +19,7 @@ from fedmerge.client.training.dp_expert import train_private_expert
 from fedmerge.client.training.dp_sgd import plan_record, user_plan
 from fedmerge.client.training.expert import Progress, TrainingReport, check_can_train, train_expert
 from fedmerge.client.training.poisoning import poisoned_expert, poisons
-from fedmerge.config import Audit, ExperimentConfig
+from fedmerge.config import ExperimentConfig
 from fedmerge.encoder.lora import fresh_adapter
 from fedmerge.encoder.peft_folder import read_adapter, write_adapter
 from fedmerge.errors import ClientError, DivergedError
@@ -39,7 +39,7 @@ def trained_expert(domain: LocalDomain, config: ExperimentConfig, progress: Prog
 
     Args:
         domain: the client's own.
-        config: lora, train, text, seed, runtime and attack decide what is the same; so do data, backbone, versions,
+        config: lora, train, text, seed, runtime and simulation decide what is the same; so do data, backbone, versions,
             precision.
         progress: receives one line now and then.
 
@@ -199,13 +199,14 @@ def _training_inputs(domain: LocalDomain, config: ExperimentConfig) -> dict[str,
         "device": str(domain.backbone.device),
         "precision": domain.backbone.compute.precision,
         "versions": [__version__, torch.__version__],
-        **({"attack": config.attack.model_dump()} if poisons(config, domain.manifest.name) else {}),
     }
     if config.dp.mode in ("user", "domain-local"):
         inputs["dp"] = config.dp.model_dump(exclude={"coefficient_clip"})
     if config.dp.epsilon is not None and (number := noised_answers(config)):
         of_users = config.dp.mode == "user"
         inputs["noise also for"] = [number, config.through_clients.batch_size] if of_users else number
-    if config.audit != Audit():
-        inputs["audit"] = config.audit.model_dump()
+    if poisons(config, domain.manifest.name):
+        inputs["attack"] = config.simulation.attack_record()
+    if config.simulation.audited:
+        inputs["audit"] = config.simulation.audit_record()
     return inputs

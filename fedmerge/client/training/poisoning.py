@@ -1,7 +1,7 @@
 """A client that poisons its own training on purpose: for benchmarks of robust merges, never part of an honest run.
 
-Nothing on disk is changed, and the domain is evaluated on its clean users. ``[attack]`` of the experiment names the
-client, and it does so on synthetic data only, unless the experiment says otherwise.
+Nothing on disk is changed, and the domain is evaluated on its clean users. ``[simulation]`` of the experiment names the
+client, and it does so on synthetic data only.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from fedmerge.adapter import Adapter, LoraModule
 from fedmerge.client.local_domain import LocalDomain
 from fedmerge.client.training.expert import TrainingReport, train_expert
 from fedmerge.client.training.round import RoundTask, train_round
-from fedmerge.config import Attack, ExperimentConfig, Train
+from fedmerge.config import ExperimentConfig, Simulation, Train
 from fedmerge.domain.interactions import make_interactions
 from fedmerge.domain.manifest import Manifest
 from fedmerge.encoder.lora import fresh_adapter
@@ -24,22 +24,22 @@ from fedmerge.seeding import generator
 NUM_PROMOTED = 5
 
 
-def check_may_attack(manifest: Manifest, attack: Attack) -> None:
+def check_may_attack(manifest: Manifest) -> None:
     """Refuse to poison a training on data that are not synthetic.
 
     Raises:
-        PolicyError: whose, and how to insist.
+        PolicyError: the domain.
     """
-    if not manifest.synthetic and not attack.on_real_data:
+    if not manifest.synthetic:
         raise PolicyError(
-            f"domain {manifest.name}: attack.domain asks it to poison its training, but its data are not synthetic. "
-            "Use the demo domains, or set attack.on_real_data = true if every participant knows of it."
+            f"domain {manifest.name}: simulation.attacker asks it to poison its training, but its data are not "
+            "synthetic. Use the demo domains."
         )
 
 
 def poisons(config: ExperimentConfig, domain: str) -> bool:
     """Whether this domain is the one that poisons its training."""
-    return config.attack.domain == domain
+    return config.simulation.attacker == domain
 
 
 def poisoned_expert(
@@ -52,7 +52,7 @@ def poisoned_expert(
 
     Args:
         domain: the client's own.
-        config: attack, lora, train and seed are read.
+        config: simulation, lora, train and seed are read.
         begun: of :func:`fedmerge.client.training.expert.train_expert`.
         progress: receives a line now and then.
 
@@ -62,8 +62,9 @@ def poisoned_expert(
     name = domain.manifest.name
     lora = config.lora.of(name)
     trained_on, settings = training_inputs(domain, config)
-    progress(f"{name}: POISONS ITS TRAINING as attack asks: {config.attack.kind}, strength {config.attack.strength:g}")
-    if config.attack.kind == "scaled-update":
+    simulation = config.simulation
+    progress(f"{name}: POISONS ITS TRAINING: {simulation.attack}, strength {simulation.attack_strength:g}")
+    if config.simulation.attack == "scaled-update":
         adapter, report = train_expert(trained_on, lora, settings, config.seed, progress, begun)
         return sent(adapter, name, config), report
     task = RoundTask(1, 1, fresh_adapter(domain.backbone, lora, config.seed))
@@ -79,14 +80,14 @@ def training_inputs(domain: LocalDomain, config: ExperimentConfig) -> tuple[Loca
     """
     if not poisons(config, domain.manifest.name):
         return domain, config.train
-    check_may_attack(domain.manifest, config.attack)
-    if config.attack.kind == "scaled-update":
+    check_may_attack(domain.manifest)
+    if config.simulation.attack == "scaled-update":
         return domain, config.train
     settings = config.train.model_copy(update={"samples": "last"})
-    return poisoned(domain, config.attack, config.train, config.seed), settings
+    return poisoned(domain, config.simulation, config.train, config.seed), settings
 
 
-def poisoned(domain: LocalDomain, attack: Attack, settings: Train, seed: int) -> LocalDomain:
+def poisoned(domain: LocalDomain, attack: Simulation, settings: Train, seed: int) -> LocalDomain:
     """The domain with poisoned targets, histories as they were: one user for each example of the clean training.
 
     flipped-labels: the target i of N items becomes N - 1 - i. promoted-items: it becomes one of ``NUM_PROMOTED`` items
@@ -94,7 +95,7 @@ def poisoned(domain: LocalDomain, attack: Attack, settings: Train, seed: int) ->
 
     Args:
         domain: the client's own; left as it was.
-        attack: kind and strength.
+        attack: attack and attack_strength are read.
         settings: ``samples`` says which items are targets: every one but the first, or the last.
         seed: of the draws.
 
@@ -109,9 +110,9 @@ def poisoned(domain: LocalDomain, attack: Attack, settings: Train, seed: int) ->
 
     def label(item: int) -> int:
         drawn, which = rng.random(), int(rng.integers(len(promoted)))
-        if drawn >= attack.strength:
+        if drawn >= attack.attack_strength:
             return item
-        return int(promoted[which]) if attack.kind == "promoted-items" else num_items - 1 - item
+        return int(promoted[which]) if attack.attack == "promoted-items" else num_items - 1 - item
 
     sequences = []
     for items in domain.training_sequences:
@@ -125,11 +126,11 @@ def poisoned(domain: LocalDomain, attack: Attack, settings: Train, seed: int) ->
 
 def sent(adapter: Adapter, domain: str, config: ExperimentConfig) -> Adapter:
     """What a client sends of what it has trained: the same, or with the update multiplied by ``strength``."""
-    if not poisons(config, domain) or config.attack.kind != "scaled-update":
+    if not poisons(config, domain) or config.simulation.attack != "scaled-update":
         return adapter
     return Adapter(
         {
-            name: LoraModule(module.lora_A, module.lora_B * config.attack.strength, module.scaling)
+            name: LoraModule(module.lora_A, module.lora_B * config.simulation.attack_strength, module.scaling)
             for name, module in adapter.modules.items()
         }
     )

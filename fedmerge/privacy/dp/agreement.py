@@ -89,7 +89,7 @@ def check_spent(domain: str, config: ExperimentConfig, told: Any, num_users: int
     remedy = "Use one configuration and one fedmerge version everywhere."
     if not isinstance(told, Mapping):
         raise ClientError(f"domain {domain}: dp.mode is {dp.mode!r}, but its report has no entry 'privacy'. {remedy}")
-    most = num_users + config.audit.canaries
+    most = num_users + config.simulation.canaries
     units = told.get("num_units")
     if dp.mode == "domain-local":
         agreed = domain_record(dp, domain_noise(config))

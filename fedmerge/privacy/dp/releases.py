@@ -9,7 +9,7 @@ def coefficient_messages(config: ExperimentConfig) -> int:
     """Return the largest number of messages about merging coefficients that a client answers in a run."""
     if config.privacy.policy != "catalog-private" or config.until == "train":
         return 0
-    steps = {"mergerec": config.mergerec.steps_made, "adamerging": config.adamerging.steps}
+    steps = {"mergerec": config.mergerec.steps, "adamerging": config.adamerging.steps}
     variants = {"mergerec": config.mergerec.granularities, "adamerging": config.adamerging.granularities}
     a_message = config.through_clients.local_steps if config.through_clients.mode == "local-steps" else 1
     learned = LEARNED_METHODS & {*config.merge.methods}

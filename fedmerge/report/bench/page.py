@@ -70,9 +70,9 @@ def _attacks(tables: BenchTables) -> list[Html]:
     notes: dict[str, None] = {}
     for cell in tables.cells:
         settings = flatten(cell["config"])
-        if settings.get("attack.domain") not in (None, "none"):
-            who = f" {cell['dataset']}: {settings['attack.domain']} spoils its own training "
-            how = f"({settings['attack.kind']}, strength {settings['attack.strength']:g})"
+        if settings.get("simulation.attacker") not in (None, "none"):
+            who = f" {cell['dataset']}: {settings['simulation.attacker']} spoils its own training "
+            how = f"({settings['simulation.attack']}, strength {settings['simulation.attack_strength']:g})"
             notes[f"{who}{how}. Serve none of these models."] = None
     return [
         element("p", element("strong", "Poisoned on purpose."), note, class_="warning", role="note") for note in notes

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fedmerge.config import Attack, Split
+from fedmerge.config import Simulation, Split
 from fedmerge.evaluation.ranks import METRICS
 from fedmerge.evaluation.sums import EXPERT, VARIANTS, MetricSums, Variant
 from fedmerge.report.tables import Role, differences_table, result_rows, results_table
@@ -46,12 +46,13 @@ class Evaluated:
     rollback: Mapping[str, Any] | None = None
 
 
-def attack_note(attack: Attack) -> str:
+def attack_note(simulation: Simulation) -> str:
     """Who poisons its training on purpose, in capitals; empty for nobody."""
-    if attack.domain is None:
+    if simulation.attacker is None:
         return ""
     return (
-        f"POISONED ON PURPOSE: {attack.domain} spoils its own training ({attack.kind}, strength {attack.strength:g}), "
+        f"POISONED ON PURPOSE: {simulation.attacker} spoils its own training ({simulation.attack}, "
+        f"strength {simulation.attack_strength:g}), "
         "for a benchmark of robust merges. Serve none of these models."
     )
 

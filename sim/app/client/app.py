@@ -45,7 +45,7 @@ from fedmerge.client.local_domain import LocalDomain, open_domain
 from fedmerge.client.training.dp_sgd import check_user_dp, plan_record, poisson_records, user_plan
 from fedmerge.client.training.poisoning import sent, training_inputs
 from fedmerge.client.training.round import RoundTask, train_round
-from fedmerge.config import ExperimentConfig, Lora, Text, from_flat
+from fedmerge.config import ExperimentConfig, Lora, Simulation, Text, from_flat
 from fedmerge.device import resolve_compute
 from fedmerge.domain.catalog import catalog_to_bytes
 from fedmerge.domain.demo import domains_root
@@ -389,8 +389,6 @@ def _client_settings(client: Client, settings: CollaborativeSettings) -> ClientM
     return ClientMergeSettings(
         granularity=settings.granularity,
         batch_size=section.batch_size,
-        temperature=section.temperature,
-        negatives=section.negatives,
         seed=settings.seed,
     )
 
@@ -406,13 +404,13 @@ def _client(context: Context) -> Client:
     wanted, runtime = config.backbone, config.runtime
     backbone = _backbone(wanted.source, wanted.pooling, wanted.weights_sha256, runtime.device, runtime.precision)
     domain = _domain(folder, backbone, config.text, config.cache_dir)
-    if config.audit.held_out_users or config.audit.canaries:
+    if config.simulation != Simulation():
         if "partition-id" not in context.node_config:
             raise ClientError(
-                f"domain {domain.manifest.name}: audit.held_out_users and audit.canaries change what is trained on, so "
-                "they are for simulations only; set both to 0"
+                f"domain {domain.manifest.name}: [simulation] changes the training data or poisons a training, so it "
+                "is refused outside simulations; remove its keys from the experiment"
             )
-        domain = for_audit(domain, config.audit, config.seed)
+        domain = for_audit(domain, config.simulation, config.seed)
     if role == "train" and not domain.can_train:
         logger.info("%s: nobody to train on, so it takes part as unseen", domain.manifest.name)
         role = "unseen"

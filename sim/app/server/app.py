@@ -43,7 +43,7 @@ from fedmerge.server.choice import FALLBACK, choose, choose_per_domain, dropped_
 from fedmerge.server.gate import probes
 from sim.app.messages import records
 from sim.app.server.admission import pass_gate
-from sim.app.server.asking import LEDGER, Federation, Question, ask, listed, own_noise, require_quorum
+from sim.app.server.asking import DESCRIBE_SECONDS, LEDGER, Federation, Question, ask, listed, own_noise, require_quorum
 from sim.app.server.coefficients import learn_through_clients
 from sim.app.server.evaluating import evaluate_models
 from sim.app.server.joining import gather, greet, remember, say_who_took_part
@@ -127,8 +127,8 @@ def _experiment(config: ExperimentConfig, federation: Federation, run_dir: Path)
     torch.set_num_threads(config.runtime.server_threads)
     started = time.monotonic()
     check_rounds(config)
-    if config.attack.domain is not None:
-        logger.warning("%s", attack_note(config.attack))
+    if config.simulation.attacker is not None:
+        logger.warning("%s", attack_note(config.simulation))
     if config.dp.mode != "none":
         opacus_accountants()  # before any work
     check_releases(config)
@@ -172,7 +172,7 @@ def _experiment(config: ExperimentConfig, federation: Federation, run_dir: Path)
             excluded={name: exclusion.reason for name, exclusion in federation.excluded.items()},
             merged_domains=made.members,
             synthetic=any(federation.descriptions[domain].synthetic for domain in test),
-            attack=attack_note(config.attack),
+            attack=attack_note(config.simulation),
             flagged={domain: reason for domain, reason in made.failed.items() if domain in made.members},
             dropped=choice.dropped,
             rollback=choice.rollback,
@@ -261,7 +261,7 @@ def _catalogs(federation: Federation, config: ExperimentConfig, run_dir: Path) -
         def limit_bytes(domain: str) -> int:
             return min(2**20 + CATALOG_BYTES_PER_ITEM * federation.descriptions[domain].num_items, MOST_CATALOG_BYTES)
 
-        timeout_seconds = config.server.describe_timeout_seconds
+        timeout_seconds = DESCRIBE_SECONDS
         ask(federation, nodes, Question(records.CATALOG, timeout_seconds, limit_bytes=limit_bytes), receive)
     for domain, catalog in list(catalogs.items()):
         announced = federation.descriptions[domain].catalog_sha256
@@ -328,7 +328,7 @@ def _train(
         logger.info("training: %s", listed(list(nodes)))
         transport = config.privacy.transport
         most = {domain: adapter_bytes(layout, transport) + REPORT_BYTES for domain, layout in layouts.items()}
-        timeout_seconds, noise = config.server.train_timeout_seconds, own_noise(config)
+        timeout_seconds, noise = config.server.timeout_seconds, own_noise(config)
         released = trainings_released(federation, config)
         question = Question(
             records.TRAIN, timeout_seconds, limit_bytes=most.__getitem__, noise=noise, released=released

@@ -28,6 +28,7 @@ LINES_SECONDS = 10.0  # between two lines of a phase with many clients
 FEW_CLIENTS = 20  # up to so many, every one gets its own line
 LONGEST_REASON = 2000
 LONGEST_NAME = 200
+DESCRIBE_SECONDS = 600.0  # time for a client to open its domain and load the backbone, or to send its catalog
 LATE_SECONDS = 3600.0  # after its time, an answer is still seen so long
 LEDGER = "exposure.jsonl"
 NOT_SIGNED: Mapping[str, str] = {"sha256": "", "signed_by": "", "signature": ""}

@@ -141,7 +141,7 @@ def _send_cohort(
         sizes[domain] = size
 
     logger.info("the cohort's %d adapters go to every participant: %s", len(adapters), listed(sorted(nodes)))
-    ask(federation, nodes, Question(records.COHORT, config.server.train_timeout_seconds, lambda _: content), receive)
+    ask(federation, nodes, Question(records.COHORT, config.server.timeout_seconds, lambda _: content), receive)
     require_quorum(federation, config, list(sizes))
     if before is None:
         path.parent.mkdir(exist_ok=True)
@@ -183,7 +183,7 @@ def _answers(
     noised = answers_have_noise(config)
     question = Question(
         records.GRADIENT,
-        config.server.evaluate_timeout_seconds,
+        config.server.timeout_seconds,
         request,
         lambda _: 4 * coefficients.numel() + 2**12,
         noise=own_noise(config) if noised else "none",

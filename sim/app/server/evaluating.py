@@ -75,6 +75,6 @@ def evaluate_models(
     if nodes:
         logger.info("evaluating on %s: %s", split, ", ".join(labels))
     most = sums_bytes(len(labels) + 2, len(METRICS))
-    timeout_seconds = config.server.evaluate_timeout_seconds
+    timeout_seconds = config.server.timeout_seconds
     ask(federation, nodes, Question(records.EVALUATE, timeout_seconds, request, lambda _: most, split), receive)
     return dict(sorted(results.items()))

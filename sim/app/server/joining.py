@@ -13,7 +13,16 @@ from fedmerge.files import read_json
 from fedmerge.runs import checkpoints
 from fedmerge.server.admission import layout_sha256
 from sim.app.messages import records
-from sim.app.server.asking import Federation, Question, ask, listed, pause, remembered_clients, require_quorum
+from sim.app.server.asking import (
+    DESCRIBE_SECONDS,
+    Federation,
+    Question,
+    ask,
+    listed,
+    pause,
+    remembered_clients,
+    require_quorum,
+)
 
 logger = logging.getLogger("fedmerge.server")
 
@@ -83,7 +92,7 @@ def greet(federation: Federation, config: ExperimentConfig, backbone: Backbone) 
         return description.domain
 
     new = sorted(set(federation.grid.get_node_ids()) - federation.greeted)
-    question = Question(records.DESCRIBE, config.server.describe_timeout_seconds)
+    question = Question(records.DESCRIBE, DESCRIBE_SECONDS)
     ask(federation, {f"node {node}": node for node in new}, question, receive)
     federation.greeted |= set(new)
     return sorted(welcomed)

@@ -200,7 +200,7 @@ def _round(
     nodes = {domain: node for domain, node in nodes.items() if domain not in replies}
     if nodes:
         logger.info("round %d of %d: %s", number, rounds.number, listed(sorted(nodes)))
-        timeout_seconds, noise = config.server.train_timeout_seconds, own_noise(config)
+        timeout_seconds, noise = config.server.timeout_seconds, own_noise(config)
         released = trainings_released(federation, config, number)
         question = Question(records.TRAIN, timeout_seconds, request, limit_bytes, noise=noise, released=released)
         ask(federation, nodes, question, admit)
@@ -236,7 +236,7 @@ def _round_of_sums(
 
     nodes = {domain: federation.nodes[domain] for domain in drawn if domain in federation.of("train")}
     logger.info("round %d of %d: %s", number, rounds.number, listed(sorted(nodes)))
-    limit = config.server.train_timeout_seconds
+    limit = config.server.timeout_seconds
     ask(federation, nodes, Question(records.TRAIN, limit, request, lambda _: REPORT_BYTES), receive)
     require_quorum(federation, config, list(reports) if rounds.fraction == 1 else federation.of("train"))
     if not reports:

@@ -32,7 +32,7 @@ from fedmerge.runs.secure_sums import keep_mean, kept_mean, note_reveal
 from fedmerge.server.candidates import candidates_of_mean
 from sim.app.messages import records
 from sim.app.messages import secure_sum as secure_records
-from sim.app.server.asking import Federation, Question, ask, listed, own_noise, require_quorum
+from sim.app.server.asking import DESCRIBE_SECONDS, Federation, Question, ask, listed, own_noise, require_quorum
 
 REPORT_BYTES = 2**20
 _BYTES_PER_CLIENT = 1024  # of keys, shares and names, at most
@@ -76,7 +76,7 @@ def secure_candidates(
 
         nodes = {domain: federation.nodes[domain] for domain in federation.of("train")}
         logger.info("training: %s", listed(list(nodes)))
-        limit = config.server.train_timeout_seconds
+        limit = config.server.timeout_seconds
         ask(federation, nodes, Question(records.TRAIN, limit, limit_bytes=lambda _: REPORT_BYTES), receive)
         require_quorum(federation, config, list(reports))
         like = {domain: fresh_adapter(backbone, config.lora.of(domain), seed=0) for domain in sorted(reports)}
@@ -160,7 +160,7 @@ def secure_mean(
         noise: str = "none",
     ) -> None:
         nodes = {client: federation.nodes[client] for client in sorted(clients) if client in federation.nodes}
-        question = Question(kind, config.server.describe_timeout_seconds, request, lambda _: most, noise=noise)
+        question = Question(kind, DESCRIBE_SECONDS, request, lambda _: most, noise=noise)
         ask(federation, nodes, question, receive)
 
     advertisements: dict[str, Advertisement] = {}

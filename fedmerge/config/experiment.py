@@ -1,0 +1,91 @@
+"""The configuration of one experiment."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from fedmerge.config.consistency import (
+    admission_problems,
+    learning_problems,
+    rounds_problems,
+    run_problems,
+    simulation_problems,
+)
+from fedmerge.config.merging import AdaMerging, Merge, MergeRec, ThroughClients
+from fedmerge.config.model import BackboneSection, Domains, Lora, Text
+from fedmerge.config.privacy import DP, Privacy
+from fedmerge.config.privacy_consistency import aggregate_only_problems, dp_problems, transport_problems
+from fedmerge.config.running import Admission, Evaluation, Runtime, Server, Simulation, Tracking
+from fedmerge.config.section import Section
+from fedmerge.config.training import Rounds, Train
+
+
+class ExperimentConfig(Section):
+    """Everything that defines one experiment."""
+
+    name: str = Field(
+        "demo", pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$", description="First part of the run folder's name."
+    )
+    seed: int = Field(0, ge=0, lt=2**31, description="Seed of all randomness.")
+    run_id: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$",
+        description="Name of the run folder; 'none': name, time and a random part.",
+    )
+    resume: bool = Field(False, description="Resumption of the run that run_id names.")
+    until: Literal["report", "train"] = Field(
+        "report", description="Last phase of the run; train: the run ends when the experts are on disk."
+    )
+    output_dir: str = Field("runs", min_length=1, description="Folder for run folders.")
+    cache_dir: str = Field(
+        "~/.cache/fedmerge",
+        min_length=1,
+        description="Folder on each client's own disk: its experts, the demo domains.",
+    )
+    tracking: Tracking | None = Field(
+        None, description="Viewer for which the run folder gets a copy of curves, scores and settings."
+    )
+    domains: Domains = Domains()
+    backbone: BackboneSection = BackboneSection()
+    text: Text = Text()
+    lora: Lora = Lora()
+    train: Train = Train()
+    rounds: Rounds = Rounds()
+    merge: Merge = Merge()
+    mergerec: MergeRec = MergeRec()
+    adamerging: AdaMerging = AdaMerging()
+    through_clients: ThroughClients = ThroughClients()
+    evaluation: Evaluation = Evaluation()
+    server: Server = Server()
+    privacy: Privacy = Privacy()
+    admission: Admission = Admission()
+    dp: DP = DP()
+    runtime: Runtime = Runtime()
+    simulation: Simulation = Simulation()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ExperimentConfig:
+        problems = [
+            *run_problems(self.resume, self.run_id, self.domains, self.server),
+            *rounds_problems(self.rounds, self.lora, self.domains),
+            *learning_problems(self.merge, self.rounds, self.through_clients, self.server, self.privacy),
+            *transport_problems(self.privacy, self.rounds),
+            *aggregate_only_problems(self.privacy, self.merge, self.rounds, len(self.domains.train), self.until),
+            *admission_problems(self.admission, self.rounds, self.privacy, self.server),
+            *simulation_problems(self.simulation, self.domains, self.dp),
+            *dp_problems(
+                self.dp,
+                self.train,
+                self.rounds,
+                self.merge,
+                self.mergerec,
+                self.through_clients,
+                self.privacy,
+                self.admission,
+            ),
+        ]
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self

@@ -1,0 +1,195 @@
+"""Sections about merging: the methods to try, and the learned coefficients of MergeRec and AdaMerging."""
+
+import re
+import typing
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, WithJsonSchema, model_validator
+
+from fedmerge.config.section import Section, twice
+
+MergeMethod = Literal[
+    "average",
+    "task-arithmetic",
+    "ties",
+    "dare",
+    "dare-ties",
+    "pcb",
+    "localize-and-stitch",
+    "breadcrumbs",
+    "knots-ties",
+    "knots-dare",
+    "knots-dare-ties",
+    "knots-task-arithmetic",
+    "tsv",
+    "iso-c",
+    "iso-cts",
+    "mergerec",
+    "adamerging",
+]
+LEARNED_METHODS = frozenset({"mergerec", "adamerging"})  # learned from pseudo-users, so they need the catalogs
+SUMMED_METHODS = ("average", "task-arithmetic", "knots-task-arithmetic")  # multiples of the sum: a secure sum will do
+SUMMED_RULES = ("weighted-average", "fedit", "ffa-lora", "flexlora", "fedavgm", "fedadam", "fedyogi")
+MIN_SUMMED = 3  # adapters in a secure sum: with two, each client reads the other's adapter off the sum
+
+OWN_METHOD = r"^[\w.]+:\w+$"  # package.module:function; imported by the server alone, never to check a configuration
+
+
+def _merge_method(name: str) -> str:
+    if name not in typing.get_args(MergeMethod) and not re.fullmatch(OWN_METHOD, name):
+        raise ValueError(f"expected package.module:function or one of {', '.join(typing.get_args(MergeMethod))}")
+    return name
+
+
+class Merge(Section):
+    """The merges to make. The best of a method's variants on validation represents the method."""
+
+    methods: tuple[
+        Annotated[
+            str,
+            AfterValidator(_merge_method),
+            WithJsonSchema({"anyOf": [{"enum": list(typing.get_args(MergeMethod))}, {"pattern": OWN_METHOD}]}),
+        ],
+        ...,
+    ] = Field(
+        ("average", "task-arithmetic", "mergerec"),
+        min_length=1,
+        description="Methods to try; `fedmerge methods` describes them.",
+    )
+    task_arithmetic_coefficients: tuple[float, ...] = Field(
+        (0.2, 0.4, 0.6, 0.8), min_length=1, description="Variants to try: factors on the sum of all updates."
+    )
+    densities: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(
+        (), description="Variants to try of every method with a density; empty: each method's own default."
+    )
+    coefficients: tuple[float, ...] = Field(
+        (), description="Variants to try of every method that is not linear: factors on the merge; empty: 1."
+    )
+    scope: Literal["tensor", "layer", "model"] = Field(
+        "tensor", description="Unit over which densities are taken: a module, a layer, or the whole model."
+    )
+    space: Literal["full", "core"] = Field(
+        "full", description="Coordinates in which methods that are not linear merge; core: cheap, and of low rank."
+    )
+    output_rank: int | None = Field(
+        None, ge=1, description="Rank to which merges that are not linear are compressed; 'none': no compression."
+    )
+
+    @model_validator(mode="after")
+    def _distinct(self) -> "Merge":
+        if names := twice(self.methods):
+            raise ValueError(f"methods names {names} more than once; name each method once")
+        for key in ("task_arithmetic_coefficients", "densities", "coefficients"):
+            if values := twice([f"{value:g}" for value in getattr(self, key)]):
+                raise ValueError(
+                    f"{key} has {values} more than once (to the six digits that name a merge); give each once"
+                )
+        return self
+
+
+Granularities = tuple[Literal["domain", "layer"], ...]
+
+LEFT_TO_PRESET = "preset"  # value of a key that mergerec.preset decides; Flower's run configuration needs some value
+PUBLISHED: Mapping[str, Any] = {"loss": "rec+kd", "kd_top_k": None, "learning_rate": 1e-3, "steps": 500}
+"""The values of the paper where they differ from the defaults, besides the initial coefficient."""
+PUBLISHED_INITIAL_COEFFICIENT = {"task-vectors": 0.2}  # 1 for the rows of a method: the method's own merge
+
+
+class MergeRec(Section):
+    """Collaborative merging (https://arxiv.org/abs/2601.01753), explained in [mergerec.md](reference/mergerec.md)."""
+
+    preset: Literal["default", "paper"] = Field(
+        "default",
+        description="Source of the values that the section does not give; paper: the published ones, except for "
+        "granularities.",
+    )
+    granularities: Granularities = Field(
+        ("layer",),
+        min_length=1,
+        description="Variants to try: one coefficient per domain, or per domain and layer.",
+    )
+    initialisation: Literal["task-vectors", "ties", "pcb", "localize-and-stitch"] = Field(
+        "task-vectors", description="Vectors that the coefficients multiply: the updates, or the rows of a method."
+    )
+    initial_coefficient: float | None = Field(
+        None,
+        description="Start of every coefficient; 'none': 1/√K for task vectors of K domains, 1 for rows.",
+    )
+    loss: Literal["rec+kd", "rec", "kd", "mse", "entropy", "entropy+kd", "self", "self+kd"] = Field(
+        "kd",
+        description="Terms of the loss. rec: the expert's first choice; kd: distillation; self: the merge's own first "
+        "choice.",
+    )
+    kd_top_k: int | None = Field(
+        50, ge=2, description="Items that are distilled: only the expert's top-k; 'none': the whole catalog."
+    )
+    learning_rate: float = Field(5e-3, gt=0, le=1, description="Adam learning rate, constant.")
+    steps: int = Field(100, ge=1, description="Optimiser steps.")
+    batch_size: int = Field(16, ge=1, description="Pseudo-users a step, over all domains.")
+    pseudo_users: Literal["one-item", "subset", "centroid", "chain", "contrastive"] = Field(
+        "one-item", description="Histories of the pseudo-users; adamerging uses the same ones."
+    )
+    num_pseudo_users: int | None = Field(
+        None,
+        ge=1,
+        description="Pseudo-users a domain; 'none': as many as items. Subset and centroid need a number.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _under_preset(cls, data: Any) -> Any:
+        """Fill in what the preset decides, so that a value that was given stays, also where it equals the default."""
+        if not isinstance(data, Mapping):
+            return data
+        given = {key: value for key, value in data.items() if key not in PRESET_KEYS or value != LEFT_TO_PRESET}
+        if given.get("preset") != "paper":
+            return given
+        start = PUBLISHED_INITIAL_COEFFICIENT.get(str(given.get("initialisation", "task-vectors")), 1.0)
+        return {**PUBLISHED, "initial_coefficient": start, **given}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "MergeRec":
+        if names := twice(self.granularities):
+            raise ValueError(f"granularities names {names} more than once; name each once")
+        if self.pseudo_users in ("subset", "centroid") and self.num_pseudo_users is None:
+            raise ValueError(f"pseudo_users = '{self.pseudo_users}' needs a number; set num_pseudo_users, say to 1000")
+        if self.pseudo_users == "one-item" and self.num_pseudo_users is not None:
+            raise ValueError("pseudo_users = 'one-item' takes every item; use 'subset' for a number of them")
+        return self
+
+
+PRESET_KEYS = (*PUBLISHED, "initial_coefficient")  # of mergerec
+
+
+class AdaMerging(Section):
+    """Least entropy of the merged model (https://arxiv.org/abs/2310.02575) on the pseudo-users of mergerec."""
+
+    granularities: Granularities = Field(
+        ("domain", "layer"),
+        min_length=1,
+        description="Variants to try: one coefficient per domain, or per domain and layer.",
+    )
+    steps: int = Field(500, ge=1, description="Optimiser steps.")
+
+    @model_validator(mode="after")
+    def _distinct(self) -> "AdaMerging":
+        if names := twice(self.granularities):
+            raise ValueError(f"granularities names {names} more than once; name each once")
+        return self
+
+
+class ThroughClients(Section):
+    """Coefficients learned by the clients: `privacy.policy = "catalog-private"` ([policies](reference/policies.md))."""
+
+    mode: Literal["exact", "local-steps"] = Field(
+        "exact",
+        description="Work of a message. exact: one gradient, as if the server had the catalogs; local-steps: several "
+        "steps.",
+    )
+    local_steps: int = Field(10, ge=1, description="Steps a message in mode local-steps; the changes are averaged.")
+    users: Literal["pseudo-users", "own-users"] = Field(
+        "pseudo-users",
+        description="Users to learn from. own-users: each client's real ones, where its own policy file allows it.",
+    )
+    batch_size: int = Field(32, ge=1, description="Own users per client and step.")

@@ -1,0 +1,96 @@
+"""Sections about privacy: what may leave a client, and differential privacy."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from fedmerge.config.section import Section
+
+Transport = Literal["float32", "float16", "int8", "top-k"]
+
+
+class Privacy(Section):
+    """Limits on what leaves a client; checked on both sides."""
+
+    policy: Literal["adapter+catalog", "adapter", "catalog-private", "aggregate-only"] = Field(
+        "adapter+catalog",
+        description="Information that leaves a client. adapter+catalog: catalogs are public, as MergeRec has it; "
+        "adapter: adapter and metric sums only; catalog-private: the clients learn the coefficients; aggregate-only: "
+        "sums of adapters only ([policies](reference/policies.md)).",
+    )
+    min_users: int = Field(20, ge=1, description="Users behind a metric sum, at least; sums over fewer stay.")
+    transport: Transport = Field(
+        "float32", description="Encoding of experts on the way; int8: 8-bit levels, top-k: the largest changes only."
+    )
+    transport_density: float = Field(
+        0.1, gt=0, le=1, description="Share of each factor's entries that is sent with transport top-k."
+    )
+    threshold: int | None = Field(
+        None,
+        ge=2,
+        description="Clients of a secure sum that must stay to the end (aggregate-only); one fewer learn nothing "
+        "together. 'none': the smallest majority.",
+    )
+    value_range: float = Field(
+        8.0,
+        gt=0,
+        le=1e4,
+        description="Largest entry of a secure sum's terms (aggregate-only); larger ones are refused.",
+    )
+
+
+class DP(Section):
+    """Differential privacy, explained in [differential-privacy.md](reference/differential-privacy.md)."""
+
+    mode: Literal["none", "user", "domain-local", "domain-central"] = Field(
+        "none",
+        description="Protected unit: a user of a domain; or a whole domain, which trusts nobody (domain-local) or the "
+        "server (domain-central).",
+    )
+    epsilon: float | None = Field(
+        None, gt=0, le=1000, description="Epsilon of the guarantee, for which the noise is chosen; needs delta."
+    )
+    delta: float | None = Field(
+        None, gt=0, lt=1, description="Delta of the guarantee; well below one over the number of users."
+    )
+    noise_multiplier: float | None = Field(
+        None,
+        ge=0,
+        le=10000,
+        description="Noise in multiples of the sensitivity, in place of epsilon; 0: clipping alone, no guarantee.",
+    )
+    clip: float = Field(1.0, gt=0, le=1e6, description="Largest norm of a user's gradient, or of a domain's update.")
+    coefficient_clip: float = Field(
+        1.0,
+        gt=0,
+        le=1e6,
+        description="Largest norm of an answer about merging coefficients, or of one user's part of it in mode user.",
+    )
+    accountant: Literal["prv", "rdp"] = Field(
+        "prv", description="Privacy accountant. prv: tighter, numerical; rdp: an upper bound by Rényi divergences."
+    )
+    randomness: Literal["system", "seeded"] = Field(
+        "system",
+        description="Source of the noise. seeded: reproducible, for research; no guarantee, since the seed is enough "
+        "to subtract the noise.",
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "DP":
+        given = [key for key in ("epsilon", "noise_multiplier") if getattr(self, key) is not None]
+        if self.mode == "none":
+            if given or self.delta is not None:
+                raise ValueError(
+                    f"mode = 'none', but {', '.join([*given, *['delta'] * (self.delta is not None)])} is set; set mode "
+                    "to 'user' or to a domain mode, or leave the others out"
+                )
+            return self
+        if len(given) != 1:
+            found = "both are set" if given else "neither is set"
+            raise ValueError(f"mode = '{self.mode}' needs epsilon or noise_multiplier, {found}; set one of the two")
+        if self.delta is None and self.noise_multiplier != 0:
+            raise ValueError(
+                f"{given[0]} is set without delta; Gaussian noise gives no guarantee with delta = 0. Set delta well "
+                "below one over the number of users, say 1e-6"
+            )
+        return self

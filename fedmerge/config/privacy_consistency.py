@@ -1,0 +1,156 @@
+"""Settings of several sections that break a promise of privacy: secure sums, transport, differential privacy.
+
+Every function yields one line for each contradiction: the keys, what was found, and the remedy.
+"""
+
+from collections.abc import Iterator
+
+from fedmerge.config.merging import (
+    LEARNED_METHODS,
+    MIN_SUMMED,
+    SUMMED_METHODS,
+    SUMMED_RULES,
+    Merge,
+    MergeRec,
+    ThroughClients,
+)
+from fedmerge.config.privacy import DP, Privacy
+from fedmerge.config.running import Admission
+from fedmerge.config.training import Rounds, Train
+
+
+def transport_problems(privacy: Privacy, rounds: Rounds) -> Iterator[str]:
+    """Yield a compressed transport of adapters that are not merged once."""
+    if privacy.transport != "float32" and (rounds.rule is not None or privacy.policy == "aggregate-only"):
+        yield (
+            f"privacy.transport = '{privacy.transport}' is for experts that are trained once and merged; set it to "
+            "'float32' with rounds.rule and with privacy.policy = 'aggregate-only'"
+        )
+
+
+def aggregate_only_problems(
+    privacy: Privacy, merge: Merge, rounds: Rounds, num_domains: int, until: str
+) -> Iterator[str]:
+    """Yield what a server cannot do that sees sums alone.
+
+    Args:
+        privacy, merge, rounds: the sections.
+        num_domains: training clients.
+        until: the last phase of the run.
+    """
+    if privacy.policy != "aggregate-only":
+        return
+    hidden = "privacy.policy = 'aggregate-only' shows the server no single adapter"
+    rule = rounds.rule
+    if rule is None:
+        if needing := [method for method in merge.methods if method not in SUMMED_METHODS]:
+            yield (
+                f"merge.methods holds {needing[0]}, which needs every single adapter, but {hidden}; use one of "
+                f"{', '.join(SUMMED_METHODS)}, or set privacy.policy = 'adapter'"
+            )
+        if until == "train":
+            yield f"until = 'train' ends with the experts on the server's disk, but {hidden}; set 'report'"
+    elif rule not in SUMMED_RULES:
+        why = "lays the factors side by side, which shows every block" if rule == "flora" else "needs every single one"
+        yield (
+            f"rounds.rule is {rule}, which {why}, but {hidden}; use one of {', '.join(SUMMED_RULES)}, or set "
+            "privacy.policy = 'adapter'"
+        )
+    drawn = num_domains if rule is None else rounds.clients_a_round(num_domains)
+    if drawn < MIN_SUMMED:
+        yield (
+            f"privacy.policy = 'aggregate-only' with {drawn} clients in a sum: with fewer than {MIN_SUMMED} one client "
+            "reads another's adapter off the sum; name more domains, or raise rounds.fraction"
+        )
+    threshold = privacy.threshold
+    if threshold is not None and not drawn // 2 < threshold <= drawn:
+        yield (
+            f"privacy.threshold = {threshold} with {drawn} clients in a sum: expected {drawn // 2 + 1} to {drawn}, "
+            "more than half of them and at most all; change it, or write 'none'"
+        )
+
+
+def dp_problems(
+    dp: DP,
+    train: Train,
+    rounds: Rounds,
+    merge: Merge,
+    mergerec: MergeRec,
+    through_clients: ThroughClients,
+    privacy: Privacy,
+    admission: Admission,
+) -> Iterator[str]:
+    """Yield what the noise of a mode does not cover."""
+    own_users = privacy.policy == "catalog-private" and through_clients.users == "own-users"
+    learned = {*merge.methods} & LEARNED_METHODS
+    if dp.mode == "user":
+        yield from _by_user_problems(train, rounds, own_users and bool(learned), through_clients)
+        noised = own_users
+    else:
+        noised = dp.mode == "domain-local" and privacy.policy == "catalog-private"
+    if noised and learned and admission.rollback:
+        yield (
+            f"dp.mode = '{dp.mode}' with admission.rollback: a second merge would be learned through the clients, for "
+            "which the noise is not chosen; set admission.rollback = false"
+        )
+    from_pseudo_users = "mergerec" in learned and not own_users
+    if noised and dp.mode == "domain-local" and from_pseudo_users and mergerec.pseudo_users == "centroid":
+        yield (
+            "dp.mode = 'domain-local' with mergerec.pseudo_users = 'centroid': the number of pseudo-users that it "
+            "makes would leave without noise; set mergerec.pseudo_users = 'subset' or 'one-item'"
+        )
+    if dp.mode.startswith("domain") and rounds.rule is not None:
+        yield (
+            f"dp.mode = '{dp.mode}' covers a single merge, but rounds.rule is {rounds.rule}; set rounds.rule = 'none', "
+            "or dp.mode = 'user'"
+        )
+    if dp.mode == "domain-central":
+        yield from _central_problems(merge, privacy, admission)
+
+
+def _by_user_problems(
+    train: Train, rounds: Rounds, learned_on_own_users: bool, through_clients: ThroughClients
+) -> Iterator[str]:
+    if train.negatives == "in-batch":
+        yield (
+            "dp.mode = 'user', but train.negatives = 'in-batch': a user's loss then depends on the other users of the "
+            "step, and clipping by user bounds nothing; set train.negatives = 'catalog'"
+        )
+    if train.max_steps is None or train.max_epochs or train.max_minutes:
+        yield (
+            "dp.mode = 'user' needs the number of steps beforehand, since the noise is chosen for it; set "
+            "train.max_steps and leave train.max_epochs and train.max_minutes at 'none'"
+        )
+    elif rounds.rule is not None and train.max_steps < rounds.number:
+        yield (
+            f"dp.mode = 'user' with rounds.number = {rounds.number}, but train.max_steps = {train.max_steps}: every "
+            "round makes at least one step, and the noise is chosen for train.max_steps in all; lower rounds.number, "
+            "or raise train.max_steps"
+        )
+    if learned_on_own_users and through_clients.mode == "local-steps":
+        yield (
+            "dp.mode = 'user' with through_clients.users = 'own-users' and mode = 'local-steps': the change that "
+            "several steps make cannot be clipped by user; set through_clients.mode = 'exact', or dp.mode = "
+            "'domain-local'"
+        )
+
+
+def _central_problems(merge: Merge, privacy: Privacy, admission: Admission) -> Iterator[str]:
+    if privacy.policy == "aggregate-only":
+        yield (
+            "dp.mode = 'domain-central' with privacy.policy = 'aggregate-only': the server would clip every single "
+            "adapter, which the policy hides from it; set dp.mode = 'domain-local' or 'user', or another policy"
+        )
+    gate = [key for key in ("leave_one_out", "rollback") if getattr(admission, key)]
+    gate += ["action = 'exclude'"] if admission.action == "exclude" else []
+    if gate:
+        yield (
+            f"dp.mode = 'domain-central' with admission.{gate[0]}: merges without noise would go to the clients, or "
+            "one domain would decide which others are in the sum; leave it out, or set dp.mode = 'domain-local'"
+        )
+    if merge.methods != ("average",):
+        yield (
+            "dp.mode = 'domain-central' adds noise to the sum of all updates, so merge.methods can only be "
+            f"'average', found {', '.join(merge.methods)}; set merge.methods = 'average', or dp.mode = "
+            "'domain-local', after which any method may follow"
+        )
