@@ -202,7 +202,7 @@ def describe_run(folder: Path) -> RunDetails:
         merges=merges,
         remerges=remerges,
         choice=_record(folder / "choice.json", []),
-        failure=_failure(folder) if summary.state == "failed" else None,
+        failure=failure_of(folder) if summary.state == "failed" else None,
         report=report,
     )
 
@@ -252,8 +252,8 @@ def _log_says_failed(folder: Path, problems: list[str]) -> bool:
     return bool(said) and said[-1] == _FAILED
 
 
-def _failure(folder: Path) -> str | None:
-    """The error under the last traceback of the log, without the exception's package."""
+def failure_of(folder: Path) -> str | None:
+    """Return the error that ended a run: what is under its log's last traceback, without the exception's package."""
     lines = (_read(folder / "run.log", []) or "").rpartition(f" {_FAILED}\n")[2].splitlines()
     frames = [number for number, line in enumerate(lines) if line.startswith("  File ")]
     message = list(itertools.dropwhile(lambda line: line.startswith(" "), lines[frames[-1] :] if frames else []))

@@ -1,4 +1,4 @@
-"""`fedmerge run`: one experiment through Flower's simulation engine, watched from outside to its end."""
+"""`fedmerge run`: one experiment in Flower's simulation engine, from its checks to the last line of its log."""
 
 import sys
 import tempfile
@@ -13,12 +13,14 @@ from fedmerge.errors import ClientError, ConfigError, RunDirError
 from fedmerge.runs.folder import CONFIG_FILE, DONE, check_same_config, is_locked, locked, new_run_id
 from sim.local.launch import run_federation
 
+FAILS_AGAIN = ("ConfigError", "PolicyError")  # a run keeps its configuration, so these come back
+
 
 def run_experiment(config: ExperimentConfig, app_dir: Path, mark: str | None = None) -> int:
-    """Run an experiment, or go on with one, and print its log as it comes.
+    """Run an experiment, or resume one, and print its log as it comes.
 
     Args:
-        config: with absolute paths; of a run to resume, with ``resume`` and its ``run_id``.
+        config: with absolute paths; to resume a run, with ``resume`` and its ``run_id``.
         app_dir: the folder of the Flower app.
         mark: see :func:`sim.local.launch.run_federation`.
 
@@ -26,8 +28,8 @@ def run_experiment(config: ExperimentConfig, app_dir: Path, mark: str | None = N
         0 if the run finished and its folder is complete, else 1.
 
     Raises:
-        ConfigError: a domain that is not there, or another configuration than the run's; before anything is started.
-        RunDirError: the run is not there, or a process works on it.
+        ConfigError: a domain is missing, or the configuration differs from the run's; raised before anything starts.
+        RunDirError: the run to resume is missing, the run exists already, or a process works on it.
         ClientError: Flower could not be started, or was lost on the way.
     """
     config = config.model_copy(update={"run_id": config.run_id or new_run_id(config.name)})
@@ -38,12 +40,9 @@ def run_experiment(config: ExperimentConfig, app_dir: Path, mark: str | None = N
             print(f"this run is finished; nothing is left to do\nrun folder: {run_dir}")
             return 0
         with locked(run_dir):
-            pass  # nobody else works on it
+            pass  # no other process works on it
     elif run_dir.exists():
-        raise RunDirError(
-            f"{run_dir} exists; a run never overwrites another. Choose another run_id or output_dir, or go on with it: "
-            f"fedmerge run --resume {run_dir}"
-        )
+        raise run_exists(run_dir, f"fedmerge run --resume {run_dir}")
     _check_domains(config)
     check_attack(config)
     check_rule(config)
@@ -64,54 +63,78 @@ def run_experiment(config: ExperimentConfig, app_dir: Path, mark: str | None = N
             )
         except ClientError as error:
             if not (run_dir / DONE).is_file():
-                _say_how_to_go_on(run_dir)
+                _print_remedy(run_dir)
                 raise
-            print(f"fedmerge: the run had ended already when this happened: {error}", file=sys.stderr)
+            print(f"fedmerge: the run had finished before this happened: {error}", file=sys.stderr)
+        except (KeyboardInterrupt, SystemExit):  # Ctrl-C, SIGTERM
+            _print_remedy(run_dir)
+            raise
     if (run_dir / DONE).is_file():
         print(f"run folder: {run_dir}")
         return 0
     print(f"fedmerge: the run did not finish: {outcome.status} {outcome.details}", file=sys.stderr)
-    _say_how_to_go_on(run_dir)
+    _print_remedy(run_dir)
     if outcome.kept:
-        print(f"fedmerge: Flower's and Ray's logs in {outcome.kept}", file=sys.stderr)
+        print(f"fedmerge: Flower's and Ray's logs are in {outcome.kept}", file=sys.stderr)
     return 1
 
 
+def run_exists(run_dir: Path, resume: str) -> RunDirError:
+    """Return the error for a new run whose folder exists; its remedy depends on whether a process works on it."""
+    if is_locked(run_dir):
+        return RunDirError(
+            f"{run_dir}: another process works on this run. Wait until it has ended, or choose another run_id or "
+            "output_dir."
+        )
+    return RunDirError(
+        f"{run_dir} exists; a run never overwrites another. Choose another run_id or output_dir, or resume it: {resume}"
+    )
+
+
 def _server_ended(run_dir: Path) -> Callable[[], bool]:
-    """Whether the server has held the run's lock and does so no longer."""
-    began = False
+    """Return a function that is true once the server has held the run's lock and released it."""
+    was_locked = False
 
     def ended() -> bool:
-        nonlocal began
-        works = is_locked(run_dir)
-        began = began or works
-        return began and not works
+        nonlocal was_locked
+        now_locked = is_locked(run_dir)
+        was_locked = was_locked or now_locked
+        return was_locked and not now_locked
 
     return ended
 
 
-def _say_how_to_go_on(run_dir: Path) -> None:
-    if (run_dir / CONFIG_FILE).is_file():
-        print(f"fedmerge: what there is lies in {run_dir}; to go on: fedmerge run --resume {run_dir}", file=sys.stderr)
+def _print_remedy(run_dir: Path) -> None:
+    """Print how to resume an unfinished run, unless its configuration would fail again."""
+    if not (run_dir / CONFIG_FILE).is_file() or (run_dir / DONE).is_file():
+        return
+    from fedmerge.runs.reading import failure_of  # noqa: PLC0415  # imports pyarrow; other runs start sooner
+
+    error = failure_of(run_dir) or ""
+    if error.startswith(FAILS_AGAIN):
+        remedy = "resuming would fail in the same way; correct the configuration and start a new run"
+    else:
+        remedy = f"resume with: fedmerge run --resume {run_dir}"
+    print(f"fedmerge: partial results are in {run_dir}; {remedy}", file=sys.stderr)
 
 
 def check_attack(config: ExperimentConfig) -> None:
-    """Refuse to poison a training on data of this machine that are not synthetic.
+    """Refuse to poison a training on real data of this machine.
 
     Raises:
-        PolicyError: whose.
+        PolicyError: the domain's data are not synthetic.
     """
     domain, root = config.simulation.attacker, config.domains.root
     if domain is not None and root != DEMO_ROOT:
-        from fedmerge.client.training.poisoning import check_may_attack  # noqa: PLC0415  # imports torch; others need not wait
+        from fedmerge.client.training.poisoning import check_may_attack  # noqa: PLC0415  # imports torch; other runs start sooner
 
         check_may_attack(read_manifest(Path(root) / domain))
 
 
 def check_rule(config: ExperimentConfig) -> None:
-    """See :func:`sim.app.server.rounds.check_rounds`."""
+    """Check the rule of a federation of rounds: :func:`sim.app.server.rounds.check_rounds`."""
     if config.rounds.rule is not None:
-        from sim.app.server.rounds import check_rounds  # noqa: PLC0415  # imports torch, for which other runs need not wait
+        from sim.app.server.rounds import check_rounds  # noqa: PLC0415  # imports torch; other runs start sooner
 
         check_rounds(config)
 

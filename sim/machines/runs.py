@@ -19,10 +19,11 @@ from typing import Any
 
 from fedmerge.config import ExperimentConfig, to_toml
 from fedmerge.deploy.folder import DEPLOYMENT_FILE
-from fedmerge.errors import ClientError, ConfigError, RunDirError
+from fedmerge.errors import ClientError, ConfigError
 from fedmerge.files import append_line, read_lines
 from fedmerge.runs.folder import DONE, check_same_config, locked, new_run_id
 from sim.local.launch import COMPLETED, ask_flower, copy_app, flower_environment, flower_reason, pass_on_log
+from sim.local.run import run_exists
 
 JOURNAL = "fedmerge-runs.jsonl"
 AWAY_SECONDS = 180.0  # a SuperLink that is started again is back long before
@@ -109,7 +110,7 @@ def run_on_federation(config: ExperimentConfig, app_dir: Path, to: Connection) -
     """
     config = config.model_copy(update={"run_id": config.run_id or new_run_id(config.name)})
     folder = None if to.operator is None else to.operator / Path(config.output_dir).expanduser() / str(config.run_id)
-    go_on = f"fedmerge run --resume {config.run_id} --federation {to.name}"
+    resume = f"fedmerge run --resume {config.run_id} --federation {to.name}"
     if folder is not None and config.resume:
         check_same_config(folder, config)
         if (folder / DONE).is_file():
@@ -118,10 +119,7 @@ def run_on_federation(config: ExperimentConfig, app_dir: Path, to: Connection) -
         with locked(folder):
             pass  # nobody else works on it
     elif folder is not None and folder.exists():
-        raise RunDirError(
-            f"{folder} exists; a run never overwrites another. Choose another run_id or output_dir, or go on with it: "
-            f"{go_on}"
-        )
+        raise run_exists(folder, resume)
     flower_id = _submit(config, app_dir, to)
     say = f"run {config.run_id}, Flower's number {flower_id}"
     print(f"{say}: submitted to {to.name}", flush=True)
@@ -129,12 +127,12 @@ def run_on_federation(config: ExperimentConfig, app_dir: Path, to: Connection) -
         status, details = _follow(flower_id, to, lambda line: print(line, flush=True))
     except KeyboardInterrupt:
         stop = f"fedmerge stop {config.run_id} --federation {to.name}"
-        print(f"{say}: goes on. To end it: {stop}", file=sys.stderr)
+        print(f"{say}: still running. Stop it with: {stop}", file=sys.stderr)
         raise
     if (folder / DONE).is_file() if folder is not None else status == COMPLETED:
         print(f"run folder: {folder or f'on the server, {config.output_dir}/{config.run_id}'}")
         return 0
-    print(f"fedmerge: the run did not finish: {status} {details}\nfedmerge: to go on: {go_on}", file=sys.stderr)
+    print(f"fedmerge: the run did not finish: {status} {details}\nfedmerge: resume with: {resume}", file=sys.stderr)
     return 1
 
 

@@ -557,7 +557,7 @@ def test_too_few_training_clients_fail_the_run_clearly(too_few: Run) -> None:
     wanted = "1 training clients are left (beauty), server.min_train_clients is 2"
     assert wanted in too_few.output
     assert re.search(r"Excluded:\n  camping \(node \d+\): .*DomainError: .*truncated or damaged", too_few.output)
-    assert f"fedmerge: what there is lies in {too_few.folder}" in too_few.output
+    assert f"partial results are in {too_few.folder}; resume with: " in too_few.output
     assert "run folder: " not in too_few.output.splitlines()[-1]
     assert not (too_few.folder / "DONE").exists()
     assert not (too_few.folder / "metrics.parquet").exists()

@@ -169,7 +169,7 @@ def killed(place: Path) -> Path:
     first = Command(place, *settings(place, "killed"))
     first.kill("flwr-simulation", lambda: bool(list(run.glob("adapters/[!.]*/training.json"))))
     assert first.end() == 1, first.output()
-    assert f"to go on: fedmerge run --resume {run}" in first.output()
+    assert f"resume with: fedmerge run --resume {run}" in first.output()
     assert re.search("the process of server and simulation died|finished:failed", first.output())
     arrived = {file.parent.name for file in run.glob("adapters/[!.]*/training.json")}
     assert arrived
@@ -179,21 +179,21 @@ def killed(place: Path) -> Path:
     second.kill("ray::ClientAppActor", lambda: bool(list(cache.glob("coffee-*.begun.safetensors"))))
     assert second.end() == 1, second.output()
     assert re.search(r"coffee: the process that simulated it died in train", second.output())
-    assert f"to go on: fedmerge run --resume {run}" in second.output()
+    assert f"resume with: fedmerge run --resume {run}" in second.output()
     assert not any(f"answered ({domain}" in second.output().partition("training:")[2] for domain in arrived)
     assert not (run / "experts.json").exists()
 
     third = Command(place, "--resume", "killed")
     third.kill("flower-superlink", (run / "choice.json").exists, hold="flwr-simulation")
     assert third.end() == 1, third.output()
-    assert f"to go on: fedmerge run --resume {run}" in third.output()
+    assert f"resume with: fedmerge run --resume {run}" in third.output()
     assert "goes on after step" in third.output()
     assert not (run / "DONE").exists()
 
     fourth = Command(place, "--resume", "killed", *settings(place, "killed"))
     fourth.kill("flower-superlink", (run / "DONE").exists)  # too late to do harm
     assert fourth.end() == 0, fourth.output()
-    assert "to go on" not in fourth.output()
+    assert "resume with" not in fourth.output()
     assert "training:" not in fourth.output().replace("training: on disk already: beauty, books, coffee", "")
     assert "evaluating on valid" not in fourth.output()
     return run

@@ -17,7 +17,8 @@ import pytest
 
 from fedmerge.config import from_flat
 from fedmerge.domain.demo import write_demo
-from fedmerge.errors import ClientError, ConfigError
+from fedmerge.errors import ClientError, ConfigError, RunDirError
+from fedmerge.runs.folder import locked
 from sim.local import launch
 from sim.local.launch import (
     MARK,
@@ -29,6 +30,7 @@ from sim.local.launch import (
 )
 from sim.local.run import run_experiment
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 PYPROJECT = """
 [project]
 name = "trial"
@@ -258,10 +260,54 @@ def test_what_the_experiment_says_of_cpus_and_gpus_reaches_flower(
     monkeypatch.setattr(sys, "executable", str(tmp_path / "bin" / "python"))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with pytest.raises(ConfigError) as refused:
-        run_experiment(from_flat(flat), Path(__file__).resolve().parents[2])
+        run_experiment(from_flat(flat), REPOSITORY)
     assert "client-resources-num-gpus=0.25 " in str(refused.value)
     assert "num-supernodes=3 client-resources-num-cpus=1 " in str(refused.value)
     assert f"init-args-num-cpus={min(len(os.sched_getaffinity(0)), 3)}" in str(refused.value)
+
+
+LOG = '09:00:09 the run failed\nTraceback (most recent call last):\n  File "app.py", line 1, in main\n'
+
+
+@pytest.mark.parametrize(
+    ("log", "remedy"),
+    [("", "fedmerge run --resume"), (LOG + "fedmerge.errors.ConfigError: 3 > 2\n", "start a new run")],
+)
+def test_an_interrupted_run_names_its_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], log: str, remedy: str
+) -> None:
+    folder = tmp_path / "runs" / "x"
+    flwr = tmp_path / "bin" / "flwr"  # does as a server that has started, then sends Ctrl-C
+    flwr.parent.mkdir()
+    flwr.write_text(
+        f"#!{sys.executable}\nimport os, pathlib, signal, time\nfolder = pathlib.Path({str(folder)!r})\n"
+        f"folder.mkdir(parents=True)\n(folder / 'config.toml').touch()\n(folder / 'run.log').write_text({log!r})\n"
+        "os.kill(os.getppid(), signal.SIGINT)\ntime.sleep(60)\n"
+    )
+    flwr.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "bin" / "python"))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored when tests run in the background
+    settings = {"run_id": "x", "output_dir": str(tmp_path / "runs")}
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_experiment(from_flat(settings), REPOSITORY)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    told = capsys.readouterr().err
+    assert str(folder) in told
+    assert remedy in told
+
+
+def test_a_run_that_exists_is_resumed_only_if_no_process_works_on_it(tmp_path: Path) -> None:
+    config = from_flat({"run_id": "x", "output_dir": str(tmp_path)})
+    (tmp_path / "x").mkdir()
+    with pytest.raises(RunDirError) as caught:
+        run_experiment(config, REPOSITORY)
+    assert f"fedmerge run --resume {tmp_path / 'x'}" in str(caught.value)
+    with locked(tmp_path / "x"), pytest.raises(RunDirError) as caught:
+        run_experiment(config, REPOSITORY)
+    assert "--resume" not in str(caught.value)
+    assert str(tmp_path / "x") in str(caught.value)
 
 
 @pytest.mark.e2e

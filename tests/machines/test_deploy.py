@@ -229,7 +229,7 @@ def test_killed_client_and_superlink_lose_nothing(federation: Federation, finish
     federation.restart_operator()
     assert following.wait(timeout=300) == 1
     assert "the run did not finish: finished:failed" in log.read_text()
-    assert "fedmerge: to go on: fedmerge run --resume killed --federation prod" in log.read_text()
+    assert "fedmerge: resume with: fedmerge run --resume killed --federation prod" in log.read_text()
 
     arrived = {file.parent.name for file in run.glob("adapters/[!.]*/training.json")}
     federation.wait_for_clients()

@@ -64,7 +64,7 @@ def test_what_is_there_already_is_refused_before_anything_is_sent(
     (operator / "runs" / "x").mkdir()
     told = refusal(capsys, *arguments)
     assert f"{operator}/runs/x exists; a run never overwrites another" in told
-    assert "go on with it: fedmerge run --resume x --federation prod" in told
+    assert "resume it: fedmerge run --resume x --federation prod" in told
     told = refusal(capsys, "run", "--resume", "y", "--federation", "prod")
     assert "there is no run y" in told
     told = refusal(capsys, "run", "--federation", "prod")
@@ -140,7 +140,7 @@ def test_paths_are_sent_as_they_are_written_and_the_exit_code_is_that_of_the_run
     told = capsys.readouterr()
     assert "run x, Flower's number 77: submitted to prod" in told.out
     assert "the run did not finish: finished:failed why" in told.err
-    assert "to go on: fedmerge run --resume x --federation prod" in told.err
+    assert "resume with: fedmerge run --resume x --federation prod" in told.err
     assert 'cache_dir = "~/.cache/fedmerge"' in sent[0]
     assert 'output_dir = "runs"' in sent[0]
     assert json.loads((operator / "flower" / JOURNAL).read_text())["run"] == "x"
@@ -162,5 +162,5 @@ def test_ctrl_c_leaves_the_run_going(
     arguments = ["run", str(REPOSITORY / "configs" / "tiny.toml"), "--federation", "prod", "--set", "run_id=x"]
     assert main(arguments) == 130
     told = capsys.readouterr().err
-    assert "run x, Flower's number 77: goes on. To end it: fedmerge stop x --federation prod" in told
+    assert "run x, Flower's number 77: still running. Stop it with: fedmerge stop x --federation prod" in told
     assert not [command for command in flower.asked if command[0] == "stop"]
