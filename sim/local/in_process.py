@@ -8,21 +8,24 @@ from uuid import uuid4
 
 import torch
 from flwr.app import Context, Message, RecordDict
-from flwr.common.constant import SUPERLINK_NODE_ID
-from flwr.proto.task_pb2 import Task
-from flwr.server.superlink.fleet.vce.vce_api import _register_nodes
-from flwr.server.superlink.linkstate import LinkStateFactory
-from flwr.server.superlink.linkstate.in_memory_linkstate import RunRecord
-from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME, NOOP_FEDERATION_ID
-from flwr.supercore.object_store import ObjectStoreFactory
-from flwr.supercore.run import Run
-from flwr.supercore.task_identity import TaskIdentity
-from flwr.superlink.federation import NoOpFederationManager
-from flwr.superlink.grid import InMemoryGrid
 
 from fedmerge.config import ExperimentConfig, to_flat
 from sim.app.client.app import app as client_app
 from sim.app.server.app import app as server_app
+from sim.flower_internals import (
+    FLWR_IN_MEMORY_DB_NAME,
+    NOOP_FEDERATION_ID,
+    SUPERLINK_NODE_ID,
+    InMemoryGrid,
+    LinkStateFactory,
+    NoOpFederationManager,
+    ObjectStoreFactory,
+    Run,
+    RunRecord,
+    Task,
+    TaskIdentity,
+    register_nodes,
+)
 
 Answer = Callable[[Message, Context], Message | list[Message] | None]
 
@@ -71,7 +74,7 @@ def run_in_process(
     run = Run.create_empty(run_id=1)
     run.primary_task_id, run.federation_id = 1, NOOP_FEDERATION_ID
     state.run_ids[1], state.task_store[1] = RunRecord(run=run), Task(task_id=1, run_id=1)  # type: ignore[attr-defined]  # in memory
-    turns = _register_nodes(num_nodes, factory)
+    turns = register_nodes(num_nodes, factory)
     grid = InMemoryGrid(factory) if away is None else _PartlyConnected(factory, turns, away)
     grid.set_run(run)
     run_config = to_flat(config)

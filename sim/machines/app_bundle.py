@@ -4,8 +4,7 @@ import hashlib
 import tempfile
 from pathlib import Path
 
-from flwr.cli.build import build_fab_from_disk
-
+from sim.flower_internals import build_fab_from_disk
 from sim.local.launch import copy_app
 
 

@@ -22,21 +22,6 @@ from typing import IO, Any
 
 import httpx
 from flwr.app import Context, Error, Message, RecordDict
-from flwr.common.constant import ErrorCode, SubStatus
-from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
-from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
-from flwr.proto.runtime_pb2 import AcquireTaskRequest, SendTaskHeartbeatRequest
-from flwr.supercore.constant import TaskType
-from flwr.supercore.fab import Fab
-from flwr.supercore.interceptors import (
-    RuntimeTokenHttpInterceptor,
-    RuntimeVersionHttpInterceptor,
-    SuperExecAuthHttpInterceptor,
-)
-from flwr.supercore.protobuf.client import ProtobufClientInterceptor
-from flwr.supercore.retry import make_simple_http_retry_invoker
-from flwr.supercore.runtime import RuntimeHttpClient
-from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
 
 import fedmerge
 from fedmerge.errors import FedMergeError, PolicyError
@@ -46,6 +31,26 @@ from fedmerge.privacy.client_policy import read_client_policy, too_slow_error
 from fedmerge.privacy.paths import without_paths
 from sim.app.client import app as client_app
 from sim.app.messages import records
+from sim.flower_internals import (
+    AcquireTaskRequest,
+    ErrorCode,
+    Fab,
+    ProtobufClientInterceptor,
+    ProtoRecordDict,
+    RuntimeHttpClient,
+    RuntimeTokenHttpInterceptor,
+    RuntimeVersionHttpInterceptor,
+    SendTaskHeartbeatRequest,
+    SubStatus,
+    SuperExecAuthHttpInterceptor,
+    TaskType,
+    make_simple_http_retry_invoker,
+    pull_task_input,
+    push_message,
+    push_task_output,
+    recorddict_from_proto,
+    recorddict_to_proto,
+)
 
 POLL_SECONDS = 0.2
 HEARTBEAT_SECONDS = 10.0  # Flower gives a message up after 60

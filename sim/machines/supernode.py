@@ -21,12 +21,6 @@ from pathlib import Path
 from typing import IO, Any
 
 from cryptography.hazmat.primitives.asymmetric import ec
-from flwr.proto.fleet_pb2 import ActivateNodeRequest, DeactivateNodeRequest
-from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
-from flwr.supercore.primitives.asymmetric import public_key_to_bytes
-from flwr.supercore.protobuf.client import ProtobufClientInterceptor
-from flwr.supernode.fleet_http_client import FleetHttpClient
-from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from fedmerge.errors import ClientError, RunDirError
 from fedmerge.installation import root
@@ -39,6 +33,15 @@ from fedmerge.organisation.folder import (
 )
 from fedmerge.privacy.signatures import fingerprint
 from fedmerge.runs.folder import locked
+from sim.flower_internals import (
+    ActivateNodeRequest,
+    DeactivateNodeRequest,
+    FleetHttpClient,
+    NodeAuthHttpInterceptor,
+    ProtobufClientInterceptor,
+    RuntimeVersionHttpInterceptor,
+    public_key_to_bytes,
+)
 from sim.machines.executor import end_with_parent
 
 WAITS_SECONDS = (5.0, 10.0, 15.0, 30.0)  # between attempts; the last for all further ones

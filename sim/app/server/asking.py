@@ -11,15 +11,13 @@ from typing import Any
 
 import httpx
 from flwr.app import Message, RecordDict
-from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
-from flwr.supercore.run import RunNotRunningException
-from flwr.superlink.grid import InMemoryGrid
 
 from fedmerge.config import ExperimentConfig
 from fedmerge.errors import ClientError, RunDirError
 from fedmerge.files import append_line, read_json, read_lines, write_json, write_table
 from fedmerge.privacy.signatures import RegisteredKey, signer, statement
+from sim.app.flower_internals import ErrorCode, InMemoryGrid, RunNotRunningException
 from sim.app.messages import records
 
 POLL_SECONDS = 0.2  # at most, between two looks for what has come
