@@ -97,45 +97,73 @@ def repacked(good: bytes, changes: dict[str, bytes | None]) -> bytes:
 
 
 def test_the_app_that_is_built_here_is_taken_once_it_is_approved(good: bytes) -> None:
-    with pytest.raises(PolicyError, match=rf"the app {app_sha256(good)} is not approved here and was not run"):
+    with pytest.raises(PolicyError, match=app_sha256(good)):
         check_app(good, frozenset({"0" * 64}), INSTALLED)
     check_app(good, frozenset({app_sha256(good)}), INSTALLED)
 
 
 TAMPERED: dict[str, tuple[dict[str, bytes | None], str]] = {
-    "a line more": (
-        {"sim/app/client/app.py": b"import os\n"},
-        r"has another sim/app/client/app.py than the fedmerge",
-    ),
-    "a file more": ({"sim/app/more.py": b""}, r"has another sim/app/more.py .* \(1 files differ\)"),
-    "a file less": ({"sim/app/server/rounds.py": None}, r"has another sim/app/server/rounds.py"),
-    "its own fedmerge": ({"fedmerge/__init__.py": b""}, r"brings a fedmerge of its own \(fedmerge/__init__.py\)"),
-    "fedmerge as a module": ({"fedmerge.py": b""}, r"holds fedmerge.py; it was not run"),
-    "something that shadows": ({"torch.py": b""}, r"holds torch.py; it was not run. Expected nothing but sim/"),
-    "out of the folder": ({"../sim/x.py": b""}, r"holds \.\./sim/x.py"),
-    "a launcher": ({"sim/local/run.py": b""}, r"holds sim/local/run.py"),
-    "data": ({"sim/app/users.json": b"[]"}, r"has another sim/app/users.json"),
-    "much": ({"sim/more.py": b"#" * 11 * 2**20}, r"unpacks to more than 10,485,760 bytes"),
+    "a line more": ({"sim/app/client/app.py": b"import os\n"}, "sim/app/client/app.py"),
+    "a file more": ({"sim/app/more.py": b""}, "sim/app/more.py (1 "),
+    "a file less": ({"sim/app/server/rounds.py": None}, "sim/app/server/rounds.py"),
+    "its own fedmerge": ({"fedmerge/__init__.py": b""}, "fedmerge/__init__.py"),
+    "fedmerge as a module": ({"fedmerge.py": b""}, "fedmerge.py"),
+    "something that shadows": ({"torch.py": b""}, "torch.py"),
+    "out of the folder": ({"../sim/x.py": b""}, "../sim/x.py"),
+    "out of the app": ({"sim/app/../../torch.py": b""}, "sim/app/../../torch.py"),
+    "a second spelling": ({"sim/app/./client/app.py": b"import os\n"}, "sim/app/./client/app.py"),
+    "another case": ({"sim/APP/client/app.py": b"import os\n"}, "sim/APP/client/app.py"),
+    "an absolute path": ({"/sim/app/client/app.py": b"import os\n"}, "/sim/app/client/app.py"),
+    "backslashes": ({"sim\\app\\client\\app.py": b"import os\n"}, "sim\\app\\client\\app.py"),
+    "a folder that begins alike": ({"sim/apps/x.py": b""}, "sim/apps/x.py"),
+    "below the first file": ({"sim/__init__.py/x.py": b""}, "sim/__init__.py/x.py"),
+    "bytecode": ({"sim/app/client/__pycache__/app.cpython-311.pyc": b"x"}, "app.cpython-311.pyc"),
+    "a folder": ({"sim/app/client/": b""}, "sim/app/client/"),
+    "a launcher": ({"sim/local/run.py": b""}, "sim/local/run.py"),
+    "data": ({"sim/app/users.json": b"[]"}, "sim/app/users.json"),
+    "much": ({"sim/more.py": b"#" * 11 * 2**20}, "10,485,760"),
 }
 
 
 @pytest.mark.parametrize("case", TAMPERED)
 def test_an_app_with_other_contents_is_refused_even_if_approved(good: bytes, case: str) -> None:
-    changes, message = TAMPERED[case]
+    changes, value = TAMPERED[case]
     bundle = repacked(good, changes)
-    with pytest.raises(PolicyError, match=message):
+    with pytest.raises(PolicyError) as caught:
         check_app(bundle, frozenset({app_sha256(bundle)}), INSTALLED)
+    assert value in str(caught.value)
+    assert app_sha256(bundle)[:12] in str(caught.value)
 
 
 def test_what_is_no_bundle_is_refused(good: bytes) -> None:
     for bundle in (b"", b"garbage", good[:-30], good[:2000] + b"\0" * 50 + good[2050:]):
-        with pytest.raises(PolicyError, match=r"is no Flower app bundle|has another sim/|is not approved"):
+        with pytest.raises(PolicyError):
             check_contents(bundle, INSTALLED)
     twice = BytesIO(good)
     with zipfile.ZipFile(twice, "a") as archive, pytest.warns(UserWarning, match="Duplicate name"):
         archive.writestr("sim/app/client/app.py", b"import os\n")
-    with pytest.raises(PolicyError, match="holds a file twice"):
+    with pytest.raises(PolicyError):
         check_contents(twice.getvalue(), INSTALLED)
+
+
+def test_a_name_cut_at_a_null_byte_is_another_file(good: bytes) -> None:
+    with zipfile.ZipFile(BytesIO(good)) as archive:
+        content = archive.read("sim/app/client/app.py")
+    hidden = repacked(good, {"sim/app/client/app.py": None, "sim/app/client/app.py?more": content})
+    hidden = hidden.replace(b"app.py?more", b"app.py\0more")
+    with pytest.raises(PolicyError):
+        check_contents(hidden, INSTALLED)
+
+
+def test_only_flowers_way_of_packing_is_unpacked(good: bytes) -> None:
+    """A few bytes of bzip2 or LZMA unpack to hundreds of megabytes before a limit is looked at."""
+    packed = BytesIO()
+    with zipfile.ZipFile(BytesIO(good)) as source, zipfile.ZipFile(packed, "w", zipfile.ZIP_BZIP2) as target:
+        for name in source.namelist():
+            target.writestr(name, source.read(name))
+    with pytest.raises(PolicyError) as caught:
+        check_contents(packed.getvalue(), INSTALLED)
+    assert "deflate" in str(caught.value)
 
 
 def test_approving_by_file_looks_into_it(good: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -144,7 +172,7 @@ def test_approving_by_file_looks_into_it(good: bytes, tmp_path: Path, capsys: py
     (tmp_path / "good.fab").write_bytes(good)
     (tmp_path / "bad.fab").write_bytes(repacked(good, {"fedmerge/__init__.py": b""}))
     assert main(["client", "approve", str(tmp_path / "north"), "--app", str(tmp_path / "bad.fab")]) == 1
-    assert "brings a fedmerge of its own" in capsys.readouterr().err
+    assert "fedmerge/__init__.py" in capsys.readouterr().err
     assert main(["client", "approve", str(tmp_path / "north"), "--app", str(tmp_path / "good.fab")]) == 0
     assert approved_apps(tmp_path / "north") == {app_sha256(good)}
     client = read_client(tmp_path / "north")

@@ -103,12 +103,12 @@ def test_what_is_wrong_on_this_machine_is_named(client: Client, monkeypatch: pyt
 
     told = found(client, None, backbone)
     for what, message in {
-        "key": "other users of this machine can read it. Run: chmod 600",
+        "key": f"chmod 600 {client.folder / 'key'}",
         "domain": "interactions.parquet",
         "policy": "min_users",
-        "backbone": "backbone here: not to be had",
-        "disk": "GiB are free, expected 1. Make space or move cache_dir",
-        "app": "no app is approved, so every run is refused. fedmerge client approve",
+        "backbone": "backbone here",
+        "disk": "cache_dir",
+        "app": f"fedmerge client approve {client.folder}",
     }.items():
         assert told[what].holds is False
         assert message in told[what].found

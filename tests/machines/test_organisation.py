@@ -68,7 +68,7 @@ def test_nobody_else_can_read_the_private_key(folder: Path) -> None:
     assert stat.S_IMODE((folder / "key").stat().st_mode) == 0o600
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     (folder / "key").chmod(0o640)
-    with pytest.raises(ConfigError, match=r"key: other users of this machine can read it. Run: chmod 600 /"):
+    with pytest.raises(ConfigError, match=r"chmod 600 /.+/key"):
         private_key(read_client(folder))
 
 
@@ -127,12 +127,12 @@ def test_what_is_no_key_is_refused_and_never_quoted(folder: Path, tmp_path: Path
         read_private_key(path)
     path.touch(mode=0o600)
     path.write_text("SECRET")
-    with pytest.raises(ConfigError, match=r"other: is no OpenSSH private key \(ValueError\)") as caught:
+    with pytest.raises(ConfigError, match=r"/other: .*ValueError") as caught:
         read_private_key(path)
     assert "SECRET" not in str(caught.value)
     edwards = ed25519.Ed25519PrivateKey.generate()
     path.write_bytes(edwards.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
-    with pytest.raises(ConfigError, match=r"other: is a Ed25519PrivateKey, expected an elliptic-curve key"):
+    with pytest.raises(ConfigError, match=r"/other: .*Ed25519PrivateKey"):
         read_private_key(path)
     assert isinstance(read_private_key(folder / "key"), ec.EllipticCurvePrivateKey)
 
