@@ -1,4 +1,7 @@
-"""A LoRA adapter as data: its modules, its hash and the layer of each module. Needs torch alone."""
+"""LoRA adapters as data: modules, hash, and the layer of a module. Imports torch alone.
+
+On disk an adapter is a PEFT folder, see ``fedmerge.encoder.peft_folder``; on a model, see ``fedmerge.encoder.lora``.
+"""
 
 import hashlib
 import re
@@ -25,17 +28,17 @@ class LoraModule:
 
     @property
     def rank(self) -> int:
-        """r."""
+        """The rank r."""
         return self.lora_A.shape[0]
 
     def delta_weight(self) -> torch.Tensor:
-        """Δ, float32 (out, in)."""
+        """Compute Δ, float32 (out, in)."""
         return self.scaling * (self.lora_B @ self.lora_A)
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """All LoRA modules of one fine-tuning, by module name in the bare backbone, sorted."""
+    """All LoRA modules of one fine-tuning, by their names in the bare backbone, sorted."""
 
     modules: Mapping[str, LoraModule]
 
@@ -44,12 +47,12 @@ class Adapter:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of all tensors."""
+        """Size of all tensors in bytes."""
         return sum(tensor.nbytes for m in self.modules.values() for tensor in (m.lora_A, m.lora_B))
 
 
 def adapter_sha256(adapter: Adapter) -> str:
-    """A hash over names, shapes, scalings and values."""
+    """Hash names, shapes, scalings and values."""
     digest = hashlib.sha256()
     for name, module in adapter.modules.items():
         digest.update(f"{name} {tuple(module.lora_A.shape)} {tuple(module.lora_B.shape)} {module.scaling!r}\n".encode())
@@ -59,6 +62,6 @@ def adapter_sha256(adapter: Adapter) -> str:
 
 
 def layer_of(module_name: str) -> int | None:
-    """The encoder layer of a module: ``encoder.layer.3.…`` is 3; None for modules outside the layers."""
+    """Return the number of a module's layer: 3 for ``encoder.layer.3.…``, None for a module outside the layers."""
     found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", module_name)
     return int(found.group(1)) if found else None

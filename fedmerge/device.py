@@ -1,4 +1,4 @@
-"""Device and precision, resolved once at entry, with the reason."""
+"""Device and precision, resolved once at entry."""
 
 from dataclasses import dataclass
 
@@ -9,12 +9,12 @@ from fedmerge.errors import ConfigError
 
 @dataclass(frozen=True)
 class Compute:
-    """Where and how an encoder runs.
+    """Device and precision of an encoder.
 
     Attributes:
         device: the torch device.
-        autocast_dtype: dtype of the matrix products under autocast, or None for float32 throughout.
-        reason: why this was chosen, for the log.
+        autocast_dtype: dtype of matrix products under autocast; None for float32 throughout.
+        reason: reason for this choice, for the log.
     """
 
     device: torch.device
@@ -28,32 +28,30 @@ class Compute:
 
 
 def resolve_compute(device: str = "auto", precision: str = "auto") -> Compute:
-    """Resolve ``auto`` to what this machine does fastest.
+    """Resolve ``auto`` to the fastest device and precision of this machine.
 
     Args:
-        device: ``auto`` (CUDA if present, else CPU), ``cpu``, ``cuda`` or ``cuda:N``.
-        precision: ``auto`` (bfloat16 where the processor multiplies it natively), ``bfloat16`` or ``float32``.
+        device: ``auto`` (CUDA if available, else CPU), ``cpu``, ``cuda`` or ``cuda:N``.
+        precision: ``auto`` (bfloat16 if the processor multiplies it natively), ``bfloat16`` or ``float32``.
 
     Raises:
         ConfigError: the device does not exist on this machine.
     """
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(
-            f"runtime.device = {device!r}, but PyTorch {torch.__version__} sees no GPU here. "
+            f"runtime.device = {device!r}, but PyTorch {torch.__version__} finds no GPU here. "
             "Set runtime.device = 'cpu' or 'auto', or install a CUDA build of PyTorch."
         )
     resolved = torch.device("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu"))
     if precision != "auto":
-        return Compute(
-            resolved, torch.bfloat16 if precision == "bfloat16" else None, f"{resolved}, {precision} as asked"
-        )
+        return Compute(resolved, torch.bfloat16 if precision == "bfloat16" else None, f"{resolved}, {precision} as set")
     native = torch.cuda.is_bf16_supported() if resolved.type == "cuda" else _cpu_multiplies_bfloat16()
     if native:
-        return Compute(resolved, torch.bfloat16, f"{resolved}, bfloat16: multiplied natively here")
-    return Compute(resolved, None, f"{resolved}, float32: no native bfloat16 here")
+        return Compute(resolved, torch.bfloat16, f"{resolved}, bfloat16: native here")
+    return Compute(resolved, None, f"{resolved}, float32: bfloat16 is not native here")
 
 
 def _cpu_multiplies_bfloat16() -> bool:
-    read = getattr(torch.cpu, "get_capabilities", None)  # older PyTorch cannot tell: float32
+    read = getattr(torch.cpu, "get_capabilities", None)  # missing in older PyTorch, which then uses float32
     capabilities: dict[str, object] = read() if read else {}
     return any(bool(capabilities.get(name)) for name in ("amx_bf16", "avx512_bf16", "bf16"))

@@ -1,22 +1,22 @@
-"""The errors fedmerge raises on purpose. Every message says where, what was found, what was expected and the remedy.
+"""Errors that fedmerge raises on purpose. A message says where, what was found, what was expected and what to do.
 
 FedMergeError
 ├── ConfigError (ValueError)           a setting of the experiment
 ├── DomainError (ValueError)           a domain folder or the data that goes into it
 ├── LayoutMismatchError (ValueError)   adapters or tensors that do not belong together
-├── BackboneError (ValueError)         a backbone that is missing, damaged or not the one announced
+├── BackboneError (ValueError)         a backbone that is missing, damaged or not the expected one
 ├── MergeError                         a merge that cannot be computed
 ├── AggregationError                   a round of a federation that cannot be aggregated
-├── ClientError                        a client that failed, named
-│   └── DivergedError                  its training
-├── PolicyError                        something that the privacy policy does not let out
+├── ClientError                        a client that failed
+│   └── DivergedError                  a training or an encoder that diverged
+├── PolicyError                        something that the privacy policy forbids
 ├── DeploymentError                    the operator's side of a federation on several machines
-└── RunDirError                        a run folder
+└── RunDirError                        a run folder or a file in it
 """
 
 
 class FedMergeError(Exception):
-    """Root of all errors raised on purpose."""
+    """Base class of all errors raised on purpose."""
 
 
 class ConfigError(FedMergeError, ValueError):
@@ -28,11 +28,11 @@ class DomainError(FedMergeError, ValueError):
 
 
 class LayoutMismatchError(FedMergeError, ValueError):
-    """Adapters or tensors that do not belong together."""
+    """Adapters or tensors do not belong together."""
 
 
 class BackboneError(FedMergeError, ValueError):
-    """A backbone is missing, damaged, or not the one that was announced."""
+    """A backbone is missing, damaged, or not the expected one."""
 
 
 class MergeError(FedMergeError):
@@ -44,20 +44,20 @@ class AggregationError(FedMergeError):
 
 
 class ClientError(FedMergeError):
-    """A client failed, or too few of them are left."""
+    """A client failed, or too few clients are left."""
 
 
 class DivergedError(ClientError):
-    """A training whose loss, or an encoder whose scores are no numbers any more."""
+    """The loss of a training or the scores of an encoder became NaN or infinite."""
 
 
 class PolicyError(FedMergeError):
-    """The privacy policy does not let this out."""
+    """The privacy policy forbids this."""
 
 
 class DeploymentError(FedMergeError):
-    """The operator's side of a federation on several machines is wrong, or does not run."""
+    """The operator's side of a federation on several machines is set up wrongly, or does not run."""
 
 
 class RunDirError(FedMergeError):
-    """A run folder cannot be created, written or read."""
+    """A run folder or a file in it cannot be created, written or read."""

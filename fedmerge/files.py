@@ -1,4 +1,4 @@
-"""Files and folders that exist whole or not at all; an error names the file that cannot be read or written."""
+"""Read and write files and folders atomically: they exist complete or not at all. Errors name the file."""
 
 import itertools
 import json
@@ -15,12 +15,12 @@ from safetensors import SafetensorError
 from fedmerge.errors import RunDirError
 
 ROWS_AT_ONCE = 10_000
-_SPACE = "Make space there or check the permissions, then do it again; a run goes on with fedmerge run --resume."
+_SPACE = "Check the free space and the permissions there and try again; fedmerge run --resume continues a run."
 
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill; it takes its name, in place of an older one, only when the block ends well.
+    """Yield a folder to fill; it replaces ``folder`` only if the block succeeds.
 
     Raises:
         RunDirError: the disk is full, or the folder cannot be written.
@@ -40,20 +40,26 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 
 def append_line(path: Path, data: Any) -> None:
-    """Append one line of JSON; one that a killed process left unfinished before it does no harm.
+    """Append one line of JSON and sync it; an unfinished line before it, left by a killed process, does no harm.
 
     Raises:
-        RunDirError: as :func:`write_text`.
+        RunDirError: as in :func:`write_text`.
     """
     try:
         with path.open("a", encoding="utf-8") as file:
             file.write("\n" + json.dumps(data, ensure_ascii=False))
+            file.flush()
+            os.fsync(file.fileno())
     except OSError as error:
         raise RunDirError(f"{path} cannot be written ({error.strerror}). {_SPACE}") from error
 
 
 def read_lines(path: Path) -> Iterator[Any]:
-    """What :func:`append_line` wrote, without unfinished lines."""
+    """Yield the lines that :func:`append_line` wrote, without unfinished ones.
+
+    Raises:
+        RunDirError: the file cannot be read.
+    """
     try:
         with path.open(encoding="utf-8", errors="replace") as file:
             for line in file:
@@ -68,10 +74,10 @@ def read_lines(path: Path) -> Iterator[Any]:
 
 
 def read_json(path: Path) -> Any:
-    """A JSON file of the run; None where there is none.
+    """Read a JSON file of a run; None if it does not exist.
 
     Raises:
-        RunDirError: it is damaged or cannot be read.
+        RunDirError: the file is damaged or cannot be read.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -79,21 +85,21 @@ def read_json(path: Path) -> Any:
         return None
     except (OSError, ValueError) as error:
         raise RunDirError(
-            f"{path} cannot be read ({error}). Put the file back as it was, or start a new run: the clients keep their "
-            "experts."
+            f"{path} cannot be read ({error}). Restore the file, or start a new run, which reuses the experts that the "
+            "clients have cached."
         ) from error
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all; see :func:`write_bytes`."""
+    """Write a file atomically; see :func:`write_bytes`."""
     write_bytes(path, text.encode())
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all.
+    """Write a file atomically and sync it.
 
     Raises:
-        RunDirError: the disk is full, or the folder is gone or may not be written.
+        RunDirError: the disk is full, or the folder is missing or not writable.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -108,20 +114,20 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Write JSON whole or not at all; see :func:`write_text`."""
+    """Write JSON atomically; see :func:`write_bytes`."""
     write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_table(path: Path, rows: Iterable[Mapping[str, Any]], schema: Any = None) -> None:
-    """Write rows of equal keys as Parquet, whole or not at all; a few thousand at a time are in memory.
+    """Write rows with equal keys as Parquet, atomically, with at most ROWS_AT_ONCE in memory.
 
     Args:
         path: the file.
-        rows: one or more; with a schema also none.
-        schema: of pyarrow; None lets the first rows decide the types of the columns.
+        rows: at least one; with a schema also none.
+        schema: pyarrow schema; None infers the types of the columns from the first rows.
 
     Raises:
-        RunDirError: as :func:`write_text`.
+        RunDirError: as in :func:`write_text`.
     """
     import pyarrow as pa  # noqa: PLC0415  # only tables need pyarrow; merging imports this module without it
     import pyarrow.parquet as pq  # noqa: PLC0415  # likewise
@@ -144,20 +150,26 @@ def write_table(path: Path, rows: Iterable[Mapping[str, Any]], schema: Any = Non
 
 
 def check_free(folder: Path) -> None:
-    """Refuse a folder that holds something; RunDirError."""
+    """Raise unless a folder is absent or empty.
+
+    Raises:
+        RunDirError: it is not empty, or not a folder.
+    """
     if folder.is_symlink() or (folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))):
-        raise RunDirError(f"{folder}: exists and is not an empty folder; nothing is overwritten. Choose another.")
+        raise RunDirError(
+            f"{folder}: exists and is not an empty folder; nothing was overwritten. Choose another folder."
+        )
 
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder that is there as a whole or not at all: yields a hidden one beside it, which takes its name at the end.
+    """Yield a hidden folder to fill, which is renamed to ``folder`` only if the block succeeds.
 
     Args:
         folder: must be absent or empty.
 
     Raises:
-        RunDirError: it holds something, or cannot be written; nothing is left behind.
+        RunDirError: the folder is not empty, or cannot be written; nothing is left behind.
     """
     folder = Path(os.path.abspath(folder))
     check_free(folder)
@@ -168,17 +180,17 @@ def new_folder(folder: Path) -> Iterator[Path]:
         os.rename(partial, folder)
     except (OSError, SafetensorError) as error:
         raise RunDirError(
-            f"{folder}: cannot be written ({error}). Check the space and the permissions, or choose another folder."
+            f"{folder}: cannot be written ({error}). Check free space and permissions, or choose another folder."
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """A JSON object of a run folder; empty where there is no such file.
+    """Read a JSON object of a run folder; empty if the file does not exist.
 
     Raises:
-        RunDirError: the file is damaged.
+        RunDirError: the file is damaged, or not a JSON object.
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))

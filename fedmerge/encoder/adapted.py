@@ -1,4 +1,4 @@
-"""An adapter from disk with the backbone that it belongs to, both checked; and the two as one encoder."""
+"""Load an adapter together with its backbone, check both, and combine them into one encoder."""
 
 import copy
 from dataclasses import replace
@@ -15,19 +15,19 @@ from fedmerge.encoder.lora import applied
 from fedmerge.encoder.peft_folder import read_verified
 from fedmerge.errors import LayoutMismatchError
 
-NO_ADAPTER = "none"  # in place of a folder: the backbone alone
+NO_ADAPTER = "none"  # instead of a folder: the backbone alone
 
 
 def load_adapted(source: str | Path, config: ExperimentConfig) -> tuple[Backbone, Adapter | None]:
-    """An adapter and the backbone of a configuration.
+    """Load an adapter and the backbone of a configuration.
 
     Args:
         source: a PEFT folder, or ``"none"`` for the backbone alone.
-        config: backbone and runtime are read.
+        config: only ``backbone`` and ``runtime`` are used.
 
     Raises:
-        LayoutMismatchError: as :func:`read_verified`, or an adapter of another backbone.
-        BackboneError: as :func:`fedmerge.encoder.backbone.load_backbone`.
+        LayoutMismatchError: as in :func:`read_verified`, or the adapter belongs to another backbone.
+        BackboneError: as in :func:`fedmerge.encoder.backbone.load_backbone`.
     """
     adapter = None if str(source) == NO_ADAPTER else read_verified(Path(source))
     compute = resolve_compute(config.runtime.device, config.runtime.precision)
@@ -38,26 +38,26 @@ def load_adapted(source: str | Path, config: ExperimentConfig) -> tuple[Backbone
 
 
 def check_backbone(where: str, backbone: Backbone, expected_sha256: str | None) -> None:
-    """Refuse a backbone with other files than those an adapter was made on; None is not known, and passes.
+    """Raise if a backbone is not the one that an adapter was made on; an unknown hash (None) passes.
 
     Raises:
-        LayoutMismatchError: with both hashes.
+        LayoutMismatchError: gives both hashes.
     """
     if expected_sha256 is not None and expected_sha256 != backbone.sha256:
         raise LayoutMismatchError(
-            f"{where}: made on a backbone with hash {expected_sha256[:12]}, but {backbone.name} here has "
-            f"{backbone.sha256[:12]}. Set backbone.source to the backbone of its run. (Early versions hashed other "
-            "files: to use an adapter unchecked, copy its two adapter_* files into a folder of their own.)"
+            f"{where}: made on a backbone with hash {expected_sha256[:12]}, but {backbone.name} here has hash "
+            f"{backbone.sha256[:12]}. Set backbone.source to the backbone of its run. To use an adapter unchecked, "
+            "copy its two adapter_* files into an empty folder."
         )
 
 
 def folded(backbone: Backbone, adapter: Adapter | None) -> Backbone:
-    """An encoder with the weights W + Δ, to keep; ``lora.applied`` is for a while.
+    """Return a new encoder with the weights W + Δ; to apply an adapter temporarily use ``lora.applied``.
 
-    Only the matrices that the adapter updates take memory again; the backbone is left as it was.
+    Only the matrices that the adapter updates are copied. The backbone is unchanged.
 
     Raises:
-        LayoutMismatchError: a module that the backbone does not have, or of another shape.
+        LayoutMismatchError: the backbone lacks a module, or has it with another shape.
     """
     if adapter is None:
         return backbone

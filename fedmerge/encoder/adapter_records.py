@@ -1,4 +1,4 @@
-"""The files that lie beside an adapter and say how it was made."""
+"""Files beside an adapter that record how it was made."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,11 +10,11 @@ from fedmerge.files import read_record
 
 @dataclass(frozen=True)
 class AdapterRecord:
-    """What the files beside an adapter say about it; None where there is no such file.
+    """Hashes recorded beside an adapter; None where no file has one.
 
     Attributes:
         sha256: ``adapter_sha256`` of the adapter.
-        backbone_sha256: of the backbone that it was trained or merged on.
+        backbone_sha256: hash of the backbone that it was trained or merged on.
     """
 
     sha256: str | None
@@ -22,16 +22,16 @@ class AdapterRecord:
 
 
 def config_of_adapter(adapter: Path) -> Path | None:
-    """The nearest ``config.toml`` in or above an adapter of a run: that of its run, or of the merge made afterwards."""
+    """Find the nearest ``config.toml`` in or above an adapter: that of its run, or of a later merge."""
     folders = (adapter.resolve(), *adapter.resolve().parents[:2])
     return next((path for path in (folder / "config.toml" for folder in folders) if path.is_file()), None)
 
 
 def adapter_record(adapter: Path) -> AdapterRecord:
-    """What was written beside an adapter: ``training.json`` of an expert, ``provenance.json`` of a merge.
+    """Read the record of an adapter: ``training.json`` of an expert, ``provenance.json`` of a merge.
 
     Raises:
-        RunDirError: such a file is damaged.
+        RunDirError: one of these files is damaged.
     """
     training = read_record(adapter / "training.json")
     provenance = read_record(adapter / "provenance.json")

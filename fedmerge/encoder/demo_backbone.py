@@ -1,4 +1,4 @@
-"""A tiny text encoder for trials without a download: random weights, words of the demo domains."""
+"""A tiny text encoder for trials without a download: random weights, vocabulary of the demo domains."""
 
 import re
 import string
@@ -17,25 +17,25 @@ from fedmerge.errors import BackboneError
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 CHARACTERS = string.ascii_lowercase + string.digits
 WIDTH, NUM_LAYERS, NUM_HEADS, NUM_POSITIONS = 64, 2, 4, 256
-NOTE = "Random weights, made by `fedmerge data demo-backbone`: for trials of the machinery. Its vectors mean nothing."
+NOTE = "Random weights, made by `fedmerge data demo-backbone`: for trying out the software. Its vectors mean nothing."
 
 
 def write_demo_backbone(folder: Path, *, seed: int = 0) -> Path:
-    """Write a BERT of two layers and width 64 as a Hugging Face folder, whole or not at all.
+    """Write a BERT with two layers and width 64 as a Hugging Face folder, complete or not at all.
 
-    Its weights are random, so results with it say nothing about any method; its WordPiece vocabulary holds the words of
-    the demo domains, all letters and digits. The same seed gives the same weights.
+    Its weights are random, so results with it say nothing about any method. Its WordPiece vocabulary contains the words
+    of the demo domains and all letters and digits. The same seed gives the same weights.
 
     Args:
-        folder: must not exist, or be empty; missing parents are made.
-        seed: of the weights.
+        folder: must be absent or empty; missing parents are created.
+        seed: seed of the weights.
 
     Raises:
-        BackboneError: something is there already, or the folder cannot be written.
+        BackboneError: the folder is not empty, or cannot be written.
     """
     folder = folder.expanduser().absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise BackboneError(f"{folder}: already there and not empty. Choose another folder, or delete it.")
+        raise BackboneError(f"{folder}: exists and is not an empty folder. Choose another folder, or delete it.")
     vocabulary = {token: index for index, token in enumerate(_vocabulary())}
     config = BertConfig(
         vocab_size=len(vocabulary),
@@ -55,16 +55,16 @@ def write_demo_backbone(folder: Path, *, seed: int = 0) -> Path:
             model.save_pretrained(partial)
             BertTokenizer(vocab=vocabulary).save_pretrained(partial)
             (partial / "README.md").write_text(NOTE + "\n", encoding="utf-8")
-            partial.rename(folder)  # over an empty folder, too
+            partial.rename(folder)  # also replaces an empty folder
     except OSError as error:
         raise BackboneError(
-            f"{folder}: the backbone cannot be written ({error}). Check the space and the permissions there."
+            f"{folder}: the backbone cannot be written ({error}). Check free space and permissions there."
         ) from error
     return folder
 
 
 def _vocabulary() -> list[str]:
-    """Special tokens, punctuation, characters, their continuations, then the words in alphabetical order."""
+    """List special tokens, punctuation, characters, their continuations, then the words in alphabetical order."""
     continuations = [f"##{character}" for character in CHARACTERS]
     words = {word for text in _texts() for word in re.findall(r"[a-z0-9]+", text.lower())}
     endings = {f"##{ending}" for ending in BRAND_ENDS}
@@ -72,7 +72,7 @@ def _vocabulary() -> list[str]:
 
 
 def _texts() -> Iterator[str]:
-    """Everything that an item of a demo domain can say; a brand's name begins with a start and goes on with an end."""
+    """Yield all words of items in demo domains; the name of a brand is a start followed by an end."""
     yield from ("title brand category", *BRAND_FORMS, *BRAND_STARTS)
     yield from (word for words in (*STAGE_WORDS, *(style.words for style in STYLES)) for word in words)
     for vocabulary in VOCABULARIES.values():
@@ -82,7 +82,7 @@ def _texts() -> Iterator[str]:
 
 
 def _draw_weights(model: PreTrainedModel, seed: int) -> None:
-    """Large enough that different texts get clearly different vectors; normalisations and biases stay as they are."""
+    """Draw weights large enough that different texts get clearly different vectors; leave norms and biases."""
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
             if parameter.ndim != 2:

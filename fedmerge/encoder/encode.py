@@ -1,4 +1,4 @@
-"""Token sequences to vectors."""
+"""Encode token sequences into vectors."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,15 +12,16 @@ from fedmerge.encoder.backbone import Backbone
 from fedmerge.encoder.fused import fused_encoder
 from fedmerge.encoder.text import Tokens
 
-TOKENS_PER_BATCH = 4096  # larger batches are no faster on a CPU and leave its caches
+TOKENS_PER_BATCH = 4096  # larger batches are not faster on a CPU: they exceed its caches
 EAGER_ATTENTION_TOKENS = 256
-TRAINING_GROUPS = 4  # of a training batch on a CPU, each padded to its own longest sequence
+TRAINING_GROUPS = 4  # parts of a training batch on a CPU, each padded to its own longest sequence
 
 
 def embed_batch(backbone: Backbone, sequences: Sequence[Tokens]) -> torch.Tensor:
-    """Encode one batch; differentiable.
+    """Encode one batch, differentiably.
 
     Args:
+        backbone: the encoder.
         sequences: n token sequences, special tokens included.
 
     Returns:
@@ -36,7 +37,9 @@ def embed_batch(backbone: Backbone, sequences: Sequence[Tokens]) -> torch.Tensor
     dtype = backbone.compute.autocast_dtype
     with (
         _attention(backbone, padded.shape[1]),
-        disable_input_dtype_casting(backbone.model, active=dtype is not None),  # else PEFT casts to float32 and back
+        disable_input_dtype_casting(
+            backbone.model, active=dtype is not None
+        ),  # otherwise PEFT casts to float32 and back
         torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None),
     ):
         hidden = backbone.model(input_ids=input_ids, attention_mask=mask).last_hidden_state  # (n, longest, d)
@@ -44,7 +47,7 @@ def embed_batch(backbone: Backbone, sequences: Sequence[Tokens]) -> torch.Tensor
 
 
 def embed_in_groups(backbone: Backbone, sequences: Sequence[Tokens]) -> torch.Tensor:
-    """Encode one batch as :func:`embed_batch` does; on a CPU in groups of similar length, with little padding."""
+    """Encode one batch as :func:`embed_batch` does, on a CPU in groups of similar length to save padding."""
     if backbone.device.type != "cpu":
         return embed_batch(backbone, sequences)
     order = np.argsort([len(sequence) for sequence in sequences], kind="stable")
@@ -60,12 +63,13 @@ def encode(
     """Encode many sequences in batches of similar length.
 
     Args:
+        backbone: the encoder.
         sequences: n token sequences.
         progress: called with (done, total) after every batch.
 
     Returns:
-        float32 (n, d) on the CPU, in the order given. What a row holds does not depend on who else is asked for it
-        beyond rounding: batches are formed by length, ties in the order given.
+        float32 (n, d) on the CPU, in the given order. Apart from rounding, a row does not depend on the others.
+        Batches are formed by length, ties in the given order.
     """
     vectors = torch.empty(len(sequences), backbone.width)
     embed = fused_encoder(backbone) or partial(embed_batch, backbone)
@@ -79,7 +83,7 @@ def encode(
 
 
 def length_batches(lengths: Sequence[int], tokens_per_batch: int) -> list[np.ndarray]:
-    """Indices of sequences, longest first, cut into batches of at most ``tokens_per_batch`` padded tokens."""
+    """Split sequences, longest first, into batches of indices with at most ``tokens_per_batch`` padded tokens."""
     order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
     batches, start = [], 0
     while start < len(order):
@@ -91,16 +95,16 @@ def length_batches(lengths: Sequence[int], tokens_per_batch: int) -> list[np.nda
 
 @contextmanager
 def _attention(backbone: Backbone, tokens: int) -> Iterator[None]:
-    """Plain attention where a gradient is wanted of short sequences on a CPU, the model's own otherwise.
+    """Use plain attention for gradients of short sequences on a CPU, and the model's own attention otherwise.
 
-    The backward pass of PyTorch's fused attention takes most of a training step there; for long sequences plain
-    attention, whose memory grows with their square, is the slower one.
+    There the backward pass of PyTorch's fused attention takes most of a training step. For long sequences plain
+    attention is slower: its memory grows with their square.
     """
     model = backbone.model
     if not torch.is_grad_enabled() or backbone.device.type != "cpu" or tokens > EAGER_ATTENTION_TOKENS:
         yield
         return
-    own = model.config._attn_implementation  # transformers has a public way to set it, none to ask
+    own = model.config._attn_implementation  # transformers has a public setter, but no getter
     model.set_attn_implementation("eager")
     try:
         yield

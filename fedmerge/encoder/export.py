@@ -1,4 +1,4 @@
-"""A backbone with an adapter folded in as a model folder that sentence-transformers loads, without fedmerge."""
+"""Export a backbone with a folded adapter as a model folder for sentence-transformers, which needs no fedmerge."""
 
 import json
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from fedmerge.errors import BackboneError
 from fedmerge.files import check_free, new_folder, read_record, write_json, write_text
 
 POOLING_MODES = {"cls": "pooling_mode_cls_token", "mean": "pooling_mode_mean_tokens", "last": "pooling_mode_lasttoken"}
-_NO_POOLER = ("bert", "roberta", "xlm-roberta")  # loaded without; elsewhere it would be drawn at random, with a warning
+_NO_POOLER = ("bert", "roberta", "xlm-roberta")  # loaded without a pooler, which would otherwise be random
 _PROBE = {"title": "Red tent, 2 persons", "brand": "North", "category": "Camping"}
 
 
@@ -26,20 +26,20 @@ def export_model(
 ) -> None:
     """Write W + Δ in float32 with tokenizer, pooling, normalisation and a model card.
 
-    ``SentenceTransformer(folder).encode(item_text(…))`` is then the item's vector, and of ``sequence_text(…)`` the
-    user's.
+    Then ``SentenceTransformer(folder).encode(item_text(…))`` is the item's vector, and
+    ``SentenceTransformer(folder).encode(sequence_text(…))`` the user's.
 
     Args:
-        backbone: left as it was.
-        adapter: folded in; None exports the backbone alone.
-        folder: must be absent or empty; it is there whole or not at all.
-        text: ``max_tokens`` becomes ``max_seq_length``; the rest goes into the card.
-        provenance: of the adapter; written as ``provenance.json`` and into the card.
+        backbone: unchanged.
+        adapter: adapter to fold in; None exports the backbone alone.
+        folder: must be absent or empty; written complete or not at all.
+        text: ``max_tokens`` becomes ``max_seq_length``; the other settings are written into the card.
+        provenance: provenance of the adapter, for ``provenance.json`` and the card.
 
     Raises:
-        RunDirError: the folder holds something, or cannot be written.
-        LayoutMismatchError: an adapter of another backbone.
-        BackboneError: too few positions, or a tokenizer that cannot be made to split joined text as items are split.
+        RunDirError: the folder is not empty, or cannot be written.
+        LayoutMismatchError: the adapter belongs to another backbone.
+        BackboneError: too few positions, or the tokenizer splits joined text differently from single items.
     """
     check_max_tokens(backbone, text.max_tokens)
     check_free(folder)
@@ -51,12 +51,12 @@ def export_model(
         write_json(partial / "provenance.json", dict(provenance))
         what = "as it is" if adapter is None else "with a LoRA adapter folded in"
         write_text(partial / "README.md", _card(backbone, what, text, provenance))
-        for weights in partial.glob("*.safetensors"):  # safetensors lets nobody else read what it writes
+        for weights in partial.glob("*.safetensors"):  # safetensors makes them readable for the owner only
             weights.chmod((partial / "README.md").stat().st_mode)
 
 
 def provenance_of(folder: Path) -> dict[str, Any]:
-    """What is known about an adapter on disk: its ``provenance.json``, or for an expert its name and hash."""
+    """Read the provenance of an adapter on disk: ``provenance.json``, or for an expert its name and hash."""
     if provenance := read_record(folder / "provenance.json"):
         return provenance
     sha256, name = adapter_record(folder).sha256, folder.resolve().name
@@ -64,7 +64,7 @@ def provenance_of(folder: Path) -> dict[str, Any]:
 
 
 def _write_modules(backbone: Backbone, folder: Path, max_tokens: int) -> None:
-    """The three modules by the names that every version of sentence-transformers knows."""
+    """Write the three modules under names that every version of sentence-transformers knows."""
     names = ("Transformer", "Pooling", "Normalize")
     paths = ("", "1_Pooling", "2_Normalize")
     modules = [
@@ -86,9 +86,9 @@ def _write_modules(backbone: Backbone, folder: Path, max_tokens: int) -> None:
 
 
 def _write_tokenizer(backbone: Backbone, folder: Path, max_tokens: int) -> None:
-    """The tokenizer, so that a text of its own begins as it would after a blank: items are tokenised like that.
+    """Write a tokenizer that treats the beginning of a text as if a blank preceded it, as items are tokenised.
 
-    Byte-level BPE knows ``title`` with and without a blank before it as different tokens; WordPiece does not care.
+    For byte-level BPE, ``title`` with and without a leading blank are different tokens; for WordPiece they are equal.
     """
     text, special = item_text(_PROBE), special_tokens(backbone.tokenizer)
     within = backbone.tokenizer(f" {text}", add_special_tokens=False)["input_ids"]
@@ -113,8 +113,8 @@ def _write_tokenizer(backbone: Backbone, folder: Path, max_tokens: int) -> None:
     found = AutoTokenizer.from_pretrained(folder)(text)["input_ids"]
     if found != expected:
         raise BackboneError(
-            f"export of {backbone.name}: its tokenizer splits {text!r} into {found} as a text of its own, expected "
-            f"{expected} as in a catalog. Serve this backbone with fedmerge.recommender instead."
+            f"export of {backbone.name}: its tokenizer splits {text!r} into {found}, expected {expected} as in a "
+            "catalog. Serve this backbone with fedmerge.recommend instead."
         )
 
 
@@ -156,6 +156,6 @@ Text of an item: `title: … brand: … category: …` in this order, empty attr
 - backbone: `{backbone.name}`, SHA-256 over its files `{backbone.sha256}`
 {lines}
 
-The full record is in `provenance.json`. Adapters are trained on private interactions, and no formal guarantee keeps
-what they learned from showing: an adapter can leak some of it.
+The full record is in `provenance.json`. Adapters are trained on private interactions and can leak some of them; unless
+the training used differential privacy, there is no formal guarantee against it.
 """

@@ -1,7 +1,7 @@
-"""Frozen linear layers of a training step in bfloat16 on a CPU: weights are cast and packed once, not at every call.
+"""Frozen linear layers in bfloat16 training on a CPU: weights are cast and packed once instead of at every call.
 
-Autocast keeps the casts of weights that are trained, not those of frozen ones, and oneDNN packs what it multiplies. The
-result is the same to the bit.
+Autocast caches the casts of trained weights only, and oneDNN packs a weight for every product. Results are identical to
+the last bit.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -12,12 +12,12 @@ import torch
 
 from fedmerge.encoder.backbone import Backbone
 
-PACKED_ROWS = 4096  # what oneDNN packs the weights for
+PACKED_ROWS = 4096  # number of rows that oneDNN packs the weights for
 Product = Callable[[torch.Tensor], torch.Tensor]
 
 
 class _FrozenLinear(torch.autograd.Function):
-    """x Wᵀ + b in bfloat16; a gradient for x alone."""
+    """x Wᵀ + b in bfloat16, with a gradient for x only."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, transposed: torch.Tensor, bias: torch.Tensor) -> Any:
@@ -32,19 +32,19 @@ class _FrozenLinear(torch.autograd.Function):
 
 
 def packs_bfloat16() -> bool:
-    """Whether oneDNN multiplies packed bfloat16 matrices here."""
+    """Return True if oneDNN multiplies packed bfloat16 matrices on this machine."""
     return bool(torch._C._has_mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def packed(weight: torch.Tensor) -> Any:
-    """A weight (out, in) in the form that oneDNN multiplies, in bfloat16."""
+    """Pack a weight (out, in) in bfloat16 for oneDNN."""
     return torch.ops.mkldnn._reorder_linear_weight(weight.bfloat16().contiguous(), PACKED_ROWS)
 
 
 def frozen_products(backbone: Backbone) -> dict[torch.nn.Linear, Product]:
-    """How to compute each frozen linear layer of a model, for :func:`using`; none for other precisions and devices.
+    """Make the fast product of each frozen linear layer, for :func:`using`; empty for other precisions and devices.
 
-    Weights are copied here, twice in bfloat16: for the product and for its gradient.
+    Each weight is copied twice in bfloat16: for the product and for its gradient.
     """
     compute = backbone.compute
     if compute.device.type != "cpu" or compute.autocast_dtype != torch.bfloat16 or not packs_bfloat16():
@@ -65,7 +65,7 @@ def _product(weight: torch.Tensor, transposed: torch.Tensor, bias: torch.Tensor 
 
 @contextmanager
 def using(products: Mapping[torch.nn.Linear, Product]) -> Iterator[None]:
-    """Within it, these layers compute by these products."""
+    """Compute these layers with these products within the block."""
     try:
         for module, product in products.items():
             vars(module)["forward"] = product

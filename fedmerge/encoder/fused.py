@@ -1,9 +1,9 @@
-"""BERT-like encoders in bfloat16 on a CPU, without padding and in few, large operations. For encoding: no backward.
+"""BERT-like encoders in bfloat16 on a CPU, without padding and with few, large operations; forward only.
 
-What transformers does under autocast, four times a layer or more: cast the frozen weights and the same input, copy the
-bias into the result, multiply padding, pass over the widest tensor once more for the GELU, and run an attention that is
-slow for short sequences. Here weights are cast and packed once, query, key and value are one product, bias and GELU
-belong to the product, and sequences lie end to end.
+Under autocast, transformers casts the frozen weights and the same input at least four times per layer, copies the bias
+into the result, multiplies padding, passes over the widest tensor again for the GELU, and runs an attention that is
+slow for short sequences. Here weights are cast and packed once, query, key and value are one product, bias and GELU are
+part of the product, and sequences are concatenated.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,14 +21,14 @@ from fedmerge.encoder.backbone import Backbone
 from fedmerge.encoder.frozen import Product, packed, packs_bfloat16
 from fedmerge.encoder.text import Tokens
 
-ATTENTION_SCORES = 2**19  # of one block: its scores stay in the cache
+ATTENTION_SCORES = 2**19  # scores of one block, which fit into the cache
 
 
 @dataclass(frozen=True, eq=False)
 class _Layer:
-    """One encoder layer: its four products, bfloat16 to bfloat16, and its two norms in float32."""
+    """One encoder layer: four products from bfloat16 to bfloat16, and two norms in float32."""
 
-    query_key_value: Product  # (t, d) -> (t, 3 d), the queries scaled
+    query_key_value: Product  # (t, d) -> (t, 3 d), queries scaled
     attention_output: Product  # (t, d) -> (t, d)
     intermediate: Product  # (t, d) -> (t, f), GELU included
     output: Product  # (t, f) -> (t, d)
@@ -36,17 +36,17 @@ class _Layer:
 
 
 def fused_encoder(backbone: Backbone) -> Callable[[Sequence[Tokens]], torch.Tensor] | None:
-    """An encoder that computes what :func:`fedmerge.encoder.encode.embed_batch` does, faster; or None.
+    """Make a faster equivalent of :func:`fedmerge.encoder.encode.embed_batch`, or return None.
 
-    Products are summed in float32 and rounded once, and norms and the residual are float32, as under autocast; the GELU
-    and the softmax are computed before rounding. Weights are read here: they must not change while the encoder is used.
+    As under autocast, products are summed in float32 and rounded once, and norms and the residual are float32. The GELU
+    and the softmax are computed before rounding. The weights are read here and must not change while it is in use.
 
     Returns:
-        Token sequences, sorted by length -> float32 (n, d), L2-normalised rows. None for other precisions and devices,
-        where oneDNN has no bfloat16, for other families of models, and for models with hooks, replaced methods or
-        adapters that are no plain LoRA.
+        A function from token sequences, sorted by length, to float32 (n, d) with L2-normalised rows. None for other
+        precisions, devices or model families, where oneDNN has no bfloat16, and for models with hooks, replaced methods
+        or adapters other than plain LoRA.
     """
-    model: Any = backbone.model  # PyTorch cannot tell the types of submodules
+    model: Any = backbone.model  # PyTorch does not know the types of submodules
     compute = backbone.compute
     if compute.device.type != "cpu" or compute.autocast_dtype != torch.bfloat16 or not _is_plain(model):
         return None
@@ -59,7 +59,7 @@ def fused_encoder(backbone: Backbone) -> Callable[[Sequence[Tokens]], torch.Tens
         lengths = np.array([len(sequence) for sequence in sequences])
         ids = torch.from_numpy(np.concatenate(sequences).astype(np.int64))
         positions = torch.from_numpy(np.concatenate([np.arange(length) for length in lengths]) + first_position)
-        starts = np.flatnonzero(np.diff(lengths, prepend=0))  # where runs of one length begin
+        starts = np.flatnonzero(np.diff(lengths, prepend=0))  # first sequence of each length
         runs = list(zip(np.diff(starts, append=len(lengths)).tolist(), lengths[starts].tolist(), strict=True))
         hidden = model.embeddings(input_ids=ids[None], position_ids=positions[None])[0]  # float32 (t, d)
         for layer in layers:
@@ -87,7 +87,7 @@ def _is_plain(model: Any) -> bool:
         if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
             return False
         if isinstance(module, BaseTunerLayer) and (type(module) is not LoraLinear or module.lora_variant):
-            return False  # an adapter of another kind than plain LoRA
+            return False  # an adapter other than plain LoRA
     return True
 
 
@@ -105,7 +105,7 @@ def _fused_layer(layer: Any) -> _Layer:
 
 
 def _weight_and_bias(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """float32, with the update of a LoRA that is attached."""
+    """Return weight and bias in float32, with the update of an attached LoRA."""
     weight = layer.weight.detach()
     if isinstance(layer, LoraLinear) and not (layer.merged or layer.disable_adapters):
         for name in layer.active_adapters:
@@ -119,12 +119,12 @@ def _product(weight: torch.Tensor, bias: torch.Tensor, activation: str = "none")
 
 
 def _attention(query_key_value: torch.Tensor, runs: list[tuple[int, int]], heads: int) -> torch.Tensor:
-    """softmax(Q Kᵀ) V for every sequence and head, scores in float32.
+    """Compute softmax(Q Kᵀ) V for every sequence and head, with scores in float32.
 
     Args:
-        query_key_value: bfloat16 (t, 3 d), the queries scaled.
-        runs: number and length of sequences that lie end to end; together t tokens.
-        heads: h.
+        query_key_value: bfloat16 (t, 3 d), queries scaled.
+        runs: number and length of consecutive sequences of equal length; t tokens together.
+        heads: number of heads h.
 
     Returns:
         bfloat16 (t, d).

@@ -1,4 +1,4 @@
-"""LoRA adapters: as data, on a backbone, and as PEFT folders on disk."""
+"""LoRA adapters on a backbone: attach, read off, load, and apply temporarily."""
 
 import math
 import warnings
@@ -17,18 +17,20 @@ from fedmerge.seeding import generator
 
 
 def attach(backbone: Backbone, target_modules: Sequence[str], rank: int, alpha: float, seed: int) -> PeftModel:
-    """Put a fresh, trainable LoRA on a backbone, in place; ``.unload()`` takes it off again.
+    """Attach a fresh, trainable LoRA to a backbone, in place; ``.unload()`` removes it.
 
     B is zero and A uniform in ±1/√in as in PEFT, but drawn from ``seed`` and the module's name, so that every client of
     a federation starts from the same adapter.
 
     Args:
-        target_modules: names of linear layers, whole or from the right (``query``); ``("all-linear",)`` for all.
-        rank: r.
+        backbone: changed in place.
+        target_modules: names of linear layers, complete or their last parts (``query``); ``("all-linear",)`` for all.
+        rank: rank r.
         alpha: scaling · r.
+        seed: seed of A.
 
     Raises:
-        ConfigError: a name that no layer bears.
+        ConfigError: no linear layer has one of these names.
     """
     linear = [name for name, module in backbone.model.named_modules() if isinstance(module, torch.nn.Linear)]
     targets: str | list[str] = "all-linear" if list(target_modules) == ["all-linear"] else list(target_modules)
@@ -41,7 +43,7 @@ def attach(backbone: Backbone, target_modules: Sequence[str], rank: int, alpha: 
     config = LoraConfig(
         task_type=TaskType.FEATURE_EXTRACTION,
         r=rank,
-        lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT computes with fractions, too
+        lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT also accepts fractions
         target_modules=targets,
         lora_dropout=0.0,
     )
@@ -55,11 +57,13 @@ def attach(backbone: Backbone, target_modules: Sequence[str], rank: int, alpha: 
 
 
 def initial_lora_A(seed: int, name: str, rank: int, width_in: int) -> torch.Tensor:
-    """The values that a fresh A starts from; at equal seeds those of a smaller rank are the first rows of a larger one.
+    """Draw the initial A; for equal seeds, a smaller rank has the first rows of a larger one.
 
     Args:
-        seed: of the adapter.
-        name: of the module in the bare backbone.
+        seed: seed of the adapter.
+        name: name of the module in the bare backbone.
+        rank: rank r.
+        width_in: number of inputs.
 
     Returns:
         float32 (rank, width_in), uniform in ±1/√width_in.
@@ -69,7 +73,7 @@ def initial_lora_A(seed: int, name: str, rank: int, width_in: int) -> torch.Tens
 
 
 def adapter_of(model: PeftModel) -> Adapter:
-    """A copy of the adapter that a PEFT model holds."""
+    """Copy the adapter of a PEFT model."""
     return Adapter(
         {
             name: LoraModule(lora_A.detach().float().cpu().clone(), lora_B.detach().float().cpu().clone(), scaling)
@@ -79,7 +83,7 @@ def adapter_of(model: PeftModel) -> Adapter:
 
 
 def fresh_adapter(backbone: Backbone, lora: Lora, seed: int) -> Adapter:
-    """The adapter that :func:`attach` starts from; the backbone is left as it was."""
+    """Return the adapter that :func:`attach` starts from; the backbone is unchanged."""
     model = attach(backbone, lora.target_modules, lora.rank, lora.alpha, seed)
     try:
         return adapter_of(model)
@@ -88,10 +92,10 @@ def fresh_adapter(backbone: Backbone, lora: Lora, seed: int) -> Adapter:
 
 
 def load_into(model: PeftModel, adapter: Adapter) -> None:
-    """Put an adapter's values into the LoRA layers of a PEFT model.
+    """Copy an adapter's values into the LoRA layers of a PEFT model.
 
     Raises:
-        LayoutMismatchError: other modules, shapes or scalings.
+        LayoutMismatchError: modules, shapes or scalings differ.
     """
     layers = {name: (lora_A, lora_B, scaling) for name, lora_A, lora_B, scaling in _lora_layers(model)}
     found = {name: (tuple(m.lora_A.shape), tuple(m.lora_B.shape), m.scaling) for name, m in adapter.modules.items()}
@@ -99,7 +103,7 @@ def load_into(model: PeftModel, adapter: Adapter) -> None:
     for name in sorted(found.keys() | expected.keys()):
         if found.get(name) != expected.get(name):
             raise LayoutMismatchError(
-                f"adapter module {name}: found (lora_A, lora_B, scaling) {found.get(name)}, the model has "
+                f"adapter module {name}: found (lora_A, lora_B, scaling) = {found.get(name)}, the model has "
                 f"{expected.get(name)}. Use the same lora settings and backbone everywhere."
             )
     with torch.no_grad():
@@ -110,12 +114,12 @@ def load_into(model: PeftModel, adapter: Adapter) -> None:
 
 @contextmanager
 def applied(backbone: Backbone, adapter: Adapter | None) -> Iterator[None]:
-    """Fold an adapter into the backbone's weights, W + Δ, and put the exact originals back afterwards.
+    """Fold an adapter into the backbone's weights, W + Δ, and restore the exact originals afterwards.
 
-    Folded, an adapter of any rank costs nothing per token.
+    A folded adapter of any rank costs nothing per token.
 
     Raises:
-        LayoutMismatchError: a module that the backbone does not have, or of another shape.
+        LayoutMismatchError: the backbone lacks a module, or has it with another shape.
     """
     modules = dict(backbone.model.named_modules())
     originals: dict[str, torch.Tensor] = {}
@@ -126,8 +130,8 @@ def applied(backbone: Backbone, adapter: Adapter | None) -> Iterator[None]:
             if not isinstance(layer, torch.nn.Linear) or tuple(layer.weight.shape) != shape:
                 found = "nothing" if layer is None else str(layer)
                 raise LayoutMismatchError(
-                    f"adapter module {name}: it updates a linear layer of shape {shape}, {backbone.name} has {found} "
-                    "there. The adapter was made for another backbone."
+                    f"adapter module {name}: it updates a linear layer of shape {shape}, but {backbone.name} has "
+                    f"{found} there. The adapter belongs to another backbone."
                 )
             originals[name] = layer.weight.data
             layer.weight.data = layer.weight.data + lora.delta_weight().to(layer.weight.device)

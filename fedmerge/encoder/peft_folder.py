@@ -1,4 +1,7 @@
-"""Adapters as PEFT folders on disk: ``adapter_config.json`` and ``adapter_model.safetensors``."""
+"""Adapters as PEFT folders on disk: ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+Reading and writing them needs torch and safetensors, but not peft.
+"""
 
 import json
 import math
@@ -21,7 +24,7 @@ CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
 MODULE_PREFIX = "base_model.model."  # PEFT's name of the bare backbone
-_UNSUPPORTED = (  # settings under which an adapter is more than B A, or something else
+_UNSUPPORTED = (  # settings under which an adapter is not just B A
     "use_dora",
     "lora_bias",
     "modules_to_save",
@@ -65,14 +68,15 @@ def write_adapter(
 ) -> None:
     """Write a PEFT folder: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
-    Uneven ranks and scalings go into ``rank_pattern`` and ``alpha_pattern``. Both files are complete or absent.
+    Unequal ranks and scalings are written as ``rank_pattern`` and ``alpha_pattern``. Each file is complete or absent.
 
     Args:
-        folder: created where missing.
+        adapter: the adapter.
+        folder: created if missing.
         backbone_name: written as ``base_model_name_or_path``.
-        task_type: PEFT's; it decides what kind of model PEFT makes of the backbone.
-        target_modules: what the backbone calls the adapter's modules, as PEFT matches it; None: each by its whole name.
-        fan_in_fan_out: whether the layers keep their weights transposed, as GPT-2's do; A and B are the same.
+        task_type: PEFT's task type, which decides the kind of model that PEFT builds from the backbone.
+        target_modules: names of the modules as PEFT matches them; None lists every module by its full name.
+        fan_in_fan_out: True if the layers store transposed weights, as GPT-2's do; A and B are the same.
     """
     folder.mkdir(parents=True, exist_ok=True)
     ranks = {name: module.rank for name, module in adapter.modules.items()}
@@ -104,10 +108,10 @@ def write_adapter(
 
 
 def read_adapter(folder: Path) -> Adapter:
-    """Read a PEFT LoRA folder, rsLoRA and rank and alpha patterns included.
+    """Read a PEFT LoRA folder, including rsLoRA and rank and alpha patterns.
 
     Raises:
-        LayoutMismatchError: not a plain LoRA adapter, or a damaged one.
+        LayoutMismatchError: the adapter is damaged, or not plain LoRA.
     """
     try:
         config = json.loads((folder / CONFIG_FILE).read_text())
@@ -116,7 +120,7 @@ def read_adapter(folder: Path) -> Adapter:
         if (folder / PICKLE_FILE).is_file():
             raise LayoutMismatchError(
                 f"adapter {folder}: found {PICKLE_FILE}, expected {TENSOR_FILE}; pickled files are never opened, since "
-                "they can run code. Load the adapter with peft where you trust it, and save it again."
+                "they can run code. If you trust it, load it with peft and save it again."
             ) from error
         raise LayoutMismatchError(
             f"adapter {folder}: no {Path(error.filename or TENSOR_FILE).name}. "
@@ -163,17 +167,17 @@ def read_adapter(folder: Path) -> Adapter:
 
 
 def read_verified(folder: Path) -> Adapter:
-    """Read a PEFT folder and hold it to the hash that was written beside it, if there is one.
+    """Read a PEFT folder and verify it against the hash recorded beside it, if there is one.
 
     Raises:
-        LayoutMismatchError: no plain LoRA adapter, a damaged one, or values that are not finite.
+        LayoutMismatchError: the adapter is damaged, not plain LoRA, or not finite.
         RunDirError: ``training.json`` or ``provenance.json`` is damaged.
     """
     adapter = read_adapter(folder)
     expected, found = adapter_record(folder).sha256, adapter_sha256(adapter)
     if expected is not None and found != expected:
         raise LayoutMismatchError(
-            f"adapter {folder}: its content has hash {found[:12]}, the file beside it says {expected[:12]}. "
+            f"adapter {folder}: its content has hash {found[:12]}, but the record beside it has {expected[:12]}. "
             "It was changed or damaged after it was written: restore the folder."
         )
     for name, module in adapter.modules.items():
@@ -181,14 +185,14 @@ def read_verified(folder: Path) -> Adapter:
             bad = int((~tensor.isfinite()).sum())
             if bad:
                 raise LayoutMismatchError(
-                    f"adapter {folder}: {name}.{part} has {bad} of {tensor.numel()} values NaN or infinite, expected "
-                    "finite ones. Its training diverged or the file is damaged: leave it out, or train it again."
+                    f"adapter {folder}: {bad} of {tensor.numel()} values of {name}.{part} are NaN or infinite. Its "
+                    "training diverged, or the file is damaged: leave it out, or train it again."
                 )
     return adapter
 
 
 def _whole(value: float) -> float | int:
-    """An integer where it is one: other programs expect ``lora_alpha`` to be."""
+    """Return an integer if the value is one, since other programs expect an integer ``lora_alpha``."""
     return int(value) if float(value).is_integer() else value
 
 
@@ -204,7 +208,7 @@ def _compile(patterns: Iterable[str]) -> bool:
 
 
 def _pattern(pattern: Mapping[str, float] | None, name: str, default: float) -> float:
-    for key, value in (pattern or {}).items():  # PEFT's own rule: a regular expression that matches from the right
+    for key, value in (pattern or {}).items():  # PEFT's rule: a regular expression that matches the end
         if re.match(rf"(.*\.)?({key})$", name):
             return value
     return default

@@ -1,4 +1,4 @@
-"""Items and histories as tokens: every item is tokenised once, sequences are packed from its tokens (METHODS 2)."""
+"""Items and histories as tokens: items are tokenised once, and sequences are packed from their tokens (METHODS 2)."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ Tokens = npt.NDArray[np.int32]
 
 @dataclass(frozen=True, eq=False)
 class SpecialTokens:
-    """What a tokenizer puts around a text: ``prefix + text + suffix``, and the id that pads a batch."""
+    """Tokens that a tokenizer puts around a text, ``prefix + text + suffix``, and the id that pads a batch."""
 
     prefix: Tokens
     suffix: Tokens
@@ -24,12 +24,12 @@ class SpecialTokens:
 
 @dataclass(frozen=True, eq=False)
 class TokenTable:
-    """The tokens of every item of a catalog, end to end.
+    """The tokens of all items of a catalog, concatenated.
 
     Attributes:
         ids: int32 (total,), without special tokens.
         offsets: int64 (N + 1,); item i is ``ids[offsets[i]:offsets[i + 1]]``.
-        separator: int32 tokens of ``";"`` between two items, each of which begins with a blank.
+        separator: int32 tokens of ``";"``, placed between two items; every item begins with a blank.
     """
 
     ids: Tokens
@@ -40,18 +40,22 @@ class TokenTable:
         return len(self.offsets) - 1
 
     def item(self, index: int) -> Tokens:
-        """The tokens of one item."""
+        """Return the tokens of one item."""
         return self.ids[self.offsets[index] : self.offsets[index + 1]]
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> SpecialTokens:
-    """Read the special tokens off the tokenizer itself, whatever its family."""
+    """Read the special tokens off a tokenizer of any family.
+
+    Raises:
+        BackboneError: the tokenizer's output does not contain a text's own tokens.
+    """
     bare = list(tokenizer("a", add_special_tokens=False)["input_ids"])
     full = list(tokenizer("a")["input_ids"])
     start = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), None)
     if not bare or start is None:
         raise BackboneError(
-            f"tokenizer {type(tokenizer).__name__}: cannot tell its special tokens apart "
+            f"tokenizer {type(tokenizer).__name__}: its special tokens cannot be told from text "
             f"('a' is {bare} alone and {full} in context). Use a backbone with a standard tokenizer."
         )
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
@@ -63,12 +67,12 @@ def build_token_table(catalog: Catalog, tokenizer: PreTrainedTokenizerBase, max_
 
     Args:
         catalog: N items.
-        tokenizer: the backbone's.
-        max_attribute_tokens: each attribute's value (without its key) is cut to this many tokens.
+        tokenizer: tokenizer of the backbone.
+        max_attribute_tokens: maximum number of tokens of an attribute's value, without its key.
     """
     pieces: list[list[list[int]]] = []  # attribute -> item -> tokens, key included
     for attribute in ATTRIBUTES:
-        # The leading blanks are what the joined text holds; WordPiece ignores them, byte-level BPE needs them.
+        # The joined text contains these leading blanks: WordPiece ignores them, byte-level BPE needs them.
         key = _tokenise(tokenizer, [f" {attribute}:"])[0]
         values = _tokenise(tokenizer, [f" {value}" if value else "" for value in catalog.attributes[attribute]])
         pieces.append([key + value[:max_attribute_tokens] if value else [] for value in values])
@@ -82,12 +86,12 @@ def build_token_table(catalog: Catalog, tokenizer: PreTrainedTokenizerBase, max_
 def item_text(
     attributes: Mapping[str, str], tokenizer: PreTrainedTokenizerBase | None = None, max_attribute_tokens: int = 32
 ) -> str:
-    """The text of an item, ``title: … brand: … category: …``, for an encoder that is served elsewhere.
+    """Return the text of an item, ``title: … brand: … category: …``, for an encoder served outside fedmerge.
 
     Args:
-        attributes: title, brand and category; empty and absent ones are left out.
-        tokenizer: of the encoder; with it each value is cut as :func:`build_token_table` cuts it, else not at all.
-        max_attribute_tokens: where to cut.
+        attributes: title, brand and category; empty and missing ones are left out.
+        tokenizer: tokenizer of the encoder, to cut values as :func:`build_token_table` does; None cuts nothing.
+        max_attribute_tokens: maximum number of tokens of a value.
 
     >>> item_text({"title": "Red tent", "brand": "", "category": "Camping"})
     'title: Red tent category: Camping'
@@ -99,11 +103,11 @@ def item_text(
 
 
 def sequence_text(item_texts: Sequence[str], max_items: int = 50) -> str:
-    """The text of a history, which the encoder turns into the user's vector: most recent item first.
+    """Return the text of a history, most recent item first; the user's vector is its encoding.
 
     Args:
-        item_texts: of :func:`item_text`, oldest first.
-        max_items: only so many of the most recent are read.
+        item_texts: texts from :func:`item_text`, oldest first.
+        max_items: number of most recent items that are read.
 
     >>> sequence_text(["title: Tent", "title: Stove"])
     'title: Stove; title: Tent'
@@ -112,7 +116,7 @@ def sequence_text(item_texts: Sequence[str], max_items: int = 50) -> str:
 
 
 def item_sequences(table: TokenTable, special: SpecialTokens, max_tokens: int) -> list[Tokens]:
-    """One sequence per item of the catalog: what an item vector is the encoding of."""
+    """Return one sequence per item of the catalog; item vectors are their encodings."""
     return pack_sequences(table, ([index] for index in range(len(table))), special, 1, max_tokens)
 
 
@@ -126,11 +130,11 @@ def pack_sequences(
     """Pack histories, most recent item first, items joined by ``"; "``.
 
     Args:
-        table: the catalog's tokens.
+        table: tokens of the catalog.
         histories: item indices, oldest first; only the last ``max_items`` are read.
-        special: put around every sequence, inside ``max_tokens``.
-        max_items: most items of a sequence.
-        max_tokens: most tokens of a sequence; the oldest are cut.
+        special: tokens around every sequence; they count towards ``max_tokens``.
+        max_items: maximum number of items in a sequence.
+        max_tokens: maximum number of tokens in a sequence; the oldest are cut.
 
     Returns:
         One int32 array per history.

@@ -1,6 +1,9 @@
 """Full ranking with one relevant item per user: ranks, Recall, NDCG and MRR of each user.
 
-Per-user outcomes stay where the interactions are; only :mod:`fedmerge.evaluation.sums` of them may leave a client.
+To add a metric, add its name to METRICS and its column to ``per_user_metrics``. Sums, intervals and tables follow.
+To let an experiment select by it, also add it to ``evaluation.selection_metric`` in ``fedmerge.config``.
+
+Per-user outcomes stay at the client. Only their sums may leave it: :mod:`fedmerge.evaluation.sums`.
 """
 
 import math
@@ -17,30 +20,30 @@ IntArray = npt.NDArray[np.integer[Any]]
 FloatArray = npt.NDArray[np.float64]
 CUTOFFS: tuple[int, ...] = (1, 5, 10, 50)
 METRICS: tuple[str, ...] = (*(f"recall@{k}" for k in CUTOFFS), *(f"ndcg@{k}" for k in CUTOFFS), "mrr")
-# Scores held at once when no block size is asked for: 16 MiB of float32.
+# Scores in memory at once by default: 16 MiB of float32.
 _SCORES_PER_BLOCK = 2**22
 
 
 def target_ranks(
     scores: torch.Tensor, targets: IntArray, seen: Sequence[IntArray] | None = None, *, block_size: int | None = None
 ) -> npt.NDArray[np.int64]:
-    """Rank of each user's target among all items; ties count against the target.
+    """Return the rank of each user's target among all items; ties count against the target.
 
     rank = 1 + #{candidates i other than the target : score_i >= score_target}
 
     Args:
         scores: (U, N) floating point; higher is better. An expanded view is not materialised.
         targets: (U,) item index of each user's one relevant item.
-        seen: one array of item indices a user, repeats allowed: the masked variant, which takes these items out of the
-            candidates, except the target itself. None is the unmasked variant.
-        block_size: users ranked at once; None keeps a block at about four million scores.
+        seen: one array of item indices per user, repeats allowed. These items are no candidates, except the target
+            itself: the masked variant. None is the unmasked variant.
+        block_size: users ranked at once; None limits a block to about four million scores.
 
     Returns:
         (U,) int64 ranks from 1.
 
     Raises:
-        LayoutMismatchError: shapes or item indices that do not fit the scores.
-        ClientError: NaN or infinite scores.
+        LayoutMismatchError: shapes or item indices do not fit the scores.
+        DivergedError: scores are NaN or infinite.
 
     >>> target_ranks(torch.tensor([[0.9, 0.5, 0.5, 0.1]]), np.array([2]))
     array([3])
@@ -64,24 +67,24 @@ def rank_targets(
     *,
     block_size: int | None = None,
 ) -> npt.NDArray[np.int64]:
-    """Ranks as in :func:`target_ranks` under inner-product scores, computed in float32 block by block.
+    """Return ranks as :func:`target_ranks` does, from inner-product scores computed in float32 block by block.
 
-    score = <user vector, item vector>, the cosine when both are L2-normalised. No (U, N) matrix is ever held. Autocast
-    is switched off inside: half-precision scores would tie items that the vectors tell apart.
+    score = <user vector, item vector>, the cosine if both are L2-normalised. No (U, N) matrix is formed. Autocast is
+    disabled inside, since half-precision scores would tie items whose vectors differ.
 
     Args:
         user_vectors: (U, d).
         item_vectors: (N, d), on the same device.
         targets: (U,) item index of each user's one relevant item.
         seen: as in :func:`target_ranks`.
-        block_size: users scored at once; None keeps a block at about four million scores.
+        block_size: users scored at once; None limits a block to about four million scores.
 
     Returns:
         (U,) int64 ranks from 1.
 
     Raises:
         LayoutMismatchError: vectors of different width, or item indices outside the catalog.
-        ClientError: NaN or infinite scores.
+        DivergedError: scores are NaN or infinite.
     """
     if user_vectors.ndim != 2 or item_vectors.ndim != 2 or user_vectors.shape[1] != item_vectors.shape[1]:
         raise LayoutMismatchError(
@@ -100,7 +103,7 @@ def _row_spans(num_users: int, num_items: int, block_size: int | None) -> Iterat
     if block_size is None:
         block_size = max(1, _SCORES_PER_BLOCK // max(1, num_items))
     if block_size < 1:
-        raise ValueError(f"block_size is {block_size}; expected at least 1 user, or None to have it chosen")
+        raise ValueError(f"block_size is {block_size}; expected at least 1 user, or None for the default")
     return (slice(start, min(start + block_size, num_users)) for start in range(0, num_users, block_size))
 
 
@@ -113,18 +116,16 @@ def _check_indices(num_users: int, num_items: int, targets: IntArray, seen: Sequ
     if seen is None:
         return
     if len(seen) != num_users:
-        raise LayoutMismatchError(
-            f"histories of {len(seen)} users were given; expected one for each of {num_users} users"
-        )
+        raise LayoutMismatchError(f"found histories of {len(seen)} users; expected one for each of {num_users} users")
     if num_users:
         check_in_catalog(np.concatenate(seen), num_items, "histories")
 
 
 def check_in_catalog(items: IntArray, num_items: int, what: str) -> None:
-    """Refuse item indices outside 0 .. num_items - 1; a negative one would silently count from the end.
+    """Raise on item indices outside 0 .. num_items - 1; a negative one would silently count from the end.
 
     Raises:
-        LayoutMismatchError: how many there are in ``what``.
+        LayoutMismatchError: gives the number of such indices and names ``what``.
     """
     num_outside = int(np.count_nonzero((items < 0) | (items >= num_items)))
     if num_outside:
@@ -141,8 +142,7 @@ def _rank_blocks(
     num_non_finite = num_scores = 0
     for span, scores in blocks:  # scores (b, N)
         num_scores += scores.numel()
-        # A float64 sum of finite float32 numbers cannot overflow, so one read-only pass tells whether any score is NaN
-        # or infinite.
+        # A float64 sum of finite float32 numbers cannot overflow, so one read-only pass finds NaN and infinity.
         if not math.isfinite(scores.sum(dtype=torch.float64).item()):
             num_in_block = int((~torch.isfinite(scores)).sum())
             num_non_finite += num_in_block
@@ -156,7 +156,7 @@ def _rank_blocks(
             columns = np.concatenate(histories).astype(np.int64)
             pairs = torch.as_tensor(np.stack([rows, columns]), device=scores.device)  # (2, history items)
             at_least[pairs[0], pairs[1]] = False
-        at_least.scatter_(1, target[:, None], False)  # the target is no competitor of itself, in its history or not
+        at_least.scatter_(1, target[:, None], False)  # the target never competes with itself
         ranks[span] = (1 + at_least.sum(dim=1)).cpu().numpy()
     if num_non_finite:
         raise DivergedError(
@@ -168,7 +168,7 @@ def _rank_blocks(
 
 
 def per_user_metrics(ranks: IntArray) -> FloatArray:
-    """Outcomes of every user, for one relevant item each.
+    """Compute the outcomes of every user, for one relevant item each.
 
     recall@k = [rank <= k],  ndcg@k = [rank <= k] / log2(1 + rank),  mrr = 1 / rank
 
@@ -176,11 +176,11 @@ def per_user_metrics(ranks: IntArray) -> FloatArray:
         ranks: (U,) ranks from 1.
 
     Returns:
-        (U, len(METRICS)) float64, columns in the order of METRICS. Private to the client: only :func:`metric_sums` of
-        it leaves.
+        (U, len(METRICS)) float64, columns in the order of METRICS. It stays at the client; only its
+        :func:`~fedmerge.evaluation.sums.metric_sums` leave.
 
     Raises:
-        ValueError: a rank below 1.
+        ValueError: a rank is below 1.
 
     >>> dict(zip(METRICS, per_user_metrics(np.array([3]))[0].tolist()))["ndcg@5"]
     0.5

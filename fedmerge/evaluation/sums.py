@@ -1,6 +1,7 @@
-"""Metric sums: the sums and cross-products of outcomes that a client reports about its users.
+"""Metric sums: the sums and cross-products of per-user outcomes that a client reports.
 
-Means, paired differences between methods and their standard errors need nothing else.
+They suffice for means, paired differences between methods, and standard errors. Metrics are in
+:mod:`fedmerge.evaluation.ranks`.
 """
 
 import math
@@ -15,24 +16,23 @@ from fedmerge.evaluation.ranks import METRICS, FloatArray
 
 Variant = Literal["unmasked", "masked"]
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
-BACKBONE, EXPERT = "backbone", "expert"  # what client and server call these two models
-# Half-width of a two-sided 95 % normal interval in standard errors.
-INTERVAL_95 = 1.96
+BACKBONE, EXPERT = "backbone", "expert"  # names of these two models at client and server
+INTERVAL_95 = 1.96  # half-width of a two-sided 95 % normal interval in standard errors
 
 
 @dataclass(frozen=True, slots=True, eq=False)  # eq: arrays have no single truth value
 class MetricSums:
-    """What a client tells about its users: sums and cross-products of their outcomes under P methods.
+    """Sums and cross-products of a client's per-user outcomes under P methods.
 
-    Args:
-        methods: the P methods, in the order of the axes below.
+    Attributes:
+        methods: P methods, in the order of the axes below.
         variant: "unmasked" or "masked".
-        num_users: users summed over.
-        sums: (P, M) float64, sum over users of x_p, with M the metrics of METRICS.
+        num_users: number of users in the sums.
+        sums: (P, M) float64, sum over users of x_p, for the M metrics of METRICS.
         products: (M, P, P) float64, sum over users of x_p * x_q; symmetric in p and q.
 
     Raises:
-        ClientError: on construction, whatever cannot be such sums, so that nothing malformed gets past the wire.
+        ClientError: on construction, if the values cannot be such sums, so that malformed replies are refused.
     """
 
     methods: tuple[str, ...]
@@ -48,15 +48,13 @@ class MetricSums:
             or len(set(self.methods)) != num_methods
             or not all(isinstance(name, str) for name in self.methods)
         ):
-            raise ClientError(
-                f"metric sums name the methods {list(self.methods)}; expected at least one, each named once"
-            )
+            raise ClientError(f"metric sums: found the methods {list(self.methods)}; expected at least one, each once")
         if self.variant not in VARIANTS:
-            raise ClientError(f"metric sums name the variant {self.variant!r}; expected one of {list(VARIANTS)}")
+            raise ClientError(f"metric sums: found the variant {self.variant!r}; expected one of {list(VARIANTS)}")
         if self.num_users < 1:
             raise ClientError(
-                f"metric sums over {self.num_users} users; expected at least 1: a domain without evaluated users has "
-                "no metrics"
+                f"metric sums over {self.num_users} users; expected at least 1, since a domain without evaluated users "
+                "has no metrics"
             )
         expected = {"sums": (num_methods, num_metrics), "products": (num_metrics, num_methods, num_methods)}
         for name, array in (("sums", self.sums), ("products", self.products)):
@@ -73,26 +71,26 @@ class MetricSums:
         if not np.allclose(self.products, self.products.transpose(0, 2, 1), rtol=1e-9, atol=1e-9):
             raise ClientError(
                 "metric sums: products are not symmetric between methods; expected sum(x_p * x_q) over the same users "
-                "both ways"
+                "for both orders"
             )
 
     def means(self) -> FloatArray:
-        """(P, M) mean outcome of every method and metric."""
+        """Return the (P, M) mean outcomes of all methods and metrics."""
         return self.sums / self.num_users
 
     def mean(self, method: str, metric: str) -> float:
-        """Mean outcome of one method in one metric."""
+        """Return the mean outcome of one method in one metric."""
         return float(self.sums[_method_index(self, method), _metric_index(metric)] / self.num_users)
 
     def metrics_by_method(self) -> dict[str, dict[str, float]]:
-        """Method -> metric -> mean outcome."""
+        """Return method -> metric -> mean outcome."""
         return {
             method: dict(zip(METRICS, row, strict=True))
             for method, row in zip(self.methods, self.means().tolist(), strict=True)
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as JSON types; floats survive JSON exactly. See :func:`metric_sums_from_dict`."""
+        """Return JSON types; floats survive JSON exactly. See :func:`metric_sums_from_dict`."""
         return {
             "methods": list(self.methods),
             "metrics": list(METRICS),
@@ -104,10 +102,10 @@ class MetricSums:
 
 
 def metric_sums_from_dict(record: Mapping[str, Any]) -> MetricSums:
-    """Inverse of :meth:`MetricSums.to_dict`.
+    """Invert :meth:`MetricSums.to_dict`.
 
     Raises:
-        ClientError: missing or malformed entries, or other metrics than METRICS.
+        ClientError: entries are missing or malformed, or the metrics are not METRICS.
     """
     names = ("methods", "metrics", "variant", "num_users", "sums", "products")
     if set(record) != set(names):
@@ -122,21 +120,22 @@ def metric_sums_from_dict(record: Mapping[str, Any]) -> MetricSums:
         num_users = int(record["num_users"])
     except (TypeError, ValueError) as error:
         raise ClientError(
-            f"metric sums: entries that are not numbers ({error}); expected rectangular arrays of floats"
+            f"metric sums: some entries are not numbers ({error}); expected rectangular arrays of floats"
         ) from error
     return MetricSums(tuple(record["methods"]), record["variant"], num_users, sums, products)
 
 
 def metric_sums(outcomes: Mapping[str, FloatArray], variant: Variant) -> MetricSums:
-    """Sums and cross-products over the users of one client.
+    """Compute sums and cross-products over the users of one client.
 
     Args:
-        outcomes: method -> (U, M) of :func:`per_user_metrics`; the same users in the same order for every method.
-        variant: how the outcomes were ranked.
+        outcomes: method -> (U, M) from :func:`~fedmerge.evaluation.ranks.per_user_metrics`, for the same users in the
+            same order.
+        variant: variant that the outcomes were ranked in.
 
     Raises:
-        ClientError: no method, no users, or outcomes that are not finite.
-        LayoutMismatchError: methods with different numbers of users.
+        ClientError: no method, no users, or outcomes are not finite.
+        LayoutMismatchError: methods have different numbers of users.
     """
     methods = tuple(outcomes)
     num_users = len(next(iter(outcomes.values()))) if methods else 0
@@ -146,8 +145,8 @@ def metric_sums(outcomes: Mapping[str, FloatArray], variant: Variant) -> MetricS
                 f"outcomes of {method!r} have shape {array.shape}; expected {(num_users, len(METRICS))}: evaluate "
                 "every method on the same users"
             )
-    # One contiguous row a method and metric, summed by NumPy's pairwise rule: accurate, exactly symmetric, and two
-    # methods with equal outcomes get equal products to the last bit, which a matrix product does not promise.
+    # One contiguous row per method and metric, summed by NumPy's pairwise rule: accurate and exactly symmetric, and
+    # methods with equal outcomes get equal products to the last bit, which a matrix product does not guarantee.
     columns = [np.ascontiguousarray(outcomes[method].T, dtype=np.float64) for method in methods]  # P x (M, U)
     sums = np.array([column.sum(axis=1) for column in columns]).reshape(len(methods), len(METRICS))
     products = np.empty((len(METRICS), len(methods), len(methods)))
@@ -189,19 +188,19 @@ def estimate_mean(sums: MetricSums, method: str, metric: str) -> Estimate:
 
 
 def paired_difference(sums: MetricSums, method: str, baseline: str, metric: str) -> Estimate:
-    """Mean difference between two methods on the same users, from sums and products alone.
+    """Estimate the mean difference between two methods on the same users, from sums and products alone.
 
     With d_u = x_u - y_u:  mean = sum d / U,  var = (sum d^2 - (sum d)^2 / U) / (U - 1),  SE = sqrt(var / U),
     where sum d^2 = sum x^2 + sum y^2 - 2 sum xy.
 
     Args:
-        sums: of one domain.
-        method: what is judged.
-        baseline: what it is judged against.
+        sums: metric sums of one domain.
+        method: one of ``sums.methods``.
+        baseline: method that is subtracted.
         metric: one of METRICS.
 
     Raises:
-        ClientError: an unknown method or metric, fewer than two users, or products that no users can have produced.
+        ClientError: an unknown method or metric, fewer than two users, or products that no outcomes can have.
     """
     p, q, m = _method_index(sums, method), _method_index(sums, baseline), _metric_index(metric)
     num_users = sums.num_users
@@ -224,25 +223,25 @@ def paired_difference(sums: MetricSums, method: str, baseline: str, metric: str)
 
 
 def paired_difference_of_mean(domains: Sequence[MetricSums], method: str, baseline: str, metric: str) -> Estimate:
-    """The paired difference of the unweighted mean over domains, whose users are independent.
+    """Estimate the paired difference of the unweighted mean over domains, whose users are independent.
 
-    mean = sum_k mean_k / K,  SE = sqrt(sum_k SE_k^2) / K.  The interval speaks of other users of these domains, not of
+    mean = sum_k mean_k / K,  SE = sqrt(sum_k SE_k^2) / K.  The interval is for other users of these domains, not for
     other domains.
 
     Args:
-        domains: one MetricSums a domain, all of one variant.
-        method: what is judged.
-        baseline: what it is judged against.
+        domains: metric sums of each domain, all of one variant.
+        method: one of the methods.
+        baseline: method that is subtracted.
         metric: one of METRICS.
 
     Raises:
         LayoutMismatchError: no domain, or domains of different variants.
-        ClientError: as :func:`paired_difference`.
+        ClientError: as in :func:`paired_difference`.
     """
     variants = sorted({sums.variant for sums in domains})
     if len(variants) != 1:
         raise LayoutMismatchError(
-            f"a mean over {len(domains)} domains of the variants {variants}; expected at least one domain, and one "
+            f"mean over {len(domains)} domains: found the variants {variants}; expected at least one domain, and one "
             "variant"
         )
     differences = [paired_difference(sums, method, baseline, metric) for sums in domains]
@@ -259,7 +258,7 @@ def _with_interval(mean: float, standard_error: float) -> Estimate:
 def _method_index(sums: MetricSums, method: str) -> int:
     if method not in sums.methods:
         raise ClientError(
-            f"no metric sums of the method {method!r}; found {list(sums.methods)}: evaluate it, or ask for one of these"
+            f"metric sums have no method {method!r}; they have {list(sums.methods)}: evaluate it, or use one of these"
         )
     return sums.methods.index(method)
 

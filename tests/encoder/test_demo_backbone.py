@@ -50,14 +50,14 @@ def test_it_knows_every_word_of_the_demo_and_tells_items_apart(backbone: Backbon
     assert similarity.median() < 0.9
 
 
-def test_what_is_there_is_not_replaced(tmp_path: Path) -> None:
+def test_an_existing_folder_or_file_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("x")
-    with pytest.raises(BackboneError, match=r"mine: already there and not empty\. Choose another folder"):
+    with pytest.raises(BackboneError, match="mine: "):
         write_demo_backbone(tmp_path / "mine")
-    with pytest.raises(BackboneError, match=r"thesis\.txt: already there"):
+    with pytest.raises(BackboneError, match=r"thesis\.txt: "):
         write_demo_backbone(tmp_path / "mine" / "thesis.txt")
-    with pytest.raises(BackboneError, match=r"cannot be written .*Check the space"):
+    with pytest.raises(BackboneError, match="below: "):
         write_demo_backbone(tmp_path / "mine" / "thesis.txt" / "below")
     assert [path.name for path in tmp_path.rglob("*")] == ["mine", "thesis.txt"]
     (tmp_path / "empty").mkdir()

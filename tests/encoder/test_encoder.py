@@ -313,14 +313,14 @@ def test_the_identity_covers_weights_and_tokenizer(tmp_path: Path, folders: dict
 
 
 def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(BackboneError, match="no such folder"):
+    with pytest.raises(BackboneError, match=r"backbone.source.*gone"):
         load_backbone(str(tmp_path / "gone"), "mean", FLOAT32)
 
 
 def test_other_formats_than_safetensors_are_never_opened(tmp_path: Path, folders: dict[str, Path]) -> None:
     folder = shutil.copytree(folders["bert"], tmp_path / "pickle")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(BackboneError, match=r"no \*\.safetensors file"):
+    with pytest.raises(BackboneError, match=r"pickle.*\.safetensors"):
         load_backbone(str(folder), "mean", FLOAT32)
 
 
@@ -388,7 +388,7 @@ def test_a_missing_gpu_is_refused() -> None:
 def test_max_tokens_is_held_to_the_positions(folders: dict[str, Path], family: str, positions: int) -> None:
     backbone = load_backbone(str(folders[family]), "mean", FLOAT32)
     check_max_tokens(backbone, positions)
-    with pytest.raises(BackboneError, match=rf"Set text\.max_tokens to {positions} or less"):
+    with pytest.raises(BackboneError, match=rf"text\.max_tokens = {positions + 1}.* {positions} "):
         check_max_tokens(backbone, positions + 1)
     sequence = np.full(positions, 7, dtype=np.int32)
     assert embed_batch(backbone, [sequence]).isfinite().all()  # the limit itself does work ...

@@ -173,8 +173,10 @@ def test_an_uneven_adapter_needs_its_patterns(bert: Backbone, tmp_path: Path) ->
     assert config["rank_pattern"]
     assert config["alpha_pattern"]
     path.write_text(json.dumps({**config, "rank_pattern": {}}))
-    with pytest.raises(LayoutMismatchError, match="its configuration says rank"):
+    ranks = {module.rank for module in uneven_adapter(bert).modules.values()}
+    with pytest.raises(LayoutMismatchError, match=f"rank {config['r']}") as caught:
         read_adapter(tmp_path / "adapter")
+    assert any(f"({rank}, 32)" in str(caught.value) for rank in ranks - {config["r"]})
 
 
 # From PEFT
@@ -234,32 +236,32 @@ def change_tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Calla
 
 KEY_A = f"base_model.model.{QUERY}.lora_A.weight"
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no config": (lambda folder: (folder / CONFIG).unlink(), f"no {CONFIG}"),
-    "no tensors": (lambda folder: (folder / TENSORS).unlink(), f"no {TENSORS}"),
-    "config not JSON": (lambda folder: (folder / CONFIG).write_text("{"), "damaged"),
-    "config not text": (lambda folder: (folder / CONFIG).write_bytes(b"\xff\xfe"), "damaged"),
-    "tensors cut": (lambda folder: os.truncate(folder / TENSORS, 500), "damaged"),
-    "tensors empty": (lambda folder: (folder / TENSORS).write_bytes(b""), "damaged"),
-    "another method": (change_config(peft_type="IA3"), "peft_type is 'IA3'"),
+    "no config": (lambda folder: (folder / CONFIG).unlink(), CONFIG),
+    "no tensors": (lambda folder: (folder / TENSORS).unlink(), TENSORS),
+    "config not JSON": (lambda folder: (folder / CONFIG).write_text("{"), "line 1"),
+    "config not text": (lambda folder: (folder / CONFIG).write_bytes(b"\xff\xfe"), "0xff"),
+    "tensors cut": (lambda folder: os.truncate(folder / TENSORS, 500), "header"),
+    "tensors empty": (lambda folder: (folder / TENSORS).write_bytes(b""), "header"),
+    "another method": (change_config(peft_type="IA3"), "'IA3'"),
     "DoRA": (change_config(use_dora=True), "use_dora = True"),
     "bias": (change_config(bias="lora_only"), "bias = 'lora_only'"),
     "LoRA bias": (change_config(lora_bias=True), "lora_bias = True"),
     "more than one weight": (change_config(target_parameters=["experts"]), "target_parameters = ['experts']"),
-    "PiSSA": (change_config(init_lora_weights="pissa_niter_4"), "init_lora_weights = 'pissa_niter_4' changed"),
+    "PiSSA": (change_config(init_lora_weights="pissa_niter_4"), "init_lora_weights = 'pissa_niter_4'"),
     "pickled": (
         lambda folder: (folder / TENSORS).rename(folder / "adapter_model.bin"),
-        "found adapter_model.bin, expected adapter_model.safetensors",
+        "adapter_model.bin, expected adapter_model.safetensors",
     ),
     "whole modules": (change_config(modules_to_save=["pooler"]), "modules_to_save"),
-    "another rank": (change_config(r=5), "its configuration says rank 5"),
-    "half a pair": (change_tensors(lambda tensors: tensors.pop(KEY_A)), f"module {QUERY} has no matrix pair"),
-    "a vector": (change_tensors(lambda tensors: tensors.update({KEY_A: torch.zeros(4)})), "no matrix pair"),
-    "ranks that differ": (change_tensors(lambda tensors: tensors.update({KEY_A: torch.zeros(3, 32)})), "says rank 4"),
+    "another rank": (change_config(r=5), "rank 5"),
+    "half a pair": (change_tensors(lambda tensors: tensors.pop(KEY_A)), QUERY),
+    "a vector": (change_tensors(lambda tensors: tensors.update({KEY_A: torch.zeros(4)})), QUERY),
+    "ranks that differ": (change_tensors(lambda tensors: tensors.update({KEY_A: torch.zeros(3, 32)})), "rank 4"),
     "a foreign tensor": (
         change_tensors(lambda tensors: tensors.update({"head.weight": torch.zeros(1)})),
         "'head.weight'",
     ),
-    "no module": (change_tensors(lambda tensors: tensors.clear()), "holds no LoRA module"),
+    "no module": (change_tensors(lambda tensors: tensors.clear()), TENSORS),
 }
 
 
@@ -286,7 +288,7 @@ def test_a_configuration_of_another_form_is_refused(bert: Backbone, config: str,
 
 
 def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(LayoutMismatchError, match="A PEFT folder holds"):
+    with pytest.raises(LayoutMismatchError, match=r"gone.*adapter_config.json.*adapter_model.safetensors"):
         read_adapter(tmp_path / "gone")
 
 
@@ -349,7 +351,7 @@ def test_an_adapter_of_another_backbone_is_refused_and_nothing_stays_changed(
     good = random_adapter({QUERY: (32, 32)}, 2, 1.0, 0)
     bad = random_adapter({name: shape}, 2, 1.0, 0)
     both = Adapter({**good.modules, **bad.modules})
-    with pytest.raises(LayoutMismatchError, match=f"module {name}.*{found}"), applied(bert, both):
+    with pytest.raises(LayoutMismatchError, match=rf"{name}.*{found}"), applied(bert, both):
         pass
     assert_unchanged(bert.model, before)
 
@@ -386,9 +388,9 @@ def test_all_linear_means_every_linear_layer(backbone: Backbone) -> None:
 
 def test_unknown_targets_are_refused_before_anything_is_changed(bert: Backbone) -> None:
     before = states(bert.model)
-    with pytest.raises(ConfigError, match=r"no linear layer 'q_proj'.*It has: .*query.*all-linear"):
+    with pytest.raises(ConfigError, match=r"'q_proj'.* query.*all-linear"):
         attach(bert, ("query", "q_proj"), 2, 2, seed=0)
-    with pytest.raises(ConfigError, match="no linear layer 'uery'"):  # whole names only
+    with pytest.raises(ConfigError, match="'uery'"):  # whole names only
         attach(bert, ("uery",), 2, 2, seed=0)
     assert_unchanged(bert.model, before)
 

@@ -23,7 +23,7 @@ from fedmerge.encoder.backbone import load_backbone
 from fedmerge.encoder.encode import embed_batch
 from fedmerge.encoder.lora import applied
 from fedmerge.encoder.text import pack_sequences
-from fedmerge.errors import ConfigError
+from fedmerge.errors import ConfigError, FedMergeError
 from fedmerge.evaluation.ranks import CUTOFFS, METRICS
 from fedmerge.evaluation.sums import MetricSums
 
@@ -144,8 +144,8 @@ def test_a_draw_of_users_is_the_same_for_every_call(domain: LocalDomain, adapter
     assert everyone.num_users == NUM_USERS + 1
 
 
-def test_nobody_is_not_a_number_of_users(domain: LocalDomain, adapters: dict[str, Adapter | None]) -> None:
-    with pytest.raises(ConfigError, match="max_users is 0"):
+def test_zero_users_are_refused(domain: LocalDomain, adapters: dict[str, Adapter | None]) -> None:
+    with pytest.raises(ConfigError, match=r"max_users.* 0"):
         evaluate(domain, adapters, "test", 0, seed=0)
 
 
@@ -182,6 +182,5 @@ def test_evaluation_leaves_the_backbone_as_it_was(
 
 def test_models_that_are_not_finite_are_refused(domain: LocalDomain, tmp_path: Path) -> None:
     broken = random_adapter(layout_of(domain.backbone), 1, math.inf, 0)
-    with pytest.raises(Exception, match=r"NaN|finite") as caught:
+    with pytest.raises(FedMergeError):
         evaluate(domain, {"broken": broken}, "test", None, seed=0)
-    assert type(caught.value).__module__ == "fedmerge.errors"

@@ -159,12 +159,12 @@ def test_one_score_row_serves_all_users_without_being_copied() -> None:
 def test_scores_that_are_not_finite_are_counted_and_refused(bad: float) -> None:
     scores = distinct_scores(6, 5, "bad")
     scores[1, 2] = scores[4, 0] = scores[4, 1] = bad
-    with pytest.raises(ClientError, match="3 of 30 scores are NaN or infinite"):
+    with pytest.raises(ClientError, match="3 of 30"):
         target_ranks(scores, np.zeros(6, dtype=np.int64), block_size=2)
 
 
 def test_infinities_of_both_signs_do_not_cancel() -> None:
-    with pytest.raises(ClientError, match="2 of 3 scores"):
+    with pytest.raises(ClientError, match="2 of 3"):
         target_ranks(torch.tensor([[math.inf, -math.inf, 0.0]]), np.array([2]))
 
 
@@ -176,22 +176,22 @@ def test_large_but_finite_scores_are_ranked() -> None:
 def test_vectors_that_are_not_finite_are_refused() -> None:
     items = torch.ones(4, 2)
     items[3, 0] = math.nan
-    with pytest.raises(ClientError, match="3 of 12 scores"):
+    with pytest.raises(ClientError, match="3 of 12"):
         rank_targets(torch.ones(3, 2), items, np.zeros(3, dtype=np.int64))
 
 
 @pytest.mark.parametrize(
-    ("targets", "seen", "message"),
+    ("targets", "seen", "values"),
     [
-        (np.array([0, 5]), None, "1 of 2 item indices in targets are outside the catalog of 5 items"),
-        (np.array([0, -1]), None, "1 of 2 item indices in targets"),
-        (np.array([0]), None, "expected one item for each of 2 users"),
-        (np.array([0, 1]), [np.array([0])], "histories of 1 users"),
-        (np.array([0, 1]), [np.array([-1]), np.array([9, 1])], "2 of 3 item indices in histories"),
+        (np.array([0, 5]), None, "1 of 2 .*targets.* 5 items"),
+        (np.array([0, -1]), None, "1 of 2 .*targets"),
+        (np.array([0]), None, r"targets.*\(1,\).* 2 users"),
+        (np.array([0, 1]), [np.array([0])], "histories.* 1 users.* 2 users"),
+        (np.array([0, 1]), [np.array([-1]), np.array([9, 1])], "2 of 3 .*histories"),
     ],
 )
-def test_indices_that_do_not_fit_are_refused(targets: IntArray, seen: list[IntArray] | None, message: str) -> None:
-    with pytest.raises(LayoutMismatchError, match=message):
+def test_indices_that_do_not_fit_are_refused(targets: IntArray, seen: list[IntArray] | None, values: str) -> None:
+    with pytest.raises(LayoutMismatchError, match=values):
         target_ranks(torch.zeros(2, 5), targets, seen)
 
 
@@ -201,7 +201,7 @@ def test_vectors_of_different_width_are_refused() -> None:
 
 
 def test_an_empty_block_is_refused() -> None:
-    with pytest.raises(ValueError, match="block_size is 0"):
+    with pytest.raises(ValueError, match=r"block_size.* 0"):
         target_ranks(torch.zeros(1, 2), np.array([0]), block_size=0)
 
 
@@ -228,7 +228,7 @@ def test_the_cutoff_itself_is_a_hit() -> None:
 
 
 def test_ranks_start_at_one() -> None:
-    with pytest.raises(ValueError, match="ranks from 1"):
+    with pytest.raises(ValueError, match="minimum 0"):
         per_user_metrics(np.array([3, 0]))
 
 
@@ -303,12 +303,12 @@ def test_nothing_in_the_sums_grows_with_the_users() -> None:
 
 
 def test_outcomes_of_different_users_are_refused() -> None:
-    with pytest.raises(LayoutMismatchError, match="same users"):
+    with pytest.raises(LayoutMismatchError, match=r"'b'.*\(4, {0}\).*\(3, {0}\)".format(len(METRICS))):
         metric_sums({"a": np.zeros((3, len(METRICS))), "b": np.zeros((4, len(METRICS)))}, "masked")
 
 
 def test_no_users_are_refused_and_not_reported_as_zero() -> None:
-    with pytest.raises(ClientError, match="over 0 users"):
+    with pytest.raises(ClientError, match=" 0 users"):
         metric_sums({"average": np.zeros((0, len(METRICS)))}, "masked")
 
 
@@ -318,30 +318,30 @@ def test_malformed_sums_cannot_be_built() -> None:
     skewed[0, 0, 1] += 1.0
     bad = good.sums.copy()
     bad[0, 0] = math.nan
-    with pytest.raises(ClientError, match="not symmetric"):
+    with pytest.raises(ClientError, match="products"):
         replace(good, products=skewed)
-    with pytest.raises(ClientError, match="1 of 27 sums are not finite"):
+    with pytest.raises(ClientError, match="1 of 27 sums"):
         replace(good, sums=bad)
-    with pytest.raises(ClientError, match="expected float64 of shape"):
+    with pytest.raises(ClientError, match=r"sums.*\(2, 9\).*\(3, 9\)"):
         replace(good, sums=good.sums[:2])
-    with pytest.raises(ClientError, match="each named once"):
+    with pytest.raises(ClientError, match=r"\['a', 'a', 'b'\]"):
         replace(good, methods=("a", "a", "b"))
-    with pytest.raises(ClientError, match="the variant 'half'"):
+    with pytest.raises(ClientError, match=r"'half'.*'unmasked', 'masked'"):
         replace(good, variant="half")  # type: ignore[arg-type]  # what a broken client could send
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "values"),
     [
-        ({"metrics": ["recall@3"]}, "one version on both ends"),
-        ({"sums": [["x"]]}, "not numbers"),
-        ({"sums": [[1.0], [1.0, 2.0]]}, "not numbers"),
-        ({"extra": 1}, "found the entries"),
+        ({"metrics": ["recall@3"]}, r"\['recall@3'\].*'recall@1', 'recall@5'"),
+        ({"sums": [["x"]]}, "'x'"),
+        ({"sums": [[1.0], [1.0, 2.0]]}, r"\(2,\)"),
+        ({"extra": 1}, "'extra'"),
     ],
 )
-def test_malformed_records_are_refused(change: dict[str, object], message: str) -> None:
+def test_malformed_records_are_refused(change: dict[str, object], values: str) -> None:
     record = metric_sums(some_outcomes(9), "masked").to_dict() | change
-    with pytest.raises(ClientError, match=message):
+    with pytest.raises(ClientError, match=values):
         metric_sums_from_dict(record)
 
 
@@ -422,16 +422,16 @@ def test_the_mean_over_domains_weighs_domains_equally() -> None:
 
 def test_differences_that_cannot_be_are_refused() -> None:
     sums = metric_sums(some_outcomes(), "masked")
-    with pytest.raises(ClientError, match="no metric sums of the method 'ties'"):
+    with pytest.raises(ClientError, match=r"'ties'.*'backbone', 'average', 'other'"):
         paired_difference(sums, "ties", "backbone", "mrr")
-    with pytest.raises(ClientError, match="no metric 'recall@3'"):
+    with pytest.raises(ClientError, match=r"'recall@3'.*'mrr'"):
         paired_difference(sums, "average", "backbone", "recall@3")
-    with pytest.raises(ClientError, match="needs at least 2"):
+    with pytest.raises(ClientError, match=r" 1 user.* 2"):
         paired_difference(metric_sums(some_outcomes(1), "masked"), "average", "backbone", "mrr")
-    with pytest.raises(LayoutMismatchError, match="one variant"):
+    with pytest.raises(LayoutMismatchError, match=r"\['masked', 'unmasked'\]"):
         paired_difference_of_mean([sums, metric_sums(some_outcomes(), "unmasked")], "average", "backbone", "mrr")
-    with pytest.raises(LayoutMismatchError, match="at least one domain"):
+    with pytest.raises(LayoutMismatchError, match=" 0 domains"):
         paired_difference_of_mean([], "average", "backbone", "mrr")
     impossible: MetricSums = replace(sums, products=np.zeros_like(sums.products))
-    with pytest.raises(ClientError, match="negative variance"):
+    with pytest.raises(ClientError, match=r"'average'.*'backbone'.*mrr.*-"):
         paired_difference(impossible, "average", "backbone", "mrr")

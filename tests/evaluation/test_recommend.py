@@ -13,7 +13,7 @@ from peft import PeftModel
 from run_folders import Place, make_place, make_run, output, refusal
 from transformers import AutoModel, AutoTokenizer
 
-from fedmerge.adapter import Adapter, LoraModule
+from fedmerge.adapter import Adapter, LoraModule, adapter_sha256
 from fedmerge.client.evaluate import evaluate
 from fedmerge.client.local_domain import open_domain
 from fedmerge.config import Text, load_config
@@ -189,16 +189,16 @@ def test_a_folded_encoder_is_the_applied_one_and_shares_the_rest(build: object, 
 
 def test_bad_requests_are_refused(recommender: Recommender) -> None:
     (known,) = history_of(recommender, 0)
-    with pytest.raises(DomainError, match="the history is empty, expected at least one item id of toys"):
+    with pytest.raises(DomainError, match="toys"):
         recommend(recommender, [])
     for k in (0, -3):
-        with pytest.raises(ConfigError, match=f"k is {k}, expected at least 1"):
+        with pytest.raises(ConfigError, match=rf"k .*{k}.* 1"):
             recommend(recommender, [known], k)
-    with pytest.raises(DomainError, match=r"the history is the text '.*', expected a list of item ids"):
+    with pytest.raises(DomainError, match=f"'{known}'"):
         recommend(recommender, known)
-    with pytest.raises(DomainError, match=rf"1 of 2 items .* catalog of toys: '{known}x' \(close: .*{known}"):
+    with pytest.raises(DomainError, match=rf"1 of 2 .*toys.*'{known}x'.*{known}"):
         recommend(recommender, [known, f"{known}x"])
-    with pytest.raises(DomainError, match=rf"'§'\. Give ids of its 20 items, such as '{known}'"):
+    with pytest.raises(DomainError, match=rf"'§'.* 20 items.*'{known}'"):
         recommend(recommender, ["§"])
 
 
@@ -209,21 +209,21 @@ def test_adapters_that_do_not_fit_are_refused(place: Place, average: Path, tmp_p
     name, module = next(iter(adapter.modules.items()))
     shutil.copytree(average, tmp_path / "changed")
     write_adapter(Adapter({name: module}), tmp_path / "changed", "x")
-    with pytest.raises(LayoutMismatchError, match=r"changed: its content has hash .* restore the folder"):
+    with pytest.raises(LayoutMismatchError, match=rf"changed: .*{adapter_sha256(adapter)[:12]}"):
         load_recommender(tmp_path / "changed", toys, config)
     lora_B = module.lora_B.clone()
     lora_B[0, 0] = torch.inf
     write_adapter(Adapter({name: LoraModule(module.lora_A, lora_B, 1.0)}), tmp_path / "infinite", "x")
-    with pytest.raises(LayoutMismatchError, match=f"infinite: {name}.lora_B has 1 of .* NaN or infinite"):
+    with pytest.raises(LayoutMismatchError, match=rf"infinite: 1 of {lora_B.numel()} .*{name}.lora_B"):
         load_recommender(tmp_path / "infinite", toys, config)
     write_adapter(random_adapter({"decoder.q": (32, 32)}, 1, 1.0, 0), tmp_path / "foreign", "x")
-    with pytest.raises(LayoutMismatchError, match="The adapter was made for another backbone"):
+    with pytest.raises(LayoutMismatchError, match=r"decoder.q"):
         load_recommender(tmp_path / "foreign", toys, config)
     huge = LoraModule(torch.full_like(module.lora_A, 1e30), torch.full_like(module.lora_B, 1e30), 1.0)
-    with pytest.raises(LayoutMismatchError, match="vectors of 20 of 20 items are NaN or infinite"):
+    with pytest.raises(LayoutMismatchError, match="20 of 20"):
         make_recommender(place.backbone(), Adapter({name: huge}), load_catalog(toys), config.text)
     other = load_config(finished / "config.toml", [f"backbone.source={tiny_bert(tmp_path / 'other', seed=1)}"])
-    with pytest.raises(LayoutMismatchError, match=r"made on a backbone with hash .* but other here has"):
+    with pytest.raises(LayoutMismatchError, match=rf"{place.backbone().sha256[:12]}.* other "):
         load_recommender(average, toys, other)
 
 
@@ -270,13 +270,11 @@ def test_the_command_refuses_in_a_line(place: Place, average: Path, tmp_path: Pa
         return refusal(capsys, "recommend", *arguments)
 
     toys, known = place.domains / "toys", load_catalog(place.domains / "toys").item_ids[0]
-    assert "gone: no such domain folder" in refused(average, "--domain", tmp_path / "gone", "--history", known)
-    assert "gone: no adapter_config.json" in refused(tmp_path / "gone", "--domain", toys, "--history", known)
-    assert "the history is empty" in refused(average, "--domain", toys, "--history", " , ")
-    assert "k is 0" in refused(average, "--domain", toys, "--history", known, "-k", "0")
-    assert "not in the catalog of toys: 'nothing-like-it'" in refused(
-        average, "--domain", toys, "--history", "nothing-like-it"
-    )
+    assert "gone: " in refused(average, "--domain", tmp_path / "gone", "--history", known)
+    assert "adapter_config.json" in refused(tmp_path / "gone", "--domain", toys, "--history", known)
+    assert "toys" in refused(average, "--domain", toys, "--history", " , ")
+    assert "0" in refused(average, "--domain", toys, "--history", known, "-k", "0")
+    assert "'nothing-like-it'" in refused(average, "--domain", toys, "--history", "nothing-like-it")
     assert "text.max_tokens = 4096" in refused(
         average, "--domain", toys, "--history", known, "--set", "text.max_tokens=4096"
     )

@@ -243,7 +243,7 @@ SPOILED: dict[str, tuple[Callable[[Path], Path], str]] = {  # values that the me
     "bias": (lambda folder: changed(folder, bias="all"), "medicine.*bias = 'all'"),
     "head": (lambda folder: changed(folder, modules_to_save=["lm_head"]), r"medicine.*modules_to_save = \['lm_head'\]"),
     "not LoRA": (lambda folder: changed(folder, peft_type="IA3"), "medicine.*'IA3'.*'LORA'"),
-    "NaN": (nan, "medicine.*lora_A.* 1 of [0-9]+"),
+    "NaN": (nan, "medicine: 1 of [0-9]+ .*lora_A"),
     "base model": (
         lambda folder: changed(folder, base_model_name_or_path="other"),
         "base_model_name_or_path.*law 'tiny/llama', medicine 'other'.*--base-model",

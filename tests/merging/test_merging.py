@@ -253,7 +253,7 @@ def changed(adapter: Adapter, name: str, **factors: Any) -> Adapter:
 def test_refuses_by_name(
     adapters: dict[str, Adapter], damage: Callable[[Adapter], Adapter], error: type[Exception], values: str
 ) -> None:
-    with pytest.raises(error, match=f"'toys'.*{values}"):
+    with pytest.raises(error, match=rf"'toys'.*{values}"):
         stack_adapters({**adapters, "toys": damage(adapters["toys"])})
 
 
