@@ -156,9 +156,7 @@ def check_free(folder: Path) -> None:
         RunDirError: it is not empty, or not a folder.
     """
     if folder.is_symlink() or (folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))):
-        raise RunDirError(
-            f"{folder}: exists and is not an empty folder; nothing was overwritten. Choose another folder."
-        )
+        raise RunDirError(f"{folder}: exists and is not an empty folder; nothing is overwritten. Choose another.")
 
 
 @contextmanager
