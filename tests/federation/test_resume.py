@@ -356,7 +356,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_ends_the_run_and_with_more_space_it_goes_on(place: Path, whole: Path, small_disk: Path) -> None:
     config = small_experiment(place, output_dir=str(small_disk), cache_dir=str(place / "whole-cache"))
     run = small_disk / "run"
-    with pytest.raises(RunDirError, match=r"No space left.*Make space there .* a run goes on with fedmerge run"):
+    with pytest.raises(RunDirError, match=r"No space left.*--resume"):
         run_in_process(config)
     assert list(run.glob("adapters/*/training.json"))
     assert not (run / "DONE").exists()

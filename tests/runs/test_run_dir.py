@@ -262,7 +262,7 @@ def test_a_folder_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_named_with_the_way_to_go_on_and_leaves_nothing(tmp_path: Path) -> None:
-    remedy = r"cannot be written \(.*\)\. Make space there or check the permissions, then do it again; a run"
+    remedy = "--resume"
     rows = [{"a": number} for number in range(10_000)]
     with full_disk(1000):
         with pytest.raises(RunDirError, match=remedy):
@@ -291,5 +291,5 @@ def test_lines_survive_one_that_was_never_finished(tmp_path: Path) -> None:
 def test_json_that_is_damaged_is_named(tmp_path: Path) -> None:
     assert read_json(tmp_path / "none.json") is None
     (tmp_path / "a.json").write_text("{")
-    with pytest.raises(RunDirError, match=r"a\.json cannot be read .*Put the file back as it was, or start a new run"):
+    with pytest.raises(RunDirError, match=r"a\.json"):
         read_json(tmp_path / "a.json")
