@@ -1,4 +1,4 @@
-"""Averages of what the clients hold: in product space, which is exact, or of A and B one by one, which is published."""
+"""Averages of the clients' adapters: exact in product space, or of A and B separately as published."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,13 +12,13 @@ from fedmerge.federated.product_space import factors_of, frobenius, relative_err
 
 @dataclass(frozen=True, slots=True)
 class Combined:
-    """What a rule makes of the adapters or updates of one round.
+    """Result of a rule for the adapters or updates of one round.
 
     Attributes:
         adapter: the result.
-        error: ‖Δ − Σ p_k Δ_k‖_F / ‖Σ p_k Δ_k‖_F, of rules that average inexactly; 0 of those that are exact or
-            are no average; None where it cannot be known, since nobody sees the Δ_k.
-        selected: the clients whose adapters count, where the rule selects; else empty.
+        error: ‖Δ − Σ p_k Δ_k‖_F / ‖Σ p_k Δ_k‖_F for rules that average inexactly; 0 for exact rules and rules that do
+            not average; None if it is unknown because nobody sees the Δ_k.
+        selected: clients that the rule selected; empty for rules that do not select.
     """
 
     adapter: Adapter
@@ -27,9 +27,9 @@ class Combined:
 
 
 def weighted_average(adapters: Mapping[str, Adapter], client_weights: Mapping[str, float]) -> Combined:
-    """Δ = Σ p_k Δ_k, by stacking: the rows of A times p_k and the scaling over one another, the B_k side by side.
+    """Compute Δ = Σ p_k Δ_k by stacking: the A_k, times p_k and the scaling, as rows, and the B_k as columns.
 
-    Exact for any ranks; rank Σ r_k, at most min(in, out).
+    Exact for any ranks. The result has rank Σ r_k, at most min(in, out).
 
     Args:
         adapters: client -> adapter or update.
@@ -42,16 +42,16 @@ def weighted_average(adapters: Mapping[str, Adapter], client_weights: Mapping[st
 
 
 def fedit(adapters: Mapping[str, Adapter], client_weights: Mapping[str, float]) -> Combined:
-    """A = Σ p_k A_k and B = Σ p_k B_k, each for itself.
+    """Average the factors separately: A = Σ p_k A_k and B = Σ p_k B_k.
 
-    This is not Σ p_k B_k A_k; ``error`` says how far it is from it.
+    This is not Σ p_k B_k A_k; ``error`` is the relative difference.
 
     Args:
         adapters: client -> adapter, of equal ranks and scalings.
         client_weights: client -> p_k, Σ p_k = 1.
 
     Raises:
-        AggregationError: unequal ranks or scalings.
+        AggregationError: ranks or scalings differ.
 
     Source: FedIT, ICASSP 2024, arXiv:2305.05644.
     """
@@ -61,14 +61,14 @@ def fedit(adapters: Mapping[str, Adapter], client_weights: Mapping[str, float]) 
 
 
 def ffa_lora(adapters: Mapping[str, Adapter], client_weights: Mapping[str, float]) -> Combined:
-    """B = Σ p_k B_k over an A that all clients share and nobody trains: exactly Σ p_k Δ_k, at the rank of one.
+    """Average B = Σ p_k B_k over a frozen A that all clients share: exactly Σ p_k Δ_k, at the rank of one client.
 
     Args:
         adapters: client -> adapter, of equal ranks and scalings, with the same A to the last bit.
         client_weights: client -> p_k, Σ p_k = 1.
 
     Raises:
-        AggregationError: unequal ranks or scalings, or an A that is not the first client's.
+        AggregationError: ranks or scalings differ, or an A is not the first client's.
 
     Source: FFA-LoRA, ICLR 2024, arXiv:2403.12313.
     """
@@ -79,7 +79,7 @@ def ffa_lora(adapters: Mapping[str, Adapter], client_weights: Mapping[str, float
             shared = adapters[first].modules[name].lora_A
             if not torch.equal(module.lora_A, shared):
                 raise AggregationError(
-                    f"ffa-lora: client {client!r}, module {name}: found another lora_A than of client {first!r} "
+                    f"ffa-lora: client {client!r}, module {name}: its lora_A differs from that of client {first!r} "
                     f"(largest difference {float((module.lora_A - shared).abs().max()):.3g}), expected the shared one; "
                     "freeze lora_A in local training, and start all clients from one seed"
                 )
@@ -91,20 +91,20 @@ def ffa_lora(adapters: Mapping[str, Adapter], client_weights: Mapping[str, float
 
 
 def hetlora(adapters: Mapping[str, Adapter], client_weights: Mapping[str, float]) -> Combined:
-    """A and B, filled up with zeros to the largest rank, averaged with weights ‖B_k A_k‖_F / Σ_j ‖B_j A_j‖_F.
+    """Average A and B, padded with zeros to the largest rank, with weights ‖B_k A_k‖_F / Σ_j ‖B_j A_j‖_F.
 
-    The weights are taken module by module; where all updates of a module are 0 they are equal. Like FedIT this is not
-    an average in product space; ``error`` is taken against Σ p_k Δ_k.
+    Weights are computed per module, and are equal where all updates of a module are 0. As in FedIT, the result is not
+    an average in product space; ``error`` is relative to Σ p_k Δ_k.
 
     Args:
         adapters: client -> adapter, of any ranks and equal scalings.
-        client_weights: client -> p_k, for the error alone.
+        client_weights: client -> p_k, used for the error only.
 
     Raises:
-        AggregationError: unequal scalings.
+        AggregationError: scalings differ.
 
     Source: HetLoRA, EMNLP 2024, arXiv:2401.06432, sparsity-weighted aggregation.
-    Differs: ranks are given, there is no self-pruning by a penalty at the client.
+    Differs: ranks are given; clients do not prune themselves by a penalty.
     """
     _equal_scalings("hetlora", adapters)
     shares, padded = {}, {}
@@ -130,7 +130,7 @@ def _padded(module: LoraModule, rank: int) -> LoraModule:
 
 
 def _factorwise(adapters: Mapping[str, Adapter], shares: Mapping[str, Mapping[str, float]]) -> Adapter:
-    """Σ w_k A_k and Σ w_k B_k of every module, in the order of the names; shares: module -> client -> w_k."""
+    """Compute Σ w_k A_k and Σ w_k B_k of every module, sorted by name; shares: module -> client -> w_k."""
     averaged = {}
     for name, weights in shares.items():
         modules = [(weights[client], adapters[client].modules[name]) for client in sorted(adapters)]
@@ -162,6 +162,6 @@ def _equal_scalings(rule: str, adapters: Mapping[str, Adapter]) -> None:
         if len(set(scalings.values())) > 1:
             found = ", ".join(f"{client} {scaling:g}" for client, scaling in scalings.items())
             raise AggregationError(
-                f"{rule}: module {name}: found scalings {found}, expected equal ones, since A and B are averaged for "
-                "themselves; set alpha in proportion to the rank, or choose flexlora or flora"
+                f"{rule}: module {name}: found scalings {found}, expected equal ones, since A and B are averaged "
+                "separately; set alpha in proportion to the rank, or choose flexlora or flora"
             )

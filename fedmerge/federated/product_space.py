@@ -1,4 +1,4 @@
-"""Arithmetic on adapters in product space, Δ = scaling · B A: sums, differences, errors, and cuts to a rank."""
+"""Arithmetic on adapters in product space, Δ = scaling · B A: sums, differences, errors, and truncation to a rank."""
 
 from collections.abc import Mapping
 
@@ -13,24 +13,24 @@ Triples = Mapping[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
 
 def weighted_sum(adapters: Mapping[str, Adapter], weights: Mapping[str, float]) -> Adapter:
-    """Σ_k w_k Δ_k, exact: factors side by side, or Δ itself beside an identity once that is smaller.
+    """Compute Σ_k w_k Δ_k exactly: factors side by side, or Δ beside an identity as soon as that is smaller.
 
     Args:
         adapters: name -> adapter, of one layout; ranks and scalings may differ.
-        weights: of every adapter.
+        weights: name -> w_k, of every adapter.
 
     Raises:
-        LayoutMismatchError: an adapter of another layout.
-        MergeError: no adapter, or a value that is not finite.
+        LayoutMismatchError: an adapter has another layout.
+        MergeError: no adapter, or a value is not finite.
     """
     layout = survey_adapters(adapters)
     return linear_merge_of_many(adapters, layout, torch.tensor([weights[name] for name in layout.domains]))
 
 
 def client_update(local: Adapter, start: Adapter) -> Adapter:
-    """Δ_local − Δ_start, what local training changed, at most at the sum of both ranks; exact.
+    """Compute Δ_local − Δ_start exactly, the change by local training, at most at the sum of both ranks.
 
-    A module that started from 0 (a fresh one, with B = 0) is its own update. The adapters must have the same modules.
+    A module that started from 0 (fresh, with B = 0) is its own update. The adapters must have the same modules.
     """
     modules = {}
     for name, module in local.modules.items():
@@ -44,10 +44,10 @@ def client_update(local: Adapter, start: Adapter) -> Adapter:
 
 
 def relative_error(found: Adapter, expected: Adapter) -> float:
-    """‖Δ_found − Δ_expected‖_F / ‖Δ_expected‖_F over all modules, from the factors.
+    """Compute ‖Δ_found − Δ_expected‖_F / ‖Δ_expected‖_F over all modules, from the factors.
 
     Returns:
-        0 where both are 0, infinity where only the expected one is.
+        The ratio; 0 if both are 0, infinity if only the expected one is 0.
     """
     difference = norm = 0.0
     for name, module in expected.modules.items():
@@ -61,7 +61,7 @@ def relative_error(found: Adapter, expected: Adapter) -> float:
 
 
 def inner_product(left: Adapter, right: Adapter) -> float:
-    """⟨Δ, Δ'⟩ over all modules, of adapters with the same ones: Σ s s' Σ (Bᵀ B') ∘ (A A'ᵀ), float64; no Δ is formed."""
+    """Compute ⟨Δ, Δ'⟩ over the same modules: Σ s s' Σ (Bᵀ B') ∘ (A A'ᵀ), float64; no Δ is formed."""
     total = 0.0
     for name, module in left.modules.items():
         own_B, own_A = factors_of(module)
@@ -71,18 +71,18 @@ def inner_product(left: Adapter, right: Adapter) -> float:
 
 
 def factors_of(module: LoraModule) -> Factors:
-    """(out, r) and (r, in) float64, scaling included in the second."""
+    """Return (out, r) and (r, in) float64; the second includes the scaling."""
     return module.lora_B.double(), module.lora_A.double() * module.scaling
 
 
 def frobenius(left: torch.Tensor, right: torch.Tensor) -> float:
-    """‖left · right‖_F of (out, r) and (r, in), without forming the product: it is that of an r × r core."""
+    """Compute ‖left · right‖_F of (out, r) and (r, in) from an r × r core, without forming the product."""
     core = torch.linalg.qr(left.double())[1] @ torch.linalg.qr(right.double().T)[1].T
     return float(torch.linalg.vector_norm(core))
 
 
 def decomposed(adapter: Adapter) -> Triples:
-    """The SVD of every module: by QR of its factors and the SVD of a small core, where that is smaller than Δ."""
+    """Compute the SVD of every module: by QR of its factors and SVD of a small core, if that is smaller than Δ."""
     triples = {}
     for name, module in adapter.modules.items():
         left, right = factors_of(module)
@@ -95,10 +95,10 @@ def decomposed(adapter: Adapter) -> Triples:
 
 
 def compressed(triples: Triples, rank: int | None) -> tuple[Adapter, float]:
-    """The best adapter of at most this rank a module (None: all of the support), scaling 1, and what is lost.
+    """Return the best adapter with at most this rank per module (None: the whole support), and its residual.
 
     Returns:
-        The adapter, and ‖Δ − Δ_adapter‖_F / ‖Δ‖_F over all modules. A module that is 0 keeps one row of zeros.
+        The adapter, scaling 1, and ‖Δ − Δ_adapter‖_F / ‖Δ‖_F over all modules. A zero module keeps one row of zeros.
     """
     modules = {}
     for name, (U, S, Vh) in triples.items():
@@ -108,15 +108,15 @@ def compressed(triples: Triples, rank: int | None) -> tuple[Adapter, float]:
 
 
 def cut_to(triples: Triples, shape: Adapter, fresh: Adapter) -> tuple[Adapter, float]:
-    """The best adapter of another one's ranks and scalings, to be trained on, and what is lost.
+    """Return the best adapter with given ranks and scalings, for further training, and its residual.
 
-    Singular values are shared by both factors, B = U √S / √scaling and A = √S Vh / √scaling. Where a module has fewer
-    directions than rank, the rest is fresh: rows of A with B = 0, so that training can use them.
+    The singular values are split between the factors: B = U √S / √scaling and A = √S Vh / √scaling. If a module has
+    fewer directions than its rank, the rest is fresh: rows of A with B = 0, which training can use.
 
     Args:
-        triples: of the adapter to cut.
-        shape: its ranks and scalings are those of the result; scalings above 0.
-        fresh: an adapter of the same shape, whose A fills up.
+        triples: SVD of the adapter to truncate.
+        shape: adapter with the ranks and scalings of the result; scalings above 0.
+        fresh: adapter of the same shape that supplies the fresh rows of A.
 
     Returns:
         The adapter, and ‖Δ − Δ_adapter‖_F / ‖Δ‖_F over all modules.
@@ -129,7 +129,7 @@ def cut_to(triples: Triples, shape: Adapter, fresh: Adapter) -> tuple[Adapter, f
 
 
 def first_rows(adapter: Adapter, shape: Adapter, fresh: Adapter) -> Adapter:
-    """The first r rows of A and columns of B of every module, r as in ``shape``; filled up as by :func:`cut_to`."""
+    """Return the first r rows of A and columns of B of every module, r as in ``shape``; fill up as :func:`cut_to`."""
     modules = {}
     for name, like in shape.modules.items():
         module = adapter.modules[name]

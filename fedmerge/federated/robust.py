@@ -1,6 +1,6 @@
 """Robust rules in product space: up to f of n clients may send anything, and the result stays near the others.
 
-Weights by number of examples are claims of the clients, so median and trimmed mean do not use them.
+Clients report their own number of examples, so median and trimmed mean ignore these weights.
 """
 
 import math
@@ -19,10 +19,10 @@ from fedmerge.merging.training_free import domain_rows
 
 
 def coordinate_median(adapters: Mapping[str, Adapter], _client_weights: Mapping[str, float]) -> Combined:
-    """The median of every entry of Δ over the clients; of an even number the mean of the middle two.
+    """Take the median of every entry of Δ over the clients; for an even number, the mean of the middle two.
 
-    The result has no low rank. Dense updates of one module at a time are in memory. Of fewer than three clients it is
-    the mean and protects from nothing.
+    The result has no low rank. Memory holds the dense updates of one module at a time. With fewer than three clients it
+    is the mean and gives no protection.
 
     Args:
         adapters: client -> adapter or update.
@@ -33,40 +33,40 @@ def coordinate_median(adapters: Mapping[str, Adapter], _client_weights: Mapping[
 
 
 def trimmed_mean(adapters: Mapping[str, Adapter], _client_weights: Mapping[str, float], trim: float) -> Combined:
-    """The mean of every entry of Δ without the ⌊trim · n⌋ smallest and the ⌊trim · n⌋ largest values.
+    """Take the mean of every entry of Δ without the ⌊trim · n⌋ smallest and the ⌊trim · n⌋ largest values.
 
-    The result has no low rank. Dense updates of one module at a time are in memory.
+    The result has no low rank. Memory holds the dense updates of one module at a time.
 
     Args:
         adapters: client -> adapter or update, n of them.
-        trim: share cut off at each end, below 1/2; read as the decimal number that it is written as.
+        trim: share that is cut at each end, below 1/2; read as a decimal number.
 
     Raises:
-        AggregationError: so few clients that nothing would be cut off.
+        AggregationError: too few clients: nothing would be cut.
 
     Source: Byzantine-Robust Distributed Learning, ICML 2018, arXiv:1803.01498, option II.
     """
     cut = math.floor(Fraction(str(trim)) * len(adapters))
     if cut < 1:
         raise AggregationError(
-            f"trimmed-mean: found {len(adapters)} clients and trim {trim}, which cuts off nobody; expected "
+            f"trimmed-mean: found {len(adapters)} clients and trim {trim}, which cuts nothing; expected "
             f"trim · clients of at least 1: ask at least {math.ceil(1 / Fraction(str(trim)))} clients, or raise trim"
         )
     return Combined(_middle_mean(adapters, cut))
 
 
 def krum(adapters: Mapping[str, Adapter], _client_weights: Mapping[str, float], num_malicious: int) -> Combined:
-    """The one update that is nearest to its n − f − 2 nearest neighbours.
+    """Select the update that is nearest to its n − f − 2 nearest neighbours.
 
     Args:
         adapters: client -> adapter or update, n of them.
-        num_malicious: f, how many clients may be malicious.
+        num_malicious: f, the number of clients that may be malicious.
 
     Raises:
         AggregationError: n < 2f + 3.
 
     Source: Machine Learning with Adversaries, NeurIPS 2017, arXiv:1703.02757.
-    Differs: of equal scores the first client by name counts.
+    Differs: ties of scores go to the first client by name.
     """
     scores = krum_scores(adapters, num_malicious)
     chosen = min(scores, key=lambda client: (scores[client], client))
@@ -79,13 +79,13 @@ def multi_krum(
     num_malicious: int,
     num_selected: int | None,
 ) -> Combined:
-    """The weighted average, in product space, of the m updates with the best scores of Krum.
+    """Average, weighted and in product space, the m updates with the best Krum scores.
 
     Args:
         adapters: client -> adapter or update, n of them.
-        client_weights: client -> p_k; those of the selected are brought to the sum 1. Equal ones are the paper's.
-        num_malicious: f, how many clients may be malicious.
-        num_selected: m, at most n − f; None: n − f − 2, the most that the paper has a proof for.
+        client_weights: client -> p_k; those of the selected clients are normalised. The paper's are equal.
+        num_malicious: f, the number of clients that may be malicious.
+        num_selected: m, at most n − f; None means n − f − 2, the largest with a proof in the paper.
 
     Raises:
         AggregationError: n < 2f + 3, or m > n − f.
@@ -106,7 +106,7 @@ def multi_krum(
 
 
 def krum_scores(adapters: Mapping[str, Adapter], num_malicious: int) -> dict[str, float]:
-    """Krum's score of every client: the sum of ‖Δ_i − Δ_j‖²_F to its n − f − 2 nearest others, over all modules.
+    """Compute every client's Krum score: the sum of ‖Δ_i − Δ_j‖²_F over its n − f − 2 nearest others and all modules.
 
     Distances come from inner products of factors, ⟨B_i A_i, B_j A_j⟩ = Σ (B_iᵀ B_j) ∘ (A_i A_jᵀ); no Δ is formed.
 
@@ -136,9 +136,9 @@ def krum_scores(adapters: Mapping[str, Adapter], num_malicious: int) -> dict[str
 
 
 def _middle_mean(adapters: Mapping[str, Adapter], cut: int) -> Adapter:
-    """The mean of every entry without the ``cut`` smallest and largest values."""
+    """Take the mean of every entry without the ``cut`` smallest and largest values."""
     modules: dict[str, LoraModule] = {}
     for name, rows in domain_rows(stack_adapters(adapters), "task-arithmetic", coefficient=1.0):
-        ordered = np.sort(rows.cpu().numpy(), axis=0)  # along this axis NumPy is many times faster than torch
+        ordered = np.sort(rows.cpu().numpy(), axis=0)  # many times faster along this axis than torch
         modules[name] = dense_module(torch.from_numpy(ordered[cut : len(rows) - cut].mean(axis=0)))
     return Adapter(modules)

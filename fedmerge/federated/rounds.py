@@ -1,12 +1,12 @@
-"""Rounds of a federation as values: the state after a round, and the one function that makes the next from it.
+"""Rounds of a federation as values: the state after a round, and the function that computes the next state.
 
     state = initial_state(starts)
     for every round:
-        locals = {client: what it trained from state.starts[client], on state.base folded into the backbone}
+        locals = {client: adapter trained from state.starts[client], with state.base folded into the backbone}
         state = aggregate("flexlora", state, locals, num_examples)
 
-A client sends its adapter as trained. What it started from is in the state, so the server takes the difference
-Δ_local − Δ_start itself: sent as an adapter it would have twice the rank.
+A client sends its trained adapter. The state holds the adapter that it started from, so the server computes the
+difference Δ_local − Δ_start itself; sent as an adapter, it would have twice the rank.
 """
 
 from collections.abc import Mapping
@@ -43,19 +43,20 @@ class RoundReport:
     """How a round was aggregated, and what it cost.
 
     Attributes:
-        rule: row of RULES, merging method, or name of the function.
-        parameters: all of the rule's.
-        client_weights: client that took part -> p_k.
-        error: ‖Δ − Σ p_k Δ_k‖ / ‖Σ p_k Δ_k‖ (Frobenius, all modules) of FedIT and HetLoRA; 0 of the others; None of
-            FedIT where only a sum was seen.
-        selected: the clients that Krum or Multi-Krum took; else empty.
-        output_residual: what ``output_rank`` cut off the global adapter, as a share of its norm.
-        start_residuals: client -> ‖Δ − Δ_start‖ / ‖Δ‖, what it does not get of the global adapter Δ; all clients.
-        rank: the largest of the global adapter.
-        size_bytes: of the global adapter.
-        bytes_up: client that took part -> bytes of the tensors it sent.
-        bytes_down: client -> bytes of the tensors it needs to take part in the next round; all clients of the state.
-            Fresh tensors come from a seed and are not counted, a frozen global adapter is counted whole.
+        rule: name in RULES, of a merging method, or of the function.
+        parameters: all parameters of the rule.
+        client_weights: client -> p_k, for the clients that took part.
+        error: ‖Δ − Σ p_k Δ_k‖ / ‖Σ p_k Δ_k‖ (Frobenius, all modules) for FedIT and HetLoRA; 0 for the others; None for
+            FedIT from a secure sum.
+        selected: clients that Krum or Multi-Krum selected; else empty.
+        output_residual: part of the global adapter's norm that ``output_rank`` cut.
+        start_residuals: client -> ‖Δ − Δ_start‖ / ‖Δ‖, the part of the global adapter Δ that its start lacks; for all
+            clients.
+        rank: largest rank of the global adapter.
+        size_bytes: size of the global adapter.
+        bytes_up: client -> bytes of the tensors it sent, for the clients that took part.
+        bytes_down: client -> bytes of the tensors it needs for the next round, for all clients of the state. Fresh
+            tensors come from a seed and do not count; a frozen global adapter counts in full.
     """
 
     rule: str
@@ -76,13 +77,13 @@ class GlobalState:
     """A federation after a round.
 
     Attributes:
-        num_rounds: aggregated so far.
+        num_rounds: number of aggregated rounds.
         adapter: the global adapter Δ, the model to evaluate; 0 before the first round.
-        starts: client -> the adapter that it trains in the next round, of its rank and scaling; all clients, also those
-            that took no part.
-        frozen: whether clients train on ``adapter`` folded into the backbone, and ``starts`` are fresh.
-        moments: of a server optimiser.
-        report: of the last round; None before the first.
+        starts: client -> adapter to train in the next round, with the client's rank and scaling; for all clients, also
+            those that did not take part.
+        frozen: True if clients train fresh ``starts`` with ``adapter`` folded into the backbone.
+        moments: state of a server optimiser.
+        report: report of the last round; None before the first.
     """
 
     num_rounds: int
@@ -94,20 +95,20 @@ class GlobalState:
 
     @property
     def base(self) -> Adapter | None:
-        """What clients fold into the backbone before they train; None: nothing."""
+        """The adapter that clients fold into the backbone before training, or None."""
         return self.adapter if self.frozen else None
 
 
 def initial_state(starts: Mapping[str, Adapter]) -> GlobalState:
-    """A federation before its first round.
+    """Return the state before the first round.
 
     Args:
-        starts: client -> its fresh adapter, with B = 0: it says which modules, rank and scaling the client has in all
-            rounds. :func:`fedmerge.encoder.lora.attach` makes them; FFA-LoRA and HetLoRA need one seed for all.
+        starts: client -> fresh adapter with B = 0, whose modules, rank and scaling the client has in all rounds.
+            :func:`fedmerge.encoder.lora.attach` makes them; FFA-LoRA and HetLoRA need one seed for all.
 
     Raises:
-        AggregationError: a B that is not 0, or a scaling that is not above 0.
-        LayoutMismatchError, MergeError: as :func:`fedmerge.merging.stack.survey_adapters`.
+        AggregationError: a B is not 0, or a scaling is not above 0.
+        LayoutMismatchError, MergeError: as in :func:`fedmerge.merging.stack.survey_adapters`.
     """
     survey_adapters(starts)
     for client, adapter in starts.items():
@@ -130,24 +131,24 @@ def aggregate(
     seed: int = 0,
     **parameters: Value,
 ) -> GlobalState:
-    """One round: what the clients trained in, the next state out. Inputs are left as they were.
+    """Aggregate one round: return the next state from the clients' trained adapters. Inputs are unchanged.
 
     Rules over updates: Δ ← Δ + rule(Δ_k − Δ_start,k). Rules over whole adapters: Δ ← rule(Δ_k).
 
     Args:
-        rule: row of RULES, a training-free method of METHODS, or a function updates by client -> their merge.
-        state: what the clients started from.
-        adapters: client -> adapter after local training, of the rank and scaling that it started from; any clients of
-            the state, the order does not matter.
-        client_weights: client -> number of training examples, or any weight above 0; None: all equal.
-        seed: of rules that draw and of fresh adapters; every round has draws of its own.
-        parameters: of the rule.
+        rule: name in RULES, name of a training-free method, or a function from updates by client to their merge.
+        state: state that the clients started from.
+        adapters: client -> adapter after local training, with the rank and scaling of its start; any clients of the
+            state, in any order.
+        client_weights: client -> number of training examples, or any weight above 0; None for equal weights.
+        seed: seed of rules that draw and of fresh adapters; every round draws anew from it.
+        parameters: parameters of the rule.
 
     Raises:
-        ConfigError: no such rule, or a parameter that it does not have or out of its bounds.
-        AggregationError: no or unknown clients, wrong weights, or what the rule refuses.
-        LayoutMismatchError: an adapter of other modules or shapes than its client's start, or than the others.
-        MergeError: a value that is not finite.
+        ConfigError: no such rule, or a parameter is unknown or out of bounds.
+        AggregationError: no or unknown clients, wrong weights, or the rule refuses the adapters.
+        LayoutMismatchError: an adapter's modules or shapes differ from its client's start, or from the others.
+        MergeError: a value is not finite.
     """
     name = rule if isinstance(rule, str) else getattr(rule, "__name__", type(rule).__name__)
     row = rule_named(rule) if isinstance(rule, str) else rule_of(rule)
@@ -174,17 +175,17 @@ def aggregate_mean(
     seed: int = 0,
     **parameters: Value,
 ) -> GlobalState:
-    """One round of which the server saw nothing but the weighted mean of the clients' values, from a secure sum.
+    """Aggregate one round from a secure sum, which shows only the weighted mean of the clients' values.
 
     Args:
-        rule: row of RULES with ``summed``.
-        state: what the clients started from.
-        mean: (n,), of their :func:`fedmerge.federated.summed.summed_values` with these weights.
-        client_weights: client -> weight, of those in the sum.
-        seed, parameters: as :func:`aggregate`.
+        rule: name of a row of RULES with ``summed``.
+        state: state that the clients started from.
+        mean: (n,), weighted mean of their :func:`fedmerge.federated.summed.summed_values`.
+        client_weights: client -> weight, for the clients in the sum.
+        seed, parameters: as in :func:`aggregate`.
 
     Raises:
-        ConfigError: no such rule, one that needs single adapters, or a parameter that it does not have.
+        ConfigError: no such rule, a rule that needs single adapters, or an unknown parameter.
         AggregationError: unknown clients, wrong weights, or another number of values.
     """
     row = rule_named(rule)
@@ -207,7 +208,7 @@ def aggregate_mean(
 
 
 def _own(chosen: Mapping[str, Value]) -> dict[str, Value]:
-    """The parameters of the rule itself, without those of what comes after it."""
+    """Return the parameters of the rule itself, without those for the steps after it."""
     return {key: value for key, value in chosen.items() if key not in ("continuation", "output_rank")}
 
 
@@ -221,7 +222,7 @@ def _advanced(
     bytes_up: Mapping[str, int],
     seed: int,
 ) -> GlobalState:
-    """The state after a round, from what the rule made of the clients' adapters."""
+    """Return the state after a round from the result of its rule."""
     continuation = _continuation(row, chosen)
     result, moments = combined.adapter, None
     if row.step is not None:
@@ -252,12 +253,12 @@ def _advanced(
 
 
 def fresh_seed(seed: int, num_rounds: int) -> int:
-    """The seed of the fresh adapters that clients get after so many rounds; ``attach`` makes them of it."""
+    """Return the seed of the fresh adapters that clients get after ``num_rounds`` rounds, for ``attach``."""
     return derive(seed, "lora-round", num_rounds)
 
 
 def state_tensors(state: GlobalState) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """All of a state, to be written: tensors by name (safetensors takes them), and the rest (JSON does)."""
+    """Split a state into tensors by name, for safetensors, and a record, for JSON."""
     starts = {id(start): start for start in state.starts.values()}
     numbers = {key: number for number, key in enumerate(starts)}
     parts = {"adapter": state.adapter, **{f"start {numbers[key]}": start for key, start in starts.items()}}
@@ -284,10 +285,10 @@ def state_tensors(state: GlobalState) -> tuple[dict[str, torch.Tensor], dict[str
 
 
 def state_of(tensors: Mapping[str, torch.Tensor], record: Mapping[str, Any]) -> GlobalState:
-    """The state that :func:`state_tensors` took apart.
+    """Invert :func:`state_tensors`.
 
     Raises:
-        AggregationError: something is missing.
+        AggregationError: an entry is missing.
     """
     try:
         parts = {
@@ -314,8 +315,7 @@ def state_of(tensors: Mapping[str, torch.Tensor], record: Mapping[str, Any]) -> 
         )
     except KeyError as error:
         raise AggregationError(
-            f"state of a federation: found no {error}, expected all that state_tensors gave; restore it from an "
-            "undamaged copy, or begin again"
+            f"state of a federation: {error} is missing; restore the files from an undamaged copy, or start a new run"
         ) from error
 
 
@@ -353,8 +353,8 @@ def _check_adapters(name: str, rule: Rule, state: GlobalState, adapters: Mapping
                 )
             if rule.trained == "B" and not torch.equal(factors.lora_A, start[module].lora_A):
                 raise AggregationError(
-                    f"{name}: client {client!r}, module {module}: found a lora_A that is not the one it started from, "
-                    "expected it frozen; train lora_B alone"
+                    f"{name}: client {client!r}, module {module}: its lora_A differs from the one it started from, "
+                    "which must stay frozen; train lora_B only"
                 )
 
 
@@ -363,12 +363,12 @@ def _shape(module: LoraModule) -> tuple[tuple[int, ...], tuple[int, ...], float]
 
 
 def _shares(adapters: Mapping[str, Any], client_weights: Mapping[str, float] | None) -> dict[str, float]:
-    """p_k by client, sorted by name."""
+    """Return client -> p_k, sorted by name."""
     weights = dict.fromkeys(adapters, 1.0) if client_weights is None else client_weights
     if weights.keys() != adapters.keys():
         found, expected = ", ".join(sorted(weights)), ", ".join(sorted(adapters))
         raise AggregationError(
-            f"client_weights: found weights of {found}, expected them of {expected}; weigh those that took part"
+            f"client_weights: found weights of {found}, expected weights of {expected}, which took part"
         )
     for client, weight in weights.items():
         if not 0 < weight < float("inf"):
@@ -391,14 +391,14 @@ def _continued(
     output_rank: Value,
     fresh_seed: int,
 ) -> tuple[Adapter, dict[str, Adapter], dict[str, float], float]:
-    """The global adapter, every client's start and its residual, and what ``output_rank`` cut off."""
+    """Return the global adapter, every client's start and its residual, and the residual of ``output_rank``."""
     adapter, triples, lost = result, None, 0.0
     if continuation == "truncated" or output_rank is not None:
         rank = output_rank if isinstance(output_rank, int) else None
         triples = decomposed(result)
         adapter, lost = compressed(triples, rank)
         triples = {name: (U[:, :rank], S[:rank], Vh[:rank]) for name, (U, S, Vh) in triples.items()}
-    made: dict[tuple[Any, ...], tuple[Adapter, float]] = {}  # clients of one shape start alike
+    made: dict[tuple[Any, ...], tuple[Adapter, float]] = {}  # clients with equal shapes share a start
     starts, residuals = {}, {}
     for client, like in before.items():
         shape = tuple((name, module.rank, module.scaling) for name, module in like.modules.items())
@@ -416,7 +416,7 @@ def _continued(
 
 
 def _fresh(like: Adapter, seed: int) -> Adapter:
-    """A random A and B = 0 in the shapes of an adapter."""
+    """Draw A and set B = 0 in the shapes of an adapter."""
     modules = {}
     for name, module in like.modules.items():
         lora_A = initial_lora_A(seed, name, module.rank, module.lora_A.shape[1])

@@ -1,4 +1,8 @@
-"""Aggregation rules as rows of one literal table; ``fedmerge.federated.rounds.aggregate`` runs them."""
+"""Aggregation rules as rows of one literal table; ``fedmerge.federated.rounds.aggregate`` runs them.
+
+To add a rule, write its function in the file of its kind (``averages``, ``robust``, ``server_steps``), add a row to
+RULES, and add its name to ``RoundRule`` in ``fedmerge.config``. Training-free merging methods are rules already.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,32 +21,32 @@ from fedmerge.merging.training_free import Scope, Space, merge_adapters
 
 Continuation = Literal["truncated", "frozen", "factors"]
 CONTINUATIONS: dict[Continuation, str] = {
-    "truncated": "from the global adapter cut to their rank by SVD; the residual is reported",
-    "frozen": "on the global adapter, frozen, with a fresh one of their rank; nothing is cut, it grows",
+    "truncated": "from the global adapter truncated to their rank by SVD; the residual is reported",
+    "frozen": "on the frozen global adapter with a fresh one of their rank; nothing is cut, so it grows",
     "factors": "from the averaged A and B, of which a smaller rank takes the first rows",
 }
 MergeFunction = Callable[[Mapping[str, Adapter]], Adapter]
-"""A merge from outside, of updates by client, say a learned one."""
+"""A function from updates by client to their merge, for example a learned one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """What the server does in a round, and what the clients do after it.
+    """One aggregation rule: the server's part of a round, and how clients continue.
 
     Attributes:
         what: what it computes.
         parameters: name -> parameter.
         source: paper or standard.
-        cost: of the server, in n clients, R = Σ ranks, and modules of in · out entries.
+        cost: cost at the server, for n clients, R = Σ ranks, and modules of in · out entries.
         combine: (adapters or updates, client_weights, **parameters) -> Combined.
-        continuations: how clients may continue, the default first; with several, "continuation" is a parameter.
-        of: what is combined: "updates" Δ_local − Δ_start, and the result is added to the global adapter; or whole
-            "adapters", and the result replaces it.
-        step: of a server optimiser: (combined update, moments, **parameters) -> what is added instead, new moments.
-        trained: what clients train and send.
-        random: ``combine`` takes a seed.
-        summed: what a secure sum of the clients' contributions takes in its place, see ``fedmerge.federated.summed``;
-            None: the rule needs single adapters.
+        continuations: ways for clients to continue, the default first; with several, "continuation" is a parameter.
+        of: input of ``combine``: "updates" Δ_local − Δ_start, whose result is added to the global adapter; or whole
+            "adapters", whose result replaces it.
+        step: server optimiser: (combined update, moments, **parameters) -> (step to add instead, new moments).
+        trained: factors that clients train and send.
+        random: True if ``combine`` takes a seed.
+        summed: values that clients add in a secure sum instead, see ``fedmerge.federated.summed``; None if the rule
+            needs single adapters.
     """
 
     what: str
@@ -192,10 +196,10 @@ RULES: dict[str, Rule] = {
 
 
 def rule_named(name: str) -> Rule:
-    """A row of RULES, or a training-free merging method as the rule of a round.
+    """Return a row of RULES, or a rule made from a training-free merging method.
 
-    Such a rule merges the updates, each multiplied by n · p_k (1 for equal weights), and has the method's parameters,
-    ``scope`` and ``space`` beside ``continuation`` and ``output_rank``.
+    Such a rule merges the updates, each multiplied by n · p_k (1 for equal weights). Its parameters are the method's,
+    ``scope``, ``space``, ``continuation`` and ``output_rank``.
 
     Raises:
         ConfigError: no such rule, or a learned method.
@@ -208,8 +212,8 @@ def rule_named(name: str) -> Rule:
     method = method_named(name)
     if method.learned:
         raise ConfigError(
-            f"aggregation rule {name!r}: it is learned and needs a model; pass a function of the clients' updates "
-            "that returns their merge"
+            f"aggregation rule {name!r}: it learns from catalogs with a model; pass a function from the clients' "
+            "updates to their merge"
         )
     scopes = get_args(Scope) if method.rows is not None else ("tensor",)
     parameters = {
@@ -229,9 +233,9 @@ def rule_named(name: str) -> Rule:
 
 
 def rule_of(merge: MergeFunction) -> Rule:
-    """A merge from outside as the rule of a round: it gets the clients' updates, and its result is added."""
+    """Make a rule from a function: it gets the clients' updates, and its result is added."""
     return Rule(
-        what="a merge from outside, of the updates",
+        what="a merge of the updates by a given function",
         combine=lambda updates, _client_weights: Combined(merge(updates)),
         parameters=_CONTINUED,
         source="",
@@ -240,16 +244,16 @@ def rule_of(merge: MergeFunction) -> Rule:
 
 
 def rule_parameters(name: str, rule: Rule, given: Mapping[str, Value]) -> dict[str, Value]:
-    """The parameters of a rule, checked, with the defaults of those that are not given.
+    """Check the parameters of a rule and fill in the defaults of the others.
 
     Raises:
-        ConfigError: a parameter that the rule does not have, or out of its bounds.
+        ConfigError: a parameter is unknown or out of bounds.
     """
     return checked_parameters(f"aggregation rule {name!r}", rule.parameters, given)
 
 
 def rules_table() -> str:
-    """RULES as a Markdown table."""
+    """Return RULES as a Markdown table."""
     rows = []
     for name, rule in RULES.items():
         parameters = ", ".join(f"{key} {parameter_text(parameter)}" for key, parameter in rule.parameters.items())

@@ -1,7 +1,7 @@
 """Server optimisers: the aggregated update in product space is the pseudo-gradient of one step.
 
-The state is a value: what a step returns goes into the next. Momenta are adapters, low-rank for as long as that is
-smaller than dense; second moments are dense, since a square of low rank has none.
+The state is a value that a step takes and returns. First moments are adapters, of low rank as long as that is smaller
+than dense. Second moments are dense, since the square of a low-rank matrix has no low rank.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,13 +17,13 @@ from fedmerge.merging.stack import dense_module
 
 @dataclass(frozen=True)
 class Moments:
-    """What a server optimiser keeps from round to round.
+    """State of a server optimiser between rounds.
 
     Attributes:
-        optimiser: whose it is, as in RULES.
-        num_steps: done so far.
-        first: momentum.
-        second: module -> (out, in) float32, the running mean of squares; empty for FedAvgM.
+        optimiser: name in RULES.
+        num_steps: number of steps so far.
+        first: first moment (momentum).
+        second: module -> (out, in) float32, running mean of squares; empty for FedAvgM.
     """
 
     optimiser: str
@@ -37,13 +37,15 @@ def fedavgm(update: Adapter, moments: Moments | None, learning_rate: float, mome
 
     Args:
         update: u, the average of the clients' updates.
-        moments: of the step before; None at the first.
+        moments: moments after the previous step; None at the first step.
+        learning_rate: factor on the momentum.
+        momentum: decay of the momentum.
 
     Returns:
-        What is added to the global adapter, and the moments for the next step.
+        The step, to be added to the global adapter, and the moments for the next step.
 
     Raises:
-        AggregationError: moments of another optimiser.
+        AggregationError: the moments are another optimiser's.
 
     Source: arXiv:1909.06335, as in Flower's FedAvgM.
     """
@@ -63,8 +65,8 @@ def fedadam(
     Args, returns, raises: as :func:`fedavgm`.
 
     Source: Adaptive Federated Optimization, ICLR 2021, arXiv:2003.00295, algorithm 2.
-    Differs: as Flower's FedAdam: v starts at 0 and not at τ², and η_t corrects the bias (the paper has none, Adam t in
-        place of t + 1).
+    Differs: as in Flower's FedAdam, v starts at 0, not at τ², and η_t corrects the bias (the paper does not; Adam uses
+        t instead of t + 1).
     """
 
     def second(before: torch.Tensor, square: torch.Tensor) -> torch.Tensor:
@@ -83,7 +85,7 @@ def fedyogi(
     Args, returns, raises: as :func:`fedavgm`.
 
     Source: Adaptive Federated Optimization, ICLR 2021, arXiv:2003.00295, algorithm 2.
-    Differs: as Flower's FedYogi: v starts at 0 and not at τ².
+    Differs: as in Flower's FedYogi, v starts at 0, not at τ².
     """
 
     def second(before: torch.Tensor, square: torch.Tensor) -> torch.Tensor:
@@ -120,6 +122,6 @@ def _mixed(left: Adapter, left_weight: float, right: Adapter, right_weight: floa
 def _check(name: str, moments: Moments | None) -> None:
     if moments is not None and moments.optimiser != name:
         raise AggregationError(
-            f"{name}: found the moments of {moments.optimiser} from the round before, expected its own; "
-            "keep one rule for all rounds, or start again without moments"
+            f"{name}: found the moments of {moments.optimiser} from the previous round, expected its own; "
+            "use one rule for all rounds, or restart without moments"
         )

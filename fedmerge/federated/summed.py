@@ -1,8 +1,8 @@
-"""What clients add up where nobody may see a single adapter, as flat vectors, and the adapter that their mean is.
+"""Flat vectors that clients add up in a secure sum, which hides single adapters; and the adapter of their mean.
 
-updates   the dense Δ of every module: exact, any ranks, out · in values a module
-A and B   the factors one by one, as FedIT averages them: inexact, r (in + out) values a module
-B         over a frozen A that all share, as FFA-LoRA: exact, r · out values a module
+updates   dense Δ of every module: exact, any ranks, out · in values per module
+A and B   the factors separately, as in FedIT: inexact, r (in + out) values per module
+B         over a frozen A that all share, as in FFA-LoRA: exact, r · out values per module
 """
 
 from collections.abc import Mapping
@@ -21,15 +21,15 @@ Summed = Literal["updates", "A and B", "B"]
 
 
 def summed_values(summed: Summed, local: Adapter, start: Adapter | None) -> NDArray[np.float32]:
-    """What a client adds to the sum.
+    """Return the values that a client adds to the sum.
 
     Args:
-        summed: see above.
-        local: the adapter as trained.
-        start: what is subtracted from it in product space; None: nothing.
+        summed: kind of values, see the top of this file.
+        local: the trained adapter.
+        start: adapter to subtract in product space; None subtracts nothing.
 
     Returns:
-        (n,), module by module in the order of the names; of a module Δ, or A and B, or B, row by row.
+        (n,), module by module, sorted by name; for each module Δ, or A and B, or B, row by row.
     """
     parts: list[torch.Tensor] = []
     adapter = local if start is None or summed != "updates" else client_update(local, start)
@@ -43,19 +43,19 @@ def summed_values(summed: Summed, local: Adapter, start: Adapter | None) -> NDAr
 
 
 def num_summed(summed: Summed, like: Adapter) -> int:
-    """How many values a client adds whose adapter has the shapes of ``like``."""
+    """Count the values of a client whose adapter has the shapes of ``like``."""
     return sum(rows * columns for module in like.modules.values() for rows, columns in _shapes(summed, module))
 
 
 def adapter_of_mean(summed: Summed, mean: NDArray[np.floating], like: Adapter, rank: int | None) -> Adapter:
-    """The adapter that the mean of the clients' values stands for.
+    """Return the adapter that the mean of the clients' values represents.
 
     Args:
-        summed: what they are.
+        summed: kind of values.
         mean: (n,).
-        like: an adapter whose shapes a client's has; its A is the shared one, where B is summed.
-        rank: of updates: the sum of the clients' ranks. The mean has no more directions, but rounding gives it all of
-            them; the rest is cut off by SVD. None: nothing is cut.
+        like: adapter with the shapes of a client's; its A is the shared one if B is summed.
+        rank: for updates, the sum of the clients' ranks. The exact mean has at most this rank; directions that rounding
+            adds are cut by SVD. None cuts nothing.
 
     Raises:
         AggregationError: another number of values.
@@ -82,7 +82,7 @@ def adapter_of_mean(summed: Summed, mean: NDArray[np.floating], like: Adapter, r
 
 
 def summed_rank(locals_: Mapping[str, Adapter]) -> int:
-    """The most directions that a sum of updates of adapters of these shapes has: Σ r_k, of the widest module."""
+    """Return the largest rank that a sum of updates of these adapters can have: Σ r_k of the module with the most."""
     names = next(iter(locals_.values())).modules
     return max(sum(adapter.modules[name].rank for adapter in locals_.values()) for name in names)
 

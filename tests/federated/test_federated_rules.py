@@ -135,7 +135,7 @@ def test_the_proximal_term_by_hand() -> None:
     term.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
     assert [tensor.grad.tolist() for tensor in tensors if tensor.grad is not None] == [[[0.5, -1.0]], [-0.25]]
     assert start[1].grad is None
-    with pytest.raises(ValueError, match=r"found a tensor of shape \(1,\) and its start of shape \(2,\)"):
+    with pytest.raises(ValueError, match=r"\(1,\).*\(2,\)"):
         proximal_term([torch.zeros(1)], [torch.zeros(2)], 1.0)
 
 
@@ -414,7 +414,7 @@ def test_a_state_survives_files(rule: str, tmp_path: Path) -> None:
     assert adapter_sha256(after[0].adapter) == adapter_sha256(after[1].adapter)
     assert after[0].report == after[1].report
     lost = {name: tensor for name, tensor in tensors.items() if "start 0" not in name}
-    with pytest.raises(AggregationError, match=r"state of a federation: found no 'start 0/.*expected all"):
+    with pytest.raises(AggregationError, match="'start 0/"):
         state_of(lost, record)
     assert state_of(*state_tensors(initial_state(fresh(RANKS)))).report is None
 
@@ -426,20 +426,20 @@ def test_wrong_clients_are_refused() -> None:
     state = initial_state(fresh(RANKS))
     local = trained(state)
     refused: list[tuple[type[Exception], str, str, dict[str, Adapter]]] = [
-        (AggregationError, "flora, round 1: found no client, expected some of books", "flora", {}),
-        (AggregationError, "found clients ducks, expected some of books", "flora", {"ducks": local["toys"]}),
-        (AggregationError, r"fedit: module layer.0.query: found ranks books 2, coffee 2, games 3", "fedit", local),
-        (MergeError, "adapter of 'toys', module layer.0.query: lora_B holds 1 values that are not finite", "median", {
+        (AggregationError, "flora, round 1.*books", "flora", {}),
+        (AggregationError, "ducks.*books", "flora", {"ducks": local["toys"]}),
+        (AggregationError, r"fedit.*layer\.0\.query.*books 2, coffee 2, games 3", "fedit", local),
+        (MergeError, r"'toys'.*layer\.0\.query: 1 .*lora_B", "median", {
             **local, "toys": changed(local["toys"], "layer.0.query", float("nan"))}),
-        (LayoutMismatchError, "adapter of 'toys': lacks layer.1.query", "flexlora", {
+        (LayoutMismatchError, r"'toys'.*layer\.1\.query", "flexlora", {
             **local, "toys": Adapter({n: m for n, m in local["toys"].modules.items() if n != "layer.1.query"})}),
-        (LayoutMismatchError, r"adapter of 'toys', module layer.0.query: found .*expected .*train what the server sent",
+        (LayoutMismatchError, r"'toys'.*layer\.0\.query.*\(3, ",
          "flexlora", {**local, "toys": local["books"]}),
-        (LayoutMismatchError, "adapter of 'toys': found modules top, expected layer.0.query", "flexlora", {
+        (LayoutMismatchError, r"'toys'.*top.*layer\.0\.query", "flexlora", {
             "toys": random_adapter({"top": (3, 3)}, 3, 2.0, 0)}),
     ]  # fmt: skip
-    for kind, words, rule, adapters in refused:
-        with pytest.raises(kind, match=words):
+    for kind, values, rule, adapters in refused:
+        with pytest.raises(kind, match=values):
             aggregate(rule, state, adapters)
 
 
@@ -451,34 +451,28 @@ def changed(adapter: Adapter, name: str, value: float) -> Adapter:
 
 def test_ffa_lora_refuses_an_A_that_is_not_shared() -> None:
     state = initial_state(fresh(dict.fromkeys(RANKS, 2)))
-    with pytest.raises(
-        AggregationError, match=r"ffa-lora: client 'books', module layer.0.query: found a lora_A that is"
-    ):
+    with pytest.raises(AggregationError, match=r"ffa-lora.*'books'.*layer\.0\.query.*lora_A"):
         aggregate("ffa-lora", state, trained(state))
     apart = {"a": one([[1.0]], [[2.0]]), "b": one([[1.5]], [[2.0]])}
-    with pytest.raises(
-        AggregationError, match=r"client 'b', module m: .* than of client 'a' \(largest difference 0.5\)"
-    ):
+    with pytest.raises(AggregationError, match=r"'b'.* m: .*'a'.*0\.5"):
         ffa_lora(apart, equal(apart))
     uneven = {"a": one([[1.0]], [[2.0]]), "b": one([[1.0]], [[2.0]], 2.0)}
     for rule in (fedit, ffa_lora, hetlora):
-        with pytest.raises(AggregationError, match="module m: found scalings a 1, b 2, expected equal ones"):
+        with pytest.raises(AggregationError, match=r" m: .*a 1, b 2"):
             rule(uneven, equal(uneven))
 
 
 def test_robust_rules_refuse_too_few_clients() -> None:
     clients = vectors([1.0], [2.0], [3.0], [4.0])
-    with pytest.raises(
-        AggregationError, match=r"krum: found 4 clients and num_malicious 1, .*2 · num_malicious \+ 3 = 5"
-    ):
+    with pytest.raises(AggregationError, match=r"krum.* 4 .*num_malicious 1.* 5 "):
         krum(clients, {}, 1)
-    with pytest.raises(AggregationError, match="krum: found 4 clients"):
+    with pytest.raises(AggregationError, match=r"krum.* 4 "):
         multi_krum(clients, equal(clients), 1, 1)
-    with pytest.raises(AggregationError, match=r"trim 0.2, which cuts off nobody; .*ask at least 5 clients"):
+    with pytest.raises(AggregationError, match=r" 4 .*trim 0\.2.* 5 "):
         trimmed_mean(clients, {}, 0.2)
     assert row_of(trimmed_mean(vectors(*([float(k)] for k in range(100))), {}, 0.29).adapter) == [49.5]
     five = vectors([1.0], [2.0], [3.0], [4.0], [5.0])
-    with pytest.raises(AggregationError, match=r"found num_selected 5 of 5 clients.*expected at most 4"):
+    with pytest.raises(AggregationError, match=r"num_selected 5 of 5 .* 4"):
         multi_krum(five, equal(five), 1, 5)
 
 
@@ -486,40 +480,38 @@ def test_wrong_settings_are_refused() -> None:
     state = initial_state(fresh(RANKS))
     local = trained(state)
     refused: list[tuple[str, str, dict[str, Any]]] = [
-        ("fedsgd", "aggregation rule: found 'fedsgd', expected one of weighted-average, fedit", {}),
-        ("mergerec", "aggregation rule 'mergerec': it is learned and needs a model; pass a function", {}),
+        ("fedsgd", "'fedsgd'.*weighted-average, fedit", {}),
+        ("mergerec", "'mergerec'.*function", {}),
         (
             "krum",
-            "aggregation rule 'krum': num_malicious: found -1, expected an integer, at least 0",
+            "'krum'.*num_malicious.*-1.* 0",
             {"num_malicious": -1},
         ),
-        ("flora", "aggregation rule 'flora': found parameters continuation, expected none", {"continuation": "frozen"}),
-        ("trimmed-mean", "trim: found 0.5, expected", {"trim": 0.5}),
-        ("iso-c", "scope: found 'model', expected one of tensor", {"scope": "model"}),
-        ("median", "continuation: found 'factors', expected one of truncated, frozen", {"continuation": "factors"}),
+        ("flora", "'flora'.*continuation", {"continuation": "frozen"}),
+        ("trimmed-mean", "trim.*0.5", {"trim": 0.5}),
+        ("iso-c", "scope.*'model'.*tensor", {"scope": "model"}),
+        ("median", "continuation.*'factors'.*truncated, frozen", {"continuation": "factors"}),
     ]
-    for rule, words, parameters in refused:
-        with pytest.raises(ConfigError, match=words):
+    for rule, values, parameters in refused:
+        with pytest.raises(ConfigError, match=values):
             aggregate(rule, state, local, **parameters)
-    with pytest.raises(
-        AggregationError, match="client_weights: found weights of books, expected them of books, coffee"
-    ):
+    with pytest.raises(AggregationError, match=r"client_weights.*books.*books, coffee"):
         aggregate("flora", state, local, {"books": 1.0})
     for weight in (0.0, -1.0, math.nan, math.inf):
-        with pytest.raises(AggregationError, match=r"client_weights: client 'toys': found .* a finite number above 0"):
+        with pytest.raises(AggregationError, match=rf"client_weights.*'toys'.*{weight}"):
             aggregate("flora", state, local, {**COUNTS, "toys": weight})
 
 
 def test_states_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(AggregationError, match=r"client 'a', module m: found scaling 1 and 1 values of lora_B"):
+    with pytest.raises(AggregationError, match=r"'a'.* m: .*scaling 1 and 1 .*lora_B"):
         initial_state({"a": one([[1.0]], [[2.0]])})
-    with pytest.raises(AggregationError, match="found scaling 0 and 0 values"):
+    with pytest.raises(AggregationError, match="scaling 0 and 0 "):
         initial_state({"a": one([[1.0]], [[0.0]], 0.0)})
     frozen = run("flora", 1)
-    with pytest.raises(AggregationError, match="flexlora, round 2: the clients trained on a frozen global adapter"):
+    with pytest.raises(AggregationError, match="flexlora, round 2"):
         aggregate("flexlora", frozen, trained(frozen))
     adam = run("fedadam", 1)
-    with pytest.raises(AggregationError, match="fedyogi: found the moments of fedadam from the round before"):
+    with pytest.raises(AggregationError, match=r"fedyogi.*fedadam"):
         aggregate("fedyogi", adam, trained(adam))
 
 
