@@ -20,6 +20,7 @@ from fedmerge.evaluation.sums import (
     paired_difference,
     paired_difference_of_mean,
 )
+from fedmerge.report.escaping import one_line
 
 Role = Literal["train", "unseen"]
 TableFormat = Literal["plain", "markdown"]
@@ -352,7 +353,7 @@ def _layout(
 def _markdown(lines: Sequence[tuple[str, Sequence[_Cell]]]) -> str:
     rows = []
     for label, cells in lines:
-        texts = [_one_line(text).replace("|", "\\|") for text in (label, *(text for text, _ in cells))]
+        texts = [one_line(text).replace("|", "\\|") for text in (label, *(text for text, _ in cells))]
         marks = [False, *(marked for _, marked in cells)]
         rows.append(
             "| " + " | ".join(f"**{text}**" if mark else text for text, mark in zip(texts, marks, strict=True)) + " |"
@@ -363,7 +364,7 @@ def _markdown(lines: Sequence[tuple[str, Sequence[_Cell]]]) -> str:
 def _plain(lines: Sequence[tuple[str, Sequence[_Cell]]]) -> str:
     # A blank where a mark could be keeps the digits of a column aligned.
     table = [
-        [_one_line(label), *(_one_line(text) + ("*" if marked else " ") for text, marked in cells)]
+        [one_line(label), *(one_line(text) + ("*" if marked else " ") for text, marked in cells)]
         for label, cells in lines
     ]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
@@ -374,10 +375,6 @@ def _plain(lines: Sequence[tuple[str, Sequence[_Cell]]]) -> str:
         for label, *cells in table
     ]
     return "\n".join([*rows[:2], "-" * (sum(widths) + 2 * len(widths[1:])), *rows[2:]])
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
 
 
 def _page(header: Sequence[str], tables: Sequence[str], notes: Sequence[str], table_format: TableFormat) -> str:

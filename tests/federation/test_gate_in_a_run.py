@@ -107,10 +107,10 @@ def test_a_flagged_client_is_merged_and_rolled_back(place: Path) -> None:
     changes = {**ATTACK, "evaluation.fallback": False}
     flagged = run(place, "flagged", **changes)
     report = (flagged / "report.txt").read_text()
-    assert "flagged by the admission gate, and merged all the same: coffee: its update has norm" in report
+    assert "flagged, but still merged: coffee: " in report
     assert set(read_json(flagged / "merged/average/provenance.json")["domains"]) == {*TRAIN}
     assert read_json(flagged / "choice.json")["rollback"] is None
-    assert "Flagged, and merged all the same: coffee. " in run_page(flagged)
+    assert "Flagged, but still merged: coffee. " in run_page(flagged)
     back = run(place, "back", **changes, **{"admission.rollback": True})
     assert {folder.name for folder in (back / "merged").iterdir()} == {"average", "average-without-coffee"}
     choice = read_json(back / "choice.json")
@@ -122,7 +122,7 @@ def test_a_flagged_client_is_merged_and_rolled_back(place: Path) -> None:
         assert choice["served"] == "average"
     else:
         assert decided["from"] == "average"
-        assert f"rolled back from average to: {decided['to']}" in (back / "report.txt").read_text()
+        assert f"rolled back from average to {decided['to']}" in (back / "report.txt").read_text()
 
 
 class Killed(BaseException):

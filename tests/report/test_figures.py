@@ -5,7 +5,7 @@ import doctest
 import pytest
 from page_parser import parsed
 
-from fedmerge.report import bench_tables, statistics
+from fedmerge.report import bench_tables, escaping, statistics
 from fedmerge.report.html import charts, page
 from fedmerge.report.html.charts import Dot, Line, Point, dot_chart, line_chart, scatter_chart
 
@@ -34,5 +34,5 @@ def test_every_series_of_a_page_has_its_own_symbol() -> None:
 
 
 def test_examples_in_docstrings() -> None:
-    for module in (page, charts, statistics, bench_tables):
+    for module in (page, charts, statistics, bench_tables, escaping):
         assert doctest.testmod(module).failed == 0

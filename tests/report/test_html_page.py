@@ -86,10 +86,10 @@ def test_without_optional_tables_their_sections_are_absent(bench: BenchTables) -
     assert parsed(bench_page(BenchTables("empty", False))).of("section")
 
 
-def test_many_pictures_are_folded_and_many_datasets_named() -> None:
+def test_many_figures_are_collapsed_and_many_datasets_named() -> None:
     domains = [f"d{number}" for number in range(14)]
     found = parsed(bench_page(some_bench(("average", "ties"), domains, ("one", "two"), (0,), folds=False)))
-    assert "Pictures" in found.text
+    assert "Figures" in found.text
     assert "two: Scores" in found.text
     assert "all datasets" in found.text
 

@@ -71,9 +71,8 @@ def test_the_report_names_who_is_served_what() -> None:
     report = run_report(evaluated, fallback=True)
     cells = [line.split()[3:] for line in report.splitlines() if line.startswith(SERVED)]
     assert cells[0] == ["1.0000", "1.0000", "0.5000", "1.0000", "0.5000"]  # recall@10: a, b, new, mean, mean of unseen
-    assert "to be served their own expert instead, chosen on validation: a\n" in report
-    assert "too good on average" in report
-    assert "excluded, its expert is in the merges: gone: it hung\n" in report
+    assert "served their own expert instead, selected on validation: a\n" in report
+    assert "excluded, but its expert is still merged: gone: it hung\n" in report
     plain = run_report(evaluated, fallback=False)
     assert SERVED not in plain
-    assert "chosen on validation and to be served: average\n" in plain
+    assert "selected on validation; served: average\n" in plain

@@ -9,6 +9,7 @@ from fedmerge.report.html.page import Html, folded, is_number, join, seconds, se
 
 
 def cells_section(tables: BenchTables) -> Html:
+    """Return status, settings and environment of every cell."""
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for cell in tables.cells:
         groups.setdefault(f"{cell['dataset']} · {cell['strategy']}", []).append(cell)

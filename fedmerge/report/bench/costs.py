@@ -11,6 +11,7 @@ from fedmerge.report.html.page import ABSENT, Cell, Column, Html, decimal, join,
 
 
 def bytes_section(data: Dataset) -> Html | None:
+    """Return scores against bytes; None if no bytes were measured."""
     costs = whole_federation(data.tables.costs)
     traffic = {strategy: mean_of(costs, strategy, _traffic) for strategy in data.strategies}
     pictures, drawn = [], []
@@ -28,11 +29,11 @@ def bytes_section(data: Dataset) -> Html | None:
             )
         )
         drawn += points
-    told = (
+    caption = (
         "Bytes of all clients together, up and down, mean over seeds. Up and to the left is better; bars are the "
         "standard deviation over seeds."
     )
-    return charts.with_legend(pictures, drawn, told)
+    return charts.with_legend(pictures, drawn, caption)
 
 
 def _traffic(row: Mapping[str, Any]) -> float | None:
@@ -42,6 +43,7 @@ def _traffic(row: Mapping[str, Any]) -> float | None:
 
 
 def costs_section(data: Dataset) -> Html | None:
+    """Return the table of costs; None without any."""
     rows = whole_federation(data.tables.costs)
     if not rows:
         return None
@@ -68,11 +70,11 @@ def costs_section(data: Dataset) -> Html | None:
         body.append(cells)
     heads = [Column("Strategy", numeric=False), *(Column(title) for _, title, _ in columns)]
     return join(
-        table(f"{data.prefix}costs-table", "Means over seeds; of peak memory and rank the largest", heads, body),
+        table(f"{data.prefix}costs-table", "Means over seeds; peak memory and rank: the largest", heads, body),
         note(
-            "Up: from all clients to the server; down: back. Clients: seconds of training, and of votes about experts, "
-            "summed over clients; evaluation is not counted. Of a federation of rounds, in its last round: error, how "
-            "far what was aggregated is from the exact mean; residual, what a client's start leaves out of it at most; "
-            f"both as shares of its norm. {ABSENT}: not measured, or there is none."
+            "Up: from all clients to the server; down: the reverse. Clients: seconds of training and of leave-one-out "
+            "votes, summed over clients, without evaluation. In the last round of a federation of rounds, error is the "
+            "distance of the aggregate from the exact mean, and residual the largest part of it that a client's start "
+            f"leaves out; both are shares of its norm. {ABSENT}: not measured, or not applicable."
         ),
     )

@@ -7,16 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fedmerge.report.bench_tables import MEAN, BenchTables, Rows
-from fedmerge.report.html.page import (
-    is_number,
-)
+from fedmerge.report.html.page import is_number
 
 HEADLINE: tuple[str, ...] = ("recall@10", "ndcg@10")
-
-
 ROLE_TITLES = {"train": "training domains", "unseen": "unseen domains"}
-
-
 VARIANT_NOTES = {
     "unmasked": "Items of a user's history stay candidates (unmasked).",
     "masked": "Items of a user's history are removed from the candidates, except the target (masked).",
@@ -27,7 +21,7 @@ Key = tuple[str, str]  # left_out, domain
 
 @dataclass(frozen=True)
 class Score:
-    """Mean over seeds, sample standard deviation over them (None of one seed), and how many they are."""
+    """Mean over seeds, their sample standard deviation (None with one seed), and their number."""
 
     mean: float
     spread: float | None
@@ -36,18 +30,18 @@ class Score:
 
 @dataclass(frozen=True)
 class Dataset:
-    """One dataset of a benchmark, and what the parts of its page have in common.
+    """One dataset of a benchmark, with the values that all sections of its page share.
 
     Attributes:
-        tables: the rows of this dataset alone; results on test, comparisons with ``baseline``.
-        strategies: in the order of the results.
-        competing: those that are not for reference.
-        baseline: of the comparisons; None without any.
-        other_baselines: whose comparisons are not shown.
-        variant: "unmasked" where there is such a result.
-        roles: of the domains, "train" first.
-        series: strategy -> its place, which decides symbol and colour.
-        prefix: of anchors.
+        tables: the rows of this dataset only: results on test, comparisons with ``baseline``.
+        strategies: all strategies, in the order of the results.
+        competing: the strategies without the references.
+        baseline: baseline of the comparisons; None without comparisons.
+        other_baselines: baselines whose comparisons are not shown.
+        variant: "unmasked" if there are such results, else "masked".
+        roles: roles of the domains, "train" first.
+        series: strategy -> number that determines its symbol and colour.
+        prefix: prefix of this dataset's anchors.
     """
 
     tables: BenchTables
@@ -62,6 +56,8 @@ class Dataset:
 
 
 def dataset_of(tables: BenchTables, name: str, series: Mapping[str, int], prefix: str) -> Dataset:
+    """Select one dataset's rows, and collect what its sections share."""
+
     def rows(table_name: str) -> list[Mapping[str, Any]]:
         return [row for row in getattr(tables, table_name) if row["dataset"] == name]
 
@@ -93,7 +89,7 @@ def dataset_of(tables: BenchTables, name: str, series: Mapping[str, int], prefix
 
 
 def mean_scores(rows: Rows, keys: Sequence[Key]) -> dict[str, Score]:
-    """Strategy -> its score: per seed the unweighted mean over all (left_out, domain) of ``keys``, then over seeds.
+    """Return each strategy's score: the unweighted mean over ``keys`` for each seed, then the mean over seeds.
 
     A seed counts for a strategy where it has a value everywhere; a strategy without such a seed is absent.
 
@@ -117,27 +113,31 @@ def mean_scores(rows: Rows, keys: Sequence[Key]) -> dict[str, Score]:
 
 
 def test_rows(data: Dataset, variant: str, role: str, metric: str) -> Rows:
+    """Select the results on test of one variant, role and metric."""
     wanted = {"variant": variant, "role": role, "metric": metric}
     return [row for row in data.tables.results if all(row[key] == value for key, value in wanted.items())]
 
 
 def mean_keys(rows: Rows, role: str) -> list[Key]:
-    """What a mean goes over: training domains of the whole federation; unseen ones, and each where it was left out."""
+    """Return the keys of a mean: training domains without folds; unseen domains, in each fold that left them out."""
     keys = list(dict.fromkeys((row["left_out"], row["domain"]) for row in rows))
     return keys if role == "unseen" else [key for key in keys if not key[0]]
 
 
 def scores_of(data: Dataset, variant: str, role: str, metric: str) -> dict[str, Score]:
+    """Return strategy -> its score over all domains of a role."""
     rows = test_rows(data, variant, role, metric)
     return mean_scores(rows, mean_keys(rows, role))
 
 
 def best_strategy(data: Dataset, scores: Mapping[str, Score]) -> str | None:
+    """Return the competing strategy with the highest score; None if fewer than two have a score."""
     competing = [strategy for strategy in data.competing if strategy in scores]
     return max(competing, key=lambda strategy: scores[strategy].mean) if len(competing) > 1 else None
 
 
 def mean_comparisons(data: Dataset, variant: str, role: str, metric: str) -> dict[str, Mapping[str, Any]]:
+    """Return strategy -> its comparison with the baseline, over the mean of a role's domains."""
     return {
         row["strategy"]: row
         for row in data.tables.comparisons
@@ -146,10 +146,11 @@ def mean_comparisons(data: Dataset, variant: str, role: str, metric: str) -> dic
 
 
 def whole_federation(rows: Rows) -> Rows:
-    """Those of the whole federation, or of all folds where there is none."""
+    """Return the rows without a left-out domain, or all rows if every row has one."""
     return [row for row in rows if not row["left_out"]] or rows
 
 
 def mean_of(rows: Rows, strategy: str, value: Callable[[Mapping[str, Any]], float | None]) -> float | None:
+    """Return the mean of a strategy's values; None without any."""
     found = [number for row in rows if row["strategy"] == strategy and (number := value(row)) is not None]
     return math.fsum(found) / len(found) if found else None

@@ -11,6 +11,7 @@ from fedmerge.report.html.page import Cell, Column, Html, folded, is_number, joi
 
 
 def differences_section(data: Dataset) -> Html | None:
+    """Return differences to the baseline with their intervals; None without a comparison."""
     if not data.tables.comparisons:
         return None
     variant = data.variant
@@ -43,10 +44,9 @@ def differences_section(data: Dataset) -> Html | None:
     return join(
         charts.grid(*pictures),
         note(
-            f"Mean difference to {data.baseline} with its 95 % interval, paired over users; over several seeds their "
-            "spread is in it. Filled: significant after Holm's correction; outlined: not; an arrow: outside the "
-            "picture. An interval speaks of other "
-            "users and seeds of these domains, not of other domains."
+            f"Mean difference to {data.baseline} with its 95 % interval, paired over users; with several seeds it "
+            "includes their spread. Filled: significant after Holm's correction; outlined: not significant; arrow: "
+            "outside the figure. An interval covers other users and seeds of these domains, not other domains."
             + (f" Differences to {', '.join(others)} are in comparisons.parquet." if others else "")
         ),
         folded(

@@ -22,6 +22,7 @@ from fedmerge.report.html.page import (
 
 
 def coefficients_section(data: Dataset) -> Html | None:
+    """Return the merging coefficients by domain and layer; None without any."""
     rows = whole_federation(data.tables.coefficients)
     if not rows:
         return None
@@ -40,7 +41,7 @@ def coefficients_section(data: Dataset) -> Html | None:
     parts = []
     if single:
         one = {(d, s): means[s, d, groups[s][0]] for s in single for d in domains if (s, d, groups[s][0]) in means}
-        parts.append(charts.heat_table(f"{data.prefix}heat", "One coefficient a domain", domains, single, one))
+        parts.append(charts.heat_table(f"{data.prefix}heat", "One coefficient per domain", domains, single, one))
     for number, (strategy, of_strategy) in enumerate(groups.items()):
         if strategy not in single:
             some = {(d, g): means[strategy, d, g] for d in domains for g in of_strategy if (strategy, d, g) in means}
@@ -53,7 +54,7 @@ def coefficients_section(data: Dataset) -> Html | None:
 
 
 def curves_section(data: Dataset) -> Html | None:
-    """A picture a domain with a line a strategy; of curves of one strategy alone, one picture with a line a domain."""
+    """Return a figure per domain with a line per strategy; with one strategy, a figure with a line per domain."""
     rows = [row for row in whole_federation(data.tables.curves) if row["value"] is not None]
     single: list[Html] = []
     parts: list[Html] = []
@@ -73,13 +74,13 @@ def curves_section(data: Dataset) -> Html | None:
         shown = charts.grid(*pictures)
         used = dict.fromkeys(line.label for lines in panels.values() for line in lines)
         parts.append(element("h3", name))
-        parts.append(folded("Pictures", shown) if len(pictures) > MANY_PICTURES else shown)
+        parts.append(folded("Figures", shown) if len(pictures) > MANY_PICTURES else shown)
         parts.append(charts.legend({label: series[label] for label in used}, with_line=True))
     if not rows:
         return None
-    told = "Mean over seeds, within the range of them; " if len({row["seed"] for row in rows}) > 1 else ""
-    few = f"{told}of more than {charts.MOST_POINTS} steps, averages of neighbours."
-    return join(charts.grid(*single) if single else None, *parts, note(few[0].upper() + few[1:]))
+    spread = "Mean over seeds, within their range; " if len({row["seed"] for row in rows}) > 1 else ""
+    text = f"{spread}with more than {charts.MOST_POINTS} steps, averages of neighbours."
+    return join(charts.grid(*single) if single else None, *parts, note(text[0].upper() + text[1:]))
 
 
 def _lines(rows: Rows, what: str, series: Mapping[str, int]) -> list[charts.Line]:

@@ -8,17 +8,18 @@ from fedmerge.report.bench_tables import POOLED
 from fedmerge.report.html import charts
 from fedmerge.report.html.page import ABSENT, Html, decimal, element, is_number, join
 
-MANY_PICTURES = 12  # more of one kind are folded away
-
+MANY_PICTURES = 12  # more of one kind are collapsed
 
 _TITLES = {"mrr": "MRR"}
 
 
 def metric_title(name: str) -> str:
+    """Return a metric's title: ``recall@10`` is ``Recall@10``."""
     return _TITLES.get(name, name.replace("recall", "Recall").replace("ndcg", "NDCG"))
 
 
 def score_html(score: Score | None) -> Html:
+    """Return a score with its spread over seeds, or a dash."""
     if score is None:
         return join(ABSENT)
     spread = None if score.spread is None else element("span", f" ± {decimal(score.spread)}", class_="spread")
@@ -26,29 +27,33 @@ def score_html(score: Score | None) -> Html:
 
 
 def score_text(score: Score) -> str:
+    """Return a score with its spread over seeds, as plain text."""
     return decimal(score.mean) + (f" ± {decimal(score.spread)}" if score.spread is not None else "")
 
 
 def difference_text(row: Mapping[str, Any]) -> str:
+    """Return a comparison's difference with the half-width of its interval."""
     return f"{decimal(row['difference'], sign=True)} ± {decimal(row['half_width'])}"
 
 
 def p_text(value: float | None, equals: bool = False) -> str:
+    """Return a p-value with three decimals, or a bound; ``equals`` puts an equals sign before it."""
     return "<\u00a00.001" if value is not None and value < 0.001 else ("= " if equals else "") + decimal(value, 3)
 
 
 def counted(count: int, word: str) -> str:
+    """Return ``1 seed`` or ``3 seeds``."""
     plural = {"strategy": "strategies"}.get(word, f"{word}s")
     return f"{count} {word if count == 1 else plural}"
 
 
 def mark_signs(comparison: Mapping[str, Any] | None, best: bool) -> Html:
-    """Signs before a number; what they mean is told to screen readers and on hovering."""
+    """Return the signs before a number; screen readers and tooltips give their meaning."""
     marks = [("★", " best", "highest")] if best else []
     if comparison is not None and is_number(comparison["difference"]):
         baseline = comparison["baseline"]
         if not comparison["significant"]:
-            marks.append(("○", "", f"not told apart from {baseline}"))
+            marks.append(("○", "", f"not significantly different from {baseline}"))
         elif comparison["difference"] > 0:
             marks.append(("▲", " better", f"significantly better than {baseline}"))
         else:
@@ -68,6 +73,7 @@ def mark_signs(comparison: Mapping[str, Any] | None, best: bool) -> Html:
 
 
 def strategy_name(data: Dataset, strategy: str, label: str = "") -> Html:
+    """Return a strategy's symbol, name and tags."""
     tags = ["baseline"] if strategy == data.baseline else []
     tags += ["reference"] if strategy in data.tables.references else []
     tags += ["breaks isolation"] if strategy.endswith(POOLED) else []

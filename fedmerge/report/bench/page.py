@@ -25,13 +25,13 @@ from fedmerge.report.html.page import Html, Section, element, facts, join, page
 
 
 def bench_page(tables: BenchTables, *, kind: str = "Benchmark", lead: str = "", more: Sequence[Section] = ()) -> str:
-    """The whole page; equal tables give equal bytes.
+    """Return the HTML page of a benchmark; equal tables give equal bytes.
 
     Args:
-        tables: of a benchmark.
-        kind: what is reported on.
-        lead: under the title.
-        more: sections before the last one, which is the settings.
+        tables: tables of the benchmark.
+        kind: subject of the page, shown above the title.
+        lead: content under the title.
+        more: sections placed before the last section, the settings.
     """
     names = dict.fromkeys(
         row["strategy"] for name in ("results", "costs", "curves", "coefficients") for row in getattr(tables, name)
@@ -66,12 +66,12 @@ def bench_page(tables: BenchTables, *, kind: str = "Benchmark", lead: str = "", 
 
 
 def _attacks(tables: BenchTables) -> list[Html]:
-    """A warning for every client that poisoned its training on purpose."""
+    """Return a warning for every client that poisoned its training on purpose."""
     notes: dict[str, None] = {}
     for cell in tables.cells:
         settings = flatten(cell["config"])
         if settings.get("simulation.attacker") not in (None, "none"):
-            who = f" {cell['dataset']}: {settings['simulation.attacker']} spoils its own training "
+            who = f" {cell['dataset']}: {settings['simulation.attacker']} corrupts its own training "
             how = f"({settings['simulation.attack']}, strength {settings['simulation.attack_strength']:g})"
             notes[f"{who}{how}. Serve none of these models."] = None
     return [
@@ -86,8 +86,8 @@ def _in_short(tables: BenchTables, datasets: Mapping[str, Dataset]) -> Html:
         for role in data.roles:
             scores = scores_of(data, data.variant, role, HEADLINE[0])
             if best := best_strategy(data, scores):
-                told = (score_html(scores[best]), _against_baseline(data, role, best))
-                small = [element("small", text) for text in told if text]
+                texts = (score_html(scores[best]), _against_baseline(data, role, best))
+                small = [element("small", text) for text in texts if text]
                 pairs.append(
                     (
                         f"Highest {metric_title(HEADLINE[0])}, {ROLE_TITLES[role]}{where}",
@@ -115,5 +115,5 @@ def _against_baseline(data: Dataset, role: str, strategy: str) -> str | None:
     row = mean_comparisons(data, data.variant, role, HEADLINE[0]).get(strategy)
     if row is None:
         return "the baseline of the comparisons" if strategy == data.baseline else None
-    told = "significant" if row["significant"] else "not significant"
-    return f"{difference_text(row)} against {row['baseline']}, {told}"
+    verdict = "significant" if row["significant"] else "not significant"
+    return f"{difference_text(row)} against {row['baseline']}, {verdict}"

@@ -1,4 +1,4 @@
-"""Utility, privacy and bytes side by side: strategies that train with differential privacy, or that were audited."""
+"""The section with utility, privacy and bytes: strategies trained with differential privacy, or audited."""
 
 import json
 import math
@@ -41,19 +41,26 @@ _UNITS = {
     "domain-central": "domain, noise at the server",
 }
 
-Values = tuple[float, float, float]  # mean over seeds, and a standard deviation below and above it
+_LEAKS = {  # title -> model, attack and metric
+    "Membership AUC, expert": ("expert", AGAINST_BACKBONE, "auc"),
+    "Membership AUC, merge": ("merged", AGAINST_BACKBONE, "auc"),
+    "Exposure, expert": ("expert", "canaries", "mean_exposure"),
+    "Exposure, merge": ("merged", "canaries", "mean_exposure"),
+}
+
+Values = tuple[float, float, float]  # mean over seeds, minus and plus a standard deviation
 
 
 @dataclass(frozen=True)
 class PrivateRow:
-    """A strategy.
+    """A strategy with its privacy settings, scores and audits.
 
     Attributes:
         strategy: its name.
-        config: of one of its cells, nested.
+        config: configuration of one of its cells, nested.
         scores: title of a score -> its values.
-        leaks: title of what an audit measured -> its values; empty where there was none.
-        bytes_up, bytes_down: of all clients together, mean over seeds; None where not measured.
+        leaks: title of a measure of an audit -> its values; empty without an audit.
+        bytes_up, bytes_down: bytes of all clients, mean over seeds; None if not measured.
     """
 
     strategy: str
@@ -65,13 +72,13 @@ class PrivateRow:
 
 
 def utility_and_privacy(key: str, rows: Sequence[PrivateRow]) -> Html | None:
-    """A table, and a picture a score with a line for each set of strategies that differ in noise alone; or nothing.
+    """Return a table, and a figure per score with a line for each set of strategies that differ in noise alone.
 
-    Without audits, and of one ε alone, there is nothing to compare.
+    Without audits and with a single ε there is nothing to compare, and the result is None.
 
     Args:
-        key: identifies the table on the page.
-        rows: strategies, in their order; those with neither differential privacy nor audit are left out.
+        key: anchor of the table.
+        rows: strategies, in their order; those without differential privacy and audit are left out.
     """
     noised = [row for row in rows if _is_noised(row)]
     rows = [row for row in rows if row.leaks or _is_noised(row)]
@@ -83,14 +90,14 @@ def utility_and_privacy(key: str, rows: Sequence[PrivateRow]) -> Html | None:
         *(_pictures(noised) if several else ()),
         _table(key, rows),
         note(
-            "ε and δ are those that were asked for, of one run, for the unit named; every further run on the same data "
-            "adds to them. The tables above hold exact metric sums, which no (ε, δ) covers."
+            "ε and δ are the configured ones of one run, for the named unit; each further run on the same data adds to "
+            "them. The tables above hold exact metric sums, which no (ε, δ) covers."
         ),
         note(
-            "Membership: how well users who were trained on are told from users who were left out, by their loss "
-            "against the backbone's (.5 is by chance). Exposure: how far planted users with random items come forward, "
-            "in bits (1.44 by chance). That these attacks find nothing is no proof that nothing can be found; "
-            "leaks.parquet has all of them. These are exact figures of users, for a simulation or for the domains' "
+            "Membership: AUC of an attack that separates training users from held-out users by their loss against the "
+            "backbone's (0.5 by chance). Exposure: how strongly the model prefers planted users with random items, in "
+            "bits (1.44 by chance). An attack that finds nothing does not prove that nothing can be found; "
+            "leaks.parquet has all attacks. These are exact figures about users, for a simulation or for the domains' "
             "owners."
         )
         if audited
@@ -118,9 +125,9 @@ def _pictures(rows: Sequence[PrivateRow]) -> tuple[Html, ...]:
         charts.grid(*pictures),
         charts.legend({label: number for number, label in enumerate(labels)}, with_line=True),
         note(
-            "To the right is more private: 1/ε is 0 without noise (ε = ∞) and 1 at ε = 1. Mean over seeds, within "
-            "their standard deviation. Lines that lie on each other merge the same and differ in what travels, and to "
-            "whom. Bytes are those of all clients, up and down; noise changes nothing in them."
+            "Further right is more private: 1/ε is 0 without noise (ε = ∞) and 1 at ε = 1. Mean over seeds, within "
+            "their standard deviation. Strategies on coinciding lines merge the same adapters and differ in what is "
+            "sent to whom. Bytes are those of all clients, up and down; noise does not change them."
         ),
     )
 
@@ -133,7 +140,7 @@ def _table(key: str, rows: Sequence[PrivateRow]) -> Html:
     for row in rows:
         policy, dp = str(row.config["privacy"]["policy"]), row.config["dp"]
         epsilon, delta = _epsilon(row), dp["delta"] if dp["mode"] != "none" else None
-        told = ABSENT if epsilon is None else "∞" if epsilon == math.inf else f"{epsilon:g}"
+        shown = ABSENT if epsilon is None else "∞" if epsilon == math.inf else f"{epsilon:g}"
         measured = {**row.scores, **row.leaks}
         means = [measured[title][0] if title in measured else None for title in titles]
         body.append(
@@ -141,14 +148,14 @@ def _table(key: str, rows: Sequence[PrivateRow]) -> Html:
                 Cell(row.strategy, row.strategy),
                 Cell(policy, policy),
                 Cell(_unit(row.config), dp["mode"]),
-                number_cell(epsilon, told),
+                number_cell(epsilon, shown),
                 number_cell(delta, ABSENT if delta is None else f"{delta:g}"),
                 *(number_cell(mean, decimal(mean)) for mean in means),
                 number_cell(row.bytes_up, size(row.bytes_up)),
                 number_cell(row.bytes_down, size(row.bytes_down)),
             ]
         )
-    return table(key, "Asked for, reached, and sent by all clients together; means over seeds", heads, body)
+    return table(key, "Configured privacy, scores, and bytes of all clients; means over seeds", heads, body)
 
 
 def _is_noised(row: PrivateRow) -> bool:
@@ -156,7 +163,7 @@ def _is_noised(row: PrivateRow) -> bool:
 
 
 def _epsilon(row: PrivateRow) -> float | None:
-    """Infinity without noise; None where only the noise was given."""
+    """Return ε: infinity without noise, None if only the noise multiplier is configured."""
     dp = row.config["dp"]
     if dp["mode"] == "none":
         return math.inf
@@ -166,7 +173,7 @@ def _epsilon(row: PrivateRow) -> float | None:
 
 
 def _points(rows: Sequence[PrivateRow], title: str) -> list[tuple[float, float, float, float]]:
-    """1/ε and a score's values, from left to right."""
+    """Return (1/ε, *values of a score), from left to right."""
     return sorted(
         (1 / epsilon, *values)
         for row in rows
@@ -175,14 +182,14 @@ def _points(rows: Sequence[PrivateRow], title: str) -> list[tuple[float, float, 
 
 
 def _all_but_noise(config: Mapping[str, Any]) -> str:
-    """What two strategies have in common that differ in the amount of noise alone."""
+    """Return a key that is equal for strategies that differ in the amount of noise alone."""
     others = {section: values for section, values in config.items() if section not in ("dp", "seed")}
     dp = {key: value for key, value in config["dp"].items() if key not in ("epsilon", "noise_multiplier")}
     return json.dumps([others, dp], sort_keys=True)
 
 
 def _labels(lines: Sequence[Sequence[PrivateRow]]) -> list[str]:
-    """What travels, what is merged, whom it protects, and bytes; where two lines have the same, a strategy too."""
+    """Return a label per line: policy, merge, unit of privacy and bytes, and a strategy where two would be equal."""
     firsts = [of_line[0].config for of_line in lines]
     labels = [f"{first['privacy']['policy']}: {_merged(first)}, by {_unit(first)}" for first in firsts]
     return [
@@ -192,12 +199,12 @@ def _labels(lines: Sequence[Sequence[PrivateRow]]) -> list[str]:
 
 
 def _bytes(row: PrivateRow) -> str:
-    """Up and down together; noise changes nothing in them."""
+    """Return bytes up and down together; noise does not change them."""
     return "" if row.bytes_up is None or row.bytes_down is None else f"; {size(row.bytes_up + row.bytes_down)}"
 
 
 def _unit(config: Mapping[str, Any]) -> str:
-    """Whom it protects, and whether it does."""
+    """Return the unit of privacy, and a warning where the noise gives no guarantee."""
     dp = config["dp"]
     is_seeded = dp["mode"] != "none" and dp["randomness"] == "seeded"
     return _UNITS[dp["mode"]] + (" (seeded noise: no guarantee)" if is_seeded else "")
@@ -207,15 +214,8 @@ def _merged(config: Mapping[str, Any]) -> str:
     return str(config["rounds"]["rule"] or ", ".join(config["merge"]["methods"]))
 
 
-_LEAKS = {  # title -> model, attack and metric
-    "Membership AUC, expert": ("expert", AGAINST_BACKBONE, "auc"),
-    "Membership AUC, merge": ("merged", AGAINST_BACKBONE, "auc"),
-    "Exposure, expert": ("expert", "canaries", "mean_exposure"),
-    "Exposure, merge": ("merged", "canaries", "mean_exposure"),
-}
-
-
 def privacy_section(data: Dataset) -> Html | None:
+    """Return utility, privacy and bytes of the strategies with differential privacy or an audit; None without."""
     configs = {cell["strategy"]: cell["config"] for cell in data.tables.cells}
     costs = whole_federation(data.tables.costs)
     columns = {

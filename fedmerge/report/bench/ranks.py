@@ -10,6 +10,7 @@ from fedmerge.report.statistics import LEVEL
 
 
 def ranks_section(tables: BenchTables, series: Mapping[str, int]) -> Html:
+    """Return mean ranks with their critical difference, and Friedman's test."""
     pictures, lines = [], []
     for dataset in dict.fromkeys(row["dataset"] for row in tables.ranks):
         rows = [row for row in tables.ranks if row["dataset"] == dataset and is_number(row["mean_rank"])]
@@ -33,9 +34,9 @@ def ranks_section(tables: BenchTables, series: Mapping[str, int]) -> Html:
         "div",
         *(element("p", line) for line in lines),
         note(
-            "Mean rank over the blocks (dataset, domain, seed), 1 is best. Strategies joined by a bar differ by less "
-            "than the critical difference (Nemenyi, 5 %). Seeds of one domain are not quite independent blocks: a "
-            "summary, not a proof."
+            "Mean rank over blocks (dataset, domain, seed); 1 is best. Strategies joined by a bar differ by less than "
+            "the critical difference (Nemenyi, 5 %). Seeds of one domain are not fully independent blocks, so this is "
+            "a summary and no proof."
         ),
         class_="side",
     )

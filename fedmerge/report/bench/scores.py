@@ -29,6 +29,7 @@ from fedmerge.report.statistics import LEVEL
 
 
 def scores_section(data: Dataset) -> Html:
+    """Return the means over domains, for every variant and metric."""
     first = data.variant
     parts: list[str] = [_score_table(data, first, "scores-table"), _how_to_read(data, first)]
     others = sorted({row["variant"] for row in data.tables.results} - {first})
@@ -79,11 +80,11 @@ def _score_table(data: Dataset, variant: str, key: str) -> Html:
 
 def _how_to_read(data: Dataset, variant: str) -> Html:
     baseline = data.baseline
-    parts = [VARIANT_NOTES[variant], " ★ highest of the strategies that compete, before rounding."]
+    parts = [VARIANT_NOTES[variant], " ★ highest of the competing strategies, before rounding."]
     if baseline:
         parts.append(
-            f" ▲ better, ▼ worse than {baseline}, ○ not told apart: paired over users and seeds, corrected for the "
-            f"number of strategies (Holm, {100 * LEVEL:g} %)."
+            f" ▲ better, ▼ worse than {baseline}, ○ not significantly different: paired over users and seeds, "
+            f"corrected for the number of strategies (Holm, {100 * LEVEL:g} %)."
         )
     if len(data.competing) < len(data.strategies):
         parts.append(" Reference rows do not compete for the ★.")
@@ -96,12 +97,12 @@ def _how_to_read(data: Dataset, variant: str) -> Html:
 
 
 def _labels(data: Dataset) -> dict[str, str]:
-    """Strategy -> the variants that validation chose, where they say more than its name."""
+    """Return strategy -> the variants selected on validation, where their names add something to the strategy's."""
     found: dict[str, dict[str, None]] = {}
     for row in data.tables.results:
         if row["label"] != row["strategy"]:
             found.setdefault(row["strategy"], {})[row["label"].removeprefix(row["strategy"]).strip()] = None
-    return {strategy: "chosen: " + ", ".join(labels) for strategy, labels in found.items()}
+    return {strategy: "selected: " + ", ".join(labels) for strategy, labels in found.items()}
 
 
 def _every_metric(data: Dataset, variant: str, role: str) -> Html:
@@ -124,6 +125,7 @@ def _every_metric(data: Dataset, variant: str, role: str) -> Html:
 
 
 def domains_section(data: Dataset) -> Html:
+    """Return a figure per domain, and a table of all domains."""
     variant, metric, baseline = data.variant, HEADLINE[0], data.baseline
     columns: list[tuple[str, dict[str, Score]]] = []
     for role in data.roles:
@@ -160,19 +162,20 @@ def domains_section(data: Dataset) -> Html:
             )
         body.append(row)
     heads = [Column("Strategy", numeric=False), *(Column(title) for title, _ in columns)]
-    told = f"{metric_title(metric)} on test, {variant}"
+    caption = f"{metric_title(metric)} on test, {variant}"
     line = f" Dashed: {baseline}." if baseline else ""
     return join(
-        folded("Pictures", shown) if len(pictures) > MANY_PICTURES else shown,
+        folded("Figures", shown) if len(pictures) > MANY_PICTURES else shown,
         note(
-            "Mean over seeds, ± their standard deviation where there are several."
-            f"{line} Each picture has its own scale; an arrow is outside it."
+            "Mean over seeds, ± their standard deviation if there are several."
+            f"{line} Each figure has its own scale; an arrow marks a value outside it."
         ),
-        table(f"{data.prefix}domains-table", told, heads, body),
+        table(f"{data.prefix}domains-table", caption, heads, body),
     )
 
 
 def unseen_section(data: Dataset) -> Html | None:
+    """Return the scores on unseen domains against those on training domains; None without unseen domains."""
     variant, metric = data.variant, HEADLINE[0]
     unseen = test_rows(data, variant, "unseen", metric)
     if not unseen:
@@ -187,10 +190,10 @@ def unseen_section(data: Dataset) -> Html | None:
         if s in of_seen and s in of_unseen
     ]
     how = (
-        "Every training domain in turn was left out of the merge and of every choice: the mean over domains where they "
-        "took no part, against the mean over the training domains where all were merged."
+        "Each training domain in turn was left out of the merge and of every selection: the mean over domains "
+        "where they took no part, against the mean over the training domains where all were merged."
         if folds != {""}
-        else "Unseen domains took no part in training, merging or any choice."
+        else "Unseen domains took no part in training, merging or selection."
     )
     return charts.with_legend(
         [charts.scatter_chart(metric_title(metric), "training domains", "unseen domains", points)],

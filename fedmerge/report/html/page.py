@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 
+from fedmerge.report.escaping import printable
+
 ABSENT = "–"
 
 
@@ -34,7 +36,7 @@ def element(tag: str, *children: str | None, **attributes: str | int | float | b
     '<p class="x">a &lt; b<b>!</b></p>'
     """
     given = "".join(
-        f" {name.rstrip('_').replace('_', '-')}" + ("" if value is True else f'="{html.escape(str(value))}"')
+        f" {name.rstrip('_').replace('_', '-')}" + ("" if value is True else f'="{_escape(str(value))}"')
         for name, value in attributes.items()
         if value is not None and value is not False
     )
@@ -43,7 +45,11 @@ def element(tag: str, *children: str | None, **attributes: str | int | float | b
 
 def join(*children: str | None) -> Html:
     """One after another, escaped unless they are markup already."""
-    return Html("".join(child if isinstance(child, Html) else html.escape(child) for child in children if child))
+    return Html("".join(child if isinstance(child, Html) else _escape(child) for child in children if child))
+
+
+def _escape(text: str) -> str:
+    return html.escape(printable(text))
 
 
 # Numbers

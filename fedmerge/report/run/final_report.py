@@ -1,4 +1,4 @@
-"""What a run says at its end: the rows of its tables of sums, and the report."""
+"""The end of a run: the rows of its tables of sums, and the report as text."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -7,6 +7,7 @@ from typing import Any
 from fedmerge.config import Simulation, Split
 from fedmerge.evaluation.ranks import METRICS
 from fedmerge.evaluation.sums import EXPERT, VARIANTS, MetricSums, Variant
+from fedmerge.report.escaping import one_line
 from fedmerge.report.tables import Role, differences_table, result_rows, results_table
 from fedmerge.server.choice import SERVED, with_served
 
@@ -15,21 +16,22 @@ SumsByDomain = Mapping[str, Mapping[Variant, MetricSums]]
 
 @dataclass(frozen=True)
 class Evaluated:
-    """What was evaluated on test, and what validation had chosen.
+    """Results on test, and the choices made on validation.
 
     Attributes:
         sums: domain -> variant -> sums on test.
         roles: domain -> "train" or "unseen".
-        merged: labels of the merges, one a method.
-        served: the label that validation chose.
+        merged: labels of the merges, one per method.
+        served: label of the merge selected on validation.
         per_domain: domain -> its ``serve`` and scores, see :func:`fedmerge.server.choice.choose_per_domain`.
-        excluded: domain (or node) -> why.
-        merged_domains: whose experts are in the merges.
-        synthetic: whether any domain's data are generated.
-        attack: says who poisoned its training on purpose, see :func:`attack_note`.
-        flagged: domain -> why the gate would have kept its expert out; it is in the merges all the same.
-        dropped: domain -> difference of the merge to its own expert, of those that it ranks worse beyond noise.
-        rollback: what was served instead, see :func:`fedmerge.server.choice.roll_back`.
+        excluded: domain or node -> reason.
+        merged_domains: domains whose experts are in the merges.
+        synthetic: True if the data of any domain are generated.
+        attack: warning about a client that poisons its training, see :func:`attack_note`.
+        flagged: domain -> reason of the admission gate; its expert is still merged.
+        dropped: domain -> difference between the merge and the domain's own expert, where the merge is significantly
+            worse.
+        rollback: the merge served instead, see :func:`fedmerge.server.choice.roll_back`.
     """
 
     sums: SumsByDomain
@@ -47,18 +49,18 @@ class Evaluated:
 
 
 def attack_note(simulation: Simulation) -> str:
-    """Who poisons its training on purpose, in capitals; empty for nobody."""
+    """Warning about a client that poisons its training on purpose; empty without one."""
     if simulation.attacker is None:
         return ""
     return (
-        f"POISONED ON PURPOSE: {simulation.attacker} spoils its own training ({simulation.attack}, "
+        f"POISONED ON PURPOSE: {simulation.attacker} corrupts its own training ({simulation.attack}, "
         f"strength {simulation.attack_strength:g}), "
         "for a benchmark of robust merges. Serve none of these models."
     )
 
 
 def metric_rows(splits: Mapping[Split, SumsByDomain], roles: Mapping[str, Role]) -> Iterator[dict[str, Any]]:
-    """``metrics.parquet``: one row a split, domain, variant, method and metric."""
+    """Rows of ``metrics.parquet``: one per split, domain, variant, method and metric."""
     return (
         {
             "split": split,
@@ -79,7 +81,7 @@ def metric_rows(splits: Mapping[Split, SumsByDomain], roles: Mapping[str, Role])
 
 
 def product_rows(splits: Mapping[Split, SumsByDomain]) -> Iterator[dict[str, Any]]:
-    """``products.parquet``: one row a split, domain, variant, metric and pair of methods."""
+    """Rows of ``products.parquet``: one per split, domain, variant, metric and pair of methods."""
     return (
         {
             "split": split,
@@ -101,11 +103,13 @@ def product_rows(splits: Mapping[Split, SumsByDomain]) -> Iterator[dict[str, Any
 
 
 def run_report(run: Evaluated, fallback: bool) -> str:
-    """The tables on test, who was excluded, and what is to be served.
+    """Return the report: tables on test, excluded and flagged clients, the served merge.
+
+    Names and reasons come from clients; each is shown on one line, without control characters.
 
     Args:
         run: results and choices.
-        fallback: with one more row: each domain under what it is served.
+        fallback: add a row in which each domain is served the merge or its own expert.
     """
     domains = [domain for role in ("train", "unseen") for domain in sorted(run.sums) if run.roles[domain] == role]
     roles = {domain: run.roles[domain] for domain in domains}
@@ -130,27 +134,31 @@ def run_report(run: Evaluated, fallback: bool) -> str:
         differences_table(by_variant["unmasked"], roles, baseline=baseline, split="test", synthetic=run.synthetic)
     )
     if run.attack:
-        parts = [f"{run.attack}\n", *parts]
+        parts = [f"{one_line(run.attack)}\n", *parts]
     for name, reason in sorted(run.flagged.items()):
-        parts.append(f"flagged by the admission gate, and merged all the same: {name}: {reason}\n")
+        parts.append(f"{_named('flagged, but still merged', name, reason)}\n")
     for name, reason in sorted(run.excluded.items()):
-        merged = ", its expert is in the merges" if name in run.merged_domains else ""
-        parts.append(f"excluded{merged}: {name}: {reason}\n")
+        merged = ", but its expert is still merged" if name in run.merged_domains else ""
+        parts.append(f"{_named(f'excluded{merged}', name, reason)}\n")
     if run.dropped:
-        each = ", ".join(f"{name} ({found['mean']:+.4f})" for name, found in sorted(run.dropped.items()))
-        parts.append(f"dropped below their own expert on validation, beyond noise: {each}\n")
+        each = ", ".join(f"{one_line(name)} ({found['mean']:+.4f})" for name, found in sorted(run.dropped.items()))
+        parts.append(f"significantly worse than their own expert on validation: {each}\n")
     if run.rollback:
-        parts.append(f"rolled back from {run.rollback['from']} to: {run.rollback['to']}\n")
-    parts.append(f"chosen on validation and to be served: {run.served}\n")
+        parts.append(f"rolled back from {one_line(run.rollback['from'])} to {one_line(run.rollback['to'])}\n")
+    parts.append(f"selected on validation; served: {one_line(run.served)}\n")
     if fallback:
-        own = [domain for domain in sorted(run.per_domain) if run.per_domain[domain]["serve"] == EXPERT]
+        own = [one_line(domain) for domain in sorted(run.per_domain) if _served_model(run, domain) == EXPERT]
         parts.append(
-            f"to be served their own expert instead, chosen on validation: {', '.join(own) or 'none'}\n"
-            f"({SERVED}: each domain under what it is served. Validation scores of what was chosen there are too good "
-            "on average, so judge the choice by this row on test.)\n"
+            f"served their own expert instead, selected on validation: {', '.join(own) or 'none'}\n"
+            f"({SERVED}: each domain with the model that it is served. Scores on validation favour the models that "
+            "were selected there, so judge the selection by this row on test.)\n"
         )
     return "\n".join(parts)
 
 
 def _served_model(run: Evaluated, domain: str) -> str:
     return EXPERT if run.per_domain.get(domain, {}).get("serve") == EXPERT else run.served
+
+
+def _named(what: str, name: str, reason: str) -> str:
+    return f"{what}: {one_line(name)}: {one_line(reason)}"

@@ -1,16 +1,17 @@
-"""Runs for people and for programs: a table of them, and one in full."""
+"""Runs as text and as JSON records: a table of all, and one in full."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fedmerge.report.escaping import one_line, printable
 from fedmerge.runs.reading import MergeRecord, RunDetails, RunSummary
 
-MOST_LINES = 20  # of one kind, for people
+MOST_LINES = 20  # of one kind, in text
 _ABSENT = "-"
 
 
 def runs_table(summaries: Sequence[RunSummary]) -> str:
-    """One line a run; what is damaged stands below. The metric is the served merge's, unmasked, on test."""
+    """Return a table with one line per run, and problems below it; the metric is the served merge's on test."""
     rows = [("run", "state", "started (UTC)", "seconds", "domains", "methods", "served", "on test")]
     for run in summaries:
         rows.append(
@@ -25,15 +26,16 @@ def runs_table(summaries: Sequence[RunSummary]) -> str:
                 _ABSENT if run.test is None else f"{run.metric} {run.test:.4f}",
             )
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    shown = [[one_line(cell) for cell in row] for row in rows]
+    widths = [max(len(row[column]) for row in shown) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in shown]
     lines.insert(1, "-" * (sum(widths) + 2 * len(widths) - 2))
-    lines += [f"{run.id}: {problem}" for run in summaries for problem in run.problems]
+    lines += [one_line(f"{run.id}: {problem}") for run in summaries for problem in run.problems]
     return "\n".join(lines) + "\n"
 
 
 def summary_record(run: RunSummary) -> dict[str, Any]:
-    """The same as JSON types."""
+    """Return the same as JSON types."""
     return {
         "id": run.id,
         "folder": str(run.folder),
@@ -52,14 +54,14 @@ def summary_record(run: RunSummary) -> dict[str, Any]:
 
 
 def run_text(run: RunDetails) -> str:
-    """What a run was, who took part, what came out, and where the files are."""
+    """Return a run's settings, participants, merges, served model, files and report."""
     summary, settings = run.summary, run.settings
     entries: list[tuple[str, Sequence[str]]] = [
         ("run", [f"{summary.id}{'  (SYNTHETIC DATA)' if summary.synthetic else ''}"]),
         ("state", [_state(summary)]),
         ("folder", [str(summary.folder)]),
         ("settings", [_settings(settings)]),
-        ("took part", [_participant(name, client, run.experts) for name, client in run.participants.items()]),
+        ("participants", [_participant(name, client, run.experts) for name, client in run.participants.items()]),
         ("excluded", [f"{name}: {reason}" for name, reason in run.excluded.items()]),
         ("failure", (run.failure or "").splitlines()),
         ("merges", [_merge(merge, run) for merge in run.merges]),
@@ -74,12 +76,12 @@ def run_text(run: RunDetails) -> str:
         if len(values) > MOST_LINES:
             shown.append(f"and {len(values) - MOST_LINES} more; --json shows all")
         for number, value in enumerate(shown):
-            lines.append(f"{'' if number else title:14}{value}")
-    return "\n".join(lines) + "\n" + (f"\n{run.report}" if run.report else "")
+            lines.append(f"{'' if number else title:14}{one_line(value)}")
+    return "\n".join(lines) + "\n" + (f"\n{printable(run.report)}" if run.report else "")
 
 
 def run_record(run: RunDetails) -> dict[str, Any]:
-    """The same as JSON types."""
+    """Return the same as JSON types."""
     return {
         **summary_record(run.summary),
         "settings": dict(run.settings),
@@ -95,7 +97,7 @@ def run_record(run: RunDetails) -> dict[str, Any]:
 
 
 def coefficients_text(provenance: Mapping[str, Any]) -> str:
-    """``beauty 0.250, books 0.250``; layer-wise ones as their mean and range."""
+    """Return ``beauty 0.250, books 0.250``; coefficients by layer as their mean and range."""
     coefficients = provenance.get("coefficients")
     if not isinstance(coefficients, dict) or not coefficients:
         return "coefficients not recorded"
@@ -112,7 +114,7 @@ def _state(run: RunSummary) -> str:
     when = f", started {run.started:%Y-%m-%d %H:%M} UTC" if run.started else ""
     if run.state == "done":
         return f"done{f' in {run.seconds:,.0f} s' if run.seconds is not None else ''}{when}"
-    return f"failed{when}" if run.state == "failed" else f"incomplete: still running, or killed{when}"
+    return f"failed{when}" if run.state == "failed" else f"incomplete: running or killed{when}"
 
 
 def _settings(settings: Mapping[str, Any]) -> str:
@@ -129,7 +131,7 @@ def _participant(name: str, client: Mapping[str, Any], experts: Mapping[str, Map
     report = experts.get(name, {})
     trained = ""
     if isinstance(report.get("seconds"), (int, float)):
-        cached = ", from its disk" if report.get("cached") else ""
+        cached = ", cached" if report.get("cached") else ""
         best = f", best at {report['best_step']}" if "best_step" in report else ""
         trained = f"; {report.get('steps')} steps{best}, {report['seconds']:,.0f} s{cached}"
     return f"{name} ({client.get('role', _ABSENT)}): {counts or _ABSENT}{trained}"
@@ -150,16 +152,16 @@ def _served(run: RunDetails) -> str:
 
 
 def _files(run: RunSummary) -> list[str]:
-    what = {
+    meanings = {
         "config.toml": "its settings",
         "adapters": "each domain's expert",
-        "merged": "the merges, PEFT folders",
-        "remerged": "merges made afterwards",
+        "merged": "the merges, as PEFT folders",
+        "remerged": "merges made later",
         "metrics.parquet": "sums and counts",
-        "exposure.parquet": "what left each client",
+        "exposure.parquet": "data that left each client",
         "run.log": "the log",
     }
-    return [f"{run.folder / name}  ({meaning})" for name, meaning in what.items() if (run.folder / name).exists()]
+    return [f"{run.folder / name}  ({meaning})" for name, meaning in meanings.items() if (run.folder / name).exists()]
 
 
 def _some(names: Sequence[str], most: int = 4) -> str:

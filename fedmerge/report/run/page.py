@@ -1,4 +1,4 @@
-"""A finished run as the tables of a benchmark of one seed, and what only a run can tell."""
+"""The page of a finished run: the tables of a benchmark with one seed, and the sections that only a run has."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -40,27 +40,27 @@ _SPLITS: tuple[Split, ...] = ("valid", "test")
 
 
 def run_page(folder: Path) -> str:
-    """The page of a finished run.
+    """Return the HTML page of a finished run.
 
     Raises:
-        RunDirError: not finished, or damaged.
+        RunDirError: the run is not finished, or its folder is damaged.
     """
     run = describe_run(folder)
     if run.summary.state != "done":
         raise RunDirError(
-            f"{folder}: the run is {run.summary.state}, and a report needs one that is done. Go on with it: "
-            f"fedmerge run --resume {folder}. What is there is shown by fedmerge show {folder}"
+            f"{folder}: the run is {run.summary.state}; expected a finished run. Resume it with "
+            f"fedmerge run --resume {folder}, or see its partial results with fedmerge show {folder}"
         )
     tables = run_tables(run)
-    sections = [("clients", "Who took part", _participants(run)), ("choice", "Chosen on validation", _choice(run))]
-    sections.append(("exposure", "What left each client", _exposure(run.summary.folder)))
+    sections = [("clients", "Participants", _participants(run)), ("choice", "Selected on validation", _choice(run))]
+    sections.append(("exposure", "Data that left each client", _exposure(run.summary.folder)))
     more = [Section(key, heading, content) for key, heading, content in sections if content]
-    served = join("To be served: ", element("strong", run.summary.served)) if run.summary.served else Html("")
+    served = join("Served: ", element("strong", run.summary.served)) if run.summary.served else Html("")
     return bench_page(tables, kind="Run", lead=element("p", served), more=more)
 
 
 def run_tables(run: RunDetails) -> BenchTables:
-    """A run's tables; its methods are the strategies.
+    """Return a run as the tables of a benchmark whose strategies are the run's methods.
 
     Raises:
         RunDirError: a table or record is missing or damaged.
@@ -132,13 +132,13 @@ def _domain_roles(path: Path) -> dict[str, Role]:
         rows = pq.read_table(path, columns=["domain", "role"]).to_pylist()
     except (OSError, pa.ArrowException) as error:
         raise RunDirError(
-            f"{path}: cannot be read ({str(error).splitlines()[0]}). Get the run folder again."
+            f"{path}: cannot be read ({str(error).splitlines()[0]}). Copy the run folder again."
         ) from error
     return {row["domain"]: row["role"] for row in rows}
 
 
 def _with_served(sums: MetricSums, run: RunDetails, domain: str) -> MetricSums:
-    """With a row of what this domain is served, where domains were chosen for one by one."""
+    """Add a row for the model that this domain is served, if models were selected per domain."""
     per_domain, served = run.choice.get("per_domain"), run.summary.served
     if not isinstance(per_domain, dict) or not per_domain or served not in sums.methods:
         return sums
@@ -175,7 +175,7 @@ def _curves(folder: Path) -> list[dict[str, Any]]:
         provenance = read_record(path)
         label = str(provenance.get("label", path.parent.name))
         for step, losses in enumerate(provenance.get("losses", ()), start=1):
-            names = losses if len(losses) > 2 else ("total",)  # a sum of one term is that term, but for its weight
+            names = losses if len(losses) > 2 else ("total",)  # a single term, times its weight, is the total
             rows += [_point(label, "", step, f"Merges, {name} loss", losses[name]) for name in names]
         for step, score in provenance.get("validation", ()):
             rows.append(_point(label, "", step, "Merges, validation score", score))
@@ -203,7 +203,7 @@ def _coefficients(run: RunDetails) -> list[dict[str, Any]]:
     return rows
 
 
-# What only a run can tell
+# Sections that only a run has
 
 
 def _participants(run: RunDetails) -> Html:
@@ -226,13 +226,13 @@ def _participants(run: RunDetails) -> Html:
         )
     gate = read_record(run.summary.folder / ADMISSION)
     flagged = gate.get("failed", {}) if gate.get("action") == "flag" else {}
-    named = [("Excluded", run.excluded), ("Flagged, and merged all the same", flagged)]
+    named = [("Excluded", run.excluded), ("Flagged, but still merged", flagged)]
     said = [
         element("p", element("strong", f"{what}: {name}. "), reason)
         for what, reasons in named
         for name, reason in reasons.items()
     ]
-    return join(table("clients-table", "Clients, and the training of their experts", heads, body), *said)
+    return join(table("clients-table", "Clients and the training of their experts", heads, body), *said)
 
 
 def _choice(run: RunDetails) -> Html | None:
@@ -243,7 +243,7 @@ def _choice(run: RunDetails) -> Html | None:
     body = [
         [
             Cell(
-                join(label, element("span", "to be served", class_="tag") if label == run.summary.served else None),
+                join(label, element("span", "served", class_="tag") if label == run.summary.served else None),
                 label,
             ),
             number_cell(score, f"{score:.4f}", best=score == highest),
@@ -256,12 +256,12 @@ def _choice(run: RunDetails) -> Html | None:
         for domain, chosen in (run.choice.get("per_domain") or {}).items()
         if isinstance(chosen, dict) and chosen.get("serve") == EXPERT
     ]
-    told = note(f"Better served by their own expert, and so in the row “{SERVED}”: {', '.join(own)}.") if own else None
+    fallback = note(f"Served their own expert, in the row “{SERVED}” too: {', '.join(own)}.") if own else None
     dropped, back = run.choice.get("dropped") or {}, run.choice.get("rollback") or {}
-    worse = note(f"The merge chosen first is worse than their own expert, beyond noise, for: {', '.join(dropped)}.")
-    rolled = note(f"Rolled back from {back.get('from')} to: {back.get('to')}.")
+    worse = note(f"The merge selected first is significantly worse than their own expert: {', '.join(dropped)}.")
+    rolled = note(f"Rolled back from {back.get('from')} to {back.get('to')}.")
     scores_table = table("choice-table", "Mean over training domains on validation, unmasked", heads, body)
-    return join(scores_table, told, worse if dropped else None, rolled if back else None)
+    return join(scores_table, fallback, worse if dropped else None, rolled if back else None)
 
 
 def _exposure(folder: Path) -> Html | None:
@@ -272,7 +272,7 @@ def _exposure(folder: Path) -> Html | None:
         return None
     except (OSError, pa.ArrowException) as error:
         raise RunDirError(
-            f"{path}: cannot be read ({str(error).splitlines()[0]}). Get the run folder again."
+            f"{path}: cannot be read ({str(error).splitlines()[0]}). Copy the run folder again."
         ) from error
     messages = list(dict.fromkeys(row["message"] for row in rows))
     sums: dict[tuple[str, str], int] = {}
@@ -289,7 +289,7 @@ def _exposure(folder: Path) -> Html | None:
     return join(
         table("exposure-table", "Bytes from each client to the server, by message", heads, body),
         note(
-            "Every name, shape and size is in exposure.parquet. An adapter is computed from private data and can leak "
+            "exposure.parquet has every name, shape and size. An adapter is computed from private data and can reveal "
             "some of it."
         ),
     )

@@ -1,0 +1,32 @@
+"""Text from outside (names, titles, reasons of clients) made safe to show in a terminal, a log, a table or a page."""
+
+import unicodedata
+
+
+def printable(text: str) -> str:
+    r"""Return the text with control characters shown as escapes; line feeds and spaces of any width stay.
+
+    A client chooses its messages, and a terminal obeys control characters: they can hide lines, forge others, or
+    reverse the order of what follows.
+
+    >>> print(printable("red \x1b[31m, reversed \u202e, Zürich"))
+    red \x1b[31m, reversed \u202e, Zürich
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        character
+        if character.isprintable() or character == "\n" or unicodedata.category(character) == "Zs"
+        else character.encode("unicode_escape").decode("ascii")
+        for character in text
+    )
+
+
+def one_line(text: str) -> str:
+    """Return the text as a single line: its lines joined by a space, tabs as spaces, control characters as escapes.
+
+    >>> one_line("a reason\\n\\n  of two lines")
+    'a reason of two lines'
+    """
+    lines = text.replace("\t", " ").splitlines()
+    return printable(" ".join(line.strip() for line in lines if line.strip()) if len(lines) > 1 else "".join(lines))
