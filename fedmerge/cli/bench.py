@@ -11,14 +11,18 @@ if TYPE_CHECKING:
 
 
 def add_commands(commands: "Commands") -> None:
-    """Add it to the parser."""
+    """Add the command to the parser."""
     bench = commands.add_parser("bench", help="compare strategies over seeds and datasets, with a report")
     bench.add_argument(
         "file", type=config_file, help="benchmark file, or a name that 'fedmerge configs' lists, as bench/smoke"
     )
-    bench.add_argument("--out", type=Path, required=True, metavar="DIR", help="where everything goes; goes on with it")
+    bench.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder of the benchmark; an existing one is resumed"
+    )
     add_overrides(bench)
-    bench.add_argument("--address", default=None, help="of a Ray cluster whose nodes see DIR (default: this machine)")
+    bench.add_argument(
+        "--address", default=None, help="address of a Ray cluster whose nodes share DIR (default: this machine)"
+    )
     add_app(bench)
     bench.set_defaults(command=_bench)
 

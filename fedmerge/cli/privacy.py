@@ -1,4 +1,4 @@
-"""``fedmerge privacy``: what a run leaks, measured where its users' data are."""
+"""``fedmerge privacy``: an audit of a run, made where its users' data are."""
 
 import argparse
 import json
@@ -16,14 +16,22 @@ if TYPE_CHECKING:
 
 
 def add_commands(commands: "Commands") -> None:
-    """Add it to the parser."""
-    privacy = commands.add_parser("privacy", help="measure what a run leaks").add_subparsers(
+    """Add the command to the parser."""
+    privacy = commands.add_parser("privacy", help="measure how much a run reveals about users").add_subparsers(
         required=True, metavar="ACTION"
     )
-    audit = privacy.add_parser("audit", help="attack a run's adapters, where the data are: a client, or a simulation")
-    audit.add_argument("run", metavar="RUN", help="a run folder, or the beginning of a run's id")
-    audit.add_argument("--domain", action="append", default=[], metavar="NAME", help="(default: all training domains)")
-    audit.add_argument("--shadows", type=int, default=8, help="trainings on random halves of the users (default: 8)")
+    audit = privacy.add_parser("audit", help="attack a run's adapters, at a client or in a simulation")
+    audit.add_argument("run", metavar="RUN", help="run folder, or the beginning of a run id")
+    audit.add_argument(
+        "--domain",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="domain to audit; can be repeated (default: all training domains)",
+    )
+    audit.add_argument(
+        "--shadows", type=int, default=8, help="shadow trainings on random halves of the users (default: 8)"
+    )
     audit.add_argument("--json", action="store_true", help="machine-readable output")
     add_runs_folder(audit)
     add_overrides(audit)
@@ -42,11 +50,11 @@ def _audit(options: argparse.Namespace) -> int:
     names = options.domain or list(config.domains.train)
     if strange := sorted({*names} - {*config.domains.train}):
         raise ConfigError(
-            f"--domain {', '.join(strange)}: not a training domain of the run, which has "
-            f"{', '.join(config.domains.train)}. Name one of those."
+            f"--domain {', '.join(strange)}: not a training domain of the run; expected one of "
+            f"{', '.join(config.domains.train)}."
         )
     if options.shadows < 0:
-        raise ConfigError(f"--shadows {options.shadows}: expected 0 or more; 0 leaves out the attack with shadows.")
+        raise ConfigError(f"--shadows {options.shadows}: expected 0 or more; 0 skips the attack with shadows.")
 
     import torch
 
@@ -67,7 +75,7 @@ def _audit(options: argparse.Namespace) -> int:
 
 
 def _opened(folder: Path, config: "ExperimentConfig", names: Sequence[str]) -> Iterator[tuple[str, "Audited"]]:
-    """Each domain with what its run has of it."""
+    """Yield each domain with its expert, the served merge and the other experts."""
     from fedmerge.client.audit.attacks import Audited
     from fedmerge.client.local_domain import open_domain
     from fedmerge.domain.demo import domains_root
@@ -81,7 +89,7 @@ def _opened(folder: Path, config: "ExperimentConfig", names: Sequence[str]) -> I
     served = run.choice.get("served")
     merges = [merge for merge in run.merges if merge.provenance.get("label") == served]
     if not merges and not run.experts:
-        raise RunDirError(f"{folder}: holds no expert and no merge that was chosen. Let the run end first.")
+        raise RunDirError(f"{folder}: found no expert and no served merge; expected a finished run.")
     provenance = merges[0].provenance if merges else {}
     merged = read_verified(merges[0].folder) if merges else None
     experts = {name: read_verified(folder / "adapters" / name) for name in sorted(run.experts)}

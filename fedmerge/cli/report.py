@@ -11,11 +11,15 @@ if TYPE_CHECKING:
 
 
 def add_commands(commands: "Commands") -> None:
-    """Add it to the parser."""
-    report = commands.add_parser("report", help="write the page of a run or a benchmark: one HTML file, no network")
-    report.add_argument("run", metavar="RUN|BENCH", help="a run or benchmark folder, or the beginning of a run's id")
+    """Add the command to the parser."""
+    report = commands.add_parser(
+        "report", help="write the HTML page of a run or a benchmark: one file without network access"
+    )
+    report.add_argument("run", metavar="RUN|BENCH", help="run or benchmark folder, or the beginning of a run id")
     add_runs_folder(report)
-    report.add_argument("--out", type=Path, default=None, metavar="FILE", help="(default: report.html in the folder)")
+    report.add_argument(
+        "--out", type=Path, default=None, metavar="FILE", help="file to write (default: report.html in the folder)"
+    )
     report.set_defaults(command=_report)
 
 
@@ -35,7 +39,7 @@ def _report(options: argparse.Namespace) -> int:
         text = run_page(folder)
     out = options.out or folder / "report.html"
     if not out.parent.is_dir() or out.is_dir():
-        raise RunDirError(f"{out}: expected the name of a file in a folder that is there. Give another --out.")
+        raise RunDirError(f"{out}: expected a file name in an existing folder. Give another --out.")
     write_text(out, text)
     print(out)
     return 0

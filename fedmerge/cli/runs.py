@@ -12,16 +12,16 @@ if TYPE_CHECKING:
 
 
 def add_commands(commands: "Commands") -> None:
-    """Add them to the parser."""
-    runs = commands.add_parser("runs", help="list runs: what they were, how they ended, what is served")
+    """Add the commands to the parser."""
+    runs = commands.add_parser("runs", help="list runs: settings, state, served merge")
     add_runs_folder(runs)
     runs.add_argument("--json", action="store_true", help="machine-readable output")
     runs.add_argument(
-        "--federation", metavar="NAME", help="the runs that a federation's server knows, with their state"
+        "--federation", metavar="NAME", help="list the runs of a federation's server instead, with their state"
     )
     runs.set_defaults(command=_runs)
-    show = commands.add_parser("show", help="show a run: who took part, coefficients, results, files")
-    show.add_argument("run", metavar="RUN", help="a run folder, or the beginning of a run's id")
+    show = commands.add_parser("show", help="show a run: participants, coefficients, results, files")
+    show.add_argument("run", metavar="RUN", help="run folder, or the beginning of a run id")
     add_runs_folder(show)
     show.add_argument("--json", action="store_true", help="machine-readable output")
     show.set_defaults(command=_show)
@@ -39,7 +39,7 @@ def _runs(options: argparse.Namespace) -> int:
     elif summaries:
         print(runs_table(summaries), end="")
     else:
-        print(f"{options.dir}: no run in it")
+        print(f"{options.dir}: no runs")
     return 0
 
 
@@ -52,9 +52,9 @@ def _submitted(options: argparse.Namespace) -> int:
         return 0
     for run in runs:
         numbers = f"{run.seconds:.0f} s  {run.received_bytes / 2**20:.1f} MiB received"
-        print(f"{run.run or '(not from here)'}  {run.status}  {numbers}  {run.started}  {run.flower_id}")
+        print(f"{run.run or '(started elsewhere)'}  {run.status}  {numbers}  {run.started}  {run.flower_id}")
     if not runs:
-        print(f"{options.federation}: no run yet")
+        print(f"{options.federation}: no runs yet")
     return 0
 
 

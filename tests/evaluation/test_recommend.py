@@ -237,7 +237,7 @@ def test_recommend_prints_titles_and_scores(
     arguments = ("--domain", place.domains / "toys", "--history", ",".join(ids), "-k", "3")
     lines = output(capsys, "recommend", average, *arguments).splitlines()
     titles = recommender.catalog.attributes["title"]
-    assert lines[0] == "toys (SYNTHETIC DATA): after"
+    assert lines[0] == "toys (SYNTHETIC DATA): history"
     assert [line.strip() for line in lines[1:3]] == [f"{ids[0]}  {titles[1]}", f"{ids[1]}  {titles[5]}"]
     for number, (line, item) in enumerate(zip(lines[4:], recommend(recommender, ids, 3), strict=True), start=1):
         assert line.split() == [str(number), f"{item.score:.4f}", item.item_id, *item.title.split()]

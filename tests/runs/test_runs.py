@@ -187,7 +187,7 @@ def test_runs_prints_a_table_or_json(runs: Path, capsys: Capsys) -> None:
     assert records[0]["started"] == "2026-01-02T03:04:05+00:00"
     assert records[0]["test"] == pytest.approx(0.5)
     (runs / "empty").mkdir()
-    assert output(capsys, "runs", "--dir", runs / "empty") == f"{runs / 'empty'}: no run in it\n"
+    assert output(capsys, "runs", "--dir", runs / "empty") == f"{runs / 'empty'}: no runs\n"
     assert "gone: no such folder" in refusal(capsys, "runs", "--dir", runs / "gone")
 
 

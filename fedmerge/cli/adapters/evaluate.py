@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 
 def add_commands(commands: "Commands") -> None:
-    """Add it to the parser."""
+    """Add the command to the parser."""
     evaluate = commands.add_parser("evaluate", help="evaluate an adapter on a domain")
     add_adapter(evaluate)
     evaluate.add_argument("--domain", type=Path, required=True, metavar="DIR")
     evaluate.add_argument("--split", choices=("valid", "test"), default="valid")
-    evaluate.add_argument("--max-users", type=int, default=None, help="default: all")
+    evaluate.add_argument("--max-users", type=int, default=None, help="users to evaluate (default: all)")
     evaluate.add_argument(
         "--baselines",
         default=None,

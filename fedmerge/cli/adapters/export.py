@@ -11,10 +11,10 @@ if TYPE_CHECKING:
 
 
 def add_commands(commands: "Commands") -> None:
-    """Add it to the parser."""
-    export = commands.add_parser("export", help="fold an adapter into a model that sentence-transformers loads")
+    """Add the command to the parser."""
+    export = commands.add_parser("export", help="merge an adapter into its backbone, as a sentence-transformers model")
     add_adapter(export)
-    export.add_argument("out", type=Path, metavar="OUT", help="folder to make")
+    export.add_argument("out", type=Path, metavar="OUT", help="folder to create")
     export.set_defaults(command=_export)
 
 
@@ -27,5 +27,8 @@ def _export(options: argparse.Namespace) -> int:
     backbone, adapter = load_adapted(options.adapter, config)
     provenance = {"method": "backbone alone"} if adapter is None else provenance_of(Path(options.adapter))
     export_model(backbone, adapter, options.out, config.text, provenance)
-    print(f"{options.out}: {backbone.name} with {options.adapter} folded in; SentenceTransformer({str(options.out)!r})")
+    print(
+        f"{options.out}: {backbone.name} merged with {options.adapter}; load with "
+        f"SentenceTransformer({str(options.out)!r})"
+    )
     return 0

@@ -31,8 +31,8 @@ examples:
 # Of the training-free methods; a test holds the names to METHODS, which is not imported before a command needs it.
 PARAMETERS = {
     "coefficient": "factor on the whole merge",
-    "density": "fraction of entries that is kept",
-    "ties_density": "of those that DARE keeps, fraction that TIES keeps",
+    "density": "fraction of entries kept",
+    "ties_density": "fraction that TIES keeps of the entries DARE keeps",
     "clamp": "fraction of magnitudes clamped at each end",
     "drop_smallest": "fraction of smallest magnitudes dropped",
     "drop_largest": "fraction of largest magnitudes dropped",
@@ -41,14 +41,14 @@ PARAMETERS = {
 
 
 def add_commands(commands: "Commands") -> None:
-    """Add them to the parser."""
+    """Add the commands to the parser."""
     methods = commands.add_parser("methods", help="the merging methods: parameters, cost, sources, laws")
-    methods.add_argument("names", nargs="*", metavar="METHOD", help="only these (default: all)")
+    methods.add_argument("names", nargs="*", metavar="METHOD", help="methods to describe (default: all)")
     methods.set_defaults(command=_methods)
 
     merge = commands.add_parser(
         "merge",
-        help="merge LoRA adapters, or the experts of a run again; nothing is trained",
+        help="merge LoRA adapters, or merge the experts of a run again, without training",
         description=DESCRIPTION,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -57,37 +57,41 @@ def add_commands(commands: "Commands") -> None:
         "sources",
         nargs="+",
         metavar="SOURCE",
-        help="two or more PEFT LoRA folders as [NAME=]DIR, or one run: its folder, or the beginning of its id",
+        help="two or more PEFT LoRA folders as [NAME=]DIR, or one run by its folder or the beginning of its id",
     )
-    merge.add_argument("--method", help="make one merge by this method (`fedmerge methods`), or yours: module:function")
     merge.add_argument(
-        "--out", type=Path, metavar="DIR", help="folder to make (default, for a run only: a new one in RUN/remerged)"
+        "--method", help="method of a single merge (see `fedmerge methods`), or your own as module:function"
     )
-    merge.add_argument("--exclude", nargs="+", action="extend", default=[], metavar="NAME", help="leave adapters out")
-    merge.add_argument("--base-model", metavar="NAME", help="name of the base model, where the adapters' names differ")
+    merge.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder to create (for a run default: a new folder in RUN/remerged)"
+    )
+    merge.add_argument(
+        "--exclude", nargs="+", action="extend", default=[], metavar="NAME", help="adapters to leave out"
+    )
+    merge.add_argument("--base-model", metavar="NAME", help="name of the base model, needed if the adapters disagree")
     add_runs_folder(merge)
 
     one = merge.add_argument_group("with --method")
     one.add_argument(
         "--coefficients",
         metavar="NAME=X,…",
-        help="factors on the adapters before they are merged (default: 1); of folders also X,… in their order",
+        help="factors of the adapters before merging (default: 1); for folders also X,… in their order",
     )
-    one.add_argument("--scope", choices=("tensor", "layer", "model"), help="what thresholds are taken over [tensor]")
-    one.add_argument("--space", choices=("full", "core"), help="coordinates that are merged in [full]")
+    one.add_argument("--scope", choices=("tensor", "layer", "model"), help="extent of a threshold [tensor]")
+    one.add_argument("--space", choices=("full", "core"), help="coordinates of the merge [full]")
     one.add_argument("--output-rank", metavar="R", help="compress every module to this rank, or 'exact' [exact]")
-    one.add_argument("--seed", type=int, help="of methods that draw [0]")
+    one.add_argument("--seed", type=int, help="seed of methods that sample [0]")
     for name, meaning in PARAMETERS.items():
         one.add_argument(_flag(name), type=float, metavar="X", help=meaning)
     one.add_argument(
         "--parameter",
         action="append",
         metavar="NAME=VALUE",
-        help="any parameter of the method, such as one of your own (package.module:function)",
+        help="any parameter of the method, for example of your own package.module:function",
     )
 
     several = merge.add_argument_group("without --method")
-    several.add_argument("--config", type=Path, help="experiment file (default: that of the run the adapters lie in)")
+    several.add_argument("--config", type=Path, help="experiment file (default: the one of the adapters' run)")
     add_overrides(several)
     several.add_argument(
         "--catalogs",
@@ -115,12 +119,12 @@ def _merge(options: argparse.Namespace) -> int:
     folders = _adapters(options.sources)
     run = None if folders else find_run(options.sources[0], options.dir)
     if run is None and options.out is None:
-        raise ConfigError("merge: found no --out, expected the folder to make. Give --out DIR.")
+        raise ConfigError("merge: found no --out; expected a folder to create. Give --out DIR.")
     return _merge_one(options, run, folders) if options.method else _merge_settings(options, run, folders)
 
 
 def _merge_one(options: argparse.Namespace, run: Path | None, folders: dict[str, Path]) -> int:
-    """One merge by ``--method``."""
+    """Make one merge by ``--method``."""
     from fedmerge.files import check_free
     from fedmerge.merging.folders import write_merge
     from fedmerge.merging.parameters import parse_parameters
@@ -170,13 +174,13 @@ def _merge_one(options: argparse.Namespace, run: Path | None, folders: dict[str,
 
 
 def _merge_settings(options: argparse.Namespace, run: Path | None, folders: dict[str, Path]) -> int:
-    """Every merge of an experiment's settings."""
+    """Make every merge of an experiment's settings."""
     from fedmerge.config import load_config, with_absolute_paths
     from fedmerge.errors import ConfigError
 
     path = options.config or (run / "config.toml" if run else _config_of(list(folders.values())))
     if path is None and not options.overrides:
-        raise ConfigError("merge: found no --method, expected one. `fedmerge methods` describes them.")
+        raise ConfigError("merge: found no --method; expected one of those that `fedmerge methods` lists.")
     overrides = list(options.overrides)
     if options.catalogs is not None:
         overrides.append(f"server.catalogs={json.dumps(str(options.catalogs))}")
@@ -229,7 +233,7 @@ def _without(names: list[str]) -> str:
 
 
 def _config_beside(run: Path | None, experts: "Experts") -> dict[str, str]:
-    """The settings of a run, for those who evaluate a merge of its experts."""
+    """Write the settings of the run beside a merge of its experts, for its evaluation."""
     from fedmerge.config import load_config, to_toml
     from fedmerge.server.remerge import settings_of
 
@@ -239,7 +243,7 @@ def _config_beside(run: Path | None, experts: "Experts") -> dict[str, str]:
 
 
 def _check_groups(options: argparse.Namespace) -> None:
-    """Flags that say nothing to the form of the command that was chosen are refused."""
+    """Raise ConfigError for flags that the chosen form of the command does not read."""
     from fedmerge.errors import ConfigError
 
     of_one = ["coefficients", "scope", "space", "output_rank", "seed", "parameter", *PARAMETERS]
@@ -250,7 +254,7 @@ def _check_groups(options: argparse.Namespace) -> None:
     given = [flag for flag, value in named.items() if value is not None]
     if given and options.method is not None:
         raise ConfigError(
-            f"merge: found {', '.join(given)} beside --method, which reads no settings. Leave --method out, or give "
+            f"merge: found {', '.join(given)} beside --method, which reads no settings. Omit --method, or give "
             f"its parameters as flags (`fedmerge methods {options.method}`)."
         )
 
@@ -260,7 +264,7 @@ def _flag(name: str) -> str:
 
 
 def _adapters(sources: list[str]) -> dict[str, Path]:
-    """``NAME=DIR`` or ``DIR``, which is called like its folder; nothing where the one source is to be a run."""
+    """Parse ``NAME=DIR`` or ``DIR``, named after its folder; return nothing if the only source must be a run."""
     from fedmerge.config import DOMAIN_NAME
     from fedmerge.errors import ConfigError, LayoutMismatchError
     from fedmerge.runs.reading import is_run
@@ -275,31 +279,31 @@ def _adapters(sources: list[str]) -> dict[str, Path]:
             return {}
         if not adapter and is_run(folder):
             raise ConfigError(
-                f"merge: {folder} is a run, expected a PEFT folder beside others. Give the run alone, or its adapters: "
-                f"{folder / 'adapters'}/*."
+                f"merge: {folder} is a run; expected a PEFT folder beside other adapters. Give the run alone, "
+                f"or its adapters: {folder / 'adapters'}/*."
             )
         if not folder.is_dir():
             raise LayoutMismatchError(
-                f"adapter {folder}: no such folder. Adapters are read from disk; download those of a hub first."
+                f"adapter {folder}: no such folder. Adapters are read from disk; download adapters of a hub first."
             )
         if name in folders:
             raise ConfigError(
-                f"merge: {folders[name]} and {folder} are both called {name!r}, expected different names. "
+                f"merge: {folders[name]} and {folder} are both named {name!r}; expected different names. "
                 f"Give one as NAME={folder}."
             )
         if not re.fullmatch(DOMAIN_NAME, name):
             raise ConfigError(
-                f"merge: found the name {name!r}, expected letters, digits, '.', '_' and '-', at most 64. "
+                f"merge: found the name {name!r}; expected letters, digits, '.', '_' and '-', at most 64. "
                 f"Give it as NAME={folder}."
             )
         folders[name] = folder
     if len(folders) == 1:
-        raise ConfigError(f"merge: found one adapter, {sources[0]}, expected two or more, or one run.")
+        raise ConfigError(f"merge: found one adapter, {sources[0]}; expected at least two, or one run.")
     return folders
 
 
 def _coefficients(text: str | None, names: list[str]) -> dict[str, float] | None:
-    """``NAME=X,…``, or ``X,…`` in the order of the folders."""
+    """Parse ``NAME=X,…``, or ``X,…`` in the order of the folders."""
     from fedmerge.errors import ConfigError
 
     if text is None:
@@ -315,12 +319,12 @@ def _coefficients(text: str | None, names: list[str]) -> dict[str, float] | None
     mixed = any(equals for _, equals, _ in pairs) and not named
     if not values or mixed or len(keys) != len(values) or len(set(keys)) != len(keys):
         expected = f"NAME=X,… or {len(names)} numbers, for {', '.join(names)}" if names else "NAME=X,…"
-        raise ConfigError(f"merge: --coefficients: found {text!r}, expected {expected}.")
+        raise ConfigError(f"merge: --coefficients: found {text!r}; expected {expected}.")
     return dict(zip(keys, values, strict=True))
 
 
 def _config_of(adapters: list[Path]) -> Path | None:
-    """The configuration of the runs the adapters lie in, where backbone and texts are the same in all of them."""
+    """Return the configuration of the adapters' runs, which must agree in backbone and text settings."""
     from fedmerge.config import load_config
     from fedmerge.encoder.adapter_records import config_of_adapter
     from fedmerge.errors import ConfigError

@@ -13,15 +13,17 @@ if TYPE_CHECKING:
 
 
 def add_commands(commands: "Commands") -> None:
-    """Add it to the parser."""
-    recommend = commands.add_parser("recommend", help="recommend items of a catalog to a history")
+    """Add the command to the parser."""
+    recommend = commands.add_parser("recommend", help="recommend items of a catalog for a history")
     add_adapter(recommend)
     recommend.add_argument("--domain", type=Path, required=True, metavar="DIR", help="only its catalog is read")
     recommend.add_argument(
         "--history", required=True, metavar="ID,…", help="item ids, oldest first, separated by commas"
     )
-    recommend.add_argument("-k", type=int, default=10, help="how many (default: 10)")
-    recommend.add_argument("--keep-seen", action="store_true", help="items of the history may come back")
+    recommend.add_argument("-k", type=int, default=10, help="number of items (default: 10)")
+    recommend.add_argument(
+        "--keep-seen", action="store_true", help="allow items of the history among the recommendations"
+    )
     recommend.add_argument("--json", action="store_true", help="machine-readable output")
     recommend.set_defaults(command=_recommend)
 
@@ -34,6 +36,7 @@ def _recommend(options: argparse.Namespace) -> int:
     from fedmerge.domain.catalog import load_catalog
     from fedmerge.domain.manifest import read_manifest
     from fedmerge.recommender import check_request, index_items, load_recommender, recommend
+    from fedmerge.report.escaping import one_line
 
     torch.set_num_threads(config.runtime.server_threads)
     manifest = read_manifest(options.domain)
@@ -54,10 +57,10 @@ def _recommend(options: argparse.Namespace) -> int:
         }
         print(json.dumps(result, indent=2, ensure_ascii=False))
         return 0
-    print(f"{manifest.name}{' (SYNTHETIC DATA)' if manifest.synthetic else ''}: after")
+    print(f"{manifest.name}{' (SYNTHETIC DATA)' if manifest.synthetic else ''}: history")
     for item in history:
-        print(f"             {item}  {titles[recommender.item_index[item]] or '(no title)'}")
-    print("recommended, with the cosine:")
+        print(f"             {item}  {one_line(titles[recommender.item_index[item]]) or '(no title)'}")
+    print("recommended, with cosine similarity:")
     for number, one in enumerate(found, start=1):
-        print(f"{number:3}  {one.score:7.4f} {one.item_id}  {one.title or '(no title)'}")
+        print(f"{number:3}  {one.score:7.4f} {one.item_id}  {one_line(one.title) or '(no title)'}")
     return 0

@@ -1,4 +1,4 @@
-"""``fedmerge data``: make and look at domain folders."""
+"""``fedmerge data``: create and inspect domain folders."""
 
 import argparse
 import sys
@@ -12,16 +12,16 @@ if TYPE_CHECKING:
 
 
 def add_commands(commands: "Commands") -> None:
-    """Add them to the parser."""
-    data = commands.add_parser("data", help="make and look at domain folders").add_subparsers(
+    """Add the commands to the parser."""
+    data = commands.add_parser("data", help="create and inspect domain folders").add_subparsers(
         required=True, metavar="ACTION"
     )
     add_importers(data)
     demo = data.add_parser("demo", help="write the bundled synthetic domains")
     demo.add_argument("destination", type=Path, metavar="DST", help="folder for the domain folders")
     demo.add_argument("--num-domains", type=int, default=8, help="1 to 1000 (default: 8)")
-    demo.add_argument("--num-users", type=int, default=600, help="users of each domain (default: 600)")
-    demo.add_argument("--num-items", type=int, default=400, help="items of each domain, 20 to 20000 (default: 400)")
+    demo.add_argument("--num-users", type=int, default=600, help="users per domain (default: 600)")
+    demo.add_argument("--num-items", type=int, default=400, help="items per domain, 20 to 20000 (default: 400)")
     demo.add_argument("--overwrite", action="store_true")
     demo.set_defaults(command=_demo)
     backbone = data.add_parser("demo-backbone", help="write a tiny text encoder with random weights, for trials")
@@ -29,7 +29,7 @@ def add_commands(commands: "Commands") -> None:
         "destination", type=Path, metavar="DST", help="folder for the encoder; give it as backbone.source"
     )
     backbone.set_defaults(command=_demo_backbone)
-    info = data.add_parser("info", help="counts, lengths, density, text coverage, problems")
+    info = data.add_parser("info", help="show counts, lengths, density, text coverage and problems")
     info.add_argument("folder", type=Path, metavar="DST", help="a domain folder, or a folder of them")
     info.set_defaults(command=_info)
 
@@ -65,8 +65,8 @@ def _info(options: argparse.Namespace) -> int:
     folders = [options.folder] if is_domain else [options.folder / name for name in list_domains(options.folder)]
     if not folders:
         print(
-            f"fedmerge: {options.folder}: no domain folder in it. "
-            "Make some with 'fedmerge data demo' or 'fedmerge data import'.",
+            f"fedmerge: {options.folder}: found no domain folder. "
+            "Create some with 'fedmerge data demo' or 'fedmerge data import'.",
             file=sys.stderr,
         )
         return 1

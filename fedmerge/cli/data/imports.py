@@ -44,10 +44,12 @@ def _add_table(importer: "Commands", form: str, command: Callable[[argparse.Name
     table.add_argument("--catalog", type=Path, required=True, metavar="FILE", help="one row per item")
     for column, default in (("user", "user_id"), ("item", "item_id"), ("time", "timestamp")):
         table.add_argument(f"--{column}-column", default=default, metavar="NAME", help=f"(default: {default})")
-    table.add_argument("--rating-column", default=None, metavar="NAME", help="needed for --min-rating alone")
+    table.add_argument(
+        "--rating-column", default=None, metavar="NAME", help="column of ratings, needed only for --min-rating"
+    )
     table.add_argument("--catalog-item-column", default=None, metavar="NAME", help="(default: --item-column)")
     for column in ("title", "brand", "category"):
-        table.add_argument(f"--{column}-column", default=None, metavar="NAME", help=f"(default: {column}, if there)")
+        table.add_argument(f"--{column}-column", default=None, metavar="NAME", help=f"(default: {column}, if present)")
     if form == "csv":
         table.add_argument("--delimiter", default=",", help="one character, or 'tab' (default: a comma)")
         table.add_argument("--encoding", default="utf-8", choices=("utf-8", "latin-1", "cp1252"))
@@ -81,7 +83,9 @@ def _add_target(parser: argparse.ArgumentParser, default_name: str) -> None:
     )
     parser.add_argument("--name", default=None, help=f"the domain's name (default: {default_name})")
     parser.add_argument("--overwrite", action="store_true", help="replace the domain if it exists")
-    parser.add_argument("--private-catalog", action="store_true", help="the catalog must not leave the client either")
+    parser.add_argument(
+        "--private-catalog", action="store_true", help="mark the catalog as private: it must not leave the client"
+    )
 
 
 def _add_rows(parser: argparse.ArgumentParser, k_core: int | None) -> None:
@@ -90,15 +94,15 @@ def _add_rows(parser: argparse.ArgumentParser, k_core: int | None) -> None:
         type=int,
         default=k_core,
         metavar="K",
-        help=f"keep users and items with at least K interactions, again and again (default: {k_core or 'all'})",
+        help=f"keep users and items with at least K interactions, repeatedly (default: {k_core or 'all'})",
     )
-    parser.add_argument("--min-rating", type=float, default=None, metavar="R", help="leave out lower ratings")
+    parser.add_argument("--min-rating", type=float, default=None, metavar="R", help="drop lower ratings")
     parser.add_argument(
         "--max-bad-share",
         type=float,
         default=0.01,
         metavar="SHARE",
-        help="fail if more of a file's rows cannot be used (default: 0.01)",
+        help="largest share of unusable rows in a file before the import fails (default: 0.01)",
     )
 
 
@@ -199,7 +203,7 @@ def _show(options: argparse.Namespace, report: "ImportReport") -> int:
 
 @contextmanager
 def _progress() -> Iterator["Progress"]:
-    """Says on standard error how far an import is, if it takes longer than a moment."""
+    """Show the progress of an import on standard error, once it takes longer than a moment."""
     terminal = sys.stderr.isatty()
     start = last = time.monotonic()
     shown = False
