@@ -171,6 +171,6 @@ def test_an_audit_needs_users_who_were_left_out(place: Path, run: ExperimentConf
 
 def test_an_audit_refuses_what_it_does_not_know(run: ExperimentConfig, capsys: Capsys) -> None:
     assert main(["privacy", "audit", str(folder_of(run)), "--domain", "toys"]) == 1
-    assert "--domain toys: not a training domain of the run, which has beauty, books." in capsys.readouterr().err
+    assert "--domain toys: not a training domain of the run; expected one of beauty, books." in capsys.readouterr().err
     assert main(["privacy", "audit", str(folder_of(run)), "--shadows", "-1"]) == 1
     assert "--shadows -1: expected 0 or more" in capsys.readouterr().err
