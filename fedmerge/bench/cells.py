@@ -1,8 +1,7 @@
-"""The work of a benchmark in cells: plain functions that leave one file, whole, as their last act.
+"""The work of a benchmark in cells: plain functions that write one file, atomically, as their last step.
 
-A cell whose file is there is not done again; so a benchmark that was killed goes on where it was. Ranks of single users
-lie under ``clients/``, which stands for the clients' own disks: only sums over users leave it, and the figures of
-audits that somebody asked for.
+A cell whose file exists is skipped, so a killed benchmark resumes. Ranks of single users are under ``clients/``, which
+represents the clients' own disks: only sums over users and the figures of configured audits leave it.
 """
 
 import io
@@ -63,10 +62,10 @@ class Cell:
 
     Attributes:
         kind: a key of WORK.
-        title: for people.
-        result: the file that is there when it is done.
-        arguments: of the function.
-        threads: CPUs that it takes.
+        title: name in progress lines and errors.
+        result: file that the cell writes last.
+        arguments: arguments of the function, besides ``result``.
+        threads: CPUs that it uses.
     """
 
     kind: str
@@ -78,7 +77,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Ended:
-    """A cell that is done, or was tried: why it failed ("" if it did not), and the seconds of its own work."""
+    """A cell that finished or failed: the error ("" if none), and the seconds of its own work."""
 
     cell: Cell
     problem: str
@@ -87,13 +86,13 @@ class Ended:
 
 @dataclass(frozen=True)
 class Running:
-    """Nothing has ended for a while: the cells that were handed out."""
+    """Report that no cell has ended for a while, with the running cells."""
 
     cells: tuple[Cell, ...]
 
 
 def work(cell: Cell) -> Ended:
-    """Do a cell in this process; whatever it raises that is ours is its problem."""
+    """Run a cell in this process; a FedMergeError becomes its problem."""
     started = time.monotonic()
     problem = ""
     try:
@@ -121,9 +120,9 @@ def _do(cell: Cell) -> None:
 
 
 def is_one_shot(config: ExperimentConfig) -> bool:
-    """Whether a strategy merges experts that are trained once.
+    """Return True if a strategy merges experts that are trained once.
 
-    So does the rule of a single round, if nothing of the clients' training hangs on it.
+    This includes a rule of a single round, if it does not change the clients' training.
     """
     rounds = config.rounds
     if rounds.rule is None:
@@ -133,16 +132,16 @@ def is_one_shot(config: ExperimentConfig) -> bool:
 
 
 def check_admission(result: Path, config: ExperimentConfig, run: Path, left_out: str) -> None:
-    """The admission gate in front of the experts of a training run.
+    """Run the admission gate on the experts of a training run.
 
     Args:
-        result: gets the gate's record, seconds of the server and of the clients, and bytes to the clients.
-        config: an experiment with a gate, and with the seed that says which users are evaluated.
+        result: receives the gate's record, seconds of the server and of the clients, and bytes to the clients.
+        config: an experiment with a gate, and with the seed that selects the evaluated users.
         run: folder of the training run.
         left_out: a domain that is not merged, or "".
 
     Raises:
-        FedMergeError: what cannot be checked.
+        FedMergeError: the check failed.
     """
     started = time.monotonic()
     sources = {domain: sha256 for domain, sha256 in (ended_training(run) or {}).items() if domain != left_out}
@@ -166,16 +165,16 @@ def check_admission(result: Path, config: ExperimentConfig, run: Path, left_out:
 
 
 def merge_experts(result: Path, config: ExperimentConfig, run: Path, without: tuple[str, ...]) -> None:
-    """Every merge that a strategy asks for, from the experts of a training run.
+    """Make every merge of a strategy from the experts of a training run.
 
     Args:
-        result: gets the merges' labels and hashes, seconds and peak memory; the merges lie beside it.
+        result: receives the merges' labels and hashes, seconds and peak memory; the merges are beside it.
         config: the strategy's experiment.
         run: folder of the training run.
         without: domains that are not merged.
 
     Raises:
-        FedMergeError: what cannot be merged.
+        FedMergeError: a merge failed.
     """
     started = time.monotonic()
     _forget_peak()
@@ -188,7 +187,7 @@ def merge_experts(result: Path, config: ExperimentConfig, run: Path, without: tu
         _write_merges(result, kept_merges(result.parent, sources).values(), started)
         return
     policy = config.privacy.policy
-    if policy == "catalog-private":  # the cell learns what the clients would come to, and reads catalogs in their place
+    if policy == "catalog-private":  # the cell computes the clients' result, and reads catalogs in their place
         config = config.model_copy(update={"privacy": config.privacy.model_copy(update={"policy": "adapter+catalog"})})
     learned = bool(learned_labels(config))
     backbone = backbone_of(config.backbone, config.runtime) if learned else None
@@ -212,7 +211,7 @@ def _write_merges(result: Path, candidates: Iterable[Candidate], started: float)
 
 
 def _one_round(config: ExperimentConfig, experts: Mapping[str, Adapter], sources: Mapping[str, str]) -> Candidate:
-    """The experts as one round of a federation that begins from nothing."""
+    """Aggregate the experts as one round of a federation that starts from B = 0."""
     rule = str(config.rounds.rule)
     adapters = dict(experts)
     starts = {
@@ -243,7 +242,7 @@ def _one_round(config: ExperimentConfig, experts: Mapping[str, Adapter], sources
 
 
 def _take_rounds(result: Path, run: Path, started: float) -> None:
-    """The global adapter of a federation of rounds is its strategy's only merge."""
+    """Copy the global adapter of a federation of rounds, which is its strategy's only merge."""
     (made,) = (run / MERGED).glob("[!.]*")
     provenance = read_json(made / "provenance.json")
     with whole_folder(merge_folder(result.parent, provenance["label"])) as folder:
@@ -254,16 +253,16 @@ def _take_rounds(result: Path, run: Path, started: float) -> None:
 
 
 def train_joint(result: Path, config: ExperimentConfig, domains: Sequence[str], drawing: Drawing) -> None:
-    """Joint training, or to go on with one that was ended.
+    """Train one adapter on pooled data, or resume that training.
 
     Args:
-        result: gets the adapter's hash, the report of the training and peak memory; the adapter lies beside it.
+        result: receives the adapter's hash, the report of the training and peak memory; the adapter is beside it.
         config: lora, train, text, backbone, runtime and seed count.
-        domains: whose users are pooled.
-        drawing: how they are mixed.
+        domains: domains whose users are pooled.
+        drawing: order in which their users are drawn.
 
     Raises:
-        FedMergeError: a domain with nobody to train on, or a training that diverges.
+        FedMergeError: a domain without training users, or a training that diverges.
     """
     _forget_peak()
     begun = result.with_name("begun.safetensors")
@@ -273,26 +272,26 @@ def train_joint(result: Path, config: ExperimentConfig, domains: Sequence[str], 
     with whole_folder(joint_folder(result)) as folder:
         write_adapter(adapter, folder, config.backbone.source)
     report = asdict(training)
-    report["validations"][0]["loss"] = None  # nothing was trained on yet; JSON has no NaN
-    told = {"peak_bytes": _peak_bytes(), "training": report, "environment": environment()}
-    write_json(result, {"sha256": adapter_sha256(adapter), **told})
+    report["validations"][0]["loss"] = None  # no loss before training; JSON has no NaN
+    measured = {"peak_bytes": _peak_bytes(), "training": report, "environment": environment()}
+    write_json(result, {"sha256": adapter_sha256(adapter), **measured})
     begun.unlink(missing_ok=True)
 
 
 def joint_folder(result: Path) -> Path:
-    """Where a jointly trained adapter lies."""
+    """Return the folder of a jointly trained adapter."""
     return result.with_name("adapter")
 
 
 def rank_model(result: Path, config: ExperimentConfig, domain: str, split: Split, adapter: Path | None) -> None:
-    """Every user's rank of the target under one model.
+    """Write every user's rank of the target under one model.
 
     Args:
         result: on the client's own disk.
         config: text, backbone, evaluation, runtime and seed count.
         domain: its name.
-        split: whose targets.
-        adapter: a PEFT folder; None: the backbone alone.
+        split: split of the targets.
+        adapter: a PEFT folder; None for the backbone alone.
     """
     opened = domain_of(config, domain)
     examples = evaluation_examples(opened.interactions, split, num_users(config, split), config.seed)
@@ -301,7 +300,7 @@ def rank_model(result: Path, config: ExperimentConfig, domain: str, split: Split
 
 
 def rank_baseline(result: Path, config: ExperimentConfig, domain: str, split: Split, baseline: Baseline) -> None:
-    """As :func:`rank_model`, under a baseline; an empty file where there is nothing to train it on."""
+    """Do the same as :func:`rank_model` under a baseline; the file is empty if it has no training data."""
     opened = domain_of(config, domain)
     examples = evaluation_examples(opened.interactions, split, num_users(config, split), config.seed)
     found = baseline_ranks(examples, baseline_rankers(opened, config, [baseline]))
@@ -309,11 +308,11 @@ def rank_baseline(result: Path, config: ExperimentConfig, domain: str, split: Sp
 
 
 def audit_adapters(result: Path, config: ExperimentConfig, domain: str, expert: Path | None, merged: Path) -> None:
-    """What an expert and a merge tell of the users that a domain trained on, by attacks without shadow trainings.
+    """Audit an expert and a merge with attacks that need no shadow trainings.
 
     Args:
         result: on the client's own disk; see :func:`fedmerge.client.audit.attacks.audit_domain`.
-        config: as it trained: audit, train, text, backbone, runtime and seed count.
+        config: configuration of the training: audit, train, text, backbone, runtime and seed count.
         domain: its name.
         expert: a PEFT folder; None after rounds.
         merged: the same.
@@ -333,17 +332,17 @@ WORK: Mapping[str, Callable[..., None]] = {
 }
 
 
-# ---- what leaves a client
+# ---- data that leaves a client
 
 
 def ranks_file(clients: Path, config: ExperimentConfig, domain: str, split: Split, model: str) -> Path:
-    """Where the ranks of a domain's users under a model lie: named by all that they depend on.
+    """Return the file of a domain's ranks under a model, named by the hash of all their inputs.
 
     Args:
-        clients: the folder that stands for the clients' disks.
+        clients: folder that represents the clients' disks.
         config: as for :func:`rank_model`.
         domain: its name.
-        split: whose targets.
+        split: split of the targets.
         model: the adapter's hash, or the name of another row.
     """
     inputs = {
@@ -359,16 +358,16 @@ def ranks_file(clients: Path, config: ExperimentConfig, domain: str, split: Spli
 
 
 def sums_of_ranks(files: Mapping[str, Path], domain: str, min_users: int) -> dict[Variant, MetricSums]:
-    """What a client tells: sums over its users, and their products between rows.
+    """Return a client's answer: sums over its users, and their products between rows.
 
     Args:
         files: row -> file of ranks, of the same users; rows whose file is empty are left out.
         domain: for messages.
-        min_users: over fewer users nothing leaves.
+        min_users: smallest number of users whose sums may leave.
 
     Raises:
         PolicyError: too few users.
-        RunDirError: a file that cannot be read.
+        RunDirError: a file cannot be read.
     """
     ranks = {row: read for row, file in files.items() if (read := _read_ranks(file))}
     sums = {
@@ -381,7 +380,7 @@ def sums_of_ranks(files: Mapping[str, Path], domain: str, min_users: int) -> dic
 
 
 def num_users(config: ExperimentConfig, split: Split) -> int | None:
-    """Users that are evaluated in a domain at most."""
+    """Return the largest number of evaluated users in a domain."""
     return config.evaluation.validation_users if split == "valid" else config.evaluation.test_users
 
 
@@ -399,14 +398,14 @@ def _read_ranks(file: Path) -> Ranks:
         with np.load(file) as arrays:
             return {variant: arrays[variant].astype(np.int64) for variant in VARIANTS if variant in arrays}
     except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise RunDirError(f"{file} cannot be read ({error}). Delete it and start the benchmark again.") from error
+        raise RunDirError(f"{file}: cannot be read ({error}). Delete it and start the benchmark again.") from error
 
 
-# ---- what the cells of a process share
+# ---- shared by the cells of a process
 
 
 def domain_of(config: ExperimentConfig, domain: str) -> LocalDomain:
-    """A domain, opened once in a process."""
+    """Return a domain, opened once per process."""
     return _domain(
         domains_root(config.domains.root, config.cache_dir) / domain,
         backbone_of(config.backbone, config.runtime),
@@ -416,7 +415,7 @@ def domain_of(config: ExperimentConfig, domain: str) -> LocalDomain:
 
 @lru_cache(maxsize=1)
 def backbone_of(section: BackboneSection, runtime: Runtime) -> Backbone:
-    """The frozen encoder, loaded once in a process."""
+    """Return the frozen encoder, loaded once per process."""
     compute = resolve_compute(runtime.device, runtime.precision)
     return load_backbone(section.source, section.pooling, compute, section.weights_sha256)
 
@@ -435,13 +434,13 @@ def _catalogs(config: ExperimentConfig, domains: Mapping[str, str], public: bool
 
 
 def _forget_peak() -> None:
-    """Let the kernel count this process's peak memory from here on, where it can."""
+    """Reset this process's peak memory, if the kernel supports it."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def _peak_bytes() -> int:
-    """Peak resident memory of this process."""
+    """Return the peak resident memory of this process."""
     with suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):

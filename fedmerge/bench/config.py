@@ -1,4 +1,4 @@
-"""A benchmark file: one experiment, and the strategies, seeds and datasets that it is repeated for."""
+"""A benchmark file: one experiment, repeated for strategies, seeds and datasets."""
 
 import tomllib
 from collections.abc import Sequence
@@ -26,17 +26,17 @@ from fedmerge.report.bench_tables import POOLED
 Drawing = Literal["shuffled", "balanced"]  # of joint training
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,63}$")]
 REFERENCES = ("backbone", "expert")  # rows of every benchmark, beside the baselines of the experiment file
-FIXED = {"name", "seed", "run_id", "resume", "until", "output_dir"}  # a benchmark sets these itself
+FIXED = {"name", "seed", "run_id", "resume", "until", "output_dir"}  # set by the benchmark
 
 
 class Table(BaseModel):
-    """Frozen; unknown keys are errors."""
+    """A frozen table of the file; unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Variation(Table):
-    """A strategy or a dataset: its name, and the keys of the experiment in which it differs."""
+    """A strategy or a dataset: its name, and the keys of the experiment that it changes."""
 
     name: Name
     set: dict[str, Any] = {}
@@ -46,15 +46,15 @@ class BenchConfig(Table):
     """A grid: every strategy on every dataset with every seed.
 
     Attributes:
-        title: of the report.
-        experiment: an experiment file, relative to this one.
-        seeds: of training and merging; which users are evaluated depends on the experiment's own seed alone.
-        joint: rows of one adapter trained on pooled data, which breaks isolation; see fedmerge.bench.joint.
-        joint_folds: with leave_one_out, train those rows for every fold, too.
-        leave_one_out: besides, each training domain in turn is left out of the merge and evaluated as unseen.
-        baseline: the row that the others are compared with.
-        dataset: where there is more than one.
-        strategy: what is compared; of several merges that one asks for, validation chooses.
+        title: title of the report.
+        experiment: experiment file, relative to this one.
+        seeds: seeds of training and merging; the experiment's own seed selects the evaluated users.
+        joint: rows of an adapter trained on pooled data, which breaks isolation; see fedmerge.bench.joint.
+        joint_folds: with leave_one_out, train those rows for every fold as well.
+        leave_one_out: also leave each training domain in turn out of the merge, and evaluate it as unseen.
+        baseline: row that the others are compared with.
+        dataset: datasets of the grid.
+        strategy: strategies to compare; among several merges of one, the best on validation is selected.
     """
 
     title: str = Field(min_length=1)
@@ -76,7 +76,7 @@ class BenchConfig(Table):
             ("strategy", [*REFERENCES, *get_args(Baseline), *(strategy.name for strategy in self.strategy)]),
         ):
             if twice := sorted({name for name in names if names.count(name) > 1}):
-                raise ValueError(f"{what}: {', '.join(twice)} is there twice; give each once")
+                raise ValueError(f"{what}: {', '.join(twice)} is given twice; expected each once")
         rows = [*REFERENCES, *(strategy.name for strategy in self.strategy)]
         if self.baseline not in rows:
             raise ValueError(f"baseline: found {self.baseline!r}, expected one of {', '.join(rows)}")
@@ -84,17 +84,17 @@ class BenchConfig(Table):
 
 
 def joint_row(drawing: Drawing) -> str:
-    """What a row of joint training is called: wherever it stands, the name says what it is."""
+    """Return the name of a row of joint training, which marks it as pooled wherever it is shown."""
     return f"joint-{drawing}{POOLED}"
 
 
 @dataclass(frozen=True)
 class Bench:
-    """A benchmark whose every experiment is valid.
+    """A benchmark with valid experiments only.
 
     Attributes:
-        config: the grid.
-        base: its experiment file, flat, with absolute paths.
+        config: the benchmark file.
+        base: its experiment file, as flat keys with absolute paths.
     """
 
     config: BenchConfig
@@ -104,13 +104,13 @@ class Bench:
     )
 
     def experiment(self, dataset: str, strategy: str | None, seed: int) -> ExperimentConfig:
-        """The experiment of one strategy; None: of what all strategies on a dataset share.
+        """Return the experiment of one strategy, or for None the one that all strategies of a dataset share.
 
         Raises:
-            ConfigError: every problem at once.
+            ConfigError: the experiment is not valid; all problems at once.
         """
         key = (dataset, strategy, seed)
-        if key not in self._validated:  # a grid asks for each again and again, and validating one takes milliseconds
+        if key not in self._validated:  # a grid needs each many times, and validation takes milliseconds
             self._validated[key] = self._validate(*key)
         return self._validated[key]
 
@@ -126,7 +126,7 @@ class Bench:
                 changes |= flatten(variation.set)
                 where += f", {what} {name}"
         if wrong := sorted(FIXED & changes.keys()):
-            raise ConfigError(f"{where}: set: found {', '.join(wrong)}, which a benchmark sets itself; leave it out")
+            raise ConfigError(f"{where}: set: found {', '.join(wrong)}, set by the benchmark itself; omit it")
         return from_flat({**self.base, **changes, "seed": seed}, where)
 
 
@@ -138,7 +138,7 @@ def load_bench(path: Path, overrides: Sequence[str] = ()) -> Bench:
         overrides: ``key=value`` pairs that change the experiment file, as for :func:`fedmerge.config.load_config`.
 
     Raises:
-        ConfigError: every problem of the file, or of the first experiment that has one.
+        ConfigError: all problems of the file, or of the first experiment with problems.
     """
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
@@ -160,8 +160,7 @@ def load_bench(path: Path, overrides: Sequence[str] = ()) -> Bench:
             shared = bench.experiment(dataset.name, None, config.seeds[0])
             if experiment.admission.rollback:
                 raise ConfigError(
-                    f"{path}: strategy {strategy}: admission.rollback = true; a benchmark shows merges as they are. "
-                    "Leave it out."
+                    f"{path}: strategy {strategy}: admission.rollback = true; a benchmark makes no rollback. Omit it."
                 )
             if problem := _not_in_one_place(experiment):
                 raise ConfigError(f"{path}: strategy {strategy}: {problem}")
@@ -173,8 +172,8 @@ def load_bench(path: Path, overrides: Sequence[str] = ()) -> Bench:
                     )
             if config.joint and len(experiment.domains.train) < 2:
                 raise ConfigError(
-                    f"{path}: dataset {dataset.name}: found joint, but domains.train names only one; leave joint out, "
-                    "or name more domains"
+                    f"{path}: dataset {dataset.name}: found joint, but domains.train names only one; omit joint, or "
+                    "name more domains"
                 )
             if config.leave_one_out:
                 _check_fold(path, dataset.name, strategy, experiment)
@@ -182,7 +181,7 @@ def load_bench(path: Path, overrides: Sequence[str] = ()) -> Bench:
 
 
 def _check_fold(path: Path, dataset: str, strategy: str | None, experiment: ExperimentConfig) -> None:
-    """Refuse what too few domains are left for when one of them is left out; ConfigError."""
+    """Raise ConfigError if too few domains remain in a fold."""
     rest = experiment.domains.train[1:]
     whose = f"dataset {dataset}" if strategy is None else f"strategy {strategy}"
     where = f"{path}: {whose}, with leave_one_out = true"
@@ -202,7 +201,7 @@ def _check_fold(path: Path, dataset: str, strategy: str | None, experiment: Expe
 
 
 def _not_in_one_place(experiment: ExperimentConfig) -> str:
-    """Why coefficients that the clients learn cannot be learned in a benchmark's own cell; empty if they can."""
+    """Return the reason why a benchmark's cell cannot learn the clients' coefficients; empty if it can."""
     learned = {*experiment.merge.methods} & LEARNED_METHODS and experiment.rounds.rule is None
     if experiment.privacy.policy != "catalog-private" or not learned:
         return ""
@@ -211,10 +210,10 @@ def _not_in_one_place(experiment: ExperimentConfig) -> str:
         ("through_clients.mode", experiment.through_clients.mode, "exact"),
     ):
         if found != wanted:
-            return f"{key} = '{found}' is learned in a federation only (fedmerge run); set {wanted!r}"
+            return f"{key} = '{found}' needs a federation (fedmerge run); set {wanted!r}"
     if experiment.dp.mode == "domain-local":
         return (
-            "dp.mode = 'domain-local' adds noise to every answer about coefficients, in a federation only (fedmerge "
-            "run); leave learned merges out"
+            "dp.mode = 'domain-local' adds noise to every answer about coefficients, which needs a federation "
+            "(fedmerge run); omit learned merges"
         )
     return ""

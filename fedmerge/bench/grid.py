@@ -1,11 +1,11 @@
-"""A benchmark from its file to its tables, in stages; what trains and what runs the cells comes from outside.
+"""A benchmark's grid of datasets, seeds, folds and strategies, and the files of its folder.
 
-DIR/benchmark.json                    the benchmark and its experiment, resolved; a later call must have the same
+DIR/benchmark.json                    the benchmark and its experiment, resolved; a resumed benchmark must have the same
 DIR/training/<experiment>/            run folders that end with the experts
 DIR/joint/<dataset>/<seed>/<fold>/<drawing>/      joint.json, adapter/: trained on pooled data, which breaks isolation
-DIR/admission/<dataset>/<seed>/<fold>/<gate>.json     what the gate found of the experts, of strategies that have one
-DIR/merges/<dataset>/<seed>/<fold>/<strategy>/    merges.json, merged/<label>/; choice.json once validation chose
-DIR/clients/<dataset>/<domain>/       ranks of users, audits: stands for the clients' disks
+DIR/admission/<dataset>/<seed>/<fold>/<gate>.json     record of the admission gate, for strategies that have one
+DIR/merges/<dataset>/<seed>/<fold>/<strategy>/    merges.json, merged/<label>/; choice.json after the selection
+DIR/clients/<dataset>/<domain>/       ranks per user, audits: represents the clients' disks
 the tables of fedmerge.report.bench_tables
 """
 
@@ -29,7 +29,7 @@ BENCHMARK = "benchmark.json"
 
 @dataclass(frozen=True)
 class Place:
-    """A column of the grid: one dataset, one seed, and who is left out of the merge ("" for nobody)."""
+    """A column of the grid: one dataset, one seed, and the domain left out of the merge ("" for none)."""
 
     dataset: str
     seed: int
@@ -37,11 +37,11 @@ class Place:
 
     @property
     def fold(self) -> str:
-        """As a folder."""
+        """Name of the folder."""
         return f"without-{self.left_out}" if self.left_out else "all"
 
     def __str__(self) -> str:
-        """For people."""
+        """Title in progress and errors."""
         return f"{self.dataset}, seed {self.seed}" + (f", without {self.left_out}" if self.left_out else "")
 
 
@@ -53,18 +53,18 @@ class Grid:
     folder: Path
 
     def experiment(self, place: Place, strategy: str | None) -> ExperimentConfig:
-        """A strategy's experiment at a place of the grid."""
+        """Return a strategy's experiment at a place of the grid."""
         return self.bench.experiment(place.dataset, strategy, place.seed)
 
     def evaluation(self, place: Place, strategy: str | None) -> ExperimentConfig:
-        """The same with the seed that says which users are evaluated: one for the whole benchmark."""
+        """Return the same with the seed that selects the evaluated users, which the whole benchmark shares."""
         return self.bench.experiment(place.dataset, strategy, int(self.bench.base["seed"]))
 
     def training(self, place: Place, strategy: str | None) -> ExperimentConfig:
-        """The run that trains for a strategy: strategies that train experts alike share it, and so do all folds.
+        """Return the training run of a strategy, shared by all strategies with equal training and by all folds.
 
-        What leaves a client does not change what it trains once, so strategies of every policy share it, too.
-        A federation of rounds is a run of its own, in which who is left out takes no part.
+        The policy does not change experts trained once, so strategies of all policies share them. A federation of
+        rounds is a run of its own, without the left-out domain.
         """
         wanted = self.experiment(place, strategy)
         runtime, rounds = wanted.runtime, not is_one_shot(wanted)
@@ -72,11 +72,11 @@ class Grid:
         domains = tuple(domain for domain in wanted.domains.train if domain != left_out)
         policy: Policy = wanted.privacy.policy if rounds else "adapter+catalog"
         simulation = wanted.simulation
-        if simulation.attacker not in domains:  # whoever is left out poisons nothing
+        if simulation.attacker not in domains:  # a left-out attacker poisons nothing
             simulation = simulation.model_copy(update={"attacker": None})
         sections = [wanted.backbone, wanted.text, wanted.lora, wanted.train]
         sections += [wanted.rounds, wanted.mergerec, wanted.adamerging] if rounds else []
-        # Absent ones are left out, so that runs of earlier benchmarks are found.
+        # Only if set, so that runs of earlier benchmarks are found.
         optional = [simulation.attack_record()] if simulation.attacker else []
         optional += [wanted.dp.model_dump()] if wanted.dp.mode != "none" else []
         optional += [simulation.audit_record()] if simulation.audited else []
@@ -105,11 +105,11 @@ class Grid:
         return wanted.model_copy(update=changes)
 
     def run(self, place: Place, strategy: str | None) -> Path:
-        """Folder of the run that trains."""
+        """Return the folder of the training run."""
         return self.folder / "training" / str(self.training(place, strategy).run_id)
 
     def gate(self, place: Place, strategy: str) -> Path | None:
-        """What the gate of a strategy says of its experts: one file for all strategies with the same; None: no gate."""
+        """Return the file of the gate's record, shared by strategies with the same gate; None without a gate."""
         config = self.evaluation(place, strategy)
         if config.admission.action != "exclude":
             return None
@@ -118,17 +118,17 @@ class Grid:
         return folder / f"{inputs_key(inputs)[:8]}.json"
 
     def excluded_by_gate(self, place: Place, strategy: str) -> dict[str, str]:
-        """Domain -> why the gate of a strategy keeps its expert out of the merges."""
+        """Return domain -> reason, for the experts that a strategy's gate excludes from the merges."""
         gate = self.gate(place, strategy)
         failed: dict[str, str] = (read_json(gate) or {}).get("failed", {}) if gate else {}
         return failed
 
     def merges(self, place: Place, strategy: str) -> Path:
-        """Folder of a strategy's merges."""
+        """Return the folder of a strategy's merges."""
         return self._at(place, "merges") / strategy
 
     def joint(self, place: Place, drawing: Drawing) -> Path:
-        """What joint training leaves when it is done."""
+        """Return the file that joint training writes last."""
         return self._at(place, "joint") / drawing / JOINT
 
     def _at(self, place: Place, what: str) -> Path:
@@ -136,11 +136,11 @@ class Grid:
 
     @property
     def strategies(self) -> list[str]:
-        """In the order of the file."""
+        """Names of the strategies, in the order of the file."""
         return [strategy.name for strategy in self.bench.config.strategy]
 
     def places(self) -> list[Place]:
-        """Every place; those that leave nobody out first."""
+        """Return all places, those without a left-out domain first."""
         config = self.bench.config
         whole = [Place(dataset.name, seed, "") for dataset in config.dataset for seed in config.seeds]
         folds = [
@@ -152,33 +152,33 @@ class Grid:
         return whole + folds
 
     def joint_rows(self, place: Place) -> tuple[Drawing, ...]:
-        """The rows of joint training at a place."""
+        """Return the rows of joint training at a place."""
         config = self.bench.config
         return () if place.left_out and not config.joint_folds else config.joint
 
 
 def open_folder(folder: Path, bench: Bench) -> None:
-    """Make a benchmark's folder, or see that it is this benchmark's.
+    """Create a benchmark's folder, or check that an existing one belongs to this benchmark.
 
     Raises:
-        ConfigError: it holds another benchmark, or something else.
-        RunDirError: it cannot be written.
+        ConfigError: the folder holds another benchmark or other files.
+        RunDirError: the folder cannot be written.
     """
     wanted = {"benchmark": bench.config.model_dump(mode="json"), "experiment": bench.base}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         others = any(folder.iterdir())
     except OSError as error:
-        raise RunDirError(f"{folder} cannot be made ({error.strerror}). Give --out a folder you can write.") from error
+        raise RunDirError(f"{folder}: cannot be created ({error.strerror}). Give --out a writable folder.") from error
     kept = read_json(folder / BENCHMARK)
     if kept is None:
         if others:
-            raise ConfigError(f"{folder}: holds something, but no benchmark; give --out a new or empty folder")
+            raise ConfigError(f"{folder}: holds files that are not a benchmark; give --out a new or empty folder")
         write_json(folder / BENCHMARK, wanted)
     elif kept != json.loads(json.dumps(wanted)):
         flat = {name: flatten(of) for name, of in {"kept": kept, "wanted": wanted}.items()}
         keys = [key for key in {**flat["kept"], **flat["wanted"]} if flat["kept"].get(key) != flat["wanted"].get(key)]
         raise ConfigError(
-            f"{folder}: was begun with another benchmark; {', '.join(sorted(keys))} differ. Give --out another folder, "
-            "or put the files back as they were."
+            f"{folder}: belongs to another benchmark; {', '.join(sorted(keys))} differ. Give --out another folder, "
+            "or restore the benchmark's files."
         )

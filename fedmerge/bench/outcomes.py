@@ -1,4 +1,4 @@
-"""What a benchmark's cells have left so far: merges, the chosen variants, and sums over users."""
+"""The results that a benchmark's cells have left so far: merges, selected variants, and sums over users."""
 
 from pathlib import Path
 from typing import Any
@@ -23,25 +23,31 @@ from fedmerge.runs.checkpoints import ADAPTERS, ended_training, merge_folder
 
 
 def merge_hashes(grid: Grid, place: Place, strategy: str) -> dict[str, str]:
-    """Label -> hash of what a strategy's cell has merged; empty if it failed."""
+    """Return label -> hash of a strategy's merges; empty if its cell failed."""
     merges: dict[str, str] = (read_json(grid.merges(place, strategy) / MERGES) or {}).get("merges", {})
     return merges
 
 
 def merged_domains(grid: Grid, place: Place, strategy: str | None) -> list[str]:
-    """Whose experts are merged: they decide among variants. None: whose data are pooled."""
+    """Return the domains of a strategy's merges, which also select its variant.
+
+    For strategy None: the domains of joint training.
+    """
     out = {place.left_out, *(grid.excluded_by_gate(place, strategy) if strategy else ())}
     return [domain for domain in sorted(grid.experiment(place, strategy).domains.train) if domain not in out]
 
 
 def tested_domains(grid: Grid, place: Place) -> list[str]:
-    """With nobody left out all domains, else the one that is."""
+    """Return the domains that are tested: all, or in a fold the left-out domain."""
     domains = grid.experiment(place, None).domains
     return [place.left_out] if place.left_out else [*domains.train, *domains.unseen]
 
 
 def chosen_variant(grid: Grid, place: Place, strategy: str) -> str | None:
-    """The label that validation chose, once: what is on disk is final. None if no merge was made or judged."""
+    """Return the label selected on validation; None if no merge was made or evaluated.
+
+    The first selection is written to disk and is final.
+    """
     file = grid.merges(place, strategy) / "choice.json"
     if made := read_json(file):
         return str(made["chosen"])
@@ -61,19 +67,19 @@ def chosen_variant(grid: Grid, place: Place, strategy: str) -> str | None:
         scores = {label: float(np.mean(values)) for label, values in means.items()}
     elif not merges:
         return None
-    chosen = max(merges, key=lambda label: scores.get(label, 0.0))  # of equal ones the first
+    chosen = max(merges, key=lambda label: scores.get(label, 0.0))  # the first of equal ones
     write_json(file, {"chosen": chosen, "metric": metric, "validation": scores})
     return chosen
 
 
 def test_sums(grid: Grid, place: Place, domain: str) -> dict[Variant, MetricSums]:
-    """What a domain tells of its test users: a row for each reference and strategy that did not fail."""
+    """Return a domain's sums over its test users, with a row per reference and per strategy that did not fail."""
     rows = {row: cell.result for row, cell in test_rows(grid, place, domain).items() if cell.result.is_file()}
     return sums_of_ranks(rows, domain, grid.experiment(place, None).privacy.min_users) if rows else {}
 
 
 def audit_of(grid: Grid, place: Place, strategy: str, domain: str) -> dict[str, Any] | None:
-    """What an audit measured; None if there is none."""
+    """Return the record of an audit; None without one."""
     cell = audit_cell(grid, place, strategy, domain)
     found: dict[str, Any] | None = read_json(cell.result) if cell else None
     return found
@@ -97,7 +103,7 @@ def audit_cell(grid: Grid, place: Place, strategy: str, domain: str) -> Cell | N
 
 
 def test_rows(grid: Grid, place: Place, domain: str) -> dict[str, Cell]:
-    """Row -> cell."""
+    """Return row -> cell, for the references and for each strategy with a selected variant."""
     shared = grid.evaluation(place, None)
     clients = grid.folder / "clients" / place.dataset
     rows = {"backbone": ranking(grid, place, shared, domain, "test", None, None)}
@@ -133,7 +139,7 @@ def ranking(
     strategy: str | None,
     label: str | None,
 ) -> Cell:
-    """A merge, or with no strategy the backbone alone, on a domain's users."""
+    """Return the cell that ranks with a merge, or without a strategy with the backbone alone."""
     if strategy is None or label is None:
         return ranking_of(grid, place, config, domain, split, "backbone", None, "backbone")
     folder = merge_folder(grid.merges(place, strategy), label)

@@ -1,4 +1,7 @@
-"""The stages of a benchmark."""
+"""The stages of a benchmark: training, joint training, admission, merging, validation, test, audit.
+
+The caller provides the functions that train and that run cells.
+"""
 
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -33,16 +36,16 @@ Progress = Callable[[str], None]
 
 
 def run_grid(grid: Grid, train: Train, execute: Execute, progress: Progress) -> list[str]:
-    """Do all that is not done yet.
+    """Run everything that is not finished yet.
 
     Args:
-        grid: what.
-        train: runs an experiment until its experts are there, or goes on with one.
-        execute: does cells, any number at once.
-        progress: receives a line for everything that happens.
+        grid: the benchmark.
+        train: runs or resumes an experiment until its experts are trained.
+        execute: runs cells, any number at once.
+        progress: receives a line per event.
 
     Returns:
-        What failed, a line each; what depends on it is left out.
+        One line per failure; cells that depend on a failed one are skipped.
     """
     failed: list[str] = []
     places = grid.places()
@@ -65,7 +68,7 @@ def run_grid(grid: Grid, train: Train, execute: Execute, progress: Progress) -> 
                 trained.append(time.monotonic() - started)
             _check_all_took_part(run, config)
         except FedMergeError as error:
-            if config.rounds.rule is None:  # experts are everybody's
+            if config.rounds.rule is None:  # all strategies share the experts
                 raise
             failed.append(f"training: {run.name}: {error}")
             progress(failed[-1])
@@ -89,7 +92,7 @@ def run_grid(grid: Grid, train: Train, execute: Execute, progress: Progress) -> 
 
 
 def joint_cells(grid: Grid, places: Sequence[Place]) -> list[Cell]:
-    """Joint training at each place, without whoever is left out."""
+    """Return a cell of joint training per place and drawing, without the left-out domain."""
     return [
         Cell(
             "joint training",
@@ -108,7 +111,7 @@ def joint_cells(grid: Grid, places: Sequence[Place]) -> list[Cell]:
 
 
 def admission_cells(grid: Grid, places: Sequence[Place]) -> list[Cell]:
-    """One for each place and gate."""
+    """Return a cell per place and gate."""
     cells = {}
     for place in places:
         for strategy in grid.strategies:
@@ -120,7 +123,7 @@ def admission_cells(grid: Grid, places: Sequence[Place]) -> list[Cell]:
 
 
 def merging_cells(grid: Grid, places: Sequence[Place]) -> list[Cell]:
-    """One for each strategy and place; none where its gate failed."""
+    """Return a cell per strategy and place; none where its gate failed."""
     return [
         Cell(
             "merging",
@@ -142,7 +145,7 @@ def merging_cells(grid: Grid, places: Sequence[Place]) -> list[Cell]:
 
 
 def validation_cells(grid: Grid, places: Sequence[Place]) -> list[Cell]:
-    """Every variant of the strategies that have several, on the validation users of the domains that are merged."""
+    """Return the cells that rank validation users of the merged domains, for strategies with several variants."""
     cells = {}
     for place in places:
         for strategy in grid.strategies:
@@ -156,7 +159,7 @@ def validation_cells(grid: Grid, places: Sequence[Place]) -> list[Cell]:
 
 
 def test_cells(grid: Grid, places: Sequence[Place]) -> list[Cell]:
-    """The reference rows, and each strategy's chosen variant. Choices are made, and written, before."""
+    """Return the cells of the reference rows and the selected variants; all selections are written first."""
     cells = {}
     for place in places:
         for strategy in grid.strategies:
@@ -169,9 +172,9 @@ def test_cells(grid: Grid, places: Sequence[Place]) -> list[Cell]:
 
 
 def audit_cells(grid: Grid, places: Sequence[Place]) -> list[Cell]:
-    """What strategies that left users out of their trainings tell of the others: places that leave no domain out.
+    """Return the audits of strategies that held users out of training, at places without a left-out domain.
 
-    An expert that a gate turned away was sent, and is audited with the others.
+    An expert that a gate excluded was sent to the server, so it is audited as well.
     """
     cells = {}
     for place in places:
@@ -183,22 +186,22 @@ def audit_cells(grid: Grid, places: Sequence[Place]) -> list[Cell]:
 
 
 def _check_all_took_part(run: Path, config: ExperimentConfig) -> None:
-    """Strategies are compared on the same domains; ClientError where a training went on without one."""
+    """Raise ClientError if a training lost a domain: strategies are compared on the same domains."""
     if config.rounds.rule is None:
         took_part = {*(ended_training(run) or {})}
-    elif config.rounds.fraction < 1:  # not everybody is drawn for a round
+    elif config.rounds.fraction < 1:  # a round samples clients
         took_part = {*members_of(run)} - {*read_json(run / "clients.json")["excluded"]}
     else:
         took_part = set.intersection(*({*record["aggregation"]["client_weights"]} for record in round_records(run)))
     if missing := sorted({*config.domains.train} - took_part):
         raise ClientError(
-            f"{run}: without {', '.join(missing)}; every strategy needs all domains. See its run.log and "
-            "clients.json; correct what is said there, delete this folder, and start the benchmark again."
+            f"{run}: trained without {', '.join(missing)}; every strategy needs all domains. See its run.log and "
+            "clients.json, fix the cause, delete this folder, and start the benchmark again."
         )
 
 
 def _do(stage: str, cells: Sequence[Cell], execute: Execute, progress: Progress) -> list[str]:
-    """Do cells with a line for each: how many, and how much longer at the pace so far."""
+    """Run cells, with a progress line for each: its number, and the time left at the pace so far."""
     failed = []
     started = time.monotonic()
     own, number = 0.0, 0

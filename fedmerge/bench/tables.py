@@ -1,4 +1,4 @@
-"""The tables of a benchmark, from what its cells left: sums, costs, curves, coefficients, and what failed."""
+"""The tables of a benchmark, made from the files of its cells."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
@@ -36,7 +36,7 @@ BYTES_OF_A_VALUE = 4
 
 
 def bench_tables(grid: Grid) -> BenchTables:
-    """Everything that the report draws; what failed is absent."""
+    """Return all tables of the report; failed cells have no rows but in ``cells``."""
     places = grid.places()
     sums: Sums = {
         (place, domain): found
@@ -88,7 +88,7 @@ def _results(grid: Grid, sums: Sums) -> Iterator[dict[str, Any]]:
 
 
 def _comparisons(grid: Grid, sums: Sums) -> Iterator[dict[str, Any]]:
-    """Domains that were merged, and domains that were not: those that never are, and each where it was left out."""
+    """Compare on merged domains, and on unmerged ones: unseen domains, and each domain in the fold that left it out."""
     baseline = grid.bench.config.baseline
     groups: tuple[tuple[str, Role], ...] = (
         ("", "train"),
@@ -125,11 +125,12 @@ def _ranks(grid: Grid, sums: Sums) -> list[dict[str, Any]]:
 
 
 def _cost(grid: Grid, place: Place, strategy: str) -> dict[str, Any]:
-    """Up: an expert a domain, and the catalogs if the strategy asks for them; down: the merge to every domain in it.
+    """Return bytes, seconds and memory of a strategy.
 
-    Who is turned away by a gate has trained and sent as the others. Under ``aggregate-only`` a masked update of every
-    weight goes up instead. Under ``catalog-private`` no catalog does, but the experts go down to every domain, and of
-    each step coefficients down and an answer up. Of a federation of rounds, what went up and down in all rounds.
+    Up: an expert per domain, and the catalogs if the strategy needs them; down: the merge to every merged domain. A
+    domain that a gate excludes has trained and sent like the others. Under ``aggregate-only`` a masked update of every
+    weight goes up instead. Under ``catalog-private`` no catalog goes up, but the experts go down to every domain; in
+    each step coefficients down and an answer up. For a federation of rounds: bytes up and down in all rounds.
     """
     config = grid.experiment(place, strategy)
     run, merged = grid.run(place, strategy), merged_domains(grid, place, strategy)
@@ -177,7 +178,7 @@ def _cost(grid: Grid, place: Place, strategy: str) -> dict[str, Any]:
 
 
 def _bytes_of_experts(run: Path, domains: Sequence[str]) -> int:
-    """What the ledger of a training says that experts took on the way; of one that was sent twice, once."""
+    """Return the bytes of experts in a training's ledger; an expert sent twice counts once."""
     ledger = pq.read_table(run / "exposure.parquet", columns=["domain", "message", "late", "name", "size_bytes"])
     sizes = {
         (row["domain"], row["name"]): int(row["size_bytes"])
@@ -188,7 +189,7 @@ def _bytes_of_experts(run: Path, domains: Sequence[str]) -> int:
 
 
 def _most_coefficients(grid: Grid, place: Place, strategy: str) -> int:
-    """How many numbers the largest of a strategy's learned merges has."""
+    """Return the number of coefficients of a strategy's largest learned merge."""
     folders = [merge_folder(grid.merges(place, strategy), label) for label in merge_hashes(grid, place, strategy)]
     records = [read_json(folder / "provenance.json") for folder in folders]
     learned = [record["coefficients"].values() for record in records if "losses" in record]
@@ -196,7 +197,7 @@ def _most_coefficients(grid: Grid, place: Place, strategy: str) -> int:
 
 
 def _joint_cost(grid: Grid, place: Place, drawing: Drawing) -> dict[str, Any]:
-    """Whoever holds all the data does all the work; of an adapter nothing travels, and the data are not counted."""
+    """Return the costs of joint training: one machine does all the work, and moving the data is not counted."""
     record = read_json(grid.joint(place, drawing))
     return {
         **_named(place, joint_row(drawing)),
@@ -212,7 +213,7 @@ def _joint_cost(grid: Grid, place: Place, drawing: Drawing) -> dict[str, Any]:
 
 
 def _curves(grid: Grid, places: Sequence[Place]) -> Iterator[dict[str, Any]]:
-    """Of the experts that the strategies share, and of every learned merge."""
+    """Yield the curves of the shared experts, of rounds, and of learned merges."""
     for place in places:
         run = grid.run(place, None)
         for expert in sorted((run / ADAPTERS).glob("[!.]*")) if not place.left_out else ():
@@ -243,7 +244,7 @@ def _validation_points(place: Place, row: str, domain: str, report: Mapping[str,
 
 
 def _coefficients(grid: Grid, place: Place, strategy: str) -> Iterator[dict[str, Any]]:
-    """Of merges that learned them."""
+    """Yield the coefficients of a learned merge."""
     provenance = _provenance(grid, place, strategy)
     if "losses" in provenance:
         for domain, values in provenance["coefficients"].items():
@@ -253,7 +254,7 @@ def _coefficients(grid: Grid, place: Place, strategy: str) -> Iterator[dict[str,
 
 
 def _leaks(grid: Grid, place: Place, strategy: str) -> Iterator[dict[str, Any]]:
-    """What audits found: of the merge, and of the expert where anybody but its client sees it."""
+    """Yield audit results of the merge, and of the expert unless only its client sees it."""
     config = grid.experiment(place, strategy)
     hidden = config.privacy.policy == "aggregate-only"
     for domain in config.domains.train:
@@ -266,7 +267,7 @@ def _leaks(grid: Grid, place: Place, strategy: str) -> Iterator[dict[str, Any]]:
             *({**row, "model": row["from"], "attack": "pairs"} for row in audit["recovery"]["rows"]),
         ]
         for row in attacks:
-            if hidden and row["model"].startswith(EXPERT):  # of pairs also "expert minus backbone"
+            if hidden and row["model"].startswith(EXPERT):  # for pairs also "expert minus backbone"
                 continue
             measured = {key: row[key] for key in ("auc", "mean_exposure") if key in row}
             measured |= {key: value for key, value in row.items() if key.startswith("tpr_at_fpr_")}

@@ -1,6 +1,6 @@
-"""`fedmerge bench`: experts are trained through Flower, one experiment after the other; all other cells are Ray tasks.
+"""`fedmerge bench`: Flower trains experts, one experiment after the other; all other cells are Ray tasks.
 
-This process holds no CPU of Ray's: it hands out cells and writes down what they say.
+This process reserves no CPU of Ray: it starts cells and writes their results.
 """
 
 import atexit
@@ -31,27 +31,27 @@ from sim.local.launch import MARK, SOCKET_FOLDER_LENGTH, end_processes
 from sim.local.run import check_attack, check_rule, run_experiment
 
 REPORT = "report.html"
-SILENCE_SECONDS = 30.0  # then it is told what is running
+SILENCE_SECONDS = 30.0  # after which the running cells are shown
 
 
 def run_bench(
     file: Path, folder: Path, app_dir: Path, address: str | None = None, overrides: Sequence[str] = ()
 ) -> int:
-    """Run a benchmark, or go on with one, and print what happens as it happens.
+    """Run or resume a benchmark, and print its progress.
 
     Args:
-        file: the benchmark.
-        folder: where everything goes; on a cluster a folder that every node sees.
+        file: the benchmark file.
+        folder: folder of the benchmark; on a cluster, one that all nodes share.
         app_dir: of the Flower app.
-        address: of a Ray cluster; None: one of this machine's, started and ended here, or that of RAY_ADDRESS.
-        overrides: of the benchmark's experiment file, as ``key=value``.
+        address: address of a Ray cluster; None for RAY_ADDRESS, or a cluster started on this machine for this call.
+        overrides: changes of the benchmark's experiment file, as ``key=value``.
 
     Returns:
-        0 if every cell is done, else 1; the tables hold what is done.
+        0 if every cell finished, else 1; the tables hold the finished cells.
 
     Raises:
-        ConfigError: the benchmark is not valid, or another one than the folder's.
-        ClientError: experts could not be trained.
+        ConfigError: the benchmark is not valid, or the folder belongs to another one.
+        ClientError: training the experts failed.
     """
     bench = load_bench(file, overrides)
     tracking = bench.experiment(bench.config.dataset[0].name, None, 0).tracking
@@ -65,7 +65,7 @@ def run_bench(
     grid = Grid(bench, folder.resolve())
     mark = mark_of(grid.folder)
     with locked(grid.folder):
-        end_processes(mark)  # of a call that was killed
+        end_processes(mark)  # left by a killed call
         try:
             failed = run_grid(
                 grid,
@@ -87,7 +87,7 @@ def run_bench(
 
 
 def mark_of(folder: Path) -> str:
-    """The mark of all processes that a benchmark in this folder starts."""
+    """Return the mark of all processes that a benchmark in this folder starts."""
     return hashlib.sha256(str(folder).encode()).hexdigest()[:32]
 
 
@@ -98,21 +98,21 @@ def _check_rule(config: ExperimentConfig, leave_one_out: bool) -> None:
         try:
             check_rule(config.model_copy(update={"domains": rest}))
         except ConfigError as error:
-            raise ConfigError(f"leave_one_out = true, so of each fold: {error}") from error
+            raise ConfigError(f"with leave_one_out = true, in each fold: {error}") from error
 
 
 def _train(config: ExperimentConfig, app_dir: Path, mark: str) -> None:
     run = Path(config.output_dir) / str(config.run_id)
-    begun = (run / CONFIG_FILE).is_file()
-    if run.exists() and not begun:  # killed before it began
+    has_started = (run / CONFIG_FILE).is_file()
+    if run.exists() and not has_started:  # killed before its configuration was written
         shutil.rmtree(run)
     run.parent.mkdir(parents=True, exist_ok=True)
-    if run_experiment(config.model_copy(update={"resume": begun}), app_dir, mark):
-        raise ClientError(f"{run}: the experts could not be trained; see above, then start the benchmark again")
+    if run_experiment(config.model_copy(update={"resume": has_started}), app_dir, mark):
+        raise ClientError(f"{run}: training the experts failed; see the messages above, then start the benchmark again")
 
 
 def _on_ray(cells: Sequence[Cell], address: str | None, mark: str) -> Iterator[Ended | Running]:
-    """Do cells as Ray tasks, as many at once as there are CPUs for; each as it ends."""
+    """Run cells as Ray tasks, as many at once as there are CPUs, and yield each as it ends."""
     if not cells:
         return
     if not ray.is_initialized():
@@ -120,7 +120,7 @@ def _on_ray(cells: Sequence[Cell], address: str | None, mark: str) -> Iterator[E
     task = ray.remote(max_retries=1)(work_in_task)
     left = deque(cells)
     running: dict[Any, Cell] = {}
-    most = 1  # CPUs of a node, while there is one
+    most = 1  # CPUs of the largest node, while one is alive
     while left or running:
         nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]  # untyped in Ray
         most = max(nodes, default=0) or most
@@ -137,7 +137,7 @@ def _on_ray(cells: Sequence[Cell], address: str | None, mark: str) -> Iterator[E
         try:
             yield ray.get(ended[0])
         except ray.exceptions.RayError as error:
-            problem = f"its process ended ({type(error).__name__}); was it killed, or the memory full?"
+            problem = f"its process ended ({type(error).__name__}), perhaps killed for lack of memory"
             yield Ended(cell, problem, 0.0)
 
 
@@ -151,7 +151,7 @@ def _connect(address: str | None, mark: str) -> None:
     temporary = tempfile.gettempdir()
     short = temporary if len(temporary) <= SOCKET_FOLDER_LENGTH else "/tmp"
     files = Path(short) / f"fedmerge-{mark[:8]}"
-    shutil.rmtree(files, ignore_errors=True)  # of a call that was killed
+    shutil.rmtree(files, ignore_errors=True)  # left by a killed call
     atexit.register(shutil.rmtree, files, ignore_errors=True)
     cpus = len(os.sched_getaffinity(0))
     ray.init(address="local", num_cpus=cpus, include_dashboard=False, _temp_dir=str(files), **quiet)
