@@ -21,13 +21,14 @@ from peft import LoraConfig, get_peft_model
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModel, AutoTokenizer
 
+from fedmerge.backbone_files import MINILM, find_backbone
 from fedmerge.client.local_domain import LocalDomain, open_domain
 from fedmerge.client.training.expert import training_batches, training_step
 from fedmerge.config import Text, Train
 from fedmerge.device import resolve_compute
 from fedmerge.domain.catalog import ATTRIBUTES, Catalog
 from fedmerge.domain.demo import write_demo
-from fedmerge.encoder.backbone import MINILM, find_backbone, load_backbone
+from fedmerge.encoder.backbone import load_backbone
 from fedmerge.encoder.frozen import frozen_products, using
 from fedmerge.encoder.lora import attach
 

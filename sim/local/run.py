@@ -5,12 +5,10 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from fedmerge.config import DEMO_ROOT, ExperimentConfig, to_toml
-from fedmerge.domain.demo import DEMO_DOMAINS
-from fedmerge.domain.folder import list_domains
-from fedmerge.domain.manifest import read_manifest
-from fedmerge.errors import ClientError, ConfigError, RunDirError
+from fedmerge.config import ExperimentConfig, to_toml
+from fedmerge.errors import ClientError, RunDirError
 from fedmerge.runs.folder import CONFIG_FILE, DONE, check_same_config, is_locked, locked, new_run_id
+from sim.local.check import check_simulation
 from sim.local.launch import run_federation
 
 FAILS_AGAIN = ("ConfigError", "PolicyError")  # a run keeps its configuration, so these come back
@@ -28,7 +26,8 @@ def run_experiment(config: ExperimentConfig, app_dir: Path, mark: str | None = N
         0 if the run finished and its folder is complete, else 1.
 
     Raises:
-        ConfigError: a domain is missing, or the configuration differs from the run's; raised before anything starts.
+        ConfigError: all problems that this machine's files show, or a configuration other than the run's; raised before
+            anything starts.
         RunDirError: the run to resume is missing, the run exists already, or a process works on it.
         ClientError: Flower could not be started, or was lost on the way.
     """
@@ -43,10 +42,7 @@ def run_experiment(config: ExperimentConfig, app_dir: Path, mark: str | None = N
             pass  # no other process works on it
     elif run_dir.exists():
         raise run_exists(run_dir, f"fedmerge run --resume {run_dir}")
-    _check_domains(config)
-    check_attack(config)
-    check_rule(config)
-    _check_tracking(config)
+    check_simulation(config)
     with tempfile.TemporaryDirectory(prefix="fedmerge-config-") as folder:
         resolved = Path(folder) / "experiment.toml"
         resolved.write_text(to_toml(config), encoding="utf-8")
@@ -116,43 +112,3 @@ def _print_remedy(run_dir: Path) -> None:
     else:
         remedy = f"resume with: fedmerge run --resume {run_dir}"
     print(f"fedmerge: partial results are in {run_dir}; {remedy}", file=sys.stderr)
-
-
-def check_attack(config: ExperimentConfig) -> None:
-    """Refuse to poison a training on real data of this machine.
-
-    Raises:
-        PolicyError: the domain's data are not synthetic.
-    """
-    domain, root = config.simulation.attacker, config.domains.root
-    if domain is not None and root != DEMO_ROOT:
-        from fedmerge.client.training.poisoning import check_may_attack  # noqa: PLC0415  # imports torch; other runs start sooner
-
-        check_may_attack(read_manifest(Path(root) / domain))
-
-
-def check_rule(config: ExperimentConfig) -> None:
-    """Check the rule of a federation of rounds: :func:`sim.app.server.rounds.check_rounds`."""
-    if config.rounds.rule is not None:
-        from sim.app.server.rounds import check_rounds  # noqa: PLC0415  # imports torch; other runs start sooner
-
-        check_rounds(config)
-
-
-def _check_tracking(config: ExperimentConfig) -> None:
-    if config.tracking is not None:
-        from fedmerge.report.tracking import check_tracking  # noqa: PLC0415  # imports numpy and pyarrow
-
-        check_tracking(config.tracking)
-
-
-def _check_domains(config: ExperimentConfig) -> None:
-    root = config.domains.root
-    known = DEMO_DOMAINS if root == DEMO_ROOT else list_domains(Path(root))
-    missing = [name for name in config.domains.train + config.domains.unseen if name not in known]
-    if missing:
-        raise ConfigError(
-            f"domains.root = {root!r} has no domain {', '.join(missing)}; it has: {', '.join(known) or 'none'}. "
-            "Make domain folders with 'fedmerge data import' or 'fedmerge data demo', or correct domains.train and "
-            "domains.unseen."
-        )

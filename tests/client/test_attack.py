@@ -17,7 +17,7 @@ from fedmerge.device import resolve_compute
 from fedmerge.domain.interactions import interactions_fingerprint
 from fedmerge.encoder.backbone import load_backbone
 from fedmerge.errors import ConfigError, PolicyError
-from sim.local.run import check_attack
+from sim.local.check import check_attack
 
 ALL_PREFIXES = Train()
 
@@ -124,7 +124,7 @@ def test_data_that_are_not_synthetic_are_refused(place: Path, domain: LocalDomai
     try:
         manifest.write_text(text.replace('"synthetic": true', '"synthetic": false'))
         assert manifest.read_text() != text
-        with pytest.raises(PolicyError, match="not synthetic"):
+        with pytest.raises(ConfigError, match="coffee"):
             check_attack(config)
         check_attack(small_experiment(place))
     finally:

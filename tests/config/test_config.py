@@ -415,7 +415,7 @@ CLI = "import contextlib, fedmerge.cli\nwith contextlib.suppress(SystemExit): fe
     [
         "import fedmerge.config",
         CLI.format(arguments=["--help"]),
-        CLI.format(arguments=["check", str(CONFIG_FILES[0])]),
+        CLI.format(arguments=["check", str(REPOSITORY / "configs" / "demo.toml")]),
         CLI.format(arguments=["run", str(CONFIG_FILES[0]), "--set", "seed=x"]),
         CLI.format(arguments=["evaluate", "none", "--domain", "x", "--set", "seed=x"]),
     ],

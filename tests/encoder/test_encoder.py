@@ -13,13 +13,14 @@ import torch
 from backbones import WORDS, tiny_bert, tiny_roberta
 from safetensors.torch import load_file, save_file
 
+from fedmerge.backbone_files import MINILM, MINILM_PACKAGE
 from fedmerge.client.local_domain import open_domain
 from fedmerge.config import Text
 from fedmerge.device import resolve_compute
 from fedmerge.domain.catalog import ATTRIBUTES, Catalog, make_catalog
 from fedmerge.domain.folder import write_domain
 from fedmerge.domain.interactions import make_interactions
-from fedmerge.encoder.backbone import MINILM, MINILM_PACKAGE, Backbone, check_max_tokens, load_backbone
+from fedmerge.encoder.backbone import Backbone, check_max_tokens, load_backbone
 from fedmerge.encoder.encode import embed_batch, embed_in_groups, encode, length_batches
 from fedmerge.encoder.frozen import frozen_products, packs_bfloat16, using
 from fedmerge.encoder.lora import attach

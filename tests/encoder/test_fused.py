@@ -12,8 +12,9 @@ from backbones import tiny_bert, tiny_roberta
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaModel
 
+from fedmerge.backbone_files import MINILM, MINILM_PACKAGE
 from fedmerge.device import resolve_compute
-from fedmerge.encoder.backbone import MINILM, MINILM_PACKAGE, Backbone, load_backbone
+from fedmerge.encoder.backbone import Backbone, load_backbone
 from fedmerge.encoder.encode import embed_batch, encode
 from fedmerge.encoder.frozen import packs_bfloat16
 from fedmerge.encoder.fused import fused_encoder

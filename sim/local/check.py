@@ -1,0 +1,170 @@
+"""Problems of an experiment that this machine's files can show before anything is started."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from fedmerge.backbone_files import find_backbone, missing_target_modules
+from fedmerge.config import DEMO_ROOT, LEARNED_METHODS, ExperimentConfig, Simulation
+from fedmerge.domain.demo import DEMO_DOMAINS
+from fedmerge.domain.folder import list_domains
+from fedmerge.domain.manifest import Manifest, read_manifest
+from fedmerge.errors import BackboneError, ConfigError, FedMergeError
+
+
+def check_simulation(config: ExperimentConfig) -> None:
+    """Refuse an experiment that cannot work in a simulation on this machine.
+
+    Raises:
+        ConfigError: every problem, a line each.
+    """
+    _refuse(
+        [
+            *_problems_of(lambda: check_rule(config)),
+            *_tracking_problems(config),
+            *_backbone_problems(config),
+            *_data_problems(config),
+        ]
+    )
+
+
+def check_for_federation(config: ExperimentConfig) -> None:
+    """Refuse an experiment whose settings cannot work on a federation's machines, where the data are.
+
+    Raises:
+        ConfigError: every problem, a line each.
+    """
+    problems = [*_problems_of(lambda: check_rule(config)), *_tracking_problems(config)]
+    if config.simulation != Simulation():
+        problems.append(
+            "[simulation] is for simulations alone, and every client of a federation refuses it; remove its keys"
+        )
+    _refuse(problems)
+
+
+def check_attack(config: ExperimentConfig) -> None:
+    """Refuse to poison a training on data of this machine that are not synthetic.
+
+    Raises:
+        ConfigError: the domain.
+    """
+    domain, root = config.simulation.attacker, config.domains.root
+    if domain is not None and root != DEMO_ROOT:
+        _refuse(_attack_problems(read_manifest(Path(root).expanduser() / domain)))
+
+
+def check_rule(config: ExperimentConfig) -> None:
+    """Refuse a rule of rounds by its parameters; see :func:`sim.app.server.rounds.check_rounds`."""
+    if config.rounds.rule is not None:
+        from sim.app.server.rounds import check_rounds  # noqa: PLC0415  # imports torch, for which other runs need not wait
+
+        check_rounds(config)
+
+
+def _refuse(problems: list[str]) -> None:
+    if problems:
+        plural = "s" * (len(problems) > 1)
+        raise ConfigError(
+            f"{len(problems)} problem{plural} found before the start\n" + "\n".join(f"  {p}" for p in problems)
+        )
+
+
+def _tracking_problems(config: ExperimentConfig) -> Iterator[str]:
+    tracking = config.tracking
+    if tracking is not None:
+        from fedmerge.report.tracking import check_tracking  # noqa: PLC0415  # imports the viewer's package
+
+        yield from _problems_of(lambda: check_tracking(tracking))
+
+
+def _backbone_problems(config: ExperimentConfig) -> Iterator[str]:
+    source, targets = config.backbone.source, config.lora.target_modules
+    try:
+        name, folder = find_backbone(source, download=False)
+    except BackboneError as error:
+        if Path(source).expanduser().is_dir() or source.startswith((".", "/", "~")):  # else the run downloads it
+            yield str(error)
+        return
+    try:
+        missing = missing_target_modules(folder, targets)
+    except BackboneError as error:
+        yield str(error)
+        return
+    if missing:
+        yield (
+            f"lora.target_modules: {name} has no linear layer {', '.join(missing)}; name layers of its own, or "
+            "'all-linear'"
+        )
+
+
+def _data_problems(config: ExperimentConfig) -> Iterator[str]:
+    """Yield problems of the domain folders, as their manifests show them; the bundled demo can only lack a name."""
+    root, names = config.domains.root, config.domains.train + config.domains.unseen
+    try:
+        known = DEMO_DOMAINS if root == DEMO_ROOT else list_domains(Path(root).expanduser())
+    except FedMergeError as error:
+        yield f"domains.root: {error}"
+        return
+    if missing := [name for name in names if name not in known]:
+        yield (
+            f"domains.root = {root!r} has no domain {', '.join(missing)}; it has: {', '.join(known) or 'none'}. "
+            "Make domain folders with 'fedmerge data import' or 'fedmerge data demo', or correct domains.train and "
+            "domains.unseen."
+        )
+    if config.server.catalogs is not None and not Path(config.server.catalogs).expanduser().is_dir():
+        yield f"server.catalogs = {config.server.catalogs!r}: no such folder; correct the path, or set 'none'"
+    for name in names if root != DEMO_ROOT else ():
+        if name not in missing:
+            try:
+                manifest = read_manifest(Path(root).expanduser() / name)
+            except FedMergeError as error:
+                yield str(error)
+            else:
+                yield from _domain_problems(config, manifest)
+
+
+def _domain_problems(config: ExperimentConfig, manifest: Manifest) -> Iterator[str]:
+    name, dp = manifest.name, config.dp
+    if name not in config.domains.train:
+        return
+    if name == config.simulation.attacker:
+        yield from _attack_problems(manifest)
+    if dp.mode == "user" and dp.delta is not None and dp.delta >= 1 / manifest.num_users:
+        yield (
+            f"domain {name}: dp.delta = {dp.delta:g} is not below one over its {manifest.num_users} users; set "
+            f"dp.delta well below {1 / manifest.num_users:.2g}"
+        )
+    if not manifest.public_catalog and dp.mode == "user":
+        yield (
+            f"domain {name}: dp.mode = 'user' needs a public catalog, since every item is every user's negative, but "
+            "its manifest says public_catalog = false; import the domain again as public, or leave it out"
+        )
+    elif not manifest.public_catalog and _clients_send_catalogs(config):
+        yield (
+            f"domain {name}: its manifest says public_catalog = false, but the experiment asks for its catalog; set "
+            "privacy.policy = 'catalog-private', leave learned merges and admission.probe_items out, or import the "
+            "domain again as public"
+        )
+
+
+def _clients_send_catalogs(config: ExperimentConfig) -> bool:
+    if config.privacy.policy != "adapter+catalog" or config.server.catalogs is not None:
+        return False
+    rule = config.rounds.rule
+    learned = {*config.merge.methods} & LEARNED_METHODS if rule is None else {str(rule)} & LEARNED_METHODS
+    return bool(config.admission.probe_items or (learned and config.until != "train"))
+
+
+def _attack_problems(manifest: Manifest) -> list[str]:
+    if manifest.synthetic:
+        return []
+    return [
+        f"domain {manifest.name}: simulation.attacker asks it to poison its training, but its data are not synthetic; "
+        "use the demo domains, or set simulation.attacker = 'none'"
+    ]
+
+
+def _problems_of(check: Callable[[], None]) -> Iterator[str]:
+    try:
+        check()
+    except FedMergeError as error:
+        yield str(error)
