@@ -164,11 +164,15 @@ def load_bench(path: Path, overrides: Sequence[str] = ()) -> Bench:
                 )
             if problem := _not_in_one_place(experiment):
                 raise ConfigError(f"{path}: strategy {strategy}: {problem}")
-            for section in ("domains", "evaluation", "attack"):
-                if getattr(experiment, section) != getattr(shared, section):
+            for what, differs in (
+                ("[domains]", experiment.domains != shared.domains),
+                ("[evaluation]", experiment.evaluation != shared.evaluation),
+                ("simulation.attack", experiment.simulation.attack_record() != shared.simulation.attack_record()),
+            ):
+                if differs:
                     raise ConfigError(
-                        f"{path}: strategy {strategy}: found another [{section}] than its dataset's; strategies are "
-                        "compared on the same domains and users. Make it a dataset of its own."
+                        f"{path}: strategy {strategy}: {what} differs from its dataset's; strategies are compared on "
+                        "the same domains and users. Make it a dataset of its own."
                     )
             if config.joint and len(experiment.domains.train) < 2:
                 raise ConfigError(
