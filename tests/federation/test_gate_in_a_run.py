@@ -238,8 +238,7 @@ name = "clean"
 [[dataset]]
 name = "scaled"
 [dataset.set]
-simulation = { held_out_users = 0.5 }
-simulation = { attacker = "coffee", attack = "scaled-update", attack_strength = 100.0 }
+simulation = { held_out_users = 0.5, attacker = "coffee", attack = "scaled-update", attack_strength = 100.0 }
 
 [[strategy]]
 name = "average"
