@@ -1,6 +1,7 @@
 """Slow oracles of the aggregation rules, dense, in NumPy float64, written from their definitions."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -8,7 +9,7 @@ from adapters import Layout, random_adapter
 from numpy.typing import NDArray
 
 from fedmerge.adapter import Adapter, LoraModule
-from fedmerge.federated.rounds import GlobalState
+from fedmerge.federated.rounds import GlobalState, aggregate, initial_state
 
 Array = NDArray[np.float64]
 Dense = dict[str, Array]  # module -> Δ (out, in)
@@ -154,3 +155,33 @@ def trained(state: GlobalState, clients: list[str] | None = None, only_B: bool =
         if clients is None or client in clients:
             found[client] = Adapter(modules)
     return found
+
+
+def one(A: list[list[float]], B: list[list[float]], scaling: float = 1.0) -> Adapter:
+    return Adapter({"m": LoraModule(torch.tensor(A), torch.tensor(B), scaling)})
+
+
+def vectors(*rows: list[float]) -> dict[str, Adapter]:
+    """Clients whose update is a row vector."""
+    return {f"client {k}": one([row], [[1.0]]) for k, row in enumerate(rows)}
+
+
+def row_of(adapter: Adapter) -> list[float]:
+    values: list[float] = adapter.modules["m"].delta_weight().double().squeeze(0).tolist()
+    return values
+
+
+def equal(adapters: Mapping[str, Adapter]) -> dict[str, float]:
+    return {client: 1 / len(adapters) for client in adapters}
+
+
+def run(rule: str, rounds: int, ranks: Mapping[str, int] | None = None, **parameters: Any) -> GlobalState:
+    """Some rounds; one client is away in the second. Equal ranks where the rule wants them."""
+    if ranks is None:
+        ranks = dict.fromkeys(RANKS, 2) if rule in ("fedit", "ffa-lora") else RANKS
+    state = initial_state(fresh(ranks))
+    for number in range(rounds):
+        here = [client for client in ranks if number != 1 or client != "toys"]
+        local = trained(state, here, only_B=rule == "ffa-lora")
+        state = aggregate(rule, state, local, {client: COUNTS[client] for client in local}, **parameters)
+    return state
