@@ -53,9 +53,9 @@ def check_attack(config: ExperimentConfig) -> None:
 
 
 def check_rule(config: ExperimentConfig) -> None:
-    """Refuse a rule of rounds by its parameters; see :func:`sim.app.server.rounds.check_rounds`."""
+    """Refuse a rule of rounds by its parameters; see :func:`sim.app.server.phases.rounds.check_rounds`."""
     if config.rounds.rule is not None:
-        from sim.app.server.rounds import check_rounds  # noqa: PLC0415  # imports torch, for which other runs need not wait
+        from sim.app.server.phases.rounds import check_rounds  # noqa: PLC0415  # imports torch, for which other runs need not wait
 
         check_rounds(config)
 

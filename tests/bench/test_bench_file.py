@@ -14,7 +14,7 @@ from fedmerge.errors import ConfigError, RunDirError
 from fedmerge.federated.rules import RULES
 from fedmerge.merging.methods import METHODS
 from fedmerge.report.bench_tables import BenchTables
-from sim.app.server.rounds import check_rounds
+from sim.app.server.phases.rounds import check_rounds
 from sim.local.bench import run_bench
 
 pytestmark = pytest.mark.federation

@@ -10,7 +10,7 @@ import torch
 from flwr.app import Context, Message
 from in_process import small_experiment
 
-import sim.app.server.rounds
+import sim.app.server.phases.rounds
 from fedmerge.adapter import Adapter, adapter_sha256
 from fedmerge.cli import main
 from fedmerge.client.local_domain import open_domain
@@ -27,7 +27,7 @@ from fedmerge.runs.folder import DONE
 from fedmerge.runs.round_checkpoints import keep_reply, keep_state, round_records
 from sim.app.client.app import _backbone
 from sim.app.messages import records
-from sim.app.server.rounds import check_rounds
+from sim.app.server.phases.rounds import check_rounds
 from sim.local.in_process import answer_honestly, run_in_process
 
 pytestmark = pytest.mark.federation
@@ -141,7 +141,7 @@ def test_a_killed_federation_goes_on_and_ends_as_one_that_was_not(place: Path, m
                 if next(calls) == call:
                     raise Killed
 
-            patched.setattr(sim.app.server.rounds, name, dying)
+            patched.setattr(sim.app.server.phases.rounds, name, dying)
             with pytest.raises(Killed):
                 run_in_process(killed.model_copy(update={"resume": run_dir(killed).exists()}), counting)
     run_in_process(killed.model_copy(update={"resume": True}), counting)
@@ -197,7 +197,7 @@ def test_where_who_was_drawn_does_not_come_back_others_are_drawn(
         raise Killed
 
     with monkeypatch.context() as patched:
-        patched.setattr(sim.app.server.rounds, "ask", die)
+        patched.setattr(sim.app.server.phases.rounds, "ask", die)
         with pytest.raises(Killed):
             run_in_process(config)
     assert "beauty" in read_json(run_dir(config) / "rounds" / "drawn.json")["domains"]
@@ -333,7 +333,7 @@ def test_a_noised_b_is_released_once_though_the_server_died(place: Path, monkeyp
         keep_reply(run_dir, number, *arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(sim.app.server.rounds, "keep_reply", dying)
+        patched.setattr(sim.app.server.phases.rounds, "keep_reply", dying)
         with pytest.raises(Killed):
             run_in_process(config, listening)
     run_in_process(config.model_copy(update={"resume": True}), listening)

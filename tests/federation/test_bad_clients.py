@@ -15,9 +15,11 @@ from flwr.superlink.grid import InMemoryGrid
 from in_process import small_experiment
 
 import sim.app.server.asking
+from fedmerge import __version__
 from fedmerge.config import ExperimentConfig
 from fedmerge.errors import ClientError
 from sim.app.messages import records
+from sim.app.server.replies import MOST_LOSSES
 from sim.local.in_process import Answer, answer_honestly, run_in_process
 
 pytestmark = pytest.mark.federation
@@ -148,49 +150,49 @@ CASES: dict[str, tuple[str, Change, str, str]] = {
         "query.describe",
         of_description(domain="shoes"),
         "gather",
-        r"it says to be 'shoes' \(train\), which the experiment does not name as such",
+        r"'shoes' \(train\)",
     ),
     "a domain that is taken": (
         "query.describe",
         of_description(domain="beauty"),
         "gather",
-        "another client already is beauty; start one client for each domain",
+        "already is beauty",
     ),
     "another backbone": (
         "query.describe",
         of_description(backbone_sha256="0" * 64),
         "gather",
-        "use the same backbone and tokenizer files everywhere",
+        "backbone is 0{64}",
     ),
     "another version": (
         "query.describe",
         of_description(fedmerge_version="0.0.0"),
         "gather",
-        "its fedmerge version is 0.0.0, the server's .*; install the same version everywhere",
+        rf"version is 0\.0\.0, .* {re.escape(__version__)};",
     ),
     "another precision": (
         "query.describe",
         of_description(precision="bfloat16"),
         "gather",
-        "its precision is bfloat16, the server's float32; .*set runtime.precision",
+        r"precision is bfloat16, .* float32; .*runtime\.precision",
     ),
     "another layout": (
         "query.describe",
         of_description(layout_sha256="0" * 64),
         "gather",
-        "its LoRA layout is 0{64}, the server's [0-9a-f]{64}; use the same versions of fedmerge, peft and transformers",
+        "LoRA layout is 0{64}, .* [0-9a-f]{64};",
     ),
     "no users": (
         "query.describe",
         of_description(num_users=0),
         "gather",
-        "it trains, but has 0 users; import its domain",
+        " 0 users",
     ),
     "another policy": (
         "query.describe",
         of_description(policy="adapter"),
         "gather",
-        r"its policy is adapter, the server's adapter\+catalog; agree on privacy.policy",
+        r"policy is adapter, .* adapter\+catalog; .*privacy\.policy",
     ),
     "sums of other models": (
         "evaluate",
@@ -284,7 +286,7 @@ def test_who_hangs_is_left_out_in_time_and_a_late_answer_is_recorded_and_dropped
 
     run_in_process(experiment(place, tmp_path, **{"server.timeout_seconds": 8}), answer)
     clients = json.loads((tmp_path / "run" / "clients.json").read_text())
-    assert clients["excluded"][BAD].startswith("train: no answer within 8 s; its client hangs, is too slow, or")
+    assert clients["excluded"][BAD].startswith("train: no answer within 8 s")
     assert clients["excluded_in_phase"][BAD] == "train"
     rows = pq.read_table(tmp_path / "run" / "exposure.parquet").to_pylist()
     assert {row["late"] for row in rows if (row["domain"], row["message"]) == (BAD, "train")} == {True}
@@ -461,7 +463,7 @@ def test_a_client_that_was_lost_and_comes_back_is_asked_again(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
     monkeypatch.setattr(sim.app.server.asking, "LOOK_SECONDS", 0.05)
-    run_in_process(experiment(place, tmp_path), lost(sim.app.server.asking.MOST_LOSSES, code))
+    run_in_process(experiment(place, tmp_path), lost(MOST_LOSSES, code))
     assert not json.loads((tmp_path / "run" / "clients.json").read_text())["excluded"]
     told = (tmp_path / "run" / "run.log").read_text()
     assert told.count("train: coffee was lost: ") == 3
@@ -496,7 +498,7 @@ def test_a_lost_client_that_stays_away_is_left_out_in_time(
 
     run_in_process(experiment(place, tmp_path, **{"server.return_seconds": 0.3}), bad_client("train", leave))
     excluded = json.loads((tmp_path / "run" / "clients.json").read_text())["excluded"]
-    assert re.fullmatch(r"train: it was lost and did not come back; start its client again, .*--resume", excluded[BAD])
+    assert re.fullmatch(rf"train: .* lost .* --resume {tmp_path}/run", excluded[BAD])
     assert (tmp_path / "run" / "DONE").exists()
 
 
@@ -510,7 +512,7 @@ def test_who_comes_late_is_tested_as_unseen(place: Path, tmp_path: Path) -> None
 
     run_in_process(experiment(place, tmp_path, **{"server.wait_seconds": 0.5}), answer, away=away)
     told = (tmp_path / "run" / "run.log").read_text()
-    assert "came late and are tested as unseen: coffee" in told
+    assert "as unseen: coffee" in told
     rows = pq.read_table(tmp_path / "run" / "metrics.parquet").to_pylist()
     roles = {(row["split"], row["role"]) for row in rows if row["domain"] == BAD}
     assert roles == {("test", "unseen")}

@@ -13,7 +13,6 @@ import pytest
 from flwr.app import Context, Message
 from in_process import here, small_experiment, tables_of, train
 
-import sim.app.server.app
 from fedmerge.adapter import adapter_sha256
 from fedmerge.bench.config import load_bench
 from fedmerge.bench.grid import Grid, Place, open_folder
@@ -29,6 +28,7 @@ from fedmerge.runs import checkpoints
 from fedmerge.runs.folder import DONE
 from fedmerge.server.remerge import experts_of_run
 from sim.app.messages import records
+from sim.app.server.phases import merging
 from sim.local.in_process import answer_honestly, run_in_process
 
 pytestmark = pytest.mark.federation
@@ -185,7 +185,7 @@ def test_a_run_killed_at_the_gate_goes_on(
 
     with monkeypatch.context() as patch:
         if dies_at == "merging":
-            patch.setattr(sim.app.server.app, "_merge", lambda *_, **__: (_ for _ in ()).throw(Killed()))
+            patch.setattr(merging, "merge_experts", lambda *_, **__: (_ for _ in ()).throw(Killed()))
         else:
             patch.setattr(checkpoints, "keep_sums", dying)
         with pytest.raises(Killed):

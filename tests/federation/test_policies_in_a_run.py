@@ -15,7 +15,7 @@ from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 from in_process import small_experiment
 
-import sim.app.server.coefficients
+import sim.app.server.phases.coefficients
 from fedmerge.config import ExperimentConfig
 from fedmerge.encoder.peft_folder import read_adapter
 from fedmerge.errors import ClientError, PolicyError
@@ -266,7 +266,7 @@ def test_a_run_that_was_killed_replays_what_was_averaged(
         if len(lines) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(sim.app.server.coefficients, "append_line", killed_after_two)
+    monkeypatch.setattr(sim.app.server.phases.coefficients, "append_line", killed_after_two)
     with pytest.raises(KeyboardInterrupt):
         run_in_process(experiment(place, tmp_path, **changes))
     run_in_process(experiment(place, tmp_path, **changes, resume=True), seen_by_flower(tmp_path / "sent.jsonl"))

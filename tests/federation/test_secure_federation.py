@@ -212,13 +212,13 @@ def test_a_killed_sum_begins_again_with_fresh_keys(place: Path, monkeypatch: pyt
         raise Killed
 
     with monkeypatch.context() as patched:
-        patched.setattr("sim.app.server.secure_sum.keep_mean", killed)  # after everything was revealed
+        patched.setattr("sim.app.server.phases.secure_sum.keep_mean", killed)  # after everything was revealed
         with pytest.raises(Killed):
             run_in_process(config, watched)
     run_in_process(config.model_copy(update={"resume": True}), watched)
     assert len(set(keys)) == 2 * len(TRAIN)
     before = merged(config, "average")
-    monkeypatch.setattr("sim.app.server.secure_sum.secure_mean", killed)  # what is on disk is not summed again
+    monkeypatch.setattr("sim.app.server.phases.secure_sum.secure_mean", killed)  # what is on disk is not summed again
     (run_dir(config) / DONE).unlink()
     run_in_process(config.model_copy(update={"resume": True}))
     assert_close(merged(config, "average"), before)
@@ -302,7 +302,7 @@ def test_a_sum_that_was_shown_and_lost_is_counted(place: Path, monkeypatch: pyte
         raise Killed
 
     with monkeypatch.context() as patched:
-        patched.setattr("sim.app.server.secure_sum.keep_mean", killed)
+        patched.setattr("sim.app.server.phases.secure_sum.keep_mean", killed)
         with pytest.raises(Killed):
             run_in_process(config)
     for folder in (place / "cache-shown" / "experts").glob("*"):
@@ -431,7 +431,10 @@ def test_what_is_trained_otherwise_after_a_sum_was_shown_is_in_no_second_one(
         raise Killed
 
     with monkeypatch.context() as patched:
-        patched.setattr("sim.app.server.rounds.keep_state" if number else "sim.app.server.secure_sum.keep_mean", killed)
+        patched.setattr(
+            "sim.app.server.phases.rounds.keep_state" if number else "sim.app.server.phases.secure_sum.keep_mean",
+            killed,
+        )
         with pytest.raises(Killed):
             run_in_process(config)
     revealed = sorted((place / f"cache-otherwise-{number}" / "sums").glob("*/revealed/run-*.json"))

@@ -7,12 +7,17 @@ from typing import Any, cast
 
 import httpx
 import pytest
-from flwr.app import Error, Message
+from flwr.app import Error
 from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.superlink.grid import InMemoryGrid
 
-from sim.app.server.asking import Federation, Question, _accepted, _replies, printable
+from fedmerge.config import ExperimentConfig
+from sim.app.messages.printable import printable
+from sim.app.server.asking import pull_replies
+from sim.app.server.questions import Inquiry, Question, State
+from sim.app.server.replies import handle_reply
+from sim.app.server.run import Run, new_run
 
 
 class Remote:
@@ -28,8 +33,8 @@ class Remote:
         return [SimpleNamespace(metadata=SimpleNamespace(reply_to_message_id=name)) for name in message_ids]
 
 
-def federation(grid: object, folder: Path) -> Federation:
-    return Federation(cast(Grid, grid), folder, 4)
+def run_of(grid: object, folder: Path) -> Run:
+    return new_run(ExperimentConfig(), folder, cast(Grid, grid))
 
 
 def test_flower_itself_raises_on_what_it_cannot_unpack() -> None:
@@ -39,34 +44,53 @@ def test_flower_itself_raises_on_what_it_cannot_unpack() -> None:
 
 
 def test_one_reply_that_cannot_be_unpacked_leaves_the_others(tmp_path: Path) -> None:
-    remote = federation(Remote({"b": KeyError("Nonsense")}), tmp_path)
-    found = dict(_replies(remote, ["a", "b", "c"]))
+    run = run_of(Remote({"b": KeyError("Nonsense")}), tmp_path)
+    found = dict(pair for batch in pull_replies(run, ["a", "b", "c"]) for pair in batch)
     assert found["b"] == "KeyError: 'Nonsense'"
     assert [name for name in found if not isinstance(found[name], str)] == ["a", "c"]
 
 
-def test_trouble_of_flowers_own_is_nobodys_fault(tmp_path: Path) -> None:
-    remote = federation(Remote({"b": httpx.ConnectError("gone")}), tmp_path)
+def test_a_failure_of_flower_itself_is_raised(tmp_path: Path) -> None:
+    run = run_of(Remote({"b": httpx.ConnectError("gone")}), tmp_path)
     with pytest.raises(httpx.ConnectError):
-        list(_replies(remote, ["a", "b"]))
+        list(pull_replies(run, ["a", "b"]))
 
 
 @pytest.mark.parametrize("reply", ["KeyError: 'Nonsense'", "a worker died"])
 def test_between_machines_such_a_reply_excludes_its_client_only(tmp_path: Path, reply: str) -> None:
-    remote = federation(Remote({}), tmp_path)
-    told: Any = reply
-    if reply == "a worker died":  # in a simulation this ends the run, with the way to go on
+    run = run_of(Remote({}), tmp_path)
+    arrived: Any = reply
+    if reply == "a worker died":  # in a simulation this ends the run, with the command that resumes it
         error = Error(code=0, reason="<class 'ray.exceptions.ActorDiedError'>")
-        told = SimpleNamespace(has_error=lambda: True, error=error)
-    assert not _accepted(remote, "north", Question("train", 1.0), cast(Message, told), lambda name, content: None)
-    assert list(remote.excluded) == ["north"]
+        arrived = SimpleNamespace(has_error=lambda: True, error=error)
+    inquiry = Inquiry("north", 7, Question("train", 1.0))
+    handle_reply(run, inquiry, arrived, lambda name, content: None)
+    assert inquiry.state is State.EXCLUDED
+    assert list(run.members.excluded) == ["north"]
+
+
+def test_phases_nest_and_name_the_exclusions(tmp_path: Path) -> None:
+    run = run_of(Remote({}), tmp_path)
+    with run.phase("train"):
+        with run.phase("gather"):
+            run.exclude("north", "late")
+        run.exclude("south", "NaN")
+    assert {name: exclusion.phase for name, exclusion in run.members.excluded.items()} == {
+        "north": "gather",
+        "south": "train",
+    }
+    assert run.current_phase == ""
 
 
 def test_only_this_machines_own_nodes_are_simulated(tmp_path: Path) -> None:
-    assert not federation(Remote({}), tmp_path).simulated
-    assert federation(InMemoryGrid.__new__(InMemoryGrid), tmp_path).simulated
+    assert not run_of(Remote({}), tmp_path).simulated
+    assert run_of(InMemoryGrid.__new__(InMemoryGrid), tmp_path).simulated
 
 
-def test_what_clients_say_is_fit_for_a_terminal() -> None:
-    assert printable("a\x1b[31mred\x07 \r\u202eü\n", 99) == "a\\x1b[31mred\\x07 \\r\\u202eü\n"
+def test_text_from_clients_is_made_printable() -> None:
+    assert printable("a\x1b[31mred\x07 \r\u202eü", 99) == "a\\x1b[31mred\\x07 \\r\\u202eü"
     assert printable("x" * 10, 4) == "xxxx …"
+
+
+def test_no_client_can_forge_a_line_of_the_log() -> None:
+    assert printable("oh\n12:00:00 the run failed", 99) == "oh\n    12:00:00 the run failed"

@@ -1,14 +1,13 @@
 """Learn coefficients through the clients: the server's half (see ``fedmerge.client.coefficients.pseudo_users``).
 
 The cohort's adapters are sent once to each of its clients. Then every message asks the clients for the gradient at
-given coefficients (mode ``exact``) or for what a few steps of their own change (``local-steps``); the server averages
-and steps. What was averaged is on disk before the next message, so that a run that is resumed replays it.
+given coefficients (mode ``exact``) or for the change by a few steps of their own (``local-steps``); the server averages
+and steps. Every average is on disk before the next message, so that a resumed run replays it.
 """
 
 import logging
 from collections.abc import Callable, Mapping
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,7 +15,6 @@ from flwr.app import RecordDict
 
 from fedmerge.adapter import Adapter
 from fedmerge.client.coefficients.pseudo_users import cohort_sha256
-from fedmerge.config import ExperimentConfig
 from fedmerge.errors import ClientError
 from fedmerge.files import append_line, read_json, read_lines, write_json
 from fedmerge.mergerec.coefficients import LearnedCoefficients, optimise, start_coefficients
@@ -28,38 +26,38 @@ from fedmerge.privacy.dp.releases import answers_have_noise
 from fedmerge.runs.checkpoints import LEARNING
 from fedmerge.server.candidates import Learn
 from sim.app.messages import records
-from sim.app.server.asking import Federation, Question, ask, listed, own_noise, require_quorum
+from sim.app.server.asking import ask
+from sim.app.server.members import join_names
+from sim.app.server.questions import Question, own_noise
 from sim.app.server.releases import answers_released
+from sim.app.server.run import Run
 
-FARTHEST_NOISE = 20  # standard deviations that nobody ever draws
+FARTHEST_NOISE = 20  # standard deviations; larger noise is never drawn
 LARGEST_GRADIENT = 1e6  # of a coefficient, far beyond any loss here, with noise by user too
 
 logger = logging.getLogger("fedmerge.server")
 
 
-def learn_through_clients(
-    federation: Federation, config: ExperimentConfig, experts: Mapping[str, Adapter], run_dir: Path
-) -> Learn:
-    """What learns the coefficients of a merge by asking the clients.
+def learn_through_clients(run: Run, experts: Mapping[str, Adapter]) -> Learn:
+    """Return a function that learns the coefficients of a merge by asking the clients.
 
     Args:
-        federation: the clients.
-        config: of the experiment.
-        experts: domain -> expert, of everybody who is merged.
-        run_dir: where the cohort and every step are kept.
+        run: the run; the cohort and every step are written to its folder.
+        experts: domain -> expert, of all domains that are merged.
 
     Returns:
-        A function as ``fedmerge.server.candidates.merge_candidates`` takes it. It raises ClientError when too few
-        clients are left.
+        A function for :func:`fedmerge.server.candidates.merge_candidates`. It raises ClientError if too few clients are
+        left.
     """
+    config = run.config
 
     @cache
     def cohort() -> tuple[str, dict[str, int]]:
-        return _send_cohort(federation, config, experts, run_dir)
+        return _send_cohort(run, experts)
 
     def learn(label: str, settings: CollaborativeSettings, vectors: Vectors) -> LearnedCoefficients:
         sha256, sizes = cohort()
-        log = run_dir / LEARNING / f"{label.replace(' ', '-')}-{sha256[:8]}.jsonl"
+        log = run.folder / LEARNING / f"{label.replace(' ', '-')}-{sha256[:8]}.jsonl"
         kept = [line["found"] for line in read_lines(log)]
         if kept:
             logger.info("%s: %d messages to each client are on disk", label, len(kept))
@@ -90,8 +88,9 @@ def learn_through_clients(
             bound = 10 * num_steps * settings.learning_rate if local else LARGEST_GRADIENT
             if config.dp.mode == "domain-local":
                 bound = config.dp.coefficient_clip * (1 + 2 * FARTHEST_NOISE * domain_noise(config))
-            answers = _answers(federation, config, task, coefficients, students, users, weights, bound)
-            mean = torch.zeros_like(coefficients.detach())  # where all whose turn it was have failed, others are left
+            with run.phase("merge"):
+                answers = _answers(run, task, coefficients, students, users, weights, bound)
+            mean = torch.zeros_like(coefficients.detach())  # stays zero if every client of this step has failed
             for domain in sorted(answers):
                 mean += weights[domain] / sum(weights[answered] for answered in answers) * answers[domain]
             append_line(log, {"step": step, "found": mean.tolist(), "answered": sorted(answers)})
@@ -114,35 +113,34 @@ def learn_through_clients(
     return learn
 
 
-def _send_cohort(
-    federation: Federation, config: ExperimentConfig, experts: Mapping[str, Adapter], run_dir: Path
-) -> tuple[str, dict[str, int]]:
-    """Send every participant all adapters: the cohort's hash, and domain -> number of pseudo-users.
+def _send_cohort(run: Run, experts: Mapping[str, Adapter]) -> tuple[str, dict[str, int]]:
+    """Send all adapters to every participant; return the cohort's hash, and domain -> number of pseudo-users.
 
-    A run that is resumed sends them again, since a client may have lost them; who was in it is on disk.
+    A resumed run sends them again, since a client may have lost them; the members of the cohort are on disk.
     """
-    federation.phase = "merge"
     adapters = dict(experts)
     sha256, content = cohort_sha256(adapters), records.cohort_record(adapters)
-    path = run_dir / LEARNING / f"cohort-{sha256[:8]}.json"  # with a rollback there are two: all, and without some
+    path = run.folder / LEARNING / f"cohort-{sha256[:8]}.json"  # with a rollback there are two: all, and without some
     before: dict[str, int] | None = read_json(path)
-    nodes = {domain: federation.nodes[domain] for domain in federation.of("train") if domain in (before or adapters)}
+    domains = [domain for domain in run.members.in_role("train") if domain in (before or adapters)]
     sizes: dict[str, int] = {}
 
     def receive(domain: str, reply: RecordDict) -> None:
         size = records.read_pseudo_users(reply)
         if before is not None and size != before[domain]:
             raise ClientError(
-                f"domain {domain}: it makes {size} pseudo-users, before the run was resumed it made "
-                f"{before[domain]}. A run has one state of the data and settings: put them back, or start a new run."
+                f"domain {domain}: it makes {size} pseudo-users, before the run was resumed it made {before[domain]}. "
+                "Its data or settings changed since the run started; restore them, or start a new run."
             )
-        if (size == 0) != (config.through_clients.users == "own-users"):
+        if (size == 0) != (run.config.through_clients.users == "own-users"):
             raise ClientError(f"domain {domain}: it makes {size} pseudo-users. Use the same settings everywhere.")
         sizes[domain] = size
 
-    logger.info("the cohort's %d adapters go to every participant: %s", len(adapters), listed(sorted(nodes)))
-    ask(federation, nodes, Question(records.COHORT, config.server.timeout_seconds, lambda _: content), receive)
-    require_quorum(federation, config, list(sizes))
+    logger.info("sending the cohort's %d adapters to every participant: %s", len(adapters), join_names(domains))
+    question = Question(records.COHORT, run.config.server.timeout_seconds, lambda _: content)
+    with run.phase("merge"):
+        ask(run, run.members.nodes_of(domains), question, receive)
+    run.require_quorum(list(sizes))
     if before is None:
         path.parent.mkdir(exist_ok=True)
         before = dict(sorted(sizes.items()))
@@ -151,8 +149,7 @@ def _send_cohort(
 
 
 def _answers(
-    federation: Federation,
-    config: ExperimentConfig,
+    run: Run,
     task: records.GradientRequest,
     coefficients: torch.Tensor,
     students: torch.Tensor,
@@ -160,7 +157,7 @@ def _answers(
     weights: Mapping[str, float],
     bound: float,
 ) -> dict[str, torch.Tensor]:
-    """Domain -> answer to one message, of everybody who has a part in it and is still in."""
+    """Ask for one message's answers; return domain -> answer, of the domains with a weight that still take part."""
     answers: dict[str, torch.Tensor] = {}
     shape = (len(coefficients), coefficients.numel() // len(coefficients))
 
@@ -173,25 +170,24 @@ def _answers(
             raise ClientError(f"domain {domain}: its gradient has shape {tuple(found.shape)}, expected {shape}")
         if not bool(found.isfinite().all()) or float(found.abs().max()) > bound:
             raise ClientError(
-                f"domain {domain}: its gradient is not finite or exceeds {bound:g}. Leave it out, or look into its "
+                f"domain {domain}: its gradient is not finite or exceeds {bound:g}. Leave the domain out, or check its "
                 "client."
             )
         answers[domain] = found.reshape(coefficients.shape)
 
-    taking_part = [domain for domain in federation.of("train") if weights.get(domain)]
-    nodes = {domain: federation.nodes[domain] for domain in taking_part}
-    noised = answers_have_noise(config)
+    noised = answers_have_noise(run.config)
     question = Question(
         records.GRADIENT,
-        config.server.timeout_seconds,
+        run.config.server.timeout_seconds,
         request,
         lambda _: 4 * coefficients.numel() + 2**12,
-        noise=own_noise(config) if noised else "none",
+        noise=own_noise(run.config.dp.mode) if noised else "none",
         quiet=True,
-        released=answers_released(federation) if noised else None,
+        released=answers_released(run) if noised else None,
     )
-    ask(federation, nodes, question, receive)
-    require_quorum(federation, config, [domain for domain in federation.of("train") if domain in weights])
+    asked = [domain for domain in run.members.in_role("train") if weights.get(domain)]
+    ask(run, run.members.nodes_of(asked), question, receive)
+    run.require_quorum([domain for domain in run.members.in_role("train") if domain in weights])
     return answers
 
 
@@ -201,7 +197,7 @@ def _sum_of_changes(
     num_messages: int,
     settings: CollaborativeSettings,
 ) -> LearnedCoefficients:
-    """Mode local-steps: the mean of the clients' changes is added after each message."""
+    """Add the mean of the clients' changes after each message (mode ``local-steps``)."""
     trajectory = [start]
     for number in range(num_messages):
         moved = trajectory[-1] + averaged(number, trajectory[-1])
@@ -210,6 +206,7 @@ def _sum_of_changes(
 
 
 def _drawn(drawn: tuple[np.ndarray, np.ndarray] | None, step: int, domain: int) -> list[int]:
+    """Return the pseudo-users of a domain in a step; none if the clients draw themselves."""
     if drawn is None:
         return []
     domains, users = drawn[0][step], drawn[1][step]

@@ -1,0 +1,87 @@
+"""Collect the catalogs of the training domains, which learned merges and the probe of the admission gate read."""
+
+import logging
+from pathlib import Path
+
+from flwr.app import RecordDict
+
+from fedmerge.domain.catalog import Catalog, catalog_from_bytes, load_catalog
+from fedmerge.domain.manifest import check_catalog_is_public, read_manifest
+from fedmerge.files import read_json
+from fedmerge.mergerec.variants import labels_from_catalogs
+from fedmerge.runs import checkpoints
+from fedmerge.server.gate import probes
+from sim.app.messages import records
+from sim.app.server.asking import DESCRIBE_SECONDS, ask
+from sim.app.server.questions import Question
+from sim.app.server.run import Run
+
+CATALOG_BYTES_PER_ITEM = 4096  # at most, and a mebibyte for a small catalog
+MOST_CATALOG_BYTES = 2**30  # whatever number of items a client claims
+
+logger = logging.getLogger("fedmerge.server")
+
+
+def collect_catalogs(run: Run) -> dict[str, Catalog]:
+    """Return the catalogs of the training domains, from the server's folder or from the clients, checked by hash.
+
+    Empty if nothing reads them: no learned merge and no probe, or all that needs them is on disk.
+
+    Raises:
+        ClientError: too few training clients are left.
+    """
+    if not _are_needed(run):
+        return {}
+    with run.phase("catalogs"):
+        sources = checkpoints.ended_training(run.folder)
+        domains = [domain for domain in run.members.in_role("train") if sources is None or domain in sources]
+        folder = run.config.server.catalogs
+        catalogs = _from_clients(run, domains) if folder is None else _from_folder(Path(folder), domains)
+        for domain, catalog in list(catalogs.items()):
+            announced = run.members.descriptions[domain].catalog_sha256
+            if catalog.sha256 != announced:
+                del catalogs[domain]
+                run.exclude(
+                    domain, f"the catalog has hash {catalog.sha256[:12]}, its client announced {announced[:12]}"
+                )
+        run.require_quorum(run.members.in_role("train"))
+    return catalogs
+
+
+def _are_needed(run: Run) -> bool:
+    config, folder = run.config, run.folder
+    labels = labels_from_catalogs(config)
+    if not labels and not probes(config):
+        return False
+    sources = checkpoints.ended_training(folder)
+    if sources is None or (probes(config) and read_json(folder / checkpoints.ADMISSION) is None):
+        return True
+    away = checkpoints.turned_away(folder)
+    merged = {domain: sha256 for domain, sha256 in sources.items() if domain not in away}
+    if config.admission.rollback and not read_json(folder / "choice.json"):
+        return True  # the second merge, without the flagged experts, may be missing
+    return not labels <= checkpoints.kept_merges(folder, merged).keys()
+
+
+def _from_folder(folder: Path, domains: list[str]) -> dict[str, Catalog]:
+    catalogs = {}
+    for domain in domains:
+        check_catalog_is_public(domain, read_manifest(folder / domain).public_catalog)
+        catalogs[domain] = load_catalog(folder / domain)
+    return catalogs
+
+
+def _from_clients(run: Run, domains: list[str]) -> dict[str, Catalog]:
+    catalogs: dict[str, Catalog] = {}
+
+    def receive(domain: str, content: RecordDict) -> None:
+        catalogs[domain] = catalog_from_bytes(records.read_catalog(content), domain)
+
+    def limit_bytes(domain: str) -> int:
+        num_items = run.members.descriptions[domain].num_items
+        return min(2**20 + CATALOG_BYTES_PER_ITEM * num_items, MOST_CATALOG_BYTES)
+
+    timeout_seconds = DESCRIBE_SECONDS
+    question = Question(records.CATALOG, timeout_seconds, limit_bytes=limit_bytes)
+    ask(run, run.members.nodes_of(domains), question, receive)
+    return catalogs

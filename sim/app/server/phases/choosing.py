@@ -1,0 +1,96 @@
+"""Validate the merges, then choose what is served; a choice on disk is final."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from fedmerge.evaluation.sums import EXPERT
+from fedmerge.files import read_json, write_json
+from fedmerge.runs import checkpoints
+from fedmerge.server.choice import FALLBACK, choose, choose_per_domain, dropped_domains, roll_back
+from sim.app.server.phases.evaluating import evaluate_models
+from sim.app.server.phases.merging import Merges
+from sim.app.server.run import Run
+
+CHOICE_FILE = "choice.json"
+
+logger = logging.getLogger("fedmerge.server")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was selected on validation; as in ``choice.json``.
+
+    Attributes:
+        metric: that decided.
+        validation: label -> score of every merge.
+        best_variants: method -> label of its best variant.
+        served: label of the best merge of all.
+        domains: whose validation decided.
+        per_domain: domain -> which model it is served, the merge or its own expert, with both scores.
+        dropped: domains that are significantly worse with the merge selected first than with their own expert, see
+            :func:`fedmerge.server.choice.dropped_domains`.
+        rollback: what is served in place of that merge, see :func:`fedmerge.server.choice.roll_back`.
+    """
+
+    metric: str
+    validation: Mapping[str, float]
+    best_variants: Mapping[str, str]
+    served: str
+    domains: list[str]
+    per_domain: Mapping[str, Mapping[str, Any]]
+    dropped: Mapping[str, Mapping[str, float]]
+    rollback: Mapping[str, Any] | None
+
+    @property
+    def fell_back(self) -> bool:
+        """True if the rollback led to the per-domain fallback."""
+        return self.rollback is not None and self.rollback["to"] == FALLBACK
+
+
+def validate_and_choose(run: Run, merges: Merges) -> tuple[dict[str, checkpoints.Sums], Choice]:
+    """Evaluate on validation, then choose, once. Unseen domains have no say.
+
+    Returns:
+        Domain -> validation sums, of the domains that decided; and the choice.
+
+    Raises:
+        ClientError: too few domains are left to decide.
+    """
+    found = read_json(run.folder / CHOICE_FILE)
+    deciding = found["domains"] if found else [name for name in run.members.in_role("train") if name in merges.members]
+    adapters = {candidate.label: candidate.adapter for candidate in merges.candidates}
+    validation = evaluate_models(run, "valid", deciding, adapters, merges.sources)
+    if found:
+        logger.info("already selected on validation: serving %s", found["served"])
+        return {domain: sums for domain, sums in validation.items() if domain in deciding}, Choice(**found)
+    run.require_quorum(list(validation))
+    choice = _choose(run, merges, validation)
+    write_json(run.folder / CHOICE_FILE, asdict(choice))
+    best = ", ".join(choice.best_variants.values())
+    logger.info("selected on validation: %s; serving %s. Test is read next, once.", best, choice.served)
+    return validation, choice
+
+
+def _choose(run: Run, merges: Merges, validation: Mapping[str, checkpoints.Sums]) -> Choice:
+    config, metric = run.config, run.config.evaluation.selection_metric
+    sums = {domain: of_domain["unmasked"] for domain, of_domain in validation.items()}
+    # 1. The best merge of all members.
+    without = [candidate for candidate in merges.candidates if {*merges.sources} - {*candidate.provenance["domains"]}]
+    of_all = [candidate for candidate in merges.candidates if candidate not in without]
+    best, served, scores = choose(of_all, sums, list(validation), metric)
+    # 2. Roll back if it harms domains, to the best merge without the flagged experts, or to the fallback.
+    dropped = {} if config.admission.action is None else dropped_domains(sums, served, metric)
+    rollback = None
+    if config.admission.rollback:
+        rollback = roll_back(sums, served, [candidate.label for candidate in without], list(merges.failed), metric)
+    if rollback is not None and rollback["to"] != FALLBACK:
+        served = rollback["to"]
+        best = {**best, "rolled back": served}
+    # 3. For each domain the merge or its own expert.
+    per_domain = choose_per_domain(sums, served, metric, config.evaluation.fallback)
+    if rollback is not None and rollback["to"] == FALLBACK:
+        for domain in rollback["dropped"]:
+            per_domain[domain]["serve"] = EXPERT
+    return Choice(metric, scores, best, served, list(validation), per_domain, dropped, rollback)

@@ -1,0 +1,78 @@
+"""Evaluate models on the clients' own users; each client's sums are checked and written as they arrive."""
+
+import logging
+from collections.abc import Mapping, Sequence
+
+from flwr.app import RecordDict
+
+from fedmerge.adapter import Adapter
+from fedmerge.config import Split
+from fedmerge.evaluation.ranks import METRICS
+from fedmerge.evaluation.sums import BACKBONE, EXPERT
+from fedmerge.runs import checkpoints
+from fedmerge.server.admission import check_sums, sums_bytes
+from sim.app.messages import records
+from sim.app.server.asking import ask
+from sim.app.server.members import join_names
+from sim.app.server.questions import Question
+from sim.app.server.run import Run
+
+logger = logging.getLogger("fedmerge.server")
+
+
+def evaluate_models(
+    run: Run,
+    stage: checkpoints.Stage,
+    domains: Sequence[str],
+    adapters: Mapping[str, Adapter],
+    sources: Mapping[str, str],
+) -> dict[str, checkpoints.Sums]:
+    """Evaluate models on the users of some domains, on test with the reference rows.
+
+    Sums that are on disk are not asked for again.
+
+    Args:
+        run: the run.
+        stage: decides the split and the folder of the sums.
+        domains: that are asked, as far as they still take part.
+        adapters: label -> merge.
+        sources: domain -> hash of its expert, which is evaluated there as well.
+
+    Returns:
+        Domain -> sums, sorted.
+    """
+    test = stage == "test"
+    split: Split = "test" if test else "valid"
+    labels = list(adapters)
+
+    def asked_models(domain: str) -> list[str]:
+        return [*([BACKBONE] if test else []), *([EXPERT] if domain in sources else []), *labels]
+
+    on_disk = checkpoints.kept_sums(run.folder, stage)
+    results = {
+        domain: sums for domain, sums in on_disk.items() if set(asked_models(domain)) <= set(sums["unmasked"].methods)
+    }
+    if results:
+        logger.info("already evaluated on %s: %s", split, join_names(list(results)))
+    nodes = run.members.nodes_of([domain for domain in domains if domain not in results])
+    if nodes:
+        logger.info("evaluating on %s: %s", split, ", ".join(labels))
+    models = records.model_records(adapters)
+    min_users = run.config.privacy.min_users
+
+    def request(domain: str) -> RecordDict:
+        asked = records.EvaluationRequest(split, test, sources.get(domain, ""), test)
+        return records.evaluation_request_record(asked, models)
+
+    def receive(domain: str, content: RecordDict) -> None:
+        sums = records.read_metric_sums(content)
+        num_users = (min_users, run.members.descriptions[domain].num_users)
+        check_sums(domain, sums, asked_models(domain), test, num_users)
+        checkpoints.keep_sums(run.folder, stage, domain, sums)
+        results[domain] = sums
+
+    most = sums_bytes(len(labels) + 2, len(METRICS))
+    timeout_seconds = run.config.server.timeout_seconds
+    with run.phase(checkpoints.SUMS[stage]):
+        ask(run, nodes, Question(records.EVALUATE, timeout_seconds, request, lambda _: most, split), receive)
+    return dict(sorted(results.items()))

@@ -1,0 +1,105 @@
+"""Train and merge, in one of three ways: experts, rounds, or secure sums."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from fedmerge.domain.catalog import Catalog
+from fedmerge.encoder.backbone import Backbone
+from fedmerge.merging.candidate import Candidate
+from fedmerge.runs import checkpoints
+from fedmerge.server.candidates import merge_candidates
+from fedmerge.server.choice import suffix_without
+from sim.app.server.phases.admission import pass_gate
+from sim.app.server.phases.coefficients import learn_through_clients
+from sim.app.server.phases.rounds import run_rounds
+from sim.app.server.phases.secure_sum import secure_candidates
+from sim.app.server.phases.training import train_experts
+from sim.app.server.run import Run
+
+logger = logging.getLogger("fedmerge.server")
+
+
+@dataclass(frozen=True)
+class Merges:
+    """The merges that validation selects from.
+
+    Attributes:
+        members: the domains in them.
+        sources: domain -> hash of its expert; empty after rounds, which leave no experts.
+        candidates: the merges.
+        failed: domain -> reason why its expert failed at the admission gate.
+    """
+
+    members: list[str]
+    sources: Mapping[str, str]
+    candidates: list[Candidate]
+    failed: Mapping[str, str]
+
+
+def train_and_merge(run: Run, backbone: Backbone, catalogs: Mapping[str, Catalog]) -> Merges:
+    """Train and merge: over rounds, in secure sums, or once from the experts.
+
+    Returns:
+        The merges; none if the experiment ends after training.
+    """
+    config = run.config
+    if config.rounds.rule is not None:
+        members, after_rounds = run_rounds(run, backbone, catalogs)
+        return Merges(list(members), {}, [after_rounds], {})
+    if config.privacy.policy == "aggregate-only":
+        sources, sums = secure_candidates(run, backbone)
+        return Merges(list(sources), sources, sums, {})
+    sources = train_experts(run, backbone, catalogs)
+    if config.until == "train":
+        return Merges(list(sources), sources, [], {})
+    sources, failed = pass_gate(run, backbone, catalogs, sources)
+    candidates = merge_experts(run, backbone, sources, catalogs)
+    if config.admission.rollback and failed and failed.keys() < sources.keys():
+        candidates += merge_experts(run, backbone, sources, catalogs, without=sorted(failed))
+    return Merges(list(sources), sources, candidates, failed)
+
+
+def merge_experts(
+    run: Run,
+    backbone: Backbone,
+    sources: Mapping[str, str],
+    catalogs: Mapping[str, Catalog],
+    without: Sequence[str] = (),
+) -> list[Candidate]:
+    """Make every merge of the experiment, each written as it is made; merges on disk are not made again.
+
+    Args:
+        run: the run.
+        backbone: the frozen encoder.
+        sources: domain -> hash of its expert.
+        catalogs: domain -> catalog, for learned merges.
+        without: domains that are left out; they are named in the labels.
+    """
+    suffix = suffix_without(without)
+    sources = {domain: sha256 for domain, sha256 in sources.items() if domain not in without}
+
+    def renamed(candidate: Candidate) -> Candidate:
+        label = candidate.label + suffix
+        return replace(candidate, label=label, provenance={**candidate.provenance, "label": label})
+
+    def keep(candidate: Candidate) -> None:
+        checkpoints.keep_merge(run.folder, renamed(candidate), backbone.name)
+
+    experts = checkpoints.KeptExperts(run.folder, sources)
+    private = run.config.privacy.policy == "catalog-private"
+    on_disk = {
+        label.removesuffix(suffix): replace(candidate, label=label.removesuffix(suffix))
+        for label, candidate in checkpoints.kept_merges(run.folder, sources).items()
+    }
+    made = merge_candidates(
+        backbone,
+        experts,
+        {domain: catalogs[domain] for domain in sources if domain in catalogs},
+        run.config,
+        logger.info,
+        finished=on_disk,
+        keep=keep,
+        through_clients=learn_through_clients(run, experts) if private else None,
+    )
+    return [renamed(candidate) for candidate in made]
