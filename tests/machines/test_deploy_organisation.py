@@ -162,7 +162,7 @@ def test_an_approved_app_is_worked_for_by_the_installed_code(federation: Loopbac
         assert "train: answered after" in said
         assert list((place / f"org-{name}" / "cache" / "experts").glob("*"))  # its own cache_dir, not the run's
         assert not list((place / f"org-{name}" / "cache" / "flower").rglob("*.py"))  # nothing that came was unpacked
-    assert list((place / "plain").rglob("client_app.py"))  # Flower's own executor does that
+    assert list((place / "plain").rglob("sim/app/client/app.py"))  # Flower's own executor does that
     assert not list((place / "stolen").iterdir())
     assert not list(run.rglob("interactions*"))
 
@@ -204,9 +204,8 @@ def test_a_tampered_app_is_refused_before_anything_of_it_runs(federation: Loopba
     for name in ("pyproject.toml", "LICENSE"):
         shutil.copy(REPOSITORY / name, app)
     shutil.copytree(REPOSITORY / "sim", app / "sim", ignore=shutil.ignore_patterns("__pycache__"))
-    text = (app / "sim" / "client_app.py").read_text()
-    text = text.replace('@app.query("describe")', '@app.query("described")') + ATTACK
-    (app / "sim" / "client_app.py").write_text(text.replace("from sim import records", "from sim import records\n"))
+    code = app / "sim" / "app" / "client" / "app.py"
+    code.write_text(code.read_text().replace('@app.query("describe")', '@app.query("described")') + ATTACK)
     sha256 = app_sha256(build_fab_from_disk(app))
     with (place / "org-books" / "approved.txt").open("a") as file:  # one organisation has even been talked into it
         file.write(f"\n{sha256}\n")
@@ -218,8 +217,9 @@ def test_a_tampered_app_is_refused_before_anything_of_it_runs(federation: Loopba
     assert "0 training clients are left" in log
     excluded = json.loads((run / "clients.json").read_text())["excluded"]
     reasons = {name.split(" (")[0]: reason for name, reason in excluded.items()}
-    assert f"PolicyError: the app {sha256} is not approved here and was not run" in reasons["beauty"]
-    assert "has another sim/app/client/app.py than the fedmerge installed here" in reasons["books"]
+    assert "PolicyError" in reasons["beauty"]
+    assert sha256 in reasons["beauty"]
+    assert "sim/app/client/app.py" in reasons["books"]
     assert len(list((place / "stolen").iterdir())) == 1  # Flower's own SuperNode ran it, so the attack is a real one
     sizes = {row["name"]: row["size_bytes"] for row in pq.read_table(run / "exposure.parquet").to_pylist()}
     assert sizes["facts.interactions"] == (place / "domains" / PLAIN / "interactions.parquet").stat().st_size

@@ -1,4 +1,7 @@
-"""A federation on machines of :mod:`deploy_hosts`: an operator with SuperLink and nginx, organisations with clients."""
+"""A federation on machines of :mod:`deploy_hosts`: an operator with SuperLink and nginx, organisations with clients.
+
+The operator works from the checkout; organisations have the wheel and nothing of the checkout.
+"""
 
 import json
 import re
@@ -10,6 +13,7 @@ from typing import Any
 
 from backbones import tiny_bert
 from deploy_hosts import Host, Network, free_port, processes_of, wait_for
+from wheels import Installed, build_wheel, install_wheel
 
 from fedmerge.domain.demo import write_demo
 
@@ -50,21 +54,24 @@ threads_per_client = 1
 server_threads = 1
 """
 FEDMERGE = (sys.executable, "-m", "fedmerge.cli")
+NO_CHECKOUT = {"PYTHONPATH": ""}
 
 
 @dataclass
 class Federation:
-    """What stands on the machines.
+    """The federation on the machines.
 
     Attributes:
         network: the machines: first the operator's, then one for each organisation.
         domains: domain of each organisation, in the order of their machines.
         operators_command: `fedmerge deploy start`.
+        installed: the organisations' fedmerge.
     """
 
     network: Network
     domains: tuple[str, ...] = ("beauty", "books")
     operators_command: "subprocess.Popen[bytes] | None" = None
+    installed: Installed | None = None
 
     @property
     def operator(self) -> Host:
@@ -87,7 +94,8 @@ class Federation:
         return self.network.folder
 
     def prepare(self, steps: int = 10) -> None:
-        """Data, the operator's folder, every organisation's key and bundle."""
+        """Write data and the operator's folder, install the wheel, make every organisation's key and bundle."""
+        self.installed = install_wheel(build_wheel(self.shared / "wheel"), self.shared / "organisations")
         write_demo(self.shared / "domains", num_domains=8, num_users=80, num_items=40)
         tiny_bert(self.shared / "backbone")
         experiment = EXPERIMENT.format(steps=steps) + f'\n[backbone]\nsource = "{self.shared / "backbone"}"\n'
@@ -136,8 +144,8 @@ class Federation:
         self.start_operator()
 
     def client(self, host: Host, *arguments: str | Path) -> str:
-        """A command of an organisation; its output."""
-        done = self.network.run(host, *FEDMERGE, "client", *arguments)
+        """Run a command of an organisation; return its output."""
+        done = self.network.run(host, *self.organisations_command, "client", *arguments, more=NO_CHECKOUT)
         assert done.returncode == 0, done.stdout
         return done.stdout
 
@@ -152,7 +160,14 @@ class Federation:
     def start_client(self, domain: str) -> "subprocess.Popen[bytes]":
         """An organisation's client, with its supervisor."""
         command: list[str | Path] = ["client", "start", self.client_folder(domain), "--bundle", self.bundle(domain)]
-        return self.network.start(self.organisations[domain], "client.log", *FEDMERGE, *command)
+        program = self.organisations_command
+        return self.network.start(self.organisations[domain], "client.log", *program, *command, more=NO_CHECKOUT)
+
+    @property
+    def organisations_command(self) -> tuple[str, ...]:
+        """``fedmerge`` of the wheel."""
+        assert self.installed is not None
+        return (self.installed.python, "-m", "fedmerge.cli")
 
     @property
     def address(self) -> str:
