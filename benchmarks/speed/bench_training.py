@@ -23,7 +23,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from fedmerge.backbone_files import MINILM, find_backbone
 from fedmerge.client.local_domain import LocalDomain, open_domain
-from fedmerge.client.training.expert import training_batches, training_step
+from fedmerge.client.training.batches import num_batches, training_batches, training_step
 from fedmerge.config import Text, Train
 from fedmerge.device import resolve_compute
 from fedmerge.domain.catalog import ATTRIBUTES, Catalog
@@ -50,7 +50,7 @@ def fedmerge_epoch(domain: LocalDomain, steps: int) -> Callable[[], None]:
         for _ in range(steps):
             batch, _done = next(batches)
             with using(products):
-                training_step(domain, batch, settings, optimizer, LEARNING_RATE)
+                training_step(domain, batch, settings, optimizer)
 
     return epoch
 
@@ -113,7 +113,7 @@ def main() -> None:
         (name,) = write_demo(folder, num_domains=1)
         compute = resolve_compute("cpu")
         domain = open_domain(Path(folder) / name, load_backbone(MINILM, "mean", compute), Text(max_tokens=MAX_TOKENS))
-    steps = options.steps or len(domain.training_sequences) // BATCH
+    steps = options.steps or num_batches(len(domain.training_sequences), BATCH)
     calls = {
         "plain PEFT, float32": plain_epoch(domain, steps, autocast=False),
         "plain PEFT, bfloat16 autocast": plain_epoch(domain, steps, autocast=True),

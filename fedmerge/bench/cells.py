@@ -265,17 +265,17 @@ def train_joint(result: Path, config: ExperimentConfig, domains: Sequence[str], 
         FedMergeError: a domain without training users, or a training that diverges.
     """
     _forget_peak()
-    begun = result.with_name("begun.safetensors")
+    checkpoint = result.with_name("checkpoint.safetensors")
     opened = {domain: domain_of(config, domain) for domain in domains}
     lora = config.lora.model_copy(update={"ranks": ()})
-    adapter, training = train_jointly(opened, lora, config.train, config.seed, drawing, begun=begun)
+    adapter, training = train_jointly(opened, lora, config.train, config.seed, drawing, checkpoint=checkpoint)
     with whole_folder(joint_folder(result)) as folder:
         write_adapter(adapter, folder, config.backbone.source)
     report = asdict(training)
     report["validations"][0]["loss"] = None  # no loss before training; JSON has no NaN
     measured = {"peak_bytes": _peak_bytes(), "training": report, "environment": environment()}
     write_json(result, {"sha256": adapter_sha256(adapter), **measured})
-    begun.unlink(missing_ok=True)
+    checkpoint.unlink(missing_ok=True)
 
 
 def joint_folder(result: Path) -> Path:

@@ -11,14 +11,9 @@ from pathlib import Path
 from fedmerge.adapter import Adapter
 from fedmerge.bench.config import Drawing
 from fedmerge.client.local_domain import LocalDomain
-from fedmerge.client.training.expert import (
-    Batch,
-    Progress,
-    TrainingReport,
-    check_can_train,
-    fine_tune,
-    training_batches,
-)
+from fedmerge.client.training.batches import Batch, num_batches, training_batches
+from fedmerge.client.training.expert import TrainingReport, check_can_train, fine_tune
+from fedmerge.client.training.loop import Progress
 from fedmerge.config import Lora, Train
 from fedmerge.seeding import generator
 
@@ -30,7 +25,7 @@ def train_jointly(
     seed: int,
     drawing: Drawing,
     progress: Progress = lambda line: None,
-    begun: Path | None = None,
+    checkpoint: Path | None = None,
 ) -> tuple[Adapter, TrainingReport]:
     """Fine-tune one adapter on the users of all domains together, with the budgets of all their experts.
 
@@ -41,7 +36,7 @@ def train_jointly(
         seed: of the experiment.
         drawing: see :func:`joint_batches`.
         progress: receives one line after every validation.
-        begun: as for :func:`fedmerge.client.training.expert.train_expert`.
+        checkpoint: as for :func:`fedmerge.client.training.expert.train_expert`.
 
     Returns:
         The adapter with the best mean NDCG@10 over the domains' validation users, and how it came about.
@@ -55,7 +50,7 @@ def train_jointly(
     pooled = pooled_settings(settings, len(domains))
     batches = joint_batches(domains, settings, seed, drawing)
     name = f"joint training, {drawing}"
-    return fine_tune(name, list(domains.values()), batches, lora, pooled, seed, progress, begun)
+    return fine_tune(name, list(domains.values()), batches, lora, pooled, seed, progress, checkpoint)
 
 
 def pooled_settings(settings: Train, num_domains: int) -> Train:
@@ -84,9 +79,9 @@ def joint_batches(
         Without end: the domain, its users, and how many batches there were, in pooled epochs.
     """
     own = {name: training_batches(domains[name].training_sequences, settings, seed, name) for name in sorted(domains)}
-    num_batches = {name: max(1, len(domains[name].training_sequences) // settings.batch_size) for name in own}
-    turns = list(own) if drawing == "balanced" else [name for name in own for _ in range(num_batches[name])]
-    per_epoch = sum(num_batches.values())
+    counts = {name: num_batches(len(domains[name].training_sequences), settings.batch_size) for name in own}
+    turns = list(own) if drawing == "balanced" else [name for name in own for _ in range(counts[name])]
+    per_epoch = sum(counts.values())
     done = itertools.count(1)
     for number in itertools.count():
         for turn in generator(seed, "joint", drawing, number).permutation(len(turns)):

@@ -10,24 +10,26 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import PeftModel
 from scipy import stats
 
 from fedmerge.adapter import adapter_sha256
 from fedmerge.client.cache.experts import train_adapter, trained_expert
 from fedmerge.client.local_domain import LocalDomain, open_domain
+from fedmerge.client.training.batches import item_refresh_is_due
 from fedmerge.client.training.dp_expert import train_private_expert
 from fedmerge.client.training.dp_sgd import (
     Records,
     UserPlan,
+    add_noise,
     clip_factors,
     clipped_sum,
-    items_are_due,
-    noised,
     poisson_records,
     private_steps,
     user_gradients,
     user_plan,
 )
+from fedmerge.client.training.loop import Attached
 from fedmerge.client.training.losses import catalog_softmax
 from fedmerge.config import ExperimentConfig, Lora, Text, Train, from_flat
 from fedmerge.device import resolve_compute
@@ -61,7 +63,7 @@ def toys(folder: Path, backbone: Backbone) -> LocalDomain:
 
 
 @pytest.fixture
-def model(toys: LocalDomain) -> Iterator[torch.nn.Module]:
+def model(toys: LocalDomain) -> Iterator[PeftModel]:
     attached = attach(toys.backbone, LORA.target_modules, LORA.rank, LORA.alpha, 0)
     with torch.no_grad():  # with B = 0 the gradients of A would all be 0
         for index, parameter in enumerate(trained(attached)):
@@ -73,7 +75,7 @@ def model(toys: LocalDomain) -> Iterator[torch.nn.Module]:
         attached.unload()
 
 
-def trained(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+def trained(model: PeftModel) -> list[torch.nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
@@ -82,7 +84,7 @@ def records_of(domain: LocalDomain, users: list[int]) -> Records:
     return Records([s[:-1] for s in sequences], np.array([s[-1] for s in sequences], dtype=np.int64))
 
 
-def one_by_one(domain: LocalDomain, model: torch.nn.Module, records: Records, items: torch.Tensor) -> torch.Tensor:
+def one_by_one(domain: LocalDomain, model: PeftModel, records: Records, items: torch.Tensor) -> torch.Tensor:
     """(b, P) every user's gradient by plain autograd, one user at a time, in the order of the records."""
     found = []
     for history, target in zip(records.histories, records.targets, strict=True):
@@ -107,7 +109,7 @@ def test_catalog_softmax_by_hand_and_no_gradient_through_the_items() -> None:
     assert items.grad is None
 
 
-def test_gradients_by_user_equal_those_of_one_user_at_a_time(toys: LocalDomain, model: torch.nn.Module) -> None:
+def test_gradients_by_user_equal_those_of_one_user_at_a_time(toys: LocalDomain, model: PeftModel) -> None:
     records = records_of(toys, list(range(9)))
     items = encode(toys.backbone, toys.item_sequences)
     groups = list(user_gradients(toys, model, trained(model), records, items, TEMPERATURE))
@@ -123,7 +125,7 @@ def test_gradients_by_user_equal_those_of_one_user_at_a_time(toys: LocalDomain, 
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_a_users_gradient_does_not_depend_on_who_else_is_there(toys: LocalDomain, model: torch.nn.Module) -> None:
+def test_a_users_gradient_does_not_depend_on_who_else_is_there(toys: LocalDomain, model: PeftModel) -> None:
     items = encode(toys.backbone, toys.item_sequences)
     alone = clipped_sum(toys, model, trained(model), records_of(toys, [3]), items, TEMPERATURE, 1e9)
     others = clipped_sum(toys, model, trained(model), records_of(toys, [0, 1, 2]), items, TEMPERATURE, 1e9)
@@ -166,7 +168,7 @@ def test_one_user_more_or_less_changes_the_clipped_sum_by_at_most_the_clip_norm(
 
 
 def test_the_clipped_sum_of_a_domain_moves_by_at_most_the_clip_norm_for_every_user(
-    toys: LocalDomain, model: torch.nn.Module
+    toys: LocalDomain, model: PeftModel
 ) -> None:
     items, everybody, clip = encode(toys.backbone, toys.item_sequences), list(range(12)), 0.05
     whole = clipped_sum(toys, model, trained(model), records_of(toys, everybody), items, TEMPERATURE, clip)
@@ -216,7 +218,7 @@ def test_records_are_prefixes_and_their_next_item() -> None:
 
 @pytest.mark.parametrize("drawn", [SystemSource(), generator(3, "test")], ids=["system", "seeded"])
 def test_noise_is_gaussian_with_the_stated_deviation(drawn: SystemSource) -> None:
-    parts = noised([torch.ones(40, 500), torch.zeros(3001)], 2.5, drawn)
+    parts = add_noise([torch.ones(40, 500), torch.zeros(3001)], 2.5, drawn)
     values = torch.cat([parts[0].flatten() - 1, parts[1]]).double().numpy() / 2.5
     assert abs(values.mean()) < 5 / math.sqrt(len(values))
     assert values.std() == pytest.approx(1, abs=5 / math.sqrt(2 * len(values)))
@@ -228,17 +230,15 @@ def test_noise_is_gaussian_with_the_stated_deviation(drawn: SystemSource) -> Non
 
 def test_without_noise_nothing_is_drawn() -> None:
     drawn, untouched = generator(0, "test"), generator(0, "test")
-    assert torch.equal(noised([torch.ones(3)], 0.0, drawn)[0], torch.ones(3))
+    assert torch.equal(add_noise([torch.ones(3)], 0.0, drawn)[0], torch.ones(3))
     assert drawn.random() == untouched.random()
 
 
-def test_a_step_divides_the_noised_sum_by_the_expected_number_of_users(
-    toys: LocalDomain, model: torch.nn.Module
-) -> None:
+def test_a_step_divides_the_noised_sum_by_the_expected_number_of_users(toys: LocalDomain, model: PeftModel) -> None:
     plan = replace(PLAN, num_users=len(toys.training_sequences))
     before = [parameter.detach().clone() for parameter in trained(model)]
     optimizer = torch.optim.SGD(trained(model), lr=1.0)
-    private_steps(toys, model, optimizer, TRAIN, plan, 7, "toys")(0, 1.0)
+    private_steps(toys, Attached(model, trained(model), optimizer), TRAIN, plan, 7, "toys")(0)
     moved = torch.cat([(b - p.detach()).flatten() for b, p in zip(before, trained(model), strict=True)])
     with torch.no_grad():
         for parameter, value in zip(trained(model), before, strict=True):
@@ -253,7 +253,7 @@ def test_a_step_divides_the_noised_sum_by_the_expected_number_of_users(
     torch.testing.assert_close(moved, sums / (plan.sample_rate * plan.num_users), rtol=1e-3, atol=1e-5)
 
 
-def test_a_step_is_made_in_float32_whatever_the_backbone_computes_in(toys: LocalDomain, model: torch.nn.Module) -> None:
+def test_a_step_is_made_in_float32_whatever_the_backbone_computes_in(toys: LocalDomain, model: PeftModel) -> None:
     """With bfloat16 one user more or less would change how everybody else's gradient is rounded."""
     lower = replace(toys.backbone, compute=resolve_compute("cpu", "bfloat16"))
     before = [parameter.detach().clone() for parameter in trained(model)]
@@ -262,7 +262,8 @@ def test_a_step_is_made_in_float32_whatever_the_backbone_computes_in(toys: Local
         with torch.no_grad():
             for parameter, value in zip(trained(model), before, strict=True):
                 parameter.copy_(value)
-        private_steps(domain, model, torch.optim.SGD(trained(model), lr=1.0), TRAIN, PLAN, 7, "toys")(0, 1.0)
+        attached = Attached(model, trained(model), torch.optim.SGD(trained(model), lr=1.0))
+        private_steps(domain, attached, TRAIN, PLAN, 7, "toys")(0)
         made.append(torch.cat([parameter.detach().flatten() for parameter in trained(model)]))
     assert torch.equal(*made)
     with torch.no_grad():
@@ -275,27 +276,27 @@ def test_a_step_is_made_in_float32_whatever_the_backbone_computes_in(toys: Local
 
 def test_items_are_encoded_on_schedule_and_wherever_a_kept_training_may_go_on() -> None:
     settings = TRAIN.model_copy(update={"item_refresh_steps": 3, "validate_every_steps": 5})
-    assert [step for step in range(12) if items_are_due(settings, step)] == [0, 3, 5, 8, 10]
+    assert [step for step in range(12) if item_refresh_is_due(settings, step)] == [0, 3, 5, 8, 10]
 
 
 def test_a_private_training_that_was_ended_goes_on_to_the_same_adapter(toys: LocalDomain, tmp_path: Path) -> None:
     plan = replace(PLAN, num_users=len(toys.training_sequences))
     whole, report = train_private_expert(toys, LORA, TRAIN, 0, plan)
     assert (report.steps, report.validation_users, report.validations) == (3, 0, ())
-    begun = tmp_path / "begun.safetensors"
+    checkpoint = tmp_path / "checkpoint.safetensors"
     lines: list[str] = []
 
     def interrupt(line: str) -> None:
         lines.append(line)
-        if begun.exists():
+        if checkpoint.exists():
             raise KeyboardInterrupt
 
     settings = TRAIN.model_copy(update={"validate_every_steps": 1})
     with pytest.raises(KeyboardInterrupt):
-        train_private_expert(toys, LORA, settings, 0, plan, interrupt, begun)
-    again, _ = train_private_expert(toys, LORA, settings, 0, plan, lines.append, begun)
+        train_private_expert(toys, LORA, settings, 0, plan, interrupt, checkpoint)
+    again, _ = train_private_expert(toys, LORA, settings, 0, plan, lines.append, checkpoint)
     alone, _ = train_private_expert(toys, LORA, settings, 0, plan)
-    assert any("goes on after step 1" in line for line in lines)
+    assert any("resuming at step 1" in line for line in lines)
     assert adapter_sha256(again) == adapter_sha256(alone)
     assert adapter_sha256(whole) != adapter_sha256(train_private_expert(toys, LORA, TRAIN, 1, plan)[0])
 

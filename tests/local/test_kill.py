@@ -176,7 +176,7 @@ def killed(place: Path) -> Path:
     assert arrived != set(TRAIN)
 
     second = Command(place, "--resume", str(run))
-    second.kill("ray::ClientAppActor", lambda: bool(list(cache.glob("coffee-*.begun.safetensors"))))
+    second.kill("ray::ClientAppActor", lambda: bool(list(cache.glob("coffee-*.checkpoint.safetensors"))))
     assert second.end() == 1, second.output()
     assert re.search(r"coffee: the process that simulated it died in train", second.output())
     assert f"resume with: fedmerge run --resume {run}" in second.output()
@@ -187,7 +187,7 @@ def killed(place: Path) -> Path:
     third.kill("flower-superlink", (run / "choice.json").exists, hold="flwr-simulation")
     assert third.end() == 1, third.output()
     assert f"resume with: fedmerge run --resume {run}" in third.output()
-    assert "goes on after step" in third.output()
+    assert "resuming at step" in third.output()
     assert not (run / "DONE").exists()
 
     fourth = Command(place, "--resume", "killed", *settings(place, "killed"))

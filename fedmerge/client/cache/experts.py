@@ -17,7 +17,8 @@ from fedmerge.client.cache.folders import inputs_key, keep
 from fedmerge.client.local_domain import LocalDomain
 from fedmerge.client.training.dp_expert import train_private_expert
 from fedmerge.client.training.dp_sgd import plan_record, user_plan
-from fedmerge.client.training.expert import Progress, TrainingReport, check_can_train, train_expert
+from fedmerge.client.training.expert import TrainingReport, check_can_train, train_expert
+from fedmerge.client.training.loop import Progress
 from fedmerge.client.training.poisoning import poisoned_expert, poisons
 from fedmerge.config import ExperimentConfig
 from fedmerge.encoder.lora import fresh_adapter
@@ -28,6 +29,7 @@ from fedmerge.privacy.dp.randomness import source
 from fedmerge.privacy.dp.releases import noised_answers
 
 REPORT_FILE = "training.json"
+BATCHES = "equal"  # how users are split into batches; part of the key, so that experts of another split are not reused
 _UNUSED = {"in-batch": {"negatives", "item_refresh_steps"}, "catalog": set[str]()}  # so that older experts are found
 
 
@@ -70,8 +72,8 @@ def _trained(domain: LocalDomain, config: ExperimentConfig, progress: Progress) 
         progress(f"{domain.manifest.name}: expert of an earlier run with the same inputs taken from {folder}")
         return kept[0], {**kept[1], "cached": True}
     shutil.rmtree(folder, ignore_errors=True)  # damaged, if there is anything
-    begun = folder.with_name(f"{folder.name}.begun.safetensors")
-    adapter, training, spent = train_adapter(domain, config, progress, begun)
+    checkpoint = folder.with_name(f"{folder.name}.checkpoint.safetensors")
+    adapter, training, spent = train_adapter(domain, config, progress, checkpoint)
     report = {**asdict(training), "sha256": adapter_sha256(adapter), "privacy": spent}
     for validation in report["validations"][:1]:
         validation["loss"] = None  # nothing was trained on yet; JSON has no NaN
@@ -81,13 +83,16 @@ def _trained(domain: LocalDomain, config: ExperimentConfig, progress: Progress) 
         (expert / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n")
 
     keep(folder, write, lambda: _kept(folder) is not None, f"domain {domain.manifest.name}: its expert")
-    begun.unlink(missing_ok=True)
+    checkpoint.unlink(missing_ok=True)
     adapter, report = _kept(folder) or (adapter, report)  # another process may have been faster
     return adapter, {**report, "cached": False}
 
 
 def train_adapter(
-    domain: LocalDomain, config: ExperimentConfig, progress: Progress = lambda line: None, begun: Path | None = None
+    domain: LocalDomain,
+    config: ExperimentConfig,
+    progress: Progress = lambda line: None,
+    checkpoint: Path | None = None,
 ) -> tuple[Adapter, TrainingReport, Mapping[str, Any] | None]:
     """Train by ``dp.mode``; with what was spent of a user or of the domain, if anything counts it.
 
@@ -99,24 +104,24 @@ def train_adapter(
         check_can_train(domain)
         plan = user_plan(domain, config)
         progress(f"{name}: differential privacy by user, noise multiplier {plan.noise_multiplier:.3f}")
-        adapter, report = train_private_expert(domain, lora, config.train, config.seed, plan, progress, begun)
+        adapter, report = train_private_expert(domain, lora, config.train, config.seed, plan, progress, checkpoint)
         return adapter, report, plan_record(plan)
     if poisons(config, name):
-        return *poisoned_expert(domain, config, begun, progress), None
+        return *poisoned_expert(domain, config, checkpoint, progress), None
     if dp.mode == "domain-local":
-        return _noised_expert(domain, config, progress, begun)
-    return *train_expert(domain, lora, config.train, config.seed, progress, begun), None
+        return _noised_expert(domain, config, progress, checkpoint)
+    return *train_expert(domain, lora, config.train, config.seed, progress, checkpoint), None
 
 
 def _noised_expert(
-    domain: LocalDomain, config: ExperimentConfig, progress: Progress, begun: Path | None
+    domain: LocalDomain, config: ExperimentConfig, progress: Progress, checkpoint: Path | None
 ) -> tuple[Adapter, TrainingReport, Mapping[str, Any]]:
     """An expert that was clipped and noised; of its training nothing is told but how long it took."""
     dp, name, lora = config.dp, domain.manifest.name, config.lora.of(domain.manifest.name)
     started = time.monotonic()
     start = fresh_adapter(domain.backbone, lora, config.seed)
     try:
-        adapter, _ = train_expert(domain, lora, config.train, config.seed, progress, begun)
+        adapter, _ = train_expert(domain, lora, config.train, config.seed, progress, checkpoint)
     except DivergedError as error:
         progress(f"{error} Noise alone is sent.")  # that it diverged tells of data, too
         adapter = start
@@ -200,6 +205,8 @@ def _training_inputs(domain: LocalDomain, config: ExperimentConfig) -> dict[str,
         "precision": domain.backbone.compute.precision,
         "versions": [__version__, torch.__version__],
     }
+    if config.dp.mode != "user":
+        inputs["batches"] = BATCHES
     if config.dp.mode in ("user", "domain-local"):
         inputs["dp"] = config.dp.model_dump(exclude={"coefficient_clip"})
     if config.dp.epsilon is not None and (number := noised_answers(config)):

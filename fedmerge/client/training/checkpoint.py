@@ -1,7 +1,7 @@
-"""A training that goes on where it was ended: its state after a validation, in one file on the client's disk.
+"""The checkpoint of a training: its state after a validation, in one file on the client's disk.
 
-The state is everything that the next step depends on, so the result is to the last bit that of a training that was
-never ended. Batches are drawn from the seed alone; nothing is kept of them but their number.
+The state is everything that the next step depends on, so a resumed training gives bit for bit the result of an
+uninterrupted one. Batches are drawn from the seed, so only their number is stored.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 @dataclass(frozen=True)
 class Validation:
-    """One look at the validation users: after which step, the mean training loss since the last look, their NDCG@10."""
+    """One validation: its step, the mean training loss since the previous one, and NDCG@10 of the validation users."""
 
     step: int
     loss: float
@@ -32,17 +32,17 @@ class Validation:
 
 
 @dataclass(frozen=True)
-class BegunTraining:
-    """Where a training is.
+class TrainingState:
+    """The state of a training between two steps.
 
     Attributes:
         step: optimiser steps made.
-        spent: share of the budget that is spent.
+        spent: share of the budget spent, in [0, 1].
         seconds: wall clock so far.
         best_step: step of the best adapter so far.
         best: that adapter.
         validations: so far.
-        tensors: parameters and moments of the optimiser, by :func:`state_tensors`.
+        tensors: parameters and optimiser moments, see :func:`state_tensors`.
     """
 
     step: int
@@ -57,7 +57,7 @@ class BegunTraining:
 def state_tensors(
     parameters: Sequence[torch.nn.Parameter], optimizer: torch.optim.Optimizer
 ) -> dict[str, torch.Tensor]:
-    """Copies of the parameters and of what the optimiser holds of them, on the CPU."""
+    """Copy the parameters and their optimiser moments to the CPU."""
     found = {}
     for number, parameter in enumerate(parameters):
         found[f"parameter.{number}"] = parameter.detach().cpu().clone()
@@ -69,7 +69,7 @@ def state_tensors(
 def restore(
     tensors: Mapping[str, torch.Tensor], parameters: Sequence[torch.nn.Parameter], optimizer: torch.optim.Optimizer
 ) -> None:
-    """Put the tensors of :func:`state_tensors` back."""
+    """Load the tensors of :func:`state_tensors` into the parameters and the optimiser, in place."""
     state = optimizer.state_dict()
     for number, parameter in enumerate(parameters):
         with torch.no_grad():
@@ -78,24 +78,24 @@ def restore(
     optimizer.load_state_dict(state)
 
 
-def keep_begun(path: Path, begun: BegunTraining) -> None:
-    """Write the state, whole or not at all, in place of an earlier one.
+def write_checkpoint(path: Path, state: TrainingState) -> None:
+    """Write the state in place of an earlier one; an interruption leaves the earlier file whole.
 
     Raises:
-        ClientError: the disk is full, or the folder cannot be written.
+        ClientError: the disk is full, or the folder is not writable.
     """
-    tensors = dict(begun.tensors)
+    tensors = dict(state.tensors)
     scalings = {}
-    for name, module in begun.best.modules.items():
+    for name, module in state.best.modules.items():
         tensors |= {f"best.{name}.lora_A": module.lora_A, f"best.{name}.lora_B": module.lora_B}
         scalings[name] = module.scaling
     facts = {
-        "step": begun.step,
-        "spent": begun.spent,
-        "seconds": begun.seconds,
-        "best_step": begun.best_step,
+        "step": state.step,
+        "spent": state.spent,
+        "seconds": state.seconds,
+        "best_step": state.best_step,
         "scalings": scalings,
-        "validations": [asdict(validation) for validation in begun.validations],
+        "validations": [asdict(validation) for validation in state.validations],
     }
     text = json.dumps(facts)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -107,13 +107,13 @@ def keep_begun(path: Path, begun: BegunTraining) -> None:
     except (OSError, SafetensorError) as error:
         partial.unlink(missing_ok=True)
         raise ClientError(
-            f"a training that has begun cannot be kept in {path.parent} ({error}). Check the space and the permissions "
-            "there, or set cache_dir."
+            f"the training checkpoint cannot be written to {path.parent} ({error}). Check the free space and the "
+            "permissions there, or set cache_dir."
         ) from error
 
 
-def begun_training(path: Path) -> BegunTraining | None:
-    """The state on disk, if it is there and whole."""
+def read_checkpoint(path: Path) -> TrainingState | None:
+    """Read a checkpoint; None if it is missing or damaged, in which case the training starts from step 0."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -126,12 +126,12 @@ def begun_training(path: Path) -> BegunTraining | None:
             for name, scaling in facts["scalings"].items()
         }
         validations = tuple(Validation(**validation) for validation in facts["validations"])
-        begun = BegunTraining(
+        state = TrainingState(
             facts["step"], facts["spent"], facts["seconds"], facts["best_step"], Adapter(best), validations, tensors
         )
     except (OSError, SafetensorError, ValueError, LookupError, TypeError):
         return None
-    return begun if math.isfinite(begun.spent) else None
+    return state if math.isfinite(state.spent) else None
 
 
 def _digest(text: str, tensors: Mapping[str, torch.Tensor]) -> str:

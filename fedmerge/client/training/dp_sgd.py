@@ -12,13 +12,15 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from fedmerge.client.local_domain import LocalDomain
+from fedmerge.client.training.batches import item_refresh_is_due
+from fedmerge.client.training.loop import Attached, Step, StepResult
 from fedmerge.client.training.losses import catalog_softmax
 from fedmerge.config import DP, ExperimentConfig, Train
 from fedmerge.encoder.backbone import in_float32
@@ -59,13 +61,6 @@ class Records:
     targets: npt.NDArray[np.int64]
 
 
-class PrivateStep(Protocol):
-    """One optimiser step: its number from 0, the learning rate, what is added to the loss that knows no user."""
-
-    def __call__(self, step: int, rate: float, penalty: Callable[[], torch.Tensor] | None = None) -> None:
-        """Make it."""
-
-
 def user_plan(domain: LocalDomain, config: ExperimentConfig) -> UserPlan:
     """Choose the noise for a training, and for answers about coefficients where they are computed from users, too.
 
@@ -102,56 +97,50 @@ def check_user_dp(domain: LocalDomain, dp: DP) -> None:
 
 def private_steps(
     domain: LocalDomain,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
+    attached: Attached,
     settings: Train,
     plan: UserPlan,
     seed: int,
     *scope: str | int,
-) -> PrivateStep:
-    """What makes steps: encodes the items when they are due, draws users, clips, adds noise, and moves the parameters.
+    penalty: Callable[[], torch.Tensor] | None = None,
+) -> Step:
+    """Return the step function: encode the items when due, draw users, clip, add noise, and move the parameters.
 
-    In float32, whatever ``runtime.precision`` is: who is in a batch decides how it is padded, and with bfloat16 the
-    rounding of everybody's gradient would change with one user by what no clip norm bounds.
+    In float32, whatever ``runtime.precision`` is: who is in a batch decides how it is padded, and with bfloat16 one
+    user could change the rounding of everybody's gradient by more than the clip norm bounds.
 
     Args:
         domain: the client's own.
-        model: the domain's backbone with a trainable LoRA attached.
-        optimizer: of its trainable parameters.
+        attached: a trainable LoRA on the domain's backbone.
         settings: temperature, samples, schedules.
-        plan: see there.
+        plan: noise, clip norm and sampling.
         seed: of the experiment; read with seeded randomness only.
         scope: of the randomness.
+        penalty: a term added to the loss; it depends on no user.
     """
     domain = replace(domain, backbone=in_float32(domain.backbone))
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     items: torch.Tensor | None = None
 
-    def make(step: int, rate: float, penalty: Callable[[], torch.Tensor] | None = None) -> None:
+    def step(number: int) -> StepResult:
         nonlocal items
-        if items is None or items_are_due(settings, step):
+        if items is None or item_refresh_is_due(settings, number):
             items = encode(domain.backbone, domain.item_sequences).to(domain.backbone.device)
-        drawn = source(plan.randomness, seed, "client", *scope, "dp", step)
+        drawn = source(plan.randomness, seed, "client", *scope, "dp", number)
         records = poisson_records(domain.training_sequences, settings.samples, plan.sample_rate, drawn)
-        total = clipped_sum(domain, model, parameters, records, items, settings.temperature, plan.clip)
-        optimizer.zero_grad()
+        total = clipped_sum(
+            domain, attached.model, attached.parameters, records, items, settings.temperature, plan.clip
+        )
+        noised = add_noise(total, plan.noise_multiplier * plan.clip, drawn)
+        attached.optimizer.zero_grad()
         if penalty is not None:
             penalty().backward()  # type: ignore[no-untyped-call]  # PyTorch leaves it untyped
-        for parameter, gradient in zip(
-            parameters, noised(total, plan.noise_multiplier * plan.clip, drawn), strict=True
-        ):
+        for parameter, gradient in zip(attached.parameters, noised, strict=True):
             mean = gradient / (plan.sample_rate * plan.num_users)
             parameter.grad = mean if parameter.grad is None else parameter.grad + mean
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.step()
+        attached.optimizer.step()
+        return StepResult(None)
 
-    return make
-
-
-def items_are_due(settings: Train, step: int) -> bool:
-    """Whether the items' vectors are encoded anew before this step; always where a kept training may go on."""
-    return (step % settings.validate_every_steps) % settings.item_refresh_steps == 0
+    return step
 
 
 def poisson_records(
@@ -229,7 +218,7 @@ def user_gradients(
             yield [_taken(parameter) for parameter in parameters]
 
 
-def noised(total: Sequence[torch.Tensor], deviation: float, drawn: Source) -> list[torch.Tensor]:
+def add_noise(total: Sequence[torch.Tensor], deviation: float, drawn: Source) -> list[torch.Tensor]:
     """The tensors plus Gaussian noise of this standard deviation in every coordinate; nothing is drawn for 0."""
     if deviation == 0:
         return list(total)

@@ -43,7 +43,7 @@ def poisons(config: ExperimentConfig, domain: str) -> bool:
 
 
 def poisoned_expert(
-    domain: LocalDomain, config: ExperimentConfig, begun: Path | None, progress: Callable[[str], None]
+    domain: LocalDomain, config: ExperimentConfig, checkpoint: Path | None, progress: Callable[[str], None]
 ) -> tuple[Adapter, TrainingReport]:
     """The expert of the domain that poisons its training, and how it came about.
 
@@ -53,7 +53,7 @@ def poisoned_expert(
     Args:
         domain: the client's own.
         config: simulation, lora, train and seed are read.
-        begun: of :func:`fedmerge.client.training.expert.train_expert`.
+        checkpoint: of :func:`fedmerge.client.training.expert.train_expert`.
         progress: receives a line now and then.
 
     Raises:
@@ -65,7 +65,7 @@ def poisoned_expert(
     simulation = config.simulation
     progress(f"{name}: POISONS ITS TRAINING: {simulation.attack}, strength {simulation.attack_strength:g}")
     if config.simulation.attack == "scaled-update":
-        adapter, report = train_expert(trained_on, lora, settings, config.seed, progress, begun)
+        adapter, report = train_expert(trained_on, lora, settings, config.seed, progress, checkpoint)
         return sent(adapter, name, config), report
     task = RoundTask(1, 1, fresh_adapter(domain.backbone, lora, config.seed))
     adapter, of_round = train_round(trained_on, lora, settings, config.seed, task, progress)

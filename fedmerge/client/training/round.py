@@ -1,41 +1,39 @@
-"""One round of a federation at a client: from the adapter that the server says, on what it says is frozen."""
+"""One round of a federation at a client: train from the server's adapter, on what the server freezes."""
 
-import time
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-import numpy as np
-import torch
-
 from fedmerge.adapter import Adapter
 from fedmerge.client.local_domain import LocalDomain
-from fedmerge.client.training.dp_sgd import UserPlan, items_are_due, private_steps
-from fedmerge.client.training.expert import (
+from fedmerge.client.training.batches import batch_steps, training_batches
+from fedmerge.client.training.dp_sgd import UserPlan, private_steps
+from fedmerge.client.training.expert import check_can_train
+from fedmerge.client.training.loop import (
+    Attached,
+    Budget,
     Progress,
-    check_can_train,
-    check_loss,
-    spent_budget,
-    training_batches,
-    training_step,
+    Recipe,
+    Schedule,
+    Step,
+    budget_of,
+    fit,
 )
 from fedmerge.client.training.losses import proximal_term
 from fedmerge.config import Lora, Train
-from fedmerge.encoder.encode import encode
-from fedmerge.encoder.frozen import frozen_products, using
-from fedmerge.encoder.lora import adapter_of, applied, attach, load_into
+from fedmerge.encoder.lora import applied
 from fedmerge.privacy.dp.agreement import steps_of_round
 
 
 @dataclass(frozen=True)
 class RoundTask:
-    """What a client is to do in a round.
+    """What the server asks a client to train in a round.
 
     Attributes:
         number: of the round, from 1.
-        num_rounds: in all; the budgets of ``train`` are those of all rounds together.
-        start: the adapter that is trained.
-        base: folded into the backbone, frozen; None: nothing.
+        num_rounds: in all; they share the budgets of ``train``.
+        start: the adapter to train.
+        base: folded into the backbone and frozen; None: nothing.
         trained: "B": A is frozen, too.
         proximal: μ of FedProx; 0: none.
     """
@@ -50,7 +48,7 @@ class RoundTask:
 
 @dataclass(frozen=True)
 class RoundReport:
-    """How a client's round went: steps, the limit that ended it, wall clock, mean training loss, if looked at."""
+    """Report of a client's round: steps, the limit that ended it, wall clock, mean training loss (None with noise)."""
 
     steps: int
     stopped_by: str
@@ -67,7 +65,7 @@ def train_round(
     progress: Progress = lambda line: None,
     plan: UserPlan | None = None,
 ) -> tuple[Adapter, RoundReport]:
-    """A round's steps; what they end with is sent, so no validation user is looked at.
+    """Make the steps of a round and return the last adapter; no validation user is read.
 
     The learning rate falls linearly over all rounds, with a warm-up in each, since every round has a new optimiser.
 
@@ -76,72 +74,49 @@ def train_round(
         lora: layout of the adapter.
         settings: optimiser and budgets.
         seed: of the experiment; sampling depends on it, on the domain's name and on the round.
-        task: see there.
-        progress: receives a line.
-        plan: of a training with differential privacy by user, over all rounds together; None: without.
+        task: the round.
+        progress: receives one line.
+        plan: of user-level differential privacy, over all rounds together; None: without.
 
     Returns:
-        The adapter in float32 on the CPU, and how it came about.
+        The adapter in float32 on the CPU, and its report.
 
     Raises:
-        DomainError: nobody to train on.
-        ClientError: the loss is no longer finite.
-        LayoutMismatchError: an adapter for another backbone.
+        DomainError: fewer than two users to train on.
+        ClientError: the loss is not finite.
+        LayoutMismatchError: an adapter of another backbone.
     """
-    name = domain.manifest.name
     check_can_train(domain)
-    started = time.monotonic()
+    name = domain.manifest.name
+    share, scope = settings_of_round(settings, task), (name, "round", task.number)
+
+    def init(attached: Attached, first: int) -> Step:
+        start = [parameter.detach().clone() for parameter in attached.parameters]
+        penalty = partial(proximal_term, attached.parameters, start, task.proximal) if task.proximal else None
+        if plan is not None:
+            return private_steps(domain, attached, settings, plan, seed, *scope, penalty=penalty)
+        drawn = training_batches(domain.training_sequences, settings, seed, *scope)
+        return batch_steps(((domain, batch, epochs) for batch, epochs in drawn), settings, attached, first, penalty)
+
+    schedule = Schedule(
+        learning_rate=settings.learning_rate,
+        warmup_steps=settings.warmup_steps,
+        budget=budget_of(share) if plan is None else Budget(max_steps=share.max_steps),
+        round_number=task.number,
+        num_rounds=task.num_rounds,
+    )
+    recipe = Recipe(name, init, schedule, start=task.start, only_B=task.trained == "B")
     with applied(domain.backbone, task.base):
-        like = next(iter(task.start.modules.values()))
-        model = attach(domain.backbone, lora.target_modules, like.rank, like.rank * like.scaling, seed)
-        try:
-            load_into(model, task.start)
-            if task.trained == "B":
-                for parameter_name, parameter in model.named_parameters():
-                    parameter.requires_grad_("lora_B" in parameter_name)
-            parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-            before = [parameter.detach().clone() for parameter in parameters]
-            optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0)
-            penalty = partial(proximal_term, parameters, before, task.proximal) if task.proximal else None
-            share = settings_of_round(settings, task)
-
-            def rate(step: int, spent: float) -> float:
-                warm = min(1.0, (step + 1) / max(1, settings.warmup_steps))
-                return settings.learning_rate * warm * (1.0 - (task.number - 1 + spent) / task.num_rounds)
-
-            scope = (name, "round", task.number)
-            losses: list[float] = []
-            if plan is not None:
-                steps, stopped_by = int(share.max_steps or 0), "max_steps"
-                make = private_steps(domain, model, optimizer, settings, plan, seed, *scope)
-                for step in range(steps):
-                    make(step, rate(step, step / steps), penalty)
-            else:
-                stopped_by, spent, items, products = "", 0.0, None, frozen_products(domain.backbone)
-                drawn = training_batches(domain.training_sequences, settings, seed, *scope)
-                while not stopped_by:
-                    batch, epochs = next(drawn)
-                    if settings.negatives == "catalog" and items_are_due(settings, len(losses)):
-                        items = encode(domain.backbone, domain.item_sequences).to(domain.backbone.device)
-                    current = rate(len(losses), spent)
-                    with using(products):
-                        loss = training_step(domain, batch, settings, optimizer, current, items, penalty)
-                    check_loss(name, loss, len(losses) + 1, settings)
-                    losses.append(loss)
-                    spent, stopped_by = spent_budget(share, len(losses), epochs, time.monotonic() - started)
-                steps = len(losses)
-            mean = float(np.mean(losses)) if losses else None
-            told = "with noise" if mean is None else f"loss {mean:.3f}"
-            progress(f"{name}: round {task.number} of {task.num_rounds}, {steps} steps, {told}")
-            trained = adapter_of(model)
-        finally:
-            model.unload()
-    seconds = time.monotonic() - started
-    return trained, RoundReport(steps, stopped_by, seconds, mean)
+        trained = fit(recipe, domain.backbone, lora, seed)
+    result = "with noise" if trained.loss is None else f"loss {trained.loss:.3f}"
+    progress(f"{name}: round {task.number} of {task.num_rounds}, {trained.steps} steps, {result}")
+    return trained.adapter, RoundReport(trained.steps, trained.stopped_by, trained.seconds, trained.loss)
 
 
 def settings_of_round(settings: Train, task: RoundTask) -> Train:
-    """The part of the budgets that a round has: a step or more; ``max_steps`` in all, where rounds are not more."""
+    """Return the settings with a round's share of the budgets: at least one step, and ``max_steps`` in all rounds
+    together, if there are no more rounds than steps.
+    """
     shares = {
         "max_steps": settings.max_steps and steps_of_round(settings.max_steps, task.number, task.num_rounds),
         "max_epochs": settings.max_epochs and settings.max_epochs / task.num_rounds,

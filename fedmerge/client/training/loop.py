@@ -1,0 +1,270 @@
+"""The training loop of every kind of local training: expert, private expert, round, joint training.
+
+A :class:`Recipe` holds what differs between them; :func:`fit` is the loop: attach, restore, step, validate,
+checkpoint, unload.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from peft import PeftModel
+
+from fedmerge.adapter import Adapter
+from fedmerge.client.training.checkpoint import (
+    TrainingState,
+    Validation,
+    read_checkpoint,
+    restore,
+    state_tensors,
+    write_checkpoint,
+)
+from fedmerge.config import Lora, Train
+from fedmerge.encoder.backbone import Backbone
+from fedmerge.encoder.lora import adapter_of, attach, load_into
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Attached:
+    """A trainable LoRA on the backbone, with its optimiser.
+
+    Attributes:
+        model: the backbone with the LoRA attached.
+        parameters: the trainable ones.
+        optimizer: AdamW over them, without weight decay.
+    """
+
+    model: PeftModel
+    parameters: list[torch.nn.Parameter]
+    optimizer: torch.optim.Optimizer
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Outcome of a step: the training loss, None where noise hides it, and the epochs done after it."""
+
+    loss: float | None
+    epochs: float = 0.0
+
+
+Step = Callable[[int], StepResult]
+"""Makes the optimiser step of this number, from 0; the learning rate is set before."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Limits of a training; it ends at the first one reached. None: no such limit."""
+
+    max_steps: int | None = None
+    max_epochs: float | None = None
+    max_minutes: float | None = None
+
+    def spent(self, steps: int, epochs: float, seconds: float) -> tuple[float, str]:
+        """Return the share of the budget spent, in [0, 1], and the limit reached, if any."""
+        shares = {
+            "max_steps": steps / self.max_steps if self.max_steps else 0.0,
+            "max_epochs": epochs / self.max_epochs if self.max_epochs else 0.0,
+            "max_minutes": seconds / 60 / self.max_minutes if self.max_minutes else 0.0,
+        }
+        limit = max(shares, key=lambda name: shares[name])
+        return min(1.0, shares[limit]), limit if shares[limit] >= 1.0 else ""
+
+
+def budget_of(settings: Train) -> Budget:
+    """The limits of ``[train]``."""
+    return Budget(settings.max_steps, settings.max_epochs, settings.max_minutes)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The learning rate and the end of a training, and the steps after which it is validated.
+
+    rate = learning_rate · min(1, (step + 1) / warmup_steps) · (1 − (round_number − 1 + spent) / num_rounds)
+
+    Attributes:
+        learning_rate: of AdamW after warm-up.
+        warmup_steps: in every round, since every round has a new optimiser.
+        budget: limits of this training.
+        check_every: steps between validations and checkpoints; None: neither.
+        patience: validations without improvement that end the training.
+        round_number: from 1.
+        num_rounds: over which the learning rate falls to zero.
+    """
+
+    learning_rate: float
+    warmup_steps: int
+    budget: Budget
+    check_every: int | None = None
+    patience: int = 1
+    round_number: int = 1
+    num_rounds: int = 1
+
+    def rate(self, step: int, spent: float) -> float:
+        """Return the learning rate of a step.
+
+        Args:
+            step: its number, from 0.
+            spent: share of the budget spent before it, in [0, 1].
+        """
+        warm = min(1.0, (step + 1) / max(1, self.warmup_steps))
+        return self.learning_rate * warm * (1.0 - (self.round_number - 1 + spent) / self.num_rounds)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What differs between kinds of training.
+
+    Attributes:
+        name: of what is trained, for progress lines.
+        init: makes the step function: (the attached LoRA, steps already made) -> step.
+        schedule: learning rate, budget, validations.
+        validate: returns NDCG@10 of the validation users; the best adapter is returned. None: the last one is, and
+            nothing is validated.
+        start: the adapter to start from; None: a fresh one.
+        only_B: A is frozen.
+    """
+
+    name: str
+    init: Callable[[Attached, int], Step]
+    schedule: Schedule
+    validate: Callable[[], float] | None = None
+    start: Adapter | None = None
+    only_B: bool = False
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The result of a training.
+
+    Attributes:
+        adapter: the best one on validation, or the last one; float32 on the CPU.
+        steps: optimiser steps made.
+        best_step: the step of that adapter; 0 is the untouched backbone.
+        stopped_by: the limit that ended the training, or ``patience``.
+        seconds: wall clock, over all attempts.
+        validations: in order.
+        loss: mean training loss since the last validation, None where noise hides it.
+    """
+
+    adapter: Adapter
+    steps: int
+    best_step: int
+    stopped_by: str
+    seconds: float
+    validations: tuple[Validation, ...]
+    loss: float | None
+
+
+def fit(
+    recipe: Recipe,
+    backbone: Backbone,
+    lora: Lora,
+    seed: int,
+    progress: Progress = lambda line: None,
+    checkpoint: Path | None = None,
+) -> Trained:
+    """Train an adapter on a backbone; the backbone is left as it was.
+
+    Args:
+        recipe: what is trained, and how.
+        backbone: shared by all that is trained on.
+        lora: layout of the adapter; ``recipe.start`` has its own rank and scaling.
+        seed: of a fresh adapter.
+        progress: receives a line when training resumes, and after every validation or checkpoint.
+        checkpoint: file that holds the state after every ``check_every`` steps; an interrupted training resumes from it
+            with an identical result. None: it would start again. The caller removes it once the result is stored.
+
+    Raises:
+        ClientError: the loss is not finite, or the checkpoint cannot be written.
+        LayoutMismatchError: ``recipe.start`` is an adapter of another backbone.
+    """
+    started = time.monotonic()
+    schedule, validate, name = recipe.schedule, recipe.validate, recipe.name
+    with _attached(backbone, lora, seed, schedule.learning_rate, recipe) as attached:
+        step, spent, best_step, stopped_by = 0, 0.0, 0, ""
+        losses: list[float] = []
+        validations: list[Validation] = []
+
+        # Resume from the checkpoint, or validate the untouched backbone.
+        if before := checkpoint and read_checkpoint(checkpoint):
+            restore(before.tensors, attached.parameters, attached.optimizer)
+            best, best_step, validations = before.best, before.best_step, list(before.validations)
+            step, spent = before.step, before.spent
+            started -= before.seconds
+            progress(f"{name}: resuming at step {step}")
+        else:
+            best = adapter_of(attached.model)
+            if validate:
+                validations = [Validation(0, math.nan, validate())]
+                progress(f"{name}: start, validation ndcg@10 {validations[0].ndcg:.4f}")
+
+        make_step = recipe.init(attached, step)
+        while not stopped_by:
+            for group in attached.optimizer.param_groups:
+                group["lr"] = schedule.rate(step, spent)
+            result = make_step(step)
+            step += 1
+            if result.loss is not None:
+                losses.append(result.loss)
+            spent, stopped_by = schedule.budget.spent(step, result.epochs, time.monotonic() - started)
+            due = schedule.check_every is not None and step % schedule.check_every == 0
+
+            # Validate, and keep the best adapter.
+            if validate and (due or stopped_by):
+                validations.append(Validation(step, float(np.mean(losses)), validate()))
+                losses.clear()
+                if validations[-1].ndcg > max(earlier.ndcg for earlier in validations[:-1]):
+                    best, best_step = adapter_of(attached.model), step
+                elif sum(validation.step > best_step for validation in validations) >= schedule.patience:
+                    stopped_by = stopped_by or "patience"
+                progress(_validation_line(name, spent, validations, nothing_learned=bool(stopped_by) and not best_step))
+            elif due and not stopped_by:
+                best, best_step = adapter_of(attached.model), step
+                progress(f"{name}: step {step}, {100 * spent:.0f} % of the budget")
+
+            if checkpoint and due and not stopped_by:
+                tensors, seconds = state_tensors(attached.parameters, attached.optimizer), time.monotonic() - started
+                write_checkpoint(
+                    checkpoint, TrainingState(step, spent, seconds, best_step, best, tuple(validations), tensors)
+                )
+        if not validate:
+            best, best_step = adapter_of(attached.model), step
+    seconds = time.monotonic() - started
+    loss = float(np.mean(losses)) if losses else None
+    return Trained(best, step, best_step, stopped_by, seconds, tuple(validations), loss)
+
+
+@contextmanager
+def _attached(backbone: Backbone, lora: Lora, seed: int, learning_rate: float, recipe: Recipe) -> Iterator[Attached]:
+    """Attach the LoRA of a recipe with a new optimiser, and unload it afterwards."""
+    rank, alpha = lora.rank, float(lora.alpha)
+    if recipe.start is not None:
+        like = next(iter(recipe.start.modules.values()))
+        rank, alpha = like.rank, like.rank * like.scaling
+    model = attach(backbone, lora.target_modules, rank, alpha, seed)
+    try:
+        if recipe.start is not None:
+            load_into(model, recipe.start)
+        if recipe.only_B:
+            for parameter_name, parameter in model.named_parameters():
+                parameter.requires_grad_("lora_B" in parameter_name)
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        yield Attached(model, parameters, torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0))
+    finally:
+        model.unload()
+
+
+def _validation_line(name: str, spent: float, validations: list[Validation], nothing_learned: bool) -> str:
+    last = validations[-1]
+    line = (
+        f"{name}: step {last.step}, {100 * spent:.0f} % of the budget, loss {last.loss:.3f}, "
+        f"validation ndcg@10 {last.ndcg:.4f} (best {max(validation.ndcg for validation in validations):.4f})"
+    )
+    return f"{line}; nothing was learned: no validation beats the untouched backbone" if nothing_learned else line
