@@ -64,7 +64,7 @@ def with_own_policy(path: Path, text: str) -> Answer:
     [
         ('policies = "adapter"', "gather", "policies = 'adapter', the run has privacy.policy = 'adapter+catalog'"),
         ("min_users = 21", "gather", "min_users = 21, the run has privacy.min_users = 20"),
-        ("mni_users = 1", "gather", "policy file …/policy.toml: nothing is sent until this is corrected"),
+        ("mni_users = 1", "gather", "policy file …/policy.toml"),
     ],
 )
 def test_a_client_with_a_stricter_policy_refuses_and_is_named(

@@ -332,7 +332,7 @@ def test_a_range_that_the_noise_is_sure_to_leave_is_refused_before_any_training(
         run_in_process(experiment(place, "narrow", **noise), answer)
     assert not asked
     wide = {**noise, "privacy__value_range": float(str(refused.value).partition("value_range to ")[2].split()[0])}
-    with pytest.raises(ConfigError, match="which a secure sum would refuse"):  # of one domain's higher rank, too
+    with pytest.raises(ConfigError, match=r"privacy\.value_range = 80"):  # of one domain's higher rank, too
         run_in_process(experiment(place, "one-is-wide", **wide, lora__ranks="books=64"), answer)
     assert not asked
     config = experiment(place, "wide", cache_dir=str(place / "cache-wide"), **wide)
@@ -353,7 +353,7 @@ def test_who_tells_another_noise_than_agreed_is_not_in_the_sum(place: Path) -> N
     assert sorted(read_json(run_dir(config) / "secure-sum" / "sum.json")["clients"]) == ["beauty", "camping", "coffee"]
     assert {*read_json(run_dir(config) / "privacy.json")["domains"]} == {"beauty", "camping", "coffee"}
     excluded = read_json(run_dir(config) / "clients.json")["excluded"]
-    assert "what it says it spent is not what dp.* asks for: noise_multiplier 0.25 instead of 0.5" in excluded["books"]
+    assert "noise_multiplier 0.25 instead of 0.5" in excluded["books"]
 
 
 def test_a_client_keeps_to_its_own_policy(place: Path) -> None:
@@ -511,7 +511,7 @@ def test_nodes_with_registered_keys_refuse_keys_that_are_not_signed(tmp_path: Pa
     with pytest.raises(ClientError, match="cannot be read as an Ed25519 key"):
         read_identity(tmp_path / "peers" / "toys.pub")
     (tmp_path / "books").chmod(0o644)
-    with pytest.raises(ConfigError, match=r"books: other users of this machine can read it. Run: chmod 600 .*books$"):
+    with pytest.raises(ConfigError, match=r"chmod 600 .*books$"):
         read_identity(tmp_path / "books")
     with pytest.raises(ClientError, match="it has no session of a secure sum: its node was started again"):
         answer_share(told, Context(1, 9, {}, RecordDict(), {}))
