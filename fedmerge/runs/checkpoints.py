@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fedmerge.adapter import Adapter, adapter_sha256
-from fedmerge.encoder.peft_folder import read_adapter, write_adapter
+from fedmerge.encoder.peft_folder import write_adapter
 from fedmerge.errors import FedMergeError, RunDirError
 from fedmerge.evaluation.sums import VARIANTS, MetricSums, Variant, metric_sums_from_dict
 from fedmerge.files import read_json, whole_folder, write_json
 from fedmerge.mergerec.pictures import draw_learned
 from fedmerge.merging.candidate import Candidate
+from fedmerge.runs.verified import read_verified
 
 ADAPTERS = "adapters"
 LEARNING = "learning"
@@ -27,7 +28,7 @@ Sums = dict[Variant, MetricSums]
 
 
 class KeptExperts(Mapping[str, Adapter]):
-    """The experts of a run, each read from disk when it is asked for and not held."""
+    """The experts of a run, each read from disk when it is asked for, see :mod:`fedmerge.runs.verified`."""
 
     def __init__(self, run_dir: Path, sources: Mapping[str, str]) -> None:
         """Experts by domain, with their hashes."""
@@ -39,11 +40,11 @@ class KeptExperts(Mapping[str, Adapter]):
         Raises:
             RunDirError: it was changed on disk since it arrived.
         """
-        adapter = read_adapter(self._run_dir / ADAPTERS / domain)
-        if adapter_sha256(adapter) != self._sources[domain]:
+        adapter, sha256 = read_verified(self._run_dir / ADAPTERS / domain)
+        if sha256 != self._sources[domain]:
             raise RunDirError(
-                f"{self._run_dir / ADAPTERS / domain}: this expert was changed since it arrived. Nobody but the run "
-                "may write there; resume the run: its client sends it again."
+                f"{self._run_dir / ADAPTERS / domain}: this expert changed since it arrived; only the run may write "
+                "there. Resume the run: its client sends the expert again."
             )
         return adapter
 
@@ -74,7 +75,7 @@ def kept_expert(run_dir: Path, domain: str) -> str | None:
     folder = run_dir / ADAPTERS / domain
     try:
         sha256 = read_json(folder / "training.json")["sha256"]
-        return str(sha256) if adapter_sha256(read_adapter(folder)) == sha256 else None
+        return str(sha256) if read_verified(folder)[1] == sha256 else None
     except (FedMergeError, OSError, LookupError, TypeError):
         return None
 
@@ -120,8 +121,8 @@ def kept_merges(run_dir: Path, sources: Mapping[str, str]) -> dict[str, Candidat
     for folder in sorted((run_dir / MERGED).glob("[!.]*")):
         try:
             provenance = read_json(folder / "provenance.json")
-            adapter = read_adapter(folder)
-            if provenance["domains"] == dict(sources) and provenance["sha256"] == adapter_sha256(adapter):
+            adapter, sha256 = read_verified(folder)
+            if provenance["domains"] == dict(sources) and provenance["sha256"] == sha256:
                 label = provenance["label"]
                 found[label] = Candidate(label, provenance["method"], adapter, provenance)
         except (FedMergeError, OSError, LookupError, TypeError):

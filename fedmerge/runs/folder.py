@@ -17,6 +17,7 @@ released.jsonl                     with noise of the clients' own: what arrived 
 privacy.json                       with differential privacy: what was spent of every unit, assumptions included
 privacy-audit.json, .txt           what an audit measured, where one was made
 tracking/                          with `tracking`: the same for TensorBoard or MLflow (fedmerge.report.tracking)
+attempts.jsonl                     when each attempt started and how long it worked (fedmerge.runs.attempts)
 report.txt, run.log, DONE
 lock                               held by the process that works on the run
 """
@@ -64,8 +65,13 @@ def create_run(config: ExperimentConfig) -> Path:
     except FileExistsError as error:
         if not folder.parent.is_dir():
             raise RunDirError(f"{folder.parent} is a file. Set output_dir to a folder.") from error
+        if is_locked(folder):
+            raise RunDirError(
+                f"{folder}: {_holder(folder)} works on this run. Wait until it has ended, or choose another run_id or "
+                "output_dir."
+            ) from error
         raise RunDirError(
-            f"{folder} exists; a run never overwrites another. Choose another run_id or output_dir, or go on with it: "
+            f"{folder} exists; a run never overwrites another. Choose another run_id or output_dir, or resume it: "
             f"fedmerge run --resume {folder}"
         ) from error
     except OSError as error:
@@ -167,10 +173,9 @@ def locked(folder: Path) -> Iterator[None]:
                 break
             except BlockingIOError as error:
                 if attempt == LOCK_ATTEMPTS - 1:
-                    file.seek(0)
-                    holder = file.read().strip() or "another process"
                     raise RunDirError(
-                        f"{folder}: {holder} works on this run. Wait until it has ended, or end it; then try again."
+                        f"{folder}: {_holder(folder)} works on this run. Wait until it has ended, or end it; then try "
+                        "again."
                     ) from error
                 time.sleep(0.1)
             except OSError as error:
@@ -194,6 +199,14 @@ def is_locked(folder: Path) -> bool:
     except OSError:
         return False
     return False
+
+
+def _holder(folder: Path) -> str:
+    """Return the process that holds the lock, by its own words."""
+    try:
+        return (folder / LOCK_FILE).read_text(encoding="utf-8").strip() or "another process"
+    except OSError:
+        return "another process"
 
 
 def environment() -> dict[str, Any]:

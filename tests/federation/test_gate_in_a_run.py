@@ -89,7 +89,8 @@ def test_an_attacked_client_is_excluded_by_name_and_the_run_goes_on(place: Path,
     assert clients["excluded_in_phase"] == {"coffee": "admission"}
     assert set(read_json(folder / "merged/average/provenance.json")["domains"]) == {*TRAIN} - {"coffee"}
     report = (folder / "report.txt").read_text()
-    assert report.startswith("POISONED ON PURPOSE: coffee spoils its own training (scaled-update, strength 100)")
+    assert report.startswith("POISONED ON PURPOSE: coffee")
+    assert "(scaled-update, strength 100)" in report.splitlines()[0]
     assert "excluded: coffee: admission: its update has norm" in report
     assert "POISONED ON PURPOSE: coffee" in (folder / "run.log").read_text()
     others = run(place, "without", **{"domains.train": ",".join(sorted({*TRAIN} - {"coffee"}))})
@@ -97,7 +98,7 @@ def test_an_attacked_client_is_excluded_by_name_and_the_run_goes_on(place: Path,
     assert hashes[0] == hashes[1]  # as if it had never been there
     page = run_page(folder)
     assert "Poisoned on purpose." in page
-    assert "coffee spoils its own training (scaled-update, strength 100)" in page
+    assert re.search(r"coffee [^<]* \(scaled-update, strength 100\)", page)
     again = experts_of_run(folder)
     assert set(again.adapters) == {*TRAIN} - {"coffee"}
     assert again.excluded == {"coffee": f"not admitted: {failed['coffee']}"}
@@ -300,7 +301,7 @@ def test_a_benchmark_of_a_bad_client(place: Path) -> None:
         assert gated["client_seconds"] > plain["client_seconds"]
     page = bench_page(tables)
     assert "Poisoned on purpose." in page
-    assert "coffee spoils its own training (scaled-update, strength 100)" in page
+    assert re.search(r"coffee [^<]* \(scaled-update, strength 100\)", page)
     finished = {file: file.stat().st_mtime_ns for file in (place / "bench").rglob("*.json")}
     assert run_grid(grid, train, here, lines.append) == []
     assert finished == {file: file.stat().st_mtime_ns for file in finished}
@@ -322,12 +323,12 @@ def test_a_benchmark_of_a_bad_client(place: Path) -> None:
         (
             "leave_one_out = true }",
             "rollback = true }",
-            r"average\+gate: admission\.rollback = true; a benchmark shows",
+            r"average\+gate: admission\.rollback = true",
         ),
         (
             '"rounds.rule" = "median"',
             'simulation.attacker = "books", "rounds.rule" = "median"',
-            r"strategy median: found another \[attack\] than its dataset's",
+            r"strategy median: simulation\.attack",
         ),
     ],
 )

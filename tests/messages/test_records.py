@@ -171,6 +171,35 @@ def test_descriptions_of_another_version_are_refused() -> None:
     refused(records.read_description, RecordDict({"facts": ConfigRecord({"domain": "x"})}), "role")
 
 
+def with_fact(content: RecordDict, **changes: Any) -> RecordDict:
+    facts: dict[str, Any] = {**content.config_records["facts"], **changes}
+    return RecordDict({**dict(content.items()), "facts": ConfigRecord(facts)})
+
+
+def test_a_literal_field_takes_its_own_values_only() -> None:
+    description = records.description_record(records.Description("shop", "train"))
+    evaluation = records.evaluation_request_record(records.EvaluationRequest("test", True, "", True), {})
+    round_request = records.round_request_record(records.RoundRequest(1, 2, "B", 7), None, None)
+    reads: list[tuple[Any, RecordDict, str, str]] = [
+        (records.read_description, description, "role", "unseen"),
+        (records.read_evaluation_request, evaluation, "split", "valid"),
+        (lambda content: records.read_round_request(content, lambda seed: adapter()), round_request, "trained", "B"),
+    ]
+    for read, content, key, allowed in reads:
+        with pytest.raises(ClientError) as caught:
+            read(with_fact(content, **{key: "admin\x1b[31m"}))
+        assert key in str(caught.value)
+        assert repr(allowed) in str(caught.value)
+        assert "admin" in str(caught.value)
+        assert "\x1b" not in str(caught.value)
+
+
+def test_names_in_the_ledger_are_printable() -> None:
+    (row,) = records.contents(RecordDict({"facts": ConfigRecord({"a\x1b[31m\nb": 1})}))
+    assert row["name"].isascii()
+    assert "\x1b" not in row["name"]
+
+
 def test_a_catalog_that_is_not_bytes_is_refused() -> None:
     facts = RecordDict({"facts": ConfigRecord({"catalog": "text"})})
     assert type(refused(records.read_catalog, facts, "came as str, expected bytes")) is ClientError

@@ -65,6 +65,16 @@ def test_a_run_never_overwrites_another(tmp_path: Path) -> None:
     assert (folder / "config.toml").read_text() == "mine"
 
 
+def test_a_run_id_whose_run_still_works_is_refused_without_advice_to_resume(tmp_path: Path) -> None:
+    config = from_flat({"output_dir": str(tmp_path), "run_id": "once"})
+    folder = create_run(config)
+    with locked(folder), pytest.raises(RunDirError) as caught:
+        create_run(config)
+    assert str(folder) in str(caught.value)
+    assert f"process {os.getpid()} on " in str(caught.value)
+    assert "--resume" not in str(caught.value)
+
+
 def test_runs_without_an_id_get_different_ones(tmp_path: Path) -> None:
     config = from_flat({"output_dir": str(tmp_path), "name": "trial"})
     folders = {create_run(config) for _ in range(3)}

@@ -81,7 +81,7 @@ class Client:
 
     config: ExperimentConfig
     domain: LocalDomain
-    role: str
+    role: records.Role
 
 
 def _answer(handler: Callable[[Message, Context], RecordDict]) -> Callable[[Message, Context], Message]:
@@ -417,7 +417,7 @@ def _client(context: Context) -> Client:
     return Client(config, domain, role)
 
 
-def _place(context: Context) -> tuple[Path, str] | None:
+def _place(context: Context) -> tuple[Path, records.Role] | None:
     """This node's domain folder and role: the node's own ``domain-path``, or its turn in the experiment's list."""
     config = from_flat(context.run_config)
     domains = config.domains

@@ -1,0 +1,76 @@
+"""Requests to evaluate models, and the metric sums that clients answer."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+from flwr.app import ConfigRecord, RecordDict
+
+from fedmerge.adapter import Adapter
+from fedmerge.config import Split
+from fedmerge.errors import ClientError
+from fedmerge.evaluation.sums import VARIANTS, MetricSums, Variant, metric_sums_from_dict
+from sim.app.messages.records.adapters import ModelRecords, read_models
+from sim.app.messages.records.fields import FACTS, ONE_VERSION, read_config, read_dataclass
+
+EVALUATE = "evaluate"
+OWN_EXPERT = "own"
+
+
+@dataclass(frozen=True)
+class EvaluationRequest:
+    """A request to evaluate models on a split.
+
+    Attributes:
+        split: ``valid`` or ``test``.
+        backbone: True to evaluate the backbone alone as well.
+        expert_sha256: hash of the client's own expert, which is evaluated as well; OWN_EXPERT if the server does not
+            know the hash; empty for none.
+        baselines: True to evaluate the sanity baselines as well.
+    """
+
+    split: Split
+    backbone: bool
+    expert_sha256: str
+    baselines: bool
+
+
+def evaluation_request_record(request: EvaluationRequest, models: ModelRecords) -> RecordDict:
+    """Make a request to evaluate the models of :func:`model_records`."""
+    return RecordDict({FACTS: ConfigRecord(asdict(request)), **models})
+
+
+def read_evaluation_request(content: RecordDict) -> tuple[EvaluationRequest, dict[str, Adapter]]:
+    """Inverse of :func:`evaluation_request_record`."""
+    facts = dict(read_config(content, FACTS))
+    return read_dataclass(EvaluationRequest, facts), read_models(content)
+
+
+def metric_sums_record(sums: Mapping[Variant, MetricSums]) -> RecordDict:
+    """Make the record of the metric sums of all variants."""
+    return RecordDict(
+        {FACTS: ConfigRecord({variant: json.dumps(of_variant.to_dict()) for variant, of_variant in sums.items()})}
+    )
+
+
+def read_metric_sums(content: RecordDict) -> dict[Variant, MetricSums]:
+    """Inverse of :func:`metric_sums_record`.
+
+    Raises:
+        ClientError: another form.
+    """
+    facts = read_config(content, FACTS)
+    try:
+        sums = {variant: metric_sums_from_dict(json.loads(str(facts[variant]))) for variant in VARIANTS}
+    except (KeyError, ValueError, TypeError, OverflowError, RecursionError) as error:
+        raise ClientError(f"its metric sums are malformed ({type(error).__name__}: {error}); {ONE_VERSION}") from error
+    for variant, of_variant in sums.items():
+        if of_variant.variant != variant:
+            raise ClientError(f"its metric sums named {variant} are {of_variant.variant}; {ONE_VERSION}")
+        low, high = of_variant.sums.min(), of_variant.sums.max()
+        if low < 0 or high > of_variant.num_users * (1 + 1e-9):
+            raise ClientError(
+                f"its metric sums run from {low:g} to {high:g}, expected 0 to {of_variant.num_users}: the outcome "
+                f"of a user is between 0 and 1; {ONE_VERSION}, or check its client"
+            )
+    return sums
