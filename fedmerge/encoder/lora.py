@@ -1,9 +1,11 @@
 """LoRA adapters on a backbone: attach, read off, load, and apply temporarily."""
 
+import hashlib
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
@@ -14,6 +16,9 @@ from fedmerge.encoder.backbone import Backbone
 from fedmerge.encoder.peft_folder import MODULE_PREFIX
 from fedmerge.errors import ConfigError, LayoutMismatchError
 from fedmerge.seeding import generator
+
+Layout = Mapping[str, tuple[tuple[int, ...], tuple[int, ...], float]]
+"""Module name -> shape of lora_A, shape of lora_B, scaling."""
 
 
 def attach(backbone: Backbone, target_modules: Sequence[str], rank: int, alpha: float, seed: int) -> PeftModel:
@@ -89,6 +94,25 @@ def fresh_adapter(backbone: Backbone, lora: Lora, seed: int) -> Adapter:
         return adapter_of(model)
     finally:
         model.unload()
+
+
+def expected_layout(backbone: Backbone, lora: Lora) -> Layout:
+    """Return the layout that ``[lora]`` gives on a backbone; the backbone is left as it was."""
+    return layout_of(fresh_adapter(backbone, lora, seed=0))
+
+
+def layout_of(adapter: Adapter) -> Layout:
+    """Return the layout of an adapter."""
+    return {
+        name: (tuple(module.lora_A.shape), tuple(module.lora_B.shape), module.scaling)
+        for name, module in adapter.modules.items()
+    }
+
+
+@cache
+def layout_sha256(backbone: Backbone, lora: Lora) -> str:
+    """Return a hash of modules, shapes and scalings: two parties with equal hashes train the same layout."""
+    return hashlib.sha256(repr(sorted(expected_layout(backbone, lora).items())).encode()).hexdigest()
 
 
 def load_into(model: PeftModel, adapter: Adapter) -> None:

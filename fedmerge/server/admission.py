@@ -1,44 +1,19 @@
 """The gate in front of the merge and the choice: what is not what was asked for is refused by name."""
 
-import hashlib
 from collections.abc import Mapping, Sequence
-from functools import cache
 
 import numpy as np
 import torch
 
 from fedmerge.adapter import Adapter
-from fedmerge.config import Lora, Transport
-from fedmerge.encoder.backbone import Backbone
-from fedmerge.encoder.lora import fresh_adapter
+from fedmerge.config import Transport
+from fedmerge.encoder.lora import Layout, layout_of
 from fedmerge.errors import ClientError, LayoutMismatchError
 from fedmerge.evaluation.sums import MetricSums, Variant
-
-Layout = Mapping[str, tuple[tuple[int, ...], tuple[int, ...], float]]
-"""Module name -> shape of lora_A, shape of lora_B, scaling."""
 
 LARGEST_VALUE = 1e4  # of a factor: far beyond any training that works, and products of two of them stay finite
 MAX_BASELINES = 16
 _BYTES_PER_TENSOR = 1024  # name, shape, header, and the module's scaling
-
-
-def expected_layout(backbone: Backbone, lora: Lora) -> Layout:
-    """The layout that every client of this experiment trains."""
-    return layout_of(fresh_adapter(backbone, lora, seed=0))
-
-
-def layout_of(adapter: Adapter) -> Layout:
-    """The layout of an adapter."""
-    return {
-        name: (tuple(module.lora_A.shape), tuple(module.lora_B.shape), module.scaling)
-        for name, module in adapter.modules.items()
-    }
-
-
-@cache
-def layout_sha256(backbone: Backbone, lora: Lora) -> str:
-    """A hash over modules, shapes and scalings of what is trained: two parties with equal hashes train the same."""
-    return hashlib.sha256(repr(sorted(expected_layout(backbone, lora).items())).encode()).hexdigest()
 
 
 def adapter_bytes(layout: Layout, transport: Transport = "float32") -> int:

@@ -25,11 +25,12 @@ from fedmerge.adapter import Adapter, LoraModule
 from fedmerge.cli import main
 from fedmerge.domain.demo import generate_domain
 from fedmerge.domain.folder import write_domain
+from fedmerge.encoder.lora import layout_of
 from fedmerge.encoder.peft_folder import write_adapter
 from fedmerge.errors import FedMergeError
 from fedmerge.evaluation.ranks import METRICS
 from fedmerge.evaluation.sums import Variant, metric_sums
-from fedmerge.server.admission import check_adapter, layout_of
+from fedmerge.server.admission import check_adapter
 from sim.app.messages import records
 
 Parts = list[str]  # of the message, in this order

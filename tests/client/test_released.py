@@ -17,13 +17,13 @@ from fedmerge.client.cache import dp_releases as released
 from fedmerge.client.cache import experts
 from fedmerge.client.cache.folders import inputs_key
 from fedmerge.client.coefficients.own_users import ClientMergeSettings, clipped_gradient_sum
-from fedmerge.client.coefficients.pseudo_users import cohort_sha256
 from fedmerge.client.local_domain import open_domain
 from fedmerge.client.training.dp_sgd import poisson_records
 from fedmerge.config import ExperimentConfig, from_flat, to_flat
 from fedmerge.device import resolve_compute
 from fedmerge.encoder.backbone import load_backbone
 from fedmerge.errors import ConfigError
+from fedmerge.mergerec.cohort import cohort_sha256
 from fedmerge.mergerec.variants import learned_settings
 from fedmerge.mergerec.vectors import initial_vectors
 from fedmerge.merging.stack import stack_adapters

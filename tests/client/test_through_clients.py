@@ -13,7 +13,6 @@ from fedmerge.client.coefficients import pseudo_users as through_clients
 from fedmerge.client.coefficients.pseudo_users import (
     Cohort,
     cohort_folder,
-    cohort_sha256,
     gradient_on_pseudo_users,
     keep_cohort,
     local_change,
@@ -27,6 +26,7 @@ from fedmerge.encoder.backbone import Backbone
 from fedmerge.encoder.encode import encode
 from fedmerge.encoder.text import build_token_table, item_sequences
 from fedmerge.errors import ClientError, MergeError, PolicyError
+from fedmerge.mergerec.cohort import cohort_sha256
 from fedmerge.mergerec.learn import draw_pseudo_users
 from fedmerge.mergerec.objective import PAPER
 from fedmerge.mergerec.variants import learned_settings, learned_variants

@@ -10,9 +10,9 @@ from adapters import random_adapter
 from fedmerge.adapter import Adapter, LoraModule
 from fedmerge.config import Lora
 from fedmerge.encoder.backbone import Backbone
-from fedmerge.encoder.lora import adapter_of, attach
+from fedmerge.encoder.lora import Layout, adapter_of, attach, expected_layout, layout_of
 from fedmerge.errors import LayoutMismatchError
-from fedmerge.server.admission import Layout, check_adapter, expected_layout, layout_of
+from fedmerge.server.admission import check_adapter
 
 LORA = Lora(rank=4, alpha=8, target_modules=("query", "value"))
 NAMES = [f"encoder.layer.{layer}.attention.self.{part}" for layer in (0, 1) for part in ("query", "value")]

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from fedmerge import __version__
-from fedmerge.adapter import Adapter, adapter_sha256
+from fedmerge.adapter import Adapter
 from fedmerge.client.cache.folders import inputs_key, keep
 from fedmerge.config import ExperimentConfig
 from fedmerge.domain.catalog import Catalog
@@ -56,12 +56,6 @@ class Cohort:
     folder: Path
     adapters: Mapping[str, Adapter]
     pseudo: PseudoDomain | None
-
-
-def cohort_sha256(adapters: Mapping[str, Adapter]) -> str:
-    """A hash over the domains and their experts, by which server and client name a cohort."""
-    lines = [f"{domain} {adapter_sha256(adapters[domain])}" for domain in sorted(adapters)]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def cohort_folder(config: ExperimentConfig, name: str, catalog: Catalog, backbone: Backbone, sha256: str) -> Path:

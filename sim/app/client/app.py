@@ -33,7 +33,6 @@ from fedmerge.client.coefficients.pseudo_users import (
     Cohort,
     LocalGradient,
     cohort_folder,
-    cohort_sha256,
     keep_cohort,
     local_change,
     on_pseudo_users,
@@ -51,11 +50,12 @@ from fedmerge.domain.catalog import catalog_to_bytes
 from fedmerge.domain.demo import domains_root
 from fedmerge.domain.manifest import check_catalog_is_public
 from fedmerge.encoder.backbone import Backbone, load_backbone
-from fedmerge.encoder.lora import fresh_adapter
+from fedmerge.encoder.lora import fresh_adapter, layout_sha256
 from fedmerge.errors import ClientError, FedMergeError, PolicyError
 from fedmerge.evaluation.sums import BACKBONE, EXPERT
 from fedmerge.federated.rules import RULES
 from fedmerge.federated.summed import summed_values
+from fedmerge.mergerec.cohort import cohort_sha256
 from fedmerge.mergerec.objective import CollaborativeSettings
 from fedmerge.mergerec.variants import learned_settings
 from fedmerge.mergerec.vectors import Vectors, initial_vectors, on_device
@@ -67,7 +67,6 @@ from fedmerge.privacy.paths import without_paths
 from fedmerge.privacy.policy import check_enough_users, check_may_leave
 from fedmerge.privacy.signatures import read_private_key, sign, statement
 from fedmerge.privacy.transport import coding_of, decode_as_receiver, residual
-from fedmerge.server.admission import layout_sha256
 from sim.app.client.secure_sum import answer_advertise, answer_masked, answer_share, answer_unmask, remember_values
 from sim.app.messages import records
 

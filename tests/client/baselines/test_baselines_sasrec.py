@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -193,7 +194,7 @@ def test_the_best_epoch_is_kept_and_not_the_last() -> None:
 
 
 def test_every_limit_ends_the_training() -> None:
-    def stopped(**changes: float) -> tuple[str, int]:
+    def stopped(**changes: Any) -> tuple[str, int]:
         settings = replace(SETTINGS, **{"max_epochs": 2, **changes})
         report = train_sasrec(circle(30, 0), NUM_ITEMS, next_on_circle(9, 1), settings, 0, CPU)[1]
         return report.stopped_by, report.epochs

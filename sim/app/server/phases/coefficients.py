@@ -14,10 +14,10 @@ import torch
 from flwr.app import RecordDict
 
 from fedmerge.adapter import Adapter
-from fedmerge.client.coefficients.pseudo_users import cohort_sha256
 from fedmerge.errors import ClientError
 from fedmerge.files import append_line, read_json, read_lines, write_json
 from fedmerge.mergerec.coefficients import LearnedCoefficients, optimise, start_coefficients
+from fedmerge.mergerec.cohort import cohort_sha256
 from fedmerge.mergerec.learn import draw_pseudo_users
 from fedmerge.mergerec.objective import CollaborativeSettings
 from fedmerge.mergerec.vectors import Vectors

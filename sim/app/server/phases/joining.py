@@ -7,9 +7,9 @@ from flwr.app import RecordDict
 
 from fedmerge import __version__
 from fedmerge.encoder.backbone import Backbone
+from fedmerge.encoder.lora import layout_sha256
 from fedmerge.files import read_json
 from fedmerge.runs import checkpoints
-from fedmerge.server.admission import layout_sha256
 from sim.app.messages import records
 from sim.app.server.asking import DESCRIBE_SECONDS, ask, pause
 from sim.app.server.members import FEW_CLIENTS, Members, join_names

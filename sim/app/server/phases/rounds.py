@@ -14,7 +14,7 @@ from fedmerge.adapter import Adapter, adapter_sha256
 from fedmerge.config import LEARNED_METHODS, ExperimentConfig, Lora
 from fedmerge.domain.catalog import Catalog
 from fedmerge.encoder.backbone import Backbone
-from fedmerge.encoder.lora import applied, fresh_adapter
+from fedmerge.encoder.lora import applied, fresh_adapter, layout_of
 from fedmerge.errors import ConfigError
 from fedmerge.federated.rounds import GlobalState, aggregate, aggregate_mean, fresh_seed, initial_state
 from fedmerge.federated.rules import MergeFunction, rule_named, rule_of, rule_parameters
@@ -36,7 +36,7 @@ from fedmerge.runs.round_checkpoints import (
 )
 from fedmerge.runs.secure_sums import note_reveal
 from fedmerge.seeding import generator
-from fedmerge.server.admission import adapter_bytes, check_adapter, layout_of
+from fedmerge.server.admission import adapter_bytes, check_adapter
 from fedmerge.server.candidates import merge_candidates
 from sim.app.messages import records
 from sim.app.server.asking import ask

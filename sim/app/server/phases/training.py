@@ -8,13 +8,13 @@ from flwr.app import RecordDict
 
 from fedmerge.domain.catalog import Catalog
 from fedmerge.encoder.backbone import Backbone
-from fedmerge.encoder.lora import fresh_adapter
+from fedmerge.encoder.lora import fresh_adapter, layout_of
 from fedmerge.errors import ClientError
 from fedmerge.mergerec.variants import labels_from_catalogs
 from fedmerge.privacy.dp.agreement import check_spent
 from fedmerge.privacy.transport import coding_of
 from fedmerge.runs import checkpoints
-from fedmerge.server.admission import adapter_bytes, check_adapter, layout_of
+from fedmerge.server.admission import adapter_bytes, check_adapter
 from fedmerge.server.gate import probes
 from sim.app.messages import records
 from sim.app.messages.printable import printable
