@@ -85,7 +85,7 @@ def simulate(
     experiment = with_absolute_paths(experiment, Path.cwd())
     if experiment.run_id is None:
         experiment = experiment.model_copy(update={"run_id": new_run_id(experiment.name)})
-    run_in_process(experiment)
+    run_in_process(experiment, console=False)
     folder = Path(experiment.output_dir) / str(experiment.run_id)
     report = folder / "report.txt"
     text = report.read_text(encoding="utf-8") if report.is_file() else ""

@@ -9,9 +9,9 @@ from uuid import uuid4
 import torch
 from flwr.app import Context, Message, RecordDict
 
-from fedmerge.config import ExperimentConfig, to_flat
+from fedmerge.config import ExperimentConfig, from_flat, to_flat
 from sim.app.client.app import app as client_app
-from sim.app.server.app import app as server_app
+from sim.app.server.app import run_experiment
 from sim.flower_internals import (
     FLWR_IN_MEMORY_DB_NAME,
     NOOP_FEDERATION_ID,
@@ -51,6 +51,7 @@ def run_in_process(
     answer: Answer = answer_honestly,
     num_nodes: int | None = None,
     away: set[int] | None = None,
+    console: bool = True,
 ) -> None:
     """Run one experiment to its end, the clients one after the other in a second thread.
 
@@ -62,6 +63,8 @@ def run_in_process(
         num_nodes: number of nodes; None is one per domain.
         away: turns of nodes that are not connected as long as they are in this set; as on separate machines, nobody
             knows the number of nodes.
+        console: log to stderr, as the app does; otherwise lines go where the caller sends those of the logger
+            ``fedmerge``.
 
     Raises:
         FedMergeError: whatever the server raises.
@@ -98,7 +101,7 @@ def run_in_process(
     with _process_settings_restored():
         nodes.start()
         try:
-            server_app(grid, Context(1, 0, {}, RecordDict(), dict(run_config)))
+            run_experiment(grid, from_flat(run_config), console=console)
         finally:
             over.set()
             nodes.join()

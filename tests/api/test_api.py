@@ -196,12 +196,17 @@ def test_recommendations_are_those_of_the_encoded_catalog(
     assert fm.load_recommender(None, place / "domains" / "books", backbone).catalog.name == "books"
 
 
-def test_a_federation_runs_in_this_process_and_leaves_logging_alone(tmp_path: Path) -> None:
+def test_a_federation_runs_in_this_process_and_leaves_logging_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     flat = {key: value for key, value in to_flat(small_experiment(tmp_path)).items() if value != "none"}
     library = logging.getLogger("fedmerge")
     before = (list(library.handlers), library.propagate, torch.get_num_threads())
     run = fm.simulate(None, flat)
     assert (list(library.handlers), library.propagate, torch.get_num_threads()) == before
+    assert "run folder" not in capsys.readouterr().err
+    assert f"run folder: {run.folder}" in caplog.text
+    assert f"run folder: {run.folder}" in (run.folder / "run.log").read_text()
     assert set(run.experts) == {"beauty", "books", "coffee"}
     assert run.choice["served"] in run.report
     merged = fm.load_adapter(run.merges["average"])

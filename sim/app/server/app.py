@@ -40,18 +40,31 @@ logger = logging.getLogger("fedmerge.server")
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run one experiment; raise if it cannot be finished, so that Flower marks the run as failed."""
-    config = from_flat(context.run_config)
+    run_experiment(grid, from_flat(context.run_config), console=True)
+
+
+def run_experiment(grid: Grid, config: ExperimentConfig, *, console: bool) -> None:
+    """Run one experiment to its end, or resume it.
+
+    Args:
+        grid: Flower's connection to the nodes.
+        config: the experiment.
+        console: log to stderr and not to the root logger's handlers, as an app does; a library leaves both as they are.
+
+    Raises:
+        FedMergeError: the run cannot be finished; its folder can be resumed.
+    """
     wanted = Path(config.output_dir).expanduser().resolve() / str(config.run_id)
     folder = run_to_resume(wanted) if config.resume else create_run(config)
     if (folder / DONE).is_file():
-        _log_to(None)
+        _log_to(None, console)
         logger.info("%s is finished; nothing is left to do", folder)
         return
     with locked(folder):
         if config.resume:
             open_run(config)
         attempt = start_attempt(folder)
-        _log_to(folder / LOG_FILE)
+        _log_to(folder / LOG_FILE, console)
         logger.info("run folder: %s%s", folder, f", resumed (attempt {attempt.number})" if config.resume else "")
         run = new_run(config, folder, grid)
         try:
@@ -135,12 +148,14 @@ def _log_changed_versions(folder: Path) -> None:
         logger.warning("these versions changed since the run started, which can change numbers: %s", ", ".join(changed))
 
 
-def _log_to(path: Path | None) -> None:
+def _log_to(path: Path | None, console: bool) -> None:
     library = logging.getLogger("fedmerge")
     library.setLevel(logging.INFO)
-    library.propagate = False
-    library.handlers.clear()
-    handlers: list[logging.Handler] = [logging.StreamHandler()]
+    handlers: list[logging.Handler] = []
+    if console:
+        library.propagate = False
+        library.handlers.clear()
+        handlers.append(logging.StreamHandler())
     if path:
         handlers.append(logging.FileHandler(path, encoding="utf-8"))
     for handler in handlers:
