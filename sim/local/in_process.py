@@ -11,6 +11,7 @@ from flwr.app import Context, Message, RecordDict
 
 from fedmerge.config import ExperimentConfig, from_flat, to_flat
 from sim.app.client.app import app as client_app
+from sim.app.client.app import log_to_stderr
 from sim.app.server.app import run_experiment
 from sim.flower_internals import (
     FLWR_IN_MEMORY_DB_NAME,
@@ -98,6 +99,9 @@ def run_in_process(
                         state.store_message_res(reply)
 
     nodes = threading.Thread(target=serve_nodes, daemon=True)
+    if not console:
+        with _process_settings_restored():
+            log_to_stderr()  # a client does this once in its process, and not again
     with _process_settings_restored():
         nodes.start()
         try:
