@@ -1,0 +1,150 @@
+"""Clients that answer late or are lost: asked again within the limits, then excluded."""
+
+import json
+import re
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from bad_answers import BAD, DOMAINS, bad_client, experiment
+from flwr.app import Context, Error, Message
+from flwr.superlink.grid import InMemoryGrid
+from in_process import small_experiment
+
+import sim.app.server.asking
+from fedmerge.errors import ClientError
+from sim.app.server.replies import MOST_LOSSES
+from sim.local.in_process import Answer, answer_honestly, run_in_process
+
+pytestmark = pytest.mark.federation
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Domains, a backbone and the clients' disk: every client trains once for all tests here."""
+    place = tmp_path_factory.mktemp("place")
+    run_in_process(small_experiment(place, **{"run_id": "first", "merge.methods": "average"}))
+    return place
+
+
+def test_who_hangs_is_left_out_in_time_and_a_late_answer_is_recorded_and_dropped(place: Path, tmp_path: Path) -> None:
+    late: list[Message] = []
+
+    def answer(message: Message, context: Context) -> Message | list[Message] | None:
+        honest = answer_honestly(message, context)
+        assert honest is not None
+        its_turn = DOMAINS[int(context.node_config["partition-id"])] == BAD
+        if its_turn and message.metadata.message_type == "train":
+            late.append(honest)
+            return None
+        if message.metadata.message_type == "evaluate" and late:  # the others are asked to evaluate: training is over
+            return [late.pop(), honest]
+        return honest
+
+    run_in_process(experiment(place, tmp_path, **{"server.timeout_seconds": 8}), answer)
+    clients = json.loads((tmp_path / "run" / "clients.json").read_text())
+    assert clients["excluded"][BAD].startswith("train: no answer within 8 s")
+    assert clients["excluded_in_phase"][BAD] == "train"
+    rows = pq.read_table(tmp_path / "run" / "exposure.parquet").to_pylist()
+    assert {row["late"] for row in rows if (row["domain"], row["message"]) == (BAD, "train")} == {True}
+    assert not (tmp_path / "run" / "adapters" / BAD).exists()
+    assert f"a late answer of {BAD} is dropped" in (tmp_path / "run" / "run.log").read_text()
+
+
+def test_the_death_of_a_simulated_clients_process_ends_the_run_with_the_way_to_go_on(
+    place: Path, tmp_path: Path
+) -> None:
+    died = "<class 'ray.exceptions.ActorDiedError'>:<'The actor died unexpectedly before finishing this task.'>"
+    bad = bad_client("train", lambda question, honest: Message(Error(code=0, reason=died), reply_to=question))
+    with pytest.raises(
+        ClientError, match=rf"(?s)coffee: the process .* died in train.*fedmerge run --resume {tmp_path}/run"
+    ):
+        run_in_process(experiment(place, tmp_path), bad)
+    assert not json.loads((tmp_path / "run" / "clients.json").read_text())["excluded"]  # it is asked again
+    config = experiment(place, tmp_path)
+    run_in_process(config.model_copy(update={"resume": True}))
+    assert (tmp_path / "run" / "DONE").exists()
+
+
+def lost(times: int, code: int) -> Answer:
+    """One client is lost so many times while it trains."""
+    left = [times]
+
+    def lose(question: Message, honest: Message) -> Message:
+        left[0] -= 1
+        return honest if left[0] < 0 else Message(Error(code=code, reason="lost"), reply_to=question)
+
+    return bad_client("train", lose)
+
+
+@pytest.mark.parametrize("code", [5, 8], ids=["machine", "process"])
+def test_a_client_that_was_lost_and_comes_back_is_asked_again(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    monkeypatch.setattr(sim.app.server.asking, "LOOK_SECONDS", 0.05)
+    run_in_process(experiment(place, tmp_path), lost(MOST_LOSSES, code))
+    assert not json.loads((tmp_path / "run" / "clients.json").read_text())["excluded"]
+    told = (tmp_path / "run" / "run.log").read_text()
+    assert told.count("train: coffee was lost: ") == 3
+    assert told.count("train: coffee is back and is asked again") == 3
+    run_in_process(experiment(place, tmp_path / "whole"))
+    for name in ("metrics.parquet", "choice.json", "report.txt"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / "run" / name).read_bytes()
+
+
+def test_a_client_that_is_lost_again_and_again_or_not_waited_for_is_left_out(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sim.app.server.asking, "LOOK_SECONDS", 0.05)
+    run_in_process(experiment(place, tmp_path / "a"), lost(99, 8))
+    run_in_process(experiment(place, tmp_path / "b", **{"server.return_seconds": 0}), lost(1, 8))
+    for name in "ab":
+        excluded = json.loads((tmp_path / name / "run" / "clients.json").read_text())["excluded"]
+        assert excluded == {BAD: "train failed: lost (Flower error 8)"}
+
+
+def test_a_lost_client_that_stays_away_is_left_out_in_time(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sim.app.server.asking, "LOOK_SECONDS", 0.05)
+    gone: list[int] = []
+    seen = InMemoryGrid.get_node_ids
+    monkeypatch.setattr(InMemoryGrid, "get_node_ids", lambda grid: [node for node in seen(grid) if node not in gone])
+
+    def leave(question: Message, honest: Message) -> Message:
+        gone.append(question.metadata.dst_node_id)
+        return Message(Error(code=5, reason="lost"), reply_to=question)
+
+    run_in_process(experiment(place, tmp_path, **{"server.return_seconds": 0.3}), bad_client("train", leave))
+    excluded = json.loads((tmp_path / "run" / "clients.json").read_text())["excluded"]
+    assert re.fullmatch(rf"train: .* lost .* --resume {tmp_path}/run", excluded[BAD])
+    assert (tmp_path / "run" / "DONE").exists()
+
+
+def test_who_comes_late_is_tested_as_unseen(place: Path, tmp_path: Path) -> None:
+    away = {DOMAINS.index(BAD)}
+
+    def answer(message: Message, context: Context) -> Message | None:
+        if message.metadata.message_type == "evaluate":
+            away.clear()
+        return answer_honestly(message, context)
+
+    run_in_process(experiment(place, tmp_path, **{"server.wait_seconds": 0.5}), answer, away=away)
+    told = (tmp_path / "run" / "run.log").read_text()
+    assert "as unseen: coffee" in told
+    rows = pq.read_table(tmp_path / "run" / "metrics.parquet").to_pylist()
+    roles = {(row["split"], row["role"]) for row in rows if row["domain"] == BAD}
+    assert roles == {("test", "unseen")}
+    assert not json.loads((tmp_path / "run" / "clients.json").read_text())["excluded"]
+
+
+def test_fewer_nodes_than_domains_are_not_waited_for(place: Path, tmp_path: Path) -> None:
+    run_in_process(experiment(place, tmp_path, **{"server.wait_seconds": 1e6}), num_nodes=3)
+    assert not json.loads((tmp_path / "run" / "clients.json").read_text())["excluded"]
+
+
+def test_one_client_at_a_time_gives_the_same(place: Path, tmp_path: Path) -> None:
+    run_in_process(experiment(place, tmp_path / "many"))
+    run_in_process(experiment(place, tmp_path / "one", **{"server.messages_at_once": 1}))
+    for name in ("metrics.parquet", "choice.json", "report.txt"):
+        assert (tmp_path / "one/run" / name).read_bytes() == (tmp_path / "many/run" / name).read_bytes()

@@ -1,0 +1,127 @@
+"""Differential privacy within secure sums: the noise agreed on, and what privacy.json counts."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from flwr.app import Context, Message
+from secure_runs import TRAIN, Killed, assert_close, domain_of, experiment, gone_at, merged, run_dir
+
+from fedmerge.errors import ConfigError
+from fedmerge.files import read_json
+from sim.app.messages import secure_sum as secure_records
+from sim.local.in_process import answer_honestly, run_in_process
+
+pytestmark = pytest.mark.federation
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("secure")
+
+
+NOISED: list[tuple[str, dict[str, Any]]] = [
+    ("user", {"train__negatives": "catalog", "dp__clip": 1.0}),
+    ("user", {"train__negatives": "catalog", "dp__clip": 1.0, "rounds__rule": "weighted-average", "rounds__number": 2}),
+    ("domain-local", {"dp__clip": 0.05}),
+]
+
+
+@pytest.mark.parametrize(("mode", "changes"), NOISED, ids=["user", "user-rounds", "domain-local"])
+def test_differential_privacy_is_summed_securely_and_counted_as_without_the_sum(
+    place: Path, mode: str, changes: dict[str, Any]
+) -> None:
+    """The noise is each client's own, seeded here: one server sees the adapters, the other does not."""
+    noise = {"dp__mode": mode, "dp__noise_multiplier": 0.5, "dp__delta": 1e-3, "dp__randomness": "seeded"}
+    noise |= {"dp__accountant": "rdp"}  # quicker
+    name = f"{mode}-{len(changes)}"
+    told = {}
+    for policy in ("adapter", "aggregate-only"):
+        disk = {"cache_dir": str(place / f"cache-{name}-{policy}")}
+        config = experiment(place, f"{name}-{policy}", privacy__policy=policy, **noise, **changes, **disk)
+        run_in_process(config)
+        told[policy] = read_json(run_dir(config) / "privacy.json")
+    if "rounds__rule" not in changes:  # whose second noise depends on the mean that it starts from, here a rounded one
+        seen, hidden = (merged(experiment(place, f"{name}-{policy}"), "average") for policy in told)
+        assert_close(hidden, seen)
+    assert told["aggregate-only"] == told["adapter"]
+    assert told["adapter"]["domains"].keys() == {*TRAIN}
+    assert all(of["epsilon"] is not None and of["releases"] for of in told["adapter"]["domains"].values())
+    rows = pq.read_table(run_dir(experiment(place, f"{name}-aggregate-only")) / "exposure.parquet").to_pylist()
+    noised = {row["message"] for row in rows if row["noise"] != "none"}
+    assert noised == {secure_records.MASKED}
+
+
+BY_DOMAIN = {"dp__mode": "domain-local", "dp__noise_multiplier": 0.5, "dp__delta": 1e-3, "dp__clip": 0.05}
+
+
+@pytest.mark.parametrize(("step", "counted"), [("masked", False), ("unmask", True)])
+def test_only_whose_values_were_in_the_sum_are_counted(place: Path, step: str, counted: bool) -> None:
+    config = experiment(place, f"gone-{step}", cache_dir=str(place / f"cache-gone-{step}"), **BY_DOMAIN)
+    run_in_process(config, gone_at(step, "books"))
+    assert ("books" in read_json(run_dir(config) / "privacy.json")["domains"]) == counted
+    assert "books" in read_json(run_dir(config) / "clients.json")["excluded"]
+
+
+def test_a_sum_that_was_shown_and_lost_is_counted(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed before the mean is on disk; books is away on the resume, coffee has lost its expert and trains anew."""
+    config = experiment(place, "shown", cache_dir=str(place / "cache-shown"), **BY_DOMAIN)
+
+    def killed(*arguments: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr("sim.app.server.phases.secure_sum.keep_mean", killed)
+        with pytest.raises(Killed):
+            run_in_process(config)
+    for folder in (place / "cache-shown" / "experts").glob("*"):
+        shutil.rmtree(folder)  # else nobody would show the same again in other company
+    resumed = config.model_copy(update={"resume": True})
+    run_in_process(resumed, gone_at("advertise", "books"))
+    domains = read_json(run_dir(config) / "privacy.json")["domains"]
+    assert {name: len(of["releases"]) for name, of in domains.items()} == {
+        "beauty": 2,
+        "books": 1,
+        "camping": 2,
+        "coffee": 2,
+    }
+    assert domains["books"]["epsilon"] < domains["beauty"]["epsilon"]
+
+
+def test_a_range_that_the_noise_is_sure_to_leave_is_refused_before_any_training(place: Path) -> None:
+    noise = {"dp__mode": "domain-local", "dp__epsilon": 8.0, "dp__delta": 1e-5}
+    asked: list[str] = []
+
+    def answer(message: Message, context: Context) -> Message | None:
+        asked.append(message.metadata.message_type)
+        return answer_honestly(message, context)
+
+    told = r"privacy.value_range = 8 .* noise of deviation 1\.\d+ on A and B .* Set privacy.value_range to \d+ or more"
+    with pytest.raises(ConfigError, match=told) as refused:
+        run_in_process(experiment(place, "narrow", **noise), answer)
+    assert not asked
+    wide = {**noise, "privacy__value_range": float(str(refused.value).partition("value_range to ")[2].split()[0])}
+    with pytest.raises(ConfigError, match=r"privacy\.value_range = 80"):  # of one domain's higher rank, too
+        run_in_process(experiment(place, "one-is-wide", **wide, lora__ranks="books=64"), answer)
+    assert not asked
+    config = experiment(place, "wide", cache_dir=str(place / "cache-wide"), **wide)
+    run_in_process(config)
+    assert len(read_json(run_dir(config) / "secure-sum" / "sum.json")["clients"]) == len(TRAIN)
+
+
+def test_who_tells_another_noise_than_agreed_is_not_in_the_sum(place: Path) -> None:
+    noise = {"dp__mode": "domain-local", "dp__noise_multiplier": 0.5, "dp__delta": 1e-3, "dp__randomness": "seeded"}
+    config = experiment(place, "less-noise", cache_dir=str(place / "cache-less"), **noise, dp__clip=0.05)
+
+    def answer(message: Message, context: Context) -> Message | None:
+        if domain_of(context) == "books":
+            context.run_config["dp.noise_multiplier"] = 0.25
+        return answer_honestly(message, context)
+
+    run_in_process(config, answer)
+    assert sorted(read_json(run_dir(config) / "secure-sum" / "sum.json")["clients"]) == ["beauty", "camping", "coffee"]
+    assert {*read_json(run_dir(config) / "privacy.json")["domains"]} == {"beauty", "camping", "coffee"}
+    excluded = read_json(run_dir(config) / "clients.json")["excluded"]
+    assert "noise_multiplier 0.25 instead of 0.5" in excluded["books"]

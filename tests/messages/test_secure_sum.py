@@ -1,0 +1,79 @@
+"""Messages of a secure sum, and the nodes that sign and check their keys."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+from flwr.app import Context, RecordDict
+
+from fedmerge.errors import AggregationError, ClientError, ConfigError
+from fedmerge.privacy.secagg.client import advertise
+from fedmerge.privacy.secagg.identity import read_identity, read_registered
+from fedmerge.privacy.secagg.server import new_session
+from sim.app.client.secure_sum import answer_advertise, answer_share
+from sim.app.messages import secure_sum as secure_records
+
+TRAIN = ("beauty", "books", "camping", "coffee")
+
+
+def test_messages_of_another_form_are_refused() -> None:
+    told = secure_records.boxes_record({"a": b"1", "b": b"2"})
+    assert secure_records.read_boxes(told) == {"a": b"1", "b": b"2"}
+    facts = told.config_records["facts"]
+    for wrong in ({"clients": ["a"]}, {"clients": ["a", "a"]}, {"boxes": ["1", "2"]}, {"boxes": b"12"}):
+        spoiled = secure_records.boxes_record({"a": b"1", "b": b"2"})
+        spoiled.config_records["facts"].update(wrong)
+        with pytest.raises(ClientError, match="use one fedmerge version everywhere"):
+            secure_records.read_boxes(spoiled)
+    assert json.dumps(list(facts)) == '["clients", "boxes"]'
+    for read in (secure_records.read_session, secure_records.read_advertisement, secure_records.read_revealed):
+        with pytest.raises(ClientError, match="use one fedmerge version everywhere"):
+            read(told)
+    with pytest.raises(ClientError, match="its message holds no masked values"):
+        secure_records.read_masked(told)
+    with pytest.raises(ClientError, match="its message has no record 'facts'"):
+        secure_records.read_boxes(secure_records.masked_record(np.zeros(3, np.uint32)))
+
+
+def test_nodes_with_registered_keys_refuse_keys_that_are_not_signed(tmp_path: Path) -> None:
+    session = new_session(dict.fromkeys(TRAIN, 1.0), 4, 1.0)
+    (tmp_path / "peers").mkdir()
+    contexts, keys = {}, {}
+    for number, name in enumerate(TRAIN):
+        private = Ed25519PrivateKey.generate()
+        (tmp_path / name).touch(mode=0o600)
+        (tmp_path / name).write_bytes(private.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
+        public = private.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
+        (tmp_path / "peers" / f"{name}.pub").write_bytes(public + b" someone@example.org\n")
+        node: dict[str, bool | float | str] = {
+            "identity-key": str(tmp_path / name),
+            "peer-keys": str(tmp_path / "peers"),
+        }
+        contexts[name] = Context(1, number, node, RecordDict(), {})
+        answer = answer_advertise(name, secure_records.session_record(session), contexts[name])
+        keys[name] = secure_records.read_advertisement(answer)
+    told = secure_records.advertisements_record(keys)
+    boxes = secure_records.read_boxes(answer_share(told, contexts["beauty"]))
+    assert sorted(boxes) == ["books", "camping", "coffee"]
+    forged = advertise(session, "coffee")[1]  # by whoever relays
+    with pytest.raises(AggregationError, match="found keys that coffee has not signed for this session"):
+        answer_share(secure_records.advertisements_record({**keys, "coffee": forged}), contexts["books"])
+
+    with pytest.raises(ClientError, match=r"holds no file NAME\.pub"):
+        read_registered(tmp_path / "nowhere")
+    (tmp_path / "peers" / "toys.pub").write_text("ssh-rsa AAAA")
+    with pytest.raises(ClientError, match=r"toys\.pub: cannot be read as an Ed25519 key .*ssh-keygen -t ed25519"):
+        read_registered(tmp_path / "peers")
+    with pytest.raises(ClientError, match="nowhere: cannot be read as an Ed25519 key"):
+        read_identity(tmp_path / "nowhere")
+    (tmp_path / "peers" / "toys.pub").chmod(0o600)
+    with pytest.raises(ClientError, match="cannot be read as an Ed25519 key"):
+        read_identity(tmp_path / "peers" / "toys.pub")
+    (tmp_path / "books").chmod(0o644)
+    with pytest.raises(ConfigError, match=r"chmod 600 .*books$"):
+        read_identity(tmp_path / "books")
+    with pytest.raises(ClientError, match="it has no session of a secure sum: its node was started again"):
+        answer_share(told, Context(1, 9, {}, RecordDict(), {}))
