@@ -29,7 +29,7 @@ from fedmerge.bench.grid import Grid, Place, open_folder
 from fedmerge.domain.demo import write_demo
 from fedmerge.encoder.lora import fresh_adapter
 from fedmerge.files import write_json, write_table
-from fedmerge.runs.checkpoints import end_training, keep_expert
+from fedmerge.runs.checkpoints import write_expert, write_sources
 from fedmerge.runs.folder import DONE, environment
 
 NUM_CELLS = 20  # 2 of merging, 2 variants on 3 domains' validation, 4 rows on 3 domains' test
@@ -100,11 +100,11 @@ def prepare(place: Path, options: argparse.Namespace) -> None:
             for name, module in start.modules.items()
         }
         report = {"seconds": 0.0, "validations": []}
-        sources[domain] = keep_expert(run, domain, Adapter(modules), report, config.backbone.source)
+        sources[domain] = write_expert(run, domain, Adapter(modules), report, config.backbone.source)
         sent = {"message": "train", "late": False, "name": "adapter.all", "size_bytes": Adapter(modules).size_bytes}
         ledger.append({"domain": domain, **sent})
     write_table(run / "exposure.parquet", ledger)
-    end_training(run, sources)
+    write_sources(run, sources)
     write_json(run / "environment.json", environment())
     (run / DONE).touch()
 

@@ -46,7 +46,14 @@ from fedmerge.mergerec.variants import learned_labels
 from fedmerge.merging.candidate import Candidate
 from fedmerge.merging.parameters import parse_parameters
 from fedmerge.privacy.policy import check_enough_users
-from fedmerge.runs.checkpoints import MERGED, KeptExperts, ended_training, keep_merge, kept_merges, merge_folder
+from fedmerge.runs.checkpoints import (
+    MERGED,
+    StoredExperts,
+    merge_folder,
+    read_candidates,
+    read_sources,
+    write_candidate,
+)
 from fedmerge.runs.folder import environment
 from fedmerge.runs.round_checkpoints import round_records
 from fedmerge.server.candidates import merge_candidates
@@ -144,8 +151,8 @@ def check_admission(result: Path, config: ExperimentConfig, run: Path, left_out:
         FedMergeError: the check failed.
     """
     started = time.monotonic()
-    sources = {domain: sha256 for domain, sha256 in (ended_training(run) or {}).items() if domain != left_out}
-    experts = KeptExperts(run, sources)
+    sources = {domain: sha256 for domain, sha256 in (read_sources(run) or {}).items() if domain != left_out}
+    experts = StoredExperts(run, sources)
     votes, size_bytes, client_seconds = {}, 0, 0.0
     if config.admission.leave_one_out and (merges := leave_one_out_merges(experts)):
         voting = time.monotonic()
@@ -181,10 +188,10 @@ def merge_experts(result: Path, config: ExperimentConfig, run: Path, without: tu
     if not is_one_shot(config):
         _take_rounds(result, run, started)
         return
-    sources = {domain: sha256 for domain, sha256 in (ended_training(run) or {}).items() if domain not in without}
+    sources = {domain: sha256 for domain, sha256 in (read_sources(run) or {}).items() if domain not in without}
     if config.rounds.rule is not None:
-        keep_merge(result.parent, _one_round(config, KeptExperts(run, sources), sources), config.backbone.source)
-        _write_merges(result, kept_merges(result.parent, sources).values(), started)
+        write_candidate(result.parent, _one_round(config, StoredExperts(run, sources), sources), config.backbone.source)
+        _write_merges(result, read_candidates(result.parent, sources).values(), started)
         return
     policy = config.privacy.policy
     if policy == "catalog-private":  # the cell computes the clients' result, and reads catalogs in their place
@@ -193,11 +200,11 @@ def merge_experts(result: Path, config: ExperimentConfig, run: Path, without: tu
     backbone = backbone_of(config.backbone, config.runtime) if learned else None
     candidates = merge_candidates(
         backbone,
-        KeptExperts(run, sources),
+        StoredExperts(run, sources),
         _catalogs(config, sources, public=policy != "catalog-private") if learned else {},
         config,
-        finished=kept_merges(result.parent, sources),
-        keep=lambda made: keep_merge(
+        finished=read_candidates(result.parent, sources),
+        keep=lambda made: write_candidate(
             result.parent, replace(made, provenance={**made.provenance, "policy": policy}), config.backbone.source
         ),
     )

@@ -19,7 +19,7 @@ from fedmerge.client.cache.folders import inputs_key
 from fedmerge.config import ExperimentConfig, Split
 from fedmerge.evaluation.sums import MetricSums, Variant
 from fedmerge.files import read_json, write_json
-from fedmerge.runs.checkpoints import ADAPTERS, ended_training, merge_folder
+from fedmerge.runs.checkpoints import ADAPTERS, merge_folder, read_sources
 
 
 def merge_hashes(grid: Grid, place: Place, strategy: str) -> dict[str, str]:
@@ -114,7 +114,7 @@ def test_rows(grid: Grid, place: Place, domain: str) -> dict[str, Cell]:
         rows[baseline] = Cell("baseline", f"{baseline} on {domain} ({place.dataset})", file, arguments, threads)
     if domain in shared.domains.train:
         run = grid.run(place, None)
-        expert = (ended_training(run) or {})[domain]
+        expert = (read_sources(run) or {})[domain]
         folder = run / ADAPTERS / domain
         rows["expert"] = ranking_of(grid, place, shared, domain, "test", f"expert of seed {place.seed}", folder, expert)
     for drawing in grid.joint_rows(place):

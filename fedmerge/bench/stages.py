@@ -26,9 +26,9 @@ from fedmerge.bench.outcomes import (
 from fedmerge.config import ExperimentConfig
 from fedmerge.errors import ClientError, FedMergeError
 from fedmerge.files import read_json
-from fedmerge.runs.checkpoints import ended_training
+from fedmerge.runs.checkpoints import read_sources
 from fedmerge.runs.folder import DONE
-from fedmerge.runs.round_checkpoints import members_of, round_records
+from fedmerge.runs.round_checkpoints import read_members, round_records
 
 Train = Callable[[ExperimentConfig], None]
 Execute = Callable[[Sequence[Cell]], Iterable[Ended | Running]]  # as they end
@@ -188,9 +188,9 @@ def audit_cells(grid: Grid, places: Sequence[Place]) -> list[Cell]:
 def _check_all_took_part(run: Path, config: ExperimentConfig) -> None:
     """Raise ClientError if a training lost a domain: strategies are compared on the same domains."""
     if config.rounds.rule is None:
-        took_part = {*(ended_training(run) or {})}
+        took_part = {*(read_sources(run) or {})}
     elif config.rounds.fraction < 1:  # a round samples clients
-        took_part = {*members_of(run)} - {*read_json(run / "clients.json")["excluded"]}
+        took_part = {*read_members(run)} - {*read_json(run / "clients.json")["excluded"]}
     else:
         took_part = set.intersection(*({*record["aggregation"]["client_weights"]} for record in round_records(run)))
     if missing := sorted({*config.domains.train} - took_part):

@@ -1,7 +1,7 @@
-"""The attempts of a run and the time that each worked on it, in ``attempts.jsonl``.
+"""The attempts of a run and how long each took, in ``attempts.jsonl``.
 
-One line when an attempt starts and one when it ends. A killed attempt leaves no line at its end; it counts until its
-last line in ``run.log``.
+An attempt writes one line when it starts and one when it ends. A killed attempt writes no second line; its time counts
+up to its last line in ``run.log``.
 """
 
 import time
@@ -16,13 +16,13 @@ LOG_FILE = "run.log"
 
 @dataclass(frozen=True)
 class Attempt:
-    """A process's work on a run, from :func:`start_attempt` on.
+    """The work of one process on a run, since :func:`start_attempt`.
 
     Attributes:
-        folder: of the run.
-        number: from 1.
-        earlier_seconds: that earlier attempts worked.
-        started: on the monotonic clock.
+        folder: run folder.
+        number: 1 for the first attempt.
+        earlier_seconds: total time of earlier attempts.
+        started: start time on the monotonic clock.
     """
 
     folder: Path
@@ -41,7 +41,7 @@ class Attempt:
         return self.earlier_seconds + self.seconds
 
     def end(self) -> None:
-        """Write down how long this attempt took.
+        """Record how long this attempt took.
 
         Raises:
             RunDirError: the file cannot be written.
@@ -49,13 +49,13 @@ class Attempt:
         append_line(self.folder / ATTEMPTS_FILE, {"attempt": self.number, "seconds": round(self.seconds, 1)})
 
     def __str__(self) -> str:
-        """Return the total, and for a resumed run the part of this attempt: ``90 s (attempt 2 took 30 s)``."""
+        """Return the total time, and for a resumed run that of this attempt: ``90 s (attempt 2 took 30 s)``."""
         this = f" (attempt {self.number} took {self.seconds:.0f} s)" if self.number > 1 else ""
         return f"{self.total_seconds:.0f} s{this}"
 
 
 def start_attempt(folder: Path) -> Attempt:
-    """Start an attempt and write this down; to be called before anything else is written to a resumed run.
+    """Start an attempt and record it; call this before anything else is written to a resumed run.
 
     Raises:
         RunDirError: the file cannot be read or written.

@@ -1,7 +1,7 @@
-"""What a run has finished, kept in its folder (see ``fedmerge.runs.folder``), so that nothing finished is done again.
+"""Checkpoints of a run in its folder (see :mod:`fedmerge.runs.folder`), so that finished work is never repeated.
 
-What is written here is whole or absent. What is read here is verified, and counts as absent where it is damaged: then
-it is asked for or computed again, with the same result.
+Every checkpoint is written whole or not at all. It is verified when it is read; a damaged one counts as absent and is
+requested or computed again, with the same result.
 """
 
 from collections.abc import Iterator, Mapping
@@ -27,18 +27,18 @@ ADMISSION = "admission.json"
 Sums = dict[Variant, MetricSums]
 
 
-class KeptExperts(Mapping[str, Adapter]):
-    """The experts of a run, each read from disk when it is asked for, see :mod:`fedmerge.runs.verified`."""
+class StoredExperts(Mapping[str, Adapter]):
+    """The experts of a run, each read from disk on access (see :mod:`fedmerge.runs.verified`)."""
 
     def __init__(self, run_dir: Path, sources: Mapping[str, str]) -> None:
-        """Experts by domain, with their hashes."""
+        """Take the run folder and domain -> hash of its expert."""
         self._run_dir, self._sources = run_dir, dict(sorted(sources.items()))
 
     def __getitem__(self, domain: str) -> Adapter:
-        """The expert of a domain.
+        """Return the expert of a domain.
 
         Raises:
-            RunDirError: it was changed on disk since it arrived.
+            RunDirError: the expert changed on disk since it arrived.
         """
         adapter, sha256 = read_verified(self._run_dir / ADAPTERS / domain)
         if sha256 != self._sources[domain]:
@@ -49,19 +49,19 @@ class KeptExperts(Mapping[str, Adapter]):
         return adapter
 
     def __iter__(self) -> Iterator[str]:
-        """Domains, sorted."""
+        """Iterate over the domains, sorted."""
         return iter(self._sources)
 
     def __len__(self) -> int:
-        """How many."""
+        """Return the number of experts."""
         return len(self._sources)
 
 
-def keep_expert(run_dir: Path, domain: str, adapter: Adapter, report: Mapping[str, Any], backbone_name: str) -> str:
-    """Write an expert with the report of its training; return its hash.
+def write_expert(run_dir: Path, domain: str, adapter: Adapter, report: Mapping[str, Any], backbone_name: str) -> str:
+    """Write an expert and the report of its training; return its hash.
 
     Raises:
-        RunDirError: it cannot be written.
+        RunDirError: the folder cannot be written.
     """
     sha256 = adapter_sha256(adapter)
     with whole_folder(run_dir / ADAPTERS / domain) as folder:
@@ -70,8 +70,8 @@ def keep_expert(run_dir: Path, domain: str, adapter: Adapter, report: Mapping[st
     return sha256
 
 
-def kept_expert(run_dir: Path, domain: str) -> str | None:
-    """The hash of an expert that is there and whole."""
+def read_expert_hash(run_dir: Path, domain: str) -> str | None:
+    """Return the hash of an expert on disk; None if it is absent or damaged."""
     folder = run_dir / ADAPTERS / domain
     try:
         sha256 = read_json(folder / "training.json")["sha256"]
@@ -80,34 +80,37 @@ def kept_expert(run_dir: Path, domain: str) -> str | None:
         return None
 
 
-def end_training(run_dir: Path, sources: Mapping[str, str]) -> None:
-    """Fix which experts are merged: domain -> hash."""
+def write_sources(run_dir: Path, sources: Mapping[str, str]) -> None:
+    """End the training: record the experts to merge, domain -> hash."""
     write_json(run_dir / "experts.json", dict(sorted(sources.items())))
 
 
-def ended_training(run_dir: Path) -> dict[str, str] | None:
-    """The experts that are there to be merged, by hash, once that is fixed."""
+def read_sources(run_dir: Path) -> dict[str, str] | None:
+    """Return the experts to merge, domain -> hash; None while training has not ended."""
     sources: dict[str, str] | None = read_json(run_dir / "experts.json")
     return sources
 
 
-def turned_away(run_dir: Path) -> dict[str, str]:
-    """Domain -> why the gate keeps its expert out of the merges; empty before it has decided, and where it flags."""
+def read_excluded_experts(run_dir: Path) -> dict[str, str]:
+    """Return domain -> why the admission gate excludes its expert from merging.
+
+    The result is empty before the gate has decided, and if the gate only flags experts.
+    """
     record = read_json(run_dir / ADMISSION) or {}
     failed: dict[str, str] = record["failed"] if record.get("action") == "exclude" else {}
     return failed
 
 
 def merge_folder(run_dir: Path, label: str) -> Path:
-    """Where a merge lies."""
+    """Return the folder of a merge."""
     return run_dir / MERGED / label.replace(" ", "-")
 
 
-def keep_merge(run_dir: Path, candidate: Candidate, backbone_name: str) -> None:
-    """Write a merge with its provenance, a learned one with its pictures.
+def write_candidate(run_dir: Path, candidate: Candidate, backbone_name: str) -> None:
+    """Write a merge and its provenance, for a learned merge also its pictures.
 
     Raises:
-        RunDirError: it cannot be written.
+        RunDirError: the folder cannot be written.
     """
     with whole_folder(merge_folder(run_dir, candidate.label)) as folder:
         write_adapter(candidate.adapter, folder, backbone_name)
@@ -115,8 +118,8 @@ def keep_merge(run_dir: Path, candidate: Candidate, backbone_name: str) -> None:
         draw_learned(folder, candidate.provenance)
 
 
-def kept_merges(run_dir: Path, sources: Mapping[str, str]) -> dict[str, Candidate]:
-    """The merges of these experts that are there and whole, by label."""
+def read_candidates(run_dir: Path, sources: Mapping[str, str]) -> dict[str, Candidate]:
+    """Return label -> merge of exactly these experts (domain -> hash); damaged merges are skipped."""
     found = {}
     for folder in sorted((run_dir / MERGED).glob("[!.]*")):
         try:
@@ -130,22 +133,22 @@ def kept_merges(run_dir: Path, sources: Mapping[str, str]) -> dict[str, Candidat
     return found
 
 
-def keep_sums(run_dir: Path, stage: Stage, domain: str, sums: Mapping[Variant, MetricSums]) -> None:
+def write_sums(run_dir: Path, stage: Stage, domain: str, sums: Mapping[Variant, MetricSums]) -> None:
     """Write the metric sums of a domain.
 
     Raises:
-        RunDirError: they cannot be written.
+        RunDirError: the file cannot be written.
     """
     folder = run_dir / SUMS[stage]
     try:
         folder.mkdir(exist_ok=True)
     except OSError as error:
-        raise RunDirError(f"{folder} cannot be made ({error.strerror}). Check the permissions there.") from error
+        raise RunDirError(f"{folder}: cannot be created ({error.strerror}). Check the permissions there.") from error
     write_json(folder / f"{domain}.json", {variant: of_variant.to_dict() for variant, of_variant in sums.items()})
 
 
-def kept_sums(run_dir: Path, stage: Stage) -> dict[str, Sums]:
-    """The metric sums that are there and whole, by domain, sorted."""
+def read_sums(run_dir: Path, stage: Stage) -> dict[str, Sums]:
+    """Return domain -> metric sums, sorted by domain; damaged files are skipped."""
     found = {}
     for file in sorted((run_dir / SUMS[stage]).glob("*.json")):
         try:

@@ -1,4 +1,4 @@
-"""What the mechanisms of a run say that they released, read from its folder."""
+"""The releases of a run's privacy mechanisms, as recorded in its folder."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -14,43 +14,43 @@ from fedmerge.runs.secure_sums import revealed_reports
 
 EVERY_DOMAIN = "every domain"
 RELEASED = "released.jsonl"
-ANSWER: Mapping[str, Any] = {"answer": True}  # about coefficients, with the noise of its domain's training
+ANSWER: Mapping[str, Any] = {"answer": True}  # an answer about coefficients; its noise is that of its domain's training
 
 
 def note_release(
     run_dir: Path, domain: str, number: int, sha256: str, privacy: Mapping[str, Any] | None, why_not: str = ""
 ) -> None:
-    """Write down what a reply released, before anything can refuse it: whatever becomes of it, it has left its client.
+    """Record what a reply released, before anything can refuse it: it has left its client whatever happens next.
 
     Args:
-        run_dir: the run.
-        domain: whose.
-        number: of the round; 0 where there are none.
-        sha256: of what it holds; the same sent twice is one release.
-        privacy: the record of the release, :data:`ANSWER` for an answer about coefficients, None where it is not known.
-        why_not: where it is not known.
+        run_dir: run folder.
+        domain: domain that sent the reply.
+        number: round of the reply; 0 outside of rounds.
+        sha256: hash of the content; the same content sent twice is one release.
+        privacy: record of the release, :data:`ANSWER` for an answer about coefficients, None if it is unknown.
+        why_not: reason why the record is unknown, else empty.
 
     Raises:
-        RunDirError: it cannot be written.
+        RunDirError: the file cannot be written.
     """
     line = {"domain": domain, "round": number, "sha256": sha256, "privacy": privacy, "why_not": why_not}
     append_line(run_dir / RELEASED, line)
 
 
 def not_counted(run_dir: Path) -> dict[str, str]:
-    """Domain -> why something that it sent cannot be counted."""
+    """Return domain -> why a release of it cannot be counted."""
     return {line["domain"]: line["why_not"] for line in read_lines(run_dir / RELEASED) if line["privacy"] is None}
 
 
 def spent_by_domain(run_dir: Path, config: ExperimentConfig) -> dict[str, list[Mapping[str, Any]]]:
-    """Domain -> one record for each kind of release: its expert, each round, answers, or a noised sum of all.
+    """Return domain -> one record for each kind of release: expert, rounds, answers, or a noised sum of all.
 
-    Of what clients send, everything that arrived counts, also what came late or was refused.
+    Every reply that arrived counts, including late and refused ones.
 
     Args:
-        run_dir: the run.
-        config: of the run. With ``dp.mode = "domain-central"`` the server alone adds noise; clients' accounts are
-            nothing.
+        run_dir: run folder.
+        config: configuration of the run. With ``dp.mode = "domain-central"`` only the server adds noise, and only its
+            releases count.
     """
     found: dict[str, list[Mapping[str, Any]]] = {}
 
@@ -69,7 +69,7 @@ def spent_by_domain(run_dir: Path, config: ExperimentConfig) -> dict[str, list[M
     trained = {release: privacy for release, privacy in noted.items() if privacy not in (None, ANSWER)}
     for (domain, _, _), privacy in trained.items():
         add(domain, {"privacy": privacy})
-    counted = {(domain, number) for domain, number, _ in trained}  # what is kept besides was begun without notes
+    counted = {(domain, number) for domain, number, _ in trained}  # others on disk have no line in RELEASED
     for path in sorted((run_dir / ADAPTERS).glob("[!.]*/training.json")):
         if (path.parent.name, 0) not in counted:
             add(path.parent.name, read_json(path))
@@ -83,7 +83,7 @@ def spent_by_domain(run_dir: Path, config: ExperimentConfig) -> dict[str, list[M
     if answers_have_noise(config):
         asked = _messages_by_domain(run_dir)
         for domain in sorted({*asked, *arrived} & {*found}):
-            training = found[domain][0]  # its noise was chosen for the answers, too
+            training = found[domain][0]  # the noise was chosen to cover the answers, too
             number = max(asked.get(domain, 0), arrived[domain])
             changes: dict[str, Any] = {"clip": config.dp.coefficient_clip, "steps": number}
             if config.dp.mode == "user":
@@ -93,7 +93,7 @@ def spent_by_domain(run_dir: Path, config: ExperimentConfig) -> dict[str, list[M
 
 
 def _messages_by_domain(run_dir: Path) -> dict[str, int]:
-    """Domain -> how many messages about coefficients it was asked, at most: not every one has a part in each step."""
+    """Return domain -> number of coefficient messages sent to it, an upper bound: not every step asks every domain."""
     found: dict[str, int] = {}
     for cohort in sorted((run_dir / LEARNING).glob("cohort-*.json")):
         logs = (run_dir / LEARNING).glob(f"*{cohort.stem.removeprefix('cohort')}.jsonl")

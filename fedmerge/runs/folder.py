@@ -1,25 +1,25 @@
-"""A run on disk. Every file and folder is there whole or not at all, nothing finished is overwritten, ``DONE`` is last.
+"""A run folder. Files and folders are written whole or not at all; results are never overwritten; ``DONE`` is last.
 
-config.toml, environment.json      what was run, and on what
+config.toml, environment.json      the configuration; versions and hardware
 clients.json                       who takes part, who was excluded in which phase and why
 adapters/<domain>/                 each expert, a PEFT folder, with training.json; written as it arrives
-experts.json                       which experts there are to be merged, by hash; ends the training
-admission/<domain>.json            metric sums of the merges without each domain, where the gate asks for them
-admission.json                     what the gate found of each expert, and who is not merged; final
-learning/                          coefficients learned through the clients: the cohort, what each message gave
+experts.json                       the experts to merge, by hash; ends the training
+admission/<domain>.json            metric sums of the merges without each domain, if the gate needs them
+admission.json                     the gate's findings on each expert, and the excluded experts; final
+learning/                          coefficients learned through the clients: the cohort, the answers to each message
 merged/<label>/                    each merge, a PEFT folder, with provenance.json
 validation/<domain>.json           metric sums of each domain; written as they arrive
-choice.json                        what validation chose; written before test is read, and final
-test/<domain>.json                 as validation
+choice.json                        the merge selected on validation; written before test is read; final
+test/<domain>.json                 like validation
 metrics.parquet, products.parquet  sums and counts per split, variant, domain, method and metric
 exposure.parquet                   what left each client: names, shapes, dtypes, bytes (exposure.jsonl until the end)
-released.jsonl                     with noise of the clients' own: what arrived of it, also what was late or refused
-privacy.json                       with differential privacy: what was spent of every unit, assumptions included
-privacy-audit.json, .txt           what an audit measured, where one was made
-tracking/                          with `tracking`: the same for TensorBoard or MLflow (fedmerge.report.tracking)
-attempts.jsonl                     when each attempt started and how long it worked (fedmerge.runs.attempts)
+released.jsonl                     if clients add noise: every noised reply, including late and refused ones
+privacy.json                       with differential privacy: the budget spent per unit, and its assumptions
+privacy-audit.json, .txt           results of a privacy audit, if one was made
+tracking/                          with `tracking`: results for TensorBoard or MLflow (fedmerge.report.tracking)
+attempts.jsonl                     start and duration of each attempt (fedmerge.runs.attempts)
 report.txt, run.log, DONE
-lock                               held by the process that works on the run
+lock                               held by the process that is working on the run
 """
 
 import fcntl
@@ -44,19 +44,19 @@ CONFIG_FILE = "config.toml"
 DONE = "DONE"
 LOCK_FILE = "lock"
 LOCK_ATTEMPTS = 3
-WHERE_IT_LIES = {"output_dir", "run_id", "resume"}  # settings that name a run and do not change it
+LOCATION = {"output_dir", "run_id", "resume"}  # settings that locate a run and do not change its results
 
 
 def new_run_id(name: str) -> str:
-    """``<name>-<UTC time>-<four random hex digits>``."""
+    """Return a fresh id: ``<name>-<UTC time>-<four random hex digits>``."""
     return f"{name}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
 
 
 def create_run(config: ExperimentConfig) -> Path:
-    """Make the folder of a new run and write its configuration and environment.
+    """Create the folder of a new run and write its configuration and environment.
 
     Raises:
-        RunDirError: it exists, or cannot be written.
+        RunDirError: the folder exists, or cannot be written.
     """
     folder = Path(config.output_dir).expanduser().resolve() / (config.run_id or new_run_id(config.name))
     try:
@@ -64,10 +64,10 @@ def create_run(config: ExperimentConfig) -> Path:
         folder.mkdir()
     except FileExistsError as error:
         if not folder.parent.is_dir():
-            raise RunDirError(f"{folder.parent} is a file. Set output_dir to a folder.") from error
+            raise RunDirError(f"{folder.parent} is a file, expected a folder. Set output_dir to a folder.") from error
         if is_locked(folder):
             raise RunDirError(
-                f"{folder}: {_holder(folder)} works on this run. Wait until it has ended, or choose another run_id or "
+                f"{folder}: {_holder(folder)} is working on this run. Wait until it ends, or choose another run_id or "
                 "output_dir."
             ) from error
         raise RunDirError(
@@ -85,10 +85,10 @@ def create_run(config: ExperimentConfig) -> Path:
 
 
 def run_to_resume(run: str | Path, output_dir: str | Path = "runs") -> Path:
-    """The folder of a run, by its path or by its name in ``output_dir``.
+    """Return the folder of a run, given its path or its name in ``output_dir``.
 
     Raises:
-        RunDirError: there is none, or it was ended before it began.
+        RunDirError: no such run, or a folder without configuration.
     """
     places = list(dict.fromkeys([Path(run).expanduser(), Path(output_dir).expanduser() / run]))
     for folder in places:
@@ -97,52 +97,54 @@ def run_to_resume(run: str | Path, output_dir: str | Path = "runs") -> Path:
     for folder in places:
         if folder.is_dir():
             raise RunDirError(
-                f"{folder} holds no {CONFIG_FILE}: it is no run folder, or of a run that was ended before it began. "
-                "There is nothing to go on with; start the run again under another name."
+                f"{folder} holds no {CONFIG_FILE}: it is not a run folder, or its run ended before it started. "
+                "There is nothing to resume; start a new run under another name."
             )
-    raise RunDirError(f"there is no run {run} (looked for {' and '.join(map(str, places))}). Give its folder.")
+    raise RunDirError(
+        f"run {run}: not found (looked for {' and '.join(map(str, places))}). Give the path of a run folder."
+    )
 
 
 def run_config(folder: Path) -> ExperimentConfig:
-    """What a run was started with, and where it lies now.
+    """Return the configuration of a run, with the current location of its folder.
 
     Raises:
-        RunDirError: its config.toml is missing or damaged, or of another version.
+        RunDirError: config.toml is missing, damaged or of another version.
     """
     try:
         config = load_config(folder / CONFIG_FILE)
     except ConfigError as error:
         raise RunDirError(
-            f"{folder}: its {CONFIG_FILE} cannot be used. Put the file back as it was, or start a new run. {error}"
+            f"{folder}: {CONFIG_FILE} cannot be used. Restore the file, or start a new run. {error}"
         ) from error
     return config.model_copy(update={"output_dir": str(folder.parent), "run_id": folder.name})
 
 
 def check_same_config(folder: Path, config: ExperimentConfig) -> None:
-    """Refuse to go on with a run under another configuration; nothing is changed.
+    """Refuse to resume a run with another configuration; nothing on disk changes.
 
     Raises:
-        ConfigError: naming every setting that differs.
+        ConfigError: the configurations differ; the message names every such setting.
         RunDirError: as :func:`run_config`.
     """
-    kept, given = (to_flat(with_absolute_paths(each, Path.cwd())) for each in (run_config(folder), config))
-    different = [key for key in kept if key not in WHERE_IT_LIES and kept[key] != given[key]]
+    stored, given = (to_flat(with_absolute_paths(each, Path.cwd())) for each in (run_config(folder), config))
+    different = [key for key in stored if key not in LOCATION and stored[key] != given[key]]
     if different:
-        lines = "".join(f"\n  {key}: the run has {kept[key]!r}, given is {given[key]!r}" for key in different)
+        lines = "".join(f"\n  {key}: the run has {stored[key]!r}, given is {given[key]!r}" for key in different)
         raise ConfigError(
             f"{folder}: the configuration differs from that of the run in {len(different)} "
-            f"setting{'s' * (len(different) > 1)}, so it cannot be resumed with it:{lines}\nResume without a "
-            "configuration file and --set, or start a new run: the clients keep their experts."
+            f"setting{'s' * (len(different) > 1)}, expected the same:{lines}\nResume without a configuration file and "
+            "--set, or start a new run: it reuses the experts that clients have cached."
         )
 
 
 def open_run(config: ExperimentConfig) -> Path:
-    """The folder of the run that the configuration says to resume; what was half written is removed.
+    """Return the folder of the run to resume, and remove partially written files from it.
 
-    To be called under :func:`locked`.
+    Call this under :func:`locked`.
 
     Raises:
-        RunDirError, ConfigError: it is not there, not readable, or has another configuration.
+        RunDirError, ConfigError: the run is missing, unreadable, or has another configuration.
     """
     folder = run_to_resume(Path(config.output_dir).expanduser() / str(config.run_id))
     check_same_config(folder, config)
@@ -150,16 +152,18 @@ def open_run(config: ExperimentConfig) -> Path:
         for partial in [*folder.glob(".*.partial"), *folder.glob("*/.*.partial")]:
             shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
     except OSError as error:
-        raise RunDirError(f"{folder} cannot be cleaned ({error}). Check the permissions there.") from error
+        raise RunDirError(
+            f"{folder}: partial files cannot be removed ({error}). Check the permissions there."
+        ) from error
     return folder
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Work on a run alone. The lock is the operating system's: it ends with its process, however that ends.
+    """Hold the run exclusively. The operating system releases the lock when its process ends, however it ends.
 
     Raises:
-        RunDirError: another process works on the run, or the folder cannot be locked.
+        RunDirError: another process is working on the run, or the folder cannot be locked.
     """
     path = folder / LOCK_FILE
     try:
@@ -167,14 +171,14 @@ def locked(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise RunDirError(f"{path} cannot be written ({error.strerror}). Check the permissions there.") from error
     with file:
-        for attempt in range(LOCK_ATTEMPTS):  # whoever looks whether it is locked holds it for a moment
+        for attempt in range(LOCK_ATTEMPTS):  # is_locked holds the lock for a moment
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError as error:
                 if attempt == LOCK_ATTEMPTS - 1:
                     raise RunDirError(
-                        f"{folder}: {_holder(folder)} works on this run. Wait until it has ended, or end it; then try "
+                        f"{folder}: {_holder(folder)} is working on this run. Wait until it ends, or end it, then try "
                         "again."
                     ) from error
                 time.sleep(0.1)
@@ -190,7 +194,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def is_locked(folder: Path) -> bool:
-    """Whether a process works on the run now."""
+    """Return True if a process is working on the run."""
     try:
         with (folder / LOCK_FILE).open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -202,7 +206,7 @@ def is_locked(folder: Path) -> bool:
 
 
 def _holder(folder: Path) -> str:
-    """Return the process that holds the lock, by its own words."""
+    """Return the process that holds the lock, as written in the lock file."""
     try:
         return (folder / LOCK_FILE).read_text(encoding="utf-8").strip() or "another process"
     except OSError:
@@ -210,7 +214,7 @@ def _holder(folder: Path) -> str:
 
 
 def environment() -> dict[str, Any]:
-    """Versions and processor, as far as they can change numbers."""
+    """Return versions and hardware that can change numbers."""
     packages = ("fedmerge", "flwr", "ray", "torch", "transformers", "peft", "numpy", "tokenizers")
     versions = {}
     for package in packages:

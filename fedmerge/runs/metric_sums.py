@@ -1,4 +1,4 @@
-"""The metric sums of a finished run, read back from its tables."""
+"""Read the metric sums of a finished run from its tables."""
 
 from pathlib import Path
 from typing import Any
@@ -14,21 +14,21 @@ from fedmerge.evaluation.sums import MetricSums, Variant
 
 
 def read_metric_sums(run_dir: Path | str, split: Split, variant: Variant) -> dict[str, MetricSums]:
-    """What each domain of a run reported: enough for every mean, paired difference and interval.
+    """Return the metric sums that each domain of a run reported: enough for every mean, paired difference and interval.
 
     Args:
-        run_dir: a run folder.
+        run_dir: run folder.
         split: "valid" or "test".
         variant: "unmasked" or "masked".
 
     Returns:
-        Domain -> its sums, in the order of the table.
+        Domain -> metric sums, in the order of the table.
 
     Raises:
-        RunDirError: no tables there, damaged ones, or none of this split and variant.
+        RunDirError: the tables are missing or damaged, or have no rows of this split and variant.
     """
     values, products = (_rows(Path(run_dir) / f"{name}.parquet", split, variant) for name in ("metrics", "products"))
-    methods: dict[str, dict[str, int]] = {}  # domain -> method -> its place
+    methods: dict[str, dict[str, int]] = {}  # domain -> method -> row
     for row in values:
         places = methods.setdefault(row["domain"], {})
         places.setdefault(row["method"], len(places))
@@ -49,8 +49,8 @@ def read_metric_sums(run_dir: Path | str, split: Split, variant: Variant) -> dic
         }
     except (KeyError, ValueError) as error:
         raise RunDirError(
-            f"{run_dir}: metrics.parquet and products.parquet do not belong together ({error}). "
-            "Take both from one run of this version."
+            f"{run_dir}: metrics.parquet and products.parquet do not match ({error}), expected both of one run. "
+            "Copy both files from the same run folder."
         ) from error
 
 
@@ -61,12 +61,15 @@ def _rows(path: Path, split: Split, variant: Variant) -> list[dict[str, Any]]:
         ]
     except FileNotFoundError as error:
         raise RunDirError(
-            f"{path}: not there. Give the folder of a finished run, runs/<id>; its {path.name} is written near the end."
+            f"{path}: not found. Give the folder of a finished run, runs/<id>; {path.name} is written at its end."
         ) from error
     except (OSError, pa.ArrowException, KeyError) as error:
         raise RunDirError(
-            f"{path}: cannot be read as a table of metrics ({error}). Get the run folder again."
+            f"{path}: cannot be read as a table of metrics ({error}). Copy the run folder again."
         ) from error
     if not rows:
-        raise RunDirError(f"{path}: no rows of split {split!r}, {variant}. Expected 'valid' or 'test', of one run.")
+        raise RunDirError(
+            f"{path}: found no rows of split {split!r}, variant {variant!r}. Choose a split that "
+            "the run evaluated: 'valid' or 'test'."
+        )
     return rows

@@ -1,4 +1,4 @@
-"""Run folders, read back: found by name, summarised, shown. A damaged or unfinished run is described, not refused."""
+"""Find, summarise and describe run folders. A damaged or unfinished run is described, not refused."""
 
 import itertools
 import re
@@ -20,8 +20,8 @@ from fedmerge.runs.folder import DONE
 
 State = Literal["done", "failed", "incomplete"]
 
-REMERGED = "remerged"  # folder of a run for merges made after it
-_MARKS = ("environment.json", "run.log", "clients.json", DONE)  # merges made afterwards hold a config.toml, too
+REMERGED = "remerged"  # merges made after the run, in its folder
+_MARKS = ("environment.json", "run.log", "clients.json", DONE)  # not config.toml: remerged folders hold one, too
 _LOG_LINE = re.compile(r"\d\d:\d\d:\d\d (.*)")
 _FAILED = "the run failed"
 _TIME_IN_ID = re.compile(r"-(\d{8}-\d{6})-[0-9a-f]{4}$")
@@ -29,22 +29,22 @@ _TIME_IN_ID = re.compile(r"-(\d{8}-\d{6})-[0-9a-f]{4}$")
 
 @dataclass(frozen=True)
 class RunSummary:
-    """One run in a line.
+    """Summary of a run in one line.
 
     Attributes:
-        id: name of its folder.
-        folder: absolute.
-        state: done; failed: it says so itself; incomplete: still running, or killed.
-        started: UTC, or None where the folder does not tell.
-        seconds: from start to ``DONE``.
-        train: domains that were asked to train.
-        unseen: domains that were to be evaluated only.
+        id: name of the run folder.
+        folder: absolute path.
+        state: "done"; "failed" if the log ends with an error; "incomplete" if the run is still running or was killed.
+        started: start in UTC; None if unknown.
+        seconds: time from start to ``DONE``; None if not done.
+        train: training domains.
+        unseen: domains that are only evaluated.
         methods: merging methods.
-        metric: what validation decided by.
-        served: label of the merge that validation chose.
-        test: mean of ``metric`` over the training domains on test, unmasked, of the served merge.
-        synthetic: some participant's data were generated; None where nobody said.
-        problems: what is damaged, in sentences.
+        metric: metric of the selection on validation.
+        served: label of the merge selected on validation.
+        test: test mean of ``metric`` over the training domains, unmasked, of the served merge.
+        synthetic: True if the data of any participant are generated; None if no participant has described its data.
+        problems: sentences about damaged files.
     """
 
     id: str
@@ -64,7 +64,7 @@ class RunSummary:
 
 @dataclass(frozen=True)
 class MergeRecord:
-    """A merge on disk and where it comes from; ``provenance`` is without the loss curve."""
+    """A merge on disk and its provenance, without the loss curve."""
 
     folder: Path
     label: str
@@ -73,19 +73,19 @@ class MergeRecord:
 
 @dataclass(frozen=True)
 class RunDetails:
-    """Everything that a run folder tells in words.
+    """All textual content of a run folder.
 
     Attributes:
-        summary: the run in a line.
-        settings: dotted key -> value of its configuration.
-        participants: domain -> what its client said.
-        excluded: domain -> why.
-        experts: domain -> what its training reported, without the single validations.
-        merges: made by the run.
-        remerges: made of its adapters afterwards.
-        choice: what validation chose, with every merge's score.
-        failure: the error that ended it.
-        report: its tables.
+        summary: summary in one line.
+        settings: dotted key -> value of the configuration.
+        participants: domain -> its client's description.
+        excluded: domain -> reason.
+        experts: domain -> training report, without the individual validations.
+        merges: merges made by the run.
+        remerges: merges of its adapters made after the run.
+        choice: content of ``choice.json``: the selected merge and the score of every merge.
+        failure: error that ended the run; None if it did not fail.
+        report: content of ``report.txt``; None if it is missing.
     """
 
     summary: RunSummary
@@ -101,14 +101,14 @@ class RunDetails:
 
 
 def find_run(name: str, root: Path) -> Path:
-    """The folder of a run.
+    """Return the folder of a run.
 
     Args:
-        name: a path, or an id under ``root``, of which the beginning is enough where only one run begins so.
-        root: folder of run folders.
+        name: path of a run folder, or a run id under ``root``; an unambiguous prefix of the id is enough.
+        root: folder that contains run folders.
 
     Raises:
-        RunDirError: no such run, more than one, or a folder that is no run.
+        RunDirError: no run or several runs match, or the folder is not a run folder.
     """
     if not name:
         raise RunDirError("run: found an empty name, expected the path of a run folder or its id.")
@@ -121,22 +121,23 @@ def find_run(name: str, root: Path) -> Path:
         return (root / matching[0]).resolve()
     if matching:
         raise RunDirError(
-            f"run {name!r}: {len(matching)} runs in {root} begin so: {_some(matching)}. Give more of the id."
+            f"run {name!r}: found {len(matching)} runs in {root} with this prefix: {_some(matching)}. Give more of "
+            "the id."
         )
     if Path(name).is_dir():
-        raise RunDirError(f"{name}: no run folder, it holds none of {', '.join(_MARKS)}. Give the folder of a run.")
-    known = f"it has: {_some(ids)}" if ids else "there is no run in it"
+        raise RunDirError(f"{name}: not a run folder, expected one of {', '.join(_MARKS)} in it. Give a run folder.")
+    known = f"it holds {_some(ids)}" if ids else "it holds no run"
     raise RunDirError(f"run {name!r}: neither a run folder nor a run in {root}; {known}. Give a path, or --dir.")
 
 
 def list_runs(root: Path) -> list[Path]:
-    """The run folders directly under ``root``, sorted by name; other folders are left out.
+    """Return the run folders directly under ``root``, sorted by name; other folders are ignored.
 
     Raises:
         RunDirError: no such folder.
     """
     if not root.is_dir():
-        raise RunDirError(f"{root}: no such folder, expected one with a folder for each run. Give --dir.")
+        raise RunDirError(f"{root}: not found, expected a folder of run folders. Set --dir.")
     try:
         return sorted(folder for folder in root.iterdir() if is_run(folder))
     except OSError as error:
@@ -144,7 +145,7 @@ def list_runs(root: Path) -> list[Path]:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether the folder holds at least one of the files that only a run writes."""
+    """Return True if the folder holds at least one of the files that only a run writes."""
     try:
         return any((folder / mark).is_file() for mark in _MARKS)
     except OSError:
@@ -152,7 +153,7 @@ def is_run(folder: Path) -> bool:
 
 
 def summarise_run(folder: Path) -> RunSummary:
-    """One run in a line, whatever state its folder is in."""
+    """Summarise a run in one line, whatever the state of its folder."""
     problems: list[str] = []
     settings = _settings(folder, problems)
     choice = _record(folder / "choice.json", problems)
@@ -181,7 +182,7 @@ def summarise_run(folder: Path) -> RunSummary:
 
 
 def describe_run(folder: Path) -> RunDetails:
-    """Everything that a run folder tells in words, whatever state it is in."""
+    """Return all textual content of a run folder, whatever its state."""
     folder = folder.resolve()
     summary = summarise_run(folder)
     problems: list[str] = []
@@ -216,10 +217,10 @@ def _merges(paths: Sequence[Path], problems: list[str]) -> tuple[MergeRecord, ..
 
 
 def _settings(folder: Path, problems: list[str]) -> dict[str, Any]:
-    """The configuration as it is written; also of a version with other keys."""
+    """Return the configuration as written, including keys of other versions."""
     text = _read(folder / "config.toml", problems)
     if text is None:
-        problems.append("config.toml is missing: it is not known what was run.")
+        problems.append("config.toml is missing: the settings of the run are unknown.")
         return {}
     try:
         return flatten(tomllib.loads(text))
@@ -248,12 +249,12 @@ def _read(path: Path, problems: list[str]) -> str | None:
 
 def _log_says_failed(folder: Path, problems: list[str]) -> bool:
     lines = (_read(folder / "run.log", problems) or "").splitlines()
-    said = [found.group(1) for line in lines if (found := _LOG_LINE.fullmatch(line))]
-    return bool(said) and said[-1] == _FAILED
+    messages = [found.group(1) for line in lines if (found := _LOG_LINE.fullmatch(line))]
+    return bool(messages) and messages[-1] == _FAILED
 
 
 def failure_of(folder: Path) -> str | None:
-    """Return the error that ended a run: what is under its log's last traceback, without the exception's package."""
+    """Return the error that ended a run: the end of the last traceback in its log, without the exception's package."""
     lines = (_read(folder / "run.log", []) or "").rpartition(f" {_FAILED}\n")[2].splitlines()
     frames = [number for number, line in enumerate(lines) if line.startswith("  File ")]
     message = list(itertools.dropwhile(lambda line: line.startswith(" "), lines[frames[-1] :] if frames else []))

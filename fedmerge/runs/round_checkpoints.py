@@ -1,10 +1,10 @@
-"""A federation of rounds on disk: the state after each round, and what has arrived of the one that goes on.
+"""Checkpoints of training in rounds: the state after the last round, and the replies of the current one.
 
-rounds/members.json           who takes part
-rounds/drawn.json             of the round that goes on: its number, and who was drawn
-rounds/<number>/<domain>/     what a client sent, a PEFT folder with training.json; removed once the round is aggregated
-rounds/<number>.safetensors   the state after a round, for going on; that of the last round alone is kept
-rounds/<number>.json          how it was aggregated and what it cost; kept of every round
+rounds/members.json           domains that take part
+rounds/drawn.json             number of the current round and its sampled domains
+rounds/<number>/<domain>/     a client's reply, a PEFT folder with training.json; removed after aggregation
+rounds/<number>.safetensors   state after a round, to resume from; only that of the last round stays
+rounds/<number>.json          how the round was aggregated and what it cost; stays for every round
 """
 
 import json
@@ -25,51 +25,51 @@ from fedmerge.files import read_json, whole_folder, write_bytes, write_json
 ROUNDS = "rounds"
 
 
-def keep_members(run_dir: Path, domains: Sequence[str]) -> None:
-    """Fix who takes part.
+def write_members(run_dir: Path, domains: Sequence[str]) -> None:
+    """Record the domains that take part.
 
     Raises:
-        RunDirError: it cannot be written.
+        RunDirError: the file cannot be written.
     """
     try:
         (run_dir / ROUNDS).mkdir(exist_ok=True)
     except OSError as error:
-        raise RunDirError(f"{run_dir / ROUNDS} cannot be made ({error.strerror}). Check the permissions.") from error
+        raise RunDirError(f"{run_dir / ROUNDS}: cannot be created ({error.strerror}). Check permissions.") from error
     write_json(run_dir / ROUNDS / "members.json", list(domains))
 
 
-def members_of(run_dir: Path) -> list[str]:
-    """Who takes part, once that is fixed."""
+def read_members(run_dir: Path) -> list[str]:
+    """Return the domains that take part; empty before they are recorded."""
     members: list[str] = read_json(run_dir / ROUNDS / "members.json") or []
     return members
 
 
-def keep_draw(run_dir: Path, number: int, domains: Sequence[str]) -> None:
-    """Fix who takes part in a round before anybody is asked."""
+def write_sample(run_dir: Path, number: int, domains: Sequence[str]) -> None:
+    """Record the sampled domains of a round, before any client is asked."""
     write_json(run_dir / ROUNDS / "drawn.json", {"round": number, "domains": list(domains)})
 
 
-def kept_draw(run_dir: Path, number: int) -> list[str]:
-    """Who was drawn for a round; nobody where it has not begun."""
+def read_sample(run_dir: Path, number: int) -> list[str]:
+    """Return the sampled domains of a round; empty if it has not started."""
     drawn = read_json(run_dir / ROUNDS / "drawn.json") or {}
     return list(drawn["domains"]) if drawn.get("round") == number else []
 
 
-def keep_reply(
+def write_reply(
     run_dir: Path, number: int, domain: str, adapter: Adapter, report: Mapping[str, Any], backbone_name: str
 ) -> None:
-    """Write what a client sent in a round.
+    """Write the reply of a client in a round: its adapter and training report.
 
     Raises:
-        RunDirError: it cannot be written.
+        RunDirError: the folder cannot be written.
     """
     with whole_folder(run_dir / ROUNDS / str(number) / domain) as folder:
         write_adapter(adapter, folder, backbone_name)
         write_json(folder / "training.json", {**report, "sha256": adapter_sha256(adapter)})
 
 
-def kept_replies(run_dir: Path, number: int) -> dict[str, tuple[Adapter, dict[str, Any]]]:
-    """What is there and whole of a round: domain -> adapter and report."""
+def read_replies(run_dir: Path, number: int) -> dict[str, tuple[Adapter, dict[str, Any]]]:
+    """Return domain -> adapter and report of a round's replies; damaged ones are skipped."""
     found = {}
     for folder in sorted((run_dir / ROUNDS / str(number)).glob("[!.]*")):
         try:
@@ -81,36 +81,36 @@ def kept_replies(run_dir: Path, number: int) -> dict[str, tuple[Adapter, dict[st
     return found
 
 
-def keep_state(
+def write_state(
     run_dir: Path,
     state: GlobalState,
     reports: Mapping[str, Mapping[str, Any]],
     seconds: float,
     secure_sum: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the state after a round with what it took; then what it was made of, and the state before it, may go.
+    """Write the state and the record of a round, then remove its replies and the state before it.
 
     Args:
-        run_dir: the run.
-        state: after the round.
-        reports: domain -> how its training went.
-        seconds: of the server.
-        secure_sum: how the sum was made, where the server saw nothing else.
+        run_dir: run folder.
+        state: state after the round.
+        reports: domain -> training report.
+        seconds: server time of the round.
+        secure_sum: record of the secure sum; None if the server saw the replies.
 
     Raises:
-        RunDirError: it cannot be written.
+        RunDirError: a file cannot be written.
     """
     folder, number = run_dir / ROUNDS, state.num_rounds
     tensors, record = state_tensors(state)
-    told = {"aggregation": record["report"], "clients": reports, "seconds": seconds}
-    write_json(folder / f"{number}.json", told if secure_sum is None else {**told, "secure_sum": secure_sum})
+    entry = {"aggregation": record["report"], "clients": reports, "seconds": seconds}
+    write_json(folder / f"{number}.json", entry if secure_sum is None else {**entry, "secure_sum": secure_sum})
     write_bytes(folder / f"{number}.safetensors", save(tensors, {"record": json.dumps(record)}))
     shutil.rmtree(folder / str(number), ignore_errors=True)
     (folder / f"{number - 1}.safetensors").unlink(missing_ok=True)
 
 
-def kept_state(run_dir: Path) -> GlobalState | None:
-    """The state after the last round that was aggregated, if it is there and whole."""
+def read_state(run_dir: Path) -> GlobalState | None:
+    """Return the state after the last aggregated round; None if there is no intact one."""
     files = {int(file.stem): file for file in (run_dir / ROUNDS).glob("*.safetensors") if file.stem.isdigit()}
     for _, file in sorted(files.items(), reverse=True):
         try:
@@ -124,6 +124,6 @@ def kept_state(run_dir: Path) -> GlobalState | None:
 
 
 def round_records(run_dir: Path) -> list[dict[str, Any]]:
-    """How each round was aggregated, in order."""
+    """Return the record of each aggregated round, in order."""
     files = [file for file in (run_dir / ROUNDS).glob("*.json") if file.stem.isdigit()]
     return [read_json(file) for file in sorted(files, key=lambda file: int(file.stem))]

@@ -1,4 +1,4 @@
-"""Adapters of a run folder, read and hashed once per process.
+"""Read and hash the adapters of a run folder, once per process.
 
 An adapter is read again only if its files changed: same inode, size, modification and change time of every file means
 the same content. The hashes of all adapters are cached, the adapters themselves up to ``CACHE_BYTES``.
@@ -24,7 +24,7 @@ _adapters: OrderedDict[Path, tuple[Stamp, Adapter]] = OrderedDict()  # least rec
 
 
 def read_verified(folder: Path) -> tuple[Adapter, str]:
-    """Return an adapter with its hash. Callers share the tensors and must not change them.
+    """Return an adapter and its hash. Callers share the tensors and must not change them.
 
     Raises:
         FedMergeError, OSError: as :func:`fedmerge.encoder.peft_folder.read_adapter`.

@@ -20,7 +20,7 @@ from fedmerge.mergerec.pictures import draw_learned
 from fedmerge.merging.candidate import Candidate
 from fedmerge.merging.folders import AdapterFolders, read_folders, write_as_sources
 from fedmerge.merging.methods import method_named
-from fedmerge.runs.checkpoints import turned_away
+from fedmerge.runs.checkpoints import read_excluded_experts
 from fedmerge.runs.reading import REMERGED
 from fedmerge.server.candidates import merge_candidates
 
@@ -67,7 +67,7 @@ def experts_of_run(run: Path, exclude: Sequence[str] = ()) -> Experts:
         raise RunDirError(
             f"{run}: no adapter in {run / 'adapters'}; the run ended before an expert was received. Run it again."
         )
-    away = {domain: f"{TURNED_AWAY}: {why}" for domain, why in turned_away(run).items() if domain in folders}
+    away = {domain: f"{TURNED_AWAY}: {why}" for domain, why in read_excluded_experts(run).items() if domain in folders}
     folders = {name: folder for name, folder in folders.items() if name not in away}
     participants = read_record(run / "clients.json").get("participants")
     catalogs = {}

@@ -20,7 +20,7 @@ from fedmerge.encoder.peft_folder import read_adapter
 from fedmerge.files import read_json
 from fedmerge.report.bench.page import bench_page
 from fedmerge.report.bench_tables import EVERY_FOLD, BenchTables
-from fedmerge.runs.checkpoints import ended_training, merge_folder
+from fedmerge.runs.checkpoints import merge_folder, read_sources
 
 pytestmark = pytest.mark.federation
 
@@ -76,7 +76,7 @@ def test_experts_cached_by_an_earlier_run_are_reused(place: Path, done: tuple[Gr
         reports = {name: read_json(run / "adapters" / name / "training.json") for name in TRAIN}
         assert {report["cached"] for report in reports.values()} == {expected}
     before = {name: read_json(place / "runs" / "before" / "adapters" / name / "training.json") for name in TRAIN}
-    kept = ended_training(grid.run(Place("main", 0, ""), None))
+    kept = read_sources(grid.run(Place("main", 0, ""), None))
     assert kept == {name: report["sha256"] for name, report in before.items()}
 
 

@@ -24,7 +24,7 @@ from fedmerge.federated.rounds import aggregate, fresh_seed, initial_state
 from fedmerge.federated.rules import RULES
 from fedmerge.files import read_json
 from fedmerge.runs.folder import DONE
-from fedmerge.runs.round_checkpoints import keep_reply, keep_state, round_records
+from fedmerge.runs.round_checkpoints import round_records, write_reply, write_state
 from sim.app.client.app import _backbone
 from sim.app.messages import records
 from sim.app.server.phases.rounds import check_rounds
@@ -131,8 +131,8 @@ def test_a_killed_federation_goes_on_and_ends_as_one_that_was_not(place: Path, m
         return answer_honestly(message, context)
 
     killed = whole.model_copy(update={"run_id": "killed"})
-    own = {"keep_reply": keep_reply, "keep_state": keep_state}
-    for name, call in (("keep_reply", 2), ("keep_state", 1), ("keep_reply", 2), ("keep_state", 1)):
+    own = {"write_reply": write_reply, "write_state": write_state}
+    for name, call in (("write_reply", 2), ("write_state", 1), ("write_reply", 2), ("write_state", 1)):
         with monkeypatch.context() as patched:
             calls = iter(range(1, 9))
 
@@ -330,10 +330,10 @@ def test_a_noised_b_is_released_once_though_the_server_died(place: Path, monkeyp
     def dying(run_dir: Path, number: int, *arguments: Any) -> None:
         if number == 2:
             raise Killed
-        keep_reply(run_dir, number, *arguments)
+        write_reply(run_dir, number, *arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(sim.app.server.phases.rounds, "keep_reply", dying)
+        patched.setattr(sim.app.server.phases.rounds, "write_reply", dying)
         with pytest.raises(Killed):
             run_in_process(config, listening)
     run_in_process(config.model_copy(update={"resume": True}), listening)

@@ -143,7 +143,7 @@ def test_coefficients_are_learned_with_and_without_the_flagged_through_the_clien
 
 def test_a_run_killed_in_its_second_learned_merge_goes_on(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     changes: dict[str, Any] = {**ATTACK, **LEARNED, "run_id": "killed-second"}
-    kept = checkpoints.keep_merge
+    kept = checkpoints.write_candidate
 
     def dying(run_dir: Path, candidate: Any, name: str) -> None:
         if "without" in candidate.label:
@@ -151,7 +151,7 @@ def test_a_run_killed_in_its_second_learned_merge_goes_on(place: Path, monkeypat
         kept(run_dir, candidate, name)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints, "keep_merge", dying)
+        patch.setattr(checkpoints, "write_candidate", dying)
         with pytest.raises(Killed):
             run_in_process(experiment(place, **changes))
     run_in_process(experiment(place, **changes, resume=True))
@@ -177,7 +177,7 @@ def test_a_run_killed_at_the_gate_goes_on(
             asked.append(f"{split} {len(models)}")
         return answer_honestly(message, context)
 
-    kept = checkpoints.keep_sums
+    kept = checkpoints.write_sums
 
     def dying(run_dir: Path, stage: Any, domain: str, sums: Any) -> None:
         if list((run_dir / "admission").glob("*.json")):
@@ -188,7 +188,7 @@ def test_a_run_killed_at_the_gate_goes_on(
         if dies_at == "merging":
             patch.setattr(merging, "merge_experts", lambda *_, **__: (_ for _ in ()).throw(Killed()))
         else:
-            patch.setattr(checkpoints, "keep_sums", dying)
+            patch.setattr(checkpoints, "write_sums", dying)
         with pytest.raises(Killed):
             run_in_process(experiment(place, **changes), answer)
     before = len(asked)

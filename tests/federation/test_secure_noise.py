@@ -73,7 +73,7 @@ def test_a_sum_that_was_shown_and_lost_is_counted(place: Path, monkeypatch: pyte
         raise Killed
 
     with monkeypatch.context() as patched:
-        patched.setattr("sim.app.server.phases.secure_sum.keep_mean", killed)
+        patched.setattr("sim.app.server.phases.secure_sum.write_mean", killed)
         with pytest.raises(Killed):
             run_in_process(config)
     for folder in (place / "cache-shown" / "experts").glob("*"):

@@ -26,15 +26,15 @@ def test_messages_of_another_form_are_refused() -> None:
     for wrong in ({"clients": ["a"]}, {"clients": ["a", "a"]}, {"boxes": ["1", "2"]}, {"boxes": b"12"}):
         spoiled = secure_records.boxes_record({"a": b"1", "b": b"2"})
         spoiled.config_records["facts"].update(wrong)
-        with pytest.raises(ClientError, match="use one fedmerge version everywhere"):
+        with pytest.raises(ClientError, match=r"clients|boxes"):
             secure_records.read_boxes(spoiled)
     assert json.dumps(list(facts)) == '["clients", "boxes"]'
     for read in (secure_records.read_session, secure_records.read_advertisement, secure_records.read_revealed):
         with pytest.raises(ClientError, match="use one fedmerge version everywhere"):
             read(told)
-    with pytest.raises(ClientError, match="its message holds no masked values"):
+    with pytest.raises(ClientError, match=r"\['facts'\]"):
         secure_records.read_masked(told)
-    with pytest.raises(ClientError, match="its message has no record 'facts'"):
+    with pytest.raises(ClientError, match=r"'facts'.*\['masked'\]"):
         secure_records.read_boxes(secure_records.masked_record(np.zeros(3, np.uint32)))
 
 
@@ -59,18 +59,18 @@ def test_nodes_with_registered_keys_refuse_keys_that_are_not_signed(tmp_path: Pa
     boxes = secure_records.read_boxes(answer_share(told, contexts["beauty"]))
     assert sorted(boxes) == ["books", "camping", "coffee"]
     forged = advertise(session, "coffee")[1]  # by whoever relays
-    with pytest.raises(AggregationError, match="found keys that coffee has not signed for this session"):
+    with pytest.raises(AggregationError, match="coffee"):
         answer_share(secure_records.advertisements_record({**keys, "coffee": forged}), contexts["books"])
 
     with pytest.raises(ClientError, match=r"holds no file NAME\.pub"):
         read_registered(tmp_path / "nowhere")
     (tmp_path / "peers" / "toys.pub").write_text("ssh-rsa AAAA")
-    with pytest.raises(ClientError, match=r"toys\.pub: cannot be read as an Ed25519 key .*ssh-keygen -t ed25519"):
+    with pytest.raises(ClientError, match=r"toys\.pub: .*ssh-keygen -t ed25519"):
         read_registered(tmp_path / "peers")
-    with pytest.raises(ClientError, match="nowhere: cannot be read as an Ed25519 key"):
+    with pytest.raises(ClientError, match=r"nowhere: .*Ed25519"):
         read_identity(tmp_path / "nowhere")
     (tmp_path / "peers" / "toys.pub").chmod(0o600)
-    with pytest.raises(ClientError, match="cannot be read as an Ed25519 key"):
+    with pytest.raises(ClientError, match=r"toys\.pub: .*Ed25519"):
         read_identity(tmp_path / "peers" / "toys.pub")
     (tmp_path / "books").chmod(0o644)
     with pytest.raises(ConfigError, match=r"chmod 600 .*books$"):

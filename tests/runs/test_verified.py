@@ -13,7 +13,7 @@ from fedmerge.adapter import Adapter, LoraModule, adapter_sha256
 from fedmerge.encoder.peft_folder import TENSOR_FILE
 from fedmerge.errors import RunDirError
 from fedmerge.runs import verified
-from fedmerge.runs.checkpoints import ADAPTERS, KeptExperts, keep_expert, kept_expert
+from fedmerge.runs.checkpoints import ADAPTERS, StoredExperts, read_expert_hash, write_expert
 from fedmerge.runs.verified import forget_adapters, read_verified
 
 
@@ -45,16 +45,18 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
 
 
 def test_an_expert_is_read_and_hashed_once(tmp_path: Path, counts: Counter[str]) -> None:
-    sources = {name: keep_expert(tmp_path, name, adapter(seed), {}, "tiny") for seed, name in enumerate(("a", "b"))}
+    sources = {name: write_expert(tmp_path, name, adapter(seed), {}, "tiny") for seed, name in enumerate(("a", "b"))}
     for _ in range(5):
-        assert kept_expert(tmp_path, "a") == sources["a"]
-        assert [adapter_sha256(expert) for expert in KeptExperts(tmp_path, sources).values()] == list(sources.values())
+        assert read_expert_hash(tmp_path, "a") == sources["a"]
+        assert [adapter_sha256(expert) for expert in StoredExperts(tmp_path, sources).values()] == list(
+            sources.values()
+        )
     assert counts == {"read_adapter": 2, "adapter_sha256": 2}
 
 
 def test_a_changed_expert_is_read_again_and_refused(tmp_path: Path, counts: Counter[str]) -> None:
-    sources = {"a": keep_expert(tmp_path, "a", adapter(0), {}, "tiny")}
-    experts = KeptExperts(tmp_path, sources)
+    sources = {"a": write_expert(tmp_path, "a", adapter(0), {}, "tiny")}
+    experts = StoredExperts(tmp_path, sources)
     assert experts["a"]
     path = tmp_path / ADAPTERS / "a" / TENSOR_FILE
     data, stat = bytearray(path.read_bytes()), path.stat()
@@ -64,8 +66,8 @@ def test_a_changed_expert_is_read_again_and_refused(tmp_path: Path, counts: Coun
     with pytest.raises(RunDirError) as caught:
         experts["a"]
     assert str(tmp_path / ADAPTERS / "a") in str(caught.value)
-    assert kept_expert(tmp_path, "a") is None
-    assert keep_expert(tmp_path, "a", adapter(0), {}, "tiny") == sources["a"]
+    assert read_expert_hash(tmp_path, "a") is None
+    assert write_expert(tmp_path, "a", adapter(0), {}, "tiny") == sources["a"]
     assert experts["a"]
 
 
@@ -73,7 +75,7 @@ def test_adapters_beyond_the_limit_are_read_again_but_not_hashed(
     tmp_path: Path, counts: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for seed, name in enumerate(("a", "b")):
-        keep_expert(tmp_path, name, adapter(seed), {}, "tiny")
+        write_expert(tmp_path, name, adapter(seed), {}, "tiny")
     monkeypatch.setattr(verified, "CACHE_BYTES", 0)
     for _ in range(3):
         for name in ("a", "b"):

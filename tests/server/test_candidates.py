@@ -29,7 +29,7 @@ from fedmerge.merging.candidate import Candidate
 from fedmerge.merging.methods import METHODS
 from fedmerge.merging.stack import stack_adapters
 from fedmerge.merging.training_free import merge_adapters
-from fedmerge.runs.checkpoints import keep_merge, merge_folder
+from fedmerge.runs.checkpoints import merge_folder, write_candidate
 from fedmerge.server.candidates import merge_candidates
 from fedmerge.server.choice import choose
 
@@ -282,14 +282,14 @@ def test_learned_methods_share_their_pseudo_users_and_draw_their_pictures(
     for name, module in made[2].adapter.modules.items():
         torch.testing.assert_close(module.delta_weight(), wanted.modules[name].delta_weight())
     for candidate in made:
-        keep_merge(tmp_path, candidate, backbone.name)
+        write_candidate(tmp_path, candidate, backbone.name)
         folder = merge_folder(tmp_path, candidate.label)
         for picture in ("coefficients.png", "losses.png"):
             assert (folder / picture).read_bytes().startswith(b"\x89PNG")
     again = merge_candidates(None, adapters, {}, settings(**flat), finished={made.label: made for made in made})
     assert again == made
     plain = merge_candidates(None, adapters, {}, settings(**{"merge.methods": "average"}))
-    keep_merge(tmp_path, plain[0], backbone.name)
+    write_candidate(tmp_path, plain[0], backbone.name)
     assert not list(merge_folder(tmp_path, "average").glob("*.png"))
 
 

@@ -22,7 +22,7 @@ from fedmerge.encoder.backbone import Backbone, load_backbone
 from fedmerge.encoder.peft_folder import write_adapter
 from fedmerge.evaluation.ranks import METRICS
 from fedmerge.files import write_json, write_table, write_text
-from fedmerge.runs.checkpoints import keep_merge
+from fedmerge.runs.checkpoints import write_candidate
 from fedmerge.runs.folder import DONE, create_run
 from fedmerge.server.candidates import merge_candidates
 
@@ -95,7 +95,7 @@ def make_run(place: Place, run_id: str, more: Sequence[str] = ()) -> Path:
     catalogs = {name: load_catalog(place.domains / name) for name in (*TRAIN, UNSEEN)}
     candidates = merge_candidates(backbone, adapters, {name: catalogs[name] for name in TRAIN}, config)
     for candidate in candidates:
-        keep_merge(folder, candidate, backbone.name)
+        write_candidate(folder, candidate, backbone.name)
     scores = {candidate.label: 0.3 for candidate in candidates} | {"average": 0.4}
     best = {candidate.method: candidate.label for candidate in candidates}
     write_json(

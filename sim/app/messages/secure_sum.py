@@ -1,4 +1,4 @@
-"""The messages of a secure sum as Flower records. Record keys are known here and in ``sim.app.messages.records``."""
+"""Messages of a secure sum as Flower records."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -21,7 +21,7 @@ _MASKED = "masked"
 
 
 def session_record(session: Session) -> RecordDict:
-    """The request to advertise keys."""
+    """Make the request to advertise keys."""
     return _record(
         identifier=session.identifier,
         clients=list(session.coefficients),
@@ -36,7 +36,8 @@ def read_session(content: RecordDict) -> Session:
     """Inverse of :func:`session_record`.
 
     Raises:
-        ClientError, AggregationError: another form, or a session that nobody should take part in.
+        ClientError: the message has another form.
+        AggregationError: the session is unsafe to take part in.
     """
     facts = _facts(content, identifier=bytes, threshold=int, num_values=int, value_range=float)
     coefficients = _by_name(content, "clients", coefficients=float)["coefficients"]
@@ -44,7 +45,7 @@ def read_session(content: RecordDict) -> Session:
 
 
 def advertisement_record(advertisement: Advertisement) -> RecordDict:
-    """A client's keys."""
+    """Make the record of a client's keys."""
     return _record(**vars(advertisement))
 
 
@@ -54,7 +55,7 @@ def read_advertisement(content: RecordDict) -> Advertisement:
 
 
 def advertisements_record(advertisements: Mapping[str, Advertisement]) -> RecordDict:
-    """The request to share: everybody's keys."""
+    """Make the request to share secrets; it holds the keys of all clients."""
     each = advertisements.values()
     return _record(
         clients=list(advertisements),
@@ -71,7 +72,7 @@ def read_advertisements(content: RecordDict) -> dict[str, Advertisement]:
 
 
 def boxes_record(boxes: Mapping[str, bytes]) -> RecordDict:
-    """Sealed shares: by receiver from a client, by sender to a client."""
+    """Make the record of sealed shares: by receiver if a client sends it, by sender if it is sent to a client."""
     return _record(clients=list(boxes), boxes=list(boxes.values()))
 
 
@@ -81,7 +82,7 @@ def read_boxes(content: RecordDict) -> dict[str, bytes]:
 
 
 def masked_record(values: Integers) -> RecordDict:
-    """A client's masked values."""
+    """Make the record of a client's masked values, (N,) uint32."""
     return RecordDict({_MASKED: ArrayRecord({"values": Array(values)})})
 
 
@@ -89,7 +90,7 @@ def read_masked(content: RecordDict) -> Integers:
     """Inverse of :func:`masked_record`.
 
     Raises:
-        ClientError, LayoutMismatchError: another form.
+        ClientError, LayoutMismatchError: the message has another form.
     """
     arrays = content.array_records.get(_MASKED)
     if arrays is None or set(arrays) != {"values"}:
@@ -100,7 +101,7 @@ def read_masked(content: RecordDict) -> Integers:
 
 
 def survivors_record(survivors: list[str]) -> RecordDict:
-    """The request to unmask: whose values are in the sum."""
+    """Make the request to unmask; it names the clients whose values are in the sum."""
     return _record(clients=survivors)
 
 
@@ -113,7 +114,7 @@ def read_survivors(content: RecordDict) -> list[str]:
 
 
 def revealed_record(revealed: Revealed) -> RecordDict:
-    """A client's shares of what takes the masks off the sum."""
+    """Make the record of a client's shares of the secrets that unmask the sum."""
     return _record(
         summed=list(revealed.self_masks),
         self_masks=list(revealed.self_masks.values()),
@@ -152,7 +153,7 @@ def _facts(content: RecordDict, **kinds: type) -> dict[str, Any]:
 
 
 def _by_name(content: RecordDict, names: str, **kinds: type) -> dict[str, dict[str, Any]]:
-    """Lists of a message as mappings from the names beside them: each name once, a value of its type for each."""
+    """Return lists of a message as mappings from its list of names, with names unique and values of their type."""
     found = _facts(content, **dict.fromkeys([names, *kinds], list))
     clients = found[names]
     for key, kind in {names: str, **kinds}.items():

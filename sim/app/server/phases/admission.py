@@ -37,7 +37,7 @@ def pass_gate(
     with run.phase("admission"):
         record = read_json(run.folder / checkpoints.ADMISSION)
         if record is None:
-            experts = checkpoints.KeptExperts(run.folder, sources)
+            experts = checkpoints.StoredExperts(run.folder, sources)
             votes = _votes(run, experts) if admission.leave_one_out else {}
             record = check_experts(experts, run.config, backbone, catalogs, votes)
             write_json(run.folder / checkpoints.ADMISSION, record)
@@ -49,14 +49,14 @@ def pass_gate(
                 run.exclude(domain, f"admission: {reason}")
         if not failed:
             logger.info("admission: all %d experts pass", len(sources))
-        away = checkpoints.turned_away(run.folder)
+        away = checkpoints.read_excluded_experts(run.folder)
         merged = {domain: sha256 for domain, sha256 in sources.items() if domain not in away}
         if away:
             run.require_quorum(list(merged))
     return merged, failed
 
 
-def _votes(run: Run, experts: checkpoints.KeptExperts) -> dict[str, dict[str, Vote]]:
+def _votes(run: Run, experts: checkpoints.StoredExperts) -> dict[str, dict[str, Vote]]:
     """Return voter -> domain -> its vote, from evaluations of the merges without each domain."""
     merges = leave_one_out_merges(experts)
     if not merges:

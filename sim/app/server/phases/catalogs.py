@@ -33,7 +33,7 @@ def collect_catalogs(run: Run) -> dict[str, Catalog]:
     if not _are_needed(run):
         return {}
     with run.phase("catalogs"):
-        sources = checkpoints.ended_training(run.folder)
+        sources = checkpoints.read_sources(run.folder)
         domains = [domain for domain in run.members.in_role("train") if sources is None or domain in sources]
         folder = run.config.server.catalogs
         catalogs = _from_clients(run, domains) if folder is None else _from_folder(Path(folder), domains)
@@ -53,14 +53,14 @@ def _are_needed(run: Run) -> bool:
     labels = labels_from_catalogs(config)
     if not labels and not probes(config):
         return False
-    sources = checkpoints.ended_training(folder)
+    sources = checkpoints.read_sources(folder)
     if sources is None or (probes(config) and read_json(folder / checkpoints.ADMISSION) is None):
         return True
-    away = checkpoints.turned_away(folder)
+    away = checkpoints.read_excluded_experts(folder)
     merged = {domain: sha256 for domain, sha256 in sources.items() if domain not in away}
     if config.admission.rollback and not read_json(folder / "choice.json"):
         return True  # the second merge, without the flagged experts, may be missing
-    return not labels <= checkpoints.kept_merges(folder, merged).keys()
+    return not labels <= checkpoints.read_candidates(folder, merged).keys()
 
 
 def _from_folder(folder: Path, domains: list[str]) -> dict[str, Catalog]:

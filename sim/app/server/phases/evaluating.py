@@ -48,7 +48,7 @@ def evaluate_models(
     def asked_models(domain: str) -> list[str]:
         return [*([BACKBONE] if test else []), *([EXPERT] if domain in sources else []), *labels]
 
-    on_disk = checkpoints.kept_sums(run.folder, stage)
+    on_disk = checkpoints.read_sums(run.folder, stage)
     results = {
         domain: sums for domain, sums in on_disk.items() if set(asked_models(domain)) <= set(sums["unmasked"].methods)
     }
@@ -68,7 +68,7 @@ def evaluate_models(
         sums = records.read_metric_sums(content)
         num_users = (min_users, run.members.descriptions[domain].num_users)
         check_sums(domain, sums, asked_models(domain), test, num_users)
-        checkpoints.keep_sums(run.folder, stage, domain, sums)
+        checkpoints.write_sums(run.folder, stage, domain, sums)
         results[domain] = sums
 
     most = sums_bytes(len(labels) + 2, len(METRICS))

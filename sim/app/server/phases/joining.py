@@ -25,7 +25,7 @@ def restore_members(run: Run) -> None:
     A client that failed in a phase that has ended stays excluded; one that failed in the phase at which the run stopped
     is asked again.
     """
-    ended = {"catalogs", "train"} if checkpoints.ended_training(run.folder) else set()
+    ended = {"catalogs", "train"} if checkpoints.read_sources(run.folder) else set()
     ended |= {"admission"} if read_json(run.folder / checkpoints.ADMISSION) else set()
     ended |= {"merge"} if (run.folder / checkpoints.SUMS["valid"]).is_dir() else set()
     ended |= {"validation"} if read_json(run.folder / "choice.json") else set()

@@ -84,13 +84,13 @@ def merge_experts(
         return replace(candidate, label=label, provenance={**candidate.provenance, "label": label})
 
     def keep(candidate: Candidate) -> None:
-        checkpoints.keep_merge(run.folder, renamed(candidate), backbone.name)
+        checkpoints.write_candidate(run.folder, renamed(candidate), backbone.name)
 
-    experts = checkpoints.KeptExperts(run.folder, sources)
+    experts = checkpoints.StoredExperts(run.folder, sources)
     private = run.config.privacy.policy == "catalog-private"
     on_disk = {
         label.removesuffix(suffix): replace(candidate, label=label.removesuffix(suffix))
-        for label, candidate in checkpoints.kept_merges(run.folder, sources).items()
+        for label, candidate in checkpoints.read_candidates(run.folder, sources).items()
     }
     made = merge_candidates(
         backbone,

@@ -22,17 +22,17 @@ from fedmerge.federated.summed import num_summed
 from fedmerge.merging.candidate import Candidate
 from fedmerge.merging.parameters import parse_parameters
 from fedmerge.privacy.dp.agreement import check_spent
-from fedmerge.runs.checkpoints import keep_merge
+from fedmerge.runs.checkpoints import write_candidate
 from fedmerge.runs.round_checkpoints import (
-    keep_draw,
-    keep_members,
-    keep_reply,
-    keep_state,
-    kept_draw,
-    kept_replies,
-    kept_state,
-    members_of,
+    read_members,
+    read_replies,
+    read_sample,
+    read_state,
     round_records,
+    write_members,
+    write_reply,
+    write_sample,
+    write_state,
 )
 from fedmerge.runs.secure_sums import note_reveal
 from fedmerge.seeding import generator
@@ -70,10 +70,10 @@ def run_rounds(run: Run, backbone: Backbone, catalogs: Mapping[str, Catalog]) ->
     name = str(rounds.rule)
     with run.phase("train"):
         # 1. Fix the members, and find the state on disk.
-        if not (members := members_of(run.folder)):
+        if not (members := read_members(run.folder)):
             members = run.members.in_role("train")
-            keep_members(run.folder, members)
-        state = kept_state(run.folder) or initial_state(
+            write_members(run.folder, members)
+        state = read_state(run.folder) or initial_state(
             _fresh_adapters(backbone, run.config.lora, run.config.seed, run.config.domains.train)
         )
         if state.num_rounds:
@@ -91,7 +91,7 @@ def run_rounds(run: Run, backbone: Backbone, catalogs: Mapping[str, Catalog]) ->
             _log_round(name, rounds.number, state)
         # 3. The last state is the merge.
         candidate = _candidate(run, backbone, state, members)
-        keep_merge(run.folder, candidate, backbone.name)
+        write_candidate(run.folder, candidate, backbone.name)
     return members, candidate
 
 
@@ -139,7 +139,7 @@ def _with_late_clients(run: Run, backbone: Backbone, members: list[str]) -> list
         return members
     if new := sorted({*run.members.in_role("train")} - {*members}):
         logger.info("joined late; take part from this round on: %s", join_names(new))
-        keep_members(run.folder, members := sorted([*members, *new]))
+        write_members(run.folder, members := sorted([*members, *new]))
         run.members.write()
     return members
 
@@ -147,12 +147,12 @@ def _with_late_clients(run: Run, backbone: Backbone, members: list[str]) -> list
 def _sampled_clients(run: Run, members: list[str], number: int) -> list[str]:
     """Return the clients of a round: the sample on disk if any of its clients has answered or can, else a new one."""
     connected = [domain for domain in members if domain in run.members.in_role("train")]
-    on_disk = kept_draw(run.folder, number)
-    if {*on_disk} & ({*connected} | {*kept_replies(run.folder, number)}):
+    on_disk = read_sample(run.folder, number)
+    if {*on_disk} & ({*connected} | {*read_replies(run.folder, number)}):
         return on_disk
     run.require_quorum(connected)
     sampled = _sample(connected, run.config.rounds.fraction, run.config.seed, number)
-    keep_draw(run.folder, number, sampled)
+    write_sample(run.folder, number, sampled)
     return sampled
 
 
@@ -176,7 +176,7 @@ def _round(
     if config.privacy.policy == "aggregate-only":
         return _round_of_sums(run, state, sampled, request)
     # 2. Ask for the updates that are not on disk.
-    replies = {domain: reply for domain, reply in kept_replies(run.folder, number).items() if domain in sampled}
+    replies = {domain: reply for domain, reply in read_replies(run.folder, number).items() if domain in sampled}
 
     def limit_bytes(domain: str) -> int:
         return adapter_bytes(layout_of(state.starts[domain])) + REPORT_BYTES
@@ -186,7 +186,7 @@ def _round(
         adapter, report = records.read_expert(content, frozen=start if trained == "B" else None)
         check_adapter(domain, adapter, layout_of(start))
         check_spent(domain, config, report.get("privacy"), run.members.descriptions[domain].num_users, number)
-        keep_reply(run.folder, number, domain, adapter, report, backbone.name)
+        write_reply(run.folder, number, domain, adapter, report, backbone.name)
         replies[domain] = (adapter, report)
 
     in_training = run.members.in_role("train")
@@ -211,7 +211,7 @@ def _round(
     rule = _learned(config, backbone, catalogs, state) if name in LEARNED_METHODS else name
     started = time.monotonic()
     state = aggregate(rule, state, adapters, weights, seed=config.seed, **parse_parameters(rounds.parameters))
-    keep_state(run.folder, state, reports, time.monotonic() - started)
+    write_state(run.folder, state, reports, time.monotonic() - started)
     return state
 
 
@@ -246,7 +246,7 @@ def _round_of_sums(
     parameters = parse_parameters(rounds.parameters)
     state = aggregate_mean(name, state, mean.values, weights, seed=run.config.seed, **parameters)
     trained = {domain: reports[domain] for domain in mean.clients}
-    keep_state(run.folder, state, trained, time.monotonic() - started, mean.record)
+    write_state(run.folder, state, trained, time.monotonic() - started, mean.record)
     return state
 
 

@@ -26,8 +26,8 @@ from fedmerge.privacy.secagg.server import (
 )
 from fedmerge.privacy.secagg.session import Reals, default_threshold
 from fedmerge.privacy.secagg.state import Advertisement, Revealed
-from fedmerge.runs.checkpoints import end_training, keep_merge
-from fedmerge.runs.secure_sums import keep_mean, kept_mean, note_reveal
+from fedmerge.runs.checkpoints import write_candidate, write_sources
+from fedmerge.runs.secure_sums import note_reveal, read_mean, write_mean
 from fedmerge.server.candidates import candidates_of_mean
 from sim.app.messages import records
 from sim.app.messages import secure_sum as secure_records
@@ -68,15 +68,15 @@ def secure_candidates(run: Run, backbone: Backbone) -> tuple[dict[str, str], lis
         ClientError, AggregationError: too few clients are left.
     """
     with run.phase("train"):
-        mean, record = kept_mean(run.folder) or _mean_of_experts(run, backbone)
+        mean, record = read_mean(run.folder) or _mean_of_experts(run, backbone)
         sources = dict.fromkeys(sorted(record["clients"]), records.OWN_EXPERT)
-        end_training(run.folder, sources)
+        write_sources(run.folder, sources)
         for domain in run.members.in_role("train"):
             if domain not in sources:
                 run.exclude(domain, "its expert is not in the sum")
         candidates = candidates_of_mean(run.config, mean, record, backbone)
         for candidate in candidates:
-            keep_merge(run.folder, candidate, backbone.name)
+            write_candidate(run.folder, candidate, backbone.name)
             logger.info("merged: %s", candidate.label)
     return sources, candidates
 
@@ -103,7 +103,7 @@ def _mean_of_experts(run: Run, backbone: Backbone) -> tuple[Adapter, dict[str, A
     mean = adapter_of_mean("updates", summed.values, like[summed.clients[0]], rank)
     training = {domain: reports[domain] for domain in summed.clients}
     record = {**summed.record, "training": training}
-    keep_mean(run.folder, mean, record, backbone.name)
+    write_mean(run.folder, mean, record, backbone.name)
     return mean, record
 
 

@@ -45,9 +45,9 @@ def train_experts(run: Run, backbone: Backbone, catalogs: Mapping[str, Catalog])
     """
     with run.phase("train"):
         # 1. Find the experts on disk.
-        ended = checkpoints.ended_training(run.folder)
+        ended = checkpoints.read_sources(run.folder)
         wanted = sorted(ended if ended is not None else _may_train(run, catalogs))
-        sources = {domain: sha256 for domain in wanted if (sha256 := checkpoints.kept_expert(run.folder, domain))}
+        sources = {domain: sha256 for domain in wanted if (sha256 := checkpoints.read_expert_hash(run.folder, domain))}
         if sources:
             logger.info("training: already on disk: %s", join_names(sorted(sources)))
         # 2. Ask for the others.
@@ -60,7 +60,7 @@ def train_experts(run: Run, backbone: Backbone, catalogs: Mapping[str, Catalog])
         # 3. Fix the experts that are merged.
         if ended is None:
             run.require_quorum(list(sources))
-            checkpoints.end_training(run.folder, sources)
+            checkpoints.write_sources(run.folder, sources)
         elif sources != ended:
             damaged = [domain for domain in ended if sources.get(domain) != ended[domain]]
             raise ClientError(
@@ -96,7 +96,7 @@ def _ask_for_experts(run: Run, backbone: Backbone, domains: list[str]) -> dict[s
         check_spent(domain, config, report.get("privacy"), run.members.descriptions[domain].num_users)
         _log_expert(domain, report, few=len(domains) <= FEW_CLIENTS)
         # This must be last: nothing after it may raise.
-        sources[domain] = checkpoints.keep_expert(run.folder, domain, adapter, report, backbone.name)
+        sources[domain] = checkpoints.write_expert(run.folder, domain, adapter, report, backbone.name)
 
     question = Question(
         records.TRAIN,
