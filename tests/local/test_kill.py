@@ -194,7 +194,7 @@ def killed(place: Path) -> Path:
     fourth.kill("flower-superlink", (run / "DONE").exists)  # too late to do harm
     assert fourth.end() == 0, fourth.output()
     assert "resume with" not in fourth.output()
-    assert "training:" not in fourth.output().replace("training: on disk already: beauty, books, coffee", "")
+    assert "training:" not in fourth.output().replace("training: already on disk: beauty, books, coffee", "")
     assert "evaluating on valid" not in fourth.output()
     return run
 

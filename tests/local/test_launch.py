@@ -270,32 +270,38 @@ LOG = '09:00:09 the run failed\nTraceback (most recent call last):\n  File "app.
 
 
 @pytest.mark.parametrize(
-    ("log", "remedy"),
-    [("", "fedmerge run --resume"), (LOG + "fedmerge.errors.ConfigError: 3 > 2\n", "start a new run")],
+    ("log", "resumable"), [("", True), (LOG + "fedmerge.errors.ConfigError: 3 > 2\n", False)], ids=["killed", "failed"]
 )
+@pytest.mark.parametrize(("number", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
 def test_an_interrupted_run_names_its_remedy(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], log: str, remedy: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    number: signal.Signals,
+    raised: type[BaseException],
+    log: str,
+    resumable: bool,
 ) -> None:
     folder = tmp_path / "runs" / "x"
-    flwr = tmp_path / "bin" / "flwr"  # does as a server that has started, then sends Ctrl-C
+    flwr = tmp_path / "bin" / "flwr"  # acts like a server that has started, then sends the signal
     flwr.parent.mkdir()
     flwr.write_text(
         f"#!{sys.executable}\nimport os, pathlib, signal, time\nfolder = pathlib.Path({str(folder)!r})\n"
         f"folder.mkdir(parents=True)\n(folder / 'config.toml').touch()\n(folder / 'run.log').write_text({log!r})\n"
-        "os.kill(os.getppid(), signal.SIGINT)\ntime.sleep(60)\n"
+        f"os.kill(os.getppid(), {int(number)})\ntime.sleep(60)\n"
     )
     flwr.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "bin" / "python"))
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored when tests run in the background
     settings = {"run_id": "x", "output_dir": str(tmp_path / "runs")}
     try:
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(raised):
             run_experiment(from_flat(settings), REPOSITORY)
     finally:
         signal.signal(signal.SIGINT, before)
-    told = capsys.readouterr().err
-    assert str(folder) in told
-    assert remedy in told
+    printed = capsys.readouterr().err
+    assert str(folder) in printed
+    assert (f"fedmerge run --resume {folder}" in printed) == resumable
 
 
 def test_a_run_that_exists_is_resumed_only_if_no_process_works_on_it(tmp_path: Path) -> None:

@@ -234,6 +234,6 @@ def test_killed_client_and_superlink_lose_nothing(federation: Federation, finish
     arrived = {file.parent.name for file in run.glob("adapters/[!.]*/training.json")}
     federation.wait_for_clients()
     output = federation.fedmerge("run", "--resume", "killed", "--federation", "prod")
-    assert f"training: on disk already: {', '.join(sorted(arrived))}" in output
+    assert f"training: already on disk: {', '.join(sorted(arrived))}" in output
     assert (run / "DONE").exists()
     assert not json.loads((run / "clients.json").read_text())["excluded"]
