@@ -20,6 +20,7 @@ def check_simulation(config: ExperimentConfig) -> None:
     _refuse(
         [
             *_problems_of(lambda: check_rule(config)),
+            *_method_problems(config),
             *_tracking_problems(config),
             *_backbone_problems(config),
             *_data_problems(config),
@@ -33,7 +34,11 @@ def check_for_federation(config: ExperimentConfig) -> None:
     Raises:
         ConfigError: every problem, a line each.
     """
-    problems = [*_problems_of(lambda: check_rule(config)), *_tracking_problems(config)]
+    problems = [
+        *_problems_of(lambda: check_rule(config)),
+        *_method_problems(config),
+        *_tracking_problems(config),
+    ]
     if config.simulation != Simulation():
         problems.append(
             "[simulation] is for simulations alone, and every client of a federation refuses it; remove its keys"
@@ -66,6 +71,18 @@ def _refuse(problems: list[str]) -> None:
         raise ConfigError(
             f"{len(problems)} problem{plural} found before the start\n" + "\n".join(f"  {p}" for p in problems)
         )
+
+
+def _method_problems(config: ExperimentConfig) -> Iterator[str]:
+    """Yield the functions of ``merge.methods`` that cannot be imported, or cannot be merging methods."""
+    for name in config.merge.methods:
+        if ":" in name:
+            from fedmerge.merging.methods import method_named  # noqa: PLC0415  # imports torch, as the function does
+
+            try:
+                method_named(name)
+            except FedMergeError as error:
+                yield f"merge.methods: {error}"
 
 
 def _tracking_problems(config: ExperimentConfig) -> Iterator[str]:

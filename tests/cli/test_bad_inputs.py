@@ -3,21 +3,18 @@
 One table a kind of input; the modules' own tests go into every corner. ``fedmerge`` prints one line and no traceback.
 """
 
-import io
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from adapters import random_adapter
-from backbones import tiny_bert
-from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from messages_in_order import Parts, check_parts
 from safetensors.torch import load_file, save_file
 from source_tables import small_source, write_source
 
@@ -28,12 +25,7 @@ from fedmerge.domain.folder import write_domain
 from fedmerge.encoder.lora import layout_of
 from fedmerge.encoder.peft_folder import write_adapter
 from fedmerge.errors import FedMergeError
-from fedmerge.evaluation.ranks import METRICS
-from fedmerge.evaluation.sums import Variant, metric_sums
 from fedmerge.server.admission import check_adapter
-from sim.app.messages import records
-
-Parts = list[str]  # of the message, in this order
 
 # Config: an experiment file, given to `fedmerge check`
 
@@ -80,91 +72,6 @@ CONFIG: dict[str, tuple[bytes | None, Parts]] = {
 }
 
 # Config and this machine's files: an experiment with two small domains, given to `fedmerge check` and `fedmerge run`
-
-BY_USER = {"dp.mode": "user", "dp.epsilon": "8", "train.negatives": "catalog"}
-LOCAL: dict[str, tuple[dict[str, str], Parts]] = {
-    "no data root": ({"domains.root": "gone"}, ["domains.root: ", "gone"]),
-    "a missing domain": ({"domains.train": "beauty,shoes"}, ["has no domain shoes", "beauty, books"]),
-    "no such layer": ({"lora.target_modules": "query,magic"}, ["lora.target_modules: bert ", "magic"]),
-    "no such backbone": ({"backbone.source": "./gone"}, ["backbone.source = ", "gone"]),
-    "an attack on real data": (
-        {"simulation.attacker": "books"},
-        ["domain books: simulation.attacker", "not synthetic"],
-    ),
-    "a delta for fewer users": (
-        {**BY_USER, "dp.delta": "0.1", "domains.train": "beauty", "server.min_train_clients": "1"},
-        ["domain beauty: dp.delta = 0.1", " 12 users", "0.083"],
-    ),
-    "a trimmed mean of too few": ({"rounds.rule": "trimmed-mean"}, ["trim = 0.2 and 2 clients"]),
-    "an unknown parameter of a rule": ({"rounds.rule": "median", "rounds.parameters": "x=1"}, ["median", "x"]),
-    "a private catalog": ({"merge.methods": "mergerec"}, ["domain books: ", "public_catalog = false"]),
-    "a private catalog with noise by user": ({**BY_USER, "dp.delta": "1e-6"}, ["domain books: dp.mode", "public"]),
-    "no folder of catalogs": ({"server.catalogs": "gone"}, ["server.catalogs = ", "gone"]),
-}
-SINGLE = {"merge.methods": "average"}
-
-
-@pytest.fixture(scope="module")
-def two_domains(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny backbone; beauty, and books with real data and a private catalog."""
-    root = tmp_path_factory.mktemp("local")
-    tiny_bert(root / "bert")
-    for name, is_beauty in (("beauty", True), ("books", False)):
-        made = generate_domain(name, num_users=12, num_items=20)
-        folder = root / "domains" / name
-        write_domain(
-            folder, made.catalog, made.interactions, public_catalog=is_beauty, synthetic=is_beauty, source="test"
-        )
-    return root
-
-
-def of_two_domains(root: Path, **changes: str) -> list[str]:
-    settings = {
-        "domains.root": str(root / "domains"),
-        "domains.train": "beauty,books",
-        "domains.unseen": "",
-        "backbone.source": str(root / "bert"),
-        "output_dir": str(root / "runs"),
-        **SINGLE,
-        **changes,
-    }
-    (root / "experiment.toml").write_text("")
-    return [str(root / "experiment.toml"), "--set", *(f"{key}={value}" for key, value in settings.items())]
-
-
-@pytest.mark.parametrize("case", LOCAL)
-@pytest.mark.parametrize("command", ["check", "run"])
-def test_local_problems_are_found_before_anything_starts(
-    two_domains: Path, command: str, case: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    changes, parts = LOCAL[case]
-    assert main([command, *of_two_domains(two_domains, **changes)]) == 1
-    printed = capsys.readouterr().err
-    check(printed, ["1 problem", *parts])
-    assert "--resume" not in printed
-    assert not (two_domains / "runs").exists()
-
-
-def test_all_local_problems_are_reported_at_once(two_domains: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    changes = {"domains.train": "beauty,books,shoes", "lora.target_modules": "magic", "simulation.attacker": "books"}
-    assert main(["check", *of_two_domains(two_domains, **changes)]) == 1
-    heading, *problems = capsys.readouterr().err.splitlines()
-    assert "3 problems" in heading
-    assert [any(part in line for line in problems) for part in ("magic", "shoes", "books: sim")] == [True] * 3
-    assert len(problems) == 3
-
-
-def test_a_good_experiment_is_valid_and_a_federations_data_are_elsewhere(
-    two_domains: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["check", *of_two_domains(two_domains)]) == 0
-    gone = of_two_domains(two_domains, **{"domains.root": "gone"})
-    assert main(["check", *gone[:1], "--federation", *gone[1:]]) == 0
-    assert "valid" in capsys.readouterr().out
-    canaries = of_two_domains(two_domains, **{"simulation.canaries": "3"})
-    assert main(["check", *canaries[:1], "--federation", *canaries[1:]]) == 1
-    assert "[simulation]" in capsys.readouterr().err
-
 
 # Data: a domain folder, given to `fedmerge data info`
 
@@ -417,113 +324,6 @@ ADMITTED: dict[str, tuple[Adapter, Parts]] = {
     "another precision": (replaced(lora_A=torch.ones(2, 32).half()), ["is torch.float16 with 0 of 64 values NaN"]),
 }
 
-# Replies: what a client sends, as the server reads it
-
-Read = Callable[[RecordDict], object]
-
-
-def facts(**values: Any) -> RecordDict:
-    return RecordDict({"facts": ConfigRecord(values)})
-
-
-def expert(report: str = "{}", **changes: Array) -> RecordDict:
-    """A trained adapter with another report, or other tensors of one module."""
-    sent = records.expert_record(GOOD, {})
-    sent["facts"] = ConfigRecord({"report": report})
-    changed = {f"{QUERY}.{part}": array for part, array in changes.items()}
-    sent["adapter"] = ArrayRecord({**sent.array_records["adapter"], **changed})
-    return sent
-
-
-def sums(**changes: Any) -> RecordDict:
-    """Metric sums over five users with other values in the unmasked variant."""
-
-    def of(variant: Variant) -> dict[str, Any]:
-        return metric_sums({"average": np.full((5, len(METRICS)), 0.5)}, variant).to_dict()
-
-    return facts(unmasked=json.dumps({**of("unmasked"), **changes}), masked=json.dumps(of("masked")))
-
-
-def npy(values: Any) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, values)
-    return buffer.getvalue()
-
-
-REPLIES: dict[str, tuple[Read, RecordDict, Parts]] = {
-    "nothing": (records.read_description, RecordDict(), ["its message has no record 'facts' (records: [])"]),
-    "a description of another version": (
-        records.read_description,
-        facts(domain="toys", role="train"),
-        ["its Description has another form in ['backbone_sha256', ", "use one fedmerge version everywhere"],
-    ),
-    "a catalog as text": (records.read_catalog, facts(catalog="a,b"), ["its catalog came as str, expected bytes"]),
-    "an expert without tensors": (records.read_expert, facts(report="{}"), ["the message holds no adapter (records: "]),
-    "a report that is no JSON": (records.read_expert, expert("{"), ["its training report is not JSON; use one fedmer"]),
-    "a report nested without end": (records.read_expert, expert("[" * 99999), ["its training report is not JSON"]),
-    "a report that is a list": (records.read_expert, expert("[]"), ["its training report is a list, expected an obj"]),
-    "a tensor of another type": (
-        records.read_expert,
-        expert(lora_A=Array(np.zeros((2, 32)))),
-        [f"{QUERY}.lora_A is float64 of shape (2, 32), expected a float32 matrix"],
-    ),
-    "a tensor of another shape than announced": (
-        records.read_expert,
-        expert(lora_A=Array("float32", (2, 32), "numpy.ndarray", npy(np.zeros((3, 32), np.float32)))),
-        [f"{QUERY}.lora_A announces float32 (2, 32) but holds float32 (3, 32) in 384 bytes"],
-    ),
-    "a tensor cut short": (
-        records.read_expert,
-        expert(lora_A=Array("float32", (2, 32), "numpy.ndarray", npy(np.zeros((2, 32), np.float32))[:-1])),
-        [f"{QUERY}.lora_A announces float32 (2, 32) but holds float32 (2, 32) in 255 bytes"],
-    ),
-    "a pickle": (
-        records.read_expert,
-        expert(lora_A=Array("float32", (2, 32), "numpy.ndarray", b"\x80\x04\x95garbage.")),
-        [f"{QUERY}.lora_A cannot be read ("],
-    ),
-    "sums of other metrics": (
-        records.read_metric_sums,
-        sums(metrics=["hits"]),
-        ["metric sums: found the metrics ['hits']; expected ['recall@1', ", "use one version on both ends"],
-    ),
-    "sums over nobody": (
-        records.read_metric_sums,
-        sums(num_users=0),
-        ["metric sums over 0 users; expected at least 1"],
-    ),
-    "sums that are NaN": (
-        records.read_metric_sums,
-        sums(sums=[[float("nan")] * len(METRICS)]),
-        ["metric sums: 9 of 9 sums are not finite; exclude this client"],
-    ),
-    "sums beyond the users": (
-        records.read_metric_sums,
-        sums(sums=[[1e6] * len(METRICS)]),
-        ["its metric sums run from 1e+06 to 1e+06, expected 0 to 5: the outcome of a user is between 0 and 1"],
-    ),
-    "sums below nothing": (
-        records.read_metric_sums,
-        sums(sums=[[-1.0] * len(METRICS)]),
-        ["its metric sums run from -1 to -1, expected 0 to 5"],
-    ),
-    "sums of another shape": (
-        records.read_metric_sums,
-        sums(sums=[[1.0]]),
-        ["metric sums: sums are float64 of shape (1, 1); expected float64 of shape (1, 9) for 1 methods and 9 metrics"],
-    ),
-    "sums nested without end": (
-        records.read_metric_sums,
-        facts(unmasked="[" * 99999, masked="{}"),
-        ["its metric sums are malformed (RecursionError"],
-    ),
-    "a request without models": (
-        records.read_evaluation_request,
-        facts(split="test", backbone=True, baselines=True, expert_sha256=""),
-        ["its message has no record 'models' (records: ['facts'])"],
-    ),
-}
-
 
 def refusal(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
     """What a command says that fails."""
@@ -535,20 +335,12 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
     return err
 
 
-def check(message: str, parts: Parts) -> None:
-    """The parts stand in the message, in this order."""
-    start = 0
-    for part in parts:
-        assert part in message[start:], message
-        start = message.index(part, start) + len(part)
-
-
 @pytest.mark.parametrize("wrong", CONFIG)
 def test_bad_config(wrong: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data, parts = CONFIG[wrong]
     if data is not None:
         (tmp_path / "experiment.toml").write_bytes(data)
-    check(refusal(capsys, "check", tmp_path / "experiment.toml"), parts)
+    check_parts(refusal(capsys, "check", tmp_path / "experiment.toml"), parts)
 
 
 @pytest.fixture(scope="module")
@@ -565,14 +357,14 @@ def test_bad_data(wrong: str, toys: Path, tmp_path: Path, capsys: pytest.Capture
     shutil.copytree(toys, tmp_path / "toys")
     harm(tmp_path / "toys")
     given = tmp_path if "beside" in parts[0] else tmp_path / "toys"
-    check(refusal(capsys, "data", "info", given), parts)
+    check_parts(refusal(capsys, "data", "info", given), parts)
 
 
 @pytest.mark.parametrize("wrong", IMPORTS)
 def test_bad_imports(wrong: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     changes, parts = IMPORTS[wrong]
     source = write_source(tmp_path / "Tiny", {**small_source(), **changes})
-    check(refusal(capsys, "data", "import", "mergerec", source, tmp_path / "domains"), parts)
+    check_parts(refusal(capsys, "data", "import", "mergerec", source, tmp_path / "domains"), parts)
     assert not (tmp_path / "domains").exists()
 
 
@@ -581,7 +373,7 @@ def test_bad_adapters(wrong: str, toys: Path, tmp_path: Path, capsys: pytest.Cap
     harm, parts = ADAPTERS[wrong]
     write_adapter(GOOD, tmp_path / "mine", "tiny")
     harm(tmp_path / "mine")
-    check(refusal(capsys, "evaluate", tmp_path / "mine", "--domain", toys), parts)
+    check_parts(refusal(capsys, "evaluate", tmp_path / "mine", "--domain", toys), parts)
 
 
 @pytest.mark.parametrize("wrong", ADMITTED)
@@ -590,17 +382,9 @@ def test_bad_adapters_at_the_gate(wrong: str) -> None:
     check_adapter("shop", GOOD, layout_of(GOOD))
     with pytest.raises(FedMergeError) as caught:
         check_adapter("shop", adapter, layout_of(GOOD))
-    check(str(caught.value), parts)
-
-
-@pytest.mark.parametrize("wrong", REPLIES)
-def test_bad_replies(wrong: str) -> None:
-    read, reply, parts = REPLIES[wrong]
-    with pytest.raises(FedMergeError) as caught:
-        read(reply)
-    check(str(caught.value), parts)
+    check_parts(str(caught.value), parts)
 
 
 def test_there_are_many_of_each_kind() -> None:
-    sizes = [len(CONFIG), len(DATA) + len(IMPORTS), len(ADAPTERS) + len(ADMITTED), len(REPLIES)]
+    sizes = [len(CONFIG), len(DATA) + len(IMPORTS), len(ADAPTERS) + len(ADMITTED)]
     assert min(sizes) >= 15

@@ -1,0 +1,97 @@
+"""Problems that local files show: `fedmerge check` and `fedmerge run` report all of them before anything starts."""
+
+from pathlib import Path
+
+import pytest
+from backbones import tiny_bert
+from messages_in_order import Parts, check_parts
+
+from fedmerge.cli import main
+from fedmerge.domain.demo import generate_domain
+from fedmerge.domain.folder import write_domain
+
+BY_USER = {"dp.mode": "user", "dp.epsilon": "8", "train.negatives": "catalog"}
+LOCAL: dict[str, tuple[dict[str, str], Parts]] = {
+    "no data root": ({"domains.root": "gone"}, ["domains.root: ", "gone"]),
+    "a missing domain": ({"domains.train": "beauty,shoes"}, ["has no domain shoes", "beauty, books"]),
+    "no such layer": ({"lora.target_modules": "query,magic"}, ["lora.target_modules: bert ", "magic"]),
+    "no such backbone": ({"backbone.source": "./gone"}, ["backbone.source = ", "gone"]),
+    "an attack on real data": (
+        {"simulation.attacker": "books"},
+        ["domain books: simulation.attacker", "not synthetic"],
+    ),
+    "a delta for fewer users": (
+        {**BY_USER, "dp.delta": "0.1", "domains.train": "beauty", "server.min_train_clients": "1"},
+        ["domain beauty: dp.delta = 0.1", " 12 users", "0.083"],
+    ),
+    "a trimmed mean of too few": ({"rounds.rule": "trimmed-mean"}, ["trim = 0.2 and 2 clients"]),
+    "an unknown parameter of a rule": ({"rounds.rule": "median", "rounds.parameters": "x=1"}, ["median", "x"]),
+    "a private catalog": ({"merge.methods": "mergerec"}, ["domain books: ", "public_catalog = false"]),
+    "a private catalog with noise by user": ({**BY_USER, "dp.delta": "1e-6"}, ["domain books: dp.mode", "public"]),
+    "no folder of catalogs": ({"server.catalogs": "gone"}, ["server.catalogs = ", "gone"]),
+    "an own method that is not there": ({"merge.methods": "average,gone:merge"}, ["merge.methods", "gone"]),
+    "an own method that is no function": ({"merge.methods": "math:pi"}, ["merge.methods", "math:pi"]),
+}
+SINGLE = {"merge.methods": "average"}
+
+
+@pytest.fixture(scope="module")
+def two_domains(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny backbone; beauty, and books with real data and a private catalog."""
+    root = tmp_path_factory.mktemp("local")
+    tiny_bert(root / "bert")
+    for name, is_beauty in (("beauty", True), ("books", False)):
+        made = generate_domain(name, num_users=12, num_items=20)
+        folder = root / "domains" / name
+        write_domain(
+            folder, made.catalog, made.interactions, public_catalog=is_beauty, synthetic=is_beauty, source="test"
+        )
+    return root
+
+
+def of_two_domains(root: Path, **changes: str) -> list[str]:
+    settings = {
+        "domains.root": str(root / "domains"),
+        "domains.train": "beauty,books",
+        "domains.unseen": "",
+        "backbone.source": str(root / "bert"),
+        "output_dir": str(root / "runs"),
+        **SINGLE,
+        **changes,
+    }
+    (root / "experiment.toml").write_text("")
+    return [str(root / "experiment.toml"), "--set", *(f"{key}={value}" for key, value in settings.items())]
+
+
+@pytest.mark.parametrize("case", LOCAL)
+@pytest.mark.parametrize("command", ["check", "run"])
+def test_local_problems_are_found_before_anything_starts(
+    two_domains: Path, command: str, case: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes, parts = LOCAL[case]
+    assert main([command, *of_two_domains(two_domains, **changes)]) == 1
+    printed = capsys.readouterr().err
+    check_parts(printed, ["1 problem", *parts])
+    assert "--resume" not in printed
+    assert not (two_domains / "runs").exists()
+
+
+def test_all_local_problems_are_reported_at_once(two_domains: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    changes = {"domains.train": "beauty,books,shoes", "lora.target_modules": "magic", "simulation.attacker": "books"}
+    assert main(["check", *of_two_domains(two_domains, **changes)]) == 1
+    heading, *problems = capsys.readouterr().err.splitlines()
+    assert "3 problems" in heading
+    assert [any(part in line for line in problems) for part in ("magic", "shoes", "books: sim")] == [True] * 3
+    assert len(problems) == 3
+
+
+def test_a_good_experiment_is_valid_and_a_federations_data_are_elsewhere(
+    two_domains: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["check", *of_two_domains(two_domains)]) == 0
+    gone = of_two_domains(two_domains, **{"domains.root": "gone"})
+    assert main(["check", *gone[:1], "--federation", *gone[1:]]) == 0
+    assert "valid" in capsys.readouterr().out
+    canaries = of_two_domains(two_domains, **{"simulation.canaries": "3"})
+    assert main(["check", *canaries[:1], "--federation", *canaries[1:]]) == 1
+    assert "[simulation]" in capsys.readouterr().err
