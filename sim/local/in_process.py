@@ -11,7 +11,7 @@ from flwr.app import Context, Message, RecordDict
 
 from fedmerge.config import ExperimentConfig, from_flat, to_flat
 from sim.app.client.app import app as client_app
-from sim.app.client.app import log_to_stderr
+from sim.app.client.replies import log_to_stderr
 from sim.app.server.app import run_experiment
 from sim.flower_internals import (
     FLWR_IN_MEMORY_DB_NAME,

@@ -29,7 +29,8 @@ from fedmerge.organisation.app import check_app
 from fedmerge.organisation.folder import KEY, Client, approved_apps, read_client
 from fedmerge.privacy.client_policy import read_client_policy, too_slow_error
 from fedmerge.privacy.paths import without_paths
-from sim.app.client import app as client_app
+from sim.app.client.app import app as client_app
+from sim.app.client.replies import log_to_stderr
 from sim.app.messages import records
 from sim.flower_internals import (
     AcquireTaskRequest,
@@ -63,7 +64,7 @@ def main(folder: Path, address: str, secret: bytes) -> None:
     """Take messages from the SuperNode, one after the other, until it or the parent is gone."""
     end_with_parent(signal.SIGTERM)
     signal.signal(signal.SIGTERM, _leave)
-    client_app.log_to_stderr()
+    log_to_stderr()
     logger.info("ready; answers with fedmerge %s from %s", fedmerge.__version__, Path(fedmerge.__file__).parent)
     auth = SuperExecAuthHttpInterceptor(
         master_secret=secret, protected_methods=frozenset({"/flwr.proto.Runtime/AcquireTask"})
@@ -107,7 +108,7 @@ def _work(runtime: RuntimeHttpClient, folder: Path, is_client_app: bool) -> None
 
 def _answer(message: Message, context: Context) -> tuple[RecordDict, RecordDict]:
     """The reply, and what the client app remembers until the run's next message: the secrets of a secure sum."""
-    reply = client_app.app(message, context)
+    reply = client_app(message, context)
     return reply.content, context.state
 
 

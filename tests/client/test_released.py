@@ -29,8 +29,8 @@ from fedmerge.mergerec.vectors import initial_vectors
 from fedmerge.merging.stack import stack_adapters
 from fedmerge.privacy.dp.domain_noise import add_noise_to_answer
 from fedmerge.seeding import generator
-from sim.app.client import app as client_module
 from sim.app.client.app import app as client_app
+from sim.app.client.node import cached_domain
 from sim.app.messages import records
 
 FIRST = records.RoundRequest(1, 2, "A and B", 7)
@@ -254,7 +254,7 @@ def test_by_user_an_answer_is_a_noised_sum_over_those_who_take_part(tmp_path: Pa
         if delta < 0.05:  # imported again: its expert may still be on the client's disk
             manifest = tmp_path / "domains" / "beauty" / "manifest.json"
             manifest.write_text(manifest.read_text().replace('"public_catalog": true', '"public_catalog": false'))
-            client_module._domain.cache_clear()
+            cached_domain.cache_clear()
         other = from_flat({**to_flat(config), "dp.delta": delta, "run_id": f"refused-{delta}"})
         assert expected in str(records.read_error(answer(other, request)))
 

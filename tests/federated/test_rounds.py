@@ -25,7 +25,7 @@ from fedmerge.federated.rules import RULES
 from fedmerge.files import read_json
 from fedmerge.runs.folder import DONE
 from fedmerge.runs.round_checkpoints import round_records, write_reply, write_state
-from sim.app.client.app import _backbone
+from sim.app.client.node import cached_backbone
 from sim.app.messages import records
 from sim.app.server.phases.rounds import check_rounds
 from sim.local.in_process import answer_honestly, run_in_process
@@ -106,7 +106,7 @@ def test_one_round_of_flora_is_what_its_clients_trained_averaged(place: Path) ->
     run_in_process(config)
     deltas = {}
     for name in TRAIN:
-        backbone = _backbone(config.backbone.source, config.backbone.pooling, None, "cpu", "float32")
+        backbone = cached_backbone(config.backbone.source, config.backbone.pooling, None, "cpu", "float32")
         domain = open_domain(Path(config.domains.root) / name, backbone, config.text)
         task = RoundTask(1, 1, fresh_adapter(backbone, config.lora, fresh_seed(config.seed, 0)))
         adapter, _ = train_round(domain, config.lora, config.train, config.seed, task)
@@ -232,7 +232,7 @@ def test_who_comes_late_takes_part_from_the_next_round(place: Path, rule: str, j
 
 def first_start(config: ExperimentConfig) -> Adapter:
     """What every client begins with."""
-    backbone = _backbone(config.backbone.source, config.backbone.pooling, None, "cpu", "float32")
+    backbone = cached_backbone(config.backbone.source, config.backbone.pooling, None, "cpu", "float32")
     return fresh_adapter(backbone, config.lora, fresh_seed(config.seed, 0))
 
 
@@ -276,7 +276,7 @@ def test_rounds_of_ffa_are_those_of_whole_adapters(place: Path) -> None:
     for number in (1, 2):
         local = {}
         for name in TRAIN:
-            backbone = _backbone(config.backbone.source, config.backbone.pooling, None, "cpu", "float32")
+            backbone = cached_backbone(config.backbone.source, config.backbone.pooling, None, "cpu", "float32")
             domain = open_domain(Path(config.domains.root) / name, backbone, config.text)
             task = RoundTask(number, 2, state.starts[name], trained="B")
             local[name], _ = train_round(domain, config.lora, config.train, config.seed, task)
@@ -381,7 +381,7 @@ def test_the_steps_of_all_rounds_are_those_of_one_training(place: Path) -> None:
 def test_proximal_training_stays_nearer_to_where_it_began(place: Path) -> None:
 
     config = rounds_experiment(place, "unused", "fedit")
-    backbone = _backbone(config.backbone.source, config.backbone.pooling, None, "cpu", "float32")
+    backbone = cached_backbone(config.backbone.source, config.backbone.pooling, None, "cpu", "float32")
     domain = open_domain(Path(config.domains.root) / "books", backbone, config.text)
     start = fresh_adapter(backbone, config.lora, 3)
 
@@ -402,7 +402,7 @@ def test_proximal_training_stays_nearer_to_where_it_began(place: Path) -> None:
 def test_one_round_from_a_fresh_adapter_trains_what_an_expert_trains_apart_from_its_draws(place: Path) -> None:
 
     config = rounds_experiment(place, "unused", "fedit", train__samples="last", train__batch_size=30)
-    backbone = _backbone(config.backbone.source, config.backbone.pooling, None, "cpu", "float32")
+    backbone = cached_backbone(config.backbone.source, config.backbone.pooling, None, "cpu", "float32")
     domain = open_domain(Path(config.domains.root) / "books", backbone, config.text)
     settings = config.train.model_copy(update={"validate_every_steps": 4, "patience": 9})
     task = RoundTask(1, 1, fresh_adapter(backbone, config.lora, 0))

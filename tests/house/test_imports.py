@@ -120,7 +120,7 @@ def test_the_config_is_light() -> None:
 def test_gradients_on_own_users_are_sent_by_the_client_app_alone_and_under_one_policy() -> None:
     files = [*FILES, *(REPOSITORY / "sim").rglob("*.py")]
     using = [module_name(path) for path in files if "fedmerge.client.coefficients.own_users" in imports_of(path)]
-    assert using == ["sim.app.client.app"]
+    assert using == ["sim.app.client.coefficients"]
     assert [policy for policy, allowed in ALLOWED.items() if "coefficient gradient" in allowed] == ["catalog-private"]
 
 

@@ -9,7 +9,7 @@ from fedmerge.client.cache.experts import trained_expert
 from fedmerge.config import from_flat, to_flat
 from fedmerge.domain.demo import write_demo
 from fedmerge.encoder.demo_backbone import write_demo_backbone
-from sim.app.client import app as client_app
+from sim.app.client.node import cached_backbone, open_client
 
 
 def test_the_clients_of_one_worker_share_one_backbone_that_no_training_changes(tmp_path: Path) -> None:
@@ -26,14 +26,14 @@ def test_the_clients_of_one_worker_share_one_backbone_that_no_training_changes(t
         "runtime.device": "cpu",
     }
     config = from_flat(flat)
-    loads = client_app._backbone.cache_info().misses
+    loads = cached_backbone.cache_info().misses
     clients = [
-        client_app._client(Context(1, node, {"partition-id": node, "num-partitions": 6}, RecordDict(), to_flat(config)))
+        open_client(Context(1, node, {"partition-id": node, "num-partitions": 6}, RecordDict(), to_flat(config)))
         for node in range(6)
     ]
     assert [client.domain.manifest.name for client in clients] == list(names)
     assert len({id(client.domain.backbone.model) for client in clients}) == 1
-    assert client_app._backbone.cache_info().misses == loads + 1
+    assert cached_backbone.cache_info().misses == loads + 1
     model = clients[0].domain.backbone.model
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     _, report = trained_expert(clients[0].domain, config, lambda line: None)

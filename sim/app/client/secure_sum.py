@@ -1,29 +1,63 @@
-"""A client's answers in a secure sum: its secrets lie in the node's memory, its values on the node's disk."""
+"""Answer the messages of a secure sum; secrets stay in the node's memory, values on the node's disk."""
 
 from pathlib import Path
 
-from flwr.app import ConfigRecord, Context, RecordDict
+from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from fedmerge.client.cache.secure_sums import kept_values, note_revealed
-from fedmerge.config import ExperimentConfig
+from fedmerge.config import ExperimentConfig, from_flat
 from fedmerge.errors import ClientError
+from fedmerge.privacy.policy import check_may_leave
 from fedmerge.privacy.secagg.client import advertise, mask_values, share, unmask
 from fedmerge.privacy.secagg.identity import read_identity, read_registered
 from fedmerge.privacy.secagg.state import ClientState, state_from_text, state_to_text
+from sim.app.client.node import check_own_policy, domain_name
 from sim.app.messages import secure_sum as secure_records
 
 _SECRETS = "secure sum"
 _VALUES = "summed values"
 
 
+def secagg_advertise(message: Message, context: Context) -> RecordDict:
+    """Answer with fresh keys for a secure sum."""
+    domain, _ = _in_sum(context)
+    return answer_advertise(domain, message.content, context)
+
+
+def secagg_share(message: Message, context: Context) -> RecordDict:
+    """Answer with sealed shares of this client's secrets, one for every other client."""
+    _in_sum(context)
+    return answer_share(message.content, context)
+
+
+def secagg_masked(message: Message, context: Context) -> RecordDict:
+    """Answer with the masked values that this client trained."""
+    domain, config = _in_sum(context)
+    return answer_masked(domain, config, message.content, context)
+
+
+def secagg_unmask(message: Message, context: Context) -> RecordDict:
+    """Answer with the shares that remove the masks of the sum, and of nothing else."""
+    domain, config = _in_sum(context)
+    return answer_unmask(domain, config, message.content, context)
+
+
+def _in_sum(context: Context) -> tuple[str, ExperimentConfig]:
+    """Return domain and configuration of a client in a secure sum, without loading the backbone."""
+    config, domain = from_flat(context.run_config), domain_name(context)
+    check_own_policy(context, config, domain)
+    check_may_leave(config.privacy.policy, "masked update", domain)
+    return domain, config
+
+
 def remember_values(context: Context, sha256: str, of: str) -> None:
-    """Which values the next sum is of, and of which training; an earlier session that has not ended is over."""
+    """Note the values and the training of the next sum; drop the secrets of a session that has not ended."""
     context.state[_VALUES] = ConfigRecord({"sha256": sha256, "of": of})
     context.state.pop(_SECRETS, None)
 
 
 def answer_advertise(domain: str, content: RecordDict, context: Context) -> RecordDict:
-    """Fresh keys, signed where the node has an ``identity-key``."""
+    """Return fresh keys, signed where the node has an ``identity-key``."""
     path = context.node_config.get("identity-key")
     identity = None if path is None else read_identity(Path(str(path)).expanduser())
     state, advertisement = advertise(secure_records.read_session(content), domain, identity)
@@ -32,7 +66,7 @@ def answer_advertise(domain: str, content: RecordDict, context: Context) -> Reco
 
 
 def answer_share(content: RecordDict, context: Context) -> RecordDict:
-    """Sealed shares for every other client, whose signatures are checked where the node has ``peer-keys``."""
+    """Return sealed shares for every other client, after checking signatures where the node has ``peer-keys``."""
     folder = context.node_config.get("peer-keys")
     registered = None if folder is None else read_registered(Path(str(folder)).expanduser())
     state, boxes = share(_state(context), secure_records.read_advertisements(content), registered)
@@ -41,7 +75,7 @@ def answer_share(content: RecordDict, context: Context) -> RecordDict:
 
 
 def answer_masked(domain: str, config: ExperimentConfig, content: RecordDict, context: Context) -> RecordDict:
-    """The masked values."""
+    """Return the masked values."""
     values = kept_values(config.cache_dir, domain, _values(context)[0])
     state, masked = mask_values(_state(context), secure_records.read_boxes(content), values)
     _remember(context, state)
@@ -49,7 +83,7 @@ def answer_masked(domain: str, config: ExperimentConfig, content: RecordDict, co
 
 
 def answer_unmask(domain: str, config: ExperimentConfig, content: RecordDict, context: Context) -> RecordDict:
-    """A share of one secret of each, once; all secrets of the session are forgotten."""
+    """Return a share of one secret of each client, once; then forget all secrets of the session."""
     state = _state(context)
     survivors = secure_records.read_survivors(content)
     revealed = unmask(state, survivors)
@@ -70,8 +104,8 @@ def _state(context: Context) -> ClientState:
     record = context.state.config_records.get(_SECRETS)
     if record is None:
         raise ClientError(
-            "it has no session of a secure sum: its node was started again since, or has answered all it will. The sum "
-            "has to begin anew, with fresh keys"
+            "this client has no session of a secure sum: its node restarted, or the session has ended. Repeat the sum "
+            "with fresh keys"
         )
     return state_from_text(str(record["state"]))
 
@@ -79,5 +113,5 @@ def _state(context: Context) -> ClientState:
 def _values(context: Context) -> tuple[str, str]:
     record = context.state.config_records.get(_VALUES)
     if record is None:
-        raise ClientError("it has trained nothing in this run that could be summed; ask it to train first")
+        raise ClientError("this client has trained nothing in this run that could be summed; ask it to train first")
     return str(record["sha256"]), str(record["of"])

@@ -25,7 +25,8 @@ from fedmerge.domain.interactions import make_interactions
 from fedmerge.domain.splits import evaluation_examples
 from fedmerge.encoder.backbone import load_backbone
 from fedmerge.errors import ClientError, ConfigError
-from sim.app.client import app as client_app
+from sim.app.client.app import app as client_app
+from sim.app.client.replies import log_to_stderr
 from sim.app.messages import records
 
 NUM_USERS, NUM_ITEMS = 30, 25
@@ -173,7 +174,7 @@ def client_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     library.handlers[:], library.propagate = handlers, propagate
     library.setLevel(level)
-    client_app.log_to_stderr.cache_clear()
+    log_to_stderr.cache_clear()
 
 
 @pytest.mark.usefixtures("client_process")
@@ -194,7 +195,7 @@ def test_the_client_answers_a_test_request_with_the_rows_it_is_configured_for(fo
         request = records.EvaluationRequest("test" if split == "test" else "valid", True, "", baselines)
         content = records.evaluation_request_record(request, records.model_records({}))
         message = Message(content, dst_node_id=1, message_type=records.EVALUATE)
-        return client_app.evaluate_models(message, context).content
+        return client_app(message, context).content
 
     content = answer("test", True)
     assert records.read_error(content) is None

@@ -1,0 +1,152 @@
+"""Merging coefficients, learned through clients: the cohort and the gradients on it."""
+
+import logging
+from dataclasses import asdict
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from flwr.app import Context, Message, RecordDict
+
+from fedmerge.client.cache.dp_releases import (
+    CoefficientMessage,
+    noised_answer_once,
+)
+from fedmerge.client.coefficients.own_users import ClientMergeSettings, clipped_gradient_sum, coefficient_gradient
+from fedmerge.client.coefficients.pseudo_users import (
+    Cohort,
+    LocalGradient,
+    cohort_folder,
+    keep_cohort,
+    local_change,
+    on_pseudo_users,
+    read_cohort,
+    student_items,
+)
+from fedmerge.client.local_domain import LocalDomain
+from fedmerge.client.training.dp_sgd import poisson_records
+from fedmerge.encoder.backbone import Backbone
+from fedmerge.errors import ClientError, FedMergeError
+from fedmerge.mergerec.cohort import cohort_sha256
+from fedmerge.mergerec.objective import CollaborativeSettings
+from fedmerge.mergerec.variants import learned_settings
+from fedmerge.mergerec.vectors import Vectors, initial_vectors, on_device
+from fedmerge.merging.stack import stack_adapters
+from fedmerge.privacy.dp.randomness import source
+from fedmerge.privacy.dp.releases import answer_rate, answers_have_noise
+from fedmerge.privacy.policy import check_enough_users, check_may_leave
+from sim.app.client.node import Client, open_client
+from sim.app.messages import records
+
+logger = logging.getLogger("fedmerge.client")
+
+
+def cohort(message: Message, context: Context) -> RecordDict:
+    """Cache the cohort's adapters on this client's disk, and generate its pseudo-users."""
+    client = open_client(context)
+    config, domain = client.config, client.domain
+    name = domain.manifest.name
+    check_may_leave(config.privacy.policy, "coefficient gradient", name)
+    _check_enough_own_users(client)
+    adapters = records.read_cohort(message.content)
+    folder = cohort_folder(config, name, domain.catalog, domain.backbone, cohort_sha256(adapters))
+    try:
+        keep_cohort(folder, name, domain.backbone, adapters, domain.catalog, config)
+    except FedMergeError as error:
+        if config.dp.mode != "domain-local" or config.through_clients.users == "own-users":
+            raise
+        logger.error("%s", error)
+        raise ClientError(
+            "no pseudo-users can be made of this cohort; the reason would reveal data, so only the client's log has it"
+        ) from error
+    pseudo = _cached_cohort(folder, domain).pseudo
+    return records.pseudo_users_record(len(pseudo.users) if pseudo else 0)
+
+
+def _check_enough_own_users(client: Client) -> None:
+    config, domain = client.config, client.domain
+    if config.through_clients.users == "own-users":
+        num_users = min(len(domain.training_sequences), config.through_clients.batch_size)
+        what = "gradients of coefficients"
+        check_enough_users(domain.manifest.name, num_users, config.privacy.min_users, what)
+
+
+def gradient(message: Message, context: Context) -> RecordDict:
+    """Send the gradient of the merging coefficients on pseudo-users or users, or the change by local steps."""
+    client = open_client(context)
+    config, domain = client.config, client.domain
+    check_may_leave(config.privacy.policy, "coefficient gradient", domain.manifest.name)
+    _check_enough_own_users(client)  # the cohort may be cached by a run that allowed fewer
+    request, at, students, users = records.read_gradient_request(message.content)
+    settings = learned_settings(config, request.label)
+    start = at[:, 0] if settings.granularity == "domain" else at
+    students = students[:, 0] if students.shape[1] == 1 else students
+    client_cohort = _cached_cohort(
+        cohort_folder(config, domain.manifest.name, domain.catalog, domain.backbone, request.cohort_sha256), domain
+    )
+    vectors = _cached_vectors(client_cohort, settings.initialisation, domain.backbone)
+
+    def answer() -> torch.Tensor:
+        if client_cohort.pseudo is None and config.dp.mode == "user":
+            return _sum_over_own_users(client, vectors, settings, request, start)
+        if client_cohort.pseudo is None:
+            found = _on_own_users(client, vectors, settings, request.step)
+        else:
+            items = student_items(
+                client_cohort, domain.manifest.name, domain.item_sequences, domain.backbone, vectors, students
+            )
+            found = on_pseudo_users(
+                domain.backbone, vectors, client_cohort.pseudo, items, settings, request.step, users
+            )
+        return local_change(found, start, settings, request.num_steps) if request.num_steps else found(0, start)
+
+    if not answers_have_noise(config):
+        return records.gradient_record(answer())
+    asked = CoefficientMessage(**asdict(request), coefficients=start.tolist(), students=students.tolist(), users=users)
+    return records.gradient_record(noised_answer_once(domain, config, asked, answer))
+
+
+def _on_own_users(client: Client, vectors: Vectors, settings: CollaborativeSettings, first: int) -> LocalGradient:
+    own, device = _client_settings(client, settings), client.domain.backbone.device
+
+    def found(step: int, coefficients: torch.Tensor) -> torch.Tensor:
+        return coefficient_gradient(client.domain, vectors, coefficients.to(device), first + step, own)[0].cpu()
+
+    return found
+
+
+def _sum_over_own_users(
+    client: Client,
+    vectors: Vectors,
+    settings: CollaborativeSettings,
+    request: records.GradientRequest,
+    coefficients: torch.Tensor,
+) -> torch.Tensor:
+    """Return the clipped gradient sum over a Poisson sample of the users: each takes part independently."""
+    config, domain = client.config, client.domain
+    drawn = source(
+        config.dp.randomness, config.seed, "client", domain.manifest.name, "own-users", request.label, request.step
+    )
+    rate = answer_rate(config, len(domain.training_sequences))
+    taking_part = poisson_records(domain.training_sequences, "random-prefix", rate, drawn)
+    own, at = _client_settings(client, settings), coefficients.to(domain.backbone.device)
+    return clipped_gradient_sum(domain, vectors, at, taking_part, request.step, own, config.dp.coefficient_clip)
+
+
+def _client_settings(client: Client, settings: CollaborativeSettings) -> ClientMergeSettings:
+    section = client.config.through_clients
+    return ClientMergeSettings(
+        granularity=settings.granularity,
+        batch_size=section.batch_size,
+        seed=settings.seed,
+    )
+
+
+@lru_cache(maxsize=4)
+def _cached_cohort(folder: Path, domain: LocalDomain) -> Cohort:
+    return read_cohort(folder, domain.manifest.name, domain.item_sequences)
+
+
+@lru_cache(maxsize=4)
+def _cached_vectors(cohort: Cohort, initialisation: str, backbone: Backbone) -> Vectors:
+    return on_device(initial_vectors(stack_adapters(cohort.adapters), initialisation), backbone.device)

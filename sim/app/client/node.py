@@ -1,0 +1,124 @@
+"""The node that the client app runs on: its domain, its role and its owner's policy."""
+
+import logging
+import tempfile
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from pathlib import Path
+
+import torch
+from flwr.app import Context
+
+from fedmerge.client.audit.users import for_audit
+from fedmerge.client.local_domain import LocalDomain, open_domain
+from fedmerge.config import ExperimentConfig, Simulation, Text, from_flat
+from fedmerge.device import resolve_compute
+from fedmerge.domain.demo import domains_root
+from fedmerge.encoder.backbone import Backbone, load_backbone
+from fedmerge.errors import ClientError
+from fedmerge.privacy.client_policy import ClientPolicy, check_run_is_allowed, read_client_policy
+from sim.app.messages import records
+
+logger = logging.getLogger("fedmerge.client")
+
+
+@dataclass(frozen=True)
+class Client:
+    """This node's part in the federation."""
+
+    config: ExperimentConfig
+    domain: LocalDomain
+    role: records.Role
+
+
+def open_client(context: Context) -> Client:
+    """Open this node's domain with its backbone, after its owner's policy allows the run.
+
+    Raises:
+        ClientError: the node has no domain, or a [simulation] is asked of a deployed node.
+    """
+    config = from_flat(context.run_config)
+    torch.set_num_threads(config.runtime.threads_per_client)  # before any work; Ray's own setting does not count
+    place = find_place(context)
+    if place is None:
+        raise ClientError("this node has no domain in the experiment")
+    folder, role = place
+    check_own_policy(context, config, folder.name)
+    wanted, runtime = config.backbone, config.runtime
+    backbone = cached_backbone(wanted.source, wanted.pooling, wanted.weights_sha256, runtime.device, runtime.precision)
+    domain = cached_domain(folder, backbone, config.text, config.cache_dir)
+    if config.simulation != Simulation():
+        if "partition-id" not in context.node_config:
+            raise ClientError(
+                f"domain {domain.manifest.name}: [simulation] changes the training data or poisons a training, so it "
+                "is refused outside simulations; remove its keys from the experiment"
+            )
+        domain = for_audit(domain, config.simulation, config.seed)
+    if role == "train" and not domain.can_train:
+        logger.info("%s: no users to train on; joining as unseen", domain.manifest.name)
+        role = "unseen"
+    return Client(config, domain, role)
+
+
+def find_place(context: Context) -> tuple[Path, records.Role] | None:
+    """Return domain folder and role: by the node's own ``domain-path``, or by its turn in the experiment's list."""
+    config = from_flat(context.run_config)
+    domains = config.domains
+    names = domains.train + domains.unseen
+    if "domain-path" in context.node_config:
+        folder = Path(str(context.node_config["domain-path"])).expanduser()
+        if folder.name not in names:
+            return None
+    elif "partition-id" in context.node_config:
+        turn = int(context.node_config["partition-id"])
+        if turn >= len(names):
+            return None
+        folder = domains_root(domains.root, config.cache_dir) / names[turn]
+    else:
+        raise ClientError("this node does not know its domain: start it with --node-config 'domain-path=\"/…/NAME\"'")
+    return folder, "train" if folder.name in domains.train else "unseen"
+
+
+def check_own_policy(context: Context, config: ExperimentConfig, domain: str) -> None:
+    """Refuse what the organisation does not allow; in a simulation only the run's policy applies."""
+    own = own_policy(context)
+    if own is not None or "domain-path" in context.node_config:
+        check_run_is_allowed(own, config, domain)
+
+
+def own_policy(context: Context) -> ClientPolicy | None:
+    """Read the organisation's policy from the node's ``policy-path``; None where only the run's policy applies."""
+    path = context.node_config.get("policy-path")
+    return None if path is None else read_client_policy(Path(str(path)).expanduser())
+
+
+def own_paths(context: Context) -> list[str]:
+    """List the folders of this machine that a message could name."""
+    paths = [str(context.node_config.get(key, "")) for key in ("domain-path", "policy-path", "key-path")]
+    paths += [str(Path.cwd()), tempfile.gettempdir()]
+    with suppress(Exception):  # the reply already reports an error
+        config = from_flat(context.run_config)
+        paths += [config.cache_dir, config.domains.root, config.backbone.source]
+    return paths
+
+
+def domain_name(context: Context) -> str:
+    """Return the name of this node's domain; empty where it has none."""
+    try:
+        place = find_place(context)
+    except Exception:  # the reply already reports an error
+        return ""
+    return place[0].name if place else ""
+
+
+@cache
+def cached_backbone(source: str, pooling: str, weights_sha256: str | None, device: str, precision: str) -> Backbone:
+    """Load a backbone once for all clients of a worker."""
+    return load_backbone(source, pooling, resolve_compute(device, precision), weights_sha256)
+
+
+@lru_cache(maxsize=4)
+def cached_domain(folder: Path, backbone: Backbone, text: Text, cache_dir: str) -> LocalDomain:
+    """Open a domain, or return it where it was opened before."""
+    return open_domain(folder, backbone, text, Path(cache_dir))

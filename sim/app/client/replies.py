@@ -1,0 +1,57 @@
+"""Replies to the server: size limit, signature, errors without private data, and the client's log."""
+
+import logging
+import sys
+import traceback
+from collections.abc import Callable
+from functools import cache, wraps
+from pathlib import Path
+
+from flwr.app import Context, Message, RecordDict
+
+from fedmerge.errors import FedMergeError
+from fedmerge.privacy.client_policy import check_message_size
+from fedmerge.privacy.paths import without_paths
+from fedmerge.privacy.signatures import read_private_key, sign, statement
+from sim.app.client.node import domain_name, own_paths, own_policy
+from sim.app.messages import records
+
+logger = logging.getLogger("fedmerge.client")
+
+
+def replying(handler: Callable[[Message, Context], RecordDict]) -> Callable[[Message, Context], Message]:
+    """Send what a handler returns as a signed reply, and an error as a reply that names it."""
+
+    @wraps(handler)
+    def answer(message: Message, context: Context) -> Message:
+        log_to_stderr()
+        try:
+            content = handler(message, context)
+            if own := own_policy(context):
+                check_message_size(own, records.size_bytes(content), domain_name(context))
+            if key_path := context.node_config.get("key-path"):
+                asked = message.metadata
+                stated = statement(asked.run_id, asked.message_id, records.content_sha256(content))
+                records.add_signature(content, sign(read_private_key(Path(str(key_path))), stated))
+        except FedMergeError as error:
+            logger.error("%s: %s", type(error).__name__, error)
+            text = without_paths(f"{type(error).__name__}: {error}", own_paths(context))
+            content = records.error_record(text, domain_name(context))
+        except Exception as error:  # its text may quote private data, so it stays in this client's own log
+            logger.error("%s", traceback.format_exc())
+            text = f"{type(error).__name__}; details are in the client's own log"
+            content = records.error_record(text, domain_name(context))
+        return Message(content, reply_to=message)
+
+    return answer
+
+
+@cache
+def log_to_stderr() -> None:
+    """Log the library to stderr, set up once a process."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s client %(message)s", "%H:%M:%S"))
+    library = logging.getLogger("fedmerge")
+    library.addHandler(handler)
+    library.setLevel(logging.INFO)
+    library.propagate = False

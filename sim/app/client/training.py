@@ -1,0 +1,103 @@
+"""Train an expert or a round, and send it or cache it for a secure sum."""
+
+import logging
+from dataclasses import asdict, replace
+from functools import partial
+from typing import Any
+
+from flwr.app import Context, Message, RecordDict
+
+from fedmerge.adapter import Adapter
+from fedmerge.client.cache.dp_releases import (
+    Release,
+    check_counted,
+    released_once,
+)
+from fedmerge.client.cache.experts import trained_expert
+from fedmerge.client.cache.secure_sums import check_not_shown, keep_values, sum_of_run
+from fedmerge.client.training.dp_sgd import plan_record, user_plan
+from fedmerge.client.training.poisoning import sent, training_inputs
+from fedmerge.client.training.round import RoundTask, train_round
+from fedmerge.config import Lora
+from fedmerge.encoder.lora import fresh_adapter
+from fedmerge.errors import PolicyError
+from fedmerge.federated.rules import RULES
+from fedmerge.federated.summed import summed_values
+from fedmerge.privacy.policy import check_may_leave
+from fedmerge.privacy.transport import coding_of, decode_as_receiver, residual
+from sim.app.client.node import Client, open_client
+from sim.app.client.secure_sum import remember_values
+from sim.app.messages import records
+
+logger = logging.getLogger("fedmerge.client")
+
+
+def train(message: Message, context: Context) -> RecordDict:
+    """Send a trained adapter: the expert, from the cache if it is there, or a round; or cache it for a secure sum."""
+    client = open_client(context)
+    policy, name = client.config.privacy.policy, client.domain.manifest.name
+    if policy == "aggregate-only":
+        check_may_leave(policy, "metric sums", name)
+        return _train_for_sum(client, message, context)
+    check_may_leave(policy, "adapter", name)
+    adapter, report, task = _train_as_asked(client, message)
+    coding = coding_of(client.config, name, client.domain.backbone)
+    if coding.transport != "float32":
+        lost = residual(adapter, decode_as_receiver(adapter, coding))
+        report = {**report, "transport": {"kind": coding.transport, "residual": lost}}
+    return records.expert_record(adapter, report, coding, only_B=task is not None and task.trained == "B")
+
+
+def _train_for_sum(client: Client, message: Message, context: Context) -> RecordDict:
+    """Train, cache the values for the secure sum, and send only the report, without the hash of the adapter."""
+    adapter, report, task = _train_as_asked(client, message)
+    rule = client.config.rounds.rule
+    row = RULES["weighted-average" if rule is None else rule]
+    if row.summed is None:
+        raise PolicyError(f"rounds.rule is {rule}, which needs single adapters; the policy keeps them at the client.")
+    values = summed_values(row.summed, adapter, task.start if task and row.of == "updates" else None)
+    name, cache_dir = client.domain.manifest.name, client.config.cache_dir
+    of = sum_of_run(client.config, task.number if task else 0)
+    sha256 = keep_values(cache_dir, name, values)
+    check_not_shown(cache_dir, name, sha256, of)
+    remember_values(context, sha256, of)
+    return records.report_record({key: value for key, value in report.items() if key != "sha256"})
+
+
+def _train_as_asked(client: Client, message: Message) -> tuple[Adapter, dict[str, Any], RoundTask | None]:
+    """Return the adapter, the report of its training, and the task where it is a round."""
+    if client.config.rounds.rule is not None:
+        return _train_round_once(client, message)
+    adapter, report = trained_expert(client.domain, client.config, logger.info)
+    if report["validation_users"] < client.config.privacy.min_users:
+        over_few = (
+            ("best_step", "stopped_by") if report["validation_users"] else ()
+        )  # they depend on the same few users
+        report = {**{key: value for key, value in report.items() if key not in over_few}, "validations": []}
+    return adapter, report, None
+
+
+def _train_round_once(client: Client, message: Message) -> tuple[Adapter, dict[str, Any], RoundTask]:
+    config, domain = client.config, client.domain
+    name = domain.manifest.name
+    lora = config.lora.of(name)
+    request, start, base = records.read_round_request(message.content, partial(fresh_adapter, domain.backbone, lora))
+    task = RoundTask(request.number, request.num_rounds, start, base, request.trained, config.rounds.proximal)
+    if config.dp.mode == "user":
+        check_counted(name, config, task)
+        released = released_once(domain, config, task, lambda: _train_round(client, task, lora))
+    else:
+        released = _train_round(client, task, lora)
+    return released.adapter, dict(released.told), task
+
+
+def _train_round(client: Client, task: RoundTask, lora: Lora) -> Release:
+    config, domain = client.config, client.domain
+    trained_on, settings = training_inputs(domain, config)
+    plan = user_plan(domain, config) if config.dp.mode == "user" else None
+    adapter, report = train_round(trained_on, lora, settings, config.seed, task, logger.info, plan)
+    adapter = sent(adapter, domain.manifest.name, config)
+    told = asdict(report) | {"privacy": plan and plan_record(replace(plan, steps=report.steps))}
+    if len(domain.training_sequences) < config.privacy.min_users:
+        told["loss"] = None
+    return Release(adapter, told)
