@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from adapters import random_adapter
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from messages_in_order import Parts, check_parts
 
@@ -16,6 +17,8 @@ from fedmerge.evaluation.sums import Variant, metric_sums
 from sim.app.messages import records
 
 Read = Callable[[RecordDict], object]
+QUERY = "encoder.layer.0.attention.self.query"
+GOOD = random_adapter({QUERY: (32, 32), "encoder.layer.1.attention.self.value": (32, 32)}, 2, 2.0, 0)
 
 
 def facts(**values: Any) -> RecordDict:
