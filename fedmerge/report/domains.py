@@ -1,14 +1,15 @@
-"""A domain, or its import, in words, for its owner."""
+"""A domain, or its import, as text for the domain's owner."""
 
 from pathlib import Path
 
 from fedmerge.domain.folder import domain_info
 from fedmerge.domain.importers.bad_rows import reason_text
 from fedmerge.domain.importers.events import ImportReport
+from fedmerge.escaping import one_line
 
 
 def domain_text(folder: Path) -> str:
-    """Counts, lengths, density, text coverage and problems of a domain folder.
+    """Return the counts, lengths, density, text coverage and problems of a domain folder.
 
     Raises:
         DomainError: the folder is damaged.
@@ -20,7 +21,7 @@ def domain_text(folder: Path) -> str:
         f"{manifest.name}{'  (SYNTHETIC)' if manifest.synthetic else ''}",
         f"  source          {manifest.source}",
         f"  catalog         {'public' if manifest.public_catalog else 'private: does not leave the client'}",
-        f"  users           {manifest.num_users:,} ({info.num_short_users:,} have fewer than 3: never evaluated)",
+        f"  users           {manifest.num_users:,} ({info.num_short_users:,} fewer than 3 items: never evaluated)",
         f"  items           {manifest.num_items:,} ({info.num_unused_items:,} without interactions)",
         f"  interactions    {manifest.num_interactions:,} ({info.num_repeats:,} repeats)",
         f"  a user's length {info.min_length} to {info.max_length}, median {info.median_length:g}",
@@ -28,11 +29,11 @@ def domain_text(folder: Path) -> str:
         f"  items with      {coverage}",
         f"  problems        {'; '.join(info.problems) if info.problems else 'none found'}",
     ]
-    return "\n".join(lines)
+    return "\n".join(one_line(line) for line in lines)
 
 
 def import_text(report: ImportReport) -> str:
-    """What an import made of its rows: a line of counts, then those left out and why, then each file's bad rows."""
+    """Return the counts of an import, the rows it left out with their reasons, and the bad rows of each file."""
     manifest = report.manifest
     lines = [f"{manifest.num_users} users, {manifest.num_items} items, {manifest.num_interactions} interactions"]
     if report.dropped:
@@ -42,4 +43,4 @@ def import_text(report: ImportReport) -> str:
         if file.bad:
             lines.append(f"  {file.source}: {file.num_bad} bad of {file.num_rows} rows:")
             lines += [f"    {reason_text(reason, file.unit)}" for reason in file.bad]
-    return "\n".join(lines)
+    return "\n".join(one_line(line) for line in lines)

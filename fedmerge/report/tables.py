@@ -11,6 +11,7 @@ from typing import Literal, get_args
 
 from fedmerge.config import Split
 from fedmerge.errors import LayoutMismatchError
+from fedmerge.escaping import one_line
 from fedmerge.evaluation.ranks import METRICS
 from fedmerge.evaluation.sums import (
     VARIANTS,
@@ -20,7 +21,6 @@ from fedmerge.evaluation.sums import (
     paired_difference,
     paired_difference_of_mean,
 )
-from fedmerge.report.escaping import one_line
 
 Role = Literal["train", "unseen"]
 TableFormat = Literal["plain", "markdown"]

@@ -147,7 +147,13 @@ def test_an_audit_of_a_run(run: ExperimentConfig, capsys: Capsys) -> None:
     assert recovery["similarity sharing (item factors)"]["50"] > 1.5 * recovery["backbone"]["50"]
     assert [row["model"] for row in found["canaries"]] == ["backbone", "expert", "merged"]
     text = (folder_of(run) / "privacy-audit.txt").read_text()
-    for part in ("LiRA", "who was trained on", "bought one after the other", "canaries (3 planted", "15 were left out"):
+    for part in (
+        "LiRA",
+        "membership inference",
+        "bought one after the other",
+        "canaries (3 planted",
+        "15 were left out",
+    ):
         assert part in text
 
 

@@ -13,8 +13,10 @@ from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_conte
 from flwr.superlink.grid import InMemoryGrid
 
 from fedmerge.config import ExperimentConfig
-from sim.app.messages.printable import printable
+from fedmerge.escaping import one_line
+from sim.app.messages import records
 from sim.app.server.asking import pull_replies
+from sim.app.server.phases.training import log_expert
 from sim.app.server.questions import Inquiry, Question, State
 from sim.app.server.replies import handle_reply
 from sim.app.server.run import Run, new_run
@@ -88,9 +90,30 @@ def test_only_this_machines_own_nodes_are_simulated(tmp_path: Path) -> None:
 
 
 def test_text_from_clients_is_made_printable() -> None:
-    assert printable("a\x1b[31mred\x07 \r\u202eü", 99) == "a\\x1b[31mred\\x07 \\r\\u202eü"
-    assert printable("x" * 10, 4) == "xxxx …"
+    assert one_line("a\x1b[31mred\x07 \u202eü", 99) == "a\\x1b[31mred\\x07 \\u202eü"
+    assert one_line("x" * 10, 4) == "xxxx …"
 
 
-def test_no_client_can_forge_a_line_of_the_log() -> None:
-    assert printable("oh\n12:00:00 the run failed", 99) == "oh\n    12:00:00 the run failed"
+def test_no_client_can_forge_a_line_of_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = run_of(Remote({}), tmp_path)
+    content = records.error_record("oh\n12:00:00 done in 1 s\r\x1b[2K")
+    reply: Any = SimpleNamespace(has_error=lambda: False, content=content)
+    inquiry = Inquiry("north", 7, Question("train", 1.0))
+    handle_reply(run, inquiry, reply, lambda name, content: None)
+    (logged,) = caplog.messages
+    assert logged.endswith("oh 12:00:00 done in 1 s \\x1b[2K")
+    assert len(logged.splitlines()) == 1
+    assert logged == f"excluded: north: {run.members.excluded['north'].reason}"
+
+
+def test_no_client_can_forge_a_line_of_the_log_by_the_report_of_its_training(caplog: pytest.LogCaptureFixture) -> None:
+    forged = "1\n12:00:00 done in 1 s\x1b[2K"
+    keys = ("steps", "best_step", "stopped_by")
+    report = dict.fromkeys(keys, forged) | {"transport": {"kind": forged, "residual": forged}}
+    caplog.set_level("INFO", logger="fedmerge")
+    log_expert("north", report, few=True)
+    assert len(caplog.messages) == 2
+    for logged in caplog.messages:
+        assert len(logged.splitlines()) == 1
+        assert "\x1b" not in logged
+    assert caplog.text.count("1 12:00:00 done in 1 s\\x1b[2K") == 5

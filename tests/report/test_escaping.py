@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
+from fedmerge.escaping import one_line, printable
 from fedmerge.evaluation.ranks import METRICS
 from fedmerge.evaluation.sums import VARIANTS, metric_sums
-from fedmerge.report.escaping import one_line, printable
 from fedmerge.report.html.page import element
 from fedmerge.report.run.final_report import Evaluated, run_report
 from fedmerge.report.tables import ResultRow, results_table

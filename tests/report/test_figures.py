@@ -5,7 +5,8 @@ import doctest
 import pytest
 from page_parser import parsed
 
-from fedmerge.report import bench_tables, escaping, statistics
+from fedmerge import escaping
+from fedmerge.report import bench_tables, statistics
 from fedmerge.report.html import charts, page
 from fedmerge.report.html.charts import Dot, Line, Point, dot_chart, line_chart, scatter_chart
 

@@ -35,8 +35,8 @@ def _recommend(options: argparse.Namespace) -> int:
 
     from fedmerge.domain.catalog import load_catalog
     from fedmerge.domain.manifest import read_manifest
+    from fedmerge.escaping import one_line
     from fedmerge.recommender import check_request, index_items, load_recommender, recommend
-    from fedmerge.report.escaping import one_line
 
     torch.set_num_threads(config.runtime.server_threads)
     manifest = read_manifest(options.domain)

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 
-from fedmerge.report.escaping import printable
+from fedmerge.escaping import printable
 
 ABSENT = "–"
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedmerge.config import Simulation, Split
+from fedmerge.escaping import one_line
 from fedmerge.evaluation.ranks import METRICS
 from fedmerge.evaluation.sums import EXPERT, VARIANTS, MetricSums, Variant
-from fedmerge.report.escaping import one_line
 from fedmerge.report.tables import Role, differences_table, result_rows, results_table
 from fedmerge.server.choice import SERVED, with_served
 

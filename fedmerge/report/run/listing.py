@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fedmerge.report.escaping import one_line, printable
+from fedmerge.escaping import one_line, printable
 from fedmerge.runs.reading import MergeRecord, RunDetails, RunSummary
 
 MOST_LINES = 20  # of one kind, in text

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from fedmerge.errors import RunDirError
+from fedmerge.escaping import one_line
 from fedmerge.files import read_json, write_json
 from fedmerge.privacy.signatures import RegisteredKey
 from sim.app.messages import records
-from sim.app.messages.printable import printable
 
 CLIENTS_FILE = "clients.json"
 FEW_CLIENTS = 20  # with at most this many, each client gets its own log line
@@ -26,7 +26,7 @@ class Exclusion:
 
     Attributes:
         phase: in which it failed.
-        reason: printable text.
+        reason: a single printable line.
         description: its client's own, if it sent one.
     """
 
@@ -69,7 +69,7 @@ class Members:
 
     def exclude(self, name: str, reason: str, phase: str) -> None:
         """Exclude a domain or a node, and write this down."""
-        name, reason = printable(name, LONGEST_NAME), printable(reason, LONGEST_REASON)
+        name, reason = one_line(name, LONGEST_NAME), one_line(reason, LONGEST_REASON)
         logger.warning("excluded: %s: %s", name, reason)
         self.excluded[name] = Exclusion(phase, reason, self.descriptions.get(name))
         self.nodes.pop(name, None)

@@ -6,10 +6,10 @@ from typing import Any
 from flwr.app import RecordDict
 
 from fedmerge.errors import FedMergeError, RunDirError
+from fedmerge.escaping import one_line
 from fedmerge.privacy.dp.agreement import check_spent
 from fedmerge.runs.dp_spent import ANSWER, note_release
 from sim.app.messages import records
-from sim.app.messages.printable import printable
 from sim.app.server.members import LONGEST_REASON
 from sim.app.server.questions import own_noise
 from sim.app.server.run import Run
@@ -57,6 +57,6 @@ def _noting(run: Run, number: int, spent: Callable[[str, RecordDict], Any]) -> R
                 why_not = str(error)
             except Exception as error:  # whatever a client sends
                 why_not = f"{type(error).__name__}: {error}"
-        note_release(run.folder, domain, number, sha256, privacy, printable(str(why_not), LONGEST_REASON))
+        note_release(run.folder, domain, number, sha256, privacy, one_line(str(why_not), LONGEST_REASON))
 
     return released

@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping
 from flwr.app import Message, RecordDict
 
 from fedmerge.errors import ClientError, RunDirError
+from fedmerge.escaping import one_line
 from fedmerge.privacy.signatures import signer, statement
 from sim.app.flower_internals import ErrorCode
 from sim.app.messages import records
-from sim.app.messages.printable import printable
 from sim.app.server.ledger import UNSIGNED
 from sim.app.server.members import LONGEST_REASON
 from sim.app.server.questions import Inquiry, State
@@ -133,7 +133,7 @@ def _accept(
         return False
     finally:
         run.ledger.add(
-            printable(recorded_as, LONGEST_REASON), question, reply.content, too_large=too_large, signed=signed
+            one_line(recorded_as, LONGEST_REASON), question, reply.content, too_large=too_large, signed=signed
         )
 
 
@@ -142,7 +142,7 @@ def _exclude_for_error(run: Run, name: str, message_type: str, reply: Message) -
     # Flower would send all further messages to the dead process. Between machines any client could claim this.
     if run.simulated and WORKER_DIED.search(reply.error.reason or ""):
         raise ClientError(
-            f"{name}: the process that simulated it died in {message_type}: {printable(reason, LONGEST_REASON)}\nIt "
+            f"{name}: the process that simulated it died in {message_type}: {one_line(reason, LONGEST_REASON)}\nIt "
             "was killed, or the memory was full. Everything finished is saved; resume with: "
             f"fedmerge run --resume {run.folder}"
         )

@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 from flwr.app import ConfigRecord, RecordDict
 
 from fedmerge.errors import ClientError
-from sim.app.messages.printable import printable
+from fedmerge.escaping import one_line
 
 LONGEST_SHOWN = 80  # characters of a client's text in an error
 T = TypeVar("T")
@@ -34,12 +34,12 @@ def read_dataclass(kind: type[T], values: Mapping[str, Any]) -> T:
         | {key for key, value in values.items() if key in expected and type(value) is not _plain(expected[key])}
     )
     if wrong:
-        shown = [printable(key, LONGEST_SHOWN) for key in wrong]
+        shown = [one_line(key, LONGEST_SHOWN) for key in wrong]
         raise ClientError(f"its {kind.__name__} has another form in {shown}; {ONE_VERSION}")
     for key, annotation in expected.items():
         allowed = get_args(annotation)
         if allowed and values[key] not in allowed:
-            found = printable(values[key], LONGEST_SHOWN)
+            found = one_line(values[key], LONGEST_SHOWN)
             raise ClientError(
                 f"its {kind.__name__} has {key} = {found!r}, expected one of {', '.join(map(repr, allowed))}; "
                 f"{ONE_VERSION}"

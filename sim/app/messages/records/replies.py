@@ -7,8 +7,8 @@ from typing import Any
 
 from flwr.app import Array, ConfigRecord, RecordDict
 
+from fedmerge.escaping import one_line
 from fedmerge.privacy.signatures import Signature
-from sim.app.messages.printable import printable
 from sim.app.messages.records.fields import LONGEST_SHOWN, read_dataclass
 
 LONGEST_EXPOSED = 200  # characters of a name in the ledger
@@ -103,5 +103,5 @@ def contents(content: RecordDict) -> Iterator[dict[str, Any]]:
 
 def _exposed(name: str, dtype: str, shape: tuple[int, ...], size_bytes: int) -> dict[str, Any]:
     """Return a row of the ledger; its texts are the client's own."""
-    name, dtype = printable(name, LONGEST_EXPOSED), printable(dtype, LONGEST_SHOWN)
+    name, dtype = one_line(name, LONGEST_EXPOSED), one_line(dtype, LONGEST_SHOWN)
     return {"name": name, "dtype": dtype, "shape": "x".join(map(str, shape)), "size_bytes": size_bytes}

@@ -10,6 +10,7 @@ from fedmerge.domain.catalog import Catalog
 from fedmerge.encoder.backbone import Backbone
 from fedmerge.encoder.lora import fresh_adapter, layout_of
 from fedmerge.errors import ClientError
+from fedmerge.escaping import one_line
 from fedmerge.mergerec.variants import labels_from_catalogs
 from fedmerge.privacy.dp.agreement import check_spent
 from fedmerge.privacy.transport import coding_of
@@ -17,7 +18,6 @@ from fedmerge.runs import checkpoints
 from fedmerge.server.admission import adapter_bytes, check_adapter
 from fedmerge.server.gate import probes
 from sim.app.messages import records
-from sim.app.messages.printable import printable
 from sim.app.server.asking import ask
 from sim.app.server.members import FEW_CLIENTS, LONGEST_NAME, join_names
 from sim.app.server.questions import Question, own_noise
@@ -94,7 +94,7 @@ def _ask_for_experts(run: Run, backbone: Backbone, domains: list[str]) -> dict[s
         adapter, report = records.read_expert(content, coding_of(config, domain, backbone), likes[domain])
         check_adapter(domain, adapter, layouts[domain])
         check_spent(domain, config, report.get("privacy"), run.members.descriptions[domain].num_users)
-        _log_expert(domain, report, few=len(domains) <= FEW_CLIENTS)
+        log_expert(domain, report, few=len(domains) <= FEW_CLIENTS)
         # This must be last: nothing after it may raise.
         sources[domain] = checkpoints.write_expert(run.folder, domain, adapter, report, backbone.name)
 
@@ -109,11 +109,11 @@ def _ask_for_experts(run: Run, backbone: Backbone, domains: list[str]) -> dict[s
     return sources
 
 
-def _log_expert(domain: str, report: Mapping[str, Any], few: bool) -> None:
+def log_expert(domain: str, report: Mapping[str, Any], few: bool) -> None:
     """Log a client's report of its training; its texts are the client's own."""
 
     def shown(value: Any) -> str:
-        return printable(str(value), LONGEST_NAME)
+        return one_line(str(value), LONGEST_NAME)
 
     if sent := report.get("transport"):
         kind, residual = shown(sent.get("kind")), shown(sent.get("residual"))
@@ -121,8 +121,8 @@ def _log_expert(domain: str, report: Mapping[str, Any], few: bool) -> None:
     (logger.info if few else logger.debug)(
         "%s: expert received (%s steps, best at %s, stopped by %s, %.0f s%s)",
         domain,
-        report.get("steps"),
-        report.get("best_step", "(not reported)"),
+        shown(report.get("steps")),
+        shown(report.get("best_step", "(not reported)")),
         shown(report.get("stopped_by", "(not reported)")),
         float(report.get("seconds", 0)),
         ", from the client's cache" if report.get("cached") else "",

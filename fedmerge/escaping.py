@@ -22,11 +22,19 @@ def printable(text: str) -> str:
     )
 
 
-def one_line(text: str) -> str:
+def one_line(text: str, longest: int | None = None) -> str:
     """Return the text as a single line: its lines joined by a space, tabs as spaces, control characters as escapes.
+
+    Args:
+        text: from outside.
+        longest: number of its characters to show, before escapes; a longer text ends in ``…``. None shows all.
 
     >>> one_line("a reason\\n\\n  of two lines")
     'a reason of two lines'
+    >>> one_line("a long reason", longest=6)
+    'a long …'
     """
-    lines = text.replace("\t", " ").splitlines()
-    return printable(" ".join(line.strip() for line in lines if line.strip()) if len(lines) > 1 else "".join(lines))
+    shown = text if longest is None else text[:longest]
+    lines = shown.replace("\t", " ").splitlines()
+    line = printable(" ".join(line.strip() for line in lines if line.strip()) if len(lines) > 1 else "".join(lines))
+    return line if len(shown) == len(text) else f"{line} …"
