@@ -20,7 +20,7 @@ def shipped_files() -> list[Path]:
     return sorted(path for pattern in SHIPPED for path in Path().glob(pattern))
 
 
-class BuildWithShipped(build_py):
+class BuildWithShipped(build_py):  # type: ignore[misc]  # setuptools has no type information
     """Copy the shipped files beside the modules; an editable installation uses them where they are."""
 
     def run(self) -> None:
@@ -40,7 +40,7 @@ class BuildWithShipped(build_py):
         return [*super().get_source_files(), *(str(path) for path in shipped_files())]
 
 
-class EditableWithSim(editable_wheel):
+class EditableWithSim(editable_wheel):  # type: ignore[misc]  # likewise
     """Make ``sim`` importable, too, for tests and benchmarks of a checkout."""
 
     def run(self) -> None:

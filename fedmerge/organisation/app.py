@@ -1,4 +1,4 @@
-"""Approval of the app that an operator submits: code that would run beside an organisation's data.
+"""Approval of the app that an operator submits: code that asks to run beside an organisation's data.
 
 A client of ``fedmerge client start`` never runs the code that arrives. It runs its own installed ``sim.app``, and only
 for an app whose bundle (Flower's FAB) was approved by its hash and holds the same ``sim.app``, byte for byte, and
@@ -24,13 +24,25 @@ def app_sha256(bundle: bytes) -> str:
     return hashlib.sha256(bundle).hexdigest()
 
 
-def check_app(bundle: bytes, approved: Collection[str], installed: Path) -> None:
+def installed_code(package: Path) -> Mapping[str, str]:
+    """Return path in a bundle -> SHA-256 of the files that a bundle must hold as they are installed here.
+
+    Args:
+        package: folder of the ``sim`` package of this installation.
+    """
+    files = (package / "__init__.py", *(package / "app").rglob("*.py"))
+    return {
+        f"sim/{path.relative_to(package).as_posix()}": hashlib.sha256(path.read_bytes()).hexdigest() for path in files
+    }
+
+
+def check_app(bundle: bytes, approved: Collection[str], installed: Mapping[str, str]) -> None:
     """Refuse an app that is not approved, or whose bundle holds anything but the code that is installed here.
 
     Args:
         bundle: the FAB.
         approved: SHA-256 of the approved bundles.
-        installed: folder of the ``sim`` package of this installation.
+        installed: see :func:`installed_code`.
 
     Raises:
         PolicyError: the app is refused; nothing of it has been run.
@@ -39,12 +51,12 @@ def check_app(bundle: bytes, approved: Collection[str], installed: Path) -> None
     if sha256 not in approved:
         raise PolicyError(
             f"the app {sha256} is not approved here and was not run. If it is the one that you agreed on, the "
-            "organisation approves it once: fedmerge client approve."
+            "organisation approves it once, with fedmerge client approve."
         )
     check_contents(bundle, installed)
 
 
-def check_contents(bundle: bytes, installed: Path) -> None:
+def check_contents(bundle: bytes, installed: Mapping[str, str]) -> None:
     """Refuse a bundle that holds anything but the installed ``sim.app``, pyproject.toml and the licence.
 
     Names are compared as they are in the archive, so another spelling of a path (case, ``..``, a leading slash) is
@@ -64,10 +76,9 @@ def check_contents(bundle: bytes, installed: Path) -> None:
         raise PolicyError(
             f"the app {short}… holds {extra[0]}; it was not run. Expected only sim/app/, pyproject.toml and LICENSE."
         )
-    files = (installed / "__init__.py", *(installed / "app").rglob("*.py"))
-    own = {f"sim/{path.relative_to(installed).as_posix()}": path.read_bytes() for path in files}
-    shipped = {name: data for name, data in found.items() if name.startswith(CODE)}
-    if different := sorted(name for name in own.keys() | shipped.keys() if own.get(name) != shipped.get(name)):
+    shipped = {name: hashlib.sha256(data).hexdigest() for name, data in found.items() if name.startswith(CODE)}
+    names = installed.keys() | shipped.keys()
+    if different := sorted(name for name in names if installed.get(name) != shipped.get(name)):
         raise PolicyError(
             f"the app {short}… differs from the fedmerge installed here in {different[0]} ({len(different)} files "
             "differ); it was not run. Install the same version of fedmerge on both sides."
@@ -95,5 +106,5 @@ def _files(bundle: bytes, short: str) -> Mapping[str, bytes]:
             return {member.orig_filename: archive.read(member) for member in members}
     except PolicyError:
         raise
-    except Exception as error:  # of zipfile and of the decompressors: many kinds
+    except Exception as error:  # zipfile and the decompressors raise many kinds
         raise PolicyError(f"the app {short}… is not a Flower app bundle ({error}); it was not run.") from error

@@ -1,14 +1,22 @@
 """The Flower app as it travels: the bundle that the operator submits and every organisation approves."""
 
-import hashlib
 import tempfile
 from pathlib import Path
 
+from fedmerge.organisation.app import app_sha256
 from sim.flower_internals import build_fab_from_disk
 from sim.local.launch import copy_app
 
 
-def app_sha256(app_dir: Path) -> str:
-    """The hash by which Flower names the bundle of this app: SHA-256 of its bytes, which are always the same."""
+def build_app(app_dir: Path) -> bytes:
+    """Return the bundle (Flower's FAB) that ``fedmerge run --federation`` submits; the same bytes every time.
+
+    ``flwr build`` and ``flwr run`` in a checkout make another one, with the whole pyproject.toml inside.
+    """
     with tempfile.TemporaryDirectory(prefix="fedmerge-app-") as folder:
-        return hashlib.sha256(build_fab_from_disk(copy_app(app_dir, Path(folder)))).hexdigest()
+        return build_fab_from_disk(copy_app(app_dir, Path(folder)))
+
+
+def submitted_sha256(app_dir: Path) -> str:
+    """Return the hash by which Flower and organisations name the bundle of :func:`build_app`."""
+    return app_sha256(build_app(app_dir))

@@ -16,7 +16,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,7 +25,7 @@ from flwr.app import Context, Error, Message, RecordDict
 
 import fedmerge
 from fedmerge.errors import FedMergeError, PolicyError
-from fedmerge.organisation.app import check_app
+from fedmerge.organisation.app import check_app, installed_code
 from fedmerge.organisation.folder import KEY, Client, approved_apps, read_client
 from fedmerge.privacy.client_policy import read_client_policy, too_slow_error
 from fedmerge.privacy.paths import without_paths
@@ -64,6 +64,7 @@ def main(folder: Path, address: str, secret: bytes) -> None:
     """Take messages from the SuperNode, one after the other, until it or the parent is gone."""
     end_with_parent(signal.SIGTERM)
     signal.signal(signal.SIGTERM, _leave)
+    code = installed_code(Path(__file__).parents[1])  # now: an upgrade changes the files, not what is loaded
     log_to_stderr()
     logger.info("ready; answers with fedmerge %s from %s", fedmerge.__version__, Path(fedmerge.__file__).parent)
     auth = SuperExecAuthHttpInterceptor(
@@ -76,17 +77,17 @@ def main(folder: Path, address: str, secret: bytes) -> None:
             found = runtime.AcquireTask(request)
             if found.HasField("task") and found.token:
                 with _runtime(address, RuntimeTokenHttpInterceptor(found.token)) as of_task:
-                    _work(of_task, folder, found.task.type == TaskType.CLIENT_APP)
+                    _work(of_task, folder, code, found.task.type == TaskType.CLIENT_APP)
             time.sleep(POLL_SECONDS)
 
 
-def _work(runtime: RuntimeHttpClient, folder: Path, is_client_app: bool) -> None:
+def _work(runtime: RuntimeHttpClient, folder: Path, code: Mapping[str, str], is_client_app: bool) -> None:
     """Answer one message: check the app, then work in a process of its own."""
     message, context, _, fab = pull_task_input(runtime)
     kind, started = message.metadata.message_type, time.monotonic()
     try:
         client = read_client(folder)  # anew each time: what its owner changes holds at once
-        check(client, fab, is_client_app)
+        check(client, fab, code, is_client_app)
         own = read_client_policy(client.policy)
         logger.info("%s: working", kind)
         settle(context, client)
@@ -112,11 +113,22 @@ def _answer(message: Message, context: Context) -> tuple[RecordDict, RecordDict]
     return reply.content, context.state
 
 
-def check(client: Client, fab: Fab, is_client_app: bool = True) -> None:
-    """Refuse what is not the approved app; PolicyError, ConfigError."""
+def check(client: Client, fab: Fab, code: Mapping[str, str], is_client_app: bool = True) -> None:
+    """Refuse everything but the approved app.
+
+    Args:
+        client: the client, whose approvals are read each time.
+        fab: the app that arrived.
+        code: the installed code as it was loaded (``fedmerge.organisation.app.installed_code``).
+        is_client_app: False for a task of Flower's agents.
+
+    Raises:
+        PolicyError: the app is refused.
+        ConfigError: the list of approvals cannot be read.
+    """
     if not is_client_app:
         raise PolicyError("the run is one of Flower's agents, not an app for clients; it was not run.")
-    check_app(fab.content, approved_apps(client.folder), Path(__file__).parents[1])
+    check_app(fab.content, approved_apps(client.folder), code)
 
 
 def settle(context: Context, client: Client) -> None:

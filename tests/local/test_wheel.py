@@ -10,7 +10,7 @@ from backbones import tiny_bert
 from wheels import REPOSITORY, Installed, build_wheel, install_wheel
 
 from fedmerge.installation import shipped_configs
-from sim.machines.app_bundle import app_sha256
+from sim.machines.app_bundle import submitted_sha256
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
@@ -66,7 +66,7 @@ def test_nothing_called_sim_is_importable_and_a_users_own_is_left_alone(installe
 
 def test_the_app_has_the_hash_of_the_checkouts(installed: Installed) -> None:
     assert installed.package.joinpath("shipped").is_dir()
-    assert app_sha256(installed.package / "shipped") == app_sha256(REPOSITORY)
+    assert submitted_sha256(installed.package / "shipped") == submitted_sha256(REPOSITORY)
 
 
 def test_the_configurations_are_there_by_name(installed: Installed, tmp_path: Path) -> None:

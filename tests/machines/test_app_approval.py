@@ -1,7 +1,6 @@
 """Which apps a client works for: the approved ones that hold what is installed here, and nothing else, ever."""
 
 import shutil
-import tempfile
 import tomllib
 import zipfile
 from io import BytesIO
@@ -11,23 +10,23 @@ import pytest
 from flwr.cli.build import build_fab_from_disk
 from flwr.supercore.fab import Fab
 
-import sim.machines.app_bundle
+import sim
 from fedmerge.cli import main
 from fedmerge.domain.demo import write_demo
 from fedmerge.errors import PolicyError, RunDirError
-from fedmerge.organisation.app import app_sha256, check_app, check_contents
+from fedmerge.organisation.app import app_sha256, check_app, check_contents, installed_code
 from fedmerge.organisation.folder import approve_app, approved_apps, init_client, read_client
 from sim.local.launch import copy_app
+from sim.machines.app_bundle import build_app, submitted_sha256
 from sim.machines.executor import check
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-INSTALLED = Path(str(sim.__file__)).parent
+INSTALLED = installed_code(Path(str(sim.__file__)).parent)
 
 
 @pytest.fixture(scope="module")
 def good() -> bytes:
-    with tempfile.TemporaryDirectory() as folder:
-        return build_fab_from_disk(copy_app(REPOSITORY, Path(folder)))
+    return build_app(REPOSITORY)
 
 
 def test_the_copy_that_flower_is_given_depends_on_the_app_alone(tmp_path: Path, good: bytes) -> None:
@@ -46,14 +45,14 @@ def test_the_copy_that_flower_is_given_depends_on_the_app_alone(tmp_path: Path, 
     (checkout / "sim" / "link.py").symlink_to(REPOSITORY / "README.md")
     copied = copy_app(checkout, tmp_path / "copied")
     assert build_fab_from_disk(copied) == good
-    assert sim.machines.app_bundle.app_sha256(checkout) == app_sha256(good)
+    assert submitted_sha256(checkout) == app_sha256(good)
     assert {file.suffix for file in copied.rglob("*") if file.is_file()} == {".py", ".toml", ""}
     assert not (copied / "docs").exists()
     told = tomllib.loads((copied / "pyproject.toml").read_text())
     assert told.keys() == {"project", "tool"}
     assert told["tool"] == {"flwr": tomllib.loads(settings)["tool"]["flwr"]}
     (checkout / "pyproject.toml").write_text(settings.replace("max_steps = 60", "max_steps = 61"))
-    assert sim.machines.app_bundle.app_sha256(checkout) != app_sha256(good)
+    assert submitted_sha256(checkout) != app_sha256(good)
 
 
 @pytest.mark.parametrize(
@@ -166,6 +165,34 @@ def test_only_flowers_way_of_packing_is_unpacked(good: bytes) -> None:
     assert "deflate" in str(caught.value)
 
 
+def test_a_client_compares_with_the_code_that_it_started_with(good: bytes, tmp_path: Path) -> None:
+    """An upgrade under a running client changes the files, not the code in its memory."""
+    package = tmp_path / "sim"
+    shutil.copytree(REPOSITORY / "sim", package)
+    loaded = installed_code(package)
+    (package / "app" / "client" / "app.py").write_text("import os\n")
+    check_contents(good, loaded)
+    with pytest.raises(PolicyError) as caught:
+        check_contents(good, installed_code(package))
+    assert "sim/app/client/app.py" in str(caught.value)
+
+
+def test_the_operator_writes_the_app_that_runs_submit_and_overwrites_nothing(
+    good: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "app.fab"
+    file.write_text("mine")
+    assert main(["deploy", "app", "--out", str(file)]) == 1
+    assert str(file) in capsys.readouterr().err
+    assert file.read_text() == "mine"
+    file.unlink()
+    assert main(["deploy", "app", "--out", str(file)]) == 0
+    assert file.read_bytes() == good
+    assert submitted_sha256(REPOSITORY) in capsys.readouterr().out
+    assert main(["deploy", "app", "--out", str(tmp_path / "none" / "app.fab")]) == 1
+    assert str(tmp_path / "none") in capsys.readouterr().err
+
+
 def test_approving_by_file_looks_into_it(good: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_demo(tmp_path / "domains", num_domains=2, num_users=10, num_items=20)
     init_client(tmp_path / "north", "north", tmp_path / "domains" / "beauty")
@@ -176,11 +203,11 @@ def test_approving_by_file_looks_into_it(good: bytes, tmp_path: Path, capsys: py
     assert main(["client", "approve", str(tmp_path / "north"), "--app", str(tmp_path / "good.fab")]) == 0
     assert approved_apps(tmp_path / "north") == {app_sha256(good)}
     client = read_client(tmp_path / "north")
-    check(client, Fab(app_sha256(good), good, {}))
+    check(client, Fab(app_sha256(good), good, {}), INSTALLED)
     with pytest.raises(PolicyError, match="one of Flower's agents"):
-        check(client, Fab(app_sha256(good), good, {}), is_client_app=False)
+        check(client, Fab(app_sha256(good), good, {}), INSTALLED, is_client_app=False)
     other = repacked(good, {"LICENSE": b"free"})
     with pytest.raises(PolicyError, match="is not approved here"):  # whatever hash comes with it
-        check(client, Fab(app_sha256(good), other, {}))
+        check(client, Fab(app_sha256(good), other, {}), INSTALLED)
     approve_app(client.folder, app_sha256(other), "by hand")
-    check(client, Fab(app_sha256(other), other, {}))
+    check(client, Fab(app_sha256(other), other, {}), INSTALLED)

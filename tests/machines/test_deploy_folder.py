@@ -20,7 +20,7 @@ from fedmerge.deploy.clients import add_client, find_client, list_clients, note_
 from fedmerge.deploy.folder import Deployment, create_deployment, read_deployment, renew
 from fedmerge.errors import DeploymentError, DomainError, RunDirError
 from fedmerge.privacy.signatures import read_registered_keys
-from sim.machines.app_bundle import app_sha256
+from sim.machines.app_bundle import submitted_sha256
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 HOSTS = ["fl.example.org", "10.1.2.3"]
@@ -303,7 +303,7 @@ def test_the_commands_say_what_comes_next(tmp_path: Path, capsys: pytest.Capture
     assert output[0].startswith(f"{folder}/clients/shop: send this folder to shop")
     assert output[2] == "its key will be registered when the federation is started"
     told = tomllib.loads((folder / "clients/shop/federation.toml").read_text())
-    assert told["app"] == app_sha256(REPOSITORY)
+    assert told["app"] == submitted_sha256(REPOSITORY)
     note_nodes(read_deployment(folder), {"shop": 5})
     assert main(["deploy", "remove-client", str(folder), "shop"]) == 1
     assert "its key can only be withdrawn while the federation runs. Start it: " in capsys.readouterr().err

@@ -61,7 +61,7 @@ def _init(options: argparse.Namespace) -> int:
 
 def _approve(options: argparse.Namespace) -> int:
     from fedmerge.errors import ConfigError
-    from fedmerge.organisation.app import app_sha256, check_contents
+    from fedmerge.organisation.app import app_sha256, check_contents, installed_code
     from fedmerge.organisation.folder import approve_app, approved_apps, read_bundle, read_client
 
     client = read_client(options.folder)
@@ -72,7 +72,7 @@ def _approve(options: argparse.Namespace) -> int:
             content = options.app.read_bytes()
         except OSError as error:
             raise ConfigError(f"{options.app}: cannot be read ({error.strerror}), expected a .fab file.") from error
-        check_contents(content, Path(str(sim.__file__)).parent)
+        check_contents(content, installed_code(Path(str(sim.__file__)).parent))
         sha256, source = app_sha256(content), options.app.name
     elif options.bundle is not None:
         bundle = read_bundle(options.bundle)

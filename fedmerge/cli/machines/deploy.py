@@ -46,6 +46,10 @@ def add_commands(commands: "Commands") -> None:
     bundle.add_argument("client", metavar="NAME")
     bundle.set_defaults(command=_bundle)
 
+    app = parts.add_parser("app", help="write the app that runs submit, for organisations that approve it by file")
+    app.add_argument("--out", type=Path, required=True, metavar="FILE", help="the file to write, for example app.fab")
+    app.set_defaults(command=_app)
+
     status = _with_folder(parts, "status", "show health, clients, certificates, the last run")
     status.add_argument("--json", action="store_true", help="machine-readable output")
     status.set_defaults(command=_status)
@@ -84,11 +88,11 @@ def _add_client(options: argparse.Namespace) -> int:
     from fedmerge.deploy.folder import read_deployment
     from fedmerge.errors import DeploymentError
     from fedmerge.installation import root
-    from sim.machines.app_bundle import app_sha256
+    from sim.machines.app_bundle import submitted_sha256
     from sim.machines.superlink import is_healthy, register_clients
 
     deployment = read_deployment(options.folder)
-    bundle = add_client(deployment, options.client, options.public_key, app_sha256(root()), options.domain)
+    bundle = add_client(deployment, options.client, options.public_key, submitted_sha256(root()), options.domain)
     running = is_healthy(deployment)
     refusals: list[str] = []
     if running and options.client not in register_clients(deployment, refusals.append):
@@ -108,10 +112,31 @@ def _bundle(options: argparse.Namespace) -> int:
     from fedmerge.deploy.clients import write_bundle
     from fedmerge.deploy.folder import read_deployment
     from fedmerge.installation import root
-    from sim.machines.app_bundle import app_sha256
+    from sim.machines.app_bundle import submitted_sha256
 
-    bundle = write_bundle(read_deployment(options.folder), options.client, app_sha256(root()))
+    bundle = write_bundle(read_deployment(options.folder), options.client, submitted_sha256(root()))
     print(f"{bundle}: written again; send this folder to {options.client}, who approves the app that it names")
+    return 0
+
+
+def _app(options: argparse.Namespace) -> int:
+    from fedmerge.errors import DeploymentError
+    from fedmerge.installation import root
+    from fedmerge.organisation.app import app_sha256
+    from sim.machines.app_bundle import build_app
+
+    content = build_app(root())
+    try:
+        with options.out.open("xb") as file:
+            file.write(content)
+    except FileExistsError as error:
+        raise DeploymentError(f"{options.out} exists and is not overwritten. Choose another file.") from error
+    except OSError as error:
+        raise DeploymentError(f"{options.out}: cannot be written ({error.strerror}). Choose another file.") from error
+    print(
+        f"{options.out}: app {app_sha256(content)}\n"
+        f"Send it to the organisations; each approves it with: fedmerge client approve DIR --app {options.out.name}"
+    )
     return 0
 
 
