@@ -33,7 +33,7 @@ from fedmerge.encoder.lora import fresh_adapter
 from fedmerge.mergerec.coefficients import start_coefficients
 from fedmerge.mergerec.learn import learn_coefficients, student_vectors
 from fedmerge.mergerec.objective import PAPER
-from fedmerge.mergerec.variants import pseudo_users_of
+from fedmerge.mergerec.pseudo_users import pseudo_users_of
 from fedmerge.merging.stack import linear_merge, stack_adapters
 from fedmerge.privacy.transport import Coding, decode_as_receiver, pack, residual
 
@@ -65,8 +65,20 @@ def by_local_steps(
     """MergeRec; messages to a client, and how far the coefficients are from the exact ones, of the way those went."""
     settings = replace(PAPER, granularity="layer", steps=100, learning_rate=1e-2, seed=config.seed)
     vectors = stack_adapters(experts)
-    catalogs = {domain.manifest.name: domain.catalog for domain in domains}
-    pseudo = {name: pseudo_users_of(name, backbone, experts, catalogs[name], config) for name in vectors.domains}
+    tables = {domain.manifest.name: domain.table for domain in domains}
+    pseudo = {
+        name: pseudo_users_of(
+            name,
+            backbone,
+            experts,
+            tables[name],
+            config.text.max_tokens,
+            kind=config.mergerec.pseudo_users,
+            number=config.mergerec.num_pseudo_users,
+            seed=config.seed,
+        )
+        for name in vectors.domains
+    }
     start = start_coefficients(vectors, "layer", settings.start)
     students = student_vectors(backbone, vectors, pseudo, start)
     exact = learn_coefficients(backbone, vectors, pseudo, settings, students=students).coefficients

@@ -54,8 +54,13 @@ from fedmerge.files import write_json
 from fedmerge.mergerec.coefficients import start_coefficients
 from fedmerge.mergerec.learn import learn_coefficients, student_vectors
 from fedmerge.mergerec.objective import ADAMERGING, PAPER, CollaborativeSettings
-from fedmerge.mergerec.pseudo_users import PseudoDomain, one_item_domain, popular_domain, pseudo_domain
-from fedmerge.mergerec.variants import average_of_others
+from fedmerge.mergerec.pseudo_users import (
+    PseudoDomain,
+    average_of_others,
+    one_item_domain,
+    popular_domain,
+    pseudo_domain,
+)
 from fedmerge.mergerec.vectors import TASK_VECTORS, Vectors, initial_vectors, merge_vectors
 from fedmerge.merging.stack import Stack, stack_adapters
 from fedmerge.merging.training_free import merge_adapters

@@ -198,8 +198,7 @@ def merge_learned(
     from fedmerge.config import Text
     from fedmerge.mergerec.learn import learn_coefficients
     from fedmerge.mergerec.objective import ADAMERGING, PAPER, CollaborativeSettings
-    from fedmerge.mergerec.pseudo_users import one_item_domain, pseudo_domain
-    from fedmerge.mergerec.variants import average_of_others
+    from fedmerge.mergerec.pseudo_users import pseudo_users_of
     from fedmerge.mergerec.vectors import initial_vectors, merge_vectors
     from fedmerge.merging.stack import stack_adapters
 
@@ -213,20 +212,17 @@ def merge_learned(
     if missing := sorted(sources.adapters.keys() - catalogs.keys()):
         raise MergeError(f"merge_learned: no catalog of {', '.join(missing)}. Give one for each adapter.")
     pseudo = {}
-    for name, expert in sources.adapters.items():
+    for name in sources.adapters:
         table, longest = _token_table(catalogs[name], backbone, of_catalogs)
-        items = one_item_domain(name, backbone, expert, table, longest)
-        amateur = average_of_others(sources.adapters, name) if chosen.pseudo_users == "contrastive" else None
-        pseudo[name] = pseudo_domain(
-            chosen.pseudo_users,
-            items,
+        pseudo[name] = pseudo_users_of(
+            name,
             backbone,
-            expert,
+            sources.adapters,
             table,
             longest,
+            kind=chosen.pseudo_users,
             number=chosen.num_pseudo_users,
             seed=chosen.seed,
-            amateur=amateur,
         )
     vectors = initial_vectors(stack_adapters(sources.adapters), chosen.initialisation)
     learned = learn_coefficients(backbone, vectors, pseudo, chosen, progress)

@@ -4,7 +4,7 @@ Every kind is made from the items' vectors under the expert; none reads an inter
 in spirit: their counts are a private quantity, so a caller must bring them, and no message of a federation does.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -13,11 +13,14 @@ import numpy.typing as npt
 import torch
 
 from fedmerge.adapter import Adapter
+from fedmerge.config import Text
+from fedmerge.domain.catalog import Catalog
 from fedmerge.encoder.backbone import Backbone
 from fedmerge.encoder.encode import encode
 from fedmerge.encoder.lora import applied
-from fedmerge.encoder.text import Tokens, TokenTable, item_sequences, pack_sequences
-from fedmerge.errors import ConfigError, DomainError
+from fedmerge.encoder.text import Tokens, TokenTable, build_token_table, item_sequences, pack_sequences
+from fedmerge.errors import ConfigError, DomainError, MergeError
+from fedmerge.merging.stack import linear_merge, stack_adapters
 from fedmerge.seeding import generator
 
 Kind = Literal["one-item", "subset", "centroid", "popular", "chain", "contrastive"]
@@ -65,6 +68,85 @@ class PseudoDomain:
                     f"pseudo-users of {self.name!r}: the teacher vector of {what} {worst} has norm "
                     f"{float(norms[worst]):.4g}, expected 1; use the vectors that encode returns"
                 )
+
+
+def pseudo_domains(
+    backbone: Backbone,
+    adapters: Mapping[str, Adapter],
+    catalogs: Mapping[str, Catalog],
+    text: Text,
+    *,
+    kind: str,
+    number: int | None,
+    seed: int,
+    progress: Callable[[str], None] = lambda line: None,
+) -> dict[str, PseudoDomain]:
+    """Make the pseudo-users of every domain.
+
+    Args:
+        backbone: the frozen encoder; left as it was.
+        adapters: domain -> expert.
+        catalogs: domain -> catalog, of every domain in ``adapters``.
+        text: section ``[text]``.
+        kind, number, seed: as in :func:`pseudo_users_of`.
+        progress: receives one line per domain.
+
+    Raises:
+        MergeError: a catalog is missing.
+        ConfigError: contrastive pseudo-users of a single domain.
+    """
+    missing = sorted(adapters.keys() - catalogs.keys())
+    if missing:
+        raise MergeError(
+            f"learned merges: no catalog of {', '.join(missing)}. Put it into the folder server.catalogs, or let the "
+            "clients send theirs (privacy.policy = 'adapter+catalog')."
+        )
+    made = {}
+    for domain in sorted(adapters):
+        table = build_token_table(catalogs[domain], backbone.tokenizer, text.max_attribute_tokens)
+        made[domain] = pseudo_users_of(
+            domain, backbone, adapters, table, text.max_tokens, kind=kind, number=number, seed=seed
+        )
+        progress(f"pseudo-users: {len(made[domain].users)} of {domain} ({kind}) with their expert's vectors")
+    return made
+
+
+def pseudo_users_of(
+    domain: str,
+    backbone: Backbone,
+    adapters: Mapping[str, Adapter],
+    table: TokenTable,
+    max_tokens: int,
+    *,
+    kind: str,
+    number: int | None,
+    seed: int,
+) -> PseudoDomain:
+    """Make the pseudo-users of one domain.
+
+    Args:
+        domain: name of the domain.
+        backbone: the frozen encoder; left as it was.
+        adapters: domain -> expert, of the whole cohort; contrastive pseudo-users need the other domains.
+        table: token table of the domain's own catalog.
+        max_tokens: longest sequence.
+        kind: a :data:`Kind` other than "popular".
+        number: number of pseudo-users; None: as many as items.
+        seed: seed of all draws.
+
+    Raises:
+        ConfigError: contrastive pseudo-users of a single domain, or an unknown kind.
+    """
+    expert = adapters[domain]
+    items = one_item_domain(domain, backbone, expert, table, max_tokens)
+    amateur = average_of_others(adapters, domain) if kind == "contrastive" else None
+    return pseudo_domain(kind, items, backbone, expert, table, max_tokens, number=number, seed=seed, amateur=amateur)
+
+
+def average_of_others(adapters: Mapping[str, Adapter], domain: str) -> Adapter | None:
+    """Return the mean of the other domains' updates; None if there is no other domain."""
+    others = {name: adapters[name] for name in sorted(adapters) if name != domain}
+    return linear_merge(stack_adapters(others), torch.full((len(others),), 1 / len(others))) if others else None
 
 
 def one_item_domain(name: str, backbone: Backbone, expert: Adapter, table: TokenTable, max_tokens: int) -> PseudoDomain:

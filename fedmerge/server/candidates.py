@@ -20,8 +20,8 @@ from fedmerge.federated.product_space import weighted_sum
 from fedmerge.mergerec.coefficients import LearnedCoefficients, Progress, start_coefficients
 from fedmerge.mergerec.learn import learn_coefficients, student_vectors
 from fedmerge.mergerec.objective import CollaborativeSettings
-from fedmerge.mergerec.pseudo_users import PseudoDomain
-from fedmerge.mergerec.variants import learned_variants, pseudo_domains
+from fedmerge.mergerec.pseudo_users import PseudoDomain, pseudo_domains
+from fedmerge.mergerec.variants import learned_variants
 from fedmerge.mergerec.vectors import Vectors, initial_vectors, merge_vectors
 from fedmerge.merging.candidate import Candidate
 from fedmerge.merging.methods import method_coefficients, method_named
@@ -81,7 +81,16 @@ def merge_candidates(
 
     @cache
     def pseudo(encoder: Backbone) -> dict[str, PseudoDomain]:
-        return pseudo_domains(encoder, adapters, catalogs, config, progress)
+        return pseudo_domains(
+            encoder,
+            adapters,
+            catalogs,
+            config.text,
+            kind=config.mergerec.pseudo_users,
+            number=config.mergerec.num_pseudo_users,
+            seed=config.seed,
+            progress=progress,
+        )
 
     def add_sum(label: str, method: str, coefficients: Any, vectors: Vectors | None = None, **own: Any) -> None:
         if config.dp.mode == "domain-central":

@@ -46,7 +46,7 @@ batch_size = 4
 def test_a_grid_is_computed_once_and_tabled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
+    monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks" / "studies"))
     import study_collaborative  # noqa: PLC0415 - a script, not on the path
 
     config = small_experiment(tmp_path)
@@ -87,10 +87,10 @@ def test_a_grid_is_computed_once_and_tabled(
 
 
 def test_every_point_of_the_grid_file_is_valid(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
+    monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks" / "studies"))
     import study_collaborative  # noqa: PLC0415 - a script, not on the path
 
-    grids = sorted((REPOSITORY / "benchmarks").glob("study_*.toml"))
+    grids = sorted((REPOSITORY / "benchmarks" / "studies").glob("study_*.toml"))
     points = [point for grid in grids for point in study_collaborative.points_of(grid)]
     for point in points:
         keys = {key: value for key, value in point.items() if key not in ("method", "look_at", "name")}

@@ -253,9 +253,7 @@ def test_only_learned_methods_need_catalogs(
 ) -> None:
     without = merge_candidates(backbone, adapters, {}, settings(**{"merge.methods": "average"}))
     assert [candidate.label for candidate in without] == ["average"]
-    with pytest.raises(
-        MergeError, match=r"learned merges: no catalog of books, toys\. Put them into the folder server\.catalogs"
-    ):
+    with pytest.raises(MergeError, match=r"books, toys.*server\.catalogs"):
         merge_candidates(backbone, adapters, {"tents": catalogs["tents"]}, settings())
 
 

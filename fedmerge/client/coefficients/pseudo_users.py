@@ -26,13 +26,12 @@ from fedmerge.encoder.backbone import Backbone
 from fedmerge.encoder.encode import embed_batch, encode
 from fedmerge.encoder.lora import applied
 from fedmerge.encoder.peft_folder import read_adapter, write_adapter
-from fedmerge.encoder.text import Tokens
+from fedmerge.encoder.text import Tokens, build_token_table
 from fedmerge.errors import ClientError, FedMergeError
 from fedmerge.mergerec.coefficients import optimise
 from fedmerge.mergerec.learn import draw_pseudo_users
 from fedmerge.mergerec.objective import CollaborativeSettings, batch_terms, weighted_total
-from fedmerge.mergerec.pseudo_users import PseudoDomain
-from fedmerge.mergerec.variants import pseudo_users_of
+from fedmerge.mergerec.pseudo_users import PseudoDomain, pseudo_users_of
 from fedmerge.mergerec.vectors import Vectors, merge_vectors, merged_forward
 
 ADAPTERS = "adapters"
@@ -103,7 +102,19 @@ def keep_cohort(
     if folder.is_dir():
         return
     own = config.through_clients.users == "own-users"
-    pseudo = None if own else pseudo_users_of(name, backbone, adapters, catalog, config)
+    pseudo = None
+    if not own:
+        table = build_token_table(catalog, backbone.tokenizer, config.text.max_attribute_tokens)
+        pseudo = pseudo_users_of(
+            name,
+            backbone,
+            adapters,
+            table,
+            config.text.max_tokens,
+            kind=config.mergerec.pseudo_users,
+            number=config.mergerec.num_pseudo_users,
+            seed=config.seed,
+        )
 
     def write(cohort: Path) -> None:
         for domain, adapter in adapters.items():
