@@ -1,6 +1,14 @@
-"""What all tests share, one thread: equalities hold at a fixed thread count; tiny models are slower on two."""
+"""Fixtures of more than one file, and one thread for all tests.
+
+Equalities hold at a fixed thread count, and tiny models are slower on two threads. Fixtures of one folder import what
+they need themselves, so that other tests start without it.
+"""
+
+# ruff: noqa: PLC0415  # as said above
 
 import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -10,14 +18,20 @@ from hypothesis import settings
 from fedmerge.device import resolve_compute
 from fedmerge.encoder.backbone import Backbone, load_backbone
 
-settings.register_profile("fedmerge", deadline=None)  # a busy machine is no failure
+if TYPE_CHECKING:
+    from run_folders import Place
+
+    from fedmerge.bench.grid import Grid
+    from fedmerge.report.bench_tables import BenchTables
+
+settings.register_profile("fedmerge", deadline=None)  # a busy machine must not fail a test
 settings.load_profile("fedmerge")
 
 
 def pytest_runtest_setup() -> None:
-    """What commands, servers and clients set for a whole process ends with the test that ran them there.
+    """Reset what commands, servers and clients set for the whole process when a test runs them in it.
 
-    Threads: one, also after one that took as many as its configuration says. Logging: their handlers write to a stream
+    Threads: one again, whatever number a configuration asked for. Logging: no handlers, since theirs write to a stream
     that pytest closes after the test.
     """
     torch.set_num_threads(1)
@@ -31,3 +45,66 @@ def pytest_runtest_setup() -> None:
 def backbone(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
     """A tiny BERT in float32."""
     return load_backbone(str(tiny_bert(tmp_path_factory.mktemp("bert"))), "mean", resolve_compute("cpu", "float32"))
+
+
+# For tests/bench: one small benchmark, run once for all its tests
+
+
+@pytest.fixture(scope="session")
+def bench_place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with domains, a tiny backbone, an experiment and a benchmark file."""
+    from small_bench import make_bench_place
+
+    return make_bench_place(tmp_path_factory.mktemp("bench"))
+
+
+@pytest.fixture(scope="session")
+def finished_bench(bench_place: Path) -> "tuple[Grid, BenchTables, list[str]]":
+    """The finished benchmark: its grid, its tables, and its lines of progress."""
+    from small_bench import run_small_bench
+
+    return run_small_bench(bench_place)
+
+
+# For tests/report: benchmarks and a run to report on
+
+
+@pytest.fixture(scope="session")
+def reported_bench() -> "BenchTables":
+    """The tables of a benchmark with folds, of random outcomes."""
+    from report_folders import some_bench
+
+    return some_bench()
+
+
+@pytest.fixture(scope="session")
+def private_bench() -> "BenchTables":
+    """The tables of a benchmark of strategies with differential privacy, and one without."""
+    from report_folders import some_private_bench
+
+    return some_private_bench()
+
+
+@pytest.fixture
+def bench_folder(reported_bench: "BenchTables", tmp_path: Path) -> Path:
+    """The folder of ``reported_bench``."""
+    from fedmerge.report.bench_tables import write_bench_tables
+
+    write_bench_tables(tmp_path, reported_bench)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def run_place(tmp_path_factory: pytest.TempPathFactory) -> "Place":
+    """A folder with domains, a backbone and an experiment, for runs that are written and not run."""
+    from run_folders import make_place
+
+    return make_place(tmp_path_factory.mktemp("place"))
+
+
+@pytest.fixture(scope="session")
+def reported_run(run_place: "Place") -> Path:
+    """The folder of a finished run."""
+    from report_folders import make_reported_run
+
+    return make_reported_run(run_place, "shops-20260102-030405-abcd")

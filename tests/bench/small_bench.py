@@ -2,9 +2,14 @@
 
 from pathlib import Path
 
+from in_process import here, small_experiment, tables_of, train
+
 from fedmerge.bench.config import load_bench
 from fedmerge.bench.grid import Grid, open_folder
+from fedmerge.bench.stages import run_grid
+from fedmerge.config import load_config, to_toml
 from fedmerge.report.bench_tables import BenchTables
+from sim.local.in_process import run_in_process
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -60,6 +65,23 @@ set = { "merge.methods" = "mergerec" }
 name = "catalog-private"
 set = { "merge.methods" = "mergerec", "privacy.policy" = "catalog-private" }
 """
+
+
+def make_bench_place(place: Path) -> Path:
+    """Write domains, a tiny backbone, an experiment and a benchmark file; return the folder."""
+    experiment = small_experiment(place, **{"privacy.min_users": 2})
+    (place / "experiment.toml").write_text(to_toml(experiment))
+    (place / "bench.toml").write_text(FILE)
+    return place
+
+
+def run_small_bench(place: Path) -> tuple[Grid, BenchTables, list[str]]:
+    """Train the experts of seed 0 in a run, then the whole benchmark; return its grid, tables and lines of progress."""
+    lines: list[str] = []
+    grid = grid_in(place, "done")
+    run_in_process(load_config(place / "experiment.toml", ["seed=0", "until=train", "run_id=before"]))
+    assert run_grid(grid, train, here, lines.append) == []
+    return grid, tables_of(grid), lines
 
 
 def grid_in(place: Path, name: str, file: str = "bench.toml") -> Grid:

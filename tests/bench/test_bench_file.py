@@ -20,12 +20,12 @@ from sim.local.bench import run_bench
 pytestmark = pytest.mark.federation
 
 
-def test_command_line_settings_change_the_experiment(place: Path) -> None:
-    bench = load_bench(place / "bench.toml", ["cache_dir=/elsewhere", "train.max_steps=3"])
+def test_command_line_settings_change_the_experiment(bench_place: Path) -> None:
+    bench = load_bench(bench_place / "bench.toml", ["cache_dir=/elsewhere", "train.max_steps=3"])
     experiment = bench.experiment("main", "mergerec", 1)
     assert (experiment.cache_dir, experiment.train.max_steps, experiment.seed) == ("/elsewhere", 3, 1)
     with pytest.raises(ConfigError, match=r"train.max_step.*train.max_steps"):
-        load_bench(place / "bench.toml", ["train.max_step=3"])
+        load_bench(bench_place / "bench.toml", ["train.max_step=3"])
 
 
 @pytest.mark.parametrize("file", sorted((REPOSITORY / "configs" / "bench").glob("*.toml")), ids=lambda file: file.stem)
@@ -58,13 +58,13 @@ def test_the_aggregation_benchmark_has_every_merge_and_rule() -> None:
     ],
 )
 def test_wrong_rule_parameters_are_refused_before_training(
-    place: Path, rule: str, parameters: str, message: str
+    bench_place: Path, rule: str, parameters: str, message: str
 ) -> None:
     changes = f'"rounds.rule" = "{rule}", "rounds.number" = 2, "rounds.parameters" = "{parameters}"'
-    (place / "rule.toml").write_text(FILE + f'\n[[strategy]]\nname = "rule"\nset = {{ {changes} }}\n')
+    (bench_place / "rule.toml").write_text(FILE + f'\n[[strategy]]\nname = "rule"\nset = {{ {changes} }}\n')
     with pytest.raises(ConfigError, match=message):
-        run_bench(place / "rule.toml", place / "rule", REPOSITORY)
-    assert not (place / "rule").exists()
+        run_bench(bench_place / "rule.toml", bench_place / "rule", REPOSITORY)
+    assert not (bench_place / "rule").exists()
 
 
 @pytest.mark.parametrize(
@@ -81,33 +81,39 @@ def test_wrong_rule_parameters_are_refused_before_training(
         ),
     ],
 )
-def test_coefficients_that_need_a_federation_are_refused(place: Path, changes: dict[str, object], message: str) -> None:
+def test_coefficients_that_need_a_federation_are_refused(
+    bench_place: Path, changes: dict[str, object], message: str
+) -> None:
     head = FILE[: FILE.index("[[strategy]]")]
-    (place / "own.toml").write_text(f'{head}[[strategy]]\nname = "average"\n')
+    (bench_place / "own.toml").write_text(f'{head}[[strategy]]\nname = "average"\n')
     wanted = {"privacy.policy": "catalog-private", "merge.methods": "mergerec", "privacy.min_users": 2, **changes}
     with pytest.raises(ConfigError, match=message):
-        load_bench(place / "own.toml", [f"{key}={value}" for key, value in wanted.items()])
+        load_bench(bench_place / "own.toml", [f"{key}={value}" for key, value in wanted.items()])
 
 
-def test_a_fold_with_too_few_clients_for_a_secure_sum_is_refused(place: Path) -> None:
+def test_a_fold_with_too_few_clients_for_a_secure_sum_is_refused(bench_place: Path) -> None:
     head = FILE[: FILE.index("[[strategy]]")]
-    (place / "fold.toml").write_text(f'{head}[[strategy]]\nname = "average"\nset = {{ "merge.methods" = "average" }}\n')
+    (bench_place / "fold.toml").write_text(
+        f'{head}[[strategy]]\nname = "average"\nset = {{ "merge.methods" = "average" }}\n'
+    )
     hidden = ["privacy.policy=aggregate-only", "merge.methods=average"]
     with pytest.raises(ConfigError, match=r"(?s)main.*leave_one_out.* 2 clients"):
-        load_bench(place / "fold.toml", hidden)
-    load_bench(place / "fold.toml", [*hidden, "domains.train=beauty,books,coffee,garden"])
+        load_bench(bench_place / "fold.toml", hidden)
+    load_bench(bench_place / "fold.toml", [*hidden, "domains.train=beauty,books,coffee,garden"])
 
 
-def test_a_folder_belongs_to_one_benchmark(place: Path, done: tuple[Grid, BenchTables, list[str]]) -> None:
-    (place / "other.toml").write_text(FILE.replace("[0, 1]", "[0, 2]"))
+def test_a_folder_belongs_to_one_benchmark(
+    bench_place: Path, finished_bench: tuple[Grid, BenchTables, list[str]]
+) -> None:
+    (bench_place / "other.toml").write_text(FILE.replace("[0, 1]", "[0, 2]"))
     with pytest.raises(ConfigError, match=r"done.*benchmark\.seeds"):
-        open_folder(place / "done", load_bench(place / "other.toml"))
-    (place / "full").mkdir()
-    (place / "full" / "thesis.doc").touch()
+        open_folder(bench_place / "done", load_bench(bench_place / "other.toml"))
+    (bench_place / "full").mkdir()
+    (bench_place / "full" / "thesis.doc").touch()
     with pytest.raises(ConfigError, match=r"full.*--out"):
-        open_folder(place / "full", load_bench(place / "bench.toml"))
+        open_folder(bench_place / "full", load_bench(bench_place / "bench.toml"))
     with pytest.raises(RunDirError, match=r"bench\.toml.x"):
-        open_folder(place / "bench.toml" / "x", load_bench(place / "bench.toml"))
+        open_folder(bench_place / "bench.toml" / "x", load_bench(bench_place / "bench.toml"))
 
 
 @pytest.mark.parametrize(
@@ -147,23 +153,23 @@ def test_a_folder_belongs_to_one_benchmark(place: Path, done: tuple[Grid, BenchT
         ("title =", "title", "wrong.toml.*TOML"),
     ],
 )
-def test_a_wrong_file_is_refused(place: Path, old: str, new: str, message: str) -> None:
+def test_a_wrong_file_is_refused(bench_place: Path, old: str, new: str, message: str) -> None:
     assert old in FILE
-    (place / "wrong.toml").write_text(FILE.replace(old, new, 1))
+    (bench_place / "wrong.toml").write_text(FILE.replace(old, new, 1))
     with pytest.raises(ConfigError, match=message):
-        load_bench(place / "wrong.toml")
+        load_bench(bench_place / "wrong.toml")
 
 
-def test_two_domains_are_too_few_to_leave_one_out(place: Path) -> None:
-    (place / "wrong.toml").write_text(
+def test_two_domains_are_too_few_to_leave_one_out(bench_place: Path) -> None:
+    (bench_place / "wrong.toml").write_text(
         FILE + '\n[[dataset]]\nname = "pair"\nset = { "domains.train" = "beauty,books" }\n'
     )
     with pytest.raises(ConfigError, match=r"dataset pair: leave_one_out.*domains\.train.* 2"):
-        load_bench(place / "wrong.toml")
+        load_bench(bench_place / "wrong.toml")
 
 
-def test_one_domain_is_too_few_to_pool(place: Path) -> None:
+def test_one_domain_is_too_few_to_pool(bench_place: Path) -> None:
     alone = '\n[[dataset]]\nname = "one"\nset = { "domains.train" = "books", "server.min_train_clients" = 1 }\n'
-    (place / "wrong.toml").write_text(FILE.replace("leave_one_out = true", 'joint = ["shuffled"]') + alone)
+    (bench_place / "wrong.toml").write_text(FILE.replace("leave_one_out = true", 'joint = ["shuffled"]') + alone)
     with pytest.raises(ConfigError, match=r"dataset one: .*joint.*domains\.train"):
-        load_bench(place / "wrong.toml")
+        load_bench(bench_place / "wrong.toml")

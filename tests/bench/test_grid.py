@@ -25,8 +25,10 @@ from fedmerge.runs.checkpoints import merge_folder, read_sources
 pytestmark = pytest.mark.federation
 
 
-def test_the_grid_is_complete_and_experts_are_trained_once_per_seed(done: tuple[Grid, BenchTables, list[str]]) -> None:
-    _, tables, lines = done
+def test_the_grid_is_complete_and_experts_are_trained_once_per_seed(
+    finished_bench: tuple[Grid, BenchTables, list[str]],
+) -> None:
+    _, tables, lines = finished_bench
     found = {(row["strategy"], row["seed"], row["left_out"], row["domain"]) for row in tables.results}
     rows = {*STRATEGIES, "backbone", "popularity", "last-item", "expert"}
     whole = {(row, seed, "", domain) for row in rows for seed in (0, 1) for domain in TRAIN}
@@ -46,9 +48,11 @@ def test_the_grid_is_complete_and_experts_are_trained_once_per_seed(done: tuple[
     assert re.fullmatch(r"training 2 of 2: main-seed1-\w{8}, about 9 s of training left", trainings[1])
 
 
-def test_progress_names_the_running_cells(place: Path, done: tuple[Grid, BenchTables, list[str]]) -> None:
-    grid = grid_in(place, "slow")
-    shutil.copytree(done[0].folder / "training", grid.folder / "training")
+def test_progress_names_the_running_cells(
+    bench_place: Path, finished_bench: tuple[Grid, BenchTables, list[str]]
+) -> None:
+    grid = grid_in(bench_place, "slow")
+    shutil.copytree(finished_bench[0].folder / "training", grid.folder / "training")
 
     def slow(cells: Sequence[Cell]) -> Iterator[Ended | Running]:
         for cell in cells:
@@ -69,13 +73,15 @@ def test_progress_names_the_running_cells(place: Path, done: tuple[Grid, BenchTa
     assert re.fullmatch(r"merging: [\d.]+ s of work in [\d.]+ s", merging[49])
 
 
-def test_experts_cached_by_an_earlier_run_are_reused(place: Path, done: tuple[Grid, BenchTables, list[str]]) -> None:
-    grid, _, _ = done
+def test_experts_cached_by_an_earlier_run_are_reused(
+    bench_place: Path, finished_bench: tuple[Grid, BenchTables, list[str]]
+) -> None:
+    grid, _, _ = finished_bench
     for seed, expected in ((0, True), (1, False)):  # there was a run with seed 0 before
         run = grid.run(Place("main", seed, ""), None)
         reports = {name: read_json(run / "adapters" / name / "training.json") for name in TRAIN}
         assert {report["cached"] for report in reports.values()} == {expected}
-    before = {name: read_json(place / "runs" / "before" / "adapters" / name / "training.json") for name in TRAIN}
+    before = {name: read_json(bench_place / "runs" / "before" / "adapters" / name / "training.json") for name in TRAIN}
     kept = read_sources(grid.run(Place("main", 0, ""), None))
     assert kept == {name: report["sha256"] for name, report in before.items()}
 
@@ -108,27 +114,27 @@ set = { "privacy.transport" = "top-k", "privacy.transport_density" = 0.5 }
 """
 
 
-def test_strategies_with_different_training_do_not_share_experts(place: Path) -> None:
-    (place / "otherwise.toml").write_text(
+def test_strategies_with_different_training_do_not_share_experts(bench_place: Path) -> None:
+    (bench_place / "otherwise.toml").write_text(
         FILE[: FILE.index("[[strategy]]")].replace('"average"', '"plain"') + OTHERWISE
     )
-    grid = grid_in(place, "otherwise", "otherwise.toml")
+    grid = grid_in(bench_place, "otherwise", "otherwise.toml")
     names = [strategy.name for strategy in grid.bench.config.strategy]
     assert len({grid.run(Place("main", 0, ""), name) for name in names}) == len(names) == 8
 
 
-def test_a_fold_drops_the_rank_of_the_domain_it_leaves_out(place: Path) -> None:
+def test_a_fold_drops_the_rank_of_the_domain_it_leaves_out(bench_place: Path) -> None:
     text = FILE + '\n[[strategy]]\nname = "flora"\n[strategy.set]\n"rounds.rule" = "flora"\n'
-    (place / "ranks.toml").write_text(text + '"lora.ranks" = "books=3,coffee=4"\n')
-    grid = Grid(load_bench(place / "ranks.toml"), place / "ranks")
+    (bench_place / "ranks.toml").write_text(text + '"lora.ranks" = "books=3,coffee=4"\n')
+    grid = Grid(load_bench(bench_place / "ranks.toml"), bench_place / "ranks")
     training = grid.training(Place("main", 0, "books"), "flora")
     assert training.domains.train == ("beauty", "coffee")
     assert from_flat(to_flat(training)).lora.ranks == ("coffee=4",)  # as Flower hands it over
     assert grid.training(Place("main", 0, "books"), None).domains.train == TRAIN
 
 
-def test_scores_equal_the_librarys_and_validation_selects(done: tuple[Grid, BenchTables, list[str]]) -> None:
-    grid, tables, _ = done
+def test_scores_equal_the_librarys_and_validation_selects(finished_bench: tuple[Grid, BenchTables, list[str]]) -> None:
+    grid, tables, _ = finished_bench
     place = Place("main", 1, "")
     config = grid.experiment(place, "task-arithmetic")
     merges = {label: read_adapter(merge_folder(grid.merges(place, "task-arithmetic"), label)) for label in VARIANTS}
@@ -146,8 +152,10 @@ def test_scores_equal_the_librarys_and_validation_selects(done: tuple[Grid, Benc
         assert found == pytest.approx(expected.mean(chosen, "recall@10"), abs=1e-12)
 
 
-def test_a_left_out_domain_is_in_no_merge_and_selects_nothing(done: tuple[Grid, BenchTables, list[str]]) -> None:
-    grid, tables, _ = done
+def test_a_left_out_domain_is_in_no_merge_and_selects_nothing(
+    finished_bench: tuple[Grid, BenchTables, list[str]],
+) -> None:
+    grid, tables, _ = finished_bench
     for place in grid.places():
         for strategy in STRATEGIES:
             for label in merge_hashes(grid, place, strategy):
@@ -164,8 +172,8 @@ def test_a_left_out_domain_is_in_no_merge_and_selects_nothing(done: tuple[Grid, 
         assert f"{domain} (unseen)" in page
 
 
-def test_costs_curves_and_coefficients(done: tuple[Grid, BenchTables, list[str]]) -> None:
-    _, tables, _ = done
+def test_costs_curves_and_coefficients(finished_bench: tuple[Grid, BenchTables, list[str]]) -> None:
+    _, tables, _ = finished_bench
     up = {row["strategy"]: row["bytes_up"] for row in tables.costs if (row["seed"], row["left_out"]) == (0, "")}
     assert up["average"] == up["task-arithmetic"] < up["mergerec"]  # which needs the catalogs
     assert all(row["peak_bytes"] > 2**27 and row["server_seconds"] > 0 < row["client_seconds"] for row in tables.costs)
@@ -177,15 +185,15 @@ def test_costs_curves_and_coefficients(done: tuple[Grid, BenchTables, list[str]]
 
 
 def test_joint_training_is_a_reference_row_marked_as_pooled(
-    place: Path, done: tuple[Grid, BenchTables, list[str]]
+    bench_place: Path, finished_bench: tuple[Grid, BenchTables, list[str]]
 ) -> None:
     text = FILE[: FILE.index("[[strategy]]", FILE.index("average"))].replace("[0, 1]", "[1]")
     text = text.replace("leave_one_out", 'joint = ["shuffled", "balanced"]\nleave_one_out')
     text += '\n[[strategy]]\nname = "average"\nset = { "merge.methods" = "average" }\n'
-    (place / "joint.toml").write_text(text)
-    grid = grid_in(place, "joint", "joint.toml")
+    (bench_place / "joint.toml").write_text(text)
+    grid = grid_in(bench_place, "joint", "joint.toml")
     for kept in ("training", "clients"):
-        shutil.copytree(done[0].folder / kept, grid.folder / kept)
+        shutil.copytree(finished_bench[0].folder / kept, grid.folder / kept)
     lines: list[str] = []
     assert run_grid(grid, train, here, lines.append) == []
     assert sum(line.startswith("joint training ") for line in lines) == 2 * 4  # drawings, folds
@@ -215,8 +223,10 @@ def test_joint_training_is_a_reference_row_marked_as_pooled(
     assert sum('class="tag">breaks isolation' in part for part in page) >= 4  # scores, differences, by domain, costs
 
 
-def test_joint_training_can_skip_the_folds(place: Path) -> None:
-    (place / "folds.toml").write_text(FILE.replace("leave_one", 'joint = ["balanced"]\njoint_folds = false\nleave_one'))
-    grid = Grid(load_bench(place / "folds.toml"), place / "folds")
+def test_joint_training_can_skip_the_folds(bench_place: Path) -> None:
+    (bench_place / "folds.toml").write_text(
+        FILE.replace("leave_one", 'joint = ["balanced"]\njoint_folds = false\nleave_one')
+    )
+    grid = Grid(load_bench(bench_place / "folds.toml"), bench_place / "folds")
     rows = {str(at): grid.joint_rows(at) for at in grid.places() if at.seed == 0}
     assert rows == {"main, seed 0": ("balanced",), **{f"main, seed 0, without {name}": () for name in TRAIN}}

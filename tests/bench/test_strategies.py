@@ -27,19 +27,19 @@ pytestmark = pytest.mark.federation
 
 
 def test_federations_of_rounds_are_compared_like_other_strategies(
-    place: Path, done: tuple[Grid, BenchTables, list[str]]
+    bench_place: Path, finished_bench: tuple[Grid, BenchTables, list[str]]
 ) -> None:
     text = FILE.replace("[0, 1]", "[1]").replace("leave_one_out = true", "")
     for rule in ("flora", "ffa-lora"):
         text += f'\n[[strategy]]\nname = "{rule}"\nset = {{ "rounds.rule" = "{rule}", "rounds.number" = 2 }}\n'
-    (place / "rounds.toml").write_text(text)
-    grid = grid_in(place, "rounds", "rounds.toml")
-    shutil.copytree(done[0].folder / "training", grid.folder / "training")
+    (bench_place / "rounds.toml").write_text(text)
+    grid = grid_in(bench_place, "rounds", "rounds.toml")
+    shutil.copytree(finished_bench[0].folder / "training", grid.folder / "training")
     lines: list[str] = []
     assert run_grid(grid, train, here, lines.append) == []
     assert sum(line.startswith("training") for line in lines) == 2
     tables = tables_of(grid)
-    shared = scores(done[1], domain="books", seed=1, left_out="")
+    shared = scores(finished_bench[1], domain="books", seed=1, left_out="")
     assert scores(tables, domain="books").items() >= shared.items()
     assert {"flora", "ffa-lora"} < set(scores(tables, domain="camping"))
     reports = [of_round["aggregation"] for of_round in round_records(grid.run(Place("main", 1, ""), "flora"))]
@@ -55,14 +55,14 @@ def test_federations_of_rounds_are_compared_like_other_strategies(
 
 
 def test_a_federation_that_fails_or_loses_a_domain_is_reported_and_the_others_are_compared(
-    place: Path, done: tuple[Grid, BenchTables, list[str]]
+    bench_place: Path, finished_bench: tuple[Grid, BenchTables, list[str]]
 ) -> None:
     text = FILE.replace("[0, 1]", "[1]").replace("leave_one_out = true", "")
     for rule in ("fedit", "weighted-average"):
         text += f'\n[[strategy]]\nname = "{rule}"\nset = {{ "rounds.rule" = "{rule}", "rounds.number" = 2 }}\n'
-    (place / "lost.toml").write_text(text)
-    grid = grid_in(place, "lost", "lost.toml")
-    shutil.copytree(done[0].folder / "training", grid.folder / "training")
+    (bench_place / "lost.toml").write_text(text)
+    grid = grid_in(bench_place, "lost", "lost.toml")
+    shutil.copytree(finished_bench[0].folder / "training", grid.folder / "training")
 
     def unlucky(config: ExperimentConfig) -> None:
         if config.rounds.rule == "fedit":
@@ -79,17 +79,17 @@ def test_a_federation_that_fails_or_loses_a_domain_is_reported_and_the_others_ar
         assert "the experts could not be trained" in failed[0]
         assert "books" in failed[1]
     tables = tables_of(grid)
-    assert scores(tables, domain="books") == scores(done[1], domain="books", seed=1, left_out="")
+    assert scores(tables, domain="books") == scores(finished_bench[1], domain="books", seed=1, left_out="")
     status = {cell["strategy"]: cell["status"] for cell in tables.cells}
     assert status == {**dict.fromkeys(STRATEGIES, "done"), "fedit": "failed", "weighted-average": "failed"}
 
 
-def test_the_policy_changes_bytes_and_not_merges(place: Path) -> None:
-    (place / "policies.toml").write_text(POLICIES)
+def test_the_policy_changes_bytes_and_not_merges(bench_place: Path) -> None:
+    (bench_place / "policies.toml").write_text(POLICIES)
     overrides = ["merge.methods=average", "mergerec.granularities=layer", "dp.accountant=rdp"]
-    bench = load_bench(place / "policies.toml", overrides)
-    open_folder(place / "policies", bench)
-    grid = Grid(bench, place / "policies")
+    bench = load_bench(bench_place / "policies.toml", overrides)
+    open_folder(bench_place / "policies", bench)
+    grid = Grid(bench, bench_place / "policies")
     lines: list[str] = []
     assert run_grid(grid, train, here, lines.append) == []
     assert sum(line.startswith("training") for line in lines) == 2  # without noise, and with
@@ -122,13 +122,13 @@ def test_the_policy_changes_bytes_and_not_merges(place: Path) -> None:
     }
 
 
-def test_audit_results_are_reported_beside_scores(place: Path) -> None:
+def test_audit_results_are_reported_beside_scores(bench_place: Path) -> None:
     audited = '"simulation.held_out_users" = 0.5, "simulation.canaries" = 4'
     text = POLICIES.replace('"dp.mode" = "user", "dp.delta" = 1e-3, "dp.noise_multiplier" = 0.0', audited)
-    (place / "audited.toml").write_text(text.partition('[[strategy]]\nname = "noised"')[0])
-    bench = load_bench(place / "audited.toml", ["merge.methods=average"])
-    open_folder(place / "audited", bench)
-    grid = Grid(bench, place / "audited")
+    (bench_place / "audited.toml").write_text(text.partition('[[strategy]]\nname = "noised"')[0])
+    bench = load_bench(bench_place / "audited.toml", ["merge.methods=average"])
+    open_folder(bench_place / "audited", bench)
+    grid = Grid(bench, bench_place / "audited")
     lines: list[str] = []
     assert run_grid(grid, train, here, lines.append) == []
     audits = [line for line in lines if line.startswith("audit ")]
@@ -181,9 +181,9 @@ set = { "rounds.rule" = "fedit", "rounds.number" = 2 }
 """
 
 
-def test_audits_and_an_attack_with_folds_and_rounds(place: Path) -> None:
-    (place / "audited.toml").write_text(AUDITED)
-    grid = grid_in(place, "audited-more", "audited.toml")
+def test_audits_and_an_attack_with_folds_and_rounds(bench_place: Path) -> None:
+    (bench_place / "audited.toml").write_text(AUDITED)
+    grid = grid_in(bench_place, "audited-more", "audited.toml")
     assert run_grid(grid, train, here, lambda line: None) == []
     tables = tables_of(grid)
     assert {row["left_out"] for row in tables.results} == {"", *TRAIN}
@@ -199,19 +199,23 @@ def test_audits_and_an_attack_with_folds_and_rounds(place: Path) -> None:
     assert [config.simulation.attacker for config in trained if "coffee" not in config.domains.train] == [None]
 
 
-def test_a_private_catalog_is_used_in_its_clients_place_only(place: Path) -> None:
+def test_a_private_catalog_is_used_in_its_clients_place_only(bench_place: Path) -> None:
     text = FILE[: FILE.index("[[strategy]]")].replace("[0, 1]", "[0]").replace("leave_one_out = true", "")
     for policy in ("adapter+catalog", "catalog-private"):
         text += f'[[strategy]]\nname = "{policy}"\nset = {{ "privacy.policy" = "{policy}" }}\n'
-    (place / "private.toml").write_text(text.replace('baseline = "average"', 'baseline = "backbone"'))
-    shutil.copytree(place / "domains", place / "private-domains")
+    (bench_place / "private.toml").write_text(text.replace('baseline = "average"', 'baseline = "backbone"'))
+    shutil.copytree(bench_place / "domains", bench_place / "private-domains")
     for domain in TRAIN:
-        manifest = place / "private-domains" / domain / "manifest.json"
+        manifest = bench_place / "private-domains" / domain / "manifest.json"
         manifest.write_text(manifest.read_text().replace('"public_catalog": true', '"public_catalog": false'))
-    wanted = [f"domains.root={place / 'private-domains'}", "merge.methods=mergerec", "mergerec.granularities=layer"]
-    bench = load_bench(place / "private.toml", wanted)
-    open_folder(place / "private", bench)
-    grid = Grid(bench, place / "private")
+    wanted = [
+        f"domains.root={bench_place / 'private-domains'}",
+        "merge.methods=mergerec",
+        "mergerec.granularities=layer",
+    ]
+    bench = load_bench(bench_place / "private.toml", wanted)
+    open_folder(bench_place / "private", bench)
+    grid = Grid(bench, bench_place / "private")
     (failed,) = run_grid(grid, train, here, lambda line: None)
     assert "merging: adapter+catalog" in failed
     assert "public_catalog = false" in failed

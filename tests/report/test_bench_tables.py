@@ -22,13 +22,13 @@ from fedmerge.report.bench_tables import BenchTables, is_bench, read_bench_table
 Capsys = pytest.CaptureFixture[str]
 
 
-def test_tables_come_back_as_they_were(bench: BenchTables, folder: Path) -> None:
-    assert is_bench(folder)
-    found = read_bench_tables(folder)
+def test_tables_come_back_as_they_were(reported_bench: BenchTables, bench_folder: Path) -> None:
+    assert is_bench(bench_folder)
+    found = read_bench_tables(bench_folder)
     assert json.dumps(found.__dict__, sort_keys=True, default=list) == json.dumps(
-        bench.__dict__, sort_keys=True, default=list
+        reported_bench.__dict__, sort_keys=True, default=list
     )
-    assert pq.read_table(folder / "results.parquet").schema.field("num_users").type == pa.int64()
+    assert pq.read_table(bench_folder / "results.parquet").schema.field("num_users").type == pa.int64()
 
 
 def test_empty_tables_and_numpys_numbers_are_written_too(tmp_path: Path) -> None:
@@ -66,10 +66,10 @@ def test_empty_tables_and_numpys_numbers_are_written_too(tmp_path: Path) -> None
     ],
 )
 def test_rows_that_do_not_fit_are_refused(
-    bench: BenchTables, tmp_path: Path, change: Mapping[str, Any], message: str
+    reported_bench: BenchTables, tmp_path: Path, change: Mapping[str, Any], message: str
 ) -> None:
     with pytest.raises(RunDirError, match=message):
-        write_bench_tables(tmp_path, replace(bench, results=[{**bench.results[0], **change}]))
+        write_bench_tables(tmp_path, replace(reported_bench, results=[{**reported_bench.results[0], **change}]))
     assert not is_bench(tmp_path)
 
 
@@ -89,21 +89,21 @@ def test_rows_that_do_not_fit_are_refused(
     ],
 )
 def test_a_damaged_benchmark_is_named(
-    folder: Path, capsys: Capsys, file: str, content: bytes | None, message: str
+    bench_folder: Path, capsys: Capsys, file: str, content: bytes | None, message: str
 ) -> None:
-    (folder / file).unlink()
+    (bench_folder / file).unlink()
     if content is not None:
-        (folder / file).write_bytes(content)
-    assert re.search(message, refusal(capsys, "report", folder))
-    assert not (folder / "report.html").exists()
+        (bench_folder / file).write_bytes(content)
+    assert re.search(message, refusal(capsys, "report", bench_folder))
+    assert not (bench_folder / "report.html").exists()
 
 
-def test_other_columns_and_cells_are_refused(folder: Path) -> None:
-    pq.write_table(pq.read_table(folder / "ranks.parquet").drop(["num_blocks"]), folder / "ranks.parquet")
+def test_other_columns_and_cells_are_refused(bench_folder: Path) -> None:
+    pq.write_table(pq.read_table(bench_folder / "ranks.parquet").drop(["num_blocks"]), bench_folder / "ranks.parquet")
     with pytest.raises(RunDirError, match=r"ranks\.parquet: .*dataset \(string\), .*num_blocks"):
-        read_bench_tables(folder)
+        read_bench_tables(bench_folder)
     with pytest.raises(RunDirError, match=r"elsewhere.bench\.json"):
-        read_bench_tables(folder / "elsewhere")
+        read_bench_tables(bench_folder / "elsewhere")
     cells = [{**dict.fromkeys(bench_tables.CELL_KEYS, ""), "seconds": "long"}]
     with pytest.raises(RunDirError, match=r"cell 0 .*'long'"):
-        write_bench_tables(folder, BenchTables("t", False, cells=cells))
+        write_bench_tables(bench_folder, BenchTables("t", False, cells=cells))

@@ -26,9 +26,9 @@ def results_frame(folder: Path, **wanted: object) -> list[dict[str, Any]]:
     return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
 
 
-def test_the_main_table_equals_the_parquet_tables(folder: Path, capsys: Capsys) -> None:
-    output(capsys, "report", folder)
-    table = parsed((folder / "report.html").read_text(encoding="utf-8")).tables["d0-scores-table"]
+def test_the_main_table_equals_the_parquet_tables(bench_folder: Path, capsys: Capsys) -> None:
+    output(capsys, "report", bench_folder)
+    table = parsed((bench_folder / "report.html").read_text(encoding="utf-8")).tables["d0-scores-table"]
     assert table[0] == [
         "Strategy",
         "Recall@10, training domains",
@@ -36,7 +36,7 @@ def test_the_main_table_equals_the_parquet_tables(folder: Path, capsys: Capsys) 
         "Recall@10, unseen domains",
         "NDCG@10, unseen domains",
     ]
-    comparisons = pq.read_table(folder / "comparisons.parquet").to_pylist()
+    comparisons = pq.read_table(bench_folder / "comparisons.parquet").to_pylist()
     for row, strategy in zip(table[1:], STRATEGIES, strict=True):
         assert row[0].startswith(strategy)
         for cell, (role, metric) in zip(
@@ -44,7 +44,9 @@ def test_the_main_table_equals_the_parquet_tables(folder: Path, capsys: Capsys) 
             [(role, metric) for role in ("train", "unseen") for metric in ("recall@10", "ndcg@10")],
             strict=True,
         ):
-            rows = results_frame(folder, strategy=strategy, role=role, metric=metric, split="test", variant="unmasked")
+            rows = results_frame(
+                bench_folder, strategy=strategy, role=role, metric=metric, split="test", variant="unmasked"
+            )
             rows = [row for row in rows if row["left_out"] == ("" if role == "train" else row["domain"])]
             means = [np.mean([row["value"] for row in rows if row["seed"] == seed]) for seed in range(3)]
             assert f"{np.mean(means):.4f} ± {np.std(means, ddof=1):.4f}" in cell
@@ -63,23 +65,29 @@ def test_the_main_table_equals_the_parquet_tables(folder: Path, capsys: Capsys) 
     assert ["reference" in row[0] for row in table[1:]] == [True, False, False]
 
 
-def test_other_tables_equal_the_parquet_tables(folder: Path, capsys: Capsys) -> None:
-    output(capsys, "report", folder)
-    tables = parsed((folder / "report.html").read_text(encoding="utf-8")).tables
+def test_other_tables_equal_the_parquet_tables(bench_folder: Path, capsys: Capsys) -> None:
+    output(capsys, "report", bench_folder)
+    tables = parsed((bench_folder / "report.html").read_text(encoding="utf-8")).tables
     rows = results_frame(
-        folder, strategy="mergerec", left_out="", domain="coffee", metric="recall@10", split="test", variant="unmasked"
+        bench_folder,
+        strategy="mergerec",
+        left_out="",
+        domain="coffee",
+        metric="recall@10",
+        split="test",
+        variant="unmasked",
     )
     head, *_, last = tables["d0-domains-table"]
     assert f"{np.mean([row['value'] for row in rows]):.4f}" in last[head.index("coffee")]
     costs = [
         row
-        for row in pq.read_table(folder / "costs.parquet").to_pylist()
+        for row in pq.read_table(bench_folder / "costs.parquet").to_pylist()
         if row["strategy"] == "mergerec" and not row["left_out"]
     ]
     assert f"{np.mean([row['bytes_up'] for row in costs]) / 1e6:.1f} MB" in tables["d0-costs-table"][3]
     assert f"{np.mean([row['client_seconds'] for row in costs]):.0f} s" in tables["d0-costs-table"][3]
     assert tables["d0-costs-table"][1][-1] == "–"  # the backbone's memory is not known
-    coefficients = pq.read_table(folder / "coefficients.parquet").to_pylist()
+    coefficients = pq.read_table(bench_folder / "coefficients.parquet").to_pylist()
     of_layer = [
         row["value"]
         for row in coefficients
@@ -87,16 +95,16 @@ def test_other_tables_equal_the_parquet_tables(folder: Path, capsys: Capsys) -> 
     ]
     heat = next(table for key, table in tables.items() if key.startswith("d0-heat-"))
     assert heat[4][4] == f"{np.mean(of_layer):.2f}".replace("-", "−")
-    differences = pq.read_table(folder / "comparisons.parquet").to_pylist()
+    differences = pq.read_table(bench_folder / "comparisons.parquet").to_pylist()
     shown = [row for row in differences if row["variant"] == "unmasked" and row["metric"] in dataset.HEADLINE]
     assert len(tables["d0-differences-table"]) == 1 + len(shown)
     assert f"{shown[0]['difference']:+.4f}".replace("-", "−") in tables["d0-differences-table"][1][3]
 
 
-def test_the_page_of_a_run_equals_its_tables(run: Path, capsys: Capsys, tmp_path: Path) -> None:
-    output(capsys, "report", run, "--out", tmp_path / "page.html")
+def test_the_page_of_a_run_equals_its_tables(reported_run: Path, capsys: Capsys, tmp_path: Path) -> None:
+    output(capsys, "report", reported_run, "--out", tmp_path / "page.html")
     found = parsed((tmp_path / "page.html").read_text(encoding="utf-8"))
-    sums = read_metric_sums(run, "test", "unmasked")
+    sums = read_metric_sums(reported_run, "test", "unmasked")
     train = [sums[name] for name in ("books", "coffee", "toys")]
     table = {row[0]: row for row in found.tables["d0-scores-table"][1:]}
     mean = np.mean([of_domain.mean("task-arithmetic 0.5", "recall@10") for of_domain in train])
@@ -119,7 +127,7 @@ def test_the_page_of_a_run_equals_its_tables(run: Path, capsys: Capsys, tmp_path
     assert "lora.rank = 8" in found.text
 
 
-def test_privacy_stands_beside_utility_and_bytes(private_bench: BenchTables, bench: BenchTables) -> None:
+def test_privacy_stands_beside_utility_and_bytes(private_bench: BenchTables, reported_bench: BenchTables) -> None:
     text = bench_page(private_bench)
     found = parsed(text)
     heads, *rows = found.tables["d0-privacy-table"]
@@ -142,7 +150,7 @@ def test_privacy_stands_beside_utility_and_bytes(private_bench: BenchTables, ben
     ]
     assert f"adapter+catalog: average, by user; 12.0 MB ends at {scores['much']}" in picture
     assert f"aggregate-only: average, by user; 12.0 MB ends at {scores['summed']}" in picture
-    assert "Utility, privacy and bytes" not in bench_page(bench)
+    assert "Utility, privacy and bytes" not in bench_page(reported_bench)
     one = [cell for cell in private_bench.cells if cell["strategy"] in ("much", "summed", "open")]
     assert "Utility, privacy and bytes" not in bench_page(replace(private_bench, cells=one))
 

@@ -20,13 +20,18 @@ Capsys = pytest.CaptureFixture[str]
 
 @pytest.mark.parametrize("which", ["bench", "private", "run"])
 def test_the_page_is_sound(
-    bench: BenchTables, private_bench: BenchTables, run: Path, capsys: Capsys, tmp_path: Path, which: str
+    reported_bench: BenchTables,
+    private_bench: BenchTables,
+    reported_run: Path,
+    capsys: Capsys,
+    tmp_path: Path,
+    which: str,
 ) -> None:
     if which != "run":
-        text = bench_page(bench if which == "bench" else private_bench)
+        text = bench_page(reported_bench if which == "bench" else private_bench)
     else:
         out = tmp_path / "page.html"
-        assert output(capsys, "report", run, "--out", out) == f"{out}\n"
+        assert output(capsys, "report", reported_run, "--out", out) == f"{out}\n"
         text = out.read_text(encoding="utf-8")
     found = parsed(text)
     ids = Counter(attributes["id"] for _, attributes in found.elements if "id" in attributes)
@@ -55,12 +60,12 @@ def test_the_page_is_sound(
     assert not re.search(r"\b(nan|inf|None|NaN)\b", re.sub(r"<pre.*?</pre>|<style.*?</style>", "", text, flags=re.S))
 
 
-def test_equal_tables_give_equal_bytes(bench: BenchTables, folder: Path, capsys: Capsys) -> None:
-    assert bench_page(bench) == bench_page(read_bench_tables(folder))
-    assert output(capsys, "report", folder) == f"{folder / 'report.html'}\n"
-    first = (folder / "report.html").read_bytes()
-    output(capsys, "report", folder, "--out", folder / "again.html")
-    assert (folder / "again.html").read_bytes() == first
+def test_equal_tables_give_equal_bytes(reported_bench: BenchTables, bench_folder: Path, capsys: Capsys) -> None:
+    assert bench_page(reported_bench) == bench_page(read_bench_tables(bench_folder))
+    assert output(capsys, "report", bench_folder) == f"{bench_folder / 'report.html'}\n"
+    first = (bench_folder / "report.html").read_bytes()
+    output(capsys, "report", bench_folder, "--out", bench_folder / "again.html")
+    assert (bench_folder / "again.html").read_bytes() == first
 
 
 def test_text_from_data_is_escaped() -> None:
@@ -77,8 +82,8 @@ def test_text_from_data_is_escaped() -> None:
         assert name in found.text
 
 
-def test_without_optional_tables_their_sections_are_absent(bench: BenchTables) -> None:
-    bare = BenchTables("bare", False, results=bench.results)
+def test_without_optional_tables_their_sections_are_absent(reported_bench: BenchTables) -> None:
+    bare = BenchTables("bare", False, results=reported_bench.results)
     found = parsed(bench_page(bare))
     keys = [attributes["id"] for attributes in found.of("section")]
     assert keys == ["short", "d0-scores", "d0-domains", "d0-unseen"]
@@ -94,22 +99,25 @@ def test_many_figures_are_collapsed_and_many_datasets_named() -> None:
     assert "all datasets" in found.text
 
 
-def test_absent_numbers_are_dashes_and_never_the_best(bench: BenchTables) -> None:
+def test_absent_numbers_are_dashes_and_never_the_best(reported_bench: BenchTables) -> None:
     def without(row: Mapping[str, Any]) -> Mapping[str, Any]:
         return {**row, "value": None} if (row["strategy"], row["seed"]) in gone else row
 
     gone = {("mergerec", 0), ("mergerec", 1), ("mergerec", 2), ("backbone", 2)}
-    table = parsed(bench_page(replace(bench, results=[without(row) for row in bench.results]))).tables[
-        "d0-scores-table"
-    ]
+    table = parsed(
+        bench_page(replace(reported_bench, results=[without(row) for row in reported_bench.results]))
+    ).tables["d0-scores-table"]
     assert table[3][1:] == ["–"] * 4
     assert "2 of 3 seeds" in table[1][1]
     assert not any("★" in cell for row in table for cell in row)  # one is left that competes
 
 
-def test_cells_that_did_not_finish_are_counted(bench: BenchTables) -> None:
-    cells = [{**bench.cells[0], "status": "failed", "seconds": None, "why": "out of memory"}, *bench.cells[1:]]
-    found = parsed(bench_page(replace(bench, cells=cells)))
+def test_cells_that_did_not_finish_are_counted(reported_bench: BenchTables) -> None:
+    cells = [
+        {**reported_bench.cells[0], "status": "failed", "seconds": None, "why": "out of memory"},
+        *reported_bench.cells[1:],
+    ]
+    found = parsed(bench_page(replace(reported_bench, cells=cells)))
     assert "1 did not finish" in found.text
     assert "14 of 15 cells finished" in found.text
     assert "why = out of memory" in found.text

@@ -10,8 +10,8 @@ RUN_ID = "shops-20260102-030405-abcd"
 Capsys = pytest.CaptureFixture[str]
 
 
-def test_a_run_that_is_not_done_is_refused(run: Path, tmp_path: Path, capsys: Capsys) -> None:
-    shutil.copytree(run, tmp_path / "runs" / RUN_ID)
+def test_a_run_that_is_not_done_is_refused(reported_run: Path, tmp_path: Path, capsys: Capsys) -> None:
+    shutil.copytree(reported_run, tmp_path / "runs" / RUN_ID)
     (tmp_path / "runs" / RUN_ID / "DONE").unlink()
     told = refusal(capsys, "report", RUN_ID[:6], "--dir", tmp_path / "runs")
     assert "incomplete" in told
@@ -32,26 +32,28 @@ def test_a_run_that_is_not_done_is_refused(run: Path, tmp_path: Path, capsys: Ca
         ("environment.json", "environment.json:"),
     ],
 )
-def test_a_damaged_run_is_refused_by_name(run: Path, tmp_path: Path, capsys: Capsys, file: str, message: str) -> None:
-    shutil.copytree(run, tmp_path / "copy")
+def test_a_damaged_run_is_refused_by_name(
+    reported_run: Path, tmp_path: Path, capsys: Capsys, file: str, message: str
+) -> None:
+    shutil.copytree(reported_run, tmp_path / "copy")
     (tmp_path / "copy" / file).write_bytes(b"PAR1{")
     assert message in refusal(capsys, "report", tmp_path / "copy")
     assert not (tmp_path / "copy" / "report.html").exists()
 
 
-def test_a_run_without_its_tables_is_refused(place: Place, capsys: Capsys) -> None:
-    folder = make_run(place, "bare-run")  # has no products.parquet
+def test_a_run_without_its_tables_is_refused(run_place: Place, capsys: Capsys) -> None:
+    folder = make_run(run_place, "bare-run")  # has no products.parquet
     assert "products.parquet:" in refusal(capsys, "report", folder)
 
 
-def test_the_file_is_written_whole_or_not_at_all(folder: Path, capsys: Capsys) -> None:
-    output(capsys, "report", folder)
-    before = (folder / "report.html").read_bytes()
+def test_the_file_is_written_whole_or_not_at_all(bench_folder: Path, capsys: Capsys) -> None:
+    output(capsys, "report", bench_folder)
+    before = (bench_folder / "report.html").read_bytes()
     with full_disk(10_000):
-        assert str(folder / "report.html") in refusal(capsys, "report", folder)
-    assert (folder / "report.html").read_bytes() == before
-    assert not list(folder.glob(".*"))
-    for out in (folder / "gone" / "x.html", folder):
-        told = refusal(capsys, "report", folder, "--out", out)
+        assert str(bench_folder / "report.html") in refusal(capsys, "report", bench_folder)
+    assert (bench_folder / "report.html").read_bytes() == before
+    assert not list(bench_folder.glob(".*"))
+    for out in (bench_folder / "gone" / "x.html", bench_folder):
+        told = refusal(capsys, "report", bench_folder, "--out", out)
         assert f"{out}:" in told
         assert "--out" in told

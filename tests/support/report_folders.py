@@ -1,13 +1,14 @@
 """Run and benchmark folders for tests of the report: random outcomes of users, everything else computed from them."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from run_folders import NUM_USERS, TRAIN, UNSEEN, Place, make_run
 
-from fedmerge.config import Split
+from fedmerge.config import Split, from_flat
 from fedmerge.evaluation.ranks import METRICS, per_user_metrics
 from fedmerge.evaluation.sums import VARIANTS, MetricSums, Variant, metric_sums
 from fedmerge.files import write_json, write_table
@@ -20,6 +21,15 @@ from fedmerge.seeding import generator
 STRATEGIES = ("backbone", "average", "mergerec")
 DOMAINS = ("books", "camping", "coffee", "toys")
 NUM_ITEMS = 80
+# Strategy of some_private_bench -> what it sets
+PRIVATE: Mapping[str, Mapping[str, Any]] = {
+    "average": {"dp.noise_multiplier": 0.0},
+    "some": {"dp.epsilon": 8.0},
+    "much": {"dp.epsilon": 1.0},
+    "summed": {"dp.epsilon": 1.0, "privacy.policy": "aggregate-only"},
+    "only-noise": {"dp.noise_multiplier": 2.0},
+    "open": {"dp.mode": "none", "dp.delta": "none", "train.negatives": "in-batch"},
+}
 _SPLITS: tuple[Split, ...] = ("valid", "test")
 
 
@@ -109,6 +119,14 @@ def some_bench(
         cells=[{**cell, "status": "done", "seconds": 12.25, **_settings(cell)} for cell in cells],
         references=("backbone",) if "backbone" in strategies else (),
     )
+
+
+def some_private_bench() -> BenchTables:
+    """A benchmark of strategies with differential privacy, and one without."""
+    tables = some_bench(tuple(PRIVATE), folds=False)
+    flat = {"dp.mode": "user", "dp.delta": 1e-4, "train.negatives": "catalog", "merge.methods": "average"}
+    configs = {name: from_flat({**flat, **changes}).model_dump(mode="json") for name, changes in PRIVATE.items()}
+    return replace(tables, cells=[{**cell, "config": configs[cell["strategy"]]} for cell in tables.cells])
 
 
 def _cost(number: int, cell: Mapping[str, Any], num_domains: int) -> dict[str, Any]:
