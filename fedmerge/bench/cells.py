@@ -166,7 +166,7 @@ def check_admission(result: Path, config: ExperimentConfig, run: Path, left_out:
     probed = config.admission.probe_items is not None
     backbone = backbone_of(config.backbone, config.runtime) if probed else None
     catalogs = _catalogs(config, sources) if probed else {}
-    record = check_experts(experts, config, backbone, catalogs, votes)
+    record = check_experts(experts, config.admission, config.text, config.seed, backbone, catalogs, votes)
     seconds = time.monotonic() - started - client_seconds
     write_json(result, {**record, "seconds": seconds, "client_seconds": client_seconds, "bytes_down": size_bytes})
 

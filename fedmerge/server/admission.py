@@ -1,4 +1,4 @@
-"""The gate in front of the merge and the choice: what is not what was asked for is refused by name."""
+"""Refuse replies that are not what the server asked for: malformed adapters and impossible metric sums."""
 
 from collections.abc import Mapping, Sequence
 
@@ -11,23 +11,23 @@ from fedmerge.encoder.lora import Layout, layout_of
 from fedmerge.errors import ClientError, LayoutMismatchError
 from fedmerge.evaluation.sums import MetricSums, Variant
 
-LARGEST_VALUE = 1e4  # of a factor: far beyond any training that works, and products of two of them stay finite
+LARGEST_VALUE = 1e4  # in a factor: far above any training that works, and products of two such values are finite
 MAX_BASELINES = 16
 _BYTES_PER_TENSOR = 1024  # name, shape, header, and the module's scaling
 
 
 def adapter_bytes(layout: Layout, transport: Transport = "float32") -> int:
-    """The most bytes that an adapter of this layout takes in a message; with top-k each entry has its position."""
+    """Return an upper bound on the bytes of an adapter in a message; with top-k each entry also has a position."""
     shapes = [shape for lora_A, lora_B, _ in layout.values() for shape in (lora_A, lora_B)]
     bytes_per_entry = 8 if transport == "top-k" else 4
     return sum(bytes_per_entry * shape[0] * shape[1] + _BYTES_PER_TENSOR for shape in shapes)
 
 
 def check_adapter(domain: str, adapter: Adapter, layout: Layout) -> None:
-    """Refuse an adapter of another layout or with values that are not finite.
+    """Check that an adapter has the expected layout and finite, plausible values.
 
     Raises:
-        LayoutMismatchError: what differs, and where.
+        LayoutMismatchError: names the module and the difference.
     """
     found = layout_of(adapter)
     missing, extra = sorted(layout.keys() - found.keys()), sorted(found.keys() - layout.keys())
@@ -48,19 +48,19 @@ def check_adapter(domain: str, adapter: Adapter, layout: Layout) -> None:
             if wrong or tensor.dtype != torch.float32:
                 raise LayoutMismatchError(
                     f"domain {domain}: {name}.{part} is {tensor.dtype} with {wrong} of {tensor.numel()} values NaN or "
-                    "infinite, expected finite float32. Its training diverged or the file is damaged: leave it out, or "
-                    "train again."
+                    "infinite, expected finite float32. Its training diverged or the file is damaged: exclude the "
+                    "domain, or train it again."
                 )
             largest = float(tensor.abs().max()) if tensor.numel() else 0.0
             if largest > LARGEST_VALUE:
                 raise LayoutMismatchError(
                     f"domain {domain}: {name}.{part} holds a value of {largest:.3g}, expected at most "
-                    f"{LARGEST_VALUE:g}. Its training diverged: lower train.learning_rate, or leave it out."
+                    f"{LARGEST_VALUE:g}. Its training diverged: lower train.learning_rate, or exclude the domain."
                 )
 
 
 def sums_bytes(num_models: int, num_metrics: int) -> int:
-    """The most bytes that the metric sums of so many models take in a message, baselines included."""
+    """Return an upper bound on the bytes of the metric sums of ``num_models`` models, baselines included."""
     methods = num_models + MAX_BASELINES
     return 2 * 32 * num_metrics * methods * (methods + 1) + 2**16
 
@@ -72,17 +72,17 @@ def check_sums(
     baselines: bool,
     num_users: tuple[int, int],
 ) -> None:
-    """Refuse metric sums that are not of the models asked for, or cannot be sums over this domain's users.
+    """Check that metric sums are of the requested models and can be sums over this domain's users.
 
     Args:
-        domain: whose sums they are.
-        sums: of both variants.
-        models: what was asked for, by label.
-        baselines: whether the client was asked for baselines, whose names it knows itself.
-        num_users: at least and at most so many, by the policy and by what the client said of itself.
+        domain: name of the domain.
+        sums: masked and unmasked sums.
+        models: labels of the requested models.
+        baselines: True if the client was asked for its baselines, which it names itself.
+        num_users: bounds on the number of users: ``privacy.min_users``, and the number that the client announced.
 
     Raises:
-        ClientError: what is wrong.
+        ClientError: a model is missing or was not requested, or no users can have these sums.
     """
     unmasked, masked = sums["unmasked"], sums["masked"]
     missing = sorted(set(models) - set(unmasked.methods))
@@ -91,11 +91,11 @@ def check_sums(
     extra = sorted(set(unmasked.methods) - set(models))
     if len(extra) > (MAX_BASELINES if baselines else 0):
         raise ClientError(
-            f"domain {domain}: its metric sums hold {extra[:3]}, which nobody asked for. "
+            f"domain {domain}: its metric sums hold {extra[:3]}, which were not requested. "
             "Use the same fedmerge version everywhere."
         )
     if masked.methods != unmasked.methods or masked.num_users != unmasked.num_users:
-        raise ClientError(f"domain {domain}: its masked and unmasked metric sums are of different methods or users.")
+        raise ClientError(f"domain {domain}: its masked and unmasked metric sums differ in methods or users.")
     fewest, most = num_users
     if unmasked.num_users < fewest:
         raise ClientError(
@@ -104,27 +104,27 @@ def check_sums(
         )
     if unmasked.num_users > most:
         raise ClientError(
-            f"domain {domain}: its metric sums are over {unmasked.num_users} users, but it has only {most}. "
-            "Leave it out, or look into its client."
+            f"domain {domain}: its metric sums are over {unmasked.num_users} users, but the domain has {most}. "
+            "Exclude the domain, or check its client."
         )
     for of_variant in (unmasked, masked):
         limit = of_variant.num_users * (1 + 1e-9)
         if abs(of_variant.products).max() > limit:
             raise ClientError(
                 f"domain {domain}: its {of_variant.variant} products of outcomes exceed {of_variant.num_users}, the "
-                "number of its users; no outcome exceeds 1. Leave it out, or look into its client."
+                "number of its users; no outcome exceeds 1. Exclude the domain, or check its client."
             )
         if _smallest_scatter(of_variant) < -1e-9:
             raise ClientError(
-                f"domain {domain}: its {of_variant.variant} products of outcomes leave a difference of two models with "
-                "a negative variance, which no users can have. Leave it out, or look into its client."
+                f"domain {domain}: its {of_variant.variant} products of outcomes give the difference of two models a "
+                "negative variance, which is impossible. Exclude the domain, or check its client."
             )
 
 
 def _smallest_scatter(sums: MetricSums) -> float:
-    """The smallest Σ (d - mean d)² of all differences d = x - y of two rows, over max(1, Σ x² + Σ y²).
+    """Return the smallest Σ (d - mean d)² of the differences d = x - y of two rows, over max(1, Σ x² + Σ y²).
 
-    From sums and products, as :func:`fedmerge.evaluation.sums.paired_difference` has it, which refuses the same.
+    Computed from sums and products, as in :func:`fedmerge.evaluation.sums.paired_difference`, which has the same limit.
     """
     squares = np.diagonal(sums.products, axis1=1, axis2=2)  # (metrics, methods)
     own = squares[:, :, None] + squares[:, None, :]  # (metrics, methods, methods)

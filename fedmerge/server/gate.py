@@ -1,10 +1,10 @@
-"""The admission gate: experts that are well formed (``fedmerge.server.admission``) but would spoil the merge.
+"""The admission gate: find experts that are well formed (``fedmerge.server.admission``) but would harm the merge.
 
-Three kinds of checks, each with a number, a limit and the reason for that limit below: the size of the update against
-the cohort, a probe of the adapted encoder on its domain's own catalog, and what the other domains' users say of the
-merge without it. What they cannot see stands in docs/reference/admission.md.
+There are three kinds of checks: the size of an update relative to the cohort, a probe of the adapted encoder on its
+domain's own catalog, and the other domains' validation of the merge without the expert. Each has a number and a limit;
+the reasons for the limits are below. docs/reference/admission.md says what the checks cannot see.
 
-Source: "One Bad Model Spoils the Bunch" (arXiv:2406.14563) for the need; the checks are our own.
+Source: "One Bad Model Spoils the Bunch" (arXiv:2406.14563) shows the need; the checks are our own.
 """
 
 import math
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from fedmerge.adapter import Adapter
-from fedmerge.config import ExperimentConfig, Text
+from fedmerge.config import Admission, ExperimentConfig, Text
 from fedmerge.domain.catalog import Catalog, make_catalog
 from fedmerge.encoder.backbone import Backbone
 from fedmerge.encoder.encode import encode
@@ -30,34 +30,34 @@ from fedmerge.federated.product_space import inner_product
 from fedmerge.merging.stack import linear_merge_of_many, survey_adapters
 from fedmerge.seeding import generator
 
-SMALLEST_COHORT = 3  # of two experts nobody can say which one is the odd one out
+SMALLEST_COHORT = 3  # with two experts, neither can be called the outlier
 # Norms are compared as ratios, so by their logarithms. 3.5 robust standard deviations is the usual bound for outliers
-# (Iglewicz and Hoaglin, 1993). The MAD of a few experts can be next to nothing, so no factor below 3 is one: the update
-# of one of K = 8 that is √(K - 1) = 2.6 times as large as the others outweighs all of them in the average. It can be
-# huge, too, so a factor above 10 is one whatever the others do.
+# (Iglewicz and Hoaglin, 1993). The MAD of a few experts can be close to 0, so a factor below 3 is never an outlier: for
+# K = 8, an update that is √(K - 1) = 2.6 times as large as the others outweighs all of them in the average. The MAD can
+# also be huge, so a factor above 10 is always an outlier.
 MOST_DEVIATIONS = 3.5
 LEAST_FACTOR, MOST_FACTOR = 3.0, 10.0
-DEVIATIONS_OF_MAD = 1.4826  # of a normal distribution
+DEVIATIONS_OF_MAD = 1.4826  # standard deviation over MAD of a normal distribution
 NEAREST = 10
-# Fine-tuning brings together what is bought together, also across categories, so an honest expert may lose some of what
-# the backbone knows of titles and categories. Set by hand between what was found with seed 0: ten honest experts kept
-# .76 and more of the share of categories, one trained on flipped labels .48, one on promoted items .53. (How far items
-# lie apart says nothing: honest experts draw them to a thirtieth of the backbone's distance.)
+# Fine-tuning moves items together that are bought together, also across categories, so an honest expert may lose some
+# of the backbone's knowledge of titles and categories. The limit was set by hand between measurements with seed 0: ten
+# honest experts kept .76 or more of the share of categories, one trained on flipped labels .48, one on promoted items
+# .53. (The distance between items is no signal: honest experts shrink it to a thirtieth of the backbone's.)
 LEAST_SHARE_OF_BACKBONE = 0.6
-LEAST_GAIN = 0.05  # relative: less may be a domain that is merely far from the others
+LEAST_GAIN = 0.05  # relative: a smaller gain may only mean that the domain is far from the others
 ALL, WITHOUT = "average of all", "average without "
 
 
 @dataclass(frozen=True)
 class Check:
-    """What one check of one expert found.
+    """The result of one check of one expert.
 
     Attributes:
-        value: what was measured.
-        limit: beyond which it fails.
-        failed: whether it did.
-        reason: in words, where it did.
-        details: other numbers of it.
+        value: the measured number.
+        limit: the number beyond which the expert fails.
+        failed: True if it failed.
+        reason: the failure in words; empty if it passed.
+        details: other numbers.
     """
 
     value: float
@@ -67,21 +67,21 @@ class Check:
     details: Mapping[str, Any] = field(default_factory=dict)
 
 
-Checks = dict[str, Check]  # domain -> what a check found
-Vote = tuple[float, bool]  # relative gain without somebody, and whether it counts
+Checks = dict[str, Check]  # domain -> result of one check
+Vote = tuple[float, bool]  # relative gain without an expert, and True if it counts against the expert
 
 
 def probes(config: ExperimentConfig) -> bool:
-    """Whether experts are probed on their catalogs, which the server then needs."""
+    """Return True if experts are probed on their catalogs, which the server then needs."""
     one_merge = config.rounds.rule is None and config.until != "train"
     return config.admission.probe_items is not None and one_merge
 
 
 def failures(checks: Mapping[str, Mapping[str, Check]]) -> dict[str, str]:
-    """Domain -> why it is not to be merged, of those that fail any check; by name.
+    """Return domain -> reason for every expert that fails a check, sorted by name.
 
     Args:
-        checks: name of a check -> domain -> what it found.
+        checks: name of a check -> domain -> result.
     """
     reasons: dict[str, list[str]] = {}
     for of_check in checks.values():
@@ -93,52 +93,56 @@ def failures(checks: Mapping[str, Mapping[str, Check]]) -> dict[str, str]:
 
 def check_experts(
     adapters: Mapping[str, Adapter],
-    config: ExperimentConfig,
+    admission: Admission,
+    text: Text,
+    seed: int,
     backbone: Backbone | None,
     catalogs: Mapping[str, Catalog],
     votes: Mapping[str, Mapping[str, Vote]],
 ) -> dict[str, Any]:
-    """All checks that the experiment asks for.
+    """Run all checks that the experiment asks for.
 
     Args:
-        adapters: domain -> expert, well formed; asked for one at a time.
-        config: admission, text and seed are read.
-        backbone: the frozen encoder; for the probe.
-        catalogs: domain -> catalog; for the probe.
-        votes: for leave-one-out: domain -> what it says of each of the others, by :func:`votes_of`.
+        adapters: domain -> expert, well formed; read one at a time.
+        admission: section ``[admission]``.
+        text: section ``[text]``, for the probe.
+        seed: seed of the probe's draw.
+        backbone: the frozen encoder, for the probe.
+        catalogs: domain -> catalog, for the probe.
+        votes: for leave-one-out: domain -> its vote on each other domain, from :func:`votes_of`.
 
     Returns:
-        ``admission.json``: the action, who failed and why (domain -> reason), every number of every check, and the
+        ``admission.json``: the action, the reason of every expert that failed, every number of every check, and the
         geometry of the updates.
 
     Raises:
-        MergeError: a probe without the backbone or without a catalog.
+        MergeError: the probe has no backbone, or no catalog of a domain.
     """
     geometry = cohort_geometry(adapters)
     checks = {"norm": norm_checks({domain: values["norm"] for domain, values in geometry.items()})}
-    if config.admission.probe_items is not None:
+    if admission.probe_items is not None:
         checks |= {"titles": {}, "categories": {}}
         for domain in sorted(adapters):
             if backbone is None or domain not in catalogs:
                 raise MergeError(
                     f"admission: found no {'backbone' if backbone is None else f'catalog of {domain}'} to probe its "
-                    "expert with; give it, or set admission.probe_items = 'none'"
+                    "expert with; give one, or set admission.probe_items = 'none'"
                 )
             found = probe_checks(
                 backbone,
                 domain,
                 adapters[domain],
                 catalogs[domain],
-                config.text,
-                config.admission.probe_items,
-                config.seed,
+                text,
+                admission.probe_items,
+                seed,
             )
             for name, check in found.items():
                 checks[name][domain] = check
-    if config.admission.leave_one_out:
+    if admission.leave_one_out:
         checks["leave-one-out"] = leave_one_out_checks(votes)
     return {
-        "action": config.admission.action,
+        "action": admission.action,
         "failed": failures(checks),
         "checks": {
             name: {domain: asdict(check) for domain, check in sorted(of_check.items())}
@@ -148,20 +152,20 @@ def check_experts(
     }
 
 
-# ---- the updates themselves
+# ---- the size of updates
 
 
 def cohort_geometry(adapters: Mapping[str, Adapter]) -> dict[str, dict[str, float]]:
-    """Norm of every update, and how far the average of the others is from the average with it; from factors.
+    """Compute the norm of every update, and the change of the average without it, from the LoRA factors.
 
-    With M the average of all K and M₋ₖ that of the others, M - M₋ₖ = (Δₖ - M) / (K - 1).
+    With M the average of all K updates and M₋ₖ the average of the others, M - M₋ₖ = (Δₖ - M) / (K - 1).
 
     Args:
-        adapters: domain -> expert, at least one; asked for one at a time, twice.
+        adapters: domain -> expert, at least one; read one at a time, twice.
 
     Returns:
         domain -> ``norm`` ‖Δₖ‖_F over all modules, ``shift`` ‖M - M₋ₖ‖ / ‖M‖, ``cosine`` of Δₖ and M₋ₖ; the last
-        two are 0 where an average is 0 or there are no others.
+        two are 0 if an average is 0 or there is no other domain.
 
     Raises:
         LayoutMismatchError, MergeError: as :func:`fedmerge.merging.stack.survey_adapters`.
@@ -169,7 +173,7 @@ def cohort_geometry(adapters: Mapping[str, Adapter]) -> dict[str, dict[str, floa
     layout = survey_adapters(adapters)
     num_domains = len(layout.domains)
     mean = linear_merge_of_many(adapters, layout, torch.full((num_domains,), 1 / num_domains))
-    whole = max(0.0, inner_product(mean, mean))  # by rounding below 0 where factors cancel each other
+    whole = max(0.0, inner_product(mean, mean))  # rounding can make it negative if factors cancel
     found = {}
     for domain in layout.domains:
         adapter = adapters[domain]
@@ -186,9 +190,9 @@ def cohort_geometry(adapters: Mapping[str, Adapter]) -> dict[str, dict[str, floa
 
 
 def norm_checks(norms: Mapping[str, float]) -> Checks:
-    """Updates that are far larger than the cohort's; a small one, or none at all, spoils nothing.
+    """Find updates that are far larger than the cohort's median; small updates do no harm and always pass.
 
-    Updates that are 0 say nothing about the usual size. With fewer than ``SMALLEST_COHORT`` updates nothing is checked.
+    Updates of norm 0 are left out of the median. Fewer than ``SMALLEST_COHORT`` other updates give no checks.
     """
     logs = [math.log(norm) for norm in norms.values() if norm > 0]
     if len(logs) < SMALLEST_COHORT:
@@ -217,23 +221,23 @@ def norm_checks(norms: Mapping[str, float]) -> Checks:
 def probe_checks(
     backbone: Backbone, domain: str, adapter: Adapter, catalog: Catalog, text: Text, num_items: int, seed: int
 ) -> dict[str, Check]:
-    """Whether an expert still ranks its own catalog sensibly, measured against the backbone without it.
+    """Check that an expert still ranks its own catalog sensibly, compared with the backbone alone.
 
-    Of a random subset of items:
-    titles: the mean reciprocal rank of an item when its title alone is asked for; ties count against it.
-    categories: the share of the ten items nearest to an item that are of its category, over items that have one.
+    On a random subset of items:
+    titles: the mean reciprocal rank of an item when the query is its title; ties count against it.
+    categories: the share of an item's ten nearest items that have its category, over items with a category.
 
     Args:
         backbone: the frozen encoder; left as it was.
-        domain: its name.
-        adapter: its expert.
-        catalog: its own.
-        text: how items become tokens.
-        num_items: of the subset, at most; items without a title are left out.
-        seed: of the draw.
+        domain: name of the domain.
+        adapter: the domain's expert.
+        catalog: the domain's catalog.
+        text: section ``[text]``.
+        num_items: largest size of the subset; items without a title are left out.
+        seed: seed of the draw.
 
     Returns:
-        Name -> check; none for twenty items with a title or fewer. Where the backbone finds no categories, they pass.
+        Name -> check; empty for twenty items with a title or fewer. If the backbone finds no categories, they pass.
     """
     drawn = generator(seed, "probe", domain).permutation(len(catalog))
     chosen = [int(item) for item in drawn if catalog.attributes["title"][item]][:num_items]
@@ -290,11 +294,14 @@ def _probe(
     }
 
 
-# ---- what the others say of the merge without it
+# ---- the other domains' votes
 
 
 def leave_one_out_merges(adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:
-    """The average of all experts, and of all but each: label -> merge; empty for fewer than ``SMALLEST_COHORT``."""
+    """Return label -> merge: the average of all experts and, for each expert, the average of the others.
+
+    Fewer than ``SMALLEST_COHORT`` experts give none.
+    """
     layout = survey_adapters(adapters)
     num_domains = len(layout.domains)
     if num_domains < SMALLEST_COHORT:
@@ -307,19 +314,19 @@ def leave_one_out_merges(adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:
 
 
 def votes_of(sums: MetricSums, domains: Sequence[str], metric: str) -> dict[str, Vote]:
-    """What one domain's validation users say of the merges without each of the others.
+    """Compute one domain's vote on each other domain, from its validation users.
 
     Args:
-        sums: of the merges of :func:`leave_one_out_merges` on this domain's users.
-        domains: the others.
-        metric: what is compared.
+        sums: metric sums of the merges of :func:`leave_one_out_merges` on this domain's users.
+        domains: the other domains.
+        metric: the metric to compare.
 
     Returns:
-        other domain -> relative gain without it, and whether that is at least ``LEAST_GAIN`` and beyond noise (the 95 %
-        interval, paired over users, lies above 0).
+        Other domain -> relative gain without it, and True if the gain is at least ``LEAST_GAIN`` and significant (the
+        95 % interval, paired over users, is above 0).
 
     Raises:
-        ClientError: sums that no users can have produced.
+        ClientError: no users can have these sums.
     """
     whole = sums.mean(ALL, metric)
     votes = {}
@@ -331,10 +338,10 @@ def votes_of(sums: MetricSums, domains: Sequence[str], metric: str) -> dict[str,
 
 
 def leave_one_out_checks(votes: Mapping[str, Mapping[str, Vote]]) -> Checks:
-    """Experts without which more than half of the other domains do better: so no minority can vote somebody out.
+    """Find experts without which more than half of the other domains do better, so that no minority can exclude one.
 
     Args:
-        votes: domain -> what it says of each of the others, by :func:`votes_of`.
+        votes: domain -> its vote on each other domain, from :func:`votes_of`.
     """
     found: Checks = {}
     for domain in sorted({other for of_domain in votes.values() for other in of_domain}):
@@ -345,8 +352,8 @@ def leave_one_out_checks(votes: Mapping[str, Mapping[str, Vote]]) -> Checks:
         gains = {voter: gain if math.isfinite(gain) else None for voter, (gain, _) in sorted(against.items())}
         gain = statistics.median(gain for gain, _ in against.values())
         reason = (
-            f"without it the average of the others ranks better for {round(share * len(against))} of {len(against)} "
-            f"other domains, beyond noise (median gain {100 * gain:.0f} %); expected at most half of them"
+            f"without it the average ranks significantly better for {round(share * len(against))} of {len(against)} "
+            f"other domains (median gain {100 * gain:.0f} %); expected at most half of them"
         )
         found[domain] = Check(share, 0.5, share > 0.5, reason if share > 0.5 else "", {"gains": gains})
     return found

@@ -1,4 +1,4 @@
-"""The gate in front of the merge: what is not as asked for is refused with domain and module."""
+"""Adapters of another layout, or with impossible values, are refused by domain and module."""
 
 import math
 from collections.abc import Callable
@@ -39,7 +39,7 @@ def with_value(tensor: torch.Tensor, value: float) -> torch.Tensor:
     return changed
 
 
-def test_the_expected_layout_is_what_clients_train_and_finding_it_out_leaves_no_trace(backbone: Backbone) -> None:
+def test_the_expected_layout_is_that_of_trained_adapters_and_leaves_the_backbone_as_it_was(backbone: Backbone) -> None:
     before = {name: tensor.clone() for name, tensor in backbone.model.state_dict().items()}
     layout = expected_layout(backbone, LORA)
     assert dict(layout) == dict.fromkeys(NAMES, ((4, 32), (32, 4), 2.0))
@@ -63,10 +63,10 @@ REFUSALS: dict[str, tuple[Callable[[LoraModule], LoraModule], str]] = {
     "float64": (lambda m: LoraModule(m.lora_A.double(), m.lora_B, 2.0), r"\.lora_A is torch.float64"),
     "float16": (lambda m: LoraModule(m.lora_A, m.lora_B.half(), 2.0), r"\.lora_B is torch.float16"),
     "rank": (lambda m: LoraModule(m.lora_A[:3], m.lora_B[:, :3], 2.0), r"lora\.rank"),
-    "ranks that differ": (lambda m: LoraModule(m.lora_A[:3], m.lora_B, 2.0), r"\(3, 32\).*expected .*\(4, 32\)"),
+    "ranks that differ": (lambda m: LoraModule(m.lora_A[:3], m.lora_B, 2.0), r"\(3, 32\).*\(4, 32\)"),
     "width in": (lambda m: LoraModule(m.lora_A[:, :16], m.lora_B, 2.0), r"\(4, 16\)"),
     "width out": (lambda m: LoraModule(m.lora_A, torch.ones(64, 4), 2.0), r"\(64, 4\)"),
-    "scaling": (lambda m: LoraModule(m.lora_A, m.lora_B, 4.0), r"4\.0.*expected.*2\.0.*lora\.alpha"),
+    "scaling": (lambda m: LoraModule(m.lora_A, m.lora_B, 4.0), r"4\.0.*2\.0.*lora\.alpha"),
     "scaling NaN": (lambda m: LoraModule(m.lora_A, m.lora_B, math.nan), "nan"),
 }
 
@@ -82,12 +82,10 @@ def test_a_wrong_module_is_refused_by_name(adapter: Adapter, layout: Layout, ref
 
 def test_missing_and_surplus_modules_are_refused_by_name(adapter: Adapter, layout: Layout) -> None:
     fewer = {name: module for name, module in adapter.modules.items() if name != CHOSEN}
-    with pytest.raises(
-        LayoutMismatchError, match=rf"domain shop: its adapter lacks .*'{CHOSEN}'.*3 modules, expected 4"
-    ):
+    with pytest.raises(LayoutMismatchError, match=rf"domain shop: .*'{CHOSEN}'.*3 modules.* 4\)"):
         check_adapter("shop", Adapter(fewer), layout)
     more = {**adapter.modules, "pooler.dense": adapter.modules[CHOSEN]}
-    with pytest.raises(LayoutMismatchError, match=r"domain shop: .*unexpected .*'pooler\.dense'"):
+    with pytest.raises(LayoutMismatchError, match=r"domain shop: .*'pooler\.dense'"):
         check_adapter("shop", Adapter(more), layout)
-    with pytest.raises(LayoutMismatchError, match="0 modules, expected 4"):
+    with pytest.raises(LayoutMismatchError, match=r"0 modules.* 4\)"):
         check_adapter("shop", Adapter({}), layout)

@@ -1,4 +1,4 @@
-"""The admission gate and the roll-back: numbers against their definitions, and what they decide."""
+"""The admission gate and the rollback: numbers against their definitions, and the decisions made from them."""
 
 from collections.abc import Mapping, Sequence
 
@@ -77,7 +77,7 @@ def test_the_geometry_of_a_cohort_is_that_of_dense_averages() -> None:
         )
 
 
-def test_updates_that_are_zero_or_alone_have_a_geometry() -> None:
+def test_the_geometry_of_updates_of_norm_zero_and_of_a_single_one() -> None:
     nothing = scaled(random_adapter(LAYOUT, 2, 1.0, 0), 0.0)
     zero = {"norm": 0.0, "shift": 0.0, "cosine": 0.0}
     assert cohort_geometry({"a": nothing, "b": nothing}) == {"a": zero, "b": zero}
@@ -90,8 +90,8 @@ def failed(norms: Mapping[str, float]) -> list[str]:
     return [domain for domain, check in norm_checks(norms).items() if check.failed]
 
 
-def test_factors_that_cancel_have_the_norm_zero() -> None:
-    """‖Δ‖² comes out below 0 by rounding for about half of them; a client could send one."""
+def test_factors_that_cancel_have_norm_zero() -> None:
+    """Rounding makes ‖Δ‖² negative for about half of them, and a client could send such factors."""
     for seed in range(20):
         draw = torch.Generator().manual_seed(seed)
         a, b = 1e3 * torch.randn(2, 24, generator=draw), 1e3 * torch.randn(16, 1, generator=draw)
@@ -107,18 +107,18 @@ def test_norms_by_hand() -> None:
     check = norm_checks({"a": 1.0, "b": 1.0, "c": 1.0, "d": 10.0})["d"]
     assert check.value == 10.0
     assert check.limit == pytest.approx(LEAST_FACTOR)
-    assert check.reason == "its update has norm 10, 10.0 times the cohort's median; expected at most 3.0 times"
+    assert all(value in check.reason for value in ("norm 10,", "10.0 times", "3.0 times"))
     # norms e^-.3, 1, e^.3: the MAD is .3, so the limit is e^(3.5 · 1.4826 · .3); of 1/e, 1, e it would be 179
     wide = norm_checks({"a": np.exp(-0.3), "b": 1.0, "c": np.exp(0.3)})
     assert wide["b"].limit == pytest.approx(np.exp(3.5 * 1.4826 * 0.3))
     assert norm_checks({"a": np.exp(-1.0), "b": 1.0, "c": np.e})["b"].limit == pytest.approx(MOST_FACTOR)
-    assert failed({"a": 0.01, "b": 1.0, "c": 1.0, "d": 0.0}) == []  # small ones spoil nothing
+    assert failed({"a": 0.01, "b": 1.0, "c": 1.0, "d": 0.0}) == []  # small updates do no harm
     assert norm_checks({"a": 1.0, "b": 100.0}) == {}
-    assert norm_checks({"a": 1.0, "b": 100.0, "c": 0.0}) == {}  # two that say anything
+    assert norm_checks({"a": 1.0, "b": 100.0, "c": 0.0}) == {}  # two norms above 0
 
 
 @pytest.mark.parametrize("num_domains", [3, 4, 8, 40])
-def test_clean_cohorts_pass_and_one_large_update_never_does(num_domains: int) -> None:
+def test_clean_cohorts_pass_and_one_large_update_always_fails(num_domains: int) -> None:
     random = np.random.default_rng(num_domains)
     false_alarms = 0
     for _ in range(300):
@@ -153,7 +153,7 @@ def to_one_direction() -> Adapter:
     )
 
 
-def test_a_small_update_passes_the_probe_and_a_huge_one_does_not(backbone: Backbone, catalog: Catalog) -> None:
+def test_a_small_update_passes_the_probe_and_a_huge_one_fails(backbone: Backbone, catalog: Catalog) -> None:
     layout = layout_of(backbone)
     before = {name: tensor.clone() for name, tensor in backbone.model.state_dict().items()}
     mild = scaled(random_adapter(layout, 2, 1.0, 0), 0.02)
@@ -164,13 +164,14 @@ def test_a_small_update_passes_the_probe_and_a_huge_one_does_not(backbone: Backb
     assert found == probe_checks(backbone, "camping", mild, catalog, TEXT, 40, 0)
     found = probe_checks(backbone, "camping", to_one_direction(), catalog, TEXT, 40, 0)
     assert found["titles"].failed
-    assert found["titles"].reason.startswith("under its expert a title finds its item with reciprocal rank 0.")
+    assert f"{found['titles'].value:.3f}" in found["titles"].reason
     broken = scaled(random_adapter(layout, 2, 1.0, 0), float("inf"))
     found = probe_checks(backbone, "camping", broken, catalog, TEXT, 40, 0)
     assert {name: check.value for name, check in found.items()} == {"titles": 0.0, "categories": 0.0}
     assert found["titles"].failed
     assert found["categories"].failed
-    assert "items that are of an item's category is 0.000, under the backbone 0." in found["categories"].reason
+    assert "0.000" in found["categories"].reason
+    assert f"{found['categories'].details['backbone']:.3f}" in found["categories"].reason
     after = backbone.model.state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
@@ -185,7 +186,7 @@ def test_a_catalog_without_titles_is_not_probed(backbone: Backbone) -> None:
     assert (found["categories"].value, found["categories"].failed) == (0.0, False)
 
 
-def test_the_probe_measures_what_it_says(backbone: Backbone, catalog: Catalog) -> None:
+def test_the_probe_equals_its_definition(backbone: Backbone, catalog: Catalog) -> None:
     adapter = random_adapter(layout_of(backbone), 2, 1.0, 0)
     found = probe_checks(backbone, "camping", adapter, catalog, TEXT, 60, 0)
     chosen = generator(0, "probe", "camping").permutation(60)
@@ -213,7 +214,7 @@ def test_the_probe_measures_what_it_says(backbone: Backbone, catalog: Catalog) -
 # ---- leave one out
 
 
-def test_the_merges_without_each_are_averages_of_the_others() -> None:
+def test_leave_one_out_merges_are_averages_of_the_others() -> None:
     adapters = random_adapters(LAYOUT)
     merges = leave_one_out_merges(adapters)
     assert list(merges) == [ALL, *(WITHOUT + name for name in sorted(adapters))]
@@ -251,55 +252,53 @@ def test_votes_by_hand() -> None:
     assert nothing["b"] == (np.inf, True)
 
 
-def test_only_more_than_half_of_the_others_vote_somebody_out() -> None:
+def test_an_expert_fails_only_if_more_than_half_of_the_others_vote_against_it() -> None:
     names = ["a", "b", "c", "d", "e"]
     yes, no = (0.5, True), (-0.1, False)
     votes = {voter: {other: yes if other == "e" else no for other in names if other != voter} for voter in names}
     checks = leave_one_out_checks(votes)
     assert [name for name, check in checks.items() if check.failed] == ["e"]
-    assert checks["e"].reason == (
-        "without it the average of the others ranks better for 4 of 4 other domains, beyond noise (median gain 50 %); "
-        "expected at most half of them"
-    )
-    # two of five lie about everybody else; nobody who is honest is out
+    assert all(value in checks["e"].reason for value in ("4 of 4", "50 %"))
+    # two of five lie about all others; no honest domain fails
     lies = {voter: {other: yes for other in names if other != voter} for voter in ("d", "e")}
     honest = {voter: {other: no for other in names if other != voter} for voter in ("a", "b", "c")}
     assert not any(check.failed for check in leave_one_out_checks({**honest, **lies}).values())
-    assert leave_one_out_checks({"a": {"b": yes}}) == {}  # one voice is no majority
+    assert leave_one_out_checks({"a": {"b": yes}}) == {}  # one vote is not a majority
 
 
 # ---- all of it
 
 
-def test_the_record_has_every_number_and_names_who_fails(backbone: Backbone, catalog: Catalog) -> None:
+def test_the_record_has_every_number_and_names_the_failed_experts(backbone: Backbone, catalog: Catalog) -> None:
     layout = layout_of(backbone)
     cohort = {name: scaled(random_adapter(layout, 2, 1.0, seed), 0.01) for seed, name in enumerate("abcd")}
     cohort["d"] = scaled(cohort["d"], 10.0)
     config = from_flat({"admission.action": "exclude", "admission.probe_items": 30, "admission.leave_one_out": True})
-    record = check_experts(cohort, config, backbone, dict.fromkeys(cohort, catalog), {})
+    gate = (cohort, config.admission, config.text, config.seed)
+    record = check_experts(*gate, backbone, dict.fromkeys(cohort, catalog), {})
     assert record["action"] == "exclude"
     assert list(record["failed"]) == ["d"]
     assert record["failed"]["d"].startswith("its update has norm ")
     assert set(record["checks"]) == {"norm", *PROBES, "leave-one-out"}
     assert all(set(record["checks"][name]) == set("abcd") for name in ("norm", *PROBES))
     assert set(record["geometry"]["a"]) == {"norm", "shift", "cosine"}
-    with pytest.raises(MergeError, match=r"admission: found no catalog of a to probe its expert with; give it, or set"):
-        check_experts(cohort, config, backbone, {}, {})
-    with pytest.raises(MergeError, match=r"admission: found no backbone to probe"):
-        check_experts(cohort, config, None, {}, {})
+    with pytest.raises(MergeError, match="catalog of a "):
+        check_experts(*gate, backbone, {}, {})
+    with pytest.raises(MergeError, match="backbone"):
+        check_experts(*gate, None, {}, {})
 
 
 # ---- rolling back
 
 
 def outcomes(**means: float) -> MetricSums:
-    """100 users a row; a mean of 0.3 is 30 hits."""
+    """100 users per row; a mean of 0.3 is 30 hits."""
     return sums_of(
         {label: [1.0] * round(100 * mean) + [0.0] * (100 - round(100 * mean)) for label, mean in means.items()}
     )
 
 
-def test_a_domain_is_dropped_where_its_expert_is_better_beyond_noise() -> None:
+def test_a_domain_is_dropped_if_its_expert_is_significantly_better() -> None:
     sums = {
         "beauty": outcomes(merge=0.1, expert=0.3),
         "books": outcomes(merge=0.29, expert=0.3),
@@ -312,7 +311,7 @@ def test_a_domain_is_dropped_where_its_expert_is_better_beyond_noise() -> None:
     assert found["beauty"]["high"] < 0
 
 
-def test_labels_of_merges_without_many_domains_are_names_of_folders() -> None:
+def test_the_label_of_a_merge_without_many_domains_is_short_enough_for_a_folder() -> None:
     assert suffix_without([]) == ""
     assert suffix_without(["books", "toys"]) == " without books toys"
     many = [f"{'long-name' * 6}-{number}" for number in range(20)]
@@ -321,12 +320,12 @@ def test_labels_of_merges_without_many_domains_are_names_of_folders() -> None:
     assert suffix_without(many) != suffix_without([*many[1:], "another"])
 
 
-def test_rolling_back_to_a_merge_without_who_failed_or_to_the_experts() -> None:
+def test_a_rollback_leads_to_the_merge_without_failed_experts_or_to_the_fallback() -> None:
     bad = {"merge": 0.1, "expert": 0.4}
     sums = {
         "beauty": outcomes(**bad, without=0.4),
         "books": outcomes(**bad, without=0.1),
-        "coffee": outcomes(merge=0.9, expert=0.1, without=0.0),  # who failed has no say
+        "coffee": outcomes(merge=0.9, expert=0.1, without=0.0),  # failed, so it has no vote
     }
     decided = roll_back(sums, "merge", ["without"], ["coffee"], "ndcg@10")
     assert decided == {"from": "merge", "to": "without", "dropped": ["beauty", "books"]}

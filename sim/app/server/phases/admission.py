@@ -39,7 +39,7 @@ def pass_gate(
         if record is None:
             experts = checkpoints.StoredExperts(run.folder, sources)
             votes = _votes(run, experts) if admission.leave_one_out else {}
-            record = check_experts(experts, run.config, backbone, catalogs, votes)
+            record = check_experts(experts, admission, run.config.text, run.config.seed, backbone, catalogs, votes)
             write_json(run.folder / checkpoints.ADMISSION, record)
         failed: dict[str, str] = record["failed"]
         for domain, reason in failed.items():
