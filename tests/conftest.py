@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from run_folders import Place
 
     from fedmerge.bench.grid import Grid
+    from fedmerge.client.local_domain import LocalDomain
     from fedmerge.report.bench_tables import BenchTables
 
 settings.register_profile("fedmerge", deadline=None)  # a busy machine must not fail a test
@@ -45,6 +46,23 @@ def pytest_runtest_setup() -> None:
 def backbone(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
     """A tiny BERT in float32."""
     return load_backbone(str(tiny_bert(tmp_path_factory.mktemp("bert"))), "mean", resolve_compute("cpu", "float32"))
+
+
+# For tests/client: a small domain to train on
+
+
+@pytest.fixture(scope="module")
+def toys(backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) -> "LocalDomain":
+    """Thirty users and 25 items of a generated domain, opened for training."""
+    from fedmerge.client.local_domain import open_domain
+    from fedmerge.config import Text
+    from fedmerge.domain.demo import generate_domain
+    from fedmerge.domain.folder import write_domain
+
+    demo = generate_domain("toys", num_users=30, num_items=25)
+    folder = tmp_path_factory.mktemp("domains") / "toys"
+    write_domain(folder, demo.catalog, demo.interactions, public_catalog=True, synthetic=True, source="test")
+    return open_domain(folder, backbone, Text(max_attribute_tokens=6, max_items=3, max_tokens=48))
 
 
 # For tests/bench: one small benchmark, run once for all its tests
