@@ -1,8 +1,8 @@
-"""What pyproject.toml cannot say: how the Flower side and the configurations get into the wheel.
+"""Build steps beyond pyproject.toml: put the Flower side and the configurations into the wheel.
 
-In a checkout they lie at the top: ``sim`` must be called so in the bundle that Flower ships, and must be no part of
-``fedmerge``, which is installed on every node. A wheel holds them as files in ``fedmerge/shipped``, so that nothing
-called ``sim`` is installed; ``fedmerge.installation`` finds them in both places.
+In a checkout both are at the top: the bundle that Flower ships needs the name ``sim``, outside ``fedmerge``, which is
+installed on every node. A wheel holds them as files in ``fedmerge/shipped``, so that it installs no package called
+``sim``. ``fedmerge.installation`` finds them in both places.
 """
 
 import shutil
@@ -24,7 +24,7 @@ class BuildWithShipped(build_py):  # type: ignore[misc]  # setuptools has no typ
     """Copy the shipped files beside the modules; an editable installation uses them where they are."""
 
     def run(self) -> None:
-        """Build from an empty folder: a module that was deleted since the last build must not be in the wheel."""
+        """Build in an empty folder, so that modules deleted since the last build are not in the wheel."""
         if self.editable_mode:
             super().run()
             return
@@ -36,12 +36,12 @@ class BuildWithShipped(build_py):  # type: ignore[misc]  # setuptools has no typ
             shutil.copyfile(source, target)
 
     def get_source_files(self) -> list[str]:
-        """Return what a source distribution needs."""
+        """Return the files that a source distribution needs."""
         return [*super().get_source_files(), *(str(path) for path in shipped_files())]
 
 
 class EditableWithSim(editable_wheel):  # type: ignore[misc]  # likewise
-    """Make ``sim`` importable, too, for tests and benchmarks of a checkout."""
+    """Make ``sim`` importable as well, for tests and benchmarks of a checkout."""
 
     def run(self) -> None:
         """Add the package before the finder is written."""

@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except FedMergeError as error:
         print(f"fedmerge: {error}", file=sys.stderr)
         return 1
-    except BrokenPipeError:  # the reader, for example `head`, has closed; Python's own last flush must not fail, too
+    except BrokenPipeError:  # the reader, for example `head`, has closed; Python's last flush must not fail as well
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except KeyboardInterrupt:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def config_file(text: str) -> Path:
-    """Convert an argument to the file that it names, or to the shipped configuration of that name."""
+    """Return the file that an argument names, or the shipped configuration of that name."""
     from fedmerge.errors import ConfigError
     from fedmerge.installation import find_config
 
@@ -22,7 +22,7 @@ def config_file(text: str) -> Path:
 
 
 def app_folder(options: argparse.Namespace) -> Path:
-    """Return the folder of the Flower app: what ``--app`` says, else that of this installation."""
+    """Return the folder of the Flower app: that of ``--app``, else that of this installation."""
     from fedmerge.installation import root
 
     return options.app or root()
@@ -46,19 +46,19 @@ def add_overrides(parser: argparse._ActionsContainer) -> None:
 
 
 def add_adapter(parser: argparse.ArgumentParser) -> None:
-    """Add the adapter and the source of its settings; see :func:`adapter_config`."""
+    """Add the arguments of :func:`adapter_config`: the adapter and its experiment file."""
     parser.add_argument("adapter", help="a PEFT folder, or 'none' for the backbone alone")
     parser.add_argument(
         "--config",
         type=config_file,
         default=None,
-        help="experiment file for backbone, text and runtime (default: that of the run that the adapter belongs to)",
+        help="experiment file for backbone, text and runtime (default: that of the adapter's run)",
     )
     add_overrides(parser)
 
 
 def adapter_config(options: argparse.Namespace) -> "ExperimentConfig":
-    """Return the settings to use an adapter with."""
+    """Return the settings that an adapter is used with."""
     from fedmerge.config import load_config
     from fedmerge.encoder.adapter_records import config_of_adapter
 

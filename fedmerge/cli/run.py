@@ -61,9 +61,9 @@ def _run_on_federation(options: argparse.Namespace) -> int:
     from fedmerge.config import load_config
     from fedmerge.errors import ConfigError
     from sim.local.check import check_for_federation
-    from sim.machines.runs import connection, run_on_federation
+    from sim.machines.runs import find_connection, run_on_federation
 
-    to = connection(options.federation)
+    to = find_connection(options.federation)
     if options.resume is not None and to.operator is not None:
         config = _config_to_resume(options.resume, options.config, options.overrides, to.operator)
     elif options.config is None:
@@ -80,9 +80,9 @@ def _run_on_federation(options: argparse.Namespace) -> int:
 
 
 def _stop(options: argparse.Namespace) -> int:
-    from sim.machines.runs import connection, stop_run
+    from sim.machines.runs import find_connection, stop_run
 
-    number = stop_run(options.run, connection(options.federation))
+    number = stop_run(options.run, find_connection(options.federation))
     print(f"run {options.run}, Flower's number {number}: stopped; what is finished is kept")
     return 0
 

@@ -44,9 +44,9 @@ def _runs(options: argparse.Namespace) -> int:
 
 
 def _submitted(options: argparse.Namespace) -> int:
-    from sim.machines.runs import connection, list_submitted
+    from sim.machines.runs import find_connection, list_submitted
 
-    runs = list_submitted(connection(options.federation))
+    runs = list_submitted(find_connection(options.federation))
     if options.json:
         print(json.dumps([asdict(run) for run in runs], indent=2, ensure_ascii=False))
         return 0

@@ -1,4 +1,4 @@
-"""A certificate authority of the federation's own, and the two certificates that it issues: server and operator."""
+"""The federation's certificate authority and the certificates that it issues to the server and the operator."""
 
 import hashlib
 import ipaddress
@@ -17,8 +17,8 @@ from fedmerge.errors import DeploymentError
 
 AUTHORITY_DAYS = 3650
 CERTIFICATE_DAYS = 397
-CLOCK_SKEW = timedelta(hours=1)  # a client whose clock is a little late must not refuse a new certificate
-LOCAL_HOSTS = ("localhost", "127.0.0.1")  # where the server's own processes reach it
+CLOCK_SKEW = timedelta(hours=1)  # a client whose clock is slightly slow must not refuse a new certificate
+LOCAL_HOSTS = ("localhost", "127.0.0.1")  # addresses by which the server's own processes connect
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Issued:
 
 
 def new_authority(name: str) -> Issued:
-    """A certificate authority for one federation (ECDSA P-384), which can sign no further authority."""
+    """Create a certificate authority for one federation (ECDSA P-384); it cannot sign other authorities."""
     key = ec.generate_private_key(ec.SECP384R1())
     subject = _named(f"fedmerge federation {name}")
     builder = _builder(subject, subject, key.public_key(), AUTHORITY_DAYS)
@@ -45,19 +45,22 @@ def new_authority(name: str) -> Issued:
 
 
 def issue(authority: Issued, name: str, purpose: Literal["server", "client"], hosts: Sequence[str] = ()) -> Issued:
-    """A certificate of the authority (ECDSA P-384) for one purpose.
+    """Issue a certificate (ECDSA P-384) for one purpose.
 
     Args:
-        authority: who signs.
+        authority: the authority that signs.
         name: common name of the subject.
         purpose: a server's certificate cannot be used as a client's, nor the other way round.
-        hosts: names and addresses that the certificate is for, of a server.
+        hosts: names and addresses of the server that the certificate covers.
+
+    Raises:
+        DeploymentError: the authority's key is of another kind.
     """
     signer = x509.load_pem_x509_certificate(authority.certificate)
     signing_key = serialization.load_pem_private_key(authority.key, password=None)
     if not isinstance(signing_key, ec.EllipticCurvePrivateKey):
         raise DeploymentError(
-            f"the authority's key is {type(signing_key).__name__}, expected ECDSA P-384. Put ca/ca.key back."
+            f"ca/ca.key: found {type(signing_key).__name__}, expected an ECDSA P-384 key. Restore the file."
         )
     key = ec.generate_private_key(ec.SECP384R1())
     builder = _builder(_named(name), signer.subject, key.public_key(), CERTIFICATE_DAYS)
@@ -74,10 +77,10 @@ def issue(authority: Issued, name: str, purpose: Literal["server", "client"], ho
 
 
 def check_host(host: str) -> str:
-    """A host name or IP address as it may stand in a certificate.
+    """Return a host name or IP address in the form that certificates use.
 
     Raises:
-        DeploymentError: it is neither.
+        DeploymentError: ``host`` is neither.
     """
     try:
         return str(ipaddress.ip_address(host))
@@ -94,28 +97,28 @@ def check_host(host: str) -> str:
 
 
 def expires(certificate: Path) -> datetime:
-    """When a certificate ends to be valid, UTC."""
+    """Return the time at which a certificate expires, UTC."""
     return _read(certificate).not_valid_after_utc
 
 
 def sha1_fingerprint(certificate: Path) -> str:
-    """As nginx names a client's certificate: SHA-1 of its DER form, hexadecimal."""
+    """Return the SHA-1 of a certificate's DER form, hexadecimal, by which nginx identifies client certificates."""
     return _read(certificate).fingerprint(hashes.SHA1()).hex()
 
 
 def sha256_fingerprint(certificate: Path) -> str:
-    """SHA-256 of a certificate's DER form, hexadecimal: for two people to compare over the telephone."""
+    """Return the SHA-256 of a certificate's DER form, hexadecimal, which operator and organisation compare."""
     return _read(certificate).fingerprint(hashes.SHA256()).hex()
 
 
 def read_public_key(path: Path) -> tuple[str, str]:
-    """An organisation's public key: OpenSSH, ECDSA on a NIST curve, as Flower takes it.
+    """Read an organisation's public key: OpenSSH, ECDSA on a NIST curve, as Flower requires.
 
     Returns:
         The key in one line without its comment, and the SHA-256 of its DER form, hexadecimal.
 
     Raises:
-        DeploymentError: there is no such file, it holds another kind of key, or a private one.
+        DeploymentError: the file is missing, or holds another kind of key or a private key.
     """
     remedy = "The organisation makes it with 'fedmerge client init' and sends key.pub, never key."
     try:
@@ -123,14 +126,14 @@ def read_public_key(path: Path) -> tuple[str, str]:
     except OSError as error:
         raise DeploymentError(f"{path}: cannot be read ({error.strerror}), expected a public key. {remedy}") from error
     if b"PRIVATE KEY" in data:
-        raise DeploymentError(f"{path}: is a private key, which must stay where it was made. {remedy}")
+        raise DeploymentError(f"{path}: holds a private key, which must never leave its organisation. {remedy}")
     try:
         key = serialization.load_ssh_public_key(data)
-    except Exception as error:  # of several libraries
-        raise DeploymentError(f"{path}: is no OpenSSH public key ({type(error).__name__}). {remedy}") from error
+    except Exception as error:  # several libraries raise here
+        raise DeploymentError(f"{path}: not an OpenSSH public key ({type(error).__name__}). {remedy}") from error
     if not isinstance(key, ec.EllipticCurvePublicKey):
         raise DeploymentError(
-            f"{path}: is a key of the kind {data.split()[0].decode(errors='replace')}, expected ecdsa-sha2-nistp384. "
+            f"{path}: found a key of type {data.split()[0].decode(errors='replace')}, expected ecdsa-sha2-nistp384. "
             f"{remedy}"
         )
     line = key.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH).decode()
@@ -143,7 +146,7 @@ def _read(certificate: Path) -> x509.Certificate:
         return x509.load_pem_x509_certificate(certificate.read_bytes())
     except (OSError, ValueError) as error:
         raise DeploymentError(
-            f"{certificate}: is no certificate ({error}). Put it back, or issue new ones: fedmerge deploy renew."
+            f"{certificate}: not a certificate ({error}). Restore the file, or issue new ones: fedmerge deploy renew."
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""The organisations of a federation as its operator knows them: a public key and a bundle for each."""
+"""Organisations registered by the operator: a public key and a bundle for each."""
 
 import json
 import re
@@ -24,10 +24,10 @@ class RegisteredClient:
     """An organisation.
 
     Attributes:
-        name: as the operator calls it.
-        key: file of its public key.
-        key_sha256: of the key's DER form.
-        node: Flower's id of its node, None while its key is not registered.
+        name: the operator's name for it.
+        key: file with its public key.
+        key_sha256: SHA-256 of the key's DER form.
+        node: Flower's id of its node; None while its key is not registered.
     """
 
     name: str
@@ -39,21 +39,21 @@ class RegisteredClient:
 def add_client(
     deployment: Deployment, name: str, public_key: Path, app_sha256: str | None, domain: str | None = None
 ) -> Path:
-    """Note an organisation's public key and write its bundle; the key is registered with Flower separately.
+    """Store an organisation's public key and write its bundle; registering the key with Flower is separate.
 
     Args:
         deployment: the federation.
-        name: of the organisation.
+        name: name of the organisation.
         public_key: the file that it sent.
-        app_sha256: hash of the app that it will be asked to run, where known.
-        domain: the one domain that it may be; None: any.
+        app_sha256: hash of the app that its client will be asked to approve; None if not known yet.
+        domain: the only domain that its key may sign for; None for any.
 
     Returns:
-        The bundle.
+        The folder of the bundle.
 
     Raises:
-        DeploymentError: no such name or key, or one of them is taken.
-        DomainError: no name of a domain.
+        DeploymentError: the name or the key is invalid or already in use.
+        DomainError: ``domain`` is not a valid domain name.
     """
     if not CLIENT_NAME.fullmatch(name):
         raise DeploymentError(f"client name {name!r}: expected 1 to 63 of a-z, 0-9 and -. Choose another.")
@@ -63,26 +63,26 @@ def add_client(
     for known in list_clients(deployment):
         if known.name == name:
             raise DeploymentError(
-                f"client {name}: is there already, with the key {known.key_sha256[:12]}. For another key remove it "
+                f"client {name}: already added, with key {known.key_sha256[:12]}. To change the key, remove the client "
                 f"first: fedmerge deploy remove-client {deployment.folder} {name}"
             )
         if known.key_sha256 == key_sha256:
             raise DeploymentError(
-                f"{public_key}: is the key of client {known.name} already; every client needs its own. Ask for its own "
-                "key.pub."
+                f"{public_key}: already the key of client {known.name}; every client needs a key of its own. Ask the "
+                "organisation for its own key.pub."
             )
     folder = _write_bundle(deployment, name, key_sha256, app_sha256)
     write_text(
         deployment.folder / "keys" / f"{name}.pub", f"{line} {key_comment(name, domain)}\n"
-    )  # last: it says that the client is there
+    )  # last: list_clients takes it as the mark of a complete client
     return folder
 
 
 def write_bundle(deployment: Deployment, name: str, app_sha256: str | None) -> Path:
-    """Write an organisation's bundle again, as after an upgrade, which changes the app; its key stays as it is.
+    """Write an organisation's bundle again, for example after an upgrade that changed the app; keep its key.
 
     Raises:
-        DeploymentError: there is none of this name.
+        DeploymentError: no client has this name.
     """
     client = find_client(deployment, name)
     shutil.rmtree(deployment.folder / "clients" / name, ignore_errors=True)
@@ -104,10 +104,10 @@ def _write_bundle(deployment: Deployment, name: str, key_sha256: str, app_sha256
 
 
 def remove_client(deployment: Deployment, name: str) -> None:
-    """Forget an organisation; its node is to be unregistered from Flower before.
+    """Delete an organisation's key and bundle; its node must be unregistered from Flower first.
 
     Raises:
-        DeploymentError: there is none of this name.
+        DeploymentError: no client has this name.
     """
     find_client(deployment, name)
     (deployment.folder / "keys" / f"{name}.pub").unlink()
@@ -116,26 +116,28 @@ def remove_client(deployment: Deployment, name: str) -> None:
 
 
 def find_client(deployment: Deployment, name: str) -> RegisteredClient:
-    """The organisation of this name.
+    """Return the organisation with this name.
 
     Raises:
-        DeploymentError: there is none.
+        DeploymentError: no client has this name.
     """
     clients = {client.name: client for client in list_clients(deployment)}
     if name not in clients:
-        raise DeploymentError(f"client {name}: not known; there are: {', '.join(clients) or 'none'}. Correct the name.")
+        raise DeploymentError(
+            f"client {name}: not found; known clients: {', '.join(clients) or 'none'}. Correct the name."
+        )
     return clients[name]
 
 
 def list_clients(deployment: Deployment) -> list[RegisteredClient]:
-    """All organisations, by name."""
+    """Return all organisations, sorted by name."""
     nodes = _nodes(deployment)
     keys = sorted((deployment.folder / "keys").glob("[!.]*.pub"))
     return [RegisteredClient(key.stem, key, read_public_key(key)[1], nodes.get(key.stem)) for key in keys]
 
 
 def note_nodes(deployment: Deployment, nodes: Mapping[str, int]) -> None:
-    """Write down which organisation is which of Flower's nodes, which Flower itself does not tell by name."""
+    """Store the node of each organisation, since Flower lists nodes without the names they were registered with."""
     write_json(deployment.state / REGISTERED_FILE, dict(sorted(nodes.items())))
 
 

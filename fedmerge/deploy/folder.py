@@ -1,16 +1,17 @@
-"""The operator's folder of one federation: what lies where, making it, reading it, renewing its certificates.
+"""The operator's folder of one federation: create it, read it, renew its certificates.
 
-deployment.toml               name, hosts and ports; the only file to edit, followed by ``fedmerge deploy renew``
-ca/ca.crt, ca/ca.key          the federation's own certificate authority; the key signs nothing but the next two
-server/server.crt, .key       for all the server's names
-operator/operator.crt, .key   opens the Control API, also from another machine; with nginx.conf and flower/ for there
+deployment.toml               name, hosts and ports; the only file to edit; then run ``fedmerge deploy renew``
+ca/ca.crt, ca/ca.key          the federation's certificate authority, which signs the next two and nothing else
+server/server.crt, .key       certificate for all names of the server
+operator/                     certificate for the Control API, and nginx.conf and flower/ to use it on another machine
 flower/config.toml            FLWR_HOME on this machine
-nginx.conf                    the only thing that listens to the outside: Fleet for everybody, Control for the operator
-fedmerge-operator.service     for systemd
-compose.yaml, image/          for Docker, instead; the wheel of fedmerge goes to image/, beside the tested versions
-clients/NAME/                 what the organisation NAME gets; its public key beside it in keys/NAME.pub
-state/                        the SuperLink's database, nginx's files, which keys are registered
-runs/                         the runs
+nginx.conf                    the only public listener: Fleet for everybody, Control for the operator
+fedmerge-operator.service     unit for systemd
+compose.yaml, image/          for Docker instead; put fedmerge's wheel into image/, beside the tested versions
+clients/NAME/                 bundle for the organisation NAME
+keys/NAME.pub                 public key of the organisation NAME
+state/                        the SuperLink's database, nginx's files, the list of registered keys
+runs/                         run folders
 """
 
 import json
@@ -36,11 +37,11 @@ class Deployment:
     """One federation as its operator runs it.
 
     Attributes:
-        folder: absolute.
-        name: of the federation: of the connection in Flower's configuration.
-        hosts: names and addresses of the server as clients know it; the first is written into bundles.
-        port: where nginx listens, on all addresses.
-        superlink_port: where the SuperLink listens, on 127.0.0.1.
+        folder: absolute path.
+        name: name of the federation, and of the connection in Flower's configuration.
+        hosts: names and addresses by which clients reach the server; bundles name the first.
+        port: port of nginx, on all addresses.
+        superlink_port: port of the SuperLink, on 127.0.0.1.
     """
 
     folder: Path
@@ -51,38 +52,36 @@ class Deployment:
 
     @property
     def address(self) -> str:
-        """HOST:PORT for clients."""
+        """HOST:PORT by which clients reach the server."""
         host = self.hosts[0]
         return f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}"
 
     @property
     def authority(self) -> Path:
-        """The certificate by which clients know the server."""
+        """Certificate by which clients verify the server."""
         return self.folder / "ca" / "ca.crt"
 
     @property
     def flower_home(self) -> Path:
-        """FLWR_HOME."""
+        """Value of FLWR_HOME."""
         return self.folder / "flower"
 
     @property
     def state(self) -> Path:
-        """What changes while it runs."""
+        """Folder for files that change while the federation runs."""
         return self.folder / "state"
 
 
 def create_deployment(folder: Path, name: str, hosts: Sequence[str], port: int, superlink_port: int) -> Deployment:
-    """Make the operator's folder, whole or not at all.
+    """Create the operator's folder, completely or not at all.
 
     Args:
         folder: absent or empty.
-        name: of the federation.
-        hosts: names and addresses of the server.
-        port, superlink_port: see :class:`Deployment`.
+        name, hosts, port, superlink_port: see :class:`Deployment`.
 
     Raises:
-        DeploymentError: a name, host or port that cannot be.
-        RunDirError: the folder holds something, or cannot be written.
+        DeploymentError: the name, a host or a port is invalid.
+        RunDirError: the folder is not empty or cannot be written.
     """
     deployment = _checked(Path(os.path.abspath(folder)), name, hosts, port, superlink_port)
     with new_folder(deployment.folder) as partial:
@@ -99,47 +98,49 @@ def create_deployment(folder: Path, name: str, hosts: Sequence[str], port: int, 
 
 
 def read_deployment(folder: Path) -> Deployment:
-    """The deployment in a folder.
+    """Read the deployment in a folder.
 
     Raises:
-        DeploymentError: there is none, or its settings are damaged.
+        DeploymentError: the settings are missing or damaged.
     """
     path = Path(os.path.abspath(folder)) / DEPLOYMENT_FILE
     try:
         found = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise DeploymentError(
-            f"{path}: cannot be read ({error.strerror}), expected a folder made by 'fedmerge deploy init'. Give that "
-            "folder."
+            f"{path}: cannot be read ({error.strerror}). Give a folder that 'fedmerge deploy init' made."
         ) from error
     except ValueError as error:
-        raise DeploymentError(f"{path}: is no TOML ({error}). Put the file back as it was.") from error
+        raise DeploymentError(f"{path}: not valid TOML ({error}). Restore the file.") from error
     if found.keys() != KEYS or not isinstance(found["hosts"], list):
         raise DeploymentError(
-            f"{path}: holds {', '.join(sorted(found))}, expected {', '.join(sorted(KEYS))} with a list of hosts. Put "
-            "the file back as it was."
+            f"{path}: found the keys {', '.join(sorted(found))}, expected {', '.join(sorted(KEYS))}, hosts as a "
+            "list. Restore the file."
         )
     return _checked(path.parent, found["name"], found["hosts"], found["port"], found["superlink_port"])
 
 
 def renew(deployment: Deployment) -> None:
-    """Issue new server and operator certificates and write all configuration files again; the authority stays.
+    """Issue new server and operator certificates and write all configuration files again; keep the authority.
 
-    The operator's certificate of before opens nothing any more, as soon as nginx is started again.
+    Once nginx is restarted, the previous operator certificate is refused.
+
+    Raises:
+        DeploymentError: the authority's files cannot be read.
     """
     try:
         authority = Issued(*((deployment.folder / "ca" / f"ca.{end}").read_bytes() for end in ("crt", "key")))
     except OSError as error:
         raise DeploymentError(
-            f"{error.filename}: cannot be read ({error.strerror}), and without it no certificate can be issued. Put it "
-            "back from where you keep it."
+            f"{error.filename}: cannot be read ({error.strerror}), but issuing certificates needs it. Restore it from "
+            "your copy."
         ) from error
     _issue_all(deployment.folder, deployment, authority)
     _write_texts(deployment.folder, deployment)
 
 
 def write_private(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all that nobody but its owner ever can read."""
+    """Write a file, completely or not at all, that only its owner can read at any time."""
     partial = path.with_name(f".{path.name}.private")
     partial.unlink(missing_ok=True)
     with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
@@ -155,18 +156,20 @@ def _checked(folder: Path, name: str, hosts: Sequence[str], port: int, superlink
             f"federation name {name!r}: expected 1 to 40 of a-z, 0-9, - and _, for example prod. Choose another."
         )
     if not hosts:
-        raise DeploymentError("no host given, expected the server's name as clients reach it: --host fl.example.org")
+        raise DeploymentError(
+            "no host given, expected the name by which clients reach the server. Give one: --host fl.example.org"
+        )
     for what, number in (("port", port), ("superlink_port", superlink_port)):
         if type(number) is not int or not 0 < number < 65536:
-            raise DeploymentError(f"{what} = {number!r}: expected a number between 1 and 65535")
+            raise DeploymentError(f"{what} = {number!r}: expected a number between 1 and 65535. Correct it.")
     if port == superlink_port:
         raise DeploymentError(
-            f"port and superlink_port are both {port}: nginx and the SuperLink need one each. Change one."
+            f"port and superlink_port are both {port}: nginx and the SuperLink need different ones. Change one."
         )
     if any(character in str(folder) for character in "\"'\\$;{}\n") or " " in str(folder):
         raise DeploymentError(
-            f"{folder}: nginx and systemd cannot have quotes, spaces or any of \\ $ ; {{ }} in a path. Choose another "
-            "folder."
+            f"{folder}: the path has quotes, spaces or one of \\ $ ; {{ }}, which nginx and systemd refuse. Choose "
+            "another folder."
         )
     names = tuple(dict.fromkeys(check_host(str(host)) for host in hosts))
     return Deployment(folder, name, names, port, superlink_port)

@@ -1,4 +1,4 @@
-"""The texts of a deployment's configuration files: nginx, Flower, systemd, compose."""
+"""Templates of a deployment's configuration files: nginx, Flower, systemd, compose."""
 
 import getpass
 import os
@@ -7,20 +7,20 @@ from pathlib import Path
 
 from fedmerge import __version__
 
-SETTINGS_HEAD = "# The deployment. After a change: fedmerge deploy renew, then start it again."
+SETTINGS_HEAD = "# Settings of the deployment. After a change run: fedmerge deploy renew, then restart the federation."
 LARGEST_REQUEST = "16m"  # Flower sends arrays in pieces of 5 MiB and an app of at most 10 MiB
 
 
 def nginx(folder: Path, port: int, superlink_port: int, operator_sha1: str) -> str:
-    """The reverse proxy: Fleet for everybody with TLS, Control with the operator's certificate, nothing else.
+    """Return the configuration of the reverse proxy: Fleet for everybody, Control with the operator's certificate.
 
-    Paths are those of Flower 1.41: ``/v1/fleet/…``, ``/v1/control/…``, ``/v1/runtime/…``, ``/health``, each one a POST
-    with a protobuf body, except the last. Runtime is only for the server's own processes, which reach the SuperLink
-    itself on 127.0.0.1.
+    Everything else is refused. Flower 1.41 serves ``/v1/fleet/…``, ``/v1/control/…`` and ``/v1/runtime/…`` as POST with
+    a protobuf body, and ``/health``. Runtime is for the server's own processes, which reach the SuperLink directly on
+    127.0.0.1.
     """
     return f"""\
-# Written by fedmerge deploy. Fleet is for everybody (the SuperLink asks each node for its registered key), Control only
-# for who shows the operator's certificate, Runtime for nobody outside this machine.
+# Written by fedmerge deploy. Fleet is open to everybody (the SuperLink asks each node for its registered key), Control
+# needs the operator's certificate, and Runtime cannot be reached from outside this machine.
 daemon off;
 worker_processes 2;
 pid {folder}/state/nginx/nginx.pid;
@@ -37,12 +37,12 @@ http {{
     uwsgi_temp_path {folder}/state/nginx/uwsgi;
     scgi_temp_path {folder}/state/nginx/scgi;
 
-    # Only what was refused or failed is written down: every client asks every three seconds.
+    # Log only refused and failed requests, because every client polls every three seconds.
     map $status $is_refused {{ default 0; ~^[45] 1; }}
     log_format refused '$time_iso8601 $remote_addr $status "$request" certificate=$ssl_client_verify';
     access_log {folder}/state/nginx/refused.log refused if=$is_refused;
 
-    # The one certificate, by its fingerprint: issuing another shuts the one before out.
+    # The operator's certificate by its fingerprint, so that a new certificate invalidates the previous one.
     map "$ssl_client_verify $ssl_client_fingerprint" $is_operator {{ default 0; "SUCCESS {operator_sha1}" 1; }}
 
     upstream superlink {{
@@ -77,7 +77,7 @@ http {{
         proxy_ssl_session_reuse on;
 
         location /v1/fleet/ {{
-            if ($request_uri !~ ^/v1/fleet/[a-z-]+$) {{ return 404; }}  # as it is passed on, not as nginx reads it
+            if ($request_uri !~ ^/v1/fleet/[a-z-]+$) {{ return 404; }}  # the raw path, which is what the SuperLink gets
             proxy_pass https://superlink;
         }}
         location /v1/control/ {{
@@ -96,10 +96,10 @@ http {{
 
 
 def operator_door(address: str, local_port: int) -> str:
-    """nginx on another machine of the operator: shows the operator's certificate, which flwr itself cannot."""
+    """Return the nginx configuration for another machine of the operator; it presents the certificate for flwr."""
     return f"""\
-# Written by fedmerge deploy, for another machine of the operator. flwr cannot show a certificate, so this does it for
-# all who reach 127.0.0.1 there: use it on a machine of your own only. In this folder:
+# Written by fedmerge deploy, for another machine of the operator. flwr cannot present a certificate, so nginx does it
+# for everybody who reaches 127.0.0.1: use it only on a machine without other users. In this folder run:
 #   nginx -p "$PWD" -c nginx.conf
 #   FLWR_HOME="$PWD/flower" flwr list …
 daemon off;
@@ -132,7 +132,7 @@ http {{
 
 
 def flower_config(name: str, address: str, authority: Path | None) -> str:
-    """``$FLWR_HOME/config.toml``; without an authority the connection is to the operator's own door."""
+    """Return ``$FLWR_HOME/config.toml``; without an authority it connects to the nginx of :func:`operator_door`."""
     trust = f'root-certificates = "{authority}"' if authority else "insecure = true"
     return f"""\
 [superlink]
@@ -145,7 +145,7 @@ address = "{address}"
 
 
 def systemd_unit(folder: Path, name: str) -> str:
-    """One service: SuperLink and proxy start and end together."""
+    """Return the unit of one service, which starts and ends SuperLink and proxy together."""
     return f"""\
 [Unit]
 Description=fedmerge federation {name}: SuperLink and proxy
@@ -169,7 +169,7 @@ WantedBy=multi-user.target
 
 
 def compose(folder: Path, port: int) -> str:
-    """Return the same for Docker; the folder has the same path inside, so that its files are right in both places."""
+    """Return the Docker service; the folder has the same path in the container, because its files contain it."""
     wheel = f"fedmerge-{__version__}-py3-none-any.whl"
     return f"""\
 # Put {wheel} into {folder}/image first. More arguments for pip, for example
@@ -201,26 +201,27 @@ services:
 
 
 def bundle_readme(name: str, address: str, authority_sha256: str, key_sha256: str, app_sha256: str | None) -> str:
-    """What an organisation is told in words, with the hashes that the two sides compare."""
+    """Return the instructions for an organisation, with the hashes that both sides compare."""
     return f"""\
 fedmerge federation, bundle for {name}
 
-  ca.crt            the certificate by which your client knows the server
-  federation.toml   the server's address, and the app that you will be asked to run
+  ca.crt            certificate by which your client verifies the server
+  federation.toml   the server's address, and the hash of the app that you are asked to approve
   README.txt        this text
 
-Nothing here is secret, but it must be what the operator made. Compare with them over another channel (telephone):
+Nothing here is secret, but it must come from the operator unchanged. Compare these hashes over another channel, for
+example by telephone:
 
   certificate   {authority_sha256}
   your key      {key_sha256}
   app           {app_sha256 or "not known yet"}
 
-Your private key is not here and never was: it stays in the folder that 'fedmerge client init' made (DIR). This folder
-is BUNDLE, wherever you put it. With fedmerge {__version__} installed:
+Your private key stays in the folder that 'fedmerge client init' made (DIR); it is never sent. BUNDLE is this folder,
+wherever you put it. With fedmerge {__version__} installed, run:
 
-  1. fedmerge client approve DIR --bundle BUNDLE    the app above, and no other, may be run beside your data
-  2. fedmerge client check DIR --bundle BUNDLE      tests data, backbone, disk, network, certificate, clock, key, policy
-  3. fedmerge client start DIR --bundle BUNDLE
+  1. fedmerge client approve DIR --bundle BUNDLE    allows the app above, and no other, to run beside your data
+  2. fedmerge client check DIR --bundle BUNDLE      checks data, backbone, disk, network, certificate, clock and key
+  3. fedmerge client start DIR --bundle BUNDLE      runs until you stop it
 
-The client connects to {address}; it needs no open port of its own.
+The client connects to {address}; it needs no open port.
 """

@@ -1,4 +1,4 @@
-"""Everything that must hold before a client's first run, tested one by one, each with its remedy."""
+"""Checks that a client must pass before its first run, each with a remedy."""
 
 import http.client
 import shutil
@@ -19,15 +19,21 @@ from fedmerge.organisation.folder import APPROVED, Bundle, Client, approved_apps
 from fedmerge.privacy.client_policy import read_client_policy
 from fedmerge.privacy.signatures import fingerprint
 
-FREE_BYTES = 2**30  # experts and trainings that are going on are some MB each
+FREE_BYTES = 2**30  # an expert or a checkpoint takes a few MB
 WAIT_SECONDS = 10.0
-DAYS_LEFT = 14  # of the certificate
-MOST_AHEAD_SECONDS, MOST_BEHIND_SECONDS = 4.0, 290.0  # Flower: 5 and 305; its signatures carry the time
+DAYS_LEFT = 14  # minimum validity left of the server's certificate
+MOST_AHEAD_SECONDS, MOST_BEHIND_SECONDS = 4.0, 290.0  # Flower allows 5 and 305; its signatures carry the time
 
 
 @dataclass(frozen=True)
 class Check:
-    """What was tested, whether it holds (None: could not be tested), and what was found or what to do."""
+    """The result of one check.
+
+    Attributes:
+        what: name of the check.
+        holds: whether it passed; None if it was not made.
+        found: what was found; for a failure also the remedy.
+    """
 
     what: str
     holds: bool | None
@@ -37,13 +43,13 @@ class Check:
 def check_client(
     client: Client, bundle: Bundle | None, backbone: Callable[[], str], registered: Callable[[Bundle], str]
 ) -> Iterator[Check]:
-    """Every check, in order, as it is done.
+    """Make every check in order and yield each result as it is known.
 
     Args:
-        client: whose.
-        bundle: None leaves out everything about the server.
-        backbone: loads the encoder and says which it is.
-        registered: asks the server to let the client in; empty if it did.
+        client: the client to check.
+        bundle: the operator's bundle; None skips the checks of the server.
+        backbone: loads the encoder and returns a description of it.
+        registered: asks the server to admit the client; returns its refusal, empty if it admitted the client.
     """
     for what, test in (
         ("key", lambda: fingerprint(private_key(client).public_key())),
@@ -55,7 +61,7 @@ def check_client(
     ):
         yield _checked(what, test)
     if bundle is None:
-        yield Check("server", None, "not tested: give the operator's bundle with --bundle")
+        yield Check("server", None, "not checked: give the operator's bundle with --bundle")
         return
     address = _checked("address", lambda: _address(bundle))
     yield address
@@ -66,7 +72,7 @@ def check_client(
 
 
 class _Fails(Exception):
-    """What was found, and the remedy."""
+    """A check failed; the message says what was found and names the remedy."""
 
 
 def _checked(what: str, test: Callable[[], str]) -> Check:
@@ -77,15 +83,15 @@ def _checked(what: str, test: Callable[[], str]) -> Check:
 
 
 def _skipped(what: str) -> Check:
-    return Check(what, None, "not tested, the one before failed")
+    return Check(what, None, "not checked, because an earlier check failed")
 
 
 def _domain(client: Client) -> str:
     manifest = read_manifest(client.domain)
     load_catalog(client.domain)
     load_interactions(client.domain)
-    kept = "may leave if the policy says so" if manifest.public_catalog else "stays here (tell the operator)"
-    return f"{manifest.name}: {manifest.num_users:,} users, {manifest.num_items:,} items; its catalog {kept}"
+    catalog = "may leave if the policy allows it" if manifest.public_catalog else "stays here (tell the operator)"
+    return f"{manifest.name}: {manifest.num_users:,} users, {manifest.num_items:,} items; its catalog {catalog}"
 
 
 def _policy(client: Client) -> str:
@@ -100,30 +106,36 @@ def _disk(client: Client) -> str:
             pass
         free = shutil.disk_usage(client.cache_dir).free
     except OSError as error:
-        raise _Fails(f"{client.cache_dir}: cannot be written ({error.strerror}). Correct cache_dir.") from error
+        raise _Fails(
+            f"{client.cache_dir}: cannot be written ({error.strerror}). Correct cache_dir in client.toml."
+        ) from error
     if free < FREE_BYTES:
-        raise _Fails(f"{client.cache_dir}: {free / 2**30:.1f} GiB are free, expected 1. Make space or move cache_dir.")
-    return f"{free / 2**30:.0f} GiB are free for {client.cache_dir}"
+        raise _Fails(
+            f"{client.cache_dir}: {free / 2**30:.1f} GiB free, expected at least 1. Free space, or move cache_dir."
+        )
+    return f"{free / 2**30:.0f} GiB free in {client.cache_dir}"
 
 
 def _app(client: Client, bundle: Bundle | None) -> str:
     approved = approved_apps(client.folder)
     remedy = f"fedmerge client approve {client.folder} --bundle BUNDLE or --app FILE"
     if not approved:
-        raise _Fails(f"{client.folder / APPROVED}: no app is approved, so every run is refused. {remedy}")
+        raise _Fails(
+            f"{client.folder / APPROVED}: no app is approved, so every run would be refused. Approve one: {remedy}"
+        )
     if bundle and bundle.app and bundle.app not in approved:
-        raise _Fails(f"the operator's app {bundle.app} is not approved. If it is the one you agreed on: {remedy}")
-    return f"{len(approved)} approved" + (", the operator's among them" if bundle and bundle.app else "")
+        raise _Fails(f"the operator's app {bundle.app} is not approved. If it is the one that you agreed on: {remedy}")
+    return f"{len(approved)} approved" + (", including the operator's" if bundle and bundle.app else "")
 
 
 def _address(bundle: Bundle) -> str:
     try:
         with socket.create_connection((bundle.host, bundle.port), WAIT_SECONDS) as connection:
-            return f"{bundle.address} is reached at {connection.getpeername()[0]}"
+            return f"{bundle.address} answers at {connection.getpeername()[0]}"
     except OSError as error:
         raise _Fails(
-            f"{bundle.address}: cannot be reached ({error}). Is the firewall open for connections to it from here, and "
-            "does the server run?"
+            f"{bundle.address}: cannot be reached ({error}). Check that firewalls allow connections from here to it, "
+            "and ask the operator whether the server runs."
         ) from error
 
 
@@ -134,19 +146,22 @@ def _certificate(bundle: Bundle) -> str:
             socket.create_connection((bundle.host, bundle.port), WAIT_SECONDS) as connection,
             context.wrap_socket(connection, server_hostname=bundle.host) as secure,
         ):
-            told = secure.getpeercert() or {}
+            certificate = secure.getpeercert() or {}
     except ssl.SSLCertVerificationError as error:
         raise _Fails(
-            f"{bundle.address}: its certificate is refused ({error.verify_message}). Is {bundle.authority} the newest "
-            "one from the operator, and this machine's clock right? Do not go on without."
+            f"{bundle.address}: the server's certificate is not valid ({error.verify_message}). Check that "
+            f"{bundle.authority} is the operator's latest one and that this machine's clock is right. Do not start the "
+            "client before this check passes."
         ) from error
     except OSError as error:
-        raise _Fails(f"{bundle.address}: no TLS there ({error}). Ask the operator for the right address.") from error
-    until = datetime.fromtimestamp(ssl.cert_time_to_seconds(str(told.get("notAfter"))), UTC)
+        raise _Fails(
+            f"{bundle.address}: no TLS connection ({error}). Ask the operator for the right address."
+        ) from error
+    until = datetime.fromtimestamp(ssl.cert_time_to_seconds(str(certificate.get("notAfter"))), UTC)
     days = (until - datetime.now(UTC)).days
     if days < DAYS_LEFT:
-        raise _Fails(f"{bundle.address}: its certificate ends on {until:%Y-%m-%d}. Tell the operator.")
-    return f"of the authority {bundle.authority_sha256}, for {bundle.host}, until {until:%Y-%m-%d}"
+        raise _Fails(f"{bundle.address}: the server's certificate expires on {until:%Y-%m-%d}. Tell the operator.")
+    return f"for {bundle.host}, valid until {until:%Y-%m-%d}, issued by authority {bundle.authority_sha256}"
 
 
 def _clock(bundle: Bundle) -> str:
@@ -154,26 +169,27 @@ def _clock(bundle: Bundle) -> str:
     connection = http.client.HTTPSConnection(bundle.host, bundle.port, timeout=WAIT_SECONDS, context=context)
     try:
         connection.request("GET", "/health")
-        now, told = time.time(), connection.getresponse().headers["Date"]
-        ahead = now - parsedate_to_datetime(told).timestamp()
+        now, date = time.time(), connection.getresponse().headers["Date"]
+        ahead = now - parsedate_to_datetime(date).timestamp()
     except (OSError, http.client.HTTPException, TypeError, ValueError) as error:
         raise _Fails(
-            f"{bundle.address}: gives no time ({type(error).__name__}: {error}). Ask the operator whether it runs."
+            f"{bundle.address}: its time cannot be read ({type(error).__name__}: {error}). Ask the operator whether "
+            "the server runs."
         ) from error
     finally:
         connection.close()
     if not -MOST_BEHIND_SECONDS < ahead < MOST_AHEAD_SECONDS:
         raise _Fails(
-            f"this machine's clock differs by {ahead:+.0f} s from the server's; signatures carry the time and are "
-            "refused. Set it by NTP."
+            f"this machine's clock differs by {ahead:+.0f} s from the server's, so the server would refuse its "
+            "signatures, which carry the time. Synchronise the clock, for example with NTP."
         )
     return f"{ahead:+.0f} s from the server's"
 
 
 def _registered(bundle: Bundle, registered: Callable[[Bundle], str]) -> str:
-    if told := registered(bundle):
+    if refusal := registered(bundle):
         raise _Fails(
-            f"{bundle.address} does not let this key in ({told}). It is not registered: send key.pub to the operator; "
-            "or this client runs now, or ended uncleanly within the last minute."
+            f"{bundle.address} refuses this key ({refusal}). If the key is not registered, send key.pub to the "
+            "operator. If this client is running, stop it first; if it crashed within the last minute, wait a minute."
         )
-    return "the server lets this key in"
+    return "the server accepts this key"

@@ -1,13 +1,14 @@
-"""An organisation's client folder, which the organisation alone writes, and the operator's bundle, which it is given.
+"""An organisation's client folder, which only the organisation writes, and the bundle that the operator sends it.
 
 key, key.pub      the client's key pair (ECDSA P-384, OpenSSH); the private key never leaves the folder
-client.toml       what the client works with; no run can change it
+client.toml       data, encoder and resources of the client; no run can change them
 policy.toml       what may leave (``fedmerge.privacy.client_policy``)
-approved.txt      hashes of the apps that may be worked for, one a line
-cache/            experts, trainings that are going on, the catalog's tokens
-lock, flower.log  of the process that runs the client
+approved.txt      hashes of the approved apps, one a line
+cache/            experts, checkpoints of unfinished trainings, tokens of the catalog
+lock              held by the process that runs the client
+flower.log        log of Flower's SuperNode
 
-The bundle: ca.crt, whom to trust as the server, and federation.toml, where it is.
+The bundle holds ca.crt, the certificate of the federation's authority, and federation.toml, the server's address.
 """
 
 import os
@@ -38,29 +39,30 @@ SHA256 = r"^[0-9a-f]{64}$"
 T = TypeVar("T", bound=Section)
 
 CLIENT_TOML = """\
-# What this organisation's client works with. No run can change it; paths are absolute or start in this folder.
+# Settings of this organisation's client. No run can change them. Paths are absolute or relative to this folder.
 
-# Its name towards the operator.
+# Name by which the operator knows the client.
 name = "{name}"
 
-# Its domain folder: catalog and interactions. The folder's name is the domain's name in experiments.
+# Domain folder: catalog and interactions. The folder's name is the domain's name in experiments.
 domain = "{domain}"
 
-# Where experts are kept, and trainings that are going on.
+# Folder for experts and for checkpoints of unfinished trainings.
 cache_dir = "cache"
 
-# What may leave.
+# File that says what may leave.
 policy = "policy.toml"
 
-# Processor threads for training and evaluating.
+# Processor threads for training and evaluation.
 threads = {threads}
 
-# For secure sums, that no server can take the place of another client: an Ed25519 key of ssh-keygen, and a folder with
-# the NAME.pub of all domains, from elsewhere than the operator. See docs/reference/secure-aggregation.md.
+# For secure sums, so that no server can impersonate another client: an Ed25519 key made by ssh-keygen, and a folder
+# with NAME.pub of every domain, obtained from the organisations and not from the operator. See
+# docs/reference/secure-aggregation.md.
 # identity_key = "identity"
 # peer_keys = "peers"
 
-# The text encoder: a folder, or an id of the Hugging Face hub. A run for another one is refused by its hash.
+# Text encoder: a folder, or an id on the Hugging Face hub. Its hash must equal that of the run.
 backbone = "{backbone}"
 """
 
@@ -78,7 +80,7 @@ class _ClientFile(Section):
     @model_validator(mode="after")
     def _both_or_none(self) -> "_ClientFile":
         if (self.identity_key is None) != (self.peer_keys is None):
-            raise ValueError("identity_key and peer_keys belong together; set both, or neither")
+            raise ValueError("identity_key and peer_keys belong together; set both or neither")
         return self
 
 
@@ -90,18 +92,18 @@ class _FederationFile(Section):
 
 @dataclass(frozen=True)
 class Client:
-    """What an organisation's client works with; every path is absolute.
+    """Settings of an organisation's client; every path is absolute.
 
     Attributes:
         folder: the client folder.
-        name: towards the operator.
+        name: name by which the operator knows the client.
         domain: the domain folder.
-        cache_dir: where experts are kept.
+        cache_dir: folder for experts and checkpoints.
         policy: the policy file.
-        threads: of PyTorch.
-        backbone: where the encoder comes from.
+        threads: number of PyTorch threads.
+        backbone: folder or hub id of the text encoder.
         identity_key: the client's Ed25519 key for secure sums, if any.
-        peer_keys: folder of everybody's public ones.
+        peer_keys: folder with the public Ed25519 keys of all domains, if any.
     """
 
     folder: Path
@@ -117,14 +119,14 @@ class Client:
 
 @dataclass(frozen=True)
 class Bundle:
-    """What the operator gives an organisation.
+    """The bundle that an operator gives an organisation.
 
     Attributes:
-        authority: the file with the certificate of whoever vouches for the server.
-        host, port: of the server.
-        federation: its name.
-        app: SHA-256 of the app that the operator submits; empty where it is not told.
-        authority_sha256: the certificate's fingerprint, of the file as it is.
+        authority: file with the certificate of the federation's authority.
+        host, port: address of the server.
+        federation: name of the federation.
+        app: SHA-256 of the app that the operator submits; empty if the bundle does not name one.
+        authority_sha256: fingerprint of the certificate, computed from the file.
     """
 
     authority: Path
@@ -136,7 +138,7 @@ class Bundle:
 
     @property
     def address(self) -> str:
-        """``host:port``; IPv6 addresses in brackets."""
+        """``host:port``, with brackets around an IPv6 address."""
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
@@ -145,21 +147,21 @@ def init_client(folder: Path, name: str, domain: Path, threads: int = 1, backbon
 
     Args:
         folder: absent or empty.
-        name: towards the operator: small letters, digits, hyphens.
+        name: name by which the operator knows the client: lower-case letters, digits and hyphens.
         domain: an imported domain folder.
-        threads: of PyTorch.
-        backbone: where the encoder comes from; None for the default of experiments.
+        threads: number of PyTorch threads.
+        backbone: folder or hub id of the text encoder; None for the default of experiments.
 
     Returns:
         The fingerprint of the public key.
 
     Raises:
-        ConfigError: the name.
-        DomainError: no domain folder.
-        RunDirError: the folder holds something; nothing is overwritten, a key least of all.
+        ConfigError: the name is malformed.
+        DomainError: ``domain`` is not a domain folder.
+        RunDirError: the folder is not empty; nothing is overwritten.
     """
     if not re.fullmatch(NAME, name):
-        raise ConfigError(f"--name {name!r}: expected small letters, digits and hyphens, for example north-shop.")
+        raise ConfigError(f"--name {name!r}: expected lower-case letters, digits and hyphens, for example north-shop.")
     read_manifest(domain)
     key = ec.generate_private_key(ec.SECP384R1())
     private = key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
@@ -184,25 +186,25 @@ def read_client(folder: Path) -> Client:
     """Read client.toml.
 
     Raises:
-        ConfigError: it is missing or wrong.
+        ConfigError: the file is missing or invalid.
     """
     folder = Path(os.path.abspath(folder))
-    told = _read(folder / CLIENT, _ClientFile, "Make a client folder with fedmerge client init.")
+    settings = _read(folder / CLIENT, _ClientFile, "Make a client folder with fedmerge client init.")
 
     def place(path: str) -> Path:
         return folder / Path(path).expanduser()  # an absolute path stays as it is
 
-    backbone = str(place(told.backbone)) if place(told.backbone).is_dir() else told.backbone
+    backbone = str(place(settings.backbone)) if place(settings.backbone).is_dir() else settings.backbone
     return Client(
         folder,
-        told.name,
-        place(told.domain),
-        place(told.cache_dir),
-        place(told.policy),
-        told.threads,
+        settings.name,
+        place(settings.domain),
+        place(settings.cache_dir),
+        place(settings.policy),
+        settings.threads,
         backbone,
-        None if told.identity_key is None else place(told.identity_key),
-        None if told.peer_keys is None else place(told.peer_keys),
+        None if settings.identity_key is None else place(settings.identity_key),
+        None if settings.peer_keys is None else place(settings.peer_keys),
     )
 
 
@@ -210,37 +212,37 @@ def read_bundle(folder: Path) -> Bundle:
     """Read the operator's bundle.
 
     Raises:
-        ConfigError: a file is missing or wrong.
+        ConfigError: a file is missing or invalid.
     """
     remedy = "Ask the operator for the folder that 'fedmerge deploy add-client' wrote."
-    told = _read(folder / FEDERATION, _FederationFile, remedy)
+    settings = _read(folder / FEDERATION, _FederationFile, remedy)
     authority = Path(os.path.abspath(folder / CA))
     if not authority.is_file():
-        raise ConfigError(f"{authority}: not there, expected the certificate of the federation's authority. {remedy}")
+        raise ConfigError(f"{authority}: not found, expected the certificate of the federation's authority. {remedy}")
     try:
         authority_sha256 = sha256_fingerprint(authority)
     except DeploymentError as error:
-        raise ConfigError(f"{authority}: is no certificate ({error.__cause__}). {remedy}") from error
-    host, _, port = told.address.rpartition(":")
+        raise ConfigError(f"{authority}: not a certificate ({error.__cause__}). {remedy}") from error
+    host, _, port = settings.address.rpartition(":")
     if not 0 < int(port) < 2**16:
-        raise ConfigError(f"{folder / FEDERATION}: address has the port {port}, expected 1 to 65535. {remedy}")
-    return Bundle(authority, host.strip("[]"), int(port), told.federation, told.app, authority_sha256)
+        raise ConfigError(f"{folder / FEDERATION}: the address has port {port}, expected 1 to 65535. {remedy}")
+    return Bundle(authority, host.strip("[]"), int(port), settings.federation, settings.app, authority_sha256)
 
 
 def private_key(client: Client) -> ec.EllipticCurvePrivateKey:
-    """The client's private key.
+    """Return the client's private key.
 
     Raises:
-        ConfigError: it is missing, readable by others, or no key of this kind.
+        ConfigError: the key is missing, readable by others, or of another kind.
     """
     return read_private_key(client.folder / KEY)
 
 
 def approved_apps(folder: Path) -> frozenset[str]:
-    """The hashes in approved.txt; none where there is no such file.
+    """Return the hashes in approved.txt; empty if the file does not exist.
 
     Raises:
-        ConfigError: a line that is no hash.
+        ConfigError: a line is not a hash.
     """
     path = folder / APPROVED
     try:
@@ -248,18 +250,20 @@ def approved_apps(folder: Path) -> frozenset[str]:
     except FileNotFoundError:
         return frozenset()
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error}). Correct it, or approve again.") from error
+        raise ConfigError(
+            f"{path}: cannot be read ({error}). Correct the file, or delete it and approve again."
+        ) from error
     hashes = [line.partition("#")[0].strip() for line in lines]
     if wrong := next((found for found in hashes if found and not re.fullmatch(SHA256, found)), ""):
-        raise ConfigError(f"{path}: holds {wrong[:80]!r}, expected 64 hexadecimal digits a line. Remove the line.")
+        raise ConfigError(f"{path}: found {wrong[:80]!r}, expected 64 hexadecimal digits a line. Remove the line.")
     return frozenset(found for found in hashes if found)
 
 
 def approve_app(folder: Path, sha256: str, source: str) -> None:
-    """Add a hash to approved.txt; to take it back, delete its line.
+    """Add a hash to approved.txt; deleting its line withdraws the approval.
 
     Raises:
-        ConfigError: it is no hash, or the file is wrong.
+        ConfigError: not a hash, or the file is invalid.
         RunDirError: the file cannot be written.
     """
     if not re.fullmatch(SHA256, sha256):
@@ -267,7 +271,7 @@ def approve_app(folder: Path, sha256: str, source: str) -> None:
     if sha256 in approved_apps(folder):
         return
     path = folder / APPROVED
-    before = path.read_text(encoding="utf-8") if path.exists() else "# Apps that this client works for, by SHA-256.\n"
+    before = path.read_text(encoding="utf-8") if path.exists() else "# Approved apps, by SHA-256.\n"
     write_text(path, f"{before.rstrip()}\n{sha256}  # {datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {source}\n")
 
 
@@ -279,12 +283,12 @@ def _read(path: Path, kind: type[T], remedy: str) -> T:
     except ValidationError as error:
         lines = "".join(f"\n  {describe_problem(problem)}" for problem in error.errors(include_url=False))
         raise ConfigError(
-            f"{path}: {error.error_count()} wrong; keys: {', '.join(kind.model_fields)}{lines}"
+            f"{path}: {error.error_count()} invalid; keys: {', '.join(kind.model_fields)}{lines}"
         ) from error
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not valid TOML ({error}). {remedy}") from error
 
 
 def _quoted(text: str) -> str:
-    """As it stands between the quotes of a TOML string."""
+    """Escape text for a TOML string in double quotes."""
     return text.replace("\\", "\\\\").replace('"', '\\"')

@@ -1,12 +1,12 @@
-"""Works for a SuperNode in the place of Flower's own executor: it never runs the code that a run brings.
+"""Executor of a SuperNode that replaces Flower's own and never runs code that arrives with a run.
 
-Flower's executor unpacks the app and imports it. This one compares the app with what is installed and approved here
-(``fedmerge.organisation.app``) and then answers with the installed ``sim.app.client.app``, in a process of its own for
-each message. What the run configuration says of this machine is replaced by what client.toml says.
+Flower's executor unpacks the app and imports it. This one compares the app with the installed and approved code
+(``fedmerge.organisation.app``) and then answers with the installed ``sim.app.client.app``, in a separate process for
+each message. Settings of client.toml replace those of the run configuration that concern this machine.
 
     python -P -m sim.machines.executor CLIENT_FOLDER RUNTIME_ADDRESS SECRET_FILE
 
-It is started by ``fedmerge client start`` and ends with it.
+``fedmerge client start`` starts it, and it ends with that process.
 """
 
 import ctypes
@@ -61,7 +61,7 @@ logger = logging.getLogger("fedmerge.client")
 
 
 def main(folder: Path, address: str, secret: bytes) -> None:
-    """Take messages from the SuperNode, one after the other, until it or the parent is gone."""
+    """Answer messages from the SuperNode, one after the other, until the SuperNode or the parent ends."""
     end_with_parent(signal.SIGTERM)
     signal.signal(signal.SIGTERM, _leave)
     code = installed_code(Path(__file__).parents[1])  # now: an upgrade changes the files, not what is loaded
@@ -70,7 +70,7 @@ def main(folder: Path, address: str, secret: bytes) -> None:
     auth = SuperExecAuthHttpInterceptor(
         master_secret=secret, protected_methods=frozenset({"/flwr.proto.Runtime/AcquireTask"})
     )
-    # Tasks of Flower's agents are taken, too, to be refused: nobody else is there to answer them.
+    # Take tasks of Flower's agents as well and refuse them, since no other process would answer them.
     request = AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP, TaskType.AGENT_APP])
     with _runtime(address, auth) as runtime:
         while True:
@@ -82,16 +82,16 @@ def main(folder: Path, address: str, secret: bytes) -> None:
 
 
 def _work(runtime: RuntimeHttpClient, folder: Path, code: Mapping[str, str], is_client_app: bool) -> None:
-    """Answer one message: check the app, then work in a process of its own."""
+    """Answer one message: check the app, then do the work in a separate process."""
     message, context, _, fab = pull_task_input(runtime)
     kind, started = message.metadata.message_type, time.monotonic()
     try:
-        client = read_client(folder)  # anew each time: what its owner changes holds at once
+        client = read_client(folder)  # read each time, so that the owner's changes apply at once
         check(client, fab, code, is_client_app)
         own = read_client_policy(client.policy)
         logger.info("%s: working", kind)
-        settle(context, client)
-        in_time = within(own.max_minutes, client.domain.name, _heartbeat(runtime))
+        override_run_config(context, client)
+        in_time = limit_time(own.max_minutes, client.domain.name, _heartbeat(runtime))
         content, context.state = in_own_process(lambda: _answer(message, context), in_time)
         told = "an error" if records.read_error(content) else f"{records.size_bytes(content):,} bytes"
         logger.info("%s: answered after %.0f s (%s)", kind, time.monotonic() - started, told)
@@ -108,7 +108,7 @@ def _work(runtime: RuntimeHttpClient, folder: Path, code: Mapping[str, str], is_
 
 
 def _answer(message: Message, context: Context) -> tuple[RecordDict, RecordDict]:
-    """The reply, and what the client app remembers until the run's next message: the secrets of a secure sum."""
+    """Return the reply, and the state that the client app needs for the run's next message: secrets of a secure sum."""
     reply = client_app(message, context)
     return reply.content, context.state
 
@@ -131,8 +131,8 @@ def check(client: Client, fab: Fab, code: Mapping[str, str], is_client_app: bool
     check_app(fab.content, approved_apps(client.folder), code)
 
 
-def settle(context: Context, client: Client) -> None:
-    """Replace what a run may not say of this machine by what client.toml says."""
+def override_run_config(context: Context, client: Client) -> None:
+    """Replace the settings that a run must not decide for this machine by those of client.toml."""
     context.node_config = {
         "domain-path": str(client.domain),
         "policy-path": str(client.policy),
@@ -151,11 +151,11 @@ def settle(context: Context, client: Client) -> None:
 def in_own_process(
     work: Callable[[], tuple[RecordDict, RecordDict]], while_waiting: Callable[[], bool]
 ) -> tuple[RecordDict, RecordDict]:
-    """What ``work`` returns, done in a copy of this process that ends with it.
+    """Do ``work`` in a forked process that ends afterwards, and return its result.
 
     Args:
-        work: anything; what it changes in memory is lost, what it returns is not.
-        while_waiting: called again and again; False ends the work, and so does what it raises.
+        work: returns the result; changes that it makes in memory are lost.
+        while_waiting: called repeatedly; the work is ended if it returns False or raises.
 
     Raises:
         ChildProcessError: the process died, was ended, or raised.
@@ -168,7 +168,7 @@ def in_own_process(
         try:
             while not (done := os.waitpid(child, os.WNOHANG))[0]:
                 if not while_waiting():
-                    raise ChildProcessError("the run was stopped while it worked")
+                    raise ChildProcessError("the run was stopped before this client had answered")
                 time.sleep(POLL_SECONDS / 2)
         except BaseException:
             os.kill(child, signal.SIGKILL)
@@ -176,8 +176,8 @@ def in_own_process(
             raise
         if done[1] != 0:
             code = os.waitstatus_to_exitcode(done[1])
-            how = f"was killed by signal {-code}, out of memory?" if code < 0 else f"ended with {code}"
-            raise ChildProcessError(f"the process that worked on it {how}")
+            how = f"was killed by signal {-code}; out of memory?" if code < 0 else f"ended with exit code {code}"
+            raise ChildProcessError(f"the process that prepared the answer {how}")
         answer.seek(0)
         first = answer.read(int.from_bytes(answer.read(8)))
         content, state = (recorddict_from_proto(ProtoRecordDict.FromString(data)) for data in (first, answer.read()))
@@ -195,19 +195,19 @@ def _answer_and_exit(work: Callable[[], tuple[RecordDict, RecordDict]], answer: 
             answer.flush()
             code = 0
     except BaseException:
-        logger.exception("the work failed")
+        logger.exception("the process that prepares the answer failed")
     finally:
         logging.shutdown()
-        os._exit(code)  # nothing of the copied parent is to run here
+        os._exit(code)  # no cleanup code of the parent may run here
 
 
 def end_with_parent(number: signal.Signals) -> None:
-    """Have the system send this process a signal when its parent dies, however that dies. Linux."""
+    """Make Linux send this process a signal when its parent dies, however it dies."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(number))
 
 
-def within(max_minutes: float | None, domain: str, beat: Callable[[], bool]) -> Callable[[], bool]:
-    """``beat``, which raises PolicyError once the organisation's ``max_minutes`` are over."""
+def limit_time(max_minutes: float | None, domain: str, beat: Callable[[], bool]) -> Callable[[], bool]:
+    """Return ``beat`` with a time limit: it raises PolicyError after ``max_minutes`` of the organisation's policy."""
     started = time.monotonic()
 
     def in_time() -> bool:
@@ -247,7 +247,7 @@ def _runtime(address: str, interceptor: ProtobufClientInterceptor) -> RuntimeHtt
 def _domain(folder: Path) -> str:
     try:
         return read_client(folder).domain.name
-    except FedMergeError:  # this is for a reply that tells of an error already
+    except FedMergeError:  # the reply reports an error already
         return ""
 
 

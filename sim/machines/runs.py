@@ -1,9 +1,8 @@
-"""Runs of a federation on several machines: submitted, followed, listed and stopped through Flower's own commands.
+"""Submit, follow, list and stop runs of a federation on separate machines, through Flower's own commands.
 
 A federation is a connection in Flower's configuration, ``$FLWR_HOME/config.toml``; the operator's folder holds one
-(``fedmerge.deploy``). Paths in an experiment are not resolved here but where they are used: ``output_dir`` and
-``server.catalogs`` on the server, from the operator's folder, where its SuperLink was started; ``cache_dir`` by each
-client.
+(``fedmerge.deploy``). Paths in an experiment are resolved where they are used: ``output_dir`` and ``server.catalogs``
+on the server, relative to the operator's folder, in which its SuperLink was started; ``cache_dir`` by each client.
 """
 
 import os
@@ -26,18 +25,18 @@ from sim.local.launch import COMPLETED, ask_flower, copy_app, flower_environment
 from sim.local.run import run_exists
 
 JOURNAL = "fedmerge-runs.jsonl"
-AWAY_SECONDS = 180.0  # a SuperLink that is started again is back long before
-UNUSED_PORT = 0  # of a local SuperLink, which a federation does not have
+AWAY_SECONDS = 180.0  # a restarted SuperLink is back much sooner
+UNUSED_PORT = 0  # port of a local SuperLink, which a federation does not have
 
 
 @dataclass(frozen=True)
 class Connection:
-    """Where a federation's SuperLink is, as Flower's configuration says.
+    """The connection to a federation's SuperLink, from Flower's configuration.
 
     Attributes:
-        name: of the connection.
-        home: FLWR_HOME.
-        operator: the operator's folder, None on another machine than the SuperLink's.
+        name: name of the connection.
+        home: value of FLWR_HOME.
+        operator: the operator's folder; None on a machine other than the SuperLink's.
     """
 
     name: str
@@ -50,13 +49,13 @@ class SubmittedRun:
     """A run as Flower knows it.
 
     Attributes:
-        run: name of its run folder, empty where it was not submitted by `fedmerge run` from here.
-        flower_id: Flower's number.
-        status: Flower's word, for example ``running`` or ``finished:completed``.
-        details: Flower's reason where it did not complete.
-        started: UTC, as Flower writes it.
-        seconds: so far, or to its end.
-        received_bytes: what the clients sent.
+        run: name of its run folder; empty if `fedmerge run` on this machine did not submit it.
+        flower_id: Flower's number of the run.
+        status: Flower's status, for example ``running`` or ``finished:completed``.
+        details: Flower's reason if the run did not complete.
+        started: start time in UTC, in Flower's format.
+        seconds: duration so far, or until its end.
+        received_bytes: bytes received from clients.
     """
 
     run: str
@@ -68,11 +67,11 @@ class SubmittedRun:
     received_bytes: int
 
 
-def connection(name: str) -> Connection:
-    """The federation of this name.
+def find_connection(name: str) -> Connection:
+    """Return the connection to the federation with this name.
 
     Raises:
-        ConfigError: Flower's configuration names none such.
+        ConfigError: Flower's configuration has no such connection.
     """
     home = Path(os.environ.get("FLWR_HOME", "~/.flwr")).expanduser().resolve()
     path = home / "config.toml"
@@ -81,32 +80,32 @@ def connection(name: str) -> Connection:
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"{path}: cannot be read ({error}), expected Flower's configuration with the federation {name}. On the "
-            "operator's machine: export FLWR_HOME=DIR/flower, with the folder of 'fedmerge deploy init'."
+            "operator's machine: export FLWR_HOME=DIR/flower, where DIR is the folder of 'fedmerge deploy init'."
         ) from error
     if not isinstance(known.get(name), dict):
         names = [key for key, value in known.items() if isinstance(value, dict)]
         raise ConfigError(
             f"{path}: has no federation {name!r}; it has: {', '.join(names) or 'none'}. Correct the name, or export "
-            "FLWR_HOME=DIR/flower, with the folder of 'fedmerge deploy init'."
+            "FLWR_HOME=DIR/flower, where DIR is the folder of 'fedmerge deploy init'."
         )
     return Connection(name, home, home.parent if (home.parent / DEPLOYMENT_FILE).is_file() else None)
 
 
 def run_on_federation(config: ExperimentConfig, app_dir: Path, to: Connection) -> int:
-    """Submit an experiment, or go on with one, and print its log until its end. Ctrl-C leaves it running.
+    """Submit an experiment, or resume a run, and print its log until it ends. Ctrl-C leaves the run running.
 
     Args:
-        config: as it is written in the file, paths included; of a run to resume, with ``resume`` and its ``run_id``.
+        config: the experiment with paths as written in its file; to resume a run, with ``resume`` and its ``run_id``.
         app_dir: the folder of the Flower app.
         to: the federation.
 
     Returns:
-        0 if the run finished, and its folder is complete where it can be seen from here; else 1.
+        0 if the run finished and, where its folder is on this machine, the folder is complete; else 1.
 
     Raises:
         ConfigError: Flower refused the app or the run config, or the configuration differs from that of the run.
-        RunDirError: the run is there already, or a process works on it.
-        ClientError: the SuperLink is not reached.
+        RunDirError: the run exists already, or a process is working on it.
+        ClientError: the SuperLink does not answer.
     """
     config = config.model_copy(update={"run_id": config.run_id or new_run_id(config.name)})
     folder = None if to.operator is None else to.operator / Path(config.output_dir).expanduser() / str(config.run_id)
@@ -117,7 +116,7 @@ def run_on_federation(config: ExperimentConfig, app_dir: Path, to: Connection) -
             print(f"this run is finished; nothing is left to do\nrun folder: {folder}")
             return 0
         with locked(folder):
-            pass  # nobody else works on it
+            pass  # no other process is working on it
     elif folder is not None and folder.exists():
         raise run_exists(folder, resume)
     flower_id = _submit(config, app_dir, to)
@@ -137,10 +136,10 @@ def run_on_federation(config: ExperimentConfig, app_dir: Path, to: Connection) -
 
 
 def list_submitted(to: Connection) -> list[SubmittedRun]:
-    """Every run that the SuperLink remembers, oldest first.
+    """Return all runs that the SuperLink knows, oldest first.
 
     Raises:
-        ClientError: the SuperLink is not reached.
+        ClientError: the SuperLink does not answer.
     """
     names = {str(line["flower"]): str(line["run"]) for line in read_lines(to.home / JOURNAL)}
     answer = _ask(to, "list", to.name)
@@ -160,23 +159,23 @@ def list_submitted(to: Connection) -> list[SubmittedRun]:
 
 
 def stop_run(run: str, to: Connection) -> str:
-    """Stop a run by the name of its folder or by Flower's number; the number.
+    """Stop a run, given the name of its folder or Flower's number, and return the number.
 
     Raises:
-        ConfigError: there is no such run, or it has ended.
-        ClientError: the SuperLink is not reached.
+        ConfigError: the run does not exist or has ended.
+        ClientError: the SuperLink does not answer.
     """
-    for found in reversed(list_submitted(to)):  # a resumed run has several numbers, of which the last counts
+    for found in reversed(list_submitted(to)):  # a resumed run has several numbers; the last is current
         if run in (found.run, found.flower_id):
             if found.status.startswith("finished"):
-                raise ConfigError(f"run {run}: has ended already ({found.status}); there is nothing to stop.")
+                raise ConfigError(f"run {run} has already ended ({found.status}); nothing to stop.")
             _ask(to, "stop", found.flower_id, to.name)
             return found.flower_id
-    raise ConfigError(f"run {run}: not known to {to.name}. See fedmerge runs --federation {to.name}")
+    raise ConfigError(f"run {run}: not found on {to.name}. List its runs: fedmerge runs --federation {to.name}")
 
 
 def _submit(config: ExperimentConfig, app_dir: Path, to: Connection) -> str:
-    """Hand the app and the configuration to the SuperLink; Flower's number of the run."""
+    """Submit the app and the configuration to the SuperLink and return Flower's number of the run."""
     with tempfile.TemporaryDirectory(prefix="fedmerge-submit-") as folder:
         resolved = Path(folder) / "experiment.toml"
         resolved.write_text(to_toml(config), encoding="utf-8")
@@ -188,7 +187,7 @@ def _submit(config: ExperimentConfig, app_dir: Path, to: Connection) -> str:
 
 
 def _follow(flower_id: str, to: Connection, on_line: Callable[[str], None]) -> tuple[str, str]:
-    """Hand on the log until the run is finished, through restarts of the SuperLink; its status and the reason."""
+    """Pass on the log until the run ends, across restarts of the SuperLink; return its status and the reason."""
     num_seen, reached, away = 0, time.monotonic(), False
     while True:
         if not away:
@@ -203,8 +202,8 @@ def _follow(flower_id: str, to: Connection, on_line: Callable[[str], None]) -> t
                 return run["status"], run["status-details"]
         elif time.monotonic() - reached > AWAY_SECONDS:
             raise ClientError(
-                f"run {flower_id}: the SuperLink of {to.name} has been away for {AWAY_SECONDS:.0f} s "
-                f"({flower_reason(answer)}). Start it, then see fedmerge runs --federation {to.name}"
+                f"run {flower_id}: the SuperLink of {to.name} has not answered for {AWAY_SECONDS:.0f} s "
+                f"({flower_reason(answer)}). Start it, then check the run: fedmerge runs --federation {to.name}"
             )
         time.sleep(1.0)
 
@@ -215,9 +214,9 @@ def _ask(to: Connection, *arguments: str) -> dict[str, Any]:
         return answer
     reason = flower_reason(answer)
     if "unavailable" in reason:
-        remedy = f"fedmerge deploy start {to.operator}" if to.operator else "start nginx in the operator's folder"
-        raise ClientError(f"{to.name}: its SuperLink does not answer ({reason}). Does it run? {remedy}")
-    raise ConfigError(f"{to.name}: `flwr {arguments[0]}` was refused: {reason}")
+        remedy = f"fedmerge deploy start {to.operator}" if to.operator else "nginx in the copied operator folder"
+        raise ClientError(f"{to.name}: the SuperLink does not answer ({reason}). If it is not running, start: {remedy}")
+    raise ConfigError(f"{to.name}: Flower refused `flwr {arguments[0]}`: {reason}")
 
 
 def _environment(to: Connection) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The operator's side at work: SuperLink and proxy started together, keys registered, what there is to see.
+"""The operator's server: run SuperLink and proxy together, register keys, report the state of clients.
 
 Flower is used through its own commands, `flower-superlink` and `flwr`.
 """
@@ -47,10 +47,10 @@ class ClientStatus:
     """An organisation as `deploy status` shows it.
 
     Attributes:
-        client: name and key.
-        state: Flower's word (``online``, ``offline``, ``registered``), or ``not registered``, or ``unknown`` while the
-            SuperLink does not run.
-        since: when it became so, as Flower writes it; empty where it does not say.
+        client: its name and key.
+        state: Flower's status (``online``, ``offline``, ``registered``), or ``not registered``, or ``unknown`` while
+            the SuperLink is not running.
+        since: time of the last change in Flower's format; empty if Flower reports none.
     """
 
     client: RegisteredClient
@@ -59,13 +59,13 @@ class ClientStatus:
 
 
 def start(deployment: Deployment, say: Callable[[str], None]) -> int:
-    """Bring up SuperLink and proxy and stay until one of them ends, or this process is told to.
+    """Run SuperLink and proxy until one of them ends or this process receives a signal.
 
     Returns:
-        Always 1: that it ended by itself is a failure, which systemd answers with a new start.
+        1 always: an end without a signal is a failure, after which systemd starts them again.
 
     Raises:
-        DeploymentError: nginx is missing, a port is taken, or one of them does not start.
+        DeploymentError: nginx is missing, a port is in use, or one of them does not start.
     """
     nginx = _nginx(deployment)
     for what, port in (("the SuperLink", deployment.superlink_port), ("nginx", deployment.port)):
@@ -74,10 +74,12 @@ def start(deployment: Deployment, say: Callable[[str], None]) -> int:
             try:
                 probe.bind(("127.0.0.1", port))
             except OSError as error:
-                remedy = f"Does the federation run already? See fedmerge deploy status {deployment.folder}"
+                remedy = (
+                    f"The federation may already be running; check with: fedmerge deploy status {deployment.folder}"
+                )
                 if isinstance(error, PermissionError):
-                    remedy = "Ports below 1024 are for root: make the deployment with a higher --port"
-                raise DeploymentError(f"port {port} of {what} cannot be had ({error.strerror}). {remedy}.") from error
+                    remedy = "Only root can use ports below 1024; create the deployment with a higher --port"
+                raise DeploymentError(f"port {port} for {what} cannot be used ({error.strerror}). {remedy}") from error
     mark = secrets.token_hex(16)
     variables = operator_environment(deployment) | {MARK: mark}
     server = deployment.folder / "server"
@@ -100,14 +102,14 @@ def start(deployment: Deployment, say: Callable[[str], None]) -> int:
         _wait(lambda: is_healthy(deployment), superlink, "the SuperLink")
         say(f"SuperLink: answers on 127.0.0.1:{deployment.superlink_port}")
         for name in register_clients(deployment, say):
-            say(f"{name}: its key is registered now")
+            say(f"{name}: key registered")
         with _proxy(nginx, deployment, variables) as proxy:
             _wait(lambda: _listens(deployment.port), proxy, "nginx")
             say(f"proxy: clients reach this federation at {deployment.address}")
             while superlink.poll() is None and proxy.poll() is None:
                 time.sleep(0.5)
             ended, code = ("the SuperLink", superlink.poll()) if proxy.poll() is None else ("nginx", proxy.poll())
-            say(f"{ended} ended with {code}; ending the rest")
+            say(f"{ended} ended with exit code {code}; stopping the other")
     return 1
 
 
@@ -115,7 +117,7 @@ def start(deployment: Deployment, say: Callable[[str], None]) -> int:
 def _proxy(
     nginx: list[str], deployment: Deployment, variables: Mapping[str, str]
 ) -> "Iterator[subprocess.Popen[bytes]]":
-    """nginx and its workers, which are ended afterwards; they overwrite the mark by which the others are found."""
+    """Run nginx, and end it with its workers afterwards; they overwrite the mark by which other processes are found."""
     process = subprocess.Popen(
         nginx, cwd=deployment.folder, env=variables, stdin=subprocess.DEVNULL, start_new_session=True
     )
@@ -131,7 +133,7 @@ def _proxy(
 
 
 def is_healthy(deployment: Deployment) -> bool:
-    """Whether the SuperLink answers, and shows the federation's certificate."""
+    """Return True if the SuperLink answers and presents the federation's certificate."""
     context = ssl.create_default_context(cafile=str(deployment.authority))
     url = f"https://127.0.0.1:{deployment.superlink_port}/health"
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context))
@@ -141,21 +143,21 @@ def is_healthy(deployment: Deployment) -> bool:
 
 
 def register_clients(deployment: Deployment, say_refusal: Callable[[str], None]) -> list[str]:
-    """Register every organisation's key that the SuperLink does not know; their names.
+    """Register every organisation's key that the SuperLink does not know, and return the names of those organisations.
 
     Args:
-        deployment: the federation, which runs.
-        say_refusal: receives what Flower says of a key that it does not take; the others are registered all the same.
+        deployment: the federation, which must be running.
+        say_refusal: receives a message for each key that Flower refuses; the others are still registered.
     """
-    there = set(_nodes(deployment))
-    nodes = {client.name: client.node for client in list_clients(deployment) if client.node in there}
+    registered = set(_nodes(deployment))
+    nodes = {client.name: client.node for client in list_clients(deployment) if client.node in registered}
     new = [client for client in list_clients(deployment) if client.name not in nodes]
     for client in new:
         answer = _flwr(deployment, "supernode", "register", str(client.key), deployment.name, "--name", client.name)
         if not answer.get("success"):
             say_refusal(
-                f"{client.name}: Flower refuses to register {client.key}: {flower_reason(answer).rstrip('.')}. A key "
-                "that was withdrawn once never comes back: "
+                f"{client.name}: Flower refuses to register {client.key}: {flower_reason(answer).rstrip('.')}. A "
+                "withdrawn key cannot be registered again. Remove the client: "
                 f"fedmerge deploy remove-client {deployment.folder} {client.name}, and ask for the key.pub of a new "
                 "client folder (fedmerge client init)."
             )
@@ -166,10 +168,10 @@ def register_clients(deployment: Deployment, say_refusal: Callable[[str], None])
 
 
 def withdraw_client(deployment: Deployment, name: str) -> None:
-    """Unregister an organisation's key, so that its node is refused from now on, and forget the organisation.
+    """Unregister an organisation's key, so that the server refuses its node, and remove the organisation.
 
     Raises:
-        DeploymentError: there is none of this name, or the SuperLink does not run.
+        DeploymentError: no client has this name, or the SuperLink is not running.
     """
     client = find_client(deployment, name)
     if client.node is None:  # never registered
@@ -177,21 +179,21 @@ def withdraw_client(deployment: Deployment, name: str) -> None:
         return
     if not is_healthy(deployment):
         raise DeploymentError(
-            f"client {name}: its key can only be withdrawn while the federation runs. Start it: fedmerge deploy start "
-            f"{deployment.folder}"
+            f"client {name}: the federation is not running, so its key cannot be withdrawn. Start it: fedmerge deploy "
+            f"start {deployment.folder}"
         )
     if client.node in _nodes(deployment):
         answer = _flwr(deployment, "supernode", "unregister", str(client.node), deployment.name)
         if not answer.get("success"):
             raise DeploymentError(
-                f"client {name}: Flower refuses to unregister it: {flower_reason(answer)}. Its key still counts: start "
-                f"the federation again and repeat this: fedmerge deploy start {deployment.folder}"
+                f"client {name}: Flower refuses to unregister it: {flower_reason(answer)}. Its key is still valid: "
+                f"restart the federation, then try again: fedmerge deploy start {deployment.folder}"
             )
     remove_client(deployment, name)
 
 
 def client_states(deployment: Deployment) -> list[ClientStatus]:
-    """Every organisation with what Flower says about its node."""
+    """Return every organisation with Flower's status of its node."""
     nodes = _nodes(deployment) if is_healthy(deployment) else None
     found = []
     for client in list_clients(deployment):
@@ -206,7 +208,7 @@ def client_states(deployment: Deployment) -> list[ClientStatus]:
 
 
 def expiring(deployment: Deployment) -> list[str]:
-    """What to say about certificates that end soon, or have ended."""
+    """Return a warning for each certificate that expires within ``SOON_DAYS`` or has expired."""
     lines = []
     paths = ["server/server.crt", "operator/operator.crt", "ca/ca.crt"]
     for path in (deployment.folder / part for part in paths):
@@ -215,22 +217,22 @@ def expiring(deployment: Deployment) -> list[str]:
         if days < SOON_DAYS:
             remedy = f"fedmerge deploy renew {deployment.folder}"
             if path.name == "ca.crt":
-                remedy = "with it every certificate ends; make a new deployment, whose bundles all clients need"
+                remedy = "all certificates depend on it; create a new deployment and send its bundles to all clients"
             lines.append(f"{path} is valid until {until:%Y-%m-%d}: {remedy}")
     return lines
 
 
 def operator_environment(deployment: Deployment) -> dict[str, str]:
-    """The variables under which Flower's commands use this deployment."""
+    """Return the environment variables with which Flower's commands use this deployment."""
     return flower_environment(deployment.flower_home, deployment.superlink_port)
 
 
 def _nodes(deployment: Deployment) -> dict[int, dict[str, Any]]:
-    """Flower's nodes that are not unregistered, by id."""
+    """Return Flower's registered nodes by id."""
     answer = _flwr(deployment, "supernode", "list", deployment.name)
     if not answer.get("success"):
         raise DeploymentError(
-            f"the SuperLink does not list its nodes: {flower_reason(answer)}. Look into its log, or start it again: "
+            f"the SuperLink does not list its nodes: {flower_reason(answer)}. Read its log, or restart it: "
             f"fedmerge deploy start {deployment.folder}"
         )
     return {int(node["node-id"]): node for node in answer["nodes"] if node["status"] != "unregistered"}
@@ -243,26 +245,28 @@ def _flwr(deployment: Deployment, *arguments: str) -> dict[str, Any]:
 def _program(name: str) -> str:
     path = Path(sys.executable).parent / name
     if not path.exists():
-        raise DeploymentError(f"{path}: not there, but Flower brings it. Install fedmerge again in this environment.")
+        raise DeploymentError(
+            f"{path}: not found, expected Flower to install it. Install fedmerge again in this environment."
+        )
     return str(path)
 
 
 def _nginx(deployment: Deployment) -> list[str]:
-    """The command that starts the proxy; its configuration has been tested."""
+    """Return the command that starts the proxy, after nginx has accepted its configuration."""
     program = shutil.which("nginx", path=os.pathsep.join([os.environ.get("PATH", os.defpath), NGINX_PLACES]))
     if program is None:
         raise DeploymentError(
-            "nginx: not found, but nothing else may listen to the outside: Flower's own port lets everybody who "
-            "reaches it submit code. Install it, for example with apt-get install nginx, and disable its own service."
+            "nginx: not found. It must be the only public listener, because whoever reaches Flower's own port can "
+            "submit code. Install it, for example with apt-get install nginx, and disable its service."
         )
     config = deployment.folder / "nginx.conf"
     command = [program, "-p", str(deployment.state / "nginx"), "-c", str(config)]
-    command += ["-g", "user root;"] if os.geteuid() == 0 else []  # its workers must read this folder
+    command += ["-g", "user root;"] if os.geteuid() == 0 else []  # its workers must be able to read this folder
     tested = subprocess.run([*command, "-t", "-q"], capture_output=True, text=True, check=False)
     if tested.returncode:
         raise DeploymentError(
-            f"{config}: nginx refuses it: {tested.stderr.strip()}. Write it again: fedmerge deploy renew "
-            f"{deployment.folder}"
+            f"{config}: nginx refuses this configuration: {tested.stderr.strip()}. Write it again: fedmerge deploy "
+            f"renew {deployment.folder}"
         )
     return command
 
@@ -274,17 +278,19 @@ def _listens(port: int) -> bool:
 
 
 def _pass_on(superlink: "subprocess.Popen[str]", say: Callable[[str], None]) -> None:
-    """What the SuperLink says, without the line for each time that a client asks whether there is something to do."""
+    """Pass on the SuperLink's log without the lines of polling clients."""
     for line in superlink.stdout or ():
         if not POLL_LINE.search(line):
             say(COLOURS.sub("", line.rstrip()))
 
 
-def _wait(is_there: Callable[[], bool], process: "subprocess.Popen[Any]", what: str) -> None:
+def _wait(is_ready: Callable[[], bool], process: "subprocess.Popen[Any]", what: str) -> None:
     deadline = time.monotonic() + START_SECONDS
-    while not is_there():
+    while not is_ready():
         if process.poll() is not None:
-            raise DeploymentError(f"{what} ended with {process.returncode} as it was started; see what it said above")
+            raise DeploymentError(
+                f"{what} ended with exit code {process.returncode} during its start. See its output above."
+            )
         if time.monotonic() > deadline:
-            raise DeploymentError(f"{what} does not answer {START_SECONDS:g} s after its start; see what it said above")
+            raise DeploymentError(f"{what} does not answer {START_SECONDS:g} s after its start. See its output above.")
         time.sleep(0.2)

@@ -1,7 +1,7 @@
 """Keep an organisation's client running: Flower's SuperNode and its executor (``sim.machines.executor``).
 
-A SuperNode that died uncleanly is refused for up to a minute, until the server has noticed, and exits; so does one
-whose key is not registered. The server tells both the same. This supervisor waits, tries again, and says which it is.
+After a crash the server refuses a SuperNode for up to a minute, until it notices the crash; it refuses an unregistered
+key with the same answer, and the SuperNode exits in both cases. This supervisor tries again and reports which it is.
 """
 
 import logging
@@ -44,8 +44,8 @@ from sim.flower_internals import (
 )
 from sim.machines.executor import end_with_parent
 
-WAITS_SECONDS = (5.0, 10.0, 15.0, 30.0)  # between attempts; the last for all further ones
-TRAP_SECONDS = 75.0  # so long a refusal can mean that the server has not noticed yet that the last SuperNode ended
+WAITS_SECONDS = (5.0, 10.0, 15.0, 30.0)  # between attempts; the last value repeats
+TRAP_SECONDS = 75.0  # until then a refusal can mean that the server has not noticed the end of the last SuperNode
 GRACE_SECONDS = 10.0
 POLL_SECONDS = 0.2
 LARGEST_LOG_BYTES = 10 * 2**20
@@ -58,7 +58,7 @@ logger = logging.getLogger("fedmerge.client")
 
 @dataclass
 class Life:
-    """What a SuperNode has said of itself so far; written by the thread that reads its log."""
+    """State of a SuperNode according to its log; written by the thread that reads the log."""
 
     connected: bool = False
     refused: bool = False
@@ -67,11 +67,11 @@ class Life:
 
 
 def run_client(client: Client, bundle: Bundle, stop: threading.Event) -> None:
-    """Run the client until ``stop`` is set; whatever happens to its processes, they are started again.
+    """Run the client until ``stop`` is set, and restart its processes whenever they end.
 
     Raises:
-        ConfigError: the key.
-        ClientError: the client runs already, or no app is approved.
+        ConfigError: the key is missing or invalid.
+        ClientError: the client is already running, or no app is approved.
     """
     name = fingerprint(private_key(client).public_key())
     if not approved_apps(client.folder):
@@ -83,7 +83,7 @@ def run_client(client: Client, bundle: Bundle, stop: threading.Event) -> None:
         try:
             stack.enter_context(locked(client.folder))
         except RunDirError as error:
-            raise ClientError(f"{client.folder}: this client runs already? {error}") from error
+            raise ClientError(f"{client.folder}: this client may already be running. {error}") from error
         logger.info("%s: domain %s, key %s", client.name, client.domain.name, name)
         refused_since: float | None = None
         attempt = 0
@@ -102,43 +102,43 @@ def run_client(client: Client, bundle: Bundle, stop: threading.Event) -> None:
             wait = WAITS_SECONDS[min(attempt, len(WAITS_SECONDS) - 1)]
             attempt += 1
             trapped = refused_since is None or time.monotonic() - refused_since < TRAP_SECONDS
-            logger.warning("%s; trying again in %.0f s", _why(life, codes, bundle, name, trapped), wait)
+            logger.warning("%s; trying again in %.0f s", _explain_end(life, codes, bundle, name, trapped), wait)
             stop.wait(wait)
-        logger.info("ended")
+        logger.info("stopped")
 
 
-def _why(life: Life, codes: tuple[int | None, int | None], bundle: Bundle, name: str, trapped: bool) -> str:
-    """Why a life ended, for the log."""
+def _explain_end(life: Life, codes: tuple[int | None, int | None], bundle: Bundle, name: str, trapped: bool) -> str:
+    """Return the reason for which the processes ended, for the log."""
     if life.unsafe:
         return (
-            f"{bundle.address} is not who it says: its certificate is not of the authority in {bundle.authority.name}, "
-            "not for this address, or not valid now (fedmerge client check says which)"
+            f"{bundle.address} is not the server of this bundle: its certificate is not from the authority in "
+            f"{bundle.authority.name}, not for this address, or not valid now (fedmerge client check shows which)"
         )
     if life.refused and trapped:
         return (
-            f"{bundle.address} does not let this client in yet: it may take a minute to notice that the last process "
-            "has ended; or the key is not registered"
+            f"{bundle.address} refuses this client for now: it can take a minute to notice that the last process "
+            "ended; or the key is not registered"
         )
     if life.refused:
         return (
-            f"{bundle.address} still does not let this client in: its key {name} is not registered there, or runs "
-            "elsewhere; send key.pub to the operator"
+            f"{bundle.address} still refuses this client: its key {name} is not registered there, or another process "
+            "uses it; send key.pub to the operator"
         )
     if codes[0] is None:
-        return f"the process that answers messages ended with {codes[1]}"
+        return f"the process that answers messages ended with exit code {codes[1]}"
     if not life.connected:
         return (
-            f"{bundle.address} did not take this client's signature, or could not be used (SuperNode ended with "
-            f"{codes[0]}): is this machine's clock right? {FLOWER_LOG} has more"
+            f"{bundle.address} refused this client's signature or did not answer (the SuperNode ended with exit code "
+            f"{codes[0]}): check this machine's clock; details are in {FLOWER_LOG}"
         )
-    return f"the SuperNode ended with {codes[0]}; {FLOWER_LOG} has more"
+    return f"the SuperNode ended with exit code {codes[0]}; details are in {FLOWER_LOG}"
 
 
 @contextmanager
 def _processes(
     client: Client, bundle: Bundle, life: Life
 ) -> Iterator[tuple["subprocess.Popen[str]", "subprocess.Popen[bytes]"]]:
-    """A SuperNode and its executor; both are ended afterwards, the SuperNode so that the server learns of it."""
+    """Run a SuperNode and its executor, and end both afterwards; the SuperNode first signs off at the server."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -165,8 +165,8 @@ def _processes(
             stderr=subprocess.STDOUT,
             encoding="utf-8",
             errors="replace",
-            preexec_fn=_die_with_parent,  # noqa: PLW1509  # one thread more, which only reads a log
-            start_new_session=True,  # Ctrl-C is for the supervisor, which ends it in order
+            preexec_fn=_die_with_parent,  # noqa: PLW1509  # the only other thread reads a log
+            start_new_session=True,  # Ctrl-C goes to the supervisor, which ends both in order
         )
         started.append(supernode)
         reader = threading.Thread(target=_read_log, args=(supernode.stdout, client, bundle, life), daemon=True)
@@ -184,13 +184,13 @@ def _processes(
 
 
 def _read_log(lines: IO[str] | None, client: Client, bundle: Bundle, life: Life) -> None:
-    """Keep what Flower's SuperNode prints, and say the few things of it that matter."""
+    """Write the output of Flower's SuperNode to a file, and log the few events that matter."""
     path = client.folder / FLOWER_LOG
     fresh = path.exists() and path.stat().st_size > LARGEST_LOG_BYTES
     with path.open("w" if fresh else "a", encoding="utf-8") as log:
         for line in lines or ():
             text = COLOURS.sub("", line.rstrip())
-            with suppress(OSError):  # on a full disk, too, the pipe has to be read: Flower waits for it
+            with suppress(OSError):  # even on a full disk the pipe must be read, or Flower blocks
                 log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
                 log.flush()
             if found := re.search(r"SuperNode ID: (\d+)", text):
@@ -202,10 +202,10 @@ def _read_log(lines: IO[str] | None, client: Client, bundle: Bundle, life: Life)
                 life.unsafe = True
             elif "Connection attempt failed" in text and not life.unreachable:
                 life.unreachable = True
-                logger.warning("%s cannot be reached; going on trying", bundle.address)
+                logger.warning("%s cannot be reached; still trying", bundle.address)
             elif "Connection successful" in text and life.unreachable:
                 life.unreachable = False
-                logger.info("%s is reached again", bundle.address)
+                logger.info("%s can be reached again", bundle.address)
 
 
 def _end(process: "subprocess.Popen[Any]") -> None:
@@ -237,10 +237,10 @@ def _die_with_parent() -> None:
 
 
 def is_registered(client: Client, bundle: Bundle) -> str:
-    """Ask the server to let this client in, and leave at once.
+    """Ask the server to admit this client, and sign off at once.
 
     Returns:
-        Empty if it did, else what it said.
+        Empty if the server admitted it, else the server's answer.
     """
     key: ec.EllipticCurvePrivateKey = private_key(client)
     interceptors: list[ProtobufClientInterceptor] = [
@@ -253,7 +253,7 @@ def is_registered(client: Client, bundle: Bundle) -> str:
             public = public_key_to_bytes(key.public_key())
             node = fleet.ActivateNode(ActivateNodeRequest(public_key=public, heartbeat_interval=30.0))
             fleet.DeactivateNode(DeactivateNodeRequest(node_id=node.node_id))
-        except Exception as error:  # of the HTTP library and of Flower
+        except Exception as error:  # the HTTP library and Flower raise many kinds
             response = getattr(error, "response", None)
             return f"{error}" if response is None else f"{response.status_code} {response.text[:200]}"
     return ""

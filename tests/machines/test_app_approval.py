@@ -1,4 +1,4 @@
-"""Which apps a client works for: the approved ones that hold what is installed here, and nothing else, ever."""
+"""Apps that a client accepts: approved ones that hold the installed code and nothing else."""
 
 import shutil
 import tomllib
@@ -76,9 +76,9 @@ def test_of_an_app_with_other_rules_nothing_is_copied(tmp_path: Path, project: s
     assert not (tmp_path / "none").exists()
 
 
-def test_a_copy_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+def test_a_copy_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(RunDirError, match=r"file/app: cannot be written \(Not a directory\)\. Make room, or"):
+    with pytest.raises(RunDirError, match=r"file/app: .*\(Not a directory\).*TMPDIR"):
         copy_app(REPOSITORY, tmp_path / "file" / "app")
 
 
@@ -134,7 +134,7 @@ def test_an_app_with_other_contents_is_refused_even_if_approved(good: bytes, cas
     assert app_sha256(bundle)[:12] in str(caught.value)
 
 
-def test_what_is_no_bundle_is_refused(good: bytes) -> None:
+def test_a_damaged_bundle_is_refused(good: bytes) -> None:
     for bundle in (b"", b"garbage", good[:-30], good[:2000] + b"\0" * 50 + good[2050:]):
         with pytest.raises(PolicyError):
             check_contents(bundle, INSTALLED)
@@ -204,10 +204,10 @@ def test_approving_by_file_looks_into_it(good: bytes, tmp_path: Path, capsys: py
     assert approved_apps(tmp_path / "north") == {app_sha256(good)}
     client = read_client(tmp_path / "north")
     check(client, Fab(app_sha256(good), good, {}), INSTALLED)
-    with pytest.raises(PolicyError, match="one of Flower's agents"):
+    with pytest.raises(PolicyError, match="agents"):
         check(client, Fab(app_sha256(good), good, {}), INSTALLED, is_client_app=False)
     other = repacked(good, {"LICENSE": b"free"})
-    with pytest.raises(PolicyError, match="is not approved here"):  # whatever hash comes with it
+    with pytest.raises(PolicyError, match=app_sha256(other)):  # whatever hash comes with it
         check(client, Fab(app_sha256(good), other, {}), INSTALLED)
     approve_app(client.folder, app_sha256(other), "by hand")
     check(client, Fab(app_sha256(other), other, {}), INSTALLED)

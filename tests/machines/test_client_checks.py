@@ -1,6 +1,7 @@
-"""`fedmerge client check`: every line against something that is wrong, a small TLS server in place of the SuperLink."""
+"""`fedmerge client check`: each check against a fault, with a small TLS server in place of the SuperLink."""
 
 import dataclasses
+import re
 import ssl
 import threading
 from collections.abc import Callable, Iterator
@@ -76,19 +77,21 @@ def found(
 
 def test_a_client_that_is_ready_passes_every_check(client: Client, tls: Path, tmp_path: Path) -> None:
     with server(tls) as port:
-        told = found(client, read_bundle(bundle(tmp_path / "b", tls / "ca.crt", f"localhost:{port}", APP)))
+        given = read_bundle(bundle(tmp_path / "b", tls / "ca.crt", f"localhost:{port}", APP))
+        told = found(client, given)
     assert list(told) == WHAT
     assert [check for check in told.values() if not check.holds] == []
-    assert told["domain"].found == "beauty: 10 users, 20 items; its catalog may leave if the policy says so"
+    assert told["domain"].found.startswith("beauty: 10 users, 20 items; ")
     assert "min_users = 20" in told["policy"].found
-    assert told["app"].found == "1 approved, the operator's among them"
-    assert told["certificate"].found.startswith("of the authority ")
+    assert told["app"].found.startswith("1 approved, ")
+    assert given.authority_sha256 in told["certificate"].found
 
 
 def test_without_a_bundle_the_server_is_left_out(client: Client) -> None:
     told = found(client, None)
     assert [check.what for check in told.values() if check.holds] == WHAT[:6]
-    assert told["server"] == Check("server", None, "not tested: give the operator's bundle with --bundle")
+    assert told["server"] == Check("server", None, ANY)
+    assert "--bundle" in told["server"].found
 
 
 def test_what_is_wrong_on_this_machine_is_named(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,16 +121,16 @@ def test_a_cache_that_cannot_be_written_is_named(client: Client, tmp_path: Path)
     (tmp_path / "file").touch()
     told = found(dataclasses.replace(client, cache_dir=tmp_path / "file" / "cache"), None)
     assert told["disk"] == Check("disk", False, ANY)
-    assert "cannot be written (Not a directory). Correct cache_dir." in told["disk"].found
+    assert re.search(r"file/cache: .*\(Not a directory\).*cache_dir", told["disk"].found)
 
 
 def test_another_app_than_the_operators_is_named(client: Client, tls: Path, tmp_path: Path) -> None:
     given = read_bundle(bundle(tmp_path / "b", tls / "ca.crt", f"127.0.0.1:{free_port()}", "0" * 64))
     told = found(client, given)
-    assert f"the operator's app {'0' * 64} is not approved" in told["app"].found
-    assert "cannot be reached" in told["address"].found
-    skipped = "not tested, the one before failed"
-    assert [told[what] for what in WHAT[7:]] == [Check(what, None, skipped) for what in WHAT[7:]]
+    assert "0" * 64 in told["app"].found
+    assert given.address in told["address"].found
+    assert (told["app"].holds, told["address"].holds) == (False, False)
+    assert [told[what].holds for what in WHAT[7:]] == [None, None, None]
 
 
 def test_a_wrong_certificate_is_named(client: Client, tls: Path, tmp_path: Path) -> None:
@@ -136,14 +139,17 @@ def test_a_wrong_certificate_is_named(client: Client, tls: Path, tmp_path: Path)
         stranger = bundle(tmp_path / "stranger", tmp_path / "other" / "ca.crt", f"127.0.0.1:{port}")
         told = found(client, read_bundle(stranger))["certificate"]
         assert told.holds is False
-        assert "its certificate is refused (" in told.found
-        assert "Do not go on without." in told.found
+        assert f"127.0.0.1:{port}" in told.found
+        assert str(tmp_path / "stranger" / "ca.crt") in told.found
         other_host = bundle(tmp_path / "other host", tls / "ca.crt", f"127.0.0.2:{port}")
         told = found(client, read_bundle(other_host))["certificate"]
-        assert "its certificate is refused (IP address mismatch" in told.found
+        assert told.holds is False
+        assert "(IP address mismatch" in told.found
     with server(tmp_path / "other") as port:
         soon = bundle(tmp_path / "soon", tmp_path / "other" / "ca.crt", f"127.0.0.1:{port}")
-        assert "its certificate ends on 2" in found(client, read_bundle(soon))["certificate"].found
+        told = found(client, read_bundle(soon))["certificate"]
+        assert told.holds is False
+        assert re.search(r"127\.0\.0\.1:\d+: .* \d{4}-\d\d-\d\d", told.found)
 
 
 @pytest.mark.parametrize(("seconds", "word"), [(-30.0, "+30"), (-4000.0, "+4000"), (4000.0, "-4000")])
@@ -151,7 +157,7 @@ def test_a_wrong_clock_is_named(client: Client, tls: Path, tmp_path: Path, secon
     with server(tls, seconds) as port:
         told = found(client, read_bundle(bundle(tmp_path / "b", tls / "ca.crt", f"127.0.0.1:{port}")))
     assert told["clock"].holds is False
-    assert f"this machine's clock differs by {word[0]}" in told["clock"].found
+    assert re.search(rf" \{word[0]}\d+ s ", told["clock"].found)
     assert told["registered"].holds
 
 
@@ -166,4 +172,5 @@ def test_a_key_that_is_not_let_in_is_named(client: Client, tls: Path, tmp_path: 
         given = read_bundle(bundle(tmp_path / "b", tls / "ca.crt", f"127.0.0.1:{port}"))
         told = found(client, given, registered=lambda _: "412 no")
     assert told["registered"].holds is False
-    assert "does not let this key in (412 no). It is not registered: send key.pub" in told["registered"].found
+    assert "(412 no)" in told["registered"].found
+    assert "key.pub" in told["registered"].found

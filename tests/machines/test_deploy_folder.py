@@ -1,7 +1,8 @@
-"""The operator's folder: what is written, who may read it, what certificates are good for, what is refused."""
+"""The operator's folder: its files, their permissions, its certificates, and what is refused."""
 
 import hashlib
 import os
+import re
 import shutil
 import ssl
 import subprocess
@@ -64,7 +65,7 @@ def server_context(deployment: Deployment) -> ssl.SSLContext:
     return context
 
 
-def test_everything_is_there_and_nobody_else_can_read_a_key(deployment: Deployment) -> None:
+def test_the_folder_is_complete_and_only_its_owner_can_read_a_key(deployment: Deployment) -> None:
     files = {str(path.relative_to(deployment.folder)) for path in deployment.folder.rglob("*") if path.is_file()}
     assert files == SECRETS | {
         "deployment.toml",
@@ -138,10 +139,10 @@ def test_only_the_operators_certificate_opens_what_asks_for_one(deployment: Depl
 
 def test_nothing_is_overwritten_and_a_full_disk_leaves_nothing(deployment: Deployment, tmp_path: Path) -> None:
     before = (deployment.folder / "ca/ca.key").read_bytes()
-    with pytest.raises(RunDirError, match="is not an empty folder; nothing is overwritten"):
+    with pytest.raises(RunDirError, match=str(deployment.folder)):
         create_deployment(deployment.folder, "prod", HOSTS, 8443, 8000)
     assert (deployment.folder / "ca/ca.key").read_bytes() == before
-    with full_disk(100), pytest.raises(RunDirError, match="cannot be written"):
+    with full_disk(100), pytest.raises(RunDirError, match=r"/ca/ca\.crt .*File too large"):
         create_deployment(tmp_path / "full", "prod", HOSTS, 8443, 8000)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["operator"]
 
@@ -165,7 +166,7 @@ def test_renewed_certificates_shut_the_former_operator_out(deployment: Deploymen
     days = (expires(operator) - expires(deployment.authority)).days
     assert days < CERTIFICATE_DAYS - 3000
     (deployment.folder / "ca/ca.key").unlink()
-    with pytest.raises(DeploymentError, match=r"ca\.key: cannot be read .* Put it back from where you keep it"):
+    with pytest.raises(DeploymentError, match=r"ca\.key"):
         renew(deployment)
 
 
@@ -179,7 +180,7 @@ def test_nginx_takes_both_configurations(deployment: Deployment) -> None:
         assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_a_bundle_tells_the_organisation_all_that_it_needs_and_no_secret(
+def test_a_bundle_has_all_that_an_organisation_needs_and_no_secret(
     deployment: Deployment, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bundle = add_client(deployment, "north-shop", public_key(tmp_path / "key.pub"), "ab" * 32)
@@ -205,23 +206,24 @@ def test_a_bundle_tells_the_organisation_all_that_it_needs_and_no_secret(
     assert [key.domain for key in read_registered_keys(deployment.folder / "keys").values()] == ["books"]
     assert main(["deploy", "status", str(deployment.folder)]) == 1
     output = capsys.readouterr().out
-    assert "federation prod at fl.example.org:8443: does not run\n  north-shop: unknown\nlast run: none\n" in output
+    assert "prod at fl.example.org:8443: " in output
+    assert "\n  north-shop: unknown\nlast run: none\n" in output
 
 
 @pytest.mark.parametrize(
     ("name", "kind", "message"),
     [
-        ("North Shop", "good", r"client name 'North Shop': expected 1 to 63 of a-z.*Choose another"),
-        ("../x", "good", r"client name '\.\./x'"),
-        ("shop", "absent", r"key\.pub: cannot be read \(No such file.*sends key\.pub, never key"),
-        ("shop", "private", r"key\.pub: is a private key, which must stay where it was made"),
-        ("shop", "ed25519", r"is a key of the kind ssh-ed25519, expected ecdsa-sha2-nistp384"),
-        ("shop", "noise", r"is no OpenSSH public key \(\w+\)\. The organisation makes it with"),
-        ("there", "good", r"client there: is there already, with the key \w{12}\. .* fedmerge deploy remove-client"),
-        ("shop", "taken", r"is the key of client there already; every client needs its own"),
+        ("North Shop", "good", r"'North Shop': .*1 to 63"),
+        ("../x", "good", r"'\.\./x'"),
+        ("shop", "absent", r"key\.pub: .*\(No such file.*fedmerge client init"),
+        ("shop", "private", r"key\.pub: .*private.*fedmerge client init"),
+        ("shop", "ed25519", r"key\.pub: .*ssh-ed25519.*ecdsa-sha2-nistp384"),
+        ("shop", "noise", r"key\.pub: .*\(\w+\).*fedmerge client init"),
+        ("there", "good", r"there: .* \w{12}\. .*fedmerge deploy remove-client /\S+ there"),
+        ("shop", "taken", r"key\.pub: .*client there"),
     ],
 )
-def test_what_cannot_be_a_client_is_refused(
+def test_an_invalid_client_is_refused(
     deployment: Deployment, tmp_path: Path, name: str, kind: str, message: str
 ) -> None:
     taken = public_key(tmp_path / "taken.pub")
@@ -239,7 +241,7 @@ def test_what_cannot_be_a_client_is_refused(
         path.write_bytes(os.urandom(200))
     with pytest.raises(DeploymentError, match=message):
         add_client(deployment, name, path, None)
-    with pytest.raises(DomainError, match=r"--domain: Domain name '\.\./x'"):
+    with pytest.raises(DomainError, match=r"--domain: .*'\.\./x'"):
         add_client(deployment, "other", path, None, "../x")
     assert [client.name for client in list_clients(deployment)] == ["there"]
 
@@ -247,16 +249,16 @@ def test_what_cannot_be_a_client_is_refused(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"name": "Prod 1"}, r"federation name 'Prod 1': expected 1 to 40"),
-        ({"hosts": []}, r"no host given, expected .* --host fl\.example\.org"),
-        ({"hosts": ["https://x.org"]}, r"--host 'https://x\.org': expected a host name or an IP address without port"),
-        ({"hosts": ["x.org:8443"]}, "without port"),
-        ({"port": 70000}, r"port = 70000: expected a number between 1 and 65535"),
-        ({"superlink_port": 8443}, r"port and superlink_port are both 8443"),
-        ({"folder": Path("/tmp/a b")}, r"cannot have quotes, spaces.*Choose another folder"),
+        ({"name": "Prod 1"}, r"'Prod 1': .*1 to 40"),
+        ({"hosts": []}, r"--host fl\.example\.org"),
+        ({"hosts": ["https://x.org"]}, r"--host 'https://x\.org'"),
+        ({"hosts": ["x.org:8443"]}, r"--host 'x\.org:8443'"),
+        ({"port": 70000}, r"^port = 70000: .*1 .* 65535"),
+        ({"superlink_port": 8443}, r"port and superlink_port .*8443"),
+        ({"folder": Path("/tmp/a b")}, r"/tmp/a b: "),
     ],
 )
-def test_what_cannot_be_a_deployment_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_an_invalid_deployment_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     arguments: dict[str, Any] = {
         "folder": tmp_path / "x",
         "name": "prod",
@@ -272,13 +274,13 @@ def test_what_cannot_be_a_deployment_is_refused(tmp_path: Path, changes: dict[st
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, r"deployment\.toml: cannot be read .* made by 'fedmerge deploy init'"),
-        ("name = ", r"is no TOML"),
-        ("name = 'prod'", r"holds name, expected hosts, name, port, superlink_port"),
-        ("name = 'prod'\nhosts = ['a']\nport = 'x'\nsuperlink_port = 1", r"port = 'x': expected a number"),
+        (None, r"deployment\.toml: .*'fedmerge deploy init'"),
+        ("name = ", r"deployment\.toml: .*TOML"),
+        ("name = 'prod'", r"deployment\.toml: .* name, .*hosts, name, port, superlink_port"),
+        ("name = 'prod'\nhosts = ['a']\nport = 'x'\nsuperlink_port = 1", r"port = 'x': .*65535"),
     ],
 )
-def test_a_folder_that_is_no_deployment_is_refused(tmp_path: Path, text: str | None, message: str) -> None:
+def test_a_folder_without_a_deployment_is_refused(tmp_path: Path, text: str | None, message: str) -> None:
     if text is not None:
         (tmp_path / "deployment.toml").write_text(text)
     with pytest.raises(DeploymentError, match=message):
@@ -301,18 +303,18 @@ def test_the_commands_say_what_comes_next(tmp_path: Path, capsys: pytest.Capture
     assert main(["deploy", "add-client", str(folder), "shop", "--public-key", str(key)]) == 0
     output = capsys.readouterr().out.splitlines()
     assert output[0].startswith(f"{folder}/clients/shop: send this folder to shop")
-    assert output[2] == "its key will be registered when the federation is started"
+    assert "registered" in output[2]
     told = tomllib.loads((folder / "clients/shop/federation.toml").read_text())
     assert told["app"] == submitted_sha256(REPOSITORY)
     note_nodes(read_deployment(folder), {"shop": 5})
     assert main(["deploy", "remove-client", str(folder), "shop"]) == 1
-    assert "its key can only be withdrawn while the federation runs. Start it: " in capsys.readouterr().err
+    assert f"fedmerge deploy start {folder}" in capsys.readouterr().err
     (folder / "clients/shop/federation.toml").unlink()
     assert main(["deploy", "bundle", str(folder), "shop"]) == 0
-    assert "clients/shop: written again; send this folder to shop" in capsys.readouterr().out
+    assert f"{folder}/clients/shop: " in capsys.readouterr().out
     assert tomllib.loads((folder / "clients/shop/federation.toml").read_text()) == told
     assert main(["deploy", "bundle", str(folder), "other"]) == 1
-    assert "client other: not known; there are: shop" in capsys.readouterr().err
-    note_nodes(read_deployment(folder), {})  # it never was registered: nothing of Flower's is to be undone
+    assert re.search(r"client other: .*: shop\.", capsys.readouterr().err)
+    note_nodes(read_deployment(folder), {})  # never registered, so Flower has nothing to undo
     assert main(["deploy", "remove-client", str(folder), "shop"]) == 0
     assert not list((folder / "clients").iterdir())

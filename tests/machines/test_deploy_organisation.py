@@ -22,6 +22,8 @@ from loopback import PROGRAMS, REPOSITORY, Loopback, bundle, eventually, free_po
 
 from fedmerge.domain.demo import write_demo
 from fedmerge.organisation.app import app_sha256
+from fedmerge.organisation.folder import private_key, read_client
+from fedmerge.privacy.signatures import fingerprint
 
 pytestmark = [pytest.mark.deploy, pytest.mark.timeout(1800)]
 
@@ -191,9 +193,10 @@ def test_a_client_that_was_killed_comes_back_by_itself(federation: Loopback) -> 
     assert eventually(lambda: log.read_text().count("connected to") == 2, 300), log.read_text()
     print(f"let in again after {time.monotonic() - started:.0f} s")
     said = log.read_text()
-    assert "the SuperNode ended with -9; flower.log has more; trying again in 5 s" in said
-    assert "does not let this client in yet: it may take a minute to notice" in said
-    assert "is not registered there" not in said
+    assert re.search(r"exit code -9; .*flower\.log; .* 5 s", said), said
+    assert re.findall(r" (\d+) s$", said, re.MULTILINE)[:2] == ["5", "10"]  # the second attempt follows a refusal
+    key = fingerprint(private_key(read_client(place / "org-books")).public_key())
+    assert said.count(key) == 1  # named at the start; the message about a refusal that lasts names it again
     assert eventually(lambda: log.read_text().count("ready; answers with") >= 2, 300)
 
 
@@ -242,7 +245,7 @@ def test_a_client_whose_supervisor_is_killed_leaves_nothing_behind(federation: L
 def test_a_client_that_is_told_to_end_tells_the_server(federation: Loopback) -> None:
     (supervisor,) = processes("client start org-books")
     os.kill(supervisor, signal.SIGTERM)
-    federation.said("books.log", "client ended", 60)
+    federation.said("books.log", "client stopped", 60)
     start_client(federation, "books")  # at once: the server knows that the last one has gone
     log = federation.place / "books.log"
     assert eventually(lambda: log.read_text().count("connected to") == 3, 200), log.read_text()

@@ -1,6 +1,7 @@
-"""Commands for a federation on several machines, as far as they need none: what is refused, and how it is said."""
+"""Commands for a federation on separate machines, as far as they work without one: refusals and messages."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from fedmerge.cli import main
 from fedmerge.deploy.folder import create_deployment
 from fedmerge.files import append_line
 from sim.machines import runs as deployed
-from sim.machines.runs import JOURNAL, connection, list_submitted
+from sim.machines.runs import JOURNAL, find_connection, list_submitted
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 UNUSED = 9  # nobody listens there
@@ -29,46 +30,47 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return capsys.readouterr().err
 
 
-def test_a_federation_that_is_not_known_is_named(
+def test_an_unknown_federation_is_named(
     operator: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     told = refusal(capsys, "runs", "--federation", "test")
-    assert f"{operator}/flower/config.toml: has no federation 'test'; it has: prod. Correct the name, or export" in told
+    assert re.search(rf"{operator}/flower/config\.toml: .*'test'.*: prod\..* FLWR_HOME=", told)
     monkeypatch.setenv("FLWR_HOME", str(tmp_path / "nowhere"))
     told = refusal(capsys, "stop", "x", "--federation", "prod")
-    assert "nowhere/config.toml: cannot be read" in told
+    assert f"{tmp_path}/nowhere/config.toml: " in told
     assert "export FLWR_HOME=DIR/flower" in told
 
 
 def test_a_connection_knows_whether_the_operators_folder_is_here(operator: Path, tmp_path: Path) -> None:
-    assert connection("prod").operator == operator
+    assert find_connection("prod").operator == operator
     remote = tmp_path / "laptop"
     (operator / "operator").rename(remote)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FLWR_HOME", str(remote / "flower"))
-        assert connection("prod").operator is None
+        assert find_connection("prod").operator is None
 
 
-def test_a_superlink_that_does_not_run_is_told_with_the_command_that_starts_it(
+def test_a_superlink_that_does_not_answer_is_reported_with_the_command_that_starts_it(
     operator: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     told = refusal(capsys, "runs", "--federation", "prod")
-    assert "prod: its SuperLink does not answer" in told
-    assert f"Does it run? fedmerge deploy start {operator}" in told
+    assert told.startswith("fedmerge: prod: ")
+    assert f"fedmerge deploy start {operator}" in told
 
 
-def test_what_is_there_already_is_refused_before_anything_is_sent(
+def test_an_existing_or_missing_run_is_refused_before_anything_is_sent(
     operator: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["run", str(REPOSITORY / "configs" / "tiny.toml"), "--federation", "prod", "--set", "run_id=x"]
     (operator / "runs" / "x").mkdir()
     told = refusal(capsys, *arguments)
-    assert f"{operator}/runs/x exists; a run never overwrites another" in told
-    assert "resume it: fedmerge run --resume x --federation prod" in told
+    assert f"{operator}/runs/x" in told
+    assert "fedmerge run --resume x --federation prod" in told
     told = refusal(capsys, "run", "--resume", "y", "--federation", "prod")
-    assert "there is no run y" in told
+    assert "fedmerge: run y: " in told
+    assert f"{operator}/runs/y" in told
     told = refusal(capsys, "run", "--federation", "prod")
-    assert "run: name an experiment file; without one a run is resumed only on the SuperLink's machine" in told
+    assert told.startswith("fedmerge: run: ")
 
 
 class Flower:
@@ -106,17 +108,18 @@ def test_a_run_is_stopped_by_the_name_of_its_folder(
     operator: Path, flower: Flower, capsys: pytest.CaptureFixture[str]
 ) -> None:
     append_line(operator / "flower" / JOURNAL, {"run": "mine", "flower": "77"})
-    assert [(run.run, run.status, run.received_bytes) for run in list_submitted(connection("prod"))] == [
+    assert [(run.run, run.status, run.received_bytes) for run in list_submitted(find_connection("prod"))] == [
         ("mine", "running", 2**21)
     ]
     assert main(["runs", "--federation", "prod"]) == 0
     assert "mine  running  12 s  2.0 MiB received  2026-01-02 03:04:05Z  77" in capsys.readouterr().out
     assert main(["stop", "mine", "--federation", "prod"]) == 0
     assert flower.asked[-1][:3] == ["stop", "77", "prod"]
-    assert "run mine, Flower's number 77: stopped; what is finished is kept" in capsys.readouterr().out
+    assert re.search(r"run mine\b.* 77\b", capsys.readouterr().out)
     flower.status = "finished:failed"
-    assert "run 77: has ended already (finished:failed)" in refusal(capsys, "stop", "77", "--federation", "prod")
-    assert "run other: not known to prod. See fedmerge runs" in refusal(capsys, "stop", "other", "--federation", "prod")
+    assert re.search(r"run 77.*\(finished:failed\)", refusal(capsys, "stop", "77", "--federation", "prod"))
+    told = refusal(capsys, "stop", "other", "--federation", "prod")
+    assert re.search(r"run other.* prod\b.*fedmerge runs --federation prod", told)
 
 
 def test_paths_are_sent_as_they_are_written_and_the_exit_code_is_that_of_the_run(
@@ -138,9 +141,9 @@ def test_paths_are_sent_as_they_are_written_and_the_exit_code_is_that_of_the_run
     arguments = ["run", str(REPOSITORY / "configs" / "tiny.toml"), "--federation", "prod", "--set", "run_id=x"]
     assert main(arguments) == 1
     told = capsys.readouterr()
-    assert "run x, Flower's number 77: submitted to prod" in told.out
-    assert "the run did not finish: finished:failed why" in told.err
-    assert "resume with: fedmerge run --resume x --federation prod" in told.err
+    assert re.search(r"run x\b.* 77\b.* prod$", told.out, re.MULTILINE)
+    assert "finished:failed why" in told.err
+    assert "fedmerge run --resume x --federation prod" in told.err
     assert 'cache_dir = "~/.cache/fedmerge"' in sent[0]
     assert 'output_dir = "runs"' in sent[0]
     assert json.loads((operator / "flower" / JOURNAL).read_text())["run"] == "x"
@@ -149,10 +152,10 @@ def test_paths_are_sent_as_they_are_written_and_the_exit_code_is_that_of_the_run
     (operator / "runs" / "x" / "config.toml").write_text(sent[0])
     (operator / "runs" / "x" / "DONE").touch()
     assert main(["run", "--resume", "x", "--federation", "prod"]) == 0
-    assert "this run is finished; nothing is left to do" in capsys.readouterr().out
+    assert str(operator / "runs" / "x") in capsys.readouterr().out
 
 
-def test_ctrl_c_leaves_the_run_going(
+def test_ctrl_c_leaves_the_run_running(
     operator: Path, flower: Flower, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupted(*_: object) -> int:
@@ -162,5 +165,5 @@ def test_ctrl_c_leaves_the_run_going(
     arguments = ["run", str(REPOSITORY / "configs" / "tiny.toml"), "--federation", "prod", "--set", "run_id=x"]
     assert main(arguments) == 130
     told = capsys.readouterr().err
-    assert "run x, Flower's number 77: still running. Stop it with: fedmerge stop x --federation prod" in told
+    assert re.search(r"run x\b.* 77\b.*fedmerge stop x --federation prod", told)
     assert not [command for command in flower.asked if command[0] == "stop"]

@@ -1,4 +1,4 @@
-"""The executor of an organisation's client: what a run may not say of the machine, and work in a process of its own."""
+"""The executor of an organisation's client: settings that a run cannot decide, and work in a separate process."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ from fedmerge.config import ExperimentConfig, from_flat, to_flat
 from fedmerge.domain.demo import write_demo
 from fedmerge.errors import PolicyError
 from fedmerge.organisation.folder import Client, init_client, read_client
-from sim.machines.executor import in_own_process, settle, within
+from sim.machines.executor import in_own_process, limit_time, override_run_config
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def client(tmp_path: Path) -> Client:
     return read_client(tmp_path / "north")
 
 
-def test_what_a_run_says_of_this_machine_is_replaced_by_what_its_owner_says(client: Client, tmp_path: Path) -> None:
+def test_settings_of_client_toml_override_those_of_a_run(client: Client, tmp_path: Path) -> None:
     wanted: dict[str, str | int | float | bool] = {
         "cache_dir": "/srv/elsewhere",
         "domains.root": "/srv/other",
@@ -35,7 +35,7 @@ def test_what_a_run_says_of_this_machine_is_replaced_by_what_its_owner_says(clie
     }
     run_config: dict[str, str | int | float | bool] = {**to_flat(ExperimentConfig()), **wanted}
     context = Context(1, 2, {"domain-path": "/elsewhere", "more": 1}, RecordDict(), run_config)
-    settle(context, client)
+    override_run_config(context, client)
     config = from_flat(context.run_config)
     assert config.cache_dir == str(client.cache_dir)
     assert config.domains.root == str(tmp_path / "domains")
@@ -46,7 +46,7 @@ def test_what_a_run_says_of_this_machine_is_replaced_by_what_its_owner_says(clie
         "key-path": str(client.folder / "key"),
     }
     named = replace(client, identity_key=tmp_path / "identity", peer_keys=tmp_path / "peers")
-    settle(context, named)
+    override_run_config(context, named)
     assert context.node_config["identity-key"] == str(tmp_path / "identity")
     assert context.node_config["peer-keys"] == str(tmp_path / "peers")
 
@@ -75,11 +75,11 @@ def raises() -> tuple[RecordDict, RecordDict]:
     raise SystemExit(5)
 
 
-def test_a_process_that_dies_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ChildProcessError, match="was killed by signal 9, out of memory"):
+def test_a_process_that_dies_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ChildProcessError, match="signal 9"):
         in_own_process(killed, lambda: True)
     monkeypatch.setattr(sys, "stderr", open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
-    with pytest.raises(ChildProcessError, match="the process that worked on it ended with 1"):
+    with pytest.raises(ChildProcessError, match="exit code 1"):
         in_own_process(raises, lambda: True)
 
 
@@ -95,7 +95,7 @@ def test_a_run_that_is_stopped_ends_the_work_at_once() -> None:
         seen.append(1)
         return len(seen) < 3
 
-    with pytest.raises(ChildProcessError, match="the run was stopped while it worked"):
+    with pytest.raises(ChildProcessError):
         in_own_process(hangs, three_times)
     assert time.monotonic() - started < 20
     with pytest.raises(ChildProcessError):  # no child is left behind
@@ -113,15 +113,14 @@ def test_work_ends_when_the_organisations_minutes_are_over() -> None:
         beats.append(1)
         return True
 
-    told = r"domain north: its own policy file refuses: max_minutes = 0.01, .* Ask for less \(fewer train.max_steps"
-    with pytest.raises(PolicyError, match=told):
-        in_own_process(hangs, within(0.01, "north", beat))
+    with pytest.raises(PolicyError, match=r"north.*max_minutes = 0\.01.*train\.max_steps"):
+        in_own_process(hangs, limit_time(0.01, "north", beat))
     assert 0.6 <= time.monotonic() - started < 20
     assert beats
     with pytest.raises(ChildProcessError):  # no child is left behind
         os.waitpid(-1, os.WNOHANG)
-    assert within(None, "north", beat)()
-    assert not within(1.0, "north", lambda: False)()
+    assert limit_time(None, "north", beat)()
+    assert not limit_time(1.0, "north", lambda: False)()
 
 
 def test_the_executor_takes_the_installed_code_only() -> None:

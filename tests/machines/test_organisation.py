@@ -74,20 +74,20 @@ def test_nobody_else_can_read_the_private_key(folder: Path) -> None:
 
 def test_a_client_folder_is_never_overwritten(folder: Path, domain: Path) -> None:
     before = (folder / "key").read_bytes()
-    with pytest.raises(FedMergeError, match=r"north: exists and is not an empty folder; nothing is overwritten"):
+    with pytest.raises(FedMergeError, match=str(folder)):
         init_client(folder, "north", domain)
     assert (folder / "key").read_bytes() == before
 
 
 @pytest.mark.parametrize("name", ["", "North", "no rth", "-north", "north\n", "../north", "n" * 64])
 def test_a_name_that_cannot_be_a_files_name_is_refused(name: str, domain: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"--name .*: expected small letters, digits and hyphens"):
+    with pytest.raises(ConfigError, match=r"--name .*: .*north-shop"):
         init_client(tmp_path / "x", name, domain)
     assert not (tmp_path / "x").exists()
 
 
 def test_a_folder_that_is_no_domain_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FedMergeError, match="no such domain folder"):
+    with pytest.raises(FedMergeError, match="nowhere"):
         init_client(tmp_path / "x", "north", tmp_path / "nowhere")
     assert not (tmp_path / "x").exists()
 
@@ -102,10 +102,10 @@ def test_a_backbone_in_the_client_folder_is_found_wherever_the_client_is_started
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('name = "North"', r"client.toml: 1 wrong; keys: name, .*\n  name: "),
-        ("threads = 0", r"(?s)client.toml: 1 wrong.*threads: .*found 0"),
-        ('colour = "red"', r"(?s)1 wrong.*colour"),
-        ("name = ", r"client.toml: not valid TOML"),
+        ('name = "North"', r"client\.toml: 1 .*: name, .*\n  name: "),
+        ("threads = 0", r"(?s)client\.toml: 1 .*threads: .* 0"),
+        ('colour = "red"', r"(?s)client\.toml: 1 .*colour"),
+        ("name = ", r"client\.toml: .*TOML.*fedmerge client init"),
     ],
 )
 def test_a_wrong_client_file_is_refused(folder: Path, line: str, message: str) -> None:
@@ -117,13 +117,13 @@ def test_a_wrong_client_file_is_refused(folder: Path, line: str, message: str) -
 
 
 def test_a_folder_without_a_client_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"client.toml: cannot be read .*Make a client folder with fedmerge client"):
+    with pytest.raises(ConfigError, match=r"client\.toml: .*fedmerge client init"):
         read_client(tmp_path)
 
 
 def test_what_is_no_key_is_refused_and_never_quoted(folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "other"
-    with pytest.raises(ConfigError, match=r"other: cannot be read"):
+    with pytest.raises(ConfigError, match=r"/other: "):
         read_private_key(path)
     path.touch(mode=0o600)
     path.write_text("SECRET")
@@ -153,10 +153,10 @@ def test_an_app_is_approved_once_and_taken_back_by_deleting_its_line(folder: Pat
 
 
 def test_what_is_no_hash_is_not_approved(folder: Path) -> None:
-    with pytest.raises(ConfigError, match="expected a SHA-256, 64 hexadecimal digits"):
+    with pytest.raises(ConfigError, match=r"'abc'.* 64 "):
         approve_app(folder, "abc", "by hand")
     (folder / "approved.txt").write_text("*\n")
-    with pytest.raises(ConfigError, match=r"approved.txt: holds '\*', expected 64 hexadecimal digits a line"):
+    with pytest.raises(ConfigError, match=r"approved\.txt: .*'\*'.* 64 "):
         approved_apps(folder)
 
 
@@ -185,11 +185,11 @@ def test_a_bundle_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('address = "fl.example.org"', r"(?s)federation.toml: 1 wrong.*address: "),
-        ('address = "https://fl.example.org:8000"', r"(?s)1 wrong.*address: "),
-        ('address = "a:99999"', r"address has the port 99999, expected 1 to 65535. Ask the operator"),
-        ('address = "a:1"\napp = "short"', r"(?s)1 wrong.*app: "),
-        ("", r"(?s)1 wrong.*address: Field required"),
+        ('address = "fl.example.org"', r"(?s)federation\.toml: 1 .*address: "),
+        ('address = "https://fl.example.org:8000"', r"(?s)federation\.toml: 1 .*address: "),
+        ('address = "a:99999"', r"federation\.toml: .*99999.*1 to 65535.*deploy add-client"),
+        ('address = "a:1"\napp = "short"', r"(?s)federation\.toml: 1 .*app: "),
+        ("", r"(?s)federation\.toml: 1 .*address: "),
     ],
 )
 def test_a_wrong_bundle_is_refused(tmp_path: Path, text: str, message: str) -> None:
@@ -198,14 +198,14 @@ def test_a_wrong_bundle_is_refused(tmp_path: Path, text: str, message: str) -> N
 
 
 def test_a_bundle_without_its_files_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"federation.toml: cannot be read .*deploy add-client"):
+    with pytest.raises(ConfigError, match=r"federation\.toml: .*deploy add-client"):
         read_bundle(tmp_path)
     folder = make_bundle(tmp_path / "b", 'address = "a:1"')
     (folder / "ca.crt").unlink()
-    with pytest.raises(ConfigError, match=r"ca.crt: not there, expected the certificate of the federation's authority"):
+    with pytest.raises(ConfigError, match=r"ca\.crt: .*deploy add-client"):
         read_bundle(folder)
     (folder / "ca.crt").write_bytes(AUTHORITY[:300])
-    with pytest.raises(ConfigError, match=r"ca.crt: is no certificate .* Ask the operator for the folder"):
+    with pytest.raises(ConfigError, match=r"ca\.crt: .*\(.+\).*deploy add-client"):
         read_bundle(folder)
 
 
@@ -219,17 +219,17 @@ def test_the_commands_say_what_comes_next(
     assert main(["client", "init", "north", "--name", "north", "--domain", str(domain)]) == 0
     said = capsys.readouterr().out
     assert fingerprint(private_key(read_client(tmp_path / "north")).public_key()) in said
-    assert "send north/key.pub (never north/key) to the operator" in said
+    assert "north/key.pub" in said
     bundle = make_bundle(tmp_path / "b", f'address = "a:1"\nfederation = "shops"\napp = "{APP}"\n')
     assert main(["client", "approve", "north"]) == 0
-    assert "north: no app is approved" in capsys.readouterr().out
+    assert APP not in capsys.readouterr().out
     assert main(["client", "approve", "north", "--bundle", str(bundle)]) == 0
     said = capsys.readouterr().out
     assert f"approved: {APP}" in said
     assert f"certificate: {AUTHORITY_SHA256}" in said
     assert main(["client", "approve", "north"]) == 0
     assert capsys.readouterr().out.strip() == APP
-    assert "as the operator of shops says" in (tmp_path / "north" / "approved.txt").read_text()
+    assert "shops" in (tmp_path / "north" / "approved.txt").read_text()
 
 
 def test_a_bundle_that_does_not_know_the_app_says_how_to_approve_it(
@@ -237,9 +237,9 @@ def test_a_bundle_that_does_not_know_the_app_says_how_to_approve_it(
 ) -> None:
     bundle = make_bundle(tmp_path / "b", 'address = "a:1"')
     assert main(["client", "approve", str(folder), "--bundle", str(bundle)]) == 1
-    assert "does not tell the app's hash. Ask the operator for the app" in capsys.readouterr().err
+    assert f"fedmerge client approve {folder} --app FILE" in capsys.readouterr().err
     assert main(["client", "approve", str(folder), "--app", str(tmp_path / "no.fab")]) == 1
-    assert "no.fab: cannot be read" in capsys.readouterr().err
+    assert "no.fab: " in capsys.readouterr().err
 
 
 def test_a_client_without_an_approved_app_is_not_started(
@@ -247,7 +247,7 @@ def test_a_client_without_an_approved_app_is_not_started(
 ) -> None:
     bundle = make_bundle(tmp_path / "b", 'address = "127.0.0.1:1"')
     assert main(["client", "start", str(folder), "--bundle", str(bundle)]) == 1
-    assert "no app is approved, so every run would be refused" in capsys.readouterr().err
+    assert f"fedmerge client approve {folder}" in capsys.readouterr().err
 
 
 def test_a_client_whose_domain_is_gone_is_not_started(
@@ -257,4 +257,4 @@ def test_a_client_whose_domain_is_gone_is_not_started(
     told = (folder / "client.toml").read_text()
     (folder / "client.toml").write_text(re.sub(r"(?m)^domain = .*", f'domain = "{tmp_path / "nowhere"}"', told))
     assert main(["client", "start", str(folder), "--bundle", str(bundle)]) == 1
-    assert "no such domain folder" in capsys.readouterr().err
+    assert str(tmp_path / "nowhere") in capsys.readouterr().err

@@ -1,1 +1,1 @@
-"""Commands for machines of their own: the operator's ``deploy`` and an organisation's ``client``."""
+"""Commands for federations on separate machines: the operator's ``deploy`` and an organisation's ``client``."""

@@ -13,33 +13,38 @@ if TYPE_CHECKING:
 
 
 def add_commands(commands: "Commands") -> None:
-    """Add them to the parser."""
-    group = commands.add_parser("client", help="take part in a federation on separate machines, beside your own data")
+    """Add ``client`` to the parser."""
+    group = commands.add_parser("client", help="take part in a federation on separate machines with your own data")
     client = group.add_subparsers(required=True, metavar="COMMAND")
 
-    init = client.add_parser("init", help="make a client folder: key pair, client.toml, policy.toml")
+    init = client.add_parser("init", help="create a client folder: key pair, client.toml, policy.toml")
     init.add_argument("folder", type=Path, metavar="DIR")
-    init.add_argument("--name", required=True, help="the client's name towards the operator, for example north-shop")
+    init.add_argument(
+        "--name", required=True, help="name by which the operator knows the client, for example north-shop"
+    )
     init.add_argument("--domain", type=Path, required=True, metavar="PATH", help="the domain folder")
     init.add_argument("--threads", type=int, default=1, help="processor threads (default: 1)")
     init.add_argument("--backbone", default=None, help="folder or id of the text encoder (default: all-MiniLM-L6-v2)")
     init.set_defaults(command=_init)
 
-    approve = client.add_parser("approve", help="allow one app, by its hash, to be worked for; without options: list")
+    approve = client.add_parser("approve", help="approve an app by its hash; without options, list the approved apps")
     approve.add_argument("folder", type=Path, metavar="DIR")
     source = approve.add_mutually_exclusive_group()
-    source.add_argument("--bundle", type=Path, help="the operator's bundle, which tells the hash")
+    source.add_argument("--bundle", type=Path, help="the operator's bundle, which contains the hash")
     source.add_argument(
-        "--app", type=Path, metavar="FILE", help="the app itself, a .fab file; its contents are checked"
+        "--app",
+        type=Path,
+        metavar="FILE",
+        help="the app itself, a .fab file; its contents are compared with the installed code",
     )
     approve.set_defaults(command=_approve)
 
-    check = client.add_parser("check", help="test everything before the first run")
+    check = client.add_parser("check", help="check everything that the first run needs")
     check.add_argument("folder", type=Path, metavar="DIR")
     check.add_argument("--bundle", type=Path, default=None, help="the operator's bundle")
     check.set_defaults(command=_check)
 
-    start = client.add_parser("start", help="run the client until it is ended (SIGTERM, Ctrl-C)")
+    start = client.add_parser("start", help="run the client until SIGTERM or Ctrl-C")
     start.add_argument("folder", type=Path, metavar="DIR")
     start.add_argument("--bundle", type=Path, required=True, help="the operator's bundle")
     start.set_defaults(command=_start)
@@ -51,10 +56,10 @@ def _init(options: argparse.Namespace) -> int:
     key = init_client(options.folder, options.name, options.domain, options.threads, options.backbone)
     folder = options.folder
     print(
-        f"{folder}: made for {options.name}, key {key}\n"
-        f"Next: read {folder / 'policy.toml'}, which is your last word on what may leave; send {folder / 'key.pub'} "
-        f"(never {folder / 'key'}) to the operator, who sends you a bundle; compare the key above with them over "
-        f"another channel. Then: fedmerge client approve {folder} --bundle BUNDLE"
+        f"{folder}: created for {options.name}, key {key}\n"
+        f"Next: read {folder / 'policy.toml'}, which decides what may leave. Send {folder / 'key.pub'} (never "
+        f"{folder / 'key'}) to the operator, who sends you a bundle, and compare the key above with them over another "
+        f"channel. Then run: fedmerge client approve {folder} --bundle BUNDLE"
     )
     return 0
 
@@ -71,29 +76,31 @@ def _approve(options: argparse.Namespace) -> int:
         try:
             content = options.app.read_bytes()
         except OSError as error:
-            raise ConfigError(f"{options.app}: cannot be read ({error.strerror}), expected a .fab file.") from error
+            raise ConfigError(
+                f"{options.app}: cannot be read ({error.strerror}). Give the .fab file that the operator sent."
+            ) from error
         check_contents(content, installed_code(Path(str(sim.__file__)).parent))
         sha256, source = app_sha256(content), options.app.name
     elif options.bundle is not None:
         bundle = read_bundle(options.bundle)
         if not bundle.app:
             raise ConfigError(
-                f"{options.bundle}: does not tell the app's hash. Ask the operator for the app and approve it by file: "
+                f"{options.bundle}: contains no hash of an app. Ask the operator for the app and approve the file: "
                 f"fedmerge client approve {options.folder} --app FILE"
             )
-        sha256, source = bundle.app, f"as the operator of {bundle.federation or bundle.address} says"
+        sha256, source = bundle.app, f"from the bundle of {bundle.federation or bundle.address}"
         print(
-            f"certificate: {bundle.authority_sha256}\nCompare it (of {bundle.authority.name} as it is here) and "
-            "the app's below with the operator over another channel."
+            f"certificate: {bundle.authority_sha256}\nCompare this hash (of {bundle.authority.name}) and the app's "
+            "hash below with the operator over another channel."
         )
     else:
         print("\n".join(sorted(approved_apps(client.folder))) or f"{options.folder}: no app is approved")
         return 0
     approve_app(client.folder, sha256, source)
     print(
-        f"approved: {sha256}\nThis client works for runs of this app and refuses every other before it runs. To take "
-        f"it back, delete its line in {client.folder / 'approved.txt'}. Next: fedmerge client check {options.folder} "
-        "--bundle BUNDLE"
+        f"approved: {sha256}\nThis client takes part in runs of approved apps and refuses all others. To withdraw "
+        f"the approval, delete its line in {client.folder / 'approved.txt'}. Next: fedmerge client check "
+        f"{options.folder} --bundle BUNDLE"
     )
     return 0
 
@@ -123,7 +130,7 @@ def _check(options: argparse.Namespace) -> int:
         word = {True: "ok", False: "FAILED", None: "-"}[check.holds]
         print(f"{word:7} {check.what:12} {check.found}", flush=True)
     if failed:
-        print(f"{failed} failed; nothing was sent but the request to be let in")
+        print(f"{failed} failed; nothing was sent except the request for admission")
     elif bundle:
         print(f"Next: fedmerge client start {options.folder} --bundle {options.bundle}")
     return int(failed > 0)
@@ -134,7 +141,7 @@ def _start(options: argparse.Namespace) -> int:
     from fedmerge.organisation.folder import read_bundle, read_client
 
     client, bundle = read_client(options.folder), read_bundle(options.bundle)
-    read_manifest(client.domain)  # else it would wait for ever to be asked
+    read_manifest(client.domain)  # fail now: a client without a domain would wait for ever
     from sim.machines.supernode import run_client
 
     handler = logging.StreamHandler()

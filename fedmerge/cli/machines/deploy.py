@@ -1,4 +1,4 @@
-"""``fedmerge deploy``: the operator's side of a federation on several machines."""
+"""``fedmerge deploy``: the operator's side of a federation on separate machines."""
 
 import argparse
 import json
@@ -10,11 +10,11 @@ if TYPE_CHECKING:
 
 
 def add_commands(commands: "Commands") -> None:
-    """Add them to the parser."""
-    deploy = commands.add_parser("deploy", help="run the server of a federation on several machines")
+    """Add ``deploy`` to the parser."""
+    deploy = commands.add_parser("deploy", help="run the server of a federation on separate machines")
     parts = deploy.add_subparsers(required=True, metavar="COMMAND")
 
-    init = parts.add_parser("init", help="make the operator's folder: certificates and all configuration files")
+    init = parts.add_parser("init", help="create the operator's folder: certificates and all configuration files")
     init.add_argument("folder", type=Path, metavar="DIR", help="absent or empty")
     init.add_argument(
         "--host",
@@ -22,27 +22,31 @@ def add_commands(commands: "Commands") -> None:
         action="append",
         required=True,
         metavar="NAME",
-        help="name or address by which clients reach the server; the first is told to them; may be given again",
+        help="name or address by which clients reach the server; repeatable; bundles name the first",
     )
-    init.add_argument("--port", type=int, default=8443, help="where clients connect (default: 8443)")
-    init.add_argument("--superlink-port", type=int, default=8000, help="on this machine only (default: 8000)")
-    init.add_argument("--name", default="prod", help="of the federation, for --federation (default: prod)")
+    init.add_argument("--port", type=int, default=8443, help="port for clients (default: 8443)")
+    init.add_argument(
+        "--superlink-port", type=int, default=8000, help="port of the SuperLink, on this machine only (default: 8000)"
+    )
+    init.add_argument("--name", default="prod", help="name of the federation, for --federation (default: prod)")
     init.set_defaults(command=_init)
 
-    start = _with_folder(parts, "start", "bring up SuperLink and proxy, in the foreground")
+    start = _with_folder(parts, "start", "run SuperLink and proxy in the foreground")
     start.set_defaults(command=_start)
 
-    add = _with_folder(parts, "add-client", "register an organisation's public key, write its bundle")
+    add = _with_folder(parts, "add-client", "register an organisation's public key and write its bundle")
     add.add_argument("client", metavar="NAME")
-    add.add_argument("--public-key", type=Path, required=True, metavar="key.pub", help="what the organisation sent")
-    add.add_argument("--domain", help="the one domain that its key may sign for (default: any)")
+    add.add_argument(
+        "--public-key", type=Path, required=True, metavar="key.pub", help="the key.pub that the organisation sent"
+    )
+    add.add_argument("--domain", help="the only domain that its key may sign for (default: any)")
     add.set_defaults(command=_add_client)
 
-    remove = _with_folder(parts, "remove-client", "withdraw an organisation's key and forget it")
+    remove = _with_folder(parts, "remove-client", "withdraw an organisation's key and delete its bundle")
     remove.add_argument("client", metavar="NAME")
     remove.set_defaults(command=_remove_client)
 
-    bundle = _with_folder(parts, "bundle", "write an organisation's bundle again, as after an upgrade")
+    bundle = _with_folder(parts, "bundle", "write an organisation's bundle again, for example after an upgrade")
     bundle.add_argument("client", metavar="NAME")
     bundle.set_defaults(command=_bundle)
 
@@ -50,7 +54,7 @@ def add_commands(commands: "Commands") -> None:
     app.add_argument("--out", type=Path, required=True, metavar="FILE", help="the file to write, for example app.fab")
     app.set_defaults(command=_app)
 
-    status = _with_folder(parts, "status", "show health, clients, certificates, the last run")
+    status = _with_folder(parts, "status", "show health, clients, certificates and the last run")
     status.add_argument("--json", action="store_true", help="machine-readable output")
     status.set_defaults(command=_status)
 
@@ -69,8 +73,8 @@ def _init(options: argparse.Namespace) -> int:
 
     made = create_deployment(options.folder, options.name, options.hosts, options.port, options.superlink_port)
     print(
-        f"{made.folder}: federation {made.name}, clients will reach it at {made.address}\n"
-        f"ca/ca.key signs certificates of this federation: keep a copy elsewhere, nobody else needs it\n"
+        f"{made.folder}: created for federation {made.name}, which clients reach at {made.address}\n"
+        f"ca/ca.key signs the certificates of this federation: keep a copy elsewhere and give it to nobody\n"
         f"next: fedmerge deploy start {made.folder}"
     )
     return 0
@@ -101,9 +105,9 @@ def _add_client(options: argparse.Namespace) -> int:
     for refusal in refusals:
         print(f"warning: {refusal}")
     print(
-        f"{bundle}: send this folder to {options.client}; its README.txt says how to start, and which hashes to "
-        f"compare\n{options.client}: key {find_client(deployment, options.client).key_sha256}\n"
-        + ("its key is registered" if running else "its key will be registered when the federation is started")
+        f"{bundle}: send this folder to {options.client}; its README.txt has the next steps and the hashes to compare"
+        f"\n{options.client}: key {find_client(deployment, options.client).key_sha256}\n"
+        + ("its key is registered" if running else "its key will be registered when the federation starts")
     )
     return 0
 
@@ -115,7 +119,7 @@ def _bundle(options: argparse.Namespace) -> int:
     from sim.machines.app_bundle import submitted_sha256
 
     bundle = write_bundle(read_deployment(options.folder), options.client, submitted_sha256(root()))
-    print(f"{bundle}: written again; send this folder to {options.client}, who approves the app that it names")
+    print(f"{bundle}: written again; send this folder to {options.client}, which approves the app that it names")
     return 0
 
 
@@ -162,7 +166,7 @@ def _status(options: argparse.Namespace) -> int:
     last = max(summaries, key=lambda summary: str(summary.started), default=None)
     warnings = expiring(deployment)
     if options.json:
-        told = {
+        record = {
             "federation": deployment.name,
             "address": deployment.address,
             "healthy": healthy,
@@ -173,9 +177,9 @@ def _status(options: argparse.Namespace) -> int:
             "last_run": summary_record(last) if last else None,
             "warnings": warnings,
         }
-        print(json.dumps(told, indent=2, ensure_ascii=False))
+        print(json.dumps(record, indent=2, ensure_ascii=False))
         return 0 if healthy else 1
-    print(f"federation {deployment.name} at {deployment.address}: {'runs' if healthy else 'does not run'}")
+    print(f"federation {deployment.name} at {deployment.address}: {'running' if healthy else 'not running'}")
     for each in states:
         print(f"  {each.client.name}: {each.state}{f' since {each.since}' if each.since else ''}")
     if not states:
@@ -191,5 +195,5 @@ def _renew(options: argparse.Namespace) -> int:
 
     deployment = read_deployment(options.folder)
     renew(deployment)
-    print(f"{deployment.folder}: new certificates are there; start the federation again to use them")
+    print(f"{deployment.folder}: new certificates written; restart the federation to use them")
     return 0
