@@ -1,4 +1,4 @@
-"""A federation as Flower simulates it, with its own link state and grid, but in one process and without Ray."""
+"""Flower's simulation with its own link state and grid, but in one process and without Ray."""
 
 import logging
 import threading
@@ -37,7 +37,7 @@ def answer_honestly(message: Message, context: Context) -> Message | None:
 
 
 class _PartlyConnected(InMemoryGrid):
-    """Flower's grid without the nodes that are away."""
+    """Flower's grid without the nodes that are not connected."""
 
     def __init__(self, factory: LinkStateFactory, turns: Mapping[int, int], away: set[int]) -> None:
         super().__init__(factory)
@@ -56,14 +56,14 @@ def run_in_process(
 ) -> None:
     """Run one experiment to its end, the clients one after the other in a second thread.
 
-    The number of torch threads and the handlers of the library's logger are the caller's own again afterwards.
+    The number of torch threads and the handlers of the library's logger are restored afterwards.
 
     Args:
         config: the experiment.
-        answer: maps a message to a node's reply; None is no reply, a list also sends older ones.
+        answer: maps a message to a node's reply; None sends no reply, a list sends several.
         num_nodes: number of nodes; None is one per domain.
-        away: turns of nodes that are not connected as long as they are in this set; as on separate machines, nobody
-            knows the number of nodes.
+        away: turns of nodes that are not connected while they are in this set; with a set, clients are not told the
+            number of nodes, as on separate machines.
         console: log to stderr, as the app does; otherwise lines go where the caller sends those of the logger
             ``fedmerge``.
 
@@ -101,7 +101,7 @@ def run_in_process(
     nodes = threading.Thread(target=serve_nodes, daemon=True)
     if not console:
         with _process_settings_restored():
-            log_to_stderr()  # a client does this once in its process, and not again
+            log_to_stderr()  # a client does this once per process
     with _process_settings_restored():
         nodes.start()
         try:

@@ -1,16 +1,15 @@
-"""One federation, driven from outside: `flwr run` with a SuperLink of its own, its log live, nothing left behind.
+"""Run one simulation with `flwr run` and its own SuperLink, pass on its log, and leave no process behind.
 
-By itself `flwr run` (Flower 1.41) starts a detached SuperLink that outlives the run, keeps the environment of whoever
-started it first and takes the runs of every checkout that finds its port; and it returns at once, with exit code 0
-whatever happens. So here every run has
+Alone, `flwr run` (Flower 1.41) starts a detached SuperLink that outlives the run, keeps the environment in which it was
+first started and accepts runs of every checkout that finds its port. The command returns at once, always with exit code
+0. Therefore every run here has
 
-- a FLWR_HOME and a port of its own, and a SuperLink that keeps its state in memory: no stale or foreign one takes it;
-- a mark in its environment, which every process that Flower and Ray start inherits: so they, and what they started, are
-  found and ended;
+- its own FLWR_HOME and port, and a SuperLink with its state in memory, so that no other SuperLink takes the run;
+- a mark in its environment, which all processes of Flower and Ray inherit and by which they are found and ended;
 - a folder for Flower's and Ray's files, removed unless the run failed;
-- a verdict: `finished:completed`, asked of the SuperLink, is success; anything else is not.
+- a result: success if the SuperLink reports `finished:completed`, else failure.
 
-Nothing of Flower or Ray is imported.
+This module imports neither Flower nor Ray.
 """
 
 import json
@@ -41,29 +40,31 @@ from fedmerge.errors import ClientError, ConfigError, RunDirError
 COMPLETED = "finished:completed"
 MARK = "FEDMERGE_FEDERATION"
 LOST = "lost"
-OVER_SECONDS = 20.0  # after the app's own end, for Flower to end
-GRACE_SECONDS = 5.0  # between asking the processes of a run to end and ending them
-QUIET_LOOKS = 10  # in a row without a process, .1 s apart: one that is just being started or executed shows no mark
-START_ATTEMPTS = 3  # flwr gives a SuperLink 15 s to start, which a cold disk or a busy machine can exceed
-SOCKET_FOLDER_LENGTH = 20  # of the path of the temporary folder; with a longer one Ray's sockets exceed 107 bytes
-# In memory: a database would bring back the unfinished runs of a SuperLink that has ended.
+OVER_SECONDS = 20.0  # for Flower to end after the app has ended
+GRACE_SECONDS = 5.0  # between SIGTERM and SIGKILL
+QUIET_LOOKS = 10  # without a process, 0.1 s apart: a process shows no mark while it starts or executes another program
+START_ATTEMPTS = 3  # flwr waits 15 s for a SuperLink, which a cold disk or a busy machine can exceed
+SOCKET_FOLDER_LENGTH = 20  # longest path of the temporary folder with which Ray's socket paths stay below 108 bytes
+# In memory, because a database would restart unfinished runs of an earlier SuperLink.
 FLOWER_CONFIG = '[superlink]\ndefault = "local"\n\n[superlink.local]\naddress = ":local-in-memory:"\n'
 APP_PROJECT = ("name", "version", "description", "license")  # the keys of [project] that travel
-PLAIN_PATTERN = re.compile(r"[\w.-]+(/[\w.-]+)*(/\*\*/\*\.\w+)?")  # which Flower, as git, and a glob read alike
+PLAIN_PATTERN = re.compile(
+    r"[\w.-]+(/[\w.-]+)*(/\*\*/\*\.\w+)?"
+)  # patterns that Flower, as git, and glob interpret alike
 COLOURS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
 
 @dataclass(frozen=True, slots=True)
 class FederationOutcome:
-    """How a run ended.
+    """The end of a run.
 
     Attributes:
         run_id: Flower's id of the run.
-        status: Flower's word: ``finished:completed``, ``finished:failed`` or ``finished:stopped``; ``lost`` where
-            Flower had none: the process of server and simulation died, or did not end after the app.
-        details: Flower's reason when the run did not complete, else empty.
+        status: Flower's status: ``finished:completed``, ``finished:failed`` or ``finished:stopped``; ``lost`` if the
+            process of server and simulation died, or did not end after the app.
+        details: the reason if the run did not complete, else empty.
         exit_code: 0 only for ``finished:completed``, else 1.
-        kept: the folder with the logs of Ray, and of the SuperLink unless they went to ``flower_home``; None after a
+        kept: folder with the logs of Ray, and of the SuperLink unless they are in ``flower_home``; None after a
             success.
     """
 
@@ -90,34 +91,35 @@ def run_federation(
 ) -> FederationOutcome:
     """Run a Flower app in simulation and wait for its end.
 
-    ServerApp and clients work in this process's working directory. As many clients work at once as there are CPUs
-    (and GPUs) for, and never more than ``num_supernodes``: each is a process that lives for the whole run. A Ray
-    cluster named by ``RAY_ADDRESS`` is used as it is. Ctrl-C and SIGTERM end everything that was started, then go on.
+    ServerApp and clients work in this process's working directory. CPUs and GPUs limit the number of clients that work
+    at once; each client process lives for the whole run. A Ray cluster named by ``RAY_ADDRESS`` is used unchanged.
+    Ctrl-C and SIGTERM first end all processes that were started, then take their usual effect.
 
     Args:
-        app_dir: the folder of the app's pyproject.toml.
+        app_dir: folder of the app's pyproject.toml.
         run_config_file: a .toml file; its keys override ``[tool.flwr.app.config]``.
-        num_supernodes: simulated clients.
-        cpus_per_client: CPUs that Ray counts for a client, and its OMP_NUM_THREADS.
+        num_supernodes: number of simulated clients.
+        cpus_per_client: CPUs that Ray reserves for a client, and its OMP_NUM_THREADS.
         gpus_per_client: share of a GPU for a client; with 0 Ray hides the GPUs from the clients.
-        client_output: whether what clients print is among the lines, as ``(ClientAppActor pid=…) …``.
-        flower_home: where Flower's files go, kept; without it they go to a temporary folder.
-        on_line: receives the log of Flower, the ServerApp and the clients line by line, without colours, as it comes.
-        environment: variables for the run, on top of this process's own.
-        is_over: whether the app has done its work; a simulation does not end by itself while a client hangs.
-        mark: of the processes that are started, for who wants to end them after this one was killed; None: a new one.
+        client_output: whether the lines include the output of clients, as ``(ClientAppActor pid=…) …``.
+        flower_home: folder for Flower's files, which stay there; None for a temporary folder.
+        on_line: receives each line of the log of Flower, the ServerApp and the clients, without colours.
+        environment: environment variables for the run, in addition to those of this process.
+        is_over: returns True once the app has ended; a simulation does not end by itself while a client hangs.
+        mark: mark of the started processes, for callers that end them after this process was killed; None for a new
+            one.
 
     Raises:
-        ConfigError: an argument is wrong, or Flower refused the app or the run config.
-        ClientError: Flower could not be started or was lost on the way.
+        ConfigError: an argument is invalid, or Flower refused the app or the run config.
+        ClientError: Flower could not be started, or died during the run.
     """
     base = {**os.environ, **(environment or {})}
     num_cpus = None if base.get("RAY_ADDRESS") else len(os.sched_getaffinity(0))
     if num_supernodes < 1 or gpus_per_client < 0:
         raise ConfigError(f"{num_supernodes} supernodes, {gpus_per_client} GPUs per client: expected >= 1 and >= 0")
     if cpus_per_client < 1 or (num_cpus is not None and cpus_per_client > num_cpus):
-        most = "the processors of a node" if num_cpus is None else f"the {num_cpus} processors there are"
-        raise ConfigError(f"runtime.threads_per_client = {cpus_per_client}: expected 1 to {most}; lower it")
+        most = "the number of processors of a node" if num_cpus is None else f"{num_cpus}, the number of processors"
+        raise ConfigError(f"runtime.threads_per_client = {cpus_per_client}: expected 1 to {most}. Lower it.")
     flwr = _check(app_dir, run_config_file)
     mark = mark or secrets.token_hex(16)
     temporary = tempfile.gettempdir()
@@ -133,7 +135,7 @@ def run_federation(
             "client-resources-num-gpus": float(gpus_per_client),
             "init-args-log-to-driver": client_output,
         }
-        if num_cpus is not None:  # Ray refuses to be told the size of a cluster that is there already
+        if num_cpus is not None:  # Ray refuses a size for an existing cluster
             federation["init-args-num-cpus"] = min(num_cpus, num_supernodes * cpus_per_client)
         app = copy_app(app_dir.resolve(), scratch / "app")
         command = [flwr, "run", str(app), "--run-config", str(run_config_file.resolve())]
@@ -156,17 +158,17 @@ def run_federation(
 def copy_app(app_dir: Path, folder: Path) -> Path:
     """Copy the files that an app's ``fab-include`` names, and of its pyproject.toml what Flower needs.
 
-    The bundle that Flower builds from the copy is the same in a checkout and in an installed wheel, and no tool's
-    settings or development dependencies are in its hash. Flower looks at every file of a folder first, and a checkout
-    with its virtual environment has sixty thousand.
+    Flower builds the same bundle from the copy of a checkout and of an installed wheel, and its hash does not depend on
+    settings of tools or on development dependencies. The copy also saves time, since Flower first looks at every file
+    of a folder, and a checkout with its virtual environment has sixty thousand.
 
     Args:
-        app_dir: the folder of the app's pyproject.toml.
-        folder: gets the copies.
+        app_dir: folder of the app's pyproject.toml.
+        folder: destination of the copies.
 
     Returns:
-        The folder to give to Flower: that of the copies, or the app's own where its rules are other than files of its
-        root and ``folder/**/*.ending``, or where its pyproject.toml cannot be read: Flower then says why.
+        The folder to give to Flower. It is ``app_dir`` itself if ``fab-include`` has patterns other than files of the
+        root and ``folder/**/*.ending``, or if pyproject.toml cannot be read, which Flower then reports.
 
     Raises:
         RunDirError: the copies cannot be written.
@@ -178,7 +180,7 @@ def copy_app(app_dir: Path, folder: Path) -> Path:
         if "fab-exclude" in app or not all(PLAIN_PATTERN.fullmatch(pattern) for pattern in patterns):
             return app_dir
         project = {key: settings["project"][key] for key in APP_PROJECT if key in settings["project"]}
-        # Flower wants to see itself there; everything else is installed on every node, together with fedmerge.
+        # Flower requires itself among the dependencies; everything else is installed on every node with fedmerge.
         project["dependencies"] = [name for name in settings["project"]["dependencies"] if name.startswith("flwr")]
         reduced = flatten({"project": project, "tool": {"flwr": settings["tool"]["flwr"]}})
     except (OSError, ValueError, LookupError, TypeError):
@@ -224,15 +226,15 @@ def flower_environment(home: Path, port: int, base: Mapping[str, str] | None = N
 
 
 def marked_processes(mark: str) -> set[int]:
-    """The ids of the living processes that carry this mark in their environment, and of all that they started.
+    """Return the ids of living processes with this mark in their environment, and of their descendants.
 
-    Ray's agents write their title over the mark: each is known by its parent. This process is never among them.
+    Ray's agents overwrite the mark with their title, so they are found through their parents. This process is excluded.
     """
     return {pid for pid, _ in _family(mark, frozenset())}
 
 
 def _family(mark: str, known: AbstractSet[tuple[int, int]]) -> set[tuple[int, int]]:
-    """(id, start time) of the living processes that carry the mark or are known, and of their descendants."""
+    """Return (id, start time) of living processes that have the mark or are known, and of their descendants."""
     entry = f"{MARK}={mark}".encode()
     found = set()
     children: dict[int, list[tuple[int, int]]] = {}
@@ -254,32 +256,34 @@ def _family(mark: str, known: AbstractSet[tuple[int, int]]) -> set[tuple[int, in
 
 
 def _check(app_dir: Path, run_config_file: Path) -> str:
-    """Refuse what Flower would run wrongly or refuse in words that do not help; return the path of `flwr`."""
+    """Refuse arguments that Flower would misinterpret or refuse without a remedy; return the path of `flwr`."""
     flwr = Path(sys.executable).parent / "flwr"
     if not flwr.exists():
-        raise ConfigError(f"{flwr}: not there; `flwr run` needs it: {sys.executable} -m pip install 'flwr[simulation]'")
+        raise ConfigError(f"{flwr}: not found. Install it: {sys.executable} -m pip install 'flwr[simulation]'")
     if not Path("/proc/self/environ").exists():
-        raise ConfigError(f"/proc: not found on {sys.platform}, needed to end a run's processes; use Linux")
+        raise ConfigError(f"/proc: not found on {sys.platform}, but needed to end the processes of a run. Use Linux.")
     if not (app_dir / "pyproject.toml").is_file():
-        raise ConfigError(f"{app_dir}: no pyproject.toml; expected the folder of a Flower app")
+        raise ConfigError(f"{app_dir}: has no pyproject.toml. Give the folder of a Flower app.")
     if run_config_file.suffix != ".toml" or not run_config_file.is_file():
-        raise ConfigError(f"{run_config_file}: expected an existing file with the ending .toml")
-    # Ray puts the working directory first on the clients' sys.path: a package there hides the one that the server runs.
+        raise ConfigError(f"{run_config_file}: not found, expected an existing .toml file. Correct the path.")
+    # Ray puts the working directory first on the clients' sys.path, so a package there hides the one of the server.
     packages = {file.parent.name: file.parent for file in app_dir.glob("*/__init__.py")}
     packages["fedmerge"] = Path(errors.__file__).parent
     for name, package in packages.items():
         twin = Path.cwd() / name
         if twin.is_dir() and not twin.samefile(package):
-            raise ConfigError(f"{twin}: clients would import it, the server {package}; start from another folder")
+            raise ConfigError(
+                f"{twin}: clients would import it, but the server imports {package}. Start from another folder."
+            )
     return str(flwr)
 
 
 def _prepare_home(home: Path) -> Path:
-    """Make a FLWR_HOME that leads to a local SuperLink in memory; never change one that somebody else set up."""
+    """Make a FLWR_HOME with a local SuperLink in memory; refuse a folder with another Flower configuration."""
     home = home.resolve()
     config = home / "config.toml"
     if config.exists() and config.read_text(encoding="utf-8") != FLOWER_CONFIG:
-        raise ConfigError(f"{config}: is somebody's own Flower configuration; expected none; give an empty folder")
+        raise ConfigError(f"{config}: found another Flower configuration, expected none. Give an empty folder.")
     home.mkdir(parents=True, exist_ok=True)
     config.write_text(FLOWER_CONFIG, encoding="utf-8")
     return home
@@ -288,21 +292,21 @@ def _prepare_home(home: Path) -> Path:
 def _start(
     command: list[str], home: Path, base: Mapping[str, str], mark: str, app_dir: Path
 ) -> tuple[str, dict[str, str]]:
-    """Start a SuperLink and submit the run to it; return the run's id and the variables that lead to this SuperLink."""
+    """Start a SuperLink and submit the run; return the run's id and the environment for commands to the SuperLink."""
     for _ in range(START_ATTEMPTS):
         variables = flower_environment(home, _free_port(), base)
         answer = ask_flower(command, variables)
         if answer.get("success"):
             if not marked_processes(mark):
-                raise ClientError(f"run {answer['run-id']}: another SuperLink got in first and took it; start again")
+                raise ClientError(f"run {answer['run-id']}: another SuperLink took this run. Start the run again.")
             return str(answer["run-id"]), variables
         reason = flower_reason(answer)
         if "start local SuperLink" not in reason:
-            remedy = "check [tool.flwr.app] of its pyproject.toml, which must declare every key of the run config"
-            told = reason.replace(command[2], str(app_dir.resolve()))
-            raise ConfigError(f"{app_dir.resolve()} with {command[4]}: refused by `flwr run`: {told}; {remedy}")
+            remedy = "Check [tool.flwr.app] of its pyproject.toml, which must declare every key of the run config."
+            reason = reason.replace(command[2], str(app_dir.resolve()))
+            raise ConfigError(f"{app_dir.resolve()} with {command[4]}: refused by `flwr run`: {reason}. {remedy}")
     log = home / "local-superlink" / "superlink.log"
-    raise ClientError(f"Flower's SuperLink: {START_ATTEMPTS} attempts to start it failed: {reason}; read {log}")
+    raise ClientError(f"Flower's SuperLink did not start in {START_ATTEMPTS} attempts: {reason}. Read {log}")
 
 
 def _follow(
@@ -313,7 +317,7 @@ def _follow(
     is_over: Callable[[], bool],
     on_line: Callable[[str], None],
 ) -> tuple[str, str]:
-    """Hand on the log until the run is finished; return its status and the reason for it."""
+    """Pass on the log until the run ends; return its status and the reason."""
     num_seen = 0
     finished = threading.Event()
     lost: list[str] = []
@@ -327,7 +331,7 @@ def _follow(
                 break
             if not answer.get("success"):
                 raise ClientError(
-                    f"run {run_id}: its SuperLink is gone ({flower_reason(answer)}); was it killed, or the memory full?"
+                    f"run {run_id}: its SuperLink died ({flower_reason(answer)}); was it killed, or out of memory?"
                 )
             run = answer["runs"][0]
             if run["status"].startswith("finished"):
@@ -340,10 +344,10 @@ def _follow(
 
 
 def pass_on_log(command: list[str], variables: dict[str, str], num_seen: int, on_line: Callable[[str], None]) -> int:
-    """Hand on what `flwr log` prints until it ends, but for so many lines: a stream that broke off begins again.
+    """Pass on the output of `flwr log` until it ends, without the first ``num_seen`` lines, which a new stream repeats.
 
     Returns:
-        How many lines have been seen now.
+        The number of lines seen so far.
     """
     log = subprocess.Popen(
         command,
@@ -367,7 +371,7 @@ def pass_on_log(command: list[str], variables: dict[str, str], num_seen: int, on
 
 
 def _watch(mark: str, is_over: Callable[[], bool], finished: threading.Event, lost: list[str]) -> None:
-    """End everything when the simulation died, or does not end after the app, which Flower itself may never notice."""
+    """End all processes if the simulation died or does not end after the app, which Flower itself may never notice."""
     began, since, reason = False, time.monotonic(), ""
     family: set[tuple[int, int]] = set()
     while not finished.wait(1.0):
@@ -376,9 +380,9 @@ def _watch(mark: str, is_over: Callable[[], bool], finished: threading.Event, lo
         began = began or alive
         now_reason = ""
         if began and not alive:
-            now_reason = "the process of server and simulation died; was it killed, or the memory full?"
+            now_reason = "the process of server and simulation died; was it killed, or out of memory?"
         elif is_over():
-            now_reason = "the app had ended, but a client still hung"
+            now_reason = "the app ended, but a client hangs"
         if now_reason != reason:
             reason, since = now_reason, time.monotonic()
         if reason and time.monotonic() - since > (OVER_SECONDS if alive else GRACE_SECONDS):
@@ -394,7 +398,7 @@ def _is_simulation(pid: int) -> bool:
 
 
 def ask_flower(command: list[str], variables: dict[str, str]) -> dict[str, Any]:
-    """What a flwr command answers as JSON; it exits with 0 on errors too."""
+    """Run a flwr command and return its answer in JSON; its exit code is 0 even on errors."""
     done = subprocess.run(
         [*command, "--format", "json"],
         env=variables,
@@ -410,45 +414,45 @@ def ask_flower(command: list[str], variables: dict[str, str]) -> dict[str, Any]:
     except ValueError:
         output = (done.stdout + done.stderr).strip()[-2000:]
         raise ClientError(
-            f"`flwr {command[1]}`: ended with {done.returncode}, expected JSON, found: {output}; is it flwr 1.41?"
+            f"`flwr {command[1]}`: expected JSON, found (exit {done.returncode}): {output}. Check that flwr is 1.41."
         ) from None
     return dict(answer)
 
 
 def flower_reason(answer: dict[str, Any]) -> str:
-    """Why flwr could not do it, in one line, without what it said before: that ends with an empty line."""
+    """Return why a flwr command failed, in one line, without the text before the first empty line."""
     text = str(answer.get("error-message", answer))
     return " ".join((f"\n{text}".partition("\n\n")[2] or text).split())
 
 
 def _free_port() -> int:
-    """A free port below those that the system hands out by itself: none of Ray's many sockets will take it."""
+    """Return a free port below the range of ephemeral ports, so that none of Ray's many sockets takes it."""
     for _ in range(100):
         port = 20000 + secrets.randbelow(12000)
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
-    raise ClientError("127.0.0.1: none of 100 ports between 20000 and 32000 can be bound; allow local sockets")
+    raise ClientError("127.0.0.1: none of 100 ports between 20000 and 32000 can be bound. Allow local sockets.")
 
 
 @contextmanager
 def ending_processes(mark: str) -> Iterator[None]:
-    """Whatever happens inside, SIGTERM included, no process with this mark is alive afterwards."""
+    """End all processes with this mark on exit, however the block ends, also by SIGTERM."""
 
     def leave(number: int, _: FrameType | None) -> None:
         raise SystemExit(128 + number)
 
     before: dict[signal.Signals, Any] = {}
-    if threading.current_thread() is threading.main_thread():  # only there signals can be handled
+    if threading.current_thread() is threading.main_thread():  # signals can be handled only there
         before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
         for number, handler in before.items():
-            if handler is signal.SIG_DFL:  # nohup, and callers with handlers of their own, keep their way
+            if handler is signal.SIG_DFL:  # keep the handlers of nohup and of callers
                 signal.signal(number, leave)
     try:
         yield
     finally:
         for number in before:
-            signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C must not stop the cleaning
+            signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C must not interrupt the cleanup
         try:
             end_processes(mark)
         finally:
@@ -457,11 +461,14 @@ def ending_processes(mark: str) -> Iterator[None]:
 
 
 def end_processes(mark: str, known: AbstractSet[tuple[int, int]] = frozenset()) -> None:
-    """Ask once, then kill until none is left: processes that are being started meanwhile are found in the next turn.
+    """Send SIGTERM once, then SIGKILL until no process is left; each turn also finds processes started meanwhile.
 
     Args:
-        mark: of the processes.
-        known: processes that were found before, as (id, start time); their parents may have ended since.
+        mark: mark of the processes.
+        known: processes found before, as (id, start time), whose parents may have ended since.
+
+    Raises:
+        ClientError: processes are still alive after several grace periods.
     """
     start = time.monotonic()
     asked: set[tuple[int, int]] = set()
@@ -472,10 +479,10 @@ def end_processes(mark: str, known: AbstractSet[tuple[int, int]] = frozenset()) 
         waited = time.monotonic() - start
         if alive and waited > 4 * GRACE_SECONDS:
             ids = sorted(pid for pid, _ in alive)
-            raise ClientError(f"processes {ids}: still there {waited:.0f} s after the run; end them by hand")
+            raise ClientError(f"processes {ids}: still alive {waited:.0f} s after the run. End them by hand.")
         kill = waited > GRACE_SECONDS
         for process in alive if kill else alive - asked:
-            with suppress(OSError):  # ended meanwhile; or somebody else's by now, which is named below
+            with suppress(OSError):  # ended meanwhile, or of another user, which the error above reports
                 os.kill(process[0], signal.SIGKILL if kill else signal.SIGTERM)
         asked |= alive
         time.sleep(0.1)

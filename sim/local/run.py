@@ -11,7 +11,7 @@ from fedmerge.runs.folder import CONFIG_FILE, DONE, check_same_config, is_locked
 from sim.local.check import check_simulation
 from sim.local.launch import run_federation
 
-FAILS_AGAIN = ("ConfigError", "PolicyError")  # a run keeps its configuration, so these come back
+FAILS_AGAIN = ("ConfigError", "PolicyError")  # a resumed run has the same configuration, so these recur
 
 
 def run_experiment(config: ExperimentConfig, app_dir: Path, mark: str | None = None) -> int:
@@ -28,8 +28,8 @@ def run_experiment(config: ExperimentConfig, app_dir: Path, mark: str | None = N
     Raises:
         ConfigError: all problems that this machine's files show, or a configuration other than the run's; raised before
             anything starts.
-        RunDirError: the run to resume is missing, the run exists already, or a process works on it.
-        ClientError: Flower could not be started, or was lost on the way.
+        RunDirError: the run to resume is missing, the run exists already, or a process is working on it.
+        ClientError: Flower could not be started, or died during the run.
     """
     config = config.model_copy(update={"run_id": config.run_id or new_run_id(config.name)})
     run_dir = Path(config.output_dir) / str(config.run_id)
@@ -39,7 +39,7 @@ def run_experiment(config: ExperimentConfig, app_dir: Path, mark: str | None = N
             print(f"this run is finished; nothing is left to do\nrun folder: {run_dir}")
             return 0
         with locked(run_dir):
-            pass  # no other process works on it
+            pass  # no other process is working on it
     elif run_dir.exists():
         raise run_exists(run_dir, f"fedmerge run --resume {run_dir}")
     check_simulation(config)
@@ -76,10 +76,10 @@ def run_experiment(config: ExperimentConfig, app_dir: Path, mark: str | None = N
 
 
 def run_exists(run_dir: Path, resume: str) -> RunDirError:
-    """Return the error for a new run whose folder exists; its remedy depends on whether a process works on it."""
+    """Return the error for a new run whose folder exists; the remedy depends on whether a process is working on it."""
     if is_locked(run_dir):
         return RunDirError(
-            f"{run_dir}: another process works on this run. Wait until it has ended, or choose another run_id or "
+            f"{run_dir}: another process is working on this run. Wait until it ends, or choose another run_id or "
             "output_dir."
         )
     return RunDirError(

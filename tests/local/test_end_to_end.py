@@ -1,45 +1,31 @@
-"""Whole experiments through the front door, with Flower and Ray. Five runs, each shared by what is asked of it.
+"""Whole experiments through `fedmerge run` and `flwr run`, with Flower and Ray. Tests share three runs.
 
 first      two domains train, one is unseen, two clients at a time
 alone      the same from scratch, one client at a time, domains named in another order
-plain      the same as `flwr run .` does it by default: two supernodes, with the experts of the first run on disk
-troubled   of five training domains one is damaged, one diverges and one sends NaN; an unseen one is too small
-too_few    of two training domains one is damaged
+plain      `flwr run .` with its defaults: two supernodes; the experts of the first run are cached
 """
 
-import json
 import os
 import re
 import secrets
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
-from backbones import tiny_bert
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel
+from whole_runs import FACTS, NUM_USERS, VALIDATION_USERS, Run, open_backbone, run_experiment, settings_of, write_place
 
-from fedmerge.adapter import Adapter, LoraModule, adapter_sha256
-from fedmerge.client.cache.experts import trained_expert
+from fedmerge.adapter import adapter_sha256
 from fedmerge.client.evaluate import evaluate
 from fedmerge.client.local_domain import open_domain
-from fedmerge.config import ExperimentConfig, load_config, to_toml
-from fedmerge.device import resolve_compute
-from fedmerge.domain.catalog import load_catalog
-from fedmerge.domain.demo import write_demo
-from fedmerge.domain.interactions import INTERACTIONS_FILE
-from fedmerge.encoder.backbone import Backbone, load_backbone
-from fedmerge.encoder.peft_folder import read_adapter, write_adapter
+from fedmerge.config import load_config, to_toml
+from fedmerge.encoder.peft_folder import read_adapter
 from fedmerge.evaluation.ranks import METRICS
 from fedmerge.merging.stack import linear_merge, stack_adapters
 from sim.local.launch import MARK, end_processes, flower_environment
@@ -47,155 +33,18 @@ from sim.local.launch import MARK, end_processes, flower_environment
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-NUM_USERS, NUM_ITEMS, NUM_FEW_USERS = 60, 40, 12  # the last is below privacy.min_users
-VALIDATION_USERS = 40
 CANDIDATES = ["average", "task-arithmetic 0.4", "task-arithmetic 1", "mergerec domain-wise", "mergerec layer-wise"]
 LEARNED = [label.replace(" ", "-") for label in CANDIDATES if label.startswith("mergerec")]
-DIVERGING, DIVERGING_WORD = "coffee", "coffee"
-
-EXPERIMENT = f"""
-name = "trial"
-
-[backbone]
-pooling = "mean"
-
-[text]
-max_attribute_tokens = 24
-max_items = 3
-max_tokens = 96
-
-[lora]
-rank = 2
-alpha = 4
-
-[train]
-learning_rate = 0.03
-batch_size = 16
-max_steps = 8
-warmup_steps = 1
-validate_every_steps = 2
-
-[merge]
-task_arithmetic_coefficients = "0.4,1.0"
-
-[mergerec]
-granularities = "domain,layer"
-steps = 3
-batch_size = 8
-learning_rate = 0.05
-
-[evaluation]
-validation_users = {VALIDATION_USERS}
-
-[server]
-wait_seconds = 5.0
-
-[runtime]
-device = "cpu"
-precision = "float32"
-threads_per_client = 1
-server_threads = 1
-"""
-
-FACTS = ["domain", "role", "num_users", "num_items", "num_interactions", "synthetic", "policy"]
-FACTS += ["catalog_sha256", "backbone_sha256", "precision", "fedmerge_version", "num_nodes", "layout_sha256"]
-
-
-@dataclass(frozen=True)
-class Run:
-    """A finished run.
-
-    Attributes:
-        folder: its run folder.
-        exit_code: of the command.
-        output: what it printed on both streams.
-        settings: key=value.
-    """
-
-    folder: Path
-    exit_code: int
-    output: str
-    settings: list[str]
-
-    @property
-    def config(self) -> ExperimentConfig:
-        """What was asked for."""
-        return load_config(self.folder.parents[1] / "experiment.toml", self.settings)
-
-    def json(self, name: str) -> Any:
-        """A JSON file of the run folder."""
-        return json.loads((self.folder / name).read_text())
-
-    def table(self, name: str) -> list[dict[str, Any]]:
-        """The rows of a Parquet file of the run folder."""
-        rows: list[dict[str, Any]] = pq.read_table(self.folder / name).to_pylist()
-        return rows
-
-    def adapter_hashes(self) -> dict[str, str]:
-        """Hash of every expert and merge."""
-        folders = sorted(file.parent for file in self.folder.glob("*/*/adapter_config.json"))
-        return {str(folder.relative_to(self.folder)): adapter_sha256(read_adapter(folder)) for folder in folders}
-
-    def values(self) -> dict[tuple[str, ...], tuple[int, float]]:
-        """(split, variant, domain, method, metric) -> users and sum."""
-        return {
-            (row["split"], row["variant"], row["domain"], row["method"], row["metric"]): (row["num_users"], row["sum"])
-            for row in self.table("metrics.parquet")
-        }
-
-    def num_workers(self) -> int:
-        """Client processes that said something."""
-        return len(set(re.findall(r"ClientAppActor pid=(\d+)", self.output)))
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Domains, a backbone and the experiment file."""
-    root = tmp_path_factory.mktemp("federation")
-    write_demo(root / "domains", num_domains=8, num_users=NUM_USERS, num_items=NUM_ITEMS)
-    tiny_bert(root / "backbone")
-    (root / "experiment.toml").write_text(EXPERIMENT)
-    return root
-
-
-def run_experiment(
-    place: Path, run_id: str, train: str, unseen: str, *, cache: str, domains: str, backbone: str, num_cpus: int = 2
-) -> Run:
-    """`fedmerge run` as a process of its own on so many CPUs."""
-    settings = settings_of(place, run_id, train, unseen, cache, domains, backbone)
-    cpus = sorted(os.sched_getaffinity(0))[:num_cpus]
-    command = [sys.executable, "-m", "fedmerge.cli", "run", "experiment.toml", "--set", *settings]
-    done = subprocess.run(
-        command,
-        cwd=place,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-        preexec_fn=lambda: os.sched_setaffinity(0, cpus),
-    )
-    return Run(place / "runs" / run_id, done.returncode, done.stdout, settings)
-
-
-def settings_of(
-    place: Path, run_id: str, train: str, unseen: str, cache: str, domains: str, backbone: str
-) -> list[str]:
-    """What one run has of its own, in the form of --set."""
-    own = {
-        "run_id": run_id,
-        "output_dir": place / "runs",
-        "cache_dir": place / cache,
-        "backbone.source": place / backbone,
-        "domains.root": place / domains,
-        "domains.train": train,
-        "domains.unseen": unseen,
-    }
-    return [f"{key}={value}" for key, value in own.items()]
+    return write_place(tmp_path_factory.mktemp("federation"))
 
 
 @pytest.fixture(scope="module")
 def first(place: Path) -> Run:
-    """Two clients at a time, where there are two CPUs."""
+    """Two clients at a time if there are two CPUs."""
     return run_experiment(
         place, "first", "beauty,books", "camping", cache="cache", domains="domains", backbone="backbone"
     )
@@ -203,7 +52,7 @@ def first(place: Path) -> Run:
 
 @pytest.fixture(scope="module")
 def alone(place: Path) -> Run:
-    """One client at a time, and nothing on disk."""
+    """One client at a time, nothing cached."""
     return run_experiment(
         place,
         "alone",
@@ -218,10 +67,10 @@ def alone(place: Path) -> Run:
 
 @pytest.fixture(scope="module")
 def plain(place: Path, first: Run) -> Iterator[Run]:
-    """`flwr run .` with nothing said about the number of supernodes; the disk is the first run's."""
+    """`flwr run .` with its default number of supernodes and the experts that the first run cached."""
     settings = settings_of(place, "plain", "beauty,books", "camping", "cache", "domains", "backbone")
     (place / "plain.toml").write_text(to_toml(load_config(place / "experiment.toml", settings)))
-    scratch = Path(tempfile.mkdtemp(prefix="flwr-", dir="/tmp"))  # Ray's sockets want a short path
+    scratch = Path(tempfile.mkdtemp(prefix="flwr-", dir="/tmp"))  # Ray's sockets need a short path
     mark = secrets.token_hex(16)
     variables = flower_environment(scratch / "home", 20000 + secrets.randbelow(12000))
     try:
@@ -241,66 +90,6 @@ def plain(place: Path, first: Run) -> Iterator[Run]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-@pytest.fixture(scope="module")
-def troubled(place: Path) -> Run:
-    """Domains that fail in every phase, beside two that do not."""
-    shutil.copytree(place / "domains", place / "troubled")
-    damage(place / "troubled" / "camping" / INTERACTIONS_FILE)
-    write_demo(place / "few", num_domains=8, num_users=NUM_FEW_USERS, num_items=NUM_ITEMS)
-    shutil.rmtree(place / "troubled" / "toys")
-    shutil.copytree(place / "few" / "toys", place / "troubled" / "toys")
-    poison_word(tiny_bert(place / "poisoned-backbone"), DIVERGING_WORD)
-    own = ("troubled", "beauty,books,camping,coffee,garden", "toys")
-    poison_expert("garden", place, settings_of(place, *own, "cache-troubled", "troubled", "poisoned-backbone"))
-    return run_experiment(place, *own, cache="cache-troubled", domains="troubled", backbone="poisoned-backbone")
-
-
-@pytest.fixture(scope="module")
-def too_few(place: Path) -> Run:
-    """One healthy training domain, where two are asked for."""
-    shutil.copytree(place / "domains", place / "halved")
-    damage(place / "halved" / "camping" / INTERACTIONS_FILE)
-    run = run_experiment(
-        place, "too-few", "beauty,camping", "toys", cache="cache", domains="halved", backbone="backbone"
-    )
-    if kept := re.search(r"Flower's and Ray's logs in (/.+)$", run.output):
-        shutil.rmtree(kept.group(1))
-    return run
-
-
-def damage(file: Path) -> None:
-    """Lose the second half of a file."""
-    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-
-
-def poison_word(backbone: Path, word: str) -> None:
-    """Make the vector of one word NaN: whose texts hold it cannot train."""
-    tensors = load_file(backbone / "model.safetensors")
-    tensors["embeddings.word_embeddings.weight"][AutoTokenizer.from_pretrained(backbone).vocab[word]] = torch.nan
-    save_file(tensors, backbone / "model.safetensors", metadata={"format": "pt"})
-
-
-def poison_expert(name: str, place: Path, settings: list[str]) -> None:
-    """Put an expert with a NaN on a client's disk, with the hash that says it is intact."""
-    config = load_config(place / "experiment.toml", settings)
-    domain = open_domain(Path(config.domains.root) / name, open_backbone(config), config.text)
-    adapter, report = trained_expert(domain, config, lambda line: None)
-    modules = dict(adapter.modules)
-    broken = next(iter(modules))
-    lora_B = modules[broken].lora_B.clone()
-    lora_B[0, 0] = torch.nan
-    modules[broken] = LoraModule(modules[broken].lora_A, lora_B, modules[broken].scaling)
-    (folder,) = (Path(config.cache_dir) / "experts").glob(f"{name}-*")
-    write_adapter(Adapter(modules), folder, "poisoned")
-    (folder / "training.json").write_text(json.dumps({**report, "sha256": adapter_sha256(Adapter(modules))}))
-
-
-def open_backbone(config: ExperimentConfig) -> Backbone:
-    """The backbone of an experiment."""
-    compute = resolve_compute(config.runtime.device, config.runtime.precision)
-    return load_backbone(config.backbone.source, config.backbone.pooling, compute)
-
-
 def report_cells(report: str, variant: str) -> dict[str, dict[str, list[str]]]:
     """Metric -> row of its table -> cells, from the printed results of one variant."""
     (page,) = (page for page in report.split("variant: ") if page.startswith(variant) and "difference to" not in page)
@@ -313,7 +102,7 @@ def report_cells(report: str, variant: str) -> dict[str, dict[str, list[str]]]:
     return tables
 
 
-def test_a_run_ends_well_and_its_folder_is_complete(first: Run) -> None:
+def test_a_run_succeeds_and_its_folder_is_complete(first: Run) -> None:
     assert first.exit_code == 0, first.output
     assert f"run folder: {first.folder}" in first.output.splitlines()
     files = {str(file.relative_to(first.folder)) for file in first.folder.rglob("*") if file.is_file()}
@@ -323,7 +112,7 @@ def test_a_run_ends_well_and_its_folder_is_complete(first: Run) -> None:
     assert files == {
         *top.split(),
         *tables.split(),
-        *("report.txt", "run.log", "DONE"),
+        *("report.txt", "run.log", "attempts.jsonl", "DONE"),
         *(f"adapters/{domain}/{file}" for domain in ("beauty", "books") for file in (*peft, "training.json")),
         *(f"merged/{label.replace(' ', '-')}/{file}" for label in CANDIDATES for file in (*peft, "provenance.json")),
         *(f"merged/{name}/{picture}.png" for name in LEARNED for picture in ("coefficients", "losses")),
@@ -343,7 +132,7 @@ def test_a_run_ends_well_and_its_folder_is_complete(first: Run) -> None:
     assert clients["excluded"] == {}
 
 
-def test_experts_and_merges_load_into_peft_and_say_where_they_come_from(first: Run) -> None:
+def test_experts_and_merges_load_into_peft_and_have_provenance(first: Run) -> None:
     backbone = open_backbone(first.config)
     hashes = first.adapter_hashes()
     experts = {name: read_adapter(first.folder / "adapters" / name) for name in ("beauty", "books")}
@@ -441,7 +230,7 @@ def test_metrics_are_those_of_the_users_and_the_report_shows_them(first: Run) ->
         assert any(found.endswith(line) for found in printed), line
 
 
-def test_validation_chooses_and_test_is_read_for_the_chosen_only(first: Run) -> None:
+def test_validation_selects_and_only_selected_merges_are_evaluated_on_test(first: Run) -> None:
     choice, values = first.json("choice.json"), first.values()
     for label, score in choice["validation"].items():
         means = [values["valid", "unmasked", name, label, "ndcg@10"] for name in ("beauty", "books")]
@@ -472,7 +261,7 @@ def test_the_ledger_holds_everything_that_left_each_client_and_nothing_else(firs
     for name, entries in expected.items():
         rows = [row for row in ledger if row["domain"] == name]
         assert {(row["message"], row["name"]) for row in rows} == entries
-        num_evaluations = 1 if name == "camping" else 2  # an unseen domain is asked on test only
+        num_evaluations = 1 if name == "camping" else 2  # an unseen domain is evaluated on test only
         assert len(rows) == len(entries) + (num_evaluations - 1) * len(sums)
 
     arrays = [row for row in ledger if row["shape"]]
@@ -499,7 +288,7 @@ def test_workers_and_order_change_nothing(first: Run, alone: Run) -> None:
     assert not any(alone.json(f"adapters/{name}/training.json")["cached"] for name in ("beauty", "books"))
 
 
-def test_plain_flwr_run_says_who_is_missing_and_trains_nothing_twice(first: Run, plain: Run) -> None:
+def test_plain_flwr_run_names_missing_domains_and_trains_nothing_again(first: Run, plain: Run) -> None:
     assert (plain.folder / "DONE").is_file(), plain.output
     log = (plain.folder / "run.log").read_text()
     assert "2 nodes are connected, 3 domains are expected" in log
@@ -511,56 +300,3 @@ def test_plain_flwr_run_says_who_is_missing_and_trains_nothing_twice(first: Run,
     assert all(plain.json(f"adapters/{name}/training.json")["cached"] for name in ("beauty", "books"))
     assert plain.adapter_hashes() == first.adapter_hashes()
     assert plain.values() == {key: value for key, value in first.values().items() if key[2] != "camping"}
-
-
-def test_clients_that_fail_are_left_out_by_name_and_the_others_go_on(place: Path, troubled: Run) -> None:
-    holders = [
-        name
-        for name in ("beauty", "books", "camping", "coffee", "garden", "toys")
-        if any(
-            DIVERGING_WORD in re.findall(r"[a-z]+", text.lower())
-            for column in load_catalog(place / "domains" / name).attributes.values()
-            for text in column
-        )
-    ]
-    assert holders == [DIVERGING]
-
-    assert troubled.exit_code == 0, troubled.output
-    clients, log = troubled.json("clients.json"), (troubled.folder / "run.log").read_text()
-    assert set(clients["participants"]) == {"beauty", "books"}
-    reasons = {
-        "camping": r"query\.describe failed: DomainError: .*truncated or damaged",
-        DIVERGING: r"train failed: DivergedError: .* NaN or infinite.*has diverged",
-        "garden": r"lora_B .* 1 of \d+ values NaN or infinite, expected finite",
-        "toys": rf"evaluate failed: PolicyError: .*over {NUM_FEW_USERS} users do not leave",
-    }
-    excluded = {key.partition(" (node ")[0]: why for key, why in clients["excluded"].items()}
-    assert set(excluded) == set(reasons)
-    for name, reason in reasons.items():
-        assert re.search(reason, excluded[name]), excluded[name]
-        assert re.search(rf"excluded: {name}( \(node \d+\))?: .*{reason}", log), log
-    assert "not taking part: camping, coffee, garden, toys." in log
-
-    assert {file.name for file in (troubled.folder / "adapters").iterdir()} == {"beauty", "books"}
-    assert set(troubled.json("merged/average/provenance.json")["domains"]) == {"beauty", "books"}
-    assert {key[2] for key in troubled.values()} == {"beauty", "books"}
-    ledger = troubled.table("exposure.parquet")
-    left = {name: {row["name"] for row in ledger if row["domain"].partition(" (node ")[0] == name} for name in reasons}
-    assert left["camping"] == {"error.domain", "error.message"}
-    assert left[DIVERGING] == {*(f"facts.{fact}" for fact in FACTS), "facts.catalog", "error.domain", "error.message"}
-    assert left["toys"] == {*(f"facts.{fact}" for fact in FACTS), "error.domain", "error.message"}
-    assert any(name.endswith("lora_B") for name in left["garden"])  # the server threw it away, but it did leave
-
-
-def test_too_few_training_clients_fail_the_run_clearly(too_few: Run) -> None:
-    assert too_few.exit_code == 1, too_few.output
-    wanted = "1 training clients are left (beauty), server.min_train_clients is 2"
-    assert wanted in too_few.output
-    assert re.search(r"Excluded:\n  camping \(node \d+\): .*DomainError: .*truncated or damaged", too_few.output)
-    assert f"partial results are in {too_few.folder}; resume with: " in too_few.output
-    assert "run folder: " not in too_few.output.splitlines()[-1]
-    assert not (too_few.folder / "DONE").exists()
-    assert not (too_few.folder / "metrics.parquet").exists()
-    (excluded,) = too_few.json("clients.json")["excluded"]
-    assert re.fullmatch(r"camping \(node \d+\)", excluded)
-    assert wanted in (too_few.folder / "run.log").read_text()

@@ -1,7 +1,7 @@
-"""Processes killed for real, with Flower and Ray: `fedmerge run` says so, and --resume ends as if nothing had been.
+"""Processes killed in runs with Flower and Ray: `fedmerge run` reports it, and --resume gives identical results.
 
-One run is killed three times and resumed three times: its server after the first adapter, a client's Ray worker while
-it trains, the SuperLink after validation, and once more when the run has ended. Beside it one that is left alone.
+One run is killed three times and resumed three times: its server after the first adapter, a client's Ray worker during
+training, the SuperLink after validation; it is resumed once more after its end. An undisturbed run is the reference.
 """
 
 import hashlib
@@ -62,7 +62,7 @@ server_threads = 1
 
 
 class Command:
-    """`fedmerge run` as a process of its own."""
+    """`fedmerge run` in a separate process."""
 
     def __init__(self, place: Path, *arguments: str) -> None:
         self.log = place / f"{len(list(place.glob('*.log')))}.log"
@@ -80,18 +80,18 @@ class Command:
         return self.log.read_text()
 
     def end(self) -> int:
-        """Wait for its end; its exit code. What it left for the curious is removed."""
+        """Wait for its end, remove the logs that it left, and return its exit code."""
         try:
             code = self.process.wait(timeout=600)
         finally:
-            self.process.terminate()  # where it is still there, it ends all that it started
-        if kept := re.search(r"logs (?:are kept )?in (/.+)$", self.output().strip()):
+            self.process.terminate()  # if it is still running, it ends all processes that it started
+        if kept := re.search(r"logs are (?:kept )?in (/.+)$", self.output().strip()):
             for folder in kept.group(1).split(" and "):
                 shutil.rmtree(folder, ignore_errors=True)
         return code
 
     def processes(self, name: str) -> set[int]:
-        """Its processes whose command line begins with, or runs, this."""
+        """Return its processes with this name at the start of their command line."""
         entry, found = f"{TOKEN}={self.token}".encode(), set()
         for folder in Path("/proc").glob("[0-9]*"):
             try:
@@ -106,9 +106,10 @@ class Command:
         return found
 
     def kill(self, name: str, when: Callable[[], bool], hold: str = "") -> None:
-        """Kill -9 every process of this name, as soon as something is so; looked up before, since that takes long.
+        """Send SIGKILL to every process with this name as soon as ``when()`` is true.
 
-        Those to hold are stopped first: else they may come to their end before anybody has noticed.
+        The processes are looked up before, since that takes long. Processes named by ``hold`` are stopped first;
+        otherwise they could finish before anything notices the kill.
         """
         pids: set[int] = set()
         held: set[int] = set()
@@ -124,7 +125,7 @@ class Command:
 
 
 def results(run: Path) -> dict[str, str]:
-    """Hashes of all results."""
+    """Return the hashes of all results."""
     files = [
         run / name for name in ("experts.json", "choice.json", "metrics.parquet", "products.parquet", "report.txt")
     ]
