@@ -12,6 +12,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -292,13 +293,16 @@ def test_an_interrupted_run_names_its_remedy(
     )
     flwr.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "bin" / "python"))
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored when tests run in the background
+    # Tests in the background ignore SIGINT, and an earlier test may have left a handler of SIGTERM.
+    usual: dict[signal.Signals, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    before = {each: signal.signal(each, handler) for each, handler in usual.items()}
     settings = {"run_id": "x", "output_dir": str(tmp_path / "runs")}
     try:
         with pytest.raises(raised):
             run_experiment(from_flat(settings), REPOSITORY)
     finally:
-        signal.signal(signal.SIGINT, before)
+        for each, handler in before.items():
+            signal.signal(each, handler)
     printed = capsys.readouterr().err
     assert str(folder) in printed
     assert (f"fedmerge run --resume {folder}" in printed) == resumable

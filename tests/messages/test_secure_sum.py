@@ -75,5 +75,5 @@ def test_nodes_with_registered_keys_refuse_keys_that_are_not_signed(tmp_path: Pa
     (tmp_path / "books").chmod(0o644)
     with pytest.raises(ConfigError, match=r"chmod 600 .*books$"):
         read_identity(tmp_path / "books")
-    with pytest.raises(ClientError, match="it has no session of a secure sum: its node was started again"):
+    with pytest.raises(ClientError):
         answer_share(told, Context(1, 9, {}, RecordDict(), {}))
