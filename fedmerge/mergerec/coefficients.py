@@ -1,4 +1,4 @@
-"""Adam over merging coefficients, wherever their gradient comes from: pseudo-users on a server, or clients."""
+"""Start merging coefficients and optimise them with Adam; the gradient comes from pseudo-users or from clients."""
 
 import logging
 import math
@@ -13,21 +13,23 @@ from fedmerge.merging.stack import StackLayout
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int, Mapping[str, float]], None]
+"""(steps done, steps, losses of the step)."""
 Gradient = Callable[[int, torch.Tensor], tuple[torch.Tensor, dict[str, float]]]
+"""(step, coefficients) -> gradient, and the loss as "total" with its terms; no losses if they stay at the clients."""
 
 
 @dataclass(frozen=True, slots=True)
 class LearnedCoefficients:
-    """What was learned.
+    """Learned coefficients and their history.
 
     Attributes:
-        coefficients: (K,) or (K, G) float32, on the CPU, domains in the order of the stack: those of ``chosen_step``.
-        history: for every step, before its update, "total" and the terms that it is the weighted sum of; empty where
-            the losses stay at the clients.
-        initial_coefficients: the same shape, where the optimisation started.
+        coefficients: (K,) or (K, G) float32 on the CPU, domains in the order of the stack, after ``chosen_step``.
+        history: for every step the losses before its update: "total", and the terms of which it is the weighted sum;
+            empty if the losses stay at the clients.
+        initial_coefficients: coefficients before the first step, of the same shape.
         trajectory: (steps + 1, …) the coefficients after 0, 1, … steps.
-        chosen_step: the last one, or the best of ``validation``.
-        validation: (step, score) in order, lower is better; empty where nothing was held out.
+        chosen_step: the last step, or the best one of ``validation``.
+        validation: (step, score) in order, lower is better; empty if no pseudo-users were held out.
     """
 
     coefficients: torch.Tensor
@@ -39,18 +41,18 @@ class LearnedCoefficients:
 
 
 def start_coefficients(layout: StackLayout, granularity: str, start: float | torch.Tensor | None) -> torch.Tensor:
-    """Coefficients to start from.
+    """Return the coefficients before the first step.
 
     Args:
         layout: K domains, G groups.
-        granularity: "domain": (K,); "layer": (K, G).
-        start: one number for all, or coefficients, (K,) or (K, G): those of another merge; None: 1/√K for all.
+        granularity: "domain" for (K,), "layer" for (K, G).
+        start: one number for all; or coefficients (K,) or (K, G), such as those of another merge; or None for 1/√K.
 
     Returns:
-        float32 on the CPU, a copy.
+        (K,) or (K, G) float32 on the CPU, a copy.
 
     Raises:
-        LayoutMismatchError: coefficients that do not fit, such as (K, G) where one number a domain is learned.
+        LayoutMismatchError: the coefficients do not fit the granularity, such as (K, G) for "domain".
     """
     shape = (len(layout.domains),) if granularity == "domain" else (len(layout.domains), len(layout.groups))
     number = 1 / math.sqrt(len(layout.domains)) if start is None else start
@@ -61,8 +63,8 @@ def start_coefficients(layout: StackLayout, granularity: str, start: float | tor
         return values.expand(shape).clone()
     except RuntimeError as error:
         raise LayoutMismatchError(
-            f"coefficients to start from: found shape {tuple(values.shape)}, expected one number or {shape} for "
-            f"granularity {granularity!r}; give one for each of {', '.join(layout.domains)}"
+            f"initial coefficients: found shape {tuple(values.shape)}, expected one number or {shape} for granularity "
+            f"{granularity!r}; give one for each of {', '.join(layout.domains)}"
         ) from error
 
 
@@ -82,20 +84,19 @@ def optimise(
     """Minimise a loss over the coefficients with Adam.
 
     Args:
-        name: of the method, for messages.
+        name: name of the method, for messages.
         start: (K,) or (K, G) float32 on the device of the model; not changed.
-        gradient: (step, coefficients) -> gradient, and the loss as "total" with its terms, or nothing where nobody
-            here knows it.
-        steps: updates.
-        learning_rate: constant.
-        clamp: bring the coefficients back into [0, 1] after every update.
+        gradient: gradient and losses of a step.
+        steps: number of updates.
+        learning_rate: constant learning rate.
+        clamp: clamp the coefficients to [0, 1] after every update.
         prior_weight: adds prior_weight · mean (w - w_start)² to the loss, as the term "prior".
-        validate: a score of coefficients, lower is better; the step that has the lowest is chosen.
-        validate_every: at step 0, every so many steps, and at the end.
-        progress: called after every step with (steps done, steps, the step's losses).
+        validate: score of coefficients, lower is better; the step with the lowest score is chosen.
+        validate_every: steps between two validations; step 0 and the last step are always validated.
+        progress: called after every step.
 
     Raises:
-        MergeError: a loss or a coefficient that is not finite, with its step.
+        MergeError: a loss or a coefficient is not finite; names the step.
     """
     coefficients = start.detach().clone().requires_grad_()
     initial = start.detach().clone()
@@ -104,11 +105,11 @@ def optimise(
     trajectory = [initial.cpu()]
     validation: list[tuple[int, float]] = []
 
-    def look(step: int) -> None:
+    def validate_at(step: int) -> None:
         if validate is not None and (step == steps or step % (validate_every or steps) == 0):
             validation.append((step, validate(coefficients.detach())))
 
-    look(0)
+    validate_at(0)
     for step in range(1, steps + 1):
         coefficients.grad, losses = gradient(step - 1, coefficients)
         if prior_weight:
@@ -129,7 +130,7 @@ def optimise(
                 f"{coefficients.tolist()}, expected finite values; lower the learning rate or check the experts' norms"
             )
         trajectory.append(coefficients.detach().cpu().clone())
-        look(step)
+        validate_at(step)
         if progress is not None:
             progress(step, steps, losses)
     chosen = min(validation, key=lambda found: found[1])[0] if validation else steps

@@ -1,4 +1,4 @@
-"""The cohort of a learned merge: the domains and their experts, named by a hash."""
+"""The cohort whose coefficients are learned through the clients: its domains and experts, named by a hash."""
 
 import hashlib
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""MergeRec's optimisation: learn merging coefficients from pseudo-users; no interaction is read."""
+"""MergeRec's optimisation: learn merging coefficients from pseudo-users. No interaction is read."""
 
 from collections.abc import Mapping
 
@@ -16,19 +16,19 @@ from fedmerge.mergerec.pseudo_users import PseudoDomain
 from fedmerge.mergerec.vectors import TASK_VECTORS, Vectors, merge_vectors, merged_forward, on_device
 from fedmerge.merging.stack import Stack
 
-HELD_OUT = 64  # pseudo-users a domain that validation looks at, at most a fifth of them
+HELD_OUT = 64  # pseudo-users per domain for validation, at most a fifth of them
 
 
 def draw_pseudo_users(sizes: tuple[int, ...], settings: CollaborativeSettings) -> tuple[np.ndarray, np.ndarray]:
-    """Which pseudo-users each step takes: epochs of a permutation, so that none comes again before all have come.
+    """Draw the pseudo-users of each step in epochs: each epoch is a permutation, so all are drawn equally often.
 
     Args:
         sizes: number of pseudo-users of each domain.
-        settings: steps, batch_size, balance_domains and seed are read.
+        settings: steps, batch_size, balance_domains and seed.
 
     Returns:
-        domain and pseudo-user of each draw, two int64 arrays (steps, batch_size). Balanced: domains alternate in a
-        random order and each walks through its own permutations; else one permutation of all of them together.
+        Domain and pseudo-user of each draw, two int64 arrays (steps, batch_size). If balanced, domains alternate in a
+        random order and each has its own permutations; else one permutation covers all pseudo-users.
     """
     shape = (settings.steps, settings.batch_size)
     count = settings.steps * settings.batch_size
@@ -48,12 +48,12 @@ def draw_pseudo_users(sizes: tuple[int, ...], settings: CollaborativeSettings) -
 def student_vectors(
     backbone: Backbone, vectors: Vectors, domains: Mapping[str, PseudoDomain], coefficients: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """Every domain's item vectors under the merge: Ê_k, (N_k, d) float32 on the CPU, by domain.
+    """Encode every domain's items under the merge: domain -> Ê_k, (N_k, d) float32 on the CPU.
 
     Args:
         backbone: the frozen encoder; left as it was.
-        vectors: of the K experts.
-        domains: name -> pseudo-users, for exactly the vectors' domains.
+        vectors: vectors of the K experts.
+        domains: domain -> pseudo-users, for exactly the domains of the vectors.
         coefficients: (K,) or (K, G).
 
     Raises:
@@ -73,34 +73,35 @@ def learn_coefficients(
     students: Mapping[str, torch.Tensor] | None = None,
     start: torch.Tensor | None = None,
 ) -> LearnedCoefficients:
-    """Learn merging coefficients on the server from pseudo-users.
+    """Learn merging coefficients from pseudo-users, in a process that has the catalogs.
 
-    The loss of θ(w) = θ₀ + Σ_k w_k v_k is minimised by Adam over w alone; the items' vectors Ê are held fixed between
-    two refreshes, and no gradient goes through them. Published: L = L_rec + 1000 · L_kd, w neither clamped nor
-    normalised, Ê never refreshed. For a one-item pseudo-user the teacher's first choice is the item itself.
+    Adam minimises the loss of θ(w) = θ₀ + Σ_k w_k v_k over w alone. The item vectors Ê are constant between two
+    refreshes; no gradient flows through them. Published: L = L_rec + 1000 · L_kd, w neither clamped nor normalised,
+    Ê never refreshed. For a one-item pseudo-user the teacher's first choice is the item itself. The loss is
+    :func:`fedmerge.mergerec.objective.weighted_total`.
 
     Args:
         backbone: the frozen encoder; left as it was.
-        vectors: of the K experts, :func:`fedmerge.mergerec.vectors.initial_vectors` of ``settings.initialisation``.
-        domains: name -> pseudo-users, for exactly the vectors' domains; the order does not matter.
-        settings: see there.
+        vectors: vectors of the K experts, :func:`fedmerge.mergerec.vectors.initial_vectors` for
+            ``settings.initialisation``.
+        domains: domain -> pseudo-users, for exactly the domains of the vectors; the order does not matter.
+        settings: loss, steps and all other settings.
         progress: called after every step.
-        students: :func:`student_vectors` at the start, which variants can share; None: encoded here.
-        start: coefficients to start from, (K,) or (K, G), in place of ``settings.start`` for all.
-
-    Returns:
-        coefficients, history and start.
+        students: :func:`student_vectors` at the start, which variants can share; None to encode them here.
+        start: initial coefficients (K,) or (K, G), in place of ``settings.start``.
 
     Raises:
-        ConfigError: vectors of another initialisation than the settings say; too few pseudo-users to hold some out.
+        ConfigError: the vectors have another initialisation than the settings, or there are too few pseudo-users to
+            hold some out.
         LayoutMismatchError: vectors, pseudo-users and backbone do not belong together.
-        MergeError: a loss or a coefficient that is not finite, with its step.
+        MergeError: a loss or a coefficient is not finite; names the step.
 
     Source: arXiv:2601.01753 (MergeRec); AdaMerging (arXiv:2310.02575) with the settings ADAMERGING.
-    Differs: low-rank or sparse student and teacher logits per batch, instead of K + 1 dense models and an N × N matrix
-        per domain; the result is the same. refresh_every, balance_domains, select_every, prior_weight, kd_top_k and
-        rec_temperature are not in the paper.
+    Differs: the student is low-rank or sparse and teacher logits exist per batch, instead of K + 1 dense models and an
+        N × N matrix per domain; the result is the same. refresh_every, balance_domains, select_every, prior_weight,
+        kd_top_k and rec_temperature are not in the paper.
     """
+    # 1. Check the inputs and move them to the device.
     _check_domains(vectors, domains)
     if isinstance(vectors, Stack) != (settings.initialisation == TASK_VECTORS):
         raise ConfigError(
@@ -111,6 +112,7 @@ def learn_coefficients(
     vectors = on_device(vectors, device)
     pseudo = [domains[name] for name in vectors.domains]
     teachers = [domain.teacher_items.to(device, torch.float32) for domain in pseudo]
+    # 2. Hold some pseudo-users out for validation, and draw the others.
     orders = [
         seeding.generator(settings.seed, "mergerec", "held out", name).permutation(len(domains[name].users))
         if settings.select_every
@@ -120,17 +122,19 @@ def learn_coefficients(
     held_out = [min(HELD_OUT, len(order) // 5) if settings.select_every else 0 for order in orders]
     if settings.select_every and not any(held_out):
         raise ConfigError(
-            f"mergerec: select_every: found at most {max(map(len, orders))} pseudo-users a domain, expected 5 or more "
-            "in one, so that a fifth can be held out; set it to None, or make more pseudo-users"
+            f"mergerec: select_every holds out a fifth of a domain's pseudo-users, but no domain has more than "
+            f"{max(map(len, orders))}, expected 5 or more; set it to None, or make more pseudo-users"
         )
     drawn_domains, drawn_users = draw_pseudo_users(
         tuple(len(order) - held for order, held in zip(orders, held_out, strict=True)), settings
     )
+    # 3. The coefficients at the start, and the student's item vectors under them.
     initial = start_coefficients(vectors, settings.granularity, settings.start if start is None else start).to(device)
     if students is None:
         students = student_vectors(backbone, vectors, domains, initial)
     student_items = [students[name].to(device) for name in vectors.domains]
 
+    # 4. The loss of pseudo-users, its gradient at each step, and its value on those held out.
     def terms_of(pairs: list[tuple[int, int]], coefficients: torch.Tensor) -> dict[str, torch.Tensor]:
         with merged_forward(backbone, vectors, coefficients):
             users = embed_batch(backbone, [pseudo[domain].users[user] for domain, user in pairs])  # (n, d)
@@ -154,7 +158,7 @@ def learn_coefficients(
 
     @torch.no_grad()
     def validate(coefficients: torch.Tensor) -> float:
-        """The loss on the pseudo-users held out, every domain counting the same."""
+        """Return the mean over domains of the loss on held-out pseudo-users."""
         losses = []
         for domain, (order, held) in enumerate(zip(orders, held_out, strict=True)):
             if held:
@@ -180,10 +184,10 @@ def _check_domains(vectors: Vectors, domains: Mapping[str, PseudoDomain]) -> Non
     if set(domains) != set(vectors.domains):
         raise LayoutMismatchError(
             f"learn_coefficients: found pseudo-users of {', '.join(sorted(domains)) or 'no domain'}, "
-            f"expected those of {', '.join(vectors.domains)}; build them for exactly the domains that are merged"
+            f"expected those of {', '.join(vectors.domains)}; make them for exactly the domains that are merged"
         )
 
 
 def _epochs(size: int, count: int, rng: np.random.Generator) -> np.ndarray:
-    """The first ``count`` entries of one permutation of range(size) after the other."""
+    """Return the first ``count`` entries of concatenated random permutations of range(size)."""
     return np.concatenate([rng.permutation(size) for _ in range(-(-count // size))] or [np.empty(0, np.int64)])[:count]

@@ -1,4 +1,4 @@
-"""MergeRec's and AdaMerging's objective: settings, loss terms and how they add up (METHODS 4)."""
+"""The objective of MergeRec and AdaMerging: settings, loss terms, and their weighted sum, the loss."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -14,7 +14,7 @@ from fedmerge.merging.methods import METHODS
 from fedmerge.merging.parameters import Parameter, check_parameter
 
 _KEYS = MergeRec()
-STUDIED: dict[str, Parameter] = {  # settings that an experiment file does not have: no study found a better value
+STUDIED: dict[str, Parameter] = {  # settings that no experiment file has: no study found a better value
     "rec_weight": Parameter(1.0, low=0.0),
     "rec_temperature": Parameter(1.0, above=0.0),
     "kd_weight": Parameter(1000.0, low=0.0),
@@ -28,35 +28,35 @@ STUDIED: dict[str, Parameter] = {  # settings that an experiment file does not h
 
 @dataclass(frozen=True, slots=True)
 class CollaborativeSettings:
-    """How the coefficients are learned.
+    """Settings of learned coefficients.
 
-    Defaults are those of ``fedmerge.config.MergeRec``; bounds stand in ``METHODS["mergerec"]`` and STUDIED.
+    Defaults are those of ``fedmerge.config.MergeRec``; bounds are in ``METHODS["mergerec"]`` and STUDIED.
 
     Attributes:
         granularity: "domain": one coefficient per domain; "layer": one per domain and group of the stack.
-        initialisation: what the coefficients multiply, a key of INITIALISATIONS.
-        initial_coefficient: where every coefficient starts; None: 1/√K for the task vectors of K domains (the sum of K
-            orthogonal updates of one norm then has that norm), 1 for rows (the method's own merge).
+        initialisation: the vectors that the coefficients multiply, a key of INITIALISATIONS.
+        initial_coefficient: initial value of every coefficient; None: 1/√K for the task vectors of K domains (the sum
+            of K orthogonal updates of equal norm then has that norm), 1 for rows (the method's own merge).
         loss: a key of LOSSES.
         rec_weight: factor on the term of the loss that is not distillation.
-        rec_temperature: the logits of "rec", "entropy" and "self" are divided by it.
+        rec_temperature: divisor of the logits in "rec", "entropy" and "self".
         kd_weight: factor on L_kd.
         temperature: T of L_kd.
         kd_top_k: L_kd compares only the expert's top-k items; None: all (paper).
-        learning_rate: of Adam, constant.
+        learning_rate: constant learning rate of Adam.
         steps: optimisation steps.
-        batch_size: pseudo-users a step, of all domains together.
+        batch_size: pseudo-users per step, over all domains.
         pseudo_users: a kind of ``fedmerge.mergerec.pseudo_users``.
-        num_pseudo_users: how many a domain; None: as many as it has items.
+        num_pseudo_users: pseudo-users per domain; None: as many as items.
         refresh_every: steps after which the student's item vectors are encoded again; None: never (paper).
-        balance_domains: every domain is drawn equally often; False: in proportion to its pseudo-users (paper).
-        select_every: the step is chosen on held-out pseudo-users, looked at so often; None: the last step (paper).
-        prior_weight: of the mean squared distance from the start; 0: none (paper).
-        clamp: coefficients are kept in [0, 1] (AdaMerging).
-        seed: of all draws.
+        balance_domains: draw all domains equally often; False: in proportion to their pseudo-users (paper).
+        select_every: choose the step on held-out pseudo-users, validated every n steps; None: the last step (paper).
+        prior_weight: weight of the mean squared distance from the initial coefficients; 0: none (paper).
+        clamp: clamp coefficients to [0, 1] (AdaMerging).
+        seed: seed of all draws.
 
     Raises:
-        ConfigError: a value out of its bounds.
+        ConfigError: a value is out of bounds.
     """
 
     granularity: Literal["domain", "layer"] = "layer"
@@ -86,7 +86,7 @@ class CollaborativeSettings:
 
     @property
     def start(self) -> float | None:
-        """The initial coefficient; None: 1/√K, see :func:`fedmerge.mergerec.coefficients.start_coefficients`."""
+        """Initial coefficient; None: 1/√K, see :func:`fedmerge.mergerec.coefficients.start_coefficients`."""
         rows = None if self.initialisation == TASK_VECTORS else 1.0
         return rows if self.initial_coefficient is None else self.initial_coefficient
 
@@ -118,12 +118,12 @@ ADAMERGING = replace(  # arXiv:2310.02575, with pseudo-users in place of unlabel
 
 
 def first_choice(z: torch.Tensor, S: torch.Tensor, settings: CollaborativeSettings) -> torch.Tensor:
-    """L_rec = CE(z / τ, argmax S), τ = rec_temperature: the expert's first choice as a hard label."""
+    """L_rec = CE(z / τ, argmax S), τ = rec_temperature: the expert's first choice is the label."""
     return F.cross_entropy(z / settings.rec_temperature, S.argmax(dim=1), reduction="none")
 
 
 def distillation(z: torch.Tensor, S: torch.Tensor, settings: CollaborativeSettings) -> torch.Tensor:
-    """L_kd = T² · KL(softmax(S/T) ‖ softmax(z/T)); with kd_top_k over the expert's first k items, renormalised."""
+    """L_kd = T² · KL(softmax(S/T) ‖ softmax(z/T)); with kd_top_k over the expert's top-k items, renormalised."""
     temperature, top = settings.temperature, settings.kd_top_k
     if top is not None and top < S.shape[1]:
         S, chosen = S.topk(top, dim=1)
@@ -133,22 +133,23 @@ def distillation(z: torch.Tensor, S: torch.Tensor, settings: CollaborativeSettin
 
 
 def squared_error(z: torch.Tensor, S: torch.Tensor, settings: CollaborativeSettings) -> torch.Tensor:
-    """The mean over the items of (z - S)²."""
+    """Mean over the items of (z - S)²."""
     return (z - S).square().mean(dim=1)
 
 
 def entropy(z: torch.Tensor, S: torch.Tensor, settings: CollaborativeSettings) -> torch.Tensor:
-    """The entropy of softmax(z / τ): no teacher (AdaMerging)."""
+    """Entropy of softmax(z / τ), without a teacher (AdaMerging)."""
     logs = F.log_softmax(z / settings.rec_temperature, dim=1)
     return -(logs.exp() * logs).sum(dim=1)
 
 
 def own_choice(z: torch.Tensor, S: torch.Tensor, settings: CollaborativeSettings) -> torch.Tensor:
-    """CE(z / τ, argmax z): the merged model's own first choice as a hard label."""
+    """CE(z / τ, argmax z): the merged model's own first choice is the label."""
     return F.cross_entropy(z / settings.rec_temperature, z.argmax(dim=1), reduction="none")
 
 
 Term = Callable[[torch.Tensor, torch.Tensor, CollaborativeSettings], torch.Tensor]
+"""(student logits z (n, N), teacher logits S (n, N), settings) -> (n,)."""
 TERMS: dict[str, Term] = {
     "rec": first_choice,
     "kd": distillation,
@@ -156,7 +157,7 @@ TERMS: dict[str, Term] = {
     "entropy": entropy,
     "self": own_choice,
 }
-LOSSES: dict[str, tuple[str, ...]] = {  # all of arXiv:2601.01753 and its code; "kd" has kd_weight, others rec_weight
+LOSSES: dict[str, tuple[str, ...]] = {  # those of arXiv:2601.01753 and its code
     "rec+kd": ("rec", "kd"),
     "rec": ("rec",),
     "kd": ("kd",),
@@ -169,7 +170,7 @@ LOSSES: dict[str, tuple[str, ...]] = {  # all of arXiv:2601.01753 and its code; 
 
 
 def weighted_total(terms: Mapping[str, torch.Tensor], settings: CollaborativeSettings) -> torch.Tensor:
-    """The loss: kd_weight · L_kd + rec_weight · the other term."""
+    """Return the loss, kd_weight · L_kd + rec_weight · the other term, from the terms of :func:`batch_terms`."""
     weights = {name: settings.kd_weight if name == "kd" else settings.rec_weight for name in terms}
     return torch.stack([term * weights[name] for name, term in terms.items()]).sum()
 
@@ -182,19 +183,18 @@ def batch_terms(
     students: list[torch.Tensor],
     settings: CollaborativeSettings,
 ) -> dict[str, torch.Tensor]:
-    """The terms of the loss over a batch that mixes domains; each pseudo-user is scored on its own catalog only.
+    """Compute the terms of the loss on a batch of several domains; a pseudo-user is scored on its own catalog only.
 
     Args:
         users: (n, d) vectors of the pseudo-users under the merged model, differentiable.
-        teacher_users: (n, d), the same under their own experts.
+        teacher_users: (n, d) their vectors under their own experts.
         drawn_domains: (n,) the domain of each.
         teachers: per domain E_k, (N_k, d).
         students: per domain Ê_k, (N_k, d).
-        settings: loss, weights and temperatures are read.
+        settings: loss and temperatures.
 
     Returns:
-        term of the loss -> mean over the batch, a scalar. Teacher logits exist for the batch only: n × N_k, never
-        N_k × N_k.
+        Term of the loss -> mean over the batch, a scalar. Logits exist for the batch only: n × N_k, never N_k × N_k.
     """
     sums = {name: users.new_zeros(()) for name in LOSSES[settings.loss]}
     for domain in np.unique(drawn_domains):

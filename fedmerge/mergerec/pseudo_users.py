@@ -1,7 +1,7 @@
-"""Pseudo-users: token sequences made from a catalog alone, with what the domain's own expert thinks of them.
+"""Pseudo-users: token sequences made from a catalog, with their vectors under the domain's own expert, the teacher.
 
-Every kind is made from the items' vectors under the expert; none reads an interaction. Popular items are the exception
-in spirit: their counts are a private quantity, so a caller must bring them, and no message of a federation does.
+Every kind is made from the items' vectors under the expert; none reads an interaction. Popular items need counts, which
+are private: the caller must have them, and no message of a federation carries them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +26,7 @@ from fedmerge.seeding import generator
 Kind = Literal["one-item", "subset", "centroid", "popular", "chain", "contrastive"]
 
 LONGEST_CHAIN = 5
-NEIGHBOURS = 10  # a chain goes on with one of so many items, those most similar to its last
+NEIGHBOURS = 10  # a chain continues with one of the 10 items most similar to its last item
 CONTRAST_TEMPERATURE = 0.05
 ROUNDS = 20  # of k-means
 BLOCK = 1024  # rows of similarities at once: never N × N
@@ -38,7 +38,7 @@ class PseudoDomain:
 
     Attributes:
         name: the domain.
-        items: N token sequences, int32: the texts of the items, which everybody ranks.
+        items: N token sequences, int32: the texts of the items, which every model ranks.
         teacher_items: (N, d) float32, the items' vectors under the domain's own expert, L2-normalised.
         users: P token sequences, int32: the texts of the pseudo-users.
         teacher_users: (P, d) float32, their vectors under the expert, L2-normalised.
@@ -59,7 +59,7 @@ class PseudoDomain:
             if vectors.ndim != 2 or found[0] != expected or expected == 0:
                 raise DomainError(
                     f"pseudo-users of {self.name!r}: found {expected} {what} sequences and teacher vectors of shape "
-                    f"{found}, expected one vector a sequence and at least one sequence; encode the same catalog"
+                    f"{found}, expected one vector per sequence and at least one sequence; encode the same catalog"
                 )
             norms = torch.linalg.vector_norm(vectors, dim=1)
             if not torch.allclose(norms, torch.ones_like(norms), atol=1e-3):
@@ -150,20 +150,20 @@ def average_of_others(adapters: Mapping[str, Adapter], domain: str) -> Adapter |
 
 
 def one_item_domain(name: str, backbone: Backbone, expert: Adapter, table: TokenTable, max_tokens: int) -> PseudoDomain:
-    """The paper's pseudo-users, every item as a sequence of its own, from a catalog and the domain's expert only.
+    """Make the paper's pseudo-users: every item is a sequence of its own.
 
     Args:
-        name: the domain.
+        name: name of the domain.
         backbone: the frozen encoder; left as it was.
         expert: the domain's own adapter.
-        table: token table of its catalog, N items.
+        table: token table of the domain's catalog, N items.
         max_tokens: longest sequence.
 
     Returns:
-        N pseudo-users with the expert's (N, d) vectors.
+        N pseudo-users with their (N, d) vectors under the expert.
 
     Source: arXiv:2601.01753, pseudo-users.
-    Differs: the released code keeps an N × N matrix of teacher scores; these are the vectors it is the product of.
+    Differs: the released code stores an N × N matrix of teacher scores; here are the vectors whose product it is.
     """
     sequences = item_sequences(table, backbone.special, max_tokens)
     with applied(backbone, expert):
@@ -172,7 +172,7 @@ def one_item_domain(name: str, backbone: Backbone, expert: Adapter, table: Token
 
 
 def subset_domain(domain: PseudoDomain, number: int, seed: int) -> PseudoDomain:
-    """One-item pseudo-users of a random subset of the items."""
+    """Make one-item pseudo-users of a random subset of the items."""
     size = min(number, len(domain.items))
     return _of_items(
         domain, generator(seed, "pseudo-users", "subset", domain.name).permutation(len(domain.items))[:size]
@@ -180,15 +180,15 @@ def subset_domain(domain: PseudoDomain, number: int, seed: int) -> PseudoDomain:
 
 
 def centroid_domain(domain: PseudoDomain, number: int, seed: int) -> PseudoDomain:
-    """One-item pseudo-users of the items nearest to the centroids of a k-means over the expert's item vectors.
+    """Make one-item pseudo-users of the items nearest to the centroids of a k-means over the expert's item vectors.
 
-    A centroid itself is no text that the merged model could read. The k-means is spherical (cosines), starts from a
-    random subset and runs 20 rounds; centroids that share their nearest item give one pseudo-user.
+    A centroid is not a text that the merged model could read. The k-means is spherical (cosines), starts from a random
+    subset and runs at most 20 rounds; centroids with the same nearest item give one pseudo-user.
 
     Args:
-        domain: of :func:`one_item_domain`.
-        number: centroids.
-        seed: of the start.
+        domain: from :func:`one_item_domain`.
+        number: number of centroids.
+        seed: seed of the start.
     """
     vectors = domain.teacher_items
     start = generator(seed, "pseudo-users", "centroid", domain.name).permutation(len(vectors))[:number]
@@ -197,7 +197,7 @@ def centroid_domain(domain: PseudoDomain, number: int, seed: int) -> PseudoDomai
         nearest = torch.cat([(block @ centres.T).argmax(dim=1) for block in torch.split(vectors, BLOCK)])
         sums = torch.zeros_like(centres).index_add(0, nearest, vectors)
         norms = torch.linalg.vector_norm(sums, dim=1, keepdim=True)
-        moved = torch.where(norms > 0, sums / norms.clamp(min=1e-12), centres)  # a centre without items stays
+        moved = torch.where(norms > 0, sums / norms.clamp(min=1e-12), centres)  # a centre without items does not move
         if torch.equal(moved, centres):
             break
         centres = moved
@@ -206,16 +206,16 @@ def centroid_domain(domain: PseudoDomain, number: int, seed: int) -> PseudoDomai
 
 
 def popular_domain(domain: PseudoDomain, counts: npt.NDArray[np.integer], number: int) -> PseudoDomain:
-    """One-item pseudo-users of the most popular items, of equal counts those that come first.
+    """Make one-item pseudo-users of the most popular items; of equal counts, the first items are taken.
 
     Args:
-        domain: of :func:`one_item_domain`.
-        counts: (N,) how often each item occurs in the TRAINING part of the interactions. A private quantity: only the
-            owner can count it, and nothing in a federation sends it.
-        number: pseudo-users.
+        domain: from :func:`one_item_domain`.
+        counts: (N,) occurrences of each item in the TRAINING part of the interactions. They are private: only the owner
+            can count them, and no message of a federation carries them.
+        number: number of pseudo-users.
 
     Raises:
-        DomainError: counts of another catalog.
+        DomainError: the counts are of another catalog.
     """
     if counts.shape != (len(domain.items),):
         raise DomainError(
@@ -236,25 +236,25 @@ def chain_domain(
     seed: int = 0,
     amateur: Adapter | None = None,
 ) -> PseudoDomain:
-    """Pseudo-users with a history of two to five items that walk the expert's item similarity.
+    """Make pseudo-users with a history of two to five items, random walks along the expert's item similarity.
 
-    A walk starts at an item (each item once before any twice) and goes on with one of the ten items that the expert
-    finds most similar to its last and that it has not met yet. Without an amateur all ten are equally likely. With one
-    (contrastive decoding) the chance is softmax((S_expert - S_amateur) / 0.05): what only this domain's expert finds
-    similar comes first.
+    A walk starts at an item (each item once before any item twice) and continues with one of the ten items that the
+    expert finds most similar to the last item and that are not in the walk yet. Without an amateur the ten are equally
+    likely. With one (contrastive decoding) the probability is softmax((S_expert - S_amateur) / 0.05), so items that
+    only this domain's expert finds similar are preferred.
 
     Args:
-        domain: of :func:`one_item_domain`.
+        domain: from :func:`one_item_domain`.
         backbone: the frozen encoder; left as it was.
         expert: the domain's own adapter.
         table: token table of its catalog.
         max_tokens: longest sequence.
-        number: pseudo-users; None: as many as items.
-        seed: of the walks.
-        amateur: an adapter to contrast with, the average of the other experts.
+        number: number of pseudo-users; None: as many as items.
+        seed: seed of the walks.
+        amateur: an adapter to contrast with, such as the average of the other experts.
 
     Returns:
-        Pseudo-users whose teacher vectors are the expert's own encoding of the whole history.
+        Pseudo-users whose teacher vectors are the expert's encoding of the whole history.
 
     Source: substitution and insertion of similar items as in CoSeRec (arXiv:2108.06479); contrastive decoding
         (arXiv:2210.15097) between experts.
@@ -282,22 +282,22 @@ def pseudo_domain(
     seed: int,
     amateur: Adapter | None,
 ) -> PseudoDomain:
-    """The pseudo-users of a kind that a server can make by itself.
+    """Make pseudo-users of a kind that a server can make by itself.
 
     Args:
         kind: "one-item", "subset", "centroid", "chain" or "contrastive".
-        domain: of :func:`one_item_domain`; the other arguments as for :func:`chain_domain`.
-        number: pseudo-users; None: as many as items.
+        domain: from :func:`one_item_domain`; the other arguments as for :func:`chain_domain`.
+        number: number of pseudo-users; None: as many as items.
 
     Raises:
-        ConfigError: no such kind; "popular", whose counts a server does not have.
+        ConfigError: no such kind; "popular", whose counts a server does not have; "contrastive" without an amateur.
     """
     if kind not in get_args(Kind):
         raise ConfigError(f"pseudo-users: found kind {kind!r}, expected one of {', '.join(get_args(Kind))}")
     if kind == "popular":
         raise ConfigError(
-            "pseudo-users: found kind 'popular', but popularity is counted on private interactions and no message "
-            "carries it; choose another kind, or call popular_domain where the counts may be known"
+            "pseudo-users: found kind 'popular', but popularity is counted on private interactions, which no message "
+            "carries; choose another kind, or call popular_domain where the counts are known"
         )
     count = len(domain.items) if number is None else number
     if kind == "subset":
@@ -307,13 +307,13 @@ def pseudo_domain(
     if kind == "one-item":
         return domain
     if kind == "contrastive" and amateur is None:
-        raise ConfigError("pseudo-users: contrastive decoding contrasts with other experts, found none; use 'chain'")
+        raise ConfigError("pseudo-users: kind 'contrastive' contrasts with the other experts, found none; use 'chain'")
     contrast = amateur if kind == "contrastive" else None
     return chain_domain(domain, backbone, expert, table, max_tokens, number=number, seed=seed, amateur=contrast)
 
 
 def _of_items(domain: PseudoDomain, items: npt.NDArray[np.integer]) -> PseudoDomain:
-    """One-item pseudo-users of these items."""
+    """Make one-item pseudo-users of these items."""
     chosen = torch.from_numpy(items.astype(np.int64))
     users = [domain.items[item] for item in items]
     return replace(domain, users=users, teacher_users=domain.teacher_items[chosen])
@@ -329,7 +329,7 @@ def _encoded(backbone: Backbone, amateur: Adapter | None, domain: PseudoDomain) 
 def _neighbours(
     vectors: torch.Tensor, contrast: torch.Tensor | None
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-    """For every item the ten most similar others and the unnormalised chance of each: (N, m), m ≤ 10."""
+    """Return every item's ten most similar other items and their unnormalised probabilities: (N, m) each, m ≤ 10."""
     most = min(NEIGHBOURS, len(vectors) - 1)
     found, chances = [], []
     for start in range(0, len(vectors), BLOCK):
@@ -353,7 +353,7 @@ def _walk(
     for _ in range(int(rng.integers(1, LONGEST_CHAIN))):
         items = similar[chain[-1]]
         weights = chances[chain[-1]] * ~np.isin(items, chain)
-        if weights.sum() <= 0:  # a catalog too small to go on
+        if weights.sum() <= 0:  # every neighbour is in the chain
             break
         chain.append(int(rng.choice(items, p=weights / weights.sum())))
     return chain

@@ -1,7 +1,7 @@
-"""What learned coefficients multiply: K vectors v_k a module, and a backbone that computes with θ₀ + Σ_k w_k v_k.
+"""The vectors that learned coefficients multiply, K per module, and a backbone that computes with θ₀ + Σ_k w_k v_k.
 
-The vectors are the adapters' own updates (task vectors), kept low-rank in a ``Stack``, or the rows of an elementwise
-merging method, which have no low rank but few entries that are not 0, kept sparse.
+The vectors are the adapters' own updates (task vectors), stored low-rank in a ``Stack``, or the rows of an elementwise
+merging method, which are stored sparse: they have no low rank, but few entries are not 0.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -22,7 +22,7 @@ from fedmerge.merging.training_free import domain_rows
 TASK_VECTORS = "task-vectors"
 
 INITIALISATIONS: dict[str, float] = {TASK_VECTORS: 0.2, "ties": 1.0, "pcb": 1.0, "localize-and-stitch": 1.0}
-"""Where the vectors come from -> the published start of their coefficients; rows at 1 are the method's own merge."""
+"""Origin of the vectors -> published initial coefficient; rows at 1 are the method's own merge."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,9 +30,9 @@ class SparseModule:
     """The K sparse updates of one linear module, domain after domain.
 
     Attributes:
-        index: (E,) int32, position of an entry in the flattened (out, in) update.
+        index: (E,) int32, positions of the entries in the flattened (out, in) updates.
         values: (E,) float32.
-        counts: how many entries each of the K domains has.
+        counts: number of entries of each of the K domains.
         shape: (out, in).
     """
 
@@ -50,7 +50,7 @@ class SparseModule:
 
 @dataclass(frozen=True, slots=True)
 class SparseRows(StackLayout):
-    """K vectors of one layout, sparse.
+    """K sparse vectors of one layout.
 
     Attributes:
         modules: module name -> its sparse updates, sorted by name.
@@ -68,16 +68,16 @@ Vectors = Stack | SparseRows
 
 
 def initial_vectors(stack: Stack, initialisation: str = TASK_VECTORS, **parameters: Value) -> Vectors:
-    """The vectors that coefficients are learned for.
+    """Return the vectors whose coefficients are learned.
 
     Args:
         stack: K adapters.
-        initialisation: "task-vectors" for the updates as they are, or the elementwise method whose rows they are; the
-            rows are taken over single modules.
-        parameters: of that method, say ``density``.
+        initialisation: "task-vectors" for the updates themselves, or the elementwise method whose rows they are, with
+            thresholds over single modules.
+        parameters: parameters of that method, such as ``density``.
 
     Raises:
-        ConfigError: another initialisation, or a parameter out of its bounds.
+        ConfigError: an unknown initialisation, or a parameter that is unknown or out of bounds.
 
     Source: arXiv:2601.01753, initialisation of the merging vectors.
     """
@@ -86,7 +86,7 @@ def initial_vectors(stack: Stack, initialisation: str = TASK_VECTORS, **paramete
     if initialisation == TASK_VECTORS:
         if parameters:
             raise ConfigError(
-                f"initialisation {initialisation!r}: found parameters {', '.join(parameters)}, it has none"
+                f"initialisation {initialisation!r}: found parameters {', '.join(parameters)}, expected none"
             )
         return stack
     modules = {
@@ -97,7 +97,7 @@ def initial_vectors(stack: Stack, initialisation: str = TASK_VECTORS, **paramete
 
 
 def merge_vectors(vectors: Vectors, coefficients: torch.Tensor) -> Adapter:
-    """θ(w) as one adapter: exact; the sum of sparse rows has no low rank and is written as Δ beside an identity.
+    """Return θ(w) as one adapter, exactly; a sum of sparse rows, of no low rank, is stored as Δ times an identity.
 
     Args:
         vectors: K vectors.
@@ -105,7 +105,7 @@ def merge_vectors(vectors: Vectors, coefficients: torch.Tensor) -> Adapter:
 
     Raises:
         LayoutMismatchError: coefficients of another shape.
-        MergeError: a coefficient that is not finite.
+        MergeError: a coefficient is not finite.
     """
     if isinstance(vectors, Stack):
         return linear_merge(vectors, coefficients)
@@ -118,7 +118,7 @@ def merge_vectors(vectors: Vectors, coefficients: torch.Tensor) -> Adapter:
 
 
 def on_device(vectors: Vectors, device: torch.device) -> Vectors:
-    """The same vectors on a device."""
+    """Return the same vectors on a device."""
     if isinstance(vectors, Stack):
         stacked = {
             name: StackedModule(module.lora_A.to(device), module.lora_B.to(device), module.owner.to(device))
@@ -134,12 +134,12 @@ def on_device(vectors: Vectors, device: torch.device) -> Vectors:
 
 @contextmanager
 def merged_forward(backbone: Backbone, vectors: Vectors, coefficients: torch.Tensor) -> Iterator[None]:
-    """Inside the context the backbone computes with θ₀ + Σ_k w_k v_k, differentiable in the coefficients.
+    """Let the backbone compute with θ₀ + Σ_k w_k v_k inside the context, differentiable in the coefficients.
 
-    Task vectors: every target module's output gets ((x Aᵀ) · w[owner]) Bᵀ added, the cost of one LoRA of rank
-    R = Σ r_k; no out × in matrix is formed. Sparse rows: Δ = Σ_k w_k v_k is summed in every forward pass and x Δᵀ
-    added; no dense vector of a single domain is formed. The coefficients are read at every forward, so that a step of
-    an optimiser counts at once.
+    Task vectors: ((x Aᵀ) · w[owner]) Bᵀ is added to the output of every target module, at the cost of one LoRA of rank
+    R = Σ r_k; no out × in matrix is formed. Sparse rows: Δ = Σ_k w_k v_k is summed in every forward pass and x Δᵀ is
+    added; no dense vector of a single domain is formed. Coefficients are read in every forward pass, so an optimiser
+    may change them inside the context.
 
     Args:
         backbone: its weights are not touched; the hooks are removed on leaving, also after an error.
@@ -195,7 +195,7 @@ def _hook(
 
 
 def _sparse(rows: torch.Tensor) -> SparseModule:
-    """(K, out, in) dense to sparse."""
+    """Convert (K, out, in) dense rows to sparse."""
     flat = rows.flatten(1)
     found = [row.nonzero().squeeze(1) for row in flat]
     values = torch.cat([row[index] for row, index in zip(flat, found, strict=True)])

@@ -75,7 +75,7 @@ def pseudo_domains(backbone: Backbone, adapters: dict[str, Adapter]) -> dict[str
 
 
 def oracle_terms(z: torch.Tensor, s: torch.Tensor, settings: CollaborativeSettings) -> dict[str, torch.Tensor]:
-    """Every term for one pseudo-user with logits z over its own catalog and teacher logits s."""
+    """Return every term for one pseudo-user with student logits z and teacher logits s over its own catalog."""
     T, tau = settings.temperature, settings.rec_temperature
     top = (
         range(len(s)) if settings.kd_top_k is None else sorted(range(len(s)), key=lambda j: -s[j])[: settings.kd_top_k]
@@ -155,7 +155,7 @@ def test_every_loss_and_gradient_equals_the_dense_oracle(
         assert (exact_gradient != 0).all()
 
 
-def test_a_coefficient_a_domain_is_the_sum_over_its_layers(bert: Backbone) -> None:
+def test_the_gradient_of_a_domains_coefficient_is_the_sum_over_its_layers(bert: Backbone) -> None:
     adapters = random_adapters(layout_of(bert))
     for initialisation in INITIALISATIONS:
         vectors = initial_vectors(stack_adapters(adapters), initialisation)
@@ -168,7 +168,7 @@ def test_a_coefficient_a_domain_is_the_sum_over_its_layers(bert: Backbone) -> No
         assert torch.allclose(gradients[1].sum(dim=1), gradients[0], rtol=1e-4)
 
 
-def test_first_step_is_the_papers(bert: Backbone) -> None:
+def test_the_first_step_is_that_of_the_paper(bert: Backbone) -> None:
     adapters = random_adapters(layout_of(bert))
     stack, domains = stack_adapters(adapters), pseudo_domains(bert, adapters)
     learned = learn_coefficients(bert, stack, domains, replace(PAPER, steps=1))
@@ -200,7 +200,7 @@ def test_losses_by_hand() -> None:
     assert first_two.item() == pytest.approx(TERMS["kd"](three[0][:, :2], three[1][:, :2], PAPER).item(), rel=1e-5)
 
 
-def test_the_published_losses_are_there() -> None:
+def test_the_published_losses_exist() -> None:
     assert set(LOSSES) == {"rec+kd", "rec", "kd", "mse", "entropy", "entropy+kd", "self", "self+kd"}
     assert {term for terms in LOSSES.values() for term in terms} == TERMS.keys()
 
@@ -286,7 +286,7 @@ def test_two_runs_are_identical_and_inputs_unchanged(bert: Backbone, granularity
     assert all(torch.equal(tensor, weights[name]) for name, tensor in bert.model.state_dict().items())
 
 
-def test_finds_the_known_best_coefficient(bert: Backbone) -> None:
+def test_the_known_best_coefficient_is_found(bert: Backbone) -> None:
     """One domain whose teacher is its own expert: at w = 1 the student is the teacher."""
     adapters = {"toys": random_adapter(layout_of(bert), rank=4, scaling=1.0, seed=7)}
     settings = replace(PAPER, steps=40, learning_rate=0.1, rec_weight=0.0, refresh_every=5)
@@ -299,7 +299,7 @@ def test_finds_the_known_best_coefficient(bert: Backbone) -> None:
     assert paper.history[5] != learned.history[5]
 
 
-def test_draws_walk_through_permutations() -> None:
+def test_draws_are_permutations() -> None:
     sizes = (3, 5, 20)
     domains, items = draw_pseudo_users(sizes, replace(PAPER, steps=14, batch_size=4))
     assert domains.shape == items.shape == (14, 4)
@@ -362,33 +362,31 @@ def test_settings_have_one_default_and_bounds() -> None:
                 assert set(allowed) == set(METHODS[method].parameters[name].choices) - {"popular"}
     assert (PAPER.granularity, PAPER.steps, PAPER.batch_size, PAPER.kd_weight) == ("domain", 500, 16, 1000.0)
     refused: list[tuple[dict[str, Any], str]] = [
-        ({"granularity": "module"}, "granularity: found 'module', expected one of domain, layer"),
-        ({"temperature": 0.0}, "temperature: found 0.0, expected a finite number, above 0.0"),
-        ({"refresh_every": 0}, "refresh_every: found 0, expected an integer, at least 1, or None"),
-        ({"steps": 1.5}, "steps: found 1.5, expected an integer"),
-        ({"loss": "rec+mse"}, "loss: found 'rec\\+mse', expected one of rec\\+kd, rec, kd, mse"),
-        ({"initialisation": "dare"}, "initialisation: found 'dare', expected one of task-vectors, ties"),
-        ({"initial_coefficient": "many"}, "initial_coefficient: found 'many', expected a finite number, or None"),
+        ({"granularity": "module"}, r"granularity: .*'module', .*domain, layer"),
+        ({"temperature": 0.0}, r"temperature: .*0\.0, .*above 0\.0"),
+        ({"refresh_every": 0}, r"refresh_every: .*0, .*at least 1, or None"),
+        ({"steps": 1.5}, r"steps: .*1\.5, .*integer"),
+        ({"loss": "rec+mse"}, r"loss: .*'rec\+mse', .*rec\+kd, rec, kd, mse"),
+        ({"initialisation": "dare"}, r"initialisation: .*'dare', .*task-vectors, ties"),
+        ({"initial_coefficient": "many"}, r"initial_coefficient: .*'many', .*number, or None"),
     ]
-    for change, words in refused:
-        with pytest.raises(ConfigError, match=words):
+    for change, values in refused:
+        with pytest.raises(ConfigError, match=values):
             replace(PAPER, **change)
 
 
-def test_refuses_what_does_not_belong_together(bert: Backbone) -> None:
+def test_inputs_that_do_not_belong_together_are_refused(bert: Backbone) -> None:
     adapters = random_adapters(layout_of(bert))
     domains = pseudo_domains(bert, adapters)
-    with pytest.raises(
-        LayoutMismatchError, match="found pseudo-users of books, tents, expected those of books, tents, t"
-    ):
+    with pytest.raises(LayoutMismatchError, match=r"books, tents, .*books, tents, toys"):
         learn_coefficients(bert, stack_adapters(adapters), {k: v for k, v in domains.items() if k != "toys"})
     elsewhere = {"toys": random_adapter({"encoder.layer.7.query": (4, 4)}, rank=1, scaling=1.0, seed=0)}
     with (
-        pytest.raises(LayoutMismatchError, match=r"module encoder.layer.7.query: found NoneType"),
+        pytest.raises(LayoutMismatchError, match=r"encoder\.layer\.7\.query.*NoneType"),
         merged_forward(bert, stack_adapters(elsewhere), torch.ones(1)),
     ):
         pass
-    with pytest.raises(DomainError, match=r"'toys': found 11 item sequences and teacher vectors of shape \(12, 32\)"):
+    with pytest.raises(DomainError, match=r"'toys': .*11 .*\(12, 32\)"):
         replace(domains["toys"], items=domains["toys"].items[:11])
     vectors = domains["toys"].teacher_items.clone()
     vectors[4] = torch.nan
@@ -396,16 +394,16 @@ def test_refuses_what_does_not_belong_together(bert: Backbone) -> None:
         replace(domains["toys"], teacher_items=vectors)
 
 
-def test_stops_at_a_loss_that_is_not_finite(bert: Backbone) -> None:
+def test_a_loss_that_is_not_finite_is_an_error(bert: Backbone) -> None:
     adapters = random_adapters(layout_of(bert))
-    with pytest.raises(MergeError, match=r"mergerec, step 1 of 500: found loss inf \(rec"):
+    with pytest.raises(MergeError, match=r"mergerec, step 1 of 500: .*inf"):
         learn_coefficients(
             bert, stack_adapters(adapters), pseudo_domains(bert, adapters), replace(PAPER, kd_weight=1e42)
         )
     assert not any(module._forward_hooks for module in bert.model.modules())
 
 
-def test_starts_from_any_coefficients_and_keeps_the_whole_way(bert: Backbone) -> None:
+def test_any_initial_coefficients_and_the_whole_trajectory(bert: Backbone) -> None:
     adapters = random_adapters(layout_of(bert))
     stack, domains = stack_adapters(adapters), pseudo_domains(bert, adapters)
     settings = replace(PAPER, granularity="layer", steps=2)
@@ -417,9 +415,9 @@ def test_starts_from_any_coefficients_and_keeps_the_whole_way(bert: Backbone) ->
     assert torch.equal(learned.trajectory[-1], learned.coefficients)
     assert learned.chosen_step == 2
     assert start.tolist() == pytest.approx([0.5, 0.0, -0.2])
-    with pytest.raises(LayoutMismatchError, match=r"found shape \(3, 2\), expected one number or \(3,\) for granu"):
+    with pytest.raises(LayoutMismatchError, match=r"\(3, 2\), .*\(3,\)"):
         learn_coefficients(bert, stack, domains, PAPER, start=torch.zeros(3, 2))
-    with pytest.raises(ConfigError, match=r"found Stack, but settings\.initialisation is 'ties'; make the"):
+    with pytest.raises(ConfigError, match=r"Stack.*'ties'"):
         learn_coefficients(bert, stack, domains, replace(PAPER, initialisation="ties"))
 
 
@@ -474,7 +472,7 @@ def test_too_few_pseudo_users_to_choose_the_step_are_refused(bert: Backbone) -> 
     adapters = {"books": random_adapters(layout_of(bert))["books"]}
     domains = pseudo_domains(bert, adapters)
     few = replace(domains["books"], users=domains["books"].users[:4], teacher_users=domains["books"].teacher_users[:4])
-    with pytest.raises(ConfigError, match="select_every: found at most 4 pseudo-users a domain, expected 5 or more"):
+    with pytest.raises(ConfigError, match=r"select_every.* 4, .* 5 "):
         learn_coefficients(bert, stack_adapters(adapters), {"books": few}, replace(PAPER, select_every=2))
 
 

@@ -1,4 +1,4 @@
-"""Pseudo-users of every kind: which texts, which teacher vectors, and that nothing private is needed."""
+"""Pseudo-users of every kind: their texts and teacher vectors, without private data."""
 
 import itertools
 from collections import Counter
@@ -68,7 +68,7 @@ def theirs(bert: Backbone, amateur: Adapter, items: PseudoDomain) -> torch.Tenso
 
 
 def chosen(domain: PseudoDomain, items: PseudoDomain) -> list[int]:
-    """The items that one-item pseudo-users consist of, after a check of texts and vectors."""
+    """Return the items of one-item pseudo-users, after a check of texts and vectors."""
     found = [next(i for i, text in enumerate(items.items) if text is user) for user in domain.users]
     assert torch.equal(domain.teacher_users, items.teacher_items[found])
     assert domain.items is items.items
@@ -83,7 +83,7 @@ def test_a_subset_is_drawn_once_and_by_seed(items: PseudoDomain) -> None:
     assert sorted(chosen(subset_domain(items, 999, seed=0), items)) == list(range(NUM_ITEMS))
 
 
-def test_centroids_stand_for_the_clusters() -> None:
+def test_centroids_represent_the_clusters() -> None:
     angles = torch.tensor([0.00, 0.02, 0.04, 1.50, 1.52, 1.54, 3.00, 3.02, 3.04])  # three bundles of three
     vectors = torch.stack([angles.cos(), angles.sin()], dim=1)
     texts = [np.array([i], np.int32) for i in range(9)]
@@ -98,12 +98,12 @@ def test_popular_items_come_first_in_the_catalog_order_of_ties(items: PseudoDoma
     counts = np.zeros(NUM_ITEMS, np.int64)
     counts[[7, 3, 20, 11]] = (5, 2, 9, 2)
     assert chosen(popular_domain(items, counts, 4), items) == [20, 7, 3, 11]
-    with pytest.raises(DomainError, match=r"'camping': found counts of shape \(29,\), expected one for each of 30"):
+    with pytest.raises(DomainError, match=r"'camping': .*\(29,\), .* 30"):
         popular_domain(items, counts[:-1], 4)
 
 
 def walks(domain: PseudoDomain, table: TokenTable, bert: Backbone) -> list[list[int]]:
-    """The chains that texts were packed from, oldest item first, found again by their tokens."""
+    """Return the chains of items, oldest first, recovered from the tokens of the texts."""
     texts = {pack_sequences(table, [[i]], bert.special, 1, MAX_TOKENS)[0][1:-1].tobytes(): i for i in range(NUM_ITEMS)}
     assert len(texts) == NUM_ITEMS
     separator = int(table.separator[0])
@@ -135,7 +135,7 @@ def test_chains_walk_among_the_most_similar_items(
     assert walks(chain_domain(items, bert, expert, table, 127, number=45, seed=2), table, bert) != chains
 
 
-def test_contrast_prefers_what_only_the_expert_finds_similar(
+def test_contrast_prefers_items_that_only_the_expert_finds_similar(
     bert: Backbone, expert: Adapter, amateur: Adapter, theirs: torch.Tensor, table: TokenTable, items: PseudoDomain
 ) -> None:
     advantage = items.teacher_items @ items.teacher_items.T - theirs @ theirs.T
@@ -149,7 +149,7 @@ def test_contrast_prefers_what_only_the_expert_finds_similar(
     assert mean_advantage(contrastive) > mean_advantage(plain) + 0.005
 
 
-def test_the_first_step_of_a_walk_has_the_chances_of_the_definition(
+def test_the_first_step_of_a_walk_has_the_probabilities_of_the_definition(
     bert: Backbone, expert: Adapter, amateur: Adapter, theirs: torch.Tensor, table: TokenTable, items: PseudoDomain
 ) -> None:
     for contrast in (None, amateur):
@@ -179,11 +179,11 @@ def test_kinds_by_name(bert: Backbone, expert: Adapter, table: TokenTable, items
         assert right(len(made(kind).users)), kind
     assert len(made("chain", number=None).users) == NUM_ITEMS
     assert len(made("contrastive").users) == 7
-    with pytest.raises(ConfigError, match="popularity is counted on private interactions and no message carries it"):
+    with pytest.raises(ConfigError, match="'popular'"):
         made("popular")
-    with pytest.raises(ConfigError, match="contrasts with other experts, found none; use 'chain'"):
+    with pytest.raises(ConfigError, match=r"'contrastive'.*'chain'"):
         made("contrastive", amateur=None)
-    with pytest.raises(ConfigError, match="found kind 'typical', expected one of one-item, subset, centroid"):
+    with pytest.raises(ConfigError, match=r"'typical', .*one-item, subset, centroid"):
         made("typical")
 
 

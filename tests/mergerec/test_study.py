@@ -1,4 +1,4 @@
-"""The study script: a grid on tiny domains and its table; nothing is computed twice."""
+"""The study script: a grid on tiny domains and its table, without computing anything twice."""
 
 import json
 import sys
