@@ -1,34 +1,97 @@
-"""Choose on validation: the variant of each method, the merge to serve, and the model that each domain is served.
+"""Choose on validation: each method's best variant, the merge to serve, and the model that each domain is served.
 
-A domain's own validation users decide between the merge and its expert, so the score of the chosen one *there* is too
-good on average (the winner's curse), most of all where those users are few and the two are close. Test tells what the
-choice is worth.
+    choose            the best variant of each method and the best of all
+    dropped_domains   the domains that a merge harms
+    roll_back         a better merge for them, or the fallback
+    choose_per_domain the merge or the domain's own expert
+    Choice            all of it, as in ``choice.json``
+
+A domain's own validation users decide between the merge and its expert, so the score of the chosen model on *these*
+users is too high on average (the winner's curse), most of all if they are few and the two models are close. Test shows
+what the choice is worth.
 """
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Self
 
 import numpy as np
 
+from fedmerge.errors import RunDirError
 from fedmerge.evaluation.sums import EXPERT, MetricSums, paired_difference
 from fedmerge.merging.candidate import Candidate
+
+CHOICE_FILE = "choice.json"
+MERGED = "merged"
+FALLBACK = "fallback"
+SERVED = "served (with fallback)"
+LONGEST_NAMES = 100  # characters of the names in a label, which becomes the name of a folder
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The selection on validation, the content of ``choice.json``.
+
+    Attributes:
+        metric: the selection metric.
+        validation: label -> score of every merge of all members.
+        best_variants: method -> label of its best variant.
+        served: label of the merge that is served.
+        domains: the domains whose validation decided.
+        per_domain: domain -> the model it is served, see :func:`choose_per_domain`.
+        dropped: domains that are significantly worse with the merge selected first than with their own expert, see
+            :func:`dropped_domains`.
+        rollback: what is served in place of that merge, see :func:`roll_back`; None without a rollback.
+    """
+
+    metric: str
+    validation: Mapping[str, float]
+    best_variants: Mapping[str, str]
+    served: str
+    domains: list[str]
+    per_domain: Mapping[str, Mapping[str, Any]]
+    dropped: Mapping[str, Mapping[str, float]]
+    rollback: Mapping[str, Any] | None
+
+    @property
+    def fell_back(self) -> bool:
+        """True if the rollback led to the per-domain fallback."""
+        return self.rollback is not None and self.rollback["to"] == FALLBACK
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the entries of ``choice.json``."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, entries: Mapping[str, Any]) -> Self:
+        """Read the entries of ``choice.json``; entries that this version does not know are left out.
+
+        Raises:
+            RunDirError: an entry is missing.
+        """
+        names = [each.name for each in fields(cls)]
+        if missing := [name for name in names if name not in entries]:
+            raise RunDirError(
+                f"{CHOICE_FILE}: found no {', '.join(missing)}, expected {', '.join(names)}. Resume the run with the "
+                "fedmerge version that started it."
+            )
+        return cls(**{name: entries[name] for name in names})
 
 
 def choose(
     candidates: Sequence[Candidate], validation: Mapping[str, MetricSums], train_domains: Sequence[str], metric: str
 ) -> tuple[dict[str, str], str, dict[str, float]]:
-    """Choose each method's variant, and the merge to serve, on validation.
+    """Choose each method's variant and the merge to serve.
 
     Args:
         candidates: all merges.
         validation: domain -> unmasked metric sums of all candidates.
-        train_domains: whose unweighted mean decides; unseen domains have no say.
-        metric: the deciding one.
+        train_domains: domains whose unweighted mean decides; unseen domains have no vote.
+        metric: the selection metric.
 
     Returns:
-        Method -> label of its best variant; label of the best of all; every label's score. Of equal scores the first
-        counts.
+        Method -> label of its best variant; label of the best merge; label -> score. Of equal scores the first wins.
     """
     scores = {
         candidate.label: float(
@@ -43,62 +106,16 @@ def choose(
     return best, max(best.values(), key=lambda label: scores[label]), scores
 
 
-MERGED = "merged"
-SERVED = "served (with fallback)"
-
-
-def choose_per_domain(
-    validation: Mapping[str, MetricSums], served: str, metric: str, fallback: bool
-) -> dict[str, dict[str, Any]]:
-    """Which model each training domain is served.
-
-    Args:
-        validation: domain -> unmasked metric sums of the served merge and the domain's own expert, if it has one.
-        served: label of the merge that is served where there is no reason for another.
-        metric: the deciding one.
-        fallback: False: the merge for everybody.
-
-    Returns:
-        domain -> ``serve`` (``merged`` or ``expert``) and the scores. Of equal scores the merge's counts.
-    """
-    chosen = {}
-    for domain, sums in sorted(validation.items()):
-        labels = {MERGED: served} | ({EXPERT: EXPERT} if EXPERT in sums.methods else {})
-        scores = {model: sums.mean(label, metric) for model, label in labels.items()}
-        chosen[domain] = {"serve": max(scores, key=scores.__getitem__) if fallback else MERGED, **scores}
-    return chosen
-
-
-def with_served(sums: MetricSums, model: str) -> MetricSums:
-    """The sums with one more row, :data:`SERVED`, a copy of the row of the model that this domain is served.
-
-    So means and paired differences of the choice come from what was evaluated, exactly and without another evaluation.
-    """
-    row = sums.methods.index(model)
-    rows = [*range(len(sums.methods)), row]
-    return MetricSums(
-        (*sums.methods, SERVED),
-        sums.variant,
-        sums.num_users,
-        sums.sums[rows],
-        np.ascontiguousarray(sums.products[:, rows][:, :, rows]),
-    )
-
-
-FALLBACK = "fallback"
-LONGEST_NAMES = 100
-
-
 def dropped_domains(validation: Mapping[str, MetricSums], merge: str, metric: str) -> dict[str, dict[str, float]]:
-    """Domains whose own expert ranks their validation users better than a merge, beyond noise.
+    """Find the domains whose validation users are significantly worse with a merge than with the domain's expert.
 
     Args:
         validation: domain -> unmasked sums of the merge and of the domain's own expert, if it has one.
-        merge: its label.
-        metric: what is compared.
+        merge: label of the merge.
+        metric: the selection metric.
 
     Returns:
-        domain -> ``mean``, ``low`` and ``high`` of merge minus expert, whose 95 % interval lies below 0.
+        Domain -> ``mean``, ``low`` and ``high`` of merge minus expert, if the 95 % interval is below 0.
     """
     found = {}
     for domain, sums in sorted(validation.items()):
@@ -109,31 +126,23 @@ def dropped_domains(validation: Mapping[str, MetricSums], merge: str, metric: st
     return found
 
 
-def suffix_without(domains: Sequence[str]) -> str:
-    """What the labels of merges without some domains end in; labels become names of folders, so it stays short."""
-    names = " ".join(domains)
-    if len(names) > LONGEST_NAMES:
-        names = f"{len(domains)} domains {hashlib.sha256(names.encode()).hexdigest()[:8]}"
-    return f" without {names}" if domains else ""
-
-
 def roll_back(
     validation: Mapping[str, MetricSums], served: str, without: Sequence[str], failed: Sequence[str], metric: str
 ) -> dict[str, Any] | None:
-    """What to serve in place of a merge that drops a domain below its own expert.
+    """Choose what to serve in place of a merge that drops domains below their own expert.
 
-    Of the merges without the domains that failed a check, the best on the other domains is taken if it is better there
-    and drops fewer of them. Else the dropped domains are served their own experts. Those that failed have no say.
+    Of the merges without the failed domains, the best on the other domains is taken if it scores higher there and drops
+    fewer of them. Else the dropped domains are served their own experts. Failed domains have no vote.
 
     Args:
         validation: domain -> unmasked sums of all merges and of the domain's own expert.
-        served: the label that was chosen.
-        without: labels of the merges without those that failed.
-        failed: who that is.
-        metric: what decides.
+        served: label of the merge that was chosen.
+        without: labels of the merges without the failed domains.
+        failed: domains that failed a check of the admission gate.
+        metric: the selection metric.
 
     Returns:
-        ``from``, ``to`` (a label, or "fallback") and ``dropped``; None where no domain that counts is dropped.
+        ``from``, ``to`` (a label, or "fallback") and ``dropped``; None if no other domain is dropped.
     """
     judges = {domain: sums for domain, sums in validation.items() if domain not in failed}
     dropped = dropped_domains(judges, served, metric)
@@ -149,3 +158,49 @@ def roll_back(
     ]
     to = max(better, key=lambda label: scores[label], default=FALLBACK)
     return {"from": served, "to": to, "dropped": sorted(dropped)}
+
+
+def choose_per_domain(
+    validation: Mapping[str, MetricSums], served: str, metric: str, fallback: bool
+) -> dict[str, dict[str, Any]]:
+    """Choose the model that each training domain is served.
+
+    Args:
+        validation: domain -> unmasked metric sums of the served merge and the domain's own expert, if it has one.
+        served: label of the merge that is served by default.
+        metric: the selection metric.
+        fallback: False to serve every domain the merge.
+
+    Returns:
+        Domain -> ``serve`` (``merged`` or ``expert``) and the scores. Of equal scores the merge wins.
+    """
+    chosen = {}
+    for domain, sums in sorted(validation.items()):
+        labels = {MERGED: served} | ({EXPERT: EXPERT} if EXPERT in sums.methods else {})
+        scores = {model: sums.mean(label, metric) for model, label in labels.items()}
+        chosen[domain] = {"serve": max(scores, key=scores.__getitem__) if fallback else MERGED, **scores}
+    return chosen
+
+
+def with_served(sums: MetricSums, model: str) -> MetricSums:
+    """Add the row :data:`SERVED` to metric sums, a copy of the row of the model that this domain is served.
+
+    Means and paired differences of the choice are then exact, without another evaluation.
+    """
+    row = sums.methods.index(model)
+    rows = [*range(len(sums.methods)), row]
+    return MetricSums(
+        (*sums.methods, SERVED),
+        sums.variant,
+        sums.num_users,
+        sums.sums[rows],
+        np.ascontiguousarray(sums.products[:, rows][:, :, rows]),
+    )
+
+
+def suffix_without(domains: Sequence[str]) -> str:
+    """Return the end of the label of a merge without some domains; labels become folder names, so it stays short."""
+    names = " ".join(domains)
+    if len(names) > LONGEST_NAMES:
+        names = f"{len(domains)} domains {hashlib.sha256(names.encode()).hexdigest()[:8]}"
+    return f" without {names}" if domains else ""

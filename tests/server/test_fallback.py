@@ -1,12 +1,15 @@
 """Merged or own expert: chosen a domain at a time on validation, and reported from what was evaluated."""
 
+import json
+
 import numpy as np
 import pytest
 
+from fedmerge.errors import RunDirError
 from fedmerge.evaluation.ranks import METRICS, per_user_metrics
 from fedmerge.evaluation.sums import MetricSums, Variant, metric_sums, paired_difference
 from fedmerge.report.run.final_report import Evaluated, run_report
-from fedmerge.server.choice import SERVED, choose_per_domain, with_served
+from fedmerge.server.choice import FALLBACK, SERVED, Choice, choose_per_domain, with_served
 
 
 def sums(variant: Variant = "unmasked", **ranks: list[int]) -> MetricSums:
@@ -76,3 +79,14 @@ def test_the_report_names_who_is_served_what() -> None:
     plain = run_report(evaluated, fallback=False)
     assert SERVED not in plain
     assert "selected on validation; served: average\n" in plain
+
+
+def test_a_choice_survives_its_file_and_an_incomplete_file_is_refused() -> None:
+    per_domain = choose_per_domain({"a": BETTER, "b": WORSE}, "average", "mrr", fallback=True)
+    rollback = {"from": "average", "to": FALLBACK, "dropped": ["a"]}
+    choice = Choice("mrr", {"average": 0.5}, {"average": "average"}, "average", ["a", "b"], per_domain, {}, rollback)
+    entries = json.loads(json.dumps(choice.to_dict()))
+    assert Choice.from_dict({**entries, "of a later version": 1}) == choice
+    assert choice.fell_back
+    with pytest.raises(RunDirError, match="served, per_domain"):
+        Choice.from_dict({key: value for key, value in entries.items() if key not in ("served", "per_domain")})

@@ -2,51 +2,24 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
 
 from fedmerge.evaluation.sums import EXPERT
 from fedmerge.files import read_json, write_json
 from fedmerge.runs import checkpoints
-from fedmerge.server.choice import FALLBACK, choose, choose_per_domain, dropped_domains, roll_back
+from fedmerge.server.choice import (
+    CHOICE_FILE,
+    FALLBACK,
+    Choice,
+    choose,
+    choose_per_domain,
+    dropped_domains,
+    roll_back,
+)
 from sim.app.server.phases.evaluating import evaluate_models
 from sim.app.server.phases.merging import Merges
 from sim.app.server.run import Run
 
-CHOICE_FILE = "choice.json"
-
 logger = logging.getLogger("fedmerge.server")
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What was selected on validation; as in ``choice.json``.
-
-    Attributes:
-        metric: that decided.
-        validation: label -> score of every merge.
-        best_variants: method -> label of its best variant.
-        served: label of the best merge of all.
-        domains: whose validation decided.
-        per_domain: domain -> which model it is served, the merge or its own expert, with both scores.
-        dropped: domains that are significantly worse with the merge selected first than with their own expert, see
-            :func:`fedmerge.server.choice.dropped_domains`.
-        rollback: what is served in place of that merge, see :func:`fedmerge.server.choice.roll_back`.
-    """
-
-    metric: str
-    validation: Mapping[str, float]
-    best_variants: Mapping[str, str]
-    served: str
-    domains: list[str]
-    per_domain: Mapping[str, Mapping[str, Any]]
-    dropped: Mapping[str, Mapping[str, float]]
-    rollback: Mapping[str, Any] | None
-
-    @property
-    def fell_back(self) -> bool:
-        """True if the rollback led to the per-domain fallback."""
-        return self.rollback is not None and self.rollback["to"] == FALLBACK
 
 
 def validate_and_choose(run: Run, merges: Merges) -> tuple[dict[str, checkpoints.Sums], Choice]:
@@ -64,10 +37,10 @@ def validate_and_choose(run: Run, merges: Merges) -> tuple[dict[str, checkpoints
     validation = evaluate_models(run, "valid", deciding, adapters, merges.sources)
     if found:
         logger.info("already selected on validation: serving %s", found["served"])
-        return {domain: sums for domain, sums in validation.items() if domain in deciding}, Choice(**found)
+        return {domain: sums for domain, sums in validation.items() if domain in deciding}, Choice.from_dict(found)
     run.require_quorum(list(validation))
     choice = _choose(run, merges, validation)
-    write_json(run.folder / CHOICE_FILE, asdict(choice))
+    write_json(run.folder / CHOICE_FILE, choice.to_dict())
     best = ", ".join(choice.best_variants.values())
     logger.info("selected on validation: %s; serving %s. Test is read next, once.", best, choice.served)
     return validation, choice

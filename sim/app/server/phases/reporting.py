@@ -14,9 +14,9 @@ from fedmerge.report.tables import Role
 from fedmerge.report.tracking import track_run
 from fedmerge.runs.checkpoints import Sums
 from fedmerge.runs.dp_spent import not_counted, spent_by_domain
+from fedmerge.server.choice import Choice
 from fedmerge.server.gate import probes
 from sim.app.messages import records
-from sim.app.server.phases.choosing import Choice
 from sim.app.server.phases.merging import Merges
 from sim.app.server.run import Run
 
