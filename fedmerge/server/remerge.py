@@ -1,4 +1,4 @@
-"""Merging again without training again: the experts of a run, or any LoRA adapters of one backbone."""
+"""Merge adapters that exist already: the experts of a run, or any LoRA adapters of one backbone."""
 
 import os
 import secrets
@@ -30,13 +30,13 @@ TURNED_AWAY = "not admitted"
 
 @dataclass(frozen=True)
 class Experts:
-    """Adapters to merge, verified, and what is known about them.
+    """Verified adapters that are to be merged, and their origin.
 
     Attributes:
-        sources: the adapters by domain, and what their folders say about the backbone.
-        excluded: domain -> why it is not among them.
-        run: id of the run they come from, or None.
-        catalog_sha256: domain -> hash of its catalog, as far as known.
+        sources: the adapters by domain, and the settings that their folders share.
+        excluded: domain -> reason why it is left out.
+        run: id of the run that trained them, or None.
+        catalog_sha256: domain -> hash of its catalog, where known.
     """
 
     sources: AdapterFolders
@@ -46,26 +46,26 @@ class Experts:
 
     @property
     def adapters(self) -> Mapping[str, Adapter]:
-        """Domain -> adapter."""
+        """The adapters: domain -> adapter."""
         return self.sources.adapters
 
 
 def experts_of_run(run: Path, exclude: Sequence[str] = ()) -> Experts:
-    """The experts that a run received, whether or not it finished, but for those that its gate kept out of the merges.
+    """Read the experts that a run received, finished or not, except those that its gate excluded.
 
     Args:
-        run: its folder.
+        run: folder of the run.
         exclude: domains to leave out; their folders are not opened.
 
     Raises:
-        RunDirError: the run holds no expert, or a damaged record.
-        ConfigError: ``exclude`` names a domain that has no expert there, or all that have.
-        LayoutMismatchError: an expert that is damaged or not finite.
+        RunDirError: the run has no expert, or a damaged record.
+        ConfigError: ``exclude`` names a domain without an expert, or every domain.
+        LayoutMismatchError: an expert is damaged or not finite.
     """
     folders = {folder.name: folder for folder in (run / "adapters").glob("[!.]*") if folder.is_dir()}
     if not folders:
         raise RunDirError(
-            f"{run}: no adapter in {run / 'adapters'}; the run ended before an expert was received. Run it again."
+            f"{run}: no adapter in {run / 'adapters'}; the run ended before it received an expert. Run it again."
         )
     away = {domain: f"{TURNED_AWAY}: {why}" for domain, why in read_excluded_experts(run).items() if domain in folders}
     folders = {name: folder for name, folder in folders.items() if name not in away}
@@ -79,7 +79,7 @@ def experts_of_run(run: Path, exclude: Sequence[str] = ()) -> Experts:
 
 
 def experts_in(folders: Mapping[str, Path], exclude: Sequence[str] = (), backbone_name: str | None = None) -> Experts:
-    """Any LoRA adapters of one backbone, by the domain that each is to stand for; errors as :func:`experts_of_run`.
+    """Read any LoRA adapters of one backbone, each as the expert of a domain; errors as :func:`experts_of_run`.
 
     Args:
         folders: domain -> PEFT folder.
@@ -87,7 +87,7 @@ def experts_in(folders: Mapping[str, Path], exclude: Sequence[str] = (), backbon
         backbone_name: see :func:`fedmerge.merging.folders.read_folders`.
 
     Raises:
-        DomainError: a name that no domain can have.
+        DomainError: a name is not valid for a domain.
     """
     for name in folders:
         check_name(name)
@@ -95,26 +95,26 @@ def experts_in(folders: Mapping[str, Path], exclude: Sequence[str] = (), backbon
 
 
 def needs_backbone(config: ExperimentConfig) -> bool:
-    """Whether a method of the configuration is learned, so that it runs the backbone on the catalogs."""
+    """Return True if a method of the configuration is learned, so that it runs the backbone on the catalogs."""
     return any(method_named(method).learned for method in config.merge.methods)
 
 
 def catalogs_of(experts: Experts, root: Path) -> dict[str, Catalog]:
-    """The catalog of every expert's domain from a folder of domains or catalogs.
+    """Read the catalog of every expert's domain.
 
     Args:
-        experts: whose.
-        root: holds a folder for each domain.
+        experts: the experts.
+        root: folder with a folder of each domain.
 
     Raises:
-        DomainError: a catalog that is missing, damaged, or not the one that the expert was trained with.
-        PolicyError: a catalog whose manifest says private.
+        DomainError: a catalog is missing, damaged, or not the one that the expert was trained with.
+        PolicyError: the manifest of a catalog says private.
     """
     missing = [domain for domain in experts.adapters if not (root / domain).is_dir()]
     if missing:
         raise DomainError(
-            f"{root}: no catalog of {', '.join(missing)}, which learned merges need. Give --catalogs a folder that "
-            f"holds a folder for each of {', '.join(experts.adapters)}, or merge with --set merge.methods=average."
+            f"{root}: no catalog of {', '.join(missing)}, which learned merges need. Give --catalogs a folder with a "
+            f"folder for each of {', '.join(experts.adapters)}, or merge with --set merge.methods=average."
         )
     catalogs = {}
     for domain in experts.adapters:
@@ -123,7 +123,7 @@ def catalogs_of(experts: Experts, root: Path) -> dict[str, Catalog]:
         expected = experts.catalog_sha256.get(domain, catalog.sha256)
         if catalog.sha256 != expected:
             raise DomainError(
-                f"{root / domain}: the catalog has hash {catalog.sha256[:12]}, in the run it had {expected[:12]}. "
+                f"{root / domain}: the catalog has hash {catalog.sha256[:12]}, expected {expected[:12]} as in the run. "
                 "Give --catalogs the folder with the catalogs of the run."
             )
         catalogs[domain] = catalog
@@ -137,18 +137,18 @@ def merge_again(
     catalogs: Mapping[str, Catalog],
     progress: Callable[[str], None] = lambda line: None,
 ) -> list[Candidate]:
-    """Every merge of the configuration, as a run makes them.
+    """Make every merge of the configuration, as a run makes them.
 
     Args:
-        experts: of :func:`experts_of_run` or :func:`experts_in`.
+        experts: from :func:`experts_of_run` or :func:`experts_in`.
         config: methods and their variants.
-        backbone: needed where :func:`needs_backbone` says so.
-        catalogs: likewise.
-        progress: receives one line now and then.
+        backbone: the backbone of the experts; may be None unless :func:`needs_backbone`.
+        catalogs: domain -> catalog; may be empty unless :func:`needs_backbone`.
+        progress: receives lines about the progress.
 
     Raises:
-        LayoutMismatchError: experts that do not belong together, or another backbone than theirs.
-        MergeError: a merge that cannot be computed.
+        LayoutMismatchError: the experts do not belong together, or the backbone is not theirs.
+        MergeError: a merge cannot be computed.
     """
     if backbone is not None:
         check_backbone("the experts", backbone, experts.sources.backbone_sha256)
@@ -163,26 +163,26 @@ def merge_again(
 
 
 def new_merge_folder(run: Path) -> Path:
-    """``<run>/remerged/<UTC time>-<four random hex digits>``."""
+    """Return a new path ``<run>/remerged/<UTC time>-<four random hex digits>``."""
     return run / REMERGED / f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
 
 
 def write_merges(
     candidates: Sequence[Candidate], experts: Experts, config: ExperimentConfig, folder: Path
 ) -> dict[str, Path]:
-    """Write merges and the settings they were made with, all of them or none.
+    """Write merges and their settings, all of them or none.
 
     Args:
-        candidates: of :func:`merge_again`.
-        experts: what they were made of.
-        config: goes into ``config.toml`` with the domains that took part.
-        folder: made; must be absent or empty.
+        candidates: from :func:`merge_again`.
+        experts: the merged experts.
+        config: settings for ``config.toml``, which gets the domains that took part.
+        folder: absent or empty.
 
     Returns:
-        label -> PEFT folder.
+        Label -> PEFT folder.
 
     Raises:
-        RunDirError: the folder holds something, or cannot be written; nothing is left behind.
+        RunDirError: the folder is not empty, or cannot be written; then nothing is left behind.
     """
     names = {candidate.label: candidate.label.replace(" ", "-") for candidate in candidates}
     with new_folder(folder) as partial:
@@ -197,7 +197,7 @@ def write_merges(
 
 
 def settings_of(experts: Experts, config: ExperimentConfig) -> ExperimentConfig:
-    """The settings of a run with the domains that took part in a merge."""
+    """Return the settings of a run with the domains that took part in a merge."""
     domains = tuple(experts.adapters)
     unseen = tuple(domain for domain in config.domains.unseen if domain not in domains)
     enough = min(config.server.min_train_clients, len(domains))
@@ -219,9 +219,9 @@ def _experts(
     unknown = [domain for domain in exclude if domain not in folders]
     if unknown:
         raise ConfigError(
-            f"--exclude {' '.join(unknown)}: there is no adapter of that name. There are: {', '.join(sorted(folders))}."
+            f"--exclude {' '.join(unknown)}: found no such adapter, expected some of {', '.join(sorted(folders))}."
         )
     kept = {domain: folders[domain] for domain in sorted(folders) if domain not in exclude}
     if not kept:
-        raise ConfigError(f"--exclude leaves none of {', '.join(sorted(folders))}. Leave at least one in.")
+        raise ConfigError(f"--exclude names all of {', '.join(sorted(folders))}. Take at least one name off the list.")
     return Experts(read_folders(kept, backbone_name), dict.fromkeys(exclude, WITHDRAWN), run, catalogs)
