@@ -1,9 +1,9 @@
-"""What Flower's deployment engine costs: seconds a phase of a federation of two clients, beside Flower's own floor.
+"""Cost of Flower's deployment engine: seconds per phase of a federation of two clients, beside Flower's own floor.
 
-One federation: operator with nginx and TLS, two clients with registered keys, each on a machine of its own (a network
-namespace) where that is permitted. First an app that the clients have not approved asks both something a few times;
-they refuse at once, so that is the floor: the way there and back, made of Flower's polls (3 s). Then a whole tiny
-experiment.
+One federation: an operator with nginx and TLS and two clients with registered keys, each on a machine of its own (a
+network namespace) if that is permitted. First an app that the clients have not approved sends both a few requests,
+which they refuse at once. That is the floor: the round trip, which consists of Flower's polls (3 s). Then a whole tiny
+experiment runs.
 
     python benchmarks/federation/bench_deployment.py [--rounds 5]
 """
@@ -71,10 +71,10 @@ ANSWERED = re.compile(r"(query\.\w+|train|evaluate): 2 of 2 answered \(.*, (\d+)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5, help="of the app that does nothing (default: 5)")
+    parser.add_argument("--rounds", type=int, default=5, help="requests of the app that does nothing (default: 5)")
     options = parser.parse_args()
     if not has_nginx():
-        print("nginx is not installed: nothing is measured")
+        print("nothing is measured: nginx is not installed")
         return
     with tempfile.TemporaryDirectory(prefix="fedmerge-") as folder:
         in_namespaces = not why_no_namespaces()
@@ -87,7 +87,7 @@ def main() -> None:
             federation.wait_for_clients()
             print("machines: " + ("network namespaces" if in_namespaces else "the loopback"))
             floor = sorted(float(seconds) for seconds in _measure_floor(federation, Path(folder), options.rounds))
-            print(f"floor: median {floor[len(floor) // 2]:.1f} s a phase ({floor[0]:.1f} to {floor[-1]:.1f})")
+            print(f"floor: median {floor[len(floor) // 2]:.1f} s per phase ({floor[0]:.1f} to {floor[-1]:.1f})")
             output = federation.fedmerge("run", *federation.settings("measured"), "--federation", "prod")
             for phase, seconds in ANSWERED.findall(output):
                 print(f"{phase}: {seconds} s, {float(seconds) - floor[len(floor) // 2]:.1f} s over the floor")

@@ -1,13 +1,13 @@
-"""What happens when something dies in a federation on machines: each kind of process at each phase, and a cut cable.
+"""Faults in a federation of several machines: each kind of process is killed at each phase, and a cable is cut.
 
-For each case one run of a tiny experiment on three machines (network namespaces): when the phase is reached, the
-process is killed with kill -9, or the cable pulled out for a minute; the SuperLink is started again as systemd would,
-clients have supervisors of their own; a run that ended as failed is resumed once. The table says how each ended, how
-long after the fault the phase was over, and how many trainings began anew instead of going on.
+Each case is one run of a tiny experiment on three machines (network namespaces). When the phase is reached, the process
+is killed with kill -9, or the cable is pulled out for a minute. The SuperLink is started again as systemd would do;
+clients have supervisors of their own; a failed run is resumed once. The table shows how each run ended, the time from
+the fault to the end of the phase, and how many trainings restarted from the first step instead of resuming.
 
     python benchmarks/federation/bench_faults.py [--only superlink:train client:test …]
 
-A case takes two minutes or so on an idle machine of two cores, and all together about half an hour.
+A case takes about two minutes on an idle machine with two cores, all cases about half an hour.
 """
 
 import argparse
@@ -25,11 +25,11 @@ from deploy_hosts import has_nginx, kill, network, processes_of, wait_for, why_n
 
 CUT_SECONDS = 60.0
 MOST_SECONDS = 900.0
-PHASES = {  # what the run's log says when a phase has begun, and what it says when the phase is over
+PHASES = {  # texts in the run's log that mark the beginning and the end of a phase
     "gather": ("waiting for 2 nodes", "2 nodes are connected"),
     "train": ("training: ", "evaluating on valid"),
-    "validate": ("evaluating on valid", "validation chose"),
-    "test": ("Test is read now", "done in"),
+    "validate": ("evaluating on valid", "selected on validation"),
+    "test": ("Test is read next", "done in"),
 }
 PROGRAMS = {
     "superlink": "flower-superlink",
@@ -41,19 +41,19 @@ PROGRAMS = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a case ended.
+    """Outcome of a case.
 
     Attributes:
-        first: how the run ended that the fault hit: ``completed`` or ``failed``.
-        resumed: whether it was resumed, and completed then.
-        recovery_seconds: from the fault to the end of the phase that it hit.
-        begun_anew: trainings that did not go on from where they were.
+        first: end of the run in which the fault happened: ``completed`` or ``failed``.
+        resumed: True if it was resumed and then completed.
+        recovery_seconds: from the fault to the end of its phase.
+        restarted: trainings that started again from the first step.
     """
 
     first: str
     resumed: bool
     recovery_seconds: float
-    begun_anew: int
+    restarted: int
 
 
 def main() -> None:
@@ -62,9 +62,9 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=cases, choices=cases, metavar="WHAT:PHASE")
     options = parser.parse_args()
     if why := why_no_namespaces() or ("" if has_nginx() else "nginx is not installed"):
-        print(f"{why}: nothing is measured")
+        print(f"nothing is measured: {why}")
         return
-    print("| killed | phase | the run | resumed | seconds to the end of the phase | trainings begun anew |")
+    print("| killed | phase | the run | resumed | seconds to the end of the phase | restarted trainings |")
     print("|---|---|---|---|---|---|")
     for number, case in enumerate(options.only):
         what, _, phase = case.partition(":")
@@ -74,11 +74,11 @@ def main() -> None:
         ):
             found = measure(Federation(machines), what, phase, f"case-{number}")
         resumed = "yes" if found.resumed else "-"
-        print(f"| {what} | {phase} | {found.first} | {resumed} | {found.recovery_seconds:.0f} | {found.begun_anew} |")
+        print(f"| {what} | {phase} | {found.first} | {resumed} | {found.recovery_seconds:.0f} | {found.restarted} |")
 
 
 def measure(federation: Federation, what: str, phase: str, run_id: str) -> Outcome:
-    """One case, in a federation of its own."""
+    """Run one case in a federation of its own."""
     federation.prepare(steps=20)
     federation.start_operator()
     for domain in federation.domains:
@@ -109,7 +109,7 @@ def measure(federation: Federation, what: str, phase: str, run_id: str) -> Outco
 
 
 def _break(federation: Federation, what: str) -> None:
-    """Do the harm, and what a supervisor does about it."""
+    """Cause the fault, and do what a supervisor does about it."""
     machines = federation.network
     if what == "cable":
         host = federation.organisations[federation.domains[0]]
@@ -123,12 +123,12 @@ def _break(federation: Federation, what: str) -> None:
 
 
 def _victims(mark: str, what: str) -> list[int]:
-    """One living process of this kind, if there is any."""
+    """Return one living process of this kind, or none."""
     return (workers_of(mark) if what == "client" else processes_of(mark, PROGRAMS[what]))[:1]
 
 
 def _when(log: Path, text: str, otherwise: float) -> float:
-    """Seconds from now back to when the log said something, as the distance to ``otherwise`` seconds ago."""
+    """Return the seconds from ``otherwise`` seconds ago to the last line with this text; without one, ``otherwise``."""
     stamped = [line for line in log.read_text().splitlines() if text in line]
     if not stamped:
         return otherwise

@@ -1,11 +1,11 @@
-"""What a benchmark's harness costs: `fedmerge bench` on a grid of 20 cells, against the sum of its cells' own work.
+"""Overhead of the benchmark harness: `fedmerge bench` on a grid of 20 cells, against the work of its cells alone.
 
     python benchmarks/federation/bench_harness.py
 
-A turn is the whole command: Python's start, imports, Ray's start, the workers' imports, handing out cells, choices,
-tables, report, and Ray's end. Own work is what the cells take in their workers, backbone and domains included. The
-command gets as many CPUs as a cell has threads, so there is one at a time. Nothing is trained: the experts are random
-adapters that lie there (bench_scaling.py times Flower's start). `--users` and `--items` set a cell's length.
+A turn is the whole command: Python's start, imports, Ray's start, the workers' imports, distributing cells, selections,
+tables, report, and Ray's end. Own work is the time of the cells in their workers, including backbone and domains. The
+command gets as many CPUs as a cell has threads, so that one cell runs at a time. Nothing is trained: the experts are
+random adapters on disk (bench_scaling.py times Flower's start). `--users` and `--items` set the length of a cell.
 """
 
 import argparse
@@ -66,8 +66,8 @@ def main() -> None:
     """Time the turns and print the shares."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--users", type=int, default=400, help="of a domain and split")
-    parser.add_argument("--items", type=int, default=1000, help="of a domain")
+    parser.add_argument("--users", type=int, default=400, help="users per domain and split")
+    parser.add_argument("--items", type=int, default=1000, help="items per domain")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -80,7 +80,7 @@ def main() -> None:
 
 
 def prepare(place: Path, options: argparse.Namespace) -> None:
-    """Domains, the benchmark, and its folder as it is after the training."""
+    """Write domains, the benchmark, and its folder in the state after training."""
     write_demo(place / "domains", num_domains=3, num_users=options.users, num_items=options.items)
     (place / "experiment.toml").write_text(EXPERIMENT.format(users=options.users, threads=options.threads))
     (place / "bench.toml").write_text(BENCH)
@@ -110,7 +110,7 @@ def prepare(place: Path, options: argparse.Namespace) -> None:
 
 
 def turn(place: Path, number: int) -> float:
-    """The whole command once; what it took more than its cells, as a share of those."""
+    """Run the whole command once; return its time beyond that of its cells, as a share of theirs."""
     shutil.copytree(place / "begun", place / str(number))
     command = [sys.executable, "-m", "fedmerge.cli", "bench", "bench.toml", "--out", str(number)]
     started = time.monotonic()

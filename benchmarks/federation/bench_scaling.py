@@ -1,13 +1,13 @@
-"""What a federation costs as it grows: seconds, memory and bytes, end to end through `fedmerge run`.
+"""Cost of a federation by its number of domains: seconds, memory and bytes, end to end through `fedmerge run`.
 
     python benchmarks/federation/bench_scaling.py --num-domains 10 50 200
 
-Small demo domains, the demo backbone, two training steps a client: what is measured is everything but the training. For
-each size: seconds in all and a domain, by phase; CPU seconds, which a busy machine changes less; the memory of the
-process that holds server, Flower and Ray driver (its resident set, and what of that is its own: heap and stacks), of
-the largest client process, and of the SuperLink; bytes that left a client and that were sent to it; the run folder.
-Beside them Flower's own floor, measured on two cores with an app that does nothing: 4.6 ms a message of 4 KB, 32 ms a
-message of 1 MB.
+Domains are small demo domains, the backbone is the demo's, and each client trains two steps, so that everything but the
+training is measured. For each size: seconds in total, per domain and by phase; CPU seconds, which depend less on other
+load; the memory of the process with server, Flower and Ray driver (resident set, and the private part of it: heap and
+stacks), of the largest client process, and of the SuperLink; bytes from and to a client; the size of the run folder.
+For comparison, Flower's own floor, measured on two cores with an app that does nothing: 4.6 ms per message of 4 KB, 32
+ms per message of 1 MB.
 """
 
 import argparse
@@ -33,10 +33,10 @@ from fedmerge.domain.demo import write_demo
 from fedmerge.encoder.demo_backbone import write_demo_backbone
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-VARIABLE = "FEDMERGE_BENCH"  # every process of a run inherits it
+VARIABLE = "FEDMERGE_BENCH"  # environment variable that every process of a run inherits
 SAMPLE_SECONDS = 0.5
-FLOOR_SECONDS = {4_000: 0.0046, 1_000_000: 0.032}  # bytes -> seconds a message
-MESSAGES = 4  # a domain: describe, train, evaluate on validation and on test
+FLOOR_SECONDS = {4_000: 0.0046, 1_000_000: 0.032}  # bytes -> seconds per message
+MESSAGES = 4  # per domain: describe, train, evaluate on validation and on test
 
 SETTINGS = {
     "text.max_tokens": 64,
@@ -54,7 +54,7 @@ SETTINGS = {
     "runtime.precision": "float32",
     "runtime.server_threads": 1,
 }
-PHASES = {  # the line of the run's log that begins it
+PHASES = {  # beginning of the phase's first line in the run's log
     "gather": "waiting for ",
     "train": "training: ",
     "merge": "train: ",  # the last of these lines
@@ -65,7 +65,7 @@ PHASES = {  # the line of the run's log that begins it
 
 
 def processes(mark: str) -> Iterator[int]:
-    """Every process that inherited the mark."""
+    """Yield every process that inherited the mark."""
     entry = f"{VARIABLE}={mark}".encode()
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
@@ -74,7 +74,7 @@ def processes(mark: str) -> Iterator[int]:
 
 
 def sample(pid: int) -> tuple[str, dict[str, float]]:
-    """What a process is; its resident set and its own part of that, in MB (10^6 bytes); its CPU seconds so far."""
+    """Return the kind of a process, its resident and private memory in MB (10^6 bytes), and its CPU seconds so far."""
     command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
     kind = next(
         (kind for kind in ("flwr-simulation", "ray::ClientAppActor", "flower-superlink") if kind in command), ""
@@ -88,7 +88,7 @@ def sample(pid: int) -> tuple[str, dict[str, float]]:
 
 
 def run(folder: Path, num_domains: int, options: argparse.Namespace) -> dict[str, float | str]:
-    """One federation; the figures of its row."""
+    """Run one federation; return the figures of its row."""
     domains = folder / f"domains-{num_domains}"
     generated = time.perf_counter()
     names = write_demo(
@@ -113,7 +113,7 @@ def run(folder: Path, num_domains: int, options: argparse.Namespace) -> dict[str
     command = [sys.executable, "-m", "fedmerge.cli", "run", "empty.toml", "--app", str(REPOSITORY), "--set", *settings]
     environment = {**os.environ, VARIABLE: mark, "PYTHONPATH": str(REPOSITORY)}
     peaks: dict[tuple[str, int], dict[str, float]] = {}
-    curve: list[tuple[float, float]] = []  # seconds, MB of the server's own
+    curve: list[tuple[float, float]] = []  # seconds, private MB of the server
     started = time.perf_counter()
     with (folder / f"output-{num_domains}.log").open("w") as output:
         process = subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT)
@@ -164,13 +164,13 @@ def run(folder: Path, num_domains: int, options: argparse.Namespace) -> dict[str
 
 
 def floor_seconds(sizes: list[float]) -> float:
-    """What Flower alone takes for messages of these sizes, on a line through its two measured points."""
+    """Return Flower's own seconds for messages of these sizes, on a line through two measured points."""
     (small, low), (large, high) = FLOOR_SECONDS.items()
     return sum(low + max(0.0, size - small) * (high - low) / (large - small) for size in sizes)
 
 
 def phase_seconds(log: Path) -> dict[str, float]:
-    """Seconds of each phase, from the times in the run's log (whole seconds)."""
+    """Return the seconds of each phase, from the times in the run's log (whole seconds)."""
     begins: dict[str, datetime] = {}
     for line in log.read_text(encoding="utf-8").splitlines():
         found = re.match(r"(\d\d:\d\d:\d\d) (.*)", line)
@@ -186,17 +186,19 @@ def phase_seconds(log: Path) -> dict[str, float]:
 
 
 def size_of(folder: Path) -> int:
-    """Bytes of all files."""
+    """Return the bytes of all files."""
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def main() -> None:
-    """Run the federations, one after the other, and print a row for each as it ends."""
+    """Run the federations one after the other, and print a row when each ends."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--num-domains", type=int, nargs="+", default=[5])
     parser.add_argument("--num-users", type=int, default=60)
     parser.add_argument("--num-items", type=int, default=40)
-    parser.add_argument("--folder", type=Path, default=None, help="kept (default: a temporary one, removed)")
+    parser.add_argument(
+        "--folder", type=Path, default=None, help="for the files (default: a temporary folder, removed at the end)"
+    )
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of the experiment")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="fedmerge-scale-") as temporary:

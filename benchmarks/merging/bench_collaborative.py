@@ -1,13 +1,13 @@
-"""What one step of MergeRec costs, for 2, 8 and 32 domains, against one plain LoRA forward and backward.
+"""Cost of one MergeRec step for 2, 8 and 32 domains, against one plain LoRA forward and backward pass.
 
     python benchmarks/merging/bench_collaborative.py
     python benchmarks/merging/bench_collaborative.py --rows    # TIES, PCB, Localize-and-Stitch and dense rows as well
 
-A backbone of MiniLM's size (6 layers, width 384, vocabulary 30,522; random weights from a configuration) and LoRA
+The backbone has MiniLM's size (6 layers, width 384, vocabulary 30,522; random weights from a configuration), with LoRA
 of rank 8 on query and value. A step encodes 16 pseudo-users and updates the merging coefficients; the plain step is
 PEFT's LoRA on the same batch, one domain, with the gradients of A and B and no optimiser. All are timed in turn in one
-run, so that a machine that slows down slows all of them; what counts is the ratio. "dense" are the TIES rows as K
-full matrices a module, the alternative to keeping them sparse.
+run, so that a slower machine slows all of them; the ratio counts. "dense" are the TIES rows as K full matrices per
+module, the alternative to sparse rows.
 """
 
 import argparse
@@ -46,7 +46,7 @@ RANK, BATCH, NUM_ITEMS, WIDTH = 8, 16, 2000, 384
 
 
 def build_backbone(device: str, precision: str) -> Backbone:
-    """Random weights of MiniLM's shape; no tokenizer is needed."""
+    """Return a backbone of MiniLM's shape with random weights and without a tokenizer."""
     config = BertConfig(hidden_size=WIDTH, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536)
     compute = resolve_compute(device, precision)
     model = BertModel(config, add_pooling_layer=False).train(False).requires_grad_(False).to(compute.device)
@@ -55,7 +55,7 @@ def build_backbone(device: str, precision: str) -> Backbone:
 
 
 def build_stack(num_domains: int) -> Stack:
-    """Random experts on query and value."""
+    """Return random experts on query and value."""
     rng = torch.Generator().manual_seed(0)
     names = [f"encoder.layer.{i}.attention.self.{part}" for i in range(6) for part in ("query", "value")]
     return stack_adapters(
@@ -74,7 +74,7 @@ def build_stack(num_domains: int) -> Stack:
 
 
 def dense_forward(rows: SparseRows) -> Forward:
-    """What ``merged_forward`` does, from K dense matrices a module, made once and kept."""
+    """Do the same as ``merged_forward`` with K dense matrices per module, made once."""
     each = torch.eye(len(rows.domains), device=next(iter(rows.modules.values())).values.device)
     dense = {name: torch.stack([module.weighted_sum(one) for one in each]) for name, module in rows.modules.items()}
 
@@ -100,7 +100,7 @@ def dense_forward(rows: SparseRows) -> Forward:
 def collaborative_step(
     backbone: Backbone, rows: Vectors, sequences: list[np.ndarray], forward: Forward = merged_forward
 ) -> Callable[[], None]:
-    """One step as ``learn_coefficients`` takes it, layer-wise, catalogs of NUM_ITEMS items."""
+    """Return one step of ``learn_coefficients``: layer-wise, with catalogs of NUM_ITEMS items."""
     num_domains, device = len(rows.domains), backbone.compute.device
     coefficients = torch.full((num_domains, len(rows.groups)), 0.2, device=device, requires_grad=True)
     optimizer = torch.optim.Adam([coefficients], lr=1e-3)
@@ -121,7 +121,7 @@ def collaborative_step(
 
 
 def plain_step(device: str, precision: str, sequences: list[np.ndarray]) -> Callable[[], None]:
-    """Forward and backward of PEFT's LoRA on the same batch."""
+    """Return a forward and backward pass of PEFT's LoRA on the same batch."""
     backbone = build_backbone(device, precision)
     get_peft_model(backbone.model, LoraConfig(r=RANK, lora_alpha=16, target_modules=["query", "value"]))
     trained = [parameter for parameter in backbone.model.parameters() if parameter.requires_grad]
@@ -136,7 +136,7 @@ def plain_step(device: str, precision: str, sequences: list[np.ndarray]) -> Call
 
 
 def seconds(step: Callable[[], None], device: torch.device) -> float:
-    """CPU seconds of one step, which a busy machine leaves alone; on a GPU wall time."""
+    """Return the CPU seconds of one step, which do not depend on other load; on a GPU, wall time."""
     clock = time.perf_counter if device.type == "cuda" else time.process_time
     start = clock()
     step()

@@ -1,12 +1,12 @@
 """Time and memory of training-free merges.
 
-    python benchmarks/merging/bench_merging.py                    # core space against full space as modules get wider
-    python benchmarks/merging/bench_merging.py --many             # `fedmerge merge` of a hundred adapters, every method
+    python benchmarks/merging/bench_merging.py                    # core space against full space by module width
+    python benchmarks/merging/bench_merging.py --many             # `fedmerge merge` of 100 adapters, every method
 
 ``--many`` writes 100 adapters of rank 8 on query and value of a backbone of RoBERTa-base's size, built from its
 configuration: 24 modules of 768 × 768, 5.7 GB if all updates were dense at once. Each case is the whole command in a
-process of its own, so that its peak resident memory is its own, PyTorch and PEFT (0.4 GiB) included. Random factors;
-the memory does not depend on values.
+process of its own, so that the peak resident memory is that of the case; it includes PyTorch and PEFT (0.4 GiB). The
+factors are random, since the memory does not depend on values.
 """
 
 import argparse
@@ -32,7 +32,7 @@ Shapes = dict[str, tuple[int, int]]
 
 
 def roberta_base(layers: int) -> Shapes:
-    """Module -> (out, in) of query and value."""
+    """Return module -> (out, in) of query and value."""
     with torch.device("meta"):
         model = RobertaModel(RobertaConfig(num_hidden_layers=layers), add_pooling_layer=False)
     linear = {name: layer for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)}
@@ -44,7 +44,7 @@ def roberta_base(layers: int) -> Shapes:
 
 
 def random_adapter(shapes: Shapes, rank: int, seed: int) -> Adapter:
-    """Normal factors."""
+    """Return an adapter with normal factors."""
     rng = torch.Generator().manual_seed(seed)
     return Adapter(
         {
@@ -59,7 +59,7 @@ def random_adapter(shapes: Shapes, rank: int, seed: int) -> Adapter:
 
 
 def many(options: argparse.Namespace) -> None:
-    """Every case in a process of its own; a table."""
+    """Run every case in a process of its own, and print a table."""
     shapes = roberta_base(options.layers)
     print(
         f"{options.domains} adapters of rank {options.rank}, {len(shapes)} modules of {next(iter(shapes.values()))}, "
@@ -89,7 +89,7 @@ def many(options: argparse.Namespace) -> None:
 
 
 def measured(arguments: list[str]) -> tuple[int, Any, str]:
-    """Exit code, what the process used (its own peak, not that of an earlier one), and what it printed."""
+    """Return the exit code, the resources used (own peak, not that of an earlier process), and the output."""
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     with tempfile.TemporaryFile("w+") as printed:
         process = subprocess.Popen([sys.executable, "-m", "fedmerge.cli", *arguments], stdout=printed, env=environment)
@@ -100,7 +100,7 @@ def measured(arguments: list[str]) -> tuple[int, Any, str]:
 
 
 def widths(options: argparse.Namespace) -> None:
-    """One module of growing width, in both spaces."""
+    """Merge one module of growing width, in both spaces."""
     print(
         f"{options.few} adapters of rank {options.rank}, one module, {torch.get_num_threads()} threads, seconds of CPU"
     )
@@ -123,7 +123,7 @@ def widths(options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """See the module's text."""
+    """Run one of both benchmarks."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--many", action="store_true", help="many adapters, each method in a process of its own")
     parser.add_argument("--methods", default=",".join(name for name, row in METHODS.items() if not row.learned))
@@ -131,7 +131,7 @@ def main() -> None:
     parser.add_argument("--domains", type=int, default=100, help="with --many")
     parser.add_argument("--layers", type=int, default=12, help="with --many")
     parser.add_argument("--output-rank", default="64", help="with --many")
-    parser.add_argument("--scopes", default="tensor,model", help="with --many, of methods with thresholds")
+    parser.add_argument("--scopes", default="tensor,model", help="with --many, for methods with thresholds")
     parser.add_argument("--spaces", default="full", help="with --many")
     parser.add_argument("--few", type=int, default=8, help="adapters without --many")
     parser.add_argument("--widths", default="512,1024,2048", help="without --many")

@@ -1,10 +1,10 @@
-"""How much rounding lets one user change what everybody else adds to a clipped sum: bfloat16 against float32.
+"""Influence of one user, through rounding, on the other users' part of a clipped sum: bfloat16 against float32.
 
     python benchmarks/privacy/bench_dp_rounding.py
 
-Who takes part in a step decides how batches are padded, and so how gradients are rounded. For some users, of the
-clipped sums with and without them: the norm of the difference, less what the user adds alone, over the clip norm.
-DP-SGD promises 0. Training makes its steps in float32 (fedmerge.client.training.dp_sgd.private_steps).
+The users of a step determine the padding of its batches, and so the rounding of the gradients. The clipped sums with
+and without a user are compared: the norm of their difference minus the user's own part, divided by the clip norm.
+DP-SGD assumes 0. Training makes its steps in float32 (fedmerge.client.training.dp_sgd.private_steps).
 """
 
 import argparse
@@ -34,7 +34,7 @@ def main() -> None:
     """Print a line for each precision."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--users", type=int, default=300)
-    parser.add_argument("--left-out", type=int, default=6, help="how many users are left out, one at a time")
+    parser.add_argument("--left-out", type=int, default=6, help="number of users that are left out, one at a time")
     options = parser.parse_args()
     source = load_config(Path(__file__).resolve().parents[2] / "configs" / "demo.toml").backbone.source
     demo = generate_domain("toys", num_users=options.users + 100, num_items=200)
@@ -52,7 +52,7 @@ def main() -> None:
 def measured(
     domain: LocalDomain, precision: Literal["float32", "bfloat16"], num_users: int, left_out: int
 ) -> list[float]:
-    """For each user who is left out, how much the others' sum moves, as a share of the clip norm."""
+    """Return, for each left-out user, the change of the others' sum as a share of the clip norm."""
     domain = replace(domain, backbone=replace(domain.backbone, compute=resolve_compute("cpu", precision)))
     model = attach(domain.backbone, ("query", "value"), 8, 16, 0)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -1,13 +1,13 @@
-"""What privacy settings cost on demo domains, over seeds: how adapters travel, and local steps in place of exact ones.
+"""Cost of privacy settings on demo domains, over seeds: coding of adapters, and local steps in place of exact ones.
 
     python benchmarks/privacy/bench_privacy.py transport
     python benchmarks/privacy/bench_privacy.py local-steps
 
-Four demo domains train experts on the bundled demo backbone. ``transport``: each expert is packed and unpacked as it
-would travel, and the average of what arrives is evaluated. ``local-steps``: MergeRec's coefficients, layer-wise,
-learned with one message a step and with several steps a message; each client's part is computed as it computes it.
-Means over the domains' test users; differences are to the first row, paired by seed, ± their standard deviation over
-seeds.
+Four demo domains train experts on the bundled demo backbone. ``transport``: each expert is packed and unpacked as for
+transport, and the average of the received experts is evaluated. ``local-steps``: MergeRec's layer-wise coefficients are
+learned with one message per step and with several steps per message; each client's part is computed as on the client.
+Means are over the domains' test users; differences are to the first row, paired by seed, ± their standard deviation
+over seeds.
 """
 
 import argparse
@@ -41,11 +41,11 @@ DENSITIES = (0.5, 0.25, 0.1)
 LOCAL_STEPS = (5, 10, 25)
 
 Made = Mapping[str, tuple[Adapter, Sequence[float]]]
-"""Row of the table -> merge, and what stands in the row besides its accuracy."""
+"""Row of the table -> merge, and the two numbers in the row beside its accuracy."""
 
 
 def by_transport(backbone: Backbone, config: ExperimentConfig, experts: Mapping[str, Adapter], _: object) -> Made:
-    """The average of what arrives; bytes of one adapter and mean residual."""
+    """Average the received experts; the numbers are bytes of one adapter and mean residual."""
     start = fresh_adapter(backbone, config.lora, config.seed)
     codings = {"float32": Coding("float32"), "float16": Coding("float16"), "int8": Coding("int8")}
     codings |= {f"top-k {density:g}": Coding("top-k", density, start) for density in DENSITIES}
@@ -62,7 +62,10 @@ def by_transport(backbone: Backbone, config: ExperimentConfig, experts: Mapping[
 def by_local_steps(
     backbone: Backbone, config: ExperimentConfig, experts: Mapping[str, Adapter], domains: Sequence[LocalDomain]
 ) -> Made:
-    """MergeRec; messages to a client, and how far the coefficients are from the exact ones, of the way those went."""
+    """Learn MergeRec; the numbers are messages to a client, and the distance to the exact coefficients.
+
+    The distance is relative to that between the exact coefficients and the start.
+    """
     settings = replace(PAPER, granularity="layer", steps=100, learning_rate=1e-2, seed=config.seed)
     vectors = stack_adapters(experts)
     tables = {domain.manifest.name: domain.table for domain in domains}
@@ -96,7 +99,7 @@ def by_local_steps(
                 )
                 for name in vectors.domains
             ]
-            at = at + torch.stack(changes).mean(dim=0)  # the demo's catalogs are of one size
+            at = at + torch.stack(changes).mean(dim=0)  # the demo's catalogs have equal sizes
         away = float(torch.linalg.norm(at - exact)) / way
         made[f"{steps} local steps"] = (linear_merge(vectors, at), (settings.steps // steps, away))
     return made
@@ -113,7 +116,7 @@ TABLES: dict[str, tuple[Table, tuple[str, str]]] = {
 def one_seed(
     backbone: Backbone, root: Path, seed: int, table: str, options: argparse.Namespace
 ) -> dict[str, list[float]]:
-    """Row -> what stands in it, and mean Recall@10 and NDCG@10 of its merge."""
+    """Return row -> its two numbers, and mean Recall@10 and NDCG@10 of its merge."""
     names = write_demo(root, num_domains=4, num_users=options.users, num_items=200, seed=seed)
     training = {"train.max_steps": options.steps, "train.learning_rate": 0.005, "train.batch_size": 32}
     config = from_flat({**training, "seed": seed, "mergerec.preset": "paper"})
@@ -159,10 +162,10 @@ def print_table(table: str, options: argparse.Namespace) -> None:
         values = np.array([seed[label] for seed in found])  # (seeds, 4)
         differences = values - np.array([seed[labels[0]] for seed in found])
         spread = differences.std(axis=0, ddof=1) if len(found) > 1 else np.zeros(4)
-        told = [f"{values[:, 0].mean():,.0f}", f"{values[:, 1].mean():.4f}"]
+        shown = [f"{values[:, 0].mean():,.0f}", f"{values[:, 1].mean():.4f}"]
         for column in (2, 3):
-            told += [f"{values[:, column].mean():.4f}", f"{differences[:, column].mean():+.4f} ± {spread[column]:.4f}"]
-        print(f"| {label} | " + " | ".join(told) + " |", flush=True)
+            shown += [f"{values[:, column].mean():.4f}", f"{differences[:, column].mean():+.4f} ± {spread[column]:.4f}"]
+        print(f"| {label} | " + " | ".join(shown) + " |", flush=True)
 
 
 if __name__ == "__main__":

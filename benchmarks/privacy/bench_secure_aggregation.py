@@ -1,12 +1,12 @@
-"""What a secure sum costs a client and the server, beside plain aggregation.
+"""Cost of a secure sum for a client and the server, beside plain aggregation.
 
     python benchmarks/privacy/bench_secure_aggregation.py --clients 3 10 50
 
-Adapters of rank 8 on query and value of an encoder of MiniLM's size: twelve modules of 384 × 384. Every client of a sum
-does its whole part, in turn, in this process; bytes are those of its messages, keys, shares and names included. "Up" is
-what a client sends, "down" what it gets for the sum; the adapter that it trained or will train on is not in it. Plain
-aggregation sends A and B (or B), and the server sums them exactly. One client in ten drops out before it sends its
-masked values (of three none can). Seconds are of one thread, by CPU clock; nothing is sent over a network.
+Adapters have rank 8 on query and value of an encoder of MiniLM's size: twelve modules of 384 × 384. Every client of a
+sum does its whole part, in turn, in this process. Bytes are those of its messages, including keys, shares and names:
+"up" from the client, "down" to it for the sum, without the adapter that it trained or will train on. Plain aggregation
+sends A and B (or B), and the server sums them exactly. One client in ten drops out before it sends its masked values
+(with three clients, none may). Seconds are CPU seconds of one thread; nothing is sent over a network.
 """
 
 import argparse
@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 @dataclass
 class Cost:
-    """Seconds of every client and of the server; bytes of a client."""
+    """Seconds of every client and of the server, and bytes of a client."""
 
     clients: dict[str, float] = field(default_factory=dict)
     server: float = 0.0
@@ -44,7 +44,7 @@ class Cost:
     down: int = 0
 
     def timed(self, client: str | None, call: Callable[[], T]) -> T:
-        """Do it, and charge the client or, None, the server."""
+        """Make the call, and charge the client, or the server if ``client`` is None."""
         started = time.process_time()
         done = call()
         spent = time.process_time() - started
@@ -56,7 +56,7 @@ class Cost:
 
 
 def random_adapter(seed: int, shared_A: bool) -> Adapter:  # A of LoRA
-    """Normal factors; A drawn alike for all, where it is shared."""
+    """Return normal factors; a shared A is the same for every seed."""
     rng_A, rng_B = (torch.Generator().manual_seed(number) for number in (0 if shared_A else seed, 1000 + seed))
     return Adapter(
         {
@@ -71,7 +71,7 @@ def random_adapter(seed: int, shared_A: bool) -> Adapter:  # A of LoRA
 
 
 def secure(adapters: dict[str, Adapter], summed: Summed, dropped: set[str]) -> tuple[Cost, float]:
-    """The cost, and the largest error of the mean."""
+    """Return the cost and the largest error of the mean."""
     cost = Cost()
     first = next(iter(adapters.values()))
     session = cost.timed(None, lambda: new_session(dict.fromkeys(adapters, 1.0), num_summed(summed, first), 8.0))
@@ -79,7 +79,7 @@ def secure(adapters: dict[str, Adapter], summed: Summed, dropped: set[str]) -> t
     states: dict[str, ClientState] = {}
     keys: dict[str, Advertisement] = {}
     boxes: dict[str, dict[str, bytes]] = {}
-    told: dict[str, Revealed] = {}
+    revealed: dict[str, Revealed] = {}
     for client in adapters:
         states[client], keys[client] = cost.timed(client, lambda client=client: advertise(session, client))  # type: ignore[misc]  # a default binds the loop's variable
     for client in adapters:
@@ -103,18 +103,18 @@ def secure(adapters: dict[str, Adapter], summed: Summed, dropped: set[str]) -> t
             cost.up += records.size_bytes(secure_records.masked_record(sent))
             cost.down += records.size_bytes(secure_records.boxes_record(relayed))
     for client in sorted(survivors)[: session.threshold]:
-        told[client] = cost.timed(client, lambda client=client: unmask(states[client], sorted(survivors)))  # type: ignore[misc]
-    cost.up += records.size_bytes(secure_records.revealed_record(told[min(told)]))
+        revealed[client] = cost.timed(client, lambda client=client: unmask(states[client], sorted(survivors)))  # type: ignore[misc]
+    cost.up += records.size_bytes(secure_records.revealed_record(revealed[min(revealed)]))
     cost.down += records.size_bytes(secure_records.survivors_record(sorted(survivors)))
     shared = frozenset(adapters)
-    mean = cost.timed(None, lambda: weighted_mean(session, keys, shared, survivors, total, told))
+    mean = cost.timed(None, lambda: weighted_mean(session, keys, shared, survivors, total, revealed))
     ranks = summed_rank({client: adapters[client] for client in survivors})
     cost.timed(None, lambda: adapter_of_mean(summed, mean, first, ranks))
     return cost, float(np.abs(mean - exact).max())
 
 
 def plain(adapters: dict[str, Adapter], summed: Summed) -> Cost:
-    """Adapters sent as they are."""
+    """Return the cost of sending adapters unmasked."""
     cost = Cost()
     some = next(iter(adapters.values()))
     if summed == "updates":
@@ -129,7 +129,7 @@ def plain(adapters: dict[str, Adapter], summed: Summed) -> Cost:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--clients", type=int, nargs="+", default=[3, 10])
-    parser.add_argument("--drop", type=float, default=0.1, help="share of the clients that drop out")
+    parser.add_argument("--drop", type=float, default=0.1, help="share of clients that drop out")
     options = parser.parse_args()
     torch.set_num_threads(1)
     print(f"{NUM_MODULES} modules of {WIDTH} × {WIDTH}, rank {RANK}; bytes and CPU seconds of one client")

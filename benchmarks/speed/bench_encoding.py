@@ -1,11 +1,11 @@
-"""Encoding, as a share of the measured peak of bfloat16 matrix products.
+"""Speed of encoding, as a share of the measured peak of bfloat16 matrix products.
 
     python benchmarks/speed/bench_encoding.py [--size 12x768] [--profile]
 
 Alternatives: the transformers model called under autocast on batches of 64 in the order given, padded to the longest;
 the same on batches sorted by length; and ``fedmerge.encoder.encode``. The model is a BERT built from a configuration,
-with random weights, by default of MiniLM's size (6 layers of width 384). Token ids are random, lengths are those of a
-shop: three items of 20 to 60 tokens for every user of 65 to 128.
+with random weights, by default of MiniLM's size (6 layers of width 384). Token ids are random; lengths are those of a
+shop: three items of 20 to 60 tokens for each user of 65 to 128 tokens.
 
 Operations are counted on real tokens, never on padding, for a sequence of n tokens and each of the L layers of width d
 and inner width f:  2 n (4 d² + 2 d f)  for the linear layers and  4 n² d  for attention. The peak is that of the two
@@ -32,7 +32,7 @@ SIZES = {"6x384": (6, 384), "12x384": (12, 384), "12x768": (12, 768)}
 
 
 def build_backbone(layers: int, width: int) -> Backbone:
-    """Random weights; no tokenizer is needed."""
+    """Return a backbone with random weights and without a tokenizer."""
     config = BertConfig(
         hidden_size=width, num_hidden_layers=layers, num_attention_heads=12, intermediate_size=4 * width
     )
@@ -44,7 +44,7 @@ def build_backbone(layers: int, width: int) -> Backbone:
 
 
 def shop_sequences(num_sequences: int) -> list[Tokens]:
-    """Random tokens of a shop's lengths, in random order."""
+    """Return random tokens with the lengths of a shop, in random order."""
     rng = np.random.default_rng(0)
     users = num_sequences // 4
     lengths = np.concatenate(
@@ -54,7 +54,7 @@ def shop_sequences(num_sequences: int) -> list[Tokens]:
 
 
 def operations(backbone: Backbone, sequences: list[Tokens]) -> float:
-    """Floating point operations on real tokens."""
+    """Return the floating point operations on real tokens."""
     config = backbone.model.config
     n = np.array([len(sequence) for sequence in sequences], dtype=np.float64)
     d, f = config.hidden_size, config.intermediate_size
@@ -63,7 +63,7 @@ def operations(backbone: Backbone, sequences: list[Tokens]) -> float:
 
 @torch.inference_mode()
 def plain(backbone: Backbone, sequences: list[Tokens], batches: list[np.ndarray]) -> torch.Tensor:
-    """The transformers model as it comes, under autocast."""
+    """Encode with the unchanged transformers model under autocast."""
     vectors = torch.empty(len(sequences), backbone.width)
     for batch in batches:
         vectors[torch.from_numpy(batch)] = embed_batch(backbone, [sequences[i] for i in batch])
@@ -75,7 +75,7 @@ def main() -> None:
     parser = arguments(__doc__, repeats=7)
     parser.add_argument("--size", choices=SIZES, default="6x384", help="layers x width")
     parser.add_argument("--sequences", type=int, default=400)
-    parser.add_argument("--profile", action="store_true", help="then profile one call of each")
+    parser.add_argument("--profile", action="store_true", help="afterwards profile one call of each")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     backbone = build_backbone(*SIZES[options.size])
@@ -108,7 +108,7 @@ def main() -> None:
         ("fedmerge", encode(backbone, few)),
     ):
         apart = 1 - (vectors.double() * exact).sum(dim=1)
-        print(f"{name}: 1 − cosine to float32 is {apart.mean():.2e} in the mean, {apart.max():.2e} at most")
+        print(f"{name}: 1 − cosine to float32 is mean {apart.mean():.2e}, largest {apart.max():.2e}")
     for name, batches in (("64 as given", as_given), ("by length", by_length)):
         padded = sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
         print(f"padding, {name}: {100 * (padded / sum(lengths) - 1):.1f} % of the real tokens; fedmerge: none")

@@ -1,12 +1,12 @@
-"""What importing raw Amazon reviews costs: rows a second and peak memory, against loading everything with json.
+"""Cost of importing raw Amazon reviews: rows per second and peak memory, against loading everything with json.
 
     python benchmarks/speed/bench_import.py --gigabytes 3 [--gzip] [--folder DIR]
 
-Writes a file of made-up reviews with text in the form of the 2018 release (about 850 bytes a row; plain, or gzip of
-level 1) and its metadata, and imports it as a 5-core. The alternative does the same with the standard library alone on
-a smaller file, for all rows are in memory at once: json.loads of every line into a list of dicts, counters for the
-core, a sorted list per user. The product imports that smaller file, too, and both must keep the same rows. Each import
-is a process of its own; CPU seconds count where the machine is shared.
+Writes generated reviews with text in the form of the 2018 release (about 850 bytes per row; plain, or gzip level 1) and
+their metadata, and imports them as a 5-core. The alternative does the same with the standard library alone, on a
+smaller file because all rows are in memory at once: json.loads of every line into a list of dicts, counters for the
+core, a sorted list per user. fedmerge imports the smaller file too, and both must keep the same rows. Each import is a
+process of its own; on a shared machine, compare CPU seconds.
 """
 
 import argparse
@@ -34,7 +34,7 @@ ROW = (
 
 
 def write_source(folder: Path, size_bytes: int, compressed: bool) -> tuple[Path, Path, int]:
-    """Reviews of about so many bytes before compression, and metadata of their items; the paths and the rows."""
+    """Write reviews of about ``size_bytes`` before compression, and metadata; return both paths and the rows."""
     rng = np.random.default_rng(0)
     words = ["".join(map(chr, rng.integers(97, 123, size))) for size in rng.integers(2, 10, 5000)]
     texts = [
@@ -52,7 +52,9 @@ def write_source(folder: Path, size_bytes: int, compressed: bool) -> tuple[Path,
     with create(reviews) as file:
         for start in range(0, num_rows, CHUNK):
             count = min(CHUNK, num_rows - start)
-            users = (num_users * rng.random(count) ** 2).astype(int).tolist()  # some are far busier than others
+            users = (
+                (num_users * rng.random(count) ** 2).astype(int).tolist()
+            )  # few users are far more active than the others
             items = (num_items * rng.random(count) ** 2).astype(int).tolist()
             times = rng.integers(1_000_000_000, 1_500_000_000, count).tolist()
             drawn = rng.integers(0, len(texts), count).tolist()
@@ -70,14 +72,14 @@ def write_source(folder: Path, size_bytes: int, compressed: bool) -> tuple[Path,
 
 
 def product(reviews: Path, metadata: Path, dst: Path) -> int:
-    """Import with fedmerge; the interactions kept."""
+    """Import with fedmerge; return the number of interactions kept."""
     from fedmerge.domain.importers.amazon import import_amazon  # noqa: PLC0415  # the alternative must not pay for it
 
     return import_amazon(reviews, metadata, dst).manifest.num_interactions
 
 
 def everything_in_memory(reviews: Path, metadata: Path, dst: Path) -> int:
-    """The alternative: standard library, lists and dicts; it writes one JSON file."""
+    """Import with the standard library, lists and dicts, into one JSON file; return the number of interactions kept."""
 
     def load(path: Path) -> list[dict[str, Any]]:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
@@ -104,7 +106,7 @@ WAYS = {"product": product, "everything in memory": everything_in_memory}
 
 
 def measure(way: str, reviews: Path, metadata: Path, dst: Path) -> dict[str, float]:
-    """One import in a process of its own."""
+    """Run one import in a process of its own."""
     command = [sys.executable, __file__, "--measure", way, str(reviews), str(metadata), str(dst)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     result: dict[str, float] = json.loads(done.stdout)
@@ -112,7 +114,7 @@ def measure(way: str, reviews: Path, metadata: Path, dst: Path) -> dict[str, flo
 
 
 def measured(way: str, reviews: Path, metadata: Path, dst: Path) -> None:
-    """The process of its own: prints what the import took."""
+    """Import in this process, and print time and memory."""
     start, cpu = time.perf_counter(), time.process_time()
     kept = WAYS[way](reviews, metadata, dst)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # Linux counts KiB
@@ -124,11 +126,11 @@ def main() -> None:
     """Generate, import, compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=0.3)
-    parser.add_argument("--prefix-gigabytes", type=float, default=0.1, help="of the file that the alternative loads")
-    parser.add_argument("--gzip", action="store_true")
     parser.add_argument(
-        "--folder", type=Path, default=None, help="where the files are made (default: the temporary one)"
+        "--prefix-gigabytes", type=float, default=0.1, help="size of the file that the alternative loads"
     )
+    parser.add_argument("--gzip", action="store_true")
+    parser.add_argument("--folder", type=Path, default=None, help="for the files (default: the temporary folder)")
     parser.add_argument("--measure", nargs=4, default=None, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
@@ -142,7 +144,7 @@ def main() -> None:
             sys.exit(
                 f"{folder}: {free / 1e9:.1f} GB are free, {needed / 1e9:.1f} GB are needed. Choose another folder."
             )
-        print("| file | way | rows | CPU s | wall s | rows/CPU s | peak MB | interactions kept |")
+        print("| file | importer | rows | CPU s | wall s | rows/CPU s | peak MB | interactions kept |")
         print("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
         for gigabytes, ways in ((options.prefix_gigabytes, list(WAYS)), (options.gigabytes, ["product"])):
             (folder / f"{gigabytes}").mkdir()

@@ -1,10 +1,9 @@
-"""Ranks of every user's target among all items: ``rank_targets`` against the full score matrix, sorted.
+"""Ranks of every user's target among all items: ``rank_targets`` against sorting the full score matrix.
 
     python benchmarks/speed/bench_ranking.py
 
-``argsort`` sorts all scores of every user and finds the target's place; ``topk`` sorts the first 50 only, and so knows
-no rank beyond. Both hold the (users, items) matrix. Peak memory is that of a process of its own that ranks once, above
-what it held before.
+``argsort`` sorts all scores of every user and finds the target's place; ``topk`` sorts only the first 50 and has no
+rank beyond. Both hold the (users, items) matrix. Peak memory is the growth of a process of its own that ranks once.
 """
 
 import multiprocessing
@@ -23,13 +22,13 @@ Ranking = Callable[[torch.Tensor, torch.Tensor, np.ndarray], np.ndarray]
 
 
 def by_argsort(users: torch.Tensor, items: torch.Tensor, targets: np.ndarray) -> np.ndarray:
-    """1 + the target's place in the sorted row."""
+    """Return 1 + the target's place in the sorted row."""
     order = torch.argsort(users @ items.T, dim=1, descending=True)
     return 1 + (order == torch.from_numpy(targets)[:, None]).int().argmax(dim=1).numpy()
 
 
 def by_topk(users: torch.Tensor, items: torch.Tensor, targets: np.ndarray) -> np.ndarray:
-    """The same among the first DEEPEST; DEEPEST + 1 for all beyond."""
+    """Return the same among the first DEEPEST; DEEPEST + 1 for all beyond."""
     best = torch.topk(users @ items.T, DEEPEST, dim=1).indices
     hits = best == torch.from_numpy(targets)[:, None]
     return np.where(hits.any(dim=1).numpy(), 1 + hits.int().argmax(dim=1).numpy(), DEEPEST + 1)
@@ -39,7 +38,7 @@ ALTERNATIVES: dict[str, Ranking] = {"argsort": by_argsort, "topk": by_topk, "fed
 
 
 def vectors(num_users: int, num_items: int) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
-    """Random unit vectors and targets."""
+    """Return random unit vectors and targets."""
     rng = torch.Generator().manual_seed(0)
     users, items = (
         torch.nn.functional.normalize(torch.randn(number, WIDTH, generator=rng)) for number in (num_users, num_items)
@@ -48,7 +47,7 @@ def vectors(num_users: int, num_items: int) -> tuple[torch.Tensor, torch.Tensor,
 
 
 def peak_mib(name: str, num_users: int, num_items: int, threads: int) -> float:
-    """MiB that one ranking adds to a process."""
+    """Return the MiB that one ranking adds to a process."""
     torch.set_num_threads(threads)
     users, items, targets = vectors(num_users, num_items)
     ALTERNATIVES[name](users[:10], items, targets[:10])
@@ -58,13 +57,13 @@ def peak_mib(name: str, num_users: int, num_items: int, threads: int) -> float:
 
 
 def largest_kib() -> int:
-    """The largest resident set of this process so far. (That of getrusage begins with the parent's.)"""
+    """Return the largest resident set of this process so far (that of getrusage starts with the parent's)."""
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     return int(status.partition("VmHWM:")[2].split()[0])
 
 
 def main() -> None:
-    """Time the alternatives in turn, check that they agree, measure each one's memory."""
+    """Time the alternatives in turn, compare their ranks, and measure the memory of each."""
     parser = arguments(__doc__, repeats=7)
     parser.add_argument("--users", type=int, default=2000)
     parser.add_argument("--items", type=int, default=12000)

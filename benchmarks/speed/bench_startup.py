@@ -1,8 +1,8 @@
-"""How long ``fedmerge --help`` takes, against Python alone and against the libraries that a command needs.
+"""Start-up time of ``fedmerge --help``, against Python alone and the libraries that a command needs.
 
     python benchmarks/speed/bench_startup.py
 
-Whole processes, in turn, after one of each that is not counted.
+Whole processes are timed in turn, after a first one of each that is not counted.
 """
 
 import argparse
@@ -22,7 +22,7 @@ ALTERNATIVES = {
 
 
 def process(arguments: list[str]) -> Callable[[], None]:
-    """A call that runs one Python process to its end."""
+    """Return a call that runs one Python process to its end."""
 
     def run() -> None:
         subprocess.run([sys.executable, *arguments], cwd=REPOSITORY, check=True, stdout=subprocess.DEVNULL)
@@ -31,7 +31,7 @@ def process(arguments: list[str]) -> Callable[[], None]:
 
 
 def main() -> None:
-    """Time them and print the table."""
+    """Time the processes and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=7)
     options = parser.parse_args()

@@ -1,12 +1,12 @@
-"""Training samples a second: fedmerge's step against a plain PEFT loop, on all-MiniLM-L6-v2.
+"""Training samples per second: fedmerge's step against a plain PEFT loop, on all-MiniLM-L6-v2.
 
     python benchmarks/speed/bench_training.py
 
-The plain loop is what people write: every step joins the texts of 64 users' random prefixes and of their targets, runs
-the Hugging Face tokenizer on them (padded to the longest, cut at 96 tokens), computes in float32 with the model's own
-attention, and makes a step of AdamW. The middle row is the same under bfloat16 autocast. fedmerge takes the same data,
-batch size, LoRA (rank 8 on query and value) and optimiser. Data: one domain of the bundled demo, 600 users and 400
-items. A turn is one epoch, since the lengths of fedmerge's batches differ within it.
+The plain loop is the usual one: every step joins the texts of 64 users' random prefixes and of their targets, runs the
+Hugging Face tokenizer on them (padded to the longest, cut at 96 tokens), computes in float32 with the model's own
+attention, and makes a step of AdamW. The middle row is the same under bfloat16 autocast. fedmerge uses the same data,
+batch size, LoRA (rank 8 on query and value) and optimiser. The data are one domain of the bundled demo with 600 users
+and 400 items. A turn is one epoch, since the lengths of fedmerge's batches differ within it.
 """
 
 import tempfile
@@ -37,7 +37,7 @@ TARGETS = ("query", "value")
 
 
 def fedmerge_epoch(domain: LocalDomain, steps: int) -> Callable[[], None]:
-    """An epoch as ``train_expert`` makes it, without its looks at the validation users."""
+    """Return an epoch of ``train_expert`` without validation."""
     settings = Train(batch_size=BATCH, learning_rate=LEARNING_RATE, temperature=TEMPERATURE)
     model = attach(domain.backbone, TARGETS, RANK, ALPHA, seed=0)
     optimizer = torch.optim.AdamW(
@@ -56,13 +56,13 @@ def fedmerge_epoch(domain: LocalDomain, steps: int) -> Callable[[], None]:
 
 
 def item_texts(catalog: Catalog) -> list[str]:
-    """What fedmerge tokenises, as strings."""
+    """Return the texts that fedmerge tokenises."""
     rows = zip(*(catalog.attributes[attribute] for attribute in ATTRIBUTES), strict=True)
     return [" ".join(f"{name}: {value}" for name, value in zip(ATTRIBUTES, row, strict=True) if value) for row in rows]
 
 
 def plain_epoch(domain: LocalDomain, steps: int, autocast: bool) -> Callable[[], None]:
-    """An epoch of a plain PEFT loop."""
+    """Return an epoch of a plain PEFT loop."""
     _, folder = find_backbone(MINILM)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = get_peft_model(
@@ -105,8 +105,8 @@ def plain_epoch(domain: LocalDomain, steps: int, autocast: bool) -> Callable[[],
 def main() -> None:
     """Time epochs in turn."""
     parser = arguments(__doc__, repeats=3)
-    parser.add_argument("--steps", type=int, default=None, help="steps of a turn (default: an epoch)")
-    parser.add_argument("--profile", action="store_true", help="then profile one turn of each")
+    parser.add_argument("--steps", type=int, default=None, help="steps per turn (default: an epoch)")
+    parser.add_argument("--profile", action="store_true", help="afterwards profile one turn of each")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""Alternatives timed in turn in one process: a machine that slows down slows all of them. What counts is the ratio."""
+"""Alternatives timed in turn in one process: a slower machine slows all of them, and the ratio counts."""
 
 import argparse
 import statistics
@@ -12,18 +12,18 @@ Seconds = dict[str, list[float]]
 
 
 def arguments(description: str, *, repeats: int) -> argparse.ArgumentParser:
-    """A parser with what every benchmark takes."""
+    """Return a parser with the arguments of every benchmark."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=repeats)
-    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu, with --threads 1: for a busy machine")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu (with --threads 1) for a busy machine")
     return parser
 
 
 def timed_in_turn(
     alternatives: Mapping[str, Callable[[], object]], repeats: int, clock: str, *, warm_up: int = 1
 ) -> Seconds:
-    """Seconds of every call: A B C A B C …, after ``warm_up`` rounds that are not counted."""
+    """Return the seconds of every call: A B C A B C …, after ``warm_up`` rounds that are not counted."""
     now = CLOCKS[clock]
     seconds: Seconds = {name: [] for name in alternatives}
     for turn in range(-warm_up, repeats):
@@ -36,7 +36,7 @@ def timed_in_turn(
 
 
 def print_table(seconds: Seconds, baseline: str, unit: str, amount: float) -> None:
-    """One row an alternative: median seconds, rate, and the median and quartiles of how many times faster it is.
+    """Print a row per alternative: median seconds, rate, and median and quartiles of its speed-up over the baseline.
 
     Args:
         seconds: of :func:`timed_in_turn`.

@@ -1,24 +1,24 @@
-"""A grid of merges, training-free and learned, from a run's adapters: compared on validation users.
+"""A grid of training-free and learned merges of a run's adapters, compared on validation users.
 
     python benchmarks/studies/study_collaborative.py CONFIG ADAPTERS GRID --out DIR [--users 1000] [--leave-out Toys]
 
-CONFIG is the experiment file of the run, ADAPTERS its folder of PEFT adapters, one a domain, GRID a TOML file with a
-table [[setting]] for each method; a list stands for one point a value (lists of several keys: all combinations):
+CONFIG is the experiment file of the run, ADAPTERS its folder with a PEFT adapter per domain, GRID a TOML file with a
+table [[setting]] for each method; a list gives one point per value (lists of several keys: all combinations):
 
     [[setting]]
     method = "mergerec"                # or adamerging, clients, expert, backbone, any training-free method
     loss = ["rec+kd", "kd"]            # keys of CollaborativeSettings, ClientMergeSettings or of the method
     granularity = ["domain", "layer"]
-    preset = "default"                 # of mergerec; without it the published settings
-    look_at = [100, 250]               # steps that are evaluated besides the last one; no list of points
+    preset = "default"                 # of mergerec; without it, the published settings
+    look_at = [100, 250]               # steps to evaluate besides the last one; not a list of points
 
-Every point is one JSON file in DIR with its coefficients and the ranks of the users, written whole; a point whose file
-is there is not computed again. Domains that are left out are evaluated as unseen. The table is printed at the end, and
-by --table of everything that lies in one or more DIRs: adapters of several seeds, each domain left out in turn.
-A user's outcome is then the mean over the seeds; differences to --baseline are paired over users, with 95 %
-half-widths, not corrected for the number of points.
+Every point is one JSON file in DIR with its coefficients and the ranks of the users, written atomically; a point whose
+file exists is not computed again. Left-out domains are evaluated as unseen. The table is printed at the end; --table
+prints it for all points in one or more DIRs: adapters of several seeds, each domain left out in turn. A user's outcome
+is then the mean over seeds; differences to --baseline are paired over users, with 95 % half-widths, not corrected for
+the number of points.
 
---split test is for the one reading of a configuration that is committed; nothing is chosen by it.
+--split test is for a single evaluation of a committed configuration; nothing is selected by it.
 """
 
 import argparse
@@ -72,12 +72,12 @@ Rows = dict[str, dict[bool, dict[str, Outcomes]]]  # row -> is unseen -> domain
 
 
 class Study:
-    """Adapters, domains and what several points share: encoding a catalog takes longer than most learning."""
+    """Adapters, domains and values that several points share, since encoding a catalog takes longer than learning."""
 
     def __init__(
         self, config: ExperimentConfig, adapters: Path, left_out: Sequence[str], users: int | None, split: Split
     ) -> None:
-        """Open everything; domains without an adapter among train and unseen are unseen."""
+        """Open everything; domains of train and unseen without an adapter are unseen."""
         torch.set_num_threads(config.runtime.server_threads)
         compute = resolve_compute(config.runtime.device, config.runtime.precision)
         self.config, self.users, self.split = config, users, split
@@ -95,7 +95,7 @@ class Study:
         self.students: dict[tuple[str, float | None], dict[str, torch.Tensor]] = {}
 
     def identity(self) -> dict[str, Any]:
-        """What every point depends on."""
+        """Return the inputs that every point depends on."""
         return {
             "adapters": {name: adapter_sha256(adapter) for name, adapter in self.adapters.items()},
             "catalogs": {name: domain.manifest.catalog_sha256 for name, domain in self.domains.items()},
@@ -106,13 +106,13 @@ class Study:
         }
 
     def vectors_of(self, initialisation: str) -> Vectors:
-        """The vectors of an initialisation, once."""
+        """Return the vectors of an initialisation, made once."""
         if initialisation not in self.vectors:
             self.vectors[initialisation] = initial_vectors(self.stack, initialisation)
         return self.vectors[initialisation]
 
     def pseudo_users(self, kind: str, number: int | None, seed: int) -> dict[str, PseudoDomain]:
-        """The pseudo-users of a kind, once."""
+        """Return the pseudo-users of a kind, made once."""
         key = (kind, number, seed)
         if key not in self.pseudo:
             self.pseudo[key] = {name: self._pseudo_domain(name, kind, number, seed) for name in self.adapters}
@@ -132,7 +132,7 @@ class Study:
         )
 
     def merges(self, point: Point) -> Iterator[Merge]:
-        """Every merge that a point asks for."""
+        """Yield every merge of a point."""
         keys = {key: value for key, value in point.items() if key not in ("method", "look_at", "name")}
         method, look_at = point["method"], point.get("look_at", [])
 
@@ -168,7 +168,7 @@ class Study:
             yield None, None, everywhere(merge_adapters(self.adapters, method, **keys).adapter)
 
     def ranks(self, domain: LocalDomain, adapter: Adapter | None) -> dict[Variant, list[int]]:
-        """The ranks of the targets of the users, always the same users."""
+        """Return the ranks of the users' targets; the users are the same for all points."""
         examples = evaluation_examples(domain.interactions, self.split, self.users, self.config.seed)
         text = self.config.text
         packed = pack_sequences(
@@ -183,7 +183,7 @@ class Study:
 
 
 def settings_of(method: str, keys: Mapping[str, Any]) -> CollaborativeSettings:
-    """The published settings of a learned method, or of the preset that is named, with some keys changed."""
+    """Return the published settings of a learned method, or those of a preset, with changed keys."""
     changes = {key: value for key, value in keys.items() if key != "preset"}
     if keys.get("preset") == "default":
         return CollaborativeSettings(**changes)
@@ -193,7 +193,7 @@ def settings_of(method: str, keys: Mapping[str, Any]) -> CollaborativeSettings:
 
 
 def points_of(grid: Path) -> list[Point]:
-    """The points of a grid file, each once, in order."""
+    """Return the points of a grid file, each once, in order."""
     points: list[Point] = []
     for setting in tomllib.loads(grid.read_text(encoding="utf-8")).get("setting", []):
         fixed = {key: setting[key] for key in ("look_at", "start") if key in setting}
@@ -201,19 +201,19 @@ def points_of(grid: Path) -> list[Point]:
         values = [setting[key] if isinstance(setting[key], list) else [setting[key]] for key in keys]
         points += [dict(zip(keys, chosen, strict=True)) | fixed for chosen in itertools.product(*values)]
     if not points or any("method" not in point for point in points):
-        raise ConfigError(f"{grid}: expected tables [[setting]], each with a method")
+        raise ConfigError(f"{grid}: expected tables [[setting]], each with the key method")
     return [point for index, point in enumerate(points) if point not in points[:index]]
 
 
 def title(point: Point, step: int | None, steps: int) -> str:
-    """What a row of the table is called."""
+    """Return the name of a row of the table."""
     keys = [f"{key}={value}" for key, value in point.items() if key not in ("method", "look_at", "name")]
     at = f" @{step}" if steps > 1 else ""
     return str(point.get("name", " ".join([point["method"], *keys]))) + at
 
 
 def pooled(records: Sequence[Mapping[str, Any]], variant: Variant) -> Rows:
-    """Every merge's outcomes, of all records that hold the same point: row -> is unseen -> domain."""
+    """Return every merge's outcomes over the records of one point: row -> is unseen -> domain."""
     rows: Rows = {}
     for record in records:
         for merge in record["merges"]:
@@ -225,7 +225,7 @@ def pooled(records: Sequence[Mapping[str, Any]], variant: Variant) -> Rows:
 
 
 def print_table(rows: Rows, baseline: str) -> None:
-    """Means over domains, and paired differences to the baseline; a part each for domains seen and unseen."""
+    """Print means over domains and paired differences to the baseline, for merged and for unseen domains."""
     reference = rows.get(baseline, next(iter(rows.values())))
     width = max(map(len, rows))
     recall, ndcg = METRICS.index("recall@10"), METRICS.index("ndcg@10")
@@ -262,14 +262,14 @@ def print_table(rows: Rows, baseline: str) -> None:
 
 
 def _interval(differences: Sequence[npt.NDArray[np.float64]]) -> str:
-    """The mean over domains, and half the width of its 95 % interval over users."""
+    """Return the mean over domains, and the half-width of its 95 % interval over users."""
     mean = np.mean([values.mean() for values in differences])
     half = 1.96 * np.sqrt(sum(values.var(ddof=1) / len(values) for values in differences)) / len(differences)
     return f"{mean:+.5f} ± {half:.5f}"
 
 
 def _by_seed(row: Mapping[str, Outcomes], reference: Mapping[str, Outcomes]) -> Iterator[tuple[Outcomes, Outcomes]]:
-    """The outcomes of all domains, seed by seed, where both rows have as many."""
+    """Yield the outcomes of all domains of both rows, seed by seed, if the numbers of seeds are equal."""
     counts = {len(seeds) for of in (row, reference) for seeds in of.values()}
     if len(counts) == 1 and row.keys() == reference.keys():
         for index in range(counts.pop()):
@@ -277,19 +277,21 @@ def _by_seed(row: Mapping[str, Outcomes], reference: Mapping[str, Outcomes]) -> 
 
 
 def main() -> None:
-    """Compute the points that are not there yet, and print the table."""
+    """Compute the missing points, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("config", type=Path)
     parser.add_argument("adapters", type=Path)
     parser.add_argument("grid", type=Path)
-    parser.add_argument("--out", type=Path, nargs="+", required=True, help="written to the first, tabled from all")
+    parser.add_argument(
+        "--out", type=Path, nargs="+", required=True, help="points are written to the first; the table has all"
+    )
     parser.add_argument("--set", nargs="+", default=[], dest="overrides", metavar="KEY=VALUE")
     parser.add_argument("--leave-out", nargs="+", default=[], metavar="DOMAIN", help="evaluated as unseen")
-    parser.add_argument("--unseen-only", action="store_true", help="evaluate nothing but the domains left out")
-    parser.add_argument("--users", type=int, default=1000, help="users a domain, 0: all")
+    parser.add_argument("--unseen-only", action="store_true", help="evaluate only the left-out domains")
+    parser.add_argument("--users", type=int, default=1000, help="users per domain, 0: all")
     parser.add_argument("--split", choices=["valid", "test"], default="valid")
     parser.add_argument("--baseline", default="average")
-    parser.add_argument("--table", action="store_true", help="print the table of the points that are there")
+    parser.add_argument("--table", action="store_true", help="print the table of the existing points")
     options = parser.parse_args()
     points = points_of(options.grid)
     if not options.table:
@@ -311,7 +313,7 @@ def main() -> None:
 
 
 def compute(study: Study, point: Point, out: Path) -> None:
-    """One point, unless its file is there."""
+    """Compute one point, unless its file exists."""
     key = json.dumps({"point": point, **study.identity()}, sort_keys=True)
     path = out / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
     if path.exists():

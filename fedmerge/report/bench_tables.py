@@ -1,14 +1,14 @@
-"""What a benchmark leaves behind, as tidy tables: the one place that knows their columns, with a writer and a reader.
+"""The results of a benchmark as tidy tables: their columns, a writer and a reader.
 
 results.parquet       every score: strategy, seed, left-out domain, evaluated domain, split, variant, metric
 comparisons.parquet   every strategy against a baseline, over seeds (fedmerge.report.statistics.comparison_rows)
 costs.parquet         bytes, seconds and memory of every cell
 curves.parquet        losses and validation scores over steps or rounds
-coefficients.parquet  merging coefficients a domain and group of tensors
-leaks.parquet         what an audit read off experts and merges, of strategies that left users out of their training
+coefficients.parquet  merging coefficients by domain and group of tensors
+leaks.parquet         results of audits of experts and merges, for strategies that left users out of training
 ranks.parquet         mean ranks with their critical difference (fedmerge.report.statistics.rank_rows)
 cells.json            every cell's status, exact configuration and environment
-bench.json            the title, whether data are synthetic, which strategies are for reference; written last
+bench.json            title, synthetic or real data, reference strategies; written last
 """
 
 import json
@@ -29,16 +29,16 @@ from fedmerge.files import write_json, write_table
 BENCH_FILE = "bench.json"
 CELLS_FILE = "cells.json"
 EVERY_FOLD = "any"  # left_out of a comparison over all leave-one-domain-out folds
-FINISHED = "done"  # status of a cell; any other is shown as one that did not finish
-POOLED = " (pooled)"  # ends the name of a row that was trained on pooled data, which breaks isolation
-MEAN = "mean"  # domain of a comparison of the unweighted mean over domains
+FINISHED = "done"  # status of a finished cell; any other status counts as unfinished
+POOLED = " (pooled)"  # suffix of a row that was trained on pooled data, which breaks isolation
+MEAN = "mean"  # in the column "domain": a comparison of unweighted means over domains
 
-# Table -> column -> type. "text" and "count" are never absent; a "number" may be (null), and NaN counts as absent.
+# Table -> column -> type. A "number" may be absent (null or NaN), "text" and "count" never are.
 COLUMNS: Mapping[str, Mapping[str, str]] = {
     "results": {
         "dataset": "text",
         "strategy": "text",
-        "label": "text",  # the variant that validation chose, "task-arithmetic 0.7"
+        "label": "text",  # the variant selected on validation, "task-arithmetic 0.7"
         "seed": "count",
         "left_out": "text",  # the unseen domain of a leave-one-domain-out fold, or ""
         "domain": "text",
@@ -74,10 +74,10 @@ COLUMNS: Mapping[str, Mapping[str, str]] = {
         "bytes_down": "number",
         "client_seconds": "number",  # summed over clients
         "server_seconds": "number",
-        "peak_bytes": "number",  # of the process that used most
+        "peak_bytes": "number",  # of the largest process
         "rank": "number",  # largest of any module
-        "error": "number",  # of rounds, the last one: how far its merge is from the exact mean, as a share of its norm
-        "residual": "number",  # of rounds: the largest share of the last merge's norm that a client's start leaves out
+        "error": "number",  # of the last round: distance of its merge from the exact mean, as a share of the norm
+        "residual": "number",  # of the last round: largest share of the merge's norm that a client's start lacks
     },
     "curves": {
         "dataset": "text",
@@ -104,14 +104,14 @@ COLUMNS: Mapping[str, Mapping[str, str]] = {
         "seed": "count",
         "left_out": "text",
         "domain": "text",
-        "model": "text",  # what was attacked: "expert", "merged", "backbone"; of pairs, what they were read from
+        "model": "text",  # attacked model: "expert", "merged", "backbone"; for pairs, their source
         "attack": "text",  # "loss", "loss against the backbone's", "canaries", "pairs"
         "metric": "text",  # "auc", "tpr_at_fpr_0.01", "mean_exposure", "precision@100"
         "value": "number",
         "error": "number",  # standard error, of an "auc"
     },
     "ranks": {
-        "dataset": "text",  # "" is all of them
+        "dataset": "text",  # "" for all datasets
         "strategy": "text",
         "mean_rank": "number",  # 1 is best
         "num_blocks": "count",
@@ -126,23 +126,23 @@ ALLOWED: Mapping[str, tuple[str, ...]] = {
     "variant": ("unmasked", "masked"),
 }
 _TYPES = {"text": pa.string(), "count": pa.int64(), "number": pa.float64(), "flag": pa.bool_()}
-_AGAIN = "Run the benchmark again: finished cells are kept."
+_AGAIN = "Run the benchmark again; finished cells are not repeated."
 
 Rows = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
 class BenchTables:
-    """A benchmark's tables as rows, one mapping a row with the columns of ``COLUMNS``.
+    """A benchmark's tables; each row is a mapping with the columns of ``COLUMNS``.
 
     Attributes:
-        title: what the page is called.
-        synthetic: whether any data are generated.
-        results, comparisons, costs, curves, coefficients, leaks, ranks: rows; any may be empty. Strategies are shown in
-            the order in which ``results`` names them.
-        cells: one record a cell, with at least ``CELL_KEYS``; ``status`` is ``FINISHED`` or says what happened,
-            ``config`` and ``environment`` are nested, ``seconds`` may be None; what else there is is shown, too.
-        references: strategies that do not compete for the mark of the best: the backbone, solo experts, joint training.
+        title: of the page.
+        synthetic: True if any data are generated.
+        results, comparisons, costs, curves, coefficients, leaks, ranks: rows; each may be empty. Strategies are
+            shown in the order of ``results``.
+        cells: one record per cell, with at least ``CELL_KEYS``; ``status`` is ``FINISHED`` or a description of the
+            failure, ``config`` and ``environment`` are nested, ``seconds`` may be None; further keys are shown too.
+        references: strategies that do not compete for the mark of the best: backbone, solo experts, joint training.
     """
 
     title: str
@@ -159,19 +159,19 @@ class BenchTables:
 
 
 def is_bench(folder: Path) -> bool:
-    """Whether the folder holds the tables of a benchmark."""
+    """Return True if the folder holds the tables of a benchmark."""
     return (folder / BENCH_FILE).is_file()
 
 
 def write_bench_tables(folder: Path, tables: BenchTables) -> None:
-    """Write every table, each file whole or not at all, ``bench.json`` last; older ones are replaced.
+    """Write every table atomically, ``bench.json`` last; existing tables are replaced.
 
     Args:
         folder: of the benchmark; must exist.
         tables: NaN and infinite numbers are written as absent.
 
     Raises:
-        RunDirError: rows with other columns or types, or the folder cannot be written.
+        RunDirError: rows have other columns or types, or the folder cannot be written.
     """
     for name in COLUMNS:
         write_table(folder / f"{name}.parquet", _checked(name, getattr(tables, name), folder), _schema(name))
@@ -182,10 +182,10 @@ def write_bench_tables(folder: Path, tables: BenchTables) -> None:
 
 
 def read_bench_tables(folder: Path) -> BenchTables:
-    """Inverse of :func:`write_bench_tables`.
+    """Read what :func:`write_bench_tables` wrote.
 
     Raises:
-        RunDirError: a file is absent or damaged, or has other columns, types or values than expected.
+        RunDirError: a file is missing or damaged, or its columns, types or values are not as expected.
     """
     head = _json(folder / BENCH_FILE)
     if (
@@ -211,9 +211,9 @@ def _read(path: Path, name: str) -> Rows:
     try:
         table = pq.read_table(path)
     except FileNotFoundError as error:
-        if name == "leaks":  # of a benchmark that was made before there were audits
+        if name == "leaks":  # older benchmarks have no audits
             return ()
-        raise RunDirError(f"{path}: not there. {_AGAIN}") from error
+        raise RunDirError(f"{path}: the file does not exist. {_AGAIN}") from error
     except (OSError, pa.ArrowException) as error:
         raise RunDirError(f"{path}: damaged ({str(error).splitlines()[0]}). {_AGAIN}") from error
     expected = _schema(name)
@@ -228,7 +228,7 @@ def _read(path: Path, name: str) -> Rows:
 
 
 def _checked(name: str, rows: Rows, folder: Path) -> list[dict[str, Any]]:
-    """The rows in the order of the columns; NaN and infinities become None."""
+    """Return the rows with columns in order, and None for NaN and infinities; raise RunDirError for a wrong row."""
     columns = COLUMNS[name]
     checked = []
     for number, row in enumerate(rows):
@@ -252,7 +252,7 @@ def _fits(value: Any, kind: str) -> bool:
 
 
 def _plain(value: Any, kind: str) -> Any:
-    """Python's own types for NumPy's; None for NaN and infinities."""
+    """Convert NumPy's types to Python's; NaN and infinities become None."""
     if kind == "number":
         return None if value is None or not math.isfinite(value) else float(value)
     return {"text": str, "count": int, "flag": bool}[kind](value)
@@ -264,7 +264,7 @@ def _check_cells(cells: Any, path: Path) -> None:
     for number, cell in enumerate(cells):
         missing = [key for key in CELL_KEYS if not isinstance(cell, Mapping) or key not in cell]
         if missing:
-            raise RunDirError(f"{path}: cell {number} is without {', '.join(missing)}. {_AGAIN}")
+            raise RunDirError(f"{path}: cell {number} lacks {', '.join(missing)}. {_AGAIN}")
         if not _fits(cell["seconds"], "number"):
             raise RunDirError(
                 f"{path}: cell {number} took {cell['seconds']!r}; expected a number of seconds or null. {_AGAIN}"
@@ -275,7 +275,9 @@ def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise RunDirError(f"{path}: not there. Give the folder of a benchmark that has ended. {_AGAIN}") from error
+        raise RunDirError(
+            f"{path}: the file does not exist. Give the folder of a finished benchmark. {_AGAIN}"
+        ) from error
     except (OSError, ValueError) as error:
         raise RunDirError(f"{path}: damaged ({error}). {_AGAIN}") from error
 

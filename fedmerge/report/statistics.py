@@ -1,6 +1,7 @@
-"""Strategies against a baseline over several seeds, from what may leave a client; and their ranks over blocks.
+"""Comparisons of strategies with a baseline over several seeds, and ranks of strategies over blocks.
 
-Only :class:`fedmerge.evaluation.sums.MetricSums` go in: counts, sums and sums of products. No user's outcome is seen.
+The input is :class:`fedmerge.evaluation.sums.MetricSums` alone (counts, sums and sums of products), which may leave a
+client. No single user's outcome is read.
 """
 
 import math
@@ -35,7 +36,7 @@ FloatArray = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class OverSeeds:
-    """A paired difference over seeds: its mean, the half-width of its 95 % interval, and the two-sided p-value of 0."""
+    """A paired difference over seeds: mean, half-width of the 95 % interval, and two-sided p-value of no difference."""
 
     num_seeds: int
     mean: float
@@ -51,25 +52,25 @@ def difference_over_seeds(differences: Sequence[Estimate]) -> OverSeeds:
     users = sum_s SE_s / S,  seeds^2 = sum_s (m_s - mean)^2 / (S - 1) / S
 
     z and t are the 97.5 % points of the normal and of Student's distribution; the p-value is the level at which the
-    interval would just reach 0.
+    interval just reaches 0.
 
-    Assumed: (1) Every seed is evaluated on the same users, whose luck therefore does not average out over seeds:
-    ``users`` takes it as fully shared. No product of outcomes of two seeds is ever computed, so how far it is shared
-    is not known; fully is the worst case. (2) Seeds are independent, normal draws of everything else (training order,
-    initial adapters); ``seeds`` is their own spread, with its few degrees of freedom. What is particular to a user and
-    a seed at once is in both. (3) m_s of one seed is normal over users: hundreds of them. Under these the interval
-    covers at least 95 %, which a simulation of three seeds in the tests holds it to. With one seed the
-    second part is absent, and the interval speaks of that seed alone.
+    Assumptions: (1) Every seed is evaluated on the same users, so noise of users does not average out over seeds.
+    ``users`` treats it as fully shared, the worst case: products of outcomes of two seeds are never computed, so the
+    shared part is unknown. (2) Seeds are independent, normal draws of everything else (training order, initial
+    adapters); ``seeds`` is their spread, with S - 1 degrees of freedom. Noise of one user under one seed is in both
+    parts. (3) m_s of one seed is normal over users, of whom there are hundreds. Then the interval covers at least
+    95 %; a test simulates this with three seeds. With one seed the second part is absent, and the interval holds for
+    that seed alone.
 
     Args:
-        differences: one a seed, of the same method, baseline, metric and domains.
+        differences: one per seed, of the same method, baseline, metric and domains.
 
     Raises:
-        LayoutMismatchError: none.
+        LayoutMismatchError: there are no differences.
     """
     num_seeds = len(differences)
     if not num_seeds:
-        raise LayoutMismatchError("a difference over seeds was asked for of no seed; expected at least one")
+        raise LayoutMismatchError("difference over seeds: found 0 seeds; expected at least one")
     mean = math.fsum(difference.mean for difference in differences) / num_seeds
     users = math.fsum(difference.standard_error for difference in differences) / num_seeds
     seeds = 0.0
@@ -85,7 +86,7 @@ def difference_over_seeds(differences: Sequence[Estimate]) -> OverSeeds:
     if seeds == 0.0:
         p_value = float(2 * special.ndtr(-abs(mean) / users)) if users else float(mean == 0.0)
         return OverSeeds(num_seeds, mean, INTERVAL_95 * users, p_value)
-    # half_width(t) is t · seeds at least; a little more, lest rounding leave no root in between.
+    # half_width(t) is at least t · seeds; the bound is a little higher, so that rounding cannot exclude the root.
     t = optimize.brentq(lambda t: half_width(t) - abs(mean), 0.0, abs(mean) / seeds * (1 + 1e-9))
     wide = half_width(special.stdtrit(dof, 1 - LEVEL / 2))
     return OverSeeds(num_seeds, mean, wide, float(2 * special.stdtr(dof, -t)))
@@ -100,15 +101,15 @@ def comparison_rows(
     left_out: str = "",
     metrics: Sequence[str] = METRICS,
 ) -> list[dict[str, Any]]:
-    """Rows of ``comparisons``: every strategy against the baseline, on every domain and on their unweighted mean.
+    """Return rows of ``comparisons``: every strategy against the baseline, by domain and for the mean over domains.
 
-    A seed counts for a strategy where strategy and baseline were evaluated on the same users; for the mean, on all the
-    domains. A strategy without such a seed has no row. p-values are corrected by Holm, a metric at a time: those of
-    the mean over all strategies, those of single domains over all strategies and domains.
+    A seed counts for a strategy if strategy and baseline were evaluated on the same users; for the mean, in all
+    domains. A strategy without such a seed has no row. p-values are corrected by Holm for each metric: those of the
+    mean over all strategies, those of single domains over all strategies and domains.
 
     Args:
-        sums: (seed, domain) -> its sums, whose methods are named by strategy. For unseen domains of leave-one-domain-
-            out folds, each domain's sums come from the fold that left it out.
+        sums: (seed, domain) -> sums, whose methods are the strategies. For unseen domains of leave-one-domain-out
+            folds, each domain's sums come from the fold that left it out.
         dataset: written into the rows.
         baseline: the strategy that the others are compared with.
         role: of the domains; written into the rows.
@@ -116,8 +117,8 @@ def comparison_rows(
         metrics: of METRICS.
 
     Raises:
-        LayoutMismatchError: no sums, several variants, or a baseline that nobody evaluated.
-        ClientError: fewer than two users, or sums that no users can have produced.
+        LayoutMismatchError: there are no sums, several variants, or no sums of the baseline.
+        ClientError: a domain has fewer than two users, or sums that no users can have.
     """
     variants = sorted({of_domain.variant for of_domain in sums.values()})
     if len(variants) != 1:
@@ -179,9 +180,10 @@ def _by_seed(
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjusted p-values: any below a level may be called significant, and all such calls are right with 1 - level.
+    """Return p-values adjusted by Holm: those below a level hold a false positive with at most that probability.
 
-    p of rank i among m (smallest first) becomes max over j <= i of min(1, (m - j + 1) p_j). Any dependence is allowed.
+    p of rank i among m (smallest first) becomes max over j <= i of min(1, (m - j + 1) p_j). The
+    p-values may depend on each other.
 
     Source: Holm, Scandinavian Journal of Statistics 6 (1979).
 
@@ -201,7 +203,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 @dataclass(frozen=True, slots=True)
 class Friedman:
-    """Mean ranks (k,), 1 is best; the statistic, corrected for ties; and its p-value."""
+    """Mean ranks (k,), 1 is best; the test statistic, corrected for ties; its p-value."""
 
     mean_ranks: FloatArray
     statistic: float
@@ -209,7 +211,7 @@ class Friedman:
 
 
 def friedman(scores: FloatArray) -> Friedman:
-    """Friedman's test that k strategies rank alike over N blocks; higher scores are better, ties share their rank.
+    """Test the hypothesis that k strategies rank alike over N blocks; higher is better, ties share their rank.
 
     statistic = (k - 1) · sum_j (R_j - N(k+1)/2)^2 / sum_ij (r_ij - (k+1)/2)^2,  chi-square with k - 1 degrees.
 
@@ -217,14 +219,14 @@ def friedman(scores: FloatArray) -> Friedman:
         scores: (N, k), N and k at least 2.
 
     Raises:
-        LayoutMismatchError: fewer, or scores that are not finite.
+        LayoutMismatchError: N or k is smaller, or a score is not finite.
 
     Source: Friedman, JASA 32 (1937); Conover, Practical Nonparametric Statistics, for ties.
     """
     if scores.ndim != 2 or min(scores.shape) < 2 or not np.isfinite(scores).all():
         raise LayoutMismatchError(
-            f"Friedman's test of scores of shape {scores.shape}; expected finite ones of at least 2 blocks and 2 "
-            "strategies"
+            f"Friedman's test: found scores of shape {scores.shape}; expected finite scores of at least 2 blocks and "
+            "2 strategies"
         )
     num_strategies = scores.shape[1]
     centred = stats.rankdata(-scores, axis=1) - (num_strategies + 1) / 2  # (N, k)
@@ -235,7 +237,7 @@ def friedman(scores: FloatArray) -> Friedman:
 
 
 def critical_difference(num_strategies: int, num_blocks: int, level: float = LEVEL) -> float:
-    """Mean ranks that differ by less are not told apart by Nemenyi's test.
+    """Return the smallest difference of mean ranks that is significant in Nemenyi's test.
 
     q / sqrt(2) · sqrt(k(k+1) / (6N)),  q: upper point of the studentised range of k normal values.
 
@@ -247,19 +249,19 @@ def critical_difference(num_strategies: int, num_blocks: int, level: float = LEV
 
 @cache
 def _studentized_range(level: float, num_values: int) -> float:
-    """The upper point, with infinitely many degrees of freedom; it takes SciPy a second."""
+    """Return the upper point for infinitely many degrees of freedom; SciPy takes a second for it."""
     return float(stats.studentized_range.isf(level, num_values, math.inf))
 
 
 def rank_rows(scores: Mapping[tuple[str, str, int], Mapping[str, float]]) -> list[dict[str, Any]]:
-    """Rows of ``ranks``: each dataset by itself, and with several also all of them under "".
+    """Return rows of ``ranks``: for each dataset and, if there are several, for all of them under "".
 
-    Blocks are (dataset, domain, seed). Nemenyi's test takes blocks as independent, which the seeds of one domain are
-    not quite: read the picture as a summary, and the intervals as the evidence.
+    Blocks are (dataset, domain, seed). Nemenyi's test assumes independent blocks, and the seeds of one domain are not
+    fully independent: read the ranks as a summary and the intervals as the evidence.
 
     Args:
-        scores: (dataset, domain, seed) -> strategy -> score, higher is better. Blocks without a score of every
-            strategy are left out, which ``num_blocks`` tells; with fewer than two blocks or strategies there is no row.
+        scores: (dataset, domain, seed) -> strategy -> score, higher is better. Only blocks with a score of
+            every strategy count, as ``num_blocks`` says; there are no rows for fewer than two blocks or strategies.
     """
     datasets = sorted({dataset for dataset, _, _ in scores})
     rows: list[dict[str, Any]] = []

@@ -1,7 +1,7 @@
-"""Plain-text and Markdown tables of results: a row a method, a column a domain, then the means over domains.
+"""Tables of results as plain text and Markdown: a row per method, a column per domain, then means over domains.
 
-Numbers that do not belong together are refused rather than averaged, and a mean is shown only where every domain of its
-group has a value.
+Numbers that do not belong together are refused, never averaged. A mean is shown only if every domain of its group has
+a value.
 """
 
 import math
@@ -26,7 +26,7 @@ Role = Literal["train", "unseen"]
 TableFormat = Literal["plain", "markdown"]
 
 TABLE_METRICS: tuple[str, ...] = ("recall@10", "ndcg@10")
-MAX_DOMAIN_COLUMNS = 20  # of more domains a table shows the means alone
+MAX_DOMAIN_COLUMNS = 20  # with more domains, a table shows the means alone
 
 _ROLES: tuple[Role, ...] = get_args(Role)
 _MEAN_TITLES: Mapping[Role, str] = {"train": "mean of training", "unseen": "mean of unseen"}
@@ -37,12 +37,12 @@ _VARIANT_TEXT: Mapping[Variant, str] = {
 }
 _ABSENT = "-"
 
-_Cell = tuple[str, bool]  # text, whether it is marked
+_Cell = tuple[str, bool]  # text, is marked
 
 
 @dataclass(frozen=True, slots=True)
 class ResultRow:
-    """One method on one domain: role "train" or "unseen", users evaluated, and metric -> mean over them."""
+    """One method on one domain: its role, the number of evaluated users, and metric -> mean over these users."""
 
     domain: str
     role: Role
@@ -53,7 +53,7 @@ class ResultRow:
 
 @dataclass(frozen=True, slots=True)
 class _Domains:
-    """The columns: domains by role in order of appearance, training first."""
+    """The columns: domains in order of appearance, training domains first."""
 
     roles: Mapping[str, Role]
     num_users: Mapping[str, int]
@@ -67,7 +67,7 @@ class _Domains:
 
     @property
     def shown(self) -> list[str]:
-        """Those with a column of their own."""
+        """Domains with a column of their own."""
         return self.ordered if len(self.roles) <= MAX_DOMAIN_COLUMNS else []
 
     @property
@@ -76,7 +76,7 @@ class _Domains:
 
 
 def result_rows(sums: Mapping[str, MetricSums], roles: Mapping[str, Role]) -> tuple[ResultRow, ...]:
-    """The rows of :func:`results_table` from the metric sums of every domain.
+    """Return the rows of :func:`results_table`, from the metric sums of every domain.
 
     Args:
         sums: domain -> its metric sums.
@@ -101,15 +101,14 @@ def results_table(
     table_format: TableFormat = "plain",
     num_digits: int = 4,
 ) -> str:
-    """One table a metric; in every column the best of the merged methods is marked.
+    """Return one table per metric; in every column the best merged method is marked.
 
     Args:
-        rows: one a domain and method, in the order in which domains and methods shall appear.
+        rows: one per domain and method; their order is that of the columns and rows.
         variant: how all rows were ranked; named in the header.
         split: what all rows were evaluated on; named in the header.
         metrics: tables to give, in this order.
-        merged_methods: the methods that compete for the mark; without any, or with one alone in a column, nothing is
-            marked.
+        merged_methods: methods that compete for the mark; a column with fewer than two of them has no mark.
         synthetic: the header says that the data are generated.
         table_format: "plain" for a monospace font, or "markdown".
         num_digits: decimals.
@@ -118,8 +117,8 @@ def results_table(
         Text that ends in a newline.
 
     Raises:
-        LayoutMismatchError: no rows, two rows for one domain and method, a domain with two roles or user counts, an
-            absent or non-finite metric, or merged methods without a row.
+        LayoutMismatchError: there are no rows, two rows for one domain and method, two roles or user counts for one
+            domain, a metric that is missing or not finite, or a merged method without a row.
     """
     _check_format(table_format)
     domains, cells = _collect(rows, metrics)
@@ -155,8 +154,8 @@ def results_table(
     if any_marked:
         mark = "bold" if table_format == "markdown" else "*"
         notes.append(
-            f"{mark}: best of the merged methods in its column before rounding; whether that is significant, the "
-            "paired differences tell."
+            f"{mark}: best merged method in its column, before rounding; the paired differences show whether that is "
+            "significant."
         )
     if any_absent:
         notes.append(_absent_note())
@@ -174,7 +173,7 @@ def differences_table(
     table_format: TableFormat = "plain",
     num_digits: int = 4,
 ) -> str:
-    """Paired differences against a baseline method on the same users, with 95 % normal intervals.
+    """Return paired differences to a baseline method on the same users, with 95 % normal intervals.
 
     A cell is ``difference ± half-width``, so the interval is the difference minus to plus the half-width; intervals
     without 0 are marked.
@@ -194,8 +193,8 @@ def differences_table(
         Text that ends in a newline.
 
     Raises:
-        LayoutMismatchError: no domain, domains of different variants or without a role, or a baseline that no domain
-            has.
+        LayoutMismatchError: there are no domains, domains of different variants or without a role, or no domain with
+            the baseline.
         ClientError: as :func:`fedmerge.evaluation.sums.paired_difference`.
     """
     _check_roles(sums, roles)
@@ -234,7 +233,7 @@ def differences_table(
 
     notes = [
         "difference ± half-width of its 95 % interval, paired over users. "
-        "A mean's interval speaks of other users of these domains, not of other domains."
+        "The interval of a mean holds for other users of these domains, not for other domains."
     ]
     if any_marked:
         mark = "bold" if table_format == "markdown" else "*"
@@ -311,7 +310,7 @@ def _difference_cell(difference: Estimate | None, num_digits: int) -> _Cell:
 
 
 def _absent_note() -> str:
-    return f"{_ABSENT}: not evaluated; a mean is given only where every domain of its group has a value."
+    return f"{_ABSENT}: not evaluated; a mean is shown only if every domain of its group has a value."
 
 
 def _header(variant: Variant, split: Split, domains: _Domains, synthetic: bool) -> list[str]:
@@ -337,7 +336,7 @@ def _layout(
     columns: Sequence[Sequence[_Cell]],
     table_format: TableFormat,
 ) -> str:
-    """The table of one metric: methods (rows) by columns, under the column titles and the number of users."""
+    """Return the table of one metric: a row per method, under the column titles and the numbers of users."""
     means = [f"{_MEAN_TITLES[role]} ({len(domains.of(role))})" for role in domains.used_roles]
     unseen = set(domains.of("unseen"))
     titles = [*(f"{domain} (unseen)" if domain in unseen else domain for domain in domains.shown), *means]
@@ -362,7 +361,7 @@ def _markdown(lines: Sequence[tuple[str, Sequence[_Cell]]]) -> str:
 
 
 def _plain(lines: Sequence[tuple[str, Sequence[_Cell]]]) -> str:
-    # A blank where a mark could be keeps the digits of a column aligned.
+    # A space in place of the mark keeps the digits of a column aligned.
     table = [
         [one_line(label), *(one_line(text) + ("*" if marked else " ") for text, marked in cells)]
         for label, cells in lines
@@ -379,7 +378,7 @@ def _plain(lines: Sequence[tuple[str, Sequence[_Cell]]]) -> str:
 
 def _page(header: Sequence[str], tables: Sequence[str], notes: Sequence[str], table_format: TableFormat) -> str:
     if table_format == "markdown":
-        # Two blanks at the end of a line break it in Markdown.
+        # Two spaces at the end of a line are a line break in Markdown.
         head = "  \n".join(f"**{line}**" if line == _SYNTHETIC else line for line in header)
         return "\n\n".join([head, *tables, "  \n".join(notes)]).rstrip() + "\n"
     return "\n\n".join(["\n".join(header), *tables, "\n".join(notes)]).rstrip() + "\n"

@@ -1,8 +1,8 @@
-"""Curves, scores and settings for TensorBoard or MLflow: a copy of what a report shows, on this machine's disk.
+"""Curves, scores and settings for TensorBoard or MLflow: a copy of a report's tables on this machine's disk.
 
-A tracked run is one strategy at one place (dataset, seed, fold), or all that a run's merges share. Nothing is written
-that is not in the tables: numbers of clients as the server has them, sums over users at most. Neither package is a
-dependency; ``tracking`` in the experiment file asks for one of them.
+A tracked run is one strategy at one place (dataset, seed, fold), or the part that all merges of a run share. Only
+numbers in the tables are written, which hold sums over users at most. Neither package is a dependency; the setting
+``tracking`` of an experiment selects one of them.
 """
 
 import importlib.util
@@ -20,18 +20,18 @@ from fedmerge.files import whole_folder
 from fedmerge.report.bench_tables import BenchTables
 from fedmerge.runs.reading import describe_run
 
-FOLDER = "tracking"  # of a run or a benchmark
+FOLDER = "tracking"  # in the folder of a run or a benchmark
 STORE = "mlflow.db"
 _MODULES: Mapping[Tracking, str] = {"tensorboard": "tensorboard", "mlflow": "mlflow"}
-_MOST_AT_ONCE, _LONGEST = 100, 6000  # parameters and their characters, that MLflow takes
+_MOST_AT_ONCE, _LONGEST = 100, 6000  # MLflow's limits: parameters in a call, characters of a value
 
 
 @dataclass(frozen=True)
 class Tracked:
-    """What one tracked run gets.
+    """One tracked run.
 
     Attributes:
-        name: ``demo/seed0/average``; of a run's method its label.
+        name: ``demo/seed0/average``; for a method of a run, its label at the end.
         numbers: (name, step, value).
         settings: dotted key -> value.
     """
@@ -42,10 +42,10 @@ class Tracked:
 
 
 def check_tracking(tracking: Tracking | None) -> None:
-    """Refuse what is not installed, before anything starts.
+    """Check, before anything starts, that the package is installed.
 
     Raises:
-        ConfigError: with the remedy.
+        ConfigError: the package is not installed.
     """
     if tracking is not None and importlib.util.find_spec(_MODULES[tracking]) is None:
         raise ConfigError(
@@ -55,22 +55,22 @@ def check_tracking(tracking: Tracking | None) -> None:
 
 
 def track_run(run_dir: Path, tracking: Tracking) -> None:
-    """:func:`write_tracking` for a run whose tables are there, into a folder of its own beside them."""
-    from fedmerge.report.run.page import run_tables  # noqa: PLC0415  # imports scipy, for which a server need not wait
+    """Write the tables of a finished run for a viewer, into ``tracking`` in its folder."""
+    from fedmerge.report.run.page import run_tables  # noqa: PLC0415  # imports scipy, which a server without tracking does not need
 
     write_tracking(run_tables(describe_run(run_dir)), run_dir / FOLDER, tracking)
 
 
 def write_tracking(tables: BenchTables, folder: Path, tracking: Tracking) -> None:
-    """Write a run's or a benchmark's tables for a viewer, in place of earlier ones.
+    """Write the tables of a run or a benchmark for a viewer; replace earlier ones.
 
     Args:
         tables: of a run or a benchmark.
-        folder: gets TensorBoard's event files, a folder each tracked run, or MLflow's SQLite file.
-        tracking: for whom.
+        folder: to write: event files of TensorBoard in a folder per tracked run, or the SQLite file of MLflow.
+        tracking: the viewer.
 
     Raises:
-        ConfigError: not installed.
+        ConfigError: the package is not installed.
         RunDirError: the folder cannot be written.
     """
     check_tracking(tracking)
@@ -80,7 +80,7 @@ def write_tracking(tables: BenchTables, folder: Path, tracking: Tracking) -> Non
 
 
 def tracked_runs(tables: BenchTables) -> Iterator[Tracked]:
-    """The tables, a strategy and place at a time."""
+    """Yield a tracked run for every strategy and place of the tables."""
     numbers: dict[tuple[str, int, str, str], list[tuple[str, int, float | None]]] = {}
     for row in tables.curves:
         point = (_name(row["name"], row["domain"]), row["step"], row["value"])
@@ -91,7 +91,7 @@ def tracked_runs(tables: BenchTables) -> Iterator[Tracked]:
     cells = {_key(cell): cell for cell in tables.cells}
     for key, found in numbers.items():
         dataset, seed, left_out, strategy = key
-        cell = cells.get(key) or next(iter(tables.cells), {})  # a run has one for all its merges
+        cell = cells.get(key) or next(iter(tables.cells), {})  # a run has one cell for all its merges
         settings = {**flatten(cell.get("config", {})), **flatten(cell.get("environment") or {}, "environment.")}
         fold = f"/without-{left_out}" if left_out else ""
         known = [(name, step, value) for name, step, value in found if value is not None]
@@ -103,7 +103,7 @@ def _key(row: Mapping[str, Any]) -> tuple[str, int, str, str]:
 
 
 def _name(what: str, domain: str) -> str:
-    """A name that both take: ``test unmasked recall_at_10/books``."""
+    """Return a name that both packages accept: ``test unmasked recall_at_10/books``."""
     return re.sub(r"[^\w\-. /]", "_", what.replace("@", "_at_") + (f"/{domain}" if domain else ""))
 
 
@@ -120,7 +120,7 @@ def _write_tensorboard(folder: Path, _title: str, runs: Sequence[Tracked]) -> No
 
 
 def _write_mlflow(folder: Path, title: str, runs: Sequence[Tracked]) -> None:
-    # MLflow tells its makers that it is used, unless this is set before it is imported
+    # MLflow reports its use to its makers, unless these are set before the import.
     os.environ |= {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
     from mlflow.entities import Metric, Param  # noqa: PLC0415  # an optional package
     from mlflow.tracking import MlflowClient  # noqa: PLC0415  # as above

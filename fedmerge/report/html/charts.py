@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from fedmerge.report.html.page import ABSENT, Cell, Column, Html, decimal, element, is_number, join, note, table
 
 WIDTH = 320.0
-MOST_POINTS = 60  # of a line; neighbours beyond it are averaged
+MOST_POINTS = 60  # in a line; with more, neighbours are averaged
 _COLOURS, _ROW = 7, 34.0
-_STRETCH = 6.0  # how many times as long minor rows may make an axis
+_STRETCH = 6.0  # largest factor by which minor rows may lengthen an axis
 _SHAPES = (  # of radius 5, closed
     "M-4.6 0a4.6 4.6 0 1 0 9.2 0a4.6 4.6 0 1 0-9.2 0z",
     "M-4.2-4.2h8.4v8.4h-8.4z",
@@ -27,9 +27,9 @@ _DASHES = (None, "7 3", "2 2.5", "9 3 2 3")
 
 @dataclass(frozen=True)
 class Dot:
-    """A row of a dot chart: value with the bounds around it.
+    """A row of a dot chart: a value with its bounds.
 
-    ``hollow`` is drawn as an outline; a ``minor`` row far from the others is an arrow, lest it squeeze them.
+    ``hollow`` is drawn as an outline; a ``minor`` row far from the others is an arrow, so that others keep their width.
     """
 
     label: str
@@ -44,7 +44,7 @@ class Dot:
 
 @dataclass(frozen=True)
 class Point:
-    """A point of a scatter chart with the half-widths around it."""
+    """A point of a scatter chart with its half-widths."""
 
     label: str
     series: int
@@ -65,7 +65,7 @@ class Line:
 
 @dataclass(frozen=True)
 class _Scale:
-    """From data to coordinates."""
+    """A linear map from data to coordinates."""
 
     low: float
     high: float
@@ -77,7 +77,7 @@ class _Scale:
 
 
 def ticks(low: float, high: float, most: int = 5) -> list[float]:
-    """Round numbers from ``low`` to ``high``: at most ``most`` of them, a step of 1, 2 or 5 times a power of ten apart.
+    """Return at most ``most`` round numbers from ``low`` to ``high``, in steps of 1, 2 or 5 times a power of ten.
 
     >>> ticks(0.0, 1.0), ticks(-3, 8)
     ([0.0, 0.5, 1.0], [0.0, 5.0])
@@ -92,7 +92,7 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
 
 
 def mark(series: int, x: float, y: float, *, hollow: bool = False, title: str | None = None) -> Html:
-    """The symbol of a series."""
+    """Return the symbol of a series at a position."""
     style = "s open" if hollow else "f point"
     return element(
         "path",
@@ -104,7 +104,7 @@ def mark(series: int, x: float, y: float, *, hollow: bool = False, title: str | 
 
 
 def symbol(series: int, *, with_line: bool = False) -> Html:
-    """The symbol in the flow of text, with its line's dashes on request; hidden from screen readers."""
+    """Return the symbol for running text, optionally with its line's dashes; hidden from screen readers."""
     width = 28 if with_line else 14
     stroke = _stroke(series, "M0 7H28") if with_line else None
     return element(
@@ -118,13 +118,13 @@ def symbol(series: int, *, with_line: bool = False) -> Html:
 
 
 def legend(series: Mapping[str, int], *, with_line: bool = False) -> Html:
-    """Every label with its symbol."""
+    """Return every label with its symbol."""
     entries = [element("li", symbol(number, with_line=with_line), label) for label, number in series.items()]
     return element("ul", *entries, class_="legend")
 
 
 def dot_chart(title: str, dots: Sequence[Dot], *, reference: float | None = None, num_digits: int = 3) -> Html:
-    """One value a row under its label, with bounds, on a common axis; nothing without a value.
+    """Return a chart with one value and its bounds per row, on a common axis; empty without a value.
 
     Args:
         title: of the figure.
@@ -159,7 +159,7 @@ def _numbers(dot: Dot) -> list[float]:
 
 
 def _close_together(dots: Sequence[Dot], more: Sequence[float]) -> list[float]:
-    """What the axis shall hold: all but minor rows that would make it more than ``_STRETCH`` times as long."""
+    """Return the values that the axis must span: all but minor rows that would lengthen it beyond ``_STRETCH``."""
     held = [number for dot in dots if not dot.minor for number in _numbers(dot)] or [
         number for dot in dots for number in _numbers(dot)
     ]
@@ -181,7 +181,7 @@ def scatter_chart(
     x_text: Callable[[float], str] | None = None,
     x_from_zero: bool = False,
 ) -> Html:
-    """Two numbers of every series against each other, with their spread; nothing without a point."""
+    """Return a chart of two numbers of every series with their spread; empty without a point."""
     if not points:
         return Html("")
     top, bottom = 26.0, 226.0
@@ -216,7 +216,7 @@ def scatter_chart(
 
 
 def line_chart(title: str, x_title: str, lines: Sequence[Line], *, with_legend: bool = False) -> Html:
-    """Values over steps, each line with the band between its bounds; nothing without a line."""
+    """Return values over steps, each line with the band between its bounds; empty without a line."""
     lines = [Line(line.label, line.series, _thinned(line.points)) for line in lines if line.points]
     if not lines:
         return Html("")
@@ -248,7 +248,7 @@ def line_chart(title: str, x_title: str, lines: Sequence[Line], *, with_legend: 
 
 
 def rank_chart(title: str, ranks: Sequence[tuple[str, int, float]], critical_difference: float) -> Html:
-    """Mean ranks, best first; a bar at the side joins those that differ by less than the critical difference.
+    """Return mean ranks, best first; a bar at the side joins ranks that differ by less than the critical difference.
 
     Args:
         title: of the figure.
@@ -284,7 +284,7 @@ def rank_chart(title: str, ranks: Sequence[tuple[str, int, float]], critical_dif
 
 
 def cliques(ranks: Sequence[float], critical_difference: float) -> list[tuple[int, int]]:
-    """Largest runs (first, last) of sorted ranks that differ by less than the critical difference; of two or more.
+    """Return the largest runs (first, last) of two or more sorted ranks within the critical difference.
 
     >>> cliques([1.0, 1.5, 2.2, 4.0], 1.0)
     [(0, 1), (1, 2)]
@@ -300,7 +300,7 @@ def cliques(ranks: Sequence[float], critical_difference: float) -> list[tuple[in
 def heat_table(
     key: str, caption: str, rows: Sequence[str], columns: Sequence[str], values: Mapping[tuple[str, str], float]
 ) -> Html:
-    """A table of numbers on a ground that grows darker, blue for positive and orange for negative ones.
+    """Return a table of numbers on a ground that darkens with size, blue if positive and orange if negative.
 
     Args:
         key, caption: of the table.
@@ -323,12 +323,12 @@ def heat_table(
 
 
 def grid(*pictures: Html) -> Html:
-    """Pictures side by side where there is room; four are two pairs rather than three and one."""
+    """Return pictures side by side if there is room; four are two pairs, not three and one."""
     return element("div", *pictures, class_="charts pairs" if len(pictures) == 4 else "charts")
 
 
 def with_legend(pictures: Sequence[Html], points: Sequence[Point], caption: str) -> Html | None:
-    """Lay out scatter charts beside one legend and a caption; None without a point."""
+    """Return scatter charts with one legend and a caption; None without a point."""
     if not points:
         return None
     entries = legend({point.label: point.series for point in points})
@@ -365,13 +365,13 @@ def _horizontal_axis_lines(scale: _Scale, left: float, right: float) -> Html:
 
 
 def _left_margin(scale: _Scale) -> float:
-    """Room for the numbers beside a vertical axis."""
+    """Return the room for the numbers beside a vertical axis."""
     places = ticks(scale.low, scale.high, 5)
     return 14.0 + 7.4 * max((len(_tick_text(value, places)) for value in places), default=0)
 
 
 def _tick_text(value: float, places: Sequence[float]) -> str:
-    """With as many decimals as tell the ticks apart; large numbers in thousands."""
+    """Return a tick with just enough decimals to distinguish ticks; large numbers in thousands."""
     step = places[1] - places[0] if len(places) > 1 else abs(value) or 1.0
     num_digits = min(max(0, -math.floor(math.log10(step) + 1e-9)), 6)
     return decimal(value, num_digits).replace(",", "") if abs(value) < 10_000 else f"{value / 1000:g}k"
@@ -401,7 +401,7 @@ def _line(x1: float, y1: float, x2: float, y2: float, style: str) -> Html:
 
 
 def _arrow(y: float, left: bool) -> Html:
-    """To what lies outside the picture."""
+    """Return an arrow that points at a value outside the picture."""
     path = f"M14 {y:.1f}H2m4 -4l-4 4l4 4" if left else f"M{WIDTH - 14:g} {y:.1f}h12m-4 -4l4 4l-4 4"
     return element("path", class_="arrow", d=path)
 

@@ -1,4 +1,4 @@
-"""One self-contained HTML page: elements that escape what they hold, tables that sort, and the frame around them.
+"""One self-contained HTML page: elements that escape their content, tables that sort, and the frame around them.
 
 The page asks the network for nothing, and its Content-Security-Policy would not let it. The same input gives the same
 bytes: no time, no random identifiers.
@@ -18,13 +18,13 @@ ABSENT = "–"
 
 
 class Html(str):
-    """Text that is markup already; any other text is escaped where it enters an element."""
+    """Text that is markup; any other text is escaped when it enters an element."""
 
     __slots__ = ()
 
 
 def element(tag: str, *children: str | None, **attributes: str | int | float | bool | None) -> Html:
-    """``<tag attributes>children</tag>``.
+    """Return ``<tag attributes>children</tag>``.
 
     Args:
         tag: its name.
@@ -44,7 +44,7 @@ def element(tag: str, *children: str | None, **attributes: str | int | float | b
 
 
 def join(*children: str | None) -> Html:
-    """One after another, escaped unless they are markup already."""
+    """Return the children one after another, escaped unless they are markup."""
     return Html("".join(child if isinstance(child, Html) else _escape(child) for child in children if child))
 
 
@@ -56,12 +56,12 @@ def _escape(text: str) -> str:
 
 
 def is_number(value: float | None) -> bool:
-    """Whether there is something to show."""
+    """Return True if the value is a finite number."""
     return value is not None and math.isfinite(value)
 
 
 def decimal(value: float | None, num_digits: int = 4, sign: bool = False) -> str:
-    """``0.0573``, with a true minus sign; a dash for None, NaN and infinities.
+    """Return ``0.0573``, with a true minus sign; a dash for None, NaN and infinities.
 
     >>> decimal(-0.00004), decimal(None), decimal(-1.5, 1, sign=True)
     ('0.0000', '–', '−1.5')
@@ -73,7 +73,7 @@ def decimal(value: float | None, num_digits: int = 4, sign: bool = False) -> str
 
 
 def size(value: float | None) -> str:
-    """Bytes in the decimal unit that leaves one to three digits before the point.
+    """Return bytes in the decimal unit that leaves one to three digits before the point.
 
     >>> size(0), size(1234), size(56_700_000)
     ('0 B', '1.2 kB', '56.7 MB')
@@ -86,7 +86,7 @@ def size(value: float | None) -> str:
 
 
 def seconds(value: float | None) -> str:
-    """``4.2 s``, ``310 s``."""
+    """Return ``4.2 s`` or ``310 s``."""
     return ABSENT if value is None or not math.isfinite(value) else f"{value:,.{1 if value < 99.95 else 0}f} s"
 
 
@@ -95,7 +95,7 @@ def seconds(value: float | None) -> str:
 
 @dataclass(frozen=True)
 class Column:
-    """A column's title, and whether it holds numbers, which stand at the right and sort from the largest."""
+    """A column: its title, and if it holds numbers, which are aligned right and sort from the largest."""
 
     title: str
     numeric: bool = True
@@ -103,7 +103,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Cell:
-    """What a cell shows; what it sorts by (absent: last); ``best`` is set in bold, ``style`` is CSS."""
+    """A cell: its text, its sort key (None sorts last), ``best`` for bold, and ``style`` as CSS."""
 
     shown: str
     sort: float | str | None = None
@@ -112,14 +112,14 @@ class Cell:
 
 
 def number_cell(value: float | None, shown: str, best: bool = False) -> Cell:
-    """A cell that sorts by its number, or last where there is none."""
+    """Return a cell that sorts by its number, or last without one."""
     return Cell(shown, value if is_number(value) else None, best)
 
 
 def table(
     key: str, caption: str, columns: Sequence[Column], rows: Sequence[Sequence[Cell]], *, sortable: bool = True
 ) -> Html:
-    """A table in a box of its own that scrolls sideways where it must; the first cell of a row is its heading.
+    """Return a table in a box that scrolls sideways if it is too wide; the first cell of a row is its heading.
 
     Args:
         key: identifies it on the page.
@@ -175,17 +175,17 @@ def table(
 
 
 def note(*children: str) -> Html:
-    """A small line under a table or picture."""
+    """Return a small line under a table or picture."""
     return element("p", *children, class_="note")
 
 
 def folded(summary: str, *children: str) -> Html:
-    """Shown on request."""
+    """Return content that is collapsed under a summary."""
     return element("details", element("summary", summary), *children)
 
 
 def settings(values: Mapping[str, object]) -> Html:
-    """Nested settings as ``key = value`` lines with dotted keys."""
+    """Return nested settings as ``key = value`` lines with dotted keys."""
     lines = [f"{key} = {value}" for key, value in _flat(values)]
     return element("pre", "\n".join(lines) or ABSENT, tabindex=0)
 
@@ -201,7 +201,7 @@ def _flat(values: Mapping[str, object], prefix: str = "") -> list[tuple[str, obj
 
 
 def facts(pairs: Sequence[tuple[str, str]]) -> Html:
-    """A few terms with what they are, side by side where there is room."""
+    """Return a list of terms and values, side by side if there is room."""
     return element(
         "dl", *(element("div", element("dt", term), element("dd", meaning)) for term, meaning in pairs), class_="facts"
     )
@@ -217,7 +217,7 @@ class Section:
 
 
 def page(title: str, lead: str, sections: Sequence[Section], *, kind: str, synthetic: bool) -> str:
-    """The whole file.
+    """Return the whole file.
 
     Args:
         title: of the page.
