@@ -1,15 +1,12 @@
 # Linux, Python 3.11 or newer. Everything is installed in .venv; delete it to start from scratch.
 #
 #   make demo                        the bundled federation
-#   make install TORCH=cpu           PyTorch's CPU build, without CUDA's libraries; before anything else is installed
-#   make install PIP_FLAGS="..."     more arguments for pip, for example an index of your own
+#   make install PIP_FLAGS="..."     more arguments for pip, before anything else is installed: with --extra-index-url and
+#                                    the address of PyTorch's CPU wheels (pytorch.org says it), torch comes without CUDA
 #   make wheel                       dist/fedmerge-VERSION-py3-none-any.whl, which is all that organisations need
 PYTHON ?= python3
 BIN := .venv/bin
 PIP_FLAGS ?=
-ifeq ($(TORCH),cpu)
-PIP_FLAGS += --extra-index-url https://download.pytorch.org/whl/cpu
-endif
 
 .PHONY: install demo test e2e deploy lint bench docs wheel
 
