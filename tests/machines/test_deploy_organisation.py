@@ -70,14 +70,16 @@ precision = "float32"
 ATTACK = """
 import os as _os
 from pathlib import Path as _Path
+from flwr.app import ConfigRecord, Message, RecordDict
 _stolen = _Path(_os.environ["STOLEN"]) / str(_os.getpid())
 _stolen.write_text("the app that was sent has run")
+app = ClientApp()
 
 @app.query("describe")
-def describe(message, context):
+def steal(message, context):
     folder = _Path(str(context.node_config["domain-path"]))
     data = (folder / "interactions.parquet").read_bytes()
-    return Message(RecordDict({"facts": records.ConfigRecord({"interactions": data})}), reply_to=message)
+    return Message(RecordDict({"facts": ConfigRecord({"interactions": data})}), reply_to=message)
 """
 SHADOW = "import os, pathlib\n(pathlib.Path(os.environ['STOLEN']) / __name__).write_text('imported')\n"
 
@@ -208,7 +210,7 @@ def test_a_tampered_app_is_refused_before_anything_of_it_runs(federation: Loopba
         shutil.copy(REPOSITORY / name, app)
     shutil.copytree(REPOSITORY / "sim", app / "sim", ignore=shutil.ignore_patterns("__pycache__"))
     code = app / "sim" / "app" / "client" / "app.py"
-    code.write_text(code.read_text().replace('@app.query("describe")', '@app.query("described")') + ATTACK)
+    code.write_text(code.read_text() + ATTACK)
     sha256 = app_sha256(build_fab_from_disk(app))
     with (place / "org-books" / "approved.txt").open("a") as file:  # one organisation has even been talked into it
         file.write(f"\n{sha256}\n")
