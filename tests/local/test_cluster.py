@@ -1,4 +1,4 @@
-"""A Ray cluster of two nodes, here both on this machine: run and bench use it, and what comes out is the same."""
+"""A Ray cluster of two nodes, both on this machine: run and bench use it, and the results are the same."""
 
 import json
 import os
@@ -86,7 +86,7 @@ set = { "merge.methods" = "mergerec", "mergerec.granularities" = "layer" }
 
 @pytest.fixture
 def cluster() -> Iterator[str]:
-    """The address of a cluster of two nodes with one CPU each."""
+    """Address of a cluster of two nodes with one CPU each."""
     mark = secrets.token_hex(16)
     folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # Ray's sockets want a short path
     address = f"127.0.0.1:{free_port()}"
@@ -193,7 +193,7 @@ def test_a_benchmark_on_two_nodes_has_the_tables_of_one_process(tmp_path: Path, 
 
 
 def nodes_at_work() -> set[bytes]:
-    """The nodes of the cluster on which a cell of a benchmark is being done."""
+    """Return the cluster's nodes that work on a cell of a benchmark."""
     found = set()
     for place in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):

@@ -200,7 +200,7 @@ def killed(place: Path) -> Path:
     return run
 
 
-def test_a_run_that_was_killed_three_times_ends_as_one_that_was_not(whole: Path, killed: Path) -> None:
+def test_a_run_killed_three_times_has_the_results_of_an_undisturbed_run(whole: Path, killed: Path) -> None:
     assert (killed / "DONE").exists()
     assert results(killed) == results(whole)
     assert len(results(killed)) > 20

@@ -1,4 +1,4 @@
-"""`flwr run` from outside: what is refused at once; real runs that succeed, fail, collide, are interrupted."""
+"""The launcher of `flwr run`: refusals before the start; real runs that succeed, fail, collide, or are interrupted."""
 
 import os
 import select
@@ -92,7 +92,7 @@ def hello(message, context):
 
 
 def write_app(folder: Path, **run_config: str | bool) -> tuple[Path, Path]:
-    """A Flower app, and the file of its run config."""
+    """Write a Flower app and its run config."""
     (folder / "app" / "trial").mkdir(parents=True)
     (folder / "app" / "pyproject.toml").write_text(PYPROJECT)
     for name, text in {"__init__": "", "server_app": SERVER_APP, "client_app": CLIENT_APP}.items():
@@ -106,7 +106,7 @@ def write_app(folder: Path, **run_config: str | bool) -> tuple[Path, Path]:
 
 
 def processes_of(home: Path) -> set[int]:
-    """Found without the launcher's own search: whoever has this FLWR_HOME."""
+    """Return the processes with this FLWR_HOME, independent of the launcher's own search."""
     found = set()
     for environ in Path("/proc").glob("[0-9]*/environ"):
         try:
@@ -242,9 +242,7 @@ def test_a_flower_home_with_other_connections_is_refused(tmp_path: Path) -> None
         )
 
 
-def test_what_the_experiment_says_of_cpus_and_gpus_reaches_flower(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cpus_and_gpus_of_the_experiment_reach_flower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_demo(tmp_path / "domains", num_domains=3, num_users=20, num_items=20)
     flat = {
         "domains.root": str(tmp_path / "domains"),

@@ -1,4 +1,4 @@
-"""A secure sum with Flower and Ray for real: `fedmerge run` on a configuration that ships."""
+"""A secure sum with Flower and Ray: `fedmerge run` on a shipped configuration."""
 
 import shutil
 import subprocess

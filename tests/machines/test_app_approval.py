@@ -30,7 +30,7 @@ def good() -> bytes:
 
 
 def test_the_copy_that_flower_is_given_depends_on_the_app_alone(tmp_path: Path, good: bytes) -> None:
-    """Whatever else lies in the checkout, and whatever else its pyproject.toml says."""
+    """Other files of the checkout and other settings of its pyproject.toml do not matter."""
     checkout = tmp_path / "checkout"
     shutil.copytree(REPOSITORY / "sim", checkout / "sim")
     for name in ("pyproject.toml", "LICENSE", "README.md", ".gitignore"):
@@ -68,7 +68,7 @@ def test_the_copy_that_flower_is_given_depends_on_the_app_alone(tmp_path: Path, 
         None,
     ],
 )
-def test_of_an_app_with_other_rules_nothing_is_copied(tmp_path: Path, project: str | None) -> None:
+def test_an_app_with_other_rules_is_not_copied(tmp_path: Path, project: str | None) -> None:
     (tmp_path / "app").mkdir()
     if project is not None:
         (tmp_path / "app" / "pyproject.toml").write_text(project)
@@ -83,7 +83,7 @@ def test_a_copy_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
 
 
 def repacked(good: bytes, changes: dict[str, bytes | None]) -> bytes:
-    """A bundle with some files replaced, added, or left out (None)."""
+    """Return a bundle with some files replaced, added, or left out (None)."""
     packed = BytesIO()
     with zipfile.ZipFile(BytesIO(good)) as source, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as target:
         for name in source.namelist():
@@ -95,7 +95,7 @@ def repacked(good: bytes, changes: dict[str, bytes | None]) -> bytes:
     return packed.getvalue()
 
 
-def test_the_app_that_is_built_here_is_taken_once_it_is_approved(good: bytes) -> None:
+def test_the_installed_app_is_accepted_once_it_is_approved(good: bytes) -> None:
     with pytest.raises(PolicyError, match=app_sha256(good)):
         check_app(good, frozenset({"0" * 64}), INSTALLED)
     check_app(good, frozenset({app_sha256(good)}), INSTALLED)
@@ -155,7 +155,7 @@ def test_a_name_cut_at_a_null_byte_is_another_file(good: bytes) -> None:
 
 
 def test_only_flowers_way_of_packing_is_unpacked(good: bytes) -> None:
-    """A few bytes of bzip2 or LZMA unpack to hundreds of megabytes before a limit is looked at."""
+    """A few bytes of bzip2 or LZMA unpack to hundreds of megabytes before any limit applies."""
     packed = BytesIO()
     with zipfile.ZipFile(BytesIO(good)) as source, zipfile.ZipFile(packed, "w", zipfile.ZIP_BZIP2) as target:
         for name in source.namelist():

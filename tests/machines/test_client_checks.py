@@ -167,7 +167,7 @@ def test_a_clock_that_is_a_little_late_is_good_enough(client: Client, tls: Path,
     assert told["clock"].holds
 
 
-def test_a_key_that_is_not_let_in_is_named(client: Client, tls: Path, tmp_path: Path) -> None:
+def test_a_refused_key_is_named(client: Client, tls: Path, tmp_path: Path) -> None:
     with server(tls) as port:
         given = read_bundle(bundle(tmp_path / "b", tls / "ca.crt", f"127.0.0.1:{port}"))
         told = found(client, given, registered=lambda _: "412 no")

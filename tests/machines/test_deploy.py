@@ -1,4 +1,4 @@
-"""A federation on three machines with addresses of their own: TLS, registered keys, nginx, Flower's deployment engine.
+"""A federation on three machines with their own addresses: TLS, registered keys, nginx, Flower's deployment engine.
 
 Machines are network namespaces where they are permitted, otherwise processes on the loopback (then what needs addresses
 of their own is not asked). One federation stands for all tests of this file.
@@ -59,7 +59,7 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]
 
 @pytest.fixture(scope="module")
 def finished(federation: Federation) -> Path:
-    """The folder of a whole run on the machines."""
+    """Folder of a finished run on the machines."""
     known = "server.client_keys=keys"  # of the operator's folder, each for its domain alone
     output = federation.fedmerge("run", *federation.settings("whole"), known, "--federation", "prod")
     folder = federation.run_folder("whole")
@@ -68,7 +68,7 @@ def finished(federation: Federation) -> Path:
 
 
 def results(run: Path) -> dict[str, str]:
-    """Hashes of adapters, merges, metrics, the choice and the report."""
+    """Return the hashes of adapters, merges, metrics, the choice and the report."""
     names = ("experts.json", "choice.json", "metrics.parquet", "products.parquet", "report.txt")
     files = [run / name for name in names] + [
         *run.glob("*/*/adapter_*"),
@@ -78,7 +78,7 @@ def results(run: Path) -> dict[str, str]:
     return {str(file.relative_to(run)): hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(files)}
 
 
-def test_a_run_on_machines_gives_to_the_byte_what_a_simulation_gives(federation: Federation, finished: Path) -> None:
+def test_a_run_on_machines_equals_its_simulation_to_the_byte(federation: Federation, finished: Path) -> None:
     there = federation.shared / "simulated"
     own = [f"output_dir={there}", f"cache_dir={there / 'cache'}", f"domains.root={federation.shared / 'domains'}"]
     experiment, *settings = federation.settings("whole")
@@ -212,7 +212,7 @@ def test_the_operator_works_from_another_machine_with_the_certificate(federation
 
 
 def test_killed_client_and_superlink_lose_nothing(federation: Federation, finished: Path) -> None:
-    """A client's process is killed while it trains, and the SuperLink when an expert is there; then --resume."""
+    """A client's process is killed during training, and the SuperLink after the first expert; then --resume."""
     mark, run = federation.network.mark, federation.run_folder("killed")
     changes = ["seed=1"]  # other experts than those that the clients keep
     arguments = ["run", *federation.settings("killed"), *changes, "--federation", "prod"]

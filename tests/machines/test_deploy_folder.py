@@ -34,7 +34,7 @@ def deployment(tmp_path: Path) -> Deployment:
 
 
 def public_key(path: Path, key: Any = None) -> Path:
-    """An OpenSSH public key as an organisation sends it."""
+    """Write an OpenSSH public key as an organisation sends it."""
     public = (key or ec.generate_private_key(ec.SECP384R1())).public_key()
     line = public.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
     path.write_bytes(line + b" me@shop\n")
@@ -42,7 +42,7 @@ def public_key(path: Path, key: Any = None) -> Path:
 
 
 def handshake(server: ssl.SSLContext, client: ssl.SSLContext, host: str) -> None:
-    """TLS in memory; raises what a connection would."""
+    """Do a TLS handshake in memory; raise what a connection would."""
     to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
     ends = [
         client.wrap_bio(to_client, to_server, server_hostname=host),

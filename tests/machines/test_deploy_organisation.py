@@ -1,4 +1,4 @@
-"""Two organisations' clients over TLS with registered keys: an approved app is worked for, a tampered one never runs.
+"""Two organisations' clients over TLS with registered keys: an approved app is accepted, a tampered one never runs.
 
 A third organisation runs Flower's own SuperNode, which takes whatever comes: what the tampered app does there is what
 the other two are spared. One federation for the whole file; its tests follow each other.
@@ -132,7 +132,7 @@ def start_client(federation: Loopback, name: str) -> None:
 
 
 def experiment(federation: Loopback, run: str, policy: str = "adapter") -> Path:
-    """An experiment file; the backbone that it names is on the server, not where the clients look by themselves."""
+    """Write an experiment file; the backbone that it names is on the server only."""
     text = EXPERIMENT.format(place=federation.place, run=run, wait=60, policy=policy)
     path = federation.place / f"{run}.toml"
     path.write_text(text.replace("/nowhere", "/server-backbone"))
@@ -142,7 +142,7 @@ def experiment(federation: Loopback, run: str, policy: str = "adapter") -> Path:
 
 
 def processes(*words: str) -> set[int]:
-    """The ids of the living processes whose command line holds all these words."""
+    """Return the ids of living processes whose command line contains all these words."""
     found = set()
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -154,7 +154,7 @@ def processes(*words: str) -> set[int]:
     return found - {os.getpid()}
 
 
-def test_an_approved_app_is_worked_for_by_the_installed_code(federation: Loopback) -> None:
+def test_the_installed_code_answers_for_an_approved_app(federation: Loopback) -> None:
     place = federation.place
     run = place / "runs" / "honest"
     log = federation.run(REPOSITORY, experiment(federation, "honest"), run)
@@ -185,8 +185,8 @@ def test_a_client_keeps_its_secrets_through_the_messages_of_a_secure_sum(federat
     assert list((run / "merged").rglob("adapter_model.safetensors"))
 
 
-def test_a_client_that_was_killed_comes_back_by_itself(federation: Loopback) -> None:
-    """Its SuperNode is refused until the server has noticed; the supervisor says so, waits, and is let in again."""
+def test_a_killed_client_reconnects_by_itself(federation: Loopback) -> None:
+    """The server refuses its SuperNode until it notices the crash; the supervisor waits and connects again."""
     place = federation.place
     (supernode,) = processes("flower-supernode", str(place / "org-books"))
     started = time.monotonic()
@@ -244,7 +244,7 @@ def test_a_client_whose_supervisor_is_killed_leaves_nothing_behind(federation: L
     assert eventually(lambda: not processes("flower-supernode", place) | processes("sim.machines.executor", place), 20)
 
 
-def test_a_client_that_is_told_to_end_tells_the_server(federation: Loopback) -> None:
+def test_a_client_signs_off_at_the_server_when_it_ends(federation: Loopback) -> None:
     (supervisor,) = processes("client start org-books")
     os.kill(supervisor, signal.SIGTERM)
     federation.said("books.log", "client stopped", 60)

@@ -18,14 +18,14 @@ UNUSED = 9  # nobody listens there
 
 @pytest.fixture
 def operator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The operator's folder of a federation that does not run."""
+    """The operator's folder of a federation that is not running."""
     made = create_deployment(tmp_path / "operator", "prod", ["localhost"], 8443, UNUSED)
     monkeypatch.setenv("FLWR_HOME", str(made.flower_home))
     return made.folder
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """What a command that fails says."""
+    """Run a command that fails; return its standard error."""
     assert main(list(arguments)) == 1
     return capsys.readouterr().err
 
@@ -74,7 +74,7 @@ def test_an_existing_or_missing_run_is_refused_before_anything_is_sent(
 
 
 class Flower:
-    """What Flower's commands answer."""
+    """Answers of Flower's commands."""
 
     def __init__(self) -> None:
         self.asked: list[list[str]] = []

@@ -1,4 +1,4 @@
-"""The non-public parts of Flower: imported in two files only; what an upgrade of Flower breaks is named here."""
+"""The non-public parts of Flower: only two files import them, and these tests name what an upgrade of Flower breaks."""
 
 import ast
 import importlib

@@ -80,13 +80,13 @@ def test_a_client_folder_is_never_overwritten(folder: Path, domain: Path) -> Non
 
 
 @pytest.mark.parametrize("name", ["", "North", "no rth", "-north", "north\n", "../north", "n" * 64])
-def test_a_name_that_cannot_be_a_files_name_is_refused(name: str, domain: Path, tmp_path: Path) -> None:
+def test_a_malformed_name_is_refused(name: str, domain: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--name .*: .*north-shop"):
         init_client(tmp_path / "x", name, domain)
     assert not (tmp_path / "x").exists()
 
 
-def test_a_folder_that_is_no_domain_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_a_domain_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FedMergeError, match="nowhere"):
         init_client(tmp_path / "x", "north", tmp_path / "nowhere")
     assert not (tmp_path / "x").exists()
@@ -121,7 +121,7 @@ def test_a_folder_without_a_client_is_refused(tmp_path: Path) -> None:
         read_client(tmp_path)
 
 
-def test_what_is_no_key_is_refused_and_never_quoted(folder: Path, tmp_path: Path) -> None:
+def test_a_file_without_a_key_is_refused_and_never_quoted(folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "other"
     with pytest.raises(ConfigError, match=r"/other: "):
         read_private_key(path)
@@ -152,7 +152,7 @@ def test_an_app_is_approved_once_and_taken_back_by_deleting_its_line(folder: Pat
     assert approved_apps(folder) == {"0" * 64}
 
 
-def test_what_is_no_hash_is_not_approved(folder: Path) -> None:
+def test_a_malformed_hash_is_not_approved(folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"'abc'.* 64 "):
         approve_app(folder, "abc", "by hand")
     (folder / "approved.txt").write_text("*\n")

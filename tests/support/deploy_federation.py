@@ -90,7 +90,7 @@ class Federation:
 
     @property
     def shared(self) -> Path:
-        """Domains, backbone and experiment file, as if each machine had its own copy."""
+        """Folder of domains, backbone and experiment file, as if each machine had its own copy."""
         return self.network.folder
 
     def prepare(self, steps: int = 10) -> None:
@@ -116,17 +116,17 @@ class Federation:
             self.client(host, "approve", folder, "--bundle", self.bundle(domain))
 
     def fedmerge(self, *arguments: str | Path, fails: bool = False) -> str:
-        """A command of the operator; its output."""
+        """Run a command of the operator; return its output."""
         done = self.network.run(self.operator, *FEDMERGE, *arguments, more=self.operators_variables())
         assert (done.returncode != 0) == fails, done.stdout
         return done.stdout
 
     def operators_variables(self) -> dict[str, str]:
-        """What the operator exports."""
+        """Environment variables that the operator exports."""
         return {"FLWR_HOME": str(self.deployment / "flower")}
 
     def start_operator(self) -> None:
-        """SuperLink and nginx; returns when clients can connect."""
+        """Start SuperLink and nginx; return when clients can connect."""
         log = self.network.home(self.operator) / "operator.log"
         before = log.read_text().count("proxy: clients reach") if log.exists() else 0
         process = self.network.start(
@@ -137,7 +137,7 @@ class Federation:
         self.operators_command = process
 
     def restart_operator(self) -> None:
-        """Wait until `fedmerge deploy start` has ended, and all that it started; then start it again."""
+        """Wait until `fedmerge deploy start` and its processes have ended, then start it again."""
         assert self.operators_command is not None
         assert self.operators_command.wait(timeout=60) == 1
         assert not processes_of(self.network.mark, "flwr-serverapp")
@@ -150,56 +150,56 @@ class Federation:
         return done.stdout
 
     def client_folder(self, domain: str) -> Path:
-        """What an organisation's `fedmerge client init` made."""
+        """Client folder of an organisation."""
         return self.network.home(self.organisations[domain]) / "client"
 
     def bundle(self, domain: str) -> Path:
-        """What the operator gave an organisation."""
+        """Bundle of an organisation."""
         return self.deployment / "clients" / domain
 
     def start_client(self, domain: str) -> "subprocess.Popen[bytes]":
-        """An organisation's client, with its supervisor."""
+        """Start an organisation's client with its supervisor."""
         command: list[str | Path] = ["client", "start", self.client_folder(domain), "--bundle", self.bundle(domain)]
         program = self.organisations_command
         return self.network.start(self.organisations[domain], "client.log", *program, *command, more=NO_CHECKOUT)
 
     @property
     def organisations_command(self) -> tuple[str, ...]:
-        """``fedmerge`` of the wheel."""
+        """Program ``fedmerge`` of the wheel."""
         assert self.installed is not None
         return (self.installed.python, "-m", "fedmerge.cli")
 
     @property
     def address(self) -> str:
-        """Where clients connect."""
+        """Address for clients."""
         told = (self.deployment / "clients" / self.domains[0] / "federation.toml").read_text()
         found = re.search(r'address = "([^"]+)"', told)
         assert found, told
         return found.group(1)
 
     def states(self) -> dict[str, str]:
-        """Domain -> what the SuperLink says about its client."""
+        """Return domain -> state of its client according to the SuperLink."""
         done = self.network.run(self.operator, *FEDMERGE, "deploy", "status", self.deployment, "--json")
         told: dict[str, Any] = json.loads(done.stdout)
         return {client["name"]: client["state"] for client in told["clients"]}
 
     def wait_for_clients(self) -> None:
-        """Until all are online."""
+        """Wait until all clients are online."""
         wait_for("all clients are online", lambda: set(self.states().values()) == {"online"})
 
     def settings(self, run_id: str) -> list[str]:
-        """The arguments of `fedmerge run` for one run."""
+        """Return the arguments of `fedmerge run` for one run."""
         return [str(self.shared / "experiment.toml"), "--set", f"run_id={run_id}"]
 
     def run_folder(self, run_id: str) -> Path:
-        """Where a run's files are."""
+        """Return the folder of a run."""
         return self.deployment / "runs" / run_id
 
     def log(self, domain: str, name: str = "client.log") -> str:
-        """What an organisation's client said."""
+        """Return the log of an organisation's client."""
         return (self.network.home(self.organisations[domain]) / name).read_text()
 
 
 def make_key(path: Path) -> None:
-    """A key pair that nobody knows."""
+    """Write a key pair that is not registered anywhere."""
     subprocess.run(["ssh-keygen", "-q", "-t", "ecdsa", "-b", "384", "-N", "", "-f", str(path)], check=True)

@@ -42,14 +42,14 @@ class Host:
     cable: str = ""
 
     def command(self, *arguments: str | Path) -> list[str]:
-        """A command as it is run on this machine."""
+        """Return a command in the form in which this machine runs it."""
         inside = ["ip", "netns", "exec", self.namespace] if self.namespace else []
         return [*inside, *map(str, arguments)]
 
 
 @dataclass
 class Network:
-    """Machines that reach each other; what is started on them is ended with the network.
+    """Machines that reach each other; their processes end with the network.
 
     Attributes:
         hosts: the machines.
@@ -66,11 +66,11 @@ class Network:
     processes: "list[subprocess.Popen[bytes]]" = field(default_factory=list)
 
     def home(self, host: Host) -> Path:
-        """The folder of a machine's files."""
+        """Return the folder of a machine's files."""
         return self.folder / host.name
 
     def variables(self, host: Host, more: Mapping[str, str] | None = None) -> dict[str, str]:
-        """The environment of a machine's processes."""
+        """Return the environment of a machine's processes."""
         home = self.home(host)
         home.mkdir(exist_ok=True)
         own = {"HOME": str(home), "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", NETWORK: self.mark}
@@ -79,7 +79,7 @@ class Network:
     def run(
         self, host: Host, *arguments: str | Path, more: Mapping[str, str] | None = None
     ) -> "subprocess.CompletedProcess[str]":
-        """Run a command on a machine to its end, both streams together."""
+        """Run a command on a machine to its end; return both streams together."""
         return subprocess.run(
             host.command(*arguments),
             cwd=self.home(host),
@@ -109,13 +109,13 @@ class Network:
         return process
 
     def pull_out(self, host: Host, out: bool = True) -> None:
-        """Pull out a machine's network cable, or put it back."""
+        """Disconnect a machine from the network, or connect it again."""
         _ip("-n", self.switch, "link", "set", host.cable, "down" if out else "up")
 
 
 @contextmanager
 def network(folder: Path, names: list[str], in_namespaces: bool) -> Iterator[Network]:
-    """Machines of these names; whatever happens inside, nothing of them is left."""
+    """Create machines with these names, and remove them afterwards in any case."""
     made = Network([Host(name, "127.0.0.1") for name in names], folder)
     if in_namespaces:
         token = secrets.token_hex(3)
@@ -143,7 +143,7 @@ def network(folder: Path, names: list[str], in_namespaces: bool) -> Iterator[Net
 
 
 def why_no_namespaces() -> str:
-    """Why machines cannot be network namespaces here; empty if they can."""
+    """Return why network namespaces cannot be used here; empty if they can."""
     if shutil.which("ip") is None:
         return "iproute2 is not installed"
     if os.geteuid() != 0:
@@ -161,12 +161,12 @@ def why_no_namespaces() -> str:
 
 
 def has_nginx() -> bool:
-    """Whether nginx is installed."""
+    """Return True if nginx is installed."""
     return shutil.which("nginx", path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin"])) is not None
 
 
 def free_port() -> int:
-    """A port that nobody listens on, below those that the system hands out by itself."""
+    """Return a port on which nothing listens, below the range of ephemeral ports."""
     while True:
         port = 10000 + secrets.randbelow(10000)
         with socket.socket() as probe, suppress(OSError):
@@ -175,7 +175,7 @@ def free_port() -> int:
 
 
 def wait_for(what: str, is_so: Callable[[], bool], seconds: float = 120.0) -> float:
-    """Wait until something is so; how long that took."""
+    """Wait until a condition holds; return the seconds that it took."""
     started = time.monotonic()
     while not is_so():
         assert time.monotonic() - started < seconds, f"{what}: not so after {seconds:g} s"
@@ -184,7 +184,7 @@ def wait_for(what: str, is_so: Callable[[], bool], seconds: float = 120.0) -> fl
 
 
 def processes_of(mark: str, program: str, under: int | None = None) -> list[int]:
-    """The network's living processes that run this program, by its name in the command line; under one of them."""
+    """Return the network's living processes with this program in the command line, below ``under`` if given."""
     found = []
     for pid in _all(mark):
         with suppress(OSError, IndexError):
@@ -196,7 +196,7 @@ def processes_of(mark: str, program: str, under: int | None = None) -> list[int]
 
 
 def workers_of(mark: str) -> list[int]:
-    """The clients' processes that work on a message: children of an executor."""
+    """Return the clients' processes that work on a message, which are children of an executor."""
     executors = processes_of(mark, "sim.machines.executor")
     return [
         pid
@@ -207,7 +207,7 @@ def workers_of(mark: str) -> list[int]:
 
 
 def kill(pids: list[int]) -> int:
-    """Kill -9; how many there were to kill."""
+    """Send SIGKILL; return the number of processes."""
     killed = 0
     for pid in pids:
         with suppress(ProcessLookupError):
@@ -217,7 +217,7 @@ def kill(pids: list[int]) -> int:
 
 
 def _all(mark: str) -> list[int]:
-    """Every living process that was started on the network's machines, and what these started."""
+    """Return every living process started on the network's machines, and their descendants."""
     entry, found = f"{NETWORK}={mark}".encode(), []
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
@@ -227,7 +227,7 @@ def _all(mark: str) -> list[int]:
 
 
 def _end(made: Network) -> None:
-    """Ask every process to end, then kill those that are left."""
+    """Send SIGTERM to every process, then SIGKILL to those that are left."""
     for process in made.processes:
         process.terminate()
     deadline = time.monotonic() + GRACE_SECONDS

@@ -27,14 +27,14 @@ PROGRAMS = Path(sys.executable).parent
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """Return a port on which nothing listens."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def certificates(folder: Path, days: int = 90) -> None:
-    """ca.crt, and server.pem with server.key for 127.0.0.1 and localhost, as the operator makes them."""
+    """Write ca.crt, and server.pem with server.key for 127.0.0.1 and localhost, as the operator makes them."""
     folder.mkdir(parents=True, exist_ok=True)
     authority, server = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
     issuer, subject = (x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]) for name in ("test CA", "server"))
@@ -55,7 +55,7 @@ def certificates(folder: Path, days: int = 90) -> None:
 
 
 def bundle(folder: Path, authority: Path, address: str, app: str = "") -> Path:
-    """What the operator gives an organisation."""
+    """Write a bundle as the operator does."""
     folder.mkdir()
     (folder / "ca.crt").write_bytes(authority.read_bytes())
     told = f'address = "{address}"\nfederation = "test"\n' + (f'app = "{app}"\n' if app else "")
@@ -65,7 +65,7 @@ def bundle(folder: Path, authority: Path, address: str, app: str = "") -> Path:
 
 @dataclass
 class Loopback:
-    """The federation; what was started in it is ended by :meth:`end`."""
+    """A federation; :meth:`end` ends the processes started in it."""
 
     place: Path
     port: int
@@ -74,11 +74,11 @@ class Loopback:
 
     @property
     def address(self) -> str:
-        """Of the SuperLink."""
+        """Address of the SuperLink."""
         return f"127.0.0.1:{self.port}"
 
     def start(self, log: str, *command: str, **variables: str) -> "subprocess.Popen[str]":
-        """A process whose output goes to ``place/log``."""
+        """Start a process whose output goes to ``place/log``."""
         with (self.place / log).open("a") as output:
             process = subprocess.Popen(
                 command,
@@ -93,7 +93,7 @@ class Loopback:
         return process
 
     def said(self, log: str, text: str, seconds: float = 120.0) -> str:
-        """Wait until a log has a text; return the log."""
+        """Wait until a log contains a text; return the log."""
         found = ""
 
         def look() -> bool:
@@ -105,7 +105,7 @@ class Loopback:
         return found
 
     def flwr(self, *arguments: str) -> dict[str, Any]:
-        """What flwr answers as JSON."""
+        """Run flwr and return its answer in JSON."""
         done = subprocess.run(
             [str(PROGRAMS / "flwr"), *arguments, "--format", "json"],
             cwd=self.place,
@@ -133,7 +133,7 @@ class Loopback:
         return log.read_text()
 
     def client(self, *arguments: str, **variables: str) -> "subprocess.CompletedProcess[str]":
-        """``fedmerge client …`` to its end."""
+        """Run ``fedmerge client …`` to its end."""
         return subprocess.run(
             [sys.executable, "-m", "fedmerge.cli", "client", *arguments],
             cwd=self.place,
@@ -145,7 +145,7 @@ class Loopback:
         )
 
     def end(self) -> None:
-        """End what was started, the last first."""
+        """End the started processes, the last one first."""
         for process in reversed(self.processes):
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
@@ -157,7 +157,7 @@ class Loopback:
 
 
 def start_loopback(place: Path) -> Loopback:
-    """A SuperLink with TLS and registered keys only."""
+    """Start a SuperLink with TLS that admits registered keys only."""
     place.mkdir(parents=True, exist_ok=True)
     certificates(place / "tls")
     port = free_port()
@@ -180,7 +180,7 @@ def start_loopback(place: Path) -> Loopback:
 
 
 def eventually(holds: Callable[[], bool], seconds: float, pause: float = 0.2) -> bool:
-    """Whether something holds within so many seconds."""
+    """Return True if a condition holds within the given number of seconds."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if holds():

@@ -1,4 +1,4 @@
-"""fedmerge as organisations have it: a wheel of the checkout in a virtual environment of its own, with no network.
+"""fedmerge as organisations install it: a wheel of the checkout in a separate virtual environment, without network.
 
 What fedmerge depends on is taken from the environment of the tests; the checkout is not on the path.
 """
@@ -20,7 +20,7 @@ PROGRAMS_OF = ("flwr", "ray")
 
 @dataclass(frozen=True)
 class Installed:
-    """An environment with the wheel.
+    """A virtual environment with the wheel.
 
     Attributes:
         folder: the virtual environment.
@@ -44,7 +44,7 @@ class Installed:
     def run(
         self, *arguments: str | Path, folder: Path, more: Mapping[str, str] | None = None
     ) -> "subprocess.CompletedProcess[str]":
-        """Run ``fedmerge`` to its end, both streams together."""
+        """Run ``fedmerge`` to its end; return both streams together."""
         variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | dict(more or {})
         return subprocess.run(
             [self.folder / "bin" / "fedmerge", *arguments],
@@ -59,7 +59,7 @@ class Installed:
 
 
 def build_wheel(folder: Path) -> Path:
-    """Build the wheel from a copy of the checkout, which gets no build/ of its own."""
+    """Build the wheel from a copy of the checkout, so that the checkout gets no build/."""
     source = folder / "source"
     ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
     for name in BUILT_FROM:
@@ -77,7 +77,7 @@ def build_wheel(folder: Path) -> Path:
 
 
 def install_wheel(wheel: Path, folder: Path) -> Installed:
-    """Install a wheel and nothing else, then lend the environment what the tests have."""
+    """Install only the wheel, then make the dependencies of the tests importable there."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     made = Installed(folder, wheel)
     pip("--python", made.python, "install", "--no-deps", "--no-index", wheel)
@@ -95,7 +95,7 @@ def install_wheel(wheel: Path, folder: Path) -> Installed:
 
 
 def pip(*arguments: str | Path) -> None:
-    """Run pip offline; what it says is in the error."""
+    """Run pip offline; its output is in the error."""
     command = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", *arguments]
     variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
