@@ -101,18 +101,19 @@ def train(
     from fedmerge.adapter import adapter_sha256
     from fedmerge.client.training.expert import train_expert
     from fedmerge.config import Lora, Train
+    from fedmerge.merging.candidate import Provenance
 
     lora = section_of(Lora, {"rank": rank, "alpha": alpha, "target_modules": tuple(target_modules)})
     adapter, report = train_expert(domain, lora, section_of(Train, settings), seed, progress)
     name, backbone = domain.manifest.name, domain.backbone
-    provenance = {
-        "method": "expert",
-        "domains": {name: adapter_sha256(adapter)},
-        "backbone": {"name": backbone.name, "sha256": backbone.sha256},
-        "sha256": adapter_sha256(adapter),
-        "training": {**asdict(report), "validations": [asdict(each) for each in report.validations[1:]]},
-    }
-    return Model(adapter, provenance, _made_on(backbone, {name: adapter}))
+    provenance = Provenance(
+        method="expert",
+        domains={name: adapter_sha256(adapter)},
+        backbone={"name": backbone.name, "sha256": backbone.sha256},
+        sha256=adapter_sha256(adapter),
+        training={**asdict(report), "validations": [asdict(each) for each in report.validations[1:]]},
+    )
+    return Model(adapter, provenance.to_dict(), _made_on(backbone, {name: adapter}))
 
 
 def merge(
@@ -143,7 +144,6 @@ def merge(
         ConfigError: an unknown method, or a setting out of bounds.
         MergeError: values that are not finite.
     """
-    from fedmerge.adapter import adapter_sha256
     from fedmerge.merging.training_free import merge_adapters
 
     sources = _sources(adapters)
@@ -157,12 +157,8 @@ def merge(
         seed=seed,
         **parameters,
     )
-    provenance = {
-        **merged.record(),
-        "domains": {name: adapter_sha256(sources.adapters[name]) for name in merged.coefficients},
-        "backbone": {"name": sources.backbone_name, "sha256": sources.backbone_sha256},
-    }
-    return Model(merged.adapter, provenance, sources)
+    provenance = merged.provenance(sources.hashes(), sources.backbone)
+    return Model(merged.adapter, provenance.to_dict(), sources)
 
 
 def merge_learned(
@@ -200,6 +196,7 @@ def merge_learned(
     from fedmerge.mergerec.objective import ADAMERGING, PAPER, CollaborativeSettings
     from fedmerge.mergerec.pseudo_users import pseudo_users_of
     from fedmerge.mergerec.vectors import initial_vectors, merge_vectors
+    from fedmerge.merging.candidate import Provenance
     from fedmerge.merging.stack import stack_adapters
 
     presets = {"default": CollaborativeSettings(), "paper": PAPER, "adamerging": ADAMERGING}
@@ -228,16 +225,16 @@ def merge_learned(
     learned = learn_coefficients(backbone, vectors, pseudo, chosen, progress)
     adapter = merge_vectors(vectors, learned.coefficients)
     coefficients = learned.coefficients.tolist()
-    provenance = {
-        "method": "adamerging" if chosen.clamp else "mergerec",
-        "parameters": asdict(chosen),
-        "domains": {name: adapter_sha256(expert) for name, expert in sources.adapters.items()},
-        "coefficients": dict(zip(vectors.domains, coefficients, strict=True)),
-        "losses": [dict(losses) for losses in learned.history if losses],
-        "backbone": {"name": backbone.name, "sha256": backbone.sha256},
-        "sha256": adapter_sha256(adapter),
-    }
-    return Model(adapter, provenance, _made_on(backbone, sources.adapters))
+    provenance = Provenance(
+        method="adamerging" if chosen.clamp else "mergerec",
+        parameters=asdict(chosen),
+        domains=sources.hashes(),
+        coefficients=dict(zip(vectors.domains, coefficients, strict=True)),
+        losses=[dict(losses) for losses in learned.history if losses],
+        backbone={"name": backbone.name, "sha256": backbone.sha256},
+        sha256=adapter_sha256(adapter),
+    )
+    return Model(adapter, provenance.to_dict(), _made_on(backbone, sources.adapters))
 
 
 def methods() -> dict[str, Method]:

@@ -43,7 +43,7 @@ from fedmerge.federated.rounds import aggregate, initial_state
 from fedmerge.federated.rules import rule_named
 from fedmerge.files import read_json, whole_folder, write_bytes, write_json
 from fedmerge.mergerec.variants import learned_labels
-from fedmerge.merging.candidate import Candidate
+from fedmerge.merging.candidate import Candidate, Provenance, provenance_of_merge
 from fedmerge.merging.parameters import parse_parameters
 from fedmerge.privacy.policy import check_enough_users
 from fedmerge.runs.checkpoints import (
@@ -205,14 +205,14 @@ def merge_experts(result: Path, config: ExperimentConfig, run: Path, without: tu
         config,
         finished=read_candidates(result.parent, sources),
         keep=lambda made: write_candidate(
-            result.parent, replace(made, provenance={**made.provenance, "policy": policy}), config.backbone.source
+            result.parent, replace(made, provenance=replace(made.provenance, policy=policy)), config.backbone.source
         ),
     )
     _write_merges(result, candidates, started)
 
 
 def _write_merges(result: Path, candidates: Iterable[Candidate], started: float) -> None:
-    hashes = {candidate.label: candidate.provenance["sha256"] for candidate in candidates}
+    hashes = {candidate.label: candidate.provenance.sha256 for candidate in candidates}
     measured = {"seconds": time.monotonic() - started, "peak_bytes": _peak_bytes()}
     write_json(result, {"merges": hashes, **measured, "environment": environment()})
 
@@ -233,29 +233,23 @@ def _one_round(config: ExperimentConfig, experts: Mapping[str, Adapter], sources
     parameters = parse_parameters(config.rounds.parameters)
     state = aggregate(rule, initial_state(starts), adapters, None, seed=config.seed, **parameters)
     label = f"{rule} 1 round"
-    provenance = {
-        "label": label,
-        "method": rule,
-        "domains": dict(sources),
-        "rank": max(module.rank for module in state.adapter.modules.values()),
-        "excluded": {},
-        "policy": config.privacy.policy,
-        "backbone": None,
-        "sha256": adapter_sha256(state.adapter),
-        "parameters": config.rounds.model_dump(mode="json"),
-        "rounds": [asdict(state.report)] if state.report else [],
-    }
+    provenance = replace(
+        provenance_of_merge(label, rule, state.adapter, sources, config.privacy.policy, None),
+        parameters=config.rounds.model_dump(mode="json"),
+        rounds=[asdict(state.report)] if state.report else [],
+    )
     return Candidate(label, rule, state.adapter, provenance)
 
 
 def _take_rounds(result: Path, run: Path, started: float) -> None:
     """Copy the global adapter of a federation of rounds, which is its strategy's only merge."""
     (made,) = (run / MERGED).glob("[!.]*")
-    provenance = read_json(made / "provenance.json")
-    with whole_folder(merge_folder(result.parent, provenance["label"])) as folder:
+    provenance = Provenance.from_dict(read_json(made / "provenance.json"))
+    label = str(provenance.label)
+    with whole_folder(merge_folder(result.parent, label)) as folder:
         shutil.copytree(made, folder, dirs_exist_ok=True)
     seconds = sum(record["seconds"] for record in round_records(run)) + time.monotonic() - started
-    merges = {provenance["label"]: provenance["sha256"]}
+    merges = {label: provenance.sha256}
     write_json(result, {"merges": merges, "seconds": seconds, "peak_bytes": None})
 
 

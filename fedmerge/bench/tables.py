@@ -22,6 +22,7 @@ from fedmerge.federated.rules import rule_named
 from fedmerge.federated.summed import num_summed
 from fedmerge.files import read_json
 from fedmerge.mergerec.variants import labels_from_catalogs
+from fedmerge.merging.candidate import Provenance
 from fedmerge.privacy.dp.releases import coefficient_messages
 from fedmerge.report.bench_tables import EVERY_FOLD, BenchTables
 from fedmerge.report.statistics import comparison_rows, rank_rows
@@ -136,7 +137,8 @@ def _cost(grid: Grid, place: Place, strategy: str) -> dict[str, Any]:
     run, merged = grid.run(place, strategy), merged_domains(grid, place, strategy)
     sent = [domain for domain in sorted(config.domains.train) if domain != place.left_out]
     merge = merge_folder(grid.merges(place, strategy), str(chosen_variant(grid, place, strategy)))
-    record, provenance = read_json(grid.merges(place, strategy) / MERGES), read_json(merge / "provenance.json")
+    record = read_json(grid.merges(place, strategy) / MERGES)
+    provenance = Provenance.from_dict(read_json(merge / "provenance.json"))
     down = (merge / WEIGHTS).stat().st_size * len(merged)
     if is_one_shot(config):
         experts = [run / ADAPTERS / domain for domain in sent]
@@ -163,7 +165,7 @@ def _cost(grid: Grid, place: Place, strategy: str) -> dict[str, Any]:
         root = domains_root(config.domains.root, config.cache_dir)
         up += sum((root / domain / CATALOG_FILE).stat().st_size for domain in sent)
     judged = (read_json(gate) or {}) if gate else {}
-    last = (provenance.get("rounds") or [{}])[-1]
+    last = (provenance.rounds or [{}])[-1]
     return {
         **_named(place, strategy),
         "bytes_up": up,
@@ -171,7 +173,7 @@ def _cost(grid: Grid, place: Place, strategy: str) -> dict[str, Any]:
         "client_seconds": seconds + judged.get("client_seconds", 0.0),
         "server_seconds": record["seconds"] + judged.get("seconds", 0.0),
         "peak_bytes": record["peak_bytes"],
-        "rank": provenance["rank"],
+        "rank": provenance.rank,
         "error": last.get("error"),
         "residual": max(last.get("start_residuals", {}).values(), default=None),
     }
@@ -191,8 +193,8 @@ def _bytes_of_experts(run: Path, domains: Sequence[str]) -> int:
 def _most_coefficients(grid: Grid, place: Place, strategy: str) -> int:
     """Return the number of coefficients of a strategy's largest learned merge."""
     folders = [merge_folder(grid.merges(place, strategy), label) for label in merge_hashes(grid, place, strategy)]
-    records = [read_json(folder / "provenance.json") for folder in folders]
-    learned = [record["coefficients"].values() for record in records if "losses" in record]
+    records = [Provenance.from_dict(read_json(folder / "provenance.json")) for folder in folders]
+    learned = [(record.coefficients or {}).values() for record in records if record.is_learned]
     return max((sum(np.size(of_domain) for of_domain in values) for values in learned), default=0)
 
 
@@ -225,7 +227,8 @@ def _curves(grid: Grid, places: Sequence[Place]) -> Iterator[dict[str, Any]]:
                         if client["loss"] is not None:
                             yield _point(place, strategy, domain, number, "loss", client["loss"])
                 continue
-            losses = _provenance(grid, place, strategy).get("losses", [])
+            provenance = _provenance(grid, place, strategy)
+            losses = (provenance and provenance.losses) or []
             for step in range(0, len(losses), max(1, len(losses) // CURVE_POINTS)):
                 yield _point(place, strategy, "", step, "loss", losses[step]["total"])
 
@@ -246,10 +249,10 @@ def _validation_points(place: Place, row: str, domain: str, report: Mapping[str,
 def _coefficients(grid: Grid, place: Place, strategy: str) -> Iterator[dict[str, Any]]:
     """Yield the coefficients of a learned merge."""
     provenance = _provenance(grid, place, strategy)
-    if "losses" in provenance:
-        for domain, values in provenance["coefficients"].items():
+    if provenance and provenance.is_learned:
+        for domain, values in (provenance.coefficients or {}).items():
             each = values if isinstance(values, list) else [values]
-            for group, value in zip(provenance["coefficient_groups"], each, strict=True):
+            for group, value in zip(provenance.coefficient_groups or (), each, strict=True):
                 yield {**_named(place, strategy), "domain": domain, "group": group, "value": value}
 
 
@@ -319,11 +322,10 @@ def _role(grid: Grid, place: Place, domain: str) -> Role:
     return "train" if not place.left_out and domain in grid.experiment(place, None).domains.train else "unseen"
 
 
-def _provenance(grid: Grid, place: Place, strategy: str) -> dict[str, Any]:
+def _provenance(grid: Grid, place: Place, strategy: str) -> Provenance | None:
     chosen = chosen_variant(grid, place, strategy)
-    folder = merge_folder(grid.merges(place, strategy), chosen) if chosen else None
-    provenance: dict[str, Any] = (folder and read_json(folder / "provenance.json")) or {}
-    return provenance
+    record = read_json(merge_folder(grid.merges(place, strategy), chosen) / "provenance.json") if chosen else None
+    return Provenance.from_dict(record) if record else None
 
 
 def _report(expert: Path) -> dict[str, Any]:

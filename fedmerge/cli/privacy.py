@@ -87,20 +87,19 @@ def _opened(folder: Path, config: "ExperimentConfig", names: Sequence[str]) -> I
 
     run = describe_run(folder)
     served = run.choice.get("served")
-    merges = [merge for merge in run.merges if merge.provenance.get("label") == served]
+    merges = [merge for merge in run.merges if merge.provenance.label == served]
     if not merges and not run.experts:
         raise RunDirError(f"{folder}: found no expert and no served merge; expected a finished run.")
-    provenance = merges[0].provenance if merges else {}
     merged = read_verified(merges[0].folder) if merges else None
     experts = {name: read_verified(folder / "adapters" / name) for name in sorted(run.experts)}
-    is_sum = merged is not None and "privacy" not in provenance and "coefficients" in provenance
-    is_sum = is_sum and provenance["coefficients"].keys() == experts.keys()
-    is_sum = is_sum and provenance.get("parameters", {}).get("initialisation", TASK_VECTORS) == TASK_VECTORS
+    coefficients = None  # of a merge that is a weighted sum of all experts
+    if merges and merges[0].provenance.privacy is None:
+        weights, parameters = merges[0].provenance.coefficients, merges[0].provenance.parameters or {}
+        if weights and weights.keys() == experts.keys():
+            is_sum = parameters.get("initialisation", TASK_VECTORS) == TASK_VECTORS
+            coefficients = weights if is_sum else None
     backbone, _ = load_adapted(NO_ADAPTER, config)
     root = domains_root(config.domains.root, config.cache_dir)
     for name in names:
         domain = open_domain(root / name, backbone, config.text)
-        coefficients = (
-            provenance["coefficients"] if is_sum and experts.keys() == provenance["coefficients"].keys() else None
-        )
         yield name, Audited(domain, config, experts.get(name), merged, experts, coefficients)

@@ -4,25 +4,27 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fedmerge.merging.candidate import Provenance
+
 COEFFICIENTS = "coefficients.png"
 LOSSES = "losses.png"
 MOST_INCHES = 60  # of a picture of many domains or layers
 SMOOTHED = 25  # steps of the running mean that is drawn over the losses of single steps
 
 
-def draw_learned(folder: Path, provenance: Mapping[str, Any]) -> None:
+def draw_learned(folder: Path, provenance: Provenance) -> None:
     """Write ``coefficients.png`` (domain × layer) and ``losses.png`` beside a learned merge; nothing for other merges.
 
     Args:
-        folder: of the merge; must exist.
+        folder: folder of the merge; must exist.
         provenance: label, coefficients, coefficient_groups and losses are read.
     """
-    if "losses" not in provenance:
+    if provenance.losses is None or provenance.coefficients is None:
         return
-    label, coefficients = str(provenance["label"]), provenance["coefficients"]
-    _draw_coefficients(folder / COEFFICIENTS, label, coefficients, provenance["coefficient_groups"])
-    if provenance["losses"]:  # those learned through the clients have none
-        _draw_losses(folder / LOSSES, label, provenance["losses"], provenance.get("validation") or [])
+    label = str(provenance.label)
+    _draw_coefficients(folder / COEFFICIENTS, label, provenance.coefficients, provenance.coefficient_groups or ())
+    if provenance.losses:  # empty for coefficients learned through the clients
+        _draw_losses(folder / LOSSES, label, provenance.losses, provenance.validation or ())
 
 
 def _draw_coefficients(path: Path, label: str, coefficients: Mapping[str, Any], groups: Sequence[str]) -> None:
@@ -47,7 +49,7 @@ def _draw_coefficients(path: Path, label: str, coefficients: Mapping[str, Any], 
 
 
 def _draw_losses(
-    path: Path, label: str, losses: Sequence[Mapping[str, float]], validation: Sequence[Sequence[float]]
+    path: Path, label: str, losses: Sequence[Mapping[str, float]], validation: Sequence[tuple[int, float]]
 ) -> None:
     from matplotlib.figure import Figure  # noqa: PLC0415 - as above
 

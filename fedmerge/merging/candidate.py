@@ -1,10 +1,140 @@
-"""A merge that validation can choose."""
+"""A merge that validation can select, and its provenance, the content of ``provenance.json``."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from __future__ import annotations
 
-from fedmerge.adapter import Adapter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fedmerge.adapter import Adapter
+
+_SETTINGS = ("scope", "space", "output_rank", "seed")
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """The origin of an adapter; ``provenance.json`` has the entries that are not None, in this order.
+
+    Attributes:
+        label: unique in the run, e.g. ``task-arithmetic 0.4``; None outside runs.
+        method: name in METHODS, a rule of rounds, ``expert``, or ``package.module:function``.
+        domains: domain -> hash of its expert; empty text where the server has no expert.
+        rank: the largest rank of a module.
+        excluded: domain -> reason.
+        policy: ``privacy.policy`` of the run.
+        backbone: name and sha256 of the backbone, each None if unknown; always written, null for no known backbone.
+        sha256: hash of the adapter.
+        is_remerge: True for merges of adapters that exist already; only these have the entry ``run``.
+        run: id of the run that trained the adapters of such a merge; None for adapters of no run.
+        parameters: parameters of the method, or the settings of ``[rounds]``.
+        privacy: the noise of ``dp.mode = 'domain-central'`` and what it spent.
+        losses: the loss terms of each step of a learned merge; empty where they stay at the clients.
+        validation: (step, score) of a learned merge.
+        chosen_step: the step whose coefficients a learned merge has.
+        through_clients: settings of coefficients that are learned through the clients.
+        coefficients: domain -> coefficient, or one for each group.
+        coefficient_groups: names of the groups.
+        settings: scope, space, output_rank and seed of a training-free merge; entries of the file's top level.
+        residuals: module -> relative loss by truncation to the output rank.
+        secure_sum: the clients of a secure sum, and its settings.
+        rounds: the aggregation of each round.
+        training: report of an expert's training.
+        more: entries that this version does not know.
+    """
+
+    method: str
+    domains: Mapping[str, str]
+    sha256: str
+    backbone: Mapping[str, str | None] | None = None
+    label: str | None = None
+    rank: int | None = None
+    excluded: Mapping[str, str] | None = None
+    policy: str | None = None
+    is_remerge: bool = False
+    run: str | None = None
+    parameters: Mapping[str, Any] | None = None
+    privacy: Mapping[str, Any] | None = None
+    losses: Sequence[Mapping[str, float]] | None = None
+    validation: Sequence[tuple[int, float]] | None = None
+    chosen_step: int | None = None
+    through_clients: Mapping[str, Any] | None = None
+    coefficients: Mapping[str, Any] | None = None
+    coefficient_groups: Sequence[str] | None = None
+    settings: Mapping[str, str | int] = field(default_factory=dict)
+    residuals: Mapping[str, float] | None = None
+    secure_sum: Mapping[str, Any] | None = None
+    rounds: Sequence[Mapping[str, Any]] | None = None
+    training: Mapping[str, Any] | None = None
+    more: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_learned(self) -> bool:
+        """True for merges with learned coefficients."""
+        return self.losses is not None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the entries of ``provenance.json``."""
+        entries: dict[str, Any] = {}
+        for key in _ORDER:
+            value = getattr(self, key)
+            if key in ("settings", "more"):
+                entries |= value
+            elif value is not None or key == "backbone" or (key == "run" and self.is_remerge):
+                entries[key] = dict(value) if isinstance(value, Mapping) else value
+        return entries
+
+    @classmethod
+    def from_dict(cls, entries: Mapping[str, Any]) -> Provenance:
+        """Read the entries of ``provenance.json``; missing ones and those of a wrong type get their defaults."""
+        known = {
+            key: entries[key] for key in _ORDER if key in entries and isinstance(entries[key], _TYPES.get(key, object))
+        }
+        known = {"method": "", "domains": {}, "sha256": ""} | known
+        settings = {key: entries[key] for key in _SETTINGS if key in entries}
+        more = {key: value for key, value in entries.items() if key not in {*_ORDER, *_SETTINGS}}
+        return cls(**{**known, "is_remerge": "run" in entries, "settings": settings, "more": more})
+
+
+_MAPPINGS = ("domains", "excluded", "parameters", "privacy", "through_clients", "coefficients", "residuals")
+_LISTS = ("losses", "validation", "coefficient_groups", "rounds")
+_TEXTS = ("label", "method", "policy", "sha256")
+_TYPES: dict[str, type] = {
+    **dict.fromkeys((*_MAPPINGS, "secure_sum", "training", "backbone"), Mapping),
+    **dict.fromkeys(_LISTS, list),
+    **dict.fromkeys(_TEXTS, str),
+    **dict.fromkeys(("rank", "chosen_step"), int),
+}
+_HEAD = ("label", "method", "domains", "rank", "excluded", "policy", "backbone", "sha256", "run")
+_ORDER = (*_HEAD, *(each.name for each in fields(Provenance) if each.name not in (*_HEAD, "is_remerge")))
+
+
+def provenance_of_merge(
+    label: str,
+    method: str,
+    adapter: Adapter,
+    domains: Mapping[str, str],
+    policy: str,
+    backbone: Mapping[str, str | None] | None,
+) -> Provenance:
+    """Return what every merge of a run records; the caller adds the entries of its method."""
+    from fedmerge.adapter import adapter_sha256  # noqa: PLC0415 - torch, which readers of provenance.json do without
+
+    return Provenance(
+        label=label,
+        method=method,
+        domains=dict(domains),
+        rank=largest_rank(adapter),
+        excluded={},
+        policy=policy,
+        backbone=backbone,
+        sha256=adapter_sha256(adapter),
+    )
+
+
+def largest_rank(adapter: Adapter) -> int:
+    """Return the largest rank of a module."""
+    return max(module.rank for module in adapter.modules.values())
 
 
 @dataclass(frozen=True)
@@ -15,11 +145,10 @@ class Candidate:
         label: unique in the run, e.g. ``task-arithmetic 0.4``.
         method: row of METHODS.
         adapter: the merged adapter.
-        provenance: label, source domains and hashes, method, parameters, coefficients, the largest rank of a module,
-            who was left out on request, policy, backbone, loss curve of a learned merge.
+        provenance: its origin.
     """
 
     label: str
     method: str
     adapter: Adapter
-    provenance: Mapping[str, Any] = field(repr=False)
+    provenance: Provenance = field(repr=False)

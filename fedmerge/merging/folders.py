@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -35,6 +35,15 @@ class AdapterFolders:
     task_type: str | None
     target_modules: tuple[str, ...] | str | None
     fan_in_fan_out: bool
+
+    @property
+    def backbone(self) -> dict[str, str | None]:
+        """Name and sha256 of the backbone, as far as known."""
+        return {"name": self.backbone_name, "sha256": self.backbone_sha256}
+
+    def hashes(self) -> dict[str, str]:
+        """Return name -> hash of the adapter."""
+        return {name: adapter_sha256(adapter) for name, adapter in self.adapters.items()}
 
 
 def read_folders(folders: Mapping[str, Path], backbone_name: str | None = None) -> AdapterFolders:
@@ -77,7 +86,8 @@ def write_merge(
     merged: MergedAdapter,
     sources: AdapterFolders,
     folder: Path,
-    details: Mapping[str, Any],
+    run: str | None,
+    excluded: Mapping[str, str],
     files: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Write a merge as a PEFT folder with ``provenance.json``, complete or not at all.
@@ -88,21 +98,18 @@ def write_merge(
         merged: merge from ``merge_adapters``.
         sources: adapters that were merged.
         folder: must be absent or empty.
-        details: more entries of the provenance.
+        run: id of the run that trained the sources; None for adapters of no run.
+        excluded: domain -> reason, for the provenance.
         files: name -> text of more files in the folder.
 
     Raises:
         RunDirError: the folder is not empty, or cannot be written.
     """
-    provenance = {
-        **merged.record(),
-        "domains": {name: adapter_sha256(sources.adapters[name]) for name in merged.coefficients},
-        "backbone": {"name": sources.backbone_name, "sha256": sources.backbone_sha256},
-        **details,
-    }
+    made = merged.provenance(sources.hashes(), sources.backbone)
+    provenance = replace(made, is_remerge=True, run=run, excluded=dict(excluded))
     with new_folder(folder) as partial:
         write_as_sources(merged.adapter, sources, partial)
-        write_json(partial / "provenance.json", provenance)
+        write_json(partial / "provenance.json", provenance.to_dict())
         for name, text in files.items():
             write_text(partial / name, text)
 

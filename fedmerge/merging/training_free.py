@@ -3,12 +3,13 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 
 from fedmerge.adapter import Adapter, LoraModule, adapter_sha256
 from fedmerge.errors import ConfigError, MergeError
+from fedmerge.merging.candidate import Provenance, largest_rank
 from fedmerge.merging.methods import Method, method_named, name_of
 from fedmerge.merging.own_method import SEED, OwnMethod, call_function
 from fedmerge.merging.parameters import Value, checked_parameters
@@ -42,18 +43,25 @@ class MergedAdapter:
     coefficients: Mapping[str, float]
     settings: Mapping[str, str | int]
 
-    def record(self) -> dict[str, Any]:
-        """Return everything but the adapter's values, as written to ``provenance.json``."""
-        return {
-            "method": self.method,
-            "parameters": dict(self.parameters),
-            "coefficients": dict(self.coefficients),
-            "coefficient_groups": ["all"],
-            **self.settings,
-            "rank": max(module.rank for module in self.adapter.modules.values()),
-            "residuals": dict(self.residuals),
-            "sha256": adapter_sha256(self.adapter),
-        }
+    def provenance(self, adapters: Mapping[str, str], backbone: Mapping[str, str | None] | None) -> Provenance:
+        """Return the merge's provenance.
+
+        Args:
+            adapters: domain -> hash of the adapter.
+            backbone: name and sha256 of the adapters' backbone, as far as known.
+        """
+        return Provenance(
+            method=self.method,
+            domains={domain: adapters[domain] for domain in self.coefficients},
+            rank=largest_rank(self.adapter),
+            backbone=backbone,
+            sha256=adapter_sha256(self.adapter),
+            parameters=dict(self.parameters),
+            coefficients=dict(self.coefficients),
+            coefficient_groups=["all"],
+            settings=dict(self.settings),
+            residuals=dict(self.residuals),
+        )
 
 
 def merge_adapters(

@@ -14,7 +14,7 @@ from fedmerge.errors import FedMergeError, RunDirError
 from fedmerge.evaluation.sums import VARIANTS, MetricSums, Variant, metric_sums_from_dict
 from fedmerge.files import read_json, whole_folder, write_json
 from fedmerge.mergerec.pictures import draw_learned
-from fedmerge.merging.candidate import Candidate
+from fedmerge.merging.candidate import Candidate, Provenance
 from fedmerge.runs.verified import read_verified
 
 ADAPTERS = "adapters"
@@ -76,7 +76,7 @@ def read_expert_hash(run_dir: Path, domain: str) -> str | None:
     try:
         sha256 = read_json(folder / "training.json")["sha256"]
         return str(sha256) if read_verified(folder)[1] == sha256 else None
-    except (FedMergeError, OSError, LookupError, TypeError):
+    except (FedMergeError, OSError, LookupError, TypeError, AttributeError):
         return None
 
 
@@ -114,7 +114,7 @@ def write_candidate(run_dir: Path, candidate: Candidate, backbone_name: str) -> 
     """
     with whole_folder(merge_folder(run_dir, candidate.label)) as folder:
         write_adapter(candidate.adapter, folder, backbone_name)
-        write_json(folder / "provenance.json", candidate.provenance)
+        write_json(folder / "provenance.json", candidate.provenance.to_dict())
         draw_learned(folder, candidate.provenance)
 
 
@@ -123,12 +123,11 @@ def read_candidates(run_dir: Path, sources: Mapping[str, str]) -> dict[str, Cand
     found = {}
     for folder in sorted((run_dir / MERGED).glob("[!.]*")):
         try:
-            provenance = read_json(folder / "provenance.json")
+            provenance = Provenance.from_dict(read_json(folder / "provenance.json"))
             adapter, sha256 = read_verified(folder)
-            if provenance["domains"] == dict(sources) and provenance["sha256"] == sha256:
-                label = provenance["label"]
-                found[label] = Candidate(label, provenance["method"], adapter, provenance)
-        except (FedMergeError, OSError, LookupError, TypeError):
+            if provenance.label and provenance.domains == dict(sources) and provenance.sha256 == sha256:
+                found[provenance.label] = Candidate(provenance.label, provenance.method, adapter, provenance)
+        except (FedMergeError, OSError, LookupError, TypeError, AttributeError):
             continue
     return found
 

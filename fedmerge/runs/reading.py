@@ -16,6 +16,7 @@ from fedmerge.config import flatten
 from fedmerge.encoder.adapter_records import _table, _text
 from fedmerge.errors import RunDirError
 from fedmerge.files import read_record
+from fedmerge.merging.candidate import Provenance
 from fedmerge.runs.folder import DONE
 
 State = Literal["done", "failed", "incomplete"]
@@ -64,11 +65,11 @@ class RunSummary:
 
 @dataclass(frozen=True)
 class MergeRecord:
-    """A merge on disk and its provenance, without the loss curve."""
+    """A merge on disk and its provenance."""
 
     folder: Path
     label: str
-    provenance: Mapping[str, Any] = field(repr=False)
+    provenance: Provenance = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -211,8 +212,7 @@ def describe_run(folder: Path) -> RunDetails:
 def _merges(paths: Sequence[Path], problems: list[str]) -> tuple[MergeRecord, ...]:
     merges = []
     for path in paths:
-        provenance = {key: value for key, value in _record(path, problems).items() if key != "losses"}
-        merges.append(MergeRecord(path.parent, path.parent.name, provenance))
+        merges.append(MergeRecord(path.parent, path.parent.name, Provenance.from_dict(_record(path, problems))))
     return tuple(merges)
 
 

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 from itertools import product
 from types import MappingProxyType
@@ -23,7 +23,7 @@ from fedmerge.mergerec.objective import CollaborativeSettings
 from fedmerge.mergerec.pseudo_users import PseudoDomain, pseudo_domains
 from fedmerge.mergerec.variants import learned_variants
 from fedmerge.mergerec.vectors import Vectors, initial_vectors, merge_vectors
-from fedmerge.merging.candidate import Candidate
+from fedmerge.merging.candidate import Candidate, provenance_of_merge
 from fedmerge.merging.methods import method_coefficients, method_named
 from fedmerge.merging.parameters import Value
 from fedmerge.merging.stack import Stack, linear_merge_of_many, stack_adapters, survey_adapters
@@ -61,7 +61,7 @@ def merge_candidates(
         catalogs: domain -> catalog, needed for learned methods only.
         config: methods and their variants.
         progress: receives one line now and then.
-        details: entries that every provenance gets, in place of its own where names are equal.
+        details: fields that every provenance gets, in place of its own values.
         finished: label -> a merge of the same experts that was made before and is not made again.
         keep: receives every other merge as soon as it is made.
         through_clients: learns the coefficients of learned methods in place of this process, which then needs neither
@@ -106,19 +106,11 @@ def merge_candidates(
         add(label, method, adapter, **own)
 
     def add(label: str, method: str, adapter: Adapter, **own: Any) -> None:
-        provenance = {
-            "label": label,
-            "method": method,
-            "domains": sources,
-            "rank": max(module.rank for module in adapter.modules.values()),
-            "excluded": {},
-            "policy": config.privacy.policy,
-            "backbone": backbone and {"name": backbone.name, "sha256": backbone.sha256},
-            "sha256": adapter_sha256(adapter),
-            **details,
-            **own,
-        }
-        candidates.append(Candidate(label, method, adapter, provenance))
+        known: dict[str, str | None] | None = None
+        if backbone is not None:
+            known = {"name": backbone.name, "sha256": backbone.sha256}
+        provenance = provenance_of_merge(label, method, adapter, sources, config.privacy.policy, known)
+        candidates.append(Candidate(label, method, adapter, replace(provenance, **{**details, **own})))
         keep(candidates[-1])
         progress(f"merged: {label}")
 
@@ -146,7 +138,9 @@ def merge_candidates(
                         seed=config.seed,
                         **parameters,
                     )
-                    add(label, adapter=merged.adapter, **merged.record())
+                    record = merged.provenance(sources, None)
+                    entries = ("parameters", "coefficients", "coefficient_groups", "settings", "residuals")
+                    add(label, method, merged.adapter, **{key: getattr(record, key) for key in entries})
         else:
             missing = [label for label in learned_variants(config, method) if not made_before(label)]
             if not missing:
@@ -262,19 +256,14 @@ def candidates_of_mean(
             given = parameters.get("coefficient")
             coefficient = float(given) if given is not None else 1 / len(domains)
             adapter = weighted_sum({"mean": mean}, {"mean": coefficient * len(domains)})
-            provenance = {
-                "label": label,
-                "method": method,
-                "domains": dict.fromkeys(domains, ""),
-                "rank": max(module.rank for module in adapter.modules.values()),
-                "excluded": {},
-                "policy": config.privacy.policy,
-                "backbone": {"name": backbone.name, "sha256": backbone.sha256},
-                "sha256": adapter_sha256(adapter),
-                "parameters": parameters,
-                "coefficients": dict.fromkeys(domains, coefficient),
-                "coefficient_groups": ["all"],
-                "secure_sum": {key: value for key, value in record.items() if key != "sha256"},
-            }
+            known: dict[str, str | None] = {"name": backbone.name, "sha256": backbone.sha256}
+            sources = dict.fromkeys(domains, "")
+            provenance = replace(
+                provenance_of_merge(label, method, adapter, sources, config.privacy.policy, known),
+                parameters=parameters,
+                coefficients=dict.fromkeys(domains, coefficient),
+                coefficient_groups=["all"],
+                secure_sum={key: value for key, value in record.items() if key != "sha256"},
+            )
             candidates.append(Candidate(label, method, adapter, provenance))
     return candidates

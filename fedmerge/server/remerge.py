@@ -155,6 +155,7 @@ def merge_again(
     known = experts.sources
     name, sha256 = (backbone.name, backbone.sha256) if backbone else (known.backbone_name, known.backbone_sha256)
     details: dict[str, Any] = {
+        "is_remerge": True,
         "run": experts.run,
         "excluded": dict(experts.excluded),
         "backbone": {"name": name, "sha256": sha256},
@@ -189,7 +190,7 @@ def write_merges(
         for candidate in candidates:
             made = partial / names[candidate.label]
             write_as_sources(candidate.adapter, experts.sources, made)
-            write_json(made / "provenance.json", candidate.provenance)
+            write_json(made / "provenance.json", candidate.provenance.to_dict())
             draw_learned(made, candidate.provenance)
         write_text(partial / "config.toml", to_toml(settings_of(experts, config)))
     folder = Path(os.path.abspath(folder))

@@ -112,7 +112,7 @@ def test_the_same_settings_give_the_run_s_own_merges_and_others_do_not(place: Pl
     catalogs = {name: load_catalog(place.domains / name) for name in TRAIN}
     (wanted,) = merge_candidates(place.backbone(), experts(run), catalogs, config)
     found = provenance(run / "more" / "mergerec-domain-wise")
-    assert found["sha256"] == wanted.provenance["sha256"]
+    assert found["sha256"] == wanted.provenance.sha256
     assert found["sha256"] != provenance(run / "again" / "mergerec-domain-wise")["sha256"]
     assert len(found["losses"]) == 5
 

@@ -171,8 +171,8 @@ def test_the_merge_of_a_run_is_noised_and_says_so() -> None:
     (plain,) = merge_candidates(None, adapters, {}, from_flat({"merge.methods": "average"}))
     (noised,) = merge_candidates(None, adapters, {}, central_config())
     assert noised.label == plain.label == "average"
-    assert noised.provenance["privacy"]["noise_multiplier"] == 4.0
-    assert "privacy" not in plain.provenance
+    assert noised.provenance.to_dict()["privacy"]["noise_multiplier"] == 4.0
+    assert plain.provenance.privacy is None
     assert all(module.rank == 2 for module in noised.adapter.modules.values())
     assert float((product(noised.adapter) - product(plain.adapter)).norm()) > float(product(plain.adapter).norm())
 

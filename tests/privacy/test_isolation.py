@@ -84,7 +84,7 @@ sums = metric_sums({label: per_user_metrics(of_label) for label, of_label in ran
 _, served, _ = choose(candidates, {name: sums for name in names}, names, "ndcg@10")
 chosen = next(candidate for candidate in candidates if candidate.label == served)
 write_adapter(chosen.adapter, root / "served", backbone.name)
-assert adapter_sha256(read_adapter(root / "served")) == chosen.provenance["sha256"]
+assert adapter_sha256(read_adapter(root / "served")) == chosen.provenance.sha256
 loaded = sorted(name for name in sys.modules if name.startswith("fedmerge."))
 print(json.dumps({"labels": [candidate.label for candidate in candidates], "served": served, "loaded": loaded}))
 """

@@ -25,7 +25,7 @@ from fedmerge.mergerec.objective import PAPER, CollaborativeSettings
 from fedmerge.mergerec.pseudo_users import one_item_domain
 from fedmerge.mergerec.variants import learned_variants
 from fedmerge.mergerec.vectors import initial_vectors, merge_vectors
-from fedmerge.merging.candidate import Candidate
+from fedmerge.merging.candidate import Candidate, Provenance
 from fedmerge.merging.methods import METHODS
 from fedmerge.merging.stack import stack_adapters
 from fedmerge.merging.training_free import merge_adapters
@@ -98,7 +98,7 @@ def test_every_training_free_method_needs_adapters_alone(adapters: dict[str, Ada
     ]
     for candidate in made:
         wanted = merge_adapters(adapters, candidate.method, seed=5)
-        record = candidate.provenance
+        record = candidate.provenance.to_dict()
         assert json.loads(json.dumps(record, allow_nan=False)) == record
         assert record["domains"] == {domain: adapter_sha256(adapters[domain]) for domain in DOMAINS}
         assert record["sha256"] == adapter_sha256(candidate.adapter)
@@ -139,8 +139,8 @@ def test_variants_are_every_density_with_every_coefficient(adapters: dict[str, A
     ]
     for candidate, expected in zip((made[1], made[7]), wanted, strict=True):
         assert adapter_sha256(candidate.adapter) == adapter_sha256(expected.adapter)
-        assert candidate.provenance["residuals"] == expected.residuals
-        assert candidate.provenance["scope"] == expected.settings["scope"]
+        assert candidate.provenance.residuals == expected.residuals
+        assert candidate.provenance.settings["scope"] == expected.settings["scope"]
     others: list[Candidate] = []
     again = merge_candidates(None, adapters, {}, chosen, finished={labels[1]: made[1]}, keep=others.append)
     assert again[1] is made[1]
@@ -151,8 +151,8 @@ def test_an_adapter_is_the_weighted_sum_of_the_updates_that_its_provenance_says(
     candidates: list[Candidate], adapters: dict[str, Adapter]
 ) -> None:
     for candidate in candidates:
-        groups = candidate.provenance["coefficient_groups"]
-        weights = candidate.provenance["coefficients"]
+        groups = candidate.provenance.to_dict()["coefficient_groups"]
+        weights = candidate.provenance.to_dict()["coefficients"]
         assert list(weights) == list(DOMAINS)
         for name, module in candidate.adapter.modules.items():
             group = next((i for i, label in enumerate(groups) if label == f"layer {name.split('.')[2]}"), None)
@@ -165,7 +165,7 @@ def test_an_adapter_is_the_weighted_sum_of_the_updates_that_its_provenance_says(
 
 
 def test_coefficients_by_method(candidates: list[Candidate]) -> None:
-    by_label = {candidate.label: candidate.provenance for candidate in candidates}
+    by_label = {candidate.label: candidate.provenance.to_dict() for candidate in candidates}
     assert list(by_label["average"]["coefficients"].values()) == pytest.approx([1 / 3] * 3)
     assert list(by_label["task-arithmetic 0.5"]["coefficients"].values()) == [0.5] * 3
     assert list(by_label["task-arithmetic 1"]["coefficients"].values()) == [1.0] * 3
@@ -183,7 +183,7 @@ def test_provenance_says_where_a_merge_comes_from(
     candidates: list[Candidate], backbone: Backbone, adapters: dict[str, Adapter]
 ) -> None:
     for candidate in candidates:
-        provenance = candidate.provenance
+        provenance = candidate.provenance.to_dict()
         assert json.loads(json.dumps(provenance, allow_nan=False)) == provenance
         assert provenance["method"] == candidate.method
         assert provenance["domains"] == {domain: adapter_sha256(adapters[domain]) for domain in DOMAINS}
@@ -191,7 +191,7 @@ def test_provenance_says_where_a_merge_comes_from(
         assert provenance["policy"] == "adapter+catalog"
         assert provenance["sha256"] == adapter_sha256(candidate.adapter)
         assert provenance["rank"] == 8 == max(module.rank for module in candidate.adapter.modules.values())
-    by_label = {candidate.label: candidate.provenance for candidate in candidates}
+    by_label = {candidate.label: candidate.provenance.to_dict() for candidate in candidates}
     assert by_label["task-arithmetic 0.5"]["parameters"] == {"coefficient": 0.5}
     parameters = by_label["mergerec layer-wise"]["parameters"]
     expected = settings().mergerec.model_dump(exclude={"granularities", "preset"})
@@ -211,7 +211,7 @@ def test_merges_are_reproducible_and_leave_their_inputs(
     digests = {domain: adapter_sha256(adapter) for domain, adapter in adapters.items()}
     lines: list[str] = []
     again = merge_candidates(backbone, dict(reversed(adapters.items())), catalogs, settings(), lines.append)
-    assert [c.provenance["sha256"] for c in again] == [c.provenance["sha256"] for c in candidates]
+    assert [c.provenance.sha256 for c in again] == [c.provenance.sha256 for c in candidates]
     assert all(torch.equal(backbone.model.state_dict()[name], tensor) for name, tensor in before.items())
     assert {domain: adapter_sha256(adapter) for domain, adapter in adapters.items()} == digests
     assert [line for line in lines if line.startswith("merged: ")] == [f"merged: {c.label}" for c in candidates]
@@ -245,7 +245,7 @@ def test_variants_that_share_the_first_item_vectors_learn_what_each_learns_alone
             CollaborativeSettings(granularity=granularity, seed=5, **chosen),
         )
         (found,) = (c for c in candidates if c.label == f"mergerec {granularity}-wise")
-        assert list(found.provenance["coefficients"].values()) == learned.coefficients.tolist()
+        assert list(found.provenance.to_dict()["coefficients"].values()) == learned.coefficients.tolist()
 
 
 def test_only_learned_methods_need_catalogs(
@@ -270,9 +270,9 @@ def test_learned_methods_share_their_pseudo_users_and_draw_their_pictures(
     assert [line for line in lines if line.startswith("pseudo-users")] == [
         f"pseudo-users: 9 of {domain} (chain) with their expert's vectors" for domain in DOMAINS
     ]
-    assert made[0].provenance["losses"][0].keys() == {"total", "entropy"}
-    assert made[0].provenance["parameters"]["clamp"] is True
-    rows = made[2].provenance
+    assert made[0].provenance.to_dict()["losses"][0].keys() == {"total", "entropy"}
+    assert made[0].provenance.to_dict()["parameters"]["clamp"] is True
+    rows = made[2].provenance.to_dict()
     assert rows["parameters"]["initial_coefficient"] == 1.0
     assert (rows["chosen_step"], rows["validation"]) == (3, [])
     vectors = initial_vectors(stack_adapters(adapters), "ties")
@@ -302,7 +302,7 @@ def test_the_preset_of_the_paper_gives_what_was_not_given() -> None:
 
 
 def candidate(label: str, method: str) -> Candidate:
-    return Candidate(label, method, Adapter({}), {})
+    return Candidate(label, method, Adapter({}), Provenance(method, {}, ""))
 
 
 def validation(scores: dict[str, float], metric: str = "ndcg@10", other: float = 0.0) -> MetricSums:

@@ -156,8 +156,8 @@ def _merge_one(options: argparse.Namespace, run: Path | None, folders: dict[str,
     )
     absent = {name: "coefficient 0" for name in experts.adapters if name not in merged.coefficients}
     out = options.out or remerge.new_merge_folder(run or Path.cwd()) / options.method
-    details = {"run": experts.run, "excluded": {**experts.excluded, **absent}}
-    write_merge(merged, experts.sources, out, details, _config_beside(run, experts))
+    excluded = {**experts.excluded, **absent}
+    write_merge(merged, experts.sources, out, experts.run, excluded, _config_beside(run, experts))
 
     chosen = ", ".join(f"{name} {value}" for name, value in {**merged.parameters, **merged.settings}.items())
     print(f"merged {', '.join(merged.coefficients)}{_without([*experts.excluded, *absent])}")
@@ -216,7 +216,7 @@ def _merge_settings(options: argparse.Namespace, run: Path | None, folders: dict
     written = remerge.write_merges(candidates, experts, config, out)
     print(f"merged {', '.join(experts.adapters)}{_without(list(experts.excluded))}")
     for candidate in candidates:
-        print(f"{written[candidate.label]}: {coefficients_text(candidate.provenance)}")
+        print(f"{written[candidate.label]}: {coefficients_text(candidate.provenance.coefficients)}")
     return 0
 
 

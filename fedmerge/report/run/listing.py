@@ -88,18 +88,23 @@ def run_record(run: RunDetails) -> dict[str, Any]:
         "participants": {name: dict(client) for name, client in run.participants.items()},
         "excluded": dict(run.excluded),
         "experts": {name: dict(report) for name, report in run.experts.items()},
-        "merges": [{"folder": str(merge.folder), **merge.provenance} for merge in run.merges],
-        "remerges": [{"folder": str(merge.folder), **merge.provenance} for merge in run.remerges],
+        "merges": [_merge_record(merge) for merge in run.merges],
+        "remerges": [_merge_record(merge) for merge in run.remerges],
         "choice": dict(run.choice),
         "failure": run.failure,
         "report": run.report,
     }
 
 
-def coefficients_text(provenance: Mapping[str, Any]) -> str:
+def _merge_record(merge: MergeRecord) -> dict[str, Any]:
+    """Return the entries of ``provenance.json``, but the loss curve."""
+    entries = {key: value for key, value in merge.provenance.to_dict().items() if key != "losses"}
+    return {"folder": str(merge.folder), **entries}
+
+
+def coefficients_text(coefficients: Mapping[str, Any] | None) -> str:
     """Return ``beauty 0.250, books 0.250``; coefficients by layer as their mean and range."""
-    coefficients = provenance.get("coefficients")
-    if not isinstance(coefficients, dict) or not coefficients:
+    if not coefficients:
         return "coefficients not recorded"
     parts = []
     for domain, value in coefficients.items():
@@ -138,9 +143,11 @@ def _participant(name: str, client: Mapping[str, Any], experts: Mapping[str, Map
 
 
 def _merge(merge: MergeRecord, run: RunDetails) -> str:
-    excluded = merge.provenance.get("excluded")
-    without = f"; without {', '.join(excluded)}" if isinstance(excluded, dict) and excluded else ""
-    return f"{merge.folder.relative_to(run.summary.folder)}: {coefficients_text(merge.provenance)}{without}"
+    excluded = merge.provenance.excluded
+    without = f"; without {', '.join(excluded)}" if excluded else ""
+    return (
+        f"{merge.folder.relative_to(run.summary.folder)}: {coefficients_text(merge.provenance.coefficients)}{without}"
+    )
 
 
 def _served(run: RunDetails) -> str:

@@ -12,6 +12,7 @@ from fedmerge.errors import RunDirError
 from fedmerge.evaluation.ranks import METRICS
 from fedmerge.evaluation.sums import EXPERT, VARIANTS, MetricSums
 from fedmerge.files import read_record
+from fedmerge.merging.candidate import Provenance
 from fedmerge.report.bench.page import bench_page
 from fedmerge.report.bench_tables import BenchTables
 from fedmerge.report.html.page import (
@@ -172,12 +173,12 @@ def _curves(folder: Path) -> list[dict[str, Any]]:
             if client.get("loss") is not None:
                 rows.append(_point("rounds", domain, number, "Rounds, loss of the clients", client["loss"]))
     for path in sorted(folder.glob("merged/*/provenance.json")):
-        provenance = read_record(path)
-        label = str(provenance.get("label", path.parent.name))
-        for step, losses in enumerate(provenance.get("losses", ()), start=1):
+        provenance = Provenance.from_dict(read_record(path))
+        label = provenance.label or path.parent.name
+        for step, losses in enumerate(provenance.losses or (), start=1):
             names = losses if len(losses) > 2 else ("total",)  # a single term, times its weight, is the total
             rows += [_point(label, "", step, f"Merges, {name} loss", losses[name]) for name in names]
-        for step, score in provenance.get("validation", ()):
+        for step, score in provenance.validation or ():
             rows.append(_point(label, "", step, "Merges, validation score", score))
     return rows
 
@@ -189,15 +190,13 @@ def _point(strategy: str, domain: str, step: int, name: str, value: float) -> di
 def _coefficients(run: RunDetails) -> list[dict[str, Any]]:
     rows = []
     for merge in run.merges:
-        groups = merge.provenance.get("coefficient_groups")
-        for domain, values in (merge.provenance.get("coefficients") or {}).items():
+        groups = merge.provenance.coefficient_groups
+        for domain, values in (merge.provenance.coefficients or {}).items():
             numbers = values if isinstance(values, list) else [values]
             names = (
-                groups
-                if isinstance(groups, list) and len(groups) == len(numbers)
-                else [str(i) for i in range(len(numbers))]
+                groups if groups is not None and len(groups) == len(numbers) else [str(i) for i in range(len(numbers))]
             )
-            label = str(merge.provenance.get("label", merge.label))
+            label = merge.provenance.label or merge.label
             for group, value in zip(names, numbers, strict=True):
                 rows.append({"strategy": label, "domain": domain, "group": group, "value": value})
     return rows

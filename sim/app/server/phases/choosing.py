@@ -50,7 +50,7 @@ def _choose(run: Run, merges: Merges, validation: Mapping[str, checkpoints.Sums]
     config, metric = run.config, run.config.evaluation.selection_metric
     sums = {domain: of_domain["unmasked"] for domain, of_domain in validation.items()}
     # 1. The best merge of all members.
-    without = [candidate for candidate in merges.candidates if {*merges.sources} - {*candidate.provenance["domains"]}]
+    without = [candidate for candidate in merges.candidates if {*merges.sources} - {*candidate.provenance.domains}]
     of_all = [candidate for candidate in merges.candidates if candidate not in without]
     best, served, scores = choose(of_all, sums, list(validation), metric)
     # 2. Roll back if it harms domains, to the best merge without the flagged experts, or to the fallback.

@@ -81,7 +81,7 @@ def merge_experts(
 
     def renamed(candidate: Candidate) -> Candidate:
         label = candidate.label + suffix
-        return replace(candidate, label=label, provenance={**candidate.provenance, "label": label})
+        return replace(candidate, label=label, provenance=replace(candidate.provenance, label=label))
 
     def keep(candidate: Candidate) -> None:
         checkpoints.write_candidate(run.folder, renamed(candidate), backbone.name)

@@ -4,13 +4,14 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from functools import partial
 from typing import Any
 
 from flwr.app import RecordDict
 
-from fedmerge.adapter import Adapter, adapter_sha256
+from fedmerge.adapter import Adapter
 from fedmerge.config import LEARNED_METHODS, ExperimentConfig, Lora
 from fedmerge.domain.catalog import Catalog
 from fedmerge.encoder.backbone import Backbone
@@ -19,7 +20,7 @@ from fedmerge.errors import ConfigError
 from fedmerge.federated.rounds import GlobalState, aggregate, aggregate_mean, fresh_seed, initial_state
 from fedmerge.federated.rules import MergeFunction, rule_named, rule_of, rule_parameters
 from fedmerge.federated.summed import num_summed
-from fedmerge.merging.candidate import Candidate
+from fedmerge.merging.candidate import Candidate, provenance_of_merge
 from fedmerge.merging.parameters import parse_parameters
 from fedmerge.privacy.dp.agreement import check_spent
 from fedmerge.runs.checkpoints import write_candidate
@@ -298,16 +299,11 @@ def _candidate(run: Run, backbone: Backbone, state: GlobalState, members: list[s
     config = run.config
     rule = str(config.rounds.rule)
     label = f"{rule} {config.rounds.number} round{'s' * (config.rounds.number > 1)}"
-    provenance: dict[str, Any] = {
-        "label": label,
-        "method": rule,
-        "domains": dict.fromkeys(members, ""),
-        "rank": max(module.rank for module in state.adapter.modules.values()),
-        "excluded": {},
-        "policy": config.privacy.policy,
-        "backbone": {"name": backbone.name, "sha256": backbone.sha256},
-        "sha256": adapter_sha256(state.adapter),
-        "parameters": config.rounds.model_dump(mode="json"),
-        "rounds": [record["aggregation"] for record in round_records(run.folder)],
-    }
+    known: dict[str, str | None] = {"name": backbone.name, "sha256": backbone.sha256}
+    sources = dict.fromkeys(members, "")
+    provenance = replace(
+        provenance_of_merge(label, rule, state.adapter, sources, config.privacy.policy, known),
+        parameters=config.rounds.model_dump(mode="json"),
+        rounds=[record["aggregation"] for record in round_records(run.folder)],
+    )
     return Candidate(label, rule, state.adapter, provenance)
