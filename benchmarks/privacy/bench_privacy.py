@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from fedmerge.adapter import Adapter
-from fedmerge.client.coefficients.pseudo_users import local_change, on_pseudo_users
+from fedmerge.client.coefficients.pseudo_users import pseudo_user_gradient, take_local_steps
 from fedmerge.client.evaluate import evaluate
 from fedmerge.client.local_domain import LocalDomain, open_domain
 from fedmerge.client.training.expert import train_expert
@@ -91,8 +91,8 @@ def by_local_steps(
         at = start
         for first in range(0, settings.steps, steps):
             changes = [
-                local_change(
-                    on_pseudo_users(backbone, vectors, pseudo[name], students[name], settings, first, ()),
+                take_local_steps(
+                    pseudo_user_gradient(backbone, vectors, pseudo[name], students[name], settings, first, ()),
                     at,
                     settings,
                     steps,

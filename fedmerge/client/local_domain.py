@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedmerge.client.cache.tokens import token_table
+from fedmerge.client.cache.tokens import load_or_build_tokens
 from fedmerge.config import Text
 from fedmerge.domain.catalog import Catalog, load_catalog
 from fedmerge.domain.interactions import Interactions, load_interactions
@@ -89,5 +89,5 @@ def open_domain(folder: Path, backbone: Backbone, text: Text, cache_dir: Path | 
     if cache_dir is None:
         table = build_token_table(catalog, backbone.tokenizer, limit)
     else:
-        table = token_table(catalog, manifest, backbone, limit, cache_dir)
+        table = load_or_build_tokens(catalog, manifest, backbone, limit, cache_dir)
     return LocalDomain(manifest, catalog, load_interactions(folder), table, text, backbone)

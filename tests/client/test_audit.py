@@ -13,7 +13,7 @@ from in_process import small_experiment
 
 from fedmerge.cli import main
 from fedmerge.client.audit.attacks import Audited, audit_domain
-from fedmerge.client.audit.users import CANARY_LENGTH, canaries, for_audit, left_out_users
+from fedmerge.client.audit.users import CANARY_LENGTH, canaries, left_out_users, prepare_for_audit
 from fedmerge.client.local_domain import open_domain
 from fedmerge.config import ExperimentConfig, Simulation, to_flat
 from fedmerge.encoder.backbone import Backbone
@@ -114,7 +114,7 @@ def test_canaries_and_left_out_users_are_for_simulations(run: ExperimentConfig) 
 
 def test_who_is_left_out_and_who_is_planted(backbone: Backbone, run: ExperimentConfig) -> None:
     domain = open_domain(Path(run.domains.root) / "books", backbone, run.text)
-    trained = for_audit(domain, Simulation(held_out_users=0.5, canaries=3), 0)
+    trained = prepare_for_audit(domain, Simulation(held_out_users=0.5, canaries=3), 0)
     users = domain.interactions.num_users
     out = left_out_users("books", users, 0.5, 0)
     assert out.sum() == round(users / 2)
@@ -124,7 +124,7 @@ def test_who_is_left_out_and_who_is_planted(backbone: Backbone, run: ExperimentC
     assert len(trained.training_sequences) == kept + 3
     drawn = canaries(domain, 3, 0)
     assert [len(sequence) for sequence in [*drawn.planted, *drawn.compared]] == [CANARY_LENGTH] * 6
-    assert len(for_audit(domain, Simulation(), 0).training_sequences) == len(domain.training_sequences)
+    assert len(prepare_for_audit(domain, Simulation(), 0).training_sequences) == len(domain.training_sequences)
 
 
 # The command

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from fedmerge.client.audit.attacks import Audited, audit_domain
-from fedmerge.client.audit.users import for_audit
+from fedmerge.client.audit.users import prepare_for_audit
 from fedmerge.client.cache.experts import train_adapter
 from fedmerge.client.local_domain import open_domain
 from fedmerge.config import from_flat
@@ -66,7 +66,7 @@ def audited(place: Path, name: str, changes: dict[str, float]) -> dict[str, Any]
     config = from_flat({**SETTINGS, **changes})
     backbone = load_backbone(str(place / "backbone"), "mean", resolve_compute("cpu", "float32"))
     domain = open_domain(place / "toys", backbone, config.text)
-    adapter, _, _ = train_adapter(for_audit(domain, config.simulation, config.seed), config)
+    adapter, _, _ = train_adapter(prepare_for_audit(domain, config.simulation, config.seed), config)
     found = audit_domain(Audited(domain, config, adapter, None, {"toys": adapter}, None), num_shadows=0)
     print("\n" + audit_text({"run": name, "dp": changes, "domains": {"toys": found}}))
     rows = {f"{row['model']} {row['attack']}": row for row in found["membership"]}

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fedmerge.adapter import Adapter, adapter_sha256
-from fedmerge.client.cache.experts import REPORT_FILE, expert_by_hash, trained_expert
+from fedmerge.client.cache.experts import REPORT_FILE, load_expert, load_or_train_expert
 from fedmerge.client.local_domain import LocalDomain, open_domain
 from fedmerge.config import ExperimentConfig, from_flat
 from fedmerge.domain.demo import generate_domain
@@ -42,7 +42,7 @@ def settings_for(cache: Path, **changes: Any) -> ExperimentConfig:
 
 def expert(domain: LocalDomain, config: ExperimentConfig) -> tuple[Adapter, dict[str, Any], list[str]]:
     lines: list[str] = []
-    adapter, report = trained_expert(domain, config, lines.append)
+    adapter, report = load_or_train_expert(domain, config, lines.append)
     return adapter, report, lines
 
 
@@ -65,7 +65,7 @@ def test_an_expert_is_trained_once(toys: LocalDomain, tmp_path: Path) -> None:
     assert adapter_sha256(again) == report["sha256"]
     assert len(lines) == 1
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == times
-    assert adapter_sha256(expert_by_hash(toys, config, report["sha256"])) == report["sha256"]
+    assert adapter_sha256(load_expert(toys, config, report["sha256"])) == report["sha256"]
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_a_killed_training_of_an_expert_resumes_from_disk(toys: LocalDomain, tmp
 
     config = settings_for(tmp_path / "killed", **changes)
     with pytest.raises(Killed):
-        trained_expert(toys, config, kill)
+        load_or_train_expert(toys, config, kill)
     (checkpoint,) = experts_on_disk(tmp_path / "killed")
     assert checkpoint.suffix == ".safetensors"
     adapter, report, lines = expert(toys, config)
@@ -161,10 +161,10 @@ def test_a_killed_training_of_an_expert_resumes_from_disk(toys: LocalDomain, tmp
 def test_an_expert_that_was_not_shipped_is_not_evaluated(toys: LocalDomain, tmp_path: Path) -> None:
     config = settings_for(tmp_path)
     with pytest.raises(ClientError, match="aaaaaaaaaaaa"):
-        expert_by_hash(toys, config, "a" * 64)
+        load_expert(toys, config, "a" * 64)
     _, report, _ = expert(toys, config)
     with pytest.raises(ClientError, match="cache_dir"):
-        expert_by_hash(toys, config, report["sha256"][::-1])
+        load_expert(toys, config, report["sha256"][::-1])
 
 
 def test_by_domain_nobody_learns_that_a_training_diverged(toys: LocalDomain, tmp_path: Path) -> None:

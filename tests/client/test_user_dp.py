@@ -14,7 +14,7 @@ from peft import PeftModel
 from scipy import stats
 
 from fedmerge.adapter import adapter_sha256
-from fedmerge.client.cache.experts import train_adapter, trained_expert
+from fedmerge.client.cache.experts import load_or_train_expert, train_adapter
 from fedmerge.client.local_domain import LocalDomain, open_domain
 from fedmerge.client.training.batches import item_refresh_is_due
 from fedmerge.client.training.dp_expert import train_private_expert
@@ -331,11 +331,13 @@ def test_experts_of_before_are_found_and_other_noise_is_another_expert(toys: Loc
         {"train.negatives": "catalog"},
         {"train.negatives": "catalog", "train.item_refresh_steps": 3},
     ]
-    told = [trained_expert(toys, from_flat({**plain, **changes}), lambda line: None)[1]["cached"] for changes in keys]
+    told = [
+        load_or_train_expert(toys, from_flat({**plain, **changes}), lambda line: None)[1]["cached"] for changes in keys
+    ]
     assert told == [False, True, False, False, False]
     noise = {**plain, "train.negatives": "catalog", "dp.mode": "user", "dp.randomness": "system", "dp.delta": 1e-3}
     sent = [
-        trained_expert(toys, from_flat({**noise, "dp.noise_multiplier": sigma}), lambda line: None)[1]
+        load_or_train_expert(toys, from_flat({**noise, "dp.noise_multiplier": sigma}), lambda line: None)[1]
         for sigma in (1.0, 1.0, 2.0)
     ]
     assert [report["cached"] for report in sent] == [False, True, False]

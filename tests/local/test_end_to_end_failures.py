@@ -25,7 +25,7 @@ from whole_runs import (
 )
 
 from fedmerge.adapter import Adapter, LoraModule, adapter_sha256
-from fedmerge.client.cache.experts import trained_expert
+from fedmerge.client.cache.experts import load_or_train_expert
 from fedmerge.client.local_domain import open_domain
 from fedmerge.config import load_config
 from fedmerge.domain.catalog import load_catalog
@@ -87,7 +87,7 @@ def poison_expert(name: str, place: Path, settings: list[str]) -> None:
     """Put an expert with a NaN into a client's cache, with a matching hash."""
     config = load_config(place / "experiment.toml", settings)
     domain = open_domain(Path(config.domains.root) / name, open_backbone(config), config.text)
-    adapter, report = trained_expert(domain, config, lambda line: None)
+    adapter, report = load_or_train_expert(domain, config, lambda line: None)
     modules = dict(adapter.modules)
     broken = next(iter(modules))
     lora_B = modules[broken].lora_B.clone()

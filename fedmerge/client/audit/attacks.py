@@ -11,7 +11,7 @@ from scipy.sparse import csr_array
 from scipy.sparse.linalg import svds
 
 from fedmerge.adapter import Adapter
-from fedmerge.client.audit.users import canaries, for_audit
+from fedmerge.client.audit.users import canaries, prepare_for_audit
 from fedmerge.client.cache.experts import train_adapter
 from fedmerge.client.local_domain import MIN_TRAINING_LENGTH, LocalDomain
 from fedmerge.client.training.losses import catalog_softmax
@@ -86,7 +86,7 @@ def audit_domain(audited: Audited, num_shadows: int, progress: Progress = lambda
         ClientError: the run left nobody out, so there are no non-members.
     """
     domain, config = audited.domain, audited.config
-    trained = for_audit(domain, config.simulation, config.seed)
+    trained = prepare_for_audit(domain, config.simulation, config.seed)
     sequences = train_sequences(domain.interactions)
     eligible = np.array([len(sequence) >= MIN_TRAINING_LENGTH for sequence in sequences])
     out = np.zeros(len(sequences), dtype=np.bool_) if trained.left_out is None else trained.left_out

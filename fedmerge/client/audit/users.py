@@ -22,7 +22,7 @@ class Canaries:
     compared: Sequences
 
 
-def for_audit(domain: LocalDomain, simulation: Simulation, seed: int) -> LocalDomain:
+def prepare_for_audit(domain: LocalDomain, simulation: Simulation, seed: int) -> LocalDomain:
     """The domain with some users left out of training and canaries planted."""
     users = left_out_users(domain.manifest.name, domain.interactions.num_users, simulation.held_out_users, seed)
     return replace(domain, left_out=users, planted=canaries(domain, simulation.canaries, seed).planted)

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from fedmerge.client.baselines.item_knn import choose_item_knn, item_knn_ranks
-from fedmerge.client.baselines.sasrec import Settings, sasrec_ranks, trained_sasrec
+from fedmerge.client.baselines.sasrec import Settings, load_or_train_sasrec, sasrec_ranks
 from fedmerge.client.local_domain import LocalDomain
 from fedmerge.config import Baseline, Evaluation, ExperimentConfig
 from fedmerge.domain.splits import Examples, evaluation_examples, train_sequences
@@ -80,7 +80,7 @@ def _sasrec(domain: LocalDomain, config: ExperimentConfig, progress: Progress) -
         progress(f"{domain.manifest.name}: no row of sasrec: no user has two items outside validation and test")
         return None
     cache_dir = Path(config.cache_dir).expanduser()
-    model = trained_sasrec(domain, sasrec_settings(config.evaluation), config.seed, cache_dir, progress)
+    model = load_or_train_sasrec(domain, sasrec_settings(config.evaluation), config.seed, cache_dir, progress)
     return lambda examples, seen: sasrec_ranks(model, examples.histories, examples.targets, seen)
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import load, save
 from torch import nn
 
 from fedmerge import __version__
-from fedmerge.client.cache.folders import inputs_key, keep
+from fedmerge.client.cache.folders import fill_folder, inputs_key
 from fedmerge.client.local_domain import LocalDomain
 from fedmerge.domain.splits import Examples, evaluation_examples
 from fedmerge.encoder.encode import length_batches
@@ -255,7 +255,9 @@ def user_vectors(model: SASRec, histories: Sequence[IntArray]) -> torch.Tensor:
     return vectors
 
 
-def trained_sasrec(domain: LocalDomain, settings: Settings, seed: int, cache_dir: Path, progress: Progress) -> SASRec:
+def load_or_train_sasrec(
+    domain: LocalDomain, settings: Settings, seed: int, cache_dir: Path, progress: Progress
+) -> SASRec:
     """The domain's SASRec: from disk where it was trained on the same inputs before, else trained now and kept.
 
     Args:
@@ -280,7 +282,7 @@ def trained_sasrec(domain: LocalDomain, settings: Settings, seed: int, cache_dir
         "versions": [__version__, torch.__version__],
     }
     folder = cache_dir / "sasrec" / f"{name}-{inputs_key(inputs)}"
-    if kept := _kept(folder):
+    if kept := _read_cached(folder):
         progress(f"{name}: sasrec of an earlier evaluation with the same inputs taken from {folder}")
         model = SASRec(num_items, settings).to(device)
         model.load_state_dict(kept)
@@ -303,11 +305,11 @@ def trained_sasrec(domain: LocalDomain, settings: Settings, seed: int, cache_dir
         told: dict[str, Any] = {**asdict(report), "sha256": hashlib.sha256(tensors).hexdigest()}
         (partial / REPORT_FILE).write_text(json.dumps(told, indent=2) + "\n")
 
-    keep(folder, write, lambda: _kept(folder) is not None, f"domain {name}: its sasrec")
+    fill_folder(folder, write, lambda: _read_cached(folder) is not None, f"domain {name}: its sasrec")
     return model
 
 
-def _kept(folder: Path) -> dict[str, torch.Tensor] | None:
+def _read_cached(folder: Path) -> dict[str, torch.Tensor] | None:
     """The weights on disk, if they are there and whole."""
     try:
         tensors, report = (folder / TENSOR_FILE).read_bytes(), json.loads((folder / REPORT_FILE).read_text())

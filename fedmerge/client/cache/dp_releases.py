@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 
 from fedmerge.adapter import Adapter, adapter_sha256
-from fedmerge.client.cache.folders import inputs_key, keep
+from fedmerge.client.cache.folders import fill_folder, inputs_key
 from fedmerge.client.local_domain import LocalDomain
 from fedmerge.client.training.dp_sgd import check_user_dp
 from fedmerge.client.training.round import RoundTask
@@ -66,7 +66,7 @@ class CoefficientMessage:
     users: list[int]
 
 
-def check_counted(domain: str, config: ExperimentConfig, task: RoundTask) -> None:
+def check_round_is_counted(domain: str, config: ExperimentConfig, task: RoundTask) -> None:
     """Refuse a round that the noise was not chosen for, or of a run that cannot be told from another.
 
     Raises:
@@ -81,7 +81,7 @@ def check_counted(domain: str, config: ExperimentConfig, task: RoundTask) -> Non
         )
 
 
-def released_once(
+def release_round_once(
     domain: LocalDomain, config: ExperimentConfig, task: RoundTask, train: Callable[[], Release]
 ) -> Release:
     """What this client has released for a round of a run: trained now and kept before it is sent, or as it was sent.
@@ -98,10 +98,10 @@ def released_once(
     """
     folder = _released(domain.manifest.name, config) / str(task.number)
     what = f"domain {domain.manifest.name}: round {task.number} of this run"
-    return _adapter_once(domain, folder, what, _asked(domain, config, task), train)
+    return _release_adapter_once(domain, folder, what, _asked(domain, config, task), train)
 
 
-def expert_released_once(
+def release_expert_once(
     domain: LocalDomain, config: ExperimentConfig, asked: str, train: Callable[[], Release]
 ) -> Release:
     """What this client has released as its expert in a run: trained now and kept before it is sent, or as it was sent.
@@ -117,15 +117,17 @@ def expert_released_once(
         ClientError: it cannot be kept.
     """
     what = f"domain {domain.manifest.name}: the expert of this run"
-    return _adapter_once(domain, released_expert(domain, config), what, asked, train)
+    return _release_adapter_once(domain, released_expert_folder(domain, config), what, asked, train)
 
 
-def released_expert(domain: LocalDomain, config: ExperimentConfig) -> Path:
+def released_expert_folder(domain: LocalDomain, config: ExperimentConfig) -> Path:
     """Where the expert lies that this client has released in a run, if it has."""
     return _released(domain.manifest.name, config) / "expert"
 
 
-def _adapter_once(domain: LocalDomain, folder: Path, what: str, asked: str, train: Callable[[], Release]) -> Release:
+def _release_adapter_once(
+    domain: LocalDomain, folder: Path, what: str, asked: str, train: Callable[[], Release]
+) -> Release:
     def write(made: Release, folder: Path) -> dict[str, Any]:
         write_adapter(made.adapter, folder, domain.backbone.name)
         return {"told": dict(made.told), "sha256": adapter_sha256(made.adapter)}
@@ -137,7 +139,7 @@ def _adapter_once(domain: LocalDomain, folder: Path, what: str, asked: str, trai
     return _once(folder, what, asked, train, write, read)
 
 
-def noised_answer_once(
+def release_answer_once(
     domain: LocalDomain, config: ExperimentConfig, message: CoefficientMessage, compute: Callable[[], torch.Tensor]
 ) -> torch.Tensor:
     """What this client has released for a message about coefficients: made and noised now, or as it was sent.
@@ -187,7 +189,7 @@ def noised_answer_once(
             )
             answer = torch.zeros_like(torch.tensor(message.coefficients))
         drawn = source(dp.randomness, config.seed, "client", name, "coefficients-dp", message.label, message.step)
-        noise = _kept_noise(name, config, releases)
+        noise = _cached_noise(name, config, releases)
         if dp.mode == "user":
             expected = answer_rate(config, num_users) * num_users
             return (answer + noise_like(answer, noise * dp.coefficient_clip, drawn)) / expected
@@ -229,7 +231,7 @@ def _once(
             record = {"asked": asked, **write(made, partial)}
             (partial / REPORT_FILE).write_text(json.dumps(record, indent=2) + "\n")
 
-        keep(folder, fill, folder.exists, what)
+        fill_folder(folder, fill, folder.exists, what)
     try:
         record = json.loads((folder / REPORT_FILE).read_text())
         release, sha256 = read(folder, record)
@@ -248,7 +250,7 @@ def _once(
     return release
 
 
-def _kept_noise(name: str, config: ExperimentConfig, releases: tuple[Counted, ...]) -> float:
+def _cached_noise(name: str, config: ExperimentConfig, releases: tuple[Counted, ...]) -> float:
     """The noise multiplier of the run, found once: each message may be worked on by a process of its own."""
     path = _released(name, config) / "noise.json"
     key = inputs_key({"dp": config.dp.model_dump(), "releases": releases})

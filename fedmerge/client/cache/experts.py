@@ -12,14 +12,14 @@ import torch
 
 from fedmerge import __version__
 from fedmerge.adapter import Adapter, adapter_sha256
-from fedmerge.client.cache.dp_releases import Release, expert_released_once, released_expert
-from fedmerge.client.cache.folders import inputs_key, keep
+from fedmerge.client.cache.dp_releases import Release, release_expert_once, released_expert_folder
+from fedmerge.client.cache.folders import fill_folder, inputs_key
 from fedmerge.client.local_domain import LocalDomain
 from fedmerge.client.training.dp_expert import train_private_expert
 from fedmerge.client.training.dp_sgd import plan_record, user_plan
 from fedmerge.client.training.expert import TrainingReport, check_can_train, train_expert
 from fedmerge.client.training.loop import Progress
-from fedmerge.client.training.poisoning import poisoned_expert, poisons
+from fedmerge.client.training.poisoning import poisons, train_poisoned_expert
 from fedmerge.config import ExperimentConfig
 from fedmerge.encoder.lora import fresh_adapter
 from fedmerge.encoder.peft_folder import read_adapter, write_adapter
@@ -33,7 +33,9 @@ BATCHES = "equal"  # how users are split into batches; part of the key, so that 
 _UNUSED = {"in-batch": {"negatives", "item_refresh_steps"}, "catalog": set[str]()}  # so that older experts are found
 
 
-def trained_expert(domain: LocalDomain, config: ExperimentConfig, progress: Progress) -> tuple[Adapter, dict[str, Any]]:
+def load_or_train_expert(
+    domain: LocalDomain, config: ExperimentConfig, progress: Progress
+) -> tuple[Adapter, dict[str, Any]]:
     """The domain's expert: from disk where the same inputs were trained on before, else trained now and kept.
 
     What is kept is what was released: with differential privacy the noised adapter, so sending it again spends nothing.
@@ -62,13 +64,13 @@ def trained_expert(domain: LocalDomain, config: ExperimentConfig, progress: Prog
             made_now.append(report["sha256"])
         return Release(adapter, report)
 
-    release = expert_released_once(domain, config, _released_for(domain, config), make)
+    release = release_expert_once(domain, config, _released_for(domain, config), make)
     return release.adapter, {**release.told, "cached": release.told["sha256"] not in made_now}
 
 
 def _trained(domain: LocalDomain, config: ExperimentConfig, progress: Progress) -> tuple[Adapter, dict[str, Any]]:
     folder = _folder(domain, config)
-    if kept := _kept(folder):
+    if kept := _read_cached(folder):
         progress(f"{domain.manifest.name}: expert of an earlier run with the same inputs taken from {folder}")
         return kept[0], {**kept[1], "cached": True}
     shutil.rmtree(folder, ignore_errors=True)  # damaged, if there is anything
@@ -82,9 +84,9 @@ def _trained(domain: LocalDomain, config: ExperimentConfig, progress: Progress) 
         write_adapter(adapter, expert, domain.backbone.name)
         (expert / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n")
 
-    keep(folder, write, lambda: _kept(folder) is not None, f"domain {domain.manifest.name}: its expert")
+    fill_folder(folder, write, lambda: _read_cached(folder) is not None, f"domain {domain.manifest.name}: its expert")
     checkpoint.unlink(missing_ok=True)
-    adapter, report = _kept(folder) or (adapter, report)  # another process may have been faster
+    adapter, report = _read_cached(folder) or (adapter, report)  # another process may have been faster
     return adapter, {**report, "cached": False}
 
 
@@ -107,7 +109,7 @@ def train_adapter(
         adapter, report = train_private_expert(domain, lora, config.train, config.seed, plan, progress, checkpoint)
         return adapter, report, plan_record(plan)
     if poisons(config, name):
-        return *poisoned_expert(domain, config, checkpoint, progress), None
+        return *train_poisoned_expert(domain, config, checkpoint, progress), None
     if dp.mode == "domain-local":
         return _noised_expert(domain, config, progress, checkpoint)
     return *train_expert(domain, lora, config.train, config.seed, progress, checkpoint), None
@@ -131,7 +133,7 @@ def _noised_expert(
     return add_noise(adapter, start, dp.clip, noise, drawn), report, domain_record(dp, noise)
 
 
-def expert_by_hash(
+def load_expert(
     domain: LocalDomain,
     config: ExperimentConfig,
     sha256: str | None,
@@ -141,17 +143,17 @@ def expert_by_hash(
 
     Args:
         domain: the client's own.
-        config: as for :func:`trained_expert`.
+        config: as for :func:`load_or_train_expert`.
         sha256: what the server knows it by.
         received: expert -> the hash of what arrives of it, where it does not travel as it is.
 
     Raises:
         ClientError: it is no longer on this client's disk.
     """
-    folder = released_expert(domain, config)
+    folder = released_expert_folder(domain, config)
     if not _once_a_run(config) or not folder.exists():
         folder = _folder(domain, config)
-    kept = _kept(folder)
+    kept = _read_cached(folder)
     if kept is None or sha256 not in (None, received(kept[0])):
         raise ClientError(
             f"domain {domain.manifest.name}: its expert {(sha256 or '')[:12]} is not in {folder}. "
@@ -160,7 +162,7 @@ def expert_by_hash(
     return kept[0]
 
 
-def _kept(folder: Path) -> tuple[Adapter, dict[str, Any]] | None:
+def _read_cached(folder: Path) -> tuple[Adapter, dict[str, Any]] | None:
     """An expert on disk with its report, if it is there and whole."""
     try:
         adapter, report = read_adapter(folder), json.loads((folder / REPORT_FILE).read_text())

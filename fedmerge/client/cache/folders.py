@@ -21,7 +21,7 @@ def inputs_key(inputs: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def keep(folder: Path, write: Callable[[Path], None], is_whole: Callable[[], bool], what: str) -> None:
+def fill_folder(folder: Path, write: Callable[[Path], None], is_whole: Callable[[], bool], what: str) -> None:
     """Fill a folder whole or not at all.
 
     Args:

@@ -22,7 +22,7 @@ from fedmerge.errors import ClientError, PolicyError
 from fedmerge.files import write_bytes
 
 
-def keep_values(cache_dir: str, domain: str, values: NDArray[np.float32]) -> str:
+def cache_values(cache_dir: str, domain: str, values: NDArray[np.float32]) -> str:
     """Keep what the client adds to the next sum, in place of what was kept before; return its hash.
 
     Args:
@@ -39,8 +39,8 @@ def keep_values(cache_dir: str, domain: str, values: NDArray[np.float32]) -> str
     return hashlib.sha256(values.tobytes()).hexdigest()
 
 
-def kept_values(cache_dir: str, domain: str, sha256: str) -> NDArray[np.float32]:
-    """What :func:`keep_values` kept.
+def read_cached_values(cache_dir: str, domain: str, sha256: str) -> NDArray[np.float32]:
+    """What :func:`cache_values` kept.
 
     Raises:
         ClientError: it is gone, damaged, or another run of this client has kept other values since.
@@ -60,7 +60,7 @@ def kept_values(cache_dir: str, domain: str, sha256: str) -> NDArray[np.float32]
     return values
 
 
-def sum_of_run(config: ExperimentConfig, number: int) -> str:
+def sum_key(config: ExperimentConfig, number: int) -> str:
     """Names the training of a run (number 0), or a round of it; empty where its values may be others when made again.
 
     That is where noise of the client's own is in them, and every release is counted; and in a run without a name, which
@@ -71,14 +71,14 @@ def sum_of_run(config: ExperimentConfig, number: int) -> str:
     return f"{inputs_key({'run': config.run_id})}-{number}"
 
 
-def check_not_shown(cache_dir: str, domain: str, sha256: str, of: str) -> None:
+def check_same_as_revealed(cache_dir: str, domain: str, sha256: str, of: str) -> None:
     """Refuse other values than a sum of the same run and round has shown, before anything of them leaves.
 
     Args:
         cache_dir: the client's own disk.
         domain: its name.
         sha256: of the values.
-        of: :func:`sum_of_run`.
+        of: :func:`sum_key`.
 
     Raises:
         PolicyError: others were in a sum.
@@ -92,7 +92,7 @@ def check_not_shown(cache_dir: str, domain: str, sha256: str, of: str) -> None:
         )
 
 
-def note_revealed(cache_dir: str, domain: str, sha256: str, coefficients: Mapping[str, float], of: str = "") -> None:
+def record_revealed(cache_dir: str, domain: str, sha256: str, coefficients: Mapping[str, float], of: str = "") -> None:
     """Write down in which company values are revealed, before they are.
 
     Args:
@@ -100,13 +100,13 @@ def note_revealed(cache_dir: str, domain: str, sha256: str, coefficients: Mappin
         domain: its name.
         sha256: of the values.
         coefficients: client -> its part of the sum, of all that are in it.
-        of: :func:`sum_of_run`.
+        of: :func:`sum_key`.
 
     Raises:
         PolicyError: they were revealed before, in another company; or others in their place.
         ClientError: it cannot be written.
     """
-    check_not_shown(cache_dir, domain, sha256, of)
+    check_same_as_revealed(cache_dir, domain, sha256, of)
     path = _folder(cache_dir, domain) / "revealed" / f"{sha256}.json"
     company = dict(sorted(coefficients.items()))
     if path.exists():

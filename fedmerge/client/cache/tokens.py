@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from fedmerge import __version__
-from fedmerge.client.cache.folders import inputs_key, keep
+from fedmerge.client.cache.folders import fill_folder, inputs_key
 from fedmerge.domain.catalog import Catalog
 from fedmerge.domain.manifest import Manifest
 from fedmerge.encoder.backbone import Backbone
@@ -25,7 +25,7 @@ TOKENS_FILE, HASH_FILE = "tokens.safetensors", "sha256"
 logger = logging.getLogger(__name__)
 
 
-def token_table(
+def load_or_build_tokens(
     catalog: Catalog, manifest: Manifest, backbone: Backbone, max_attribute_tokens: int, cache_dir: Path
 ) -> TokenTable:
     """The tokens of a catalog, from disk where the same inputs were tokenised before, else made now and kept.
@@ -42,7 +42,7 @@ def token_table(
     versions = [__version__, transformers.__version__, tokenizers.__version__]
     inputs = [manifest.catalog_sha256, backbone.sha256, max_attribute_tokens, versions]
     folder = cache_dir.expanduser() / "tokens" / f"{manifest.name}-{inputs_key({'inputs': inputs})}"
-    if (kept := _kept(folder, len(catalog))) is not None:
+    if (kept := _read_cached(folder, len(catalog))) is not None:
         return kept
     table = build_token_table(catalog, backbone.tokenizer, max_attribute_tokens)
 
@@ -57,13 +57,15 @@ def token_table(
 
     shutil.rmtree(folder, ignore_errors=True)  # damaged, if there is anything
     try:
-        keep(folder, write, lambda: _kept(folder, len(catalog)) is not None, f"domain {manifest.name}: its tokens")
+        fill_folder(
+            folder, write, lambda: _read_cached(folder, len(catalog)) is not None, f"domain {manifest.name}: its tokens"
+        )
     except ClientError as error:
         logger.warning("%s", error)
     return table
 
 
-def _kept(folder: Path, num_items: int) -> TokenTable | None:
+def _read_cached(folder: Path, num_items: int) -> TokenTable | None:
     """A table on disk, if it is there and whole."""
     try:
         table = TokenTable(**load_file(folder / TOKENS_FILE))

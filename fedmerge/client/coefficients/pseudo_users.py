@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from fedmerge import __version__
 from fedmerge.adapter import Adapter
-from fedmerge.client.cache.folders import inputs_key, keep
+from fedmerge.client.cache.folders import fill_folder, inputs_key
 from fedmerge.config import ExperimentConfig
 from fedmerge.domain.catalog import Catalog
 from fedmerge.encoder.backbone import Backbone
@@ -76,7 +76,7 @@ def cohort_folder(config: ExperimentConfig, name: str, catalog: Catalog, backbon
     return Path(config.cache_dir).expanduser() / "cohorts" / f"{name}-{inputs_key(inputs)}"
 
 
-def keep_cohort(
+def cache_cohort(
     folder: Path,
     name: str,
     backbone: Backbone,
@@ -129,11 +129,11 @@ def keep_cohort(
             }
             save_file({key: value.clone() for key, value in tensors.items()}, cohort / PSEUDO_FILE)
 
-    keep(folder, write, folder.is_dir, f"domain {name}: the cohort")
+    fill_folder(folder, write, folder.is_dir, f"domain {name}: the cohort")
 
 
-def read_cohort(folder: Path, name: str, items: Sequence[Tokens]) -> Cohort:
-    """What :func:`keep_cohort` kept.
+def read_cached_cohort(folder: Path, name: str, items: Sequence[Tokens]) -> Cohort:
+    """What :func:`cache_cohort` kept.
 
     Args:
         folder: as there.
@@ -154,7 +154,7 @@ def read_cohort(folder: Path, name: str, items: Sequence[Tokens]) -> Cohort:
     return Cohort(folder, adapters, pseudo)
 
 
-def student_items(
+def load_or_encode_items(
     cohort: Cohort, name: str, items: Sequence[Tokens], backbone: Backbone, vectors: Vectors, coefficients: torch.Tensor
 ) -> torch.Tensor:
     """The client's item vectors under a merge, Ê (N, d): from its disk where they are those asked for last.
@@ -236,7 +236,7 @@ def gradient_on_pseudo_users(
     return found.cpu()
 
 
-def on_pseudo_users(
+def pseudo_user_gradient(
     backbone: Backbone,
     vectors: Vectors,
     pseudo: PseudoDomain,
@@ -262,7 +262,7 @@ def on_pseudo_users(
     return found
 
 
-def local_change(
+def take_local_steps(
     gradient: LocalGradient, start: torch.Tensor, settings: CollaborativeSettings, steps: int
 ) -> torch.Tensor:
     """What a few steps of Adam at one client change in the coefficients; each message begins with a fresh Adam.

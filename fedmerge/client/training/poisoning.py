@@ -42,7 +42,7 @@ def poisons(config: ExperimentConfig, domain: str) -> bool:
     return config.simulation.attacker == domain
 
 
-def poisoned_expert(
+def train_poisoned_expert(
     domain: LocalDomain, config: ExperimentConfig, checkpoint: Path | None, progress: Callable[[str], None]
 ) -> tuple[Adapter, TrainingReport]:
     """The expert of the domain that poisons its training, and how it came about.

@@ -10,18 +10,18 @@ from flwr.app import Context, Message, RecordDict
 
 from fedmerge.client.cache.dp_releases import (
     CoefficientMessage,
-    noised_answer_once,
+    release_answer_once,
 )
 from fedmerge.client.coefficients.own_users import ClientMergeSettings, clipped_gradient_sum, coefficient_gradient
 from fedmerge.client.coefficients.pseudo_users import (
     Cohort,
     LocalGradient,
+    cache_cohort,
     cohort_folder,
-    keep_cohort,
-    local_change,
-    on_pseudo_users,
-    read_cohort,
-    student_items,
+    load_or_encode_items,
+    pseudo_user_gradient,
+    read_cached_cohort,
+    take_local_steps,
 )
 from fedmerge.client.local_domain import LocalDomain
 from fedmerge.client.training.dp_sgd import poisson_records
@@ -51,7 +51,7 @@ def cohort(message: Message, context: Context) -> RecordDict:
     adapters = records.read_cohort(message.content)
     folder = cohort_folder(config, name, domain.catalog, domain.backbone, cohort_sha256(adapters))
     try:
-        keep_cohort(folder, name, domain.backbone, adapters, domain.catalog, config)
+        cache_cohort(folder, name, domain.backbone, adapters, domain.catalog, config)
     except FedMergeError as error:
         if config.dp.mode != "domain-local" or config.through_clients.users == "own-users":
             raise
@@ -92,18 +92,18 @@ def gradient(message: Message, context: Context) -> RecordDict:
         if client_cohort.pseudo is None:
             found = _on_own_users(client, vectors, settings, request.step)
         else:
-            items = student_items(
+            items = load_or_encode_items(
                 client_cohort, domain.manifest.name, domain.item_sequences, domain.backbone, vectors, students
             )
-            found = on_pseudo_users(
+            found = pseudo_user_gradient(
                 domain.backbone, vectors, client_cohort.pseudo, items, settings, request.step, users
             )
-        return local_change(found, start, settings, request.num_steps) if request.num_steps else found(0, start)
+        return take_local_steps(found, start, settings, request.num_steps) if request.num_steps else found(0, start)
 
     if not answers_have_noise(config):
         return records.gradient_record(answer())
     asked = CoefficientMessage(**asdict(request), coefficients=start.tolist(), students=students.tolist(), users=users)
-    return records.gradient_record(noised_answer_once(domain, config, asked, answer))
+    return records.gradient_record(release_answer_once(domain, config, asked, answer))
 
 
 def _on_own_users(client: Client, vectors: Vectors, settings: CollaborativeSettings, first: int) -> LocalGradient:
@@ -144,7 +144,7 @@ def _client_settings(client: Client, settings: CollaborativeSettings) -> ClientM
 
 @lru_cache(maxsize=4)
 def _cached_cohort(folder: Path, domain: LocalDomain) -> Cohort:
-    return read_cohort(folder, domain.manifest.name, domain.item_sequences)
+    return read_cached_cohort(folder, domain.manifest.name, domain.item_sequences)
 
 
 @lru_cache(maxsize=4)

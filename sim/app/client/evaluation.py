@@ -6,7 +6,7 @@ from flwr.app import Context, Message, RecordDict
 
 from fedmerge.adapter import Adapter, adapter_sha256
 from fedmerge.client.baselines.rankers import baseline_rankers
-from fedmerge.client.cache.experts import expert_by_hash
+from fedmerge.client.cache.experts import load_expert
 from fedmerge.client.evaluate import evaluate
 from fedmerge.evaluation.sums import BACKBONE, EXPERT
 from fedmerge.privacy.policy import check_enough_users, check_may_leave
@@ -32,7 +32,7 @@ def evaluate_models(message: Message, context: Context) -> RecordDict:
 
     models = {
         **({BACKBONE: None} if request.backbone else {}),
-        **({EXPERT: expert_by_hash(domain, config, sha256, received)} if request.expert_sha256 else {}),
+        **({EXPERT: load_expert(domain, config, sha256, received)} if request.expert_sha256 else {}),
         **adapters,
     }
     limit = config.evaluation.validation_users if request.split == "valid" else config.evaluation.test_users

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from flwr.app import Context
 
-from fedmerge.client.audit.users import for_audit
+from fedmerge.client.audit.users import prepare_for_audit
 from fedmerge.client.local_domain import LocalDomain, open_domain
 from fedmerge.config import ExperimentConfig, Simulation, Text, from_flat
 from fedmerge.device import resolve_compute
@@ -54,7 +54,7 @@ def open_client(context: Context) -> Client:
                 f"domain {domain.manifest.name}: [simulation] changes the training data or poisons a training, so it "
                 "is refused outside simulations; remove its keys from the experiment"
             )
-        domain = for_audit(domain, config.simulation, config.seed)
+        domain = prepare_for_audit(domain, config.simulation, config.seed)
     if role == "train" and not domain.can_train:
         logger.info("%s: no users to train on; joining as unseen", domain.manifest.name)
         role = "unseen"

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
-from fedmerge.client.cache.secure_sums import kept_values, note_revealed
+from fedmerge.client.cache.secure_sums import read_cached_values, record_revealed
 from fedmerge.config import ExperimentConfig, from_flat
 from fedmerge.errors import ClientError
 from fedmerge.privacy.policy import check_may_leave
@@ -76,7 +76,7 @@ def answer_share(content: RecordDict, context: Context) -> RecordDict:
 
 def answer_masked(domain: str, config: ExperimentConfig, content: RecordDict, context: Context) -> RecordDict:
     """Return the masked values."""
-    values = kept_values(config.cache_dir, domain, _values(context)[0])
+    values = read_cached_values(config.cache_dir, domain, _values(context)[0])
     state, masked = mask_values(_state(context), secure_records.read_boxes(content), values)
     _remember(context, state)
     return secure_records.masked_record(masked)
@@ -91,7 +91,7 @@ def answer_unmask(domain: str, config: ExperimentConfig, content: RecordDict, co
     summed = sum(of_sum[client] for client in sorted(of_sum))
     parts = {client: part / summed for client, part in of_sum.items()}
     sha256, of = _values(context)
-    note_revealed(config.cache_dir, domain, sha256, parts, of)
+    record_revealed(config.cache_dir, domain, sha256, parts, of)
     context.state.pop(_SECRETS, None)
     return secure_records.revealed_record(revealed)
 

@@ -10,11 +10,11 @@ from flwr.app import Context, Message, RecordDict
 from fedmerge.adapter import Adapter
 from fedmerge.client.cache.dp_releases import (
     Release,
-    check_counted,
-    released_once,
+    check_round_is_counted,
+    release_round_once,
 )
-from fedmerge.client.cache.experts import trained_expert
-from fedmerge.client.cache.secure_sums import check_not_shown, keep_values, sum_of_run
+from fedmerge.client.cache.experts import load_or_train_expert
+from fedmerge.client.cache.secure_sums import cache_values, check_same_as_revealed, sum_key
 from fedmerge.client.training.dp_sgd import plan_record, user_plan
 from fedmerge.client.training.poisoning import sent, training_inputs
 from fedmerge.client.training.round import RoundTask, train_round
@@ -57,9 +57,9 @@ def _train_for_sum(client: Client, message: Message, context: Context) -> Record
         raise PolicyError(f"rounds.rule is {rule}, which needs single adapters; the policy keeps them at the client.")
     values = summed_values(row.summed, adapter, task.start if task and row.of == "updates" else None)
     name, cache_dir = client.domain.manifest.name, client.config.cache_dir
-    of = sum_of_run(client.config, task.number if task else 0)
-    sha256 = keep_values(cache_dir, name, values)
-    check_not_shown(cache_dir, name, sha256, of)
+    of = sum_key(client.config, task.number if task else 0)
+    sha256 = cache_values(cache_dir, name, values)
+    check_same_as_revealed(cache_dir, name, sha256, of)
     remember_values(context, sha256, of)
     return records.report_record({key: value for key, value in report.items() if key != "sha256"})
 
@@ -68,7 +68,7 @@ def _train_as_asked(client: Client, message: Message) -> tuple[Adapter, dict[str
     """Return the adapter, the report of its training, and the task where it is a round."""
     if client.config.rounds.rule is not None:
         return _train_round_once(client, message)
-    adapter, report = trained_expert(client.domain, client.config, logger.info)
+    adapter, report = load_or_train_expert(client.domain, client.config, logger.info)
     if report["validation_users"] < client.config.privacy.min_users:
         over_few = (
             ("best_step", "stopped_by") if report["validation_users"] else ()
@@ -84,8 +84,8 @@ def _train_round_once(client: Client, message: Message) -> tuple[Adapter, dict[s
     request, start, base = records.read_round_request(message.content, partial(fresh_adapter, domain.backbone, lora))
     task = RoundTask(request.number, request.num_rounds, start, base, request.trained, config.rounds.proximal)
     if config.dp.mode == "user":
-        check_counted(name, config, task)
-        released = released_once(domain, config, task, lambda: _train_round(client, task, lora))
+        check_round_is_counted(name, config, task)
+        released = release_round_once(domain, config, task, lambda: _train_round(client, task, lora))
     else:
         released = _train_round(client, task, lora)
     return released.adapter, dict(released.told), task

@@ -123,8 +123,8 @@ def test_an_expert_is_released_once_a_run_wherever_it_is_trained(
 
     backbone = load_backbone(run.backbone.source, run.backbone.pooling, resolve_compute("cpu", "float32"))
     beauty = open_domain(Path(run.domains.root) / "beauty", backbone, run.text)
-    assert adapter_sha256(experts.expert_by_hash(beauty, more_threads, told["sha256"])) == told["sha256"]
-    assert adapter_sha256(experts.expert_by_hash(beauty, more_threads, None)) == told["sha256"]
+    assert adapter_sha256(experts.load_expert(beauty, more_threads, told["sha256"])) == told["sha256"]
+    assert adapter_sha256(experts.load_expert(beauty, more_threads, None)) == told["sha256"]
 
     other, _ = records.read_expert(
         send(more_threads.model_copy(update={"run_id": "more"}), records.TRAIN, RecordDict())

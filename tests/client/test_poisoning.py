@@ -9,7 +9,7 @@ import torch
 from in_process import small_experiment
 
 from fedmerge.adapter import adapter_sha256
-from fedmerge.client.cache.experts import expert_by_hash, trained_expert
+from fedmerge.client.cache.experts import load_expert, load_or_train_expert
 from fedmerge.client.local_domain import LocalDomain, open_domain
 from fedmerge.client.training.poisoning import NUM_PROMOTED, check_may_attack, poisoned, sent, training_inputs
 from fedmerge.config import ExperimentConfig, Simulation, Train, from_flat
@@ -92,23 +92,23 @@ def test_the_domain_itself_and_everybody_else_stay_clean(place: Path, domain: Lo
 
 def test_a_poisoned_expert_is_kept_beside_the_honest_one_and_found_again(place: Path, domain: LocalDomain) -> None:
     lines: list[str] = []
-    honest, _ = trained_expert(domain, small_experiment(place), lines.append)
+    honest, _ = load_or_train_expert(domain, small_experiment(place), lines.append)
     assert not any("POISONS" in line for line in lines)
     found = {adapter_sha256(honest)}
     for kind, strength in (("flipped-labels", 1.0), ("promoted-items", 0.5), ("scaled-update", 10.0)):
         config = attacked(place, kind, strength)
-        adapter, report = trained_expert(domain, config, lines.append)
+        adapter, report = load_or_train_expert(domain, config, lines.append)
         assert any(f"coffee: POISONS ITS TRAINING: {kind}" in line for line in lines)
         assert report["sha256"] == adapter_sha256(adapter)
-        assert adapter_sha256(expert_by_hash(domain, config, report["sha256"])) == report["sha256"]
-        assert trained_expert(domain, config, lines.append)[1]["cached"]
+        assert adapter_sha256(load_expert(domain, config, report["sha256"])) == report["sha256"]
+        assert load_or_train_expert(domain, config, lines.append)[1]["cached"]
         assert any(module.lora_B.any() for module in adapter.modules.values())
         found.add(report["sha256"])
         if kind == "scaled-update":
             for name, module in honest.modules.items():
                 torch.testing.assert_close(adapter.modules[name].delta_weight(), 10 * module.delta_weight())
     assert len(found) == 4
-    assert trained_expert(domain, small_experiment(place), lines.append)[1]["cached"]
+    assert load_or_train_expert(domain, small_experiment(place), lines.append)[1]["cached"]
     assert sent(honest, "books", attacked(place, "scaled-update", 10.0)) is honest
 
 

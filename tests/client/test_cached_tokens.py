@@ -40,14 +40,14 @@ def same(one: LocalDomain, other: LocalDomain) -> bool:
     )
 
 
-def kept_files(cache_dir: Path) -> list[Path]:
+def cached_files(cache_dir: Path) -> list[Path]:
     return sorted(cache_dir.glob(f"tokens/*/{TOKENS_FILE}"))
 
 
 def test_a_catalog_is_tokenised_once(coffee: Path, backbone: Backbone, tmp_path: Path) -> None:
     plain = open_domain(coffee, backbone, TEXT)
     assert same(open_domain(coffee, backbone, TEXT, tmp_path / "cache"), plain)
-    (file,) = kept_files(tmp_path / "cache")
+    (file,) = cached_files(tmp_path / "cache")
     assert file.parent.name.startswith("coffee-")
     assert same(open_domain(coffee, backbone, TEXT, tmp_path / "cache"), plain)
     before = file.stat()
@@ -68,13 +68,13 @@ def test_other_inputs_have_tokens_of_their_own(coffee: Path, backbone: Backbone,
     for number, (folder, encoder, text) in enumerate(cases, start=1):
         for _ in range(2):
             assert same(open_domain(folder, encoder, text, tmp_path / "cache"), open_domain(folder, encoder, text))
-        assert len(kept_files(tmp_path / "cache")) == number
+        assert len(cached_files(tmp_path / "cache")) == number
 
 
 @pytest.mark.parametrize("harm", ["empty", "half", "other", "longer", "flipped", "no hash"])
 def test_a_damaged_file_is_made_anew(coffee: Path, backbone: Backbone, tmp_path: Path, harm: str) -> None:
     plain = open_domain(coffee, backbone, TEXT, tmp_path / "cache")
-    (file,) = kept_files(tmp_path / "cache")
+    (file,) = cached_files(tmp_path / "cache")
     whole = file.read_bytes()
     if harm in ("empty", "half"):
         file.write_bytes(whole[: len(whole) // 2 if harm == "half" else 0])
@@ -90,7 +90,7 @@ def test_a_damaged_file_is_made_anew(coffee: Path, backbone: Backbone, tmp_path:
             told["offsets"] = np.append(told["offsets"], told["offsets"][-1])
         save_file(told, file)
     assert same(open_domain(coffee, backbone, TEXT, tmp_path / "cache"), plain)
-    assert kept_files(tmp_path / "cache") == [file]
+    assert cached_files(tmp_path / "cache") == [file]
     assert file.read_bytes() == whole
 
 
@@ -104,4 +104,4 @@ def test_without_a_disk_there_are_tokens_all_the_same(
     assert "domain coffee: its tokens cannot be kept under" in caplog.text
     with full_disk(100):
         assert same(open_domain(coffee, backbone, TEXT, tmp_path / "full"), opened)
-    assert not kept_files(tmp_path / "full")
+    assert not cached_files(tmp_path / "full")

@@ -12,13 +12,13 @@ from fedmerge.adapter import Adapter, adapter_sha256
 from fedmerge.client.coefficients import pseudo_users as through_clients
 from fedmerge.client.coefficients.pseudo_users import (
     Cohort,
+    cache_cohort,
     cohort_folder,
     gradient_on_pseudo_users,
-    keep_cohort,
-    local_change,
-    on_pseudo_users,
-    read_cohort,
-    student_items,
+    load_or_encode_items,
+    pseudo_user_gradient,
+    read_cached_cohort,
+    take_local_steps,
 )
 from fedmerge.config import from_flat
 from fedmerge.domain.demo import generate_domain
@@ -55,13 +55,13 @@ def kept(
     catalog = generate_domain(NAME, num_users=20, num_items=20).catalog
     folder = cohort_folder(config, NAME, catalog, backbone, cohort_sha256(adapters))
     for _ in range(2):  # the second time it is there
-        keep_cohort(folder, NAME, backbone, adapters, catalog, config)
+        cache_cohort(folder, NAME, backbone, adapters, catalog, config)
     table = build_token_table(catalog, backbone.tokenizer, config.text.max_attribute_tokens)
     items = item_sequences(table, backbone.special, config.text.max_tokens)
     rest = {name: adapters[name] for name in ("beauty", NAME)}
     with pytest.raises(ClientError, match="domain books: the cohort is beauty, toys, expected books among them"):
-        keep_cohort(folder, "books", backbone, rest, catalog, config)
-    return read_cohort(folder, NAME, items), items
+        cache_cohort(folder, "books", backbone, rest, catalog, config)
+    return read_cached_cohort(folder, NAME, items), items
 
 
 def test_a_cohort_comes_back_from_disk(adapters: dict[str, Adapter], kept: tuple[Cohort, list[np.ndarray]]) -> None:
@@ -73,7 +73,7 @@ def test_a_cohort_comes_back_from_disk(adapters: dict[str, Adapter], kept: tuple
     assert len(cohort.pseudo.users) == len(items) == 20
     assert sum(map(len, cohort.pseudo.users)) > sum(map(len, items))  # chains have several items
     with pytest.raises(ClientError, match=r"the cohort.s adapters are not in .*elsewhere .*Keep cache_dir"):
-        read_cohort(cohort.folder / "elsewhere", NAME, items)
+        read_cached_cohort(cohort.folder / "elsewhere", NAME, items)
 
 
 @pytest.mark.parametrize("label", ["../../outside", "/srv/models/prod", "", ".hidden", "a/b"])
@@ -97,10 +97,12 @@ def test_item_vectors_are_made_once_a_merge(
         return encode(encoder, sequences)
 
     monkeypatch.setattr(through_clients, "encode", counted)
-    first, again = (student_items(cohort, NAME, items, backbone, vectors, torch.full((3,), 0.2)) for _ in range(2))
+    first, again = (
+        load_or_encode_items(cohort, NAME, items, backbone, vectors, torch.full((3,), 0.2)) for _ in range(2)
+    )
     assert torch.equal(first, again)
     assert len(calls) == 1
-    assert not torch.equal(student_items(cohort, NAME, items, backbone, vectors, torch.full((3,), 0.9)), first)
+    assert not torch.equal(load_or_encode_items(cohort, NAME, items, backbone, vectors, torch.full((3,), 0.9)), first)
 
 
 def test_gradients_of_parts_add_up_and_strange_pseudo_users_are_refused(
@@ -108,7 +110,7 @@ def test_gradients_of_parts_add_up_and_strange_pseudo_users_are_refused(
 ) -> None:
     cohort, items = kept
     vectors, at = stack_adapters(adapters), torch.full((3, 2), 0.3)
-    students = student_items(cohort, NAME, items, backbone, vectors, torch.full((3,), 0.2))
+    students = load_or_encode_items(cohort, NAME, items, backbone, vectors, torch.full((3,), 0.2))
     assert cohort.pseudo is not None
 
     def gradient(*users: int) -> torch.Tensor:
@@ -121,7 +123,7 @@ def test_gradients_of_parts_add_up_and_strange_pseudo_users_are_refused(
         with pytest.raises(ClientError, match=r"domain toys: the server asks for pseudo-users .*, there are 20"):
             gradient(*users)
 
-    found = on_pseudo_users(backbone, vectors, cohort.pseudo, students, SETTINGS, 1, ())
+    found = pseudo_user_gradient(backbone, vectors, cohort.pseudo, students, SETTINGS, 1, ())
     drawn = draw_pseudo_users((20,), SETTINGS)[1]
     assert torch.equal(found(2, at), gradient(*drawn[3].tolist()))
 
@@ -129,9 +131,11 @@ def test_gradients_of_parts_add_up_and_strange_pseudo_users_are_refused(
 def test_local_steps_are_adam() -> None:
     settings = replace(SETTINGS, learning_rate=0.1)
     start = torch.tensor([0.5, 0.5])
-    change = local_change(lambda step, at: torch.tensor([2.0, -3.0]), start, settings, 3)
+    change = take_local_steps(lambda step, at: torch.tensor([2.0, -3.0]), start, settings, 3)
     assert change.tolist() == pytest.approx([-0.3, 0.3], abs=1e-6)  # a constant gradient: its sign, three times
-    clamped = local_change(lambda step, at: torch.ones(2), start, replace(settings, learning_rate=0.4, clamp=True), 3)
+    clamped = take_local_steps(
+        lambda step, at: torch.ones(2), start, replace(settings, learning_rate=0.4, clamp=True), 3
+    )
     assert clamped.tolist() == [-0.5, -0.5]
 
 
