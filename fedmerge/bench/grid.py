@@ -1,6 +1,7 @@
 """A benchmark's grid of datasets, seeds, folds and strategies, and the files of its folder.
 
-DIR/benchmark.json                    the benchmark and its experiment, resolved; a resumed benchmark must have the same
+DIR/benchmark.json                    the benchmark and its experiment, resolved, and the split of users into batches; a
+                                      resumed benchmark must have the same
 DIR/training/<experiment>/            run folders that end with the experts
 DIR/joint/<dataset>/<seed>/<fold>/<drawing>/      joint.json, adapter/: trained on pooled data, which breaks isolation
 DIR/admission/<dataset>/<seed>/<fold>/<gate>.json     record of the admission gate, for strategies that have one
@@ -18,6 +19,7 @@ from fedmerge.bench.cells import (
     is_one_shot,
 )
 from fedmerge.bench.config import Bench, Drawing
+from fedmerge.client.cache.experts import BATCHES
 from fedmerge.client.cache.folders import inputs_key
 from fedmerge.config import Admission, ExperimentConfig, Rounds, flatten
 from fedmerge.errors import ConfigError, RunDirError
@@ -161,10 +163,11 @@ def open_folder(folder: Path, bench: Bench) -> None:
     """Create a benchmark's folder, or check that an existing one belongs to this benchmark.
 
     Raises:
-        ConfigError: the folder holds another benchmark or other files.
+        ConfigError: the folder holds another benchmark, cells trained with another split of users into batches, or
+            other files.
         RunDirError: the folder cannot be written.
     """
-    wanted = {"benchmark": bench.config.model_dump(mode="json"), "experiment": bench.base}
+    wanted = {"benchmark": bench.config.model_dump(mode="json"), "experiment": bench.base, "batches": BATCHES}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         others = any(folder.iterdir())
@@ -178,6 +181,11 @@ def open_folder(folder: Path, bench: Bench) -> None:
     elif kept != json.loads(json.dumps(wanted)):
         flat = {name: flatten(of) for name, of in {"kept": kept, "wanted": wanted}.items()}
         keys = [key for key in {**flat["kept"], **flat["wanted"]} if flat["kept"].get(key) != flat["wanted"].get(key)]
+        if keys == ["batches"]:
+            raise ConfigError(
+                f"{folder}: its trainings split users into batches as {kept.get('batches', 'floor')!r}, expected "
+                f"{BATCHES!r}; new cells could not be compared with them. Give --out another folder."
+            )
         raise ConfigError(
             f"{folder}: belongs to another benchmark; {', '.join(sorted(keys))} differ. Give --out another folder, "
             "or restore the benchmark's files."

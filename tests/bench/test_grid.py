@@ -11,13 +11,14 @@ from small_bench import FILE, STRATEGIES, TRAIN, VARIANTS, grid_in, scores
 
 from fedmerge.bench.cells import Cell, Ended, Running, domain_of, joint_folder, work
 from fedmerge.bench.config import load_bench
-from fedmerge.bench.grid import Grid, Place
+from fedmerge.bench.grid import BENCHMARK, Grid, Place
 from fedmerge.bench.outcomes import merge_hashes, merged_domains
 from fedmerge.bench.stages import run_grid
 from fedmerge.client.evaluate import evaluate
 from fedmerge.config import from_flat, to_flat
 from fedmerge.encoder.peft_folder import read_adapter
-from fedmerge.files import read_json
+from fedmerge.errors import ConfigError
+from fedmerge.files import read_json, write_json
 from fedmerge.report.bench.page import bench_page
 from fedmerge.report.bench_tables import EVERY_FOLD, BenchTables
 from fedmerge.runs.checkpoints import merge_folder, read_sources
@@ -84,6 +85,18 @@ def test_experts_cached_by_an_earlier_run_are_reused(
     before = {name: read_json(bench_place / "runs" / "before" / "adapters" / name / "training.json") for name in TRAIN}
     kept = read_sources(grid.run(Place("main", 0, ""), None))
     assert kept == {name: report["sha256"] for name, report in before.items()}
+
+
+def test_a_folder_with_another_split_of_batches_is_refused(bench_place: Path) -> None:
+    grid = grid_in(bench_place, "split")
+    grid_in(bench_place, "split")  # the same benchmark again
+    kept = read_json(grid.folder / BENCHMARK)
+    assert kept.pop("batches") == "equal"
+    for found in ({}, {"batches": "random"}):  # none is written where the remainder of an epoch waits
+        write_json(grid.folder / BENCHMARK, {**kept, **found})
+        with pytest.raises(ConfigError) as caught:
+            grid_in(bench_place, "split")
+        assert all(part in str(caught.value) for part in (str(grid.folder), found.get("batches", "floor"), "equal"))
 
 
 OTHERWISE = """
