@@ -64,7 +64,7 @@ def by_local_steps(
 ) -> Made:
     """Learn MergeRec; the numbers are messages to a client, and the distance to the exact coefficients.
 
-    The distance is relative to that between the exact coefficients and the start.
+    The distance is relative to that between the exact coefficients and the start; nan where they are equal.
     """
     settings = replace(PAPER, granularity="layer", steps=100, learning_rate=1e-2, seed=config.seed)
     vectors = stack_adapters(experts)
@@ -100,7 +100,7 @@ def by_local_steps(
                 for name in vectors.domains
             ]
             at = at + torch.stack(changes).mean(dim=0)  # the demo's catalogs have equal sizes
-        away = float(torch.linalg.norm(at - exact)) / way
+        away = float(torch.linalg.norm(at - exact)) / way if way else float("nan")
         made[f"{steps} local steps"] = (linear_merge(vectors, at), (settings.steps // steps, away))
     return made
 
@@ -111,6 +111,12 @@ TABLES: dict[str, tuple[Table, tuple[str, str]]] = {
     "transport": (by_transport, ("bytes", "residual")),
     "local-steps": (by_local_steps, ("messages", "distance")),
 }
+
+
+NOTHING_LEARNED = (
+    "Nothing was learned with seed {}: the exact coefficients are those of the start, so there is no distance to "
+    "compare with. Use more --steps or --users."
+)
 
 
 def one_seed(
@@ -162,10 +168,14 @@ def print_table(table: str, options: argparse.Namespace) -> None:
         values = np.array([seed[label] for seed in found])  # (seeds, 4)
         differences = values - np.array([seed[labels[0]] for seed in found])
         spread = differences.std(axis=0, ddof=1) if len(found) > 1 else np.zeros(4)
-        shown = [f"{values[:, 0].mean():,.0f}", f"{values[:, 1].mean():.4f}"]
+        measured = values[~np.isnan(values[:, 1]), 1]
+        shown = [f"{values[:, 0].mean():,.0f}", f"{measured.mean():.4f}" if len(measured) else "-"]
         for column in (2, 3):
             shown += [f"{values[:, column].mean():.4f}", f"{differences[:, column].mean():+.4f} ± {spread[column]:.4f}"]
         print(f"| {label} | " + " | ".join(shown) + " |", flush=True)
+    missing = [str(number) for number, seed in enumerate(found) if any(np.isnan(row[1]) for row in seed.values())]
+    if missing:
+        print(f"\n{NOTHING_LEARNED.format(' and '.join(missing))}")
 
 
 if __name__ == "__main__":
