@@ -2,11 +2,9 @@
 
 from pathlib import Path
 
-from in_process import here, small_experiment, tables_of, train
+from in_process import finish, grid_in, small_experiment, tables_of
 
-from fedmerge.bench.config import load_bench
-from fedmerge.bench.grid import Grid, open_folder
-from fedmerge.bench.stages import run_grid
+from fedmerge.bench.grid import Grid
 from fedmerge.config import load_config, to_toml
 from fedmerge.report.bench_tables import BenchTables
 from sim.local.in_process import run_in_process
@@ -77,17 +75,10 @@ def make_bench_place(place: Path) -> Path:
 
 def run_small_bench(place: Path) -> tuple[Grid, BenchTables, list[str]]:
     """Train the experts of seed 0 in a run, then the whole benchmark; return its grid, tables and lines of progress."""
-    lines: list[str] = []
     grid = grid_in(place, "done")
     run_in_process(load_config(place / "experiment.toml", ["seed=0", "until=train", "run_id=before"]))
-    assert run_grid(grid, train, here, lines.append) == []
+    lines = finish(grid)
     return grid, tables_of(grid), lines
-
-
-def grid_in(place: Path, name: str, file: str = "bench.toml") -> Grid:
-    bench = load_bench(place / file)
-    open_folder(place / name, bench)
-    return Grid(bench, place / name)
 
 
 def scores(tables: BenchTables, **wanted: object) -> dict[str, float]:

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from in_process import here, tables_of, train
-from small_bench import FILE, STRATEGIES, TRAIN, VARIANTS, grid_in, scores
+from in_process import finish, grid_in, tables_of, train
+from small_bench import FILE, STRATEGIES, TRAIN, VARIANTS, scores
 
 from fedmerge.bench.cells import Cell, Ended, Running, domain_of, joint_folder, work
 from fedmerge.bench.config import load_bench
@@ -207,8 +207,7 @@ def test_joint_training_is_a_reference_row_marked_as_pooled(
     grid = grid_in(bench_place, "joint", "joint.toml")
     for kept in ("training", "clients"):
         shutil.copytree(finished_bench[0].folder / kept, grid.folder / kept)
-    lines: list[str] = []
-    assert run_grid(grid, train, here, lines.append) == []
+    lines = finish(grid)
     assert sum(line.startswith("joint training ") for line in lines) == 2 * 4  # drawings, folds
     tables = tables_of(grid)
     rows = {"joint-shuffled (pooled)", "joint-balanced (pooled)"}

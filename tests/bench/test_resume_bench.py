@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from in_process import here, tables_of, train
-from small_bench import FILE, REPOSITORY, grid_in, scores
+from in_process import grid_in, here, tables_of, train
+from small_bench import FILE, REPOSITORY, scores
 
 import sim.local.bench
 from fedmerge.bench.cells import Cell, Ended, sums_of_ranks, work

@@ -4,12 +4,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-from in_process import here, tables_of, train
-from small_bench import FILE, POLICIES, STRATEGIES, TRAIN, grid_in, scores
+from in_process import finish, grid_in, here, tables_of, train
+from small_bench import FILE, POLICIES, STRATEGIES, TRAIN, scores
 
 from fedmerge.bench.cells import domain_of
-from fedmerge.bench.config import load_bench
-from fedmerge.bench.grid import Grid, Place, open_folder
+from fedmerge.bench.grid import Grid, Place
 from fedmerge.bench.outcomes import merge_hashes
 from fedmerge.bench.stages import run_grid
 from fedmerge.bench.tables import WEIGHTS
@@ -35,8 +34,7 @@ def test_federations_of_rounds_are_compared_like_other_strategies(
     (bench_place / "rounds.toml").write_text(text)
     grid = grid_in(bench_place, "rounds", "rounds.toml")
     shutil.copytree(finished_bench[0].folder / "training", grid.folder / "training")
-    lines: list[str] = []
-    assert run_grid(grid, train, here, lines.append) == []
+    lines = finish(grid)
     assert sum(line.startswith("training") for line in lines) == 2
     tables = tables_of(grid)
     shared = scores(finished_bench[1], domain="books", seed=1, left_out="")
@@ -87,11 +85,8 @@ def test_a_federation_that_fails_or_loses_a_domain_is_reported_and_the_others_ar
 def test_the_policy_changes_bytes_and_not_merges(bench_place: Path) -> None:
     (bench_place / "policies.toml").write_text(POLICIES)
     overrides = ["merge.methods=average", "mergerec.granularities=layer", "dp.accountant=rdp"]
-    bench = load_bench(bench_place / "policies.toml", overrides)
-    open_folder(bench_place / "policies", bench)
-    grid = Grid(bench, bench_place / "policies")
-    lines: list[str] = []
-    assert run_grid(grid, train, here, lines.append) == []
+    grid = grid_in(bench_place, "policies", "policies.toml", overrides)
+    lines = finish(grid)
     assert sum(line.startswith("training") for line in lines) == 2  # without noise, and with
     tables = tables_of(grid)
     for domain in (*TRAIN, "camping"):
@@ -126,11 +121,8 @@ def test_audit_results_are_reported_beside_scores(bench_place: Path) -> None:
     audited = '"simulation.held_out_users" = 0.5, "simulation.canaries" = 4'
     text = POLICIES.replace('"dp.mode" = "user", "dp.delta" = 1e-3, "dp.noise_multiplier" = 0.0', audited)
     (bench_place / "audited.toml").write_text(text.partition('[[strategy]]\nname = "noised"')[0])
-    bench = load_bench(bench_place / "audited.toml", ["merge.methods=average"])
-    open_folder(bench_place / "audited", bench)
-    grid = Grid(bench, bench_place / "audited")
-    lines: list[str] = []
-    assert run_grid(grid, train, here, lines.append) == []
+    grid = grid_in(bench_place, "audited", "audited.toml", ["merge.methods=average"])
+    lines = finish(grid)
     audits = [line for line in lines if line.startswith("audit ")]
     assert len(audits) == len(TRAIN)  # one for both policies, whose merge is the same
     tables = tables_of(grid)
@@ -157,9 +149,7 @@ def test_audit_results_are_reported_beside_scores(bench_place: Path) -> None:
     hidden = leaks(domain="books", strategy="aggregate-only")
     assert hidden == {key: value for key, value in told.items() if not key[0].startswith("expert")}
     assert "Membership AUC, merge" in bench_page(tables)
-    again: list[str] = []
-    assert run_grid(grid, train, here, again.append) == []
-    assert f"audit: {len(TRAIN)} of {len(TRAIN)} cells are done" in again
+    assert f"audit: {len(TRAIN)} of {len(TRAIN)} cells are done" in finish(grid)
 
 
 AUDITED = """
@@ -184,7 +174,7 @@ set = { "rounds.rule" = "fedit", "rounds.number" = 2 }
 def test_audits_and_an_attack_with_folds_and_rounds(bench_place: Path) -> None:
     (bench_place / "audited.toml").write_text(AUDITED)
     grid = grid_in(bench_place, "audited-more", "audited.toml")
-    assert run_grid(grid, train, here, lambda line: None) == []
+    finish(grid)
     tables = tables_of(grid)
     assert {row["left_out"] for row in tables.results} == {"", *TRAIN}
     assert {row["left_out"] for row in tables.leaks} == {""}  # a fold's experts are those that are audited already
@@ -213,9 +203,7 @@ def test_a_private_catalog_is_used_in_its_clients_place_only(bench_place: Path) 
         "merge.methods=mergerec",
         "mergerec.granularities=layer",
     ]
-    bench = load_bench(bench_place / "private.toml", wanted)
-    open_folder(bench_place / "private", bench)
-    grid = Grid(bench, bench_place / "private")
+    grid = grid_in(bench_place, "private", "private.toml", wanted)
     (failed,) = run_grid(grid, train, here, lambda line: None)
     assert "merging: adapter+catalog" in failed
     assert "public_catalog = false" in failed

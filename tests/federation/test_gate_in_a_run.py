@@ -11,12 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 from flwr.app import Context, Message
-from in_process import here, small_experiment, tables_of, train
+from in_process import finish, grid_in, small_experiment, tables_of
 
 from fedmerge.adapter import adapter_sha256
 from fedmerge.bench.config import load_bench
-from fedmerge.bench.grid import Grid, Place, open_folder
-from fedmerge.bench.stages import run_grid
+from fedmerge.bench.grid import Place
 from fedmerge.config import ExperimentConfig, to_toml
 from fedmerge.domain.catalog import CATALOG_FILE
 from fedmerge.encoder.peft_folder import read_adapter
@@ -264,11 +263,8 @@ set = { "rounds.rule" = "krum", "rounds.number" = 1 }
 def test_a_benchmark_of_a_bad_client(place: Path) -> None:
     (place / "experiment.toml").write_text(to_toml(experiment(place, **{"privacy.min_users": 2})))
     (place / "bench.toml").write_text(BENCH)
-    bench = load_bench(place / "bench.toml")
-    open_folder(place / "bench", bench)
-    grid = Grid(bench, place / "bench")
-    lines: list[str] = []
-    assert run_grid(grid, train, here, lines.append) == []
+    grid = grid_in(place, "bench")
+    lines = finish(grid)
     assert sum(line.startswith("training") for line in lines) == 2  # the robust rules merge the same experts
     clean, scaled = Place("clean", 0, ""), Place("scaled", 0, "")
     assert grid.excluded_by_gate(clean, "average+gate") == {}
@@ -303,7 +299,7 @@ def test_a_benchmark_of_a_bad_client(place: Path) -> None:
     assert "Poisoned on purpose." in page
     assert re.search(r"coffee [^<]* \(scaled-update, strength 100\)", page)
     finished = {file: file.stat().st_mtime_ns for file in (place / "bench").rglob("*.json")}
-    assert run_grid(grid, train, here, lines.append) == []
+    finish(grid)
     assert finished == {file: file.stat().st_mtime_ns for file in finished}
 
 

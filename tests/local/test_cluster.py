@@ -15,13 +15,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from in_process import small_experiment
+from in_process import finish, grid_in, small_experiment
 
 from fedmerge.adapter import adapter_sha256
-from fedmerge.bench.cells import work
-from fedmerge.bench.config import load_bench
-from fedmerge.bench.grid import Grid, open_folder
-from fedmerge.bench.stages import run_grid
 from fedmerge.bench.tables import bench_tables
 from fedmerge.client.cache.experts import load_or_train_expert
 from fedmerge.client.evaluate import evaluate
@@ -34,7 +30,6 @@ from fedmerge.encoder.demo_backbone import write_demo_backbone
 from fedmerge.encoder.peft_folder import read_adapter
 from fedmerge.merging.stack import linear_merge, stack_adapters
 from fedmerge.report.bench_tables import read_bench_tables, write_bench_tables
-from sim.local.in_process import run_in_process
 from sim.local.launch import MARK, end_processes
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
@@ -163,11 +158,9 @@ def test_two_nodes_share_the_work_and_the_results_are_those_of_one_process(tmp_p
 def test_a_benchmark_on_two_nodes_has_the_tables_of_one_process(tmp_path: Path, cluster: str) -> None:
     (tmp_path / "experiment.toml").write_text(to_toml(small_experiment(tmp_path, **{"privacy.min_users": 2})))
     (tmp_path / "bench.toml").write_text(BENCH)
-    bench = load_bench(tmp_path / "bench.toml")
-    for name in ("here", "there"):
-        open_folder(tmp_path / name, bench)
-    grid = Grid(bench, tmp_path / "here")
-    assert run_grid(grid, run_in_process, lambda cells: map(work, cells), print) == []
+    grid = grid_in(tmp_path, "here")
+    grid_in(tmp_path, "there")
+    finish(grid)
     write_bench_tables(grid.folder, bench_tables(grid))
     shutil.copytree(tmp_path / "here" / "training", tmp_path / "there" / "training")  # Flower has no part in this
     output: list[str] = []

@@ -12,13 +12,10 @@ from typing import Any
 import pytest
 import torch
 from adapters import random_adapter, random_adapters
-from in_process import here, small_experiment, tables_of, train
+from in_process import finish, grid_in, small_experiment, tables_of
 from run_folders import output, refusal
 
 from fedmerge.adapter import Adapter, LoraModule, adapter_sha256
-from fedmerge.bench.config import load_bench
-from fedmerge.bench.grid import Grid, open_folder
-from fedmerge.bench.stages import run_grid
 from fedmerge.config import from_flat, to_toml
 from fedmerge.encoder.peft_folder import read_adapter, write_adapter
 from fedmerge.errors import ConfigError, MergeError
@@ -115,10 +112,8 @@ def test_the_example_of_the_page_in_a_benchmark(slerp: str, tmp_path: Path) -> N
     (tmp_path / "bench.toml").write_text(
         f'title = "x"\nexperiment = "experiment.toml"\nseeds = [0]\nbaseline = "average"\n{strategies}'
     )
-    bench = load_bench(tmp_path / "bench.toml")
-    open_folder(tmp_path / "grid", bench)
-    grid = Grid(bench, tmp_path / "grid")
-    assert run_grid(grid, train, here, lambda line: None) == []
+    grid = grid_in(tmp_path, "grid")
+    finish(grid)
     cells = {cell["strategy"]: cell["status"] for cell in tables_of(grid).cells}
     assert cells == {"average": "done", "slerp": "done"}
 

@@ -6,7 +6,9 @@ from pathlib import Path
 from backbones import tiny_bert
 
 from fedmerge.bench.cells import Cell, Ended, work
-from fedmerge.bench.grid import Grid
+from fedmerge.bench.config import load_bench
+from fedmerge.bench.grid import Grid, open_folder
+from fedmerge.bench.stages import run_grid
 from fedmerge.bench.tables import bench_tables
 from fedmerge.config import ExperimentConfig, from_flat
 from fedmerge.domain.demo import write_demo
@@ -55,6 +57,20 @@ def train(config: ExperimentConfig) -> None:
 
 def here(cells: Sequence[Cell]) -> Iterator[Ended]:
     return map(work, cells)
+
+
+def grid_in(place: Path, name: str, file: str = "bench.toml", overrides: Sequence[str] = ()) -> Grid:
+    """Open the folder ``name`` for a benchmark; both are in ``place``."""
+    bench = load_bench(place / file, overrides)
+    open_folder(place / name, bench)
+    return Grid(bench, place / name)
+
+
+def finish(grid: Grid) -> list[str]:
+    """Run a benchmark in which nothing may fail; return its lines of progress."""
+    lines: list[str] = []
+    assert run_grid(grid, train, here, lines.append) == []
+    return lines
 
 
 def tables_of(grid: Grid) -> BenchTables:
