@@ -3,13 +3,15 @@
 import json
 import os
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 
 from fedmerge.adapter import Adapter, adapter_sha256
-from fedmerge.client.cache.experts import REPORT_FILE, load_expert, load_or_train_expert
+from fedmerge.client.cache.experts import REPORT_FILE, _training_inputs, load_expert, load_or_train_expert
+from fedmerge.client.cache.folders import inputs_key
 from fedmerge.client.local_domain import LocalDomain, open_domain
 from fedmerge.config import ExperimentConfig, from_flat
 from fedmerge.domain.demo import generate_domain
@@ -182,3 +184,26 @@ def test_by_domain_nobody_learns_that_a_training_diverged(toys: LocalDomain, tmp
     assert report["privacy"]["noise_multiplier"] == 0.5
     noised = torch.cat([module.lora_B.flatten() for module in sent.modules.values()])
     assert float(noised.std()) == pytest.approx(0.5 * 2 * 0.1, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("flat", "key"),
+    [
+        ({}, "cd66f993d7a1dfdb"),
+        (
+            {"train.negatives": "catalog", "dp.mode": "user", "dp.epsilon": 8.0, "dp.delta": 1e-5},
+            "147b644475ec0b59",
+        ),
+        ({"dp.mode": "domain-local", "dp.noise_multiplier": 1.0, "dp.delta": 1e-5}, "4e288669f7b5dc34"),
+    ],
+    ids=["plain", "by user", "by domain"],
+)
+def test_an_expert_keeps_its_name_on_disk_across_versions_of_the_settings(flat: dict[str, Any], key: str) -> None:
+    """Literal keys: a setting that is removed, or added with a default, must not make clients train again."""
+    compute = SimpleNamespace(precision="float32")
+    domain = SimpleNamespace(
+        manifest=SimpleNamespace(catalog_sha256="c" * 64, interactions_sha256="i" * 64, name="books"),
+        backbone=SimpleNamespace(sha256="b" * 64, pooling="mean", device="cpu", compute=compute),
+    )
+    inputs = _training_inputs(cast(LocalDomain, domain), from_flat(flat))
+    assert inputs_key({**inputs, "versions": []}) == key
