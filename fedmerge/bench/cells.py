@@ -28,7 +28,17 @@ from fedmerge.client.baselines.rankers import baseline_rankers, sasrec_settings
 from fedmerge.client.cache.folders import inputs_key
 from fedmerge.client.evaluate import Ranks, baseline_ranks, evaluate, model_ranks
 from fedmerge.client.local_domain import LocalDomain, open_domain
-from fedmerge.config import LEARNED_METHODS, BackboneSection, Baseline, ExperimentConfig, Runtime, Split, Text
+from fedmerge.config import (
+    LEARNED_METHODS,
+    BackboneSection,
+    Baseline,
+    Evaluation,
+    ExperimentConfig,
+    Rounds,
+    Runtime,
+    Split,
+    Text,
+)
 from fedmerge.device import resolve_compute
 from fedmerge.domain.catalog import Catalog, load_catalog
 from fedmerge.domain.demo import domains_root
@@ -126,12 +136,11 @@ def _do(cell: Cell) -> None:
     WORK[cell.kind](cell.result, **cell.arguments)
 
 
-def is_one_shot(config: ExperimentConfig) -> bool:
+def is_one_shot(rounds: Rounds) -> bool:
     """Return True if a strategy merges experts that are trained once.
 
     This includes a rule of a single round, if it does not change the clients' training.
     """
-    rounds = config.rounds
     if rounds.rule is None:
         return True
     plain = rounds.number == 1 and rounds.fraction == 1 and rounds.weights == "equal" and not rounds.proximal
@@ -157,7 +166,9 @@ def check_admission(result: Path, config: ExperimentConfig, run: Path, left_out:
     if config.admission.leave_one_out and (merges := leave_one_out_merges(experts)):
         voting = time.monotonic()
         for voter in sources:
-            sums = evaluate(domain_of(config, voter), merges, "valid", num_users(config, "valid"), config.seed)
+            sums = evaluate(
+                domain_of(config, voter), merges, "valid", num_users(config.evaluation, "valid"), config.seed
+            )
             check_enough_users(voter, sums["unmasked"].num_users, config.privacy.min_users)
             others = [domain for domain in sources if domain != voter]
             votes[voter] = votes_of(sums["unmasked"], others, config.evaluation.selection_metric)
@@ -185,7 +196,7 @@ def merge_experts(result: Path, config: ExperimentConfig, run: Path, without: tu
     """
     started = time.monotonic()
     _forget_peak()
-    if not is_one_shot(config):
+    if not is_one_shot(config.rounds):
         _take_rounds(result, run, started)
         return
     sources = {domain: sha256 for domain, sha256 in (read_sources(run) or {}).items() if domain not in without}
@@ -295,7 +306,7 @@ def rank_model(result: Path, config: ExperimentConfig, domain: str, split: Split
         adapter: a PEFT folder; None for the backbone alone.
     """
     opened = domain_of(config, domain)
-    examples = evaluation_examples(opened.interactions, split, num_users(config, split), config.seed)
+    examples = evaluation_examples(opened.interactions, split, num_users(config.evaluation, split), config.seed)
     models = {"model": None if adapter is None else read_adapter(adapter)}
     _write_ranks(result, model_ranks(opened, models, examples)["model"])
 
@@ -303,7 +314,7 @@ def rank_model(result: Path, config: ExperimentConfig, domain: str, split: Split
 def rank_baseline(result: Path, config: ExperimentConfig, domain: str, split: Split, baseline: Baseline) -> None:
     """Do the same as :func:`rank_model` under a baseline; the file is empty if it has no training data."""
     opened = domain_of(config, domain)
-    examples = evaluation_examples(opened.interactions, split, num_users(config, split), config.seed)
+    examples = evaluation_examples(opened.interactions, split, num_users(config.evaluation, split), config.seed)
     found = baseline_ranks(examples, baseline_rankers(opened, config, [baseline]))
     _write_ranks(result, *found.values())
 
@@ -352,7 +363,7 @@ def ranks_file(clients: Path, config: ExperimentConfig, domain: str, split: Spli
         "backbone": config.backbone.model_dump(),
         "sasrec": asdict(sasrec_settings(config.evaluation)),
         "runtime": [config.runtime.device, config.runtime.precision],
-        "users": [config.seed, num_users(config, split), config.evaluation.validation_users],
+        "users": [config.seed, num_users(config.evaluation, split), config.evaluation.validation_users],
         "model": model,
     }
     return clients / domain / split / f"{inputs_key(inputs)}.npz"
@@ -380,9 +391,9 @@ def sums_of_ranks(files: Mapping[str, Path], domain: str, min_users: int) -> dic
     return sums
 
 
-def num_users(config: ExperimentConfig, split: Split) -> int | None:
+def num_users(evaluation: Evaluation, split: Split) -> int | None:
     """Return the largest number of evaluated users in a domain."""
-    return config.evaluation.validation_users if split == "valid" else config.evaluation.test_users
+    return evaluation.validation_users if split == "valid" else evaluation.test_users
 
 
 def _write_ranks(file: Path, *found: Ranks) -> None:

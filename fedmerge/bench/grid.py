@@ -14,10 +14,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedmerge.bench.cells import (
-    JOINT,
-    is_one_shot,
-)
+from fedmerge.bench.cells import JOINT, is_one_shot
 from fedmerge.bench.config import Bench, Drawing
 from fedmerge.client.cache.experts import BATCHES
 from fedmerge.client.cache.folders import inputs_key
@@ -69,7 +66,7 @@ class Grid:
         rounds is a run of its own, without the left-out domain.
         """
         wanted = self.experiment(place, strategy)
-        runtime, rounds = wanted.runtime, not is_one_shot(wanted)
+        runtime, rounds = wanted.runtime, not is_one_shot(wanted.rounds)
         left_out = place.left_out if rounds else ""
         domains = tuple(domain for domain in wanted.domains.train if domain != left_out)
         policy: Policy = wanted.privacy.policy if rounds else "adapter+catalog"

@@ -95,7 +95,7 @@ def audit_cell(grid: Grid, place: Place, strategy: str, domain: str) -> Cell | N
     arguments = {
         "config": config,
         "domain": domain,
-        "expert": run / ADAPTERS / domain if is_one_shot(config) else None,
+        "expert": run / ADAPTERS / domain if is_one_shot(config.rounds) else None,
         "merged": merged,
     }
     file = grid.folder / "clients" / place.dataset / domain / "audit" / f"{inputs_key(inputs)}.json"

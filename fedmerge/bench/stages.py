@@ -23,7 +23,7 @@ from fedmerge.bench.outcomes import (
     test_rows,
     tested_domains,
 )
-from fedmerge.config import ExperimentConfig
+from fedmerge.config import ExperimentConfig, Rounds
 from fedmerge.errors import ClientError, FedMergeError
 from fedmerge.files import read_json
 from fedmerge.runs.checkpoints import read_sources
@@ -66,7 +66,7 @@ def run_grid(grid: Grid, train: Train, execute: Execute, progress: Progress) -> 
                 started, untrained = time.monotonic(), untrained - 1
                 train(config)
                 trained.append(time.monotonic() - started)
-            _check_all_took_part(run, config)
+            _check_all_took_part(run, config.rounds, config.domains.train)
         except FedMergeError as error:
             if config.rounds.rule is None:  # all strategies share the experts
                 raise
@@ -185,15 +185,15 @@ def audit_cells(grid: Grid, places: Sequence[Place]) -> list[Cell]:
     return list(cells.values())
 
 
-def _check_all_took_part(run: Path, config: ExperimentConfig) -> None:
+def _check_all_took_part(run: Path, rounds: Rounds, domains: Sequence[str]) -> None:
     """Raise ClientError if a training lost a domain: strategies are compared on the same domains."""
-    if config.rounds.rule is None:
+    if rounds.rule is None:
         took_part = {*(read_sources(run) or {})}
-    elif config.rounds.fraction < 1:  # a round samples clients
+    elif rounds.fraction < 1:  # a round samples clients
         took_part = {*read_members(run)} - {*read_json(run / "clients.json")["excluded"]}
     else:
         took_part = set.intersection(*({*record["aggregation"]["client_weights"]} for record in round_records(run)))
-    if missing := sorted({*config.domains.train} - took_part):
+    if missing := sorted({*domains} - took_part):
         raise ClientError(
             f"{run}: trained without {', '.join(missing)}; every strategy needs all domains. See its run.log and "
             "clients.json, fix the cause, delete this folder, and start the benchmark again."

@@ -140,7 +140,7 @@ def _cost(grid: Grid, place: Place, strategy: str) -> dict[str, Any]:
     record = read_json(grid.merges(place, strategy) / MERGES)
     provenance = Provenance.from_dict(read_json(merge / "provenance.json"))
     down = (merge / WEIGHTS).stat().st_size * len(merged)
-    if is_one_shot(config):
+    if is_one_shot(config.rounds):
         experts = [run / ADAPTERS / domain for domain in sent]
         up = _bytes_of_experts(run, sent)
         if config.privacy.policy == "aggregate-only":
@@ -221,7 +221,7 @@ def _curves(grid: Grid, places: Sequence[Place]) -> Iterator[dict[str, Any]]:
         for expert in sorted((run / ADAPTERS).glob("[!.]*")) if not place.left_out else ():
             yield from _validation_points(place, "expert", expert.name, _report(expert))
         for strategy in grid.strategies:
-            if not is_one_shot(grid.experiment(place, strategy)):
+            if not is_one_shot(grid.experiment(place, strategy).rounds):
                 for number, of_round in enumerate(round_records(grid.run(place, strategy)), 1):
                     for domain, client in of_round["clients"].items():
                         if client["loss"] is not None:

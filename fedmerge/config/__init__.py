@@ -23,6 +23,7 @@ from fedmerge.config.merging import (
     Merge,
     MergeMethod,
     MergeRec,
+    ThroughClients,
 )
 from fedmerge.config.model import DEMO_ROOT, BackboneSection, Lora, Text
 from fedmerge.config.privacy import DP, Privacy, Transport
@@ -57,6 +58,7 @@ __all__ = [
     "Simulation",
     "Split",
     "Text",
+    "ThroughClients",
     "Tracking",
     "Train",
     "Transport",

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from fedmerge.adapter import Adapter, LoraModule
-from fedmerge.config import ExperimentConfig, Transport
+from fedmerge.config import Lora, Privacy, Transport
 from fedmerge.encoder.backbone import Backbone
 from fedmerge.encoder.lora import fresh_adapter
 from fedmerge.errors import LayoutMismatchError
@@ -45,13 +45,11 @@ class Coding:
     start: Adapter | None = None
 
 
-def coding_of(config: ExperimentConfig, domain: str, backbone: Backbone) -> Coding:
-    """Return the encoding of a domain's expert in this experiment."""
-    privacy = config.privacy
+def coding_of(privacy: Privacy, lora: Lora, seed: int, backbone: Backbone) -> Coding:
+    """Return the encoding of a domain's expert, whose own ``lora`` and seed give the start of its training."""
     if privacy.transport != "top-k":
         return Coding(privacy.transport)
-    start = fresh_adapter(backbone, config.lora.of(domain), config.seed)
-    return Coding(privacy.transport, privacy.transport_density, start)
+    return Coding(privacy.transport, privacy.transport_density, fresh_adapter(backbone, lora, seed))
 
 
 def pack(adapter: Adapter, coding: Coding) -> dict[str, Array]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from fedmerge.config import ExperimentConfig
 from fedmerge.files import append_line, read_json, read_lines
-from fedmerge.privacy.dp.releases import answer_rate, answers_have_noise
+from fedmerge.privacy.dp.releases import answers_have_noise, sample_rate
 from fedmerge.runs.checkpoints import ADAPTERS, LEARNING, MERGED
 from fedmerge.runs.round_checkpoints import round_records
 from fedmerge.runs.secure_sums import revealed_reports
@@ -80,14 +80,14 @@ def spent_by_domain(run_dir: Path, config: ExperimentConfig) -> dict[str, list[M
         for domain, told in sorted(record["clients"].items()):
             if (domain, number) not in counted:
                 add(domain, told)
-    if answers_have_noise(config):
+    if answers_have_noise(config.dp, config.through_clients):
         asked = _messages_by_domain(run_dir)
         for domain in sorted({*asked, *arrived} & {*found}):
             training = found[domain][0]  # the noise was chosen to cover the answers, too
             number = max(asked.get(domain, 0), arrived[domain])
             changes: dict[str, Any] = {"clip": config.dp.coefficient_clip, "steps": number}
             if config.dp.mode == "user":
-                changes["sample_rate"] = answer_rate(config, training["num_units"])
+                changes["sample_rate"] = sample_rate(config.through_clients.batch_size, training["num_units"])
             found[domain].append({**training, **changes})
     return dict(sorted(found.items()))
 

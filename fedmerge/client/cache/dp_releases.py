@@ -27,7 +27,7 @@ from fedmerge.files import read_json, write_json
 from fedmerge.privacy.dp.accountant import agreed_noise
 from fedmerge.privacy.dp.domain_noise import add_noise_to_answer, noise_like
 from fedmerge.privacy.dp.randomness import source
-from fedmerge.privacy.dp.releases import Counted, answer_rate, coefficient_messages, domain_releases, user_releases
+from fedmerge.privacy.dp.releases import Counted, coefficient_messages, domain_releases, sample_rate, user_releases
 
 logger = logging.getLogger(__name__)
 Made = TypeVar("Made")
@@ -191,7 +191,7 @@ def release_answer_once(
         drawn = source(dp.randomness, config.seed, "client", name, "coefficients-dp", message.label, message.step)
         noise = _cached_noise(name, config, releases)
         if dp.mode == "user":
-            expected = answer_rate(config, num_users) * num_users
+            expected = sample_rate(config.through_clients.batch_size, num_users) * num_users
             return (answer + noise_like(answer, noise * dp.coefficient_clip, drawn)) / expected
         return add_noise_to_answer(answer, dp.coefficient_clip, noise, drawn)
 

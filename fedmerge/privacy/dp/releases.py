@@ -1,6 +1,6 @@
 """The releases of a client in one run by its configuration: their number, and the share of users in each."""
 
-from fedmerge.config import LEARNED_METHODS, ExperimentConfig
+from fedmerge.config import DP, LEARNED_METHODS, ExperimentConfig, ThroughClients
 
 Counted = tuple[float, int]  # the probability that a unit takes part in a release, and the number of releases
 
@@ -16,15 +16,14 @@ def coefficient_messages(config: ExperimentConfig) -> int:
     return sum(len(variants[method]) * -(-steps[method] // a_message) for method in learned)
 
 
-def answers_have_noise(config: ExperimentConfig) -> bool:
+def answers_have_noise(dp: DP, through_clients: ThroughClients) -> bool:
     """Return True if noise is added to answers about coefficients; by user, only if they are computed from users."""
-    of_users = config.through_clients.users == "own-users"
-    return config.dp.mode == "domain-local" or (config.dp.mode == "user" and of_users)
+    return dp.mode == "domain-local" or (dp.mode == "user" and through_clients.users == "own-users")
 
 
 def noised_answers(config: ExperimentConfig) -> int:
     """Return the largest number of noisy answers about coefficients that a client gives in a run."""
-    return coefficient_messages(config) if answers_have_noise(config) else 0
+    return coefficient_messages(config) if answers_have_noise(config.dp, config.through_clients) else 0
 
 
 def domain_releases(config: ExperimentConfig) -> tuple[Counted, ...]:
@@ -34,11 +33,11 @@ def domain_releases(config: ExperimentConfig) -> tuple[Counted, ...]:
 
 def user_releases(config: ExperimentConfig, num_users: int) -> tuple[Counted, ...]:
     """Return a user's releases with ``dp.mode = "user"``: the steps of the training, and answers on own users."""
-    training = (min(1.0, config.train.batch_size / num_users), int(config.train.max_steps or 0))
+    training = (sample_rate(config.train.batch_size, num_users), int(config.train.max_steps or 0))
     answers = noised_answers(config)
-    return (training, (answer_rate(config, num_users), answers)) if answers else (training,)
+    return (training, (sample_rate(config.through_clients.batch_size, num_users), answers)) if answers else (training,)
 
 
-def answer_rate(config: ExperimentConfig, num_users: int) -> float:
-    """Return the probability that a user takes part in an answer on own users."""
-    return min(1.0, config.through_clients.batch_size / num_users)
+def sample_rate(batch_size: int, num_users: int) -> float:
+    """Return the probability that a user takes part in a step of training, or in an answer on own users."""
+    return min(1.0, batch_size / num_users)

@@ -33,7 +33,7 @@ from fedmerge.mergerec.variants import learned_settings
 from fedmerge.mergerec.vectors import Vectors, initial_vectors, on_device
 from fedmerge.merging.stack import stack_adapters
 from fedmerge.privacy.dp.randomness import source
-from fedmerge.privacy.dp.releases import answer_rate, answers_have_noise
+from fedmerge.privacy.dp.releases import answers_have_noise, sample_rate
 from fedmerge.privacy.policy import check_enough_users, check_may_leave
 from sim.app.client.node import Client, open_client
 from sim.app.messages import records
@@ -100,7 +100,7 @@ def gradient(message: Message, context: Context) -> RecordDict:
             )
         return take_local_steps(found, start, settings, request.num_steps) if request.num_steps else found(0, start)
 
-    if not answers_have_noise(config):
+    if not answers_have_noise(config.dp, config.through_clients):
         return records.gradient_record(answer())
     asked = CoefficientMessage(**asdict(request), coefficients=start.tolist(), students=students.tolist(), users=users)
     return records.gradient_record(release_answer_once(domain, config, asked, answer))
@@ -127,7 +127,7 @@ def _sum_over_own_users(
     drawn = source(
         config.dp.randomness, config.seed, "client", domain.manifest.name, "own-users", request.label, request.step
     )
-    rate = answer_rate(config, len(domain.training_sequences))
+    rate = sample_rate(config.through_clients.batch_size, len(domain.training_sequences))
     taking_part = poisson_records(domain.training_sequences, "random-prefix", rate, drawn)
     own, at = _client_settings(client, settings), coefficients.to(domain.backbone.device)
     return clipped_gradient_sum(domain, vectors, at, taking_part, request.step, own, config.dp.coefficient_clip)

@@ -24,7 +24,7 @@ def evaluate_models(message: Message, context: Context) -> RecordDict:
     check_may_leave(config.privacy.policy, "metric sums", domain.manifest.name)
     request, adapters = records.read_evaluation_request(message.content)
     sha256 = None if request.expert_sha256 == records.OWN_EXPERT else request.expert_sha256
-    coding = coding_of(config, domain.manifest.name, domain.backbone)
+    coding = coding_of(config.privacy, config.lora.of(domain.manifest.name), config.seed, domain.backbone)
 
     def received(expert: Adapter) -> str:
         """Return the hash by which the server knows an expert: that of the decoded adapter."""

@@ -41,7 +41,7 @@ def train(message: Message, context: Context) -> RecordDict:
         return _train_for_sum(client, message, context)
     check_may_leave(policy, "adapter", name)
     adapter, report, task = _train_as_asked(client, message)
-    coding = coding_of(client.config, name, client.domain.backbone)
+    coding = coding_of(client.config.privacy, client.config.lora.of(name), client.config.seed, client.domain.backbone)
     if coding.transport != "float32":
         lost = residual(adapter, decode_as_receiver(adapter, coding))
         report = {**report, "transport": {"kind": coding.transport, "residual": lost}}

@@ -175,7 +175,7 @@ def _answers(
             )
         answers[domain] = found.reshape(coefficients.shape)
 
-    noised = answers_have_noise(run.config)
+    noised = answers_have_noise(run.config.dp, run.config.through_clients)
     question = Question(
         records.GRADIENT,
         run.config.server.timeout_seconds,

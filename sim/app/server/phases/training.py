@@ -91,7 +91,8 @@ def _ask_for_experts(run: Run, backbone: Backbone, domains: list[str]) -> dict[s
     sources: dict[str, str] = {}
 
     def admit(domain: str, content: RecordDict) -> None:
-        adapter, report = records.read_expert(content, coding_of(config, domain, backbone), likes[domain])
+        coding = coding_of(config.privacy, config.lora.of(domain), config.seed, backbone)
+        adapter, report = records.read_expert(content, coding, likes[domain])
         check_adapter(domain, adapter, layouts[domain])
         check_spent(domain, config, report.get("privacy"), run.members.descriptions[domain].num_users)
         log_expert(domain, report, few=len(domains) <= FEW_CLIENTS)
