@@ -9,11 +9,15 @@ from pathlib import Path
 import pyarrow as pa
 
 from fedmerge.domain.manifest import check_name, read_manifest
+from fedmerge.domain.parquet import LONGEST_TEXT, Limits, table_limits
 from fedmerge.domain.tables import RESTORE, decode_table, encode_table, read_file
 from fedmerge.errors import DomainError
 
 CATALOG_FILE = "catalog.parquet"
 ATTRIBUTES = ("title", "brand", "category")
+BYTES_PER_ITEM = 4096  # at most on average, and a mebibyte for a small catalog
+MOST_ITEMS, MOST_BYTES = 2**20, 2**27  # of a catalog that travels, decoded, whatever number of items a client claims
+_HASHED_AT_ONCE = 10_000  # cells
 SCHEMA = pa.schema([pa.field(column, pa.string()) for column in ("item_id", *ATTRIBUTES)])
 
 
@@ -46,9 +50,19 @@ class Catalog:
 
 
 def catalog_fingerprint(item_ids: Sequence[str], attributes: Mapping[str, Sequence[str]]) -> str:
-    """Return the SHA-256 (hex) of ids and attributes in order, independent of file, compression and library version."""
-    columns = [list(item_ids), *(list(attributes[attribute]) for attribute in ATTRIBUTES)]
-    return hashlib.sha256(json.dumps(columns, separators=(",", ":")).encode()).hexdigest()
+    """Return the SHA-256 (hex) of ids and attributes in order, independent of file, compression and library version.
+
+    Hashed is the JSON of the list of columns, a part at a time.
+    """
+    digest = hashlib.sha256(b"[")
+    for number, column in enumerate((item_ids, *(attributes[attribute] for attribute in ATTRIBUTES))):
+        digest.update(b",[" if number else b"[")
+        for start in range(0, len(column), _HASHED_AT_ONCE):
+            some = json.dumps(column[start : start + _HASHED_AT_ONCE], separators=(",", ":")).encode()
+            digest.update(b"," * (start > 0) + some[1:-1])
+        digest.update(b"]")
+    digest.update(b"]")
+    return digest.hexdigest()
 
 
 def make_catalog(name: str, item_ids: Sequence[str], attributes: Mapping[str, Sequence[str]]) -> Catalog:
@@ -78,13 +92,28 @@ def catalog_to_bytes(catalog: Catalog) -> bytes:
         ) from error
 
 
-def catalog_from_bytes(data: bytes, name: str) -> Catalog:
+def catalog_limits(num_items: int) -> Limits:
+    """Return the limits of a catalog that travels and is said to have a number of items.
+
+    A larger catalog reaches the server as a folder, see ``server.catalogs``.
+    """
+    num_items = min(num_items, MOST_ITEMS)
+    return table_limits(num_items, min(2**20 + BYTES_PER_ITEM * num_items, MOST_BYTES))
+
+
+def catalog_from_bytes(data: bytes, name: str, num_items: int = MOST_ITEMS) -> Catalog:
     """Decode a catalog from Parquet bytes; its fingerprint is computed from the content, never trusted.
 
+    Args:
+        data: Parquet bytes.
+        name: the domain's name.
+        num_items: number of items that the catalog is said to have; more are not decoded.
+
     Raises:
-        DomainError: damaged bytes, another schema, null cells, no items, an empty or repeated item id.
+        DomainError: damaged bytes, another schema, above :func:`catalog_limits`, null cells, no items, an empty or
+            repeated item id.
     """
-    return _decode(data, name, f"Catalog of {name!r}")
+    return _decode(data, name, f"Catalog of {name!r}", catalog_limits(num_items))
 
 
 def write_catalog(catalog: Catalog, path: Path) -> None:
@@ -92,9 +121,10 @@ def write_catalog(catalog: Catalog, path: Path) -> None:
     path.write_bytes(catalog_to_bytes(catalog))
 
 
-def read_catalog(path: Path, name: str) -> Catalog:
-    """Read one catalog file; DomainError as for catalog_from_bytes, or if the file is missing."""
-    return _decode(read_file(path), name, str(path))
+def read_catalog(path: Path, name: str, num_items: int = MOST_ITEMS) -> Catalog:
+    """Read one catalog file of at most ``num_items``; DomainError as for catalog_from_bytes, or if it is missing."""
+    limits = table_limits(num_items, 2**20 + BYTES_PER_ITEM * num_items)
+    return _decode(read_file(path), name, str(path), limits)
 
 
 def load_catalog(folder: Path) -> Catalog:
@@ -105,7 +135,7 @@ def load_catalog(folder: Path) -> Catalog:
     """
     manifest = read_manifest(folder)
     path = folder / CATALOG_FILE
-    catalog = read_catalog(path, manifest.name)
+    catalog = read_catalog(path, manifest.name, manifest.num_items)
     if (len(catalog), catalog.sha256) != (manifest.num_items, manifest.catalog_sha256):
         raise DomainError(
             f"{path}: found {len(catalog)} items with content hash {catalog.sha256[:12]}…, the manifest says "
@@ -114,8 +144,8 @@ def load_catalog(folder: Path) -> Catalog:
     return catalog
 
 
-def _decode(data: bytes, name: str, where: str) -> Catalog:
-    table = decode_table(data, where, SCHEMA)
+def _decode(data: bytes, name: str, where: str, limits: Limits) -> Catalog:
+    table = decode_table(data, where, SCHEMA, limits)
     item_ids = tuple(table.column("item_id").to_pylist())
     attributes = {attribute: tuple(table.column(attribute).to_pylist()) for attribute in ATTRIBUTES}
     _check_columns(where, item_ids, attributes)
@@ -132,6 +162,13 @@ def _check_columns(where: str, item_ids: Sequence[str], attributes: Mapping[str,
         raise DomainError(
             f"{where}: the catalog is empty, expected at least one item. Import the domain with its items."
         )
+    for column, values in (("item_id", item_ids), *attributes.items()):
+        longest = max(values, key=len)
+        if len(longest) > LONGEST_TEXT:
+            raise DomainError(
+                f"{where}: item {values.index(longest)} has a {column} of {len(longest):,} characters, at most "
+                f"{LONGEST_TEXT:,} are read. Shorten it in the source."
+            )
     rows: dict[str, int] = {}
     for row, item_id in enumerate(item_ids):
         if not item_id:

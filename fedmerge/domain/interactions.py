@@ -14,6 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from fedmerge.domain.manifest import read_manifest
+from fedmerge.domain.parquet import CELL_BYTES, LONGEST_TEXT, table_limits
 from fedmerge.domain.tables import RESTORE, decode_table, encode_table, read_file
 from fedmerge.errors import DomainError
 
@@ -89,6 +90,11 @@ def interactions_to_bytes(interactions: Interactions) -> bytes:
         user_ids = pa.array(interactions.user_ids, pa.string())
     except (pa.ArrowException, TypeError, UnicodeEncodeError) as error:
         raise DomainError("Interactions: a user id is not valid UTF-8 text. Correct it in the source.") from error
+    if (longest := max(map(len, interactions.user_ids))) > LONGEST_TEXT:
+        raise DomainError(
+            f"Interactions: a user id has {longest:,} characters, at most {LONGEST_TEXT:,} are read. Shorten it in the "
+            "source."
+        )
     rows = np.repeat(np.arange(interactions.num_users), np.diff(interactions.offsets))
     return encode_table(pa.table([user_ids.take(pa.array(rows)), pa.array(interactions.items)], schema=SCHEMA))
 
@@ -102,7 +108,8 @@ def load_interactions(folder: Path) -> Interactions:
     """
     manifest = read_manifest(folder)
     path = folder / INTERACTIONS_FILE
-    table = decode_table(read_file(path), str(path), SCHEMA)
+    rows = manifest.num_interactions
+    table = decode_table(read_file(path), str(path), SCHEMA, table_limits(rows, 2**20 + CELL_BYTES * rows))
     if not len(table):
         raise DomainError(f"{path}: found no interactions, expected at least one. {RESTORE}")
     users = table.column("user_id").combine_chunks().dictionary_encode()

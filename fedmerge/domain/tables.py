@@ -5,6 +5,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from fedmerge.domain.parquet import Limits, open_parquet, plain_column, read_batches
 from fedmerge.errors import DomainError
 
 RESTORE = "Restore the file from a copy or import the domain again."
@@ -29,34 +30,35 @@ def encode_table(table: pa.Table) -> bytes:
     return bytes(sink.getvalue())
 
 
-def decode_table(data: bytes, where: str, schema: pa.Schema) -> pa.Table:
+def decode_table(data: bytes, where: str, schema: pa.Schema, limits: Limits) -> pa.Table:
     """Decode Parquet bytes to a table of exactly this schema, each column in one chunk, without nulls.
 
     Args:
         data: Parquet bytes.
         where: name of the bytes (a path, for example), which starts each message.
         schema: the columns, in order.
+        limits: the most that the table may hold; nothing above them is decoded.
 
     Raises:
-        DomainError: not Parquet, truncated, damaged, other columns, other types, or a null cell.
+        DomainError: not Parquet, truncated, damaged, above its limits, other columns, other types, or a null cell.
     """
     try:
-        table = pq.ParquetFile(pa.BufferReader(data)).read()
+        opened = open_parquet(where, data, limits)
+        _check_schema(opened.schema, schema, where)
+        decoded = [
+            pa.record_batch([plain_column(batch.column(name)) for name in schema.names], schema=schema)
+            for batch in read_batches(opened, schema.names)
+        ]
+        table = pa.Table.from_batches(decoded, schema)
+        del decoded
         table.validate(full=True)
     except (pa.ArrowException, OSError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DomainError(
             f"{where}: {len(data)} bytes that cannot be read as Parquet ({reason}): truncated or damaged. {RESTORE}"
         ) from error
-    if table.column_names != schema.names:
-        raise DomainError(f"{where}: found columns {table.column_names}, expected exactly {schema.names}. {RESTORE}")
     for field in schema:
         column = table.column(field.name)
-        if column.type != field.type:
-            raise DomainError(
-                f"{where}: column {field.name!r} is of type {column.type}, expected {field.type}. "
-                "Convert the column, or import the domain again."
-            )
         if column.null_count:
             row = column.is_null().index(True).as_py()
             raise DomainError(
@@ -64,3 +66,15 @@ def decode_table(data: bytes, where: str, schema: pa.Schema) -> pa.Table:
                 'none (an absent text is ""). Fill the cells, or import the domain again.'
             )
     return table.combine_chunks()
+
+
+def _check_schema(found: pa.Schema, expected: pa.Schema, where: str) -> None:
+    if found.names != expected.names:
+        raise DomainError(f"{where}: found columns {found.names}, expected exactly {expected.names}. {RESTORE}")
+    for field in expected:
+        kind = found.field(field.name).type
+        if kind != field.type:
+            raise DomainError(
+                f"{where}: column {field.name!r} is of type {kind}, expected {field.type}. "
+                "Convert the column, or import the domain again."
+            )

@@ -12,15 +12,14 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import pyarrow.types as pt
 
 from fedmerge.domain.importers.bad_rows import BadRows
 from fedmerge.domain.importers.events import EventLog
 from fedmerge.domain.importers.source_files import Progress, SourceFile, read_lines
+from fedmerge.domain.parquet import file_limits, open_parquet, read_batches
 from fedmerge.errors import DomainError
 
-BATCH_ROWS = 1 << 16
 SAMPLE_ROWS = 1000
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -95,11 +94,11 @@ def parquet_table(path: Path, max_bad_share: float, progress: Progress | None) -
     """A Parquet file; whole numbers and text are given as they are, points in time as whole numbers.
 
     Raises:
-        DomainError: the file is missing, damaged or no Parquet; while rows are read, a damaged part or a column that
-            holds neither text, numbers nor points in time.
+        DomainError: the file is missing, damaged, not Parquet, or above :func:`~fedmerge.domain.parquet.file_limits`;
+            while rows are read, a damaged part or a column that holds neither text, numbers nor points in time.
     """
     try:
-        file = pq.ParquetFile(path)
+        file = open_parquet(str(path), path, file_limits(path))
     except FileNotFoundError:
         raise DomainError(f"{path}: no such file. Check the path.") from None
     except (pa.ArrowException, OSError) as error:
@@ -107,10 +106,12 @@ def parquet_table(path: Path, max_bad_share: float, progress: Progress | None) -
     bad = BadRows(str(path), "row", max_bad_share)
 
     def rows(names: Sequence[str]) -> Iterator[Row]:
+        for name in names:
+            _check_type(path, name, file.schema.field(name).type)
         number = 0
         try:
-            for batch in file.iter_batches(BATCH_ROWS, columns=list(dict.fromkeys(names))):
-                values = [_plain(path, name, batch.column(name)) for name in names]
+            for batch in read_batches(file, names):
+                values = [_plain(batch.column(name)) for name in names]
                 yield from enumerate(zip(*values, strict=True), number)
                 number += len(batch)
                 if progress:
@@ -118,7 +119,7 @@ def parquet_table(path: Path, max_bad_share: float, progress: Progress | None) -
         except (pa.ArrowException, OSError) as error:
             raise _not_parquet(path, error) from error
 
-    return Table(str(path), tuple(file.schema_arrow.names), rows, bad)
+    return Table(str(path), tuple(file.schema.names), rows, bad)
 
 
 def check_columns(table: Table, names: Sequence[str]) -> None:
@@ -191,17 +192,24 @@ def _picker(positions: Sequence[int]) -> Callable[[Sequence[str]], Sequence[str]
     return itemgetter(*positions)
 
 
-def _plain(path: Path, name: str, column: pa.Array) -> list[Any]:
+def _check_type(path: Path, name: str, kind: pa.DataType) -> None:
+    """Refuse a column that :func:`_plain` cannot return, before anything of it is decoded."""
+    value = kind.value_type if pt.is_dictionary(kind) else kind
+    kinds = (pt.is_string, pt.is_large_string, pt.is_integer, pt.is_floating, pt.is_date, pt.is_timestamp)
+    if not any(fits(value) for fits in kinds):
+        raise DomainError(
+            f"{path}: column {name!r} is of type {value}, expected text, numbers or points in time. Convert the column."
+        )
+
+
+def _plain(column: pa.Array) -> list[Any]:
     """A column as text, numbers, or whole numbers of a time unit; None where it is null."""
-    if pt.is_dictionary(column.type):
-        column = column.dictionary_decode()
+    if pt.is_dictionary(column.type):  # equal texts are one object, however often they are repeated
+        texts = _plain(column.dictionary)
+        return [None if index is None else texts[index] for index in column.indices.to_pylist()]
     kind = column.type
     if pt.is_date(kind) or pt.is_timestamp(kind):
         column = pc.cast(column, pa.timestamp("s" if pt.is_date(kind) else kind.unit)).cast(pa.int64())
-    elif not (pt.is_string(kind) or pt.is_large_string(kind) or pt.is_integer(kind) or pt.is_floating(kind)):
-        raise DomainError(
-            f"{path}: column {name!r} is of type {kind}, expected text, numbers or points in time. Convert the column."
-        )
     values: list[Any] = column.to_pylist()
     return values
 

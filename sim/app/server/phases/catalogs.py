@@ -5,7 +5,7 @@ from pathlib import Path
 
 from flwr.app import RecordDict
 
-from fedmerge.domain.catalog import Catalog, catalog_from_bytes, load_catalog
+from fedmerge.domain.catalog import Catalog, catalog_from_bytes, catalog_limits, load_catalog
 from fedmerge.domain.manifest import check_catalog_is_public, read_manifest
 from fedmerge.files import read_json
 from fedmerge.mergerec.variants import labels_from_catalogs
@@ -15,9 +15,6 @@ from sim.app.messages import records
 from sim.app.server.asking import DESCRIBE_SECONDS, ask
 from sim.app.server.questions import Question
 from sim.app.server.run import Run
-
-CATALOG_BYTES_PER_ITEM = 4096  # at most, and a mebibyte for a small catalog
-MOST_CATALOG_BYTES = 2**30  # whatever number of items a client claims
 
 logger = logging.getLogger("fedmerge.server")
 
@@ -75,11 +72,11 @@ def _from_clients(run: Run, domains: list[str]) -> dict[str, Catalog]:
     catalogs: dict[str, Catalog] = {}
 
     def receive(domain: str, content: RecordDict) -> None:
-        catalogs[domain] = catalog_from_bytes(records.read_catalog(content), domain)
+        num_items = run.members.descriptions[domain].num_items
+        catalogs[domain] = catalog_from_bytes(records.read_catalog(content), domain, num_items)
 
     def limit_bytes(domain: str) -> int:
-        num_items = run.members.descriptions[domain].num_items
-        return min(2**20 + CATALOG_BYTES_PER_ITEM * num_items, MOST_CATALOG_BYTES)
+        return catalog_limits(run.members.descriptions[domain].num_items).decoded_bytes
 
     timeout_seconds = DESCRIBE_SECONDS
     question = Question(records.CATALOG, timeout_seconds, limit_bytes=limit_bytes)

@@ -1,0 +1,326 @@
+"""Read Parquet files of others under limits on what they decode to.
+
+A few kilobytes of Parquet can decode to many gigabytes: compressed pages, a dictionary whose one long text is repeated
+in every row, a footer with millions of empty row groups. The footer may also state false sizes. So the header of every
+page is read before anything is decoded, and text stays dictionary-encoded until its decoded size is known.
+"""
+
+import io
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pyarrow.types as pt
+
+from fedmerge.errors import DomainError
+
+LONGEST_TEXT = 16_384  # characters of an id, title, brand or category
+CELL_BYTES = 4 * LONGEST_TEXT  # in UTF-8
+BATCH_ROWS = 1 << 16
+BATCH_BYTES = 1 << 26  # decoded at once; also the largest page
+_MAGIC = b"PAR1"
+_HEADER_BYTES = (1 << 12, 1 << 20)  # of a page header: usually, and at most
+_DEEPEST = 8  # structs inside a page header
+
+# Encodings whose decoded size is known from the size of the page or of the batch. Not among them are the two delta
+# encodings of text, which state lengths of their own.
+_ENCODINGS: Mapping[int, str] = {
+    0: "PLAIN",
+    2: "PLAIN_DICTIONARY",
+    3: "RLE",
+    4: "BIT_PACKED",
+    5: "DELTA_BINARY_PACKED",
+    8: "RLE_DICTIONARY",
+    9: "BYTE_STREAM_SPLIT",
+}
+_PAGE_FIELDS: Mapping[int, tuple[int, int]] = {0: (5, 2), 2: (7, 2), 3: (8, 4)}  # type -> its header, its encoding
+_DICTIONARY_PAGE = 2
+_INT32, _STRUCT = 5, 12  # types of Thrift
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The most that a Parquet file may hold.
+
+    Attributes:
+        rows: in the file.
+        decoded_bytes: of all its texts and pages.
+        footer_bytes: size of the footer, which is decoded whole; each byte may take some hundreds in memory.
+        pages: in each column.
+    """
+
+    rows: int
+    decoded_bytes: int
+    footer_bytes: int
+    pages: int
+
+
+def table_limits(rows: int, decoded_bytes: int) -> Limits:
+    """Return limits of a table that fedmerge writes itself, of a known number of rows."""
+    return Limits(rows, decoded_bytes, footer_bytes=2**18 + rows // 16, pages=1000 + rows // 100)
+
+
+def file_limits(path: Path) -> Limits:
+    """Return limits of a file that is imported: ample for real tables, whose texts repeat, and in proportion to it."""
+    size = path.stat().st_size
+    return Limits(rows=2**40, decoded_bytes=2**29 + 256 * size, footer_bytes=2**20 + size // 16, pages=2**24)
+
+
+@dataclass(frozen=True, slots=True)
+class ParquetTable:
+    """An open file whose footer is within its limits; nothing of its pages is decoded.
+
+    Attributes:
+        where: name of the file for messages.
+        source: path or bytes.
+        metadata: the footer.
+        schema: names and types.
+        limits: of the file.
+    """
+
+    where: str
+    source: Path | bytes
+    metadata: pq.FileMetaData
+    schema: pa.Schema
+    limits: Limits
+
+
+def open_parquet(where: str, source: Path | bytes, limits: Limits) -> ParquetTable:
+    """Open a Parquet file and check its footer.
+
+    Raises:
+        DomainError: the footer or the number of rows is above its limit.
+        pa.ArrowException, OSError: not Parquet, damaged, or not readable.
+    """
+    with _opened(source) as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 8))
+        end = file.read(8)
+    footer_bytes = int.from_bytes(end[:4], "little")
+    if end[4:] == _MAGIC and footer_bytes > limits.footer_bytes:
+        raise _too_much(where, f"a footer of {footer_bytes:,} bytes", f"{limits.footer_bytes:,}")
+    with pq.ParquetFile(_arrow_source(source)) as parquet:
+        metadata, schema = parquet.metadata, parquet.schema_arrow
+    if metadata.num_rows > limits.rows:
+        raise _too_much(where, f"{metadata.num_rows:,} rows", f"{limits.rows:,}")
+    return ParquetTable(where, source, metadata, schema, limits)
+
+
+def read_batches(table: ParquetTable, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """Yield some columns batch by batch; columns of text are dictionary-encoded, see :func:`plain_column`.
+
+    Raises:
+        DomainError: a page, a cell or the decoded columns are above their limits, or a page has another encoding.
+        pa.ArrowException, OSError: the file is damaged.
+    """
+    batch_rows = _check_pages(table, names)
+    texts = [name for name in names if _is_text(table.schema.field(name).type)]
+    decoded = row = 0
+    with pq.ParquetFile(_arrow_source(table.source), metadata=table.metadata, read_dictionary=texts) as parquet:
+        for batch in parquet.iter_batches(batch_rows, columns=list(dict.fromkeys(names))):
+            for name in batch.schema.names:
+                column = batch.column(name)
+                if pt.is_dictionary(column.type):
+                    decoded += _text_bytes(table.where, name, column, row)
+                else:
+                    decoded += column.nbytes
+            if decoded > table.limits.decoded_bytes:
+                found = f"rows that decode to more than {decoded:,} bytes"
+                raise _too_much(table.where, found, f"{table.limits.decoded_bytes:,}")
+            row += len(batch)
+            yield batch
+
+
+def plain_column(column: pa.Array) -> pa.Array:
+    """Return a column without dictionary."""
+    return column.dictionary_decode() if pt.is_dictionary(column.type) else column
+
+
+def _text_bytes(where: str, name: str, column: pa.DictionaryArray, first_row: int) -> int:
+    """Return the decoded size of a column of text whose cells are within their limit."""
+    lengths = pc.binary_length(column.dictionary).fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
+    indices = column.indices.drop_null().to_numpy(zero_copy_only=False)
+    sizes = lengths[indices]
+    if len(sizes) and (longest := int(sizes.max())) > CELL_BYTES:
+        row = first_row + int(np.argmax(sizes))
+        raise _too_much(where, f"a cell of {longest:,} bytes in column {name!r}, about row {row}", f"{CELL_BYTES:,}")
+    return int(sizes.sum()) + 8 * len(column)
+
+
+def _check_pages(table: ParquetTable, names: Sequence[str]) -> int:
+    """Check the headers of all pages of some columns; return how many rows to decode at once."""
+    where, limits = table.where, table.limits
+    decoded, densest = 0, 1.0
+    pages = dict.fromkeys(names, 0)
+    with _opened(table.source) as file:
+        for group in range(table.metadata.num_row_groups):
+            row_group = table.metadata.row_group(group)
+            for index in range(row_group.num_columns):
+                chunk = row_group.column(index)
+                name = next((n for n in names if f"{chunk.path_in_schema}.".startswith(f"{n}.")), None)
+                if name is None:
+                    continue
+                for page in _pages(file, chunk, where):
+                    pages[name] += 1
+                    decoded += page.size_bytes
+                    if page.size_bytes > BATCH_BYTES:
+                        found = f"a page of {page.size_bytes:,} bytes in column {name!r}"
+                        raise _too_much(where, found, f"{BATCH_BYTES:,}")
+                    if decoded > limits.decoded_bytes or pages[name] > limits.pages:
+                        found = f"more than {pages[name]:,} pages in column {name!r}, or {decoded:,} bytes in all"
+                        raise _too_much(where, found, f"{limits.pages:,} pages and {limits.decoded_bytes:,} bytes")
+                    if page.encoding not in _ENCODINGS:
+                        raise DomainError(
+                            f"{where}: column {name!r} has Parquet encoding {page.encoding}, expected one of "
+                            f"{', '.join(_ENCODINGS.values())}. Write the file again in plain or dictionary encoding, "
+                            "the default of pyarrow, pandas and Spark."
+                        )
+                    if not page.is_dictionary:
+                        densest = max(densest, page.size_bytes / max(1, page.num_values))
+    return max(64, min(BATCH_ROWS, int(BATCH_BYTES / densest)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Page:
+    size_bytes: int  # decompressed
+    num_values: int
+    encoding: int
+    is_dictionary: bool
+
+
+def _pages(file: BinaryIO, chunk: pq.ColumnChunkMetaData, where: str) -> Iterator[_Page]:
+    """Yield the headers of a column chunk's pages, in the order in which they are decoded."""
+    start, dictionary = chunk.data_page_offset, chunk.dictionary_page_offset
+    if dictionary is not None and 0 < dictionary < start:
+        start = dictionary
+    end, seen = start + chunk.total_compressed_size, 0
+    while start < end and seen < chunk.num_values:
+        header, header_bytes = _page_header(file, start, where)
+        kind = header.get(1)
+        size, compressed = header.get(2), header.get(3)
+        inner, encoding_field = _PAGE_FIELDS.get(kind, (0, 0)) if isinstance(kind, int) else (0, 0)
+        facts = header.get(inner, {})
+        numbers = [size, compressed, facts.get(1, 0), facts.get(encoding_field, 0)] if isinstance(facts, dict) else []
+        if not numbers or not all(isinstance(number, int) and 0 <= number < 2**31 for number in numbers):
+            raise _damaged(where)
+        size, compressed, num_values, encoding = numbers
+        yield _Page(size, num_values, encoding, kind == _DICTIONARY_PAGE)
+        seen += 0 if kind == _DICTIONARY_PAGE else num_values
+        start += header_bytes + compressed
+
+
+def _page_header(file: BinaryIO, start: int, where: str) -> tuple[dict[int, Any], int]:
+    """Return the numbers of a page header by field (Thrift's compact protocol), and its size."""
+    for most in _HEADER_BYTES:
+        try:
+            file.seek(start)
+            return _struct(file.read(most), 0, 0)
+        except IndexError:  # longer than what was read
+            continue
+        except (ValueError, OverflowError) as error:
+            raise _damaged(where) from error
+    raise _damaged(where)
+
+
+def _struct(data: bytes, at: int, depth: int) -> tuple[dict[int, Any], int]:
+    """Read a struct of Thrift's compact protocol; return its int32 and structs by field, and where it ends.
+
+    Only what the generated readers of Parquet take is returned: they skip a field of another type.
+
+    Source: https://github.com/apache/thrift/blob/master/doc/specs/thrift-compact-protocol.md
+    """
+    if depth > _DEEPEST:
+        raise ValueError("structs inside structs")
+    fields: dict[int, Any] = {}
+    field = 0
+    while head := data[at]:
+        at += 1
+        if head >> 4:
+            field += head >> 4
+        else:
+            field, at = _number(data, at)
+        value, at = _value(data, at, head & 15, depth, in_list=False)
+        if head & 15 in (_INT32, _STRUCT):
+            if field in fields:
+                raise ValueError(f"field {field} twice")
+            fields[field] = value
+    return fields, at + 1
+
+
+def _value(  # noqa: PLR0911  # a case for each type of Thrift
+    data: bytes, at: int, kind: int, depth: int, *, in_list: bool
+) -> tuple[Any, int]:
+    match kind:
+        case 1 | 2:  # a truth value: in the field's head, or in a byte of its own in a list
+            return kind == 1, at + in_list
+        case 3:
+            return data[at], at + 1
+        case 4 | 5 | 6:
+            return _number(data, at)
+        case 7:
+            return None, at + 8
+        case 8:
+            length, at = _unsigned(data, at)
+            return None, at + length
+        case 9 | 10:
+            if depth > _DEEPEST:
+                raise ValueError("lists inside lists")
+            head = data[at]
+            length, at = _unsigned(data, at + 1) if head >> 4 == 15 else (head >> 4, at + 1)
+            for _ in range(length):
+                _, at = _value(data, at, head & 15, depth + 1, in_list=True)
+                _ = data[at]  # ends at the end of the data, whatever length is stated
+            return None, at
+        case 12:  # _STRUCT
+            return _struct(data, at, depth + 1)
+        case _:
+            raise ValueError(f"type {kind}")
+
+
+def _number(data: bytes, at: int) -> tuple[int, int]:
+    value, at = _unsigned(data, at)
+    return (value >> 1) ^ -(value & 1), at
+
+
+def _unsigned(data: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = data[at]
+        at += 1
+        value |= (byte & 127) << shift
+        if byte < 128:
+            return value, at
+        shift += 7
+        if shift > 63:
+            raise ValueError("a number of more than 64 bits")
+
+
+def _opened(source: Path | bytes) -> BinaryIO:
+    return source.open("rb") if isinstance(source, Path) else io.BytesIO(source)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    if pt.is_dictionary(kind):
+        kind = kind.value_type
+    return bool(pt.is_string(kind) or pt.is_large_string(kind) or pt.is_string_view(kind))
+
+
+def _arrow_source(source: Path | bytes) -> Any:
+    return source if isinstance(source, Path) else pa.BufferReader(source)
+
+
+def _too_much(where: str, found: str, most: str) -> DomainError:
+    return DomainError(
+        f"{where}: found {found}, at most {most} are read. Shorten the texts or split the table, if the file is what "
+        "it should be."
+    )
+
+
+def _damaged(where: str) -> DomainError:
+    return DomainError(f"{where}: cannot be read as Parquet (a page header is damaged). Restore the file from a copy.")
