@@ -1,0 +1,45 @@
+"""docs/messages.md lists every message and every field of the records."""
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedmerge.privacy.secagg.state import Advertisement
+from fedmerge.privacy.signatures import Signature
+from sim.app.messages import records, secure_sum
+from sim.app.messages.records import training
+
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "messages.md").read_text(encoding="utf-8")
+MESSAGES = {
+    value
+    for module in (records, secure_sum)
+    for name, value in vars(module).items()
+    if name.isupper() and isinstance(value, str) and (value.startswith("query.") or value in ("train", "evaluate"))
+}
+
+
+def test_every_message_has_a_row() -> None:
+    assert len(MESSAGES) == 10
+    assert {line.split("`")[1] for line in PAGE.splitlines() if line.startswith("| `")} == MESSAGES
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        records.Description,
+        records.RoundRequest,
+        records.EvaluationRequest,
+        records.GradientRequest,
+        Advertisement,
+        Signature,
+    ],
+)
+def test_every_field_of_a_record_is_listed(record: Any) -> None:
+    names = [field.name for field in fields(record)]
+    assert [name for name in names if f"`{name}`" not in PAGE and f"`signature.{name}`" not in PAGE] == []
+
+
+def test_every_entry_of_a_training_report_is_listed() -> None:
+    assert [key for key in training._REPORT if f"`{key}`" not in PAGE] == []
