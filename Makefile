@@ -48,6 +48,6 @@ lint: install
 bench: install
 	@set -e; for file in benchmarks/*/bench_*.py; do echo; echo "== $$file"; $(BIN)/python $$file; done
 
-# The files that are written from the code: docs/config.md, and the keys that pyproject.toml declares to Flower.
+# What is written from the code: docs/config.md, tables of other pages, the keys that pyproject.toml declares to Flower.
 docs: install
-	$(BIN)/python -m fedmerge.report.config_reference
+	$(BIN)/python -m fedmerge.report.generated_docs

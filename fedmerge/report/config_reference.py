@@ -1,12 +1,8 @@
-"""Generated files that repeat the configuration's keys: docs/config.md, and the section of pyproject.toml for Flower.
-
-``make docs`` writes both from the pydantic models.
-"""
+"""Texts that repeat the configuration's keys: docs/config.md, and the section of pyproject.toml for Flower."""
 
 import json
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from fedmerge.config import ExperimentConfig, MergeRec, declared, flat_to_toml, to_flat
@@ -86,15 +82,3 @@ def _values(field: Mapping[str, Any]) -> str:
     signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
     bounds = [f"{sign} {field[bound]}" for bound, sign in signs.items() if bound in field]
     return ", ".join([word, *bounds])
-
-
-def main() -> None:
-    """Write both files into the repository."""
-    repository = Path(__file__).resolve().parents[2]
-    pyproject = repository / "pyproject.toml"
-    pyproject.write_text(with_declared_keys(pyproject.read_text(encoding="utf-8")), encoding="utf-8")
-    (repository / "docs" / "config.md").write_text(config_reference(), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,26 +1,4 @@
-"""A run folder. Files and folders are written whole or not at all; results are never overwritten; ``DONE`` is last.
-
-config.toml, environment.json      the configuration; versions and hardware
-clients.json                       who takes part, who was excluded in which phase and why
-adapters/<domain>/                 each expert, a PEFT folder, with training.json; written as it arrives
-experts.json                       the experts to merge, by hash; ends the training
-admission/<domain>.json            metric sums of the merges without each domain, if the gate needs them
-admission.json                     the gate's findings on each expert, and the excluded experts; final
-learning/                          coefficients learned through the clients: the cohort, the answers to each message
-merged/<label>/                    each merge, a PEFT folder, with provenance.json
-validation/<domain>.json           metric sums of each domain; written as they arrive
-choice.json                        the merge selected on validation; written before test is read; final
-test/<domain>.json                 like validation
-metrics.parquet, products.parquet  sums and counts per split, variant, domain, method and metric
-exposure.parquet                   what left each client: names, shapes, dtypes, bytes (exposure.jsonl until the end)
-released.jsonl                     if clients add noise: every noised reply, including late and refused ones
-privacy.json                       with differential privacy: the budget spent per unit, and its assumptions
-privacy-audit.json, .txt           results of a privacy audit, if one was made
-tracking/                          with `tracking`: results for TensorBoard or MLflow (fedmerge.report.tracking)
-attempts.jsonl                     start and duration of each attempt (fedmerge.runs.attempts)
-report.txt, run.log, DONE
-lock                               held by the process that is working on the run
-"""
+"""A run folder. Files and folders are written whole or not at all; results are never overwritten; ``DONE`` is last."""
 
 import fcntl
 import importlib.metadata
@@ -30,7 +8,7 @@ import secrets
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -44,6 +22,33 @@ CONFIG_FILE = "config.toml"
 DONE = "DONE"
 LOCK_FILE = "lock"
 LOCK_ATTEMPTS = 3
+FILES: Mapping[str, str] = {
+    "config.toml, environment.json": "settings; versions and hardware",
+    "run.log, attempts.jsonl": "the log; start and duration of each attempt",
+    "clients.json": "who takes part, who was excluded, in which phase, why",
+    "adapters/<domain>/": "each expert: a PEFT folder with `training.json`, written as it arrives (not under "
+    "`aggregate-only`)",
+    "experts.json": "the experts to merge, by hash; ends the training",
+    "admission/<domain>.json, admission.json": "with the gate: metric sums of the merges without each domain; its "
+    "findings on each expert, final",
+    "learning/": "with coefficients learned through the clients: the cohort, the answers to each message",
+    "rounds/": "with `rounds.rule`: members, replies, state; `<number>.json` of every round",
+    "secure-sum/, secure-sum.jsonl": "under `aggregate-only`: the mean and its record; whose values each sum revealed",
+    "merged/<label>/": "each merge: a PEFT folder with `provenance.json` (source domains and hashes, method, "
+    "coefficients, policy)",
+    "validation/<domain>.json, test/<domain>.json": "metric sums of each domain, written as they arrive",
+    "choice.json": "validation scores, the merge to serve, what each domain is served; written before test is read, "
+    "final",
+    "metrics.parquet, products.parquet": "metric sums and counts; sums of products for paired intervals",
+    "exposure.jsonl, exposure.parquet": "the ledger: what arrived from each client; one row per line until the end, "
+    "then a table",
+    "released.jsonl": "if clients add noise: every noised reply, including late and refused ones",
+    "privacy.json": "with differential privacy: the budget spent per unit, and its assumptions",
+    "privacy-audit.json, privacy-audit.txt": "results of `fedmerge privacy audit`",
+    "tracking/": "with `tracking`: results for TensorBoard or MLflow",
+    "report.txt, report.html": "the report; the page of `fedmerge report`",
+    "lock, DONE": "held by the process that works on the run; written last",
+}
 LOCATION = {"output_dir", "run_id", "resume"}  # settings that locate a run and do not change its results
 
 
