@@ -10,8 +10,7 @@ import torch
 from flwr.app import Context, Message, RecordDict
 
 from fedmerge.config import ExperimentConfig, from_flat, to_flat
-from sim.app.client.app import app as client_app
-from sim.app.client.replies import log_to_stderr
+from sim.app.client.app import make_client_app
 from sim.app.server.app import run_experiment
 from sim.flower_internals import (
     FLWR_IN_MEMORY_DB_NAME,
@@ -28,12 +27,14 @@ from sim.flower_internals import (
     register_nodes,
 )
 
+CLIENT_APP = make_client_app(console=False)  # the server's log has the clients' lines, too
+
 Answer = Callable[[Message, Context], Message | list[Message] | None]
 
 
 def answer_honestly(message: Message, context: Context) -> Message | None:
     """Return the reply of an ordinary client."""
-    return client_app(message, context)
+    return CLIENT_APP(message, context)
 
 
 class _PartlyConnected(InMemoryGrid):
@@ -99,9 +100,6 @@ def run_in_process(
                         state.store_message_res(reply)
 
     nodes = threading.Thread(target=serve_nodes, daemon=True)
-    if not console:
-        with _process_settings_restored():
-            log_to_stderr()  # a client does this once per process
     with _process_settings_restored():
         nodes.start()
         try:

@@ -1,15 +1,21 @@
-"""What the clients that one worker process simulates have in common."""
+"""The client app in its process: one backbone for all clients of a worker, and a log of the host's choice."""
 
+import logging
 from pathlib import Path
 
+import pytest
 import torch
-from flwr.app import Context, RecordDict
+from flwr.app import Context, Message, RecordDict
 
 from fedmerge.client.cache.experts import load_or_train_expert
 from fedmerge.config import from_flat, to_flat
 from fedmerge.domain.demo import write_demo
 from fedmerge.encoder.demo_backbone import write_demo_backbone
+from sim.app.client.app import make_client_app
 from sim.app.client.node import cached_backbone, open_client
+from sim.app.client.replies import log_to_stderr
+from sim.app.messages import records
+from sim.flower_internals import TaskIdentity
 
 
 def test_the_clients_of_one_worker_share_one_backbone_that_no_training_changes(tmp_path: Path) -> None:
@@ -40,3 +46,18 @@ def test_the_clients_of_one_worker_share_one_backbone_that_no_training_changes(t
     assert report["steps"] == 2
     assert model.state_dict().keys() == before.keys()
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("console", [True, False])
+def test_an_app_logs_to_stderr_only_where_its_host_has_no_log(console: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("_task_id", "_run_id", "_node_id"):
+        monkeypatch.setattr(TaskIdentity, name, 1)
+    log_to_stderr.cache_clear()
+    app = make_client_app(console=console)
+    message = Message(RecordDict(), dst_node_id=1, message_type=records.DESCRIBE)
+    for _ in range(2):  # one handler, however many messages
+        reply = app(message, Context(1, 1, {}, RecordDict(), dict(to_flat(from_flat({})))))
+        assert "domain-path" in str(records.read_error(reply.content))
+    library = logging.getLogger("fedmerge")
+    assert (len(library.handlers), library.propagate) == ((1, False) if console else (0, True))
+    log_to_stderr.cache_clear()

@@ -1,19 +1,18 @@
 """The client app: one domain, opened from this machine's disk, answers the server's messages."""
 
+from collections.abc import Callable
+
+from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from sim.app.client.coefficients import cohort, gradient
 from sim.app.client.describing import catalog, describe
 from sim.app.client.evaluation import evaluate_models
-from sim.app.client.replies import replying
+from sim.app.client.replies import log_to_stderr, replying
 from sim.app.client.secure_sum import secagg_advertise, secagg_masked, secagg_share, secagg_unmask
 from sim.app.client.training import train
 
-app = ClientApp()
-
-app.train()(replying(train))
-app.evaluate()(replying(evaluate_models))
-for handler in (
+HANDLERS = (
     describe,
     catalog,
     cohort,
@@ -22,5 +21,26 @@ for handler in (
     secagg_share,
     secagg_masked,
     secagg_unmask,
-):
-    app.query(handler.__name__)(replying(handler))  # the name of the function is that of the message
+)
+
+
+def make_client_app(*, console: bool) -> ClientApp:
+    """Register the handler of every message.
+
+    Args:
+        console: log to stderr, for a process with no other log; otherwise logging is left to the host.
+    """
+    app = ClientApp(mods=[_log_first] if console else [])
+    app.train()(replying(train))
+    app.evaluate()(replying(evaluate_models))
+    for handler in HANDLERS:
+        app.query(handler.__name__)(replying(handler))  # the name of the function is that of the message
+    return app
+
+
+def _log_first(message: Message, context: Context, answer: Callable[[Message, Context], Message]) -> Message:
+    log_to_stderr()
+    return answer(message, context)
+
+
+app = make_client_app(console=True)

@@ -24,7 +24,6 @@ def replying(handler: Callable[[Message, Context], RecordDict]) -> Callable[[Mes
 
     @wraps(handler)
     def answer(message: Message, context: Context) -> Message:
-        log_to_stderr()
         try:
             content = handler(message, context)
             if own := own_policy(context):
