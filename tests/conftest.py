@@ -1,10 +1,10 @@
-"""Fixtures of more than one file, and one thread for all tests.
+"""Fixtures shared by several files, and one thread for all tests.
 
-Equalities hold at a fixed thread count, and tiny models are slower on two threads. Fixtures of one folder import what
-they need themselves, so that other tests start without it.
+Equalities hold at a fixed thread count, and tiny models are slower on two threads. Fixtures of one folder import their
+dependencies themselves, so other tests start without them.
 """
 
-# ruff: noqa: PLC0415  # as said above
+# ruff: noqa: PLC0415  # imports within fixtures, see above
 
 import logging
 from pathlib import Path
@@ -30,10 +30,9 @@ settings.load_profile("fedmerge")
 
 
 def pytest_runtest_setup() -> None:
-    """Reset what commands, servers and clients set for the whole process when a test runs them in it.
+    """Reset settings of the process that commands, servers and clients change when a test runs them in it.
 
-    Threads: one again, whatever number a configuration asked for. Logging: no handlers, since theirs write to a stream
-    that pytest closes after the test.
+    Threads: back to one. Logging: no handlers, since theirs write to a stream that pytest closes after the test.
     """
     torch.set_num_threads(1)
     library = logging.getLogger("fedmerge")
@@ -70,7 +69,7 @@ def toys(backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) -> "Local
 
 @pytest.fixture(scope="session")
 def bench_place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with domains, a tiny backbone, an experiment and a benchmark file."""
+    """Folder with domains, a tiny backbone, an experiment and a benchmark file."""
     from small_bench import make_bench_place
 
     return make_bench_place(tmp_path_factory.mktemp("bench"))
@@ -78,7 +77,7 @@ def bench_place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def finished_bench(bench_place: Path) -> "tuple[Grid, BenchTables, list[str]]":
-    """The finished benchmark: its grid, its tables, and its lines of progress."""
+    """Grid, tables and progress lines of the finished benchmark."""
     from small_bench import run_small_bench
 
     return run_small_bench(bench_place)
@@ -89,7 +88,7 @@ def finished_bench(bench_place: Path) -> "tuple[Grid, BenchTables, list[str]]":
 
 @pytest.fixture(scope="session")
 def reported_bench() -> "BenchTables":
-    """The tables of a benchmark with folds, of random outcomes."""
+    """Tables of a benchmark with folds and random outcomes."""
     from report_folders import some_bench
 
     return some_bench()
@@ -97,7 +96,7 @@ def reported_bench() -> "BenchTables":
 
 @pytest.fixture(scope="session")
 def private_bench() -> "BenchTables":
-    """The tables of a benchmark of strategies with differential privacy, and one without."""
+    """Tables of a benchmark of strategies with differential privacy, and one without."""
     from report_folders import some_private_bench
 
     return some_private_bench()
@@ -105,7 +104,7 @@ def private_bench() -> "BenchTables":
 
 @pytest.fixture
 def bench_folder(reported_bench: "BenchTables", tmp_path: Path) -> Path:
-    """The folder of ``reported_bench``."""
+    """Folder of ``reported_bench``."""
     from fedmerge.report.bench_tables import write_bench_tables
 
     write_bench_tables(tmp_path, reported_bench)
@@ -114,7 +113,7 @@ def bench_folder(reported_bench: "BenchTables", tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def run_place(tmp_path_factory: pytest.TempPathFactory) -> "Place":
-    """A folder with domains, a backbone and an experiment, for runs that are written and not run."""
+    """Folder with domains, a backbone and an experiment, for runs that are only written."""
     from run_folders import make_place
 
     return make_place(tmp_path_factory.mktemp("place"))
@@ -122,7 +121,7 @@ def run_place(tmp_path_factory: pytest.TempPathFactory) -> "Place":
 
 @pytest.fixture(scope="session")
 def reported_run(run_place: "Place") -> Path:
-    """The folder of a finished run."""
+    """Folder of a finished run."""
     from report_folders import make_reported_run
 
     return make_reported_run(run_place, "shops-20260102-030405-abcd")

@@ -1,4 +1,4 @@
-"""The catalog of a domain: its shareable half. Neither this module nor its imports can open a domain's private file."""
+"""The catalog of a domain, its shareable half. Neither this module nor its imports can open a domain's private file."""
 
 import hashlib
 import json
@@ -23,16 +23,16 @@ SCHEMA = pa.schema([pa.field(column, pa.string()) for column in ("item_id", *ATT
 
 @dataclass(frozen=True, slots=True)
 class Catalog:
-    """The items of a domain; the item index is the position.
+    """The items of a domain; an item's index is its position.
 
     Attributes:
         name: the domain's name.
         item_ids: (N,) original ids, unique.
-        attributes: for each of ATTRIBUTES the (N,) values; "" is absent.
+        attributes: (N,) values for each of ATTRIBUTES; "" means absent.
         sha256: ``catalog_fingerprint`` of the content.
 
     Raises:
-        DomainError: a name that cannot be used, no items, columns of unequal length, an empty or repeated item id.
+        DomainError: an invalid name, no items, columns of unequal length, or an empty or repeated item id.
     """
 
     name: str
@@ -71,7 +71,7 @@ def make_catalog(name: str, item_ids: Sequence[str], attributes: Mapping[str, Se
     Args:
         name: the domain's name.
         item_ids: (N,) original ids, unique.
-        attributes: for each of ATTRIBUTES the (N,) values; "" is absent.
+        attributes: (N,) values for each of ATTRIBUTES; "" means absent.
 
     Raises:
         DomainError: as for Catalog.

@@ -44,19 +44,19 @@ FAMILY_POWER = 3  # how unequal the shares of a user's mixture over families are
 
 PLAIN = len(STYLES)  # the style index of an item without any style word
 PLAIN_SHARE = 0.2
-STYLE_FIT = (0.72, 0.20, 0.01, 0.04)  # a user's liking of: main style, second style, any other style, plain items
+STYLE_FIT = (0.72, 0.20, 0.01, 0.04)  # a user's preference for: main style, second style, any other style, plain items
 STAGE_SHARES = (0.5, 0.25, 0.25)  # items that are plain, starter, advanced (order of STAGE_WORDS)
-# Liking of the next item's stage (column) after this one's (row).
+# Preference for the next item's stage (column) after this one's (row).
 STAGE_STEP = np.array([[1.0, 0.5, 1.2], [1.0, 0.2, 2.5], [0.7, 0.1, 2.5]])
 # Family after this one: the same, its first complement, its second complement, the domain's own habit.
 STEP_SHARES = (0.25, 0.50, 0.10, 0.15)
-SEEN_FACTOR = 0.02  # how much less an item already bought is liked
+SEEN_FACTOR = 0.02  # factor on the preference for an item already bought
 POPULARITY_OFFSET = 5.0
-BLOCK_SIZE = 2_000_000  # user-item pairs handled at once: bounds the memory, changes no result
+BLOCK_SIZE = 2_000_000  # user-item pairs per block; bounds the memory, does not change the result
 
 
 class Mechanism(IntEnum):
-    """The mechanism that chooses the next item."""
+    """A mechanism that chooses the next item."""
 
     COMPLEMENT = 0
     TASTE = 1
@@ -162,7 +162,7 @@ def write_demo(
     if present and not overwrite:
         raise DomainError(
             f"demo: {root} already has {', '.join(present[:5])}{' and others' if len(present) > 5 else ''}; "
-            "expected none of the demo's domains. Choose an empty folder or pass overwrite=True."
+            "expected none of the demo domains. Choose an empty folder or pass overwrite=True."
         )
     for name in names:
         demo = generate_domain(name, seed=seed, num_users=num_users, num_items=num_items)
@@ -263,7 +263,7 @@ def _draw_tastes(rng: np.random.Generator, vocabulary: Vocabulary, num_users: in
 
 
 def _draw_family_steps(rng: np.random.Generator, vocabulary: Vocabulary) -> Floats:
-    """(F, F) row-stochastic: the same family, its two complements, and one habit drawn for this domain."""
+    """Draw (F, F) row-stochastic steps: the same family, its two complements, and one habit of this domain."""
     leaves = [family.leaf.split(" > ")[-1] for family in vocabulary.families]
     steps = np.zeros((len(leaves), len(leaves)))
     habits = _draw(np.ones(len(leaves) - 1), rng.random(len(leaves)))
@@ -296,10 +296,10 @@ def _walk(traits: ItemTraits, tastes: Tastes, lengths: Integers, uniform: Floats
         traits: of the N items.
         tastes: of the U users of the block.
         lengths: (U,) items to draw.
-        uniform: (U, MAX_LENGTH, 3) in [0, 1): what chooses mechanism, family and item at each step.
+        uniform: (U, MAX_LENGTH, 3) in [0, 1); chooses mechanism, family and item at each step.
 
     Returns:
-        (U, MAX_LENGTH) item indices, oldest first; what lies beyond a user's length means nothing.
+        (U, MAX_LENGTH) item indices, oldest first; values beyond a user's length are meaningless.
     """
     everyone = np.arange(len(lengths))
     fit = np.full((len(lengths), PLAIN + 1), STYLE_FIT[2])
@@ -315,7 +315,7 @@ def _walk(traits: ItemTraits, tastes: Tastes, lengths: Integers, uniform: Floats
         weights = liking[users]
         families = tastes.user_families[users]
         if step == 0:
-            mechanism[:] = Mechanism.TASTE  # there is no item yet to start from
+            mechanism[:] = Mechanism.TASTE  # there is no previous item
         else:
             last = items[users, step - 1]
             weights *= STAGE_STEP[traits.stage[last]][:, traits.stage]
@@ -333,10 +333,10 @@ def _walk(traits: ItemTraits, tastes: Tastes, lengths: Integers, uniform: Floats
 
 
 def _draw(weights: npt.ArrayLike, uniform: Floats) -> Integers:
-    """Indices drawn by inverse cumulative weights, which need not sum to one.
+    """Draw indices by inverse cumulative weights, which need not sum to one.
 
     Args:
-        weights: (C,) for all draws or (D, C) one row a draw; non-negative, not all zero.
+        weights: (C,) for all draws or (D, C), one row per draw; non-negative, not all zero.
         uniform: (D,) in [0, 1).
 
     Returns:
@@ -366,7 +366,7 @@ def _draw_brands(rng: np.random.Generator) -> tuple[str, ...]:
 def _write_texts(
     rng: np.random.Generator, vocabulary: Vocabulary, brands: Sequence[str], traits: ItemTraits
 ) -> dict[str, tuple[str, ...]]:
-    """Title, brand and category of each item; the text of an earlier item is drawn again until all differ."""
+    """Write title, brand and category of each item; a text that an earlier item has is drawn again."""
     texts: dict[tuple[str, str, str], None] = {}  # in order
     for kind, style, stage, brand in zip(traits.family, traits.style, traits.stage, traits.brand, strict=True):
         write = partial(
@@ -392,7 +392,7 @@ def _write_text(
     stage_words: Sequence[str],
     brand: str,
 ) -> tuple[str, str, str]:
-    """(title, brand, category) of one item, as a shop would write it: the order varies and parts may be missing."""
+    """Return (title, brand, category) of one item as a shop might write them: order varies, parts may be missing."""
     noun, style, stage = map(_pick, (family.nouns, style_words, stage_words), uniform)
     qualifier = _pick(vocabulary.qualifiers, uniform[3]) if uniform[4] < 0.6 else ""
     variant = _pick(vocabulary.variants, uniform[5]) if uniform[6] < 0.6 else ""

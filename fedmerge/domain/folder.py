@@ -1,4 +1,4 @@
-"""Domain folders: writing them whole or not at all, listing them, and describing them to their owner."""
+"""Write domain folders atomically, list them, and describe them to their owner."""
 
 import os
 import secrets
@@ -35,17 +35,17 @@ __all__ = ["DomainInfo", "Manifest", "check_target", "domain_info", "list_domain
 
 @dataclass(frozen=True, slots=True)
 class DomainInfo:
-    """Facts about a domain, for its owner (they are drawn from private interactions).
+    """Facts about a domain, for its owner only: they derive from private interactions.
 
     Attributes:
         manifest: counts, hashes and origin.
         min_length, median_length, max_length: interactions per user.
         density: share of the (user, item) pairs that occur, in (0, 1].
-        attribute_shares: for each of ATTRIBUTES the share of items that have it, in [0, 1].
+        attribute_shares: share of items that have it, in [0, 1], for each of ATTRIBUTES.
         num_short_users: users with fewer than 3 interactions, who train but are not evaluated.
-        num_unused_items: items nobody interacted with.
+        num_unused_items: items without interactions.
         num_repeats: interactions with an item the user had before.
-        problems: what may weaken results, in sentences; empty if nothing was found.
+        problems: sentences on possible causes of weak results; empty if none was found.
     """
 
     manifest: Manifest
@@ -70,14 +70,15 @@ def write_domain(
     source: str,
     overwrite: bool = False,
 ) -> Manifest:
-    """Write a domain folder, whole or not at all.
+    """Write a domain folder atomically.
 
     The files are written and synced in a hidden folder beside the target (``.<name>.partial-…``), which is then
-    renamed; a killed process may leave it, and it may be deleted. An overwrite first renames the existing domain to
-    ``.<name>.previous-…``; a process killed between the two renames leaves that, whole, and ``read_manifest`` says so.
+    renamed; a killed process may leave it behind, and it may be deleted. An overwrite first renames the existing domain
+    to ``.<name>.previous-…``; a process killed between the two renames leaves that folder intact, and ``read_manifest``
+    names it.
 
     Args:
-        folder: the domain folder; its name is the catalog's. Missing parents are made.
+        folder: the domain folder, named like the catalog. Missing parents are created.
         catalog: the items.
         interactions: the sequences, over the catalog's item indices.
         public_catalog: True if the owner lets the catalog leave the client.
@@ -86,11 +87,11 @@ def write_domain(
         overwrite: replace an existing domain; a folder that is not a domain is never replaced.
 
     Raises:
-        DomainError: names that differ, an item index outside the catalog, a target that may not be replaced, or a write
-            that failed (a full disk, say), after which nothing is left behind.
+        DomainError: different names, an item index outside the catalog, a target that may not be replaced, or a failed
+            write (a full disk, for example), which leaves nothing behind.
     """
     if folder_name(folder) != catalog.name:
-        raise DomainError(f"{folder}: the folder must be called {catalog.name!r} like its catalog. Rename one of them.")
+        raise DomainError(f"{folder}: expected the name of the catalog, {catalog.name!r}. Rename one of them.")
     check_item_range(f"{folder}: interactions", interactions.items, len(catalog))
     check_target(folder, overwrite)
     manifest = Manifest(
@@ -122,7 +123,7 @@ def write_domain(
         if replaced := overwrite and (folder / MANIFEST_FILE).exists():
             _exchange(partial, folder, previous)
         else:
-            partial.rename(folder)  # fails if another process has put a domain there by now
+            partial.rename(folder)  # fails if another process has created the domain meanwhile
     except OSError as error:
         raise DomainError(
             f"{folder}: the domain could not be written ({error}); nothing was changed. "
@@ -136,13 +137,13 @@ def write_domain(
 
 
 def list_domains(root: Path) -> tuple[str, ...]:
-    """List the names of the domain folders directly under root, sorted; hidden and other folders are left out.
+    """List the names of the domain folders directly under root, sorted; hidden and other folders are ignored.
 
     Raises:
-        DomainError: root is not a folder, or a folder holds a domain's tables without their manifest.
+        DomainError: root is not a folder, or a folder holds a domain's tables without a manifest.
     """
     if not root.is_dir():
-        raise DomainError(f"{root}: no such folder, expected one with a folder per domain. Check the path.")
+        raise DomainError(f"{root}: not found, expected a folder with one folder per domain. Check the path.")
     names = []
     for folder in sorted(root.iterdir()):
         if folder.name.startswith(".") or not folder.is_dir():
@@ -155,7 +156,7 @@ def list_domains(root: Path) -> tuple[str, ...]:
 
 
 def domain_info(folder: Path) -> DomainInfo:
-    """Load and verify a whole domain and describe it.
+    """Load, verify and describe a domain.
 
     Raises:
         DomainError: as load_catalog and load_interactions.
@@ -169,15 +170,16 @@ def domain_info(folder: Path) -> DomainInfo:
     num_short = int((lengths < MIN_EVALUATED_LENGTH).sum())
     num_unused = num_items - len(np.unique(interactions.items))
     num_textless = int((~np.any(list(present.values()), axis=0)).sum())
-    problems = [f"No item has a {attribute}." for attribute in ATTRIBUTES if not present[attribute].any()]
+    problems = [f"Every item lacks a {attribute}." for attribute in ATTRIBUTES if not present[attribute].any()]
     if num_textless:
         problems.append(f"{num_textless} of {num_items} items have no text at all: an encoder cannot tell them apart.")
     if num_short:
         problems.append(
-            f"{num_short} of {len(lengths)} users own under {MIN_EVALUATED_LENGTH} interactions and are not evaluated."
+            f"{num_short} of {len(lengths)} users have fewer than {MIN_EVALUATED_LENGTH} interactions; they are not "
+            "evaluated."
         )
     if num_unused:
-        problems.append(f"{num_unused} of {num_items} items have no interaction.")
+        problems.append(f"{num_unused} of {num_items} items have no interactions.")
     return DomainInfo(
         manifest=manifest,
         min_length=int(lengths.min()),
@@ -193,13 +195,13 @@ def domain_info(folder: Path) -> DomainInfo:
 
 
 def check_target(folder: Path, overwrite: bool) -> None:
-    """Refuse a folder that write_domain may not write: a link, a file, something else, or a domain without overwrite.
+    """Raise an error for a folder that write_domain may not write.
 
     Raises:
-        DomainError: what the folder is, and the remedy.
+        DomainError: the target is a link, a file, another folder, or an existing domain without overwrite.
     """
     if folder.is_symlink():
-        raise DomainError(f"{folder}: a symbolic link is never replaced. Give the folder it points at.")
+        raise DomainError(f"{folder}: a symbolic link is never replaced. Give the folder that it points to.")
     if not folder.exists():
         return
     if not folder.is_dir():
@@ -208,9 +210,7 @@ def check_target(folder: Path, overwrite: bool) -> None:
         if not overwrite:
             raise DomainError(f"{folder}: a domain of this name exists. Choose another name, or ask to overwrite it.")
     elif any(folder.iterdir()):
-        raise DomainError(
-            f"{folder}: holds something that is not a domain and is never replaced. Choose another folder."
-        )
+        raise DomainError(f"{folder}: not a domain folder, so it is never replaced. Choose another folder.")
 
 
 def _exchange(partial: Path, folder: Path, previous: Path) -> None:

@@ -1,6 +1,6 @@
-"""The interactions of a domain: its private half. Only client code may import this module.
+"""The interactions of a domain, its private half. Only client code may import this module.
 
-Messages name rows and counts, never a user's id: an error may travel further than the data.
+Messages name rows and counts, never a user's id, because an error may travel further than the data.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ SCHEMA = pa.schema([pa.field("user_id", pa.string()), pa.field("item_index", pa.
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Interactions:
-    """The items of every user in time order; repeats are kept.
+    """The items of every user in time order, repeats included.
 
     Attributes:
         user_ids: (U,) original ids, unique.
@@ -32,7 +32,7 @@ class Interactions:
         offsets: (U + 1,) int64; user u owns ``items[offsets[u]:offsets[u + 1]]``, at least one.
 
     Raises:
-        DomainError: no users, a repeated user, a user without interactions, arrays of another type or length.
+        DomainError: no users, a repeated user, a user without interactions, or arrays of another type or length.
     """
 
     user_ids: tuple[str, ...]
@@ -69,7 +69,9 @@ def make_interactions(
         DomainError: as for Interactions.
     """
     if len(user_ids) != len(sequences):
-        raise DomainError(f"Interactions: {len(user_ids)} users but {len(sequences)} sequences. Give one each.")
+        raise DomainError(
+            f"Interactions: found {len(sequences)} sequences, expected {len(user_ids)}, one per user. Give one each."
+        )
     offsets = np.zeros(len(sequences) + 1, np.int64)
     np.cumsum([len(sequence) for sequence in sequences], out=offsets[1:])
     items = np.fromiter((item for sequence in sequences for item in sequence), np.int32, count=int(offsets[-1]))
@@ -103,8 +105,8 @@ def load_interactions(folder: Path) -> Interactions:
     """Load the interactions of a domain folder and verify them against the manifest.
 
     Raises:
-        DomainError: a wrong manifest, a damaged file, scattered rows of a user, an item index out of range, or content
-            that differs from the manifest.
+        DomainError: an invalid manifest, a damaged file, rows of a user that are not contiguous, an item index out of
+            range, or content that differs from the manifest.
     """
     manifest = read_manifest(folder)
     path = folder / INTERACTIONS_FILE
@@ -119,7 +121,7 @@ def load_interactions(folder: Path) -> Interactions:
     returns = np.flatnonzero(steps < 0)
     if len(returns):
         raise DomainError(
-            f"{path}: row {returns[0] + 1} returns to an earlier user, expected each user's rows together. {RESTORE}"
+            f"{path}: row {returns[0] + 1} belongs to an earlier user, expected contiguous rows of each user. {RESTORE}"
         )
     offsets = np.concatenate([[0], np.flatnonzero(steps) + 1, [len(table)]]).astype(np.int64)
     items = table.column("item_index").to_numpy()
@@ -136,7 +138,7 @@ def load_interactions(folder: Path) -> Interactions:
 
 
 def check_item_range(where: str, items: npt.NDArray[np.int32], num_items: int) -> None:
-    """Refuse an item index outside [0, num_items); DomainError names the first row."""
+    """Raise DomainError for an item index outside [0, num_items); the message names the first row."""
     wrong = np.flatnonzero((items < 0) | (items >= num_items))
     if len(wrong):
         raise DomainError(
@@ -149,10 +151,12 @@ def _check_arrays(
     where: str, user_ids: tuple[str, ...], items: npt.NDArray[np.int32], offsets: npt.NDArray[np.int64]
 ) -> None:
     if not user_ids:
-        raise DomainError(f"{where}: zero users, expected at least one. Import the domain again with its interactions.")
+        raise DomainError(
+            f"{where}: found 0 users, expected at least one. Import the domain again with its interactions."
+        )
     if len(set(user_ids)) != len(user_ids):
         raise DomainError(
-            f"{where}: {len(user_ids)} users but {len(set(user_ids))} different ids, expected unique ids. "
+            f"{where}: found {len(set(user_ids))} different ids for {len(user_ids)} users, expected unique ids. "
             "Join the sequences of equal ids."
         )
     if items.dtype != np.int32 or items.ndim != 1 or offsets.dtype != np.int64 or offsets.shape != (len(user_ids) + 1,):
@@ -168,6 +172,6 @@ def _check_arrays(
     empty = np.flatnonzero(np.diff(offsets) < 1)
     if len(empty):
         raise DomainError(
-            f"{where}: {len(empty)} users have no interactions, the first is user {empty[0]}, expected none. "
+            f"{where}: found {len(empty)} users without interactions, beginning with user {empty[0]}, expected none. "
             "Leave them out."
         )

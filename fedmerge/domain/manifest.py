@@ -45,7 +45,7 @@ class Manifest:
 
 
 def check_name(name: str, where: str = "") -> None:
-    """Refuse a name that cannot be a folder, an entry of a comma-separated setting and a record key; DomainError."""
+    """Raise DomainError for a name that cannot be a folder, an entry of a comma-separated setting and a record key."""
     if not NAME_PATTERN.fullmatch(name):
         raise DomainError(
             f"{where}Domain name {name!r}: expected at most 64 ASCII letters, digits and '._-', the first a letter or "
@@ -54,10 +54,10 @@ def check_name(name: str, where: str = "") -> None:
 
 
 def check_catalog_is_public(domain: str, public_catalog: bool) -> None:
-    """Refuse to use a catalog that its owner has not declared public, under any policy.
+    """Refuse a catalog that its owner has not declared public, under any policy.
 
     Raises:
-        PolicyError: with the remedy.
+        PolicyError: the catalog is private.
     """
     if not public_catalog:
         raise PolicyError(
@@ -85,11 +85,11 @@ def read_manifest(folder: Path) -> Manifest:
         folder: the domain folder.
 
     Raises:
-        DomainError: a missing folder or manifest, damaged JSON, another format, wrong fields, or a name that differs.
+        DomainError: a missing folder or manifest, damaged JSON, another format, wrong fields, or a different name.
     """
     path = folder / MANIFEST_FILE
     if not folder.is_dir():
-        raise DomainError(f"{folder}: no such domain folder. {_interrupted_overwrite(folder) or 'Check the path.'}")
+        raise DomainError(f"{folder}: domain folder not found. {_interrupted_overwrite(folder) or 'Check the path.'}")
     data = read_file(path)
     try:
         fields = json.loads(data)
@@ -125,6 +125,6 @@ def _check_fields(path: Path, fields: dict[str, Any]) -> None:
 
 
 def _interrupted_overwrite(folder: Path) -> str:
-    """Return the remedy if a killed overwrite left the previous version beside the folder, else an empty text."""
+    """Return a remedy if an interrupted overwrite left the previous version beside the folder, else ""."""
     previous = sorted(folder.parent.glob(f".{folder.name}.previous-*"))
     return f"An interrupted overwrite left the previous version in {previous[-1]}: rename it back." if previous else ""

@@ -1,4 +1,4 @@
-"""Leave-one-out splits: a user's last item is the test target, the one before the validation target, the rest train."""
+"""Split interactions leave-one-out: a user's last item is the test target, the one before it the validation target."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from fedmerge.seeding import generator
 
 MIN_EVALUATED_LENGTH = 3
 
-HELD_OUT: dict[Split, int] = {"valid": 2, "test": 1}  # items at the end that a split's history must not hold
+HELD_OUT: dict[Split, int] = {"valid": 2, "test": 1}  # number of last items that a split's history must not contain
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,7 +35,7 @@ class Examples:
 
 
 def train_sequences(interactions: Interactions) -> list[npt.NDArray[np.int32]]:
-    """Return each user's items without the last two; all items of a user with fewer than 3, who is never evaluated.
+    """Return each user's training items: all but the last two, or all of a user with fewer than 3 (never evaluated).
 
     Args:
         interactions: U users.
@@ -48,17 +48,17 @@ def train_sequences(interactions: Interactions) -> list[npt.NDArray[np.int32]]:
 
 
 def evaluation_examples(interactions: Interactions, split: Split, max_users: int | None, seed: int) -> Examples:
-    """Return the examples of one split. The history is train for "valid", train plus the validation item for "test".
+    """Return one split's examples. The history is the training items for "valid", plus the validation item for "test".
 
     Args:
         interactions: users with fewer than 3 interactions are left out.
         split: "valid" or "test".
-        max_users: largest number of users, drawn without replacement; None takes all.
+        max_users: largest number of users, drawn without replacement; None means all.
         seed: seed of the draw, which depends only on seed, split, max_users and the number of candidates.
 
     Raises:
         ConfigError: an unknown split, or max_users below 1.
-        DomainError: no user has 3 interactions.
+        DomainError: every user has fewer than 3 interactions.
     """
     if split not in HELD_OUT:
         raise ConfigError(f"split is {split!r}, expected one of {sorted(HELD_OUT)}.")

@@ -1,4 +1,4 @@
-"""Parquet tables of an exact schema; reading names every defect."""
+"""Read and write Parquet tables of an exact schema; errors name every defect."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ RESTORE = "Restore the file from a copy or import the domain again."
 
 
 def read_file(path: Path) -> bytes:
-    """Read one file of a domain folder; DomainError if it is missing or cannot be read."""
+    """Read one file of a domain folder; raise DomainError if it is missing or unreadable."""
     try:
         return path.read_bytes()
     except FileNotFoundError:
@@ -35,12 +35,13 @@ def decode_table(data: bytes, where: str, schema: pa.Schema, limits: Limits) -> 
 
     Args:
         data: Parquet bytes.
-        where: name of the bytes (a path, for example), which starts each message.
-        schema: the columns, in order.
-        limits: the most that the table may hold; nothing above them is decoded.
+        where: name of the data for messages, for example a path.
+        schema: the expected columns, in order.
+        limits: limits of the table; nothing above them is decoded.
 
     Raises:
-        DomainError: not Parquet, truncated, damaged, above its limits, other columns, other types, or a null cell.
+        DomainError: data that is not Parquet, truncated, damaged or above the limits, other columns or types, or a null
+            cell.
     """
     try:
         opened = open_parquet(where, data, limits)
@@ -55,7 +56,7 @@ def decode_table(data: bytes, where: str, schema: pa.Schema, limits: Limits) -> 
     except (pa.ArrowException, OSError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DomainError(
-            f"{where}: {len(data)} bytes that cannot be read as Parquet ({reason}): truncated or damaged. {RESTORE}"
+            f"{where}: {len(data)} bytes cannot be read as Parquet ({reason}): truncated or damaged. {RESTORE}"
         ) from error
     for field in schema:
         column = table.column(field.name)

@@ -1,10 +1,10 @@
-"""The parts of a message: names, values and limits, in the order in which it must give them."""
+"""Check the values in a message: names, counts and limits, in order."""
 
 Parts = list[str]
 
 
 def check_parts(message: str, parts: Parts) -> None:
-    """The parts stand in the message, in this order."""
+    """Assert that the message contains the parts in this order."""
     start = 0
     for part in parts:
         assert part in message[start:], message

@@ -1,4 +1,4 @@
-"""Problems that local files show: `fedmerge check` and `fedmerge run` report all of them before anything starts."""
+"""Problems with local files: `fedmerge check` and `fedmerge run` report all of them before anything starts."""
 
 from pathlib import Path
 
@@ -12,10 +12,10 @@ from fedmerge.domain.folder import write_domain
 
 BY_USER = {"dp.mode": "user", "dp.epsilon": "8", "train.negatives": "catalog"}
 LOCAL: dict[str, tuple[dict[str, str], Parts]] = {
-    "no data root": ({"domains.root": "gone"}, ["domains.root: ", "gone"]),
+    "a missing data root": ({"domains.root": "gone"}, ["domains.root: ", "gone"]),
     "a missing domain": ({"domains.train": "beauty,shoes"}, ["has no domain shoes", "beauty, books"]),
-    "no such layer": ({"lora.target_modules": "query,magic"}, ["lora.target_modules: bert ", "magic"]),
-    "no such backbone": ({"backbone.source": "./gone"}, ["backbone.source = ", "gone"]),
+    "an unknown layer": ({"lora.target_modules": "query,magic"}, ["lora.target_modules: bert ", "magic"]),
+    "a missing backbone": ({"backbone.source": "./gone"}, ["backbone.source = ", "gone"]),
     "an attack on real data": (
         {"simulation.attacker": "books"},
         ["domain books: simulation.attacker", "not synthetic"],
@@ -24,20 +24,20 @@ LOCAL: dict[str, tuple[dict[str, str], Parts]] = {
         {**BY_USER, "dp.delta": "0.1", "domains.train": "beauty", "server.min_train_clients": "1"},
         ["domain beauty: dp.delta = 0.1", " 12 users", "0.083"],
     ),
-    "a trimmed mean of too few": ({"rounds.rule": "trimmed-mean"}, ["trim = 0.2 and 2 clients"]),
+    "a trimmed mean of too few clients": ({"rounds.rule": "trimmed-mean"}, ["trim = 0.2 and 2 clients"]),
     "an unknown parameter of a rule": ({"rounds.rule": "median", "rounds.parameters": "x=1"}, ["median", "x"]),
     "a private catalog": ({"merge.methods": "mergerec"}, ["domain books: ", "public_catalog = false"]),
     "a private catalog with noise by user": ({**BY_USER, "dp.delta": "1e-6"}, ["domain books: dp.mode", "public"]),
-    "no folder of catalogs": ({"server.catalogs": "gone"}, ["server.catalogs = ", "gone"]),
-    "an own method that is not there": ({"merge.methods": "average,gone:merge"}, ["merge.methods", "gone"]),
-    "an own method that is no function": ({"merge.methods": "math:pi"}, ["merge.methods", "math:pi"]),
+    "a missing folder of catalogs": ({"server.catalogs": "gone"}, ["server.catalogs = ", "gone"]),
+    "a missing own method": ({"merge.methods": "average,gone:merge"}, ["merge.methods", "gone"]),
+    "an own method that is not a function": ({"merge.methods": "math:pi"}, ["merge.methods", "math:pi"]),
 }
 SINGLE = {"merge.methods": "average"}
 
 
 @pytest.fixture(scope="module")
 def two_domains(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny backbone; beauty, and books with real data and a private catalog."""
+    """Write a tiny backbone, the domain beauty, and the domain books with real data and a private catalog."""
     root = tmp_path_factory.mktemp("local")
     tiny_bert(root / "bert")
     for name, is_beauty in (("beauty", True), ("books", False)):
@@ -65,7 +65,7 @@ def of_two_domains(root: Path, **changes: str) -> list[str]:
 
 @pytest.mark.parametrize("case", LOCAL)
 @pytest.mark.parametrize("command", ["check", "run"])
-def test_local_problems_are_found_before_anything_starts(
+def test_local_problems_are_reported_before_anything_starts(
     two_domains: Path, command: str, case: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     changes, parts = LOCAL[case]
@@ -85,7 +85,7 @@ def test_all_local_problems_are_reported_at_once(two_domains: Path, capsys: pyte
     assert len(problems) == 3
 
 
-def test_a_good_experiment_is_valid_and_a_federations_data_are_elsewhere(
+def test_a_good_experiment_is_valid_and_a_federation_needs_no_local_data(
     two_domains: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["check", *of_two_domains(two_domains)]) == 0

@@ -1,4 +1,4 @@
-"""The command line: what it prints, its exit codes, and one clear line where something is wrong."""
+"""The command line: output, exit codes, and one line per error."""
 
 import json
 import os
@@ -30,7 +30,7 @@ from fedmerge.evaluation.ranks import METRICS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIG = REPOSITORY / "configs" / "amazon3.toml"
-TINY = REPOSITORY / "configs" / "tiny.toml"  # on the bundled data, so that every check passes
+TINY = REPOSITORY / "configs" / "tiny.toml"  # on the bundled data, so every check passes
 NUM_USERS = 15
 POPULARITY, LAST_ITEM = BASELINE_LABELS["popularity"], BASELINE_LABELS["last-item"]
 
@@ -40,7 +40,7 @@ Command = Callable[..., Lines]
 
 @pytest.fixture
 def fedmerge(capsys: pytest.CaptureFixture[str]) -> Command:
-    """Run a command; its exit code and the lines of standard output and standard error."""
+    """Run a command; return its exit code and the lines of standard output and standard error."""
 
     def run(*arguments: str | Path) -> Lines:
         capsys.readouterr()
@@ -52,7 +52,7 @@ def fedmerge(capsys: pytest.CaptureFixture[str]) -> Command:
 
 
 def refusal(outcome: Lines) -> str:
-    """The one line of a command that failed."""
+    """Return the single error line of a failed command."""
     code, out, err = outcome
     assert code == 1
     assert out == []
@@ -91,7 +91,7 @@ def test_help_and_version_end_with_0(capsys: pytest.CaptureFixture[str]) -> None
     assert all(command in text for command in ("run", "check", "data", "evaluate"))
 
 
-def test_an_error_is_a_line_and_not_a_traceback() -> None:
+def test_an_error_is_one_line_without_traceback() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "fedmerge.cli", "check", "gone.toml"],
         cwd=REPOSITORY,
@@ -100,14 +100,14 @@ def test_an_error_is_a_line_and_not_a_traceback() -> None:
         check=False,
     )
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith("fedmerge: gone.toml: cannot be read")
+    assert done.stderr.startswith("fedmerge: gone.toml: ")
     assert len(done.stderr.splitlines()) == 1
 
 
 # check
 
 
-def test_check_says_what_an_experiment_is(fedmerge: Command) -> None:
+def test_check_describes_an_experiment(fedmerge: Command) -> None:
     code, out, err = fedmerge("check", TINY)
     assert (code, err) == (0, [])
     (line,) = out
@@ -134,18 +134,18 @@ def test_check_names_every_problem(fedmerge: Command, tmp_path: Path) -> None:
     assert "did you mean train.learning_rate?" in "".join(err)
 
 
-def test_check_looks_at_the_parameters_of_a_rule(fedmerge: Command) -> None:
+def test_check_validates_the_parameters_of_a_rule(fedmerge: Command) -> None:
     code, _, err = fedmerge("check", CONFIG, "--set", "rounds.rule=fedit", "rounds.parameters=trim=0.1")
     assert code != 0
     assert "trim" in "".join(err)
 
 
 @pytest.mark.parametrize("command", ["check", "run"])
-def test_a_bad_experiment_is_refused_in_a_line(fedmerge: Command, tmp_path: Path, command: str) -> None:
-    assert "gone.toml: cannot be read" in refusal(fedmerge(command, tmp_path / "gone.toml"))
+def test_a_bad_experiment_is_one_line(fedmerge: Command, tmp_path: Path, command: str) -> None:
+    assert "gone.toml: " in refusal(fedmerge(command, tmp_path / "gone.toml"))
     (tmp_path / "bad.toml").write_text("seed = [")
-    assert "bad.toml: not valid TOML" in refusal(fedmerge(command, tmp_path / "bad.toml"))
-    assert "expected key=value" in refusal(fedmerge(command, CONFIG, "--set", "seed"))
+    assert "bad.toml: " in refusal(fedmerge(command, tmp_path / "bad.toml"))
+    assert "key=value" in refusal(fedmerge(command, CONFIG, "--set", "seed"))
 
 
 # data
@@ -157,15 +157,14 @@ def test_demo_domains_are_written_once(fedmerge: Command, tmp_path: Path) -> Non
     assert list_domains(tmp_path / "shops") == tuple(sorted(DEMO_DOMAINS[:2]))
     assert out == [f"{tmp_path / 'shops'}: 2 synthetic domains: {', '.join(DEMO_DOMAINS[:2])}"]
     before = read_manifest(tmp_path / "shops" / DEMO_DOMAINS[0])
-    assert "expected none of the demo's domains" in refusal(
-        fedmerge("data", "demo", tmp_path / "shops", "--num-domains", "2")
-    )
+    existing = refusal(fedmerge("data", "demo", tmp_path / "shops", "--num-domains", "2"))
+    assert ", ".join(DEMO_DOMAINS[:2]) in existing
     assert fedmerge("data", "demo", tmp_path / "shops", "--num-domains", "2", "--overwrite")[0] == 0
     assert read_manifest(tmp_path / "shops" / DEMO_DOMAINS[0]) == before
     assert "num_domains is 0" in refusal(fedmerge("data", "demo", tmp_path / "none", "--num-domains", "0"))
 
 
-def test_many_small_demo_domains_and_a_tiny_encoder_for_trials(fedmerge: Command, tmp_path: Path) -> None:
+def test_many_small_demo_domains_and_a_tiny_encoder(fedmerge: Command, tmp_path: Path) -> None:
     sizes = ("--num-users", "20", "--num-items", "30")
     code, out, _ = fedmerge("data", "demo", tmp_path / "shops", "--num-domains", "13", *sizes)
     assert (code, out) == (0, [f"{tmp_path / 'shops'}: 13 synthetic domains: {', '.join(demo_names(12))}, …"])
@@ -204,9 +203,9 @@ def test_info_describes_a_domain_or_a_folder_of_them(fedmerge: Command, shops: P
     assert both[-len(one) :] == one
 
 
-def test_info_refuses_what_is_no_domain(fedmerge: Command, shops: Path, tmp_path: Path) -> None:
-    assert "gone: no such" in refusal(fedmerge("data", "info", tmp_path / "gone"))
-    assert "no domain folder" in refusal(fedmerge("data", "info", tmp_path))
+def test_info_reports_missing_and_damaged_domains(fedmerge: Command, shops: Path, tmp_path: Path) -> None:
+    assert f"{tmp_path}/gone: " in refusal(fedmerge("data", "info", tmp_path / "gone"))
+    assert f"{tmp_path}: " in refusal(fedmerge("data", "info", tmp_path))
     damaged = tmp_path / "toys"
     damaged.mkdir()
     for path in (shops / "toys").iterdir():
@@ -215,21 +214,21 @@ def test_info_refuses_what_is_no_domain(fedmerge: Command, shops: Path, tmp_path
     assert "interactions.parquet" in refusal(fedmerge("data", "info", damaged))
 
 
-def test_import_makes_a_domain(fedmerge: Command, tmp_path: Path) -> None:
+def test_import_creates_a_domain(fedmerge: Command, tmp_path: Path) -> None:
     source = write_source(tmp_path / "Tiny", small_source())
     code, out, err = fedmerge("data", "import", "mergerec", source, tmp_path / "domains")
     assert (code, err) == (0, [])
     assert out == [f"{tmp_path / 'domains' / 'Tiny'}: 3 users, 3 items, 10 interactions"]
     assert read_manifest(tmp_path / "domains" / "Tiny").public_catalog
     again = ("data", "import", "mergerec", source, tmp_path / "domains")
-    assert "a domain of this name exists" in refusal(fedmerge(*again))
+    assert "domains/Tiny: " in refusal(fedmerge(*again))
     assert fedmerge(*again, "--overwrite", "--private-catalog")[0] == 0
     assert not read_manifest(tmp_path / "domains" / "Tiny").public_catalog
     assert fedmerge(*again, "--name", "other")[0] == 0
     assert list_domains(tmp_path / "domains") == ("Tiny", "other")
 
 
-def test_import_refuses_what_is_no_source(fedmerge: Command, tmp_path: Path) -> None:
+def test_import_reports_bad_sources(fedmerge: Command, tmp_path: Path) -> None:
     assert "gone" in refusal(fedmerge("data", "import", "mergerec", tmp_path / "gone", tmp_path / "domains"))
     source = write_source(tmp_path / "Tiny", {**small_source(), "smap": {"B1": 0}})
     assert "Tiny" in refusal(fedmerge("data", "import", "mergerec", source, tmp_path / "domains"))
@@ -264,7 +263,7 @@ def overrides(model: Path) -> list[str]:
 
 @pytest.mark.parametrize("kind", ["none", "adapter"])
 @pytest.mark.parametrize("split", ["valid", "test"])
-def test_evaluate_prints_what_the_library_computes(
+def test_evaluate_prints_the_results_of_the_library(
     fedmerge: Command, shops: Path, model: Path, overrides: list[str], tmp_path: Path, kind: str, split: str
 ) -> None:
     backbone = load_backbone(str(model), "mean", resolve_compute("cpu", "float32"))
@@ -287,12 +286,12 @@ def test_evaluate_prints_what_the_library_computes(
         assert found[variant] == {"num_users": 9, "methods": sums.metrics_by_method()}
         assert set(found[variant]["methods"]) == {label, POPULARITY, LAST_ITEM}
         assert all(set(metrics) == set(METRICS) for metrics in found[variant]["methods"].values())
-    if adapter is not None:  # and it is not the backbone's
+    if adapter is not None:  # it differs from the backbone
         alone = evaluate(domain, {BACKBONE: None}, "valid" if split == "valid" else "test", 9, seed=0)
         assert not np.array_equal(alone["unmasked"].sums[0], wanted["unmasked"].sums[0])
 
 
-def test_evaluate_prints_tables_with_both_variants_named(fedmerge: Command, shops: Path, overrides: list[str]) -> None:
+def test_evaluate_prints_tables_of_both_variants(fedmerge: Command, shops: Path, overrides: list[str]) -> None:
     code, out, err = fedmerge("evaluate", "none", "--domain", shops / "toys", *overrides)
     assert (code, err) == (0, [])
     text = "\n".join(out)
@@ -316,25 +315,25 @@ def test_an_adapter_of_a_run_is_evaluated_with_that_run_s_settings(
     assert of_run != fedmerge(*arguments, "--set", "text.max_items=1")[1]
 
 
-def test_evaluate_refuses_in_a_line(
+def test_evaluate_errors_are_one_line(
     fedmerge: Command, shops: Path, model: Path, overrides: list[str], tmp_path: Path
 ) -> None:
     def evaluated(adapter: str | Path, domain: Path, *more: str) -> str:
         return refusal(fedmerge("evaluate", adapter, "--domain", domain, *overrides, *more))
 
     toys = shops / "toys"
-    assert "gone: no adapter_config.json" in evaluated(tmp_path / "gone", toys)
-    assert "gone: no such domain folder" in evaluated("none", tmp_path / "gone")
-    assert "max_users is 0" in evaluated("none", toys, "--max-users", "0")
-    assert "text.max_tokens = 4096" in evaluated("none", toys, "--set", "text.max_tokens=4096")
-    assert "no such folder" in evaluated("none", toys, "--set", f"backbone.source={tmp_path / 'gone'}")
-    assert "no *.safetensors" in evaluated("none", toys, "--set", f"backbone.source={tmp_path}")
+    assert "adapter_config.json" in evaluated(tmp_path / "gone", toys)
+    assert f"{tmp_path}/gone: " in evaluated("none", tmp_path / "gone")
+    assert "max_users" in evaluated("none", toys, "--max-users", "0")
+    assert "4096" in evaluated("none", toys, "--set", "text.max_tokens=4096")
+    assert f"{tmp_path}/gone" in evaluated("none", toys, "--set", f"backbone.source={tmp_path / 'gone'}")
+    assert "*.safetensors" in evaluated("none", toys, "--set", f"backbone.source={tmp_path}")
     write_adapter(random_adapter({"decoder.layer.0.query": (32, 32)}, 1, 1.0, 0), tmp_path / "foreign", "other")
     assert "decoder.layer.0.query" in evaluated(tmp_path / "foreign", toys)
-    assert "gone.toml: cannot be read" in evaluated("none", toys, "--config", str(tmp_path / "gone.toml"))
+    assert "gone.toml: " in evaluated("none", toys, "--config", str(tmp_path / "gone.toml"))
 
 
-def test_a_reader_that_leaves_early_is_no_error_worth_a_traceback() -> None:
+def test_a_closed_pipe_is_not_a_traceback() -> None:
     read_end, write_end = os.pipe()
     os.close(read_end)
     command = [sys.executable, "-m", "fedmerge.cli", "check", str(TINY)]

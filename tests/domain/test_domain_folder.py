@@ -1,4 +1,4 @@
-"""Domain folders: written whole or not at all, read back exactly, every defect named with its file and a remedy."""
+"""Domain folders: atomic writes, exact round trips, and errors that name the file and the defect."""
 
 import dataclasses
 import json
@@ -44,12 +44,12 @@ def small_catalog(name: str = "tea", prefix: str = "") -> Catalog:
 
 
 def small_interactions() -> Interactions:
-    """Three users; user "one" is too short to be evaluated, user "four" repeats item 0 twice, nobody has item 3."""
+    """Three users: "one" is too short to be evaluated, "four" repeats item 0 twice; item 3 has no interactions."""
     return make_interactions(("zoe", "one", "four"), ([2, 0, 1], [1], [0, 0, 2, 0]))
 
 
 def write_small(folder: Path, *, overwrite: bool = False, prefix: str = "") -> Manifest:
-    """The small domain in the folder."""
+    """Write the small domain to the folder."""
     return write_domain(
         folder,
         small_catalog(folder.name, prefix),
@@ -100,7 +100,7 @@ def test_any_text_survives_the_bytes(rows: list[tuple[str, str, str, str]]) -> N
     attributes = {"title": titles, "brand": brands, "category": categories}
     try:
         "".join("".join(row) for row in rows).encode()
-    except UnicodeEncodeError:  # a lone surrogate is no text; JSON can smuggle one in
+    except UnicodeEncodeError:  # a lone surrogate is not valid text, but JSON may contain one
         with pytest.raises(DomainError, match="UTF-8"):
             catalog_to_bytes(make_catalog("any", item_ids, attributes))
     else:
@@ -111,18 +111,18 @@ def test_any_text_survives_the_bytes(rows: list[tuple[str, str, str, str]]) -> N
 def test_one_catalog_file_reads_back(tmp_path: Path) -> None:
     write_catalog(small_catalog(), tmp_path / "x.parquet")
     assert read_catalog(tmp_path / "x.parquet", "tea") == small_catalog()
-    with pytest.raises(DomainError, match=r"y\.parquet: the file is missing"):
+    with pytest.raises(DomainError, match=r"y\.parquet: "):
         read_catalog(tmp_path / "y.parquet", "tea")
 
 
-def test_fingerprints_are_of_the_content_and_stay_the_same_over_versions(folder: Path) -> None:
+def test_fingerprints_depend_on_content_and_are_stable_across_versions(folder: Path) -> None:
     pq.write_table(pq.read_table(folder / "catalog.parquet"), folder / "catalog.parquet", compression="none")
     assert load_catalog(folder).sha256 == small_catalog().sha256
     assert small_catalog().sha256.startswith("53d93536a0d93eb8")
     assert interactions_fingerprint(small_interactions()).startswith("eb4626eb3daedbc9")
 
 
-def test_fingerprints_see_where_one_value_ends_and_the_next_begins() -> None:
+def test_fingerprints_depend_on_the_boundaries_of_values() -> None:
     empty = {"title": ("", ""), "brand": ("", ""), "category": ("", "")}
     assert catalog_fingerprint(("ab", "c"), empty) != catalog_fingerprint(("a", "bc"), empty)
     assert catalog_fingerprint(("a", "b"), empty) != catalog_fingerprint(("b", "a"), empty)
@@ -133,7 +133,7 @@ def test_fingerprints_see_where_one_value_ends_and_the_next_begins() -> None:
 # Isolation
 
 
-def test_a_catalog_loads_where_the_interactions_do_not_exist_and_their_code_is_never_imported(folder: Path) -> None:
+def test_a_catalog_loads_without_interactions_and_without_their_code(folder: Path) -> None:
     (folder / "interactions.parquet").unlink()
     script = (
         "import sys, pathlib; from fedmerge.domain.catalog import load_catalog;"
@@ -146,7 +146,7 @@ def test_a_catalog_loads_where_the_interactions_do_not_exist_and_their_code_is_n
     assert result.stdout.strip() == "4 []"
 
 
-def test_errors_about_interactions_name_no_user(folder: Path) -> None:
+def test_errors_about_interactions_never_name_a_user(folder: Path) -> None:
     rewrite_interactions(folder, ["secret", "other", "secret"], [0, 1, 2])
     with pytest.raises(DomainError) as error:
         load_interactions(folder)
@@ -179,37 +179,34 @@ def truncate(path: Path) -> None:
 
 
 CATALOG_DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
-    "missing": (lambda p: p.unlink(), r"missing.*Restore"),
-    "a folder": (lambda p: p.rename(p.with_suffix(".old")).parent.joinpath(p.name).mkdir(), r"cannot be read.*Check"),
-    "empty file": (lambda p: p.write_bytes(b""), r"0 bytes that cannot be read as Parquet.*Restore"),
-    "truncated": (truncate, r"cannot be read as Parquet.*truncated.*Restore"),
-    "not Parquet": (lambda p: p.write_text("item_id,title\n" * 100), r"1400 bytes that cannot be read as Parquet"),
+    "missing": (lambda p: p.unlink(), r"catalog\.parquet: "),
+    "a folder": (lambda p: p.rename(p.with_suffix(".old")).parent.joinpath(p.name).mkdir(), "directory"),
+    "empty file": (lambda p: p.write_bytes(b""), " 0 bytes .*Parquet"),
+    "truncated": (truncate, r" \d+ bytes .*Parquet"),
+    "not Parquet": (lambda p: p.write_text("item_id,title\n" * 100), " 1400 bytes .*Parquet"),
     "one letter": (
         lambda p: set_column(p, "brand", pa.array(["fukamushi", "", "", ""])),
-        r"content was changed.*Restore",
+        rf" 4 items.* 4 items.*{small_catalog().sha256[:12]}",
     ),
-    "a row fewer": (lambda p: rewrite(p, lambda t: t.slice(0, 3)), r"found 3 items.*manifest says 4"),
-    "no rows": (lambda p: rewrite(p, lambda t: t.slice(0, 0)), r"catalog is empty.*Import"),
-    "null": (lambda p: set_column(p, "title", pa.array(["x", None, "z", None])), r"'title' has 2 null.*row 1.*Fill"),
-    "same id": (
-        lambda p: set_column(p, "item_id", pa.array(["a", "b", "c", "b"])),
-        r"items 1 and 3 have the same id, .*Remove",
+    "a row fewer": (lambda p: rewrite(p, lambda t: t.slice(0, 3)), " 3 items.* 4 items"),
+    "no rows": (lambda p: rewrite(p, lambda t: t.slice(0, 0)), r"catalog\.parquet: "),
+    "null": (lambda p: set_column(p, "title", pa.array(["x", None, "z", None])), "'title' .*2 null.*row 1"),
+    "same id": (lambda p: set_column(p, "item_id", pa.array(["a", "b", "c", "b"])), "1 and 3"),
+    "no id": (lambda p: set_column(p, "item_id", pa.array(["a", "", "c", "d"])), "item 1 "),
+    "numbers": (lambda p: set_column(p, "brand", pa.array([1.0, 2.0, 3.0, float("nan")])), "'brand' .*double"),
+    "other columns": (
+        lambda p: rewrite(p, lambda t: t.drop_columns("brand")),
+        r"\['item_id', 'title', 'category'\].*\['item_id', 'title', 'brand', 'category'\]",
     ),
-    "no id": (lambda p: set_column(p, "item_id", pa.array(["a", "", "c", "d"])), r"item 1 has an empty id.*Correct"),
-    "numbers": (
-        lambda p: set_column(p, "brand", pa.array([1.0, 2.0, 3.0, float("nan")])),
-        r"'brand' is of type double",
-    ),
-    "other columns": (lambda p: rewrite(p, lambda t: t.drop_columns("brand")), r"found columns .*expected exactly"),
     "bad text": (
         lambda p: set_column(p, "title", pa.array([b"\xff", b"", b"", b""]).cast(pa.string(), safe=False)),
-        r"cannot be read as Parquet.*UTF8",
+        "Parquet.*UTF8",
     ),
 }
 
 
 @pytest.mark.parametrize("damage", CATALOG_DAMAGE)
-def test_a_damaged_catalog_is_refused_by_file_finding_and_remedy(folder: Path, damage: str) -> None:
+def test_a_damaged_catalog_is_an_error_with_file_and_values(folder: Path, damage: str) -> None:
     break_it, message = CATALOG_DAMAGE[damage]
     break_it(folder / "catalog.parquet")
     with pytest.raises(DomainError, match=message) as error:
@@ -219,34 +216,28 @@ def test_a_damaged_catalog_is_refused_by_file_finding_and_remedy(folder: Path, d
 
 
 def set_items(values: pa.Array) -> Callable[[Path], object]:
-    """A change of the item_index column."""
+    """Return a change of the item_index column."""
     return lambda path: set_column(path, "item_index", values)
 
 
 INTERACTIONS_DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
-    "missing": (lambda p: p.unlink(), r"missing.*Restore"),
-    "truncated": (truncate, r"cannot be read as Parquet.*truncated.*Restore"),
-    "one item": (set_items(pa.array([2, 0, 1, 1, 0, 0, 2, 1], pa.int32())), r"content was changed.*Restore"),
-    "order": (lambda p: rewrite(p, lambda t: t.take([1, 0, 2, 3, 4, 5, 6, 7])), r"content was changed.*Restore"),
-    "a row fewer": (lambda p: rewrite(p, lambda t: t.slice(0, 7)), r"3 users and 7 interactions.*says 3 and 8"),
-    "too large": (set_items(pa.array([2, 0, 4, 1, 0, 0, 9, 0], pa.int32())), r"2 rows.*is 4 in row 2.*0 to 3.*import"),
-    "negative": (
-        set_items(pa.array([2, 0, 1, -1, 0, 0, 2, 0], pa.int32())),
-        r"1 rows.*is -1 in row 3; expected 0 to 3",
-    ),
-    "null": (set_items(pa.array([2, 0, 1, None, 0, 0, 2, 0], pa.int32())), r"'item_index' has 1 null.*row 3.*Fill"),
-    "NaN": (set_items(pa.array([2, 0, 1, float("nan"), 0, 0, 2, 0])), r"type double, expected int32.*Convert"),
-    "int64": (set_items(pa.array([2, 0, 1, 1, 0, 0, 2, 0])), r"type int64, expected int32.*Convert"),
-    "no rows": (lambda p: rewrite(p, lambda t: t.slice(0, 0)), r"no interactions.*Restore"),
-    "scattered": (
-        lambda p: rewrite(p, lambda t: t.take([0, 3, 1, 2, 4, 5, 6, 7])),
-        r"row 2 returns to an earlier user",
-    ),
+    "missing": (lambda p: p.unlink(), r"interactions\.parquet: "),
+    "truncated": (truncate, r" \d+ bytes .*Parquet"),
+    "one item": (set_items(pa.array([2, 0, 1, 1, 0, 0, 2, 1], pa.int32())), " 3 .* 8 .*eb4626eb3dae"),
+    "order": (lambda p: rewrite(p, lambda t: t.take([1, 0, 2, 3, 4, 5, 6, 7])), " 3 .* 8 .*eb4626eb3dae"),
+    "a row fewer": (lambda p: rewrite(p, lambda t: t.slice(0, 7)), " 3 .* 7 .* 3 .* 8 "),
+    "too large": (set_items(pa.array([2, 0, 4, 1, 0, 0, 9, 0], pa.int32())), " 2 rows.* 4 in row 2.* 0 to 3"),
+    "negative": (set_items(pa.array([2, 0, 1, -1, 0, 0, 2, 0], pa.int32())), " 1 rows.* -1 in row 3.* 0 to 3"),
+    "null": (set_items(pa.array([2, 0, 1, None, 0, 0, 2, 0], pa.int32())), "'item_index' .*1 null.*row 3"),
+    "NaN": (set_items(pa.array([2, 0, 1, float("nan"), 0, 0, 2, 0])), "double.*int32"),
+    "int64": (set_items(pa.array([2, 0, 1, 1, 0, 0, 2, 0])), "int64.*int32"),
+    "no rows": (lambda p: rewrite(p, lambda t: t.slice(0, 0)), r"interactions\.parquet: "),
+    "scattered": (lambda p: rewrite(p, lambda t: t.take([0, 3, 1, 2, 4, 5, 6, 7])), "row 2 "),
 }
 
 
 @pytest.mark.parametrize("damage", INTERACTIONS_DAMAGE)
-def test_damaged_interactions_are_refused_by_file_finding_and_remedy(folder: Path, damage: str) -> None:
+def test_damaged_interactions_are_an_error_with_file_and_values(folder: Path, damage: str) -> None:
     break_it, message = INTERACTIONS_DAMAGE[damage]
     break_it(folder / "interactions.parquet")
     with pytest.raises(DomainError, match=message) as error:
@@ -256,19 +247,19 @@ def test_damaged_interactions_are_refused_by_file_finding_and_remedy(folder: Pat
 
 
 MANIFEST_DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
-    "missing": (lambda f: (f / "manifest.json").unlink(), r"manifest\.json: the file is missing"),
-    "not JSON": (lambda f: truncate(f / "manifest.json"), r"manifest\.json: not JSON"),
-    "not text": (lambda f: (f / "manifest.json").write_bytes(b"\xff{}"), r"manifest\.json: not JSON"),
-    "a list": (lambda f: (f / "manifest.json").write_text("[]"), r"found a JSON list, expected an object"),
-    "later format": (lambda f: change_manifest(f, format=2), r"found format 2, expected 1"),
-    "boolean format": (lambda f: change_manifest(f, format=True), r"found format True"),
-    "unknown key": (lambda f: change_manifest(f, colour="red"), r"unknown keys \['colour'\]"),
-    "text for a count": (lambda f: change_manifest(f, num_items="4"), r"'num_items' is '4', expected int"),
-    "boolean for a count": (lambda f: change_manifest(f, num_users=True), r"'num_users' is True, expected int"),
-    "zero users": (lambda f: change_manifest(f, num_users=0), r"'num_users' is 0, expected at least 1"),
-    "another name": (lambda f: change_manifest(f, name="coffee"), r"called 'coffee' but its folder 'tea'.*Rename"),
-    "a name that is a path": (lambda f: change_manifest(f, name="../tea"), r"Domain name '\.\./tea'"),
-    "no folder": (lambda f: f.rename(f.with_name("gone")), r"tea: no such domain folder.*Check"),
+    "missing": (lambda f: (f / "manifest.json").unlink(), r"manifest\.json: "),
+    "not JSON": (lambda f: truncate(f / "manifest.json"), r"manifest\.json: .*JSON"),
+    "not text": (lambda f: (f / "manifest.json").write_bytes(b"\xff{}"), r"manifest\.json: .*JSON"),
+    "a list": (lambda f: (f / "manifest.json").write_text("[]"), "JSON list"),
+    "later format": (lambda f: change_manifest(f, format=2), " 2, .* 1"),
+    "boolean format": (lambda f: change_manifest(f, format=True), " True, .* 1"),
+    "unknown key": (lambda f: change_manifest(f, colour="red"), r"\['colour'\]"),
+    "text for a count": (lambda f: change_manifest(f, num_items="4"), "'num_items' .*'4'.* int"),
+    "boolean for a count": (lambda f: change_manifest(f, num_users=True), "'num_users' .*True.* int"),
+    "zero users": (lambda f: change_manifest(f, num_users=0), "'num_users' .*0.* 1"),
+    "another name": (lambda f: change_manifest(f, name="coffee"), "'coffee' .*'tea'"),
+    "a name that is a path": (lambda f: change_manifest(f, name="../tea"), r"'\.\./tea'"),
+    "no folder": (lambda f: f.rename(f.with_name("gone")), "tea: "),
 }
 
 
@@ -281,33 +272,33 @@ def test_a_damaged_manifest_is_refused_by_every_reader(folder: Path, damage: str
             read(folder)
 
 
-def test_bytes_from_elsewhere_are_checked_like_files() -> None:
+def test_received_bytes_are_checked_like_files() -> None:
     data = catalog_to_bytes(small_catalog())
-    with pytest.raises(DomainError, match=r"Catalog of 'tea': \d+ bytes that cannot be read as Parquet"):
+    with pytest.raises(DomainError, match=rf"'tea': {len(data) - 10} bytes .*Parquet"):
         catalog_from_bytes(data[:-10], "tea")
-    with pytest.raises(DomainError, match="Domain name 'a/b'"):
+    with pytest.raises(DomainError, match="'a/b'"):
         catalog_from_bytes(data, "a/b")
 
 
-def test_objects_cannot_be_built_from_what_does_not_fit() -> None:
+def test_inconsistent_objects_cannot_be_built() -> None:
     texts = ("", "")
-    with pytest.raises(DomainError, match=r"found attributes \['title'\]"):
+    with pytest.raises(DomainError, match=r"\['title'\].*\['brand', 'category', 'title'\]"):
         make_catalog("x", ("a", "b"), {"title": texts})
-    with pytest.raises(DomainError, match="unequal length"):
+    with pytest.raises(DomainError, match=r"'x'.* 3\b.* 2\b"):
         make_catalog("x", ("a", "b", "c"), {"title": texts, "brand": texts, "category": texts})
-    with pytest.raises(DomainError, match="items 0 and 1 have the same id, expected unique"):
+    with pytest.raises(DomainError, match="0 and 1"):
         dataclasses.replace(small_catalog(), item_ids=("a", "a", "c", "d"))
-    with pytest.raises(DomainError, match="zero users"):
+    with pytest.raises(DomainError, match=" 0 users"):
         make_interactions((), ())
-    with pytest.raises(DomainError, match="2 users but 1 sequences"):
+    with pytest.raises(DomainError, match=r" 1 sequences.* 2\b"):
         make_interactions(("u", "v"), ([1],))
-    with pytest.raises(DomainError, match="2 users but 1 different ids"):
+    with pytest.raises(DomainError, match=r" 1 different ids.* 2 users"):
         make_interactions(("u", "u"), ([1], [2]))
-    with pytest.raises(DomainError, match="1 users have no interactions, the first is user 1"):
+    with pytest.raises(DomainError, match=r" 1 users.*user 1"):
         make_interactions(("u", "v"), ([1], []))
-    with pytest.raises(DomainError, match="found items int64"):
+    with pytest.raises(DomainError, match=r"int64\[1\].*int32\[T\]"):
         Interactions(("u",), np.array([1]), np.array([0, 1]))
-    with pytest.raises(DomainError, match="offsets run from 0 to 2, expected 0 to 1"):
+    with pytest.raises(DomainError, match=r" 0 to 2.* 0 to 1"):
         Interactions(("u",), np.array([1], np.int32), np.array([0, 2]))
 
 
@@ -315,7 +306,7 @@ def test_objects_cannot_be_built_from_what_does_not_fit() -> None:
 
 
 def test_an_existing_domain_is_replaced_only_when_asked(folder: Path) -> None:
-    with pytest.raises(DomainError, match="a domain of this name exists"):
+    with pytest.raises(DomainError, match=f"{folder}: .*overwrite"):
         write_small(folder, prefix="New ")
     assert load_catalog(folder) == small_catalog()
     write_small(folder, prefix="New ", overwrite=True)
@@ -323,15 +314,15 @@ def test_an_existing_domain_is_replaced_only_when_asked(folder: Path) -> None:
     assert os.listdir(folder.parent) == ["tea"]
 
 
-def test_what_is_not_a_domain_is_never_replaced(tmp_path: Path) -> None:
+def test_other_files_and_folders_are_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "tea").mkdir()
     write_small(tmp_path / "tea")  # an empty folder is fine
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "draft.txt").write_text("years of work")
     (tmp_path / "file").write_text("x")
     (tmp_path / "link").symlink_to(tmp_path / "tea")
-    for name, message in (("thesis", "not a domain"), ("file", "a file of this name"), ("link", "symbolic link")):
-        with pytest.raises(DomainError, match=message):
+    for name in ("thesis", "file", "link"):
+        with pytest.raises(DomainError, match=f"{tmp_path}/{name}: "):
             write_small(tmp_path / name, overwrite=True)
     assert (tmp_path / "thesis" / "draft.txt").read_text() == "years of work"
     assert sorted(os.listdir(tmp_path)) == ["file", "link", "tea", "thesis"]
@@ -341,9 +332,9 @@ def test_inconsistent_domains_are_not_written(tmp_path: Path) -> None:
     def write(folder: Path, interactions: Interactions) -> None:
         write_domain(folder, small_catalog(), interactions, public_catalog=True, synthetic=True, source="")
 
-    with pytest.raises(DomainError, match="must be called 'tea'"):
+    with pytest.raises(DomainError, match=r"coffee: .*'tea'"):
         write(tmp_path / "coffee", small_interactions())
-    with pytest.raises(DomainError, match="the first is 4 in row 1; expected 0 to 3"):
+    with pytest.raises(DomainError, match=r" 4 in row 1; .* 0 to 3"):
         write(tmp_path / "tea", make_interactions(("u",), ([0, 4],)))
     assert not os.listdir(tmp_path)
 
@@ -381,17 +372,17 @@ def test_a_full_disk_or_a_killed_process_leaves_no_half_written_domain(
         assert load_interactions(folder).num_users == 3
     if how == "kill":
         assert result.returncode == -25, result.stderr  # SIGXFSZ
-        assert any(name.startswith(".tea.partial-") for name in os.listdir(tmp_path))  # it did die half way
+        assert any(name.startswith(".tea.partial-") for name in os.listdir(tmp_path))  # killed half way
     else:
-        assert "could not be written ([Errno 27]" in result.stderr
+        assert "[Errno 27]" in result.stderr
         assert os.listdir(tmp_path) == (["tea"] if existing else [])
-    write_small(folder, overwrite=True)  # and nothing is in the way of trying again
+    write_small(folder, overwrite=True)  # a second attempt succeeds
     assert load_catalog(folder) == small_catalog()
 
 
-def test_a_domain_lost_between_the_renames_of_an_overwrite_is_pointed_at(folder: Path) -> None:
+def test_an_interrupted_overwrite_names_the_previous_version(folder: Path) -> None:
     folder.rename(folder.with_name(".tea.previous-0a1b2c3d"))
-    with pytest.raises(DomainError, match=r"previous version in .*\.tea\.previous-0a1b2c3d: rename it back"):
+    with pytest.raises(DomainError, match=r"\.tea\.previous-0a1b2c3d"):
         load_catalog(folder)
 
 
@@ -405,14 +396,14 @@ def test_domains_are_listed_sorted_and_other_folders_ignored(tmp_path: Path) -> 
     (tmp_path / "readme.txt").write_text("x")
     (tmp_path / "tea").rename(tmp_path / ".tea.partial-1")
     assert list_domains(tmp_path) == ("Books", "toys")
-    with pytest.raises(DomainError, match="no such folder"):
+    with pytest.raises(DomainError, match="nowhere: "):
         list_domains(tmp_path / "nowhere")
     (tmp_path / "toys" / "manifest.json").unlink()
-    with pytest.raises(DomainError, match=r"toys/manifest\.json: missing beside the domain's tables"):
+    with pytest.raises(DomainError, match=r"toys/manifest\.json: "):
         list_domains(tmp_path)
 
 
-def test_the_facts_of_a_domain_are_those_counted_by_hand(folder: Path) -> None:
+def test_domain_info_by_hand(folder: Path) -> None:
     info = domain_info(folder)
     assert (info.min_length, info.median_length, info.max_length) == (1, 3.0, 4)
     assert info.density == 6 / 12  # pairs: zoe 3, one 1, four 2
@@ -420,13 +411,13 @@ def test_the_facts_of_a_domain_are_those_counted_by_hand(folder: Path) -> None:
     assert (info.num_short_users, info.num_unused_items, info.num_repeats) == (1, 1, 2)
     assert info.problems == (
         "1 of 4 items have no text at all: an encoder cannot tell them apart.",
-        "1 of 3 users own under 3 interactions and are not evaluated.",
-        "1 of 4 items have no interaction.",
+        "1 of 3 users have fewer than 3 interactions; they are not evaluated.",
+        "1 of 4 items have no interactions.",
     )
 
 
-def test_an_attribute_nobody_has_is_a_problem(tmp_path: Path) -> None:
+def test_an_attribute_that_every_item_lacks_is_a_problem(tmp_path: Path) -> None:
     catalog = make_catalog("x", ("a",), {"title": ("T",), "brand": ("B",), "category": (" ",)})
     everyone = make_interactions(("u",), ([0, 0, 0],))
     write_domain(tmp_path / "x", catalog, everyone, public_catalog=False, synthetic=True, source="")
-    assert domain_info(tmp_path / "x").problems == ("No item has a category.",)
+    assert domain_info(tmp_path / "x").problems == ("Every item lacks a category.",)

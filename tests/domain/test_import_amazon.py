@@ -1,4 +1,4 @@
-"""Raw Amazon reviews and metadata of three releases, their cores by hand, bad lines, defects, and what is refused."""
+"""Raw Amazon reviews and metadata of three releases: cores by hand, bad lines, defects of files, and errors."""
 
 import gzip
 import json
@@ -57,7 +57,7 @@ def review(release: str, user: str, item: str, time: int) -> Record:
 
 
 def entry(release: str, item: str) -> Record:
-    """An item with every field that is read."""
+    """Return an item's entry with every field that is read."""
     if release == "2014":
         return {
             "asin": item,
@@ -93,7 +93,7 @@ def lines(records: Sequence[Record | str], literal: bool = False) -> str:
 def write_source(
     folder: Path, release: str, more_reviews: Sequence[Record | str] = (), entries: Sequence[Record | str] | None = None
 ) -> tuple[Path, Path]:
-    """The rows above and an entry for each item, gzip for 2014 and 2018, plain for 2023."""
+    """Write the rows above and an entry for each item, gzip for 2014 and 2018, plain for 2023."""
     folder.mkdir(parents=True, exist_ok=True)
     reviews = lines([*(review(release, *row) for row in ROWS), *more_reviews])
     metadata = lines([entry(release, item) for item in ALL_ITEMS] if entries is None else entries, release == "2014")
@@ -130,7 +130,7 @@ def test_a_release_is_recognised_and_imported_as_by_hand(tmp_path: Path, release
     }
 
 
-def test_the_name_is_that_of_the_category() -> None:
+def test_the_default_name_is_the_category() -> None:
     names = ("reviews_Beauty_5.json.gz", "Prime_Pantry_5.json.gz", "All_Beauty.jsonl", "Toys_and_Games.json")
     assert [default_name(Path("x") / name) for name in names] == [
         "Beauty",
@@ -143,7 +143,7 @@ def test_the_name_is_that_of_the_category() -> None:
 def test_an_import_can_be_repeated(tmp_path: Path) -> None:
     source = write_source(tmp_path, "2014")
     first = import_amazon(*source, tmp_path / "d", settings()).manifest
-    with pytest.raises(DomainError, match="a domain of this name exists"):
+    with pytest.raises(DomainError, match="d/Toys: "):
         import_amazon(tmp_path / "gone" / "Toys.json", source[1], tmp_path / "d", settings())
     assert import_amazon(*source, tmp_path / "d", settings(overwrite=True)).manifest == first
     plain = tmp_path / "plain"
@@ -154,11 +154,11 @@ def test_an_import_can_be_repeated(tmp_path: Path) -> None:
     assert (other.catalog_sha256, other.interactions_sha256) == (first.catalog_sha256, first.interactions_sha256)
 
 
-def test_items_without_metadata_or_text_are_left_out_and_the_core_is_taken_again(tmp_path: Path) -> None:
+def test_items_without_metadata_or_text_are_left_out_and_the_core_is_recomputed(tmp_path: Path) -> None:
     empty = {"asin": "C", "title": "  ", "brand": "", "category": [], "main_cat": ""}
     entries = [entry("2018", "A"), entry("2018", "B"), empty, {**entry("2018", "A"), "title": "A second entry"}]
     report = import_amazon(*write_source(tmp_path, "2018", entries=entries), tmp_path / "d", settings())
-    # two rows of C go, then cy has one row left
+    # without the two rows of C, cy has one row left
     assert report.dropped == {OUTSIDE_CORE: 3, REPEATED: 1, WITHOUT_TEXT: 2}
     assert sequences(tmp_path / "d" / "Toys") == {"ann": ["A", "B"], "bob": ["A", "B"]}
     assert load_catalog(tmp_path / "d" / "Toys").attributes["title"] == ("It's B & more", "It's A & more")
@@ -173,7 +173,7 @@ def test_items_without_metadata_or_text_are_left_out_and_the_core_is_taken_again
 
 
 def one_item(tmp_path: Path, release: str, **fields: Any) -> tuple[str, str, str]:
-    """Title, brand and category that an entry of item A comes out with."""
+    """Import an entry of item A; return its title, brand and category."""
     found = {**entry(release, "A"), **fields}
     present = {name: value for name, value in found.items() if value != "absent"}
     source = write_source(tmp_path, release, entries=[present if release == "2014" else json.dumps(present)])
@@ -185,7 +185,7 @@ def one_item(tmp_path: Path, release: str, **fields: Any) -> tuple[str, str, str
     return title, brand, category
 
 
-def test_texts_are_taken_where_the_release_has_them(tmp_path: Path) -> None:
+def test_texts_come_from_the_fields_of_the_release(tmp_path: Path) -> None:
     assert one_item(tmp_path, "2014", title="absent", brand="absent", categories="absent") == ("", "", "")
     assert one_item(tmp_path, "2014", categories=[], title=None) == ("", "Brand A", "")
     assert one_item(tmp_path, "2018", category=[], main_cat="Grocery") == ("It's A & more", "Brand A", "Grocery")
@@ -257,7 +257,7 @@ def test_lines_that_are_not_utf8_are_bad(tmp_path: Path) -> None:
     assert bad_rows(report) == {"not UTF-8 text": (1, (11,))}
 
 
-def test_the_reviews_tell_2014_from_2018_if_they_can(tmp_path: Path) -> None:
+def test_reviews_distinguish_2014_from_2018_where_possible(tmp_path: Path) -> None:
     bare = [{k: v for k, v in review("2014", *row).items() if k != "helpful"} for row in ROWS]
     for release in ("2014", "2018"):
         reviews, metadata = write_source(tmp_path / release, release)
@@ -278,89 +278,89 @@ def put_metadata(text: str | bytes) -> Change:
 
 
 DEFECTS: dict[str, tuple[str, Change, str]] = {
-    "no reviews": ("reviews", lambda reviews, _: reviews.unlink(), r"no such file\. Check the path"),
-    "no metadata": ("metadata", lambda _, metadata: metadata.unlink(), r"no such file\. Check the path"),
+    "no reviews": ("reviews", lambda reviews, _: reviews.unlink(), r"reviews_Toys_5\.json\.gz: "),
+    "no metadata": ("metadata", lambda _, metadata: metadata.unlink(), r"meta_Toys\.json\.gz: "),
     "truncated": (
         "reviews",
         lambda reviews, _: reviews.write_bytes(reviews.read_bytes()[:-30]),
-        r"compressed data is damaged or ends early, after line \d+ .*\. Take a complete copy",
+        r"line \d+",
     ),
     "truncated metadata": (
         "metadata",
         lambda _, metadata: metadata.write_bytes(metadata.read_bytes()[:-9]),
-        r"compressed data is damaged or ends early",
+        r"line \d+",
     ),
-    "empty": ("reviews", put(""), "the file is empty"),
+    "empty": ("reviews", put(""), r"reviews_Toys_5\.json\.gz: "),
     "other fields": (
         "reviews",
         put('{"user": "u", "item": "i", "time": 1}\n'),
-        r"line 1 has the fields user, item, time, expected those of a review: reviewerID, asin, .*Take the raw reviews",
+        "line 1 .*user, item, time.*reviewerID, asin, unixReviewTime",
     ),
     "no time": (
         "reviews",
         put('{"reviewerID": "u", "asin": "i"}\n'),
-        r"line 1 has the fields reviewerID, asin, expected",
+        "line 1 .*reviewerID, asin",
     ),
     "metadata as reviews": (
         "reviews",
         put(lines([entry("2018", "A")])),
-        r"line 1 has the fields category, tech1, title",
+        "line 1 .*category, tech1, title",
     ),
     "reviews as metadata": (
         "metadata",
         put_metadata(lines([review("2018", *ROWS[0])])),
-        r"line 1 has the fields reviewerID, asin.* - these are reviews\. Take the raw metadata",
+        "line 1 .*reviewerID, asin",
     ),
     "other metadata": (
         "metadata",
         put_metadata('{"id": 1, "name": 2}'),
-        r"line 1 has the fields id, name, expected those",
+        "line 1 .*id, name",
     ),
     "2014 metadata": (
         "metadata",
         put_metadata(lines([entry("2014", "A")], literal=True)),
-        r"metadata of the 2014 release, but the reviews are of 2018\. Take both from the same release",
+        "2014.*2018",
     ),
     "2023 metadata": (
         "metadata",
         put_metadata(lines([entry("2023", "A")])),
-        r"the 2023 release, but the reviews are of 2018",
+        "2023.*2018",
     ),
     "2023 reviews": (
         "metadata",
         put(lines([review("2023", *row) for row in ROWS])),
-        r"the 2018 release, but .* of 2023",
+        "2018.*2023",
     ),
     "an array": (
         "reviews",
         put(json.dumps([review("2018", *row) for row in ROWS])),
-        r"1 of the 1 rows read are bad.*not an ob",
+        "1 of the 1 rows.*object",
     ),
     "other category": (
         "metadata",
         put_metadata(lines([entry("2018", "Z")])),
-        r"none of the 3 items that reviews are about is in it\. Take the metadata of the reviews' category and release",
+        " 3 .*items",
     ),
     "too many bad": (
         "reviews",
         put(lines([*(review("2018", *row) for row in ROWS), "{"])),
-        r"1 of the 11 rows read are bad, expected at most 1 %: not JSON \(1: line 11\)\. Correct the file, or allow",
+        r"1 of the 11 rows.* 1 %.*JSON \(1: line 11\)",
     ),
     "no core": (
         "reviews",
         put(lines([review("2018", *row) for row in ROWS[:3]])),
-        r"none of the 3 rows is left: 0 bad, 3 outside the k-core\. Take more data, or a smaller k_core or min_rating",
+        " 3 rows.* 0 bad, 3 outside the k-core",
     ),
     "no text": (
         "reviews",
         put_metadata(lines([{"asin": "A", "main_cat": "", "title": ""}])),
-        r"none of the 10 rows is left: 0 bad, 2 outside the k-core, 1 the same user.*, 7 of an item without",
+        " 10 rows.* 0 bad, 2 outside the k-core, 1 the same user.*, 7 of an item without",
     ),
 }
 
 
 @pytest.mark.parametrize("defect", DEFECTS)
-def test_a_defect_is_refused_by_file_finding_and_remedy_and_nothing_is_written(tmp_path: Path, defect: str) -> None:
+def test_a_defect_is_an_error_with_file_and_values_and_writes_nothing(tmp_path: Path, defect: str) -> None:
     stem, change, message = DEFECTS[defect]
     reviews, metadata = write_source(tmp_path / "raw", "2018")
     change(reviews, metadata)
@@ -371,13 +371,13 @@ def test_a_defect_is_refused_by_file_finding_and_remedy_and_nothing_is_written(t
     assert not (tmp_path / "domains").exists()
 
 
-def test_a_core_must_be_asked_for(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="k_core is none, expected a number: 1 keeps"):
+def test_k_core_is_required(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="k_core"):
         import_amazon(*write_source(tmp_path, "2014"), tmp_path / "d", ImportSettings())
 
 
 def test_entries_of_other_items_are_not_parsed(tmp_path: Path) -> None:
-    """The literals of 2014 are slow to parse, and most are of items outside the core."""
+    """Parsing the literals of 2014 is slow, and most items are outside the core."""
     entries: list[Record | str] = [entry("2014", "A"), "{'asin': 'Z', broken", entry("2014", "B"), entry("2014", "C")]
     report: ImportReport = import_amazon(*write_source(tmp_path, "2014", entries=entries), tmp_path / "d", settings())
     assert report.files[1].bad == ()

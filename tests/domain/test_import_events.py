@@ -1,4 +1,4 @@
-"""From rows to a domain: the k-core against an oracle, repeats, the order in time, what is refused before reading."""
+"""From rows to a domain: the k-core against an oracle, repeats, the order in time, and early errors."""
 
 from collections import Counter
 from pathlib import Path
@@ -38,7 +38,7 @@ def rows_of(events: Events) -> Triples:
 
 
 def slow_core(rows: Triples, k: int) -> Triples:
-    """Drop one row at a time, as long as its user or its item has fewer than k."""
+    """Drop one row at a time while a user or an item has fewer than k."""
     rows = list(rows)
     while True:
         users, items = Counter(row[0] for row in rows), Counter(row[1] for row in rows)
@@ -48,8 +48,8 @@ def slow_core(rows: Triples, k: int) -> Triples:
         rows.remove(weak[0])
 
 
-def test_a_cascade_by_hand() -> None:
-    # item 3 has one row; without it user 2 has one; without that item 2 has one; without that user 1 has two still
+def test_k_core_cascade_by_hand() -> None:
+    # item 3 has one row; without it user 2 has one; without that item 2 has one; user 1 still has two
     square = [(0, 0, 1), (0, 1, 2), (1, 0, 3), (1, 1, 4)]
     tail = [(1, 2, 5), (2, 2, 6), (2, 3, 7)]
     core = k_core(events_of([*tail, *square]), 2)
@@ -61,7 +61,7 @@ def test_a_cascade_by_hand() -> None:
 
 
 @given(rows_of_a_small_world, st.integers(1, 4))
-def test_the_core_is_the_oracles(rows: Triples, k: int) -> None:
+def test_k_core_matches_the_oracle(rows: Triples, k: int) -> None:
     core = k_core(events_of(rows), k)
     assert Counter(rows_of(core)) == Counter(slow_core(rows, k))
     assert len(rows) == len(core) + sum(core.dropped.values())
@@ -73,14 +73,14 @@ def test_taking_the_core_first_changes_nothing(rows: Triples, k: int) -> None:
 
 
 @given(rows_of_a_small_world, st.integers(1, 4), st.sets(st.integers(0, 7)))
-def test_items_may_be_left_out_after_the_core_as_well_as_before(rows: Triples, k: int, gone: set[int]) -> None:
+def test_items_may_be_excluded_before_or_after_the_core(rows: Triples, k: int, gone: set[int]) -> None:
     before = k_core(events_of([row for row in rows if row[1] not in gone]), k)
     core = k_core(events_of(rows), k)
-    after = k_core(core.only(~np.isin(core.items, list(gone)), "gone"), k)
+    after = k_core(core.keep(~np.isin(core.items, list(gone)), "gone"), k)
     assert rows_of(after) == rows_of(before)
 
 
-def test_a_repeat_has_user_item_and_time_in_common_with_an_earlier_row() -> None:
+def test_a_repeat_equals_an_earlier_row_in_user_item_and_time() -> None:
     rows = [(1, 5, 9), (0, 5, 9), (1, 5, 9), (1, 5, 8), (1, 6, 9), (1, 5, 9)]
     single = without_repeats(events_of(rows))
     assert rows_of(single) == [(1, 5, 9), (0, 5, 9), (1, 5, 8), (1, 6, 9)]
@@ -88,7 +88,7 @@ def test_a_repeat_has_user_item_and_time_in_common_with_an_earlier_row() -> None
     assert rows_of(without_repeats(events_of([]))) == []
 
 
-def test_repeats_do_not_make_a_core() -> None:
+def test_repeats_do_not_count_towards_the_core() -> None:
     assert rows_of(select(events_of([(0, 0, 1), (0, 0, 1)]), 2)) == []
     assert rows_of(select(events_of([(0, 0, 1), (0, 0, 2)]), 2)) == [(0, 0, 1), (0, 0, 2)]
 
@@ -104,14 +104,14 @@ def test_items_are_in_time_order_and_ties_in_the_order_of_the_file() -> None:
 
 
 @given(rows_of_a_small_world.filter(bool))
-def test_sequences_are_those_of_a_plain_sort(rows: Triples) -> None:
+def test_sequences_match_a_plain_sort(rows: Triples) -> None:
     interactions = to_interactions(events_of(rows), [f"u{user}" for user in range(8)], np.arange(8, dtype=np.int32))
     expected = {f"u{user}": [i for u, i, _ in sorted(rows, key=lambda row: row[2]) if u == user] for user in range(8)}
     found = {user: interactions.sequence(n).tolist() for n, user in enumerate(interactions.user_ids)}
     assert found == {user: items for user, items in expected.items() if items}
 
 
-def test_the_log_numbers_ids_as_they_come_and_refuses_a_time_whole() -> None:
+def test_the_log_numbers_ids_in_order_and_adds_nothing_on_overflow() -> None:
     log = EventLog()
     log.add("b", "x", 2)
     log.add("a", "x", 1)
@@ -129,9 +129,9 @@ def test_the_log_numbers_ids_as_they_come_and_refuses_a_time_whole() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"k_core": 0}, "k_core is 0, expected at least 1, or none"),
-        ({"max_bad_share": 1.5}, r"max_bad_share is 1\.5, expected a share from 0 to 1"),
-        ({"max_bad_share": float("nan")}, "max_bad_share is nan, expected a share"),
+        ({"k_core": 0}, "k_core .*0.* 1"),
+        ({"max_bad_share": 1.5}, r"max_bad_share .*1\.5.* 0 to 1"),
+        ({"max_bad_share": float("nan")}, "max_bad_share .*nan"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings: dict[str, float], message: str) -> None:
@@ -139,11 +139,11 @@ def test_settings_out_of_range_are_refused(settings: dict[str, float], message: 
         ImportSettings(**settings)  # type: ignore[arg-type]
 
 
-def test_a_target_that_may_not_be_written_is_refused_before_anything_is_read(tmp_path: Path) -> None:
-    with pytest.raises(DomainError, match=r"Domain name '\.x'"):
+def test_an_unwritable_target_is_refused_before_reading(tmp_path: Path) -> None:
+    with pytest.raises(DomainError, match=r"'\.x'"):
         prepare(tmp_path, ImportSettings(), ".x")
     (tmp_path / "toys").write_text("")
-    with pytest.raises(DomainError, match="a file of this name exists"):
+    with pytest.raises(DomainError, match=f"{tmp_path}/toys: "):
         prepare(tmp_path, ImportSettings(), "toys")
     assert prepare(tmp_path, ImportSettings(name="books"), "toys") == tmp_path / "books"
 
@@ -168,18 +168,15 @@ def test_too_many_bad_rows_are_refused_with_reasons() -> None:
     bad = BadRows("a.csv", "line", 0.01)
     bad.add(7, "no user")
     assert bad.report(99).num_bad == 1
-    with pytest.raises(
-        DomainError,
-        match=r"a\.csv: 1 of the 99 rows read are bad, expected at most 1 %: no user \(1: line 7\)\. Correct",
-    ):
+    with pytest.raises(DomainError, match=r"a\.csv: 1 of the 99 rows.* 1 %.*no user \(1: line 7\)"):
         bad.report(98)
 
 
-def test_a_file_that_is_bad_from_the_start_is_not_read_to_its_end() -> None:
+def test_reading_stops_if_the_first_1000_rows_are_bad() -> None:
     bad = BadRows("a.csv", "line", 0.5)
     for number in range(2, 1001):
         bad.add(number, "no user")
-    with pytest.raises(DomainError, match=r"1000 of the 1000 rows read are bad"):
+    with pytest.raises(DomainError, match="1000 of the 1000 rows"):
         bad.add(1001, "no user")
     tolerant = BadRows("a.csv", "line", 1)
     for number in range(2, 5000):

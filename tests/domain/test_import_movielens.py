@@ -1,4 +1,4 @@
-"""The three layouts of MovieLens, as folders and as archives, and what is refused."""
+"""The three layouts of MovieLens, as folders and as archives, and errors."""
 
 import zipfile
 from collections.abc import Callable
@@ -77,7 +77,7 @@ def test_a_layout_is_imported_as_by_hand(tmp_path: Path, layout: str) -> None:
     folder = tmp_path / "domains" / layout
     assert report.manifest.source == f"MovieLens, layout of {layout}, {layout!r}"
     assert [(file.num_rows, file.num_bad) for file in report.files] == [(4, 0), (4, 0)]
-    # user 1 rated two movies in the same second: the order of the file
+    # user 1 rated two movies in the same second, so the order of the file counts
     assert sequences(folder) == {"2": ["20", "10"], "1": ["30", "10"]}
     catalog = load_catalog(folder)
     assert catalog.item_ids == ("10", "20", "30", "40")
@@ -89,10 +89,10 @@ def test_a_layout_is_imported_as_by_hand(tmp_path: Path, layout: str) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_an_archive_gives_the_same_domain_again_and_again(tmp_path: Path, layout: str) -> None:
+def test_an_archive_gives_the_same_domain_as_a_folder(tmp_path: Path, layout: str) -> None:
     folder = import_movielens(write_release(tmp_path / "x" / layout, LAYOUTS[layout]), tmp_path / "d").manifest
     path = write_archive(tmp_path / f"{layout}.zip", LAYOUTS[layout])
-    with pytest.raises(DomainError, match="a domain of this name exists"):
+    with pytest.raises(DomainError, match=f"d/{layout}: "):
         import_movielens(path, tmp_path / "d")
     archive = import_movielens(path, tmp_path / "d", ImportSettings(overwrite=True)).manifest
     assert archive.name == layout
@@ -107,13 +107,13 @@ def test_the_movies_of_ml_10m_are_utf8(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_low_ratings_are_left_out_and_a_core_can_be_asked_for(tmp_path: Path, layout: str) -> None:
+def test_min_rating_and_k_core_select_rows(tmp_path: Path, layout: str) -> None:
     src = write_release(tmp_path / layout, LAYOUTS[layout])
     report = import_movielens(src, tmp_path / "d", ImportSettings(name="rated", min_rating=4))
     assert report.dropped == {LOW_RATING: 2}
     assert sequences(tmp_path / "d" / "rated") == {"2": ["20"], "1": ["30"]}
     assert import_movielens(src, tmp_path / "d", ImportSettings(name="core", k_core=1)).manifest.num_items == 3
-    with pytest.raises(DomainError, match=r"none of the 4 rows is left: 0 bad, 4 outside the k-core"):
+    with pytest.raises(DomainError, match=r" 4 rows.* 0 bad, 4 outside the k-core"):
         import_movielens(src, tmp_path / "d", ImportSettings(name="none", k_core=2))
 
 
@@ -125,7 +125,7 @@ def test_bad_rows_are_reported_with_line_and_reason(tmp_path: Path) -> None:
     src = write_release(tmp_path / "ml", files)
     report = import_movielens(src, tmp_path / "d", ImportSettings(max_bad_share=0.6, min_rating=1))
     assert bad_rows(report) == {
-        "not as many fields between '::' as there should be": (1, (5,)),
+        "wrong number of fields separated by '::'": (1, (5,)),
         "the item is not in the catalog": (1, (6,)),
         "no user": (1, (7,)),
         "the rating is not a number": (1, (9,)),
@@ -134,7 +134,7 @@ def test_bad_rows_are_reported_with_line_and_reason(tmp_path: Path) -> None:
     assert bad_rows(report, 1) == {
         "the movie has a row already": (1, (5,)),
         "no movie id": (1, (6,)),
-        "not as many fields between '::' as there should be": (1, (7,)),
+        "wrong number of fields separated by '::'": (1, (7,)),
     }
 
 
@@ -149,33 +149,17 @@ def replaced(name: str, data: bytes) -> Callable[[Files], Files]:
 @pytest.mark.parametrize(
     ("files", "change", "message"),
     [
-        (
-            ML_1M,
-            without("movies.dat"),
-            r"ml: the files of which release\? Found none, expected exactly one of u\.data, u",
-        ),
-        (
-            ML_100K,
-            without("u.genre"),
-            r"Found none, expected .*u\.genre or ratings\.dat, movies\.dat or ratings\.csv, mov",
-        ),
-        (ML_1M, lambda files: {**files, **ML_32M}, r"Found ml-1m, ml-32m, expected exactly one.*Give the folder"),
-        (ML_1M, replaced("movies.dat", b""), r"movies\.dat: the file is empty"),
-        (ML_1M, replaced("movies.dat", b"\n"), r"movies\.dat: there are no movies in it\. Take a complete copy"),
-        (ML_1M, replaced("ratings.dat", b"1,2,3,4\n"), r"ratings\.dat: 1 of the 1 rows read are bad"),
-        (
-            ML_32M,
-            replaced("movies.csv", b"id,title\n"),
-            r"movies\.csv: no column 'movieId', 'genres'; found 'id', 'title'",
-        ),
-        (
-            ML_32M,
-            replaced("ratings.csv", b"userId;x\n"),
-            r"ratings\.csv: no column 'userId', .*delimiter may be another",
-        ),
-        (ML_32M, replaced("movies.csv", b"movieId,title,genres\n1,\xe9,x\n"), r"movies\.csv: line 2 is not utf-8 text"),
-        (ML_100K, replaced("u.genre", b"Action\n"), r"u\.genre: 1 of the 1 rows read are bad, expected at most 0 %"),
-        (ML_100K, replaced("u.genre", b"Action|1\n"), r"u\.item: 4 of the 4 rows read are bad.*not as many fields"),
+        (ML_1M, without("movies.dat"), r"ml: .*u\.data, u\.item, u\.genre"),
+        (ML_100K, without("u.genre"), r"u\.genre or ratings\.dat, movies\.dat or ratings\.csv, movies\.csv"),
+        (ML_1M, lambda files: {**files, **ML_32M}, "ml-1m, ml-32m"),
+        (ML_1M, replaced("movies.dat", b""), r"movies\.dat: "),
+        (ML_1M, replaced("movies.dat", b"\n"), r"movies\.dat: "),
+        (ML_1M, replaced("ratings.dat", b"1,2,3,4\n"), r"ratings\.dat: 1 of the 1 rows"),
+        (ML_32M, replaced("movies.csv", b"id,title\n"), r"movies\.csv: .*'id', 'title'.*'movieId', 'genres'"),
+        (ML_32M, replaced("ratings.csv", b"userId;x\n"), r"ratings\.csv: .*'userId;x'.*'userId', .*delimiter"),
+        (ML_32M, replaced("movies.csv", b"movieId,title,genres\n1,\xe9,x\n"), r"movies\.csv: line 2 .*utf-8"),
+        (ML_100K, replaced("u.genre", b"Action\n"), r"u\.genre: 1 of the 1 rows.* 0 %"),
+        (ML_100K, replaced("u.genre", b"Action|1\n"), r"u\.item: 4 of the 4 rows.*fields"),
     ],
 )
 def test_a_defect_is_refused_and_nothing_is_written(
@@ -187,19 +171,19 @@ def test_a_defect_is_refused_and_nothing_is_written(
     assert not (tmp_path / "domains").exists()
 
 
-def test_an_archive_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DomainError, match=r"gone: no such folder or file\. Check the path"):
+def test_an_unreadable_archive_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DomainError, match="gone: "):
         import_movielens(tmp_path / "gone", tmp_path / "d")
     path = write_archive(tmp_path / "ml.zip", ML_32M)
     data = path.read_bytes()
     path.write_bytes(data[:-30])
-    with pytest.raises(DomainError, match=r"ml\.zip: cannot be read as a zip archive \(.*complete archive"):
+    with pytest.raises(DomainError, match=r"ml\.zip: .*zip"):
         import_movielens(path, tmp_path / "d")
     with zipfile.ZipFile(tmp_path / "stored.zip", "w") as archive:
         for name, content in ML_32M.items():
             archive.writestr(name, content)
     damaged = (tmp_path / "stored.zip").read_bytes().replace(b"2,10,3.0,900", b"2,10,3.0,901")
     (tmp_path / "stored.zip").write_bytes(damaged)
-    with pytest.raises(DomainError, match=r"stored\.zip:ratings\.csv: the compressed data is damaged .*Bad CRC"):
+    with pytest.raises(DomainError, match=r"stored\.zip:ratings\.csv: .*Bad CRC"):
         import_movielens(tmp_path / "stored.zip", tmp_path / "d")
     assert not (tmp_path / "d").exists()

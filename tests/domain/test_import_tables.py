@@ -1,4 +1,4 @@
-"""CSV and Parquet tables: what is imported, bad rows by line and reason, every defect of a file, nothing half-done."""
+"""CSV and Parquet imports: content, bad rows by line and reason, defects of files, and no partial results."""
 
 import gzip
 import re
@@ -53,25 +53,25 @@ def test_two_small_tables_are_imported_as_by_hand(tmp_path: Path) -> None:
     assert report.dropped == {REPEATED: 1}
     assert [(file.num_rows, file.bad) for file in report.files] == [(6, ()), (4, ())]
     catalog = load_catalog(tmp_path / "domains" / "shop")
-    assert catalog.item_ids == ("i1", "i2", "i3", "i4")  # the whole catalog, also what nobody had
+    assert catalog.item_ids == ("i1", "i2", "i3", "i4")  # the whole catalog, with items without interactions
     assert catalog.attributes["title"] == ('One, "the first"', "Two words", "Three", "Two lines")
     assert catalog.attributes["brand"] == ("Acme", "", "", "")
     # by time, ties in the order of the file; bob's second i1 at time 10 is the same interaction
     assert sequences(tmp_path / "domains" / "shop") == {"ann": ["i1", "i2", "i2"], "bob": ["i1", "i3"]}
 
 
-def test_an_import_can_be_repeated_and_never_replaces_unasked(tmp_path: Path) -> None:
+def test_an_import_is_repeatable_and_replaces_only_with_overwrite(tmp_path: Path) -> None:
     tables = write_tables(tmp_path)
     first = import_csv(*tables, tmp_path / "domains").manifest
-    with pytest.raises(DomainError, match="a domain of this name exists"):
-        import_csv(tables[0], tmp_path / "gone.csv", tmp_path / "domains")  # refused before the catalog is looked for
+    with pytest.raises(DomainError, match="domains/shop: "):
+        import_csv(tables[0], tmp_path / "gone.csv", tmp_path / "domains")  # refused before the catalog is read
     assert import_csv(*tables, tmp_path / "domains", settings=ImportSettings(overwrite=True)).manifest == first
     other = import_csv(*tables, tmp_path / "domains", settings=ImportSettings(name="b", public_catalog=False)).manifest
     assert (other.name, other.public_catalog) == ("b", False)
     assert (other.catalog_sha256, other.interactions_sha256) == (first.catalog_sha256, first.interactions_sha256)
 
 
-def test_columns_delimiter_encoding_and_compression_can_be_told(tmp_path: Path) -> None:
+def test_columns_delimiter_encoding_and_compression_can_be_set(tmp_path: Path) -> None:
     rows, items = tmp_path / "rows.tsv.gz", tmp_path / "items.tsv"
     rows.write_bytes(gzip.compress(b"extra\twhen\twho\twhat\r\nx\t2\tann\tA\r\n\r\nx\t1\tann\tB\r\n"))
     items.write_bytes("sku\tname\nA\tCafé\nB\tThé\n".encode("latin-1"))
@@ -90,17 +90,17 @@ def test_a_byte_order_mark_is_skipped(tmp_path: Path) -> None:
     assert import_csv(*tables, tmp_path / "domains").manifest.num_interactions == 5
 
 
-def test_low_ratings_are_left_out_and_a_core_can_be_asked_for(tmp_path: Path) -> None:
+def test_min_rating_and_k_core_select_rows(tmp_path: Path) -> None:
     tables = write_tables(tmp_path)
     columns = Columns(rating="rating")
     report = import_csv(*tables, tmp_path / "d", columns, ImportSettings(name="rated", min_rating=4))
     assert report.dropped == {LOW_RATING: 2}
     assert sequences(tmp_path / "d" / "rated") == {"ann": ["i2", "i2"], "bob": ["i1", "i3"]}
     report = import_csv(*tables, tmp_path / "d", columns, ImportSettings(name="core", k_core=2))
-    # i3 has one row; then, without repeats, bob has one row left, and i1 then one; ann and i2 stay
+    # i3 has one row; without repeats bob then has one row left, and then i1; ann and i2 stay
     assert report.dropped == {OUTSIDE_CORE: 3, REPEATED: 1}
     assert sequences(tmp_path / "d" / "core") == {"ann": ["i2", "i2"]}
-    assert load_catalog(tmp_path / "d" / "core").item_ids == ("i2",)  # items of the core alone
+    assert load_catalog(tmp_path / "d" / "core").item_ids == ("i2",)  # only items of the core
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_low_ratings_are_left_out_and_a_core_can_be_asked_for(tmp_path: Path) ->
     ],
     ids=["whole", "decimal", "some decimal", "dates", "zones", "nanoseconds"],
 )
-def test_time_is_numbers_or_iso(tmp_path: Path, times: tuple[str, str, str]) -> None:
+def test_times_are_numbers_or_iso(tmp_path: Path, times: tuple[str, str, str]) -> None:
     lines = ["user_id,item_id,timestamp", *(f"ann,i{n},{time}" for n, time in enumerate(times, 1))]
     import_csv(*write_tables(tmp_path, "\n".join(lines)), tmp_path / "domains")
     assert sequences(tmp_path / "domains" / "shop") == {"ann": ["i3", "i1", "i2"]}
@@ -147,19 +147,19 @@ def test_bad_rows_are_reported_with_line_and_reason(tmp_path: Path) -> None:
     assert bad_rows(report) == {
         "the time is not a whole number": (3, (11, 12, 13)),
         "the rating is not a number": (2, (18, 19)),
-        "not CSV: unexpected end of data": (2, (21,)),  # the quote swallows two lines: both are lost
+        "not CSV: unexpected end of data": (2, (21,)),  # the quote swallows two lines
         "no user": (1, (8,)),
         "no item": (1, (9,)),
         "the item is not in the catalog": (1, (10,)),
         "the time is out of range": (1, (14,)),
-        "another number of columns than in the header": (1, (15,)),
+        "the number of columns differs from the header": (1, (15,)),
         "not CSV: ',' expected after '\"'": (1, (17,)),
     }
     assert (report.files[0].num_rows, report.files[0].num_bad) == (20, 13)
     assert bad_rows(report, 1) == {
         "no item": (1, (7,)),  # i4 takes lines 5 and 6
         "the item has a row already": (1, (8,)),
-        "another number of columns than in the header": (1, (9,)),
+        "the number of columns differs from the header": (1, (9,)),
     }
     assert sequences(tmp_path / "d" / "shop")["cy"] == ["i1"]
     kept = report.manifest.num_interactions
@@ -186,59 +186,39 @@ def make_folder(rows: Path, items: Path) -> None:
 
 
 DEFECTS: dict[str, tuple[str, Change, str]] = {
-    "no file": ("rows", lambda rows, items: rows.unlink(), r"no such file\. Check the path"),
-    "a folder": (
-        "rows",
-        make_folder,
-        r"cannot be read \(.*directory.*Check that",
-    ),
-    "empty": ("rows", put(""), r"the file is empty\. Take a complete copy"),
-    "empty gzip": ("rows", put(gzip.compress(b"")), "the file is empty"),
-    "truncated gzip": ("rows", put(TRUNCATED), r"compressed data is damaged or ends early, after line \d+ .*complete"),
-    "damaged gzip": ("rows", put(TRUNCATED[:40] + b"\0\0\0\0" + TRUNCATED[44:]), "compressed data is damaged"),
-    "zip": ("rows", put(b"PK\x03\x04rest"), r"is a zip archive, expected the file itself.*Unpack it"),
-    "latin-1": (
-        "items",
-        put_catalog("item_id,title\ni1,Caf\xe9\n".encode("latin-1")),
-        r"line 2 is not utf-8 text \(.*Name",
-    ),
-    "utf-16": ("rows", put(INTERACTIONS.encode("utf-16")), r"line 1 is not utf-8 text"),
+    "no file": ("rows", lambda rows, items: rows.unlink(), r"rows\.csv"),
+    "a folder": ("rows", make_folder, "directory"),
+    "empty": ("rows", put(""), r"rows\.csv"),
+    "empty gzip": ("rows", put(gzip.compress(b"")), r"rows\.csv"),
+    "truncated gzip": ("rows", put(TRUNCATED), r"line \d+"),
+    "damaged gzip": ("rows", put(TRUNCATED[:40] + b"\0\0\0\0" + TRUNCATED[44:]), r"line \d+"),
+    "zip": ("rows", put(b"PK\x03\x04rest"), "zip"),
+    "latin-1": ("items", put_catalog("item_id,title\ni1,Caf\xe9\n".encode("latin-1")), "line 2 .*utf-8"),
+    "utf-16": ("rows", put(INTERACTIONS.encode("utf-16")), "line 1 .*utf-8"),
     "other delimiter": (
         "rows",
         put(INTERACTIONS.replace(",", ";")),
-        r"no column 'user_id', 'item_id', 'timestamp'; found 'user_id;item_id;timestamp;rating'\..*delimiter may be",
+        r"'user_id;item_id;timestamp;rating'.*'user_id', 'item_id', 'timestamp'.*delimiter",
     ),
-    "missing column": ("rows", put("user_id,item,timestamp\n"), r"no column 'item_id'; found 'user_id', 'item', 'time"),
-    "a name twice": ("rows", put("user_id,item_id,user_id\n"), r"the header names 'user_id' more than once\. Give"),
-    "a broken header": ("rows", put('"user_id,item_id\n'), r"line 1 is no header of column names \(unexpected end"),
-    "header alone": ("rows", put("user_id,item_id,timestamp\n"), r"none of the 0 rows is left: 0 bad\. Take more data"),
+    "missing column": ("rows", put("user_id,item,timestamp\n"), "'user_id', 'item', 'timestamp'.*'item_id'"),
+    "a name twice": ("rows", put("user_id,item_id,user_id\n"), "'user_id'"),
+    "a broken header": ("rows", put('"user_id,item_id\n'), "line 1"),
+    "only a header": ("rows", put("user_id,item_id,timestamp\n"), "0 rows.* 0 bad"),
     "no time": (
         "rows",
         put("user_id,item_id,timestamp\nann,i1,31/01/2024\nann,i2,\n"),
-        r"cannot be read in any of the first 2 rows, the first is line 2; expected a whole number, a number, an ISO",
+        " 2 rows.* line 2; expected a whole number, a number, an ISO 8601 time",
     ),
-    "bad rows": (
-        "rows",
-        put(INTERACTIONS + "cy,i9,5,1\n"),
-        r"1 of the 7 rows read are bad, expected at most 1 %: the item is not in the catalog \(1: line 8\)\. Correct",
-    ),
-    "bad catalog": (
-        "items",
-        put_catalog(CATALOG + "i1,Again,,\n"),
-        r"1 of the 5 rows .*has a row already \(1: line 7\)",
-    ),
-    "no attribute": (
-        "items",
-        put_catalog("item_id,name\ni1,x\n"),
-        r"none of the columns item_id, name is named as title",
-    ),
-    "no items": ("items", put_catalog("item_id,title\n"), r"there are no items in it, expected a row for each"),
-    "no item column": ("items", put_catalog("sku,title\ni1,x\n"), r"no column 'item_id'; found 'sku', 'title'"),
+    "bad rows": ("rows", put(INTERACTIONS + "cy,i9,5,1\n"), r"1 of the 7 rows.* 1 %.*\(1: line 8\)"),
+    "bad catalog": ("items", put_catalog(CATALOG + "i1,Again,,\n"), r"1 of the 5 rows.*\(1: line 7\)"),
+    "no attribute": ("items", put_catalog("item_id,name\ni1,x\n"), "item_id, name, .*title, brand and category"),
+    "no items": ("items", put_catalog("item_id,title\n"), r"items\.csv"),
+    "no item column": ("items", put_catalog("sku,title\ni1,x\n"), "'sku', 'title'.*'item_id'"),
 }
 
 
 @pytest.mark.parametrize("defect", DEFECTS)
-def test_a_defect_is_refused_by_file_finding_and_remedy_and_nothing_is_written(tmp_path: Path, defect: str) -> None:
+def test_a_defect_is_an_error_with_file_and_values_and_writes_nothing(tmp_path: Path, defect: str) -> None:
     stem, change, message = DEFECTS[defect]
     rows, items = write_tables(tmp_path)
     change(rows, items)
@@ -249,42 +229,42 @@ def test_a_defect_is_refused_by_file_finding_and_remedy_and_nothing_is_written(t
     assert not (tmp_path / "domains").exists()
 
 
-def test_a_failed_import_leaves_the_domain_that_was_there(tmp_path: Path) -> None:
+def test_a_failed_import_keeps_the_existing_domain(tmp_path: Path) -> None:
     rows, items = write_tables(tmp_path)
     import_csv(rows, items, tmp_path / "domains")
     before = {path.name: path.read_bytes() for path in (tmp_path / "domains" / "shop").iterdir()}
     rows.write_bytes(TRUNCATED)
-    with pytest.raises(DomainError, match="ends early"):
+    with pytest.raises(DomainError, match=r"rows\.csv: .*line \d+"):
         import_csv(rows, items, tmp_path / "domains", settings=ImportSettings(overwrite=True))
     assert {path.name: path.read_bytes() for path in (tmp_path / "domains" / "shop").iterdir()} == before
     assert [path.name for path in (tmp_path / "domains").iterdir()] == ["shop"]
 
 
-def test_options_that_make_no_sense_are_refused(tmp_path: Path) -> None:
+def test_invalid_options_are_refused(tmp_path: Path) -> None:
     tables = write_tables(tmp_path)
-    with pytest.raises(ConfigError, match=r"min_rating is 4, but no rating column is named\. Name it"):
+    with pytest.raises(ConfigError, match=r"min_rating .* 4"):
         import_csv(*tables, tmp_path / "d", settings=ImportSettings(min_rating=4))
-    with pytest.raises(DomainError, match=r"the delimiter is '::', expected one character"):
+    with pytest.raises(DomainError, match="'::'"):
         import_csv(*tables, tmp_path / "d", delimiter="::")
-    with pytest.raises(DomainError, match=r"items\.csv: no column 'brandname'"):
+    with pytest.raises(DomainError, match=r"items\.csv: .*'brandname'"):
         import_csv(*tables, tmp_path / "d", Columns(brand="brandname"))
 
 
-def test_a_line_without_end_does_not_fill_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_endless_line_does_not_exhaust_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fedmerge.domain.importers.source_files.MAX_LINE_BYTES", 1 << 20)
     tables = write_tables(tmp_path, INTERACTIONS + "x" * (1 << 20))
-    with pytest.raises(DomainError, match=r"rows\.csv: line 8 is longer than 1 MiB, expected one row a line\. Write"):
+    with pytest.raises(DomainError, match=r"rows\.csv: line 8 .* 1 MiB"):
         import_csv(*tables, tmp_path / "d")
 
 
-def test_progress_is_told(tmp_path: Path) -> None:
-    told: list[tuple[str, int, float]] = []
+def test_progress_is_reported(tmp_path: Path) -> None:
+    calls: list[tuple[str, int, float]] = []
     lines = ["user_id,item_id,timestamp", *(f"u{n},i1,{n}" for n in range(40_000))]
     tables = write_tables(tmp_path, "\n".join(lines))
-    settings = ImportSettings(progress=lambda *state: told.append(state))
+    settings = ImportSettings(progress=lambda *state: calls.append(state))
     assert import_csv(*tables, tmp_path / "d", settings=settings).manifest.num_users == 40_000
-    assert [(file, rows) for file, rows, _ in told] == [(str(tables[0]), 16_384), (str(tables[0]), 32_768)]
-    assert all(0 < share <= 1 for _, _, share in told)
+    assert [(file, rows) for file, rows, _ in calls] == [(str(tables[0]), 16_384), (str(tables[0]), 32_768)]
+    assert all(0 < share <= 1 for _, _, share in calls)
 
 
 # Parquet
@@ -321,7 +301,7 @@ def test_parquet_tables_are_imported_as_by_hand(tmp_path: Path, kind: str) -> No
     assert load_catalog(tmp_path / "domains" / "shop").attributes["title"] == ("One", "Two", "")
 
 
-def test_the_same_tables_make_the_same_domain_from_either_form(tmp_path: Path) -> None:
+def test_csv_and_parquet_give_the_same_domain(tmp_path: Path) -> None:
     lines = [line.split(",") for line in INTERACTIONS.splitlines()]
     rows = {name: [line[n] for line in lines[1:]] for n, name in enumerate(lines[0])}
     texts = ['One, "the first"', "Two words", "Three", "Two lines"]
@@ -342,7 +322,7 @@ def test_bad_rows_of_parquet_are_reported_with_row_and_reason(tmp_path: Path) ->
         "no item": (1, (2,)),
         "the item is not in the catalog": (1, (3,)),
     }
-    assert sequences(tmp_path / "d" / "shop") == {"7": ["1"]}  # pandas makes decimals of whole numbers with gaps
+    assert sequences(tmp_path / "d" / "shop") == {"7": ["1"]}  # pandas stores whole numbers with gaps as floats
 
 
 GOOD = {"user_id": ["a"], "item_id": [1], "timestamp": [1]}
@@ -351,17 +331,13 @@ GOOD = {"user_id": ["a"], "item_id": [1], "timestamp": [1]}
 @pytest.mark.parametrize(
     ("rows", "change", "message"),
     [
-        (GOOD, lambda path: path.unlink(), r"rows\.parquet: no such file"),
-        (GOOD, lambda path: path.write_bytes(b""), r"cannot be read as Parquet \(.*Replace it"),
-        (GOOD, lambda path: path.write_text(INTERACTIONS), r"cannot be read as Parquet"),
-        (GOOD, lambda path: path.write_bytes(path.read_bytes()[:-9]), r"cannot be read as Parquet"),
-        ({"user_id": ["a"], "item_id": [1]}, lambda path: None, r"no column 'timestamp'; found 'user_id', 'item_id'"),
-        (
-            {**GOOD, "item_id": [[1]]},
-            lambda path: None,
-            r"'item_id' is of type list<.*>, expected text, numbers or points",
-        ),
-        ({**GOOD, "timestamp": [True]}, lambda path: None, r"'timestamp' is of type bool, expected"),
+        (GOOD, lambda path: path.unlink(), "rows.parquet: "),
+        (GOOD, lambda path: path.write_bytes(b""), "rows.parquet: .*Parquet"),
+        (GOOD, lambda path: path.write_text(INTERACTIONS), "rows.parquet: .*Parquet"),
+        (GOOD, lambda path: path.write_bytes(path.read_bytes()[:-9]), "rows.parquet: .*Parquet"),
+        ({"user_id": ["a"], "item_id": [1]}, lambda path: None, "'user_id', 'item_id'.*'timestamp'"),
+        ({**GOOD, "item_id": [[1]]}, lambda path: None, "'item_id' .*list<.*>"),
+        ({**GOOD, "timestamp": [True]}, lambda path: None, "'timestamp' .*bool"),
     ],
     ids=["no file", "empty", "text", "truncated", "no column", "list", "boolean"],
 )

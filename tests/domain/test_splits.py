@@ -1,4 +1,4 @@
-"""Leave-one-out by hand, its laws, and the draw of evaluated users."""
+"""Leave-one-out by hand, its laws, and the sample of evaluated users."""
 
 import numpy as np
 import pytest
@@ -11,14 +11,14 @@ from fedmerge.errors import ConfigError, DomainError
 
 
 def many_users(num_users: int = 200) -> Interactions:
-    """User u owns u % 7 + 1 items."""
+    """Return interactions in which user u has u % 7 + 1 items."""
     return make_interactions(
         [f"u{u}" for u in range(num_users)], [[(u + i) % 50 for i in range(u % 7 + 1)] for u in range(num_users)]
     )
 
 
 def as_lists(examples: Examples) -> tuple[list[int], list[list[int]], list[int]]:
-    """Users, histories and targets as plain lists."""
+    """Return users, histories and targets as plain lists."""
     return examples.users.tolist(), [h.tolist() for h in examples.histories], examples.targets.tolist()
 
 
@@ -35,7 +35,7 @@ def test_train_valid_and_test_make_up_each_evaluated_sequence(sequences: list[li
     train = train_sequences(interactions)
     long = [u for u, sequence in enumerate(sequences) if len(sequence) >= 3]
     if not long:
-        with pytest.raises(DomainError, match=rf"none of {len(sequences)} users has 3 interactions"):
+        with pytest.raises(DomainError, match=rf"'test': .* {len(sequences)} users .* 3 "):
             evaluation_examples(interactions, "test", None, 0)
         return
     valid, test = (evaluation_examples(interactions, split, None, 0) for split in ("valid", "test"))
@@ -48,21 +48,21 @@ def test_train_valid_and_test_make_up_each_evaluated_sequence(sequences: list[li
         assert train[user].tolist() == sequences[user]
 
 
-def test_a_draw_is_sorted_without_repeats_and_says_what_all_users_say() -> None:
+def test_a_sample_is_sorted_unique_and_consistent_with_all_users() -> None:
     interactions = many_users()
     everyone = evaluation_examples(interactions, "test", None, 3)
-    drawn = evaluation_examples(interactions, "test", 40, 3)
+    sample = evaluation_examples(interactions, "test", 40, 3)
     assert len(everyone) > 100
-    assert len(drawn) == 40
-    assert (np.diff(drawn.users) > 0).all()
-    assert set(drawn.users) <= set(everyone.users)
-    rows = np.searchsorted(everyone.users, drawn.users)
-    assert drawn.targets.tolist() == everyone.targets[rows].tolist()
-    assert [h.tolist() for h in drawn.histories] == [everyone.histories[row].tolist() for row in rows]
-    assert [str(a.dtype) for a in (drawn.users, drawn.targets, drawn.histories[0])] == ["int64", "int64", "int32"]
+    assert len(sample) == 40
+    assert (np.diff(sample.users) > 0).all()
+    assert set(sample.users) <= set(everyone.users)
+    rows = np.searchsorted(everyone.users, sample.users)
+    assert sample.targets.tolist() == everyone.targets[rows].tolist()
+    assert [h.tolist() for h in sample.histories] == [everyone.histories[row].tolist() for row in rows]
+    assert [str(a.dtype) for a in (sample.users, sample.targets, sample.histories[0])] == ["int64", "int64", "int32"]
 
 
-def test_a_draw_depends_on_seed_and_split_alone() -> None:
+def test_a_sample_depends_only_on_seed_and_split() -> None:
     users = evaluation_examples(many_users(), "test", 40, 3).users.tolist()
     np.random.seed(99)  # the global generator must not matter
     assert evaluation_examples(many_users(), "test", 40, 3).users.tolist() == users
@@ -70,14 +70,14 @@ def test_a_draw_depends_on_seed_and_split_alone() -> None:
     assert evaluation_examples(many_users(), "valid", 40, 3).users.tolist() != users
 
 
-def test_a_draw_of_at_least_everyone_takes_everyone() -> None:
+def test_a_sample_of_at_least_all_users_is_all_users() -> None:
     everyone = evaluation_examples(many_users(), "valid", None, 0).users.tolist()
     assert evaluation_examples(many_users(), "valid", len(everyone), 0).users.tolist() == everyone
     assert evaluation_examples(many_users(), "valid", 10**6, 0).users.tolist() == everyone
 
 
-def test_settings_that_mean_nothing_are_refused() -> None:
-    with pytest.raises(ConfigError, match="max_users is 0, expected at least 1"):
+def test_invalid_settings_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"max_users .*0.* 1"):
         evaluation_examples(many_users(), "test", 0, 0)
-    with pytest.raises(ConfigError, match=r"split is 'train', expected one of \['test', 'valid'\]"):
-        evaluation_examples(many_users(), "train", None, 0)  # type: ignore[arg-type]  # what a caller without mypy does
+    with pytest.raises(ConfigError, match=r"'train'.*\['test', 'valid'\]"):
+        evaluation_examples(many_users(), "train", None, 0)  # type: ignore[arg-type]  # as a caller without mypy may

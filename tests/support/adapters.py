@@ -1,4 +1,4 @@
-"""Random adapters for tests: strong enough that every one of them matters."""
+"""Random adapters for tests, large enough that each affects a merge."""
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,13 +13,13 @@ Layout = dict[str, tuple[int, int]]  # module name -> (out, in)
 
 
 def layout_of(backbone: Backbone, targets: tuple[str, ...] = ("query", "value", "intermediate.dense")) -> Layout:
-    """The linear layers whose names end with one of the targets."""
+    """Return the shapes of the linear layers whose names end with one of the targets."""
     layers = dict(backbone.model.named_modules())
     return {name: tuple(layers[name].weight.shape) for name in layers if name.endswith(targets)}
 
 
 def random_adapter(layout: Layout, rank: int, scaling: float, seed: int) -> Adapter:
-    """Normal factors whose update has entries of about scaling / √in."""
+    """Draw normal factors whose update has entries of about scaling / √in."""
     rng = torch.Generator().manual_seed(seed)
     return Adapter(
         {
@@ -34,7 +34,7 @@ def random_adapter(layout: Layout, rank: int, scaling: float, seed: int) -> Adap
 
 
 def random_adapters(layout: Layout) -> dict[str, Adapter]:
-    """Three domains of unequal rank and scaling, not in alphabetical order."""
+    """Draw adapters of three domains with different ranks and scalings, not in alphabetical order."""
     settings = {"toys": (3, 2.0), "books": (1, 0.5), "tents": (4, 1.25)}
     return {
         name: random_adapter(layout, rank, scaling, seed)

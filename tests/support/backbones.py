@@ -1,4 +1,4 @@
-"""Tiny backbones, built from a configuration: no download, the real transformers classes."""
+"""Tiny backbones built from a configuration: the real transformers classes, without a download."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -44,7 +44,7 @@ WORDS = [
 
 
 def tiny_bert(folder: Path, seed: int = 0) -> Path:
-    """A two-layer BERT of width 32 with a WordPiece vocabulary of whole words and letters."""
+    """Write a two-layer BERT of width 32 with a WordPiece vocabulary of whole words and letters."""
     tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ";", ":", *WORDS]
     letters = "abcdefghijklmnopqrstuvwxyz0123456789"
     tokens += [letter for letter in letters if letter not in tokens] + [f"##{letter}" for letter in letters]
@@ -68,7 +68,7 @@ def tiny_bert(folder: Path, seed: int = 0) -> Path:
 
 
 def tiny_roberta(folder: Path, seed: int = 0) -> Path:
-    """A two-layer RoBERTa of width 32 with byte-level BPE."""
+    """Write a two-layer RoBERTa of width 32 with byte-level BPE."""
     special = ["<s>", "<pad>", "</s>", "<unk>"]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate([*special, *alphabet])}
@@ -111,7 +111,7 @@ def _written(build: Callable[[], PreTrainedModel], tokenizer: PreTrainedTokenize
 
 
 def _spread(model: torch.nn.Module) -> None:
-    """Weights large enough that different texts get clearly different vectors."""
+    """Scale the weights up, so that different texts get clearly different vectors."""
     for name, parameter in model.named_parameters():
         if parameter.ndim == 2 and "embeddings" not in name:
             torch.nn.init.xavier_uniform_(parameter)

@@ -1,6 +1,6 @@
-"""A federation on machines of :mod:`deploy_hosts`: an operator with SuperLink and nginx, organisations with clients.
+"""A federation on machines of :mod:`deploy_hosts`: an operator with SuperLink and nginx, and organisations with clients.
 
-The operator works from the checkout; organisations have the wheel and nothing of the checkout.
+The operator works from the checkout; organisations have only the wheel.
 """
 
 import json
@@ -62,9 +62,9 @@ class Federation:
     """The federation on the machines.
 
     Attributes:
-        network: the machines: first the operator's, then one for each organisation.
+        network: the machines: first the operator's, then one per organisation.
         domains: domain of each organisation, in the order of their machines.
-        operators_command: `fedmerge deploy start`.
+        operators_command: the process of `fedmerge deploy start`.
         installed: the organisations' fedmerge.
     """
 
@@ -75,26 +75,26 @@ class Federation:
 
     @property
     def operator(self) -> Host:
-        """The operator's machine."""
+        """Return the operator's machine."""
         return self.network.hosts[0]
 
     @property
     def organisations(self) -> dict[str, Host]:
-        """Domain -> machine."""
+        """Return domain -> machine."""
         return dict(zip(self.domains, self.network.hosts[1:], strict=True))
 
     @property
     def deployment(self) -> Path:
-        """The operator's folder."""
+        """Return the operator's folder."""
         return self.network.home(self.operator) / "deployment"
 
     @property
     def shared(self) -> Path:
-        """Folder of domains, backbone and experiment file, as if each machine had its own copy."""
+        """Return the folder of domains, backbone and experiment file, as if each machine had its own copy."""
         return self.network.folder
 
     def prepare(self, steps: int = 10) -> None:
-        """Write data and the operator's folder, install the wheel, make every organisation's key and bundle."""
+        """Write data and the operator's folder, install the wheel, create every organisation's key and bundle."""
         self.installed = install_wheel(build_wheel(self.shared / "wheel"), self.shared / "organisations")
         write_demo(self.shared / "domains", num_domains=8, num_users=80, num_items=40)
         tiny_bert(self.shared / "backbone")
@@ -122,7 +122,7 @@ class Federation:
         return done.stdout
 
     def operators_variables(self) -> dict[str, str]:
-        """Environment variables that the operator exports."""
+        """Return the environment variables that the operator exports."""
         return {"FLWR_HOME": str(self.deployment / "flower")}
 
     def start_operator(self) -> None:
@@ -150,11 +150,11 @@ class Federation:
         return done.stdout
 
     def client_folder(self, domain: str) -> Path:
-        """Client folder of an organisation."""
+        """Return an organisation's client folder."""
         return self.network.home(self.organisations[domain]) / "client"
 
     def bundle(self, domain: str) -> Path:
-        """Bundle of an organisation."""
+        """Return an organisation's bundle."""
         return self.deployment / "clients" / domain
 
     def start_client(self, domain: str) -> "subprocess.Popen[bytes]":
@@ -165,13 +165,13 @@ class Federation:
 
     @property
     def organisations_command(self) -> tuple[str, ...]:
-        """Program ``fedmerge`` of the wheel."""
+        """Return the program ``fedmerge`` of the wheel."""
         assert self.installed is not None
         return (self.installed.python, "-m", "fedmerge.cli")
 
     @property
     def address(self) -> str:
-        """Address for clients."""
+        """Return the address for clients."""
         told = (self.deployment / "clients" / self.domains[0] / "federation.toml").read_text()
         found = re.search(r'address = "([^"]+)"', told)
         assert found, told

@@ -1,7 +1,7 @@
-"""Machines of a federation for tests: network namespaces with addresses of their own, or this machine's loopback.
+"""Machines of a test federation: network namespaces with their own addresses, or the loopback of this machine.
 
-Each namespace has one interface, eth0, which leads to a bridge in a namespace of its own: nothing of this machine's
-network is touched. Names are new for every network, and everything is removed at the end.
+Each namespace has one interface, eth0, connected to a bridge in another namespace, so this machine's network does not
+change. Every network has fresh names, and everything is removed at the end.
 """
 
 import os
@@ -30,10 +30,10 @@ class Host:
     """A machine.
 
     Attributes:
-        name: for its folder.
-        address: its own, or 127.0.0.1.
-        namespace: of its network; empty on the loopback.
-        cable: its end at the bridge.
+        name: name of the machine and of its folder.
+        address: its own address, or 127.0.0.1.
+        namespace: network namespace; empty on the loopback.
+        cable: the bridge's end of its cable.
     """
 
     name: str
@@ -42,21 +42,21 @@ class Host:
     cable: str = ""
 
     def command(self, *arguments: str | Path) -> list[str]:
-        """Return a command in the form in which this machine runs it."""
+        """Return a command wrapped so that it runs on this machine."""
         inside = ["ip", "netns", "exec", self.namespace] if self.namespace else []
         return [*inside, *map(str, arguments)]
 
 
 @dataclass
 class Network:
-    """Machines that reach each other; their processes end with the network.
+    """Connected machines; their processes end with the network.
 
     Attributes:
         hosts: the machines.
-        folder: each machine's files are in a folder of its name.
+        folder: parent of each machine's folder.
         switch: namespace of the bridge; empty on the loopback.
-        mark: of every process that is started on them.
-        processes: what was started by :meth:`start`.
+        mark: mark in the environment of every process on the machines.
+        processes: processes started by :meth:`start`.
     """
 
     hosts: list[Host]
@@ -79,7 +79,7 @@ class Network:
     def run(
         self, host: Host, *arguments: str | Path, more: Mapping[str, str] | None = None
     ) -> "subprocess.CompletedProcess[str]":
-        """Run a command on a machine to its end; return both streams together."""
+        """Run a command on a machine until it ends; return both streams together."""
         return subprocess.run(
             host.command(*arguments),
             cwd=self.home(host),
@@ -115,7 +115,7 @@ class Network:
 
 @contextmanager
 def network(folder: Path, names: list[str], in_namespaces: bool) -> Iterator[Network]:
-    """Create machines with these names, and remove them afterwards in any case."""
+    """Create machines with these names and always remove them afterwards."""
     made = Network([Host(name, "127.0.0.1") for name in names], folder)
     if in_namespaces:
         token = secrets.token_hex(3)
@@ -138,12 +138,14 @@ def network(folder: Path, names: list[str], in_namespaces: bool) -> Iterator[Net
                     left = subprocess.run(
                         ["ip", "netns", "pids", namespace], capture_output=True, text=True, check=False
                     )
-                    kill([int(pid) for pid in left.stdout.split()])  # what has overwritten its mark, as nginx does
+                    kill(
+                        [int(pid) for pid in left.stdout.split()]
+                    )  # processes that overwrote their mark, such as nginx
                     subprocess.run(["ip", "netns", "del", namespace], capture_output=True, check=False)
 
 
 def why_no_namespaces() -> str:
-    """Return why network namespaces cannot be used here; empty if they can."""
+    """Return the reason why network namespaces cannot be used here, or ""."""
     if shutil.which("ip") is None:
         return "iproute2 is not installed"
     if os.geteuid() != 0:
@@ -166,7 +168,7 @@ def has_nginx() -> bool:
 
 
 def free_port() -> int:
-    """Return a port on which nothing listens, below the range of ephemeral ports."""
+    """Return an unused port below the range of ephemeral ports."""
     while True:
         port = 10000 + secrets.randbelow(10000)
         with socket.socket() as probe, suppress(OSError):
@@ -175,16 +177,16 @@ def free_port() -> int:
 
 
 def wait_for(what: str, is_so: Callable[[], bool], seconds: float = 120.0) -> float:
-    """Wait until a condition holds; return the seconds that it took."""
+    """Wait until a condition holds; return the seconds it took."""
     started = time.monotonic()
     while not is_so():
-        assert time.monotonic() - started < seconds, f"{what}: not so after {seconds:g} s"
+        assert time.monotonic() - started < seconds, f"{what}: not within {seconds:g} s"
         time.sleep(0.1)
     return time.monotonic() - started
 
 
 def processes_of(mark: str, program: str, under: int | None = None) -> list[int]:
-    """Return the network's living processes with this program in the command line, below ``under`` if given."""
+    """Return the network's running processes with this program in the command line, below ``under`` if given."""
     found = []
     for pid in _all(mark):
         with suppress(OSError, IndexError):
@@ -196,7 +198,7 @@ def processes_of(mark: str, program: str, under: int | None = None) -> list[int]
 
 
 def workers_of(mark: str) -> list[int]:
-    """Return the clients' processes that work on a message, which are children of an executor."""
+    """Return the clients' processes that handle a message: the children of an executor."""
     executors = processes_of(mark, "sim.machines.executor")
     return [
         pid
@@ -217,7 +219,7 @@ def kill(pids: list[int]) -> int:
 
 
 def _all(mark: str) -> list[int]:
-    """Return every living process started on the network's machines, and their descendants."""
+    """Return every running process of the network's machines and their descendants."""
     entry, found = f"{NETWORK}={mark}".encode(), []
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
@@ -227,7 +229,7 @@ def _all(mark: str) -> list[int]:
 
 
 def _end(made: Network) -> None:
-    """Send SIGTERM to every process, then SIGKILL to those that are left."""
+    """Send SIGTERM to every process, then SIGKILL to the remaining ones."""
     for process in made.processes:
         process.terminate()
     deadline = time.monotonic() + GRACE_SECONDS

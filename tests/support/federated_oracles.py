@@ -1,4 +1,4 @@
-"""Slow oracles of the aggregation rules, dense, in NumPy float64, written from their definitions."""
+"""Slow, dense oracles of the aggregation rules in NumPy float64, written from their definitions."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -46,7 +46,7 @@ def error(found: Dense, expected: Dense) -> float:
 
 
 def cut(update: Dense, rank: int) -> Dense:
-    """The best approximation of this rank, by module."""
+    """Return the best approximation of this rank, by module."""
     out = {}
     for name, matrix in update.items():
         U, S, Vh = np.linalg.svd(matrix, full_matrices=False)
@@ -128,7 +128,7 @@ def random_clients(ranks: Mapping[str, int], seed: int = 0, scaling: float = 2.0
 
 
 def fresh(ranks: Mapping[str, int], scaling: float = 2.0) -> dict[str, Adapter]:
-    """The first rows of one A for all, and B = 0."""
+    """Return starts with the first rows of one shared A, and B = 0."""
     widest = random_adapter(LAYOUT, max(ranks.values()), scaling, 77)
 
     def of_rank(rank: int) -> Adapter:
@@ -143,7 +143,7 @@ def fresh(ranks: Mapping[str, int], scaling: float = 2.0) -> dict[str, Adapter]:
 
 
 def trained(state: GlobalState, clients: list[str] | None = None, only_B: bool = False) -> dict[str, Adapter]:
-    """What clients might train in the next round: a random step away from their starts."""
+    """Return possible adapters after the next round: a random step from their starts."""
     found = {}
     for number, client in enumerate(sorted(state.starts)):
         rng = torch.Generator().manual_seed(1000 * state.num_rounds + number)
@@ -162,7 +162,7 @@ def one(A: list[list[float]], B: list[list[float]], scaling: float = 1.0) -> Ada
 
 
 def vectors(*rows: list[float]) -> dict[str, Adapter]:
-    """Clients whose update is a row vector."""
+    """Return clients whose update is a row vector."""
     return {f"client {k}": one([row], [[1.0]]) for k, row in enumerate(rows)}
 
 
@@ -176,7 +176,7 @@ def equal(adapters: Mapping[str, Adapter]) -> dict[str, float]:
 
 
 def run(rule: str, rounds: int, ranks: Mapping[str, int] | None = None, **parameters: Any) -> GlobalState:
-    """Some rounds; one client is away in the second. Equal ranks where the rule wants them."""
+    """Run some rounds; one client is absent in the second. Ranks are equal where the rule requires it."""
     if ranks is None:
         ranks = dict.fromkeys(RANKS, 2) if rule in ("fedit", "ffa-lora") else RANKS
     state = initial_state(fresh(ranks))

@@ -1,4 +1,4 @@
-"""A federation over TLS with authentication on this machine's loopback: SuperLink, operator, organisations."""
+"""A federation over TLS with authentication on the loopback: SuperLink, operator, organisations."""
 
 import ipaddress
 import json
@@ -27,14 +27,14 @@ PROGRAMS = Path(sys.executable).parent
 
 
 def free_port() -> int:
-    """Return a port on which nothing listens."""
+    """Return an unused port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def certificates(folder: Path, days: int = 90) -> None:
-    """Write ca.crt, and server.pem with server.key for 127.0.0.1 and localhost, as the operator makes them."""
+    """Write ca.crt, and server.pem with server.key for 127.0.0.1 and localhost, as the operator does."""
     folder.mkdir(parents=True, exist_ok=True)
     authority, server = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
     issuer, subject = (x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]) for name in ("test CA", "server"))
@@ -74,11 +74,11 @@ class Loopback:
 
     @property
     def address(self) -> str:
-        """Address of the SuperLink."""
+        """Return the address of the SuperLink."""
         return f"127.0.0.1:{self.port}"
 
     def start(self, log: str, *command: str, **variables: str) -> "subprocess.Popen[str]":
-        """Start a process whose output goes to ``place/log``."""
+        """Start a process; its output goes to ``place/log``."""
         with (self.place / log).open("a") as output:
             process = subprocess.Popen(
                 command,
@@ -101,11 +101,11 @@ class Loopback:
             found = (self.place / log).read_text()
             return text in found
 
-        assert eventually(look, seconds), f"{log} has no {text!r}:\n{found[-4000:]}"
+        assert eventually(look, seconds), f"{log} lacks {text!r}:\n{found[-4000:]}"
         return found
 
     def flwr(self, *arguments: str) -> dict[str, Any]:
-        """Run flwr and return its answer in JSON."""
+        """Run flwr and return its JSON output."""
         done = subprocess.run(
             [str(PROGRAMS / "flwr"), *arguments, "--format", "json"],
             cwd=self.place,
@@ -133,7 +133,7 @@ class Loopback:
         return log.read_text()
 
     def client(self, *arguments: str, **variables: str) -> "subprocess.CompletedProcess[str]":
-        """Run ``fedmerge client …`` to its end."""
+        """Run ``fedmerge client …`` until it ends."""
         return subprocess.run(
             [sys.executable, "-m", "fedmerge.cli", "client", *arguments],
             cwd=self.place,
@@ -157,7 +157,7 @@ class Loopback:
 
 
 def start_loopback(place: Path) -> Loopback:
-    """Start a SuperLink with TLS that admits registered keys only."""
+    """Start a SuperLink with TLS that admits only registered keys."""
     place.mkdir(parents=True, exist_ok=True)
     certificates(place / "tls")
     port = free_port()

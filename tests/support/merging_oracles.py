@@ -103,7 +103,7 @@ def breadcrumbs(rows: Rows, drop_smallest: float, drop_largest: float, coefficie
 
 
 def over_scope(updates: list[list[Array]], merge: Flat) -> list[Array]:
-    """Merge K domains' matrices of several modules as rows over all of them: [module][domain] -> [module]."""
+    """Merge K domains' matrices as rows over all modules together: [module][domain] -> [module]."""
     rows = [np.concatenate([module[k].ravel() for module in updates]).tolist() for k in range(len(updates[0]))]
     merged, out, start = np.array(merge(rows)), [], 0
     for module in updates:
@@ -120,13 +120,13 @@ def supported_svd(matrix: Array, largest: float = 0.0) -> tuple[Array, Array, Ar
 
 
 def knots(updates: list[Array]) -> tuple[Array, list[Array]]:
-    """U and the S V_k of [Δ_1 | … | Δ_K]."""
+    """Return U and the S V_k of [Δ_1 | … | Δ_K]."""
     U, S, Vh = supported_svd(np.concatenate(updates, axis=1))
     return U, np.split(S[:, None] * Vh, len(updates), axis=1)
 
 
 def core(pairs: list[tuple[Array, Array]]) -> tuple[Array, Array, list[Array]]:
-    """U_ref, V_ref and the core matrices of K pairs B, A."""
+    """Return U_ref, V_ref and the core matrices of K pairs B, A."""
     U = supported_svd(np.concatenate([B for B, _ in pairs], axis=1))[0]
     V = supported_svd(np.concatenate([A for _, A in pairs]).T)[0]
     return U, V, [U.T @ B @ A @ V for B, A in pairs]
@@ -179,7 +179,7 @@ def dense_vectors(
     coefficients: Callable[[str, str], torch.Tensor | float],
     sequences: list[np.ndarray],
 ) -> torch.Tensor:
-    """(n, d) vectors of θ₀ + Σ_k w_k Δ_k; ``coefficients(domain, module)`` gives w."""
+    """Return the (n, d) vectors of θ₀ + Σ_k w_k Δ_k; ``coefficients(domain, module)`` gives w."""
     model = copy.deepcopy(backbone.model).double()
     parameters: dict[str, torch.Tensor] = dict(model.named_parameters())
     for module in next(iter(adapters.values())).modules:
@@ -198,7 +198,7 @@ def dense_vectors(
 
 
 def oracle_rows(adapters: dict[str, Adapter], initialisation: str) -> dict[str, Adapter]:
-    """What each domain contributes, dense and in float64, as an adapter of factors I and v_k."""
+    """Return each domain's contribution, dense and in float64, as an adapter with factors I and v_k."""
     updates = {
         module: {
             name: (

@@ -1,4 +1,4 @@
-"""Run and benchmark folders for tests of the report: random outcomes of users, everything else computed from them."""
+"""Run and benchmark folders for tests of the report, computed from random outcomes of users."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -36,7 +36,7 @@ _SPLITS: tuple[Split, ...] = ("valid", "test")
 def some_sums(
     strategies: Sequence[str], seed: int, domain: str, split: str, variant: Variant, num_users: int = 300
 ) -> MetricSums:
-    """A domain's users are the same under every seed; later strategies are better."""
+    """Draw metric sums; a domain's users are the same under every seed, and later strategies are better."""
     luck = generator(0, "users", domain, split).random(num_users)
     outcomes = {}
     for number, name in enumerate(strategies):
@@ -56,7 +56,7 @@ def some_bench(
     num_layers: int = 6,
     folds: bool = True,
 ) -> BenchTables:
-    """A benchmark; with ``folds`` every domain in turn is also unseen."""
+    """Return a benchmark's tables; with ``folds`` every domain in turn is also unseen."""
     left_outs = ("", *(domains if folds else ()))
     places = [(dataset, seed, left_out) for dataset in datasets for seed in seeds for left_out in left_outs]
     reported = {
@@ -67,7 +67,7 @@ def some_bench(
         for domain in domains
         for split in _SPLITS
         for variant in VARIANTS
-        if not place[2] or (domain == place[2] and split == "test")  # of a fold whoever is left out is evaluated
+        if not place[2] or (domain == place[2] and split == "test")  # a fold evaluates only the domain left out
     }
     comparisons: list[dict[str, Any]] = []
     for dataset in datasets:
@@ -122,7 +122,7 @@ def some_bench(
 
 
 def some_private_bench() -> BenchTables:
-    """A benchmark of strategies with differential privacy, and one without."""
+    """Return the tables of a benchmark of strategies with differential privacy, and one without."""
     tables = some_bench(tuple(PRIVATE), folds=False)
     flat = {"dp.mode": "user", "dp.delta": 1e-4, "train.negatives": "catalog", "merge.methods": "average"}
     configs = {name: from_flat({**flat, **changes}).model_dump(mode="json") for name, changes in PRIVATE.items()}
@@ -157,7 +157,7 @@ def _curve(number: int, domain: str, cell: Mapping[str, Any]) -> list[dict[str, 
 
 
 def _coefficients(number: int, domain: str, cell: Mapping[str, Any], num_layers: int) -> list[dict[str, Any]]:
-    """A value a layer, or one alone."""
+    """Return one value per layer, or a single one."""
     groups = [f"layer {layer}" for layer in range(num_layers)] if number % 2 == 0 else ["all"]
     values = generator(cell["seed"], "coefficients", cell["strategy"], domain).normal(0.25, 0.3, len(groups)).tolist()
     return [{"domain": domain, "group": group, "value": value} for group, value in zip(groups, values, strict=True)]
@@ -195,7 +195,7 @@ def _settings(cell: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def make_reported_run(place: Place, run_id: str, more: Sequence[str] = ()) -> Path:
-    """A finished run with tables of sums and products, curves, layer-wise coefficients and a ledger."""
+    """Write a finished run with tables of sums and products, curves, layer-wise coefficients and a ledger."""
     folder = make_run(place, run_id, more)
     methods = ("backbone", "expert", "average", "task-arithmetic 0.5")
     roles: dict[str, Role] = dict.fromkeys(TRAIN, "train")

@@ -1,4 +1,4 @@
-"""Run folders as `fedmerge run` leaves them, made without Flower: tiny backbone, small shops, random experts."""
+"""Run folders as written by `fedmerge run`, created without Flower: tiny backbone, small shops, random experts."""
 
 import hashlib
 import resource
@@ -84,7 +84,7 @@ def make_place(root: Path) -> Place:
 
 
 def make_run(place: Place, run_id: str, more: Sequence[str] = ()) -> Path:
-    """A finished run; ndcg@10 of the average is 0.25 on books, 0.5 on coffee and 0.75 on toys."""
+    """Write a finished run; ndcg@10 of the average is 0.25 on books, 0.5 on coffee and 0.75 on toys."""
     config = load_config(None, [*place.settings, f"run_id={run_id}", *more])
     backbone, folder = place.backbone(), create_run(config)
     adapters = {name: random_adapter(layout_of(backbone), 2, 1.5, seed) for seed, name in enumerate(TRAIN)}
@@ -144,13 +144,13 @@ MEASURED = ("test", "unmasked", "average")
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """Path -> hash of every file below a folder."""
+    """Return path -> hash of every file below a folder."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def output(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
-    """Standard output of a command that succeeds."""
+    """Run a command that succeeds; return its standard output."""
     capsys.readouterr()
     code = main([str(argument) for argument in arguments])
     captured = capsys.readouterr()
@@ -159,7 +159,7 @@ def output(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
-    """Standard error of a command that fails with a message and nothing else."""
+    """Run a command that fails with a message only; return its standard error."""
     capsys.readouterr()
     code = main([str(argument) for argument in arguments])
     captured = capsys.readouterr()
@@ -171,7 +171,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
 
 @contextmanager
 def full_disk(largest_file_bytes: int) -> Iterator[None]:
-    """Inside, the system refuses to write more than this into a file."""
+    """Limit the size of files within the context, as a full disk does."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file_bytes, hard))
     try:

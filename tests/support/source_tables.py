@@ -1,4 +1,4 @@
-"""Source files of the importers, small, as their publishers lay them out."""
+"""Small source files of the importers in the layouts of their publishers, and readers of the imported domains."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ Files = dict[str, Any]
 
 
 def small_source() -> Files:
-    """Three items and three users in other orders than meta_data's and train's; user 1 lacks val and test."""
+    """Return three items and three users, ordered differently in each file; user 1 lacks val and test."""
     return {
         "smap": {"B2": 1, "B1": 0, "B3": 2},
         "meta_data": {
@@ -29,7 +29,7 @@ def small_source() -> Files:
 
 
 def write_source(folder: Path, files: Files) -> Path:
-    """The six JSON files."""
+    """Write the six JSON files."""
     folder.mkdir(parents=True)
     for stem, content in files.items():
         (folder / f"{stem}.json").write_text(json.dumps(content))
@@ -37,7 +37,7 @@ def write_source(folder: Path, files: Files) -> Path:
 
 
 def sequences(folder: Path) -> dict[str, list[str]]:
-    """Item ids of each user, in the order of the domain."""
+    """Return each user's item ids, in the order of the domain."""
     item_ids, interactions = load_catalog(folder).item_ids, load_interactions(folder)
     return {
         user: [item_ids[item] for item in interactions.sequence(number)]

@@ -1,6 +1,6 @@
 """fedmerge as organisations install it: a wheel of the checkout in a separate virtual environment, without network.
 
-What fedmerge depends on is taken from the environment of the tests; the checkout is not on the path.
+Dependencies come from the environment of the tests; the checkout is not on the path.
 """
 
 import os
@@ -32,19 +32,19 @@ class Installed:
 
     @property
     def python(self) -> str:
-        """The interpreter."""
+        """Return the interpreter."""
         return str(self.folder / "bin" / "python")
 
     @property
     def package(self) -> Path:
-        """The folder of the installed package."""
+        """Return the folder of the installed package."""
         found = self.folder / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
         return found / "fedmerge"
 
     def run(
         self, *arguments: str | Path, folder: Path, more: Mapping[str, str] | None = None
     ) -> "subprocess.CompletedProcess[str]":
-        """Run ``fedmerge`` to its end; return both streams together."""
+        """Run ``fedmerge`` until it ends; return both streams together."""
         variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | dict(more or {})
         return subprocess.run(
             [self.folder / "bin" / "fedmerge", *arguments],
@@ -59,7 +59,7 @@ class Installed:
 
 
 def build_wheel(folder: Path) -> Path:
-    """Build the wheel from a copy of the checkout, so that the checkout gets no build/."""
+    """Build the wheel from a copy of the checkout, which leaves no build/ in the checkout."""
     source = folder / "source"
     ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
     for name in BUILT_FROM:
@@ -70,18 +70,18 @@ def build_wheel(folder: Path) -> Path:
             source.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, source / name)
     (source / "build" / "lib" / "fedmerge").mkdir(parents=True)
-    (source / "build" / "lib" / "fedmerge" / "deleted.py").touch()  # of a former build
+    (source / "build" / "lib" / "fedmerge" / "deleted.py").touch()  # from an earlier build
     pip("wheel", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", folder / "dist", source)
     (wheel,) = (folder / "dist").glob("*.whl")
     return wheel
 
 
 def install_wheel(wheel: Path, folder: Path) -> Installed:
-    """Install only the wheel, then make the dependencies of the tests importable there."""
+    """Install only the wheel, then make the tests' dependencies importable there."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     made = Installed(folder, wheel)
     pip("--python", made.python, "install", "--no-deps", "--no-index", wheel)
-    lent = sysconfig.get_path("purelib")  # its own .pth files, as that of the checkout, are not read there
+    lent = sysconfig.get_path("purelib")  # .pth files of that environment, such as the checkout's, are not read there
     (made.package.parent / "lent.pth").write_text(f"{lent}\n")
     for name in PROGRAMS_OF:
         for entry in distribution(name).entry_points.select(group="console_scripts"):
@@ -95,7 +95,7 @@ def install_wheel(wheel: Path, folder: Path) -> Installed:
 
 
 def pip(*arguments: str | Path) -> None:
-    """Run pip offline; its output is in the error."""
+    """Run pip offline; an error contains its output."""
     command = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", *arguments]
     variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)

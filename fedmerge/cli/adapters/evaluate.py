@@ -23,7 +23,7 @@ def add_commands(commands: "Commands") -> None:
         "--baselines",
         default=None,
         metavar="NAME,…",
-        help="reference rows: popularity, last-item, item-knn, sasrec (default: evaluation.baselines)",
+        help="baselines: popularity, last-item, item-knn, sasrec (default: evaluation.baselines)",
     )
     evaluate.add_argument("--json", action="store_true", help="machine-readable output")
     evaluate.set_defaults(command=_evaluate)

@@ -28,7 +28,7 @@ def _export(options: argparse.Namespace) -> int:
     provenance = {"method": "backbone alone"} if adapter is None else provenance_of(Path(options.adapter))
     export_model(backbone, adapter, options.out, config.text, provenance)
     print(
-        f"{options.out}: {backbone.name} merged with {options.adapter}; load with "
+        f"{options.out}: {backbone.name} merged with {options.adapter}; load it with "
         f"SentenceTransformer({str(options.out)!r})"
     )
     return 0

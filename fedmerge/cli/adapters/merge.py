@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from fedmerge.server.remerge import Experts
 
 DESCRIPTION = """\
-Merge LoRA adapters of one backbone into one adapter. Nothing is trained, no data are read.
+Merge LoRA adapters of one backbone into one adapter, without training and without reading data.
 
-With --method one merge is made, and --out is its PEFT folder. Without it all merges of an experiment's settings are
-made (of the run's own, or of --config, changed by --set), each in a folder below --out."""
+With --method, make one merge; --out is its PEFT folder. Without --method, make all merges of an experiment's settings
+(those of the run or of --config, changed by --set), each in a folder below --out."""
 
 EXAMPLES = """\
 examples:
@@ -28,11 +28,11 @@ examples:
   fedmerge merge demo-2026 --exclude books                                        its own merges, without one domain
   fedmerge merge demo-2026 --set merge.methods=mergerec mergerec.steps=1000       other settings"""
 
-# Of the training-free methods; a test holds the names to METHODS, which is not imported before a command needs it.
+# Parameters of the training-free methods. A test compares them with METHODS, whose import would slow every command.
 PARAMETERS = {
     "coefficient": "factor on the whole merge",
     "density": "fraction of entries kept",
-    "ties_density": "fraction that TIES keeps of the entries DARE keeps",
+    "ties_density": "fraction of DARE's entries that TIES keeps",
     "clamp": "fraction of magnitudes clamped at each end",
     "drop_smallest": "fraction of smallest magnitudes dropped",
     "drop_largest": "fraction of largest magnitudes dropped",
@@ -42,13 +42,13 @@ PARAMETERS = {
 
 def add_commands(commands: "Commands") -> None:
     """Add the commands to the parser."""
-    methods = commands.add_parser("methods", help="the merging methods: parameters, cost, sources, laws")
+    methods = commands.add_parser("methods", help="describe the merging methods: parameters, cost, sources, laws")
     methods.add_argument("names", nargs="*", metavar="METHOD", help="methods to describe (default: all)")
     methods.set_defaults(command=_methods)
 
     merge = commands.add_parser(
         "merge",
-        help="merge LoRA adapters, or merge the experts of a run again, without training",
+        help="merge LoRA adapters or the experts of a run, without training",
         description=DESCRIPTION,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -57,13 +57,13 @@ def add_commands(commands: "Commands") -> None:
         "sources",
         nargs="+",
         metavar="SOURCE",
-        help="two or more PEFT LoRA folders as [NAME=]DIR, or one run by its folder or the beginning of its id",
+        help="two or more PEFT LoRA folders as [NAME=]DIR, or one run: its folder or the beginning of its id",
     )
     merge.add_argument(
         "--method", help="method of a single merge (see `fedmerge methods`), or your own as module:function"
     )
     merge.add_argument(
-        "--out", type=Path, metavar="DIR", help="folder to create (for a run default: a new folder in RUN/remerged)"
+        "--out", type=Path, metavar="DIR", help="folder to create (default for a run: a new folder in RUN/remerged)"
     )
     merge.add_argument(
         "--exclude", nargs="+", action="extend", default=[], metavar="NAME", help="adapters to leave out"
@@ -75,7 +75,7 @@ def add_commands(commands: "Commands") -> None:
     one.add_argument(
         "--coefficients",
         metavar="NAME=X,…",
-        help="factors of the adapters before merging (default: 1); for folders also X,… in their order",
+        help="factors on the adapters before merging (default: 1); for folders also X,… in their order",
     )
     one.add_argument("--scope", choices=("tensor", "layer", "model"), help="extent of a threshold [tensor]")
     one.add_argument("--space", choices=("full", "core"), help="coordinates of the merge [full]")
@@ -91,7 +91,7 @@ def add_commands(commands: "Commands") -> None:
     )
 
     several = merge.add_argument_group("without --method")
-    several.add_argument("--config", type=Path, help="experiment file (default: the one of the adapters' run)")
+    several.add_argument("--config", type=Path, help="experiment file (default: that of the adapters' run)")
     add_overrides(several)
     several.add_argument(
         "--catalogs",
@@ -243,7 +243,7 @@ def _config_beside(run: Path | None, experts: "Experts") -> dict[str, str]:
 
 
 def _check_groups(options: argparse.Namespace) -> None:
-    """Raise ConfigError for flags that the chosen form of the command does not read."""
+    """Raise ConfigError for flags that the selected form of the command does not read."""
     from fedmerge.errors import ConfigError
 
     of_one = ["coefficients", "scope", "space", "output_rank", "seed", "parameter", *PARAMETERS]
@@ -279,7 +279,7 @@ def _adapters(sources: list[str]) -> dict[str, Path]:
             return {}
         if not adapter and is_run(folder):
             raise ConfigError(
-                f"merge: {folder} is a run; expected a PEFT folder beside other adapters. Give the run alone, "
+                f"merge: {folder} is a run, expected a PEFT folder beside other adapters. Give only the run, "
                 f"or its adapters: {folder / 'adapters'}/*."
             )
         if not folder.is_dir():
@@ -298,7 +298,7 @@ def _adapters(sources: list[str]) -> dict[str, Path]:
             )
         folders[name] = folder
     if len(folders) == 1:
-        raise ConfigError(f"merge: found one adapter, {sources[0]}; expected at least two, or one run.")
+        raise ConfigError(f"merge: found one adapter, {sources[0]}; expected at least two adapters or one run.")
     return folders
 
 

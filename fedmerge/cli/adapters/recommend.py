@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def add_commands(commands: "Commands") -> None:
     """Add the command to the parser."""
-    recommend = commands.add_parser("recommend", help="recommend items of a catalog for a history")
+    recommend = commands.add_parser("recommend", help="recommend items of a catalog given a history")
     add_adapter(recommend)
     recommend.add_argument("--domain", type=Path, required=True, metavar="DIR", help="only its catalog is read")
     recommend.add_argument(

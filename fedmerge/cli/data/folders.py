@@ -24,12 +24,12 @@ def add_commands(commands: "Commands") -> None:
     demo.add_argument("--num-items", type=int, default=400, help="items per domain, 20 to 20000 (default: 400)")
     demo.add_argument("--overwrite", action="store_true")
     demo.set_defaults(command=_demo)
-    backbone = data.add_parser("demo-backbone", help="write a tiny text encoder with random weights, for trials")
+    backbone = data.add_parser("demo-backbone", help="write a tiny text encoder with random weights, to try things out")
     backbone.add_argument(
-        "destination", type=Path, metavar="DST", help="folder for the encoder; give it as backbone.source"
+        "destination", type=Path, metavar="DST", help="folder for the encoder; use it as backbone.source"
     )
     backbone.set_defaults(command=_demo_backbone)
-    info = data.add_parser("info", help="show counts, lengths, density, text coverage and problems")
+    info = data.add_parser("info", help="show a domain's counts, lengths, density, text coverage and problems")
     info.add_argument("folder", type=Path, metavar="DST", help="a domain folder, or a folder of them")
     info.set_defaults(command=_info)
 
@@ -65,8 +65,8 @@ def _info(options: argparse.Namespace) -> int:
     folders = [options.folder] if is_domain else [options.folder / name for name in list_domains(options.folder)]
     if not folders:
         print(
-            f"fedmerge: {options.folder}: found no domain folder. "
-            "Create some with 'fedmerge data demo' or 'fedmerge data import'.",
+            f"fedmerge: {options.folder}: found no domain folders. "
+            "Create them with 'fedmerge data demo' or 'fedmerge data import'.",
             file=sys.stderr,
         )
         return 1

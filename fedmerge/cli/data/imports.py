@@ -1,4 +1,4 @@
-"""``fedmerge data import``: a domain folder from a source."""
+"""``fedmerge data import``: import a domain folder from a source."""
 
 import argparse
 import sys
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from fedmerge.domain.importers.events import ImportReport, ImportSettings
     from fedmerge.domain.importers.source_files import Progress
 
-SECONDS_BETWEEN_LINES = 30.0  # of progress; on a terminal the line is renewed
+SECONDS_BETWEEN_LINES = 30.0  # progress; on a terminal the line is overwritten
 SECONDS_BETWEEN_RENEWALS = 0.5
 
 
@@ -28,24 +28,22 @@ def add_importers(data: "Commands") -> None:
 
 
 def _add_mergerec(importer: "Commands") -> None:
-    mergerec = importer.add_parser(
-        "mergerec", help="train.json, val.json, test.json, meta_data.json, smap.json, umap.json"
-    )
+    mergerec = importer.add_parser("mergerec", help="MergeRec's files: train, val, test, meta_data, smap and umap.json")
     mergerec.add_argument("source", type=Path, metavar="SRC")
-    _add_target(mergerec, "that of SRC")
+    _add_target(mergerec, "the name of SRC")
     mergerec.set_defaults(command=_import_mergerec)
 
 
 def _add_table(importer: "Commands", form: str, command: Callable[[argparse.Namespace], int]) -> None:
     title = {"csv": "CSV", "parquet": "Parquet"}[form]
-    table = importer.add_parser(form, help=f"a table of interactions and a catalog, {title}, with named columns")
-    _add_target(table, "that of the folder that holds the interactions")
+    table = importer.add_parser(form, help=f"two {title} tables with named columns: interactions and catalog")
+    _add_target(table, "the name of the folder that holds the interactions")
     table.add_argument("--interactions", type=Path, required=True, metavar="FILE", help="one row per interaction")
     table.add_argument("--catalog", type=Path, required=True, metavar="FILE", help="one row per item")
     for column, default in (("user", "user_id"), ("item", "item_id"), ("time", "timestamp")):
         table.add_argument(f"--{column}-column", default=default, metavar="NAME", help=f"(default: {default})")
     table.add_argument(
-        "--rating-column", default=None, metavar="NAME", help="column of ratings, needed only for --min-rating"
+        "--rating-column", default=None, metavar="NAME", help="column of ratings, required by --min-rating"
     )
     table.add_argument("--catalog-item-column", default=None, metavar="NAME", help="(default: --item-column)")
     for column in ("title", "brand", "category"):
@@ -59,12 +57,10 @@ def _add_table(importer: "Commands", form: str, command: Callable[[argparse.Name
 
 def _add_amazon(importer: "Commands") -> None:
     amazon = importer.add_parser("amazon", help="raw Amazon reviews and metadata of 2014, 2018 or 2023, plain or gzip")
-    _add_target(amazon, "that of the reviews' file, without reviews_, _5 and endings")
+    _add_target(amazon, "the name of the file of reviews, without reviews_, _5 and suffixes")
     amazon.add_argument("--reviews", type=Path, required=True, metavar="FILE", help="reviews of one category")
-    amazon.add_argument("--metadata", type=Path, required=True, metavar="FILE", help="metadata of that category")
-    amazon.add_argument(
-        "--keep-items-without-text", action="store_true", help="keep items without metadata, title, brand and category"
-    )
+    amazon.add_argument("--metadata", type=Path, required=True, metavar="FILE", help="metadata of the same category")
+    amazon.add_argument("--keep-items-without-text", action="store_true", help="keep items without metadata or text")
     _add_rows(amazon, k_core=5)
     amazon.set_defaults(command=_import_amazon)
 
@@ -72,19 +68,19 @@ def _add_amazon(importer: "Commands") -> None:
 def _add_movielens(importer: "Commands") -> None:
     movielens = importer.add_parser("movielens", help="a MovieLens release in the layout of ml-100k, ml-1m or ml-32m")
     movielens.add_argument("source", type=Path, metavar="SRC", help="the folder or the zip archive")
-    _add_target(movielens, "that of SRC")
+    _add_target(movielens, "the name of SRC without .zip")
     _add_rows(movielens, k_core=None)
     movielens.set_defaults(command=_import_movielens)
 
 
 def _add_target(parser: argparse.ArgumentParser, default_name: str) -> None:
     parser.add_argument(
-        "destination", type=Path, metavar="DST", help="folder of domain folders; the domain goes into DST/NAME"
+        "destination", type=Path, metavar="DST", help="folder of domain folders; the domain is written to DST/NAME"
     )
     parser.add_argument("--name", default=None, help=f"the domain's name (default: {default_name})")
     parser.add_argument("--overwrite", action="store_true", help="replace the domain if it exists")
     parser.add_argument(
-        "--private-catalog", action="store_true", help="mark the catalog as private: it must not leave the client"
+        "--private-catalog", action="store_true", help="mark the catalog as private, so it never leaves the client"
     )
 
 
@@ -94,15 +90,15 @@ def _add_rows(parser: argparse.ArgumentParser, k_core: int | None) -> None:
         type=int,
         default=k_core,
         metavar="K",
-        help=f"keep users and items with at least K interactions, repeatedly (default: {k_core or 'all'})",
+        help=f"drop users and items with fewer than K interactions, repeatedly (default: {k_core or 'keep all'})",
     )
-    parser.add_argument("--min-rating", type=float, default=None, metavar="R", help="drop lower ratings")
+    parser.add_argument("--min-rating", type=float, default=None, metavar="R", help="leave out lower ratings")
     parser.add_argument(
         "--max-bad-share",
         type=float,
         default=0.01,
         metavar="SHARE",
-        help="largest share of unusable rows in a file before the import fails (default: 0.01)",
+        help="fail if a larger share of a file's rows is unusable (default: 0.01)",
     )
 
 
@@ -203,7 +199,7 @@ def _show(options: argparse.Namespace, report: "ImportReport") -> int:
 
 @contextmanager
 def _progress() -> Iterator["Progress"]:
-    """Show the progress of an import on standard error, once it takes longer than a moment."""
+    """Show the progress of long imports on standard error."""
     terminal = sys.stderr.isatty()
     start = last = time.monotonic()
     shown = False

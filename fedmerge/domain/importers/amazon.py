@@ -19,9 +19,9 @@ from fedmerge.domain.importers.events import (
     ImportReport,
     ImportSettings,
     Texts,
+    check_rows_left,
     k_core,
     prepare,
-    refuse_nothing,
     select,
     write_events,
 )
@@ -30,7 +30,7 @@ from fedmerge.errors import ConfigError, DomainError
 
 WITHOUT_TEXT = "of an item without metadata or text"
 NO_TEXTS: Texts = ("", "", "")
-LEADING_ASIN = re.compile(rb"\{'asin': '([^'\\]*)'")  # lines of 2014 begin so, and those of other items are not parsed
+LEADING_ASIN = re.compile(rb"\{'asin': '([^'\\]*)'")  # how a line of 2014 begins: spares parsing
 HTML_TAG = re.compile(r"</?[A-Za-z][^<>]*>")
 
 
@@ -59,29 +59,29 @@ def import_amazon(
 ) -> ImportReport:
     """Import one category's reviews and metadata, JSON lines, plain or gzip, as the domain folder ``dst/name``.
 
-    The release is recognised by the field names. Reviews are read once, their text is not kept; metadata is read once,
-    and kept for the items of the core alone. Reviews of items that lack metadata, or whose title, brand and category
-    are all empty, are left out, and the core is taken again: as the core of a part lies in the core of the whole, this
-    is the core of the reviews of items with text.
+    The release is recognised by the field names. Reviews are read once and their text is discarded; metadata is read
+    once and stored only for the items of the k-core. Reviews of items without metadata, or with title, brand and
+    category all empty, are left out, and the k-core is computed again. The k-core of a subset lies within the k-core of
+    the whole, so the result is the k-core of the reviews of items with text.
 
     Texts: title; brand (2023: ``details.Brand``, else ``store``); category, the words of the path (2014: of the first
     path; 2018 and 2023: else of ``main_cat`` or ``main_category``). HTML entities are resolved, white space is
     collapsed; a 2018 title that is a script (``getTime``) counts as empty.
 
     Args:
-        reviews: of one category.
-        metadata: of the same category and release.
+        reviews: reviews of one category.
+        metadata: metadata of the same category and release.
         dst: folder that holds the domains.
-        settings: k_core must be given; the name defaults to that of the file of reviews, see default_name.
-        keep_items_without_text: keep them, with what they have.
+        settings: k_core is required; the name defaults to default_name(reviews).
+        keep_items_without_text: keep items without text or metadata.
 
     Returns:
-        The report. Users and items in the order of their first review.
+        The report. Users and items are in the order of their first review.
 
     Raises:
-        DomainError: a file that cannot be read, other fields, files of different releases, too many bad rows, no
-            metadata for any item, nothing left, or a folder that may not be written.
-        ConfigError: no k_core.
+        DomainError: an unreadable file, unknown fields, files of different releases, too many bad rows, no metadata
+            for any item, no rows left, or a folder that may not be written.
+        ConfigError: k_core is None.
     """
     if settings.k_core is None:
         raise ConfigError("k_core is none, expected a number: 1 keeps every review of an item with text.")
@@ -89,20 +89,20 @@ def import_amazon(
     log = EventLog()
     report, releases = _read_reviews(SourceFile(reviews), log, settings)
     events = select(log.take(), settings.k_core)
-    refuse_nothing(events, (report,))
+    check_rows_left(events, (report,))
     user_ids, item_ids = list(log.users), list(log.items)
     del log
     wanted = {item_ids[code]: code for code in np.unique(events.items).tolist()}
     texts, metadata_report = _read_metadata(SourceFile(metadata), wanted, releases, settings)
     if not texts:
         raise DomainError(
-            f"{metadata}: none of the {len(wanted)} items that reviews are about is in it. "
-            "Take the metadata of the reviews' category and release."
+            f"{metadata}: found none of the {len(wanted)} reviewed items. "
+            "Use the metadata of the reviews' category and release."
         )
     if not keep_items_without_text:
         has_text = np.zeros(len(item_ids), bool)
         has_text[[code for code, found in texts.items() if any(found)]] = True
-        events = k_core(events.only(has_text[events.items], WITHOUT_TEXT), settings.k_core)
+        events = k_core(events.keep(has_text[events.items], WITHOUT_TEXT), settings.k_core)
     return write_events(
         folder,
         events,
@@ -116,7 +116,7 @@ def import_amazon(
 
 
 def default_name(reviews: Path) -> str:
-    """``reviews_Beauty_5.json.gz`` -> ``Beauty``."""
+    """Return the domain's name for a file of reviews: ``Beauty`` for ``reviews_Beauty_5.json.gz``."""
     return reviews.name.split(".")[0].removeprefix("reviews_").removesuffix("_5")
 
 
@@ -197,7 +197,7 @@ def _review_release(source: SourceFile, number: int, record: dict[str, Any]) -> 
         return FIELDS_2014_2018, ("2014",) if "helpful" in record else ("2014", "2018")
     raise DomainError(
         f"{source}: line {number} has the fields {_names(record)}, expected those of a review: reviewerID, asin, "
-        "unixReviewTime (2014, 2018) or user_id, parent_asin, timestamp (2023). Take the raw reviews."
+        "unixReviewTime (2014, 2018) or user_id, parent_asin, timestamp (2023). Use the raw reviews."
     )
 
 
@@ -207,7 +207,7 @@ def _metadata_release(source: SourceFile, number: int, record: dict[str, Any], r
     if is_review or record.keys().isdisjoint({"asin", "parent_asin"}):
         raise DomainError(
             f"{source}: line {number} has the fields {_names(record)}, expected those of an item: asin (2014, 2018) or "
-            f"parent_asin (2023) with a title{' - these are reviews' if is_review else ''}. Take the raw metadata."
+            f"parent_asin (2023) with a title{'; these are reviews' if is_review else ''}. Use the raw metadata."
         )
     if "parent_asin" in record:
         release = "2023"
@@ -215,8 +215,8 @@ def _metadata_release(source: SourceFile, number: int, record: dict[str, Any], r
         release = "2014" if record.keys().isdisjoint({"category", "main_cat"}) else "2018"
     if releases and release not in releases:
         raise DomainError(
-            f"{source}: metadata of the {release} release, but the reviews are of {' or '.join(releases)}. "
-            "Take both from the same release: item ids differ."
+            f"{source}: found metadata of the {release} release, expected {' or '.join(releases)} like the reviews. "
+            "Use files of one release: item ids differ between releases."
         )
     return release
 
@@ -225,20 +225,20 @@ def _texts(record: dict[str, Any], release: str) -> Texts:
     title, brand = _clean(record.get("title")), _clean(record.get("brand"))
     if release == "2014":
         paths = record.get("categories")
-        return title, brand, _joined(paths[0] if isinstance(paths, list) and paths else None)
+        return title, brand, _join_path(paths[0] if isinstance(paths, list) and paths else None)
     if release == "2018":
         return (
             "" if "getTime" in title else title,
             brand,
-            _joined(record.get("category")) or _clean(record.get("main_cat")),
+            _join_path(record.get("category")) or _clean(record.get("main_cat")),
         )
     details = record.get("details")
     brand = _clean(details.get("Brand")) if isinstance(details, dict) else ""
-    category = _joined(record.get("categories")) or _clean(record.get("main_category"))
+    category = _join_path(record.get("categories")) or _clean(record.get("main_category"))
     return title, brand or _clean(record.get("store")), category
 
 
-def _joined(path: Any) -> str:
+def _join_path(path: Any) -> str:
     """Join the names of a category path with spaces, as MergeRec does."""
     return " ".join(filter(None, map(_clean, path))) if isinstance(path, list) else ""
 
@@ -280,7 +280,7 @@ def _parse(line: bytes) -> dict[str, Any]:
 
 def _literal(text: str) -> Any:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of odd escapes in the texts
+        warnings.simplefilter("ignore")  # texts contain invalid escapes
         return ast.literal_eval(text)
 
 

@@ -1,6 +1,6 @@
-"""Rows that cannot be used: their count, reasons and first lines. Above a share of the rows the import is refused.
+"""Unusable rows: their count, reasons and first lines. An import fails if their share is too large.
 
-Reasons are fixed texts without values, because a value could be a user's id; the owner can look at the line.
+Reasons are fixed texts without values, because a value could be a user's id; the owner can look up the line.
 """
 
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ ALL_BAD = 1000
 
 @dataclass(frozen=True, slots=True)
 class Reason:
-    """A reason why rows of a file were left out.
+    """One reason why rows of a file were left out.
 
     Attributes:
         text: the reason.
-        count: rows.
-        first: numbers of the first of them, at most 5.
+        count: number of these rows.
+        first: numbers of the first such rows, at most 5.
     """
 
     text: str
@@ -32,8 +32,8 @@ class FileReport:
 
     Attributes:
         source: the file.
-        unit: what the numbers count: "line" (from 1, the header included) or "row" (of a Parquet file, from 0).
-        num_rows: rows, good and bad; blank lines and a header are none.
+        unit: unit of the row numbers: "line" (from 1, the header included) or "row" (of a Parquet file, from 0).
+        num_rows: good and bad rows; blank lines and the header do not count.
         bad: the reasons, most frequent first.
     """
 
@@ -54,7 +54,7 @@ class BadRows:
     Args:
         source: the file, for messages.
         unit: "line" or "row".
-        max_share: share of the rows that may be bad, in [0, 1].
+        max_share: largest share of bad rows, in [0, 1].
     """
 
     def __init__(self, source: str, unit: str, max_share: float) -> None:
@@ -63,12 +63,15 @@ class BadRows:
         self._reasons: dict[str, tuple[int, list[int]]] = {}
 
     def add(self, number: int, text: str, count: int = 1) -> None:
-        """Record a bad row, or several from one on; DomainError if the first 1,000 rows are all bad.
+        """Record one or more consecutive bad rows.
 
         Args:
-            number: of the line or row.
+            number: number of the first line or row.
             text: the reason.
-            count: rows.
+            count: number of rows.
+
+        Raises:
+            DomainError: the first 1,000 rows are all bad.
         """
         before, first = self._reasons.get(text, (0, []))
         self._reasons[text] = (before + count, [*first, number] if len(first) < NUM_SHOWN else first)
@@ -77,10 +80,10 @@ class BadRows:
             raise self._refusal(self.count)
 
     def report(self, num_good: int) -> FileReport:
-        """Make the file's report.
+        """Return the file's report.
 
         Args:
-            num_good: rows that were not bad.
+            num_good: number of good rows.
 
         Raises:
             DomainError: more than max_share of the rows are bad.
@@ -103,6 +106,6 @@ class BadRows:
 
 
 def reason_text(reason: Reason, unit: str) -> str:
-    """``time is not a whole number (3: lines 4, 7, 9)``."""
+    """Return a reason with its lines, such as ``the time is not a whole number (3: lines 4, 7, 9)``."""
     numbers = ", ".join(map(str, reason.first)) + (", …" if reason.count > len(reason.first) else "")
     return f"{reason.text} ({reason.count}: {unit}{'s' if reason.count > 1 else ''} {numbers})"

@@ -27,13 +27,13 @@ OpenTable = Callable[[Path], Table]
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """What the columns are called.
+    """Names of the columns.
 
     Attributes:
-        user, item, time: of the interactions.
-        rating: of the interactions; None if ratings do not matter.
-        catalog_item: of the catalog; None takes the name of item.
-        title, brand, category: of the catalog; None takes the column of that name if there is one.
+        user, item, time: columns of the interactions.
+        rating: column of the interactions; None if ratings do not matter.
+        catalog_item: item column of the catalog; None means the same name as item.
+        title, brand, category: columns of the catalog; None means the column of that name, if present.
     """
 
     user: str = "user_id"
@@ -65,14 +65,14 @@ def import_csv(
         interactions: one row per interaction, in any order; a user's items are sorted by time, ties by line.
         catalog: one row per item; the item index is the order of the rows.
         dst: folder that holds the domains.
-        columns: what the columns are called.
+        columns: names of the columns.
         settings: the name defaults to that of the folder that holds interactions.
-        delimiter: of both files.
-        encoding: of both files, see csv_table.
+        delimiter: delimiter of both files.
+        encoding: encoding of both files, see csv_table.
 
     Raises:
-        DomainError: a file that cannot be read, a missing column, too many bad rows, nothing left, or a folder that may
-            not be written.
+        DomainError: an unreadable file, a missing column, too many bad rows, no rows left, or a folder that may not be
+            written.
         ConfigError: a minimum rating without a rating column.
     """
 
@@ -107,7 +107,7 @@ def _import_tables(
     form: str,
 ) -> ImportReport:
     if settings.min_rating is not None and columns.rating is None:
-        raise ConfigError(f"min_rating is {settings.min_rating}, but no rating column is named. Name it.")
+        raise ConfigError(f"min_rating is {settings.min_rating}, but no rating column is named. Name one.")
     folder = prepare(dst, settings, folder_name(interactions.parent))
     names = [columns.user, columns.item, columns.time]
     if settings.min_rating is not None and columns.rating is not None:
@@ -131,15 +131,15 @@ def _import_tables(
 
 
 def _read_catalog(table: Table, columns: Columns) -> tuple[dict[str, int], list[Texts], FileReport]:
-    """Code and attributes of each item, in the order of the rows."""
+    """Return the code and the attributes of each item, in the order of the rows."""
     item = columns.catalog_item or columns.item
     named = {"title": columns.title, "brand": columns.brand, "category": columns.category}
     check_columns(table, [item, *(name for name in named.values() if name is not None)])
     attributes = {a: named[a] or a for a in ATTRIBUTES if (named[a] or a) in table.columns}
     if not attributes:
         raise DomainError(
-            f"{table.source}: none of the columns {', '.join(table.columns)} is named as title, brand or category; "
-            "expected at least one, for the encoder reads them. Name it."
+            f"{table.source}: found the columns {', '.join(table.columns)}, expected at least one of title, brand and "
+            "category for the encoder to read. Name the columns that hold them."
         )
     items: dict[str, int] = {}
     texts: list[Texts] = []
@@ -156,18 +156,18 @@ def _read_catalog(table: Table, columns: Columns) -> tuple[dict[str, int], list[
             texts.append((title, brand, category))
     report = table.bad.report(len(items))
     if not items:
-        raise DomainError(f"{table.source}: there are no items in it, expected a row for each. Add them.")
+        raise DomainError(f"{table.source}: found no items, expected one row per item. Add the items.")
     return items, texts, report
 
 
 def _as_ids(values: Any) -> Any:
-    """A row of the interactions with user and item as ids."""
+    """Convert user and item in a row of the interactions to ids."""
     user, item, *rest = values
     return _as_id(user), _as_id(item), *rest
 
 
 def _as_id(value: Any) -> str:
-    """Text or a whole number as an id, "" if there is none; a column with gaps may hold whole numbers as decimals."""
+    """Convert text or a whole number to an id, else return ""; a column with gaps may hold whole numbers as floats."""
     if isinstance(value, str):
         return value.strip()
     if isinstance(value, float):

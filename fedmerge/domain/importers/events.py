@@ -1,7 +1,7 @@
-"""A stream of (user, item, time) rows becomes a domain: the k-core, repeats, the order in time, the folder.
+"""Turn a stream of (user, item, time) rows into a domain: remove repeats, select the k-core, sort by time, write.
 
-Memory: 16 bytes a row (user and item int32, time int64), each distinct id once (about 200 bytes), and while rows are
-counted and sorted some 30 bytes more for each that is still there.
+Memory: 16 bytes per row (user and item int32, time int64) and about 200 bytes per distinct id; counting and sorting
+take some 30 bytes more for each remaining row.
 """
 
 from array import array
@@ -29,17 +29,17 @@ Texts = tuple[str, str, str]  # the values of ATTRIBUTES
 
 @dataclass(frozen=True, slots=True)
 class ImportSettings:
-    """What all imports of rows have in common.
+    """Settings of every import of rows.
 
     Attributes:
-        name: the domain's name; None takes it from the source.
+        name: the domain's name; None derives it from the source.
         overwrite: replace an existing domain of that name.
-        public_catalog: whether the owner lets the catalog leave the client.
-        k_core: keep the largest set of rows in which every user and every item has at least so many, and only their
+        public_catalog: True if the owner lets the catalog leave the client.
+        k_core: keep the largest set of rows in which every user and every item has at least k rows, and only those
             items in the catalog; None keeps all rows and the whole catalog.
-        min_rating: rows rated below are left out; None keeps all.
-        max_bad_share: share of a file's rows that may be bad, in [0, 1].
-        progress: told how far each file is read.
+        min_rating: leave out rows with a lower rating; None keeps all.
+        max_bad_share: largest share of bad rows in a file, in [0, 1].
+        progress: called with the progress of reading each file.
 
     Raises:
         ConfigError: a number out of range.
@@ -55,7 +55,7 @@ class ImportSettings:
 
     def __post_init__(self) -> None:
         if self.k_core is not None and self.k_core < 1:
-            raise ConfigError(f"k_core is {self.k_core}, expected at least 1, or none to keep all rows.")
+            raise ConfigError(f"k_core is {self.k_core}, expected at least 1 (or none, to keep all rows).")
         if not 0 <= self.max_bad_share <= 1:
             raise ConfigError(f"max_bad_share is {self.max_bad_share}, expected a share from 0 to 1, such as 0.01.")
 
@@ -65,12 +65,12 @@ DEFAULT_SETTINGS = ImportSettings()
 
 @dataclass(frozen=True, slots=True)
 class ImportReport:
-    """What an import did; every row of the interactions is bad, dropped, or in the domain.
+    """The result of an import; every row of the interactions is bad, dropped, or in the domain.
 
     Attributes:
-        manifest: of the domain.
-        files: the files read, interactions first.
-        dropped: good rows that are not in the domain, by reason.
+        manifest: the domain's manifest.
+        files: reports on the files, interactions first.
+        dropped: number of good rows that are not in the domain, by reason.
     """
 
     manifest: Manifest
@@ -80,12 +80,12 @@ class ImportReport:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Events:
-    """Rows in the order of the file, with codes for ids.
+    """Rows in the order of the file, with ids replaced by integer codes.
 
     Attributes:
         users, items: (T,) int32 codes.
-        times: (T,) int64, whatever the unit.
-        dropped: rows that are gone, by reason.
+        times: (T,) int64, in any unit.
+        dropped: number of dropped rows, by reason.
     """
 
     users: npt.NDArray[np.int32]
@@ -94,11 +94,11 @@ class Events:
     dropped: Mapping[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
-        """The number of rows T."""
+        """Return the number of rows T."""
         return len(self.users)
 
-    def only(self, kept: npt.NDArray[np.bool_], reason: str) -> "Events":
-        """The rows where kept (T,) is true; the others are counted under the reason."""
+    def keep(self, kept: npt.NDArray[np.bool_], reason: str) -> "Events":
+        """Return the rows where kept (T,) is true; count the others under the reason."""
         if kept.all():
             return self
         num_dropped = len(kept) - int(kept.sum())
@@ -107,13 +107,13 @@ class Events:
 
 
 class EventLog:
-    """Rows as they are read, in compact arrays; ids are numbered in the order of their first row.
+    """A growing log of rows in compact arrays; ids are numbered in the order of their first row.
 
     Args:
         items: code of each item, if the items are known before the rows.
 
     Attributes:
-        users, items: code of each id.
+        users, items: code by id.
     """
 
     def __init__(self, items: Mapping[str, int] | None = None) -> None:
@@ -123,7 +123,7 @@ class EventLog:
         self._low_rating = 0
 
     def add(self, user: str, item: str, time: int) -> None:
-        """Append a row; OverflowError, and no row, if the time does not fit 64 bits."""
+        """Append a row; raise OverflowError and append nothing if the time does not fit 64 bits."""
         self._times.append(time)
         self._users.append(self.users.setdefault(user, len(self.users)))
         self._items.append(self.items.setdefault(item, len(self.items)))
@@ -134,11 +134,11 @@ class EventLog:
 
     @property
     def num_good(self) -> int:
-        """Rows added or left out for their rating."""
+        """Return the number of rows added or left out for their rating."""
         return len(self._times) + self._low_rating
 
     def take(self) -> Events:
-        """The rows; the log holds none of them any more."""
+        """Return the rows and empty the log, which frees its memory."""
         arrays = self._users, self._items, self._times
         self._users, self._items, self._times = array("i"), array("i"), array("q")
         users, items, times = (np.frombuffer(column, np.dtype(column.typecode)) for column in arrays)
@@ -146,37 +146,37 @@ class EventLog:
 
 
 def k_core(events: Events, k: int | None) -> Events:
-    """The largest set of rows in which each user and each item has at least k rows; all rows if k is None.
+    """Return the largest set of rows in which each user and each item has at least k rows; all rows if k is None.
 
-    Rows of users and items below k are dropped until none is left: each round may push others below.
+    Rows of users and items below k are dropped repeatedly, because each pass may push others below k.
     """
     while k is not None and len(events):
         enough = (np.bincount(events.users) >= k)[events.users] & (np.bincount(events.items) >= k)[events.items]
         if enough.all():
             break
-        events = events.only(enough, OUTSIDE_CORE)
+        events = events.keep(enough, OUTSIDE_CORE)
     return events
 
 
 def without_repeats(events: Events) -> Events:
-    """The first of the rows that agree in user, item and time; the same item at another time stays."""
-    order = np.lexsort((events.items, events.times, events.users))  # stable: the first in the file comes first
+    """Keep only the first of the rows with equal user, item and time."""
+    order = np.lexsort((events.items, events.times, events.users))  # stable: ties stay in the order of the file
     users, items, times = events.users[order], events.items[order], events.times[order]
     kept = np.ones(len(events), bool)
     kept[order[1:]] = (users[1:] != users[:-1]) | (items[1:] != items[:-1]) | (times[1:] != times[:-1])
-    return events.only(kept, REPEATED)
+    return events.keep(kept, REPEATED)
 
 
 def select(events: Events, k: int | None) -> Events:
-    """The k-core of the rows without repeats.
+    """Return the k-core of the rows without repeats.
 
-    The core of a part lies in the core of the whole, so it is taken first, which leaves less to sort.
+    The k-core of a subset lies within the k-core of the whole, so a first k-core is safe and leaves fewer rows to sort.
     """
     return k_core(without_repeats(k_core(events, k)), k)
 
 
 def to_interactions(events: Events, user_ids: Sequence[str], item_index: npt.NDArray[np.int32]) -> Interactions:
-    """Each user's items by time, ties in the order of the file; users in the order of their codes.
+    """Return each user's items sorted by time, ties in the order of the file; users in the order of their codes.
 
     Args:
         events: at least one row.
@@ -192,7 +192,7 @@ def to_interactions(events: Events, user_ids: Sequence[str], item_index: npt.NDA
 
 
 def prepare(dst: Path, settings: ImportSettings, default_name: str) -> Path:
-    """The folder of the domain to be; DomainError, before anything is read, if it may not be written."""
+    """Return the folder of the new domain; raise DomainError, before anything is read, if it may not be written."""
     name = default_name if settings.name is None else settings.name
     check_name(name)
     check_target(dst / name, settings.overwrite)
@@ -213,18 +213,18 @@ def write_events(
     """Write selected rows as a domain folder, whole or not at all.
 
     Args:
-        folder: from prepare.
-        events: from select.
-        settings: with a k_core, the catalog holds the items of the rows; without, all of item_ids.
+        folder: as returned by prepare.
+        events: as returned by select.
+        settings: with k_core, the catalog holds only the items of the rows, else all of item_ids.
         user_ids, item_ids: id of each code.
-        texts: attributes of an item code.
-        source: where the data comes from, in words.
-        files: the files that were read, interactions first.
+        texts: function that returns the attributes of an item code.
+        source: origin of the data, in words.
+        files: reports on the files, interactions first.
 
     Raises:
-        DomainError: no row is left, or anything that write_domain refuses.
+        DomainError: no rows are left, or write_domain fails.
     """
-    refuse_nothing(events, files)
+    check_rows_left(events, files)
     codes = np.arange(len(item_ids)) if settings.k_core is None else np.unique(events.items)
     item_index = np.full(len(item_ids), -1, np.int32)
     item_index[codes] = np.arange(len(codes), dtype=np.int32)
@@ -244,17 +244,17 @@ def write_events(
     return ImportReport(manifest, files, events.dropped)
 
 
-def refuse_nothing(events: Events, files: tuple[FileReport, ...]) -> None:
-    """DomainError if no row is left.
+def check_rows_left(events: Events, files: tuple[FileReport, ...]) -> None:
+    """Raise DomainError if no rows are left; the message counts the reasons.
 
     Args:
-        events: what is left.
-        files: the files that were read, interactions first.
+        events: the remaining rows.
+        files: reports on the files, interactions first.
     """
     if not len(events):
         counts = {"bad": files[0].num_bad, **events.dropped}
         found = ", ".join(f"{count} {reason}" for reason, count in counts.items())
         raise DomainError(
             f"{files[0].source}: none of the {files[0].num_rows} rows is left: {found}. "
-            "Take more data, or a smaller k_core or min_rating."
+            "Use more data, or a smaller k_core or min_rating."
         )

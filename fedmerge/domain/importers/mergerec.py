@@ -20,24 +20,23 @@ def import_mergerec(
 ) -> Manifest:
     """Import ``train/val/test/meta_data/smap/umap.json`` as the domain folder ``dst/name``.
 
-    A user's sequence is train + val + test, so that leave-one-out gives back exactly the source's split. Users that
-    lack val or test are kept with the items they have, and leave-one-out applies to those: the two such users of Pantry
-    own 3 train items each, of which the last two become validation and test target (the source evaluates neither:
-    14,178 users there, 14,180 here). A user left with fewer than 3 items only trains. Entries of meta_data that smap
-    does not number are left out.
+    A user's sequence is train + val + test, so leave-one-out restores the split of the source. Users without val or
+    test keep their items, and leave-one-out applies to those: Pantry has two such users with 3 train items each, of
+    which the last two become the validation and the test target (the source evaluates 14,178 users, here 14,180). A
+    user with fewer than 3 items only trains. Entries of meta_data without a number in smap are left out.
 
     Args:
         src: folder of the six files.
         dst: folder that holds the domains; the domain is written to ``dst/name``.
-        name: the domain's name; None takes the name of src.
+        name: the domain's name; None means the name of src.
         overwrite: replace an existing domain of that name.
-        public_catalog: whether the owner lets the catalog leave the client; the Amazon catalogs are public.
+        public_catalog: True if the owner lets the catalog leave the client; the Amazon catalogs are public.
 
     Returns:
         The manifest. Item index = smap value, item id = smap key, users in the order of the umap values.
 
     Raises:
-        DomainError: a missing or malformed file, ids that do not fit together, or a folder that may not be replaced.
+        DomainError: a missing or malformed file, ids that do not match, or a folder that may not be replaced.
     """
     name = folder_name(src) if name is None else name
     check_name(name)
@@ -89,12 +88,12 @@ def _read_interactions(files: Mapping[str, Path], num_items: int) -> Interaction
             if key not in keys:
                 raise DomainError(
                     f"{path}: user {key!r} is not in {files['umap'].name}, expected 0 to {len(user_ids) - 1}. "
-                    "Take the files from one and the same preprocessing."
+                    "Use files of the same preprocessing."
                 )
             if not isinstance(items, list) or not all(type(i) is int and 0 <= i < num_items for i in items):
                 raise DomainError(
                     f"{path}: user {key!r} has {_short(items)}, expected a list of items from 0 to {num_items - 1}. "
-                    f"Correct it, or take the {files['smap'].name} that belongs to it."
+                    f"Correct it, or use the matching {files['smap'].name}."
                 )
             if part != "train" and len(items) > 1:
                 raise DomainError(
@@ -106,13 +105,13 @@ def _read_interactions(files: Mapping[str, Path], num_items: int) -> Interaction
     if empty:
         raise DomainError(
             f"{files['umap']}: {len(empty)} users have no item in {', '.join(PARTS)}, the first is user {empty[0]}; "
-            "expected at least one each. Leave them out and number the rest again."
+            "expected at least one each. Remove these users and renumber the others."
         )
     return make_interactions(user_ids, sequences)
 
 
 def _read_numbering(path: Path) -> list[str]:
-    """The keys of {id: number} in the order of their numbers, which must be 0 to n - 1, each once."""
+    """Return the keys of {id: number} in the order of their numbers, which must be 0 to n - 1, each once."""
     numbering = _read_object(path)
     for key, number in numbering.items():
         if type(number) is not int:
@@ -122,7 +121,7 @@ def _read_numbering(path: Path) -> list[str]:
         if numbering[key] != expected:
             raise DomainError(
                 f"{path}: found number {numbering[key]} ({key!r}) where {expected} was expected: the numbers must be "
-                f"0 to {len(ordered) - 1}, each once. Number them again, here and in the other files."
+                f"0 to {len(ordered) - 1}, each once. Renumber them, here and in the other files."
             )
     if not ordered:
         raise DomainError(f"{path}: found no entries, expected at least one. Take the file from a complete copy.")

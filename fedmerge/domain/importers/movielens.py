@@ -1,6 +1,6 @@
 """Import a domain from a MovieLens release (GroupLens).
 
-The layouts of ml-100k, of ml-1m (which ml-10m has, too) and of ml-32m (and ml-20m, ml-25m, ml-latest).
+Layouts: ml-100k; ml-1m (also ml-10m); ml-32m (also ml-20m, ml-25m, ml-latest).
 """
 
 import zipfile
@@ -51,19 +51,19 @@ def import_movielens(
     dst: Path,
     settings: ImportSettings = DEFAULT_SETTINGS,
 ) -> ImportReport:
-    """Import a release, unpacked or as the zip archive, as the domain folder ``dst/name``.
+    """Import a release, an unpacked folder or the zip archive, as the domain folder ``dst/name``.
 
-    A movie's title is that of the release, its category the genres, its brand empty. Every rating is an interaction,
-    unless settings has a min_rating.
+    A movie's category is its genres, its brand is empty. Every rating is an interaction, unless settings.min_rating is
+    set.
 
     Args:
-        src: the folder, or the zip archive, that holds the files of one layout.
+        src: the folder or the zip archive with the files of one layout.
         dst: folder that holds the domains.
         settings: the name defaults to that of src without ``.zip``.
 
     Raises:
-        DomainError: no layout or several, a file that cannot be read, too many bad rows, nothing left, or a folder that
-            may not be written.
+        DomainError: files of no layout or of several, an unreadable file, too many bad rows, no rows left, or a folder
+            that may not be written.
     """
     folder = prepare(dst, settings, folder_name(src).removesuffix(".zip"))
     layout, files = _find(src)
@@ -83,7 +83,7 @@ def import_movielens(
         bad = BadRows(str(files[layout.ratings]), "line", settings.max_bad_share)
         rows = _ratings(files[layout.ratings], separator, bad, settings.progress)
     if not movies:
-        raise DomainError(f"{files[layout.movies]}: there are no movies in it. Take a complete copy of the release.")
+        raise DomainError(f"{files[layout.movies]}: found no movies. Use a complete copy of the release.")
     log = EventLog({movie: code for code, movie in enumerate(movies)})
     log_rows(rows, log, bad, settings.min_rating)
     texts = list(movies.values())
@@ -101,7 +101,7 @@ def import_movielens(
 
 
 def _find(src: Path) -> tuple[Layout, dict[str, SourceFile]]:
-    """The layout whose files are there, and those files by name."""
+    """Find the layout whose files are present; return it with the files by name."""
     expected = " or ".join(", ".join((layout.ratings, layout.movies, *layout.others)) for layout in LAYOUTS)
     if src.is_dir():
         files = {path.name: SourceFile(path) for path in sorted(src.iterdir()) if path.is_file()}
@@ -118,9 +118,9 @@ def _find(src: Path) -> tuple[Layout, dict[str, SourceFile]]:
         raise DomainError(f"{src}: no such folder or file. Check the path.")
     found = [layout for layout in LAYOUTS if {layout.ratings, layout.movies, *layout.others} <= files.keys()]
     if len(found) != 1:
-        which = ", ".join(layout.name for layout in found) or "none"
+        which = ", ".join(layout.name for layout in found) or "no release"
         raise DomainError(
-            f"{src}: the files of which release? Found {which}, expected exactly one of {expected}. "
+            f"{src}: found the files of {which}, expected those of exactly one release: {expected}. "
             "Give the folder or the archive of one release."
         )
     return found[0], files
@@ -133,23 +133,25 @@ def _csv(source: SourceFile, settings: ImportSettings) -> Table:
 def _movies_csv(table: Table) -> tuple[Movies, FileReport]:
     names = ["movieId", "title", "genres"]
     check_columns(table, names)
-    return _collected(
+    return _collect_movies(
         ((number, (movie, title, genres.split("|"))) for number, (movie, title, genres) in table.rows(names)), table.bad
     )
 
 
 def _movies_1m(source: SourceFile, bad: BadRows) -> tuple[Movies, FileReport]:
     rows = _split(source, "::", lambda num_fields: num_fields == 3, bad)
-    return _collected(((number, (movie, title, genres.split("|"))) for number, (movie, title, genres) in rows), bad)
+    return _collect_movies(
+        ((number, (movie, title, genres.split("|"))) for number, (movie, title, genres) in rows), bad
+    )
 
 
 def _movies_100k(genres: SourceFile, source: SourceFile, bad: BadRows) -> tuple[Movies, FileReport]:
-    """Movies of u.item: id, title, two dates, address, and a 0 or 1 for each genre of u.genre."""
+    """Read the movies of u.item: id, title, two dates, address, and a 0 or 1 for each genre of u.genre."""
     genres_bad = BadRows(str(genres), "line", 0)
     names = [name for _, (name, _) in _split(genres, "|", lambda num_fields: num_fields == 2, genres_bad)]
     genres_bad.report(len(names))
     rows = _split(source, "|", lambda num_fields: num_fields == 5 + len(names), bad)
-    return _collected(
+    return _collect_movies(
         (
             (n, (values[0], values[1], [name for name, flag in zip(names, values[5:], strict=True) if flag == "1"]))
             for n, values in rows
@@ -158,8 +160,8 @@ def _movies_100k(genres: SourceFile, source: SourceFile, bad: BadRows) -> tuple[
     )
 
 
-def _collected(rows: Iterator[Row], bad: BadRows) -> tuple[Movies, FileReport]:
-    """Movies from rows of id, title and genres, of which the first of an id counts."""
+def _collect_movies(rows: Iterator[Row], bad: BadRows) -> tuple[Movies, FileReport]:
+    """Collect movies from rows of id, title and genres; the first row of an id counts."""
     movies: Movies = {}
     for number, (movie, title, genres) in rows:
         if not movie:
@@ -172,7 +174,7 @@ def _collected(rows: Iterator[Row], bad: BadRows) -> tuple[Movies, FileReport]:
 
 
 def _ratings(source: SourceFile, separator: str, bad: BadRows, progress: Progress | None) -> Iterator[Row]:
-    """User, movie, time, rating."""
+    """Yield rows of user, movie, time and rating."""
     for number, (user, movie, rating, time) in _split(source, separator, lambda n: n == 4, bad, progress):
         yield number, (user, movie, time, rating)
 
@@ -184,7 +186,7 @@ def _split(
     bad: BadRows,
     progress: Progress | None = None,
 ) -> Iterator[tuple[int, Sequence[str]]]:
-    """Fields of each line that has as many as it should; UTF-8 (ml-10m) or else Latin-1 (ml-100k, ml-1m)."""
+    """Yield the fields of each line with a fitting number of them; UTF-8 (ml-10m) or else Latin-1 (ml-100k, ml-1m)."""
     for number, line in enumerate(read_lines(source, progress), 1):
         if line.isspace():
             continue
@@ -196,4 +198,4 @@ def _split(
         if fits(len(fields)):
             yield number, fields
         else:
-            bad.add(number, f"not as many fields between {separator!r} as there should be")
+            bad.add(number, f"wrong number of fields separated by {separator!r}")

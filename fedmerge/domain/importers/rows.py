@@ -1,4 +1,4 @@
-"""Tables of named columns, from CSV and Parquet, row by row; and rows of user, item, time, rating into an event log."""
+"""Read CSV and Parquet tables row by row, and log rows of user, item, time and rating."""
 
 import csv
 import itertools
@@ -23,17 +23,17 @@ from fedmerge.errors import DomainError
 SAMPLE_ROWS = 1000
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
-Row = tuple[int, Sequence[Any]]  # number of the line or row, values of the columns asked for
+Row = tuple[int, Sequence[Any]]  # number of the line or row, values of the selected columns
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A table that is read once, from the start.
+    """A table that can be read once.
 
     Attributes:
         source: the file.
-        columns: names in the order of the file.
-        rows: rows with the values of the columns named, in that order; lines that are no row go to bad.
+        columns: column names in the order of the file.
+        rows: function that yields each row's values of the given columns, and records malformed lines in bad.
         bad: the table's bad rows.
     """
 
@@ -46,27 +46,27 @@ class Table:
 def csv_table(
     source: SourceFile, delimiter: str, encoding: str, max_bad_share: float, progress: Progress | None
 ) -> Table:
-    """A CSV file with a header; every value is text.
+    """Open a CSV file with a header; every value is text.
 
     Args:
-        source: plain or gzip.
+        source: plain or gzip file.
         delimiter: one character.
-        encoding: utf-8 (a byte order mark is skipped), or one that has a byte per character.
+        encoding: utf-8 (a byte order mark is skipped), or an encoding with one byte per character.
         max_bad_share: see BadRows.
         progress: see read_lines.
 
     Raises:
-        DomainError: a delimiter that is not one character, a header that cannot be read or names a column twice, and,
-            while rows are read, text in another encoding or what read_lines refuses.
+        DomainError: a delimiter of more than one character, or a header that is unreadable or names a column twice;
+            while rows are read, text in another encoding or an error of read_lines.
     """
     if len(delimiter) != 1 or delimiter in '"\r\n':
         raise DomainError(f"{source}: the delimiter is {delimiter!r}, expected one character, such as ',' or a tab.")
     bad = BadRows(str(source), "line", max_bad_share)
-    reader = csv.reader(_decoded(source, encoding, progress), delimiter=delimiter, strict=True)
+    reader = csv.reader(_decode_lines(source, encoding, progress), delimiter=delimiter, strict=True)
     try:
         columns = tuple(name.strip() for name in next(reader))
     except (csv.Error, StopIteration) as error:
-        raise DomainError(f"{source}: line 1 is no header of column names ({error}). Write one.") from error
+        raise DomainError(f"{source}: line 1 is not a header of column names ({error}). Add a header.") from error
     repeated = [name for name in columns if columns.count(name) > 1]
     if repeated:
         raise DomainError(f"{source}: the header names {repeated[0]!r} more than once. Give each column its own name.")
@@ -79,23 +79,23 @@ def csv_table(
                 row = next(reader)
             except StopIteration:
                 return
-            except csv.Error as error:  # a quote that is not closed takes many lines with it: all of them are lost
+            except csv.Error as error:  # an unclosed quote swallows many lines, each of which counts
                 bad.add(before + 1, f"not CSV: {error}", reader.line_num - before)
                 continue
             if len(row) == len(columns):
                 yield before + 1, pick(row)
             elif row:
-                bad.add(before + 1, "another number of columns than in the header")
+                bad.add(before + 1, "the number of columns differs from the header")
 
     return Table(str(source), columns, rows, bad)
 
 
 def parquet_table(path: Path, max_bad_share: float, progress: Progress | None) -> Table:
-    """A Parquet file; whole numbers and text are given as they are, points in time as whole numbers.
+    """Open a Parquet file; numbers and text are returned unchanged, points in time as whole numbers.
 
     Raises:
         DomainError: the file is missing, damaged, not Parquet, or above :func:`~fedmerge.domain.parquet.file_limits`;
-            while rows are read, a damaged part or a column that holds neither text, numbers nor points in time.
+            while rows are read, a damaged part, or a column of another type than text, numbers or points in time.
     """
     try:
         file = open_parquet(str(path), path, file_limits(path))
@@ -123,24 +123,24 @@ def parquet_table(path: Path, max_bad_share: float, progress: Progress | None) -
 
 
 def check_columns(table: Table, names: Sequence[str]) -> None:
-    """Refuse a table that lacks one of the columns; DomainError names those that it has."""
+    """Raise DomainError if the table lacks one of the columns; the message lists the existing ones."""
     missing = [name for name in names if name not in table.columns]
     if missing:
-        hint = " The delimiter may be another." if len(table.columns) == 1 else ""
+        hint = " The delimiter may be wrong." if len(table.columns) == 1 else ""
         raise DomainError(
-            f"{table.source}: no column {', '.join(map(repr, missing))}; found {', '.join(map(repr, table.columns))}. "
-            f"Name the columns that hold them.{hint}"
+            f"{table.source}: found the columns {', '.join(map(repr, table.columns))}, expected also "
+            f"{', '.join(map(repr, missing))}. Name the columns to use.{hint}"
         )
 
 
 def log_rows(rows: Iterator[Row], log: EventLog, bad: BadRows, min_rating: float | None) -> None:
-    """Add rows of user, item, time and, if there is a minimum, rating, whose items the log knows; others are bad.
+    """Add rows of user, item, time and, with a minimum, rating; rows with items unknown to the log are bad.
 
     Times are whole numbers, decimals (to a millionth) or ISO 8601 (without a zone: UTC), whichever fits most of the
-    first 1,000 rows; they serve for the order alone, so any unit will do.
+    first 1,000 rows. They only determine the order, so any unit will do.
 
     Raises:
-        DomainError: none of the first 1,000 rows has a time of any of these kinds.
+        DomainError: none of the first 1,000 rows has a readable time.
     """
     sample = list(itertools.islice(rows, SAMPLE_ROWS))
     kind, parse_time = _kind_of_time(bad, sample)
@@ -167,21 +167,21 @@ def log_rows(rows: Iterator[Row], log: EventLog, bad: BadRows, min_rating: float
 
 
 def parse_rating(value: Any) -> float:
-    """A finite number; ValueError or TypeError otherwise."""
+    """Convert a value to a finite number; raise ValueError or TypeError otherwise."""
     rating = float(value)
     if not math.isfinite(rating):
         raise ValueError(f"rating {rating}")
     return rating
 
 
-def _decoded(source: SourceFile, encoding: str, progress: Progress | None) -> Iterator[str]:
+def _decode_lines(source: SourceFile, encoding: str, progress: Progress | None) -> Iterator[str]:
     for number, line in enumerate(read_lines(source, progress), 1):
         try:
             text = line.decode(encoding)
         except UnicodeDecodeError as error:
             raise DomainError(
                 f"{source}: line {number} is not {encoding} text ({error.reason} at byte {error.start}). "
-                "Name the file's encoding, or convert it to utf-8."
+                "Name the file's encoding, or convert the file to utf-8."
             ) from error
         yield text.removeprefix("\ufeff") if number == 1 else text
 
@@ -193,7 +193,7 @@ def _picker(positions: Sequence[int]) -> Callable[[Sequence[str]], Sequence[str]
 
 
 def _check_type(path: Path, name: str, kind: pa.DataType) -> None:
-    """Refuse a column that :func:`_plain` cannot return, before anything of it is decoded."""
+    """Raise DomainError for a column that :func:`_plain` cannot convert, before any of it is decoded."""
     value = kind.value_type if pt.is_dictionary(kind) else kind
     kinds = (pt.is_string, pt.is_large_string, pt.is_integer, pt.is_floating, pt.is_date, pt.is_timestamp)
     if not any(fits(value) for fits in kinds):
@@ -203,8 +203,8 @@ def _check_type(path: Path, name: str, kind: pa.DataType) -> None:
 
 
 def _plain(column: pa.Array) -> list[Any]:
-    """A column as text, numbers, or whole numbers of a time unit; None where it is null."""
-    if pt.is_dictionary(column.type):  # equal texts are one object, however often they are repeated
+    """Convert a column to text, numbers, or whole numbers of a time unit; nulls become None."""
+    if pt.is_dictionary(column.type):  # repeated texts share one object
         texts = _plain(column.dictionary)
         return [None if index is None else texts[index] for index in column.indices.to_pylist()]
     kind = column.type
@@ -245,7 +245,7 @@ TIMES: dict[str, Callable[[Any], int]] = {"a whole number": _whole, "a number": 
 
 
 def _kind_of_time(bad: BadRows, sample: Sequence[Row]) -> tuple[str, Callable[[Any], int]]:
-    """The first of TIMES that fits most rows, with its name."""
+    """Return the first of TIMES that fits the most rows, with its name."""
 
     def fits(kind: str, value: object) -> bool:
         try:
@@ -258,7 +258,7 @@ def _kind_of_time(bad: BadRows, sample: Sequence[Row]) -> tuple[str, Callable[[A
     kind = max(numbers, key=numbers.__getitem__)
     if sample and not numbers[kind]:
         raise DomainError(
-            f"{bad.source}: the time cannot be read in any of the first {len(sample)} rows, the first is {bad.unit} "
+            f"{bad.source}: none of the first {len(sample)} rows has a readable time, beginning with {bad.unit} "
             f"{sample[0][0]}; expected {', '.join(TIMES)}. Convert the column, or name another."
         )
     return kind, TIMES[kind]

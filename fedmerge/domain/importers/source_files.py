@@ -1,4 +1,4 @@
-"""Files that imports read: plain, gzip, or in a zip archive, line by line, with every defect of the file named."""
+"""Source files of imports, read line by line: plain, gzip, or in a zip archive. Errors name every defect of a file."""
 
 import gzip
 import io
@@ -16,7 +16,7 @@ MAX_LINE_BYTES = 1 << 24
 BUFFER_BYTES = 1 << 20
 PROGRESS_LINES = 1 << 14
 
-Progress = Callable[[str, int, float], None]  # file, lines or rows so far, share of the file that is read
+Progress = Callable[[str, int, float], None]  # file, lines or rows read, share of the file read
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,20 +32,20 @@ class SourceFile:
     member: str | None = None
 
     def __str__(self) -> str:
-        """As it appears in messages."""
+        """Return the name for messages."""
         return str(self.path) if self.member is None else f"{self.path}:{self.member}"
 
 
 def read_lines(source: SourceFile, progress: Progress | None = None) -> Iterator[bytes]:
-    """The lines of a file, ends included; only one is in memory at a time.
+    """Yield the lines of a file with their line ends; only one is in memory at a time.
 
     Args:
-        source: gzip is recognised by its first bytes, whatever the file is called.
+        source: the file; gzip is recognised by its first bytes, not by its name.
         progress: called every 16,384 lines.
 
     Raises:
-        DomainError: the file is missing, empty, cannot be read, is compressed data that is damaged or ends early, or
-            has a line of more than 16 MiB.
+        DomainError: the file is missing, empty or unreadable, its compressed data is damaged or truncated, or a line is
+            longer than 16 MiB.
     """
     number = 0
     try:
@@ -64,7 +64,7 @@ def read_lines(source: SourceFile, progress: Progress | None = None) -> Iterator
     except (EOFError, gzip.BadGzipFile, zlib.error, zipfile.BadZipFile) as error:
         raise DomainError(
             f"{source}: the compressed data is damaged or ends early, after line {number} ({error}). "
-            "Take a complete copy of the file."
+            "Use a complete copy of the file."
         ) from error
     except FileNotFoundError:
         raise DomainError(f"{source}: no such file. Check the path.") from None
@@ -73,11 +73,11 @@ def read_lines(source: SourceFile, progress: Progress | None = None) -> Iterator
             f"{source}: cannot be read ({error}). Check that it is a file and that you may read it."
         ) from (error)
     if not number:
-        raise DomainError(f"{source}: the file is empty. Take a complete copy of the file.")
+        raise DomainError(f"{source}: the file is empty. Use a complete copy of the file.")
 
 
 def _open(source: SourceFile, stack: ExitStack) -> tuple[IO[bytes] | gzip.GzipFile, Callable[[], float]]:
-    """The decompressed bytes, and a function for the share of the file that is read."""
+    """Open the decompressed bytes; return them with a function that returns the share of the file read."""
     if source.member is not None:
         archive = stack.enter_context(zipfile.ZipFile(source.path))
         member = stack.enter_context(archive.open(source.member))
@@ -87,7 +87,7 @@ def _open(source: SourceFile, stack: ExitStack) -> tuple[IO[bytes] | gzip.GzipFi
     size = max(1, source.path.stat().st_size)
     start = raw.peek(4)[:4]
     if start == b"PK\x03\x04":
-        raise DomainError(f"{source}: is a zip archive, expected the file itself, plain or gzip. Unpack it.")
+        raise DomainError(f"{source}: found a zip archive, expected a plain or gzip file. Unpack it.")
     if start[:2] == b"\x1f\x8b":
         return stack.enter_context(gzip.GzipFile(fileobj=raw)), lambda: raw.tell() / size
     return raw, lambda: raw.tell() / size
