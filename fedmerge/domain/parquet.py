@@ -1,8 +1,9 @@
-"""Read Parquet files of others under limits on what they decode to.
+"""Read untrusted Parquet files under limits on their decoded size.
 
-A few kilobytes of Parquet can decode to many gigabytes: compressed pages, a dictionary whose one long text is repeated
-in every row, a footer with millions of empty row groups. The footer may also state false sizes. So the header of every
-page is read before anything is decoded, and text stays dictionary-encoded until its decoded size is known.
+A few kilobytes of Parquet can decode to many gigabytes: compressed pages, a dictionary whose single long text is
+repeated in every row, a footer with millions of empty row groups. The footer may also state false sizes. Therefore the
+header of every page is read before anything is decoded, and text stays dictionary-encoded until its decoded size is
+known.
 """
 
 import io
@@ -25,11 +26,11 @@ CELL_BYTES = 4 * LONGEST_TEXT  # in UTF-8
 BATCH_ROWS = 1 << 16
 BATCH_BYTES = 1 << 26  # decoded at once; also the largest page
 _MAGIC = b"PAR1"
-_HEADER_BYTES = (1 << 12, 1 << 20)  # of a page header: usually, and at most
+_HEADER_BYTES = (1 << 12, 1 << 20)  # usual and largest size of a page header
 _DEEPEST = 8  # structs inside a page header
 
-# Encodings whose decoded size is known from the size of the page or of the batch. Not among them are the two delta
-# encodings of text, which state lengths of their own.
+# Encodings whose decoded size follows from the size of the page or of the batch. The two delta encodings of text are
+# excluded, because they state their own lengths.
 _ENCODINGS: Mapping[int, str] = {
     0: "PLAIN",
     2: "PLAIN_DICTIONARY",
@@ -46,13 +47,13 @@ _INT32, _STRUCT = 5, 12  # types of Thrift
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The most that a Parquet file may hold.
+    """Limits of a Parquet file.
 
     Attributes:
-        rows: in the file.
-        decoded_bytes: of all its texts and pages.
+        rows: rows of the file.
+        decoded_bytes: decoded size of all texts and pages.
         footer_bytes: size of the footer, which is decoded whole; each byte may take some hundreds in memory.
-        pages: in each column.
+        pages: pages of each column.
     """
 
     rows: int
@@ -62,26 +63,26 @@ class Limits:
 
 
 def table_limits(rows: int, decoded_bytes: int) -> Limits:
-    """Return limits of a table that fedmerge writes itself, of a known number of rows."""
+    """Return limits of a table that fedmerge itself writes, for a known number of rows."""
     return Limits(rows, decoded_bytes, footer_bytes=2**18 + rows // 16, pages=1000 + rows // 100)
 
 
 def file_limits(path: Path) -> Limits:
-    """Return limits of a file that is imported: ample for real tables, whose texts repeat, and in proportion to it."""
+    """Return limits of an imported file, proportional to its size and ample for real tables, whose texts repeat."""
     size = path.stat().st_size
     return Limits(rows=2**40, decoded_bytes=2**29 + 256 * size, footer_bytes=2**20 + size // 16, pages=2**24)
 
 
 @dataclass(frozen=True, slots=True)
 class ParquetTable:
-    """An open file whose footer is within its limits; nothing of its pages is decoded.
+    """An open file whose footer is within its limits; no page is decoded yet.
 
     Attributes:
         where: name of the file for messages.
         source: path or bytes.
         metadata: the footer.
         schema: names and types.
-        limits: of the file.
+        limits: limits of the file.
     """
 
     where: str
@@ -113,7 +114,7 @@ def open_parquet(where: str, source: Path | bytes, limits: Limits) -> ParquetTab
 
 
 def read_batches(table: ParquetTable, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    """Yield some columns batch by batch; columns of text are dictionary-encoded, see :func:`plain_column`.
+    """Yield the columns batch by batch; columns of text are dictionary-encoded, see :func:`plain_column`.
 
     Raises:
         DomainError: a page, a cell or the decoded columns are above their limits, or a page has another encoding.
@@ -138,7 +139,7 @@ def read_batches(table: ParquetTable, names: Sequence[str]) -> Iterator[pa.Recor
 
 
 def plain_column(column: pa.Array) -> pa.Array:
-    """Return a column without dictionary."""
+    """Return a column without dictionary encoding."""
     return column.dictionary_decode() if pt.is_dictionary(column.type) else column
 
 
@@ -154,7 +155,7 @@ def _text_bytes(where: str, name: str, column: pa.DictionaryArray, first_row: in
 
 
 def _check_pages(table: ParquetTable, names: Sequence[str]) -> int:
-    """Check the headers of all pages of some columns; return how many rows to decode at once."""
+    """Check the headers of all pages of the columns; return the number of rows to decode at once."""
     where, limits = table.where, table.limits
     decoded, densest = 0, 1.0
     pages = dict.fromkeys(names, 0)
@@ -221,7 +222,7 @@ def _page_header(file: BinaryIO, start: int, where: str) -> tuple[dict[int, Any]
         try:
             file.seek(start)
             return _struct(file.read(most), 0, 0)
-        except IndexError:  # longer than what was read
+        except IndexError:  # longer than the bytes read
             continue
         except (ValueError, OverflowError) as error:
             raise _damaged(where) from error
@@ -229,9 +230,9 @@ def _page_header(file: BinaryIO, start: int, where: str) -> tuple[dict[int, Any]
 
 
 def _struct(data: bytes, at: int, depth: int) -> tuple[dict[int, Any], int]:
-    """Read a struct of Thrift's compact protocol; return its int32 and structs by field, and where it ends.
+    """Read a struct of Thrift's compact protocol; return its int32 and structs by field, and its end.
 
-    Only what the generated readers of Parquet take is returned: they skip a field of another type.
+    Only fields that the generated readers of Parquet accept are returned; they skip fields of another type.
 
     Source: https://github.com/apache/thrift/blob/master/doc/specs/thrift-compact-protocol.md
     """
@@ -257,7 +258,7 @@ def _value(  # noqa: PLR0911  # a case for each type of Thrift
     data: bytes, at: int, kind: int, depth: int, *, in_list: bool
 ) -> tuple[Any, int]:
     match kind:
-        case 1 | 2:  # a truth value: in the field's head, or in a byte of its own in a list
+        case 1 | 2:  # a truth value: in the field's header, or in a separate byte within a list
             return kind == 1, at + in_list
         case 3:
             return data[at], at + 1
@@ -275,7 +276,7 @@ def _value(  # noqa: PLR0911  # a case for each type of Thrift
             length, at = _unsigned(data, at + 1) if head >> 4 == 15 else (head >> 4, at + 1)
             for _ in range(length):
                 _, at = _value(data, at, head & 15, depth + 1, in_list=True)
-                _ = data[at]  # ends at the end of the data, whatever length is stated
+                _ = data[at]  # ends with the data, whatever the stated length
             return None, at
         case 12:  # _STRUCT
             return _struct(data, at, depth + 1)
@@ -317,8 +318,8 @@ def _arrow_source(source: Path | bytes) -> Any:
 
 def _too_much(where: str, found: str, most: str) -> DomainError:
     return DomainError(
-        f"{where}: found {found}, at most {most} are read. Shorten the texts or split the table, if the file is what "
-        "it should be."
+        f"{where}: found {found}, expected at most {most}. Check the file; shorten its texts or split the table if it "
+        "is correct."
     )
 
 

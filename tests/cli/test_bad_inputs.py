@@ -133,8 +133,8 @@ DATA: dict[str, tuple[Harm, Parts]] = {
         ["catalog.parquet: ", "['item_id', 'title', 'category']", "['item_id', 'title', 'brand', 'category']"],
     ),
     "a repeated item": (
-        table("catalog", lambda found: pa.concat_tables([found, found.slice(0, 1)])),
-        ["catalog.parquet: ", "0 and 20"],
+        table("catalog", lambda found: pa.concat_tables([found.slice(0, 19), found.slice(0, 1)])),
+        ["catalog.parquet: ", "0 and 19"],
     ),
     "other texts than the manifest's": (
         table("catalog", lambda found: found.set_column(2, "brand", pa.array(["New"] * len(found)))),
@@ -153,7 +153,7 @@ DATA: dict[str, tuple[Harm, Parts]] = {
         ["interactions.parquet: ", "1 rows", "99", "row 0", "0 to 19"],
     ),
     "scattered rows of a user": (
-        table("interactions", lambda found: pa.concat_tables([found, found.slice(0, 1)])),
+        table("interactions", lambda found: pa.concat_tables([found.slice(1), found.slice(0, 1)])),
         ["interactions.parquet: ", "row "],
     ),
     "no interactions": (table("interactions", lambda found: found.slice(0, 0)), ["interactions.parquet: "]),

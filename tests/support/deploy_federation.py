@@ -1,4 +1,4 @@
-"""A federation on machines of :mod:`deploy_hosts`: an operator with SuperLink and nginx, and organisations with clients.
+"""A federation on machines of :mod:`deploy_hosts`: an operator with SuperLink and nginx, organisations with clients.
 
 The operator works from the checkout; organisations have only the wheel.
 """

@@ -138,9 +138,7 @@ def network(folder: Path, names: list[str], in_namespaces: bool) -> Iterator[Net
                     left = subprocess.run(
                         ["ip", "netns", "pids", namespace], capture_output=True, text=True, check=False
                     )
-                    kill(
-                        [int(pid) for pid in left.stdout.split()]
-                    )  # processes that overwrote their mark, such as nginx
+                    kill([int(pid) for pid in left.stdout.split()])  # nginx overwrites its mark
                     subprocess.run(["ip", "netns", "del", namespace], capture_output=True, check=False)
 
 
