@@ -1,7 +1,9 @@
 """An organisation's client folder and the operator's bundle: made, read, and refused where wrong."""
 
 import hashlib
+import logging
 import re
+import signal
 import ssl
 import stat
 from pathlib import Path
@@ -242,12 +244,20 @@ def test_a_bundle_that_does_not_know_the_app_says_how_to_approve_it(
     assert "no.fab: " in capsys.readouterr().err
 
 
-def test_a_client_without_an_approved_app_is_not_started(
+def test_a_client_without_an_approved_app_is_not_started_and_leaves_signals_and_log_as_they_were(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bundle = make_bundle(tmp_path / "b", 'address = "127.0.0.1:1"')
+    library = logging.getLogger("fedmerge")
+
+    def settings_of_the_process() -> list[object]:
+        handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+        return [*handlers, list(library.handlers), library.level, library.propagate]
+
+    before = settings_of_the_process()
     assert main(["client", "start", str(folder), "--bundle", str(bundle)]) == 1
     assert f"fedmerge client approve {folder}" in capsys.readouterr().err
+    assert settings_of_the_process() == before
 
 
 def test_a_client_whose_domain_is_gone_is_not_started(

@@ -4,6 +4,8 @@ import argparse
 import logging
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -144,14 +146,36 @@ def _start(options: argparse.Namespace) -> int:
     read_manifest(client.domain)  # fail now: a client without a domain would wait for ever
     from sim.machines.supernode import run_client
 
+    with _logging_to_stderr(), _event_of_signals() as stop:
+        run_client(client, bundle, stop)
+    return 0
+
+
+@contextmanager
+def _logging_to_stderr() -> Iterator[None]:
+    """Send the library's log to stderr, and restore its logger afterwards."""
+    library = logging.getLogger("fedmerge")
+    level, propagate = library.level, library.propagate
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s client %(message)s", "%H:%M:%S"))
-    library = logging.getLogger("fedmerge")
     library.addHandler(handler)
     library.setLevel(logging.INFO)
     library.propagate = False
+    try:
+        yield
+    finally:
+        library.removeHandler(handler)
+        library.setLevel(level)
+        library.propagate = propagate
+
+
+@contextmanager
+def _event_of_signals() -> Iterator[threading.Event]:
+    """Set an event at SIGTERM and Ctrl-C in place of ending, and restore the signals' handlers afterwards."""
     stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
-    run_client(client, bundle, stop)
-    return 0
+    handlers = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
