@@ -196,7 +196,7 @@ def _check_fold(path: Path, dataset: str, strategy: str | None, experiment: Expe
             f"{path}: dataset {dataset}: leave_one_out = true, but domains.train names only "
             f"{len(experiment.domains.train)}; at least 3 are needed, so that two are left to merge"
         )
-    if experiment.privacy.policy == "aggregate-only":
+    if experiment.privacy.hides_adapters:
         fold = {
             "domains": experiment.domains.model_copy(update={"train": rest}),
             "lora": experiment.lora.model_copy(update={"ranks": experiment.lora.ranks_of(rest)}),
@@ -207,7 +207,7 @@ def _check_fold(path: Path, dataset: str, strategy: str | None, experiment: Expe
 def _not_in_one_place(experiment: ExperimentConfig) -> str:
     """Return the reason why a benchmark's cell cannot learn the clients' coefficients; empty if it can."""
     learned = {*experiment.merge.methods} & LEARNED_METHODS and experiment.rounds.rule is None
-    if experiment.privacy.policy != "catalog-private" or not learned:
+    if not experiment.privacy.learns_through_clients or not learned:
         return ""
     for key, found, wanted in (
         ("through_clients.users", experiment.through_clients.users, "pseudo-users"),

@@ -19,9 +19,9 @@ from fedmerge.bench.config import Bench, Drawing
 from fedmerge.client.cache.experts import BATCHES
 from fedmerge.client.cache.folders import inputs_key
 from fedmerge.config import Admission, ExperimentConfig, Rounds, flatten
+from fedmerge.config.privacy import Policy
 from fedmerge.errors import ConfigError, RunDirError
 from fedmerge.files import read_json, write_json
-from fedmerge.privacy.policy import Policy
 
 BENCHMARK = "benchmark.json"
 

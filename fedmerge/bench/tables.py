@@ -143,7 +143,7 @@ def _cost(grid: Grid, place: Place, strategy: str) -> dict[str, Any]:
     if is_one_shot(config.rounds):
         experts = [run / ADAPTERS / domain for domain in sent]
         up = _bytes_of_experts(run, sent)
-        if config.privacy.policy == "aggregate-only":
+        if config.privacy.hides_adapters:
             summed = rule_named(config.rounds.rule or "weighted-average").summed or "updates"
             up = sum(BYTES_OF_A_VALUE * num_summed(summed, read_adapter(expert)) for expert in experts)
         elif config.rounds.rule is None and (messages := coefficient_messages(config)):
@@ -259,7 +259,7 @@ def _coefficients(grid: Grid, place: Place, strategy: str) -> Iterator[dict[str,
 def _leaks(grid: Grid, place: Place, strategy: str) -> Iterator[dict[str, Any]]:
     """Yield audit results of the merge, and of the expert unless only its client sees it."""
     config = grid.experiment(place, strategy)
-    hidden = config.privacy.policy == "aggregate-only"
+    hidden = config.privacy.hides_adapters
     for domain in config.domains.train:
         audit = audit_of(grid, place, strategy, domain)
         if audit is None:

@@ -53,9 +53,9 @@ def learning_problems(
     merge: Merge, rounds: Rounds, through_clients: ThroughClients, server: Server, privacy: Privacy
 ) -> Iterator[str]:
     """Yield why coefficients cannot be learned where the catalogs are, on the server or through the clients."""
-    rule, policy = rounds.rule, privacy.policy
+    rule = rounds.rule
     learned = [name for name in (merge.methods if rule is None else (rule,)) if name in LEARNED_METHODS]
-    if learned and policy == "catalog-private":
+    if learned and privacy.learns_through_clients:
         for problem in _through_clients_problems(learned, rounds, through_clients, server, privacy):
             yield f"privacy.policy = 'catalog-private': {problem}"
     elif through_clients.users == "own-users":
@@ -63,7 +63,7 @@ def learning_problems(
             "through_clients.users = 'own-users', but nothing is learned through the clients; set privacy.policy = "
             "'catalog-private' and add mergerec to merge.methods, or leave users at 'pseudo-users'"
         )
-    if learned and policy == "adapter" and server.catalogs is None:
+    if learned and privacy.policy == "adapter" and server.catalogs is None:
         catalogs = (
             "which needs the catalogs, but privacy.policy = 'adapter' keeps them at the clients and server.catalogs "
             "is 'none'; set privacy.policy = 'adapter+catalog' or give server.catalogs a folder"
@@ -95,7 +95,7 @@ def _through_clients_problems(
 
 def admission_problems(admission: Admission, rounds: Rounds, privacy: Privacy, server: Server) -> Iterator[str]:
     """Yield what the gate in front of the merge cannot see."""
-    if admission.probe_items and privacy.policy != "adapter+catalog" and server.catalogs is None:
+    if admission.probe_items and not privacy.sends_catalogs and server.catalogs is None:
         yield (
             f"admission.probe_items needs the catalogs, but privacy.policy = '{privacy.policy}' keeps them at "
             "the clients and server.catalogs is 'none'; leave the probe out or give server.catalogs a folder"
@@ -104,7 +104,7 @@ def admission_problems(admission: Admission, rounds: Rounds, privacy: Privacy, s
     if not asked and admission.action != "exclude":
         return
     keys = ", ".join(f"admission.{key}" for key in asked or ["action"])
-    if privacy.policy == "aggregate-only":
+    if privacy.hides_adapters:
         yield (
             f"{keys}: the gate looks at single adapters, which privacy.policy = 'aggregate-only' hides from the "
             "server; leave it out, or set privacy.policy = 'adapter'"

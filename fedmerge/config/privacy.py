@@ -1,5 +1,6 @@
 """Sections about privacy: what may leave a client, and differential privacy."""
 
+from collections.abc import Mapping
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -7,12 +8,32 @@ from pydantic import Field, model_validator
 from fedmerge.config.section import Section
 
 Transport = Literal["float32", "float16", "int8", "top-k"]
+Policy = Literal["adapter+catalog", "adapter", "catalog-private", "aggregate-only"]
+Kind = Literal[
+    "description",
+    "adapter",
+    "training report",
+    "catalog",
+    "metric sums",
+    "pseudo-user count",
+    "coefficient gradient",
+    "masked update",
+]
+_ALWAYS: frozenset[Kind] = frozenset({"description", "training report", "metric sums"})
+
+ALLOWED: Mapping[Policy, frozenset[Kind]] = {
+    "adapter+catalog": _ALWAYS | {"adapter", "catalog"},
+    "adapter": _ALWAYS | {"adapter"},
+    "catalog-private": _ALWAYS | {"adapter", "pseudo-user count", "coefficient gradient"},
+    "aggregate-only": _ALWAYS | {"masked update"},
+}
+"""Kinds of content that may leave a client. docs/reference/policies.md says what each policy promises, and to whom."""
 
 
 class Privacy(Section):
     """Limits on what leaves a client; checked on both sides."""
 
-    policy: Literal["adapter+catalog", "adapter", "catalog-private", "aggregate-only"] = Field(
+    policy: Policy = Field(
         "adapter+catalog",
         description="Information that leaves a client. adapter+catalog: catalogs are public, as MergeRec has it; "
         "adapter: adapter and metric sums only; catalog-private: the clients learn the coefficients; aggregate-only: "
@@ -37,6 +58,21 @@ class Privacy(Section):
         le=1e4,
         description="Largest entry of a secure sum's terms (aggregate-only); larger ones are refused.",
     )
+
+    @property
+    def sends_catalogs(self) -> bool:
+        """True if clients may send their catalogs to the server."""
+        return "catalog" in ALLOWED[self.policy]
+
+    @property
+    def learns_through_clients(self) -> bool:
+        """True if merging coefficients are learned through the clients, which keep their catalogs."""
+        return "coefficient gradient" in ALLOWED[self.policy]
+
+    @property
+    def hides_adapters(self) -> bool:
+        """True if the server sees no single adapter, only sums."""
+        return "adapter" not in ALLOWED[self.policy]
 
 
 class DP(Section):

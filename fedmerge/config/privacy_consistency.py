@@ -21,7 +21,7 @@ from fedmerge.config.training import Rounds, Train
 
 def transport_problems(privacy: Privacy, rounds: Rounds) -> Iterator[str]:
     """Yield a compressed transport of adapters that are not merged once."""
-    if privacy.transport != "float32" and (rounds.rule is not None or privacy.policy == "aggregate-only"):
+    if privacy.transport != "float32" and (rounds.rule is not None or privacy.hides_adapters):
         yield (
             f"privacy.transport = '{privacy.transport}' is for experts that are trained once and merged; set it to "
             "'float32' with rounds.rule and with privacy.policy = 'aggregate-only'"
@@ -38,7 +38,7 @@ def aggregate_only_problems(
         num_domains: training clients.
         until: the last phase of the run.
     """
-    if privacy.policy != "aggregate-only":
+    if not privacy.hides_adapters:
         return
     hidden = "privacy.policy = 'aggregate-only' shows the server no single adapter"
     rule = rounds.rule
@@ -81,13 +81,13 @@ def dp_problems(
     admission: Admission,
 ) -> Iterator[str]:
     """Yield what the noise of a mode does not cover."""
-    own_users = privacy.policy == "catalog-private" and through_clients.users == "own-users"
+    own_users = privacy.learns_through_clients and through_clients.users == "own-users"
     learned = {*merge.methods} & LEARNED_METHODS
     if dp.mode == "user":
         yield from _by_user_problems(train, rounds, own_users and bool(learned), through_clients)
         noised = own_users
     else:
-        noised = dp.mode == "domain-local" and privacy.policy == "catalog-private"
+        noised = dp.mode == "domain-local" and privacy.learns_through_clients
     if noised and learned and admission.rollback:
         yield (
             f"dp.mode = '{dp.mode}' with admission.rollback: a second merge would be learned through the clients, for "
@@ -136,7 +136,7 @@ def _by_user_problems(
 
 
 def _central_problems(merge: Merge, privacy: Privacy, admission: Admission) -> Iterator[str]:
-    if privacy.policy == "aggregate-only":
+    if privacy.hides_adapters:
         yield (
             "dp.mode = 'domain-central' with privacy.policy = 'aggregate-only': the server would clip every single "
             "adapter, which the policy hides from it; set dp.mode = 'domain-local' or 'user', or another policy"

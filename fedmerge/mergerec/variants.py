@@ -56,4 +56,4 @@ def learned_labels(config: ExperimentConfig) -> set[str]:
 
 def labels_from_catalogs(config: ExperimentConfig) -> set[str]:
     """The labels of the merges that the server learns itself, from catalogs."""
-    return set() if config.privacy.policy == "catalog-private" else learned_labels(config)
+    return set() if config.privacy.learns_through_clients else learned_labels(config)

@@ -11,8 +11,8 @@ from pathlib import Path
 from pydantic import Field, ValidationError
 
 from fedmerge.config import DP, ExperimentConfig, Section, describe_problem
+from fedmerge.config.privacy import Policy
 from fedmerge.errors import ConfigError, PolicyError
-from fedmerge.privacy.policy import Policy
 
 
 class ClientPolicy(Section):

@@ -1,25 +1,22 @@
-"""Privacy policies: the kinds of content that may leave a client. The client checks this before every answer.
+"""Checks of what may leave a client, under the table of policies in :mod:`fedmerge.config.privacy`.
 
-A new policy is a row of ALLOWED. docs/reference/policies.md says what each policy promises, and to whom.
+The client calls them before every answer.
 """
 
-from typing import Literal
+from collections.abc import Mapping
 
+from fedmerge.config.privacy import ALLOWED, Kind, Policy
 from fedmerge.errors import PolicyError
 
-Policy = Literal["adapter+catalog", "adapter", "catalog-private", "aggregate-only"]
-Kind = Literal["description", "adapter", "catalog", "metric sums", "coefficient gradient", "masked update"]
+_NEEDED = "Without it no client takes part: set another privacy.policy."
 
-ALLOWED: dict[Policy, frozenset[Kind]] = {
-    "adapter+catalog": frozenset({"description", "adapter", "metric sums", "catalog"}),
-    "adapter": frozenset({"description", "adapter", "metric sums"}),
-    "catalog-private": frozenset({"description", "adapter", "metric sums", "coefficient gradient"}),
-    "aggregate-only": frozenset({"description", "masked update", "metric sums"}),
-}
-
-REMEDIES: dict[Kind, str] = {
+REMEDIES: Mapping[Kind, str] = {
+    "description": _NEEDED,
     "adapter": "Remove methods that need single adapters, or set privacy.policy = 'adapter'.",
+    "training report": _NEEDED,
     "catalog": "Give the server a folder of catalogs (server.catalogs), or set privacy.policy = 'adapter+catalog'.",
+    "metric sums": "Set until = 'train', or another privacy.policy.",
+    "pseudo-user count": "Remove learned merges, or set privacy.policy = 'catalog-private'.",
     "coefficient gradient": "Remove learned merges, or set privacy.policy = 'catalog-private'.",
     "masked update": "Set privacy.policy = 'aggregate-only'.",
 }

@@ -160,7 +160,7 @@ def _learner_from_catalogs(
     progress: Callable[[str], None],
 ) -> Learn:
     """What learns the coefficients of a method in this process."""
-    if config.privacy.policy == "catalog-private":
+    if config.privacy.learns_through_clients:
         raise PolicyError(
             f"{method}: privacy.policy = 'catalog-private' keeps the catalogs at the clients, so its coefficients "
             "are learned in a federation (fedmerge run). Here do without it (merge.methods), or set privacy.policy."
@@ -211,7 +211,7 @@ def _learn(
 ) -> Iterator[tuple[str, torch.Tensor, Vectors, dict[str, Any]]]:
     """Learn what these labels of a learned method ask for: label, coefficients, vectors, entries of the provenance."""
     vectors: Vectors | None = None
-    through_clients = config.privacy.policy == "catalog-private"
+    through_clients = config.privacy.learns_through_clients
     for label, settings in learned_variants(config, method).items():
         if label not in labels:
             continue

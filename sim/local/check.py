@@ -164,7 +164,7 @@ def _domain_problems(config: ExperimentConfig, manifest: Manifest) -> Iterator[s
 
 
 def _clients_send_catalogs(config: ExperimentConfig) -> bool:
-    if config.privacy.policy != "adapter+catalog" or config.server.catalogs is not None:
+    if not config.privacy.sends_catalogs or config.server.catalogs is not None:
         return False
     rule = config.rounds.rule
     learned = {*config.merge.methods} & LEARNED_METHODS if rule is None else {str(rule)} & LEARNED_METHODS

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fedmerge.privacy.policy import ALLOWED
+from fedmerge.config.privacy import ALLOWED
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 FILES = sorted((REPOSITORY / "fedmerge").rglob("*.py"))

@@ -6,22 +6,16 @@ from typing import get_args
 import pytest
 
 from fedmerge.config import ExperimentConfig, Privacy
+from fedmerge.config.privacy import ALLOWED, Kind, Policy
 from fedmerge.domain.manifest import check_catalog_is_public
 from fedmerge.errors import FedMergeError, PolicyError
-from fedmerge.privacy.policy import (
-    ALLOWED,
-    REMEDIES,
-    Kind,
-    Policy,
-    check_enough_users,
-    check_may_leave,
-)
+from fedmerge.privacy.policy import REMEDIES, check_enough_users, check_may_leave
 
 KEPT: dict[Policy, set[Kind]] = {
-    "adapter+catalog": {"coefficient gradient", "masked update"},
-    "adapter": {"catalog", "coefficient gradient", "masked update"},
+    "adapter+catalog": {"pseudo-user count", "coefficient gradient", "masked update"},
+    "adapter": {"catalog", "pseudo-user count", "coefficient gradient", "masked update"},
     "catalog-private": {"catalog", "masked update"},
-    "aggregate-only": {"adapter", "catalog", "coefficient gradient"},
+    "aggregate-only": {"adapter", "catalog", "pseudo-user count", "coefficient gradient"},
 }
 
 
@@ -39,9 +33,16 @@ def test_every_policy_and_thing(policy: Policy, kind: Kind) -> None:
 def test_no_policy_lets_interactions_out_and_every_policy_is_a_setting() -> None:
     assert set(ALLOWED) == set(get_args(Policy)) == set(get_args(Privacy.model_fields["policy"].annotation))
     assert set.union(*map(set, ALLOWED.values())) == set(get_args(Kind))
-    assert not any("interaction" in kind or "user" in kind for kind in get_args(Kind))
-    assert set.union(*KEPT.values()) == REMEDIES.keys()
+    assert not any("interaction" in kind for kind in get_args(Kind))
+    assert {*REMEDIES} == {*get_args(Kind)}
     assert ExperimentConfig().privacy.policy in ALLOWED
+
+
+def test_a_policy_acts_through_its_row() -> None:
+    rows = {policy: Privacy(policy=policy) for policy in get_args(Policy)}
+    assert [policy for policy, row in rows.items() if row.sends_catalogs] == ["adapter+catalog"]
+    assert [policy for policy, row in rows.items() if row.learns_through_clients] == ["catalog-private"]
+    assert [policy for policy, row in rows.items() if row.hides_adapters] == ["aggregate-only"]
 
 
 def test_a_private_catalog_stays_whatever_the_policy() -> None:

@@ -28,7 +28,7 @@ def check_releases(config: ExperimentConfig) -> None:
     mode, rounds = config.dp.mode, config.rounds.rule is not None
     if mode == "domain-local":
         noise = domain_noise(config)
-        if config.privacy.policy == "aggregate-only":
+        if config.privacy.hides_adapters:
             _check_range(config, noise)
     counted = (mode == "user" and rounds) or noised_answers(config) > 0
     if counted and config.run_id is None:

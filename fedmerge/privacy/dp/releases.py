@@ -7,7 +7,7 @@ Counted = tuple[float, int]  # the probability that a unit takes part in a relea
 
 def coefficient_messages(config: ExperimentConfig) -> int:
     """Return the largest number of messages about merging coefficients that a client answers in a run."""
-    if config.privacy.policy != "catalog-private" or config.until == "train":
+    if not config.privacy.learns_through_clients or config.until == "train":
         return 0
     steps = {"mergerec": config.mergerec.steps, "adamerging": config.adamerging.steps}
     variants = {"mergerec": config.mergerec.granularities, "adamerging": config.adamerging.granularities}

@@ -46,7 +46,7 @@ def cohort(message: Message, context: Context) -> RecordDict:
     client = open_client(context)
     config, domain = client.config, client.domain
     name = domain.manifest.name
-    check_may_leave(config.privacy.policy, "coefficient gradient", name)
+    check_may_leave(config.privacy.policy, "pseudo-user count", name)
     _check_enough_own_users(client)
     adapters = records.read_cohort(message.content)
     folder = cohort_folder(config, name, domain.catalog, domain.backbone, cohort_sha256(adapters))

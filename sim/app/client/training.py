@@ -35,11 +35,11 @@ logger = logging.getLogger("fedmerge.client")
 def train(message: Message, context: Context) -> RecordDict:
     """Send a trained adapter: the expert, from the cache if it is there, or a round; or cache it for a secure sum."""
     client = open_client(context)
-    policy, name = client.config.privacy.policy, client.domain.manifest.name
-    if policy == "aggregate-only":
-        check_may_leave(policy, "metric sums", name)
+    privacy, name = client.config.privacy, client.domain.manifest.name
+    check_may_leave(privacy.policy, "training report", name)
+    if privacy.hides_adapters:
         return _train_for_sum(client, message, context)
-    check_may_leave(policy, "adapter", name)
+    check_may_leave(privacy.policy, "adapter", name)
     adapter, report, task = _train_as_asked(client, message)
     coding = coding_of(client.config.privacy, client.config.lora.of(name), client.config.seed, client.domain.backbone)
     if coding.transport != "float32":

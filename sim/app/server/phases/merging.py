@@ -47,7 +47,7 @@ def train_and_merge(run: Run, backbone: Backbone, catalogs: Mapping[str, Catalog
     if config.rounds.rule is not None:
         members, after_rounds = run_rounds(run, backbone, catalogs)
         return Merges(list(members), {}, [after_rounds], {})
-    if config.privacy.policy == "aggregate-only":
+    if config.privacy.hides_adapters:
         sources, sums = secure_candidates(run, backbone)
         return Merges(list(sources), sources, sums, {})
     sources = train_experts(run, backbone, catalogs)
@@ -87,7 +87,7 @@ def merge_experts(
         checkpoints.write_candidate(run.folder, renamed(candidate), backbone.name)
 
     experts = checkpoints.StoredExperts(run.folder, sources)
-    private = run.config.privacy.policy == "catalog-private"
+    private = run.config.privacy.learns_through_clients
     on_disk = {
         label.removesuffix(suffix): replace(candidate, label=label.removesuffix(suffix))
         for label, candidate in checkpoints.read_candidates(run.folder, sources).items()

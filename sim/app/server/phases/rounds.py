@@ -174,7 +174,7 @@ def _round(
     def request(domain: str) -> RecordDict:
         return records.round_request_record(task, None if fresh else state.starts[domain], state.base)
 
-    if config.privacy.policy == "aggregate-only":
+    if config.privacy.hides_adapters:
         return _round_of_sums(run, state, sampled, request)
     # 2. Ask for the updates that are not on disk.
     replies = {domain: reply for domain, reply in read_replies(run.folder, number).items() if domain in sampled}
