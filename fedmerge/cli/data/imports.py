@@ -122,79 +122,59 @@ def _import_mergerec(options: argparse.Namespace) -> int:
 def _import_csv(options: argparse.Namespace) -> int:
     from fedmerge.domain.importers.csv_parquet import Columns, import_csv
 
-    with _progress() as progress:
-        report = import_csv(
-            options.interactions,
-            options.catalog,
-            options.destination,
-            Columns(**_columns(options)),
-            _settings(options, progress),
-            delimiter="\t" if options.delimiter in ("tab", "\\t") else options.delimiter,
-            encoding=options.encoding,
-        )
-    return _show(options, report)
+    files, columns = (options.interactions, options.catalog), Columns(**_columns(options))
+    delimiter = "\t" if options.delimiter in ("tab", "\\t") else options.delimiter
+    return _import(
+        options,
+        lambda dst, settings: import_csv(
+            *files, dst, columns, settings, delimiter=delimiter, encoding=options.encoding
+        ),
+    )
 
 
 def _import_parquet(options: argparse.Namespace) -> int:
     from fedmerge.domain.importers.csv_parquet import Columns, import_parquet
 
-    with _progress() as progress:
-        report = import_parquet(
-            options.interactions,
-            options.catalog,
-            options.destination,
-            Columns(**_columns(options)),
-            _settings(options, progress),
-        )
-    return _show(options, report)
+    files, columns = (options.interactions, options.catalog), Columns(**_columns(options))
+    return _import(options, lambda dst, settings: import_parquet(*files, dst, columns, settings))
 
 
 def _import_amazon(options: argparse.Namespace) -> int:
     from fedmerge.domain.importers.amazon import import_amazon
 
-    with _progress() as progress:
-        report = import_amazon(
-            options.reviews,
-            options.metadata,
-            options.destination,
-            _settings(options, progress),
-            keep_items_without_text=options.keep_items_without_text,
-        )
-    return _show(options, report)
+    files, keep = (options.reviews, options.metadata), options.keep_items_without_text
+    return _import(options, lambda dst, settings: import_amazon(*files, dst, settings, keep_items_without_text=keep))
 
 
 def _import_movielens(options: argparse.Namespace) -> int:
     from fedmerge.domain.importers.movielens import import_movielens
 
+    return _import(options, lambda dst, settings: import_movielens(options.source, dst, settings))
+
+
+def _import(options: argparse.Namespace, read: "Callable[[Path, ImportSettings], ImportReport]") -> int:
+    """Import into ``DST`` with the settings of the command, showing progress, and print what was imported."""
+    from fedmerge.domain.importers.events import ImportSettings
+    from fedmerge.report.domains import import_text
+
     with _progress() as progress:
-        report = import_movielens(options.source, options.destination, _settings(options, progress))
-    return _show(options, report)
+        settings = ImportSettings(
+            name=options.name,
+            overwrite=options.overwrite,
+            public_catalog=not options.private_catalog,
+            k_core=options.k_core,
+            min_rating=options.min_rating,
+            max_bad_share=options.max_bad_share,
+            progress=progress,
+        )
+        report = read(options.destination, settings)
+    print(f"{options.destination / report.manifest.name}: {import_text(report)}")
+    return 0
 
 
 def _columns(options: argparse.Namespace) -> dict[str, str]:
     names = ("user", "item", "time", "rating", "catalog_item", "title", "brand", "category")
     return {name: getattr(options, f"{name}_column") for name in names}
-
-
-def _settings(options: argparse.Namespace, progress: "Progress") -> "ImportSettings":
-    from fedmerge.domain.importers.events import ImportSettings
-
-    return ImportSettings(
-        name=options.name,
-        overwrite=options.overwrite,
-        public_catalog=not options.private_catalog,
-        k_core=options.k_core,
-        min_rating=options.min_rating,
-        max_bad_share=options.max_bad_share,
-        progress=progress,
-    )
-
-
-def _show(options: argparse.Namespace, report: "ImportReport") -> int:
-    from fedmerge.report.domains import import_text
-
-    print(f"{options.destination / report.manifest.name}: {import_text(report)}")
-    return 0
 
 
 @contextmanager
