@@ -51,6 +51,12 @@ APP_PROJECT = ("name", "version", "description", "license")  # the keys of [proj
 PLAIN_PATTERN = re.compile(
     r"[\w.-]+(/[\w.-]+)*(/\*\*/\*\.\w+)?"
 )  # patterns that Flower, as git, and glob interpret alike
+OFFLINE = {  # variables of every process of Flower
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "PYTHONUNBUFFERED": "1",
+}
 COLOURS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
 
@@ -212,14 +218,11 @@ def flower_environment(home: Path, port: int, base: Mapping[str, str] | None = N
     variables.pop("PYTHONDONTWRITEBYTECODE", None)  # nearly doubles the start-up of every process
     variables.setdefault("PYTHONWARNINGS", "ignore::FutureWarning:ray._private.worker")  # on every start of Ray
     return variables | {
+        **OFFLINE,
         "FLWR_HOME": str(home),
         "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(port),
-        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "FLWR_TELEMETRY_ENABLED": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_DEDUP_LOGS": "0",  # otherwise Ray withholds lines that several clients print alike
-        "PYTHONUNBUFFERED": "1",
         # flwr finds flower-superlink, and that one flwr-simulation, on the PATH
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), variables.get("PATH", os.defpath)]),
     }

@@ -42,6 +42,7 @@ from sim.flower_internals import (
     RuntimeVersionHttpInterceptor,
     public_key_to_bytes,
 )
+from sim.local.launch import COLOURS, OFFLINE
 from sim.machines.executor import end_with_parent
 
 WAITS_SECONDS = (5.0, 10.0, 15.0, 30.0)  # between attempts; the last value repeats
@@ -50,8 +51,6 @@ GRACE_SECONDS = 10.0
 POLL_SECONDS = 0.2
 LARGEST_LOG_BYTES = 10 * 2**20
 FLOWER_LOG = "flower.log"
-
-COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 logger = logging.getLogger("fedmerge.client")
 
@@ -223,12 +222,9 @@ def _environment(client: Client) -> dict[str, str]:
     variables = dict(os.environ)
     variables.pop("PYTHONDONTWRITEBYTECODE", None)
     return variables | {
+        **OFFLINE,
         "PYTHONPATH": os.pathsep.join(filter(None, [str(root()), variables.get("PYTHONPATH", "")])),
-        "PYTHONUNBUFFERED": "1",
         "FLWR_HOME": str(client.cache_dir / "flower"),
-        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "FLWR_TELEMETRY_ENABLED": "0",
     }
 
 
