@@ -182,7 +182,7 @@ def check_admission(result: Path, config: ExperimentConfig, run: Path, left_out:
     write_json(result, {**record, "seconds": seconds, "client_seconds": client_seconds, "bytes_down": size_bytes})
 
 
-def merge_experts(result: Path, config: ExperimentConfig, run: Path, without: tuple[str, ...]) -> None:
+def write_merges(result: Path, config: ExperimentConfig, run: Path, without: tuple[str, ...]) -> None:
     """Make every merge of a strategy from the experts of a training run.
 
     Args:
@@ -337,7 +337,7 @@ def audit_adapters(result: Path, config: ExperimentConfig, domain: str, expert: 
 WORK: Mapping[str, Callable[..., None]] = {
     "joint training": train_joint,
     "admission": check_admission,
-    "merging": merge_experts,
+    "merging": write_merges,
     "ranking": rank_model,
     "baseline": rank_baseline,
     "audit": audit_adapters,

@@ -74,7 +74,7 @@ def chosen_variant(grid: Grid, place: Place, strategy: str) -> str | None:
 
 def test_sums(grid: Grid, place: Place, domain: str) -> dict[Variant, MetricSums]:
     """Return a domain's sums over its test users, with a row per reference and per strategy that did not fail."""
-    rows = {row: cell.result for row, cell in test_rows(grid, place, domain).items() if cell.result.is_file()}
+    rows = {row: cell.result for row, cell in rows_on_test(grid, place, domain).items() if cell.result.is_file()}
     return sums_of_ranks(rows, domain, grid.experiment(place, None).privacy.min_users) if rows else {}
 
 
@@ -102,7 +102,7 @@ def audit_cell(grid: Grid, place: Place, strategy: str, domain: str) -> Cell | N
     return Cell("audit", f"audit of {label} on {domain} ({place})", file, arguments, config.runtime.threads_per_client)
 
 
-def test_rows(grid: Grid, place: Place, domain: str) -> dict[str, Cell]:
+def rows_on_test(grid: Grid, place: Place, domain: str) -> dict[str, Cell]:
     """Return row -> cell, for the references and for each strategy with a selected variant."""
     shared = grid.evaluation(place, None)
     clients = grid.folder / "clients" / place.dataset

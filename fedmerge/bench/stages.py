@@ -20,7 +20,7 @@ from fedmerge.bench.outcomes import (
     merge_hashes,
     merged_domains,
     ranking,
-    test_rows,
+    rows_on_test,
     tested_domains,
 )
 from fedmerge.config import ExperimentConfig, Rounds
@@ -166,7 +166,7 @@ def test_cells(grid: Grid, places: Sequence[Place]) -> list[Cell]:
             chosen_variant(grid, place, strategy)
     for place in places:
         for domain in tested_domains(grid, place):
-            for cell in test_rows(grid, place, domain).values():
+            for cell in rows_on_test(grid, place, domain).values():
                 cells[cell.result] = cell
     return list(cells.values())
 

@@ -97,7 +97,7 @@ PUBLISHED_INITIAL_COEFFICIENT = {"task-vectors": 0.2}  # 1 for the rows of a met
 
 
 class MergeRec(Section):
-    """Collaborative merging (https://arxiv.org/abs/2601.01753), explained in [mergerec.md](reference/mergerec.md)."""
+    """Learned merging (https://arxiv.org/abs/2601.01753), explained in [mergerec.md](reference/mergerec.md)."""
 
     preset: Literal["default", "paper"] = Field(
         "default",

@@ -1,6 +1,6 @@
 """Keys of earlier versions: what to write instead."""
 
-_STUDY = "delete the line; {}. Other values: benchmarks/studies/study_collaborative.py"
+_STUDY = "delete the line; {}. Other values: benchmarks/studies/study_mergerec.py"
 _SASREC = "delete the line; the sasrec baseline trains with fixed settings (fedmerge/client/baselines/sasrec.py)"
 _ADAMERGING = "delete the line; the published value is always used"
 
@@ -13,7 +13,7 @@ REMOVED: dict[str, str] = {
     "mergerec.balance_domains": _STUDY.format("domains are drawn equally often, except with preset = 'paper'"),
     "mergerec.select_every": _STUDY.format("the last step is taken, as published"),
     "mergerec.try_steps": "delete the line; set mergerec.steps, or look at single steps with "
-    "benchmarks/studies/study_collaborative.py",
+    "benchmarks/studies/study_mergerec.py",
     "mergerec.prior_weight": _STUDY.format("there is no prior, as published"),
     "adamerging.initial_coefficient": _ADAMERGING,
     "adamerging.learning_rate": _ADAMERGING,

@@ -83,8 +83,7 @@ def unpack(packed: Mapping[str, Array], like: Adapter, scalings: Mapping[str, fl
         strange = sorted(set(packed) ^ expected) or sorted(set(scalings) ^ set(like.modules))
         raise LayoutMismatchError(
             f"the adapter arrived as {coding.transport} with unexpected or missing tensors: {strange[:3]}. Use the "
-            "same "
-            "privacy.transport and lora settings everywhere."
+            "same privacy.transport and lora settings everywhere."
         )
     factors: dict[tuple[str, str], torch.Tensor] = {}
     for name, part, matrix in _factors(like):

@@ -1,4 +1,4 @@
-"""The admission gate: find experts that are well formed (``fedmerge.server.admission``) but would harm the merge.
+"""The admission gate: find experts that are well formed (``fedmerge.server.reply_checks``) but would harm the merge.
 
 There are three kinds of checks: the size of an update relative to the cohort, a probe of the adapted encoder on its
 domain's own catalog, and the other domains' validation of the merge without the expert. Each has a number and a limit;

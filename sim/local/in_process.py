@@ -11,7 +11,7 @@ from flwr.app import Context, Message, RecordDict
 
 from fedmerge.config import ExperimentConfig, from_flat, to_flat
 from sim.app.client.app import make_client_app
-from sim.app.server.app import run_experiment
+from sim.app.server.app import run_server
 from sim.flower_internals import (
     FLWR_IN_MEMORY_DB_NAME,
     NOOP_FEDERATION_ID,
@@ -103,7 +103,7 @@ def run_in_process(
     with _process_settings_restored():
         nodes.start()
         try:
-            run_experiment(grid, from_flat(run_config), console=console)
+            run_server(grid, from_flat(run_config), console=console)
         finally:
             over.set()
             nodes.join()

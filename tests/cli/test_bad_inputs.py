@@ -25,7 +25,7 @@ from fedmerge.domain.folder import write_domain
 from fedmerge.encoder.lora import layout_of
 from fedmerge.encoder.peft_folder import write_adapter
 from fedmerge.errors import FedMergeError
-from fedmerge.server.admission import check_adapter
+from fedmerge.server.reply_checks import check_adapter
 
 # Config: an experiment file, passed to `fedmerge check`
 

@@ -11,7 +11,7 @@ from adapters import layout_of, random_adapters
 from merging_oracles import dense_vectors, oracle_rows
 
 from fedmerge.adapter import Adapter
-from fedmerge.client.coefficients import own_users as collaborative
+from fedmerge.client.coefficients import own_users
 from fedmerge.client.coefficients.own_users import (
     ClientMergeSettings,
     clipped_gradient_sum,
@@ -187,7 +187,7 @@ def test_a_user_who_cannot_be_computed_does_not_take_the_others_along(
             raise MemoryError
         return pack_sequences(*arguments)
 
-    monkeypatch.setattr(collaborative, "pack_sequences", short_of_memory)
+    monkeypatch.setattr(own_users, "pack_sequences", short_of_memory)
     assert torch.equal(clipped_gradient_sum(client, vectors, at, records, 0, SMALL, 0.2), expected)
 
 

@@ -47,7 +47,7 @@ def test_a_grid_is_computed_once_and_tabled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks" / "studies"))
-    import study_collaborative  # noqa: PLC0415 - a script, not on the path
+    import study_mergerec  # noqa: PLC0415 - a script, not on the path
 
     config = small_experiment(tmp_path)
     backbone = load_backbone(str(tiny_bert(tmp_path / "again")), "mean", resolve_compute("cpu", "float32"))
@@ -60,7 +60,7 @@ def test_a_grid_is_computed_once_and_tabled(
 
     def table(*more: str) -> str:
         monkeypatch.setattr(sys, "argv", ["study", *map(str, arguments), "--users", "20", *more])
-        study_collaborative.main()
+        study_mergerec.main()
         return capsys.readouterr().out
 
     first = table()
@@ -88,15 +88,15 @@ def test_a_grid_is_computed_once_and_tabled(
 
 def test_every_point_of_the_grid_file_is_valid(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks" / "studies"))
-    import study_collaborative  # noqa: PLC0415 - a script, not on the path
+    import study_mergerec  # noqa: PLC0415 - a script, not on the path
 
     grids = sorted((REPOSITORY / "benchmarks" / "studies").glob("study_*.toml"))
-    points = [point for grid in grids for point in study_collaborative.points_of(grid)]
+    points = [point for grid in grids for point in study_mergerec.points_of(grid)]
     for point in points:
         keys = {key: value for key, value in point.items() if key not in ("method", "look_at", "name")}
         match point["method"]:
             case "mergerec" | "adamerging":
-                made = study_collaborative.settings_of(point["method"], keys)
+                made = study_mergerec.settings_of(point["method"], keys)
                 assert max(point.get("look_at", [0])) <= made.steps
             case "clients":
                 assert max(point.get("look_at", [0])) <= ClientMergeSettings(**keys).steps

@@ -23,7 +23,7 @@ from in_process import small_experiment
 from fedmerge.adapter import Adapter
 from fedmerge.config import ExperimentConfig
 from fedmerge.errors import FedMergeError
-from fedmerge.server.admission import LARGEST_VALUE
+from fedmerge.server.reply_checks import LARGEST_VALUE
 from sim.app.messages import records
 from sim.local.in_process import answer_honestly, run_in_process
 

@@ -65,7 +65,7 @@ from fedmerge.encoder.peft_folder import read_adapter, write_adapter
 from fedmerge.evaluation.ranks import per_user_metrics
 from fedmerge.evaluation.sums import metric_sums
 from fedmerge.encoder.lora import expected_layout
-from fedmerge.server.admission import check_adapter
+from fedmerge.server.reply_checks import check_adapter
 from fedmerge.server.candidates import merge_candidates
 from fedmerge.server.choice import choose
 

@@ -14,7 +14,7 @@ from fedmerge.encoder.backbone import Backbone
 from fedmerge.encoder.lora import layout_of as shapes_of
 from fedmerge.errors import LayoutMismatchError
 from fedmerge.privacy.transport import PIECES, Coding, decode_as_receiver, pack, residual, unpack
-from fedmerge.server.admission import adapter_bytes
+from fedmerge.server.reply_checks import adapter_bytes
 
 A = torch.tensor([[1.0, -2.54, 0.0], [0.0, 0.0, 0.0]])
 B = torch.tensor([[0.5, 4.0], [1.27, -1.0]])

@@ -12,9 +12,8 @@ from fedmerge.privacy.dp.accountant import Method, Release, account
 PRIVACY_FILE = "privacy.json"
 
 _ARRIVED = (
-    "everything that arrived during the run is counted, even if it was late, refused or lost; anything that a "
-    "client sends "
-    "after the end of the run is one more release."
+    "everything that arrived during the run is counted, even if it was late, refused or lost; anything that a client "
+    "sends after the end of the run is one more release."
 )
 _USER = (
     "unit: one user of one domain, all their interactions. For a user of several domains, ε and δ add up.",
@@ -51,10 +50,8 @@ _COVERS = {
 _COUNTS = "counts of users, items and interactions, and hashes of the data, which every client announces"
 _SUMS = (
     "metric sums on validation and test, which are exact, and the selection among merges based on them: no (ε, δ) "
-    "holds "
-    "for the run as a whole. For a release, end with until = 'train', merge without learning from users, and "
-    "evaluate on "
-    "users who are not protected"
+    "holds for the run as a whole. For a release, end with until = 'train', merge without learning from users, and "
+    "evaluate on users who are not protected"
 )
 _CATALOGS = "the catalogs, which the server has without noise, and everything computed from them alone"
 _TIMES = "the time that anything took"
@@ -137,8 +134,7 @@ def statement_text(statement: Mapping[str, Any]) -> str:
     elif statement["guarantee"]:
         lines.append(
             f"  accountant: {statement['accountant']}. It holds for what it covers, NOT for the run as a whole, "
-            "because "
-            "exact sums over users left the clients. The assumptions are:"
+            "because exact sums over users left the clients. The assumptions are:"
         )
     else:
         lines.append("  THIS GUARANTEES NOTHING: " + " ".join(statement["why_not"]) + " The assumptions are:")

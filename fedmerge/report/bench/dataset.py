@@ -112,7 +112,7 @@ def mean_scores(rows: Rows, keys: Sequence[Key]) -> dict[str, Score]:
     }
 
 
-def test_rows(data: Dataset, variant: str, role: str, metric: str) -> Rows:
+def rows_on_test(data: Dataset, variant: str, role: str, metric: str) -> Rows:
     """Select the results on test of one variant, role and metric."""
     wanted = {"variant": variant, "role": role, "metric": metric}
     return [row for row in data.tables.results if all(row[key] == value for key, value in wanted.items())]
@@ -126,7 +126,7 @@ def mean_keys(rows: Rows, role: str) -> list[Key]:
 
 def scores_of(data: Dataset, variant: str, role: str, metric: str) -> dict[str, Score]:
     """Return strategy -> its score over all domains of a role."""
-    rows = test_rows(data, variant, role, metric)
+    rows = rows_on_test(data, variant, role, metric)
     return mean_scores(rows, mean_keys(rows, role))
 
 

@@ -11,8 +11,8 @@ from fedmerge.report.bench.dataset import (
     mean_comparisons,
     mean_keys,
     mean_scores,
+    rows_on_test,
     scores_of,
-    test_rows,
 )
 from fedmerge.report.bench.notation import (
     MANY_PICTURES,
@@ -129,7 +129,7 @@ def domains_section(data: Dataset) -> Html:
     variant, metric, baseline = data.variant, HEADLINE[0], data.baseline
     columns: list[tuple[str, dict[str, Score]]] = []
     for role in data.roles:
-        rows = test_rows(data, variant, role, metric)
+        rows = rows_on_test(data, variant, role, metric)
         keys = mean_keys(rows, role)
         for domain in dict.fromkeys(domain for _, domain in keys):
             scores = mean_scores(rows, [key for key in keys if key[1] == domain])
@@ -177,7 +177,7 @@ def domains_section(data: Dataset) -> Html:
 def unseen_section(data: Dataset) -> Html | None:
     """Return the scores on unseen domains against those on training domains; None without unseen domains."""
     variant, metric = data.variant, HEADLINE[0]
-    unseen = test_rows(data, variant, "unseen", metric)
+    unseen = rows_on_test(data, variant, "unseen", metric)
     if not unseen:
         return None
     keys = mean_keys(unseen, "unseen")

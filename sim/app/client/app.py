@@ -1,8 +1,8 @@
 """The client app: one domain, opened from this machine's disk, answers the server's messages."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
-from flwr.app import Context, Message
+from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from sim.app.client.coefficients import cohort, gradient
@@ -11,17 +11,18 @@ from sim.app.client.evaluation import evaluate_models
 from sim.app.client.replies import log_to_stderr, replying
 from sim.app.client.secure_sum import secagg_advertise, secagg_masked, secagg_share, secagg_unmask
 from sim.app.client.training import train
+from sim.app.messages import records, secure_sum
 
-HANDLERS = (
-    describe,
-    catalog,
-    cohort,
-    gradient,
-    secagg_advertise,
-    secagg_share,
-    secagg_masked,
-    secagg_unmask,
-)
+QUERIES: Mapping[str, Callable[[Message, Context], RecordDict]] = {
+    records.DESCRIBE: describe,
+    records.CATALOG: catalog,
+    records.COHORT: cohort,
+    records.GRADIENT: gradient,
+    secure_sum.ADVERTISE: secagg_advertise,
+    secure_sum.SHARE: secagg_share,
+    secure_sum.MASKED: secagg_masked,
+    secure_sum.UNMASK: secagg_unmask,
+}
 
 
 def make_client_app(*, console: bool) -> ClientApp:
@@ -33,8 +34,8 @@ def make_client_app(*, console: bool) -> ClientApp:
     app = ClientApp(mods=[_log_first] if console else [])
     app.train()(replying(train))
     app.evaluate()(replying(evaluate_models))
-    for handler in HANDLERS:
-        app.query(handler.__name__)(replying(handler))  # the name of the function is that of the message
+    for message_type, handler in QUERIES.items():
+        app.query(message_type.removeprefix("query."))(replying(handler))
     return app
 
 

@@ -8,10 +8,7 @@ from pathlib import Path
 import torch
 from flwr.app import Context, Message, RecordDict
 
-from fedmerge.client.cache.dp_releases import (
-    CoefficientMessage,
-    release_answer_once,
-)
+from fedmerge.client.cache.dp_releases import CoefficientMessage, release_answer_once
 from fedmerge.client.coefficients.own_users import ClientMergeSettings, clipped_gradient_sum, coefficient_gradient
 from fedmerge.client.coefficients.pseudo_users import (
     Cohort,

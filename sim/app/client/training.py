@@ -8,11 +8,7 @@ from typing import Any
 from flwr.app import Context, Message, RecordDict
 
 from fedmerge.adapter import Adapter
-from fedmerge.client.cache.dp_releases import (
-    Release,
-    check_round_is_counted,
-    release_round_once,
-)
+from fedmerge.client.cache.dp_releases import Release, check_round_is_counted, release_round_once
 from fedmerge.client.cache.experts import load_or_train_expert
 from fedmerge.client.cache.secure_sums import cache_values, check_same_as_revealed, sum_key
 from fedmerge.client.training.dp_sgd import plan_record, user_plan
@@ -70,9 +66,8 @@ def _train_as_asked(client: Client, message: Message) -> tuple[Adapter, dict[str
         return _train_round_once(client, message)
     adapter, report = load_or_train_expert(client.domain, client.config, logger.info)
     if report["validation_users"] < client.config.privacy.min_users:
-        over_few = (
-            ("best_step", "stopped_by") if report["validation_users"] else ()
-        )  # they depend on the same few users
+        # The best step and the reason to stop depend on the same few users.
+        over_few = ("best_step", "stopped_by") if report["validation_users"] else ()
         report = {**{key: value for key, value in report.items() if key not in over_few}, "validations": []}
     return adapter, report, None
 

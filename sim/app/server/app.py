@@ -40,10 +40,10 @@ logger = logging.getLogger("fedmerge.server")
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run one experiment; raise if it cannot be finished, so that Flower marks the run as failed."""
-    run_experiment(grid, from_flat(context.run_config), console=True)
+    run_server(grid, from_flat(context.run_config), console=True)
 
 
-def run_experiment(grid: Grid, config: ExperimentConfig, *, console: bool) -> None:
+def run_server(grid: Grid, config: ExperimentConfig, *, console: bool) -> None:
     """Run one experiment to its end, or resume it.
 
     Args:

@@ -1,6 +1,19 @@
-"""What travels between server and clients as Flower records, a file for each kind of message.
+"""The messages between server and clients as Flower records, a file for each kind of message.
 
-No other package knows record keys; what a secure sum adds is in :mod:`sim.app.messages.secure_sum`.
+================  ==============================================  =========================================
+message           request                                         reply
+================  ==============================================  =========================================
+query.describe    empty                                           description_record
+query.catalog     empty                                           catalog_record
+train             empty, or round_request_record                  expert_record, or report_record
+evaluate          evaluation_request_record, with model_records   metric_sums_record
+query.cohort      cohort_record                                   pseudo_users_record
+query.gradient    gradient_request_record                         gradient_record
+any                                                               error_record in its place; add_signature
+================  ==============================================  =========================================
+
+A reader stands beside each, ``read_…``. The messages of a secure sum are in :mod:`sim.app.messages.secure_sum`;
+docs/messages.md has the fields. No other package knows record keys.
 """
 
 from sim.app.messages.records.adapters import FLOAT32, ModelRecords, model_records

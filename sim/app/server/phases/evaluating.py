@@ -10,7 +10,7 @@ from fedmerge.config import Split
 from fedmerge.evaluation.ranks import METRICS
 from fedmerge.evaluation.sums import BACKBONE, EXPERT
 from fedmerge.runs import checkpoints
-from fedmerge.server.admission import check_sums, sums_bytes
+from fedmerge.server.reply_checks import check_sums, sums_bytes
 from sim.app.messages import records
 from sim.app.server.asking import ask
 from sim.app.server.members import join_names

@@ -37,8 +37,8 @@ from fedmerge.runs.round_checkpoints import (
 )
 from fedmerge.runs.secure_sums import note_reveal
 from fedmerge.seeding import generator
-from fedmerge.server.admission import adapter_bytes, check_adapter
 from fedmerge.server.candidates import merge_candidates
+from fedmerge.server.reply_checks import adapter_bytes, check_adapter
 from sim.app.messages import records
 from sim.app.server.asking import ask
 from sim.app.server.members import join_names

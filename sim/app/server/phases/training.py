@@ -15,8 +15,8 @@ from fedmerge.mergerec.variants import labels_from_catalogs
 from fedmerge.privacy.dp.agreement import check_spent
 from fedmerge.privacy.transport import coding_of
 from fedmerge.runs import checkpoints
-from fedmerge.server.admission import adapter_bytes, check_adapter
 from fedmerge.server.gate import probes
+from fedmerge.server.reply_checks import adapter_bytes, check_adapter
 from sim.app.messages import records
 from sim.app.server.asking import ask
 from sim.app.server.members import FEW_CLIENTS, LONGEST_NAME, join_names

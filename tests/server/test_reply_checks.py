@@ -12,7 +12,7 @@ from fedmerge.config import Lora
 from fedmerge.encoder.backbone import Backbone
 from fedmerge.encoder.lora import Layout, adapter_of, attach, expected_layout, layout_of
 from fedmerge.errors import LayoutMismatchError
-from fedmerge.server.admission import check_adapter
+from fedmerge.server.reply_checks import check_adapter
 
 LORA = Lora(rank=4, alpha=8, target_modules=("query", "value"))
 NAMES = [f"encoder.layer.{layer}.attention.self.{part}" for layer in (0, 1) for part in ("query", "value")]

@@ -1,7 +1,7 @@
 """Cost of one MergeRec step for 2, 8 and 32 domains, against one plain LoRA forward and backward pass.
 
-    python benchmarks/merging/bench_collaborative.py
-    python benchmarks/merging/bench_collaborative.py --rows    # TIES, PCB, Localize-and-Stitch and dense rows as well
+    python benchmarks/merging/bench_mergerec.py
+    python benchmarks/merging/bench_mergerec.py --rows    # TIES, PCB, Localize-and-Stitch and dense rows as well
 
 The backbone has MiniLM's size (6 layers, width 384, vocabulary 30,522; random weights from a configuration), with LoRA
 of rank 8 on query and value. A step encodes 16 pseudo-users and updates the merging coefficients; the plain step is
@@ -97,7 +97,7 @@ def dense_forward(rows: SparseRows) -> Forward:
     return forward
 
 
-def collaborative_step(
+def mergerec_step(
     backbone: Backbone, rows: Vectors, sequences: list[np.ndarray], forward: Forward = merged_forward
 ) -> Callable[[], None]:
     """Return one step of ``learn_coefficients``: layer-wise, with catalogs of NUM_ITEMS items."""
@@ -164,16 +164,16 @@ def main() -> None:
     sizes = {}
     for k in options.domains:
         stack = build_stack(k)
-        steps[f"K = {k}"] = collaborative_step(backbone, on_device(stack, backbone.compute.device), sequences)
+        steps[f"K = {k}"] = mergerec_step(backbone, on_device(stack, backbone.compute.device), sequences)
         for method in INITIALISATIONS if options.rows else ():
             if method == TASK_VECTORS:
                 continue
             rows = on_device(initial_vectors(stack, method), backbone.compute.device)
-            steps[f"K = {k}, {method}"] = collaborative_step(backbone, rows, sequences)
+            steps[f"K = {k}, {method}"] = mergerec_step(backbone, rows, sequences)
             if isinstance(rows, SparseRows):
                 sizes[f"K = {k}, {method}"] = rows.size_bytes
                 if method == "ties":
-                    steps[f"K = {k}, dense"] = collaborative_step(backbone, rows, sequences, dense_forward(rows))
+                    steps[f"K = {k}, dense"] = mergerec_step(backbone, rows, sequences, dense_forward(rows))
                     sizes[f"K = {k}, dense"] = sum(4 * k * math.prod(each.shape) for each in rows.modules.values())
     for step in steps.values():  # warm up
         step()
