@@ -29,8 +29,8 @@ FILES: Mapping[str, str] = {
     "adapters/<domain>/": "each expert: a PEFT folder with `training.json`, written as it arrives (not under "
     "`aggregate-only`)",
     "experts.json": "the experts to merge, by hash; ends the training",
-    "admission/<domain>.json, admission.json": "with the gate: metric sums of the merges without each domain; its "
-    "findings on each expert, final",
+    "admission/<domain>.json, admission.json": "metric sums of the merges without each domain, if the gate needs "
+    "them; the gate's findings on each expert, final",
     "learning/": "with coefficients learned through the clients: the cohort, the answers to each message",
     "rounds/": "with `rounds.rule`: members, replies, state; `<number>.json` of every round",
     "secure-sum/, secure-sum.jsonl": "under `aggregate-only`: the mean and its record; whose values each sum revealed",
