@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from backbones import tiny_bert
+from backbones import tiny_bert, tiny_roberta
 from hypothesis import settings
 
 from fedmerge.device import resolve_compute
@@ -47,6 +47,16 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
     return load_backbone(str(tiny_bert(tmp_path_factory.mktemp("bert"))), "mean", resolve_compute("cpu", "float32"))
 
 
+# For tests/merging and tests/mergerec
+
+
+@pytest.fixture(scope="module", params=[(tiny_bert, "mean"), (tiny_roberta, "cls")], ids=["bert", "roberta"])
+def either_backbone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Backbone:
+    """A tiny BERT, and a tiny RoBERTa with the other pooling."""
+    build, pooling = request.param
+    return load_backbone(str(build(tmp_path_factory.mktemp("backbone"))), pooling, resolve_compute("cpu", "float32"))
+
+
 # For tests/client: a small domain to train on
 
 
@@ -62,6 +72,21 @@ def toys(backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) -> "Local
     folder = tmp_path_factory.mktemp("domains") / "toys"
     write_domain(folder, demo.catalog, demo.interactions, public_catalog=True, synthetic=True, source="test")
     return open_domain(folder, backbone, Text(max_attribute_tokens=6, max_items=3, max_tokens=48))
+
+
+# For tests/whole_runs: domains whose clients have trained
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Domains, a backbone and the clients' disk: every client trains once for all tests of a file."""
+    from in_process import small_experiment
+
+    from sim.local.in_process import run_in_process
+
+    place = tmp_path_factory.mktemp("place")
+    run_in_process(small_experiment(place, **{"run_id": "first", "merge.methods": "average"}))
+    return place
 
 
 # For tests/bench: one small benchmark, run once for all its tests

@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from flower_runs import FACTS, NUM_USERS, VALIDATION_USERS, Run, open_backbone, run_experiment, settings_of, write_place
 from peft import PeftModel
 from transformers import AutoModel
-from whole_runs import FACTS, NUM_USERS, VALIDATION_USERS, Run, open_backbone, run_experiment, settings_of, write_place
 
 from fedmerge.adapter import adapter_sha256
 from fedmerge.client.evaluate import evaluate

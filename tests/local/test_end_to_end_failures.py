@@ -12,9 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from backbones import tiny_bert
-from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
-from whole_runs import (
+from flower_runs import (
     FACTS,
     NUM_ITEMS,
     Run,
@@ -23,6 +21,8 @@ from whole_runs import (
     settings_of,
     write_place,
 )
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from fedmerge.adapter import Adapter, LoraModule, adapter_sha256
 from fedmerge.client.cache.experts import load_or_train_expert

@@ -4,7 +4,6 @@ One run is killed three times and resumed three times: its server after the firs
 training, the SuperLink after validation; it is resumed once more after its end. An undisturbed run is the reference.
 """
 
-import hashlib
 import os
 import re
 import shutil
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from backbones import tiny_bert
+from run_folders import hash_results
 
 from fedmerge.domain.demo import write_demo
 
@@ -124,16 +124,6 @@ class Command:
             os.kill(pid, signal.SIGKILL)
 
 
-def results(run: Path) -> dict[str, str]:
-    """Return the hashes of all results."""
-    files = [
-        run / name for name in ("experts.json", "choice.json", "metrics.parquet", "products.parquet", "report.txt")
-    ]
-    files += [file for pattern in ("*/*/adapter_*", "merged/*/provenance.json") for file in run.glob(pattern)]
-    files += [*run.glob("validation/*"), *run.glob("test/*")]
-    return {str(file.relative_to(run)): hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(files)}
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Domains, a backbone and the experiment file."""
@@ -202,8 +192,8 @@ def killed(place: Path) -> Path:
 
 def test_a_run_killed_three_times_has_the_results_of_an_undisturbed_run(whole: Path, killed: Path) -> None:
     assert (killed / "DONE").exists()
-    assert results(killed) == results(whole)
-    assert len(results(killed)) > 20
+    assert hash_results(killed) == hash_results(whole)
+    assert len(hash_results(killed)) > 20
 
 
 def test_a_finished_run_a_second_run_over_it_and_another_configuration_change_nothing(place: Path, whole: Path) -> None:

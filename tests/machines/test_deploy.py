@@ -4,7 +4,6 @@ Machines are network namespaces where they are permitted, otherwise processes on
 of their own is not asked). One federation stands for all tests of this file.
 """
 
-import hashlib
 import json
 import re
 import shutil
@@ -17,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from deploy_federation import FEDMERGE, Federation, make_key
 from deploy_hosts import PROGRAMS, has_nginx, kill, network, processes_of, wait_for, why_no_namespaces, workers_of
+from run_folders import hash_results
 
 from fedmerge.config import load_config
 from fedmerge.deploy.certificates import new_authority
@@ -67,24 +67,13 @@ def finished(federation: Federation) -> Path:
     return folder
 
 
-def results(run: Path) -> dict[str, str]:
-    """Return the hashes of adapters, merges, metrics, the choice and the report."""
-    names = ("experts.json", "choice.json", "metrics.parquet", "products.parquet", "report.txt")
-    files = [run / name for name in names] + [
-        *run.glob("*/*/adapter_*"),
-        *run.glob("validation/*"),
-        *run.glob("test/*"),
-    ]
-    return {str(file.relative_to(run)): hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(files)}
-
-
 def test_a_run_on_machines_equals_its_simulation_to_the_byte(federation: Federation, finished: Path) -> None:
     there = federation.shared / "simulated"
     own = [f"output_dir={there}", f"cache_dir={there / 'cache'}", f"domains.root={federation.shared / 'domains'}"]
     experiment, *settings = federation.settings("whole")
     run_in_process(load_config(Path(experiment), [*settings[1:], *own]))  # Flower's simulation, but for Ray
-    assert len(results(finished)) > 12
-    assert results(finished) == results(there / "whole")
+    assert len(hash_results(finished)) > 12
+    assert hash_results(finished) == hash_results(there / "whole")
 
 
 def test_what_left_the_organisations_is_in_the_ledger_and_the_operator_sees_the_run(

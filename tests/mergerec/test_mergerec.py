@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from adapters import layout_of, random_adapter, random_adapters
-from backbones import tiny_bert, tiny_roberta
+from backbones import tiny_bert
 from merging_oracles import dense_vectors, oracle_rows
 from numpy.typing import NDArray
 
@@ -42,10 +42,9 @@ from fedmerge.merging.training_free import merge_adapters
 from fedmerge.seeding import generator
 
 
-@pytest.fixture(scope="module", params=[(tiny_bert, "mean"), (tiny_roberta, "cls")], ids=["bert", "roberta"])
-def backbone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Backbone:
-    build, pooling = request.param
-    return load_backbone(str(build(tmp_path_factory.mktemp("backbone"))), pooling, resolve_compute("cpu", "float32"))
+@pytest.fixture(scope="module")
+def backbone(either_backbone: Backbone) -> Backbone:
+    return either_backbone
 
 
 SIZES = {"books": 7, "tents": 9, "toys": 12}

@@ -9,10 +9,12 @@ from typing import Any, cast
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from adapters import save_with_peft
+from backbones import bert_for_peft, llama_config
+from peft import PeftModel, TaskType
 from run_folders import output, refusal
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 from transformers import PreTrainedModel as Model
 
 from fedmerge.adapter import adapter_sha256
@@ -29,21 +31,8 @@ UNEQUAL: dict[str, dict[str, Any]] = {
 }
 
 
-def bert() -> Model:
-    config = BertConfig(vocab_size=40, hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
-    return cast(Model, BertModel(config, add_pooling_layer=False))
-
-
 def llama() -> Model:
-    config = LlamaConfig(
-        vocab_size=40,
-        hidden_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=32,
-    )
-    return cast(Model, LlamaForCausalLM(config))
+    return cast(Model, LlamaForCausalLM(llama_config()))
 
 
 def gpt2() -> Model:
@@ -61,18 +50,6 @@ def seeded(build: Callable[[], Model]) -> Model:
     return model
 
 
-def trained(model: Model, folder: Path, seed: int, **settings: Any) -> Path:
-    """A PEFT folder with strong random factors, as peft saves it."""
-    peft = get_peft_model(copy.deepcopy(model), LoraConfig(**settings))
-    rng = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in peft.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=rng))
-    peft.save_pretrained(str(folder), save_embedding_layers=False)
-    return folder
-
-
 def changed(folder: Path, **settings: Any) -> Path:
     path = folder / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | settings))
@@ -80,7 +57,7 @@ def changed(folder: Path, **settings: Any) -> Path:
 
 
 KINDS: dict[str, tuple[Callable[[], Model], dict[str, Any]]] = {
-    "bert": (bert, {"target_modules": ["query", "value"], "task_type": TaskType.FEATURE_EXTRACTION}),
+    "bert": (bert_for_peft, {"target_modules": ["query", "value"], "task_type": TaskType.FEATURE_EXTRACTION}),
     "llama": (llama, {"target_modules": ["q_proj", "v_proj"], "task_type": TaskType.CAUSAL_LM}),
     "gpt2": (gpt2, {"target_modules": ["c_attn"], "task_type": TaskType.CAUSAL_LM, "fan_in_fan_out": True}),
 }
@@ -92,7 +69,7 @@ def make(kind: str, root: Path) -> Made:
     model = seeded(build)
     folders = {}
     for seed, (name, own) in enumerate(UNEQUAL.items()):
-        folders[name] = trained(model, root / name, seed, **settings, **own)
+        folders[name] = save_with_peft(model, root / name, seed, **settings, **own)
         changed(folders[name], base_model_name_or_path=f"tiny/{kind}")
     return model, folders
 
@@ -206,7 +183,7 @@ def test_the_flags_are_the_parameters(llamas: dict[str, Path], tmp_path: Path, c
 def test_who_has_coefficient_zero_or_is_excluded_is_absent(
     llamas: dict[str, Path], tmp_path: Path, capsys: Capsys
 ) -> None:
-    third = trained(seeded(llama), tmp_path / "code", 7, r=2, **KINDS["llama"][1])
+    third = save_with_peft(seeded(llama), tmp_path / "code", 7, r=2, **KINDS["llama"][1])
     changed(third, base_model_name_or_path="tiny/llama")
     sources: list[str | Path] = [*llamas.values(), f"third={third}"]
     shas = set()
@@ -222,7 +199,9 @@ def test_who_has_coefficient_zero_or_is_excluded_is_absent(
 
 def test_target_modules_that_more_settings_narrow_are_written_one_by_one(tmp_path: Path, capsys: Capsys) -> None:
     model, settings = seeded(llama), KINDS["llama"][1]
-    folders = [trained(model, tmp_path / name, 1, r=2, layers_to_transform=[1], **settings) for name in ("a", "b")]
+    folders = [
+        save_with_peft(model, tmp_path / name, 1, r=2, layers_to_transform=[1], **settings) for name in ("a", "b")
+    ]
     output(capsys, "merge", "--method", "average", "--out", tmp_path / "out", *folders)
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["target_modules"] == [f"model.layers.1.self_attn.{part}_proj" for part in ("q", "v")]
@@ -253,7 +232,7 @@ SPOILED: dict[str, tuple[Callable[[Path], Path], str]] = {  # values that the me
         "task_type.*law 'CAUSAL_LM', medicine 'SEQ_CLS'.*adapter_config.json",
     ),
     "layout": (
-        lambda folder: trained(seeded(llama), folder, 1, target_modules=["k_proj"], r=2, task_type="CAUSAL_LM"),
+        lambda folder: save_with_peft(seeded(llama), folder, 1, target_modules=["k_proj"], r=2, task_type="CAUSAL_LM"),
         r"'medicine'.*model\.layers\.0\.self_attn\.q_proj",
     ),
 }

@@ -10,14 +10,12 @@ import numpy as np
 import pytest
 import torch
 from adapters import Lent, layout_of, random_adapter, random_adapters
-from backbones import tiny_bert, tiny_roberta
 from peft import PeftModel
 from transformers import PreTrainedModel
 
 from fedmerge import config
 from fedmerge.adapter import Adapter, LoraModule, adapter_sha256
-from fedmerge.device import resolve_compute
-from fedmerge.encoder.backbone import Backbone, load_backbone
+from fedmerge.encoder.backbone import Backbone
 from fedmerge.encoder.encode import embed_batch
 from fedmerge.encoder.peft_folder import read_adapter, write_adapter
 from fedmerge.errors import ConfigError, LayoutMismatchError, MergeError
@@ -27,10 +25,9 @@ from fedmerge.merging.stack import Stack, linear_merge, linear_merge_of_many, st
 SEQUENCES = [np.array(ids, dtype=np.int32) for ids in ([2, 9, 11, 3], [2, 30, 3], [2, 14, 8, 21, 17, 12, 3])]
 
 
-@pytest.fixture(scope="module", params=[(tiny_bert, "mean"), (tiny_roberta, "cls")], ids=["bert", "roberta"])
-def backbone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Backbone:
-    build, pooling = request.param
-    return load_backbone(str(build(tmp_path_factory.mktemp("backbone"))), pooling, resolve_compute("cpu", "float32"))
+@pytest.fixture(scope="module")
+def backbone(either_backbone: Backbone) -> Backbone:
+    return either_backbone
 
 
 # The ranks add up to 8: they fit into all modules but the last, whose merge is re-expressed at rank 2.

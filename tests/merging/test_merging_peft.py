@@ -6,8 +6,10 @@ from typing import Any, cast
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, PreTrainedModel
+from adapters import save_with_peft
+from backbones import bert_for_peft, llama_config
+from peft import PeftModel
+from transformers import LlamaModel, PreTrainedModel
 
 from fedmerge.adapter import Adapter
 from fedmerge.encoder.peft_folder import read_adapter, write_adapter
@@ -23,39 +25,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def bert() -> PreTrainedModel:
-    config = BertConfig(vocab_size=40, hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
-    return BertModel(config, add_pooling_layer=False)
-
-
 def llama() -> PreTrainedModel:
-    config = LlamaConfig(
-        vocab_size=40,
-        hidden_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=32,
-    )
-    return cast(PreTrainedModel, LlamaModel(config))
-
-
-def trained(model: PreTrainedModel, targets: Any, settings: dict[str, Any], folder: Path, seed: int) -> Path:
-    """A PEFT folder with strong random factors."""
-    peft = get_peft_model(copy.deepcopy(model), LoraConfig(target_modules=targets, **settings))
-    rng = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in peft.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=rng))
-    peft.save_pretrained(str(folder))
-    return folder
+    return cast(PreTrainedModel, LlamaModel(llama_config()))
 
 
 @pytest.fixture(
     scope="module",
     params=[
-        (bert, ["query", "value"]),
+        (bert_for_peft, ["query", "value"]),
         (llama, ["q_proj", "v_proj"]),
         (llama, r".*layers\.\d+\.self_attn\.(q|v)_proj"),
     ],
@@ -70,7 +47,7 @@ def made(
         model = build().train(False)
     root = tmp_path_factory.mktemp("adapters")
     return model, {
-        name: trained(model, targets, settings, root / name, seed)
+        name: save_with_peft(model, root / name, seed, target_modules=targets, **settings)
         for seed, (name, settings) in enumerate(SETTINGS.items())
     }
 

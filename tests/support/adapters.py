@@ -1,10 +1,15 @@
 """Random adapters for tests, large enough that each affects a merge."""
 
+import copy
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model
+from transformers import PreTrainedModel
 
 from fedmerge.adapter import Adapter, LoraModule
 from fedmerge.encoder.backbone import Backbone
@@ -40,6 +45,18 @@ def random_adapters(layout: Layout) -> dict[str, Adapter]:
         name: random_adapter(layout, rank, scaling, seed)
         for seed, (name, (rank, scaling)) in enumerate(settings.items())
     }
+
+
+def save_with_peft(model: PreTrainedModel, folder: Path, seed: int, **settings: Any) -> Path:
+    """Let peft save an adapter with strong random factors."""
+    peft = get_peft_model(copy.deepcopy(model), LoraConfig(**settings))
+    rng = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in peft.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=rng))
+    peft.save_pretrained(str(folder), save_embedding_layers=False)
+    return folder
 
 
 class Lent(Mapping[str, Adapter]):

@@ -5,7 +5,15 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import BertConfig, BertModel, PreTrainedModel, PreTrainedTokenizerFast, RobertaConfig, RobertaModel
+from transformers import (
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaModel,
+)
 
 WORDS = [
     "title",
@@ -117,3 +125,21 @@ def _spread(model: torch.nn.Module) -> None:
             torch.nn.init.xavier_uniform_(parameter)
         elif "word_embeddings" in name:
             torch.nn.init.normal_(parameter, std=0.5)
+
+
+def bert_for_peft() -> PreTrainedModel:
+    """Return a tiny BERT, without a tokenizer."""
+    config = BertConfig(vocab_size=40, hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    return BertModel(config, add_pooling_layer=False)
+
+
+def llama_config() -> LlamaConfig:
+    """Return the configuration of a tiny Llama with grouped-query attention."""
+    return LlamaConfig(
+        vocab_size=40,
+        hidden_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=32,
+    )

@@ -23,11 +23,12 @@ from fedmerge.encoder.peft_folder import write_adapter
 from fedmerge.evaluation.ranks import METRICS
 from fedmerge.files import write_json, write_table, write_text
 from fedmerge.runs.checkpoints import write_candidate
-from fedmerge.runs.folder import DONE, create_run
+from fedmerge.runs.folder import DONE, FILES, create_run
 from fedmerge.server.candidates import merge_candidates
 
 TRAIN, UNSEEN = ("books", "coffee", "toys"), "camping"
 NUM_USERS, NUM_ITEMS = 12, 20
+RESULTS = ("experts.json", "admission.json", "choice.json", "metrics.parquet", "products.parquet", "report.txt")
 SETTINGS = [
     "runtime.device=cpu",
     "runtime.precision=float32",
@@ -178,3 +179,17 @@ def full_disk(largest_file_bytes: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def hash_results(run: Path) -> dict[str, str]:
+    """Hash everything in a run folder that must be equal in an equal run: neither logs nor seconds."""
+    files = [run / name for name in RESULTS if (run / name).exists()]
+    for pattern in ("*/*/adapter_*", "merged/*/provenance.json", "validation/*", "test/*"):
+        files += run.glob(pattern)
+    return {str(file.relative_to(run)): hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(files)}
+
+
+def unlisted_files(run: Path) -> list[str]:
+    """List what lies in a run folder and is missing in the table of its files."""
+    listed = {name.partition("/")[0] for names in FILES for name in names.split(", ")}
+    return sorted({path.name for path in run.iterdir()} - listed)

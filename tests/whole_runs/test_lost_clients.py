@@ -9,7 +9,6 @@ import pytest
 from bad_answers import BAD, DOMAINS, bad_client, experiment
 from flwr.app import Context, Error, Message
 from flwr.superlink.grid import InMemoryGrid
-from in_process import small_experiment
 
 import sim.app.server.asking
 from fedmerge.errors import ClientError
@@ -17,14 +16,6 @@ from sim.app.server.replies import MOST_LOSSES
 from sim.local.in_process import Answer, answer_honestly, run_in_process
 
 pytestmark = pytest.mark.federation
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Domains, a backbone and the clients' disk: every client trains once for all tests here."""
-    place = tmp_path_factory.mktemp("place")
-    run_in_process(small_experiment(place, **{"run_id": "first", "merge.methods": "average"}))
-    return place
 
 
 def test_who_hangs_is_left_out_in_time_and_a_late_answer_is_recorded_and_dropped(place: Path, tmp_path: Path) -> None:

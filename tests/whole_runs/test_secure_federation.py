@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from flwr.app import Context, Message
+from run_folders import unlisted_files
 from secure_runs import (
     STEPS,
     TRAIN,
@@ -64,6 +65,7 @@ def test_the_average_is_that_of_a_server_that_sees_every_adapter(place: Path, pl
     run_in_process(config, watched)
     folder = run_dir(config)
     assert (folder / DONE).is_file()
+    assert unlisted_files(folder) == []
     assert_close(merged(config, "average"), merged(plain, "average"))
     assert_close(merged(config, "task-arithmetic-0.5"), merged(plain, "average"), 4 * 0.5)
     for step in STEPS.values():
@@ -171,6 +173,7 @@ def test_rounds_of_sums_are_rounds(place: Path, rule: str) -> None:
     run_in_process(seen)
     hidden = experiment(place, f"hidden-{rule}", **changes)
     run_in_process(hidden)
+    assert unlisted_files(run_dir(hidden)) == []
     label = f"{rule}-2-rounds"
     found, expected = merged(hidden, label), merged(seen, label)
     for name, values in found.items():

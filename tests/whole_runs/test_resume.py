@@ -1,6 +1,5 @@
 """A run that is ended at any point goes on from there, repeats nothing, and ends as one that was never ended."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 from flwr.app import Context, Message
 from in_process import small_experiment
+from run_folders import hash_results, unlisted_files
 
 from fedmerge.config import ExperimentConfig
 from fedmerge.encoder.peft_folder import TENSOR_FILE
@@ -31,7 +31,6 @@ pytestmark = pytest.mark.federation
 
 TRAIN = ("beauty", "books", "coffee")
 DOMAINS = (*TRAIN, "camping")
-RESULTS = ["choice.json", "metrics.parquet", "products.parquet", "report.txt", "experts.json", "admission.json"]
 
 
 @pytest.fixture(scope="module")
@@ -47,20 +46,13 @@ def whole(place: Path) -> Path:
     """A run that was not ended."""
     config = small_experiment(place, output_dir=str(place / "whole"), cache_dir=str(place / "whole-cache"))
     run_in_process(config)
+    assert unlisted_files(place / "whole" / "run") == []
     return place / "whole" / "run"
 
 
 def experiment(place: Path, tmp_path: Path, **changes: object) -> ExperimentConfig:
     own = {"output_dir": str(tmp_path / "runs"), "cache_dir": str(tmp_path / "cache")}
     return small_experiment(place, **{**own, **changes})
-
-
-def results(run: Path) -> dict[str, str]:
-    """Hashes of all that must be equal, logs and seconds aside."""
-    files = [run / name for name in RESULTS]
-    files += [file for pattern in ("adapter_*", "provenance.json") for file in run.glob(f"*/*/{pattern}")]
-    files += [*run.glob("validation/*"), *run.glob("test/*")]
-    return {str(file.relative_to(run)): hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(files)}
 
 
 def tree(folder: Path) -> dict[str, tuple[bytes, int]]:
@@ -135,7 +127,7 @@ def check_kill_and_resume(config: ExperimentConfig, whole: Path, number: int) ->
     chosen = (run / "choice.json").exists()
     questions = Questions()
     run_in_process(resumed(config), questions)
-    assert results(run) == results(whole)
+    assert hash_results(run) == hash_results(whole)
     assert questions.of("train") == set(TRAIN) - have["train"]
     assert questions.of("valid") == (set() if chosen else set(TRAIN) - have["valid"])
     assert questions.of("test") == set(DOMAINS) - have["test"]
@@ -184,7 +176,7 @@ def test_a_run_killed_while_it_learns_ends_as_one_that_was_not(
     made = tree(run / "merged")
     run_in_process(resumed(config))
     assert made.items() <= tree(run / "merged").items()
-    assert results(run) == results(tmp_path / "whole" / "runs" / "run")
+    assert hash_results(run) == hash_results(tmp_path / "whole" / "runs" / "run")
 
 
 @pytest.mark.slow
@@ -198,7 +190,7 @@ def test_a_run_killed_at_every_write_ends_as_one_that_was_not(place: Path, tmp_p
 def test_the_run_that_was_not_ended_asks_everybody_once(place: Path, tmp_path: Path, whole: Path) -> None:
     questions = Questions()
     run_in_process(experiment(place, tmp_path), questions)
-    assert results(tmp_path / "runs" / "run") == results(whole)
+    assert hash_results(tmp_path / "runs" / "run") == hash_results(whole)
     assert set(questions.asked.values()) == {1}
     assert questions.of("test") == set(DOMAINS)
     assert questions.of("valid") == questions.of("train") == set(TRAIN)
@@ -236,7 +228,7 @@ def test_a_damaged_expert_is_asked_for_again_and_a_damaged_merge_made_again(
     run_in_process(resumed(config), questions)
     assert questions.of("train") == {"books", "coffee"}
     assert questions.of("valid") == {"beauty"}
-    assert results(run) == results(whole)
+    assert hash_results(run) == hash_results(whole)
 
 
 def test_a_merged_expert_that_cannot_be_had_again_is_named(
@@ -329,7 +321,7 @@ def test_two_processes_on_one_run_are_refused(whole: Path, place: Path, tmp_path
     ):
         run_in_process(resumed(config))
     run_in_process(resumed(config))  # the lock file of a process that has ended does not count
-    assert results(run) == results(whole)
+    assert hash_results(run) == hash_results(whole)
 
 
 def test_a_second_run_over_the_first_is_refused(whole: Path, place: Path) -> None:
@@ -361,7 +353,7 @@ def test_a_full_disk_ends_the_run_and_with_more_space_it_goes_on(place: Path, wh
     assert not (run / "merged" / "mergerec-layer-wise").exists()
     subprocess.run(["mount", "-o", "remount,size=10m", small_disk], check=True)
     run_in_process(resumed(config))
-    assert results(run) == results(whole)
+    assert hash_results(run) == hash_results(whole)
 
 
 def test_a_run_that_is_not_there_cannot_be_resumed(place: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from flwr.app import Array, ArrayRecord, Context, Message
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 from in_process import small_experiment
+from run_folders import unlisted_files
 
 import sim.app.server.phases.coefficients
 from fedmerge.config import ExperimentConfig
@@ -144,6 +145,7 @@ def exact(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("exact")
     config = experiment(place, folder, **LEARNED, **{"privacy.policy": "catalog-private"})
     run_in_process(config, seen_by_flower(folder / "sent.jsonl"))
+    assert unlisted_files(folder / "run") == []
     return folder / "run"
 
 

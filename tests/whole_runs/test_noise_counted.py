@@ -7,21 +7,12 @@ from pathlib import Path
 import pytest
 from bad_answers import BAD, DOMAINS, Change, bad_client, cut, experiment, garbage, of_adapter, too_much
 from flwr.app import ConfigRecord, Context, Error, Message
-from in_process import small_experiment
 
 from fedmerge.errors import ClientError
 from sim.app.messages import records
 from sim.local.in_process import answer_honestly, run_in_process
 
 pytestmark = pytest.mark.federation
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Domains, a backbone and the clients' disk: every client trains once for all tests here."""
-    place = tmp_path_factory.mktemp("place")
-    run_in_process(small_experiment(place, **{"run_id": "first", "merge.methods": "average"}))
-    return place
 
 
 BY_USER = {
