@@ -14,7 +14,7 @@ from fedmerge.domain.splits import Examples, evaluation_examples
 from fedmerge.encoder.encode import encode
 from fedmerge.encoder.lora import applied
 from fedmerge.encoder.text import pack_sequences
-from fedmerge.evaluation.ranks import per_user_metrics, rank_targets
+from fedmerge.evaluation.ranks import FloatArray, per_user_metrics, rank_targets
 from fedmerge.evaluation.sums import VARIANTS, MetricSums, Variant, metric_sums
 
 BACKBONE = "backbone"
@@ -45,10 +45,21 @@ def evaluate(
         Per variant, sums and cross-products over the users.
     """
     examples = evaluation_examples(domain.interactions, split, max_users, seed)
+    found = outcomes(domain, models, examples, baselines, progress)
+    return {variant: metric_sums(of_variant, variant) for variant, of_variant in found.items()}
+
+
+def outcomes(
+    domain: LocalDomain,
+    models: Mapping[str, Adapter | None],
+    examples: Examples,
+    baselines: Mapping[str, Ranker] = NO_BASELINES,
+    progress: Callable[[str], None] = lambda line: None,
+) -> dict[Variant, dict[str, FloatArray]]:
+    """Return variant -> label -> (U, M) outcomes of every user; private to the client."""
     ranks = {**model_ranks(domain, models, examples, progress), **baseline_ranks(examples, baselines)}
     return {
-        variant: metric_sums({label: per_user_metrics(found[variant]) for label, found in ranks.items()}, variant)
-        for variant in VARIANTS
+        variant: {label: per_user_metrics(found[variant]) for label, found in ranks.items()} for variant in VARIANTS
     }
 
 

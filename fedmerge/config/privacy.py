@@ -40,6 +40,18 @@ class Privacy(Section):
         "sums of adapters only ([policies](reference/policies.md)).",
     )
     min_users: int = Field(20, ge=1, description="Users behind a metric sum, at least; sums over fewer stay.")
+    metrics: Literal["exact", "suppressed", "noised"] = Field(
+        "exact",
+        description="Metric sums that leave a client. exact: with cross-products, for paired intervals; suppressed: "
+        "rounded, without cross-products, and only with min_users hits and as many misses; noised: Recall@10 and "
+        "NDCG@10 with noise by user, counted in privacy.json ([metric sums](reference/metric-sums.md)).",
+    )
+    metrics_noise: float = Field(
+        4.0,
+        gt=0,
+        le=10000,
+        description="Noise of metrics = 'noised', in multiples of the sensitivity; each split is one more release.",
+    )
     transport: Transport = Field(
         "float32", description="Encoding of experts on the way; int8: 8-bit levels, top-k: the largest changes only."
     )

@@ -60,18 +60,34 @@ def evaluation_examples(interactions: Interactions, split: Split, max_users: int
         ConfigError: an unknown split, or max_users below 1.
         DomainError: every user has fewer than 3 interactions.
     """
-    if split not in HELD_OUT:
-        raise ConfigError(f"split is {split!r}, expected one of {sorted(HELD_OUT)}.")
     if max_users is not None and max_users < 1:
         raise ConfigError(f"max_users is {max_users}, expected at least 1, or none for all users.")
+    users = evaluated_users(interactions, split)
+    if max_users is not None and max_users < len(users):
+        users = np.sort(generator(seed, "evaluation-users", split).choice(users, max_users, replace=False))
+    return examples_of(interactions, split, users)
+
+
+def evaluated_users(interactions: Interactions, split: Split) -> npt.NDArray[np.int64]:
+    """Return the indices of all users who can be evaluated, ascending.
+
+    Raises:
+        ConfigError: an unknown split.
+        DomainError: no user has 3 interactions.
+    """
+    if split not in HELD_OUT:
+        raise ConfigError(f"split is {split!r}, expected one of {sorted(HELD_OUT)}.")
     users = np.flatnonzero(np.diff(interactions.offsets) >= MIN_EVALUATED_LENGTH).astype(np.int64)
     if not len(users):
         raise DomainError(
             f"Split {split!r}: none of {interactions.num_users} users has {MIN_EVALUATED_LENGTH} interactions. "
             "Use a domain with longer sequences, or leave this one out of the evaluation."
         )
-    if max_users is not None and max_users < len(users):
-        users = np.sort(generator(seed, "evaluation-users", split).choice(users, max_users, replace=False))
+    return users
+
+
+def examples_of(interactions: Interactions, split: Split, users: npt.NDArray[np.int64]) -> Examples:
+    """Return the examples of some users of :func:`evaluated_users`."""
     last = interactions.offsets[users + 1] - HELD_OUT[split]  # row of each target
     histories = [interactions.items[start:end] for start, end in zip(interactions.offsets[users], last, strict=True)]
     return Examples(users, histories, interactions.items[last].astype(np.int64))

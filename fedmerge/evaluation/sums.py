@@ -1,7 +1,8 @@
 """Metric sums: the sums and cross-products of per-user outcomes that a client reports.
 
 They suffice for means, paired differences between methods, and standard errors. Metrics are in
-:mod:`fedmerge.evaluation.ranks`.
+:mod:`fedmerge.evaluation.ranks`. What a client withholds or noises before sums leave is in
+:mod:`fedmerge.privacy.metric_sums`; such sums come without cross-products, see :func:`inexact_sums`.
 """
 
 import math
@@ -28,8 +29,9 @@ class MetricSums:
         methods: P methods, in the order of the axes below.
         variant: "unmasked" or "masked".
         num_users: number of users in the sums.
-        sums: (P, M) float64, sum over users of x_p, for the M metrics of METRICS.
-        products: (M, P, P) float64, sum over users of x_p * x_q; symmetric in p and q.
+        sums: (P, M) float64, sum over users of x_p, for the M metrics of METRICS; NaN where the client withholds it.
+        products: (M, P, P) float64, sum over users of x_p * x_q; symmetric in p and q. Bounds if ``noise`` is not 0.
+        noise: standard deviation of the error of every sum: of added noise, or of rounding. 0 for exact sums.
 
     Raises:
         ClientError: on construction, if the values cannot be such sums, so that malformed replies are refused.
@@ -40,6 +42,7 @@ class MetricSums:
     num_users: int
     sums: FloatArray
     products: FloatArray
+    noise: float = 0.0
 
     def __post_init__(self) -> None:
         num_methods, num_metrics = len(self.methods), len(METRICS)
@@ -63,12 +66,14 @@ class MetricSums:
                     f"metric sums: {name} are {array.dtype} of shape {array.shape}; "
                     f"expected float64 of shape {expected[name]} for {num_methods} methods and {num_metrics} metrics"
                 )
-            if not np.isfinite(array).all():
+            wrong = np.isinf(array) if self.noise else ~np.isfinite(array)
+            if wrong.any():
                 raise ClientError(
-                    f"metric sums: {np.count_nonzero(~np.isfinite(array))} of {array.size} {name} are not finite; "
-                    "exclude this client"
+                    f"metric sums: {np.count_nonzero(wrong)} of {array.size} {name} are not finite; exclude this client"
                 )
-        if not np.allclose(self.products, self.products.transpose(0, 2, 1), rtol=1e-9, atol=1e-9):
+        if not (math.isfinite(self.noise) and self.noise >= 0):
+            raise ClientError(f"metric sums: found noise {self.noise}; expected a standard deviation of at least 0")
+        if not np.allclose(self.products, self.products.transpose(0, 2, 1), rtol=1e-9, atol=1e-9, equal_nan=True):
             raise ClientError(
                 "metric sums: products are not symmetric between methods; expected sum(x_p * x_q) over the same users "
                 "for both orders"
@@ -79,13 +84,13 @@ class MetricSums:
         return self.sums / self.num_users
 
     def mean(self, method: str, metric: str) -> float:
-        """Return the mean outcome of one method in one metric."""
+        """Return the mean outcome of one method in one metric; NaN if the client withholds it."""
         return float(self.sums[_method_index(self, method), _metric_index(metric)] / self.num_users)
 
     def metrics_by_method(self) -> dict[str, dict[str, float]]:
-        """Return method -> metric -> mean outcome."""
+        """Return method -> metric -> mean outcome; a withheld one is absent."""
         return {
-            method: dict(zip(METRICS, row, strict=True))
+            method: {metric: mean for metric, mean in zip(METRICS, row, strict=True) if not math.isnan(mean)}
             for method, row in zip(self.methods, self.means().tolist(), strict=True)
         }
 
@@ -96,8 +101,9 @@ class MetricSums:
             "metrics": list(METRICS),
             "variant": self.variant,
             "num_users": self.num_users,
-            "sums": self.sums.tolist(),
-            "products": self.products.tolist(),
+            "sums": [[None if math.isnan(value) else value for value in row] for row in self.sums.tolist()],
+            "products": None if self.noise else self.products.tolist(),
+            "noise": self.noise,
         }
 
 
@@ -107,7 +113,7 @@ def metric_sums_from_dict(record: Mapping[str, Any]) -> MetricSums:
     Raises:
         ClientError: entries are missing or malformed, or the metrics are not METRICS.
     """
-    names = ("methods", "metrics", "variant", "num_users", "sums", "products")
+    names = ("methods", "metrics", "variant", "num_users", "sums", "products", "noise")
     if set(record) != set(names):
         raise ClientError(f"metric sums: found the entries {sorted(record)}; expected {sorted(names)}")
     if list(record["metrics"]) != list(METRICS):
@@ -115,14 +121,60 @@ def metric_sums_from_dict(record: Mapping[str, Any]) -> MetricSums:
             f"metric sums: found the metrics {list(record['metrics'])}; expected {list(METRICS)}: use one version on "
             "both ends"
         )
+    methods, exact = tuple(record["methods"]), record["products"] is not None
     try:
-        sums, products = np.array(record["sums"], dtype=np.float64), np.array(record["products"], dtype=np.float64)
-        num_users = int(record["num_users"])
-    except (TypeError, ValueError) as error:
+        sums = np.array(record["sums"], dtype=np.float64)  # None becomes NaN
+        products = np.array(record["products"] if exact else [], dtype=np.float64)
+        num_users, noise = int(record["num_users"]), float(record["noise"])
+    except (TypeError, ValueError, OverflowError) as error:
         raise ClientError(
             f"metric sums: some entries are not numbers ({error}); expected rectangular arrays of floats"
         ) from error
-    return MetricSums(tuple(record["methods"]), record["variant"], num_users, sums, products)
+    if exact == (noise != 0):
+        raise ClientError(
+            f"metric sums: found noise {noise:g} {'with' if exact else 'without'} products; expected products for "
+            "exact sums, and only for these"
+        )
+    if exact:
+        return MetricSums(methods, record["variant"], num_users, sums, products)
+    return inexact_sums(methods, record["variant"], num_users, sums, noise)
+
+
+def inexact_sums(
+    methods: tuple[str, ...], variant: Variant, num_users: int, sums: FloatArray, noise: float
+) -> MetricSums:
+    """Make metric sums from rounded or noised sums alone, without cross-products.
+
+    Cross-products become bounds, so that every interval computed from them is conservative. As outcomes are in [0, 1]:
+
+        sum x^2 <= sum x,  sum x_p x_q >= max(0, sum x_p + sum x_q - U)
+
+    Each square is also raised by noise^2 (U - 1) / U, which adds the variance of the noise to every standard error:
+    noise^2 / U^2 for a mean, twice that for a paired difference.
+
+    Args:
+        methods: P methods.
+        variant: variant of the ranks.
+        num_users: U.
+        sums: (P, M), NaN where withheld.
+        noise: standard deviation of the error of every sum, above 0.
+
+    Raises:
+        ClientError: as :class:`MetricSums`.
+    """
+    if sums.shape != (len(methods), len(METRICS)):
+        raise ClientError(
+            f"metric sums: sums are of shape {sums.shape}; expected {(len(methods), len(METRICS))} for {len(methods)} "
+            f"methods and {len(METRICS)} metrics"
+        )
+    if num_users < 1:
+        raise ClientError(f"metric sums over {num_users} users; expected at least 1")
+    by_metric = np.clip(sums.T, 0.0, num_users)  # (M, P); noise may have moved a sum outside
+    products = np.maximum(0.0, by_metric[:, :, None] + by_metric[:, None, :] - num_users)
+    squares = by_metric + noise**2 * (num_users - 1) / num_users
+    of_method = np.arange(len(methods))
+    products[:, of_method, of_method] = squares
+    return MetricSums(methods, variant, num_users, sums, products, noise)
 
 
 def metric_sums(outcomes: Mapping[str, FloatArray], variant: Variant) -> MetricSums:
@@ -212,11 +264,11 @@ def paired_difference(sums: MetricSums, method: str, baseline: str, metric: str)
     own_squares = float(sums.products[m, p, p] + sums.products[m, q, q])
     squares = own_squares - 2.0 * float(sums.products[m, p, q])
     scatter = squares - total * total / num_users
-    if scatter < -1e-9 * max(1.0, own_squares):  # more than rounding can explain
+    if not sums.noise and scatter < -1e-9 * max(1.0, own_squares):  # more than rounding can explain
         raise ClientError(
             f"paired difference of {method!r} and {baseline!r} in {metric}: a negative variance "
             f"({scatter / (num_users - 1):.3g}); "
-            "expected sums and products over the same users, without noise"
+            "expected sums and products over the same users"
         )
     standard_error = math.sqrt(max(scatter, 0.0) / (num_users - 1) / num_users)
     return _with_interval(total / num_users, standard_error)

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 
+from fedmerge.client.disclosed.account import check_total, read_account, total_epsilon
 from fedmerge.domain.catalog import load_catalog
 from fedmerge.domain.interactions import load_interactions
 from fedmerge.domain.manifest import read_manifest
 from fedmerge.errors import FedMergeError
 from fedmerge.organisation.folder import APPROVED, Bundle, Client, approved_apps, private_key
 from fedmerge.privacy.client_policy import read_client_policy
+from fedmerge.privacy.dp.releases import DEFAULT_DELTA
 from fedmerge.privacy.signatures import fingerprint
 
 FREE_BYTES = 2**30  # an expert or a checkpoint takes a few MB
@@ -57,6 +59,7 @@ def check_client(
         ("policy", lambda: _policy(client)),
         ("backbone", backbone),
         ("disk", lambda: _disk(client)),
+        ("privacy budget", lambda: _account(client)),
         ("app", lambda: _app(client, bundle)),
     ):
         yield _checked(what, test)
@@ -97,6 +100,20 @@ def _domain(client: Client) -> str:
 def _policy(client: Client) -> str:
     policy = read_client_policy(client.policy)
     return ", ".join(f"{name} = {value}" for name, value in policy.model_dump().items())
+
+
+def _account(client: Client) -> str:
+    account, policy = read_account(client.disclosed), read_client_policy(client.policy)
+    limit = "no limit (max_total_epsilon)"
+    if policy.max_total_epsilon is not None:
+        limit = f"at most {policy.max_total_epsilon:g} (max_total_epsilon)"
+    if not account:
+        return f"nothing released with noise so far; {limit}"
+    delta = policy.max_delta or DEFAULT_DELTA
+    spent = ", ".join(f"ε = {total:.3g} by {unit}" for unit, total in total_epsilon(account, delta).items())
+    runs = len({entry.run for entry in account})
+    check_total(account, policy.max_total_epsilon, policy.max_delta)
+    return f"{spent} at δ = {delta:g} in {runs} runs; {limit}"
 
 
 def _disk(client: Client) -> str:

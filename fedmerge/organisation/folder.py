@@ -5,6 +5,7 @@ client.toml       data, encoder and resources of the client; no run can change t
 policy.toml       what may leave (``fedmerge.privacy.client_policy``)
 approved.txt      hashes of the approved apps, one a line
 cache/            experts, checkpoints of unfinished trainings, tokens of the catalog
+disclosed/        what was disclosed about its users over all runs: evaluated users, noised sums, account of ε; keep it
 lock              held by the process that runs the client
 flower.log        log of Flower's SuperNode
 
@@ -32,6 +33,7 @@ from fedmerge.privacy.client_policy import DEFAULT_POLICY_TOML
 from fedmerge.privacy.signatures import fingerprint, read_private_key
 
 KEY, PUBLIC_KEY, CLIENT, POLICY, APPROVED = "key", "key.pub", "client.toml", "policy.toml", "approved.txt"
+DISCLOSED = "disclosed"
 CA, FEDERATION = "ca.crt", "federation.toml"
 NAME = r"^[a-z0-9][a-z0-9-]{0,62}$"
 SHA256 = r"^[0-9a-f]{64}$"
@@ -115,6 +117,11 @@ class Client:
     backbone: str
     identity_key: Path | None
     peer_keys: Path | None
+
+    @property
+    def disclosed(self) -> Path:
+        """Return the folder of what this client has disclosed about its users, over all runs."""
+        return self.folder / DISCLOSED
 
 
 @dataclass(frozen=True)

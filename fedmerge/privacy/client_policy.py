@@ -8,11 +8,12 @@ import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from fedmerge.config import DP, ExperimentConfig, Section, describe_problem
 from fedmerge.config.privacy import Policy
 from fedmerge.errors import ConfigError, PolicyError
+from fedmerge.privacy.metric_sums import DISCLOSURES, Disclosure
 
 
 class ClientPolicy(Section):
@@ -24,8 +25,22 @@ class ClientPolicy(Section):
     max_minutes: float | None = Field(1440.0, gt=0)
     receive_adapters: bool = False
     real_users: bool = False
+    metrics: Disclosure | None = None
+    max_models: int = Field(100, ge=1)
     max_epsilon: float | None = Field(None, gt=0)
     max_delta: float | None = Field(None, gt=0, lt=1)
+    max_total_epsilon: float | None = Field(None, gt=0)
+
+    @model_validator(mode="after")
+    def _total_needs_delta(self) -> "ClientPolicy":
+        if self.max_total_epsilon is not None and self.max_delta is None:
+            raise ValueError("max_total_epsilon is set without max_delta; set the delta at which runs are added up")
+        return self
+
+    @property
+    def least_metrics(self) -> Disclosure:
+        """The least private ``privacy.metrics`` that is accepted."""
+        return self.metrics or ("suppressed" if self.max_epsilon is None else "noised")
 
 
 DEFAULT_POLICY_TOML = """\
@@ -52,10 +67,20 @@ receive_adapters = false
 # Allow learning merging coefficients on its own users (policy "catalog-private"); their gradients then leave.
 real_users = false
 
+# Least private accepted value of privacy.metrics: "exact", "suppressed" or "noised". "none" is "suppressed", and
+# "noised" where max_epsilon is set. Exact sums give single users' outcomes to whoever may ask twice.
+metrics = "none"
+
+# Largest number of models that one run may have evaluated on this organisation's users.
+max_models = 100
+
 # Required differential privacy of each run (dp.mode "user" or "domain-local"): largest epsilon and delta; "none"
-# requires nothing. Runs are not added up: several runs spend several budgets.
+# requires nothing.
 max_epsilon = "none"
 max_delta = "none"
+
+# Largest epsilon of all runs together, at max_delta; `fedmerge client check` shows what is spent. "none" is no limit.
+max_total_epsilon = "none"
 """
 
 
@@ -115,6 +140,8 @@ def check_run_is_allowed(own: ClientPolicy | None, run: ExperimentConfig, domain
         problems.append(f"min_users = {own.min_users}, the run has privacy.min_users = {privacy.min_users}")
     if own.max_minutes is not None and (run.train.max_minutes or 0) > own.max_minutes:
         problems.append(f"max_minutes = {own.max_minutes:g}, the run has train.max_minutes = {run.train.max_minutes:g}")
+    if DISCLOSURES.index(privacy.metrics) < DISCLOSURES.index(own.least_metrics) and run.until != "train":
+        problems.append(f"metrics = {own.least_metrics!r}, the run has privacy.metrics = {privacy.metrics!r}")
     return _refuse([*problems, *_unmet_bounds(own, run.dp)], domain)
 
 

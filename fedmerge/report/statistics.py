@@ -170,7 +170,11 @@ def _by_seed(
     differences = []
     for seed in sorted({seed for seed, _ in sums}):
         members = [of_domain for domain in domains if (of_domain := sums.get((seed, domain)))]
-        if len(members) == len(domains) and all({strategy, baseline} <= set(member.methods) for member in members):
+        if len(members) == len(domains) and all(
+            {strategy, baseline} <= set(member.methods)
+            and not any(math.isnan(member.mean(method, metric)) for method in (strategy, baseline))
+            for member in members
+        ):
             differences.append(
                 paired_difference(members[0], strategy, baseline, metric)
                 if len(members) == 1

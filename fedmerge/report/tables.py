@@ -42,7 +42,7 @@ _Cell = tuple[str, bool]  # text, is marked
 
 @dataclass(frozen=True, slots=True)
 class ResultRow:
-    """One method on one domain: its role, the number of evaluated users, and metric -> mean over these users."""
+    """One method on one domain: its role, the number of evaluated users, and metric -> mean, NaN where withheld."""
 
     domain: str
     role: Role
@@ -118,7 +118,7 @@ def results_table(
 
     Raises:
         LayoutMismatchError: there are no rows, two rows for one domain and method, two roles or user counts for one
-            domain, a metric that is missing or not finite, or a merged method without a row.
+            domain, a metric that is missing or infinite, or a merged method without a row.
     """
     _check_format(table_format)
     domains, cells = _collect(rows, metrics)
@@ -129,7 +129,7 @@ def results_table(
 
     tables, any_absent, any_marked = [], False, False
     for metric in metrics:
-        values = {key: of_metric[metric] for key, of_metric in cells.items()}
+        values = {key: of_metric[metric] for key, of_metric in cells.items() if not math.isnan(of_metric[metric])}
         columns: list[list[_Cell]] = []
         for column in _value_columns(domains, methods, values):
             merged = [
@@ -216,6 +216,8 @@ def differences_table(
         members = [sums[domain] for domain in group]
         if any(member.num_users < 2 or not {method, baseline} <= set(member.methods) for member in members):
             return None
+        if any(math.isnan(member.mean(name, metric)) for member in members for name in (method, baseline)):
+            return None
         if len(members) == 1:
             return paired_difference(members[0], method, baseline, metric)
         return paired_difference_of_mean(members, method, baseline, metric)
@@ -264,7 +266,7 @@ def _collect(
                 "evaluate every method on the same users"
             )
         for metric in metrics:
-            if not math.isfinite(row.metrics.get(metric, math.nan)):
+            if math.isinf(row.metrics.get(metric, math.inf)):
                 raise LayoutMismatchError(
                     f"{where} has {metric} = {row.metrics.get(metric)}; expected a finite number (found "
                     f"{sorted(row.metrics)})"
@@ -310,7 +312,10 @@ def _difference_cell(difference: Estimate | None, num_digits: int) -> _Cell:
 
 
 def _absent_note() -> str:
-    return f"{_ABSENT}: not evaluated; a mean is shown only if every domain of its group has a value."
+    return (
+        f"{_ABSENT}: not evaluated, or withheld by the client; a mean is shown only if every domain of its group has a "
+        "value."
+    )
 
 
 def _header(variant: Variant, split: Split, domains: _Domains, synthetic: bool) -> list[str]:

@@ -1,13 +1,13 @@
 """The releases of a run's privacy mechanisms, as recorded in its folder."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fedmerge.config import ExperimentConfig
 from fedmerge.files import append_line, read_json, read_lines
-from fedmerge.privacy.dp.releases import answers_have_noise, sample_rate
+from fedmerge.privacy.dp.releases import answers_have_noise, noised_sums, sample_rate
 from fedmerge.runs.checkpoints import ADAPTERS, LEARNING, MERGED
 from fedmerge.runs.round_checkpoints import round_records
 from fedmerge.runs.secure_sums import revealed_reports
@@ -43,7 +43,7 @@ def not_counted(run_dir: Path) -> dict[str, str]:
 
 
 def spent_by_domain(run_dir: Path, config: ExperimentConfig) -> dict[str, list[Mapping[str, Any]]]:
-    """Return domain -> one record for each kind of release: expert, rounds, answers, or a noised sum of all.
+    """Return domain -> one record for each kind of release: expert, rounds, answers, metric sums, or a sum of all.
 
     Every reply that arrived counts, including late and refused ones.
 
@@ -89,6 +89,32 @@ def spent_by_domain(run_dir: Path, config: ExperimentConfig) -> dict[str, list[M
             if config.dp.mode == "user":
                 changes["sample_rate"] = sample_rate(config.through_clients.batch_size, training["num_units"])
             found[domain].append({**training, **changes})
+    return dict(sorted(found.items()))
+
+
+def add_metric_sums(
+    spent: Mapping[str, Sequence[Mapping[str, Any]]], evaluated: Iterable[str], config: ExperimentConfig
+) -> dict[str, list[Mapping[str, Any]]]:
+    """Add the noised metric sums of every domain that was evaluated: as many as a client sends at most.
+
+    Args:
+        spent: of :func:`spent_by_domain`.
+        evaluated: domains that sent metric sums.
+        config: configuration of the run.
+    """
+    found = {domain: list(records) for domain, records in spent.items()}
+    for domain in evaluated:
+        record = {
+            "unit": "user",
+            "what": "metric sums",
+            "noise_multiplier": config.privacy.metrics_noise,
+            "clip": 1.0,
+            "sample_rate": 1.0,
+            "num_units": None,
+            "steps": noised_sums(config),
+            "randomness": config.dp.randomness,
+        }
+        found.setdefault(domain, []).append(record)
     return dict(sorted(found.items()))
 
 

@@ -33,6 +33,7 @@ def read_metric_sums(run_dir: Path | str, split: Split, variant: Variant) -> dic
         places = methods.setdefault(row["domain"], {})
         places.setdefault(row["method"], len(places))
     num_users = {row["domain"]: row["num_users"] for row in values}
+    noise = {row["domain"]: float(row.get("noise", 0.0)) for row in values}
     metric_index = {metric: index for index, metric in enumerate(METRICS)}
     sums = {domain: np.full((len(places), len(METRICS)), np.nan) for domain, places in methods.items()}
     crossed = {domain: np.full((len(METRICS), len(places), len(places)), np.nan) for domain, places in methods.items()}
@@ -44,7 +45,7 @@ def read_metric_sums(run_dir: Path | str, split: Split, variant: Variant) -> dic
             p, q = places[row["method"]], places[row["other"]]
             crossed[row["domain"]][m, p, q] = crossed[row["domain"]][m, q, p] = row["sum_of_products"]
         return {
-            domain: MetricSums(tuple(places), variant, num_users[domain], sums[domain], crossed[domain])
+            domain: MetricSums(tuple(places), variant, num_users[domain], sums[domain], crossed[domain], noise[domain])
             for domain, places in methods.items()
         }
     except (KeyError, ValueError) as error:

@@ -12,6 +12,7 @@ what the choice is worth.
 """
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
@@ -92,13 +93,14 @@ def choose(
 
     Returns:
         Method -> label of its best variant; label of the best merge; label -> score. Of equal scores the first wins.
+        A domain that withholds the score of a merge has no vote; if none has one, all scores are 0.
     """
-    scores = {
-        candidate.label: float(
-            np.mean([validation[domain].mean(candidate.label, metric) for domain in sorted(train_domains)])
-        )
-        for candidate in candidates
+    labels = [candidate.label for candidate in candidates]
+    means = {
+        domain: {label: validation[domain].mean(label, metric) for label in labels} for domain in sorted(train_domains)
     }
+    voters = [of_domain for of_domain in means.values() if not any(map(math.isnan, of_domain.values()))]
+    scores = {label: float(np.mean([of_domain[label] for of_domain in voters])) if voters else 0.0 for label in labels}
     best: dict[str, str] = {}
     for candidate in candidates:
         if candidate.method not in best or scores[candidate.label] > scores[best[candidate.method]]:
@@ -150,7 +152,7 @@ def roll_back(
         return None
     scores = {
         label: float(np.mean([sums.mean(label, metric) for sums in judges.values()])) for label in (served, *without)
-    }
+    }  # NaN, which is better than nothing, if a judge withholds its score
     better = [
         label
         for label in without
@@ -172,13 +174,19 @@ def choose_per_domain(
         fallback: False to serve every domain the merge.
 
     Returns:
-        Domain -> ``serve`` (``merged`` or ``expert``) and the scores. Of equal scores the merge wins.
+        Domain -> ``serve`` (``merged`` or ``expert``) and the scores, None where withheld. Of equal or withheld scores
+        the merge wins.
     """
     chosen = {}
     for domain, sums in sorted(validation.items()):
         labels = {MERGED: served} | ({EXPERT: EXPERT} if EXPERT in sums.methods else {})
         scores = {model: sums.mean(label, metric) for model, label in labels.items()}
-        chosen[domain] = {"serve": max(scores, key=scores.__getitem__) if fallback else MERGED, **scores}
+        known = fallback and not any(map(math.isnan, scores.values()))
+        serve = max(scores, key=scores.__getitem__) if known else MERGED
+        chosen[domain] = {
+            "serve": serve,
+            **{model: None if math.isnan(score) else score for model, score in scores.items()},
+        }
     return chosen
 
 
@@ -195,6 +203,7 @@ def with_served(sums: MetricSums, model: str) -> MetricSums:
         sums.num_users,
         sums.sums[rows],
         np.ascontiguousarray(sums.products[:, rows][:, :, rows]),
+        sums.noise,
     )
 
 

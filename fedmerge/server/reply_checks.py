@@ -6,10 +6,11 @@ import numpy as np
 import torch
 
 from fedmerge.adapter import Adapter
-from fedmerge.config import Transport
+from fedmerge.config import Privacy, Transport
 from fedmerge.encoder.lora import Layout, layout_of
 from fedmerge.errors import ClientError, LayoutMismatchError
 from fedmerge.evaluation.sums import MetricSums, Variant
+from fedmerge.privacy.metric_sums import check_disclosure
 
 LARGEST_VALUE = 1e4  # in a factor: far above any training that works, and products of two such values are finite
 MAX_BASELINES = 16
@@ -71,6 +72,7 @@ def check_sums(
     models: Sequence[str],
     baselines: bool,
     num_users: tuple[int, int],
+    privacy: Privacy,
 ) -> None:
     """Check that metric sums are of the requested models and can be sums over this domain's users.
 
@@ -80,6 +82,7 @@ def check_sums(
         models: labels of the requested models.
         baselines: True if the client was asked for its baselines, which it names itself.
         num_users: bounds on the number of users: ``privacy.min_users``, and the number that the client announced.
+        privacy: section ``[privacy]``, which says how sums are disclosed.
 
     Raises:
         ClientError: a model is missing or was not requested, or no users can have these sums.
@@ -107,6 +110,9 @@ def check_sums(
             f"domain {domain}: its metric sums are over {unmasked.num_users} users, but the domain has {most}. "
             "Exclude the domain, or check its client."
         )
+    check_disclosure(domain, sums, privacy.metrics, privacy.metrics_noise)
+    if privacy.metrics != "exact":  # their products are bounds that the server computed
+        return
     for of_variant in (unmasked, masked):
         limit = of_variant.num_users * (1 + 1e-9)
         if abs(of_variant.products).max() > limit:

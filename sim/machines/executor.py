@@ -137,6 +137,7 @@ def override_run_config(context: Context, client: Client) -> None:
         "domain-path": str(client.domain),
         "policy-path": str(client.policy),
         "key-path": str(client.folder / KEY),
+        "disclosed-path": str(client.disclosed),
         **({} if client.identity_key is None else {"identity-key": str(client.identity_key)}),
         **({} if client.peer_keys is None else {"peer-keys": str(client.peer_keys)}),
     }

@@ -10,7 +10,8 @@ from scipy import optimize, stats
 
 from fedmerge.config import from_flat
 from fedmerge.errors import ConfigError
-from fedmerge.privacy.dp.accountant import ORDERS, Release, account, calibrate_noise, spent_epsilon
+from fedmerge.privacy.dp.accountant import ORDERS, account, calibrate_noise, spent_epsilon
+from fedmerge.privacy.dp.releases import Release
 
 RELEASES = [Release(1.0, 0.05, 20), Release(4.0, 1.0, 2)]
 

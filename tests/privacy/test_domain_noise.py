@@ -15,7 +15,7 @@ from fedmerge.config import DP, ExperimentConfig, from_flat
 from fedmerge.errors import ClientError, LayoutMismatchError
 from fedmerge.mergerec.objective import CollaborativeSettings
 from fedmerge.mergerec.variants import learned_variants
-from fedmerge.privacy.dp.accountant import Release, calibrate_noise, spent_epsilon
+from fedmerge.privacy.dp.accountant import calibrate_noise, spent_epsilon
 from fedmerge.privacy.dp.agreement import check_spent, largest_product
 from fedmerge.privacy.dp.domain_noise import (
     add_noise,
@@ -25,7 +25,7 @@ from fedmerge.privacy.dp.domain_noise import (
     domain_noise,
     domain_record,
 )
-from fedmerge.privacy.dp.releases import coefficient_messages
+from fedmerge.privacy.dp.releases import Release, coefficient_messages
 from fedmerge.privacy.dp.statement import privacy_statement, statement_text
 from fedmerge.runs.dp_spent import EVERY_DOMAIN, spent_by_domain
 from fedmerge.seeding import generator

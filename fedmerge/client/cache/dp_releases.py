@@ -27,7 +27,14 @@ from fedmerge.files import read_json, write_json
 from fedmerge.privacy.dp.accountant import agreed_noise
 from fedmerge.privacy.dp.domain_noise import add_noise_to_answer, noise_like
 from fedmerge.privacy.dp.randomness import source
-from fedmerge.privacy.dp.releases import Counted, coefficient_messages, domain_releases, sample_rate, user_releases
+from fedmerge.privacy.dp.releases import (
+    Counted,
+    coefficient_messages,
+    domain_releases,
+    metric_releases,
+    sample_rate,
+    user_releases,
+)
 
 logger = logging.getLogger(__name__)
 Made = TypeVar("Made")
@@ -140,7 +147,11 @@ def _release_adapter_once(
 
 
 def release_answer_once(
-    domain: LocalDomain, config: ExperimentConfig, message: CoefficientMessage, compute: Callable[[], torch.Tensor]
+    domain: LocalDomain,
+    config: ExperimentConfig,
+    message: CoefficientMessage,
+    compute: Callable[[], torch.Tensor],
+    charge: Callable[[float], None] = lambda noise_multiplier: None,
 ) -> torch.Tensor:
     """What this client has released for a message about coefficients: made and noised now, or as it was sent.
 
@@ -155,6 +166,7 @@ def release_answer_once(
         config: what a release depends on, besides data and message; the answers of one ``run_id`` count together.
         message: what was asked.
         compute: the answer without noise, or that sum, (K,) or (K, G).
+        charge: called with the noise multiplier before anything new is released.
 
     Raises:
         PolicyError: a message that the noise was not chosen for; another answer was given to it, or it is damaged.
@@ -181,6 +193,8 @@ def release_answer_once(
     )
 
     def make() -> torch.Tensor:
+        noise = _cached_noise(name, config, releases)
+        charge(noise)
         try:
             answer = compute().cpu()
         except Exception:  # of whatever kind: an error would tell of the data
@@ -189,7 +203,6 @@ def release_answer_once(
             )
             answer = torch.zeros_like(torch.tensor(message.coefficients))
         drawn = source(dp.randomness, config.seed, "client", name, "coefficients-dp", message.label, message.step)
-        noise = _cached_noise(name, config, releases)
         if dp.mode == "user":
             expected = sample_rate(config.through_clients.batch_size, num_users) * num_users
             return (answer + noise_like(answer, noise * dp.coefficient_clip, drawn)) / expected
@@ -253,14 +266,17 @@ def _once(
 def _cached_noise(name: str, config: ExperimentConfig, releases: tuple[Counted, ...]) -> float:
     """The noise multiplier of the run, found once: each message may be worked on by a process of its own."""
     path = _released(name, config) / "noise.json"
-    key = inputs_key({"dp": config.dp.model_dump(), "releases": releases})
+    others = metric_releases(config) if config.dp.mode == "user" else ()
+    key = inputs_key(
+        {"dp": config.dp.model_dump(), "releases": releases, "others": [asdict(other) for other in others]}
+    )
     try:
         kept = read_json(path) or {}
         if kept["for"] == key:
             return float(kept["noise_multiplier"])
     except (FedMergeError, LookupError, TypeError, ValueError):
         pass
-    found = agreed_noise(config.dp, releases)
+    found = agreed_noise(config.dp, releases, others)
     with suppress(OSError, FedMergeError):  # then it is found again
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, {"for": key, "noise_multiplier": found})

@@ -29,7 +29,7 @@ from fedmerge.encoder.text import Tokens, pack_sequences
 from fedmerge.errors import DomainError
 from fedmerge.privacy.dp.accountant import agreed_noise, opacus_accountants
 from fedmerge.privacy.dp.randomness import Randomness, Source, source
-from fedmerge.privacy.dp.releases import user_releases
+from fedmerge.privacy.dp.releases import metric_releases, user_releases
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def user_plan(domain: LocalDomain, config: ExperimentConfig) -> UserPlan:
     num_users, dp = len(domain.training_sequences), config.dp
     releases = user_releases(config, num_users)
     rate, steps = releases[0]
-    return UserPlan(agreed_noise(dp, releases), dp.clip, rate, num_users, steps, dp.randomness)
+    return UserPlan(agreed_noise(dp, releases, metric_releases(config)), dp.clip, rate, num_users, steps, dp.randomness)
 
 
 def check_user_dp(domain: LocalDomain, dp: DP) -> None:

@@ -13,13 +13,12 @@ import math
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
 from fedmerge.config import DP
 from fedmerge.errors import ConfigError
-from fedmerge.privacy.dp.releases import Counted
+from fedmerge.privacy.dp.releases import Counted, Release
 
 Method = Literal["prv", "rdp"]
 
@@ -28,21 +27,6 @@ RELATIVE_PRECISION = 0.002  # of a calibrated noise multiplier
 LARGEST_NOISE = 1e4
 LARGEST_GRID = 2**24  # points of the privacy loss; PRV takes about a gigabyte for them
 _PRV_ERROR = 0.01  # of ε; Opacus' own
-
-
-@dataclass(frozen=True)
-class Release:
-    """A number of equal Gaussian mechanisms.
-
-    Attributes:
-        noise_multiplier: standard deviation of the noise over the sensitivity.
-        sample_rate: probability that a unit takes part, in (0, 1].
-        steps: number of mechanisms.
-    """
-
-    noise_multiplier: float
-    sample_rate: float
-    steps: int
 
 
 def spent_epsilon(releases: Sequence[Release], delta: float, method: Method) -> float:
@@ -91,31 +75,47 @@ def _grid_points(accountants: Any, history: Sequence[tuple[float, float, int]], 
     return float(points) if math.isfinite(points) else math.inf
 
 
-def agreed_noise(dp: DP, releases: tuple[Counted, ...] = ((1.0, 1),)) -> float:
+def agreed_noise(dp: DP, releases: tuple[Counted, ...] = ((1.0, 1),), others: tuple[Release, ...] = ()) -> float:
     """Return the configured noise multiplier: the given one, or the smallest that meets (ε, δ).
 
     Args:
         dp: epsilon, delta, noise_multiplier and accountant are read.
-        releases: all releases in which a unit takes part, all with this noise.
+        releases: releases in which a unit takes part, all with this noise.
+        others: its other releases, whose noise is given.
 
     Raises:
         ConfigError: as :func:`calibrate_noise`.
     """
     if dp.epsilon is not None and dp.delta is not None:
-        return calibrate_noise(dp.epsilon, dp.delta, releases, dp.accountant)
+        return calibrate_noise(dp.epsilon, dp.delta, releases, dp.accountant, others)
     return float(dp.noise_multiplier or 0.0)
 
 
 @cache
-def calibrate_noise(epsilon: float, delta: float, releases: tuple[Counted, ...], method: Method) -> float:
+def calibrate_noise(
+    epsilon: float, delta: float, releases: tuple[Counted, ...], method: Method, others: tuple[Release, ...] = ()
+) -> float:
     """Return the smallest noise multiplier, 0.2 % too large at most, with which all releases together meet (ε, δ).
 
+    Args:
+        epsilon, delta: the guarantee.
+        releases: whose noise is chosen.
+        method: accountant.
+        others: further releases, whose noise is given.
+
     Raises:
-        ConfigError: the noise multiplier would exceed 10,000; or Opacus is not installed.
+        ConfigError: the noise multiplier would exceed 10,000, or the others alone take all of ε; or Opacus is not
+            installed.
     """
+    if others and (alone := spent_epsilon(others, delta, method)) >= epsilon:
+        raise ConfigError(
+            f"dp.epsilon = {epsilon:g} with dp.delta = {delta:g}: the noised metric sums alone take ε = {alone:.3g}. "
+            "Raise privacy.metrics_noise, or dp.epsilon."
+        )
 
     def enough(noise: float, by: Method) -> bool:
-        return spent_epsilon([Release(noise, rate, steps) for rate, steps in releases], delta, by) <= epsilon
+        chosen = [Release(noise, rate, steps) for rate, steps in releases]
+        return spent_epsilon([*chosen, *others], delta, by) <= epsilon
 
     def raised(low: float, high: float, by: Method) -> tuple[float, float]:
         while not enough(high, by):

@@ -8,7 +8,7 @@ from fedmerge.config import ExperimentConfig
 from fedmerge.errors import ClientError, ConfigError
 from fedmerge.privacy.dp.accountant import agreed_noise
 from fedmerge.privacy.dp.domain_noise import domain_noise, domain_record
-from fedmerge.privacy.dp.releases import noised_answers, user_releases
+from fedmerge.privacy.dp.releases import metric_releases, noised_answers, user_releases
 
 _CHANCE = 1e-10  # probability that one entry leaves the range; a model has 1e5 to 1e8 entries
 _NOISE_TOLERANCE = 0.01  # relative; the client calibrates by itself, perhaps with other library versions
@@ -102,7 +102,7 @@ def check_spent(domain: str, config: ExperimentConfig, told: Any, num_users: int
         rate, steps = releases[0]
         agreed = {
             "unit": "user",
-            "noise_multiplier": agreed_noise(dp, releases),
+            "noise_multiplier": agreed_noise(dp, releases, metric_releases(config)),
             "clip": dp.clip,
             "sample_rate": rate,
             "num_units": units,

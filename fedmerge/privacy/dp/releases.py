@@ -1,8 +1,27 @@
 """The releases of a client in one run by its configuration: their number, and the share of users in each."""
 
+from dataclasses import dataclass
+
 from fedmerge.config import DP, LEARNED_METHODS, ExperimentConfig, ThroughClients
 
+DEFAULT_DELTA = 1e-6  # of statements about noised metric sums where no dp.delta is set
+
 Counted = tuple[float, int]  # the probability that a unit takes part in a release, and the number of releases
+
+
+@dataclass(frozen=True)
+class Release:
+    """A number of equal Gaussian mechanisms.
+
+    Attributes:
+        noise_multiplier: standard deviation of the noise over the sensitivity.
+        sample_rate: probability that a unit takes part, in (0, 1].
+        steps: number of mechanisms.
+    """
+
+    noise_multiplier: float
+    sample_rate: float
+    steps: int
 
 
 def coefficient_messages(config: ExperimentConfig) -> int:
@@ -24,6 +43,19 @@ def answers_have_noise(dp: DP, through_clients: ThroughClients) -> bool:
 def noised_answers(config: ExperimentConfig) -> int:
     """Return the largest number of noisy answers about coefficients that a client gives in a run."""
     return coefficient_messages(config) if answers_have_noise(config.dp, config.through_clients) else 0
+
+
+def metric_releases(config: ExperimentConfig) -> tuple[Release, ...]:
+    """Return a user's releases in noised metric sums; every evaluated user takes part, so nothing is sampled."""
+    number = noised_sums(config)
+    return (Release(config.privacy.metrics_noise, 1.0, number),) if number else ()
+
+
+def noised_sums(config: ExperimentConfig) -> int:
+    """Return the largest number of noised metric sums that a client sends in a run: one for each evaluation."""
+    if config.privacy.metrics != "noised" or config.until == "train":
+        return 0
+    return 2 + (config.admission.action is not None and config.admission.leave_one_out)  # validation, test, the gate
 
 
 def domain_releases(config: ExperimentConfig) -> tuple[Counted, ...]:

@@ -7,7 +7,8 @@ from types import MappingProxyType
 from typing import Any
 
 from fedmerge.config import DP
-from fedmerge.privacy.dp.accountant import Method, Release, account
+from fedmerge.privacy.dp.accountant import Method, account
+from fedmerge.privacy.dp.releases import DEFAULT_DELTA, Release
 
 PRIVACY_FILE = "privacy.json"
 
@@ -42,7 +43,14 @@ _ALWAYS = (
     "only this run is counted: earlier runs on the same data, and settings tuned on them, add to it.",
     "a client's report of its own noise is believed; arithmetic is floating-point, not exact.",
 )
+_NONE = (
+    "unit: one user of one domain, in the metric sums alone. For a user of several domains, ε and δ add up.",
+    "adjacency: one user added or removed, which changes the sums of P methods by at most √(2P) in the L2 norm; the "
+    "second number holds for one user replaced by another.",
+    "public: the number of evaluated users.",
+)
 _COVERS = {
+    "none": "the metric sums, and nothing else that left",
     "user": "the adapters and answers about coefficients, and everything computed from them",
     "domain-local": "the adapters and answers about coefficients, and everything computed from them",
     "domain-central": "the merge",
@@ -53,6 +61,7 @@ _SUMS = (
     "holds for the run as a whole. For a release, end with until = 'train', merge without learning from users, and "
     "evaluate on users who are not protected"
 )
+_ADAPTERS = "the adapters and everything computed from them, which have no noise (dp.mode = 'none')"
 _CATALOGS = "the catalogs, which the server has without noise, and everything computed from them alone"
 _TIMES = "the time that anything took"
 
@@ -63,15 +72,17 @@ def privacy_statement(
     evaluated: bool,
     catalogs: bool = False,
     not_counted: Mapping[str, str] = MappingProxyType({}),
+    noised_metrics: bool = False,
 ) -> dict[str, Any]:
     """Add up what was released.
 
     Args:
         dp: the settings.
         spent: domain -> records of its releases.
-        evaluated: True if metric sums left the clients.
+        evaluated: True if metric sums left the clients that are not noised by user.
         catalogs: True if the server has the domains' catalogs.
         not_counted: domain -> reason why something that it sent cannot be counted.
+        noised_metrics: True if metric sums are among the releases.
 
     Returns:
         JSON: mode, delta, accountant; per domain epsilon (None is no bound) under both adjacencies, the accountant of
@@ -95,15 +106,16 @@ def privacy_statement(
         counted = domains.get(domain, {"num_units": None, "releases": []})
         domains[domain] = {**counted, **by, "epsilon": None, "epsilon_replaced": None}
     uncovered = [_COUNTS, *([_CATALOGS] if catalogs and dp.mode != "user" else [])]
-    own = {"user": _USER, "domain-local": _DOMAIN_LOCAL, "domain-central": _DOMAIN_CENTRAL}[dp.mode]
+    uncovered += [_ADAPTERS] if dp.mode == "none" else []
+    own = {"none": _NONE, "user": _USER, "domain-local": _DOMAIN_LOCAL, "domain-central": _DOMAIN_CENTRAL}[dp.mode]
     return {
         "mode": dp.mode,
-        "delta": dp.delta,
+        "delta": dp.delta or (DEFAULT_DELTA if dp.mode == "none" else None),
         "accountant": dp.accountant,
         "guarantee": not problems,
-        "guarantee_of_run": not problems and not evaluated,
+        "guarantee_of_run": not problems and not evaluated and dp.mode != "none",
         "why_not": problems,
-        "covers": _COVERS[dp.mode],
+        "covers": _COVERS[dp.mode] + (", and the metric sums" if noised_metrics and dp.mode == "user" else ""),
         "domains": dict(sorted(domains.items())),
         "assumptions": [*own, *_ALWAYS],
         "not_covered": [*uncovered, *([_SUMS] if evaluated else []), _TIMES],
@@ -132,9 +144,10 @@ def statement_text(statement: Mapping[str, Any]) -> str:
     if statement["guarantee_of_run"]:
         lines.append(f"  accountant: {statement['accountant']}. It holds under these assumptions:")
     elif statement["guarantee"]:
+        why = "adapters without noise" if statement["mode"] == "none" else "exact sums over users"
         lines.append(
             f"  accountant: {statement['accountant']}. It holds for what it covers, NOT for the run as a whole, "
-            "because exact sums over users left the clients. The assumptions are:"
+            f"because {why} left the clients. The assumptions are:"
         )
     else:
         lines.append("  THIS GUARANTEES NOTHING: " + " ".join(statement["why_not"]) + " The assumptions are:")
@@ -160,9 +173,10 @@ def _domain(dp: DP, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _bound(dp: DP, releases: Sequence[Release]) -> tuple[float | None, Method]:
     """Return ε, None if infinite since JSON has no infinity, and its accountant."""
-    if dp.delta is None:
+    delta = dp.delta or (DEFAULT_DELTA if dp.mode == "none" else None)
+    if delta is None:
         return None, dp.accountant
-    epsilon, by = account(releases, dp.delta, dp.accountant)
+    epsilon, by = account(releases, delta, dp.accountant)
     return epsilon if math.isfinite(epsilon) else None, by
 
 

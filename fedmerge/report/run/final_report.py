@@ -60,7 +60,7 @@ def attack_note(simulation: Simulation) -> str:
 
 
 def metric_rows(splits: Mapping[Split, SumsByDomain], roles: Mapping[str, Role]) -> Iterator[dict[str, Any]]:
-    """Rows of ``metrics.parquet``: one per split, domain, variant, method and metric."""
+    """Rows of ``metrics.parquet``: one per split, domain, variant, method and metric; NaN where withheld."""
     return (
         {
             "split": split,
@@ -71,6 +71,7 @@ def metric_rows(splits: Mapping[Split, SumsByDomain], roles: Mapping[str, Role])
             "metric": metric,
             "num_users": sums.num_users,
             "sum": float(sums.sums[p, m]),
+            "noise": sums.noise,
         }
         for split, results in splits.items()
         for domain, variants in results.items()

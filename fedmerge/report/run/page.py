@@ -9,7 +9,6 @@ import pyarrow.parquet as pq
 
 from fedmerge.config import Split
 from fedmerge.errors import RunDirError
-from fedmerge.evaluation.ranks import METRICS
 from fedmerge.evaluation.sums import EXPERT, VARIANTS, MetricSums
 from fedmerge.files import read_record
 from fedmerge.merging.candidate import Provenance
@@ -92,11 +91,11 @@ def run_tables(run: RunDetails) -> BenchTables:
                     "variant": variant,
                     "metric": metric,
                     "num_users": of_domain.num_users,
-                    "value": of_domain.mean(method, metric),
+                    "value": value,
                 }
                 for domain, of_domain in sums.items()
-                for method in of_domain.methods
-                for metric in METRICS
+                for method, metrics in of_domain.metrics_by_method().items()
+                for metric, value in metrics.items()
             ]
             if split == "test":
                 comparisons += _comparisons(sums, roles, name, merged)

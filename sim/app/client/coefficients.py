@@ -2,7 +2,7 @@
 
 import logging
 from dataclasses import asdict
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from fedmerge.client.coefficients.pseudo_users import (
     read_cached_cohort,
     take_local_steps,
 )
+from fedmerge.client.disclosed.account import Entry, Unit
 from fedmerge.client.local_domain import LocalDomain
 from fedmerge.client.training.dp_sgd import poisson_records
 from fedmerge.encoder.backbone import Backbone
@@ -30,9 +31,9 @@ from fedmerge.mergerec.variants import learned_settings
 from fedmerge.mergerec.vectors import Vectors, initial_vectors, on_device
 from fedmerge.merging.stack import stack_adapters
 from fedmerge.privacy.dp.randomness import source
-from fedmerge.privacy.dp.releases import answers_have_noise, sample_rate
+from fedmerge.privacy.dp.releases import answers_have_noise, noised_answers, sample_rate
 from fedmerge.privacy.policy import check_enough_users, check_may_leave
-from sim.app.client.node import Client, open_client
+from sim.app.client.node import Client, charge_run, open_client
 from sim.app.messages import records
 
 logger = logging.getLogger("fedmerge.client")
@@ -100,7 +101,18 @@ def gradient(message: Message, context: Context) -> RecordDict:
     if not answers_have_noise(config.dp, config.through_clients):
         return records.gradient_record(answer())
     asked = CoefficientMessage(**asdict(request), coefficients=start.tolist(), students=students.tolist(), users=users)
-    return records.gradient_record(release_answer_once(domain, config, asked, answer))
+    return records.gradient_record(release_answer_once(domain, config, asked, answer, partial(_charge_answers, client)))
+
+
+def _charge_answers(client: Client, noise_multiplier: float) -> None:
+    """Charge all answers of the run when the first is given, since the noise is chosen for all of them."""
+    config, run = client.config, str(client.config.run_id)
+    by_user = config.dp.mode == "user"
+    num_users = len(client.domain.training_sequences)
+    rate = sample_rate(config.through_clients.batch_size, num_users) if by_user else 1.0
+    unit: Unit = "user" if by_user else "domain"
+    what = "answers about merging coefficients"
+    charge_run(client, [Entry(f"{run}: answers", run, what, unit, noise_multiplier, rate, noised_answers(config))])
 
 
 def _on_own_users(client: Client, vectors: Vectors, settings: CollaborativeSettings, first: int) -> LocalGradient:

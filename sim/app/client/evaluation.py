@@ -7,11 +7,20 @@ from flwr.app import Context, Message, RecordDict
 from fedmerge.adapter import Adapter, adapter_sha256
 from fedmerge.client.baselines.rankers import baseline_rankers
 from fedmerge.client.cache.experts import load_expert
-from fedmerge.client.evaluate import evaluate
+from fedmerge.client.disclosed.account import Entry
+from fedmerge.client.disclosed.sums import Sums, count_models, release_sums_once
+from fedmerge.client.disclosed.users import draw_examples, read_secret, remember_users
+from fedmerge.client.evaluate import outcomes
+from fedmerge.config import Split
+from fedmerge.domain.splits import Examples, evaluation_examples
+from fedmerge.errors import PolicyError
 from fedmerge.evaluation.sums import BACKBONE, EXPERT
+from fedmerge.privacy.dp.randomness import source
+from fedmerge.privacy.dp.releases import noised_sums
+from fedmerge.privacy.metric_sums import disclose
 from fedmerge.privacy.policy import check_enough_users, check_may_leave
 from fedmerge.privacy.transport import coding_of, decode_as_receiver
-from sim.app.client.node import open_client
+from sim.app.client.node import Client, charge_run, open_client
 from sim.app.messages import records
 
 logger = logging.getLogger("fedmerge.client")
@@ -20,9 +29,58 @@ logger = logging.getLogger("fedmerge.client")
 def evaluate_models(message: Message, context: Context) -> RecordDict:
     """Evaluate models on this domain's users and send sums of metrics."""
     client = open_client(context)
-    config, domain = client.config, client.domain
-    check_may_leave(config.privacy.policy, "metric sums", domain.manifest.name)
+    config, domain, name = client.config, client.domain, client.domain.manifest.name
+    check_may_leave(config.privacy.policy, "metric sums", name)
+    if config.until == "train":
+        raise PolicyError(f"domain {name}: the run ends after training (until = 'train'), so nothing is evaluated.")
     request, adapters = records.read_evaluation_request(message.content)
+    models = _models(client, request, adapters)
+    hashes = {label: "" if adapter is None else adapter_sha256(adapter) for label, adapter in models.items()}
+    if client.own is not None:
+        count_models(client.disclosed, str(config.run_id), set(hashes.values()), client.own.max_models)
+    examples = _examples(client, request.split)
+    check_enough_users(name, len(examples), config.privacy.min_users)
+    names = config.evaluation.baselines if request.baselines else ()
+
+    def sums() -> Sums:
+        found = outcomes(domain, models, examples, baseline_rankers(domain, config, names, logger.info), logger.info)
+        drawn = source(
+            config.dp.randomness, config.seed, "client", name, "metric-sums", request.split, *hashes.values()
+        )
+        privacy = config.privacy
+        return disclose(found, privacy.metrics, privacy.min_users, privacy.metrics_noise, drawn)
+
+    if config.privacy.metrics != "noised":
+        return records.metric_sums_record(sums())
+    asked = {
+        "models": hashes,
+        "baselines": list(names),
+        "split": request.split,
+        "users": len(examples),
+        "data": [domain.manifest.catalog_sha256, domain.manifest.interactions_sha256],
+        "backbone": [domain.backbone.sha256, domain.backbone.pooling],
+        "text": config.text.model_dump(),
+        "noise": config.privacy.metrics_noise,
+    }
+    what = f"metric sums on {request.split}"
+    return records.metric_sums_record(
+        release_sums_once(
+            client.disclosed,
+            str(config.run_id),
+            asked,
+            noised_sums(config),
+            lambda key: charge_run(
+                client, [Entry(key, str(config.run_id), what, "user", config.privacy.metrics_noise, 1.0, 1)]
+            ),
+            sums,
+        )
+    )
+
+
+def _models(
+    client: Client, request: records.EvaluationRequest, adapters: dict[str, Adapter]
+) -> dict[str, Adapter | None]:
+    config, domain = client.config, client.domain
     sha256 = None if request.expert_sha256 == records.OWN_EXPERT else request.expert_sha256
     coding = coding_of(config.privacy, config.lora.of(domain.manifest.name), config.seed, domain.backbone)
 
@@ -30,15 +88,20 @@ def evaluate_models(message: Message, context: Context) -> RecordDict:
         """Return the hash by which the server knows an expert: that of the decoded adapter."""
         return adapter_sha256(decode_as_receiver(expert, coding))
 
-    models = {
+    return {
         **({BACKBONE: None} if request.backbone else {}),
         **({EXPERT: load_expert(domain, config, sha256, received)} if request.expert_sha256 else {}),
         **adapters,
     }
-    limit = config.evaluation.validation_users if request.split == "valid" else config.evaluation.test_users
-    names = config.evaluation.baselines if request.baselines else ()
-    baselines = baseline_rankers(domain, config, names, logger.info)
-    sums = evaluate(domain, models, request.split, limit, config.seed, baselines, logger.info)
-    for of_variant in sums.values():
-        check_enough_users(domain.manifest.name, of_variant.num_users, config.privacy.min_users)
-    return records.metric_sums_record(sums)
+
+
+def _examples(client: Client, split: Split) -> Examples:
+    """Draw the evaluated users: by the run's seed for exact sums, else by the client's secret, and remembered."""
+    config, interactions = client.config, client.domain.interactions
+    limit = config.evaluation.validation_users if split == "valid" else config.evaluation.test_users
+    if config.privacy.metrics == "exact":
+        return evaluation_examples(interactions, split, limit, config.seed)
+    secret = read_secret(client.disclosed)
+    examples = draw_examples(interactions, split, limit, secret)
+    remember_users(client.disclosed, interactions, examples, split, config.privacy.min_users, secret)
+    return examples

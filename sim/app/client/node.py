@@ -2,6 +2,7 @@
 
 import logging
 import tempfile
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -11,6 +12,7 @@ import torch
 from flwr.app import Context
 
 from fedmerge.client.audit.users import prepare_for_audit
+from fedmerge.client.disclosed.account import Entry, charge
 from fedmerge.client.local_domain import LocalDomain, open_domain
 from fedmerge.config import ExperimentConfig, Simulation, Text, from_flat
 from fedmerge.device import resolve_compute
@@ -25,11 +27,21 @@ logger = logging.getLogger("fedmerge.client")
 
 @dataclass(frozen=True)
 class Client:
-    """This node's part in the federation."""
+    """This node's part in the federation.
+
+    Attributes:
+        config: the run's configuration.
+        domain: the node's own.
+        role: its role in the run.
+        own: the organisation's policy; None if the node has no policy file.
+        disclosed: folder of what the client has disclosed about its users, see ``fedmerge.client.disclosed``.
+    """
 
     config: ExperimentConfig
     domain: LocalDomain
     role: records.Role
+    own: ClientPolicy | None
+    disclosed: Path
 
 
 def open_client(context: Context) -> Client:
@@ -58,7 +70,19 @@ def open_client(context: Context) -> Client:
     if role == "train" and not domain.can_train:
         logger.info("%s: no users to train on; joining as unseen", domain.manifest.name)
         role = "unseen"
-    return Client(config, domain, role)
+    beside_cache = Path(config.cache_dir).expanduser() / "disclosed" / folder.name
+    disclosed = Path(str(context.node_config.get("disclosed-path", beside_cache)))
+    return Client(config, domain, role, own_policy(context), disclosed)
+
+
+def charge_run(client: Client, entries: Iterable[Entry]) -> None:
+    """Enter releases of the run into the client's account, within its owner's limits.
+
+    Raises:
+        PolicyError: see :func:`fedmerge.client.disclosed.account.charge`.
+    """
+    own = client.own or ClientPolicy()
+    charge(client.disclosed, list(entries), own.max_total_epsilon, own.max_delta)
 
 
 def find_place(context: Context) -> tuple[Path, records.Role] | None:

@@ -7,10 +7,15 @@ from typing import Any
 
 from flwr.app import Context, Message, RecordDict
 
-from fedmerge.adapter import Adapter
-from fedmerge.client.cache.dp_releases import Release, check_round_is_counted, release_round_once
+from fedmerge.adapter import Adapter, adapter_sha256
+from fedmerge.client.cache.dp_releases import (
+    Release,
+    check_round_is_counted,
+    release_round_once,
+)
 from fedmerge.client.cache.experts import load_or_train_expert
 from fedmerge.client.cache.secure_sums import cache_values, check_same_as_revealed, sum_key
+from fedmerge.client.disclosed.account import entries_of
 from fedmerge.client.training.dp_sgd import plan_record, user_plan
 from fedmerge.client.training.poisoning import sent, training_inputs
 from fedmerge.client.training.round import RoundTask, train_round
@@ -21,7 +26,7 @@ from fedmerge.federated.rules import RULES
 from fedmerge.federated.summed import summed_values
 from fedmerge.privacy.policy import check_may_leave
 from fedmerge.privacy.transport import coding_of, decode_as_receiver, residual
-from sim.app.client.node import Client, open_client
+from sim.app.client.node import Client, charge_run, open_client
 from sim.app.client.secure_sum import remember_values
 from sim.app.messages import records
 
@@ -65,8 +70,9 @@ def _train_as_asked(client: Client, message: Message) -> tuple[Adapter, dict[str
     if client.config.rounds.rule is not None:
         return _train_round_once(client, message)
     adapter, report = load_or_train_expert(client.domain, client.config, logger.info)
-    if report["validation_users"] < client.config.privacy.min_users:
-        # The best step and the reason to stop depend on the same few users.
+    charge_run(client, entries_of(report["privacy"], report["sha256"], str(client.config.run_id), "expert"))
+    withheld = report["validation_users"] < client.config.privacy.min_users or client.config.privacy.metrics != "exact"
+    if withheld:  # validations are exact means over users, and the other two depend on the same users
         over_few = ("best_step", "stopped_by") if report["validation_users"] else ()
         report = {**{key: value for key, value in report.items() if key not in over_few}, "validations": []}
     return adapter, report, None
@@ -83,6 +89,8 @@ def _train_round_once(client: Client, message: Message) -> tuple[Adapter, dict[s
         released = release_round_once(domain, config, task, lambda: _train_round(client, task, lora))
     else:
         released = _train_round(client, task, lora)
+    key = f"{adapter_sha256(released.adapter)} {request.number}"
+    charge_run(client, entries_of(released.told["privacy"], key, str(config.run_id), f"round {request.number}"))
     return released.adapter, dict(released.told), task
 
 

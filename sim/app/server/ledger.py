@@ -59,9 +59,10 @@ class Ledger:
         }
         append_line(self.folder / LINES_FILE, entry)
 
-    def has_asked(self, message_type: str) -> bool:
-        """Return True if any reply to a message of this type arrived."""
-        return any(line["message"] == message_type for line in read_lines(self.folder / LINES_FILE))
+    def senders(self, message_type: str) -> list[str]:
+        """Return the domains of which a reply to a message of this type arrived, sorted."""
+        lines = read_lines(self.folder / LINES_FILE)
+        return sorted({str(line["domain"]) for line in lines if line["message"] == message_type})
 
     def write_table(self) -> None:
         """Write the ledger as a table: one row for each array or value that left a client."""

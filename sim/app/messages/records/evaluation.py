@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
+import numpy as np
 from flwr.app import ConfigRecord, RecordDict
 
 from fedmerge.adapter import Adapter
@@ -15,6 +16,7 @@ from sim.app.messages.records.fields import FACTS, ONE_VERSION, read_config, rea
 
 EVALUATE = "evaluate"
 OWN_EXPERT = "own"
+MOST_DEVIATIONS = 10.0  # of noise by which a sum may leave its range
 
 
 @dataclass(frozen=True)
@@ -67,10 +69,11 @@ def read_metric_sums(content: RecordDict) -> dict[Variant, MetricSums]:
     for variant, of_variant in sums.items():
         if of_variant.variant != variant:
             raise ClientError(f"its metric sums named {variant} are {of_variant.variant}; {ONE_VERSION}")
-        low, high = of_variant.sums.min(), of_variant.sums.max()
-        if low < 0 or high > of_variant.num_users * (1 + 1e-9):
+        stated = of_variant.sums[~np.isnan(of_variant.sums)]
+        slack = MOST_DEVIATIONS * of_variant.noise + 1e-9 * of_variant.num_users
+        if stated.size and (stated.min() < -slack or stated.max() > of_variant.num_users + slack):
             raise ClientError(
-                f"its metric sums run from {low:g} to {high:g}, expected 0 to {of_variant.num_users}: the outcome "
-                f"of a user is between 0 and 1; {ONE_VERSION}, or check its client"
+                f"its metric sums run from {stated.min():g} to {stated.max():g}, expected 0 to {of_variant.num_users}: "
+                f"the outcome of a user is between 0 and 1; {ONE_VERSION}, or check its client"
             )
     return sums

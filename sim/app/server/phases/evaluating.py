@@ -67,7 +67,7 @@ def evaluate_models(
     def receive(domain: str, content: RecordDict) -> None:
         sums = records.read_metric_sums(content)
         num_users = (min_users, run.members.descriptions[domain].num_users)
-        check_sums(domain, sums, asked_models(domain), test, num_users)
+        check_sums(domain, sums, asked_models(domain), test, num_users, run.config.privacy)
         checkpoints.write_sums(run.folder, stage, domain, sums)
         results[domain] = sums
 

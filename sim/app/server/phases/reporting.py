@@ -13,7 +13,7 @@ from fedmerge.report.run.final_report import Evaluated, attack_note, metric_rows
 from fedmerge.report.tables import Role
 from fedmerge.report.tracking import track_run
 from fedmerge.runs.checkpoints import Sums
-from fedmerge.runs.dp_spent import not_counted, spent_by_domain
+from fedmerge.runs.dp_spent import add_metric_sums, not_counted, spent_by_domain
 from fedmerge.server.choice import Choice
 from fedmerge.server.gate import probes
 from sim.app.messages import records
@@ -65,12 +65,16 @@ def selected(merges: Merges, choice: Choice) -> list[Candidate]:
 def write_privacy(run: Run) -> str:
     """Write the differential privacy that the run gives, if any; return its part of the report."""
     config: ExperimentConfig = run.config
-    if config.dp.mode == "none":
+    noised_metrics = config.privacy.metrics == "noised" and not config.dp.mode.startswith("domain")
+    if config.dp.mode == "none" and not noised_metrics:
         return ""
     catalogs = bool(labels_from_catalogs(config)) or probes(config)
-    evaluated = run.ledger.has_asked(records.EVALUATE)
+    evaluated = run.ledger.senders(records.EVALUATE)
     spent = spent_by_domain(run.folder, config)
-    statement = privacy_statement(config.dp, spent, evaluated, catalogs, not_counted(run.folder))
+    if noised_metrics:
+        spent = add_metric_sums(spent, evaluated, config)
+    exact_sums = bool(evaluated) and not noised_metrics
+    statement = privacy_statement(config.dp, spent, exact_sums, catalogs, not_counted(run.folder), noised_metrics)
     write_json(run.folder / PRIVACY_FILE, statement)
     return "\n" + statement_text(statement)
 

@@ -1,0 +1,84 @@
+"""A client's noised metric sums, each released once a run; and the number of models that a run may evaluate."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fedmerge.client.cache.folders import inputs_key
+from fedmerge.errors import ClientError, PolicyError, RunDirError
+from fedmerge.evaluation.sums import MetricSums, Variant, metric_sums_from_dict
+from fedmerge.files import read_json, write_json
+
+Sums = dict[Variant, MetricSums]
+
+
+def release_sums_once(
+    folder: Path,
+    run: str,
+    request: Mapping[str, Any],
+    most: int,
+    account: Callable[[str], None],
+    make: Callable[[], Sums],
+) -> Sums:
+    """Return the noised sums that answer a request: made, charged and written now, or those sent before.
+
+    Args:
+        folder: what the client has disclosed.
+        run: run_id; the answers of one run are counted together.
+        request: all that the sums depend on, as JSON types.
+        most: number of answers in a run that the noise is chosen for.
+        account: charges one answer, by its key.
+        make: computes the sums and draws the noise.
+
+    Raises:
+        PolicyError: the run has had all its answers; an answer on disk is damaged; or it cannot be written.
+    """
+    key = inputs_key(request)
+    path = folder / "sums" / inputs_key({"run": run}) / f"{key}.json"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        record = read_json(path)
+        if record is None:
+            if (given := len(list(path.parent.glob("*.json")))) >= most:
+                raise PolicyError(
+                    f"run {run} asks for metric sums again, of other models, users or settings; its noise is chosen "
+                    f"for {most} answers, and {given} were given. Start a new run."
+                )
+            account(f"{run}: metric sums {key}")
+            sums: dict[str, Any] = {variant: of_variant.to_dict() for variant, of_variant in make().items()}
+            record = {"sums": sums, "sha256": inputs_key(sums)}
+            write_json(path, record)
+        if record["sha256"] != inputs_key(record["sums"]):
+            raise PolicyError(f"{path}: the metric sums that were sent before are damaged. Start a new run.")
+        return {variant: metric_sums_from_dict(of_variant) for variant, of_variant in record["sums"].items()}
+    except (OSError, RunDirError, LookupError, TypeError, ClientError) as error:
+        raise PolicyError(
+            f"{path.parent}: the noised metric sums cannot be recorded or read ({error}), so none leave. Check the "
+            "files, the space and the permissions there."
+        ) from error
+
+
+def count_models(folder: Path, run: str, sha256s: set[str], most: int) -> None:
+    """Refuse a run that evaluates more models than the organisation allows; write down those it has.
+
+    Each further model is a further question about the same users.
+
+    Raises:
+        PolicyError: the number of models and the limit; or the record cannot be read or written.
+    """
+    path = folder / "models" / f"{inputs_key({'run': run})}.json"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        known = set(read_json(path) or [])
+        if len(known | sha256s) > most:
+            raise PolicyError(
+                f"max_models = {most} of its own policy file: run {run} evaluates {len(known | sha256s)} models. "
+                "Evaluate fewer merges, or agree on another limit with the organisation."
+            )
+        if not sha256s <= known:
+            write_json(path, sorted(known | sha256s))
+    except (OSError, RunDirError, TypeError) as error:
+        raise PolicyError(
+            f"{path}: the evaluated models cannot be recorded ({error}), so no metric sums leave. Check the files, the "
+            "space and the permissions there."
+        ) from error
