@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from fedmerge.config.section import Section
 
 Transport = Literal["float32", "float16", "int8", "top-k"]
+Disclosure = Literal["exact", "suppressed", "noised"]  # of metric sums, from the least to the most private
 Policy = Literal["adapter+catalog", "adapter", "catalog-private", "aggregate-only"]
 Kind = Literal[
     "description",
@@ -40,7 +41,7 @@ class Privacy(Section):
         "sums of adapters only ([policies](reference/policies.md)).",
     )
     min_users: int = Field(20, ge=1, description="Users behind a metric sum, at least; sums over fewer stay.")
-    metrics: Literal["exact", "suppressed", "noised"] = Field(
+    metrics: Disclosure = Field(
         "exact",
         description="Metric sums that leave a client. exact: with cross-products, for paired intervals; suppressed: "
         "rounded, without cross-products, and only with min_users hits and as many misses; noised: Recall@10 and "

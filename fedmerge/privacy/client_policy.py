@@ -11,9 +11,9 @@ from pathlib import Path
 from pydantic import Field, ValidationError, model_validator
 
 from fedmerge.config import DP, ExperimentConfig, Section, describe_problem
-from fedmerge.config.privacy import Policy
+from fedmerge.config.privacy import Disclosure, Policy
 from fedmerge.errors import ConfigError, PolicyError
-from fedmerge.privacy.metric_sums import DISCLOSURES, Disclosure
+from fedmerge.privacy.metric_sums import DISCLOSURES
 
 
 class ClientPolicy(Section):

@@ -10,17 +10,17 @@ The user is the unit. Source: cell suppression of statistical disclosure control
 
 import math
 from collections.abc import Mapping
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 
+from fedmerge.config.privacy import Disclosure
 from fedmerge.errors import ClientError
 from fedmerge.evaluation.ranks import METRICS, FloatArray
 from fedmerge.evaluation.sums import MetricSums, Variant, inexact_sums, metric_sums
 from fedmerge.privacy.dp.randomness import Source
 
-Disclosure = Literal["exact", "suppressed", "noised"]
-DISCLOSURES: tuple[Disclosure, ...] = get_args(Disclosure)  # from the least to the most private
+DISCLOSURES: tuple[Disclosure, ...] = get_args(Disclosure)
 NOISED_METRICS = ("recall@10", "ndcg@10")
 NOISED_VARIANT: Variant = "unmasked"  # the one that selects
 ROUNDING = math.sqrt(1 / 12)  # standard deviation of rounding to whole numbers

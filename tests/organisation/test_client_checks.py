@@ -22,7 +22,19 @@ from fedmerge.organisation.checks import Check, check_client
 from fedmerge.organisation.folder import Bundle, Client, approve_app, init_client, read_bundle, read_client
 
 APP = "ab" * 32
-WHAT = ["key", "domain", "policy", "backbone", "disk", "app", "address", "certificate", "clock", "registered"]
+WHAT = [
+    "key",
+    "domain",
+    "policy",
+    "backbone",
+    "disk",
+    "privacy budget",
+    "app",
+    "address",
+    "certificate",
+    "clock",
+    "registered",
+]
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +101,7 @@ def test_a_client_that_is_ready_passes_every_check(client: Client, tls: Path, tm
 
 def test_without_a_bundle_the_server_is_left_out(client: Client) -> None:
     told = found(client, None)
-    assert [check.what for check in told.values() if check.holds] == WHAT[:6]
+    assert [check.what for check in told.values() if check.holds] == WHAT[:7]
     assert told["server"] == Check("server", None, ANY)
     assert "--bundle" in told["server"].found
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from fedmerge.config import ExperimentConfig, Train, from_flat
+from fedmerge.config import Train, from_flat
 from fedmerge.errors import ConfigError, PolicyError
 from fedmerge.privacy.client_policy import (
     DEFAULT_POLICY_TOML,
@@ -17,6 +17,7 @@ from fedmerge.privacy.client_policy import (
 )
 
 PRIVATE = {"privacy.policy": "catalog-private"}
+SUPPRESSED = {"privacy.metrics": "suppressed"}
 DP_RUN = {"dp.mode": "user", "dp.delta": 1e-6, "train.negatives": "catalog", "train.max_epochs": "none"}
 
 
@@ -63,6 +64,9 @@ def test_a_missing_file_sends_nothing(tmp_path: Path) -> None:
     [
         ({"policies": "adapter"}, {}, "policies = 'adapter'.*privacy.policy = 'adapter\\+catalog'"),
         ({"min_users": 50}, {}, "min_users = 50.*privacy.min_users = 20"),
+        ({}, {}, "metrics = 'suppressed'.*privacy.metrics = 'exact'"),
+        ({"metrics": "noised"}, SUPPRESSED, "metrics = 'noised'.*privacy.metrics = 'suppressed'"),
+        ({"max_epsilon": 1}, DP_RUN | SUPPRESSED | {"dp.epsilon": 1}, "metrics = 'noised'.*'suppressed'"),
         (
             {"max_epsilon": 8},
             {},
@@ -84,7 +88,7 @@ def test_a_missing_file_sends_nothing(tmp_path: Path) -> None:
         ),
         (
             {"policies": "adapter", "min_users": 30},
-            {"privacy.min_users": 3},
+            {"privacy.min_users": 3, "privacy.metrics": "suppressed"},
             "policies = .*; min_users = 30, .* = 3[.]",
         ),
     ],
@@ -95,7 +99,7 @@ def test_what_it_refuses(own: dict[str, Any], run: dict[str, Any], message: str)
 
 
 def test_a_run_that_says_it_takes_longer_is_refused_before_it_does() -> None:
-    run = ExperimentConfig().model_copy(update={"train": Train(max_minutes=30.5)})
+    run = from_flat(SUPPRESSED).model_copy(update={"train": Train(max_minutes=30.5)})
     check_run_is_allowed(ClientPolicy(), run, "shop")
     check_run_is_allowed(ClientPolicy(max_minutes=None), run, "shop")
     with pytest.raises(PolicyError, match=r"max_minutes = 30.*train\.max_minutes = 30\.5"):
@@ -103,9 +107,26 @@ def test_a_run_that_says_it_takes_longer_is_refused_before_it_does() -> None:
 
 
 def test_a_stricter_run_is_welcome() -> None:
-    check_run_is_allowed(ClientPolicy(max_epsilon=1, max_delta=1e-6), from_flat(DP_RUN | {"dp.epsilon": 1}), "shop")
-    run = from_flat({"privacy.policy": "adapter", "privacy.min_users": 100, "merge.methods": "average"})
+    noised = from_flat(DP_RUN | {"dp.epsilon": 1, "privacy.metrics": "noised"})
+    check_run_is_allowed(ClientPolicy(max_epsilon=1, max_delta=1e-6), noised, "shop")
+    check_run_is_allowed(ClientPolicy(), noised, "shop")
+    run = from_flat(SUPPRESSED | {"privacy.policy": "adapter", "privacy.min_users": 100, "merge.methods": "average"})
     check_run_is_allowed(ClientPolicy(), run, "shop")
+
+
+def test_the_owner_may_allow_exact_sums_by_name() -> None:
+    dp = from_flat(DP_RUN | {"dp.epsilon": 1})
+    check_run_is_allowed(ClientPolicy(metrics="exact"), from_flat({}), "shop")
+    check_run_is_allowed(ClientPolicy(metrics="exact", max_epsilon=1, max_delta=1e-6), dp, "shop")
+    check_run_is_allowed(ClientPolicy(), from_flat({"until": "train"}), "shop")  # nothing is evaluated
+
+
+def test_runs_are_added_up_at_a_given_delta_only(tmp_path: Path) -> None:
+    (tmp_path / "policy.toml").write_text("max_total_epsilon = 3.0")
+    with pytest.raises(ConfigError, match="max_delta"):
+        read_client_policy(tmp_path / "policy.toml")
+    (tmp_path / "policy.toml").write_text("max_total_epsilon = 3.0\nmax_delta = 1e-6")
+    assert read_client_policy(tmp_path / "policy.toml").max_total_epsilon == 3.0
 
 
 def test_without_a_file_all_is_left_to_the_run_but_own_users() -> None:

@@ -1,5 +1,6 @@
 """Tables of results: numbers in the right cells, marks, headers, and what is refused."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -55,6 +56,14 @@ def test_numbers_stand_in_their_cells() -> None:
     assert cells["average"] == ["0.0612", "0.0744*", "0.0410*", "0.0678*", "0.0410*"]
     assert cells["ties"] == ["0.0627*", "0.0701", "0.0410*", "0.0664", "0.0410*"]
     assert plain_cells(text, "ndcg@10")["ties"] == ["0.0100*"] * 5
+
+
+def test_a_withheld_mean_is_shown_as_absent_and_keeps_its_group_without_one() -> None:
+    rows = [replace(one, metrics={**one.metrics, "recall@10": math.nan}) if one == ROWS[3] else one for one in ROWS]
+    rows += [row("Toys", "expert", 0.08)]
+    text = results_table(rows, variant="masked", split="test", merged_methods={"average", "ties"})
+    assert plain_cells(text, "recall@10")["expert"] == ["-", "0.0800", "-", "-", "-"]
+    assert "withheld by the client" in text
 
 
 def test_a_mean_over_some_of_the_domains_is_not_given() -> None:
@@ -167,7 +176,7 @@ def test_only_the_roles_in_use_have_a_mean() -> None:
         ([ROWS[0], replace(ROWS[6], role="train")], "'train'"),
         ([ROWS[0], replace(ROWS[6], num_users=21)], "21"),
         ([replace(ROWS[0], metrics={"recall@10": 0.1})], "ndcg@10.*None"),
-        ([replace(ROWS[0], metrics={"recall@10": float("nan"), "ndcg@10": 0.1})], "recall@10.*nan"),
+        ([replace(ROWS[0], metrics={"recall@10": float("inf"), "ndcg@10": 0.1})], "recall@10.*inf"),
         ([replace(ROWS[0], role="both")], "'both'"),  # type: ignore[arg-type]  # what a caller could pass
     ],
 )

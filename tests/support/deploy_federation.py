@@ -111,6 +111,8 @@ class Federation:
                 self.shared / "backbone",
             ]
             self.client(host, "init", folder, "--name", domain, *data)
+            policy = folder / "policy.toml"  # 80 users: suppressed sums would all be withheld
+            policy.write_text(policy.read_text().replace('metrics = "none"', 'metrics = "exact"'))
             key: list[str | Path] = ["--public-key", folder / "key.pub", "--domain", domain]
             self.fedmerge("deploy", "add-client", self.deployment, domain, *key)
             self.client(host, "approve", folder, "--bundle", self.bundle(domain))

@@ -1,0 +1,100 @@
+"""Whole runs in which clients round, withhold or noise their metric sums."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from flwr.app import Context, Message
+from in_process import small_experiment
+
+from fedmerge.client.disclosed.account import read_account
+from fedmerge.config import ExperimentConfig
+from fedmerge.errors import PolicyError
+from fedmerge.privacy.dp.accountant import spent_epsilon
+from fedmerge.privacy.dp.releases import Release
+from fedmerge.runs.metric_sums import read_metric_sums
+from sim.app.messages import records
+from sim.local.in_process import answer_honestly, run_in_process
+
+pytestmark = pytest.mark.federation
+
+CHANGES = {"merge.methods": "average,task-arithmetic", "domains.unseen": "", "privacy.min_users": 5}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Domains, a backbone and the clients' disk: every client trains once for all tests here."""
+    return tmp_path_factory.mktemp("place")
+
+
+def test_suppressed_sums_travel_rounded_and_without_products(place: Path, tmp_path: Path) -> None:
+    config = small_experiment(place, **CHANGES, output_dir=str(tmp_path), **{"privacy.metrics": "suppressed"})
+    run_in_process(config)
+    run = tmp_path / "run"
+    exact = small_experiment(place, **CHANGES, output_dir=str(tmp_path / "exact"))
+    run_in_process(exact)
+    for domain, sums in read_metric_sums(run, "test", "unmasked").items():
+        whole = read_metric_sums(tmp_path / "exact" / "run", "test", "unmasked")[domain]
+        stated = ~np.isnan(sums.sums)
+        assert stated.any()
+        assert not stated.all()
+        assert np.array_equal(sums.sums[stated], np.round(whole.sums[stated]))
+    record = json.loads((run / "test" / "books.json").read_text())
+    assert record["unmasked"]["products"] is None
+    assert "recall@10" in (run / "report.txt").read_text()
+    training = json.loads((run / "adapters" / "books" / "training.json").read_text())
+    assert training["validations"] == []  # exact means over users
+    assert "best_step" not in training
+    choice = json.loads((run / "choice.json").read_text())
+    assert set(choice["per_domain"]) == {"beauty", "books", "coffee"}
+
+
+def test_noised_sums_are_counted_here_and_at_the_client(place: Path, tmp_path: Path) -> None:
+    changes = {"privacy.metrics": "noised", "privacy.metrics_noise": 3.0, "dp.randomness": "seeded"}
+    config = small_experiment(place, **CHANGES, output_dir=str(tmp_path), cache_dir=str(tmp_path / "cache"), **changes)
+    run_in_process(config)
+    run = tmp_path / "run"
+    statement = json.loads((run / "privacy.json").read_text())
+    assert statement["mode"] == "none"
+    assert not statement["guarantee_of_run"]
+    epsilon = spent_epsilon([Release(3.0, 1.0, 2)], statement["delta"], "prv")
+    for domain in ("beauty", "books", "coffee"):
+        assert statement["domains"][domain]["epsilon"] == pytest.approx(epsilon)
+        account = read_account(tmp_path / "cache" / "disclosed" / domain)
+        assert [(entry.unit, entry.noise_multiplier, entry.sample_rate, entry.steps) for entry in account] == [
+            ("user", 3.0, 1.0, 1)
+        ] * 2
+    rows = pq.read_table(run / "metrics.parquet").to_pylist()
+    assert {row["metric"] for row in rows if not np.isnan(row["sum"])} == {"recall@10", "ndcg@10"}
+    assert all(row["noise"] > 0 for row in rows)
+    # The same run again, as after a kill that lost the server's folder: the very same noise, and nothing more charged.
+    first = (run / "metrics.parquet").read_bytes()
+    run_in_process(replace_output(config, tmp_path / "again"))
+    assert (tmp_path / "again" / "run" / "metrics.parquet").read_bytes() == first
+    assert len(read_account(tmp_path / "cache" / "disclosed" / "books")) == 2
+
+
+def replace_output(config: ExperimentConfig, output: Path) -> ExperimentConfig:
+    return config.model_copy(update={"output_dir": str(output)})
+
+
+def test_a_run_that_ends_after_training_evaluates_nothing(place: Path, tmp_path: Path) -> None:
+    config = small_experiment(place, **CHANGES, output_dir=str(tmp_path), until="train")
+    asked = []
+
+    def answer(message: Message, context: Context) -> Message | None:
+        if message.metadata.message_type == records.TRAIN:
+            request = records.evaluation_request_record(
+                records.EvaluationRequest("test", True, "", False), records.model_records({})
+            )
+            wanted = Message(request, dst_node_id=1, message_type=records.EVALUATE)
+            reply = answer_honestly(wanted, context)
+            assert reply is not None
+            asked.append(records.read_error(reply.content))
+        return answer_honestly(message, context)
+
+    run_in_process(config, answer)
+    assert len(asked) == 3
+    assert all(error and PolicyError.__name__ in error and "until = 'train'" in error for error in asked)
