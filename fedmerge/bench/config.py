@@ -205,7 +205,9 @@ def _check_fold(path: Path, dataset: str, strategy: str | None, experiment: Expe
 
 
 def _not_in_one_place(experiment: ExperimentConfig) -> str:
-    """Return the reason why a benchmark's cell cannot learn the clients' coefficients; empty if it can."""
+    """Return the reason why a benchmark's cell cannot do what clients do; empty if it can."""
+    if experiment.privacy.metrics != "exact":
+        return f"privacy.metrics = '{experiment.privacy.metrics}' needs a federation (fedmerge run); set 'exact'"
     learned = {*experiment.merge.methods} & LEARNED_METHODS and experiment.rounds.rule is None
     if not experiment.privacy.learns_through_clients or not learned:
         return ""

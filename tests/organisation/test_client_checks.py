@@ -142,7 +142,7 @@ def test_another_app_than_the_operators_is_named(client: Client, tls: Path, tmp_
     assert "0" * 64 in told["app"].found
     assert given.address in told["address"].found
     assert (told["app"].holds, told["address"].holds) == (False, False)
-    assert [told[what].holds for what in WHAT[7:]] == [None, None, None]
+    assert [told[what].holds for what in WHAT[8:]] == [None, None, None]
 
 
 def test_a_wrong_certificate_is_named(client: Client, tls: Path, tmp_path: Path) -> None:

@@ -57,9 +57,9 @@ _COVERS = {
 }
 _COUNTS = "counts of users, items and interactions, and hashes of the data, which every client announces"
 _SUMS = (
-    "metric sums on validation and test, which are exact, and the selection among merges based on them: no (ε, δ) "
-    "holds for the run as a whole. For a release, end with until = 'train', merge without learning from users, and "
-    "evaluate on users who are not protected"
+    "metric sums on validation and test, which have no noise, and the selection among merges based on them: no (ε, δ) "
+    "holds for the run as a whole. By user, set privacy.metrics = 'noised'; or end with until = 'train', merge without "
+    "learning from users, and evaluate on users who are not protected"
 )
 _ADAPTERS = "the adapters and everything computed from them, which have no noise (dp.mode = 'none')"
 _CATALOGS = "the catalogs, which the server has without noise, and everything computed from them alone"
