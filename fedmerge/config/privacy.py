@@ -45,7 +45,7 @@ class Privacy(Section):
         "exact",
         description="Metric sums that leave a client. exact: with cross-products, for paired intervals; suppressed: "
         "rounded, without cross-products, and only with min_users hits and as many misses; noised: Recall@10 and "
-        "NDCG@10 with noise by user, counted in privacy.json ([metric sums](reference/metric-sums.md)).",
+        "NDCG@10 with noise by user, counted in privacy.json ([metric sums](metric-sums.md)).",
     )
     metrics_noise: float = Field(
         4.0,
