@@ -77,7 +77,6 @@ def by_local_steps(
             tables[name],
             config.text.max_tokens,
             kind=config.mergerec.pseudo_users,
-            number=config.mergerec.num_pseudo_users,
             seed=config.seed,
         )
         for name in vectors.domains

@@ -24,6 +24,7 @@ from transformers import AutoModel, AutoTokenizer
 from fedmerge.backbone_files import MINILM, find_backbone
 from fedmerge.client.local_domain import LocalDomain, open_domain
 from fedmerge.client.training.batches import num_batches, training_batches, training_step
+from fedmerge.client.training.losses import TEMPERATURE
 from fedmerge.config import Text, Train
 from fedmerge.device import resolve_compute
 from fedmerge.domain.catalog import ATTRIBUTES, Catalog
@@ -32,13 +33,13 @@ from fedmerge.encoder.backbone import load_backbone
 from fedmerge.encoder.frozen import frozen_products, using
 from fedmerge.encoder.lora import attach
 
-BATCH, MAX_TOKENS, RANK, ALPHA, LEARNING_RATE, TEMPERATURE = 64, 96, 8, 16, 1e-3, 0.05
+BATCH, MAX_TOKENS, RANK, ALPHA, LEARNING_RATE = 64, 96, 8, 16, 1e-3
 TARGETS = ("query", "value")
 
 
 def fedmerge_epoch(domain: LocalDomain, steps: int) -> Callable[[], None]:
     """Return an epoch of ``train_expert`` without validation."""
-    settings = Train(batch_size=BATCH, learning_rate=LEARNING_RATE, temperature=TEMPERATURE)
+    settings = Train(batch_size=BATCH, learning_rate=LEARNING_RATE)
     model = attach(domain.backbone, TARGETS, RANK, ALPHA, seed=0)
     optimizer = torch.optim.AdamW(
         [parameter for parameter in model.parameters() if parameter.requires_grad], LEARNING_RATE, weight_decay=0.0
@@ -50,7 +51,7 @@ def fedmerge_epoch(domain: LocalDomain, steps: int) -> Callable[[], None]:
         for _ in range(steps):
             batch, _done = next(batches)
             with using(products):
-                training_step(domain, batch, settings, optimizer)
+                training_step(domain, batch, optimizer)
 
     return epoch
 

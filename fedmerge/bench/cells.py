@@ -47,7 +47,7 @@ from fedmerge.domain.splits import evaluation_examples
 from fedmerge.encoder.backbone import Backbone, load_backbone
 from fedmerge.encoder.peft_folder import read_adapter, write_adapter
 from fedmerge.errors import FedMergeError, RunDirError
-from fedmerge.evaluation.ranks import per_user_metrics
+from fedmerge.evaluation.ranks import SELECTION_METRIC, per_user_metrics
 from fedmerge.evaluation.sums import VARIANTS, MetricSums, Variant, metric_sums
 from fedmerge.federated.rounds import aggregate, initial_state
 from fedmerge.federated.rules import rule_named
@@ -171,7 +171,7 @@ def check_admission(result: Path, config: ExperimentConfig, run: Path, left_out:
             )
             check_enough_users(voter, sums["unmasked"].num_users, config.privacy.min_users)
             others = [domain for domain in sources if domain != voter]
-            votes[voter] = votes_of(sums["unmasked"], others, config.evaluation.selection_metric)
+            votes[voter] = votes_of(sums["unmasked"], others, SELECTION_METRIC)
         size_bytes = sum(merge.size_bytes for merge in merges.values()) * len(sources)
         client_seconds = time.monotonic() - voting
     probed = config.admission.probe_items is not None

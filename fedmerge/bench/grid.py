@@ -75,18 +75,16 @@ class Grid:
             simulation = simulation.model_copy(update={"attacker": None})
         sections = [wanted.backbone, wanted.text, wanted.lora, wanted.train]
         sections += [wanted.rounds, wanted.mergerec, wanted.adamerging] if rounds else []
-        # Only if set, so that runs of earlier benchmarks are found.
         optional = [simulation.attack_record()] if simulation.attacker else []
         optional += [wanted.dp.model_dump()] if wanted.dp.mode != "none" else []
         optional += [simulation.audit_record()] if simulation.audited else []
-        transport = wanted.privacy.model_dump(include={"transport", "transport_density"})
         inputs = {
             "domains": [wanted.domains.root, sorted(domains)],
             "sections": [section.model_dump() for section in sections] + optional,
             "runtime": [runtime.threads_per_client, runtime.device, runtime.precision],
             "policy": policy,
-            **(wanted.privacy.model_dump(include={"threshold", "value_range"}) if policy == "aggregate-only" else {}),
-            **(transport if wanted.privacy.transport != "float32" else {}),
+            "transport": wanted.privacy.transport,
+            **({"threshold": wanted.privacy.threshold} if policy == "aggregate-only" else {}),
         }
         changes = {
             "name": "bench",

@@ -17,6 +17,7 @@ from fedmerge.bench.config import joint_row
 from fedmerge.bench.grid import Grid, Place
 from fedmerge.client.cache.folders import inputs_key
 from fedmerge.config import ExperimentConfig, Split
+from fedmerge.evaluation.ranks import SELECTION_METRIC
 from fedmerge.evaluation.sums import MetricSums, Variant
 from fedmerge.files import read_json, write_json
 from fedmerge.runs.checkpoints import ADAPTERS, merge_folder, read_sources
@@ -53,7 +54,6 @@ def chosen_variant(grid: Grid, place: Place, strategy: str) -> str | None:
         return str(made["chosen"])
     merges = merge_hashes(grid, place, strategy)
     config = grid.evaluation(place, strategy)
-    metric = config.evaluation.selection_metric
     scores: dict[str, float] = {}
     if len(merges) > 1:
         means: dict[str, list[float]] = {label: [] for label in merges}
@@ -63,12 +63,12 @@ def chosen_variant(grid: Grid, place: Place, strategy: str) -> str | None:
                 return None
             sums = sums_of_ranks(files, domain, config.privacy.min_users)["unmasked"]
             for label in merges:
-                means[label].append(sums.mean(label, metric))
+                means[label].append(sums.mean(label, SELECTION_METRIC))
         scores = {label: float(np.mean(values)) for label, values in means.items()}
     elif not merges:
         return None
     chosen = max(merges, key=lambda label: scores.get(label, 0.0))  # the first of equal ones
-    write_json(file, {"chosen": chosen, "metric": metric, "validation": scores})
+    write_json(file, {"chosen": chosen, "metric": SELECTION_METRIC, "validation": scores})
     return chosen
 
 

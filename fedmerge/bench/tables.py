@@ -17,6 +17,7 @@ from fedmerge.domain.catalog import CATALOG_FILE
 from fedmerge.domain.demo import domains_root
 from fedmerge.domain.manifest import read_manifest
 from fedmerge.encoder.peft_folder import read_adapter
+from fedmerge.evaluation.ranks import SELECTION_METRIC
 from fedmerge.evaluation.sums import VARIANTS, MetricSums, Variant
 from fedmerge.federated.rules import rule_named
 from fedmerge.federated.summed import num_summed
@@ -112,10 +113,9 @@ def _comparisons(grid: Grid, sums: Sums) -> Iterator[dict[str, Any]]:
 
 
 def _ranks(grid: Grid, sums: Sums) -> list[dict[str, Any]]:
-    metric = grid.bench.experiment(grid.bench.config.dataset[0].name, None, 0).evaluation.selection_metric
     scores = {
         (place.dataset, domain, place.seed): {
-            strategy: of_strategy[metric]
+            strategy: of_strategy[SELECTION_METRIC]
             for strategy, of_strategy in variants["unmasked"].metrics_by_method().items()
             if strategy in grid.strategies
         }

@@ -91,9 +91,15 @@ class Merge(Section):
 Granularities = tuple[Literal["domain", "layer"], ...]
 
 LEFT_TO_PRESET = "preset"  # value of a key that mergerec.preset decides; Flower's run configuration needs some value
-PUBLISHED: Mapping[str, Any] = {"loss": "rec+kd", "kd_top_k": None, "learning_rate": 1e-3, "steps": 500}
-"""The values of the paper where they differ from the defaults, besides the initial coefficient."""
-PUBLISHED_INITIAL_COEFFICIENT = {"task-vectors": 0.2}  # 1 for the rows of a method: the method's own merge
+PUBLISHED: Mapping[str, Any] = {
+    "loss": "rec+kd",
+    "kd_top_k": None,
+    "learning_rate": 1e-3,
+    "steps": 500,
+    "initial_coefficient": 0.2,
+}
+"""The values of the paper where they differ from the defaults."""
+PRESET_KEYS = tuple(PUBLISHED)  # of mergerec
 
 
 class MergeRec(Section):
@@ -109,12 +115,9 @@ class MergeRec(Section):
         min_length=1,
         description="Variants to try: one coefficient per domain, or per domain and layer.",
     )
-    initialisation: Literal["task-vectors", "ties", "pcb", "localize-and-stitch"] = Field(
-        "task-vectors", description="Vectors that the coefficients multiply: the updates, or the rows of a method."
-    )
     initial_coefficient: float | None = Field(
         None,
-        description="Start of every coefficient; 'none': 1/√K for task vectors of K domains, 1 for rows.",
+        description="Start of every coefficient; 'none': 1/√K for K domains.",
     )
     loss: Literal["rec+kd", "rec", "kd", "mse", "entropy", "entropy+kd", "self", "self+kd"] = Field(
         "kd",
@@ -126,14 +129,10 @@ class MergeRec(Section):
     )
     learning_rate: float = Field(5e-3, gt=0, le=1, description="Adam learning rate, constant.")
     steps: int = Field(100, ge=1, description="Optimiser steps.")
-    batch_size: int = Field(16, ge=1, description="Pseudo-users a step, over all domains.")
     pseudo_users: Literal["one-item", "subset", "centroid", "chain", "contrastive"] = Field(
-        "one-item", description="Histories of the pseudo-users; adamerging uses the same ones."
-    )
-    num_pseudo_users: int | None = Field(
-        None,
-        ge=1,
-        description="Pseudo-users a domain; 'none': as many as items. Subset and centroid need a number.",
+        "one-item",
+        description="Histories of the pseudo-users; adamerging uses the same ones. subset, centroid: 1000 a domain; "
+        "else as many as items.",
     )
 
     @model_validator(mode="before")
@@ -145,21 +144,13 @@ class MergeRec(Section):
         given = {key: value for key, value in data.items() if key not in PRESET_KEYS or value != LEFT_TO_PRESET}
         if given.get("preset") != "paper":
             return given
-        start = PUBLISHED_INITIAL_COEFFICIENT.get(str(given.get("initialisation", "task-vectors")), 1.0)
-        return {**PUBLISHED, "initial_coefficient": start, **given}
+        return {**PUBLISHED, **given}
 
     @model_validator(mode="after")
     def _consistent(self) -> "MergeRec":
         if names := twice(self.granularities):
             raise ValueError(f"granularities names {names} more than once; name each once")
-        if self.pseudo_users in ("subset", "centroid") and self.num_pseudo_users is None:
-            raise ValueError(f"pseudo_users = '{self.pseudo_users}' needs a number; set num_pseudo_users, say to 1000")
-        if self.pseudo_users == "one-item" and self.num_pseudo_users is not None:
-            raise ValueError("pseudo_users = 'one-item' takes every item; use 'subset' for a number of them")
         return self
-
-
-PRESET_KEYS = (*PUBLISHED, "initial_coefficient")  # of mergerec
 
 
 class AdaMerging(Section):

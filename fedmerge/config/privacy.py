@@ -54,22 +54,14 @@ class Privacy(Section):
         description="Noise of metrics = 'noised', in multiples of the sensitivity; each split is one more release.",
     )
     transport: Transport = Field(
-        "float32", description="Encoding of experts on the way; int8: 8-bit levels, top-k: the largest changes only."
-    )
-    transport_density: float = Field(
-        0.1, gt=0, le=1, description="Share of each factor's entries that is sent with transport top-k."
+        "float32",
+        description="Encoding of experts on the way; int8: 8-bit levels; top-k: the largest tenth of the changes.",
     )
     threshold: int | None = Field(
         None,
         ge=2,
         description="Clients of a secure sum that must stay to the end (aggregate-only); one fewer learn nothing "
         "together. 'none': the smallest majority.",
-    )
-    value_range: float = Field(
-        8.0,
-        gt=0,
-        le=1e4,
-        description="Largest entry of a secure sum's terms (aggregate-only); larger ones are refused.",
     )
 
     @property

@@ -2,6 +2,7 @@
 
 _STUDY = "delete the line; {}. Other values: benchmarks/studies/study_mergerec.py"
 _SASREC = "delete the line; the sasrec baseline trains with fixed settings (fedmerge/client/baselines/sasrec.py)"
+_EVALUATED = "delete the line; variants are selected by ndcg@10, and results hold all metrics"
 _ADAMERGING = "delete the line; the published value is always used"
 
 REMOVED: dict[str, str] = {
@@ -14,6 +15,9 @@ REMOVED: dict[str, str] = {
     "mergerec.select_every": _STUDY.format("the last step is taken, as published"),
     "mergerec.try_steps": "delete the line; set mergerec.steps, or look at single steps with "
     "benchmarks/studies/study_mergerec.py",
+    "mergerec.batch_size": _STUDY.format("a step has 16 pseudo-users, as published"),
+    "mergerec.initialisation": _STUDY.format("the coefficients multiply the experts' updates, as published"),
+    "mergerec.num_pseudo_users": _STUDY.format("1000 with subset and centroid, else as many as items"),
     "mergerec.prior_weight": _STUDY.format("there is no prior, as published"),
     "adamerging.initial_coefficient": _ADAMERGING,
     "adamerging.learning_rate": _ADAMERGING,
@@ -31,6 +35,13 @@ REMOVED: dict[str, str] = {
     "sasrec.validation_users": _SASREC,
     "sasrec.patience": _SASREC,
     "sasrec.max_minutes": "write evaluation.sasrec_max_minutes",
+    "train.temperature": "delete the line; the temperature is always 0.05",
+    "train.patience": "delete the line; five validations without a better NDCG@10 end the training. To train longer, "
+    "raise train.validate_every_steps",
+    "evaluation.selection_metric": _EVALUATED,
+    "privacy.transport_density": "delete the line; top-k sends a tenth of each factor's entries. Other shares: "
+    "benchmarks/privacy/bench_privacy.py transport",
+    "privacy.value_range": "delete the line; the range of a secure sum follows from lora and dp",
     "server.describe_timeout_seconds": "delete the line; clients have 600 seconds to open their domain",
     "server.train_timeout_seconds": "write server.timeout_seconds, which covers training and evaluation",
     "server.evaluate_timeout_seconds": "write server.timeout_seconds, which covers training and evaluation",

@@ -15,12 +15,11 @@ class Evaluation(Section):
     """Full-ranking evaluation on the clients' own users."""
 
     validation_users: int | None = Field(
-        500, ge=1, description="Users a domain for selecting variants; 'none' for all."
+        500,
+        ge=1,
+        description="Users a domain for selecting variants, by the mean NDCG@10 over training domains; 'none' for all.",
     )
     test_users: int | None = Field(None, ge=1, description="Users a domain for the final table; 'none' for all.")
-    selection_metric: Literal["recall@10", "ndcg@10", "mrr"] = Field(
-        "ndcg@10", description="Metric that selects variants: its mean over training domains, unmasked."
-    )
     baselines: tuple[Baseline, ...] = Field(
         ("popularity", "last-item"),
         description="Reference rows on test. item-knn takes seconds a domain, sasrec minutes, both on the client.",

@@ -30,7 +30,6 @@ class Train(Section):
 
     learning_rate: float = Field(1e-3, gt=0, le=1, description="AdamW learning rate after warm-up.")
     batch_size: int = Field(64, ge=2, le=4096, description="Users a step; their targets are each other's negatives.")
-    temperature: float = Field(0.05, gt=0, le=10, description="Divisor of the cosines in the loss.")
     samples: Literal["last", "random-prefix"] = Field(
         "random-prefix",
         description="Target of a user in an epoch: the last training item (as published), or a random one.",
@@ -42,10 +41,12 @@ class Train(Section):
     )
     warmup_steps: int = Field(10, ge=0, description="Steps over which the learning rate rises from zero.")
     validate_every_steps: int = Field(
-        20, ge=1, description="Steps between two validations; the best adapter is the expert."
+        20,
+        ge=1,
+        description="Steps between two validations; the best adapter is the expert. Five validations without a better "
+        "NDCG@10 end the training.",
     )
     validation_users: int | None = Field(500, ge=1, description="Validation users for early stopping; 'none' for all.")
-    patience: int = Field(5, ge=1, description="Validations without a better NDCG@10 before training stops.")
     negatives: Literal["in-batch", "catalog"] = Field(
         "in-batch",
         description="Negatives of a user. in-batch: the other targets of a step; catalog: every item, its vector held "

@@ -1,7 +1,6 @@
 """Full ranking with one relevant item per user: ranks, Recall, NDCG and MRR of each user.
 
 To add a metric, add its name to METRICS and its column to ``per_user_metrics``. Sums, intervals and tables follow.
-To let an experiment select by it, also add it to ``evaluation.selection_metric`` in ``fedmerge.config``.
 
 Per-user outcomes stay at the client. Only their sums may leave it: :mod:`fedmerge.evaluation.sums`.
 """
@@ -20,6 +19,7 @@ IntArray = npt.NDArray[np.integer[Any]]
 FloatArray = npt.NDArray[np.float64]
 CUTOFFS: tuple[int, ...] = (1, 5, 10, 50)
 METRICS: tuple[str, ...] = (*(f"recall@{k}" for k in CUTOFFS), *(f"ndcg@{k}" for k in CUTOFFS), "mrr")
+SELECTION_METRIC = "ndcg@10"  # selects adapters in training, and variants of merges: its mean over domains, unmasked
 # Scores in memory at once by default: 16 MiB of float32.
 _SCORES_PER_BLOCK = 2**22
 

@@ -47,7 +47,8 @@ class CollaborativeSettings:
         steps: optimisation steps.
         batch_size: pseudo-users per step, over all domains.
         pseudo_users: a kind of ``fedmerge.mergerec.pseudo_users``.
-        num_pseudo_users: pseudo-users per domain; None: as many as items.
+        num_pseudo_users: pseudo-users per domain; None: those of the kind, see
+            :func:`fedmerge.mergerec.pseudo_users.pseudo_domain`.
         refresh_every: steps after which the student's item vectors are encoded again; None: never (paper).
         balance_domains: draw all domains equally often; False: in proportion to their pseudo-users (paper).
         select_every: choose the step on held-out pseudo-users, validated every n steps; None: the last step (paper).
@@ -60,7 +61,7 @@ class CollaborativeSettings:
     """
 
     granularity: Literal["domain", "layer"] = "layer"
-    initialisation: Literal["task-vectors", "ties", "pcb", "localize-and-stitch"] = _KEYS.initialisation
+    initialisation: Literal["task-vectors", "ties", "pcb", "localize-and-stitch"] = "task-vectors"
     initial_coefficient: float | None = _KEYS.initial_coefficient
     loss: str = _KEYS.loss
     rec_weight: float = 1.0
@@ -70,9 +71,9 @@ class CollaborativeSettings:
     kd_top_k: int | None = _KEYS.kd_top_k
     learning_rate: float = _KEYS.learning_rate
     steps: int = _KEYS.steps
-    batch_size: int = _KEYS.batch_size
+    batch_size: int = 16
     pseudo_users: str = _KEYS.pseudo_users
-    num_pseudo_users: int | None = _KEYS.num_pseudo_users
+    num_pseudo_users: int | None = None
     refresh_every: int | None = None
     balance_domains: bool = True
     select_every: int | None = None

@@ -25,6 +25,7 @@ from fedmerge.seeding import generator
 
 Kind = Literal["one-item", "subset", "centroid", "popular", "chain", "contrastive"]
 
+SUBSET_SIZE = 1000  # pseudo-users of a domain that are a choice among its items
 LONGEST_CHAIN = 5
 NEIGHBOURS = 10  # a chain continues with one of the 10 items most similar to its last item
 CONTRAST_TEMPERATURE = 0.05
@@ -77,7 +78,7 @@ def pseudo_domains(
     text: Text,
     *,
     kind: str,
-    number: int | None,
+    number: int | None = None,
     seed: int,
     progress: Callable[[str], None] = lambda line: None,
 ) -> dict[str, PseudoDomain]:
@@ -119,7 +120,7 @@ def pseudo_users_of(
     max_tokens: int,
     *,
     kind: str,
-    number: int | None,
+    number: int | None = None,
     seed: int,
 ) -> PseudoDomain:
     """Make the pseudo-users of one domain.
@@ -131,7 +132,7 @@ def pseudo_users_of(
         table: token table of the domain's own catalog.
         max_tokens: longest sequence.
         kind: a :data:`Kind` other than "popular".
-        number: number of pseudo-users; None: as many as items.
+        number: number of pseudo-users; None: as for :func:`pseudo_domain`.
         seed: seed of all draws.
 
     Raises:
@@ -287,7 +288,7 @@ def pseudo_domain(
     Args:
         kind: "one-item", "subset", "centroid", "chain" or "contrastive".
         domain: from :func:`one_item_domain`; the other arguments as for :func:`chain_domain`.
-        number: number of pseudo-users; None: as many as items.
+        number: number of pseudo-users; None: SUBSET_SIZE for "subset" and "centroid", else as many as items.
 
     Raises:
         ConfigError: no such kind; "popular", whose counts a server does not have; "contrastive" without an amateur.
@@ -299,7 +300,7 @@ def pseudo_domain(
             "pseudo-users: found kind 'popular', but popularity is counted on private interactions, which no message "
             "carries; choose another kind, or call popular_domain where the counts are known"
         )
-    count = len(domain.items) if number is None else number
+    count = SUBSET_SIZE if number is None else number
     if kind == "subset":
         return subset_domain(domain, count, seed)
     if kind == "centroid":

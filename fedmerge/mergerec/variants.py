@@ -17,7 +17,6 @@ def learned_variants(config: ExperimentConfig, method: str) -> dict[str, Collabo
             ADAMERGING,
             steps=config.adamerging.steps,
             pseudo_users=section.pseudo_users,
-            num_pseudo_users=section.num_pseudo_users,
         )
     own_users = " own-users" if config.through_clients.users == "own-users" else ""
     return {

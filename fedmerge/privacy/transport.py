@@ -26,6 +26,7 @@ PIECES: Mapping[Transport, Mapping[str, str]] = {  # arrays that encode one matr
 }
 
 LEVELS = 127
+TOP_K_DENSITY = 0.1  # share of each factor's entries that travels
 
 Array = npt.NDArray[np.generic]
 
@@ -49,7 +50,7 @@ def coding_of(privacy: Privacy, lora: Lora, seed: int, backbone: Backbone) -> Co
     """Return the encoding of a domain's expert, whose own ``lora`` and seed give the start of its training."""
     if privacy.transport != "top-k":
         return Coding(privacy.transport)
-    return Coding(privacy.transport, privacy.transport_density, fresh_adapter(backbone, lora, seed))
+    return Coding(privacy.transport, TOP_K_DENSITY, fresh_adapter(backbone, lora, seed))
 
 
 def pack(adapter: Adapter, coding: Coding) -> dict[str, Array]:

@@ -163,7 +163,7 @@ def summarise_run(folder: Path) -> RunSummary:
     done = _read(folder / DONE, problems)
     found = re.search(r"after ([\d.]+) s", done or "")
     state: State = "done" if done is not None else "failed" if _log_says_failed(folder, problems) else "incomplete"
-    metric = _text(choice.get("metric")) or _text(settings.get("evaluation.selection_metric"))
+    metric = _text(choice.get("metric"))
     served = _text(choice.get("served"))
     return RunSummary(
         id=folder.resolve().name,

@@ -87,7 +87,6 @@ def merge_candidates(
             catalogs,
             config.text,
             kind=config.mergerec.pseudo_users,
-            number=config.mergerec.num_pseudo_users,
             seed=config.seed,
             progress=progress,
         )

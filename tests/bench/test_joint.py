@@ -58,10 +58,10 @@ def test_shuffled_every_user_counts_alike_and_balanced_every_domain(domains: dic
 
 
 def test_the_budgets_are_those_of_all_experts_together() -> None:
-    settings = Train(max_steps=100, max_minutes=2.5, max_epochs=3, validate_every_steps=20, patience=4, warmup_steps=7)
+    settings = Train(max_steps=100, max_minutes=2.5, max_epochs=3, validate_every_steps=20, warmup_steps=7)
     pooled = pooled_settings(settings, 3)
     assert (pooled.max_steps, pooled.max_minutes, pooled.max_epochs) == (300, 7.5, 3)
-    assert (pooled.validate_every_steps, pooled.patience, pooled.warmup_steps) == (60, 4, 7)
+    assert (pooled.validate_every_steps, pooled.warmup_steps) == (60, 7)
     unlimited = pooled_settings(settings.model_copy(update={"max_steps": None, "max_minutes": None}), 3)
     assert (unlimited.max_steps, unlimited.max_minutes) == (None, None)
 

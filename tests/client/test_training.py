@@ -17,8 +17,8 @@ from fedmerge.client.evaluate import evaluate
 from fedmerge.client.local_domain import LocalDomain, open_domain
 from fedmerge.client.training.batches import num_batches, training_batches
 from fedmerge.client.training.checkpoint import read_checkpoint, write_checkpoint
-from fedmerge.client.training.expert import TrainingReport, train_expert
-from fedmerge.client.training.losses import in_batch_softmax
+from fedmerge.client.training.expert import PATIENCE, TrainingReport, train_expert
+from fedmerge.client.training.losses import TEMPERATURE, in_batch_softmax
 from fedmerge.config import Lora, Text, Train
 from fedmerge.domain.catalog import make_catalog
 from fedmerge.domain.folder import write_domain
@@ -39,7 +39,6 @@ TRAIN = Train(
     warmup_steps=3,
     validate_every_steps=10,
     validation_users=None,
-    patience=9,
 )
 QUICK = TRAIN.model_copy(update={"max_steps": 3, "batch_size": 10})
 
@@ -122,7 +121,7 @@ def test_the_first_loss_is_that_of_the_untouched_backbone(backbone: Backbone, tm
         domain.table, [sequence[:1] for sequence in sequences], backbone.special, text.max_items, text.max_tokens
     )
     users, items = embed_batch(backbone, packed), embed_batch(backbone, domain.item_sequences)
-    assert report.validations[1].loss == pytest.approx(by_hand(users, targets, items, settings.temperature), rel=1e-4)
+    assert report.validations[1].loss == pytest.approx(by_hand(users, targets, items, TEMPERATURE), rel=1e-4)
 
 
 def test_the_last_training_item_is_the_target_and_held_out_items_are_never_seen(
@@ -249,13 +248,11 @@ def test_one_epoch_ends_with_its_last_batch(toys: LocalDomain, batch_size: int, 
 
 
 def test_patience_stops_a_training_that_does_not_improve(toys: LocalDomain) -> None:
-    settings = QUICK.model_copy(
-        update={"learning_rate": 1e-12, "max_steps": 100, "validate_every_steps": 2, "patience": 3}
-    )
+    settings = QUICK.model_copy(update={"learning_rate": 1e-12, "max_steps": 100, "validate_every_steps": 2})
     lines: list[str] = []
     adapter, report = train_expert(toys, LORA, settings, 0, lines.append)
-    assert (report.steps, report.best_step, report.stopped_by) == (6, 0, "patience")
-    assert ["nothing was learned" in line for line in lines] == [False, False, False, True]
+    assert (report.steps, report.best_step, report.stopped_by) == (2 * PATIENCE, 0, "patience")
+    assert ["nothing was learned" in line for line in lines] == [False] * PATIENCE + [True]
     assert not any(module.lora_B.any() for module in adapter.modules.values())  # the untouched backbone
 
 

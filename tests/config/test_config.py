@@ -143,12 +143,12 @@ def test_all_problems_are_said_at_once_with_their_dotted_names() -> None:
             "name": "Not Lower",
             "text.max_tokenz": 5,
             "train.learning_rate": 2.0,
-            "train.temperature": float("nan"),
+            "rounds.proximal": float("nan"),
             "merge.methods": "average,magic",
             "runtime.device": "tpu",
         }
     )
-    expected = {"seed", "name", "text.max_tokenz", "train.learning_rate", "train.temperature", "merge.methods.1"}
+    expected = {"seed", "name", "text.max_tokenz", "train.learning_rate", "rounds.proximal", "merge.methods.1"}
     assert {problem.partition(":")[0] for problem in problems} == expected | {"runtime.device"}
     assert any(problem.startswith("merge.methods.1: ") and "'magic'" in problem for problem in problems)
     assert any(problem.startswith("train.learning_rate: ") and "(found 2.0)" in problem for problem in problems)
@@ -219,7 +219,6 @@ def test_all_problems_are_said_at_once_with_their_dotted_names() -> None:
                 "dp.delta": 1e-6,
                 "privacy.policy": "catalog-private",
                 "mergerec.pseudo_users": "centroid",
-                "mergerec.num_pseudo_users": 9,
             },
             "dp.mode = 'domain-local' with mergerec.pseudo_users = 'centroid'",
         ),
@@ -244,8 +243,6 @@ def test_all_problems_are_said_at_once_with_their_dotted_names() -> None:
             },
             "privacy.policy = 'catalog-private': through_clients.batch_size = 5 own users are fewer than",
         ),
-        ({"mergerec.pseudo_users": "centroid"}, "mergerec: pseudo_users = 'centroid' needs a number; set num_pseu"),
-        ({"mergerec.num_pseudo_users": 9}, "mergerec: pseudo_users = 'one-item' takes every item; use 'subset'"),
         ({"adamerging.granularities": "layer,layer"}, "adamerging: granularities names layer "),
     ],
 )
@@ -306,8 +303,6 @@ def test_the_preset_gives_what_is_not_given() -> None:
     for flat in ({}, declared()):
         config = to_flat(from_flat({**flat, "mergerec.preset": "paper"}))
         assert {name: config[f"mergerec.{name}"] for name in PAPER} == PAPER
-        rows = from_flat({**flat, "mergerec.preset": "paper", "mergerec.initialisation": "ties"})
-        assert rows.mergerec.initial_coefficient == 1.0
         plain = to_flat(from_flat(flat))
         assert {name: plain[f"mergerec.{name}"] for name in GIVEN} == GIVEN
 

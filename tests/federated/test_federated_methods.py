@@ -32,11 +32,9 @@ def test_learned_methods_with_settings_of_their_own_take_part(tmp_path: Path) ->
         "merge.methods": "average,adamerging,mergerec",
         "adamerging.granularities": "layer",
         "adamerging.steps": 3,
-        "mergerec.initialisation": "ties",
         "mergerec.loss": "self+kd",
         "mergerec.kd_top_k": 5,
         "mergerec.pseudo_users": "contrastive",
-        "mergerec.num_pseudo_users": 12,
         "mergerec.steps": 5,
     }
     run_in_process(small_experiment(tmp_path, **settings))

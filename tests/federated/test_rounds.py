@@ -404,7 +404,7 @@ def test_one_round_from_a_fresh_adapter_trains_what_an_expert_trains_apart_from_
     config = rounds_experiment(place, "unused", "fedit", train__samples="last", train__batch_size=30)
     backbone = cached_backbone(config.backbone.source, config.backbone.pooling, None, "cpu", "float32")
     domain = open_domain(Path(config.domains.root) / "books", backbone, config.text)
-    settings = config.train.model_copy(update={"validate_every_steps": 4, "patience": 9})
+    settings = config.train.model_copy(update={"validate_every_steps": 4})
     task = RoundTask(1, 1, fresh_adapter(backbone, config.lora, 0))
     trained, report = train_round(domain, config.lora, settings, 0, task)
     assert report.loss is not None

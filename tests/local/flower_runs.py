@@ -50,7 +50,6 @@ task_arithmetic_coefficients = "0.4,1.0"
 [mergerec]
 granularities = "domain,layer"
 steps = 3
-batch_size = 8
 learning_rate = 0.05
 
 [evaluation]

@@ -44,15 +44,13 @@ alpha = 4
 learning_rate = 0.03
 batch_size = 32
 max_steps = 50
-validate_every_steps = 5
-patience = 99
+validate_every_steps = 10
 
 [merge]
 task_arithmetic_coefficients = "0.4"
 
 [mergerec]
 steps = 3
-batch_size = 8
 
 [runtime]
 device = "cpu"

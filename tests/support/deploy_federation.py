@@ -38,14 +38,12 @@ learning_rate = 0.03
 batch_size = 32
 max_steps = {steps}
 validate_every_steps = 5
-patience = 99
 
 [merge]
 methods = "average,mergerec"
 
 [mergerec]
 steps = 3
-batch_size = 8
 
 [runtime]
 device = "cpu"

@@ -43,7 +43,6 @@ def small_experiment(place: Path, **changes: object) -> ExperimentConfig:
         "merge.task_arithmetic_coefficients": "0.5",
         "mergerec.granularities": "domain,layer",
         "mergerec.steps": 2,
-        "mergerec.batch_size": 4,
         "runtime.device": "cpu",
         "runtime.precision": "float32",
         "runtime.server_threads": 1,

@@ -39,7 +39,6 @@ SETTINGS = [
     "merge.task_arithmetic_coefficients=0.5",
     "mergerec.granularities=domain",
     "mergerec.steps=2",
-    "mergerec.batch_size=4",
     "train.max_steps=7",
 ]
 

@@ -118,7 +118,6 @@ def seen_by_flower(path: Path) -> Answer:
 LEARNED = {
     "merge.methods": "mergerec,adamerging",
     "mergerec.steps": 4,
-    "mergerec.batch_size": 8,
     "mergerec.learning_rate": 0.01,
     "adamerging.steps": 2,
     "adamerging.granularities": "domain",
@@ -251,7 +250,6 @@ LITTLE = {
     "merge.methods": "mergerec",
     "mergerec.granularities": "layer",
     "mergerec.steps": 4,
-    "mergerec.batch_size": 12,
     "mergerec.learning_rate": 0.01,
 }
 
@@ -259,7 +257,7 @@ LITTLE = {
 def test_a_run_that_was_killed_replays_what_was_averaged(
     place: Path, exact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    changes = {**LEARNED, **LITTLE, "mergerec.batch_size": 8}
+    changes = {**LEARNED, **LITTLE}
     lines: list[object] = []
 
     def killed_after_two(path: Path, line: object) -> None:
@@ -414,7 +412,7 @@ def test_what_few_validation_users_chose_is_not_told(place: Path, tmp_path: Path
 
 @pytest.mark.parametrize("transport", ["int8", "top-k"])
 def test_experts_travel_in_fewer_bytes(place: Path, tmp_path: Path, transport: str) -> None:
-    changes = {"merge.methods": "average", "privacy.transport": transport, "privacy.transport_density": 0.25}
+    changes = {"merge.methods": "average", "privacy.transport": transport}
 
     def garbled(message: Message, context: Context) -> Message | None:
         reply = answer_honestly(message, context)

@@ -148,7 +148,6 @@ LEARNED_STEPS = 3
 LEARNED = {
     "merge.methods": "mergerec,adamerging",
     "mergerec.steps": LEARNED_STEPS,
-    "mergerec.initialisation": "ties",
     "mergerec.pseudo_users": "chain",
     "adamerging.steps": 2,
 }

@@ -14,7 +14,7 @@ from fedmerge.adapter import Adapter
 from fedmerge.client.audit.users import canaries, prepare_for_audit
 from fedmerge.client.cache.experts import train_adapter
 from fedmerge.client.local_domain import MIN_TRAINING_LENGTH, LocalDomain
-from fedmerge.client.training.losses import catalog_softmax
+from fedmerge.client.training.losses import TEMPERATURE, catalog_softmax
 from fedmerge.config import ExperimentConfig, Train
 from fedmerge.domain.splits import train_sequences
 from fedmerge.encoder.encode import encode
@@ -134,7 +134,7 @@ def user_scores(
     owners = np.concatenate([np.full(len(cut), user) for user, cut in enumerate(cuts)])
     records = [(sequence[:at], sequence[at]) for sequence, cut in zip(sequences, cuts, strict=True) for at in cut]
     targets = np.array([target for _, target in records], dtype=np.int64)
-    losses = _losses(domain, adapter, [history for history, _ in records], targets, settings.temperature)
+    losses = _losses(domain, adapter, [history for history, _ in records], targets)
     likely = np.exp(-losses)
     log_odds = -losses - np.log(np.maximum(1 - likely, 1e-12))
     counts = np.bincount(owners)
@@ -146,12 +146,11 @@ def _losses(
     adapter: Adapter | None,
     histories: list[Sequence_],
     targets: npt.NDArray[np.int64],
-    temperature: float,
 ) -> Floats:
     items, vectors = _encoded(domain, adapter, histories)
     wanted = torch.from_numpy(targets)
     parts = [slice(start, start + BLOCK) for start in range(0, len(targets), BLOCK)]
-    found = [catalog_softmax(vectors[part], items, wanted[part], temperature) for part in parts]
+    found = [catalog_softmax(vectors[part], items, wanted[part], TEMPERATURE) for part in parts]
     return torch.cat(found).double().numpy()
 
 

@@ -19,6 +19,7 @@ from fedmerge.adapter import Adapter, adapter_sha256
 from fedmerge.client.cache.folders import fill_folder, inputs_key
 from fedmerge.client.local_domain import LocalDomain
 from fedmerge.client.training.dp_sgd import check_user_dp
+from fedmerge.client.training.expert import training_record
 from fedmerge.client.training.round import RoundTask
 from fedmerge.config import ExperimentConfig
 from fedmerge.encoder.peft_folder import read_adapter, write_adapter
@@ -321,7 +322,7 @@ def _asked(domain: LocalDomain, config: ExperimentConfig, task: RoundTask) -> st
             "data": [domain.manifest.catalog_sha256, domain.manifest.interactions_sha256],
             "backbone": [domain.backbone.sha256, domain.backbone.pooling],
             "text": config.text.model_dump(),
-            "train": config.train.model_dump(),
+            "train": training_record(config.train),
             "dp": config.dp.model_dump(exclude={"coefficient_clip"}),
             "audit": config.simulation.audit_record(),
             "seed": config.seed,

@@ -17,7 +17,7 @@ from fedmerge.client.cache.folders import fill_folder, inputs_key
 from fedmerge.client.local_domain import LocalDomain
 from fedmerge.client.training.dp_expert import train_private_expert
 from fedmerge.client.training.dp_sgd import plan_record, user_plan
-from fedmerge.client.training.expert import TrainingReport, check_can_train, train_expert
+from fedmerge.client.training.expert import TrainingReport, check_can_train, train_expert, training_record
 from fedmerge.client.training.loop import Progress
 from fedmerge.client.training.poisoning import poisons, train_poisoned_expert
 from fedmerge.config import ExperimentConfig
@@ -191,7 +191,7 @@ def _training_key(domain: LocalDomain, config: ExperimentConfig) -> str:
 
 
 def _training_inputs(domain: LocalDomain, config: ExperimentConfig) -> dict[str, Any]:
-    lora = config.lora.of(domain.manifest.name)
+    lora, train = config.lora.of(domain.manifest.name), training_record(config.train)
     inputs = {
         "catalog": domain.manifest.catalog_sha256,
         "interactions": domain.manifest.interactions_sha256,
@@ -200,7 +200,7 @@ def _training_inputs(domain: LocalDomain, config: ExperimentConfig) -> dict[str,
         "pooling": domain.backbone.pooling,
         "text": config.text.model_dump(),
         "lora": {"rank": lora.rank, "alpha": lora.alpha, "target_modules": lora.target_modules},
-        "train": config.train.model_dump(exclude=_UNUSED[config.train.negatives]),
+        "train": {key: train[key] for key in train.keys() - _UNUSED[config.train.negatives]},
         "seed": config.seed,
         "threads": config.runtime.threads_per_client,
         "device": str(domain.backbone.device),

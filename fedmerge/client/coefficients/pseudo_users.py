@@ -112,7 +112,6 @@ def cache_cohort(
             table,
             config.text.max_tokens,
             kind=config.mergerec.pseudo_users,
-            number=config.mergerec.num_pseudo_users,
             seed=config.seed,
         )
 

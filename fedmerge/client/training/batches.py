@@ -11,7 +11,7 @@ import torch
 
 from fedmerge.client.local_domain import LocalDomain
 from fedmerge.client.training.loop import Attached, Step, StepResult
-from fedmerge.client.training.losses import catalog_softmax, in_batch_softmax
+from fedmerge.client.training.losses import TEMPERATURE, catalog_softmax, in_batch_softmax
 from fedmerge.config import Train
 from fedmerge.encoder.encode import embed_in_groups, encode
 from fedmerge.encoder.frozen import frozen_products, using
@@ -81,7 +81,7 @@ def batch_steps(
 
     Args:
         batches: endless, from step 0: the domain, its users, and the epochs done after them.
-        settings: temperature, negatives and their refresh, learning rate for the message.
+        settings: negatives and their refresh, learning rate for the message.
         attached: the LoRA on the backbone that the domains share.
         first: number of the first step; earlier batches are skipped.
         penalty: a term added to the loss.
@@ -99,7 +99,7 @@ def batch_steps(
             products = frozen_products(domain.backbone)
         items = _catalog_negatives(domain, settings, number, encoded)
         with using(products):
-            loss = training_step(domain, batch, settings, attached.optimizer, items, penalty)
+            loss = training_step(domain, batch, attached.optimizer, items, penalty)
         check_loss(domain.manifest.name, loss, number + 1, settings)
         return StepResult(loss, epochs)
 
@@ -109,7 +109,6 @@ def batch_steps(
 def training_step(
     domain: LocalDomain,
     batch: Batch,
-    settings: Train,
     optimizer: torch.optim.Optimizer,
     items: torch.Tensor | None = None,
     penalty: Callable[[], torch.Tensor] | None = None,
@@ -119,13 +118,12 @@ def training_step(
     Args:
         domain: the client's own.
         batch: users.
-        settings: the temperature is read.
         optimizer: of the adapter's parameters, with the learning rate set.
         items: (N, d) vectors of the whole catalog as negatives; None: the targets of the batch are.
         penalty: a term added to the loss.
     """
     optimizer.zero_grad()
-    loss = _loss(domain, batch, settings.temperature, items)
+    loss = _loss(domain, batch, items)
     if penalty is not None:
         loss = loss + penalty()
     if math.isfinite(loss.item()):
@@ -166,13 +164,13 @@ def _catalog_negatives(
     return encoded[name]
 
 
-def _loss(domain: LocalDomain, batch: Batch, temperature: float, items: torch.Tensor | None) -> torch.Tensor:
+def _loss(domain: LocalDomain, batch: Batch, items: torch.Tensor | None) -> torch.Tensor:
     text, backbone = domain.text, domain.backbone
     users = pack_sequences(domain.table, batch.histories, backbone.special, text.max_items, text.max_tokens)
     user_vectors = embed_in_groups(backbone, users)  # (b, d)
     if items is not None:
         targets = torch.from_numpy(batch.targets).to(backbone.device)
-        return catalog_softmax(user_vectors, items, targets, temperature).mean()
+        return catalog_softmax(user_vectors, items, targets, TEMPERATURE).mean()
     numbers, rows = np.unique(batch.targets, return_inverse=True)
     item_vectors = embed_in_groups(backbone, [domain.item_sequences[number] for number in numbers])  # (m, d)
-    return in_batch_softmax(user_vectors, item_vectors, torch.from_numpy(rows).to(backbone.device), temperature)
+    return in_batch_softmax(user_vectors, item_vectors, torch.from_numpy(rows).to(backbone.device), TEMPERATURE)

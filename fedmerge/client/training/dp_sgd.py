@@ -21,7 +21,7 @@ import torch
 from fedmerge.client.local_domain import LocalDomain
 from fedmerge.client.training.batches import item_refresh_is_due
 from fedmerge.client.training.loop import Attached, Step, StepResult
-from fedmerge.client.training.losses import catalog_softmax
+from fedmerge.client.training.losses import TEMPERATURE, catalog_softmax
 from fedmerge.config import DP, ExperimentConfig, Train
 from fedmerge.encoder.backbone import in_float32
 from fedmerge.encoder.encode import TRAINING_GROUPS, embed_batch, encode
@@ -112,7 +112,7 @@ def private_steps(
     Args:
         domain: the client's own.
         attached: a trainable LoRA on the domain's backbone.
-        settings: temperature, samples, schedules.
+        settings: samples, schedules.
         plan: noise, clip norm and sampling.
         seed: of the experiment; read with seeded randomness only.
         scope: of the randomness.
@@ -127,9 +127,7 @@ def private_steps(
             items = encode(domain.backbone, domain.item_sequences).to(domain.backbone.device)
         drawn = source(plan.randomness, seed, "client", *scope, "dp", number)
         records = poisson_records(domain.training_sequences, settings.samples, plan.sample_rate, drawn)
-        total = clipped_sum(
-            domain, attached.model, attached.parameters, records, items, settings.temperature, plan.clip
-        )
+        total = clipped_sum(domain, attached.model, attached.parameters, records, items, TEMPERATURE, plan.clip)
         noised = add_noise(total, plan.noise_multiplier * plan.clip, drawn)
         attached.optimizer.zero_grad()
         if penalty is not None:

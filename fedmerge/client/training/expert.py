@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -11,12 +12,15 @@ from fedmerge.client.local_domain import LocalDomain
 from fedmerge.client.training.batches import Batch, batch_steps, training_batches
 from fedmerge.client.training.checkpoint import Validation
 from fedmerge.client.training.loop import Progress, Recipe, Schedule, budget_of, fit
+from fedmerge.client.training.losses import TEMPERATURE
 from fedmerge.config import Lora, Train
 from fedmerge.domain.splits import Examples, evaluation_examples
 from fedmerge.encoder.encode import encode
 from fedmerge.encoder.text import pack_sequences
 from fedmerge.errors import DomainError
-from fedmerge.evaluation.ranks import METRICS, per_user_metrics, rank_targets
+from fedmerge.evaluation.ranks import METRICS, SELECTION_METRIC, per_user_metrics, rank_targets
+
+PATIENCE = 5  # validations without a better NDCG@10 that end a training
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,7 @@ def fine_tune(
         warmup_steps=settings.warmup_steps,
         budget=budget_of(settings),
         check_every=settings.validate_every_steps,
-        patience=settings.patience,
+        patience=PATIENCE,
     )
     recipe = Recipe(name, lambda attached, first: batch_steps(batches, settings, attached, first), schedule, validate)
     trained = fit(recipe, domains[0].backbone, lora, seed, progress, checkpoint)
@@ -111,6 +115,11 @@ def fine_tune(
     return trained.adapter, TrainingReport(
         trained.steps, trained.best_step, trained.stopped_by, trained.seconds, num_users, trained.validations
     )
+
+
+def training_record(settings: Train) -> dict[str, Any]:
+    """Return all that training depends on besides data and seed, as the keys of caches have it."""
+    return {**settings.model_dump(), "temperature": TEMPERATURE, "patience": PATIENCE}
 
 
 def check_can_train(domain: LocalDomain) -> None:
@@ -134,4 +143,4 @@ def _validation_ndcg(domain: LocalDomain, examples: Examples) -> float:
     ranks = rank_targets(
         encode(domain.backbone, users), encode(domain.backbone, domain.item_sequences), examples.targets
     )
-    return float(per_user_metrics(ranks)[:, METRICS.index("ndcg@10")].mean())
+    return float(per_user_metrics(ranks)[:, METRICS.index(SELECTION_METRIC)].mean())

@@ -4,6 +4,8 @@ from collections.abc import Iterable
 
 import torch
 
+TEMPERATURE = 0.05  # τ of every training loss
+
 
 def in_batch_softmax(
     user_vectors: torch.Tensor, item_vectors: torch.Tensor, target_rows: torch.Tensor, temperature: float

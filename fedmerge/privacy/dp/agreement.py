@@ -11,6 +11,7 @@ from fedmerge.privacy.dp.domain_noise import domain_noise, domain_record
 from fedmerge.privacy.dp.releases import metric_releases, noised_answers, user_releases
 
 _CHANCE = 1e-10  # probability that one entry leaves the range; a model has 1e5 to 1e8 entries
+LARGEST_ENTRY = 8.0  # of a trained update; a larger one shows that the training diverged
 _NOISE_TOLERANCE = 0.01  # relative; the client calibrates by itself, perhaps with other library versions
 
 
@@ -27,9 +28,7 @@ def check_releases(config: ExperimentConfig) -> None:
     """
     mode, rounds = config.dp.mode, config.rounds.rule is not None
     if mode == "domain-local":
-        noise = domain_noise(config)
-        if config.privacy.hides_adapters:
-            _check_range(config, noise)
+        domain_noise(config)  # raises if no noise is enough
     counted = (mode == "user" and rounds) or noised_answers(config) > 0
     if counted and config.run_id is None:
         raise ConfigError(
@@ -38,18 +37,17 @@ def check_releases(config: ExperimentConfig) -> None:
         )
 
 
-def _check_range(config: ExperimentConfig, noise_multiplier: float) -> None:
-    """Refuse a secure sum with a range that the product of two noisy factors is likely to leave."""
-    deviation = noise_multiplier * 2 * config.dp.clip
+def largest_entry(config: ExperimentConfig) -> float:
+    """Return the largest entry that a term of a secure sum may have: LARGEST_ENTRY, or what noise by domain makes.
+
+    A and B of an adapter have noise of deviation d each, so entries of their product reach the rank's tail · d².
+    """
+    if config.dp.mode != "domain-local":
+        return LARGEST_ENTRY
+    deviation = domain_noise(config) * 2 * config.dp.clip
     layouts = [config.lora.of(domain) for domain in config.domains.train]
     largest = max(lora.alpha / lora.rank * largest_product(lora.rank, _CHANCE) for lora in layouts) * deviation**2
-    if largest > config.privacy.value_range:
-        raise ConfigError(
-            f"privacy.value_range = {config.privacy.value_range:g} with dp.mode = 'domain-local': noise of deviation "
-            f"{deviation:.3g} on A and B makes updates with entries up to about {largest:.2g}, which a secure sum "
-            f"refuses. Set privacy.value_range to {math.ceil(largest)} or more (at most 10,000; the sum becomes "
-            "coarser), or lower dp.clip."
-        )
+    return max(LARGEST_ENTRY, float(math.ceil(largest)))
 
 
 def largest_product(rank: int, chance: float) -> float:

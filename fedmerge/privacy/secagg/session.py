@@ -152,7 +152,7 @@ def encoded(session: Session, client: str, values: NDArray[np.floating]) -> Inte
         raise AggregationError(
             f"secure sum, client {client}: found values that are not finite or out of ±{session.value_range:g}, "
             "expected all within; to cut them off would falsify the sum. Its training diverged: lower "
-            "train.learning_rate; or, as where noise is added by domain, raise privacy.value_range everywhere"
+            "train.learning_rate"
         )
     integers = np.rint(np.asarray(values, np.float64) * (session.coefficients[client] * session.scale))
     return integers.astype(np.int64).astype(np.uint32)

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 from fedmerge.domain.catalog import Catalog
 from fedmerge.encoder.backbone import Backbone
+from fedmerge.evaluation.ranks import SELECTION_METRIC
 from fedmerge.files import read_json, write_json
 from fedmerge.runs import checkpoints
 from fedmerge.server.gate import Vote, check_experts, leave_one_out_merges, votes_of
@@ -63,8 +64,7 @@ def _votes(run: Run, experts: checkpoints.StoredExperts) -> dict[str, dict[str, 
         return {}
     voters = [domain for domain in run.members.in_role("train") if domain in experts]
     sums = evaluate_models(run, "admission", voters, merges, {})
-    metric = run.config.evaluation.selection_metric
     return {
-        voter: votes_of(of_voter["unmasked"], [domain for domain in experts if domain != voter], metric)
+        voter: votes_of(of_voter["unmasked"], [domain for domain in experts if domain != voter], SELECTION_METRIC)
         for voter, of_voter in sums.items()
     }

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping
 
+from fedmerge.evaluation.ranks import SELECTION_METRIC
 from fedmerge.evaluation.sums import EXPERT
 from fedmerge.files import read_json, write_json
 from fedmerge.runs import checkpoints
@@ -47,7 +48,7 @@ def validate_and_choose(run: Run, merges: Merges) -> tuple[dict[str, checkpoints
 
 
 def _choose(run: Run, merges: Merges, validation: Mapping[str, checkpoints.Sums]) -> Choice:
-    config, metric = run.config, run.config.evaluation.selection_metric
+    config, metric = run.config, SELECTION_METRIC
     sums = {domain: of_domain["unmasked"] for domain, of_domain in validation.items()}
     # 1. The best merge of all members.
     without = [candidate for candidate in merges.candidates if {*merges.sources} - {*candidate.provenance.domains}]

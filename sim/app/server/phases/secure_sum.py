@@ -15,7 +15,7 @@ from fedmerge.encoder.backbone import Backbone
 from fedmerge.encoder.lora import fresh_adapter
 from fedmerge.federated.summed import adapter_of_mean, num_summed, summed_rank
 from fedmerge.merging.candidate import Candidate
-from fedmerge.privacy.dp.agreement import check_spent
+from fedmerge.privacy.dp.agreement import check_spent, largest_entry
 from fedmerge.privacy.secagg.server import (
     added,
     check_advertisement,
@@ -147,9 +147,9 @@ def secure_mean(
     """
     started = time.monotonic()
     # privacy.threshold holds for all clients that were asked to train; with fewer it is never less than a majority.
-    privacy, wanted = run.config.privacy, run.config.privacy.threshold or 0
+    wanted = run.config.privacy.threshold or 0
     threshold = max(min(wanted, len(weights)), default_threshold(len(weights)))
-    session = new_session(weights, num_values, privacy.value_range, threshold)
+    session = new_session(weights, num_values, largest_entry(run.config), threshold)
     everybody = frozenset(session.clients)
     small = _BYTES_OF_A_MESSAGE + _BYTES_PER_CLIENT * len(everybody)
 
