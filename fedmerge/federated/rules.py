@@ -4,19 +4,29 @@ To add a rule, write its function in the file of its kind (``averages``, ``robus
 RULES, and add its name to ``RoundRule`` in ``fedmerge.config``. Training-free merging methods are rules already.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import partial
 from typing import Any, Literal, get_args
 
 from fedmerge.adapter import Adapter
+from fedmerge.config import LEARNED_METHODS, Rounds
 from fedmerge.errors import ConfigError
 from fedmerge.federated.averages import Combined, fedit, ffa_lora, hetlora, weighted_average
 from fedmerge.federated.robust import coordinate_median, krum, multi_krum, trimmed_mean
 from fedmerge.federated.server_steps import Moments, fedadam, fedavgm, fedyogi
 from fedmerge.federated.summed import Summed
 from fedmerge.merging.methods import METHODS, method_named
-from fedmerge.merging.parameters import Parameter, Value, checked_parameters, markdown_table, parameter_text
+from fedmerge.merging.parameters import (
+    Parameter,
+    Value,
+    checked_parameters,
+    markdown_table,
+    parameter_text,
+    parse_parameters,
+)
 from fedmerge.merging.training_free import Scope, Space, merge_adapters
 
 Continuation = Literal["truncated", "frozen", "factors"]
@@ -250,6 +260,29 @@ def rule_parameters(name: str, rule: Rule, given: Mapping[str, Value]) -> dict[s
         ConfigError: a parameter is unknown or out of bounds.
     """
     return checked_parameters(f"aggregation rule {name!r}", rule.parameters, given)
+
+
+def check_rounds(rounds: Rounds, num_domains: int) -> None:
+    """Refuse parameters that the rule does not have, and a trimmed mean of too few clients.
+
+    Args:
+        rounds: the section; without a rule nothing is checked.
+        num_domains: training domains.
+
+    Raises:
+        ConfigError: the parameter, or the number of clients.
+    """
+    rule = rounds.rule
+    if rule is None:
+        return
+    row = rule_of(lambda updates: next(iter(updates.values()))) if rule in LEARNED_METHODS else rule_named(rule)
+    parameters = rule_parameters(rule, row, parse_parameters(rounds.parameters))
+    clients = rounds.clients_a_round(num_domains)
+    if rule == "trimmed-mean" and math.floor(Fraction(str(parameters["trim"])) * clients) < 1:
+        raise ConfigError(
+            f"rounds.rule = 'trimmed-mean' with trim = {parameters['trim']} and {clients} clients in a round cuts "
+            "off nobody; raise trim in rounds.parameters to one over the clients, or name more domains"
+        )
 
 
 def rules_table() -> str:

@@ -16,18 +16,18 @@ from typing import Any
 import ray
 
 from fedmerge.bench.cells import Cell, Ended, Running, work_in_task
-from fedmerge.bench.config import load_bench
+from fedmerge.bench.config import Bench, load_bench
 from fedmerge.bench.grid import Grid, open_folder
 from fedmerge.bench.stages import run_grid
 from fedmerge.bench.tables import bench_tables
 from fedmerge.config import ExperimentConfig
-from fedmerge.errors import ClientError, ConfigError
+from fedmerge.errors import ClientError
 from fedmerge.files import write_text
 from fedmerge.report.bench.page import bench_page
 from fedmerge.report.bench_tables import read_bench_tables, write_bench_tables
-from fedmerge.report.tracking import FOLDER, check_tracking, write_tracking
+from fedmerge.report.tracking import FOLDER, write_tracking
 from fedmerge.runs.folder import CONFIG_FILE, locked
-from sim.local.check import check_attack, check_rule
+from sim.local.check import check_simulations
 from sim.local.launch import MARK, SOCKET_FOLDER_LENGTH, end_processes
 from sim.local.run import run_experiment
 
@@ -56,12 +56,7 @@ def run_bench(
     """
     bench = load_bench(file, overrides)
     tracking = bench.experiment(bench.config.dataset[0].name, None, 0).tracking
-    check_tracking(tracking)
-    for dataset in bench.config.dataset:
-        check_attack(bench.experiment(dataset.name, None, bench.config.seeds[0]))
-        for strategy in bench.config.strategy:
-            config = bench.experiment(dataset.name, strategy.name, bench.config.seeds[0])
-            _check_rule(config, bench.config.leave_one_out)
+    check_simulations(_experiments(bench))
     open_folder(folder, bench)
     grid = Grid(bench, folder.resolve())
     mark = mark_of(grid.folder)
@@ -92,14 +87,18 @@ def mark_of(folder: Path) -> str:
     return hashlib.sha256(str(folder).encode()).hexdigest()[:32]
 
 
-def _check_rule(config: ExperimentConfig, leave_one_out: bool) -> None:
-    check_rule(config)
-    if leave_one_out:
-        rest = config.domains.model_copy(update={"train": config.domains.train[1:]})
-        try:
-            check_rule(config.model_copy(update={"domains": rest}))
-        except ConfigError as error:
-            raise ConfigError(f"with leave_one_out = true, in each fold: {error}") from error
+def _experiments(bench: Bench) -> dict[str, ExperimentConfig]:
+    """Return the experiments of all cells by name, without those that differ in seed or in the left-out domain only."""
+    experiments = {}
+    for dataset in bench.config.dataset:
+        for strategy in bench.config.strategy:
+            name = f"dataset {dataset.name}, strategy {strategy.name}"
+            config = bench.experiment(dataset.name, strategy.name, bench.config.seeds[0])
+            experiments[name] = config
+            if bench.config.leave_one_out:
+                rest = config.domains.model_copy(update={"train": config.domains.train[1:]})
+                experiments[f"{name}, with leave_one_out = true"] = config.model_copy(update={"domains": rest})
+    return experiments
 
 
 def _train(config: ExperimentConfig, app_dir: Path, mark: str) -> None:

@@ -1,6 +1,6 @@
 """Problems of an experiment that this machine's files can show before anything is started."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from fedmerge.backbone_files import find_backbone, missing_target_modules
@@ -17,15 +17,29 @@ def check_simulation(config: ExperimentConfig) -> None:
     Raises:
         ConfigError: every problem, a line each.
     """
-    _refuse(
-        [
-            *_problems_of(lambda: check_rule(config)),
-            *_method_problems(config),
-            *_tracking_problems(config),
-            *_backbone_problems(config),
-            *_data_problems(config),
-        ]
-    )
+    _refuse(_simulation_problems(config))
+
+
+def check_simulations(experiments: Mapping[str, ExperimentConfig]) -> None:
+    """Refuse several experiments, each problem once with the first experiment that has it.
+
+    Args:
+        experiments: its name in the message -> experiment.
+
+    Raises:
+        ConfigError: every problem of any of them, a line each.
+    """
+    found: dict[str, list[str]] = {}
+    for name, config in experiments.items():
+        for problem in _simulation_problems(config):
+            found.setdefault(problem, []).append(name)
+
+    def described(problem: str, names: list[str]) -> str:
+        if len(names) == len(experiments):
+            return problem
+        return f"{names[0]}{f' (and {len(names) - 1} more)' if len(names) > 1 else ''}: {problem}"
+
+    _refuse([described(problem, names) for problem, names in found.items()])
 
 
 def check_for_federation(config: ExperimentConfig) -> None:
@@ -34,35 +48,12 @@ def check_for_federation(config: ExperimentConfig) -> None:
     Raises:
         ConfigError: every problem, a line each.
     """
-    problems = [
-        *_problems_of(lambda: check_rule(config)),
-        *_method_problems(config),
-        *_tracking_problems(config),
-    ]
+    problems = _settings_problems(config)
     if config.simulation != Simulation():
         problems.append(
             "[simulation] is for simulations alone, and every client of a federation refuses it; remove its keys"
         )
     _refuse(problems)
-
-
-def check_attack(config: ExperimentConfig) -> None:
-    """Refuse to poison a training on data of this machine that are not synthetic.
-
-    Raises:
-        ConfigError: the domain.
-    """
-    domain, root = config.simulation.attacker, config.domains.root
-    if domain is not None and root != DEMO_ROOT:
-        _refuse(_attack_problems(read_manifest(Path(root).expanduser() / domain)))
-
-
-def check_rule(config: ExperimentConfig) -> None:
-    """Refuse a rule of rounds by its parameters; see :func:`sim.app.server.phases.rounds.check_rounds`."""
-    if config.rounds.rule is not None:
-        from sim.app.server.phases.rounds import check_rounds  # noqa: PLC0415  # imports torch, for which other runs need not wait
-
-        check_rounds(config)
 
 
 def _refuse(problems: list[str]) -> None:
@@ -71,6 +62,21 @@ def _refuse(problems: list[str]) -> None:
         raise ConfigError(
             f"{len(problems)} problem{plural} found before the start\n" + "\n".join(f"  {p}" for p in problems)
         )
+
+
+def _simulation_problems(config: ExperimentConfig) -> list[str]:
+    return [*_settings_problems(config), *_backbone_problems(config), *_data_problems(config)]
+
+
+def _settings_problems(config: ExperimentConfig) -> list[str]:
+    return [*_rule_problems(config), *_method_problems(config), *_tracking_problems(config)]
+
+
+def _rule_problems(config: ExperimentConfig) -> Iterator[str]:
+    if config.rounds.rule is not None:
+        from fedmerge.federated.rules import check_rounds  # noqa: PLC0415  # imports torch, for which other runs need not wait
+
+        yield from _problems_of(lambda: check_rounds(config.rounds, len(config.domains.train)))
 
 
 def _method_problems(config: ExperimentConfig) -> Iterator[str]:

@@ -11,10 +11,9 @@ from fedmerge.bench.grid import Grid, open_folder
 from fedmerge.config import DEMO_ROOT
 from fedmerge.domain.demo import DEMO_DOMAINS
 from fedmerge.errors import ConfigError, RunDirError
-from fedmerge.federated.rules import RULES
+from fedmerge.federated.rules import RULES, check_rounds
 from fedmerge.merging.methods import METHODS
 from fedmerge.report.bench_tables import BenchTables
-from sim.app.server.phases.rounds import check_rounds
 from sim.local.bench import run_bench
 
 pytestmark = pytest.mark.federation
@@ -33,7 +32,7 @@ def test_every_benchmark_of_the_repository_is_valid(file: Path) -> None:
     bench = load_bench(file)
     for dataset, strategy in itertools.product(bench.config.dataset, bench.config.strategy):
         config = bench.experiment(dataset.name, strategy.name, 0)
-        check_rounds(config)
+        check_rounds(config.rounds, len(config.domains.train))
         if config.rounds.rule in ("krum", "multi-krum"):
             assert len(config.domains.train) >= 5
         if config.domains.root == DEMO_ROOT:

@@ -1,4 +1,4 @@
-"""Problems with local files: `fedmerge check` and `fedmerge run` report all of them before anything starts."""
+"""Problems with local files: `fedmerge check`, `run` and `bench` report all of them before anything starts."""
 
 from pathlib import Path
 
@@ -95,3 +95,60 @@ def test_a_good_experiment_is_valid_and_a_federation_needs_no_local_data(
     canaries = of_two_domains(two_domains, **{"simulation.canaries": "3"})
     assert main(["check", *canaries[:1], "--federation", *canaries[1:]]) == 1
     assert "[simulation]" in capsys.readouterr().err
+
+
+BENCH = """
+title = "t"
+experiment = "experiment.toml"
+baseline = "average"
+leave_one_out = {leave_one_out}
+[[strategy]]
+name = "average"
+[[strategy]]
+name = "trimmed"
+set = {{ "rounds.rule" = "trimmed-mean", "rounds.parameters" = "trim=0.34" }}
+[[strategy]]
+name = "again"
+set = {{ "rounds.rule" = "trimmed-mean", "rounds.parameters" = "trim=0.34", "train.max_steps" = 2 }}
+[[strategy]]
+name = "private"
+set = {{ "merge.methods" = "mergerec" }}
+"""
+
+
+def bench_of_two_domains(root: Path, leave_one_out: bool, **changes: str) -> list[str]:
+    """Return the command line of a benchmark of four strategies."""
+    experiment, *settings = of_two_domains(root, **changes)
+    file = Path(experiment).with_name("bench.toml")
+    file.write_text(BENCH.format(leave_one_out=str(leave_one_out).lower()))
+    return ["bench", str(file), "--out", str(root / "bench"), *settings]
+
+
+def test_a_benchmark_reports_the_problems_of_all_its_cells_once_before_any_work(
+    two_domains: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = {"lora.target_modules": "magic", "simulation.attacker": "books"}
+    assert main(bench_of_two_domains(two_domains, False, **changes)) == 1
+    heading, *problems = capsys.readouterr().err.splitlines()
+    assert "4 problems" in heading
+    for parts in (
+        ["strategy trimmed (and 1 more): ", "trim = 0.34 and 2 clients"],
+        ["magic"],
+        ["domain books: simulation.attacker", "not synthetic"],
+        ["strategy private: domain books: ", "public_catalog = false"],
+    ):
+        (line,) = (line for line in problems if all(part in line for part in parts))
+        assert ("strategy" in line) == ("strategy" in parts[0])
+    assert len(problems) == 4
+    assert not (two_domains / "bench").exists()
+
+
+def test_a_benchmark_reports_what_its_folds_cannot_do(two_domains: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    three = {"domains.train": "beauty,books,coffee", "domains.root": "demo"}
+    assert main(bench_of_two_domains(two_domains, True, **three)) == 1
+    heading, *problems = capsys.readouterr().err.splitlines()
+    assert "1 problem" in heading
+    check_parts(
+        problems[0], ["strategy trimmed, with leave_one_out = true (and 1 more): ", "trim = 0.34 and 2 clients"]
+    )
+    assert not (two_domains / "bench").exists()

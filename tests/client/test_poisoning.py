@@ -17,7 +17,7 @@ from fedmerge.device import resolve_compute
 from fedmerge.domain.interactions import interactions_fingerprint
 from fedmerge.encoder.backbone import load_backbone
 from fedmerge.errors import ConfigError, PolicyError
-from sim.local.check import check_attack
+from sim.local.check import check_simulation
 
 ALL_PREFIXES = Train()
 
@@ -118,15 +118,15 @@ def test_data_that_are_not_synthetic_are_refused(place: Path, domain: LocalDomai
     check_may_attack(domain.manifest)
     with pytest.raises(PolicyError, match=r"domain coffee: simulation\.attacker"):
         training_inputs(real, config)
-    check_attack(config)  # the demo's folders say that they are synthetic
+    check_simulation(config)  # the demo's folders say that they are synthetic
     manifest = place / "domains" / "coffee" / "manifest.json"
     text = manifest.read_text()
     try:
         manifest.write_text(text.replace('"synthetic": true', '"synthetic": false'))
         assert manifest.read_text() != text
         with pytest.raises(ConfigError, match="coffee"):
-            check_attack(config)
-        check_attack(small_experiment(place))
+            check_simulation(config)
+        check_simulation(small_experiment(place))
     finally:
         manifest.write_text(text)
 

@@ -21,13 +21,12 @@ from fedmerge.encoder.lora import fresh_adapter
 from fedmerge.encoder.peft_folder import read_adapter
 from fedmerge.errors import ClientError, ConfigError
 from fedmerge.federated.rounds import aggregate, fresh_seed, initial_state
-from fedmerge.federated.rules import RULES
+from fedmerge.federated.rules import RULES, check_rounds
 from fedmerge.files import read_json
 from fedmerge.runs.folder import DONE
 from fedmerge.runs.round_checkpoints import round_records, write_reply, write_state
 from sim.app.client.node import cached_backbone
 from sim.app.messages import records
-from sim.app.server.phases.rounds import check_rounds
 from sim.local.in_process import answer_honestly, run_in_process
 
 pytestmark = pytest.mark.federation
@@ -429,7 +428,7 @@ def test_wrong_parameters_are_refused_before_anything_starts(
     flat = {key.replace("__", "."): value for key, value in changes.items()}
     config = small_experiment(place, **{"rounds.rule": "fedit", **flat})
     with pytest.raises(ConfigError, match=message):
-        check_rounds(config)
+        check_rounds(config.rounds, len(config.domains.train))
     with pytest.raises(ConfigError, match=message):  # plain Flower
         run_in_process(config.model_copy(update={"run_id": f"refused-{config.rounds.rule}"}))
 

@@ -15,6 +15,7 @@ from flwr.serverapp import Grid, ServerApp
 from fedmerge.config import ExperimentConfig, from_flat
 from fedmerge.device import resolve_compute
 from fedmerge.encoder.backbone import load_backbone
+from fedmerge.federated.rules import check_rounds
 from fedmerge.files import read_json, write_text
 from fedmerge.privacy.dp.accountant import opacus_accountants
 from fedmerge.privacy.dp.agreement import check_releases
@@ -30,7 +31,6 @@ from sim.app.server.phases.evaluating import evaluate_models
 from sim.app.server.phases.joining import gather, greet, log_members, restore_members
 from sim.app.server.phases.merging import train_and_merge
 from sim.app.server.phases.reporting import selected, track, write_privacy, write_report
-from sim.app.server.phases.rounds import check_rounds
 from sim.app.server.run import Run, new_run
 
 app = ServerApp()
@@ -125,7 +125,7 @@ def _experiment(run: Run, attempt: Attempt) -> None:
 
 
 def _check(config: ExperimentConfig) -> None:
-    check_rounds(config)
+    check_rounds(config.rounds, len(config.domains.train))
     if config.simulation.attacker is not None:
         logger.warning("%s", attack_note(config.simulation))
     if config.dp.mode != "none":

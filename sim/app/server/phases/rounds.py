@@ -5,7 +5,6 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from fractions import Fraction
 from functools import partial
 from typing import Any
 
@@ -16,9 +15,8 @@ from fedmerge.config import LEARNED_METHODS, ExperimentConfig, Lora
 from fedmerge.domain.catalog import Catalog
 from fedmerge.encoder.backbone import Backbone
 from fedmerge.encoder.lora import applied, fresh_adapter, layout_of
-from fedmerge.errors import ConfigError
 from fedmerge.federated.rounds import GlobalState, aggregate, aggregate_mean, fresh_seed, initial_state
-from fedmerge.federated.rules import MergeFunction, rule_named, rule_of, rule_parameters
+from fedmerge.federated.rules import MergeFunction, rule_named
 from fedmerge.federated.summed import num_summed
 from fedmerge.merging.candidate import Candidate, provenance_of_merge
 from fedmerge.merging.parameters import parse_parameters
@@ -94,24 +92,6 @@ def run_rounds(run: Run, backbone: Backbone, catalogs: Mapping[str, Catalog]) ->
         candidate = _candidate(run, backbone, state, members)
         write_candidate(run.folder, candidate, backbone.name)
     return members, candidate
-
-
-def check_rounds(config: ExperimentConfig) -> None:
-    """Refuse parameters that the rule does not have, and a trimmed mean of too few, before anything starts.
-
-    Raises:
-        ConfigError: which.
-    """
-    rule = config.rounds.rule
-    if rule is not None:
-        row = rule_of(lambda updates: next(iter(updates.values()))) if rule in LEARNED_METHODS else rule_named(rule)
-        parameters = rule_parameters(rule, row, parse_parameters(config.rounds.parameters))
-        clients = max(1, math.ceil(config.rounds.fraction * len(config.domains.train)))
-        if rule == "trimmed-mean" and math.floor(Fraction(str(parameters["trim"])) * clients) < 1:
-            raise ConfigError(
-                f"rounds.rule = 'trimmed-mean' with trim = {parameters['trim']} and {clients} clients in a round cuts "
-                "off nobody; raise trim in rounds.parameters to one over the clients, or name more domains"
-            )
 
 
 def _log_round(name: str, num_rounds: int, state: GlobalState) -> None:
