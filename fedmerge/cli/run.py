@@ -12,17 +12,17 @@ if TYPE_CHECKING:
 
 
 def add_commands(commands: "Commands") -> None:
-    """Add them to the parser."""
+    """Add the commands to the parser."""
     run = commands.add_parser("run", help="run an experiment through Flower's simulation engine")
     run.add_argument(
-        "config", type=config_file, nargs="?", help="experiment file, or a name that 'fedmerge configs' lists, as demo"
+        "config", type=config_file, nargs="?", help="experiment file, or a name from 'fedmerge configs', such as demo"
     )
     run.add_argument(
-        "--resume", metavar="RUN", help="go on with a run that was ended, by its folder or its name in runs/"
+        "--resume", metavar="RUN", help="resume an interrupted run, named by its folder or by its name in runs/"
     )
     add_overrides(run)
     add_app(run)
-    run.add_argument("--federation", metavar="NAME", help="run on the machines of a federation, not in a simulation")
+    run.add_argument("--federation", metavar="NAME", help="run on the machines of a federation instead of a simulation")
     run.set_defaults(command=_run)
 
     stop = commands.add_parser("stop", help="stop a run on the machines of a federation")
@@ -34,7 +34,7 @@ def add_commands(commands: "Commands") -> None:
     check.add_argument("config", type=config_file)
     add_overrides(check)
     check.add_argument(
-        "--federation", action="store_true", help="the data are on other machines: check the settings alone"
+        "--federation", action="store_true", help="check only the settings, because the data are on other machines"
     )
     check.set_defaults(command=_check)
 
@@ -48,7 +48,9 @@ def _run(options: argparse.Namespace) -> int:
     if options.resume is not None:
         config = with_absolute_paths(_config_to_resume(options.resume, options.config, options.overrides), Path.cwd())
     elif options.config is None:
-        raise ConfigError("run: name an experiment file, for example configs/demo.toml, or a run: --resume RUN.")
+        raise ConfigError(
+            "run: found neither an experiment nor --resume. Give an experiment, such as demo, or --resume RUN."
+        )
     else:
         config = with_absolute_paths(load_config(options.config, options.overrides), Path.cwd())
 
@@ -68,8 +70,8 @@ def _run_on_federation(options: argparse.Namespace) -> int:
         config = _config_to_resume(options.resume, options.config, options.overrides, to.operator)
     elif options.config is None:
         raise ConfigError(
-            "run: name an experiment file; without one a run is resumed only on the SuperLink's machine, where its "
-            "folder is."
+            "run: found no experiment file. Give one: a run can be resumed without it only on the SuperLink's machine, "
+            "where its folder is."
         )
     else:
         config = load_config(options.config, options.overrides)
@@ -83,12 +85,12 @@ def _stop(options: argparse.Namespace) -> int:
     from sim.machines.runs import find_connection, stop_run
 
     number = stop_run(options.run, find_connection(options.federation))
-    print(f"run {options.run}, Flower's number {number}: stopped; what is finished is kept")
+    print(f"run {options.run}, Flower's number {number}: stopped; finished parts are kept")
     return 0
 
 
 def _config_to_resume(run: str, path: Path | None, overrides: list[str], start: Path = Path()) -> "ExperimentConfig":
-    """The run's own configuration; with a file or --set, what they say, which must be the same."""
+    """Return the configuration of a run to resume: the given one, which must equal the run's own, or the run's own."""
     from fedmerge.config import load_config
     from fedmerge.runs.folder import CONFIG_FILE, run_to_resume
 

@@ -1,4 +1,4 @@
-"""One experiment, validated. Imports neither torch nor transformers, so a bad file is refused at once."""
+"""The validated configuration of an experiment. It imports neither torch nor transformers, so checking is fast."""
 
 from fedmerge.config.consistency import too_few_for_krum
 from fedmerge.config.experiment import ExperimentConfig

@@ -1,4 +1,4 @@
-"""Settings of several sections that contradict each other: run, rounds, learned merges, the gate, simulations.
+"""Contradictions between settings of several sections: run, rounds, learned merges, the gate, simulations.
 
 Every function yields one line for each contradiction: the keys, what was found, and the remedy.
 """
@@ -13,7 +13,7 @@ from fedmerge.config.training import Rounds
 
 
 def run_problems(resume: bool, run_id: str | None, domains: Domains, server: Server) -> Iterator[str]:
-    """Yield what keeps a run from being started or resumed at all."""
+    """Yield problems that keep a run from starting or resuming."""
     if resume and run_id is None:
         yield "resume = true, but run_id is 'none'; set run_id to the name of the run folder"
     if server.min_train_clients > len(domains.train):
@@ -37,7 +37,7 @@ def rounds_problems(rounds: Rounds, lora: Lora, domains: Domains) -> Iterator[st
 
 
 def too_few_for_krum(rounds: Rounds, num_domains: int) -> str:
-    """Return what is wrong if Krum or Multi-Krum has fewer than 2f + 3 clients in a round, else an empty text."""
+    """Return the problem if Krum or Multi-Krum has fewer than 2f + 3 clients in a round, else an empty text."""
     clients = rounds.clients_a_round(num_domains)
     given = dict(text.split("=", 1) for text in rounds.parameters).get("num_malicious", "1")
     if rounds.rule not in ("krum", "multi-krum") or not given.isdecimal() or clients >= 2 * int(given) + 3:
@@ -52,7 +52,7 @@ def too_few_for_krum(rounds: Rounds, num_domains: int) -> str:
 def learning_problems(
     merge: Merge, rounds: Rounds, through_clients: ThroughClients, server: Server, privacy: Privacy
 ) -> Iterator[str]:
-    """Yield why coefficients cannot be learned where the catalogs are, on the server or through the clients."""
+    """Yield problems of coefficients that are learned on the server or through the clients."""
     rule = rounds.rule
     learned = [name for name in (merge.methods if rule is None else (rule,)) if name in LEARNED_METHODS]
     if learned and privacy.learns_through_clients:
@@ -94,7 +94,7 @@ def _through_clients_problems(
 
 
 def admission_problems(admission: Admission, rounds: Rounds, privacy: Privacy, server: Server) -> Iterator[str]:
-    """Yield what the gate in front of the merge cannot see."""
+    """Yield checks of the admission gate that need what the server does not see."""
     if admission.probe_items and not privacy.sends_catalogs and server.catalogs is None:
         yield (
             f"admission.probe_items needs the catalogs, but privacy.policy = '{privacy.policy}' keeps them at "

@@ -1,4 +1,4 @@
-"""Experiments as files and as the flat scalars that Flower's run configuration knows.
+"""Experiments as TOML files, and as the flat scalars of Flower's run configuration.
 
 An experiment file is TOML with one table per section. A list is a comma-separated string and an absent value is
 ``"none"``; Python sees tuples and None.

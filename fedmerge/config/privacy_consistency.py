@@ -1,4 +1,4 @@
-"""Settings of several sections that break a promise of privacy: secure sums, transport, differential privacy.
+"""Contradictions between privacy settings of several sections: secure sums, transport, differential privacy.
 
 Every function yields one line for each contradiction: the keys, what was found, and the remedy.
 """
@@ -31,7 +31,7 @@ def transport_problems(privacy: Privacy, rounds: Rounds) -> Iterator[str]:
 def aggregate_only_problems(
     privacy: Privacy, merge: Merge, rounds: Rounds, num_domains: int, until: str
 ) -> Iterator[str]:
-    """Yield what a server cannot do that sees sums alone.
+    """Yield work of the server that needs single adapters, which a secure sum hides.
 
     Args:
         privacy, merge, rounds: the sections.
@@ -80,7 +80,7 @@ def dp_problems(
     privacy: Privacy,
     admission: Admission,
 ) -> Iterator[str]:
-    """Yield what the noise of a mode does not cover."""
+    """Yield settings that the noise of a mode does not cover."""
     own_users = privacy.learns_through_clients and through_clients.users == "own-users"
     learned = {*merge.methods} & LEARNED_METHODS
     if dp.mode == "user":

@@ -1,4 +1,4 @@
-"""Keys of earlier versions: what to write instead."""
+"""Keys of earlier versions, and their replacements."""
 
 _STUDY = "delete the line; {}. Other values: benchmarks/studies/study_mergerec.py"
 _SASREC = "delete the line; the sasrec baseline trains with fixed settings (fedmerge/client/baselines/sasrec.py)"

@@ -1,4 +1,4 @@
-"""What every section shares: strictness, the file forms of tuples and None, and the names that several sections use."""
+"""Shared parts of the sections: strictness, the file forms of tuples and None, and names that several sections use."""
 
 import types
 import typing
