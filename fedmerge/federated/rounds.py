@@ -252,6 +252,11 @@ def _advanced(
     return GlobalState(state.num_rounds + 1, adapter, starts, continuation == "frozen", moments, report)
 
 
+def steps_of_round(max_steps: int, number: int, num_rounds: int) -> int:
+    """Return the number of steps of a round (rounds count from 1): a share of all steps, and at least one."""
+    return max(1, max_steps * number // num_rounds - max_steps * (number - 1) // num_rounds)
+
+
 def fresh_seed(seed: int, num_rounds: int) -> int:
     """Return the seed of the fresh adapters that clients get after ``num_rounds`` rounds, for ``attach``."""
     return derive(seed, "lora-round", num_rounds)

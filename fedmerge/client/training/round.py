@@ -22,7 +22,7 @@ from fedmerge.client.training.loop import (
 from fedmerge.client.training.losses import proximal_term
 from fedmerge.config import Lora, Train
 from fedmerge.encoder.lora import applied
-from fedmerge.privacy.dp.agreement import steps_of_round
+from fedmerge.federated.rounds import steps_of_round
 
 
 @dataclass(frozen=True)

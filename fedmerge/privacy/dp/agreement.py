@@ -6,6 +6,7 @@ from typing import Any
 
 from fedmerge.config import ExperimentConfig
 from fedmerge.errors import ClientError, ConfigError
+from fedmerge.federated.rounds import steps_of_round
 from fedmerge.privacy.dp.accountant import agreed_noise
 from fedmerge.privacy.dp.domain_noise import domain_noise, domain_record
 from fedmerge.privacy.dp.releases import metric_releases, noised_answers, user_releases
@@ -13,11 +14,6 @@ from fedmerge.privacy.dp.releases import metric_releases, noised_answers, user_r
 _CHANCE = 1e-10  # probability that one entry leaves the range; a model has 1e5 to 1e8 entries
 LARGEST_ENTRY = 8.0  # of a trained update; a larger one shows that the training diverged
 _NOISE_TOLERANCE = 0.01  # relative; the client calibrates by itself, perhaps with other library versions
-
-
-def steps_of_round(max_steps: int, number: int, num_rounds: int) -> int:
-    """Return the number of steps of a round (rounds count from 1): a share of all steps, and at least one."""
-    return max(1, max_steps * number // num_rounds - max_steps * (number - 1) // num_rounds)
 
 
 def check_releases(config: ExperimentConfig) -> None:

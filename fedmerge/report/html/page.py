@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 
+from fedmerge.config import flatten
 from fedmerge.escaping import printable
 
 ABSENT = "–"
@@ -186,18 +187,8 @@ def folded(summary: str, *children: str) -> Html:
 
 def settings(values: Mapping[str, object]) -> Html:
     """Return nested settings as ``key = value`` lines with dotted keys."""
-    lines = [f"{key} = {value}" for key, value in _flat(values)]
+    lines = [f"{key} = {value}" for key, value in flatten(values).items()]
     return element("pre", "\n".join(lines) or ABSENT, tabindex=0)
-
-
-def _flat(values: Mapping[str, object], prefix: str = "") -> list[tuple[str, object]]:
-    found: list[tuple[str, object]] = []
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            found += _flat(value, f"{prefix}{key}.")
-        else:
-            found.append((f"{prefix}{key}", value))
-    return found
 
 
 def facts(pairs: Sequence[tuple[str, str]]) -> Html:
