@@ -94,7 +94,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("root", type=Path, help="folder of domain folders")
     parser.add_argument("domains", nargs="+")
-    parser.add_argument("--config", default="configs/amazon3.toml")
+    parser.add_argument("--config", type=Path, default=Path("configs/amazon3.toml"))
     parser.add_argument("--users", default="300,1000,4000")
     parser.add_argument("--draws", type=int, default=200)
     options = parser.parse_args()
