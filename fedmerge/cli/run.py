@@ -62,7 +62,7 @@ def _run(options: argparse.Namespace) -> int:
 def _run_on_federation(options: argparse.Namespace) -> int:
     from fedmerge.config import load_config
     from fedmerge.errors import ConfigError
-    from sim.local.check import check_for_federation
+    from sim.checks import check_for_federation
     from sim.machines.runs import find_connection, run_on_federation
 
     to = find_connection(options.federation)
@@ -102,7 +102,7 @@ def _config_to_resume(run: str, path: Path | None, overrides: list[str], start: 
 
 def _check(options: argparse.Namespace) -> int:
     from fedmerge.config import load_config, with_absolute_paths
-    from sim.local.check import check_for_federation, check_simulation
+    from sim.checks import check_for_federation, check_simulation
 
     config = load_config(options.config, options.overrides)
     if options.federation:

@@ -27,7 +27,7 @@ from fedmerge.report.bench.page import bench_page
 from fedmerge.report.bench_tables import read_bench_tables, write_bench_tables
 from fedmerge.report.tracking import FOLDER, write_tracking
 from fedmerge.runs.folder import CONFIG_FILE, locked
-from sim.local.check import check_simulations
+from sim.checks import check_simulations
 from sim.local.launch import MARK, SOCKET_FOLDER_LENGTH, end_processes
 from sim.local.run import run_experiment
 

@@ -24,7 +24,6 @@ import sys
 import tempfile
 import threading
 import time
-import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager, suppress
@@ -34,8 +33,8 @@ from types import FrameType
 from typing import Any
 
 from fedmerge import errors
-from fedmerge.config import flatten
-from fedmerge.errors import ClientError, ConfigError, RunDirError
+from fedmerge.errors import ClientError, ConfigError
+from sim.app_folder import copy_app
 
 COMPLETED = "finished:completed"
 MARK = "FEDMERGE_FEDERATION"
@@ -47,10 +46,6 @@ START_ATTEMPTS = 3  # flwr waits 15 s for a SuperLink, which a cold disk or a bu
 SOCKET_FOLDER_LENGTH = 20  # longest path of the temporary folder with which Ray's socket paths stay below 108 bytes
 # In memory, because a database would restart unfinished runs of an earlier SuperLink.
 FLOWER_CONFIG = '[superlink]\ndefault = "local"\n\n[superlink.local]\naddress = ":local-in-memory:"\n'
-APP_PROJECT = ("name", "version", "description", "license")  # the keys of [project] that travel
-PLAIN_PATTERN = re.compile(
-    r"[\w.-]+(/[\w.-]+)*(/\*\*/\*\.\w+)?"
-)  # patterns that Flower, as git, and glob interpret alike
 OFFLINE = {  # variables of every process of Flower
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
@@ -159,51 +154,6 @@ def run_federation(
         if not keep or not any(scratch.iterdir()):
             shutil.rmtree(scratch, ignore_errors=True)
     return FederationOutcome(run_id, status, details if keep else "", int(keep), scratch if keep else None)
-
-
-def copy_app(app_dir: Path, folder: Path) -> Path:
-    """Copy the files that an app's ``fab-include`` names, and of its pyproject.toml what Flower needs.
-
-    Flower builds the same bundle from the copy of a checkout and of an installed wheel, and its hash does not depend on
-    settings of tools or on development dependencies. The copy also saves time, since Flower first looks at every file
-    of a folder, and a checkout with its virtual environment has sixty thousand.
-
-    Args:
-        app_dir: folder of the app's pyproject.toml.
-        folder: destination of the copies.
-
-    Returns:
-        The folder to give to Flower. It is ``app_dir`` itself if ``fab-include`` has patterns other than files of the
-        root and ``folder/**/*.ending``, or if pyproject.toml cannot be read, which Flower then reports.
-
-    Raises:
-        RunDirError: the copies cannot be written.
-    """
-    try:
-        settings = tomllib.loads((app_dir / "pyproject.toml").read_text(encoding="utf-8"))
-        app = settings["tool"]["flwr"]["app"]
-        patterns = app["fab-include"]
-        if "fab-exclude" in app or not all(PLAIN_PATTERN.fullmatch(pattern) for pattern in patterns):
-            return app_dir
-        project = {key: settings["project"][key] for key in APP_PROJECT if key in settings["project"]}
-        # Flower requires itself among the dependencies; everything else is installed on every node with fedmerge.
-        project["dependencies"] = [name for name in settings["project"]["dependencies"] if name.startswith("flwr")]
-        reduced = flatten({"project": project, "tool": {"flwr": settings["tool"]["flwr"]}})
-    except (OSError, ValueError, LookupError, TypeError):
-        return app_dir
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lines = [f"{key} = {json.dumps(value)}\n" for key, value in reduced.items()]
-        (folder / "pyproject.toml").write_text("".join(lines), encoding="utf-8")
-        for pattern in (".gitignore", *patterns):
-            for file in app_dir.glob(pattern):
-                if file.is_file() and not file.is_symlink():
-                    copied = folder / file.relative_to(app_dir)
-                    copied.parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copyfile(file, copied)
-    except OSError as error:
-        raise RunDirError(f"{folder}: cannot be written ({error.strerror}). Make room, or set TMPDIR.") from error
-    return folder
 
 
 def flower_environment(home: Path, port: int, base: Mapping[str, str] | None = None) -> dict[str, str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from fedmerge.config import ExperimentConfig, to_toml
 from fedmerge.errors import ClientError, RunDirError
 from fedmerge.runs.folder import CONFIG_FILE, DONE, check_same_config, is_locked, locked, new_run_id
-from sim.local.check import check_simulation
+from sim.checks import check_simulation
 from sim.local.launch import run_federation
 
 FAILS_AGAIN = ("ConfigError", "PolicyError")  # a resumed run has the same configuration, so these recur

@@ -4,8 +4,8 @@ import tempfile
 from pathlib import Path
 
 from fedmerge.organisation.app import app_sha256
+from sim.app_folder import copy_app
 from sim.flower_internals import build_fab_from_disk
-from sim.local.launch import copy_app
 
 
 def build_app(app_dir: Path) -> bytes:

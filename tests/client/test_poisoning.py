@@ -17,7 +17,7 @@ from fedmerge.device import resolve_compute
 from fedmerge.domain.interactions import interactions_fingerprint
 from fedmerge.encoder.backbone import load_backbone
 from fedmerge.errors import ConfigError, PolicyError
-from sim.local.check import check_simulation
+from sim.checks import check_simulation
 
 ALL_PREFIXES = Train()
 

@@ -16,7 +16,7 @@ from fedmerge.domain.demo import write_demo
 from fedmerge.errors import PolicyError, RunDirError
 from fedmerge.organisation.app import app_sha256, check_app, check_contents, installed_code
 from fedmerge.organisation.folder import approve_app, approved_apps, init_client, read_client
-from sim.local.launch import copy_app
+from sim.app_folder import copy_app
 from sim.machines.app_bundle import build_app, submitted_sha256
 from sim.machines.executor import check
 
