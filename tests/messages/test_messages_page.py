@@ -4,8 +4,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from fedmerge.evaluation.ranks import METRICS
+from fedmerge.evaluation.sums import metric_sums
 from fedmerge.privacy.secagg.state import Advertisement
 from fedmerge.privacy.signatures import Signature
 from sim.app.messages import records, secure_sum
@@ -39,6 +42,11 @@ def test_every_message_has_a_row() -> None:
 def test_every_field_of_a_record_is_listed(record: Any) -> None:
     names = [field.name for field in fields(record)]
     assert [name for name in names if f"`{name}`" not in PAGE and f"`signature.{name}`" not in PAGE] == []
+
+
+def test_every_entry_of_metric_sums_is_listed() -> None:
+    sums = metric_sums({"backbone": np.zeros((2, len(METRICS)))}, "masked")
+    assert [key for key in sums.to_dict() if f"`{key}`" not in PAGE] == []
 
 
 def test_every_entry_of_a_training_report_is_listed() -> None:
