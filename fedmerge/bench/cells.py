@@ -52,8 +52,7 @@ from fedmerge.evaluation.sums import VARIANTS, MetricSums, Variant, metric_sums
 from fedmerge.federated.rounds import aggregate, initial_state
 from fedmerge.federated.rules import rule_named
 from fedmerge.files import read_json, whole_folder, write_bytes, write_json
-from fedmerge.mergerec.variants import learned_labels
-from fedmerge.merging.candidate import Candidate, Provenance, provenance_of_merge
+from fedmerge.merging.candidate import Candidate, Origin, Provenance
 from fedmerge.merging.parameters import parse_parameters
 from fedmerge.privacy.policy import check_enough_users
 from fedmerge.runs.checkpoints import (
@@ -66,7 +65,7 @@ from fedmerge.runs.checkpoints import (
 )
 from fedmerge.runs.folder import environment
 from fedmerge.runs.round_checkpoints import round_records
-from fedmerge.server.candidates import merge_candidates
+from fedmerge.server.candidates import candidate_of_rounds, learn_from_catalogs, merge_candidates, recipe_of
 from fedmerge.server.gate import check_experts, leave_one_out_merges, votes_of
 
 MERGES = "merges.json"
@@ -204,20 +203,24 @@ def write_merges(result: Path, config: ExperimentConfig, run: Path, without: tup
         write_candidate(result.parent, _one_round(config, StoredExperts(run, sources), sources), config.backbone.source)
         _write_merges(result, read_candidates(result.parent, sources).values(), started)
         return
-    policy = config.privacy.policy
-    if policy == "catalog-private":  # the cell computes the clients' result, and reads catalogs in their place
-        config = config.model_copy(update={"privacy": config.privacy.model_copy(update={"policy": "adapter+catalog"})})
-    learned = bool(learned_labels(config))
-    backbone = backbone_of(config.backbone, config.runtime) if learned else None
+    origin, recipe = Origin(sources, None, config.privacy.policy), replace(recipe_of(config), at_clients=False)
+    variants, experts = recipe.variants(), StoredExperts(run, sources)
+    learn = None
+    if any(variant.granularity for variant in variants):
+        public = not config.privacy.learns_through_clients  # else the cell reads catalogs in place of the clients
+        backbone, catalogs = backbone_of(config.backbone, config.runtime), _catalogs(config, sources, public)
+        learn, origin = (
+            learn_from_catalogs(backbone, experts, catalogs, config.text),
+            replace(origin, backbone=backbone.record),
+        )
     candidates = merge_candidates(
-        backbone,
-        StoredExperts(run, sources),
-        _catalogs(config, sources, public=policy != "catalog-private") if learned else {},
-        config,
+        experts,
+        variants,
+        origin,
+        recipe,
+        learn=learn,
         finished=read_candidates(result.parent, sources),
-        keep=lambda made: write_candidate(
-            result.parent, replace(made, provenance=replace(made.provenance, policy=policy)), config.backbone.source
-        ),
+        keep=lambda made: write_candidate(result.parent, made, config.backbone.source),
     )
     _write_merges(result, candidates, started)
 
@@ -243,13 +246,9 @@ def _one_round(config: ExperimentConfig, experts: Mapping[str, Adapter], sources
     }
     parameters = parse_parameters(config.rounds.parameters)
     state = aggregate(rule, initial_state(starts), adapters, None, seed=config.seed, **parameters)
-    label = f"{rule} 1 round"
-    provenance = replace(
-        provenance_of_merge(label, rule, state.adapter, sources, config.privacy.policy, None),
-        parameters=config.rounds.model_dump(mode="json"),
-        rounds=[asdict(state.report)] if state.report else [],
-    )
-    return Candidate(label, rule, state.adapter, provenance)
+    aggregations = [asdict(state.report)] if state.report else []
+    origin = Origin(sources, None, config.privacy.policy)
+    return candidate_of_rounds(state.adapter, config.rounds, aggregations, origin)
 
 
 def _take_rounds(result: Path, run: Path, started: float) -> None:

@@ -22,7 +22,6 @@ from fedmerge.evaluation.sums import VARIANTS, MetricSums, Variant
 from fedmerge.federated.rules import rule_named
 from fedmerge.federated.summed import num_summed
 from fedmerge.files import read_json
-from fedmerge.mergerec.variants import labels_from_catalogs
 from fedmerge.merging.candidate import Provenance
 from fedmerge.privacy.dp.releases import coefficient_messages
 from fedmerge.report.bench_tables import EVERY_FOLD, BenchTables
@@ -161,7 +160,7 @@ def _cost(grid: Grid, place: Place, strategy: str) -> dict[str, Any]:
         seconds = sum(client["seconds"] for client in clients)
     gate = grid.gate(place, strategy)
     probed = gate is not None and config.admission.probe_items is not None
-    if (labels_from_catalogs(config) or probed) and config.server.catalogs is None:
+    if (config.methods_from_catalogs or probed) and config.server.catalogs is None:
         root = domains_root(config.domains.root, config.cache_dir)
         up += sum((root / domain / CATALOG_FILE).stat().st_size for domain in sent)
     judged = (read_json(gate) or {}) if gate else {}

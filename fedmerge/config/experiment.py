@@ -13,7 +13,7 @@ from fedmerge.config.consistency import (
     run_problems,
     simulation_problems,
 )
-from fedmerge.config.merging import AdaMerging, Merge, MergeRec, ThroughClients
+from fedmerge.config.merging import LEARNED_METHODS, AdaMerging, Merge, MergeRec, ThroughClients
 from fedmerge.config.model import BackboneSection, Domains, Lora, Text
 from fedmerge.config.privacy import DP, Privacy
 from fedmerge.config.privacy_consistency import aggregate_only_problems, dp_problems, transport_problems
@@ -64,6 +64,16 @@ class ExperimentConfig(Section):
     dp: DP = DP()
     runtime: Runtime = Runtime()
     simulation: Simulation = Simulation()
+
+    @property
+    def methods_from_catalogs(self) -> tuple[str, ...]:
+        """The merging methods, or the rule of rounds, whose coefficients the server learns from the catalogs."""
+        if self.privacy.learns_through_clients:
+            return ()
+        methods = self.merge.methods if self.until == "report" else ()
+        if self.rounds.rule is not None:
+            methods = (self.rounds.rule,)
+        return tuple(method for method in methods if method in LEARNED_METHODS)
 
     @model_validator(mode="after")
     def _consistent(self) -> ExperimentConfig:

@@ -54,6 +54,11 @@ class Backbone:
     compute: Compute
 
     @property
+    def record(self) -> dict[str, str | None]:
+        """Name and hash, as written into the provenance of adapters."""
+        return {"name": self.name, "sha256": self.sha256}
+
+    @property
     def device(self) -> torch.device:
         """The device of the model."""
         return self.compute.device

@@ -8,8 +8,8 @@ from fedmerge.merging.candidate import Provenance
 
 COEFFICIENTS = "coefficients.png"
 LOSSES = "losses.png"
-MOST_INCHES = 60  # of a picture of many domains or layers
-SMOOTHED = 25  # steps of the running mean that is drawn over the losses of single steps
+MOST_INCHES = 60  # longest side of a picture with many domains or layers
+SMOOTHED = 25  # steps of the running mean, drawn over the losses of single steps
 
 
 def draw_learned(folder: Path, provenance: Provenance) -> None:
@@ -53,7 +53,7 @@ def _draw_losses(
 ) -> None:
     from matplotlib.figure import Figure  # noqa: PLC0415 - as above
 
-    names = list(losses[0]) if len(losses[0]) > 2 else ["total"]  # a sum of one term is that term, but for its weight
+    names = list(losses[0]) if len(losses[0]) > 2 else ["total"]  # with one term, "total" is that term times its weight
     figure = Figure(figsize=(6.4, 1.0 + 1.7 * len(names)), layout="constrained")
     for name, axes in zip(names, figure.subplots(len(names), sharex=True, squeeze=False)[:, 0], strict=True):
         values = [step[name] for step in losses]

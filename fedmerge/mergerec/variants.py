@@ -2,57 +2,66 @@
 
 from dataclasses import replace
 
-from fedmerge.config import LEARNED_METHODS, ExperimentConfig, MergeRec
+from fedmerge.config import LEARNED_METHODS, AdaMerging, MergeRec, ThroughClients
 from fedmerge.errors import MergeError
 from fedmerge.mergerec.objective import ADAMERGING, PAPER, CollaborativeSettings
+from fedmerge.merging.candidate import MergeVariant
 
 
-def learned_variants(config: ExperimentConfig, method: str) -> dict[str, CollaborativeSettings]:
-    """Label -> settings of every variant of a learned method, in order."""
-    section = config.mergerec
-    settings, granularities = settings_of(section), section.granularities
-    if method == "adamerging":
-        granularities = config.adamerging.granularities
-        settings = replace(
-            ADAMERGING,
-            steps=config.adamerging.steps,
-            pseudo_users=section.pseudo_users,
-        )
-    own_users = " own-users" if config.through_clients.users == "own-users" else ""
-    return {
-        f"{method} {granularity}-wise{own_users}": replace(settings, granularity=granularity, seed=config.seed)
-        for granularity in granularities
-    }
+def learned_variants(
+    method: str, mergerec: MergeRec, adamerging: AdaMerging, through_clients: ThroughClients
+) -> list[MergeVariant]:
+    """Return every variant of a learned method, in order.
+
+    Args:
+        method: "mergerec" or "adamerging".
+        mergerec, adamerging: the sections of the two methods.
+        through_clients: section that says whose users the coefficients are learned from.
+    """
+    section = adamerging if method == "adamerging" else mergerec
+    own_users = through_clients.users == "own-users"
+    return [MergeVariant(method, granularity=each, own_users=own_users) for each in section.granularities]
 
 
-def settings_of(section: MergeRec) -> CollaborativeSettings:
-    """Return the settings of ``[mergerec]``; its preset also decides those that an experiment file does not have."""
-    keys = section.model_dump(exclude={"granularities", "preset"})
-    return replace(PAPER if section.preset == "paper" else CollaborativeSettings(), **keys)
-
-
-def learned_settings(config: ExperimentConfig, label: str) -> CollaborativeSettings:
-    """The settings of one variant.
+def learned_variant(
+    name: str, mergerec: MergeRec, adamerging: AdaMerging, through_clients: ThroughClients
+) -> MergeVariant:
+    """Return the learned variant with a name; for the sections see :func:`learned_variants`.
 
     Raises:
         MergeError: the experiment has no such variant.
     """
-    variants = {name: of for method in sorted(LEARNED_METHODS) for name, of in learned_variants(config, method).items()}
-    if label not in variants:
-        raise MergeError(f"learned merges: found {label!r}, expected one of {', '.join(variants)}; correct the label")
-    return variants[label]
+    variants = {
+        variant.name: variant
+        for method in sorted(LEARNED_METHODS)
+        for variant in learned_variants(method, mergerec, adamerging, through_clients)
+    }
+    if name not in variants:
+        raise MergeError(f"learned merges: found {name!r}, expected one of {', '.join(variants)}; correct the label")
+    return variants[name]
 
 
-def learned_labels(config: ExperimentConfig) -> set[str]:
-    """The labels of all learned merges."""
-    if config.rounds.rule is not None:
-        return {str(config.rounds.rule)} & LEARNED_METHODS
-    if config.until == "train":
-        return set()
-    methods = [method for method in config.merge.methods if method in LEARNED_METHODS]
-    return {label for method in methods for label in learned_variants(config, method)}
+def learned_settings(
+    variant: MergeVariant, mergerec: MergeRec, adamerging: AdaMerging, seed: int
+) -> CollaborativeSettings:
+    """Return the settings of a learned variant; AdaMerging has the pseudo-users of ``[mergerec]``.
+
+    Raises:
+        MergeError: the variant is not of a learned method.
+    """
+    if variant.granularity is None:
+        raise MergeError(f"learned merges: found {variant.label!r}, expected a variant with a granularity")
+    settings = mergerec_settings(mergerec)
+    if variant.method == "adamerging":
+        settings = replace(
+            ADAMERGING,
+            steps=adamerging.steps,
+            pseudo_users=mergerec.pseudo_users,
+        )
+    return replace(settings, granularity=variant.granularity, seed=seed)
 
 
-def labels_from_catalogs(config: ExperimentConfig) -> set[str]:
-    """The labels of the merges that the server learns itself, from catalogs."""
-    return set() if config.privacy.learns_through_clients else learned_labels(config)
+def mergerec_settings(section: MergeRec) -> CollaborativeSettings:
+    """Return the settings of ``[mergerec]``; its preset also decides those that an experiment file does not have."""
+    keys = section.model_dump(exclude={"granularities", "preset"})
+    return replace(PAPER if section.preset == "paper" else CollaborativeSettings(), **keys)

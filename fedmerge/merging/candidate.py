@@ -1,15 +1,93 @@
-"""A merge that validation can select, and its provenance, the content of ``provenance.json``."""
+"""A merge that validation can select: its variant, its origin and its provenance.
+
+MergeVariant  a method and the values that distinguish it from the method's other variants
+Origin        the facts that all merges of the same adapters share
+Provenance    the content of ``provenance.json``
+Candidate     an adapter and its provenance
+"""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from fedmerge.adapter import Adapter
 
+LONGEST_NAMES = 100  # characters of the excluded domains in a label, which becomes the name of a folder
+
 _SETTINGS = ("scope", "space", "output_rank", "seed")
+
+
+@dataclass(frozen=True)
+class MergeVariant:
+    """One way to merge. Its label is derived from these values; no code reads them from a label.
+
+    Attributes:
+        method: name in METHODS, a rule of rounds, or ``package.module:function``.
+        parameters: given parameters of a training-free method, in the order of the label; the others have defaults.
+        granularity: granularity of learned coefficients; None for other merges.
+        own_users: True for coefficients that clients learn from their own users.
+        num_rounds: number of rounds of a federation over rounds; None for other merges.
+        without: domains that this merge leaves out and other merges of the same run do not.
+    """
+
+    method: str
+    parameters: Mapping[str, float] = field(default_factory=dict)
+    granularity: Literal["domain", "layer"] | None = None
+    own_users: bool = False
+    num_rounds: int | None = None
+    without: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The label, but for ``without``; messages to clients contain it, whichever domains are merged."""
+        from fedmerge.merging.methods import METHODS  # noqa: PLC0415 - torch, as in provenance_of_merge
+
+        is_linear = self.method in METHODS and METHODS[self.method].coefficients is not None
+        words = [self.method]
+        for key, value in self.parameters.items():
+            words.append(f"{value:g}" if is_linear else f"{key} {value:g}")  # a linear method has one parameter at most
+        if self.granularity is not None:
+            words.append(f"{self.granularity}-wise")
+        if self.own_users:
+            words.append("own-users")
+        if self.num_rounds is not None:
+            words.append(f"{self.num_rounds} round{'s' * (self.num_rounds > 1)}")
+        return " ".join(words)
+
+    @property
+    def label(self) -> str:
+        """Name of the merge, unique in a run, such as ``task-arithmetic 0.4``."""
+        if not self.without:
+            return self.name
+        names = " ".join(self.without)
+        if len(names) > LONGEST_NAMES:
+            names = f"{len(self.without)} domains {hashlib.sha256(names.encode()).hexdigest()[:8]}"
+        return f"{self.name} without {names}"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The facts that all merges of the same adapters share; :class:`Provenance` explains them.
+
+    Attributes:
+        domains: domain -> hash of its adapter; an empty text where the server has none.
+        backbone: name and sha256 of the backbone; None if unknown.
+        policy: ``privacy.policy`` of the run.
+        excluded: domain -> reason.
+        is_remerge: True if the adapters existed before.
+        run: id of the run that trained them, in that case.
+    """
+
+    domains: Mapping[str, str]
+    backbone: Mapping[str, str | None] | None
+    policy: str
+    excluded: Mapping[str, str] = field(default_factory=dict)
+    is_remerge: bool = False
+    run: str | None = None
 
 
 @dataclass(frozen=True)
@@ -109,26 +187,21 @@ _HEAD = ("label", "method", "domains", "rank", "excluded", "policy", "backbone",
 _ORDER = (*_HEAD, *(each.name for each in fields(Provenance) if each.name not in (*_HEAD, "is_remerge")))
 
 
-def provenance_of_merge(
-    label: str,
-    method: str,
-    adapter: Adapter,
-    domains: Mapping[str, str],
-    policy: str,
-    backbone: Mapping[str, str | None] | None,
-) -> Provenance:
+def provenance_of_merge(variant: MergeVariant, adapter: Adapter, origin: Origin) -> Provenance:
     """Return what every merge of a run records; the caller adds the entries of its method."""
     from fedmerge.adapter import adapter_sha256  # noqa: PLC0415 - torch, which readers of provenance.json do without
 
     return Provenance(
-        label=label,
-        method=method,
-        domains=dict(domains),
+        label=variant.label,
+        method=variant.method,
+        domains=dict(origin.domains),
         rank=largest_rank(adapter),
-        excluded={},
-        policy=policy,
-        backbone=backbone,
+        excluded=dict(origin.excluded),
+        policy=origin.policy,
+        backbone=origin.backbone,
         sha256=adapter_sha256(adapter),
+        is_remerge=origin.is_remerge,
+        run=origin.run,
     )
 
 
@@ -139,16 +212,22 @@ def largest_rank(adapter: Adapter) -> int:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One merge.
+    """One merge. Two are equal if their provenance is, which contains the hash of the adapter.
 
     Attributes:
-        label: unique in the run, e.g. ``task-arithmetic 0.4``.
-        method: row of METHODS.
         adapter: the merged adapter.
         provenance: its origin.
     """
 
-    label: str
-    method: str
-    adapter: Adapter
+    adapter: Adapter = field(compare=False)
     provenance: Provenance = field(repr=False)
+
+    @property
+    def label(self) -> str:
+        """Name of the merge, unique in a run, such as ``task-arithmetic 0.4``."""
+        return self.provenance.label or self.provenance.method
+
+    @property
+    def method(self) -> str:
+        """The method, of whose variants validation selects one."""
+        return self.provenance.method

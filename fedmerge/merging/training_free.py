@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -56,12 +56,18 @@ class MergedAdapter:
             rank=largest_rank(self.adapter),
             backbone=backbone,
             sha256=adapter_sha256(self.adapter),
-            parameters=dict(self.parameters),
-            coefficients=dict(self.coefficients),
-            coefficient_groups=["all"],
-            settings=dict(self.settings),
-            residuals=dict(self.residuals),
+            **self.entries(),
         )
+
+    def entries(self) -> dict[str, Any]:
+        """Return the entries of the provenance that depend on the method."""
+        return {
+            "parameters": dict(self.parameters),
+            "coefficients": dict(self.coefficients),
+            "coefficient_groups": ["all"],
+            "settings": dict(self.settings),
+            "residuals": dict(self.residuals),
+        }
 
 
 def merge_adapters(

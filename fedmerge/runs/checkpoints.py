@@ -126,7 +126,7 @@ def read_candidates(run_dir: Path, sources: Mapping[str, str]) -> dict[str, Cand
             provenance = Provenance.from_dict(read_json(folder / "provenance.json"))
             adapter, sha256 = read_verified(folder)
             if provenance.label and provenance.domains == dict(sources) and provenance.sha256 == sha256:
-                found[provenance.label] = Candidate(provenance.label, provenance.method, adapter, provenance)
+                found[provenance.label] = Candidate(adapter, provenance)
         except (FedMergeError, OSError, LookupError, TypeError, AttributeError):
             continue
     return found

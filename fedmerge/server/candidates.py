@@ -1,18 +1,27 @@
-"""Every merge that an experiment asks for, and the choice among their variants on validation."""
+"""Every merge that an experiment asks for: from its experts, from their mean in a secure sum, or after rounds."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
-from functools import cache
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache, lru_cache, partial
 from itertools import product
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
 import torch
 
-from fedmerge.adapter import Adapter, adapter_sha256
-from fedmerge.config import ExperimentConfig
+from fedmerge.adapter import Adapter
+from fedmerge.config import (
+    DP,
+    AdaMerging,
+    ExperimentConfig,
+    Lora,
+    Merge,
+    MergeRec,
+    Rounds,
+    Text,
+    ThroughClients,
+)
 from fedmerge.domain.catalog import Catalog
 from fedmerge.encoder.backbone import Backbone
 from fedmerge.errors import MergeError, PolicyError
@@ -21,214 +30,251 @@ from fedmerge.mergerec.coefficients import LearnedCoefficients, Progress, start_
 from fedmerge.mergerec.learn import learn_coefficients, student_vectors
 from fedmerge.mergerec.objective import CollaborativeSettings
 from fedmerge.mergerec.pseudo_users import PseudoDomain, pseudo_domains
-from fedmerge.mergerec.variants import learned_variants
+from fedmerge.mergerec.variants import learned_settings, learned_variants
 from fedmerge.mergerec.vectors import Vectors, initial_vectors, merge_vectors
-from fedmerge.merging.candidate import Candidate, provenance_of_merge
+from fedmerge.merging.candidate import Candidate, MergeVariant, Origin, provenance_of_merge
 from fedmerge.merging.methods import method_coefficients, method_named
-from fedmerge.merging.parameters import Value
 from fedmerge.merging.stack import Stack, linear_merge_of_many, stack_adapters, survey_adapters
 from fedmerge.merging.training_free import merge_stack
-from fedmerge.privacy.dp.domain_noise import average_with_noise, domain_noise, domain_record
+from fedmerge.privacy.dp.accountant import agreed_noise
+from fedmerge.privacy.dp.domain_noise import average_with_noise, domain_record
 from fedmerge.privacy.dp.randomness import source
+from fedmerge.privacy.dp.releases import Counted, domain_releases
 
 logger = logging.getLogger(__name__)
 
-Learn = Callable[[str, CollaborativeSettings, Vectors], LearnedCoefficients]
-"""(label, settings, vectors) -> coefficients."""
+Learn = Callable[[MergeVariant, CollaborativeSettings, Vectors], LearnedCoefficients]
+"""(variant, settings, vectors) -> coefficients."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The settings of an experiment that its merges depend on.
+
+    Attributes:
+        merge, mergerec, adamerging, through_clients: sections of the configuration.
+        seed: seed of all draws.
+        average_with_noise: the merge of ``dp.mode = 'domain-central'``: adapters -> noised average and its record for
+            the provenance; None without noise.
+        at_clients: True if coefficients are learned through the clients, False if from catalogs in this process.
+    """
+
+    merge: Merge
+    mergerec: MergeRec
+    adamerging: AdaMerging
+    through_clients: ThroughClients
+    seed: int
+    average_with_noise: Callable[[Mapping[str, Adapter]], tuple[Adapter, Mapping[str, Any]]] | None = None
+    at_clients: bool = False
+
+    def variants(self, without: Sequence[str] = ()) -> list[MergeVariant]:
+        """Return every variant of every method, in order, as merges without some domains of the run."""
+        variants = [variant for method in self.merge.methods for variant in self.variants_of(method)]
+        return [replace(variant, without=tuple(without)) for variant in variants]
+
+    def variants_of(self, method: str) -> list[MergeVariant]:
+        """Return every variant of one method, in order."""
+        if method_named(method).learned:
+            return learned_variants(method, self.mergerec, self.adamerging, self.through_clients)
+        return training_free_variants(method, self.merge)
+
+
+def recipe_of(config: ExperimentConfig) -> Recipe:
+    """Return the recipe of an experiment."""
+    noise = None
+    if config.dp.mode == "domain-central":
+        noise = partial(
+            _noised_average, dp=config.dp, releases=domain_releases(config), lora=config.lora, seed=config.seed
+        )
+    return Recipe(
+        config.merge,
+        config.mergerec,
+        config.adamerging,
+        config.through_clients,
+        config.seed,
+        noise,
+        at_clients=config.privacy.learns_through_clients,
+    )
+
+
+def training_free_variants(method: str, merge: Merge) -> list[MergeVariant]:
+    """Return every variant of a training-free method, in order: each density with each coefficient."""
+    row = method_named(method)
+    lists = {"density": merge.densities, "coefficient": merge.coefficients}
+    if row.coefficients is not None:
+        lists = {"coefficient": merge.task_arithmetic_coefficients}
+    varied = {key: values for key, values in lists.items() if values and key in row.parameters}
+    return [MergeVariant(method, dict(zip(varied, values, strict=True))) for values in product(*varied.values())]
 
 
 def merge_candidates(
-    backbone: Backbone | None,
     adapters: Mapping[str, Adapter],
-    catalogs: Mapping[str, Catalog],
-    config: ExperimentConfig,
+    variants: Sequence[MergeVariant],
+    origin: Origin,
+    recipe: Recipe,
     progress: Callable[[str], None] = lambda line: None,
     *,
-    details: Mapping[str, Any] = MappingProxyType({}),
+    learn: Learn | None = None,
     finished: Mapping[str, Candidate] = MappingProxyType({}),
     keep: Callable[[Candidate], None] = lambda candidate: None,
-    through_clients: Learn | None = None,
 ) -> list[Candidate]:
-    """Make every merge of the configuration.
+    """Make merges, in order.
 
-    Linear methods (average, task arithmetic) ask for the adapters one at a time: from a mapping that reads them from
-    disk the memory does not grow with the number of domains. The others hold the factors of all of them, and the dense
-    updates of one module; learned ones the factors, and of every catalog the tokens and two matrices of item vectors.
+    Linear methods (average, task arithmetic) read one adapter at a time, so with a mapping that reads from disk their
+    memory does not grow with the number of domains. The others hold the factors of all adapters and the dense updates
+    of one module.
 
     Args:
-        backbone: the frozen encoder; learned methods run it, for the others it may be None.
         adapters: domain -> expert.
-        catalogs: domain -> catalog, needed for learned methods only.
-        config: methods and their variants.
-        progress: receives one line now and then.
-        details: fields that every provenance gets, in place of its own values.
-        finished: label -> a merge of the same experts that was made before and is not made again.
+        variants: the merges to make, such as ``recipe.variants()``.
+        origin: hashes of the experts and what else is known of them.
+        recipe: settings that the variants share.
+        progress: receives lines about the progress.
+        learn: learns the coefficients of learned methods; None if this process cannot.
+        finished: label -> a merge of the same experts that exists already.
         keep: receives every other merge as soon as it is made.
-        through_clients: learns the coefficients of learned methods in place of this process, which then needs neither
-            backbone nor catalogs for them.
 
     Raises:
+        PolicyError: a learned method without ``learn``, since the clients keep the catalogs.
         MergeError: a learned method without the backbone or without the catalogs of all domains.
-        PolicyError: learning from catalogs under a policy that keeps them at the clients.
     """
     layout = survey_adapters(adapters)
-    sources = {domain: adapter_sha256(adapters[domain]) for domain in layout.domains}
+    origin = replace(origin, domains={domain: origin.domains[domain] for domain in layout.domains})
     candidates: list[Candidate] = []
 
     @cache
     def stack() -> Stack:
         return stack_adapters(adapters)
 
-    @cache
-    def pseudo(encoder: Backbone) -> dict[str, PseudoDomain]:
-        return pseudo_domains(
-            encoder,
-            adapters,
-            catalogs,
-            config.text,
-            kind=config.mergerec.pseudo_users,
-            seed=config.seed,
-            progress=progress,
-        )
+    @lru_cache(maxsize=1)
+    def vectors_of(initialisation: str) -> Vectors:
+        return initial_vectors(stack(), initialisation)
 
-    def add_sum(label: str, method: str, coefficients: Any, vectors: Vectors | None = None, **own: Any) -> None:
-        if config.dp.mode == "domain-central":
-            adapter, own["privacy"] = _noised_average(adapters, config)
+    def linear(coefficients: torch.Tensor, vectors: Vectors | None = None) -> tuple[Adapter, dict[str, Any]]:
+        entries: dict[str, Any] = {
+            "coefficients": dict(zip(layout.domains, coefficients.tolist(), strict=True)),
+            "coefficient_groups": list(layout.groups) if coefficients.ndim == 2 else ["all"],
+        }
+        if recipe.average_with_noise is not None:
+            adapter, entries["privacy"] = recipe.average_with_noise(adapters)
         elif vectors is None or isinstance(vectors, Stack):
             adapter = linear_merge_of_many(adapters, layout, coefficients)
         else:
             adapter = merge_vectors(vectors, coefficients)
-        own |= {
-            "coefficients": dict(zip(layout.domains, np.asarray(coefficients).tolist(), strict=True)),
-            "coefficient_groups": list(layout.groups) if np.ndim(coefficients) == 2 else ["all"],
-        }
-        add(label, method, adapter, **own)
+        return adapter, entries
 
-    def add(label: str, method: str, adapter: Adapter, **own: Any) -> None:
-        known: dict[str, str | None] | None = None
-        if backbone is not None:
-            known = {"name": backbone.name, "sha256": backbone.sha256}
-        provenance = provenance_of_merge(label, method, adapter, sources, config.privacy.policy, known)
-        candidates.append(Candidate(label, method, adapter, replace(provenance, **{**details, **own})))
-        keep(candidates[-1])
-        progress(f"merged: {label}")
-
-    def made_before(label: str) -> bool:
-        if label in finished:
-            candidates.append(finished[label])
-            progress(f"merged before: {label}")
-        return label in finished
-
-    for method in config.merge.methods:
-        row = method_named(method)
+    def make(variant: MergeVariant) -> tuple[Adapter, dict[str, Any]]:
+        """Return the adapter and the entries of its provenance that depend on the method."""
+        row = method_named(variant.method)
         if row.coefficients is not None:
-            for label, parameters in linear_variants(method, config):
-                if not made_before(label):
-                    add_sum(label, method, method_coefficients(method, layout, **parameters), parameters=parameters)
-        elif not row.learned:
-            for label, parameters in _variants(method, config):
-                if not made_before(label):
-                    merged = merge_stack(
-                        stack(),
-                        method,
-                        scope=config.merge.scope if row.rows else "tensor",
-                        space=config.merge.space,
-                        output_rank=config.merge.output_rank or "exact",
-                        seed=config.seed,
-                        **parameters,
-                    )
-                    record = merged.provenance(sources, None)
-                    entries = ("parameters", "coefficients", "coefficient_groups", "settings", "residuals")
-                    add(label, method, merged.adapter, **{key: getattr(record, key) for key in entries})
-        else:
-            missing = [label for label in learned_variants(config, method) if not made_before(label)]
-            if not missing:
-                continue
-            learn = through_clients or _learner_from_catalogs(method, backbone, pseudo, config, progress)
-            learned = _learn(method, missing, stack(), config, learn)
-            for label, coefficients, vectors, own in learned:
-                add_sum(label, method, coefficients, vectors, **own)
+            adapter, entries = linear(method_coefficients(variant.method, layout, **variant.parameters))
+            return adapter, {"parameters": variant.parameters, **entries}
+        if not row.learned:
+            made = merge_stack(
+                stack(),
+                variant.method,
+                scope=recipe.merge.scope if row.rows else "tensor",
+                space=recipe.merge.space,
+                output_rank=recipe.merge.output_rank or "exact",
+                seed=recipe.seed,
+                **variant.parameters,
+            )
+            return made.adapter, made.entries()
+        if learn is None:
+            raise PolicyError(
+                f"{variant.method}: privacy.policy = 'catalog-private' keeps the catalogs at the clients, so its "
+                "coefficients are learned in a federation (fedmerge run). Leave the method out of merge.methods, or "
+                "set another privacy.policy."
+            )
+        settings = learned_settings(variant, recipe.mergerec, recipe.adamerging, recipe.seed)
+        vectors = vectors_of(settings.initialisation)
+        learned = learn(variant, settings, vectors)
+        adapter, entries = linear(learned.coefficients, vectors)
+        if recipe.at_clients:
+            entries["through_clients"] = recipe.through_clients.model_dump()
+        return adapter, {**entries, **_learned_entries(settings, learned)}
+
+    for variant in variants:
+        if variant.label in finished:
+            candidates.append(finished[variant.label])
+            progress(f"merged before: {variant.label}")
+            continue
+        adapter, entries = make(variant)
+        provenance = replace(provenance_of_merge(variant, adapter, origin), **entries)
+        candidates.append(Candidate(adapter, provenance))
+        keep(candidates[-1])
+        progress(f"merged: {variant.label}")
     return candidates
 
 
-def _learner_from_catalogs(
-    method: str,
-    backbone: Backbone | None,
-    pseudo: Callable[[Backbone], dict[str, PseudoDomain]],
-    config: ExperimentConfig,
-    progress: Callable[[str], None],
-) -> Learn:
-    """What learns the coefficients of a method in this process."""
-    if config.privacy.learns_through_clients:
-        raise PolicyError(
-            f"{method}: privacy.policy = 'catalog-private' keeps the catalogs at the clients, so its coefficients "
-            "are learned in a federation (fedmerge run). Here do without it (merge.methods), or set privacy.policy."
-        )
-    if backbone is None:
-        raise MergeError(f"{method}: found no backbone, expected the one that the adapters were trained on")
-    encoder, students = backbone, dict[str, torch.Tensor]()  # the students of a method's variants are the same
+def _learned_entries(settings: CollaborativeSettings, learned: LearnedCoefficients) -> dict[str, Any]:
+    """Return the entries of the provenance that say how coefficients were learned."""
+    start = learned.initial_coefficients.flatten()[0].item()
+    return {
+        "parameters": asdict(settings) | {"initial_coefficient": start},
+        "losses": [dict(losses) for losses in learned.history if losses],
+        "validation": [list(looked) for looked in learned.validation],
+        "chosen_step": learned.chosen_step,
+    }
 
-    def learn(label: str, settings: CollaborativeSettings, vectors: Vectors) -> LearnedCoefficients:
-        if not students:
+
+def learn_from_catalogs(
+    backbone: Backbone | None,
+    adapters: Mapping[str, Adapter],
+    catalogs: Mapping[str, Catalog],
+    text: Text,
+    progress: Callable[[str], None] = lambda line: None,
+) -> Learn:
+    """Return a function that learns coefficients in this process, from the catalogs.
+
+    It holds the tokens of every catalog and two matrices of item vectors. Variants that share their pseudo-users and
+    their initial merge encode the items once.
+
+    Args:
+        backbone: the frozen encoder; None only if no method is learned.
+        adapters: domain -> expert.
+        catalogs: domain -> catalog; may be empty only if no method is learned.
+        text: section ``[text]``.
+        progress: receives lines about the progress.
+
+    Returns:
+        A function for :func:`merge_candidates`. It raises MergeError without the backbone or one of the catalogs.
+    """
+    students: dict[str, Mapping[str, torch.Tensor]] = {}  # of the latest method, whose variants share them
+
+    @cache
+    def pseudo_users(encoder: Backbone, kind: str, number: int | None, seed: int) -> dict[str, PseudoDomain]:
+        return pseudo_domains(encoder, adapters, catalogs, text, kind=kind, number=number, seed=seed, progress=progress)
+
+    def learn(variant: MergeVariant, settings: CollaborativeSettings, vectors: Vectors) -> LearnedCoefficients:
+        method = variant.method
+        if backbone is None:
+            raise MergeError(f"{method}: found no backbone, expected the one that the adapters were trained on")
+        pseudo = pseudo_users(backbone, settings.pseudo_users, settings.num_pseudo_users, settings.seed)
+        if method not in students:
             start = start_coefficients(vectors, "domain", settings.start)
-            students.update(student_vectors(encoder, vectors, pseudo(encoder), start))
+            students.clear()
+            students[method] = student_vectors(backbone, vectors, pseudo, start)
             progress(f"{method}: item vectors under the initial merge")
-        shown = _every_fifth(label, progress)
-        return learn_coefficients(encoder, vectors, pseudo(encoder), settings, shown, students)
+        report = _every_fifth(variant.label, progress)
+        return learn_coefficients(backbone, vectors, pseudo, settings, report, students[method])
 
     return learn
 
 
-def _noised_average(adapters: Mapping[str, Adapter], config: ExperimentConfig) -> tuple[Adapter, Mapping[str, Any]]:
-    """The average with the noise of ``dp.mode = 'domain-central'``, and what it spent."""
-    noise = domain_noise(config)
-    drawn = source(config.dp.randomness, config.seed, "server", "domain-dp")
-    rank = max(config.lora.of(domain).rank for domain in adapters)
-    return average_with_noise(adapters, config.dp.clip, noise, rank, drawn), domain_record(config.dp, noise)
-
-
-def linear_variants(method: str, config: ExperimentConfig) -> Iterator[tuple[str, dict[str, Value]]]:
-    """Labels and parameters."""
-    if "coefficient" not in method_named(method).parameters:
-        yield method, {}
-        return
-    for coefficient in config.merge.task_arithmetic_coefficients:
-        yield f"{method} {coefficient:g}", {"coefficient": coefficient}
-
-
-def _variants(method: str, config: ExperimentConfig) -> Iterator[tuple[str, dict[str, Value]]]:
-    """Labels and parameters of a training-free method that is not linear: every density with every coefficient."""
-    lists = {"density": config.merge.densities, "coefficient": config.merge.coefficients}
-    varied = {key: values for key, values in lists.items() if values and key in method_named(method).parameters}
-    for values in product(*varied.values()):
-        parameters: dict[str, Value] = dict(zip(varied, values, strict=True))
-        yield " ".join([method, *(f"{key} {value:g}" for key, value in parameters.items())]), parameters
-
-
-def _learn(
-    method: str, labels: Sequence[str], stack: Stack, config: ExperimentConfig, learn: Learn
-) -> Iterator[tuple[str, torch.Tensor, Vectors, dict[str, Any]]]:
-    """Learn what these labels of a learned method ask for: label, coefficients, vectors, entries of the provenance."""
-    vectors: Vectors | None = None
-    through_clients = config.privacy.learns_through_clients
-    for label, settings in learned_variants(config, method).items():
-        if label not in labels:
-            continue
-        if vectors is None:
-            vectors = initial_vectors(stack, settings.initialisation)
-        learned = learn(label, settings, vectors)
-        start = learned.initial_coefficients.flatten()[0].item()
-        own = {
-            "parameters": asdict(settings) | {"initial_coefficient": start},
-            "losses": [dict(losses) for losses in learned.history if losses],
-            "validation": [list(looked) for looked in learned.validation],
-            "chosen_step": learned.chosen_step,
-            **({"through_clients": config.through_clients.model_dump()} if through_clients else {}),
-        }
-        yield label, learned.coefficients, vectors, own
+def _noised_average(
+    adapters: Mapping[str, Adapter], *, dp: DP, releases: tuple[Counted, ...], lora: Lora, seed: int
+) -> tuple[Adapter, Mapping[str, Any]]:
+    """Return the average with the noise of ``dp.mode = 'domain-central'``, and what it spent."""
+    noise = agreed_noise(dp, releases)
+    rank = max(lora.of(domain).rank for domain in adapters)
+    drawn = source(dp.randomness, seed, "server", "domain-dp")
+    return average_with_noise(adapters, dp.clip, noise, rank, drawn), domain_record(dp, noise)
 
 
 def _every_fifth(label: str, progress: Callable[[str], None]) -> Progress:
+    """Return a callback that reports the first step and every fifth of the steps."""
+
     def report(step: int, steps: int, losses: Mapping[str, float]) -> None:
         if step == 1 or step % max(1, steps // 5) == 0:
             terms = ", ".join(f"{term} {value:.6g}" for term, value in losses.items())
@@ -237,32 +283,45 @@ def _every_fifth(label: str, progress: Callable[[str], None]) -> Progress:
     return report
 
 
-def candidates_of_mean(
-    config: ExperimentConfig, mean: Adapter, record: Mapping[str, Any], backbone: Backbone
-) -> list[Candidate]:
-    """Average and task arithmetic of the clients in a secure sum of equal coefficients.
+def candidates_of_mean(mean: Adapter, record: Mapping[str, Any], origin: Origin, merge: Merge) -> list[Candidate]:
+    """Make the average and task arithmetic from the mean of the experts in a secure sum.
 
     Args:
-        config: merge counts.
-        mean: of their experts.
-        record: how it was made; its ``clients`` are who is in it.
-        backbone: what they were trained on.
+        mean: mean of the experts, with equal weights.
+        record: record of the sum, for the provenance.
+        origin: the domains in the sum, without hashes, and what else is known of them.
+        merge: methods and their variants.
     """
-    domains = sorted(record["clients"])
     candidates = []
-    for method in config.merge.methods:
-        for label, parameters in linear_variants(method, config):
-            given = parameters.get("coefficient")
-            coefficient = float(given) if given is not None else 1 / len(domains)
-            adapter = weighted_sum({"mean": mean}, {"mean": coefficient * len(domains)})
-            known: dict[str, str | None] = {"name": backbone.name, "sha256": backbone.sha256}
-            sources = dict.fromkeys(domains, "")
-            provenance = replace(
-                provenance_of_merge(label, method, adapter, sources, config.privacy.policy, known),
-                parameters=parameters,
-                coefficients=dict.fromkeys(domains, coefficient),
-                coefficient_groups=["all"],
-                secure_sum={key: value for key, value in record.items() if key != "sha256"},
-            )
-            candidates.append(Candidate(label, method, adapter, provenance))
+    for variant in (each for method in merge.methods for each in training_free_variants(method, merge)):
+        coefficient = variant.parameters.get("coefficient", 1 / len(origin.domains))
+        adapter = weighted_sum({"mean": mean}, {"mean": coefficient * len(origin.domains)})
+        provenance = replace(
+            provenance_of_merge(variant, adapter, origin),
+            parameters=variant.parameters,
+            coefficients=dict.fromkeys(origin.domains, coefficient),
+            coefficient_groups=["all"],
+            secure_sum={key: value for key, value in record.items() if key != "sha256"},
+        )
+        candidates.append(Candidate(adapter, provenance))
     return candidates
+
+
+def candidate_of_rounds(
+    adapter: Adapter, rounds: Rounds, aggregations: Sequence[Mapping[str, Any]], origin: Origin
+) -> Candidate:
+    """Return the global adapter of a federation over rounds as a merge.
+
+    Args:
+        adapter: the global adapter after the last round.
+        rounds: section ``[rounds]``.
+        aggregations: report of the aggregation of every round.
+        origin: the domains that took part and what else is known of them.
+    """
+    variant = MergeVariant(str(rounds.rule), num_rounds=rounds.number)
+    provenance = replace(
+        provenance_of_merge(variant, adapter, origin),
+        parameters=rounds.model_dump(mode="json"),
+        rounds=list(aggregations),
+    )
+    return Candidate(adapter, provenance)

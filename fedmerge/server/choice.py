@@ -11,7 +11,6 @@ users is too high on average (the winner's curse), most of all if they are few a
 what the choice is worth.
 """
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -27,7 +26,7 @@ CHOICE_FILE = "choice.json"
 MERGED = "merged"
 FALLBACK = "fallback"
 SERVED = "served (with fallback)"
-LONGEST_NAMES = 100  # characters of the names in a label, which becomes the name of a folder
+ROLLED_BACK = "rolled back"  # key of ``best_variants`` in the file for the merge that a rollback selected
 
 
 @dataclass(frozen=True)
@@ -56,13 +55,21 @@ class Choice:
     rollback: Mapping[str, Any] | None
 
     @property
+    def labels(self) -> tuple[str, ...]:
+        """Labels of the selected merges: the best variant of each method, and the merge that is served."""
+        return tuple(dict.fromkeys([*self.best_variants.values(), self.served]))
+
+    @property
     def fell_back(self) -> bool:
         """True if the rollback led to the per-domain fallback."""
         return self.rollback is not None and self.rollback["to"] == FALLBACK
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the entries of ``choice.json``."""
-        return asdict(self)
+        """Return the entries of ``choice.json``, whose ``best_variants`` also names the merge of a rollback."""
+        entries = asdict(self)
+        if self.rollback is not None and not self.fell_back:
+            entries["best_variants"][ROLLED_BACK] = self.served
+        return entries
 
     @classmethod
     def from_dict(cls, entries: Mapping[str, Any]) -> Self:
@@ -77,7 +84,8 @@ class Choice:
                 f"{CHOICE_FILE}: found no {', '.join(missing)}, expected {', '.join(names)}. Resume the run with the "
                 "fedmerge version that started it."
             )
-        return cls(**{name: entries[name] for name in names})
+        best = {method: label for method, label in entries["best_variants"].items() if method != ROLLED_BACK}
+        return cls(**{**{name: entries[name] for name in names}, "best_variants": best})
 
 
 def choose(
@@ -205,11 +213,3 @@ def with_served(sums: MetricSums, model: str) -> MetricSums:
         np.ascontiguousarray(sums.products[:, rows][:, :, rows]),
         sums.noise,
     )
-
-
-def suffix_without(domains: Sequence[str]) -> str:
-    """Return the end of the label of a merge without some domains; labels become folder names, so it stays short."""
-    names = " ".join(domains)
-    if len(names) > LONGEST_NAMES:
-        names = f"{len(domains)} domains {hashlib.sha256(names.encode()).hexdigest()[:8]}"
-    return f" without {names}" if domains else ""

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from fedmerge.adapter import Adapter
 from fedmerge.config import ExperimentConfig, to_toml
@@ -17,12 +16,12 @@ from fedmerge.encoder.backbone import Backbone
 from fedmerge.errors import ConfigError, DomainError, RunDirError
 from fedmerge.files import new_folder, read_record, write_json, write_text
 from fedmerge.mergerec.pictures import draw_learned
-from fedmerge.merging.candidate import Candidate
+from fedmerge.merging.candidate import Candidate, Origin
 from fedmerge.merging.folders import AdapterFolders, read_folders, write_as_sources
 from fedmerge.merging.methods import method_named
 from fedmerge.runs.checkpoints import read_excluded_experts
 from fedmerge.runs.reading import REMERGED
-from fedmerge.server.candidates import merge_candidates
+from fedmerge.server.candidates import learn_from_catalogs, merge_candidates, recipe_of
 
 WITHDRAWN = "left out with --exclude"
 TURNED_AWAY = "not admitted"
@@ -152,15 +151,18 @@ def merge_again(
     """
     if backbone is not None:
         check_backbone("the experts", backbone, experts.sources.backbone_sha256)
-    known = experts.sources
-    name, sha256 = (backbone.name, backbone.sha256) if backbone else (known.backbone_name, known.backbone_sha256)
-    details: dict[str, Any] = {
-        "is_remerge": True,
-        "run": experts.run,
-        "excluded": dict(experts.excluded),
-        "backbone": {"name": name, "sha256": sha256},
-    }
-    return merge_candidates(backbone, experts.adapters, catalogs, config, progress, details=details)
+    recipe, learn = recipe_of(config), None
+    if not recipe.at_clients:
+        learn = learn_from_catalogs(backbone, experts.adapters, catalogs, config.text, progress)
+    origin = Origin(
+        experts.sources.hashes(),
+        backbone.record if backbone else experts.sources.backbone,
+        config.privacy.policy,
+        experts.excluded,
+        is_remerge=True,
+        run=experts.run,
+    )
+    return merge_candidates(experts.adapters, recipe.variants(), origin, recipe, progress, learn=learn)
 
 
 def new_merge_folder(run: Path) -> Path:

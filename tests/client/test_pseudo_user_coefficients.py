@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from adapters import layout_of, random_adapters
+from adapters import layout_of, merges_of, random_adapters
 
 from fedmerge.adapter import Adapter, adapter_sha256
 from fedmerge.client.coefficients import pseudo_users as through_clients
@@ -29,9 +29,8 @@ from fedmerge.errors import ClientError, MergeError, PolicyError
 from fedmerge.mergerec.cohort import cohort_sha256
 from fedmerge.mergerec.learn import draw_pseudo_users
 from fedmerge.mergerec.objective import PAPER
-from fedmerge.mergerec.variants import learned_settings, learned_variants
+from fedmerge.mergerec.variants import learned_variant, learned_variants
 from fedmerge.merging.stack import stack_adapters
-from fedmerge.server.candidates import merge_candidates
 from sim.app.messages import records
 
 SETTINGS = replace(PAPER, steps=4, batch_size=3)
@@ -142,9 +141,9 @@ def test_local_steps_are_adam() -> None:
 def test_what_is_not_learned_here(adapters: dict[str, Adapter], tmp_path: Path) -> None:
     config = from_flat({"privacy.policy": "catalog-private", "merge.methods": "mergerec"})
     with pytest.raises(PolicyError, match=r"mergerec: .* keeps the catalogs at the clients, .* \(fedmerge run\)"):
-        merge_candidates(None, adapters, {}, config)
+        merges_of(None, adapters, {}, config)
     with pytest.raises(MergeError, match="found 'mergerec', expected one of adamerging domain-wise, "):
-        learned_settings(config, "mergerec")
+        learned_variant("mergerec", config.mergerec, config.adamerging, config.through_clients)
     own = from_flat(
         {
             "privacy.policy": "catalog-private",
@@ -152,7 +151,8 @@ def test_what_is_not_learned_here(adapters: dict[str, Adapter], tmp_path: Path) 
             "mergerec.granularities": "domain,layer",
         }
     )
-    assert list(learned_variants(own, "mergerec")) == [
+    variants = learned_variants("mergerec", own.mergerec, own.adamerging, own.through_clients)
+    assert [variant.name for variant in variants] == [
         "mergerec domain-wise own-users",
         "mergerec layer-wise own-users",
     ]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from adapters import random_adapter
+from adapters import merges_of, random_adapter
 from backbones import tiny_bert
 from peft import PeftModel
 from run_folders import TRAIN, Place, contents, make_place, make_run, output, refusal
@@ -24,7 +24,6 @@ from fedmerge.encoder.adapter_records import config_of_adapter
 from fedmerge.encoder.peft_folder import read_adapter, write_adapter
 from fedmerge.merging.stack import linear_merge, stack_adapters
 from fedmerge.merging.training_free import merge_adapters
-from fedmerge.server.candidates import merge_candidates
 
 Capsys = pytest.CaptureFixture[str]
 
@@ -110,7 +109,7 @@ def test_the_same_settings_give_the_run_s_own_merges_and_others_do_not(place: Pl
     output(capsys, "merge", run, "--out", run / "more", "--set", "merge.methods=mergerec", "mergerec.steps=5")
     config = load_config(run / "config.toml", ["merge.methods=mergerec", "mergerec.steps=5"])
     catalogs = {name: load_catalog(place.domains / name) for name in TRAIN}
-    (wanted,) = merge_candidates(place.backbone(), experts(run), catalogs, config)
+    (wanted,) = merges_of(place.backbone(), experts(run), catalogs, config)
     found = provenance(run / "more" / "mergerec-domain-wise")
     assert found["sha256"] == wanted.provenance.sha256
     assert found["sha256"] != provenance(run / "again" / "mergerec-domain-wise")["sha256"]

@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from adapters import merges_of
 from scipy import stats
 
 from fedmerge.adapter import Adapter, LoraModule
 from fedmerge.config import DP, ExperimentConfig, from_flat
 from fedmerge.errors import ClientError, LayoutMismatchError
 from fedmerge.mergerec.objective import CollaborativeSettings
-from fedmerge.mergerec.variants import learned_variants
+from fedmerge.mergerec.variants import learned_settings, learned_variants
 from fedmerge.privacy.dp.accountant import calibrate_noise, spent_epsilon
 from fedmerge.privacy.dp.agreement import check_spent, largest_product
 from fedmerge.privacy.dp.domain_noise import (
@@ -29,7 +30,6 @@ from fedmerge.privacy.dp.releases import Release, coefficient_messages
 from fedmerge.privacy.dp.statement import privacy_statement, statement_text
 from fedmerge.runs.dp_spent import EVERY_DOMAIN, spent_by_domain
 from fedmerge.seeding import generator
-from fedmerge.server.candidates import merge_candidates
 
 
 def adapter(seed: int, rank: int = 2, scale: float = 1.0, out: int = 40, width: int = 30) -> Adapter:
@@ -105,7 +105,8 @@ def test_the_noise_is_chosen_for_the_adapter_and_all_answers(changes: dict[str, 
 
 
 def learned(config: ExperimentConfig, method: str) -> list[CollaborativeSettings]:
-    return list(learned_variants(config, method).values())
+    variants = learned_variants(method, config.mergerec, config.adamerging, config.through_clients)
+    return [learned_settings(variant, config.mergerec, config.adamerging, config.seed) for variant in variants]
 
 
 def test_of_what_is_not_finite_noise_alone_leaves() -> None:
@@ -168,8 +169,8 @@ def central_config(**changes: Any) -> ExperimentConfig:
 
 def test_the_merge_of_a_run_is_noised_and_says_so() -> None:
     adapters = {"a": adapter(1), "b": adapter(2)}
-    (plain,) = merge_candidates(None, adapters, {}, from_flat({"merge.methods": "average"}))
-    (noised,) = merge_candidates(None, adapters, {}, central_config())
+    (plain,) = merges_of(None, adapters, {}, from_flat({"merge.methods": "average"}))
+    (noised,) = merges_of(None, adapters, {}, central_config())
     assert noised.label == plain.label == "average"
     assert noised.provenance.to_dict()["privacy"]["noise_multiplier"] == 4.0
     assert plain.provenance.privacy is None

@@ -64,9 +64,10 @@ from fedmerge.encoder.backbone import load_backbone
 from fedmerge.encoder.peft_folder import read_adapter, write_adapter
 from fedmerge.evaluation.ranks import per_user_metrics
 from fedmerge.evaluation.sums import metric_sums
+from fedmerge.merging.candidate import Origin
 from fedmerge.encoder.lora import expected_layout
 from fedmerge.server.reply_checks import check_adapter
-from fedmerge.server.candidates import merge_candidates
+from fedmerge.server.candidates import learn_from_catalogs, merge_candidates, recipe_of
 from fedmerge.server.choice import choose
 
 torch.set_num_threads(1)
@@ -78,7 +79,10 @@ adapters = {name: read_adapter(root / "adapters" / name) for name in names}
 for name, adapter in adapters.items():
     check_adapter(name, adapter, layout)
 catalogs = {name: load_catalog(root / "domains" / name) for name in names}
-candidates = merge_candidates(backbone, adapters, catalogs, config)
+hashes = {name: adapter_sha256(adapter) for name, adapter in adapters.items()}
+origin = Origin(hashes, backbone.record, config.privacy.policy)
+recipe, learn = recipe_of(config), learn_from_catalogs(backbone, adapters, catalogs, config.text)
+candidates = merge_candidates(adapters, recipe.variants(), origin, recipe, learn=learn)
 ranks = {candidate.label: np.array([20 - number, 1 + number]) for number, candidate in enumerate(candidates)}
 sums = metric_sums({label: per_user_metrics(of_label) for label, of_label in ranks.items()}, "unmasked")
 _, served, _ = choose(candidates, {name: sums for name in names}, names, "ndcg@10")

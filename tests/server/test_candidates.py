@@ -9,7 +9,7 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
-from adapters import Lent, layout_of, random_adapters
+from adapters import Lent, layout_of, merges_of, random_adapters
 
 from fedmerge.adapter import Adapter, adapter_sha256
 from fedmerge.config import ExperimentConfig, MergeMethod, from_flat
@@ -23,14 +23,14 @@ from fedmerge.evaluation.sums import MetricSums, metric_sums
 from fedmerge.mergerec.learn import learn_coefficients
 from fedmerge.mergerec.objective import PAPER, CollaborativeSettings
 from fedmerge.mergerec.pseudo_users import one_item_domain
-from fedmerge.mergerec.variants import learned_variants
+from fedmerge.mergerec.variants import learned_settings, learned_variants
 from fedmerge.mergerec.vectors import merge_vectors
-from fedmerge.merging.candidate import Candidate, Provenance
+from fedmerge.merging.candidate import Candidate, Origin, Provenance
 from fedmerge.merging.methods import METHODS
 from fedmerge.merging.stack import stack_adapters
 from fedmerge.merging.training_free import merge_adapters
 from fedmerge.runs.checkpoints import merge_folder, write_candidate
-from fedmerge.server.candidates import merge_candidates
+from fedmerge.server.candidates import candidate_of_rounds, candidates_of_mean, merge_candidates, recipe_of
 from fedmerge.server.choice import choose
 
 DOMAINS = ("books", "tents", "toys")
@@ -67,7 +67,7 @@ def settings(**changes: Any) -> ExperimentConfig:
 
 @pytest.fixture(scope="module")
 def candidates(backbone: Backbone, adapters: dict[str, Adapter], catalogs: dict[str, Catalog]) -> list[Candidate]:
-    return merge_candidates(backbone, adapters, catalogs, settings())
+    return merges_of(backbone, adapters, catalogs, settings())
 
 
 def test_every_variant_is_made_once_in_order(candidates: list[Candidate]) -> None:
@@ -89,7 +89,7 @@ def test_the_configuration_knows_every_method() -> None:
 
 def test_every_training_free_method_needs_adapters_alone(adapters: dict[str, Adapter]) -> None:
     chosen = settings(**{"merge.methods": ",".join(TRAINING_FREE), "merge.task_arithmetic_coefficients": "0.5"})
-    made = merge_candidates(None, adapters, {}, chosen)
+    made = merges_of(None, adapters, {}, chosen)
     assert [candidate.method for candidate in made] == TRAINING_FREE
     assert [candidate.label for candidate in made if candidate.label != candidate.method] == [
         "task-arithmetic 0.5",
@@ -118,7 +118,7 @@ def test_variants_are_every_density_with_every_coefficient(adapters: dict[str, A
         }
     )
     kept: list[str] = []
-    made = merge_candidates(None, adapters, {}, chosen, keep=lambda candidate: kept.append(candidate.label))
+    made = merges_of(None, adapters, {}, chosen, keep=lambda candidate: kept.append(candidate.label))
     labels = [candidate.label for candidate in made]
     assert kept == labels
     assert labels == [
@@ -141,7 +141,7 @@ def test_variants_are_every_density_with_every_coefficient(adapters: dict[str, A
         assert candidate.provenance.residuals == expected.residuals
         assert candidate.provenance.settings["scope"] == expected.settings["scope"]
     others: list[Candidate] = []
-    again = merge_candidates(None, adapters, {}, chosen, finished={labels[1]: made[1]}, keep=others.append)
+    again = merges_of(None, adapters, {}, chosen, finished={labels[1]: made[1]}, keep=others.append)
     assert again[1] is made[1]
     assert [candidate.label for candidate in others] == [label for label in labels if label != labels[1]]
 
@@ -209,21 +209,67 @@ def test_merges_are_reproducible_and_leave_their_inputs(
     before = {name: tensor.clone() for name, tensor in backbone.model.state_dict().items()}
     digests = {domain: adapter_sha256(adapter) for domain, adapter in adapters.items()}
     lines: list[str] = []
-    again = merge_candidates(backbone, dict(reversed(adapters.items())), catalogs, settings(), lines.append)
+    again = merges_of(backbone, dict(reversed(adapters.items())), catalogs, settings(), lines.append)
     assert [c.provenance.sha256 for c in again] == [c.provenance.sha256 for c in candidates]
     assert all(torch.equal(backbone.model.state_dict()[name], tensor) for name, tensor in before.items())
     assert {domain: adapter_sha256(adapter) for domain, adapter in adapters.items()} == digests
     assert [line for line in lines if line.startswith("merged: ")] == [f"merged: {c.label}" for c in candidates]
 
 
+def test_the_provenance_has_the_hashes_of_the_origin(adapters: dict[str, Adapter]) -> None:
+    recipe = recipe_of(settings(**{"merge.methods": "average,task-arithmetic"}))
+    given = {domain: f"hash of {domain}" for domain in reversed(DOMAINS)}
+    (made,) = merge_candidates(adapters, recipe.variants()[:1], Origin(given, None, "adapter"), recipe)
+    assert list(made.provenance.domains.items()) == [(domain, f"hash of {domain}") for domain in DOMAINS]
+
+
+def test_merges_without_some_domains_have_labels_of_their_own(adapters: dict[str, Adapter]) -> None:
+    rest = {domain: adapter for domain, adapter in adapters.items() if domain != "toys"}
+    recipe = recipe_of(settings(**{"merge.methods": "average,ties"}))
+    origin = Origin({domain: adapter_sha256(adapter) for domain, adapter in rest.items()}, None, "adapter")
+    made = merge_candidates(rest, recipe.variants(without=["toys"]), origin, recipe)
+    assert [(each.label, each.provenance.label, each.method) for each in made] == [
+        ("average without toys", "average without toys", "average"),
+        ("ties without toys", "ties without toys", "ties"),
+    ]
+    finished = {each.label: each for each in made}
+    again = merge_candidates(rest, recipe.variants(without=["toys"]), origin, recipe, finished=finished)
+    assert [each is other for each, other in zip(again, made, strict=True)] == [True, True]
+
+
+def test_a_secure_sum_gives_the_average_and_task_arithmetic(adapters: dict[str, Adapter]) -> None:
+    section = settings(**{"merge.methods": "average,task-arithmetic"}).merge
+    mean = merge_adapters(adapters, "average").adapter
+    record = {"clients": list(DOMAINS), "threshold": 2, "sha256": "of the mean"}
+    made = candidates_of_mean(mean, record, Origin(dict.fromkeys(DOMAINS, ""), None, "aggregate-only"), section)
+    assert [candidate.label for candidate in made] == ["average", "task-arithmetic 0.5", "task-arithmetic 1"]
+    for candidate, factor in zip(made, (1.0, 1.5, 3.0), strict=True):
+        assert candidate.provenance.coefficients == dict.fromkeys(DOMAINS, pytest.approx(factor / 3))
+        assert candidate.provenance.secure_sum == {"clients": list(DOMAINS), "threshold": 2}
+        assert candidate.provenance.domains == dict.fromkeys(DOMAINS, "")
+        for name, module in candidate.adapter.modules.items():
+            torch.testing.assert_close(module.delta_weight(), factor * mean.modules[name].delta_weight())
+
+
+def test_the_adapter_after_rounds_has_their_reports(adapters: dict[str, Adapter]) -> None:
+    section = settings(**{"rounds.rule": "fedavgm", "rounds.number": 2}).rounds
+    reports = [{"rank": 4}, {"rank": 4}]
+    origin = Origin(dict.fromkeys(DOMAINS, ""), None, "adapter")
+    made = candidate_of_rounds(adapters["tents"], section, reports, origin)
+    assert (made.label, made.method) == ("fedavgm 2 rounds", "fedavgm")
+    assert made.provenance.rounds == reports
+    assert made.provenance.to_dict()["parameters"]["number"] == 2
+    assert made.provenance.coefficients is None
+
+
 def test_adapters_read_one_at_a_time_are_merged_to_the_same(
     candidates: list[Candidate], backbone: Backbone, adapters: dict[str, Adapter], catalogs: dict[str, Catalog]
 ) -> None:
     lent = Lent(list(adapters), adapters.__getitem__)
-    again = merge_candidates(backbone, lent, catalogs, settings())
+    again = merges_of(backbone, lent, catalogs, settings())
     assert [c.provenance for c in again] == [c.provenance for c in candidates]
     many = Lent([f"{k:02d}" for k in range(30)], lambda name: adapters[DOMAINS[int(name) % 3]])
-    merge_candidates(backbone, many, {}, settings(**{"merge.methods": "average,task-arithmetic"}))
+    merges_of(backbone, many, {}, settings(**{"merge.methods": "average,task-arithmetic"}))
     assert many.most < 16  # of a width of 32; the factors of so many fit before the sum itself is smaller
 
 
@@ -250,10 +296,10 @@ def test_variants_that_share_the_first_item_vectors_learn_what_each_learns_alone
 def test_only_learned_methods_need_catalogs(
     backbone: Backbone, adapters: dict[str, Adapter], catalogs: dict[str, Catalog]
 ) -> None:
-    without = merge_candidates(backbone, adapters, {}, settings(**{"merge.methods": "average"}))
+    without = merges_of(backbone, adapters, {}, settings(**{"merge.methods": "average"}))
     assert [candidate.label for candidate in without] == ["average"]
     with pytest.raises(MergeError, match=r"books, toys.*server\.catalogs"):
-        merge_candidates(backbone, adapters, {"tents": catalogs["tents"]}, settings())
+        merges_of(backbone, adapters, {"tents": catalogs["tents"]}, settings())
 
 
 def test_learned_methods_share_their_pseudo_users_and_draw_their_pictures(
@@ -262,7 +308,7 @@ def test_learned_methods_share_their_pseudo_users_and_draw_their_pictures(
     flat = {"merge.methods": "adamerging,mergerec", "adamerging.steps": 2}
     flat |= {"mergerec.pseudo_users": "chain", "mergerec.granularities": "layer"}
     lines: list[str] = []
-    made = merge_candidates(backbone, adapters, catalogs, settings(**flat), lines.append)
+    made = merges_of(backbone, adapters, catalogs, settings(**flat), lines.append)
     labels = ["adamerging domain-wise", "adamerging layer-wise", "mergerec layer-wise"]
     assert [candidate.label for candidate in made] == labels
     assert [line for line in lines if line.startswith("pseudo-users")] == [
@@ -280,23 +326,24 @@ def test_learned_methods_share_their_pseudo_users_and_draw_their_pictures(
         folder = merge_folder(tmp_path, candidate.label)
         for picture in ("coefficients.png", "losses.png"):
             assert (folder / picture).read_bytes().startswith(b"\x89PNG")
-    again = merge_candidates(None, adapters, {}, settings(**flat), finished={made.label: made for made in made})
+    again = merges_of(None, adapters, {}, settings(**flat), finished={made.label: made for made in made})
     assert again == made
-    plain = merge_candidates(None, adapters, {}, settings(**{"merge.methods": "average"}))
+    plain = merges_of(None, adapters, {}, settings(**{"merge.methods": "average"}))
     write_candidate(tmp_path, plain[0], backbone.name)
     assert not list(merge_folder(tmp_path, "average").glob("*.png"))
 
 
 def test_the_preset_of_the_paper_gives_what_was_not_given() -> None:
-    labels = learned_variants(settings(**{"mergerec.preset": "paper", "mergerec.steps": 7}), "mergerec")
-    assert labels["mergerec domain-wise"] == replace(PAPER, steps=7, seed=5)
+    paper = settings(**{"mergerec.preset": "paper", "mergerec.steps": 7})
+    by_domain, _ = learned_variants("mergerec", paper.mergerec, paper.adamerging, paper.through_clients)
+    assert learned_settings(by_domain, paper.mergerec, paper.adamerging, 5) == replace(PAPER, steps=7, seed=5)
 
 
 # Choosing
 
 
 def candidate(label: str, method: str) -> Candidate:
-    return Candidate(label, method, Adapter({}), Provenance(method, {}, ""))
+    return Candidate(Adapter({}), Provenance(method, {}, "", label=label))
 
 
 def validation(scores: dict[str, float], metric: str = "ndcg@10", other: float = 0.0) -> MetricSums:

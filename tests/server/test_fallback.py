@@ -90,3 +90,14 @@ def test_a_choice_survives_its_file_and_an_incomplete_file_is_refused() -> None:
     assert choice.fell_back
     with pytest.raises(RunDirError, match="served, per_domain"):
         Choice.from_dict({key: value for key, value in entries.items() if key not in ("served", "per_domain")})
+
+
+def test_the_merge_of_a_rollback_is_selected_too_and_named_in_the_file() -> None:
+    best, served = {"average": "average", "ties": "ties"}, "ties without a"
+    rollback = {"from": "average", "to": served, "dropped": ["b"]}
+    choice = Choice("mrr", {"average": 0.5, "ties": 0.4}, best, served, ["a", "b"], {}, {}, rollback)
+    assert choice.labels == ("average", "ties", served)
+    assert not choice.fell_back
+    entries = json.loads(json.dumps(choice.to_dict()))
+    assert list(entries["best_variants"].items()) == [*best.items(), ("rolled back", served)]
+    assert Choice.from_dict(entries) == choice

@@ -20,7 +20,7 @@ from fedmerge.evaluation.ranks import METRICS
 from fedmerge.evaluation.sums import MetricSums, metric_sums
 from fedmerge.federated.product_space import inner_product
 from fedmerge.seeding import generator
-from fedmerge.server.choice import FALLBACK, dropped_domains, roll_back, suffix_without
+from fedmerge.server.choice import FALLBACK, dropped_domains, roll_back
 from fedmerge.server.gate import (
     ALL,
     LEAST_FACTOR,
@@ -309,15 +309,6 @@ def test_a_domain_is_dropped_if_its_expert_is_significantly_better() -> None:
     assert list(found) == ["beauty"]
     assert found["beauty"]["mean"] == pytest.approx(-0.2)
     assert found["beauty"]["high"] < 0
-
-
-def test_the_label_of_a_merge_without_many_domains_is_short_enough_for_a_folder() -> None:
-    assert suffix_without([]) == ""
-    assert suffix_without(["books", "toys"]) == " without books toys"
-    many = [f"{'long-name' * 6}-{number}" for number in range(20)]
-    assert suffix_without(many).startswith(" without 20 domains ")
-    assert len(suffix_without(many)) < 40
-    assert suffix_without(many) != suffix_without([*many[1:], "another"])
 
 
 def test_a_rollback_leads_to_the_merge_without_failed_experts_or_to_the_fallback() -> None:

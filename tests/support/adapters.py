@@ -1,4 +1,4 @@
-"""Random adapters for tests, large enough that each affects a merge."""
+"""Random adapters for tests, large enough that each affects a merge, and every merge of a configuration."""
 
 import copy
 import weakref
@@ -11,8 +11,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel
 
-from fedmerge.adapter import Adapter, LoraModule
+from fedmerge.adapter import Adapter, LoraModule, adapter_sha256
+from fedmerge.config import ExperimentConfig
+from fedmerge.domain.catalog import Catalog
 from fedmerge.encoder.backbone import Backbone
+from fedmerge.merging.candidate import Candidate, Origin
+from fedmerge.server.candidates import learn_from_catalogs, merge_candidates, recipe_of
 
 Layout = dict[str, tuple[int, int]]  # module name -> (out, in)
 
@@ -57,6 +61,22 @@ def save_with_peft(model: PreTrainedModel, folder: Path, seed: int, **settings: 
                 parameter.copy_(0.3 * torch.randn(parameter.shape, generator=rng))
     peft.save_pretrained(str(folder), save_embedding_layers=False)
     return folder
+
+
+def merges_of(
+    backbone: Backbone | None,
+    adapters: Mapping[str, Adapter],
+    catalogs: Mapping[str, Catalog],
+    config: ExperimentConfig,
+    progress: Callable[[str], None] = lambda line: None,
+    **more: Any,
+) -> list[Candidate]:
+    """Make every merge of a configuration in this process, as the server of a run does."""
+    recipe = recipe_of(config)
+    learn = None if recipe.at_clients else learn_from_catalogs(backbone, adapters, catalogs, config.text, progress)
+    hashes = {domain: adapter_sha256(adapters[domain]) for domain in adapters}
+    origin = Origin(hashes, backbone.record if backbone else None, config.privacy.policy)
+    return merge_candidates(adapters, recipe.variants(), origin, recipe, progress, learn=learn, **more)
 
 
 class Lent(Mapping[str, Adapter]):

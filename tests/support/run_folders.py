@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from adapters import layout_of, random_adapter
+from adapters import layout_of, merges_of, random_adapter
 from backbones import tiny_bert
 
 from fedmerge.adapter import adapter_sha256
@@ -24,7 +24,6 @@ from fedmerge.evaluation.ranks import METRICS
 from fedmerge.files import write_json, write_table, write_text
 from fedmerge.runs.checkpoints import write_candidate
 from fedmerge.runs.folder import DONE, FILES, create_run
-from fedmerge.server.candidates import merge_candidates
 
 TRAIN, UNSEEN = ("books", "coffee", "toys"), "camping"
 NUM_USERS, NUM_ITEMS = 12, 20
@@ -93,7 +92,7 @@ def make_run(place: Place, run_id: str, more: Sequence[str] = ()) -> Path:
         report = {"steps": 7, "best_step": 6, "stopped_by": "max_steps", "seconds": 12.0, "validations": [{"step": 0}]}
         write_json(folder / "adapters" / name / "training.json", {**report, "sha256": adapter_sha256(adapter)})
     catalogs = {name: load_catalog(place.domains / name) for name in (*TRAIN, UNSEEN)}
-    candidates = merge_candidates(backbone, adapters, {name: catalogs[name] for name in TRAIN}, config)
+    candidates = merges_of(backbone, adapters, {name: catalogs[name] for name in TRAIN}, config)
     for candidate in candidates:
         write_candidate(folder, candidate, backbone.name)
     scores = {candidate.label: 0.3 for candidate in candidates} | {"average": 0.4}

@@ -25,6 +25,7 @@ from fedmerge.config import ExperimentConfig
 from fedmerge.encoder.peft_folder import read_adapter, write_adapter
 from fedmerge.errors import FedMergeError, PolicyError
 from fedmerge.files import read_json, write_json
+from fedmerge.mergerec.variants import learned_variant
 from fedmerge.privacy.dp.accountant import agreed_noise
 from fedmerge.privacy.dp.domain_noise import add_noise_to_answer, noise_like
 from fedmerge.privacy.dp.randomness import source
@@ -286,7 +287,7 @@ def _cached_noise(name: str, config: ExperimentConfig, releases: tuple[Counted, 
 
 def _check_chosen_for(name: str, config: ExperimentConfig, message: CoefficientMessage) -> None:
     """Refuse a message that is not among :func:`fedmerge.privacy.dp.releases.coefficient_messages`."""
-    method = message.label.split()[0]
+    method = learned_variant(message.label, config.mergerec, config.adamerging, config.through_clients).method
     steps = config.adamerging.steps if method == "adamerging" else config.mergerec.steps
     local = config.through_clients.local_steps if config.through_clients.mode == "local-steps" else 0
     expected = min(local, steps - message.step)

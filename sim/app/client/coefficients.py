@@ -27,7 +27,7 @@ from fedmerge.encoder.backbone import Backbone
 from fedmerge.errors import ClientError, FedMergeError
 from fedmerge.mergerec.cohort import cohort_sha256
 from fedmerge.mergerec.objective import CollaborativeSettings
-from fedmerge.mergerec.variants import learned_settings
+from fedmerge.mergerec.variants import learned_settings, learned_variant
 from fedmerge.mergerec.vectors import Vectors, initial_vectors, on_device
 from fedmerge.merging.stack import stack_adapters
 from fedmerge.privacy.dp.randomness import source
@@ -76,7 +76,8 @@ def gradient(message: Message, context: Context) -> RecordDict:
     check_may_leave(config.privacy.policy, "coefficient gradient", domain.manifest.name)
     _check_enough_own_users(client)  # the cohort may be cached by a run that allowed fewer
     request, at, students, users = records.read_gradient_request(message.content)
-    settings = learned_settings(config, request.label)
+    variant = learned_variant(request.label, config.mergerec, config.adamerging, config.through_clients)
+    settings = learned_settings(variant, config.mergerec, config.adamerging, config.seed)
     start = at[:, 0] if settings.granularity == "domain" else at
     students = students[:, 0] if students.shape[1] == 1 else students
     client_cohort = _cached_cohort(

@@ -8,7 +8,7 @@ from flwr.app import RecordDict
 from fedmerge.domain.catalog import Catalog, catalog_from_bytes, catalog_limits, load_catalog
 from fedmerge.domain.manifest import check_catalog_is_public, read_manifest
 from fedmerge.files import read_json
-from fedmerge.mergerec.variants import labels_from_catalogs
+from fedmerge.mergerec.variants import learned_variants
 from fedmerge.runs import checkpoints
 from fedmerge.server.gate import probes
 from sim.app.messages import records
@@ -47,8 +47,8 @@ def collect_catalogs(run: Run) -> dict[str, Catalog]:
 
 def _are_needed(run: Run) -> bool:
     config, folder = run.config, run.folder
-    labels = labels_from_catalogs(config)
-    if not labels and not probes(config):
+    methods = config.methods_from_catalogs
+    if not methods and not probes(config):
         return False
     sources = checkpoints.read_sources(folder)
     if sources is None or (probes(config) and read_json(folder / checkpoints.ADMISSION) is None):
@@ -57,7 +57,12 @@ def _are_needed(run: Run) -> bool:
     merged = {domain: sha256 for domain, sha256 in sources.items() if domain not in away}
     if config.admission.rollback and not read_json(folder / "choice.json"):
         return True  # the second merge, without the flagged experts, may be missing
-    return not labels <= checkpoints.read_candidates(folder, merged).keys()
+    variants = [
+        variant
+        for method in methods
+        for variant in learned_variants(method, config.mergerec, config.adamerging, config.through_clients)
+    ]
+    return not {variant.label for variant in variants} <= checkpoints.read_candidates(folder, merged).keys()
 
 
 def _from_folder(folder: Path, domains: list[str]) -> dict[str, Catalog]:

@@ -42,8 +42,8 @@ def validate_and_choose(run: Run, merges: Merges) -> tuple[dict[str, checkpoints
     run.require_quorum(list(validation))
     choice = _choose(run, merges, validation)
     write_json(run.folder / CHOICE_FILE, choice.to_dict())
-    best = ", ".join(choice.best_variants.values())
-    logger.info("selected on validation: %s; serving %s. Test is read next, once.", best, choice.served)
+    selected = ", ".join(choice.labels)
+    logger.info("selected on validation: %s; serving %s. Test is read next, once.", selected, choice.served)
     return validation, choice
 
 
@@ -61,7 +61,6 @@ def _choose(run: Run, merges: Merges, validation: Mapping[str, checkpoints.Sums]
         rollback = roll_back(sums, served, [candidate.label for candidate in without], list(merges.failed), metric)
     if rollback is not None and rollback["to"] != FALLBACK:
         served = rollback["to"]
-        best = {**best, "rolled back": served}
     # 3. For each domain the merge or its own expert.
     per_domain = choose_per_domain(sums, served, metric, config.evaluation.fallback)
     if rollback is not None and rollback["to"] == FALLBACK:

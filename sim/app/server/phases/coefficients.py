@@ -21,6 +21,7 @@ from fedmerge.mergerec.cohort import cohort_sha256
 from fedmerge.mergerec.learn import draw_pseudo_users
 from fedmerge.mergerec.objective import CollaborativeSettings
 from fedmerge.mergerec.vectors import Vectors
+from fedmerge.merging.candidate import MergeVariant
 from fedmerge.privacy.dp.domain_noise import domain_noise
 from fedmerge.privacy.dp.releases import answers_have_noise
 from fedmerge.runs.checkpoints import LEARNING
@@ -55,8 +56,9 @@ def learn_through_clients(run: Run, experts: Mapping[str, Adapter]) -> Learn:
     def cohort() -> tuple[str, dict[str, int]]:
         return _send_cohort(run, experts)
 
-    def learn(label: str, settings: CollaborativeSettings, vectors: Vectors) -> LearnedCoefficients:
+    def learn(variant: MergeVariant, settings: CollaborativeSettings, vectors: Vectors) -> LearnedCoefficients:
         sha256, sizes = cohort()
+        label = variant.name  # whichever domains are merged; the hash of the cohort says which
         log = run.folder / LEARNING / f"{label.replace(' ', '-')}-{sha256[:8]}.jsonl"
         kept = [line["found"] for line in read_lines(log)]
         if kept:

@@ -2,14 +2,13 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from fedmerge.domain.catalog import Catalog
 from fedmerge.encoder.backbone import Backbone
-from fedmerge.merging.candidate import Candidate
+from fedmerge.merging.candidate import Candidate, Origin
 from fedmerge.runs import checkpoints
-from fedmerge.server.candidates import merge_candidates
-from fedmerge.server.choice import suffix_without
+from fedmerge.server.candidates import learn_from_catalogs, merge_candidates, recipe_of
 from sim.app.server.phases.admission import pass_gate
 from sim.app.server.phases.coefficients import learn_through_clients
 from sim.app.server.phases.rounds import run_rounds
@@ -76,30 +75,21 @@ def merge_experts(
         catalogs: domain -> catalog, for learned merges.
         without: domains that are left out; they are named in the labels.
     """
-    suffix = suffix_without(without)
     sources = {domain: sha256 for domain, sha256 in sources.items() if domain not in without}
-
-    def renamed(candidate: Candidate) -> Candidate:
-        label = candidate.label + suffix
-        return replace(candidate, label=label, provenance=replace(candidate.provenance, label=label))
-
-    def keep(candidate: Candidate) -> None:
-        checkpoints.write_candidate(run.folder, renamed(candidate), backbone.name)
-
     experts = checkpoints.StoredExperts(run.folder, sources)
-    private = run.config.privacy.learns_through_clients
-    on_disk = {
-        label.removesuffix(suffix): replace(candidate, label=label.removesuffix(suffix))
-        for label, candidate in checkpoints.read_candidates(run.folder, sources).items()
-    }
-    made = merge_candidates(
-        backbone,
+    recipe = recipe_of(run.config)
+    if recipe.at_clients:
+        learn = learn_through_clients(run, experts)
+    else:
+        wanted = {domain: catalogs[domain] for domain in sources if domain in catalogs}
+        learn = learn_from_catalogs(backbone, experts, wanted, run.config.text, logger.info)
+    return merge_candidates(
         experts,
-        {domain: catalogs[domain] for domain in sources if domain in catalogs},
-        run.config,
+        recipe.variants(without),
+        Origin(sources, backbone.record, run.config.privacy.policy),
+        recipe,
         logger.info,
-        finished=on_disk,
-        keep=keep,
-        through_clients=learn_through_clients(run, experts) if private else None,
+        learn=learn,
+        finished=checkpoints.read_candidates(run.folder, sources),
+        keep=lambda made: checkpoints.write_candidate(run.folder, made, backbone.name),
     )
-    return [renamed(candidate) for candidate in made]

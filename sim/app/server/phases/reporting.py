@@ -6,7 +6,6 @@ from pathlib import Path
 
 from fedmerge.config import ExperimentConfig, Split, Tracking
 from fedmerge.files import write_json, write_table, write_text
-from fedmerge.mergerec.variants import labels_from_catalogs
 from fedmerge.merging.candidate import Candidate
 from fedmerge.privacy.dp.statement import PRIVACY_FILE, privacy_statement, statement_text
 from fedmerge.report.run.final_report import Evaluated, attack_note, metric_rows, product_rows, run_report
@@ -58,8 +57,8 @@ def write_report(
 
 
 def selected(merges: Merges, choice: Choice) -> list[Candidate]:
-    """Return the best variant of each method."""
-    return [candidate for candidate in merges.candidates if candidate.label in choice.best_variants.values()]
+    """Return the best variant of each method, and the merge that is served."""
+    return [candidate for candidate in merges.candidates if candidate.label in choice.labels]
 
 
 def write_privacy(run: Run) -> str:
@@ -68,7 +67,7 @@ def write_privacy(run: Run) -> str:
     noised_metrics = config.privacy.metrics == "noised" and not config.dp.mode.startswith("domain")
     if config.dp.mode == "none" and not noised_metrics:
         return ""
-    catalogs = bool(labels_from_catalogs(config)) or probes(config)
+    catalogs = bool(config.methods_from_catalogs) or probes(config)
     evaluated = run.ledger.senders(records.EVALUATE)
     spent = spent_by_domain(run.folder, config)
     if noised_metrics:

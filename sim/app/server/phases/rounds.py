@@ -4,7 +4,6 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,7 +17,7 @@ from fedmerge.encoder.lora import applied, fresh_adapter, layout_of
 from fedmerge.federated.rounds import GlobalState, aggregate, aggregate_mean, fresh_seed, initial_state
 from fedmerge.federated.rules import MergeFunction, rule_named
 from fedmerge.federated.summed import num_summed
-from fedmerge.merging.candidate import Candidate, provenance_of_merge
+from fedmerge.merging.candidate import Candidate, Origin
 from fedmerge.merging.parameters import parse_parameters
 from fedmerge.privacy.dp.agreement import check_spent
 from fedmerge.runs.checkpoints import write_candidate
@@ -35,7 +34,7 @@ from fedmerge.runs.round_checkpoints import (
 )
 from fedmerge.runs.secure_sums import note_reveal
 from fedmerge.seeding import generator
-from fedmerge.server.candidates import merge_candidates
+from fedmerge.server.candidates import candidate_of_rounds, learn_from_catalogs, merge_candidates, recipe_of
 from fedmerge.server.reply_checks import adapter_bytes, check_adapter
 from sim.app.messages import records
 from sim.app.server.asking import ask
@@ -89,7 +88,9 @@ def run_rounds(run: Run, backbone: Backbone, catalogs: Mapping[str, Catalog]) ->
             state = after
             _log_round(name, rounds.number, state)
         # 3. The last state is the merge.
-        candidate = _candidate(run, backbone, state, members)
+        origin = Origin(dict.fromkeys(members, ""), backbone.record, run.config.privacy.policy)
+        aggregations = [record["aggregation"] for record in round_records(run.folder)]
+        candidate = candidate_of_rounds(state.adapter, rounds, aggregations, origin)
         write_candidate(run.folder, candidate, backbone.name)
     return members, candidate
 
@@ -256,34 +257,21 @@ def _sample(domains: list[str], fraction: float, seed: int, number: int) -> list
 def _learned(
     config: ExperimentConfig, backbone: Backbone, catalogs: Mapping[str, Catalog], state: GlobalState
 ) -> MergeFunction:
-    """Return a merge that learns coefficients of the updates on top of the global adapter.
+    """Return a merge by the last variant of the rule, which learns coefficients of the updates on the global adapter.
 
     The global adapter is applied to the backbone for the length of the learning.
     """
 
+    method, recipe = str(config.rounds.rule), recipe_of(config)
+    last = recipe.variants_of(method)[-1]
+
     def learned(updates: Mapping[str, Adapter]) -> Adapter:
-        methods = config.merge.model_copy(update={"methods": (config.rounds.rule,)})
         wanted = {domain: catalogs[domain] for domain in updates}
+        learn = learn_from_catalogs(backbone, updates, wanted, config.text, logger.info)
+        origin = Origin(dict.fromkeys(updates, ""), backbone.record, config.privacy.policy)
         with applied(backbone, state.adapter):
-            made = merge_candidates(
-                backbone, updates, wanted, config.model_copy(update={"merge": methods}), logger.info
-            )
-        return made[-1].adapter
+            (made,) = merge_candidates(updates, [last], origin, recipe, logger.info, learn=learn)
+        return made.adapter
 
-    learned.__name__ = str(config.rounds.rule)
+    learned.__name__ = method
     return learned
-
-
-def _candidate(run: Run, backbone: Backbone, state: GlobalState, members: list[str]) -> Candidate:
-    """Return the global adapter as a merge with its provenance."""
-    config = run.config
-    rule = str(config.rounds.rule)
-    label = f"{rule} {config.rounds.number} round{'s' * (config.rounds.number > 1)}"
-    known: dict[str, str | None] = {"name": backbone.name, "sha256": backbone.sha256}
-    sources = dict.fromkeys(members, "")
-    provenance = replace(
-        provenance_of_merge(label, rule, state.adapter, sources, config.privacy.policy, known),
-        parameters=config.rounds.model_dump(mode="json"),
-        rounds=[record["aggregation"] for record in round_records(run.folder)],
-    )
-    return Candidate(label, rule, state.adapter, provenance)

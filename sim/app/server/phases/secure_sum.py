@@ -14,7 +14,7 @@ from fedmerge.adapter import Adapter
 from fedmerge.encoder.backbone import Backbone
 from fedmerge.encoder.lora import fresh_adapter
 from fedmerge.federated.summed import adapter_of_mean, num_summed, summed_rank
-from fedmerge.merging.candidate import Candidate
+from fedmerge.merging.candidate import Candidate, Origin
 from fedmerge.privacy.dp.agreement import check_spent, largest_entry
 from fedmerge.privacy.secagg.server import (
     added,
@@ -74,7 +74,8 @@ def secure_candidates(run: Run, backbone: Backbone) -> tuple[dict[str, str], lis
         for domain in run.members.in_role("train"):
             if domain not in sources:
                 run.exclude(domain, "its expert is not in the sum")
-        candidates = candidates_of_mean(run.config, mean, record, backbone)
+        origin = Origin(dict.fromkeys(sources, ""), backbone.record, run.config.privacy.policy)
+        candidates = candidates_of_mean(mean, record, origin, run.config.merge)
         for candidate in candidates:
             write_candidate(run.folder, candidate, backbone.name)
             logger.info("merged: %s", candidate.label)

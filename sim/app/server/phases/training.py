@@ -11,7 +11,6 @@ from fedmerge.encoder.backbone import Backbone
 from fedmerge.encoder.lora import fresh_adapter, layout_of
 from fedmerge.errors import ClientError
 from fedmerge.escaping import one_line
-from fedmerge.mergerec.variants import labels_from_catalogs
 from fedmerge.privacy.dp.agreement import check_spent
 from fedmerge.privacy.transport import coding_of
 from fedmerge.runs import checkpoints
@@ -75,7 +74,7 @@ def train_experts(run: Run, backbone: Backbone, catalogs: Mapping[str, Catalog])
 
 def _may_train(run: Run, catalogs: Mapping[str, Catalog]) -> set[str]:
     domains = {*run.config.domains.train} - {*run.members.excluded}
-    if labels_from_catalogs(run.config) or probes(run.config):
+    if run.config.methods_from_catalogs or probes(run.config):
         domains &= {*catalogs}
     return domains
 
