@@ -199,3 +199,13 @@ def read_record(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise RunDirError(f"{path}: found a JSON {type(data).__name__}, expected an object. Restore the file.")
     return data
+
+
+def table_or_empty(value: Any) -> Mapping[str, Any]:
+    """Return a value of a record that should be a table; empty if it is anything else."""
+    return value if isinstance(value, dict) else {}
+
+
+def text_or_none(value: Any) -> str | None:
+    """Return a value of a record that should be text; None if it is anything else."""
+    return value if isinstance(value, str) else None

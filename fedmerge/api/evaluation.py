@@ -137,7 +137,9 @@ def evaluate(
     config = load_config(None, [f"seed={seed}", f"evaluation.baselines={json.dumps(rows)}"])
     sums = {}
     for name, domain in opened.items():
-        rankers = baseline_rankers(domain, config, config.evaluation.baselines, progress)
+        rankers = baseline_rankers(
+            domain, config.evaluation.baselines, config.evaluation, seed, config.cache_dir, progress
+        )
         sums[name] = evaluate_models(domain, adapters, split, max_users, seed, rankers, progress)
     return Scores(split, sums)
 

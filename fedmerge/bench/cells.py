@@ -28,6 +28,7 @@ from fedmerge.client.baselines.rankers import baseline_rankers, sasrec_settings
 from fedmerge.client.cache.folders import inputs_key
 from fedmerge.client.evaluate import Ranks, baseline_ranks, evaluate, model_ranks
 from fedmerge.client.local_domain import LocalDomain, open_domain
+from fedmerge.client.training.settings import training_settings
 from fedmerge.config import (
     LEARNED_METHODS,
     BackboneSection,
@@ -314,7 +315,9 @@ def rank_baseline(result: Path, config: ExperimentConfig, domain: str, split: Sp
     """Do the same as :func:`rank_model` under a baseline; the file is empty if it has no training data."""
     opened = domain_of(config, domain)
     examples = evaluation_examples(opened.interactions, split, num_users(config.evaluation, split), config.seed)
-    found = baseline_ranks(examples, baseline_rankers(opened, config, [baseline]))
+    found = baseline_ranks(
+        examples, baseline_rankers(opened, [baseline], config.evaluation, config.seed, config.cache_dir)
+    )
     _write_ranks(result, *found.values())
 
 
@@ -329,7 +332,7 @@ def audit_adapters(result: Path, config: ExperimentConfig, domain: str, expert: 
         merged: the same.
     """
     adapter = None if expert is None else read_adapter(expert)
-    audited = Audited(domain_of(config, domain), config, adapter, read_adapter(merged), {}, None)
+    audited = Audited(domain_of(config, domain), training_settings(config), adapter, read_adapter(merged), {}, None)
     write_json(result, audit_domain(audited, num_shadows=0))
 
 

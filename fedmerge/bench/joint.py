@@ -1,7 +1,7 @@
-"""Joint training: one adapter on the pooled interactions of several domains, as a row for reference (METHODS 7).
+"""Joint training: one adapter on the pooled interactions of several domains, as a reference row (METHODS 7).
 
-It breaks isolation: whoever trains it reads every domain's users. No federation can have it, and no client or server
-has this code; a benchmark on one's own data has it, to show what isolation costs.
+It breaks isolation, since it reads the users of all domains. So neither client nor server has this code; benchmarks on
+one's own data use it to measure the cost of isolation.
 """
 
 import itertools
@@ -32,18 +32,18 @@ def train_jointly(
     Args:
         domains: at least one; they share a backbone.
         lora: layout of the adapter.
-        settings: of one expert.
-        seed: of the experiment.
+        settings: settings of one expert.
+        seed: seed of the experiment.
         drawing: see :func:`joint_batches`.
         progress: receives one line after every validation.
         checkpoint: as for :func:`fedmerge.client.training.expert.train_expert`.
 
     Returns:
-        The adapter with the best mean NDCG@10 over the domains' validation users, and how it came about.
+        The adapter with the best mean NDCG@10 over the domains' validation users, and the report of its training.
 
     Raises:
-        DomainError: a domain with nobody to train on.
-        ClientError: the loss is no longer finite.
+        DomainError: a domain has fewer than two users to train on.
+        ClientError: the loss is not finite.
     """
     for domain in domains.values():
         check_can_train(domain)
@@ -54,7 +54,7 @@ def train_jointly(
 
 
 def pooled_settings(settings: Train, num_domains: int) -> Train:
-    """The budgets of all experts together: steps and minutes add up, epochs do not; there are as many validations."""
+    """Return the budgets of all experts together: steps and minutes add up, epochs and validations stay the same."""
     changes = {
         "max_steps": settings.max_steps and num_domains * settings.max_steps,
         "max_minutes": settings.max_minutes and num_domains * settings.max_minutes,
@@ -66,17 +66,17 @@ def pooled_settings(settings: Train, num_domains: int) -> Train:
 def joint_batches(
     domains: Mapping[str, LocalDomain], settings: Train, seed: int, drawing: Drawing
 ) -> Iterator[tuple[LocalDomain, Batch, float]]:
-    """The experts' batches, mixed: each batch is of one domain, so that a user's negatives are items of that domain.
+    """Mix the experts' batches; each batch has users of one domain, whose negatives are items of that domain.
 
     Args:
-        domains: by name.
+        domains: domains by name.
         settings: batch size and samples are read.
-        seed: of the experiment; a domain's own batches are those of its expert, in the same order.
-        drawing: "shuffled": a pooled epoch has every domain's batches, in random order, so that users count alike;
-            "balanced": in each round every domain has one batch, in random order, so that domains count alike.
+        seed: seed of the experiment; a domain's batches are those of its expert, in the same order.
+        drawing: "shuffled": a pooled epoch has every domain's batches, in random order, so that users count equally;
+            "balanced": in each round every domain has one batch, in random order, so that domains count equally.
 
-    Returns:
-        Without end: the domain, its users, and how many batches there were, in pooled epochs.
+    Yields:
+        Endlessly: the domain, its users, and the pooled epochs done after them.
     """
     own = {name: training_batches(domains[name].training_sequences, settings, seed, name) for name in sorted(domains)}
     counts = {name: num_batches(len(domains[name].training_sequences), settings.batch_size) for name in own}

@@ -78,6 +78,7 @@ def _opened(folder: Path, config: "ExperimentConfig", names: Sequence[str]) -> I
     """Yield each domain with its expert, the served merge and the other experts."""
     from fedmerge.client.audit.attacks import Audited
     from fedmerge.client.local_domain import open_domain
+    from fedmerge.client.training.settings import training_settings
     from fedmerge.domain.demo import domains_root
     from fedmerge.encoder.adapted import NO_ADAPTER, load_adapted
     from fedmerge.encoder.peft_folder import read_verified
@@ -102,4 +103,4 @@ def _opened(folder: Path, config: "ExperimentConfig", names: Sequence[str]) -> I
     root = domains_root(config.domains.root, config.cache_dir)
     for name in names:
         domain = open_domain(root / name, backbone, config.text)
-        yield name, Audited(domain, config, experts.get(name), merged, experts, coefficients)
+        yield name, Audited(domain, training_settings(config), experts.get(name), merged, experts, coefficients)

@@ -33,16 +33,16 @@ def evaluate(
     """Evaluate models on the same users, so that they can be compared pairwise.
 
     Args:
-        domain: the client's own.
+        domain: the client's domain.
         models: label -> adapter; None is the backbone alone.
         split: ``valid`` or ``test``.
-        max_users: at most so many users, the same for every call with this seed; None takes all.
-        seed: of the draw of users.
+        max_users: largest number of users, the same users for every call with this seed; None takes all.
+        seed: seed of the draw of users.
         baselines: label -> ranker, of :func:`fedmerge.client.baselines.rankers.baseline_rankers`; their rows come last.
-        progress: receives one line a model.
+        progress: receives one line per model.
 
     Returns:
-        Per variant, sums and cross-products over the users.
+        Sums and cross-products over the users, for each variant.
     """
     examples = evaluation_examples(domain.interactions, split, max_users, seed)
     found = outcomes(domain, models, examples, baselines, progress)
@@ -72,7 +72,11 @@ def model_ranks(
     examples: Examples,
     progress: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Ranks]:
-    """Every user's rank of the target under each model: label -> variant -> (U,); private to the client."""
+    """Compute every user's rank of the target under each model; these ranks never leave the client.
+
+    Returns:
+        label -> variant -> (U,).
+    """
     users = pack_sequences(
         domain.table, examples.histories, domain.backbone.special, domain.text.max_items, domain.text.max_tokens
     )
@@ -90,7 +94,7 @@ def model_ranks(
 
 
 def baseline_ranks(examples: Examples, baselines: Mapping[str, Ranker]) -> dict[str, Ranks]:
-    """As :func:`model_ranks`, under baselines."""
+    """Compute the same ranks as :func:`model_ranks`, under baselines."""
     return {
         label: {variant: ranks_of(examples, seen_items(examples, variant)) for variant in VARIANTS}
         for label, ranks_of in baselines.items()
@@ -98,5 +102,5 @@ def baseline_ranks(examples: Examples, baselines: Mapping[str, Ranker]) -> dict[
 
 
 def seen_items(examples: Examples, variant: Variant) -> list[npt.NDArray[np.int32]] | None:
-    """What a variant takes out of the candidates."""
+    """Return the items that a variant removes from the candidates."""
     return examples.histories if variant == "masked" else None

@@ -1,4 +1,4 @@
-"""A client's own domain, opened: private from here on."""
+"""The opened domain of a client; its interactions never leave it."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,17 +24,17 @@ MIN_TRAINING_USERS = 2
 
 @dataclass(frozen=True, eq=False)
 class LocalDomain:
-    """What a client works on.
+    """A domain with the backbone that encodes it.
 
     Attributes:
         manifest: counts and hashes.
         catalog: N items.
         interactions: U users.
-        table: tokens of the items, made once.
-        text: how sequences are packed.
-        backbone: the encoder whose tokens these are.
-        left_out: (U,) users that training does not read; None: none are. For audits.
-        planted: sequences of users who do not exist and are trained on, too. For audits.
+        table: tokens of the items.
+        text: limits of the packed sequences.
+        backbone: the encoder with its tokenizer.
+        left_out: (U,) True for users that training does not read, in audits; None: all are read.
+        planted: sequences of fictitious users that are also trained on, in audits.
     """
 
     manifest: Manifest
@@ -48,7 +48,7 @@ class LocalDomain:
 
     @cached_property
     def training_sequences(self) -> list[npt.NDArray[np.int32]]:
-        """The items of every user who has a history and a target outside validation and test, oldest first."""
+        """The training items, oldest first, of every user with a history and a target outside validation and test."""
         of_users = train_sequences(self.interactions)
         if self.left_out is not None:
             of_users = [sequence for sequence, out in zip(of_users, self.left_out, strict=True) if not out]
@@ -56,7 +56,7 @@ class LocalDomain:
 
     @property
     def can_train(self) -> bool:
-        """Whether there are enough users for in-batch negatives."""
+        """True if there are enough users for in-batch negatives."""
         return len(self.training_sequences) >= MIN_TRAINING_USERS
 
     @cached_property
@@ -66,7 +66,7 @@ class LocalDomain:
 
     @cached_property
     def backbone_item_vectors(self) -> torch.Tensor:
-        """(N, d) item vectors under the backbone alone; to be asked for while no adapter is applied to it."""
+        """Item vectors (N, d) under the backbone alone; no adapter may be applied to it at the first access."""
         return encode(self.backbone, self.item_sequences)
 
 
@@ -74,10 +74,10 @@ def open_domain(folder: Path, backbone: Backbone, text: Text, cache_dir: Path | 
     """Read, verify and tokenise a domain.
 
     Args:
-        folder: of the domain.
+        folder: folder of the domain.
         backbone: the encoder.
-        text: how items and histories become tokens.
-        cache_dir: where the tokens are kept; None to make them anew.
+        text: limits of items and histories in tokens.
+        cache_dir: folder with the cached tokens; None tokenises again.
 
     Raises:
         DomainError: missing or damaged files.

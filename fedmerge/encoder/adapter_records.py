@@ -1,11 +1,9 @@
 """Files beside an adapter that record how it was made."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from fedmerge.files import read_record
+from fedmerge.files import read_record, table_or_empty, text_or_none
 
 
 @dataclass(frozen=True)
@@ -38,15 +36,9 @@ def adapter_record(adapter: Path) -> AdapterRecord:
     backbone = provenance.get("backbone")
     if training and not provenance:
         participants = read_record(adapter.resolve().parent.parent / "clients.json").get("participants")
-        backbone = _table(_table(participants).get(adapter.resolve().name)).get("backbone_sha256")
+        backbone = table_or_empty(table_or_empty(participants).get(adapter.resolve().name)).get("backbone_sha256")
     else:
-        backbone = _table(backbone).get("sha256")
-    return AdapterRecord(_text(training.get("sha256")) or _text(provenance.get("sha256")), _text(backbone))
-
-
-def _table(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-def _text(value: Any) -> str | None:
-    return value if isinstance(value, str) else None
+        backbone = table_or_empty(backbone).get("sha256")
+    return AdapterRecord(
+        text_or_none(training.get("sha256")) or text_or_none(provenance.get("sha256")), text_or_none(backbone)
+    )

@@ -13,9 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fedmerge.config import flatten
-from fedmerge.encoder.adapter_records import _table, _text
 from fedmerge.errors import RunDirError
-from fedmerge.files import read_record
+from fedmerge.files import read_record, table_or_empty, text_or_none
 from fedmerge.merging.candidate import Provenance
 from fedmerge.runs.folder import DONE
 
@@ -158,13 +157,13 @@ def summarise_run(folder: Path) -> RunSummary:
     problems: list[str] = []
     settings = _settings(folder, problems)
     choice = _record(folder / "choice.json", problems)
-    participants = _table(_record(folder / "clients.json", problems).get("participants"))
-    synthetic = [bool(_table(client).get("synthetic")) for client in participants.values()]
+    participants = table_or_empty(_record(folder / "clients.json", problems).get("participants"))
+    synthetic = [bool(table_or_empty(client).get("synthetic")) for client in participants.values()]
     done = _read(folder / DONE, problems)
     found = re.search(r"after ([\d.]+) s", done or "")
     state: State = "done" if done is not None else "failed" if _log_says_failed(folder, problems) else "incomplete"
-    metric = _text(choice.get("metric"))
-    served = _text(choice.get("served"))
+    metric = text_or_none(choice.get("metric"))
+    served = text_or_none(choice.get("served"))
     return RunSummary(
         id=folder.resolve().name,
         folder=folder.resolve(),
@@ -198,8 +197,10 @@ def describe_run(folder: Path) -> RunDetails:
     return RunDetails(
         summary=replace(summary, problems=(*summary.problems, *problems)),
         settings=_settings(folder, []),
-        participants={name: _table(client) for name, client in _table(clients.get("participants")).items()},
-        excluded={name: str(reason) for name, reason in _table(clients.get("excluded")).items()},
+        participants={
+            name: table_or_empty(client) for name, client in table_or_empty(clients.get("participants")).items()
+        },
+        excluded={name: str(reason) for name, reason in table_or_empty(clients.get("excluded")).items()},
         experts=experts,
         merges=merges,
         remerges=remerges,

@@ -13,6 +13,7 @@ from fedmerge.bench.outcomes import merge_hashes
 from fedmerge.bench.stages import run_grid
 from fedmerge.bench.tables import WEIGHTS
 from fedmerge.client.audit.attacks import Audited, audit_domain
+from fedmerge.client.training.settings import training_settings
 from fedmerge.config import ExperimentConfig, load_config
 from fedmerge.encoder.peft_folder import read_adapter
 from fedmerge.errors import ClientError
@@ -131,7 +132,9 @@ def test_audit_results_are_reported_beside_scores(bench_place: Path) -> None:
     (label,) = merge_hashes(grid, at, "adapter")
     merged = read_adapter(merge_folder(grid.merges(at, "adapter"), label))
     expert = read_adapter(run / "adapters" / "books")
-    found = audit_domain(Audited(domain_of(config, "books"), config, expert, merged, {}, None), num_shadows=0)
+    found = audit_domain(
+        Audited(domain_of(config, "books"), training_settings(config), expert, merged, {}, None), num_shadows=0
+    )
     assert found["members"] > 0 < found["non_members"]
 
     def leaks(**wanted: object) -> dict[tuple[str, str, str], float]:

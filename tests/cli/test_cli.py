@@ -272,7 +272,7 @@ def test_evaluate_prints_the_results_of_the_library(
     if adapter is not None:
         write_adapter(adapter, tmp_path / "mine", backbone.name)
     domain = open_domain(shops / "toys", backbone, Text(max_tokens=64, max_items=2, max_attribute_tokens=10))
-    baselines = baseline_rankers(domain, ExperimentConfig(), ("popularity", "last-item"))
+    baselines = baseline_rankers(domain, ("popularity", "last-item"), ExperimentConfig().evaluation, 0, str(tmp_path))
     wanted = evaluate(domain, {label: adapter}, "valid" if split == "valid" else "test", 9, seed=0, baselines=baselines)
 
     path = "none" if adapter is None else tmp_path / "mine"

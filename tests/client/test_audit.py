@@ -1,4 +1,4 @@
-"""Runs with differential privacy through client and server, in this process, and `fedmerge privacy audit` of them."""
+"""Audited runs with differential privacy, in this process, and `fedmerge privacy audit` of them."""
 
 import json
 from itertools import product
@@ -15,6 +15,7 @@ from fedmerge.cli import main
 from fedmerge.client.audit.attacks import Audited, audit_domain
 from fedmerge.client.audit.users import CANARY_LENGTH, canaries, left_out_users, prepare_for_audit
 from fedmerge.client.local_domain import open_domain
+from fedmerge.client.training.settings import training_settings
 from fedmerge.config import ExperimentConfig, Simulation, to_flat
 from fedmerge.encoder.backbone import Backbone
 from fedmerge.encoder.lora import fresh_adapter
@@ -62,7 +63,7 @@ def folder_of(config: ExperimentConfig) -> Path:
 # A run
 
 
-def test_a_run_says_what_it_spent(run: ExperimentConfig) -> None:
+def test_a_run_reports_its_privacy_loss(run: ExperimentConfig) -> None:
     statement = json.loads((folder_of(run) / "privacy.json").read_text())
     assert set(statement["domains"]) == {"beauty", "books"}
     for found in statement["domains"].values():
@@ -74,7 +75,7 @@ def test_a_run_says_what_it_spent(run: ExperimentConfig) -> None:
     assert "metric sums on validation and test" in report
 
 
-def test_with_differential_privacy_no_loss_and_no_validation_leaves_the_client(run: ExperimentConfig) -> None:
+def test_with_differential_privacy_neither_loss_nor_validations_leave_the_client(run: ExperimentConfig) -> None:
     for domain in ("beauty", "books"):
         told = json.loads((folder_of(run) / "adapters" / domain / "training.json").read_text())
         assert told["validations"] == []
@@ -82,7 +83,7 @@ def test_with_differential_privacy_no_loss_and_no_validation_leaves_the_client(r
         assert told["privacy"]["noise_multiplier"] == 2.0
 
 
-def test_rounds_add_up_and_domains_can_hide_their_update(place: Path) -> None:
+def test_releases_of_rounds_add_up_and_domains_can_hide_their_update(place: Path) -> None:
     without = {"simulation.held_out_users": 0.0, "simulation.canaries": 0}
     rounds = small_experiment(
         place, run_id="rounds", **{**SETTINGS, **without, "rounds.rule": "ffa-lora", "rounds.number": 2}
@@ -109,10 +110,10 @@ def test_canaries_and_left_out_users_are_for_simulations(run: ExperimentConfig) 
     assert "domain books: [simulation]" in str(records.read_error(client_app(message, context).content))
 
 
-# Who takes part in it
+# Users
 
 
-def test_who_is_left_out_and_who_is_planted(backbone: Backbone, run: ExperimentConfig) -> None:
+def test_users_are_left_out_and_canaries_planted(backbone: Backbone, run: ExperimentConfig) -> None:
     domain = open_domain(Path(run.domains.root) / "books", backbone, run.text)
     trained = prepare_for_audit(domain, Simulation(held_out_users=0.5, canaries=3), 0)
     users = domain.interactions.num_users
@@ -127,7 +128,7 @@ def test_who_is_left_out_and_who_is_planted(backbone: Backbone, run: ExperimentC
     assert len(prepare_for_audit(domain, Simulation(), 0).training_sequences) == len(domain.training_sequences)
 
 
-# The command
+# fedmerge privacy audit
 
 
 def test_an_audit_of_a_run(run: ExperimentConfig, capsys: Capsys) -> None:
@@ -157,25 +158,27 @@ def test_an_audit_of_a_run(run: ExperimentConfig, capsys: Capsys) -> None:
         assert part in text
 
 
-def test_after_rounds_there_is_nothing_that_shadows_could_stand_for(backbone: Backbone, run: ExperimentConfig) -> None:
+def test_no_shadow_is_trained_without_an_expert_and_a_plain_sum(backbone: Backbone, run: ExperimentConfig) -> None:
     domain = open_domain(Path(run.domains.root) / "books", backbone, run.text)
     merged = fresh_adapter(backbone, run.lora.of("books"), seed=0)
     lines: list[str] = []
-    found = audit_domain(Audited(domain, run, None, merged, {}, None), 8, lines.append)
+    found = audit_domain(Audited(domain, training_settings(run), None, merged, {}, None), 8, lines.append)
     assert found["shadows"] == 0
     assert not any("shadow 1 of" in line for line in lines)
     assert {row["model"] for row in found["membership"]} == {"backbone", "merged"}
     text = audit_text({"run": "rounds", "dp": {}, "domains": {"books": found}})
-    assert "0 shadow trainings (neither an expert nor a merge that is a plain sum, as after rounds: none" in text
+    assert "0 shadow trainings (without an expert" in text
 
 
 def test_an_audit_needs_users_who_were_left_out(place: Path, run: ExperimentConfig, capsys: Capsys) -> None:
     arguments = ["privacy", "audit", str(folder_of(run)), "--shadows", "0", "--set", "simulation.held_out_users=0"]
     assert main(arguments) == 1
-    assert "the run has 30 and 0. Make a run for it, with simulation.held_out_users = 0.5." in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "trained on 30 users and left out 0" in error
+    assert "simulation.held_out_users = 0.5" in error
 
 
-def test_an_audit_refuses_what_it_does_not_know(run: ExperimentConfig, capsys: Capsys) -> None:
+def test_an_audit_refuses_unknown_domains_and_negative_counts(run: ExperimentConfig, capsys: Capsys) -> None:
     assert main(["privacy", "audit", str(folder_of(run)), "--domain", "toys"]) == 1
     assert "--domain toys: not a training domain of the run; expected one of beauty, books." in capsys.readouterr().err
     assert main(["privacy", "audit", str(folder_of(run)), "--shadows", "-1"]) == 1

@@ -1,9 +1,9 @@
-"""What an audit finds on an adapter that was deliberately overfitted, and what noise leaves of it.
+"""Audit of a deliberately overfitted adapter, without and with noise.
 
     pytest -m slow tests/client/test_audit_overfitted.py -s        prints the tables of docs/results.md
 
-The bundled demo's generator (100 users, 100 items) and its random backbone; 50 users and 16 canaries are trained on for
-200 steps, each with its last item alone, without early stopping. The only thing that differs is the noise.
+The domain comes from the bundled demo's generator (100 users, 100 items), the backbone is random. 50 users and 16
+canaries are trained for 200 steps, each with the last item alone, without early stopping. Only the noise differs.
 """
 
 from pathlib import Path
@@ -15,6 +15,7 @@ from fedmerge.client.audit.attacks import Audited, audit_domain
 from fedmerge.client.audit.users import prepare_for_audit
 from fedmerge.client.cache.experts import train_adapter
 from fedmerge.client.local_domain import open_domain
+from fedmerge.client.training.settings import training_settings
 from fedmerge.config import from_flat
 from fedmerge.device import resolve_compute
 from fedmerge.domain.demo import generate_domain
@@ -35,7 +36,7 @@ SETTINGS: dict[str, Any] = {
     "train.negatives": "catalog",
     "train.samples": "last",
     "train.learning_rate": 3e-3,
-    "train.batch_size": 90,  # everybody, in every step
+    "train.batch_size": 90,  # all users in every step
     "train.max_steps": 200,
     "train.warmup_steps": 5,
     "train.validate_every_steps": 1000,
@@ -66,15 +67,16 @@ def audited(place: Path, name: str, changes: dict[str, float]) -> dict[str, Any]
     config = from_flat({**SETTINGS, **changes})
     backbone = load_backbone(str(place / "backbone"), "mean", resolve_compute("cpu", "float32"))
     domain = open_domain(place / "toys", backbone, config.text)
-    adapter, _, _ = train_adapter(prepare_for_audit(domain, config.simulation, config.seed), config)
-    found = audit_domain(Audited(domain, config, adapter, None, {"toys": adapter}, None), num_shadows=0)
+    settings = training_settings(config)
+    adapter, _, _ = train_adapter(prepare_for_audit(domain, config.simulation, config.seed), settings)
+    found = audit_domain(Audited(domain, settings, adapter, None, {"toys": adapter}, None), num_shadows=0)
     print("\n" + audit_text({"run": name, "dp": changes, "domains": {"toys": found}}))
     rows = {f"{row['model']} {row['attack']}": row for row in found["membership"]}
     canaries = {f"canaries {row['model']}": row for row in found["canaries"]}
     return {**rows, **canaries}
 
 
-def test_an_overfitted_adapter_gives_its_users_away(place: Path) -> None:
+def test_an_overfitted_adapter_reveals_its_users(place: Path) -> None:
     found = audited(place, "no noise", NO_NOISE)
     assert found["expert loss"]["auc"] > 0.9
     assert found["expert loss against the backbone's"]["auc"] > 0.9
@@ -83,7 +85,7 @@ def test_an_overfitted_adapter_gives_its_users_away(place: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [8.0, 1.0])
-def test_with_noise_the_same_training_gives_nobody_away(place: Path, value: float) -> None:
+def test_with_noise_the_same_training_reveals_no_user(place: Path, value: float) -> None:
     found = audited(place, f"epsilon = {value:g}", epsilon(value))
     for attack in ("expert loss", "expert loss against the backbone's", "canaries expert"):
         assert abs(found[attack]["auc"] - 0.5) < 3 * found[attack]["auc_error"]

@@ -1,4 +1,4 @@
-"""The values that a client caches for secure sums, and its record of the sums that showed them."""
+"""The values that a client caches for secure sums, and its record of the sums that revealed them."""
 
 from pathlib import Path
 
@@ -16,41 +16,38 @@ from fedmerge.client.cache.secure_sums import (
 from fedmerge.errors import ClientError, PolicyError
 
 
-def test_what_a_client_keeps_for_sums(tmp_path: Path) -> None:
-    values = np.arange(5, dtype=np.float32)
-    sha256 = cache_values(str(tmp_path), "books", values)
-    assert np.array_equal(read_cached_values(str(tmp_path), "books", sha256), values)
-    cache_values(str(tmp_path), "books", values + 1)
-    with pytest.raises(ClientError, match=r"holds other values than this run trained. Another run of this client"):
-        read_cached_values(str(tmp_path), "books", sha256)
-    with pytest.raises(ClientError, match=r"domain toys: .*values\.npy, what it adds to the sum, cannot be read"):
-        read_cached_values(str(tmp_path), "toys", sha256)
-    record_revealed(str(tmp_path), "books", sha256, {"a": 0.5, "b": 0.25, "books": 0.25})
-    record_revealed(str(tmp_path), "books", sha256, {"books": 0.25, "b": 0.25, "a": 0.5})  # a sum that was killed
-    record_revealed(
-        str(tmp_path), "books", sha256, {"books": 0.25, "b": 0.25, "a": 0.5 * (1 + 1e-15)}
-    )  # rounded otherwise
-    record_revealed(str(tmp_path), "books", "other", {"a": 0.5, "c": 0.25, "books": 0.25})
-    for company in ({"a": 0.5, "c": 0.25, "books": 0.25}, {"a": 0.25, "b": 0.5, "books": 0.25}):
-        with pytest.raises(PolicyError, match=r"summed before, with a 0\.5, b 0\.25, books 0\.25, and now with a"):
-            record_revealed(str(tmp_path), "books", sha256, company)
+def test_values_are_cached_and_revealed_in_one_sum_only(tmp_path: Path) -> None:
+    cache, values = str(tmp_path), np.arange(5, dtype=np.float32)
+    sha256 = cache_values(cache, "books", values)
+    assert np.array_equal(read_cached_values(cache, "books", sha256), values)
+    cache_values(cache, "books", values + 1)
+    with pytest.raises(ClientError, match=rf"books.*{tmp_path}.*cache_dir"):
+        read_cached_values(cache, "books", sha256)
+    with pytest.raises(ClientError, match=r"toys.*values\.npy.*cache_dir"):
+        read_cached_values(cache, "toys", sha256)
+    record_revealed(cache, "books", sha256, {"a": 0.5, "b": 0.25, "books": 0.25})
+    record_revealed(cache, "books", sha256, {"books": 0.25, "b": 0.25, "a": 0.5})  # a killed sum is repeated
+    rounded = {"books": 0.25, "b": 0.25, "a": 0.5 * (1 + 1e-15)}
+    record_revealed(cache, "books", sha256, rounded)
+    record_revealed(cache, "books", "other", {"a": 0.5, "c": 0.25, "books": 0.25})
+    for other in ({"a": 0.5, "c": 0.25, "books": 0.25}, {"a": 0.25, "b": 0.5, "books": 0.25}):
+        with pytest.raises(PolicyError, match=rf"books.*a 0\.5, b 0\.25, books 0\.25.*a {other['a']}.*{sha256}\.json"):
+            record_revealed(cache, "books", sha256, other)
 
 
-def test_of_a_run_a_client_shows_one_training(tmp_path: Path) -> None:
-    company = {"a": 0.5, "b": 0.25, "books": 0.25}
-    config = small_experiment(tmp_path, run_id="run")
-    of = [sum_key(config, number) for number in (1, 2)]
-    of.append(sum_key(config.model_copy(update={"run_id": "other"}), 1))
-    assert len({*of}) == 3
-    record_revealed(str(tmp_path), "books", "first", company, of[0])
-    record_revealed(str(tmp_path), "books", "first", company, of[0])  # a sum that was killed
-    for other in (*of[1:], ""):
-        check_same_as_revealed(str(tmp_path), "books", "second", other)
-    check_same_as_revealed(str(tmp_path), "toys", "second", of[0])
-    for other_company in (company, {"a": 0.5, "c": 0.25, "books": 0.25}):
-        with pytest.raises(PolicyError, match=r"domain books: its training came out otherwise than .* remove /"):
-            record_revealed(str(tmp_path), "books", "second", other_company, of[0])
-    assert sum_key(config.model_copy(update={"run_id": None}), 1) == ""
+def test_a_run_reveals_one_training(tmp_path: Path) -> None:
+    cache, parts = str(tmp_path), {"a": 0.5, "b": 0.25, "books": 0.25}
+    dp = small_experiment(tmp_path).dp
+    keys = [sum_key(dp, "run", 1), sum_key(dp, "run", 2), sum_key(dp, "other", 1)]
+    assert len({*keys}) == 3
+    record_revealed(cache, "books", "first", parts, keys[0])
+    record_revealed(cache, "books", "first", parts, keys[0])  # a killed sum is repeated
+    for other in (*keys[1:], ""):
+        check_same_as_revealed(cache, "books", "second", other)
+    check_same_as_revealed(cache, "toys", "second", keys[0])
+    for of_sum in (parts, {"a": 0.5, "c": 0.25, "books": 0.25}):
+        with pytest.raises(PolicyError, match=rf"books.*{tmp_path}.*run-{keys[0]}\.json"):
+            record_revealed(cache, "books", "second", of_sum, keys[0])
+    assert sum_key(dp, None, 1) == ""
     for mode in ("user", "domain-local"):  # each release is counted
-        noised = config.model_copy(update={"dp": config.dp.model_copy(update={"mode": mode})})
-        assert sum_key(noised, 1) == ""
+        assert sum_key(dp.model_copy(update={"mode": mode}), "run", 1) == ""

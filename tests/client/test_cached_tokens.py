@@ -1,4 +1,4 @@
-"""Tokens on a client's disk: those of the catalog, read back by what they depend on, never needed."""
+"""The cache of a catalog's tokens: one entry per set of inputs, and nothing depends on the cache."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -51,7 +51,7 @@ def test_a_catalog_is_tokenised_once(coffee: Path, backbone: Backbone, tmp_path:
     assert file.parent.name.startswith("coffee-")
     assert same(open_domain(coffee, backbone, TEXT, tmp_path / "cache"), plain)
     before = file.stat()
-    blind = replace(backbone, tokenizer=cast(Any, None))  # nothing can be tokenised: the file is what is read
+    blind = replace(backbone, tokenizer=cast(Any, None))  # it cannot tokenise, so the tokens come from the file
     assert same(open_domain(coffee, blind, TEXT, tmp_path / "cache"), plain)
     assert file.stat() == before
 
@@ -72,36 +72,37 @@ def test_other_inputs_have_tokens_of_their_own(coffee: Path, backbone: Backbone,
 
 
 @pytest.mark.parametrize("harm", ["empty", "half", "other", "longer", "flipped", "no hash"])
-def test_a_damaged_file_is_made_anew(coffee: Path, backbone: Backbone, tmp_path: Path, harm: str) -> None:
+def test_a_damaged_file_is_replaced(coffee: Path, backbone: Backbone, tmp_path: Path, harm: str) -> None:
     plain = open_domain(coffee, backbone, TEXT, tmp_path / "cache")
     (file,) = cached_files(tmp_path / "cache")
     whole = file.read_bytes()
     if harm in ("empty", "half"):
         file.write_bytes(whole[: len(whole) // 2 if harm == "half" else 0])
     else:
-        told = load_file(file)
+        arrays = load_file(file)
         if harm == "other":
-            del told["separator"]
+            del arrays["separator"]
         elif harm == "flipped":
-            told["ids"] = told["ids"][::-1].copy()
+            arrays["ids"] = arrays["ids"][::-1].copy()
         elif harm == "no hash":
             (file.parent / HASH_FILE).unlink()
         else:
-            told["offsets"] = np.append(told["offsets"], told["offsets"][-1])
-        save_file(told, file)
+            arrays["offsets"] = np.append(arrays["offsets"], arrays["offsets"][-1])
+        save_file(arrays, file)
     assert same(open_domain(coffee, backbone, TEXT, tmp_path / "cache"), plain)
     assert cached_files(tmp_path / "cache") == [file]
     assert file.read_bytes() == whole
 
 
-def test_without_a_disk_there_are_tokens_all_the_same(
+def test_a_domain_opens_without_a_writable_cache(
     coffee: Path, backbone: Backbone, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (tmp_path / "cache").write_text("no folder")
+    (tmp_path / "cache").write_text("a file where the folder should be")
     with caplog.at_level("WARNING", logger="fedmerge"):
         opened = open_domain(coffee, backbone, TEXT, tmp_path / "cache")
     assert same(opened, open_domain(coffee, backbone, TEXT))
-    assert "domain coffee: its tokens cannot be kept under" in caplog.text
+    assert "domain coffee" in caplog.text
+    assert f"{tmp_path}/cache" in caplog.text
     with full_disk(100):
         assert same(open_domain(coffee, backbone, TEXT, tmp_path / "full"), opened)
     assert not cached_files(tmp_path / "full")

@@ -1,4 +1,4 @@
-"""What the noise is chosen for, a client releases once, whatever it is asked: experts, rounds, answers."""
+"""Releases with noise are made once per run, whatever the server asks: experts, rounds, answers on coefficients."""
 
 import json
 from dataclasses import replace
@@ -10,7 +10,7 @@ import torch
 from adapters import layout_of, random_adapters
 from flwr.app import Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
-from in_process import small_experiment
+from in_process import cached_expert_of, small_experiment
 
 from fedmerge.adapter import adapter_sha256
 from fedmerge.client.cache import dp_releases as released
@@ -59,7 +59,7 @@ def refusal(config: ExperimentConfig, request: records.RoundRequest) -> str:
 
 def test_a_round_is_released_once(config: ExperimentConfig) -> None:
     (adapter, told), (again, told_again) = (records.read_expert(ask(config, FIRST)) for _ in range(2))
-    assert adapter_sha256(again) == adapter_sha256(adapter)  # with system noise, trained anew it would differ
+    assert adapter_sha256(again) == adapter_sha256(adapter)  # a second training would draw other system noise
     assert told_again == told
     assert told["privacy"]["steps"] == 1
 
@@ -68,45 +68,46 @@ def test_a_round_is_released_once(config: ExperimentConfig) -> None:
     assert adapter_sha256(second) != adapter_sha256(adapter)
 
     other, _ = records.read_expert(ask(config.model_copy(update={"run_id": "other"}), FIRST))
-    assert adapter_sha256(other) != adapter_sha256(adapter)  # a run of its own, which somebody adds up
+    assert adapter_sha256(other) != adapter_sha256(adapter)  # a second run is counted separately
 
 
 def test_another_request_for_a_round_that_was_released_is_refused(config: ExperimentConfig) -> None:
     ask(config, FIRST)
-    elsewhere = "round 1 of this run was released before, for another request or with other settings, and its noise"
-    assert elsewhere in refusal(config, replace(FIRST, fresh_seed=8))
-    assert elsewhere in refusal(config.model_copy(update={"seed": config.seed + 1}), FIRST)
+    for refused in (
+        refusal(config, replace(FIRST, fresh_seed=8)),
+        refusal(config.model_copy(update={"seed": config.seed + 1}), FIRST),
+    ):
+        assert refused.startswith("PolicyError: domain beauty: round 1 of this run was released before")
     spoiled = sorted(Path(config.cache_dir).glob("released/beauty-*/1/training.json"))
-    kept = [path.read_text() for path in spoiled]
+    whole = [path.read_text() for path in spoiled]
     for path in spoiled:
         path.write_text("{")
-    assert "round 1 of this run was released before, but …/1 is damaged" in refusal(config, FIRST)
-    for path, text in zip(spoiled, kept, strict=True):
+    refused = refusal(config, FIRST)
+    assert refused.startswith("PolicyError: domain beauty: round 1 of this run was released before")
+    assert "…/1 is damaged" in refused
+    for path, text in zip(spoiled, whole, strict=True):
         path.write_text(text)
 
 
 @pytest.mark.parametrize(("number", "num_rounds"), [(1, 1), (3, 2), (0, 2), (3, 3)])
-def test_a_round_that_the_noise_was_not_chosen_for_is_refused(
-    config: ExperimentConfig, number: int, num_rounds: int
-) -> None:
+def test_a_round_without_calibrated_noise_is_refused(config: ExperimentConfig, number: int, num_rounds: int) -> None:
     asked = replace(FIRST, number=number, num_rounds=num_rounds)
-    expected = f"asked for round {number} of {num_rounds}, but its noise is chosen for the 2 of rounds.number"
-    assert expected in refusal(config, asked)
+    refused = refusal(config, asked)
+    assert f"round {number} of {num_rounds}" in refused
+    assert "2 rounds (rounds.number)" in refused
 
 
 def test_a_run_without_a_name_cannot_count_its_releases(config: ExperimentConfig) -> None:
-    assert "but run_id is 'none'. Set it, or use fedmerge run" in refusal(
-        config.model_copy(update={"run_id": None}), FIRST
-    )
+    assert "run_id is 'none'" in refusal(config.model_copy(update={"run_id": None}), FIRST)
 
 
 def test_more_rounds_than_steps_are_refused(config: ExperimentConfig) -> None:
-    with pytest.raises(ConfigError, match=r"rounds.number = 3, but train.max_steps = 2: .*lower rounds.number, or"):
+    with pytest.raises(ConfigError, match=r"rounds\.number = 3.*train\.max_steps = 2"):
         from_flat({**to_flat(config), "rounds.number": 3})
     assert from_flat({**to_flat(config), "rounds.number": 3, "train.max_steps": 3}).rounds.number == 3
 
 
-def test_an_expert_is_released_once_a_run_wherever_it_is_trained(
+def test_a_run_releases_one_expert_on_whichever_machine_it_is_trained(
     config: ExperimentConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = from_flat({**to_flat(config), "rounds.rule": "none", "run_id": "experts"})
@@ -116,32 +117,31 @@ def test_an_expert_is_released_once_a_run_wherever_it_is_trained(
     more_threads = from_flat({**to_flat(run), "runtime.threads_per_client": run.runtime.threads_per_client + 1})
     monkeypatch.setattr(experts, "__version__", "of tomorrow")
     again, told_again = records.read_expert(send(more_threads, records.TRAIN, RecordDict()))
-    assert adapter_sha256(again) == adapter_sha256(adapter)  # with system noise, trained anew it would differ
+    assert adapter_sha256(again) == adapter_sha256(adapter)  # a second training would draw other system noise
     assert told_again == {**told, "cached": True}
     assert records.arrays_sha256(send(run, records.TRAIN, RecordDict())) == records.arrays_sha256(content)
 
     backbone = load_backbone(run.backbone.source, run.backbone.pooling, resolve_compute("cpu", "float32"))
     beauty = open_domain(Path(run.domains.root) / "beauty", backbone, run.text)
-    assert adapter_sha256(experts.load_expert(beauty, more_threads, told["sha256"])) == told["sha256"]
-    assert adapter_sha256(experts.load_expert(beauty, more_threads, None)) == told["sha256"]
+    assert adapter_sha256(cached_expert_of(beauty, more_threads, told["sha256"])) == told["sha256"]
+    assert adapter_sha256(cached_expert_of(beauty, more_threads, None)) == told["sha256"]
 
     other, _ = records.read_expert(
         send(more_threads.model_copy(update={"run_id": "more"}), records.TRAIN, RecordDict())
     )
-    assert adapter_sha256(other) != adapter_sha256(adapter)  # a run of its own, which somebody adds up
+    assert adapter_sha256(other) != adapter_sha256(adapter)  # a second run is counted separately
     asked = send(run.model_copy(update={"seed": run.seed + 1}), records.TRAIN, RecordDict())
-    assert "the expert of this run was released before, for another request or with other settings" in str(
-        records.read_error(asked)
-    )
+    assert "the expert of this run was released before" in str(records.read_error(asked))
     (spoiled,) = Path(run.cache_dir).glob(f"released/beauty-{inputs_key({'run': 'experts'})}/expert/training.json")
     spoiled.write_text("{")
     refused = str(records.read_error(send(run, records.TRAIN, RecordDict())))
-    assert "the expert of this run was released before, but …/expert is damaged" in refused
+    assert "the expert of this run was released before" in refused
+    assert "…/expert is damaged" in refused
 
 
 @pytest.fixture(scope="module")
 def learning(tmp_path_factory: pytest.TempPathFactory) -> tuple[ExperimentConfig, records.GradientRequest]:
-    """Coefficients learned on own users, with noise by domain; the cohort lies at the client."""
+    """Coefficients learned on own users, with noise by domain; the client has cached the cohort."""
     private = {"dp.mode": "domain-local", "dp.noise_multiplier": 2.0, "dp.delta": 1e-3, "privacy.min_users": 2}
     through = {"privacy.policy": "catalog-private", "through_clients.users": "own-users", "merge.methods": "mergerec"}
     config = small_experiment(tmp_path_factory.mktemp("answers"), **private, **through, run_id="run")
@@ -169,24 +169,24 @@ def test_an_answer_about_coefficients_is_released_once(
 ) -> None:
     config, first = learning
     given, again = (records.read_gradient(answer(config, first)) for _ in range(2))
-    assert torch.equal(given, again)  # with system noise, made anew it would differ
+    assert torch.equal(given, again)  # a second answer would draw other system noise
     assert not torch.equal(records.read_gradient(answer(config, replace(first, step=1))), given)
-    other = config.model_copy(update={"run_id": "other"})  # a run of its own, which somebody adds up
+    other = config.model_copy(update={"run_id": "other"})  # a second run is counted separately
     assert not torch.equal(records.read_gradient(answer(other, first)), given)
     refused = str(records.read_error(answer(config, first, at=0.6)))
-    assert "step 0, was released before, for another request or with other settings, and its noise covers" in refused
+    assert "step 0, was released before" in refused
     (spoiled,) = Path(config.cache_dir).glob("released/beauty-*/*-1/training.json")
-    kept = json.loads(spoiled.read_text())
+    whole = json.loads(spoiled.read_text())
     for text, found in (
         ("{", "is damaged (JSONDecodeError)"),
-        (json.dumps({**kept, "answer": [2 * value for value in kept["answer"]]}), "was changed since"),
+        (json.dumps({**whole, "answer": [2 * value for value in whole["answer"]]}), "was changed since"),
     ):
         spoiled.write_text(text)
         refused = str(records.read_error(answer(config, replace(first, step=1))))
         assert "step 1, was released before, but …" in refused
         assert found in refused
     nameless = config.model_copy(update={"run_id": None})
-    assert "counts the releases of a run, but run_id is 'none'" in str(records.read_error(answer(nameless, first)))
+    assert "run_id is 'none'" in str(records.read_error(answer(nameless, first)))
 
 
 @pytest.mark.parametrize(
@@ -194,19 +194,19 @@ def test_an_answer_about_coefficients_is_released_once(
     [{"step": 2}, {"step": -1}, {"num_steps": 1}, {"label": "adamerging domain-wise own-users"}, {}],
     ids=["beyond the last", "before the first", "several", "another method", "until train"],
 )
-def test_an_answer_that_the_noise_was_not_chosen_for_is_refused(
+def test_an_answer_without_calibrated_noise_is_refused(
     learning: tuple[ExperimentConfig, records.GradientRequest], changes: dict[str, Any]
 ) -> None:
     config, first = learning
-    if not changes:  # then the noise is chosen for the adapter alone
+    if not changes:  # until = "train": the noise is calibrated for the adapter alone
         config = config.model_copy(update={"until": "train", "run_id": "until-train"})
     refused = str(records.read_error(answer(config, replace(first, **changes))))
-    assert f"but its noise is chosen for {4 if changes else 0} messages: mergerec, " in refused
-    assert " steps, 1 a message. Use one configuration everywhere." in refused
+    assert f"{4 if changes else 0} messages: mergerec, " in refused
+    assert "1 a message" in refused
 
 
 @pytest.mark.parametrize("num_steps", [0, 2], ids=["a gradient that is not finite", "local steps that raise"])
-def test_where_nothing_can_be_computed_noise_alone_is_the_answer(
+def test_an_answer_that_cannot_be_computed_is_noise_alone(
     learning: tuple[ExperimentConfig, records.GradientRequest], num_steps: int
 ) -> None:
     config, first = learning
@@ -219,7 +219,7 @@ def test_where_nothing_can_be_computed_noise_alone_is_the_answer(
         assert torch.equal(*found)
 
 
-def test_by_user_an_answer_is_a_noised_sum_over_those_who_take_part(tmp_path: Path) -> None:
+def test_by_user_an_answer_is_a_noisy_sum_over_the_sampled_users(tmp_path: Path) -> None:
     private = {"dp.mode": "user", "dp.delta": 1e-3, "train.negatives": "catalog", "privacy.min_users": 2}
     through = {"privacy.policy": "catalog-private", "through_clients.users": "own-users", "merge.methods": "mergerec"}
     everybody = {"through_clients.batch_size": 10_000, "dp.coefficient_clip": 0.25, "dp.randomness": "seeded"}
@@ -249,8 +249,8 @@ def test_by_user_an_answer_is_a_noised_sum_over_those_who_take_part(tmp_path: Pa
     unseeded = [from_flat({**to_flat(noisy), "dp.randomness": "system", "run_id": f"system-{n}"}) for n in range(2)]
     first, second = (records.read_gradient(answer(run, request)).flatten() for run in unseeded)
     assert not torch.equal(first, second)
-    for delta, expected in ((0.05, "dp.delta = 0.05 is not below one over its"), (1e-3, "takes the catalog as public")):
-        if delta < 0.05:  # imported again: its expert may still be on the client's disk
+    for delta, expected in ((0.05, "dp.delta = 0.05"), (1e-3, "public_catalog = false")):
+        if delta < 0.05:  # the domain was imported again, while its expert is still in the cache
             manifest = tmp_path / "domains" / "beauty" / "manifest.json"
             manifest.write_text(manifest.read_text().replace('"public_catalog": true', '"public_catalog": false'))
             cached_domain.cache_clear()
@@ -258,7 +258,7 @@ def test_by_user_an_answer_is_a_noised_sum_over_those_who_take_part(tmp_path: Pa
         assert expected in str(records.read_error(answer(other, request)))
 
 
-def test_of_several_processes_the_first_ones_answer_stays(
+def test_the_answer_of_the_first_of_several_processes_stays(
     learning: tuple[ExperimentConfig, records.GradientRequest], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, first = learning
@@ -266,7 +266,7 @@ def test_of_several_processes_the_first_ones_answer_stays(
     others: list[torch.Tensor] = []
 
     def slowly(*arguments: Any) -> torch.Tensor:
-        if not others:  # meanwhile the same message is answered elsewhere
+        if not others:  # meanwhile another process answers the same message
             others.append(torch.zeros(1))
             others.append(records.read_gradient(answer(config, first)))
         return add_noise_to_answer(*arguments)

@@ -1,4 +1,4 @@
-"""Coefficients on clients' own users: the gradient against a dense float64 model, what it depends on, and learning."""
+"""Coefficients on clients' own users: the gradient against a dense float64 model, its dependencies, and learning."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -89,7 +89,7 @@ def test_the_gradient_equals_a_dense_float64_model(
 def test_users_add_up(
     backbone: Backbone, adapters: dict[str, Adapter], clients: list[LocalDomain], tmp_path: Path
 ) -> None:
-    """What one user's data changes in the gradient does not depend on what another user's data is."""
+    """The change of the gradient by one user's data does not depend on the data of another user."""
     vectors, coefficients, client = stack_adapters(adapters), torch.full((3,), 0.5), clients[0]
     sequences = [client.interactions.sequence(user) for user in range(client.interactions.num_users)]
     histories, _, _ = draw_batch(client, 0, SMALL)
@@ -170,7 +170,7 @@ def test_one_user_more_or_less_changes_the_sum_by_the_clip_norm_at_most(
     assert not clipped_gradient_sum(client, vectors, at, nobody, 0, SMALL, clip).any()
 
 
-def test_a_user_who_cannot_be_computed_does_not_take_the_others_along(
+def test_a_user_whose_gradient_fails_leaves_the_others(
     adapters: dict[str, Adapter], clients: list[LocalDomain], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     vectors, at, client, records = (
@@ -191,7 +191,7 @@ def test_a_user_who_cannot_be_computed_does_not_take_the_others_along(
     assert torch.equal(clipped_gradient_sum(client, vectors, at, records, 0, SMALL, 0.2), expected)
 
 
-def test_training_sequences_alone_are_read(clients: list[LocalDomain]) -> None:
+def test_only_training_sequences_are_read(clients: list[LocalDomain]) -> None:
     client = clients[0]
     for round_index in range(5):
         histories, targets, negatives = draw_batch(client, round_index, SMALL)
@@ -223,24 +223,26 @@ def test_learning_is_reproducible_in_any_order_and_weighs_clients_alike(
     assert started.initial_coefficients.tolist() == pytest.approx([0.1, 0.2, 0.3])
 
 
-def test_it_lowers_the_loss_of_real_users(adapters: dict[str, Adapter], clients: list[LocalDomain]) -> None:
+def test_learning_lowers_the_loss_of_users(adapters: dict[str, Adapter], clients: list[LocalDomain]) -> None:
     settings = replace(SMALL, steps=40, batch_size=30, learning_rate=0.05)
     learned = learn_on_clients(clients, stack_adapters(adapters), settings)
     losses = [step["total"] for step in learned.history]
     assert np.mean(losses[-10:]) < np.mean(losses[:10])
 
 
-def test_refusals(backbone: Backbone, clients: list[LocalDomain], adapters: dict[str, Adapter], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="client merge: negatives: found 0, expected at least 1"):
+def test_wrong_settings_and_missing_users_are_refused(
+    backbone: Backbone, clients: list[LocalDomain], adapters: dict[str, Adapter], tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=r"negatives.*\b0\b.*\b1\b"):
         ClientMergeSettings(negatives=0)
-    with pytest.raises(ConfigError, match="learning_rate: found 0, expected more than 0"):
+    with pytest.raises(ConfigError, match=r"learning_rate.*\b0\b"):
         ClientMergeSettings(learning_rate=0)
-    with pytest.raises(ConfigError, match="granularity: found 'module', expected 'domain' or 'layer'"):
+    with pytest.raises(ConfigError, match=r"granularity.*'module'.*'domain'.*'layer'"):
         ClientMergeSettings(granularity="module")  # type: ignore[arg-type]  # on purpose
-    with pytest.raises(DomainError, match="found no domain, expected at least one"):
+    with pytest.raises(DomainError, match="learn_on_clients"):
         learn_on_clients([], stack_adapters(adapters), SMALL)
     users = make_interactions(["u"], [[0]])
     catalog = clients[0].catalog
     write_domain(tmp_path / "toys", catalog, users, public_catalog=True, synthetic=True, source="test")
-    with pytest.raises(DomainError, match="no user has two items or more outside validation and test"):
+    with pytest.raises(DomainError, match="toys"):
         draw_batch(open_domain(tmp_path / "toys", backbone, TEXT), 0, SMALL)

@@ -1,7 +1,10 @@
-"""What a client keeps and computes of learning through the clients; whole runs are in test_policies_in_a_run.py."""
+"""Coefficients on pseudo-users at one client: its cohort cache and its answers.
 
+Whole runs are in test_policies_in_a_run.py.
+"""
+
+import re
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -47,18 +50,18 @@ def adapters(backbone: Backbone) -> dict[str, Adapter]:
 def kept(
     backbone: Backbone, adapters: dict[str, Adapter], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Cohort, list[np.ndarray]]:
-    """A cohort on a client's disk, and the client's items."""
+    """A cached cohort, and the client's items."""
     config = from_flat(
         {"cache_dir": str(tmp_path_factory.mktemp("cache")), "mergerec.pseudo_users": "chain", "text.max_tokens": 60}
     )
     catalog = generate_domain(NAME, num_users=20, num_items=20).catalog
     folder = cohort_folder(config, NAME, catalog, backbone, cohort_sha256(adapters))
-    for _ in range(2):  # the second time it is there
+    for _ in range(2):  # the second call finds it in the cache
         cache_cohort(folder, NAME, backbone, adapters, catalog, config)
     table = build_token_table(catalog, backbone.tokenizer, config.text.max_attribute_tokens)
     items = item_sequences(table, backbone.special, config.text.max_tokens)
     rest = {name: adapters[name] for name in ("beauty", NAME)}
-    with pytest.raises(ClientError, match="domain books: the cohort is beauty, toys, expected books among them"):
+    with pytest.raises(ClientError, match=r"books.*beauty, toys"):
         cache_cohort(folder, "books", backbone, rest, catalog, config)
     return read_cached_cohort(folder, NAME, items), items
 
@@ -71,18 +74,18 @@ def test_a_cohort_comes_back_from_disk(adapters: dict[str, Adapter], kept: tuple
     assert cohort.pseudo is not None
     assert len(cohort.pseudo.users) == len(items) == 20
     assert sum(map(len, cohort.pseudo.users)) > sum(map(len, items))  # chains have several items
-    with pytest.raises(ClientError, match=r"the cohort.s adapters are not in .*elsewhere .*Keep cache_dir"):
+    with pytest.raises(ClientError, match=r"toys.*elsewhere.*cache_dir"):
         read_cached_cohort(cohort.folder / "elsewhere", NAME, items)
 
 
 @pytest.mark.parametrize("label", ["../../outside", "/srv/models/prod", "", ".hidden", "a/b"])
-def test_no_label_of_a_cohort_leads_out_of_its_folder(adapters: dict[str, Adapter], label: str) -> None:
+def test_a_cohort_with_a_label_that_is_not_a_name_is_refused(adapters: dict[str, Adapter], label: str) -> None:
     content = records.cohort_record({NAME: adapters[NAME], label: adapters["books"]})
-    with pytest.raises(ClientError, match="the cohort names a domain"):
+    with pytest.raises(ClientError, match=re.escape(repr(label))):
         records.read_cohort(content)
 
 
-def test_item_vectors_are_made_once_a_merge(
+def test_item_vectors_are_encoded_once_per_merge(
     backbone: Backbone,
     adapters: dict[str, Adapter],
     kept: tuple[Cohort, list[np.ndarray]],
@@ -104,7 +107,7 @@ def test_item_vectors_are_made_once_a_merge(
     assert not torch.equal(load_or_encode_items(cohort, NAME, items, backbone, vectors, torch.full((3,), 0.9)), first)
 
 
-def test_gradients_of_parts_add_up_and_strange_pseudo_users_are_refused(
+def test_gradients_of_parts_add_up_and_unknown_pseudo_users_are_refused(
     backbone: Backbone, adapters: dict[str, Adapter], kept: tuple[Cohort, list[np.ndarray]]
 ) -> None:
     cohort, items = kept
@@ -119,7 +122,7 @@ def test_gradients_of_parts_add_up_and_strange_pseudo_users_are_refused(
     whole = gradient(0, 1, 2)
     assert torch.allclose(whole, (gradient(0) + 2 * gradient(1, 2)) / 3, rtol=1e-4, atol=1e-6)
     for users in ((), (20,), (-1, 3)):
-        with pytest.raises(ClientError, match=r"domain toys: the server asks for pseudo-users .*, there are 20"):
+        with pytest.raises(ClientError, match=r"toys.*\b20\b"):
             gradient(*users)
 
     found = pseudo_user_gradient(backbone, vectors, cohort.pseudo, students, SETTINGS, 1, ())
@@ -138,7 +141,7 @@ def test_local_steps_are_adam() -> None:
     assert clamped.tolist() == [-0.5, -0.5]
 
 
-def test_what_is_not_learned_here(adapters: dict[str, Adapter], tmp_path: Path) -> None:
+def test_labels_and_methods_of_learning_through_clients(adapters: dict[str, Adapter]) -> None:
     config = from_flat({"privacy.policy": "catalog-private", "merge.methods": "mergerec"})
     with pytest.raises(PolicyError, match=r"mergerec: .* keeps the catalogs at the clients, .* \(fedmerge run\)"):
         merges_of(None, adapters, {}, config)

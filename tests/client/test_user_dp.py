@@ -1,4 +1,4 @@
-"""Differential privacy by user: gradients against one user at a time, the bound, sampling, noise, the training."""
+"""Differential privacy by user: gradients against one user at a time, clipping, sampling, noise, training."""
 
 import math
 from collections.abc import Iterator
@@ -10,11 +10,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from in_process import expert_of
 from peft import PeftModel
 from scipy import stats
 
 from fedmerge.adapter import adapter_sha256
-from fedmerge.client.cache.experts import load_or_train_expert, train_adapter
+from fedmerge.client.cache.experts import train_adapter
 from fedmerge.client.local_domain import LocalDomain, open_domain
 from fedmerge.client.training.batches import item_refresh_is_due
 from fedmerge.client.training.dp_expert import train_private_expert
@@ -31,7 +32,8 @@ from fedmerge.client.training.dp_sgd import (
 )
 from fedmerge.client.training.loop import Attached
 from fedmerge.client.training.losses import catalog_softmax
-from fedmerge.config import ExperimentConfig, Lora, Text, Train, from_flat
+from fedmerge.client.training.settings import training_settings
+from fedmerge.config import DP, ExperimentConfig, Lora, Text, Train, from_flat
 from fedmerge.device import resolve_compute
 from fedmerge.domain.demo import generate_domain
 from fedmerge.domain.folder import write_domain
@@ -41,6 +43,7 @@ from fedmerge.encoder.lora import attach
 from fedmerge.encoder.text import pack_sequences
 from fedmerge.errors import DomainError
 from fedmerge.privacy.dp.randomness import SystemSource
+from fedmerge.privacy.dp.releases import NoisyAnswers, Release
 from fedmerge.seeding import generator
 
 LORA = Lora(rank=2, alpha=4, target_modules=("query", "value"))
@@ -85,7 +88,7 @@ def records_of(domain: LocalDomain, users: list[int]) -> Records:
 
 
 def one_by_one(domain: LocalDomain, model: PeftModel, records: Records, items: torch.Tensor) -> torch.Tensor:
-    """(b, P) every user's gradient by plain autograd, one user at a time, in the order of the records."""
+    """Return every user's gradient, (b, P), by plain autograd, one user at a time, in the order of the records."""
     found = []
     for history, target in zip(records.histories, records.targets, strict=True):
         text = domain.text
@@ -125,7 +128,7 @@ def test_gradients_by_user_equal_those_of_one_user_at_a_time(toys: LocalDomain, 
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_a_users_gradient_does_not_depend_on_who_else_is_there(toys: LocalDomain, model: PeftModel) -> None:
+def test_a_users_gradient_does_not_depend_on_other_users(toys: LocalDomain, model: PeftModel) -> None:
     items = encode(toys.backbone, toys.item_sequences)
     alone = clipped_sum(toys, model, trained(model), records_of(toys, [3]), items, TEMPERATURE, 1e9)
     others = clipped_sum(toys, model, trained(model), records_of(toys, [0, 1, 2]), items, TEMPERATURE, 1e9)
@@ -134,7 +137,7 @@ def test_a_users_gradient_does_not_depend_on_who_else_is_there(toys: LocalDomain
         torch.testing.assert_close(both - rest, one, rtol=1e-3, atol=1e-4)
 
 
-# The bound
+# Clipping
 
 
 @settings(deadline=None, max_examples=60)
@@ -179,8 +182,8 @@ def test_the_clipped_sum_of_a_domain_moves_by_at_most_the_clip_norm_for_every_us
         moves.append(
             math.sqrt(sum(float((a - b).double().square().sum()) for a, b in zip(whole, without, strict=True)))
         )
-    assert max(moves) <= clip * (1 + 1e-3)  # padding to another length rounds otherwise
-    assert min(moves) > 0.5 * clip  # here everybody is clipped, so the bound is met
+    assert max(moves) <= clip * (1 + 1e-3)  # padding to another length rounds differently
+    assert min(moves) > 0.5 * clip  # all users are clipped here, so the bound is met
 
 
 # Sampling and noise
@@ -228,7 +231,7 @@ def test_noise_is_gaussian_with_the_stated_deviation(drawn: SystemSource) -> Non
     assert stats.kstest(uniform, "uniform").pvalue > 1e-5
 
 
-def test_without_noise_nothing_is_drawn() -> None:
+def test_without_noise_no_number_is_drawn() -> None:
     drawn, untouched = generator(0, "test"), generator(0, "test")
     assert torch.equal(add_noise([torch.ones(3)], 0.0, drawn)[0], torch.ones(3))
     assert drawn.random() == untouched.random()
@@ -253,8 +256,8 @@ def test_a_step_divides_the_noised_sum_by_the_expected_number_of_users(toys: Loc
     torch.testing.assert_close(moved, sums / (plan.sample_rate * plan.num_users), rtol=1e-3, atol=1e-5)
 
 
-def test_a_step_is_made_in_float32_whatever_the_backbone_computes_in(toys: LocalDomain, model: PeftModel) -> None:
-    """With bfloat16 one user more or less would change how everybody else's gradient is rounded."""
+def test_steps_are_computed_in_float32_whatever_the_backbone_computes_in(toys: LocalDomain, model: PeftModel) -> None:
+    """In bfloat16 one user more or less would change the rounding of all gradients."""
     lower = replace(toys.backbone, compute=resolve_compute("cpu", "bfloat16"))
     before = [parameter.detach().clone() for parameter in trained(model)]
     made = []
@@ -274,12 +277,12 @@ def test_a_step_is_made_in_float32_whatever_the_backbone_computes_in(toys: Local
 # Trainings
 
 
-def test_items_are_encoded_on_schedule_and_wherever_a_kept_training_may_go_on() -> None:
+def test_items_are_encoded_on_schedule_and_wherever_a_training_can_resume() -> None:
     settings = TRAIN.model_copy(update={"item_refresh_steps": 3, "validate_every_steps": 5})
     assert [step for step in range(12) if item_refresh_is_due(settings, step)] == [0, 3, 5, 8, 10]
 
 
-def test_a_private_training_that_was_ended_goes_on_to_the_same_adapter(toys: LocalDomain, tmp_path: Path) -> None:
+def test_an_interrupted_private_training_resumes_to_the_same_adapter(toys: LocalDomain, tmp_path: Path) -> None:
     plan = replace(PLAN, num_users=len(toys.training_sequences))
     whole, report = train_private_expert(toys, LORA, TRAIN, 0, plan)
     assert (report.steps, report.validation_users, report.validations) == (3, 0, ())
@@ -301,23 +304,23 @@ def test_a_private_training_that_was_ended_goes_on_to_the_same_adapter(toys: Loc
     assert adapter_sha256(whole) != adapter_sha256(train_private_expert(toys, LORA, TRAIN, 1, plan)[0])
 
 
-def test_system_randomness_is_never_the_same_twice(toys: LocalDomain) -> None:
+def test_system_randomness_never_repeats(toys: LocalDomain) -> None:
     plan = replace(PLAN, num_users=len(toys.training_sequences), randomness="system", steps=1)
     hashes = {adapter_sha256(train_private_expert(toys, LORA, TRAIN, 0, plan)[0]) for _ in range(2)}
     assert len(hashes) == 2
 
 
-def test_train_adapter_says_what_was_spent(toys: LocalDomain) -> None:
+def test_train_adapter_returns_the_privacy_record(toys: LocalDomain) -> None:
     config = dp_config(**{"dp.noise_multiplier": 1.5, "dp.delta": 1e-4})
-    _, report, spent = train_adapter(toys, config)
+    _, report, spent = train_adapter(toys, training_settings(config))
     assert spent is not None
     assert report.steps == spent["steps"] == 2
     assert (spent["unit"], spent["noise_multiplier"], spent["num_units"]) == ("user", 1.5, 24)
     assert spent["sample_rate"] == pytest.approx(8 / 24)
 
 
-def test_experts_of_before_are_found_and_other_noise_is_another_expert(toys: LocalDomain, tmp_path: Path) -> None:
-    """What is off is no part of the key; whatever changes the adapter is."""
+def test_cached_experts_are_found_and_other_noise_trains_again(toys: LocalDomain, tmp_path: Path) -> None:
+    """A setting that is off is not part of the key; every setting that changes the adapter is."""
     plain: dict[str, object] = {
         "cache_dir": str(tmp_path),
         "dp.mode": "none",
@@ -331,13 +334,11 @@ def test_experts_of_before_are_found_and_other_noise_is_another_expert(toys: Loc
         {"train.negatives": "catalog"},
         {"train.negatives": "catalog", "train.item_refresh_steps": 3},
     ]
-    told = [
-        load_or_train_expert(toys, from_flat({**plain, **changes}), lambda line: None)[1]["cached"] for changes in keys
-    ]
+    told = [expert_of(toys, from_flat({**plain, **changes}), lambda line: None)[1]["cached"] for changes in keys]
     assert told == [False, True, False, False, False]
     noise = {**plain, "train.negatives": "catalog", "dp.mode": "user", "dp.randomness": "system", "dp.delta": 1e-3}
     sent = [
-        load_or_train_expert(toys, from_flat({**noise, "dp.noise_multiplier": sigma}), lambda line: None)[1]
+        expert_of(toys, from_flat({**noise, "dp.noise_multiplier": sigma}), lambda line: None)[1]
         for sigma in (1.0, 1.0, 2.0)
     ]
     assert [report["cached"] for report in sent] == [False, True, False]
@@ -358,19 +359,16 @@ def dp_config(**changes: object) -> ExperimentConfig:
     return from_flat({**flat, "dp.randomness": "seeded", **changes})
 
 
-def private_config(delta: float) -> ExperimentConfig:
-    flat = {"dp.mode": "user", "dp.noise_multiplier": 1.0, "dp.delta": delta, "train.negatives": "catalog"}
-    return from_flat(flat).model_copy(update={"train": TRAIN})
+def plan_inputs(delta: float) -> tuple[Train, DP, NoisyAnswers, tuple[Release, ...]]:
+    return TRAIN, DP(mode="user", noise_multiplier=1.0, delta=delta), NoisyAnswers(0, 1), ()
 
 
-def test_a_catalog_that_is_not_public_is_no_source_of_negatives(toys: LocalDomain) -> None:
+def test_a_catalog_that_is_not_public_cannot_give_negatives(toys: LocalDomain) -> None:
     private = replace(toys, manifest=replace(toys.manifest, public_catalog=False))
-    with pytest.raises(
-        DomainError, match=r"domain toys: .*takes the catalog as public.*public_catalog = false.*Import"
-    ):
-        user_plan(private, private_config(1e-4))
+    with pytest.raises(DomainError, match=r"toys.*dp\.mode = 'user'.*public_catalog = false"):
+        user_plan(private, *plan_inputs(1e-4))
 
 
-def test_a_delta_that_would_let_a_user_be_published_is_refused(toys: LocalDomain) -> None:
-    with pytest.raises(DomainError, match=r"dp.delta = 0.05 is not below one over its 24 training users.*below 0.042"):
-        user_plan(toys, private_config(0.05))
+def test_a_delta_that_allows_a_user_to_be_published_is_refused(toys: LocalDomain) -> None:
+    with pytest.raises(DomainError, match=r"toys.*dp\.delta = 0\.05.*\b24\b.*0\.042"):
+        user_plan(toys, *plan_inputs(0.05))

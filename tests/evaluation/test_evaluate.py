@@ -53,8 +53,9 @@ def adapters(domain: LocalDomain) -> dict[str, Adapter | None]:
 
 @pytest.fixture(scope="module")
 def baselines(domain: LocalDomain) -> dict[str, Ranker]:
-    """Those of the default configuration."""
-    return baseline_rankers(domain, ExperimentConfig(), ExperimentConfig().evaluation.baselines)
+    """The baselines of the default configuration."""
+    config = ExperimentConfig()
+    return baseline_rankers(domain, config.evaluation.baselines, config.evaluation, config.seed, config.cache_dir)
 
 
 def outcome(rank: int) -> list[float]:

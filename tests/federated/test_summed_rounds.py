@@ -1,4 +1,4 @@
-"""What clients sum instead of their adapters: a round of sums is a round, and what needs single adapters is refused."""
+"""Rounds of secure sums: they equal rounds of single adapters, and rules that need single adapters are refused."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from fedmerge.federated.summed import adapter_of_mean, num_summed, summed_rank, 
 from fedmerge.merging.methods import METHODS
 
 
-def test_the_configuration_names_what_sums_are_enough_for() -> None:
+def test_the_configuration_names_the_rules_and_methods_for_sums() -> None:
     assert {name for name, row in RULES.items() if row.summed} == set(SUMMED_RULES)
     assert {name for name, row in METHODS.items() if row.coefficients} == set(SUMMED_METHODS)
     assert RULES["flora"].summed is None  # a concatenation shows every block
@@ -23,7 +23,7 @@ def test_the_configuration_names_what_sums_are_enough_for() -> None:
 
 @pytest.mark.parametrize("continuation", ["truncated", "frozen"])
 @pytest.mark.parametrize("rule", SUMMED_RULES)
-def test_rounds_of_means_are_rounds(rule: str, continuation: str) -> None:
+def test_rounds_of_means_equal_rounds_of_adapters(rule: str, continuation: str) -> None:
     row = RULES[rule]
     parameters: dict[str, Any] = {"continuation": continuation} if "continuation" in row.parameters else {}
     ranks = dict.fromkeys(RANKS, 2) if rule in ("fedit", "ffa-lora") else RANKS
@@ -58,64 +58,48 @@ def test_the_mean_of_updates_is_cut_to_the_ranks_it_can_have() -> None:
     made = adapter_of_mean("updates", noisy, clients["a"], summed_rank(clients))
     assert {module.rank for module in made.modules.values()} == {4}
     assert error(dense(made), mean([dense(adapter) for adapter in clients.values()], [1, 1, 1])) < 1e-6
-    with pytest.raises(AggregationError, match=r"sum of updates: found \(5,\) values, expected \(\d+,\)"):
+    with pytest.raises(AggregationError, match=rf"\(5,\).*\({len(values)},\)"):
         adapter_of_mean("updates", values[:5], clients["a"], None)
 
 
-def test_what_needs_single_adapters_is_refused_in_a_round_too() -> None:
+def test_a_rule_that_needs_single_adapters_is_refused_in_a_round() -> None:
     state = initial_state(fresh({"a": 1, "b": 1, "c": 1}))
     for rule in ("flora", "median", "ties"):
-        with pytest.raises(
-            ConfigError, match=f"{rule}.*needs every single adapter, not their mean; use one of weighted"
-        ):
+        with pytest.raises(ConfigError, match=f"{rule}.*weighted-average"):
             aggregate_mean(rule, state, np.zeros(3), {"a": 1.0})
-    with pytest.raises(AggregationError, match="found clients x, expected some of a, b, c"):
+    with pytest.raises(AggregationError, match=r"\bx\b.*a, b, c"):
         aggregate_mean("fedit", state, np.zeros(3), {"a": 1.0, "x": 1.0})
 
 
 HIDDEN = {"privacy.policy": "aggregate-only", "merge.methods": "average"}
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    (
-        {"merge.methods": "average,mergerec"},
-        "merge.methods holds mergerec, which needs every single adapter, but privacy",
-    ),
+    ({"merge.methods": "average,mergerec"}, r"merge\.methods.*mergerec.*privacy\.policy"),
     (
         {"merge.methods": "ties"},
-        r"holds ties, .*; use one of average, task-arithmetic, knots-task-arithmetic, or set privacy\.policy",
+        r"merge\.methods.*ties.*average, task-arithmetic, knots-task-arithmetic.*privacy\.policy",
     ),
-    ({"rounds.rule": "flora"}, "rounds.rule is flora, which lays the factors side by side, which shows every block"),
-    ({"rounds.rule": "median"}, r"rounds.rule is median, which needs every single one, .* use one of weighted-average"),
-    ({"rounds.rule": "krum"}, "rounds.rule is krum"),
-    ({"rounds.rule": "hetlora"}, "rounds.rule is hetlora"),
-    ({"rounds.rule": "mergerec"}, "rounds.rule is mergerec"),
-    (
-        {"rounds.rule": "fedit", "lora.ranks": "books=2"},
-        "lora.ranks differ, but rounds.rule = 'fedit' averages",
-    ),
-    (
-        {"domains.train": "books,coffee"},
-        "with 2 clients in a sum: with fewer than 3 one client reads another's adapter",
-    ),
-    ({"rounds.rule": "fedit", "rounds.fraction": 0.5}, r"with 2 clients in a sum.*or raise rounds\.fraction"),
-    ({"privacy.threshold": 2}, r"privacy.threshold = 2 with 4 clients in a sum: expected 3 to 4, more than half"),
-    ({"privacy.threshold": 5}, "privacy.threshold = 5 with 4 clients"),
-    (
-        {"dp.mode": "domain-central", "dp.epsilon": 4.0, "dp.delta": 1e-4},
-        "the server would clip every single adapter, which the policy hides",
-    ),
-    ({"until": "train"}, "until = 'train' ends with the experts on the server's disk"),
+    ({"rounds.rule": "flora"}, r"rounds\.rule.*flora"),
+    ({"rounds.rule": "median"}, r"rounds\.rule.*median.*weighted-average"),
+    ({"rounds.rule": "krum"}, r"rounds\.rule.*krum"),
+    ({"rounds.rule": "hetlora"}, r"rounds\.rule.*hetlora"),
+    ({"rounds.rule": "mergerec"}, r"rounds\.rule.*mergerec"),
+    ({"rounds.rule": "fedit", "lora.ranks": "books=2"}, r"lora\.ranks.*rounds\.rule = 'fedit'"),
+    ({"domains.train": "books,coffee"}, r"\b2 clients.*\b3\b"),
+    ({"rounds.rule": "fedit", "rounds.fraction": 0.5}, r"\b2 clients.*rounds\.fraction"),
+    ({"privacy.threshold": 2}, r"privacy\.threshold = 2\b.*\b4 clients.*3 to 4"),
+    ({"privacy.threshold": 5}, r"privacy\.threshold = 5\b.*\b4 clients"),
+    ({"dp.mode": "domain-central", "dp.epsilon": 4.0, "dp.delta": 1e-4}, r"dp\.mode.*'domain-central'"),
+    ({"until": "train"}, r"until = 'train'"),
 ]
 
 
 @pytest.mark.parametrize(("changes", "message"), REFUSED)
-def test_what_needs_single_adapters_is_refused_by_name_before_anything_starts(
-    changes: dict[str, Any], message: str
-) -> None:
+def test_settings_that_need_single_adapters_are_refused_before_a_run(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         from_flat(HIDDEN | changes)
 
 
-def test_what_sums_are_enough_for_is_accepted() -> None:
+def test_settings_for_sums_are_accepted() -> None:
     for changes in ({}, {"merge.methods": "task-arithmetic"}, {"privacy.threshold": 4}, {"domains.train": "a,b,c"}):
         assert from_flat(HIDDEN | changes).privacy.policy == "aggregate-only"
     for rule in SUMMED_RULES:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fedmerge.cli import _parser
+from fedmerge.cli import make_parser
 from fedmerge.config import ExperimentConfig, load_config, to_flat
 from fedmerge.errors import ConfigError
 
@@ -112,7 +112,7 @@ def test_blocks_are_of_known_kinds(page: Path) -> None:
 @page_of
 def test_fedmerge_commands_parse_and_their_settings_are_valid(page: Path) -> None:
     for words in words_of_commands(page):
-        options = _parser().parse_args(words)
+        options = make_parser().parse_args(words)
         settings = [
             setting.replace("$seed", "1").replace("$domains", "books,coffee").replace("=S", "=0")
             for setting in getattr(options, "overrides", [])
@@ -130,7 +130,7 @@ def test_fedmerge_commands_parse_and_their_settings_are_valid(page: Path) -> Non
 @page_of
 def test_commands_named_in_the_text_parse(page: Path) -> None:
     for words in re.findall(r"`fedmerge ((?:[a-z][a-z-]*)(?: [a-z][a-z-]*)*)", " ".join(prose(page))):
-        known = _parser()
+        known = make_parser()
         for word in words.split():
             groups = [action for action in known._actions if isinstance(action, argparse._SubParsersAction)]
             if not groups:

@@ -15,11 +15,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from in_process import finish, grid_in, small_experiment
+from in_process import expert_of, finish, grid_in, small_experiment
 
 from fedmerge.adapter import adapter_sha256
 from fedmerge.bench.tables import bench_tables
-from fedmerge.client.cache.experts import load_or_train_expert
 from fedmerge.client.evaluate import evaluate
 from fedmerge.client.local_domain import open_domain
 from fedmerge.config import load_config, to_toml
@@ -142,7 +141,7 @@ def test_two_nodes_share_the_work_and_the_results_are_those_of_one_process(tmp_p
     config = load_config(tmp_path / "experiment.toml", [f"cache_dir={tmp_path}/cache-here"])
     backbone = load_backbone(str(tmp_path / "backbone"), "mean", resolve_compute("cpu", "float32"))
     opened = {name: open_domain(tmp_path / "domains" / name, backbone, config.text) for name in DOMAINS}
-    experts = {name: load_or_train_expert(domain, config, lambda line: None)[0] for name, domain in opened.items()}
+    experts = {name: expert_of(domain, config, lambda line: None)[0] for name, domain in opened.items()}
     for name, expert in experts.items():
         assert adapter_sha256(read_adapter(run_dir / "adapters" / name)) == adapter_sha256(expert)
     merged = linear_merge(stack_adapters(experts), np.full(4, 1 / 4))

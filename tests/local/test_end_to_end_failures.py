@@ -21,11 +21,11 @@ from flower_runs import (
     settings_of,
     write_place,
 )
+from in_process import expert_of
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from fedmerge.adapter import Adapter, LoraModule, adapter_sha256
-from fedmerge.client.cache.experts import load_or_train_expert
 from fedmerge.client.local_domain import open_domain
 from fedmerge.config import load_config
 from fedmerge.domain.catalog import load_catalog
@@ -87,7 +87,7 @@ def poison_expert(name: str, place: Path, settings: list[str]) -> None:
     """Put an expert with a NaN into a client's cache, with a matching hash."""
     config = load_config(place / "experiment.toml", settings)
     domain = open_domain(Path(config.domains.root) / name, open_backbone(config), config.text)
-    adapter, report = load_or_train_expert(domain, config, lambda line: None)
+    adapter, report = expert_of(domain, config, lambda line: None)
     modules = dict(adapter.modules)
     broken = next(iter(modules))
     lora_B = modules[broken].lora_B.clone()

@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from backbones import tiny_bert
+from in_process import expert_of
 
-from fedmerge.client.cache.experts import load_or_train_expert
 from fedmerge.client.local_domain import open_domain
 from fedmerge.config import load_config
 from fedmerge.device import resolve_compute
@@ -71,7 +71,7 @@ def test_the_server_learns_the_average_and_no_expert(tmp_path: Path) -> None:
     torch.set_num_threads(config.runtime.threads_per_client)
     deltas = []
     for name in TRAIN:  # from the clients' own disk
-        expert, report = load_or_train_expert(
+        expert, report = expert_of(
             open_domain(tmp_path / "domains" / name, backbone, config.text), config, lambda line: None
         )
         assert report["cached"]

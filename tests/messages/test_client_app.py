@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from flwr.app import Context, Message, RecordDict
+from in_process import expert_of
 
-from fedmerge.client.cache.experts import load_or_train_expert
 from fedmerge.config import from_flat, to_flat
 from fedmerge.domain.demo import write_demo
 from fedmerge.encoder.demo_backbone import write_demo_backbone
@@ -42,7 +42,7 @@ def test_the_clients_of_one_worker_share_one_backbone_that_no_training_changes(t
     assert cached_backbone.cache_info().misses == loads + 1
     model = clients[0].domain.backbone.model
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    _, report = load_or_train_expert(clients[0].domain, config, lambda line: None)
+    _, report = expert_of(clients[0].domain, config, lambda line: None)
     assert report["steps"] == 2
     assert model.state_dict().keys() == before.keys()
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

@@ -50,4 +50,4 @@ def test_every_entry_of_metric_sums_is_listed() -> None:
 
 
 def test_every_entry_of_a_training_report_is_listed() -> None:
-    assert [key for key in training._REPORT if f"`{key}`" not in PAGE] == []
+    assert [key for key in training.REPORT_FIELDS if f"`{key}`" not in PAGE] == []

@@ -2,14 +2,20 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from backbones import tiny_bert
 
+from fedmerge.adapter import Adapter
 from fedmerge.bench.cells import Cell, Ended, work
 from fedmerge.bench.config import load_bench
 from fedmerge.bench.grid import Grid, open_folder
 from fedmerge.bench.stages import run_grid
 from fedmerge.bench.tables import bench_tables
+from fedmerge.client.cache.experts import load_expert, load_or_train_expert
+from fedmerge.client.local_domain import LocalDomain
+from fedmerge.client.training.loop import Progress
+from fedmerge.client.training.settings import training_settings
 from fedmerge.config import ExperimentConfig, from_flat
 from fedmerge.domain.demo import write_demo
 from fedmerge.report.bench_tables import BenchTables, read_bench_tables, write_bench_tables
@@ -52,6 +58,17 @@ def small_experiment(place: Path, **changes: object) -> ExperimentConfig:
 
 def train(config: ExperimentConfig) -> None:
     run_in_process(config.model_copy(update={"resume": (Path(config.output_dir) / str(config.run_id)).exists()}))
+
+
+def expert_of(
+    domain: LocalDomain, config: ExperimentConfig, progress: Progress = lambda line: None
+) -> tuple[Adapter, dict[str, Any]]:
+    """Return the client's expert from its cache, or train it."""
+    return load_or_train_expert(domain, training_settings(config), config.cache_dir, config.run_id, progress)
+
+
+def cached_expert_of(domain: LocalDomain, config: ExperimentConfig, sha256: str | None) -> Adapter:
+    return load_expert(domain, training_settings(config), config.cache_dir, config.run_id, sha256)
 
 
 def here(cells: Sequence[Cell]) -> Iterator[Ended]:

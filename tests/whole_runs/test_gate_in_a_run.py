@@ -200,9 +200,7 @@ def test_a_run_killed_at_the_gate_goes_on(
 
 
 def test_too_few_experts_that_pass_end_the_run(place: Path) -> None:
-    with pytest.raises(
-        ClientError, match=r"4 training clients are left .*min_train_clients is 5.*\n  coffee: admission: "
-    ):
+    with pytest.raises(ClientError, match=r"\b4 training clients.*min_train_clients is 5\b.*\n  coffee: admission"):
         run(place, "too-few", **ATTACK, **FULL, **{"server.min_train_clients": 5})
 
 
@@ -309,12 +307,12 @@ def test_a_benchmark_of_a_bad_client(place: Path) -> None:
         (
             'baseline = "average"',
             'baseline = "average"\nleave_one_out = true',
-            r"krum, with leave_one_out = true: .* 4 clients",
+            r"krum.*leave_one_out = true.*\b4 clients",
         ),
         (
             '"rounds.rule" = "krum", "rounds.number" = 1',
             '"rounds.rule" = "krum", "rounds.parameters" = "num_malicious=2"',
-            r"strategy krum: 1 problem\n.* and 5 clients take part in a round; its proof needs .* = 7",
+            r"krum: 1 problem\n.*\b5 clients.*\b7\b",
         ),
         (
             "leave_one_out = true }",

@@ -88,7 +88,7 @@ def test_a_catalog_that_is_not_declared_public_is_not_used_before_any_work(place
     manifest.write_text(manifest.read_text().replace('"public_catalog": true', '"public_catalog": false'))
     catalogs = {"privacy.policy": "adapter", "server.catalogs": str(tmp_path / "catalogs")}
     changes = {"merge.methods": "mergerec", **catalogs}
-    with pytest.raises(PolicyError, match=r"domain books: its manifest says public_catalog = false, .*catalog-private"):
+    with pytest.raises(PolicyError, match=r"books.*public_catalog = false.*catalog-private"):
         run_in_process(experiment(place, tmp_path, **changes))
     assert not (tmp_path / "run" / "adapters").exists()
 
@@ -394,7 +394,7 @@ def test_by_user_a_domain_that_nothing_can_be_promised_to_is_refused_before_anyb
         "dp.accountant": "rdp",
         "train.negatives": "catalog",
     }
-    with pytest.raises(ClientError, match=r"dp.delta = 0.1 is not below one over its .* training users"):
+    with pytest.raises(ClientError, match=r"DomainError: domain \w+: dp\.delta = 0\.1\b"):
         run_in_process(experiment(place, tmp_path, **{"merge.methods": "average", **private}))
     clients = json.loads((tmp_path / "run" / "clients.json").read_text())
     assert set(clients["excluded_in_phase"].values()) == {"gather"}

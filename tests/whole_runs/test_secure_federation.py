@@ -201,7 +201,7 @@ def test_a_client_keeps_to_its_own_policy(place: Path) -> None:
 
         return answer
 
-    with pytest.raises(ClientError, match="the message holds no adapter"):
+    with pytest.raises(ClientError, match="no adapter"):
         run_in_process(flat.model_copy(update=_policy(flat, "adapter", "one")), other_policy("aggregate-only"))
     with pytest.raises((ClientError, AggregationError)):
         run_in_process(flat.model_copy(update=_policy(flat, "aggregate-only", "two")), other_policy("adapter"))
@@ -245,6 +245,6 @@ def test_what_is_trained_otherwise_after_a_sum_was_shown_is_in_no_second_one(
         run_in_process(resumed, otherwise)
     excluded = read_json(run_dir(config) / "clients.json")["excluded"]
     assert {*excluded} == others
-    assert all("its training came out otherwise than the one that a sum of this" in why for why in excluded.values())
+    assert all("PolicyError" in why and ".json" in why for why in excluded.values())
     run_in_process(resumed)  # trained as before, the same is shown again
     assert (run_dir(config) / DONE).is_file()

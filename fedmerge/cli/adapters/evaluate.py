@@ -47,7 +47,14 @@ def _evaluate(options: argparse.Namespace) -> int:
     name, taken = Path(options.adapter).resolve().name, {BACKBONE, *BASELINE_LABELS.values()}
     label = BACKBONE if adapter is None else f"adapter {name}" if name in taken else name
     domain = open_domain(options.domain, backbone, config.text)
-    baselines = baseline_rankers(domain, config, config.evaluation.baselines, lambda line: print(line, file=sys.stderr))
+    baselines = baseline_rankers(
+        domain,
+        config.evaluation.baselines,
+        config.evaluation,
+        config.seed,
+        config.cache_dir,
+        lambda line: print(line, file=sys.stderr),
+    )
     sums = evaluate(domain, {label: adapter}, options.split, options.max_users, config.seed, baselines)
     name = domain.manifest.name
     if options.json:

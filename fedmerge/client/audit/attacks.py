@@ -15,7 +15,8 @@ from fedmerge.client.audit.users import canaries, prepare_for_audit
 from fedmerge.client.cache.experts import train_adapter
 from fedmerge.client.local_domain import MIN_TRAINING_LENGTH, LocalDomain
 from fedmerge.client.training.losses import TEMPERATURE, catalog_softmax
-from fedmerge.config import ExperimentConfig, Train
+from fedmerge.client.training.settings import TrainingSettings
+from fedmerge.config import Simulation, Train
 from fedmerge.domain.splits import train_sequences
 from fedmerge.encoder.encode import encode
 from fedmerge.encoder.lora import applied
@@ -36,7 +37,7 @@ from fedmerge.privacy.attacks import (
 from fedmerge.seeding import derive, generator
 
 BACKBONE, EXPERT, MERGED = "backbone", "expert", "merged"
-RECORDS_PER_USER = 4  # the last so many prefixes with their next items; one where training took the last alone
+RECORDS_PER_USER = 4  # the longest prefixes with their next items; one if training used the last item alone
 PAIR_COUNTS = (50, 100, 500, 1000)
 FACTORS = 32  # of the factorisation whose item similarities are compared
 BLOCK = 1024
@@ -47,19 +48,19 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Audited:
-    """What is attacked.
+    """The target of an audit: a domain and the adapters that reveal something about it.
 
     Attributes:
-        domain: opened, nobody left out yet.
-        config: of the run.
+        domain: the opened domain with all its users.
+        settings: settings of the training.
         expert: the domain's adapter, as it left the client; None after rounds.
-        merged: the merge that is served.
+        merged: the served merge.
         experts: domain -> expert, of all domains in the merge.
-        coefficients: of the merge by domain (a number, or one a group of modules), where it is a plain sum.
+        coefficients: coefficients of the merge by domain (a number, or one per group of modules) if it is a plain sum.
     """
 
     domain: LocalDomain
-    config: ExperimentConfig
+    settings: TrainingSettings
     expert: Adapter | None
     merged: Adapter | None
     experts: Mapping[str, Adapter]
@@ -68,25 +69,28 @@ class Audited:
 
 @dataclass(frozen=True)
 class UserScores:
-    """Of U users under one model: mean loss, and mean log-odds of the target."""
+    """Mean loss and mean log-odds of the target, (U,) each, of U users under one model."""
 
     losses: Floats
     log_odds: Floats
 
 
 def audit_domain(audited: Audited, num_shadows: int, progress: Progress = lambda line: None) -> dict[str, Any]:
-    """Every measurement on one domain, as JSON.
+    """Run all attacks on one domain.
 
     Args:
-        audited: see there.
-        num_shadows: trainings on random halves of the users for LiRA; 0: the loss attacks alone.
+        audited: domain and adapters.
+        num_shadows: trainings on random halves of the users for LiRA; 0 runs the loss attacks alone.
         progress: receives a line now and then.
 
+    Returns:
+        The measurements, as JSON types.
+
     Raises:
-        ClientError: the run left nobody out, so there are no non-members.
+        ClientError: the run left no user out, so there are no non-members.
     """
-    domain, config = audited.domain, audited.config
-    trained = prepare_for_audit(domain, config.simulation, config.seed)
+    domain, settings = audited.domain, audited.settings
+    trained = prepare_for_audit(domain, settings.simulation, settings.seed)
     sequences = train_sequences(domain.interactions)
     eligible = np.array([len(sequence) >= MIN_TRAINING_LENGTH for sequence in sequences])
     out = np.zeros(len(sequences), dtype=np.bool_) if trained.left_out is None else trained.left_out
@@ -94,8 +98,8 @@ def audit_domain(audited: Audited, num_shadows: int, progress: Progress = lambda
     members = ~out[users]
     if members.all() or not members.any():
         raise ClientError(
-            f"domain {domain.manifest.name}: an audit compares users who were trained on with users who were not, and "
-            f"the run has {int(members.sum())} and {int((~members).sum())}. Make a run for it, with "
+            f"domain {domain.manifest.name}: the run trained on {int(members.sum())} users and left out "
+            f"{int((~members).sum())}, but an audit compares both kinds of users. Start a run with "
             "simulation.held_out_users = 0.5."
         )
     pool = [sequences[user] for user in users]
@@ -103,13 +107,13 @@ def audit_domain(audited: Audited, num_shadows: int, progress: Progress = lambda
     models = {label: adapter for label, adapter in models.items() if adapter is not None or label == BACKBONE}
     scores = {}
     for label, adapter in models.items():
-        scores[label] = user_scores(domain, adapter, pool, config.train)
+        scores[label] = score_users(domain, adapter, pool, settings.train)
         progress(f"{domain.manifest.name}: {len(pool)} users scored under {label}")
     rows = _loss_attacks(scores, members)
     why_none = ""
     if num_shadows and EXPERT not in scores and not _is_in_a_sum(audited):
-        why_none = "neither an expert nor a merge that is a plain sum, as after rounds: none is trained"
-        progress(f"{domain.manifest.name}: shadows have nothing to stand for, {why_none}")
+        why_none = "without an expert, and without a merge that is a plain sum, shadows cannot be compared"
+        progress(f"{domain.manifest.name}: no shadow is trained: {why_none}")
         num_shadows = 0
     if num_shadows:
         rows += _shadow_attacks(audited, scores, users, members, num_shadows, progress)
@@ -120,15 +124,15 @@ def audit_domain(audited: Audited, num_shadows: int, progress: Progress = lambda
         "shadows": num_shadows,
         "why_no_shadows": why_none,
         "membership": rows,
-        "recovery": _recovery(domain, models, [s for s, m in zip(pool, members, strict=True) if m], config.seed),
-        "canaries": _canaries(domain, models, config),
+        "recovery": _recovery(domain, models, [s for s, m in zip(pool, members, strict=True) if m], settings.seed),
+        "canaries": _canaries(domain, models, settings.simulation, settings.seed),
     }
 
 
-def user_scores(
+def score_users(
     domain: LocalDomain, adapter: Adapter | None, sequences: list[Sequence_], settings: Train
 ) -> UserScores:
-    """Loss over the whole catalog of each user's last records, whatever the training's own loss was."""
+    """Compute each user's loss over the whole catalog on the last records, whichever loss was trained."""
     most = 1 if settings.samples == "last" else RECORDS_PER_USER
     cuts = [range(max(1, len(sequence) - most), len(sequence)) for sequence in sequences]
     owners = np.concatenate([np.full(len(cut), user) for user, cut in enumerate(cuts)])
@@ -157,7 +161,7 @@ def _losses(
 def _encoded(
     domain: LocalDomain, adapter: Adapter | None, histories: list[Sequence_]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(N, d) items and (b, d) histories."""
+    """Encode the items (N, d) and the histories (b, d)."""
     text, special = domain.text, domain.backbone.special
     packed = pack_sequences(domain.table, histories, special, text.max_items, text.max_tokens)
     with applied(domain.backbone, adapter):
@@ -183,23 +187,23 @@ def _shadow_attacks(
     num_shadows: int,
     progress: Progress,
 ) -> list[dict[str, Any]]:
-    """LiRA, online: shadows are trained as the expert was, each on a random half of the users of both kinds."""
-    domain, config = audited.domain, audited.config
+    """Run LiRA, online: shadows are trained like the expert, each on a random half of members and non-members."""
+    domain, settings = audited.domain, audited.settings
     name, sequences = domain.manifest.name, train_sequences(domain.interactions)
     pool = [sequences[user] for user in users]
     inside = np.zeros((num_shadows, len(users)), dtype=np.bool_)
     found: dict[str, list[Floats]] = {EXPERT: [], MERGED: []}
     for shadow in range(num_shadows):
-        drawn = generator(config.seed, "audit", "shadow", name, shadow).permutation(len(users))
+        drawn = generator(settings.seed, "audit", "shadow", name, shadow).permutation(len(users))
         inside[shadow, drawn[: len(users) // 2]] = True
         left_out = np.ones(domain.interactions.num_users, dtype=np.bool_)
         left_out[users[inside[shadow]]] = False
-        seeded = config.model_copy(update={"seed": derive(config.seed, "audit", "shadow", shadow) % 2**31})
+        seeded = replace(settings, seed=derive(settings.seed, "audit", "shadow", shadow) % 2**31)
         adapter, _, _ = train_adapter(replace(domain, left_out=left_out), seeded)
         merged = _merged_with(audited, adapter)
         for label, of_shadow in ((EXPERT, adapter), (MERGED, merged)):
             if label in scores and of_shadow is not None:
-                found[label].append(user_scores(domain, of_shadow, pool, config.train).log_odds)
+                found[label].append(score_users(domain, of_shadow, pool, settings.train).log_odds)
         progress(f"{name}: shadow {shadow + 1} of {num_shadows}")
     rows = []
     for label, of_shadows in found.items():
@@ -210,7 +214,7 @@ def _shadow_attacks(
 
 
 def _merged_with(audited: Audited, adapter: Adapter) -> Adapter | None:
-    """The merge that would have come of this adapter in place of the domain's own; None where it is no plain sum."""
+    """Merge with this adapter in place of the domain's expert; None if the merge is not a plain sum."""
     if audited.coefficients is None or not _is_in_a_sum(audited):
         return None
     adapters = {**audited.experts, audited.domain.manifest.name: adapter}
@@ -219,14 +223,14 @@ def _merged_with(audited: Audited, adapter: Adapter) -> Adapter | None:
 
 
 def _is_in_a_sum(audited: Audited) -> bool:
-    """Whether a shadow can take the domain's place in the merge."""
+    """Return True if a shadow can replace the domain's expert in the merge."""
     return audited.merged is not None and audited.domain.manifest.name in (audited.coefficients or ())
 
 
 def _recovery(
     domain: LocalDomain, models: Mapping[str, Adapter | None], members: list[Sequence_], seed: int
 ) -> dict[str, Any]:
-    """Which pairs of items members had one after the other, read off similarities of the public items."""
+    """Guess consecutive items of members from similarities of the public items, and return the precision."""
     num_items, true = len(domain.table), consecutive_pairs(members)
     vectors = {label: _encoded(domain, adapter, [])[0] for label, adapter in models.items()}
     factors = torch.from_numpy(item_factors(members, num_items, seed))
@@ -252,8 +256,9 @@ def _recovery(
 
 
 def item_factors(sequences: list[Sequence_], num_items: int, seed: int) -> npt.NDArray[np.float32]:
-    """(N, f) item vectors of the users' own matrix factorisation, V √Σ of the truncated SVD: what a method that shares
-    item similarities starts from.
+    """Factorise the users' interactions: item vectors V √Σ, (N, f), of the truncated SVD.
+
+    Methods that share item similarities start from such vectors.
     """
     users = np.concatenate([np.full(len(sequence), user) for user, sequence in enumerate(sequences)])
     items = np.concatenate(sequences)
@@ -287,10 +292,10 @@ def _blocks(of: Callable[[int], torch.Tensor], num_items: int) -> Iterator[tuple
 
 
 def _canaries(
-    domain: LocalDomain, models: Mapping[str, Adapter | None], config: ExperimentConfig
+    domain: LocalDomain, models: Mapping[str, Adapter | None], simulation: Simulation, seed: int
 ) -> list[dict[str, Any]]:
-    """How likely the last item of planted users became, beside that of users who were drawn alike and not planted."""
-    drawn = canaries(domain, config.simulation.canaries, config.seed)
+    """Measure the exposure of the planted users' last items against users drawn in the same way but not planted."""
+    drawn = canaries(domain, simulation.canaries, seed)
     if not drawn.planted:
         return []
     rows = []

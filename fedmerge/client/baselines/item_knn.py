@@ -1,4 +1,4 @@
-"""ItemKNN: what was bought together with the items of the history, without any training."""
+"""ItemKNN: ranking by items that users have in common with the items of the history, without training."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ import torch
 from fedmerge.domain.splits import Examples
 from fedmerge.evaluation.ranks import METRICS, FloatArray, IntArray, check_in_catalog, per_user_metrics, target_ranks
 
-# What validation chooses from.
+# The grid that validation selects from.
 NUM_NEIGHBOURS = (20, 100, 200)
 SHRINKAGES = (0.0, 10.0, 100.0)
 
@@ -30,13 +30,13 @@ class ItemNeighbours:
     similarities: FloatArray
 
     def nearest(self, num_neighbours: int) -> "ItemNeighbours":
-        """The same with at most ``num_neighbours`` an item (views)."""
+        """Return at most ``num_neighbours`` per item, as views."""
         return ItemNeighbours(self.items[:, :num_neighbours], self.similarities[:, :num_neighbours])
 
 
 @dataclass(frozen=True, slots=True)
 class ItemKnnChoice:
-    """What validation chose, and its NDCG@10 there."""
+    """The selected parameters, and their NDCG@10 on validation."""
 
     num_neighbours: int
     shrinkage: float
@@ -46,15 +46,15 @@ class ItemKnnChoice:
 def item_neighbours(
     train_sequences: Sequence[IntArray], num_items: int, num_neighbours: int, shrinkage: float = 0.0
 ) -> ItemNeighbours:
-    """Cosine between the columns of the binary user-item matrix of the train sequences.
+    """Find the nearest items by the cosine between columns of the binary user-item matrix of the train sequences.
 
-    s_ij = c_ij / (√(n_i n_j) + h) for i ≠ j, with n_i the users of item i and c_ij those of both.
+    s_ij = c_ij / (√(n_i n_j) + h) for i ≠ j, where n_i users have item i and c_ij users have both.
 
     Args:
-        train_sequences: one array of item indices a user; an item counts once a user.
+        train_sequences: one array of item indices per user; an item counts once per user.
         num_items: N, items of the catalog.
         num_neighbours: k; of equally similar items the one with the lower index is nearer.
-        shrinkage: h; pulls down similarities that rest on few users.
+        shrinkage: h; lowers similarities that are based on few users.
 
     Raises:
         LayoutMismatchError: an item index outside the catalog.
@@ -91,17 +91,17 @@ def item_knn_ranks(
     *,
     block_size: int | None = None,
 ) -> npt.NDArray[np.int64]:
-    """Ranks of the targets by the similarities that the items of the history add up to.
+    """Rank the targets by the sum of their similarities to the items of the history.
 
-    score_uj = Σ_{i in the history of u} s_ij over the i that have j among their neighbours; 0 where none has, and such
-    items tie.
+    score_uj = Σ s_ij over the items i in the history of u that have j among their neighbours; without any such item the
+    score is 0, and these items tie.
 
     Args:
-        neighbours: of :func:`item_neighbours`.
-        histories: one array of item indices a user; repeats and order do not matter.
+        neighbours: result of :func:`item_neighbours`.
+        histories: one array of item indices per user; repeats and order do not matter.
         targets: (U,) item indices.
         seen: as in :func:`fedmerge.evaluation.ranks.target_ranks`; None is the unmasked variant.
-        block_size: users scored at once; None keeps a block at about four million scores.
+        block_size: users scored at once; None: as many as have about four million scores.
 
     Returns:
         (U,) int64 ranks from 1.
@@ -115,7 +115,7 @@ def item_knn_ranks(
     ranks = np.zeros(len(histories), dtype=np.int64)
     for start in range(0, len(histories), size):
         span = slice(start, start + size)
-        distinct = [np.unique(history) for history in histories[span]]  # in order: sums do not depend on the history's
+        distinct = [np.unique(history) for history in histories[span]]  # sorted, so sums do not depend on the order
         rows = np.repeat(np.arange(len(distinct)), [len(items) for items in distinct])
         items = np.concatenate(distinct)
         cells = rows[:, None] * num_items + neighbours.items[items]  # (history items, k)
@@ -129,17 +129,17 @@ def item_knn_ranks(
 def choose_item_knn(
     train_sequences: Sequence[IntArray], num_items: int, validation: Examples
 ) -> tuple[ItemNeighbours, ItemKnnChoice]:
-    """The neighbours that rank the validation users best (NDCG@10, unmasked) among NUM_NEIGHBOURS x SHRINKAGES.
+    """Select the neighbours that rank the validation users best (NDCG@10, unmasked) in NUM_NEIGHBOURS x SHRINKAGES.
 
     Args:
         train_sequences: as in :func:`item_neighbours`.
         num_items: N.
-        validation: examples of the split ``valid``; of equal choices the first of the grid is taken.
+        validation: examples of the split ``valid``; of equally good parameters the first in the grid is taken.
     """
-    return max(_tried(train_sequences, num_items, validation), key=lambda tried: tried[1].ndcg)
+    return max(_try_grid(train_sequences, num_items, validation), key=lambda tried: tried[1].ndcg)
 
 
-def _tried(
+def _try_grid(
     train_sequences: Sequence[IntArray], num_items: int, validation: Examples
 ) -> Iterator[tuple[ItemNeighbours, ItemKnnChoice]]:
     for shrinkage in SHRINKAGES:

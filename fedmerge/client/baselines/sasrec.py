@@ -29,9 +29,9 @@ from fedmerge.seeding import derive, generator
 TENSOR_FILE = "model.safetensors"
 REPORT_FILE = "training.json"
 MIN_SEQUENCE = 2  # one item to read and one to predict
-BATCHES_PER_BUCKET = 16  # batches are formed by length among this many batches of users drawn at random
-LOGITS_PER_BLOCK = 2**20  # 4 MiB of float32: larger blocks leave the caches of a CPU and are a third slower
-POSITIONS_PER_BATCH = 16384  # padded positions encoded at once where nothing is learned
+BATCHES_PER_BUCKET = 16  # batches of randomly drawn users among which users of similar length are grouped
+LOGITS_PER_BLOCK = 2**20  # 4 MiB of float32: larger blocks do not fit a CPU's cache and are a third slower
+POSITIONS_PER_BATCH = 16384  # padded positions encoded at once outside training
 INITIAL_STD = 0.02
 
 Progress = Callable[[str], None]
@@ -39,19 +39,19 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Size and training of the model; chosen on validation users of Beauty (docs/results.md).
+    """Size and training of the model, selected on validation users of Beauty (docs/results.md).
 
     Attributes:
         hidden_size: size d of an item vector, a multiple of ``heads``.
-        layers: Transformer blocks.
-        heads: attention heads a block.
-        dropout: share of values that training drops.
-        max_length: most recent items of a history that are read.
+        layers: number of Transformer blocks.
+        heads: attention heads per block.
+        dropout: share of values dropped in training.
+        max_length: number of most recent items read of a history.
         learning_rate: Adam learning rate.
-        batch_size: users a step.
-        max_epochs: passes over the users, at most.
-        max_minutes: wall-clock limit, or None; where it ends the training, the row depends on the machine's speed.
-        validation_users: users on whom early stopping ranks after every epoch; None: all.
+        batch_size: users per step.
+        max_epochs: largest number of passes over the users.
+        max_minutes: wall-clock limit or None; if it ends the training, the row depends on the machine's speed.
+        validation_users: validation users for early stopping after every epoch; None: all.
         patience: epochs without a better NDCG@10 before training stops.
     """
 
@@ -69,16 +69,16 @@ class Settings:
 
 
 class SASRec(nn.Module):
-    """Hidden states of histories; an item's score is their inner product with its embedding.
+    """Causal Transformer over histories; an item's score is the inner product of hidden state and item embedding.
 
     Source: Kang and McAuley, Self-attentive sequential recommendation, ICDM 2018.
-    Differs: layer normalisation before attention on keys and values, too, as in later Transformers; histories are
-        padded on the right and positions count from the oldest item that is read, so that a causal mask is all that
-        padding needs.
+    Differs: layer normalisation before attention also on keys and values, as in later Transformers; histories are
+        padded on the right and positions count from the oldest item that is read, so that padding needs no mask besides
+        the causal one.
     """
 
     def __init__(self, num_items: int, settings: Settings) -> None:
-        """Fresh weights, drawn from PyTorch's own generator.
+        """Draw fresh weights from PyTorch's global generator.
 
         Args:
             num_items: N.
@@ -95,14 +95,14 @@ class SASRec(nn.Module):
         self.blocks = nn.TransformerEncoder(block, settings.layers, nn.LayerNorm(width), enable_nested_tensor=False)
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
-                # The blocks are copies of one: each is drawn anew.
+                # TransformerEncoder copies one block, weights included, so each block is drawn again.
                 if name.startswith("blocks"):
                     nn.init.xavier_uniform_(parameter)
                 else:
                     nn.init.normal_(parameter, std=INITIAL_STD)
 
     def forward(self, histories: torch.Tensor) -> torch.Tensor:
-        """Hidden states after each item.
+        """Return the hidden states after each item.
 
         Args:
             histories: (b, t) int64 item indices, oldest first, padded on the right with any item; t at most max_length.
@@ -119,11 +119,11 @@ class SASRec(nn.Module):
 
 @dataclass(frozen=True)
 class SASRecReport:
-    """How a training went.
+    """Report of a training.
 
     Attributes:
-        epochs: made.
-        best_epoch: the one that was kept, from 1; 0 is the untrained model.
+        epochs: epochs made.
+        best_epoch: the selected epoch, from 1; 0 is the untrained model.
         stopped_by: ``max_epochs``, ``max_minutes`` or ``patience``.
         seconds: wall clock.
         losses: mean training loss of every epoch.
@@ -147,37 +147,38 @@ def train_sasrec(
     device: torch.device,
     progress: Progress = lambda line: None,
 ) -> tuple[SASRec, SASRecReport]:
-    """Train on next items and keep the epoch that ranks the validation users best (NDCG@10, unmasked).
+    """Train on next items and select the epoch that ranks the validation users best (NDCG@10, unmasked).
 
     loss = mean over users and positions of -log softmax_j <h_s, e_j>[item s + 1], over all items j of the catalog
 
     Args:
-        sequences: train sequences, oldest first; of each the last ``max_length + 1`` items are used, and those with
+        sequences: train sequences, oldest first; the last ``max_length + 1`` items of each are used, and sequences of
             fewer than two items are left out.
         num_items: N.
         validation: examples of the split ``valid``.
         settings: training ends at the first limit reached.
-        seed: of weights, order and dropout. With one device, thread count and version the same seed gives the same
+        seed: seed of weights, order and dropout. With one device, thread count and version the same seed gives the same
             model, unless ``max_minutes`` ends the training.
-        device: where to train.
+        device: device of the training.
         progress: receives one line after every epoch.
 
     Returns:
-        The model in evaluation mode, and how it came about.
+        The model in evaluation mode, and the report of its training.
 
     Raises:
-        DomainError: nobody to train on.
+        DomainError: no sequence to train on.
         LayoutMismatchError: an item index outside the catalog.
-        ClientError: the loss is no longer finite.
+        ClientError: the loss is not finite.
 
     Source: the loss over the whole catalog as in Klenitskiy and Vasilev, Turning dross into gold loss, RecSys 2023.
-    Differs: the paper scores one drawn negative a position by binary cross-entropy, with which SASRec is much weaker.
+    Differs: the SASRec paper scores one sampled negative per position by binary cross-entropy, which makes SASRec much
+        weaker.
     """
     cut = [np.asarray(s[-settings.max_length - 1 :], dtype=np.int64) for s in sequences if len(s) >= MIN_SEQUENCE]
     if not cut:
         raise DomainError(
-            f"SASRec: none of {len(sequences)} train sequences has {MIN_SEQUENCE} items. Leave sasrec out of "
-            "evaluation.baselines for this domain, or give it more data."
+            f"SASRec: none of {len(sequences)} train sequences has {MIN_SEQUENCE} items or more. Remove sasrec from "
+            "evaluation.baselines for this domain, or add data."
         )
     check_in_catalog(np.concatenate(cut), num_items, "the train sequences")
     lengths = np.array([len(sequence) for sequence in cut])
@@ -197,7 +198,7 @@ def train_sasrec(
                 if not math.isfinite(loss):
                     raise ClientError(
                         f"SASRec: the training loss is {loss} in epoch {len(losses) + 1}. "
-                        "Leave sasrec out of evaluation.baselines."
+                        "Remove sasrec from evaluation.baselines."
                     )
                 optimizer.step()
                 count = float(lengths[batch].sum() - len(batch))
@@ -225,11 +226,12 @@ def train_sasrec(
 def sasrec_ranks(
     model: SASRec, histories: Sequence[IntArray], targets: IntArray, seen: Sequence[IntArray] | None = None
 ) -> npt.NDArray[np.int64]:
-    """Ranks of the targets by the inner product with the hidden state after the last item of the history.
+    """Rank the targets by the inner product with the hidden state after the last item of the history.
 
     Args:
         model: in evaluation mode.
-        histories: one array of item indices a user, oldest first, none empty; the most recent ``max_length`` are read.
+        histories: one array of item indices per user, oldest first, none empty; the most recent ``max_length`` items
+            are read.
         targets: (U,) item indices.
         seen: as in :func:`fedmerge.evaluation.ranks.target_ranks`; None is the unmasked variant.
 
@@ -241,7 +243,7 @@ def sasrec_ranks(
 
 @torch.no_grad()
 def user_vectors(model: SASRec, histories: Sequence[IntArray]) -> torch.Tensor:
-    """Hidden states after the last item of each history.
+    """Return the hidden states after the last item of each history.
 
     Returns:
         float32 (U, d) on the CPU.
@@ -258,18 +260,18 @@ def user_vectors(model: SASRec, histories: Sequence[IntArray]) -> torch.Tensor:
 def load_or_train_sasrec(
     domain: LocalDomain, settings: Settings, seed: int, cache_dir: Path, progress: Progress
 ) -> SASRec:
-    """The domain's SASRec: from disk where it was trained on the same inputs before, else trained now and kept.
+    """Return the domain's SASRec: from the cache if the same inputs were trained before, else trained and cached.
 
     Args:
-        domain: the client's own.
+        domain: the client's domain.
         settings: size and training.
-        seed: of weights, order and dropout. Data, device, threads and versions also decide what is the same.
-        cache_dir: the client's own.
+        seed: seed of weights, order and dropout. Data, device, threads and versions are part of the cache's key, too.
+        cache_dir: folder on the client's own disk.
         progress: receives one line now and then.
 
     Raises:
         DomainError: as :func:`train_sasrec`.
-        ClientError: as :func:`train_sasrec`, or it cannot be kept.
+        ClientError: as :func:`train_sasrec`, or the model cannot be cached.
     """
     name, num_items, device = domain.manifest.name, len(domain.catalog), domain.backbone.device
     inputs = {
@@ -282,12 +284,12 @@ def load_or_train_sasrec(
         "versions": [__version__, torch.__version__],
     }
     folder = cache_dir / "sasrec" / f"{name}-{inputs_key(inputs)}"
-    if kept := _read_cached(folder):
-        progress(f"{name}: sasrec of an earlier evaluation with the same inputs taken from {folder}")
+    if cached := _read_cached(folder):
+        progress(f"{name}: reusing the cached sasrec in {folder}")
         model = SASRec(num_items, settings).to(device)
-        model.load_state_dict(kept)
+        model.load_state_dict(cached)
         return model.eval()
-    shutil.rmtree(folder, ignore_errors=True)  # damaged, if there is anything
+    shutil.rmtree(folder, ignore_errors=True)  # a damaged one
     validation = evaluation_examples(domain.interactions, "valid", settings.validation_users, seed)
     model, report = train_sasrec(
         domain.training_sequences,
@@ -302,15 +304,15 @@ def load_or_train_sasrec(
 
     def write(partial: Path) -> None:
         (partial / TENSOR_FILE).write_bytes(tensors)
-        told: dict[str, Any] = {**asdict(report), "sha256": hashlib.sha256(tensors).hexdigest()}
-        (partial / REPORT_FILE).write_text(json.dumps(told, indent=2) + "\n")
+        record: dict[str, Any] = {**asdict(report), "sha256": hashlib.sha256(tensors).hexdigest()}
+        (partial / REPORT_FILE).write_text(json.dumps(record, indent=2) + "\n")
 
     fill_folder(folder, write, lambda: _read_cached(folder) is not None, f"domain {name}: its sasrec")
     return model
 
 
 def _read_cached(folder: Path) -> dict[str, torch.Tensor] | None:
-    """The weights on disk, if they are there and whole."""
+    """Read the cached weights; None if they are missing or damaged."""
     try:
         tensors, report = (folder / TENSOR_FILE).read_bytes(), json.loads((folder / REPORT_FILE).read_text())
         return load(tensors) if hashlib.sha256(tensors).hexdigest() == report["sha256"] else None
@@ -325,9 +327,8 @@ def backward(
 
     Args:
         model: in training mode.
-        batch: sequences of two items or more; every item but the first is predicted from those before it.
-        logits_per_block: logits held at once, for a block of positions; the gradients do not depend on it beyond
-            rounding.
+        batch: sequences of two items or more; every item except the first is predicted from those before it.
+        logits_per_block: logits held at once, for a block of positions; it changes the gradients by rounding only.
 
     Returns:
         The loss.
@@ -349,7 +350,7 @@ def backward(
 
 
 def _padded(sequences: Sequence[npt.NDArray[np.int64]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """(b, longest) items, padded on the right with item 0, which nothing reads; and (b,) lengths."""
+    """Return items (b, longest), padded on the right with item 0, which is never read, and lengths (b,)."""
     lengths = torch.tensor([len(sequence) for sequence in sequences])
     padded = np.zeros((len(sequences), int(lengths.max())), dtype=np.int64)
     for row, sequence in enumerate(sequences):
@@ -360,7 +361,7 @@ def _padded(sequences: Sequence[npt.NDArray[np.int64]], device: torch.device) ->
 def _batches(
     lengths: npt.NDArray[np.int64], batch_size: int, rng: np.random.Generator
 ) -> Iterator[npt.NDArray[np.int64]]:
-    """One epoch: every user once, in batches of similar length."""
+    """Draw one epoch: every user once, in batches of similar length."""
     users = rng.permutation(len(lengths))
     for bucket in np.array_split(users, math.ceil(len(users) / (BATCHES_PER_BUCKET * batch_size))):
         by_length = bucket[np.argsort(lengths[bucket], kind="stable")]
@@ -375,7 +376,7 @@ def _ndcg(model: SASRec, validation: Examples) -> float:
 
 
 def _weights(model: SASRec) -> dict[str, torch.Tensor]:
-    """A copy on the CPU."""
+    """Copy the weights to the CPU."""
     return {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
 
 

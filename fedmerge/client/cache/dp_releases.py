@@ -1,8 +1,8 @@
-"""What a client has released with differential privacy in a run, on its own disk: its expert, rounds, and answers.
+"""The DP releases of a client in a run, cached on its own disk: its expert, its rounds, its answers on coefficients.
 
-The noise is chosen for one expert, for the rounds of the configuration, or for its messages about merging coefficients,
-and each is released once. So what is asked for again, as after a run that was killed, is answered with what was
-released before, and nothing else is released for it.
+The noise is calibrated for one expert, for the rounds of the configuration, and for the messages about merging
+coefficients, each released once. So a repeated request, for example after a kill, gets the same release again, and a
+different request for the same release is refused.
 """
 
 import json
@@ -21,7 +21,8 @@ from fedmerge.client.local_domain import LocalDomain
 from fedmerge.client.training.dp_sgd import check_user_dp
 from fedmerge.client.training.expert import training_record
 from fedmerge.client.training.round import RoundTask
-from fedmerge.config import ExperimentConfig
+from fedmerge.client.training.settings import TrainingSettings
+from fedmerge.config import DP, ExperimentConfig
 from fedmerge.encoder.peft_folder import read_adapter, write_adapter
 from fedmerge.errors import FedMergeError, PolicyError
 from fedmerge.files import read_json, write_json
@@ -34,9 +35,11 @@ from fedmerge.privacy.dp.releases import (
     coefficient_messages,
     domain_releases,
     metric_releases,
+    noisy_answers,
     sample_rate,
     user_releases,
 )
+from fedmerge.privacy.dp.releases import Release as Mechanism
 
 logger = logging.getLogger(__name__)
 Made = TypeVar("Made")
@@ -47,23 +50,23 @@ _ANSWERS_DEPEND_ON = ("text", "mergerec", "adamerging", "through_clients", "dp",
 
 @dataclass(frozen=True)
 class Release:
-    """What a client sent for a round, or as its expert: the noised adapter, and what it told of its training."""
+    """A released expert or round: the noisy adapter, and the report of its training."""
 
     adapter: Adapter
-    told: Mapping[str, Any]
+    report: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class CoefficientMessage:
-    """What a message about merging coefficients asks for.
+    """The request of a message about merging coefficients.
 
     Attributes:
-        label: of the merge whose coefficients are learned.
-        cohort_sha256: the cohort's adapters.
-        step: the first step, from 0.
-        num_steps: that the client makes by itself; 0: it answers with a gradient.
-        coefficients, students: where, as nested lists.
-        users: the client's pseudo-users of the step; none where it draws itself.
+        label: label of the merge whose coefficients are learned.
+        cohort_sha256: hash of the cohort's adapters.
+        step: number of the first step, from 0.
+        num_steps: local steps to make; 0 asks for a gradient.
+        coefficients, students: the points to compute at, as nested lists.
+        users: the client's pseudo-users of the step; empty if the client draws them itself.
     """
 
     label: str
@@ -75,77 +78,85 @@ class CoefficientMessage:
     users: list[int]
 
 
-def check_round_is_counted(domain: str, config: ExperimentConfig, task: RoundTask) -> None:
-    """Refuse a round that the noise was not chosen for, or of a run that cannot be told from another.
+def check_round_is_counted(domain: str, task: RoundTask, num_rounds: int, run_id: str | None) -> None:
+    """Refuse a round for which the noise is not calibrated, and a run whose releases cannot be counted.
+
+    Args:
+        domain: the client's domain.
+        task: the requested round.
+        num_rounds: rounds of the configuration.
+        run_id: name of the run.
 
     Raises:
-        PolicyError: what was asked, and what is expected.
+        PolicyError: states the request and the expected rounds.
     """
-    _check_run_id(domain, config)
-    number = config.rounds.number
-    if task.num_rounds != number or not 1 <= task.number <= number:
+    _check_run_id(domain, run_id)
+    if task.num_rounds != num_rounds or not 1 <= task.number <= num_rounds:
         raise PolicyError(
-            f"domain {domain}: asked for round {task.number} of {task.num_rounds}, but its noise is chosen for the "
-            f"{number} of rounds.number, and each is released once. Use one configuration everywhere."
+            f"domain {domain}: the server asks for round {task.number} of {task.num_rounds}, but the noise is "
+            f"calibrated for {num_rounds} rounds (rounds.number), each released once. Use one configuration everywhere."
         )
 
 
 def release_round_once(
-    domain: LocalDomain, config: ExperimentConfig, task: RoundTask, train: Callable[[], Release]
+    domain: LocalDomain, settings: TrainingSettings, folder: Path, task: RoundTask, train: Callable[[], Release]
 ) -> Release:
-    """What this client has released for a round of a run: trained now and kept before it is sent, or as it was sent.
+    """Return the release of a round: the cached one, or a new one that is cached before it is sent.
 
     Args:
-        domain: the client's own.
-        config: what a release depends on, besides data and task; the rounds of one ``run_id`` are counted together.
+        domain: the client's domain.
+        settings: settings of the training; with data and task they identify the release.
+        folder: :func:`releases_folder` of the run.
         task: the round.
-        train: what makes the release.
+        train: makes the release.
 
     Raises:
-        PolicyError: another release was made for the round, or it is damaged.
-        ClientError: it cannot be kept.
+        PolicyError: the round was released for another request, or the cached release is damaged.
+        ClientError: it cannot be cached.
     """
-    folder = _released(domain.manifest.name, config) / str(task.number)
     what = f"domain {domain.manifest.name}: round {task.number} of this run"
-    return _release_adapter_once(domain, folder, what, _asked(domain, config, task), train)
+    return _release_adapter_once(domain, folder / str(task.number), what, _round_key(domain, settings, task), train)
 
 
-def release_expert_once(
-    domain: LocalDomain, config: ExperimentConfig, asked: str, train: Callable[[], Release]
-) -> Release:
-    """What this client has released as its expert in a run: trained now and kept before it is sent, or as it was sent.
+def release_expert_once(domain: LocalDomain, folder: Path, key: str, train: Callable[[], Release]) -> Release:
+    """Return the released expert of a run: the cached one, or a new one that is cached before it is sent.
 
     Args:
-        domain: the client's own.
-        config: whose ``run_id`` names the run.
-        asked: key of all that the expert depends on, but not of where it is trained.
-        train: what makes the release.
+        domain: the client's domain.
+        folder: :func:`released_expert_folder` of the run.
+        key: key of the inputs of the expert, apart from the machine that trains it.
+        train: makes the release.
 
     Raises:
-        PolicyError: another expert was released, or it is damaged.
-        ClientError: it cannot be kept.
+        PolicyError: the run has released another expert, or the cached one is damaged.
+        ClientError: it cannot be cached.
     """
     what = f"domain {domain.manifest.name}: the expert of this run"
-    return _release_adapter_once(domain, released_expert_folder(domain, config), what, asked, train)
+    return _release_adapter_once(domain, folder, what, key, train)
 
 
-def released_expert_folder(domain: LocalDomain, config: ExperimentConfig) -> Path:
-    """Where the expert lies that this client has released in a run, if it has."""
-    return _released(domain.manifest.name, config) / "expert"
+def releases_folder(cache_dir: str, run_id: str | None, domain: str) -> Path:
+    """Return the folder of a client's releases in a run."""
+    return Path(cache_dir).expanduser() / "released" / f"{domain}-{inputs_key({'run': run_id})}"
+
+
+def released_expert_folder(cache_dir: str, run_id: str | None, domain: str) -> Path:
+    """Return the folder of the expert that a client releases in a run."""
+    return releases_folder(cache_dir, run_id, domain) / "expert"
 
 
 def _release_adapter_once(
-    domain: LocalDomain, folder: Path, what: str, asked: str, train: Callable[[], Release]
+    domain: LocalDomain, folder: Path, what: str, key: str, train: Callable[[], Release]
 ) -> Release:
     def write(made: Release, folder: Path) -> dict[str, Any]:
         write_adapter(made.adapter, folder, domain.backbone.name)
-        return {"told": dict(made.told), "sha256": adapter_sha256(made.adapter)}
+        return {"report": dict(made.report), "sha256": adapter_sha256(made.adapter)}
 
     def read(folder: Path, record: Mapping[str, Any]) -> tuple[Release, str]:
         adapter = read_adapter(folder)
-        return Release(adapter, record["told"]), adapter_sha256(adapter)
+        return Release(adapter, record["report"]), adapter_sha256(adapter)
 
-    return _once(folder, what, asked, train, write, read)
+    return _release_once(folder, what, key, train, write, read)
 
 
 def release_answer_once(
@@ -155,58 +166,62 @@ def release_answer_once(
     compute: Callable[[], torch.Tensor],
     charge: Callable[[float], None] = lambda noise_multiplier: None,
 ) -> torch.Tensor:
-    """What this client has released for a message about coefficients: made and noised now, or as it was sent.
+    """Return the noisy answer to a message about coefficients: the cached one, or a new one.
 
-    By domain the answer is clipped. By user it is a sum over users whose parts are clipped already; the noise is added
-    to it, and what leaves is divided by the expected number of users who take part.
+    By domain the answer is clipped and noise is added. By user the answer is a sum over users whose parts are clipped
+    already: noise is added, and the sum is divided by the expected number of users.
 
-    Where nothing can be computed, as at coefficients that a server has chosen to that end, noise alone is the answer:
-    an error would tell of the data, and could be had as often as it is asked for.
+    If the answer cannot be computed, for example at coefficients that a server chose for this purpose, the answer is
+    noise alone: an error would reveal data, and could be provoked without limit.
 
     Args:
-        domain: the client's own.
-        config: what a release depends on, besides data and message; the answers of one ``run_id`` count together.
-        message: what was asked.
-        compute: the answer without noise, or that sum, (K,) or (K, G).
+        domain: the client's domain.
+        config: with data and message it identifies the release; the answers of one ``run_id`` are counted together.
+        message: the request.
+        compute: computes the answer without noise, or that sum, (K,) or (K, G).
         charge: called with the noise multiplier before anything new is released.
 
     Raises:
-        PolicyError: a message that the noise was not chosen for; another answer was given to it, or it is damaged.
+        PolicyError: the noise is not calibrated for the message, the message was answered for another request, or the
+            cached answer is damaged.
         ConfigError: no noise is enough.
-        DomainError: by user, a catalog that is not public, or too few users for δ.
-        ClientError: it cannot be kept.
+        DomainError: by user, the catalog is not public, or δ is too large for the number of users.
+        ClientError: the answer cannot be cached.
     """
     name, dp = domain.manifest.name, config.dp
-    _check_run_id(name, config)
+    _check_run_id(name, config.run_id)
     _check_chosen_for(name, config, message)
-    num_users = len(domain.training_sequences)
+    num_users, answers = len(domain.training_sequences), noisy_answers(config)
     if dp.mode == "user":
         check_user_dp(domain, dp)
-    releases = user_releases(config, num_users) if dp.mode == "user" else domain_releases(config)
-    asked = inputs_key(
+        releases, others = user_releases(config.train, answers, num_users), metric_releases(config)
+    else:
+        releases, others = domain_releases(answers.number), ()
+    key = inputs_key(
         {
             "message": asdict(message),
             "data": [domain.manifest.catalog_sha256, domain.manifest.interactions_sha256],
             "backbone": [domain.backbone.sha256, domain.backbone.pooling],
-            "config": [getattr(config, key).model_dump() for key in _ANSWERS_DEPEND_ON],
+            "config": [getattr(config, section).model_dump() for section in _ANSWERS_DEPEND_ON],
             "seed": config.seed,
             "releases": releases,
         }
     )
+    run_folder = releases_folder(config.cache_dir, config.run_id, name)
 
     def make() -> torch.Tensor:
-        noise = _cached_noise(name, config, releases)
+        noise = _cached_noise(run_folder / "noise.json", dp, releases, others)
         charge(noise)
         try:
             answer = compute().cpu()
-        except Exception:  # of whatever kind: an error would tell of the data
+        except Exception:  # any error would reveal data
             logger.warning(
-                "domain %s: noise alone answers %s, step %d", name, message.label, message.step, exc_info=True
+                "domain %s: the answer to %s, step %d, is noise alone", name, message.label, message.step, exc_info=True
             )
             answer = torch.zeros_like(torch.tensor(message.coefficients))
         drawn = source(dp.randomness, config.seed, "client", name, "coefficients-dp", message.label, message.step)
         if dp.mode == "user":
-            expected = sample_rate(config.through_clients.batch_size, num_users) * num_users
+            expected = sample_rate(answers.batch_size, num_users) * num_users
             return (answer + noise_like(answer, noise * dp.coefficient_clip, drawn)) / expected
         return add_noise_to_answer(answer, dp.coefficient_clip, noise, drawn)
 
@@ -216,73 +231,69 @@ def release_answer_once(
     def read(folder: Path, record: Mapping[str, Any]) -> tuple[torch.Tensor, str]:
         return torch.tensor(record["answer"], dtype=torch.float32), inputs_key({"answer": record["answer"]})
 
-    folder = _released(name, config) / f"{inputs_key({'label': message.label})}-{message.step}"
+    folder = run_folder / f"{inputs_key({'label': message.label})}-{message.step}"
     what = f"domain {name}: the answer about {message.label}, step {message.step},"
-    return _once(folder, what, asked, make, write, read)
+    return _release_once(folder, what, key, make, write, read)
 
 
-def _once(
+def _release_once(
     folder: Path,
     what: str,
-    asked: str,
+    key: str,
     make: Callable[[], Made],
     write: Callable[[Made, Path], dict[str, Any]],
     read: Callable[[Path, Mapping[str, Any]], tuple[Made, str]],
 ) -> Made:
-    """A release from its folder, made before where it is not there; of several processes the first one's stays.
+    """Return the release cached in a folder, after making it if it is missing; of several processes the first one wins.
 
     Args:
-        folder: of the release.
-        what: for messages.
-        asked: key of all that it depends on.
-        make: makes it.
-        write: puts it into a folder; what is recorded beside ``asked``, with its hash as ``sha256``.
-        read: folder, record -> the release and its hash as found.
+        folder: folder of the release.
+        what: subject of error messages.
+        key: key of everything that the release depends on.
+        make: makes the release.
+        write: writes it into a folder and returns the record, with its hash as ``sha256``.
+        read: reads it: (folder, record) -> the release and its hash as found.
     """
     if not folder.exists():
         made = make()
 
         def fill(partial: Path) -> None:
-            record = {"asked": asked, **write(made, partial)}
+            record = {"key": key, **write(made, partial)}
             (partial / REPORT_FILE).write_text(json.dumps(record, indent=2) + "\n")
 
         fill_folder(folder, fill, folder.exists, what)
     try:
         record = json.loads((folder / REPORT_FILE).read_text())
         release, sha256 = read(folder, record)
-        same, whole = record["asked"] == asked, record["sha256"] == sha256
+        same_key, whole = record["key"] == key, record["sha256"] == sha256
     except (FedMergeError, OSError, LookupError, TypeError, ValueError) as error:
         raise PolicyError(
-            f"{what} was released before, but {folder} is damaged ({type(error).__name__}), and its noise covers one "
+            f"{what} was released before, but {folder} is damaged ({type(error).__name__}), and the noise covers one "
             "release. Start a new run."
         ) from error
-    if not same or not whole:
+    if not same_key or not whole:
         found = "for another request or with other settings" if whole else f"but {folder} was changed since"
         raise PolicyError(
-            f"{what} was released before, {found}, and its noise covers one release. Start a new run, with a run_id of "
-            "its own."
+            f"{what} was released before, {found}, and the noise covers one release. Start a new run with its own "
+            "run_id."
         )
     return release
 
 
-def _cached_noise(name: str, config: ExperimentConfig, releases: tuple[Counted, ...]) -> float:
-    """The noise multiplier of the run, found once: each message may be worked on by a process of its own."""
-    path = _released(name, config) / "noise.json"
-    others = metric_releases(config) if config.dp.mode == "user" else ()
-    key = inputs_key(
-        {"dp": config.dp.model_dump(), "releases": releases, "others": [asdict(other) for other in others]}
-    )
+def _cached_noise(path: Path, dp: DP, releases: tuple[Counted, ...], others: tuple[Mechanism, ...]) -> float:
+    """Return the noise multiplier of the run, calibrated once: a new process may answer each message."""
+    key = inputs_key({"dp": dp.model_dump(), "releases": releases, "others": [asdict(other) for other in others]})
     try:
-        kept = read_json(path) or {}
-        if kept["for"] == key:
-            return float(kept["noise_multiplier"])
+        cached = read_json(path) or {}
+        if cached["key"] == key:
+            return float(cached["noise_multiplier"])
     except (FedMergeError, LookupError, TypeError, ValueError):
         pass
-    found = agreed_noise(config.dp, releases, others)
-    with suppress(OSError, FedMergeError):  # then it is found again
+    noise = agreed_noise(dp, releases, others)
+    with suppress(OSError, FedMergeError):  # without the file the next process calibrates again
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"for": key, "noise_multiplier": found})
-    return found
+        write_json(path, {"key": key, "noise_multiplier": noise})
+    return noise
 
 
 def _check_chosen_for(name: str, config: ExperimentConfig, message: CoefficientMessage) -> None:
@@ -295,26 +306,22 @@ def _check_chosen_for(name: str, config: ExperimentConfig, message: CoefficientM
     asked_for = method in config.merge.methods and coefficient_messages(config) > 0
     if not asked_for or not begins or message.num_steps != expected:
         raise PolicyError(
-            f"domain {name}: asked for {message.num_steps} steps of {message.label} from step {message.step}, but its "
-            f"noise is chosen for {coefficient_messages(config)} messages: {', '.join(config.merge.methods)}, {steps} "
-            f"steps, {local or 1} a message. Use one configuration everywhere."
+            f"domain {name}: the server asks for {message.num_steps} steps of {message.label} from step "
+            f"{message.step}, but the noise is calibrated for {coefficient_messages(config)} messages: "
+            f"{', '.join(config.merge.methods)}, {steps} steps, {local or 1} a message. Use one configuration "
+            "everywhere."
         )
 
 
-def _check_run_id(domain: str, config: ExperimentConfig) -> None:
-    if config.run_id is None:
+def _check_run_id(domain: str, run_id: str | None) -> None:
+    if run_id is None:
         raise PolicyError(
-            f"domain {domain}: dp.mode = '{config.dp.mode}' counts the releases of a run, but run_id is 'none'. Set "
-            "it, or use fedmerge run, which does."
+            f"domain {domain}: releases with noise are counted by run, but run_id is 'none'. Set run_id, or use "
+            "fedmerge run, which sets it."
         )
 
 
-def _released(name: str, config: ExperimentConfig) -> Path:
-    run = f"{name}-{inputs_key({'run': config.run_id})}"
-    return Path(config.cache_dir).expanduser() / "released" / run
-
-
-def _asked(domain: LocalDomain, config: ExperimentConfig, task: RoundTask) -> str:
+def _round_key(domain: LocalDomain, settings: TrainingSettings, task: RoundTask) -> str:
     return inputs_key(
         {
             "task": [task.num_rounds, task.trained, task.proximal],
@@ -322,10 +329,10 @@ def _asked(domain: LocalDomain, config: ExperimentConfig, task: RoundTask) -> st
             "base": None if task.base is None else adapter_sha256(task.base),
             "data": [domain.manifest.catalog_sha256, domain.manifest.interactions_sha256],
             "backbone": [domain.backbone.sha256, domain.backbone.pooling],
-            "text": config.text.model_dump(),
-            "train": training_record(config.train),
-            "dp": config.dp.model_dump(exclude={"coefficient_clip"}),
-            "audit": config.simulation.audit_record(),
-            "seed": config.seed,
+            "text": domain.text.model_dump(),
+            "train": training_record(settings.train),
+            "dp": settings.dp.model_dump(exclude={"coefficient_clip"}),
+            "audit": settings.simulation.audit_record(),
+            "seed": settings.seed,
         }
     )

@@ -1,4 +1,4 @@
-"""A client's trained experts on its own disk: the same inputs are never trained on twice."""
+"""The cache of a client's experts on its own disk: the same inputs are trained once."""
 
 import json
 import shutil
@@ -19,72 +19,79 @@ from fedmerge.client.training.dp_expert import train_private_expert
 from fedmerge.client.training.dp_sgd import plan_record, user_plan
 from fedmerge.client.training.expert import TrainingReport, check_can_train, train_expert, training_record
 from fedmerge.client.training.loop import Progress
-from fedmerge.client.training.poisoning import poisons, train_poisoned_expert
-from fedmerge.config import ExperimentConfig
+from fedmerge.client.training.poisoning import is_attacker, train_poisoned_expert
+from fedmerge.client.training.settings import TrainingSettings
 from fedmerge.encoder.lora import fresh_adapter
 from fedmerge.encoder.peft_folder import read_adapter, write_adapter
 from fedmerge.errors import ClientError, DivergedError
-from fedmerge.privacy.dp.domain_noise import add_noise, domain_noise, domain_record
+from fedmerge.privacy.dp.accountant import agreed_noise
+from fedmerge.privacy.dp.domain_noise import add_noise, domain_record
 from fedmerge.privacy.dp.randomness import source
-from fedmerge.privacy.dp.releases import noised_answers
+from fedmerge.privacy.dp.releases import domain_releases
 
 REPORT_FILE = "training.json"
 BATCHES = "equal"  # how users are split into batches; part of the key, so that experts of another split are not reused
-_UNUSED = {"in-batch": {"negatives", "item_refresh_steps"}, "catalog": set[str]()}  # so that older experts are found
+# Settings that the other kind of negatives ignores: left out of the key, so that they do not train an expert again.
+_UNUSED = {"in-batch": {"negatives", "item_refresh_steps"}, "catalog": set[str]()}
 
 
 def load_or_train_expert(
-    domain: LocalDomain, config: ExperimentConfig, progress: Progress
+    domain: LocalDomain, settings: TrainingSettings, cache_dir: str, run_id: str | None, progress: Progress
 ) -> tuple[Adapter, dict[str, Any]]:
-    """The domain's expert: from disk where the same inputs were trained on before, else trained now and kept.
+    """Return the domain's expert: from the cache if the same inputs were trained before, else trained and cached.
 
-    What is kept is what was released: with differential privacy the noised adapter, so sending it again spends nothing.
-    By user a run has one, whatever versions, threads or device it goes on with: another would be another release.
+    With differential privacy the cache holds the noisy adapter, so sending it again spends nothing. By user a run has
+    one expert, even if it resumes with other versions, threads or another device: a second expert would be a second
+    release.
 
     Args:
-        domain: the client's own.
-        config: lora, train, text, seed, runtime and simulation decide what is the same; so do data, backbone, versions,
-            precision.
-        progress: receives one line now and then.
+        domain: the client's domain.
+        settings: settings of the training; with data, backbone, text, versions and precision they are the cache's key.
+        cache_dir: folder on the client's own disk.
+        run_id: name of the run; by user it names the release.
+        progress: receives a line now and then.
 
     Returns:
-        The adapter, and :class:`fedmerge.client.training.expert.TrainingReport` as a dict with ``cached`` and
-        ``sha256``.
+        The adapter, and :class:`fedmerge.client.training.expert.TrainingReport` as a dict with ``cached``, ``sha256``
+        and ``privacy``.
 
     Raises:
-        PolicyError: by user, the run was sent another one, or that is damaged.
+        PolicyError: by user, the run has released another expert, or the cached one is damaged.
     """
-    if not _once_a_run(config):
-        return _trained(domain, config, progress)
-    made_now: list[str] = []
+    if not _is_released_once(settings, run_id):
+        return _load_or_train(domain, settings, cache_dir, progress)
+    trained_here: list[str] = []
 
     def make() -> Release:
-        adapter, report = _trained(domain, config, progress)
+        adapter, report = _load_or_train(domain, settings, cache_dir, progress)
         if not report["cached"]:
-            made_now.append(report["sha256"])
+            trained_here.append(report["sha256"])
         return Release(adapter, report)
 
-    release = release_expert_once(domain, config, _released_for(domain, config), make)
-    return release.adapter, {**release.told, "cached": release.told["sha256"] not in made_now}
+    folder = released_expert_folder(cache_dir, run_id, domain.manifest.name)
+    release = release_expert_once(domain, folder, _release_key(domain, settings), make)
+    return release.adapter, {**release.report, "cached": release.report["sha256"] not in trained_here}
 
 
-def _trained(domain: LocalDomain, config: ExperimentConfig, progress: Progress) -> tuple[Adapter, dict[str, Any]]:
-    folder = _folder(domain, config)
-    if kept := _read_cached(folder):
-        progress(f"{domain.manifest.name}: expert of an earlier run with the same inputs taken from {folder}")
-        return kept[0], {**kept[1], "cached": True}
-    shutil.rmtree(folder, ignore_errors=True)  # damaged, if there is anything
+def _load_or_train(
+    domain: LocalDomain, settings: TrainingSettings, cache_dir: str, progress: Progress
+) -> tuple[Adapter, dict[str, Any]]:
+    name, folder = domain.manifest.name, _folder(domain, settings, cache_dir)
+    if cached := _read_cached(folder):
+        progress(f"{name}: reusing the cached expert in {folder}")
+        return cached[0], {**cached[1], "cached": True}
+    shutil.rmtree(folder, ignore_errors=True)  # a damaged one
     checkpoint = folder.with_name(f"{folder.name}.checkpoint.safetensors")
-    adapter, training, spent = train_adapter(domain, config, progress, checkpoint)
+    adapter, training, spent = train_adapter(domain, settings, progress, checkpoint)
     report = {**asdict(training), "sha256": adapter_sha256(adapter), "privacy": spent}
     for validation in report["validations"][:1]:
-        validation["loss"] = None  # nothing was trained on yet; JSON has no NaN
+        validation["loss"] = None  # there is no loss before the first step, and JSON has no NaN
 
     def write(expert: Path) -> None:
         write_adapter(adapter, expert, domain.backbone.name)
         (expert / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n")
 
-    fill_folder(folder, write, lambda: _read_cached(folder) is not None, f"domain {domain.manifest.name}: its expert")
+    fill_folder(folder, write, lambda: _read_cached(folder) is not None, f"domain {name}: its expert")
     checkpoint.unlink(missing_ok=True)
     adapter, report = _read_cached(folder) or (adapter, report)  # another process may have been faster
     return adapter, {**report, "cached": False}
@@ -92,78 +99,84 @@ def _trained(domain: LocalDomain, config: ExperimentConfig, progress: Progress) 
 
 def train_adapter(
     domain: LocalDomain,
-    config: ExperimentConfig,
+    settings: TrainingSettings,
     progress: Progress = lambda line: None,
     checkpoint: Path | None = None,
 ) -> tuple[Adapter, TrainingReport, Mapping[str, Any] | None]:
-    """Train by ``dp.mode``; with what was spent of a user or of the domain, if anything counts it.
+    """Train the expert as ``dp.mode`` and the simulation ask.
+
+    Returns:
+        The adapter, its report, and the record of its privacy loss; None without noise of the client.
 
     Raises:
-        DomainError, ClientError, ConfigError: what the domain or its data do not allow.
+        DomainError: the data do not allow the training.
+        ClientError: the loss is not finite, or the checkpoint cannot be written.
+        ConfigError: no noise is enough, or Opacus is not installed.
     """
-    dp, name, lora = config.dp, domain.manifest.name, config.lora.of(domain.manifest.name)
+    dp, train, name, lora = settings.dp, settings.train, domain.manifest.name, settings.lora.of(domain.manifest.name)
     if dp.mode == "user":
         check_can_train(domain)
-        plan = user_plan(domain, config)
+        plan = user_plan(domain, train, dp, settings.answers, settings.sums)
         progress(f"{name}: differential privacy by user, noise multiplier {plan.noise_multiplier:.3f}")
-        adapter, report = train_private_expert(domain, lora, config.train, config.seed, plan, progress, checkpoint)
+        adapter, report = train_private_expert(domain, lora, train, settings.seed, plan, progress, checkpoint)
         return adapter, report, plan_record(plan)
-    if poisons(config, name):
-        return *train_poisoned_expert(domain, config, checkpoint, progress), None
+    if is_attacker(settings.simulation, name):
+        return *train_poisoned_expert(domain, settings, checkpoint, progress), None
     if dp.mode == "domain-local":
-        return _noised_expert(domain, config, progress, checkpoint)
-    return *train_expert(domain, lora, config.train, config.seed, progress, checkpoint), None
+        return _train_noisy_expert(domain, settings, progress, checkpoint)
+    return *train_expert(domain, lora, train, settings.seed, progress, checkpoint), None
 
 
-def _noised_expert(
-    domain: LocalDomain, config: ExperimentConfig, progress: Progress, checkpoint: Path | None
+def _train_noisy_expert(
+    domain: LocalDomain, settings: TrainingSettings, progress: Progress, checkpoint: Path | None
 ) -> tuple[Adapter, TrainingReport, Mapping[str, Any]]:
-    """An expert that was clipped and noised; of its training nothing is told but how long it took."""
-    dp, name, lora = config.dp, domain.manifest.name, config.lora.of(domain.manifest.name)
+    """Train an expert, clip it and add noise; the report hides the training, except for its duration."""
+    dp, name, lora = settings.dp, domain.manifest.name, settings.lora.of(domain.manifest.name)
     started = time.monotonic()
-    start = fresh_adapter(domain.backbone, lora, config.seed)
+    start = fresh_adapter(domain.backbone, lora, settings.seed)
     try:
-        adapter, _ = train_expert(domain, lora, config.train, config.seed, progress, checkpoint)
+        adapter, _ = train_expert(domain, lora, settings.train, settings.seed, progress, checkpoint)
     except DivergedError as error:
-        progress(f"{error} Noise alone is sent.")  # that it diverged tells of data, too
+        progress(f"{error} Noise alone is sent.")  # a reported divergence would reveal data
         adapter = start
-    noise = domain_noise(config)
-    drawn = source(dp.randomness, config.seed, "client", name, "domain-dp")
+    noise = agreed_noise(dp, domain_releases(settings.answers.number))
+    drawn = source(dp.randomness, settings.seed, "client", name, "domain-dp")
     report = TrainingReport(0, 0, "not told", time.monotonic() - started, 0, ())
     return add_noise(adapter, start, dp.clip, noise, drawn), report, domain_record(dp, noise)
 
 
 def load_expert(
     domain: LocalDomain,
-    config: ExperimentConfig,
+    settings: TrainingSettings,
+    cache_dir: str,
+    run_id: str | None,
     sha256: str | None,
     received: Callable[[Adapter], str] = adapter_sha256,
 ) -> Adapter:
-    """The expert that this client trained before; by its hash where it was shipped, None where it never was.
+    """Load the expert that this client trained before.
 
     Args:
-        domain: the client's own.
-        config: as for :func:`load_or_train_expert`.
-        sha256: what the server knows it by.
-        received: expert -> the hash of what arrives of it, where it does not travel as it is.
+        domain, settings, cache_dir, run_id: as for :func:`load_or_train_expert`.
+        sha256: the hash by which the server knows the expert; None if the expert never left the client.
+        received: expert -> the hash of its decoded copy at the server.
 
     Raises:
-        ClientError: it is no longer on this client's disk.
+        ClientError: it is not in the cache.
     """
-    folder = released_expert_folder(domain, config)
-    if not _once_a_run(config) or not folder.exists():
-        folder = _folder(domain, config)
-    kept = _read_cached(folder)
-    if kept is None or sha256 not in (None, received(kept[0])):
+    folder = released_expert_folder(cache_dir, run_id, domain.manifest.name)
+    if not _is_released_once(settings, run_id) or not folder.exists():
+        folder = _folder(domain, settings, cache_dir)
+    cached = _read_cached(folder)
+    if cached is None or sha256 not in (None, received(cached[0])):
         raise ClientError(
             f"domain {domain.manifest.name}: its expert {(sha256 or '')[:12]} is not in {folder}. "
             "Keep cache_dir between training and evaluation."
         )
-    return kept[0]
+    return cached[0]
 
 
 def _read_cached(folder: Path) -> tuple[Adapter, dict[str, Any]] | None:
-    """An expert on disk with its report, if it is there and whole."""
+    """Read a cached expert with its report; None if it is missing or damaged."""
     try:
         adapter, report = read_adapter(folder), json.loads((folder / REPORT_FILE).read_text())
         return (adapter, report) if adapter_sha256(adapter) == report["sha256"] else None
@@ -171,51 +184,53 @@ def _read_cached(folder: Path) -> tuple[Adapter, dict[str, Any]] | None:
         return None
 
 
-def _folder(domain: LocalDomain, config: ExperimentConfig) -> Path:
-    experts = Path(config.cache_dir).expanduser() / "experts"
-    return experts / f"{domain.manifest.name}-{_training_key(domain, config)}"
+def _folder(domain: LocalDomain, settings: TrainingSettings, cache_dir: str) -> Path:
+    return Path(cache_dir).expanduser() / "experts" / f"{domain.manifest.name}-{_training_key(domain, settings)}"
 
 
-def _once_a_run(config: ExperimentConfig) -> bool:
-    return config.dp.mode == "user" and config.run_id is not None
+def _is_released_once(settings: TrainingSettings, run_id: str | None) -> bool:
+    return settings.dp.mode == "user" and run_id is not None
 
 
-def _released_for(domain: LocalDomain, config: ExperimentConfig) -> str:
-    """Key of what an expert is trained on and how; where it is trained may change between a kill and a resume."""
-    inputs = _training_inputs(domain, config)
+def _release_key(domain: LocalDomain, settings: TrainingSettings) -> str:
+    """Return the key of a released expert: versions, threads and device may change when a run resumes."""
+    inputs = expert_inputs(domain, settings)
     return inputs_key({key: value for key, value in inputs.items() if key not in ("versions", "threads", "device")})
 
 
-def _training_key(domain: LocalDomain, config: ExperimentConfig) -> str:
-    return inputs_key(_training_inputs(domain, config))
+def _training_key(domain: LocalDomain, settings: TrainingSettings) -> str:
+    return inputs_key(expert_inputs(domain, settings))
 
 
-def _training_inputs(domain: LocalDomain, config: ExperimentConfig) -> dict[str, Any]:
-    lora, train = config.lora.of(domain.manifest.name), training_record(config.train)
+def expert_inputs(domain: LocalDomain, settings: TrainingSettings) -> dict[str, Any]:
+    """Return everything that an expert depends on; what is off is left out, so that other experts are found."""
+    dp, answers, name = settings.dp, settings.answers, domain.manifest.name
+    lora, train = settings.lora.of(name), training_record(settings.train)
     inputs = {
         "catalog": domain.manifest.catalog_sha256,
         "interactions": domain.manifest.interactions_sha256,
-        "name": domain.manifest.name,
+        "name": name,
         "backbone": domain.backbone.sha256,
         "pooling": domain.backbone.pooling,
-        "text": config.text.model_dump(),
+        "text": domain.text.model_dump(),
         "lora": {"rank": lora.rank, "alpha": lora.alpha, "target_modules": lora.target_modules},
-        "train": {key: train[key] for key in train.keys() - _UNUSED[config.train.negatives]},
-        "seed": config.seed,
-        "threads": config.runtime.threads_per_client,
+        "train": {key: train[key] for key in train.keys() - _UNUSED[settings.train.negatives]},
+        "seed": settings.seed,
+        "threads": settings.threads,
         "device": str(domain.backbone.device),
         "precision": domain.backbone.compute.precision,
         "versions": [__version__, torch.__version__],
     }
-    if config.dp.mode != "user":
+    if dp.mode != "user":
         inputs["batches"] = BATCHES
-    if config.dp.mode in ("user", "domain-local"):
-        inputs["dp"] = config.dp.model_dump(exclude={"coefficient_clip"})
-    if config.dp.epsilon is not None and (number := noised_answers(config)):
-        of_users = config.dp.mode == "user"
-        inputs["noise also for"] = [number, config.through_clients.batch_size] if of_users else number
-    if poisons(config, domain.manifest.name):
-        inputs["attack"] = config.simulation.attack_record()
-    if config.simulation.audited:
-        inputs["audit"] = config.simulation.audit_record()
+    if dp.mode in ("user", "domain-local"):
+        inputs["dp"] = dp.model_dump(exclude={"coefficient_clip"})
+    if dp.epsilon is not None and answers.number:
+        inputs["noise also for"] = [answers.number, answers.batch_size] if dp.mode == "user" else answers.number
+    if dp.mode == "user" and dp.epsilon is not None and settings.sums:
+        inputs["noise also for sums"] = [asdict(sums) for sums in settings.sums]
+    if is_attacker(settings.simulation, name):
+        inputs["attack"] = settings.simulation.attack_record()
+    if settings.simulation.audited:
+        inputs["audit"] = settings.simulation.audit_record()
     return inputs

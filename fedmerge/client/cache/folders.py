@@ -1,4 +1,4 @@
-"""Folders on a client's own disk that hold what it trained: named by the inputs, whole or absent."""
+"""Cache folders on a client's own disk: named by a key of the inputs, complete or absent."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ from fedmerge.errors import ClientError
 
 
 def inputs_key(inputs: Mapping[str, Any]) -> str:
-    """Sixteen hex digits that name a set of inputs; equal inputs give equal names on every machine.
+    """Return the key of a set of inputs, sixteen hex digits; equal inputs have equal keys on every machine.
 
     Args:
         inputs: everything that the result depends on, as JSON types.
@@ -22,16 +22,16 @@ def inputs_key(inputs: Mapping[str, Any]) -> str:
 
 
 def fill_folder(folder: Path, write: Callable[[Path], None], is_whole: Callable[[], bool], what: str) -> None:
-    """Fill a folder whole or not at all.
+    """Write a cache folder completely or not at all.
 
     Args:
-        folder: where it shall be; absent before.
-        write: fills an empty folder, which is then moved there.
-        is_whole: whether another process was faster with the same result, which is as good.
-        what: for the message, such as ``domain Beauty: its expert``.
+        folder: its path; it must not exist.
+        write: fills an empty folder, which then gets this path.
+        is_whole: returns True if another process has written the same result meanwhile, which is not an error.
+        what: subject of the error message, for example ``domain Beauty: its expert``.
 
     Raises:
-        ClientError: the disk is full, or the folder may not be written.
+        ClientError: the disk is full, or the folder is not writable.
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -43,6 +43,6 @@ def fill_folder(folder: Path, write: Callable[[Path], None], is_whole: Callable[
     except (OSError, SafetensorError) as error:
         if not is_whole():
             raise ClientError(
-                f"{what} cannot be kept under {folder.parent} ({error}). "
-                "Check the space and the permissions there, or set cache_dir."
+                f"{what} cannot be cached in {folder.parent} ({error}). "
+                "Check the free space and the permissions there, or set cache_dir."
             ) from error

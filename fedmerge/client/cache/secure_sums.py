@@ -1,9 +1,8 @@
-"""What a client keeps on its own disk for secure sums: the values that are summed next, and what it has revealed.
+"""The cache of a client for secure sums, on its own disk: the values of the next sum, and a record of revealed values.
 
-Two sums that hold the same values beside different ones show, subtracted, what differs. So a client reveals the same
-values again only in the same company, with the same coefficients: as when a run was killed and begins the sum anew.
-Without noise that is counted, what is trained again for the same sum is hardly another, so of a run's training, or of a
-round of it, it reveals nothing but the same values.
+The difference of two sums that share some values reveals the others. So a client reveals the same values again only
+with the same clients and coefficients, for example when a killed run repeats the sum. A second training for the same
+sum gives almost the same values. So without counted noise a client reveals one set of values per training or round.
 """
 
 import hashlib
@@ -17,21 +16,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedmerge.client.cache.folders import inputs_key
-from fedmerge.config import ExperimentConfig
+from fedmerge.config import DP
 from fedmerge.errors import ClientError, PolicyError
 from fedmerge.files import write_bytes
 
 
 def cache_values(cache_dir: str, domain: str, values: NDArray[np.float32]) -> str:
-    """Keep what the client adds to the next sum, in place of what was kept before; return its hash.
+    """Cache the client's values for the next sum in place of earlier ones, and return their hash.
 
     Args:
-        cache_dir: the client's own disk.
-        domain: its name.
+        cache_dir: folder on the client's own disk.
+        domain: the client's domain.
         values: (n,).
 
     Raises:
-        ClientError: it cannot be written.
+        ClientError: they cannot be written.
     """
     data = io.BytesIO()
     np.save(data, values, allow_pickle=False)
@@ -40,93 +39,94 @@ def cache_values(cache_dir: str, domain: str, values: NDArray[np.float32]) -> st
 
 
 def read_cached_values(cache_dir: str, domain: str, sha256: str) -> NDArray[np.float32]:
-    """What :func:`cache_values` kept.
+    """Read the values of :func:`cache_values`.
 
     Raises:
-        ClientError: it is gone, damaged, or another run of this client has kept other values since.
+        ClientError: they are missing, damaged, or replaced by another run of this client.
     """
     path = _folder(cache_dir, domain) / "values.npy"
     try:
         values: NDArray[np.float32] = np.load(path, allow_pickle=False)
     except (OSError, ValueError) as error:
         raise ClientError(
-            f"domain {domain}: {path}, what it adds to the sum, cannot be read ({error}). Keep cache_dir during a run."
+            f"domain {domain}: its values for the sum cannot be read from {path} ({error}). Keep cache_dir during a "
+            "run."
         ) from error
     if hashlib.sha256(values.tobytes()).hexdigest() != sha256:
         raise ClientError(
-            f"domain {domain}: {path} holds other values than this run trained. Another run of this client replaced "
-            "them: one run at a time, or give each a cache_dir of its own."
+            f"domain {domain}: {path} does not hold the values that this run trained: another run of this client "
+            "replaced them. Run one experiment at a time, or give each its own cache_dir."
         )
     return values
 
 
-def sum_key(config: ExperimentConfig, number: int) -> str:
-    """Names the training of a run (number 0), or a round of it; empty where its values may be others when made again.
+def sum_key(dp: DP, run_id: str | None, number: int) -> str:
+    """Return the key of a run's training (number 0) or of a round, of which one set of values may be revealed.
 
-    That is where noise of the client's own is in them, and every release is counted; and in a run without a name, which
-    cannot be resumed.
+    The key is empty if the values may differ when they are trained again: they contain noise of the client and every
+    release is counted, or the run has no name and cannot resume.
     """
-    if config.dp.mode != "none" or config.run_id is None:
+    if dp.mode != "none" or run_id is None:
         return ""
-    return f"{inputs_key({'run': config.run_id})}-{number}"
+    return f"{inputs_key({'run': run_id})}-{number}"
 
 
-def check_same_as_revealed(cache_dir: str, domain: str, sha256: str, of: str) -> None:
-    """Refuse other values than a sum of the same run and round has shown, before anything of them leaves.
+def check_same_as_revealed(cache_dir: str, domain: str, sha256: str, key: str) -> None:
+    """Refuse values other than those that a sum of the same run and round has revealed, before any of them leave.
 
     Args:
-        cache_dir: the client's own disk.
-        domain: its name.
-        sha256: of the values.
-        of: :func:`sum_key`.
+        cache_dir: folder on the client's own disk.
+        domain: the client's domain.
+        sha256: hash of the values.
+        key: :func:`sum_key`.
 
     Raises:
-        PolicyError: others were in a sum.
+        PolicyError: a sum has revealed other values.
     """
-    path = _folder(cache_dir, domain) / "revealed" / f"run-{of}.json"
-    if of and path.exists() and json.loads(path.read_text())["sha256"] != sha256:
+    path = _folder(cache_dir, domain) / "revealed" / f"run-{key}.json"
+    if key and path.exists() and json.loads(path.read_text())["sha256"] != sha256:
         raise PolicyError(
-            f"domain {domain}: its training came out otherwise than the one that a sum of this run has shown. The two "
-            "sums, subtracted, could show a single adapter. Start a new run, with another seed; or, if its owner "
-            f"accepts that, remove {path}."
+            f"domain {domain}: its training differs from the one that a sum of this run has revealed. The difference "
+            "of the two sums could reveal a single adapter. Start a new run with another seed; or, if the domain's "
+            f"owner accepts the risk, remove {path}."
         )
 
 
-def record_revealed(cache_dir: str, domain: str, sha256: str, coefficients: Mapping[str, float], of: str = "") -> None:
-    """Write down in which company values are revealed, before they are.
+def record_revealed(cache_dir: str, domain: str, sha256: str, coefficients: Mapping[str, float], key: str = "") -> None:
+    """Record the sum that reveals the client's values, before it does.
 
     Args:
-        cache_dir: the client's own disk.
-        domain: its name.
-        sha256: of the values.
-        coefficients: client -> its part of the sum, of all that are in it.
-        of: :func:`sum_key`.
+        cache_dir: folder on the client's own disk.
+        domain: the client's domain.
+        sha256: hash of the values.
+        coefficients: client -> its part of the sum, for all clients in it.
+        key: :func:`sum_key`.
 
     Raises:
-        PolicyError: they were revealed before, in another company; or others in their place.
-        ClientError: it cannot be written.
+        PolicyError: another sum has revealed these values, or a sum of the same run and round has revealed others.
+        ClientError: the record cannot be written.
     """
-    check_same_as_revealed(cache_dir, domain, sha256, of)
+    check_same_as_revealed(cache_dir, domain, sha256, key)
     path = _folder(cache_dir, domain) / "revealed" / f"{sha256}.json"
-    company = dict(sorted(coefficients.items()))
+    parts = dict(sorted(coefficients.items()))
     if path.exists():
         before = json.loads(path.read_text())
-        if before.keys() != company.keys() or not all(
-            math.isclose(before[client], part, rel_tol=1e-9) for client, part in company.items()
-        ):  # parts of a sum from which somebody dropped out are rounded otherwise
+        if before.keys() != parts.keys() or not all(
+            math.isclose(before[client], part, rel_tol=1e-9) for client, part in parts.items()
+        ):  # not exactly equal: after a dropout the parts are rounded differently
             raise PolicyError(
-                f"domain {domain}: the same adapter was summed before, with {_told(before)}, and now with "
-                f"{_told(company)}. The two sums, subtracted, would show what differs. Train anew (another seed); or, "
-                f"if its owner accepts that, remove {path}."
+                f"domain {domain}: the same adapter was summed before with the parts {_list_parts(before)}; this sum "
+                f"has {_list_parts(parts)}. The difference of the two sums would reveal the others. Train again with "
+                f"another seed; or, if the domain's owner accepts the risk, remove {path}."
             )
     else:
-        _write(path, json.dumps(company, indent=2).encode())
-    if of:
-        _write(path.with_name(f"run-{of}.json"), json.dumps({"sha256": sha256}).encode())
+        _write(path, json.dumps(parts, indent=2).encode())
+    if key:
+        _write(path.with_name(f"run-{key}.json"), json.dumps({"sha256": sha256}).encode())
 
 
-def _told(company: Mapping[str, float]) -> str:
-    return ", ".join(f"{client} {part:.3g}" for client, part in company.items())
+def _list_parts(parts: Mapping[str, float]) -> str:
+    return ", ".join(f"{client} {part:.3g}" for client, part in parts.items())
 
 
 def _folder(cache_dir: str, domain: str) -> Path:
@@ -137,5 +137,7 @@ def _write(path: Path, data: bytes) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ClientError(f"{path.parent} cannot be made ({error.strerror}). Check the permissions there.") from error
+        raise ClientError(
+            f"{path.parent} cannot be created ({error.strerror}). Check the permissions there, or set cache_dir."
+        ) from error
     write_bytes(path, data)

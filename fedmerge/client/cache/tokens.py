@@ -1,4 +1,4 @@
-"""The tokens of a client's catalog on its own disk: a catalog is tokenised once, not once for each message."""
+"""The cache of a catalog's tokens on the client's own disk: a catalog is tokenised once, not for every message."""
 
 import hashlib
 import logging
@@ -28,22 +28,22 @@ logger = logging.getLogger(__name__)
 def load_or_build_tokens(
     catalog: Catalog, manifest: Manifest, backbone: Backbone, max_attribute_tokens: int, cache_dir: Path
 ) -> TokenTable:
-    """The tokens of a catalog, from disk where the same inputs were tokenised before, else made now and kept.
+    """Return the tokens of a catalog: from the cache if the same inputs were tokenised before, else built and cached.
 
-    A disk that takes nothing costs the time of the next message, no more.
+    If they cannot be cached, a warning is logged and the next message tokenises again.
 
     Args:
         catalog: N items.
-        manifest: the domain's; catalog and tokens are known by its hash.
-        backbone: whose tokens.
+        manifest: manifest of the domain; its catalog hash is part of the cache's key.
+        backbone: the encoder with its tokenizer.
         max_attribute_tokens: as for :func:`fedmerge.encoder.text.build_token_table`.
-        cache_dir: of this client.
+        cache_dir: folder on the client's own disk.
     """
     versions = [__version__, transformers.__version__, tokenizers.__version__]
     inputs = [manifest.catalog_sha256, backbone.sha256, max_attribute_tokens, versions]
     folder = cache_dir.expanduser() / "tokens" / f"{manifest.name}-{inputs_key({'inputs': inputs})}"
-    if (kept := _read_cached(folder, len(catalog))) is not None:
-        return kept
+    if (cached := _read_cached(folder, len(catalog))) is not None:
+        return cached
     table = build_token_table(catalog, backbone.tokenizer, max_attribute_tokens)
 
     def write(filled: Path) -> None:
@@ -55,7 +55,7 @@ def load_or_build_tokens(
         save_file(arrays, filled / TOKENS_FILE)
         (filled / HASH_FILE).write_text(_sha256(table))
 
-    shutil.rmtree(folder, ignore_errors=True)  # damaged, if there is anything
+    shutil.rmtree(folder, ignore_errors=True)  # a damaged one
     try:
         fill_folder(
             folder, write, lambda: _read_cached(folder, len(catalog)) is not None, f"domain {manifest.name}: its tokens"
@@ -66,7 +66,7 @@ def load_or_build_tokens(
 
 
 def _read_cached(folder: Path, num_items: int) -> TokenTable | None:
-    """A table on disk, if it is there and whole."""
+    """Read a cached table; None if it is missing or damaged."""
     try:
         table = TokenTable(**load_file(folder / TOKENS_FILE))
         if _sha256(table) != (folder / HASH_FILE).read_text():

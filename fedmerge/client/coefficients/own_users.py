@@ -1,7 +1,7 @@
-"""Merging coefficients learned on clients' own users: a client returns the gradient of K or K × G numbers, no more.
+"""Merging coefficients learned on clients' own users: a client returns only a gradient of K or K × G numbers.
 
-With ``through_clients.users = "own-users"`` the answers to ``query.gradient`` carry these gradients. By themselves they
-come without a formal guarantee; with ``dp.mode = "user"`` they are sums over users, each user's part clipped.
+With ``through_clients.users = "own-users"`` the answers to ``query.gradient`` carry these gradients. They have no
+formal guarantee by themselves; with ``dp.mode = "user"`` they are sums over users, with each user's part clipped.
 """
 
 import logging
@@ -27,21 +27,21 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ClientMergeSettings:
-    """How coefficients are learned on real users.
+    """Settings of learning coefficients on users.
 
     Attributes:
         granularity: "domain": one coefficient per domain; "layer": one per domain and group of the stack.
-        initial_coefficient: where every coefficient starts.
-        learning_rate: of Adam, constant.
-        steps: rounds; in each every client computes one gradient.
-        batch_size: users a client and round.
-        temperature: cosines are divided by it.
-        negatives: items drawn from the public catalog in each round, each user's negatives.
-        prior_weight: of the mean squared distance from the start.
-        seed: of all draws.
+        initial_coefficient: start of every coefficient.
+        learning_rate: constant learning rate of Adam.
+        steps: rounds; every client computes one gradient in each.
+        batch_size: users per client and round.
+        temperature: divisor of the cosines.
+        negatives: items drawn from the public catalog in each round, as negatives of all users.
+        prior_weight: weight of the mean squared distance from the start.
+        seed: seed of all draws.
 
     Raises:
-        ConfigError: a value out of its bounds.
+        ConfigError: a value out of bounds.
     """
 
     granularity: Literal["domain", "layer"] = "layer"
@@ -69,10 +69,10 @@ class ClientMergeSettings:
 def draw_batch(
     domain: LocalDomain, round_index: int, settings: ClientMergeSettings
 ) -> tuple[list[npt.NDArray[np.int32]], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Users of a round, a random prefix of each, and catalog negatives.
+    """Draw the users of a round, a random prefix of each, and negatives from the catalog.
 
     Args:
-        domain: the client's own.
+        domain: the client's domain.
         round_index: the draws depend on it, on the seed and on the domain's name.
         settings: batch_size, negatives and seed are read.
 
@@ -80,12 +80,13 @@ def draw_batch(
         b histories (oldest first), b targets, and the items drawn from the catalog.
 
     Raises:
-        DomainError: nobody to learn from.
+        DomainError: no user to learn from.
     """
     name, sequences = domain.manifest.name, domain.training_sequences
     if not sequences:
         raise DomainError(
-            f"domain {name}: no user has two items or more outside validation and test. Leave it out of the learning."
+            f"domain {name}: no user has two items or more outside validation and test. Remove the domain from the "
+            "training domains."
         )
     rng = generator(settings.seed, "client merge", name, round_index)
     drawn = [sequences[user] for user in rng.permutation(len(sequences))[: settings.batch_size]]
@@ -98,16 +99,16 @@ def draw_batch(
 def coefficient_gradient(
     domain: LocalDomain, vectors: Vectors, coefficients: torch.Tensor, round_index: int, settings: ClientMergeSettings
 ) -> tuple[torch.Tensor, float]:
-    """The gradient of one batch of a client's own users.
+    """Compute the gradient of one batch of a client's own users.
 
     L(w) = mean_u −log softmax(cos(f_w(history of u), Ê)/τ)[target of u], over the user's target and the negatives drawn
-    from the catalog. Ê are the items' vectors under the same merge; no gradient goes through them. So a user's part of
-    the gradient depends on that user and on public items alone, which is what clipping it by user needs. Histories and
-    targets are random prefixes of the training sequences: nothing of validation or test is read.
+    from the catalog. Ê are the item vectors under the same merge; no gradient flows through them. So a user's part of
+    the gradient depends on that user and on public items alone, as clipping by user requires. Histories and targets
+    are random prefixes of the training sequences; validation and test items are never read.
 
     Args:
-        domain: the client's own.
-        vectors: of all K experts, as every client receives them.
+        domain: the client's domain.
+        vectors: vectors of all K experts, as every client receives them.
         coefficients: (K,) or (K, G) float32 on the backbone's device.
         round_index: see :func:`draw_batch`.
         settings: see there.
@@ -117,7 +118,7 @@ def coefficient_gradient(
         curves of a study.
 
     Raises:
-        DomainError: nobody to learn from.
+        DomainError: no user to learn from.
     """
     backbone, text = domain.backbone, domain.text
     histories, targets, negatives = draw_batch(domain, round_index, settings)
@@ -138,7 +139,7 @@ def coefficient_gradient(
 
 
 def draw_negatives(domain: LocalDomain, round_index: int, settings: ClientMergeSettings) -> npt.NDArray[np.int64]:
-    """(m,) items of the public catalog for a round, whoever takes part in it; negatives and seed are read."""
+    """Draw the negatives of a round, (m,), from the public catalog; they do not depend on the sampled users."""
     rng = generator(settings.seed, "client merge", domain.manifest.name, "negatives", round_index)
     return rng.permutation(len(domain.catalog))[: settings.negatives].astype(np.int64)
 
@@ -152,23 +153,23 @@ def clipped_gradient_sum(
     settings: ClientMergeSettings,
     clip: float,
 ) -> torch.Tensor:
-    """Σ over users of gᵤ · min(1, C / ‖gᵤ‖), with gᵤ the gradient of user u's own loss in the coefficients.
+    """Compute Σ over users of gᵤ · min(1, C / ‖gᵤ‖), where gᵤ is the gradient of user u's loss in the coefficients.
 
     The loss is that of :func:`coefficient_gradient`. A user's part depends on that user and on public items alone, so
-    adding or removing a user changes the sum by at most C. A user whose gradient is not finite, or cannot be computed,
-    counts for nothing.
+    adding or removing a user changes the sum by at most C. A gradient that is not finite, or that cannot be computed,
+    is left out.
 
     Args:
-        domain: the client's own; its catalog is public.
-        vectors: as there.
+        domain: the client's domain; its catalog is public.
+        vectors: as for :func:`coefficient_gradient`.
         coefficients: (K,) or (K, G) float32 on the backbone's device.
-        records: one of each user who takes part.
+        records: one record of each sampled user.
         round_index: see :func:`draw_negatives`.
         settings: negatives, temperature and seed are read.
         clip: C.
 
     Returns:
-        (K,) or (K, G) float32; zeros where nobody takes part.
+        (K,) or (K, G) float32; zeros without users.
     """
     backbone, text = domain.backbone, domain.text
     negatives = draw_negatives(domain, round_index, settings)
@@ -191,8 +192,8 @@ def clipped_gradient_sum(
         for history, target in zip(records.histories, records.targets.tolist(), strict=True):
             try:
                 gradient = gradient_of(history, target)
-            except Exception:  # of whatever kind: it must not take the other users' parts along
-                logger.warning("domain %s: a user counts for nothing", domain.manifest.name, exc_info=True)
+            except Exception:  # an error of one user must not affect the parts of the others
+                logger.warning("domain %s: a user's gradient failed; left out", domain.manifest.name, exc_info=True)
                 continue
             (factor,) = clip_factors([gradient[None]], clip)
             total += factor * gradient if factor > 0 else 0.0
@@ -206,25 +207,25 @@ def learn_on_clients(
     progress: Progress | None = None,
     start: torch.Tensor | None = None,
 ) -> LearnedCoefficients:
-    """The whole optimisation as a study runs it: in each round the mean of the clients' gradients, then Adam.
+    """Run the whole optimisation in one process, for studies: average the clients' gradients, then one step of Adam.
 
     Args:
-        domains: the clients, opened on one backbone; each counts the same, whatever its size.
-        vectors: of the K experts, :func:`fedmerge.mergerec.vectors.initial_vectors`.
-        settings: see there.
+        domains: the clients, opened on one backbone; all count equally, whatever their size.
+        vectors: vectors of the K experts, see :func:`fedmerge.mergerec.vectors.initial_vectors`.
+        settings: learning rate, steps and draws.
         progress: called after every round.
         start: coefficients to start from, (K,) or (K, G), in place of the initial coefficient.
 
     Returns:
-        coefficients; the history has "total" and each client's loss by name.
+        The coefficients; the history has "total" and each client's loss by name.
 
     Raises:
-        DomainError: no client, or one with nobody to learn from.
-        MergeError: a loss or a coefficient that is not finite.
+        DomainError: no client, or a client without users to learn from.
+        MergeError: a loss or a coefficient is not finite.
     """
     clients = sorted(domains, key=lambda domain: domain.manifest.name)
     if not clients:
-        raise DomainError("learn_on_clients: found no domain, expected at least one; open the training domains")
+        raise DomainError("learn_on_clients: found no domain, expected at least one. Open the training domains.")
     device = clients[0].backbone.device
     placed = on_device(vectors, device)
     initial = start_coefficients(

@@ -1,8 +1,8 @@
-"""Coefficients learned through the clients: what a client keeps of a cohort, and what it computes for a message.
+"""Merging coefficients learned on clients' pseudo-users: the cached cohort, and the answers to messages.
 
 The server sends the cohort's adapters once, then coefficients. A client answers with the gradient of the objective on
-its own pseudo-users, or with the change that a few steps make: K or K × G numbers, nothing else. Here is the part that
-needs the client's catalog alone; on its own users :mod:`fedmerge.client.coefficients.own_users` computes the gradient.
+its own pseudo-users, or with the change of a few local steps: K or K × G numbers, nothing else. This module needs only
+the client's catalog; :mod:`fedmerge.client.coefficients.own_users` computes the gradient on its users.
 """
 
 import hashlib
@@ -44,12 +44,12 @@ LocalGradient = Callable[[int, torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Cohort:
-    """What a client keeps of the cohort that it learns coefficients with.
+    """The cached cohort of a client: all experts whose coefficients are learned.
 
     Attributes:
-        folder: on the client's own disk.
-        adapters: domain -> expert, of everybody.
-        pseudo: the client's own pseudo-users, with what its expert thinks of them; None where it learns on its users.
+        folder: folder on the client's own disk.
+        adapters: domain -> expert, of all domains.
+        pseudo: the client's own pseudo-users with the vectors of its expert; None if it learns on its users.
     """
 
     folder: Path
@@ -58,7 +58,7 @@ class Cohort:
 
 
 def cohort_folder(config: ExperimentConfig, name: str, catalog: Catalog, backbone: Backbone, sha256: str) -> Path:
-    """Where a client keeps a cohort: named by everything that its pseudo-users depend on."""
+    """Return the cache folder of a cohort; its key has everything that the pseudo-users depend on."""
     inputs = {
         "cohort": sha256,
         "catalog": catalog.sha256,
@@ -84,21 +84,24 @@ def cache_cohort(
     catalog: Catalog,
     config: ExperimentConfig,
 ) -> None:
-    """Make a client's pseudo-users and keep them with the cohort's adapters; nothing where they are kept already.
+    """Generate a client's pseudo-users and cache them with the cohort's adapters; do nothing if they are cached.
 
     Args:
         folder: :func:`cohort_folder`.
-        name: the client's own domain.
-        backbone: the frozen encoder; left as it was.
-        adapters: domain -> expert, of everybody.
-        catalog: the client's own; it goes nowhere.
+        name: the client's domain.
+        backbone: the frozen encoder; it stays unchanged.
+        adapters: domain -> expert, of all domains.
+        catalog: the client's catalog; it never leaves the client.
         config: text, mergerec, through_clients and seed are read.
 
     Raises:
-        ClientError: the client's own expert is not among them; the disk.
+        ClientError: the client's own expert is missing, or the folder cannot be written.
     """
     if name not in adapters:
-        raise ClientError(f"domain {name}: the cohort is {', '.join(sorted(adapters))}, expected {name} among them")
+        raise ClientError(
+            f"domain {name}: the cohort has the experts of {', '.join(sorted(adapters))}, expected {name} among them. "
+            "Use one fedmerge version everywhere."
+        )
     if folder.is_dir():
         return
     own = config.through_clients.users == "own-users"
@@ -132,23 +135,23 @@ def cache_cohort(
 
 
 def read_cached_cohort(folder: Path, name: str, items: Sequence[Tokens]) -> Cohort:
-    """What :func:`cache_cohort` kept.
+    """Read the cohort that :func:`cache_cohort` wrote.
 
     Args:
-        folder: as there.
-        name: the client's own domain.
+        folder: :func:`cohort_folder`.
+        name: the client's domain.
         items: N token sequences of its catalog.
 
     Raises:
-        ClientError: it is not there, or damaged.
+        ClientError: it is missing or damaged.
     """
     try:
         adapters = {path.name: read_adapter(path) for path in sorted((folder / ADAPTERS).iterdir())}
         pseudo = _read_pseudo(folder / PSEUDO_FILE, name, items) if (folder / PSEUDO_FILE).is_file() else None
     except (FedMergeError, OSError, LookupError, SafetensorError) as error:
         raise ClientError(
-            f"domain {name}: the cohort's adapters are not in {folder} ({type(error).__name__}). "
-            "Keep cache_dir between the messages of a run."
+            f"domain {name}: the cohort's adapters cannot be read from {folder} ({type(error).__name__}). "
+            "Keep cache_dir during a run."
         ) from error
     return Cohort(folder, adapters, pseudo)
 
@@ -156,23 +159,26 @@ def read_cached_cohort(folder: Path, name: str, items: Sequence[Tokens]) -> Coho
 def load_or_encode_items(
     cohort: Cohort, name: str, items: Sequence[Tokens], backbone: Backbone, vectors: Vectors, coefficients: torch.Tensor
 ) -> torch.Tensor:
-    """The client's item vectors under a merge, Ê (N, d): from its disk where they are those asked for last.
+    """Return the client's item vectors under a merge, Ê (N, d): from the cache, which has the latest, or encoded.
 
     Args:
-        cohort: of the client.
+        cohort: the client's cohort.
         name: its domain.
         items: N token sequences of its catalog.
-        backbone: the frozen encoder; left as it was.
-        vectors: of the K experts.
+        backbone: the frozen encoder; it stays unchanged.
+        vectors: vectors of the K experts.
         coefficients: (K,) or (K, G).
+
+    Raises:
+        ClientError: the vectors cannot be cached.
     """
     values = coefficients.detach().cpu().contiguous()
     of = f"{type(vectors).__name__} {tuple(values.shape)} ".encode()
     key, path = hashlib.sha256(of + values.numpy().tobytes()).hexdigest(), cohort.folder / STUDENTS_FILE
     try:
-        kept = load_file(path)
-        if key in kept:
-            return kept[key]
+        cached = load_file(path)
+        if key in cached:
+            return cached[key]
     except (OSError, SafetensorError):
         pass
     with applied(backbone, merge_vectors(vectors, values)):
@@ -184,7 +190,7 @@ def load_or_encode_items(
     except (OSError, SafetensorError) as error:
         partial.unlink(missing_ok=True)
         raise ClientError(
-            f"domain {name}: item vectors cannot be kept in {cohort.folder} ({error}). Check the space there."
+            f"domain {name}: item vectors cannot be cached in {cohort.folder} ({error}). Check the free space there."
         ) from error
     return found
 
@@ -198,29 +204,30 @@ def gradient_on_pseudo_users(
     coefficients: torch.Tensor,
     settings: CollaborativeSettings,
 ) -> torch.Tensor:
-    """The gradient of the mean loss over some of the client's own pseudo-users.
+    """Compute the gradient of the mean loss over some of the client's own pseudo-users.
 
-    Batches that mix domains are the mean of these, weighted by how many pseudo-users each client had in them: the loss
-    of :func:`fedmerge.mergerec.learn.learn_coefficients` scores a pseudo-user on its own catalog only.
+    The gradient of a batch over several domains is the mean of the clients' gradients, weighted by their numbers of
+    pseudo-users in the batch: the loss of :func:`fedmerge.mergerec.learn.learn_coefficients` scores a pseudo-user on
+    its own catalog only.
 
     Args:
-        backbone: the frozen encoder; left as it was.
-        vectors: of the K experts, on its device.
-        pseudo: the client's own.
+        backbone: the frozen encoder; it stays unchanged.
+        vectors: vectors of the K experts, on its device.
+        pseudo: the client's pseudo-users.
         students: Ê, (N, d).
-        users: which pseudo-users.
+        users: numbers of the pseudo-users.
         coefficients: (K,) or (K, G) float32.
         settings: loss, weights and temperatures are read.
 
     Returns:
-        float32 like the coefficients, on the CPU.
+        float32 in the shape of the coefficients, on the CPU.
 
     Raises:
-        ClientError: a pseudo-user that the client does not have.
+        ClientError: the client does not have one of the pseudo-users.
     """
     if not users or min(users) < 0 or max(users) >= len(pseudo.users):
         raise ClientError(
-            f"domain {pseudo.name}: the server asks for pseudo-users {sorted(users)[:3]} …, there are "
+            f"domain {pseudo.name}: the server asks for pseudo-users {sorted(users)[:3]} …, but the client has "
             f"{len(pseudo.users)}. Use one fedmerge version everywhere."
         )
     device = backbone.device
@@ -244,13 +251,13 @@ def pseudo_user_gradient(
     first: int,
     users: Sequence[int],
 ) -> LocalGradient:
-    """The client's gradient at a step of a message: on the pseudo-users that the server drew, or on its own draw.
+    """Return the gradient function of a message: on the pseudo-users that the server drew, or on the client's draw.
 
     Args:
         backbone, vectors, pseudo, students, settings: as for :func:`gradient_on_pseudo_users`.
-        first: the first step of the message.
-        users: drawn by the server, for one step; none: the client walks through its own permutations, as many
-            pseudo-users a step as ``settings.batch_size``.
+        first: number of the message's first step.
+        users: pseudo-users drawn by the server for one step; if empty, the client draws ``settings.batch_size``
+            pseudo-users per step from its own permutations.
     """
     drawn = None if users else draw_pseudo_users((len(pseudo.users),), settings)[1]  # (steps, batch)
 
@@ -264,13 +271,16 @@ def pseudo_user_gradient(
 def take_local_steps(
     gradient: LocalGradient, start: torch.Tensor, settings: CollaborativeSettings, steps: int
 ) -> torch.Tensor:
-    """What a few steps of Adam at one client change in the coefficients; each message begins with a fresh Adam.
+    """Take a few steps of Adam at one client, with fresh moments for each message.
 
     Args:
         gradient: (step within the message, coefficients) -> gradient.
         start: (K,) or (K, G) float32.
         settings: learning_rate and clamp are read.
-        steps: how many.
+        steps: number of steps.
+
+    Returns:
+        The change of the coefficients, on the CPU.
     """
     learned = optimise(
         "local steps",
@@ -284,6 +294,6 @@ def take_local_steps(
 
 
 def _read_pseudo(path: Path, name: str, items: Sequence[Tokens]) -> PseudoDomain:
-    kept = load_file(path)
-    users = np.split(kept["users"].numpy(), np.cumsum(kept["lengths"].numpy())[:-1])
-    return PseudoDomain(name, items, kept["teacher_items"], users, kept["teacher_users"])
+    cached = load_file(path)
+    users = np.split(cached["users"].numpy(), np.cumsum(cached["lengths"].numpy())[:-1])
+    return PseudoDomain(name, items, cached["teacher_items"], users, cached["teacher_users"])

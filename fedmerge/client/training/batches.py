@@ -116,9 +116,9 @@ def training_step(
     """Make one optimiser step and return the loss before it; a loss that is not finite changes nothing.
 
     Args:
-        domain: the client's own.
-        batch: users.
-        optimizer: of the adapter's parameters, with the learning rate set.
+        domain: the client's domain.
+        batch: users of the step.
+        optimizer: optimiser of the adapter's parameters, with the learning rate set.
         items: (N, d) vectors of the whole catalog as negatives; None: the targets of the batch are.
         penalty: a term added to the loss.
     """
@@ -133,7 +133,7 @@ def training_step(
 
 
 def item_refresh_is_due(settings: Train, step: int) -> bool:
-    """Return True if the item vectors are encoded again before this step: always where a training can resume."""
+    """Return True if the item vectors are encoded again before this step, as before every step that can resume."""
     return (step % settings.validate_every_steps) % settings.item_refresh_steps == 0
 
 

@@ -1,11 +1,11 @@
 """Differentially private training steps: the unit is one user of the domain (DP-SGD, arXiv:1607.00133).
 
-In each step every user takes part with probability q, independently, with one record: a history and its target. The
-gradient of a user's loss in the LoRA tensors is clipped to norm C, the clipped gradients are added up, Gaussian noise
-of standard deviation σC is added to the sum, and the sum is divided by qU, the expected number of users.
+Each step samples every user independently with probability q, with one record: a history and its target. The gradient
+of a user's loss with respect to the LoRA tensors is clipped to norm C, the clipped gradients are summed, Gaussian noise
+of standard deviation σC is added, and the sum is divided by qU, the expected number of users.
 
-A user's loss must depend on no other user. So the negatives are the items of the public catalog, and the items' vectors
-are constants: they are encoded by the model as it is, which noise has protected, and no gradient goes through them.
+The loss of a user must not depend on any other user. So the negatives are the items of the public catalog, and their
+vectors are constants: the current model encodes them, which noise protects already, and no gradient flows through them.
 """
 
 import warnings
@@ -22,27 +22,27 @@ from fedmerge.client.local_domain import LocalDomain
 from fedmerge.client.training.batches import item_refresh_is_due
 from fedmerge.client.training.loop import Attached, Step, StepResult
 from fedmerge.client.training.losses import TEMPERATURE, catalog_softmax
-from fedmerge.config import DP, ExperimentConfig, Train
+from fedmerge.config import DP, Train
 from fedmerge.encoder.backbone import in_float32
 from fedmerge.encoder.encode import TRAINING_GROUPS, embed_batch, encode
 from fedmerge.encoder.text import Tokens, pack_sequences
 from fedmerge.errors import DomainError
 from fedmerge.privacy.dp.accountant import agreed_noise, opacus_accountants
 from fedmerge.privacy.dp.randomness import Randomness, Source, source
-from fedmerge.privacy.dp.releases import metric_releases, user_releases
+from fedmerge.privacy.dp.releases import NoisyAnswers, Release, user_releases
 
 
 @dataclass(frozen=True)
 class UserPlan:
-    """What a private training does, fixed before its first step.
+    """Noise, clipping and sampling of a private training, fixed before its first step.
 
     Attributes:
         noise_multiplier: σ.
         clip: C.
         sample_rate: q.
         num_users: U, taken as public.
-        steps: of the whole training.
-        randomness: where sampling and noise come from.
+        steps: steps of the whole training.
+        randomness: source of sampling and noise.
     """
 
     noise_multiplier: float
@@ -55,43 +55,50 @@ class UserPlan:
 
 @dataclass(frozen=True)
 class Records:
-    """One record of each user who takes part in a step: histories (oldest first) and targets."""
+    """One record of each sampled user: histories (oldest first) and targets."""
 
     histories: list[npt.NDArray[np.int32]]
     targets: npt.NDArray[np.int64]
 
 
-def user_plan(domain: LocalDomain, config: ExperimentConfig) -> UserPlan:
-    """Choose the noise for a training, and for answers about coefficients where they are computed from users, too.
+def user_plan(domain: LocalDomain, train: Train, dp: DP, answers: NoisyAnswers, sums: tuple[Release, ...]) -> UserPlan:
+    """Calibrate the noise of a training and of the noisy answers about coefficients, beside noisy metric sums.
+
+    Args:
+        domain: the client's domain.
+        train: batch size and steps.
+        dp: (ε, δ) or the noise, the clip norm and the randomness.
+        answers: noisy answers that are computed from users.
+        sums: noisy metric sums, which have noise of their own and share (ε, δ).
 
     Raises:
         DomainError: as :func:`check_user_dp`.
         ConfigError: no noise is enough; or Opacus is not installed.
     """
-    check_user_dp(domain, config.dp)
-    num_users, dp = len(domain.training_sequences), config.dp
-    releases = user_releases(config, num_users)
+    check_user_dp(domain, dp)
+    num_users = len(domain.training_sequences)
+    releases = user_releases(train, answers, num_users)
     rate, steps = releases[0]
-    return UserPlan(agreed_noise(dp, releases, metric_releases(config)), dp.clip, rate, num_users, steps, dp.randomness)
+    return UserPlan(agreed_noise(dp, releases, sums), dp.clip, rate, num_users, steps, dp.randomness)
 
 
 def check_user_dp(domain: LocalDomain, dp: DP) -> None:
-    """Refuse a domain for whose users differential privacy would promise nothing.
+    """Refuse a domain to whose users differential privacy would give no guarantee.
 
     Raises:
-        DomainError: the catalog is not public, or δ is no guarantee for so many users.
+        DomainError: the catalog is not public, or δ is too large for this number of users.
     """
     name, num_users = domain.manifest.name, len(domain.training_sequences)
     if not domain.manifest.public_catalog:
         raise DomainError(
-            f"domain {name}: dp.mode = 'user' takes the catalog as public, since it is every user's negatives, but its "
-            "manifest says public_catalog = false. Import the domain again as public, if its catalog does not depend "
-            "on what single users did; else it cannot be used with differential privacy."
+            f"domain {name}: dp.mode = 'user' treats the catalog as public, since its items are every user's "
+            "negatives, but the manifest says public_catalog = false. If no single user can change the catalog, import "
+            "the domain again as public; otherwise it cannot be used with differential privacy."
         )
     if dp.delta is not None and dp.delta >= 1 / num_users:
         raise DomainError(
-            f"domain {name}: dp.delta = {dp.delta:g} is not below one over its {num_users} training users, so it would "
-            f"allow to publish one of them. Set dp.delta well below {1 / num_users:.2g}."
+            f"domain {name}: dp.delta = {dp.delta:g} allows the data of one of its {num_users} training users to be "
+            f"published. Set dp.delta well below {1 / num_users:.2g}, one over the number of users."
         )
 
 
@@ -106,17 +113,17 @@ def private_steps(
 ) -> Step:
     """Return the step function: encode the items when due, draw users, clip, add noise, and move the parameters.
 
-    In float32, whatever ``runtime.precision`` is: who is in a batch decides how it is padded, and with bfloat16 one
-    user could change the rounding of everybody's gradient by more than the clip norm bounds.
+    Steps are computed in float32, whatever ``runtime.precision`` is: the users of a batch decide its padding, and in
+    bfloat16 one user could change the rounding of all gradients by more than the clip norm.
 
     Args:
-        domain: the client's own.
+        domain: the client's domain.
         attached: a trainable LoRA on the domain's backbone.
         settings: samples, schedules.
         plan: noise, clip norm and sampling.
-        seed: of the experiment; read with seeded randomness only.
-        scope: of the randomness.
-        penalty: a term added to the loss; it depends on no user.
+        seed: seed of the experiment, used with seeded randomness only.
+        scope: names of the randomness after the seed.
+        penalty: a term added to the loss; it must not depend on any user.
     """
     domain = replace(domain, backbone=in_float32(domain.backbone))
     items: torch.Tensor | None = None
@@ -144,13 +151,13 @@ def private_steps(
 def poisson_records(
     sequences: Sequence[npt.NDArray[np.int32]], samples: str, sample_rate: float, drawn: Source
 ) -> Records:
-    """One record of every user who takes part: each with the same probability, and whoever else does.
+    """Sample users independently with the same probability, and one record of each.
 
     Args:
         sequences: every user's training items, oldest first, two or more.
         samples: ``last`` or ``random-prefix``, see :class:`fedmerge.config.Train`.
         sample_rate: q.
-        drawn: randomness; two numbers a user are drawn whether they take part or not.
+        drawn: randomness; it draws two numbers for every user, sampled or not.
     """
     takes_part = drawn.random(len(sequences)) < sample_rate
     cuts = np.array([len(sequence) - 1 for sequence in sequences])
@@ -171,24 +178,30 @@ def clipped_sum(
     temperature: float,
     clip: float,
 ) -> list[torch.Tensor]:
-    """Σ over users of gᵤ · min(1, C / ‖gᵤ‖), the norm over all parameters together; float32, one tensor a parameter.
+    """Compute Σ over users of gᵤ · min(1, C / ‖gᵤ‖), with the norm over all parameters together.
 
-    Adding or removing a user changes it by at most C. A user whose gradient is not finite counts for nothing.
+    Adding or removing a user changes the sum by at most C. A gradient that is not finite is left out.
+
+    Returns:
+        float32, one tensor per parameter.
     """
     total = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in parameters]
     for gradients in user_gradients(domain, model, parameters, records, items, temperature):
         factors = clip_factors(gradients, clip)
         for number, gradient in enumerate(gradients):
-            kept = torch.where(factors.view(-1, *[1] * (gradient.ndim - 1)) > 0, gradient, 0.0)
-            total[number] += torch.einsum("b,b...->...", factors, kept)
+            finite = torch.where(factors.view(-1, *[1] * (gradient.ndim - 1)) > 0, gradient, 0.0)
+            total[number] += torch.einsum("b,b...->...", factors, finite)
     return total
 
 
 def clip_factors(gradients: Sequence[torch.Tensor], clip: float) -> torch.Tensor:
-    """(b,) what b users' gradients, each a row of every tensor, are multiplied by; 0 where the norm is not finite."""
+    """Return the factors (b,) that clip the gradients of b users, each a row of every tensor.
+
+    The factor is 0 where the norm is not finite.
+    """
     norms = torch.stack([gradient.flatten(1).double().norm(dim=1) for gradient in gradients]).norm(dim=0)
     factors = torch.clamp(clip / norms.clamp(min=1e-30), max=1.0)
-    # Rounding to float32 must not lift a clipped gradient above C.
+    # Leave room for rounding to float32, which could lift a clipped gradient above C.
     return torch.where(norms.isfinite(), factors * (1 - 1e-6), 0.0).float()
 
 
@@ -200,7 +213,10 @@ def user_gradients(
     items: torch.Tensor,
     temperature: float,
 ) -> Iterator[list[torch.Tensor]]:
-    """Every user's own gradient, some users of similar length at a time: one tensor (b, …) a parameter, float32.
+    """Yield the gradients of single users, for b users of similar length at a time.
+
+    Yields:
+        float32, one tensor (b, …) per parameter.
 
     Raises:
         ConfigError: Opacus is not installed.
@@ -213,11 +229,11 @@ def user_gradients(
             vectors = embed_batch(backbone, [packed[index] for index in group])
             losses = catalog_softmax(vectors, items, targets, temperature)
             losses.sum().backward()  # type: ignore[no-untyped-call]  # PyTorch leaves it untyped
-            yield [_taken(parameter) for parameter in parameters]
+            yield [_take_gradients(parameter) for parameter in parameters]
 
 
 def add_noise(total: Sequence[torch.Tensor], deviation: float, drawn: Source) -> list[torch.Tensor]:
-    """The tensors plus Gaussian noise of this standard deviation in every coordinate; nothing is drawn for 0."""
+    """Add Gaussian noise of this standard deviation to every coordinate; draw nothing if it is 0."""
     if deviation == 0:
         return list(total)
     noise = [drawn.standard_normal(tensor.numel()).reshape(tuple(tensor.shape)) for tensor in total]
@@ -227,7 +243,7 @@ def add_noise(total: Sequence[torch.Tensor], deviation: float, drawn: Source) ->
 
 
 def plan_record(plan: UserPlan) -> Mapping[str, Any]:
-    """What was spent, as it is told in the training report; the server's accountant adds it up."""
+    """Return the record of the privacy loss for the training report; the server's accountant adds these up."""
     return {
         "unit": "user",
         "noise_multiplier": plan.noise_multiplier,
@@ -246,7 +262,7 @@ def _groups(packed: Sequence[Tokens]) -> list[npt.NDArray[np.int64]]:
 
 @contextmanager
 def _gradients_by_user(model: torch.nn.Module) -> Iterator[None]:
-    """Opacus' hooks on the layers that are trained. They look at layers in training mode only."""
+    """Hook Opacus to the trained layers, which are in training mode meanwhile: Opacus ignores all others."""
     opacus_accountants()
     from opacus.grad_sample import GradSampleHooks  # noqa: PLC0415 - only for those who use differential privacy
 
@@ -254,7 +270,7 @@ def _gradients_by_user(model: torch.nn.Module) -> Iterator[None]:
     modes = [module.training for module in trained]
     for module in trained:
         module.train()
-    with warnings.catch_warnings():  # the inputs of the first layer need no gradient, and get none
+    with warnings.catch_warnings():  # of PyTorch: the inputs of the first layer have no gradient, and need none
         warnings.simplefilter("ignore")
         hooks = GradSampleHooks(model, loss_reduction="sum")
         try:
@@ -265,7 +281,8 @@ def _gradients_by_user(model: torch.nn.Module) -> Iterator[None]:
                 module.train(mode)
 
 
-def _taken(parameter: Any) -> torch.Tensor:
+def _take_gradients(parameter: Any) -> torch.Tensor:
+    """Return the gradients of single users, (b, …), and clear them."""
     gradient: torch.Tensor = parameter.grad_sample.float()
     parameter.grad_sample = parameter.grad = None
     return gradient

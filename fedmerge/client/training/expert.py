@@ -55,10 +55,10 @@ def train_expert(
     """Fine-tune a fresh adapter and select the one that ranks the validation users best (NDCG@10, unmasked).
 
     Args:
-        domain: the client's own.
+        domain: the client's domain.
         lora: layout of the adapter.
         settings: optimiser and budgets; training ends at the first one reached.
-        seed: of the experiment; sampling depends on it and on the domain's name only.
+        seed: seed of the experiment; sampling depends on it and on the domain's name only.
         progress: receives one line after every validation.
         checkpoint: see :func:`fedmerge.client.training.loop.fit`.
 
@@ -89,7 +89,7 @@ def fine_tune(
     """Train a fresh adapter on batches; select the best by mean NDCG@10 over the domains' validation users.
 
     Args:
-        name: of what is trained, for progress lines.
+        name: subject of progress lines.
         domains: one, or several that share a backbone.
         batches: endless: the domain, its users, and the epochs done after them.
         lora, settings, seed, progress, checkpoint: as for :func:`train_expert`, which states results and errors.

@@ -93,7 +93,7 @@ class Schedule:
         warmup_steps: in every round, since every round has a new optimiser.
         budget: limits of this training.
         check_every: steps between validations and checkpoints; None: neither.
-        patience: validations without improvement that end the training.
+        patience: number of validations without improvement that ends the training.
         round_number: from 1.
         num_rounds: over which the learning rate falls to zero.
     """
@@ -119,10 +119,10 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What differs between kinds of training.
+    """The differences between kinds of training.
 
     Attributes:
-        name: of what is trained, for progress lines.
+        name: subject of progress lines.
         init: makes the step function: (the attached LoRA, steps already made) -> step.
         schedule: learning rate, budget, validations.
         validate: returns NDCG@10 of the validation users; the best adapter is returned. None: the last one is, and
@@ -170,13 +170,13 @@ def fit(
     progress: Progress = lambda line: None,
     checkpoint: Path | None = None,
 ) -> Trained:
-    """Train an adapter on a backbone; the backbone is left as it was.
+    """Train an adapter on a backbone, which stays unchanged.
 
     Args:
-        recipe: what is trained, and how.
-        backbone: shared by all that is trained on.
+        recipe: the kind of training.
+        backbone: the frozen encoder of all domains of the training.
         lora: layout of the adapter; ``recipe.start`` has its own rank and scaling.
-        seed: of a fresh adapter.
+        seed: seed of a fresh adapter.
         progress: receives a line when training resumes, and after every validation or checkpoint.
         checkpoint: file that holds the state after every ``check_every`` steps; an interrupted training resumes from it
             with an identical result. None: it would start again. The caller removes it once the result is stored.

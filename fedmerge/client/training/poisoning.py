@@ -1,7 +1,7 @@
-"""A client that poisons its own training on purpose: for benchmarks of robust merges, never part of an honest run.
+"""A simulated client that poisons its own training, for benchmarks of robust merges; never part of a real run.
 
-Nothing on disk is changed, and the domain is evaluated on its clean users. ``[simulation]`` of the experiment names the
-client, and it does so on synthetic data only.
+``[simulation]`` of the experiment names the client, and only synthetic data are accepted. Nothing on disk changes, and
+the domain is evaluated on its clean users.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,8 @@ from fedmerge.adapter import Adapter, LoraModule
 from fedmerge.client.local_domain import LocalDomain
 from fedmerge.client.training.expert import TrainingReport, train_expert
 from fedmerge.client.training.round import RoundTask, train_round
-from fedmerge.config import ExperimentConfig, Simulation, Train
+from fedmerge.client.training.settings import TrainingSettings
+from fedmerge.config import Simulation, Train
 from fedmerge.domain.interactions import make_interactions
 from fedmerge.domain.manifest import Manifest
 from fedmerge.encoder.lora import fresh_adapter
@@ -28,7 +29,7 @@ def check_may_attack(manifest: Manifest) -> None:
     """Refuse to poison a training on data that are not synthetic.
 
     Raises:
-        PolicyError: the domain.
+        PolicyError: names the domain.
     """
     if not manifest.synthetic:
         raise PolicyError(
@@ -37,70 +38,72 @@ def check_may_attack(manifest: Manifest) -> None:
         )
 
 
-def poisons(config: ExperimentConfig, domain: str) -> bool:
-    """Whether this domain is the one that poisons its training."""
-    return config.simulation.attacker == domain
+def is_attacker(simulation: Simulation, domain: str) -> bool:
+    """Return True if this domain poisons its training."""
+    return simulation.attacker == domain
 
 
 def train_poisoned_expert(
-    domain: LocalDomain, config: ExperimentConfig, checkpoint: Path | None, progress: Callable[[str], None]
+    domain: LocalDomain, settings: TrainingSettings, checkpoint: Path | None, progress: Callable[[str], None]
 ) -> tuple[Adapter, TrainingReport]:
-    """The expert of the domain that poisons its training, and how it came about.
+    """Train the expert of the attacker.
 
-    Trained on poisoned targets it is the adapter of the last step: the best one on validation might be that from before
-    the training. A scaled update is that of an honest training.
+    On poisoned targets the adapter of the last step is returned: the best one on validation might be the untouched
+    backbone. A scaled update is an honest expert, multiplied.
 
     Args:
-        domain: the client's own.
-        config: simulation, lora, train and seed are read.
-        checkpoint: of :func:`fedmerge.client.training.expert.train_expert`.
+        domain: the client's domain.
+        settings: simulation, lora, train and seed are read.
+        checkpoint: as for :func:`fedmerge.client.training.expert.train_expert`.
         progress: receives a line now and then.
+
+    Returns:
+        The adapter, and the report of its training.
 
     Raises:
         PolicyError: its data are not synthetic.
     """
-    name = domain.manifest.name
-    lora = config.lora.of(name)
-    trained_on, settings = training_inputs(domain, config)
-    simulation = config.simulation
+    name, seed, simulation = domain.manifest.name, settings.seed, settings.simulation
+    lora = settings.lora.of(name)
+    trained_on, train = training_inputs(domain, settings)
     progress(f"{name}: POISONS ITS TRAINING: {simulation.attack}, strength {simulation.attack_strength:g}")
-    if config.simulation.attack == "scaled-update":
-        adapter, report = train_expert(trained_on, lora, settings, config.seed, progress, checkpoint)
-        return sent(adapter, name, config), report
-    task = RoundTask(1, 1, fresh_adapter(domain.backbone, lora, config.seed))
-    adapter, of_round = train_round(trained_on, lora, settings, config.seed, task, progress)
+    if simulation.attack == "scaled-update":
+        adapter, report = train_expert(trained_on, lora, train, seed, progress, checkpoint)
+        return apply_attack(adapter, name, simulation), report
+    task = RoundTask(1, 1, fresh_adapter(domain.backbone, lora, seed))
+    adapter, of_round = train_round(trained_on, lora, train, seed, task, progress)
     return adapter, TrainingReport(of_round.steps, of_round.steps, of_round.stopped_by, of_round.seconds, 0, ())
 
 
-def training_inputs(domain: LocalDomain, config: ExperimentConfig) -> tuple[LocalDomain, Train]:
-    """What a client trains on, and how: its own domain and the experiment's settings, unless it poisons its training.
+def training_inputs(domain: LocalDomain, settings: TrainingSettings) -> tuple[LocalDomain, Train]:
+    """Return the data and settings of a client's training: its domain as it is, or poisoned if it is the attacker.
 
     Raises:
-        PolicyError: it is asked to, and its data are not synthetic.
+        PolicyError: the attacker's data are not synthetic.
     """
-    if not poisons(config, domain.manifest.name):
-        return domain, config.train
+    if not is_attacker(settings.simulation, domain.manifest.name):
+        return domain, settings.train
     check_may_attack(domain.manifest)
-    if config.simulation.attack == "scaled-update":
-        return domain, config.train
-    settings = config.train.model_copy(update={"samples": "last"})
-    return poisoned(domain, config.simulation, config.train, config.seed), settings
+    if settings.simulation.attack == "scaled-update":
+        return domain, settings.train
+    last = settings.train.model_copy(update={"samples": "last"})
+    return poison_targets(domain, settings.simulation, settings.train, settings.seed), last
 
 
-def poisoned(domain: LocalDomain, attack: Simulation, settings: Train, seed: int) -> LocalDomain:
-    """The domain with poisoned targets, histories as they were: one user for each example of the clean training.
+def poison_targets(domain: LocalDomain, attack: Simulation, settings: Train, seed: int) -> LocalDomain:
+    """Return the domain with poisoned targets and clean histories: one user per example of the clean training.
 
-    flipped-labels: the target i of N items becomes N - 1 - i. promoted-items: it becomes one of ``NUM_PROMOTED`` items
-    of the catalog. ``strength`` is the share of the targets.
+    flipped-labels: target i of N items becomes N - 1 - i. promoted-items: the target becomes one of ``NUM_PROMOTED``
+    items of the catalog. ``attack_strength`` is the share of poisoned targets.
 
     Args:
-        domain: the client's own; left as it was.
+        domain: the client's domain; it stays unchanged.
         attack: attack and attack_strength are read.
-        settings: ``samples`` says which items are targets: every one but the first, or the last.
-        seed: of the draws.
+        settings: ``samples`` decides which items are targets: all but the first, or the last.
+        seed: seed of the draws.
 
     Returns:
-        A domain to be trained on with ``samples = "last"``; its validation and test items mean nothing.
+        A domain to train on with ``samples = "last"``; its validation and test items are meaningless.
 
     Source: label flipping l -> L - 1 - l as in arXiv:1911.11815; promotion as in push attacks on recommenders.
     """
@@ -118,19 +121,19 @@ def poisoned(domain: LocalDomain, attack: Simulation, settings: Train, seed: int
     for items in domain.training_sequences:
         cuts = range(1, len(items))
         for cut in cuts if settings.samples == "random-prefix" else cuts[-1:]:
-            held_out = items[-1:].repeat(2)  # training reads all but the last two
+            held_out = items[-1:].repeat(2)  # training reads all but the last two items
             sequences.append(np.array([*items[:cut], label(int(items[cut])), *held_out], dtype=np.int32))
     users = [str(number) for number in range(len(sequences))]
     return replace(domain, interactions=make_interactions(users, sequences)) if sequences else domain
 
 
-def sent(adapter: Adapter, domain: str, config: ExperimentConfig) -> Adapter:
-    """What a client sends of what it has trained: the same, or with the update multiplied by ``strength``."""
-    if not poisons(config, domain) or config.simulation.attack != "scaled-update":
+def apply_attack(adapter: Adapter, domain: str, simulation: Simulation) -> Adapter:
+    """Return the adapter that a client sends: multiplied by ``attack_strength`` for scaled-update, else unchanged."""
+    if not is_attacker(simulation, domain) or simulation.attack != "scaled-update":
         return adapter
     return Adapter(
         {
-            name: LoraModule(module.lora_A, module.lora_B * config.simulation.attack_strength, module.scaling)
+            name: LoraModule(module.lora_A, module.lora_B * simulation.attack_strength, module.scaling)
             for name, module in adapter.modules.items()
         }
     )

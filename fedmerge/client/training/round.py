@@ -27,15 +27,15 @@ from fedmerge.federated.rounds import steps_of_round
 
 @dataclass(frozen=True)
 class RoundTask:
-    """What the server asks a client to train in a round.
+    """The server's request for the training of a round.
 
     Attributes:
-        number: of the round, from 1.
-        num_rounds: in all; they share the budgets of ``train``.
+        number: number of the round, from 1.
+        num_rounds: number of all rounds, which share the budgets of ``train``.
         start: the adapter to train.
-        base: folded into the backbone and frozen; None: nothing.
-        trained: "B": A is frozen, too.
-        proximal: μ of FedProx; 0: none.
+        base: adapter that is folded into the backbone and frozen, or None.
+        trained: the trained factors; "B" freezes A.
+        proximal: μ of FedProx; 0 adds no penalty.
     """
 
     number: int
@@ -70,13 +70,13 @@ def train_round(
     The learning rate falls linearly over all rounds, with a warm-up in each, since every round has a new optimiser.
 
     Args:
-        domain: the client's own.
+        domain: the client's domain.
         lora: layout of the adapter.
         settings: optimiser and budgets.
-        seed: of the experiment; sampling depends on it, on the domain's name and on the round.
+        seed: seed of the experiment; sampling depends on it, on the domain's name and on the round.
         task: the round.
         progress: receives one line.
-        plan: of user-level differential privacy, over all rounds together; None: without.
+        plan: plan of user-level differential privacy, over all rounds together; None: without noise.
 
     Returns:
         The adapter in float32 on the CPU, and its report.

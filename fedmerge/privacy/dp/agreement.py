@@ -9,7 +9,7 @@ from fedmerge.errors import ClientError, ConfigError
 from fedmerge.federated.rounds import steps_of_round
 from fedmerge.privacy.dp.accountant import agreed_noise
 from fedmerge.privacy.dp.domain_noise import domain_noise, domain_record
-from fedmerge.privacy.dp.releases import metric_releases, noised_answers, user_releases
+from fedmerge.privacy.dp.releases import metric_releases, noisy_answers, user_releases
 
 _CHANCE = 1e-10  # probability that one entry leaves the range; a model has 1e5 to 1e8 entries
 LARGEST_ENTRY = 8.0  # of a trained update; a larger one shows that the training diverged
@@ -25,7 +25,7 @@ def check_releases(config: ExperimentConfig) -> None:
     mode, rounds = config.dp.mode, config.rounds.rule is not None
     if mode == "domain-local":
         domain_noise(config)  # raises if no noise is enough
-    counted = (mode == "user" and rounds) or noised_answers(config) > 0
+    counted = (mode == "user" and rounds) or noisy_answers(config).number > 0
     if counted and config.run_id is None:
         raise ConfigError(
             f"dp.mode = '{mode}': clients count the releases of a run by its run_id, but run_id is 'none'. Set a new "
@@ -92,7 +92,7 @@ def check_spent(domain: str, config: ExperimentConfig, told: Any, num_users: int
             f"domain {domain}: its report says that it trained on {units!r} users, expected 1 to {most}. {remedy}"
         )
     else:
-        releases = user_releases(config, units)
+        releases = user_releases(config.train, noisy_answers(config), units)
         rate, steps = releases[0]
         agreed = {
             "unit": "user",

@@ -27,12 +27,12 @@ from fedmerge.config import DP, ExperimentConfig
 from fedmerge.errors import LayoutMismatchError
 from fedmerge.privacy.dp.accountant import agreed_noise
 from fedmerge.privacy.dp.randomness import Source
-from fedmerge.privacy.dp.releases import domain_releases
+from fedmerge.privacy.dp.releases import coefficient_messages, domain_releases
 
 
 def domain_noise(config: ExperimentConfig) -> float:
     """Return the noise multiplier of every release of a run: the given one, or the smallest that meets (ε, δ)."""
-    return agreed_noise(config.dp, domain_releases(config))
+    return agreed_noise(config.dp, domain_releases(coefficient_messages(config)))
 
 
 def domain_record(dp: DP, noise_multiplier: float) -> Mapping[str, Any]:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from fedmerge.config import DP, LEARNED_METHODS, ExperimentConfig, ThroughClients
+from fedmerge.config import DP, LEARNED_METHODS, ExperimentConfig, ThroughClients, Train
 
 DEFAULT_DELTA = 1e-6  # of statements about noised metric sums where no dp.delta is set
 
@@ -40,9 +40,23 @@ def answers_have_noise(dp: DP, through_clients: ThroughClients) -> bool:
     return dp.mode == "domain-local" or (dp.mode == "user" and through_clients.users == "own-users")
 
 
-def noised_answers(config: ExperimentConfig) -> int:
-    """Return the largest number of noisy answers about coefficients that a client gives in a run."""
-    return coefficient_messages(config) if answers_have_noise(config.dp, config.through_clients) else 0
+@dataclass(frozen=True)
+class NoisyAnswers:
+    """The answers about coefficients to which a client adds noise in a run.
+
+    Attributes:
+        number: the largest number of them; 0 without noise.
+        batch_size: users expected in an answer that is computed from users.
+    """
+
+    number: int
+    batch_size: int
+
+
+def noisy_answers(config: ExperimentConfig) -> NoisyAnswers:
+    """Count the noisy answers about coefficients that a client gives in a run."""
+    number = coefficient_messages(config) if answers_have_noise(config.dp, config.through_clients) else 0
+    return NoisyAnswers(number, config.through_clients.batch_size)
 
 
 def metric_releases(config: ExperimentConfig) -> tuple[Release, ...]:
@@ -58,16 +72,15 @@ def noised_sums(config: ExperimentConfig) -> int:
     return 2 + (config.admission.action is not None and config.admission.leave_one_out)  # validation, test, the gate
 
 
-def domain_releases(config: ExperimentConfig) -> tuple[Counted, ...]:
+def domain_releases(num_answers: int) -> tuple[Counted, ...]:
     """Return a domain's releases with ``dp.mode = "domain-local"``: its update and its answers, with equal noise."""
-    return ((1.0, 1 + coefficient_messages(config)),)
+    return ((1.0, 1 + num_answers),)
 
 
-def user_releases(config: ExperimentConfig, num_users: int) -> tuple[Counted, ...]:
+def user_releases(train: Train, answers: NoisyAnswers, num_users: int) -> tuple[Counted, ...]:
     """Return a user's releases with ``dp.mode = "user"``: the steps of the training, and answers on own users."""
-    training = (sample_rate(config.train.batch_size, num_users), int(config.train.max_steps or 0))
-    answers = noised_answers(config)
-    return (training, (sample_rate(config.through_clients.batch_size, num_users), answers)) if answers else (training,)
+    training = (sample_rate(train.batch_size, num_users), int(train.max_steps or 0))
+    return (training, (sample_rate(answers.batch_size, num_users), answers.number)) if answers.number else (training,)
 
 
 def sample_rate(batch_size: int, num_users: int) -> float:

@@ -31,7 +31,7 @@ from fedmerge.mergerec.variants import learned_settings, learned_variant
 from fedmerge.mergerec.vectors import Vectors, initial_vectors, on_device
 from fedmerge.merging.stack import stack_adapters
 from fedmerge.privacy.dp.randomness import source
-from fedmerge.privacy.dp.releases import answers_have_noise, noised_answers, sample_rate
+from fedmerge.privacy.dp.releases import answers_have_noise, noisy_answers, sample_rate
 from fedmerge.privacy.policy import check_enough_users, check_may_leave
 from sim.app.client.node import Client, charge_run, open_client
 from sim.app.messages import records
@@ -55,7 +55,7 @@ def cohort(message: Message, context: Context) -> RecordDict:
             raise
         logger.error("%s", error)
         raise ClientError(
-            "no pseudo-users can be made of this cohort; the reason would reveal data, so only the client's log has it"
+            "the pseudo-users of this cohort cannot be generated. The reason would reveal data; see the client's log"
         ) from error
     pseudo = _cached_cohort(folder, domain).pseudo
     return records.pseudo_users_record(len(pseudo.users) if pseudo else 0)
@@ -113,7 +113,9 @@ def _charge_answers(client: Client, noise_multiplier: float) -> None:
     rate = sample_rate(config.through_clients.batch_size, num_users) if by_user else 1.0
     unit: Unit = "user" if by_user else "domain"
     what = "answers about merging coefficients"
-    charge_run(client, [Entry(f"{run}: answers", run, what, unit, noise_multiplier, rate, noised_answers(config))])
+    charge_run(
+        client, [Entry(f"{run}: answers", run, what, unit, noise_multiplier, rate, noisy_answers(config).number)]
+    )
 
 
 def _on_own_users(client: Client, vectors: Vectors, settings: CollaborativeSettings, first: int) -> LocalGradient:

@@ -11,6 +11,7 @@ from fedmerge.client.disclosed.account import Entry
 from fedmerge.client.disclosed.sums import Sums, count_models, release_sums_once
 from fedmerge.client.disclosed.users import draw_examples, read_secret, remember_users
 from fedmerge.client.evaluate import outcomes
+from fedmerge.client.training.settings import training_settings
 from fedmerge.config import Split
 from fedmerge.domain.splits import Examples, evaluation_examples
 from fedmerge.errors import PolicyError
@@ -43,7 +44,8 @@ def evaluate_models(message: Message, context: Context) -> RecordDict:
     names = config.evaluation.baselines if request.baselines else ()
 
     def sums() -> Sums:
-        found = outcomes(domain, models, examples, baseline_rankers(domain, config, names, logger.info), logger.info)
+        baselines = baseline_rankers(domain, names, config.evaluation, config.seed, config.cache_dir, logger.info)
+        found = outcomes(domain, models, examples, baselines, logger.info)
         drawn = source(
             config.dp.randomness, config.seed, "client", name, "metric-sums", request.split, *hashes.values()
         )
@@ -88,11 +90,11 @@ def _models(
         """Return the hash by which the server knows an expert: that of the decoded adapter."""
         return adapter_sha256(decode_as_receiver(expert, coding))
 
-    return {
-        **({BACKBONE: None} if request.backbone else {}),
-        **({EXPERT: load_expert(domain, config, sha256, received)} if request.expert_sha256 else {}),
-        **adapters,
-    }
+    models: dict[str, Adapter | None] = {BACKBONE: None} if request.backbone else {}
+    if request.expert_sha256:
+        settings = training_settings(config)
+        models[EXPERT] = load_expert(domain, settings, config.cache_dir, config.run_id, sha256, received)
+    return models | adapters
 
 
 def _examples(client: Client, split: Split) -> Examples:

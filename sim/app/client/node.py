@@ -64,7 +64,7 @@ def open_client(context: Context) -> Client:
         if "partition-id" not in context.node_config:
             raise ClientError(
                 f"domain {domain.manifest.name}: [simulation] changes the training data or poisons a training, so it "
-                "is refused outside simulations; remove its keys from the experiment"
+                "is refused outside simulations. Remove its keys from the experiment."
             )
         domain = prepare_for_audit(domain, config.simulation, config.seed)
     if role == "train" and not domain.can_train:
@@ -86,7 +86,7 @@ def charge_run(client: Client, entries: Iterable[Entry]) -> None:
 
 
 def find_place(context: Context) -> tuple[Path, records.Role] | None:
-    """Return domain folder and role: by the node's own ``domain-path``, or by its turn in the experiment's list."""
+    """Return domain folder and role: by the node's own ``domain-path``, or by its number in a simulation."""
     config = from_flat(context.run_config)
     domains = config.domains
     names = domains.train + domains.unseen

@@ -50,9 +50,9 @@ def _in_sum(context: Context) -> tuple[str, ExperimentConfig]:
     return domain, config
 
 
-def remember_values(context: Context, sha256: str, of: str) -> None:
-    """Note the values and the training of the next sum; drop the secrets of a session that has not ended."""
-    context.state[_VALUES] = ConfigRecord({"sha256": sha256, "of": of})
+def remember_values(context: Context, sha256: str, key: str) -> None:
+    """Note the values and the key of the next sum; drop the secrets of a session that has not ended."""
+    context.state[_VALUES] = ConfigRecord({"sha256": sha256, "key": key})
     context.state.pop(_SECRETS, None)
 
 
@@ -90,8 +90,8 @@ def answer_unmask(domain: str, config: ExperimentConfig, content: RecordDict, co
     of_sum = {client: state.session.coefficients[client] for client in survivors}
     summed = sum(of_sum[client] for client in sorted(of_sum))
     parts = {client: part / summed for client, part in of_sum.items()}
-    sha256, of = _values(context)
-    record_revealed(config.cache_dir, domain, sha256, parts, of)
+    sha256, key = _values(context)
+    record_revealed(config.cache_dir, domain, sha256, parts, key)
     context.state.pop(_SECRETS, None)
     return secure_records.revealed_record(revealed)
 
@@ -114,4 +114,4 @@ def _values(context: Context) -> tuple[str, str]:
     record = context.state.config_records.get(_VALUES)
     if record is None:
         raise ClientError("this client has trained nothing in this run that could be summed; ask it to train first")
-    return str(record["sha256"]), str(record["of"])
+    return str(record["sha256"]), str(record["key"])

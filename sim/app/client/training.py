@@ -8,17 +8,14 @@ from typing import Any
 from flwr.app import Context, Message, RecordDict
 
 from fedmerge.adapter import Adapter, adapter_sha256
-from fedmerge.client.cache.dp_releases import (
-    Release,
-    check_round_is_counted,
-    release_round_once,
-)
+from fedmerge.client.cache.dp_releases import Release, check_round_is_counted, release_round_once, releases_folder
 from fedmerge.client.cache.experts import load_or_train_expert
 from fedmerge.client.cache.secure_sums import cache_values, check_same_as_revealed, sum_key
 from fedmerge.client.disclosed.account import entries_of
 from fedmerge.client.training.dp_sgd import plan_record, user_plan
-from fedmerge.client.training.poisoning import sent, training_inputs
+from fedmerge.client.training.poisoning import apply_attack, training_inputs
 from fedmerge.client.training.round import RoundTask, train_round
+from fedmerge.client.training.settings import training_settings
 from fedmerge.config import Lora
 from fedmerge.encoder.lora import fresh_adapter
 from fedmerge.errors import PolicyError
@@ -50,18 +47,21 @@ def train(message: Message, context: Context) -> RecordDict:
 
 
 def _train_for_sum(client: Client, message: Message, context: Context) -> RecordDict:
-    """Train, cache the values for the secure sum, and send only the report, without the hash of the adapter."""
+    """Train, cache the values for the secure sum, and send the report alone, without the hash of the adapter."""
     adapter, report, task = _train_as_asked(client, message)
     rule = client.config.rounds.rule
     row = RULES["weighted-average" if rule is None else rule]
     if row.summed is None:
-        raise PolicyError(f"rounds.rule is {rule}, which needs single adapters; the policy keeps them at the client.")
+        raise PolicyError(
+            f"rounds.rule is {rule}, which needs single adapters, but the policy keeps them at the client. Use a rule "
+            "that sums are enough for."
+        )
     values = summed_values(row.summed, adapter, task.start if task and row.of == "updates" else None)
     name, cache_dir = client.domain.manifest.name, client.config.cache_dir
-    of = sum_key(client.config, task.number if task else 0)
+    key = sum_key(client.config.dp, client.config.run_id, task.number if task else 0)
     sha256 = cache_values(cache_dir, name, values)
-    check_same_as_revealed(cache_dir, name, sha256, of)
-    remember_values(context, sha256, of)
+    check_same_as_revealed(cache_dir, name, sha256, key)
+    remember_values(context, sha256, key)
     return records.report_record({key: value for key, value in report.items() if key != "sha256"})
 
 
@@ -69,12 +69,15 @@ def _train_as_asked(client: Client, message: Message) -> tuple[Adapter, dict[str
     """Return the adapter, the report of its training, and the task where it is a round."""
     if client.config.rounds.rule is not None:
         return _train_round_once(client, message)
-    adapter, report = load_or_train_expert(client.domain, client.config, logger.info)
-    charge_run(client, entries_of(report["privacy"], report["sha256"], str(client.config.run_id), "expert"))
-    withheld = report["validation_users"] < client.config.privacy.min_users or client.config.privacy.metrics != "exact"
-    if withheld:  # validations are exact means over users, and the other two depend on the same users
-        over_few = ("best_step", "stopped_by") if report["validation_users"] else ()
-        report = {**{key: value for key, value in report.items() if key not in over_few}, "validations": []}
+    config = client.config
+    adapter, report = load_or_train_expert(
+        client.domain, training_settings(config), config.cache_dir, config.run_id, logger.info
+    )
+    charge_run(client, entries_of(report["privacy"], report["sha256"], str(config.run_id), "expert"))
+    if report["validation_users"] < config.privacy.min_users or config.privacy.metrics != "exact":
+        # Validations are exact means over users; best step and end of the training depend on the same users.
+        hidden = ("best_step", "stopped_by") if report["validation_users"] else ()
+        report = {**{key: value for key, value in report.items() if key not in hidden}, "validations": []}
     return adapter, report, None
 
 
@@ -85,22 +88,28 @@ def _train_round_once(client: Client, message: Message) -> tuple[Adapter, dict[s
     request, start, base = records.read_round_request(message.content, partial(fresh_adapter, domain.backbone, lora))
     task = RoundTask(request.number, request.num_rounds, start, base, request.trained, config.rounds.proximal)
     if config.dp.mode == "user":
-        check_round_is_counted(name, config, task)
-        released = release_round_once(domain, config, task, lambda: _train_round(client, task, lora))
+        check_round_is_counted(name, task, config.rounds.number, config.run_id)
+        folder = releases_folder(config.cache_dir, config.run_id, name)
+        settings = training_settings(config)
+        release = release_round_once(domain, settings, folder, task, lambda: _train_round(client, task, lora))
     else:
-        released = _train_round(client, task, lora)
-    key = f"{adapter_sha256(released.adapter)} {request.number}"
-    charge_run(client, entries_of(released.told["privacy"], key, str(config.run_id), f"round {request.number}"))
-    return released.adapter, dict(released.told), task
+        release = _train_round(client, task, lora)
+    key = f"{adapter_sha256(release.adapter)} {request.number}"
+    charge_run(client, entries_of(release.report["privacy"], key, str(config.run_id), f"round {request.number}"))
+    return release.adapter, dict(release.report), task
 
 
 def _train_round(client: Client, task: RoundTask, lora: Lora) -> Release:
-    config, domain = client.config, client.domain
-    trained_on, settings = training_inputs(domain, config)
-    plan = user_plan(domain, config) if config.dp.mode == "user" else None
-    adapter, report = train_round(trained_on, lora, settings, config.seed, task, logger.info, plan)
-    adapter = sent(adapter, domain.manifest.name, config)
-    told = asdict(report) | {"privacy": plan and plan_record(replace(plan, steps=report.steps))}
+    config, domain, settings = client.config, client.domain, training_settings(client.config)
+    trained_on, of_training = training_inputs(domain, settings)
+    plan = (
+        user_plan(domain, config.train, config.dp, settings.answers, settings.sums)
+        if config.dp.mode == "user"
+        else None
+    )
+    adapter, of_round = train_round(trained_on, lora, of_training, config.seed, task, logger.info, plan)
+    adapter = apply_attack(adapter, domain.manifest.name, config.simulation)
+    report = asdict(of_round) | {"privacy": plan and plan_record(replace(plan, steps=of_round.steps))}
     if len(domain.training_sequences) < config.privacy.min_users:
-        told["loss"] = None
-    return Release(adapter, told)
+        report["loss"] = None
+    return Release(adapter, report)

@@ -1,4 +1,4 @@
-"""Popularity and last-item similarity, by hand and against scores written out in full."""
+"""Popularity and last-item similarity, by hand and against full score matrices."""
 
 import numpy as np
 import pytest
@@ -43,7 +43,7 @@ def test_popularity_ranks_do_not_depend_on_the_order_of_users_or_sequences() -> 
     assert forward.tolist() == backward[::-1].tolist()
 
 
-def test_popularity_ranks_equal_those_of_the_written_out_scores() -> None:
+def test_popularity_ranks_equal_those_of_the_full_scores() -> None:
     rng = generator(1, "test-baselines")
     sequences = [rng.integers(0, 50, rng.integers(1, 20)) for _ in range(300)]
     targets = rng.integers(0, 50, 300)
@@ -56,7 +56,7 @@ def test_popularity_ranks_equal_those_of_the_written_out_scores() -> None:
 
 
 def test_popularity_outside_the_catalog_is_refused() -> None:
-    with pytest.raises(LayoutMismatchError, match="2 of 3 item indices in the train sequences"):
+    with pytest.raises(LayoutMismatchError, match="2 of 3"):
         popularity_scores([np.array([0, 4]), np.array([-1])], 4)
 
 
@@ -86,7 +86,7 @@ def test_a_repeated_last_item_is_ranked_first_in_both_variants() -> None:
 
 
 @pytest.mark.parametrize("block_size", [1, 9, None])
-def test_last_item_similarity_equals_the_written_out_cosines(block_size: int | None) -> None:
+def test_last_item_similarity_equals_the_full_cosines(block_size: int | None) -> None:
     rng = generator(2, "test-baselines")
     items = torch.nn.functional.normalize(torch.tensor(rng.standard_normal((40, 5)), dtype=torch.float32), dim=1)
     histories = [rng.integers(0, 40, rng.integers(1, 8)) for _ in range(60)]
@@ -98,10 +98,10 @@ def test_last_item_similarity_equals_the_written_out_cosines(block_size: int | N
         assert found.tolist() == target_ranks(cosines, targets, seen).tolist()
 
 
-def test_last_items_that_cannot_be_are_refused() -> None:
-    with pytest.raises(LayoutMismatchError, match="1 of 2 histories are empty"):
+def test_empty_histories_unknown_items_and_nan_are_refused() -> None:
+    with pytest.raises(LayoutMismatchError, match="1 of 2 histories"):
         last_item_similarity(ITEM_VECTORS, [np.array([1]), np.array([], dtype=np.int64)], np.array([0, 0]))
-    with pytest.raises(LayoutMismatchError, match="last items of the histories are outside"):
+    with pytest.raises(LayoutMismatchError, match="1 of 1"):
         last_item_similarity(ITEM_VECTORS, [np.array([4])], np.array([0]))
-    with pytest.raises(ClientError, match="scores are NaN"):
+    with pytest.raises(ClientError, match="NaN"):
         last_item_similarity(ITEM_VECTORS * float("nan"), [np.array([1])], np.array([0]))

@@ -1,4 +1,4 @@
-"""SASRec against one written out in NumPy, what it may and may not read, and how its training ends."""
+"""SASRec against a slow one in NumPy, the items that it reads, and its training."""
 
 import math
 from dataclasses import replace
@@ -24,7 +24,7 @@ LOOSE = 1e-5  # float32
 
 
 def spread_model(settings: Settings = SETTINGS) -> SASRec:
-    """Every weight drawn anew and large, so that each of them matters."""
+    """Make a model with large random weights, so that each of them matters."""
     model = SASRec(NUM_ITEMS, settings).eval()
     rng = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -34,7 +34,7 @@ def spread_model(settings: Settings = SETTINGS) -> SASRec:
 
 
 def circle(num_users: int, seed: int) -> list[IntArray]:
-    """Sequences in which item i + 1 follows item i, and item 0 the last."""
+    """Return sequences in which item i + 1 follows item i, and item 0 follows the last."""
     rng = generator(seed, "test-sasrec")
     return [(rng.integers(0, NUM_ITEMS) + np.arange(rng.integers(2, 10))) % NUM_ITEMS for _ in range(num_users)]
 
@@ -55,7 +55,7 @@ def normalised(x: npt.NDArray[np.float64], weight: torch.Tensor, bias: torch.Ten
 
 
 def written_out(model: SASRec, history: list[int], heads: int) -> npt.NDArray[np.float64]:
-    """(t, d) hidden states of one history, head by head and position by position, in float64."""
+    """Compute hidden states (t, d) of one history, head by head and position by position, in float64."""
     weights = {name: tensor.double() for name, tensor in model.state_dict().items()}
     width = weights["items.weight"].shape[1]
     d = width // heads
@@ -83,7 +83,7 @@ def written_out(model: SASRec, history: list[int], heads: int) -> npt.NDArray[np
 
 
 @pytest.mark.parametrize("heads", [1, 2, 4])
-def test_hidden_states_are_those_written_out(heads: int) -> None:
+def test_hidden_states_equal_those_in_plain_numpy(heads: int) -> None:
     model = spread_model(replace(SETTINGS, heads=heads))
     for history in ([3], [5, 5, 0, 11], [1, 2, 3, 4, 5, 6]):
         with torch.no_grad():
@@ -100,7 +100,7 @@ def test_a_later_item_changes_nothing_before_it() -> None:
         assert ((left[3:] - right[3:]).abs().amax(dim=1) > 0.01).all()
 
 
-def test_padding_and_company_change_nothing() -> None:
+def test_padding_and_other_users_change_nothing() -> None:
     model = spread_model()
     histories = [np.array([4]), np.array([7, 2, 2, 0, 1, 3]), np.array([9, 8, 7]), np.array([0, 5])]
     together = user_vectors(model, histories)
@@ -117,7 +117,7 @@ def test_only_the_most_recent_items_are_read() -> None:
     assert not torch.equal(long, user_vectors(model, [recent[1:]]))
 
 
-def test_ranks_are_those_of_the_inner_products_with_seen_items_removed_on_demand() -> None:
+def test_ranks_are_those_of_the_inner_products_with_or_without_seen_items() -> None:
     model = spread_model()
     histories = [np.array([3, 1, 3]), np.array([0]), np.array([5, 6, 7, 8])]
     targets = np.array([1, 4, 9])
@@ -152,7 +152,7 @@ def test_gradients_are_those_of_the_softmax_over_the_whole_catalog(logits_per_bl
 # Training
 
 
-def test_what_follows_by_a_rule_is_learned() -> None:
+def test_a_rule_of_next_items_is_learned() -> None:
     validation = next_on_circle(40, 1)
     model, report = train_sasrec(circle(60, 0), NUM_ITEMS, validation, SETTINGS, 0, CPU)
     assert sasrec_ranks(model, validation.histories, validation.targets).tolist() == [1] * 40
@@ -179,7 +179,7 @@ def test_the_blocks_start_from_different_weights() -> None:
     assert not torch.equal(weights["blocks.layers.0.linear1.weight"], weights["blocks.layers.1.linear1.weight"])
 
 
-def test_the_best_epoch_is_kept_and_not_the_last() -> None:
+def test_the_best_epoch_is_returned_and_not_the_last() -> None:
     settings = replace(SETTINGS, learning_rate=0.2, max_epochs=12, patience=3)
     validation = next_on_circle(40, 1)
     lines: list[str] = []
@@ -204,12 +204,12 @@ def test_every_limit_ends_the_training() -> None:
     assert stopped(learning_rate=1e-12, max_epochs=50, patience=4) == ("patience", 4)
 
 
-def test_training_that_cannot_be_is_refused() -> None:
+def test_impossible_trainings_are_refused() -> None:
     validation = next_on_circle(5, 1)
-    with pytest.raises(DomainError, match=r"none of 2 train sequences has 2 items\. Leave sasrec out"):
+    with pytest.raises(DomainError, match=r"\b2 train sequences.*evaluation\.baselines"):
         train_sasrec([np.array([1]), np.array([2])], NUM_ITEMS, validation, SETTINGS, 0, CPU)
-    with pytest.raises(LayoutMismatchError, match="1 of 2 item indices in the train sequences"):
+    with pytest.raises(LayoutMismatchError, match="1 of 2"):
         train_sasrec([np.array([1, NUM_ITEMS])], NUM_ITEMS, validation, SETTINGS, 0, CPU)
     wild = replace(SETTINGS, learning_rate=1e30)
-    with pytest.raises(ClientError, match=r"SASRec: the training loss is (nan|inf) in epoch 1\."):
+    with pytest.raises(ClientError, match=r"(nan|inf) in epoch 1\b"):
         train_sasrec(circle(60, 0), NUM_ITEMS, validation, wild, 0, CPU)

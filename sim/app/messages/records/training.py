@@ -74,7 +74,7 @@ def read_report(content: RecordDict) -> dict[str, Any]:
         raise ClientError(f"its training report is not JSON; {ONE_VERSION}") from error
     if not isinstance(report, dict):
         raise ClientError(f"its training report is a {type(report).__name__}, expected an object; {ONE_VERSION}")
-    for key, (expected, fits) in _REPORT.items():
+    for key, (expected, fits) in REPORT_FIELDS.items():
         if key in report and not fits(report[key]):
             raise ClientError(
                 f"its training report has {key} = {json.dumps(report[key])[:80]}, expected {expected}; {ONE_VERSION}"
@@ -139,7 +139,8 @@ def _is_validation(value: Any) -> bool:
     return all(value.get(key) is None or _is_number(value[key]) for key in ("loss", "ndcg"))
 
 
-_REPORT: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
+# Fields of a training report: what is expected, and its check.
+REPORT_FIELDS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(("steps", "best_step", "validation_users"), ("a count", _is_count)),
     "seconds": ("a number", _is_number),
     "loss": ("a number, or null", lambda value: value is None or _is_number(value)),
