@@ -45,7 +45,7 @@ def outcomes_of(folder: Path, config: ExperimentConfig, max_users: int) -> dict[
     )
     domain = open_domain(folder, backbone, config.text)
     examples = evaluation_examples(domain.interactions, "valid", max_users, config.seed)
-    rankers = baseline_rankers(domain, config, BASELINES, print)
+    rankers = baseline_rankers(domain, BASELINES, config.evaluation, config.seed, config.cache_dir, print)
     found = outcomes(domain, {BACKBONE: None}, examples, rankers, print)["unmasked"]
     order = np.random.default_rng(config.seed).permutation(len(examples))
     return {name: of_row[order] for name, of_row in found.items()}

@@ -39,7 +39,7 @@ from fedmerge.merging.training_free import merge_stack
 from fedmerge.privacy.dp.accountant import agreed_noise
 from fedmerge.privacy.dp.domain_noise import average_with_noise, domain_record
 from fedmerge.privacy.dp.randomness import source
-from fedmerge.privacy.dp.releases import Counted, domain_releases
+from fedmerge.privacy.dp.releases import Counted, coefficient_messages, domain_releases
 
 logger = logging.getLogger(__name__)
 
@@ -83,9 +83,8 @@ def recipe_of(config: ExperimentConfig) -> Recipe:
     """Return the recipe of an experiment."""
     noise = None
     if config.dp.mode == "domain-central":
-        noise = partial(
-            _noised_average, dp=config.dp, releases=domain_releases(config), lora=config.lora, seed=config.seed
-        )
+        releases = domain_releases(coefficient_messages(config))
+        noise = partial(_noised_average, dp=config.dp, releases=releases, lora=config.lora, seed=config.seed)
     return Recipe(
         config.merge,
         config.mergerec,
