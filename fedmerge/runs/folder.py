@@ -70,15 +70,7 @@ def create_run(config: ExperimentConfig) -> Path:
     except FileExistsError as error:
         if not folder.parent.is_dir():
             raise RunDirError(f"{folder.parent} is a file, expected a folder. Set output_dir to a folder.") from error
-        if is_locked(folder):
-            raise RunDirError(
-                f"{folder}: {_holder(folder)} is working on this run. Wait until it ends, or choose another run_id or "
-                "output_dir."
-            ) from error
-        raise RunDirError(
-            f"{folder} exists; a run never overwrites another. Choose another run_id or output_dir, or resume it: "
-            f"fedmerge run --resume {folder}"
-        ) from error
+        raise run_exists(folder) from error
     except OSError as error:
         raise RunDirError(
             f"{folder} cannot be created ({error.strerror}). Set output_dir to a folder you can write."
@@ -87,6 +79,24 @@ def create_run(config: ExperimentConfig) -> Path:
     named = config.model_copy(update={"run_id": folder.name, "resume": False})
     write_text(folder / CONFIG_FILE, to_toml(named))
     return folder
+
+
+def run_exists(folder: Path, resume: str | None = None) -> RunDirError:
+    """Return the error for a new run whose folder exists; the remedy depends on whether a process is working on it.
+
+    Args:
+        folder: the existing folder.
+        resume: command that resumes the run; None means ``fedmerge run --resume`` with the folder.
+    """
+    if is_locked(folder):
+        return RunDirError(
+            f"{folder}: {_holder(folder)} is working on this run. Wait until it ends, or choose another run_id or "
+            "output_dir."
+        )
+    return RunDirError(
+        f"{folder} exists; a run never overwrites another. Choose another run_id or output_dir, or resume it: "
+        f"{resume or f'fedmerge run --resume {folder}'}"
+    )
 
 
 def run_to_resume(run: str | Path, output_dir: str | Path = "runs") -> Path:

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fedmerge.config import ExperimentConfig, to_toml
-from fedmerge.errors import ClientError, RunDirError
-from fedmerge.runs.folder import CONFIG_FILE, DONE, check_same_config, is_locked, locked, new_run_id
+from fedmerge.errors import ClientError
+from fedmerge.runs.folder import CONFIG_FILE, DONE, check_same_config, is_locked, locked, new_run_id, run_exists
 from sim.checks import check_simulation
 from sim.local.launch import run_federation
 
@@ -41,7 +41,7 @@ def run_experiment(config: ExperimentConfig, app_dir: Path, mark: str | None = N
         with locked(run_dir):
             pass  # no other process is working on it
     elif run_dir.exists():
-        raise run_exists(run_dir, f"fedmerge run --resume {run_dir}")
+        raise run_exists(run_dir)
     check_simulation(config)
     with tempfile.TemporaryDirectory(prefix="fedmerge-config-") as folder:
         resolved = Path(folder) / "experiment.toml"
@@ -73,18 +73,6 @@ def run_experiment(config: ExperimentConfig, app_dir: Path, mark: str | None = N
     if outcome.kept:
         print(f"fedmerge: Flower's and Ray's logs are in {outcome.kept}", file=sys.stderr)
     return 1
-
-
-def run_exists(run_dir: Path, resume: str) -> RunDirError:
-    """Return the error for a new run whose folder exists; the remedy depends on whether a process is working on it."""
-    if is_locked(run_dir):
-        return RunDirError(
-            f"{run_dir}: another process is working on this run. Wait until it ends, or choose another run_id or "
-            "output_dir."
-        )
-    return RunDirError(
-        f"{run_dir} exists; a run never overwrites another. Choose another run_id or output_dir, or resume it: {resume}"
-    )
 
 
 def _server_ended(run_dir: Path) -> Callable[[], bool]:

@@ -20,10 +20,9 @@ from fedmerge.config import ExperimentConfig, to_toml
 from fedmerge.deploy.folder import DEPLOYMENT_FILE
 from fedmerge.errors import ClientError, ConfigError
 from fedmerge.files import append_line, read_lines
-from fedmerge.runs.folder import DONE, check_same_config, locked, new_run_id
+from fedmerge.runs.folder import DONE, check_same_config, locked, new_run_id, run_exists
 from sim.app_folder import copy_app
 from sim.local.launch import COMPLETED, ask_flower, flower_environment, flower_reason, pass_on_log
-from sim.local.run import run_exists
 
 JOURNAL = "fedmerge-runs.jsonl"
 AWAY_SECONDS = 180.0  # a restarted SuperLink is back much sooner

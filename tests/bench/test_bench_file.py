@@ -1,4 +1,4 @@
-"""A benchmark file and folder: what is valid, and what is refused before anything runs."""
+"""Benchmark files and folders: valid ones, and errors before anything runs."""
 
 import itertools
 from pathlib import Path
@@ -152,7 +152,7 @@ def test_a_folder_belongs_to_one_benchmark(
         ("title =", "title", "wrong.toml.*TOML"),
     ],
 )
-def test_a_wrong_file_is_refused(bench_place: Path, old: str, new: str, message: str) -> None:
+def test_an_invalid_file_is_refused(bench_place: Path, old: str, new: str, message: str) -> None:
     assert old in FILE
     (bench_place / "wrong.toml").write_text(FILE.replace(old, new, 1))
     with pytest.raises(ConfigError, match=message):

@@ -1,4 +1,4 @@
-"""A benchmark's grid: its trainings, cells, scores and tables."""
+"""The grid of a benchmark: trainings, cells, scores and tables."""
 
 import re
 import shutil
@@ -78,7 +78,7 @@ def test_experts_cached_by_an_earlier_run_are_reused(
     bench_place: Path, finished_bench: tuple[Grid, BenchTables, list[str]]
 ) -> None:
     grid, _, _ = finished_bench
-    for seed, expected in ((0, True), (1, False)):  # there was a run with seed 0 before
+    for seed, expected in ((0, True), (1, False)):  # an earlier run had seed 0
         run = grid.run(Place("main", seed, ""), None)
         reports = {name: read_json(run / "adapters" / name / "training.json") for name in TRAIN}
         assert {report["cached"] for report in reports.values()} == {expected}
@@ -92,7 +92,10 @@ def test_a_folder_with_another_split_of_batches_is_refused(bench_place: Path) ->
     grid_in(bench_place, "split")  # the same benchmark again
     kept = read_json(grid.folder / BENCHMARK)
     assert kept.pop("batches") == "equal"
-    for found in ({}, {"batches": "random"}):  # none is written where the remainder of an epoch waits
+    for found in (
+        {},
+        {"batches": "random"},
+    ):  # a folder of another split of batches lacks the entry or has another value
         write_json(grid.folder / BENCHMARK, {**kept, **found})
         with pytest.raises(ConfigError) as caught:
             grid_in(bench_place, "split")
@@ -143,7 +146,7 @@ def test_a_fold_drops_the_rank_of_the_domain_it_leaves_out(bench_place: Path) ->
     assert grid.training(Place("main", 0, "books"), None).domains.train == TRAIN
 
 
-def test_scores_equal_the_librarys_and_validation_selects(finished_bench: tuple[Grid, BenchTables, list[str]]) -> None:
+def test_scores_match_the_library_and_validation_selects(finished_bench: tuple[Grid, BenchTables, list[str]]) -> None:
     grid, tables, _ = finished_bench
     place = Place("main", 1, "")
     config = grid.experiment(place, "task-arithmetic")
@@ -162,7 +165,7 @@ def test_scores_equal_the_librarys_and_validation_selects(finished_bench: tuple[
         assert found == pytest.approx(expected.mean(chosen, "recall@10"), abs=1e-12)
 
 
-def test_a_left_out_domain_is_in_no_merge_and_selects_nothing(
+def test_a_left_out_domain_is_neither_merged_nor_used_for_selection(
     finished_bench: tuple[Grid, BenchTables, list[str]],
 ) -> None:
     grid, tables, _ = finished_bench
@@ -174,7 +177,7 @@ def test_a_left_out_domain_is_in_no_merge_and_selects_nothing(
             assert merged_domains(grid, place, strategy) == sorted({*TRAIN} - {place.left_out})
     rows = [row for row in tables.comparisons if row["left_out"] == EVERY_FOLD]
     assert {row["role"] for row in rows} == {"unseen"}
-    assert {row["domain"] for row in rows} == {*TRAIN, "camping", "mean"}  # camping is in no merge of any fold
+    assert {row["domain"] for row in rows} == {*TRAIN, "camping", "mean"}  # camping is never merged
     assert [row for row in tables.comparisons if row["role"] == "unseen" and row not in rows] == []
     page = bench_page(tables)
     assert "Unseen against seen domains" in page
@@ -185,7 +188,7 @@ def test_a_left_out_domain_is_in_no_merge_and_selects_nothing(
 def test_costs_curves_and_coefficients(finished_bench: tuple[Grid, BenchTables, list[str]]) -> None:
     _, tables, _ = finished_bench
     up = {row["strategy"]: row["bytes_up"] for row in tables.costs if (row["seed"], row["left_out"]) == (0, "")}
-    assert up["average"] == up["task-arithmetic"] < up["mergerec"]  # which needs the catalogs
+    assert up["average"] == up["task-arithmetic"] < up["mergerec"]  # mergerec needs the catalogs
     assert all(row["peak_bytes"] > 2**27 and row["server_seconds"] > 0 < row["client_seconds"] for row in tables.costs)
     assert {row["strategy"] for row in tables.coefficients} == {"mergerec"}
     assert {row["domain"] for row in tables.coefficients} == {*TRAIN}
@@ -219,7 +222,7 @@ def test_joint_training_is_a_reference_row_marked_as_pooled(
     assert costs["joint-balanced (pooled)"]["server_seconds"] > 0
     points = [row for row in tables.curves if row["strategy"] in rows and row["name"] == "ndcg@10"]
     assert [row["step"] for row in points if not row["left_out"]] == [0, 3, 6, 9, 12] * 2
-    assert [row["step"] for row in points if row["left_out"] == "books"] == [0, 2, 4, 6, 8] * 2  # two domains are left
+    assert [row["step"] for row in points if row["left_out"] == "books"] == [0, 2, 4, 6, 8] * 2  # two domains remain
 
     place_of_all = Place("main", 1, "")
     config = grid.experiment(place_of_all, None)

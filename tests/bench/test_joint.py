@@ -1,4 +1,4 @@
-"""Joint training: what is pooled, in which order, for how long, and that nobody else has the code."""
+"""Joint training: pooled batches, their order, budgets, and that only the benchmark imports the code."""
 
 import itertools
 import math
@@ -36,14 +36,14 @@ def domains(backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) -> dic
     return {name: open_domain(root / name, backbone, text) for name in USERS}
 
 
-def test_shuffled_every_user_counts_alike_and_balanced_every_domain(domains: dict[str, LocalDomain]) -> None:
+def test_shuffled_weights_users_equally_and_balanced_weights_domains_equally(domains: dict[str, LocalDomain]) -> None:
     drawn: dict[Drawing, list[str]] = {}
     orders: tuple[Drawing, ...] = ("shuffled", "balanced")
     for drawing in orders:
         batches = list(itertools.islice(joint_batches(domains, TRAIN, 0, drawing), 32))
         drawn[drawing] = [domain.manifest.name for domain, _, _ in batches]
         assert [epochs for _, _, epochs in batches] == [number / 16 for number in range(1, 33)]
-        for name, domain in domains.items():  # each domain's batches are those of its expert, in their order
+        for name, domain in domains.items():  # each domain's batches equal those of its expert, in the same order
             found = [batch for of, batch, _ in batches if of is domain]
             own = training_batches(domain.training_sequences, TRAIN, 0, name)
             for batch, (expected, _) in zip(found, own, strict=False):
@@ -57,7 +57,7 @@ def test_shuffled_every_user_counts_alike_and_balanced_every_domain(domains: dic
     assert len({tuple(drawn["balanced"][3 * number : 3 * number + 3]) for number in range(9)}) > 1
 
 
-def test_the_budgets_are_those_of_all_experts_together() -> None:
+def test_the_budget_is_the_sum_of_all_experts_budgets() -> None:
     settings = Train(max_steps=100, max_minutes=2.5, max_epochs=3, validate_every_steps=20, warmup_steps=7)
     pooled = pooled_settings(settings, 3)
     assert (pooled.max_steps, pooled.max_minutes, pooled.max_epochs) == (300, 7.5, 3)
@@ -66,7 +66,7 @@ def test_the_budgets_are_those_of_all_experts_together() -> None:
     assert (unlimited.max_steps, unlimited.max_minutes) == (None, None)
 
 
-def test_a_joint_training_that_was_ended_goes_on_to_the_same_result(
+def test_an_interrupted_joint_training_resumes_to_the_same_result(
     domains: dict[str, LocalDomain], tmp_path: Path
 ) -> None:
     class Killed(BaseException):
@@ -90,9 +90,9 @@ def test_a_joint_training_that_was_ended_goes_on_to_the_same_result(
     assert adapter_sha256(train_jointly(domains, LORA, TRAIN, 3, "balanced")[0]) != adapter_sha256(whole)
 
 
-def test_a_domain_that_cannot_train_and_a_loss_that_diverges_are_named(domains: dict[str, LocalDomain]) -> None:
+def test_a_domain_without_training_data_and_a_diverging_loss_are_errors(domains: dict[str, LocalDomain]) -> None:
     everywhere = LORA.model_copy(update={"target_modules": ("all-linear",)})
-    with pytest.raises(ClientError, match=r"domain (books|coffee|toys): the training loss is nan"):
+    with pytest.raises(ClientError, match=r"domain (books|coffee|toys): .*\bnan\b"):
         train_jointly(domains, everywhere, TRAIN.model_copy(update={"learning_rate": 1e30}), 0, "balanced")
     demo = generate_domain("toys", num_users=1, num_items=25)
     lonely = replace(domains["toys"], interactions=demo.interactions)

@@ -1,4 +1,4 @@
-"""The smoke benchmark killed for real, ten times at moments drawn at random, ends as one that nobody killed."""
+"""The smoke benchmark, killed ten times at random moments, gives the same results as one that was not killed."""
 
 import signal
 import subprocess
@@ -24,7 +24,7 @@ MEASURED = ("server_seconds", "client_seconds", "seconds", "peak_bytes")
 
 
 def bench(place: Path, folder: str, log: Path) -> "subprocess.Popen[str]":
-    """`fedmerge bench` on the smoke grid with a tiny backbone, as a process."""
+    """Start `fedmerge bench` on the smoke grid with a tiny backbone."""
     settings = [f"backbone.source={place / 'bert'}", "cache_dir=cache", "runtime.precision=float32"]
     command = [sys.executable, "-m", "fedmerge.cli", "bench", str(SMOKE), "--out", folder, "--set", *settings]
     with log.open("w") as output:
@@ -32,13 +32,13 @@ def bench(place: Path, folder: str, log: Path) -> "subprocess.Popen[str]":
 
 
 def finished(folder: Path) -> dict[Path, int]:
-    """What is never done again, with the time it was written: experts, merges, and ranks of users."""
+    """Return the finished files with their times of writing: experts, merges, and ranks of users."""
     patterns = ("training/*/adapters/*/training.json", "merges/**/merges.json", "clients/**/*.npz")
     return {file: file.stat().st_mtime_ns for pattern in patterns for file in folder.glob(pattern)}
 
 
 def comparable(tables: BenchTables) -> dict[str, list[dict[str, object]]]:
-    """The tables without what a clock or the memory said."""
+    """Return the tables without measured times and memory."""
     names = ("results", "comparisons", "curves", "coefficients", "ranks", "costs")
     return {
         name: [{**row, **dict.fromkeys({*row} & {*MEASURED}, 0)} for row in getattr(tables, name)] for name in names
@@ -47,14 +47,14 @@ def comparable(tables: BenchTables) -> dict[str, list[dict[str, object]]]:
 
 @pytest.fixture
 def nothing_left(tmp_path: Path) -> Iterator[None]:
-    """Ends what a test that fails leaves running."""
+    """End the processes that a failing test leaves running."""
     yield
     for folder in ("whole", "killed"):
         end_processes(mark_of(tmp_path / folder))
 
 
 @pytest.mark.usefixtures("nothing_left")
-def test_killed_ten_times_the_smoke_grid_ends_as_one_that_was_not(tmp_path: Path) -> None:
+def test_the_smoke_grid_killed_ten_times_gives_the_same_tables(tmp_path: Path) -> None:
     tiny_bert(tmp_path / "bert")
     log, started = tmp_path / "whole.log", time.time_ns()
     assert bench(tmp_path, "whole", log).wait(timeout=600) == 0, log.read_text()
@@ -62,7 +62,7 @@ def test_killed_ten_times_the_smoke_grid_ends_as_one_that_was_not(tmp_path: Path
 
     kept: dict[Path, int] = {}
     for kill, moment in enumerate(sorted(np.random.default_rng(0).uniform(0, moments[-1], NUM_KILLS))):
-        num_files = bisect(moments, moment) - 1  # so many were finished at this moment, the last one for so long
+        num_files = bisect(moments, moment) - 1  # number of files finished at this moment
         log, reached = tmp_path / f"{kill}.log", 0
         process, asked = bench(tmp_path, "killed", log), time.time_ns()
         while process.poll() is None and time.time_ns() - asked < 600e9:

@@ -1,4 +1,4 @@
-"""A benchmark that is killed, that fails in part, or that Ray runs."""
+"""Benchmarks that are killed, that fail in part, or that run on Ray."""
 
 import os
 import shutil
@@ -30,7 +30,9 @@ def test_a_grid_killed_ten_times_gives_the_same_tables(
 ) -> None:
     finished, expected, _ = finished_bench
     grid = grid_in(bench_place, "killed")
-    shutil.copytree(finished.folder / "training", grid.folder / "training")  # test_resume.py kills trainings
+    shutil.copytree(
+        finished.folder / "training", grid.folder / "training"
+    )  # killed trainings are tested in test_resume.py
     random = np.random.default_rng(0)
     did: list[Path] = []
 
@@ -87,7 +89,7 @@ def test_a_failed_cell_is_reported_and_the_others_run(
         "last-item",
         "expert",
     }
-    assert len(run_grid(grid, train, here, lambda line: None)) == 1  # tried again
+    assert len(run_grid(grid, train, here, lambda line: None)) == 1  # the failed cell is retried
 
 
 def test_a_domain_without_an_expert_ends_the_benchmark(
@@ -102,7 +104,7 @@ def test_a_domain_without_an_expert_ends_the_benchmark(
         run_grid(grid, train, here, lambda line: None)
 
 
-def test_ranks_of_too_few_users_do_not_leave_a_client(
+def test_ranks_of_too_few_users_never_leave_a_client(
     bench_place: Path, finished_bench: tuple[Grid, BenchTables, list[str]]
 ) -> None:
     file = next((finished_bench[0].folder / "clients").rglob("*.npz"))
@@ -134,7 +136,7 @@ def test_progress_on_ray_names_only_the_cells_that_run(
 
 
 @pytest.mark.e2e
-def test_flower_and_ray_when_killed_give_the_tables_of_one_process(
+def test_killed_flower_and_ray_give_the_tables_of_one_process(
     bench_place: Path, finished_bench: tuple[Grid, BenchTables, list[str]]
 ) -> None:
     text = FILE.replace("[0, 1]", "[1]").replace("leave_one_out = true", "")

@@ -1,4 +1,4 @@
-"""Strategies that differ in rounds, policy, audit and attack."""
+"""Strategies with different rounds, policies, audits and attacks."""
 
 import shutil
 from pathlib import Path
@@ -26,7 +26,7 @@ from fedmerge.runs.round_checkpoints import round_records
 pytestmark = pytest.mark.federation
 
 
-def test_federations_of_rounds_are_compared_like_other_strategies(
+def test_rounds_are_compared_like_other_strategies(
     bench_place: Path, finished_bench: tuple[Grid, BenchTables, list[str]]
 ) -> None:
     text = FILE.replace("[0, 1]", "[1]").replace("leave_one_out = true", "")
@@ -53,7 +53,7 @@ def test_federations_of_rounds_are_compared_like_other_strategies(
     assert [row["step"] for row in tables.curves if (row["strategy"], row["domain"]) == ("flora", "books")] == [1, 2]
 
 
-def test_a_federation_that_fails_or_loses_a_domain_is_reported_and_the_others_are_compared(
+def test_a_failed_or_incomplete_training_is_reported_and_the_others_are_compared(
     bench_place: Path, finished_bench: tuple[Grid, BenchTables, list[str]]
 ) -> None:
     text = FILE.replace("[0, 1]", "[1]").replace("leave_one_out = true", "")
@@ -68,11 +68,11 @@ def test_a_federation_that_fails_or_loses_a_domain_is_reported_and_the_others_ar
             raise ClientError("the experts could not be trained")
         train(config)
         (record,) = (grid.folder / "training" / str(config.run_id) / "rounds").glob("2.json")
-        told = read_json(record)
-        del told["aggregation"]["client_weights"]["books"]  # as of a client that diverged
-        write_json(record, told)
+        result = read_json(record)
+        del result["aggregation"]["client_weights"]["books"]  # as if the client had diverged
+        write_json(record, result)
 
-    for _ in range(2):  # and again when it is called again
+    for _ in range(2):  # a second call fails in the same way
         failed = run_grid(grid, unlucky, here, lambda line: None)
         assert [line.partition(": ")[0] for line in failed] == ["training", "training"]
         assert "the experts could not be trained" in failed[0]
@@ -83,7 +83,7 @@ def test_a_federation_that_fails_or_loses_a_domain_is_reported_and_the_others_ar
     assert status == {**dict.fromkeys(STRATEGIES, "done"), "fedit": "failed", "weighted-average": "failed"}
 
 
-def test_the_policy_changes_bytes_and_not_merges(bench_place: Path) -> None:
+def test_the_policy_changes_bytes_but_not_merges(bench_place: Path) -> None:
     (bench_place / "policies.toml").write_text(POLICIES)
     overrides = ["merge.methods=average", "mergerec.granularities=layer", "dp.accountant=rdp"]
     grid = grid_in(bench_place, "policies", "policies.toml", overrides)
@@ -118,14 +118,14 @@ def test_the_policy_changes_bytes_and_not_merges(bench_place: Path) -> None:
     }
 
 
-def test_audit_results_are_reported_beside_scores(bench_place: Path) -> None:
+def test_audit_results_are_reported_with_scores(bench_place: Path) -> None:
     audited = '"simulation.held_out_users" = 0.5, "simulation.canaries" = 4'
     text = POLICIES.replace('"dp.mode" = "user", "dp.delta" = 1e-3, "dp.noise_multiplier" = 0.0', audited)
     (bench_place / "audited.toml").write_text(text.partition('[[strategy]]\nname = "noised"')[0])
     grid = grid_in(bench_place, "audited", "audited.toml", ["merge.methods=average"])
     lines = finish(grid)
     audits = [line for line in lines if line.startswith("audit ")]
-    assert len(audits) == len(TRAIN)  # one for both policies, whose merge is the same
+    assert len(audits) == len(TRAIN)  # one for both policies, whose merges are equal
     tables = tables_of(grid)
     at = Place("dp", 0, "")
     config, run = grid.experiment(at, "adapter"), grid.run(at, "adapter")
@@ -141,16 +141,16 @@ def test_audit_results_are_reported_beside_scores(bench_place: Path) -> None:
         rows = [row for row in tables.leaks if all(row[key] == value for key, value in wanted.items())]
         return {(row["model"], row["attack"], row["metric"]): row["value"] for row in rows}
 
-    told = leaks(domain="books", strategy="adapter")
+    reported = leaks(domain="books", strategy="adapter")
     for row in found["membership"]:
-        assert told[row["model"], row["attack"], "auc"] == row["auc"]
+        assert reported[row["model"], row["attack"], "auc"] == row["auc"]
     for row in found["canaries"]:
-        assert told[row["model"], "canaries", "mean_exposure"] == row["mean_exposure"]
+        assert reported[row["model"], "canaries", "mean_exposure"] == row["mean_exposure"]
     for row in found["recovery"]["rows"]:
-        assert told[row["from"], "pairs", "precision@50"] == row["precision_at"]["50"]
-    assert told["expert", "loss", "tpr_at_fpr_0.001"] is None  # too few users to see it
+        assert reported[row["from"], "pairs", "precision@50"] == row["precision_at"]["50"]
+    assert reported["expert", "loss", "tpr_at_fpr_0.001"] is None  # needs more users
     hidden = leaks(domain="books", strategy="aggregate-only")
-    assert hidden == {key: value for key, value in told.items() if not key[0].startswith("expert")}
+    assert hidden == {key: value for key, value in reported.items() if not key[0].startswith("expert")}
     assert "Membership AUC, merge" in bench_page(tables)
     assert f"audit: {len(TRAIN)} of {len(TRAIN)} cells are done" in finish(grid)
 
@@ -180,7 +180,7 @@ def test_audits_and_an_attack_with_folds_and_rounds(bench_place: Path) -> None:
     finish(grid)
     tables = tables_of(grid)
     assert {row["left_out"] for row in tables.results} == {"", *TRAIN}
-    assert {row["left_out"] for row in tables.leaks} == {""}  # a fold's experts are those that are audited already
+    assert {row["left_out"] for row in tables.leaks} == {""}  # the experts of a fold are already audited
     of_average, of_rounds = (
         {(row["domain"], row["model"]) for row in tables.leaks if row["strategy"] == name and row["metric"] == "auc"}
         for name in ("average", "rounds")
@@ -192,7 +192,7 @@ def test_audits_and_an_attack_with_folds_and_rounds(bench_place: Path) -> None:
     assert [config.simulation.attacker for config in trained if "coffee" not in config.domains.train] == [None]
 
 
-def test_a_private_catalog_is_used_in_its_clients_place_only(bench_place: Path) -> None:
+def test_a_private_catalog_is_only_used_at_its_client(bench_place: Path) -> None:
     text = FILE[: FILE.index("[[strategy]]")].replace("[0, 1]", "[0]").replace("leave_one_out = true", "")
     for policy in ("adapter+catalog", "catalog-private"):
         text += f'[[strategy]]\nname = "{policy}"\nset = {{ "privacy.policy" = "{policy}" }}\n'

@@ -1,4 +1,4 @@
-"""The experiment file: both forms, every problem at once, and equality with what pyproject.toml declares to Flower."""
+"""The experiment file: both forms, all problems at once, and equality with the declarations of pyproject.toml."""
 
 import json
 import re
@@ -28,7 +28,7 @@ from fedmerge.errors import ConfigError
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIG_FILES = sorted([*(REPOSITORY / "configs").glob("*.toml"), *(REPOSITORY / "configs" / "privacy").glob("*.toml")])
 
-# Far from every default; tuples of one, several and no value, None in both directions.
+# Different from every default: tuples of one, several and no values, None in both directions.
 CHANGED = {
     "name": "far-away_1.0",
     "seed": 2**31 - 1,
@@ -71,11 +71,11 @@ BY_USER_ON_OWN_USERS = {
 
 
 def problems_of(flat: dict[str, Any]) -> list[str]:
-    """The lines below the heading, one a problem."""
+    """Return the lines below the heading, one per problem."""
     with pytest.raises(ConfigError) as caught:
         from_flat(flat)
     heading, *problems = str(caught.value).splitlines()
-    assert heading == f"run config: {len(problems)} problem{'s' * (len(problems) > 1)}"
+    assert heading.startswith(f"run config: {len(problems)} problem")
     return [problem.strip() for problem in problems]
 
 
@@ -103,7 +103,7 @@ def test_toml_holds_any_printable_folder_and_any_float(folder: str, rate: float)
     assert from_flat(flatten(tomllib.loads(to_toml(config)))) == config
 
 
-def test_files_speak_of_tuples_and_none() -> None:
+def test_files_can_express_tuples_and_none() -> None:
     config = from_flat({"domains.train": " a, b ,,c ", "domains.unseen": "", "train.max_minutes": "none"})
     assert config.domains.train == ("a", "b", "c")
     assert config.domains.unseen == ()
@@ -111,12 +111,12 @@ def test_files_speak_of_tuples_and_none() -> None:
     assert from_flat({"merge.task_arithmetic_coefficients": "0.5, 1"}).merge.task_arithmetic_coefficients == (0.5, 1.0)
     one = load_config(None, ["merge.task_arithmetic_coefficients=0.5", "domains.train=a,b"])
     assert one.merge.task_arithmetic_coefficients == (0.5,)
-    assert from_flat({"output_dir": "none"}).output_dir == "none"  # not a setting that can be absent
+    assert from_flat({"output_dir": "none"}).output_dir == "none"  # this setting cannot be absent
     flat = to_flat(config)
     assert (flat["domains.train"], flat["domains.unseen"], flat["train.max_minutes"]) == ("a,b,c", "", "none")
 
 
-def test_none_where_a_value_is_needed_is_refused() -> None:
+def test_none_for_a_required_value_is_refused() -> None:
     (problem,) = problems_of({"train.batch_size": "none"})
     assert problem.startswith("train.batch_size: ")
     assert "'none'" in problem
@@ -126,17 +126,19 @@ def test_none_where_a_value_is_needed_is_refused() -> None:
     ("key", "suggestion"),
     [("train.learning_rat", "train.learning_rate"), ("trian.max_steps", "train.max_steps"), ("sede", "seed")],
 )
-def test_an_unknown_key_is_named_with_the_nearest(key: str, suggestion: str) -> None:
-    assert problems_of({key: 1}) == [f"{key}: unknown key; did you mean {suggestion}?"]
+def test_an_unknown_key_gets_the_nearest_one_as_suggestion(key: str, suggestion: str) -> None:
+    (problem,) = problems_of({key: 1})
+    assert problem.startswith(f"{key}: ")
+    assert f" {suggestion}?" in problem
 
 
-def test_an_unknown_key_like_no_other_points_to_the_list_of_keys() -> None:
+def test_an_unknown_key_without_a_near_one_refers_to_the_list_of_keys() -> None:
     (problem,) = problems_of({"zzz.qqq": 1})
-    assert problem.startswith("zzz.qqq: unknown key; ")
-    assert "docs/config.md lists all keys" in problem
+    assert problem.startswith("zzz.qqq: ")
+    assert "docs/config.md" in problem
 
 
-def test_all_problems_are_said_at_once_with_their_dotted_names() -> None:
+def test_all_problems_are_reported_at_once_with_dotted_names() -> None:
     problems = problems_of(
         {
             "seed": -1,
@@ -157,22 +159,25 @@ def test_all_problems_are_said_at_once_with_their_dotted_names() -> None:
 @pytest.mark.parametrize(
     ("flat", "expected"),
     [
-        ({"domains.train": "a,b", "domains.unseen": "b"}, "domains: train and unseen name b "),
-        ({"runtime.gpus_per_client": 1.5}, "runtime: gpus_per_client = 1.5: clients share one GPU or get whole ones"),
-        ({"domains.train": "a,a"}, "domains: train and unseen name a "),
-        ({"domains.train": ""}, "domains: train names no domain"),
-        ({"train.max_steps": "none"}, "train: max_epochs, max_steps and max_minutes are all 'none'"),
-        ({"domains.train": "a,b", "server.min_train_clients": 3}, "server.min_train_clients = 3, but domains.train"),
-        ({"privacy.policy": "adapter"}, "merge.methods holds mergerec, which needs the catalogs"),
+        ({"domains.train": "a,b", "domains.unseen": "b"}, ["domains: ", "train", "unseen", " b "]),
+        ({"runtime.gpus_per_client": 1.5}, ["runtime: ", "gpus_per_client = 1.5"]),
+        ({"domains.train": "a,a"}, ["domains: ", "train", " a "]),
+        ({"domains.train": ""}, ["domains: ", "train"]),
+        ({"train.max_steps": "none"}, ["train: ", "max_epochs, max_steps", "max_minutes", "'none'"]),
+        (
+            {"domains.train": "a,b", "server.min_train_clients": 3},
+            ["server.min_train_clients = 3", "domains.train", " 2"],
+        ),
+        ({"privacy.policy": "adapter"}, ["merge.methods", "mergerec", "privacy.policy"]),
         (
             {"privacy.policy": "aggregate-only"},
-            "merge.methods holds mergerec, which needs every single adapter, but privacy.policy = 'aggregate-only'",
+            ["merge.methods", "mergerec", "privacy.policy = 'aggregate-only'"],
         ),
         (
             {"privacy.transport": "int8", "rounds.rule": "fedit"},
-            "privacy.transport = 'int8' is for experts that are trained once and merged; set it to 'float32'",
+            ["privacy.transport = 'int8'", "'float32'"],
         ),
-        ({"through_clients.users": "own-users"}, "through_clients.users = 'own-users', but nothing is learned through"),
+        ({"through_clients.users": "own-users"}, ["through_clients.users = 'own-users'"]),
         (
             {
                 "dp.mode": "domain-central",
@@ -181,7 +186,7 @@ def test_all_problems_are_said_at_once_with_their_dotted_names() -> None:
                 "merge.methods": "average",
                 "admission.leave_one_out": "true",
             },
-            "dp.mode = 'domain-central' with admission.leave_one_out: merges without noise would go to the clients",
+            ["dp.mode = 'domain-central'", "admission.leave_one_out"],
         ),
         (
             {
@@ -191,15 +196,15 @@ def test_all_problems_are_said_at_once_with_their_dotted_names() -> None:
                 "merge.methods": "average",
                 "admission.action": "exclude",
             },
-            "dp.mode = 'domain-central' with admission.action = 'exclude'",
+            ["dp.mode = 'domain-central'", "admission.action = 'exclude'"],
         ),
         (
             {**BY_USER_ON_OWN_USERS, "through_clients.mode": "local-steps"},
-            "dp.mode = 'user' with through_clients.users = 'own-users' and mode = 'local-steps'",
+            ["dp.mode = 'user'", "through_clients.users = 'own-users'", "mode = 'local-steps'"],
         ),
         (
             {**BY_USER_ON_OWN_USERS, "admission.rollback": "true", "admission.leave_one_out": "true"},
-            "dp.mode = 'user' with admission.rollback: a second merge would be learned through the clients",
+            ["dp.mode = 'user'", "admission.rollback"],
         ),
         (
             {
@@ -210,7 +215,7 @@ def test_all_problems_are_said_at_once_with_their_dotted_names() -> None:
                 "admission.rollback": "true",
                 "admission.leave_one_out": "true",
             },
-            "dp.mode = 'domain-local' with admission.rollback: a second merge would be learned through the clients",
+            ["dp.mode = 'domain-local'", "admission.rollback"],
         ),
         (
             {
@@ -220,20 +225,19 @@ def test_all_problems_are_said_at_once_with_their_dotted_names() -> None:
                 "privacy.policy": "catalog-private",
                 "mergerec.pseudo_users": "centroid",
             },
-            "dp.mode = 'domain-local' with mergerec.pseudo_users = 'centroid'",
+            ["dp.mode = 'domain-local'", "mergerec.pseudo_users = 'centroid'"],
         ),
         (
             {"privacy.policy": "catalog-private", "server.catalogs": "x"},
-            "privacy.policy = 'catalog-private': server.catalogs gives the server what the policy keeps at the "
-            "clients; set server.catalogs = 'none', or privacy.policy = 'adapter'",
+            ["privacy.policy = 'catalog-private'", "server.catalogs = 'none'", "privacy.policy = 'adapter'"],
         ),
         (
             {"privacy.policy": "catalog-private", "rounds.rule": "mergerec"},
-            "privacy.policy = 'catalog-private': rounds.rule = 'mergerec' learns from catalogs at the server; set",
+            ["privacy.policy = 'catalog-private'", "rounds.rule = 'mergerec'"],
         ),
         (
             {"privacy.policy": "catalog-private", "through_clients.users": "own-users", "merge.methods": "adamerging"},
-            "privacy.policy = 'catalog-private': adamerging has no loss on own users",
+            ["privacy.policy = 'catalog-private'", "adamerging"],
         ),
         (
             {
@@ -241,17 +245,18 @@ def test_all_problems_are_said_at_once_with_their_dotted_names() -> None:
                 "through_clients.users": "own-users",
                 "through_clients.batch_size": 5,
             },
-            "privacy.policy = 'catalog-private': through_clients.batch_size = 5 own users are fewer than",
+            ["privacy.policy = 'catalog-private'", "through_clients.batch_size = 5"],
         ),
-        ({"adamerging.granularities": "layer,layer"}, "adamerging: granularities names layer "),
+        ({"adamerging.granularities": "layer,layer"}, ["adamerging: ", "granularities", "layer"]),
     ],
 )
-def test_rules_across_fields(flat: dict[str, Any], expected: str) -> None:
+def test_rules_across_fields(flat: dict[str, Any], expected: list[str]) -> None:
     (problem,) = problems_of(flat)
-    assert problem.startswith(expected)
+    assert problem.startswith(expected[0])
+    assert all(part in problem for part in expected), problem
 
 
-def test_every_contradiction_is_a_line_of_its_own() -> None:
+def test_every_contradiction_is_a_separate_line() -> None:
     flat = {
         "privacy.policy": "catalog-private",
         "through_clients.users": "own-users",
@@ -261,13 +266,13 @@ def test_every_contradiction_is_a_line_of_its_own() -> None:
         "resume": True,
     }
     problems = problems_of(flat)
-    for part in ("run_id", "min_train_clients = 9", "adamerging", "batch_size = 5 own users are fewer than"):
+    for part in ("run_id", "min_train_clients = 9", "adamerging", "batch_size = 5"):
         assert sum(part in problem for problem in problems) == 1
     assert len(problems) == 4
 
 
 @pytest.mark.parametrize("key", REMOVED)
-def test_a_removed_key_is_refused_with_what_to_do(key: str, tmp_path: Path) -> None:
+def test_a_removed_key_is_refused_with_its_remedy(key: str, tmp_path: Path) -> None:
     assert problems_of({key: 1}) == [f"{key}: removed; {REMOVED[key]}"]
     with pytest.raises(ConfigError) as caught:
         load_config(None, [f"{key}=1"])
@@ -282,7 +287,7 @@ PAPER = {"loss": "rec+kd", "kd_top_k": "none", "learning_rate": 0.001, "steps": 
 
 
 @pytest.mark.parametrize("key", GIVEN)
-def test_a_given_value_stays_under_the_preset_also_where_it_is_the_default(key: str, tmp_path: Path) -> None:
+def test_a_given_value_overrides_the_preset_even_if_it_is_the_default(key: str, tmp_path: Path) -> None:
     given = {"mergerec.preset": "paper", f"mergerec.{key}": GIVEN[key]}
     wanted = {**PAPER, key: GIVEN[key]}
     path = tmp_path / "experiment.toml"
@@ -299,7 +304,7 @@ def test_a_given_value_stays_under_the_preset_also_where_it_is_the_default(key: 
         assert {name: flat[f"mergerec.{name}"] for name in PAPER} == wanted
 
 
-def test_the_preset_gives_what_is_not_given() -> None:
+def test_the_preset_sets_the_other_values() -> None:
     for flat in ({}, declared()):
         config = to_flat(from_flat({**flat, "mergerec.preset": "paper"}))
         assert {name: config[f"mergerec.{name}"] for name in PAPER} == PAPER
@@ -307,7 +312,7 @@ def test_the_preset_gives_what_is_not_given() -> None:
         assert {name: plain[f"mergerec.{name}"] for name in GIVEN} == GIVEN
 
 
-def test_the_remedies_that_cross_field_rules_name_do_work() -> None:
+def test_the_remedies_of_cross_field_rules_work() -> None:
     assert from_flat({"privacy.policy": "adapter", "server.catalogs": "folder"}).server.catalogs == "folder"
     assert from_flat({"privacy.policy": "adapter", "merge.methods": "average"}).privacy.policy == "adapter"
     assert from_flat({"privacy.policy": "catalog-private"}).merge.methods[-1] == "mergerec"
@@ -342,8 +347,8 @@ def test_overrides_are_toml_values_with_or_without_quotes(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("train.max_steps", "--set 'train.max_steps': expected key=value"),
-        ("train.max_step=3", "did you mean train.max_steps"),
+        ("train.max_steps", "'train.max_steps': .*key=value"),
+        ("train.max_step=3", "train.max_steps"),
         ("train.max_steps=many", "train.max_steps: .*'many'"),
     ],
 )
@@ -355,13 +360,13 @@ def test_bad_overrides_are_refused(override: str, expected: str) -> None:
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (None, "cannot be read"),
-        (b"seed = ", "not valid TOML"),
-        (b"\xff\xfe", "not valid TOML"),
+        (None, "x.toml: "),
+        (b"seed = ", "TOML"),
+        (b"\xff\xfe", "TOML"),
         (b"seed = 1.5", "seed: "),
     ],
 )
-def test_unreadable_files_are_named(tmp_path: Path, content: bytes | None, expected: str) -> None:
+def test_unreadable_files_are_errors_with_their_path(tmp_path: Path, content: bytes | None, expected: str) -> None:
     path = tmp_path / "x.toml"
     if content is not None:
         path.write_bytes(content)
@@ -373,7 +378,7 @@ def test_unreadable_files_are_named(tmp_path: Path, content: bytes | None, expec
 def test_a_config_cannot_be_changed() -> None:
     config = ExperimentConfig()
     with pytest.raises(ValueError, match="frozen"):
-        config.seed = 3  # type: ignore[misc]  # mypy sees it too
+        config.seed = 3  # type: ignore[misc]  # mypy reports it, too
 
 
 def test_there_are_experiment_files() -> None:
@@ -396,7 +401,7 @@ def test_pyproject_declares_every_key_with_its_default() -> None:
     assert from_flat(found) == ExperimentConfig()
 
 
-# Prints what a statement leaves imported of the heavy and the forbidden.
+# Prints the heavy and forbidden packages that a statement imports.
 IMPORTS = """
 import sys
 {statement}
@@ -423,7 +428,7 @@ def test_a_config_is_validated_before_anything_heavy_is_imported(statement: str)
     assert ("seed: " in done.stderr) == ("seed=x" in statement)
 
 
-def test_paths_are_made_absolute_and_names_are_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_are_made_absolute_and_names_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/somebody")
     (tmp_path / "here" / "model").mkdir(parents=True)
     start = tmp_path / "here"

@@ -1,4 +1,4 @@
-"""The reference of the settings says something about every key."""
+"""The reference of the settings documents every key."""
 
 from fedmerge.config import ExperimentConfig, to_flat
 from fedmerge.report.config_reference import config_reference
@@ -11,7 +11,7 @@ def test_every_key_has_a_row_with_its_values_default_and_meaning() -> None:
     assert all(len(row) == 4 and all(cell.strip(" |`") for cell in row) for row in rows)
 
 
-def test_a_row_says_bounds_alternatives_and_none() -> None:
+def test_a_row_has_bounds_alternatives_and_none() -> None:
     text = config_reference()
     for row in (
         "| `train.learning_rate` | number, > 0, ≤ 1 | `0.001` | ",

@@ -419,7 +419,7 @@ def test_one_round_from_a_fresh_adapter_trains_what_an_expert_trains_apart_from_
     [
         ({"rounds__parameters": "num_malicious=1"}, r"'fedit'.*num_malicious"),
         ({"rounds__rule": "krum", "rounds__parameters": "num_malicious=-1"}, r"'krum': num_malicious"),
-        ({"rounds__rule": "trimmed-mean"}, r"trim = 0.2 and 3 clients in a round cuts off nobody; raise trim"),
+        ({"rounds__rule": "trimmed-mean"}, r"trim = 0\.2.* 3 clients"),
     ],
 )
 def test_wrong_parameters_are_refused_before_anything_starts(
@@ -437,14 +437,11 @@ def test_wrong_parameters_are_refused_before_anything_starts(
     ("flat", "message"),
     [
         ({"rounds.rule": "fedavg"}, r"rounds.rule"),
-        ({"rounds.parameters": "trim=0.1,trim=0.2"}, r"parameters has trim"),
+        ({"rounds.parameters": "trim=0.1,trim=0.2"}, r"rounds\b.*parameters.*trim"),
         ({"rounds.parameters": "trim"}, r"rounds.parameters"),
-        ({"lora.ranks": "books=4,books=5"}, r"ranks names books"),
-        ({"lora.ranks": "bokks=4"}, r"lora.ranks names bokks, not among domains.train"),
-        (
-            {"rounds.rule": "mergerec", "privacy.policy": "adapter"},
-            r"rounds.rule is mergerec, which needs the catalogs",
-        ),
+        ({"lora.ranks": "books=4,books=5"}, r"ranks.*books"),
+        ({"lora.ranks": "bokks=4"}, r"lora\.ranks.*bokks.*domains\.train"),
+        ({"rounds.rule": "mergerec", "privacy.policy": "adapter"}, r"rounds\.rule.*mergerec"),
     ],
 )
 def test_wrong_settings_are_refused(place: Path, flat: dict[str, str], message: str) -> None:

@@ -388,7 +388,7 @@ def test_inputs_that_do_not_belong_together_are_refused(bert: Backbone) -> None:
         replace(domains["toys"], items=domains["toys"].items[:11])
     vectors = domains["toys"].teacher_items.clone()
     vectors[4] = torch.nan
-    with pytest.raises(DomainError, match="item 4 has norm nan"):
+    with pytest.raises(DomainError, match=r"item 4 .*nan"):
         replace(domains["toys"], teacher_items=vectors)
 
 

@@ -100,9 +100,7 @@ def test_a_request_of_a_round_comes_back() -> None:
     content = records.round_request_record(b_alone, start, None)
     assert {*content.array_records["adapterstart"]} == {f"{name}.lora_B" for name in LAYOUT}
     nothing = records.round_request_record(whole, None, None)
-    refused(
-        lambda content: records.read_round_request(content, made.__getitem__), nothing, "neither an adapter to start"
-    )
+    refused(lambda content: records.read_round_request(content, made.__getitem__), nothing, "adapter")
 
 
 @pytest.mark.parametrize("number", [0, 1, 12])
@@ -152,7 +150,7 @@ READERS = [
 
 @pytest.mark.parametrize("read", READERS)
 def test_an_empty_message_is_refused(read: Any) -> None:
-    refused(read, RecordDict(), r"no record 'facts' \(records: \[\]\)")
+    refused(read, RecordDict(), r"'facts'.*\[\]")
 
 
 @pytest.mark.parametrize("read", READERS)
@@ -167,7 +165,7 @@ def test_a_message_of_another_kind_is_refused(read: Any) -> None:
 
 def test_descriptions_of_another_version_are_refused() -> None:
     facts = RecordDict({"facts": ConfigRecord({"domain": "x", "role": "train", "colour": "red"})})
-    refused(records.read_description, facts, "Description has another form .*colour.* use one fedmerge version")
+    refused(records.read_description, facts, "colour")
     refused(records.read_description, RecordDict({"facts": ConfigRecord({"domain": "x"})}), "role")
 
 
@@ -202,13 +200,13 @@ def test_names_in_the_ledger_are_printable() -> None:
 
 def test_a_catalog_that_is_not_bytes_is_refused() -> None:
     facts = RecordDict({"facts": ConfigRecord({"catalog": "text"})})
-    assert type(refused(records.read_catalog, facts, "came as str, expected bytes")) is ClientError
+    assert type(refused(records.read_catalog, facts, "str.*bytes")) is ClientError
 
 
 def expert_with(
     arrays: dict[str, Array | None], scalings: dict[str, Any] | None = None, only_B: bool = False
 ) -> RecordDict:
-    """A good message but for these tensors and scalings (None: left out)."""
+    """Return a good message with changed tensors and scalings (None removes one)."""
     content = records.expert_record(adapter(), {}, only_B=only_B)
     for key, kind, changes in (("adapter", ArrayRecord, arrays), ("scalings", ConfigRecord, scalings or {})):
         kept = {**content[key], **changes}
@@ -239,7 +237,7 @@ def header_of(shape: tuple[int, ...]) -> bytes:
 
 
 class Trap:
-    """Unpickled, it would be noticed."""
+    """An object whose unpickling fails the test."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return pytest.fail, ("a pickle was opened",)
@@ -247,22 +245,22 @@ class Trap:
 
 GOOD = np.zeros((2, 32), np.float32)
 BAD_ARRAYS: dict[str, tuple[Array | None, str]] = {
-    "missing": (None, f"do not match its modules: .*{QUERY_A}"),
-    "float64": (Array(GOOD.astype(np.float64)), "is float64 of shape"),
-    "float64 announced as float32": (array(npy(GOOD.astype(np.float64))), "announces float32 .* but holds float64"),
-    "one axis": (Array(np.zeros(64, np.float32)), "expected a float32 matrix"),
-    "three axes": (Array(np.zeros((2, 4, 8), np.float32)), "expected a float32 matrix"),
-    "another shape than announced": (array(npy(GOOD.T)), r"announces float32 \(2, 32\) but holds float32 \(32, 2\)"),
-    "cut": (array(npy(GOOD)[:-1]), "cannot be read|holds"),
-    "nothing": (array(b""), "cannot be read"),
-    "a version that does not exist": (array(b"\x93NUMPY\x01\x07" + npy(GOOD)[8:]), r"cannot be read \(\(1, 7\)\)"),
-    "not an array": (array(b"garbage"), "cannot be read"),
-    "objects": (array(npy(np.array([[Trap()]], dtype=object), allow_pickle=True)), "cannot be read|holds"),
-    "a pickle": (array(b"\x80\x04\x95garbage."), "cannot be read"),
-    "another serialisation": (array(npy(GOOD), stype="torch"), "cannot be read"),
-    "several arrays": (array(npz()), "cannot be read|holds"),
-    "more than memory": (array(header_of((2**55, 2))), "cannot be read|holds"),
-    "more than can be": (array(header_of((2**60, 2**10))), "cannot be read|holds"),
+    "missing": (None, QUERY_A),
+    "float64": (Array(GOOD.astype(np.float64)), "float64"),
+    "float64 announced as float32": (array(npy(GOOD.astype(np.float64))), "float32 .*float64"),
+    "one axis": (Array(np.zeros(64, np.float32)), r"\(64,\)"),
+    "three axes": (Array(np.zeros((2, 4, 8), np.float32)), r"\(2, 4, 8\)"),
+    "another shape than announced": (array(npy(GOOD.T)), r"float32 \(2, 32\) .*float32 \(32, 2\)"),
+    "truncated": (array(npy(GOOD)[:-1]), QUERY_A),
+    "empty": (array(b""), QUERY_A),
+    "an unknown version": (array(b"\x93NUMPY\x01\x07" + npy(GOOD)[8:]), r"\(1, 7\)"),
+    "not an array": (array(b"garbage"), QUERY_A),
+    "objects": (array(npy(np.array([[Trap()]], dtype=object), allow_pickle=True)), QUERY_A),
+    "a pickle": (array(b"\x80\x04\x95garbage."), QUERY_A),
+    "another serialisation": (array(npy(GOOD), stype="torch"), QUERY_A),
+    "several arrays": (array(npz()), QUERY_A),
+    "more than memory": (array(header_of((2**55, 2))), QUERY_A),
+    "more than addressable": (array(header_of((2**60, 2**10))), QUERY_A),
 }
 
 
@@ -292,17 +290,17 @@ NOT_ALONE: dict[str, tuple[dict[str, Array | None], dict[str, Any], str]] = {
     "lora_A, too": (
         {QUERY_A: array(npy(GOOD))},
         {},
-        rf"lacks \[\] and has unexpected \['{QUERY_A}'\]; use one fedmerge",
+        rf"\[\].*\['{QUERY_A}'\]",
     ),
-    "no tensor": ({f"{DENSE}.lora_B": None}, {}, rf"lacks \['{DENSE}\.lora_B'\] and has unexpected \[\]"),
-    "no scaling": ({}, {DENSE: None}, rf"lacks \['{DENSE}\.scaling'\]"),
-    "no module": ({f"{DENSE}.lora_B": None}, {DENSE: None}, rf"lacks \['{DENSE}\.lora_B', '{DENSE}\.scaling'\]"),
+    "no tensor": ({f"{DENSE}.lora_B": None}, {}, rf"\['{DENSE}\.lora_B'\].*\[\]"),
+    "no scaling": ({}, {DENSE: None}, rf"\['{DENSE}\.scaling'\]"),
+    "no module": ({f"{DENSE}.lora_B": None}, {DENSE: None}, rf"\['{DENSE}\.lora_B', '{DENSE}\.scaling'\]"),
     "another module": (
         {"pooler.lora_B": array(npy(GOOD))},
         {"pooler": 1.0},
         r"\['pooler\.lora_B', 'pooler\.scaling'\]",
     ),
-    "a bad tensor": ({f"{QUERY}.lora_B": array(npz())}, {}, rf"{QUERY}\.lora_B (cannot be read|announces)"),
+    "a bad tensor": ({f"{QUERY}.lora_B": array(npz())}, {}, rf"{QUERY}\.lora_B "),
 }
 
 
@@ -324,14 +322,14 @@ def test_a_scaling_that_is_no_number_is_refused(scaling: Any) -> None:
 def test_an_expert_without_its_records_is_refused(key: str) -> None:
     content = records.expert_record(adapter(), {})
     del content[key]
-    refused(records.read_expert, content, "the message holds no adapter")
+    refused(records.read_expert, content, "adapter")
 
 
 @pytest.mark.parametrize("report", ["{", "", "nonsense"])
 def test_a_report_that_is_not_json_is_refused(report: str) -> None:
     content = records.expert_record(adapter(), {})
     content["facts"] = ConfigRecord({"report": report})
-    refused(records.read_expert, content, "report is not JSON")
+    refused(records.read_expert, content, "report.*JSON")
 
 
 @pytest.mark.parametrize("report", ["null", "[]", "5"])
@@ -345,9 +343,9 @@ def test_a_request_that_names_more_models_than_it_holds_is_refused() -> None:
     models = records.model_records({"a": adapter()})
     content = records.evaluation_request_record(records.EvaluationRequest("valid", False, "", False), models)
     content["models"] = ConfigRecord({"labels": ["a", "b"]})
-    refused(records.read_evaluation_request, content, "holds no adapter1")
+    refused(records.read_evaluation_request, content, "adapter1")
     content["models"] = ConfigRecord({"labels": "a"})
-    refused(records.read_evaluation_request, content, "names no models")
+    refused(records.read_evaluation_request, content, "models")
 
 
 def changed_sums(**changes: Any) -> str:
@@ -425,22 +423,22 @@ def test_the_ledger_takes_everything_that_a_client_can_send() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"validations": [1]}, r"validations = \[1\], expected a list of objects with step, loss and ndcg"),
-        ({"validations": 1}, "validations = 1, expected a list"),
-        ({"validations": [{"step": "x"}]}, "expected a list of objects with step"),
-        ({"validations": [{"step": 1, "ndcg": [1]}]}, "expected a list of objects with step"),
-        ({"loss": "x"}, 'loss = "x", expected a number, or null; use one fedmerge version'),
-        ({"loss": float("nan")}, "loss = NaN, expected a number"),
-        ({"steps": 1.5}, "steps = 1.5, expected a count"),
-        ({"steps": 10**100}, "expected a count"),
-        ({"best_step": True}, "best_step = true, expected a count"),
-        ({"seconds": None}, "seconds = null, expected a number"),
-        ({"stopped_by": []}, "expected a text"),
-        ({"privacy": 1}, "expected an object, or null"),
-        ({"transport": "x"}, "expected an object"),
+        ({"validations": [1]}, r"validations = \[1\].*step, loss and ndcg"),
+        ({"validations": 1}, "validations = 1"),
+        ({"validations": [{"step": "x"}]}, 'validations = .*"step": "x"'),
+        ({"validations": [{"step": 1, "ndcg": [1]}]}, r'validations = .*"ndcg": \[1\]'),
+        ({"loss": "x"}, 'loss = "x".* number'),
+        ({"loss": float("nan")}, "loss = NaN.* number"),
+        ({"steps": 1.5}, r"steps = 1\.5"),
+        ({"steps": 10**100}, "steps = 1000"),
+        ({"best_step": True}, "best_step = true"),
+        ({"seconds": None}, "seconds = null"),
+        ({"stopped_by": []}, r"stopped_by = \[\]"),
+        ({"privacy": 1}, "privacy = 1"),
+        ({"transport": "x"}, 'transport = "x"'),
     ],
 )
 def test_a_report_of_another_form_is_refused(changes: dict[str, Any], message: str) -> None:
     for content in (records.expert_record(adapter(), changes), records.report_record(changes)):
-        with pytest.raises(ClientError, match=f"its training report has .*{message}"):
+        with pytest.raises(ClientError, match=message):
             records.read_report(travelled(content))

@@ -30,7 +30,7 @@ def test_messages_of_another_form_are_refused() -> None:
             secure_records.read_boxes(spoiled)
     assert json.dumps(list(facts)) == '["clients", "boxes"]'
     for read in (secure_records.read_session, secure_records.read_advertisement, secure_records.read_revealed):
-        with pytest.raises(ClientError, match="use one fedmerge version everywhere"):
+        with pytest.raises(ClientError):
             read(told)
     with pytest.raises(ClientError, match=r"\['facts'\]"):
         secure_records.read_masked(told)
@@ -58,11 +58,11 @@ def test_nodes_with_registered_keys_refuse_keys_that_are_not_signed(tmp_path: Pa
     told = secure_records.advertisements_record(keys)
     boxes = secure_records.read_boxes(answer_share(told, contexts["beauty"]))
     assert sorted(boxes) == ["books", "camping", "coffee"]
-    forged = advertise(session, "coffee")[1]  # by whoever relays
+    forged = advertise(session, "coffee")[1]  # forged by a relaying server
     with pytest.raises(AggregationError, match="coffee"):
         answer_share(secure_records.advertisements_record({**keys, "coffee": forged}), contexts["books"])
 
-    with pytest.raises(ClientError, match=r"holds no file NAME\.pub"):
+    with pytest.raises(ClientError, match=r"nowhere: .*NAME\.pub"):
         read_registered(tmp_path / "nowhere")
     (tmp_path / "peers" / "toys.pub").write_text("ssh-rsa AAAA")
     with pytest.raises(ClientError, match=r"toys\.pub: .*ssh-keygen -t ed25519"):

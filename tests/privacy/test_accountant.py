@@ -86,7 +86,7 @@ def test_the_calibrated_noise_meets_epsilon_over_releases_of_several_kinds(metho
 def test_the_calibrated_noise_meets_a_small_epsilon_with_the_error_of_the_accountant() -> None:
     noise = calibrate_noise(0.05, 1e-5, ((1.0, 1),), "prv")
     assert spent_epsilon([Release(noise, 1.0, 1)], 1e-5, "prv") <= 0.05
-    with pytest.raises(ConfigError, match=r"or set dp.accountant = 'rdp': 'prv' adds an error of 0.01 to epsilon"):
+    with pytest.raises(ConfigError, match=r"(?s)dp\.accountant.*'rdp'.*0\.01"):
         calibrate_noise(0.009, 1e-5, ((1.0, 1),), "prv")
 
 
@@ -97,7 +97,7 @@ def test_what_prv_cannot_count_is_counted_by_rdp(release: Release) -> None:
 
 
 def test_an_epsilon_that_no_noise_meets_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"dp.epsilon = 1e-06 with dp.delta = 1e-09: .*above 10000. Raise epsilon"):
+    with pytest.raises(ConfigError, match=r"dp\.epsilon = 1e-06.*dp\.delta = 1e-09.*10000"):
         calibrate_noise(1e-6, 1e-9, ((1.0, 1000),), "rdp")
 
 
@@ -110,11 +110,11 @@ def test_without_opacus_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> 
         return real(name, *arguments, **options)
 
     monkeypatch.setattr(builtins, "__import__", without_opacus)
-    with pytest.raises(ConfigError, match=r"dp.mode needs Opacus.*no such package.*pip install 'fedmerge\[dp\]'"):
+    with pytest.raises(ConfigError, match=r"dp\.mode.*Opacus.*no such package.*'fedmerge\[dp\]'"):
         spent_epsilon([Release(1.0, 0.1, 1)], 1e-5, "rdp")
 
 
-# What the configuration refuses
+# Errors of the configuration
 
 USER = {"dp.mode": "user", "dp.epsilon": 4.0, "dp.delta": 1e-5, "train.negatives": "catalog"}
 
@@ -122,21 +122,15 @@ USER = {"dp.mode": "user", "dp.epsilon": 4.0, "dp.delta": 1e-5, "train.negatives
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"train.negatives": "in-batch"}, r"depends on the other users of the step.*set train.negatives = 'catalog'"),
-        ({"dp.delta": "none"}, r"epsilon is set without delta.*Set delta well below one over the number of users"),
-        ({"dp.epsilon": "none"}, r"needs epsilon or noise_multiplier, neither is set; set one of the two"),
-        ({"dp.noise_multiplier": 1.0}, r"needs epsilon or noise_multiplier, both are set; set one of the two"),
-        (
-            {"train.max_steps": "none", "train.max_epochs": 2},
-            r"needs the number of steps beforehand.*set train.max_steps",
-        ),
-        ({"train.max_minutes": 2.0}, r"needs the number of steps beforehand"),
-        ({"dp.mode": "none"}, r"mode = 'none', but epsilon, delta is set; set mode to 'user'"),
-        ({"dp.mode": "domain-local", "rounds.rule": "fedit"}, r"covers a single merge, but rounds.rule is fedit; set"),
-        (
-            {"dp.mode": "domain-central"},
-            r"merge.methods can only be 'average', found average, task-arithmetic, mergerec",
-        ),
+        ({"train.negatives": "in-batch"}, r"train\.negatives = 'catalog'"),
+        ({"dp.delta": "none"}, r"epsilon.*delta"),
+        ({"dp.epsilon": "none"}, r"epsilon.*noise_multiplier"),
+        ({"dp.noise_multiplier": 1.0}, r"epsilon.*noise_multiplier"),
+        ({"train.max_steps": "none", "train.max_epochs": 2}, r"train\.max_steps"),
+        ({"train.max_minutes": 2.0}, r"train\.max_steps"),
+        ({"dp.mode": "none"}, r"mode = 'none'.*epsilon, delta.*'user'"),
+        ({"dp.mode": "domain-local", "rounds.rule": "fedit"}, r"rounds\.rule.*fedit"),
+        ({"dp.mode": "domain-central"}, r"merge\.methods.*'average'.*average, task-arithmetic, mergerec"),
     ],
 )
 def test_bad_settings_are_refused_with_the_remedy(changes: dict[str, Any], message: str) -> None:

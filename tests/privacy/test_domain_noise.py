@@ -256,19 +256,19 @@ AGREED: dict[str, Any] = {
     ("told", "message"),
     [
         (None, "'user'.*'privacy'"),
-        ({**RECORD, "clip": 2.0}, "clip 2.0 instead of 1.0"),
-        ({**RECORD, "unit": "domain"}, "unit 'domain' instead of 'user'"),
-        ({**RECORD, "randomness": "seeded"}, "randomness 'seeded' instead of 'system'"),
-        ({**RECORD, "noise_multiplier": "much"}, "noise_multiplier 'much'"),
-        ({**RECORD, "noise_multiplier": 0.001}, "noise_multiplier 0.001 instead of 1.0"),
-        ({**RECORD, "noise_multiplier": 10**400}, "noise_multiplier 1000"),
-        ({**RECORD, "noise_multiplier": math.nan}, "noise_multiplier nan"),
-        ({**RECORD, "sample_rate": 0}, "sample_rate 0 instead of 0.1"),
-        ({**RECORD, "sample_rate": 0.2}, "sample_rate 0.2 instead of 0.1"),
-        ({**RECORD, "steps": 10**9}, "steps 1000000000 instead of 10"),
-        ({**RECORD, "steps": 10.0}, "steps 10.0 instead of 10"),
-        ({**RECORD, "steps": True}, "steps True instead of 10"),
-        ({**RECORD, "num_units": 601, "sample_rate": 60 / 601}, "601 users, expected 1 to 600"),
+        ({**RECORD, "clip": 2.0}, r"clip.* 2\.0 .* 1\.0"),
+        ({**RECORD, "unit": "domain"}, "unit.* 'domain' .*'user'"),
+        ({**RECORD, "randomness": "seeded"}, "randomness.* 'seeded' .*'system'"),
+        ({**RECORD, "noise_multiplier": "much"}, "noise_multiplier.* 'much'"),
+        ({**RECORD, "noise_multiplier": 0.001}, r"noise_multiplier.* 0\.001 .* 1\.0"),
+        ({**RECORD, "noise_multiplier": 10**400}, "noise_multiplier.* 1000"),
+        ({**RECORD, "noise_multiplier": math.nan}, "noise_multiplier.* nan"),
+        ({**RECORD, "sample_rate": 0}, r"sample_rate.* 0 .* 0\.1"),
+        ({**RECORD, "sample_rate": 0.2}, r"sample_rate.* 0\.2 .* 0\.1"),
+        ({**RECORD, "steps": 10**9}, "steps.* 1000000000 .* 10"),
+        ({**RECORD, "steps": 10.0}, r"steps.* 10\.0 .* 10"),
+        ({**RECORD, "steps": True}, "steps.* True .* 10"),
+        ({**RECORD, "num_units": 601, "sample_rate": 60 / 601}, " 601 users.* 1 to 600"),
         ({**RECORD, "num_units": 0}, " 0 users"),
         ({**RECORD, "num_units": 600.0}, " 600.0 users"),
         ({"x": 1}, " None users"),
@@ -284,12 +284,12 @@ def test_what_was_agreed_is_taken() -> None:
     check_spent("books", config, RECORD, 600)
     check_spent(
         "books", config, {**RECORD, "num_units": 500, "sample_rate": 0.12}, 600
-    )  # who bought once trains nothing
+    )  # users with one item do not train
     check_spent("books", from_flat({}), None, 600)
     rounds = from_flat({**AGREED, "rounds.rule": "fedit", "rounds.number": 3})
     for number, steps in enumerate((3, 3, 4), start=1):
         check_spent("books", rounds, {**RECORD, "steps": steps}, 600, number)
-    with pytest.raises(ClientError, match="steps 10 instead of 3"):
+    with pytest.raises(ClientError, match=r"steps.* 10 .* 3"):
         check_spent("books", rounds, RECORD, 600, 1)
 
 
@@ -298,11 +298,11 @@ def test_the_noise_of_an_epsilon_is_the_one_that_meets_it() -> None:
     noise = calibrate_noise(2.0, 1e-5, ((0.1, 10),), "rdp")
     check_spent("books", from_flat(flat), {**RECORD, "noise_multiplier": noise}, 600)
     for factor in (0.9, 1.1):
-        with pytest.raises(ClientError, match=r"noise_multiplier .* instead of"):
+        with pytest.raises(ClientError, match="noise_multiplier"):
             check_spent("books", from_flat(flat), {**RECORD, "noise_multiplier": factor * noise}, 600)
     local = from_flat({"dp.mode": "domain-local", "dp.noise_multiplier": 4.0, "dp.delta": 1e-5})
     check_spent("books", local, domain_record(local.dp, 4.0), 600)
-    with pytest.raises(ClientError, match=r"noise_multiplier 0.001 instead of 4.0"):
+    with pytest.raises(ClientError, match=r"noise_multiplier.* 0\.001 .* 4\.0"):
         check_spent("books", local, domain_record(local.dp, 0.001), 600)
 
 

@@ -1,6 +1,5 @@
-"""What may leave a client: every pair of policy and thing, and remedies that work."""
+"""Content that may leave a client: every pair of policy and kind, and valid remedies."""
 
-import re
 from typing import get_args
 
 import pytest
@@ -23,9 +22,9 @@ KEPT: dict[Policy, set[Kind]] = {
 @pytest.mark.parametrize("kind", get_args(Kind))
 def test_every_policy_and_thing(policy: Policy, kind: Kind) -> None:
     if kind in KEPT[policy]:
-        said = re.escape(f"domain shop: the policy '{policy}' keeps the {kind} at the client. {REMEDIES[kind]}")
-        with pytest.raises(PolicyError, match=said):
+        with pytest.raises(PolicyError) as caught:
             check_may_leave(policy, kind, "shop")
+        assert all(part in str(caught.value) for part in ("domain shop", f"'{policy}'", kind, REMEDIES[kind]))
     else:
         check_may_leave(policy, kind, "shop")
 
@@ -53,8 +52,8 @@ def test_a_private_catalog_stays_whatever_the_policy() -> None:
 
 def test_sums_over_few_users_stay() -> None:
     check_enough_users("shop", 20, 20)
-    with pytest.raises(PolicyError, match="shop: a gradient over 3 users"):
+    with pytest.raises(PolicyError, match=r"shop: .*a gradient.* 3 users"):
         check_enough_users("shop", 3, 20, "a gradient")
-    with pytest.raises(PolicyError, match=r"shop: metric sums over 19 users.*privacy\.min_users = 20"):
+    with pytest.raises(PolicyError, match=r"shop: .* 19 users.*privacy\.min_users = 20"):
         check_enough_users("shop", 19, 20)
     assert issubclass(PolicyError, FedMergeError)

@@ -104,9 +104,9 @@ def test_clients_may_drop_out_at_every_step(drops: dict[str, str]) -> None:
 def test_too_many_dropouts_end_the_sum(drops: dict[int, str]) -> None:
     session = session_of(5)
     gone = {f"client {k:02}": step for k, step in drops.items()}
-    with pytest.raises(AggregationError, match=r"found 2 of 5 clients \(client 03, client 04\), expected at least 3"):
+    with pytest.raises(AggregationError, match=r"2 of 5 clients \(client 03, client 04\).* 3\b"):
         run_session(session, random_values(session), gone)
-    with pytest.raises(AggregationError, match=r"unmasking: found answers of 2 clients .*, expected at least 3; start"):
+    with pytest.raises(AggregationError, match=r"unmasking: .* 2 clients .* 3\b"):
         run_session(session, random_values(session), {f"client {k:02}": UNMASK for k in range(3)})
 
 
@@ -277,7 +277,7 @@ def test_shares_of_secrets_agree_with_another_implementation(threshold: int, num
     assert interpolated(dict(chosen), 0) == secret == secret_of(dict(chosen), threshold)
     assert interpolated(dict(chosen), 1) == shares[1]  # one polynomial of degree threshold − 1
     assert interpolated(dict(chosen[1:]), 0) != secret
-    with pytest.raises(AggregationError, match=f"found {threshold - 1} shares of a secret, expected at least"):
+    with pytest.raises(AggregationError, match=f" {threshold - 1} shares .* {threshold}\\b"):
         secret_of(dict(chosen[1:]), threshold)
 
 
@@ -291,9 +291,9 @@ def test_both_ends_agree_on_a_key_and_on_nothing_else() -> None:
     assert agreed_key(left, public_key(right), b"ab", b"c") != agreed_key(left, public_key(right), b"a", b"bc")
     assert np.array_equal(mask(key, 5, b"x"), mask(key, 5, b"x"))
     assert not np.array_equal(mask(key, 5, b"x"), mask(key, 5, b"y"))
-    with pytest.raises(AggregationError, match="found a public key that X25519 refuses"):
+    with pytest.raises(AggregationError, match="X25519"):
         agreed_key(left, bytes(32), b"pair")
-    with pytest.raises(AggregationError, match="found a public key that X25519 refuses"):
+    with pytest.raises(AggregationError, match="X25519"):
         agreed_key(left, b"short", b"pair")
 
 
@@ -303,29 +303,26 @@ def test_sealed_shares_open_for_their_receiver_alone() -> None:
     assert opened(key, box, b"a to b") == b"shares"
     changed = box[:-1] + bytes([box[-1] ^ 1])
     for wrong in ((key, box, b"b to a"), (bytes(32), box, b"a to b"), (key, changed, b"a to b"), (key, b"", b"a to b")):
-        with pytest.raises(AggregationError, match="that was not sealed for this client in this session"):
+        with pytest.raises(AggregationError, match="sealed"):
             opened(*wrong)
 
 
-# what is refused
+# Errors
 
 BAD_SESSIONS: list[tuple[dict[str, Any], str]] = [
-    ({"identifier": b"short"}, "found an identifier of 5 bytes, expected 32"),
-    (
-        {"coefficients": {"a": 0.5, "b": 0.5}, "threshold": 2},
-        "found 2 clients, expected at least 3: of two, each reads",
-    ),
-    ({"threshold": 2}, "found a threshold of 2, expected 3 to 5, more than half of the 5 clients"),
-    ({"threshold": 6}, "found a threshold of 6, expected 3 to 5"),
-    ({"coefficients": dict.fromkeys("abcde", 0.3)}, "expected numbers above 0 that sum to at most 1"),
-    ({"coefficients": dict(zip("abcde", (0.5, 0.5, 0.0, 0.1, 0.1), strict=True))}, "expected numbers above 0"),
-    ({"num_values": 0}, r"found 0 values in ±8, expected at least one, and a range above 0"),
-    ({"value_range": float("inf")}, "values in ±inf"),
+    ({"identifier": b"short"}, " 5 bytes.* 32"),
+    ({"coefficients": {"a": 0.5, "b": 0.5}, "threshold": 2}, " 2 clients.* 3"),
+    ({"threshold": 2}, " 2, .* 3 to 5.* 5 clients"),
+    ({"threshold": 6}, " 6, .* 3 to 5"),
+    ({"coefficients": dict.fromkeys("abcde", 0.3)}, r"0\.3.* 1\b"),
+    ({"coefficients": dict(zip("abcde", (0.5, 0.5, 0.0, 0.1, 0.1), strict=True))}, r"0\.5, 0\.5, 0, 0\.1"),
+    ({"num_values": 0}, " 0 values .*±8"),
+    ({"value_range": float("inf")}, "±inf"),
 ]
 
 
 @pytest.mark.parametrize(("changes", "message"), BAD_SESSIONS)
-def test_a_session_that_nobody_should_take_part_in(changes: dict[str, Any], message: str) -> None:
+def test_invalid_sessions_are_errors(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(AggregationError, match=message):
         replace(session_of(5), **changes)
 
@@ -333,15 +330,15 @@ def test_a_session_that_nobody_should_take_part_in(changes: dict[str, Any], mess
 def test_a_client_that_outweighs_the_others_and_values_that_do_not_fit() -> None:
     assert [default_threshold(number) for number in (3, 4, 5, 10)] == [2, 3, 3, 6]
     heavy = new_session({"a": 8, "b": 1, "c": 1}, 2, 1.0)
-    with pytest.raises(AggregationError, match=r"keys: found a with 80% of the sum, expected at most 50%.*'equal'"):
+    with pytest.raises(AggregationError, match=r"keys: .*\ba\b.* 80%.* 50%.*'equal'"):
         run_session(heavy, dict.fromkeys("abc", np.zeros(2)))
     session = session_of(3, 2)
     for wrong in (np.array([0.0, 8.1]), np.array([np.nan, 0.0]), np.array([-np.inf, 0.0])):
-        with pytest.raises(AggregationError, match=r"client 00: found values that are not finite or out of ±8"):
+        with pytest.raises(AggregationError, match=r"client 00: .*±8"):
             encoded(session, "client 00", wrong)
-    with pytest.raises(AggregationError, match=r"found values of shape \(3,\), expected \(2,\)"):
+    with pytest.raises(AggregationError, match=r"\(3,\).*\(2,\)"):
         encoded(session, "client 00", np.zeros(3))
-    with pytest.raises(AggregationError, match="found client 'x', expected one of client 00, client 01, client 02"):
+    with pytest.raises(AggregationError, match=r"'x'.*client 00, client 01, client 02"):
         advertise(session, "x")
 
 
@@ -355,9 +352,7 @@ def test_a_client_answers_each_question_once_and_in_turn() -> None:
         lambda: mask_values(state, {}, values["client 00"]),
         lambda: unmask(replace(state, step="shared"), session.clients),
     ):
-        with pytest.raises(
-            AggregationError, match=r"found the question '\w+' after it \w+, expected it once, after it"
-        ):
+        with pytest.raises(AggregationError, match=r"'\w+'"):
             again()
 
 
@@ -369,11 +364,11 @@ def test_a_client_reveals_one_secret_of_a_peer_and_nothing_for_too_few() -> None
     revealed = unmask(state, survivors)
     assert set(revealed.self_masks) == set(survivors)
     assert set(revealed.mask_keys) == {"client 05"}
-    with pytest.raises(AggregationError, match=r"masked values: found 3 of 6 clients .*, expected at least 4"):
+    with pytest.raises(AggregationError, match=r"masked values: .*3 of 6 clients .* 4\b"):
         unmask(state, survivors[:3])
-    with pytest.raises(AggregationError, match="found stranger, expected some of client 00"):
+    with pytest.raises(AggregationError, match=r"stranger.*client 00"):
         unmask(state, [*survivors, "stranger"])
-    with pytest.raises(PolicyError, match="its masked values are not in the sum, so it reveals nothing"):
+    with pytest.raises(PolicyError, match="client 00"):
         unmask(state, [f"client {k:02}" for k in range(1, 5)])
 
 
@@ -383,19 +378,19 @@ def test_a_client_refuses_replaced_keys_and_boxes() -> None:
     keys = {client: keys for client, (_, keys) in made.items()}
     state = made["client 00"][0]
     strange = Advertisement(public_key(new_secret()), public_key(new_secret()))
-    with pytest.raises(AggregationError, match="found other keys under its name"):
+    with pytest.raises(AggregationError, match="client 00"):
         share(state, {**keys, "client 00": strange})
-    with pytest.raises(AggregationError, match="found one key twice"):
+    with pytest.raises(AggregationError, match="key"):
         share(state, {**keys, "client 01": keys["client 02"]})
-    with pytest.raises(AggregationError, match="keys: found 2 of 4 clients"):
+    with pytest.raises(AggregationError, match=r"keys: .*2 of 4 clients"):
         share(state, {client: keys[client] for client in ("client 00", "client 01")})
     shared = {client: share(each, keys) for client, (each, _) in made.items()}
     mine = {peer: boxes["client 00"] for peer, (_, boxes) in shared.items() if peer != "client 00"}
     others = {**mine, "client 01": shared["client 01"][1]["client 02"]}
-    with pytest.raises(AggregationError, match="was not sealed for this client"):
+    with pytest.raises(AggregationError, match="sealed"):
         mask_values(shared["client 00"][0], others, np.zeros(session.num_values))
     swapped = {**mine, "client 01": mine["client 02"]}
-    with pytest.raises(AggregationError, match="was not sealed for this client"):
+    with pytest.raises(AggregationError, match="sealed"):
         mask_values(shared["client 00"][0], swapped, np.zeros(session.num_values))
 
 
@@ -408,28 +403,28 @@ def test_signed_keys_keep_a_server_from_taking_a_clients_place() -> None:
     state = made["client 00"][0]
     share(state, keys, registered)
     forged = replace(keys["client 01"], mask_key=public_key(new_secret()))
-    share(state, {**keys, "client 01": forged})  # unsigned keys are taken on trust
+    share(state, {**keys, "client 01": forged})  # unsigned keys are trusted
     for wrong in (forged, replace(forged, signature=b""), replace(forged, signature=keys["client 02"].signature)):
-        with pytest.raises(AggregationError, match="found keys that client 01 has not signed for this session"):
+        with pytest.raises(AggregationError, match="client 01"):
             share(state, {**keys, "client 01": wrong}, registered)
     other = advertise(session_of(3), "client 01", identities["client 01"])[1]  # of another session
-    with pytest.raises(AggregationError, match="client 01 has not signed for this session"):
+    with pytest.raises(AggregationError, match="client 01"):
         share(state, {**keys, "client 01": other}, registered)
-    with pytest.raises(AggregationError, match="found no registered key of client 02"):
+    with pytest.raises(AggregationError, match="client 02"):
         share(state, keys, {client: key for client, key in registered.items() if client != "client 02"})
 
 
 def test_the_server_refuses_malformed_answers() -> None:
     session = session_of(3, 4)
     keys = run_session(session, random_values(session)).advertisements
-    with pytest.raises(AggregationError, match="client a: found keys of 32 and 5 bytes, expected 32"):
+    with pytest.raises(AggregationError, match=r"client a: .* 32 and 5 bytes.* 32"):
         check_advertisement("a", Advertisement(bytes(32), b"short"))
-    with pytest.raises(AggregationError, match="found shares for client 01, expected them for client 01, client 02"):
+    with pytest.raises(AggregationError, match=r" client 01, .* client 01, client 02"):
         check_boxes("client 00", {"client 01": b""}, keys)
     total = np.zeros(4, np.uint32)
     wrong: Any
     for wrong in (np.zeros(3, np.uint32), np.zeros(4, np.int64)):
-        with pytest.raises(AggregationError, match=r"values of shape .*, expected uint32 of \(4,\)"):
+        with pytest.raises(AggregationError, match=r"uint32 of \(4,\)"):
             added(session, "client 00", total, wrong)
     everybody = frozenset(session.clients)
     for revealed in (
@@ -437,32 +432,29 @@ def test_the_server_refuses_malformed_answers() -> None:
         Revealed(dict.fromkeys(everybody, bytes(16)), {"client 00": bytes(16)}),
         Revealed(dict.fromkeys(everybody, bytes(15)), {}),
     ):
-        with pytest.raises(AggregationError, match=r"found shares of .* expected 3 and 0 of 16, for the clients"):
+        with pytest.raises(AggregationError, match=r"client 01: .* 3 and 0 of 16"):
             check_revealed("client 01", revealed, everybody, everybody)
 
 
 def wrong_share(revealed: Revealed, part: str) -> Revealed:
-    told = {client: bytes(16) for client in getattr(revealed, part)}
-    return replace(revealed, **{part: told})
+    wrong = {client: bytes(16) for client in getattr(revealed, part)}
+    return replace(revealed, **{part: wrong})
 
 
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda told: wrong_share(told, "self_masks"), "found a sum that no values in range can have"),
-        (
-            lambda told: wrong_share(told, "mask_keys"),
-            "shares that do not give the mask key of client 04, which dropped",
-        ),
+        (lambda revealed: wrong_share(revealed, "self_masks"), "sum"),
+        (lambda revealed: wrong_share(revealed, "mask_keys"), "client 04"),
     ],
 )
 def test_a_wrong_share_is_noticed(spoil: Callable[[Revealed], Revealed], message: str) -> None:
     session = session_of(5)
     seen = run_session(session, random_values(session), {"client 04": MASK})
     total = sum(seen.masked.values(), np.zeros(session.num_values, np.uint32))
-    told = {**seen.revealed, "client 00": spoil(seen.revealed["client 00"])}
+    revealed = {**seen.revealed, "client 00": spoil(seen.revealed["client 00"])}
     with pytest.raises(AggregationError, match=message):
-        weighted_mean(session, seen.advertisements, frozenset(seen.boxes), frozenset(seen.masked), total, told)
+        weighted_mean(session, seen.advertisements, frozenset(seen.boxes), frozenset(seen.masked), total, revealed)
 
 
 def test_a_state_keeps_its_secrets_out_of_logs() -> None:

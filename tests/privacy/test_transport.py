@@ -94,13 +94,13 @@ Change = Callable[[dict[str, Any]], Any]
         (
             "int8",
             lambda p: p.update({"m.lora_A.levels": p["m.lora_A.levels"][:1]}),
-            "int8 of shape \\(1, 3\\), expected",
+            r"int8 .*\(1, 3\)",
         ),
-        ("float16", lambda p: p.update({"m.lora_A.half": A.numpy()}), "is float32 of shape .*, expected float16"),
-        ("top-k", lambda p: p["m.lora_A.positions"].__setitem__(2, 6), "positions are not ascending in 0 … 5"),
-        ("top-k", lambda p: p["m.lora_A.positions"].__setitem__(0, -1), "positions are not ascending"),
-        ("top-k", lambda p: p["m.lora_A.positions"].__setitem__(1, 0), "positions are not ascending"),
-        ("top-k", lambda p: p.update({"m.lora_A.values": p["m.lora_A.values"][:1]}), "float32 of shape \\(1, 1\\)"),
+        ("float16", lambda p: p.update({"m.lora_A.half": A.numpy()}), "float32 .*float16"),
+        ("top-k", lambda p: p["m.lora_A.positions"].__setitem__(2, 6), "positions .* 0 … 5"),
+        ("top-k", lambda p: p["m.lora_A.positions"].__setitem__(0, -1), "positions .* 0 … 5"),
+        ("top-k", lambda p: p["m.lora_A.positions"].__setitem__(1, 0), "positions .* 0 … 5"),
+        ("top-k", lambda p: p.update({"m.lora_A.values": p["m.lora_A.values"][:1]}), r"float32 .*\(1, 1\)"),
     ],
 )
 def test_what_no_honest_client_sends(transport: Transport, change: Change, message: str) -> None:

@@ -1,4 +1,4 @@
-"""An HTML parser for the tests of pages."""
+"""An HTML parser for tests of pages."""
 
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
@@ -8,7 +8,7 @@ VOID = {"meta", "link", "br"}
 
 @dataclass
 class Page(HTMLParser):
-    """What the tests look at: elements with attributes, the text of every table's cells, and whether tags match."""
+    """A parsed page: elements with attributes, the text of every table's cells, and mismatched tags."""
 
     elements: list[tuple[str, dict[str, str | None]]] = field(default_factory=list)
     tables: dict[str, list[list[str]]] = field(default_factory=dict)

@@ -22,7 +22,7 @@ from fedmerge.report.bench_tables import BenchTables, is_bench, read_bench_table
 Capsys = pytest.CaptureFixture[str]
 
 
-def test_tables_come_back_as_they_were(reported_bench: BenchTables, bench_folder: Path) -> None:
+def test_tables_round_trip(reported_bench: BenchTables, bench_folder: Path) -> None:
     assert is_bench(bench_folder)
     found = read_bench_tables(bench_folder)
     assert json.dumps(found.__dict__, sort_keys=True, default=list) == json.dumps(
@@ -31,7 +31,7 @@ def test_tables_come_back_as_they_were(reported_bench: BenchTables, bench_folder
     assert pq.read_table(bench_folder / "results.parquet").schema.field("num_users").type == pa.int64()
 
 
-def test_empty_tables_and_numpys_numbers_are_written_too(tmp_path: Path) -> None:
+def test_empty_tables_and_numpy_numbers_round_trip(tmp_path: Path) -> None:
     row: dict[str, Any] = dict.fromkeys(bench_tables.COLUMNS["costs"], "x")
     cost = {
         **row,
@@ -88,7 +88,7 @@ def test_rows_that_do_not_fit_are_refused(
         ("bench.json", b"[]", r"bench\.json: .*\[\]"),
     ],
 )
-def test_a_damaged_benchmark_is_named(
+def test_a_damaged_benchmark_is_an_error_with_its_path(
     bench_folder: Path, capsys: Capsys, file: str, content: bytes | None, message: str
 ) -> None:
     (bench_folder / file).unlink()

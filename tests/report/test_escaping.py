@@ -28,7 +28,7 @@ def test_control_characters_are_shown_as_escapes(text: str, expected: str) -> No
     assert printable(text) == expected
 
 
-def test_one_line_has_no_line_break_of_any_kind() -> None:
+def test_one_line_removes_every_kind_of_line_break() -> None:
     assert one_line("a\r\nb\n\n  c\td\u2028e\x0bf\x85g") == "a b c d e f g"
     assert one_line("  indented  stays") == "  indented  stays"
     assert one_line("") == one_line("\n") == ""

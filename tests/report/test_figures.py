@@ -11,7 +11,7 @@ from fedmerge.report.html import charts, page
 from fedmerge.report.html.charts import Dot, Line, Point, dot_chart, line_chart, scatter_chart
 
 
-def test_figures_of_odd_data() -> None:
+def test_figures_of_unusual_data() -> None:
     assert dot_chart("t", []) == scatter_chart("t", "x", "y", []) == line_chart("t", "x", []) == ""
     assert dot_chart("t", [Dot("a", 0, None)]) == ""
     same = parsed(dot_chart("t", [Dot("a", 0, 0.5), Dot("b", 1, 0.5)], reference=0.5))

@@ -1,4 +1,4 @@
-"""A page's numbers are those of its tables."""
+"""The numbers of a page equal those of its tables."""
 
 import re
 from dataclasses import replace
@@ -60,7 +60,7 @@ def test_the_main_table_equals_the_parquet_tables(bench_folder: Path, capsys: Ca
                 better = "better" if compared["difference"] > 0 else "worse"
                 verdict = f"significantly {better}" if compared["significant"] else "not significantly different"
                 assert re.search(rf"{verdict} (than|from) average", cell)
-    assert "★" in table[3][1]  # mergerec; the backbone is for reference
+    assert "★" in table[3][1]  # only mergerec: the backbone is a reference
     assert "selected: 0.5, 0.6, 0.7" in table[3][0]
     assert ["reference" in row[0] for row in table[1:]] == [True, False, False]
 
@@ -86,7 +86,7 @@ def test_other_tables_equal_the_parquet_tables(bench_folder: Path, capsys: Capsy
     ]
     assert f"{np.mean([row['bytes_up'] for row in costs]) / 1e6:.1f} MB" in tables["d0-costs-table"][3]
     assert f"{np.mean([row['client_seconds'] for row in costs]):.0f} s" in tables["d0-costs-table"][3]
-    assert tables["d0-costs-table"][1][-1] == "–"  # the backbone's memory is not known
+    assert tables["d0-costs-table"][1][-1] == "–"  # the backbone's memory is unknown
     coefficients = pq.read_table(bench_folder / "coefficients.parquet").to_pylist()
     of_layer = [
         row["value"]
@@ -109,7 +109,7 @@ def test_the_page_of_a_run_equals_its_tables(reported_run: Path, capsys: Capsys,
     table = {row[0]: row for row in found.tables["d0-scores-table"][1:]}
     mean = np.mean([of_domain.mean("task-arithmetic 0.5", "recall@10") for of_domain in train])
     assert f"{mean:.4f}" in table["task-arithmetic 0.5"][1]
-    assert "–" in table["expertreference"][3]  # nobody trained on the unseen domain
+    assert "–" in table["expertreference"][3]  # no client trained on the unseen domain
     difference = paired_difference_of_mean(train, "task-arithmetic 0.5", "average", "recall@10")
     shown = f"{difference.mean:+.4f} ± {difference.high - difference.mean:.4f}".replace("-", "−")
     assert any(shown in row[3] for row in found.tables["d0-differences-table"][1:])
@@ -127,7 +127,7 @@ def test_the_page_of_a_run_equals_its_tables(reported_run: Path, capsys: Capsys,
     assert "lora.rank = 8" in found.text
 
 
-def test_privacy_stands_beside_utility_and_bytes(private_bench: BenchTables, reported_bench: BenchTables) -> None:
+def test_privacy_is_shown_with_utility_and_bytes(private_bench: BenchTables, reported_bench: BenchTables) -> None:
     text = bench_page(private_bench)
     found = parsed(text)
     heads, *rows = found.tables["d0-privacy-table"]
@@ -155,7 +155,7 @@ def test_privacy_stands_beside_utility_and_bytes(private_bench: BenchTables, rep
     assert "Utility, privacy and bytes" not in bench_page(replace(private_bench, cells=one))
 
 
-def test_audit_results_stand_beside_the_guarantees(private_bench: BenchTables) -> None:
+def test_audit_results_are_shown_with_the_guarantees(private_bench: BenchTables) -> None:
     (dataset,) = {row["dataset"] for row in private_bench.results}
     aucs = {"open": (0.9, 0.7), "much": (0.52, 0.5), "some": (0.6, 0.5)}
     leaks = [

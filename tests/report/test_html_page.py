@@ -19,7 +19,7 @@ Capsys = pytest.CaptureFixture[str]
 
 
 @pytest.mark.parametrize("which", ["bench", "private", "run"])
-def test_the_page_is_sound(
+def test_the_page_is_valid_html(
     reported_bench: BenchTables,
     private_bench: BenchTables,
     reported_run: Path,
@@ -47,7 +47,7 @@ def test_the_page_is_sound(
     assert [attributes.get("href") for attributes in found.of("link")] == ["data:,"]
     assert not re.search(r"""(src|href)=["']?(https?:|//)|url\(|@import|fetch\(|XMLHttp""", text)
     assert "default-src 'none'" in text
-    # tables and pictures say what they are
+    # tables and pictures have captions and labels
     tables = found.of("table")
     assert len(tables) == len(found.of("caption")) > 5
     assert all(attributes["scope"] in ("row", "col") for attributes in found.of("th"))
@@ -56,7 +56,7 @@ def test_the_page_is_sound(
     assert all(attributes["role"] == "img" and len(str(attributes["aria-label"])) > 20 for attributes in pictures)
     assert len(found.of("h1")) == 1
     assert "Synthetic data." in found.text
-    # no number that is none
+    # no missing number is printed as such
     assert not re.search(r"\b(nan|inf|None|NaN)\b", re.sub(r"<pre.*?</pre>|<style.*?</style>", "", text, flags=re.S))
 
 
@@ -109,7 +109,7 @@ def test_absent_numbers_are_dashes_and_never_the_best(reported_bench: BenchTable
     ).tables["d0-scores-table"]
     assert table[3][1:] == ["–"] * 4
     assert "2 of 3 seeds" in table[1][1]
-    assert not any("★" in cell for row in table for cell in row)  # one is left that competes
+    assert not any("★" in cell for row in table for cell in row)  # only one strategy still competes
 
 
 def test_cells_that_did_not_finish_are_counted(reported_bench: BenchTables) -> None:

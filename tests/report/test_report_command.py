@@ -1,4 +1,4 @@
-"""``fedmerge report``: refusals, and a file written whole or not at all."""
+"""``fedmerge report``: errors, and atomic writes."""
 
 import shutil
 from pathlib import Path
@@ -10,7 +10,7 @@ RUN_ID = "shops-20260102-030405-abcd"
 Capsys = pytest.CaptureFixture[str]
 
 
-def test_a_run_that_is_not_done_is_refused(reported_run: Path, tmp_path: Path, capsys: Capsys) -> None:
+def test_an_unfinished_run_is_refused(reported_run: Path, tmp_path: Path, capsys: Capsys) -> None:
     shutil.copytree(reported_run, tmp_path / "runs" / RUN_ID)
     (tmp_path / "runs" / RUN_ID / "DONE").unlink()
     told = refusal(capsys, "report", RUN_ID[:6], "--dir", tmp_path / "runs")
@@ -32,7 +32,7 @@ def test_a_run_that_is_not_done_is_refused(reported_run: Path, tmp_path: Path, c
         ("environment.json", "environment.json:"),
     ],
 )
-def test_a_damaged_run_is_refused_by_name(
+def test_a_damaged_run_is_an_error_with_its_path(
     reported_run: Path, tmp_path: Path, capsys: Capsys, file: str, message: str
 ) -> None:
     shutil.copytree(reported_run, tmp_path / "copy")
@@ -46,7 +46,7 @@ def test_a_run_without_its_tables_is_refused(run_place: Place, capsys: Capsys) -
     assert "products.parquet:" in refusal(capsys, "report", folder)
 
 
-def test_the_file_is_written_whole_or_not_at_all(bench_folder: Path, capsys: Capsys) -> None:
+def test_the_file_is_written_atomically(bench_folder: Path, capsys: Capsys) -> None:
     output(capsys, "report", bench_folder)
     before = (bench_folder / "report.html").read_bytes()
     with full_disk(10_000):

@@ -1,4 +1,4 @@
-"""The report in headless Chromium, on a phone and a laptop, light and dark: it fits, sorts, and can be read."""
+"""The report in headless Chromium on a phone and a laptop, light and dark: layout, sorting, contrast."""
 
 import base64
 import io
@@ -30,9 +30,9 @@ pytestmark = [
 
 SIZES = {"phone": (360, 740), "laptop": (1366, 768)}
 LEGIBLE_PIXELS = 10.0
-CONTRAST = 4.5  # of text to its ground, WCAG 2.2 AA
+CONTRAST = 4.5  # text against its background, WCAG 2.2 AA
 
-# The contrast of every text to the nearest opaque ground below it. A canvas turns any CSS colour into red, green, blue.
+# Contrast of every text with the nearest opaque background. A canvas converts any CSS colour to red, green and blue.
 CONTRASTS = """
 const canvas = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
 const known = new Map();
@@ -74,7 +74,7 @@ return [...document.querySelectorAll("figure svg[role=img]")].map((picture) => {
 
 @dataclass
 class Browser:
-    """Chromium, and how it looks at a page."""
+    """Chromium, and measurements of a page."""
 
     driver: Any
 
@@ -92,7 +92,7 @@ class Browser:
         return self.driver.execute_script(script, *arguments)
 
     def screenshot(self, height: float) -> Image.Image:
-        """The page from its top, however far down."""
+        """Return a screenshot of the whole page."""
         clip = {"x": 0, "y": 0, "width": self.ask("return innerWidth"), "height": height, "scale": 1}
         taken = self.do("Page.captureScreenshot", format="png", captureBeyondViewport=True, clip=clip)
         return Image.open(io.BytesIO(base64.b64decode(taken["data"]))).convert("RGB")
@@ -105,7 +105,7 @@ def browser() -> Iterator[Browser]:
     for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"):
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    os.environ["SE_AVOID_STATS"] = "true"  # selenium would tell its makers
+    os.environ["SE_AVOID_STATS"] = "true"  # no usage statistics
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
     yield Browser(driver)
     driver.quit()
@@ -113,7 +113,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A page of a run, one of a benchmark, and one with long names, many of everything and two datasets."""
+    """Pages of a run, of a benchmark, and of a large benchmark with long names and two datasets."""
     place = make_place(tmp_path_factory.mktemp("place"))
     folders = {"run": make_reported_run(place, "shops-20260102-030405-abcd")}
     strategies = (
@@ -142,7 +142,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("which", ["run", "bench", "large"])
-def test_the_page_fits_and_can_be_read(
+def test_the_page_fits_and_is_readable(
     browser: Browser, pages: dict[str, Path], which: str, size: str, scheme: str
 ) -> None:
     browser.open(pages[which], size, scheme)
@@ -170,7 +170,7 @@ def test_the_page_fits_and_can_be_read(
     for box in pictures:
         assert box["width"] > 200
         assert box["height"] > 60
-        assert 12 * box["scale"] >= LEGIBLE_PIXELS  # the size of the letters
+        assert 12 * box["scale"] >= LEGIBLE_PIXELS  # the font size
         x, y = int(box["x"]), int(box["y"])
         inside = page[y : y + int(box["height"]), x : x + int(box["width"])].reshape(-1, 3)
         ground = np.median(inside, axis=0)
@@ -198,7 +198,7 @@ def test_tables_sort_by_click_and_by_key(browser: Browser, pages: dict[str, Path
 
     assert sorts() == ["none"] * 5
     before = column(0)
-    unseen = 3  # the expert has no score there
+    unseen = 3  # the expert has no score on that domain
     for direction in ("descending", "ascending"):
         headings[unseen].find_element("tag name", "button").click()
         assert sorts() == ["none", "none", "none", direction, "none"]
@@ -216,7 +216,7 @@ def test_tables_sort_by_click_and_by_key(browser: Browser, pages: dict[str, Path
     assert browser.driver.get_log("browser") == []
 
 
-def test_wide_tables_scroll_in_their_own_box_with_names_in_sight(browser: Browser, pages: dict[str, Path]) -> None:
+def test_wide_tables_scroll_separately_with_visible_names(browser: Browser, pages: dict[str, Path]) -> None:
     browser.open(pages["large"], "phone", "dark")
     box = browser.driver.find_element("css selector", "#d0-scores-table")
     assert browser.ask("return arguments[0].scrollWidth > arguments[0].clientWidth + 50", box)

@@ -31,7 +31,7 @@ NUM_ITEMS = 60
 
 
 def some_sums(seed: int, domain: str, lift: Mapping[str, float], num_users: int = 300) -> MetricSums:
-    """Users of a domain are the same under every seed; a seed moves every method a little."""
+    """Draw metric sums; users of a domain are the same under every seed, and a seed shifts every method a little."""
     luck = generator(0, "users", domain).random(num_users)
     outcomes = {}
     for method, amount in lift.items():
@@ -42,7 +42,7 @@ def some_sums(seed: int, domain: str, lift: Mapping[str, float], num_users: int 
 
 
 def test_demsars_table_of_critical_values() -> None:
-    """q / sqrt(2) of table 5 (a) of Demšar (2006), and the critical difference of the paper's example."""
+    """Check q / sqrt(2) of table 5 (a) of Demšar (2006) and the critical difference of the paper's example."""
     for num_strategies, value in {2: 1.960, 3: 2.343, 4: 2.569, 5: 2.728, 10: 3.164}.items():
         per_block = math.sqrt(num_strategies * (num_strategies + 1) / 6)
         assert critical_difference(num_strategies, 1) / per_block == pytest.approx(value, abs=1e-3)
@@ -73,7 +73,7 @@ def test_three_seeds_by_hand() -> None:
     assert 0.0 <= far.p_value < 1e-9
 
 
-def test_without_users_noise_it_is_the_t_test_over_seeds() -> None:
+def test_without_noise_of_users_it_is_the_t_test_over_seeds() -> None:
     values = [0.01, 0.03, 0.02, 0.05]
     over = difference_over_seeds([Estimate(value, 0.0, value, value) for value in values])
     assert over.p_value == pytest.approx(stats.ttest_1samp(values, 0.0).pvalue)
@@ -81,7 +81,7 @@ def test_without_users_noise_it_is_the_t_test_over_seeds() -> None:
     assert (over.mean - over.half_width, over.mean + over.half_width) == pytest.approx((low, high))
 
 
-def test_seeds_that_cancel_but_for_rounding_have_an_interval() -> None:
+def test_differences_that_cancel_up_to_rounding_have_an_interval() -> None:
     for high, low in ((1 / 900, -1 / 900 * (1 + 2e-16)), (0.1 + 0.2, -0.3), (1e-3, -1e-3)):
         over = difference_over_seeds([Estimate(mean, 0.004, mean, mean) for mean in (high, low)])
         assert abs(over.mean) < 1e-16
@@ -98,7 +98,7 @@ def test_equal_methods_do_not_differ_and_a_constant_difference_is_certain() -> N
 
 @pytest.mark.parametrize("of_seed", [0.0, 0.05, 0.1, 0.4])
 def test_intervals_cover_the_truth(of_seed: float) -> None:
-    """Users shared by the seeds, an effect of the seed, and noise of both: at least 95 of 100 intervals hold 0."""
+    """Shared users, an effect of the seed, and noise of both: at least 95 of 100 intervals contain 0."""
     random = generator(0, "coverage")
     num_users, num_seeds, covered = 200, 3, 0
     for _ in range(1000):
@@ -111,7 +111,7 @@ def test_intervals_cover_the_truth(of_seed: float) -> None:
         over = difference_over_seeds(differences)
         covered += abs(over.mean) <= over.half_width
         assert (over.p_value < 0.05) == (abs(over.mean) > over.half_width)
-    assert 936 <= covered <= 995  # 950 less two standard errors
+    assert 936 <= covered <= 995  # 950 minus two standard errors, and an upper bound
 
 
 def test_comparisons_of_domains_and_their_mean() -> None:
@@ -155,7 +155,7 @@ def test_a_seed_without_the_strategy_does_not_count() -> None:
     assert [row["domain"] for row in rows] == ["toys"]  # no mean without every domain
 
 
-def test_comparisons_that_cannot_be_made_are_refused() -> None:
+def test_invalid_comparisons_are_refused() -> None:
     sums = some_sums(0, "toys", {"a": 0.0, "b": 0.1})
     with pytest.raises(LayoutMismatchError, match=r"'c'.*\['a', 'b'\]"):
         comparison_rows({(0, "toys"): sums}, dataset="demo", baseline="c", role="train")
@@ -176,7 +176,7 @@ def test_holm_by_hand() -> None:
     assert holm([0.6, 0.5]) == [1.0, 1.0]
 
 
-def test_friedman_is_scipys_also_with_ties() -> None:
+def test_friedman_matches_scipy_with_ties() -> None:
     random = generator(0, "friedman")
     for scores in (random.random((12, 5)), random.integers(0, 3, (9, 4)).astype(float)):
         ours, expected = friedman(scores), stats.friedmanchisquare(*scores.T)
@@ -188,7 +188,7 @@ def test_friedman_is_scipys_also_with_ties() -> None:
         friedman(np.ones((1, 3)))
 
 
-def test_ranks_of_every_dataset_and_of_all() -> None:
+def test_ranks_per_dataset_and_overall() -> None:
     scores = {
         (dataset, domain, seed): {"a": 0.3, "b": 0.2 + 0.2 * (dataset == "y"), "c": 0.1}
         for dataset in ("x", "y")

@@ -1,4 +1,4 @@
-"""Tables of results: numbers in the right cells, marks, headers, and what is refused."""
+"""Tables of results: numbers in the right cells, marks, headers, and errors."""
 
 import math
 from dataclasses import replace
@@ -35,22 +35,22 @@ ROWS = (
 
 
 def plain_cells(text: str, metric: str) -> dict[str, list[str]]:
-    """First word of a line -> the other words, for the lines of one metric's table."""
+    """Return first word -> other words of each line of one metric's table."""
     table = next(part for part in text.split("\n\n") if part.startswith(metric))
     return {line.split()[0]: line.split()[1:] for line in table.splitlines()[1:]}
 
 
 def markdown_cells(text: str, metric: str) -> dict[str, list[str]]:
-    """First cell of a line -> the other cells."""
+    """Return first cell -> other cells of each line."""
     table = next(part for part in text.split("\n\n") if part.startswith(f"| {metric}"))
     lines = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table.splitlines()]
     return {line[0]: line[1:] for line in lines}
 
 
-def test_numbers_stand_in_their_cells() -> None:
+def test_numbers_are_in_the_right_cells() -> None:
     text = results_table(ROWS, variant="masked", split="test", merged_methods={"average", "ties"})
     cells = plain_cells(text, "recall@10")
-    # Training domains first, then unseen ones, then the means over training and over unseen domains.
+    # Training domains first, then unseen ones, then the means over both groups.
     assert cells["users"] == ["4,000", "1,500", "20"]
     assert cells["backbone"] == ["0.0500", "0.0400", "0.0300", "0.0450", "0.0300"]
     assert cells["average"] == ["0.0612", "0.0744*", "0.0410*", "0.0678*", "0.0410*"]
@@ -66,7 +66,7 @@ def test_a_withheld_mean_is_shown_as_absent_and_keeps_its_group_without_one() ->
     assert "withheld by the client" in text
 
 
-def test_a_mean_over_some_of_the_domains_is_not_given() -> None:
+def test_a_mean_over_only_some_domains_is_omitted() -> None:
     text = results_table(ROWS, variant="masked", split="test")
     assert plain_cells(text, "recall@10")["expert"] == ["0.0900", "-", "-", "-", "-"]
     assert "-: not evaluated" in text
@@ -74,7 +74,7 @@ def test_a_mean_over_some_of_the_domains_is_not_given() -> None:
     assert "not evaluated" not in whole
 
 
-def test_the_header_says_what_was_measured() -> None:
+def test_the_header_names_the_measurement() -> None:
     text = results_table(ROWS, variant="unmasked", split="valid")
     head = text.split("\n\n")[0].splitlines()
     assert head[0].startswith("variant: unmasked")
@@ -86,7 +86,7 @@ def test_the_header_says_what_was_measured() -> None:
     assert "Garden (unseen)" in titles
 
 
-def test_of_many_domains_the_means_alone_are_shown() -> None:
+def test_many_domains_show_only_means() -> None:
     def rows(num_domains: int) -> list[ResultRow]:
         return [
             ResultRow(f"d{k:02d}", "train" if k else "unseen", method, 10, {"recall@10": recall, "ndcg@10": 0.0})
@@ -130,7 +130,7 @@ def test_columns_of_plain_text_are_aligned() -> None:
     assert points[0] == points[1] == points[2]
 
 
-def test_markdown_has_one_cell_a_column_and_bold_marks() -> None:
+def test_markdown_has_one_cell_per_column_and_bold_marks() -> None:
     text = results_table(
         ROWS, variant="masked", split="test", merged_methods=["average", "ties"], table_format="markdown"
     )
@@ -180,12 +180,12 @@ def test_only_the_roles_in_use_have_a_mean() -> None:
         ([replace(ROWS[0], role="both")], "'both'"),  # type: ignore[arg-type]  # what a caller could pass
     ],
 )
-def test_rows_that_do_not_belong_together_are_refused(rows: list[ResultRow], message: str) -> None:
+def test_rows_of_different_evaluations_are_refused(rows: list[ResultRow], message: str) -> None:
     with pytest.raises(LayoutMismatchError, match=message):
         results_table(rows, variant="masked", split="test")
 
 
-def test_options_that_do_not_exist_are_refused() -> None:
+def test_unknown_options_are_refused() -> None:
     with pytest.raises(LayoutMismatchError, match=r"\['tise'\]"):
         results_table(ROWS, variant="masked", split="test", merged_methods=["ties", "tise"])
     with pytest.raises(LayoutMismatchError, match="'train'"):
@@ -219,7 +219,7 @@ def test_rows_hold_the_means_of_the_sums() -> None:
     assert plain_cells(text, "mrr")["average"] == [f"{value:.4f}" for value in shown]
 
 
-def test_differences_stand_in_their_cells() -> None:
+def test_differences_are_in_the_right_cells() -> None:
     text = differences_table(SUMS, ROLES, baseline="backbone", split="test", metrics=("mrr",), table_format="markdown")
     cells = markdown_cells(text, "mrr, difference to backbone")
     found = [
@@ -242,7 +242,7 @@ def test_differences_below_zero_are_marked_and_signed() -> None:
     assert line.count(" -0.") == 5
 
 
-def test_a_difference_that_rounds_to_nothing_has_no_minus_sign() -> None:
+def test_a_difference_that_rounds_to_zero_has_no_minus_sign() -> None:
     ranks = np.full(3000, 40)
     worse = ranks.copy()
     worse[0] = 41
@@ -266,7 +266,7 @@ def test_domains_without_the_method_or_with_one_user_have_no_difference() -> Non
         assert "-: not evaluated" in text
 
 
-def test_sums_that_do_not_belong_together_are_refused() -> None:
+def test_sums_of_different_evaluations_are_refused() -> None:
     with pytest.raises(LayoutMismatchError, match="'none'"):
         differences_table(SUMS, ROLES, baseline="none", split="test")
     with pytest.raises(LayoutMismatchError, match=r"\['masked', 'unmasked'\]"):

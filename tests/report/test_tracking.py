@@ -1,4 +1,4 @@
-"""TensorBoard and MLflow: what was written is read back; nothing else is in it, and nothing asks the network."""
+"""TensorBoard and MLflow: written results are read back completely, and the network is not used."""
 
 import importlib.util
 import socket
@@ -31,7 +31,7 @@ def bench() -> BenchTables:
 
 
 def read_tensorboard(folder: Path) -> dict[str, dict[str, list[tuple[int, float]]]]:
-    """Tracked run -> name -> (step, value)."""
+    """Return tracked run -> name -> (step, value)."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: PLC0415  # optional
 
     found = {}
@@ -54,7 +54,7 @@ def expected_score(bench: BenchTables) -> float:
 
 @needs_tensorboard
 def test_tensorboard_has_curves_scores_and_settings_of_every_strategy(bench: BenchTables, tmp_path: Path) -> None:
-    for _ in range(2):  # the second in place of the first
+    for _ in range(2):  # the second write replaces the first
         write_tracking(bench, tmp_path / "tracking", "tensorboard")
     assert [path.name for path in tmp_path.iterdir()] == ["tracking"]
     found = read_tensorboard(tmp_path / "tracking")
@@ -67,7 +67,7 @@ def test_tensorboard_has_curves_scores_and_settings_of_every_strategy(bench: Ben
 
 
 @needs_mlflow
-def test_mlflow_has_the_same_in_one_local_file_and_stays_off_the_network(
+def test_mlflow_has_the_same_in_one_local_file_without_network(
     bench: BenchTables, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> None:
@@ -95,7 +95,7 @@ def test_mlflow_has_the_same_in_one_local_file_and_stays_off_the_network(
 
 
 @needs_tensorboard
-def test_a_run_leaves_it_beside_its_tables(tmp_path: Path) -> None:
+def test_a_run_writes_tracking_beside_its_tables(tmp_path: Path) -> None:
     changes = {"train.max_steps": 1, "merge.methods": "average", "privacy.min_users": 2, "tracking": "tensorboard"}
     run_in_process(small_experiment(tmp_path, **changes))
     found = read_tensorboard(tmp_path / "runs" / "run" / FOLDER)
@@ -106,7 +106,7 @@ def test_a_run_leaves_it_beside_its_tables(tmp_path: Path) -> None:
 
 
 @needs_tensorboard
-def test_a_tracker_that_fails_does_not_undo_a_finished_run(tmp_path: Path) -> None:
+def test_a_failing_tracker_does_not_fail_a_finished_run(tmp_path: Path) -> None:
     changes = {"train.max_steps": 1, "merge.methods": "average", "privacy.min_users": 2, "tracking": "tensorboard"}
     run_dir = tmp_path / "runs" / "run"
 
@@ -120,7 +120,7 @@ def test_a_tracker_that_fails_does_not_undo_a_finished_run(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("tracking", ["tensorboard", "mlflow"])
-def test_a_tracker_that_is_not_installed_is_refused_before_anything_starts(
+def test_a_missing_tracker_is_an_error_before_anything_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tracking: Tracking
 ) -> None:
     monkeypatch.setattr(sys, "path", [])

@@ -59,9 +59,8 @@ def test_a_run_never_overwrites_another(tmp_path: Path) -> None:
     config = from_flat({"output_dir": str(tmp_path), "run_id": "once"})
     folder = create_run(config)
     (folder / "config.toml").write_text("mine")
-    with pytest.raises(RunDirError, match="never overwrites another") as caught:
+    with pytest.raises(RunDirError, match=f"{folder} .*--resume {folder}"):
         create_run(config)
-    assert str(folder) in str(caught.value)
     assert (folder / "config.toml").read_text() == "mine"
 
 
@@ -134,12 +133,11 @@ def test_a_long_table_is_written_in_parts(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("write", [write_text, lambda path, _: write_table(path, [{"a": 1}])], ids=["text", "table"])
 def test_a_failed_write_is_named_and_leaves_nothing(tmp_path: Path, write: Any) -> None:
-    with pytest.raises(RunDirError, match="cannot be written") as caught:
+    with pytest.raises(RunDirError, match=f"{tmp_path}/gone/x "):
         write(tmp_path / "gone" / "x", "text")
-    assert str(tmp_path / "gone" / "x") in str(caught.value)
     (tmp_path / "x").mkdir()  # a folder in the place of the file: the last step fails
     (tmp_path / "x" / "inside").write_text("")
-    with pytest.raises(RunDirError, match="cannot be written"):
+    with pytest.raises(RunDirError, match=f"{tmp_path}/x "):
         write(tmp_path / "x", "text")
     assert [path.name for path in tmp_path.rglob("*")] == ["x", "inside"]
 
@@ -294,7 +292,7 @@ def test_lines_survive_one_that_was_never_finished(tmp_path: Path) -> None:
         file.write('\n{"a": "unfini')
     append_line(path, {"a": 2})
     assert list(read_lines(path)) == [{"a": "ü"}, {"a": 2}]
-    with pytest.raises(RunDirError, match="cannot be read"):
+    with pytest.raises(RunDirError, match=str(tmp_path)):
         list(read_lines(tmp_path))
 
 

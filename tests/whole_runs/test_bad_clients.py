@@ -165,7 +165,7 @@ CASES: dict[str, tuple[str, Change, str, str]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_bad_client_is_named_recorded_and_left_out(
+def test_a_bad_client_is_reported_recorded_and_excluded(
     place: Path, tmp_path: Path, case: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     message_type, change, phase, reason = CASES[case]
@@ -185,9 +185,7 @@ def test_a_bad_client_is_named_recorded_and_left_out(
     assert (run / "DONE").exists()
 
 
-def test_a_training_domain_that_fails_in_evaluation_stays_merged_and_the_report_says_so(
-    place: Path, tmp_path: Path
-) -> None:
+def test_a_training_domain_that_fails_in_evaluation_stays_merged_and_is_reported(place: Path, tmp_path: Path) -> None:
     run_in_process(experiment(place, tmp_path), bad_client("evaluate", raises, split="test"))
     run = tmp_path / "run"
     merged = json.loads((run / "merged/average/provenance.json").read_text())["domains"]
@@ -199,7 +197,7 @@ def test_a_training_domain_that_fails_in_evaluation_stays_merged_and_the_report_
     assert {row["domain"] for row in rows if row["split"] == "valid"} == {"beauty", "books", BAD}
 
 
-def test_too_much_is_not_listed_entry_by_entry(place: Path, tmp_path: Path) -> None:
+def test_long_lists_are_shortened(place: Path, tmp_path: Path) -> None:
     run_in_process(experiment(place, tmp_path), bad_client("train", too_many_entries))
     rows = pq.read_table(tmp_path / "run" / "exposure.parquet").to_pylist()
     (row,) = (row for row in rows if row["domain"] == BAD and row["message"] == "train")
@@ -207,7 +205,7 @@ def test_too_much_is_not_listed_entry_by_entry(place: Path, tmp_path: Path) -> N
     assert row["size_bytes"] > 1_000_000
 
 
-def test_an_error_that_travels_names_no_folder_of_the_client(place: Path, tmp_path: Path) -> None:
+def test_a_sent_error_never_names_a_folder_of_the_client(place: Path, tmp_path: Path) -> None:
     shutil.copytree(place / "cache", tmp_path / "own cache")
 
     def answer(message: Message, context: Context) -> Message | list[Message] | None:
@@ -229,7 +227,7 @@ def test_an_error_that_travels_names_no_folder_of_the_client(place: Path, tmp_pa
     assert str(tmp_path) not in told
 
 
-def test_the_ledger_names_the_split(place: Path, tmp_path: Path) -> None:
+def test_the_ledger_contains_the_split(place: Path, tmp_path: Path) -> None:
     run_in_process(experiment(place, tmp_path))
     rows = pq.read_table(tmp_path / "run" / "exposure.parquet").to_pylist()
     found = {(row["domain"], row["message"], row["split"], row["late"]) for row in rows}

@@ -75,7 +75,7 @@ def attacked(place: Path) -> Path:
     return run(place, "attacked", **ATTACK, **FULL)
 
 
-def test_an_attacked_client_is_excluded_by_name_and_the_run_goes_on(place: Path, attacked: Path) -> None:
+def test_an_attacked_client_is_excluded_and_the_run_continues(place: Path, attacked: Path) -> None:
     folder = attacked
     assert (folder / DONE).is_file()
     failed = read_json(folder / "admission.json")["failed"]
@@ -132,7 +132,7 @@ class Killed(BaseException):
 LEARNED = {"merge.methods": "mergerec", "mergerec.granularities": "layer", "admission.rollback": True}
 
 
-def test_coefficients_are_learned_with_and_without_the_flagged_through_the_clients(place: Path) -> None:
+def test_coefficients_are_learned_through_the_clients_with_and_without_the_flagged_client(place: Path) -> None:
     folder = run(place, "private", **ATTACK, **LEARNED, **{"privacy.policy": "catalog-private"})
     assert (folder / DONE).is_file()
     assert read_json(folder / "clients.json")["excluded"] == {}
@@ -140,7 +140,7 @@ def test_coefficients_are_learned_with_and_without_the_flagged_through_the_clien
     assert merged == {"mergerec-layer-wise": 5, "mergerec-layer-wise-without-coffee": 4}
 
 
-def test_a_run_killed_in_its_second_learned_merge_goes_on(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_killed_in_its_second_learned_merge_resumes(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     changes: dict[str, Any] = {**ATTACK, **LEARNED, "run_id": "killed-second"}
     kept = checkpoints.write_candidate
 
@@ -163,7 +163,7 @@ def test_a_run_killed_in_its_second_learned_merge_goes_on(place: Path, monkeypat
 
 
 @pytest.mark.parametrize("dies_at", ["second vote", "merging"])
-def test_a_run_killed_at_the_gate_goes_on(
+def test_a_run_killed_at_the_gate_resumes(
     place: Path, attacked: Path, dies_at: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changes: dict[str, Any] = {**ATTACK, **FULL, "run_id": f"killed-{dies_at.replace(' ', '-')}"}
@@ -199,12 +199,12 @@ def test_a_run_killed_at_the_gate_goes_on(
     assert votes == {"second vote": 4, "merging": 0}[dies_at]
 
 
-def test_too_few_experts_that_pass_end_the_run(place: Path) -> None:
+def test_too_few_admitted_experts_end_the_run(place: Path) -> None:
     with pytest.raises(ClientError, match=r"\b4 training clients.*min_train_clients is 5\b.*\n  coffee: admission"):
         run(place, "too-few", **ATTACK, **FULL, **{"server.min_train_clients": 5})
 
 
-def test_a_client_whose_votes_cannot_be_is_left_out(place: Path) -> None:
+def test_a_client_with_impossible_votes_is_excluded(place: Path) -> None:
     def lying(message: Message, context: Context) -> Message | None:
         honest = answer_honestly(message, context)
         books = int(context.node_config["partition-id"]) == TRAIN.index("books")
@@ -326,7 +326,7 @@ def test_a_benchmark_of_a_bad_client(place: Path) -> None:
         ),
     ],
 )
-def test_a_wrong_benchmark_is_refused(place: Path, old: str, new: str, message: str) -> None:
+def test_an_invalid_benchmark_is_refused(place: Path, old: str, new: str, message: str) -> None:
     (place / "experiment.toml").write_text(to_toml(experiment(place)))
     assert old in BENCH
     (place / "wrong.toml").write_text(BENCH.replace(old, new, 1))
@@ -336,7 +336,7 @@ def test_a_wrong_benchmark_is_refused(place: Path, old: str, new: str, message: 
 
 @pytest.mark.e2e
 @pytest.mark.timeout(600)
-def test_through_flower_an_attacked_client_is_excluded_by_name(place: Path) -> None:
+def test_an_attacked_client_is_excluded_through_flower(place: Path) -> None:
     folder = place / "runs" / "flower"
     shutil.rmtree(folder, ignore_errors=True)
     (place / "attacked.toml").write_text(to_toml(experiment(place, run_id="flower", **ATTACK, **FULL)))

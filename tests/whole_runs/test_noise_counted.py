@@ -104,11 +104,11 @@ def test_a_refused_answer_with_noise_is_counted(place: Path, tmp_path: Path, cha
     assert told["domains"]["books"]["epsilon"] is not None
 
 
-def test_what_a_run_released_that_fails_is_counted_and_once_after_it_goes_on(place: Path, tmp_path: Path) -> None:
+def test_releases_of_a_failed_run_are_counted_once_after_it_resumes(place: Path, tmp_path: Path) -> None:
     died = "<class 'ray.exceptions.ActorDiedError'>:<'The actor died unexpectedly before finishing this task.'>"
     bad = bad_client("train", lambda question, honest: Message(Error(code=0, reason=died), reply_to=question))
     config = experiment(place, tmp_path, **BY_USER, **IN_ROUNDS, run_id="failed", **{"server.messages_at_once": 1})
-    with pytest.raises(ClientError, match=r"coffee: the process .* died in train"):
+    with pytest.raises(ClientError, match=r"coffee: .* train\b"):
         run_in_process(config, bad)
     run = tmp_path / "failed"
     assert steps_counted(run) == {"beauty": [2], "books": [2]}

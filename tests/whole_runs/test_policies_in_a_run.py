@@ -68,7 +68,7 @@ def with_own_policy(path: Path, text: str) -> Answer:
         ("mni_users = 1", "gather", "policy file …/policy.toml"),
     ],
 )
-def test_a_client_with_a_stricter_policy_refuses_and_is_named(
+def test_a_client_with_a_stricter_policy_refuses_and_is_reported(
     place: Path, tmp_path: Path, text: str, phase: str, message: str
 ) -> None:
     run_in_process(experiment(place, tmp_path), with_own_policy(tmp_path / "policy.toml", text))
@@ -81,7 +81,7 @@ def test_a_client_with_a_stricter_policy_refuses_and_is_named(
     assert name in (tmp_path / "run" / "report.txt").read_text()
 
 
-def test_a_catalog_that_is_not_declared_public_is_not_used_before_any_work(place: Path, tmp_path: Path) -> None:
+def test_a_private_catalog_is_an_error_before_any_work(place: Path, tmp_path: Path) -> None:
     small_experiment(place)  # writes the domains
     shutil.copytree(place / "domains", tmp_path / "catalogs")
     manifest = tmp_path / "catalogs" / "books" / "manifest.json"
@@ -179,7 +179,7 @@ def ledger_as_flower_sent(run: Path) -> list[dict[str, Any]]:
     return list(rows)
 
 
-def test_the_ledger_says_what_flower_sent(exact: Path) -> None:
+def test_the_ledger_matches_the_bytes_that_flower_sent(exact: Path) -> None:
     rows = ledger_as_flower_sent(exact)
     assert {row["noise"] for row in rows} == {"none"}
     assert sum(row["message"] == "query.gradient" for row in rows) == 3 * 10
@@ -204,7 +204,7 @@ def test_the_ledger_says_what_flower_sent(exact: Path) -> None:
         pytest.param(NOISE_BY_USER, {"adapter float32"}, "Gaussian, by user", id="noise by user"),
     ],
 )
-def test_the_ledger_says_what_flower_sent_whatever_travels(
+def test_the_ledger_matches_the_bytes_that_flower_sent_for_every_message(
     place: Path, tmp_path: Path, changes: dict[str, object], adapters: set[str], noise: str
 ) -> None:
     run_in_process(experiment(place, tmp_path, **changes), seen_by_flower(tmp_path / "sent.jsonl"))
@@ -217,7 +217,7 @@ def sent_times(sent: Counter[tuple[str, ...]], key: tuple[str, ...]) -> int:
     return sum(times for (domain, message, name, *_), times in sent.items() if (domain, message, name) == key)
 
 
-def test_with_noise_at_the_server_no_client_receives_an_adapter_without(place: Path, tmp_path: Path) -> None:
+def test_with_noise_at_the_server_clients_only_receive_noised_adapters(place: Path, tmp_path: Path) -> None:
     received: list[np.ndarray] = []
 
     def listening(message: Message, context: Context) -> Message | None:
@@ -254,7 +254,7 @@ LITTLE = {
 }
 
 
-def test_a_run_that_was_killed_replays_what_was_averaged(
+def test_a_killed_run_replays_the_averages(
     place: Path, exact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changes = {**LEARNED, **LITTLE}
@@ -275,7 +275,7 @@ def test_a_run_that_was_killed_replays_what_was_averaged(
     assert np.array_equal(coefficients(tmp_path / "run", LABELS[1]), coefficients(exact, LABELS[1]))
 
 
-def test_a_client_that_fails_is_named_and_the_others_go_on(place: Path, tmp_path: Path) -> None:
+def test_a_failing_client_is_reported_and_the_others_continue(place: Path, tmp_path: Path) -> None:
     asked: list[str] = []
 
     def answer(message: Message, context: Context) -> Message | None:
@@ -384,9 +384,7 @@ def test_with_noise_by_user_every_answer_on_own_users_is_counted(place: Path, tm
     assert {len(found["releases"]) for found in told["domains"].values()} == {1}
 
 
-def test_by_user_a_domain_that_nothing_can_be_promised_to_is_refused_before_anybody_trains(
-    place: Path, tmp_path: Path
-) -> None:
+def test_a_domain_without_a_possible_guarantee_by_user_is_excluded_before_training(place: Path, tmp_path: Path) -> None:
     private = {
         "dp.mode": "user",
         "dp.epsilon": 8.0,
@@ -402,7 +400,7 @@ def test_by_user_a_domain_that_nothing_can_be_promised_to_is_refused_before_anyb
     assert {reply["message"] for reply in ledger} == {"query.describe"}
 
 
-def test_what_few_validation_users_chose_is_not_told(place: Path, tmp_path: Path) -> None:
+def test_stopping_points_chosen_by_few_users_are_not_reported(place: Path, tmp_path: Path) -> None:
     few = {"merge.methods": "average", "until": "train", "privacy.min_users": 10**6}
     run_in_process(experiment(place, tmp_path, **few))
     told = json.loads((tmp_path / "run" / "adapters" / "books" / "training.json").read_text())
@@ -438,7 +436,7 @@ def test_experts_travel_in_fewer_bytes(place: Path, tmp_path: Path, transport: s
     assert (run / "DONE").is_file()  # clients still find their experts, by the hash of what arrived
 
 
-def test_a_client_whose_pseudo_users_make_no_sense_has_no_part(place: Path, tmp_path: Path) -> None:
+def test_a_client_with_invalid_pseudo_users_is_excluded(place: Path, tmp_path: Path) -> None:
     def answer(message: Message, context: Context) -> Message | None:
         reply = answer_honestly(message, context)
         cohort = message.metadata.message_type == records.COHORT

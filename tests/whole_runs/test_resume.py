@@ -140,7 +140,7 @@ def check_kill_and_resume(config: ExperimentConfig, whole: Path, number: int) ->
 
 # About 60 writes: experts at the clients, experts at the server, merges, validation, choice, test, tables, report.
 @pytest.mark.parametrize("number", [1, 25, 33, 45, 58])
-def test_a_run_killed_anywhere_ends_as_one_that_was_not(place: Path, tmp_path: Path, whole: Path, number: int) -> None:
+def test_a_run_killed_anywhere_gives_the_same_results(place: Path, tmp_path: Path, whole: Path, number: int) -> None:
     assert check_kill_and_resume(experiment(place, tmp_path), whole, number)
 
 
@@ -153,7 +153,7 @@ LEARNED = {
 }
 
 
-def test_a_run_killed_while_it_learns_ends_as_one_that_was_not(
+def test_a_run_killed_while_it_learns_gives_the_same_results(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed in the second step of the second learned merge: the first is not learned again, the others are."""
@@ -179,14 +179,14 @@ def test_a_run_killed_while_it_learns_ends_as_one_that_was_not(
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_every_write_ends_as_one_that_was_not(place: Path, tmp_path: Path, whole: Path) -> None:
+def test_a_run_killed_at_every_write_gives_the_same_results(place: Path, tmp_path: Path, whole: Path) -> None:
     number = 1
     while check_kill_and_resume(experiment(place, tmp_path / str(number)), whole, number):
         number += 1
     assert number > 50
 
 
-def test_the_run_that_was_not_ended_asks_everybody_once(place: Path, tmp_path: Path, whole: Path) -> None:
+def test_an_undisturbed_run_asks_every_client_once(place: Path, tmp_path: Path, whole: Path) -> None:
     questions = Questions()
     run_in_process(experiment(place, tmp_path), questions)
     assert hash_results(tmp_path / "runs" / "run") == hash_results(whole)
@@ -212,7 +212,7 @@ def stopping_at(monkeypatch: pytest.MonkeyPatch, module: ModuleType, function: s
             yield
 
 
-def test_a_damaged_expert_is_asked_for_again_and_a_damaged_merge_made_again(
+def test_a_damaged_expert_is_requested_again_and_a_damaged_merge_is_repeated(
     place: Path, tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = experiment(place, tmp_path)
@@ -230,7 +230,7 @@ def test_a_damaged_expert_is_asked_for_again_and_a_damaged_merge_made_again(
     assert hash_results(run) == hash_results(whole)
 
 
-def test_a_merged_expert_that_cannot_be_had_again_is_named(
+def test_a_merged_expert_that_is_lost_is_an_error_with_its_name(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = experiment(place, tmp_path, **{"merge.methods": "average"})
@@ -253,7 +253,7 @@ def silent(domain: str, message_type: str) -> Answer:
     return answer
 
 
-def test_who_failed_in_a_phase_that_has_ended_stays_out_and_who_failed_in_one_that_goes_on_is_asked_again(
+def test_failures_of_finished_phases_stay_and_those_of_a_resumed_phase_are_retried(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = experiment(place, tmp_path, **{"merge.methods": "average"})
@@ -285,14 +285,14 @@ def test_data_changed_under_a_resumed_run_exclude_their_domain(
     assert reason.startswith("its num_users is 30, the server's is 29;")
 
 
-def test_a_finished_run_is_left_alone(whole: Path, place: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_finished_run_does_not_change(whole: Path, place: Path, caplog: pytest.LogCaptureFixture) -> None:
     before = tree(whole)
     config = small_experiment(place, output_dir=str(place / "whole"), cache_dir=str(place / "whole-cache"))
     run_in_process(resumed(config), lambda message, context: None)
     assert tree(whole) == before
 
 
-def test_another_configuration_is_refused_and_nothing_is_damaged(whole: Path, place: Path, tmp_path: Path) -> None:
+def test_another_configuration_is_refused_and_changes_nothing(whole: Path, place: Path, tmp_path: Path) -> None:
     run = tmp_path / "runs" / "run"
     shutil.copytree(whole, run)
     (run / "DONE").unlink()
@@ -342,7 +342,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", disk], check=True)
 
 
-def test_a_full_disk_ends_the_run_and_with_more_space_it_goes_on(place: Path, whole: Path, small_disk: Path) -> None:
+def test_a_full_disk_ends_the_run_and_it_resumes_with_more_space(place: Path, whole: Path, small_disk: Path) -> None:
     config = small_experiment(place, output_dir=str(small_disk), cache_dir=str(place / "whole-cache"))
     run = small_disk / "run"
     with pytest.raises(RunDirError, match=r"No space left.*--resume"):
@@ -355,7 +355,7 @@ def test_a_full_disk_ends_the_run_and_with_more_space_it_goes_on(place: Path, wh
     assert hash_results(run) == hash_results(whole)
 
 
-def test_a_run_that_is_not_there_cannot_be_resumed(place: Path, tmp_path: Path) -> None:
+def test_a_missing_run_cannot_be_resumed(place: Path, tmp_path: Path) -> None:
     with pytest.raises(RunDirError, match=rf"run {tmp_path}/runs/run: "):
         run_in_process(resumed(experiment(place, tmp_path)))
 

@@ -50,7 +50,7 @@ def plain(place: Path) -> ExperimentConfig:
     return config
 
 
-def test_the_average_is_that_of_a_server_that_sees_every_adapter(place: Path, plain: ExperimentConfig) -> None:
+def test_the_average_equals_that_of_a_server_with_every_adapter(place: Path, plain: ExperimentConfig) -> None:
     asked: list[str] = []
     sent: list[tuple[str, Message]] = []
 
@@ -113,7 +113,7 @@ def test_a_client_may_drop_out_at_each_step(place: Path, plain: ExperimentConfig
 
 
 @pytest.mark.usefixtures("plain")
-def test_too_few_clients_end_the_run_and_so_does_a_second_company(place: Path) -> None:
+def test_too_few_clients_or_another_cohort_end_the_run(place: Path) -> None:
     """Three of four is enough; but who was summed with four does not reveal the same adapter among three."""
     disk = own_disk(place, "cache-two")
     config = experiment(place, "two-gone", **disk)
@@ -135,7 +135,7 @@ def test_too_few_clients_end_the_run_and_so_does_a_second_company(place: Path) -
 
 
 @pytest.mark.usefixtures("plain")
-def test_a_killed_sum_begins_again_with_fresh_keys(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_sum_starts_again_with_fresh_keys(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = experiment(place, "killed", **own_disk(place, "cache-killed"))
     keys: list[bytes] = []
 
@@ -162,7 +162,7 @@ def test_a_killed_sum_begins_again_with_fresh_keys(place: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("rule", ["weighted-average", "fedit", "ffa-lora"])  # others: test_federated_rules.py
-def test_rounds_of_sums_are_rounds(place: Path, rule: str) -> None:
+def test_rounds_of_sums_match_plain_rounds(place: Path, rule: str) -> None:
     changes = {
         "rounds__rule": rule,
         "rounds__number": 2,
@@ -190,7 +190,7 @@ def test_rounds_of_sums_are_rounds(place: Path, rule: str) -> None:
 
 
 def test_a_client_keeps_to_its_own_policy(place: Path) -> None:
-    """Whatever the server asks: no adapter under aggregate-only, no masked values under another policy."""
+    """The client refuses an adapter under aggregate-only and masked values under any other policy."""
     flat = experiment(place, "strict")
 
     def other_policy(policy: str) -> Callable[[Message, Context], Message | None]:
@@ -201,7 +201,7 @@ def test_a_client_keeps_to_its_own_policy(place: Path) -> None:
 
         return answer
 
-    with pytest.raises(ClientError, match="no adapter"):
+    with pytest.raises(ClientError, match="adapter"):
         run_in_process(flat.model_copy(update=_policy(flat, "adapter", "one")), other_policy("aggregate-only"))
     with pytest.raises((ClientError, AggregationError)):
         run_in_process(flat.model_copy(update=_policy(flat, "aggregate-only", "two")), other_policy("adapter"))
@@ -214,7 +214,7 @@ def _policy(config: ExperimentConfig, policy: str, run_id: str) -> dict[str, Any
 
 
 @pytest.mark.parametrize("number", [0, 1], ids=["experts", "round"])
-def test_what_is_trained_otherwise_after_a_sum_was_shown_is_in_no_second_one(
+def test_an_expert_retrained_after_its_sum_is_excluded_from_a_second_one(
     place: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     rounds = {"rounds__rule": "weighted-average", "rounds__number": 2} if number else {}

@@ -30,7 +30,7 @@ NOISED: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("mode", "changes"), NOISED, ids=["user", "user-rounds", "domain-local"])
-def test_differential_privacy_is_summed_securely_and_counted_as_without_the_sum(
+def test_differential_privacy_gives_the_same_results_and_budget_with_secure_sums(
     place: Path, mode: str, changes: dict[str, Any]
 ) -> None:
     """The noise is each client's own, seeded here: one server sees the adapters, the other does not."""
@@ -58,14 +58,14 @@ BY_DOMAIN = {"dp__mode": "domain-local", "dp__noise_multiplier": 0.5, "dp__delta
 
 
 @pytest.mark.parametrize(("step", "counted"), [("masked", False), ("unmask", True)])
-def test_only_whose_values_were_in_the_sum_are_counted(place: Path, step: str, counted: bool) -> None:
+def test_only_clients_in_the_sum_are_counted(place: Path, step: str, counted: bool) -> None:
     config = experiment(place, f"gone-{step}", cache_dir=str(place / f"cache-gone-{step}"), **BY_DOMAIN)
     run_in_process(config, gone_at(step, "books"))
     assert ("books" in read_json(run_dir(config) / "privacy.json")["domains"]) == counted
     assert "books" in read_json(run_dir(config) / "clients.json")["excluded"]
 
 
-def test_a_sum_that_was_shown_and_lost_is_counted(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sum_shown_to_the_server_and_lost_is_counted(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed before the mean is on disk; books is away on the resume, coffee has lost its expert and trains anew."""
     config = experiment(place, "shown", cache_dir=str(place / "cache-shown"), **BY_DOMAIN)
 
@@ -77,7 +77,7 @@ def test_a_sum_that_was_shown_and_lost_is_counted(place: Path, monkeypatch: pyte
         with pytest.raises(Killed):
             run_in_process(config)
     for folder in (place / "cache-shown" / "experts").glob("*"):
-        shutil.rmtree(folder)  # else nobody would show the same again in other company
+        shutil.rmtree(folder)  # otherwise the cached experts would be shown again in another sum
     resumed = config.model_copy(update={"resume": True})
     run_in_process(resumed, gone_at("advertise", "books"))
     domains = read_json(run_dir(config) / "privacy.json")["domains"]
@@ -99,7 +99,7 @@ def test_the_range_of_a_sum_is_as_wide_as_the_noise(place: Path) -> None:
     assert len(read_json(run_dir(config) / "secure-sum" / "sum.json")["clients"]) == len(TRAIN)
 
 
-def test_who_tells_another_noise_than_agreed_is_not_in_the_sum(place: Path) -> None:
+def test_a_client_with_another_noise_than_agreed_is_excluded_from_the_sum(place: Path) -> None:
     noise = {"dp__mode": "domain-local", "dp__noise_multiplier": 0.5, "dp__delta": 1e-3, "dp__randomness": "seeded"}
     config = experiment(place, "less-noise", cache_dir=str(place / "cache-less"), **noise, dp__clip=0.05)
 
