@@ -23,7 +23,7 @@ from fedmerge.adapter import Adapter, LoraModule
 from fedmerge.federated.product_space import weighted_sum
 from fedmerge.federated.summed import Summed, adapter_of_mean, num_summed, summed_rank, summed_values
 from fedmerge.privacy.secagg.client import advertise, mask_values, share, unmask
-from fedmerge.privacy.secagg.server import added, new_session, weighted_mean
+from fedmerge.privacy.secagg.server import add_values, new_session, weighted_mean
 from fedmerge.privacy.secagg.state import Advertisement, ClientState, Revealed
 from sim.app.messages import records
 from sim.app.messages import secure_sum as secure_records
@@ -97,7 +97,7 @@ def secure(adapters: dict[str, Adapter], summed: Summed, dropped: set[str]) -> t
             return mask_values(states[client], relayed, summed_values(summed, adapters[client], None))
 
         states[client], sent = cost.timed(client, masked)
-        total = cost.timed(None, lambda client=client, sent=sent, total=total: added(session, client, total, sent))  # type: ignore[misc]
+        total = cost.timed(None, lambda client=client, sent=sent, total=total: add_values(session, client, total, sent))  # type: ignore[misc]
         exact += summed_values(summed, adapters[client], None) / len(survivors)
         if client == min(survivors):
             cost.up += records.size_bytes(secure_records.masked_record(sent))

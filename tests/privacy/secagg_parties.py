@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedmerge.privacy.secagg.client import advertise, mask_values, share, unmask
-from fedmerge.privacy.secagg.server import added, check_advertisement, check_boxes, check_revealed, weighted_mean
+from fedmerge.privacy.secagg.server import add_values, check_advertisement, check_boxes, check_revealed, weighted_mean
 from fedmerge.privacy.secagg.session import Integers, Reals, Session
 from fedmerge.privacy.secagg.state import Advertisement, ClientState, Revealed, state_from_text, state_to_text
 
@@ -57,7 +57,7 @@ def run_session(
         relayed = {peer: boxes[client] for peer, boxes in seen.boxes.items() if peer != client}
         state = state_from_text(state_to_text(seen.states[client]))  # as a node keeps it between two messages
         seen.states[client], seen.masked[client] = mask_values(state, relayed, values[client])
-        total = added(session, client, total, seen.masked[client])
+        total = add_values(session, client, total, seen.masked[client])
     survivors, shared = frozenset(seen.masked), frozenset(seen.boxes)
     for client in there(UNMASK, seen.masked):
         seen.revealed[client] = unmask(seen.states[client], sorted(survivors))

@@ -18,25 +18,25 @@ from secagg_parties import ADVERTISE, MASK, SHARE, UNMASK, run_session
 from fedmerge.errors import AggregationError, PolicyError
 from fedmerge.privacy.secagg.client import advertise, mask_values, share, unmask
 from fedmerge.privacy.secagg.crypto import (
-    agreed_key,
+    agree_on_key,
     mask,
     new_secret,
-    opened,
     public_key,
-    sealed,
-    secret_of,
-    shares_of,
+    restore_secret,
+    seal,
+    split_secret,
+    unseal,
 )
-from fedmerge.privacy.secagg.masks import masked, pair_mask, self_mask
+from fedmerge.privacy.secagg.masks import apply_masks, pair_mask, self_mask
 from fedmerge.privacy.secagg.server import (
-    added,
+    add_values,
     check_advertisement,
     check_boxes,
     check_revealed,
     new_session,
     weighted_mean,
 )
-from fedmerge.privacy.secagg.session import Session, decoded, default_threshold, encoded
+from fedmerge.privacy.secagg.session import Session, decode_mean, default_threshold, encode_values
 from fedmerge.privacy.secagg.state import Advertisement, Revealed
 
 Vector = NDArray[np.float64]
@@ -96,8 +96,8 @@ def test_clients_may_drop_out_at_every_step(drops: dict[str, str]) -> None:
     assert np.abs(seen.mean - plain_mean(session, values, survivors)).max() <= session.tolerance / share_of_sum
     exact = np.zeros(session.num_values, np.uint32)
     for client in survivors:
-        exact += encoded(session, client, values[client])
-    assert np.array_equal(seen.mean, decoded(session, exact, frozenset(survivors)))  # masks leave nothing behind
+        exact += encode_values(session, client, values[client])
+    assert np.array_equal(seen.mean, decode_mean(session, exact, frozenset(survivors)))  # masks leave nothing behind
 
 
 @pytest.mark.parametrize("drops", [{0: MASK, 1: MASK, 2: MASK}, {0: ADVERTISE, 1: SHARE, 2: MASK}])
@@ -119,10 +119,10 @@ def test_no_sum_overflows_even_at_the_ends_of_the_range(clients: int, range_: fl
     total = np.zeros(1, np.uint32)
     survivors: frozenset[str] = frozenset()
     for client in session.clients:
-        total += encoded(session, client, ends)
+        total += encode_values(session, client, ends)
         survivors |= {client}
         share_of_sum = sum(session.coefficients[each] for each in survivors)
-        assert np.abs(decoded(session, total, survivors) - ends).max() <= session.tolerance / share_of_sum
+        assert np.abs(decode_mean(session, total, survivors) - ends).max() <= session.tolerance / share_of_sum
 
 
 # what the server sees
@@ -139,7 +139,7 @@ def test_masked_values_are_uniform() -> None:
         assert stats.kstest(sent / 2**32, "uniform").pvalue > 1e-6, client
         ones = np.unpackbits(sent.view(np.uint8)).reshape(-1, 32).mean(axis=0)
         assert np.abs(ones - 0.5).max() < 6 * 0.5 / np.sqrt(session.num_values)
-        plain = encoded(session, client, values[client])
+        plain = encode_values(session, client, values[client])
         assert stats.kstest(plain / 2**32, "uniform").pvalue < 1e-6  # the tests see what is not uniform
     left, right = list(seen.masked.values())[:2]
     assert abs(stats.spearmanr(left, right).statistic) < 6 / np.sqrt(session.num_values)
@@ -185,7 +185,7 @@ def test_the_server_and_the_colluding_see_the_same_whatever_the_others_values_ar
         sent = []
         for client in everybody:
             with_peers = {peer: pairs[min(client, peer), max(client, peer)] for peer in everybody if peer != client}
-            sent.append(masked(inputs[client], own[client], with_peers, client))
+            sent.append(apply_masks(inputs[client], own[client], with_peers, client))
         known = [own[client] for client in everybody if client != late]
         known += [pair for names, pair in pairs.items() if {*names} & {*colluding, late}]
         return [*sent, *known, sum(inputs[client] for client in [*honest, *colluding])]
@@ -199,13 +199,13 @@ def test_fewer_colluding_clients_than_the_threshold_cannot_tell_which_secret_is_
     """Whatever t − 1 clients hold, every other secret has shares that agree with it; t − 1 of them always do."""
     threshold, num_clients = 3, 5
     secret, other = new_secret(), new_secret()
-    shares = dict(enumerate(shares_of(secret, threshold, num_clients), 1))
+    shares = dict(enumerate(split_secret(secret, threshold, num_clients), 1))
     for held in combinations(shares, threshold - 1):
         points = {0: other, **{number: shares[number] for number in held}}
         forged = {number: interpolated(points, number) for number in shares}
         assert all(forged[number] == shares[number] for number in held)
-        assert secret_of({number: forged[number] for number in list(shares)[-threshold:]}, threshold) == other
-    assert secret_of(shares, threshold) == secret
+        assert restore_secret({number: forged[number] for number in list(shares)[-threshold:]}, threshold) == other
+    assert restore_secret(shares, threshold) == secret
 
 
 def test_as_many_colluding_clients_as_the_threshold_can_take_the_masks_off() -> None:
@@ -217,7 +217,7 @@ def test_as_many_colluding_clients_as_the_threshold_can_take_the_masks_off() -> 
     held = [seen.states[client].held[target] for client in colluding[: session.threshold]]
     numbers = [session.number(client) for client in colluding[: session.threshold]]
     mask_secret, self_secret = (
-        secret_of({n: getattr(each, name) for n, each in zip(numbers, held, strict=True)}, session.threshold)
+        restore_secret({n: getattr(each, name) for n, each in zip(numbers, held, strict=True)}, session.threshold)
         for name in ("mask_key", "self_mask")
     )
     pairs = {
@@ -225,10 +225,10 @@ def test_as_many_colluding_clients_as_the_threshold_can_take_the_masks_off() -> 
         for peer, keys in seen.advertisements.items()
         if peer != target
     }
-    bare = seen.masked[target] - masked(
+    bare = seen.masked[target] - apply_masks(
         np.zeros(session.num_values, np.uint32), self_mask(session, self_secret), pairs, target
     )
-    assert np.array_equal(bare, encoded(session, target, values[target]))
+    assert np.array_equal(bare, encode_values(session, target, values[target]))
 
 
 # the pieces
@@ -272,39 +272,40 @@ def interpolated(points: Mapping[int, bytes], at: int) -> bytes:
 @pytest.mark.parametrize(("threshold", "num_shares"), [(2, 3), (3, 5), (6, 10)])
 def test_shares_of_secrets_agree_with_another_implementation(threshold: int, num_shares: int) -> None:
     secret = new_secret()
-    shares = dict(enumerate(shares_of(secret, threshold, num_shares), 1))
+    shares = dict(enumerate(split_secret(secret, threshold, num_shares), 1))
     chosen = list(shares.items())[-threshold:]
-    assert interpolated(dict(chosen), 0) == secret == secret_of(dict(chosen), threshold)
+    assert interpolated(dict(chosen), 0) == secret == restore_secret(dict(chosen), threshold)
     assert interpolated(dict(chosen), 1) == shares[1]  # one polynomial of degree threshold − 1
     assert interpolated(dict(chosen[1:]), 0) != secret
     with pytest.raises(AggregationError, match=f" {threshold - 1} shares .* {threshold}\\b"):
-        secret_of(dict(chosen[1:]), threshold)
+        restore_secret(dict(chosen[1:]), threshold)
 
 
 def test_both_ends_agree_on_a_key_and_on_nothing_else() -> None:
     left, right = new_secret(), new_secret()
-    key = agreed_key(left, public_key(right), b"pair", b"a")
-    assert key == agreed_key(right, public_key(left), b"pair", b"a")
+    key = agree_on_key(left, public_key(right), b"pair", b"a")
+    assert key == agree_on_key(right, public_key(left), b"pair", b"a")
     assert (
-        len({key, agreed_key(left, public_key(right), b"pair", b"b"), agreed_key(left, public_key(right), b"p")}) == 3
+        len({key, agree_on_key(left, public_key(right), b"pair", b"b"), agree_on_key(left, public_key(right), b"p")})
+        == 3
     )
-    assert agreed_key(left, public_key(right), b"ab", b"c") != agreed_key(left, public_key(right), b"a", b"bc")
+    assert agree_on_key(left, public_key(right), b"ab", b"c") != agree_on_key(left, public_key(right), b"a", b"bc")
     assert np.array_equal(mask(key, 5, b"x"), mask(key, 5, b"x"))
     assert not np.array_equal(mask(key, 5, b"x"), mask(key, 5, b"y"))
     with pytest.raises(AggregationError, match="X25519"):
-        agreed_key(left, bytes(32), b"pair")
+        agree_on_key(left, bytes(32), b"pair")
     with pytest.raises(AggregationError, match="X25519"):
-        agreed_key(left, b"short", b"pair")
+        agree_on_key(left, b"short", b"pair")
 
 
 def test_sealed_shares_open_for_their_receiver_alone() -> None:
-    key = agreed_key(new_secret(), public_key(new_secret()))
-    box = sealed(key, b"shares", b"a to b")
-    assert opened(key, box, b"a to b") == b"shares"
+    key = agree_on_key(new_secret(), public_key(new_secret()))
+    box = seal(key, b"shares", b"a to b")
+    assert unseal(key, box, b"a to b") == b"shares"
     changed = box[:-1] + bytes([box[-1] ^ 1])
     for wrong in ((key, box, b"b to a"), (bytes(32), box, b"a to b"), (key, changed, b"a to b"), (key, b"", b"a to b")):
         with pytest.raises(AggregationError, match="sealed"):
-            opened(*wrong)
+            unseal(*wrong)
 
 
 # Errors
@@ -335,9 +336,9 @@ def test_a_client_that_outweighs_the_others_and_values_that_do_not_fit() -> None
     session = session_of(3, 2)
     for wrong in (np.array([0.0, 8.1]), np.array([np.nan, 0.0]), np.array([-np.inf, 0.0])):
         with pytest.raises(AggregationError, match=r"client 00: .*±8"):
-            encoded(session, "client 00", wrong)
+            encode_values(session, "client 00", wrong)
     with pytest.raises(AggregationError, match=r"\(3,\).*\(2,\)"):
-        encoded(session, "client 00", np.zeros(3))
+        encode_values(session, "client 00", np.zeros(3))
     with pytest.raises(AggregationError, match=r"'x'.*client 00, client 01, client 02"):
         advertise(session, "x")
 
@@ -425,7 +426,7 @@ def test_the_server_refuses_malformed_answers() -> None:
     wrong: Any
     for wrong in (np.zeros(3, np.uint32), np.zeros(4, np.int64)):
         with pytest.raises(AggregationError, match=r"uint32 of \(4,\)"):
-            added(session, "client 00", total, wrong)
+            add_values(session, "client 00", total, wrong)
     everybody = frozenset(session.clients)
     for revealed in (
         Revealed({}, {}),

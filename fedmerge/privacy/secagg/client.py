@@ -1,16 +1,16 @@
-"""A client's side of a secure sum: four answers, each from its state and what the server relays.
+"""The client's side of a secure sum: four answers, each computed from its state and the relayed answers of the others.
 
-    advertise    two public keys
-    share        to every other client, sealed: a share of the secret behind the mask key, a share of the self mask
-    mask_values  values + self mask ± a mask with every other client that has shared
-    unmask       of every client in the sum the share of its self mask, of every other the share of its mask key
+    advertise    send two public keys
+    share        send every other client, sealed, a share of the mask key's secret and a share of the self mask
+    mask_values  send values + self mask ± a pair mask with every other client that has shared
+    unmask       send a share of the self mask of every client in the sum, and of the mask key of every other one
 
-Whoever knows both secrets of a client can take its masks off. So a client gives a share of one of the two, never of
-both, answers each question once, and only for a sum of enough clients.
+Both secrets of a client together remove its masks. Therefore a client reveals a share of only one of the two, answers
+each question once, and only for a sum of enough clients.
 
 Source: Bonawitz et al., CCS 2017, https://doi.org/10.1145/3133956.3133982, protocol of figure 4 for honest-but-curious
     parties, with the signatures of round 0; all pairs mask each other.
-Differs: every client keeps a share of its own secrets, too, so that any t clients suffice at the end.
+Differs: every client also keeps a share of its own secrets, so that any t clients suffice at the end.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,30 +24,30 @@ from numpy.typing import NDArray
 from fedmerge.errors import AggregationError, PolicyError
 from fedmerge.privacy.secagg.crypto import (
     SECRET_BYTES,
-    agreed_key,
+    agree_on_key,
     new_secret,
-    opened,
     public_key,
-    sealed,
-    shares_of,
+    seal,
+    split_secret,
+    unseal,
 )
-from fedmerge.privacy.secagg.masks import masked, pair_mask, self_mask
-from fedmerge.privacy.secagg.session import Integers, Session, encoded
+from fedmerge.privacy.secagg.masks import apply_masks, pair_mask, self_mask
+from fedmerge.privacy.secagg.session import Integers, Session, encode_values
 from fedmerge.privacy.secagg.state import Advertisement, ClientState, Revealed, Shares, Step
 
 
 def advertise(
     session: Session, client: str, identity: Ed25519PrivateKey | None = None
 ) -> tuple[ClientState, Advertisement]:
-    """Fresh keys.
+    """Create fresh keys.
 
     Args:
-        session: as the server announces it; checked by its own making.
-        client: one's own name.
-        identity: a key that the others know as this client's; it signs.
+        session: the session announced by the server; its constructor validates it.
+        client: name of this client.
+        identity: signing key that the others know as this client's.
 
     Raises:
-        AggregationError: a session that does not name this client.
+        AggregationError: the session does not include this client.
     """
     session.number(client)
     state = ClientState(session, client, "advertised", new_secret(), new_secret(), new_secret())
@@ -63,19 +63,19 @@ def share(
     advertisements: Mapping[str, Advertisement],
     registered: Mapping[str, Ed25519PublicKey] | None = None,
 ) -> tuple[ClientState, dict[str, bytes]]:
-    """Shares of one's secrets, sealed for every other client.
+    """Split this client's secrets into shares, sealed for every other client.
 
     Args:
-        state: after :func:`advertise`.
-        advertisements: of all that take part.
-        registered: client -> the key that it signs with, from elsewhere than the server; None: nobody signs.
+        state: state after :func:`advertise`.
+        advertisements: keys of all participating clients.
+        registered: client -> verification key, obtained independently of the server; None if keys are unsigned.
 
     Returns:
         The next state, and client -> sealed shares.
 
     Raises:
-        AggregationError: too few clients, keys that are not this client's own, or that two clients share, a missing or
-            wrong signature, or a question out of turn.
+        AggregationError: too few clients, other keys under this client's name, keys that two clients share, a missing
+            or wrong signature, or a question out of order.
     """
     session = state.session
     _expect(state, "advertised", "share")
@@ -87,23 +87,23 @@ def share(
         or own.mask_key != public_key(state.mask_secret)
     ):
         raise AggregationError(
-            f"secure sum, client {state.client}: found other keys under its name, expected those that it sent; "
-            "somebody between the clients replaces keys. Do not go on"
+            f"secure sum, client {state.client}: found other keys under its name, expected the ones it sent; "
+            "they were replaced on the way. Stop this run and check the server"
         )
     keys = [key for each in advertisements.values() for key in (each.channel_key, each.mask_key)]
     if len(set(keys)) < len(keys):
         raise AggregationError(
-            f"secure sum, client {state.client}: found one key twice, expected two of its own of every client; "
-            "somebody pretends to be several. Do not go on"
+            f"secure sum, client {state.client}: found a repeated key, expected two different keys of every client; "
+            "one party may pose as several clients. Stop this run and check the server"
         )
     if registered is not None:
         _check_signatures(session, advertisements, registered)
     split = [
-        dict(zip(session.clients, shares_of(secret, session.threshold, len(session.clients)), strict=True))
+        dict(zip(session.clients, split_secret(secret, session.threshold, len(session.clients)), strict=True))
         for secret in (state.mask_secret, state.self_secret)
     ]
     boxes = {
-        peer: sealed(
+        peer: seal(
             _channel(state, peer, advertisements[peer]), split[0][peer] + split[1][peer], _about(state.client, peer)
         )
         for peer in sorted(advertisements.keys() - {state.client})
@@ -115,18 +115,19 @@ def share(
 def mask_values(
     state: ClientState, boxes: Mapping[str, bytes], values: NDArray[np.floating]
 ) -> tuple[ClientState, Integers]:
-    """The client's values under its masks: uniform to whoever lacks both secrets.
+    """Mask the client's values: they look uniform without both secrets.
 
     Args:
-        state: after :func:`share`.
-        boxes: client -> the shares that it sealed for this one; of all that have shared.
+        state: state after :func:`share`.
+        boxes: client -> shares that it sealed for this client, from all that have shared.
         values: (num_values,), not yet multiplied by the coefficient.
 
     Returns:
         The next state, and (num_values,) integers modulo 2^32.
 
     Raises:
-        AggregationError: too few clients, a box that does not open, values out of range, or a question out of turn.
+        AggregationError: too few clients, a box that cannot be unsealed, values out of range, or a question out of
+            order.
     """
     session = state.session
     _expect(state, "shared", "mask")
@@ -136,7 +137,7 @@ def mask_values(
     for peer, box in sorted(boxes.items()):
         if peer == state.client:
             continue
-        text = opened(_channel(state, peer, state.advertisements[peer]), box, _about(peer, state.client))
+        text = unseal(_channel(state, peer, state.advertisements[peer]), box, _about(peer, state.client))
         if len(text) != 2 * SECRET_BYTES:
             raise AggregationError(
                 f"secure sum, client {state.client}: found {len(text)} bytes of shares from {peer}, expected "
@@ -145,28 +146,30 @@ def mask_values(
         held[peer] = Shares(text[:SECRET_BYTES], text[SECRET_BYTES:])
     keys = {peer: state.advertisements[peer].mask_key for peer in shared - {state.client}}
     pairs = {peer: pair_mask(session, state.client, state.mask_secret, peer, key) for peer, key in keys.items()}
-    total = masked(encoded(session, state.client, values), self_mask(session, state.self_secret), pairs, state.client)
+    total = apply_masks(
+        encode_values(session, state.client, values), self_mask(session, state.self_secret), pairs, state.client
+    )
     return replace(state, step="masked", held=held), total
 
 
 def unmask(state: ClientState, survivors: Sequence[str]) -> Revealed:
-    """One share of every client that has shared, of the one or of the other secret; then the state is to be forgotten.
+    """Reveal one share, of either secret, of every client that has shared; the state must be deleted afterwards.
 
     Args:
-        state: after :func:`mask_values`.
-        survivors: whose masked values are in the sum.
+        state: state after :func:`mask_values`.
+        survivors: clients whose masked values are in the sum.
 
     Raises:
-        AggregationError: too few of them, or a question out of turn.
-        PolicyError: this client's values are said not to be in the sum.
+        AggregationError: too few survivors, or a question out of order.
+        PolicyError: the survivors do not include this client.
     """
     _expect(state, "masked", "unmask")
     summed = frozenset(survivors)
     state.session.check_survivors(summed, frozenset(state.held), "masked values")
     if state.client not in summed:
         raise PolicyError(
-            f"secure sum, client {state.client}: the server says that its masked values are not in the sum, so it "
-            "reveals nothing. They came too late, or it is asked for what would take off its masks; start again"
+            f"secure sum, client {state.client}: the server did not include its masked values in the sum, so it "
+            "reveals nothing. They arrived too late, or the request would remove its masks; start again"
         )
     return Revealed(
         {peer: shares.self_mask for peer, shares in state.held.items() if peer in summed},
@@ -178,7 +181,7 @@ def _expect(state: ClientState, step: Step, question: str) -> None:
     if state.step != step:
         raise AggregationError(
             f"secure sum, client {state.client}: found the question {question!r} after it {state.step}, expected it "
-            f"once, after it {step}; a second answer could take its masks off. Start again, with fresh keys"
+            f"once, after it {step}; a second answer could remove its masks. Start again with fresh keys"
         )
 
 
@@ -190,7 +193,7 @@ def _own(state: ClientState) -> Shares:
 
 def _channel(state: ClientState, peer: str, advertisement: Advertisement) -> bytes:
     pair = [name.encode() for name in sorted((state.client, peer))]
-    return agreed_key(state.channel_secret, advertisement.channel_key, b"channel", state.session.identifier, *pair)
+    return agree_on_key(state.channel_secret, advertisement.channel_key, b"channel", state.session.identifier, *pair)
 
 
 def _about(sender: str, receiver: str) -> bytes:
@@ -211,12 +214,12 @@ def _check_signatures(
         try:
             if key is None:
                 raise AggregationError(
-                    f"secure sum: found no registered key of {peer}, expected one of every client; get it from its "
+                    f"secure sum: found no registered key of {peer}, expected one of every client; obtain it from its "
                     "owner, not from the server"
                 )
             key.verify(advertisement.signature, _signed_text(session, peer, advertisement))
         except InvalidSignature as error:
             raise AggregationError(
-                f"secure sum: found keys that {peer} has not signed for this session, expected its signature; the "
-                "server, or somebody else, replaced them. Do not go on"
+                f"secure sum: found keys that {peer} has not signed for this session, expected its signature; they "
+                "were replaced on the way. Stop this run and check the server"
             ) from error

@@ -1,8 +1,8 @@
 """The cryptography of a secure sum: key pairs, agreed keys, masks, shares of secrets, sealed messages.
 
-Nothing here is our own: X25519, HKDF-SHA-256, AES-256 in counter mode and AES-256-GCM of ``cryptography``, and Shamir's
-shares of ``pycryptodome`` (Flower depends on both, too). The latter shares 16 bytes, so secrets have 128 bits, as much
-as X25519 is worth. They come from the operating system and never from the experiment's seed, which all know.
+All primitives are standard: X25519, HKDF-SHA-256, AES-256 in counter mode and AES-256-GCM of ``cryptography``, and
+Shamir's shares of ``pycryptodome`` (Flower also depends on both). The latter shares 16 bytes, so secrets have 128 bits,
+the security level of X25519. They come from the operating system, never from the experiment's seed, which is public.
 """
 
 import secrets
@@ -26,43 +26,43 @@ _NONCE_BYTES = 12
 
 
 def new_secret() -> bytes:
-    """16 random bytes."""
+    """Return 16 random bytes."""
     return secrets.token_bytes(SECRET_BYTES)
 
 
 def public_key(secret: bytes) -> bytes:
-    """The X25519 public key, 32 bytes, of the private key that a secret stands for."""
+    """Return the X25519 public key, 32 bytes, of the private key derived from a secret."""
     return _private_key(secret).public_key().public_bytes_raw()
 
 
-def agreed_key(secret: bytes, public: bytes, *bound_to: bytes) -> bytes:
-    """The 32 bytes that both owners of two key pairs can compute, and nobody else.
+def agree_on_key(secret: bytes, public: bytes, *bound_to: bytes) -> bytes:
+    """Return the 32 bytes that only the owners of two key pairs can compute.
 
     Args:
-        secret: one's own.
-        public: the other's public key.
-        bound_to: other keys come out for other purposes, sessions and pairs.
+        secret: secret of this side.
+        public: public key of the other side.
+        bound_to: purpose, session and pair; different values give different keys.
 
     Raises:
-        AggregationError: a public key that is none, or makes a key that all know.
+        AggregationError: the public key is invalid, or gives a key that everyone knows.
     """
     try:
         shared = _private_key(secret).exchange(X25519PublicKey.from_public_bytes(public))
     except ValueError as error:
         raise AggregationError(
-            f"secure sum: found a public key that X25519 refuses ({error}), expected {PUBLIC_BYTES} bytes of a key of "
-            "its own; leave this client out"
+            f"secure sum: found a public key that X25519 refuses ({error}), expected {PUBLIC_BYTES} bytes of a fresh "
+            "key; exclude this client"
         ) from error
     return _derived(shared, b"agreed", *bound_to)
 
 
 def mask(secret: bytes, num_values: int, *bound_to: bytes) -> Integers:
-    """Uniform integers modulo 2^32 from a secret: the key stream of AES-256 in counter mode.
+    """Expand a secret to uniform integers modulo 2^32: the key stream of AES-256 in counter mode.
 
     Args:
-        secret: 16 or 32 bytes, of which all the randomness comes.
-        num_values: how many.
-        bound_to: other masks come out for other purposes and sessions.
+        secret: 16 or 32 bytes, the only source of randomness.
+        num_values: number of integers.
+        bound_to: purpose and session; different values give different masks.
 
     Returns:
         (num_values,).
@@ -72,43 +72,43 @@ def mask(secret: bytes, num_values: int, *bound_to: bytes) -> Integers:
     return np.frombuffer(stream.update(bytes(4 * num_values)), dtype="<u4").astype(np.uint32, copy=False)
 
 
-def shares_of(secret: bytes, threshold: int, num_shares: int) -> list[bytes]:
-    """Shamir's shares, 16 bytes each, for the numbers 1 to num_shares; any ``threshold`` of them give the secret."""
+def split_secret(secret: bytes, threshold: int, num_shares: int) -> list[bytes]:
+    """Split a secret into Shamir's shares of 16 bytes, numbered from 1; any ``threshold`` of them restore it."""
     return [bytes(share) for _, share in Shamir.split(threshold, num_shares, secret, False)]
 
 
-def secret_of(shares: Mapping[int, bytes], threshold: int) -> bytes:
-    """The secret of at least ``threshold`` shares by number; those with the lowest numbers are used.
+def restore_secret(shares: Mapping[int, bytes], threshold: int) -> bytes:
+    """Restore a secret from at least ``threshold`` shares by number; those with the lowest numbers are used.
 
     Raises:
-        AggregationError: too few.
+        AggregationError: too few shares.
     """
     if len(shares) < threshold:
         raise AggregationError(
             f"secure sum: found {len(shares)} shares of a secret, expected at least {threshold}; start again when more "
-            "clients are there"
+            "clients are connected"
         )
     return bytes(Shamir.combine(sorted(shares.items())[:threshold], False))
 
 
-def sealed(key: bytes, text: bytes, about: bytes) -> bytes:
-    """Text that only the owner of the key can read, and nobody can change, nor what it is about."""
+def seal(key: bytes, text: bytes, about: bytes) -> bytes:
+    """Encrypt and authenticate a text and its purpose with a key."""
     nonce = secrets.token_bytes(_NONCE_BYTES)
     return nonce + AESGCM(key).encrypt(nonce, text, about)
 
 
-def opened(key: bytes, box: bytes, about: bytes) -> bytes:
-    """Inverse of :func:`sealed`.
+def unseal(key: bytes, box: bytes, about: bytes) -> bytes:
+    """Decrypt and verify the result of :func:`seal`.
 
     Raises:
-        AggregationError: it was changed, or sealed by somebody else or about something else.
+        AggregationError: the message was changed, or sealed with another key or for another purpose.
     """
     try:
         return AESGCM(key).decrypt(box[:_NONCE_BYTES], box[_NONCE_BYTES:], about)
     except (InvalidTag, ValueError) as error:
         raise AggregationError(
-            "secure sum: found a message that was not sealed for this client in this session, expected shares as "
-            "another client sealed them; it was changed on the way, or belongs elsewhere. Start again"
+            "secure sum: found a message that was not sealed for this client in this session, expected the sealed "
+            "shares of another client; it was changed on the way, or belongs to another session. Start again"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Ed25519 keys that clients know each other by, in OpenSSH's files: ``ssh-keygen -t ed25519 -N "" -f NAME``."""
+"""Ed25519 keys that identify clients to each other, in OpenSSH's files: ``ssh-keygen -t ed25519 -N "" -f NAME``."""
 
 from pathlib import Path
 
@@ -11,10 +11,10 @@ from fedmerge.privacy.key_files import private_key_bytes
 
 
 def read_identity(path: Path) -> Ed25519PrivateKey:
-    """A client's own private key.
+    """Read a client's own private key.
 
     Raises:
-        ClientError: no such file, or no such key.
+        ClientError: a missing file, or a file without such a key.
         ConfigError: other users of the machine can read it.
     """
     try:
@@ -31,10 +31,10 @@ def read_identity(path: Path) -> Ed25519PrivateKey:
 
 
 def read_registered(folder: Path) -> dict[str, Ed25519PublicKey]:
-    """Every client's public key, by name: the files NAME.pub of a folder.
+    """Read every client's public key, by name: the files NAME.pub of a folder.
 
     Raises:
-        ClientError: no such folder, or a file that holds no such key.
+        ClientError: a missing folder, or a file without such a key.
     """
     keys = {}
     files = sorted(folder.glob("*.pub"))
@@ -53,6 +53,6 @@ def read_registered(folder: Path) -> dict[str, Ed25519PublicKey]:
 
 def _unreadable(path: Path, why: str) -> ClientError:
     return ClientError(
-        f"{path}: cannot be read as an Ed25519 key ({why}), expected what ssh-keygen -t ed25519 -N '' -f NAME writes: "
-        "the private key of this client, and a folder of the public keys NAME.pub of all. Make it again"
+        f"{path}: cannot be read as an Ed25519 key ({why}), expected a file of ssh-keygen -t ed25519 -N '' -f NAME: "
+        "the private key of this client, or a folder with the public key NAME.pub of every client. Create it again"
     )

@@ -1,4 +1,4 @@
-"""The server's side of a secure sum: it relays, adds up what arrives, and takes the masks off the sum alone."""
+"""The server's side of a secure sum: relay messages, add the masked values, and remove the masks of the sum."""
 
 import math
 import secrets
@@ -7,25 +7,25 @@ from collections.abc import Mapping
 import numpy as np
 
 from fedmerge.errors import AggregationError
-from fedmerge.privacy.secagg.crypto import PUBLIC_BYTES, SECRET_BYTES, public_key, secret_of
-from fedmerge.privacy.secagg.masks import masked, pair_mask, self_mask
-from fedmerge.privacy.secagg.session import SESSION_BYTES, Integers, Reals, Session, decoded, default_threshold
+from fedmerge.privacy.secagg.crypto import PUBLIC_BYTES, SECRET_BYTES, public_key, restore_secret
+from fedmerge.privacy.secagg.masks import apply_masks, pair_mask, self_mask
+from fedmerge.privacy.secagg.session import SESSION_BYTES, Integers, Reals, Session, decode_mean, default_threshold
 from fedmerge.privacy.secagg.state import Advertisement, Revealed
 
 
 def new_session(
     weights: Mapping[str, float], num_values: int, value_range: float, threshold: int | None = None
 ) -> Session:
-    """A session with coefficients w_k / Σ w.
+    """Create a session with coefficients w_k / Σ w.
 
     Args:
-        weights: client -> any weight above 0.
-        num_values: of each client.
-        value_range: the largest |value| that a client may have.
-        threshold: None: the smallest majority.
+        weights: client -> weight above 0.
+        num_values: number of values of each client.
+        value_range: largest |value| of a client.
+        threshold: number of clients that must answer at the end; None means the smallest majority.
 
     Raises:
-        AggregationError: fewer than three clients, or a threshold that is no majority of them.
+        AggregationError: fewer than three clients, or a threshold that is not a majority.
     """
     summed = math.fsum(weights[client] for client in sorted(weights))
     coefficients = {client: weight / summed for client, weight in weights.items()}
@@ -42,7 +42,7 @@ def check_advertisement(client: str, advertisement: Advertisement) -> None:
     """Refuse keys of another size.
 
     Raises:
-        AggregationError: which.
+        AggregationError: a key has another size.
     """
     sizes = (len(advertisement.channel_key), len(advertisement.mask_key))
     if sizes != (PUBLIC_BYTES, PUBLIC_BYTES):
@@ -56,21 +56,21 @@ def check_boxes(client: str, boxes: Mapping[str, bytes], advertisements: Mapping
     """Refuse sealed shares that are not for every other client.
 
     Raises:
-        AggregationError: which are missing.
+        AggregationError: shares are missing or unexpected.
     """
     expected = advertisements.keys() - {client}
     if boxes.keys() != expected:
         raise AggregationError(
-            f"secure sum, client {client}: found shares for {', '.join(sorted(boxes)) or 'nobody'}, expected them for "
-            f"{', '.join(sorted(expected))}; use one fedmerge version everywhere"
+            f"secure sum, client {client}: found shares for {', '.join(sorted(boxes)) or 'no client'}, expected them "
+            f"for {', '.join(sorted(expected))}; use one fedmerge version everywhere"
         )
 
 
-def added(session: Session, client: str, total: Integers, values: Integers) -> Integers:
-    """The sum so far with one more client's masked values.
+def add_values(session: Session, client: str, total: Integers, values: Integers) -> Integers:
+    """Return the sum with one more client's masked values.
 
     Raises:
-        AggregationError: another number of values.
+        AggregationError: another number or type of values.
     """
     if values.shape != total.shape or values.dtype != np.uint32:
         raise AggregationError(
@@ -81,10 +81,10 @@ def added(session: Session, client: str, total: Integers, values: Integers) -> I
 
 
 def check_revealed(client: str, revealed: Revealed, survivors: frozenset[str], shared: frozenset[str]) -> None:
-    """Refuse shares of other secrets than were asked for.
+    """Refuse shares of other secrets than requested.
 
     Raises:
-        AggregationError: what differs.
+        AggregationError: the shares differ from the request.
     """
     found = (set(revealed.self_masks), set(revealed.mask_keys))
     expected = (set(survivors), set(shared - survivors))
@@ -93,7 +93,7 @@ def check_revealed(client: str, revealed: Revealed, survivors: frozenset[str], s
         raise AggregationError(
             f"secure sum, client {client}: found shares of {len(found[0])} self masks and {len(found[1])} mask keys of "
             f"{sorted(sizes)} bytes, expected {len(expected[0])} and {len(expected[1])} of {SECRET_BYTES}, for the "
-            "clients that it was asked for; use one fedmerge version everywhere"
+            "requested clients; use one fedmerge version everywhere"
         )
 
 
@@ -105,40 +105,40 @@ def weighted_mean(
     total: Integers,
     revealed: Mapping[str, Revealed],
 ) -> Reals:
-    """Σ p_k x_k / Σ p_k over the survivors, to ``session.tolerance`` / Σ p_k.
+    """Return Σ p_k x_k / Σ p_k over the survivors, to ``session.tolerance`` / Σ p_k.
 
     Args:
-        session: of the sum.
-        advertisements: client -> its keys.
-        shared: whose shares were relayed, and who therefore mask each other.
-        survivors: whose masked values are in the sum.
-        total: (num_values,), the sum of their masked values.
-        revealed: client -> what it told at the end, of at least ``threshold`` clients.
+        session: session of the sum.
+        advertisements: client -> keys.
+        shared: clients whose shares were relayed, and who therefore mask each other.
+        survivors: clients whose masked values are in the sum.
+        total: (num_values,), sum of the survivors' masked values.
+        revealed: client -> revealed shares, of at least ``threshold`` clients.
 
     Raises:
-        AggregationError: too few clients or shares, shares that are not of the secret behind a client's key, or masks
-            that do not cancel.
+        AggregationError: too few clients or shares, shares that do not match a client's key, or masks that do not
+            cancel.
     """
     session.check_survivors(survivors, shared, "masked values")
     if len(revealed) < session.threshold:
         raise AggregationError(
             f"secure sum, unmasking: found answers of {len(revealed)} clients ({', '.join(sorted(revealed))}), "
-            f"expected at least {session.threshold}; start again when more of them are there, with fresh keys"
+            f"expected at least {session.threshold}; start again with fresh keys when more clients are connected"
         )
     numbers = {client: session.number(client) for client in revealed}
     total = total.copy()
     for client in sorted(survivors):
         shares = {numbers[teller]: told.self_masks[client] for teller, told in revealed.items()}
-        total -= self_mask(session, secret_of(shares, session.threshold))
+        total -= self_mask(session, restore_secret(shares, session.threshold))
     nothing = np.zeros(session.num_values, np.uint32)
     for client in sorted(shared - survivors):
         shares = {numbers[teller]: told.mask_keys[client] for teller, told in revealed.items()}
-        secret = secret_of(shares, session.threshold)
+        secret = restore_secret(shares, session.threshold)
         if public_key(secret) != advertisements[client].mask_key:
             raise AggregationError(
-                f"secure sum: found shares that do not give the mask key of {client}, which dropped out, expected the "
-                "one it advertised; a client sent a wrong share. Start again"
+                f"secure sum: found shares that do not restore the advertised mask key of {client}, which dropped out; "
+                "a client sent a wrong share. Start again"
             )
         pairs = {peer: pair_mask(session, client, secret, peer, advertisements[peer].mask_key) for peer in survivors}
-        total += masked(nothing, nothing, pairs, client)  # what it would have added: the others' part cancels
-    return decoded(session, total, survivors)
+        total += apply_masks(nothing, nothing, pairs, client)  # what it would have added: the others' part cancels
+    return decode_mean(session, total, survivors)

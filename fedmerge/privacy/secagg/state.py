@@ -1,4 +1,4 @@
-"""What a client says in a secure sum, and what it remembers from one answer to the next."""
+"""A client's messages in a secure sum, and its state between two answers."""
 
 import json
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ class Advertisement:
 
 @dataclass(frozen=True)
 class Shares:
-    """What one client holds of another's secrets: 16 bytes each."""
+    """One client's shares of another's secrets, 16 bytes each."""
 
     mask_key: bytes
     self_mask: bytes
@@ -29,7 +29,7 @@ class Shares:
 
 @dataclass(frozen=True)
 class Revealed:
-    """What a client tells at the end: shares of the self masks of those in the sum, of the mask keys of the others."""
+    """Shares that a client reveals at the end: self masks of clients in the sum, mask keys of the others."""
 
     self_masks: Mapping[str, bytes]
     mask_keys: Mapping[str, bytes]
@@ -37,16 +37,16 @@ class Revealed:
 
 @dataclass(frozen=True)
 class ClientState:
-    """A client between two answers. It holds secrets: it stays on the client, in memory, and dies with the session.
+    """A client's state between two answers. It holds secrets and stays in the client's memory until the session ends.
 
     Attributes:
-        session: what the client has agreed to.
-        client: its own name.
-        step: what it has answered last.
-        channel_secret, mask_secret, self_secret: behind its keys and its self mask.
-        advertisements: of all clients that take part, its own included.
-        own: the shares of its own secrets that it keeps.
-        held: client -> shares of its secrets, of those that have shared.
+        session: session that the client has joined.
+        client: name of the client.
+        step: last answer.
+        channel_secret, mask_secret, self_secret: secrets of its keys and its self mask.
+        advertisements: keys of all participating clients, its own included.
+        own: its shares of its own secrets.
+        held: client -> shares of that client's secrets.
     """
 
     session: Session
@@ -61,12 +61,12 @@ class ClientState:
 
 
 def state_to_text(state: ClientState) -> str:
-    """A state as JSON, for the memory of the node between two messages."""
+    """Return a state as JSON, for the memory of the node between two messages."""
     return json.dumps(_plain(state))
 
 
 def state_from_text(text: str) -> ClientState:
-    """Inverse of :func:`state_to_text`."""
+    """Restore a state, the inverse of :func:`state_to_text`."""
     found: dict[str, Any] = json.loads(text)
     session = found["session"] | {"identifier": bytes.fromhex(found["session"]["identifier"])}
     return ClientState(

@@ -17,7 +17,7 @@ from fedmerge.federated.summed import adapter_of_mean, num_summed, summed_rank
 from fedmerge.merging.candidate import Candidate, Origin
 from fedmerge.privacy.dp.agreement import check_spent, largest_entry
 from fedmerge.privacy.secagg.server import (
-    added,
+    add_values,
     check_advertisement,
     check_boxes,
     check_revealed,
@@ -197,7 +197,7 @@ def secure_mean(
 
     def take_masked(client: str, content: RecordDict) -> None:
         nonlocal total
-        total = added(session, client, total, secure_records.read_masked(content))
+        total = add_values(session, client, total, secure_records.read_masked(content))
         in_sum.add(client)
 
     def relayed(client: str) -> RecordDict:
