@@ -81,7 +81,7 @@ def find_config(path: str | Path) -> Path:
         ConfigError: there is neither.
     """
     path = Path(path)
-    if path.suffix or (path.exists() and not path.is_dir()):  # whoever reads it says what is wrong with it
+    if path.suffix or (path.exists() and not path.is_dir()):  # its reader reports the problem
         return path
     known = shipped_configs()
     if path.as_posix() in known:

@@ -35,7 +35,7 @@ class Recommendation:
 
 @dataclass(frozen=True, eq=False)
 class Recommender:
-    """What is needed to recommend items of one catalog. It is only read from: threads may share it.
+    """A recommender of one catalog's items. It is read-only, so threads may share it.
 
     Attributes:
         encoder: the backbone with the adapter folded in.

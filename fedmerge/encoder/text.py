@@ -55,7 +55,7 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> SpecialTokens:
     start = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), None)
     if not bare or start is None:
         raise BackboneError(
-            f"tokenizer {type(tokenizer).__name__}: its special tokens cannot be told from text "
+            f"tokenizer {type(tokenizer).__name__}: its special tokens look like text "
             f"('a' is {bare} alone and {full} in context). Use a backbone with a standard tokenizer."
         )
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)

@@ -34,7 +34,7 @@ def target_ranks(
     Args:
         scores: (U, N) floating point; higher is better. An expanded view is not materialised.
         targets: (U,) item index of each user's one relevant item.
-        seen: one array of item indices per user, repeats allowed. These items are no candidates, except the target
+        seen: one array of item indices per user, repeats allowed. These items are not candidates, except the target
             itself: the masked variant. None is the unmasked variant.
         block_size: users ranked at once; None limits a block to about four million scores.
 

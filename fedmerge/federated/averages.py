@@ -17,7 +17,7 @@ class Combined:
     Attributes:
         adapter: the result.
         error: ‖Δ − Σ p_k Δ_k‖_F / ‖Σ p_k Δ_k‖_F for rules that average inexactly; 0 for exact rules and rules that do
-            not average; None if it is unknown because nobody sees the Δ_k.
+            not average; None if it is unknown because the Δ_k are hidden.
         selected: clients that the rule selected; empty for rules that do not select.
     """
 

@@ -40,7 +40,7 @@ from fedmerge.seeding import derive
 
 @dataclass(frozen=True)
 class RoundReport:
-    """How a round was aggregated, and what it cost.
+    """The aggregation of one round: parameters, weights and errors.
 
     Attributes:
         rule: name in RULES, of a merging method, or of the function.
@@ -141,7 +141,7 @@ def aggregate(
         adapters: client -> adapter after local training, with the rank and scaling of its start; any clients of the
             state, in any order.
         client_weights: client -> number of training examples, or any weight above 0; None for equal weights.
-        seed: seed of rules that draw and of fresh adapters; every round draws anew from it.
+        seed: seed of random rules and of fresh adapters; every round derives its own from it.
         parameters: parameters of the rule.
 
     Raises:

@@ -1,6 +1,6 @@
 """Attacks as statistics of scores: membership, pairs bought together, memorised canaries.
 
-No model is needed: whoever holds data and adapters computes the scores. A higher score means "was trained on".
+No model is needed: the holder of data and adapters computes the scores. A higher score means "was trained on".
 """
 
 import math

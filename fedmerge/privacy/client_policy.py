@@ -52,10 +52,10 @@ policies = "adapter+catalog,adapter"
 # Smallest accepted privacy.min_users, below which no sums leave the client.
 min_users = 20
 
-# Largest answer in bytes; "none" is no limit. An adapter of MiniLM at rank 8 has about 600,000.
+# Largest answer in bytes; "none": no limit. An adapter of MiniLM at rank 8 has about 600,000.
 max_message_bytes = "none"
 
-# Longest time for one answer in minutes, training included; "none" is no limit. `fedmerge client` stops the work then;
+# Longest time for one answer in minutes, training included; "none": no limit. `fedmerge client` stops the work then;
 # a client started in another way only refuses runs with a larger train.max_minutes. The number of answers is not
 # limited.
 max_minutes = 1440.0

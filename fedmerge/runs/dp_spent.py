@@ -54,9 +54,9 @@ def spent_by_domain(run_dir: Path, config: ExperimentConfig) -> dict[str, list[M
     """
     found: dict[str, list[Mapping[str, Any]]] = {}
 
-    def add(domain: str, told: Mapping[str, Any] | None) -> None:
-        if told and told.get("privacy"):
-            found.setdefault(domain, []).append(told["privacy"])
+    def add(domain: str, reported: Mapping[str, Any] | None) -> None:
+        if reported and reported.get("privacy"):
+            found.setdefault(domain, []).append(reported["privacy"])
 
     if config.dp.mode == "domain-central":
         for path in sorted((run_dir / MERGED).glob("[!.]*/provenance.json")):
@@ -74,12 +74,12 @@ def spent_by_domain(run_dir: Path, config: ExperimentConfig) -> dict[str, list[M
         if (path.parent.name, 0) not in counted:
             add(path.parent.name, read_json(path))
     in_sums = revealed_reports(run_dir)
-    for domain, told in in_sums:
-        add(domain, told)
+    for domain, reported in in_sums:
+        add(domain, reported)
     for number, record in enumerate(round_records(run_dir) if not in_sums else (), start=1):
-        for domain, told in sorted(record["clients"].items()):
+        for domain, reported in sorted(record["clients"].items()):
             if (domain, number) not in counted:
-                add(domain, told)
+                add(domain, reported)
     if answers_have_noise(config.dp, config.through_clients):
         asked = _messages_by_domain(run_dir)
         for domain in sorted({*asked, *arrived} & {*found}):

@@ -63,7 +63,7 @@ def run_in_process(
         config: the experiment.
         answer: maps a message to a node's reply; None sends no reply, a list sends several.
         num_nodes: number of nodes; None is one per domain.
-        away: turns of nodes that are not connected while they are in this set; with a set, clients are not told the
+        away: turns of nodes that are not connected while they are in this set; with a set, clients do not get the
             number of nodes, as on separate machines.
         console: log to stderr, as the app does; otherwise lines go where the caller sends those of the logger
             ``fedmerge``.

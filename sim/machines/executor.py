@@ -93,13 +93,13 @@ def _work(runtime: RuntimeHttpClient, folder: Path, code: Mapping[str, str], is_
         override_run_config(context, client)
         in_time = limit_time(own.max_minutes, client.domain.name, _heartbeat(runtime))
         content, context.state = in_own_process(lambda: _answer(message, context), in_time)
-        told = "an error" if records.read_error(content) else f"{records.size_bytes(content):,} bytes"
-        logger.info("%s: answered after %.0f s (%s)", kind, time.monotonic() - started, told)
+        summary = "an error" if records.read_error(content) else f"{records.size_bytes(content):,} bytes"
+        logger.info("%s: answered after %.0f s (%s)", kind, time.monotonic() - started, summary)
         reply = Message(content, reply_to=message)
     except FedMergeError as error:
         logger.error("%s: refused: %s", kind, error)
-        told = without_paths(f"{type(error).__name__}: {error}", [str(folder)])
-        reply = Message(records.error_record(told, _domain(folder)), reply_to=message)
+        reason = without_paths(f"{type(error).__name__}: {error}", [str(folder)])
+        reply = Message(records.error_record(reason, _domain(folder)), reply_to=message)
     except ChildProcessError as error:
         logger.error("%s: %s", kind, error)
         reply = Message(Error(ErrorCode.CLIENT_APP_CRASHED, str(error)), reply_to=message)

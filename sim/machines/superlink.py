@@ -256,7 +256,7 @@ def _nginx(deployment: Deployment) -> list[str]:
     program = shutil.which("nginx", path=os.pathsep.join([os.environ.get("PATH", os.defpath), NGINX_PLACES]))
     if program is None:
         raise DeploymentError(
-            "nginx: not found. It must be the only public listener, because whoever reaches Flower's own port can "
+            "nginx: not found. It must be the only public listener, because anyone who reaches Flower's own port can "
             "submit code. Install it, for example with apt-get install nginx, and disable its service."
         )
     config = deployment.folder / "nginx.conf"

@@ -185,8 +185,8 @@ def test_a_bundle_has_all_that_an_organisation_needs_and_no_secret(
 ) -> None:
     bundle = add_client(deployment, "north-shop", public_key(tmp_path / "key.pub"), "ab" * 32)
     assert sorted(path.name for path in bundle.iterdir()) == ["README.txt", "ca.crt", "federation.toml"]
-    told = tomllib.loads((bundle / "federation.toml").read_text())
-    assert told == {"address": "fl.example.org:8443", "federation": "prod", "app": "ab" * 32}
+    result = tomllib.loads((bundle / "federation.toml").read_text())
+    assert result == {"address": "fl.example.org:8443", "federation": "prod", "app": "ab" * 32}
     assert (bundle / "ca.crt").read_bytes() == deployment.authority.read_bytes()
     assert not any(b"PRIVATE" in path.read_bytes() for path in bundle.iterdir())
     readme = (bundle / "README.txt").read_text()
@@ -304,15 +304,15 @@ def test_the_commands_say_what_comes_next(tmp_path: Path, capsys: pytest.Capture
     output = capsys.readouterr().out.splitlines()
     assert output[0].startswith(f"{folder}/clients/shop: send this folder to shop")
     assert "registered" in output[2]
-    told = tomllib.loads((folder / "clients/shop/federation.toml").read_text())
-    assert told["app"] == submitted_sha256(REPOSITORY)
+    result = tomllib.loads((folder / "clients/shop/federation.toml").read_text())
+    assert result["app"] == submitted_sha256(REPOSITORY)
     note_nodes(read_deployment(folder), {"shop": 5})
     assert main(["deploy", "remove-client", str(folder), "shop"]) == 1
     assert f"fedmerge deploy start {folder}" in capsys.readouterr().err
     (folder / "clients/shop/federation.toml").unlink()
     assert main(["deploy", "bundle", str(folder), "shop"]) == 0
     assert f"{folder}/clients/shop: " in capsys.readouterr().out
-    assert tomllib.loads((folder / "clients/shop/federation.toml").read_text()) == told
+    assert tomllib.loads((folder / "clients/shop/federation.toml").read_text()) == result
     assert main(["deploy", "bundle", str(folder), "other"]) == 1
     assert re.search(r"client other: .*: shop\.", capsys.readouterr().err)
     note_nodes(read_deployment(folder), {})  # never registered, so Flower has nothing to undo

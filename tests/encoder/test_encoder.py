@@ -46,7 +46,7 @@ def catalog_of(items: list[dict[str, str]]) -> Catalog:
 
 
 def joined_text(history: list[int]) -> str:
-    """What a history reads like, written down from the definition: most recent first."""
+    """Return the text of a history by definition: most recent item first."""
     texts = []
     for index in reversed(history):
         present = {attribute: value for attribute, value in ITEMS[index].items() if value}
@@ -220,7 +220,7 @@ def adapter_gradients(
     embed: Callable[[Backbone, list[np.ndarray]], torch.Tensor],
     pack: bool = False,
 ) -> list[torch.Tensor]:
-    """Of a fixed function of the vectors, in the parameters of a fresh adapter, whose B is not 0."""
+    """Return gradients of a fixed function of the vectors for the parameters of a fresh adapter with B ≠ 0."""
     model = attach(backbone, ["all-linear"], rank=2, alpha=4, seed=0)
     try:
         for name, parameter in model.named_parameters():

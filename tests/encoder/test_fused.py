@@ -75,7 +75,7 @@ def random_sequences(backbone: Backbone, number: int, longest: int) -> list[Toke
 
 @torch.no_grad()
 def under_autocast(backbone: Backbone, sequences: list[Tokens]) -> torch.Tensor:
-    """What the model computes as it comes, one sequence at a time."""
+    """Return the vectors of the unmodified model, one sequence at a time."""
     return torch.cat([embed_batch(backbone, [tokens]) for tokens in sequences])
 
 

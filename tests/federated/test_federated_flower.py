@@ -31,7 +31,7 @@ def client_vectors(num_clients: int, seed: int) -> list[list[Vector]]:
 
 
 def adapters(vectors: Sequence[Sequence[Vector]]) -> dict[str, Adapter]:
-    """As rank-1 modules of one output: A the vector, B = 1."""
+    """Return vectors as rank-1 modules of one output: A is the vector, B = 1."""
     return {
         f"client {k:02}": Adapter(
             {

@@ -230,7 +230,7 @@ def test_who_comes_late_takes_part_from_the_next_round(place: Path, rule: str, j
 
 
 def first_start(config: ExperimentConfig) -> Adapter:
-    """What every client begins with."""
+    """Return the common start of all clients."""
     backbone = cached_backbone(config.backbone.source, config.backbone.pooling, None, "cpu", "float32")
     return fresh_adapter(backbone, config.lora, fresh_seed(config.seed, 0))
 

@@ -1,4 +1,4 @@
-"""Who may import whom, read from the source; and what the server's modules bring into a process."""
+"""Allowed imports between packages, read from the source, and the imports of the server's modules."""
 
 import ast
 import subprocess

@@ -127,17 +127,17 @@ def test_a_key_that_was_withdrawn_never_comes_back_and_leaves_nothing(federation
     before = sorted(federation.deployment.rglob("*guest*"))
     assert "its key is registered" in federation.fedmerge("deploy", "add-client", federation.deployment, *key)
     federation.fedmerge("deploy", "remove-client", federation.deployment, "guest")
-    told = federation.fedmerge("deploy", "add-client", federation.deployment, *key, fails=True)
-    assert f"fedmerge deploy remove-client {federation.deployment} guest" in told
+    result = federation.fedmerge("deploy", "add-client", federation.deployment, *key, fails=True)
+    assert f"fedmerge deploy remove-client {federation.deployment} guest" in result
     assert sorted(federation.deployment.rglob("*guest*")) == before == []
     assert set(federation.states()) == {"beauty", "books"}
     # a refused key that is still in the folder, for example from an older version, keeps nobody else out
     (federation.deployment / "keys" / "guest.pub").write_bytes((tmp_path / "guest.pub").read_bytes())
     make_key(tmp_path / "host")
     other: list[str | Path] = ["host", "--public-key", tmp_path / "host.pub"]
-    told = federation.fedmerge("deploy", "add-client", federation.deployment, *other)
-    assert "warning: guest: Flower refuses to register" in told
-    assert "its key is registered" in told
+    result = federation.fedmerge("deploy", "add-client", federation.deployment, *other)
+    assert "warning: guest: Flower refuses to register" in result
+    assert "its key is registered" in result
     for name in ("guest", "host"):
         federation.fedmerge("deploy", "remove-client", federation.deployment, name)
     assert set(federation.states().values()) == {"online"}

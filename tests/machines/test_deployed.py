@@ -33,12 +33,12 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 def test_an_unknown_federation_is_named(
     operator: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    told = refusal(capsys, "runs", "--federation", "test")
-    assert re.search(rf"{operator}/flower/config\.toml: .*'test'.*: prod\..* FLWR_HOME=", told)
+    result = refusal(capsys, "runs", "--federation", "test")
+    assert re.search(rf"{operator}/flower/config\.toml: .*'test'.*: prod\..* FLWR_HOME=", result)
     monkeypatch.setenv("FLWR_HOME", str(tmp_path / "nowhere"))
-    told = refusal(capsys, "stop", "x", "--federation", "prod")
-    assert f"{tmp_path}/nowhere/config.toml: " in told
-    assert "export FLWR_HOME=DIR/flower" in told
+    result = refusal(capsys, "stop", "x", "--federation", "prod")
+    assert f"{tmp_path}/nowhere/config.toml: " in result
+    assert "export FLWR_HOME=DIR/flower" in result
 
 
 def test_a_connection_knows_whether_the_operators_folder_is_here(operator: Path, tmp_path: Path) -> None:
@@ -53,9 +53,9 @@ def test_a_connection_knows_whether_the_operators_folder_is_here(operator: Path,
 def test_a_superlink_that_does_not_answer_is_reported_with_the_command_that_starts_it(
     operator: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    told = refusal(capsys, "runs", "--federation", "prod")
-    assert told.startswith("fedmerge: prod: ")
-    assert f"fedmerge deploy start {operator}" in told
+    result = refusal(capsys, "runs", "--federation", "prod")
+    assert result.startswith("fedmerge: prod: ")
+    assert f"fedmerge deploy start {operator}" in result
 
 
 def test_an_existing_or_missing_run_is_refused_before_anything_is_sent(
@@ -63,14 +63,14 @@ def test_an_existing_or_missing_run_is_refused_before_anything_is_sent(
 ) -> None:
     arguments = ["run", str(REPOSITORY / "configs" / "tiny.toml"), "--federation", "prod", "--set", "run_id=x"]
     (operator / "runs" / "x").mkdir()
-    told = refusal(capsys, *arguments)
-    assert f"{operator}/runs/x" in told
-    assert "fedmerge run --resume x --federation prod" in told
-    told = refusal(capsys, "run", "--resume", "y", "--federation", "prod")
-    assert "fedmerge: run y: " in told
-    assert f"{operator}/runs/y" in told
-    told = refusal(capsys, "run", "--federation", "prod")
-    assert told.startswith("fedmerge: run: ")
+    result = refusal(capsys, *arguments)
+    assert f"{operator}/runs/x" in result
+    assert "fedmerge run --resume x --federation prod" in result
+    result = refusal(capsys, "run", "--resume", "y", "--federation", "prod")
+    assert "fedmerge: run y: " in result
+    assert f"{operator}/runs/y" in result
+    result = refusal(capsys, "run", "--federation", "prod")
+    assert result.startswith("fedmerge: run: ")
 
 
 class Flower:
@@ -118,8 +118,8 @@ def test_a_run_is_stopped_by_the_name_of_its_folder(
     assert re.search(r"run mine\b.* 77\b", capsys.readouterr().out)
     flower.status = "finished:failed"
     assert re.search(r"run 77.*\(finished:failed\)", refusal(capsys, "stop", "77", "--federation", "prod"))
-    told = refusal(capsys, "stop", "other", "--federation", "prod")
-    assert re.search(r"run other.* prod\b.*fedmerge runs --federation prod", told)
+    result = refusal(capsys, "stop", "other", "--federation", "prod")
+    assert re.search(r"run other.* prod\b.*fedmerge runs --federation prod", result)
 
 
 def test_paths_are_sent_as_they_are_written_and_the_exit_code_is_that_of_the_run(
@@ -140,10 +140,10 @@ def test_paths_are_sent_as_they_are_written_and_the_exit_code_is_that_of_the_run
     monkeypatch.setattr(deployed, "ask_flower", asked)
     arguments = ["run", str(REPOSITORY / "configs" / "tiny.toml"), "--federation", "prod", "--set", "run_id=x"]
     assert main(arguments) == 1
-    told = capsys.readouterr()
-    assert re.search(r"run x\b.* 77\b.* prod$", told.out, re.MULTILINE)
-    assert "finished:failed why" in told.err
-    assert "fedmerge run --resume x --federation prod" in told.err
+    result = capsys.readouterr()
+    assert re.search(r"run x\b.* 77\b.* prod$", result.out, re.MULTILINE)
+    assert "finished:failed why" in result.err
+    assert "fedmerge run --resume x --federation prod" in result.err
     assert 'cache_dir = "~/.cache/fedmerge"' in sent[0]
     assert 'output_dir = "runs"' in sent[0]
     assert json.loads((operator / "flower" / JOURNAL).read_text())["run"] == "x"
@@ -164,6 +164,6 @@ def test_ctrl_c_leaves_the_run_running(
     monkeypatch.setattr(deployed, "pass_on_log", interrupted)
     arguments = ["run", str(REPOSITORY / "configs" / "tiny.toml"), "--federation", "prod", "--set", "run_id=x"]
     assert main(arguments) == 130
-    told = capsys.readouterr().err
-    assert re.search(r"run x\b.* 77\b.*fedmerge stop x --federation prod", told)
+    result = capsys.readouterr().err
+    assert re.search(r"run x\b.* 77\b.*fedmerge stop x --federation prod", result)
     assert not [command for command in flower.asked if command[0] == "stop"]

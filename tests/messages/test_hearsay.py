@@ -23,7 +23,7 @@ from sim.app.server.run import Run, new_run
 
 
 class Remote:
-    """What the server sees of Flower between machines: it unpacks all replies of one call, or raises."""
+    """The server's view of Flower between machines: it unpacks all replies of one call, or raises."""
 
     def __init__(self, bad: dict[str, Exception]) -> None:
         self.bad = bad

@@ -108,9 +108,9 @@ def of_scaling(turn: int, value: Any) -> Harm:
 
 def of_sums(variant: str, change: Callable[[dict[str, Any]], Any]) -> Harm:
     def change_facts(facts: dict[str, Any]) -> None:
-        told = json.loads(facts[variant])
-        change(told)
-        facts[variant] = json.dumps(told)
+        result = json.loads(facts[variant])
+        change(result)
+        facts[variant] = json.dumps(result)
 
     return of_facts(change_facts)
 
@@ -204,12 +204,12 @@ SUM_KEYS = st.sampled_from(["variant", "num_users", "methods", "metrics", "sums"
 IN_EVALUATE = st.one_of(
     st.tuples(VARIANTS, JSONS.map(json.dumps)).map(lambda drawn: of_facts(lambda facts: facts.update([drawn]))),
     st.tuples(VARIANTS, TEXT).map(lambda drawn: of_facts(lambda facts: facts.update([drawn]))),
-    st.tuples(VARIANTS, SUM_KEYS).map(lambda drawn: of_sums(drawn[0], lambda told: told.pop(drawn[1]))),
+    st.tuples(VARIANTS, SUM_KEYS).map(lambda drawn: of_sums(drawn[0], lambda result: result.pop(drawn[1]))),
     st.tuples(VARIANTS, SUM_KEYS, JSONS.filter(lambda value: value not in ("masked", "unmasked"))).map(
-        lambda drawn: of_sums(drawn[0], lambda told: told.update({drawn[1]: drawn[2]}))
+        lambda drawn: of_sums(drawn[0], lambda result: result.update({drawn[1]: drawn[2]}))
     ),
     st.tuples(VARIANTS, st.integers(31, 2**70)).map(
-        lambda drawn: of_sums(drawn[0], lambda told: told.update(num_users=drawn[1]))
+        lambda drawn: of_sums(drawn[0], lambda result: result.update(num_users=drawn[1]))
     ),
     VARIANTS.map(lambda variant: of_facts(lambda facts: facts.pop(variant))),
 ).map(lambda harm: ("evaluate", harm))
@@ -245,12 +245,12 @@ def name_of(turn: int) -> str:
 
 
 def travelled(content: RecordDict) -> RecordDict:
-    """What arrives at the other end: through Flower's own bytes."""
+    """Return the received record, serialised and parsed by Flower."""
     return recorddict_from_proto(ProtoRecordDict.FromString(recorddict_to_proto(content).SerializeToString()))
 
 
 def kind_of(message: Message) -> str:
-    """Of a message, with the split where it asks for an evaluation."""
+    """Return the kind of a message, with the split if it requests an evaluation."""
     kind = message.metadata.message_type
     return kind if kind != "evaluate" else records.read_evaluation_request(message.content)[0].split
 
@@ -295,7 +295,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(place: Path) -> dict[str, RecordDict]:
-    """What an honest client answers, by kind of message."""
+    """Return an honest client's answers by kind of message."""
     found: dict[str, RecordDict] = {}
 
     def answer(message: Message, context: Context) -> Message | None:

@@ -1,4 +1,4 @@
-"""What travels: every record comes back as it went, and what is malformed is refused with a word that helps."""
+"""Messages: every record survives a round trip, and malformed records are errors with a remedy."""
 
 import json
 from dataclasses import replace
@@ -34,7 +34,7 @@ def sums(variant: Variant = "unmasked") -> MetricSums:
 
 
 def travelled(content: RecordDict) -> RecordDict:
-    """What arrives at the other end: through Flower's own bytes."""
+    """Return the received record, serialised and parsed by Flower."""
     data = recorddict_to_proto(content).SerializeToString()
     return recorddict_from_proto(ProtoRecordDict.FromString(data))
 
@@ -130,7 +130,7 @@ def test_an_error_comes_back_and_other_messages_hold_none() -> None:
     assert records.read_error(RecordDict()) is None
 
 
-# What is malformed
+# Malformed records
 
 
 def refused(read: Any, content: RecordDict, message: str) -> FedMergeError:

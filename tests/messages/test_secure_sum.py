@@ -20,9 +20,9 @@ TRAIN = ("beauty", "books", "camping", "coffee")
 
 
 def test_messages_of_another_form_are_refused() -> None:
-    told = secure_records.boxes_record({"a": b"1", "b": b"2"})
-    assert secure_records.read_boxes(told) == {"a": b"1", "b": b"2"}
-    facts = told.config_records["facts"]
+    result = secure_records.boxes_record({"a": b"1", "b": b"2"})
+    assert secure_records.read_boxes(result) == {"a": b"1", "b": b"2"}
+    facts = result.config_records["facts"]
     for wrong in ({"clients": ["a"]}, {"clients": ["a", "a"]}, {"boxes": ["1", "2"]}, {"boxes": b"12"}):
         spoiled = secure_records.boxes_record({"a": b"1", "b": b"2"})
         spoiled.config_records["facts"].update(wrong)
@@ -31,9 +31,9 @@ def test_messages_of_another_form_are_refused() -> None:
     assert json.dumps(list(facts)) == '["clients", "boxes"]'
     for read in (secure_records.read_session, secure_records.read_advertisement, secure_records.read_revealed):
         with pytest.raises(ClientError):
-            read(told)
+            read(result)
     with pytest.raises(ClientError, match=r"\['facts'\]"):
-        secure_records.read_masked(told)
+        secure_records.read_masked(result)
     with pytest.raises(ClientError, match=r"'facts'.*\['masked'\]"):
         secure_records.read_boxes(secure_records.masked_record(np.zeros(3, np.uint32)))
 
@@ -55,8 +55,8 @@ def test_nodes_with_registered_keys_refuse_keys_that_are_not_signed(tmp_path: Pa
         contexts[name] = Context(1, number, node, RecordDict(), {})
         answer = answer_advertise(name, secure_records.session_record(session), contexts[name])
         keys[name] = secure_records.read_advertisement(answer)
-    told = secure_records.advertisements_record(keys)
-    boxes = secure_records.read_boxes(answer_share(told, contexts["beauty"]))
+    result = secure_records.advertisements_record(keys)
+    boxes = secure_records.read_boxes(answer_share(result, contexts["beauty"]))
     assert sorted(boxes) == ["books", "camping", "coffee"]
     forged = advertise(session, "coffee")[1]  # forged by a relaying server
     with pytest.raises(AggregationError, match="coffee"):
@@ -76,4 +76,4 @@ def test_nodes_with_registered_keys_refuse_keys_that_are_not_signed(tmp_path: Pa
     with pytest.raises(ConfigError, match=r"chmod 600 .*books$"):
         read_identity(tmp_path / "books")
     with pytest.raises(ClientError):
-        answer_share(told, Context(1, 9, {}, RecordDict(), {}))
+        answer_share(result, Context(1, 9, {}, RecordDict(), {}))

@@ -48,9 +48,9 @@ def test_the_copy_that_flower_is_given_depends_on_the_app_alone(tmp_path: Path, 
     assert submitted_sha256(checkout) == app_sha256(good)
     assert {file.suffix for file in copied.rglob("*") if file.is_file()} == {".py", ".toml", ""}
     assert not (copied / "docs").exists()
-    told = tomllib.loads((copied / "pyproject.toml").read_text())
-    assert told.keys() == {"project", "tool"}
-    assert told["tool"] == {"flwr": tomllib.loads(settings)["tool"]["flwr"]}
+    result = tomllib.loads((copied / "pyproject.toml").read_text())
+    assert result.keys() == {"project", "tool"}
+    assert result["tool"] == {"flwr": tomllib.loads(settings)["tool"]["flwr"]}
     (checkout / "pyproject.toml").write_text(settings.replace("max_steps = 60", "max_steps = 61"))
     assert submitted_sha256(checkout) != app_sha256(good)
 

@@ -90,20 +90,20 @@ def found(
 def test_a_client_that_is_ready_passes_every_check(client: Client, tls: Path, tmp_path: Path) -> None:
     with server(tls) as port:
         given = read_bundle(bundle(tmp_path / "b", tls / "ca.crt", f"localhost:{port}", APP))
-        told = found(client, given)
-    assert list(told) == WHAT
-    assert [check for check in told.values() if not check.holds] == []
-    assert told["domain"].found.startswith("beauty: 10 users, 20 items; ")
-    assert "min_users = 20" in told["policy"].found
-    assert told["app"].found.startswith("1 approved, ")
-    assert given.authority_sha256 in told["certificate"].found
+        result = found(client, given)
+    assert list(result) == WHAT
+    assert [check for check in result.values() if not check.holds] == []
+    assert result["domain"].found.startswith("beauty: 10 users, 20 items; ")
+    assert "min_users = 20" in result["policy"].found
+    assert result["app"].found.startswith("1 approved, ")
+    assert given.authority_sha256 in result["certificate"].found
 
 
 def test_without_a_bundle_the_server_is_left_out(client: Client) -> None:
-    told = found(client, None)
-    assert [check.what for check in told.values() if check.holds] == WHAT[:7]
-    assert told["server"] == Check("server", None, ANY)
-    assert "--bundle" in told["server"].found
+    result = found(client, None)
+    assert [check.what for check in result.values() if check.holds] == WHAT[:7]
+    assert result["server"] == Check("server", None, ANY)
+    assert "--bundle" in result["server"].found
 
 
 def test_what_is_wrong_on_this_machine_is_named(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,7 +116,7 @@ def test_what_is_wrong_on_this_machine_is_named(client: Client, monkeypatch: pyt
     def backbone() -> str:
         raise BackboneError("backbone here: not to be had")
 
-    told = found(client, None, backbone)
+    result = found(client, None, backbone)
     for what, message in {
         "key": f"chmod 600 {client.folder / 'key'}",
         "domain": "interactions.parquet",
@@ -125,64 +125,64 @@ def test_what_is_wrong_on_this_machine_is_named(client: Client, monkeypatch: pyt
         "disk": "cache_dir",
         "app": f"fedmerge client approve {client.folder}",
     }.items():
-        assert told[what].holds is False
-        assert message in told[what].found
+        assert result[what].holds is False
+        assert message in result[what].found
 
 
 def test_a_cache_that_cannot_be_written_is_named(client: Client, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    told = found(dataclasses.replace(client, cache_dir=tmp_path / "file" / "cache"), None)
-    assert told["disk"] == Check("disk", False, ANY)
-    assert re.search(r"file/cache: .*\(Not a directory\).*cache_dir", told["disk"].found)
+    result = found(dataclasses.replace(client, cache_dir=tmp_path / "file" / "cache"), None)
+    assert result["disk"] == Check("disk", False, ANY)
+    assert re.search(r"file/cache: .*\(Not a directory\).*cache_dir", result["disk"].found)
 
 
 def test_another_app_than_the_operators_is_named(client: Client, tls: Path, tmp_path: Path) -> None:
     given = read_bundle(bundle(tmp_path / "b", tls / "ca.crt", f"127.0.0.1:{free_port()}", "0" * 64))
-    told = found(client, given)
-    assert "0" * 64 in told["app"].found
-    assert given.address in told["address"].found
-    assert (told["app"].holds, told["address"].holds) == (False, False)
-    assert [told[what].holds for what in WHAT[8:]] == [None, None, None]
+    result = found(client, given)
+    assert "0" * 64 in result["app"].found
+    assert given.address in result["address"].found
+    assert (result["app"].holds, result["address"].holds) == (False, False)
+    assert [result[what].holds for what in WHAT[8:]] == [None, None, None]
 
 
 def test_a_wrong_certificate_is_named(client: Client, tls: Path, tmp_path: Path) -> None:
     certificates(tmp_path / "other", days=5)
     with server(tls) as port:
         stranger = bundle(tmp_path / "stranger", tmp_path / "other" / "ca.crt", f"127.0.0.1:{port}")
-        told = found(client, read_bundle(stranger))["certificate"]
-        assert told.holds is False
-        assert f"127.0.0.1:{port}" in told.found
-        assert str(tmp_path / "stranger" / "ca.crt") in told.found
+        result = found(client, read_bundle(stranger))["certificate"]
+        assert result.holds is False
+        assert f"127.0.0.1:{port}" in result.found
+        assert str(tmp_path / "stranger" / "ca.crt") in result.found
         other_host = bundle(tmp_path / "other host", tls / "ca.crt", f"127.0.0.2:{port}")
-        told = found(client, read_bundle(other_host))["certificate"]
-        assert told.holds is False
-        assert "(IP address mismatch" in told.found
+        result = found(client, read_bundle(other_host))["certificate"]
+        assert result.holds is False
+        assert "(IP address mismatch" in result.found
     with server(tmp_path / "other") as port:
         soon = bundle(tmp_path / "soon", tmp_path / "other" / "ca.crt", f"127.0.0.1:{port}")
-        told = found(client, read_bundle(soon))["certificate"]
-        assert told.holds is False
-        assert re.search(r"127\.0\.0\.1:\d+: .* \d{4}-\d\d-\d\d", told.found)
+        result = found(client, read_bundle(soon))["certificate"]
+        assert result.holds is False
+        assert re.search(r"127\.0\.0\.1:\d+: .* \d{4}-\d\d-\d\d", result.found)
 
 
 @pytest.mark.parametrize(("seconds", "word"), [(-30.0, "+30"), (-4000.0, "+4000"), (4000.0, "-4000")])
 def test_a_wrong_clock_is_named(client: Client, tls: Path, tmp_path: Path, seconds: float, word: str) -> None:
     with server(tls, seconds) as port:
-        told = found(client, read_bundle(bundle(tmp_path / "b", tls / "ca.crt", f"127.0.0.1:{port}")))
-    assert told["clock"].holds is False
-    assert re.search(rf" \{word[0]}\d+ s ", told["clock"].found)
-    assert told["registered"].holds
+        result = found(client, read_bundle(bundle(tmp_path / "b", tls / "ca.crt", f"127.0.0.1:{port}")))
+    assert result["clock"].holds is False
+    assert re.search(rf" \{word[0]}\d+ s ", result["clock"].found)
+    assert result["registered"].holds
 
 
 def test_a_clock_that_is_a_little_late_is_good_enough(client: Client, tls: Path, tmp_path: Path) -> None:
     with server(tls, 60.0) as port:
-        told = found(client, read_bundle(bundle(tmp_path / "b", tls / "ca.crt", f"127.0.0.1:{port}")))
-    assert told["clock"].holds
+        result = found(client, read_bundle(bundle(tmp_path / "b", tls / "ca.crt", f"127.0.0.1:{port}")))
+    assert result["clock"].holds
 
 
 def test_a_refused_key_is_named(client: Client, tls: Path, tmp_path: Path) -> None:
     with server(tls) as port:
         given = read_bundle(bundle(tmp_path / "b", tls / "ca.crt", f"127.0.0.1:{port}"))
-        told = found(client, given, registered=lambda _: "412 no")
-    assert told["registered"].holds is False
-    assert "(412 no)" in told["registered"].found
-    assert "key.pub" in told["registered"].found
+        result = found(client, given, registered=lambda _: "412 no")
+    assert result["registered"].holds is False
+    assert "(412 no)" in result["registered"].found
+    assert "key.pub" in result["registered"].found

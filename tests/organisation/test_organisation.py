@@ -50,7 +50,7 @@ def folder(domain: Path, tmp_path: Path) -> Path:
 
 
 def test_a_new_client_folder_holds_a_key_pair_and_files_that_are_read_back(domain: Path, tmp_path: Path) -> None:
-    told = init_client(tmp_path / "north", "north", domain, threads=2, backbone="../models/bert")
+    result = init_client(tmp_path / "north", "north", domain, threads=2, backbone="../models/bert")
     folder = tmp_path / "north"
     assert sorted(path.name for path in folder.iterdir()) == ["client.toml", "key", "key.pub", "policy.toml"]
     client = read_client(folder)
@@ -62,8 +62,8 @@ def test_a_new_client_folder_holds_a_key_pair_and_files_that_are_read_back(domai
     assert key.curve.name == "secp384r1"
     public = load_ssh_public_key((folder / "key.pub").read_bytes())
     assert public == key.public_key()
-    assert fingerprint(key.public_key()) == told
-    assert len(told) == 64
+    assert fingerprint(key.public_key()) == result
+    assert len(result) == 64
 
 
 def test_nobody_else_can_read_the_private_key(folder: Path) -> None:
@@ -264,7 +264,7 @@ def test_a_client_whose_domain_is_gone_is_not_started(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bundle = make_bundle(tmp_path / "b", 'address = "127.0.0.1:1"')
-    told = (folder / "client.toml").read_text()
-    (folder / "client.toml").write_text(re.sub(r"(?m)^domain = .*", f'domain = "{tmp_path / "nowhere"}"', told))
+    result = (folder / "client.toml").read_text()
+    (folder / "client.toml").write_text(re.sub(r"(?m)^domain = .*", f'domain = "{tmp_path / "nowhere"}"', result))
     assert main(["client", "start", str(folder), "--bundle", str(bundle)]) == 1
     assert str(tmp_path / "nowhere") in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""What was released adds up: against the library asked directly, a second library, and closed forms."""
+"""Composition of releases, compared with the library itself, a second library, and closed forms."""
 
 import builtins
 import math

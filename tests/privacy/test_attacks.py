@@ -39,9 +39,9 @@ def test_tpr_at_small_fpr_by_hand() -> None:
     assert tpr_at_fpr(members, others, 0.01) == 0.75  # two of 200 may be accused: whoever is above 197
     assert tpr_at_fpr(members, others, 0.005) == 0.5
     assert tpr_at_fpr(members, others, 0.001) is None  # would take 1000 others
-    told = membership(members, others)
-    assert told["tpr_at_fpr_0.01"] == 0.75
-    assert told["tpr_at_fpr_0.001"] is None
+    result = membership(members, others)
+    assert result["tpr_at_fpr_0.01"] == 0.75
+    assert result["tpr_at_fpr_0.001"] is None
 
 
 def test_equal_scores_accuse_nobody() -> None:

@@ -253,7 +253,7 @@ AGREED: dict[str, Any] = {
 
 
 @pytest.mark.parametrize(
-    ("told", "message"),
+    ("reported", "message"),
     [
         (None, "'user'.*'privacy'"),
         ({**RECORD, "clip": 2.0}, r"clip.* 2\.0 .* 1\.0"),
@@ -274,9 +274,9 @@ AGREED: dict[str, Any] = {
         ({"x": 1}, " None users"),
     ],
 )
-def test_a_client_that_says_something_else_than_was_agreed_is_refused(told: Any, message: str) -> None:
+def test_a_client_that_says_something_else_than_was_agreed_is_refused(reported: Any, message: str) -> None:
     with pytest.raises(ClientError, match=f"domain books: .*{message}"):
-        check_spent("books", from_flat(AGREED), told, 600)
+        check_spent("books", from_flat(AGREED), reported, 600)
 
 
 def test_what_was_agreed_is_taken() -> None:
@@ -314,13 +314,13 @@ def test_the_statement_says_where_rdp_had_to_count() -> None:
 
 
 def test_a_runs_releases_are_found_wherever_they_were_made(tmp_path: Path) -> None:
-    for path, told in {
+    for path, reported in {
         "adapters/books": {"privacy": RECORD},
         "adapters/toys": {"privacy": None},
         "adapters/.books.partial": {"privacy": RECORD},
     }.items():
         (tmp_path / path).mkdir(parents=True)
-        (tmp_path / path / "training.json").write_text(json.dumps(told))
+        (tmp_path / path / "training.json").write_text(json.dumps(reported))
     (tmp_path / "rounds").mkdir()
     clients = {"coffee": {"privacy": RECORD}}
     for number in (1, 2):
@@ -333,9 +333,9 @@ def test_a_runs_releases_are_found_wherever_they_were_made(tmp_path: Path) -> No
 
 
 def test_what_clients_say_counts_for_nothing_where_the_server_adds_the_noise(tmp_path: Path) -> None:
-    for path, told in {"adapters/books/training.json": {"x": 1}, "merged/average/provenance.json": RECORD}.items():
+    for path, reported in {"adapters/books/training.json": {"x": 1}, "merged/average/provenance.json": RECORD}.items():
         (tmp_path / path).parent.mkdir(parents=True)
-        (tmp_path / path).write_text(json.dumps({"privacy": told}))
+        (tmp_path / path).write_text(json.dumps({"privacy": reported}))
     statement = privacy_statement(CENTRAL.dp, spent_by_domain(tmp_path, CENTRAL), True)
     assert statement["domains"].keys() == {EVERY_DOMAIN}
 

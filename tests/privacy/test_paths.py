@@ -1,4 +1,4 @@
-"""What leaves a client does not tell where its files lie."""
+"""Messages of a client never reveal the paths of its files."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from fedmerge.privacy.paths import without_paths
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "result"),
     [
         ("/home/anna/shop/books/catalog.parquet: damaged", "…/catalog.parquet: damaged"),
         ("expert is not in /var/cache/experts/books-0f. Keep", "expert is not in …/books-0f. Keep"),
@@ -19,8 +19,8 @@ from fedmerge.privacy.paths import without_paths
         ("float32 of shape (2, 32), ndcg@10", "float32 of shape (2, 32), ndcg@10"),
     ],
 )
-def test_paths_are_cut_to_their_last_part(text: str, told: str) -> None:
-    assert without_paths(text) == told
+def test_paths_are_cut_to_their_last_part(text: str, result: str) -> None:
+    assert without_paths(text) == result
 
 
 def test_known_folders_are_found_whole_even_with_blanks() -> None:

@@ -54,7 +54,7 @@ def random_values(session: Session, seed: int = 0) -> dict[str, Vector]:
 
 
 def plain_mean(session: Session, values: Mapping[str, Vector], survivors: set[str]) -> Vector:
-    """What an aggregation that sees everything gives."""
+    """Return the result of an aggregation that sees everything."""
     summed = sum(session.coefficients[client] * values[client] for client in survivors)
     return np.asarray(summed / sum(session.coefficients[client] for client in survivors))
 
@@ -129,7 +129,7 @@ def test_no_sum_overflows_even_at_the_ends_of_the_range(clients: int, range_: fl
 
 
 def test_masked_values_are_uniform() -> None:
-    """Of the most telling input there is: all zeros at one client, all the same at another."""
+    """Use the most revealing input: all zeros at one client, one constant at another."""
     session = session_of(4, num_values=20_000)
     values = {client: np.full(session.num_values, k / 4) for k, client in enumerate(session.clients)}
     seen = run_session(session, values)

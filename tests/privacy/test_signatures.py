@@ -178,7 +178,9 @@ def test_the_ledger_says_who_signed_what(place: Path, tmp_path: Path) -> None:
 
 
 def test_without_known_keys_the_ledger_has_their_fingerprints(place: Path, tmp_path: Path) -> None:
-    run_in_process(experiment(place, tmp_path), signing(place, lambda told: told if told.startswith(BAD) else None))
+    run_in_process(
+        experiment(place, tmp_path), signing(place, lambda result: result if result.startswith(BAD) else None)
+    )
     signed = {(row["domain"], row["signed_by"]) for row in ledger(tmp_path)}
     known = {key.name: sha256 for sha256, key in read_registered_keys(place / "keys").items()}
     assert signed == {(name, known[f"org-{BAD}"] if name == BAD else "") for name in DOMAINS}
@@ -192,31 +194,31 @@ def changed_value(reply: Message) -> None:
 
 CASES: dict[str, tuple[Callable[[str], str | None], Callable[[Message], object], str, str]] = {
     "changed on the way": (
-        lambda told: told,
+        lambda result: result,
         changed_value,
         "train",
         "the key [0-9a-f]{64} ",
     ),
     "not signed": (
-        lambda told: None if told == f"{BAD} train" else told,
+        lambda result: None if result == f"{BAD} train" else result,
         lambda reply: None,
         "train",
         "it is not signed; expected one of the keys in server.client_keys",
     ),
     "never signed": (
-        lambda told: None if told.startswith(BAD) else told,
+        lambda result: None if result.startswith(BAD) else result,
         lambda reply: None,
         "gather",
         "it is not signed; expected one of the keys",
     ),
     "a stranger's key": (
-        lambda told: "stranger" if told.startswith(BAD) else told,
+        lambda result: "stranger" if result.startswith(BAD) else result,
         lambda reply: None,
         "gather",
         "it is signed by the key [0-9a-f]{64}, which is not in server.client_keys",
     ),
     "another's key": (
-        lambda told: "books" if told == f"{BAD} train" else told,
+        lambda result: "books" if result == f"{BAD} train" else result,
         lambda reply: None,
         "train",
         "[0-9a-f]{64}.*[0-9a-f]{64}",

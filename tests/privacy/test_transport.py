@@ -1,4 +1,4 @@
-"""How adapters travel: by hand, back again, the bytes, and refusals of what no honest client sends."""
+"""Transport of adapters: examples by hand, round trips, bytes, and malformed content."""
 
 from collections.abc import Callable
 from typing import Any, get_args

@@ -1,4 +1,4 @@
-"""What `make docs` writes is up to date."""
+"""The files of `make docs` are up to date."""
 
 from pathlib import Path
 

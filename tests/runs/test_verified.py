@@ -25,7 +25,7 @@ def adapter(seed: int) -> Adapter:
 
 @pytest.fixture
 def counts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
-    """How often adapters are read and hashed."""
+    """Count how often adapters are read and hashed."""
     counts: Counter[str] = Counter()
 
     def counted(name: str) -> None:

@@ -26,7 +26,7 @@ Change = Callable[[Message, Message], Message | None]
 
 
 def bad_client(message_type: str, change: Change, split: str = "") -> Answer:
-    """One client answers one type of message with something else: question and honest answer -> answer."""
+    """Replace one client's answer to one type of message: question and honest answer -> answer."""
 
     def answer(message: Message, context: Context) -> Message | None:
         honest = answer_honestly(message, context)

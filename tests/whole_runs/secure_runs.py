@@ -43,7 +43,7 @@ def experiment(place: Path, name: str, **changes: object) -> ExperimentConfig:
 
 
 def own_disk(place: Path, name: str) -> dict[str, Any]:
-    """Clients with a disk of their own, which has the experts of the plain run and nothing revealed yet."""
+    """Give clients their own disk, with the experts of the plain run and no revealed sums."""
     shutil.copytree(place / "cache" / "experts", place / name / "experts")
     return {"cache_dir": str(place / name)}
 
@@ -72,7 +72,7 @@ def domain_of(context: Context) -> str:
 
 
 def gone_at(step: str, domain: str) -> Callable[[Message, Context], Message | None]:
-    """A client that fails at a step."""
+    """Return an answer by which one client fails at a step."""
 
     def answer(message: Message, context: Context) -> Message | None:
         if domain_of(context) == domain and message.metadata.message_type == STEPS[step]:

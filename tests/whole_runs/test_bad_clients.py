@@ -1,4 +1,4 @@
-"""A client that misbehaves is named, recorded and excluded; the run continues with the others."""
+"""A misbehaving client is reported, recorded and excluded; the run continues with the others."""
 
 import json
 import re
@@ -55,9 +55,9 @@ def of_sums(change: Callable[[dict[str, Any]], Any]) -> Change:
     def changed(question: Message, honest: Message) -> Message:
         facts = honest.content.config_records["facts"]
         for variant in ("unmasked", "masked"):
-            told = json.loads(str(facts[variant]))
-            change(told)
-            facts[variant] = json.dumps(told)
+            content = json.loads(str(facts[variant]))
+            change(content)
+            facts[variant] = json.dumps(content)
         return honest
 
     return changed
@@ -133,31 +133,33 @@ CASES: dict[str, tuple[str, Change, str, str]] = {
     ),
     "sums of other models": (
         "evaluate",
-        of_sums(lambda told: told.update(methods=["expert", "mine"])),
+        of_sums(lambda content: content.update(methods=["expert", "mine"])),
         "validation",
         r"domain coffee: its metric sums lack \['average'\]",
     ),
     "more than all users": (
         "evaluate",
-        of_sums(lambda told: told.update(num_users=31)),
+        of_sums(lambda content: content.update(num_users=31)),
         "validation",
         r"domain coffee: .* 31 users, .* 30\.",
     ),
     "fewer than enough users": (
         "evaluate",
-        of_sums(lambda told: told.update(num_users=19, **{name: none(told[name]) for name in ("sums", "products")})),
+        of_sums(
+            lambda content: content.update(num_users=19, **{name: none(content[name]) for name in ("sums", "products")})
+        ),
         "validation",
         r"are over 19 users, fewer than privacy\.min_users \(20\)",
     ),
     "outcomes beyond 1": (
         "evaluate",
-        of_sums(lambda told: told.update(sums=[[100.0] * len(row) for row in told["sums"]])),
+        of_sums(lambda content: content.update(sums=[[100.0] * len(row) for row in content["sums"]])),
         "validation",
         r"its metric sums run from 100 to 100, expected 0 to 30",
     ),
     "products beyond 1": (
         "evaluate",
-        of_sums(lambda told: told.update(products=np.full_like(told["products"], 100.0).tolist())),
+        of_sums(lambda content: content.update(products=np.full_like(content["products"], 100.0).tolist())),
         "validation",
         r"domain coffee: its unmasked products of outcomes exceed 30",
     ),
@@ -172,11 +174,11 @@ def test_a_bad_client_is_reported_recorded_and_excluded(
     run_in_process(experiment(place, tmp_path), bad_client(message_type, change))
     run = tmp_path / "run"
     clients = json.loads((run / "clients.json").read_text())
-    ((name, told),) = clients["excluded"].items()
+    ((name, content),) = clients["excluded"].items()
     assert BAD in name or phase == "gather"
     assert clients["excluded_in_phase"] == {name: phase}
     assert BAD not in clients["participants"]
-    assert re.search(reason, told), told
+    assert re.search(reason, content), content
     assert name in (run / "report.txt").read_text()
     assert f"excluded: {name}: " in (run / "run.log").read_text()
     merged = json.loads((run / "merged/average/provenance.json").read_text())["domains"]
@@ -190,7 +192,11 @@ def test_a_training_domain_that_fails_in_evaluation_stays_merged_and_is_reported
     run = tmp_path / "run"
     merged = json.loads((run / "merged/average/provenance.json").read_text())["domains"]
     assert set(merged) == {"beauty", "books", BAD}
-    assert set(json.loads((run / "choice.json").read_text())["domains"]) == {"beauty", "books", BAD}  # it had its say
+    assert set(json.loads((run / "choice.json").read_text())["domains"]) == {
+        "beauty",
+        "books",
+        BAD,
+    }  # its answer counts
     assert f"excluded, but its expert is still merged: {BAD}: evaluate failed: " in (run / "report.txt").read_text()
     rows = pq.read_table(run / "metrics.parquet").to_pylist()
     assert {row["domain"] for row in rows if row["split"] == "test"} == set(DOMAINS) - {BAD}
@@ -214,17 +220,17 @@ def test_a_sent_error_never_names_a_folder_of_the_client(place: Path, tmp_path: 
         return answer_honestly(message, context)
 
     changes = {"cache_dir": str(tmp_path / "own cache"), "server.min_train_clients": 1}
-    with pytest.raises(ClientError):  # nobody has an expert any more
+    with pytest.raises(ClientError):  # no expert remains
         run_in_process(experiment(place, tmp_path, **changes), answer)
-    told = (tmp_path / "run" / "clients.json").read_text()
-    reason = json.loads(told)["excluded"][BAD]
+    content = (tmp_path / "run" / "clients.json").read_text()
+    reason = json.loads(content)["excluded"][BAD]
     assert re.fullmatch(
         r"evaluate failed: ClientError: domain coffee: its expert [0-9a-f]{12} is not in …/coffee-[0-9a-f]{16}\. "
         "Keep cache_dir between training and evaluation\\.",
         reason,
     )
-    assert "cache/" not in told
-    assert str(tmp_path) not in told
+    assert "cache/" not in content
+    assert str(tmp_path) not in content
 
 
 def test_the_ledger_contains_the_split(place: Path, tmp_path: Path) -> None:

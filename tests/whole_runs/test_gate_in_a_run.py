@@ -1,4 +1,4 @@
-"""A poisoned client in a whole experiment: excluded by name, or flagged and rolled back; and as a benchmark."""
+"""A poisoned client in a whole experiment: excluded, or flagged and rolled back; also as a benchmark."""
 
 import json
 import re
@@ -94,7 +94,7 @@ def test_an_attacked_client_is_excluded_and_the_run_continues(place: Path, attac
     assert "POISONED ON PURPOSE: coffee" in (folder / "run.log").read_text()
     others = run(place, "without", **{"domains.train": ",".join(sorted({*TRAIN} - {"coffee"}))})
     hashes = [adapter_sha256(read_adapter(of / "merged" / "average")) for of in (folder, others)]
-    assert hashes[0] == hashes[1]  # as if it had never been there
+    assert hashes[0] == hashes[1]  # as without that client
     page = run_page(folder)
     assert "Poisoned on purpose." in page
     assert re.search(r"coffee [^<]* \(scaled-update, strength 100\)", page)
@@ -118,7 +118,7 @@ def test_a_flagged_client_is_merged_and_rolled_back(place: Path) -> None:
     assert {"average", "average without coffee", "expert"} <= set(validation["methods"])
     decided = choice["rollback"]
     assert choice["dropped"] == read_json(flagged / "choice.json")["dropped"]
-    if decided is None:  # nobody is dropped beyond noise by so small a model
+    if decided is None:  # a model this small hurts no domain significantly
         assert choice["served"] == "average"
     else:
         assert decided["from"] == "average"
@@ -211,10 +211,10 @@ def test_a_client_with_impossible_votes_is_excluded(place: Path) -> None:
         if books and message.metadata.message_type == records.EVALUATE and honest is not None:
             facts = honest.content.config_records["facts"]
             for variant in ("unmasked", "masked"):
-                told = json.loads(str(facts[variant]))
-                told["products"] = np.zeros_like(told["products"], dtype=float).tolist()
-                told["sums"][0] = [9.0] * len(told["sums"][0])
-                facts[variant] = json.dumps(told)
+                sent = json.loads(str(facts[variant]))
+                sent["products"] = np.zeros_like(sent["products"], dtype=float).tolist()
+                sent["sums"][0] = [9.0] * len(sent["sums"][0])
+                facts[variant] = json.dumps(sent)
         return honest
 
     run_in_process(experiment(place, run_id="lying", **FULL), lying)
@@ -285,11 +285,11 @@ def test_a_benchmark_of_a_bad_client(place: Path) -> None:
     audited = {(row["strategy"], row["domain"]) for row in tables.leaks if row["model"] == "expert"}
     assert audited == {
         (name, domain) for name in grid.strategies for domain in TRAIN
-    }  # who is turned away has sent, too
+    }  # excluded clients have sent bytes, too
     costs = {(row["dataset"], row["strategy"]): row for row in tables.costs}
     assert costs["clean", "average+gate"]["bytes_down"] > costs["clean", "average"]["bytes_down"]
     catalogs = sum((place / "domains" / domain / CATALOG_FILE).stat().st_size for domain in TRAIN)
-    for dataset in ("clean", "scaled"):  # whoever is turned away has trained and sent, too
+    for dataset in ("clean", "scaled"):  # excluded clients have trained and sent, too
         gated, plain = costs[dataset, "average+gate"], costs[dataset, "average"]
         assert gated["bytes_up"] == plain["bytes_up"] + catalogs
         assert gated["client_seconds"] > plain["client_seconds"]

@@ -73,9 +73,9 @@ def test_a_client_that_returns_is_asked_again(
     monkeypatch.setattr(sim.app.server.asking, "LOOK_SECONDS", 0.05)
     run_in_process(experiment(place, tmp_path), lost(MOST_LOSSES, code))
     assert not json.loads((tmp_path / "run" / "clients.json").read_text())["excluded"]
-    told = (tmp_path / "run" / "run.log").read_text()
-    assert told.count("train: coffee was lost: ") == 3
-    assert told.count("train: coffee is back and is asked again") == 3
+    log = (tmp_path / "run" / "run.log").read_text()
+    assert log.count("train: coffee was lost: ") == 3
+    assert log.count("train: coffee is back and is asked again") == 3
     run_in_process(experiment(place, tmp_path / "whole"))
     for name in ("metrics.parquet", "choice.json", "report.txt"):
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / "run" / name).read_bytes()
@@ -119,8 +119,8 @@ def test_a_late_client_is_evaluated_as_unseen(place: Path, tmp_path: Path) -> No
         return answer_honestly(message, context)
 
     run_in_process(experiment(place, tmp_path, **{"server.wait_seconds": 0.5}), answer, away=away)
-    told = (tmp_path / "run" / "run.log").read_text()
-    assert "as unseen: coffee" in told
+    log = (tmp_path / "run" / "run.log").read_text()
+    assert "as unseen: coffee" in log
     rows = pq.read_table(tmp_path / "run" / "metrics.parquet").to_pylist()
     roles = {(row["split"], row["role"]) for row in rows if row["domain"] == BAD}
     assert roles == {("test", "unseen")}

@@ -28,9 +28,9 @@ IN_ROUNDS = {"rounds.rule": "fedit", "rounds.number": 2}
 
 
 def steps_counted(run: Path) -> dict[str, list[int]]:
-    """Domain -> the steps of each release that the statement counts."""
-    told = json.loads((run / "privacy.json").read_text())
-    return {domain: [release["steps"] for release in of["releases"]] for domain, of in told["domains"].items()}
+    """Return domain -> steps of each release in the statement."""
+    reported = json.loads((run / "privacy.json").read_text())
+    return {domain: [release["steps"] for release in of["releases"]] for domain, of in reported["domains"].items()}
 
 
 @pytest.mark.parametrize(
@@ -62,9 +62,9 @@ def test_a_late_answer_with_noise_is_counted_once(
     assert not late
     assert BAD in json.loads((run / "clients.json").read_text())["excluded"]
     assert expected.items() <= steps_counted(run).items()
-    told = json.loads((run / "privacy.json").read_text())
-    assert told["guarantee"]
-    of_books, of_bad = (told["domains"][domain]["epsilon"] for domain in ("books", BAD))
+    reported = json.loads((run / "privacy.json").read_text())
+    assert reported["guarantee"]
+    of_books, of_bad = (reported["domains"][domain]["epsilon"] for domain in ("books", BAD))
     assert of_bad < of_books if changes else of_bad == of_books  # one round of two
 
 
@@ -86,22 +86,22 @@ def half_the_noise(question: Message, honest: Message) -> Message:
     ids=["shapes", "noise", "size", "garbage"],
 )
 def test_a_refused_answer_with_noise_is_counted(place: Path, tmp_path: Path, change: Change, why_not: str) -> None:
-    """At what it says, if that was agreed on; else no number holds for its users."""
+    """Counted as reported if that matches the agreement, otherwise no number holds for its users."""
     run_in_process(experiment(place, tmp_path, **BY_USER, run_id="refused"), bad_client("train", change))
     run = tmp_path / "refused"
-    told = json.loads((run / "privacy.json").read_text())
-    assert told["domains"].keys() == {"beauty", "books", BAD}
-    assert told["guarantee"] == (not why_not)
+    reported = json.loads((run / "privacy.json").read_text())
+    assert reported["domains"].keys() == {"beauty", "books", BAD}
+    assert reported["guarantee"] == (not why_not)
     if why_not:
-        assert told["domains"][BAD]["epsilon"] is None
-        (problem,) = told["why_not"]
+        assert reported["domains"][BAD]["epsilon"] is None
+        (problem,) = reported["why_not"]
         assert problem.startswith("something that coffee sent cannot be counted, so no ε holds for it: ")
         assert why_not in problem
         assert "coffee: ε = ∞ (one unit replaced: ε = ∞; not known)" in (run / "report.txt").read_text()
     else:
         assert steps_counted(run)[BAD] == [4]
-        assert told["domains"][BAD]["epsilon"] == told["domains"]["books"]["epsilon"]
-    assert told["domains"]["books"]["epsilon"] is not None
+        assert reported["domains"][BAD]["epsilon"] == reported["domains"]["books"]["epsilon"]
+    assert reported["domains"]["books"]["epsilon"] is not None
 
 
 def test_releases_of_a_failed_run_are_counted_once_after_it_resumes(place: Path, tmp_path: Path) -> None:
@@ -117,6 +117,6 @@ def test_releases_of_a_failed_run_are_counted_once_after_it_resumes(place: Path,
     shutil.rmtree(run / "rounds" / "1" / "books")  # as if it was killed before the reply was kept
     run_in_process(config.model_copy(update={"resume": True}))
     assert steps_counted(run) == {domain: [2, 2] for domain in ("beauty", "books", BAD)}
-    told = json.loads((run / "privacy.json").read_text())
-    assert any("metric sums" in line for line in told["not_covered"])
-    assert told["domains"]["books"]["epsilon"] > failed["domains"]["books"]["epsilon"]
+    reported = json.loads((run / "privacy.json").read_text())
+    assert any("metric sums" in line for line in reported["not_covered"])
+    assert reported["domains"]["books"]["epsilon"] > failed["domains"]["books"]["epsilon"]

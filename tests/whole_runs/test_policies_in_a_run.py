@@ -1,4 +1,4 @@
-"""Privacy policies in whole runs: what a client's own file refuses, and whom the run then names."""
+"""Privacy policies in whole runs: refusals by a client's own policy, and their records in the run."""
 
 import json
 import shutil
@@ -49,7 +49,7 @@ def experiment(place: Path, tmp_path: Path, **changes: object) -> ExperimentConf
 
 
 def with_own_policy(path: Path, text: str) -> Answer:
-    """One client has a policy file of its own."""
+    """Give one client its own policy file."""
     path.write_text(text)
 
     def answer(message: Message, context: Context) -> Message | None:
@@ -94,7 +94,7 @@ def test_a_private_catalog_is_an_error_before_any_work(place: Path, tmp_path: Pa
 
 
 def seen_by_flower(path: Path) -> Answer:
-    """Honest clients; what each sends is written down from the bytes that Flower makes of it."""
+    """Record what honest clients send, from the bytes that Flower makes of it."""
 
     def answer(message: Message, context: Context) -> Message | None:
         reply = answer_honestly(message, context)
@@ -132,7 +132,7 @@ def coefficients(run: Path, label: str) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def at_the_server(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run in which the server has the catalogs."""
+    """A run in which the server has the catalogs."""
     folder = tmp_path_factory.mktemp("server")
     run_in_process(experiment(place, folder, **LEARNED))
     return folder / "run"
@@ -140,7 +140,7 @@ def at_the_server(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture(scope="module")
 def exact(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same with catalogs that stay at the clients."""
+    """The same run with catalogs that stay at the clients."""
     folder = tmp_path_factory.mktemp("exact")
     config = experiment(place, folder, **LEARNED, **{"privacy.policy": "catalog-private"})
     run_in_process(config, seen_by_flower(folder / "sent.jsonl"))
@@ -335,10 +335,10 @@ def test_with_noise_by_domain_every_answer_is_counted(
     private = {"dp.mode": "domain-local", "dp.epsilon": 8.0, "dp.delta": 1e-3, "dp.coefficient_clip": 0.01}
     config = experiment(place, tmp_path, **LITTLE, **private, **changes, cache_dir=str(tmp_path / "cache"))
     run_in_process(config)
-    told = json.loads((tmp_path / "run" / "privacy.json").read_text())
-    assert told["guarantee"]
-    assert told["domains"].keys() == {"beauty", "books", STRICT}
-    for found in told["domains"].values():
+    reported = json.loads((tmp_path / "run" / "privacy.json").read_text())
+    assert reported["guarantee"]
+    assert reported["domains"].keys() == {"beauty", "books", STRICT}
+    for found in reported["domains"].values():
         update, answers = found["releases"]
         assert (update["steps"], answers["steps"], update["clip"], answers["clip"]) == (1, messages, 1.0, 0.01)
         assert update["noise_multiplier"] == answers["noise_multiplier"]
@@ -361,17 +361,19 @@ def test_with_noise_by_user_every_answer_on_own_users_is_counted(place: Path, tm
     own = {"through_clients.users": "own-users", "through_clients.batch_size": 25, "train.negatives": "catalog"}
     config = experiment(place, tmp_path, **LITTLE, **private, **own, cache_dir=str(tmp_path / "cache"))
     run_in_process(config)
-    told = json.loads((tmp_path / "run" / "privacy.json").read_text())
-    assert told["guarantee"]
-    assert not told["guarantee_of_run"]  # sums of metrics are exact
-    assert told["domains"].keys() == {"beauty", "books", STRICT}
-    for found in told["domains"].values():
+    reported = json.loads((tmp_path / "run" / "privacy.json").read_text())
+    assert reported["guarantee"]
+    assert not reported["guarantee_of_run"]  # sums of metrics are exact
+    assert reported["domains"].keys() == {"beauty", "books", STRICT}
+    for found in reported["domains"].values():
         training, answers = found["releases"]
         assert (training["steps"], training["clip"]) == (config.train.max_steps, 1.0)
         assert (answers["steps"], answers["clip"]) == (4, 0.01)
         assert answers["sample_rate"] == min(1.0, 25 / found["num_units"])
         assert 7.5 < found["epsilon"] <= 8.0
-    for name, found in told["domains"].items():  # what the client really drew with, and what it told of its training
+    for name, found in reported[
+        "domains"
+    ].items():  # what the client really drew with, and what it reported of its training
         (used,) = (tmp_path / "cache" / "released").glob(f"{name}-*/noise.json")
         assert json.loads(used.read_text())["noise_multiplier"] == found["releases"][0]["noise_multiplier"]
     rows = pq.read_table(tmp_path / "run" / "exposure.parquet").to_pylist()
@@ -380,8 +382,8 @@ def test_with_noise_by_user_every_answer_on_own_users_is_counted(place: Path, tm
     assert np.isfinite(coefficients(tmp_path / "run", f"{LABELS[1]} own-users")).all()
     pseudo = {**private, "train.negatives": "catalog", "run_id": "pseudo"}  # of pseudo-users nothing is to be protected
     run_in_process(experiment(place, tmp_path, **LITTLE, **pseudo, cache_dir=str(tmp_path / "cache")))
-    told = json.loads((tmp_path / "pseudo" / "privacy.json").read_text())
-    assert {len(found["releases"]) for found in told["domains"].values()} == {1}
+    reported = json.loads((tmp_path / "pseudo" / "privacy.json").read_text())
+    assert {len(found["releases"]) for found in reported["domains"].values()} == {1}
 
 
 def test_a_domain_without_a_possible_guarantee_by_user_is_excluded_before_training(place: Path, tmp_path: Path) -> None:
@@ -403,9 +405,9 @@ def test_a_domain_without_a_possible_guarantee_by_user_is_excluded_before_traini
 def test_stopping_points_chosen_by_few_users_are_not_reported(place: Path, tmp_path: Path) -> None:
     few = {"merge.methods": "average", "until": "train", "privacy.min_users": 10**6}
     run_in_process(experiment(place, tmp_path, **few))
-    told = json.loads((tmp_path / "run" / "adapters" / "books" / "training.json").read_text())
-    assert told["validations"] == []
-    assert told.keys().isdisjoint({"best_step", "stopped_by"})
+    reported = json.loads((tmp_path / "run" / "adapters" / "books" / "training.json").read_text())
+    assert reported["validations"] == []
+    assert reported.keys().isdisjoint({"best_step", "stopped_by"})
 
 
 @pytest.mark.parametrize("transport", ["int8", "top-k"])

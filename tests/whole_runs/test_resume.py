@@ -1,4 +1,4 @@
-"""A run that is ended at any point goes on from there, repeats nothing, and ends as one that was never ended."""
+"""A run killed at any point resumes there, repeats nothing, and gives the results of an undisturbed run."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(place: Path) -> Path:
-    """A run that was not ended."""
+    """An undisturbed run."""
     config = small_experiment(place, output_dir=str(place / "whole"), cache_dir=str(place / "whole-cache"))
     run_in_process(config)
     assert unlisted_files(place / "whole" / "run") == []
@@ -56,7 +56,7 @@ def experiment(place: Path, tmp_path: Path, **changes: object) -> ExperimentConf
 
 
 def tree(folder: Path) -> dict[str, tuple[bytes, int]]:
-    """Every file but the lock, with its content and time."""
+    """Return every file except the lock, with content and time."""
     return {
         str(file.relative_to(folder)): (file.read_bytes(), file.stat().st_mtime_ns)
         for file in sorted(folder.rglob("*"))
@@ -86,7 +86,7 @@ class Questions:
 
 
 def killed_at_write(config: ExperimentConfig, number: int) -> bool:
-    """Run in a process that is killed at its n-th write; whether it came so far."""
+    """Run in a process that is killed at its n-th write; return True if it got that far."""
     child = os.fork()
     if child == 0:
         writes, replace = 0, os.replace
@@ -110,7 +110,7 @@ def killed_at_write(config: ExperimentConfig, number: int) -> bool:
 
 
 def check_kill_and_resume(config: ExperimentConfig, whole: Path, number: int) -> bool:
-    """Kill a run at its n-th write, resume it, compare; whether it came so far."""
+    """Kill a run at its n-th write, resume it, compare; return True if it got that far."""
     if not killed_at_write(config, number):
         return False
     run = Path(config.output_dir) / "run"
@@ -156,7 +156,7 @@ LEARNED = {
 def test_a_run_killed_while_it_learns_gives_the_same_results(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed in the second step of the second learned merge: the first is not learned again, the others are."""
+    """Killed in the second step of the second learned merge: only the first merge is not repeated."""
     run_in_process(experiment(place, tmp_path / "whole", **LEARNED))
     config, run = experiment(place, tmp_path, **LEARNED), tmp_path / "runs" / "run"
     steps = 0
@@ -196,12 +196,12 @@ def test_an_undisturbed_run_asks_every_client_once(place: Path, tmp_path: Path, 
 
 
 class Stopped(Exception):
-    """Ends a run where a test wants it."""
+    """Ends a run at a chosen point."""
 
 
 @contextmanager
 def stopping_at(monkeypatch: pytest.MonkeyPatch, module: ModuleType, function: str) -> Iterator[None]:
-    """The server fails when it comes to this function."""
+    """Make the server fail when it calls this function."""
 
     def stop(*_: Any, **__: Any) -> None:
         raise Stopped
@@ -242,7 +242,7 @@ def test_a_merged_expert_that_is_lost_is_an_error_with_its_name(
 
 
 def silent(domain: str, message_type: str) -> Answer:
-    """One client says that it cannot answer one type of message."""
+    """Return an answer by which one client fails on one type of message."""
 
     def answer(message: Message, context: Context) -> Message | None:
         its_turn = DOMAINS[int(context.node_config["partition-id"])] == domain
@@ -277,9 +277,9 @@ def test_data_changed_under_a_resumed_run_exclude_their_domain(
     with stopping_at(monkeypatch, merging, "train_experts"):
         run_in_process(config)
     clients = tmp_path / "runs" / "run" / "clients.json"
-    told = json.loads(clients.read_text())
-    told["participants"]["coffee"]["num_users"] = 29
-    clients.write_text(json.dumps(told))
+    reported = json.loads(clients.read_text())
+    reported["participants"]["coffee"]["num_users"] = 29
+    clients.write_text(json.dumps(reported))
     run_in_process(resumed(config))
     (reason,) = json.loads(clients.read_text())["excluded"].values()
     assert reason.startswith("its num_users is 30, the server's is 29;")

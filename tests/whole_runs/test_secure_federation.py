@@ -44,7 +44,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def plain(place: Path) -> ExperimentConfig:
-    """Seen by the server: four experts, and their average."""
+    """A plain run: the server receives four experts and averages them."""
     config = experiment(place, "plain", privacy__policy="adapter")
     run_in_process(config)
     return config
@@ -114,7 +114,7 @@ def test_a_client_may_drop_out_at_each_step(place: Path, plain: ExperimentConfig
 
 @pytest.mark.usefixtures("plain")
 def test_too_few_clients_or_another_cohort_end_the_run(place: Path) -> None:
-    """Three of four is enough; but who was summed with four does not reveal the same adapter among three."""
+    """Three of four clients suffice, but an adapter summed among four is not revealed again among three."""
     disk = own_disk(place, "cache-two")
     config = experiment(place, "two-gone", **disk)
 

@@ -33,22 +33,22 @@ NOISED: list[tuple[str, dict[str, Any]]] = [
 def test_differential_privacy_gives_the_same_results_and_budget_with_secure_sums(
     place: Path, mode: str, changes: dict[str, Any]
 ) -> None:
-    """The noise is each client's own, seeded here: one server sees the adapters, the other does not."""
+    """Every client adds its own noise, seeded here; one server sees the adapters, the other does not."""
     noise = {"dp__mode": mode, "dp__noise_multiplier": 0.5, "dp__delta": 1e-3, "dp__randomness": "seeded"}
     noise |= {"dp__accountant": "rdp"}  # quicker
     name = f"{mode}-{len(changes)}"
-    told = {}
+    reported = {}
     for policy in ("adapter", "aggregate-only"):
         disk = {"cache_dir": str(place / f"cache-{name}-{policy}")}
         config = experiment(place, f"{name}-{policy}", privacy__policy=policy, **noise, **changes, **disk)
         run_in_process(config)
-        told[policy] = read_json(run_dir(config) / "privacy.json")
+        reported[policy] = read_json(run_dir(config) / "privacy.json")
     if "rounds__rule" not in changes:  # whose second noise depends on the mean that it starts from, here a rounded one
-        seen, hidden = (merged(experiment(place, f"{name}-{policy}"), "average") for policy in told)
+        seen, hidden = (merged(experiment(place, f"{name}-{policy}"), "average") for policy in reported)
         assert_close(hidden, seen)
-    assert told["aggregate-only"] == told["adapter"]
-    assert told["adapter"]["domains"].keys() == {*TRAIN}
-    assert all(of["epsilon"] is not None and of["releases"] for of in told["adapter"]["domains"].values())
+    assert reported["aggregate-only"] == reported["adapter"]
+    assert reported["adapter"]["domains"].keys() == {*TRAIN}
+    assert all(of["epsilon"] is not None and of["releases"] for of in reported["adapter"]["domains"].values())
     rows = pq.read_table(run_dir(experiment(place, f"{name}-aggregate-only")) / "exposure.parquet").to_pylist()
     noised = {row["message"] for row in rows if row["noise"] != "none"}
     assert noised == {secure_records.MASKED}
@@ -66,7 +66,7 @@ def test_only_clients_in_the_sum_are_counted(place: Path, step: str, counted: bo
 
 
 def test_a_sum_shown_to_the_server_and_lost_is_counted(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killed before the mean is on disk; books is away on the resume, coffee has lost its expert and trains anew."""
+    """Killed before the mean is on disk; on resume books is absent, and coffee lost its expert and retrains."""
     config = experiment(place, "shown", cache_dir=str(place / "cache-shown"), **BY_DOMAIN)
 
     def killed(*arguments: Any) -> None:

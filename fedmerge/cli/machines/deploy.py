@@ -74,7 +74,7 @@ def _init(options: argparse.Namespace) -> int:
     made = create_deployment(options.folder, options.name, options.hosts, options.port, options.superlink_port)
     print(
         f"{made.folder}: created for federation {made.name}, which clients reach at {made.address}\n"
-        f"ca/ca.key signs the certificates of this federation: keep a copy elsewhere and give it to nobody\n"
+        f"ca/ca.key signs the certificates of this federation: keep a copy elsewhere and never share it\n"
         f"next: fedmerge deploy start {made.folder}"
     )
     return 0

@@ -63,13 +63,15 @@ def largest_product(rank: int, chance: float) -> float:
     return high
 
 
-def check_spent(domain: str, config: ExperimentConfig, told: Any, num_users: int, number: int | None = None) -> None:
+def check_spent(
+    domain: str, config: ExperimentConfig, reported: Any, num_users: int, number: int | None = None
+) -> None:
     """Refuse a training whose report about its DP releases is missing or differs from the configuration.
 
     Args:
         domain: the client's domain.
         config: dp, train, rounds and audit are read.
-        told: the entry ``privacy`` of its report.
+        reported: the entry ``privacy`` of its report.
         num_users: number of users that the client announced.
         number: round, or None without rounds.
 
@@ -81,15 +83,15 @@ def check_spent(domain: str, config: ExperimentConfig, told: Any, num_users: int
     if dp.mode not in ("user", "domain-local"):
         return
     remedy = "Use one configuration and one fedmerge version everywhere."
-    if not isinstance(told, Mapping):
-        raise ClientError(f"domain {domain}: dp.mode is {dp.mode!r}, but its report has no entry 'privacy'. {remedy}")
+    if not isinstance(reported, Mapping):
+        raise ClientError(f"domain {domain}: dp.mode is {dp.mode!r}, but its report lacks 'privacy'. {remedy}")
     most = num_users + config.simulation.canaries
-    units = told.get("num_units")
+    units = reported.get("num_units")
     if dp.mode == "domain-local":
         agreed = domain_record(dp, domain_noise(config))
     elif type(units) is not int or not 1 <= units <= most:
         raise ClientError(
-            f"domain {domain}: its report says that it trained on {units!r} users, expected 1 to {most}. {remedy}"
+            f"domain {domain}: its report states training on {units!r} users, expected 1 to {most}. {remedy}"
         )
     else:
         releases = user_releases(config.train, noisy_answers(config), units)
@@ -103,8 +105,8 @@ def check_spent(domain: str, config: ExperimentConfig, told: Any, num_users: int
             "steps": steps if number is None else steps_of_round(steps, number, config.rounds.number),
             "randomness": dp.randomness,
         }
-    if wrong := [key for key, value in agreed.items() if not _is(told.get(key), value, key)]:
-        found = ", ".join(f"{key} {told.get(key)!r} instead of {agreed[key]!r}" for key in wrong)
+    if wrong := [key for key, value in agreed.items() if not _is(reported.get(key), value, key)]:
+        found = ", ".join(f"{key} {reported.get(key)!r} instead of {agreed[key]!r}" for key in wrong)
         raise ClientError(f"domain {domain}: its report differs from the settings of dp.*: {found}. {remedy}")
 
 

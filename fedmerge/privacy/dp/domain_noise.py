@@ -1,6 +1,6 @@
 """Differential privacy of a whole domain: its update is clipped, and Gaussian noise is added to it, or to the sum.
 
-**Local** (``add_noise``, at the client, trusting nobody): on the factors. A and B themselves leave, so everything made
+**Local** (``add_noise``, at the client, trusting no one): on the factors. A and B themselves leave, so everything made
 of them afterwards is post-processing. The factors' distance from the public start is clipped to C. Participation is
 public, so the adjacency is replacement of all data of the domain: sensitivity 2C. Noise in product space would be as
 sound, but it has out·in coordinates instead of r(in + out) and would have to be sent dense or cut to rank r. Noise on

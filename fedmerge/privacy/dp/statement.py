@@ -85,7 +85,7 @@ def privacy_statement(
         noised_metrics: True if metric sums are among the releases.
 
     Returns:
-        JSON: mode, delta, accountant; per domain epsilon (None is no bound) under both adjacencies, the accountant of
+        JSON: mode, delta, accountant; per domain epsilon (None if unbounded) under both adjacencies, the accountant of
         each, and its releases; whether the guarantee holds for what it covers, and the reason if not; whether it holds
         for the run as a whole; assumptions; what is not covered.
     """

@@ -1,4 +1,4 @@
-"""How a benchmark's page writes names, numbers and marks."""
+"""Names, numbers and marks on a benchmark's page."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -24,20 +24,20 @@ def ranks_section(tables: BenchTables, series: Mapping[str, int]) -> Html:
         if is_number(first["critical_difference"]):
             pictures.append(charts.rank_chart(title, ranks, first["critical_difference"]))
         p = first["p_friedman"]
-        told = (
+        verdict = (
             "the strategies do not all rank alike"
             if p is not None and p < LEVEL
             else "no evidence that they rank differently"
         )
-        lines.append(f"{title}: {first['num_blocks']} blocks; Friedman's test, p {p_text(p, equals=True)}: {told}.")
-    told = element(
+        lines.append(f"{title}: {first['num_blocks']} blocks; Friedman's test, p {p_text(p, equals=True)}: {verdict}.")
+    side = element(
         "div",
         *(element("p", line) for line in lines),
         note(
             "Mean rank over blocks (dataset, domain, seed); 1 is best. Strategies joined by a bar differ by less than "
             "the critical difference (Nemenyi, 5 %). Seeds of one domain are not fully independent blocks, so this is "
-            "a summary and no proof."
+            "a summary, not a proof."
         ),
         class_="side",
     )
-    return charts.grid(*pictures, told)
+    return charts.grid(*pictures, side)

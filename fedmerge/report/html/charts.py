@@ -150,8 +150,8 @@ def dot_chart(title: str, dots: Sequence[Dot], *, reference: float | None = None
                 parts.append(_line(scale(max(dot.low, scale.low)), y, scale(min(dot.high, scale.high)), y, "stem"))
             text = f"{dot.label}: {dot.shown or decimal(dot.value, num_digits)}"
             parts.append(mark(dot.series, scale(dot.value), y, hollow=dot.hollow, title=text))
-    told = "; ".join(f"{dot.label} {dot.shown or decimal(dot.value, num_digits)}" for dot in dots)
-    return _figure(title, f"{title}. {told}", bottom + 20, parts)
+    description = "; ".join(f"{dot.label} {dot.shown or decimal(dot.value, num_digits)}" for dot in dots)
+    return _figure(title, f"{title}. {description}", bottom + 20, parts)
 
 
 def _numbers(dot: Dot) -> list[float]:
@@ -209,10 +209,10 @@ def scatter_chart(
         shown = x_text(point.x) if x_text else decimal(point.x)
         text = f"{point.label}: {x_title} {shown}, {y_title} {decimal(point.y)}"
         parts.append(mark(point.series, across(point.x), up(point.y), title=text))
-    told = "; ".join(
+    description = "; ".join(
         f"{point.label} {x_text(point.x) if x_text else decimal(point.x)}, {decimal(point.y)}" for point in points
     )
-    return _figure(title, f"{title}: {x_title}, {y_title}. {told}", bottom + 40, parts)
+    return _figure(title, f"{title}: {x_title}, {y_title}. {description}", bottom + 40, parts)
 
 
 def line_chart(title: str, x_title: str, lines: Sequence[Line], *, with_legend: bool = False) -> Html:
@@ -242,9 +242,9 @@ def line_chart(title: str, x_title: str, lines: Sequence[Line], *, with_legend: 
         parts.append(_stroke(line.series, path, line.label))
         x, y, *_ = line.points[-1]
         parts.append(mark(line.series, across(x), up(y), title=f"{line.label}: {decimal(y)} at {x:g}"))
-    told = "; ".join(f"{line.label} ends at {decimal(line.points[-1][1])}" for line in lines)
+    description = "; ".join(f"{line.label} ends at {decimal(line.points[-1][1])}" for line in lines)
     below = legend({line.label: line.series for line in lines if line.label}, with_line=True) if with_legend else None
-    return _figure(title, f"{title} over {x_title}. {told}", bottom + 40, parts, below)
+    return _figure(title, f"{title} over {x_title}. {description}", bottom + 40, parts, below)
 
 
 def rank_chart(title: str, ranks: Sequence[tuple[str, int, float]], critical_difference: float) -> Html:
@@ -279,8 +279,8 @@ def rank_chart(title: str, ranks: Sequence[tuple[str, int, float]], critical_dif
         parts.append(_line(x, top + _ROW * first + 10, x, top + _ROW * last + 28, "bar"))
     names = [label for label, _, _ in ranks]
     joined = "; ".join(", ".join(names[first : last + 1]) for first, last in groups) or "none"
-    told = "; ".join(f"{label} {decimal(rank, 2)}" for label, _, rank in ranks)
-    return _figure(title, f"{title}. Mean ranks: {told}. Not told apart: {joined}", bottom + 20, parts)
+    description = "; ".join(f"{label} {decimal(rank, 2)}" for label, _, rank in ranks)
+    return _figure(title, f"{title}. Mean ranks: {description}. Not told apart: {joined}", bottom + 20, parts)
 
 
 def cliques(ranks: Sequence[float], critical_difference: float) -> list[tuple[int, int]]:
@@ -335,8 +335,8 @@ def with_legend(pictures: Sequence[Html], points: Sequence[Point], caption: str)
     return grid(*pictures, element("div", entries, note(caption), class_="side"))
 
 
-def _figure(title: str, told: str, height: float, parts: Sequence[Html], below: Html | None = None) -> Html:
-    picture = element("svg", *parts, viewBox=f"0 0 {WIDTH:g} {height:g}", role="img", aria_label=told)
+def _figure(title: str, description: str, height: float, parts: Sequence[Html], below: Html | None = None) -> Html:
+    picture = element("svg", *parts, viewBox=f"0 0 {WIDTH:g} {height:g}", role="img", aria_label=description)
     return element("figure", element("figcaption", title), picture, below)
 
 

@@ -103,7 +103,7 @@ def _experiment(run: Run, attempt: Attempt) -> None:
             return
         # 4. Validate and choose.
         validation, choice = validate_and_choose(run, merges)
-        # 5. Test what was chosen, once; whoever joined late is evaluated as unseen.
+        # 5. Evaluate the selection on test, once; clients that joined late count as unseen.
         if late := greet(run, backbone):
             logger.info("joined late; evaluated as unseen: %s", join_names(late))
         adapters = {candidate.label: candidate.adapter for candidate in selected(merges, choice)}

@@ -37,11 +37,11 @@ class Exclusion:
 
 @dataclass
 class Members:
-    """Who takes part in a run and who does not.
+    """Participants of a run, and excluded domains and nodes.
 
     Attributes:
-        folder: of the run.
-        nodes: domain -> node, of the domains that take part.
+        folder: run folder.
+        nodes: domain -> node of the participating domains.
         descriptions: domain -> its client's description, of every domain that ever took part.
         excluded: domain or node -> reason.
         greeted: nodes that were asked for their description.
@@ -100,7 +100,7 @@ class Members:
         """Restore the members of a resumed run from ``clients.json``.
 
         Args:
-            ended: phases that have ended: whoever failed in one of them stays excluded; the others are asked again.
+            ended: finished phases: a client that failed in one of them stays excluded; the others are asked again.
 
         Raises:
             RunDirError: the file is damaged or of another version.

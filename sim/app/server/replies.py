@@ -19,7 +19,7 @@ from sim.app.server.run import Run
 
 MOST_LOSSES = 3  # of a client, for one question; one that is lost more often is excluded
 
-# Flower's errors for a loss that is nobody's fault: the node's heartbeats stopped, or its working process was killed.
+# Flower's errors for a loss without a faulty client: the node's heartbeats stopped, or its process was killed.
 LOSSES = {
     ErrorCode.NODE_UNAVAILABLE: "its machine or network is unavailable",
     ErrorCode.CLIENT_APP_CRASHED: "its process was killed",

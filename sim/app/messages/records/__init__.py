@@ -1,4 +1,4 @@
-"""The messages between server and clients as Flower records, a file for each kind of message.
+"""Messages between server and clients as Flower records, one file per kind of message.
 
 ================  ==============================================  =========================================
 message           request                                         reply

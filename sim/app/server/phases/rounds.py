@@ -148,7 +148,7 @@ def _round(
     trained = "A and B" if name in LEARNED_METHODS else rule_named(name).trained
     fresh = state.frozen or not state.num_rounds
     seed = records.NOT_FRESH
-    if fresh or trained == "B":  # a lora_A that nobody trains stays that of the first round
+    if fresh or trained == "B":  # an untrained lora_A stays that of the first round
         seed = fresh_seed(config.seed, state.num_rounds if fresh else 0)
     task = records.RoundRequest(number, rounds.number, trained, seed)
 
