@@ -280,8 +280,8 @@ def check_rounds(rounds: Rounds, num_domains: int) -> None:
     clients = rounds.clients_a_round(num_domains)
     if rule == "trimmed-mean" and math.floor(Fraction(str(parameters["trim"])) * clients) < 1:
         raise ConfigError(
-            f"rounds.rule = 'trimmed-mean' with trim = {parameters['trim']} and {clients} clients in a round cuts "
-            "off nobody; raise trim in rounds.parameters to one over the clients, or name more domains"
+            f"rounds.rule = 'trimmed-mean' with trim = {parameters['trim']} and {clients} clients in a round trims "
+            "no client; raise trim in rounds.parameters to one over the clients, or name more domains"
         )
 
 
