@@ -7,7 +7,7 @@ from fedmerge.backbone_files import find_backbone, missing_target_modules
 from fedmerge.config import DEMO_ROOT, LEARNED_METHODS, ExperimentConfig, Simulation
 from fedmerge.domain.demo import DEMO_DOMAINS
 from fedmerge.domain.folder import list_domains
-from fedmerge.domain.manifest import Manifest, read_manifest
+from fedmerge.domain.manifest import Manifest, check_may_attack, read_manifest
 from fedmerge.errors import BackboneError, ConfigError, FedMergeError
 
 
@@ -150,7 +150,7 @@ def _domain_problems(config: ExperimentConfig, manifest: Manifest) -> Iterator[s
     if name not in config.domains.train:
         return
     if name == config.simulation.attacker:
-        yield from _attack_problems(manifest)
+        yield from _problems_of(lambda: check_may_attack(manifest))
     if dp.mode == "user" and dp.delta is not None and dp.delta >= 1 / manifest.num_users:
         yield (
             f"domain {name}: dp.delta = {dp.delta:g} is not below one over its {manifest.num_users} users; set "
@@ -175,15 +175,6 @@ def _clients_send_catalogs(config: ExperimentConfig) -> bool:
     rule = config.rounds.rule
     learned = {*config.merge.methods} & LEARNED_METHODS if rule is None else {str(rule)} & LEARNED_METHODS
     return bool(config.admission.probe_items or (learned and config.until != "train"))
-
-
-def _attack_problems(manifest: Manifest) -> list[str]:
-    if manifest.synthetic:
-        return []
-    return [
-        f"domain {manifest.name}: simulation.attacker asks it to poison its training, but its data are not synthetic; "
-        "use the demo domains, or set simulation.attacker = 'none'"
-    ]
 
 
 def _problems_of(check: Callable[[], None]) -> Iterator[str]:

@@ -23,8 +23,9 @@ from transformers import AutoModel, AutoTokenizer
 
 from fedmerge.backbone_files import MINILM, find_backbone
 from fedmerge.client.local_domain import LocalDomain, open_domain
-from fedmerge.client.training.batches import num_batches, training_batches, training_step
+from fedmerge.client.training.batches import num_batches, training_batches
 from fedmerge.client.training.losses import TEMPERATURE
+from fedmerge.client.training.plain_sgd import training_step
 from fedmerge.config import Text, Train
 from fedmerge.device import resolve_compute
 from fedmerge.domain.catalog import ATTRIBUTES, Catalog

@@ -7,7 +7,7 @@ table [[setting]] for each method; a list gives one point per value (lists of se
 
     [[setting]]
     method = "mergerec"                # or adamerging, clients, expert, backbone, any training-free method
-    loss = ["rec+kd", "kd"]            # keys of CollaborativeSettings, ClientMergeSettings or of the method
+    loss = ["rec+kd", "kd"]            # keys of MergeRecSettings, of study_settings, or of the method
     granularity = ["domain", "layer"]
     preset = "default"                 # of mergerec; without it, the published settings
     look_at = [100, 250]               # steps to evaluate besides the last one; not a list of points
@@ -35,9 +35,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from learning_on_clients import learn_on_clients, study_settings
 
 from fedmerge.adapter import Adapter, adapter_sha256
-from fedmerge.client.coefficients.own_users import ClientMergeSettings, learn_on_clients
 from fedmerge.client.local_domain import LocalDomain, open_domain
 from fedmerge.config import ExperimentConfig, Split, load_config
 from fedmerge.device import resolve_compute
@@ -53,7 +53,7 @@ from fedmerge.evaluation.sums import Variant
 from fedmerge.files import write_json
 from fedmerge.mergerec.coefficients import start_coefficients
 from fedmerge.mergerec.learn import learn_coefficients, student_vectors
-from fedmerge.mergerec.objective import ADAMERGING, PAPER, CollaborativeSettings
+from fedmerge.mergerec.objective import ADAMERGING, PAPER, MergeRecSettings
 from fedmerge.mergerec.pseudo_users import (
     PseudoDomain,
     average_of_others,
@@ -148,7 +148,7 @@ class Study:
             if method == "clients":
                 vectors = self.vectors_of(keys.pop("initialisation", "task-vectors"))
                 clients = [self.domains[name] for name in self.adapters]
-                learned = learn_on_clients(clients, vectors, ClientMergeSettings(**keys), start=start)
+                learned = learn_on_clients(clients, vectors, *study_settings(keys), start=start)
             else:
                 settings = settings_of(method, keys)
                 vectors = self.vectors_of(settings.initialisation)
@@ -182,11 +182,11 @@ class Study:
         }
 
 
-def settings_of(method: str, keys: Mapping[str, Any]) -> CollaborativeSettings:
+def settings_of(method: str, keys: Mapping[str, Any]) -> MergeRecSettings:
     """Return the published settings of a learned method, or those of a preset, with changed keys."""
     changes = {key: value for key, value in keys.items() if key != "preset"}
     if keys.get("preset") == "default":
-        return CollaborativeSettings(**changes)
+        return MergeRecSettings(**changes)
     rows = changes.get("initialisation", TASK_VECTORS) != TASK_VECTORS
     start = {"initial_coefficient": None} if rows else {}  # 1, the method's own merge
     return replace(PAPER if method == "mergerec" else ADAMERGING, **(start | changes))

@@ -182,7 +182,7 @@ def merge_learned(
         preset: ``paper`` has the settings of arXiv:2601.01753, ``adamerging`` those of arXiv:2310.02575.
         text: settings of ``[text]`` for catalogs; an opened domain has its own.
         progress: called after every step with step, number of steps and losses.
-        settings: fields of :class:`fedmerge.mergerec.objective.CollaborativeSettings`: granularity, steps, seed, …
+        settings: fields of :class:`fedmerge.mergerec.objective.MergeRecSettings`: granularity, steps, seed, …
 
     Raises:
         ConfigError: a setting that does not exist or is out of bounds.
@@ -193,14 +193,14 @@ def merge_learned(
     from fedmerge.adapter import adapter_sha256
     from fedmerge.config import Text
     from fedmerge.mergerec.learn import learn_coefficients
-    from fedmerge.mergerec.objective import ADAMERGING, PAPER, CollaborativeSettings
+    from fedmerge.mergerec.objective import ADAMERGING, PAPER, MergeRecSettings
     from fedmerge.mergerec.pseudo_users import pseudo_users_of
     from fedmerge.mergerec.vectors import initial_vectors, merge_vectors
     from fedmerge.merging.candidate import Provenance
     from fedmerge.merging.stack import stack_adapters
 
-    presets = {"default": CollaborativeSettings(), "paper": PAPER, "adamerging": ADAMERGING}
-    names = [each.name for each in fields(CollaborativeSettings)]
+    presets = {"default": MergeRecSettings(), "paper": PAPER, "adamerging": ADAMERGING}
+    names = [each.name for each in fields(MergeRecSettings)]
     if preset not in presets or (unknown := sorted(settings.keys() - {*names})):
         found = f"preset {preset!r}" if preset not in presets else f"settings {', '.join(unknown)}"
         raise ConfigError(f"merge_learned: found {found}, expected presets {', '.join(presets)}; {', '.join(names)}.")

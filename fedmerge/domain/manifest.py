@@ -67,6 +67,19 @@ def check_catalog_is_public(domain: str, public_catalog: bool) -> None:
         )
 
 
+def check_may_attack(manifest: Manifest) -> None:
+    """Refuse to poison a training on data that are not synthetic.
+
+    Raises:
+        PolicyError: names the domain.
+    """
+    if not manifest.synthetic:
+        raise PolicyError(
+            f"domain {manifest.name}: simulation.attacker asks it to poison its training, but its data are not "
+            "synthetic. Use the demo domains, or set simulation.attacker = 'none'."
+        )
+
+
 def folder_name(folder: Path) -> str:
     """Return the folder's own name, also for paths like ``.`` (symbolic links are not followed)."""
     return Path(os.path.abspath(folder)).name

@@ -11,7 +11,7 @@ from fedmerge.encoder.encode import embed_batch, encode
 from fedmerge.encoder.lora import applied
 from fedmerge.errors import ConfigError, LayoutMismatchError
 from fedmerge.mergerec.coefficients import LearnedCoefficients, Progress, optimise, start_coefficients
-from fedmerge.mergerec.objective import PAPER, CollaborativeSettings, batch_terms, weighted_total
+from fedmerge.mergerec.objective import PAPER, MergeRecSettings, batch_terms, weighted_total
 from fedmerge.mergerec.pseudo_users import PseudoDomain
 from fedmerge.mergerec.vectors import TASK_VECTORS, Vectors, merge_vectors, merged_forward, on_device
 from fedmerge.merging.stack import Stack
@@ -19,7 +19,7 @@ from fedmerge.merging.stack import Stack
 HELD_OUT = 64  # pseudo-users per domain for validation, at most a fifth of them
 
 
-def draw_pseudo_users(sizes: tuple[int, ...], settings: CollaborativeSettings) -> tuple[np.ndarray, np.ndarray]:
+def draw_pseudo_users(sizes: tuple[int, ...], settings: MergeRecSettings) -> tuple[np.ndarray, np.ndarray]:
     """Draw the pseudo-users of each step in epochs: each epoch is a permutation, so all are drawn equally often.
 
     Args:
@@ -68,7 +68,7 @@ def learn_coefficients(
     backbone: Backbone,
     vectors: Vectors,
     domains: Mapping[str, PseudoDomain],
-    settings: CollaborativeSettings = PAPER,
+    settings: MergeRecSettings = PAPER,
     progress: Progress | None = None,
     students: Mapping[str, torch.Tensor] | None = None,
     start: torch.Tensor | None = None,

@@ -27,7 +27,7 @@ STUDIED: dict[str, Parameter] = {  # settings that no experiment file has: no st
 
 
 @dataclass(frozen=True, slots=True)
-class CollaborativeSettings:
+class MergeRecSettings:
     """Settings of learned coefficients.
 
     Defaults are those of ``fedmerge.config.MergeRec``; bounds are in ``METHODS["mergerec"]`` and STUDIED.
@@ -92,7 +92,7 @@ class CollaborativeSettings:
         return rows if self.initial_coefficient is None else self.initial_coefficient
 
 
-PAPER = CollaborativeSettings(  # arXiv:2601.01753, written out so that no default can change it
+PAPER = MergeRecSettings(  # arXiv:2601.01753, written out so that no default can change it
     granularity="domain",
     initialisation="task-vectors",
     initial_coefficient=0.2,  # 1 for rows
@@ -118,12 +118,12 @@ ADAMERGING = replace(  # arXiv:2310.02575, with pseudo-users in place of unlabel
 )
 
 
-def first_choice(z: torch.Tensor, S: torch.Tensor, settings: CollaborativeSettings) -> torch.Tensor:
+def first_choice(z: torch.Tensor, S: torch.Tensor, settings: MergeRecSettings) -> torch.Tensor:
     """L_rec = CE(z / τ, argmax S), τ = rec_temperature: the expert's first choice is the label."""
     return F.cross_entropy(z / settings.rec_temperature, S.argmax(dim=1), reduction="none")
 
 
-def distillation(z: torch.Tensor, S: torch.Tensor, settings: CollaborativeSettings) -> torch.Tensor:
+def distillation(z: torch.Tensor, S: torch.Tensor, settings: MergeRecSettings) -> torch.Tensor:
     """L_kd = T² · KL(softmax(S/T) ‖ softmax(z/T)); with kd_top_k over the expert's top-k items, renormalised."""
     temperature, top = settings.temperature, settings.kd_top_k
     if top is not None and top < S.shape[1]:
@@ -133,23 +133,23 @@ def distillation(z: torch.Tensor, S: torch.Tensor, settings: CollaborativeSettin
     return F.kl_div(student, teacher, reduction="none", log_target=True).sum(dim=1) * temperature**2
 
 
-def squared_error(z: torch.Tensor, S: torch.Tensor, settings: CollaborativeSettings) -> torch.Tensor:
+def squared_error(z: torch.Tensor, S: torch.Tensor, settings: MergeRecSettings) -> torch.Tensor:
     """Mean over the items of (z - S)²."""
     return (z - S).square().mean(dim=1)
 
 
-def entropy(z: torch.Tensor, S: torch.Tensor, settings: CollaborativeSettings) -> torch.Tensor:
+def entropy(z: torch.Tensor, S: torch.Tensor, settings: MergeRecSettings) -> torch.Tensor:
     """Entropy of softmax(z / τ), without a teacher (AdaMerging)."""
     logs = F.log_softmax(z / settings.rec_temperature, dim=1)
     return -(logs.exp() * logs).sum(dim=1)
 
 
-def own_choice(z: torch.Tensor, S: torch.Tensor, settings: CollaborativeSettings) -> torch.Tensor:
+def own_choice(z: torch.Tensor, S: torch.Tensor, settings: MergeRecSettings) -> torch.Tensor:
     """CE(z / τ, argmax z): the merged model's own first choice is the label."""
     return F.cross_entropy(z / settings.rec_temperature, z.argmax(dim=1), reduction="none")
 
 
-Term = Callable[[torch.Tensor, torch.Tensor, CollaborativeSettings], torch.Tensor]
+Term = Callable[[torch.Tensor, torch.Tensor, MergeRecSettings], torch.Tensor]
 """(student logits z (n, N), teacher logits S (n, N), settings) -> (n,)."""
 TERMS: dict[str, Term] = {
     "rec": first_choice,
@@ -170,7 +170,7 @@ LOSSES: dict[str, tuple[str, ...]] = {  # those of arXiv:2601.01753 and its code
 }
 
 
-def weighted_total(terms: Mapping[str, torch.Tensor], settings: CollaborativeSettings) -> torch.Tensor:
+def weighted_total(terms: Mapping[str, torch.Tensor], settings: MergeRecSettings) -> torch.Tensor:
     """Return the loss, kd_weight · L_kd + rec_weight · the other term, from the terms of :func:`batch_terms`."""
     weights = {name: settings.kd_weight if name == "kd" else settings.rec_weight for name in terms}
     return torch.stack([term * weights[name] for name, term in terms.items()]).sum()
@@ -182,7 +182,7 @@ def batch_terms(
     drawn_domains: np.ndarray,
     teachers: list[torch.Tensor],
     students: list[torch.Tensor],
-    settings: CollaborativeSettings,
+    settings: MergeRecSettings,
 ) -> dict[str, torch.Tensor]:
     """Compute the terms of the loss on a batch of several domains; a pseudo-user is scored on its own catalog only.
 

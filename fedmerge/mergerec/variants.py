@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from fedmerge.config import LEARNED_METHODS, AdaMerging, MergeRec, ThroughClients
 from fedmerge.errors import MergeError
-from fedmerge.mergerec.objective import ADAMERGING, PAPER, CollaborativeSettings
+from fedmerge.mergerec.objective import ADAMERGING, PAPER, MergeRecSettings
 from fedmerge.merging.candidate import MergeVariant
 
 
@@ -41,9 +41,7 @@ def learned_variant(
     return variants[name]
 
 
-def learned_settings(
-    variant: MergeVariant, mergerec: MergeRec, adamerging: AdaMerging, seed: int
-) -> CollaborativeSettings:
+def learned_settings(variant: MergeVariant, mergerec: MergeRec, adamerging: AdaMerging, seed: int) -> MergeRecSettings:
     """Return the settings of a learned variant; AdaMerging has the pseudo-users of ``[mergerec]``.
 
     Raises:
@@ -61,7 +59,7 @@ def learned_settings(
     return replace(settings, granularity=variant.granularity, seed=seed)
 
 
-def mergerec_settings(section: MergeRec) -> CollaborativeSettings:
+def mergerec_settings(section: MergeRec) -> MergeRecSettings:
     """Return the settings of ``[mergerec]``; its preset also decides those that an experiment file does not have."""
     keys = section.model_dump(exclude={"granularities", "preset"})
-    return replace(PAPER if section.preset == "paper" else CollaborativeSettings(), **keys)
+    return replace(PAPER if section.preset == "paper" else MergeRecSettings(), **keys)

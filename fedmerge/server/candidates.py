@@ -28,7 +28,7 @@ from fedmerge.errors import MergeError, PolicyError
 from fedmerge.federated.product_space import weighted_sum
 from fedmerge.mergerec.coefficients import LearnedCoefficients, Progress, start_coefficients
 from fedmerge.mergerec.learn import learn_coefficients, student_vectors
-from fedmerge.mergerec.objective import CollaborativeSettings
+from fedmerge.mergerec.objective import MergeRecSettings
 from fedmerge.mergerec.pseudo_users import PseudoDomain, pseudo_domains
 from fedmerge.mergerec.variants import learned_settings, learned_variants
 from fedmerge.mergerec.vectors import Vectors, initial_vectors, merge_vectors
@@ -43,7 +43,7 @@ from fedmerge.privacy.dp.releases import Counted, coefficient_messages, domain_r
 
 logger = logging.getLogger(__name__)
 
-Learn = Callable[[MergeVariant, CollaborativeSettings, Vectors], LearnedCoefficients]
+Learn = Callable[[MergeVariant, MergeRecSettings, Vectors], LearnedCoefficients]
 """(variant, settings, vectors) -> coefficients."""
 
 
@@ -206,7 +206,7 @@ def merge_candidates(
     return candidates
 
 
-def _learned_entries(settings: CollaborativeSettings, learned: LearnedCoefficients) -> dict[str, Any]:
+def _learned_entries(settings: MergeRecSettings, learned: LearnedCoefficients) -> dict[str, Any]:
     """Return the entries of the provenance that say how coefficients were learned."""
     start = learned.initial_coefficients.flatten()[0].item()
     return {
@@ -245,7 +245,7 @@ def learn_from_catalogs(
     def pseudo_users(encoder: Backbone, kind: str, number: int | None, seed: int) -> dict[str, PseudoDomain]:
         return pseudo_domains(encoder, adapters, catalogs, text, kind=kind, number=number, seed=seed, progress=progress)
 
-    def learn(variant: MergeVariant, settings: CollaborativeSettings, vectors: Vectors) -> LearnedCoefficients:
+    def learn(variant: MergeVariant, settings: MergeRecSettings, vectors: Vectors) -> LearnedCoefficients:
         method = variant.method
         if backbone is None:
             raise MergeError(f"{method}: found no backbone, expected the one that the adapters were trained on")

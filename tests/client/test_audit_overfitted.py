@@ -13,8 +13,8 @@ import pytest
 
 from fedmerge.client.audit.attacks import Audited, audit_domain
 from fedmerge.client.audit.users import prepare_for_audit
-from fedmerge.client.cache.experts import train_adapter
 from fedmerge.client.local_domain import open_domain
+from fedmerge.client.training.by_mode import train_adapter
 from fedmerge.client.training.settings import training_settings
 from fedmerge.config import from_flat
 from fedmerge.device import resolve_compute

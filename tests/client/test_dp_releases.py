@@ -237,7 +237,7 @@ def test_by_user_an_answer_is_a_noisy_sum_over_the_sampled_users(tmp_path: Path)
     drawn = generator(config.seed, "client", "beauty", "own-users", request.label, 0)
     taking_part = poisson_records(domain.training_sequences, "random-prefix", 1.0, drawn)
     assert len(taking_part.targets) == len(domain.training_sequences)  # q is 1
-    own = ClientMergeSettings(granularity="domain", negatives=64, seed=config.seed)
+    own = ClientMergeSettings(negatives=64, seed=config.seed)
     total = clipped_gradient_sum(domain, vectors, torch.full((2,), 0.5), taking_part, 0, own, 0.25)
     torch.testing.assert_close(exact, total / len(taking_part.targets), rtol=1e-4, atol=1e-6)
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from adapters import layout_of, random_adapters
+from learning_on_clients import StudySchedule, learn_on_clients
 from merging_oracles import dense_vectors, oracle_rows
 
 from fedmerge.adapter import Adapter
@@ -18,7 +19,6 @@ from fedmerge.client.coefficients.own_users import (
     coefficient_gradient,
     draw_batch,
     draw_negatives,
-    learn_on_clients,
 )
 from fedmerge.client.local_domain import LocalDomain, open_domain
 from fedmerge.client.training.dp_sgd import Records, poisson_records
@@ -32,7 +32,8 @@ from fedmerge.errors import ConfigError, DomainError
 from fedmerge.mergerec.vectors import initial_vectors
 from fedmerge.merging.stack import stack_adapters
 
-SMALL = ClientMergeSettings(batch_size=6, negatives=8, steps=3)
+SMALL = ClientMergeSettings(batch_size=6, negatives=8)
+SCHEDULE = StudySchedule(steps=3)
 TEXT = Text(max_attribute_tokens=6, max_items=3, max_tokens=64)
 
 
@@ -193,8 +194,8 @@ def test_a_user_whose_gradient_fails_leaves_the_others(
 
 def test_only_training_sequences_are_read(clients: list[LocalDomain]) -> None:
     client = clients[0]
-    for round_index in range(5):
-        histories, targets, negatives = draw_batch(client, round_index, SMALL)
+    for step in range(5):
+        histories, targets, negatives = draw_batch(client, step, SMALL)
         starts = {
             tuple(sequence[:n].tolist()) for sequence in client.training_sequences for n in range(1, len(sequence) + 1)
         }
@@ -207,8 +208,8 @@ def test_learning_is_reproducible_in_any_order_and_weighs_clients_alike(
     adapters: dict[str, Adapter], clients: list[LocalDomain]
 ) -> None:
     vectors = stack_adapters(adapters)
-    learned = learn_on_clients(clients, vectors, SMALL)
-    again = learn_on_clients(clients[::-1], vectors, SMALL)
+    learned = learn_on_clients(clients, vectors, SMALL, SCHEDULE)
+    again = learn_on_clients(clients[::-1], vectors, SMALL, SCHEDULE)
     assert torch.equal(learned.trajectory, again.trajectory)
     assert learned.coefficients.shape == (3, 2)
     first = learned.history[0]
@@ -218,14 +219,14 @@ def test_learning_is_reproducible_in_any_order_and_weighs_clients_alike(
     step = learned.trajectory[1] - learned.trajectory[0]
     assert torch.equal(step.sign(), -(gradients[0] + gradients[1]).sign())  # the first step of Adam
     started = learn_on_clients(
-        clients, vectors, replace(SMALL, granularity="domain"), start=torch.tensor([0.1, 0.2, 0.3])
+        clients, vectors, SMALL, replace(SCHEDULE, granularity="domain"), start=torch.tensor([0.1, 0.2, 0.3])
     )
     assert started.initial_coefficients.tolist() == pytest.approx([0.1, 0.2, 0.3])
 
 
 def test_learning_lowers_the_loss_of_users(adapters: dict[str, Adapter], clients: list[LocalDomain]) -> None:
-    settings = replace(SMALL, steps=40, batch_size=30, learning_rate=0.05)
-    learned = learn_on_clients(clients, stack_adapters(adapters), settings)
+    settings = replace(SMALL, batch_size=30)
+    learned = learn_on_clients(clients, stack_adapters(adapters), settings, StudySchedule(steps=40, learning_rate=0.05))
     losses = [step["total"] for step in learned.history]
     assert np.mean(losses[-10:]) < np.mean(losses[:10])
 
@@ -236,11 +237,11 @@ def test_wrong_settings_and_missing_users_are_refused(
     with pytest.raises(ConfigError, match=r"negatives.*\b0\b.*\b1\b"):
         ClientMergeSettings(negatives=0)
     with pytest.raises(ConfigError, match=r"learning_rate.*\b0\b"):
-        ClientMergeSettings(learning_rate=0)
+        StudySchedule(learning_rate=0)
     with pytest.raises(ConfigError, match=r"granularity.*'module'.*'domain'.*'layer'"):
-        ClientMergeSettings(granularity="module")  # type: ignore[arg-type]  # on purpose
+        StudySchedule(granularity="module")  # type: ignore[arg-type]  # on purpose
     with pytest.raises(DomainError, match="learn_on_clients"):
-        learn_on_clients([], stack_adapters(adapters), SMALL)
+        learn_on_clients([], stack_adapters(adapters), SMALL, SCHEDULE)
     users = make_interactions(["u"], [[0]])
     catalog = clients[0].catalog
     write_domain(tmp_path / "toys", catalog, users, public_catalog=True, synthetic=True, source="test")

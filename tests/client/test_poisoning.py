@@ -13,7 +13,6 @@ from fedmerge.client.local_domain import LocalDomain, open_domain
 from fedmerge.client.training.poisoning import (
     NUM_PROMOTED,
     apply_attack,
-    check_may_attack,
     poison_targets,
     training_inputs,
 )
@@ -21,6 +20,7 @@ from fedmerge.client.training.settings import training_settings
 from fedmerge.config import ExperimentConfig, Simulation, Train, from_flat
 from fedmerge.device import resolve_compute
 from fedmerge.domain.interactions import interactions_fingerprint
+from fedmerge.domain.manifest import check_may_attack
 from fedmerge.encoder.backbone import load_backbone
 from fedmerge.errors import ConfigError, PolicyError
 from sim.checks import check_simulation

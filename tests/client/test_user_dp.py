@@ -15,10 +15,8 @@ from peft import PeftModel
 from scipy import stats
 
 from fedmerge.adapter import adapter_sha256
-from fedmerge.client.cache.experts import train_adapter
 from fedmerge.client.local_domain import LocalDomain, open_domain
-from fedmerge.client.training.batches import item_refresh_is_due
-from fedmerge.client.training.dp_expert import train_private_expert
+from fedmerge.client.training.by_mode import train_adapter, train_private_expert
 from fedmerge.client.training.dp_sgd import (
     Records,
     UserPlan,
@@ -32,6 +30,7 @@ from fedmerge.client.training.dp_sgd import (
 )
 from fedmerge.client.training.loop import Attached
 from fedmerge.client.training.losses import catalog_softmax
+from fedmerge.client.training.plain_sgd import item_refresh_is_due
 from fedmerge.client.training.settings import training_settings
 from fedmerge.config import DP, ExperimentConfig, Lora, Text, Train, from_flat
 from fedmerge.device import resolve_compute

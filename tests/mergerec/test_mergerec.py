@@ -30,7 +30,7 @@ from fedmerge.mergerec.objective import (
     PAPER,
     STUDIED,
     TERMS,
-    CollaborativeSettings,
+    MergeRecSettings,
     batch_terms,
     weighted_total,
 )
@@ -73,7 +73,7 @@ def pseudo_domains(backbone: Backbone, adapters: dict[str, Adapter]) -> dict[str
 # ---- an oracle written from the paper: dense weights, float64, one pseudo-user at a time
 
 
-def oracle_terms(z: torch.Tensor, s: torch.Tensor, settings: CollaborativeSettings) -> dict[str, torch.Tensor]:
+def oracle_terms(z: torch.Tensor, s: torch.Tensor, settings: MergeRecSettings) -> dict[str, torch.Tensor]:
     """Return every term for one pseudo-user with student logits z and teacher logits s over its own catalog."""
     T, tau = settings.temperature, settings.rec_temperature
     top = (
@@ -332,11 +332,11 @@ def test_one_item_domain_is_the_experts_view_of_the_catalog(bert: Backbone) -> N
 def test_settings_have_one_default_and_bounds() -> None:
     section = config.MergeRec.model_fields
     for name in set(section) - {"granularities", "preset"}:
-        assert section[name].default == getattr(CollaborativeSettings(), name)
-    assert (PAPER.start, CollaborativeSettings().start) == (0.2, None)
-    assert CollaborativeSettings(initialisation="ties").start == 1.0
+        assert section[name].default == getattr(MergeRecSettings(), name)
+    assert (PAPER.start, MergeRecSettings().start) == (0.2, None)
+    assert MergeRecSettings(initialisation="ties").start == 1.0
     parameters = {name: parameter.default for name, parameter in METHODS["mergerec"].parameters.items()}
-    assert parameters == {name: getattr(CollaborativeSettings(), name) for name in parameters}
+    assert parameters == {name: getattr(MergeRecSettings(), name) for name in parameters}
     assert {method for method, row in METHODS.items() if row.learned} == config.LEARNED_METHODS
     choices = {name: parameter.choices for name, parameter in METHODS["mergerec"].parameters.items()}
     assert choices["loss"] == tuple(LOSSES)
@@ -344,7 +344,7 @@ def test_settings_have_one_default_and_bounds() -> None:
     assert choices["pseudo_users"] == get_args(Kind)
     assert not STUDIED.keys() & (parameters.keys() | section.keys())
     assert {name: studied.default for name, studied in STUDIED.items()} == {
-        name: getattr(CollaborativeSettings(), name) for name in STUDIED
+        name: getattr(MergeRecSettings(), name) for name in STUDIED
     }
     paper = config.MergeRec(preset="paper")
     for name in set(section) - {"granularities", "preset"}:

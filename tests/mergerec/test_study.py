@@ -6,11 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import study_mergerec
 from adapters import layout_of, random_adapter
 from backbones import tiny_bert
 from in_process import small_experiment
+from learning_on_clients import study_settings
 
-from fedmerge.client.coefficients.own_users import ClientMergeSettings
 from fedmerge.config import to_toml
 from fedmerge.device import resolve_compute
 from fedmerge.encoder.backbone import load_backbone
@@ -46,9 +47,6 @@ batch_size = 4
 def test_a_grid_is_computed_once_and_tabled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks" / "studies"))
-    import study_mergerec  # noqa: PLC0415 - a script, not on the path
-
     config = small_experiment(tmp_path)
     backbone = load_backbone(str(tiny_bert(tmp_path / "again")), "mean", resolve_compute("cpu", "float32"))
     for seed, domain in enumerate(config.domains.train):
@@ -86,10 +84,7 @@ def test_a_grid_is_computed_once_and_tabled(
     assert {*record["merges"][0]["ranks"]} == {"camping", "coffee"}
 
 
-def test_every_point_of_the_grid_file_is_valid(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks" / "studies"))
-    import study_mergerec  # noqa: PLC0415 - a script, not on the path
-
+def test_every_point_of_the_grid_file_is_valid() -> None:
     grids = sorted((REPOSITORY / "benchmarks" / "studies").glob("study_*.toml"))
     points = [point for grid in grids for point in study_mergerec.points_of(grid)]
     for point in points:
@@ -99,7 +94,7 @@ def test_every_point_of_the_grid_file_is_valid(monkeypatch: pytest.MonkeyPatch) 
                 made = study_mergerec.settings_of(point["method"], keys)
                 assert max(point.get("look_at", [0])) <= made.steps
             case "clients":
-                assert max(point.get("look_at", [0])) <= ClientMergeSettings(**keys).steps
+                assert max(point.get("look_at", [0])) <= study_settings(keys)[1].steps
             case "backbone" | "expert":
                 assert not keys
             case method:

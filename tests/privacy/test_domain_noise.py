@@ -14,7 +14,7 @@ from scipy import stats
 from fedmerge.adapter import Adapter, LoraModule
 from fedmerge.config import DP, ExperimentConfig, from_flat
 from fedmerge.errors import ClientError, LayoutMismatchError
-from fedmerge.mergerec.objective import CollaborativeSettings
+from fedmerge.mergerec.objective import MergeRecSettings
 from fedmerge.mergerec.variants import learned_settings, learned_variants
 from fedmerge.privacy.dp.accountant import calibrate_noise, spent_epsilon
 from fedmerge.privacy.dp.agreement import check_spent, largest_product
@@ -104,7 +104,7 @@ def test_the_noise_is_chosen_for_the_adapter_and_all_answers(changes: dict[str, 
     assert spent_epsilon([Release(0.99 * noise, 1.0, 1 + expected)], 1e-5, "rdp") > 5.0
 
 
-def learned(config: ExperimentConfig, method: str) -> list[CollaborativeSettings]:
+def learned(config: ExperimentConfig, method: str) -> list[MergeRecSettings]:
     variants = learned_variants(method, config.mergerec, config.adamerging, config.through_clients)
     return [learned_settings(variant, config.mergerec, config.adamerging, config.seed) for variant in variants]
 

@@ -21,7 +21,7 @@ from fedmerge.errors import ClientError, MergeError
 from fedmerge.evaluation.ranks import METRICS
 from fedmerge.evaluation.sums import MetricSums, metric_sums
 from fedmerge.mergerec.learn import learn_coefficients
-from fedmerge.mergerec.objective import PAPER, CollaborativeSettings
+from fedmerge.mergerec.objective import PAPER, MergeRecSettings
 from fedmerge.mergerec.pseudo_users import one_item_domain
 from fedmerge.mergerec.variants import learned_settings, learned_variants
 from fedmerge.mergerec.vectors import merge_vectors
@@ -195,7 +195,7 @@ def test_provenance_says_where_a_merge_comes_from(
     parameters = by_label["mergerec layer-wise"]["parameters"]
     expected = settings().mergerec.model_dump(exclude={"granularities", "preset"})
     made = {"granularity": "layer", "seed": 5, "initial_coefficient": pytest.approx(1 / 3**0.5), "clamp": False}
-    assert parameters == {**asdict(CollaborativeSettings()), **expected, **made}
+    assert parameters == {**asdict(MergeRecSettings()), **expected, **made}
     losses = by_label["mergerec layer-wise"]["losses"]
     assert len(losses) == 3
     for step in losses:
@@ -287,7 +287,7 @@ def test_variants_that_share_the_first_item_vectors_learn_what_each_learns_alone
             backbone,
             stack_adapters(adapters),
             pseudo,
-            CollaborativeSettings(granularity=granularity, seed=5, **chosen),
+            MergeRecSettings(granularity=granularity, seed=5, **chosen),
         )
         (found,) = (c for c in candidates if c.label == f"mergerec {granularity}-wise")
         assert list(found.provenance.to_dict()["coefficients"].values()) == learned.coefficients.tolist()

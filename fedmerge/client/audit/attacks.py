@@ -12,8 +12,8 @@ from scipy.sparse.linalg import svds
 
 from fedmerge.adapter import Adapter
 from fedmerge.client.audit.users import canaries, prepare_for_audit
-from fedmerge.client.cache.experts import train_adapter
 from fedmerge.client.local_domain import MIN_TRAINING_LENGTH, LocalDomain
+from fedmerge.client.training.by_mode import train_adapter
 from fedmerge.client.training.losses import TEMPERATURE, catalog_softmax
 from fedmerge.client.training.settings import TrainingSettings
 from fedmerge.config import Simulation, Train

@@ -2,8 +2,7 @@
 
 import json
 import shutil
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,19 +14,13 @@ from fedmerge.adapter import Adapter, adapter_sha256
 from fedmerge.client.cache.dp_releases import Release, release_expert_once, released_expert_folder
 from fedmerge.client.cache.folders import fill_folder, inputs_key
 from fedmerge.client.local_domain import LocalDomain
-from fedmerge.client.training.dp_expert import train_private_expert
-from fedmerge.client.training.dp_sgd import plan_record, user_plan
-from fedmerge.client.training.expert import TrainingReport, check_can_train, train_expert, training_record
+from fedmerge.client.training.by_mode import train_adapter
+from fedmerge.client.training.expert import training_record
 from fedmerge.client.training.loop import Progress
-from fedmerge.client.training.poisoning import is_attacker, train_poisoned_expert
+from fedmerge.client.training.poisoning import is_attacker
 from fedmerge.client.training.settings import TrainingSettings
-from fedmerge.encoder.lora import fresh_adapter
 from fedmerge.encoder.peft_folder import read_adapter, write_adapter
-from fedmerge.errors import ClientError, DivergedError
-from fedmerge.privacy.dp.accountant import agreed_noise
-from fedmerge.privacy.dp.domain_noise import add_noise, domain_record
-from fedmerge.privacy.dp.randomness import source
-from fedmerge.privacy.dp.releases import domain_releases
+from fedmerge.errors import ClientError
 
 REPORT_FILE = "training.json"
 BATCHES = "equal"  # how users are split into batches; part of the key, so that experts of another split are not reused
@@ -95,54 +88,6 @@ def _load_or_train(
     checkpoint.unlink(missing_ok=True)
     adapter, report = _read_cached(folder) or (adapter, report)  # another process may have been faster
     return adapter, {**report, "cached": False}
-
-
-def train_adapter(
-    domain: LocalDomain,
-    settings: TrainingSettings,
-    progress: Progress = lambda line: None,
-    checkpoint: Path | None = None,
-) -> tuple[Adapter, TrainingReport, Mapping[str, Any] | None]:
-    """Train the expert as ``dp.mode`` and the simulation ask.
-
-    Returns:
-        The adapter, its report, and the record of its privacy loss; None without noise of the client.
-
-    Raises:
-        DomainError: the data do not allow the training.
-        ClientError: the loss is not finite, or the checkpoint cannot be written.
-        ConfigError: no noise is enough, or Opacus is not installed.
-    """
-    dp, train, name, lora = settings.dp, settings.train, domain.manifest.name, settings.lora.of(domain.manifest.name)
-    if dp.mode == "user":
-        check_can_train(domain)
-        plan = user_plan(domain, train, dp, settings.answers, settings.sums)
-        progress(f"{name}: differential privacy by user, noise multiplier {plan.noise_multiplier:.3f}")
-        adapter, report = train_private_expert(domain, lora, train, settings.seed, plan, progress, checkpoint)
-        return adapter, report, plan_record(plan)
-    if is_attacker(settings.simulation, name):
-        return *train_poisoned_expert(domain, settings, checkpoint, progress), None
-    if dp.mode == "domain-local":
-        return _train_noisy_expert(domain, settings, progress, checkpoint)
-    return *train_expert(domain, lora, train, settings.seed, progress, checkpoint), None
-
-
-def _train_noisy_expert(
-    domain: LocalDomain, settings: TrainingSettings, progress: Progress, checkpoint: Path | None
-) -> tuple[Adapter, TrainingReport, Mapping[str, Any]]:
-    """Train an expert, clip it and add noise; the report hides the training, except for its duration."""
-    dp, name, lora = settings.dp, domain.manifest.name, settings.lora.of(domain.manifest.name)
-    started = time.monotonic()
-    start = fresh_adapter(domain.backbone, lora, settings.seed)
-    try:
-        adapter, _ = train_expert(domain, lora, settings.train, settings.seed, progress, checkpoint)
-    except DivergedError as error:
-        progress(f"{error} Noise alone is sent.")  # a reported divergence would reveal data
-        adapter = start
-    noise = agreed_noise(dp, domain_releases(settings.answers.number))
-    drawn = source(dp.randomness, settings.seed, "client", name, "domain-dp")
-    report = TrainingReport(0, 0, "not told", time.monotonic() - started, 0, ())
-    return add_noise(adapter, start, dp.clip, noise, drawn), report, domain_record(dp, noise)
 
 
 def load_expert(

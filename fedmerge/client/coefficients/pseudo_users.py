@@ -30,7 +30,7 @@ from fedmerge.encoder.text import Tokens, build_token_table
 from fedmerge.errors import ClientError, FedMergeError
 from fedmerge.mergerec.coefficients import optimise
 from fedmerge.mergerec.learn import draw_pseudo_users
-from fedmerge.mergerec.objective import CollaborativeSettings, batch_terms, weighted_total
+from fedmerge.mergerec.objective import MergeRecSettings, batch_terms, weighted_total
 from fedmerge.mergerec.pseudo_users import PseudoDomain, pseudo_users_of
 from fedmerge.mergerec.vectors import Vectors, merge_vectors, merged_forward
 
@@ -202,7 +202,7 @@ def gradient_on_pseudo_users(
     students: torch.Tensor,
     users: Sequence[int],
     coefficients: torch.Tensor,
-    settings: CollaborativeSettings,
+    settings: MergeRecSettings,
 ) -> torch.Tensor:
     """Compute the gradient of the mean loss over some of the client's own pseudo-users.
 
@@ -247,7 +247,7 @@ def pseudo_user_gradient(
     vectors: Vectors,
     pseudo: PseudoDomain,
     students: torch.Tensor,
-    settings: CollaborativeSettings,
+    settings: MergeRecSettings,
     first: int,
     users: Sequence[int],
 ) -> LocalGradient:
@@ -269,7 +269,7 @@ def pseudo_user_gradient(
 
 
 def take_local_steps(
-    gradient: LocalGradient, start: torch.Tensor, settings: CollaborativeSettings, steps: int
+    gradient: LocalGradient, start: torch.Tensor, settings: MergeRecSettings, steps: int
 ) -> torch.Tensor:
     """Take a few steps of Adam at one client, with fresh moments for each message.
 

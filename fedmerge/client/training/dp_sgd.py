@@ -19,9 +19,9 @@ import numpy.typing as npt
 import torch
 
 from fedmerge.client.local_domain import LocalDomain
-from fedmerge.client.training.batches import item_refresh_is_due
 from fedmerge.client.training.loop import Attached, Step, StepResult
 from fedmerge.client.training.losses import TEMPERATURE, catalog_softmax
+from fedmerge.client.training.plain_sgd import item_refresh_is_due
 from fedmerge.config import DP, Train
 from fedmerge.encoder.backbone import in_float32
 from fedmerge.encoder.encode import TRAINING_GROUPS, embed_batch, encode

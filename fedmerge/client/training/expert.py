@@ -9,10 +9,11 @@ import numpy as np
 
 from fedmerge.adapter import Adapter
 from fedmerge.client.local_domain import LocalDomain
-from fedmerge.client.training.batches import Batch, batch_steps, training_batches
+from fedmerge.client.training.batches import Batch, training_batches
 from fedmerge.client.training.checkpoint import Validation
 from fedmerge.client.training.loop import Progress, Recipe, Schedule, budget_of, fit
 from fedmerge.client.training.losses import TEMPERATURE
+from fedmerge.client.training.plain_sgd import batch_steps
 from fedmerge.config import Lora, Train
 from fedmerge.domain.splits import Examples, evaluation_examples
 from fedmerge.encoder.encode import encode

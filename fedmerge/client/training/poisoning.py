@@ -17,25 +17,11 @@ from fedmerge.client.training.round import RoundTask, train_round
 from fedmerge.client.training.settings import TrainingSettings
 from fedmerge.config import Simulation, Train
 from fedmerge.domain.interactions import make_interactions
-from fedmerge.domain.manifest import Manifest
+from fedmerge.domain.manifest import check_may_attack
 from fedmerge.encoder.lora import fresh_adapter
-from fedmerge.errors import PolicyError
 from fedmerge.seeding import generator
 
 NUM_PROMOTED = 5
-
-
-def check_may_attack(manifest: Manifest) -> None:
-    """Refuse to poison a training on data that are not synthetic.
-
-    Raises:
-        PolicyError: names the domain.
-    """
-    if not manifest.synthetic:
-        raise PolicyError(
-            f"domain {manifest.name}: simulation.attacker asks it to poison its training, but its data are not "
-            "synthetic. Use the demo domains."
-        )
 
 
 def is_attacker(simulation: Simulation, domain: str) -> bool:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from fedmerge.adapter import Adapter
 from fedmerge.client.local_domain import LocalDomain
-from fedmerge.client.training.batches import batch_steps, training_batches
+from fedmerge.client.training.batches import training_batches
 from fedmerge.client.training.dp_sgd import UserPlan, private_steps
 from fedmerge.client.training.expert import check_can_train
 from fedmerge.client.training.loop import (
@@ -20,6 +20,7 @@ from fedmerge.client.training.loop import (
     fit,
 )
 from fedmerge.client.training.losses import proximal_term
+from fedmerge.client.training.plain_sgd import batch_steps
 from fedmerge.config import Lora, Train
 from fedmerge.encoder.lora import applied
 from fedmerge.federated.rounds import steps_of_round

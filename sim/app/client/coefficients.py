@@ -26,7 +26,7 @@ from fedmerge.client.training.dp_sgd import poisson_records
 from fedmerge.encoder.backbone import Backbone
 from fedmerge.errors import ClientError, FedMergeError
 from fedmerge.mergerec.cohort import cohort_sha256
-from fedmerge.mergerec.objective import CollaborativeSettings
+from fedmerge.mergerec.objective import MergeRecSettings
 from fedmerge.mergerec.variants import learned_settings, learned_variant
 from fedmerge.mergerec.vectors import Vectors, initial_vectors, on_device
 from fedmerge.merging.stack import stack_adapters
@@ -118,7 +118,7 @@ def _charge_answers(client: Client, noise_multiplier: float) -> None:
     )
 
 
-def _on_own_users(client: Client, vectors: Vectors, settings: CollaborativeSettings, first: int) -> LocalGradient:
+def _on_own_users(client: Client, vectors: Vectors, settings: MergeRecSettings, first: int) -> LocalGradient:
     own, device = _client_settings(client, settings), client.domain.backbone.device
 
     def found(step: int, coefficients: torch.Tensor) -> torch.Tensor:
@@ -130,7 +130,7 @@ def _on_own_users(client: Client, vectors: Vectors, settings: CollaborativeSetti
 def _sum_over_own_users(
     client: Client,
     vectors: Vectors,
-    settings: CollaborativeSettings,
+    settings: MergeRecSettings,
     request: records.GradientRequest,
     coefficients: torch.Tensor,
 ) -> torch.Tensor:
@@ -145,13 +145,8 @@ def _sum_over_own_users(
     return clipped_gradient_sum(domain, vectors, at, taking_part, request.step, own, config.dp.coefficient_clip)
 
 
-def _client_settings(client: Client, settings: CollaborativeSettings) -> ClientMergeSettings:
-    section = client.config.through_clients
-    return ClientMergeSettings(
-        granularity=settings.granularity,
-        batch_size=section.batch_size,
-        seed=settings.seed,
-    )
+def _client_settings(client: Client, settings: MergeRecSettings) -> ClientMergeSettings:
+    return ClientMergeSettings(batch_size=client.config.through_clients.batch_size, seed=settings.seed)
 
 
 @lru_cache(maxsize=4)

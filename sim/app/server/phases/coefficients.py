@@ -19,7 +19,7 @@ from fedmerge.files import append_line, read_json, read_lines, write_json
 from fedmerge.mergerec.coefficients import LearnedCoefficients, optimise, start_coefficients
 from fedmerge.mergerec.cohort import cohort_sha256
 from fedmerge.mergerec.learn import draw_pseudo_users
-from fedmerge.mergerec.objective import CollaborativeSettings
+from fedmerge.mergerec.objective import MergeRecSettings
 from fedmerge.mergerec.vectors import Vectors
 from fedmerge.merging.candidate import MergeVariant
 from fedmerge.privacy.dp.domain_noise import domain_noise
@@ -56,7 +56,7 @@ def learn_through_clients(run: Run, experts: Mapping[str, Adapter]) -> Learn:
     def cohort() -> tuple[str, dict[str, int]]:
         return _send_cohort(run, experts)
 
-    def learn(variant: MergeVariant, settings: CollaborativeSettings, vectors: Vectors) -> LearnedCoefficients:
+    def learn(variant: MergeVariant, settings: MergeRecSettings, vectors: Vectors) -> LearnedCoefficients:
         sha256, sizes = cohort()
         label = variant.name  # whichever domains are merged; the hash of the cohort says which
         log = run.folder / LEARNING / f"{label.replace(' ', '-')}-{sha256[:8]}.jsonl"
@@ -197,7 +197,7 @@ def _sum_of_changes(
     start: torch.Tensor,
     averaged: Callable[[int, torch.Tensor], torch.Tensor],
     num_messages: int,
-    settings: CollaborativeSettings,
+    settings: MergeRecSettings,
 ) -> LearnedCoefficients:
     """Add the mean of the clients' changes after each message (mode ``local-steps``)."""
     trajectory = [start]

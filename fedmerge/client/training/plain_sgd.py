@@ -1,0 +1,124 @@
+"""Optimiser steps without differential privacy: the loss of a batch, and the check that it is finite."""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+
+from fedmerge.client.local_domain import LocalDomain
+from fedmerge.client.training.batches import Batch
+from fedmerge.client.training.loop import Attached, Step, StepResult
+from fedmerge.client.training.losses import TEMPERATURE, catalog_softmax, in_batch_softmax
+from fedmerge.config import Train
+from fedmerge.encoder.encode import embed_in_groups, encode
+from fedmerge.encoder.frozen import frozen_products, using
+from fedmerge.encoder.text import pack_sequences
+from fedmerge.errors import DivergedError
+
+
+def batch_steps(
+    batches: Iterator[tuple[LocalDomain, Batch, float]],
+    settings: Train,
+    attached: Attached,
+    first: int,
+    penalty: Callable[[], torch.Tensor] | None = None,
+) -> Step:
+    """Return the step function that trains on one batch after the other.
+
+    Args:
+        batches: endless, from step 0: the domain, its users, and the epochs done after them.
+        settings: negatives and their refresh, learning rate for the message.
+        attached: the LoRA on the backbone that the domains share.
+        first: number of the first step; earlier batches are skipped.
+        penalty: a term added to the loss.
+
+    Returns:
+        A step function that raises DivergedError when the loss is not finite.
+    """
+    left, encoded = itertools.islice(batches, first, None), dict[str, torch.Tensor]()
+    products = None
+
+    def step(number: int) -> StepResult:
+        nonlocal products
+        domain, batch, epochs = next(left)
+        if products is None:
+            products = frozen_products(domain.backbone)
+        items = _catalog_negatives(domain, settings, number, encoded)
+        with using(products):
+            loss = training_step(domain, batch, attached.optimizer, items, penalty)
+        check_loss(domain.manifest.name, loss, number + 1, settings)
+        return StepResult(loss, epochs)
+
+    return step
+
+
+def training_step(
+    domain: LocalDomain,
+    batch: Batch,
+    optimizer: torch.optim.Optimizer,
+    items: torch.Tensor | None = None,
+    penalty: Callable[[], torch.Tensor] | None = None,
+) -> float:
+    """Make one optimiser step and return the loss before it; a loss that is not finite changes nothing.
+
+    Args:
+        domain: the client's domain.
+        batch: users of the step.
+        optimizer: optimiser of the adapter's parameters, with the learning rate set.
+        items: (N, d) vectors of the whole catalog as negatives; None: the targets of the batch are.
+        penalty: a term added to the loss.
+    """
+    optimizer.zero_grad()
+    loss = _loss(domain, batch, items)
+    if penalty is not None:
+        loss = loss + penalty()
+    if math.isfinite(loss.item()):
+        loss.backward()  # type: ignore[no-untyped-call]  # PyTorch leaves it untyped
+        optimizer.step()
+    return loss.item()
+
+
+def item_refresh_is_due(settings: Train, step: int) -> bool:
+    """Return True if the item vectors are encoded again before this step, as before every step that can resume."""
+    return (step % settings.validate_every_steps) % settings.item_refresh_steps == 0
+
+
+def check_loss(name: str, loss: float, step: int, settings: Train) -> None:
+    """Refuse a training that has diverged.
+
+    Raises:
+        DivergedError: the loss is not finite; names the step.
+    """
+    if not math.isfinite(loss):
+        raise DivergedError(
+            f"domain {name}: the training loss is {loss} at step {step}. Lower train.learning_rate "
+            f"({settings.learning_rate}) or set runtime.precision = 'float32'."
+        )
+
+
+def _catalog_negatives(
+    domain: LocalDomain, settings: Train, step: int, encoded: dict[str, torch.Tensor]
+) -> torch.Tensor | None:
+    """Return the domain's item vectors, (N, d), encoded again when due; None where the negatives are in the batch."""
+    if settings.negatives == "in-batch":
+        return None
+    if item_refresh_is_due(settings, step):
+        encoded.clear()
+    name = domain.manifest.name
+    if name not in encoded:
+        encoded[name] = encode(domain.backbone, domain.item_sequences).to(domain.backbone.device)
+    return encoded[name]
+
+
+def _loss(domain: LocalDomain, batch: Batch, items: torch.Tensor | None) -> torch.Tensor:
+    text, backbone = domain.text, domain.backbone
+    users = pack_sequences(domain.table, batch.histories, backbone.special, text.max_items, text.max_tokens)
+    user_vectors = embed_in_groups(backbone, users)  # (b, d)
+    if items is not None:
+        targets = torch.from_numpy(batch.targets).to(backbone.device)
+        return catalog_softmax(user_vectors, items, targets, TEMPERATURE).mean()
+    numbers, rows = np.unique(batch.targets, return_inverse=True)
+    item_vectors = embed_in_groups(backbone, [domain.item_sequences[number] for number in numbers])  # (m, d)
+    return in_batch_softmax(user_vectors, item_vectors, torch.from_numpy(rows).to(backbone.device), TEMPERATURE)
