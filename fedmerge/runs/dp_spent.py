@@ -7,7 +7,7 @@ from typing import Any
 
 from fedmerge.config import ExperimentConfig
 from fedmerge.files import append_line, read_json, read_lines
-from fedmerge.privacy.dp.releases import answers_have_noise, noised_sums, sample_rate
+from fedmerge.privacy.dp.releases import METRIC_SUMS, answers_have_noise, noised_sums, sample_rate
 from fedmerge.runs.checkpoints import ADAPTERS, LEARNING, MERGED
 from fedmerge.runs.round_checkpoints import round_records
 from fedmerge.runs.secure_sums import revealed_reports
@@ -106,7 +106,7 @@ def add_metric_sums(
     for domain in evaluated:
         record = {
             "unit": "user",
-            "what": "metric sums",
+            "what": METRIC_SUMS,
             "noise_multiplier": config.privacy.metrics_noise,
             "clip": 1.0,
             "sample_rate": 1.0,

@@ -2,8 +2,8 @@
 
 Every release is a Gaussian mechanism: a sum over units, each bounded by a clip norm C, plus noise of standard deviation
 ``noise_multiplier`` · C per coordinate. With ``sample_rate`` < 1 each unit takes part with that probability,
-independently (Poisson sampling). Adjacency: one unit added or removed, which changes the sum by at most C. Replacing
-one unit by another changes it by at most 2C, which is counted with half the noise multiplier.
+independently (Poisson sampling). Adjacency: one unit added or removed, which changes the sum by at most C. For one unit
+replaced by another see :mod:`fedmerge.privacy.dp.replacement`.
 
 Source: Rényi differential privacy of the sampled Gaussian mechanism, arXiv:1908.10530; privacy loss random variables,
 arXiv:2106.02848; both from Opacus (pip install fedmerge[dp]).

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from fedmerge.config import DP, LEARNED_METHODS, ExperimentConfig, ThroughClients, Train
 
+METRIC_SUMS = "metric sums"  # in a record of releases
 DEFAULT_DELTA = 1e-6  # of statements about noised metric sums where no dp.delta is set
 
 Counted = tuple[float, int]  # the probability that a unit takes part in a release, and the number of releases
@@ -17,11 +18,14 @@ class Release:
         noise_multiplier: standard deviation of the noise over the sensitivity.
         sample_rate: probability that a unit takes part, in (0, 1].
         steps: number of mechanisms.
+        replaced: sensitivity to one unit replaced, over that to one added. A contribution may be the opposite of
+            another, which gives 2; metric sums have none below zero, and noise by domain is chosen for replacement.
     """
 
     noise_multiplier: float
     sample_rate: float
     steps: int
+    replaced: float = 2.0
 
 
 def coefficient_messages(config: ExperimentConfig) -> int:
@@ -62,7 +66,7 @@ def noisy_answers(config: ExperimentConfig) -> NoisyAnswers:
 def metric_releases(config: ExperimentConfig) -> tuple[Release, ...]:
     """Return a user's releases in noised metric sums; every evaluated user takes part, so nothing is sampled."""
     number = noised_sums(config)
-    return (Release(config.privacy.metrics_noise, 1.0, number),) if number else ()
+    return (Release(config.privacy.metrics_noise, 1.0, number, replaced=1.0),) if number else ()
 
 
 def noised_sums(config: ExperimentConfig) -> int:

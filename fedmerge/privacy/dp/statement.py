@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 from fedmerge.config import DP
 from fedmerge.privacy.dp.accountant import Method, account
-from fedmerge.privacy.dp.releases import DEFAULT_DELTA, Release
+from fedmerge.privacy.dp.releases import DEFAULT_DELTA, METRIC_SUMS, Release
+from fedmerge.privacy.dp.replacement import replaced_epsilon
 
 PRIVACY_FILE = "privacy.json"
 
@@ -19,7 +19,7 @@ _ARRIVED = (
 _USER = (
     "unit: one user of one domain, all their interactions. For a user of several domains, ε and δ add up.",
     "adjacency: one user added or removed, which changes a step's sum by at most the clip norm C; the second number "
-    "holds for one user replaced by another (2C).",
+    "holds for one user replaced by another, whose gradient may be the opposite (2C).",
     "Poisson sampling: each user takes part in a step with the same probability, independently, with one record.",
     "public: the catalog, and the number of users that a domain trains on.",
     "no early stopping: validation users are not read, and the last adapter is kept.",
@@ -45,8 +45,8 @@ _ALWAYS = (
 )
 _NONE = (
     "unit: one user of one domain, in the metric sums alone. For a user of several domains, ε and δ add up.",
-    "adjacency: one user added or removed, which changes the sums of P methods by at most √(2P) in the L2 norm; the "
-    "second number holds for one user replaced by another.",
+    "adjacency: one user added or removed, which changes the sums of P methods by at most √(2P) in the L2 norm; one "
+    "user replaced by another changes them by no more, because outcomes lie between 0 and 1.",
     "public: the number of evaluated users.",
 )
 _COVERS = {
@@ -85,9 +85,10 @@ def privacy_statement(
         noised_metrics: True if metric sums are among the releases.
 
     Returns:
-        JSON: mode, delta, accountant; per domain epsilon (None if unbounded) under both adjacencies, the accountant of
-        each, and its releases; whether the guarantee holds for what it covers, and the reason if not; whether it holds
-        for the run as a whole; assumptions; what is not covered.
+        JSON: mode, unit, adjacency of ``epsilon``, delta, accountant; per domain epsilon (None if unbounded) under that
+        adjacency and for one unit replaced, the accountant of each, and its releases; whether the guarantee holds for
+        what it covers, and the reason if not; whether it holds for the run as a whole; assumptions; what is not
+        covered.
     """
     domains = {domain: _domain(dp, records) for domain, records in spent.items()}
     problems = []
@@ -102,7 +103,7 @@ def privacy_statement(
         problems.append("a release had no noise (noise_multiplier = 0).")
     for domain, why in sorted(not_counted.items()):
         problems.append(f"something that {domain} sent cannot be counted, so no ε holds for it: {why}")
-        by = {"accountant": dp.accountant, "accountant_replaced": dp.accountant}
+        by = {"accountant": dp.accountant, "accountant_replaced": _replaced_accountant(dp)}
         counted = domains.get(domain, {"num_units": None, "releases": []})
         domains[domain] = {**counted, **by, "epsilon": None, "epsilon_replaced": None}
     uncovered = [_COUNTS, *([_CATALOGS] if catalogs and dp.mode != "user" else [])]
@@ -110,7 +111,9 @@ def privacy_statement(
     own = {"none": _NONE, "user": _USER, "domain-local": _DOMAIN_LOCAL, "domain-central": _DOMAIN_CENTRAL}[dp.mode]
     return {
         "mode": dp.mode,
-        "delta": dp.delta or (DEFAULT_DELTA if dp.mode == "none" else None),
+        "unit": "domain" if dp.mode.startswith("domain") else "user",
+        "adjacency": "replace" if dp.mode == "domain-local" else "add-remove",
+        "delta": _delta(dp),
         "accountant": dp.accountant,
         "guarantee": not problems,
         "guarantee_of_run": not problems and not evaluated and dp.mode != "none",
@@ -157,27 +160,43 @@ def statement_text(statement: Mapping[str, Any]) -> str:
 
 
 def _domain(dp: DP, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    releases = [Release(record["noise_multiplier"], record["sample_rate"], record["steps"]) for record in records]
-    halved = [replace(release, noise_multiplier=release.noise_multiplier / 2) for release in releases]
-    epsilon, by = _bound(dp, releases)
-    replaced, replaced_by = _bound(dp, releases if dp.mode == "domain-local" else halved)
+    releases = [
+        Release(
+            record["noise_multiplier"],
+            record["sample_rate"],
+            record["steps"],
+            replaced=1.0 if record.get("what") == METRIC_SUMS else 2.0,
+        )
+        for record in records
+    ]
+    delta = _delta(dp)
+    if delta is None:
+        epsilon, by = None, dp.accountant
+    else:
+        epsilon, by = account(releases, delta, dp.accountant)
+    chosen_for_it = dp.mode == "domain-local"
+    replaced = epsilon if delta is None or chosen_for_it else replaced_epsilon(releases, delta)
     return {
-        "epsilon": epsilon,
-        "epsilon_replaced": replaced,
+        "epsilon": _finite(epsilon),
+        "epsilon_replaced": _finite(replaced),
         "accountant": by,
-        "accountant_replaced": replaced_by,
+        "accountant_replaced": by if chosen_for_it else _replaced_accountant(dp),
         "num_units": records[0]["num_units"],
         "releases": [dict(record) for record in records],
     }
 
 
-def _bound(dp: DP, releases: Sequence[Release]) -> tuple[float | None, Method]:
-    """Return ε, None if infinite since JSON has no infinity, and its accountant."""
-    delta = dp.delta or (DEFAULT_DELTA if dp.mode == "none" else None)
-    if delta is None:
-        return None, dp.accountant
-    epsilon, by = account(releases, delta, dp.accountant)
-    return epsilon if math.isfinite(epsilon) else None, by
+def _delta(dp: DP) -> float | None:
+    return dp.delta or (DEFAULT_DELTA if dp.mode == "none" else None)
+
+
+def _replaced_accountant(dp: DP) -> Method | Literal["pld"]:
+    return dp.accountant if dp.mode == "domain-local" else "pld"
+
+
+def _finite(epsilon: float | None) -> float | None:
+    """Return ε, None if it is infinite, since JSON has no infinity."""
+    return epsilon if epsilon is not None and math.isfinite(epsilon) else None
 
 
 def _epsilon(epsilon: float | None, delta: float | None) -> str:

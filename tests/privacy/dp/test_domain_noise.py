@@ -27,6 +27,7 @@ from fedmerge.privacy.dp.domain_noise import (
     domain_record,
 )
 from fedmerge.privacy.dp.releases import Release, coefficient_messages
+from fedmerge.privacy.dp.replacement import replaced_epsilon
 from fedmerge.privacy.dp.statement import privacy_statement, statement_text
 from fedmerge.runs.dp_spent import EVERY_DOMAIN, spent_by_domain
 from fedmerge.seeding import generator
@@ -197,7 +198,8 @@ def test_the_rounds_of_a_domain_add_up_and_domains_do_not() -> None:
     expected = spent_epsilon([Release(1.0, 0.1, 30)], 1e-5, "rdp")
     assert statement["domains"]["books"]["epsilon"] == pytest.approx(expected, abs=1e-9)
     assert statement["domains"]["toys"]["epsilon"] < expected
-    replaced = spent_epsilon([Release(0.5, 0.1, 30)], 1e-5, "rdp")
+    replaced = replaced_epsilon([Release(1.0, 0.1, 30)], 1e-5)
+    assert expected < replaced < spent_epsilon([Release(0.5, 0.1, 30)], 1e-5, "rdp") / 2
     assert statement["domains"]["books"]["epsilon_replaced"] == pytest.approx(replaced, abs=1e-9)
     assert statement["guarantee"]
     assert any("metric sums" in what for what in statement["not_covered"])
