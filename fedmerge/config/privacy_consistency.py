@@ -62,6 +62,11 @@ def aggregate_only_problems(
             f"privacy.policy = 'aggregate-only' with {drawn} clients in a sum: with fewer than {MIN_SUMMED} one client "
             "reads another's adapter off the sum; name more domains, or raise rounds.fraction"
         )
+    if rule is not None and rounds.weights == "users" and drawn == MIN_SUMMED:
+        yield (
+            f"rounds.weights = 'users' with {drawn} clients in a sum and privacy.policy = 'aggregate-only': unequal "
+            "weights of three count as fewer than three clients; set rounds.weights = 'equal', or name more domains"
+        )
     threshold = privacy.threshold
     if threshold is not None and not drawn // 2 < threshold <= drawn:
         yield (

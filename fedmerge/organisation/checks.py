@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 
 from fedmerge.client.disclosed.account import check_total, read_account, total_epsilon
+from fedmerge.config import MIN_SUMMED
 from fedmerge.domain.catalog import load_catalog
 from fedmerge.domain.interactions import load_interactions
 from fedmerge.domain.manifest import read_manifest
@@ -19,6 +20,7 @@ from fedmerge.errors import FedMergeError
 from fedmerge.organisation.folder import APPROVED, Bundle, Client, approved_apps, private_key
 from fedmerge.privacy.client_policy import read_client_policy
 from fedmerge.privacy.dp.releases import DEFAULT_DELTA
+from fedmerge.privacy.secagg.identity import read_identity, read_registered
 from fedmerge.privacy.signatures import fingerprint
 
 FREE_BYTES = 2**30  # an expert or a checkpoint takes a few MB
@@ -57,6 +59,7 @@ def check_client(
         ("key", lambda: fingerprint(private_key(client).public_key())),
         ("domain", lambda: _domain(client)),
         ("policy", lambda: _policy(client)),
+        ("secure sums", lambda: _secure_sums(client)),
         ("backbone", backbone),
         ("disk", lambda: _disk(client)),
         ("privacy budget", lambda: _account(client)),
@@ -114,6 +117,37 @@ def _account(client: Client) -> str:
     runs = len({entry.run for entry in account})
     check_total(account, policy.max_total_epsilon, policy.max_delta)
     return f"{spent} at δ = {delta:g} in {runs} runs; {limit}"
+
+
+def _secure_sums(client: Client) -> str:
+    policy = read_client_policy(client.policy)
+    wanted = "aggregate-only" in policy.policies
+    if client.identity_key is None or client.peer_keys is None:  # client.toml has both or neither
+        if not wanted:
+            return "no keys; policies does not allow aggregate-only either"
+        if policy.require_peer_keys:
+            raise _Fails(
+                "policies allows aggregate-only and require_peer_keys = true, but client.toml has no identity_key and "
+                "peer_keys, so every such run would be refused. Make a key with ssh-keygen -t ed25519, exchange the "
+                "public keys with the other organisations, not through the operator, and name both in client.toml."
+            )
+        return (
+            "no keys, and require_peer_keys = false: a server that invents two clients can read this client's adapter "
+            "off a secure sum"
+        )
+    own, registered = read_identity(client.identity_key).public_key(), read_registered(client.peer_keys)
+    if registered.get(client.domain.name) != own:
+        raise _Fails(
+            f"{client.peer_keys / client.domain.name}.pub is missing or not the public key of {client.identity_key}, "
+            f"so the others would refuse this client. Copy {client.identity_key}.pub there, and send it to them again."
+        )
+    others = sorted(registered.keys() - {client.domain.name})
+    if len(others) < MIN_SUMMED - 1:
+        raise _Fails(
+            f"{client.peer_keys}: keys of {len(others)} other domains, expected at least {MIN_SUMMED - 1}, which a "
+            "secure sum needs. Get NAME.pub from the other organisations."
+        )
+    return f"signs as {client.domain.name}; sums only with {', '.join(others)}"
 
 
 def _disk(client: Client) -> str:

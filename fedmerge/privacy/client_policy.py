@@ -25,6 +25,7 @@ class ClientPolicy(Section):
     max_minutes: float | None = Field(1440.0, gt=0)
     receive_adapters: bool = False
     real_users: bool = False
+    require_peer_keys: bool = True
     metrics: Disclosure | None = None
     max_models: int = Field(100, ge=1)
     max_epsilon: float | None = Field(None, gt=0)
@@ -67,6 +68,9 @@ receive_adapters = false
 # Allow learning merging coefficients on its own users (policy "catalog-private"); their gradients then leave.
 real_users = false
 
+# Take part in secure sums (policy "aggregate-only") only with identity_key and peer_keys in client.toml. Without them a
+# server that invents two clients can read this client's adapter off a sum.
+require_peer_keys = true
 # Least private accepted value of privacy.metrics: "exact", "suppressed" or "noised". "none" is "suppressed", and
 # "noised" where max_epsilon is set. Exact sums give single users' outcomes to whoever may ask twice.
 metrics = "none"
@@ -114,14 +118,17 @@ def read_client_policy(path: Path) -> ClientPolicy:
         ) from error
 
 
-def check_run_is_allowed(own: ClientPolicy | None, run: ExperimentConfig, domain: str) -> None:
+def check_run_is_allowed(
+    own: ClientPolicy | None, run: ExperimentConfig, domain: str, *, has_peer_keys: bool = False
+) -> None:
     """Refuse a run that asks for more than the organisation allows.
 
     Args:
         own: the organisation's policy; None if it has no policy file: then it allows everything but gradients of its
-            own users.
+            own users, and secure sums without keys.
         run: the experiment.
         domain: the organisation's domain.
+        has_peer_keys: the client signs in secure sums and knows the keys of the others.
 
     Raises:
         PolicyError: every key that refuses, with the run's value.
@@ -130,6 +137,11 @@ def check_run_is_allowed(own: ClientPolicy | None, run: ExperimentConfig, domain
     privacy, learned_on = run.privacy, run.through_clients.users
     if learned_on == "own-users" and (own is None or not own.real_users):
         problems.append(f"real_users = false, the run has through_clients.users = {learned_on!r}")
+    if privacy.policy == "aggregate-only" and not has_peer_keys and (own is None or own.require_peer_keys):
+        problems.append(
+            "require_peer_keys = true, the run has privacy.policy = 'aggregate-only' and this client has no "
+            "identity_key and peer_keys (client.toml, or identity-key and peer-keys in the node's configuration)"
+        )
     if own is None:
         return _refuse(problems, domain)
     if privacy.policy not in own.policies:

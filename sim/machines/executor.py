@@ -12,9 +12,9 @@ each message. Settings of client.toml replace those of the run configuration tha
 import ctypes
 import logging
 import os
+import resource
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -64,6 +64,7 @@ def main(folder: Path, address: str, secret: bytes) -> None:
     """Answer messages from the SuperNode, one after the other, until the SuperNode or the parent ends."""
     end_with_parent(signal.SIGTERM)
     signal.signal(signal.SIGTERM, _leave)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash writes no memory, with its secrets, to the disk
     code = installed_code(Path(__file__).parents[1])  # now: an upgrade changes the files, not what is loaded
     log_to_stderr()
     logger.info("ready; answers with fedmerge %s from %s", fedmerge.__version__, Path(fedmerge.__file__).parent)
@@ -161,7 +162,8 @@ def in_own_process(
     Raises:
         ChildProcessError: the process died, was ended, or raised.
     """
-    with tempfile.TemporaryFile() as answer:
+    # In memory and not in a temporary file: the state holds the secrets of a secure sum.
+    with os.fdopen(os.memfd_create("fedmerge-answer"), "w+b") as answer:
         parent = os.getpid()
         child = os.fork()
         if child == 0:

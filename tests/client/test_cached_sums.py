@@ -1,5 +1,6 @@
 """The values that a client caches for secure sums, and its record of the sums that revealed them."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from fedmerge.client.cache.secure_sums import (
     cache_values,
     check_same_as_revealed,
     read_cached_values,
+    record_answered,
     record_revealed,
     sum_key,
 )
@@ -25,14 +27,35 @@ def test_values_are_cached_and_revealed_in_one_sum_only(tmp_path: Path) -> None:
         read_cached_values(cache, "books", sha256)
     with pytest.raises(ClientError, match=r"toys.*values\.npy.*cache_dir"):
         read_cached_values(cache, "toys", sha256)
-    record_revealed(cache, "books", sha256, {"a": 0.5, "b": 0.25, "books": 0.25})
-    record_revealed(cache, "books", sha256, {"books": 0.25, "b": 0.25, "a": 0.5})  # a killed sum is repeated
+    record_revealed(cache, "books", sha256, {"a": 0.5, "b": 0.25, "books": 0.25}, 8.0)
+    record_revealed(cache, "books", sha256, {"books": 0.25, "b": 0.25, "a": 0.5}, 8.0)  # a killed sum is repeated
     rounded = {"books": 0.25, "b": 0.25, "a": 0.5 * (1 + 1e-15)}
-    record_revealed(cache, "books", sha256, rounded)
-    record_revealed(cache, "books", "other", {"a": 0.5, "c": 0.25, "books": 0.25})
+    record_revealed(cache, "books", sha256, rounded, 8.0)
+    record_revealed(cache, "books", "other", {"a": 0.5, "c": 0.25, "books": 0.25}, 8.0)
     for other in ({"a": 0.5, "c": 0.25, "books": 0.25}, {"a": 0.25, "b": 0.5, "books": 0.25}):
         with pytest.raises(PolicyError, match=rf"books.*a 0\.5, b 0\.25, books 0\.25.*a {other['a']}.*{sha256}\.json"):
-            record_revealed(cache, "books", sha256, other)
+            record_revealed(cache, "books", sha256, other, 8.0)
+    with pytest.raises(PolicyError, match=rf"books.*range of 8;.* 4\..*{sha256}\.json"):
+        record_revealed(cache, "books", sha256, rounded, 4.0)
+
+
+def test_a_record_without_a_range_holds_the_parts(tmp_path: Path) -> None:
+    parts, folder = {"a": 0.5, "b": 0.25, "books": 0.25}, tmp_path / "sums" / "books" / "revealed"
+    folder.mkdir(parents=True)
+    (folder / "old.json").write_text(json.dumps(parts))
+    record_revealed(str(tmp_path), "books", "old", parts, 8.0)
+    with pytest.raises(PolicyError, match=r"b 0\.25.* c 0\.25"):
+        record_revealed(str(tmp_path), "books", "old", {"a": 0.5, "books": 0.25, "c": 0.25}, 8.0)
+
+
+def test_a_session_gets_one_answer(tmp_path: Path) -> None:
+    for domain, digest in (("books", b"one"), ("books", b"two"), ("toys", b"one")):
+        record_answered(str(tmp_path), domain, digest)
+    with pytest.raises(PolicyError, match="books"):
+        record_answered(str(tmp_path), "books", b"one")
+    (tmp_path / "file").touch()
+    with pytest.raises(ClientError, match=rf"{tmp_path}/file/sums"):
+        record_answered(str(tmp_path / "file"), "books", b"one")
 
 
 def test_a_run_reveals_one_training(tmp_path: Path) -> None:
@@ -40,14 +63,14 @@ def test_a_run_reveals_one_training(tmp_path: Path) -> None:
     dp = small_experiment(tmp_path).dp
     keys = [sum_key(dp, "run", 1), sum_key(dp, "run", 2), sum_key(dp, "other", 1)]
     assert len({*keys}) == 3
-    record_revealed(cache, "books", "first", parts, keys[0])
-    record_revealed(cache, "books", "first", parts, keys[0])  # a killed sum is repeated
+    record_revealed(cache, "books", "first", parts, 8.0, keys[0])
+    record_revealed(cache, "books", "first", parts, 8.0, keys[0])  # a killed sum is repeated
     for other in (*keys[1:], ""):
         check_same_as_revealed(cache, "books", "second", other)
     check_same_as_revealed(cache, "toys", "second", keys[0])
     for of_sum in (parts, {"a": 0.5, "c": 0.25, "books": 0.25}):
         with pytest.raises(PolicyError, match=rf"books.*{tmp_path}.*run-{keys[0]}\.json"):
-            record_revealed(cache, "books", "second", of_sum, keys[0])
+            record_revealed(cache, "books", "second", of_sum, 8.0, keys[0])
     assert sum_key(dp, None, 1) == ""
     for mode in ("user", "domain-local"):  # each release is counted
         assert sum_key(dp.model_copy(update={"mode": mode}), "run", 1) == ""

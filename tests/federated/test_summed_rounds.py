@@ -86,6 +86,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"rounds.rule": "fedit", "lora.ranks": "books=2"}, r"lora\.ranks.*rounds\.rule = 'fedit'"),
     ({"domains.train": "books,coffee"}, r"\b2 clients.*\b3\b"),
     ({"rounds.rule": "fedit", "rounds.fraction": 0.5}, r"\b2 clients.*rounds\.fraction"),
+    (
+        {"rounds.rule": "fedit", "rounds.weights": "users", "domains.train": "a,b,c"},
+        r"rounds\.weights = 'users'.*\b3 clients.*rounds\.weights = 'equal'",
+    ),
     ({"privacy.threshold": 2}, r"privacy\.threshold = 2\b.*\b4 clients.*3 to 4"),
     ({"privacy.threshold": 5}, r"privacy\.threshold = 5\b.*\b4 clients"),
     ({"dp.mode": "domain-central", "dp.epsilon": 4.0, "dp.delta": 1e-4}, r"dp\.mode.*'domain-central'"),

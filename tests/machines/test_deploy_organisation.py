@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from backbones import tiny_bert
 from flwr.cli.build import build_fab_from_disk
-from loopback import PROGRAMS, REPOSITORY, Loopback, bundle, eventually, free_port, start_loopback
+from loopback import PROGRAMS, REPOSITORY, Loopback, bundle, eventually, free_port, start_loopback, write_identity
 
 from fedmerge.domain.demo import write_demo
 from fedmerge.organisation.app import app_sha256
@@ -95,6 +95,8 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loopback]:
     try:
         app = app_sha256(build_fab_from_disk(REPOSITORY))
         given = bundle(place / "bundle", place / "tls" / "ca.crt", found.address, app)
+        peers = place / "peers"  # the same everywhere, as the organisations exchanged them
+        peers.mkdir()
         for name in (*GUARDED, PLAIN):
             where = ("--domain", str(place / "domains" / name), "--backbone", str(place / "backbone"))
             done = found.client("init", f"org-{name}", "--name", name, *where)
@@ -102,6 +104,7 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loopback]:
             policy = place / f"org-{name}" / "policy.toml"
             policy.write_text(policy.read_text().replace('metrics = "none"', 'metrics = "exact"'))
             found.flwr("supernode", "register", str(place / f"org-{name}" / "key.pub"), "test")
+            write_identity(place / f"org-{name}" / "identity", peers / f"{name}.pub")
         for name in GUARDED:
             done = found.client("approve", f"org-{name}", "--bundle", str(given))
             assert done.returncode == 0, done.stderr
@@ -111,11 +114,12 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loopback]:
                 (cache / shadow / "__init__.py").write_text(SHADOW)
             start_client(found, name)
         key = str(place / f"org-{PLAIN}" / "key")
+        signs = f"identity-key='{place / f'org-{PLAIN}' / 'identity'}' peer-keys='{peers}'"
         found.start(
             f"{PLAIN}.log",
             *(str(PROGRAMS / "flower-supernode"), "--superlink", found.address, "--port", str(free_port())),
             *("--root-certificates", str(place / "tls" / "ca.crt"), "--auth-supernode-private-key", key),
-            *("--node-config", f"domain-path='{place / 'domains' / PLAIN}'"),
+            *("--node-config", f"domain-path='{place / 'domains' / PLAIN}' {signs}"),
             STOLEN=str(place / "stolen"),
             FLWR_HOME=str(place / "plain"),
         )
@@ -174,12 +178,22 @@ def test_the_installed_code_answers_for_an_approved_app(federation: Loopback) ->
 
 
 def test_a_client_keeps_its_secrets_through_the_messages_of_a_secure_sum(federation: Loopback) -> None:
-    run = federation.place / "runs" / "summed"
-    for name in GUARDED:  # its owner's word; read anew for every message
-        path = federation.place / f"org-{name}" / "policy.toml"
+    """Owners allow it, and say which keys the others sign with; a client without keys sends nothing."""
+    place, run = federation.place, federation.place / "runs" / "summed"
+    for name in GUARDED:  # read for every message
+        path = place / f"org-{name}" / "policy.toml"
         path.write_text(
             path.read_text().replace('"adapter+catalog,adapter"', '"adapter+catalog,adapter,aggregate-only"')
         )
+    refused = place / "runs" / "keyless"
+    log = federation.run(REPOSITORY, experiment(federation, "keyless", "aggregate-only"), refused)
+    excluded = json.loads((refused / "clients.json").read_text())["excluded"]
+    assert len(excluded) == len(GUARDED), log
+    assert all("require_peer_keys" in reason for reason in excluded.values())
+
+    for name in GUARDED:
+        path = place / f"org-{name}" / "client.toml"
+        path.write_text(f'{path.read_text()}\nidentity_key = "identity"\npeer_keys = "{place / "peers"}"\n')
     log = federation.run(REPOSITORY, experiment(federation, "summed", "aggregate-only"), run)
     assert (run / "DONE").exists(), log
     assert json.loads((run / "clients.json").read_text())["excluded"] == {}

@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -64,6 +65,38 @@ def test_the_work_is_done_in_another_process_and_its_answer_comes_back() -> None
     assert content.config_records["facts"]["pid"] != os.getpid()
     assert content.config_records["facts"]["data"] == b"x" * 100_000
     assert before == {"value": 1}
+
+
+def open_files(process: int | str = "self") -> set[str]:
+    """Return what a process has open, as Linux names it."""
+    found = set()
+    for link in Path(f"/proc/{process}/fd").iterdir():
+        with suppress(OSError):  # the descriptor that lists the folder is gone
+            found.add(os.readlink(link))
+    return found
+
+
+def test_the_secrets_of_a_secure_sum_are_in_no_file_on_disk() -> None:
+    """A deleted temporary file still has its blocks on the disk; what passes between the processes is in memory."""
+    before, parents = open_files(), set()
+    secret = os.urandom(32)
+
+    def work() -> tuple[RecordDict, RecordDict]:
+        found = "\n".join(sorted(open_files() - before))
+        secrets = RecordDict({"secure sum": ConfigRecord({"state": secret})})
+        return RecordDict({"facts": ConfigRecord({"open": found})}), secrets
+
+    def look() -> bool:
+        parents.update(open_files() - before)
+        return True
+
+    content, state = in_own_process(work, look)
+    assert state.config_records["secure sum"]["state"] == secret
+    children = set(str(content.config_records["facts"]["open"]).split("\n"))
+    for found in (parents, children):
+        named = {link for link in found if link.startswith("/") and not link.startswith(("/proc/", "/dev/"))}
+        assert {link.partition(":")[0] for link in named} == {"/memfd"}, named
+    assert open_files() == before
 
 
 def killed() -> tuple[RecordDict, RecordDict]:

@@ -5,15 +5,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from flwr.app import Context, RecordDict
+from loopback import write_identity
 
+from fedmerge.config import from_flat
 from fedmerge.errors import AggregationError, ClientError, ConfigError
+from fedmerge.privacy.secagg.agreement import agreement_of
 from fedmerge.privacy.secagg.client import advertise
 from fedmerge.privacy.secagg.identity import read_identity, read_registered
 from fedmerge.privacy.secagg.server import new_session
-from sim.app.client.secure_sum import answer_advertise, answer_share
+from sim.app.client.secure_sum import answer_advertise, answer_share, remember_values
 from sim.app.messages import secure_sum as secure_records
 
 TRAIN = ("beauty", "books", "camping", "coffee")
@@ -39,21 +40,20 @@ def test_messages_of_another_form_are_refused() -> None:
 
 
 def test_nodes_with_registered_keys_refuse_keys_that_are_not_signed(tmp_path: Path) -> None:
-    session = new_session(dict.fromkeys(TRAIN, 1.0), 4, 1.0)
+    hidden = {"privacy.policy": "aggregate-only", "merge.methods": "average"}
+    config = from_flat({**hidden, "domains.train": ",".join(TRAIN)})
+    session = new_session(dict.fromkeys(TRAIN, 1.0), 4, 8.0, agreement=agreement_of(config, 0))
     (tmp_path / "peers").mkdir()
     contexts, keys = {}, {}
     for number, name in enumerate(TRAIN):
-        private = Ed25519PrivateKey.generate()
-        (tmp_path / name).touch(mode=0o600)
-        (tmp_path / name).write_bytes(private.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
-        public = private.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
-        (tmp_path / "peers" / f"{name}.pub").write_bytes(public + b" someone@example.org\n")
+        write_identity(tmp_path / name, tmp_path / "peers" / f"{name}.pub")
         node: dict[str, bool | float | str] = {
             "identity-key": str(tmp_path / name),
             "peer-keys": str(tmp_path / "peers"),
         }
         contexts[name] = Context(1, number, node, RecordDict(), {})
-        answer = answer_advertise(name, secure_records.session_record(session), contexts[name])
+        remember_values(contexts[name], "", "", 0, 20)
+        answer = answer_advertise(name, config, secure_records.session_record(session), contexts[name])
         keys[name] = secure_records.read_advertisement(answer)
     result = secure_records.advertisements_record(keys)
     boxes = secure_records.read_boxes(answer_share(result, contexts["beauty"]))

@@ -13,7 +13,7 @@ from time import time
 from unittest.mock import ANY
 
 import pytest
-from loopback import bundle, certificates, free_port
+from loopback import bundle, certificates, free_port, write_identity
 
 from fedmerge.domain.demo import write_demo
 from fedmerge.errors import BackboneError
@@ -22,19 +22,8 @@ from fedmerge.organisation.checks import Check, check_client
 from fedmerge.organisation.folder import Bundle, Client, approve_app, init_client, read_bundle, read_client
 
 APP = "ab" * 32
-WHAT = [
-    "key",
-    "domain",
-    "policy",
-    "backbone",
-    "disk",
-    "privacy budget",
-    "app",
-    "address",
-    "certificate",
-    "clock",
-    "registered",
-]
+HERE = ["key", "domain", "policy", "secure sums", "backbone", "disk", "privacy budget", "app"]
+WHAT = [*HERE, "address", "certificate", "clock", "registered"]
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +90,7 @@ def test_a_client_that_is_ready_passes_every_check(client: Client, tls: Path, tm
 
 def test_without_a_bundle_the_server_is_left_out(client: Client) -> None:
     result = found(client, None)
-    assert [check.what for check in result.values() if check.holds] == WHAT[:7]
+    assert [check.what for check in result.values() if check.holds] == HERE
     assert result["server"] == Check("server", None, ANY)
     assert "--bundle" in result["server"].found
 
@@ -129,6 +118,36 @@ def test_what_is_wrong_on_this_machine_is_named(client: Client, monkeypatch: pyt
         assert message in result[what].found
 
 
+def test_secure_sums_need_keys_of_the_others(client: Client, tmp_path: Path) -> None:
+    def told(wanted: Client = client) -> tuple[bool | None, str]:
+        check = found(wanted, None)["secure sums"]
+        return check.holds, check.found
+
+    assert told()[0]  # policy.toml does not allow secure sums
+    text = client.policy.read_text().replace('"adapter+catalog,adapter"', '"aggregate-only"')
+    client.policy.write_text(text)
+    assert told() == (False, ANY)
+    assert re.search("require_peer_keys = true.*identity_key and peer_keys.*ssh-keygen", told()[1])
+    client.policy.write_text(text.replace("require_peer_keys = true", "require_peer_keys = false"))
+    assert told() == (True, ANY)
+    assert "require_peer_keys = false" in told()[1]
+
+    client.policy.write_text(text)
+    peers = tmp_path / "peers"
+    peers.mkdir()
+    for name in ("beauty", "books", "coffee"):
+        write_identity(tmp_path / name, peers / f"{name}.pub")
+    signing = dataclasses.replace(client, identity_key=tmp_path / "beauty", peer_keys=peers)
+    assert told(signing) == (True, ANY)
+    assert "books, coffee" in told(signing)[1]
+    (peers / "coffee.pub").unlink()
+    assert told(signing) == (False, ANY)
+    assert "1 other" in told(signing)[1]
+    (peers / "books.pub").rename(peers / "beauty.pub")  # another client's key
+    assert told(signing) == (False, ANY)
+    assert f"{peers / 'beauty.pub'} is missing or not" in told(signing)[1]
+
+
 def test_a_cache_that_cannot_be_written_is_named(client: Client, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     result = found(dataclasses.replace(client, cache_dir=tmp_path / "file" / "cache"), None)
@@ -142,7 +161,7 @@ def test_another_app_than_the_operators_is_named(client: Client, tls: Path, tmp_
     assert "0" * 64 in result["app"].found
     assert given.address in result["address"].found
     assert (result["app"].holds, result["address"].holds) == (False, False)
-    assert [result[what].holds for what in WHAT[8:]] == [None, None, None]
+    assert [result[what].holds for what in WHAT[9:]] == [None, None, None]
 
 
 def test_a_wrong_certificate_is_named(client: Client, tls: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from fedmerge.privacy.client_policy import (
 )
 
 PRIVATE = {"privacy.policy": "catalog-private"}
+SUMMED = {"privacy.policy": "aggregate-only", "merge.methods": "average", "privacy.metrics": "suppressed"}
 SUPPRESSED = {"privacy.metrics": "suppressed"}
 DP_RUN = {"dp.mode": "user", "dp.delta": 1e-6, "train.negatives": "catalog", "train.max_epochs": "none"}
 
@@ -79,6 +80,11 @@ def test_a_missing_file_sends_nothing(tmp_path: Path) -> None:
             DP_RUN | {"dp.epsilon": 1, "dp.randomness": "seeded"},
             "max_epsilon = 8.*dp.mode = 'user'.*dp.randomness = 'seeded'",
         ),
+        (
+            {"policies": "aggregate-only"},
+            SUMMED,
+            "require_peer_keys = true, .*'aggregate-only'.*identity_key and peer_keys",
+        ),
         ({"policies": "catalog-private"}, PRIVATE, "receive_adapters = false.*privacy.policy = 'cat"),
         (
             {"policies": "catalog-private", "receive_adapters": True},
@@ -128,7 +134,16 @@ def test_runs_are_added_up_at_a_given_delta_only(tmp_path: Path) -> None:
     assert read_client_policy(tmp_path / "policy.toml").max_total_epsilon == 3.0
 
 
-def test_without_a_file_all_is_left_to_the_run_but_own_users() -> None:
+def test_secure_sums_take_keys_or_the_owners_word() -> None:
+    check_run_is_allowed(ClientPolicy(policies=("aggregate-only",)), from_flat(SUMMED), "shop", has_peer_keys=True)
+    own = ClientPolicy(policies=("aggregate-only",), require_peer_keys=False)
+    check_run_is_allowed(own, from_flat(SUMMED), "shop")
+    check_run_is_allowed(None, from_flat(SUMMED), "shop", has_peer_keys=True)
+    with pytest.raises(PolicyError, match=r"shop.*require_peer_keys"):
+        check_run_is_allowed(None, from_flat(SUMMED), "shop")
+
+
+def test_without_a_file_all_is_left_to_the_run_but_own_users_and_sums_without_keys() -> None:
     check_run_is_allowed(None, from_flat(PRIVATE), "shop")
     with pytest.raises(PolicyError, match=r"shop.*real_users"):
         check_run_is_allowed(None, from_flat({**PRIVATE, "through_clients.users": "own-users"}), "shop")

@@ -1,7 +1,8 @@
-"""The cache of a client for secure sums, on its own disk: the values of the next sum, and a record of revealed values.
+"""The cache of a client for secure sums, on its own disk: the values of the next sum; records of sessions and reveals.
 
 The difference of two sums that share some values reveals the others. So a client reveals the same values again only
-with the same clients and coefficients, for example when a killed run repeats the sum. A second training for the same
+with the same clients, coefficients and range, for example when a killed run repeats the sum. (Sums of values that are
+cut at different ranges would reveal how large they are.) A second training for the same
 sum gives almost the same values. So without counted noise a client reveals one set of values per training or round.
 """
 
@@ -9,6 +10,7 @@ import hashlib
 import io
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -92,7 +94,34 @@ def check_same_as_revealed(cache_dir: str, domain: str, sha256: str, key: str) -
         )
 
 
-def record_revealed(cache_dir: str, domain: str, sha256: str, coefficients: Mapping[str, float], key: str = "") -> None:
+def record_answered(cache_dir: str, domain: str, digest: bytes) -> None:
+    """Record a session before masked values leave for it, so that it gets one answer, whatever the node remembers.
+
+    Args:
+        cache_dir: folder on the client's own disk.
+        domain: the client's domain.
+        digest: SHA-256 of the session.
+
+    Raises:
+        PolicyError: the session was answered before.
+        ClientError: the record cannot be written.
+    """
+    folder = _created(_folder(cache_dir, domain) / "answered")
+    try:
+        os.close(os.open(folder / digest.hex(), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+    except FileExistsError:
+        raise PolicyError(
+            f"domain {domain}: it has sent masked values for this session already, and sends them once. Repeat the sum "
+            "in a new session."
+        ) from None
+    except OSError as error:
+        raise ClientError(f"{folder} cannot be written ({error.strerror}). Check the permissions there.") from error
+    _sync(folder)
+
+
+def record_revealed(
+    cache_dir: str, domain: str, sha256: str, coefficients: Mapping[str, float], value_range: float, key: str = ""
+) -> None:
     """Record the sum that reveals the client's values, before it does.
 
     Args:
@@ -100,6 +129,7 @@ def record_revealed(cache_dir: str, domain: str, sha256: str, coefficients: Mapp
         domain: the client's domain.
         sha256: hash of the values.
         coefficients: client -> its part of the sum, for all clients in it.
+        value_range: range to which the values are cut.
         key: :func:`sum_key`.
 
     Raises:
@@ -110,7 +140,14 @@ def record_revealed(cache_dir: str, domain: str, sha256: str, coefficients: Mapp
     path = _folder(cache_dir, domain) / "revealed" / f"{sha256}.json"
     parts = dict(sorted(coefficients.items()))
     if path.exists():
-        before = json.loads(path.read_text())
+        found = json.loads(path.read_text())
+        before, before_range = (found["parts"], found["value_range"]) if "parts" in found else (found, value_range)
+        if before_range != value_range:
+            raise PolicyError(
+                f"domain {domain}: the same adapter was summed before with a range of {before_range:g}; this sum has "
+                f"{value_range:g}. The difference of the two sums would reveal how large its values are. Train again "
+                f"with another seed; or, if the domain's owner accepts the risk, remove {path}."
+            )
         if before.keys() != parts.keys() or not all(
             math.isclose(before[client], part, rel_tol=1e-9) for client, part in parts.items()
         ):  # not exactly equal: after a dropout the parts are rounded differently
@@ -120,7 +157,7 @@ def record_revealed(cache_dir: str, domain: str, sha256: str, coefficients: Mapp
                 f"another seed; or, if the domain's owner accepts the risk, remove {path}."
             )
     else:
-        _write(path, json.dumps(parts, indent=2).encode())
+        _write(path, json.dumps({"parts": parts, "value_range": value_range}, indent=2).encode())
     if key:
         _write(path.with_name(f"run-{key}.json"), json.dumps({"sha256": sha256}).encode())
 
@@ -134,10 +171,25 @@ def _folder(cache_dir: str, domain: str) -> Path:
 
 
 def _write(path: Path, data: bytes) -> None:
+    folder = _created(path.parent)
+    write_bytes(path, data)
+    _sync(folder)
+
+
+def _created(folder: Path) -> Path:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ClientError(
-            f"{path.parent} cannot be created ({error.strerror}). Check the permissions there, or set cache_dir."
+            f"{folder} cannot be created ({error.strerror}). Check the permissions there, or set cache_dir."
         ) from error
-    write_bytes(path, data)
+    return folder
+
+
+def _sync(folder: Path) -> None:
+    """Bring a new entry of a folder to the disk: without it a power cut forgets what was revealed."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)

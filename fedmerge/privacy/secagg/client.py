@@ -8,11 +8,16 @@
 Both secrets of a client together remove its masks. Therefore a client reveals a share of only one of the two, answers
 each question once, and only for a sum of enough clients.
 
+Signatures, agreed keys, masks and sealed shares are bound to the whole session (:attr:`Session.digest`), and sealed
+shares also to the keys of all clients. Clients that are told different things therefore reject each other's signatures
+or cannot open each other's shares, and no masked value leaves.
+
 Source: Bonawitz et al., CCS 2017, https://doi.org/10.1145/3133956.3133982, protocol of figure 4 for honest-but-curious
     parties, with the signatures of round 0; all pairs mask each other.
 Differs: every client also keeps a share of its own secrets, so that any t clients suffice at the end.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -102,14 +107,17 @@ def share(
         dict(zip(session.clients, split_secret(secret, session.threshold, len(session.clients)), strict=True))
         for secret in (state.mask_secret, state.self_secret)
     ]
+    kept = Shares(split[0][state.client], split[1][state.client])
+    state = replace(state, step="shared", advertisements=dict(advertisements), own=kept)
     boxes = {
         peer: seal(
-            _channel(state, peer, advertisements[peer]), split[0][peer] + split[1][peer], _about(state.client, peer)
+            _channel(state, peer, advertisements[peer]),
+            split[0][peer] + split[1][peer],
+            _about(state, state.client, peer),
         )
         for peer in sorted(advertisements.keys() - {state.client})
     }
-    kept = Shares(split[0][state.client], split[1][state.client])
-    return replace(state, step="shared", advertisements=dict(advertisements), own=kept), boxes
+    return state, boxes
 
 
 def mask_values(
@@ -126,8 +134,8 @@ def mask_values(
         The next state, and (num_values,) integers modulo 2^32.
 
     Raises:
-        AggregationError: too few clients, a box that cannot be unsealed, values out of range, or a question out of
-            order.
+        AggregationError: too few clients, a box that cannot be unsealed, values that are not finite, or a question out
+            of order.
     """
     session = state.session
     _expect(state, "shared", "mask")
@@ -137,7 +145,7 @@ def mask_values(
     for peer, box in sorted(boxes.items()):
         if peer == state.client:
             continue
-        text = unseal(_channel(state, peer, state.advertisements[peer]), box, _about(peer, state.client))
+        text = unseal(_channel(state, peer, state.advertisements[peer]), box, _about(state, peer, state.client))
         if len(text) != 2 * SECRET_BYTES:
             raise AggregationError(
                 f"secure sum, client {state.client}: found {len(text)} bytes of shares from {peer}, expected "
@@ -193,17 +201,18 @@ def _own(state: ClientState) -> Shares:
 
 def _channel(state: ClientState, peer: str, advertisement: Advertisement) -> bytes:
     pair = [name.encode() for name in sorted((state.client, peer))]
-    return agree_on_key(state.channel_secret, advertisement.channel_key, b"channel", state.session.identifier, *pair)
+    return agree_on_key(state.channel_secret, advertisement.channel_key, b"channel", state.session.digest, *pair)
 
 
-def _about(sender: str, receiver: str) -> bytes:
-    return f"{sender}\n{receiver}".encode()
+def _about(state: ClientState, sender: str, receiver: str) -> bytes:
+    """Return what a box is bound to: the session, the keys of all clients, who sealed it, and for whom."""
+    keys = {peer: [each.channel_key.hex(), each.mask_key.hex()] for peer, each in state.advertisements.items()}
+    return json.dumps([state.session.digest.hex(), keys, sender, receiver], sort_keys=True).encode()
 
 
 def _signed_text(session: Session, client: str, advertisement: Advertisement) -> bytes:
-    return b"\n".join(
-        [b"fedmerge secure sum", session.identifier, client.encode(), advertisement.channel_key, advertisement.mask_key]
-    )
+    keys = [advertisement.channel_key.hex(), advertisement.mask_key.hex()]
+    return json.dumps(["fedmerge secure sum 2", session.digest.hex(), client, *keys]).encode()
 
 
 def _check_signatures(

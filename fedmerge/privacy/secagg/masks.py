@@ -19,11 +19,11 @@ def apply_masks(values: Integers, own: Integers, pairs: Mapping[str, Integers], 
 
 def self_mask(session: Session, secret: bytes) -> Integers:
     """Return the mask that only a client knows."""
-    return mask(secret, session.num_values, b"self", session.identifier)
+    return mask(secret, session.num_values, b"self", session.digest)
 
 
 def pair_mask(session: Session, client: str, secret: bytes, peer: str, key: bytes) -> Integers:
     """Return the mask of two clients, from one's secret and the other's public key; both sides get the same."""
     pair = [name.encode() for name in sorted((client, peer))]
-    agreed = agree_on_key(secret, key, b"pair", session.identifier, *pair)
-    return mask(agreed, session.num_values, b"pair", session.identifier)
+    agreed = agree_on_key(secret, key, b"pair", session.digest, *pair)
+    return mask(agreed, session.num_values, b"pair", session.digest)

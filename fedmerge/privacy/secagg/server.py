@@ -14,7 +14,11 @@ from fedmerge.privacy.secagg.state import Advertisement, Revealed
 
 
 def new_session(
-    weights: Mapping[str, float], num_values: int, value_range: float, threshold: int | None = None
+    weights: Mapping[str, float],
+    num_values: int,
+    value_range: float,
+    threshold: int | None = None,
+    agreement: str = "",
 ) -> Session:
     """Create a session with coefficients w_k / Σ w.
 
@@ -23,9 +27,10 @@ def new_session(
         num_values: number of values of each client.
         value_range: largest |value| of a client.
         threshold: number of clients that must answer at the end; None means the smallest majority.
+        agreement: what clients also check (:func:`fedmerge.privacy.secagg.agreement.agreement_of`).
 
     Raises:
-        AggregationError: fewer than three clients, or a threshold that is not a majority.
+        AggregationError: fewer than three clients, weights that count as fewer, or a threshold that is not a majority.
     """
     summed = math.fsum(weights[client] for client in sorted(weights))
     coefficients = {client: weight / summed for client, weight in weights.items()}
@@ -35,6 +40,8 @@ def new_session(
         default_threshold(len(weights)) if threshold is None else threshold,
         num_values,
         value_range,
+        summed,
+        agreement,
     )
 
 

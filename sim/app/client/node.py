@@ -108,7 +108,8 @@ def check_own_policy(context: Context, config: ExperimentConfig, domain: str) ->
     """Refuse what the organisation does not allow; in a simulation only the run's policy applies."""
     own = own_policy(context)
     if own is not None or "domain-path" in context.node_config:
-        check_run_is_allowed(own, config, domain)
+        has_peer_keys = {"identity-key", "peer-keys"} <= context.node_config.keys()
+        check_run_is_allowed(own, config, domain, has_peer_keys=has_peer_keys)
 
 
 def own_policy(context: Context) -> ClientPolicy | None:

@@ -1,15 +1,19 @@
 """Answer the messages of a secure sum; secrets stay in the node's memory, values on the node's disk."""
 
+import logging
 from pathlib import Path
+from typing import NamedTuple
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
-from fedmerge.client.cache.secure_sums import read_cached_values, record_revealed
+from fedmerge.client.cache.secure_sums import read_cached_values, record_answered, record_revealed
 from fedmerge.config import ExperimentConfig, from_flat
 from fedmerge.errors import ClientError
 from fedmerge.privacy.policy import check_may_leave
+from fedmerge.privacy.secagg.agreement import check_session
 from fedmerge.privacy.secagg.client import advertise, mask_values, share, unmask
 from fedmerge.privacy.secagg.identity import read_identity, read_registered
+from fedmerge.privacy.secagg.session import num_outside
 from fedmerge.privacy.secagg.state import ClientState, state_from_text, state_to_text
 from sim.app.client.node import check_own_policy, domain_name
 from sim.app.messages import secure_sum as secure_records
@@ -17,11 +21,22 @@ from sim.app.messages import secure_sum as secure_records
 _SECRETS = "secure sum"
 _VALUES = "summed values"
 
+logger = logging.getLogger("fedmerge.client")
+
+
+class _Values(NamedTuple):
+    """What this client trained last: hash; key and number of the sum, and users of the domain."""
+
+    sha256: str
+    key: str
+    number: int
+    num_users: int
+
 
 def secagg_advertise(message: Message, context: Context) -> RecordDict:
     """Answer with fresh keys for a secure sum."""
-    domain, _ = _in_sum(context)
-    return answer_advertise(domain, message.content, context)
+    domain, config = _in_sum(context)
+    return answer_advertise(domain, config, message.content, context)
 
 
 def secagg_share(message: Message, context: Context) -> RecordDict:
@@ -50,17 +65,19 @@ def _in_sum(context: Context) -> tuple[str, ExperimentConfig]:
     return domain, config
 
 
-def remember_values(context: Context, sha256: str, key: str) -> None:
+def remember_values(context: Context, sha256: str, key: str, number: int, num_users: int) -> None:
     """Note the values and the key of the next sum; drop the secrets of a session that has not ended."""
-    context.state[_VALUES] = ConfigRecord({"sha256": sha256, "key": key})
+    context.state[_VALUES] = ConfigRecord(_Values(sha256, key, number, num_users)._asdict())
     context.state.pop(_SECRETS, None)
 
 
-def answer_advertise(domain: str, content: RecordDict, context: Context) -> RecordDict:
-    """Return fresh keys, signed where the node has an ``identity-key``."""
+def answer_advertise(domain: str, config: ExperimentConfig, content: RecordDict, context: Context) -> RecordDict:
+    """Return fresh keys for a session as the run configuration implies; signed if the node has an ``identity-key``."""
+    session, values = secure_records.read_session(content), _values(context)
+    check_session(session, config, domain, values.number, values.num_users)
     path = context.node_config.get("identity-key")
     identity = None if path is None else read_identity(Path(str(path)).expanduser())
-    state, advertisement = advertise(secure_records.read_session(content), domain, identity)
+    state, advertisement = advertise(session, domain, identity)
     _remember(context, state)
     return secure_records.advertisement_record(advertisement)
 
@@ -75,9 +92,19 @@ def answer_share(content: RecordDict, context: Context) -> RecordDict:
 
 
 def answer_masked(domain: str, config: ExperimentConfig, content: RecordDict, context: Context) -> RecordDict:
-    """Return the masked values."""
-    values = read_cached_values(config.cache_dir, domain, _values(context)[0])
+    """Return the masked values, once a session."""
+    values = read_cached_values(config.cache_dir, domain, _values(context).sha256)
     state, masked = mask_values(_state(context), secure_records.read_boxes(content), values)
+    record_answered(config.cache_dir, domain, state.session.digest)
+    if number := num_outside(state.session, values):
+        logger.warning(
+            "%s: %d of %d values lie outside ±%g and were cut to it; the server is not told. If the training "
+            "diverged, agree on a lower train.learning_rate",
+            domain,
+            number,
+            values.size,
+            state.session.value_range,
+        )
     _remember(context, state)
     return secure_records.masked_record(masked)
 
@@ -90,8 +117,8 @@ def answer_unmask(domain: str, config: ExperimentConfig, content: RecordDict, co
     of_sum = {client: state.session.coefficients[client] for client in survivors}
     summed = sum(of_sum[client] for client in sorted(of_sum))
     parts = {client: part / summed for client, part in of_sum.items()}
-    sha256, key = _values(context)
-    record_revealed(config.cache_dir, domain, sha256, parts, key)
+    values = _values(context)
+    record_revealed(config.cache_dir, domain, values.sha256, parts, state.session.value_range, values.key)
     context.state.pop(_SECRETS, None)
     return secure_records.revealed_record(revealed)
 
@@ -110,8 +137,8 @@ def _state(context: Context) -> ClientState:
     return state_from_text(str(record["state"]))
 
 
-def _values(context: Context) -> tuple[str, str]:
+def _values(context: Context) -> _Values:
     record = context.state.config_records.get(_VALUES)
     if record is None:
         raise ClientError("this client has trained nothing in this run that could be summed; ask it to train first")
-    return str(record["sha256"]), str(record["key"])
+    return _Values(str(record["sha256"]), str(record["key"]), int(str(record["number"])), int(str(record["num_users"])))

@@ -58,10 +58,11 @@ def _train_for_sum(client: Client, message: Message, context: Context) -> Record
         )
     values = summed_values(row.summed, adapter, task.start if task and row.of == "updates" else None)
     name, cache_dir = client.domain.manifest.name, client.config.cache_dir
-    key = sum_key(client.config.dp, client.config.run_id, task.number if task else 0)
+    number = task.number if task else 0
+    key = sum_key(client.config.dp, client.config.run_id, number)
     sha256 = cache_values(cache_dir, name, values)
     check_same_as_revealed(cache_dir, name, sha256, key)
-    remember_values(context, sha256, key)
+    remember_values(context, sha256, key, number, client.domain.manifest.num_users)
     return records.report_record({key: value for key, value in report.items() if key != "sha256"})
 
 

@@ -29,6 +29,8 @@ def session_record(session: Session) -> RecordDict:
         threshold=session.threshold,
         num_values=session.num_values,
         value_range=session.value_range,
+        total_weight=session.total_weight,
+        agreement=session.agreement,
     )
 
 
@@ -39,7 +41,8 @@ def read_session(content: RecordDict) -> Session:
         ClientError: the message has another form.
         AggregationError: the session is unsafe to take part in.
     """
-    facts = _facts(content, identifier=bytes, threshold=int, num_values=int, value_range=float)
+    kinds = {"threshold": int, "num_values": int, "value_range": float, "total_weight": float}
+    facts = _facts(content, identifier=bytes, agreement=str, **kinds)
     coefficients = _by_name(content, "clients", coefficients=float)["coefficients"]
     return Session(coefficients=coefficients, **facts)
 

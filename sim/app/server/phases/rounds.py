@@ -10,7 +10,7 @@ from typing import Any
 from flwr.app import RecordDict
 
 from fedmerge.adapter import Adapter
-from fedmerge.config import LEARNED_METHODS, ExperimentConfig, Lora
+from fedmerge.config import LEARNED_METHODS, MIN_SUMMED, ExperimentConfig, Lora
 from fedmerge.domain.catalog import Catalog
 from fedmerge.encoder.backbone import Backbone
 from fedmerge.encoder.lora import applied, fresh_adapter, layout_of
@@ -20,6 +20,7 @@ from fedmerge.federated.summed import num_summed
 from fedmerge.merging.candidate import Candidate, Origin
 from fedmerge.merging.parameters import parse_parameters
 from fedmerge.privacy.dp.agreement import check_spent
+from fedmerge.privacy.secagg.session import check_spread
 from fedmerge.runs.checkpoints import write_candidate
 from fedmerge.runs.round_checkpoints import (
     read_members,
@@ -213,6 +214,8 @@ def _round_of_sums(
 
     in_training = run.members.in_role("train")
     nodes = run.members.nodes_of([domain for domain in sampled if domain in in_training])
+    if len(nodes) >= MIN_SUMMED:  # fewer are refused below
+        check_spread(_weights(run, list(nodes)), "before training")
     logger.info("round %d of %d: %s", number, rounds.number, join_names(sorted(nodes)))
     timeout_seconds = run.config.server.timeout_seconds
     ask(run, nodes, Question(records.TRAIN, timeout_seconds, request, lambda _: REPORT_BYTES), receive)
@@ -223,7 +226,7 @@ def _round_of_sums(
     summed = rule_named(name).summed or "updates"  # the configuration refuses a rule without sums
     weights = _weights(run, list(reports))
     num_values = num_summed(summed, next(iter(state.starts.values())))
-    mean = secure_mean(run, weights, num_values, partial(note_reveal, run.folder, number, reports))
+    mean = secure_mean(run, weights, num_values, partial(note_reveal, run.folder, number, reports), number)
     weights = {domain: weights[domain] for domain in mean.clients}
     parameters = parse_parameters(rounds.parameters)
     state = aggregate_mean(name, state, mean.values, weights, seed=run.config.seed, **parameters)

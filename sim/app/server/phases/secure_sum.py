@@ -16,6 +16,7 @@ from fedmerge.encoder.lora import fresh_adapter
 from fedmerge.federated.summed import adapter_of_mean, num_summed, summed_rank
 from fedmerge.merging.candidate import Candidate, Origin
 from fedmerge.privacy.dp.agreement import check_spent, largest_entry
+from fedmerge.privacy.secagg.agreement import agreed_threshold, agreement_of
 from fedmerge.privacy.secagg.server import (
     add_values,
     check_advertisement,
@@ -24,7 +25,7 @@ from fedmerge.privacy.secagg.server import (
     new_session,
     weighted_mean,
 )
-from fedmerge.privacy.secagg.session import Reals, default_threshold
+from fedmerge.privacy.secagg.session import Reals, Session
 from fedmerge.privacy.secagg.state import Advertisement, Revealed
 from fedmerge.runs.checkpoints import write_candidate, write_sources
 from fedmerge.runs.secure_sums import note_reveal, read_mean, write_mean
@@ -131,6 +132,7 @@ def secure_mean(
     weights: Mapping[str, float],
     num_values: int,
     before_reveal: Callable[[Sequence[str]], None],
+    number: int = 0,
 ) -> SecureMean:
     """Return the weighted mean of what the clients have trained.
 
@@ -142,15 +144,14 @@ def secure_mean(
         weights: client -> weight, of the clients that have trained.
         num_values: of each client.
         before_reveal: called with the clients in the sum, before the message that takes the masks off.
+        number: of the round; 0 outside of rounds.
 
     Raises:
-        AggregationError: too few clients are left.
+        AggregationError: too few clients are left, or they weigh too differently.
     """
     started = time.monotonic()
-    # privacy.threshold holds for all clients that were asked to train; with fewer it is never less than a majority.
-    wanted = run.config.privacy.threshold or 0
-    threshold = max(min(wanted, len(weights)), default_threshold(len(weights)))
-    session = new_session(weights, num_values, largest_entry(run.config), threshold)
+    threshold, agreement = agreed_threshold(run.config, len(weights)), agreement_of(run.config, number)
+    session = new_session(weights, num_values, largest_entry(run.config), threshold, agreement)
     everybody = frozenset(session.clients)
     small = _BYTES_OF_A_MESSAGE + _BYTES_PER_CLIENT * len(everybody)
 
@@ -228,14 +229,30 @@ def secure_mean(
     values = weighted_mean(session, advertisements, shared, survivors, total, revealed)
     seconds = time.monotonic() - started
     logger.info("secure sum of %d clients, %d values each, %.1f s", len(survivors), num_values, seconds)
+    largest = _largest_entry(session, values, survivors)
     record = {
         "clients": {client: session.coefficients[client] for client in sorted(survivors)},
         "dropped_out": sorted(everybody - survivors),
         "threshold": session.threshold,
         "num_values": num_values,
         "value_range": session.value_range,
+        "largest": largest,
         "tolerance": session.tolerance / sum(session.coefficients[client] for client in sorted(survivors)),
         "bytes_up": 4 * num_values,
         "seconds": seconds,
     }
     return SecureMean(values, tuple(sorted(survivors)), record)
+
+
+def _largest_entry(session: Session, values: Reals, survivors: frozenset[str]) -> float:
+    """Return the largest |entry| of a mean; warn if a client's value at the end of the range could have made it."""
+    largest = float(np.abs(values).max())
+    parts = [session.coefficients[client] for client in sorted(survivors)]
+    if largest >= 0.99 * session.value_range * min(parts) / sum(parts):
+        logger.warning(
+            "the largest entry of the mean is %.3g: clients may have cut values to ±%g, which only their own logs say. "
+            "Ask them, and lower train.learning_rate in a new run",
+            largest,
+            session.value_range,
+        )
+    return largest

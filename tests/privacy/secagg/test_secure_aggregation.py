@@ -36,14 +36,14 @@ from fedmerge.privacy.secagg.server import (
     new_session,
     weighted_mean,
 )
-from fedmerge.privacy.secagg.session import Session, decode_mean, default_threshold, encode_values
+from fedmerge.privacy.secagg.session import Session, decode_mean, default_threshold, encode_values, num_outside
 from fedmerge.privacy.secagg.state import Advertisement, Revealed
 
 Vector = NDArray[np.float64]
 
 
 def session_of(num_clients: int, num_values: int = 40, **changes: Any) -> Session:
-    weights = {f"client {k:02}": 1.0 + k % 3 for k in range(num_clients)}
+    weights = {f"client {k:02}": 1.0 + k % 3 * (num_clients > 3) for k in range(num_clients)}
     arguments: dict[str, Any] = {"weights": weights, "num_values": num_values, "value_range": 8.0, **changes}
     return new_session(**arguments)
 
@@ -102,7 +102,7 @@ def test_clients_may_drop_out_at_every_step(drops: dict[str, str]) -> None:
 
 @pytest.mark.parametrize("drops", [{0: MASK, 1: MASK, 2: MASK}, {0: ADVERTISE, 1: SHARE, 2: MASK}])
 def test_too_many_dropouts_end_the_sum(drops: dict[int, str]) -> None:
-    session = session_of(5)
+    session = session_of(5, weights={f"client {k:02}": 1.0 for k in range(5)})
     gone = {f"client {k:02}": step for k, step in drops.items()}
     with pytest.raises(AggregationError, match=r"2 of 5 clients \(client 03, client 04\).* 3\b"):
         run_session(session, random_values(session), gone)
@@ -110,7 +110,14 @@ def test_too_many_dropouts_end_the_sum(drops: dict[int, str]) -> None:
         run_session(session, random_values(session), {f"client {k:02}": UNMASK for k in range(3)})
 
 
-@given(st.integers(3, 60), st.floats(1e-3, 1e6), st.sampled_from([-1.0, 1.0]), st.integers(0, 2**32))
+def test_a_dropout_that_leaves_the_weight_of_two_ends_the_sum() -> None:
+    session = new_session({"a": 5, "b": 1, "c": 5, "d": 5}, 40, 8.0)  # 3.37 equal ones; without d 2.37
+    with pytest.raises(AggregationError, match=r"3 clients .* 2\.37 .* 45%") as caught:
+        run_session(session, random_values(session), {"d": MASK})
+    assert "rounds.weights" in str(caught.value)
+
+
+@given(st.integers(4, 60), st.floats(1e-3, 1e6), st.sampled_from([-1.0, 1.0]), st.integers(0, 2**32))
 @settings(max_examples=60, deadline=None)
 def test_no_sum_overflows_even_at_the_ends_of_the_range(clients: int, range_: float, sign: float, seed: int) -> None:
     weights = dict(zip(map(str, range(clients)), np.random.default_rng(seed).uniform(0.5, 1, clients), strict=True))
@@ -317,6 +324,8 @@ BAD_SESSIONS: list[tuple[dict[str, Any], str]] = [
     ({"threshold": 6}, " 6, .* 3 to 5"),
     ({"coefficients": dict.fromkeys("abcde", 0.3)}, r"0\.3.* 1\b"),
     ({"coefficients": dict(zip("abcde", (0.5, 0.5, 0.0, 0.1, 0.1), strict=True))}, r"0\.5, 0\.5, 0, 0\.1"),
+    ({"coefficients": dict.fromkeys("abcde", 1e-12)}, r"1e-12.* 1\b"),
+    ({"total_weight": 0.0}, " 0, .* above 0"),
     ({"num_values": 0}, " 0 values .*±8"),
     ({"value_range": float("inf")}, "±inf"),
 ]
@@ -330,13 +339,24 @@ def test_invalid_sessions_are_errors(changes: dict[str, Any], message: str) -> N
 
 def test_a_client_that_outweighs_the_others_and_values_that_do_not_fit() -> None:
     assert [default_threshold(number) for number in (3, 4, 5, 10)] == [2, 3, 3, 6]
-    heavy = new_session({"a": 8, "b": 1, "c": 1}, 2, 1.0)
-    with pytest.raises(AggregationError, match=r"keys: .*\ba\b.* 80%.* 50%.*'equal'"):
-        run_session(heavy, dict.fromkeys("abc", np.zeros(2)))
+    few: list[tuple[dict[str, float], str]] = [
+        ({"a": 8, "b": 1, "c": 1}, r"1\.52 .* a with 80%"),
+        ({"a": 2, "b": 1, "c": 1}, r"2\.67 .* a with 50%"),
+        ({"a": 55, **dict.fromkeys("bcdefghij", 5.0)}, r"3\.08 .* a with 55%"),
+    ]
+    for weights, values in few:
+        with pytest.raises(AggregationError, match=values) as caught:
+            new_session(weights, 2, 1.0)
+        assert "rounds.weights = 'equal'" in str(caught.value)
     session = session_of(3, 2)
-    for wrong in (np.array([0.0, 8.1]), np.array([np.nan, 0.0]), np.array([-np.inf, 0.0])):
-        with pytest.raises(AggregationError, match=r"client 00: .*±8"):
+    for wrong in (np.array([np.nan, 0.0]), np.array([-np.inf, 0.0])):
+        with pytest.raises(AggregationError, match="client 00"):
             encode_values(session, "client 00", wrong)
+    assert num_outside(session, np.array([8.1, -9.0])) == 2
+    assert np.array_equal(
+        encode_values(session, "client 00", np.array([8.1, -1e30])),
+        encode_values(session, "client 00", np.array([8.0, -8.0])),
+    )
     with pytest.raises(AggregationError, match=r"\(3,\).*\(2,\)"):
         encode_values(session, "client 00", np.zeros(3))
     with pytest.raises(AggregationError, match=r"'x'.*client 00, client 01, client 02"):
