@@ -7,7 +7,14 @@ from fedmerge.backbone_files import find_backbone, missing_target_modules
 from fedmerge.config import DEMO_ROOT, LEARNED_METHODS, ExperimentConfig, Simulation
 from fedmerge.domain.demo import DEMO_DOMAINS
 from fedmerge.domain.folder import list_domains
-from fedmerge.domain.manifest import Manifest, check_may_attack, read_manifest
+from fedmerge.domain.manifest import (
+    DP_BY_USER,
+    NOISED_METRICS,
+    Manifest,
+    check_catalog_is_given,
+    check_may_attack,
+    read_manifest,
+)
 from fedmerge.errors import BackboneError, ConfigError, FedMergeError
 
 
@@ -147,7 +154,11 @@ def _data_problems(config: ExperimentConfig) -> Iterator[str]:
 
 def _domain_problems(config: ExperimentConfig, manifest: Manifest) -> Iterator[str]:
     name, dp = manifest.name, config.dp
-    if name not in config.domains.train:
+    trains = name in config.domains.train
+    if (by_user := trains and dp.mode == "user") or config.privacy.metrics == "noised":
+        setting = DP_BY_USER if by_user else NOISED_METRICS
+        yield from _problems_of(lambda: check_catalog_is_given(manifest, setting))
+    if not trains:
         return
     if name == config.simulation.attacker:
         yield from _problems_of(lambda: check_may_attack(manifest))
@@ -159,13 +170,13 @@ def _domain_problems(config: ExperimentConfig, manifest: Manifest) -> Iterator[s
     if not manifest.public_catalog and dp.mode == "user":
         yield (
             f"domain {name}: dp.mode = 'user' needs a public catalog, since every item is every user's negative, but "
-            "its manifest says public_catalog = false; import the domain again as public, or leave it out"
+            "its manifest says public_catalog = false; import the domain again with --public-catalog, or leave it out"
         )
     elif not manifest.public_catalog and _clients_send_catalogs(config):
         yield (
             f"domain {name}: its manifest says public_catalog = false, but the experiment asks for its catalog; set "
             "privacy.policy = 'catalog-private', leave learned merges and admission.probe_items out, or import the "
-            "domain again as public"
+            "domain again with --public-catalog"
         )
 
 

@@ -174,6 +174,7 @@ def write_demo(
             public_catalog=True,
             synthetic=True,
             source=source,
+            catalog_source="given",
             overwrite=overwrite,
         )
     return names

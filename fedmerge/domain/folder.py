@@ -25,7 +25,15 @@ from fedmerge.domain.interactions import (
     interactions_to_bytes,
     load_interactions,
 )
-from fedmerge.domain.manifest import MANIFEST_FILE, Manifest, folder_name, manifest_to_bytes, read_manifest
+from fedmerge.domain.manifest import (
+    MANIFEST_FILE,
+    CatalogSource,
+    Manifest,
+    default_catalog_source,
+    folder_name,
+    manifest_to_bytes,
+    read_manifest,
+)
 from fedmerge.domain.splits import MIN_EVALUATED_LENGTH
 from fedmerge.domain.tables import RESTORE
 from fedmerge.errors import DomainError
@@ -68,6 +76,7 @@ def write_domain(
     public_catalog: bool,
     synthetic: bool,
     source: str,
+    catalog_source: CatalogSource | None = None,
     overwrite: bool = False,
 ) -> Manifest:
     """Write a domain folder atomically.
@@ -84,6 +93,8 @@ def write_domain(
         public_catalog: True if the owner lets the catalog leave the client.
         synthetic: True if the data is generated.
         source: origin of the data, in words.
+        catalog_source: see :class:`~fedmerge.domain.manifest.Manifest`; None: "given" for synthetic data, else
+            "interactions".
         overwrite: replace an existing domain; a folder that is not a domain is never replaced.
 
     Raises:
@@ -97,6 +108,7 @@ def write_domain(
     manifest = Manifest(
         name=catalog.name,
         public_catalog=public_catalog,
+        catalog_source=catalog_source or default_catalog_source(synthetic),
         synthetic=synthetic,
         source=source,
         num_items=len(catalog),

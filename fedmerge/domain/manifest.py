@@ -6,7 +6,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 from fedmerge.config import DOMAIN_NAME
 from fedmerge.domain.tables import RESTORE, read_file
@@ -16,6 +16,9 @@ FORMAT = 1
 MANIFEST_FILE = "manifest.json"
 NAME_PATTERN = re.compile(DOMAIN_NAME)
 
+CatalogSource = Literal["given", "interactions"]
+DP_BY_USER, NOISED_METRICS = "dp.mode = 'user'", "privacy.metrics = 'noised'"  # guarantees that need a given catalog
+
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
@@ -24,6 +27,9 @@ class Manifest:
     Attributes:
         name: the domain's name, equal to the folder's.
         public_catalog: True if the owner lets the catalog leave the client.
+        catalog_source: "given" if the catalog is a whole table of items, whatever users did; "interactions" if its
+            items survived a filter on interactions, so that one user can decide which items exist. A manifest without
+            it counts as "interactions", unless the data is synthetic.
         synthetic: True if the data is generated.
         source: origin of the data, in words.
         num_items: rows of the catalog.
@@ -35,6 +41,7 @@ class Manifest:
 
     name: str
     public_catalog: bool
+    catalog_source: CatalogSource
     synthetic: bool
     source: str
     num_items: int
@@ -62,8 +69,8 @@ def check_catalog_is_public(domain: str, public_catalog: bool) -> None:
     if not public_catalog:
         raise PolicyError(
             f"domain {domain}: its manifest says public_catalog = false, so the catalog does not leave the client. "
-            "Import the domain again as public, learn through the clients (privacy.policy = 'catalog-private'), or "
-            "remove the methods that need catalogs."
+            "Import the domain again with --public-catalog, learn through the clients (privacy.policy = "
+            "'catalog-private'), or remove the methods that need catalogs."
         )
 
 
@@ -78,6 +85,30 @@ def check_may_attack(manifest: Manifest) -> None:
             f"domain {manifest.name}: simulation.attacker asks it to poison its training, but its data are not "
             "synthetic. Use the demo domains, or set simulation.attacker = 'none'."
         )
+
+
+def check_catalog_is_given(manifest: Manifest, setting: str) -> None:
+    """Refuse a catalog that interactions decided, for a guarantee by user: it is a part of every user's result.
+
+    Args:
+        manifest: of the domain.
+        setting: asks for the guarantee, for the message.
+
+    Raises:
+        DomainError: ``catalog_source`` is "interactions".
+    """
+    if manifest.catalog_source != "given":
+        raise DomainError(
+            f"domain {manifest.name}: {setting} needs a catalog that does not depend on users, since every user is "
+            "ranked against all of it, but its manifest says catalog_source = 'interactions': one user may decide "
+            "which items exist. Import the domain again with --keep-all-items, or with --catalog-source given if no "
+            "user's interactions decided which items it has."
+        )
+
+
+def default_catalog_source(synthetic: bool) -> CatalogSource:
+    """Return the ``catalog_source`` of a domain whose origin nobody stated."""
+    return "given" if synthetic else "interactions"
 
 
 def folder_name(folder: Path) -> str:
@@ -110,6 +141,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise DomainError(f"{path}: not JSON ({error}). {RESTORE}") from error
     if not isinstance(fields, dict):
         raise DomainError(f"{path}: found a JSON {type(fields).__name__}, expected an object. {RESTORE}")
+    fields.setdefault("catalog_source", default_catalog_source(fields.get("synthetic") is True))
     _check_fields(path, fields)
     manifest = Manifest(**{key: value for key, value in fields.items() if key != "format"})
     if manifest.name != folder_name(folder):
@@ -124,7 +156,7 @@ def _check_fields(path: Path, fields: dict[str, Any]) -> None:
     """Check format, keys, types and bounds of the parsed manifest."""
     if type(fields.get("format")) is not int or fields["format"] != FORMAT:
         raise DomainError(f"{path}: found format {fields.get('format')!r}, expected {FORMAT}. Import the domain again.")
-    expected = get_type_hints(Manifest)
+    expected = {**get_type_hints(Manifest), "catalog_source": str}
     missing, unknown = sorted(expected.keys() - fields.keys()), sorted(fields.keys() - expected.keys() - {"format"})
     if missing or unknown:
         raise DomainError(f"{path}: missing keys {missing}, unknown keys {unknown}. {RESTORE}")
@@ -134,6 +166,11 @@ def _check_fields(path: Path, fields: dict[str, Any]) -> None:
             raise DomainError(f"{path}: {key!r} is {value!r}, expected {expected_type.__name__}. {RESTORE}")
         if type(value) is int and value < 1:
             raise DomainError(f"{path}: {key!r} is {value}, expected at least 1. {RESTORE}")
+    if fields["catalog_source"] not in get_args(CatalogSource):
+        raise DomainError(
+            f"{path}: 'catalog_source' is {fields['catalog_source']!r}, expected one of "
+            f"{', '.join(get_args(CatalogSource))}. {RESTORE}"
+        )
     check_name(fields["name"], f"{path}: ")
 
 

@@ -20,7 +20,8 @@ def domain_text(folder: Path) -> str:
     lines = [
         f"{manifest.name}{'  (SYNTHETIC)' if manifest.synthetic else ''}",
         f"  source          {manifest.source}",
-        f"  catalog         {'public' if manifest.public_catalog else 'private: does not leave the client'}",
+        f"  catalog         {'public' if manifest.public_catalog else 'private: does not leave the client'}; its items "
+        f"{'are given' if manifest.catalog_source == 'given' else 'depend on interactions'}",
         f"  users           {manifest.num_users:,} ({info.num_short_users:,} fewer than 3 items: never evaluated)",
         f"  items           {manifest.num_items:,} ({info.num_unused_items:,} without interactions)",
         f"  interactions    {manifest.num_interactions:,} ({info.num_repeats:,} repeats)",

@@ -11,6 +11,7 @@ from fedmerge.domain.demo import generate_domain
 from fedmerge.domain.folder import write_domain
 
 BY_USER = {"dp.mode": "user", "dp.epsilon": "8", "train.negatives": "catalog"}
+NOISED_METRICS = {"privacy.metrics": "noised", "privacy.metrics_noise": "5"}
 LOCAL: dict[str, tuple[dict[str, str], Parts]] = {
     "a missing data root": ({"domains.root": "gone"}, ["domains.root: ", "gone"]),
     "a missing domain": ({"domains.train": "beauty,shoes"}, ["has no domain shoes", "beauty, books"]),
@@ -28,6 +29,14 @@ LOCAL: dict[str, tuple[dict[str, str], Parts]] = {
     "an unknown parameter of a rule": ({"rounds.rule": "median", "rounds.parameters": "x=1"}, ["median", "x"]),
     "a private catalog": ({"merge.methods": "mergerec"}, ["domain books: ", "public_catalog = false"]),
     "a private catalog with noise by user": ({**BY_USER, "dp.delta": "1e-6"}, ["domain books: dp.mode", "public"]),
+    "a catalog that users decided, with noise by user": (
+        {**BY_USER, "dp.delta": "1e-6", "domains.train": "beauty,toys"},
+        ["domain toys: dp.mode = 'user'", "catalog_source = 'interactions'", "--keep-all-items", "--catalog-source"],
+    ),
+    "a catalog that users decided, with noised metrics": (
+        {**NOISED_METRICS, "domains.train": "beauty", "domains.unseen": "toys", "server.min_train_clients": "1"},
+        ["domain toys: privacy.metrics = 'noised'", "catalog_source = 'interactions'"],
+    ),
     "a missing folder of catalogs": ({"server.catalogs": "gone"}, ["server.catalogs = ", "gone"]),
     "a missing own method": ({"merge.methods": "average,gone:merge"}, ["merge.methods", "gone"]),
     "an own method that is not a function": ({"merge.methods": "math:pi"}, ["merge.methods", "math:pi"]),
@@ -37,14 +46,20 @@ SINGLE = {"merge.methods": "average"}
 
 @pytest.fixture(scope="module")
 def two_domains(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write a tiny backbone, the domain beauty, and the domain books with real data and a private catalog."""
+    """Write a tiny backbone, the synthetic domain beauty, and real data: books is private, toys comes from a k-core."""
     root = tmp_path_factory.mktemp("local")
     tiny_bert(root / "bert")
-    for name, is_beauty in (("beauty", True), ("books", False)):
+    for name in ("beauty", "books", "toys"):
         made = generate_domain(name, num_users=12, num_items=20)
         folder = root / "domains" / name
         write_domain(
-            folder, made.catalog, made.interactions, public_catalog=is_beauty, synthetic=is_beauty, source="test"
+            folder,
+            made.catalog,
+            made.interactions,
+            public_catalog=name != "books",
+            synthetic=name == "beauty",
+            source="test",
+            catalog_source="interactions" if name == "toys" else "given",
         )
     return root
 

@@ -219,11 +219,11 @@ def test_import_creates_a_domain(fedmerge: Command, tmp_path: Path) -> None:
     code, out, err = fedmerge("data", "import", "mergerec", source, tmp_path / "domains")
     assert (code, err) == (0, [])
     assert out == [f"{tmp_path / 'domains' / 'Tiny'}: 3 users, 3 items, 10 interactions"]
-    assert read_manifest(tmp_path / "domains" / "Tiny").public_catalog
+    assert not read_manifest(tmp_path / "domains" / "Tiny").public_catalog
     again = ("data", "import", "mergerec", source, tmp_path / "domains")
     assert "domains/Tiny: " in refusal(fedmerge(*again))
-    assert fedmerge(*again, "--overwrite", "--private-catalog")[0] == 0
-    assert not read_manifest(tmp_path / "domains" / "Tiny").public_catalog
+    assert fedmerge(*again, "--overwrite", "--public-catalog")[0] == 0
+    assert read_manifest(tmp_path / "domains" / "Tiny").public_catalog
     assert fedmerge(*again, "--name", "other")[0] == 0
     assert list_domains(tmp_path / "domains") == ("Tiny", "other")
 

@@ -4,16 +4,23 @@ Whole runs are in test_policies_in_a_run.py.
 """
 
 import re
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from adapters import layout_of, merges_of, random_adapters
+from flwr.app import Context, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+from in_process import small_experiment
+from safetensors.torch import load_file, save_file
 
 from fedmerge.adapter import Adapter, adapter_sha256
 from fedmerge.client.coefficients import pseudo_users as through_clients
 from fedmerge.client.coefficients.pseudo_users import (
+    PSEUDO_FILE,
     Cohort,
     cache_cohort,
     cohort_folder,
@@ -23,9 +30,10 @@ from fedmerge.client.coefficients.pseudo_users import (
     read_cached_cohort,
     take_local_steps,
 )
-from fedmerge.config import from_flat
+from fedmerge.config import from_flat, to_flat
+from fedmerge.device import resolve_compute
 from fedmerge.domain.demo import generate_domain
-from fedmerge.encoder.backbone import Backbone
+from fedmerge.encoder.backbone import Backbone, load_backbone
 from fedmerge.encoder.encode import encode
 from fedmerge.encoder.text import build_token_table, item_sequences
 from fedmerge.errors import ClientError, MergeError, PolicyError
@@ -34,6 +42,8 @@ from fedmerge.mergerec.learn import draw_pseudo_users
 from fedmerge.mergerec.objective import PAPER
 from fedmerge.mergerec.variants import learned_variant, learned_variants
 from fedmerge.merging.stack import stack_adapters
+from sim.app.client.app import app as client_app
+from sim.app.client.coefficients import _cached_cohort
 from sim.app.messages import records
 
 SETTINGS = replace(PAPER, steps=4, batch_size=3)
@@ -63,7 +73,7 @@ def kept(
     rest = {name: adapters[name] for name in ("beauty", NAME)}
     with pytest.raises(ClientError, match=r"books.*beauty, toys"):
         cache_cohort(folder, "books", backbone, rest, catalog, config)
-    return read_cached_cohort(folder, NAME, items), items
+    return read_cached_cohort(folder, NAME, items, "pseudo-users"), items
 
 
 def test_a_cohort_comes_back_from_disk(adapters: dict[str, Adapter], kept: tuple[Cohort, list[np.ndarray]]) -> None:
@@ -74,8 +84,56 @@ def test_a_cohort_comes_back_from_disk(adapters: dict[str, Adapter], kept: tuple
     assert cohort.pseudo is not None
     assert len(cohort.pseudo.users) == len(items) == 20
     assert sum(map(len, cohort.pseudo.users)) > sum(map(len, items))  # chains have several items
-    with pytest.raises(ClientError, match=r"toys.*elsewhere.*cache_dir"):
-        read_cached_cohort(cohort.folder / "elsewhere", NAME, items)
+    with pytest.raises(ClientError, match=r"domain toys: .*elsewhere .*cache_dir"):
+        read_cached_cohort(cohort.folder / "elsewhere", NAME, items, "pseudo-users")
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "cut", "other lengths"])
+def test_lost_pseudo_users_are_an_error_unless_the_run_learns_on_own_users(
+    kept: tuple[Cohort, list[np.ndarray]], tmp_path: Path, damage: str
+) -> None:
+    cohort, items = kept
+    folder = shutil.copytree(cohort.folder, tmp_path / "cohort")
+    path = folder / PSEUDO_FILE
+    if damage == "missing":
+        path.unlink()
+    elif damage == "other lengths":
+        tensors = load_file(path)
+        save_file({**tensors, "lengths": tensors["lengths"][:-1]}, path)
+    else:
+        path.write_bytes(path.read_bytes()[: 100 if damage == "cut" else 0])
+    with pytest.raises(ClientError) as caught:
+        read_cached_cohort(folder, NAME, items, "pseudo-users")
+    assert all(part in str(caught.value) for part in (f"domain {NAME}", str(folder), "delete the folder", "resume"))
+    assert read_cached_cohort(folder, NAME, items, "own-users").pseudo is None
+
+
+def test_a_client_that_lost_its_pseudo_users_answers_with_no_gradient_of_real_users(tmp_path: Path) -> None:
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+    config = small_experiment(
+        tmp_path, **{"privacy.policy": "catalog-private", "merge.methods": "mergerec", "privacy.min_users": 2}
+    )
+    backbone = load_backbone(config.backbone.source, config.backbone.pooling, resolve_compute("cpu", "float32"))
+    made = random_adapters(layout_of(backbone, ("query", "value")))
+    cohort = {"beauty": made["toys"], "books": made["books"]}
+
+    def send(message_type: str, content: RecordDict) -> RecordDict:
+        _cached_cohort.cache_clear()  # a deployed client answers each message in a new process
+        context = Context(1, 1, {"partition-id": 0, "num-partitions": 4}, RecordDict(), dict(to_flat(config)))
+        return client_app(Message(content, dst_node_id=1, message_type=message_type), context).content
+
+    asked = records.GradientRequest("mergerec domain-wise", cohort_sha256(cohort), 0, 0)
+    at = torch.full((2,), 0.5)
+    gradient = records.gradient_request_record(asked, at, at, [0, 1])
+    assert records.read_pseudo_users(send(records.COHORT, records.cohort_record(cohort))) > 0
+    assert len(records.read_gradient(send(records.GRADIENT, gradient))) == 2
+    (path,) = Path(config.cache_dir).glob(f"cohorts/*/{PSEUDO_FILE}")
+    path.unlink()
+    for message_type, content in ((records.GRADIENT, gradient), (records.COHORT, records.cohort_record(cohort))):
+        assert "domain beauty: found no complete cohort" in str(records.read_error(send(message_type, content)))
+    shutil.rmtree(path.parent)  # the remedy that the message names
+    assert records.read_pseudo_users(send(records.COHORT, records.cohort_record(cohort))) > 0
+    assert len(records.read_gradient(send(records.GRADIENT, gradient))) == 2
 
 
 @pytest.mark.parametrize("label", ["../../outside", "/srv/models/prod", "", ".hidden", "a/b"])

@@ -368,6 +368,13 @@ def test_a_catalog_that_is_not_public_cannot_give_negatives(toys: LocalDomain) -
         user_plan(private, *plan_inputs(1e-4))
 
 
+def test_a_catalog_that_users_decided_cannot_give_negatives(toys: LocalDomain) -> None:
+    decided = replace(toys, manifest=replace(toys.manifest, catalog_source="interactions"))
+    with pytest.raises(DomainError, match=r"domain toys: dp.mode = 'user' .*'interactions'.*--catalog-source given"):
+        user_plan(decided, *plan_inputs(1e-4))
+    assert toys.manifest.catalog_source == "given"  # generated
+
+
 def test_a_delta_that_allows_a_user_to_be_published_is_refused(toys: LocalDomain) -> None:
     with pytest.raises(DomainError, match=r"toys.*dp\.delta = 0\.05.*\b24\b.*0\.042"):
         user_plan(toys, *plan_inputs(0.05))

@@ -74,6 +74,17 @@ def change_manifest(folder: Path, **fields: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
+@pytest.mark.parametrize(("synthetic", "source"), [(True, "given"), (False, "interactions")])
+def test_an_older_manifest_counts_as_made_from_interactions_unless_synthetic(
+    folder: Path, synthetic: bool, source: str
+) -> None:
+    path = folder / "manifest.json"
+    fields = json.loads(path.read_text()) | {"synthetic": synthetic}
+    del fields["catalog_source"]
+    path.write_text(json.dumps(fields))
+    assert read_manifest(folder).catalog_source == source
+
+
 # Round trip
 
 
@@ -256,6 +267,8 @@ MANIFEST_DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "unknown key": (lambda f: change_manifest(f, colour="red"), r"\['colour'\]"),
     "text for a count": (lambda f: change_manifest(f, num_items="4"), "'num_items' .*'4'.* int"),
     "boolean for a count": (lambda f: change_manifest(f, num_users=True), "'num_users' .*True.* int"),
+    "a source of the catalog": (lambda f: change_manifest(f, catalog_source="users"), "'users'.*given, interactions"),
+    "a number for a source": (lambda f: change_manifest(f, catalog_source=1), "'catalog_source' is 1"),
     "zero users": (lambda f: change_manifest(f, num_users=0), "'num_users' .*0.* 1"),
     "another name": (lambda f: change_manifest(f, name="coffee"), "'coffee' .*'tea'"),
     "a name that is a path": (lambda f: change_manifest(f, name="../tea"), r"'\.\./tea'"),

@@ -172,6 +172,33 @@ def test_items_without_metadata_or_text_are_left_out_and_the_core_is_recomputed(
     assert load_catalog(tmp_path / "d" / "all").attributes["title"][2] == ""
 
 
+@pytest.mark.parametrize("release", ["2014", "2018", "2023"])
+def test_all_items_of_the_metadata_are_kept_in_their_order(tmp_path: Path, release: str) -> None:
+    entries = [entry(release, item) for item in "XACB"] + [{**entry(release, "A"), "title": "A second entry"}]
+    lines = entries if release == "2014" else [json.dumps(found) for found in entries]
+    source = write_source(tmp_path, release, entries=lines)
+    report = import_amazon(*source, tmp_path / "d", settings(keep_all_items=True))
+    assert load_catalog(tmp_path / "d" / "Toys").item_ids == ("X", "A", "C", "B")
+    assert load_catalog(tmp_path / "d" / "Toys").attributes["title"][1] == "It's A & more"
+    assert report.manifest.catalog_source == "given"
+    kept = sequences(tmp_path / "d" / "Toys")
+    assert {user: kept[user] for user in CORE} == CORE
+    assert all(len(items) >= 2 for items in kept.values())
+    assert import_amazon(*source, tmp_path / "e", settings()).manifest.catalog_source == "interactions"
+
+
+def test_of_all_items_those_without_text_are_left_out_unless_they_are_kept(tmp_path: Path) -> None:
+    empty = {"asin": "C", "title": "  ", "brand": "", "category": [], "main_cat": ""}
+    source = write_source(tmp_path, "2018", entries=[json.dumps(found) for found in (empty, entry("2018", "A"))])
+    report = import_amazon(*source, tmp_path / "d", settings(keep_all_items=True, k_core=1))
+    assert load_catalog(tmp_path / "d" / "Toys").item_ids == ("A",)
+    assert report.dropped[WITHOUT_TEXT] > 0
+    settings_ = settings(keep_all_items=True, k_core=1, overwrite=True)
+    report = import_amazon(*source, tmp_path / "d", settings_, keep_items_without_text=True)
+    assert load_catalog(tmp_path / "d" / "Toys").item_ids == ("C", "A")  # B has no metadata: only a review names it
+    assert report.manifest.catalog_source == "given"
+
+
 def one_item(tmp_path: Path, release: str, **fields: Any) -> tuple[str, str, str]:
     """Import an entry of item A; return its title, brand and category."""
     found = {**entry(release, "A"), **fields}

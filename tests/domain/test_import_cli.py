@@ -32,7 +32,10 @@ def test_csv(tmp_path: Path, capsys: Capture) -> None:
     assert err[0].startswith(f"fedmerge: {rows}: 1 of the 7 rows ")
     assert "(1: line 8)" in err[0]
     assert not (tmp_path / "d").exists()
-    code, out, err = fedmerge(capsys, *command, *options, "--max-bad-share", "0.2", "--private-catalog")
+    with pytest.raises(SystemExit):  # removed: private is the default
+        main([str(argument) for argument in (*command, *options, "--private-catalog")])
+    assert all(flag in capsys.readouterr().err for flag in ["--private-catalog: removed"])
+    code, out, err = fedmerge(capsys, *command, *options, "--max-bad-share", "0.2")
     assert (code, err) == (0, [])
     assert out == [
         f"{tmp_path / 'd' / 'mine'}: 2 users, 4 items, 5 interactions",
@@ -40,12 +43,19 @@ def test_csv(tmp_path: Path, capsys: Capture) -> None:
         f"  {rows}: 1 bad of 7 rows:",
         "    the item is not in the catalog (1: line 8)",
     ]
-    assert not read_manifest(tmp_path / "d" / "mine").public_catalog
+    manifest = read_manifest(tmp_path / "d" / "mine")
+    assert (manifest.public_catalog, manifest.catalog_source) == (False, "given")
     code, out, err = fedmerge(capsys, *command, *options)
     assert code == 1
     assert f"{tmp_path}/d/mine: " in err[0]
-    assert fedmerge(capsys, *command, *options, "--max-bad-share", "0.2", "--overwrite")[0] == 0
+    assert fedmerge(capsys, *command, *options, "--max-bad-share", "0.2", "--overwrite", "--public-catalog")[0] == 0
     assert read_manifest(tmp_path / "d" / "mine").public_catalog
+    again = (*command, *options, "--max-bad-share", "0.2", "--overwrite", "--k-core", "1")
+    for flags, source in {(): "interactions", ("--keep-all-items",): "given"}.items():
+        assert fedmerge(capsys, *again, *flags)[0] == 0
+        assert read_manifest(tmp_path / "d" / "mine").catalog_source == source
+        assert fedmerge(capsys, *again, *flags, "--catalog-source", "given")[0] == 0
+        assert read_manifest(tmp_path / "d" / "mine").catalog_source == "given"
 
 
 def test_parquet(tmp_path: Path, capsys: Capture) -> None:

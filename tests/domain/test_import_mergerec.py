@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from source_tables import Files, small_source, write_source
@@ -20,7 +21,7 @@ def test_a_small_source_is_imported_as_by_hand(tmp_path: Path) -> None:
     manifest = import_mergerec(write_source(tmp_path / "src" / "Tiny", small_source()), tmp_path / "domains")
     folder = tmp_path / "domains" / "Tiny"
     assert (manifest.name, manifest.num_items, manifest.num_users, manifest.num_interactions) == ("Tiny", 3, 3, 10)
-    assert manifest.public_catalog
+    assert (manifest.public_catalog, manifest.catalog_source) == (False, "interactions")
     assert not manifest.synthetic
     assert str(tmp_path) not in manifest.source
     catalog, interactions = load_catalog(folder), load_interactions(folder)
@@ -41,11 +42,12 @@ def test_a_name_can_be_given_and_an_existing_domain_needs_overwrite(tmp_path: Pa
     src = write_source(tmp_path / "with space", small_source())
     with pytest.raises(DomainError, match="'with space'"):
         import_mergerec(src, tmp_path / "domains")
-    first = import_mergerec(src, tmp_path / "domains", name="tiny", public_catalog=False)
-    assert not first.public_catalog
+    settings: dict[str, Any] = {"public_catalog": True, "catalog_source": "given"}
+    first = import_mergerec(src, tmp_path / "domains", name="tiny", **settings)
+    assert (first.public_catalog, first.catalog_source) == (True, "given")
     with pytest.raises(DomainError, match="domains/tiny: "):
         import_mergerec(src, tmp_path / "domains", name="tiny")
-    assert import_mergerec(src, tmp_path / "domains", name="tiny", overwrite=True, public_catalog=False) == first
+    assert import_mergerec(src, tmp_path / "domains", name="tiny", overwrite=True, **settings) == first
     assert list_domains(tmp_path / "domains") == ("tiny",)
 
 

@@ -113,6 +113,10 @@ def test_min_rating_and_k_core_select_rows(tmp_path: Path, layout: str) -> None:
     assert report.dropped == {LOW_RATING: 2}
     assert sequences(tmp_path / "d" / "rated") == {"2": ["20"], "1": ["30"]}
     assert import_movielens(src, tmp_path / "d", ImportSettings(name="core", k_core=1)).manifest.num_items == 3
+    settings = ImportSettings(name="all", k_core=1, keep_all_items=True)
+    manifest = import_movielens(src, tmp_path / "d", settings).manifest
+    # Only movies.dat lists movies that nobody rated; the others' items were chosen by users.
+    assert (manifest.num_items, manifest.catalog_source) == (4, "given" if layout == "ml-1m" else "interactions")
     with pytest.raises(DomainError, match=r" 4 rows.* 0 bad, 4 outside the k-core"):
         import_movielens(src, tmp_path / "d", ImportSettings(name="none", k_core=2))
 

@@ -14,7 +14,7 @@ from source_tables import bad_rows, sequences
 
 from fedmerge.domain.catalog import load_catalog
 from fedmerge.domain.importers.csv_parquet import Columns, import_csv, import_parquet
-from fedmerge.domain.importers.events import LOW_RATING, OUTSIDE_CORE, REPEATED, ImportSettings
+from fedmerge.domain.importers.events import LOW_RATING, OF_SHORT_USERS, OUTSIDE_CORE, REPEATED, ImportSettings
 from fedmerge.errors import ConfigError, DomainError
 
 INTERACTIONS = """\
@@ -47,7 +47,7 @@ def test_two_small_tables_are_imported_as_by_hand(tmp_path: Path) -> None:
     report = import_csv(*write_tables(tmp_path), tmp_path / "domains")
     manifest = report.manifest
     assert (manifest.name, manifest.num_users, manifest.num_items, manifest.num_interactions) == ("shop", 2, 4, 5)
-    assert manifest.public_catalog
+    assert (manifest.public_catalog, manifest.catalog_source) == (False, "given")
     assert not manifest.synthetic
     assert manifest.source == "CSV tables 'rows.csv' and 'items.csv'"
     assert report.dropped == {REPEATED: 1}
@@ -66,8 +66,8 @@ def test_an_import_is_repeatable_and_replaces_only_with_overwrite(tmp_path: Path
     with pytest.raises(DomainError, match="domains/shop: "):
         import_csv(tables[0], tmp_path / "gone.csv", tmp_path / "domains")  # refused before the catalog is read
     assert import_csv(*tables, tmp_path / "domains", settings=ImportSettings(overwrite=True)).manifest == first
-    other = import_csv(*tables, tmp_path / "domains", settings=ImportSettings(name="b", public_catalog=False)).manifest
-    assert (other.name, other.public_catalog) == ("b", False)
+    other = import_csv(*tables, tmp_path / "domains", settings=ImportSettings(name="b", public_catalog=True)).manifest
+    assert (other.name, other.public_catalog) == ("b", True)
     assert (other.catalog_sha256, other.interactions_sha256) == (first.catalog_sha256, first.interactions_sha256)
 
 
@@ -101,6 +101,29 @@ def test_min_rating_and_k_core_select_rows(tmp_path: Path) -> None:
     assert report.dropped == {OUTSIDE_CORE: 3, REPEATED: 1}
     assert sequences(tmp_path / "d" / "core") == {"ann": ["i2", "i2"]}
     assert load_catalog(tmp_path / "d" / "core").item_ids == ("i2",)  # only items of the core
+    assert report.manifest.catalog_source == "interactions"
+
+
+def test_after_a_k_core_one_user_decides_which_items_exist_unless_all_are_kept(tmp_path: Path) -> None:
+    """Two data sets that differ by the user zoe: with all items kept, nothing else of the domain differs."""
+    without = "user_id,item_id,timestamp\nann,i1,1\nann,i2,2\nbob,i1,1\nbob,i3,2\nbob,i2,3\ncy,i2,1\n"
+    found: dict[bool, list[tuple[str, ...]]] = {}
+    for keep_all_items in (False, True):
+        settings = ImportSettings(k_core=2, keep_all_items=keep_all_items)
+        for name, text in (("without", without), ("with", f"{without}zoe,i3,1\nzoe,i1,2\n")):
+            place = tmp_path / f"{name}-{keep_all_items}"
+            place.mkdir()
+            report = import_csv(*write_tables(place, text), place / "domains", settings=settings)
+            folder = place / "domains" / report.manifest.name
+            found.setdefault(keep_all_items, []).append(load_catalog(folder).item_ids)
+            assert report.manifest.catalog_source == ("given" if keep_all_items else "interactions")
+            if keep_all_items:
+                kept = sequences(folder)
+                assert kept.pop("zoe", ["i3", "i1"]) == ["i3", "i1"]
+                assert kept == {"ann": ["i1", "i2"], "bob": ["i1", "i3", "i2"]}  # i3 and i4 stay, whatever zoe does
+                assert report.dropped == {OF_SHORT_USERS: 1}
+    assert found[False] == [("i1", "i2"), ("i1", "i2", "i3")]
+    assert len({*found[True]}) == 1
 
 
 @pytest.mark.parametrize(

@@ -80,8 +80,23 @@ def _add_target(parser: argparse.ArgumentParser, default_name: str) -> None:
     parser.add_argument("--name", default=None, help=f"the domain's name (default: {default_name})")
     parser.add_argument("--overwrite", action="store_true", help="replace the domain if it exists")
     parser.add_argument(
-        "--private-catalog", action="store_true", help="mark the catalog as private, so it never leaves the client"
+        "--public-catalog", action="store_true", help="let the catalog leave the client (default: it never does)"
     )
+    parser.add_argument("--private-catalog", action=_RemovedFlag, nargs=0, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--catalog-source",
+        choices=("given", "interactions"),
+        default=None,
+        help="given: a table of items, whatever users did, as differential privacy by user needs it; interactions: the "
+        "items that users' interactions left (default: what the importer knows)",
+    )
+
+
+class _RemovedFlag(argparse.Action):
+    """Name the remedy for a flag that was removed."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object, **__: object) -> None:
+        parser.error("--private-catalog: removed; leave it out: a catalog is private unless you give --public-catalog")
 
 
 def _add_rows(parser: argparse.ArgumentParser, k_core: int | None) -> None:
@@ -91,6 +106,11 @@ def _add_rows(parser: argparse.ArgumentParser, k_core: int | None) -> None:
         default=k_core,
         metavar="K",
         help=f"drop users and items with fewer than K interactions, repeatedly (default: {k_core or 'keep all'})",
+    )
+    parser.add_argument(
+        "--keep-all-items",
+        action="store_true",
+        help="keep the whole catalog and all rows of its items; --k-core then drops only users",
     )
     parser.add_argument("--min-rating", type=float, default=None, metavar="R", help="leave out lower ratings")
     parser.add_argument(
@@ -110,7 +130,8 @@ def _import_mergerec(options: argparse.Namespace) -> int:
         options.destination,
         name=options.name,
         overwrite=options.overwrite,
-        public_catalog=not options.private_catalog,
+        public_catalog=options.public_catalog,
+        catalog_source=options.catalog_source,
     )
     print(
         f"{options.destination / manifest.name}: {manifest.num_users} users, {manifest.num_items} items, "
@@ -161,8 +182,10 @@ def _import(options: argparse.Namespace, read: "Callable[[Path, ImportSettings],
         settings = ImportSettings(
             name=options.name,
             overwrite=options.overwrite,
-            public_catalog=not options.private_catalog,
+            public_catalog=options.public_catalog,
             k_core=options.k_core,
+            keep_all_items=options.keep_all_items,
+            catalog_source=options.catalog_source,
             min_rating=options.min_rating,
             max_bad_share=options.max_bad_share,
             progress=progress,

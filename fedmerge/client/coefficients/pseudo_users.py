@@ -11,6 +11,7 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -49,7 +50,8 @@ class Cohort:
     Attributes:
         folder: folder on the client's own disk.
         adapters: domain -> expert, of all domains.
-        pseudo: the client's own pseudo-users with the vectors of its expert; None if it learns on its users.
+        pseudo: the client's own pseudo-users with the vectors of its expert; None if the run learns on the client's own
+            users. A missing file is an error, never None.
     """
 
     folder: Path
@@ -134,24 +136,30 @@ def cache_cohort(
     fill_folder(folder, write, folder.is_dir, f"domain {name}: the cohort")
 
 
-def read_cached_cohort(folder: Path, name: str, items: Sequence[Tokens]) -> Cohort:
+def read_cached_cohort(
+    folder: Path, name: str, items: Sequence[Tokens], learned_on: Literal["pseudo-users", "own-users"]
+) -> Cohort:
     """Read the cohort that :func:`cache_cohort` wrote.
 
     Args:
         folder: :func:`cohort_folder`.
         name: the client's domain.
         items: N token sequences of its catalog.
+        learned_on: ``through_clients.users``. It alone decides whether there are pseudo-users, not the files: a client
+            that lost them must not answer with gradients of its real users.
 
     Raises:
-        ClientError: it is missing or damaged.
+        ClientError: the cohort, or its pseudo-users, are missing or damaged.
     """
     try:
         adapters = {path.name: read_adapter(path) for path in sorted((folder / ADAPTERS).iterdir())}
-        pseudo = _read_pseudo(folder / PSEUDO_FILE, name, items) if (folder / PSEUDO_FILE).is_file() else None
-    except (FedMergeError, OSError, LookupError, SafetensorError) as error:
+        pseudo = None if learned_on == "own-users" else _read_pseudo(folder / PSEUDO_FILE, name, items)
+    except (FedMergeError, OSError, LookupError, ValueError, SafetensorError) as error:
+        missing = "" if folder.is_dir() else " (the folder is missing)"
         raise ClientError(
-            f"domain {name}: the cohort's adapters cannot be read from {folder} ({type(error).__name__}). "
-            "Keep cache_dir during a run."
+            f"domain {name}: found no complete cohort in {folder}{missing}: {type(error).__name__}. Keep cache_dir "
+            "between the messages of a run; delete the folder, if there is one, and resume the run, which sends the "
+            "cohort again."
         ) from error
     return Cohort(folder, adapters, pseudo)
 
@@ -294,6 +302,10 @@ def take_local_steps(
 
 
 def _read_pseudo(path: Path, name: str, items: Sequence[Tokens]) -> PseudoDomain:
+    """Read a file of pseudo-users; raises OSError, LookupError, ValueError, FedMergeError or SafetensorError."""
     cached = load_file(path)
-    users = np.split(cached["users"].numpy(), np.cumsum(cached["lengths"].numpy())[:-1])
+    lengths = cached["lengths"].numpy()
+    if not len(lengths) or lengths.sum() != len(cached["users"]):
+        raise ValueError(f"{path}: the lengths sum to {lengths.sum()}, expected {len(cached['users'])} tokens")
+    users = np.split(cached["users"].numpy(), np.cumsum(lengths)[:-1])
     return PseudoDomain(name, items, cached["teacher_items"], users, cached["teacher_users"])

@@ -23,6 +23,7 @@ from fedmerge.client.training.loop import Attached, Step, StepResult
 from fedmerge.client.training.losses import TEMPERATURE, catalog_softmax
 from fedmerge.client.training.plain_sgd import item_refresh_is_due
 from fedmerge.config import DP, Train
+from fedmerge.domain.manifest import DP_BY_USER, check_catalog_is_given
 from fedmerge.encoder.backbone import in_float32
 from fedmerge.encoder.encode import TRAINING_GROUPS, embed_batch, encode
 from fedmerge.encoder.text import Tokens, pack_sequences
@@ -86,15 +87,16 @@ def check_user_dp(domain: LocalDomain, dp: DP) -> None:
     """Refuse a domain to whose users differential privacy would give no guarantee.
 
     Raises:
-        DomainError: the catalog is not public, or δ is too large for this number of users.
+        DomainError: the catalog is not public or depends on users, or δ is too large for this number of users.
     """
     name, num_users = domain.manifest.name, len(domain.training_sequences)
     if not domain.manifest.public_catalog:
         raise DomainError(
             f"domain {name}: dp.mode = 'user' treats the catalog as public, since its items are every user's "
-            "negatives, but the manifest says public_catalog = false. If no single user can change the catalog, import "
-            "the domain again as public; otherwise it cannot be used with differential privacy."
+            "negatives, but the manifest says public_catalog = false. If others may see it, import the domain again "
+            "with --public-catalog."
         )
+    check_catalog_is_given(domain.manifest, DP_BY_USER)
     if dp.delta is not None and dp.delta >= 1 / num_users:
         raise DomainError(
             f"domain {name}: dp.delta = {dp.delta:g} allows the data of one of its {num_users} training users to be "

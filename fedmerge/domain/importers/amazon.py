@@ -6,8 +6,8 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -64,6 +64,9 @@ def import_amazon(
     category all empty, are left out, and the k-core is computed again. The k-core of a subset lies within the k-core of
     the whole, so the result is the k-core of the reviews of items with text.
 
+    With ``settings.keep_all_items`` the catalog is the metadata in their order, and only users with fewer than k_core
+    reviews are left out.
+
     Texts: title; brand (2023: ``details.Brand``, else ``store``); category, the words of the path (2014: of the first
     path; 2018 and 2023: else of ``main_cat`` or ``main_category``). HTML entities are resolved, white space is
     collapsed; a 2018 title that is a script (``getTime``) counts as empty.
@@ -73,10 +76,10 @@ def import_amazon(
         metadata: metadata of the same category and release.
         dst: folder that holds the domains.
         settings: k_core is required; the name defaults to default_name(reviews).
-        keep_items_without_text: keep items without text or metadata.
+        keep_items_without_text: keep items without text and, unless all items are kept, items without metadata.
 
     Returns:
-        The report. Users and items are in the order of their first review.
+        The report. Users are in the order of their first review, and so are items unless all are kept.
 
     Raises:
         DomainError: an unreadable file, unknown fields, files of different releases, too many bad rows, no metadata
@@ -88,29 +91,39 @@ def import_amazon(
     folder = prepare(dst, settings, default_name(reviews))
     log = EventLog()
     report, releases = _read_reviews(SourceFile(reviews), log, settings)
-    events = select(log.take(), settings.k_core)
+    events = select(log.take(), settings.k_core, settings.keep_all_items)
     check_rows_left(events, (report,))
     user_ids, item_ids = list(log.users), list(log.items)
     del log
-    wanted = {item_ids[code]: code for code in np.unique(events.items).tolist()}
+    reviewed = {item_ids[code] for code in np.unique(events.items).tolist()}
+    wanted = None if settings.keep_all_items else reviewed
     texts, metadata_report = _read_metadata(SourceFile(metadata), wanted, releases, settings)
-    if not texts:
+    if reviewed.isdisjoint(texts):
         raise DomainError(
-            f"{metadata}: found none of the {len(wanted)} reviewed items. "
+            f"{metadata}: found none of the {len(reviewed)} reviewed items. "
             "Use the metadata of the reviews' category and release."
         )
-    if not keep_items_without_text:
-        has_text = np.zeros(len(item_ids), bool)
-        has_text[[code for code, found in texts.items() if any(found)]] = True
+    if settings.keep_all_items:  # the codes of items are renumbered in the order of the metadata
+        item_index = np.full(len(item_ids), -1, np.int32)
+        codes = {item_id: code for code, item_id in enumerate(item_ids)}
+        item_ids = [item_id for item_id, found in texts.items() if keep_items_without_text or any(found)]
+        for index, item_id in enumerate(item_ids):
+            if item_id in codes:
+                item_index[codes[item_id]] = index
+        events = events.keep(item_index[events.items] >= 0, WITHOUT_TEXT)
+        events = k_core(replace(events, items=item_index[events.items]), settings.k_core, users_only=True)
+    elif not keep_items_without_text:
+        has_text = np.array([any(texts.get(item_id, NO_TEXTS)) for item_id in item_ids])
         events = k_core(events.keep(has_text[events.items], WITHOUT_TEXT), settings.k_core)
+    rows = f"users with {settings.k_core} rows" if settings.keep_all_items else f"{settings.k_core}-core"
     return write_events(
         folder,
         events,
         settings,
         user_ids=user_ids,
         item_ids=item_ids,
-        texts=lambda code: texts.get(code, NO_TEXTS),
-        source=f"Amazon {' or '.join(releases)}, {settings.k_core}-core of {reviews.name!r} with {metadata.name!r}",
+        texts=lambda code: texts.get(item_ids[code], NO_TEXTS),
+        source=f"Amazon {' or '.join(releases)}, {rows} of {reviews.name!r} with {metadata.name!r}",
         files=(report, metadata_report),
     )
 
@@ -159,16 +172,16 @@ def _log_review(record: dict[str, Any], fields: ReviewFields, log: EventLog, min
 
 
 def _read_metadata(
-    source: SourceFile, wanted: dict[str, int], releases: tuple[str, ...], settings: ImportSettings
-) -> tuple[dict[int, Texts], FileReport]:
-    """Return the texts of the wanted items by code (the first entry counts), and the file's report."""
+    source: SourceFile, wanted: Collection[str] | None, releases: tuple[str, ...], settings: ImportSettings
+) -> tuple[dict[str, Texts], FileReport]:
+    """Return the texts of the wanted items, or of all, by id (the first entry counts), and the file's report."""
     bad = BadRows(str(source), "line", settings.max_bad_share)
-    wanted_bytes = {item_id.encode() for item_id in wanted}
+    wanted_bytes = {item_id.encode() for item_id in wanted or ()}
     release, num_good = "", 0
-    texts: dict[int, Texts] = {}
+    texts: dict[str, Texts] = {}
     for number, line in _lines(source, settings.progress):
         leading = LEADING_ASIN.match(line)
-        if release == "2014" and leading and leading[1] not in wanted_bytes:
+        if wanted is not None and release == "2014" and leading and leading[1] not in wanted_bytes:
             num_good += 1
             continue
         try:
@@ -182,8 +195,8 @@ def _read_metadata(
             bad.add(number, str(error))
             continue
         num_good += 1
-        if item in wanted:
-            texts.setdefault(wanted[item], _texts(record, release))
+        if (wanted is None or item in wanted) and item not in texts:
+            texts[item] = _texts(record, release)
     return texts, bad.report(num_good)
 
 

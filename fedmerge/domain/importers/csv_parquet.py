@@ -120,7 +120,7 @@ def _import_tables(
     report = table.bad.report(log.num_good)
     return write_events(
         folder,
-        select(log.take(), settings.k_core),
+        select(log.take(), settings.k_core, settings.keep_all_items),
         settings,
         user_ids=list(log.users),
         item_ids=list(items),

@@ -17,10 +17,11 @@ from fedmerge.domain.folder import check_target, write_domain
 from fedmerge.domain.importers.bad_rows import FileReport
 from fedmerge.domain.importers.source_files import Progress
 from fedmerge.domain.interactions import Interactions
-from fedmerge.domain.manifest import Manifest, check_name
+from fedmerge.domain.manifest import CatalogSource, Manifest, check_name
 from fedmerge.errors import ConfigError, DomainError
 
 OUTSIDE_CORE = "outside the k-core"
+OF_SHORT_USERS = "of users with fewer than k rows"
 REPEATED = "the same user, item and time as an earlier row"
 LOW_RATING = "rated below the minimum"
 
@@ -37,6 +38,10 @@ class ImportSettings:
         public_catalog: True if the owner lets the catalog leave the client.
         k_core: keep the largest set of rows in which every user and every item has at least k rows, and only those
             items in the catalog; None keeps all rows and the whole catalog.
+        keep_all_items: keep the whole catalog and all rows of its items; k_core then drops only users with fewer than
+            k rows. So neither the catalog nor a user's rows depend on other users.
+        catalog_source: the owner's word on where the catalog comes from; None: "given" if all items are kept and the
+            source lists them whatever users did, else "interactions".
         min_rating: leave out rows with a lower rating; None keeps all.
         max_bad_share: largest share of bad rows in a file, in [0, 1].
         progress: called with the progress of reading each file.
@@ -47,8 +52,10 @@ class ImportSettings:
 
     name: str | None = None
     overwrite: bool = False
-    public_catalog: bool = True
+    public_catalog: bool = False
     k_core: int | None = None
+    keep_all_items: bool = False
+    catalog_source: CatalogSource | None = None
     min_rating: float | None = None
     max_bad_share: float = 0.01
     progress: Progress | None = None
@@ -58,6 +65,11 @@ class ImportSettings:
             raise ConfigError(f"k_core is {self.k_core}, expected at least 1 (or none, to keep all rows).")
         if not 0 <= self.max_bad_share <= 1:
             raise ConfigError(f"max_bad_share is {self.max_bad_share}, expected a share from 0 to 1, such as 0.01.")
+
+    @property
+    def whole_catalog(self) -> bool:
+        """True if the catalog keeps items that no row is left of."""
+        return self.k_core is None or self.keep_all_items
 
 
 DEFAULT_SETTINGS = ImportSettings()
@@ -145,16 +157,19 @@ class EventLog:
         return Events(users, items, times, {LOW_RATING: self._low_rating} if self._low_rating else {})
 
 
-def k_core(events: Events, k: int | None) -> Events:
+def k_core(events: Events, k: int | None, users_only: bool = False) -> Events:
     """Return the largest set of rows in which each user and each item has at least k rows; all rows if k is None.
 
-    Rows of users and items below k are dropped repeatedly, because each pass may push others below k.
+    Rows of users and items below k are dropped repeatedly, because each pass may push others below k. With
+    ``users_only`` items may have any number of rows, so that no user decides about another one's rows.
     """
     while k is not None and len(events):
-        enough = (np.bincount(events.users) >= k)[events.users] & (np.bincount(events.items) >= k)[events.items]
+        enough = (np.bincount(events.users) >= k)[events.users]
+        if not users_only:
+            enough &= (np.bincount(events.items) >= k)[events.items]
         if enough.all():
             break
-        events = events.keep(enough, OUTSIDE_CORE)
+        events = events.keep(enough, OF_SHORT_USERS if users_only else OUTSIDE_CORE)
     return events
 
 
@@ -167,12 +182,12 @@ def without_repeats(events: Events) -> Events:
     return events.keep(kept, REPEATED)
 
 
-def select(events: Events, k: int | None) -> Events:
+def select(events: Events, k: int | None, users_only: bool = False) -> Events:
     """Return the k-core of the rows without repeats.
 
     The k-core of a subset lies within the k-core of the whole, so a first k-core is safe and leaves fewer rows to sort.
     """
-    return k_core(without_repeats(k_core(events, k)), k)
+    return k_core(without_repeats(k_core(events, k, users_only)), k, users_only)
 
 
 def to_interactions(events: Events, user_ids: Sequence[str], item_index: npt.NDArray[np.int32]) -> Interactions:
@@ -209,23 +224,25 @@ def write_events(
     texts: Callable[[int], Texts],
     source: str,
     files: tuple[FileReport, ...],
+    lists_all_items: bool = True,
 ) -> ImportReport:
     """Write selected rows as a domain folder, whole or not at all.
 
     Args:
         folder: as returned by prepare.
         events: as returned by select.
-        settings: with k_core, the catalog holds only the items of the rows, else all of item_ids.
+        settings: the catalog holds all of item_ids if ``whole_catalog``, else only the items of the rows.
         user_ids, item_ids: id of each code.
         texts: function that returns the attributes of an item code.
         source: origin of the data, in words.
         files: reports on the files, interactions first.
+        lists_all_items: False if item_ids are only those that somebody interacted with.
 
     Raises:
         DomainError: no rows are left, or write_domain fails.
     """
     check_rows_left(events, files)
-    codes = np.arange(len(item_ids)) if settings.k_core is None else np.unique(events.items)
+    codes = np.arange(len(item_ids)) if settings.whole_catalog else np.unique(events.items)
     item_index = np.full(len(item_ids), -1, np.int32)
     item_index[codes] = np.arange(len(codes), dtype=np.int32)
     columns = zip(*(texts(code) for code in codes.tolist()), strict=True)
@@ -239,6 +256,8 @@ def write_events(
         public_catalog=settings.public_catalog,
         synthetic=False,
         source=source,
+        catalog_source=settings.catalog_source
+        or ("given" if settings.whole_catalog and lists_all_items else "interactions"),
         overwrite=settings.overwrite,
     )
     return ImportReport(manifest, files, events.dropped)

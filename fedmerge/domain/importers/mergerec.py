@@ -9,14 +9,20 @@ from typing import Any
 from fedmerge.domain.catalog import ATTRIBUTES, Catalog, make_catalog
 from fedmerge.domain.folder import write_domain
 from fedmerge.domain.interactions import Interactions, make_interactions
-from fedmerge.domain.manifest import Manifest, check_name, folder_name
+from fedmerge.domain.manifest import CatalogSource, Manifest, check_name, folder_name
 from fedmerge.errors import DomainError
 
 PARTS = ("train", "val", "test")  # the order in time
 
 
 def import_mergerec(
-    src: Path, dst: Path, *, name: str | None = None, overwrite: bool = False, public_catalog: bool = True
+    src: Path,
+    dst: Path,
+    *,
+    name: str | None = None,
+    overwrite: bool = False,
+    public_catalog: bool = False,
+    catalog_source: CatalogSource | None = None,
 ) -> Manifest:
     """Import ``train/val/test/meta_data/smap/umap.json`` as the domain folder ``dst/name``.
 
@@ -30,7 +36,9 @@ def import_mergerec(
         dst: folder that holds the domains; the domain is written to ``dst/name``.
         name: the domain's name; None means the name of src.
         overwrite: replace an existing domain of that name.
-        public_catalog: True if the owner lets the catalog leave the client; the Amazon catalogs are public.
+        public_catalog: True if the owner lets the catalog leave the client.
+        catalog_source: the owner's word on where the items come from; None: "interactions", since the published files
+            hold a 5-core.
 
     Returns:
         The manifest. Item index = smap value, item id = smap key, users in the order of the umap values.
@@ -55,6 +63,7 @@ def import_mergerec(
         public_catalog=public_catalog,
         synthetic=False,
         source=f"MergeRec layout, folder {folder_name(src)!r}",
+        catalog_source=catalog_source or "interactions",
         overwrite=overwrite,
     )
 

@@ -29,17 +29,18 @@ NO_GENRES = "(no genres listed)"
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The files of a release: ratings, movies and, in ml-100k, genres."""
+    """The files of a release: ratings, movies and, in ml-100k, genres; and whether movies lists unrated ones."""
 
     name: str
     ratings: str
     movies: str
     others: tuple[str, ...] = ()
+    lists_unrated: bool = False
 
 
 LAYOUTS = (
     Layout("ml-100k", "u.data", "u.item", ("u.genre",)),
-    Layout("ml-1m", "ratings.dat", "movies.dat"),
+    Layout("ml-1m", "ratings.dat", "movies.dat", lists_unrated=True),
     Layout("ml-32m", "ratings.csv", "movies.csv"),
 )
 
@@ -90,13 +91,14 @@ def import_movielens(
     report = bad.report(log.num_good)
     return write_events(
         folder,
-        select(log.take(), settings.k_core),
+        select(log.take(), settings.k_core, settings.keep_all_items),
         settings,
         user_ids=list(log.users),
         item_ids=list(movies),
         texts=texts.__getitem__,
         source=f"MovieLens, layout of {layout.name}, {folder_name(src)!r}",
         files=(report, movies_report),
+        lists_all_items=layout.lists_unrated,
     )
 
 

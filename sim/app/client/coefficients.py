@@ -4,6 +4,7 @@ import logging
 from dataclasses import asdict
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from flwr.app import Context, Message, RecordDict
@@ -57,8 +58,8 @@ def cohort(message: Message, context: Context) -> RecordDict:
         raise ClientError(
             "the pseudo-users of this cohort cannot be generated. The reason would reveal data; see the client's log"
         ) from error
-    pseudo = _cached_cohort(folder, domain).pseudo
-    return records.pseudo_users_record(len(pseudo.users) if pseudo else 0)
+    pseudo = _cached_cohort(folder, domain, config.through_clients.users).pseudo
+    return records.pseudo_users_record(0 if pseudo is None else len(pseudo.users))
 
 
 def _check_enough_own_users(client: Client) -> None:
@@ -81,16 +82,21 @@ def gradient(message: Message, context: Context) -> RecordDict:
     start = at[:, 0] if settings.granularity == "domain" else at
     students = students[:, 0] if students.shape[1] == 1 else students
     client_cohort = _cached_cohort(
-        cohort_folder(config, domain.manifest.name, domain.catalog, domain.backbone, request.cohort_sha256), domain
+        cohort_folder(config, domain.manifest.name, domain.catalog, domain.backbone, request.cohort_sha256),
+        domain,
+        config.through_clients.users,
     )
     vectors = _cached_vectors(client_cohort, settings.initialisation, domain.backbone)
 
     def answer() -> torch.Tensor:
-        if client_cohort.pseudo is None and config.dp.mode == "user":
-            return _sum_over_own_users(client, vectors, settings, request, start)
-        if client_cohort.pseudo is None:
+        # The setting decides, and the organisation's policy has been held to it. Absent files never lead to users.
+        if config.through_clients.users == "own-users":
+            if config.dp.mode == "user":
+                return _sum_over_own_users(client, vectors, settings, request, start)
             found = _on_own_users(client, vectors, settings, request.step)
         else:
+            if client_cohort.pseudo is None:
+                raise ClientError(f"domain {domain.manifest.name}: found no pseudo-users, which the run learns on")
             items = load_or_encode_items(
                 client_cohort, domain.manifest.name, domain.item_sequences, domain.backbone, vectors, students
             )
@@ -150,8 +156,8 @@ def _client_settings(client: Client, settings: MergeRecSettings) -> ClientMergeS
 
 
 @lru_cache(maxsize=4)
-def _cached_cohort(folder: Path, domain: LocalDomain) -> Cohort:
-    return read_cached_cohort(folder, domain.manifest.name, domain.item_sequences)
+def _cached_cohort(folder: Path, domain: LocalDomain, users: Literal["pseudo-users", "own-users"]) -> Cohort:
+    return read_cached_cohort(folder, domain.manifest.name, domain.item_sequences, users)
 
 
 @lru_cache(maxsize=4)

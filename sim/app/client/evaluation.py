@@ -13,6 +13,7 @@ from fedmerge.client.disclosed.users import draw_examples, read_secret, remember
 from fedmerge.client.evaluate import outcomes
 from fedmerge.client.training.settings import training_settings
 from fedmerge.config import Split
+from fedmerge.domain.manifest import NOISED_METRICS, check_catalog_is_given
 from fedmerge.domain.splits import Examples, evaluation_examples
 from fedmerge.errors import PolicyError
 from fedmerge.evaluation.sums import BACKBONE, EXPERT
@@ -52,7 +53,9 @@ def evaluate_models(message: Message, context: Context) -> RecordDict:
         privacy = config.privacy
         return disclose(found, privacy.metrics, privacy.min_users, privacy.metrics_noise, drawn)
 
-    if config.privacy.metrics != "noised":
+    if config.privacy.metrics == "noised":
+        check_catalog_is_given(domain.manifest, NOISED_METRICS)
+    else:
         return records.metric_sums_record(sums())
     asked = {
         "models": hashes,
