@@ -45,6 +45,7 @@ def test_settings_of_client_toml_override_those_of_a_run(client: Client, tmp_pat
         "domain-path": str(tmp_path / "domains" / "beauty"),
         "policy-path": str(client.folder / "policy.toml"),
         "key-path": str(client.folder / "key"),
+        "disclosed-path": str(client.disclosed),
     }
     named = replace(client, identity_key=tmp_path / "identity", peer_keys=tmp_path / "peers")
     override_run_config(context, named)

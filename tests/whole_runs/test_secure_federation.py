@@ -161,6 +161,40 @@ def test_a_killed_sum_starts_again_with_fresh_keys(place: Path, monkeypatch: pyt
     assert_close(merged(config, "average"), before)
 
 
+@pytest.mark.usefixtures("plain")
+@pytest.mark.parametrize(
+    ("spoiled", "num_masked"), [({"identifier": bytes(32)}, 0), ({"value_range": 4.0}, 3)], ids=["accepted", "refused"]
+)
+def test_a_client_that_hears_another_session_is_in_no_sum(
+    place: Path, spoiled: dict[str, Any], num_masked: int
+) -> None:
+    """A session that the client accepts makes all boxes useless; one that the run does not imply costs it alone."""
+    masked: list[str] = []
+
+    def lied_to(message: Message, context: Context) -> Message | None:
+        if domain_of(context) == "books" and message.metadata.message_type == STEPS["advertise"]:
+            facts = message.content.config_records["facts"]  # all clients get the same object here
+            honest = dict(facts)
+            facts.update(spoiled)
+            reply = answer_honestly(message, context)
+            facts.update(honest)
+            return reply
+        reply = answer_honestly(message, context)
+        if reply and message.metadata.message_type == STEPS["masked"] and records.read_error(reply.content) is None:
+            masked.append(domain_of(context))
+        return reply
+
+    config = experiment(place, f"lied-{num_masked}", **own_disk(place, f"cache-lied-{num_masked}"))
+    if num_masked:
+        run_in_process(config, lied_to)
+        assert "PolicyError" in read_json(run_dir(config) / "clients.json")["excluded"]["books"]
+    else:
+        with pytest.raises(AggregationError, match=r"\b0 of 4 clients"):
+            run_in_process(config, lied_to)
+    assert len(masked) == num_masked
+    assert "books" not in masked
+
+
 @pytest.mark.parametrize("rule", ["weighted-average", "fedit", "ffa-lora"])  # others: test_federated_rules.py
 def test_rounds_of_sums_match_plain_rounds(place: Path, rule: str) -> None:
     changes = {
