@@ -113,10 +113,11 @@ def _account(client: Client) -> str:
     if not account:
         return f"nothing released with noise so far; {limit}"
     delta = policy.max_delta or DEFAULT_DELTA
-    spent = ", ".join(f"ε = {total:.3g} by {unit}" for unit, total in total_epsilon(account, delta).items())
+    total = total_epsilon(account, delta, policy.adjacency)
+    spent = ", ".join(f"ε = {epsilon:.3g} by {unit}" for unit, epsilon in total.items())
     runs = len({entry.run for entry in account})
-    check_total(account, policy.max_total_epsilon, policy.max_delta)
-    return f"{spent} at δ = {delta:g} in {runs} runs; {limit}"
+    check_total(account, policy.max_total_epsilon, policy.max_delta, policy.adjacency)
+    return f"{spent} ({policy.adjacency}) at δ = {delta:g} in {runs} runs; {limit}"
 
 
 def _secure_sums(client: Client) -> str:

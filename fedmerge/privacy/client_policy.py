@@ -4,6 +4,7 @@ Settings of a run arrive with the run. This file is the organisation's word: its
 the run asks for more than the file allows, the client sends nothing but the refusal.
 """
 
+import math
 import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,6 +14,16 @@ from pydantic import Field, ValidationError, model_validator
 from fedmerge.config import DP, ExperimentConfig, Section, describe_problem
 from fedmerge.config.privacy import Disclosure, Policy
 from fedmerge.errors import ConfigError, PolicyError
+from fedmerge.privacy.dp.accountant import agreed_noise
+from fedmerge.privacy.dp.releases import (
+    DEFAULT_DELTA,
+    Adjacency,
+    Release,
+    metric_releases,
+    noisy_answers,
+    user_releases,
+)
+from fedmerge.privacy.dp.replacement import replaced_epsilon
 from fedmerge.privacy.metric_sums import DISCLOSURES
 
 
@@ -31,6 +42,7 @@ class ClientPolicy(Section):
     max_epsilon: float | None = Field(None, gt=0)
     max_delta: float | None = Field(None, gt=0, lt=1)
     max_total_epsilon: float | None = Field(None, gt=0)
+    adjacency: Adjacency = "add-remove"
 
     @model_validator(mode="after")
     def _total_needs_delta(self) -> "ClientPolicy":
@@ -85,6 +97,10 @@ max_delta = "none"
 
 # Largest epsilon of all runs together, at max_delta; `fedmerge client check` shows what is spent. "none" is no limit.
 max_total_epsilon = "none"
+
+# What the limits on epsilon are about: "add-remove", one user more or less, which dp.epsilon of a run means; or
+# "replace", one user in place of another, which is stricter.
+adjacency = "add-remove"
 """
 
 
@@ -155,6 +171,37 @@ def check_run_is_allowed(
     if DISCLOSURES.index(privacy.metrics) < DISCLOSURES.index(own.least_metrics) and run.until != "train":
         problems.append(f"metrics = {own.least_metrics!r}, the run has privacy.metrics = {privacy.metrics!r}")
     return _refuse([*problems, *_unmet_bounds(own, run.dp)], domain)
+
+
+def check_replacement_is_allowed(own: ClientPolicy | None, run: ExperimentConfig, num_users: int, domain: str) -> None:
+    """Refuse a run whose ε exceeds ``max_epsilon`` for one user replaced by another, if the policy's adjacency is that.
+
+    Args:
+        own: the organisation's policy; None allows everything.
+        run: the experiment, which :func:`check_run_is_allowed` allows.
+        num_users: users that the domain trains on.
+        domain: the organisation's domain.
+
+    Raises:
+        PolicyError: both values of ε.
+        ConfigError: no noise is enough for the run; or Opacus is not installed.
+    """
+    if own is None or own.adjacency != "replace" or own.max_epsilon is None or run.dp.mode != "user":
+        return
+    sums = metric_releases(run)
+    training = user_releases(run.train, noisy_answers(run), num_users) if num_users else ()
+    noise = agreed_noise(run.dp, training, sums) if training else 0.0
+    releases = [*(Release(noise, rate, steps) for rate, steps in training), *sums]
+    delta = own.max_delta or run.dp.delta or DEFAULT_DELTA
+    epsilon = replaced_epsilon(releases, delta)
+    if epsilon > own.max_epsilon:
+        _refuse(
+            [
+                f"max_epsilon = {own.max_epsilon:g} with adjacency = 'replace', the run comes to {epsilon:.3g} for one "
+                f"user replaced by another (dp.epsilon = {run.dp.epsilon or math.inf:g} is for one user more or less)"
+            ],
+            domain,
+        )
 
 
 def check_message_size(own: ClientPolicy, size_bytes: int, domain: str) -> None:

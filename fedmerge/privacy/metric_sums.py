@@ -10,21 +10,24 @@ The user is the unit. Source: cell suppression of statistical disclosure control
 
 import math
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import get_args
 
 import numpy as np
+import numpy.typing as npt
 
 from fedmerge.config.privacy import Disclosure
 from fedmerge.errors import ClientError
 from fedmerge.evaluation.ranks import METRICS, FloatArray
 from fedmerge.evaluation.sums import MetricSums, Variant, inexact_sums, metric_sums
+from fedmerge.privacy.dp.discrete_gaussian import sample_discrete_gaussian
 from fedmerge.privacy.dp.randomness import Source
 
 DISCLOSURES: tuple[Disclosure, ...] = get_args(Disclosure)
 NOISED_METRICS = ("recall@10", "ndcg@10")
 NOISED_VARIANT: Variant = "unmasked"  # the one that selects
 ROUNDING = math.sqrt(1 / 12)  # standard deviation of rounding to whole numbers
-_GRID = 2.0**-10  # outcomes are rounded to it before noise is added, and so is the noise
+_STEPS = 2**10  # per unit: outcomes are rounded to this grid, and the noise is drawn on it
 
 Outcomes = Mapping[str, FloatArray]  # method -> (U, M)
 
@@ -85,24 +88,35 @@ def sensitivity(num_methods: int) -> float:
 def add_noise_to_sums(outcomes: Outcomes, variant: Variant, noise_multiplier: float, source: Source) -> MetricSums:
     """Return the sums of NOISED_METRICS with Gaussian noise, in the variant that selects; nothing of the other variant.
 
-    The number of users is public, as everywhere. Outcomes are rounded to a grid of 2^-10 user by user, which leaves the
-    sensitivity as it is, so the sum is exact; the noise is rounded to the same grid.
+    The number of users is public, as everywhere. Sum and noise are whole numbers of grid steps, and the noise is an
+    exact discrete Gaussian, so floating-point numbers leak nothing.
 
     Args:
         outcomes: method -> (U, M).
         variant: of the ranks.
-        noise_multiplier: standard deviation of the noise over the sensitivity.
+        noise_multiplier: standard deviation of the noise over the sensitivity, positive.
         source: randomness of the noise.
     """
     num_users, num_methods = len(next(iter(outcomes.values()))), len(outcomes)
-    noise = noise_multiplier * sensitivity(num_methods)
     sums = np.full((num_methods, len(METRICS)), np.nan)
     if variant == NOISED_VARIANT:
         columns = [METRICS.index(metric) for metric in NOISED_METRICS]
-        whole = np.array([np.round(of_method[:, columns] / _GRID).sum(axis=0) for of_method in outcomes.values()])
-        drawn = source.standard_normal(num_methods * len(columns)).reshape(whole.shape)
-        sums[:, columns] = (whole + np.round(drawn * noise / _GRID)) * _GRID
-    return inexact_sums(tuple(outcomes), variant, num_users, sums, noise)
+        whole = grid_sums(outcomes)
+        variance = Fraction(noise_multiplier) ** 2 * num_methods * len(columns) * _STEPS**2
+        drawn = sample_discrete_gaussian(math.ceil(variance), whole.size, source)
+        sums[:, columns] = (whole + np.array(drawn, dtype=np.int64).reshape(whole.shape)) / _STEPS
+    return inexact_sums(tuple(outcomes), variant, num_users, sums, noise_multiplier * sensitivity(num_methods))
+
+
+def grid_sums(outcomes: Outcomes) -> npt.NDArray[np.int64]:
+    """Return the sums of NOISED_METRICS over users in steps of 2^-10, (P, 2).
+
+    Each outcome is rounded by itself, which leaves the sensitivity as it is and makes the sums exact.
+    """
+    columns = [METRICS.index(metric) for metric in NOISED_METRICS]
+    return np.array(
+        [np.round(of_method[:, columns] * _STEPS).astype(np.int64).sum(axis=0) for of_method in outcomes.values()]
+    )
 
 
 def check_disclosure(domain: str, sums: Mapping[Variant, MetricSums], disclosure: Disclosure, noise: float) -> None:

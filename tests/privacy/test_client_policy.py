@@ -12,6 +12,7 @@ from fedmerge.privacy.client_policy import (
     DEFAULT_POLICY_TOML,
     ClientPolicy,
     check_message_size,
+    check_replacement_is_allowed,
     check_run_is_allowed,
     read_client_policy,
 )
@@ -155,3 +156,22 @@ def test_large_messages_stay() -> None:
     check_message_size(own, 100_000, "shop")
     with pytest.raises(PolicyError, match=r"shop.*max_message_bytes = 100,000.*100,001"):
         check_message_size(own, 100_001, "shop")
+
+
+@pytest.mark.parametrize("changes", [{}, {"privacy.metrics": "noised", "privacy.metrics_noise": 8.0}])
+def test_max_epsilon_may_be_about_one_user_replaced(changes: dict[str, Any]) -> None:
+    flat = DP_RUN | {"train.max_steps": 40, "train.batch_size": 107, "dp.epsilon": 8, "dp.delta": 1e-4}
+    flat |= {"dp.accountant": "rdp", **changes}
+    run = from_flat({"until": "train", **flat} if not changes else flat)
+    limits = {"max_epsilon": 8, "max_delta": 1e-4}
+    for allows in (None, ClientPolicy(**limits), ClientPolicy(**limits | {"max_epsilon": 13}, adjacency="replace")):
+        check_replacement_is_allowed(allows, run, 1000, "shop")
+    with pytest.raises(PolicyError, match=r"domain shop: .*max_epsilon = 8 .*'replace'.* 8\.[1-9]") as caught:
+        check_replacement_is_allowed(ClientPolicy(**limits, adjacency="replace"), run, 1000, "shop")
+    assert "dp.epsilon = 8" in str(caught.value)
+
+
+def test_who_trains_nothing_is_charged_for_metric_sums_alone() -> None:
+    run = from_flat(DP_RUN | {"train.max_steps": 40, "dp.epsilon": 8, "privacy.metrics": "noised"})
+    own = ClientPolicy(max_epsilon=8, max_delta=1e-4, adjacency="replace")
+    check_replacement_is_allowed(own, run, 0, "shop")

@@ -17,13 +17,14 @@ from fedmerge.evaluation.sums import (
     metric_sums_from_dict,
     paired_difference,
 )
-from fedmerge.privacy.dp.randomness import source
+from fedmerge.privacy.dp.randomness import SystemSource, source
 from fedmerge.privacy.metric_sums import (
     NOISED_METRICS,
     ROUNDING,
     add_noise_to_sums,
     check_disclosure,
     disclose,
+    grid_sums,
     sensitivity,
     suppress,
 )
@@ -38,16 +39,6 @@ def outcomes(num_users: int = 400, seed: int = 0, num_items: int = 60) -> dict[s
 
 def without(of: dict[str, FloatArray], user: int) -> dict[str, FloatArray]:
     return {name: np.delete(array, user, axis=0) for name, array in of.items()}
-
-
-class NoNoise:
-    """A source that adds nothing, to see what the noise is added to."""
-
-    def random(self, size: int) -> FloatArray:
-        return np.zeros(size)
-
-    def standard_normal(self, size: int) -> FloatArray:
-        return np.zeros(size)
 
 
 def test_exact_sums_give_a_single_user_to_whoever_subtracts() -> None:
@@ -99,10 +90,7 @@ def test_one_user_changes_the_noised_sums_by_at_most_the_sensitivity(seed: int, 
         everyone = {name: np.array(of_method) for name, of_method in everyone.items()}
         for of_method in everyone.values():
             of_method[user] = per_user_metrics(np.array([1]))[0]
-    with_user, without_user = (
-        add_noise_to_sums(of, "unmasked", 1.0, NoNoise()).sums for of in (everyone, without(everyone, user))
-    )
-    changed = np.linalg.norm(np.nan_to_num(with_user - without_user))
+    changed = np.linalg.norm(grid_sums(everyone) - grid_sums(without(everyone, user))) / 2**10
     bound = sensitivity(len(everyone))
     assert changed <= bound + 1e-9
     assert not best or changed == pytest.approx(bound)
@@ -124,6 +112,23 @@ def test_noised_sums_have_the_stated_noise_and_nothing_else() -> None:
     assert drawn.std() == pytest.approx(1.0, abs=0.06)
     assert np.isnan(add_noise_to_sums(everyone, "masked", 4.0, source("seeded", 0, "test")).sums).all()
     assert found.to_dict()["products"] is None
+
+
+class BytesOnly(SystemSource):
+    """A source whose floating-point numbers must not be used."""
+
+    def standard_normal(self, size: int) -> FloatArray:
+        raise AssertionError("floating-point noise")
+
+    random = standard_normal
+
+
+def test_the_noise_of_the_sums_is_whole_numbers_made_of_whole_numbers() -> None:
+    """Floating-point noise has low bits that tell the sum it was added to, and no tail beyond 8.6 deviations."""
+    sums = add_noise_to_sums(outcomes(), "unmasked", 0.7, BytesOnly()).sums
+    stated = sums[~np.isnan(sums)]
+    assert len(stated) == 6
+    assert np.array_equal(stated * 2**10, np.round(stated * 2**10))
 
 
 def test_equal_outcomes_get_noise_of_their_own() -> None:

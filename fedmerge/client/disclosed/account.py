@@ -12,7 +12,8 @@ from typing import Literal
 from fedmerge.errors import FedMergeError, PolicyError
 from fedmerge.files import append_line, read_lines
 from fedmerge.privacy.dp.accountant import spent_epsilon
-from fedmerge.privacy.dp.releases import Release
+from fedmerge.privacy.dp.releases import METRIC_SUMS, Adjacency, Release
+from fedmerge.privacy.dp.replacement import replaced_epsilon
 
 ACCOUNT_FILE = "account.jsonl"
 Unit = Literal["user", "domain"]
@@ -38,6 +39,11 @@ class Entry:
     sample_rate: float
     steps: int
 
+    def release(self) -> Release:
+        """Return the mechanisms; replacement counts as in ``fedmerge.privacy.dp.statement``."""
+        once = self.unit == "domain" or self.what.startswith(METRIC_SUMS)
+        return Release(self.noise_multiplier, self.sample_rate, self.steps, replaced=1.0 if once else 2.0)
+
 
 def read_account(folder: Path) -> list[Entry]:
     """Return all entries of an account, oldest first.
@@ -55,28 +61,34 @@ def read_account(folder: Path) -> list[Entry]:
         ) from error
 
 
-def total_epsilon(entries: Iterable[Entry], delta: float) -> dict[Unit, float]:
-    """Return unit -> ε of all entries together at this δ, by Rényi divergences (an upper bound).
-
-    Adjacency: one unit added or removed.
+def total_epsilon(entries: Iterable[Entry], delta: float, adjacency: Adjacency = "add-remove") -> dict[Unit, float]:
+    """Return unit -> ε of all entries together at this δ, an upper bound.
 
     Raises:
         ConfigError: Opacus is not installed.
     """
     by_unit: dict[Unit, list[Release]] = {}
     for entry in entries:
-        release = Release(entry.noise_multiplier, entry.sample_rate, entry.steps)
-        by_unit.setdefault(entry.unit, []).append(release)
+        by_unit.setdefault(entry.unit, []).append(entry.release())
+    if adjacency == "replace":
+        return {unit: replaced_epsilon(releases, delta) for unit, releases in by_unit.items()}
     return {unit: spent_epsilon(releases, delta, "rdp") for unit, releases in by_unit.items()}
 
 
-def charge(folder: Path, entries: Sequence[Entry], max_total_epsilon: float | None, max_delta: float | None) -> None:
+def charge(
+    folder: Path,
+    entries: Sequence[Entry],
+    max_total_epsilon: float | None,
+    max_delta: float | None,
+    adjacency: Adjacency = "add-remove",
+) -> None:
     """Enter releases into the account before they are sent; those that are there already cost nothing.
 
     Args:
         folder: of the account.
         entries: to enter.
         max_total_epsilon, max_delta: the organisation's limit on all releases ever; None is no limit.
+        adjacency: that the limit is about.
 
     Raises:
         PolicyError: the limit would be passed; nothing was entered. Or the account is damaged, or cannot be written.
@@ -86,7 +98,7 @@ def charge(folder: Path, entries: Sequence[Entry], max_total_epsilon: float | No
     new = [entry for entry in entries if entry.key not in known and entry.steps]
     if not new:
         return
-    check_total([*account, *new], max_total_epsilon, max_delta)
+    check_total([*account, *new], max_total_epsilon, max_delta, adjacency)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for entry in new:
@@ -98,7 +110,12 @@ def charge(folder: Path, entries: Sequence[Entry], max_total_epsilon: float | No
         ) from error
 
 
-def check_total(entries: Iterable[Entry], max_total_epsilon: float | None, max_delta: float | None) -> None:
+def check_total(
+    entries: Iterable[Entry],
+    max_total_epsilon: float | None,
+    max_delta: float | None,
+    adjacency: Adjacency = "add-remove",
+) -> None:
     """Refuse releases that are more than the organisation allows over all runs.
 
     Raises:
@@ -106,12 +123,12 @@ def check_total(entries: Iterable[Entry], max_total_epsilon: float | None, max_d
     """
     if max_total_epsilon is None or max_delta is None:
         return
-    for unit, epsilon in total_epsilon(entries, max_delta).items():
+    for unit, epsilon in total_epsilon(entries, max_delta, adjacency).items():
         if epsilon > max_total_epsilon:
             raise PolicyError(
                 f"max_total_epsilon = {max_total_epsilon:g} of its own policy file: this run and the earlier ones "
-                f"would come to ε = {epsilon:.3g} by {unit} at δ = {max_delta:g}. Use more noise, or agree on another "
-                "limit with the organisation."
+                f"would come to ε = {epsilon:.3g} by {unit} ({adjacency}) at δ = {max_delta:g}. Use more noise, or "
+                "agree on another limit with the organisation."
             )
 
 

@@ -25,6 +25,9 @@ class Source(Protocol):
     def standard_normal(self, size: int) -> Floats:
         """Draw ``size`` standard normal numbers."""
 
+    def bytes(self, length: int) -> bytes:
+        """Draw ``length`` bytes."""
+
 
 class SystemSource:
     """The operating system's cryptographic generator, whose draws cannot be repeated."""
@@ -40,6 +43,20 @@ class SystemSource:
         radius = np.sqrt(-2.0 * np.log1p(-self.random(pairs)))
         angle = 2.0 * np.pi * self.random(pairs)
         return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:size]
+
+    def bytes(self, length: int) -> bytes:
+        """Draw bytes."""
+        return os.urandom(length)
+
+
+def draw_below(drawn: Source, bound: int) -> int:
+    """Draw a whole number from 0 to ``bound`` - 1, each exactly as likely, however large the bound."""
+    num_bits = (bound - 1).bit_length()
+    num_bytes = (num_bits + 7) // 8
+    while True:
+        found = int.from_bytes(drawn.bytes(num_bytes), "big") >> (8 * num_bytes - num_bits)
+        if found < bound:
+            return found
 
 
 def source(randomness: Randomness, seed: int, *scope: str | int) -> Source:

@@ -1,12 +1,14 @@
 """The releases of a client in one run by its configuration: their number, and the share of users in each."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from fedmerge.config import DP, LEARNED_METHODS, ExperimentConfig, ThroughClients, Train
 
 METRIC_SUMS = "metric sums"  # in a record of releases
 DEFAULT_DELTA = 1e-6  # of statements about noised metric sums where no dp.delta is set
 
+Adjacency = Literal["add-remove", "replace"]  # what ε is about: one unit more or less, or one in place of another
 Counted = tuple[float, int]  # the probability that a unit takes part in a release, and the number of releases
 
 

@@ -24,8 +24,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy.fft import irfft, next_fast_len, rfft
-from scipy.signal import lfilter
 from scipy.special import logsumexp, ndtr
 
 from fedmerge.privacy.dp.releases import Release
@@ -146,6 +144,9 @@ def _epsilon(
     losses: Sequence[_Losses], numbers: Sequence[int], step: float, low: int, high: int, delta: float
 ) -> float:
     """Compose by FFT on the grid points from ``low`` to ``high`` and return the ε."""
+    from scipy.fft import irfft, next_fast_len, rfft  # noqa: PLC0415 - takes long, and few commands come here
+    from scipy.signal import lfilter  # noqa: PLC0415
+
     size = next_fast_len(high - low + 1, real=True)
     spectrum, finite = np.ones(size // 2 + 1, dtype=complex), 1.0
     for of, number in zip(losses, numbers, strict=True):

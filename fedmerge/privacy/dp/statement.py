@@ -41,7 +41,8 @@ _DOMAIN_CENTRAL = (
 )
 _ALWAYS = (
     "only this run is counted: earlier runs on the same data, and settings tuned on them, add to it.",
-    "a client's report of its own noise is believed; arithmetic is floating-point, not exact.",
+    "a client's report of its own noise is believed; the noise is floating-point, except on metric sums, where it is "
+    "exact.",
 )
 _NONE = (
     "unit: one user of one domain, in the metric sums alone. For a user of several domains, ε and δ add up.",

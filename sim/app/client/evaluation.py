@@ -18,7 +18,7 @@ from fedmerge.domain.splits import Examples, evaluation_examples
 from fedmerge.errors import PolicyError
 from fedmerge.evaluation.sums import BACKBONE, EXPERT
 from fedmerge.privacy.dp.randomness import source
-from fedmerge.privacy.dp.releases import noised_sums
+from fedmerge.privacy.dp.releases import METRIC_SUMS, noised_sums
 from fedmerge.privacy.metric_sums import disclose
 from fedmerge.privacy.policy import check_enough_users, check_may_leave
 from fedmerge.privacy.transport import coding_of, decode_as_receiver
@@ -67,7 +67,7 @@ def evaluate_models(message: Message, context: Context) -> RecordDict:
         "text": config.text.model_dump(),
         "noise": config.privacy.metrics_noise,
     }
-    what = f"metric sums on {request.split}"
+    what = f"{METRIC_SUMS} on {request.split}"
     return records.metric_sums_record(
         release_sums_once(
             client.disclosed,

@@ -19,7 +19,12 @@ from fedmerge.device import resolve_compute
 from fedmerge.domain.demo import domains_root
 from fedmerge.encoder.backbone import Backbone, load_backbone
 from fedmerge.errors import ClientError
-from fedmerge.privacy.client_policy import ClientPolicy, check_run_is_allowed, read_client_policy
+from fedmerge.privacy.client_policy import (
+    ClientPolicy,
+    check_replacement_is_allowed,
+    check_run_is_allowed,
+    read_client_policy,
+)
 from sim.app.messages import records
 
 logger = logging.getLogger("fedmerge.client")
@@ -49,6 +54,7 @@ def open_client(context: Context) -> Client:
 
     Raises:
         ClientError: the node has no domain, or a [simulation] is asked of a deployed node.
+        PolicyError: the organisation's policy refuses the run.
     """
     config = from_flat(context.run_config)
     torch.set_num_threads(config.runtime.threads_per_client)  # before any work; Ray's own setting does not count
@@ -70,9 +76,13 @@ def open_client(context: Context) -> Client:
     if role == "train" and not domain.can_train:
         logger.info("%s: no users to train on; joining as unseen", domain.manifest.name)
         role = "unseen"
+    own = own_policy(context)
+    check_replacement_is_allowed(
+        own, config, len(domain.training_sequences) if role == "train" else 0, domain.manifest.name
+    )
     beside_cache = Path(config.cache_dir).expanduser() / "disclosed" / folder.name
     disclosed = Path(str(context.node_config.get("disclosed-path", beside_cache)))
-    return Client(config, domain, role, own_policy(context), disclosed)
+    return Client(config, domain, role, own, disclosed)
 
 
 def charge_run(client: Client, entries: Iterable[Entry]) -> None:
@@ -82,7 +92,7 @@ def charge_run(client: Client, entries: Iterable[Entry]) -> None:
         PolicyError: see :func:`fedmerge.client.disclosed.account.charge`.
     """
     own = client.own or ClientPolicy()
-    charge(client.disclosed, list(entries), own.max_total_epsilon, own.max_delta)
+    charge(client.disclosed, list(entries), own.max_total_epsilon, own.max_delta, own.adjacency)
 
 
 def find_place(context: Context) -> tuple[Path, records.Role] | None:

@@ -14,6 +14,7 @@ from fedmerge.evaluation.ranks import per_user_metrics
 from fedmerge.privacy.dp.accountant import spent_epsilon
 from fedmerge.privacy.dp.randomness import source
 from fedmerge.privacy.dp.releases import Release
+from fedmerge.privacy.dp.replacement import replaced_epsilon
 from fedmerge.privacy.metric_sums import disclose
 
 TRAINING = Entry("a1", "monday", "expert", "user", 1.1, 0.05, 200)
@@ -65,6 +66,20 @@ def test_an_account_that_is_damaged_or_cannot_be_written_releases_nothing(tmp_pa
     (tmp_path / "file").write_text("")
     with pytest.raises(PolicyError):
         charge(tmp_path / "file" / "folder", [TRAINING], None, None)
+
+
+def test_a_limit_may_be_about_one_user_replaced(tmp_path: Path) -> None:
+    sums = Entry("monday: sums", "monday", "metric sums on test", "user", 4.0, 1.0, 1)
+    releases = [Release(1.1, 0.05, 200), Release(4.0, 1.0, 1, replaced=1.0)]
+    total = total_epsilon([TRAINING, sums], DELTA, "replace")["user"]
+    assert total == pytest.approx(replaced_epsilon(releases, DELTA))
+    added = total_epsilon([TRAINING, sums], DELTA)["user"]
+    assert total > added
+    limit = (total + added) / 2
+    charge(tmp_path / "added", [TRAINING, sums], limit, DELTA)
+    with pytest.raises(PolicyError, match=r"replace"):
+        charge(tmp_path / "replaced", [TRAINING, sums], limit, DELTA, "replace")
+    assert read_account(tmp_path / "replaced") == []
 
 
 def test_entries_of_a_training_report() -> None:
