@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -61,3 +62,31 @@ def test_an_app_logs_to_stderr_only_where_its_host_has_no_log(console: bool, mon
     library = logging.getLogger("fedmerge")
     assert (len(library.handlers), library.propagate) == ((1, False) if console else (0, True))
     log_to_stderr.cache_clear()
+
+
+@pytest.mark.parametrize("more", [{}, {"partition-id": 0, "num-partitions": 6}])
+@pytest.mark.parametrize("setting", [{"attacker": "beauty"}, {"canaries": 3}, {"held_out_users": 0.5}])
+def test_a_node_with_a_domain_of_its_own_simulates_nothing(
+    tmp_path: Path, setting: dict[str, Any], more: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run asks for a poisoned or audited training; every message is refused before the domain is opened."""
+    for name in ("_task_id", "_run_id", "_node_id"):
+        monkeypatch.setattr(TaskIdentity, name, 1)
+    names = write_demo(tmp_path / "domains", num_domains=6, num_users=20, num_items=20)
+    flat = {
+        "domains.train": ",".join(names),
+        "domains.unseen": "",
+        "cache_dir": str(tmp_path / "cache"),
+        **{f"simulation.{key}": value for key, value in setting.items()},
+    }
+    run_config = dict(to_flat(from_flat(flat)))
+    app = make_client_app(console=False)
+    own: dict[str, bool | float | int | str] = {"domain-path": str(tmp_path / "domains" / "beauty"), **more}
+    kinds = [records.DESCRIBE, records.CATALOG, records.TRAIN, records.EVALUATE, records.COHORT, records.GRADIENT]
+    for kind in kinds:
+        reply = app(
+            Message(RecordDict(), dst_node_id=1, message_type=kind), Context(1, 1, own, RecordDict(), run_config)
+        )
+        refused = str(records.read_error(reply.content))
+        assert refused.startswith("ClientError: domain beauty: [simulation]"), (kind, refused)
+    assert not (tmp_path / "cache").exists()

@@ -63,15 +63,15 @@ def open_client(context: Context) -> Client:
         raise ClientError("this node has no domain in the experiment")
     folder, role = place
     check_own_policy(context, config, folder.name)
+    if config.simulation != Simulation() and not _is_simulated(context):
+        raise ClientError(
+            f"domain {folder.name}: [simulation] changes the training data or poisons a training, so it is refused "
+            "outside simulations. Remove its keys from the experiment."
+        )
     wanted, runtime = config.backbone, config.runtime
     backbone = cached_backbone(wanted.source, wanted.pooling, wanted.weights_sha256, runtime.device, runtime.precision)
     domain = cached_domain(folder, backbone, config.text, config.cache_dir)
     if config.simulation != Simulation():
-        if "partition-id" not in context.node_config:
-            raise ClientError(
-                f"domain {domain.manifest.name}: [simulation] changes the training data or poisons a training, so it "
-                "is refused outside simulations. Remove its keys from the experiment."
-            )
         domain = prepare_for_audit(domain, config.simulation, config.seed)
     if role == "train" and not domain.can_train:
         logger.info("%s: no users to train on; joining as unseen", domain.manifest.name)
@@ -93,6 +93,11 @@ def charge_run(client: Client, entries: Iterable[Entry]) -> None:
     """
     own = client.own or ClientPolicy()
     charge(client.disclosed, list(entries), own.max_total_epsilon, own.max_delta, own.adjacency)
+
+
+def _is_simulated(context: Context) -> bool:
+    """Return True on a node of a simulation; one with a domain of its own never is, whatever else its settings say."""
+    return "partition-id" in context.node_config and "domain-path" not in context.node_config
 
 
 def find_place(context: Context) -> tuple[Path, records.Role] | None:
