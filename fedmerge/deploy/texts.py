@@ -9,6 +9,8 @@ from fedmerge import __version__
 
 SETTINGS_HEAD = "# Settings of the deployment. After a change run: fedmerge deploy renew, then restart the federation."
 LARGEST_REQUEST = "16m"  # Flower sends arrays in pieces of 5 MiB and an app of at most 10 MiB
+LOG_FILE = "refused.log"  # in state/nginx
+LONGEST_PATH = 100  # characters of a path in the log
 
 
 def nginx(folder: Path, port: int, superlink_port: int, operator_sha1: str) -> str:
@@ -17,6 +19,9 @@ def nginx(folder: Path, port: int, superlink_port: int, operator_sha1: str) -> s
     Everything else is refused. Flower 1.41 serves ``/v1/fleet/…``, ``/v1/control/…`` and ``/v1/runtime/…`` as POST with
     a protobuf body, and ``/health``. Runtime is for the server's own processes, which reach the SuperLink directly on
     127.0.0.1.
+
+    Requests are limited by address. Those to Fleet are delayed above a rate that many clients behind one address do not
+    reach; others, which only the operator and strangers send, are refused above a low one, without a line in the log.
     """
     return f"""\
 # Written by fedmerge deploy. Fleet is open to everybody (the SuperLink asks each node for its registered key), Control
@@ -37,10 +42,21 @@ http {{
     uwsgi_temp_path {folder}/state/nginx/uwsgi;
     scgi_temp_path {folder}/state/nginx/scgi;
 
-    # Log only refused and failed requests, because every client polls every three seconds.
-    map $status $is_refused {{ default 0; ~^[45] 1; }}
-    log_format refused '$time_iso8601 $remote_addr $status "$request" certificate=$ssl_client_verify';
-    access_log {folder}/state/nginx/refused.log refused if=$is_refused;
+    # Log only refused and failed requests, because every client polls every three seconds; of the path the start, and
+    # nothing of requests above their rate. fedmerge deploy start rotates the file.
+    map $status $is_refused {{ default 0; 429 0; ~^[45] 1; }}
+    map $request_uri $start_of_path {{ default "-"; "~^(?<start>.{{1,{LONGEST_PATH}}})" $start; }}
+    log_format refused '$time_iso8601 $remote_addr $status "$request_method $start_of_path" '
+        'certificate=$ssl_client_verify';
+    access_log {folder}/state/nginx/{LOG_FILE} refused if=$is_refused;
+
+    limit_req_zone $binary_remote_addr zone=fleet:4m rate=200r/s;
+    limit_req_zone $binary_remote_addr zone=others:4m rate=20r/s;
+    limit_conn_zone $binary_remote_addr zone=connections:4m;
+    limit_req_status 429;
+    limit_conn_status 429;
+    limit_req_log_level info;
+    limit_conn_log_level info;
 
     # The operator's certificate by its fingerprint, so that a new certificate invalidates the previous one.
     map "$ssl_client_verify $ssl_client_fingerprint" $is_operator {{ default 0; "SUCCESS {operator_sha1}" 1; }}
@@ -62,6 +78,10 @@ http {{
         client_max_body_size {LARGEST_REQUEST};
         client_header_timeout 15s;
         client_body_timeout 60s;
+        client_header_buffer_size 1k;
+        large_client_header_buffers 4 4k;
+        limit_conn connections 512;
+        limit_req zone=others burst=100 nodelay;
 
         proxy_http_version 1.1;
         proxy_set_header Connection "";
@@ -77,19 +97,28 @@ http {{
         proxy_ssl_session_reuse on;
 
         location /v1/fleet/ {{
-            if ($request_uri !~ ^/v1/fleet/[a-z-]+$) {{ return 404; }}  # the raw path, which is what the SuperLink gets
+            limit_req zone=fleet burst=5000 delay=1000;
+            # The raw path, which is what the SuperLink gets.
+            if ($request_uri !~ "^/v1/fleet/[a-z-]{{1,64}}$") {{ rewrite ^ /refused-404 last; }}
             proxy_pass https://superlink;
         }}
         location /v1/control/ {{
-            if ($is_operator = 0) {{ return 403; }}
+            if ($is_operator = 0) {{ rewrite ^ /refused-403 last; }}
             proxy_read_timeout 24h;
             proxy_pass https://superlink;
         }}
         location = /health {{
+            client_max_body_size 1k;
             limit_except GET {{ deny all; }}
             proxy_pass https://superlink;
         }}
-        location / {{ return 404; }}
+        # try_files, which nginx reaches after it has counted the request; "return" answers without counting.
+        root {folder}/state/nginx/none;
+        location = /refused-403 {{ try_files /none =403; }}
+        location / {{
+            client_max_body_size 1k;
+            try_files /none =404;
+        }}
     }}
 }}
 """

@@ -3,6 +3,7 @@
 Flower is used through its own commands, `flower-superlink` and `flwr`.
 """
 
+import itertools
 import os
 import re
 import secrets
@@ -25,6 +26,7 @@ from typing import Any
 from fedmerge.deploy.certificates import expires
 from fedmerge.deploy.clients import RegisteredClient, find_client, list_clients, note_nodes, remove_client
 from fedmerge.deploy.folder import Deployment
+from fedmerge.deploy.texts import LOG_FILE
 from fedmerge.errors import DeploymentError
 from sim.local.launch import (
     COLOURS,
@@ -37,6 +39,7 @@ from sim.local.launch import (
 )
 
 START_SECONDS = 60.0
+LARGEST_LOG_BYTES, FORMER_LOGS = 2**20 * 10, 3  # of refused requests
 POLL_LINE = re.compile(r'"(POST /v1/|GET /health).* 200$')
 SOON_DAYS = 30
 NGINX_PLACES = os.pathsep.join(["/usr/sbin", "/usr/local/sbin", "/opt/homebrew/bin"])
@@ -108,6 +111,10 @@ def start(deployment: Deployment, say: Callable[[str], None]) -> int:
             say(f"proxy: clients reach this federation at {deployment.address}")
             while superlink.poll() is None and proxy.poll() is None:
                 time.sleep(0.5)
+                if rotate_log(deployment.state / "nginx" / LOG_FILE):
+                    proxy.send_signal(
+                        signal.SIGUSR1
+                    )  # nginx opens a new file; until then it writes into the former one
             ended, code = ("the SuperLink", superlink.poll()) if proxy.poll() is None else ("nginx", proxy.poll())
             say(f"{ended} ended with exit code {code}; stopping the other")
     return 1
@@ -130,6 +137,20 @@ def _proxy(
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+def rotate_log(path: Path, largest_bytes: int = LARGEST_LOG_BYTES) -> bool:
+    """Rename a log that is too large, ``refused.log`` -> ``refused.log.1``, and drop the oldest; True if it was."""
+    try:
+        if path.stat().st_size <= largest_bytes:
+            return False
+    except FileNotFoundError:
+        return False
+    names = [path, *(path.with_name(f"{path.name}.{number}") for number in range(1, FORMER_LOGS + 1))]
+    for newer, older in reversed(list(itertools.pairwise(names))):
+        if newer.exists():
+            newer.replace(older)
+    return True
 
 
 def is_healthy(deployment: Deployment) -> bool:
