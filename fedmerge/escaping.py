@@ -1,5 +1,6 @@
 """Text from outside (names, titles, reasons of clients) made safe to show in a terminal, a log, a table or a page."""
 
+import logging
 import unicodedata
 
 
@@ -38,3 +39,15 @@ def one_line(text: str, longest: int | None = None) -> str:
     lines = shown.replace("\t", " ").splitlines()
     line = printable(" ".join(line.strip() for line in lines if line.strip()) if len(lines) > 1 else "".join(lines))
     return line if len(shown) == len(text) else f"{line} …"
+
+
+class RecordFormatter(logging.Formatter):
+    """A formatter whose records cannot be mistaken for one another, whatever text from outside is in them.
+
+    The first line of a record starts with its time, further lines with two spaces; control characters are escapes. So
+    no text can forge a record, even where its caller did not make it a single line.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Format a record."""
+        return "\n  ".join(printable(super().format(record)).split("\n"))

@@ -52,8 +52,8 @@ class Server(Section):
     client_keys: str | None = Field(
         None,
         description="Folder of the clients' public keys, NAME.pub, as fedmerge deploy add-client writes it. Answers "
-        "must be signed with one of them, by the domain it is registered for. 'none': signatures are checked, but not "
-        "whose they are.",
+        "must be signed with one of them, by the domain it is registered for. 'none': on a federation of machines "
+        "the folder keys of the operator's folder; in a simulation signatures are checked, but not whose they are.",
     )
     wait_seconds: float = Field(30.0, gt=0, description="Time to wait for all clients to connect.")
     min_train_clients: int = Field(

@@ -22,6 +22,7 @@ from cryptography.hazmat.primitives.serialization import (
 from fedmerge.errors import ClientError, ConfigError
 from fedmerge.privacy.key_files import private_key_bytes
 
+REGISTERED_KEYS = "keys"  # folder in the operator's folder
 LONGEST_KEY = 1000  # prefix of a public key in one line
 _DOMAIN = "domain="
 
@@ -86,6 +87,33 @@ def signer(signature: Signature, stated: bytes) -> str:
             "the client's: find out which before this client takes part again."
         ) from None
     return fingerprint(key)
+
+
+def find_client_keys(given: str | None, simulated: bool, place: Path) -> Path | None:
+    """Return the folder of the keys by which clients are known; None in a simulation that names none.
+
+    Between machines names are bound to keys: without a folder in the configuration it is ``keys`` of the operator's
+    folder, in which the server works.
+
+    Args:
+        given: ``server.client_keys``.
+        simulated: True if all clients are processes of this machine.
+        place: folder in which the server works.
+
+    Raises:
+        ConfigError: clients are on other machines, and there are no keys.
+    """
+    if given is not None:
+        return Path(given)
+    if simulated:
+        return None
+    if not (place / REGISTERED_KEYS).is_dir():
+        raise ConfigError(
+            f"server.client_keys is 'none' and {place} has no folder {REGISTERED_KEYS}; without registered keys any "
+            "client of a federation could claim another's domain. Start the server with fedmerge deploy start, or set "
+            "server.client_keys to a folder of NAME.pub files."
+        )
+    return place / REGISTERED_KEYS
 
 
 def read_registered_keys(folder: Path) -> Mapping[str, RegisteredKey]:

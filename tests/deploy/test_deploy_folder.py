@@ -306,6 +306,8 @@ def test_the_commands_say_what_comes_next(tmp_path: Path, capsys: pytest.Capture
     assert "registered" in output[2]
     result = tomllib.loads((folder / "clients/shop/federation.toml").read_text())
     assert result["app"] == submitted_sha256(REPOSITORY)
+    assert "may sign for domain shop" in output[1]
+    assert [key.domain for key in read_registered_keys(folder / "keys").values()] == ["shop"]
     note_nodes(read_deployment(folder), {"shop": 5})
     assert main(["deploy", "remove-client", str(folder), "shop"]) == 1
     assert f"fedmerge deploy start {folder}" in capsys.readouterr().err
@@ -318,3 +320,14 @@ def test_the_commands_say_what_comes_next(tmp_path: Path, capsys: pytest.Capture
     note_nodes(read_deployment(folder), {})  # never registered, so Flower has nothing to undo
     assert main(["deploy", "remove-client", str(folder), "shop"]) == 0
     assert not list((folder / "clients").iterdir())
+
+
+@pytest.mark.parametrize(("more", "domain"), [([], "shop"), (["--domain", "books"], "books"), (["--any-domain"], None)])
+def test_a_key_is_bound_to_the_clients_name_by_default(tmp_path: Path, more: list[str], domain: str | None) -> None:
+    folder = tmp_path / "operator"
+    assert main(["deploy", "init", str(folder), "--host", "fl.example.org"]) == 0
+    key = ["--public-key", str(public_key(tmp_path / "key.pub"))]
+    assert main(["deploy", "add-client", str(folder), "shop", *key, "--any-domain", "--domain", "x"]) == 1
+    assert main(["deploy", "add-client", str(folder), "shop", *key, *more]) == 0
+    (registered,) = read_registered_keys(folder / "keys").values()
+    assert registered.domain == domain

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from deploy_federation import FEDMERGE, Federation, make_key
+from deploy_federation import FEDMERGE, NO_CHECKOUT, Federation, make_key
 from deploy_hosts import PROGRAMS, has_nginx, kill, network, processes_of, wait_for, why_no_namespaces, workers_of
 from run_folders import hash_results
 
@@ -60,10 +60,10 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]
 @pytest.fixture(scope="module")
 def finished(federation: Federation) -> Path:
     """Folder of a finished run on the machines."""
-    known = "server.client_keys=keys"  # of the operator's folder, each for its domain alone
-    output = federation.fedmerge("run", *federation.settings("whole"), known, "--federation", "prod")
+    output = federation.fedmerge("run", *federation.settings("whole"), "--federation", "prod")
     folder = federation.run_folder("whole")
     assert f"run folder: {folder}" in output
+    assert f"2 keys in {federation.deployment / 'keys'}" in output  # names are bound to keys without a setting
     return folder
 
 
@@ -143,6 +143,37 @@ def test_a_key_that_was_withdrawn_never_comes_back_and_leaves_nothing(federation
     assert set(federation.states().values()) == {"online"}
 
 
+def test_a_registered_organisation_cannot_claim_the_domain_of_another(federation: Federation) -> None:
+    """The guest has a key, an approved app and a copy of the data of beauty; its key is bound to its own name."""
+    organisation, bundle = federation.organisations["books"], federation.bundle("guest")
+    folder = federation.network.home(organisation) / "impostor"
+    data: list[str | Path] = [
+        *("--domain", federation.shared / "domains" / "beauty"),
+        *("--backbone", federation.shared / "backbone"),
+    ]
+    federation.client(organisation, "init", folder, "--name", "guest", *data)
+    key: list[str | Path] = ["guest", "--public-key", folder / "key.pub"]
+    assert "may sign for domain guest" in federation.fedmerge("deploy", "add-client", federation.deployment, *key)
+    federation.client(organisation, "approve", folder, "--bundle", bundle)
+    command: list[str | Path] = ["client", "start", folder, "--bundle", bundle]
+    program = federation.organisations_command
+    process = federation.network.start(organisation, "impostor.log", *program, *command, more=NO_CHECKOUT)
+    try:
+        federation.wait_for_clients()
+        settings = [*federation.settings("impostor"), "until=train"]
+        federation.fedmerge("run", *settings, "--federation", "prod")
+        clients = json.loads((federation.run_folder("impostor") / "clients.json").read_text())
+        ((name, reason),) = clients["excluded"].items()
+        assert name.startswith("beauty (node ")
+        assert "its key (guest) is registered for 'guest' only" in reason
+        assert set(clients["participants"]) == {"beauty", "books"}
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+        federation.fedmerge("deploy", "remove-client", federation.deployment, "guest")
+    assert set(federation.states()) == {"beauty", "books"}
+
+
 def test_an_organisation_reaches_nothing_but_fleet(federation: Federation) -> None:
     organisation = federation.organisations["books"]
     operators = federation.deployment / "operator"
@@ -174,7 +205,7 @@ def test_an_organisation_reaches_nothing_but_fleet(federation: Federation) -> No
     assert opened["/v1/runtime/acquire-task"] == 404
     server = federation.deployment / "server"
     assert set(answers(server / "server.crt", server / "server.key").values()) == {400}
-    assert ' 403 "POST /v1/control/start-run' in (federation.deployment / "state/nginx/refused.log").read_text()
+    assert ' 403 "POST /v1/control/start-run"' in (federation.deployment / "state/nginx/refused.log").read_text()
     if organisation.namespace:  # the SuperLink itself listens on its own machine's loopback alone
         port = re.search(r"superlink_port = (\d+)", (federation.deployment / "deployment.toml").read_text())
         probe = (

@@ -21,6 +21,7 @@ from fedmerge.errors import ClientError, ConfigError
 from fedmerge.privacy.signatures import (
     RegisteredKey,
     Signature,
+    find_client_keys,
     fingerprint,
     key_comment,
     read_registered_keys,
@@ -263,3 +264,14 @@ def test_an_answer_that_its_client_has_not_signed_is_refused(place: Path, tmp_pa
     assert re.search(message, reason), reason
     refused = [row for row in ledger(tmp_path) if row["domain"] == name and row["message"] != "query.describe"]
     assert {row["signed_by"] for row in refused} <= {""}
+
+
+def test_between_machines_names_are_bound_to_keys_without_a_setting(tmp_path: Path) -> None:
+    assert find_client_keys(None, True, tmp_path) is None
+    assert find_client_keys("given", True, tmp_path) == find_client_keys("given", False, tmp_path) == Path("given")
+    with pytest.raises(ConfigError) as caught:
+        find_client_keys(None, False, tmp_path)
+    assert str(tmp_path) in str(caught.value)
+    assert "server.client_keys" in str(caught.value)
+    (tmp_path / "keys").mkdir()
+    assert find_client_keys(None, False, tmp_path) == tmp_path / "keys"

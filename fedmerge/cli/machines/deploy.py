@@ -39,7 +39,12 @@ def add_commands(commands: "Commands") -> None:
     add.add_argument(
         "--public-key", type=Path, required=True, metavar="key.pub", help="the key.pub that the organisation sent"
     )
-    add.add_argument("--domain", help="the only domain that its key may sign for (default: any)")
+    add.add_argument("--domain", help="the only domain that its key may sign for (default: NAME)")
+    add.add_argument(
+        "--any-domain",
+        action="store_true",
+        help="its key may sign for every domain that no other key is registered for",
+    )
     add.set_defaults(command=_add_client)
 
     remove = _with_folder(parts, "remove-client", "withdraw an organisation's key and delete its bundle")
@@ -96,7 +101,10 @@ def _add_client(options: argparse.Namespace) -> int:
     from sim.machines.superlink import is_healthy, register_clients
 
     deployment = read_deployment(options.folder)
-    bundle = add_client(deployment, options.client, options.public_key, submitted_sha256(root()), options.domain)
+    if options.any_domain and options.domain is not None:
+        raise DeploymentError(f"--any-domain and --domain {options.domain}: give one of them.")
+    domain = None if options.any_domain else options.domain or options.client
+    bundle = add_client(deployment, options.client, options.public_key, submitted_sha256(root()), domain)
     running = is_healthy(deployment)
     refusals: list[str] = []
     if running and options.client not in register_clients(deployment, refusals.append):
@@ -106,7 +114,8 @@ def _add_client(options: argparse.Namespace) -> int:
         print(f"warning: {refusal}")
     print(
         f"{bundle}: send this folder to {options.client}; its README.txt has the next steps and the hashes to compare"
-        f"\n{options.client}: key {find_client(deployment, options.client).key_sha256}\n"
+        f"\n{options.client}: key {find_client(deployment, options.client).key_sha256}, which may sign for "
+        f"{'any domain without a key of its own' if domain is None else f'domain {domain}'}\n"
         + ("its key is registered" if running else "its key will be registered when the federation starts")
     )
     return 0

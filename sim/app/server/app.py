@@ -15,11 +15,12 @@ from flwr.serverapp import Grid, ServerApp
 from fedmerge.config import ExperimentConfig, from_flat
 from fedmerge.device import resolve_compute
 from fedmerge.encoder.backbone import load_backbone
+from fedmerge.escaping import RecordFormatter
 from fedmerge.federated.rules import check_rounds
 from fedmerge.files import read_json, write_text
 from fedmerge.privacy.dp.accountant import opacus_accountants
 from fedmerge.privacy.dp.agreement import check_releases
-from fedmerge.privacy.signatures import read_registered_keys
+from fedmerge.privacy.signatures import find_client_keys, read_registered_keys
 from fedmerge.report.run.final_report import attack_note
 from fedmerge.report.tracking import check_tracking
 from fedmerge.runs.attempts import LOG_FILE, Attempt, start_attempt
@@ -86,8 +87,9 @@ def _experiment(run: Run, attempt: Attempt) -> None:
     torch.set_num_threads(config.runtime.server_threads)
     _check(config)
     _log_changed_versions(run.folder)
-    if config.server.client_keys is not None:
-        run.members.keys = read_registered_keys(Path(config.server.client_keys))
+    if (keys := find_client_keys(config.server.client_keys, run.simulated, Path.cwd())) is not None:
+        run.members.keys = read_registered_keys(keys)
+        logger.info("answers must be signed by the %d keys in %s", len(run.members.keys), keys)
     compute = resolve_compute(config.runtime.device, config.runtime.precision)
     backbone = load_backbone(config.backbone.source, config.backbone.pooling, compute, config.backbone.weights_sha256)
     try:
@@ -159,5 +161,5 @@ def _log_to(path: Path | None, console: bool) -> None:
     if path:
         handlers.append(logging.FileHandler(path, encoding="utf-8"))
     for handler in handlers:
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        handler.setFormatter(RecordFormatter("%(asctime)s %(message)s", "%H:%M:%S"))
         library.addHandler(handler)

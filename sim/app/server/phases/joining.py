@@ -67,7 +67,7 @@ def greet(run: Run, backbone: Backbone) -> list[str]:
             run.members.num_nodes = description.num_nodes
         if description.role == "idle":
             return None
-        problem = _misfit(run, description, backbone) or _wrong_key(run.members, description, _node(name))
+        problem = _wrong_key(run.members, description, _node(name)) or _misfit(run, description, backbone)
         if problem:
             name = f"{description.domain} ({name})"
             run.exclude(name, problem)
