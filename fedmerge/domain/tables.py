@@ -53,7 +53,7 @@ def decode_table(data: bytes, where: str, schema: pa.Schema, limits: Limits) -> 
         table = pa.Table.from_batches(decoded, schema)
         del decoded
         table.validate(full=True)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DomainError(
             f"{where}: {len(data)} bytes cannot be read as Parquet ({reason}): truncated or damaged. {RESTORE}"

@@ -19,6 +19,7 @@ from fedmerge.domain.catalog import (
     catalog_to_bytes,
     make_catalog,
 )
+from fedmerge.domain.importers.rows import parquet_table
 from fedmerge.domain.parquet import CELL_BYTES, LONGEST_TEXT
 from fedmerge.errors import DomainError
 
@@ -193,3 +194,14 @@ def test_a_large_catalog_of_many_pages_reads_back() -> None:
     }
     catalog = make_catalog("shop", ids, columns)
     assert catalog_from_bytes(catalog_to_bytes(catalog), "shop", rows) == catalog
+
+
+def test_a_column_name_that_is_not_text_is_refused(tmp_path: Path) -> None:
+    columns = {attribute: ["x"] for attribute in ("title", "brand", "category")}
+    data = catalog_to_bytes(make_catalog("shop", ["1"], columns)).replace(b"title", b"t\xe5tle")
+    with pytest.raises(DomainError):
+        catalog_from_bytes(data, "shop")
+    (tmp_path / "items.parquet").write_bytes(data)
+    with pytest.raises(DomainError) as caught:
+        parquet_table(tmp_path / "items.parquet", 0.01, None)
+    assert str(tmp_path / "items.parquet") in str(caught.value)

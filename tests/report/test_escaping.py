@@ -1,15 +1,21 @@
 """Text that clients choose, in terminals, reports and pages."""
 
+import io
+import logging
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from fedmerge.escaping import one_line, printable
+from fedmerge.escaping import RecordFormatter, one_line, printable
 from fedmerge.evaluation.ranks import METRICS
 from fedmerge.evaluation.sums import VARIANTS, metric_sums
 from fedmerge.report.html.page import element
 from fedmerge.report.run.final_report import Evaluated, run_report
 from fedmerge.report.tables import ResultRow, results_table
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 FORGED = "x\nserved: other\x1b[2J\u202e"
 SHOWN = "x served: other\\x1b[2J\\u202e"
 
@@ -74,3 +80,31 @@ def test_a_reason_cannot_add_lines_to_the_report() -> None:
     assert f"excluded: {SHOWN}: {SHOWN}\n" in report
     assert f"flagged, but still merged: {SHOWN}: {SHOWN}\n" in report
     assert f"significantly worse than their own expert on validation: {SHOWN} (-0.2500)\n" in report
+
+
+def test_no_text_forges_a_record_of_a_log() -> None:
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(RecordFormatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    logger = logging.Logger("of the test")
+    logger.addHandler(handler)
+    logger.warning("excluded: %s: %s", "books", "it failed\n09:00:00 excluded: toys: forged\r09:00:01 \x1b[2K\u2028x")
+    try:
+        raise ValueError("two\n09:00:02 lines")
+    except ValueError:
+        logger.exception("the run failed")
+    lines = stream.getvalue().split("\n")[:-1]
+    records = [line for line in lines if not line.startswith("  ")]
+    assert [re.sub(r"^\d\d:\d\d:\d\d ", "", line) for line in records] == [
+        "excluded: books: it failed",
+        "the run failed",
+    ]
+    assert stream.getvalue().isascii()
+    assert not {"\r", "\x1b"} & set(stream.getvalue())
+
+
+def test_every_log_of_the_product_has_records_that_cannot_be_forged() -> None:
+    sources = [path for folder in ("fedmerge", "sim") for path in (REPOSITORY / folder).rglob("*.py")]
+    plain = [path for path in sources if "logging.Formatter(" in path.read_text() and path.name != "escaping.py"]
+    assert len(sources) > 100
+    assert plain == []

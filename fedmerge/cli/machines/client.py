@@ -154,10 +154,12 @@ def _start(options: argparse.Namespace) -> int:
 @contextmanager
 def _logging_to_stderr() -> Iterator[None]:
     """Send the library's log to stderr, and restore its logger afterwards."""
+    from fedmerge.escaping import RecordFormatter
+
     library = logging.getLogger("fedmerge")
     level, propagate = library.level, library.propagate
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s client %(message)s", "%H:%M:%S"))
+    handler.setFormatter(RecordFormatter("%(asctime)s client %(message)s", "%H:%M:%S"))
     library.addHandler(handler)
     library.setLevel(logging.INFO)
     library.propagate = False

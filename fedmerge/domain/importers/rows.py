@@ -101,7 +101,7 @@ def parquet_table(path: Path, max_bad_share: float, progress: Progress | None) -
         file = open_parquet(str(path), path, file_limits(path))
     except FileNotFoundError:
         raise DomainError(f"{path}: no such file. Check the path.") from None
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeError) as error:
         raise _not_parquet(path, error) from error
     bad = BadRows(str(path), "row", max_bad_share)
 
@@ -116,7 +116,7 @@ def parquet_table(path: Path, max_bad_share: float, progress: Progress | None) -
                 number += len(batch)
                 if progress:
                     progress(str(path), number, number / file.metadata.num_rows)
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeError) as error:
             raise _not_parquet(path, error) from error
 
     return Table(str(path), tuple(file.schema.names), rows, bad)

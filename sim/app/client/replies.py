@@ -10,6 +10,7 @@ from pathlib import Path
 from flwr.app import Context, Message, RecordDict
 
 from fedmerge.errors import FedMergeError
+from fedmerge.escaping import RecordFormatter
 from fedmerge.privacy.client_policy import check_message_size
 from fedmerge.privacy.paths import without_paths
 from fedmerge.privacy.signatures import read_private_key, sign, statement
@@ -49,7 +50,7 @@ def replying(handler: Callable[[Message, Context], RecordDict]) -> Callable[[Mes
 def log_to_stderr() -> None:
     """Log the library to stderr, set up once a process."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s client %(message)s", "%H:%M:%S"))
+    handler.setFormatter(RecordFormatter("%(asctime)s client %(message)s", "%H:%M:%S"))
     library = logging.getLogger("fedmerge")
     library.addHandler(handler)
     library.setLevel(logging.INFO)

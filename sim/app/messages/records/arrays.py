@@ -2,6 +2,7 @@
 
 import io
 import math
+from tokenize import TokenError
 from typing import TypeVar
 
 import numpy as np
@@ -10,10 +11,14 @@ from flwr.app import Array
 from numpy.typing import NDArray
 
 from fedmerge.errors import LayoutMismatchError
-from sim.app.messages.records.fields import ONE_VERSION
+from fedmerge.escaping import one_line
+from sim.app.messages.records.fields import LONGEST_SHOWN, ONE_VERSION
 
 T_Scalar = TypeVar("T_Scalar", bound=np.generic)
 _NPY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+
+# NumPy evaluates the header as a Python literal, after it has tokenised it if that fails.
+_DAMAGED = (LookupError, ValueError, TypeError, OSError, EOFError, SyntaxError, TokenError, RecursionError, MemoryError)
 
 
 def read_tensor(array: Array, name: str) -> torch.Tensor:
@@ -44,8 +49,9 @@ def array_values(array: Array, name: str, dtype: np.dtype[T_Scalar], num_axes: i
     stream = io.BytesIO(array.data)
     try:  # the header first: nothing is allocated for more than what came
         shape, fortran_order, found = _NPY_HEADERS[np.lib.format.read_magic(stream)](stream)
-    except (LookupError, ValueError, TypeError, OSError, EOFError) as error:
-        raise LayoutMismatchError(f"{name} cannot be read ({error}); {ONE_VERSION}") from error
+    except _DAMAGED as error:
+        reason = one_line(f"{type(error).__name__}: {error}", LONGEST_SHOWN)
+        raise LayoutMismatchError(f"{name} cannot be read ({reason}); {ONE_VERSION}") from error
     values = array.data[stream.tell() :]
     in_order = not fortran_order or num_axes == 1
     if (
