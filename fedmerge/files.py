@@ -1,5 +1,10 @@
-"""Read and write files and folders atomically: they exist complete or not at all. Errors name the file."""
+"""Read and write files and folders atomically: they exist complete or not at all. Errors name the file.
 
+Every write is synced, file and folder, before it returns: what was written survives a power cut. State that is read
+back has its SHA-256 beside it, see :func:`seal` and :func:`append_line`.
+"""
+
+import hashlib
 import itertools
 import json
 import os
@@ -15,6 +20,7 @@ from safetensors import SafetensorError
 from fedmerge.errors import RunDirError
 
 ROWS_AT_ONCE = 10_000
+SEAL = "record_sha256"
 _SPACE = "Check the free space and the permissions there and try again; fedmerge run --resume continues a run."
 
 
@@ -31,59 +37,161 @@ def whole_folder(folder: Path) -> Iterator[Path]:
             shutil.rmtree(partial)
         partial.mkdir(parents=True)
         yield partial
+        sync_tree(partial)
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(partial, folder)
+        sync(folder.parent)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise RunDirError(f"{folder} cannot be written ({error}). {_SPACE}") from error
 
 
-def append_line(path: Path, data: Any) -> None:
-    """Append one line of JSON and sync it; an unfinished line before it, left by a killed process, does no harm.
+def append_line(path: Path, data: Mapping[str, Any]) -> None:
+    """Append one line of JSON, sealed and synced; an unfinished line before it, left by a power cut, does no harm.
+
+    A complete line has a line feed before and after it, so that an unfinished one is told from a damaged one.
 
     Raises:
         RunDirError: as in :func:`write_text`.
     """
+    is_new = not path.exists()
     try:
         with path.open("a", encoding="utf-8") as file:
-            file.write("\n" + json.dumps(data, ensure_ascii=False))
+            file.write("\n" + json.dumps(seal(data), ensure_ascii=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
+        if is_new:
+            sync(path.parent)
     except OSError as error:
         raise RunDirError(f"{path} cannot be written ({error.strerror}). {_SPACE}") from error
 
 
-def read_lines(path: Path) -> Iterator[Any]:
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the lines that :func:`append_line` wrote, without unfinished ones.
 
     Raises:
-        RunDirError: the file cannot be read.
+        RunDirError: the file cannot be read, or a complete line was changed since it was written.
     """
     try:
-        with path.open(encoding="utf-8", errors="replace") as file:
-            for line in file:
-                try:
-                    yield json.loads(line)
-                except ValueError:
-                    continue
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     except FileNotFoundError:
         return
     except OSError as error:
         raise RunDirError(f"{path} cannot be read ({error.strerror}). Check the permissions there.") from error
+    for number, line in enumerate(lines):
+        if not line:
+            continue
+        try:
+            found, end = json.JSONDecoder().raw_decode(line)
+            record = unseal(found)
+        except (ValueError, RecursionError):
+            record, end = None, 0
+        if record is not None and end == len(line):
+            yield record
+        elif record is not None or lines[number + 1 : number + 2] == [""]:
+            raise RunDirError(
+                f"{path}: line {number + 1} was changed since it was written (its SHA-256 is another). Restore the "
+                "file from a copy; without it, start a new run."
+            )
+
+
+def seal(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a JSON object with the SHA-256 of its content as a last entry; :func:`read_json` verifies it.
+
+    >>> sealed = seal({"a": 1})
+    >>> unseal(sealed), unseal({**sealed, "a": 2})
+    ({'a': 1}, None)
+    """
+    content = json.loads(json.dumps(record))  # tuples are lists and keys are texts, as they will be read
+    return {**content, SEAL: _record_sha256(content)}
+
+
+def unseal(record: Any) -> dict[str, Any] | None:
+    """Return the content of a sealed JSON object; None if it was changed since :func:`seal`, or is not one."""
+    if not isinstance(record, dict):
+        return None
+    content = {key: value for key, value in record.items() if key != SEAL}
+    return content if record.get(SEAL) == _record_sha256(content) else None
+
+
+def read_sealed(path: Path) -> dict[str, Any] | None:
+    """Read a JSON object that must have a seal; None if the file does not exist.
+
+    Raises:
+        RunDirError: the file is damaged, was changed, or cannot be read.
+    """
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise RunDirError(f"{path} cannot be read ({error.strerror}). Check the permissions there.") from error
+    try:
+        record = unseal(json.loads(data))
+    except (ValueError, RecursionError):
+        record = None
+    if record is None:
+        raise _changed(path)
+    return record
+
+
+def _without_seal(path: Path, found: Any) -> Any:
+    if not isinstance(found, dict) or SEAL not in found:
+        return found
+    record = unseal(found)
+    if record is None:
+        raise _changed(path)
+    return record
+
+
+def _changed(path: Path) -> RunDirError:
+    return RunDirError(
+        f"{path}: changed since it was written (its SHA-256 is another). Restore the file from a copy, or start a new "
+        "run, which reuses the experts that the clients have cached."
+    )
+
+
+def _record_sha256(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, separators=(",", ":"), sort_keys=True).encode()).hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Sync a file, or the entries of a folder, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """Sync all files and folders below a folder, and the folder itself."""
+    for place, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            sync(Path(place) / name)
+        sync(Path(place))
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder with all that are above it, and sync the entries that are new."""
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for place in missing:
+        sync(place.parent)
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file of a run; None if it does not exist.
+    """Read a JSON file of a run; None if it does not exist. A seal is verified and removed.
 
     Raises:
         RunDirError: the file is damaged or cannot be read.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return _without_seal(path, json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RunDirError(
             f"{path} cannot be read ({error}). Restore the file, or start a new run, which reuses the experts that the "
             "clients have cached."
@@ -96,7 +204,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file atomically and sync it.
+    """Write a file atomically; file and folder are synced.
 
     Raises:
         RunDirError: the disk is full, or the folder is missing or not writable.
@@ -108,6 +216,7 @@ def write_bytes(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
+        sync(path.parent)
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise RunDirError(f"{path} cannot be written ({error.strerror}). {_SPACE}") from error
@@ -136,14 +245,20 @@ def write_table(path: Path, rows: Iterable[Mapping[str, Any]], schema: Any = Non
     try:
         remaining = iter(rows)
         with ExitStack() as stack:
-            writer = None if schema is None else stack.enter_context(pq.ParquetWriter(partial, schema))
+            writer = (
+                None
+                if schema is None
+                else stack.enter_context(pq.ParquetWriter(partial, schema, write_page_checksum=True))
+            )
             while some := [dict(row) for row in itertools.islice(remaining, ROWS_AT_ONCE)]:
                 table = pa.Table.from_pylist(some, schema)
                 if writer is None:
                     schema = table.schema
-                    writer = stack.enter_context(pq.ParquetWriter(partial, schema))
+                    writer = stack.enter_context(pq.ParquetWriter(partial, schema, write_page_checksum=True))
                 writer.write_table(table)
+        sync(partial)
         os.replace(partial, path)
+        sync(path.parent)
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise RunDirError(f"{path} cannot be written ({error}). {_SPACE}") from error
@@ -175,7 +290,9 @@ def new_folder(folder: Path) -> Iterator[Path]:
     try:
         partial.mkdir(parents=True)
         yield partial
+        sync_tree(partial)
         os.rename(partial, folder)
+        sync(folder.parent)
     except (OSError, SafetensorError) as error:
         raise RunDirError(
             f"{folder}: cannot be written ({error}). Check free space and permissions, or choose another folder."
@@ -198,7 +315,8 @@ def read_record(path: Path) -> dict[str, Any]:
         raise RunDirError(f"{path}: damaged ({error}). Restore the file.") from error
     if not isinstance(data, dict):
         raise RunDirError(f"{path}: found a JSON {type(data).__name__}, expected an object. Restore the file.")
-    return data
+    record: dict[str, Any] = _without_seal(path, data)
+    return record
 
 
 def table_or_empty(value: Any) -> Mapping[str, Any]:

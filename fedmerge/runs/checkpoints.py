@@ -12,7 +12,7 @@ from fedmerge.adapter import Adapter, adapter_sha256
 from fedmerge.encoder.peft_folder import write_adapter
 from fedmerge.errors import FedMergeError, RunDirError
 from fedmerge.evaluation.sums import VARIANTS, MetricSums, Variant, metric_sums_from_dict
-from fedmerge.files import read_json, whole_folder, write_json
+from fedmerge.files import read_json, read_sealed, seal, whole_folder, write_json
 from fedmerge.mergerec.pictures import draw_learned
 from fedmerge.merging.candidate import Candidate, Provenance
 from fedmerge.runs.verified import read_verified
@@ -66,7 +66,7 @@ def write_expert(run_dir: Path, domain: str, adapter: Adapter, report: Mapping[s
     sha256 = adapter_sha256(adapter)
     with whole_folder(run_dir / ADAPTERS / domain) as folder:
         write_adapter(adapter, folder, backbone_name)
-        write_json(folder / "training.json", {**report, "sha256": sha256})
+        write_json(folder / "training.json", seal({**report, "sha256": sha256}))
     return sha256
 
 
@@ -74,7 +74,8 @@ def read_expert_hash(run_dir: Path, domain: str) -> str | None:
     """Return the hash of an expert on disk; None if it is absent or damaged."""
     folder = run_dir / ADAPTERS / domain
     try:
-        sha256 = read_json(folder / "training.json")["sha256"]
+        report = read_sealed(folder / "training.json") or {}
+        sha256 = report["sha256"]
         return str(sha256) if read_verified(folder)[1] == sha256 else None
     except (FedMergeError, OSError, LookupError, TypeError, AttributeError):
         return None
@@ -96,7 +97,7 @@ def read_excluded_experts(run_dir: Path) -> dict[str, str]:
 
     The result is empty before the gate has decided, and if the gate only flags experts.
     """
-    record = read_json(run_dir / ADMISSION) or {}
+    record = read_sealed(run_dir / ADMISSION) or {}
     failed: dict[str, str] = record["failed"] if record.get("action") == "exclude" else {}
     return failed
 
@@ -114,7 +115,7 @@ def write_candidate(run_dir: Path, candidate: Candidate, backbone_name: str) -> 
     """
     with whole_folder(merge_folder(run_dir, candidate.label)) as folder:
         write_adapter(candidate.adapter, folder, backbone_name)
-        write_json(folder / "provenance.json", candidate.provenance.to_dict())
+        write_json(folder / "provenance.json", seal(candidate.provenance.to_dict()))
         draw_learned(folder, candidate.provenance)
 
 
@@ -123,7 +124,7 @@ def read_candidates(run_dir: Path, sources: Mapping[str, str]) -> dict[str, Cand
     found = {}
     for folder in sorted((run_dir / MERGED).glob("[!.]*")):
         try:
-            provenance = Provenance.from_dict(read_json(folder / "provenance.json"))
+            provenance = Provenance.from_dict(read_sealed(folder / "provenance.json") or {})
             adapter, sha256 = read_verified(folder)
             if provenance.label and provenance.domains == dict(sources) and provenance.sha256 == sha256:
                 found[provenance.label] = Candidate(adapter, provenance)
@@ -143,7 +144,8 @@ def write_sums(run_dir: Path, stage: Stage, domain: str, sums: Mapping[Variant, 
         folder.mkdir(exist_ok=True)
     except OSError as error:
         raise RunDirError(f"{folder}: cannot be created ({error.strerror}). Check the permissions there.") from error
-    write_json(folder / f"{domain}.json", {variant: of_variant.to_dict() for variant, of_variant in sums.items()})
+    record = {str(variant): of_variant.to_dict() for variant, of_variant in sums.items()}
+    write_json(folder / f"{domain}.json", seal(record))
 
 
 def read_sums(run_dir: Path, stage: Stage) -> dict[str, Sums]:
@@ -151,7 +153,7 @@ def read_sums(run_dir: Path, stage: Stage) -> dict[str, Sums]:
     found = {}
     for file in sorted((run_dir / SUMS[stage]).glob("*.json")):
         try:
-            record = read_json(file)
+            record = read_sealed(file) or {}
             found[file.stem] = {variant: metric_sums_from_dict(record[variant]) for variant in VARIANTS}
         except (FedMergeError, LookupError, TypeError, ValueError):
             continue

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fedmerge.config import ExperimentConfig
-from fedmerge.files import append_line, read_json, read_lines
+from fedmerge.files import append_line, read_json, read_lines, read_sealed
 from fedmerge.privacy.dp.releases import METRIC_SUMS, answers_have_noise, noised_sums, sample_rate
 from fedmerge.runs.checkpoints import ADAPTERS, LEARNING, MERGED
 from fedmerge.runs.round_checkpoints import round_records
@@ -72,7 +72,7 @@ def spent_by_domain(run_dir: Path, config: ExperimentConfig) -> dict[str, list[M
     counted = {(domain, number) for domain, number, _ in trained}  # others on disk have no line in RELEASED
     for path in sorted((run_dir / ADAPTERS).glob("[!.]*/training.json")):
         if (path.parent.name, 0) not in counted:
-            add(path.parent.name, read_json(path))
+            add(path.parent.name, read_sealed(path))
     in_sums = revealed_reports(run_dir)
     for domain, reported in in_sums:
         add(domain, reported)
@@ -124,6 +124,6 @@ def _messages_by_domain(run_dir: Path) -> dict[str, int]:
     for cohort in sorted((run_dir / LEARNING).glob("cohort-*.json")):
         logs = (run_dir / LEARNING).glob(f"*{cohort.stem.removeprefix('cohort')}.jsonl")
         number = sum(1 for log in logs for _ in read_lines(log))
-        for domain in read_json(cohort) or {}:
+        for domain in read_sealed(cohort) or {}:
             found[domain] = found.get(domain, 0) + number
     return {domain: number for domain, number in found.items() if number}

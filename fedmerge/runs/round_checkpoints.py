@@ -7,12 +7,14 @@ rounds/<number>.safetensors   state after a round, to resume from; only that of 
 rounds/<number>.json          how the round was aggregated and what it cost; stays for every round
 """
 
+import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
@@ -20,7 +22,7 @@ from fedmerge.adapter import Adapter, adapter_sha256
 from fedmerge.encoder.peft_folder import read_adapter, write_adapter
 from fedmerge.errors import FedMergeError, RunDirError
 from fedmerge.federated.rounds import GlobalState, state_of, state_tensors
-from fedmerge.files import read_json, whole_folder, write_bytes, write_json
+from fedmerge.files import read_sealed, seal, whole_folder, write_bytes, write_json
 
 ROUNDS = "rounds"
 
@@ -35,23 +37,22 @@ def write_members(run_dir: Path, domains: Sequence[str]) -> None:
         (run_dir / ROUNDS).mkdir(exist_ok=True)
     except OSError as error:
         raise RunDirError(f"{run_dir / ROUNDS}: cannot be created ({error.strerror}). Check permissions.") from error
-    write_json(run_dir / ROUNDS / "members.json", list(domains))
+    write_json(run_dir / ROUNDS / "members.json", seal({"domains": list(domains)}))
 
 
 def read_members(run_dir: Path) -> list[str]:
     """Return the domains that take part; empty before they are recorded."""
-    members: list[str] = read_json(run_dir / ROUNDS / "members.json") or []
-    return members
+    return list((read_sealed(run_dir / ROUNDS / "members.json") or {"domains": []})["domains"])
 
 
 def write_sample(run_dir: Path, number: int, domains: Sequence[str]) -> None:
     """Record the sampled domains of a round, before any client is asked."""
-    write_json(run_dir / ROUNDS / "drawn.json", {"round": number, "domains": list(domains)})
+    write_json(run_dir / ROUNDS / "drawn.json", seal({"round": number, "domains": list(domains)}))
 
 
 def read_sample(run_dir: Path, number: int) -> list[str]:
     """Return the sampled domains of a round; empty if it has not started."""
-    drawn = read_json(run_dir / ROUNDS / "drawn.json") or {}
+    drawn = read_sealed(run_dir / ROUNDS / "drawn.json") or {}
     return list(drawn["domains"]) if drawn.get("round") == number else []
 
 
@@ -65,7 +66,7 @@ def write_reply(
     """
     with whole_folder(run_dir / ROUNDS / str(number) / domain) as folder:
         write_adapter(adapter, folder, backbone_name)
-        write_json(folder / "training.json", {**report, "sha256": adapter_sha256(adapter)})
+        write_json(folder / "training.json", seal({**report, "sha256": adapter_sha256(adapter)}))
 
 
 def read_replies(run_dir: Path, number: int) -> dict[str, tuple[Adapter, dict[str, Any]]]:
@@ -73,7 +74,7 @@ def read_replies(run_dir: Path, number: int) -> dict[str, tuple[Adapter, dict[st
     found = {}
     for folder in sorted((run_dir / ROUNDS / str(number)).glob("[!.]*")):
         try:
-            adapter, report = read_adapter(folder), read_json(folder / "training.json")
+            adapter, report = read_adapter(folder), read_sealed(folder / "training.json") or {}
             if adapter_sha256(adapter) == report["sha256"]:
                 found[folder.name] = (adapter, report)
         except (FedMergeError, OSError, LookupError, TypeError):
@@ -103,8 +104,12 @@ def write_state(
     folder, number = run_dir / ROUNDS, state.num_rounds
     tensors, record = state_tensors(state)
     entry = {"aggregation": record["report"], "clients": reports, "seconds": seconds}
-    write_json(folder / f"{number}.json", entry if secure_sum is None else {**entry, "secure_sum": secure_sum})
-    write_bytes(folder / f"{number}.safetensors", save(tensors, {"record": json.dumps(record)}))
+    entry = entry if secure_sum is None else {**entry, "secure_sum": secure_sum}
+    write_json(folder / f"{number}.json", seal(entry))
+    text = json.dumps(record)
+    write_bytes(
+        folder / f"{number}.safetensors", save(tensors, {"record": text, "sha256": _state_sha256(text, tensors)})
+    )
     shutil.rmtree(folder / str(number), ignore_errors=True)
     (folder / f"{number - 1}.safetensors").unlink(missing_ok=True)
 
@@ -115,9 +120,10 @@ def read_state(run_dir: Path) -> GlobalState | None:
     for _, file in sorted(files.items(), reverse=True):
         try:
             with safe_open(file, framework="pt") as opened:
-                record = json.loads(opened.metadata()["record"])
+                metadata = opened.metadata()
                 tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  # not a mapping
-            return state_of(tensors, record)
+            if metadata["sha256"] == _state_sha256(metadata["record"], tensors):
+                return state_of(tensors, json.loads(metadata["record"]))
         except (OSError, SafetensorError, ValueError, LookupError, TypeError, FedMergeError):
             continue
     return None
@@ -126,4 +132,12 @@ def read_state(run_dir: Path) -> GlobalState | None:
 def round_records(run_dir: Path) -> list[dict[str, Any]]:
     """Return the record of each aggregated round, in order."""
     files = [file for file in (run_dir / ROUNDS).glob("*.json") if file.stem.isdigit()]
-    return [read_json(file) for file in sorted(files, key=lambda file: int(file.stem))]
+    return [read_sealed(file) or {} for file in sorted(files, key=lambda file: int(file.stem))]
+
+
+def _state_sha256(record: str, tensors: Mapping[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256(record.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().cpu().numpy().tobytes())
+    return digest.hexdigest()

@@ -7,7 +7,7 @@ from typing import Any
 from fedmerge.adapter import Adapter, adapter_sha256
 from fedmerge.encoder.peft_folder import read_adapter, write_adapter
 from fedmerge.errors import FedMergeError
-from fedmerge.files import append_line, read_json, read_lines, whole_folder, write_json
+from fedmerge.files import append_line, read_lines, read_sealed, seal, whole_folder, write_json
 
 SECURE_SUM, SUM_FILE, REVEALED = "secure-sum", "sum.json", "secure-sum.jsonl"
 
@@ -20,7 +20,7 @@ def write_mean(run_dir: Path, mean: Adapter, record: Mapping[str, Any], backbone
     """
     with whole_folder(run_dir / SECURE_SUM) as folder:
         write_adapter(mean, folder, backbone_name)
-        write_json(folder / SUM_FILE, {**record, "sha256": adapter_sha256(mean)})
+        write_json(folder / SUM_FILE, seal({**record, "sha256": adapter_sha256(mean)}))
 
 
 def note_reveal(run_dir: Path, number: int, reports: Mapping[str, Mapping[str, Any]], domains: Sequence[str]) -> None:
@@ -57,7 +57,7 @@ def revealed_reports(run_dir: Path) -> list[tuple[str, Mapping[str, Any]]]:
 def read_mean(run_dir: Path) -> tuple[Adapter, dict[str, Any]] | None:
     """Inverse of :func:`write_mean`; None if the mean is absent or damaged."""
     try:
-        mean, record = read_adapter(run_dir / SECURE_SUM), read_json(run_dir / SECURE_SUM / SUM_FILE)
+        mean, record = read_adapter(run_dir / SECURE_SUM), read_sealed(run_dir / SECURE_SUM / SUM_FILE) or {}
         return (mean, record) if adapter_sha256(mean) == record["sha256"] else None
     except (FedMergeError, OSError, LookupError, TypeError):
         return None

@@ -177,14 +177,11 @@ def test_an_answer_about_coefficients_is_released_once(
     assert "step 0, was released before" in refused
     (spoiled,) = Path(config.cache_dir).glob("released/beauty-*/*-1/training.json")
     whole = json.loads(spoiled.read_text())
-    for text, found in (
-        ("{", "is damaged (JSONDecodeError)"),
-        (json.dumps({**whole, "answer": [2 * value for value in whole["answer"]]}), "was changed since"),
-    ):
+    for text in ("{", json.dumps({**whole, "answer": [2 * value for value in whole["answer"]]})):
         spoiled.write_text(text)
         refused = str(records.read_error(answer(config, replace(first, step=1))))
         assert "step 1, was released before, but …" in refused
-        assert found in refused
+        assert "is damaged (RunDirError)" in refused
     nameless = config.model_copy(update={"run_id": None})
     assert "run_id is 'none'" in str(records.read_error(answer(nameless, first)))
 

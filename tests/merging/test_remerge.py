@@ -22,6 +22,7 @@ from fedmerge.domain.catalog import CATALOG_FILE, load_catalog
 from fedmerge.domain.manifest import MANIFEST_FILE
 from fedmerge.encoder.adapter_records import config_of_adapter
 from fedmerge.encoder.peft_folder import read_adapter, write_adapter
+from fedmerge.files import read_record
 from fedmerge.merging.stack import linear_merge, stack_adapters
 from fedmerge.merging.training_free import merge_adapters
 
@@ -49,8 +50,7 @@ def experts(run: Path) -> dict[str, Adapter]:
 
 
 def provenance(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "provenance.json").read_text())
-    return found
+    return read_record(folder / "provenance.json")
 
 
 # A run

@@ -278,7 +278,7 @@ def test_a_full_disk_is_named_with_the_way_to_go_on_and_leaves_nothing(tmp_path:
         with pytest.raises(RunDirError, match=remedy):
             write_table(tmp_path / "a", rows)
         with pytest.raises(RunDirError, match=remedy):
-            append_line(tmp_path / "lines", "long" * 1000)
+            append_line(tmp_path / "lines", {"a": "long" * 1000})
         with pytest.raises(RunDirError, match=remedy), whole_folder(tmp_path / "a") as folder:
             (folder / "x").write_text("long" * 1000)
     assert [path.name for path in tmp_path.iterdir()] == ["lines"]

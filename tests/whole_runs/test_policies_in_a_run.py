@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import sim.app.server.phases.coefficients
 from fedmerge.config import ExperimentConfig
 from fedmerge.encoder.peft_folder import read_adapter
 from fedmerge.errors import ClientError, PolicyError
-from fedmerge.files import append_line, read_lines
+from fedmerge.files import append_line, read_json, read_lines
 from fedmerge.merging.stack import linear_merge, stack_adapters
 from sim.app.messages import records
 from sim.local.in_process import Answer, answer_honestly, run_in_process
@@ -93,6 +94,11 @@ def test_a_private_catalog_is_an_error_before_any_work(place: Path, tmp_path: Pa
     assert not (tmp_path / "run" / "adapters").exists()
 
 
+def sent_lines(path: Path) -> list[Any]:
+    """Return domain, message, size and values of every reply that :func:`seen_by_flower` wrote."""
+    return [line["sent"] for line in read_lines(path)]
+
+
 def seen_by_flower(path: Path) -> Answer:
     """Record what honest clients send, from the bytes that Flower makes of it."""
 
@@ -109,7 +115,7 @@ def seen_by_flower(path: Path) -> Answer:
         for key, facts in sent.config_records.items():
             rows += [[f"{key}.{name}", type(value).__name__, "", 0] for name, value in facts.items()]
         domain = DOMAINS[int(context.node_config["partition-id"])]
-        append_line(path, [domain, message.metadata.message_type, len(wire), rows])
+        append_line(path, {"sent": [domain, message.metadata.message_type, len(wire), rows]})
         return reply
 
     return answer
@@ -162,7 +168,7 @@ def ledger_as_flower_sent(run: Path) -> list[dict[str, Any]]:
     """The ledger's rows, which hold every array and value of every message: names, types, shapes, bytes on the wire."""
     sent, wire_bytes = Counter[tuple[str, ...]](), 0
     value_bytes = Counter[tuple[str, ...]]()
-    for domain, message, size, values in read_lines(run.parent / "sent.jsonl"):
+    for domain, message, size, values in sent_lines(run.parent / "sent.jsonl"):
         wire_bytes += size
         for name, dtype, shape, nbytes in values:
             sent[domain, message, name, dtype, shape] += 1
@@ -260,7 +266,7 @@ def test_a_killed_run_replays_the_averages(
     changes = {**LEARNED, **LITTLE}
     lines: list[object] = []
 
-    def killed_after_two(path: Path, line: object) -> None:
+    def killed_after_two(path: Path, line: Mapping[str, Any]) -> None:
         append_line(path, line)
         lines.append(line)
         if len(lines) == 2:
@@ -270,7 +276,7 @@ def test_a_killed_run_replays_the_averages(
     with pytest.raises(KeyboardInterrupt):
         run_in_process(experiment(place, tmp_path, **changes))
     run_in_process(experiment(place, tmp_path, **changes, resume=True), seen_by_flower(tmp_path / "sent.jsonl"))
-    again = Counter((domain, message) for domain, message, _, _ in read_lines(tmp_path / "sent.jsonl"))
+    again = Counter((domain, message) for domain, message, _, _ in sent_lines(tmp_path / "sent.jsonl"))
     assert {again[domain, "query.gradient"] for domain in DOMAINS[:3]} == {2}
     assert np.array_equal(coefficients(tmp_path / "run", LABELS[1]), coefficients(exact, LABELS[1]))
 
@@ -310,7 +316,7 @@ def test_other_ways_through_the_clients(
     place: Path, tmp_path: Path, changes: dict[str, object], label: str, messages: int
 ) -> None:
     run_in_process(experiment(place, tmp_path, **LITTLE, **changes), seen_by_flower(tmp_path / "sent.jsonl"))
-    sent = Counter((domain, message) for domain, message, _, _ in read_lines(tmp_path / "sent.jsonl"))
+    sent = Counter((domain, message) for domain, message, _, _ in sent_lines(tmp_path / "sent.jsonl"))
     assert {sent[domain, "query.gradient"] for domain in DOMAINS[:3]} == {messages}
     found = coefficients(tmp_path / "run", label)
     assert 1e-4 < np.abs(found - 1 / 3**0.5).max() < 0.1
@@ -450,4 +456,4 @@ def test_a_client_with_invalid_pseudo_users_is_excluded(place: Path, tmp_path: P
     clients = json.loads((tmp_path / "run" / "clients.json").read_text())
     assert "it makes 0 pseudo-users. Use the same settings" in clients["excluded"][STRICT]
     (cohort,) = (tmp_path / "run" / "learning").glob("cohort-*.json")
-    assert json.loads(cohort.read_text()) == {"beauty": 25, "books": 25}
+    assert read_json(cohort) == {"beauty": 25, "books": 25}

@@ -20,6 +20,7 @@ from run_folders import hash_results, unlisted_files
 from fedmerge.config import ExperimentConfig
 from fedmerge.encoder.peft_folder import TENSOR_FILE
 from fedmerge.errors import ClientError, ConfigError, RunDirError
+from fedmerge.files import read_json, seal, write_json
 from fedmerge.mergerec import learn
 from fedmerge.mergerec.objective import batch_terms
 from fedmerge.runs.folder import locked
@@ -277,9 +278,9 @@ def test_data_changed_under_a_resumed_run_exclude_their_domain(
     with stopping_at(monkeypatch, merging, "train_experts"):
         run_in_process(config)
     clients = tmp_path / "runs" / "run" / "clients.json"
-    reported = json.loads(clients.read_text())
+    reported = read_json(clients)
     reported["participants"]["coffee"]["num_users"] = 29
-    clients.write_text(json.dumps(reported))
+    write_json(clients, seal(reported))
     run_in_process(resumed(config))
     (reason,) = json.loads(clients.read_text())["excluded"].values()
     assert reason.startswith("its num_users is 30, the server's is 29;")

@@ -5,7 +5,6 @@ coefficients, each released once. So a repeated request, for example after a kil
 different request for the same release is refused.
 """
 
-import json
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -25,7 +24,7 @@ from fedmerge.client.training.settings import TrainingSettings
 from fedmerge.config import DP, ExperimentConfig
 from fedmerge.encoder.peft_folder import read_adapter, write_adapter
 from fedmerge.errors import FedMergeError, PolicyError
-from fedmerge.files import read_json, write_json
+from fedmerge.files import make_folder, read_sealed, seal, write_json
 from fedmerge.mergerec.variants import learned_variant
 from fedmerge.privacy.dp.accountant import agreed_noise
 from fedmerge.privacy.dp.domain_noise import add_noise_to_answer, noise_like
@@ -259,11 +258,11 @@ def _release_once(
 
         def fill(partial: Path) -> None:
             record = {"key": key, **write(made, partial)}
-            (partial / REPORT_FILE).write_text(json.dumps(record, indent=2) + "\n")
+            write_json(partial / REPORT_FILE, seal(record))
 
         fill_folder(folder, fill, folder.exists, what)
     try:
-        record = json.loads((folder / REPORT_FILE).read_text())
+        record = read_sealed(folder / REPORT_FILE) or {}
         release, sha256 = read(folder, record)
         same_key, whole = record["key"] == key, record["sha256"] == sha256
     except (FedMergeError, OSError, LookupError, TypeError, ValueError) as error:
@@ -284,15 +283,15 @@ def _cached_noise(path: Path, dp: DP, releases: tuple[Counted, ...], others: tup
     """Return the noise multiplier of the run, calibrated once: a new process may answer each message."""
     key = inputs_key({"dp": dp.model_dump(), "releases": releases, "others": [asdict(other) for other in others]})
     try:
-        cached = read_json(path) or {}
+        cached = read_sealed(path) or {}
         if cached["key"] == key:
             return float(cached["noise_multiplier"])
     except (FedMergeError, LookupError, TypeError, ValueError):
         pass
     noise = agreed_noise(dp, releases, others)
     with suppress(OSError, FedMergeError):  # without the file the next process calibrates again
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"key": key, "noise_multiplier": noise})
+        make_folder(path.parent)
+        write_json(path, seal({"key": key, "noise_multiplier": noise}))
     return noise
 
 

@@ -1,6 +1,5 @@
 """The cache of a client's experts on its own disk: the same inputs are trained once."""
 
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict
@@ -20,7 +19,8 @@ from fedmerge.client.training.loop import Progress
 from fedmerge.client.training.poisoning import is_attacker
 from fedmerge.client.training.settings import TrainingSettings
 from fedmerge.encoder.peft_folder import read_adapter, write_adapter
-from fedmerge.errors import ClientError
+from fedmerge.errors import ClientError, FedMergeError
+from fedmerge.files import read_json, seal, write_json
 
 REPORT_FILE = "training.json"
 BATCHES = "equal"  # how users are split into batches; part of the key, so that experts of another split are not reused
@@ -82,7 +82,7 @@ def _load_or_train(
 
     def write(expert: Path) -> None:
         write_adapter(adapter, expert, domain.backbone.name)
-        (expert / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n")
+        write_json(expert / REPORT_FILE, seal(report))
 
     fill_folder(folder, write, lambda: _read_cached(folder) is not None, f"domain {name}: its expert")
     checkpoint.unlink(missing_ok=True)
@@ -123,9 +123,9 @@ def load_expert(
 def _read_cached(folder: Path) -> tuple[Adapter, dict[str, Any]] | None:
     """Read a cached expert with its report; None if it is missing or damaged."""
     try:
-        adapter, report = read_adapter(folder), json.loads((folder / REPORT_FILE).read_text())
+        adapter, report = read_adapter(folder), read_json(folder / REPORT_FILE) or {}
         return (adapter, report) if adapter_sha256(adapter) == report["sha256"] else None
-    except (OSError, ValueError, KeyError):
+    except (FedMergeError, OSError, ValueError, KeyError):
         return None
 
 

@@ -1,4 +1,4 @@
-"""Cache folders on a client's own disk: named by a key of the inputs, complete or absent."""
+"""Cache folders on a client's own disk: named by a key of the inputs, complete or absent, and synced."""
 
 import hashlib
 import json
@@ -10,6 +10,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from fedmerge.errors import ClientError
+from fedmerge.files import make_folder, sync, sync_tree
 
 
 def inputs_key(inputs: Mapping[str, Any]) -> str:
@@ -34,12 +35,14 @@ def fill_folder(folder: Path, write: Callable[[Path], None], is_whole: Callable[
         ClientError: the disk is full, or the folder is not writable.
     """
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(folder.parent)
         with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder.parent) as partial:
             filled = Path(partial) / "folder"
             filled.mkdir()
             write(filled)
+            sync_tree(filled)
             filled.rename(folder)
+            sync(folder.parent)
     except (OSError, SafetensorError) as error:
         if not is_whole():
             raise ClientError(

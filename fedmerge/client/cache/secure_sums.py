@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from fedmerge.client.cache.folders import inputs_key
 from fedmerge.config import DP
 from fedmerge.errors import ClientError, PolicyError
-from fedmerge.files import write_bytes
+from fedmerge.files import make_folder, write_bytes
 
 
 def cache_values(cache_dir: str, domain: str, values: NDArray[np.float32]) -> str:
@@ -178,7 +178,7 @@ def _write(path: Path, data: bytes) -> None:
 
 def _created(folder: Path) -> Path:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
     except OSError as error:
         raise ClientError(
             f"{folder} cannot be created ({error.strerror}). Check the permissions there, or set cache_dir."

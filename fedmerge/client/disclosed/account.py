@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from fedmerge.errors import FedMergeError, PolicyError
-from fedmerge.files import append_line, read_lines
+from fedmerge.files import append_line, make_folder, read_lines
 from fedmerge.privacy.dp.accountant import spent_epsilon
 from fedmerge.privacy.dp.releases import METRIC_SUMS, Adjacency, Release
 from fedmerge.privacy.dp.replacement import replaced_epsilon
@@ -100,7 +100,7 @@ def charge(
         return
     check_total([*account, *new], max_total_epsilon, max_delta, adjacency)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         for entry in new:
             append_line(folder / ACCOUNT_FILE, asdict(entry))
     except (OSError, FedMergeError) as error:

@@ -7,7 +7,7 @@ from typing import Any
 from fedmerge.client.cache.folders import inputs_key
 from fedmerge.errors import ClientError, PolicyError, RunDirError
 from fedmerge.evaluation.sums import MetricSums, Variant, metric_sums_from_dict
-from fedmerge.files import read_json, write_json
+from fedmerge.files import make_folder, read_json, read_sealed, seal, write_json
 
 Sums = dict[Variant, MetricSums]
 
@@ -36,7 +36,7 @@ def release_sums_once(
     key = inputs_key(request)
     path = folder / "sums" / inputs_key({"run": run}) / f"{key}.json"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         record = read_json(path)
         if record is None:
             if (given := len(list(path.parent.glob("*.json")))) >= most:
@@ -68,16 +68,16 @@ def count_models(folder: Path, run: str, sha256s: set[str], most: int) -> None:
     """
     path = folder / "models" / f"{inputs_key({'run': run})}.json"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        known = set(read_json(path) or [])
+        make_folder(path.parent)
+        known = set((read_sealed(path) or {"models": []})["models"])
         if len(known | sha256s) > most:
             raise PolicyError(
                 f"max_models = {most} of its own policy file: run {run} evaluates {len(known | sha256s)} models. "
                 "Evaluate fewer merges, or agree on another limit with the organisation."
             )
         if not sha256s <= known:
-            write_json(path, sorted(known | sha256s))
-    except (OSError, RunDirError, TypeError) as error:
+            write_json(path, seal({"models": sorted(known | sha256s)}))
+    except (OSError, RunDirError, LookupError, TypeError) as error:
         raise PolicyError(
             f"{path}: the evaluated models cannot be recorded ({error}), so no metric sums leave. Check the files, the "
             "space and the permissions there."

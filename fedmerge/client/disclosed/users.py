@@ -18,7 +18,7 @@ from fedmerge.config import Split
 from fedmerge.domain.interactions import Interactions
 from fedmerge.domain.splits import Examples, evaluated_users, examples_of
 from fedmerge.errors import PolicyError, RunDirError
-from fedmerge.files import read_json, write_json
+from fedmerge.files import make_folder, read_sealed, seal, sync, write_json
 
 SECRET_FILE = "secret"
 
@@ -32,7 +32,7 @@ def read_secret(folder: Path) -> bytes:
     path = folder / SECRET_FILE
     try:
         if not path.exists():
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             partial = folder / f".{SECRET_FILE}-{os.getpid()}"
             with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
                 file.write(secrets.token_bytes(32))
@@ -41,6 +41,7 @@ def read_secret(folder: Path) -> bytes:
             with suppress(FileExistsError):  # another process was faster
                 os.link(partial, path)
             partial.unlink()
+            sync(folder)
         secret = path.read_bytes()
     except OSError as error:
         raise PolicyError(
@@ -98,9 +99,9 @@ def remember_users(
     if path.exists():
         return
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         for other in sorted(path.parent.glob("*.json")):
-            earlier = read_json(other)
+            earlier = read_sealed(other) or {}
             differing = sum(earlier.get(user) != current.get(user) for user in earlier.keys() | current.keys())
             if differing < min_users:
                 raise PolicyError(
@@ -108,7 +109,7 @@ def remember_users(
                     f"expected none, or at least min_users = {min_users}: the difference of the two sums would tell "
                     "of these few. Evaluate again when the data of more users has changed, or on the earlier data."
                 )
-        write_json(path, current)
+        write_json(path, seal(current))
     except (OSError, RunDirError) as error:
         raise PolicyError(
             f"{path.parent}: the evaluated users cannot be recorded ({error}), so no metric sums leave. Check the "

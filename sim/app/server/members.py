@@ -8,7 +8,7 @@ from typing import Any
 
 from fedmerge.errors import RunDirError
 from fedmerge.escaping import one_line
-from fedmerge.files import read_json, write_json
+from fedmerge.files import read_sealed, seal, write_json
 from fedmerge.privacy.signatures import RegisteredKey
 from sim.app.messages import records
 
@@ -94,7 +94,7 @@ class Members:
                 name: asdict(exclusion.description) for name, exclusion in excluded if exclusion.description
             },
         }
-        write_json(self.folder / CLIENTS_FILE, clients)
+        write_json(self.folder / CLIENTS_FILE, seal(clients))
 
     def restore(self, ended: set[str]) -> None:
         """Restore the members of a resumed run from ``clients.json``.
@@ -110,7 +110,7 @@ class Members:
 
 
 def _read_clients(path: Path) -> tuple[dict[str, records.Description], dict[str, Exclusion]]:
-    found: Mapping[str, Any] | None = read_json(path)
+    found: Mapping[str, Any] | None = read_sealed(path)
     if found is None:  # the run ended before any client had answered
         return {}, {}
     try:

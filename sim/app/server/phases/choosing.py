@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from fedmerge.evaluation.ranks import SELECTION_METRIC
 from fedmerge.evaluation.sums import EXPERT
-from fedmerge.files import read_json, write_json
+from fedmerge.files import read_sealed, seal, write_json
 from fedmerge.runs import checkpoints
 from fedmerge.server.choice import (
     CHOICE_FILE,
@@ -32,7 +32,7 @@ def validate_and_choose(run: Run, merges: Merges) -> tuple[dict[str, checkpoints
     Raises:
         ClientError: too few domains are left to decide.
     """
-    found = read_json(run.folder / CHOICE_FILE)
+    found = read_sealed(run.folder / CHOICE_FILE)
     deciding = found["domains"] if found else [name for name in run.members.in_role("train") if name in merges.members]
     adapters = {candidate.label: candidate.adapter for candidate in merges.candidates}
     validation = evaluate_models(run, "valid", deciding, adapters, merges.sources)
@@ -41,7 +41,7 @@ def validate_and_choose(run: Run, merges: Merges) -> tuple[dict[str, checkpoints
         return {domain: sums for domain, sums in validation.items() if domain in deciding}, Choice.from_dict(found)
     run.require_quorum(list(validation))
     choice = _choose(run, merges, validation)
-    write_json(run.folder / CHOICE_FILE, choice.to_dict())
+    write_json(run.folder / CHOICE_FILE, seal(choice.to_dict()))
     selected = ", ".join(choice.labels)
     logger.info("selected on validation: %s; serving %s. Test is read next, once.", selected, choice.served)
     return validation, choice

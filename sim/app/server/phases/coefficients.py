@@ -15,7 +15,7 @@ from flwr.app import RecordDict
 
 from fedmerge.adapter import Adapter
 from fedmerge.errors import ClientError
-from fedmerge.files import append_line, read_json, read_lines, write_json
+from fedmerge.files import append_line, read_lines, read_sealed, seal, write_json
 from fedmerge.mergerec.coefficients import LearnedCoefficients, optimise, start_coefficients
 from fedmerge.mergerec.cohort import cohort_sha256
 from fedmerge.mergerec.learn import draw_pseudo_users
@@ -123,7 +123,7 @@ def _send_cohort(run: Run, experts: Mapping[str, Adapter]) -> tuple[str, dict[st
     adapters = dict(experts)
     sha256, content = cohort_sha256(adapters), records.cohort_record(adapters)
     path = run.folder / LEARNING / f"cohort-{sha256[:8]}.json"  # with a rollback there are two: all, and without some
-    before: dict[str, int] | None = read_json(path)
+    before: dict[str, int] | None = read_sealed(path)
     domains = [domain for domain in run.members.in_role("train") if domain in (before or adapters)]
     sizes: dict[str, int] = {}
 
@@ -146,7 +146,7 @@ def _send_cohort(run: Run, experts: Mapping[str, Adapter]) -> tuple[str, dict[st
     if before is None:
         path.parent.mkdir(exist_ok=True)
         before = dict(sorted(sizes.items()))
-        write_json(path, before)
+        write_json(path, seal(before))
     return sha256, before
 
 
