@@ -1,9 +1,11 @@
-"""``fedmerge privacy``: an audit of a run, made where its users' data are."""
+"""``fedmerge privacy``: audit a run, list what left its clients, and plan the noise of a training."""
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,6 +38,90 @@ def add_commands(commands: "Commands") -> None:
     add_runs_folder(audit)
     add_overrides(audit)
     audit.set_defaults(command=_audit)
+    ledger = privacy.add_parser("ledger", help="list what left each client, and the ε that bounds it")
+    ledger.add_argument("run", metavar="RUN", help="run folder, or the beginning of a run id")
+    ledger.add_argument("--json", action="store_true", help="machine-readable output")
+    add_runs_folder(ledger)
+    ledger.set_defaults(command=_ledger)
+    _add_plan(privacy)
+
+
+def _add_plan(privacy: "Commands") -> None:
+    plan = privacy.add_parser("plan", help="compute the noise for an ε, or the ε of a noise, before a training by user")
+    plan.add_argument("--users", type=positive_int, required=True, metavar="U", help="users that a domain trains on")
+    plan.add_argument("--batch", type=positive_int, required=True, metavar="B", help="train.batch_size")
+    plan.add_argument("--steps", type=positive_int, required=True, metavar="N", help="train.max_steps")
+    plan.add_argument("--delta", type=positive_float, required=True, metavar="D", help="dp.delta")
+    given = plan.add_mutually_exclusive_group(required=True)
+    given.add_argument("--epsilon", type=positive_float, metavar="E", help="dp.epsilon; prints the noise multiplier")
+    given.add_argument(
+        "--noise-multiplier", type=positive_float, metavar="Z", help="dp.noise_multiplier; prints the epsilon"
+    )
+    plan.add_argument(
+        "--metric-sums",
+        type=int,
+        default=0,
+        choices=range(10),
+        metavar="N",
+        help="noised metric sums: 2 in a run, 3 with the leave-one-out gate (default: 0)",
+    )
+    plan.add_argument(
+        "--metrics-noise", type=positive_float, default=4.0, metavar="Z", help="privacy.metrics_noise (default: 4)"
+    )
+    plan.add_argument("--accountant", choices=("prv", "rdp"), default="prv", help="dp.accountant (default: prv)")
+    plan.add_argument("--json", action="store_true", help="machine-readable output")
+    plan.set_defaults(command=_plan)
+
+
+def positive_int(text: str) -> int:
+    """Return a whole number above 0."""
+    number = int(text)
+    if number <= 0:
+        raise argparse.ArgumentTypeError(f"found {text}, expected a whole number above 0")
+    return number
+
+
+def positive_float(text: str) -> float:
+    """Return a finite number above 0."""
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"found {text}, expected a number above 0")
+    return number
+
+
+def _ledger(options: argparse.Namespace) -> int:
+    from fedmerge.files import read_record
+    from fedmerge.privacy.dp.statement import PRIVACY_FILE
+    from fedmerge.report.ledger_text import ledger_text
+    from fedmerge.runs.exposure import read_exposure
+    from fedmerge.runs.reading import find_run
+
+    folder = find_run(options.run, options.dir)
+    exposed, statement = read_exposure(folder), read_record(folder / PRIVACY_FILE)
+    if options.json:
+        record = {"run": folder.name, "replies": [asdict(of) for of in exposed], "privacy": statement or None}
+        print(json.dumps(record, indent=2, ensure_ascii=False))
+    else:
+        print(ledger_text(folder.name, exposed, statement), end="")
+    return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from fedmerge.privacy.dp.planning import plan_text, plan_training
+
+    plan = plan_training(
+        options.users,
+        options.batch,
+        options.steps,
+        options.delta,
+        epsilon=options.epsilon,
+        noise_multiplier=options.noise_multiplier,
+        metric_sums=options.metric_sums,
+        metrics_noise=options.metrics_noise,
+        accountant=options.accountant,
+    )
+    print(json.dumps(asdict(plan), indent=2) if options.json else plan_text(plan), end="\n" if options.json else "")
+    return 0
 
 
 def _audit(options: argparse.Namespace) -> int:

@@ -6,6 +6,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from fedmerge.config import DP
+from fedmerge.errors import RunDirError
 from fedmerge.privacy.dp.accountant import Method, account
 from fedmerge.privacy.dp.releases import DEFAULT_DELTA, METRIC_SUMS, Release
 from fedmerge.privacy.dp.replacement import replaced_epsilon
@@ -158,6 +159,35 @@ def statement_text(statement: Mapping[str, Any]) -> str:
     lines += [f"  - {assumption}" for assumption in statement["assumptions"]]
     lines += ["  not covered:", *(f"  - {what}" for what in statement["not_covered"])]
     return "\n".join(lines) + "\n"
+
+
+def summarise_statement(statement: Mapping[str, Any]) -> list[str]:
+    """Return the statement in a few sentences: ε, δ, unit, adjacency, and what is not covered.
+
+    Raises:
+        RunDirError: an entry is missing or of the wrong type.
+    """
+    try:
+        unit = statement.get("unit", "unit")
+        one = f"one {unit}"
+        delta, found = statement["delta"], statement["domains"]
+        by_replacement = statement.get("adjacency") == "replace"
+        added = "replaced" if by_replacement else "added or removed"
+        lines = [f"Differential privacy of {one} covers {statement['covers']}."]
+        for domain, of in found.items():
+            text = f"{domain}: {_epsilon(of['epsilon'], delta)} for {one} {added}"
+            if not by_replacement:
+                replaced = of["epsilon_replaced"]
+                text += f", ε = {'∞' if replaced is None else f'{replaced:.3g}'} for {one} replaced by another"
+            lines.append(text + ".")
+        if not statement["guarantee"]:
+            lines.append("This guarantees nothing: " + " ".join(statement["why_not"]))
+        elif not statement["guarantee_of_run"]:
+            lines.append("It does not hold for the run as a whole.")
+        lines.append(f"Not covered: {'; '.join(statement['not_covered'])}.")
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise RunDirError(f"{PRIVACY_FILE}: damaged ({type(error).__name__}: {error}). Restore the file.") from error
+    return lines
 
 
 def _domain(dp: DP, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

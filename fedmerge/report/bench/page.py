@@ -24,13 +24,16 @@ from fedmerge.report.bench_tables import FINISHED, BenchTables
 from fedmerge.report.html.page import Html, Section, element, facts, join, page
 
 
-def bench_page(tables: BenchTables, *, kind: str = "Benchmark", lead: str = "", more: Sequence[Section] = ()) -> str:
+def bench_page(
+    tables: BenchTables, *, kind: str = "Benchmark", lead: str = "", short: str = "", more: Sequence[Section] = ()
+) -> str:
     """Return the HTML page of a benchmark; equal tables give equal bytes.
 
     Args:
         tables: tables of the benchmark.
         kind: subject of the page, shown above the title.
         lead: content under the title.
+        short: content at the end of the first section.
         more: sections placed before the last section, the settings.
     """
     names = dict.fromkeys(
@@ -41,7 +44,7 @@ def bench_page(tables: BenchTables, *, kind: str = "Benchmark", lead: str = "", 
         name: dataset_of(tables, name, series, f"d{number}-")
         for number, name in enumerate(dict.fromkeys(row["dataset"] for row in tables.results))
     }
-    sections = [Section("short", "In short", _in_short(tables, datasets))]
+    sections = [Section("short", "In short", join(_in_short(tables, datasets), short))]
     for name, data in datasets.items():
         where = f"{name}: " if len(datasets) > 1 else ""
         for key, heading, content in (

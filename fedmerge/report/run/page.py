@@ -12,6 +12,7 @@ from fedmerge.errors import RunDirError
 from fedmerge.evaluation.sums import EXPERT, VARIANTS, MetricSums
 from fedmerge.files import read_record
 from fedmerge.merging.candidate import Provenance
+from fedmerge.privacy.dp.statement import PRIVACY_FILE, summarise_statement
 from fedmerge.report.bench.page import bench_page
 from fedmerge.report.bench_tables import BenchTables
 from fedmerge.report.html.page import (
@@ -56,7 +57,8 @@ def run_page(folder: Path) -> str:
     sections.append(("exposure", "Data that left each client", _exposure(run.summary.folder)))
     more = [Section(key, heading, content) for key, heading, content in sections if content]
     served = join("Served: ", element("strong", run.summary.served)) if run.summary.served else Html("")
-    return bench_page(tables, kind="Run", lead=element("p", served), more=more)
+    short = _privacy(run.summary.folder)
+    return bench_page(tables, kind="Run", lead=element("p", served), short=short, more=more)
 
 
 def run_tables(run: RunDetails) -> BenchTables:
@@ -202,6 +204,11 @@ def _coefficients(run: RunDetails) -> list[dict[str, Any]]:
 
 
 # Sections that only a run has
+
+
+def _privacy(folder: Path) -> Html:
+    statement = read_record(folder / PRIVACY_FILE)
+    return element("p", " ".join(summarise_statement(statement))) if statement else Html("")
 
 
 def _participants(run: RunDetails) -> Html:

@@ -10,8 +10,10 @@ from scipy import optimize, stats
 
 from fedmerge.config import from_flat
 from fedmerge.errors import ConfigError
-from fedmerge.privacy.dp.accountant import ORDERS, account, calibrate_noise, spent_epsilon
-from fedmerge.privacy.dp.releases import Release
+from fedmerge.privacy.dp.accountant import ORDERS, account, agreed_noise, calibrate_noise, spent_epsilon
+from fedmerge.privacy.dp.releases import Release, metric_releases, noisy_answers, user_releases
+from fedmerge.privacy.dp.statement import privacy_statement
+from fedmerge.runs.dp_spent import add_metric_sums
 
 RELEASES = [Release(1.0, 0.05, 20), Release(4.0, 1.0, 2)]
 
@@ -144,3 +146,38 @@ def test_good_settings_are_taken() -> None:
     assert from_flat(clipped_only).dp.noise_multiplier == 0.0
     central = {**USER, "dp.mode": "domain-central", "merge.methods": "average", "train.negatives": "in-batch"}
     assert from_flat(central).dp.mode == "domain-central"
+
+
+def test_the_statement_of_a_run_with_noised_metric_sums_agrees_with_google_s_accountant() -> None:
+    """Steps of training, answers on own users and metric sums have three different noises and sample rates."""
+    dp_accounting = pytest.importorskip("dp_accounting")
+    from dp_accounting.rdp import RdpAccountant  # noqa: PLC0415
+
+    noised = {"privacy.metrics": "noised", "privacy.metrics_noise": 6.0, "privacy.policy": "catalog-private"}
+    answers = {"through_clients.users": "own-users", "through_clients.batch_size": 64, "mergerec.steps": 5}
+    config = from_flat(
+        {**USER, "dp.accountant": "rdp", "train.max_steps": 40, "train.batch_size": 128, **noised, **answers}
+    )
+    num_users, dp = 1200, config.dp
+    counted, sums = user_releases(config.train, noisy_answers(config), num_users), metric_releases(config)
+    assert (len(counted), len(sums)) == (2, 1)
+    noise = agreed_noise(dp, counted, sums)
+    records = [
+        {"noise_multiplier": noise, "clip": 1.0, "sample_rate": rate, "num_units": num_users, "steps": steps}
+        for rate, steps in counted
+    ]
+    spent = add_metric_sums({"books": records}, ["books"], config)
+    statement = privacy_statement(dp, spent, evaluated=False, noised_metrics=True)
+    assert statement["guarantee_of_run"]
+
+    google = RdpAccountant(orders=list(ORDERS))
+    for rate, noise_multiplier, steps in [
+        *((rate, noise, steps) for rate, steps in counted),
+        (1.0, config.privacy.metrics_noise, 2),
+    ]:
+        event = dp_accounting.PoissonSampledDpEvent(rate, dp_accounting.GaussianDpEvent(noise_multiplier))
+        google.compose(dp_accounting.SelfComposedDpEvent(event, steps))
+    assert dp.delta is not None
+    epsilon = statement["domains"]["books"]["epsilon"]
+    assert epsilon == pytest.approx(google.get_epsilon(dp.delta), rel=1e-3)
+    assert 0.99 * 4.0 < epsilon <= 4.0
