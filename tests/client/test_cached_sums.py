@@ -39,13 +39,29 @@ def test_values_are_cached_and_revealed_in_one_sum_only(tmp_path: Path) -> None:
         record_revealed(cache, "books", sha256, rounded, 4.0)
 
 
-def test_a_record_without_a_range_holds_the_parts(tmp_path: Path) -> None:
+def test_a_damaged_record_of_a_reveal_ends_all_sums(tmp_path: Path) -> None:
     parts, folder = {"a": 0.5, "b": 0.25, "books": 0.25}, tmp_path / "sums" / "books" / "revealed"
-    folder.mkdir(parents=True)
-    (folder / "old.json").write_text(json.dumps(parts))
-    record_revealed(str(tmp_path), "books", "old", parts, 8.0)
-    with pytest.raises(PolicyError, match=r"b 0\.25.* c 0\.25"):
-        record_revealed(str(tmp_path), "books", "old", {"a": 0.5, "books": 0.25, "c": 0.25}, 8.0)
+    record_revealed(str(tmp_path), "books", "sha", parts, 8.0, "key")
+    for name in ("sha.json", "run-key.json"):
+        whole = (folder / name).read_text()
+        for damaged in (whole.replace("sha", "shb").replace("0.25", "0.35"), whole[:-9], json.dumps(parts)):
+            (folder / name).write_text(damaged)
+            with pytest.raises(PolicyError, match=rf"books.*{name}"):
+                record_revealed(str(tmp_path), "books", "sha", parts, 8.0, "key")
+        (folder / name).write_text(whole)
+    record_revealed(str(tmp_path), "books", "sha", parts, 8.0, "key")
+
+
+def test_values_with_a_damaged_header_are_an_error_of_ours(tmp_path: Path) -> None:
+    sha256 = cache_values(str(tmp_path), "books", np.ones(3, dtype=np.float32))
+    path = tmp_path / "sums" / "books" / "values.npy"
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        try:
+            assert np.array_equal(read_cached_values(str(tmp_path), "books", sha256), np.ones(3))  # padding
+        except ClientError as error:
+            assert "books" in str(error)
 
 
 def test_a_session_gets_one_answer(tmp_path: Path) -> None:

@@ -2,8 +2,8 @@
 
 The difference of two sums that share some values reveals the others. So a client reveals the same values again only
 with the same clients, coefficients and range, for example when a killed run repeats the sum. (Sums of values that are
-cut at different ranges would reveal how large they are.) A second training for the same
-sum gives almost the same values. So without counted noise a client reveals one set of values per training or round.
+cut at different ranges would reveal how large they are.) A second training for the same sum gives almost the same
+values. So without counted noise a client reveals one set of values per training or round.
 """
 
 import hashlib
@@ -13,14 +13,16 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from tokenize import TokenError
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedmerge.client.cache.folders import inputs_key
 from fedmerge.config import DP
-from fedmerge.errors import ClientError, PolicyError
-from fedmerge.files import make_folder, write_bytes
+from fedmerge.errors import ClientError, PolicyError, RunDirError
+from fedmerge.files import make_folder, read_sealed, seal, write_bytes
 
 
 def cache_values(cache_dir: str, domain: str, values: NDArray[np.float32]) -> str:
@@ -49,7 +51,7 @@ def read_cached_values(cache_dir: str, domain: str, sha256: str) -> NDArray[np.f
     path = _folder(cache_dir, domain) / "values.npy"
     try:
         values: NDArray[np.float32] = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SyntaxError, TokenError) as error:  # NumPy parses the header as Python
         raise ClientError(
             f"domain {domain}: its values for the sum cannot be read from {path} ({error}). Keep cache_dir during a "
             "run."
@@ -83,10 +85,11 @@ def check_same_as_revealed(cache_dir: str, domain: str, sha256: str, key: str) -
         key: :func:`sum_key`.
 
     Raises:
-        PolicyError: a sum has revealed other values.
+        PolicyError: a sum has revealed other values, or the record of it is damaged.
     """
     path = _folder(cache_dir, domain) / "revealed" / f"run-{key}.json"
-    if key and path.exists() and json.loads(path.read_text())["sha256"] != sha256:
+    revealed = _read_revealed(path, domain) if key else None
+    if revealed and revealed["sha256"] != sha256:
         raise PolicyError(
             f"domain {domain}: its training differs from the one that a sum of this run has revealed. The difference "
             "of the two sums could reveal a single adapter. Start a new run with another seed; or, if the domain's "
@@ -133,15 +136,15 @@ def record_revealed(
         key: :func:`sum_key`.
 
     Raises:
-        PolicyError: another sum has revealed these values, or a sum of the same run and round has revealed others.
+        PolicyError: another sum has revealed these values, or a sum of the same run and round has revealed others; or
+            a record is damaged.
         ClientError: the record cannot be written.
     """
     check_same_as_revealed(cache_dir, domain, sha256, key)
     path = _folder(cache_dir, domain) / "revealed" / f"{sha256}.json"
     parts = dict(sorted(coefficients.items()))
-    if path.exists():
-        found = json.loads(path.read_text())
-        before, before_range = (found["parts"], found["value_range"]) if "parts" in found else (found, value_range)
+    if found := _read_revealed(path, domain):
+        before, before_range = found["parts"], found["value_range"]
         if before_range != value_range:
             raise PolicyError(
                 f"domain {domain}: the same adapter was summed before with a range of {before_range:g}; this sum has "
@@ -157,9 +160,19 @@ def record_revealed(
                 f"another seed; or, if the domain's owner accepts the risk, remove {path}."
             )
     else:
-        _write(path, json.dumps({"parts": parts, "value_range": value_range}, indent=2).encode())
+        _write(path, json.dumps(seal({"parts": parts, "value_range": value_range}), indent=2).encode())
     if key:
-        _write(path.with_name(f"run-{key}.json"), json.dumps({"sha256": sha256}).encode())
+        _write(path.with_name(f"run-{key}.json"), json.dumps(seal({"sha256": sha256})).encode())
+
+
+def _read_revealed(path: Path, domain: str) -> dict[str, Any] | None:
+    try:
+        return read_sealed(path)
+    except RunDirError as error:
+        raise PolicyError(
+            f"domain {domain}: the record of what a sum has revealed is damaged ({error}), so nothing more is summed. "
+            f"Restore {path}; or, if the domain's owner accepts the risk, remove it."
+        ) from error
 
 
 def _list_parts(parts: Mapping[str, float]) -> str:

@@ -5,6 +5,7 @@ user's outcome. So the draw is the client's own, it is the same for every run on
 from an earlier one by a few users is refused.
 """
 
+import hashlib
 import hmac
 import json
 import os
@@ -24,7 +25,7 @@ SECRET_FILE = "secret"
 
 
 def read_secret(folder: Path) -> bytes:
-    """Return the client's secret, 32 bytes; made at first use.
+    """Return the client's secret, 32 bytes; made at first use, and kept with its SHA-256.
 
     Raises:
         PolicyError: it cannot be read or written, so nothing may be disclosed.
@@ -35,21 +36,26 @@ def read_secret(folder: Path) -> bytes:
             make_folder(folder)
             partial = folder / f".{SECRET_FILE}-{os.getpid()}"
             with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-                file.write(secrets.token_bytes(32))
+                made = secrets.token_bytes(32)
+                file.write(made + hashlib.sha256(made).digest())
                 file.flush()
                 os.fsync(file.fileno())
             with suppress(FileExistsError):  # another process was faster
                 os.link(partial, path)
             partial.unlink()
             sync(folder)
-        secret = path.read_bytes()
+        data = path.read_bytes()
     except OSError as error:
         raise PolicyError(
             f"{path}: the secret that draws the evaluated users cannot be kept ({error.strerror}), so no metric sums "
             "leave. Check the space and the permissions there."
         ) from error
-    if len(secret) != 32:
-        raise PolicyError(f"{path}: found {len(secret)} bytes, expected 32, so no metric sums leave. Restore the file.")
+    secret, digest = data[:32], data[32:]
+    if hashlib.sha256(secret).digest() != digest:
+        raise PolicyError(
+            f"{path}: the secret that draws the evaluated users was changed ({len(data)} bytes, expected 64, a secret "
+            "and its hash), so no metric sums leave. Restore the file."
+        )
     return secret
 
 

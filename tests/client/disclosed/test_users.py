@@ -73,10 +73,12 @@ def test_the_secret_is_made_once_and_only_its_owner_reads_it(tmp_path: Path) -> 
     assert secret == read_secret(tmp_path / "new")
     assert secret != read_secret(tmp_path / "other")
     assert (tmp_path / "new" / "secret").stat().st_mode & 0o077 == 0
-    (tmp_path / "new" / "secret").write_bytes(secret[:31])
-    with pytest.raises(PolicyError) as caught:
-        read_secret(tmp_path / "new")
-    assert "31" in str(caught.value)
+    whole = (tmp_path / "new" / "secret").read_bytes()
+    for damaged in (whole[:63], whole[:10] + b"?" + whole[11:], b""):
+        (tmp_path / "new" / "secret").write_bytes(damaged)
+        with pytest.raises(PolicyError) as caught:
+            read_secret(tmp_path / "new")
+        assert f"{len(damaged)} bytes" in str(caught.value)
 
 
 def test_damaged_or_missing_places_disclose_nothing(tmp_path: Path) -> None:
