@@ -82,6 +82,21 @@ def test_a_client_with_a_stricter_policy_refuses_and_is_reported(
     assert name in (tmp_path / "run" / "report.txt").read_text()
 
 
+@pytest.mark.parametrize(("adjacency", "num_excluded"), [("add-remove", 0), ("replace", 1)])
+def test_a_limit_on_epsilon_is_about_the_adjacency_of_the_policy(
+    place: Path, tmp_path: Path, adjacency: str, num_excluded: int
+) -> None:
+    noise = {"dp.noise_multiplier": "none", "dp.epsilon": 2, "until": "train"}
+    text = f'min_users = 2\nmetrics = "exact"\nmax_epsilon = 2\nadjacency = "{adjacency}"'
+    config = experiment(place, tmp_path, **{**NOISE_BY_USER, **noise})
+    run_in_process(config, with_own_policy(tmp_path / "policy.toml", text))
+    excluded = read_json(tmp_path / "run" / "clients.json")["excluded"]
+    assert len(excluded) == num_excluded
+    for name, reason in excluded.items():
+        assert name.startswith(f"{STRICT} (node ")
+        assert "max_epsilon = 2 with adjacency = 'replace'" in reason
+
+
 def test_a_private_catalog_is_an_error_before_any_work(place: Path, tmp_path: Path) -> None:
     small_experiment(place)  # writes the domains
     shutil.copytree(place / "domains", tmp_path / "catalogs")
