@@ -14,6 +14,7 @@ from scipy import stats
 from fedmerge.adapter import Adapter, LoraModule
 from fedmerge.config import DP, ExperimentConfig, from_flat
 from fedmerge.errors import ClientError, LayoutMismatchError
+from fedmerge.files import seal
 from fedmerge.mergerec.objective import MergeRecSettings
 from fedmerge.mergerec.variants import learned_settings, learned_variants
 from fedmerge.privacy.dp.accountant import calibrate_noise, spent_epsilon
@@ -316,19 +317,20 @@ def test_the_statement_says_where_rdp_had_to_count() -> None:
 
 
 def test_a_runs_releases_are_found_wherever_they_were_made(tmp_path: Path) -> None:
-    for path, reported in {
+    reports: dict[str, dict[str, Any]] = {
         "adapters/books": {"privacy": RECORD},
         "adapters/toys": {"privacy": None},
         "adapters/.books.partial": {"privacy": RECORD},
-    }.items():
+    }
+    for path, reported in reports.items():
         (tmp_path / path).mkdir(parents=True)
-        (tmp_path / path / "training.json").write_text(json.dumps(reported))
+        (tmp_path / path / "training.json").write_text(json.dumps(seal(reported)))
     (tmp_path / "rounds").mkdir()
     clients = {"coffee": {"privacy": RECORD}}
     for number in (1, 2):
-        (tmp_path / "rounds" / f"{number}.json").write_text(json.dumps({"clients": clients}))
+        (tmp_path / "rounds" / f"{number}.json").write_text(json.dumps(seal({"clients": clients})))
     (tmp_path / "merged" / "average").mkdir(parents=True)
-    (tmp_path / "merged" / "average" / "provenance.json").write_text(json.dumps({"privacy": RECORD}))
+    (tmp_path / "merged" / "average" / "provenance.json").write_text(json.dumps(seal({"privacy": RECORD})))
     found = spent_by_domain(tmp_path, from_flat(AGREED))
     assert {domain: len(releases) for domain, releases in found.items()} == {"books": 1, "coffee": 2}
     assert spent_by_domain(tmp_path, CENTRAL) == {EVERY_DOMAIN: [RECORD]}
@@ -337,7 +339,7 @@ def test_a_runs_releases_are_found_wherever_they_were_made(tmp_path: Path) -> No
 def test_what_clients_say_counts_for_nothing_where_the_server_adds_the_noise(tmp_path: Path) -> None:
     for path, reported in {"adapters/books/training.json": {"x": 1}, "merged/average/provenance.json": RECORD}.items():
         (tmp_path / path).parent.mkdir(parents=True)
-        (tmp_path / path).write_text(json.dumps({"privacy": reported}))
+        (tmp_path / path).write_text(json.dumps(seal({"privacy": reported})))
     statement = privacy_statement(CENTRAL.dp, spent_by_domain(tmp_path, CENTRAL), True)
     assert statement["domains"].keys() == {EVERY_DOMAIN}
 
