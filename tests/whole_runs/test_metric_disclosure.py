@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -11,6 +12,10 @@ from in_process import small_experiment
 
 from fedmerge.client.disclosed.account import read_account
 from fedmerge.config import ExperimentConfig
+from fedmerge.config.privacy import Policy
+from fedmerge.domain.catalog import load_catalog
+from fedmerge.domain.folder import write_domain
+from fedmerge.domain.interactions import load_interactions, make_interactions
 from fedmerge.errors import PolicyError
 from fedmerge.privacy.dp.accountant import spent_epsilon
 from fedmerge.privacy.dp.releases import Release
@@ -98,3 +103,36 @@ def test_a_run_that_ends_after_training_evaluates_nothing(place: Path, tmp_path:
     run_in_process(config, answer)
     assert len(asked) == 3
     assert all(error and PolicyError.__name__ in error and "until = 'train'" in error for error in asked)
+
+
+@pytest.mark.parametrize("policy", get_args(Policy))
+@pytest.mark.parametrize("disclosure", ["exact", "suppressed", "noised"])
+def test_a_run_over_one_user_fewer_tells_nothing_exact_of_that_user(
+    tmp_path: Path, policy: str, disclosure: str
+) -> None:
+    """The auditor's differencing: U users in one run, U - 1 in the next, everything else the same."""
+    small_experiment(tmp_path)  # writes the domains
+    changes = {"merge.methods": "average", "privacy.policy": policy, "privacy.metrics": disclosure}
+    runs = [tmp_path / "runs" / name for name in ("everyone", "one-fewer")]
+    for run in runs:
+        if run.name == "one-fewer":
+            remove_one_user(tmp_path / "domains" / "books")
+        run_in_process(small_experiment(tmp_path, **CHANGES | changes | {"run_id": run.name}))
+    before, after = (read_metric_sums(run, "test", "unmasked") for run in runs)
+    assert before["books"].num_users == 30
+    if disclosure == "exact":  # the run says so: the difference is the user's outcome
+        assert after["books"].num_users == 29
+        return
+    assert "books" not in after
+    reason = json.loads((runs[1] / "clients.json").read_text())["excluded"]["books"]
+    assert "PolicyError" in reason
+    assert "min_users = 5" in reason
+
+
+def remove_one_user(folder: Path) -> None:
+    catalog, interactions = load_catalog(folder), load_interactions(folder)
+    rest = range(1, interactions.num_users)
+    kept = make_interactions(
+        [interactions.user_ids[user] for user in rest], [interactions.sequence(user) for user in rest]
+    )
+    write_domain(folder, catalog, kept, public_catalog=True, synthetic=True, source="a test", overwrite=True)

@@ -17,6 +17,7 @@ from fedmerge.client.local_domain import LocalDomain, open_domain
 from fedmerge.config import ExperimentConfig, Simulation, Text, from_flat
 from fedmerge.device import resolve_compute
 from fedmerge.domain.demo import domains_root
+from fedmerge.domain.manifest import read_manifest
 from fedmerge.encoder.backbone import Backbone, load_backbone
 from fedmerge.errors import ClientError
 from fedmerge.privacy.client_policy import (
@@ -70,7 +71,10 @@ def open_client(context: Context) -> Client:
         )
     wanted, runtime = config.backbone, config.runtime
     backbone = cached_backbone(wanted.source, wanted.pooling, wanted.weights_sha256, runtime.device, runtime.precision)
-    domain = cached_domain(folder, backbone, config.text, config.cache_dir)
+    data = read_manifest(folder)
+    domain = cached_domain(
+        folder, data.catalog_sha256, data.interactions_sha256, backbone, config.text, config.cache_dir
+    )
     if config.simulation != Simulation():
         domain = prepare_for_audit(domain, config.simulation, config.seed)
     if role == "train" and not domain.can_train:
@@ -159,6 +163,8 @@ def cached_backbone(source: str, pooling: str, weights_sha256: str | None, devic
 
 
 @lru_cache(maxsize=4)
-def cached_domain(folder: Path, backbone: Backbone, text: Text, cache_dir: str) -> LocalDomain:
-    """Open a domain, or return it where it was opened before."""
+def cached_domain(
+    folder: Path, catalog_sha256: str, interactions_sha256: str, backbone: Backbone, text: Text, cache_dir: str
+) -> LocalDomain:
+    """Open a domain; the same data are opened once."""
     return open_domain(folder, backbone, text, Path(cache_dir))
