@@ -61,6 +61,13 @@ def adapter_sha256(adapter: Adapter) -> str:
     return digest.hexdigest()
 
 
+def is_zero(adapter: Adapter) -> bool:
+    """Return True if the update is zero in every module, as that of a fresh adapter: nothing was learned."""
+    return not any(
+        module.lora_A.any() and module.lora_B.any() and module.scaling for module in adapter.modules.values()
+    )
+
+
 def layer_of(module_name: str) -> int | None:
     """Return the number of a module's layer: 3 for ``encoder.layer.3.…``, None for a module outside the layers."""
     found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", module_name)

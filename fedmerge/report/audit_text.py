@@ -35,6 +35,11 @@ def _domain_text(domain: str, found: Mapping[str, Any]) -> str:
         f"{one_line(domain)}: {found['members']} users were trained on, {found['non_members']} were left out, "
         f"{found['items']} items, {found['shadows']} shadow trainings"
         + (f" ({one_line(found['why_no_shadows'])})\n" if found["why_no_shadows"] else "\n"),
+        *(
+            f"NOTHING WAS LEARNED: {one_line(model)} is zero, that is the untouched backbone. Its rows say nothing "
+            "about what training reveals.\n"
+            for model in found["nothing_learned"]
+        ),
         "membership inference: telling the users that were trained on from those left out",
         _table(
             ["model", "attack", "AUC", "± s.e.", *heads],

@@ -4,15 +4,15 @@ Every checkpoint is written whole or not at all. It is verified when it is read;
 requested or computed again, with the same result.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from fedmerge.adapter import Adapter, adapter_sha256
+from fedmerge.adapter import Adapter, adapter_sha256, is_zero
 from fedmerge.encoder.peft_folder import write_adapter
 from fedmerge.errors import FedMergeError, RunDirError
 from fedmerge.evaluation.sums import VARIANTS, MetricSums, Variant, metric_sums_from_dict
-from fedmerge.files import read_json, read_sealed, seal, whole_folder, write_json
+from fedmerge.files import read_json, read_record, read_sealed, seal, whole_folder, write_json
 from fedmerge.mergerec.pictures import draw_learned
 from fedmerge.merging.candidate import Candidate, Provenance
 from fedmerge.runs.verified import read_verified
@@ -58,7 +58,7 @@ class StoredExperts(Mapping[str, Adapter]):
 
 
 def write_expert(run_dir: Path, domain: str, adapter: Adapter, report: Mapping[str, Any], backbone_name: str) -> str:
-    """Write an expert and the report of its training; return its hash.
+    """Write an expert and the report of its training, with ``nothing_learned``; return its hash.
 
     Raises:
         RunDirError: the folder cannot be written.
@@ -66,8 +66,15 @@ def write_expert(run_dir: Path, domain: str, adapter: Adapter, report: Mapping[s
     sha256 = adapter_sha256(adapter)
     with whole_folder(run_dir / ADAPTERS / domain) as folder:
         write_adapter(adapter, folder, backbone_name)
-        write_json(folder / "training.json", seal({**report, "sha256": sha256}))
+        record = {**report, "nothing_learned": is_zero(adapter), "sha256": sha256}
+        write_json(folder / "training.json", seal(record))
     return sha256
+
+
+def read_untrained(run_dir: Path, domains: Iterable[str]) -> list[str]:
+    """Return the domains whose experts are zero, sorted: nothing was learned there."""
+    reports = {domain: read_record(run_dir / ADAPTERS / domain / "training.json") for domain in domains}
+    return sorted(domain for domain, report in reports.items() if report.get("nothing_learned") is True)
 
 
 def read_expert_hash(run_dir: Path, domain: str) -> str | None:

@@ -45,6 +45,7 @@ NEAREST = 10
 # .53. (The distance between items is no signal: honest experts shrink it to a thirtieth of the backbone's.)
 LEAST_SHARE_OF_BACKBONE = 0.6
 LEAST_GAIN = 0.05  # relative: a smaller gain may only mean that the domain is far from the others
+NOTHING_LEARNED = "nothing was learned: its update is zero, so it only shrinks the average"
 ALL, WITHOUT = "average of all", "average without "
 
 
@@ -112,8 +113,9 @@ def check_experts(
         votes: for leave-one-out: domain -> its vote on each other domain, from :func:`votes_of`.
 
     Returns:
-        ``admission.json``: the action, the reason of every expert that failed, every number of every check, and the
-        geometry of the updates.
+        ``admission.json``: the action, the reason of every expert that failed, every number of every check, the
+        geometry of the updates, and ``nothing_learned``, the experts that are zero: they fail no check and are never
+        excluded, since they harm nobody, but no check finds anything in them either.
 
     Raises:
         MergeError: the probe has no backbone, or no catalog of a domain.
@@ -144,6 +146,7 @@ def check_experts(
     return {
         "action": admission.action,
         "failed": failures(checks),
+        "nothing_learned": {domain: NOTHING_LEARNED for domain, values in geometry.items() if not values["norm"]},
         "checks": {
             name: {domain: asdict(check) for domain, check in sorted(of_check.items())}
             for name, of_check in checks.items()

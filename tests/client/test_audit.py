@@ -170,6 +170,23 @@ def test_no_shadow_is_trained_without_an_expert_and_a_plain_sum(backbone: Backbo
     assert "0 shadow trainings (without an expert" in text
 
 
+def test_an_audit_of_a_zero_adapter_says_that_nothing_was_learned(backbone: Backbone, run: ExperimentConfig) -> None:
+    domain = open_domain(Path(run.domains.root) / "books", backbone, run.text)
+    zero = fresh_adapter(backbone, run.lora.of("books"), seed=0)  # the best step was 0
+    trained = read_adapter(folder_of(run) / "adapters" / "books")
+    for expert, merged, expected in ((zero, zero, ["expert", "merged"]), (trained, zero, ["merged"])):
+        lines: list[str] = []
+        found = audit_domain(Audited(domain, training_settings(run), expert, merged, {}, None), 0, lines.append)
+        assert found["nothing_learned"] == expected
+        assert sum("nothing was learned" in line for line in lines) == len(expected)
+        text = audit_text({"run": "void", "dp": {}, "domains": {"books": found}})
+        assert [f"NOTHING WAS LEARNED: {model} is zero" in text for model in ("expert", "merged")] == [
+            model in expected for model in ("expert", "merged")
+        ]
+    auc = {row["model"]: row["auc"] for row in found["membership"] if row["attack"] == "loss"}
+    assert auc["merged"] == auc["backbone"]  # which is why it must be said
+
+
 def test_an_audit_needs_users_who_were_left_out(place: Path, run: ExperimentConfig, capsys: Capsys) -> None:
     arguments = ["privacy", "audit", str(folder_of(run)), "--shadows", "0", "--set", "simulation.held_out_users=0"]
     assert main(arguments) == 1

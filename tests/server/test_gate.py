@@ -288,6 +288,16 @@ def test_the_record_has_every_number_and_names_the_failed_experts(backbone: Back
         check_experts(*gate, None, {}, {})
 
 
+def test_experts_that_are_zero_are_named_and_fail_no_check(backbone: Backbone) -> None:
+    layout = layout_of(backbone)
+    cohort = {name: scaled(random_adapter(layout, 2, 1.0, seed), 0.01) for seed, name in enumerate("abcd")}
+    cohort["c"] = scaled(cohort["c"], 0.0)
+    config = from_flat({"admission.action": "exclude"})
+    record = check_experts(cohort, config.admission, config.text, config.seed, None, {}, {})
+    assert (record["failed"], list(record["nothing_learned"])) == ({}, ["c"])
+    assert "nothing was learned" in record["nothing_learned"]["c"]
+
+
 # ---- rolling back
 
 

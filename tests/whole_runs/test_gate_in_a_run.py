@@ -22,9 +22,11 @@ from fedmerge.encoder.peft_folder import read_adapter
 from fedmerge.errors import ClientError, ConfigError
 from fedmerge.files import read_json
 from fedmerge.report.bench.page import bench_page
+from fedmerge.report.run.listing import run_text
 from fedmerge.report.run.page import run_page
 from fedmerge.runs import checkpoints
 from fedmerge.runs.folder import DONE
+from fedmerge.runs.reading import describe_run
 from fedmerge.server.remerge import experts_of_run
 from sim.app.messages import records
 from sim.app.server.phases import merging
@@ -67,6 +69,24 @@ def test_a_clean_cohort_passes_with_all_checks(place: Path) -> None:
     report = (folder / "report.txt").read_text()
     assert "POISONED" not in report
     assert "flagged" not in report
+
+
+def test_a_run_in_which_nothing_was_learned_says_so(place: Path) -> None:
+    changes = {"domains.train": "beauty,books,camping", "train.learning_rate": 1e-20}
+    folder = run(place, "void", **changes)
+    names = ["beauty", "books", "camping"]
+    assert [read_json(folder / f"adapters/{name}/training.json")["nothing_learned"] for name in names] == [True] * 3
+    record = read_json(folder / "admission.json")
+    assert (record["failed"], sorted(record["nothing_learned"])) == ({}, names)
+    log = (folder / "run.log").read_text()
+    for name in names:
+        assert f"{name}: nothing was learned" in log
+        assert f"flagged, but still merged: {name}: nothing was learned" in log
+    assert "admission: all 3 experts pass, 3 of them without having learned anything" in log
+    (line,) = [line for line in (folder / "report.txt").read_text().splitlines() if "nothing was learned" in line]
+    assert line.endswith(": beauty, books, camping")
+    assert run_page(folder).count("Nothing was learned: ") == 3
+    assert run_text(describe_run(folder)).count("nothing was learned") >= 3
 
 
 @pytest.fixture(scope="module")

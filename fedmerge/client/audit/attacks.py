@@ -10,7 +10,7 @@ import torch
 from scipy.sparse import csr_array
 from scipy.sparse.linalg import svds
 
-from fedmerge.adapter import Adapter
+from fedmerge.adapter import Adapter, is_zero
 from fedmerge.client.audit.users import canaries, prepare_for_audit
 from fedmerge.client.local_domain import MIN_TRAINING_LENGTH, LocalDomain
 from fedmerge.client.training.by_mode import train_adapter
@@ -105,6 +105,9 @@ def audit_domain(audited: Audited, num_shadows: int, progress: Progress = lambda
     pool = [sequences[user] for user in users]
     models = {BACKBONE: None, EXPERT: audited.expert, MERGED: audited.merged}
     models = {label: adapter for label, adapter in models.items() if adapter is not None or label == BACKBONE}
+    nothing_learned = [label for label, adapter in models.items() if adapter is not None and is_zero(adapter)]
+    for label in nothing_learned:
+        progress(f"{domain.manifest.name}: nothing was learned: the {label} is zero, so its attacks find nothing")
     scores = {}
     for label, adapter in models.items():
         scores[label] = score_users(domain, adapter, pool, settings.train)
@@ -123,6 +126,7 @@ def audit_domain(audited: Audited, num_shadows: int, progress: Progress = lambda
         "items": len(domain.table),
         "shadows": num_shadows,
         "why_no_shadows": why_none,
+        "nothing_learned": nothing_learned,
         "membership": rows,
         "recovery": _recovery(domain, models, [s for s, m in zip(pool, members, strict=True) if m], settings.seed),
         "canaries": _canaries(domain, models, settings.simulation, settings.seed),

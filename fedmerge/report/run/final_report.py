@@ -29,6 +29,7 @@ class Evaluated:
         synthetic: True if the data of any domain are generated.
         attack: warning about a client that poisons its training, see :func:`attack_note`.
         flagged: domain -> reason of the admission gate; its expert is still merged.
+        nothing_learned: domains whose experts are zero.
         dropped: domain -> difference between the merge and the domain's own expert, where the merge is significantly
             worse.
         rollback: the merge served instead, see :func:`fedmerge.server.choice.roll_back`.
@@ -44,6 +45,7 @@ class Evaluated:
     synthetic: bool
     attack: str = ""
     flagged: Mapping[str, str] = field(default_factory=dict)
+    nothing_learned: Sequence[str] = ()
     dropped: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     rollback: Mapping[str, Any] | None = None
 
@@ -138,6 +140,9 @@ def run_report(run: Evaluated, fallback: bool) -> str:
         parts = [f"{one_line(run.attack)}\n", *parts]
     for name, reason in sorted(run.flagged.items()):
         parts.append(f"{_named('flagged, but still merged', name, reason)}\n")
+    if run.nothing_learned:
+        names = ", ".join(one_line(name) for name in run.nothing_learned)
+        parts.append(f"nothing was learned (the expert is the untouched backbone, but still merged): {names}\n")
     for name, reason in sorted(run.excluded.items()):
         merged = ", but its expert is still merged" if name in run.merged_domains else ""
         parts.append(f"{_named(f'excluded{merged}', name, reason)}\n")

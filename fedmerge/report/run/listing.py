@@ -139,6 +139,8 @@ def _participant(name: str, client: Mapping[str, Any], experts: Mapping[str, Map
         cached = ", cached" if report.get("cached") else ""
         best = f", best at {report['best_step']}" if "best_step" in report else ""
         trained = f"; {report.get('steps')} steps{best}, {report['seconds']:,.0f} s{cached}"
+    if report.get("nothing_learned") is True:
+        trained += "; nothing was learned"
     return f"{name} ({client.get('role', _ABSENT)}): {counts or _ABSENT}{trained}"
 
 

@@ -231,7 +231,12 @@ def _participants(run: RunDetails) -> Html:
         )
     gate = read_record(run.summary.folder / ADMISSION)
     flagged = gate.get("failed", {}) if gate.get("action") == "flag" else {}
-    named = [("Excluded", run.excluded), ("Flagged, but still merged", flagged)]
+    zero = {
+        name: "Its expert is zero, that is the untouched backbone."
+        for name, expert in run.experts.items()
+        if expert.get("nothing_learned") is True
+    }
+    named = [("Excluded", run.excluded), ("Flagged, but still merged", flagged), ("Nothing was learned", zero)]
     said = [
         element("p", element("strong", f"{what}: {name}. "), reason)
         for what, reasons in named

@@ -7,7 +7,7 @@ from typing import Any
 
 from flwr.app import Context, Message, RecordDict
 
-from fedmerge.adapter import Adapter, adapter_sha256
+from fedmerge.adapter import Adapter, adapter_sha256, is_zero
 from fedmerge.client.cache.dp_releases import Release, check_round_is_counted, release_round_once, releases_folder
 from fedmerge.client.cache.experts import load_or_train_expert
 from fedmerge.client.cache.secure_sums import cache_values, check_same_as_revealed, sum_key
@@ -74,6 +74,12 @@ def _train_as_asked(client: Client, message: Message) -> tuple[Adapter, dict[str
     adapter, report = load_or_train_expert(
         client.domain, training_settings(config), config.cache_dir, config.run_id, logger.info
     )
+    if is_zero(adapter):
+        logger.warning(
+            "%s: nothing was learned: no validation beats the untouched backbone, so the expert is zero. More steps, "
+            "another learning rate or more users may help.",
+            client.domain.manifest.name,
+        )
     charge_run(client, entries_of(report["privacy"], report["sha256"], str(config.run_id), "expert"))
     if report["validation_users"] < config.privacy.min_users or config.privacy.metrics != "exact":
         # Validations are exact means over users; best step and end of the training depend on the same users.

@@ -48,8 +48,12 @@ def pass_gate(
                 logger.warning("flagged, but still merged: %s: %s", domain, reason)
             elif domain not in run.members.excluded:
                 run.exclude(domain, f"admission: {reason}")
+        nothing_learned: dict[str, str] = record.get("nothing_learned", {})
+        for domain, reason in nothing_learned.items():
+            logger.warning("flagged, but still merged: %s: %s", domain, reason)
         if not failed:
-            logger.info("admission: all %d experts pass", len(sources))
+            zero = f", {len(nothing_learned)} of them without having learned anything" if nothing_learned else ""
+            logger.info("admission: all %d experts pass%s", len(sources), zero)
         away = checkpoints.read_excluded_experts(run.folder)
         merged = {domain: sha256 for domain, sha256 in sources.items() if domain not in away}
         if away:

@@ -11,7 +11,7 @@ from fedmerge.privacy.dp.statement import PRIVACY_FILE, privacy_statement, state
 from fedmerge.report.run.final_report import Evaluated, attack_note, metric_rows, product_rows, run_report
 from fedmerge.report.tables import Role
 from fedmerge.report.tracking import track_run
-from fedmerge.runs.checkpoints import Sums
+from fedmerge.runs.checkpoints import Sums, read_untrained
 from fedmerge.runs.dp_spent import add_metric_sums, not_counted, spent_by_domain
 from fedmerge.server.choice import Choice
 from fedmerge.server.gate import probes
@@ -48,6 +48,7 @@ def write_report(
         synthetic=any(run.members.descriptions[domain].synthetic for domain in test),
         attack=attack_note(run.config.simulation),
         flagged={domain: reason for domain, reason in merges.failed.items() if domain in merges.members},
+        nothing_learned=[] if run.config.rounds.rule else read_untrained(run.folder, merges.members),
         dropped=choice.dropped,
         rollback=choice.rollback,
     )

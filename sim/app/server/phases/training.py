@@ -6,6 +6,7 @@ from typing import Any
 
 from flwr.app import RecordDict
 
+from fedmerge.adapter import is_zero
 from fedmerge.domain.catalog import Catalog
 from fedmerge.encoder.backbone import Backbone
 from fedmerge.encoder.lora import fresh_adapter, layout_of
@@ -95,6 +96,8 @@ def _ask_for_experts(run: Run, backbone: Backbone, domains: list[str]) -> dict[s
         check_adapter(domain, adapter, layouts[domain])
         check_spent(domain, config, report.get("privacy"), run.members.descriptions[domain].num_users)
         log_expert(domain, report, few=len(domains) <= FEW_CLIENTS)
+        if is_zero(adapter):
+            logger.warning("%s: nothing was learned: its expert is zero, that is the untouched backbone", domain)
         # This must be last: nothing after it may raise.
         sources[domain] = checkpoints.write_expert(run.folder, domain, adapter, report, backbone.name)
 
