@@ -4,6 +4,7 @@ Every write is synced, file and folder, before it returns: what was written surv
 back has its SHA-256 beside it, see :func:`seal` and :func:`append_line`.
 """
 
+import fcntl
 import hashlib
 import itertools
 import json
@@ -45,6 +46,19 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise RunDirError(f"{folder} cannot be written ({error}). {_SPACE}") from error
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Let one process at a time work in a folder, which is created; others wait. A killed process holds nothing.
+
+    Raises:
+        OSError: the folder cannot be created or written.
+    """
+    make_folder(folder)
+    with (folder / ".lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def append_line(path: Path, data: Mapping[str, Any]) -> None:

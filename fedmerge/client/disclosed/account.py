@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
 
-from fedmerge.errors import FedMergeError, PolicyError
-from fedmerge.files import append_line, make_folder, read_lines
+from fedmerge.errors import FedMergeError, PolicyError, RunDirError
+from fedmerge.files import append_line, exclusive, read_lines
 from fedmerge.privacy.dp.accountant import spent_epsilon
 from fedmerge.privacy.dp.releases import METRIC_SUMS, Adjacency, Release
 from fedmerge.privacy.dp.replacement import replaced_epsilon
@@ -93,17 +93,17 @@ def charge(
     Raises:
         PolicyError: the limit would be passed; nothing was entered. Or the account is damaged, or cannot be written.
     """
-    account = read_account(folder)
-    known = {entry.key for entry in account}
-    new = [entry for entry in entries if entry.key not in known and entry.steps]
-    if not new:
-        return
-    check_total([*account, *new], max_total_epsilon, max_delta, adjacency)
     try:
-        make_folder(folder)
-        for entry in new:
-            append_line(folder / ACCOUNT_FILE, asdict(entry))
-    except (OSError, FedMergeError) as error:
+        with exclusive(folder):
+            account = read_account(folder)
+            known = {entry.key for entry in account}
+            new = [entry for entry in entries if entry.key not in known and entry.steps]
+            if not new:
+                return
+            check_total([*account, *new], max_total_epsilon, max_delta, adjacency)
+            for entry in new:
+                append_line(folder / ACCOUNT_FILE, asdict(entry))
+    except (OSError, RunDirError) as error:
         raise PolicyError(
             f"{folder / ACCOUNT_FILE}: the account of released ε cannot be written ({error}), so nothing is released. "
             "Check the space and the permissions there."

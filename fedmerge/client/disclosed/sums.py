@@ -7,7 +7,7 @@ from typing import Any
 from fedmerge.client.cache.folders import inputs_key
 from fedmerge.errors import ClientError, PolicyError, RunDirError
 from fedmerge.evaluation.sums import MetricSums, Variant, metric_sums_from_dict
-from fedmerge.files import make_folder, read_json, read_sealed, seal, write_json
+from fedmerge.files import exclusive, read_json, read_sealed, seal, write_json
 
 Sums = dict[Variant, MetricSums]
 
@@ -36,18 +36,18 @@ def release_sums_once(
     key = inputs_key(request)
     path = folder / "sums" / inputs_key({"run": run}) / f"{key}.json"
     try:
-        make_folder(path.parent)
-        record = read_json(path)
-        if record is None:
-            if (given := len(list(path.parent.glob("*.json")))) >= most:
-                raise PolicyError(
-                    f"run {run} asks for metric sums again, of other models, users or settings; its noise is chosen "
-                    f"for {most} answers, and {given} were given. Start a new run."
-                )
-            account(f"{run}: metric sums {key}")
-            sums: dict[str, Any] = {variant: of_variant.to_dict() for variant, of_variant in make().items()}
-            record = {"sums": sums, "sha256": inputs_key(sums)}
-            write_json(path, record)
+        with exclusive(path.parent):  # of two processes that answer the same, the second reads what the first drew
+            record = read_json(path)
+            if record is None:
+                if (given := len(list(path.parent.glob("*.json")))) >= most:
+                    raise PolicyError(
+                        f"run {run} asks for metric sums again, of other models, users or settings; its noise is "
+                        f"chosen for {most} answers, and {given} were given. Start a new run."
+                    )
+                account(f"{run}: metric sums {key}")
+                sums: dict[str, Any] = {variant: of_variant.to_dict() for variant, of_variant in make().items()}
+                record = {"sums": sums, "sha256": inputs_key(sums)}
+                write_json(path, record)
         if record["sha256"] != inputs_key(record["sums"]):
             raise PolicyError(f"{path}: the metric sums that were sent before are damaged. Start a new run.")
         return {variant: metric_sums_from_dict(of_variant) for variant, of_variant in record["sums"].items()}
@@ -68,15 +68,15 @@ def count_models(folder: Path, run: str, sha256s: set[str], most: int) -> None:
     """
     path = folder / "models" / f"{inputs_key({'run': run})}.json"
     try:
-        make_folder(path.parent)
-        known = set((read_sealed(path) or {"models": []})["models"])
-        if len(known | sha256s) > most:
-            raise PolicyError(
-                f"max_models = {most} of its own policy file: run {run} evaluates {len(known | sha256s)} models. "
-                "Evaluate fewer merges, or agree on another limit with the organisation."
-            )
-        if not sha256s <= known:
-            write_json(path, seal({"models": sorted(known | sha256s)}))
+        with exclusive(path.parent):
+            known = set((read_sealed(path) or {"models": []})["models"])
+            if len(known | sha256s) > most:
+                raise PolicyError(
+                    f"max_models = {most} of its own policy file: run {run} evaluates {len(known | sha256s)} models. "
+                    "Evaluate fewer merges, or agree on another limit with the organisation."
+                )
+            if not sha256s <= known:
+                write_json(path, seal({"models": sorted(known | sha256s)}))
     except (OSError, RunDirError, LookupError, TypeError) as error:
         raise PolicyError(
             f"{path}: the evaluated models cannot be recorded ({error}), so no metric sums leave. Check the files, the "

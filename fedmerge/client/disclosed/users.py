@@ -19,7 +19,7 @@ from fedmerge.config import Split
 from fedmerge.domain.interactions import Interactions
 from fedmerge.domain.splits import Examples, evaluated_users, examples_of
 from fedmerge.errors import PolicyError, RunDirError
-from fedmerge.files import make_folder, read_sealed, seal, sync, write_json
+from fedmerge.files import exclusive, make_folder, read_sealed, seal, sync, write_json
 
 SECRET_FILE = "secret"
 
@@ -105,17 +105,17 @@ def remember_users(
     if path.exists():
         return
     try:
-        make_folder(path.parent)
-        for other in sorted(path.parent.glob("*.json")):
-            earlier = read_sealed(other) or {}
-            differing = sum(earlier.get(user) != current.get(user) for user in earlier.keys() | current.keys())
-            if differing < min_users:
-                raise PolicyError(
-                    f"the {split} users of this evaluation differ from those of an earlier one by {differing}; "
-                    f"expected none, or at least min_users = {min_users}: the difference of the two sums would tell "
-                    "of these few. Evaluate again when the data of more users has changed, or on the earlier data."
-                )
-        write_json(path, seal(current))
+        with exclusive(path.parent):
+            for other in sorted(path.parent.glob("*.json")):
+                earlier = read_sealed(other) or {}
+                differing = sum(earlier.get(user) != current.get(user) for user in earlier.keys() | current.keys())
+                if differing < min_users and other != path:
+                    raise PolicyError(
+                        f"the {split} users of this evaluation differ from those of an earlier one by {differing}; "
+                        f"expected none, or at least min_users = {min_users}: the difference of the two sums would "
+                        "reveal these few. Evaluate again when more users have changed, or on the earlier data."
+                    )
+            write_json(path, seal(current))
     except (OSError, RunDirError) as error:
         raise PolicyError(
             f"{path.parent}: the evaluated users cannot be recorded ({error}), so no metric sums leave. Check the "
