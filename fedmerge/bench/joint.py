@@ -1,4 +1,4 @@
-"""Joint training: one adapter on the pooled interactions of several domains, as a reference row (METHODS 7).
+"""Joint training: one adapter on the pooled interactions of several domains, as a reference row.
 
 It breaks isolation, since it reads the users of all domains. So neither client nor server has this code; benchmarks on
 one's own data use it to measure the cost of isolation.

@@ -1,4 +1,4 @@
-"""Full-ranking evaluation of models on a client's own users; only sums leave (METHODS 1)."""
+"""Full-ranking evaluation of models on a client's own users; only sums leave."""
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType

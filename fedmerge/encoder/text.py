@@ -1,4 +1,4 @@
-"""Items and histories as tokens: items are tokenised once, and sequences are packed from their tokens (METHODS 2)."""
+"""Items and histories as tokens: items are tokenised once, and sequences are packed from their tokens."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass

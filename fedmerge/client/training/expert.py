@@ -1,4 +1,4 @@
-"""Local fine-tuning of a LoRA adapter on a client's own users (METHODS 3)."""
+"""Local fine-tuning of a LoRA adapter on a client's own users."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
