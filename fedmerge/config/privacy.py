@@ -44,12 +44,12 @@ class Privacy(Section):
     metrics: Disclosure = Field(
         "exact",
         description="Metric sums that leave a client. exact: with cross-products, for paired intervals; suppressed: "
-        "rounded, without cross-products, and only with min_users hits and as many misses; noised: Recall@10 and "
-        "NDCG@10 with noise by user, counted in privacy.json ([metric sums](metric-sums.md)).",
+        "Recall@10 and NDCG@10, rounded, and only with min_users hits and as many misses; noised: the same two "
+        "with noise by user, counted in privacy.json ([metric sums](metric-sums.md)).",
     )
     metrics_noise: float = Field(
         4.0,
-        gt=0,
+        ge=0.5,
         le=10000,
         description="Noise of metrics = 'noised', in multiples of the sensitivity; each split is one more release.",
     )

@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError, model_validator
 from fedmerge.config import DP, ExperimentConfig, Section, describe_problem
 from fedmerge.config.privacy import Disclosure, Policy
 from fedmerge.errors import ConfigError, PolicyError
-from fedmerge.privacy.dp.accountant import agreed_noise
+from fedmerge.privacy.dp.accountant import agreed_noise, spent_epsilon
 from fedmerge.privacy.dp.releases import (
     DEFAULT_DELTA,
     Adjacency,
@@ -53,7 +53,7 @@ class ClientPolicy(Section):
     @property
     def least_metrics(self) -> Disclosure:
         """The least private ``privacy.metrics`` that is accepted."""
-        return self.metrics or ("suppressed" if self.max_epsilon is None else "noised")
+        return self.metrics or ("suppressed" if self.max_epsilon is self.max_total_epsilon is None else "noised")
 
 
 DEFAULT_POLICY_TOML = """\
@@ -84,7 +84,7 @@ real_users = false
 # server that invents two clients can read this client's adapter off a sum.
 require_peer_keys = true
 # Least private accepted value of privacy.metrics: "exact", "suppressed" or "noised". "none" is "suppressed", and
-# "noised" where max_epsilon is set. Exact sums give single users' outcomes to whoever may ask twice.
+# "noised" where max_epsilon or max_total_epsilon is set. Exact sums give single users' outcomes to those who ask twice.
 metrics = "none"
 
 # Largest number of models that one run may have evaluated on this organisation's users.
@@ -168,9 +168,9 @@ def check_run_is_allowed(
         problems.append(f"min_users = {own.min_users}, the run has privacy.min_users = {privacy.min_users}")
     if own.max_minutes is not None and (run.train.max_minutes or 0) > own.max_minutes:
         problems.append(f"max_minutes = {own.max_minutes:g}, the run has train.max_minutes = {run.train.max_minutes:g}")
-    if DISCLOSURES.index(privacy.metrics) < DISCLOSURES.index(own.least_metrics) and run.until != "train":
+    if DISCLOSURES.index(privacy.metrics) < DISCLOSURES.index(own.least_metrics):
         problems.append(f"metrics = {own.least_metrics!r}, the run has privacy.metrics = {privacy.metrics!r}")
-    return _refuse([*problems, *_unmet_bounds(own, run.dp)], domain)
+    return _refuse([*problems, *_unmet_bounds(own, run.dp), *_unmet_noise(own, run)], domain)
 
 
 def check_replacement_is_allowed(own: ClientPolicy | None, run: ExperimentConfig, num_users: int, domain: str) -> None:
@@ -221,6 +221,24 @@ def too_slow_error(max_minutes: float, domain: str) -> PolicyError:
         "then. Ask for less (fewer train.max_steps, users or methods), or agree on a higher limit with the "
         "organisation."
     )
+
+
+def _unmet_noise(own: ClientPolicy, run: ExperimentConfig) -> Iterator[str]:
+    """Yield what the noise of the metric sums does not meet, whatever the run trains here."""
+    if run.privacy.metrics != "noised":
+        return
+    if own.least_metrics != "exact" and run.dp.randomness != "system":
+        yield (
+            f"metrics = {own.least_metrics!r}, the run has dp.randomness = {run.dp.randomness!r}: whoever knows the "
+            "seed subtracts the noise of its metric sums"
+        )
+    if own.max_epsilon is not None:
+        epsilon = spent_epsilon(metric_releases(run), own.max_delta or run.dp.delta or DEFAULT_DELTA, "rdp")
+        if not epsilon <= own.max_epsilon:
+            yield (
+                f"max_epsilon = {own.max_epsilon:g}, the metric sums of the run alone come to {epsilon:.3g} by user "
+                f"(privacy.metrics_noise = {run.privacy.metrics_noise:g})"
+            )
 
 
 def _unmet_bounds(own: ClientPolicy, dp: DP) -> Iterator[str]:

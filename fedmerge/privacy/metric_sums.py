@@ -1,8 +1,11 @@
 """Metric sums as a client discloses them: exact, suppressed, or with noise.
 
     exact       sums and cross-products, from which outcomes of single users can be computed by whoever may ask twice
-    suppressed  rounded sums of cells with enough hits and misses; a heuristic that crafted models can still get around
-    noised      sums of two metrics with Gaussian noise; (ε, δ) by user, whatever is asked
+    suppressed  rounded sums of two metrics, of cells with enough hits and misses; a heuristic that crafted models can
+                still get around
+    noised      sums of two metrics with Gaussian noise; (ε, δ) by user, whatever is asked of given models
+
+Inexact sums are of one variant and one cutoff: the difference of two cutoffs, or of two variants, is a small cell.
 
 The user is the unit. Source: cell suppression of statistical disclosure control; the Gaussian mechanism, see
 :mod:`fedmerge.privacy.dp.accountant`.
@@ -24,8 +27,8 @@ from fedmerge.privacy.dp.discrete_gaussian import sample_discrete_gaussian
 from fedmerge.privacy.dp.randomness import Source
 
 DISCLOSURES: tuple[Disclosure, ...] = get_args(Disclosure)
-NOISED_METRICS = ("recall@10", "ndcg@10")
-NOISED_VARIANT: Variant = "unmasked"  # the one that selects
+STATED_METRICS = ("recall@10", "ndcg@10")
+STATED_VARIANT: Variant = "unmasked"  # the one that selects
 ROUNDING = math.sqrt(1 / 12)  # standard deviation of rounding to whole numbers
 _STEPS = 2**10  # per unit: outcomes are rounded to this grid, and the noise is drawn on it
 
@@ -63,7 +66,7 @@ def disclose(
 def suppress(outcomes: Outcomes, variant: Variant, min_users: int) -> MetricSums:
     """Return rounded sums, and only those of cells with at least ``min_users`` hits and as many misses.
 
-    A hit of recall@k and of ndcg@k is a rank up to k; of mrr, rank 1, whose users make up most of the sum.
+    Only STATED_METRICS in the variant that selects are stated. A hit of recall@k and of ndcg@k is a rank up to k.
 
     Args:
         outcomes: method -> (U, M).
@@ -72,21 +75,22 @@ def suppress(outcomes: Outcomes, variant: Variant, min_users: int) -> MetricSums
     """
     num_users = len(next(iter(outcomes.values())))
     sums = np.full((len(outcomes), len(METRICS)), np.nan)
-    for row, of_method in zip(sums, outcomes.values(), strict=True):
-        hits = (of_method > 0).sum(axis=0)  # (M,)
-        hits[METRICS.index("mrr")] = (of_method[:, METRICS.index("mrr")] == 1).sum()
-        stated = (hits >= min_users) & (num_users - hits >= min_users)
-        row[stated] = np.round(of_method.sum(axis=0))[stated]
+    if variant == STATED_VARIANT:
+        may_be_stated = np.isin(METRICS, STATED_METRICS)
+        for row, of_method in zip(sums, outcomes.values(), strict=True):
+            hits = (of_method > 0).sum(axis=0)  # (M,)
+            stated = may_be_stated & (hits >= min_users) & (num_users - hits >= min_users)
+            row[stated] = np.round(of_method.sum(axis=0))[stated]
     return inexact_sums(tuple(outcomes), variant, num_users, sums, ROUNDING)
 
 
 def sensitivity(num_methods: int) -> float:
     """Return the largest L2 norm of one user's part in the noised sums: each outcome is at most 1."""
-    return math.sqrt(num_methods * len(NOISED_METRICS))
+    return math.sqrt(num_methods * len(STATED_METRICS))
 
 
 def add_noise_to_sums(outcomes: Outcomes, variant: Variant, noise_multiplier: float, source: Source) -> MetricSums:
-    """Return the sums of NOISED_METRICS with Gaussian noise, in the variant that selects; nothing of the other variant.
+    """Return the sums of STATED_METRICS with Gaussian noise, in the variant that selects; nothing of the other variant.
 
     The number of users is public, as everywhere. Sum and noise are whole numbers of grid steps, and the noise is an
     exact discrete Gaussian, so floating-point numbers leak nothing.
@@ -99,8 +103,8 @@ def add_noise_to_sums(outcomes: Outcomes, variant: Variant, noise_multiplier: fl
     """
     num_users, num_methods = len(next(iter(outcomes.values()))), len(outcomes)
     sums = np.full((num_methods, len(METRICS)), np.nan)
-    if variant == NOISED_VARIANT:
-        columns = [METRICS.index(metric) for metric in NOISED_METRICS]
+    if variant == STATED_VARIANT:
+        columns = [METRICS.index(metric) for metric in STATED_METRICS]
         whole = grid_sums(outcomes)
         variance = Fraction(noise_multiplier) ** 2 * num_methods * len(columns) * _STEPS**2
         drawn = sample_discrete_gaussian(math.ceil(variance), whole.size, source)
@@ -109,11 +113,11 @@ def add_noise_to_sums(outcomes: Outcomes, variant: Variant, noise_multiplier: fl
 
 
 def grid_sums(outcomes: Outcomes) -> npt.NDArray[np.int64]:
-    """Return the sums of NOISED_METRICS over users in steps of 2^-10, (P, 2).
+    """Return the sums of STATED_METRICS over users in steps of 2^-10, (P, 2).
 
     Each outcome is rounded by itself, which leaves the sensitivity as it is and makes the sums exact.
     """
-    columns = [METRICS.index(metric) for metric in NOISED_METRICS]
+    columns = [METRICS.index(metric) for metric in STATED_METRICS]
     return np.array(
         [np.round(of_method[:, columns] * _STEPS).astype(np.int64).sum(axis=0) for of_method in outcomes.values()]
     )

@@ -67,6 +67,13 @@ def test_a_missing_file_sends_nothing(tmp_path: Path) -> None:
         ({"min_users": 50}, {}, "min_users = 50.*privacy.min_users = 20"),
         ({}, {}, "metrics = 'suppressed'.*privacy.metrics = 'exact'"),
         ({"metrics": "noised"}, SUPPRESSED, "metrics = 'noised'.*privacy.metrics = 'suppressed'"),
+        ({}, {"privacy.metrics": "noised", "dp.randomness": "seeded"}, "dp.randomness = 'seeded'"),
+        (
+            {"max_epsilon": 1, "max_delta": 1e-6},
+            DP_RUN | {"dp.epsilon": 1, "privacy.metrics": "noised", "privacy.metrics_noise": 0.5},
+            "max_epsilon = 1, the metric sums .*privacy.metrics_noise = 0.5",
+        ),
+        ({"max_total_epsilon": 1, "max_delta": 1e-6}, DP_RUN | SUPPRESSED | {"dp.epsilon": 1}, "metrics = 'noised'"),
         ({"max_epsilon": 1}, DP_RUN | SUPPRESSED | {"dp.epsilon": 1}, "metrics = 'noised'.*'suppressed'"),
         (
             {"max_epsilon": 8},
@@ -113,7 +120,7 @@ def test_a_run_that_says_it_takes_longer_is_refused_before_it_does() -> None:
 
 
 def test_a_stricter_run_is_welcome() -> None:
-    noised = from_flat(DP_RUN | {"dp.epsilon": 1, "privacy.metrics": "noised"})
+    noised = from_flat(DP_RUN | {"dp.epsilon": 1, "privacy.metrics": "noised", "privacy.metrics_noise": 20})
     check_run_is_allowed(ClientPolicy(max_epsilon=1, max_delta=1e-6), noised, "shop")
     check_run_is_allowed(ClientPolicy(), noised, "shop")
     run = from_flat(SUPPRESSED | {"privacy.policy": "adapter", "privacy.min_users": 100, "merge.methods": "average"})
@@ -124,7 +131,8 @@ def test_the_owner_may_allow_exact_sums_by_name() -> None:
     dp = from_flat(DP_RUN | {"dp.epsilon": 1})
     check_run_is_allowed(ClientPolicy(metrics="exact"), from_flat({}), "shop")
     check_run_is_allowed(ClientPolicy(metrics="exact", max_epsilon=1, max_delta=1e-6), dp, "shop")
-    check_run_is_allowed(ClientPolicy(), from_flat({"until": "train"}), "shop")  # nothing is evaluated
+    with pytest.raises(PolicyError, match="metrics = 'suppressed'"):  # validation means leave with the training report
+        check_run_is_allowed(ClientPolicy(), from_flat({"until": "train"}), "shop")
 
 
 def test_runs_are_added_up_at_a_given_delta_only(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Whole runs in which clients round, withhold or noise their metric sums."""
 
 import json
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import get_args
 
@@ -12,11 +13,11 @@ from in_process import small_experiment
 
 from fedmerge.client.disclosed.account import read_account
 from fedmerge.config import ExperimentConfig
-from fedmerge.config.privacy import Policy
+from fedmerge.config.privacy import Disclosure, Policy
 from fedmerge.domain.catalog import load_catalog
 from fedmerge.domain.folder import write_domain
 from fedmerge.domain.interactions import load_interactions, make_interactions
-from fedmerge.errors import PolicyError
+from fedmerge.errors import ClientError, PolicyError
 from fedmerge.privacy.dp.accountant import spent_epsilon
 from fedmerge.privacy.dp.releases import Release
 from fedmerge.runs.metric_sums import read_metric_sums
@@ -32,6 +33,37 @@ CHANGES = {"merge.methods": "average,task-arithmetic", "domains.unseen": "", "pr
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Domains, a backbone and the clients' disk: every client trains once for all tests here."""
     return tmp_path_factory.mktemp("place")
+
+
+def test_a_model_that_fails_tells_no_number(place: Path, tmp_path: Path) -> None:
+    """An adapter that overflows for some histories only would count their users in the text of an error."""
+    found: dict[str, str] = {}
+
+    def answer(message: Message, context: Context) -> Message | None:
+        if message.metadata.message_type != records.EVALUATE:
+            return answer_honestly(message, context)
+        _, models = records.read_evaluation_request(message.content)
+        for of_model in models.values():
+            for module in of_model.modules.values():
+                module.lora_B.fill_(float("nan"))
+        request = records.evaluation_request_record(
+            records.EvaluationRequest("valid", False, "", False), records.model_records(models)
+        )
+        wanted = Message(request, dst_node_id=1, message_type=records.EVALUATE)
+        reply = answer_honestly(wanted, context)
+        assert reply is not None
+        kind = str(context.run_config["privacy.metrics"])
+        found.setdefault(kind, records.read_error(reply.content) or "sums")
+        return answer_honestly(message, context)
+
+    for disclosure in get_args(Disclosure):
+        changes = {"privacy.metrics": disclosure, "run_id": f"failing-{disclosure}", "output_dir": str(tmp_path)}
+        config = small_experiment(place, **CHANGES | {"merge.methods": "average"} | changes)
+        with suppress(ClientError) if disclosure == "noised" else nullcontext():  # its answers were spent on the model
+            run_in_process(config, answer)
+    assert any(character.isdigit() for character in found["exact"])
+    assert not any(character.isdigit() for character in found["suppressed"])
+    assert found["noised"] == "sums"
 
 
 def test_suppressed_sums_travel_rounded_and_without_products(place: Path, tmp_path: Path) -> None:
@@ -122,6 +154,9 @@ def test_a_run_over_one_user_fewer_tells_nothing_exact_of_that_user(
     assert before["books"].num_users == 30
     if disclosure == "exact":  # the run says so: the difference is the user's outcome
         assert after["books"].num_users == 29
+        return
+    if disclosure == "noised":  # the difference has the noise of both
+        assert after["books"].noise > 1
         return
     assert "books" not in after
     reason = json.loads((runs[1] / "clients.json").read_text())["excluded"]["books"]

@@ -4,6 +4,7 @@
 release is sent, so no crash forgets one.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -16,6 +17,7 @@ from fedmerge.privacy.dp.releases import METRIC_SUMS, Adjacency, Release
 from fedmerge.privacy.dp.replacement import replaced_epsilon
 
 ACCOUNT_FILE = "account.jsonl"
+LEAST_NOISE = 1e-3  # noise multiplier below which no accountant computes anything
 Unit = Literal["user", "domain"]
 
 
@@ -62,14 +64,19 @@ def read_account(folder: Path) -> list[Entry]:
 
 
 def total_epsilon(entries: Iterable[Entry], delta: float, adjacency: Adjacency = "add-remove") -> dict[Unit, float]:
-    """Return unit -> ε of all entries together at this δ, an upper bound.
+    """Return unit -> ε of all entries together at this δ, an upper bound; infinite with hardly any noise.
 
     Raises:
         ConfigError: Opacus is not installed.
     """
     by_unit: dict[Unit, list[Release]] = {}
+    entries = list(entries)
     for entry in entries:
         by_unit.setdefault(entry.unit, []).append(entry.release())
+        if entry.unit == "domain":  # it is about each user of the domain, too
+            by_unit.setdefault("user", []).append(entry.release())
+    if any(not entry.noise_multiplier >= LEAST_NOISE for entry in entries):
+        return dict.fromkeys(by_unit, math.inf)
     if adjacency == "replace":
         return {unit: replaced_epsilon(releases, delta) for unit, releases in by_unit.items()}
     return {unit: spent_epsilon(releases, delta, "rdp") for unit, releases in by_unit.items()}
@@ -124,7 +131,7 @@ def check_total(
     if max_total_epsilon is None or max_delta is None:
         return
     for unit, epsilon in total_epsilon(entries, max_delta, adjacency).items():
-        if epsilon > max_total_epsilon:
+        if not epsilon <= max_total_epsilon:
             raise PolicyError(
                 f"max_total_epsilon = {max_total_epsilon:g} of its own policy file: this run and the earlier ones "
                 f"would come to ε = {epsilon:.3g} by {unit} ({adjacency}) at δ = {max_delta:g}. Use more noise, or "

@@ -8,6 +8,7 @@ from an earlier one by a few users is refused.
 import hashlib
 import hmac
 import json
+import logging
 import os
 import secrets
 from contextlib import suppress
@@ -23,6 +24,8 @@ from fedmerge.files import exclusive, make_folder, read_sealed, seal, sync, writ
 
 SECRET_FILE = "secret"
 
+logger = logging.getLogger(__name__)
+
 
 def read_secret(folder: Path) -> bytes:
     """Return the client's secret, 32 bytes; made at first use, and kept with its SHA-256.
@@ -34,7 +37,7 @@ def read_secret(folder: Path) -> bytes:
     try:
         if not path.exists():
             make_folder(folder)
-            partial = folder / f".{SECRET_FILE}-{os.getpid()}"
+            partial = folder / f".{SECRET_FILE}-{secrets.token_hex(8)}"
             with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
                 made = secrets.token_bytes(32)
                 file.write(made + hashlib.sha256(made).digest())
@@ -110,10 +113,11 @@ def remember_users(
                 earlier = read_sealed(other) or {}
                 differing = sum(earlier.get(user) != current.get(user) for user in earlier.keys() | current.keys())
                 if differing < min_users and other != path:
+                    logger.error("%d of the %s users differ from those of an earlier evaluation", differing, split)
                     raise PolicyError(
-                        f"the {split} users of this evaluation differ from those of an earlier one by {differing}; "
-                        f"expected none, or at least min_users = {min_users}: the difference of the two sums would "
-                        "reveal these few. Evaluate again when more users have changed, or on the earlier data."
+                        f"the {split} users of this evaluation differ from those of an earlier one, but by fewer than "
+                        f"min_users = {min_users}: the difference of the two sums would reveal these few. Evaluate "
+                        "again when more users have changed, or on the earlier data."
                     )
             write_json(path, seal(current))
     except (OSError, RunDirError) as error:

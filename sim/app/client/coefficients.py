@@ -118,10 +118,9 @@ def _charge_answers(client: Client, noise_multiplier: float) -> None:
     num_users = len(client.domain.training_sequences)
     rate = sample_rate(config.through_clients.batch_size, num_users) if by_user else 1.0
     unit: Unit = "user" if by_user else "domain"
-    what = "answers about merging coefficients"
-    charge_run(
-        client, [Entry(f"{run}: answers", run, what, unit, noise_multiplier, rate, noisy_answers(config).number)]
-    )
+    number, what = noisy_answers(config).number, "answers about merging coefficients"
+    key = f"{run}: {number} answers, {noise_multiplier:.6g} at {rate:.6g}"  # other settings are other releases
+    charge_run(client, [Entry(key, run, what, unit, noise_multiplier, rate, number)])
 
 
 def _on_own_users(client: Client, vectors: Vectors, settings: MergeRecSettings, first: int) -> LocalGradient:

@@ -2,10 +2,11 @@
 
 import logging
 
+import numpy as np
 from flwr.app import Context, Message, RecordDict
 
 from fedmerge.adapter import Adapter, adapter_sha256
-from fedmerge.client.baselines.rankers import baseline_rankers
+from fedmerge.client.baselines.rankers import BASELINE_LABELS, baseline_rankers
 from fedmerge.client.cache.experts import load_expert
 from fedmerge.client.disclosed.account import Entry
 from fedmerge.client.disclosed.sums import Sums, count_models, release_sums_once
@@ -15,8 +16,9 @@ from fedmerge.client.training.settings import training_settings
 from fedmerge.config import Split
 from fedmerge.domain.manifest import NOISED_METRICS, check_catalog_is_given
 from fedmerge.domain.splits import Examples, evaluation_examples
-from fedmerge.errors import PolicyError
-from fedmerge.evaluation.sums import BACKBONE, EXPERT
+from fedmerge.errors import ClientError, PolicyError
+from fedmerge.evaluation.ranks import METRICS
+from fedmerge.evaluation.sums import BACKBONE, EXPERT, VARIANTS
 from fedmerge.privacy.dp.randomness import source
 from fedmerge.privacy.dp.releases import METRIC_SUMS, noised_sums
 from fedmerge.privacy.metric_sums import disclose
@@ -43,10 +45,22 @@ def evaluate_models(message: Message, context: Context) -> RecordDict:
     examples = _examples(client, request.split)
     check_enough_users(name, len(examples), config.privacy.min_users)
     names = config.evaluation.baselines if request.baselines else ()
+    if config.privacy.metrics == "noised":  # the others are fitted to all users, who would each change every outcome
+        names = tuple(baseline for baseline in names if baseline == "last-item")
 
     def sums() -> Sums:
-        baselines = baseline_rankers(domain, names, config.evaluation, config.seed, config.cache_dir, logger.info)
-        found = outcomes(domain, models, examples, baselines, logger.info)
+        try:
+            baselines = baseline_rankers(domain, names, config.evaluation, config.seed, config.cache_dir, logger.info)
+            found = outcomes(domain, models, examples, baselines, logger.info)
+        except Exception as error:
+            if config.privacy.metrics == "exact":
+                raise
+            logger.exception("%s: the evaluation failed", name)
+            if config.privacy.metrics == "suppressed":  # the number of users in an error's text is an exact sum
+                raise ClientError(f"domain {name}: the evaluation failed; the reason is in the client's log") from error
+            labels = [*models, *(BASELINE_LABELS[baseline] for baseline in names)]
+            nothing = np.zeros((len(examples), len(METRICS)))  # noise alone answers: that it failed tells of users, too
+            found = {variant: dict.fromkeys(labels, nothing) for variant in VARIANTS}
         drawn = source(
             config.dp.randomness, config.seed, "client", name, "metric-sums", request.split, *hashes.values()
         )
@@ -101,12 +115,13 @@ def _models(
 
 
 def _examples(client: Client, split: Split) -> Examples:
-    """Draw the evaluated users: by the run's seed for exact sums, else by the client's secret, and remembered."""
+    """Draw the evaluated users: by the run's seed for exact sums, else by the client's secret."""
     config, interactions = client.config, client.domain.interactions
     limit = config.evaluation.validation_users if split == "valid" else config.evaluation.test_users
     if config.privacy.metrics == "exact":
         return evaluation_examples(interactions, split, limit, config.seed)
     secret = read_secret(client.disclosed)
     examples = draw_examples(interactions, split, limit, secret)
-    remember_users(client.disclosed, interactions, examples, split, config.privacy.min_users, secret)
+    if config.privacy.metrics == "suppressed":  # noise covers differences
+        remember_users(client.disclosed, interactions, examples, split, config.privacy.min_users, secret)
     return examples

@@ -84,9 +84,17 @@ def open_client(context: Context) -> Client:
     check_replacement_is_allowed(
         own, config, len(domain.training_sequences) if role == "train" else 0, domain.manifest.name
     )
-    beside_cache = Path(config.cache_dir).expanduser() / "disclosed" / folder.name
-    disclosed = Path(str(context.node_config.get("disclosed-path", beside_cache)))
-    return Client(config, domain, role, own, disclosed)
+    return Client(config, domain, role, own, disclosed_folder(context, config, folder.name))
+
+
+def disclosed_folder(context: Context, config: ExperimentConfig, domain: str) -> Path:
+    """Return the folder of what was disclosed: a run cannot move it where the node has a policy file."""
+    node = context.node_config
+    if "disclosed-path" in node:
+        return Path(str(node["disclosed-path"])).expanduser()
+    if "policy-path" in node:
+        return Path(str(node["policy-path"])).expanduser().parent / "disclosed" / domain
+    return Path(config.cache_dir).expanduser() / "disclosed" / domain
 
 
 def charge_run(client: Client, entries: Iterable[Entry]) -> None:

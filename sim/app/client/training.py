@@ -83,7 +83,7 @@ def _train_as_asked(client: Client, message: Message) -> tuple[Adapter, dict[str
     charge_run(client, entries_of(report["privacy"], report["sha256"], str(config.run_id), "expert"))
     if report["validation_users"] < config.privacy.min_users or config.privacy.metrics != "exact":
         # Validations are exact means over users; best step and end of the training depend on the same users.
-        hidden = ("best_step", "stopped_by") if report["validation_users"] else ()
+        hidden = ("steps", "best_step", "stopped_by") if report["validation_users"] else ()
         report = {**{key: value for key, value in report.items() if key not in hidden}, "validations": []}
     return adapter, report, None
 
@@ -117,6 +117,6 @@ def _train_round(client: Client, task: RoundTask, lora: Lora) -> Release:
     adapter, of_round = train_round(trained_on, lora, of_training, config.seed, task, logger.info, plan)
     adapter = apply_attack(adapter, domain.manifest.name, config.simulation)
     report = asdict(of_round) | {"privacy": plan and plan_record(replace(plan, steps=of_round.steps))}
-    if len(domain.training_sequences) < config.privacy.min_users:
-        report["loss"] = None
+    if len(domain.training_sequences) < config.privacy.min_users or config.privacy.metrics != "exact":
+        report["loss"] = None  # a mean over the users of its batches
     return Release(adapter, report)
