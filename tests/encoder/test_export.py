@@ -96,7 +96,7 @@ def test_export_of_a_run_s_merge(tmp_path: Path, capsys: Capsys) -> None:
         "tokenizer_config.json",
     ]
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
-    provenance = json.loads((average / "provenance.json").read_text())
+    provenance = read_json(average / "provenance.json")
     assert json.loads((out / "provenance.json").read_text()) == provenance
     card = (out / "README.md").read_text()
     for wanted in (

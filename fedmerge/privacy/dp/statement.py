@@ -49,7 +49,8 @@ _NONE = (
     "unit: one user of one domain, in the metric sums alone. For a user of several domains, ε and δ add up.",
     "adjacency: one user added or removed, which changes the sums of P methods by at most √(2P) in the L2 norm; one "
     "user replaced by another changes them by no more, because outcomes lie between 0 and 1.",
-    "public: the number of evaluated users. Models are taken as given: an expert trained without noise depends on them.",
+    "public: the number of evaluated users. Models are taken as given; an expert trained without noise depends on "
+    "them.",
 )
 _COVERS = {
     "none": "the metric sums, and nothing else that left",
