@@ -23,6 +23,7 @@ from fedmerge.encoder.encode import encode
 from fedmerge.encoder.export import export_model
 from fedmerge.encoder.peft_folder import write_adapter
 from fedmerge.encoder.text import build_token_table, item_sequences, item_text, pack_sequences, sequence_text
+from fedmerge.files import read_json
 
 Capsys = pytest.CaptureFixture[str]
 TEXT = Text(max_tokens=120, max_items=3, max_attribute_tokens=20)
