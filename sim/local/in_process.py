@@ -3,7 +3,7 @@
 import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from uuid import uuid4
 
 import torch
@@ -120,6 +120,7 @@ def _process_settings_restored() -> Iterator[None]:
         torch.set_num_threads(threads)
         for handler in library.handlers:
             if handler not in handlers:
-                handler.close()
+                with suppress(OSError):  # a full disk, which has ended the run already
+                    handler.close()
         library.handlers[:], library.propagate = handlers, propagate
         library.setLevel(level)

@@ -17,7 +17,7 @@ from fedmerge.client.training.settings import training_settings
 from fedmerge.config import ExperimentConfig, load_config
 from fedmerge.encoder.peft_folder import read_adapter
 from fedmerge.errors import ClientError
-from fedmerge.files import read_json, write_json
+from fedmerge.files import read_json, seal, write_json
 from fedmerge.report.bench.page import bench_page
 from fedmerge.report.bench_tables import BenchTables
 from fedmerge.runs.checkpoints import merge_folder
@@ -70,7 +70,7 @@ def test_a_failed_or_incomplete_training_is_reported_and_the_others_are_compared
         (record,) = (grid.folder / "training" / str(config.run_id) / "rounds").glob("2.json")
         result = read_json(record)
         del result["aggregation"]["client_weights"]["books"]  # as if the client had diverged
-        write_json(record, result)
+        write_json(record, seal(result))
 
     for _ in range(2):  # a second call fails in the same way
         failed = run_grid(grid, unlucky, here, lambda line: None)

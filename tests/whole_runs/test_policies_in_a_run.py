@@ -88,7 +88,7 @@ def test_a_limit_on_epsilon_is_about_the_adjacency_of_the_policy(
 ) -> None:
     noise = {"dp.noise_multiplier": "none", "dp.epsilon": 2, "until": "train"}
     text = f'min_users = 2\nmetrics = "exact"\nmax_epsilon = 2\nadjacency = "{adjacency}"'
-    config = experiment(place, tmp_path, **{**NOISE_BY_USER, **noise})
+    config = experiment(place, tmp_path, **{**NOISE_BY_USER, **noise, "cache_dir": str(tmp_path / "cache")})
     run_in_process(config, with_own_policy(tmp_path / "policy.toml", text))
     excluded = read_json(tmp_path / "run" / "clients.json")["excluded"]
     assert len(excluded) == num_excluded
