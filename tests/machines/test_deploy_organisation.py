@@ -23,7 +23,7 @@ from loopback import PROGRAMS, REPOSITORY, Loopback, bundle, eventually, free_po
 from fedmerge.domain.demo import write_demo
 from fedmerge.organisation.app import app_sha256
 from fedmerge.organisation.folder import private_key, read_client
-from fedmerge.privacy.signatures import fingerprint
+from fedmerge.privacy.signatures import fingerprint, key_comment
 
 pytestmark = [pytest.mark.deploy, pytest.mark.timeout(1800)]
 
@@ -32,6 +32,7 @@ PLAIN = "camping"
 EXPERIMENT = """
 name = "deployed"
 output_dir = "{place}/runs"
+cache_dir = "{place}/plain-cache"
 run_id = "{run}"
 
 [domains]
@@ -81,6 +82,38 @@ def steal(message, context):
     data = (folder / "interactions.parquet").read_bytes()
     return Message(RecordDict({"facts": ConfigRecord({"interactions": data})}), reply_to=message)
 """
+# An operator's own change to the server's processes, which no organisation sees: where a file says so, one client is
+# told another session of a secure sum than the others.
+LIAR = """
+import os, sys, threading, time
+from dataclasses import replace
+from pathlib import Path
+
+def lie():
+    while not hasattr(sys.modules.get("sim.app.server.phases.secure_sum"), "secure_mean"):
+        time.sleep(0.01)
+    from flwr.app import ConfigRecord, RecordDict
+    phase = sys.modules["sim.app.server.phases.secure_sum"]
+    honest = phase.ask
+
+    def ask(run, nodes, question, receive):
+        def request(name, told=question.request):
+            content = told(name)
+            if name != "books":
+                return content
+            (key, facts), = content.config_records.items()
+            (Path(__file__).parent / "lied").touch()
+            return RecordDict({key: ConfigRecord({**facts, "identifier": bytes(32)})})
+
+        if question.message_type == phase.secure_records.ADVERTISE:
+            question = replace(question, request=request)
+        honest(run, nodes, question, receive)
+
+    phase.ask = ask
+
+if (Path(__file__).parent / "lie").exists():
+    threading.Thread(target=lie, daemon=True).start()
+"""
 SHADOW = "import os, pathlib\n(pathlib.Path(os.environ['STOLEN']) / __name__).write_text('imported')\n"
 
 
@@ -91,7 +124,10 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loopback]:
     write_demo(place / "domains", num_domains=4, num_users=40, num_items=25)
     tiny_bert(place / "backbone")
     (place / "stolen").mkdir()
-    found = start_loopback(place)
+    (place / "server").mkdir()
+    (place / "keys").mkdir()
+    (place / "server" / "sitecustomize.py").write_text(LIAR)
+    found = start_loopback(place, place / "server")
     try:
         app = app_sha256(build_fab_from_disk(REPOSITORY))
         given = bundle(place / "bundle", place / "tls" / "ca.crt", found.address, app)
@@ -103,7 +139,9 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loopback]:
             assert done.returncode == 0, done.stderr
             policy = place / f"org-{name}" / "policy.toml"
             policy.write_text(policy.read_text().replace('metrics = "none"', 'metrics = "exact"'))
-            found.flwr("supernode", "register", str(place / f"org-{name}" / "key.pub"), "test")
+            public = place / f"org-{name}" / "key.pub"
+            found.flwr("supernode", "register", str(public), "test")
+            (place / "keys" / f"{name}.pub").write_text(f"{public.read_text().strip()} {key_comment(name, name)}\n")
             write_identity(place / f"org-{name}" / "identity", peers / f"{name}.pub")
         for name in GUARDED:
             done = found.client("approve", f"org-{name}", "--bundle", str(given))
@@ -114,7 +152,7 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loopback]:
                 (cache / shadow / "__init__.py").write_text(SHADOW)
             start_client(found, name)
         key = str(place / f"org-{PLAIN}" / "key")
-        signs = f"identity-key='{place / f'org-{PLAIN}' / 'identity'}' peer-keys='{peers}'"
+        signs = f"key-path='{key}' identity-key='{place / f'org-{PLAIN}' / 'identity'}' peer-keys='{peers}'"
         found.start(
             f"{PLAIN}.log",
             *(str(PROGRAMS / "flower-supernode"), "--superlink", found.address, "--port", str(free_port())),
@@ -199,6 +237,25 @@ def test_a_client_keeps_its_secrets_through_the_messages_of_a_secure_sum(federat
     assert json.loads((run / "clients.json").read_text())["excluded"] == {}
     assert not (run / "adapters").exists()  # no single one came
     assert list((run / "merged").rglob("adapter_model.safetensors"))
+
+
+def test_a_server_that_lies_about_the_session_of_a_sum_gets_nothing(federation: Loopback) -> None:
+    """Over TLS with registered keys everywhere: one client is told another session, which by itself it accepts."""
+    place, run = federation.place, federation.place / "runs" / "lied"
+    (place / "server" / "lie").touch()
+    try:
+        log = federation.run(REPOSITORY, experiment(federation, "lied", "aggregate-only"), run)
+    finally:
+        (place / "server" / "lie").unlink()
+    assert (place / "server" / "lied").exists()
+    assert "the run failed" in log
+    assert "0 of 3 clients" in log
+    for name in GUARDED:
+        said = (place / f"{name}.log").read_text()
+        assert said.count("query.secagg_masked: answered") == 1  # in the honest run before
+    assert "has not signed for this session" in (place / "beauty.log").read_text()
+    names = {row["name"] for row in pq.read_table(run / "exposure.parquet").to_pylist()}
+    assert not any(name.startswith("masked") for name in names)
 
 
 def test_a_killed_client_reconnects_by_itself(federation: Loopback) -> None:

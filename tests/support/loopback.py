@@ -167,8 +167,13 @@ class Loopback:
                     process.wait()
 
 
-def start_loopback(place: Path) -> Loopback:
-    """Start a SuperLink with TLS that admits only registered keys."""
+def start_loopback(place: Path, of_server: Path | None = None) -> Loopback:
+    """Start a SuperLink with TLS that admits only registered keys.
+
+    Args:
+        place: folder of the federation.
+        of_server: folder of Python code that only the server's processes find first.
+    """
     place.mkdir(parents=True, exist_ok=True)
     certificates(place / "tls")
     port = free_port()
@@ -185,6 +190,7 @@ def start_loopback(place: Path) -> Loopback:
         *("--ssl-ca-certfile", str(tls / "ca.crt"), "--ssl-certfile", str(tls / "server.pem")),
         *("--ssl-keyfile", str(tls / "server.key"), "--enable-supernode-auth", "--database", str(place / "state.db")),
         "--disable-runtime-dependency-installation",
+        PYTHONPATH=str(REPOSITORY) if of_server is None else f"{of_server}:{REPOSITORY}",
     )
     assert eventually(lambda: _listens(port), 60), (place / "superlink.log").read_text()
     return federation
