@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from deploy_federation import FEDMERGE, NO_CHECKOUT, Federation, make_key
+from deploy_federation import FEDMERGE, NO_CHECKOUT, Federation, allow_exact_sums, make_key
 from deploy_hosts import PROGRAMS, has_nginx, kill, network, processes_of, wait_for, why_no_namespaces, workers_of
 from run_folders import hash_results
 
@@ -152,6 +152,7 @@ def test_a_registered_organisation_cannot_claim_the_domain_of_another(federation
         *("--backbone", federation.shared / "backbone"),
     ]
     federation.client(organisation, "init", folder, "--name", "guest", *data)
+    allow_exact_sums(folder)
     key: list[str | Path] = ["guest", "--public-key", folder / "key.pub"]
     assert "may sign for domain guest" in federation.fedmerge("deploy", "add-client", federation.deployment, *key)
     federation.client(organisation, "approve", folder, "--bundle", bundle)
