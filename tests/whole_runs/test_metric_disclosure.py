@@ -100,9 +100,7 @@ def test_noised_sums_are_counted_here_and_at_the_client(place: Path, tmp_path: P
     for domain in ("beauty", "books", "coffee"):
         assert statement["domains"][domain]["epsilon"] == pytest.approx(epsilon)
         account = read_account(tmp_path / "cache" / "disclosed" / domain)
-        assert [(entry.unit, entry.noise_multiplier, entry.sample_rate, entry.steps) for entry in account] == [
-            ("user", 3.0, 1.0, 1)
-        ] * 2
+        assert [(entry.unit, entry.release) for entry in account] == [("user", Release(3.0, 1.0, 1, replaced=1.0))] * 2
     rows = pq.read_table(run / "metrics.parquet").to_pylist()
     assert {row["metric"] for row in rows if not np.isnan(row["sum"])} == {"recall@10", "ndcg@10"}
     assert all(row["noise"] > 0 for row in rows)

@@ -6,19 +6,20 @@ release is sent, so no crash forgets one.
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 from fedmerge.errors import FedMergeError, PolicyError, RunDirError
 from fedmerge.files import append_line, exclusive, read_lines
 from fedmerge.privacy.dp.accountant import spent_epsilon
-from fedmerge.privacy.dp.releases import METRIC_SUMS, Adjacency, Release
+from fedmerge.privacy.dp.releases import Adjacency, Release
 from fedmerge.privacy.dp.replacement import replaced_epsilon
 
 ACCOUNT_FILE = "account.jsonl"
 LEAST_NOISE = 1e-3  # noise multiplier below which no accountant computes anything
 Unit = Literal["user", "domain"]
+REPLACED: Mapping[Unit, float] = {"user": 2.0, "domain": 1.0}  # of gradients and adapters, see Release
 
 
 @dataclass(frozen=True)
@@ -30,21 +31,14 @@ class Entry:
         run: run_id.
         what: in words.
         unit: that is protected: a user of the domain, or the whole domain.
-        noise_multiplier, sample_rate, steps: see :class:`~fedmerge.privacy.dp.accountant.Release`.
+        release: the mechanisms.
     """
 
     key: str
     run: str
     what: str
     unit: Unit
-    noise_multiplier: float
-    sample_rate: float
-    steps: int
-
-    def release(self) -> Release:
-        """Return the mechanisms; replacement counts as in ``fedmerge.privacy.dp.statement``."""
-        once = self.unit == "domain" or self.what.startswith(METRIC_SUMS)
-        return Release(self.noise_multiplier, self.sample_rate, self.steps, replaced=1.0 if once else 2.0)
+    release: Release
 
 
 def read_account(folder: Path) -> list[Entry]:
@@ -53,9 +47,8 @@ def read_account(folder: Path) -> list[Entry]:
     Raises:
         PolicyError: the account is damaged or cannot be read, so nothing more may be released.
     """
-    names = [field.name for field in fields(Entry)]
     try:
-        return [Entry(**{name: line[name] for name in names}) for line in read_lines(folder / ACCOUNT_FILE)]
+        return [Entry(**{**line, "release": Release(**line["release"])}) for line in read_lines(folder / ACCOUNT_FILE)]
     except (FedMergeError, LookupError, TypeError) as error:
         raise PolicyError(
             f"{folder / ACCOUNT_FILE}: the account of released ε is damaged ({type(error).__name__}: {error}), so "
@@ -72,10 +65,10 @@ def total_epsilon(entries: Iterable[Entry], delta: float, adjacency: Adjacency =
     by_unit: dict[Unit, list[Release]] = {}
     entries = list(entries)
     for entry in entries:
-        by_unit.setdefault(entry.unit, []).append(entry.release())
+        by_unit.setdefault(entry.unit, []).append(entry.release)
         if entry.unit == "domain":  # it is about each user of the domain, too
-            by_unit.setdefault("user", []).append(entry.release())
-    if any(not entry.noise_multiplier >= LEAST_NOISE for entry in entries):
+            by_unit.setdefault("user", []).append(entry.release)
+    if any(not entry.release.noise_multiplier >= LEAST_NOISE for entry in entries):
         return dict.fromkeys(by_unit, math.inf)
     if adjacency == "replace":
         return {unit: replaced_epsilon(releases, delta) for unit, releases in by_unit.items()}
@@ -104,7 +97,7 @@ def charge(
         with exclusive(folder):
             account = read_account(folder)
             known = {entry.key for entry in account}
-            new = [entry for entry in entries if entry.key not in known and entry.steps]
+            new = [entry for entry in entries if entry.key not in known and entry.release.steps]
             if not new:
                 return
             check_total([*account, *new], max_total_epsilon, max_delta, adjacency)
@@ -142,12 +135,6 @@ def check_total(
 def entries_of(told: Mapping[str, object] | None, key: str, run: str, what: str) -> Iterator[Entry]:
     """Yield the entry of a training from the ``privacy`` part of its report; none if it released nothing with noise."""
     if told:
-        yield Entry(
-            key,
-            run,
-            what,
-            "user" if told["unit"] == "user" else "domain",
-            float(str(told["noise_multiplier"])),
-            float(str(told["sample_rate"])),
-            int(str(told["steps"])),
-        )
+        unit: Unit = "user" if told["unit"] == "user" else "domain"
+        numbers = (float(str(told["noise_multiplier"])), float(str(told["sample_rate"])), int(str(told["steps"])))
+        yield Entry(key, run, what, unit, Release(*numbers, replaced=REPLACED[unit]))

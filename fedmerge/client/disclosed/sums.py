@@ -6,8 +6,8 @@ from typing import Any
 
 from fedmerge.client.cache.folders import inputs_key
 from fedmerge.errors import ClientError, PolicyError, RunDirError
-from fedmerge.evaluation.sums import MetricSums, Variant, metric_sums_from_dict
-from fedmerge.files import exclusive, read_json, read_sealed, seal, write_json
+from fedmerge.evaluation.sums import VARIANTS, MetricSums, Variant, metric_sums_from_dict
+from fedmerge.files import exclusive, read_sealed, seal, write_json
 
 Sums = dict[Variant, MetricSums]
 
@@ -37,7 +37,7 @@ def release_sums_once(
     path = folder / "sums" / inputs_key({"run": run}) / f"{key}.json"
     try:
         with exclusive(path.parent):  # of two processes that answer the same, the second reads what the first drew
-            record = read_json(path)
+            record = read_sealed(path)
             if record is None:
                 if (given := len(list(path.parent.glob("*.json")))) >= most:
                     raise PolicyError(
@@ -45,12 +45,9 @@ def release_sums_once(
                         f"chosen for {most} answers, and {given} were given. Start a new run."
                     )
                 account(f"{run}: metric sums {key}")
-                sums: dict[str, Any] = {variant: of_variant.to_dict() for variant, of_variant in make().items()}
-                record = {"sums": sums, "sha256": inputs_key(sums)}
-                write_json(path, record)
-        if record["sha256"] != inputs_key(record["sums"]):
-            raise PolicyError(f"{path}: the metric sums that were sent before are damaged. Start a new run.")
-        return {variant: metric_sums_from_dict(of_variant) for variant, of_variant in record["sums"].items()}
+                record = {variant: of_variant.to_dict() for variant, of_variant in make().items()}
+                write_json(path, seal(record))
+        return {variant: metric_sums_from_dict(record[variant]) for variant in VARIANTS}
     except (OSError, RunDirError, LookupError, TypeError, ClientError) as error:
         raise PolicyError(
             f"{path.parent}: the noised metric sums cannot be recorded or read ({error}), so none leave. Check the "

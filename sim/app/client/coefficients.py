@@ -21,7 +21,7 @@ from fedmerge.client.coefficients.pseudo_users import (
     read_cached_cohort,
     take_local_steps,
 )
-from fedmerge.client.disclosed.account import Entry, Unit
+from fedmerge.client.disclosed.account import REPLACED, Entry, Unit
 from fedmerge.client.local_domain import LocalDomain
 from fedmerge.client.training.dp_sgd import poisson_records
 from fedmerge.encoder.backbone import Backbone
@@ -32,7 +32,7 @@ from fedmerge.mergerec.variants import learned_settings, learned_variant
 from fedmerge.mergerec.vectors import Vectors, initial_vectors, on_device
 from fedmerge.merging.stack import stack_adapters
 from fedmerge.privacy.dp.randomness import source
-from fedmerge.privacy.dp.releases import answers_have_noise, noisy_answers, sample_rate
+from fedmerge.privacy.dp.releases import Release, answers_have_noise, noisy_answers, sample_rate
 from fedmerge.privacy.policy import check_enough_users, check_may_leave
 from sim.app.client.node import Client, charge_run, open_client
 from sim.app.messages import records
@@ -120,7 +120,8 @@ def _charge_answers(client: Client, noise_multiplier: float) -> None:
     unit: Unit = "user" if by_user else "domain"
     number, what = noisy_answers(config).number, "answers about merging coefficients"
     key = f"{run}: {number} answers, {noise_multiplier:.6g} at {rate:.6g}"  # other settings are other releases
-    charge_run(client, [Entry(key, run, what, unit, noise_multiplier, rate, number)])
+    release = Release(noise_multiplier, rate, number, replaced=REPLACED[unit])
+    charge_run(client, [Entry(key, run, what, unit, release)])
 
 
 def _on_own_users(client: Client, vectors: Vectors, settings: MergeRecSettings, first: int) -> LocalGradient:

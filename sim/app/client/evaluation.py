@@ -20,7 +20,7 @@ from fedmerge.errors import ClientError, PolicyError
 from fedmerge.evaluation.ranks import METRICS
 from fedmerge.evaluation.sums import BACKBONE, EXPERT, VARIANTS
 from fedmerge.privacy.dp.randomness import source
-from fedmerge.privacy.dp.releases import METRIC_SUMS, noised_sums
+from fedmerge.privacy.dp.releases import METRIC_SUMS, Release, noised_sums
 from fedmerge.privacy.metric_sums import disclose
 from fedmerge.privacy.policy import check_enough_users, check_may_leave
 from fedmerge.privacy.transport import coding_of, decode_as_receiver
@@ -67,10 +67,9 @@ def evaluate_models(message: Message, context: Context) -> RecordDict:
         privacy = config.privacy
         return disclose(found, privacy.metrics, privacy.min_users, privacy.metrics_noise, drawn)
 
-    if config.privacy.metrics == "noised":
-        check_catalog_is_given(domain.manifest, NOISED_METRICS)
-    else:
+    if config.privacy.metrics != "noised":
         return records.metric_sums_record(sums())
+    check_catalog_is_given(domain.manifest, NOISED_METRICS)
     asked = {
         "models": hashes,
         "baselines": list(names),
@@ -81,19 +80,13 @@ def evaluate_models(message: Message, context: Context) -> RecordDict:
         "text": config.text.model_dump(),
         "noise": config.privacy.metrics_noise,
     }
-    what = f"{METRIC_SUMS} on {request.split}"
-    return records.metric_sums_record(
-        release_sums_once(
-            client.disclosed,
-            str(config.run_id),
-            asked,
-            noised_sums(config),
-            lambda key: charge_run(
-                client, [Entry(key, str(config.run_id), what, "user", config.privacy.metrics_noise, 1.0, 1)]
-            ),
-            sums,
-        )
-    )
+    run, release = str(config.run_id), Release(config.privacy.metrics_noise, 1.0, 1, replaced=1.0)
+
+    def account(key: str) -> None:
+        charge_run(client, [Entry(key, run, f"{METRIC_SUMS} on {request.split}", "user", release)])
+
+    sent = release_sums_once(client.disclosed, run, asked, noised_sums(config), account, sums)
+    return records.metric_sums_record(sent)
 
 
 def _models(

@@ -17,14 +17,14 @@ from fedmerge.privacy.dp.releases import Release
 from fedmerge.privacy.dp.replacement import replaced_epsilon
 from fedmerge.privacy.metric_sums import disclose
 
-TRAINING = Entry("a1", "monday", "expert", "user", 1.1, 0.05, 200)
+TRAINING = Entry("a1", "monday", "expert", "user", Release(1.1, 0.05, 200))
 DELTA = 1e-5
 
 
 def test_the_total_is_that_of_all_releases_together(tmp_path: Path) -> None:
     other = replace(TRAINING, key="b2", run="tuesday")
-    sums = Entry("monday: sums", "monday", "metric sums on test", "user", 4.0, 1.0, 1)
-    whole = replace(TRAINING, key="c3", unit="domain", sample_rate=1.0, steps=1, noise_multiplier=6.0)
+    sums = Entry("monday: sums", "monday", "metric sums on test", "user", Release(4.0, 1.0, 1, replaced=1.0))
+    whole = replace(TRAINING, key="c3", unit="domain", release=Release(6.0, 1.0, 1, replaced=1.0))
     for entry in (TRAINING, other, sums, whole):
         charge(tmp_path, [entry], None, None)
     account = read_account(tmp_path)
@@ -70,7 +70,7 @@ def test_an_account_that_is_damaged_or_cannot_be_written_releases_nothing(tmp_pa
 
 
 def test_a_limit_may_be_about_one_user_replaced(tmp_path: Path) -> None:
-    sums = Entry("monday: sums", "monday", "metric sums on test", "user", 4.0, 1.0, 1)
+    sums = Entry("monday: sums", "monday", "metric sums on test", "user", Release(4.0, 1.0, 1, replaced=1.0))
     releases = [Release(1.1, 0.05, 200), Release(4.0, 1.0, 1, replaced=1.0)]
     total = total_epsilon([TRAINING, sums], DELTA, "replace")["user"]
     assert total == pytest.approx(replaced_epsilon(releases, DELTA))
@@ -123,7 +123,7 @@ def test_damaged_sums_are_never_sent(tmp_path: Path) -> None:
     release_sums_once(tmp_path, "monday", {}, 2, lambda key: None, noised)
     (path,) = tmp_path.rglob("*.json")
     record = json.loads(path.read_text())
-    record["sums"]["unmasked"]["sums"][0][2] += 1
+    record["unmasked"]["sums"][0][2] += 1
     path.write_text(json.dumps(record))
     with pytest.raises(PolicyError):
         release_sums_once(tmp_path, "monday", {}, 2, lambda key: None, noised)

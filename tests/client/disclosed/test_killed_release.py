@@ -15,6 +15,7 @@ from fedmerge.client.disclosed.account import Entry, charge, read_account
 from fedmerge.client.disclosed.sums import release_sums_once
 from fedmerge.evaluation.ranks import per_user_metrics
 from fedmerge.privacy.dp.randomness import source
+from fedmerge.privacy.dp.releases import Release
 from fedmerge.privacy.metric_sums import disclose
 
 WRITES = ("fsync", "replace", "rename", "mkdir")  # of the standard library, through which everything is written
@@ -30,7 +31,7 @@ def sums(place: Path) -> str:
     found = {"average": ranks, "expert": ranks}
 
     def account(key: str) -> None:
-        charge(place, [Entry(key, "monday", "metric sums", "user", 4.0, 1.0, 1)], None, None)
+        charge(place, [Entry(key, "monday", "metric sums", "user", Release(4.0, 1.0, 1, replaced=1.0))], None, None)
 
     def make() -> Any:
         return disclose({"unmasked": found, "masked": found}, "noised", 20, 4.0, source("system", 0))
