@@ -83,8 +83,7 @@ def signer(signature: Signature, stated: bytes) -> str:
     except InvalidSignature:
         raise ClientError(
             f"its signature by the key {fingerprint(key)} does not match this answer. The answer was changed on the "
-            "way, or is not "
-            "the client's: find out which before this client takes part again."
+            "way, or is not the client's: find out which before this client takes part again."
         ) from None
     return fingerprint(key)
 

@@ -97,6 +97,31 @@ def test_a_limit_on_epsilon_is_about_the_adjacency_of_the_policy(
         assert "max_epsilon = 2 with adjacency = 'replace'" in reason
 
 
+def test_an_expert_that_the_account_does_not_cover_is_not_evaluated(place: Path, tmp_path: Path) -> None:
+    """Its training is done when the limit on all runs refuses it; a server could ask for its metric sums next."""
+    text = "min_users = 2\nmax_delta = 1e-3\nmax_total_epsilon = 0.01"
+    honest, found = with_own_policy(tmp_path / "policy.toml", text), list[str]()
+
+    def answer(message: Message, context: Context) -> Message | None:
+        reply = honest(message, context)
+        strict = DOMAINS[int(context.node_config["partition-id"])] == STRICT
+        if strict and message.metadata.message_type == records.TRAIN:
+            request = records.EvaluationRequest("valid", False, records.OWN_EXPERT, False)
+            content = records.evaluation_request_record(request, records.model_records({}))
+            asked = honest(Message(content, dst_node_id=1, message_type=records.EVALUATE), context)
+            assert isinstance(asked, Message)
+            found.append(str(records.read_error(asked.content)))
+        return reply if isinstance(reply, Message) else None
+
+    noised = {"privacy.metrics": "noised", "privacy.metrics_noise": 1000.0, "cache_dir": str(tmp_path / "cache")}
+    run_in_process(experiment(place, tmp_path, **{**NOISE_BY_USER, **noised}), answer)
+    excluded = read_json(tmp_path / "run" / "clients.json")["excluded"]
+    assert [name for name, reason in excluded.items() if "max_total_epsilon = 0.01" in reason] == [STRICT]
+    (refusal,) = found
+    assert "PolicyError" in refusal
+    assert "never released" in refusal
+
+
 def test_a_private_catalog_is_an_error_before_any_work(place: Path, tmp_path: Path) -> None:
     small_experiment(place)  # writes the domains
     shutil.copytree(place / "domains", tmp_path / "catalogs")

@@ -8,7 +8,7 @@ from flwr.app import Context, Message, RecordDict
 from fedmerge.adapter import Adapter, adapter_sha256
 from fedmerge.client.baselines.rankers import BASELINE_LABELS, baseline_rankers
 from fedmerge.client.cache.experts import load_expert
-from fedmerge.client.disclosed.account import Entry
+from fedmerge.client.disclosed.account import Entry, read_account
 from fedmerge.client.disclosed.sums import Sums, count_models, release_sums_once
 from fedmerge.client.disclosed.users import draw_examples, read_secret, remember_users
 from fedmerge.client.evaluate import outcomes
@@ -103,7 +103,13 @@ def _models(
     models: dict[str, Adapter | None] = {BACKBONE: None} if request.backbone else {}
     if request.expert_sha256:
         settings = training_settings(config)
-        models[EXPERT] = load_expert(domain, settings, config.cache_dir, config.run_id, sha256, received)
+        models[EXPERT] = expert = load_expert(domain, settings, config.cache_dir, config.run_id, sha256, received)
+        counted = config.dp.mode in ("user", "domain-local") and client.own is not None
+        if counted and adapter_sha256(expert) not in {entry.key for entry in read_account(client.disclosed)}:
+            raise PolicyError(
+                f"domain {domain.manifest.name}: its expert was trained but never released, so its account does not "
+                "cover what it tells of users; it is not evaluated. Train it in a run that the owner's limits allow."
+            )
     return models | adapters
 
 
