@@ -29,6 +29,13 @@ def add_commands(commands: "Commands") -> None:
         "destination", type=Path, metavar="DST", help="folder for the encoder; use it as backbone.source"
     )
     backbone.set_defaults(command=_demo_backbone)
+    cut = data.add_parser("cut", help="write a domain with a share of its users and the whole catalog")
+    cut.add_argument("source", type=Path, metavar="SRC", help="a domain folder")
+    cut.add_argument("destination", type=Path, metavar="DST", help="folder for the new domain folder")
+    cut.add_argument("--share", type=float, required=True, help="share of the users to keep, as 0.05")
+    cut.add_argument("--seed", type=int, default=0, help="seed of the draw (default: 0)")
+    cut.add_argument("--overwrite", action="store_true")
+    cut.set_defaults(command=_cut)
     info = data.add_parser("info", help="show a domain's counts, lengths, density, text coverage and problems")
     info.add_argument("folder", type=Path, metavar="DST", help="a domain folder, or a folder of them")
     info.set_defaults(command=_info)
@@ -53,6 +60,15 @@ def _demo_backbone(options: argparse.Namespace) -> int:
     from fedmerge.encoder.demo_backbone import NOTE, write_demo_backbone
 
     print(f"{write_demo_backbone(options.destination)}: {NOTE}")
+    return 0
+
+
+def _cut(options: argparse.Namespace) -> int:
+    from fedmerge.domain.cut import cut_domain
+
+    made = cut_domain(options.source, options.destination, options.share, options.seed, options.overwrite)
+    folder = options.destination / made.name
+    print(f"{folder}: {made.num_users} users, {made.num_interactions} interactions, {made.num_items} items")
     return 0
 
 
