@@ -1,6 +1,6 @@
 """The validated configuration of an experiment. It imports neither torch nor transformers, so checking is fast."""
 
-from fedmerge.config.consistency import too_few_for_krum
+from fedmerge.config.contradictions.runs import too_few_for_krum
 from fedmerge.config.experiment import ExperimentConfig
 from fedmerge.config.files import (
     declared,
@@ -13,6 +13,7 @@ from fedmerge.config.files import (
     to_toml,
     with_absolute_paths,
 )
+from fedmerge.config.head import Head, HeadInputs, HeadVectors
 from fedmerge.config.merging import (
     LEARNED_METHODS,
     MIN_SUMMED,
@@ -46,6 +47,9 @@ __all__ = [
     "Baseline",
     "Evaluation",
     "ExperimentConfig",
+    "Head",
+    "HeadInputs",
+    "HeadVectors",
     "Lora",
     "Merge",
     "MergeMethod",

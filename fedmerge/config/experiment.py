@@ -6,17 +6,19 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from fedmerge.config.consistency import (
+from fedmerge.config.contradictions.heads import head_problems
+from fedmerge.config.contradictions.privacy import aggregate_only_problems, dp_problems, transport_problems
+from fedmerge.config.contradictions.runs import (
     admission_problems,
     learning_problems,
     rounds_problems,
     run_problems,
     simulation_problems,
 )
+from fedmerge.config.head import Head
 from fedmerge.config.merging import LEARNED_METHODS, AdaMerging, Merge, MergeRec, ThroughClients
 from fedmerge.config.model import BackboneSection, Domains, Lora, Text
 from fedmerge.config.privacy import DP, Privacy
-from fedmerge.config.privacy_consistency import aggregate_only_problems, dp_problems, transport_problems
 from fedmerge.config.running import Admission, Evaluation, Runtime, Server, Simulation, Tracking
 from fedmerge.config.section import Section
 from fedmerge.config.training import Rounds, Train
@@ -57,6 +59,7 @@ class ExperimentConfig(Section):
     mergerec: MergeRec = MergeRec()
     adamerging: AdaMerging = AdaMerging()
     through_clients: ThroughClients = ThroughClients()
+    head: Head = Head()
     evaluation: Evaluation = Evaluation()
     server: Server = Server()
     privacy: Privacy = Privacy()
@@ -84,6 +87,7 @@ class ExperimentConfig(Section):
             *transport_problems(self.privacy, self.rounds),
             *aggregate_only_problems(self.privacy, self.merge, self.rounds, len(self.domains.train), self.until),
             *admission_problems(self.admission, self.rounds, self.privacy, self.server),
+            *head_problems(self.head, self.rounds, self.privacy, self.dp, self.until),
             *simulation_problems(self.simulation, self.domains, self.dp),
             *dp_problems(
                 self.dp,

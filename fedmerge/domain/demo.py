@@ -1,6 +1,6 @@
 """Bundled synthetic domains: shops with tastes that all domains share and habits that only one domain has.
 
-``docs/reference/demo-data.md`` describes the generative process. The data are frozen: DEMO_VERSION is part of every
+``docs/demo-data.md`` describes the generative process. The data are frozen: DEMO_VERSION is part of every
 seed, and only ``Generator.random`` is used, the NumPy stream that is least likely to change.
 """
 
@@ -139,7 +139,7 @@ def write_demo(
     num_items: int = 400,
     overwrite: bool = False,
 ) -> tuple[str, ...]:
-    """Write the synthetic demo domains as domain folders under ``root``; see ``docs/reference/demo-data.md``.
+    """Write the synthetic demo domains as domain folders under ``root``; see ``docs/demo-data.md``.
 
     A domain's content depends on its name, seed, num_users and num_items only, not on num_domains.
 

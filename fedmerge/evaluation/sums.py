@@ -12,13 +12,26 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from fedmerge.config import HeadVectors
 from fedmerge.errors import ClientError, LayoutMismatchError
 from fedmerge.evaluation.ranks import METRICS, FloatArray
 
 Variant = Literal["unmasked", "masked"]
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
 BACKBONE, EXPERT = "backbone", "expert"  # names of these two models at client and server
+PERSONAL = "personal merge"
+FEDERATED_HEAD, FEDERATED_FUSED = "federated head", "federated head, fused"
 INTERVAL_95 = 1.96  # half-width of a two-sided 95 % normal interval in standard errors
+
+
+def head_label(vectors: HeadVectors) -> str:
+    """Return the row of a client's own head: ``head on the merge``."""
+    return f"head on the {vectors}"
+
+
+def fused_label(vectors: HeadVectors) -> str:
+    """Return the row of a client's own head fused with the text and last item: ``head on the merge, fused``."""
+    return f"{head_label(vectors)}, fused"
 
 
 @dataclass(frozen=True, slots=True, eq=False)  # eq: arrays have no single truth value

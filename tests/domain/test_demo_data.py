@@ -1,4 +1,4 @@
-"""The demo data: frozen, plausible, and structured as docs/reference/demo-data.md describes."""
+"""The demo data: frozen, plausible, and structured as docs/demo-data.md describes."""
 
 import time
 from pathlib import Path

@@ -113,7 +113,7 @@ def test_packages_of_one_row_do_not_import_each_other_in_a_circle() -> None:
 def test_the_config_is_light() -> None:
     heavy = {"torch", "transformers", "peft", "numpy", "pyarrow", "safetensors"}
     package = REPOSITORY / "fedmerge"
-    for path in (*(package / "config").glob("*.py"), package / "errors.py"):
+    for path in (*(package / "config").rglob("*.py"), package / "errors.py"):
         assert not {module.split(".")[0] for module in imports_of(path)} & heavy
 
 

@@ -19,12 +19,14 @@ MESSAGES = {
     value
     for module in (records, secure_sum)
     for name, value in vars(module).items()
-    if name.isupper() and isinstance(value, str) and (value.startswith("query.") or value in ("train", "evaluate"))
+    if name.isupper()
+    and isinstance(value, str)
+    and (value.startswith(("query.", "train.")) or value in ("train", "evaluate"))
 }
 
 
 def test_every_message_has_a_row() -> None:
-    assert len(MESSAGES) == 10
+    assert len(MESSAGES) == 11
     assert {line.split("`")[1] for line in PAGE.splitlines() if line.startswith("| `")} == MESSAGES
 
 
@@ -35,6 +37,7 @@ def test_every_message_has_a_row() -> None:
         records.RoundRequest,
         records.EvaluationRequest,
         records.GradientRequest,
+        records.HeadRequest,
         Advertisement,
         Signature,
     ],
@@ -50,4 +53,5 @@ def test_every_entry_of_metric_sums_is_listed() -> None:
 
 
 def test_every_entry_of_a_training_report_is_listed() -> None:
-    assert [key for key in training.REPORT_FIELDS if f"`{key}`" not in PAGE] == []
+    fields_of_reports = [*training.REPORT_FIELDS, *records.HEAD_REPORT_FIELDS]
+    assert [key for key in fields_of_reports if f"`{key}`" not in PAGE] == []

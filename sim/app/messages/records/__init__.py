@@ -6,6 +6,7 @@ message           request                                         reply
 query.describe    empty                                           description_record
 query.catalog     empty                                           catalog_record
 train             empty, or round_request_record                  expert_record, or report_record
+train.head        head_request_record, with model_records         head_reports_record
 evaluate          evaluation_request_record, with model_records   metric_sums_record
 query.cohort      cohort_record                                   pseudo_users_record
 query.gradient    gradient_request_record                         gradient_record
@@ -50,6 +51,16 @@ from sim.app.messages.records.evaluation import (
     read_evaluation_request,
     read_metric_sums,
 )
+from sim.app.messages.records.heads import (
+    HEAD_REPORT_FIELDS,
+    TRAIN_HEAD,
+    HeadRequest,
+    head_reports_record,
+    head_request_record,
+    read_head_reports,
+    read_head_request,
+    read_vectors,
+)
 from sim.app.messages.records.replies import (
     add_signature,
     arrays_sha256,
@@ -82,14 +93,17 @@ __all__ = [
     "EVALUATE",
     "FLOAT32",
     "GRADIENT",
+    "HEAD_REPORT_FIELDS",
     "LARGEST_COUNT",
     "LARGEST_NUMBER",
     "NOT_FRESH",
     "OWN_EXPERT",
     "TRAIN",
+    "TRAIN_HEAD",
     "Description",
     "EvaluationRequest",
     "GradientRequest",
+    "HeadRequest",
     "ModelRecords",
     "Role",
     "RoundRequest",
@@ -106,6 +120,8 @@ __all__ = [
     "expert_record",
     "gradient_record",
     "gradient_request_record",
+    "head_reports_record",
+    "head_request_record",
     "metric_sums_record",
     "model_records",
     "pseudo_users_record",
@@ -118,11 +134,14 @@ __all__ = [
     "read_expert",
     "read_gradient",
     "read_gradient_request",
+    "read_head_reports",
+    "read_head_request",
     "read_metric_sums",
     "read_pseudo_users",
     "read_report",
     "read_round_request",
     "read_signature",
+    "read_vectors",
     "report_record",
     "round_request_record",
     "size_bytes",

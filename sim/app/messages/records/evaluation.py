@@ -16,6 +16,7 @@ from sim.app.messages.records.fields import FACTS, ONE_VERSION, read_config, rea
 
 EVALUATE = "evaluate"
 OWN_EXPERT = "own"
+_OF_HEADS = ("heads", "served")
 MOST_DEVIATIONS = 10.0  # of noise by which a sum may leave its range
 
 
@@ -29,22 +30,27 @@ class EvaluationRequest:
         expert_sha256: hash of the client's own expert, which is evaluated as well; OWN_EXPERT if the server does not
             know the hash; empty for none.
         baselines: True to evaluate the sanity baselines as well.
+        heads: vectors whose head rows are evaluated as well, comma-separated; empty for none.
+        served: label of the model that the vectors ``merge`` mean; empty without heads.
     """
 
     split: Split
     backbone: bool
     expert_sha256: str
     baselines: bool
+    heads: str = ""
+    served: str = ""
 
 
 def evaluation_request_record(request: EvaluationRequest, models: ModelRecords) -> RecordDict:
-    """Make a request to evaluate the models of :func:`model_records`."""
-    return RecordDict({FACTS: ConfigRecord(asdict(request)), **models})
+    """Make a request to evaluate the models of :func:`model_records`; what is empty of the heads does not travel."""
+    facts = {key: value for key, value in asdict(request).items() if value or key not in _OF_HEADS}
+    return RecordDict({FACTS: ConfigRecord(facts), **models})
 
 
 def read_evaluation_request(content: RecordDict) -> tuple[EvaluationRequest, dict[str, Adapter]]:
     """Inverse of :func:`evaluation_request_record`."""
-    facts = dict(read_config(content, FACTS))
+    facts = {**dict.fromkeys(_OF_HEADS, ""), **read_config(content, FACTS)}
     return read_dataclass(EvaluationRequest, facts), read_models(content)
 
 

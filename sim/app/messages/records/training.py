@@ -125,25 +125,27 @@ def read_round_request(
     return request, start, base
 
 
-def _is_count(value: Any) -> bool:
+def is_count(value: Any) -> bool:
+    """Return True for a count that a report may have."""
     return type(value) is int and 0 <= value < LARGEST_COUNT
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Return True for a finite number that a report may have."""
     return type(value) in (int, float) and abs(value) < LARGEST_NUMBER  # NaN is not
 
 
 def _is_validation(value: Any) -> bool:
-    if not isinstance(value, dict) or not _is_count(value.get("step")):
+    if not isinstance(value, dict) or not is_count(value.get("step")):
         return False
-    return all(value.get(key) is None or _is_number(value[key]) for key in ("loss", "ndcg"))
+    return all(value.get(key) is None or is_number(value[key]) for key in ("loss", "ndcg"))
 
 
 # Fields of a training report: what is expected, and its check.
 REPORT_FIELDS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
-    **dict.fromkeys(("steps", "best_step", "validation_users"), ("a count", _is_count)),
-    "seconds": ("a number", _is_number),
-    "loss": ("a number, or null", lambda value: value is None or _is_number(value)),
+    **dict.fromkeys(("steps", "best_step", "validation_users"), ("a count", is_count)),
+    "seconds": ("a number", is_number),
+    "loss": ("a number, or null", lambda value: value is None or is_number(value)),
     **dict.fromkeys(("stopped_by", "sha256"), ("a text", lambda value: isinstance(value, str))),
     "cached": ("true or false", lambda value: isinstance(value, bool)),
     "privacy": ("an object, or null", lambda value: value is None or isinstance(value, dict)),

@@ -1,0 +1,59 @@
+"""The section about sequence heads: models of histories over item vectors, trained by each client or together."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from fedmerge.config.section import Section, twice
+from fedmerge.config.training import RoundRule
+
+HeadVectors = Literal["merge", "expert", "backbone"]
+HeadInputs = Literal["text+ids", "text", "ids"]
+
+
+class Head(Section):
+    """Sequence heads over item vectors, explained in [heads.md](reference/heads.md)."""
+
+    kind: Literal["local", "federated"] | None = Field(
+        None,
+        description="Heads of a run. local: each client trains its own, which never leaves it; federated: one without "
+        "ids is trained over rounds, then each client continues it for itself. 'none': text vectors alone.",
+    )
+    inputs: HeadInputs = Field(
+        "text+ids", description="Item representation of a client's own head: its text vector, its id, or both."
+    )
+    vectors: tuple[HeadVectors, ...] = Field(
+        ("merge",),
+        min_length=1,
+        description="Encoders of the item vectors; each has a head and two rows: the head alone, and fused with text "
+        "and last item.",
+    )
+    hidden_size: int = Field(64, ge=2, le=1024, multiple_of=2, description="Width of a client's own head.")
+    dropout: float = Field(0.5, ge=0, lt=1, description="Dropout in the training of a head.")
+    id_dropout: float = Field(
+        0.2, ge=0, lt=1, description="Share of items read without their id in training, so that new items work."
+    )
+    max_epochs: int = Field(
+        100, ge=1, description="Passes over the training users; early stopping usually ends before."
+    )
+    max_minutes: float | None = Field(
+        10.0, gt=0, description="Wall-clock limit on training one head; results then depend on the machine's speed."
+    )
+    rounds: int = Field(10, ge=1, description="Rounds of the federated head.")
+    rule: RoundRule = Field("weighted-average", description="Aggregation rule of the federated head's rounds.")
+    rank: int = Field(8, ge=1, le=1024, description="Rank of the federated head's maps.")
+    steps: int = Field(50, ge=1, description="Optimiser steps of a client in a round of the federated head.")
+    proximal: float = Field(
+        0.0, ge=0, description="FedProx coefficient: pull of a client towards the head that the round started from."
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Head":
+        if names := twice(self.vectors):
+            raise ValueError(f"vectors names {names} more than once; name each once")
+        if self.kind == "federated" and self.inputs == "ids":
+            raise ValueError(
+                "kind = 'federated' with inputs = 'ids': ids never leave a client, so nothing could be shared; set "
+                "inputs = 'text+ids' or 'text', or kind = 'local'"
+            )
+        return self
