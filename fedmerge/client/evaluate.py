@@ -1,10 +1,12 @@
 """Full-ranking evaluation of models on a client's own users; only sums leave."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from fedmerge.adapter import Adapter
 from fedmerge.client.baselines.rankers import Ranker
@@ -14,11 +16,29 @@ from fedmerge.domain.splits import Examples, evaluation_examples
 from fedmerge.encoder.encode import encode
 from fedmerge.encoder.lora import applied
 from fedmerge.encoder.text import pack_sequences
-from fedmerge.evaluation.ranks import FloatArray, per_user_metrics, rank_targets
+from fedmerge.evaluation.ranks import FloatArray, IntArray, per_user_metrics, rank_targets
 from fedmerge.evaluation.sums import VARIANTS, MetricSums, Variant, metric_sums
 
 BACKBONE = "backbone"
 NO_BASELINES: Mapping[str, Ranker] = MappingProxyType({})
+Ranks = dict[Variant, npt.NDArray[np.int64]]
+NO_RANKS: Mapping[str, Ranks] = MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TextVectors:
+    """Vectors of U histories and of the N items under one model.
+
+    Attributes:
+        users: float32 (U, d).
+        items: float32 (N, d).
+    """
+
+    users: torch.Tensor
+    items: torch.Tensor
+
+
+NOT_ENCODED: Mapping[str, TextVectors] = MappingProxyType({})
 
 
 def evaluate(
@@ -55,15 +75,47 @@ def outcomes(
     examples: Examples,
     baselines: Mapping[str, Ranker] = NO_BASELINES,
     progress: Callable[[str], None] = lambda line: None,
+    heads: Mapping[str, Ranks] = NO_RANKS,
+    encoded: Mapping[str, TextVectors] = NOT_ENCODED,
 ) -> dict[Variant, dict[str, FloatArray]]:
-    """Return variant -> label -> (U, M) outcomes of every user; private to the client."""
-    ranks = {**model_ranks(domain, models, examples, progress), **baseline_ranks(examples, baselines)}
+    """Return variant -> label -> (U, M) outcomes of every user; private to the client.
+
+    Args:
+        domain, models, baselines, progress: as for :func:`evaluate`.
+        examples: U users.
+        heads: label -> ranks of the same users under heads.
+        encoded: label -> vectors of models that are encoded already.
+    """
+    ranks = {
+        **model_ranks(domain, models, examples, progress, encoded),
+        **heads,
+        **baseline_ranks(examples, baselines),
+    }
     return {
         variant: {label: per_user_metrics(found[variant]) for label, found in ranks.items()} for variant in VARIANTS
     }
 
 
-Ranks = dict[Variant, npt.NDArray[np.int64]]
+def encode_text(
+    domain: LocalDomain,
+    adapter: Adapter | None,
+    histories: Sequence[IntArray],
+    items: torch.Tensor | None = None,
+) -> TextVectors:
+    """Encode histories and items by their texts under a model.
+
+    Args:
+        domain: the client's domain.
+        adapter: None is the backbone alone.
+        histories: U arrays of item indices, oldest first.
+        items: (N, d) vectors of the items under the same model, if they are known.
+    """
+    special, text = domain.backbone.special, domain.text
+    users = pack_sequences(domain.table, histories, special, text.max_items, text.max_tokens)
+    with applied(domain.backbone, adapter):
+        if items is None:
+            items = domain.backbone_item_vectors if adapter is None else encode(domain.backbone, domain.item_sequences)
+        return TextVectors(encode(domain.backbone, users), items)
 
 
 def model_ranks(
@@ -71,22 +123,23 @@ def model_ranks(
     models: Mapping[str, Adapter | None],
     examples: Examples,
     progress: Callable[[str], None] = lambda line: None,
+    encoded: Mapping[str, TextVectors] = NOT_ENCODED,
 ) -> dict[str, Ranks]:
     """Compute every user's rank of the target under each model; these ranks never leave the client.
+
+    Args:
+        domain, models, progress: as for :func:`evaluate`.
+        examples: U users.
+        encoded: label -> vectors of models that are encoded already.
 
     Returns:
         label -> variant -> (U,).
     """
-    users = pack_sequences(
-        domain.table, examples.histories, domain.backbone.special, domain.text.max_items, domain.text.max_tokens
-    )
     found: dict[str, Ranks] = {}
     for label, adapter in models.items():
-        with applied(domain.backbone, adapter):
-            items = domain.backbone_item_vectors if adapter is None else encode(domain.backbone, domain.item_sequences)
-            vectors = encode(domain.backbone, users)
+        text = encoded.get(label) or encode_text(domain, adapter, examples.histories)
         found[label] = {
-            variant: rank_targets(vectors, items, examples.targets, seen_items(examples, variant))
+            variant: rank_targets(text.users, text.items, examples.targets, seen_items(examples, variant))
             for variant in VARIANTS
         }
         progress(f"{domain.manifest.name}: {label} evaluated on {len(examples)} users")

@@ -69,8 +69,8 @@ min_users = 20
 max_message_bytes = "none"
 
 # Longest time for one answer in minutes, training included; "none": no limit. `fedmerge client` stops the work then;
-# a client started in another way only refuses runs with a larger train.max_minutes. The number of answers is not
-# limited.
+# a client started in another way only refuses runs with a larger train.max_minutes or head.max_minutes. The number of
+# answers is not limited.
 max_minutes = 1440.0
 
 # Accept single adapters of other domains, which privacy.policy = "catalog-private" sends. Every participant evaluates
@@ -166,8 +166,12 @@ def check_run_is_allowed(
         problems.append("receive_adapters = false, the run has privacy.policy = 'catalog-private'")
     if privacy.min_users < own.min_users:
         problems.append(f"min_users = {own.min_users}, the run has privacy.min_users = {privacy.min_users}")
-    if own.max_minutes is not None and (run.train.max_minutes or 0) > own.max_minutes:
-        problems.append(f"max_minutes = {own.max_minutes:g}, the run has train.max_minutes = {run.train.max_minutes:g}")
+    limits = {"train": run.train.max_minutes, "head": run.head.max_minutes if run.head.kind else None}
+    problems += [
+        f"max_minutes = {own.max_minutes:g}, the run has {section}.max_minutes = {minutes:g}"
+        for section, minutes in limits.items()
+        if own.max_minutes is not None and (minutes or 0) > own.max_minutes
+    ]
     if DISCLOSURES.index(privacy.metrics) < DISCLOSURES.index(own.least_metrics):
         problems.append(f"metrics = {own.least_metrics!r}, the run has privacy.metrics = {privacy.metrics!r}")
     return _refuse([*problems, *_unmet_bounds(own, run.dp), *_unmet_noise(own, run)], domain)
