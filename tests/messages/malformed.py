@@ -80,6 +80,16 @@ def kinds() -> dict[str, Kind]:
         "sha256": "a" * 64,
         "privacy": None,
     }
+    of_head = {
+        "trained": True,
+        "reason": "",
+        "cached": False,
+        "epochs": 9,
+        "best_epoch": 4,
+        "seconds": 2.5,
+        "stopped_by": "patience",
+        "weights": {variant: {"head": 0.5, "text": 0.5} for variant in VARIANTS},
+    }
     revealed = Revealed({"books": b"a" * 32, "toys": b"b" * 32}, {"beauty": b"c" * 32})
     description = records.Description(
         "books", "train", 30, 40, 300, False, "a" * 64, "b" * 64, "float32", "1", "adapter"
@@ -100,6 +110,7 @@ def kinds() -> dict[str, Kind]:
         ),
         "adapter": Kind(records.expert_record(expert, report), read_expert),
         "report": Kind(records.report_record(report), records.read_report),
+        "heads": Kind(records.head_reports_record({"merge": of_head}), records.read_head_reports),
         "sums": Kind(records.metric_sums_record(sums), read_sums),
         "pseudo-users": Kind(records.pseudo_users_record(12), records.read_pseudo_users),
         "gradient": Kind(records.gradient_record(torch.ones(2, 3)), records.read_gradient),
