@@ -4,7 +4,7 @@ key, key.pub      the client's key pair (ECDSA P-384, OpenSSH); the private key 
 client.toml       data, encoder and resources of the client; no run can change them
 policy.toml       what may leave (``fedmerge.privacy.client_policy``)
 approved.txt      hashes of the approved apps, one a line
-cache/            experts, checkpoints of unfinished trainings, tokens of the catalog
+cache/            experts, heads, checkpoints of unfinished trainings, tokens and vectors of the catalog's items
 disclosed/        what was disclosed about its users over all runs: evaluated users, noised sums, account of ε; keep it
 lock              held by the process that runs the client
 flower.log        log of Flower's SuperNode
