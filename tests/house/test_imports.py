@@ -17,7 +17,7 @@ ROOMS = [path for path in FILES if path.parent.name != "fedmerge" or path.name !
 ROWS: tuple[tuple[str, ...], ...] = (
     ("errors", "__init__"),
     ("installation",),
-    ("adapter", "backbone_files", "config", "device", "escaping", "evaluation", "files", "seeding"),
+    ("adapter", "backbone_files", "config", "device", "escaping", "evaluation", "files", "seeding", "tensor_files"),
     ("domain",),
     ("encoder",),
     ("merging",),

@@ -4,20 +4,15 @@ The state is everything that the next step depends on, so a resumed training giv
 uninterrupted one. Batches are drawn from the seed, so only their number is stored.
 """
 
-import hashlib
-import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from fedmerge.adapter import Adapter, LoraModule
-from fedmerge.errors import ClientError
+from fedmerge.tensor_files import read_tensors, write_tensors
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
@@ -97,30 +92,16 @@ def write_checkpoint(path: Path, state: TrainingState) -> None:
         "scalings": scalings,
         "validations": [asdict(validation) for validation in state.validations],
     }
-    text = json.dumps(facts)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, partial, metadata={"facts": text, "sha256": _digest(text, contiguous)})
-        os.replace(partial, path)
-    except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
-        raise ClientError(
-            f"the training checkpoint cannot be written to {path.parent} ({error}). Check the free space and the "
-            "permissions there, or set cache_dir."
-        ) from error
+    write_tensors(path, tensors, facts, "the training checkpoint")
 
 
 def read_checkpoint(path: Path) -> TrainingState | None:
     """Read a checkpoint; None if it is missing or damaged, in which case the training starts from step 0."""
+    found = read_tensors(path)
+    if found is None:
+        return None
+    tensors, facts = found
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
-        if metadata["sha256"] != _digest(metadata["facts"], tensors):
-            return None
-        facts = json.loads(metadata["facts"])
         best = {
             name: LoraModule(tensors.pop(f"best.{name}.lora_A"), tensors.pop(f"best.{name}.lora_B"), scaling)
             for name, scaling in facts["scalings"].items()
@@ -129,14 +110,6 @@ def read_checkpoint(path: Path) -> TrainingState | None:
         state = TrainingState(
             facts["step"], facts["spent"], facts["seconds"], facts["best_step"], Adapter(best), validations, tensors
         )
-    except (OSError, SafetensorError, ValueError, LookupError, TypeError):
+    except (LookupError, TypeError, ValueError):
         return None
     return state if math.isfinite(state.spent) else None
-
-
-def _digest(text: str, tensors: Mapping[str, torch.Tensor]) -> str:
-    digest = hashlib.sha256(text.encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().numpy().tobytes())
-    return digest.hexdigest()
