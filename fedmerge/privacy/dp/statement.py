@@ -66,6 +66,7 @@ _SUMS = (
 )
 _ADAPTERS = "the adapters and everything computed from them, which have no noise (dp.mode = 'none')"
 _CATALOGS = "the catalogs, which the server has without noise, and everything computed from them alone"
+_HEADS = "heads, trained on all users of a domain without noise: their reports, and the metric sums of their rows"
 _TIMES = "the time that anything took"
 
 
@@ -76,6 +77,7 @@ def privacy_statement(
     catalogs: bool = False,
     not_counted: Mapping[str, str] = MappingProxyType({}),
     noised_metrics: bool = False,
+    heads: bool = False,
 ) -> dict[str, Any]:
     """Add up what was released.
 
@@ -86,6 +88,7 @@ def privacy_statement(
         catalogs: True if the server has the domains' catalogs.
         not_counted: domain -> reason why something that it sent cannot be counted.
         noised_metrics: True if metric sums are among the releases.
+        heads: True if clients trained heads.
 
     Returns:
         JSON: mode, unit, adjacency of ``epsilon``, delta, accountant; per domain epsilon (None if unbounded) under that
@@ -124,7 +127,7 @@ def privacy_statement(
         "covers": _COVERS[dp.mode] + (", and the metric sums" if noised_metrics and dp.mode == "user" else ""),
         "domains": dict(sorted(domains.items())),
         "assumptions": [*own, *_ALWAYS],
-        "not_covered": [*uncovered, *([_SUMS] if evaluated else []), _TIMES],
+        "not_covered": [*uncovered, *([_SUMS] if evaluated else []), *([_HEADS] if heads else []), _TIMES],
     }
 
 

@@ -212,6 +212,14 @@ def test_the_rounds_of_a_domain_add_up_and_domains_do_not() -> None:
     json.dumps(statement, allow_nan=False)
 
 
+def test_heads_are_named_as_not_covered() -> None:
+    without = privacy_statement(USER, {"books": [RECORD]}, True)
+    statement = privacy_statement(USER, {"books": [RECORD]}, True, heads=True)
+    (added,) = (what for what in statement["not_covered"] if what not in without["not_covered"])
+    assert added.startswith("heads, trained on all users of a domain without noise")
+    assert added in statement_text(statement)
+
+
 def test_a_run_that_ended_with_its_experts_released_no_sums() -> None:
     statement = privacy_statement(USER, {"books": [RECORD]}, evaluated=False)
     assert not any("metric sums" in what for what in statement["not_covered"])

@@ -74,7 +74,10 @@ def write_privacy(run: Run) -> str:
     if noised_metrics:
         spent = add_metric_sums(spent, evaluated, config)
     exact_sums = bool(evaluated) and not noised_metrics
-    statement = privacy_statement(config.dp, spent, exact_sums, catalogs, not_counted(run.folder), noised_metrics)
+    heads = config.head.kind is not None
+    statement = privacy_statement(
+        config.dp, spent, exact_sums, catalogs, not_counted(run.folder), noised_metrics, heads
+    )
     write_json(run.folder / PRIVACY_FILE, statement)
     return "\n" + statement_text(statement)
 
