@@ -25,6 +25,7 @@ from fedmerge.bench.config import Drawing
 from fedmerge.bench.joint import train_jointly
 from fedmerge.client.audit.attacks import Audited, audit_domain
 from fedmerge.client.baselines.rankers import baseline_rankers, sasrec_settings
+from fedmerge.client.baselines.sasrec import sasrec_inputs
 from fedmerge.client.cache.folders import inputs_key
 from fedmerge.client.evaluate import Ranks, baseline_ranks, evaluate, model_ranks
 from fedmerge.client.local_domain import LocalDomain, open_domain
@@ -363,7 +364,7 @@ def ranks_file(clients: Path, config: ExperimentConfig, domain: str, split: Spli
         "root": config.domains.root,
         "text": config.text.model_dump(),
         "backbone": config.backbone.model_dump(),
-        "sasrec": asdict(sasrec_settings(config.evaluation)),
+        "sasrec": sasrec_inputs(sasrec_settings(config.evaluation)),
         "runtime": [config.runtime.device, config.runtime.precision],
         "users": [config.seed, num_users(config.evaluation, split), config.evaluation.validation_users],
         "model": model,

@@ -1,7 +1,7 @@
 """Keys of earlier versions, and their replacements."""
 
 _STUDY = "delete the line; {}. Other values: benchmarks/studies/study_mergerec.py"
-_SASREC = "delete the line; the sasrec baseline trains with fixed settings (fedmerge/client/baselines/sasrec.py)"
+_SASREC = "delete the line; the sasrec baseline trains with fixed settings (fedmerge/sequence/model.py)"
 _EVALUATED = "delete the line; variants are selected by ndcg@10, and results hold all metrics"
 _ADAMERGING = "delete the line; the published value is always used"
 

@@ -20,7 +20,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("adapter", "backbone_files", "config", "device", "escaping", "evaluation", "files", "seeding", "tensor_files"),
     ("domain",),
     ("encoder",),
-    ("merging",),
+    ("merging", "sequence"),
     ("federated", "mergerec", "privacy", "recommender"),
     ("client", "runs"),
     ("server",),

@@ -11,12 +11,14 @@ import numpy.typing as npt
 import torch
 
 from fedmerge.client.baselines.item_knn import choose_item_knn, item_knn_ranks
-from fedmerge.client.baselines.sasrec import Settings, load_or_train_sasrec, sasrec_ranks
+from fedmerge.client.baselines.sasrec import load_or_train_sasrec
 from fedmerge.client.local_domain import LocalDomain
 from fedmerge.config import Baseline, Evaluation
 from fedmerge.domain.splits import Examples, evaluation_examples, train_sequences
 from fedmerge.errors import LayoutMismatchError
 from fedmerge.evaluation.ranks import IntArray, check_in_catalog, rank_targets, target_ranks
+from fedmerge.sequence.model import SequenceSettings
+from fedmerge.sequence.ranking import sequence_source
 
 Progress = Callable[[str], None]
 Ranker = Callable[[Examples, Sequence[IntArray] | None], npt.NDArray[np.int64]]
@@ -92,14 +94,19 @@ def _item_knn(domain: LocalDomain, validation_users: int | None, seed: int, prog
     return lambda examples, seen: item_knn_ranks(neighbours, examples.histories, examples.targets, seen)
 
 
-def _sasrec(domain: LocalDomain, settings: Settings, seed: int, cache_dir: str, progress: Progress) -> Ranker:
+def _sasrec(domain: LocalDomain, settings: SequenceSettings, seed: int, cache_dir: str, progress: Progress) -> Ranker:
     model = load_or_train_sasrec(domain, settings, seed, Path(cache_dir).expanduser(), progress)
-    return lambda examples, seen: sasrec_ranks(model, examples.histories, examples.targets, seen)
+
+    def ranks(examples: Examples, seen: Sequence[IntArray] | None) -> npt.NDArray[np.int64]:
+        source = sequence_source(model, examples.histories)
+        return rank_targets(source.user_vectors, source.item_vectors, examples.targets, seen)
+
+    return ranks
 
 
-def sasrec_settings(evaluation: Evaluation) -> Settings:
+def sasrec_settings(evaluation: Evaluation) -> SequenceSettings:
     """Return the settings of the sasrec baseline: fixed, except for its time limit."""
-    return Settings(max_minutes=evaluation.sasrec_max_minutes)
+    return SequenceSettings(max_minutes=evaluation.sasrec_max_minutes)
 
 
 def popularity_scores(train_sequences: Sequence[IntArray], num_items: int) -> npt.NDArray[np.float64]:

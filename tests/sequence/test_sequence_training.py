@@ -1,6 +1,7 @@
-"""SASRec against a slow one in NumPy, the items that it reads, and its training."""
+"""The sequence model on ids, SASRec, against a slow one in NumPy, the items that it reads, and its training."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -9,23 +10,25 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from fedmerge.client.baselines.sasrec import SASRec, Settings, backward, sasrec_ranks, train_sasrec, user_vectors
 from fedmerge.domain.splits import Examples
 from fedmerge.errors import ClientError, DomainError, LayoutMismatchError
-from fedmerge.evaluation.ranks import IntArray
+from fedmerge.evaluation.ranks import IntArray, rank_targets
 from fedmerge.seeding import generator
+from fedmerge.sequence.model import SequenceModel, SequenceSettings
+from fedmerge.sequence.ranking import sequence_source
+from fedmerge.sequence.training import backward, train_sequence_model
 
 NUM_ITEMS = 12
 CPU = torch.device("cpu")
-SETTINGS = Settings(
+SETTINGS = SequenceSettings(
     hidden_size=16, layers=2, heads=2, dropout=0.0, max_length=6, learning_rate=0.01, batch_size=8, max_epochs=40
 )
 LOOSE = 1e-5  # float32
 
 
-def spread_model(settings: Settings = SETTINGS) -> SASRec:
+def spread_model(settings: SequenceSettings = SETTINGS) -> SequenceModel:
     """Make a model with large random weights, so that each of them matters."""
-    model = SASRec(NUM_ITEMS, settings).eval()
+    model = SequenceModel(NUM_ITEMS, settings).eval()
     rng = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -37,6 +40,17 @@ def circle(num_users: int, seed: int) -> list[IntArray]:
     """Return sequences in which item i + 1 follows item i, and item 0 follows the last."""
     rng = generator(seed, "test-sasrec")
     return [(rng.integers(0, NUM_ITEMS) + np.arange(rng.integers(2, 10))) % NUM_ITEMS for _ in range(num_users)]
+
+
+def user_vectors(model: SequenceModel, histories: Sequence[IntArray]) -> torch.Tensor:
+    return sequence_source(model, histories).user_vectors
+
+
+def ranks_of(
+    model: SequenceModel, histories: Sequence[IntArray], targets: IntArray, seen: Sequence[IntArray] | None = None
+) -> npt.NDArray[np.int64]:
+    source = sequence_source(model, histories)
+    return rank_targets(source.user_vectors, source.item_vectors, targets, seen)
 
 
 def next_on_circle(num_users: int, seed: int) -> Examples:
@@ -54,7 +68,7 @@ def normalised(x: npt.NDArray[np.float64], weight: torch.Tensor, bias: torch.Ten
     return np.asarray(scaled * weight.double().numpy() + bias.double().numpy())
 
 
-def written_out(model: SASRec, history: list[int], heads: int) -> npt.NDArray[np.float64]:
+def written_out(model: SequenceModel, history: list[int], heads: int) -> npt.NDArray[np.float64]:
     """Compute hidden states (t, d) of one history, head by head and position by position, in float64."""
     weights = {name: tensor.double() for name, tensor in model.state_dict().items()}
     width = weights["items.weight"].shape[1]
@@ -121,14 +135,14 @@ def test_ranks_are_those_of_the_inner_products_with_or_without_seen_items() -> N
     model = spread_model()
     histories = [np.array([3, 1, 3]), np.array([0]), np.array([5, 6, 7, 8])]
     targets = np.array([1, 4, 9])
-    scores = user_vectors(model, histories) @ model.items.weight.detach().T
+    scores = user_vectors(model, histories) @ model.item_representations().detach().T
     for seen in (None, histories):
         expected = []
         for row, target in enumerate(targets.tolist()):
             removed = set() if seen is None else set(seen[row].tolist()) - {target}
             rivals = [item for item in range(NUM_ITEMS) if item not in removed | {target}]
             expected.append(1 + sum(bool(scores[row, item] >= scores[row, target]) for item in rivals))
-        assert sasrec_ranks(model, histories, targets, seen).tolist() == expected
+        assert ranks_of(model, histories, targets, seen).tolist() == expected
 
 
 # The loss
@@ -140,7 +154,7 @@ def test_gradients_are_those_of_the_softmax_over_the_whole_catalog(logits_per_bl
     plain, blocked = spread_model().train(), spread_model().train()
     losses = []
     for sequence in batch:
-        logits = plain(torch.from_numpy(sequence[None, :-1]))[0] @ plain.items.weight.T
+        logits = plain(torch.from_numpy(sequence[None, :-1]))[0] @ plain.item_representations().T
         losses += [-torch.log_softmax(row, 0)[item] for row, item in zip(logits, sequence[1:], strict=True)]
     expected = torch.stack(losses).mean()
     expected.backward()  # type: ignore[no-untyped-call]  # PyTorch leaves it untyped
@@ -154,8 +168,8 @@ def test_gradients_are_those_of_the_softmax_over_the_whole_catalog(logits_per_bl
 
 def test_a_rule_of_next_items_is_learned() -> None:
     validation = next_on_circle(40, 1)
-    model, report = train_sasrec(circle(60, 0), NUM_ITEMS, validation, SETTINGS, 0, CPU)
-    assert sasrec_ranks(model, validation.histories, validation.targets).tolist() == [1] * 40
+    model, report = train_sequence_model(circle(60, 0), NUM_ITEMS, validation, SETTINGS, 0, CPU)
+    assert ranks_of(model, validation.histories, validation.targets).tolist() == [1] * 40
     assert report.validation_ndcgs[report.best_epoch] == 1.0 > report.validation_ndcgs[0]
     assert report.losses[-1] < 0.2 < report.losses[0]
     assert not model.training
@@ -164,7 +178,9 @@ def test_a_rule_of_next_items_is_learned() -> None:
 def test_the_same_seed_gives_the_same_model_and_leaves_the_global_generator_alone() -> None:
     settings = replace(SETTINGS, dropout=0.4, max_epochs=3)
     before = torch.get_rng_state()
-    runs = [train_sasrec(circle(30, 0), NUM_ITEMS, next_on_circle(9, 1), settings, seed, CPU) for seed in (4, 4, 5)]
+    runs = [
+        train_sequence_model(circle(30, 0), NUM_ITEMS, next_on_circle(9, 1), settings, seed, CPU) for seed in (4, 4, 5)
+    ]
     assert torch.equal(before, torch.get_rng_state())
     first, second, other = (model.state_dict() for model, _ in runs)
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -174,7 +190,7 @@ def test_the_same_seed_gives_the_same_model_and_leaves_the_global_generator_alon
 
 def test_the_blocks_start_from_different_weights() -> None:
     settings = replace(SETTINGS, max_epochs=1, max_minutes=1e-9, learning_rate=1e-12)
-    model, _ = train_sasrec(circle(30, 0), NUM_ITEMS, next_on_circle(9, 1), settings, 0, CPU)
+    model, _ = train_sequence_model(circle(30, 0), NUM_ITEMS, next_on_circle(9, 1), settings, 0, CPU)
     weights = model.state_dict()
     assert not torch.equal(weights["blocks.layers.0.linear1.weight"], weights["blocks.layers.1.linear1.weight"])
 
@@ -183,8 +199,8 @@ def test_the_best_epoch_is_returned_and_not_the_last() -> None:
     settings = replace(SETTINGS, learning_rate=0.2, max_epochs=12, patience=3)
     validation = next_on_circle(40, 1)
     lines: list[str] = []
-    model, report = train_sasrec(circle(60, 0), NUM_ITEMS, validation, settings, 0, CPU, lines.append)
-    ranks = sasrec_ranks(model, validation.histories, validation.targets)
+    model, report = train_sequence_model(circle(60, 0), NUM_ITEMS, validation, settings, 0, CPU, progress=lines.append)
+    ranks = ranks_of(model, validation.histories, validation.targets)
     found = np.where(ranks <= 10, 1 / np.log2(1 + ranks), 0).mean()
     assert found == pytest.approx(max(report.validation_ndcgs)) == report.validation_ndcgs[report.best_epoch]
     assert len(lines) == report.epochs == len(report.losses) == len(report.validation_ndcgs) - 1
@@ -196,7 +212,7 @@ def test_the_best_epoch_is_returned_and_not_the_last() -> None:
 def test_every_limit_ends_the_training() -> None:
     def stopped(**changes: Any) -> tuple[str, int]:
         settings = replace(SETTINGS, **{"max_epochs": 2, **changes})
-        report = train_sasrec(circle(30, 0), NUM_ITEMS, next_on_circle(9, 1), settings, 0, CPU)[1]
+        report = train_sequence_model(circle(30, 0), NUM_ITEMS, next_on_circle(9, 1), settings, 0, CPU)[1]
         return report.stopped_by, report.epochs
 
     assert stopped() == ("max_epochs", 2)
@@ -207,9 +223,9 @@ def test_every_limit_ends_the_training() -> None:
 def test_impossible_trainings_are_refused() -> None:
     validation = next_on_circle(5, 1)
     with pytest.raises(DomainError, match=r"\b2 train sequences.*evaluation\.baselines"):
-        train_sasrec([np.array([1]), np.array([2])], NUM_ITEMS, validation, SETTINGS, 0, CPU)
+        train_sequence_model([np.array([1]), np.array([2])], NUM_ITEMS, validation, SETTINGS, 0, CPU)
     with pytest.raises(LayoutMismatchError, match="1 of 2"):
-        train_sasrec([np.array([1, NUM_ITEMS])], NUM_ITEMS, validation, SETTINGS, 0, CPU)
+        train_sequence_model([np.array([1, NUM_ITEMS])], NUM_ITEMS, validation, SETTINGS, 0, CPU)
     wild = replace(SETTINGS, learning_rate=1e30)
     with pytest.raises(ClientError, match=r"(nan|inf) in epoch 1\b"):
-        train_sasrec(circle(60, 0), NUM_ITEMS, validation, wild, 0, CPU)
+        train_sequence_model(circle(60, 0), NUM_ITEMS, validation, wild, 0, CPU)

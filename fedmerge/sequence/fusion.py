@@ -1,0 +1,184 @@
+"""Late fusion: a weighted sum of several sources' scores, standardised by user over the catalog."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fedmerge.errors import LayoutMismatchError
+from fedmerge.evaluation.ranks import METRICS, SELECTION_METRIC, IntArray, per_user_metrics, rank_targets, target_ranks
+from fedmerge.sequence.ranking import Source
+
+SCORES_PER_BLOCK = 2**20  # of one source: 4 MiB of float32, and about 2 + number of sources as much in all
+ROUNDING = 1e-6  # spread of scores, relative to the largest, that float32 inner products of equal items can have
+MASKED = -1e6  # standardised score of a seen item: below every score of a catalog
+
+
+@dataclass(frozen=True, slots=True)
+class FusionChoice:
+    """Weights of a fusion, selected on validation.
+
+    Attributes:
+        weights: one of each source, not negative, of sum 1.
+        ndcg: NDCG@10 of the validation users under these weights.
+    """
+
+    weights: tuple[float, ...]
+    ndcg: float
+
+
+def fused_scores(sources: Sequence[Source], weights: Sequence[float]) -> torch.Tensor:
+    """Return fused scores of all items.
+
+    z(u, j) = sum over sources s of w_s · (S_s(u, j) - mean_j S_s(u, j)) / std_j S_s(u, j)
+
+    A source whose scores for a user are all equal adds nothing. If one weight is 1, the scores are those of its source,
+    not standardised.
+
+    Args:
+        sources: of the same U users and N items.
+        weights: one of each source, not negative, of sum 1.
+
+    Returns:
+        float32 (U, N). For many users :func:`fused_ranks` needs less memory.
+
+    Raises:
+        LayoutMismatchError: sources of different users or items, or weights that do not fit them.
+
+    Source: score fusion with z-scores, as in Fox and Shaw's CombSUM, TREC-2 1994, weighted.
+    """
+    _check(sources, weights)
+    return _fused(sources, weights, slice(None))
+
+
+def fused_ranks(
+    sources: Sequence[Source],
+    weights: Sequence[float],
+    targets: IntArray,
+    seen: Sequence[IntArray] | None = None,
+    *,
+    block_size: int | None = None,
+) -> npt.NDArray[np.int64]:
+    """Return ranks under :func:`fused_scores`; ties count against the target, and no (U, N) matrix is formed.
+
+    Args:
+        sources: of the same U users and N items.
+        weights: one of each source, not negative, of sum 1. A weight of 1 gives exactly the ranks of its source.
+        targets: (U,) item index of each user's one relevant item.
+        seen: as in :func:`fedmerge.evaluation.ranks.target_ranks`; None is the unmasked variant. Seen items count in
+            mean and standard deviation.
+        block_size: users scored at once; None limits a block to about a million scores of each source.
+
+    Returns:
+        (U,) int64 ranks from 1.
+
+    Raises:
+        LayoutMismatchError: sources, weights, targets or seen items do not fit each other.
+        DivergedError: scores are NaN or infinite.
+    """
+    used = _check(sources, weights)
+    if len(used) == 1:
+        (only,) = used
+        return rank_targets(
+            sources[only].user_vectors, sources[only].item_vectors, targets, seen, block_size=block_size
+        )
+    ranks = np.zeros(len(targets), dtype=np.int64)
+    for span in _spans(sources, targets, block_size):
+        block = _fused(sources, weights, span)
+        ranks[span] = target_ranks(block, targets[span], None if seen is None else seen[span])
+    return ranks
+
+
+def choose_weights(
+    sources: Sequence[Source], targets: IntArray, seen: Sequence[IntArray] | None, step: float = 0.1
+) -> FusionChoice:
+    """Return the weights in steps of ``step`` with the best NDCG@10.
+
+    Scores are computed and standardised once, not once for each combination of weights.
+
+    Args:
+        sources: of the same U validation users and N items.
+        targets: (U,) item index of each user's one relevant item.
+        seen: as in :func:`fused_ranks`.
+        step: 1 / step is a whole number.
+
+    Returns:
+        The weights and their NDCG@10. Among equals those with the largest weight of the first source, then of the
+        second, and so on.
+
+    Raises:
+        LayoutMismatchError: sources, targets or seen items do not fit each other.
+        DivergedError: scores are NaN or infinite.
+    """
+    grid = list(_simplex(len(sources), round(1 / step)))
+    ranks = [fused_ranks(sources, weights, targets, seen) for weights in grid]
+    column = METRICS.index(SELECTION_METRIC)
+    ndcgs = [float(per_user_metrics(of_weights)[:, column].mean()) for of_weights in ranks]
+    best = int(np.argmax(ndcgs))
+    return FusionChoice(grid[best], ndcgs[best])
+
+
+def _check(sources: Sequence[Source], weights: Sequence[float]) -> list[int]:
+    """Check that everything fits; return the sources with a weight above 0."""
+    shapes = {(len(source.user_vectors), len(source.item_vectors)) for source in sources}
+    if len(shapes) != 1:
+        raise LayoutMismatchError(
+            f"sources to fuse have (users, items) {sorted(shapes)}; expected one source or more of the same users and "
+            "items"
+        )
+    if len(weights) != len(sources) or min(weights) < 0 or abs(sum(weights) - 1) > ROUNDING:
+        raise LayoutMismatchError(
+            f"{len(sources)} sources have the weights {tuple(weights)}; expected one weight of each, none negative, of "
+            "sum 1"
+        )
+    return [index for index, weight in enumerate(weights) if weight > 0]
+
+
+def _spans(sources: Sequence[Source], targets: IntArray, block_size: int | None) -> Iterator[slice]:
+    num_users, num_items = len(sources[0].user_vectors), len(sources[0].item_vectors)
+    if targets.shape != (num_users,):
+        raise LayoutMismatchError(
+            f"targets have shape {targets.shape}; expected one item for each of {num_users} users"
+        )
+    size = block_size or max(1, SCORES_PER_BLOCK // max(1, num_items))
+    return (slice(start, min(start + size, num_users)) for start in range(0, num_users, size))
+
+
+@torch.no_grad()
+def _fused(sources: Sequence[Source], weights: Sequence[float], span: slice) -> torch.Tensor:
+    parts = [(source, weight) for source, weight in zip(sources, weights, strict=True) if weight > 0]
+    if len(parts) == 1:
+        return _scores(parts[0][0], span)
+    total = _standardised(parts[0][0], span) * parts[0][1]
+    for source, weight in parts[1:]:
+        total.add_(_standardised(source, span), alpha=weight)
+    return total
+
+
+def _scores(source: Source, span: slice) -> torch.Tensor:
+    with torch.autocast(source.item_vectors.device.type, enabled=False):
+        return source.user_vectors[span].float() @ source.item_vectors.float().T  # (b, N)
+
+
+def _standardised(source: Source, span: slice) -> torch.Tensor:
+    scores = _scores(source, span)
+    largest = scores.abs().amax(dim=1, keepdim=True)  # (b, 1)
+    scores -= scores.mean(dim=1, keepdim=True)
+    std = scores.square().mean(dim=1, keepdim=True).sqrt()
+    says_nothing = std <= ROUNDING * largest
+    return scores.div_(std.masked_fill(says_nothing, 1)).masked_fill_(says_nothing, 0)
+
+
+def _simplex(num_sources: int, parts: int) -> Iterator[tuple[float, ...]]:
+    """Yield all weights in steps of 1 / parts, those with the largest first weight first."""
+
+    def split(left: int, sources: int) -> Iterator[tuple[int, ...]]:
+        if sources == 1:
+            yield (left,)
+            return
+        for first in range(left, -1, -1):
+            yield from ((first, *rest) for rest in split(left - first, sources - 1))
+
+    return (tuple(part / parts for part in whole) for whole in split(parts, num_sources))

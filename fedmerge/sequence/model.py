@@ -1,0 +1,173 @@
+"""A causal Transformer over histories of items, whose items are ids, text vectors, or both."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from fedmerge.errors import LayoutMismatchError
+
+Inputs = Literal["ids", "text", "text+ids"]
+INITIAL_STD = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceSettings:
+    """Size and training of a sequence model, selected on validation users (docs/results.md, docs/reference/heads.md).
+
+    Attributes:
+        inputs: parts of an item's representation.
+        hidden_size: size h of a representation, a multiple of ``heads``.
+        layers: number of Transformer blocks.
+        heads: attention heads per block.
+        dropout: share of values dropped in training.
+        id_dropout: share of items that training shows without their id; only with ``text+ids``.
+        max_length: number of most recent items read of a history.
+        learning_rate: Adam learning rate.
+        batch_size: users per step.
+        max_epochs: largest number of passes over the users.
+        max_minutes: wall-clock limit or None; if it ends the training, the model depends on the machine's speed.
+        validation_users: validation users for early stopping after every epoch; None: all.
+        patience: epochs without a better NDCG@10 before training stops.
+    """
+
+    inputs: Inputs = "ids"
+    hidden_size: int = 64
+    layers: int = 2
+    heads: int = 2
+    dropout: float = 0.5
+    id_dropout: float = 0.2
+    max_length: int = 50
+    learning_rate: float = 1e-3
+    batch_size: int = 64
+    max_epochs: int = 100
+    max_minutes: float | None = None
+    validation_users: int | None = None
+    patience: int = 5
+
+
+class SequenceModel(nn.Module):
+    """Causal Transformer over histories; an item's score is the inner product of hidden state and representation.
+
+    r_i = MLP(text vector of i) + id embedding of i;  score of i after position s = <hidden state at s, r_i>
+
+    With ``inputs = "ids"`` this is SASRec. With ``inputs = "text+ids"`` the id part of an item without training
+    interactions is zero, so such an item is read and scored by its text alone.
+
+    Attributes:
+        settings: widths, depth and dropout.
+        items: id embeddings (N, h), or None with ``inputs = "text"``.
+        trained_items: (N,) bool with ``text+ids``: the items that have an id part. Training sets it.
+
+    Source: Kang and McAuley, Self-attentive sequential recommendation, ICDM 2018; text vectors through a small network
+        as in LLM2Rec, arXiv:2506.21579.
+    Differs: layer normalisation before attention also on keys and values, as in later Transformers; histories are
+        padded on the right and positions count from the oldest item that is read, so that padding needs no mask besides
+        the causal one. LLM2Rec has no ids.
+    """
+
+    item_vectors: torch.Tensor
+    trained_items: torch.Tensor
+
+    def __init__(self, num_items: int, settings: SequenceSettings, item_vectors: torch.Tensor | None = None) -> None:
+        """Draw fresh weights from PyTorch's global generator.
+
+        Args:
+            num_items: N.
+            settings: inputs, widths, depth and dropout.
+            item_vectors: (N, d) L2-normalised text vectors; ignored with ``inputs = "ids"``. They are frozen and no
+                part of the state dict.
+
+        Raises:
+            LayoutMismatchError: text vectors are missing, or not one for each item.
+        """
+        super().__init__()
+        width = settings.hidden_size
+        self.settings = settings
+        self.items = None if settings.inputs == "text" else nn.Embedding(num_items, width)
+        self.positions = nn.Embedding(settings.max_length, width)
+        self.dropout = nn.Dropout(settings.dropout)
+        block = nn.TransformerEncoderLayer(
+            width, settings.heads, width, settings.dropout, batch_first=True, norm_first=True
+        )
+        self.blocks = nn.TransformerEncoder(block, settings.layers, nn.LayerNorm(width), enable_nested_tensor=False)
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 2:
+                # TransformerEncoder copies one block, weights included, so each block is drawn again.
+                if name.startswith("blocks"):
+                    nn.init.xavier_uniform_(parameter)
+                else:
+                    nn.init.normal_(parameter, std=INITIAL_STD)
+        self.text_map: nn.Sequential | None = None
+        if settings.inputs == "ids":
+            return
+        if item_vectors is None or item_vectors.ndim != 2 or len(item_vectors) != num_items:
+            found = "none" if item_vectors is None else f"shape {tuple(item_vectors.shape)}"
+            raise LayoutMismatchError(
+                f"a sequence model with inputs '{settings.inputs}' needs text vectors of shape ({num_items}, d): found "
+                f"{found}. Pass one vector for each item of the catalog, or use inputs 'ids'"
+            )
+        # Unit vectors have components of size 1/sqrt(d); a network learns faster from components of size 1.
+        scaled = item_vectors.detach().float() * math.sqrt(item_vectors.shape[1])
+        self.register_buffer("item_vectors", scaled, persistent=False)
+        self.text_map = nn.Sequential(
+            nn.Linear(item_vectors.shape[1], 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+        )
+        if self.items is not None:
+            self.register_buffer("trained_items", torch.ones(num_items, dtype=torch.bool))
+
+    def text_parts(self) -> torch.Tensor | None:
+        """Return the text parts of all representations, (N, h); None with ``inputs = "ids"``."""
+        return None if self.text_map is None else self.text_map(self.item_vectors)
+
+    def item_representations(self, text: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the representations that states are scored against, (N, h).
+
+        In training each id part is left out with probability ``id_dropout``, drawn once per item and call.
+
+        Args:
+            text: :meth:`text_parts`, if already computed.
+        """
+        text = self.text_parts() if text is None else text
+        if self.items is None or text is None:
+            return self._only(text)
+        return text + self.items.weight * self._kept(self.trained_items)
+
+    def forward(self, histories: torch.Tensor, text: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the hidden states after each item.
+
+        In training each id part is left out with probability ``id_dropout``, drawn for every item that is read.
+
+        Args:
+            histories: (b, t) int64 item indices, oldest first, padded on the right with any item; t at most max_length.
+            text: :meth:`text_parts`, if already computed.
+
+        Returns:
+            (b, t, h); position s has read items 0 .. s and nothing later.
+        """
+        text = self.text_parts() if text is None else text
+        if self.items is None or text is None:
+            read = nn.functional.embedding(histories, self._only(text))
+        else:
+            kept = self._kept(self.trained_items[histories])
+            read = nn.functional.embedding(histories, text) + self.items(histories) * kept  # (b, t, h)
+        length = histories.shape[1]
+        hidden = read * math.sqrt(self.settings.hidden_size) + self.positions.weight[:length]
+        causal = nn.Transformer.generate_square_subsequent_mask(length, device=histories.device)  # (t, t)
+        encoded: torch.Tensor = self.blocks(self.dropout(hidden), mask=causal, is_causal=True)
+        return encoded
+
+    def _only(self, text: torch.Tensor | None) -> torch.Tensor:
+        """Return the one part of a model that has one part."""
+        if self.items is not None:
+            return self.items.weight
+        assert text is not None
+        return text
+
+    def _kept(self, trained: torch.Tensor) -> torch.Tensor:
+        """Return trained with one more axis as 0 or 1, in training with some ones turned to zero."""
+        if self.training:
+            trained = trained & (torch.rand(trained.shape, device=trained.device) >= self.settings.id_dropout)
+        return trained[..., None].float()

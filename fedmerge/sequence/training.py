@@ -1,0 +1,266 @@
+"""Training of a sequence model: next items of one client's users, softmax over the whole catalog, early stopping."""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from fedmerge.domain.splits import Examples
+from fedmerge.errors import ClientError, DomainError
+from fedmerge.evaluation.ranks import (
+    METRICS,
+    SELECTION_METRIC,
+    IntArray,
+    check_in_catalog,
+    per_user_metrics,
+    rank_targets,
+)
+from fedmerge.seeding import derive, generator
+from fedmerge.sequence.checkpoint import Progressed, Tensors, read_checkpoint, write_checkpoint
+from fedmerge.sequence.model import SequenceModel, SequenceSettings
+from fedmerge.sequence.ranking import pad, sequence_source
+
+MIN_SEQUENCE = 2  # one item to read and one to predict
+BATCHES_PER_BUCKET = 16  # batches of randomly drawn users among which users of similar length are grouped
+LOGITS_PER_BLOCK = 2**20  # 4 MiB of float32: larger blocks do not fit a CPU's cache and are a third slower
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class SequenceReport:
+    """Report of a training.
+
+    Attributes:
+        epochs: epochs made.
+        best_epoch: the selected epoch, from 1; 0 is the untrained model.
+        stopped_by: ``max_epochs``, ``max_minutes`` or ``patience``.
+        seconds: wall clock.
+        losses: mean training loss of every epoch.
+        validation_ndcgs: NDCG@10 before training and after every epoch.
+    """
+
+    epochs: int
+    best_epoch: int
+    stopped_by: str
+    seconds: float
+    losses: tuple[float, ...]
+    validation_ndcgs: tuple[float, ...]
+
+
+def train_sequence_model(
+    sequences: Sequence[IntArray],
+    num_items: int,
+    validation: Examples,
+    settings: SequenceSettings,
+    seed: int,
+    device: torch.device,
+    item_vectors: torch.Tensor | None = None,
+    progress: Progress = lambda line: None,
+    checkpoint: Path | None = None,
+) -> tuple[SequenceModel, SequenceReport]:
+    """Train on next items and select the epoch that ranks the validation users best (NDCG@10, unmasked).
+
+    loss = mean over users and positions of -log softmax_j <h_s, r_j>[item s + 1], over all items j of the catalog
+
+    Args:
+        sequences: train sequences, oldest first; the last ``max_length + 1`` items of each are used, and sequences of
+            fewer than two items are left out.
+        num_items: N.
+        validation: examples of the split ``valid``.
+        settings: inputs and size; training ends at the first limit reached.
+        seed: seed of weights, order and dropout. With one device, thread count and version the same seed gives the same
+            model, unless ``max_minutes`` ends the training.
+        device: device of the training.
+        item_vectors: (N, d) text vectors, L2-normalised; None with ``inputs = "ids"``.
+        progress: receives one line after every epoch.
+        checkpoint: file for the state after every epoch; a training that finds one resumes from it. The caller names
+            it by everything that the training depends on, and deletes it.
+
+    Returns:
+        The model in evaluation mode, and the report of its training.
+
+    Raises:
+        DomainError: no sequence to train on.
+        LayoutMismatchError: an item index outside the catalog, or text vectors that do not fit it.
+        ClientError: the loss is not finite, or the checkpoint cannot be written.
+
+    Source: the loss over the whole catalog as in Klenitskiy and Vasilev, Turning dross into gold loss, RecSys 2023.
+    Differs: the SASRec paper scores one sampled negative per position by binary cross-entropy, which makes SASRec much
+        weaker.
+    """
+    cut = [np.asarray(s[-settings.max_length - 1 :], dtype=np.int64) for s in sequences if len(s) >= MIN_SEQUENCE]
+    if not cut:
+        raise DomainError(
+            f"a sequence model cannot be trained: none of {len(sequences)} train sequences has {MIN_SEQUENCE} items or "
+            "more. Add data, or leave the model out: evaluation.baselines without sasrec, head.kind = 'none'."
+        )
+    trained_items = np.unique(np.concatenate(cut))
+    check_in_catalog(trained_items, num_items, "the train sequences")
+    lengths = np.array([len(sequence) for sequence in cut])
+    started = time.monotonic()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(derive(seed, "sasrec"))  # the purposes keep the name that they have in published results
+        model = SequenceModel(num_items, settings, item_vectors)
+        if settings.inputs == "text+ids":
+            model.trained_items.zero_()[torch.from_numpy(trained_items)] = True
+        model = model.to(device)
+        optimizer = torch.optim.Adam(model.parameters(), lr=settings.learning_rate)
+        losses, stopped_by = list[float](), ""
+        resumed = None if checkpoint is None else read_checkpoint(checkpoint)
+        if resumed is None:
+            ndcgs, best, best_epoch, earlier = [_ndcg(model, validation)], _weights(model), 0, 0.0
+        else:
+            progressed, groups = resumed
+            best, best_epoch, earlier = groups["best"], progressed.best_epoch, progressed.seconds
+            losses, ndcgs = list(progressed.losses), list(progressed.ndcgs)
+            _restore(model, optimizer, groups)
+            progress(f"resuming after epoch {len(losses)}")
+            stopped_by = _limit(settings, len(losses), best_epoch)
+        end = started - earlier + 60 * (settings.max_minutes or math.inf)
+        while not stopped_by:
+            batches = _batches(lengths, settings.batch_size, generator(seed, "sasrec", len(losses)))
+            loss, finished = _epoch(model.train(), optimizer, ([cut[user] for user in batch] for batch in batches), end)
+            if not math.isfinite(loss):
+                raise ClientError(
+                    f"the training loss of a sequence model is {loss} in epoch {len(losses) + 1}. Leave the model out: "
+                    "evaluation.baselines without sasrec, head.kind = 'none'."
+                )
+            losses.append(loss)
+            ndcgs.append(_ndcg(model, validation))
+            if ndcgs[-1] > max(ndcgs[:-1]):
+                best, best_epoch = _weights(model), len(losses)
+            stopped_by = _limit(settings, len(losses), best_epoch) if finished else "max_minutes"
+            seconds = earlier + time.monotonic() - started
+            if checkpoint is not None and not stopped_by:
+                figures = Progressed(seconds, best_epoch, tuple(losses), tuple(ndcgs))
+                write_checkpoint(checkpoint, figures, {"best": best, **_state(model, optimizer)})
+            progress(
+                f"epoch {len(losses)}, {seconds / 60:.1f} min, loss {losses[-1]:.3f}, validation ndcg@10 "
+                f"{ndcgs[-1]:.4f} (best {max(ndcgs):.4f}){f', stopped by {stopped_by}' if stopped_by else ''}"
+            )
+    model.load_state_dict(best)
+    seconds = earlier + time.monotonic() - started
+    return model.eval(), SequenceReport(len(losses), best_epoch, stopped_by, seconds, tuple(losses), tuple(ndcgs))
+
+
+def backward(
+    model: SequenceModel, batch: Sequence[npt.NDArray[np.int64]], *, logits_per_block: int = LOGITS_PER_BLOCK
+) -> float:
+    """Add the gradients of a batch's mean loss to the model's.
+
+    Representations are computed once for the batch: the blocks add their gradients to a copy, which then passes through
+    the model in one go.
+
+    Args:
+        model: in training mode.
+        batch: sequences of two items or more; every item except the first is predicted from those before it.
+        logits_per_block: logits held at once, for a block of positions; it changes the gradients by rounding only.
+
+    Returns:
+        The loss.
+    """
+    device = model.positions.weight.device
+    text = model.text_parts()
+    items = model.item_representations(text)  # (N, h)
+    padded, lengths = pad([sequence[:-1] for sequence in batch], device)
+    hidden = model(padded, text)[torch.arange(padded.shape[1], device=device) < lengths[:, None]]  # (P, h)
+    targets = torch.from_numpy(np.concatenate([sequence[1:] for sequence in batch])).to(device)  # (P,)
+    states, catalog = hidden.detach().requires_grad_(), items.detach().requires_grad_()
+    total = 0.0
+    size = max(1, logits_per_block // len(catalog))
+    for some, their_targets in zip(torch.split(states, size), torch.split(targets, size), strict=True):
+        logits = some @ catalog.T  # (block, N)
+        loss = nn.functional.cross_entropy(logits, their_targets, reduction="sum") / len(targets)
+        loss.backward()  # type: ignore[no-untyped-call]  # PyTorch leaves it untyped
+        total += loss.item()
+    torch.autograd.backward([hidden, items], [states.grad, catalog.grad])
+    return total
+
+
+def _epoch(
+    model: SequenceModel,
+    optimizer: torch.optim.Optimizer,
+    batches: Iterable[Sequence[npt.NDArray[np.int64]]],
+    end: float,
+) -> tuple[float, bool]:
+    """Make one pass over the users, up to a time of the monotonic clock.
+
+    Returns:
+        The mean loss, which ends the pass if it is not finite; and False if the time was up.
+    """
+    total = num_predicted = 0.0
+    for batch in batches:
+        optimizer.zero_grad()
+        loss = backward(model, batch)
+        if not math.isfinite(loss):
+            return loss, True
+        optimizer.step()
+        count = float(sum(len(sequence) - 1 for sequence in batch))
+        total, num_predicted = total + loss * count, num_predicted + count
+        if time.monotonic() >= end:
+            return total / num_predicted, False
+    return total / num_predicted, True
+
+
+def _limit(settings: SequenceSettings, epochs: int, best_epoch: int) -> str:
+    """Return the limit that a training has reached, or nothing."""
+    if epochs > best_epoch and epochs - best_epoch >= settings.patience:
+        return "patience"
+    return "max_epochs" if epochs >= settings.max_epochs else ""
+
+
+def _batches(
+    lengths: npt.NDArray[np.int64], batch_size: int, rng: np.random.Generator
+) -> Iterator[npt.NDArray[np.int64]]:
+    """Draw one epoch: every user once, in batches of similar length."""
+    users = rng.permutation(len(lengths))
+    for bucket in np.array_split(users, math.ceil(len(users) / (BATCHES_PER_BUCKET * batch_size))):
+        by_length = bucket[np.argsort(lengths[bucket], kind="stable")]
+        batches = np.array_split(by_length, math.ceil(len(by_length) / batch_size))
+        for index in rng.permutation(len(batches)):
+            yield batches[index]
+
+
+def _ndcg(model: SequenceModel, validation: Examples) -> float:
+    source = sequence_source(model.eval(), validation.histories)
+    ranks = rank_targets(source.user_vectors, source.item_vectors, validation.targets)
+    return float(per_user_metrics(ranks)[:, METRICS.index(SELECTION_METRIC)].mean())
+
+
+def _weights(model: SequenceModel) -> Tensors:
+    """Copy the weights to the CPU."""
+    return {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
+
+
+def _state(model: SequenceModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensors]:
+    """Return what the next epoch depends on: weights, the optimiser's moments, the generator's state."""
+    moments = {
+        f"{number}.{name}": moment.cpu()
+        for number, of_parameter in optimizer.state_dict()["state"].items()
+        for name, moment in of_parameter.items()
+    }
+    device = model.positions.weight.device
+    drawn = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+    return {"model": _weights(model), "optimizer": moments, "generator": {"state": drawn}}
+
+
+def _restore(model: SequenceModel, optimizer: torch.optim.Optimizer, groups: dict[str, Tensors]) -> None:
+    """Load a state of :func:`_state`, in place."""
+    model.load_state_dict(groups["model"])
+    state = optimizer.state_dict()
+    for key, moment in groups["optimizer"].items():
+        number, name = key.split(".", 1)
+        state["state"].setdefault(int(number), {})[name] = moment
+    optimizer.load_state_dict(state)
+    device, drawn = model.positions.weight.device, groups["generator"]["state"]
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(drawn, device)
+    else:
+        torch.set_rng_state(drawn)
