@@ -8,6 +8,7 @@ from fedmerge.adapter import Adapter, adapter_sha256
 from fedmerge.encoder.peft_folder import read_adapter, write_adapter
 from fedmerge.errors import FedMergeError
 from fedmerge.files import append_line, read_lines, read_sealed, seal, whole_folder, write_json
+from fedmerge.privacy.secagg.agreement import Summand
 
 SECURE_SUM, SUM_FILE, REVEALED = "secure-sum", "sum.json", "secure-sum.jsonl"
 
@@ -23,7 +24,13 @@ def write_mean(run_dir: Path, mean: Adapter, record: Mapping[str, Any], backbone
         write_json(folder / SUM_FILE, seal({**record, "sha256": adapter_sha256(mean)}))
 
 
-def note_reveal(run_dir: Path, number: int, reports: Mapping[str, Mapping[str, Any]], domains: Sequence[str]) -> None:
+def note_reveal(
+    run_dir: Path,
+    number: int,
+    reports: Mapping[str, Mapping[str, Any]],
+    domains: Sequence[str],
+    what: Summand = "adapter",
+) -> None:
     """Record whose values a sum is about to reveal, before it does, since the run may be killed right after.
 
     Args:
@@ -31,11 +38,13 @@ def note_reveal(run_dir: Path, number: int, reports: Mapping[str, Mapping[str, A
         number: round of the sum; 0 outside of rounds.
         reports: domain -> training report.
         domains: domains in the sum.
+        what: the sum is of.
 
     Raises:
         RunDirError: the file cannot be written.
     """
-    append_line(run_dir / REVEALED, {"round": number, "reports": {name: dict(reports[name]) for name in domains}})
+    line = {"round": number, "reports": {name: dict(reports[name]) for name in domains}}
+    append_line(run_dir / REVEALED, line if what == "adapter" else {**line, "what": what})
 
 
 def revealed_reports(run_dir: Path) -> list[tuple[str, Mapping[str, Any]]]:
@@ -45,12 +54,13 @@ def revealed_reports(run_dir: Path) -> list[tuple[str, Mapping[str, Any]]]:
     another release.
     """
     found: list[tuple[str, Mapping[str, Any]]] = []
-    seen: set[tuple[str, int]] = set()
+    seen: set[tuple[str, str, int]] = set()
     for line in read_lines(run_dir / REVEALED):
         for domain, report in sorted(line["reports"].items()):
-            if (domain, line["round"]) not in seen or report.get("cached") is False:
+            release = (domain, line.get("what", "adapter"), line["round"])
+            if release not in seen or report.get("cached") is False:
                 found.append((domain, report))
-            seen.add((domain, line["round"]))
+            seen.add(release)
     return found
 
 

@@ -10,7 +10,7 @@ import torch
 from flwr.app import Context, Message
 from in_process import small_experiment
 
-import sim.app.server.phases.rounds
+import sim.app.server.phases.rounds.one_by_one
 from fedmerge.adapter import Adapter, adapter_sha256
 from fedmerge.cli import main
 from fedmerge.client.local_domain import open_domain
@@ -140,7 +140,7 @@ def test_a_killed_federation_goes_on_and_ends_as_one_that_was_not(place: Path, m
                 if next(calls) == call:
                     raise Killed
 
-            patched.setattr(sim.app.server.phases.rounds, name, dying)
+            patched.setattr(sim.app.server.phases.rounds.one_by_one, name, dying)
             with pytest.raises(Killed):
                 run_in_process(killed.model_copy(update={"resume": run_dir(killed).exists()}), counting)
     run_in_process(killed.model_copy(update={"resume": True}), counting)
@@ -196,7 +196,7 @@ def test_where_who_was_drawn_does_not_come_back_others_are_drawn(
         raise Killed
 
     with monkeypatch.context() as patched:
-        patched.setattr(sim.app.server.phases.rounds, "ask", die)
+        patched.setattr(sim.app.server.phases.rounds.one_by_one, "ask", die)
         with pytest.raises(Killed):
             run_in_process(config)
     assert "beauty" in read_json(run_dir(config) / "rounds" / "drawn.json")["domains"]
@@ -332,7 +332,7 @@ def test_a_noised_b_is_released_once_though_the_server_died(place: Path, monkeyp
         write_reply(run_dir, number, *arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(sim.app.server.phases.rounds, "write_reply", dying)
+        patched.setattr(sim.app.server.phases.rounds.one_by_one, "write_reply", dying)
         with pytest.raises(Killed):
             run_in_process(config, listening)
     run_in_process(config.model_copy(update={"resume": True}), listening)

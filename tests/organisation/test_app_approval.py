@@ -104,7 +104,7 @@ def test_the_installed_app_is_accepted_once_it_is_approved(good: bytes) -> None:
 TAMPERED: dict[str, tuple[dict[str, bytes | None], str]] = {
     "a line more": ({"sim/app/client/app.py": b"import os\n"}, "sim/app/client/app.py"),
     "a file more": ({"sim/app/more.py": b""}, "sim/app/more.py (1 "),
-    "a file less": ({"sim/app/server/phases/rounds.py": None}, "sim/app/server/phases/rounds.py"),
+    "a file less": ({"sim/app/server/phases/rounds/adapters.py": None}, "sim/app/server/phases/rounds/adapters.py"),
     "its own fedmerge": ({"fedmerge/__init__.py": b""}, "fedmerge/__init__.py"),
     "fedmerge as a module": ({"fedmerge.py": b""}, "fedmerge.py"),
     "something that shadows": ({"torch.py": b""}, "torch.py"),

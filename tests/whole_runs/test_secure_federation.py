@@ -258,7 +258,9 @@ def test_an_expert_retrained_after_its_sum_is_excluded_from_a_second_one(
 
     with monkeypatch.context() as patched:
         patched.setattr(
-            "sim.app.server.phases.rounds.write_state" if number else "sim.app.server.phases.secure_sum.write_mean",
+            "sim.app.server.phases.rounds.one_by_one.write_state"
+            if number
+            else "sim.app.server.phases.secure_sum.write_mean",
             killed,
         )
         with pytest.raises(Killed):

@@ -23,6 +23,7 @@ from fedmerge.client.cache.folders import inputs_key
 from fedmerge.config import DP
 from fedmerge.errors import ClientError, PolicyError, RunDirError
 from fedmerge.files import make_folder, read_sealed, seal, write_bytes
+from fedmerge.privacy.secagg.agreement import Summand
 
 
 def cache_values(cache_dir: str, domain: str, values: NDArray[np.float32]) -> str:
@@ -64,15 +65,17 @@ def read_cached_values(cache_dir: str, domain: str, sha256: str) -> NDArray[np.f
     return values
 
 
-def sum_key(dp: DP, run_id: str | None, number: int) -> str:
+def sum_key(dp: DP, run_id: str | None, number: int, what: Summand = "adapter") -> str:
     """Return the key of a run's training (number 0) or of a round, of which one set of values may be revealed.
+
+    A round of the federated head is another than the round of adapters with the same number.
 
     The key is empty if the values may differ when they are trained again: they contain noise of the client and every
     release is counted, or the run has no name and cannot resume.
     """
     if dp.mode != "none" or run_id is None:
         return ""
-    return f"{inputs_key({'run': run_id})}-{number}"
+    return f"{inputs_key({'run': run_id})}-{'head-' if what == 'head' else ''}{number}"
 
 
 def check_same_as_revealed(cache_dir: str, domain: str, sha256: str, key: str) -> None:

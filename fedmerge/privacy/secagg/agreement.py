@@ -5,27 +5,33 @@ named clients are in a session, and its identifier.
 """
 
 import json
+from typing import Literal
 
 from fedmerge.config import MIN_SUMMED, ExperimentConfig
 from fedmerge.errors import PolicyError
 from fedmerge.privacy.dp.agreement import largest_entry
 from fedmerge.privacy.secagg.session import Session, default_threshold
 
+Summand = Literal["adapter", "head"]  # what a sum is of: adapters of the backbone, or the federated head
 
-def agreement_of(config: ExperimentConfig, number: int) -> str:
-    """Return run, round, weights and noise of a sum in canonical form.
+
+def agreement_of(config: ExperimentConfig, number: int, what: Summand = "adapter") -> str:
+    """Return run, round, weights and noise of a sum in canonical form. Sums of adapters and of heads never agree.
 
     Args:
         config: of the run.
         number: of the round; 0 outside of rounds.
+        what: the sum is of.
     """
     facts = {
         "run_id": config.run_id,
         "round": number,
         "rule": config.rounds.rule,
-        "weights": _weighing(config),
+        "weights": _weighing(config, what),
         "dp": config.dp.model_dump(mode="json"),
     }
+    if what == "head":
+        facts |= {"what": what, "rule": config.head.rule}
     return json.dumps(facts, sort_keys=True)
 
 
@@ -34,7 +40,14 @@ def agreed_threshold(config: ExperimentConfig, num_clients: int) -> int:
     return max(min(config.privacy.threshold or 0, num_clients), default_threshold(num_clients))
 
 
-def check_session(session: Session, config: ExperimentConfig, client: str, number: int, num_users: int) -> None:
+def check_session(
+    session: Session,
+    config: ExperimentConfig,
+    client: str,
+    number: int,
+    num_users: int,
+    what: Summand = "adapter",
+) -> None:
     """Refuse a session that differs from what the run configuration says.
 
     Every honest client vouches for its own weight. As all of them are bound to one session, no weight but that of a
@@ -46,6 +59,7 @@ def check_session(session: Session, config: ExperimentConfig, client: str, numbe
         client: its name.
         number: of the round that it trained last; 0 outside of rounds.
         num_users: users of the client, of which its weight is made with ``rounds.weights = 'users'``.
+        what: it trained last.
 
     Raises:
         PolicyError: every difference.
@@ -66,10 +80,10 @@ def check_session(session: Session, config: ExperimentConfig, client: str, numbe
     slack = max(1.0, 0.02 * agreed_range) if config.dp.mode == "domain-local" else 0.0
     if abs(session.value_range - agreed_range) > slack:
         problems.append(f"a range of {session.value_range:g}, {agreed_range:g} agreed")
-    if session.agreement != (text := agreement_of(config, number)):
+    if session.agreement != (text := agreement_of(config, number, what)):
         problems.append(f"the agreement {session.agreement[:500]}, {text} in this client's configuration")
-    own = float(num_users) if _weighing(config) == "users" else 1.0
-    total = session.total_weight if _weighing(config) == "users" else float(len(clients))
+    own = float(num_users) if _weighing(config, what) == "users" else 1.0
+    total = session.total_weight if _weighing(config, what) == "users" else float(len(clients))
     coefficient = session.coefficients.get(client, 0.0)
     if session.total_weight != total or coefficient != own / total:
         problems.append(
@@ -83,5 +97,5 @@ def check_session(session: Session, config: ExperimentConfig, client: str, numbe
         )
 
 
-def _weighing(config: ExperimentConfig) -> str:
-    return "equal" if config.rounds.rule is None else config.rounds.weights
+def _weighing(config: ExperimentConfig, what: Summand) -> str:
+    return "equal" if what == "adapter" and config.rounds.rule is None else config.rounds.weights

@@ -10,7 +10,7 @@ from fedmerge.client.cache.secure_sums import read_cached_values, record_answere
 from fedmerge.config import ExperimentConfig, from_flat
 from fedmerge.errors import ClientError
 from fedmerge.privacy.policy import check_may_leave
-from fedmerge.privacy.secagg.agreement import check_session
+from fedmerge.privacy.secagg.agreement import Summand, check_session
 from fedmerge.privacy.secagg.client import advertise, mask_values, share, unmask
 from fedmerge.privacy.secagg.identity import read_identity, read_registered
 from fedmerge.privacy.secagg.session import num_outside
@@ -25,12 +25,13 @@ logger = logging.getLogger("fedmerge.client")
 
 
 class _Values(NamedTuple):
-    """What this client trained last: hash; key and number of the sum, and users of the domain."""
+    """What this client trained last: hash; key and number of the sum, users of the domain, and what it is a sum of."""
 
     sha256: str
     key: str
     number: int
     num_users: int
+    what: Summand
 
 
 def secagg_advertise(message: Message, context: Context) -> RecordDict:
@@ -65,16 +66,18 @@ def _in_sum(context: Context) -> tuple[str, ExperimentConfig]:
     return domain, config
 
 
-def remember_values(context: Context, sha256: str, key: str, number: int, num_users: int) -> None:
+def remember_values(
+    context: Context, sha256: str, key: str, number: int, num_users: int, what: Summand = "adapter"
+) -> None:
     """Note the values and the key of the next sum; drop the secrets of a session that has not ended."""
-    context.state[_VALUES] = ConfigRecord(_Values(sha256, key, number, num_users)._asdict())
+    context.state[_VALUES] = ConfigRecord(_Values(sha256, key, number, num_users, what)._asdict())
     context.state.pop(_SECRETS, None)
 
 
 def answer_advertise(domain: str, config: ExperimentConfig, content: RecordDict, context: Context) -> RecordDict:
     """Return fresh keys for a session as the run configuration implies; signed if the node has an ``identity-key``."""
     session, values = secure_records.read_session(content), _values(context)
-    check_session(session, config, domain, values.number, values.num_users)
+    check_session(session, config, domain, values.number, values.num_users, values.what)
     path = context.node_config.get("identity-key")
     identity = None if path is None else read_identity(Path(str(path)).expanduser())
     state, advertisement = advertise(session, domain, identity)
@@ -141,4 +144,6 @@ def _values(context: Context) -> _Values:
     record = context.state.config_records.get(_VALUES)
     if record is None:
         raise ClientError("this client has trained nothing in this run that could be summed; ask it to train first")
-    return _Values(str(record["sha256"]), str(record["key"]), int(str(record["number"])), int(str(record["num_users"])))
+    number, num_users = (int(str(record[key])) for key in ("number", "num_users"))
+    what: Summand = "head" if record["what"] == "head" else "adapter"
+    return _Values(str(record["sha256"]), str(record["key"]), number, num_users, what)

@@ -11,7 +11,7 @@ from fedmerge.runs import checkpoints
 from fedmerge.server.candidates import learn_from_catalogs, merge_candidates, recipe_of
 from sim.app.server.phases.admission import pass_gate
 from sim.app.server.phases.coefficients import learn_through_clients
-from sim.app.server.phases.rounds import run_rounds
+from sim.app.server.phases.rounds.adapters import run_rounds
 from sim.app.server.phases.secure_sum import secure_candidates
 from sim.app.server.phases.training import train_experts
 from sim.app.server.run import Run

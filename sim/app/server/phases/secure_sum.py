@@ -16,7 +16,7 @@ from fedmerge.encoder.lora import fresh_adapter
 from fedmerge.federated.summed import adapter_of_mean, num_summed, summed_rank
 from fedmerge.merging.candidate import Candidate, Origin
 from fedmerge.privacy.dp.agreement import check_spent, largest_entry
-from fedmerge.privacy.secagg.agreement import agreed_threshold, agreement_of
+from fedmerge.privacy.secagg.agreement import Summand, agreed_threshold, agreement_of
 from fedmerge.privacy.secagg.server import (
     add_values,
     check_advertisement,
@@ -133,6 +133,7 @@ def secure_mean(
     num_values: int,
     before_reveal: Callable[[Sequence[str]], None],
     number: int = 0,
+    what: Summand = "adapter",
 ) -> SecureMean:
     """Return the weighted mean of what the clients have trained.
 
@@ -145,12 +146,13 @@ def secure_mean(
         num_values: of each client.
         before_reveal: called with the clients in the sum, before the message that takes the masks off.
         number: of the round; 0 outside of rounds.
+        what: the sum is of.
 
     Raises:
         AggregationError: too few clients are left, or they weigh too differently.
     """
     started = time.monotonic()
-    threshold, agreement = agreed_threshold(run.config, len(weights)), agreement_of(run.config, number)
+    threshold, agreement = agreed_threshold(run.config, len(weights)), agreement_of(run.config, number, what)
     session = new_session(weights, num_values, largest_entry(run.config), threshold, agreement)
     everybody = frozenset(session.clients)
     small = _BYTES_OF_A_MESSAGE + _BYTES_PER_CLIENT * len(everybody)

@@ -1,0 +1,33 @@
+"""The federated head of a run: an adapter over the item space, with provenance, in ``head/``."""
+
+from pathlib import Path
+
+from fedmerge.adapter import Adapter
+from fedmerge.encoder.peft_folder import write_adapter
+from fedmerge.errors import FedMergeError
+from fedmerge.files import read_sealed, seal, whole_folder, write_json
+from fedmerge.merging.candidate import Candidate, Provenance
+from fedmerge.runs.verified import read_verified
+
+HEAD = "head"
+
+
+def write_federated_head(run_dir: Path, head: Candidate, backbone_name: str) -> None:
+    """Write the federated head and its provenance.
+
+    Raises:
+        RunDirError: the folder cannot be written.
+    """
+    with whole_folder(run_dir / HEAD) as folder:
+        write_adapter(head.adapter, folder, backbone_name)
+        write_json(folder / "provenance.json", seal(head.provenance.to_dict()))
+
+
+def read_federated_head(run_dir: Path) -> Adapter | None:
+    """Return the federated head; None if the run has none, or it is damaged."""
+    try:
+        provenance = Provenance.from_dict(read_sealed(run_dir / HEAD / "provenance.json") or {})
+        adapter, sha256 = read_verified(run_dir / HEAD)
+        return adapter if sha256 == provenance.sha256 else None
+    except (FedMergeError, OSError, LookupError, TypeError, AttributeError):
+        return None
