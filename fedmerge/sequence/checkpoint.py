@@ -4,18 +4,13 @@ A resumed training gives bit for bit the result of an uninterrupted one: the fil
 moments and the state of the generator that draws dropout. Batches are drawn from the seed.
 """
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 
-from fedmerge.errors import ClientError, RunDirError
-from fedmerge.files import make_folder, write_bytes
+from fedmerge.tensor_files import read_tensors, write_tensors
 
 Tensors = dict[str, torch.Tensor]
 
@@ -43,33 +38,22 @@ def write_checkpoint(path: Path, progressed: Progressed, groups: Mapping[str, Te
     Raises:
         ClientError: the disk is full, or the folder is not writable.
     """
-    tensors = {
-        f"{group}/{name}": tensor.contiguous() for group, named in groups.items() for name, tensor in named.items()
-    }
-    body = json.dumps(asdict(progressed)).encode() + b"\n" + save(tensors)
-    try:
-        make_folder(path.parent)
-        write_bytes(path, hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
-    except (OSError, RunDirError) as error:
-        raise ClientError(
-            f"the training checkpoint cannot be written to {path.parent} ({error}). Check the free space and the "
-            "permissions there, or set cache_dir."
-        ) from error
+    tensors = {f"{group}/{name}": tensor for group, named in groups.items() for name, tensor in named.items()}
+    write_tensors(path, tensors, asdict(progressed), "the checkpoint of a sequence model")
 
 
 def read_checkpoint(path: Path) -> tuple[Progressed, dict[str, Tensors]] | None:
     """Read a checkpoint; None if it is missing or damaged, in which case the training starts from the beginning."""
-    try:
-        digest, body = path.read_bytes().split(b"\n", 1)
-        if hashlib.sha256(body).hexdigest().encode() != digest:
-            return None
-        figures, tensors = body.split(b"\n", 1)
-        found = json.loads(figures)
-        progressed = Progressed(found["seconds"], found["best_epoch"], tuple(found["losses"]), tuple(found["ndcgs"]))
-        groups: dict[str, Tensors] = {}
-        for key, tensor in load(tensors).items():
-            group, name = key.split("/", 1)
-            groups.setdefault(group, {})[name] = tensor
-    except (OSError, SafetensorError, ValueError, LookupError, TypeError):
+    found = read_tensors(path)
+    if found is None:
         return None
-    return progressed, groups
+    tensors, facts = found
+    groups: dict[str, Tensors] = {}
+    for key, tensor in tensors.items():
+        group, name = key.split("/", 1)
+        groups.setdefault(group, {})[name] = tensor
+    try:
+        figures = Progressed(facts["seconds"], facts["best_epoch"], tuple(facts["losses"]), tuple(facts["ndcgs"]))
+    except (LookupError, TypeError):
+        return None
+    return figures, groups

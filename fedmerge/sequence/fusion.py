@@ -47,7 +47,7 @@ def fused_scores(sources: Sequence[Source], weights: Sequence[float]) -> torch.T
     Raises:
         LayoutMismatchError: sources of different users or items, or weights that do not fit them.
 
-    Source: score fusion with z-scores, as in Fox and Shaw's CombSUM, TREC-2 1994, weighted.
+    Source: weighted CombSUM (Fox and Shaw, TREC-2, 1994) of z-scores.
     """
     _check(sources, weights)
     return _fused(sources, weights, slice(None))
@@ -112,8 +112,23 @@ def choose_weights(
         LayoutMismatchError: sources, targets or seen items do not fit each other.
         DivergedError: scores are NaN or infinite.
     """
-    grid = list(_simplex(len(sources), round(1 / step)))
-    ranks = [fused_ranks(sources, weights, targets, seen) for weights in grid]
+    num_steps = round(1 / step)
+    grid = [tuple(part / num_steps for part in split) for split in _splits(num_steps, len(sources))]
+    _check(sources, grid[0])
+    ranks = np.zeros((len(grid), len(targets)), dtype=np.int64)
+    for span in _spans(sources, targets, None):
+        of_users, histories = targets[span], None if seen is None else seen[span]
+        standardised = [_standardised(source, span) for source in sources]
+        target = torch.from_numpy(of_users.astype(np.int64)).to(standardised[0].device)[:, None]  # (b, 1)
+        if histories is not None:
+            for scores in standardised:
+                _mask(scores, histories, target)
+        for row, fused in enumerate(_mixtures(standardised, grid)):
+            if fused is not None:
+                ranks[row, span] = (fused >= fused.gather(1, target)).sum(dim=1).cpu().numpy()  # itself included: + 1
+    for row, weights in enumerate(grid):
+        if max(weights) == 1:
+            ranks[row] = fused_ranks(sources, weights, targets, seen)
     column = METRICS.index(SELECTION_METRIC)
     ndcgs = [float(per_user_metrics(of_weights)[:, column].mean()) for of_weights in ranks]
     best = int(np.argmax(ndcgs))
@@ -153,7 +168,7 @@ def _fused(sources: Sequence[Source], weights: Sequence[float], span: slice) -> 
         return _scores(parts[0][0], span)
     total = _standardised(parts[0][0], span) * parts[0][1]
     for source, weight in parts[1:]:
-        total.add_(_standardised(source, span), alpha=weight)
+        total = total.add(_standardised(source, span), alpha=weight)
     return total
 
 
@@ -171,14 +186,47 @@ def _standardised(source: Source, span: slice) -> torch.Tensor:
     return scores.div_(std.masked_fill(says_nothing, 1)).masked_fill_(says_nothing, 0)
 
 
-def _simplex(num_sources: int, parts: int) -> Iterator[tuple[float, ...]]:
-    """Yield all weights in steps of 1 / parts, those with the largest first weight first."""
+def _mask(scores: torch.Tensor, seen: Sequence[IntArray], target: torch.Tensor) -> None:
+    """Put the seen items of b users below all others, except the target itself, in place."""
+    own = scores.gather(1, target)
+    rows = np.repeat(np.arange(len(seen)), [len(history) for history in seen])
+    columns = np.concatenate(seen).astype(np.int64)
+    scores[torch.from_numpy(rows), torch.from_numpy(columns)] = MASKED
+    scores.scatter_(1, target, own)
 
-    def split(left: int, sources: int) -> Iterator[tuple[int, ...]]:
-        if sources == 1:
-            yield (left,)
-            return
-        for first in range(left, -1, -1):
-            yield from ((first, *rest) for rest in split(left - first, sources - 1))
 
-    return (tuple(part / parts for part in whole) for whole in split(parts, num_sources))
+def _mixtures(standardised: Sequence[torch.Tensor], grid: Sequence[tuple[float, ...]]) -> Iterator[torch.Tensor | None]:
+    """Yield weighted sums for the weights of a grid, bit for bit as :func:`_fused` adds them; None for a weight of 1.
+
+    Neighbours of the grid differ in their last weights, so sums of the first sources are kept.
+    """
+    sums: list[tuple[float, torch.Tensor | None]] = []  # of each source but the last: its weight, and the sum up to it
+    for weights in grid:
+        if max(weights) == 1:
+            yield None
+            continue
+        same = next((i for i, (kept, _) in enumerate(sums) if kept != weights[i]), len(sums))
+        del sums[same:]
+        for index in range(same, len(weights) - 1):
+            before = sums[-1][1] if sums else None
+            sums.append((weights[index], _added(before, standardised[index], weights[index])))
+        yield _added(sums[-1][1], standardised[-1], weights[-1])
+
+
+def _added(total: torch.Tensor | None, scores: torch.Tensor, weight: float) -> torch.Tensor | None:
+    if weight == 0:
+        return total
+    return scores * weight if total is None else total.add(scores, alpha=weight)
+
+
+def _splits(total: int, parts: int) -> Iterator[tuple[int, ...]]:
+    """Yield all ways to write total as an ordered sum, those with the largest first part first.
+
+    >>> list(_splits(2, 2))
+    [(2, 0), (1, 1), (0, 2)]
+    """
+    if parts == 1:
+        yield (total,)
+        return
+    for first in range(total, -1, -1):
+        yield from ((first, *rest) for rest in _splits(total - first, parts - 1))

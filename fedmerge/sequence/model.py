@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import nn
@@ -58,7 +58,7 @@ class SequenceModel(nn.Module):
 
     Attributes:
         settings: widths, depth and dropout.
-        items: id embeddings (N, h), or None with ``inputs = "text"``.
+        items: id embeddings (N, h), absent with ``inputs = "text"``.
         trained_items: (N,) bool with ``text+ids``: the items that have an id part. Training sets it.
 
     Source: Kang and McAuley, Self-attentive sequential recommendation, ICDM 2018; text vectors through a small network
@@ -86,7 +86,8 @@ class SequenceModel(nn.Module):
         super().__init__()
         width = settings.hidden_size
         self.settings = settings
-        self.items = None if settings.inputs == "text" else nn.Embedding(num_items, width)
+        if settings.inputs != "text":
+            self.items = nn.Embedding(num_items, width)
         self.positions = nn.Embedding(settings.max_length, width)
         self.dropout = nn.Dropout(settings.dropout)
         block = nn.TransformerEncoderLayer(
@@ -100,7 +101,6 @@ class SequenceModel(nn.Module):
                     nn.init.xavier_uniform_(parameter)
                 else:
                     nn.init.normal_(parameter, std=INITIAL_STD)
-        self.text_map: nn.Sequential | None = None
         if settings.inputs == "ids":
             return
         if item_vectors is None or item_vectors.ndim != 2 or len(item_vectors) != num_items:
@@ -115,56 +115,48 @@ class SequenceModel(nn.Module):
         self.text_map = nn.Sequential(
             nn.Linear(item_vectors.shape[1], 2 * width), nn.GELU(), nn.Linear(2 * width, width)
         )
-        if self.items is not None:
+        if settings.inputs == "text+ids":
             self.register_buffer("trained_items", torch.ones(num_items, dtype=torch.bool))
 
-    def text_parts(self) -> torch.Tensor | None:
-        """Return the text parts of all representations, (N, h); None with ``inputs = "ids"``."""
-        return None if self.text_map is None else self.text_map(self.item_vectors)
+    def base(self) -> torch.Tensor:
+        """Return the first part of all representations, (N, h): of texts, or of ids in a model on ids alone."""
+        if self.settings.inputs == "ids":
+            return self.items.weight
+        return cast("torch.Tensor", self.text_map(self.item_vectors))
 
-    def item_representations(self, text: torch.Tensor | None = None) -> torch.Tensor:
+    def item_representations(self, base: torch.Tensor | None = None) -> torch.Tensor:
         """Return the representations that states are scored against, (N, h).
 
         In training each id part is left out with probability ``id_dropout``, drawn once per item and call.
 
         Args:
-            text: :meth:`text_parts`, if already computed.
+            base: :meth:`base`, if already computed.
         """
-        text = self.text_parts() if text is None else text
-        if self.items is None or text is None:
-            return self._only(text)
-        return text + self.items.weight * self._kept(self.trained_items)
+        base = self.base() if base is None else base
+        if self.settings.inputs != "text+ids":
+            return base
+        return base + self.items.weight * self._kept(self.trained_items)
 
-    def forward(self, histories: torch.Tensor, text: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, histories: torch.Tensor, base: torch.Tensor | None = None) -> torch.Tensor:
         """Return the hidden states after each item.
 
         In training each id part is left out with probability ``id_dropout``, drawn for every item that is read.
 
         Args:
             histories: (b, t) int64 item indices, oldest first, padded on the right with any item; t at most max_length.
-            text: :meth:`text_parts`, if already computed.
+            base: :meth:`base`, if already computed.
 
         Returns:
             (b, t, h); position s has read items 0 .. s and nothing later.
         """
-        text = self.text_parts() if text is None else text
-        if self.items is None or text is None:
-            read = nn.functional.embedding(histories, self._only(text))
-        else:
-            kept = self._kept(self.trained_items[histories])
-            read = nn.functional.embedding(histories, text) + self.items(histories) * kept  # (b, t, h)
+        read = nn.functional.embedding(histories, self.base() if base is None else base)  # (b, t, h)
+        if self.settings.inputs == "text+ids":
+            read = read + self.items(histories) * self._kept(self.trained_items[histories])
         length = histories.shape[1]
         hidden = read * math.sqrt(self.settings.hidden_size) + self.positions.weight[:length]
         causal = nn.Transformer.generate_square_subsequent_mask(length, device=histories.device)  # (t, t)
         encoded: torch.Tensor = self.blocks(self.dropout(hidden), mask=causal, is_causal=True)
         return encoded
-
-    def _only(self, text: torch.Tensor | None) -> torch.Tensor:
-        """Return the one part of a model that has one part."""
-        if self.items is not None:
-            return self.items.weight
-        assert text is not None
-        return text
 
     def _kept(self, trained: torch.Tensor) -> torch.Tensor:
         """Return trained with one more axis as 0 or 1, in training with some ones turned to zero."""

@@ -41,13 +41,13 @@ def sequence_source(model: SequenceModel, histories: Sequence[IntArray], label: 
     Returns:
         A source of float32 vectors on the CPU.
     """
-    text = model.text_parts()
-    items = model.item_representations(text)
+    base = model.base()
+    items = model.item_representations(base)
     cut = [np.asarray(history[-model.settings.max_length :], dtype=np.int64) for history in histories]
     states = torch.empty(len(cut), items.shape[1])
     for batch in length_batches([len(history) for history in cut], POSITIONS_PER_BATCH):
         padded, lengths = pad([cut[user] for user in batch], items.device)
-        hidden = model(padded, text)
+        hidden = model(padded, base)
         states[torch.from_numpy(batch)] = hidden[torch.arange(len(batch)), lengths - 1].cpu()
     return Source(label, states, items.detach().cpu())
 

@@ -167,10 +167,10 @@ def backward(
         The loss.
     """
     device = model.positions.weight.device
-    text = model.text_parts()
-    items = model.item_representations(text)  # (N, h)
+    base = model.base()
+    items = model.item_representations(base)  # (N, h)
     padded, lengths = pad([sequence[:-1] for sequence in batch], device)
-    hidden = model(padded, text)[torch.arange(padded.shape[1], device=device) < lengths[:, None]]  # (P, h)
+    hidden = model(padded, base)[torch.arange(padded.shape[1], device=device) < lengths[:, None]]  # (P, h)
     targets = torch.from_numpy(np.concatenate([sequence[1:] for sequence in batch])).to(device)  # (P,)
     states, catalog = hidden.detach().requires_grad_(), items.detach().requires_grad_()
     total = 0.0
