@@ -7,23 +7,22 @@ from flwr.app import Context, Message, RecordDict
 
 from fedmerge.adapter import Adapter, adapter_sha256
 from fedmerge.client.baselines.rankers import BASELINE_LABELS, baseline_rankers
-from fedmerge.client.cache.experts import load_expert
-from fedmerge.client.disclosed.account import Entry, read_account
+from fedmerge.client.disclosed.account import Entry
 from fedmerge.client.disclosed.sums import Sums, count_models, release_sums_once
 from fedmerge.client.disclosed.users import draw_examples, read_secret, remember_users
 from fedmerge.client.evaluate import outcomes
-from fedmerge.client.training.settings import training_settings
 from fedmerge.config import Split
 from fedmerge.domain.manifest import NOISED_METRICS, check_catalog_is_given
 from fedmerge.domain.splits import Examples, evaluation_examples
 from fedmerge.errors import ClientError, PolicyError
 from fedmerge.evaluation.ranks import METRICS
-from fedmerge.evaluation.sums import BACKBONE, EXPERT, VARIANTS
+from fedmerge.evaluation.sums import BACKBONE, EXPERT, FEDERATED_HEAD, VARIANTS
 from fedmerge.privacy.dp.randomness import source
 from fedmerge.privacy.dp.releases import METRIC_SUMS, Release, noised_sums
 from fedmerge.privacy.metric_sums import disclose
 from fedmerge.privacy.policy import check_enough_users, check_may_leave
-from fedmerge.privacy.transport import coding_of, decode_as_receiver
+from sim.app.client.experts import own_expert
+from sim.app.client.heads import encoders_of, head_models, own_head_ranks
 from sim.app.client.node import Client, charge_run, open_client
 from sim.app.messages import records
 
@@ -38,10 +37,13 @@ def evaluate_models(message: Message, context: Context) -> RecordDict:
     if config.until == "train":
         raise PolicyError(f"domain {name}: the run ends after training (until = 'train'), so nothing is evaluated.")
     request, adapters = records.read_evaluation_request(message.content)
+    anchor = adapters.pop(FEDERATED_HEAD, None)
     models = _models(client, request, adapters)
+    encoders = encoders_of(client, request.heads, request.served, request.expert_sha256, adapters)
     hashes = {label: "" if adapter is None else adapter_sha256(adapter) for label, adapter in models.items()}
     if client.own is not None:
-        count_models(client.disclosed, str(config.run_id), set(hashes.values()), client.own.max_models)
+        evaluated = set(hashes.values()) | head_models(encoders, anchor)
+        count_models(client.disclosed, str(config.run_id), evaluated, client.own.max_models)
     examples = _examples(client, request.split)
     check_enough_users(name, len(examples), config.privacy.min_users)
     names = config.evaluation.baselines if request.baselines else ()
@@ -51,7 +53,8 @@ def evaluate_models(message: Message, context: Context) -> RecordDict:
     def sums() -> Sums:
         try:
             baselines = baseline_rankers(domain, names, config.evaluation, config.seed, config.cache_dir, logger.info)
-            found = outcomes(domain, models, examples, baselines, logger.info)
+            heads, encoded = own_head_ranks(client, encoders, request.served, anchor, examples)
+            found = outcomes(domain, models, examples, baselines, logger.info, heads, encoded)
         except Exception as error:
             if config.privacy.metrics == "exact":
                 raise
@@ -92,24 +95,9 @@ def evaluate_models(message: Message, context: Context) -> RecordDict:
 def _models(
     client: Client, request: records.EvaluationRequest, adapters: dict[str, Adapter]
 ) -> dict[str, Adapter | None]:
-    config, domain = client.config, client.domain
-    sha256 = None if request.expert_sha256 == records.OWN_EXPERT else request.expert_sha256
-    coding = coding_of(config.privacy, config.lora.of(domain.manifest.name), config.seed, domain.backbone)
-
-    def received(expert: Adapter) -> str:
-        """Return the hash by which the server knows an expert: that of the decoded adapter."""
-        return adapter_sha256(decode_as_receiver(expert, coding))
-
     models: dict[str, Adapter | None] = {BACKBONE: None} if request.backbone else {}
     if request.expert_sha256:
-        settings = training_settings(config)
-        models[EXPERT] = expert = load_expert(domain, settings, config.cache_dir, config.run_id, sha256, received)
-        counted = config.dp.mode in ("user", "domain-local") and client.own is not None
-        if counted and adapter_sha256(expert) not in {entry.key for entry in read_account(client.disclosed)}:
-            raise PolicyError(
-                f"domain {domain.manifest.name}: its expert was trained but never released, so its account does not "
-                "cover what it tells of users; it is not evaluated. Train it in a run that the owner's limits allow."
-            )
+        models[EXPERT] = own_expert(client, request.expert_sha256)
     return models | adapters
 
 

@@ -1,0 +1,331 @@
+"""A client's own sequence head: trained once on its own users, cached on its disk, ranked alone and fused.
+
+The model depends on the item vectors; the weights of its fusion with text and last item also on the text vectors of the
+users. So with ``inputs = "ids"`` one model serves every encoder. Nothing here leaves the client but what
+:func:`head_report` returns.
+"""
+
+import hashlib
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from fedmerge import __version__
+from fedmerge.adapter import Adapter, adapter_sha256
+from fedmerge.client.cache.folders import fill_folder, inputs_key
+from fedmerge.client.evaluate import Ranks, TextVectors, encode_text, seen_items
+from fedmerge.client.heads.vectors import item_vectors
+from fedmerge.client.local_domain import LocalDomain
+from fedmerge.config import Head, HeadVectors
+from fedmerge.domain.splits import MIN_EVALUATED_LENGTH, Examples, evaluation_examples
+from fedmerge.errors import ClientError, DomainError, RunDirError
+from fedmerge.evaluation.ranks import IntArray, rank_targets
+from fedmerge.evaluation.sums import VARIANTS, Variant, fused_label, head_label
+from fedmerge.files import read_sealed, seal, write_json
+from fedmerge.sequence.fusion import FusionChoice, choose_weights, fused_ranks
+from fedmerge.sequence.model import SequenceModel, SequenceSettings
+from fedmerge.sequence.ranking import Source, sequence_source
+from fedmerge.sequence.training import train_sequence_model
+
+MODEL_FILE, REPORT_FILE = "model.safetensors", "head.json"
+HEAD, TEXT, LAST_ITEM = "head", "text", "last item"  # sources of the fusion
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, eq=False)
+class LocalHead:
+    """A client's own head.
+
+    Attributes:
+        model: in evaluation mode, on the backbone's device.
+        fusion: weights of the sources by variant, in the order of :func:`head_sources`.
+        report: of the training, :class:`fedmerge.sequence.training.SequenceReport` as a dict.
+        cached: True if an earlier training was reused.
+        anchor: the federated head that the run trained; None without one.
+    """
+
+    model: SequenceModel
+    fusion: Mapping[Variant, FusionChoice]
+    report: Mapping[str, Any]
+    cached: bool
+    anchor: Adapter | None = None
+
+
+def why_no_head(domain: LocalDomain) -> str:
+    """Return why the domain cannot have a head of its own; empty if it can."""
+    if not domain.can_train:
+        return "fewer than two users have two items outside validation and test"
+    if not (np.diff(domain.interactions.offsets) >= MIN_EVALUATED_LENGTH).any():
+        return f"no user has {MIN_EVALUATED_LENGTH} items, so nothing could end the training or choose the fusion"
+    return ""
+
+
+def load_or_train_head(
+    domain: LocalDomain,
+    adapter: Adapter | None,
+    head: Head,
+    validation_users: int | None,
+    seed: int,
+    cache_dir: str,
+    progress: Progress = lambda line: None,
+    anchor: Adapter | None = None,
+) -> LocalHead:
+    """Return the domain's head over the item vectors of an adapter: from the cache, else trained and cached.
+
+    A killed training resumes after its last epoch.
+
+    Args:
+        domain: the client's domain.
+        adapter: encodes items and histories; None is the backbone alone.
+        head: section ``[head]``.
+        validation_users: users that end the training and choose the fusion; None takes all.
+        seed: seed of the experiment.
+        cache_dir: folder on the client's own disk.
+        progress: receives a line now and then.
+        anchor: the federated head that the run trained; None without one.
+
+    Raises:
+        DomainError: the domain has too few users, see :func:`why_no_head`.
+        ClientError: the training diverged, or the head cannot be cached.
+    """
+    name = domain.manifest.name
+    if reason := why_no_head(domain):
+        raise DomainError(f"domain {name}: it has no head of its own, since {reason}. It is served without one.")
+    settings = _settings(head, validation_users)
+    validation = evaluation_examples(domain.interactions, "valid", validation_users, seed)
+    vectors = item_vectors(domain, adapter, cache_dir)
+    folder = _folder(domain, adapter, settings, seed, cache_dir)
+    cached = _read_cached(folder)
+    if cached is None:
+        _train(domain, vectors, settings, validation, seed, folder, progress)
+    else:
+        progress(f"{name}: reusing the cached head in {folder}")
+    tensors, report = _read_cached(folder) or _unreadable(folder)
+    model = _model(domain, vectors, settings, tensors)
+    path = _fusion_path(folder, adapter, anchor)
+    fusion = _read_fusion(path)
+    if fusion is None:
+        text = encode_text(domain, adapter, validation.histories, vectors)
+        sources = head_sources(model, text, validation.histories)
+        fusion = {v: choose_weights(sources, validation.targets, seen_items(validation, v)) for v in VARIANTS}
+        write_json(path, seal({variant: asdict(choice) for variant, choice in fusion.items()}))
+        names = " + ".join(source.label for source in sources)
+        for variant, choice in fusion.items():
+            weights = " + ".join(f"{weight:.1f}" for weight in choice.weights)
+            progress(f"{name}: fusion {variant}: {weights} of {names}, validation ndcg@10 {choice.ndcg:.4f}")
+    return LocalHead(model, fusion, report, cached is not None, anchor)
+
+
+def find_head(
+    domain: LocalDomain,
+    adapter: Adapter | None,
+    head: Head,
+    validation_users: int | None,
+    seed: int,
+    cache_dir: str,
+    anchor: Adapter | None = None,
+) -> LocalHead | None:
+    """Return the head that :func:`load_or_train_head` has cached for the same inputs; None if there is none."""
+    settings = _settings(head, validation_users)
+    folder = _folder(domain, adapter, settings, seed, cache_dir)
+    cached, fusion = _read_cached(folder), _read_fusion(_fusion_path(folder, adapter, anchor))
+    if cached is None or fusion is None:
+        return None
+    model = _model(domain, item_vectors(domain, adapter, cache_dir), settings, cached[0])
+    return LocalHead(model, fusion, cached[1], True, anchor)
+
+
+def head_sources(model: SequenceModel, text: TextVectors, histories: Sequence[IntArray]) -> list[Source]:
+    """Return the sources that a head is fused from: the head, text, and last item.
+
+    Args:
+        model: the head.
+        text: vectors of the histories and of the items.
+        histories: U arrays of item indices, oldest first.
+    """
+    last = torch.tensor([int(history[-1]) for history in histories])
+    return [
+        sequence_source(model, histories, HEAD),
+        Source(TEXT, text.users, text.items),
+        Source(LAST_ITEM, text.items[last], text.items),
+    ]
+
+
+def head_ranks(
+    domain: LocalDomain,
+    vectors: HeadVectors,
+    adapter: Adapter | None,
+    head: LocalHead,
+    examples: Examples,
+    text: TextVectors | None = None,
+) -> dict[str, Ranks]:
+    """Compute every user's rank of the target under the head alone and fused; these ranks never leave the client.
+
+    Args:
+        domain: the client's domain.
+        vectors: name of the encoder, for the labels.
+        adapter: the encoder, as for :func:`load_or_train_head`.
+        head: the head.
+        examples: U users.
+        text: vectors of the users and items under the encoder, if they are known.
+
+    Returns:
+        label -> variant -> (U,).
+    """
+    text = text or encode_text(domain, adapter, examples.histories)
+    sources = head_sources(head.model, text, examples.histories)
+    alone, fused = Ranks(), Ranks()
+    for variant in VARIANTS:
+        seen = seen_items(examples, variant)
+        alone[variant] = rank_targets(sources[0].user_vectors, sources[0].item_vectors, examples.targets, seen)
+        fused[variant] = fused_ranks(sources, head.fusion[variant].weights, examples.targets, seen)
+    return {head_label(vectors): alone, fused_label(vectors): fused}
+
+
+def head_report(head: LocalHead, *, exact: bool) -> dict[str, Any]:
+    """Return the report that leaves the client.
+
+    Args:
+        head: the head.
+        exact: False to leave out what depends on the outcomes of validation users: epochs, the best one, the end of the
+            training, and the weights of the fusion.
+    """
+    report = {"trained": True, "reason": "", "cached": head.cached, "seconds": head.report["seconds"]}
+    if not exact:
+        return report
+    weights = {
+        variant: dict(zip((HEAD, TEXT, LAST_ITEM), choice.weights, strict=True))
+        for variant, choice in head.fusion.items()
+    }
+    return report | {key: head.report[key] for key in ("epochs", "best_epoch", "stopped_by")} | {"weights": weights}
+
+
+def _settings(head: Head, validation_users: int | None) -> SequenceSettings:
+    return SequenceSettings(
+        inputs=head.inputs,
+        hidden_size=head.hidden_size,
+        dropout=head.dropout,
+        id_dropout=head.id_dropout,
+        max_epochs=head.max_epochs,
+        max_minutes=head.max_minutes,
+        validation_users=validation_users,
+    )
+
+
+def _train(
+    domain: LocalDomain,
+    vectors: torch.Tensor,
+    settings: SequenceSettings,
+    validation: Examples,
+    seed: int,
+    folder: Path,
+    progress: Progress,
+) -> None:
+    name = domain.manifest.name
+    shutil.rmtree(folder, ignore_errors=True)  # a damaged one
+    checkpoint = folder.with_name(f"{folder.name}.checkpoint")
+    model, report = train_sequence_model(
+        domain.training_sequences,
+        len(domain.catalog),
+        validation,
+        settings,
+        seed,
+        domain.backbone.device,
+        None if settings.inputs == "ids" else vectors,
+        lambda line: progress(f"{name}: head: {line}"),
+        checkpoint,
+    )
+    tensors = save({key: tensor.detach().cpu().contiguous() for key, tensor in model.state_dict().items()})
+
+    def write(filled: Path) -> None:
+        (filled / MODEL_FILE).write_bytes(tensors)
+        record = {**asdict(report), "sha256": hashlib.sha256(tensors).hexdigest()}
+        write_json(filled / REPORT_FILE, seal(record))
+
+    fill_folder(folder, write, lambda: _read_cached(folder) is not None, f"domain {name}: its head")
+    checkpoint.unlink(missing_ok=True)
+
+
+def _model(
+    domain: LocalDomain, vectors: torch.Tensor, settings: SequenceSettings, tensors: dict[str, torch.Tensor]
+) -> SequenceModel:
+    with torch.random.fork_rng([]):  # the weights are drawn, then replaced
+        model = SequenceModel(len(domain.catalog), settings, None if settings.inputs == "ids" else vectors)
+    model.load_state_dict(tensors)
+    return model.to(domain.backbone.device).eval()
+
+
+def _read_cached(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+    """Read the tensors and the report of a cached head; None if they are missing or damaged."""
+    try:
+        data, report = (folder / MODEL_FILE).read_bytes(), read_sealed(folder / REPORT_FILE)
+        if report is None or hashlib.sha256(data).hexdigest() != report.pop("sha256"):
+            return None
+        return load(data), report
+    except (OSError, RunDirError, SafetensorError, LookupError, ValueError):
+        return None
+
+
+def _unreadable(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    raise ClientError(f"{folder}: the head was trained, but cannot be read back. Check the disk, or set cache_dir.")
+
+
+def _fusion_path(folder: Path, adapter: Adapter | None, anchor: Adapter | None) -> Path:
+    inputs = {"adapter": _hash(adapter), "anchor": _hash(anchor)}
+    return folder / f"fusion-{inputs_key(inputs)}.json"
+
+
+def _read_fusion(path: Path) -> dict[Variant, FusionChoice] | None:
+    """Read the weights of a fusion; None if they are missing or damaged."""
+    try:
+        record = read_sealed(path) or {}
+        return {v: FusionChoice(tuple(record[v]["weights"]), record[v]["ndcg"]) for v in VARIANTS}
+    except (RunDirError, LookupError, TypeError):
+        return None
+
+
+def _folder(
+    domain: LocalDomain, adapter: Adapter | None, settings: SequenceSettings, seed: int, cache_dir: str
+) -> Path:
+    key = inputs_key(head_inputs(domain, adapter, settings, seed))
+    return Path(cache_dir).expanduser() / "heads" / f"{domain.manifest.name}-{key}"
+
+
+def head_inputs(domain: LocalDomain, adapter: Adapter | None, settings: SequenceSettings, seed: int) -> dict[str, Any]:
+    """Return everything that a head depends on, as JSON types; the users left out or planted by an audit included."""
+    inputs: dict[str, Any] = {
+        "interactions": domain.manifest.interactions_sha256,
+        "sequences": _sequences_sha256(domain),
+        "num_items": len(domain.catalog),
+        "settings": asdict(settings),
+        "seed": seed,
+        "threads": torch.get_num_threads(),
+        "device": str(domain.backbone.device),
+        "versions": [__version__, torch.__version__],
+    }
+    if settings.inputs != "ids":
+        inputs["vectors"] = {
+            "adapter": _hash(adapter),
+            "catalog": domain.manifest.catalog_sha256,
+            "backbone": [domain.backbone.sha256, domain.backbone.pooling, domain.backbone.compute.precision],
+            "text": [domain.text.max_attribute_tokens, domain.text.max_tokens],
+        }
+    return inputs
+
+
+def _sequences_sha256(domain: LocalDomain) -> str:
+    digest = hashlib.sha256()
+    for sequence in domain.training_sequences:
+        digest.update(len(sequence).to_bytes(8, "little") + np.ascontiguousarray(sequence, dtype="<i4").tobytes())
+    return digest.hexdigest()
+
+
+def _hash(adapter: Adapter | None) -> str:
+    return "" if adapter is None else adapter_sha256(adapter)
