@@ -23,9 +23,9 @@ from pathlib import Path
 import torch
 
 from fedmerge.adapter import Adapter
-from fedmerge.bench.cells import backbone_of
 from fedmerge.bench.config import load_bench
 from fedmerge.bench.grid import Grid, Place, open_folder
+from fedmerge.bench.ranking import backbone_of
 from fedmerge.domain.demo import write_demo
 from fedmerge.encoder.lora import fresh_adapter
 from fedmerge.files import write_json, write_table

@@ -4,56 +4,39 @@ A cell whose file exists is skipped, so a killed benchmark resumes. Ranks of sin
 represents the clients' own disks: only sums over users and the figures of configured audits leave it.
 """
 
-import io
 import resource
 import shutil
 import time
 import traceback
-import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from fedmerge.adapter import Adapter, LoraModule, adapter_sha256
 from fedmerge.bench.config import Drawing
 from fedmerge.bench.joint import train_jointly
+from fedmerge.bench.ranking import backbone_of, domain_of, num_users, rank_baseline, rank_model
 from fedmerge.client.audit.attacks import Audited, audit_domain
-from fedmerge.client.baselines.rankers import baseline_rankers, sasrec_settings
-from fedmerge.client.baselines.sasrec import sasrec_inputs
-from fedmerge.client.cache.folders import inputs_key
-from fedmerge.client.evaluate import Ranks, baseline_ranks, evaluate, model_ranks
-from fedmerge.client.local_domain import LocalDomain, open_domain
+from fedmerge.client.evaluate import evaluate
 from fedmerge.client.training.settings import training_settings
 from fedmerge.config import (
     LEARNED_METHODS,
-    BackboneSection,
-    Baseline,
-    Evaluation,
     ExperimentConfig,
     Rounds,
-    Runtime,
-    Split,
-    Text,
 )
-from fedmerge.device import resolve_compute
 from fedmerge.domain.catalog import Catalog, load_catalog
 from fedmerge.domain.demo import domains_root
 from fedmerge.domain.manifest import check_catalog_is_public, read_manifest
-from fedmerge.domain.splits import evaluation_examples
-from fedmerge.encoder.backbone import Backbone, load_backbone
 from fedmerge.encoder.peft_folder import read_adapter, write_adapter
-from fedmerge.errors import FedMergeError, RunDirError
-from fedmerge.evaluation.ranks import SELECTION_METRIC, per_user_metrics
-from fedmerge.evaluation.sums import VARIANTS, MetricSums, Variant, metric_sums
+from fedmerge.errors import FedMergeError
+from fedmerge.evaluation.ranks import SELECTION_METRIC
 from fedmerge.federated.rounds import aggregate, initial_state
 from fedmerge.federated.rules import rule_named
-from fedmerge.files import read_json, whole_folder, write_bytes, write_json
+from fedmerge.files import read_json, whole_folder, write_json
 from fedmerge.merging.candidate import Candidate, Origin, Provenance
 from fedmerge.merging.parameters import parse_parameters
 from fedmerge.privacy.policy import check_enough_users
@@ -296,32 +279,6 @@ def joint_folder(result: Path) -> Path:
     return result.with_name("adapter")
 
 
-def rank_model(result: Path, config: ExperimentConfig, domain: str, split: Split, adapter: Path | None) -> None:
-    """Write every user's rank of the target under one model.
-
-    Args:
-        result: on the client's own disk.
-        config: text, backbone, evaluation, runtime and seed count.
-        domain: its name.
-        split: split of the targets.
-        adapter: a PEFT folder; None for the backbone alone.
-    """
-    opened = domain_of(config, domain)
-    examples = evaluation_examples(opened.interactions, split, num_users(config.evaluation, split), config.seed)
-    models = {"model": None if adapter is None else read_adapter(adapter)}
-    _write_ranks(result, model_ranks(opened, models, examples)["model"])
-
-
-def rank_baseline(result: Path, config: ExperimentConfig, domain: str, split: Split, baseline: Baseline) -> None:
-    """Do the same as :func:`rank_model` under a baseline; the file is empty if it has no training data."""
-    opened = domain_of(config, domain)
-    examples = evaluation_examples(opened.interactions, split, num_users(config.evaluation, split), config.seed)
-    found = baseline_ranks(
-        examples, baseline_rankers(opened, [baseline], config.evaluation, config.seed, config.cache_dir)
-    )
-    _write_ranks(result, *found.values())
-
-
 def audit_adapters(result: Path, config: ExperimentConfig, domain: str, expert: Path | None, merged: Path) -> None:
     """Audit an expert and a merge with attacks that need no shadow trainings.
 
@@ -347,97 +304,7 @@ WORK: Mapping[str, Callable[..., None]] = {
 }
 
 
-# ---- data that leaves a client
-
-
-def ranks_file(clients: Path, config: ExperimentConfig, domain: str, split: Split, model: str) -> Path:
-    """Return the file of a domain's ranks under a model, named by the hash of all their inputs.
-
-    Args:
-        clients: folder that represents the clients' disks.
-        config: as for :func:`rank_model`.
-        domain: its name.
-        split: split of the targets.
-        model: the adapter's hash, or the name of another row.
-    """
-    inputs = {
-        "root": config.domains.root,
-        "text": config.text.model_dump(),
-        "backbone": config.backbone.model_dump(),
-        "sasrec": sasrec_inputs(sasrec_settings(config.evaluation)),
-        "runtime": [config.runtime.device, config.runtime.precision],
-        "users": [config.seed, num_users(config.evaluation, split), config.evaluation.validation_users],
-        "model": model,
-    }
-    return clients / domain / split / f"{inputs_key(inputs)}.npz"
-
-
-def sums_of_ranks(files: Mapping[str, Path], domain: str, min_users: int) -> dict[Variant, MetricSums]:
-    """Return a client's answer: sums over its users, and their products between rows.
-
-    Args:
-        files: row -> file of ranks, of the same users; rows whose file is empty are left out.
-        domain: for messages.
-        min_users: smallest number of users whose sums may leave.
-
-    Raises:
-        PolicyError: too few users.
-        RunDirError: a file cannot be read.
-    """
-    ranks = {row: read for row, file in files.items() if (read := _read_ranks(file))}
-    sums = {
-        variant: metric_sums({row: per_user_metrics(found[variant]) for row, found in ranks.items()}, variant)
-        for variant in VARIANTS
-    }
-    for of_variant in sums.values():
-        check_enough_users(domain, of_variant.num_users, min_users)
-    return sums
-
-
-def num_users(evaluation: Evaluation, split: Split) -> int | None:
-    """Return the largest number of evaluated users in a domain."""
-    return evaluation.validation_users if split == "valid" else evaluation.test_users
-
-
-def _write_ranks(file: Path, *found: Ranks) -> None:
-    arrays: dict[str, Any] = {
-        variant: of_variant.astype(np.int32) for ranks in found for variant, of_variant in ranks.items()
-    }
-    data = io.BytesIO()
-    np.savez_compressed(data, **arrays)
-    write_bytes(file, data.getvalue())
-
-
-def _read_ranks(file: Path) -> Ranks:
-    try:
-        with np.load(file) as arrays:
-            return {variant: arrays[variant].astype(np.int64) for variant in VARIANTS if variant in arrays}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise RunDirError(f"{file}: cannot be read ({error}). Delete it and start the benchmark again.") from error
-
-
-# ---- shared by the cells of a process
-
-
-def domain_of(config: ExperimentConfig, domain: str) -> LocalDomain:
-    """Return a domain, opened once per process."""
-    return _domain(
-        domains_root(config.domains.root, config.cache_dir) / domain,
-        backbone_of(config.backbone, config.runtime),
-        config.text,
-    )
-
-
-@lru_cache(maxsize=1)
-def backbone_of(section: BackboneSection, runtime: Runtime) -> Backbone:
-    """Return the frozen encoder, loaded once per process."""
-    compute = resolve_compute(runtime.device, runtime.precision)
-    return load_backbone(section.source, section.pooling, compute, section.weights_sha256)
-
-
-@lru_cache(maxsize=16)  # small beside the backbone; opening one tokenises its catalog
-def _domain(folder: Path, backbone: Backbone, text: Text) -> LocalDomain:
-    return open_domain(folder, backbone, text)
+# ---- catalogs, memory
 
 
 def _catalogs(config: ExperimentConfig, domains: Mapping[str, str], public: bool = True) -> dict[str, Catalog]:

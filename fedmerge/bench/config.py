@@ -12,6 +12,8 @@ from fedmerge.config import (
     LEARNED_METHODS,
     Baseline,
     ExperimentConfig,
+    Head,
+    HeadVectors,
     describe_problem,
     flatten,
     from_flat,
@@ -21,11 +23,13 @@ from fedmerge.config import (
     with_absolute_paths,
 )
 from fedmerge.errors import ConfigError
+from fedmerge.evaluation.sums import head_label
 from fedmerge.report.bench_tables import POOLED
 
 Drawing = Literal["shuffled", "balanced"]  # of joint training
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,63}$")]
 REFERENCES = ("backbone", "expert")  # rows of every benchmark, beside the baselines of the experiment file
+FUSED = ", fused"  # end of the row of heads fused with text and last item
 FIXED = {"name", "seed", "run_id", "resume", "until", "output_dir"}  # set by the benchmark
 
 
@@ -42,6 +46,19 @@ class Variation(Table):
     set: dict[str, Any] = {}
 
 
+class Dataset(Variation):
+    """A dataset of the grid.
+
+    Attributes:
+        tested: domains to test; empty: all.
+        test_root: folder of domains whose users are tested; None: those of the experiment. With domains that were cut
+            to a share of their users, the whole ones: the catalogs must be equal.
+    """
+
+    tested: tuple[str, ...] = ()
+    test_root: str | None = None
+
+
 class BenchConfig(Table):
     """A grid: every strategy on every dataset with every seed.
 
@@ -52,7 +69,7 @@ class BenchConfig(Table):
         joint: rows of an adapter trained on pooled data, which breaks isolation; see fedmerge.bench.joint.
         joint_folds: with leave_one_out, train those rows for every fold as well.
         leave_one_out: also leave each training domain in turn out of the merge, and evaluate it as unseen.
-        baseline: row that the others are compared with.
+        baseline: row that the others are compared with; several rows: the first is the one of the page.
         dataset: datasets of the grid.
         strategy: strategies to compare; among several merges of one, the best on validation is selected.
     """
@@ -63,8 +80,8 @@ class BenchConfig(Table):
     joint: tuple[Drawing, ...] = ()
     joint_folds: bool = True
     leave_one_out: bool = False
-    baseline: str
-    dataset: tuple[Variation, ...] = Field((Variation(name="main"),), min_length=1)
+    baseline: str | tuple[str, ...]
+    dataset: tuple[Dataset, ...] = Field((Dataset(name="main"),), min_length=1)
     strategy: tuple[Variation, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
@@ -77,15 +94,33 @@ class BenchConfig(Table):
         ):
             if twice := sorted({name for name in names if names.count(name) > 1}):
                 raise ValueError(f"{what}: {', '.join(twice)} is given twice; expected each once")
-        rows = [*REFERENCES, *(strategy.name for strategy in self.strategy)]
-        if self.baseline not in rows:
-            raise ValueError(f"baseline: found {self.baseline!r}, expected one of {', '.join(rows)}")
         return self
+
+    @property
+    def baselines(self) -> tuple[str, ...]:
+        """Return the rows that the others are compared with."""
+        return (self.baseline,) if isinstance(self.baseline, str) else self.baseline
 
 
 def joint_row(drawing: Drawing) -> str:
     """Return the name of a row of joint training, which marks it as pooled wherever it is shown."""
     return f"joint-{drawing}{POOLED}"
+
+
+def head_row(strategy: str, vectors: HeadVectors) -> str:
+    """Return the row of a strategy's heads: ``average: head on the merge``; with FUSED at its end, the fused ones."""
+    return f"{strategy}: {head_label(vectors)}"
+
+
+def ranks_by_text(head: Head) -> bool:
+    """Return True if a strategy's merge is a row itself: unless its heads read other vectors only."""
+    return head.kind is None or "merge" in head.vectors
+
+
+def rows_of(strategy: str, head: Head) -> list[str]:
+    """Return the rows of a strategy, in their order."""
+    heads = [head_row(strategy, vectors) for vectors in head.vectors] if head.kind else []
+    return [strategy] * ranks_by_text(head) + [row + end for row in heads for end in ("", FUSED)]
 
 
 @dataclass(frozen=True)
@@ -127,7 +162,7 @@ class Bench:
                 where += f", {what} {name}"
         if wrong := sorted(FIXED & changes.keys()):
             raise ConfigError(f"{where}: set: found {', '.join(wrong)}, set by the benchmark itself; omit it")
-        return from_flat({**self.base, **changes, "seed": seed}, where)
+        return with_absolute_paths(from_flat({**self.base, **changes, "seed": seed}, where), Path.cwd())
 
 
 def load_bench(path: Path, overrides: Sequence[str] = ()) -> Bench:
@@ -155,6 +190,7 @@ def load_bench(path: Path, overrides: Sequence[str] = ()) -> Bench:
     base = with_absolute_paths(load_config(path.parent / config.experiment, overrides), Path.cwd())
     bench = Bench(config, dict(to_flat(base)))
     for dataset in config.dataset:
+        _check_dataset(path, bench, dataset)
         for strategy in (None, *(strategy.name for strategy in config.strategy)):
             experiment = bench.experiment(dataset.name, strategy, config.seeds[0])
             shared = bench.experiment(dataset.name, None, config.seeds[0])
@@ -184,6 +220,23 @@ def load_bench(path: Path, overrides: Sequence[str] = ()) -> Bench:
     return bench
 
 
+def _check_dataset(path: Path, bench: Bench, dataset: Dataset) -> None:
+    """Raise ConfigError if a dataset tests unknown domains, or has no row that is a baseline."""
+    shared = bench.experiment(dataset.name, None, bench.config.seeds[0])
+    if unknown := sorted({*dataset.tested} - {*shared.domains.train, *shared.domains.unseen}):
+        raise ConfigError(
+            f"{path}: dataset {dataset.name}: tested names {', '.join(unknown)}; expected domains of domains.train or "
+            "domains.unseen"
+        )
+    rows = [*REFERENCES]
+    for strategy in bench.config.strategy:
+        head = bench.experiment(dataset.name, strategy.name, bench.config.seeds[0]).head
+        rows += rows_of(strategy.name, head)
+    rows += shared.evaluation.baselines
+    if wrong := [name for name in bench.config.baselines if name not in rows]:
+        raise ConfigError(f"{path}: baseline: found {', '.join(map(repr, wrong))}, expected one of {', '.join(rows)}")
+
+
 def _check_fold(path: Path, dataset: str, strategy: str | None, experiment: ExperimentConfig) -> None:
     """Raise ConfigError if too few domains remain in a fold."""
     rest = experiment.domains.train[1:]
@@ -208,6 +261,8 @@ def _not_in_one_place(experiment: ExperimentConfig) -> str:
     """Return the reason why a benchmark's cell cannot do what clients do; empty if it can."""
     if experiment.privacy.metrics != "exact":
         return f"privacy.metrics = '{experiment.privacy.metrics}' needs a federation (fedmerge run); set 'exact'"
+    if experiment.head.kind is not None:
+        return f"head.kind = '{experiment.head.kind}' needs a federation (fedmerge run); set 'none'"
     learned = {*experiment.merge.methods} & LEARNED_METHODS and experiment.rounds.rule is None
     if not experiment.privacy.learns_through_clients or not learned:
         return ""

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedmerge.bench.cells import JOINT, is_one_shot
-from fedmerge.bench.config import Bench, Drawing
+from fedmerge.bench.config import Bench, Dataset, Drawing
 from fedmerge.client.cache.experts import BATCHES
 from fedmerge.client.cache.folders import inputs_key
-from fedmerge.config import Admission, ExperimentConfig, Rounds, flatten
+from fedmerge.config import Admission, ExperimentConfig, Head, Rounds, Split, flatten
 from fedmerge.config.privacy import Policy
 from fedmerge.errors import ConfigError, RunDirError
 from fedmerge.files import read_json, write_json
@@ -96,6 +96,7 @@ class Grid:
             "merge": wanted.merge.model_copy(update={"methods": ("average",)}),
             "rounds": wanted.rounds if rounds else Rounds(),
             "admission": Admission(),
+            "head": Head(),
             "simulation": simulation,
             "privacy": wanted.privacy.model_copy(update={"policy": policy}),
         }
@@ -136,6 +137,16 @@ class Grid:
         """Names of the strategies, in the order of the file."""
         return [strategy.name for strategy in self.bench.config.strategy]
 
+    def dataset(self, place: Place) -> Dataset:
+        """Return the dataset of a place."""
+        (dataset,) = (dataset for dataset in self.bench.config.dataset if dataset.name == place.dataset)
+        return dataset
+
+    def test_root(self, place: Place, split: Split) -> str | None:
+        """Return the folder of domains whose users are ranked, where it is not the experiment's."""
+        root = self.dataset(place).test_root
+        return str(Path(root).expanduser().absolute()) if root and split == "test" else None
+
     def places(self) -> list[Place]:
         """Return all places, those without a left-out domain first."""
         config = self.bench.config
@@ -144,7 +155,7 @@ class Grid:
             Place(place.dataset, place.seed, domain)
             for place in whole
             for domain in self.experiment(place, None).domains.train
-            if config.leave_one_out
+            if config.leave_one_out and domain in (self.dataset(place).tested or (domain,))
         ]
         return whole + folds
 

@@ -10,11 +10,10 @@ from fedmerge.bench.cells import (
     Cell,
     is_one_shot,
     joint_folder,
-    ranks_file,
-    sums_of_ranks,
 )
-from fedmerge.bench.config import joint_row
+from fedmerge.bench.config import joint_row, ranks_by_text
 from fedmerge.bench.grid import Grid, Place
+from fedmerge.bench.ranking import ranks_file, sums_of_ranks
 from fedmerge.client.cache.folders import inputs_key
 from fedmerge.config import ExperimentConfig, Split
 from fedmerge.evaluation.ranks import SELECTION_METRIC
@@ -39,9 +38,10 @@ def merged_domains(grid: Grid, place: Place, strategy: str | None) -> list[str]:
 
 
 def tested_domains(grid: Grid, place: Place) -> list[str]:
-    """Return the domains that are tested: all, or in a fold the left-out domain."""
+    """Return the domains that are tested: those of the dataset, by default all; in a fold the left-out domain."""
     domains = grid.experiment(place, None).domains
-    return [place.left_out] if place.left_out else [*domains.train, *domains.unseen]
+    wanted = grid.dataset(place).tested or (*domains.train, *domains.unseen)
+    return [place.left_out] if place.left_out else [*wanted]
 
 
 def chosen_variant(grid: Grid, place: Place, strategy: str) -> str | None:
@@ -108,8 +108,9 @@ def rows_on_test(grid: Grid, place: Place, domain: str) -> dict[str, Cell]:
     clients = grid.folder / "clients" / place.dataset
     rows = {"backbone": ranking(grid, place, shared, domain, "test", None, None)}
     for baseline in shared.evaluation.baselines:
-        file = ranks_file(clients, shared, domain, "test", baseline)
-        arguments = {"config": shared, "domain": domain, "split": "test", "baseline": baseline}
+        root = grid.test_root(place, "test")
+        file = ranks_file(clients, shared, domain, "test", root, baseline)
+        arguments = {"config": shared, "domain": domain, "split": "test", "test_root": root, "baseline": baseline}
         threads = shared.runtime.threads_per_client
         rows[baseline] = Cell("baseline", f"{baseline} on {domain} ({place.dataset})", file, arguments, threads)
     if domain in shared.domains.train:
@@ -126,7 +127,8 @@ def rows_on_test(grid: Grid, place: Place, domain: str) -> dict[str, Cell]:
         label = chosen_variant(grid, place, strategy)
         if label is not None:
             config = grid.evaluation(place, strategy)
-            rows[strategy] = ranking(grid, place, config, domain, "test", strategy, label)
+            if ranks_by_text(config.head):
+                rows[strategy] = ranking(grid, place, config, domain, "test", strategy, label)
     return rows
 
 
@@ -156,6 +158,7 @@ def ranking_of(
     adapter: Path | None,
     model: str,
 ) -> Cell:
-    file = ranks_file(grid.folder / "clients" / place.dataset, config, domain, split, model)
-    arguments = {"config": config, "domain": domain, "split": split, "adapter": adapter}
+    root = grid.test_root(place, split)
+    file = ranks_file(grid.folder / "clients" / place.dataset, config, domain, split, root, model)
+    arguments = {"config": config, "domain": domain, "split": split, "test_root": root, "adapter": adapter}
     return Cell("ranking", f"{title} on {domain} ({place})", file, arguments, config.runtime.threads_per_client)

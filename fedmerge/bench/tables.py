@@ -9,10 +9,18 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from fedmerge.bench.cells import MERGES, is_one_shot
-from fedmerge.bench.config import REFERENCES, Drawing, joint_row
+from fedmerge.bench.config import REFERENCES, Drawing, joint_row, rows_of
 from fedmerge.bench.grid import Grid, Place
-from fedmerge.bench.outcomes import audit_of, chosen_variant, merge_hashes, merged_domains, test_sums, tested_domains
+from fedmerge.bench.outcomes import (
+    audit_of,
+    chosen_variant,
+    merge_hashes,
+    merged_domains,
+    test_sums,
+    tested_domains,
+)
 from fedmerge.client.audit.attacks import EXPERT
+from fedmerge.config import ExperimentConfig
 from fedmerge.domain.catalog import CATALOG_FILE
 from fedmerge.domain.demo import domains_root
 from fedmerge.domain.manifest import read_manifest
@@ -24,6 +32,7 @@ from fedmerge.federated.summed import num_summed
 from fedmerge.files import read_json
 from fedmerge.merging.candidate import Provenance
 from fedmerge.privacy.dp.releases import coefficient_messages
+from fedmerge.report.bench.few_data import TRAIN_USERS
 from fedmerge.report.bench_tables import EVERY_FOLD, BenchTables
 from fedmerge.report.statistics import comparison_rows, rank_rows
 from fedmerge.report.tables import Role
@@ -45,7 +54,8 @@ def bench_tables(grid: Grid) -> BenchTables:
         for domain in tested_domains(grid, place)
         if (found := test_sums(grid, place, domain))
     }
-    baselines = {row for of_domain in sums.values() for row in of_domain["unmasked"].methods} - {*grid.strategies}
+    strategy_of = _strategy_of_row(grid)
+    baselines = {row for of_domain in sums.values() for row in of_domain["unmasked"].methods} - {*strategy_of}
     cells = [(place, strategy) for place in places for strategy in grid.strategies]
     joint = [(place, drawing) for place in places for drawing in grid.joint_rows(place)]
     return BenchTables(
@@ -69,11 +79,23 @@ def bench_tables(grid: Grid) -> BenchTables:
     )
 
 
+def _strategy_of_row(grid: Grid) -> dict[str, str]:
+    """Return row -> strategy, for the rows of merges and of their heads."""
+    dataset, seed = grid.bench.config.dataset[0].name, grid.bench.config.seeds[0]
+    return {
+        row: strategy
+        for strategy in grid.strategies
+        for row in rows_of(strategy, grid.bench.experiment(dataset, strategy, seed).head)
+    }
+
+
 def _results(grid: Grid, sums: Sums) -> Iterator[dict[str, Any]]:
+    strategy_of = _strategy_of_row(grid)
     for (place, domain), variants in sums.items():
         for variant, of_variant in variants.items():
             for strategy, metrics in of_variant.metrics_by_method().items():
-                label = chosen_variant(grid, place, strategy) if strategy in grid.strategies else strategy
+                whose = strategy_of.get(strategy)
+                label = chosen_variant(grid, place, whose) if whose else strategy
                 for metric, value in metrics.items():
                     yield {
                         **_named(place, strategy),
@@ -90,7 +112,6 @@ def _results(grid: Grid, sums: Sums) -> Iterator[dict[str, Any]]:
 
 def _comparisons(grid: Grid, sums: Sums) -> Iterator[dict[str, Any]]:
     """Compare on merged domains, and on unmerged ones: unseen domains, and each domain in the fold that left it out."""
-    baseline = grid.bench.config.baseline
     groups: tuple[tuple[str, Role], ...] = (
         ("", "train"),
         (EVERY_FOLD if grid.bench.config.leave_one_out else "", "unseen"),
@@ -98,17 +119,17 @@ def _comparisons(grid: Grid, sums: Sums) -> Iterator[dict[str, Any]]:
     for dataset in grid.bench.config.dataset:
         for left_out, role in groups:
             for variant in VARIANTS:
-                of_group = {
+                of_role = {
                     (place.seed, domain): variants[variant]
                     for (place, domain), variants in sums.items()
-                    if place.dataset == dataset.name
-                    and _role(grid, place, domain) == role
-                    and baseline in variants[variant].methods
+                    if place.dataset == dataset.name and _role(grid, place, domain) == role
                 }
-                if of_group:
-                    yield from comparison_rows(
-                        of_group, dataset=dataset.name, baseline=baseline, role=role, left_out=left_out
-                    )
+                for baseline in grid.bench.config.baselines:
+                    of_group = {key: found for key, found in of_role.items() if baseline in found.methods}
+                    if of_group:
+                        yield from comparison_rows(
+                            of_group, dataset=dataset.name, baseline=baseline, role=role, left_out=left_out
+                        )
 
 
 def _ranks(grid: Grid, sums: Sums) -> list[dict[str, Any]]:
@@ -294,6 +315,9 @@ def _cell(grid: Grid, place: Place, strategy: str) -> dict[str, Any]:
         "config": config.model_dump(mode="json"),
         "environment": record.get("environment") or read_json(grid.run(place, strategy) / "environment.json"),
         "seconds": record.get("seconds"),
+        TRAIN_USERS: {
+            domain: read_manifest(_folder(config, domain)).num_users for domain in tested_domains(grid, place)
+        },
         **({"excluded": away} if (away := grid.excluded_by_gate(place, strategy)) else {}),
     }
 
@@ -332,9 +356,13 @@ def _report(expert: Path) -> dict[str, Any]:
     return report
 
 
+def _folder(config: ExperimentConfig, domain: str) -> Path:
+    return domains_root(config.domains.root, config.cache_dir) / domain
+
+
 def _synthetic(grid: Grid, places: Sequence[Place]) -> bool:
     folders = {
-        domains_root(config.domains.root, config.cache_dir) / domain
+        _folder(config, domain)
         for place in places
         for config in [grid.experiment(place, None)]
         for domain in tested_domains(grid, place)

@@ -9,10 +9,11 @@ import pytest
 from in_process import finish, grid_in, tables_of, train
 from small_bench import FILE, STRATEGIES, TRAIN, VARIANTS, scores
 
-from fedmerge.bench.cells import Cell, Ended, Running, domain_of, joint_folder, work
+from fedmerge.bench.cells import Cell, Ended, Running, joint_folder, work
 from fedmerge.bench.config import load_bench
 from fedmerge.bench.grid import BENCHMARK, Grid, Place
 from fedmerge.bench.outcomes import merge_hashes, merged_domains
+from fedmerge.bench.ranking import domain_of
 from fedmerge.bench.stages import run_grid
 from fedmerge.client.evaluate import evaluate
 from fedmerge.config import from_flat, to_flat

@@ -33,7 +33,7 @@ def bench(place: Path, folder: str, log: Path) -> "subprocess.Popen[str]":
 
 def finished(folder: Path) -> dict[Path, int]:
     """Return the finished files with their times of writing: experts, merges, and ranks of users."""
-    patterns = ("training/*/adapters/*/training.json", "merges/**/merges.json", "clients/**/*.npz")
+    patterns = ("training/*/adapters/[!.]*/training.json", "merges/**/merges.json", "clients/**/*.npz")
     return {file: file.stat().st_mtime_ns for pattern in patterns for file in folder.glob(pattern)}
 
 

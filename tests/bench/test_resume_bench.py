@@ -14,8 +14,9 @@ from in_process import grid_in, here, tables_of, train
 from small_bench import FILE, REPOSITORY, scores
 
 import sim.local.bench
-from fedmerge.bench.cells import Cell, Ended, sums_of_ranks, work
+from fedmerge.bench.cells import Cell, Ended, work
 from fedmerge.bench.grid import Grid, Place
+from fedmerge.bench.ranking import sums_of_ranks
 from fedmerge.bench.stages import run_grid
 from fedmerge.errors import ClientError, PolicyError, RunDirError
 from fedmerge.files import read_json, write_json

@@ -7,9 +7,9 @@ import pytest
 from in_process import finish, grid_in, here, tables_of, train
 from small_bench import FILE, POLICIES, STRATEGIES, TRAIN, scores
 
-from fedmerge.bench.cells import domain_of
 from fedmerge.bench.grid import Grid, Place
 from fedmerge.bench.outcomes import merge_hashes
+from fedmerge.bench.ranking import domain_of
 from fedmerge.bench.stages import run_grid
 from fedmerge.bench.tables import WEIGHTS
 from fedmerge.client.audit.attacks import Audited, audit_domain

@@ -15,6 +15,7 @@ from fedmerge.report.bench.dataset import (
     scores_of,
 )
 from fedmerge.report.bench.differences import differences_section
+from fedmerge.report.bench.few_data import few_data_section
 from fedmerge.report.bench.learning import coefficients_section, curves_section
 from fedmerge.report.bench.notation import counted, difference_text, metric_title, score_html
 from fedmerge.report.bench.privacy import privacy_section
@@ -60,6 +61,8 @@ def bench_page(
         ):
             if content:
                 sections.append(Section(data.prefix + key, where + heading, content))
+    if few := few_data_section(tables, series):
+        sections.append(Section("few-data", "By number of users", few))
     if tables.ranks:
         sections.append(Section("ranks", "Ranks over domains and seeds", ranks_section(tables, series)))
     sections += more

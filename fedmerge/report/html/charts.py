@@ -215,8 +215,23 @@ def scatter_chart(
     return _figure(title, f"{title}: {x_title}, {y_title}. {description}", bottom + 40, parts)
 
 
-def line_chart(title: str, x_title: str, lines: Sequence[Line], *, with_legend: bool = False) -> Html:
-    """Return values over steps, each line with the band between its bounds; empty without a line."""
+def line_chart(
+    title: str,
+    x_title: str,
+    lines: Sequence[Line],
+    *,
+    with_legend: bool = False,
+    x_places: Mapping[float, str] | None = None,
+) -> Html:
+    """Return values over steps, each line with the band between its bounds; empty without a line.
+
+    Args:
+        title: caption.
+        x_title: name of the horizontal axis.
+        lines: the lines.
+        with_legend: add a legend below.
+        x_places: positions on the horizontal axis with their texts; None: round numbers.
+    """
     lines = [Line(line.label, line.series, _thinned(line.points)) for line in lines if line.points]
     if not lines:
         return Html("")
@@ -225,10 +240,10 @@ def line_chart(title: str, x_title: str, lines: Sequence[Line], *, with_legend: 
     left = _left_margin(up)
     across = _scale([x for line in lines for x, *_ in line.points], left, WIDTH - 10, padded=False)
     parts = [_horizontal_axis_lines(up, left, WIDTH - 4)]
-    places = ticks(across.low, across.high, 5)
-    for value in places:
+    round_places = ticks(across.low, across.high, 5)
+    for value, text in (x_places or {value: _tick_text(value, round_places) for value in round_places}).items():
         parts.append(_line(across(value), bottom, across(value), bottom + 4, "axis"))
-        parts.append(_text(_tick_text(value, places), across(value), bottom + 17, "middle", "muted"))
+        parts.append(_text(text, across(value), bottom + 17, "middle", "muted"))
     parts.append(_line(left, bottom, WIDTH - 4, bottom, "axis"))
     parts.append(_text(f"{x_title} →", WIDTH - 4, bottom + 34, "end", "muted"))
     for line in lines:
@@ -241,7 +256,8 @@ def line_chart(title: str, x_title: str, lines: Sequence[Line], *, with_legend: 
         path = "M" + "L".join(f"{across(x):.1f} {up(y):.1f}" for x, y, _, _ in line.points)
         parts.append(_stroke(line.series, path, line.label))
         x, y, *_ = line.points[-1]
-        parts.append(mark(line.series, across(x), up(y), title=f"{line.label}: {decimal(y)} at {x:g}"))
+        where = (x_places or {}).get(x, f"{x:g}")
+        parts.append(mark(line.series, across(x), up(y), title=f"{line.label}: {decimal(y)} at {where}"))
     description = "; ".join(f"{line.label} ends at {decimal(line.points[-1][1])}" for line in lines)
     below = legend({line.label: line.series for line in lines if line.label}, with_line=True) if with_legend else None
     return _figure(title, f"{title} over {x_title}. {description}", bottom + 40, parts, below)

@@ -1,0 +1,201 @@
+"""The cells that rank a client's users: under a merge or an expert, a baseline, or a head; and the sums of their ranks.
+
+Ranks of single users are under ``clients/``, which represents the clients' own disks.
+"""
+
+import io
+import zipfile
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedmerge.client.baselines.rankers import baseline_rankers, sasrec_settings
+from fedmerge.client.baselines.sasrec import sasrec_inputs
+from fedmerge.client.cache.folders import inputs_key
+from fedmerge.client.evaluate import Ranks, baseline_ranks, model_ranks
+from fedmerge.client.local_domain import LocalDomain, open_domain
+from fedmerge.config import (
+    BackboneSection,
+    Baseline,
+    Evaluation,
+    ExperimentConfig,
+    Runtime,
+    Split,
+    Text,
+)
+from fedmerge.device import resolve_compute
+from fedmerge.domain.demo import domains_root
+from fedmerge.domain.interactions import load_interactions
+from fedmerge.domain.manifest import read_manifest
+from fedmerge.domain.splits import Examples, evaluation_examples
+from fedmerge.encoder.backbone import Backbone, load_backbone
+from fedmerge.encoder.peft_folder import read_adapter
+from fedmerge.errors import DomainError, RunDirError
+from fedmerge.evaluation.ranks import per_user_metrics
+from fedmerge.evaluation.sums import VARIANTS, MetricSums, Variant, metric_sums
+from fedmerge.files import write_bytes
+from fedmerge.privacy.policy import check_enough_users
+
+
+def rank_model(
+    result: Path, config: ExperimentConfig, domain: str, split: Split, test_root: str | None, adapter: Path | None
+) -> None:
+    """Write every user's rank of the target under one model.
+
+    Args:
+        result: on the client's own disk.
+        config: text, backbone, evaluation, runtime and seed count.
+        domain: its name.
+        split: split of the targets.
+        test_root: folder of domains whose users are ranked, with equal catalogs; None: those of the experiment.
+        adapter: a PEFT folder; None for the backbone alone.
+    """
+    opened = domain_of(config, domain)
+    examples = _examples(config, domain, split, test_root)
+    models = {"model": None if adapter is None else read_adapter(adapter)}
+    _write_ranks(result, {"": model_ranks(opened, models, examples)["model"]})
+
+
+def rank_baseline(
+    result: Path, config: ExperimentConfig, domain: str, split: Split, test_root: str | None, baseline: Baseline
+) -> None:
+    """Do the same as :func:`rank_model` under a baseline; the file is empty if it has no training data."""
+    opened = domain_of(config, domain)
+    examples = _examples(config, domain, split, test_root)
+    found = baseline_ranks(
+        examples, baseline_rankers(opened, [baseline], config.evaluation, config.seed, config.cache_dir)
+    )
+    rows = [*found.values()]
+    _write_ranks(result, {"": rows[0]} if rows else {})
+
+
+# ---- data that leaves a client
+
+
+def ranks_file(
+    clients: Path,
+    config: ExperimentConfig,
+    domain: str,
+    split: Split,
+    test_root: str | None,
+    model: str,
+    head_seed: int | None = None,
+) -> Path:
+    """Return the file of a domain's ranks under a model, named by the hash of all their inputs.
+
+    Args:
+        clients: folder that represents the clients' disks.
+        config, domain, split, test_root: as for :func:`rank_model`.
+        model: the adapter's hash, or the name of another row.
+        head_seed: seed of a head on the vectors of that model; None without one.
+    """
+    inputs = {
+        "root": config.domains.root,
+        "text": config.text.model_dump(),
+        "backbone": config.backbone.model_dump(),
+        "sasrec": sasrec_inputs(sasrec_settings(config.evaluation)),
+        "runtime": [config.runtime.device, config.runtime.precision],
+        "users": [config.seed, num_users(config.evaluation, split), config.evaluation.validation_users],
+        "model": model,
+        **({"test_root": test_root} if test_root else {}),
+        **({"head": config.head.model_dump(exclude={"vectors"}), "seed": head_seed} if head_seed is not None else {}),
+    }
+    return clients / domain / split / f"{inputs_key(inputs)}.npz"
+
+
+def sums_of_ranks(files: Mapping[str, Path], domain: str, min_users: int) -> dict[Variant, MetricSums]:
+    """Return a client's answer: sums over its users, and their products between rows.
+
+    Args:
+        files: row -> file of ranks, of the same users; rows whose file is empty are left out. A head's file has two
+            rows, the second with FUSED at its end.
+        domain: for messages.
+        min_users: smallest number of users whose sums may leave.
+
+    Raises:
+        PolicyError: too few users.
+        RunDirError: a file cannot be read.
+    """
+    ranks = {row + end: read for row, file in files.items() for end, read in _read_ranks(file).items()}
+    sums = {
+        variant: metric_sums({row: per_user_metrics(found[variant]) for row, found in ranks.items()}, variant)
+        for variant in VARIANTS
+    }
+    for of_variant in sums.values():
+        check_enough_users(domain, of_variant.num_users, min_users)
+    return sums
+
+
+def num_users(evaluation: Evaluation, split: Split) -> int | None:
+    """Return the largest number of evaluated users in a domain."""
+    return evaluation.validation_users if split == "valid" else evaluation.test_users
+
+
+def _examples(config: ExperimentConfig, domain: str, split: Split, test_root: str | None) -> Examples:
+    """Return the questions to rank, of users of the experiment's domain or of its namesake in another folder.
+
+    Raises:
+        DomainError: the catalogs of the two differ.
+    """
+    interactions = domain_of(config, domain).interactions
+    if test_root is not None:
+        own, other = domain_of(config, domain).manifest, read_manifest(Path(test_root) / domain)
+        if own.catalog_sha256 != other.catalog_sha256:
+            raise DomainError(
+                f"domain {domain}: its catalog in {config.domains.root} has hash {own.catalog_sha256[:12]}…, that in "
+                f"test_root {test_root} has {other.catalog_sha256[:12]}…; expected equal catalogs. Cut the domains of "
+                "test_root with 'fedmerge data cut'."
+            )
+        interactions = load_interactions(Path(test_root) / domain)
+    return evaluation_examples(interactions, split, num_users(config.evaluation, split), config.seed)
+
+
+def _write_ranks(file: Path, rows: Mapping[str, Ranks]) -> None:
+    """Write the ranks of rows; each array is named by its variant and the end of its row's name."""
+    arrays: dict[str, Any] = {
+        variant + end: of_variant.astype(np.int32)
+        for end, ranks in rows.items()
+        for variant, of_variant in ranks.items()
+    }
+    data = io.BytesIO()
+    np.savez_compressed(data, **arrays)
+    write_bytes(file, data.getvalue())
+
+
+def _read_ranks(file: Path) -> dict[str, Ranks]:
+    try:
+        with np.load(file) as arrays:
+            rows: dict[str, Ranks] = {}
+            for name in arrays.files:
+                variant = next(variant for variant in VARIANTS if name.startswith(variant))
+                rows.setdefault(name.removeprefix(variant), {})[variant] = arrays[name].astype(np.int64)
+            return rows
+    except (OSError, ValueError, StopIteration, zipfile.BadZipFile) as error:
+        raise RunDirError(f"{file}: cannot be read ({error}). Delete it and start the benchmark again.") from error
+
+
+# ---- shared by the cells of a process
+
+
+def domain_of(config: ExperimentConfig, domain: str) -> LocalDomain:
+    """Return a domain, opened once per process."""
+    return _domain(
+        domains_root(config.domains.root, config.cache_dir) / domain,
+        backbone_of(config.backbone, config.runtime),
+        config.text,
+    )
+
+
+@lru_cache(maxsize=1)
+def backbone_of(section: BackboneSection, runtime: Runtime) -> Backbone:
+    """Return the frozen encoder, loaded once per process."""
+    compute = resolve_compute(runtime.device, runtime.precision)
+    return load_backbone(section.source, section.pooling, compute, section.weights_sha256)
+
+
+@lru_cache(maxsize=16)  # small beside the backbone; opening one tokenises its catalog
+def _domain(folder: Path, backbone: Backbone, text: Text) -> LocalDomain:
+    return open_domain(folder, backbone, text)
