@@ -19,7 +19,7 @@ import torch
 from fedmerge.adapter import Adapter, LoraModule, adapter_sha256
 from fedmerge.bench.config import Drawing
 from fedmerge.bench.joint import train_jointly
-from fedmerge.bench.ranking import backbone_of, domain_of, num_users, rank_baseline, rank_model
+from fedmerge.bench.ranking import backbone_of, domain_of, num_users, rank_baseline, rank_head, rank_model
 from fedmerge.client.audit.attacks import Audited, audit_domain
 from fedmerge.client.evaluate import evaluate
 from fedmerge.client.training.settings import training_settings
@@ -300,6 +300,7 @@ WORK: Mapping[str, Callable[..., None]] = {
     "merging": write_merges,
     "ranking": rank_model,
     "baseline": rank_baseline,
+    "head": rank_head,
     "audit": audit_adapters,
 }
 

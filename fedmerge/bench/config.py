@@ -261,8 +261,8 @@ def _not_in_one_place(experiment: ExperimentConfig) -> str:
     """Return the reason why a benchmark's cell cannot do what clients do; empty if it can."""
     if experiment.privacy.metrics != "exact":
         return f"privacy.metrics = '{experiment.privacy.metrics}' needs a federation (fedmerge run); set 'exact'"
-    if experiment.head.kind is not None:
-        return f"head.kind = '{experiment.head.kind}' needs a federation (fedmerge run); set 'none'"
+    if experiment.head.kind == "federated":
+        return "head.kind = 'federated' needs a federation (fedmerge run); set 'local'"
     learned = {*experiment.merge.methods} & LEARNED_METHODS and experiment.rounds.rule is None
     if not experiment.privacy.learns_through_clients or not learned:
         return ""

@@ -11,11 +11,11 @@ from fedmerge.bench.cells import (
     is_one_shot,
     joint_folder,
 )
-from fedmerge.bench.config import joint_row, ranks_by_text
+from fedmerge.bench.config import head_row, joint_row, ranks_by_text
 from fedmerge.bench.grid import Grid, Place
 from fedmerge.bench.ranking import ranks_file, sums_of_ranks
 from fedmerge.client.cache.folders import inputs_key
-from fedmerge.config import ExperimentConfig, Split
+from fedmerge.config import ExperimentConfig, HeadVectors, Split
 from fedmerge.evaluation.ranks import SELECTION_METRIC
 from fedmerge.evaluation.sums import MetricSums, Variant
 from fedmerge.files import read_json, write_json
@@ -129,7 +129,38 @@ def rows_on_test(grid: Grid, place: Place, domain: str) -> dict[str, Cell]:
             config = grid.evaluation(place, strategy)
             if ranks_by_text(config.head):
                 rows[strategy] = ranking(grid, place, config, domain, "test", strategy, label)
+            rows |= head_cells(grid, place, domain, strategy)
     return rows
+
+
+def head_cells(grid: Grid, place: Place, domain: str, strategy: str) -> dict[str, Cell]:
+    """Return row -> cell for the heads of a strategy: none on a domain that does not train."""
+    config, label = grid.evaluation(place, strategy), chosen_variant(grid, place, strategy)
+    if config.head.kind is None or label is None or domain not in merged_domains(grid, place, strategy):
+        return {}
+    run, merges = grid.run(place, None), grid.merges(place, strategy)
+    adapters: dict[HeadVectors, tuple[Path | None, str]] = {
+        "merge": (merge_folder(merges, label), merge_hashes(grid, place, strategy)[label]),
+        "expert": (run / ADAPTERS / domain, (read_sources(run) or {})[domain]),
+        "backbone": (None, "backbone"),
+    }
+    clients, root = grid.folder / "clients" / place.dataset, grid.test_root(place, "test")
+    cells = {}
+    for vectors in config.head.vectors:
+        adapter, model = adapters[vectors]
+        row = head_row(strategy, vectors)
+        arguments = {
+            "config": config,
+            "domain": domain,
+            "split": "test",
+            "test_root": root,
+            "adapter": adapter,
+            "vectors": vectors,
+            "seed": place.seed,
+        }
+        file = ranks_file(clients, config, domain, "test", root, model, place.seed)
+        cells[row] = Cell("head", f"{row}, on {domain} ({place})", file, arguments, config.runtime.threads_per_client)
+    return cells
 
 
 def ranking(

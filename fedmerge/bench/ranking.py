@@ -6,6 +6,7 @@ Ranks of single users are under ``clients/``, which represents the clients' own 
 import io
 import zipfile
 from collections.abc import Mapping
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,14 @@ from fedmerge.client.baselines.rankers import baseline_rankers, sasrec_settings
 from fedmerge.client.baselines.sasrec import sasrec_inputs
 from fedmerge.client.cache.folders import inputs_key
 from fedmerge.client.evaluate import Ranks, baseline_ranks, model_ranks
+from fedmerge.client.heads.heads import head_ranks, load_or_train_head, why_no_head
 from fedmerge.client.local_domain import LocalDomain, open_domain
 from fedmerge.config import (
     BackboneSection,
     Baseline,
     Evaluation,
     ExperimentConfig,
+    HeadVectors,
     Runtime,
     Split,
     Text,
@@ -35,8 +38,8 @@ from fedmerge.encoder.backbone import Backbone, load_backbone
 from fedmerge.encoder.peft_folder import read_adapter
 from fedmerge.errors import DomainError, RunDirError
 from fedmerge.evaluation.ranks import per_user_metrics
-from fedmerge.evaluation.sums import VARIANTS, MetricSums, Variant, metric_sums
-from fedmerge.files import write_bytes
+from fedmerge.evaluation.sums import VARIANTS, MetricSums, Variant, head_label, metric_sums
+from fedmerge.files import write_bytes, write_json
 from fedmerge.privacy.policy import check_enough_users
 
 
@@ -70,6 +73,44 @@ def rank_baseline(
     )
     rows = [*found.values()]
     _write_ranks(result, {"": rows[0]} if rows else {})
+
+
+def rank_head(
+    result: Path,
+    config: ExperimentConfig,
+    domain: str,
+    split: Split,
+    test_root: str | None,
+    adapter: Path | None,
+    vectors: HeadVectors,
+    seed: int,
+) -> None:
+    """Train a domain's own head, or load it, and do the same as :func:`rank_model` under it, alone and fused.
+
+    The file is empty if the domain has too few users for a head.
+
+    Args:
+        result, config, domain, split, test_root: as for :func:`rank_model`.
+        adapter: a PEFT folder, whose item vectors the head reads; None for the backbone.
+        vectors: the head's name for that adapter.
+        seed: seed of the head's training.
+    """
+    opened, examples = domain_of(config, domain), _examples(config, domain, split, test_root)
+    if why_no_head(opened):
+        write_json(head_report(result), {"seconds": 0.0})
+        _write_ranks(result, {})
+        return
+    model = None if adapter is None else read_adapter(adapter)
+    validation_users = num_users(config.evaluation, "valid")
+    head = load_or_train_head(opened, model, config.head, validation_users, seed, config.cache_dir)
+    write_json(head_report(result), {**head.report, "fusion": {of: asdict(made) for of, made in head.fusion.items()}})
+    found = head_ranks(opened, vectors, model, head, examples)
+    _write_ranks(result, {label.removeprefix(head_label(vectors)): ranks for label, ranks in found.items()})
+
+
+def head_report(ranks: Path) -> Path:
+    """Return the file with the report of the training of a head, beside its ranks."""
+    return ranks.with_suffix(".json")
 
 
 # ---- data that leaves a client

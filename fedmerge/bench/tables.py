@@ -9,18 +9,20 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from fedmerge.bench.cells import MERGES, is_one_shot
-from fedmerge.bench.config import REFERENCES, Drawing, joint_row, rows_of
+from fedmerge.bench.config import REFERENCES, Drawing, head_row, joint_row, ranks_by_text, rows_of
 from fedmerge.bench.grid import Grid, Place
 from fedmerge.bench.outcomes import (
     audit_of,
     chosen_variant,
+    head_cells,
     merge_hashes,
     merged_domains,
     test_sums,
     tested_domains,
 )
+from fedmerge.bench.ranking import head_report
 from fedmerge.client.audit.attacks import EXPERT
-from fedmerge.config import ExperimentConfig
+from fedmerge.config import ExperimentConfig, HeadVectors
 from fedmerge.domain.catalog import CATALOG_FILE
 from fedmerge.domain.demo import domains_root
 from fedmerge.domain.manifest import read_manifest
@@ -64,7 +66,12 @@ def bench_tables(grid: Grid) -> BenchTables:
         results=list(_results(grid, sums)),
         comparisons=list(_comparisons(grid, sums)),
         costs=[
-            *(_cost(grid, place, strategy) for place, strategy in cells if chosen_variant(grid, place, strategy)),
+            *(
+                row
+                for place, strategy in cells
+                if chosen_variant(grid, place, strategy)
+                for row in _costs(grid, place, strategy)
+            ),
             *(_joint_cost(grid, place, drawing) for place, drawing in joint if read_json(grid.joint(place, drawing))),
         ],
         curves=[*_curves(grid, places), *_joint_curves(grid, joint)],
@@ -143,6 +150,29 @@ def _ranks(grid: Grid, sums: Sums) -> list[dict[str, Any]]:
         if not place.left_out
     }
     return rank_rows(scores)
+
+
+def _costs(grid: Grid, place: Place, strategy: str) -> Iterator[dict[str, Any]]:
+    """Yield the costs of a strategy's merge and of its heads: those of a head on own vectors are its client's alone."""
+    of_merge, head = _cost(grid, place, strategy), grid.experiment(place, strategy).head
+    if ranks_by_text(head):
+        yield of_merge
+    nothing = {"bytes_up": 0.0, "bytes_down": 0.0, "server_seconds": 0.0, "rank": None, "error": None, "residual": None}
+    run, domains = grid.run(place, None), merged_domains(grid, place, strategy)
+    of_experts = sum(float(_report(run / ADAPTERS / domain)["seconds"]) for domain in domains)
+    before: Mapping[HeadVectors, dict[str, Any]] = {
+        "merge": of_merge,
+        "expert": {**of_merge, **nothing, "client_seconds": of_experts},
+        "backbone": {**of_merge, **nothing, "client_seconds": 0.0},
+    }
+    tested = [domain for domain in domains if domain in tested_domains(grid, place)]
+    cells = [head_cells(grid, place, domain, strategy) for domain in tested]
+    for vectors in head.vectors if head.kind else ():
+        row = head_row(strategy, vectors)
+        reports = [read_json(head_report(of_domain[row].result)) for of_domain in cells if row in of_domain]
+        if reports and None not in reports:
+            seconds = before[vectors]["client_seconds"] + sum(report["seconds"] for report in reports)
+            yield {**before[vectors], "strategy": row, "client_seconds": seconds, "peak_bytes": None}
 
 
 def _cost(grid: Grid, place: Place, strategy: str) -> dict[str, Any]:

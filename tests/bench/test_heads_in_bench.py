@@ -1,0 +1,150 @@
+"""Heads as a setting of strategies, and domains cut to a share of their users."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from in_process import finish, grid_in, here, small_experiment, tables_of, train
+from small_bench import REPOSITORY, TRAIN, scores
+
+from fedmerge.bench.grid import Grid, Place
+from fedmerge.bench.outcomes import head_cells
+from fedmerge.bench.ranking import head_report
+from fedmerge.bench.stages import run_grid
+from fedmerge.config import to_toml
+from fedmerge.domain.cut import cut_domain
+from fedmerge.domain.demo import write_demo
+from fedmerge.errors import ConfigError
+from fedmerge.files import read_json
+from fedmerge.report.bench.few_data import TRAIN_USERS
+from fedmerge.report.bench.page import bench_page
+from fedmerge.report.bench_tables import BenchTables
+
+pytestmark = pytest.mark.federation
+
+HEADS = (REPOSITORY / "configs" / "bench" / "heads-smoke.toml").read_text().partition("[[strategy]]")
+STRATEGIES = "[[strategy]]" + HEADS[2]
+HEAD_SETTINGS = {"head.hidden_size": 8, "head.max_epochs": 1, "head.max_minutes": None}
+FILE = f"""
+title = "Heads"
+experiment = "experiment.toml"
+seeds = [0]
+baseline = ["ids: head on the backbone", "alone: head on the expert, fused"]
+{{datasets}}
+{STRATEGIES}
+"""
+JOINED, ALONE = "average: head on the merge, fused", "alone: head on the expert, fused"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("heads")
+    experiment = small_experiment(place, **{"privacy.min_users": 2, **HEAD_SETTINGS})
+    (place / "experiment.toml").write_text(to_toml(experiment))
+    cut_domain(place / "domains" / "books", place / "few", 0.5, seed=0)
+    for name in ("beauty", "coffee", "camping"):
+        shutil.copytree(place / "domains" / name, place / "few" / name)
+    datasets = f"""
+[[dataset]]
+name = "whole"
+[[dataset]]
+name = "few"
+tested = ["books"]
+test_root = "{place / "domains"}"
+set = {{ "domains.root" = "{place / "few"}" }}
+"""
+    (place / "bench.toml").write_text(FILE.replace("{datasets}", datasets))
+    return place
+
+
+@pytest.fixture(scope="module")
+def finished(place: Path) -> tuple[Grid, BenchTables, list[str]]:
+    grid = grid_in(place, "done")
+    lines = finish(grid)
+    return grid, tables_of(grid), lines
+
+
+def test_every_head_has_two_rows_and_no_other_domain_has_any(finished: tuple[Grid, BenchTables, list[str]]) -> None:
+    tables = finished[1]
+    heads = {
+        row + end
+        for row in ("average: head on the merge", "alone: head on the expert", "alone: head on the backbone")
+        for end in ("", ", fused")
+    } | {"ids: head on the backbone", "ids: head on the backbone, fused"}
+    for domain in TRAIN:
+        found = scores(tables, dataset="whole", domain=domain)
+        assert {*found} >= heads | {"average", "expert", "backbone"}
+        assert not {"alone", "ids"} & {*found}  # their merge is that of "average"
+    assert not heads & {*scores(tables, dataset="whole", domain="camping")}
+    assert not heads & {*tables.references}
+    labels = {row["label"] for row in tables.results if row["strategy"] == JOINED}
+    assert labels == {"average"}
+
+
+def test_heads_are_compared_with_each_baseline(finished: tuple[Grid, BenchTables, list[str]]) -> None:
+    compared = {(row["strategy"], row["baseline"]) for row in finished[1].comparisons if row["role"] == "train"}
+    assert {(JOINED, ALONE), (JOINED, "ids: head on the backbone"), (ALONE, "ids: head on the backbone")} <= compared
+    page = bench_page(finished[1])
+    assert "By number of users" in page
+    assert JOINED in page
+
+
+def test_a_head_costs_its_training_and_only_a_joined_one_traffic(
+    finished: tuple[Grid, BenchTables, list[str]],
+) -> None:
+    grid, tables, _ = finished
+    costs = {row["strategy"]: row for row in tables.costs if row["dataset"] == "whole"}
+    assert {"alone", "ids"}.isdisjoint(costs)
+    assert {row["strategy"] for row in tables.costs if row["dataset"] == "few"} == {*costs}
+    assert costs["average: head on the merge"]["bytes_up"] == costs["average"]["bytes_up"] > 0
+    assert costs["alone: head on the expert"]["bytes_up"] == 0
+    cells = [head_cells(grid, Place("whole", 0, ""), domain, "average") for domain in TRAIN]
+    seconds = sum(read_json(head_report(of["average: head on the merge"].result))["seconds"] for of in cells)
+    head, merge = costs["average: head on the merge"], costs["average"]
+    assert head["client_seconds"] == pytest.approx(merge["client_seconds"] + seconds)
+
+
+def test_a_cut_domain_trains_on_its_users_and_is_tested_on_all(
+    place: Path, finished: tuple[Grid, BenchTables, list[str]]
+) -> None:
+    tables = finished[1]
+    rows = [row for row in tables.results if row["dataset"] == "few"]
+    assert {row["domain"] for row in rows} == {"books"}
+    assert {row["num_users"] for row in rows} == {
+        row["num_users"] for row in tables.results if (row["dataset"], row["domain"]) == ("whole", "books")
+    }
+    whole = scores(tables, dataset="whole", domain="books")
+    few = scores(tables, dataset="few", domain="books")
+    assert few["backbone"] == whole["backbone"]  # the same users under the same model
+    sizes = {cell["dataset"]: cell[TRAIN_USERS]["books"] for cell in tables.cells}
+    assert sizes["few"] == sizes["whole"] / 2
+
+
+def test_a_finished_benchmark_trains_no_head_again(finished: tuple[Grid, BenchTables, list[str]]) -> None:
+    lines = finish(finished[0])
+    assert not [line for line in lines if "head" in line]
+
+
+def test_wrong_datasets_and_baselines_are_refused(place: Path) -> None:
+    for change, message in (
+        (('tested = ["books"]', 'tested = ["boks"]'), "tested names boks"),
+        (("alone: head on the expert, fused", "alone: head on the merge"), "baseline.*alone: head on the merge"),
+    ):
+        (place / "wrong.toml").write_text((place / "bench.toml").read_text().replace(*change))
+        with pytest.raises(ConfigError, match=message):
+            grid_in(place, "wrong", "wrong.toml")
+
+
+def test_users_of_another_catalog_are_refused(place: Path, finished: tuple[Grid, BenchTables, list[str]]) -> None:
+    write_demo(place / "others", num_domains=8, num_users=30, num_items=30)
+    text = (
+        (place / "bench.toml")
+        .read_text()
+        .replace(f'test_root = "{place / "domains"}"', f'test_root = "{place / "others"}"')
+    )
+    (place / "others.toml").write_text(text)
+    grid = grid_in(place, "others-bench", "others.toml")
+    shutil.copytree(finished[0].folder / "training", grid.folder / "training")
+    failed = run_grid(grid, train, here, lambda line: None)
+    assert failed
+    assert all("expected equal catalogs" in line for line in failed)
