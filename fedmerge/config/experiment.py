@@ -87,7 +87,7 @@ class ExperimentConfig(Section):
             *transport_problems(self.privacy, self.rounds),
             *aggregate_only_problems(self.privacy, self.merge, self.rounds, len(self.domains.train), self.until),
             *admission_problems(self.admission, self.rounds, self.privacy, self.server),
-            *head_problems(self.head, self.rounds, self.privacy, self.dp, self.until),
+            *head_problems(self.head, self.rounds, self.privacy, self.dp, self.until, len(self.domains.train)),
             *simulation_problems(self.simulation, self.domains, self.dp),
             *dp_problems(
                 self.dp,

@@ -33,6 +33,8 @@ FILES: Mapping[str, str] = {
     "them; the gate's findings on each expert, final",
     "learning/": "with coefficients learned through the clients: the cohort, the answers to each message",
     "rounds/": "with `rounds.rule`: members, replies, state; `<number>.json` of every round",
+    "head-rounds/, head/": "with `head.kind = 'federated'`: its rounds, as in `rounds/`; the head as a PEFT "
+    "folder with `provenance.json`",
     "secure-sum/, secure-sum.jsonl": "under `aggregate-only`: the mean and its record; whose values each sum revealed",
     "merged/<label>/": "each merge: a PEFT folder with `provenance.json` (source domains and hashes, method, "
     "coefficients, policy)",

@@ -57,6 +57,36 @@ def test_the_section_survives_its_file_form() -> None:
             },
             "head.rule is median, which needs every single head",
         ),
+        (
+            {**FEDERATED, "dp.mode": "domain-local", "dp.epsilon": 8, "dp.delta": 1e-6},
+            "dp.mode = 'domain-local' with head.kind = 'federated': the rounds of the head get no noise",
+        ),
+        ({**FEDERATED, "head.rule": "ffa-lora"}, "head.rule is ffa-lora, which freezes A, but clients train all"),
+        ({**FEDERATED, "head.rule": "flora"}, "which freezes the global head and adds a fresh one"),
+        ({**FEDERATED, "head.rule": "krum", "domains.train": "a,b,c,d"}, "4 clients take part in a round; it needs 5"),
+        ({**FEDERATED, "head.rule": "trimmed-mean", "domains.train": "a,b,c"}, "it needs 5. Name more domains"),
+        (
+            {
+                **FEDERATED,
+                "privacy.policy": "aggregate-only",
+                "merge.methods": "average",
+                "admission.action": "none",
+                "domains.train": "a,b,c,d",
+                "rounds.fraction": 0.5,
+            },
+            "sums the heads of 2 clients with rounds.weights = 'equal'",
+        ),
+        (
+            {
+                **FEDERATED,
+                "privacy.policy": "aggregate-only",
+                "merge.methods": "average",
+                "admission.action": "none",
+                "domains.train": "a,b,c",
+                "rounds.weights": "users",
+            },
+            "or 3 of unequal weight, one client reads another's head off the sum",
+        ),
     ],
 )
 def test_a_contradiction_is_one_line_with_its_remedy(flat: dict[str, Any], expected: str) -> None:

@@ -6,16 +6,26 @@ from typing import NamedTuple
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
-from fedmerge.client.cache.secure_sums import read_cached_values, record_answered, record_revealed
+from fedmerge.adapter import Adapter
+from fedmerge.client.cache.secure_sums import (
+    cache_values,
+    check_same_as_revealed,
+    read_cached_values,
+    record_answered,
+    record_revealed,
+    sum_key,
+)
 from fedmerge.config import ExperimentConfig, from_flat
-from fedmerge.errors import ClientError
+from fedmerge.errors import ClientError, PolicyError
+from fedmerge.federated.rules import RULES
+from fedmerge.federated.summed import summed_values
 from fedmerge.privacy.policy import check_may_leave
 from fedmerge.privacy.secagg.agreement import Summand, check_session
 from fedmerge.privacy.secagg.client import advertise, mask_values, share, unmask
 from fedmerge.privacy.secagg.identity import read_identity, read_registered
 from fedmerge.privacy.secagg.session import num_outside
 from fedmerge.privacy.secagg.state import ClientState, state_from_text, state_to_text
-from sim.app.client.node import check_own_policy, domain_name
+from sim.app.client.node import Client, check_own_policy, domain_name
 from sim.app.messages import secure_sum as secure_records
 
 _SECRETS = "secure sum"
@@ -64,6 +74,42 @@ def _in_sum(context: Context) -> tuple[str, ExperimentConfig]:
     check_own_policy(context, config, domain)
     check_may_leave(config.privacy.policy, "masked update", domain)
     return domain, config
+
+
+def keep_for_sum(
+    client: Client,
+    context: Context,
+    rule: str,
+    adapter: Adapter,
+    start: Adapter | None,
+    number: int,
+    what: Summand = "adapter",
+) -> None:
+    """Cache what this client adds to the next sum; nothing of it leaves yet.
+
+    Args:
+        client: this node.
+        context: of the message.
+        rule: of the rounds; weighted-average for experts.
+        adapter: the trained adapter.
+        start: that a round started from; None for experts.
+        number: of the round; 0 outside of rounds.
+        what: the sum is of.
+
+    Raises:
+        PolicyError: the rule needs single adapters, or a sum has revealed other values of the same training.
+    """
+    row, config, manifest = RULES[rule], client.config, client.domain.manifest
+    if row.summed is None:
+        raise PolicyError(
+            f"{'head' if what == 'head' else 'rounds'}.rule is {rule}, which needs single adapters, but the policy "
+            "keeps them at the client. Use a rule that sums are enough for."
+        )
+    values = summed_values(row.summed, adapter, start if row.of == "updates" else None)
+    key = sum_key(config.dp, config.run_id, number, what)
+    sha256 = cache_values(config.cache_dir, manifest.name, values)
+    check_same_as_revealed(config.cache_dir, manifest.name, sha256, key)
+    remember_values(context, sha256, key, number, manifest.num_users, what)
 
 
 def remember_values(

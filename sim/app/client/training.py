@@ -10,7 +10,6 @@ from flwr.app import Context, Message, RecordDict
 from fedmerge.adapter import Adapter, adapter_sha256, is_zero
 from fedmerge.client.cache.dp_releases import Release, check_round_is_counted, release_round_once, releases_folder
 from fedmerge.client.cache.experts import load_or_train_expert
-from fedmerge.client.cache.secure_sums import cache_values, check_same_as_revealed, sum_key
 from fedmerge.client.disclosed.account import entries_of
 from fedmerge.client.training.dp_sgd import plan_record, user_plan
 from fedmerge.client.training.poisoning import apply_attack, training_inputs
@@ -18,13 +17,10 @@ from fedmerge.client.training.round import RoundTask, train_round
 from fedmerge.client.training.settings import training_settings
 from fedmerge.config import Lora
 from fedmerge.encoder.lora import fresh_adapter
-from fedmerge.errors import PolicyError
-from fedmerge.federated.rules import RULES
-from fedmerge.federated.summed import summed_values
 from fedmerge.privacy.policy import check_may_leave
 from fedmerge.privacy.transport import coding_of, decode_as_receiver, residual
 from sim.app.client.node import Client, charge_run, open_client
-from sim.app.client.secure_sum import remember_values
+from sim.app.client.secure_sum import keep_for_sum
 from sim.app.messages import records
 
 logger = logging.getLogger("fedmerge.client")
@@ -49,20 +45,8 @@ def train(message: Message, context: Context) -> RecordDict:
 def _train_for_sum(client: Client, message: Message, context: Context) -> RecordDict:
     """Train, cache the values for the secure sum, and send the report alone, without the hash of the adapter."""
     adapter, report, task = _train_as_asked(client, message)
-    rule = client.config.rounds.rule
-    row = RULES["weighted-average" if rule is None else rule]
-    if row.summed is None:
-        raise PolicyError(
-            f"rounds.rule is {rule}, which needs single adapters, but the policy keeps them at the client. Use a rule "
-            "that sums are enough for."
-        )
-    values = summed_values(row.summed, adapter, task.start if task and row.of == "updates" else None)
-    name, cache_dir = client.domain.manifest.name, client.config.cache_dir
-    number = task.number if task else 0
-    key = sum_key(client.config.dp, client.config.run_id, number)
-    sha256 = cache_values(cache_dir, name, values)
-    check_same_as_revealed(cache_dir, name, sha256, key)
-    remember_values(context, sha256, key, number, client.domain.manifest.num_users)
+    rule = client.config.rounds.rule or "weighted-average"
+    keep_for_sum(client, context, rule, adapter, task.start if task else None, task.number if task else 0)
     return records.report_record({key: value for key, value in report.items() if key != "sha256"})
 
 

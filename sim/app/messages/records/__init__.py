@@ -7,6 +7,7 @@ query.describe    empty                                           description_re
 query.catalog     empty                                           catalog_record
 train             empty, or round_request_record                  expert_record, or report_record
 train.head        head_request_record, with model_records         head_reports_record
+train.head_round  round_request_record                            expert_record, or report_record
 evaluate          evaluation_request_record, with model_records   metric_sums_record
 query.cohort      cohort_record                                   pseudo_users_record
 query.gradient    gradient_request_record                         gradient_record
@@ -53,6 +54,7 @@ from sim.app.messages.records.evaluation import (
 )
 from sim.app.messages.records.heads import (
     HEAD_REPORT_FIELDS,
+    ROUND_HEAD,
     TRAIN_HEAD,
     HeadRequest,
     head_reports_record,
@@ -98,6 +100,7 @@ __all__ = [
     "LARGEST_NUMBER",
     "NOT_FRESH",
     "OWN_EXPERT",
+    "ROUND_HEAD",
     "TRAIN",
     "TRAIN_HEAD",
     "Description",

@@ -16,6 +16,7 @@ from sim.app.messages.records.fields import FACTS, LONGEST_SHOWN, ONE_VERSION, r
 from sim.app.messages.records.training import is_count, is_number
 
 TRAIN_HEAD = "train.head"
+ROUND_HEAD = "train.head_round"  # its request and its reply are those of a round of adapters
 LONGEST_REASON = 500  # characters
 _HEADS = "heads"
 
