@@ -165,7 +165,9 @@ def _disk(client: Client) -> str:
         raise _Fails(
             f"{client.cache_dir}: {free / 2**30:.1f} GiB free, expected at least 1. Free space, or move cache_dir."
         )
-    return f"{free / 2**30:.0f} GiB free in {client.cache_dir}"
+    kept = {what: sum(1 for _ in (client.cache_dir / what).glob("*/")) for what in ("experts", "heads")}
+    holds = " and ".join(f"{number} {what}" for what, number in kept.items())
+    return f"{free / 2**30:.0f} GiB free in {client.cache_dir}, which holds {holds}; heads never leave"
 
 
 def _app(client: Client, bundle: Bundle | None) -> str:

@@ -155,6 +155,14 @@ def test_a_cache_that_cannot_be_written_is_named(client: Client, tmp_path: Path)
     assert re.search(r"file/cache: .*\(Not a directory\).*cache_dir", result["disk"].found)
 
 
+def test_the_check_says_what_the_cache_holds(client: Client) -> None:
+    assert found(client, None)["disk"].found.endswith("which holds 0 experts and 0 heads; heads never leave")
+    for folder in ("experts/books-1", "heads/books-1", "heads/books-2"):
+        (client.cache_dir / folder).mkdir(parents=True)
+    (client.cache_dir / "heads" / "books-3.checkpoint").touch()
+    assert "holds 1 experts and 2 heads" in found(client, None)["disk"].found
+
+
 def test_another_app_than_the_operators_is_named(client: Client, tls: Path, tmp_path: Path) -> None:
     given = read_bundle(bundle(tmp_path / "b", tls / "ca.crt", f"127.0.0.1:{free_port()}", "0" * 64))
     result = found(client, given)
