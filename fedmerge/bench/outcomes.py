@@ -133,12 +133,17 @@ def rows_on_test(grid: Grid, place: Place, domain: str) -> dict[str, Cell]:
     return rows
 
 
+def experts_run(grid: Grid, place: Place, strategy: str) -> Path:
+    """Return the training run with the experts of a strategy: its own, or the shared one if it trains in rounds."""
+    return grid.run(place, strategy if is_one_shot(grid.experiment(place, strategy).rounds) else None)
+
+
 def head_cells(grid: Grid, place: Place, domain: str, strategy: str) -> dict[str, Cell]:
     """Return row -> cell for the heads of a strategy: none on a domain that does not train."""
     config, label = grid.evaluation(place, strategy), chosen_variant(grid, place, strategy)
     if config.head.kind is None or label is None or domain not in merged_domains(grid, place, strategy):
         return {}
-    run, merges = grid.run(place, None), grid.merges(place, strategy)
+    run, merges = experts_run(grid, place, strategy), grid.merges(place, strategy)
     adapters: dict[HeadVectors, tuple[Path | None, str]] = {
         "merge": (merge_folder(merges, label), merge_hashes(grid, place, strategy)[label]),
         "expert": (run / ADAPTERS / domain, (read_sources(run) or {})[domain]),

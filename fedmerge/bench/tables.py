@@ -14,6 +14,7 @@ from fedmerge.bench.grid import Grid, Place
 from fedmerge.bench.outcomes import (
     audit_of,
     chosen_variant,
+    experts_run,
     head_cells,
     merge_hashes,
     merged_domains,
@@ -158,7 +159,7 @@ def _costs(grid: Grid, place: Place, strategy: str) -> Iterator[dict[str, Any]]:
     if ranks_by_text(head):
         yield of_merge
     nothing = {"bytes_up": 0.0, "bytes_down": 0.0, "server_seconds": 0.0, "rank": None, "error": None, "residual": None}
-    run, domains = grid.run(place, None), merged_domains(grid, place, strategy)
+    run, domains = experts_run(grid, place, strategy), merged_domains(grid, place, strategy)
     of_experts = sum(float(_report(run / ADAPTERS / domain)["seconds"]) for domain in domains)
     before: Mapping[HeadVectors, dict[str, Any]] = {
         "merge": of_merge,

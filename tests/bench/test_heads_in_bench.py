@@ -8,7 +8,7 @@ from in_process import finish, grid_in, here, small_experiment, tables_of, train
 from small_bench import REPOSITORY, TRAIN, scores
 
 from fedmerge.bench.grid import Grid, Place
-from fedmerge.bench.outcomes import head_cells
+from fedmerge.bench.outcomes import experts_run, head_cells
 from fedmerge.bench.ranking import head_report
 from fedmerge.bench.stages import run_grid
 from fedmerge.config import to_toml
@@ -123,6 +123,15 @@ def test_a_cut_domain_trains_on_its_users_and_is_tested_on_all(
 def test_a_finished_benchmark_trains_no_head_again(finished: tuple[Grid, BenchTables, list[str]]) -> None:
     lines = finish(finished[0])
     assert not [line for line in lines if "head" in line]
+
+
+def test_a_strategy_that_trains_longer_has_heads_on_its_own_experts(place: Path) -> None:
+    more = '\n[[strategy]]\nname = "longer"\nset = {"train.max_steps" = 8, "head.kind" = "local"}\n'
+    more += '[[strategy]]\nname = "rounds"\nset = {"rounds.rule" = "flora", "rounds.number" = 2}\n'
+    (place / "longer.toml").write_text((place / "bench.toml").read_text() + more)
+    grid, at = grid_in(place, "longer", "longer.toml"), Place("whole", 0, "")
+    assert experts_run(grid, at, "alone") == experts_run(grid, at, "rounds") == grid.run(at, None)
+    assert experts_run(grid, at, "longer") == grid.run(at, "longer") != grid.run(at, None)
 
 
 def test_wrong_datasets_and_baselines_are_refused(place: Path) -> None:
