@@ -3,18 +3,20 @@
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from torch import nn
 
 from fedmerge.domain.splits import Examples
 from fedmerge.errors import ClientError, DomainError, LayoutMismatchError
 from fedmerge.evaluation.ranks import IntArray, rank_targets
 from fedmerge.seeding import generator
-from fedmerge.sequence.model import SequenceModel, SequenceSettings
+from fedmerge.sequence.model import Inputs, SequenceModel, SequenceSettings
 from fedmerge.sequence.ranking import sequence_source
 from fedmerge.sequence.training import backward, train_sequence_model
 
@@ -229,3 +231,66 @@ def test_impossible_trainings_are_refused() -> None:
     wild = replace(SETTINGS, learning_rate=1e30)
     with pytest.raises(ClientError, match=r"(nan|inf) in epoch 1\b"):
         train_sequence_model(circle(60, 0), NUM_ITEMS, validation, wild, 0, CPU)
+
+
+def test_the_model_on_ids_trains_as_the_published_baseline_did() -> None:
+    """Figures of the baseline before it became a row of the sequence model; equal to the bit on the machine of then."""
+    settings = replace(SETTINGS, dropout=0.4, max_epochs=4)
+    _, report = train_sequence_model(circle(60, 0), NUM_ITEMS, next_on_circle(40, 1), settings, 7, CPU)
+    assert report.losses == pytest.approx([2.458320040043777, 2.2591353548, 1.9977561008, 1.7277662100], rel=1e-4)
+    ndcgs = [0.3796049582, 0.6116864824, 0.6218242084, 0.6931813579, 0.7725133129]
+    assert report.validation_ndcgs == pytest.approx(ndcgs, rel=1e-4)
+
+
+def text_vectors() -> torch.Tensor:
+    return nn.functional.normalize(torch.randn(NUM_ITEMS, 5, generator=torch.Generator().manual_seed(3)), dim=1)
+
+
+def test_a_rule_is_learned_from_text_and_carried_to_items_without_training() -> None:
+    """Two colours alternate; an item that no user has had is told by its text."""
+    red = np.arange(NUM_ITEMS) % 2 == 0
+    vectors = nn.functional.normalize(text_vectors() * 0.3 + torch.from_numpy(np.where(red, 1.0, -1.0))[:, None], dim=1)
+    rng = generator(0, "test-colours")
+    trained = {True: np.arange(0, NUM_ITEMS - 2, 2), False: np.arange(1, NUM_ITEMS - 2, 2)}
+    users = np.array([[rng.choice(trained[(start + i) % 2 == 0]) for i in range(6)] for start in range(60)])
+    validation = Examples(np.arange(60), [row[:-1].astype(np.int32) for row in users], users[:, -1])
+    settings = replace(SETTINGS, inputs="text+ids", max_epochs=15)
+    model, _ = train_sequence_model([*users], NUM_ITEMS, validation, settings, 0, CPU, vectors.float())
+    assert model.trained_items.tolist() == [True] * (NUM_ITEMS - 2) + [False] * 2
+    source = sequence_source(model, [np.array([2, 5]), np.array([5, 2])])
+    scores = source.user_vectors @ source.item_vectors.T  # after blue comes red, after red blue
+    assert scores[0, NUM_ITEMS - 2] > scores[0, NUM_ITEMS - 1]
+    assert scores[1, NUM_ITEMS - 2] < scores[1, NUM_ITEMS - 1]
+
+
+@pytest.mark.parametrize("inputs", ["ids", "text+ids"])
+def test_a_killed_training_resumes_to_the_same_model(inputs: Inputs, tmp_path: Path) -> None:
+    class KilledError(Exception):
+        pass
+
+    def train(checkpoint: Path | None, killed_after: int | None = None) -> tuple[SequenceModel, list[str]]:
+        lines: list[str] = []
+
+        def progress(line: str) -> None:
+            lines.append(line)
+            if killed_after is not None and line.startswith(f"epoch {killed_after},"):
+                raise KilledError
+
+        settings = replace(SETTINGS, inputs=inputs, dropout=0.4, max_epochs=5)
+        vectors = text_vectors() if inputs == "text+ids" else None
+        sequences, validation = circle(30, 0), next_on_circle(9, 1)
+        model, _ = train_sequence_model(
+            sequences, NUM_ITEMS, validation, settings, 0, CPU, vectors, progress, checkpoint
+        )
+        return model, lines
+
+    whole, _ = train(None)
+    path = tmp_path / "folder" / "head.checkpoint"
+    for killed_after in (1, 3):
+        with pytest.raises(KilledError):
+            train(path, killed_after)
+    resumed, lines = train(path)
+    assert lines[0] == "resuming after epoch 3"
+    assert all(torch.equal(tensor, resumed.state_dict()[name]) for name, tensor in whole.state_dict().items())
+    path.write_bytes(path.read_bytes()[:-9] + b"123456789")
+    assert train(path)[1][0].startswith("epoch 1,")  # a damaged checkpoint is ignored

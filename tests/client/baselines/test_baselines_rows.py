@@ -13,8 +13,9 @@ from flwr.app import Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedmerge.cli import main
-from fedmerge.client.baselines.rankers import BASELINE_LABELS, Progress, Ranker, baseline_rankers
-from fedmerge.client.baselines.sasrec import TENSOR_FILE
+from fedmerge.client.baselines.rankers import BASELINE_LABELS, Progress, Ranker, baseline_rankers, sasrec_settings
+from fedmerge.client.baselines.sasrec import TENSOR_FILE, sasrec_inputs
+from fedmerge.client.cache.folders import inputs_key
 from fedmerge.client.evaluate import BACKBONE, evaluate
 from fedmerge.client.local_domain import LocalDomain, open_domain
 from fedmerge.config import Baseline, ExperimentConfig, Text, load_config, to_flat
@@ -136,6 +137,11 @@ def test_sasrec_is_trained_once_for_the_same_inputs(domains: dict[str, LocalDoma
     for changed in ("seed=1", "evaluation.sasrec_max_minutes=9"):
         assert "epoch 1" in ranks(changed)[1]
     assert len(list((tmp_path / "sasrec").iterdir())) == 3
+
+
+def test_cached_models_keep_their_names() -> None:
+    settings = sasrec_settings(load_config(None).evaluation)
+    assert inputs_key(sasrec_inputs(settings)) == "0115b4cffd80f9f0"
 
 
 def test_a_cache_that_cannot_be_written_is_named(domains: dict[str, LocalDomain], tmp_path: Path) -> None:
