@@ -109,17 +109,13 @@ def load_or_train_head(
         progress(f"{name}: reusing the cached head in {folder}")
     tensors, report = _read_cached(folder) or _unreadable(folder)
     model = _model(domain, vectors, settings, tensors)
-    path = _fusion_path(folder, adapter, anchor)
-    fusion = _read_fusion(path)
-    if fusion is None:
+
+    def sources() -> list[Source]:
         text = encode_text(domain, adapter, validation.histories, vectors)
-        sources = head_sources(model, text, validation.histories)
-        fusion = {v: choose_weights(sources, validation.targets, seen_items(validation, v)) for v in VARIANTS}
-        write_json(path, seal({variant: asdict(choice) for variant, choice in fusion.items()}))
-        names = " + ".join(source.label for source in sources)
-        for variant, choice in fusion.items():
-            weights = " + ".join(f"{weight:.1f}" for weight in choice.weights)
-            progress(f"{name}: fusion {variant}: {weights} of {names}, validation ndcg@10 {choice.ndcg:.4f}")
+        return head_sources(model, text, validation.histories)
+
+    path = _fusion_path(folder, adapter, anchor)
+    fusion = load_or_choose_fusion(path, sources, validation, lambda line: progress(f"{name}: {line}"))
     return LocalHead(model, fusion, report, cached is not None, anchor)
 
 
@@ -150,12 +146,57 @@ def head_sources(model: SequenceModel, text: TextVectors, histories: Sequence[In
         text: vectors of the histories and of the items.
         histories: U arrays of item indices, oldest first.
     """
+    return [sequence_source(model, histories, HEAD), *text_sources(text, histories)]
+
+
+def text_sources(text: TextVectors, histories: Sequence[IntArray]) -> list[Source]:
+    """Return the sources that need no head: text and last item; arguments as for :func:`head_sources`."""
     last = torch.tensor([int(history[-1]) for history in histories])
-    return [
-        sequence_source(model, histories, HEAD),
-        Source(TEXT, text.users, text.items),
-        Source(LAST_ITEM, text.items[last], text.items),
-    ]
+    return [Source(TEXT, text.users, text.items), Source(LAST_ITEM, text.items[last], text.items)]
+
+
+def load_or_choose_fusion(
+    path: Path, sources: Callable[[], Sequence[Source]], validation: Examples, progress: Progress
+) -> dict[Variant, FusionChoice]:
+    """Return the weights of a fusion: from a file, else chosen on validation users and written to it.
+
+    Args:
+        path: the file.
+        sources: returns the sources of the validation users.
+        validation: at least one user.
+        progress: receives a line for each variant that is chosen.
+
+    Raises:
+        RunDirError: the file cannot be written.
+    """
+    if (found := _read_fusion(path)) is not None:
+        return found
+    fused = sources()
+    fusion = {v: choose_weights(fused, validation.targets, seen_items(validation, v)) for v in VARIANTS}
+    write_json(path, seal({variant: asdict(choice) for variant, choice in fusion.items()}))
+    names = " + ".join(source.label for source in fused)
+    for variant, choice in fusion.items():
+        weights = " + ".join(f"{weight:.1f}" for weight in choice.weights)
+        progress(f"fusion {variant}: {weights} of {names}, validation ndcg@10 {choice.ndcg:.4f}")
+    return fusion
+
+
+def alone_and_fused(
+    sources: Sequence[Source], weights: Mapping[Variant, Sequence[float]], examples: Examples
+) -> tuple[Ranks, Ranks]:
+    """Compute every user's rank of the target under the first source, and under all of them fused.
+
+    Args:
+        sources: of the users of ``examples``.
+        weights: variant -> one weight of each source.
+        examples: U users.
+    """
+    alone, fused = Ranks(), Ranks()
+    for variant in VARIANTS:
+        seen = seen_items(examples, variant)
+        alone[variant] = rank_targets(sources[0].user_vectors, sources[0].item_vectors, examples.targets, seen)
+        fused[variant] = fused_ranks(sources, weights[variant], examples.targets, seen)
+    return alone, fused
 
 
 def head_ranks(
@@ -181,11 +222,8 @@ def head_ranks(
     """
     text = text or encode_text(domain, adapter, examples.histories)
     sources = head_sources(head.model, text, examples.histories)
-    alone, fused = Ranks(), Ranks()
-    for variant in VARIANTS:
-        seen = seen_items(examples, variant)
-        alone[variant] = rank_targets(sources[0].user_vectors, sources[0].item_vectors, examples.targets, seen)
-        fused[variant] = fused_ranks(sources, head.fusion[variant].weights, examples.targets, seen)
+    weights = {variant: choice.weights for variant, choice in head.fusion.items()}
+    alone, fused = alone_and_fused(sources, weights, examples)
     return {head_label(vectors): alone, fused_label(vectors): fused}
 
 
