@@ -102,12 +102,19 @@ def load_or_train_head(
     validation = evaluation_examples(domain.interactions, "valid", validation_users, seed)
     vectors = item_vectors(domain, adapter, cache_dir)
     folder = _folder(domain, adapter, settings, seed, cache_dir)
-    cached = _read_cached(folder)
-    if cached is None:
-        _train(domain, vectors, settings, validation, seed, folder, progress)
-    else:
+    found = _read_cached(folder)
+    cached = found is not None
+    if cached:
         progress(f"{name}: reusing the cached head in {folder}")
-    tensors, report = _read_cached(folder) or _unreadable(folder)
+    else:
+        _train(domain, vectors, settings, validation, seed, folder, progress)
+        found = _read_cached(folder)
+    if found is None:
+        raise ClientError(
+            f"domain {name}: its head was trained, but cannot be read back from {folder}. Check the disk, or set "
+            "cache_dir."
+        )
+    tensors, report = found
     model = _model(domain, vectors, settings, tensors)
 
     def sources() -> list[Source]:
@@ -116,7 +123,7 @@ def load_or_train_head(
 
     path = _fusion_path(folder, adapter, anchor)
     fusion = load_or_choose_fusion(path, sources, validation, lambda line: progress(f"{name}: {line}"))
-    return LocalHead(model, fusion, report, cached is not None, anchor)
+    return LocalHead(model, fusion, report, cached, anchor)
 
 
 def find_head(
@@ -309,10 +316,6 @@ def _read_cached(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]
         return load(data), report
     except (OSError, RunDirError, SafetensorError, LookupError, ValueError):
         return None
-
-
-def _unreadable(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    raise ClientError(f"{folder}: the head was trained, but cannot be read back. Check the disk, or set cache_dir.")
 
 
 def _fusion_path(folder: Path, adapter: Adapter | None, anchor: Adapter | None) -> Path:
