@@ -27,6 +27,7 @@ def few_data_section(tables: BenchTables, series: Mapping[str, int]) -> Html | N
     variant, metric = "masked", HEADLINE[1]
     pictures: list[Html] = []
     parts: list[Html] = []
+    drawn: set[str] = set()
     for domain, numbers in sizes.items():
         values: Values = {}
         for row in tables.results:
@@ -34,13 +35,14 @@ def few_data_section(tables: BenchTables, series: Mapping[str, int]) -> Html | N
             if wanted.items() <= row.items() and row["value"] is not None and (row["dataset"], domain) in users:
                 values.setdefault((row["strategy"], users[row["dataset"], domain]), []).append(row["value"])
         if len(numbers) > 1 and values:
+            drawn |= {strategy for strategy, _ in values}
             pictures.append(_figure(f"{metric_title(metric)}, {domain}", values, series))
             parts.append(_table(f"few-data-{len(parts)}", domain, sorted(numbers), values, variant, metric))
     if not pictures:
         return None
     return join(
         charts.grid(*pictures),
-        charts.legend({name: series[name] for name in series if any(name in key for key in values)}, with_line=True),
+        charts.legend({name: place for name, place in series.items() if name in drawn}, with_line=True),
         note(
             "The domain is cut to so many users, who train and select; the others stay whole. Mean over seeds, within "
             f"their range. {VARIANT_NOTES[variant]}"
