@@ -27,6 +27,7 @@ from fedmerge.config.merging import (
     ThroughClients,
 )
 from fedmerge.config.model import DEMO_ROOT, BackboneSection, Lora, Text
+from fedmerge.config.personal import Directions, Personal
 from fedmerge.config.privacy import DP, Privacy, Transport
 from fedmerge.config.running import Admission, Baseline, Evaluation, Runtime, Simulation, Tracking
 from fedmerge.config.section import DOMAIN_NAME, Section, Split
@@ -45,6 +46,7 @@ __all__ = [
     "Admission",
     "BackboneSection",
     "Baseline",
+    "Directions",
     "Evaluation",
     "ExperimentConfig",
     "Head",
@@ -54,6 +56,7 @@ __all__ = [
     "Merge",
     "MergeMethod",
     "MergeRec",
+    "Personal",
     "Privacy",
     "RoundRule",
     "Rounds",

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from fedmerge.config.contradictions.heads import head_problems
+from fedmerge.config.contradictions.personal import personal_problems
 from fedmerge.config.contradictions.privacy import aggregate_only_problems, dp_problems, transport_problems
 from fedmerge.config.contradictions.runs import (
     admission_problems,
@@ -18,6 +19,7 @@ from fedmerge.config.contradictions.runs import (
 from fedmerge.config.head import Head
 from fedmerge.config.merging import LEARNED_METHODS, AdaMerging, Merge, MergeRec, ThroughClients
 from fedmerge.config.model import BackboneSection, Domains, Lora, Text
+from fedmerge.config.personal import Personal
 from fedmerge.config.privacy import DP, Privacy
 from fedmerge.config.running import Admission, Evaluation, Runtime, Server, Simulation, Tracking
 from fedmerge.config.section import Section
@@ -60,6 +62,7 @@ class ExperimentConfig(Section):
     adamerging: AdaMerging = AdaMerging()
     through_clients: ThroughClients = ThroughClients()
     head: Head = Head()
+    personal: Personal = Personal()
     evaluation: Evaluation = Evaluation()
     server: Server = Server()
     privacy: Privacy = Privacy()
@@ -78,6 +81,12 @@ class ExperimentConfig(Section):
             methods = (self.rounds.rule,)
         return tuple(method for method in methods if method in LEARNED_METHODS)
 
+    @property
+    def cohort_learns_on(self) -> Literal["pseudo-users", "own-users"]:
+        """Users that the clients of a cohort learn on: pseudo-users only where a learned merge needs them."""
+        learned = LEARNED_METHODS & {*self.merge.methods}
+        return self.through_clients.users if learned else "own-users"
+
     @model_validator(mode="after")
     def _consistent(self) -> ExperimentConfig:
         problems = [
@@ -88,6 +97,7 @@ class ExperimentConfig(Section):
             *aggregate_only_problems(self.privacy, self.merge, self.rounds, len(self.domains.train), self.until),
             *admission_problems(self.admission, self.rounds, self.privacy, self.server),
             *head_problems(self.head, self.rounds, self.privacy, self.dp, self.until, len(self.domains.train)),
+            *personal_problems(self.personal, self.privacy, self.dp, self.rounds, len(self.domains.train)),
             *simulation_problems(self.simulation, self.domains, self.dp),
             *dp_problems(
                 self.dp,

@@ -71,7 +71,7 @@ def training_step(
         penalty: a term added to the loss.
     """
     optimizer.zero_grad()
-    loss = _loss(domain, batch, items)
+    loss = batch_loss(domain, batch, items)
     if penalty is not None:
         loss = loss + penalty()
     if math.isfinite(loss.item()):
@@ -112,7 +112,8 @@ def _catalog_negatives(
     return encoded[name]
 
 
-def _loss(domain: LocalDomain, batch: Batch, items: torch.Tensor | None) -> torch.Tensor:
+def batch_loss(domain: LocalDomain, batch: Batch, items: torch.Tensor | None) -> torch.Tensor:
+    """Return the mean loss of a batch under the backbone as it is, differentiable; ``items`` as in a training step."""
     text, backbone = domain.text, domain.backbone
     users = pack_sequences(domain.table, batch.histories, backbone.special, text.max_items, text.max_tokens)
     user_vectors = embed_in_groups(backbone, users)  # (b, d)
