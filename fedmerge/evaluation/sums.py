@@ -221,6 +221,24 @@ def metric_sums(outcomes: Mapping[str, FloatArray], variant: Variant) -> MetricS
     return MetricSums(methods, variant, num_users, sums, products)
 
 
+def copy_row(sums: MetricSums, method: str, name: str) -> MetricSums:
+    """Add a row that is a copy of another, under a name of its own; its means and paired differences are exact.
+
+    Raises:
+        ClientError: an unknown method, or a name that exists.
+    """
+    row = _method_index(sums, method)
+    rows = [*range(len(sums.methods)), row]
+    return MetricSums(
+        (*sums.methods, name),
+        sums.variant,
+        sums.num_users,
+        sums.sums[rows],
+        np.ascontiguousarray(sums.products[:, rows][:, :, rows]),
+        sums.noise,
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Estimate:
     """Mean over users, or over their paired differences, with its standard error and 95 % normal interval."""

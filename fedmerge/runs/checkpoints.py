@@ -20,8 +20,14 @@ from fedmerge.runs.verified import read_verified
 ADAPTERS = "adapters"
 LEARNING = "learning"
 MERGED = "merged"
-Stage = Literal["admission", "valid", "test"]
-SUMS: Mapping[Stage, str] = {"admission": "admission", "valid": "validation", "test": "test"}
+HEADS = "heads"
+Stage = Literal["admission", "valid", "heads", "test"]
+SUMS: Mapping[Stage, str] = {
+    "admission": "admission",
+    "valid": "validation",
+    "heads": "heads-validation",
+    "test": "test",
+}
 ADMISSION = "admission.json"
 
 Sums = dict[Variant, MetricSums]
@@ -140,19 +146,46 @@ def read_candidates(run_dir: Path, sources: Mapping[str, str]) -> dict[str, Cand
     return found
 
 
+def write_heads(run_dir: Path, domain: str, of: Mapping[str, str], reports: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write a client's reports of its heads.
+
+    Args:
+        run_dir: run folder.
+        domain: name of the domain.
+        of: the models that the heads were trained over, label -> hash.
+        reports: vectors -> report.
+
+    Raises:
+        RunDirError: the file cannot be written.
+    """
+    record = {"of": dict(of), "reports": {vectors: dict(report) for vectors, report in reports.items()}}
+    write_json(_made(run_dir / HEADS) / f"{domain}.json", seal(record))
+
+
+def read_heads(run_dir: Path, of: Mapping[str, str]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Return domain -> vectors -> report of the heads over exactly these models, label -> hash; sorted by domain.
+
+    Damaged files and heads over other models are skipped.
+    """
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for file in sorted((run_dir / HEADS).glob("*.json")):
+        try:
+            record = read_sealed(file) or {}
+            if record["of"] == dict(of):
+                found[file.stem] = record["reports"]
+        except (FedMergeError, LookupError, TypeError):
+            continue
+    return found
+
+
 def write_sums(run_dir: Path, stage: Stage, domain: str, sums: Mapping[Variant, MetricSums]) -> None:
     """Write the metric sums of a domain.
 
     Raises:
         RunDirError: the file cannot be written.
     """
-    folder = run_dir / SUMS[stage]
-    try:
-        folder.mkdir(exist_ok=True)
-    except OSError as error:
-        raise RunDirError(f"{folder}: cannot be created ({error.strerror}). Check the permissions there.") from error
     record = {str(variant): of_variant.to_dict() for variant, of_variant in sums.items()}
-    write_json(folder / f"{domain}.json", seal(record))
+    write_json(_made(run_dir / SUMS[stage]) / f"{domain}.json", seal(record))
 
 
 def read_sums(run_dir: Path, stage: Stage) -> dict[str, Sums]:
@@ -165,3 +198,11 @@ def read_sums(run_dir: Path, stage: Stage) -> dict[str, Sums]:
         except (FedMergeError, LookupError, TypeError, ValueError):
             continue
     return found
+
+
+def _made(folder: Path) -> Path:
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise RunDirError(f"{folder}: cannot be created ({error.strerror}). Check the permissions there.") from error
+    return folder

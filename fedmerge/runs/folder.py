@@ -39,6 +39,8 @@ FILES: Mapping[str, str] = {
     "merged/<label>/": "each merge: a PEFT folder with `provenance.json` (source domains and hashes, method, "
     "coefficients, policy)",
     "validation/<domain>.json, test/<domain>.json": "metric sums of each domain, written as they arrive",
+    "selection.json, heads/<domain>.json, heads-validation/<domain>.json": "with `head.kind`: the merge that heads are "
+    "trained over, final; each client's reports of its heads; metric sums of that merge, the expert and the heads",
     "choice.json": "validation scores, the merge to serve, what each domain is served; written before test is read, "
     "final",
     "metrics.parquet, products.parquet": "metric sums and counts; sums of products for paired intervals",

@@ -3,12 +3,14 @@
     choose            the best variant of each method and the best of all
     dropped_domains   the domains that a merge harms
     roll_back         a better merge for them, or the fallback
-    choose_per_domain the merge or the domain's own expert
+    choose_per_domain the merge, the domain's own expert, or one of its heads
+    served_row        the row of metric sums of what a domain is served
     Choice            all of it, as in ``choice.json``
 
-A domain's own validation users decide between the merge and its expert, so the score of the chosen model on *these*
-users is too high on average (the winner's curse), most of all if they are few and the two models are close. Test shows
-what the choice is worth.
+A domain's own validation users decide between these models, so the score of the chosen model on *these* users is too
+high on average (the winner's curse), most of all if they are few and the models are close. With heads it is higher
+still: the same users end the training of a head and choose the weights of its fusion before they choose among the
+models. Test shows what the choice is worth.
 """
 
 import math
@@ -19,10 +21,11 @@ from typing import Any, Self
 import numpy as np
 
 from fedmerge.errors import RunDirError
-from fedmerge.evaluation.sums import EXPERT, MetricSums, paired_difference
+from fedmerge.evaluation.sums import EXPERT, MetricSums, copy_row, paired_difference
 from fedmerge.merging.candidate import Candidate
 
 CHOICE_FILE = "choice.json"
+SELECTION_FILE = "selection.json"  # with heads: the same without ``per_domain``, written before they are trained
 MERGED = "merged"
 FALLBACK = "fallback"
 SERVED = "served (with fallback)"
@@ -171,26 +174,39 @@ def roll_back(
 
 
 def choose_per_domain(
-    validation: Mapping[str, MetricSums], served: str, metric: str, fallback: bool
+    validation: Mapping[str, MetricSums],
+    served: str,
+    metric: str,
+    fallback: bool,
+    heads: Mapping[str, Sequence[str]] | None = None,
+    dropped: Sequence[str] = (),
 ) -> dict[str, dict[str, Any]]:
     """Choose the model that each training domain is served.
 
     Args:
-        validation: domain -> unmasked metric sums of the served merge and the domain's own expert, if it has one.
+        validation: domain -> unmasked metric sums of the served merge, the domain's own expert, if it has one, and its
+            heads.
         served: label of the merge that is served by default.
         metric: the selection metric.
         fallback: False to serve every domain the merge.
+        heads: domain -> rows of its heads; None without any.
+        dropped: domains that a rollback takes the merge away from: they are served the best of the others.
 
     Returns:
-        Domain -> ``serve`` (``merged`` or ``expert``) and the scores, None where withheld. Of equal or withheld scores
-        the merge wins.
+        Domain -> ``serve`` (``merged``, ``expert`` or the row of a head) and the scores, None where withheld. Of equal
+        scores the first wins. Where the merge's score is withheld, the merge is served; a model whose score is withheld
+        is not.
     """
     chosen = {}
     for domain, sums in sorted(validation.items()):
         labels = {MERGED: served} | ({EXPERT: EXPERT} if EXPERT in sums.methods else {})
+        labels |= {row: row for row in (heads or {}).get(domain, ())}
         scores = {model: sums.mean(label, metric) for model, label in labels.items()}
-        known = fallback and not any(map(math.isnan, scores.values()))
-        serve = max(scores, key=scores.__getitem__) if known else MERGED
+        known = {model: score for model, score in scores.items() if not math.isnan(score)}
+        serve = max(known, key=known.__getitem__) if fallback and MERGED in known else MERGED
+        if domain in dropped:
+            others = {model: score for model, score in known.items() if fallback and model != MERGED}
+            serve = max(others, key=others.__getitem__, default=EXPERT)
         chosen[domain] = {
             "serve": serve,
             **{model: None if math.isnan(score) else score for model, score in scores.items()},
@@ -198,18 +214,19 @@ def choose_per_domain(
     return chosen
 
 
-def with_served(sums: MetricSums, model: str) -> MetricSums:
-    """Add the row :data:`SERVED` to metric sums, a copy of the row of the model that this domain is served.
+def served_row(per_domain: Mapping[str, Any], served: str, domain: str) -> str:
+    """Return the row of metric sums of the model that a domain is served.
 
-    Means and paired differences of the choice are then exact, without another evaluation.
+    Args:
+        per_domain: of the choice; a domain without an entry is served the merge.
+        served: label of the merge that is served by default.
+        domain: name of the domain.
     """
-    row = sums.methods.index(model)
-    rows = [*range(len(sums.methods)), row]
-    return MetricSums(
-        (*sums.methods, SERVED),
-        sums.variant,
-        sums.num_users,
-        sums.sums[rows],
-        np.ascontiguousarray(sums.products[:, rows][:, :, rows]),
-        sums.noise,
-    )
+    entry = per_domain.get(domain)
+    serve = entry.get("serve") if isinstance(entry, Mapping) else None
+    return served if serve in (None, MERGED) else str(serve)
+
+
+def with_served(sums: MetricSums, model: str) -> MetricSums:
+    """Add the row :data:`SERVED` to metric sums, a copy of the row of the model that this domain is served."""
+    return copy_row(sums, model, SERVED)

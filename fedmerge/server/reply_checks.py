@@ -1,19 +1,21 @@
 """Refuse replies that are not what the server asked for: malformed adapters and impossible metric sums."""
 
 from collections.abc import Mapping, Sequence
+from typing import get_args
 
 import numpy as np
 import torch
 
 from fedmerge.adapter import Adapter
-from fedmerge.config import Privacy, Transport
+from fedmerge.config import HeadVectors, Privacy, Transport
 from fedmerge.encoder.lora import Layout, layout_of
 from fedmerge.errors import ClientError, LayoutMismatchError
-from fedmerge.evaluation.sums import MetricSums, Variant
+from fedmerge.evaluation.sums import MetricSums, Variant, fused_label, head_label
 from fedmerge.privacy.metric_sums import check_disclosure
 
 LARGEST_VALUE = 1e4  # in a factor: far above any training that works, and products of two such values are finite
 MAX_BASELINES = 16
+OWN_ROWS = frozenset(row for vectors in get_args(HeadVectors) for row in (head_label(vectors), fused_label(vectors)))
 _BYTES_PER_TENSOR = 1024  # name, shape, header, and the module's scaling
 
 
@@ -79,7 +81,7 @@ def check_sums(
     Args:
         domain: name of the domain.
         sums: masked and unmasked sums.
-        models: labels of the requested models.
+        models: labels of the requested models; rows of heads must be among them.
         baselines: True if the client was asked for its baselines, which it names itself.
         num_users: bounds on the number of users: ``privacy.min_users``, and the number that the client announced.
         privacy: section ``[privacy]``, which says how sums are disclosed.
@@ -92,7 +94,7 @@ def check_sums(
     if missing:
         raise ClientError(f"domain {domain}: its metric sums lack {missing}. Use the same fedmerge version everywhere.")
     extra = sorted(set(unmasked.methods) - set(models))
-    if len(extra) > (MAX_BASELINES if baselines else 0):
+    if len(extra) > (MAX_BASELINES if baselines else 0) or not OWN_ROWS.isdisjoint(extra):
         raise ClientError(
             f"domain {domain}: its metric sums hold {extra[:3]}, which were not requested. "
             "Use the same fedmerge version everywhere."

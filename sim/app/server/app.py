@@ -103,13 +103,13 @@ def _experiment(run: Run, attempt: Attempt) -> None:
             _finish(run, attempt, "trained after")
             logger.info("all experts are trained, run folder: %s", run.folder)
             return
-        # 4. Validate and choose.
-        validation, choice = validate_and_choose(run, merges)
+        # 4. Validate, train heads over the merge that is served, and choose.
+        validation, choice, heads = validate_and_choose(run, merges)
         # 5. Evaluate the selection on test, once; clients that joined late count as unseen.
         if late := greet(run, backbone):
             logger.info("joined late; evaluated as unseen: %s", join_names(late))
         adapters = {candidate.label: candidate.adapter for candidate in selected(merges, choice)}
-        test = evaluate_models(run, "test", sorted(run.members.nodes), adapters, merges.sources)
+        test = evaluate_models(run, "test", sorted(run.members.nodes), adapters, merges.sources, heads)
         run.require_quorum([domain for domain in test if domain in merges.members])
     finally:
         # 6. Write what left the clients, for a run that fails as well.

@@ -1,15 +1,17 @@
-"""Validate the merges, then choose what is served; a choice on disk is final."""
+"""Validate the merges, train heads over the best, then choose what is served; a choice on disk is final."""
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 
 from fedmerge.evaluation.ranks import SELECTION_METRIC
-from fedmerge.evaluation.sums import EXPERT
+from fedmerge.evaluation.sums import MetricSums
 from fedmerge.files import read_sealed, seal, write_json
 from fedmerge.runs import checkpoints
 from fedmerge.server.choice import (
     CHOICE_FILE,
     FALLBACK,
+    SELECTION_FILE,
     Choice,
     choose,
     choose_per_domain,
@@ -17,39 +19,61 @@ from fedmerge.server.choice import (
     roll_back,
 )
 from sim.app.server.phases.evaluating import evaluate_models
+from sim.app.server.phases.heads.local import Heads, train_heads
 from sim.app.server.phases.merging import Merges
 from sim.app.server.run import Run
 
 logger = logging.getLogger("fedmerge.server")
 
 
-def validate_and_choose(run: Run, merges: Merges) -> tuple[dict[str, checkpoints.Sums], Choice]:
+def validate_and_choose(run: Run, merges: Merges) -> tuple[dict[str, checkpoints.Sums], Choice, Heads]:
     """Evaluate on validation, then choose, once. Unseen domains have no say.
 
     Returns:
-        Domain -> validation sums, of the domains that decided; and the choice.
+        Domain -> validation sums of the merges, of the domains that decided; the choice; and the heads of the clients.
 
     Raises:
         ClientError: too few domains are left to decide.
     """
-    found = read_sealed(run.folder / CHOICE_FILE)
+    final = read_sealed(run.folder / CHOICE_FILE)
+    found = final or read_sealed(run.folder / SELECTION_FILE)
+    # 1. Evaluate the merges.
     deciding = found["domains"] if found else [name for name in run.members.in_role("train") if name in merges.members]
     adapters = {candidate.label: candidate.adapter for candidate in merges.candidates}
-    validation = evaluate_models(run, "valid", deciding, adapters, merges.sources)
+    evaluated = evaluate_models(run, "valid", deciding, adapters, merges.sources)
+    validation = {domain: sums for domain, sums in evaluated.items() if domain in deciding}
+    # 2. Select the merge that is served.
     if found:
-        logger.info("already selected on validation: serving %s", found["served"])
-        return {domain: sums for domain, sums in validation.items() if domain in deciding}, Choice.from_dict(found)
-    run.require_quorum(list(validation))
-    choice = _choose(run, merges, validation)
+        choice = Choice.from_dict(found)
+        logger.info("already selected on validation: serving %s", choice.served)
+    else:
+        run.require_quorum(list(validation))
+        choice = _select(run, merges, validation)
+        if run.config.head.kind is not None:
+            write_json(run.folder / SELECTION_FILE, seal(choice.to_dict()))
+            logger.info("selected on validation: serving %s; heads are trained over it", choice.served)
+    # 3. Train heads over it, and evaluate them.
+    served = next(candidate for candidate in merges.candidates if candidate.label == choice.served)
+    heads = train_heads(run, deciding, served, merges.sources, ask_clients=not final)
+    if final:
+        return validation, choice, heads
+    of_heads: Mapping[str, checkpoints.Sums] = {}
+    if owners := [domain for domain in deciding if heads.rows(domain)]:
+        of_heads = evaluate_models(run, "heads", owners, {served.label: served.adapter}, merges.sources, heads)
+    if run.config.head.kind is not None:
+        run.require_quorum([domain for domain in deciding if domain in run.members.nodes])
+    # 4. Choose for each domain.
+    choice = _serve(run, choice, validation, {name: sums for name, sums in of_heads.items() if name in owners}, heads)
     write_json(run.folder / CHOICE_FILE, seal(choice.to_dict()))
     selected = ", ".join(choice.labels)
     logger.info("selected on validation: %s; serving %s. Test is read next, once.", selected, choice.served)
-    return validation, choice
+    return validation, choice, heads
 
 
-def _choose(run: Run, merges: Merges, validation: Mapping[str, checkpoints.Sums]) -> Choice:
+def _select(run: Run, merges: Merges, validation: Mapping[str, checkpoints.Sums]) -> Choice:
+    """Select the merge that is served by default; the choice for each domain is still empty."""
     config, metric = run.config, SELECTION_METRIC
-    sums = {domain: of_domain["unmasked"] for domain, of_domain in validation.items()}
+    sums = _unmasked(validation)
     # 1. The best merge of all members.
     without = [candidate for candidate in merges.candidates if {*merges.sources} - {*candidate.provenance.domains}]
     of_all = [candidate for candidate in merges.candidates if candidate not in without]
@@ -61,9 +85,27 @@ def _choose(run: Run, merges: Merges, validation: Mapping[str, checkpoints.Sums]
         rollback = roll_back(sums, served, [candidate.label for candidate in without], list(merges.failed), metric)
     if rollback is not None and rollback["to"] != FALLBACK:
         served = rollback["to"]
-    # 3. For each domain the merge or its own expert.
-    per_domain = choose_per_domain(sums, served, metric, config.evaluation.fallback)
-    if rollback is not None and rollback["to"] == FALLBACK:
-        for domain in rollback["dropped"]:
-            per_domain[domain]["serve"] = EXPERT
-    return Choice(metric, scores, best, served, list(validation), per_domain, dropped, rollback)
+    return Choice(metric, scores, best, served, list(validation), {}, dropped, rollback)
+
+
+def _serve(
+    run: Run,
+    choice: Choice,
+    validation: Mapping[str, checkpoints.Sums],
+    of_heads: Mapping[str, checkpoints.Sums],
+    heads: Heads,
+) -> Choice:
+    """Choose what each domain is served: the merge, its own expert, or one of its heads."""
+    per_domain = choose_per_domain(
+        _unmasked({**validation, **of_heads}),  # those of the heads hold the served merge and the expert, too
+        choice.served,
+        choice.metric,
+        run.config.evaluation.fallback,
+        {domain: heads.rows(domain) for domain in of_heads},
+        choice.rollback["dropped"] if choice.rollback is not None and choice.fell_back else (),
+    )
+    return replace(choice, per_domain=per_domain)
+
+
+def _unmasked(sums: Mapping[str, checkpoints.Sums]) -> dict[str, MetricSums]:
+    return {domain: of_domain["unmasked"] for domain, of_domain in sums.items()}

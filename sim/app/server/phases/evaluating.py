@@ -14,6 +14,7 @@ from fedmerge.server.reply_checks import check_sums, sums_bytes
 from sim.app.messages import records
 from sim.app.server.asking import ask
 from sim.app.server.members import join_names
+from sim.app.server.phases.heads.local import NO_HEADS, Heads
 from sim.app.server.questions import Question
 from sim.app.server.run import Run
 
@@ -26,6 +27,7 @@ def evaluate_models(
     domains: Sequence[str],
     adapters: Mapping[str, Adapter],
     sources: Mapping[str, str],
+    heads: Heads = NO_HEADS,
 ) -> dict[str, checkpoints.Sums]:
     """Evaluate models on the users of some domains, on test with the reference rows.
 
@@ -37,6 +39,7 @@ def evaluate_models(
         domains: that are asked, as far as they still take part.
         adapters: label -> merge.
         sources: domain -> hash of its expert, which is evaluated there as well.
+        heads: the clients' own, which are evaluated there as well.
 
     Returns:
         Domain -> sums, sorted.
@@ -46,7 +49,8 @@ def evaluate_models(
     labels = list(adapters)
 
     def asked_models(domain: str) -> list[str]:
-        return [*([BACKBONE] if test else []), *([EXPERT] if domain in sources else []), *labels]
+        reference = [*([BACKBONE] if test else []), *([EXPERT] if domain in sources else [])]
+        return [*reference, *labels, *heads.rows(domain)]
 
     on_disk = checkpoints.read_sums(run.folder, stage)
     results = {
@@ -56,12 +60,14 @@ def evaluate_models(
         logger.info("already evaluated on %s: %s", split, join_names(list(results)))
     nodes = run.members.nodes_of([domain for domain in domains if domain not in results])
     if nodes:
-        logger.info("evaluating on %s: %s", split, ", ".join(labels))
+        own = dict.fromkeys(row for domain in nodes for row in heads.rows(domain))
+        logger.info("evaluating on %s: %s", split, ", ".join([*labels, *own]))
     models = records.model_records(adapters)
     min_users = run.config.privacy.min_users
 
     def request(domain: str) -> RecordDict:
-        asked = records.EvaluationRequest(split, test, sources.get(domain, ""), test)
+        vectors, served = heads.request(domain)
+        asked = records.EvaluationRequest(split, test, sources.get(domain, ""), test, vectors, served)
         return records.evaluation_request_record(asked, models)
 
     def receive(domain: str, content: RecordDict) -> None:
@@ -71,8 +77,10 @@ def evaluate_models(
         checkpoints.write_sums(run.folder, stage, domain, sums)
         results[domain] = sums
 
-    most = sums_bytes(len(labels) + 2, len(METRICS))
+    def limit_bytes(domain: str) -> int:
+        return sums_bytes(len(labels) + 2 + len(heads.rows(domain)), len(METRICS))
+
     timeout_seconds = run.config.server.timeout_seconds
     with run.phase(checkpoints.SUMS[stage]):
-        ask(run, nodes, Question(records.EVALUATE, timeout_seconds, request, lambda _: most, split), receive)
+        ask(run, nodes, Question(records.EVALUATE, timeout_seconds, request, limit_bytes, split), receive)
     return dict(sorted(results.items()))

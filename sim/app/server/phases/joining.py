@@ -10,6 +10,7 @@ from fedmerge.encoder.backbone import Backbone
 from fedmerge.encoder.lora import layout_sha256
 from fedmerge.files import read_json
 from fedmerge.runs import checkpoints
+from fedmerge.server.choice import CHOICE_FILE, SELECTION_FILE
 from sim.app.messages import records
 from sim.app.server.asking import DESCRIBE_SECONDS, ask, pause
 from sim.app.server.members import FEW_CLIENTS, Members, join_names
@@ -28,7 +29,9 @@ def restore_members(run: Run) -> None:
     ended = {"catalogs", "train"} if checkpoints.read_sources(run.folder) else set()
     ended |= {"admission"} if read_json(run.folder / checkpoints.ADMISSION) else set()
     ended |= {"merge"} if (run.folder / checkpoints.SUMS["valid"]).is_dir() else set()
-    ended |= {"validation"} if read_json(run.folder / "choice.json") else set()
+    if chosen := read_json(run.folder / CHOICE_FILE):
+        ended |= {checkpoints.HEADS, checkpoints.SUMS["heads"]}
+    ended |= {"validation"} if chosen or read_json(run.folder / SELECTION_FILE) else set()
     run.members.restore(ended)
 
 
