@@ -6,9 +6,10 @@
 """
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -22,11 +23,17 @@ from fedmerge.encoder.backbone import Backbone, check_max_tokens
 from fedmerge.encoder.encode import encode
 from fedmerge.encoder.text import TokenTable, build_token_table, item_sequences, pack_sequences
 from fedmerge.errors import ConfigError, DomainError, LayoutMismatchError
+from fedmerge.evaluation.ranks import IntArray
+from fedmerge.evaluation.sums import Variant
+
+ScoreKind = Literal["cosine", "standardised"]
+HeadScores = Callable[[torch.Tensor, IntArray, Variant], torch.Tensor]
+"""(text vector of the user (d,), history as positions in the catalog, variant) -> standardised scores (N,)."""
 
 
 @dataclass(frozen=True)
 class Recommendation:
-    """One item; ``score`` is the cosine of user and item vector."""
+    """One item; ``score`` is of the recommender's ``score_kind``."""
 
     item_id: str
     title: str
@@ -44,6 +51,7 @@ class Recommender:
         table: the tokens of the items.
         item_vectors: (N, d) float32 on the CPU, L2-normalised.
         item_index: item id -> position in the catalog.
+        head: scores of a sequence head; None: the cosine of user and item vector.
     """
 
     encoder: Backbone
@@ -52,6 +60,12 @@ class Recommender:
     table: TokenTable
     item_vectors: torch.Tensor
     item_index: Mapping[str, int]
+    head: HeadScores | None = None
+
+    @property
+    def score_kind(self) -> ScoreKind:
+        """The meaning of a score: a cosine, or with a head standardised over the catalog for each user."""
+        return "cosine" if self.head is None else "standardised"
 
 
 def load_recommender(adapter: str | Path, domain: str | Path, config: ExperimentConfig | None = None) -> Recommender:
@@ -97,7 +111,9 @@ def make_recommender(backbone: Backbone, adapter: Adapter | None, catalog: Catal
 def recommend(
     recommender: Recommender, history: Sequence[str], k: int = 10, keep_seen: bool = False
 ) -> list[Recommendation]:
-    """The k items nearest to a user, by cosine; of equal scores the item that comes first in the catalog.
+    """Return the k items with the highest scores; of equal scores the item that comes first in the catalog.
+
+    A head's scores depend on ``keep_seen``, since it has weights for masked and for unmasked ranking.
 
     Args:
         recommender: of :func:`load_recommender`.
@@ -114,7 +130,10 @@ def recommend(
     text, encoder = recommender.text, recommender.encoder
     sequences = pack_sequences(recommender.table, [seen], encoder.special, text.max_items, text.max_tokens)
     user = encode(encoder, sequences)[0]  # (d,)
-    scores = (recommender.item_vectors @ user).numpy()  # (N,)
+    if recommender.head is None:
+        scores = (recommender.item_vectors @ user).numpy()  # (N,)
+    else:
+        scores = recommender.head(user, np.asarray(seen), "unmasked" if keep_seen else "masked").numpy()
     candidates = np.arange(len(scores)) if keep_seen else np.setdiff1d(np.arange(len(scores)), seen)
     order = candidates[np.argsort(-scores[candidates], kind="stable")[:k]]
     catalog = recommender.catalog

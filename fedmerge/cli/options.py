@@ -1,6 +1,7 @@
 """Arguments that several commands share."""
 
 import argparse
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,28 +46,73 @@ def add_overrides(parser: argparse._ActionsContainer) -> None:
     )
 
 
-def add_adapter(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of :func:`adapter_config`: the adapter and its experiment file."""
-    parser.add_argument("adapter", help="a PEFT folder, or 'none' for the backbone alone")
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of :func:`adapter_config` and :func:`run_of`: an adapter or a run, and its experiment file."""
+    parser.add_argument(
+        "adapter",
+        metavar="MODEL",
+        help="a run (its folder or the beginning of its id), for what it serves the domain; a PEFT folder; or 'none', "
+        "the backbone alone",
+    )
     parser.add_argument(
         "--config",
         type=config_file,
         default=None,
-        help="experiment file for backbone, text and runtime (default: that of the adapter's run)",
+        help="experiment file for backbone, text and runtime (default: that of the run)",
     )
     add_overrides(parser)
+    run = parser.add_argument_group("with a run")
+    run.add_argument(
+        "--model",
+        metavar="NAME",
+        help="model to take in place of the run's choice: merged, expert, backbone, 'personal merge', "
+        "'head on the merge', 'head on the merge, fused', …",
+    )
+    run.add_argument(
+        "--cache-dir", metavar="DIR", help="cache of this organisation's client (default: cache_dir of the run)"
+    )
+    add_runs_folder(run)
+
+
+def run_of(options: argparse.Namespace) -> Path | None:
+    """Return the folder of the run that MODEL names; None if it names an adapter.
+
+    Raises:
+        ConfigError: ``--model`` or ``--cache-dir`` beside an adapter.
+        RunDirError: several runs have this prefix.
+    """
+    from fedmerge.errors import ConfigError
+    from fedmerge.runs.reading import find_run, is_run, list_runs
+
+    folder = Path(options.adapter)
+    if options.adapter != "none" and not (folder / "adapter_config.json").is_file():
+        if is_run(folder):
+            return folder.resolve()
+        runs = list_runs(options.dir) if options.dir.is_dir() and not folder.exists() else []
+        if any(run.name.startswith(options.adapter) for run in runs):
+            return find_run(options.adapter, options.dir)
+    if given := [flag for flag, value in (("--model", options.model), ("--cache-dir", options.cache_dir)) if value]:
+        raise ConfigError(
+            f"{options.adapter}: found {', '.join(given)} with an adapter, expected a run. Give a run folder, or omit "
+            f"{', '.join(given)}."
+        )
+    return None
 
 
 def adapter_config(options: argparse.Namespace) -> "ExperimentConfig":
-    """Return the settings that an adapter is used with."""
+    """Return the settings that a model is used with: those of its run, unless there is an experiment file."""
     from fedmerge.config import load_config
     from fedmerge.encoder.adapter_records import config_of_adapter
 
-    of_run = None if options.adapter == "none" else config_of_adapter(Path(options.adapter))
-    return load_config(options.config or of_run, options.overrides)
+    run = run_of(options)
+    of_run = None if options.adapter == "none" else config_of_adapter(run or Path(options.adapter))
+    overrides = list(options.overrides)
+    if options.cache_dir is not None:
+        overrides.append(f"cache_dir={json.dumps(options.cache_dir)}")
+    return load_config(options.config or of_run, overrides)
 
 
-def add_runs_folder(parser: argparse.ArgumentParser) -> None:
+def add_runs_folder(parser: argparse._ActionsContainer) -> None:
     """Add ``--dir``, the folder in which runs are found by their id."""
     parser.add_argument(
         "--dir", type=Path, default=Path("runs"), metavar="DIR", help="folder of run folders (default: runs)"

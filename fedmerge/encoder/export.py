@@ -1,7 +1,7 @@
 """Export a backbone with a folded adapter as a model folder for sentence-transformers, which needs no fedmerge."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,12 @@ _PROBE = {"title": "Red tent, 2 persons", "brand": "North", "category": "Camping
 
 
 def export_model(
-    backbone: Backbone, adapter: Adapter | None, folder: Path, text: Text, provenance: Mapping[str, Any]
+    backbone: Backbone,
+    adapter: Adapter | None,
+    folder: Path,
+    text: Text,
+    provenance: Mapping[str, Any],
+    add: Callable[[Path], None] = lambda folder: None,
 ) -> None:
     """Write W + Δ in float32 with tokenizer, pooling, normalisation and a model card.
 
@@ -35,6 +40,7 @@ def export_model(
         folder: must be absent or empty; written complete or not at all.
         text: ``max_tokens`` becomes ``max_seq_length``; the other settings are written into the card.
         provenance: provenance of the adapter, for ``provenance.json`` and the card.
+        add: adds files to the folder before it gets its name.
 
     Raises:
         RunDirError: the folder is not empty, or cannot be written.
@@ -51,6 +57,7 @@ def export_model(
         write_json(partial / "provenance.json", dict(provenance))
         what = "as it is" if adapter is None else "with a LoRA adapter folded in"
         write_text(partial / "README.md", _card(backbone, what, text, provenance))
+        add(partial)
         for weights in partial.glob("*.safetensors"):  # safetensors makes them readable for the owner only
             weights.chmod((partial / "README.md").stat().st_mode)
 

@@ -24,7 +24,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("federated", "mergerec", "privacy", "recommender"),
     ("client", "runs"),
     ("server",),
-    ("report",),
+    ("report", "serving"),
     ("bench", "deploy", "organisation"),
     ("api", "cli"),
 )

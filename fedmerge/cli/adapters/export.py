@@ -4,22 +4,28 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedmerge.cli.options import adapter_config, add_adapter
+from fedmerge.cli.options import adapter_config, add_model, run_of
 
 if TYPE_CHECKING:
     from fedmerge.cli.options import Commands
+    from fedmerge.config import ExperimentConfig
 
 
 def add_commands(commands: "Commands") -> None:
     """Add the command to the parser."""
     export = commands.add_parser("export", help="merge an adapter into its backbone, as a sentence-transformers model")
-    add_adapter(export)
+    add_model(export)
     export.add_argument("out", type=Path, metavar="OUT", help="folder to create")
+    export.add_argument(
+        "--domain", type=Path, metavar="DIR", help="with a run, the domain whose served model is exported"
+    )
     export.set_defaults(command=_export)
 
 
 def _export(options: argparse.Namespace) -> int:
-    config = adapter_config(options)
+    config, run = adapter_config(options), run_of(options)
+    if run is not None:
+        return _export_served(options, run, config)
 
     from fedmerge.encoder.adapted import load_adapted
     from fedmerge.encoder.export import export_model, provenance_of
@@ -31,4 +37,25 @@ def _export(options: argparse.Namespace) -> int:
         f"{options.out}: {backbone.name} merged with {options.adapter}; load it with "
         f"SentenceTransformer({str(options.out)!r})"
     )
+    return 0
+
+
+def _export_served(options: argparse.Namespace, run: Path, config: "ExperimentConfig") -> int:
+    from fedmerge.errors import ConfigError
+
+    if options.domain is None:
+        raise ConfigError(
+            f"export: {run} is a run, which serves each domain its own model; found no --domain. Give --domain DIR, "
+            "or the folder of a merge."
+        )
+
+    from fedmerge.serving.export import export_served
+    from fedmerge.serving.model import load_served, open_run
+
+    place = open_run(run, options.domain, config)
+    served = load_served(place, options.model)
+    export_served(place, served, options.out)
+    print(f"{options.out}: what {place.manifest.name} is served: {served.decision.model} ({served.decision.reason})")
+    if (options.out / "head.json").is_file():
+        print(f"Its head was trained on the users of {place.manifest.name}: keep the folder within the organisation.")
     return 0

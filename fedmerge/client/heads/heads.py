@@ -34,7 +34,7 @@ from fedmerge.sequence.model import SequenceModel, SequenceSettings
 from fedmerge.sequence.ranking import Source, sequence_source
 from fedmerge.sequence.training import train_sequence_model
 
-MODEL_FILE, REPORT_FILE = "model.safetensors", "head.json"
+MODEL_FILE, REPORT_FILE, INPUTS_FILE = "model.safetensors", "head.json", "inputs.json"
 HEAD, TEXT, LAST_ITEM = "head", "text", "last item"  # sources of the fusion
 Progress = Callable[[str], None]
 
@@ -98,32 +98,32 @@ def load_or_train_head(
     name = domain.manifest.name
     if reason := why_no_head(domain):
         raise DomainError(f"domain {name}: it has no head of its own, since {reason}. It is served without one.")
-    settings = _settings(head, validation_users)
+    settings = head_settings(head, validation_users)
     validation = evaluation_examples(domain.interactions, "valid", validation_users, seed)
     vectors = item_vectors(domain, adapter, cache_dir)
-    folder = _folder(domain, adapter, settings, seed, cache_dir)
-    found = _read_cached(folder)
-    cached = found is not None
+    inputs = head_inputs(domain, adapter, settings, seed)
+    folder = _folder(name, inputs, cache_dir)
+    trained = read_cached_head(folder)
+    cached = trained is not None
     if cached:
         progress(f"{name}: reusing the cached head in {folder}")
     else:
-        _train(domain, vectors, settings, validation, seed, folder, progress)
-        found = _read_cached(folder)
-    if found is None:
+        _train(domain, vectors, settings, validation, inputs, folder, progress)
+        trained = read_cached_head(folder)
+    if trained is None:
         raise ClientError(
             f"domain {name}: its head was trained, but cannot be read back from {folder}. Check the disk, or set "
             "cache_dir."
         )
-    tensors, report = found
-    model = _model(domain, vectors, settings, tensors)
+    model = _model(domain, vectors, settings, trained.tensors)
 
     def sources() -> list[Source]:
         text = encode_text(domain, adapter, validation.histories, vectors)
         return head_sources(model, text, validation.histories)
 
-    path = _fusion_path(folder, adapter, anchor)
+    path = fusion_path(folder, adapter, anchor)
     fusion = load_or_choose_fusion(path, sources, validation, lambda line: progress(f"{name}: {line}"))
-    return LocalHead(model, fusion, report, cached, anchor)
+    return LocalHead(model, fusion, trained.report, cached, anchor)
 
 
 def find_head(
@@ -136,13 +136,13 @@ def find_head(
     anchor: Adapter | None = None,
 ) -> LocalHead | None:
     """Return the head that :func:`load_or_train_head` has cached for the same inputs; None if there is none."""
-    settings = _settings(head, validation_users)
-    folder = _folder(domain, adapter, settings, seed, cache_dir)
-    cached, fusion = _read_cached(folder), _read_fusion(_fusion_path(folder, adapter, anchor))
+    settings = head_settings(head, validation_users)
+    folder = _folder(domain.manifest.name, head_inputs(domain, adapter, settings, seed), cache_dir)
+    cached, fusion = read_cached_head(folder), read_fusion(fusion_path(folder, adapter, anchor))
     if cached is None or fusion is None:
         return None
-    model = _model(domain, item_vectors(domain, adapter, cache_dir), settings, cached[0])
-    return LocalHead(model, fusion, cached[1], True, anchor)
+    model = _model(domain, item_vectors(domain, adapter, cache_dir), settings, cached.tensors)
+    return LocalHead(model, fusion, cached.report, True, anchor)
 
 
 def head_sources(model: SequenceModel, text: TextVectors, histories: Sequence[IntArray]) -> list[Source]:
@@ -176,7 +176,7 @@ def load_or_choose_fusion(
     Raises:
         RunDirError: the file cannot be written.
     """
-    if (found := _read_fusion(path)) is not None:
+    if (found := read_fusion(path)) is not None:
         return found
     fused = sources()
     fusion = {v: choose_weights(fused, validation.targets, seen_items(validation, v)) for v in VARIANTS}
@@ -252,7 +252,8 @@ def head_report(head: LocalHead, *, exact: bool) -> dict[str, Any]:
     return report | {key: head.report[key] for key in ("epochs", "best_epoch", "stopped_by")} | {"weights": weights}
 
 
-def _settings(head: Head, validation_users: int | None) -> SequenceSettings:
+def head_settings(head: Head, validation_users: int | None) -> SequenceSettings:
+    """Return the settings of a client's own head."""
     return SequenceSettings(
         inputs=head.inputs,
         hidden_size=head.hidden_size,
@@ -269,7 +270,7 @@ def _train(
     vectors: torch.Tensor,
     settings: SequenceSettings,
     validation: Examples,
-    seed: int,
+    inputs: Mapping[str, Any],
     folder: Path,
     progress: Progress,
 ) -> None:
@@ -281,7 +282,7 @@ def _train(
         len(domain.catalog),
         validation,
         settings,
-        seed,
+        inputs["seed"],
         domain.backbone.device,
         None if settings.inputs == "ids" else vectors,
         lambda line: progress(f"{name}: head: {line}"),
@@ -293,8 +294,9 @@ def _train(
         (filled / MODEL_FILE).write_bytes(tensors)
         record = {**asdict(report), "sha256": hashlib.sha256(tensors).hexdigest()}
         write_json(filled / REPORT_FILE, seal(record))
+        write_json(filled / INPUTS_FILE, seal({**inputs, "item_ids": list(domain.catalog.item_ids)}))
 
-    fill_folder(folder, write, lambda: _read_cached(folder) is not None, f"domain {name}: its head")
+    fill_folder(folder, write, lambda: read_cached_head(folder) is not None, f"domain {name}: its head")
     checkpoint.unlink(missing_ok=True)
 
 
@@ -307,23 +309,40 @@ def _model(
     return model.to(domain.backbone.device).eval()
 
 
-def _read_cached(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
-    """Read the tensors and the report of a cached head; None if they are missing or damaged."""
+@dataclass(frozen=True, eq=False)
+class CachedHead:
+    """What the folder of a head holds, but for its fusions.
+
+    Attributes:
+        tensors: the state dict of the model.
+        report: of the training.
+        inputs: of :func:`head_inputs`, and ``item_ids``, the catalog's items in their order.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    report: dict[str, Any]
+    inputs: dict[str, Any]
+
+
+def read_cached_head(folder: Path) -> CachedHead | None:
+    """Read a cached head; None if it is missing or damaged."""
     try:
         data, report = (folder / MODEL_FILE).read_bytes(), read_sealed(folder / REPORT_FILE)
-        if report is None or hashlib.sha256(data).hexdigest() != report.pop("sha256"):
+        inputs = read_sealed(folder / INPUTS_FILE)
+        if report is None or inputs is None or hashlib.sha256(data).hexdigest() != report.pop("sha256"):
             return None
-        return load(data), report
+        return CachedHead(load(data), report, inputs)
     except (OSError, RunDirError, SafetensorError, LookupError, ValueError):
         return None
 
 
-def _fusion_path(folder: Path, adapter: Adapter | None, anchor: Adapter | None) -> Path:
-    inputs = {"adapter": _hash(adapter), "anchor": _hash(anchor)}
+def fusion_path(folder: Path, adapter: Adapter | None, anchor: Adapter | None) -> Path:
+    """Return the file with the weights of a head's fusion, in the folder of the head."""
+    inputs = {"adapter": model_hash(adapter), "anchor": model_hash(anchor)}
     return folder / f"fusion-{inputs_key(inputs)}.json"
 
 
-def _read_fusion(path: Path) -> dict[Variant, FusionChoice] | None:
+def read_fusion(path: Path) -> dict[Variant, FusionChoice] | None:
     """Read the weights of a fusion; None if they are missing or damaged."""
     try:
         record = read_sealed(path) or {}
@@ -332,11 +351,13 @@ def _read_fusion(path: Path) -> dict[Variant, FusionChoice] | None:
         return None
 
 
-def _folder(
-    domain: LocalDomain, adapter: Adapter | None, settings: SequenceSettings, seed: int, cache_dir: str
-) -> Path:
-    key = inputs_key(head_inputs(domain, adapter, settings, seed))
-    return Path(cache_dir).expanduser() / "heads" / f"{domain.manifest.name}-{key}"
+def heads_folder(cache_dir: str) -> Path:
+    """Return the folder of all heads of a client."""
+    return Path(cache_dir).expanduser() / "heads"
+
+
+def _folder(name: str, inputs: Mapping[str, Any], cache_dir: str) -> Path:
+    return heads_folder(cache_dir) / f"{name}-{inputs_key(inputs)}"
 
 
 def head_inputs(domain: LocalDomain, adapter: Adapter | None, settings: SequenceSettings, seed: int) -> dict[str, Any]:
@@ -353,7 +374,7 @@ def head_inputs(domain: LocalDomain, adapter: Adapter | None, settings: Sequence
     }
     if settings.inputs != "ids":
         inputs["vectors"] = {
-            "adapter": _hash(adapter),
+            "adapter": model_hash(adapter),
             "catalog": domain.manifest.catalog_sha256,
             "backbone": [domain.backbone.sha256, domain.backbone.pooling, domain.backbone.compute.precision],
             "text": [domain.text.max_attribute_tokens, domain.text.max_tokens],
@@ -368,5 +389,6 @@ def _sequences_sha256(domain: LocalDomain) -> str:
     return digest.hexdigest()
 
 
-def _hash(adapter: Adapter | None) -> str:
+def model_hash(adapter: Adapter | None) -> str:
+    """Return the hash of an adapter; empty for the backbone alone."""
     return "" if adapter is None else adapter_sha256(adapter)

@@ -1,0 +1,161 @@
+"""Export what a run serves a domain as a folder that needs no fedmerge: the encoder, and its head if there is one."""
+
+import hashlib
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+
+from fedmerge.adapter import adapter_sha256
+from fedmerge.client.heads.heads import HEAD, LAST_ITEM, TEXT, LocalHead
+from fedmerge.domain.catalog import ATTRIBUTES
+from fedmerge.encoder.export import export_model, provenance_of
+from fedmerge.encoder.text import item_text
+from fedmerge.files import check_free, write_bytes, write_json
+from fedmerge.recommender import make_recommender
+from fedmerge.serving.decision import VECTORS_OF
+from fedmerge.serving.model import RunDomain, ServedModel, load_head, weights_of
+
+HEAD_TENSORS, HEAD_FILE = "head.safetensors", "head.json"
+SNIPPET = '''\
+import json
+
+import torch
+from safetensors.torch import load_file
+from sentence_transformers import SentenceTransformer
+from torch import nn
+
+FOLDER = "PATH OF THIS FOLDER"
+with open(f"{FOLDER}/head.json", encoding="utf-8") as file:
+    head = json.load(file)
+settings, place = head["settings"], {item: row for row, item in enumerate(head["item_ids"])}
+tensors, encoder = load_file(f"{FOLDER}/head.safetensors"), SentenceTransformer(FOLDER)
+items, item_vectors = tensors["item_representations"], tensors["item_vectors"]
+width = settings["hidden_size"]
+block = nn.TransformerEncoderLayer(width, settings["heads"], width, batch_first=True, norm_first=True)
+blocks = nn.TransformerEncoder(block, settings["layers"], nn.LayerNorm(width), enable_nested_tensor=False).eval()
+blocks.load_state_dict({name[7:]: value for name, value in tensors.items() if name.startswith("blocks.")})
+
+
+def standardise(scores):
+    std = scores.std(correction=0)
+    return (scores - scores.mean()) / std if std > 1e-6 * scores.abs().max() else torch.zeros_like(scores)
+
+
+@torch.no_grad()
+def score(history, keep_seen=False):
+    """Return a score for each item of head["item_ids"]; history: item ids, oldest first."""
+    rows = [place[item] for item in history]
+    read = rows[-settings["max_length"] :]
+    hidden = items[read] * width**0.5 + tensors["positions"][: len(read)]
+    mask = nn.Transformer.generate_square_subsequent_mask(len(read))
+    state = blocks(hidden[None], mask=mask, is_causal=True)[0, -1]
+    recent = reversed(rows[-head["max_items"] :])  # the text of a history begins with its most recent item
+    user = torch.from_numpy(encoder.encode("; ".join(head["item_texts"][row] for row in recent)))
+    sources = {
+        "head": items @ state,
+        "text": item_vectors @ user,
+        "last item": item_vectors @ item_vectors[rows[-1]],
+    }
+    weights = head["weights"]["unmasked" if keep_seen else "masked"]
+    scores = sum(weight * standardise(sources[name]) for name, weight in weights.items())
+    if not keep_seen:
+        scores[rows] = -torch.inf
+    return scores.numpy()
+'''
+
+
+def export_served(place: RunDomain, served: ServedModel, out: Path) -> None:
+    """Write the served model as a sentence-transformers folder; with a head also its tensors, settings and a recipe.
+
+    Args:
+        place: of :func:`fedmerge.serving.model.open_run`.
+        served: of :func:`fedmerge.serving.model.load_served`.
+        out: must be absent or empty; written complete or not at all.
+
+    Raises:
+        RunDirError: the folder is not empty, or cannot be written.
+        ClientError: the head is not on this disk, or damaged.
+        BackboneError: as :func:`fedmerge.encoder.export.export_model`.
+    """
+    check_free(out)
+    text, provenance = place.config.text, _provenance(served)
+    if served.decision.model not in VECTORS_OF:
+        export_model(place.backbone, served.adapter, out, text, provenance)
+        return
+    vectors = make_recommender(place.backbone, served.adapter, place.catalog, text).item_vectors
+    head = load_head(place, served, vectors)
+    tensors = save(_tensors(head, vectors))
+    record = _record(place, served, head) | {"sha256": hashlib.sha256(tensors).hexdigest()}
+
+    def add_head(folder: Path) -> None:
+        write_bytes(folder / HEAD_TENSORS, tensors)
+        write_json(folder / HEAD_FILE, record)
+        card = folder / "README.md"
+        card.write_text(card.read_text(encoding="utf-8") + _card(place, served), encoding="utf-8")
+
+    provenance["head"] = {"model": served.decision.model, "domain": place.manifest.name, "sha256": record["sha256"]}
+    export_model(place.backbone, served.adapter, out, text, provenance, add_head)
+
+
+def _provenance(served: ServedModel) -> dict[str, Any]:
+    if served.adapter is None:
+        return {"method": "backbone alone"}
+    if served.source is not None:
+        return provenance_of(served.source)
+    sha256 = adapter_sha256(served.adapter)
+    return {"method": served.decision.model, "domains": {served.decision.domain: sha256}, "sha256": sha256}
+
+
+def _tensors(head: LocalHead, item_vectors: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return what scoring reads: the blocks, and the items' representations in place of what they are made of."""
+    state = head.model.state_dict()
+    with torch.no_grad():
+        representations = head.model.item_representations()
+    kept = {name: tensor for name, tensor in state.items() if name.startswith("blocks.")}
+    kept |= {"positions": state["positions.weight"], "item_representations": representations}
+    kept |= {"item_vectors": item_vectors}
+    return {name: tensor.detach().cpu().float().contiguous() for name, tensor in kept.items()}
+
+
+def _record(place: RunDomain, served: ServedModel, head: LocalHead) -> dict[str, Any]:
+    catalog, limits = place.catalog, place.config.text
+    texts = [
+        item_text(
+            {name: catalog.attributes[name][index] for name in ATTRIBUTES},
+            place.backbone.tokenizer,
+            limits.max_attribute_tokens,
+        )
+        for index in range(len(catalog))
+    ]
+    names = (HEAD, TEXT, LAST_ITEM)  # of head_sources
+    weights = weights_of(head, served.fused)
+    return {
+        "model": served.decision.model,
+        "domain": place.manifest.name,
+        "settings": asdict(head.model.settings),
+        "weights": {variant: dict(zip(names, each, strict=True)) for variant, each in weights.items()},
+        "max_items": limits.max_items,
+        "item_ids": list(catalog.item_ids),
+        "item_texts": texts,
+    }
+
+
+def _card(place: RunDomain, served: ServedModel) -> str:
+    name = place.manifest.name
+    return f"""
+## The head
+
+**Do not give this folder away.** Its head was trained on the users of {name}, without differential privacy, for
+{name} itself; it never left {name} in the federation.
+
+`{HEAD_TENSORS}` and `{HEAD_FILE}` are a {served.decision.model}: a causal Transformer over the {len(place.catalog)}
+items of {name}. Scores of head, text and last item are each standardised over the catalog and summed with the weights
+in `{HEAD_FILE}`, one set for masked and one for unmasked ranking. `sha256` there is that of `{HEAD_TENSORS}`. After a
+change of the catalog, export again.
+
+```python
+{SNIPPET}```
+"""

@@ -1,0 +1,209 @@
+"""Load the model that a run serves a domain: from the run folder, and from the organisation's own disk."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from fedmerge.adapter import Adapter
+from fedmerge.client.cache.experts import load_expert
+from fedmerge.client.evaluate import TextVectors
+from fedmerge.client.heads.finding import find_trained_head
+from fedmerge.client.heads.heads import LocalHead, head_sources
+from fedmerge.client.local_domain import LocalDomain, open_domain
+from fedmerge.client.training.settings import training_settings
+from fedmerge.config import ExperimentConfig, HeadVectors
+from fedmerge.device import resolve_compute
+from fedmerge.domain.catalog import Catalog, load_catalog
+from fedmerge.domain.manifest import Manifest, read_manifest
+from fedmerge.encoder.adapted import check_backbone
+from fedmerge.encoder.adapter_records import adapter_record
+from fedmerge.encoder.backbone import Backbone, load_backbone
+from fedmerge.encoder.peft_folder import read_verified
+from fedmerge.errors import ClientError
+from fedmerge.evaluation.ranks import IntArray
+from fedmerge.evaluation.sums import BACKBONE, EXPERT, VARIANTS, Variant
+from fedmerge.recommender import Recommender, make_recommender
+from fedmerge.sequence.fusion import fused_scores
+from fedmerge.sequence.ranking import Source
+from fedmerge.server.choice import MERGED
+from fedmerge.serving.decision import FUSED, VECTORS_OF, Decision, decide
+
+TEXT_OF: dict[HeadVectors, str] = {"merge": MERGED, "expert": EXPERT, "backbone": BACKBONE}  # the head's text model
+
+
+@dataclass(frozen=True)
+class RunDomain:
+    """A run and a domain folder: what is needed to load any model of the run for this domain.
+
+    Attributes:
+        run: the run folder.
+        folder: the domain folder.
+        config: that of the run; ``cache_dir`` is where this organisation's client kept what never left it.
+        manifest: of the domain folder.
+        catalog: N items, as they are now.
+        backbone: the encoder without an adapter.
+    """
+
+    run: Path
+    folder: Path
+    config: ExperimentConfig
+    manifest: Manifest
+    catalog: Catalog
+    backbone: Backbone
+
+    @cached_property
+    def local(self) -> LocalDomain:
+        """The domain with its interactions."""
+        return open_domain(self.folder, self.backbone, self.config.text)
+
+
+@dataclass(frozen=True, eq=False)
+class ServedModel:
+    """A model of a run, for one domain.
+
+    Attributes:
+        decision: which model, and why.
+        adapter: the adapter that texts are encoded with; None is the backbone alone.
+        source: the adapter's folder; None if it lies in no folder of the run.
+    """
+
+    decision: Decision
+    adapter: Adapter | None
+    source: Path | None
+
+    @property
+    def fused(self) -> bool:
+        """True if the head is fused with text and last item."""
+        return self.decision.model in FUSED
+
+
+def open_run(run: Path, domain: Path, config: ExperimentConfig) -> RunDomain:
+    """Load the backbone of a run, and manifest and catalog of a domain.
+
+    Raises:
+        DomainError: no domain folder, or a damaged one.
+        BackboneError: a backbone that is missing or damaged.
+    """
+    manifest, catalog = read_manifest(domain), load_catalog(domain)
+    compute = resolve_compute(config.runtime.device, config.runtime.precision)
+    backbone = load_backbone(config.backbone.source, config.backbone.pooling, compute, config.backbone.weights_sha256)
+    return RunDomain(run, domain, config, manifest, catalog, backbone)
+
+
+def load_served(place: RunDomain, model: str | None = None) -> ServedModel:
+    """Load the text model of what a run serves a domain; :func:`load_head` adds its head.
+
+    Interactions are read only to find an expert that is not in the run folder.
+
+    Args:
+        place: of :func:`open_run`.
+        model: one of :data:`fedmerge.serving.decision.MODELS`, instead of the run's choice.
+
+    Raises:
+        RunDirError: the run has not chosen yet, or its choice is damaged.
+        ConfigError: an unknown model.
+        ClientError: the expert is neither in the run folder nor on this disk.
+        LayoutMismatchError: a damaged adapter, or one of another backbone.
+    """
+    decision = decide(place.run, place.manifest.name, model)
+    vectors = VECTORS_OF.get(decision.model)
+    text = decision.model if vectors is None else TEXT_OF[vectors]
+    adapter, source = _text_adapter(place, decision, text)
+    return ServedModel(decision, adapter, source)
+
+
+def load_head(place: RunDomain, served: ServedModel, item_vectors: torch.Tensor) -> LocalHead:
+    """Load the head of a served model that has one.
+
+    Args:
+        place: of :func:`open_run`.
+        served: of :func:`load_served`.
+        item_vectors: (N, d) of the catalog under the model's adapter.
+
+    Raises:
+        ClientError: the head is not on this disk, or damaged.
+    """
+    config = place.config
+    try:
+        return find_trained_head(
+            place.manifest.name,
+            place.catalog.item_ids,
+            item_vectors,
+            served.adapter,
+            config.head,
+            config.evaluation.validation_users,
+            config.seed,
+            config.cache_dir,
+        )
+    except ClientError as error:
+        raise _missing(served.decision, "head", error) from error
+
+
+def served_recommender(place: RunDomain, served: ServedModel) -> Recommender:
+    """Encode the catalog under a served model, and load its head.
+
+    Raises:
+        ClientError: as :func:`load_head`.
+        BackboneError, LayoutMismatchError: as :func:`fedmerge.recommender.make_recommender`.
+    """
+    recommender = make_recommender(place.backbone, served.adapter, place.catalog, place.config.text)
+    if served.decision.model not in VECTORS_OF:
+        return recommender
+    items = recommender.item_vectors
+    head = load_head(place, served, items)
+    weights = weights_of(head, served.fused)
+
+    def scores(user: torch.Tensor, history: IntArray, variant: Variant) -> torch.Tensor:
+        sources = head_sources(head.model, TextVectors(user[None], items), [history])
+        return standardised_scores(sources, weights[variant])[0]
+
+    return replace(recommender, head=scores)
+
+
+def weights_of(head: LocalHead, fused: bool) -> dict[Variant, tuple[float, ...]]:
+    """Return the weights of a head's sources by variant: those of its fusion, or the head alone."""
+    chosen = {variant: head.fusion[variant].weights for variant in VARIANTS}
+    return chosen if fused else {variant: (1.0, *[0.0] * (len(weights) - 1)) for variant, weights in chosen.items()}
+
+
+def standardised_scores(sources: Sequence[Source], weights: Sequence[float]) -> torch.Tensor:
+    """Return :func:`fedmerge.sequence.fusion.fused_scores`, also standardised where one source has all the weight.
+
+    So the scores (U, N) of every head have one scale, whatever its weights.
+    """
+    scores = fused_scores(sources, weights)
+    if max(weights) < 1:
+        return scores
+    spread = scores.std(dim=1, correction=0, keepdim=True)
+    return (scores - scores.mean(dim=1, keepdim=True)) / spread.masked_fill(spread == 0, 1)
+
+
+def _text_adapter(place: RunDomain, decision: Decision, text: str) -> tuple[Adapter | None, Path | None]:
+    """Load the adapter of a text model, and its folder."""
+    if text == BACKBONE:
+        return None, None
+    folder = decision.merge if text == MERGED else place.run / "adapters" / decision.domain
+    if text == EXPERT and not (folder.is_dir() and place.config.privacy.transport == "float32"):
+        return _own_expert(place, decision), None  # what the server has of another transport is rounded
+    adapter = read_verified(folder)
+    check_backbone(f"adapter {folder}", place.backbone, adapter_record(folder).backbone_sha256)
+    return adapter, folder
+
+
+def _own_expert(place: RunDomain, decision: Decision) -> Adapter:
+    run_id, settings = place.config.run_id or place.run.name, training_settings(place.config)
+    try:
+        return load_expert(place.local, settings, place.config.cache_dir, run_id, None)
+    except ClientError as error:
+        raise _missing(decision, "expert", error) from error
+
+
+def _missing(decision: Decision, part: str, error: ClientError) -> ClientError:
+    return ClientError(
+        f"{decision.domain} is served {decision.model!r} ({decision.reason}), but its {part} is not here: {error} It "
+        "lies in the cache of the client that trained it, and nowhere else: give that folder with --cache-dir, or use "
+        "--model merged."
+    )

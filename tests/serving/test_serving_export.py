@@ -1,0 +1,113 @@
+"""An exported head scores as fedmerge does, by the recipe in its folder and without fedmerge."""
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from run_folders import UNSEEN, Place, contents, make_place, output, refusal
+from runs_with_heads import DOMAIN, config_of, make_run_with_heads, serve, train_head
+
+from fedmerge.files import seal, write_json
+from fedmerge.recommender import recommend
+from fedmerge.serving.model import load_served, open_run, served_recommender
+
+Capsys = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    return make_place(tmp_path_factory.mktemp("place"))
+
+
+@pytest.fixture(scope="module")
+def run(place: Place) -> Path:
+    run = make_run_with_heads(place)
+    train_head(place, run)
+    return run
+
+
+def recipe_of(folder: Path) -> str:
+    """Return the last code block of the folder's card, with the path of the folder."""
+    block = (folder / "README.md").read_text(encoding="utf-8").split("```python\n")[-1].split("```")[0]
+    assert "fedmerge" not in block
+    return block.replace("PATH OF THIS FOLDER", str(folder))
+
+
+def test_the_recipe_gives_fedmerge_s_scores(place: Place, run: Path, tmp_path: Path, capsys: Capsys) -> None:
+    fused, script = "head on the merge, fused", "import json, sys\n"
+    settings = {
+        "fused": (fused, (0.5, 0.3, 0.2)),
+        "one source": (fused, (0.0, 0.0, 1.0)),
+        "alone": (fused[:17], (1, 0, 0)),
+    }
+    wanted = []
+    for name, (model, weights) in settings.items():
+        set_weights(place, weights)
+        serve(run, model)
+        said = output(capsys, "export", run, tmp_path / name, "--domain", place.domains / DOMAIN)
+        assert "keep the folder within the organisation" in said
+        here = open_run(run, place.domains / DOMAIN, config_of(run))
+        recommender = served_recommender(here, load_served(here))
+        items = here.catalog.item_ids
+        history = [items[index] for index in (3, 8, 1, 12)]
+        script += recipe_of(tmp_path / name)
+        for keep_seen in (True, False):
+            wanted.append({i.item_id: i.score for i in recommend(recommender, history, len(items), keep_seen)})
+            script += f"print(json.dumps(score({history}, {keep_seen}).tolist()))\n"
+    script += "assert not any(name.startswith('fedmerge') for name in sys.modules)\n"
+    done = subprocess.run([sys.executable, "-I", "-c", script], capture_output=True, text=True, check=True)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("[")]
+    for line, of_items in zip(lines, wanted, strict=True):
+        found = dict(zip(items, json.loads(line), strict=True))
+        assert [found.pop(item) for item in of_items] == pytest.approx([*of_items.values()], abs=1e-4)
+        assert not np.isfinite([*found.values()]).any()  # the items of the history
+
+
+def set_weights(place: Place, weights: tuple[float, ...]) -> None:
+    """Replace the weights that the tiny validation chose, with others for masked and unmasked ranking."""
+    (path,) = (place.root / "cache" / "heads").glob("*/fusion-*.json")
+    of_variant = {"masked": weights, "unmasked": weights[::-1]}
+    write_json(path, seal({name: {"weights": list(each), "ndcg": 0.5} for name, each in of_variant.items()}))
+
+
+def test_the_folder_says_what_it_is_and_that_it_is_private(
+    place: Place, run: Path, tmp_path: Path, capsys: Capsys
+) -> None:
+    serve(run, "head on the merge, fused")
+    out = tmp_path / "model"
+    output(capsys, "export", run, out, "--domain", place.domains / DOMAIN)
+    card, head = (out / "README.md").read_text(encoding="utf-8"), json.loads((out / "head.json").read_text())
+    assert "**Do not give this folder away.**" in card
+    assert f"trained on the users of {DOMAIN}" in card
+    assert head["sha256"] == hashlib.sha256((out / "head.safetensors").read_bytes()).hexdigest()
+    assert head["model"] == "head on the merge, fused"
+    assert head["item_ids"] == list(open_run(run, place.domains / DOMAIN, config_of(run)).catalog.item_ids)
+    assert json.loads((out / "provenance.json").read_text())["head"]["sha256"] == head["sha256"]
+    before = contents(out)
+    assert str(out) in refusal(capsys, "export", run, out, "--domain", place.domains / DOMAIN)
+    assert contents(out) == before
+    missing = ("--cache-dir", tmp_path / "nothing")
+    refused = refusal(capsys, "export", run, tmp_path / "b", "--domain", place.domains / DOMAIN, *missing)
+    assert "--cache-dir" in refused
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_text_model_is_exported_as_its_adapter_is(place: Place, run: Path, tmp_path: Path, capsys: Capsys) -> None:
+    folders: dict[str, str | Path] = {
+        "merged": run / "merged" / "average",
+        "expert": run / "adapters" / DOMAIN,
+        "backbone": "none",
+    }
+    for model, folder in folders.items():
+        serve(run, model)
+        said = output(capsys, "export", run, tmp_path / model, "--domain", place.domains / DOMAIN)
+        assert f"{DOMAIN} is served: {model} (chosen on validation)" in said
+        output(capsys, "export", folder, tmp_path / f"{model} alone", "--config", run / "config.toml")
+        assert contents(tmp_path / model) == contents(tmp_path / f"{model} alone")
+    output(capsys, "export", run, tmp_path / UNSEEN, "--domain", place.domains / UNSEEN)
+    assert contents(tmp_path / UNSEEN) == contents(tmp_path / "merged")
+    assert "--domain DIR" in refusal(capsys, "export", run, tmp_path / "b")
