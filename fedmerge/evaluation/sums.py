@@ -21,6 +21,8 @@ VARIANTS: tuple[Variant, ...] = get_args(Variant)
 BACKBONE, EXPERT = "backbone", "expert"  # names of these two models at client and server
 PERSONAL = "personal merge"
 FEDERATED_HEAD, FEDERATED_FUSED = "federated head", "federated head, fused"
+LAST_ITEM = "last item"
+FEDERATED_SOURCES = (FEDERATED_HEAD, "text", LAST_ITEM)  # of the fused row, in this order
 INTERVAL_95 = 1.96  # half-width of a two-sided 95 % normal interval in standard errors
 
 

@@ -9,10 +9,11 @@ import torch
 from safetensors.torch import save
 
 from fedmerge.adapter import adapter_sha256
-from fedmerge.client.heads.heads import HEAD, LAST_ITEM, TEXT, LocalHead
+from fedmerge.client.heads.heads import HEAD, TEXT, LocalHead
 from fedmerge.domain.catalog import ATTRIBUTES
 from fedmerge.encoder.export import export_model, provenance_of
 from fedmerge.encoder.text import item_text
+from fedmerge.evaluation.sums import LAST_ITEM
 from fedmerge.files import check_free, write_bytes, write_json
 from fedmerge.recommender import make_recommender
 from fedmerge.serving.decision import VECTORS_OF

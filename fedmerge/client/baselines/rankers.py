@@ -17,6 +17,7 @@ from fedmerge.config import Baseline, Evaluation
 from fedmerge.domain.splits import Examples, evaluation_examples, train_sequences
 from fedmerge.errors import LayoutMismatchError
 from fedmerge.evaluation.ranks import IntArray, check_in_catalog, rank_targets, target_ranks
+from fedmerge.evaluation.sums import LAST_ITEM
 from fedmerge.sequence.model import SequenceSettings
 from fedmerge.sequence.ranking import sequence_source
 
@@ -27,7 +28,7 @@ Ranker = Callable[[Examples, Sequence[IntArray] | None], npt.NDArray[np.int64]]
 # Labels of the baselines' rows in tables.
 BASELINE_LABELS: Mapping[Baseline, str] = {
     "popularity": "popularity",
-    "last-item": "last item",
+    "last-item": LAST_ITEM,
     "item-knn": "item-knn",
     "sasrec": "sasrec",
 }

@@ -27,7 +27,7 @@ from fedmerge.config import Head, HeadVectors
 from fedmerge.domain.splits import MIN_EVALUATED_LENGTH, Examples, evaluation_examples
 from fedmerge.errors import ClientError, DomainError, RunDirError
 from fedmerge.evaluation.ranks import IntArray, rank_targets
-from fedmerge.evaluation.sums import VARIANTS, Variant, fused_label, head_label
+from fedmerge.evaluation.sums import LAST_ITEM, VARIANTS, Variant, fused_label, head_label
 from fedmerge.files import read_sealed, seal, write_json
 from fedmerge.sequence.fusion import FusionChoice, choose_weights, fused_ranks
 from fedmerge.sequence.model import SequenceModel, SequenceSettings
@@ -35,7 +35,7 @@ from fedmerge.sequence.ranking import Source, sequence_source
 from fedmerge.sequence.training import train_sequence_model
 
 MODEL_FILE, REPORT_FILE, INPUTS_FILE = "model.safetensors", "head.json", "inputs.json"
-HEAD, TEXT, LAST_ITEM = "head", "text", "last item"  # sources of the fusion
+HEAD, TEXT = "head", "text"  # sources of the fusion, with last item
 Progress = Callable[[str], None]
 
 

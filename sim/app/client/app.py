@@ -8,6 +8,7 @@ from flwr.clientapp import ClientApp
 from sim.app.client.coefficients import cohort, gradient
 from sim.app.client.describing import catalog, describe
 from sim.app.client.evaluation import evaluate_models
+from sim.app.client.head_rounds import train_head_round
 from sim.app.client.heads import train_heads
 from sim.app.client.replies import log_to_stderr, replying
 from sim.app.client.secure_sum import secagg_advertise, secagg_masked, secagg_share, secagg_unmask
@@ -35,6 +36,7 @@ def make_client_app(*, console: bool) -> ClientApp:
     app = ClientApp(mods=[_log_first] if console else [])
     app.train()(replying(train))
     app.train(records.TRAIN_HEAD.removeprefix("train."))(replying(train_heads))
+    app.train(records.ROUND_HEAD.removeprefix("train."))(replying(train_head_round))
     app.evaluate()(replying(evaluate_models))
     for message_type, handler in QUERIES.items():
         app.query(message_type.removeprefix("query."))(replying(handler))

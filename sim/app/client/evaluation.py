@@ -22,7 +22,7 @@ from fedmerge.privacy.dp.releases import METRIC_SUMS, Release, noised_sums
 from fedmerge.privacy.metric_sums import disclose
 from fedmerge.privacy.policy import check_enough_users, check_may_leave
 from sim.app.client.experts import own_expert
-from sim.app.client.heads import encoders_of, head_models, own_head_ranks
+from sim.app.client.heads import encoders_of, federated_head_ranks, head_models, own_head_ranks
 from sim.app.client.node import Client, charge_run, open_client
 from sim.app.messages import records
 
@@ -47,6 +47,8 @@ def evaluate_models(message: Message, context: Context) -> RecordDict:
     examples = _examples(client, request.split)
     check_enough_users(name, len(examples), config.privacy.min_users)
     names = config.evaluation.baselines if request.baselines else ()
+    if anchor is not None and "last-item" not in names:  # a federated head that is below it is not served
+        names = (*names, "last-item")
     if config.privacy.metrics == "noised":  # the others are fitted to all users, who would each change every outcome
         names = tuple(baseline for baseline in names if baseline == "last-item")
 
@@ -54,7 +56,9 @@ def evaluate_models(message: Message, context: Context) -> RecordDict:
         try:
             baselines = baseline_rankers(domain, names, config.evaluation, config.seed, config.cache_dir, logger.info)
             heads, encoded = own_head_ranks(client, encoders, request.served, anchor, examples)
-            found = outcomes(domain, models, examples, baselines, logger.info, heads, encoded)
+            shared, of_served = federated_head_ranks(client, anchor, request, adapters, examples, encoded)
+            encoded |= of_served
+            found = outcomes(domain, models, examples, baselines, logger.info, heads | shared, encoded)
         except Exception as error:
             if config.privacy.metrics == "exact":
                 raise

@@ -9,12 +9,23 @@ from flwr.app import Context, Message, RecordDict
 from fedmerge.adapter import Adapter, adapter_sha256
 from fedmerge.client.disclosed.sums import count_models
 from fedmerge.client.evaluate import Ranks, TextVectors, encode_text
+from fedmerge.client.heads.federated import federated_ranks, federated_weights
 from fedmerge.client.heads.heads import LocalHead, head_ranks, head_report, load_or_train_head, why_no_head
 from fedmerge.client.heads.vectors import item_vectors
 from fedmerge.config import HeadVectors
 from fedmerge.domain.splits import Examples, evaluation_examples
 from fedmerge.errors import ClientError
-from fedmerge.evaluation.sums import BACKBONE, EXPERT, FEDERATED_HEAD, fused_label, head_label
+from fedmerge.evaluation.sums import (
+    BACKBONE,
+    EXPERT,
+    FEDERATED_FUSED,
+    FEDERATED_HEAD,
+    FEDERATED_SOURCES,
+    VARIANTS,
+    fused_label,
+    head_label,
+)
+from fedmerge.federated.head import Weights
 from fedmerge.privacy.policy import check_may_leave
 from sim.app.client.experts import own_expert
 from sim.app.client.node import Client, open_client
@@ -36,13 +47,19 @@ def train_heads(message: Message, context: Context) -> RecordDict:
         count_models(client.disclosed, str(config.run_id), head_models(encoders, anchor), client.own.max_models)
     if reason := why_no_head(domain):
         logger.warning("%s: no head of its own, since %s", name, reason)
-        return records.head_reports_record({one: {"trained": False, "reason": reason} for one in encoders})
+        none = {"trained": False, "reason": reason}
+        shared = [] if anchor is None else [records.FEDERATED]
+        return records.head_reports_record(dict.fromkeys([*encoders, *shared], none))
     limit = config.evaluation.validation_users
     num_validated = len(evaluation_examples(domain.interactions, "valid", limit, config.seed))
     exact = config.privacy.metrics == "exact" and num_validated >= config.privacy.min_users
-    reports: dict[HeadVectors, dict[str, Any]] = {
+    reports: dict[str, dict[str, Any]] = {
         vectors: head_report(_own_head(client, adapter, anchor), exact=exact) for vectors, adapter in encoders.items()
     }
+    if anchor is not None:
+        chosen = _federated_weights(client, anchor, _served(client, request.served, models))
+        weights = {variant: dict(zip(FEDERATED_SOURCES, chosen[variant], strict=True)) for variant in VARIANTS}
+        reports[records.FEDERATED] = {"trained": True, "reason": ""} | ({"weights": weights} if exact else {})
     return records.head_reports_record(reports)
 
 
@@ -74,14 +91,60 @@ def encoders_of(
     return {one: own_expert(client, expert_sha256) if one == "expert" else of_name[one] for one in names}
 
 
+def _served(client: Client, served: str, models: Mapping[str, Adapter]) -> Adapter:
+    """Return the served merge, which encodes the items for the federated head."""
+    if client.config.head.kind != "federated" or served not in models:
+        raise ClientError(
+            f"domain {client.domain.manifest.name}: the server sent a federated head for the merge {served[:80]!r}; "
+            f"the run has head.kind = '{client.config.head.kind or 'none'}', and the request the models "
+            f"{sorted(models)[:3]}. Use one configuration and one fedmerge version everywhere"
+        )
+    return models[served]
+
+
+def federated_head_ranks(
+    client: Client,
+    anchor: Adapter | None,
+    request: records.EvaluationRequest,
+    models: Mapping[str, Adapter],
+    examples: Examples,
+    encoded: Mapping[str, TextVectors],
+) -> tuple[dict[str, Ranks], dict[str, TextVectors]]:
+    """Rank users under the federated head, alone and fused; arguments and results as for :func:`own_head_ranks`.
+
+    Args:
+        request: says which model encodes the items, and the weights of the fusion, if the client is not to choose them.
+        models: label -> adapter, of the request.
+        encoded: label of a model -> its vectors of the examples, as far as they are known.
+    """
+    if anchor is None:
+        return {}, {}
+    domain, adapter = client.domain, _served(client, request.served, models)
+    weights = records.read_fusion(request.fusion) if request.fusion else _federated_weights(client, anchor, adapter)
+    text = encoded.get(request.served)
+    if text is None:
+        items = item_vectors(domain, adapter, client.config.cache_dir)
+        text = encode_text(domain, adapter, examples.histories, items)
+    ranks = federated_ranks(anchor, text, weights, examples)
+    logger.info("%s: %s evaluated on %d users", domain.manifest.name, FEDERATED_HEAD, len(examples))
+    return ranks, {request.served: text}
+
+
+def _federated_weights(client: Client, anchor: Adapter, adapter: Adapter) -> Weights:
+    config = client.config
+    limit = config.evaluation.validation_users
+    return federated_weights(client.domain, anchor, adapter, limit, config.seed, config.cache_dir, logger.info)
+
+
 def head_models(encoders: Encoders, anchor: Adapter | None) -> set[str]:
     """Return one name for each row of heads, by which an organisation counts the evaluated models."""
     shared = "" if anchor is None else adapter_sha256(anchor)
-    return {
+    own = {
         f"{label(vectors)} {'' if adapter is None else adapter_sha256(adapter)} {shared}".rstrip()
         for vectors, adapter in encoders.items()
         for label in (head_label, fused_label)
     }
+    return own if anchor is None else own | {f"{label} {shared}" for label in (FEDERATED_HEAD, FEDERATED_FUSED)}
 
 
 def own_head_ranks(

@@ -1,7 +1,7 @@
 """Requests to evaluate models, and the metric sums that clients answer."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -10,13 +10,14 @@ from flwr.app import ConfigRecord, RecordDict
 from fedmerge.adapter import Adapter
 from fedmerge.config import Split
 from fedmerge.errors import ClientError
-from fedmerge.evaluation.sums import VARIANTS, MetricSums, Variant, metric_sums_from_dict
+from fedmerge.escaping import one_line
+from fedmerge.evaluation.sums import FEDERATED_SOURCES, VARIANTS, MetricSums, Variant, metric_sums_from_dict
 from sim.app.messages.records.adapters import ModelRecords, read_models
-from sim.app.messages.records.fields import FACTS, ONE_VERSION, read_config, read_dataclass
+from sim.app.messages.records.fields import FACTS, LONGEST_SHOWN, ONE_VERSION, read_config, read_dataclass
 
 EVALUATE = "evaluate"
 OWN_EXPERT = "own"
-_OF_HEADS = ("heads", "served")
+_OF_HEADS = ("heads", "served", "fusion")
 MOST_DEVIATIONS = 10.0  # of noise by which a sum may leave its range
 
 
@@ -32,6 +33,8 @@ class EvaluationRequest:
         baselines: True to evaluate the sanity baselines as well.
         heads: vectors whose head rows are evaluated as well, comma-separated; empty for none.
         served: label of the model that the vectors ``merge`` mean; empty without heads.
+        fusion: weights of the federated head's fusion, :func:`fusion_text`; empty if the client chooses them itself.
+            The rows of that head are evaluated if the request holds it among its models, as FEDERATED_HEAD.
     """
 
     split: Split
@@ -40,6 +43,7 @@ class EvaluationRequest:
     baselines: bool
     heads: str = ""
     served: str = ""
+    fusion: str = ""
 
 
 def evaluation_request_record(request: EvaluationRequest, models: ModelRecords) -> RecordDict:
@@ -52,6 +56,35 @@ def read_evaluation_request(content: RecordDict) -> tuple[EvaluationRequest, dic
     """Inverse of :func:`evaluation_request_record`."""
     facts = {**dict.fromkeys(_OF_HEADS, ""), **read_config(content, FACTS)}
     return read_dataclass(EvaluationRequest, facts), read_models(content)
+
+
+def fusion_text(weights: Mapping[Variant, Sequence[float]]) -> str:
+    """Write the weights of the federated head's fusion, variant -> weights of FEDERATED_SOURCES, as JSON."""
+    return json.dumps({variant: list(weights[variant]) for variant in VARIANTS})
+
+
+def read_fusion(text: str) -> dict[Variant, tuple[float, ...]]:
+    """Inverse of :func:`fusion_text`.
+
+    Raises:
+        ClientError: another form, or weights that are no weights.
+    """
+    try:
+        found = json.loads(text)
+        weights = {variant: tuple(float(weight) for weight in found[variant]) for variant in VARIANTS}
+        if not all(are_weights(of_variant) for of_variant in weights.values()):
+            raise ValueError
+    except (LookupError, ValueError, TypeError, OverflowError, RecursionError) as error:
+        raise ClientError(
+            f"the request has the fusion {one_line(text, LONGEST_SHOWN)!r}, expected {len(FEDERATED_SOURCES)} weights "
+            f"of sum 1 for {' and '.join(VARIANTS)}; {ONE_VERSION}"
+        ) from error
+    return weights
+
+
+def are_weights(weights: Sequence[float]) -> bool:
+    """Return True for one weight from 0 to 1 of each of FEDERATED_SOURCES, which add up to 1."""
+    return len(weights) == len(FEDERATED_SOURCES) and min(weights) >= 0 and abs(sum(weights) - 1) < 1e-6
 
 
 def metric_sums_record(sums: Mapping[Variant, MetricSums]) -> RecordDict:

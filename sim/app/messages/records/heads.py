@@ -17,6 +17,7 @@ from sim.app.messages.records.training import is_count, is_number
 
 TRAIN_HEAD = "train.head"
 ROUND_HEAD = "train.head_round"  # its request and its reply are those of a round of adapters
+FEDERATED = "federated"  # key of the report about the federated head's fusion, beside those of the vectors
 LONGEST_REASON = 500  # characters
 _HEADS = "heads"
 
@@ -63,16 +64,17 @@ def read_vectors(text: str) -> tuple[HeadVectors, ...]:
     return tuple(name for name in known if name in names)
 
 
-def head_reports_record(reports: Mapping[HeadVectors, Mapping[str, Any]]) -> RecordDict:
+def head_reports_record(reports: Mapping[str, Mapping[str, Any]]) -> RecordDict:
     """Make the record of the reports of trained heads; their fields are those of HEAD_REPORT_FIELDS."""
     return RecordDict({FACTS: ConfigRecord({_HEADS: json.dumps(reports)})})
 
 
-def read_head_reports(content: RecordDict) -> dict[HeadVectors, dict[str, Any]]:
+def read_head_reports(content: RecordDict) -> dict[str, dict[str, Any]]:
     """Inverse of :func:`head_reports_record`.
 
     Returns:
-        vectors -> report. A head was trained, or reused, where ``trained`` is true.
+        vectors -> report. A head was trained, or reused, where ``trained`` is true. If the request held the federated
+        head, also FEDERATED -> report with the weights of its fusion.
 
     Raises:
         ClientError: another form.
@@ -81,7 +83,7 @@ def read_head_reports(content: RecordDict) -> dict[HeadVectors, dict[str, Any]]:
         reports = json.loads(str(read_config(content, FACTS).get(_HEADS)))
     except (ValueError, RecursionError) as error:
         raise ClientError(f"its reports of heads are not JSON; {ONE_VERSION}") from error
-    known = get_args(HeadVectors)
+    known = (*get_args(HeadVectors), FEDERATED)
     if not isinstance(reports, dict) or not all(
         key in known and isinstance(report, dict) for key, report in reports.items()
     ):

@@ -1,0 +1,88 @@
+"""The federated head at a client: weights of its fusion, and its two rows, alone and fused with text and last item."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from fedmerge.adapter import Adapter, adapter_sha256
+from fedmerge.client.cache.folders import inputs_key
+from fedmerge.client.evaluate import Ranks, TextVectors, encode_text
+from fedmerge.client.heads.heads import (
+    Progress,
+    alone_and_fused,
+    head_inputs,
+    load_or_choose_fusion,
+    text_sources,
+)
+from fedmerge.client.heads.vectors import item_vectors
+from fedmerge.client.local_domain import LocalDomain
+from fedmerge.domain.splits import Examples, evaluation_examples
+from fedmerge.evaluation.ranks import IntArray
+from fedmerge.evaluation.sums import FEDERATED_FUSED, FEDERATED_HEAD
+from fedmerge.federated.head import Weights, mean_weights
+from fedmerge.files import make_folder
+from fedmerge.sequence.anchored import anchored_source
+from fedmerge.sequence.model import SequenceSettings
+from fedmerge.sequence.ranking import Source
+
+
+def federated_weights(
+    domain: LocalDomain,
+    head: Adapter,
+    adapter: Adapter | None,
+    validation_users: int | None,
+    seed: int,
+    cache_dir: str,
+    progress: Progress = lambda line: None,
+) -> Weights:
+    """Return the weights of the head's fusion that the domain's validation users prefer; once chosen they are cached.
+
+    Args:
+        domain: the client's domain; a domain without validation users weighs all sources alike.
+        head: the federated head.
+        adapter: encodes items and histories; None is the backbone alone.
+        validation_users: users that choose; None takes all.
+        seed: seed of the experiment.
+        cache_dir: folder on the client's own disk.
+        progress: receives a line for each variant that is chosen.
+    """
+    validation = evaluation_examples(domain.interactions, "valid", validation_users, seed)
+    if not len(validation):
+        return mean_weights([])
+
+    def sources() -> list[Source]:
+        items = item_vectors(domain, adapter, cache_dir)
+        return federated_sources(head, encode_text(domain, adapter, validation.histories, items), validation.histories)
+
+    inputs = head_inputs(domain, adapter, SequenceSettings(inputs="text", validation_users=validation_users), seed)
+    key, name = inputs_key({**inputs, "federated": adapter_sha256(head)}), domain.manifest.name
+    path = Path(cache_dir).expanduser() / "heads" / f"{name}-federated-{key}.json"
+    make_folder(path.parent)
+    fusion = load_or_choose_fusion(path, sources, validation, lambda line: progress(f"{name}: federated head: {line}"))
+    return {variant: choice.weights for variant, choice in fusion.items()}
+
+
+def federated_sources(head: Adapter, text: TextVectors, histories: Sequence[IntArray]) -> list[Source]:
+    """Return FEDERATED_SOURCES: the federated head, text, and last item.
+
+    Args:
+        head: the federated head.
+        text: vectors of the histories and of the items.
+        histories: U arrays of item indices, oldest first.
+    """
+    return [anchored_source(head, text.items, histories, FEDERATED_HEAD), *text_sources(text, histories)]
+
+
+def federated_ranks(head: Adapter, text: TextVectors, weights: Weights, examples: Examples) -> dict[str, Ranks]:
+    """Compute every user's rank of the target under the head alone and fused; these ranks never leave the client.
+
+    Args:
+        head: the federated head.
+        text: vectors of the users of ``examples`` and of the items.
+        weights: of the fusion.
+        examples: U users.
+
+    Returns:
+        label -> variant -> (U,).
+    """
+    alone, fused = alone_and_fused(federated_sources(head, text, examples.histories), weights, examples)
+    return {FEDERATED_HEAD: alone, FEDERATED_FUSED: fused}
