@@ -18,6 +18,7 @@ import torch
 
 from fedmerge.adapter import Adapter, LoraModule, adapter_sha256
 from fedmerge.bench.config import Drawing
+from fedmerge.bench.federated_heads import rank_federated_head, train_federated_head
 from fedmerge.bench.joint import train_jointly
 from fedmerge.bench.ranking import backbone_of, domain_of, num_users, rank_baseline, rank_head, rank_model
 from fedmerge.client.audit.attacks import Audited, audit_domain
@@ -301,6 +302,8 @@ WORK: Mapping[str, Callable[..., None]] = {
     "ranking": rank_model,
     "baseline": rank_baseline,
     "head": rank_head,
+    "federated head": train_federated_head,
+    "federated ranking": rank_federated_head,
     "audit": audit_adapters,
 }
 

@@ -23,7 +23,7 @@ from fedmerge.config import (
     with_absolute_paths,
 )
 from fedmerge.errors import ConfigError
-from fedmerge.evaluation.sums import head_label
+from fedmerge.evaluation.sums import FEDERATED_HEAD, head_label
 from fedmerge.report.bench_tables import POOLED
 
 Drawing = Literal["shuffled", "balanced"]  # of joint training
@@ -120,6 +120,8 @@ def ranks_by_text(head: Head) -> bool:
 def rows_of(strategy: str, head: Head) -> list[str]:
     """Return the rows of a strategy, in their order."""
     heads = [head_row(strategy, vectors) for vectors in head.vectors] if head.kind else []
+    if head.kind == "federated":
+        heads.append(f"{strategy}: {FEDERATED_HEAD}")
     return [strategy] * ranks_by_text(head) + [row + end for row in heads for end in ("", FUSED)]
 
 
@@ -261,8 +263,6 @@ def _not_in_one_place(experiment: ExperimentConfig) -> str:
     """Return the reason why a benchmark's cell cannot do what clients do; empty if it can."""
     if experiment.privacy.metrics != "exact":
         return f"privacy.metrics = '{experiment.privacy.metrics}' needs a federation (fedmerge run); set 'exact'"
-    if experiment.head.kind == "federated":
-        return "head.kind = 'federated' needs a federation (fedmerge run); set 'local'"
     learned = {*experiment.merge.methods} & LEARNED_METHODS and experiment.rounds.rule is None
     if not experiment.privacy.learns_through_clients or not learned:
         return ""

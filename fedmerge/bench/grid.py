@@ -125,6 +125,10 @@ class Grid:
         """Return the folder of a strategy's merges."""
         return self._at(place, "merges") / strategy
 
+    def federated_head(self, place: Place, strategy: str) -> Path:
+        """Return the record of a strategy's federated head."""
+        return self.merges(place, strategy) / "federated-head.json"
+
     def joint(self, place: Place, drawing: Drawing) -> Path:
         """Return the file that joint training writes last."""
         return self._at(place, "joint") / drawing / JOINT

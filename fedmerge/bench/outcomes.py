@@ -12,12 +12,13 @@ from fedmerge.bench.cells import (
     joint_folder,
 )
 from fedmerge.bench.config import head_row, joint_row, ranks_by_text
+from fedmerge.bench.federated_heads import head_folder
 from fedmerge.bench.grid import Grid, Place
 from fedmerge.bench.ranking import ranks_file, sums_of_ranks
 from fedmerge.client.cache.folders import inputs_key
 from fedmerge.config import ExperimentConfig, HeadVectors, Split
 from fedmerge.evaluation.ranks import SELECTION_METRIC
-from fedmerge.evaluation.sums import MetricSums, Variant
+from fedmerge.evaluation.sums import FEDERATED_HEAD, MetricSums, Variant
 from fedmerge.files import read_json, write_json
 from fedmerge.runs.checkpoints import ADAPTERS, merge_folder, read_sources
 
@@ -130,12 +131,33 @@ def rows_on_test(grid: Grid, place: Place, domain: str) -> dict[str, Cell]:
             if ranks_by_text(config.head):
                 rows[strategy] = ranking(grid, place, config, domain, "test", strategy, label)
             rows |= head_cells(grid, place, domain, strategy)
+            if record := read_json(grid.federated_head(place, strategy)):
+                row = f"{strategy}: {FEDERATED_HEAD}"
+                rows[row] = federated_cell(grid, place, domain, strategy, label, record["sha256"])
     return rows
 
 
 def experts_run(grid: Grid, place: Place, strategy: str) -> Path:
     """Return the training run with the experts of a strategy: its own, or the shared one if it trains in rounds."""
     return grid.run(place, strategy if is_one_shot(grid.experiment(place, strategy).rounds) else None)
+
+
+def federated_cell(grid: Grid, place: Place, domain: str, strategy: str, label: str, sha256: str) -> Cell:
+    """Return the cell that ranks with a strategy's federated head, on any domain."""
+    config, merges = grid.evaluation(place, strategy), grid.merges(place, strategy)
+    root = grid.test_root(place, "test")
+    model = f"{sha256} on {merge_hashes(grid, place, strategy)[label]}"
+    file = ranks_file(grid.folder / "clients" / place.dataset, config, domain, "test", root, model, place.seed)
+    arguments = {
+        "config": config,
+        "domain": domain,
+        "split": "test",
+        "test_root": root,
+        "merge": merge_folder(merges, label),
+        "head": grid.federated_head(place, strategy),
+    }
+    title = f"{strategy}: {FEDERATED_HEAD}, on {domain} ({place})"
+    return Cell("federated ranking", title, file, arguments, config.runtime.threads_per_client)
 
 
 def head_cells(grid: Grid, place: Place, domain: str, strategy: str) -> dict[str, Cell]:
@@ -150,6 +172,9 @@ def head_cells(grid: Grid, place: Place, domain: str, strategy: str) -> dict[str
         "backbone": (None, "backbone"),
     }
     clients, root = grid.folder / "clients" / place.dataset, grid.test_root(place, "test")
+    shared = read_json(grid.federated_head(place, strategy))
+    if config.head.kind == "federated" and shared is None:  # it failed
+        return {}
     cells = {}
     for vectors in config.head.vectors:
         adapter, model = adapters[vectors]
@@ -162,7 +187,9 @@ def head_cells(grid: Grid, place: Place, domain: str, strategy: str) -> dict[str
             "adapter": adapter,
             "vectors": vectors,
             "seed": place.seed,
+            "anchor": head_folder(grid.federated_head(place, strategy)) if shared else None,
         }
+        model += f", continues {shared['sha256']}" if shared else ""
         file = ranks_file(clients, config, domain, "test", root, model, place.seed)
         cells[row] = Cell("head", f"{row}, on {domain} ({place})", file, arguments, config.runtime.threads_per_client)
     return cells

@@ -57,9 +57,9 @@ def rank_model(
         adapter: a PEFT folder; None for the backbone alone.
     """
     opened = domain_of(config, domain)
-    examples = _examples(config, domain, split, test_root)
+    examples = questions(config, domain, split, test_root)
     models = {"model": None if adapter is None else read_adapter(adapter)}
-    _write_ranks(result, {"": model_ranks(opened, models, examples)["model"]})
+    write_ranks(result, {"": model_ranks(opened, models, examples)["model"]})
 
 
 def rank_baseline(
@@ -67,12 +67,12 @@ def rank_baseline(
 ) -> None:
     """Do the same as :func:`rank_model` under a baseline; the file is empty if it has no training data."""
     opened = domain_of(config, domain)
-    examples = _examples(config, domain, split, test_root)
+    examples = questions(config, domain, split, test_root)
     found = baseline_ranks(
         examples, baseline_rankers(opened, [baseline], config.evaluation, config.seed, config.cache_dir)
     )
     rows = [*found.values()]
-    _write_ranks(result, {"": rows[0]} if rows else {})
+    write_ranks(result, {"": rows[0]} if rows else {})
 
 
 def rank_head(
@@ -84,6 +84,7 @@ def rank_head(
     adapter: Path | None,
     vectors: HeadVectors,
     seed: int,
+    anchor: Path | None,
 ) -> None:
     """Train a domain's own head, or load it, and do the same as :func:`rank_model` under it, alone and fused.
 
@@ -94,18 +95,20 @@ def rank_head(
         adapter: a PEFT folder, whose item vectors the head reads; None for the backbone.
         vectors: the head's name for that adapter.
         seed: seed of the head's training.
+        anchor: PEFT folder of a federated head that the client continues; None without one.
     """
-    opened, examples = domain_of(config, domain), _examples(config, domain, split, test_root)
+    opened, examples = domain_of(config, domain), questions(config, domain, split, test_root)
     if why_no_head(opened):
         write_json(head_report(result), {"seconds": 0.0})
-        _write_ranks(result, {})
+        write_ranks(result, {})
         return
     model = None if adapter is None else read_adapter(adapter)
     validation_users = num_users(config.evaluation, "valid")
-    head = load_or_train_head(opened, model, config.head, validation_users, seed, config.cache_dir)
+    shared = None if anchor is None else read_adapter(anchor)
+    head = load_or_train_head(opened, model, config.head, validation_users, seed, config.cache_dir, anchor=shared)
     write_json(head_report(result), {**head.report, "fusion": {of: asdict(made) for of, made in head.fusion.items()}})
     found = head_ranks(opened, vectors, model, head, examples)
-    _write_ranks(result, {label.removeprefix(head_label(vectors)): ranks for label, ranks in found.items()})
+    write_ranks(result, {label.removeprefix(head_label(vectors)): ranks for label, ranks in found.items()})
 
 
 def head_report(ranks: Path) -> Path:
@@ -175,7 +178,7 @@ def num_users(evaluation: Evaluation, split: Split) -> int | None:
     return evaluation.validation_users if split == "valid" else evaluation.test_users
 
 
-def _examples(config: ExperimentConfig, domain: str, split: Split, test_root: str | None) -> Examples:
+def questions(config: ExperimentConfig, domain: str, split: Split, test_root: str | None) -> Examples:
     """Return the questions to rank, of users of the experiment's domain or of its namesake in another folder.
 
     Raises:
@@ -194,7 +197,7 @@ def _examples(config: ExperimentConfig, domain: str, split: Split, test_root: st
     return evaluation_examples(interactions, split, num_users(config.evaluation, split), config.seed)
 
 
-def _write_ranks(file: Path, rows: Mapping[str, Ranks]) -> None:
+def write_ranks(file: Path, rows: Mapping[str, Ranks]) -> None:
     """Write the ranks of rows; each array is named by its variant and the end of its row's name."""
     arrays: dict[str, Any] = {
         variant + end: of_variant.astype(np.int32)

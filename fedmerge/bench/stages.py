@@ -26,7 +26,7 @@ from fedmerge.bench.outcomes import (
 from fedmerge.config import ExperimentConfig, Rounds
 from fedmerge.errors import ClientError, FedMergeError
 from fedmerge.files import read_json
-from fedmerge.runs.checkpoints import read_sources
+from fedmerge.runs.checkpoints import merge_folder, read_sources
 from fedmerge.runs.folder import DONE
 from fedmerge.runs.round_checkpoints import read_members, round_records
 
@@ -78,13 +78,14 @@ def run_grid(grid: Grid, train: Train, execute: Execute, progress: Progress) -> 
         ("admission", lambda: admission_cells(grid, places)),
         ("merging", lambda: [cell for cell in merging_cells(grid, places) if cell.arguments["run"] not in incomplete]),
         ("validation", lambda: validation_cells(grid, places)),
+        ("federated heads", lambda: federated_head_cells(grid, places)),
         ("test", lambda: test_cells(grid, places)),
         ("audit", lambda: audit_cells(grid, places)),
     ]
     for name, cells_of in stages:
         cells = cells_of()
         left = [cell for cell in cells if not cell.result.is_file()]
-        if not cells and name in ("admission", "audit"):
+        if not cells and name in ("admission", "federated heads", "audit"):
             continue
         progress(f"{name}: {len(cells) - len(left)} of {len(cells)} cells are done")
         failed += _do(name, left, execute, progress)
@@ -156,6 +157,23 @@ def validation_cells(grid: Grid, places: Sequence[Place]) -> list[Cell]:
                     cell = ranking(grid, place, config, domain, "valid", strategy, label)
                     cells[cell.result] = cell
     return list(cells.values())
+
+
+def federated_head_cells(grid: Grid, places: Sequence[Place]) -> list[Cell]:
+    """Return a cell per place and strategy with a federated head, on the vectors of its selected variant."""
+    cells = []
+    for place in places:
+        for strategy in grid.strategies:
+            config, label = grid.experiment(place, strategy), chosen_variant(grid, place, strategy)
+            if config.head.kind == "federated" and label is not None:
+                arguments = {
+                    "config": config,
+                    "merge": merge_folder(grid.merges(place, strategy), label),
+                    "domains": merged_domains(grid, place, strategy),
+                }
+                file, threads = grid.federated_head(place, strategy), config.runtime.threads_per_client
+                cells.append(Cell("federated head", f"{strategy}: federated head ({place})", file, arguments, threads))
+    return cells
 
 
 def test_cells(grid: Grid, places: Sequence[Place]) -> list[Cell]:

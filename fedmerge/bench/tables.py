@@ -29,7 +29,7 @@ from fedmerge.domain.demo import domains_root
 from fedmerge.domain.manifest import read_manifest
 from fedmerge.encoder.peft_folder import read_adapter
 from fedmerge.evaluation.ranks import SELECTION_METRIC
-from fedmerge.evaluation.sums import VARIANTS, MetricSums, Variant
+from fedmerge.evaluation.sums import FEDERATED_HEAD, VARIANTS, MetricSums, Variant
 from fedmerge.federated.rules import rule_named
 from fedmerge.federated.summed import num_summed
 from fedmerge.files import read_json
@@ -161,6 +161,16 @@ def _costs(grid: Grid, place: Place, strategy: str) -> Iterator[dict[str, Any]]:
     nothing = {"bytes_up": 0.0, "bytes_down": 0.0, "server_seconds": 0.0, "rank": None, "error": None, "residual": None}
     run, domains = experts_run(grid, place, strategy), merged_domains(grid, place, strategy)
     of_experts = sum(float(_report(run / ADAPTERS / domain)["seconds"]) for domain in domains)
+    if shared := read_json(grid.federated_head(place, strategy)):
+        travelled = head.rounds * len(domains) * shared["bytes"]  # up every round, and down after it
+        of_merge = {
+            **of_merge,
+            "strategy": f"{strategy}: {FEDERATED_HEAD}",
+            "bytes_up": of_merge["bytes_up"] + travelled,
+            "bytes_down": of_merge["bytes_down"] + travelled,
+            "client_seconds": of_merge["client_seconds"] + shared["seconds"],
+        }
+        yield of_merge
     before: Mapping[HeadVectors, dict[str, Any]] = {
         "merge": of_merge,
         "expert": {**of_merge, **nothing, "client_seconds": of_experts},

@@ -24,7 +24,13 @@ pytestmark = pytest.mark.federation
 
 HEADS = (REPOSITORY / "configs" / "bench" / "heads-smoke.toml").read_text().partition("[[strategy]]")
 STRATEGIES = "[[strategy]]" + HEADS[2]
-HEAD_SETTINGS = {"head.hidden_size": 8, "head.max_epochs": 1, "head.max_minutes": None}
+HEAD_SETTINGS = {
+    "head.hidden_size": 8,
+    "head.max_epochs": 1,
+    "head.max_minutes": None,
+    "head.rounds": 2,
+    "head.steps": 2,
+}
 FILE = f"""
 title = "Heads"
 experiment = "experiment.toml"
@@ -75,7 +81,10 @@ def test_every_head_has_two_rows_and_no_other_domain_has_any(finished: tuple[Gri
         found = scores(tables, dataset="whole", domain=domain)
         assert {*found} >= heads | {"average", "expert", "backbone"}
         assert not {"alone", "ids"} & {*found}  # their merge is that of "average"
-    assert not heads & {*scores(tables, dataset="whole", domain="camping")}
+    unseen = scores(tables, dataset="whole", domain="camping")
+    assert not heads & {*unseen}
+    assert {"federated: federated head", "federated: federated head, fused"} < {*unseen}
+    assert "federated: head on the merge, fused" not in unseen
     assert not heads & {*tables.references}
     labels = {row["label"] for row in tables.results if row["strategy"] == JOINED}
     assert labels == {"average"}
@@ -104,6 +113,10 @@ def test_a_head_costs_its_training_and_only_a_joined_one_traffic(
     seconds = sum(read_json(head_report(of["average: head on the merge"].result))["seconds"] for of in cells)
     head, merge = costs["average: head on the merge"], costs["average"]
     assert head["client_seconds"] == pytest.approx(merge["client_seconds"] + seconds)
+    record = read_json(grid.federated_head(Place("whole", 0, ""), "federated"))
+    shared = costs["federated: federated head"]
+    assert shared["bytes_up"] == costs["federated"]["bytes_up"] + 2 * 3 * record["bytes"]
+    assert {*record["fusions"]} == {*TRAIN}
 
 
 def test_a_cut_domain_trains_on_its_users_and_is_tested_on_all(
@@ -124,7 +137,7 @@ def test_a_cut_domain_trains_on_its_users_and_is_tested_on_all(
 
 def test_a_finished_benchmark_trains_no_head_again(finished: tuple[Grid, BenchTables, list[str]]) -> None:
     lines = finish(finished[0])
-    assert not [line for line in lines if "head" in line]
+    assert not [line for line in lines if "head on" in line or "federated head (" in line]
 
 
 def test_a_strategy_that_trains_longer_has_heads_on_its_own_experts(place: Path) -> None:
