@@ -37,7 +37,7 @@ _VARIANT_TEXT: Mapping[Variant, str] = {
 }
 _ABSENT = "-"
 
-_Cell = tuple[str, bool]  # text, is marked
+Cell = tuple[str, bool]  # text, is marked
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +130,7 @@ def results_table(
     tables, any_absent, any_marked = [], False, False
     for metric in metrics:
         values = {key: of_metric[metric] for key, of_metric in cells.items() if not math.isnan(of_metric[metric])}
-        columns: list[list[_Cell]] = []
+        columns: list[list[Cell]] = []
         for column in _value_columns(domains, methods, values):
             merged = [
                 value
@@ -225,10 +225,10 @@ def differences_table(
     groups = [*([domain] for domain in domains.shown), *(domains.of(role) for role in domains.used_roles)]
     tables, any_absent, any_marked = [], False, False
     for metric in metrics:
-        columns: list[list[_Cell]] = []
+        columns: list[list[Cell]] = []
         for group in groups:
             differences = [difference(group, method, metric) for method in methods]
-            columns.append([_difference_cell(found, num_digits) for found in differences])
+            columns.append([difference_cell(found, num_digits) for found in differences])
             any_absent |= None in differences
             any_marked |= any(marked for _, marked in columns[-1])
         tables.append(_layout(f"{metric}, difference to {baseline}", domains, methods, columns, table_format))
@@ -303,7 +303,8 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return math.fsum(present) / len(present) if len(present) == len(values) else None
 
 
-def _difference_cell(difference: Estimate | None, num_digits: int) -> _Cell:
+def difference_cell(difference: Estimate | None, num_digits: int = 4) -> Cell:
+    """Return ``difference ± half-width`` of the 95 % interval, marked if the interval excludes 0."""
     if difference is None:
         return _ABSENT, False
     rounded = round(difference.mean, num_digits) + 0.0  # no "-0.0000"
@@ -338,7 +339,7 @@ def _layout(
     title: str,
     domains: _Domains,
     methods: Sequence[str],
-    columns: Sequence[Sequence[_Cell]],
+    columns: Sequence[Sequence[Cell]],
     table_format: TableFormat,
 ) -> str:
     """Return the table of one metric: a row per method, under the column titles and the numbers of users."""
@@ -346,15 +347,15 @@ def _layout(
     unseen = set(domains.of("unseen"))
     titles = [*(f"{domain} (unseen)" if domain in unseen else domain for domain in domains.shown), *means]
     num_users = [*(f"{domains.num_users[domain]:,}" for domain in domains.shown), *("" for _ in means)]
-    lines: list[tuple[str, list[_Cell]]] = [
+    lines: list[tuple[str, list[Cell]]] = [
         (title, [(text, False) for text in titles]),
         ("users", [(text, False) for text in num_users]),
         *((method, [column[i] for column in columns]) for i, method in enumerate(methods)),
     ]
-    return _markdown(lines) if table_format == "markdown" else _plain(lines)
+    return _markdown(lines) if table_format == "markdown" else plain_table(lines)
 
 
-def _markdown(lines: Sequence[tuple[str, Sequence[_Cell]]]) -> str:
+def _markdown(lines: Sequence[tuple[str, Sequence[Cell]]]) -> str:
     rows = []
     for label, cells in lines:
         texts = [one_line(text).replace("|", "\\|") for text in (label, *(text for text, _ in cells))]
@@ -365,7 +366,8 @@ def _markdown(lines: Sequence[tuple[str, Sequence[_Cell]]]) -> str:
     return "\n".join([rows[0], "| --- |" + " ---: |" * len(lines[0][1]), *rows[1:]])
 
 
-def _plain(lines: Sequence[tuple[str, Sequence[_Cell]]]) -> str:
+def plain_table(lines: Sequence[tuple[str, Sequence[Cell]]]) -> str:
+    """Return lines of a label and cells as aligned text, with a rule below the first two."""
     # A space in place of the mark keeps the digits of a column aligned.
     table = [
         [one_line(label), *(one_line(text) + ("*" if marked else " ") for text, marked in cells)]

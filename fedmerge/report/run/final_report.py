@@ -8,8 +8,9 @@ from fedmerge.config import Simulation, Split
 from fedmerge.escaping import one_line
 from fedmerge.evaluation.ranks import METRICS
 from fedmerge.evaluation.sums import EXPERT, VARIANTS, MetricSums, Variant
+from fedmerge.report.run.alone import alone_text, popularity_warning
 from fedmerge.report.tables import Role, differences_table, result_rows, results_table
-from fedmerge.server.choice import SERVED, with_served
+from fedmerge.server.choice import MERGED, SERVED, served_row, with_served
 
 SumsByDomain = Mapping[str, Mapping[Variant, MetricSums]]
 
@@ -112,7 +113,7 @@ def run_report(run: Evaluated, fallback: bool) -> str:
 
     Args:
         run: results and choices.
-        fallback: add a row in which each domain is served the merge or its own expert.
+        fallback: add a row in which each domain is served the model that was selected for it.
     """
     domains = [domain for role in ("train", "unseen") for domain in sorted(run.sums) if run.roles[domain] == role]
     roles = {domain: run.roles[domain] for domain in domains}
@@ -120,7 +121,10 @@ def run_report(run: Evaluated, fallback: bool) -> str:
     for variant in VARIANTS:
         of_variant = {domain: run.sums[domain][variant] for domain in domains}
         if fallback:
-            of_variant = {domain: with_served(sums, _served_model(run, domain)) for domain, sums in of_variant.items()}
+            of_variant = {
+                domain: with_served(sums, served_row(run.per_domain, run.served, domain))
+                for domain, sums in of_variant.items()
+            }
         by_variant[variant] = of_variant
     parts = [
         results_table(
@@ -136,6 +140,10 @@ def run_report(run: Evaluated, fallback: bool) -> str:
     parts.append(
         differences_table(by_variant["unmasked"], roles, baseline=baseline, split="test", synthetic=run.synthetic)
     )
+    first = [alone_text(by_variant, run.per_domain, run.served)] if fallback else []
+    parts = [*filter(None, first), *parts]
+    if warning := popularity_warning(by_variant["unmasked"], roles, run.served):
+        parts = [f"{one_line(warning)}\n", *parts]
     if run.attack:
         parts = [f"{one_line(run.attack)}\n", *parts]
     for name, reason in sorted(run.flagged.items()):
@@ -153,17 +161,27 @@ def run_report(run: Evaluated, fallback: bool) -> str:
         parts.append(f"rolled back from {one_line(run.rollback['from'])} to {one_line(run.rollback['to'])}\n")
     parts.append(f"selected on validation; served: {one_line(run.served)}\n")
     if fallback:
-        own = [one_line(domain) for domain in sorted(run.per_domain) if _served_model(run, domain) == EXPERT]
-        parts.append(
-            f"served their own expert instead, selected on validation: {', '.join(own) or 'none'}\n"
-            f"({SERVED}: each domain with the model that it is served. Scores on validation favour the models that "
-            "were selected there, so judge the selection by this row on test.)\n"
-        )
+        parts.append(_served_instead(run))
     return "\n".join(parts)
 
 
-def _served_model(run: Evaluated, domain: str) -> str:
-    return EXPERT if run.per_domain.get(domain, {}).get("serve") == EXPERT else run.served
+def _served_instead(run: Evaluated) -> str:
+    """Name the domains that are served another model than the merge, by model."""
+    by_row: dict[str, list[str]] = {EXPERT: []}
+    for domain in sorted(run.per_domain):
+        row = served_row(run.per_domain, run.served, domain)
+        if row != run.served:
+            by_row.setdefault(row, []).append(one_line(domain))
+    lines = [
+        f"served their own {one_line(row)} instead, selected on validation: {', '.join(domains) or 'none'}\n"
+        for row, domains in by_row.items()
+    ]
+    heads = any(row not in ("serve", MERGED, EXPERT) for entry in run.per_domain.values() for row in entry)
+    twice = " The same users ended the training of the heads and chose the weights of their fusion." if heads else ""
+    return (
+        f"{''.join(lines)}({SERVED}: each domain with the model that it is served. Scores on validation favour the "
+        f"models that were selected there, so judge the selection by this row on test.{twice})\n"
+    )
 
 
 def _named(what: str, name: str, reason: str) -> str:

@@ -4,7 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedmerge.escaping import one_line, printable
+from fedmerge.files import table_or_empty
 from fedmerge.runs.reading import MergeRecord, RunDetails, RunSummary
+from fedmerge.server.choice import served_row
 
 MOST_LINES = 20  # of one kind, in text
 _ABSENT = "-"
@@ -66,7 +68,7 @@ def run_text(run: RunDetails) -> str:
         ("failure", (run.failure or "").splitlines()),
         ("merges", [_merge(merge, run) for merge in run.merges]),
         ("merged later", [_merge(merge, run) for merge in run.remerges]),
-        ("served", [_served(run)] if summary.served else []),
+        ("served", [_served(run), *_served_instead(run)] if summary.served else []),
         ("files", _files(summary)),
         ("problems", summary.problems),
     ]
@@ -158,6 +160,13 @@ def _served(run: RunDetails) -> str:
     parts = [f"{run.summary.metric} {score:.4f} on validation"] if isinstance(score, float) else []
     parts += [f"{run.summary.metric} {run.summary.test:.4f} on test"] if run.summary.test is not None else []
     return f"{run.summary.served}" + (f" ({', '.join(parts)}; mean over training domains, unmasked)" if parts else "")
+
+
+def _served_instead(run: RunDetails) -> list[str]:
+    """Name the domains that are served another model than the merge."""
+    served, per_domain = str(run.summary.served), table_or_empty(run.choice.get("per_domain"))
+    rows = {domain: served_row(per_domain, served, domain) for domain in per_domain}
+    return [f"{domain}: its own {row}" for domain, row in rows.items() if row != served]
 
 
 def _files(run: RunSummary) -> list[str]:

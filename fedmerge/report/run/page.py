@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from fedmerge.config import Split
 from fedmerge.errors import RunDirError
 from fedmerge.evaluation.sums import EXPERT, VARIANTS, MetricSums
-from fedmerge.files import read_record
+from fedmerge.files import read_record, table_or_empty
 from fedmerge.merging.candidate import Provenance
 from fedmerge.privacy.dp.statement import PRIVACY_FILE, summarise_statement
 from fedmerge.report.bench.page import bench_page
@@ -29,13 +29,14 @@ from fedmerge.report.html.page import (
     size,
     table,
 )
+from fedmerge.report.run.alone import EXPLAINED, METRIC, SASREC, TITLE, compare_alone, popularity_warning
 from fedmerge.report.statistics import comparison_rows
-from fedmerge.report.tables import Role
+from fedmerge.report.tables import Role, difference_cell
 from fedmerge.runs.checkpoints import ADMISSION
 from fedmerge.runs.metric_sums import read_metric_sums
 from fedmerge.runs.reading import RunDetails, describe_run
 from fedmerge.runs.round_checkpoints import round_records
-from fedmerge.server.choice import SERVED, with_served
+from fedmerge.server.choice import SERVED, served_row, with_served
 
 _SPLITS: tuple[Split, ...] = ("valid", "test")
 
@@ -58,7 +59,8 @@ def run_page(folder: Path) -> str:
     more = [Section(key, heading, content) for key, heading, content in sections if content]
     served = join("Served: ", element("strong", run.summary.served)) if run.summary.served else Html("")
     short = _privacy(run.summary.folder)
-    return bench_page(tables, kind="Run", lead=element("p", served), short=short, more=more)
+    lead = join(_warning(run), element("p", served), _alone(run))
+    return bench_page(tables, kind="Run", lead=lead, short=short, more=more)
 
 
 def run_tables(run: RunDetails) -> BenchTables:
@@ -144,9 +146,8 @@ def _with_served(sums: MetricSums, run: RunDetails, domain: str) -> MetricSums:
     per_domain, served = run.choice.get("per_domain"), run.summary.served
     if not isinstance(per_domain, dict) or not per_domain or served not in sums.methods:
         return sums
-    of_domain = per_domain.get(domain)
-    own = isinstance(of_domain, dict) and of_domain.get("serve") == EXPERT
-    return with_served(sums, EXPERT if own else str(served))
+    row = served_row(per_domain, str(served), domain)
+    return with_served(sums, row if row in sums.methods else str(served))
 
 
 def _comparisons(
@@ -206,6 +207,39 @@ def _coefficients(run: RunDetails) -> list[dict[str, Any]]:
 # Sections that only a run has
 
 
+def _warning(run: RunDetails) -> Html | None:
+    """Say first of all if the served merge is worse than no model."""
+    folder = run.summary.folder
+    sums, roles = read_metric_sums(folder, "test", "unmasked"), _domain_roles(folder / "metrics.parquet")
+    warning = popularity_warning(sums, roles, str(run.summary.served))
+    return element("p", warning, class_="warning", role="note") if warning else None
+
+
+def _alone(run: RunDetails) -> Html | None:
+    """Compare what each domain has for itself with what it is served, if models were selected per domain."""
+    per_domain = table_or_empty(run.choice.get("per_domain"))
+    body = []
+    for variant in VARIANTS if per_domain else ():
+        sums = read_metric_sums(run.summary.folder, "test", variant)
+        for alone in (None, SASREC):
+            for row in compare_alone(sums, per_domain, str(run.summary.served), alone):
+                text, marked = difference_cell(row.difference)
+                mean = row.difference.mean if row.difference else None
+                names = [row.domain, variant, row.alone or alone or ABSENT, row.joined or ABSENT]
+                scores = [number_cell(score, f"{score:.4f}") for score in row.scores]
+                body.append([*(Cell(name, name) for name in names), *scores, number_cell(mean, text, best=marked)])
+    if not body:
+        return None
+    heads = [
+        *(Column(title, numeric=False) for title in ("Domain", "Ranking", "Alone", "Joined")),
+        *(Column(title) for title in ("Score alone", "Score joined", "Difference")),
+    ]
+    return join(
+        table("alone-table", f"{TITLE}: {METRIC} on test", heads, body),
+        note(f"{EXPLAINED} Difference ± half-width of its 95 % interval, paired over users; bold: it excludes 0."),
+    )
+
+
 def _privacy(folder: Path) -> Html:
     statement = read_record(folder / PRIVACY_FILE)
     return element("p", " ".join(summarise_statement(statement))) if statement else Html("")
@@ -261,17 +295,19 @@ def _choice(run: RunDetails) -> Html | None:
         for label, score in scores.items()
     ]
     heads = [Column("Merge", numeric=False), Column(str(run.summary.metric))]
-    own = [
-        domain
-        for domain, chosen in (run.choice.get("per_domain") or {}).items()
-        if isinstance(chosen, dict) and chosen.get("serve") == EXPERT
+    per_domain, by_row = table_or_empty(run.choice.get("per_domain")), dict[str, list[str]]()
+    for domain in per_domain:
+        by_row.setdefault(served_row(per_domain, str(run.summary.served), domain), []).append(domain)
+    instead = [
+        note(f"Served their own {row}, in the row “{SERVED}” too: {', '.join(domains)}.")
+        for row, domains in by_row.items()
+        if row != run.summary.served
     ]
-    fallback = note(f"Served their own expert, in the row “{SERVED}” too: {', '.join(own)}.") if own else None
     dropped, back = run.choice.get("dropped") or {}, run.choice.get("rollback") or {}
     worse = note(f"The merge selected first is significantly worse than their own expert: {', '.join(dropped)}.")
     rolled = note(f"Rolled back from {back.get('from')} to {back.get('to')}.")
     scores_table = table("choice-table", "Mean over training domains on validation, unmasked", heads, body)
-    return join(scores_table, fallback, worse if dropped else None, rolled if back else None)
+    return join(scores_table, *instead, worse if dropped else None, rolled if back else None)
 
 
 def _exposure(folder: Path) -> Html | None:

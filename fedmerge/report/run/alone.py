@@ -1,0 +1,143 @@
+"""Alone against joined: the best that a domain has without the federation, against the model that it is served.
+
+A domain has for itself its expert and, where they were evaluated, the heads on its expert's vectors; its own validation
+users choose among them, as they choose what it is served. A SASRec on its item ids is not evaluated on validation, so
+it is compared separately. Both models of a comparison are scored on the same test users.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fedmerge.evaluation.sums import (
+    EXPERT,
+    Estimate,
+    MetricSums,
+    Variant,
+    copy_row,
+    fused_label,
+    head_label,
+    paired_difference,
+    paired_difference_of_mean,
+)
+from fedmerge.report.tables import Cell, difference_cell, plain_table
+from fedmerge.server.choice import served_row
+
+METRIC = "ndcg@10"
+MEAN = "mean"  # of the domains; the name of the last row
+SASREC, POPULARITY = "sasrec", "popularity"  # labels of these two baselines
+TITLE = "Alone against joined"
+EXPLAINED = (
+    "Alone: a domain's expert or a head on its expert's vectors, whichever was best on its validation users. Joined: "
+    "the model that it is served. Both were selected on validation; the scores are on test."
+)
+_ALONE, _JOINED = "alone", "joined"
+_OWN = (EXPERT, head_label("expert"), fused_label("expert"))
+_ABSENT = "-"
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """A domain's model for itself against the model that it is served, in the mean over its test users.
+
+    Attributes:
+        domain: name of the domain, or MEAN.
+        alone: row of the model without the federation; empty for the mean.
+        joined: row of the model that is served; empty for the mean.
+        scores: of alone and of joined.
+        difference: joined minus alone, paired over users; None with fewer than two users.
+    """
+
+    domain: str
+    alone: str
+    joined: str
+    scores: tuple[float, float]
+    difference: Estimate | None
+
+
+def compare_alone(
+    sums: Mapping[str, MetricSums], per_domain: Mapping[str, Any], served: str, alone: str | None = None
+) -> list[Comparison]:
+    """Compare what each training domain has for itself with what it is served.
+
+    Args:
+        sums: domain -> sums on test, all of one variant.
+        per_domain: of the choice: scores on validation, and what is served.
+        served: label of the merge that is served by default.
+        alone: row that stands for alone in every domain; None for the best of a domain's own on validation.
+
+    Returns:
+        A comparison for each domain with both models, sorted, then their unweighted mean. Domains that withhold a score
+        are left out.
+    """
+    rows: list[Comparison] = []
+    renamed: list[MetricSums] = []
+    for domain, entry in sorted(per_domain.items()):
+        of_domain = sums.get(domain)
+        own, joined = alone or _best_own(entry), served_row(per_domain, served, domain)
+        if of_domain is None or own is None or not {own, joined} <= {*of_domain.methods}:
+            continue
+        scores = (of_domain.mean(own, METRIC), of_domain.mean(joined, METRIC))
+        if any(map(math.isnan, scores)):
+            continue
+        renamed.append(copy_row(copy_row(of_domain, own, _ALONE), joined, _JOINED))
+        difference = paired_difference(renamed[-1], _JOINED, _ALONE, METRIC) if of_domain.num_users > 1 else None
+        rows.append(Comparison(domain, own, joined, scores, difference))
+    if len(rows) < 2:
+        return rows
+    means = tuple(math.fsum(row.scores[side] for row in rows) / len(rows) for side in (0, 1))
+    enough = all(row.difference is not None for row in rows)
+    of_mean = paired_difference_of_mean(renamed, _JOINED, _ALONE, METRIC) if enough else None
+    return [*rows, Comparison(MEAN, "", "", (means[0], means[1]), of_mean)]
+
+
+def _best_own(entry: Any) -> str | None:
+    """Return the best on validation of what a domain has without the federation; the first of equals."""
+    known = {row: entry[row] for row in _OWN if isinstance(entry, Mapping) and isinstance(entry.get(row), (int, float))}
+    return max(known, key=known.__getitem__, default=None)
+
+
+def alone_text(sums: Mapping[Variant, Mapping[str, MetricSums]], per_domain: Mapping[str, Any], served: str) -> str:
+    """Return the comparisons of every variant as text; empty if there is nothing to compare."""
+    tables = []
+    for variant, of_variant in sums.items():
+        compared = compare_alone(of_variant, per_domain, served)
+        compared += compare_alone(of_variant, per_domain, served, SASREC)
+        if compared:
+            tables.append(_text_table(f"{METRIC}, {variant}", compared))
+    return "\n\n".join([f"{TITLE}\n{EXPLAINED}", *tables]) + "\n" if tables else ""
+
+
+def _text_table(title: str, rows: Sequence[Comparison]) -> str:
+    lines: list[tuple[str, list[Cell]]] = [
+        (title, [(head, False) for head in ("alone", "score", "joined", "score", "difference")])
+    ]
+    lines.append(("", [("", False)] * 5))
+    for row in rows:
+        scores = [(f"{score:.4f}", False) for score in row.scores]
+        cells = [(row.alone or _ABSENT, False), scores[0], (row.joined or _ABSENT, False), scores[1]]
+        lines.append((row.domain, [*cells, difference_cell(row.difference)]))
+    return plain_table(lines)
+
+
+def popularity_warning(sums: Mapping[str, MetricSums], roles: Mapping[str, str], served: str) -> str:
+    """Return a sentence if the served merge ranks below popularity in the mean over training domains; else empty.
+
+    Args:
+        sums: domain -> unmasked sums on test.
+        roles: domain -> "train" or "unseen".
+        served: label of the merge that is served by default.
+    """
+    train = [of_domain for domain, of_domain in sorted(sums.items()) if roles.get(domain) == "train"]
+    if not train or any(not {served, POPULARITY} <= {*of_domain.methods} for of_domain in train):
+        return ""
+    merge, popularity = (
+        math.fsum(of_domain.mean(row, METRIC) for of_domain in train) / len(train) for row in (served, POPULARITY)
+    )
+    if not merge < popularity:
+        return ""
+    return (
+        f"The served merge ranks below popularity: {METRIC} {merge:.4f} against {popularity:.4f}, mean over training "
+        "domains on test, unmasked."
+    )
