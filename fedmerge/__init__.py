@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fedmerge.api.evaluation import Scores as Scores
     from fedmerge.api.evaluation import evaluate as evaluate
     from fedmerge.api.evaluation import load_recommender as load_recommender
+    from fedmerge.api.evaluation import load_served as load_served
     from fedmerge.api.evaluation import recommend as recommend
     from fedmerge.api.models import Model as Model
     from fedmerge.api.models import load_adapter as load_adapter
@@ -35,7 +36,7 @@ _ROOMS = {
     "fedmerge.adapter": ("Adapter", "LoraModule"),
     "fedmerge.api.data": ("load_backbone", "load_domains"),
     "fedmerge.api.models": ("Model", "load_adapter", "merge", "merge_learned", "methods", "train"),
-    "fedmerge.api.evaluation": ("Scores", "evaluate", "load_recommender", "recommend"),
+    "fedmerge.api.evaluation": ("Scores", "evaluate", "load_recommender", "load_served", "recommend"),
     "fedmerge.api.simulation": ("SimulatedRun", "simulate"),
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}

@@ -168,13 +168,44 @@ def load_recommender(
     return make_recommender(backbone or load_backbone(), adapter, load_catalog(Path(catalog)), Text())
 
 
+def load_served(
+    run: str | Path, domain: str | Path, *, model: str | None = None, cache_dir: str | Path | None = None
+) -> Recommender:
+    """Load what a run serves a domain, as validation chose it: a merge, the domain's own expert, or its own head.
+
+    Args:
+        run: a run folder, or the beginning of a run's id in ``runs``.
+        domain: the domain folder.
+        model: what to load in place of the run's choice: ``merged``, ``expert``, ``backbone``, ``personal merge``,
+            ``head on the merge``, ``head on the merge, fused``, …
+        cache_dir: cache of this organisation's client, which holds what never left it; None is ``cache_dir`` of the
+            run.
+
+    Returns:
+        The recommender; its ``score_kind`` says whether scores are cosines or standardised.
+
+    Raises:
+        RunDirError: no such run, or it has not chosen yet.
+        ClientError: a head, or an expert, that is not on this disk.
+    """
+    from fedmerge.config import load_config
+    from fedmerge.runs.reading import find_run
+    from fedmerge.serving.model import load_served as load_model
+    from fedmerge.serving.model import open_run, served_recommender
+
+    folder = find_run(str(run), Path("runs"))
+    overrides = [] if cache_dir is None else [f"cache_dir={json.dumps(str(cache_dir))}"]
+    place = open_run(folder, Path(domain), load_config(folder / "config.toml", overrides))
+    return served_recommender(place, load_model(place, model))
+
+
 def recommend(
     recommender: Recommender, history: Sequence[str], k: int = 10, keep_seen: bool = False
 ) -> list[Recommendation]:
-    """Recommend the k items nearest to a user's history.
+    """Recommend the k items with the highest scores for a user's history.
 
     Args:
-        recommender: of :func:`load_recommender`; reuse it, since it holds the encoded catalog.
+        recommender: of :func:`load_recommender` or :func:`load_served`; reuse it, since it holds the encoded catalog.
         history: item ids, oldest first.
         k: number of items.
         keep_seen: recommend items of the history, too.

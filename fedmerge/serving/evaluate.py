@@ -12,6 +12,7 @@ from fedmerge.errors import ClientError
 from fedmerge.evaluation.sums import (
     BACKBONE,
     EXPERT,
+    PERSONAL,
     MetricSums,
     Variant,
     fused_label,
@@ -92,7 +93,7 @@ def _models(place: RunDomain, decision: Decision) -> list[str]:
     config = place.config
     names = [BACKBONE, MERGED]
     if place.manifest.name in config.domains.train:
-        names.append(EXPERT)
+        names += [EXPERT, *([PERSONAL] if config.personal.directions is not None else [])]
         if config.head.kind is not None:
             names += [label(vectors) for vectors in config.head.vectors for label in (head_label, fused_label)]
     return [*names, *([] if decision.model in names else [decision.model])]

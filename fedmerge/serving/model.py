@@ -9,6 +9,7 @@ import torch
 
 from fedmerge.adapter import Adapter
 from fedmerge.client.cache.experts import load_expert
+from fedmerge.client.coefficients.personal import find_personal_merge, personal_settings
 from fedmerge.client.evaluate import TextVectors
 from fedmerge.client.heads.finding import find_trained_head
 from fedmerge.client.heads.heads import LocalHead, head_sources
@@ -24,7 +25,8 @@ from fedmerge.encoder.backbone import Backbone, load_backbone
 from fedmerge.encoder.peft_folder import read_verified
 from fedmerge.errors import ClientError
 from fedmerge.evaluation.ranks import IntArray
-from fedmerge.evaluation.sums import BACKBONE, EXPERT, VARIANTS, Variant
+from fedmerge.evaluation.sums import BACKBONE, EXPERT, PERSONAL, VARIANTS, Variant
+from fedmerge.files import read_record, table_or_empty
 from fedmerge.recommender import Recommender, make_recommender
 from fedmerge.sequence.fusion import fused_scores
 from fedmerge.sequence.ranking import Source
@@ -185,6 +187,8 @@ def _text_adapter(place: RunDomain, decision: Decision, text: str) -> tuple[Adap
     """Load the adapter of a text model, and its folder."""
     if text == BACKBONE:
         return None, None
+    if text == PERSONAL:
+        return _personal_merge(place, decision), None
     folder = decision.merge if text == MERGED else place.run / "adapters" / decision.domain
     if text == EXPERT and not (folder.is_dir() and place.config.privacy.transport == "float32"):
         return _own_expert(place, decision), None  # what the server has of another transport is rounded
@@ -199,6 +203,17 @@ def _own_expert(place: RunDomain, decision: Decision) -> Adapter:
         return load_expert(place.local, settings, place.config.cache_dir, run_id, None)
     except ClientError as error:
         raise _missing(decision, "expert", error) from error
+
+
+def _personal_merge(place: RunDomain, decision: Decision) -> Adapter:
+    """Find the personal merge over the run's experts, whose hashes the merges of all of them have."""
+    merges = [read_record(path) for path in place.run.glob("merged/*/provenance.json")]
+    sources = max((table_or_empty(merge.get("domains")) for merge in merges), key=len, default={})
+    found = find_personal_merge(decision.domain, sources, personal_settings(place.config), place.config.cache_dir)
+    if found is None:
+        folder = Path(place.config.cache_dir).expanduser() / "personal"
+        raise _missing(decision, "personal merge", ClientError(f"{folder} holds none of this run."))
+    return found
 
 
 def _missing(decision: Decision, part: str, error: ClientError) -> ClientError:

@@ -13,6 +13,7 @@ from backbones import tiny_bert
 from in_process import small_experiment
 
 import fedmerge as fm
+from fedmerge import recommender as room
 from fedmerge.adapter import adapter_sha256
 from fedmerge.client.local_domain import LocalDomain
 from fedmerge.config import to_flat
@@ -214,6 +215,15 @@ def test_a_federation_runs_in_this_process_and_leaves_logging_alone(
     for name, module in merged.adapter.modules.items():
         torch.testing.assert_close(module.delta_weight(), again.adapter.modules[name].delta_weight())
     assert {"beauty", "camping"} <= set(run.to_frame()["domain"])
+    folders = {"merged": run.merges[run.choice["served"].replace(" ", "-")], "expert": run.experts["beauty"]}
+    served = fm.load_served(run.folder, tmp_path / "domains" / "beauty")
+    chosen = run.choice["per_domain"]["beauty"]["serve"]
+    wanted = fm.load_served(run.folder, tmp_path / "domains" / "beauty", model=chosen)
+    assert torch.equal(served.item_vectors, wanted.item_vectors)
+    for model, folder in folders.items():
+        found = fm.load_served(run.folder, tmp_path / "domains" / "beauty", model=model, cache_dir=tmp_path)
+        of_folder = room.load_recommender(folder, tmp_path / "domains" / "beauty")
+        assert torch.equal(found.item_vectors, of_folder.item_vectors)
     with pytest.raises(RunDirError):
         fm.simulate(None, flat)
     with pytest.raises(ConfigError):

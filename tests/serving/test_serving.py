@@ -9,7 +9,9 @@ import pytest
 from run_folders import TRAIN, UNSEEN, Place, make_place, output, refusal
 from runs_with_heads import DOMAIN, config_of, make_run_with_heads, serve, train_head
 
+from fedmerge.adapter import adapter_sha256
 from fedmerge.cli import main
+from fedmerge.client.coefficients.personal import load_or_fit_personal_merge, personal_settings
 from fedmerge.client.evaluate import encode_text
 from fedmerge.client.heads.heads import head_ranks, head_sources
 from fedmerge.domain.catalog import ATTRIBUTES, Catalog, load_catalog
@@ -257,6 +259,23 @@ def test_an_expert_that_never_left_its_client_is_looked_for_there(
     without = open_run(tmp_path / "run", place.domains / DOMAIN, toys.config)
     with pytest.raises(ClientError, match=r"'expert'.*experts.*--cache-dir"):
         load_served(without)
+
+
+def test_a_personal_merge_is_found_in_the_client_s_cache(
+    place: Place, run: Path, toys: RunDomain, tmp_path: Path
+) -> None:
+    config = toys.config.model_copy(update={"cache_dir": str(tmp_path)})
+    serve(run, "personal merge")
+    here = open_run(run, place.domains / DOMAIN, config)
+    with pytest.raises(ClientError, match=r"'personal merge'.*personal holds none of this run.*--cache-dir"):
+        load_served(here)
+    adapters = {name: read_adapter(run / "adapters" / name) for name in TRAIN}
+    sources = {name: adapter_sha256(adapter) for name, adapter in adapters.items()}
+    settings, choosing = personal_settings(config), np.arange(4)
+    made = load_or_fit_personal_merge(here.local, adapters, sources, settings, choosing, config.cache_dir)
+    found = load_served(here).adapter
+    assert found is not None
+    assert adapter_sha256(found) == adapter_sha256(made.adapter)
 
 
 # The command
