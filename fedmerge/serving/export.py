@@ -9,11 +9,12 @@ import torch
 from safetensors.torch import save
 
 from fedmerge.adapter import adapter_sha256
-from fedmerge.client.heads.heads import HEAD, TEXT, LocalHead
+from fedmerge.client.heads.heads import LocalHead, source_names
 from fedmerge.domain.catalog import ATTRIBUTES
 from fedmerge.encoder.export import export_model, provenance_of
 from fedmerge.encoder.text import item_text
-from fedmerge.evaluation.sums import LAST_ITEM
+from fedmerge.errors import ClientError
+from fedmerge.evaluation.sums import FEDERATED_HEAD, Variant
 from fedmerge.files import check_free, write_bytes, write_json
 from fedmerge.recommender import make_recommender
 from fedmerge.serving.decision import VECTORS_OF
@@ -78,7 +79,7 @@ def export_served(place: RunDomain, served: ServedModel, out: Path) -> None:
 
     Raises:
         RunDirError: the folder is not empty, or cannot be written.
-        ClientError: the head is not on this disk, or damaged.
+        ClientError: the head is not on this disk, or damaged; or its fusion reads the federated head.
         BackboneError: as :func:`fedmerge.encoder.export.export_model`.
     """
     check_free(out)
@@ -88,6 +89,12 @@ def export_served(place: RunDomain, served: ServedModel, out: Path) -> None:
         return
     vectors = make_recommender(place.backbone, served.adapter, place.catalog, text).item_vectors
     head = load_head(place, served, vectors)
+    shares = _weights(served, head)
+    if any(FEDERATED_HEAD in of_variant for of_variant in shares.values()):
+        raise ClientError(
+            f"{place.manifest.name} is served {served.decision.model!r}, whose fusion also reads the federated head, "
+            "which an exported folder cannot run. Export the head alone, without ', fused', or --model merged."
+        )
     tensors = save(_tensors(head, vectors))
     record = _record(place, served, head) | {"sha256": hashlib.sha256(tensors).hexdigest()}
 
@@ -131,16 +138,25 @@ def _record(place: RunDomain, served: ServedModel, head: LocalHead) -> dict[str,
         )
         for index in range(len(catalog))
     ]
-    names = (HEAD, TEXT, LAST_ITEM)  # of head_sources
-    weights = weights_of(head, served.fused)
     return {
         "model": served.decision.model,
         "domain": place.manifest.name,
         "settings": asdict(head.model.settings),
-        "weights": {variant: dict(zip(names, each, strict=True)) for variant, each in weights.items()},
+        "weights": _weights(served, head),
         "max_items": limits.max_items,
         "item_ids": list(catalog.item_ids),
         "item_texts": texts,
+    }
+
+
+def _weights(served: ServedModel, head: LocalHead) -> dict[Variant, dict[str, float]]:
+    """Return the weight of each source by variant, without a federated head that has none."""
+    names = source_names(head.anchor)
+    return {
+        variant: {
+            name: weight for name, weight in zip(names, each, strict=True) if weight > 0 or name != FEDERATED_HEAD
+        }
+        for variant, each in weights_of(head, served.fused).items()
     }
 
 

@@ -28,6 +28,7 @@ from fedmerge.evaluation.ranks import IntArray
 from fedmerge.evaluation.sums import BACKBONE, EXPERT, PERSONAL, VARIANTS, Variant
 from fedmerge.files import read_record, table_or_empty
 from fedmerge.recommender import Recommender, make_recommender
+from fedmerge.runs.federated_head import read_federated_head
 from fedmerge.sequence.fusion import fused_scores
 from fedmerge.sequence.ranking import Source
 from fedmerge.server.choice import MERGED
@@ -139,6 +140,7 @@ def load_head(place: RunDomain, served: ServedModel, item_vectors: torch.Tensor)
             config.evaluation.validation_users,
             config.seed,
             config.cache_dir,
+            read_federated_head(place.run) if config.head.kind == "federated" else None,
         )
     except ClientError as error:
         raise _missing(served.decision, "head", error) from error
@@ -159,7 +161,7 @@ def served_recommender(place: RunDomain, served: ServedModel) -> Recommender:
     weights = weights_of(head, served.fused)
 
     def scores(user: torch.Tensor, history: IntArray, variant: Variant) -> torch.Tensor:
-        sources = head_sources(head.model, TextVectors(user[None], items), [history])
+        sources = head_sources(head.model, TextVectors(user[None], items), [history], head.anchor)
         return standardised_scores(sources, weights[variant])[0]
 
     return replace(recommender, head=scores)

@@ -27,8 +27,9 @@ from fedmerge.config import Head, HeadVectors
 from fedmerge.domain.splits import MIN_EVALUATED_LENGTH, Examples, evaluation_examples
 from fedmerge.errors import ClientError, DomainError, RunDirError
 from fedmerge.evaluation.ranks import IntArray, rank_targets
-from fedmerge.evaluation.sums import LAST_ITEM, VARIANTS, Variant, fused_label, head_label
+from fedmerge.evaluation.sums import FEDERATED_HEAD, LAST_ITEM, VARIANTS, Variant, fused_label, head_label
 from fedmerge.files import read_sealed, seal, write_json
+from fedmerge.sequence.anchored import anchored_source
 from fedmerge.sequence.fusion import FusionChoice, choose_weights, fused_ranks
 from fedmerge.sequence.model import SequenceModel, SequenceSettings
 from fedmerge.sequence.ranking import Source, sequence_source
@@ -48,7 +49,7 @@ class LocalHead:
         fusion: weights of the sources by variant, in the order of :func:`head_sources`.
         report: of the training, :class:`fedmerge.sequence.training.SequenceReport` as a dict.
         cached: True if an earlier training was reused.
-        anchor: the federated head that the run trained; None without one.
+        anchor: the federated head that it continues, one more source of the fusion; None without one.
     """
 
     model: SequenceModel
@@ -89,7 +90,7 @@ def load_or_train_head(
         seed: seed of the experiment.
         cache_dir: folder on the client's own disk.
         progress: receives a line now and then.
-        anchor: the federated head that the run trained; None without one.
+        anchor: the federated head that it continues, one more source of the fusion; None without one.
 
     Raises:
         DomainError: the domain has too few users, see :func:`why_no_head`.
@@ -119,7 +120,7 @@ def load_or_train_head(
 
     def sources() -> list[Source]:
         text = encode_text(domain, adapter, validation.histories, vectors)
-        return head_sources(model, text, validation.histories)
+        return head_sources(model, text, validation.histories, anchor)
 
     path = fusion_path(folder, adapter, anchor)
     fusion = load_or_choose_fusion(path, sources, validation, lambda line: progress(f"{name}: {line}"))
@@ -145,15 +146,24 @@ def find_head(
     return LocalHead(model, fusion, cached.report, True, anchor)
 
 
-def head_sources(model: SequenceModel, text: TextVectors, histories: Sequence[IntArray]) -> list[Source]:
-    """Return the sources that a head is fused from: the head, text, and last item.
+def head_sources(
+    model: SequenceModel, text: TextVectors, histories: Sequence[IntArray], anchor: Adapter | None = None
+) -> list[Source]:
+    """Return the sources that a head is fused from, in the order of :func:`source_names`.
 
     Args:
         model: the head.
         text: vectors of the histories and of the items.
         histories: U arrays of item indices, oldest first.
+        anchor: the federated head, which the client's own continues; None without one.
     """
-    return [sequence_source(model, histories, HEAD), *text_sources(text, histories)]
+    shared = [] if anchor is None else [anchored_source(anchor, text.items, histories, FEDERATED_HEAD)]
+    return [sequence_source(model, histories, HEAD), *text_sources(text, histories), *shared]
+
+
+def source_names(anchor: Adapter | None = None) -> tuple[str, ...]:
+    """Return the names of the sources that a head is fused from."""
+    return (HEAD, TEXT, LAST_ITEM) if anchor is None else (HEAD, TEXT, LAST_ITEM, FEDERATED_HEAD)
 
 
 def text_sources(text: TextVectors, histories: Sequence[IntArray]) -> list[Source]:
@@ -228,7 +238,7 @@ def head_ranks(
         label -> variant -> (U,).
     """
     text = text or encode_text(domain, adapter, examples.histories)
-    sources = head_sources(head.model, text, examples.histories)
+    sources = head_sources(head.model, text, examples.histories, head.anchor)
     weights = {variant: choice.weights for variant, choice in head.fusion.items()}
     alone, fused = alone_and_fused(sources, weights, examples)
     return {head_label(vectors): alone, fused_label(vectors): fused}
@@ -246,7 +256,7 @@ def head_report(head: LocalHead, *, exact: bool) -> dict[str, Any]:
     if not exact:
         return report
     weights = {
-        variant: dict(zip((HEAD, TEXT, LAST_ITEM), choice.weights, strict=True))
+        variant: dict(zip(source_names(head.anchor), choice.weights, strict=True))
         for variant, choice in head.fusion.items()
     }
     return report | {key: head.report[key] for key in ("epochs", "best_epoch", "stopped_by")} | {"weights": weights}

@@ -27,7 +27,8 @@ from fedmerge.config import Head, Simulation
 from fedmerge.domain.interactions import make_interactions
 from fedmerge.domain.splits import evaluation_examples
 from fedmerge.errors import DomainError
-from fedmerge.evaluation.ranks import METRICS, per_user_metrics
+from fedmerge.evaluation.ranks import METRICS, per_user_metrics, rank_targets
+from fedmerge.sequence.anchored import anchored_source, text_head
 from fedmerge.sequence.fusion import FusionChoice
 
 SMALL = Head(kind="local", hidden_size=8, max_epochs=3, dropout=0.1)
@@ -119,6 +120,10 @@ def test_ids_alone_are_trained_once_for_all_encoders(toys: LocalDomain, adapter:
     assert lines[0] == f"toys: reusing the cached head in {folder}"
     assert len(list(folder.glob("fusion-*.json"))) == 2
     assert torch.equal(one.model.item_representations(), two.model.item_representations())
+
+
+def shapes_of(head: Adapter) -> dict[str, tuple[int, int]]:
+    return {name: (len(module.lora_B), module.lora_A.shape[1]) for name, module in head.modules.items()}
 
 
 class Killed(BaseException):
@@ -228,6 +233,28 @@ def test_the_scores_of_the_head_are_state_times_representation(
             expected = head.model.item_representations() @ states[0, -1]
             found = source.item_vectors @ source.user_vectors[user]
             torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_federated_head_is_one_more_source_of_the_fusion(toys: LocalDomain, adapter: Adapter, tmp_path: Path) -> None:
+    """The client continues it: what it adds is chosen on validation, and a weight of 1 gives its ranks."""
+    width = toys.backbone.width
+    anchor = random_adapter(shapes_of(text_head(width, 2, 50, 0)), 2, 0.3, 1)
+    alone, _ = trained(toys, adapter, tmp_path)
+    head = load_or_train_head(toys, adapter, SMALL, None, 0, str(tmp_path), anchor=anchor)
+    (folder,) = heads_on_disk(tmp_path)
+    assert len(list(folder.glob("fusion-*.json"))) == 2  # the model is trained once
+    assert all(head.fusion[variant].ndcg >= choice.ndcg for variant, choice in alone.fusion.items())
+    assert {*head_report(head, exact=True)["weights"]["masked"]} == {"head", "text", "last item", "federated head"}
+    examples = evaluation_examples(toys.interactions, "test", None, 0)
+    only = FusionChoice((0.0, 0.0, 0.0, 1.0), 0.0)
+    ranks = head_ranks(toys, "merge", adapter, replace(head, fusion={"masked": only, "unmasked": only}), examples)
+    text = encode_text(toys, adapter, examples.histories)
+    source = anchored_source(anchor, text.items, examples.histories)
+    expected = rank_targets(source.user_vectors, source.item_vectors, examples.targets, examples.histories)
+    assert np.array_equal(ranks["head on the merge, fused"]["masked"], expected)
+    found = find_head(toys, adapter, SMALL, None, 0, str(tmp_path), anchor)
+    assert found is not None
+    assert found.fusion == head.fusion
 
 
 # Reports
