@@ -5,11 +5,13 @@ from pathlib import Path
 from fedmerge.adapter import Adapter
 from fedmerge.encoder.peft_folder import write_adapter
 from fedmerge.errors import FedMergeError
+from fedmerge.evaluation.sums import VARIANTS
+from fedmerge.federated.head import Weights
 from fedmerge.files import read_sealed, seal, whole_folder, write_json
 from fedmerge.merging.candidate import Candidate, Provenance
 from fedmerge.runs.verified import read_verified
 
-HEAD = "head"
+HEAD, FUSION_FILE = "head", "fusion.json"
 
 
 def write_federated_head(run_dir: Path, head: Candidate, backbone_name: str) -> None:
@@ -31,3 +33,24 @@ def read_federated_head(run_dir: Path) -> Adapter | None:
         return adapter if sha256 == provenance.sha256 else None
     except (FedMergeError, OSError, LookupError, TypeError, AttributeError):
         return None
+
+
+def write_fusion(run_dir: Path, weights: Weights) -> None:
+    """Write the weights of the head's fusion for domains that do not choose their own.
+
+    Raises:
+        RunDirError: the file cannot be written.
+    """
+    write_json(
+        run_dir / HEAD / FUSION_FILE, seal({variant: list(of_variant) for variant, of_variant in weights.items()})
+    )
+
+
+def read_fusion(run_dir: Path) -> Weights | None:
+    """Return the weights of the head's fusion for domains that do not choose their own; None without a head.
+
+    Raises:
+        RunDirError: the file is damaged.
+    """
+    found = read_sealed(run_dir / HEAD / FUSION_FILE)
+    return None if found is None else {variant: tuple(found[variant]) for variant in VARIANTS}

@@ -4,6 +4,7 @@
     dropped_domains   the domains that a merge harms
     roll_back         a better merge for them, or the fallback
     choose_per_domain the merge, the domain's own expert, or one of its heads
+    choose_for_unseen the merge or the federated head, for a domain that trained neither
     served_row        the row of metric sums of what a domain is served
     Choice            all of it, as in ``choice.json``
 
@@ -21,7 +22,15 @@ from typing import Any, Self
 import numpy as np
 
 from fedmerge.errors import RunDirError
-from fedmerge.evaluation.sums import EXPERT, MetricSums, copy_row, paired_difference
+from fedmerge.evaluation.sums import (
+    EXPERT,
+    FEDERATED_FUSED,
+    FEDERATED_HEAD,
+    LAST_ITEM,
+    MetricSums,
+    copy_row,
+    paired_difference,
+)
 from fedmerge.merging.candidate import Candidate
 
 CHOICE_FILE = "choice.json"
@@ -209,6 +218,36 @@ def choose_per_domain(
             serve = max(others, key=others.__getitem__, default=EXPERT)
         chosen[domain] = {
             "serve": serve,
+            **{model: None if math.isnan(score) else score for model, score in scores.items()},
+        }
+    return chosen
+
+
+def choose_for_unseen(
+    validation: Mapping[str, MetricSums], served: str, metric: str, fallback: bool
+) -> dict[str, dict[str, Any]]:
+    """Choose between the shared merge and the federated head for each domain that trained neither.
+
+    Args:
+        validation: domain -> unmasked metric sums of the served merge, the federated head, alone and fused, and last
+            item, over its own validation users.
+        served: label of the merge that is served by default.
+        metric: the selection metric.
+        fallback: False to serve every domain the merge.
+
+    Returns:
+        Domain -> ``serve`` (``merged``, or the better row of the federated head that is above the merge and above last
+        item) and the scores, None where withheld. With a withheld score the merge is served.
+    """
+    chosen = {}
+    for domain, sums in sorted(validation.items()):
+        labels = {MERGED: served} | {row: row for row in (FEDERATED_HEAD, FEDERATED_FUSED, LAST_ITEM)}
+        scores = {model: sums.mean(label, metric) for model, label in labels.items()}
+        known = fallback and not any(map(math.isnan, scores.values()))
+        to_beat = max(scores[MERGED], scores[LAST_ITEM])
+        better = [row for row in (FEDERATED_HEAD, FEDERATED_FUSED) if known and scores[row] > to_beat]
+        chosen[domain] = {
+            "serve": max(better, key=scores.__getitem__, default=MERGED),
             **{model: None if math.isnan(score) else score for model, score in scores.items()},
         }
     return chosen

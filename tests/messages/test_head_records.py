@@ -8,7 +8,6 @@ from flwr.app import ConfigRecord, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 
-from fedmerge.config import HeadVectors
 from fedmerge.errors import ClientError
 from sim.app.messages import records
 
@@ -41,9 +40,10 @@ def test_requests_and_reports_of_heads_arrive_as_they_were_sent() -> None:
     assert list(models) == ["average"]
     assert records.read_vectors(read.vectors) == ("merge", "expert")
     assert records.read_vectors("") == ()
-    reports: dict[HeadVectors, dict[str, Any]] = {
+    reports: dict[str, dict[str, Any]] = {
         "merge": HEAD_REPORT,
         "expert": {"trained": False, "reason": "too few users"},
+        records.FEDERATED: {"trained": True, "reason": "", "weights": HEAD_REPORT["weights"]},
     }
     assert records.read_head_reports(travelled(records.head_reports_record(reports))) == reports
 

@@ -104,7 +104,7 @@ def _experiment(run: Run, attempt: Attempt) -> None:
             logger.info("all experts are trained, run folder: %s", run.folder)
             return
         # 4. Validate, train heads over the merge that is served, and choose.
-        validation, choice, heads = validate_and_choose(run, merges)
+        validation, choice, heads = validate_and_choose(run, backbone, merges)
         # 5. Evaluate the selection on test, once; clients that joined late count as unseen.
         if late := greet(run, backbone):
             logger.info("joined late; evaluated as unseen: %s", join_names(late))

@@ -4,21 +4,25 @@ import logging
 from collections.abc import Mapping
 from dataclasses import replace
 
+from fedmerge.encoder.backbone import Backbone
 from fedmerge.evaluation.ranks import SELECTION_METRIC
 from fedmerge.evaluation.sums import MetricSums
 from fedmerge.files import read_sealed, seal, write_json
 from fedmerge.runs import checkpoints
+from fedmerge.runs.federated_head import write_fusion
 from fedmerge.server.choice import (
     CHOICE_FILE,
     FALLBACK,
     SELECTION_FILE,
     Choice,
     choose,
+    choose_for_unseen,
     choose_per_domain,
     dropped_domains,
     roll_back,
 )
 from sim.app.server.phases.evaluating import evaluate_models
+from sim.app.server.phases.heads.federated import train_federated_head
 from sim.app.server.phases.heads.local import Heads, train_heads
 from sim.app.server.phases.merging import Merges
 from sim.app.server.run import Run
@@ -26,8 +30,10 @@ from sim.app.server.run import Run
 logger = logging.getLogger("fedmerge.server")
 
 
-def validate_and_choose(run: Run, merges: Merges) -> tuple[dict[str, checkpoints.Sums], Choice, Heads]:
-    """Evaluate on validation, then choose, once. Unseen domains have no say.
+def validate_and_choose(
+    run: Run, backbone: Backbone, merges: Merges
+) -> tuple[dict[str, checkpoints.Sums], Choice, Heads]:
+    """Evaluate on validation, then choose, once. Unseen domains only choose whether a federated head serves them.
 
     Returns:
         Domain -> validation sums of the merges, of the domains that decided; the choice; and the heads of the clients.
@@ -54,11 +60,15 @@ def validate_and_choose(run: Run, merges: Merges) -> tuple[dict[str, checkpoints
             logger.info("selected on validation: serving %s; heads are trained over it", choice.served)
     # 3. Train heads over it, and evaluate them.
     served = next(candidate for candidate in merges.candidates if candidate.label == choice.served)
-    heads = train_heads(run, deciding, served, merges.sources, ask_clients=not final)
+    federated = train_federated_head(run, backbone, deciding, served)
+    heads = train_heads(run, deciding, served, merges.sources, federated, ask_clients=not final)
+    if federated is not None:
+        write_fusion(run.folder, heads.mean_fusion)
     if final:
         return validation, choice, heads
     of_heads: Mapping[str, checkpoints.Sums] = {}
-    if owners := [domain for domain in deciding if heads.rows(domain)]:
+    choosing = [] if federated is None else _unseen_with_validation(run)
+    if owners := [*(domain for domain in deciding if heads.rows(domain)), *choosing]:
         of_heads = evaluate_models(run, "heads", owners, {served.label: served.adapter}, merges.sources, heads)
     if run.config.head.kind is not None:
         run.require_quorum([domain for domain in deciding if domain in run.members.nodes])
@@ -96,15 +106,27 @@ def _serve(
     heads: Heads,
 ) -> Choice:
     """Choose what each domain is served: the merge, its own expert, or one of its heads."""
+    fallback = run.config.evaluation.fallback
+    members = {domain: sums for domain, sums in of_heads.items() if domain in validation}
+    unseen = {domain: sums for domain, sums in of_heads.items() if domain not in validation}
     per_domain = choose_per_domain(
-        _unmasked({**validation, **of_heads}),  # those of the heads hold the served merge and the expert, too
+        _unmasked({**validation, **members}),  # those of the heads hold the served merge and the expert, too
         choice.served,
         choice.metric,
-        run.config.evaluation.fallback,
-        {domain: heads.rows(domain) for domain in of_heads},
+        fallback,
+        {domain: heads.rows(domain) for domain in members},
         choice.rollback["dropped"] if choice.rollback is not None and choice.fell_back else (),
     )
+    per_domain |= choose_for_unseen(_unmasked(unseen), choice.served, choice.metric, fallback)
     return replace(choice, per_domain=per_domain)
+
+
+def _unseen_with_validation(run: Run) -> list[str]:
+    """Return the unseen domains that may have enough validation users to choose between merge and federated head."""
+    most, needed = run.config.evaluation.validation_users, run.config.privacy.min_users
+    if most is not None and most < needed:
+        return []
+    return [name for name in run.members.in_role("unseen") if run.members.descriptions[name].num_users >= needed]
 
 
 def _unmasked(sums: Mapping[str, checkpoints.Sums]) -> dict[str, MetricSums]:

@@ -8,7 +8,7 @@ from flwr.app import RecordDict
 from fedmerge.adapter import Adapter
 from fedmerge.config import Split
 from fedmerge.evaluation.ranks import METRICS
-from fedmerge.evaluation.sums import BACKBONE, EXPERT
+from fedmerge.evaluation.sums import BACKBONE, EXPERT, FEDERATED_HEAD, LAST_ITEM
 from fedmerge.runs import checkpoints
 from fedmerge.server.reply_checks import check_sums, sums_bytes
 from sim.app.messages import records
@@ -39,7 +39,7 @@ def evaluate_models(
         domains: that are asked, as far as they still take part.
         adapters: label -> merge.
         sources: domain -> hash of its expert, which is evaluated there as well.
-        heads: the clients' own, which are evaluated there as well.
+        heads: the clients' own and the federated head, which are evaluated there as well.
 
     Returns:
         Domain -> sums, sorted.
@@ -50,7 +50,8 @@ def evaluate_models(
 
     def asked_models(domain: str) -> list[str]:
         reference = [*([BACKBONE] if test else []), *([EXPERT] if domain in sources else [])]
-        return [*reference, *labels, *heads.rows(domain)]
+        to_beat = [] if heads.federated is None else [LAST_ITEM]  # by that head, to be served
+        return [*reference, *labels, *heads.rows(domain), *to_beat]
 
     on_disk = checkpoints.read_sums(run.folder, stage)
     results = {
@@ -62,12 +63,12 @@ def evaluate_models(
     if nodes:
         own = dict.fromkeys(row for domain in nodes for row in heads.rows(domain))
         logger.info("evaluating on %s: %s", split, ", ".join([*labels, *own]))
-    models = records.model_records(adapters)
+    shared = {} if heads.federated is None else {FEDERATED_HEAD: heads.federated}
+    models = records.model_records({**adapters, **shared})
     min_users = run.config.privacy.min_users
 
     def request(domain: str) -> RecordDict:
-        vectors, served = heads.request(domain)
-        asked = records.EvaluationRequest(split, test, sources.get(domain, ""), test, vectors, served)
+        asked = records.EvaluationRequest(split, test, sources.get(domain, ""), test, *heads.request(domain))
         return records.evaluation_request_record(asked, models)
 
     def receive(domain: str, content: RecordDict) -> None:
@@ -78,7 +79,7 @@ def evaluate_models(
         results[domain] = sums
 
     def limit_bytes(domain: str) -> int:
-        return sums_bytes(len(labels) + 2 + len(heads.rows(domain)), len(METRICS))
+        return sums_bytes(len(labels) + 3 + len(heads.rows(domain)), len(METRICS))
 
     timeout_seconds = run.config.server.timeout_seconds
     with run.phase(checkpoints.SUMS[stage]):
