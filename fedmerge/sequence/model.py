@@ -11,6 +11,7 @@ from fedmerge.errors import LayoutMismatchError
 
 Inputs = Literal["ids", "text", "text+ids"]
 INITIAL_STD = 0.02
+WHITENED_WIDTH = 128  # principal components of the text vectors that are read
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,7 @@ class SequenceSettings:
 class SequenceModel(nn.Module):
     """Causal Transformer over histories; an item's score is the inner product of hidden state and representation.
 
-    r_i = MLP(text vector of i) + id embedding of i;  score of i after position s = <hidden state at s, r_i>
+    r_i = MLP(whitened text vector of i) + id embedding of i;  score of i after position s = <hidden state at s, r_i>
 
     With ``inputs = "ids"`` this is SASRec. With ``inputs = "text+ids"`` the id part of an item without training
     interactions is zero, so such an item is read and scored by its text alone.
@@ -69,6 +70,9 @@ class SequenceModel(nn.Module):
     """
 
     item_vectors: torch.Tensor
+    text_mean: torch.Tensor
+    text_axes: torch.Tensor
+    whitened: torch.Tensor
     trained_items: torch.Tensor
 
     def __init__(self, num_items: int, settings: SequenceSettings, item_vectors: torch.Tensor | None = None) -> None:
@@ -77,8 +81,8 @@ class SequenceModel(nn.Module):
         Args:
             num_items: N.
             settings: inputs, widths, depth and dropout.
-            item_vectors: (N, d) L2-normalised text vectors; ignored with ``inputs = "ids"``. They are frozen and no
-                part of the state dict.
+            item_vectors: (N, d) text vectors; ignored with ``inputs = "ids"``. They are frozen and no part of the state
+                dict, which has their whitening.
 
         Raises:
             LayoutMismatchError: text vectors are missing, or not one for each item.
@@ -109,12 +113,15 @@ class SequenceModel(nn.Module):
                 f"a sequence model with inputs '{settings.inputs}' needs text vectors of shape ({num_items}, d): found "
                 f"{found}. Pass one vector for each item of the catalog, or use inputs 'ids'"
             )
-        # Unit vectors have components of size 1/sqrt(d); a network learns faster from components of size 1.
-        scaled = item_vectors.detach().float() * math.sqrt(item_vectors.shape[1])
-        self.register_buffer("item_vectors", scaled, persistent=False)
-        self.text_map = nn.Sequential(
-            nn.Linear(item_vectors.shape[1], 2 * width), nn.GELU(), nn.Linear(2 * width, width)
-        )
+        vectors = item_vectors.detach().float()
+        mean, axes = _whitening(vectors)
+        self.register_buffer("item_vectors", vectors, persistent=False)
+        self.register_buffer("text_mean", mean)
+        self.register_buffer("text_axes", axes)
+        self.register_buffer("whitened", (vectors - mean) @ axes, persistent=False)
+        # The whitening of the catalog of training is stored, so that items added later change nothing for others.
+        self.register_load_state_dict_post_hook(_whiten_again)  # type: ignore[no-untyped-call]  # PyTorch's
+        self.text_map = nn.Sequential(nn.Linear(axes.shape[1], 2 * width), nn.GELU(), nn.Linear(2 * width, width))
         if settings.inputs == "text+ids":
             self.register_buffer("trained_items", torch.ones(num_items, dtype=torch.bool))
 
@@ -122,7 +129,7 @@ class SequenceModel(nn.Module):
         """Return the first part of all representations, (N, h): of texts, or of ids in a model on ids alone."""
         if self.settings.inputs == "ids":
             return self.items.weight
-        return cast("torch.Tensor", self.text_map(self.item_vectors))
+        return cast("torch.Tensor", self.text_map(self.whitened))
 
     def item_representations(self, base: torch.Tensor | None = None) -> torch.Tensor:
         """Return the representations that states are scored against, (N, h).
@@ -163,3 +170,22 @@ class SequenceModel(nn.Module):
         if self.training:
             trained = trained & (torch.rand(trained.shape, device=trained.device) >= self.settings.id_dropout)
         return trained[..., None].float()
+
+
+def _whitening(vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return mean (d,) and axes (d, k): (x - mean) @ axes has mean 0, variance 1 and no correlation in the catalog.
+
+    k is WHITENED_WIDTH or the rank of the centred vectors, if that is smaller.
+    """
+    precise = vectors.double()
+    mean = precise.mean(dim=0)
+    values, axes = torch.linalg.eigh((precise - mean).T @ (precise - mean) / len(vectors))  # ascending
+    kept = max(1, min(WHITENED_WIDTH, int((values > 1e-6 * values[-1]).sum())))
+    largest = values[-kept:].flip(0).clamp_min(torch.finfo(torch.float32).tiny)
+    return mean.float(), (axes[:, -kept:].flip(1) / largest.sqrt()).float()
+
+
+def _whiten_again(model: nn.Module, _: object) -> None:
+    if not isinstance(model, SequenceModel):
+        raise TypeError(type(model))
+    model.whitened = (model.item_vectors - model.text_mean) @ model.text_axes

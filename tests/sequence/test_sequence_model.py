@@ -39,16 +39,29 @@ def scores_of(model: SequenceModel, histories: list[np.ndarray]) -> torch.Tensor
 def test_one_hot_vectors_with_a_free_linear_map_are_the_model_on_ids() -> None:
     on_ids = model_of(replace(SETTINGS, inputs="ids"), None)
     on_text = SequenceModel(NUM_ITEMS, replace(SETTINGS, inputs="text"), torch.eye(NUM_ITEMS))
-    free = nn.Linear(NUM_ITEMS, SETTINGS.hidden_size, bias=False)
+    embeddings = on_ids.items.weight.detach()
+    free = nn.Linear(NUM_ITEMS - 1, SETTINGS.hidden_size)  # whitened, N one-hot vectors have rank N - 1
+    known = torch.cat([on_text.whitened, torch.ones(NUM_ITEMS, 1)], dim=1)
+    solution = torch.linalg.solve(known.double(), embeddings.double()).float()
     on_text.text_map = nn.Sequential(free)
-    weights = on_ids.state_dict()
-    size = on_text.item_vectors.max()
-    embeddings = weights.pop("items.weight")
-    on_text.load_state_dict({**weights, "text_map.0.weight": embeddings.T / size})
-    torch.testing.assert_close(scores_of(on_text.eval(), HISTORIES), scores_of(on_ids, HISTORIES))
+    weights = {name: tensor for name, tensor in on_ids.state_dict().items() if name != "items.weight"}
+    weights |= {"text_map.0.weight": solution[:-1].T, "text_map.0.bias": solution[-1]}
+    on_text.load_state_dict({**on_text.state_dict(), **weights})
+    torch.testing.assert_close(scores_of(on_text.eval(), HISTORIES), scores_of(on_ids, HISTORIES), rtol=1e-4, atol=1e-4)
     assert backward(on_ids.train(), BATCH) == pytest.approx(backward(on_text.train(), BATCH), rel=1e-5)
-    assert free.weight.grad is not None
-    torch.testing.assert_close(on_ids.items.weight.grad, free.weight.grad.T / size)
+    assert free.bias.grad is not None
+    assert on_ids.items.weight.grad is not None
+    torch.testing.assert_close(on_ids.items.weight.grad.sum(dim=0), free.bias.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_text_vectors_are_whitened_in_their_own_rank() -> None:
+    flat = torch.cat([VECTORS[:, :3] + 4, VECTORS[:, :1]], dim=1)  # three dimensions that vary, far from the origin
+    whitened = SequenceModel(NUM_ITEMS, SETTINGS, flat).whitened.double()
+    assert whitened.shape == (NUM_ITEMS, 3)
+    torch.testing.assert_close(whitened.T @ whitened / NUM_ITEMS, torch.eye(3).double(), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(whitened.mean(dim=0), torch.zeros(3).double(), rtol=1e-3, atol=1e-3)
+    same = SequenceModel(NUM_ITEMS, SETTINGS, torch.ones(NUM_ITEMS, WIDTH))  # one text for all items
+    assert torch.isfinite(same.item_representations()).all()
 
 
 @OF_TEXT

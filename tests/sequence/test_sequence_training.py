@@ -248,19 +248,21 @@ def text_vectors() -> torch.Tensor:
 
 def test_a_rule_is_learned_from_text_and_carried_to_items_without_training() -> None:
     """Two colours alternate; an item that no user has had is told by its text."""
-    red = np.arange(NUM_ITEMS) % 2 == 0
-    vectors = nn.functional.normalize(text_vectors() * 0.3 + torch.from_numpy(np.where(red, 1.0, -1.0))[:, None], dim=1)
+    num_items = 60
+    noise = torch.randn(num_items, 2, generator=torch.Generator().manual_seed(3))
+    colour = torch.tensor([1.0, -1.0]).repeat(num_items // 2)[:, None]  # even items are red, odd ones blue
+    vectors = nn.functional.normalize(torch.cat([colour, 0.3 * noise], dim=1), dim=1)
     rng = generator(0, "test-colours")
-    trained = {True: np.arange(0, NUM_ITEMS - 2, 2), False: np.arange(1, NUM_ITEMS - 2, 2)}
-    users = np.array([[rng.choice(trained[(start + i) % 2 == 0]) for i in range(6)] for start in range(60)])
+    starts = np.arange(60)[:, None] + np.arange(6)
+    users = 2 * rng.integers(0, num_items // 2 - 1, starts.shape) + starts % 2
     validation = Examples(np.arange(60), [row[:-1].astype(np.int32) for row in users], users[:, -1])
-    settings = replace(SETTINGS, inputs="text+ids", max_epochs=15)
-    model, _ = train_sequence_model([*users], NUM_ITEMS, validation, settings, 0, CPU, vectors.float())
-    assert model.trained_items.tolist() == [True] * (NUM_ITEMS - 2) + [False] * 2
+    settings = replace(SETTINGS, inputs="text+ids", max_epochs=30, patience=30)
+    model, _ = train_sequence_model([*users], num_items, validation, settings, 0, CPU, vectors)
+    assert model.trained_items.tolist() == [True] * (num_items - 2) + [False] * 2
     source = sequence_source(model, [np.array([2, 5]), np.array([5, 2])])
     scores = source.user_vectors @ source.item_vectors.T  # after blue comes red, after red blue
-    assert scores[0, NUM_ITEMS - 2] > scores[0, NUM_ITEMS - 1]
-    assert scores[1, NUM_ITEMS - 2] < scores[1, NUM_ITEMS - 1]
+    assert scores[0, num_items - 2] > scores[0, num_items - 1]
+    assert scores[1, num_items - 2] < scores[1, num_items - 1]
 
 
 @pytest.mark.parametrize("inputs", ["ids", "text+ids"])
