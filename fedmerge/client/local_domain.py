@@ -1,5 +1,6 @@
 """The opened domain of a client; its interactions never leave it."""
 
+import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -53,6 +54,14 @@ class LocalDomain:
         if self.left_out is not None:
             of_users = [sequence for sequence, out in zip(of_users, self.left_out, strict=True) if not out]
         return [sequence for sequence in [*of_users, *self.planted] if len(sequence) >= MIN_TRAINING_LENGTH]
+
+    @cached_property
+    def training_sha256(self) -> str:
+        """Hash of the training sequences in order, with those that an audit leaves out or plants."""
+        digest = hashlib.sha256()
+        for sequence in self.training_sequences:
+            digest.update(len(sequence).to_bytes(8, "little") + np.ascontiguousarray(sequence, dtype="<i4").tobytes())
+        return digest.hexdigest()
 
     @property
     def can_train(self) -> bool:

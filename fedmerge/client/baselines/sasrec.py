@@ -52,6 +52,8 @@ def load_or_train_sasrec(
         "device": str(device),
         "versions": [__version__, torch.__version__],
     }
+    if domain.left_out is not None or domain.planted:
+        inputs["sequences"] = domain.training_sha256  # an audit trains on other users than the data have
     folder = cache_dir / "sasrec" / f"{name}-{inputs_key(inputs)}"
     if cached := _read_cached(folder):
         progress(f"{name}: reusing the cached sasrec in {folder}")

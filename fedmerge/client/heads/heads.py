@@ -374,7 +374,7 @@ def head_inputs(domain: LocalDomain, adapter: Adapter | None, settings: Sequence
     """Return everything that a head depends on, as JSON types; the users left out or planted by an audit included."""
     inputs: dict[str, Any] = {
         "interactions": domain.manifest.interactions_sha256,
-        "sequences": _sequences_sha256(domain),
+        "sequences": domain.training_sha256,
         "num_items": len(domain.catalog),
         "settings": asdict(settings),
         "seed": seed,
@@ -390,13 +390,6 @@ def head_inputs(domain: LocalDomain, adapter: Adapter | None, settings: Sequence
             "text": [domain.text.max_attribute_tokens, domain.text.max_tokens],
         }
     return inputs
-
-
-def _sequences_sha256(domain: LocalDomain) -> str:
-    digest = hashlib.sha256()
-    for sequence in domain.training_sequences:
-        digest.update(len(sequence).to_bytes(8, "little") + np.ascontiguousarray(sequence, dtype="<i4").tobytes())
-    return digest.hexdigest()
 
 
 def model_hash(adapter: Adapter | None) -> str:

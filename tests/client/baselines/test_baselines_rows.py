@@ -13,12 +13,13 @@ from flwr.app import Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedmerge.cli import main
+from fedmerge.client.audit.users import prepare_for_audit
 from fedmerge.client.baselines.rankers import BASELINE_LABELS, Progress, Ranker, baseline_rankers, sasrec_settings
-from fedmerge.client.baselines.sasrec import TENSOR_FILE, sasrec_inputs
+from fedmerge.client.baselines.sasrec import TENSOR_FILE, load_or_train_sasrec, sasrec_inputs
 from fedmerge.client.cache.folders import inputs_key
 from fedmerge.client.evaluate import BACKBONE, evaluate
 from fedmerge.client.local_domain import LocalDomain, open_domain
-from fedmerge.config import Baseline, ExperimentConfig, Text, load_config, to_flat
+from fedmerge.config import Baseline, ExperimentConfig, Simulation, Text, load_config, to_flat
 from fedmerge.device import resolve_compute
 from fedmerge.domain.demo import generate_domain
 from fedmerge.domain.folder import write_domain
@@ -26,6 +27,7 @@ from fedmerge.domain.interactions import make_interactions
 from fedmerge.domain.splits import evaluation_examples
 from fedmerge.encoder.backbone import load_backbone
 from fedmerge.errors import ClientError, ConfigError
+from fedmerge.sequence.model import SequenceSettings
 from sim.app.client.app import app as client_app
 from sim.app.client.replies import log_to_stderr
 from sim.app.messages import records
@@ -171,6 +173,14 @@ def test_baselines_of_the_configuration() -> None:
 def test_wrong_settings_are_refused(setting: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(None, [setting])
+
+
+def test_an_audit_has_a_sasrec_of_its_own(toys: LocalDomain, tmp_path: Path) -> None:
+    """The one of all users would have been trained on the non-members."""
+    settings = SequenceSettings(hidden_size=4, max_epochs=1)
+    for simulation in (Simulation(), Simulation(held_out_users=0.5), Simulation(canaries=3)):
+        load_or_train_sasrec(prepare_for_audit(toys, simulation, 0), settings, 0, tmp_path, lambda line: None)
+    assert len(list((tmp_path / "sasrec").iterdir())) == 3
 
 
 # The client
