@@ -19,7 +19,7 @@ from fedmerge.mergerec.pictures import draw_learned
 from fedmerge.merging.candidate import Candidate, Origin
 from fedmerge.merging.folders import AdapterFolders, read_folders, write_as_sources
 from fedmerge.merging.methods import method_named
-from fedmerge.runs.checkpoints import read_excluded_experts
+from fedmerge.runs.checkpoints import HEADS, read_excluded_experts
 from fedmerge.runs.reading import REMERGED
 from fedmerge.server.candidates import learn_from_catalogs, merge_candidates, recipe_of
 
@@ -163,6 +163,16 @@ def merge_again(
         run=experts.run,
     )
     return merge_candidates(experts.adapters, recipe.variants(), origin, recipe, progress, learn=learn)
+
+
+def heads_note(run: Path | None) -> str:
+    """Return a sentence about a run whose clients hold heads, which no merge made later has; else empty."""
+    if run is None or not (run / HEADS).is_dir():
+        return ""
+    return (
+        "The clients of this run hold heads over the merge that it serves. A merge made here has no clients: no head "
+        "is trained over it, and what the run serves does not change."
+    )
 
 
 def new_merge_folder(run: Path) -> Path:

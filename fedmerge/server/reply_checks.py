@@ -10,15 +10,22 @@ from fedmerge.adapter import Adapter
 from fedmerge.config import HeadVectors, Privacy, Transport
 from fedmerge.encoder.lora import Layout, layout_of
 from fedmerge.errors import ClientError, LayoutMismatchError
-from fedmerge.evaluation.sums import FEDERATED_FUSED, FEDERATED_HEAD, MetricSums, Variant, fused_label, head_label
+from fedmerge.evaluation.sums import (
+    FEDERATED_FUSED,
+    FEDERATED_HEAD,
+    PERSONAL,
+    MetricSums,
+    Variant,
+    fused_label,
+    head_label,
+)
 from fedmerge.privacy.metric_sums import check_disclosure
 
 LARGEST_VALUE = 1e4  # in a factor: far above any training that works, and products of two such values are finite
 MAX_BASELINES = 16
-OWN_ROWS = frozenset(
-    [FEDERATED_HEAD, FEDERATED_FUSED]
-    + [row for vectors in get_args(HeadVectors) for row in (head_label(vectors), fused_label(vectors))]
-)
+OWN_ROWS = {FEDERATED_HEAD, FEDERATED_FUSED, PERSONAL} | {
+    label(vectors) for vectors in get_args(HeadVectors) for label in (head_label, fused_label)
+}  # never taken for baselines
 _BYTES_PER_TENSOR = 1024  # name, shape, header, and the module's scaling
 
 

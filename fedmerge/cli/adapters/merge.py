@@ -170,6 +170,7 @@ def _merge_one(options: argparse.Namespace, run: Path | None, folders: dict[str,
         f"{out}: {len(merged.residuals)} modules, {merged.adapter.size_bytes / 1e6:.1f} MB, "
         f"largest residual {merged.residuals[worst]:.4f}"
     )
+    _print_note(remerge.heads_note(run))
     return 0
 
 
@@ -217,7 +218,13 @@ def _merge_settings(options: argparse.Namespace, run: Path | None, folders: dict
     print(f"merged {', '.join(experts.adapters)}{_without(list(experts.excluded))}")
     for candidate in candidates:
         print(f"{written[candidate.label]}: {coefficients_text(candidate.provenance.coefficients)}")
+    _print_note(remerge.heads_note(run))
     return 0
+
+
+def _print_note(note: str) -> None:
+    if note:
+        print(note)
 
 
 def _experts(options: argparse.Namespace, run: Path | None, folders: dict[str, Path]) -> "Experts":

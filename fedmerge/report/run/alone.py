@@ -12,6 +12,8 @@ from typing import Any
 
 from fedmerge.evaluation.sums import (
     EXPERT,
+    FEDERATED_FUSED,
+    FEDERATED_HEAD,
     Estimate,
     MetricSums,
     Variant,
@@ -63,7 +65,7 @@ def compare_alone(
 
     Args:
         sums: domain -> sums on test, all of one variant.
-        per_domain: of the choice: scores on validation, and what is served.
+        per_domain: of the choice, of the training domains: scores on validation, and what is served.
         served: label of the merge that is served by default.
         alone: row that stands for alone in every domain; None for the best of a domain's own on validation.
 
@@ -90,6 +92,11 @@ def compare_alone(
     enough = all(row.difference is not None for row in rows)
     of_mean = paired_difference_of_mean(renamed, _JOINED, _ALONE, METRIC) if enough else None
     return [*rows, Comparison(MEAN, "", "", (means[0], means[1]), of_mean)]
+
+
+def their(row: str) -> str:
+    """Return ``their own expert``; of a federated head, which is of all, ``the federated head``."""
+    return f"the {row}" if row in (FEDERATED_HEAD, FEDERATED_FUSED) else f"their own {row}"
 
 
 def _best_own(entry: Any) -> str | None:

@@ -8,7 +8,7 @@ from fedmerge.config import Simulation, Split
 from fedmerge.escaping import one_line
 from fedmerge.evaluation.ranks import METRICS
 from fedmerge.evaluation.sums import EXPERT, VARIANTS, MetricSums, Variant
-from fedmerge.report.run.alone import alone_text, popularity_warning
+from fedmerge.report.run.alone import alone_text, popularity_warning, their
 from fedmerge.report.tables import Role, differences_table, result_rows, results_table
 from fedmerge.server.choice import MERGED, SERVED, served_row, with_served
 
@@ -140,7 +140,8 @@ def run_report(run: Evaluated, fallback: bool) -> str:
     parts.append(
         differences_table(by_variant["unmasked"], roles, baseline=baseline, split="test", synthetic=run.synthetic)
     )
-    first = [alone_text(by_variant, run.per_domain, run.served)] if fallback else []
+    trained = {domain: entry for domain, entry in run.per_domain.items() if roles.get(domain) == "train"}
+    first = [alone_text(by_variant, trained, run.served)] if fallback else []
     parts = [*filter(None, first), *parts]
     if warning := popularity_warning(by_variant["unmasked"], roles, run.served):
         parts = [f"{one_line(warning)}\n", *parts]
@@ -173,7 +174,7 @@ def _served_instead(run: Evaluated) -> str:
         if row != run.served:
             by_row.setdefault(row, []).append(one_line(domain))
     lines = [
-        f"served their own {one_line(row)} instead, selected on validation: {', '.join(domains) or 'none'}\n"
+        f"served {their(one_line(row))} instead, selected on validation: {', '.join(domains) or 'none'}\n"
         for row, domains in by_row.items()
     ]
     heads = any(row not in ("serve", MERGED, EXPERT) for entry in run.per_domain.values() for row in entry)

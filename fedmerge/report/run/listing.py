@@ -5,6 +5,7 @@ from typing import Any
 
 from fedmerge.escaping import one_line, printable
 from fedmerge.files import table_or_empty
+from fedmerge.report.run.alone import their
 from fedmerge.runs.reading import MergeRecord, RunDetails, RunSummary
 from fedmerge.server.choice import served_row
 
@@ -166,7 +167,7 @@ def _served_instead(run: RunDetails) -> list[str]:
     """Name the domains that are served another model than the merge."""
     served, per_domain = str(run.summary.served), table_or_empty(run.choice.get("per_domain"))
     rows = {domain: served_row(per_domain, served, domain) for domain in per_domain}
-    return [f"{domain}: its own {row}" for domain, row in rows.items() if row != served]
+    return [f"{domain}: {their(row).replace('their', 'its')}" for domain, row in rows.items() if row != served]
 
 
 def _files(run: RunSummary) -> list[str]:

@@ -29,7 +29,7 @@ from fedmerge.report.html.page import (
     size,
     table,
 )
-from fedmerge.report.run.alone import EXPLAINED, METRIC, SASREC, TITLE, compare_alone, popularity_warning
+from fedmerge.report.run.alone import EXPLAINED, METRIC, SASREC, TITLE, compare_alone, popularity_warning, their
 from fedmerge.report.statistics import comparison_rows
 from fedmerge.report.tables import Role, difference_cell
 from fedmerge.runs.checkpoints import ADMISSION
@@ -217,7 +217,9 @@ def _warning(run: RunDetails) -> Html | None:
 
 def _alone(run: RunDetails) -> Html | None:
     """Compare what each domain has for itself with what it is served, if models were selected per domain."""
-    per_domain = table_or_empty(run.choice.get("per_domain"))
+    roles = _domain_roles(run.summary.folder / "metrics.parquet")
+    chosen = table_or_empty(run.choice.get("per_domain"))
+    per_domain = {domain: entry for domain, entry in chosen.items() if roles.get(domain) == "train"}
     body = []
     for variant in VARIANTS if per_domain else ():
         sums = read_metric_sums(run.summary.folder, "test", variant)
@@ -299,7 +301,7 @@ def _choice(run: RunDetails) -> Html | None:
     for domain in per_domain:
         by_row.setdefault(served_row(per_domain, str(run.summary.served), domain), []).append(domain)
     instead = [
-        note(f"Served their own {row}, in the row “{SERVED}” too: {', '.join(domains)}.")
+        note(f"Served {their(row)}, in the row “{SERVED}” too: {', '.join(domains)}.")
         for row, domains in by_row.items()
         if row != run.summary.served
     ]
