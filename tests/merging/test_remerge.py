@@ -134,6 +134,15 @@ def test_one_merge_of_a_run_by_a_method(run: Path, capsys: Capsys, tmp_path: Pat
     assert adapter_sha256(read_adapter(tmp_path / "out")) == adapter_sha256(wanted.adapter)
 
 
+def test_a_merge_of_a_run_with_heads_says_that_it_has_none(run: Path, capsys: Capsys, tmp_path: Path) -> None:
+    note = "no head is trained over it"
+    for number, settings in enumerate((["--set", "merge.methods=average"], ["--method", "average"])):
+        assert note not in output(capsys, "merge", str(run), "--out", str(tmp_path / f"before{number}"), *settings)
+    (run / "heads").mkdir()
+    for number, settings in enumerate((["--set", "merge.methods=average"], ["--method", "average"])):
+        assert note in output(capsys, "merge", str(run), "--out", str(tmp_path / f"after{number}"), *settings)
+
+
 def test_a_withdrawn_domain_is_not_even_opened(place: Place, run: Path, capsys: Capsys, tmp_path: Path) -> None:
     (run / "adapters" / "toys" / "adapter_model.safetensors").write_bytes(b"damaged")
     catalogs = shutil.copytree(place.domains, tmp_path / "catalogs")

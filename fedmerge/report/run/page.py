@@ -32,7 +32,7 @@ from fedmerge.report.html.page import (
 from fedmerge.report.run.alone import EXPLAINED, METRIC, SASREC, TITLE, compare_alone, popularity_warning, their
 from fedmerge.report.statistics import comparison_rows
 from fedmerge.report.tables import Role, difference_cell
-from fedmerge.runs.checkpoints import ADMISSION
+from fedmerge.runs.checkpoints import ADMISSION, HEADS
 from fedmerge.runs.metric_sums import read_metric_sums
 from fedmerge.runs.reading import RunDetails, describe_run
 from fedmerge.runs.round_checkpoints import round_records
@@ -55,6 +55,7 @@ def run_page(folder: Path) -> str:
         )
     tables = run_tables(run)
     sections = [("clients", "Participants", _participants(run)), ("choice", "Selected on validation", _choice(run))]
+    sections.append(("heads", "Heads", _heads(run.summary.folder)))
     sections.append(("exposure", "Data that left each client", _exposure(run.summary.folder)))
     more = [Section(key, heading, content) for key, heading, content in sections if content]
     served = join("Served: ", element("strong", run.summary.served)) if run.summary.served else Html("")
@@ -279,6 +280,34 @@ def _participants(run: RunDetails) -> Html:
         for name, reason in reasons.items()
     ]
     return join(table("clients-table", "Clients and the training of their experts", heads, body), *said)
+
+
+def _heads(folder: Path) -> Html | None:
+    """Tabulate how the clients' own heads were trained, as far as the clients say."""
+    body = []
+    for path in sorted((folder / HEADS).glob("*.json")):
+        for vectors, report in table_or_empty(read_record(path).get("reports")).items():
+            counts = [report.get("epochs"), report.get("best_epoch")]
+            why = "" if report.get("trained") else str(report.get("reason", ""))
+            weights = {
+                variant: ", ".join(f"{source} {weight:.1f}" for source, weight in of_variant.items())
+                for variant, of_variant in table_or_empty(report.get("weights")).items()
+            }
+            fusion = [weights.get(variant, ABSENT) for variant in VARIANTS]
+            body.append(
+                [
+                    *(Cell(text, text) for text in (path.stem, vectors)),
+                    *(number_cell(count, ABSENT if count is None else f"{count:,}") for count in counts),
+                    number_cell(report.get("seconds"), seconds(report.get("seconds"))),
+                    *(Cell(why or text, text) for text in fusion),
+                ]
+            )
+    heads = [
+        *(Column(title, numeric=False) for title in ("Domain", "Vectors of")),
+        *(Column(title) for title in ("Epochs", "Best epoch", "Training")),
+        *(Column(f"Fusion, {variant}", numeric=False) for variant in VARIANTS),
+    ]
+    return table("heads-table", "Heads of the clients, by the item vectors they read", heads, body) if body else None
 
 
 def _choice(run: RunDetails) -> Html | None:

@@ -115,6 +115,7 @@ def test_the_served_row_on_test_is_that_of_the_choice(whole: Path) -> None:
             assert f"served their own {entry['serve']} instead, selected on validation: " in report
     page, text = run_page(whole), run_text(describe_run(whole))
     assert page.index("Alone against joined") < page.index("In short")
+    assert page.index("Heads of the clients, by the item vectors they read") > page.index("In short")
     for domain, entry in choice["per_domain"].items():
         assert ("merged" if entry["serve"] == "merged" else f"{domain}: its own {entry['serve']}") in (text + "merged")
 
