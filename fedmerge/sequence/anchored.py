@@ -111,6 +111,23 @@ def anchored_source(
     return Source(label, users, item_vectors.detach().float().cpu())
 
 
+def dense_maps(head: Adapter) -> dict[str, torch.Tensor]:
+    """Return what :func:`anchored_source` computes with, as dense matrices for a service without fedmerge.
+
+    Returns:
+        ``attention`` β I + Δ, ``value`` and ``item`` I + Δ, all (d, d); ``by_age`` (L,), the logit of an item of each
+        age: Δ_recency[k] − c k.
+    """
+    deltas = {name: module.delta_weight().float() for name, module in head.modules.items()}
+    identity = torch.eye(len(deltas[VALUE]))
+    return {
+        ATTENTION: SHARPNESS * identity + deltas[ATTENTION],
+        VALUE: identity + deltas[VALUE],
+        ITEM: identity + deltas[ITEM],
+        "by_age": deltas[RECENCY][:, 0] - DECAY * torch.arange(len(deltas[RECENCY])),
+    }
+
+
 def train_anchored(
     sequences: Sequence[IntArray],
     item_vectors: torch.Tensor,

@@ -5,13 +5,15 @@ from dataclasses import dataclass
 
 from fedmerge.client.baselines.rankers import Ranker
 from fedmerge.client.evaluate import NO_BASELINES, Ranks, TextVectors, encode_text, outcomes
-from fedmerge.client.heads.heads import head_ranks
+from fedmerge.client.heads.heads import alone_and_fused
 from fedmerge.config import Split
 from fedmerge.domain.splits import evaluation_examples
 from fedmerge.errors import ClientError
 from fedmerge.evaluation.sums import (
     BACKBONE,
     EXPERT,
+    FEDERATED_FUSED,
+    FEDERATED_HEAD,
     PERSONAL,
     MetricSums,
     Variant,
@@ -20,8 +22,8 @@ from fedmerge.evaluation.sums import (
     metric_sums,
 )
 from fedmerge.server.choice import MERGED
-from fedmerge.serving.decision import VECTORS_OF, Decision, decide
-from fedmerge.serving.model import RunDomain, ServedModel, load_head, load_served
+from fedmerge.serving.decision import TEXT_MODELS, Decision, decide
+from fedmerge.serving.model import RunDomain, ServedModel, load_head, load_served, text_of
 
 
 @dataclass(frozen=True)
@@ -67,23 +69,23 @@ def evaluate_run(
     encoded: dict[str, TextVectors] = {}
     heads: dict[str, Ranks] = {}
     for name in [decision.model] if model is not None else _models(place, decision):
-        if name in heads:  # of a head, both rows come at once
-            continue
         try:
             served = load_served(place, name)
-            if (vectors := VECTORS_OF.get(name)) is None:
+            if name in TEXT_MODELS:
                 texts[name] = served
                 continue
-            text = encode_text(domain, served.adapter, examples.histories)
+            if (text := encoded.get(text_of(name))) is None:
+                text = encoded[text_of(name)] = encode_text(domain, served.adapter, examples.histories)
             head = load_head(place, served, text.items)
         except ClientError as error:
             if name == decision.model:
                 raise
             progress(f"{place.manifest.name}: no row for {name}: {error}")
             continue
-        found = head_ranks(domain, vectors, served.adapter, head, examples, text)
-        heads |= found if model is None else {name: found[name]}
+        alone, fused = alone_and_fused(head.sources(text, examples.histories), head.weights, examples)
+        heads[name] = fused if served.fused else alone
     adapters = {name: served.adapter for name, served in texts.items()}
+    encoded = {name: text for name, text in encoded.items() if name in adapters}
     by_user = outcomes(domain, adapters, examples, baselines, progress, heads, encoded)
     return Evaluated(decision, {variant: metric_sums(of_variant, variant) for variant, of_variant in by_user.items()})
 
@@ -96,4 +98,6 @@ def _models(place: RunDomain, decision: Decision) -> list[str]:
         names += [EXPERT, *([PERSONAL] if config.personal.directions is not None else [])]
         if config.head.kind is not None:
             names += [label(vectors) for vectors in config.head.vectors for label in (head_label, fused_label)]
+    if config.head.kind == "federated":
+        names += [FEDERATED_HEAD, FEDERATED_FUSED]
     return [*names, *([] if decision.model in names else [decision.model])]

@@ -8,20 +8,20 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
-from fedmerge.adapter import adapter_sha256
+from fedmerge.adapter import Adapter, adapter_sha256
 from fedmerge.client.heads.heads import LocalHead, source_names
 from fedmerge.domain.catalog import ATTRIBUTES
 from fedmerge.encoder.export import export_model, provenance_of
 from fedmerge.encoder.text import item_text
-from fedmerge.errors import ClientError
-from fedmerge.evaluation.sums import FEDERATED_HEAD, Variant
+from fedmerge.evaluation.sums import FEDERATED_SOURCES
 from fedmerge.files import check_free, write_bytes, write_json
 from fedmerge.recommender import make_recommender
-from fedmerge.serving.decision import VECTORS_OF
-from fedmerge.serving.model import RunDomain, ServedModel, load_head, weights_of
+from fedmerge.sequence.anchored import dense_maps
+from fedmerge.serving.decision import TEXT_MODELS
+from fedmerge.serving.model import RunDomain, ServedHead, ServedModel, load_head
 
 HEAD_TENSORS, HEAD_FILE = "head.safetensors", "head.json"
-SNIPPET = '''\
+_LOAD = """\
 import json
 
 import torch
@@ -32,14 +32,33 @@ from torch import nn
 FOLDER = "PATH OF THIS FOLDER"
 with open(f"{FOLDER}/head.json", encoding="utf-8") as file:
     head = json.load(file)
-settings, place = head["settings"], {item: row for row, item in enumerate(head["item_ids"])}
 tensors, encoder = load_file(f"{FOLDER}/head.safetensors"), SentenceTransformer(FOLDER)
-items, item_vectors = tensors["item_representations"], tensors["item_vectors"]
+place, item_vectors = {item: row for row, item in enumerate(head["item_ids"])}, tensors["item_vectors"]
+"""
+_OWN = """
+settings, items = head["settings"], tensors["item_representations"]
 width = settings["hidden_size"]
 block = nn.TransformerEncoderLayer(width, settings["heads"], width, batch_first=True, norm_first=True)
 blocks = nn.TransformerEncoder(block, settings["layers"], nn.LayerNorm(width), enable_nested_tensor=False).eval()
 blocks.load_state_dict({name[7:]: value for name, value in tensors.items() if name.startswith("blocks.")})
 
+
+def head_scores(rows):
+    read = rows[-settings["max_length"] :]
+    hidden = items[read] * width**0.5 + tensors["positions"][: len(read)]
+    mask = nn.Transformer.generate_square_subsequent_mask(len(read))
+    return items @ blocks(hidden[None], mask=mask, is_causal=True)[0, -1]
+"""
+_FEDERATED = """
+
+def federated_scores(rows):
+    by_age = tensors["by_age"]
+    read = item_vectors[rows[-len(by_age) :]]
+    attention = torch.softmax(read @ (tensors["attention"].T @ read[-1]) + by_age[: len(read)].flip(0), dim=0)
+    state = nn.functional.normalize(tensors["value"] @ (attention @ read), dim=0)
+    return item_vectors @ (tensors["item"].T @ state)
+"""
+_SCORE = '''
 
 def standardise(scores):
     std = scores.std(correction=0)
@@ -50,17 +69,10 @@ def standardise(scores):
 def score(history, keep_seen=False):
     """Return a score for each item of head["item_ids"]; history: item ids, oldest first."""
     rows = [place[item] for item in history]
-    read = rows[-settings["max_length"] :]
-    hidden = items[read] * width**0.5 + tensors["positions"][: len(read)]
-    mask = nn.Transformer.generate_square_subsequent_mask(len(read))
-    state = blocks(hidden[None], mask=mask, is_causal=True)[0, -1]
     recent = reversed(rows[-head["max_items"] :])  # the text of a history begins with its most recent item
     user = torch.from_numpy(encoder.encode("; ".join(head["item_texts"][row] for row in recent)))
-    sources = {
-        "head": items @ state,
-        "text": item_vectors @ user,
-        "last item": item_vectors @ item_vectors[rows[-1]],
-    }
+    sources = {SOURCES}
+    sources |= {"text": item_vectors @ user, "last item": item_vectors @ item_vectors[rows[-1]]}
     weights = head["weights"]["unmasked" if keep_seen else "masked"]
     scores = sum(weight * standardise(sources[name]) for name, weight in weights.items())
     if not keep_seen:
@@ -79,22 +91,16 @@ def export_served(place: RunDomain, served: ServedModel, out: Path) -> None:
 
     Raises:
         RunDirError: the folder is not empty, or cannot be written.
-        ClientError: the head is not on this disk, or damaged; or its fusion reads the federated head.
+        ClientError: the head is not on this disk, or damaged.
         BackboneError: as :func:`fedmerge.encoder.export.export_model`.
     """
     check_free(out)
     text, provenance = place.config.text, _provenance(served)
-    if served.decision.model not in VECTORS_OF:
+    if served.decision.model in TEXT_MODELS:
         export_model(place.backbone, served.adapter, out, text, provenance)
         return
     vectors = make_recommender(place.backbone, served.adapter, place.catalog, text).item_vectors
     head = load_head(place, served, vectors)
-    shares = _weights(served, head)
-    if any(FEDERATED_HEAD in of_variant for of_variant in shares.values()):
-        raise ClientError(
-            f"{place.manifest.name} is served {served.decision.model!r}, whose fusion also reads the federated head, "
-            "which an exported folder cannot run. Export the head alone, without ', fused', or --model merged."
-        )
     tensors = save(_tensors(head, vectors))
     record = _record(place, served, head) | {"sha256": hashlib.sha256(tensors).hexdigest()}
 
@@ -102,7 +108,7 @@ def export_served(place: RunDomain, served: ServedModel, out: Path) -> None:
         write_bytes(folder / HEAD_TENSORS, tensors)
         write_json(folder / HEAD_FILE, record)
         card = folder / "README.md"
-        card.write_text(card.read_text(encoding="utf-8") + _card(place, served), encoding="utf-8")
+        card.write_text(card.read_text(encoding="utf-8") + _card(place, served, head), encoding="utf-8")
 
     provenance["head"] = {"model": served.decision.model, "domain": place.manifest.name, "sha256": record["sha256"]}
     export_model(place.backbone, served.adapter, out, text, provenance, add_head)
@@ -117,18 +123,26 @@ def _provenance(served: ServedModel) -> dict[str, Any]:
     return {"method": served.decision.model, "domains": {served.decision.domain: sha256}, "sha256": sha256}
 
 
-def _tensors(head: LocalHead, item_vectors: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return what scoring reads: the blocks, and the items' representations in place of what they are made of."""
-    state = head.model.state_dict()
-    with torch.no_grad():
-        representations = head.model.item_representations()
-    kept = {name: tensor for name, tensor in state.items() if name.startswith("blocks.")}
-    kept |= {"positions": state["positions.weight"], "item_representations": representations}
-    kept |= {"item_vectors": item_vectors}
+def _shared(head: ServedHead) -> Adapter | None:
+    """Return the federated head, if the model reads it."""
+    return head.head.anchor if isinstance(head.head, LocalHead) else head.head
+
+
+def _tensors(head: ServedHead, item_vectors: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return what scoring reads: an own head's blocks and representations, a federated head's maps."""
+    kept = {"item_vectors": item_vectors}
+    if isinstance(head.head, LocalHead):
+        state = head.head.model.state_dict()
+        with torch.no_grad():
+            kept["item_representations"] = head.head.model.item_representations()
+        kept |= {"positions": state["positions.weight"]}
+        kept |= {name: tensor for name, tensor in state.items() if name.startswith("blocks.")}
+    if (shared := _shared(head)) is not None:
+        kept |= dense_maps(shared)
     return {name: tensor.detach().cpu().float().contiguous() for name, tensor in kept.items()}
 
 
-def _record(place: RunDomain, served: ServedModel, head: LocalHead) -> dict[str, Any]:
+def _record(place: RunDomain, served: ServedModel, head: ServedHead) -> dict[str, Any]:
     catalog, limits = place.catalog, place.config.text
     texts = [
         item_text(
@@ -138,41 +152,38 @@ def _record(place: RunDomain, served: ServedModel, head: LocalHead) -> dict[str,
         )
         for index in range(len(catalog))
     ]
+    names = source_names(head.head.anchor) if isinstance(head.head, LocalHead) else FEDERATED_SOURCES
     return {
         "model": served.decision.model,
         "domain": place.manifest.name,
-        "settings": asdict(head.model.settings),
-        "weights": _weights(served, head),
+        "settings": asdict(head.head.model.settings) if isinstance(head.head, LocalHead) else {},
+        "weights": {variant: dict(zip(names, each, strict=True)) for variant, each in head.weights.items()},
         "max_items": limits.max_items,
         "item_ids": list(catalog.item_ids),
         "item_texts": texts,
     }
 
 
-def _weights(served: ServedModel, head: LocalHead) -> dict[Variant, dict[str, float]]:
-    """Return the weight of each source by variant, without a federated head that has none."""
-    names = source_names(head.anchor)
-    return {
-        variant: {
-            name: weight for name, weight in zip(names, each, strict=True) if weight > 0 or name != FEDERATED_HEAD
-        }
-        for variant, each in weights_of(head, served.fused).items()
-    }
-
-
-def _card(place: RunDomain, served: ServedModel) -> str:
-    name = place.manifest.name
+def _card(place: RunDomain, served: ServedModel, head: ServedHead) -> str:
+    name, own, shared = place.manifest.name, isinstance(head.head, LocalHead), _shared(head) is not None
+    warning = (
+        f"**Do not give this folder away.** Its head was trained on the users of {name}, without differential privacy, "
+        f"for\n{name} itself; it never left {name} in the federation."
+        if own
+        else f"Its head is the run's federated head. The weights of the fusion were chosen on users of {name}."
+    )
+    sources = [*(['"head": head_scores(rows)'] if own else [])]
+    sources += ['"federated head": federated_scores(rows)'] if shared else []
+    recipe = _LOAD + (_OWN if own else "") + (_FEDERATED if shared else "") + _SCORE
     return f"""
 ## The head
 
-**Do not give this folder away.** Its head was trained on the users of {name}, without differential privacy, for
-{name} itself; it never left {name} in the federation.
+{warning}
 
-`{HEAD_TENSORS}` and `{HEAD_FILE}` are a {served.decision.model}: a causal Transformer over the {len(place.catalog)}
-items of {name}. Scores of head, text and last item are each standardised over the catalog and summed with the weights
-in `{HEAD_FILE}`, one set for masked and one for unmasked ranking. `sha256` there is that of `{HEAD_TENSORS}`. After a
-change of the catalog, export again.
+`{HEAD_TENSORS}` and `{HEAD_FILE}` are a {served.decision.model} for the {len(place.catalog)} items of {name}. Scores
+of the sources are each standardised over the catalog and summed with the weights in `{HEAD_FILE}`, one set for masked
+and one for unmasked ranking. `sha256` there is that of `{HEAD_TENSORS}`. After a change of the catalog, export again.
 
 ```python
-{SNIPPET}```
+{recipe.replace("{SOURCES}", "{" + ", ".join(sources) + "}")}```
 """

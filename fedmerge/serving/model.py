@@ -1,6 +1,6 @@
 """Load the model that a run serves a domain: from the run folder, and from the organisation's own disk."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -11,8 +11,9 @@ from fedmerge.adapter import Adapter
 from fedmerge.client.cache.experts import load_expert
 from fedmerge.client.coefficients.personal import find_personal_merge, personal_settings
 from fedmerge.client.evaluate import TextVectors
+from fedmerge.client.heads.federated import federated_sources, federated_weights
 from fedmerge.client.heads.finding import find_trained_head
-from fedmerge.client.heads.heads import LocalHead, head_sources
+from fedmerge.client.heads.heads import LocalHead, head_sources, source_names
 from fedmerge.client.local_domain import LocalDomain, open_domain
 from fedmerge.client.training.settings import training_settings
 from fedmerge.config import ExperimentConfig, HeadVectors
@@ -25,16 +26,16 @@ from fedmerge.encoder.backbone import Backbone, load_backbone
 from fedmerge.encoder.peft_folder import read_verified
 from fedmerge.errors import ClientError
 from fedmerge.evaluation.ranks import IntArray
-from fedmerge.evaluation.sums import BACKBONE, EXPERT, PERSONAL, VARIANTS, Variant
+from fedmerge.evaluation.sums import BACKBONE, EXPERT, FEDERATED_SOURCES, PERSONAL, VARIANTS, Variant
 from fedmerge.files import read_record, table_or_empty
 from fedmerge.recommender import Recommender, make_recommender
 from fedmerge.runs.federated_head import read_federated_head
 from fedmerge.sequence.fusion import fused_scores
 from fedmerge.sequence.ranking import Source
 from fedmerge.server.choice import MERGED
-from fedmerge.serving.decision import FUSED, VECTORS_OF, Decision, decide
+from fedmerge.serving.decision import FUSED, TEXT_MODELS, VECTORS_OF, Decision, decide
 
-TEXT_OF: dict[HeadVectors, str] = {"merge": MERGED, "expert": EXPERT, "backbone": BACKBONE}  # the head's text model
+TEXT_OF: Mapping[HeadVectors, str] = {"merge": MERGED, "expert": EXPERT, "backbone": BACKBONE}
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,11 @@ def open_run(run: Path, domain: Path, config: ExperimentConfig) -> RunDomain:
     return RunDomain(run, domain, config, manifest, catalog, backbone)
 
 
+def text_of(model: str) -> str:
+    """Return the text model that a model is, or that encodes the items of its head."""
+    return model if model in TEXT_MODELS else TEXT_OF[VECTORS_OF.get(model, "merge")]
+
+
 def load_served(place: RunDomain, model: str | None = None) -> ServedModel:
     """Load the text model of what a run serves a domain; :func:`load_head` adds its head.
 
@@ -112,14 +118,33 @@ def load_served(place: RunDomain, model: str | None = None) -> ServedModel:
         LayoutMismatchError: a damaged adapter, or one of another backbone.
     """
     decision = decide(place.run, place.manifest.name, model)
-    vectors = VECTORS_OF.get(decision.model)
-    text = decision.model if vectors is None else TEXT_OF[vectors]
-    adapter, source = _text_adapter(place, decision, text)
+    adapter, source = _text_adapter(place, decision, text_of(decision.model))
     return ServedModel(decision, adapter, source)
 
 
-def load_head(place: RunDomain, served: ServedModel, item_vectors: torch.Tensor) -> LocalHead:
+@dataclass(frozen=True, eq=False)
+class ServedHead:
+    """The head of a served model.
+
+    Attributes:
+        head: the client's own head, or the federated one.
+        weights: variant -> weights of the sources: those of the fusion, or of the head alone.
+    """
+
+    head: LocalHead | Adapter
+    weights: Mapping[Variant, Sequence[float]]
+
+    def sources(self, text: TextVectors, histories: Sequence[IntArray]) -> list[Source]:
+        """Return what is fused, the head first, in the order of the weights."""
+        if isinstance(self.head, LocalHead):
+            return head_sources(self.head.model, text, histories, self.head.anchor)
+        return federated_sources(self.head, text, histories)
+
+
+def load_head(place: RunDomain, served: ServedModel, item_vectors: torch.Tensor) -> ServedHead:
     """Load the head of a served model that has one.
+
+    The fusion of a federated head is chosen on the domain's own validation users, once.
 
     Args:
         place: of :func:`open_run`.
@@ -130,20 +155,39 @@ def load_head(place: RunDomain, served: ServedModel, item_vectors: torch.Tensor)
         ClientError: the head is not on this disk, or damaged.
     """
     config = place.config
+    limit, seed, cache_dir = config.evaluation.validation_users, config.seed, config.cache_dir
+    shared = read_federated_head(place.run) if config.head.kind == "federated" else None
+    if served.decision.model not in VECTORS_OF:
+        if shared is None:
+            raise ClientError(
+                f"{served.decision.domain} is served {served.decision.model!r} ({served.decision.reason}), but "
+                f"{place.run / 'head'} holds no federated head, or a damaged one. Restore it, or use --model merged."
+            )
+        if not served.fused:
+            return ServedHead(shared, _alone(FEDERATED_SOURCES))
+        return ServedHead(shared, federated_weights(place.local, shared, served.adapter, limit, seed, cache_dir))
     try:
-        return find_trained_head(
+        head = find_trained_head(
             place.manifest.name,
             place.catalog.item_ids,
             item_vectors,
             served.adapter,
             config.head,
-            config.evaluation.validation_users,
-            config.seed,
-            config.cache_dir,
-            read_federated_head(place.run) if config.head.kind == "federated" else None,
+            limit,
+            seed,
+            cache_dir,
+            shared,
         )
     except ClientError as error:
         raise _missing(served.decision, "head", error) from error
+    if not served.fused:
+        return ServedHead(head, _alone(source_names(shared)))
+    return ServedHead(head, {variant: choice.weights for variant, choice in head.fusion.items()})
+
+
+def _alone(sources: Sequence[str]) -> Mapping[Variant, Sequence[float]]:
+    """Return the weights of the first source alone."""
+    return dict.fromkeys(VARIANTS, (1.0, *[0.0] * (len(sources) - 1)))
 
 
 def served_recommender(place: RunDomain, served: ServedModel) -> Recommender:
@@ -154,23 +198,15 @@ def served_recommender(place: RunDomain, served: ServedModel) -> Recommender:
         BackboneError, LayoutMismatchError: as :func:`fedmerge.recommender.make_recommender`.
     """
     recommender = make_recommender(place.backbone, served.adapter, place.catalog, place.config.text)
-    if served.decision.model not in VECTORS_OF:
+    if served.decision.model in TEXT_MODELS:
         return recommender
     items = recommender.item_vectors
     head = load_head(place, served, items)
-    weights = weights_of(head, served.fused)
 
     def scores(user: torch.Tensor, history: IntArray, variant: Variant) -> torch.Tensor:
-        sources = head_sources(head.model, TextVectors(user[None], items), [history], head.anchor)
-        return standardised_scores(sources, weights[variant])[0]
+        return standardised_scores(head.sources(TextVectors(user[None], items), [history]), head.weights[variant])[0]
 
     return replace(recommender, head=scores)
-
-
-def weights_of(head: LocalHead, fused: bool) -> dict[Variant, tuple[float, ...]]:
-    """Return the weights of a head's sources by variant: those of its fusion, or the head alone."""
-    chosen = {variant: head.fusion[variant].weights for variant in VARIANTS}
-    return chosen if fused else {variant: (1.0, *[0.0] * (len(weights) - 1)) for variant, weights in chosen.items()}
 
 
 def standardised_scores(sources: Sequence[Source], weights: Sequence[float]) -> torch.Tensor:

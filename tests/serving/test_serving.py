@@ -13,7 +13,8 @@ from fedmerge.adapter import adapter_sha256
 from fedmerge.cli import main
 from fedmerge.client.coefficients.personal import load_or_fit_personal_merge, personal_settings
 from fedmerge.client.evaluate import encode_text
-from fedmerge.client.heads.heads import head_ranks, head_sources
+from fedmerge.client.heads.federated import federated_ranks, federated_sources, federated_weights
+from fedmerge.client.heads.heads import LocalHead, head_ranks, head_sources
 from fedmerge.domain.catalog import ATTRIBUTES, Catalog, load_catalog
 from fedmerge.domain.folder import write_domain
 from fedmerge.domain.interactions import Interactions
@@ -23,6 +24,7 @@ from fedmerge.errors import ClientError, ConfigError, RunDirError
 from fedmerge.evaluation.ranks import per_user_metrics
 from fedmerge.evaluation.sums import metric_sums
 from fedmerge.recommender import load_recommender, recommend
+from fedmerge.runs.federated_head import read_federated_head
 from fedmerge.sequence.ranking import sequence_source
 from fedmerge.serving.decision import MODELS, decide
 from fedmerge.serving.model import RunDomain, load_head, load_served, open_run, served_recommender
@@ -165,6 +167,38 @@ def test_evaluation_names_a_model_that_is_not_on_this_disk(
     assert "--cache-dir" in refusal(capsys, *command).splitlines()[-1]
 
 
+def test_a_federated_head_is_read_from_the_run_folder(place: Place, tmp_path: Path, capsys: Capsys) -> None:
+    run = make_run_with_heads(place, "shared", "federated")
+    here = open_run(run, place.domains / DOMAIN, config_of(run))
+    train_head(place, run)
+    command = ("evaluate", run, "--domain", place.domains / DOMAIN, "--split", "test", "--json")
+    methods = json.loads(output(capsys, *command))["masked"]["methods"]
+    head, adapter = read_federated_head(run), read_adapter(run / "merged" / "average")
+    assert head is not None
+    examples = evaluation_examples(here.local.interactions, "test", None, 0)
+    weights = federated_weights(here.local, head, adapter, None, 0, here.config.cache_dir)
+    ranks = federated_ranks(head, encode_text(here.local, adapter, examples.histories), weights, examples)
+    ranks |= head_ranks(here.local, "merge", adapter, train_head(place, run), examples)
+    assert {"federated head", "federated head, fused", "head on the merge, fused"} <= ranks.keys()
+    for label, of_label in ranks.items():
+        wanted = metric_sums({label: per_user_metrics(of_label["masked"])}, "masked")
+        assert methods[label] == wanted.metrics_by_method()[label]
+
+    serve(run, "federated head", UNSEEN)
+    unseen = open_run(run, place.domains / UNSEEN, config_of(run))
+    history = [3, 8, 1]
+    recommender = served_recommender(unseen, load_served(unseen))
+    text = encode_text(unseen.local, adapter, [np.array(history)])
+    source = federated_sources(head, text, [np.array(history)])[0]
+    scores = (source.user_vectors @ source.item_vectors.T)[0].numpy()
+    found = recommend(recommender, [unseen.catalog.item_ids[index] for index in history], 5)
+    best = [index for index in np.argsort(-scores, kind="stable") if index not in history][:5]
+    assert [item.item_id for item in found] == [unseen.catalog.item_ids[index] for index in best]
+    shutil.rmtree(run / "head")
+    with pytest.raises(ClientError, match=r"camping is served 'federated head'.*head holds no federated head"):
+        served_recommender(unseen, load_served(unseen))
+
+
 # A catalog that changed since the training
 
 
@@ -213,7 +247,8 @@ def raw_head_scores(place: RunDomain, history: list[str]) -> list[tuple[str, flo
     """Return the head's scores, not standardised: a new item changes the mean over the catalog."""
     served = load_served(place, "head on the merge")
     recommender = served_recommender(place, served)
-    head = load_head(place, served, recommender.item_vectors)
+    head = load_head(place, served, recommender.item_vectors).head
+    assert isinstance(head, LocalHead)
     source = sequence_source(head.model, [np.array([recommender.item_index[item] for item in history])])
     scores = (source.user_vectors @ source.item_vectors.T)[0]
     return list(zip(place.catalog.item_ids, scores.tolist(), strict=True))

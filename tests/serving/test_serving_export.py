@@ -38,19 +38,25 @@ def recipe_of(folder: Path) -> str:
 
 
 def test_the_recipe_gives_fedmerge_s_scores(place: Place, run: Path, tmp_path: Path, capsys: Capsys) -> None:
-    fused, script = "head on the merge, fused", "import json, sys\n"
+    alone, fused, script = "head on the merge", "head on the merge, fused", "import json, sys\n"
+    shared = make_run_with_heads(place, "shared", "federated")
+    train_head(place, shared)
     settings = {
-        "fused": (fused, (0.5, 0.3, 0.2)),
-        "one source": (fused, (0.0, 0.0, 1.0)),
-        "alone": (fused[:17], (1, 0, 0)),
+        "fused": (run, fused, (0.5, 0.3, 0.2)),
+        "one": (run, fused, (0.0, 0.0, 1.0)),
+        "alone": (run, alone, (0.2, 0.4, 0.4)),
+        "continued": (shared, fused, (0.4, 0.1, 0.2, 0.3)),
+        "federated": (shared, "federated head", ()),
+        "federated fused": (shared, "federated head, fused", ()),
     }
     wanted = []
-    for name, (model, weights) in settings.items():
+    for name, (of_run, model, weights) in settings.items():
         set_weights(place, weights)
-        serve(run, model)
-        said = output(capsys, "export", run, tmp_path / name, "--domain", place.domains / DOMAIN)
-        assert "keep the folder within the organisation" in said
-        here = open_run(run, place.domains / DOMAIN, config_of(run))
+        serve(of_run, model)
+        said = output(capsys, "export", of_run, tmp_path / name, "--domain", place.domains / DOMAIN)
+        assert ("keep the folder within the organisation" in said) == bool(weights)
+        assert ("not give this folder away" in (tmp_path / name / "README.md").read_text()) == bool(weights)
+        here = open_run(of_run, place.domains / DOMAIN, config_of(of_run))
         recommender = served_recommender(here, load_served(here))
         items = here.catalog.item_ids
         history = [items[index] for index in (3, 8, 1, 12)]
@@ -69,9 +75,10 @@ def test_the_recipe_gives_fedmerge_s_scores(place: Place, run: Path, tmp_path: P
 
 def set_weights(place: Place, weights: tuple[float, ...]) -> None:
     """Replace the weights that the tiny validation chose, with others for masked and unmasked ranking."""
-    (path,) = (place.root / "cache" / "heads").glob("*/fusion-*.json")
     of_variant = {"masked": weights, "unmasked": weights[::-1]}
-    write_json(path, seal({name: {"weights": list(each), "ndcg": 0.5} for name, each in of_variant.items()}))
+    for path in (place.root / "cache" / "heads").glob("*/fusion-*.json"):
+        if len(json.loads(path.read_text())["masked"]["weights"]) == len(weights):
+            write_json(path, seal({name: {"weights": list(each), "ndcg": 0.5} for name, each in of_variant.items()}))
 
 
 def test_the_folder_says_what_it_is_and_that_it_is_private(

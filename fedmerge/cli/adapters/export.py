@@ -49,6 +49,7 @@ def _export_served(options: argparse.Namespace, run: Path, config: "ExperimentCo
             "or the folder of a merge."
         )
 
+    from fedmerge.serving.decision import VECTORS_OF
     from fedmerge.serving.export import export_served
     from fedmerge.serving.model import load_served, open_run
 
@@ -56,6 +57,6 @@ def _export_served(options: argparse.Namespace, run: Path, config: "ExperimentCo
     served = load_served(place, options.model)
     export_served(place, served, options.out)
     print(f"{options.out}: what {place.manifest.name} is served: {served.decision.model} ({served.decision.reason})")
-    if (options.out / "head.json").is_file():
+    if served.decision.model in VECTORS_OF:
         print(f"Its head was trained on the users of {place.manifest.name}: keep the folder within the organisation.")
     return 0
