@@ -75,7 +75,13 @@ class SequenceModel(nn.Module):
     whitened: torch.Tensor
     trained_items: torch.Tensor
 
-    def __init__(self, num_items: int, settings: SequenceSettings, item_vectors: torch.Tensor | None = None) -> None:
+    def __init__(
+        self,
+        num_items: int,
+        settings: SequenceSettings,
+        item_vectors: torch.Tensor | None = None,
+        whitening: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> None:
         """Draw fresh weights from PyTorch's global generator.
 
         Args:
@@ -83,6 +89,8 @@ class SequenceModel(nn.Module):
             settings: inputs, widths, depth and dropout.
             item_vectors: (N, d) text vectors; ignored with ``inputs = "ids"``. They are frozen and no part of the state
                 dict, which has their whitening.
+            whitening: ``text_mean`` (d,) and ``text_axes`` (d, k) of a model that was trained on another catalog; None:
+                those of ``item_vectors``.
 
         Raises:
             LayoutMismatchError: text vectors are missing, or not one for each item.
@@ -114,7 +122,7 @@ class SequenceModel(nn.Module):
                 f"{found}. Pass one vector for each item of the catalog, or use inputs 'ids'"
             )
         vectors = item_vectors.detach().float()
-        mean, axes = _whitening(vectors)
+        mean, axes = whitening or _whitening(vectors)
         self.register_buffer("item_vectors", vectors, persistent=False)
         self.register_buffer("text_mean", mean)
         self.register_buffer("text_axes", axes)

@@ -29,7 +29,7 @@ from fedmerge.evaluation.ranks import IntArray
 from fedmerge.evaluation.sums import BACKBONE, EXPERT, FEDERATED_SOURCES, PERSONAL, VARIANTS, Variant
 from fedmerge.files import read_record, table_or_empty
 from fedmerge.recommender import Recommender, make_recommender
-from fedmerge.runs.federated_head import read_federated_head
+from fedmerge.runs.federated_head import read_federated_head, read_fusion
 from fedmerge.sequence.fusion import fused_scores
 from fedmerge.sequence.ranking import Source
 from fedmerge.server.choice import MERGED
@@ -144,7 +144,8 @@ class ServedHead:
 def load_head(place: RunDomain, served: ServedModel, item_vectors: torch.Tensor) -> ServedHead:
     """Load the head of a served model that has one.
 
-    The fusion of a federated head is chosen on the domain's own validation users, once.
+    The fusion of a federated head is chosen on a training domain's own validation users, once; other domains have the
+    mean of these choices, as in the run's evaluation.
 
     Args:
         place: of :func:`open_run`.
@@ -165,7 +166,10 @@ def load_head(place: RunDomain, served: ServedModel, item_vectors: torch.Tensor)
             )
         if not served.fused:
             return ServedHead(shared, _alone(FEDERATED_SOURCES))
-        return ServedHead(shared, federated_weights(place.local, shared, served.adapter, limit, seed, cache_dir))
+        fusion = None if place.manifest.name in config.domains.train else read_fusion(place.run)
+        if fusion is None:
+            fusion = federated_weights(place.local, shared, served.adapter, limit, seed, cache_dir)
+        return ServedHead(shared, fusion)
     try:
         head = find_trained_head(
             place.manifest.name,

@@ -24,7 +24,7 @@ from fedmerge.errors import ClientError, ConfigError, RunDirError
 from fedmerge.evaluation.ranks import per_user_metrics
 from fedmerge.evaluation.sums import metric_sums
 from fedmerge.recommender import load_recommender, recommend
-from fedmerge.runs.federated_head import read_federated_head
+from fedmerge.runs.federated_head import read_federated_head, write_fusion
 from fedmerge.sequence.ranking import sequence_source
 from fedmerge.serving.decision import MODELS, decide
 from fedmerge.serving.model import RunDomain, load_head, load_served, open_run, served_recommender
@@ -194,6 +194,10 @@ def test_a_federated_head_is_read_from_the_run_folder(place: Place, tmp_path: Pa
     found = recommend(recommender, [unseen.catalog.item_ids[index] for index in history], 5)
     best = [index for index in np.argsort(-scores, kind="stable") if index not in history][:5]
     assert [item.item_id for item in found] == [unseen.catalog.item_ids[index] for index in best]
+    weights = {"masked": (0.2, 0.3, 0.5), "unmasked": (0.6, 0.3, 0.1)}
+    write_fusion(run, weights)
+    fused = load_served(unseen, "federated head, fused")
+    assert load_head(unseen, fused, text.items).weights == weights  # those of the run, not of its own users
     shutil.rmtree(run / "head")
     with pytest.raises(ClientError, match=r"camping is served 'federated head'.*head holds no federated head"):
         served_recommender(unseen, load_served(unseen))

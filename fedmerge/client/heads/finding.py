@@ -74,8 +74,13 @@ def find_trained_head(
         if cached is None or fusion is None:
             damaged.append(trained.name)
             continue
-        model = SequenceModel(len(item_ids), settings, None if settings.inputs == "ids" else item_vectors)
-        model.load_state_dict(_moved(cached.tensors, cached.inputs["item_ids"], item_ids))
+        tensors = _moved(cached.tensors, cached.inputs["item_ids"], item_ids)
+        if settings.inputs == "ids":
+            model = SequenceModel(len(item_ids), settings)
+        else:
+            whitening = tensors["text_mean"], tensors["text_axes"]
+            model = SequenceModel(len(item_ids), settings, item_vectors, whitening)
+        model.load_state_dict(tensors)
         return LocalHead(model.eval(), fusion, cached.report, True, anchor)
     wrong = f"; damaged or without weights of a fusion: {', '.join(damaged)}" if damaged else ""
     raise ClientError(f"{folder} holds no head of {name} over these item vectors{wrong}.")
