@@ -10,7 +10,7 @@ Directions = Literal["module", "model", "rank-one"]
 
 
 class Personal(Section):
-    """A merge of its own for every training client, explained in [personal-merges.md](reference/personal-merges.md)."""
+    """A merge of its own for every training client, explained in [merging.md](reference/merging.md#personal-merges)."""
 
     directions: Directions | None = Field(
         None,

@@ -27,6 +27,7 @@ from fedmerge.evaluation.sums import (
     FEDERATED_FUSED,
     FEDERATED_HEAD,
     LAST_ITEM,
+    PERSONAL,
     MetricSums,
     copy_row,
     paired_difference,
@@ -208,7 +209,7 @@ def choose_per_domain(
     """
     chosen = {}
     for domain, sums in sorted(validation.items()):
-        labels = {MERGED: served} | ({EXPERT: EXPERT} if EXPERT in sums.methods else {})
+        labels = {MERGED: served} | {own: own for own in (EXPERT, PERSONAL) if own in sums.methods}
         labels |= {row: row for row in (heads or {}).get(domain, ())}
         scores = {model: sums.mean(label, metric) for model, label in labels.items()}
         known = {model: score for model, score in scores.items() if not math.isnan(score)}

@@ -65,12 +65,11 @@ def test_the_gradient_equals_a_dense_float64_model(
         name: {m: (lora.scaling * lora.lora_B.double() @ lora.lora_A.double()).norm() for m, lora in of.modules.items()}
         for name, of in adapters.items()
     }
-    exact = values.double().requires_grad_()
+    exact: torch.Tensor = values.double().requires_grad_()
 
     def coefficient(domain: str, module: str) -> torch.Tensor:
-        return (
-            exact[stack.domains.index(domain), stack.group_of[module]] * norms["toys"][module] / norms[domain][module]
-        )
+        own = exact[stack.domains.index(domain), stack.group_of[module]]
+        return torch.mul(own, float(norms["toys"][module] / norms[domain][module]) if domain != "toys" else 1.0)
 
     packed = pack_sequences(client.table, batch.histories, backbone.special, TEXT.max_items, TEXT.max_tokens)
     users = dense_vectors(backbone, adapters, coefficient, packed)

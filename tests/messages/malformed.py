@@ -111,6 +111,7 @@ def kinds() -> dict[str, Kind]:
         "adapter": Kind(records.expert_record(expert, report), read_expert),
         "report": Kind(records.report_record(report), records.read_report),
         "heads": Kind(records.head_reports_record({"merge": of_head}), records.read_head_reports),
+        "fitted": Kind(records.fitted_record(2.5), records.read_fitted),
         "sums": Kind(records.metric_sums_record(sums), read_sums),
         "pseudo-users": Kind(records.pseudo_users_record(12), records.read_pseudo_users),
         "gradient": Kind(records.gradient_record(torch.ones(2, 3)), records.read_gradient),

@@ -51,7 +51,7 @@ class Cohort:
         folder: folder on the client's own disk.
         adapters: domain -> expert, of all domains.
         pseudo: the client's own pseudo-users with the vectors of its expert; None if the run learns on the client's own
-            users. A missing file is an error, never None.
+            users, or only fits personal merges. A missing file is an error, never None.
     """
 
     folder: Path
@@ -68,7 +68,7 @@ def cohort_folder(config: ExperimentConfig, name: str, catalog: Catalog, backbon
         "pooling": backbone.pooling,
         "text": config.text.model_dump(),
         "mergerec": config.mergerec.model_dump(),
-        "users": config.through_clients.users,
+        "users": config.cohort_learns_on,
         "seed": config.seed,
         "threads": config.runtime.threads_per_client,
         "device": str(backbone.device),
@@ -106,7 +106,7 @@ def cache_cohort(
         )
     if folder.is_dir():
         return
-    own = config.through_clients.users == "own-users"
+    own = config.cohort_learns_on == "own-users"
     pseudo = None
     if not own:
         table = build_token_table(catalog, backbone.tokenizer, config.text.max_attribute_tokens)

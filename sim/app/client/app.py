@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from sim.app.client.coefficients import cohort, gradient
+from sim.app.client.coefficients import cohort, fit_personal, gradient
 from sim.app.client.describing import catalog, describe
 from sim.app.client.evaluation import evaluate_models
 from sim.app.client.head_rounds import train_head_round
@@ -37,6 +37,7 @@ def make_client_app(*, console: bool) -> ClientApp:
     app.train()(replying(train))
     app.train(records.TRAIN_HEAD.removeprefix("train."))(replying(train_heads))
     app.train(records.ROUND_HEAD.removeprefix("train."))(replying(train_head_round))
+    app.train(records.FIT_PERSONAL.removeprefix("train."))(replying(fit_personal))
     app.evaluate()(replying(evaluate_models))
     for message_type, handler in QUERIES.items():
         app.query(message_type.removeprefix("query."))(replying(handler))

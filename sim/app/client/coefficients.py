@@ -1,4 +1,4 @@
-"""Merging coefficients, learned through clients: the cohort and the gradients on it."""
+"""Merging coefficients, learned through clients: the cohort, the gradients on it, and the client's personal merge."""
 
 import logging
 from dataclasses import asdict
@@ -9,8 +9,10 @@ from typing import Literal
 import torch
 from flwr.app import Context, Message, RecordDict
 
+from fedmerge.adapter import Adapter, adapter_sha256
 from fedmerge.client.cache.dp_releases import CoefficientMessage, release_answer_once
 from fedmerge.client.coefficients.own_users import ClientMergeSettings, clipped_gradient_sum, coefficient_gradient
+from fedmerge.client.coefficients.personal import PersonalMerge, load_or_fit_personal_merge, personal_settings
 from fedmerge.client.coefficients.pseudo_users import (
     Cohort,
     LocalGradient,
@@ -25,7 +27,7 @@ from fedmerge.client.disclosed.account import REPLACED, Entry, Unit
 from fedmerge.client.local_domain import LocalDomain
 from fedmerge.client.training.dp_sgd import poisson_records
 from fedmerge.encoder.backbone import Backbone
-from fedmerge.errors import ClientError, FedMergeError
+from fedmerge.errors import ClientError, FedMergeError, MergeError, PolicyError
 from fedmerge.mergerec.cohort import cohort_sha256
 from fedmerge.mergerec.objective import MergeRecSettings
 from fedmerge.mergerec.variants import learned_settings, learned_variant
@@ -34,7 +36,8 @@ from fedmerge.merging.stack import stack_adapters
 from fedmerge.privacy.dp.randomness import source
 from fedmerge.privacy.dp.releases import Release, answers_have_noise, noisy_answers, sample_rate
 from fedmerge.privacy.policy import check_enough_users, check_may_leave
-from sim.app.client.node import Client, charge_run, open_client
+from sim.app.client.experts import own_expert
+from sim.app.client.node import Client, charge_run, evaluated_examples, open_client
 from sim.app.messages import records
 
 logger = logging.getLogger("fedmerge.client")
@@ -52,13 +55,13 @@ def cohort(message: Message, context: Context) -> RecordDict:
     try:
         cache_cohort(folder, name, domain.backbone, adapters, domain.catalog, config)
     except FedMergeError as error:
-        if config.dp.mode != "domain-local" or config.through_clients.users == "own-users":
+        if config.dp.mode != "domain-local" or config.cohort_learns_on == "own-users":
             raise
         logger.error("%s", error)
         raise ClientError(
             "the pseudo-users of this cohort cannot be generated. The reason would reveal data; see the client's log"
         ) from error
-    pseudo = _cached_cohort(folder, domain, config.through_clients.users).pseudo
+    pseudo = _cached_cohort(folder, domain, config.cohort_learns_on).pseudo
     return records.pseudo_users_record(0 if pseudo is None else len(pseudo.users))
 
 
@@ -153,6 +156,42 @@ def _sum_over_own_users(
 
 def _client_settings(client: Client, settings: MergeRecSettings) -> ClientMergeSettings:
     return ClientMergeSettings(batch_size=client.config.through_clients.batch_size, seed=settings.seed)
+
+
+def fit_personal(message: Message, context: Context) -> RecordDict:
+    """Fit this client's personal merge on its own users, or find it in the cache."""
+    client = open_client(context)
+    check_may_leave(client.config.privacy.policy, "training report", client.domain.manifest.name)
+    request = records.read_personal_request(message.content)
+    found = own_personal_merge(client, request.cohort_sha256, request.expert_sha256)
+    return records.fitted_record(float(found.record["seconds"]))
+
+
+def own_personal_merge(client: Client, cohort_sha256: str, expert_sha256: str) -> PersonalMerge:
+    """Return the client's personal merge: from its cache, else fitted and cached.
+
+    Args:
+        client: this node.
+        cohort_sha256: hash of the cohort that it has received.
+        expert_sha256: as for :func:`sim.app.client.experts.own_expert`.
+
+    Raises:
+        PolicyError: the run has no personal merges.
+        ClientError: cohort or expert are not in the cache, or the fit failed.
+    """
+    config, domain, name = client.config, client.domain, client.domain.manifest.name
+    if config.personal.directions is None:
+        raise PolicyError(f"domain {name}: the server asks for a personal merge, but personal.directions = 'none'")
+    folder = cohort_folder(config, name, domain.catalog, domain.backbone, cohort_sha256)
+    cohort = _cached_cohort(folder, domain, config.cohort_learns_on)
+    adapters: dict[str, Adapter] = {**cohort.adapters, name: own_expert(client, expert_sha256)}
+    sources = {member: adapter_sha256(adapter) for member, adapter in cohort.adapters.items()}
+    choosing, settings = evaluated_examples(client, "valid").users, personal_settings(config)
+    try:
+        return load_or_fit_personal_merge(domain, adapters, sources, settings, choosing, config.cache_dir, logger.info)
+    except MergeError as error:  # its text may hold a loss and coefficients of this client's users
+        logger.error("%s", error)
+        raise ClientError(f"domain {name}: its personal merge cannot be fitted; see the client's log") from error
 
 
 @lru_cache(maxsize=4)

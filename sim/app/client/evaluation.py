@@ -9,21 +9,22 @@ from fedmerge.adapter import Adapter, adapter_sha256
 from fedmerge.client.baselines.rankers import BASELINE_LABELS, baseline_rankers
 from fedmerge.client.disclosed.account import Entry
 from fedmerge.client.disclosed.sums import Sums, count_models, release_sums_once
-from fedmerge.client.disclosed.users import draw_examples, read_secret, remember_users
+from fedmerge.client.disclosed.users import read_secret, remember_users
 from fedmerge.client.evaluate import outcomes
 from fedmerge.config import Split
 from fedmerge.domain.manifest import NOISED_METRICS, check_catalog_is_given
-from fedmerge.domain.splits import Examples, evaluation_examples
+from fedmerge.domain.splits import Examples
 from fedmerge.errors import ClientError, PolicyError
 from fedmerge.evaluation.ranks import METRICS
-from fedmerge.evaluation.sums import BACKBONE, EXPERT, FEDERATED_HEAD, VARIANTS
+from fedmerge.evaluation.sums import BACKBONE, EXPERT, FEDERATED_HEAD, PERSONAL, VARIANTS
 from fedmerge.privacy.dp.randomness import source
 from fedmerge.privacy.dp.releases import METRIC_SUMS, Release, noised_sums
 from fedmerge.privacy.metric_sums import disclose
 from fedmerge.privacy.policy import check_enough_users, check_may_leave
+from sim.app.client.coefficients import own_personal_merge
 from sim.app.client.experts import own_expert
 from sim.app.client.heads import encoders_of, federated_head_ranks, head_models, own_head_ranks
-from sim.app.client.node import Client, charge_run, open_client
+from sim.app.client.node import Client, charge_run, evaluated_examples, open_client
 from sim.app.messages import records
 
 logger = logging.getLogger("fedmerge.client")
@@ -102,17 +103,15 @@ def _models(
     models: dict[str, Adapter | None] = {BACKBONE: None} if request.backbone else {}
     if request.expert_sha256:
         models[EXPERT] = own_expert(client, request.expert_sha256)
+    if request.personal:
+        models[PERSONAL] = own_personal_merge(client, request.personal, request.expert_sha256).adapter
     return models | adapters
 
 
 def _examples(client: Client, split: Split) -> Examples:
-    """Draw the evaluated users: by the run's seed for exact sums, else by the client's secret."""
-    config, interactions = client.config, client.domain.interactions
-    limit = config.evaluation.validation_users if split == "valid" else config.evaluation.test_users
-    if config.privacy.metrics == "exact":
-        return evaluation_examples(interactions, split, limit, config.seed)
-    secret = read_secret(client.disclosed)
-    examples = draw_examples(interactions, split, limit, secret)
-    if config.privacy.metrics == "suppressed":  # noise covers differences
-        remember_users(client.disclosed, interactions, examples, split, config.privacy.min_users, secret)
+    """Return the evaluated users; where sums are suppressed, write them down first."""
+    examples = evaluated_examples(client, split)
+    if client.config.privacy.metrics == "suppressed":  # noise covers differences
+        min_users, secret = client.config.privacy.min_users, read_secret(client.disclosed)
+        remember_users(client.disclosed, client.domain.interactions, examples, split, min_users, secret)
     return examples

@@ -13,11 +13,13 @@ from flwr.app import Context
 
 from fedmerge.client.audit.users import prepare_for_audit
 from fedmerge.client.disclosed.account import Entry, charge
+from fedmerge.client.disclosed.users import draw_examples, read_secret
 from fedmerge.client.local_domain import LocalDomain, open_domain
-from fedmerge.config import ExperimentConfig, Simulation, Text, from_flat
+from fedmerge.config import ExperimentConfig, Simulation, Split, Text, from_flat
 from fedmerge.device import resolve_compute
 from fedmerge.domain.demo import domains_root
 from fedmerge.domain.manifest import read_manifest
+from fedmerge.domain.splits import Examples, evaluation_examples
 from fedmerge.encoder.backbone import Backbone, load_backbone
 from fedmerge.errors import ClientError
 from fedmerge.privacy.client_policy import (
@@ -105,6 +107,15 @@ def charge_run(client: Client, entries: Iterable[Entry]) -> None:
     """
     own = client.own or ClientPolicy()
     charge(client.disclosed, list(entries), own.max_total_epsilon, own.max_delta, own.adjacency)
+
+
+def evaluated_examples(client: Client, split: Split) -> Examples:
+    """Draw the evaluated users: by the run's seed for exact sums, else by the client's secret."""
+    config, interactions = client.config, client.domain.interactions
+    limit = config.evaluation.validation_users if split == "valid" else config.evaluation.test_users
+    if config.privacy.metrics == "exact":
+        return evaluation_examples(interactions, split, limit, config.seed)
+    return draw_examples(interactions, split, limit, read_secret(client.disclosed))
 
 
 def _is_simulated(context: Context) -> bool:

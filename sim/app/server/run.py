@@ -27,6 +27,7 @@ class Run:
         ledger: what left the clients.
         current_phase: name of the innermost phase; it is written beside every exclusion.
         late: questions whose clients were excluded for no answer in time; answers that still come are recorded.
+        cohorts: hash of a cohort that was sent in this attempt -> its domains with their numbers of pseudo-users.
     """
 
     config: ExperimentConfig
@@ -36,6 +37,7 @@ class Run:
     ledger: Ledger
     current_phase: str = ""
     late: list[Inquiry] = field(default_factory=list)
+    cohorts: dict[str, dict[str, int]] = field(default_factory=dict)
 
     @property
     def simulated(self) -> bool:

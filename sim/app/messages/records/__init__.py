@@ -8,6 +8,7 @@ query.catalog     empty                                           catalog_record
 train             empty, or round_request_record                  expert_record, or report_record
 train.head        head_request_record, with model_records         head_reports_record
 train.head_round  round_request_record                            expert_record, or report_record
+train.personal    personal_request_record                         fitted_record
 evaluate          evaluation_request_record, with model_records   metric_sums_record
 query.cohort      cohort_record                                   pseudo_users_record
 query.gradient    gradient_request_record                         gradient_record
@@ -67,6 +68,14 @@ from sim.app.messages.records.heads import (
     read_head_request,
     read_vectors,
 )
+from sim.app.messages.records.personal import (
+    FIT_PERSONAL,
+    PersonalRequest,
+    fitted_record,
+    personal_request_record,
+    read_fitted,
+    read_personal_request,
+)
 from sim.app.messages.records.replies import (
     add_signature,
     arrays_sha256,
@@ -98,6 +107,7 @@ __all__ = [
     "DESCRIBE",
     "EVALUATE",
     "FEDERATED",
+    "FIT_PERSONAL",
     "FLOAT32",
     "GRADIENT",
     "HEAD_REPORT_FIELDS",
@@ -113,6 +123,7 @@ __all__ = [
     "GradientRequest",
     "HeadRequest",
     "ModelRecords",
+    "PersonalRequest",
     "Role",
     "RoundRequest",
     "add_signature",
@@ -127,6 +138,7 @@ __all__ = [
     "error_record",
     "evaluation_request_record",
     "expert_record",
+    "fitted_record",
     "fusion_text",
     "gradient_record",
     "gradient_request_record",
@@ -134,6 +146,7 @@ __all__ = [
     "head_request_record",
     "metric_sums_record",
     "model_records",
+    "personal_request_record",
     "pseudo_users_record",
     "read_catalog",
     "read_cohort",
@@ -142,12 +155,14 @@ __all__ = [
     "read_error_domain",
     "read_evaluation_request",
     "read_expert",
+    "read_fitted",
     "read_fusion",
     "read_gradient",
     "read_gradient_request",
     "read_head_reports",
     "read_head_request",
     "read_metric_sums",
+    "read_personal_request",
     "read_pseudo_users",
     "read_report",
     "read_round_request",

@@ -17,7 +17,7 @@ from sim.app.messages.records.fields import FACTS, LONGEST_SHOWN, ONE_VERSION, r
 
 EVALUATE = "evaluate"
 OWN_EXPERT = "own"
-_OF_HEADS = ("heads", "served", "fusion")
+_LEFT_OUT = ("heads", "served", "fusion", "personal")  # of a request where they are empty
 MOST_DEVIATIONS = 10.0  # of noise by which a sum may leave its range
 
 
@@ -35,6 +35,7 @@ class EvaluationRequest:
         served: label of the model that the vectors ``merge`` mean; empty without heads.
         fusion: weights of the federated head's fusion, :func:`fusion_text`; empty if the client chooses them itself.
             The rows of that head are evaluated if the request holds it among its models, as FEDERATED_HEAD.
+        personal: hash of the cohort whose personal merge is evaluated as well; empty for none.
     """
 
     split: Split
@@ -44,17 +45,18 @@ class EvaluationRequest:
     heads: str = ""
     served: str = ""
     fusion: str = ""
+    personal: str = ""
 
 
 def evaluation_request_record(request: EvaluationRequest, models: ModelRecords) -> RecordDict:
-    """Make a request to evaluate the models of :func:`model_records`; what is empty of the heads does not travel."""
-    facts = {key: value for key, value in asdict(request).items() if value or key not in _OF_HEADS}
+    """Make a request to evaluate the models of :func:`model_records`; optional fields stay out where empty."""
+    facts = {key: value for key, value in asdict(request).items() if value or key not in _LEFT_OUT}
     return RecordDict({FACTS: ConfigRecord(facts), **models})
 
 
 def read_evaluation_request(content: RecordDict) -> tuple[EvaluationRequest, dict[str, Adapter]]:
     """Inverse of :func:`evaluation_request_record`."""
-    facts = {**dict.fromkeys(_OF_HEADS, ""), **read_config(content, FACTS)}
+    facts = {**dict.fromkeys(_LEFT_OUT, ""), **read_config(content, FACTS)}
     return read_dataclass(EvaluationRequest, facts), read_models(content)
 
 

@@ -7,7 +7,6 @@ and steps. Every average is on disk before the next message, so that a resumed r
 
 import logging
 from collections.abc import Callable, Mapping
-from functools import cache
 
 import numpy as np
 import torch
@@ -24,6 +23,7 @@ from fedmerge.mergerec.vectors import Vectors
 from fedmerge.merging.candidate import MergeVariant
 from fedmerge.privacy.dp.domain_noise import domain_noise
 from fedmerge.privacy.dp.releases import answers_have_noise
+from fedmerge.runs import checkpoints
 from fedmerge.runs.checkpoints import LEARNING
 from fedmerge.server.candidates import Learn
 from sim.app.messages import records
@@ -52,12 +52,8 @@ def learn_through_clients(run: Run, experts: Mapping[str, Adapter]) -> Learn:
     """
     config = run.config
 
-    @cache
-    def cohort() -> tuple[str, dict[str, int]]:
-        return _send_cohort(run, experts)
-
     def learn(variant: MergeVariant, settings: MergeRecSettings, vectors: Vectors) -> LearnedCoefficients:
-        sha256, sizes = cohort()
+        sha256, sizes = _send_cohort(run, experts)
         label = variant.name  # whichever domains are merged; the hash of the cohort says which
         log = run.folder / LEARNING / f"{label.replace(' ', '-')}-{sha256[:8]}.jsonl"
         kept = [line["found"] for line in read_lines(log)]
@@ -115,13 +111,52 @@ def learn_through_clients(run: Run, experts: Mapping[str, Adapter]) -> Learn:
     return learn
 
 
+def fit_personal_merges(run: Run, sources: Mapping[str, str]) -> None:
+    """Let every training client fit its personal merge at home, if the experiment has them; the cohort is sent first.
+
+    A resumed run asks again, and the clients find their merges in their caches.
+
+    Args:
+        run: the run.
+        sources: domain -> hash of its expert, of all domains that are merged.
+
+    Raises:
+        ClientError: too few clients are left.
+    """
+    if run.config.personal.directions is None:
+        return
+    sha256, _ = _send_cohort(run, checkpoints.StoredExperts(run.folder, sources))
+    domains = [domain for domain in run.members.in_role("train") if domain in sources]
+    fitted: list[str] = []
+
+    def request(domain: str) -> RecordDict:
+        return records.personal_request_record(records.PersonalRequest(sha256, sources[domain]))
+
+    def receive(domain: str, reply: RecordDict) -> None:
+        seconds = records.read_fitted(reply)
+        logger.info("%s: personal merge fitted (%.0f s)", domain, seconds)
+        fitted.append(domain)
+
+    with run.phase("merge"):
+        ask(
+            run,
+            run.members.nodes_of(domains),
+            Question(records.FIT_PERSONAL, run.config.server.timeout_seconds, request),
+            receive,
+        )
+    run.require_quorum(fitted)
+
+
 def _send_cohort(run: Run, experts: Mapping[str, Adapter]) -> tuple[str, dict[str, int]]:
-    """Send all adapters to every participant; return the cohort's hash, and domain -> number of pseudo-users.
+    """Send all adapters to every participant, once an attempt; return the cohort's hash, and domain -> pseudo-users.
 
     A resumed run sends them again, since a client may have lost them; the members of the cohort are on disk.
     """
     adapters = dict(experts)
-    sha256, content = cohort_sha256(adapters), records.cohort_record(adapters)
+    sha256 = cohort_sha256(adapters)
+    if sha256 in run.cohorts:
+        return sha256, run.cohorts[sha256]
+    content = records.cohort_record(adapters)
     path = run.folder / LEARNING / f"cohort-{sha256[:8]}.json"  # with a rollback there are two: all, and without some
     before: dict[str, int] | None = read_sealed(path)
     domains = [domain for domain in run.members.in_role("train") if domain in (before or adapters)]
@@ -134,7 +169,7 @@ def _send_cohort(run: Run, experts: Mapping[str, Adapter]) -> tuple[str, dict[st
                 f"domain {domain}: it makes {size} pseudo-users, before the run was resumed it made {before[domain]}. "
                 "Its data or settings changed since the run started; restore them, or start a new run."
             )
-        if (size == 0) != (run.config.through_clients.users == "own-users"):
+        if (size == 0) != (run.config.cohort_learns_on == "own-users"):
             raise ClientError(f"domain {domain}: it makes {size} pseudo-users. Use the same settings everywhere.")
         sizes[domain] = size
 
@@ -147,6 +182,7 @@ def _send_cohort(run: Run, experts: Mapping[str, Adapter]) -> tuple[str, dict[st
         path.parent.mkdir(exist_ok=True)
         before = dict(sorted(sizes.items()))
         write_json(path, seal(before))
+    run.cohorts[sha256] = before
     return sha256, before
 
 

@@ -8,7 +8,8 @@ from flwr.app import RecordDict
 from fedmerge.adapter import Adapter
 from fedmerge.config import Split
 from fedmerge.evaluation.ranks import METRICS
-from fedmerge.evaluation.sums import BACKBONE, EXPERT, FEDERATED_HEAD, LAST_ITEM
+from fedmerge.evaluation.sums import BACKBONE, EXPERT, FEDERATED_HEAD, LAST_ITEM, PERSONAL
+from fedmerge.mergerec.cohort import cohort_of
 from fedmerge.runs import checkpoints
 from fedmerge.server.reply_checks import check_sums, sums_bytes
 from sim.app.messages import records
@@ -48,10 +49,15 @@ def evaluate_models(
     split: Split = "test" if test else "valid"
     labels = list(adapters)
 
+    cohort = cohort_of(sources) if sources and run.config.personal.directions is not None else ""
+
+    def personal_of(domain: str) -> list[str]:
+        return [PERSONAL] if cohort and domain in sources else []
+
     def asked_models(domain: str) -> list[str]:
         reference = [*([BACKBONE] if test else []), *([EXPERT] if domain in sources else [])]
         to_beat = [] if heads.federated is None else [LAST_ITEM]  # by that head, to be served
-        return [*reference, *labels, *heads.rows(domain), *to_beat]
+        return [*reference, *personal_of(domain), *labels, *heads.rows(domain), *to_beat]
 
     on_disk = checkpoints.read_sums(run.folder, stage)
     results = {
@@ -68,7 +74,10 @@ def evaluate_models(
     min_users = run.config.privacy.min_users
 
     def request(domain: str) -> RecordDict:
-        asked = records.EvaluationRequest(split, test, sources.get(domain, ""), test, *heads.request(domain))
+        personal = cohort if personal_of(domain) else ""
+        asked = records.EvaluationRequest(
+            split, test, sources.get(domain, ""), test, *heads.request(domain), personal=personal
+        )
         return records.evaluation_request_record(asked, models)
 
     def receive(domain: str, content: RecordDict) -> None:

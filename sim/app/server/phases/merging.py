@@ -10,7 +10,7 @@ from fedmerge.merging.candidate import Candidate, Origin
 from fedmerge.runs import checkpoints
 from fedmerge.server.candidates import learn_from_catalogs, merge_candidates, recipe_of
 from sim.app.server.phases.admission import pass_gate
-from sim.app.server.phases.coefficients import learn_through_clients
+from sim.app.server.phases.coefficients import fit_personal_merges, learn_through_clients
 from sim.app.server.phases.rounds.adapters import run_rounds
 from sim.app.server.phases.secure_sum import secure_candidates
 from sim.app.server.phases.training import train_experts
@@ -56,6 +56,7 @@ def train_and_merge(run: Run, backbone: Backbone, catalogs: Mapping[str, Catalog
     candidates = merge_experts(run, backbone, sources, catalogs)
     if config.admission.rollback and failed and failed.keys() < sources.keys():
         candidates += merge_experts(run, backbone, sources, catalogs, without=sorted(failed))
+    fit_personal_merges(run, sources)
     return Merges(list(sources), sources, candidates, failed)
 
 
