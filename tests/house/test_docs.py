@@ -141,7 +141,8 @@ def test_commands_named_in_the_text_parse(page: Path) -> None:
 
 @page_of
 def test_settings_named_in_the_text_exist(page: Path) -> None:
-    known = set(to_flat(ExperimentConfig())) | {"train.head", "train.head_round"}  # these two are messages
+    messages = {"train.head", "train.head_round", "train.personal"}
+    known = set(to_flat(ExperimentConfig())) | messages
     sections = {key.partition(".")[0] for key in known if "." in key}
     files = (".json", ".jsonl", ".parquet", ".toml", ".txt", ".log", ".py", ".md", ".key", ".db")
     for word in re.findall(r"`([a-z_]+\.[a-z_]+)(?:\s*=[^`]*)?`", "\n".join(prose(page))):

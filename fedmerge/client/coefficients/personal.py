@@ -40,6 +40,7 @@ from fedmerge.mergerec.directions import (
     start_of_personal,
 )
 from fedmerge.mergerec.vectors import Vectors, merged_forward, on_device
+from fedmerge.merging.stack import Stack
 
 RECORD_FILE = "personal.json"
 BATCH_SIZE = 64
@@ -129,6 +130,7 @@ def fit_personal_merge(
     settings: PersonalSettings,
     sequences: Sequences,
     progress: Progress = lambda line: None,
+    vectors: Stack | None = None,
 ) -> PersonalMerge:
     """Fit a client's coefficients β by Adam from 0, and keep the best of five points on validation.
 
@@ -140,6 +142,7 @@ def fit_personal_merge(
         settings: see there.
         sequences: of :func:`fitting_sequences`.
         progress: receives a line after every validation.
+        vectors: stack of the same domains in place of the normalised directions, for studies.
 
     Raises:
         MergeError: the own expert is missing, or a loss is not finite.
@@ -149,7 +152,7 @@ def fit_personal_merge(
     """
     started, name = time.monotonic(), domain.manifest.name
     section = settings.personal
-    stack = direction_stack(name, adapters, section.directions or "module")
+    stack = vectors or direction_stack(name, adapters, section.directions or "module")
     expert, own, start = adapters[name], stack.domains.index(name), start_of_personal(name, stack)
     validations: list[tuple[int, float]] = []
     best_step, coefficients = 0, start
