@@ -4,7 +4,7 @@
     python benchmarks/studies/study_personal.py configs/amazon3.toml RUN/adapters --seeds Beauty=RUN_1/adapters/Beauty
 
 The validation users of a domain are split in three: one part fits the coefficients, one chooses the number of steps,
-one is reported; test is never read. ``--seeds`` adds the control that a soup of experts of the same domain would gain as
+one is reported; test is never read. ``--seeds`` adds the control that experts of the same domain would gain as
 much: coefficients on other seeds of the own expert in place of the other domains.
 """
 
