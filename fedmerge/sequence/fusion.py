@@ -12,6 +12,7 @@ from fedmerge.evaluation.ranks import METRICS, SELECTION_METRIC, IntArray, per_u
 from fedmerge.sequence.ranking import Source
 
 SCORES_PER_BLOCK = 2**20  # of one source: 4 MiB of float32, and about 2 + number of sources as much in all
+USERS_PER_BLOCK = 8  # at least: a large catalog does not fit the cache and is read once for each block
 ROUNDING = 1e-6  # spread of scores, relative to the largest, that float32 inner products of equal items can have
 MASKED = -1e6  # standardised score of a seen item: below every score of a catalog
 
@@ -69,7 +70,7 @@ def fused_ranks(
         targets: (U,) item index of each user's one relevant item.
         seen: as in :func:`fedmerge.evaluation.ranks.target_ranks`; None is the unmasked variant. Seen items count in
             mean and standard deviation.
-        block_size: users scored at once; None limits a block to about a million scores of each source.
+        block_size: users scored at once; None limits a block to about a million scores of each source, or eight users.
 
     Returns:
         (U,) int64 ranks from 1.
@@ -157,7 +158,7 @@ def _spans(sources: Sequence[Source], targets: IntArray, block_size: int | None)
         raise LayoutMismatchError(
             f"targets have shape {targets.shape}; expected one item for each of {num_users} users"
         )
-    size = block_size or max(1, SCORES_PER_BLOCK // max(1, num_items))
+    size = block_size or max(USERS_PER_BLOCK, SCORES_PER_BLOCK // max(1, num_items))
     return (slice(start, min(start + size, num_users)) for start in range(0, num_users, size))
 
 

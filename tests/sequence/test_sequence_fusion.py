@@ -116,6 +116,7 @@ def test_the_best_of_all_weights_is_chosen(
             ranks = fused_ranks(sources, weights, targets, seen)
             found[weights] = float(per_user_metrics(ranks)[:, METRICS.index("ndcg@10")].mean())
     best = max(found.values())
+    monkeypatch.setattr(fusion, "USERS_PER_BLOCK", 1)
     for scores_per_block in (1, 7 * NUM_ITEMS, fusion.SCORES_PER_BLOCK):
         monkeypatch.setattr(fusion, "SCORES_PER_BLOCK", scores_per_block)
         choice = choose_weights(sources, targets, seen)
