@@ -10,8 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from bad_answers import bad_client, cut, garbage, of_adapter
-from flwr.app import Context, Message
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from in_process import small_experiment
 
 from fedmerge.adapter import Adapter, adapter_sha256
@@ -217,18 +216,40 @@ def test_the_order_of_the_clients_changes_nothing(place: Path, whole: tuple[Expe
     assert_close(head_of(config), deltas(head_of(whole[0])), 1e-5)
 
 
+def cut(content: RecordDict) -> None:
+    change_one(content, lambda array: array[:1])
+
+
+def nan(content: RecordDict) -> None:
+    change_one(content, lambda array: np.full_like(array, np.nan))
+
+
+def change_one(content: RecordDict, change: Callable[[Any], Any]) -> None:
+    arrays = {name: array.numpy() for name, array in content.array_records["adapter"].items()}
+    arrays[min(arrays)] = change(arrays[min(arrays)])
+    content["adapter"] = ArrayRecord({name: Array(array) for name, array in arrays.items()})
+
+
+def garbage(content: RecordDict) -> None:
+    content["facts"] = ConfigRecord({"report": "no JSON"})
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
-    [
-        (of_adapter(cut), "has (lora_A, lora_B, scaling)"),
-        (of_adapter(lambda arrays: arrays[min(arrays)].fill(np.nan)), "NaN or infinite"),
-        (garbage, "no record 'facts'"),
-    ],
+    [(cut, "has (lora_A, lora_B, scaling)"), (nan, "NaN or infinite"), (garbage, "its training report is not JSON")],
     ids=["cut", "nan", "garbage"],
 )
 def test_a_client_with_a_malformed_head_is_excluded_by_name(place: Path, change: Any, reason: str) -> None:
     config = experiment(place, "malformed", server__min_train_clients=2, output_dir=str(place / reason[:3]))
-    run_in_process(config, bad_client(records.ROUND_HEAD, change))
+
+    def answer(message: Message, context: Context) -> Message | None:
+        honest = answer_honestly(message, context)
+        bad = DOMAINS[int(context.node_config["partition-id"])] == "coffee"
+        if honest is not None and bad and message.metadata.message_type == records.ROUND_HEAD:
+            change(honest.content)
+        return honest
+
+    run_in_process(config, answer)
     excluded = read_json(run_dir(config) / "clients.json")["excluded"]
     assert {*excluded} == {"coffee"}
     assert reason in excluded["coffee"]
