@@ -19,16 +19,14 @@ from fedmerge.encoder.encode import length_batches
 from fedmerge.encoder.lora import initial_lora_A
 from fedmerge.errors import ClientError, DomainError, LayoutMismatchError
 from fedmerge.evaluation.ranks import IntArray, check_in_catalog
-from fedmerge.seeding import derive, generator
+from fedmerge.seeding import generator
 from fedmerge.sequence.ranking import Source, pad
 
-ATTENTION, VALUE, ITEM, RECENCY = "attention", "value", "item", "recency"  # modules of the adapter
+ATTENTION, ITEM, RECENCY = "attention", "item", "recency"  # modules of the adapter
 SCALING = 2.0
-SHARPNESS = 0.0  # β: the untrained attention prefers items similar to the last one
-DECAY = 0.3  # c: the untrained attention to an item falls by this factor, in nats, with every later item
-TEMPERATURE = 0.05  # of cosines in training; ranks do not depend on it
-ITEM_DROPOUT = 0.2
-COORDINATE_DROPOUT = 0.1
+DECAY = 0.8  # c: fall of the untrained attention's logit with every later item
+TEMPERATURE = 0.07  # τ; with it and BACKGROUND the untrained head's scores are calibrated (docs/findings.md)
+BACKGROUND = 0.5  # π: probability in the loss that text does not explain the next item
 MIN_SEQUENCE = 2  # one item to read and one to predict
 LOGITS_PER_BLOCK = 2**20  # 4 MiB of float32
 POSITIONS_PER_BATCH = 16384  # padded positions read at once outside training
@@ -62,7 +60,7 @@ def text_head(width: int, rank: int, max_length: int, seed: int) -> Adapter:
         max_length: L, number of most recent items read of a history.
         seed: seed of A.
     """
-    shapes = {ATTENTION: (width, width), VALUE: (width, width), ITEM: (width, width), RECENCY: (1, max_length)}
+    shapes = {ATTENTION: (width, width), ITEM: (width, width), RECENCY: (1, max_length)}
     return Adapter(
         {
             name: LoraModule(initial_lora_A(seed, name, rank, width_in), torch.zeros(width_out, rank), SCALING)
@@ -79,8 +77,8 @@ def anchored_source(
 
     With e_1, ..., e_t the vectors of the last L items of a history, oldest first:
 
-    w = softmax over j of  e_t · (β I + Δ_attention) e_j − c (t − j) + Δ_recency[t − j]
-    s = Σ_j w_j (I + Δ_value) e_j;   score of item i = s / |s| · (I + Δ_item) e_i
+    w = softmax over j of  e_t · Δ_attention e_j − c (t − j) + Δ_recency[t − j]
+    s = Σ_j w_j e_j;   score of item i = s / |s| · (I + Δ_item) e_i
 
     (I + Δ_item) is applied to the user's side, (I + Δ_item)ᵀ s / |s|, which gives the same scores.
 
@@ -98,6 +96,7 @@ def anchored_source(
             outside the catalog.
     """
     factors, max_length = _checked(head, item_vectors)
+    item_vectors = item_vectors.detach().float()
     if not all(len(history) for history in histories):
         raise LayoutMismatchError("a history is empty; expected at least one item in each")
     cut = [np.asarray(history[-max_length:], dtype=np.int64) for history in histories]
@@ -106,24 +105,22 @@ def anchored_source(
     users = torch.empty(len(cut), item_vectors.shape[1])
     for batch in length_batches([len(history) for history in cut], POSITIONS_PER_BATCH):
         padded, lengths = pad([cut[user] for user in batch], item_vectors.device)
-        vectors = _user_vectors(on_device, item_vectors[padded].float())
+        vectors = _user_vectors(on_device, item_vectors[padded])
         users[torch.from_numpy(batch)] = vectors[torch.arange(len(batch)), lengths - 1].cpu()
-    return Source(label, users, item_vectors.detach().float().cpu())
+    return Source(label, users, item_vectors.cpu())
 
 
 def dense_maps(head: Adapter) -> dict[str, torch.Tensor]:
     """Return what :func:`anchored_source` computes with, as dense matrices for a service without fedmerge.
 
     Returns:
-        ``attention`` β I + Δ, ``value`` and ``item`` I + Δ, all (d, d); ``by_age`` (L,), the logit of an item of each
-        age: Δ_recency[k] − c k.
+        ``attention`` Δ and ``item`` I + Δ, both (d, d); ``by_age`` (L,), the logit of an item of each age:
+        Δ_recency[k] − c k.
     """
     deltas = {name: module.delta_weight().float() for name, module in head.modules.items()}
-    identity = torch.eye(len(deltas[VALUE]))
     return {
-        ATTENTION: SHARPNESS * identity + deltas[ATTENTION],
-        VALUE: identity + deltas[VALUE],
-        ITEM: identity + deltas[ITEM],
+        ATTENTION: deltas[ATTENTION],
+        ITEM: torch.eye(len(deltas[ITEM])) + deltas[ITEM],
         "by_age": deltas[RECENCY][:, 0] - DECAY * torch.arange(len(deltas[RECENCY])),
     }
 
@@ -134,7 +131,7 @@ def train_anchored(
     start: Adapter,
     *,
     steps: int,
-    learning_rate: float = 1e-3,
+    learning_rate: float = 2e-4,
     batch_size: int = 64,
     proximal: float = 0.0,
     seed: int,
@@ -143,11 +140,11 @@ def train_anchored(
 ) -> tuple[Adapter, AnchoredReport]:
     """Train the head by Adam on next items, all positions of a sequence at once.
 
-    loss = mean over users and positions of −log softmax_i (score_i / τ)[next item], over all items i of the catalog
+    loss = mean over users and positions of −log((1 − π) softmax_i (score_i / τ)[next item] + π / N)
            + proximal / 2 · ‖factors − factors of the start‖²
 
-    In training, items of a history are left out of the attention and coordinates of their vectors set to zero at
-    random, so that the head learns no single items.
+    The softmax is over all N items of the catalog. The term π / N keeps next items that no text explains from
+    dominating the gradient.
 
     Args:
         sequences: train sequences, oldest first; the last L + 1 items of each are used, and sequences of fewer than two
@@ -190,25 +187,21 @@ def train_anchored(
     anchors = [parameter.detach().clone() for parameter in parameters]
     optimizer = torch.optim.Adam(parameters, lr=learning_rate)
     total = 0.0
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        for step in range(steps):
-            torch.manual_seed(derive(seed, "anchored-dropout", *scope, step))
-            drawn = generator(seed, "anchored-batch", *scope, step).choice(
-                len(cut), min(batch_size, len(cut)), replace=False
+    for step in range(steps):
+        rng = generator(seed, "anchored", *scope, step)
+        drawn = rng.choice(len(cut), min(batch_size, len(cut)), replace=False)
+        optimizer.zero_grad()
+        loss = backward(trained, item_vectors, [cut[user] for user in drawn])
+        if not math.isfinite(loss):
+            raise ClientError(
+                f"the training loss of the federated head is {loss} in step {step + 1}. Lower head.steps, or leave "
+                "the head out: head.kind = 'none'."
             )
-            optimizer.zero_grad()
-            loss = backward(trained, item_vectors, [cut[user] for user in drawn], dropout=True)
-            if not math.isfinite(loss):
-                raise ClientError(
-                    f"the training loss of the federated head is {loss} in step {step + 1}. Lower head.steps, or leave "
-                    "the head out: head.kind = 'none'."
-                )
-            for parameter, anchor in zip(parameters, anchors, strict=True) if proximal else ():
-                parameter.grad = proximal * (parameter.detach() - anchor) + (
-                    0.0 if parameter.grad is None else parameter.grad
-                )
-            optimizer.step()
-            total += loss
+        if proximal:
+            for parameter, anchor in zip(parameters, anchors, strict=True):
+                (proximal / 2 * (parameter - anchor).square().sum()).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        total += loss
     report = AnchoredReport(steps, time.monotonic() - started, total / steps if steps else None)
     if steps:
         progress(f"federated head: {steps} steps, {report.seconds:.0f} s, loss {total / steps:.3f}")
@@ -218,73 +211,55 @@ def train_anchored(
     return Adapter(modules), report
 
 
-def backward(
-    factors: Factors, item_vectors: torch.Tensor, batch: Sequence[npt.NDArray[np.int64]], *, dropout: bool
-) -> float:
+def backward(factors: Factors, item_vectors: torch.Tensor, batch: Sequence[npt.NDArray[np.int64]]) -> float:
     """Add the gradients of a batch's mean loss to those of the factors.
 
     Args:
         factors: of the head; leaves that require gradients.
         item_vectors: (N, d).
         batch: sequences of two items or more; every item except the first is predicted from those before it.
-        dropout: True to leave out items and coordinates.
 
     Returns:
         The loss.
     """
     device = item_vectors.device
     padded, lengths = pad([sequence[:-1] for sequence in batch], device)  # (b, t)
-    vectors, kept = item_vectors[padded].float(), None
-    if dropout:
-        kept = torch.rand(padded.shape, device=device) >= ITEM_DROPOUT
-        vectors = nn.functional.dropout(vectors, COORDINATE_DROPOUT)
-    users = _user_vectors(factors, vectors, kept)[torch.arange(padded.shape[1], device=device) < lengths[:, None]]
+    users = _user_vectors(factors, item_vectors[padded])[
+        torch.arange(padded.shape[1], device=device) < lengths[:, None]
+    ]
     targets = torch.from_numpy(np.concatenate([sequence[1:] for sequence in batch])).to(device)  # (P,)
     states = users.detach().requires_grad_()
+    background = math.log(BACKGROUND / len(item_vectors))
     total, size = 0.0, max(1, LOGITS_PER_BLOCK // len(item_vectors))
     for some, their_targets in zip(torch.split(states, size), torch.split(targets, size), strict=True):
         logits = some @ item_vectors.T / TEMPERATURE  # (block, N)
-        loss = nn.functional.cross_entropy(logits, their_targets, reduction="sum") / len(targets)
+        found = logits.log_softmax(dim=-1).gather(1, their_targets[:, None])  # (block, 1)
+        mixed = torch.logaddexp(found + math.log(1 - BACKGROUND), torch.full_like(found, background))
+        loss = -mixed.sum() / len(targets)
         loss.backward()  # type: ignore[no-untyped-call]  # PyTorch leaves it untyped
         total += loss.item()
     torch.autograd.backward(users, states.grad)
     return total
 
 
-def _user_vectors(factors: Factors, vectors: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:
+def _user_vectors(factors: Factors, vectors: torch.Tensor) -> torch.Tensor:
     """Return user vectors after each position.
 
     Args:
         factors: of the head.
         vectors: (b, t, d) vectors of histories, padded on the right.
-        kept: (b, t) False for items that are left out of the attention; None keeps all. A position that would be left
-            with no item reads its own.
 
     Returns:
         (b, t, d); position s has read items 0 .. s.
     """
-    length = vectors.shape[1]
-    queries = SHARPNESS * vectors + _transposed(factors[ATTENTION], vectors)  # (β I + Δ)ᵀ e_t
     A, B, scaling = factors[RECENCY]
-    start = torch.arange(B.shape[0], device=vectors.device)
-    by_age = scaling * (B @ A)[:, 0] - DECAY * start  # (L,)
-    position = torch.arange(length, device=vectors.device)
+    by_age = scaling * (B @ A)[:, 0] - DECAY * torch.arange(B.shape[0], device=vectors.device)  # (L,)
+    position = torch.arange(vectors.shape[1], device=vectors.device)
     age = position[:, None] - position[None, :]  # (t, t), negative for later items
-    logits = queries @ vectors.transpose(1, 2) + by_age[age.clamp(min=0)]  # (b, t, t)
-    readable = (age >= 0).expand(len(vectors), -1, -1)
-    if kept is not None:
-        left = readable & kept[:, None, :]
-        readable = left | ((age == 0) & ~left.any(dim=2, keepdim=True))
-    weights = logits.masked_fill(~readable, -math.inf).softmax(dim=-1)
-    read = weights @ vectors  # Δ_value is linear, so it is applied once, to the weighted sum
-    states = nn.functional.normalize(read + _applied(factors[VALUE], read), dim=-1)
+    logits = _transposed(factors[ATTENTION], vectors) @ vectors.transpose(1, 2) + by_age[age.clamp(min=0)]  # (b, t, t)
+    weights = logits.masked_fill(age < 0, -math.inf).softmax(dim=-1)
+    states = nn.functional.normalize(weights @ vectors, dim=-1)
     return states + _transposed(factors[ITEM], states)
-
-
-def _applied(factor: tuple[torch.Tensor, torch.Tensor, float], vectors: torch.Tensor) -> torch.Tensor:
-    """Return Δ x for every row x, from the factors."""
-    A, B, scaling = factor
-    return scaling * (vectors @ A.T) @ B.T
 
 
 def _transposed(factor: tuple[torch.Tensor, torch.Tensor, float], vectors: torch.Tensor) -> torch.Tensor:
@@ -298,7 +273,7 @@ def _checked(head: Adapter, item_vectors: torch.Tensor) -> tuple[Factors, int]:
     width = item_vectors.shape[1]
     found = {name: (len(module.lora_B), module.lora_A.shape[1]) for name, module in head.modules.items()}
     max_length = found.get(RECENCY, (0, 0))[0]
-    expected = {ATTENTION: (width, width), VALUE: (width, width), ITEM: (width, width), RECENCY: (max_length, 1)}
+    expected = {ATTENTION: (width, width), ITEM: (width, width), RECENCY: (max_length, 1)}
     if found != expected or not max_length:
         raise LayoutMismatchError(
             f"the federated head has maps (out, in) {found}; expected {expected} for item vectors of width {width}. It "

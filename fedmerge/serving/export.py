@@ -55,7 +55,7 @@ def federated_scores(rows):
     by_age = tensors["by_age"]
     read = item_vectors[rows[-len(by_age) :]]
     attention = torch.softmax(read @ (tensors["attention"].T @ read[-1]) + by_age[: len(read)].flip(0), dim=0)
-    state = nn.functional.normalize(tensors["value"] @ (attention @ read), dim=0)
+    state = nn.functional.normalize(attention @ read, dim=0)
     return item_vectors @ (tensors["item"].T @ state)
 """
 _SCORE = '''
