@@ -58,5 +58,5 @@ def _digest(text: str, tensors: Mapping[str, torch.Tensor]) -> str:
     digest = hashlib.sha256(text.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().reshape(-1).numpy())  # a buffer of one dimension; nothing is copied
+        digest.update(tensor.contiguous().reshape(-1).numpy().data)  # a view of one dimension; nothing is copied
     return digest.hexdigest()
