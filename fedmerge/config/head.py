@@ -17,7 +17,7 @@ class Head(Section):
     kind: Literal["local", "federated"] | None = Field(
         None,
         description="Heads of a run. local: each client trains its own, which never leaves it; federated: one without "
-        "ids is trained over rounds, then each client continues it for itself. 'none': text vectors alone.",
+        "ids is trained over rounds, then fused with each client's own. 'none': text vectors alone.",
     )
     inputs: HeadInputs = Field(
         "text+ids", description="Item representation of a client's own head: its text vector, its id, or both."
@@ -41,10 +41,10 @@ class Head(Section):
     max_minutes: float | None = Field(
         10.0, gt=0, description="Wall-clock limit on training one head; results then depend on the machine's speed."
     )
-    rounds: int = Field(10, ge=1, description="Rounds of the federated head.")
+    rounds: int = Field(3, ge=1, description="Rounds of the federated head.")
     rule: RoundRule = Field("weighted-average", description="Aggregation rule of the federated head's rounds.")
     rank: int = Field(8, ge=1, le=1024, description="Rank of the federated head's maps.")
-    steps: int = Field(50, ge=1, description="Optimiser steps of a client in a round of the federated head.")
+    steps: int = Field(25, ge=1, description="Optimiser steps of a client in a round of the federated head.")
     proximal: float = Field(
         0.0, ge=0, description="FedProx coefficient: pull of a client towards the head that the round started from."
     )
