@@ -1,8 +1,8 @@
 """Alone against joined: the best that a domain has without the federation, against the model that it is served.
 
-A domain has for itself its expert and, where they were evaluated, the heads on its expert's vectors; its own validation
-users choose among them, as they choose what it is served. A SASRec on its item ids is not evaluated on validation, so
-it is compared separately. Both models of a comparison are scored on the same test users.
+A domain has for itself its expert and, where they were evaluated, the heads on vectors of its expert or of the
+backbone; its own validation users choose among them, as they choose what it is served. A SASRec on its item ids is not
+evaluated on validation, so it is compared separately. Both models of a comparison are scored on the same test users.
 """
 
 import math
@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fedmerge.config import HeadVectors
 from fedmerge.evaluation.sums import (
     EXPERT,
     FEDERATED_FUSED,
@@ -31,11 +32,14 @@ MEAN = "mean"  # of the domains; the name of the last row
 SASREC, POPULARITY = "sasrec", "popularity"  # labels of these two baselines
 TITLE = "Alone against joined"
 EXPLAINED = (
-    "Alone: a domain's expert or a head on its expert's vectors, whichever was best on its validation users. Joined: "
-    "the model that it is served. Both were selected on validation; the scores are on test."
+    "Alone: a domain's expert or a head that does not read the merge, whichever was best on its validation users. "
+    "Joined: the model that it is served. Both were selected on validation; the scores are on test."
 )
 _ALONE, _JOINED = "alone", "joined"
-_OWN = (EXPERT, head_label("expert"), fused_label("expert"))
+_WITHOUT_MERGE: tuple[HeadVectors, ...] = ("expert", "backbone")
+_OWN_HEADS = tuple(label(vectors) for vectors in _WITHOUT_MERGE for label in (head_label, fused_label))
+_OWN = (EXPERT, *_OWN_HEADS)
+_WITH_MERGE = (head_label("merge"), fused_label("merge"))
 _ABSENT = "-"
 
 
@@ -94,6 +98,17 @@ def compare_alone(
     return [*rows, Comparison(MEAN, "", "", (means[0], means[1]), of_mean)]
 
 
+def note_on_heads(per_domain: Mapping[str, Any]) -> str:
+    """Return a sentence if a domain is served a head on the merge and none was trained without it; else empty."""
+    entries = [entry for entry in per_domain.values() if isinstance(entry, Mapping)]
+    if not any(entry.get("serve") in _WITH_MERGE for entry in entries) or any({*_OWN_HEADS} & {*e} for e in entries):
+        return ""
+    return (
+        "No head was trained without the merge, so the difference is partly that of having a head; "
+        'head.vectors = "merge,expert" tells them apart.'
+    )
+
+
 def their(row: str) -> str:
     """Return ``their own expert``; of a federated head, which is of all, ``the federated head``."""
     return f"the {row}" if row in (FEDERATED_HEAD, FEDERATED_FUSED) else f"their own {row}"
@@ -113,7 +128,10 @@ def alone_text(sums: Mapping[Variant, Mapping[str, MetricSums]], per_domain: Map
         compared += compare_alone(of_variant, per_domain, served, SASREC)
         if compared:
             tables.append(_text_table(f"{METRIC}, {variant}", compared))
-    return "\n\n".join([f"{TITLE}\n{EXPLAINED}", *tables]) + "\n" if tables else ""
+    if not tables:
+        return ""
+    note = note_on_heads(per_domain)
+    return "\n\n".join(["\n".join([TITLE, EXPLAINED, *([note] if note else [])]), *tables]) + "\n"
 
 
 def _text_table(title: str, rows: Sequence[Comparison]) -> str:

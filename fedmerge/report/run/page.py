@@ -29,7 +29,16 @@ from fedmerge.report.html.page import (
     size,
     table,
 )
-from fedmerge.report.run.alone import EXPLAINED, METRIC, SASREC, TITLE, compare_alone, popularity_warning, their
+from fedmerge.report.run.alone import (
+    EXPLAINED,
+    METRIC,
+    SASREC,
+    TITLE,
+    compare_alone,
+    note_on_heads,
+    popularity_warning,
+    their,
+)
 from fedmerge.report.statistics import comparison_rows
 from fedmerge.report.tables import Role, difference_cell
 from fedmerge.runs.checkpoints import ADMISSION, HEADS
@@ -240,6 +249,7 @@ def _alone(run: RunDetails) -> Html | None:
     return join(
         table("alone-table", f"{TITLE}: {METRIC} on test", heads, body),
         note(f"{EXPLAINED} Difference ± half-width of its 95 % interval, paired over users; bold: it excludes 0."),
+        note(said) if (said := note_on_heads(per_domain)) else None,
     )
 
 

@@ -5,7 +5,7 @@ import pytest
 
 from fedmerge.evaluation.ranks import METRICS, per_user_metrics
 from fedmerge.evaluation.sums import MetricSums, inexact_sums, metric_sums
-from fedmerge.report.run.alone import MEAN, METRIC, alone_text, compare_alone, popularity_warning
+from fedmerge.report.run.alone import MEAN, METRIC, alone_text, compare_alone, note_on_heads, popularity_warning
 
 HEAD = "head on the expert"
 RANKS = {
@@ -79,3 +79,16 @@ def test_a_merge_below_popularity_is_named(sums: dict[str, MetricSums]) -> None:
     assert popularity_warning(sums, ROLES, "popularity") == ""
     assert popularity_warning(sums, {"a": "unseen", "b": "unseen"}, "average") == ""
     assert popularity_warning(sums, ROLES, "ties") == ""
+
+
+def test_a_head_on_the_backbone_is_alone_and_a_gain_of_heads_only_is_named(sums: dict[str, MetricSums]) -> None:
+    backbone = "head on the backbone, fused"
+    a = sums["a"]
+    with_head = metric_sums({**outcomes("a"), backbone: per_user_metrics(np.array([1, 2, 1, 5]))}, "unmasked")
+    entry = {"serve": "head on the merge", "merged": 0.1, "expert": 0.2, backbone: 0.25}
+    (row,) = compare_alone({"a": with_head}, {"a": entry}, "average")
+    assert row.alone == backbone
+    assert note_on_heads({"a": entry}) == ""
+    only_merge = {"a": {"serve": "head on the merge", "merged": 0.1, "expert": 0.2}}
+    assert "merge,expert" in note_on_heads(only_merge)
+    assert note_on_heads(only_merge) in alone_text({"unmasked": {"a": a}}, only_merge, "average")
