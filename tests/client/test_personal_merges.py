@@ -115,6 +115,16 @@ def test_without_users_the_merge_is_the_expert(client: LocalDomain, adapters: di
     assert found.record["validations"] == []
 
 
+def test_the_log_says_why_a_merge_is_the_expert(client: LocalDomain, adapters: dict[str, Adapter]) -> None:
+    lines = list[str]()
+    fit_personal_merge(client, adapters, SETTINGS, [], lines.append)
+    fit_personal_merge(client, {"toys": adapters["toys"]}, SETTINGS, client.training_sequences, lines.append)
+    expected = [
+        f"toys: {reason} to fit a personal merge on; it is the expert" for reason in ("0 users", "no other domain")
+    ]
+    assert lines == expected
+
+
 def load(client: LocalDomain, adapters: Mapping[str, Adapter], settings: PersonalSettings, cache: Path) -> Adapter:
     found = load_or_fit_personal_merge(client, adapters, SOURCES, settings, CHOOSING, str(cache))
     return found.adapter

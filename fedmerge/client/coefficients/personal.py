@@ -187,7 +187,9 @@ def fit_personal_merge(
         coefficients, best_step = learned.coefficients, learned.chosen_step
         validations = [(step, -score) for step, score in learned.validation]
     else:
-        progress(f"{name}: {len(sequences)} users to fit a personal merge on; it is the expert")
+        alone = len(stack.domains) == 1
+        reason = "no other domain" if alone else f"{len(sequences)} users"
+        progress(f"{name}: {reason} to fit a personal merge on; it is the expert")
     record = {
         "coefficients": dict(zip(stack.domains, coefficients.tolist(), strict=True)),
         "groups": list(stack.groups),
