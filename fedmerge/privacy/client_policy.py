@@ -69,8 +69,8 @@ min_users = 20
 max_message_bytes = "none"
 
 # Longest time for one answer in minutes, training included; "none": no limit. `fedmerge client` stops the work then;
-# a client started in another way only refuses runs with a larger train.max_minutes or head.max_minutes. The number of
-# answers is not limited.
+# a client started in another way only refuses runs with a larger train.max_minutes, or head.max_minutes times heads.
+# The number of answers is not limited.
 max_minutes = 1440.0
 
 # Accept single adapters of other domains, which privacy.policy = "catalog-private" sends. Every participant evaluates
@@ -139,6 +139,9 @@ def check_run_is_allowed(
 ) -> None:
     """Refuse a run that asks for more than the organisation allows.
 
+    A run that sets no ``train.max_minutes`` or ``head.max_minutes`` states no time, and passes: ``fedmerge client``
+    ends every answer, be it of a training or of heads, after the organisation's ``max_minutes``.
+
     Args:
         own: the organisation's policy; None if it has no policy file: then it allows everything but gradients of its
             own users, and secure sums without keys.
@@ -166,11 +169,13 @@ def check_run_is_allowed(
         problems.append("receive_adapters = false, the run has privacy.policy = 'catalog-private'")
     if privacy.min_users < own.min_users:
         problems.append(f"min_users = {own.min_users}, the run has privacy.min_users = {privacy.min_users}")
-    limits = {"train": run.train.max_minutes, "head": run.head.max_minutes if run.head.kind else None}
+    num_heads = len(run.head.vectors) if run.head.kind else 0  # one answer trains them one after another
+    limits = {"train": (run.train.max_minutes, 1), "head": (run.head.max_minutes, num_heads)}
     problems += [
         f"max_minutes = {own.max_minutes:g}, the run has {section}.max_minutes = {minutes:g}"
-        for section, minutes in limits.items()
-        if own.max_minutes is not None and (minutes or 0) > own.max_minutes
+        + (f" for each of {times} heads" if times > 1 else "")
+        for section, (minutes, times) in limits.items()
+        if own.max_minutes is not None and minutes is not None and times * minutes > own.max_minutes
     ]
     if DISCLOSURES.index(privacy.metrics) < DISCLOSURES.index(own.least_metrics):
         problems.append(f"metrics = {own.least_metrics!r}, the run has privacy.metrics = {privacy.metrics!r}")

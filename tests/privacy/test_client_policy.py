@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from fedmerge.config import Train, from_flat
+from fedmerge.config import Head, Train, from_flat
 from fedmerge.errors import ConfigError, PolicyError
 from fedmerge.privacy.client_policy import (
     DEFAULT_POLICY_TOML,
@@ -117,6 +117,17 @@ def test_a_run_that_says_it_takes_longer_is_refused_before_it_does() -> None:
     check_run_is_allowed(ClientPolicy(max_minutes=None), run, "shop")
     with pytest.raises(PolicyError, match=r"max_minutes = 30.*train\.max_minutes = 30\.5"):
         check_run_is_allowed(ClientPolicy(max_minutes=30), run, "shop")
+
+
+def test_the_minutes_of_all_heads_of_an_answer_add_up() -> None:
+    head = Head(kind="local", vectors=("merge", "backbone"), max_minutes=16)
+    run = from_flat(SUPPRESSED).model_copy(update={"head": head})
+    check_run_is_allowed(ClientPolicy(max_minutes=32), run, "shop")
+    with pytest.raises(PolicyError, match=r"max_minutes = 30, the run has head\.max_minutes = 16 for each of 2 heads"):
+        check_run_is_allowed(ClientPolicy(max_minutes=30), run, "shop")
+    unused, unstated = Head(max_minutes=90), head.model_copy(update={"max_minutes": None})
+    for passes in (unused, unstated):  # as for train.max_minutes, `fedmerge client` ends the answer
+        check_run_is_allowed(ClientPolicy(max_minutes=30), run.model_copy(update={"head": passes}), "shop")
 
 
 def test_a_stricter_run_is_welcome() -> None:
