@@ -15,7 +15,7 @@ _LEAST_CLIENTS = {"krum": 5, "multi-krum": 5, "trimmed-mean": 5}  # with the def
 
 
 def head_problems(head: Head, rounds: Rounds, privacy: Privacy, dp: DP, until: str, num_domains: int) -> Iterator[str]:
-    """Yield heads of a run that trains or evaluates nothing for them, or whose promises they would break.
+    """Yield the contradictions of heads with what the run trains and evaluates, and with its promises of privacy.
 
     Args:
         head, rounds, privacy, dp: the sections.

@@ -69,7 +69,7 @@ def read_fusion(text: str) -> dict[Variant, tuple[float, ...]]:
     """Inverse of :func:`fusion_text`.
 
     Raises:
-        ClientError: another form, or weights that are no weights.
+        ClientError: another form, or weights that :func:`are_weights` refuses.
     """
     try:
         found = json.loads(text)

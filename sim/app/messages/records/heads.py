@@ -87,7 +87,9 @@ def read_head_reports(content: RecordDict) -> dict[str, dict[str, Any]]:
     if not isinstance(reports, dict) or not all(
         key in known and isinstance(report, dict) for key, report in reports.items()
     ):
-        raise ClientError(f"its reports of heads are no object with reports for {', '.join(known)}; {ONE_VERSION}")
+        raise ClientError(
+            f"its reports of heads are not a JSON object of reports for {', '.join(known)}; {ONE_VERSION}"
+        )
     for vectors, report in reports.items():
         if not {"trained", "reason"} <= report.keys() <= HEAD_REPORT_FIELDS.keys():
             found = sorted(key[:LONGEST_SHOWN] for key in report)[:20]

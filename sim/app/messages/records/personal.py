@@ -52,5 +52,5 @@ def read_fitted(content: RecordDict) -> float:
     facts = read_config(content, FACTS)
     seconds = facts.get("seconds")
     if {*facts} != {"seconds"} or not is_number(seconds) or not isinstance(seconds, float) or seconds < 0:
-        raise ClientError(f"its report of a personal merge is no number of seconds; {ONE_VERSION}")
+        raise ClientError(f"its report of a personal merge is not a number of seconds; {ONE_VERSION}")
     return seconds

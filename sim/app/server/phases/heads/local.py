@@ -139,15 +139,17 @@ def _fusion_of(reports: Mapping[str, Mapping[str, Any]]) -> Weights | None:
     Raises:
         ClientError: other sources, or a variant is missing.
     """
-    told = reports.get(records.FEDERATED, {}).get("weights")
-    if told is None:
+    weights = reports.get(records.FEDERATED, {}).get("weights")
+    if weights is None:
         return None
-    if told.keys() != {*VARIANTS} or any(of_variant.keys() != {*FEDERATED_SOURCES} for of_variant in told.values()):
+    if weights.keys() != {*VARIANTS} or any(
+        of_variant.keys() != {*FEDERATED_SOURCES} for of_variant in weights.values()
+    ):
         raise ClientError(
             f"its fusion of the federated head has other sources than {', '.join(FEDERATED_SOURCES)}. Use the same "
             "fedmerge version everywhere."
         )
-    return {variant: tuple(told[variant][source] for source in FEDERATED_SOURCES) for variant in VARIANTS}
+    return {variant: tuple(weights[variant][source] for source in FEDERATED_SOURCES) for variant in VARIANTS}
 
 
 def _log_head(domain: str, vectors: str, report: Mapping[str, object], few: bool) -> None:
