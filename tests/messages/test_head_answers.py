@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,14 +12,17 @@ from adapters import layout_of, random_adapter
 from flwr.app import Context, Message, RecordDict
 from in_process import small_experiment
 
-from fedmerge.adapter import Adapter, adapter_sha256
+from fedmerge.adapter import Adapter, LoraModule, adapter_sha256
 from fedmerge.config import ExperimentConfig, to_flat
 from fedmerge.domain.catalog import load_catalog
 from fedmerge.domain.folder import write_domain
 from fedmerge.domain.interactions import load_interactions, make_interactions
 from fedmerge.encoder.backbone import Backbone
-from fedmerge.evaluation.sums import EXPERT, VARIANTS
+from fedmerge.errors import ClientError
+from fedmerge.evaluation.sums import EXPERT, FEDERATED_HEAD, VARIANTS
+from fedmerge.federated.head import fresh_head
 from fedmerge.files import read_sealed
+from sim.app.client import coefficients, heads
 from sim.app.client.app import app as client_app
 from sim.app.client.replies import log_to_stderr
 from sim.app.messages import records
@@ -177,3 +181,100 @@ def test_an_organisation_counts_the_rows_of_heads_as_models(place: Path, merge: 
     assert "max_models = 1 of its own policy file: run third evaluates 2 models" in str(refused)
     policy.write_text("max_minutes = 5\n")
     assert "the run has head.max_minutes = 10" in str(records.read_error(ask_heads(config, {"average": merge}, **own)))
+
+
+FEDERATED = {"head.kind": "federated", "head.rank": 2, "head.steps": 1, "head.rounds": 2}
+
+
+def with_anchor(
+    config: ExperimentConfig, merge: Adapter, anchor: Adapter, weight: float = 0.5, **own: str
+) -> RecordDict:
+    """Let a client evaluate a federated head, fused with the text by the given weight."""
+    fusion = records.fusion_text(dict.fromkeys(VARIANTS, (weight, 1 - weight, 0.0)))
+    request = records.EvaluationRequest("valid", False, "", False, "", "average", fusion)
+    models = records.model_records({"average": merge, FEDERATED_HEAD: anchor})
+    return answer(config, records.evaluation_request_record(request, models), records.EVALUATE, own)
+
+
+def test_every_fusion_and_every_encoder_of_a_federated_head_counts(
+    place: Path, merge: Adapter, backbone: Backbone, tmp_path: Path
+) -> None:
+    policy = tmp_path / "policy.toml"
+    policy.write_text('metrics = "exact"\nmin_users = 5\nmax_models = 4\n')
+    config = experiment(place, **FEDERATED)
+    anchor = fresh_head(backbone.width, config.head, 0)
+
+    def refused(weight: float, encoder: Adapter) -> str | None:
+        return records.read_error(with_anchor(config, encoder, anchor, weight, **{"policy-path": str(policy)}))
+
+    assert refused(0.5, merge) is None  # the merge, the head, and its fusion
+    assert refused(0.25, merge) is None
+    assert refused(0.5, merge) is None  # asked before
+    assert "evaluates 5 models" in str(refused(0.75, merge))
+    other = random_adapter(layout_of(backbone, ("query",)), 2, 1.0, 1)
+    assert "evaluates 7 models" in str(refused(0.5, other))
+
+
+def test_encoders_of_rounds_count_and_rounds_beyond_the_run_are_refused(
+    place: Path, merge: Adapter, backbone: Backbone, tmp_path: Path
+) -> None:
+    policy = tmp_path / "policy.toml"
+    policy.write_text('metrics = "exact"\nmin_users = 5\nmax_models = 1\n')
+    config = experiment(place, **FEDERATED)
+
+    def refused(number: int, encoder: Adapter) -> str | None:
+        content = records.round_request_record(records.RoundRequest(number, 2, "A and B", number), None, encoder)
+        return records.read_error(answer(config, content, records.ROUND_HEAD, {"policy-path": str(policy)}))
+
+    assert refused(1, merge) is None
+    assert refused(2, merge) is None
+    other = random_adapter(layout_of(backbone, ("query",)), 2, 1.0, 1)
+    assert "evaluates 2 models" in str(refused(2, other))
+    for number in (0, 3):
+        assert f"asks for round {number} of a federated head, but the run has head.rounds = 2" in str(
+            refused(number, merge)
+        )
+
+
+def scaled(adapter: Adapter, factor: float) -> Adapter:
+    return Adapter({name: LoraModule(m.lora_A * factor, m.lora_B, m.scaling) for name, m in adapter.modules.items()})
+
+
+def test_without_exact_metrics_an_error_holds_no_number_of_users(
+    place: Path, merge: Adapter, backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise ClientError("ranking of 7 users: NaN")
+
+    monkeypatch.setattr(heads, "federated_weights", fail)
+    monkeypatch.setattr(heads, "federated_ranks", fail)
+    monkeypatch.setattr(heads, "load_or_train_head", fail)
+    monkeypatch.setattr(coefficients, "load_or_fit_personal_merge", fail)
+    monkeypatch.setattr(coefficients, "_cached_cohort", lambda *_: SimpleNamespace(adapters={}))
+    monkeypatch.setattr(coefficients, "own_expert", lambda *_: merge)
+    personal = records.personal_request_record(records.PersonalRequest("0" * 64, "0" * 64))
+    for metrics, shows in (("exact", True), ("suppressed", False)):
+        config = experiment(place, **FEDERATED, **{"privacy.metrics": metrics})
+        shown = {"personal.directions": "module", "privacy.policy": "catalog-private", "privacy.metrics": metrics}
+        of_personal = experiment(place, **shown)
+        anchor = fresh_head(backbone.width, config.head, 0)
+        asked = {
+            "the training of its heads failed": ask_heads(config, {"average": merge, FEDERATED_HEAD: anchor}),
+            "the evaluation failed": with_anchor(config, merge, anchor),
+            "its personal merge cannot be fitted": answer(of_personal, personal, records.FIT_PERSONAL),
+        }
+        for what, content in asked.items():
+            found = str(records.read_error(content))
+            assert ("7 users" in found) is shows
+            assert (f"{what}; the reason is in the client's log" in found) is not shows
+
+
+def test_models_that_are_not_finite_are_refused(place: Path, merge: Adapter, backbone: Backbone) -> None:
+    config = experiment(place, **FEDERATED)
+    anchor = fresh_head(backbone.width, config.head, 0)
+    for factor in (float("nan"), float("inf")):
+        for content in (
+            ask_heads(config, {"average": merge, FEDERATED_HEAD: scaled(anchor, factor)}),
+            with_anchor(config, scaled(merge, factor), anchor),
+        ):
+            assert "has NaN or infinite values; send finite ones" in str(records.read_error(content))

@@ -38,6 +38,7 @@ from fedmerge.privacy.dp.releases import Release, answers_have_noise, noisy_answ
 from fedmerge.privacy.policy import check_enough_users, check_may_leave
 from sim.app.client.experts import own_expert
 from sim.app.client.node import Client, charge_run, evaluated_examples, open_client
+from sim.app.client.replies import neutral_errors
 from sim.app.messages import records
 
 logger = logging.getLogger("fedmerge.client")
@@ -187,11 +188,9 @@ def own_personal_merge(client: Client, cohort_sha256: str, expert_sha256: str) -
     adapters: dict[str, Adapter] = {**cohort.adapters, name: own_expert(client, expert_sha256)}
     sources = {member: adapter_sha256(adapter) for member, adapter in cohort.adapters.items()}
     choosing, settings = evaluated_examples(client, "valid").users, personal_settings(config)
-    try:
+    # The text of a MergeError may hold a loss and coefficients of this client's users.
+    with neutral_errors(client, "its personal merge cannot be fitted", always=(MergeError,)):
         return load_or_fit_personal_merge(domain, adapters, sources, settings, choosing, config.cache_dir, logger.info)
-    except MergeError as error:  # its text may hold a loss and coefficients of this client's users
-        logger.error("%s", error)
-        raise ClientError(f"domain {name}: its personal merge cannot be fitted; see the client's log") from error
 
 
 @lru_cache(maxsize=4)

@@ -25,6 +25,7 @@ from sim.app.client.coefficients import own_personal_merge
 from sim.app.client.experts import own_expert
 from sim.app.client.heads import encoders_of, federated_head_ranks, head_models, own_head_ranks
 from sim.app.client.node import Client, charge_run, evaluated_examples, open_client
+from sim.app.client.replies import neutral_errors
 from sim.app.messages import records
 
 logger = logging.getLogger("fedmerge.client")
@@ -43,7 +44,7 @@ def evaluate_models(message: Message, context: Context) -> RecordDict:
     encoders = encoders_of(client, request.heads, request.served, request.expert_sha256, adapters)
     hashes = {label: "" if adapter is None else adapter_sha256(adapter) for label, adapter in models.items()}
     if client.own is not None:
-        evaluated = set(hashes.values()) | head_models(encoders, anchor)
+        evaluated = set(hashes.values()) | head_models(encoders, anchor, adapters.get(request.served), request.fusion)
         count_models(client.disclosed, str(config.run_id), evaluated, client.own.max_models)
     examples = _examples(client, request.split)
     check_enough_users(name, len(examples), config.privacy.min_users)
@@ -55,17 +56,17 @@ def evaluate_models(message: Message, context: Context) -> RecordDict:
 
     def sums() -> Sums:
         try:
-            baselines = baseline_rankers(domain, names, config.evaluation, config.seed, config.cache_dir, logger.info)
-            heads, encoded = own_head_ranks(client, encoders, request.served, anchor, examples)
-            shared, of_served = federated_head_ranks(client, anchor, request, adapters, examples, encoded)
-            encoded |= of_served
-            found = outcomes(domain, models, examples, baselines, logger.info, heads | shared, encoded)
-        except Exception as error:
-            if config.privacy.metrics == "exact":
+            with neutral_errors(client, "the evaluation failed"):
+                baselines = baseline_rankers(
+                    domain, names, config.evaluation, config.seed, config.cache_dir, logger.info
+                )
+                heads, encoded = own_head_ranks(client, encoders, request.served, anchor, examples)
+                shared, of_served = federated_head_ranks(client, anchor, request, adapters, examples, encoded)
+                encoded |= of_served
+                found = outcomes(domain, models, examples, baselines, logger.info, heads | shared, encoded)
+        except ClientError:
+            if config.privacy.metrics != "noised":
                 raise
-            logger.exception("%s: the evaluation failed", name)
-            if config.privacy.metrics == "suppressed":  # the number of users in an error's text is an exact sum
-                raise ClientError(f"domain {name}: the evaluation failed; the reason is in the client's log") from error
             labels = [*models, *(BASELINE_LABELS[baseline] for baseline in names)]
             nothing = np.zeros((len(examples), len(METRICS)))  # noise alone answers: that it failed tells of users, too
             found = {variant: dict.fromkeys(labels, nothing) for variant in VARIANTS}

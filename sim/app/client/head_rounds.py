@@ -1,10 +1,12 @@
-"""Train the federated head for a round over the item vectors of the served merge; ids have no part in it."""
+"""Train the federated head for a round over the item vectors of the served merge; it reads no item ids."""
 
 import logging
 from typing import Any
 
 from flwr.app import Context, Message, RecordDict
 
+from fedmerge.adapter import adapter_sha256
+from fedmerge.client.disclosed.sums import count_models
 from fedmerge.client.heads.vectors import item_vectors
 from fedmerge.client.training.expert import check_can_train
 from fedmerge.encoder.lora import layout_of
@@ -13,6 +15,7 @@ from fedmerge.federated.head import fresh_head
 from fedmerge.privacy.policy import check_may_leave
 from fedmerge.sequence.anchored import train_anchored
 from sim.app.client.node import open_client
+from sim.app.client.replies import neutral_errors
 from sim.app.client.secure_sum import keep_for_sum
 from sim.app.messages import records
 
@@ -41,17 +44,26 @@ def train_head_round(message: Message, context: Context) -> RecordDict:
             f"domain {name}: the head that round {task.number} starts from has another layout than head.rank and the "
             "backbone give; use one configuration and one fedmerge version everywhere"
         )
+    if not 1 <= task.number <= head.rounds:
+        raise ClientError(
+            f"domain {name}: the server asks for round {task.number} of a federated head, but the run has "
+            f"head.rounds = {head.rounds}; use one configuration and one fedmerge version everywhere"
+        )
+    if client.own is not None:  # the vectors of each encoder are cached, which takes minutes and space on the disk
+        encoders = {"" if encoder is None else adapter_sha256(encoder)}
+        count_models(client.disclosed, str(config.run_id), encoders, client.own.max_models)
     # 2. Train.
-    trained, of_training = train_anchored(
-        domain.training_sequences,
-        item_vectors(domain, encoder, config.cache_dir),
-        start,
-        steps=head.steps,
-        proximal=head.proximal,
-        seed=config.seed,
-        scope=(name, "head round", task.number),
-        progress=logger.info,
-    )
+    with neutral_errors(client, "the training of the federated head failed"):
+        trained, of_training = train_anchored(
+            domain.training_sequences,
+            item_vectors(domain, encoder, config.cache_dir),
+            start,
+            steps=head.steps,
+            proximal=head.proximal,
+            seed=config.seed,
+            scope=(name, "head round", task.number),
+            progress=logger.info,
+        )
     report: dict[str, Any] = {"steps": of_training.steps, "seconds": of_training.seconds, "loss": of_training.loss}
     if len(domain.training_sequences) < privacy.min_users or privacy.metrics != "exact":
         report["loss"] = None  # a mean over the users of its batches

@@ -1,5 +1,6 @@
 """Train the client's own heads and rank users under them; a head never leaves, only its report and metric sums."""
 
+import hashlib
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -29,6 +30,7 @@ from fedmerge.federated.head import Weights
 from fedmerge.privacy.policy import check_may_leave
 from sim.app.client.experts import own_expert
 from sim.app.client.node import Client, open_client
+from sim.app.client.replies import neutral_errors
 from sim.app.messages import records
 
 logger = logging.getLogger("fedmerge.client")
@@ -44,7 +46,8 @@ def train_heads(message: Message, context: Context) -> RecordDict:
     anchor = models.pop(FEDERATED_HEAD, None)
     encoders = encoders_of(client, request.vectors, request.served, request.expert_sha256, models)
     if client.own is not None:  # each takes minutes and space on the disk
-        count_models(client.disclosed, str(config.run_id), head_models(encoders, anchor), client.own.max_models)
+        rows = head_models(encoders, anchor, models.get(request.served))
+        count_models(client.disclosed, str(config.run_id), rows, client.own.max_models)
     if reason := why_no_head(domain):
         logger.warning("%s: no head of its own, since %s", name, reason)
         none = {"trained": False, "reason": reason}
@@ -53,13 +56,15 @@ def train_heads(message: Message, context: Context) -> RecordDict:
     limit = config.evaluation.validation_users
     num_validated = len(evaluation_examples(domain.interactions, "valid", limit, config.seed))
     exact = config.privacy.metrics == "exact" and num_validated >= config.privacy.min_users
-    reports: dict[str, dict[str, Any]] = {
-        vectors: head_report(_own_head(client, adapter, anchor), exact=exact) for vectors, adapter in encoders.items()
-    }
-    if anchor is not None:
-        chosen = _federated_weights(client, anchor, _served(client, request.served, models))
-        weights = {variant: dict(zip(FEDERATED_SOURCES, chosen[variant], strict=True)) for variant in VARIANTS}
-        reports[records.FEDERATED] = {"trained": True, "reason": ""} | ({"weights": weights} if exact else {})
+    with neutral_errors(client, "the training of its heads failed"):
+        reports: dict[str, dict[str, Any]] = {
+            vectors: head_report(_own_head(client, adapter, anchor), exact=exact)
+            for vectors, adapter in encoders.items()
+        }
+        if anchor is not None:
+            chosen = _federated_weights(client, anchor, _served(client, request.served, models))
+            weights = {variant: dict(zip(FEDERATED_SOURCES, chosen[variant], strict=True)) for variant in VARIANTS}
+            reports[records.FEDERATED] = {"trained": True, "reason": ""} | ({"weights": weights} if exact else {})
     return records.head_reports_record(reports)
 
 
@@ -136,15 +141,26 @@ def _federated_weights(client: Client, anchor: Adapter, adapter: Adapter) -> Wei
     return federated_weights(client.domain, anchor, adapter, limit, config.seed, config.cache_dir, logger.info)
 
 
-def head_models(encoders: Encoders, anchor: Adapter | None) -> set[str]:
-    """Return one name for each row of heads, by which an organisation counts the evaluated models."""
+def head_models(encoders: Encoders, anchor: Adapter | None, served: Adapter | None, fusion: str = "") -> set[str]:
+    """Return one name for each row of heads, by which an organisation counts the evaluated models.
+
+    Args:
+        encoders: of :func:`encoders_of`.
+        anchor: the federated head; None without one.
+        served: encoder of the items for the federated head.
+        fusion: weights of its fusion, as in the request; empty if the client chooses them.
+    """
     shared = "" if anchor is None else adapter_sha256(anchor)
     own = {
         f"{label(vectors)} {'' if adapter is None else adapter_sha256(adapter)} {shared}".rstrip()
         for vectors, adapter in encoders.items()
         for label in (head_label, fused_label)
     }
-    return own if anchor is None else own | {f"{label} {shared}" for label in (FEDERATED_HEAD, FEDERATED_FUSED)}
+    if anchor is None:
+        return own
+    over = f"{shared} {'' if served is None else adapter_sha256(served)}".rstrip()
+    weights = hashlib.sha256(fusion.encode()).hexdigest()
+    return own | {f"{FEDERATED_HEAD} {over}", f"{FEDERATED_FUSED} {over} {weights}"}
 
 
 def own_head_ranks(

@@ -3,18 +3,19 @@
 import logging
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache, wraps
 from pathlib import Path
 
 from flwr.app import Context, Message, RecordDict
 
-from fedmerge.errors import FedMergeError
+from fedmerge.errors import ClientError, FedMergeError
 from fedmerge.escaping import RecordFormatter
 from fedmerge.privacy.client_policy import check_message_size
 from fedmerge.privacy.paths import without_paths
 from fedmerge.privacy.signatures import read_private_key, sign, statement
-from sim.app.client.node import domain_name, own_paths, own_policy
+from sim.app.client.node import Client, domain_name, own_paths, own_policy
 from sim.app.messages import records
 
 logger = logging.getLogger("fedmerge.client")
@@ -44,6 +45,28 @@ def replying(handler: Callable[[Message, Context], RecordDict]) -> Callable[[Mes
         return Message(content, reply_to=message)
 
     return answer
+
+
+@contextmanager
+def neutral_errors(client: Client, what: str, always: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Without exact metrics, log an error and raise a neutral one: a number of users in its text is an exact sum.
+
+    Args:
+        client: this node.
+        what: what failed, for the server.
+        always: errors whose text stays here with exact metrics as well.
+
+    Raises:
+        ClientError: what failed, and where the reason is.
+    """
+    try:
+        yield
+    except Exception as error:
+        if client.config.privacy.metrics == "exact" and not isinstance(error, always):
+            raise
+        name = client.domain.manifest.name
+        logger.exception("%s: %s", name, what)
+        raise ClientError(f"domain {name}: {what}; the reason is in the client's log") from error
 
 
 @cache

@@ -1,5 +1,6 @@
 """Adapters as Flower records."""
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -7,9 +8,10 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, ConfigRecordValues, Recor
 
 from fedmerge.adapter import Adapter, LoraModule
 from fedmerge.errors import ClientError, LayoutMismatchError
+from fedmerge.escaping import one_line
 from fedmerge.privacy.transport import PIECES, Coding, pack, unpack
 from sim.app.messages.records.arrays import array_values, read_tensor
-from sim.app.messages.records.fields import ONE_VERSION, read_config
+from sim.app.messages.records.fields import LONGEST_SHOWN, ONE_VERSION, read_config
 
 FLOAT32 = Coding()
 ADAPTER = "adapter"
@@ -94,7 +96,21 @@ def read_models(content: RecordDict) -> dict[str, Adapter]:
     labels = read_config(content, _MODELS).get("labels")
     if not isinstance(labels, list):
         raise ClientError(f"the request names no models; {ONE_VERSION}")
-    return {str(label): read_adapter_records(content, str(number)) for number, label in enumerate(labels)}
+    models = {str(label): read_adapter_records(content, str(number)) for number, label in enumerate(labels)}
+    for label, adapter in models.items():
+        check_is_finite(adapter, f"model {one_line(label, LONGEST_SHOWN)!r}")
+    return models
+
+
+def check_is_finite(adapter: Adapter, what: str) -> None:
+    """Refuse an adapter with NaN or infinite values, under which no user can be ranked.
+
+    Raises:
+        ClientError: its first such module.
+    """
+    for name, module in adapter.modules.items():
+        if not (module.lora_A.isfinite().all() and module.lora_B.isfinite().all() and math.isfinite(module.scaling)):
+            raise ClientError(f"{what} of the request: module {name} has NaN or infinite values; send finite ones")
 
 
 def _piece(name: str) -> str:

@@ -10,7 +10,14 @@ from flwr.app import ConfigRecord, RecordDict
 from fedmerge.adapter import Adapter
 from fedmerge.errors import ClientError
 from fedmerge.privacy.transport import Coding
-from sim.app.messages.records.adapters import ADAPTER, FLOAT32, ModelRecords, adapter_records, read_adapter_records
+from sim.app.messages.records.adapters import (
+    ADAPTER,
+    FLOAT32,
+    ModelRecords,
+    adapter_records,
+    check_is_finite,
+    read_adapter_records,
+)
 from sim.app.messages.records.fields import FACTS, ONE_VERSION, read_config, read_dataclass
 
 TRAIN = "train"
@@ -122,6 +129,9 @@ def read_round_request(
     if start is None:
         raise ClientError(f"the request holds neither an adapter to start from nor the seed of one; {ONE_VERSION}")
     base = read_adapter_records(content, "base") if f"{ADAPTER}base" in content else None
+    check_is_finite(start, "the start")
+    if base is not None:
+        check_is_finite(base, "the base")
     return request, start, base
 
 
