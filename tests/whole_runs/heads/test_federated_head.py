@@ -1,6 +1,7 @@
 """Whole runs with a federated head: rounds, resume, secure sums, malformed heads, unseen domains, the ledger."""
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,8 @@ from in_process import small_experiment
 from fedmerge.adapter import Adapter, adapter_sha256
 from fedmerge.config import ExperimentConfig
 from fedmerge.encoder.lora import layout_of
-from fedmerge.errors import ClientError
+from fedmerge.encoder.peft_folder import read_adapter
+from fedmerge.errors import ClientError, RunDirError
 from fedmerge.evaluation.sums import FEDERATED_FUSED, FEDERATED_HEAD, LAST_ITEM
 from fedmerge.federated.head import fresh_head
 from fedmerge.federated.rounds import fresh_seed
@@ -135,13 +137,16 @@ def test_every_domain_evaluates_the_head_and_unseen_domains_choose(whole: tuple[
 
 
 def test_the_head_has_its_provenance(whole: tuple[ExperimentConfig, Heard]) -> None:
-    config, _ = whole
+    config, heard = whole
     provenance = read_sealed(run_dir(config) / "head" / "provenance.json") or {}
     assert provenance["label"] == FEDERATED_HEAD
     assert provenance["sha256"] == adapter_sha256(head_of(config))
     assert {*provenance["domains"]} == {*TRAIN}
     assert provenance["parameters"]["rounds"] == len(provenance["rounds"]) == 2
     merge = read_sealed(run_dir(config) / "merged" / "average" / "provenance.json") or {}
+    sent = heard.heads["beauty", 1].size_bytes + read_adapter(run_dir(config) / "merged" / "average").size_bytes
+    for aggregation in provenance["rounds"]:
+        assert aggregation["bytes_down"] == dict.fromkeys(TRAIN, sent)
     assert provenance["item_vectors"] == {"label": "average", "sha256": merge["sha256"]}
     assert max(module.rank for module in head_of(config).modules.values()) == config.head.rank
 
@@ -208,6 +213,41 @@ def test_a_run_killed_in_a_round_ends_with_the_same_bytes(
     assert heard.asked[records.ROUND_HEAD] <= undisturbed.asked[records.ROUND_HEAD] + 2 * len(TRAIN)
     for file in ("head/adapter_model.safetensors", "choice.json", "metrics.parquet"):
         assert (run_dir(killed) / file).read_bytes() == (run_dir(config) / file).read_bytes(), file
+
+
+def test_a_run_resumed_without_a_client_keeps_its_reply(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = experiment(place, "without", server__min_train_clients=2, server__wait_seconds=0.5)
+
+    def dying(run: Path, number: int, domain: str, *arguments: Any) -> None:
+        write_reply(run, number, domain, *arguments)
+        if domain == "coffee":
+            raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(one_by_one, "write_reply", dying)
+        with pytest.raises(Killed):
+            run_in_process(config)
+    run_in_process(config.model_copy(update={"resume": True}), away={DOMAINS.index("coffee")})
+    first, second = ({*record["clients"]} for record in round_records(run_dir(config), HEAD_ROUNDS))
+    assert first == {*TRAIN}
+    assert second == {"beauty", "books"}
+
+
+@pytest.mark.parametrize(
+    ("lost", "remedy"), [("head/adapter_model.safetensors", "head from"), ("heads/books.json", "heads/books.json from")]
+)
+def test_what_a_final_choice_was_made_with_is_not_made_again(
+    place: Path, whole: tuple[ExperimentConfig, Heard], lost: str, remedy: str
+) -> None:
+    place = place / lost.partition("/")[0]
+    config = whole[0].model_copy(update={"output_dir": str(place), "resume": True})
+    shutil.copytree(run_dir(whole[0]), run_dir(config))
+    (run_dir(config) / DONE).unlink()
+    (run_dir(config) / lost).unlink()
+    heard = Heard()
+    with pytest.raises(RunDirError, match=rf"Restore {run_dir(config)}/{remedy}"):
+        run_in_process(config, heard)
+    assert not {records.ROUND_HEAD, records.TRAIN_HEAD, records.EVALUATE} & {*heard.asked}
 
 
 def test_the_order_of_the_clients_changes_nothing(place: Path, whole: tuple[ExperimentConfig, Heard]) -> None:

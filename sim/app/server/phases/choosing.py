@@ -5,14 +5,16 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from fedmerge.encoder.backbone import Backbone
+from fedmerge.errors import RunDirError
 from fedmerge.evaluation.ranks import SELECTION_METRIC
-from fedmerge.evaluation.sums import MetricSums
+from fedmerge.evaluation.sums import EXPERT, PERSONAL, MetricSums
 from fedmerge.files import read_sealed, seal, write_json
 from fedmerge.runs import checkpoints
 from fedmerge.runs.federated_head import write_fusion
 from fedmerge.server.choice import (
     CHOICE_FILE,
     FALLBACK,
+    MERGED,
     SELECTION_FILE,
     Choice,
     choose,
@@ -40,6 +42,7 @@ def validate_and_choose(
 
     Raises:
         ClientError: too few domains are left to decide.
+        RunDirError: the choice on disk is final, but the federated head or the report of a head is missing or damaged.
     """
     final = read_sealed(run.folder / CHOICE_FILE)
     found = final or read_sealed(run.folder / SELECTION_FILE)
@@ -60,8 +63,10 @@ def validate_and_choose(
             logger.info("selected on validation: serving %s; heads are trained over it", choice.served)
     # 3. Train heads over it, and evaluate them.
     served = next(candidate for candidate in merges.candidates if candidate.label == choice.served)
-    federated = train_federated_head(run, backbone, deciding, served)
+    federated = train_federated_head(run, backbone, deciding, served, ask_clients=not final)
     heads = train_heads(run, deciding, served, merges.sources, federated, ask_clients=not final)
+    if final:
+        _check_reports(run, choice, heads)
     if federated is not None:
         write_fusion(run.folder, heads.mean_fusion)
     if final:
@@ -119,6 +124,18 @@ def _serve(
     )
     per_domain |= choose_for_unseen(_unmasked(unseen), choice.served, choice.metric, fallback)
     return replace(choice, per_domain=per_domain)
+
+
+def _check_reports(run: Run, choice: Choice, heads: Heads) -> None:
+    """Raise RunDirError if a training domain chose among its heads, but their report is missing or damaged."""
+    for domain in choice.domains:
+        own = {*choice.per_domain.get(domain, ())} - {"serve", MERGED, EXPERT, PERSONAL}
+        if own and domain not in heads.vectors:
+            file = run.folder / checkpoints.HEADS / f"{domain}.json"
+            raise RunDirError(
+                f"{file}: the report of the domain's heads is missing or damaged, but {CHOICE_FILE}, which was made "
+                f"with it, is final. Restore {file} from an undamaged copy, or start a new run."
+            )
 
 
 def _unseen_with_validation(run: Run) -> list[str]:

@@ -1,4 +1,4 @@
-"""One round after another, whatever is trained: sample clients, ask them, aggregate, write the state.
+"""One round after another, of adapters or of the federated head: sample clients, ask them, aggregate, write the state.
 
 A round that is on disk is not repeated, and no client whose reply is on disk is asked again.
 """
@@ -6,7 +6,7 @@ A round that is on disk is not repeated, and no client whose reply is on disk is
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from math import ceil
 from typing import Any
@@ -206,6 +206,7 @@ def _round(run: Run, training: Training, state: GlobalState, sampled: list[str])
     rule = training.rule if training.learned is None else training.learned(state)
     started = time.monotonic()
     state = aggregate(rule, state, adapters, weights, seed=training.seed, **training.parameters)
+    state = _with_base_bytes(state, training.base)
     write_state(run.folder, state, reports, time.monotonic() - started, None, training.folder)
     return state
 
@@ -241,9 +242,18 @@ def _round_of_sums(
     mean = secure_mean(run, weights, num_values, reveal, number, training.what)
     weights = {domain: weights[domain] for domain in mean.clients}
     state = aggregate_mean(training.rule, state, mean.values, weights, seed=training.seed, **training.parameters)
+    state = _with_base_bytes(state, training.base)
     trained = {domain: reports[domain] for domain in mean.clients}
     write_state(run.folder, state, trained, time.monotonic() - started, mean.record, training.folder)
     return state
+
+
+def _with_base_bytes(state: GlobalState, base: Adapter | None) -> GlobalState:
+    """Count the base that every request carries in the bytes that clients receive."""
+    if base is None or state.report is None:
+        return state
+    bytes_down = {domain: count + base.size_bytes for domain, count in state.report.bytes_down.items()}
+    return replace(state, report=replace(state.report, bytes_down=bytes_down))
 
 
 def _weights(run: Run, domains: list[str]) -> dict[str, float]:
