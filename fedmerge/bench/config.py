@@ -261,20 +261,23 @@ def _check_fold(path: Path, dataset: str, strategy: str | None, experiment: Expe
 
 def _not_in_one_place(experiment: ExperimentConfig) -> str:
     """Return the reason why a benchmark's cell cannot do what clients do; empty if it can."""
-    if experiment.privacy.metrics != "exact":
-        return f"privacy.metrics = '{experiment.privacy.metrics}' needs a federation (fedmerge run); set 'exact'"
-    if experiment.personal.directions is not None:
-        return f"personal.directions = '{experiment.personal.directions}' needs a federation (fedmerge run); set 'none'"
     learned = {*experiment.merge.methods} & LEARNED_METHODS and experiment.rounds.rule is None
-    if not experiment.privacy.learns_through_clients or not learned:
-        return ""
-    for key, found, wanted in (
-        ("through_clients.users", experiment.through_clients.users, "pseudo-users"),
-        ("through_clients.mode", experiment.through_clients.mode, "exact"),
-    ):
+    through_clients = experiment.privacy.learns_through_clients and learned
+    needed: list[tuple[str, str | float, str | float]] = [
+        ("privacy.metrics", experiment.privacy.metrics, "exact"),
+        ("personal.directions", experiment.personal.directions or "none", "none"),
+    ]
+    if experiment.head.kind == "federated":
+        needed.append(("with head.kind = 'federated', rounds.fraction", experiment.rounds.fraction, 1.0))
+    if through_clients:
+        needed += [
+            ("through_clients.users", experiment.through_clients.users, "pseudo-users"),
+            ("through_clients.mode", experiment.through_clients.mode, "exact"),
+        ]
+    for key, found, wanted in needed:
         if found != wanted:
-            return f"{key} = '{found}' needs a federation (fedmerge run); set {wanted!r}"
-    if experiment.dp.mode == "domain-local":
+            return f"{key} = {found!r} needs a federation (fedmerge run); set {wanted!r}"
+    if through_clients and experiment.dp.mode == "domain-local":
         return (
             "dp.mode = 'domain-local' adds noise to every answer about coefficients, which needs a federation "
             "(fedmerge run); omit learned merges"

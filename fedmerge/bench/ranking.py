@@ -16,8 +16,9 @@ import numpy as np
 from fedmerge.client.baselines.rankers import baseline_rankers, sasrec_settings
 from fedmerge.client.baselines.sasrec import sasrec_inputs
 from fedmerge.client.cache.folders import inputs_key
-from fedmerge.client.evaluate import Ranks, baseline_ranks, model_ranks
+from fedmerge.client.evaluate import Ranks, baseline_ranks, encode_text, model_ranks
 from fedmerge.client.heads.heads import head_ranks, load_or_train_head, why_no_head
+from fedmerge.client.heads.vectors import item_vectors
 from fedmerge.client.local_domain import LocalDomain, open_domain
 from fedmerge.config import (
     BackboneSection,
@@ -107,7 +108,8 @@ def rank_head(
     shared = None if anchor is None else read_adapter(anchor)
     head = load_or_train_head(opened, model, config.head, validation_users, seed, config.cache_dir, anchor=shared)
     write_json(head_report(result), {**head.report, "fusion": {of: asdict(made) for of, made in head.fusion.items()}})
-    found = head_ranks(opened, vectors, model, head, examples)
+    text = encode_text(opened, model, examples.histories, item_vectors(opened, model, config.cache_dir))
+    found = head_ranks(opened, vectors, model, head, examples, text)
     write_ranks(result, {label.removeprefix(head_label(vectors)): ranks for label, ranks in found.items()})
 
 

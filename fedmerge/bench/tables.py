@@ -57,7 +57,7 @@ def bench_tables(grid: Grid) -> BenchTables:
         for domain in tested_domains(grid, place)
         if (found := test_sums(grid, place, domain))
     }
-    strategy_of = _strategy_of_row(grid)
+    strategy_of = strategy_of_row(grid)
     baselines = {row for of_domain in sums.values() for row in of_domain["unmasked"].methods} - {*strategy_of}
     cells = [(place, strategy) for place in places for strategy in grid.strategies]
     joint = [(place, drawing) for place in places for drawing in grid.joint_rows(place)]
@@ -87,18 +87,18 @@ def bench_tables(grid: Grid) -> BenchTables:
     )
 
 
-def _strategy_of_row(grid: Grid) -> dict[str, str]:
-    """Return row -> strategy, for the rows of merges and of their heads."""
-    dataset, seed = grid.bench.config.dataset[0].name, grid.bench.config.seeds[0]
+def strategy_of_row(grid: Grid) -> dict[str, str]:
+    """Return row -> strategy, for the rows of merges and of their heads in any dataset."""
     return {
         row: strategy
+        for dataset in grid.bench.config.dataset
         for strategy in grid.strategies
-        for row in rows_of(strategy, grid.bench.experiment(dataset, strategy, seed).head)
+        for row in rows_of(strategy, grid.bench.experiment(dataset.name, strategy, grid.bench.config.seeds[0]).head)
     }
 
 
 def _results(grid: Grid, sums: Sums) -> Iterator[dict[str, Any]]:
-    strategy_of = _strategy_of_row(grid)
+    strategy_of = strategy_of_row(grid)
     for (place, domain), variants in sums.items():
         for variant, of_variant in variants.items():
             for strategy, metrics in of_variant.metrics_by_method().items():
@@ -162,12 +162,13 @@ def _costs(grid: Grid, place: Place, strategy: str) -> Iterator[dict[str, Any]]:
     run, domains = experts_run(grid, place, strategy), merged_domains(grid, place, strategy)
     of_experts = sum(float(_report(run / ADAPTERS / domain)["seconds"]) for domain in domains)
     if shared := read_json(grid.federated_head(place, strategy)):
-        travelled = head.rounds * len(domains) * shared["bytes"]  # up every round, and down after it
+        merge = merge_folder(grid.merges(place, strategy), str(chosen_variant(grid, place, strategy)))
+        requests = head.rounds * len(domains)  # each carries the merge; the head goes up every round, and down after it
         of_merge = {
             **of_merge,
             "strategy": f"{strategy}: {FEDERATED_HEAD}",
-            "bytes_up": of_merge["bytes_up"] + travelled,
-            "bytes_down": of_merge["bytes_down"] + travelled,
+            "bytes_up": of_merge["bytes_up"] + requests * shared["bytes"],
+            "bytes_down": of_merge["bytes_down"] + requests * (shared["bytes"] + (merge / WEIGHTS).stat().st_size),
             "client_seconds": of_merge["client_seconds"] + shared["seconds"],
         }
         yield of_merge

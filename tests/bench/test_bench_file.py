@@ -79,9 +79,10 @@ def test_wrong_rule_parameters_are_refused_before_training(
             {"dp.mode": "domain-local", "dp.epsilon": 4, "dp.delta": 1e-3},
             "dp.mode.*domain-local",
         ),
+        ({"head.kind": "federated", "rounds.fraction": 0.5}, "rounds.fraction = 0.5 needs a federation.*set 1"),
     ],
 )
-def test_coefficients_that_need_a_federation_are_refused(
+def test_settings_that_need_a_federation_are_refused(
     bench_place: Path, changes: dict[str, object], message: str
 ) -> None:
     head = FILE[: FILE.index("[[strategy]]")]

@@ -1,24 +1,33 @@
 """Heads as a setting of strategies, and domains cut to a share of their users."""
 
+import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 from in_process import finish, grid_in, here, small_experiment, tables_of, train
 from small_bench import REPOSITORY, TRAIN, scores
 
 from fedmerge.bench.grid import Grid, Place
 from fedmerge.bench.outcomes import experts_run, head_cells
-from fedmerge.bench.ranking import head_report
+from fedmerge.bench.ranking import domain_of, head_report, rank_head
 from fedmerge.bench.stages import run_grid
+from fedmerge.bench.tables import strategy_of_row
+from fedmerge.client import evaluate
 from fedmerge.config import to_toml
 from fedmerge.domain.cut import cut_domain
 from fedmerge.domain.demo import write_demo
+from fedmerge.encoder.backbone import Backbone
+from fedmerge.encoder.encode import encode
+from fedmerge.encoder.text import Tokens
 from fedmerge.errors import ConfigError
 from fedmerge.files import read_json
 from fedmerge.report.bench.few_data import TRAIN_USERS
 from fedmerge.report.bench.page import bench_page
 from fedmerge.report.bench_tables import BenchTables
+from fedmerge.runs.checkpoints import merge_folder
 
 pytestmark = pytest.mark.federation
 
@@ -116,6 +125,9 @@ def test_a_head_costs_its_training_and_only_a_joined_one_traffic(
     record = read_json(grid.federated_head(Place("whole", 0, ""), "federated"))
     shared = costs["federated: federated head"]
     assert shared["bytes_up"] == costs["federated"]["bytes_up"] + 2 * 3 * record["bytes"]
+    run = grid.merges(Place("whole", 0, ""), "federated")
+    merge_bytes = (merge_folder(run, "average") / "adapter_model.safetensors").stat().st_size
+    assert shared["bytes_down"] == costs["federated"]["bytes_down"] + 2 * 3 * (record["bytes"] + merge_bytes)
     assert {*record["fusions"]} == {*TRAIN}
 
 
@@ -138,6 +150,35 @@ def test_a_cut_domain_trains_on_its_users_and_is_tested_on_all(
 def test_a_finished_benchmark_trains_no_head_again(finished: tuple[Grid, BenchTables, list[str]]) -> None:
     lines = finish(finished[0])
     assert not [line for line in lines if "head on" in line or "federated head (" in line]
+
+
+def test_the_catalog_is_not_encoded_again_to_rank_users(
+    place: Path, finished: tuple[Grid, BenchTables, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid, at = finished[0], Place("whole", 0, "")
+    config = grid.experiment(at, "average")
+    merge = merge_folder(grid.merges(at, "average"), "average")
+    encoded: list[object] = []
+
+    def listening(backbone: Backbone, sequences: Sequence[Tokens]) -> torch.Tensor:
+        encoded.append(sequences)
+        return encode(backbone, sequences)
+
+    monkeypatch.setattr(evaluate, "encode", listening)
+    rank_head(place / "again.npz", config, "books", "test", None, merge, "merge", 0, None)
+    items = domain_of(config, "books").item_sequences
+    assert encoded
+    assert not any(sequences is items for sequences in encoded)
+
+
+def test_rows_of_heads_in_a_later_dataset_have_their_strategy(place: Path) -> None:
+    text = (place / "bench.toml").read_text()
+    strategies = '[[strategy]]\nname = "joined"\nset = {"merge.methods" = "average"}\n'
+    later = '[[dataset]]\nname = "later"\nset = {"head.kind" = "local"}\n'
+    text = re.sub(r"baseline = .*", 'baseline = "expert"', text[: text.index("[[strategy]]")])
+    (place / "later.toml").write_text(text + later + strategies)
+    found = strategy_of_row(grid_in(place, "later-bench", "later.toml"))
+    assert found["joined: head on the merge"] == found["joined"] == "joined"
 
 
 def test_a_strategy_that_trains_longer_has_heads_on_its_own_experts(place: Path) -> None:
