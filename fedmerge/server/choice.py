@@ -12,6 +12,9 @@ A domain's own validation users decide between these models, so the score of the
 high on average (the winner's curse), most of all if they are few and the models are close. With heads it is higher
 still: the same users end the training of a head and choose the weights of its fusion before they choose among the
 models. Test shows what the choice is worth.
+
+All choices are on unmasked NDCG@10, while :mod:`fedmerge.serving` ranks without the seen items unless asked to keep
+them: what is served may differ from what would be best there.
 """
 
 import math

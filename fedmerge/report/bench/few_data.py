@@ -44,8 +44,8 @@ def few_data_section(tables: BenchTables, series: Mapping[str, int]) -> Html | N
         charts.grid(*pictures),
         charts.legend({name: place for name, place in series.items() if name in drawn}, with_line=True),
         note(
-            "The domain is cut to so many users, who train and select; the others stay whole. Mean over seeds, within "
-            f"their range. {VARIANT_NOTES[variant]}"
+            "The domain is cut to the number of users on the axis, who train and select; the other domains stay whole. "
+            f"Mean over seeds, within their range. {VARIANT_NOTES[variant]}"
         ),
         *parts,
     )

@@ -293,7 +293,7 @@ def _participants(run: RunDetails) -> Html:
 
 
 def _heads(folder: Path) -> Html | None:
-    """Tabulate how the clients' own heads were trained, as far as the clients say."""
+    """Tabulate how the clients' own heads were trained, as far as the clients report it."""
     body = []
     for path in sorted((folder / HEADS).glob("*.json")):
         for vectors, report in table_or_empty(read_record(path).get("reports")).items():
