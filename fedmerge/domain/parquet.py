@@ -147,6 +147,8 @@ def _text_bytes(where: str, name: str, column: pa.DictionaryArray, first_row: in
     """Return the decoded size of a column of text whose cells are within their limit."""
     lengths = pc.binary_length(column.dictionary).fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
     indices = column.indices.drop_null().to_numpy(zero_copy_only=False)
+    if len(indices) and not 0 <= indices.min() <= indices.max() < len(lengths):
+        raise _damaged(where, f"a cell of column {name!r} is outside its dictionary of {len(lengths):,} texts")
     sizes = lengths[indices]
     if len(sizes) and (longest := int(sizes.max())) > CELL_BYTES:
         row = first_row + int(np.argmax(sizes))
@@ -323,5 +325,5 @@ def _too_much(where: str, found: str, most: str) -> DomainError:
     )
 
 
-def _damaged(where: str) -> DomainError:
-    return DomainError(f"{where}: cannot be read as Parquet (a page header is damaged). Restore the file from a copy.")
+def _damaged(where: str, what: str = "a page header is damaged") -> DomainError:
+    return DomainError(f"{where}: cannot be read as Parquet ({what}). Restore the file from a copy.")

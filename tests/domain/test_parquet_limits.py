@@ -147,6 +147,18 @@ def test_a_false_size_in_the_footer_does_not_help(tmp_path: Path) -> None:
     assert "300,000,0" in str(caught.value)
 
 
+def test_a_cell_outside_its_dictionary_is_damage() -> None:
+    ids = [f"item {number}" for number in range(40)]
+    data = catalog_to_bytes(make_catalog("shop", ids, {"title": ids, "brand": ["a", "b"] * 20, "category": [""] * 40}))
+    named = 0
+    for place in range(30, 60):  # in the first dictionary page, which then has other texts or fewer
+        try:
+            catalog_from_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :], "shop")
+        except DomainError as error:
+            named += "dictionary of 39 texts" in str(error)
+    assert named
+
+
 def varint(value: int) -> bytes:
     out = b""
     while value > 127:
