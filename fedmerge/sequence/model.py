@@ -87,7 +87,7 @@ class SequenceModel(nn.Module):
         Args:
             num_items: N.
             settings: inputs, widths, depth and dropout.
-            item_vectors: (N, d) text vectors; ignored with ``inputs = "ids"``. They are frozen and no part of the state
+            item_vectors: (N, d) text vectors; ignored with ``inputs = "ids"``. They are frozen and not in the state
                 dict, which has their whitening.
             whitening: ``text_mean`` (d,) and ``text_axes`` (d, k) of a model that was trained on another catalog; None:
                 those of ``item_vectors``.
@@ -189,7 +189,9 @@ def _whitening(vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     mean = precise.mean(dim=0)
     values, axes = torch.linalg.eigh((precise - mean).T @ (precise - mean) / len(vectors))  # ascending
     kept = max(1, min(WHITENED_WIDTH, int((values > 1e-6 * values[-1]).sum())))
-    largest = values[-kept:].flip(0).clamp_min(torch.finfo(torch.float32).tiny)
+    largest = values[-kept:].flip(0)
+    if largest[0] <= 1e-12:  # one item or equal texts: no direction to scale, else an added item would be enormous
+        return mean.float(), axes.new_zeros(axes.shape[0], kept).float()
     return mean.float(), (axes[:, -kept:].flip(1) / largest.sqrt()).float()
 
 

@@ -64,6 +64,18 @@ def test_text_vectors_are_whitened_in_their_own_rank() -> None:
     assert torch.isfinite(same.item_representations()).all()
 
 
+@pytest.mark.parametrize("num_items", [1, NUM_ITEMS])
+def test_an_item_added_to_a_catalog_of_one_text_does_not_outscore_all(num_items: int) -> None:
+    """A catalog of one item, or of equal texts up to rounding, has no direction that could be scaled."""
+    vectors = nn.functional.normalize(VECTORS[:1], dim=1).repeat(num_items, 1) + 1e-8 * VECTORS[:num_items]
+    model = SequenceModel(num_items, replace(SETTINGS, inputs="text"), vectors)
+    added = torch.cat([vectors, nn.functional.normalize(VECTORS[1:2], dim=1)])
+    grown = SequenceModel(num_items + 1, model.settings, added, (model.text_mean, model.text_axes))
+    assert grown.whitened.abs().max() < 10
+    scores = scores_of(grown.eval(), [np.array([0])])
+    torch.testing.assert_close(scores[0, -1], scores[0, 0])
+
+
 @OF_TEXT
 def test_a_permutation_of_the_items_permutes_the_scores(inputs: Inputs) -> None:
     model = model_of(replace(SETTINGS, inputs=inputs))
