@@ -178,6 +178,7 @@ def head_cells(grid: Grid, place: Place, domain: str, strategy: str) -> dict[str
     cells = {}
     for vectors in config.head.vectors:
         adapter, model = adapters[vectors]
+        continues = shared if vectors == "merge" else None  # the other heads are the organisation alone
         row = head_row(strategy, vectors)
         arguments = {
             "config": config,
@@ -187,9 +188,9 @@ def head_cells(grid: Grid, place: Place, domain: str, strategy: str) -> dict[str
             "adapter": adapter,
             "vectors": vectors,
             "seed": place.seed,
-            "anchor": head_folder(grid.federated_head(place, strategy)) if shared else None,
+            "anchor": head_folder(grid.federated_head(place, strategy)) if continues else None,
         }
-        model += f", continues {shared['sha256']}" if shared else ""
+        model += f", continues {continues['sha256']}" if continues else ""
         file = ranks_file(clients, config, domain, "test", root, model, place.seed)
         cells[row] = Cell("head", f"{row}, on {domain} ({place})", file, arguments, config.runtime.threads_per_client)
     return cells

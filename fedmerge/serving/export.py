@@ -16,9 +16,10 @@ from fedmerge.encoder.text import item_text
 from fedmerge.evaluation.sums import FEDERATED_SOURCES
 from fedmerge.files import check_free, write_bytes, write_json
 from fedmerge.recommender import make_recommender
+from fedmerge.runs.federated_head import read_fusion
 from fedmerge.sequence.anchored import dense_maps
 from fedmerge.serving.decision import TEXT_MODELS
-from fedmerge.serving.model import RunDomain, ServedHead, ServedModel, load_head
+from fedmerge.serving.model import RunDomain, ServedHead, ServedModel, chose_fusion, load_head
 
 HEAD_TENSORS, HEAD_FILE = "head.safetensors", "head.json"
 _LOAD = """\
@@ -164,13 +165,22 @@ def _record(place: RunDomain, served: ServedModel, head: ServedHead) -> dict[str
     }
 
 
+def _weights_from(place: RunDomain, served: ServedModel) -> str:
+    """Return where the weights of a federated head's fusion are from; empty without a fusion."""
+    if not served.fused:
+        return ""
+    if chose_fusion(place) or read_fusion(place.run) is None:
+        return f"The weights of the fusion were chosen on users of {place.manifest.name}."
+    return "The weights of the fusion are the mean of those that the training domains chose."
+
+
 def _card(place: RunDomain, served: ServedModel, head: ServedHead) -> str:
     name, own, shared = place.manifest.name, isinstance(head.head, LocalHead), _shared(head) is not None
     warning = (
         f"**Do not give this folder away.** Its head was trained on the users of {name}, without differential privacy, "
         f"for\n{name} itself; it never left {name} in the federation."
         if own
-        else f"Its head is the run's federated head. The weights of the fusion were chosen on users of {name}."
+        else f"Its head is the run's federated head. {_weights_from(place, served)}".strip()
     )
     sources = [*(['"head": head_scores(rows)'] if own else [])]
     sources += ['"federated head": federated_scores(rows)'] if shared else []

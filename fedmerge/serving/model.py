@@ -29,6 +29,7 @@ from fedmerge.evaluation.ranks import IntArray
 from fedmerge.evaluation.sums import BACKBONE, EXPERT, FEDERATED_SOURCES, PERSONAL, VARIANTS, Variant
 from fedmerge.files import read_record, table_or_empty
 from fedmerge.recommender import Recommender, make_recommender
+from fedmerge.runs.checkpoints import HEADS
 from fedmerge.runs.federated_head import read_federated_head, read_fusion
 from fedmerge.sequence.fusion import fused_scores
 from fedmerge.sequence.ranking import Source
@@ -144,8 +145,7 @@ class ServedHead:
 def load_head(place: RunDomain, served: ServedModel, item_vectors: torch.Tensor) -> ServedHead:
     """Load the head of a served model that has one.
 
-    The fusion of a federated head is chosen on a training domain's own validation users, once; other domains have the
-    mean of these choices, as in the run's evaluation.
+    The fusion of a federated head is that of the run's evaluation, see :func:`chose_fusion`.
 
     Args:
         place: of :func:`open_run`.
@@ -166,10 +166,11 @@ def load_head(place: RunDomain, served: ServedModel, item_vectors: torch.Tensor)
             )
         if not served.fused:
             return ServedHead(shared, _alone(FEDERATED_SOURCES))
-        fusion = None if place.manifest.name in config.domains.train else read_fusion(place.run)
+        fusion = None if chose_fusion(place) else read_fusion(place.run)
         if fusion is None:
             fusion = federated_weights(place.local, shared, served.adapter, limit, seed, cache_dir)
         return ServedHead(shared, fusion)
+    anchor = shared if VECTORS_OF[served.decision.model] == "merge" else None  # other heads are the organisation alone
     try:
         head = find_trained_head(
             place.manifest.name,
@@ -180,13 +181,21 @@ def load_head(place: RunDomain, served: ServedModel, item_vectors: torch.Tensor)
             limit,
             seed,
             cache_dir,
-            shared,
+            anchor,
         )
     except ClientError as error:
         raise _missing(served.decision, "head", error) from error
     if not served.fused:
-        return ServedHead(head, _alone(source_names(shared)))
+        return ServedHead(head, _alone(source_names(anchor)))
     return ServedHead(head, {variant: choice.weights for variant, choice in head.fusion.items()})
+
+
+def chose_fusion(place: RunDomain) -> bool:
+    """Return whether the domain chooses its own fusion of the federated head: it trained in the run.
+
+    Other domains, and one that joined as unseen though the settings name it for training, have the mean.
+    """
+    return (place.run / HEADS / f"{place.manifest.name}.json").exists()
 
 
 def _alone(sources: Sequence[str]) -> Mapping[Variant, Sequence[float]]:

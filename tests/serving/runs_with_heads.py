@@ -55,5 +55,5 @@ def train_head(place: Place, run: Path, vectors: str = "merge") -> LocalHead:
     folders = {"merge": run / "merged" / "average", "expert": run / "adapters" / DOMAIN}
     adapter = read_adapter(folders[vectors]) if vectors in folders else None
     limit = config.evaluation.validation_users
-    shared = read_federated_head(run)
+    shared = read_federated_head(run) if vectors == "merge" else None
     return load_or_train_head(domain, adapter, config.head, limit, config.seed, config.cache_dir, anchor=shared)

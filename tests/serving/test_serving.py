@@ -24,6 +24,7 @@ from fedmerge.errors import ClientError, ConfigError, RunDirError
 from fedmerge.evaluation.ranks import per_user_metrics
 from fedmerge.evaluation.sums import metric_sums
 from fedmerge.recommender import load_recommender, recommend
+from fedmerge.runs.checkpoints import write_heads
 from fedmerge.runs.federated_head import read_federated_head, write_fusion
 from fedmerge.sequence.ranking import sequence_source
 from fedmerge.serving.decision import MODELS, decide
@@ -170,13 +171,18 @@ def test_evaluation_names_a_model_that_is_not_on_this_disk(
 def test_a_federated_head_is_read_from_the_run_folder(place: Place, tmp_path: Path, capsys: Capsys) -> None:
     run = make_run_with_heads(place, "shared", "federated")
     here = open_run(run, place.domains / DOMAIN, config_of(run))
-    train_head(place, run)
+    for vectors, sources in {"merge": 4, "expert": 3, "backbone": 3}.items():  # these are toys alone
+        train_head(place, run, vectors)
+        own = load_served(here, f"head on the {vectors}, fused")
+        items = served_recommender(here, own).item_vectors
+        assert {len(each) for each in load_head(here, own, items).weights.values()} == {sources}
     command = ("evaluate", run, "--domain", place.domains / DOMAIN, "--split", "test", "--json")
     methods = json.loads(output(capsys, *command))["masked"]["methods"]
     head, adapter = read_federated_head(run), read_adapter(run / "merged" / "average")
     assert head is not None
     examples = evaluation_examples(here.local.interactions, "test", None, 0)
     weights = federated_weights(here.local, head, adapter, None, 0, here.config.cache_dir)
+    of_toys = weights
     ranks = federated_ranks(head, encode_text(here.local, adapter, examples.histories), weights, examples)
     ranks |= head_ranks(here.local, "merge", adapter, train_head(place, run), examples)
     assert {"federated head", "federated head, fused", "head on the merge, fused"} <= ranks.keys()
@@ -198,6 +204,11 @@ def test_a_federated_head_is_read_from_the_run_folder(place: Place, tmp_path: Pa
     write_fusion(run, weights)
     fused = load_served(unseen, "federated head, fused")
     assert load_head(unseen, fused, text.items).weights == weights  # those of the run, not of its own users
+    here_fused = load_served(here, "federated head, fused")
+    here_text = encode_text(here.local, adapter, [np.array(history)])
+    assert load_head(here, here_fused, here_text.items).weights == weights  # toys joined as an unseen domain
+    write_heads(run, DOMAIN, {}, {})  # toys trained
+    assert load_head(here, here_fused, here_text.items).weights == of_toys
     shutil.rmtree(run / "head")
     with pytest.raises(ClientError, match=r"camping is served 'federated head'.*head holds no federated head"):
         served_recommender(unseen, load_served(unseen))
@@ -301,7 +312,7 @@ def test_an_expert_that_never_left_its_client_is_looked_for_there(
 
 
 def test_a_personal_merge_is_found_in_the_client_s_cache(
-    place: Place, run: Path, toys: RunDomain, tmp_path: Path
+    place: Place, run: Path, toys: RunDomain, tmp_path: Path, capsys: Capsys
 ) -> None:
     config = toys.config.model_copy(update={"cache_dir": str(tmp_path)})
     serve(run, "personal merge")
@@ -315,6 +326,10 @@ def test_a_personal_merge_is_found_in_the_client_s_cache(
     found = load_served(here).adapter
     assert found is not None
     assert adapter_sha256(found) == adapter_sha256(made.adapter)
+    said = output(
+        capsys, "export", run, tmp_path / "out", "--domain", place.domains / DOMAIN, "--cache-dir", config.cache_dir
+    )
+    assert "keep the folder within the organisation" in said
 
 
 # The command

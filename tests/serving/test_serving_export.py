@@ -11,8 +11,10 @@ import pytest
 from run_folders import UNSEEN, Place, contents, make_place, output, refusal
 from runs_with_heads import DOMAIN, config_of, make_run_with_heads, serve, train_head
 
-from fedmerge.files import seal, write_json
+from fedmerge.files import read_sealed, seal, write_json
 from fedmerge.recommender import recommend
+from fedmerge.runs.checkpoints import write_heads
+from fedmerge.runs.federated_head import write_fusion
 from fedmerge.serving.model import load_served, open_run, served_recommender
 
 Capsys = pytest.CaptureFixture[str]
@@ -77,8 +79,10 @@ def set_weights(place: Place, weights: tuple[float, ...]) -> None:
     """Replace the weights that the tiny validation chose, with others for masked and unmasked ranking."""
     of_variant = {"masked": weights, "unmasked": weights[::-1]}
     for path in (place.root / "cache" / "heads").glob("*/fusion-*.json"):
-        if len(json.loads(path.read_text())["masked"]["weights"]) == len(weights):
-            write_json(path, seal({name: {"weights": list(each), "ndcg": 0.5} for name, each in of_variant.items()}))
+        record = read_sealed(path) or {}
+        if len(record["masked"]["weights"]) == len(weights):
+            chosen = {name: {"weights": list(each), "ndcg": 0.5} for name, each in of_variant.items()}
+            write_json(path, seal(record | chosen))
 
 
 def test_the_folder_says_what_it_is_and_that_it_is_private(
@@ -101,6 +105,25 @@ def test_the_folder_says_what_it_is_and_that_it_is_private(
     refused = refusal(capsys, "export", run, tmp_path / "b", "--domain", place.domains / DOMAIN, *missing)
     assert "--cache-dir" in refused
     assert not (tmp_path / "b").exists()
+
+
+def test_the_card_says_where_the_weights_of_a_federated_head_are_from(
+    place: Place, tmp_path: Path, capsys: Capsys
+) -> None:
+    run = make_run_with_heads(place, "mean", "federated")
+    write_fusion(run, {"masked": (0.2, 0.3, 0.5), "unmasked": (0.6, 0.3, 0.1)})
+
+    def card(model: str, domain: str, out: str) -> str:
+        serve(run, model, domain)
+        output(capsys, "export", run, tmp_path / out, "--domain", place.domains / domain)
+        return (tmp_path / out / "README.md").read_text(encoding="utf-8")
+
+    alone, fused, mean = "federated head", "federated head, fused", "are the mean of those that the training domains"
+    assert "weights of the fusion were" not in card(alone, DOMAIN, "alone")
+    assert mean in card(fused, UNSEEN, "unseen")
+    assert mean in card(fused, DOMAIN, "joined")  # the settings train it, but it joined as an unseen domain
+    write_heads(run, DOMAIN, {}, {})
+    assert f"chosen on users of {DOMAIN}" in card(fused, DOMAIN, "trained")
 
 
 def test_a_text_model_is_exported_as_its_adapter_is(place: Place, run: Path, tmp_path: Path, capsys: Capsys) -> None:

@@ -49,6 +49,7 @@ def _export_served(options: argparse.Namespace, run: Path, config: "ExperimentCo
             "or the folder of a merge."
         )
 
+    from fedmerge.evaluation.sums import PERSONAL
     from fedmerge.serving.decision import VECTORS_OF
     from fedmerge.serving.export import export_served
     from fedmerge.serving.model import load_served, open_run
@@ -59,4 +60,6 @@ def _export_served(options: argparse.Namespace, run: Path, config: "ExperimentCo
     print(f"{options.out}: what {place.manifest.name} is served: {served.decision.model} ({served.decision.reason})")
     if served.decision.model in VECTORS_OF:
         print(f"Its head was trained on the users of {place.manifest.name}: keep the folder within the organisation.")
+    elif served.decision.model == PERSONAL:
+        print(f"It was fitted to the users of {place.manifest.name}: keep the folder within the organisation.")
     return 0

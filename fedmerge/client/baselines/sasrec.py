@@ -21,7 +21,7 @@ from fedmerge.sequence.training import train_sequence_model
 
 TENSOR_FILE = "model.safetensors"
 REPORT_FILE = "training.json"
-OF_TEXT = ("inputs", "id_dropout")  # settings that a model on ids does not read, and no part of its key
+OF_TEXT = ("inputs", "id_dropout")  # settings that a model on ids does not read; its key leaves them out
 
 Progress = Callable[[str], None]
 

@@ -9,8 +9,10 @@ from fedmerge.client.evaluate import Ranks, TextVectors, encode_text
 from fedmerge.client.heads.heads import (
     Progress,
     alone_and_fused,
+    fusion_models,
     head_inputs,
     load_or_choose_fusion,
+    text_inputs,
     text_sources,
 )
 from fedmerge.client.heads.vectors import item_vectors
@@ -18,7 +20,7 @@ from fedmerge.client.local_domain import LocalDomain
 from fedmerge.domain.splits import Examples, evaluation_examples
 from fedmerge.evaluation.ranks import IntArray
 from fedmerge.evaluation.sums import FEDERATED_FUSED, FEDERATED_HEAD
-from fedmerge.federated.head import Weights, mean_weights
+from fedmerge.federated.head import Weights
 from fedmerge.files import make_folder
 from fedmerge.sequence.anchored import anchored_source
 from fedmerge.sequence.model import SequenceSettings
@@ -37,27 +39,32 @@ def federated_weights(
     """Return the weights of the head's fusion that the domain's validation users prefer; once chosen they are cached.
 
     Args:
-        domain: the client's domain; a domain without validation users weighs all sources alike.
+        domain: the client's domain.
         head: the federated head.
         adapter: encodes items and histories; None is the backbone alone.
         validation_users: users that choose; None takes all.
         seed: seed of the experiment.
         cache_dir: folder on the client's own disk.
         progress: receives a line for each variant that is chosen.
+
+    Raises:
+        DomainError: no user has enough items to be a validation user.
     """
     validation = evaluation_examples(domain.interactions, "valid", validation_users, seed)
-    if not len(validation):
-        return mean_weights([])
 
     def sources() -> list[Source]:
         items = item_vectors(domain, adapter, cache_dir)
         return federated_sources(head, encode_text(domain, adapter, validation.histories, items), validation.histories)
 
     inputs = head_inputs(domain, adapter, SequenceSettings(inputs="text", validation_users=validation_users), seed)
-    key, name = inputs_key({**inputs, "federated": adapter_sha256(head)}), domain.manifest.name
+    inputs |= {"users": text_inputs(domain, adapter), "federated": adapter_sha256(head)}
+    key, name = inputs_key(inputs), domain.manifest.name
     path = Path(cache_dir).expanduser() / "heads" / f"{name}-federated-{key}.json"
     make_folder(path.parent)
-    fusion = load_or_choose_fusion(path, sources, validation, lambda line: progress(f"{name}: federated head: {line}"))
+    of = fusion_models(adapter, head)
+    fusion = load_or_choose_fusion(
+        path, of, sources, validation, lambda line: progress(f"{name}: federated head: {line}")
+    )
     return {variant: choice.weights for variant, choice in fusion.items()}
 
 

@@ -15,12 +15,11 @@ from fedmerge.adapter import Adapter
 from fedmerge.client.heads.heads import (
     INPUTS_FILE,
     LocalHead,
-    fusion_path,
+    find_fusion,
     head_settings,
     heads_folder,
     model_hash,
     read_cached_head,
-    read_fusion,
 )
 from fedmerge.config import Head
 from fedmerge.errors import ClientError, RunDirError
@@ -70,7 +69,7 @@ def find_trained_head(
         if (over, inputs.get("seed"), inputs.get("settings")) == (wanted, seed, asdict(settings)):
             found.append((path.stat().st_mtime, path.parent))
     for _, trained in sorted(found, reverse=True):
-        cached, fusion = read_cached_head(trained), read_fusion(fusion_path(trained, adapter, anchor))
+        cached, fusion = read_cached_head(trained), find_fusion(trained, adapter, anchor)
         if cached is None or fusion is None:
             damaged.append(trained.name)
             continue

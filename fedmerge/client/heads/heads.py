@@ -122,28 +122,9 @@ def load_or_train_head(
         text = encode_text(domain, adapter, validation.histories, vectors)
         return head_sources(model, text, validation.histories, anchor)
 
-    path = fusion_path(folder, adapter, anchor)
-    fusion = load_or_choose_fusion(path, sources, validation, lambda line: progress(f"{name}: {line}"))
+    path, of = fusion_path(folder, domain, adapter, anchor), fusion_models(adapter, anchor)
+    fusion = load_or_choose_fusion(path, of, sources, validation, lambda line: progress(f"{name}: {line}"))
     return LocalHead(model, fusion, trained.report, cached, anchor)
-
-
-def find_head(
-    domain: LocalDomain,
-    adapter: Adapter | None,
-    head: Head,
-    validation_users: int | None,
-    seed: int,
-    cache_dir: str,
-    anchor: Adapter | None = None,
-) -> LocalHead | None:
-    """Return the head that :func:`load_or_train_head` has cached for the same inputs; None if there is none."""
-    settings = head_settings(head, validation_users)
-    folder = _folder(domain.manifest.name, head_inputs(domain, adapter, settings, seed), cache_dir)
-    cached, fusion = read_cached_head(folder), read_fusion(fusion_path(folder, adapter, anchor))
-    if cached is None or fusion is None:
-        return None
-    model = _model(domain, item_vectors(domain, adapter, cache_dir), settings, cached.tensors)
-    return LocalHead(model, fusion, cached.report, True, anchor)
 
 
 def head_sources(
@@ -173,12 +154,17 @@ def text_sources(text: TextVectors, histories: Sequence[IntArray]) -> list[Sourc
 
 
 def load_or_choose_fusion(
-    path: Path, sources: Callable[[], Sequence[Source]], validation: Examples, progress: Progress
+    path: Path,
+    of: Mapping[str, str],
+    sources: Callable[[], Sequence[Source]],
+    validation: Examples,
+    progress: Progress,
 ) -> dict[Variant, FusionChoice]:
     """Return the weights of a fusion: from a file, else chosen on validation users and written to it.
 
     Args:
         path: the file.
+        of: :func:`fusion_models`, which the file names.
         sources: returns the sources of the validation users.
         validation: at least one user.
         progress: receives a line for each variant that is chosen.
@@ -190,7 +176,7 @@ def load_or_choose_fusion(
         return found
     fused = sources()
     fusion = {v: choose_weights(fused, validation.targets, seen_items(validation, v)) for v in VARIANTS}
-    write_json(path, seal({variant: asdict(choice) for variant, choice in fusion.items()}))
+    write_json(path, seal({variant: asdict(choice) for variant, choice in fusion.items()} | dict(of)))
     names = " + ".join(source.label for source in fused)
     for variant, choice in fusion.items():
         weights = " + ".join(f"{weight:.1f}" for weight in choice.weights)
@@ -346,10 +332,28 @@ def read_cached_head(folder: Path) -> CachedHead | None:
         return None
 
 
-def fusion_path(folder: Path, adapter: Adapter | None, anchor: Adapter | None) -> Path:
-    """Return the file with the weights of a head's fusion, in the folder of the head."""
-    inputs = {"adapter": model_hash(adapter), "anchor": model_hash(anchor)}
+def fusion_path(folder: Path, domain: LocalDomain, adapter: Adapter | None, anchor: Adapter | None) -> Path:
+    """Return the file with the weights of a head's fusion, in the folder of the head; it is named by its inputs."""
+    inputs = text_inputs(domain, adapter) | {"anchor": model_hash(anchor)}
     return folder / f"fusion-{inputs_key(inputs)}.json"
+
+
+def fusion_models(adapter: Adapter | None, anchor: Adapter | None) -> dict[str, str]:
+    """Return the hashes of a fusion's models, by which :func:`find_fusion` knows it; empty for those it lacks."""
+    return {"adapter": model_hash(adapter), "anchor": model_hash(anchor)}
+
+
+def find_fusion(folder: Path, adapter: Adapter | None, anchor: Adapter | None) -> dict[Variant, FusionChoice] | None:
+    """Return the newest fusion of these models in the folder of a head, for any catalog; None if there is none."""
+    wanted, found = fusion_models(adapter, anchor), list[tuple[float, Path]]()
+    for path in sorted(folder.glob("fusion-*.json")):
+        try:
+            record = read_sealed(path) or {}
+        except RunDirError:  # damaged
+            continue
+        if {key: record.get(key) for key in wanted} == wanted:
+            found.append((path.stat().st_mtime, path))
+    return read_fusion(max(found)[1]) if found else None
 
 
 def read_fusion(path: Path) -> dict[Variant, FusionChoice] | None:
@@ -375,6 +379,7 @@ def head_inputs(domain: LocalDomain, adapter: Adapter | None, settings: Sequence
     inputs: dict[str, Any] = {
         "interactions": domain.manifest.interactions_sha256,
         "sequences": domain.training_sha256,
+        "catalog": domain.manifest.catalog_sha256,
         "num_items": len(domain.catalog),
         "settings": asdict(settings),
         "seed": seed,
@@ -384,12 +389,20 @@ def head_inputs(domain: LocalDomain, adapter: Adapter | None, settings: Sequence
     }
     if settings.inputs != "ids":
         inputs["vectors"] = {
-            "adapter": model_hash(adapter),
-            "catalog": domain.manifest.catalog_sha256,
-            "backbone": [domain.backbone.sha256, domain.backbone.pooling, domain.backbone.compute.precision],
-            "text": [domain.text.max_attribute_tokens, domain.text.max_tokens],
+            **text_inputs(domain, adapter),
+            "text": [domain.text.max_attribute_tokens, domain.text.max_tokens],  # an item has no max_items
         }
     return inputs
+
+
+def text_inputs(domain: LocalDomain, adapter: Adapter | None) -> dict[str, Any]:
+    """Return everything that the text vectors of a domain's items and users depend on but for its interactions."""
+    return {
+        "adapter": model_hash(adapter),
+        "catalog": domain.manifest.catalog_sha256,
+        "backbone": [domain.backbone.sha256, domain.backbone.pooling, domain.backbone.compute.precision],
+        "text": domain.text.model_dump(),
+    }
 
 
 def model_hash(adapter: Adapter | None) -> str:

@@ -44,7 +44,7 @@ def item_vectors(domain: LocalDomain, adapter: Adapter | None, cache_dir: str) -
 
 
 def _vectors_key(domain: LocalDomain, adapter: Adapter | None) -> str:
-    """Return the key of everything that the vectors depend on; histories are no part of it."""
+    """Return the key of everything that the vectors depend on, which does not include histories."""
     backbone, text = domain.backbone, domain.text
     return inputs_key(
         {

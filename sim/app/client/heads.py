@@ -58,7 +58,7 @@ def train_heads(message: Message, context: Context) -> RecordDict:
     exact = config.privacy.metrics == "exact" and num_validated >= config.privacy.min_users
     with neutral_errors(client, "the training of its heads failed"):
         reports: dict[str, dict[str, Any]] = {
-            vectors: head_report(_own_head(client, adapter, anchor), exact=exact)
+            vectors: head_report(_own_head(client, vectors, adapter, anchor), exact=exact)
             for vectors, adapter in encoders.items()
         }
         if anchor is not None:
@@ -186,7 +186,7 @@ def own_head_ranks(
     encoded: dict[str, TextVectors] = {}
     labels: Mapping[HeadVectors, str] = {"merge": served, "expert": EXPERT, "backbone": BACKBONE}
     for vectors, adapter in encoders.items():
-        head = _own_head(client, adapter, anchor)
+        head = _own_head(client, vectors, adapter, anchor)
         text = encode_text(domain, adapter, examples.histories, item_vectors(domain, adapter, client.config.cache_dir))
         ranks |= head_ranks(domain, vectors, adapter, head, examples, text)
         encoded[labels[vectors]] = text
@@ -194,7 +194,8 @@ def own_head_ranks(
     return ranks, encoded
 
 
-def _own_head(client: Client, adapter: Adapter | None, anchor: Adapter | None) -> LocalHead:
+def _own_head(client: Client, vectors: HeadVectors, adapter: Adapter | None, anchor: Adapter | None) -> LocalHead:
+    """Only the head on the merge continues the federated one: the others are the organisation alone."""
     config = client.config
     return load_or_train_head(
         client.domain,
@@ -204,5 +205,5 @@ def _own_head(client: Client, adapter: Adapter | None, anchor: Adapter | None) -
         config.seed,
         config.cache_dir,
         logger.info,
-        anchor,
+        anchor if vectors == "merge" else None,
     )

@@ -15,7 +15,6 @@ from fedmerge.client.audit.users import prepare_for_audit
 from fedmerge.client.evaluate import encode_text, model_ranks
 from fedmerge.client.heads.heads import (
     LocalHead,
-    find_head,
     head_ranks,
     head_report,
     head_sources,
@@ -60,16 +59,12 @@ def same(one: LocalHead, other: LocalHead) -> bool:
 
 
 def test_a_head_is_trained_once(toys: LocalDomain, adapter: Adapter, tmp_path: Path) -> None:
-    assert find_head(toys, adapter, SMALL, None, 0, str(tmp_path)) is None
     first, _ = trained(toys, adapter, tmp_path)
     again, lines = trained(toys, adapter, tmp_path)
-    found = find_head(toys, adapter, SMALL, None, 0, str(tmp_path))
     (folder,) = heads_on_disk(tmp_path)
     assert lines == [f"toys: reusing the cached head in {folder}"]
     assert (first.cached, again.cached) == (False, True)
-    assert found is not None
     assert same(first, again)
-    assert same(first, found)
     elsewhere, _ = trained(toys, adapter, tmp_path / "elsewhere")
     assert same(first, elsewhere)
 
@@ -120,6 +115,19 @@ def test_ids_alone_are_trained_once_for_all_encoders(toys: LocalDomain, adapter:
     assert lines[0] == f"toys: reusing the cached head in {folder}"
     assert len(list(folder.glob("fusion-*.json"))) == 2
     assert torch.equal(one.model.item_representations(), two.model.item_representations())
+
+
+def test_the_fusion_is_chosen_again_after_a_change_of_the_text(toys: LocalDomain, tmp_path: Path) -> None:
+    """Users are texts of their last items: with fewer of these, other weights may be best, for ids and for text."""
+    fewer = replace(toys, text=toys.text.model_copy(update={"max_items": 1}))
+    for inputs in ("ids", "text"):
+        settings = SMALL.model_copy(update={"inputs": inputs})
+        trained(toys, None, tmp_path / inputs, settings)
+        _, lines = trained(fewer, None, tmp_path / inputs, settings)
+        (folder,) = heads_on_disk(tmp_path / inputs)  # the model does not depend on users' texts
+        assert lines[0] == f"toys: reusing the cached head in {folder}"
+        assert any("fusion masked" in line for line in lines)
+        assert len(list(folder.glob("fusion-*.json"))) == 2
 
 
 def shapes_of(head: Adapter) -> dict[str, tuple[int, int]]:
@@ -179,7 +187,6 @@ def test_a_damaged_head_is_made_again(
     first, _ = trained(toys, adapter, tmp_path)
     (folder,) = heads_on_disk(tmp_path)
     damage(folder)
-    assert find_head(toys, adapter, SMALL, None, 0, str(tmp_path)) is None
     again, lines = trained(toys, adapter, tmp_path)
     assert same(first, again)
     assert any("fusion masked" in line for line in lines)
@@ -252,9 +259,8 @@ def test_a_federated_head_is_one_more_source_of_the_fusion(toys: LocalDomain, ad
     source = anchored_source(anchor, text.items, examples.histories)
     expected = rank_targets(source.user_vectors, source.item_vectors, examples.targets, examples.histories)
     assert np.array_equal(ranks["head on the merge, fused"]["masked"], expected)
-    found = find_head(toys, adapter, SMALL, None, 0, str(tmp_path), anchor)
-    assert found is not None
-    assert found.fusion == head.fusion
+    again = load_or_train_head(toys, adapter, SMALL, None, 0, str(tmp_path), anchor=anchor)
+    assert again.fusion == head.fusion
 
 
 # Reports
