@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from adapters import random_adapter
 
 from fedmerge.adapter import Adapter, LoraModule, adapter_sha256
 from fedmerge.errors import DomainError, LayoutMismatchError
@@ -11,7 +12,6 @@ from fedmerge.federated.product_space import weighted_sum
 from fedmerge.sequence import anchored
 from fedmerge.sequence.anchored import DECAY, anchored_source, backward, text_head, train_anchored
 from fedmerge.sequence.ranking import Source
-from tests.support.adapters import random_adapter
 
 WIDTH, RANK, MAX_LENGTH, NUM_ITEMS = 8, 3, 5, 20
 RNG = np.random.default_rng(0)
