@@ -19,7 +19,6 @@ from fedmerge.encoder.text import pack_sequences
 from fedmerge.evaluation.ranks import FloatArray, IntArray, per_user_metrics, rank_targets
 from fedmerge.evaluation.sums import VARIANTS, MetricSums, Variant, metric_sums
 
-BACKBONE = "backbone"
 NO_BASELINES: Mapping[str, Ranker] = MappingProxyType({})
 Ranks = dict[Variant, npt.NDArray[np.int64]]
 NO_RANKS: Mapping[str, Ranks] = MappingProxyType({})

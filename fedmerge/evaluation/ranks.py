@@ -167,6 +167,11 @@ def _rank_blocks(
     return ranks
 
 
+def selection_score(ranks: IntArray) -> float:
+    """Return the mean of SELECTION_METRIC over users, from their (U,) ranks."""
+    return float(per_user_metrics(ranks)[:, METRICS.index(SELECTION_METRIC)].mean())
+
+
 def per_user_metrics(ranks: IntArray) -> FloatArray:
     """Compute the outcomes of every user, for one relevant item each.
 

@@ -11,7 +11,7 @@ from fedmerge.files import read_sealed, seal, whole_folder, write_json
 from fedmerge.merging.candidate import Candidate, Provenance
 from fedmerge.runs.verified import read_verified
 
-HEAD, FUSION_FILE = "head", "fusion.json"
+HEAD_FOLDER, FUSION_FILE = "head", "fusion.json"
 
 
 def write_federated_head(run_dir: Path, head: Candidate, backbone_name: str) -> None:
@@ -20,7 +20,7 @@ def write_federated_head(run_dir: Path, head: Candidate, backbone_name: str) -> 
     Raises:
         RunDirError: the folder cannot be written.
     """
-    with whole_folder(run_dir / HEAD) as folder:
+    with whole_folder(run_dir / HEAD_FOLDER) as folder:
         write_adapter(head.adapter, folder, backbone_name)
         write_json(folder / "provenance.json", seal(head.provenance.to_dict()))
 
@@ -28,8 +28,8 @@ def write_federated_head(run_dir: Path, head: Candidate, backbone_name: str) -> 
 def read_federated_head(run_dir: Path) -> Adapter | None:
     """Return the federated head; None if the run has none, or it is damaged."""
     try:
-        provenance = Provenance.from_dict(read_sealed(run_dir / HEAD / "provenance.json") or {})
-        adapter, sha256 = read_verified(run_dir / HEAD)
+        provenance = Provenance.from_dict(read_sealed(run_dir / HEAD_FOLDER / "provenance.json") or {})
+        adapter, sha256 = read_verified(run_dir / HEAD_FOLDER)
         return adapter if sha256 == provenance.sha256 else None
     except (FedMergeError, OSError, LookupError, TypeError, AttributeError):
         return None
@@ -41,9 +41,8 @@ def write_fusion(run_dir: Path, weights: Weights) -> None:
     Raises:
         RunDirError: the file cannot be written.
     """
-    write_json(
-        run_dir / HEAD / FUSION_FILE, seal({variant: list(of_variant) for variant, of_variant in weights.items()})
-    )
+    record = {str(variant): list(of_variant) for variant, of_variant in weights.items()}
+    write_json(run_dir / HEAD_FOLDER / FUSION_FILE, seal(record))
 
 
 def read_fusion(run_dir: Path) -> Weights | None:
@@ -52,5 +51,5 @@ def read_fusion(run_dir: Path) -> Weights | None:
     Raises:
         RunDirError: the file is damaged.
     """
-    found = read_sealed(run_dir / HEAD / FUSION_FILE)
+    found = read_sealed(run_dir / HEAD_FOLDER / FUSION_FILE)
     return None if found is None else {variant: tuple(found[variant]) for variant in VARIANTS}

@@ -15,21 +15,18 @@ import torch
 from torch import nn
 
 from fedmerge.adapter import Adapter, LoraModule
-from fedmerge.encoder.encode import length_batches
 from fedmerge.encoder.lora import initial_lora_A
 from fedmerge.errors import ClientError, DomainError, LayoutMismatchError
 from fedmerge.evaluation.ranks import IntArray, check_in_catalog
 from fedmerge.seeding import generator
-from fedmerge.sequence.ranking import Source, pad
+from fedmerge.sequence.blocks import LOGITS_PER_BLOCK, MIN_SEQUENCE, backward_in_blocks
+from fedmerge.sequence.ranking import Source, last_states, pad
 
 ATTENTION, ITEM, RECENCY = "attention", "item", "recency"  # modules of the adapter
 SCALING = 2.0
 DECAY = 0.8  # c: fall of the untrained attention's logit with every later item
 TEMPERATURE = 0.07  # τ; with it and BACKGROUND the untrained head's scores are calibrated (docs/findings.md)
 BACKGROUND = 0.5  # π: probability in the loss that text does not explain the next item
-MIN_SEQUENCE = 2  # one item to read and one to predict
-LOGITS_PER_BLOCK = 2**20  # 4 MiB of float32
-POSITIONS_PER_BATCH = 16384  # padded positions read at once outside training
 
 Progress = Callable[[str], None]
 Factors = dict[str, tuple[torch.Tensor, torch.Tensor, float]]
@@ -99,14 +96,11 @@ def anchored_source(
     item_vectors = item_vectors.detach().float()
     if not all(len(history) for history in histories):
         raise LayoutMismatchError("a history is empty; expected at least one item in each")
-    cut = [np.asarray(history[-max_length:], dtype=np.int64) for history in histories]
-    check_in_catalog(np.concatenate([np.zeros(0, dtype=np.int64), *cut]), len(item_vectors), "histories")
+    check_in_catalog(np.concatenate([np.zeros(0, dtype=np.int64), *histories]), len(item_vectors), "histories")
     on_device = {name: (A.to(item_vectors.device), B.to(item_vectors.device), x) for name, (A, B, x) in factors.items()}
-    users = torch.empty(len(cut), item_vectors.shape[1])
-    for batch in length_batches([len(history) for history in cut], POSITIONS_PER_BATCH):
-        padded, lengths = pad([cut[user] for user in batch], item_vectors.device)
-        vectors = _user_vectors(on_device, item_vectors[padded])
-        users[torch.from_numpy(batch)] = vectors[torch.arange(len(batch)), lengths - 1].cpu()
+    users = last_states(
+        lambda padded: _user_vectors(on_device, item_vectors[padded]), histories, max_length, item_vectors
+    )
     return Source(label, users, item_vectors.cpu())
 
 
@@ -211,13 +205,20 @@ def train_anchored(
     return Adapter(modules), report
 
 
-def backward(factors: Factors, item_vectors: torch.Tensor, batch: Sequence[npt.NDArray[np.int64]]) -> float:
+def backward(
+    factors: Factors,
+    item_vectors: torch.Tensor,
+    batch: Sequence[npt.NDArray[np.int64]],
+    *,
+    logits_per_block: int = LOGITS_PER_BLOCK,
+) -> float:
     """Add the gradients of a batch's mean loss to those of the factors.
 
     Args:
         factors: of the head; leaves that require gradients.
         item_vectors: (N, d).
         batch: sequences of two items or more; every item except the first is predicted from those before it.
+        logits_per_block: logits held at once, for a block of positions.
 
     Returns:
         The loss.
@@ -230,14 +231,13 @@ def backward(factors: Factors, item_vectors: torch.Tensor, batch: Sequence[npt.N
     targets = torch.from_numpy(np.concatenate([sequence[1:] for sequence in batch])).to(device)  # (P,)
     states = users.detach().requires_grad_()
     background = math.log(BACKGROUND / len(item_vectors))
-    total, size = 0.0, max(1, LOGITS_PER_BLOCK // len(item_vectors))
-    for some, their_targets in zip(torch.split(states, size), torch.split(targets, size), strict=True):
-        logits = some @ item_vectors.T / TEMPERATURE  # (block, N)
-        found = logits.log_softmax(dim=-1).gather(1, their_targets[:, None])  # (block, 1)
+
+    def loss_of(scores: torch.Tensor, of_block: torch.Tensor) -> torch.Tensor:
+        found = (scores / TEMPERATURE).log_softmax(dim=-1).gather(1, of_block[:, None])  # (block, 1)
         mixed = torch.logaddexp(found + math.log(1 - BACKGROUND), torch.full_like(found, background))
-        loss = -mixed.sum() / len(targets)
-        loss.backward()  # type: ignore[no-untyped-call]  # PyTorch leaves it untyped
-        total += loss.item()
+        return -mixed.sum()
+
+    total = backward_in_blocks(states, item_vectors, targets, loss_of, logits_per_block)
     torch.autograd.backward(users, states.grad)
     return total
 

@@ -8,7 +8,7 @@ import numpy.typing as npt
 import torch
 
 from fedmerge.errors import LayoutMismatchError
-from fedmerge.evaluation.ranks import METRICS, SELECTION_METRIC, IntArray, per_user_metrics, rank_targets, target_ranks
+from fedmerge.evaluation.ranks import IntArray, rank_targets, selection_score, target_ranks
 from fedmerge.sequence.ranking import Source
 
 SCORES_PER_BLOCK = 2**20  # of one source: 4 MiB of float32, and about 2 + number of sources as much in all
@@ -130,8 +130,7 @@ def choose_weights(
     for row, weights in enumerate(grid):
         if max(weights) == 1:
             ranks[row] = fused_ranks(sources, weights, targets, seen)
-    column = METRICS.index(SELECTION_METRIC)
-    ndcgs = [float(per_user_metrics(of_weights)[:, column].mean()) for of_weights in ranks]
+    ndcgs = [selection_score(of_weights) for of_weights in ranks]
     best = int(np.argmax(ndcgs))
     return FusionChoice(grid[best], ndcgs[best])
 

@@ -1,6 +1,6 @@
 """Scores as pairs of user vectors and item vectors: what ranking, fusion and serving work on."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,13 +43,33 @@ def sequence_source(model: SequenceModel, histories: Sequence[IntArray], label: 
     """
     base = model.base()
     items = model.item_representations(base)
-    cut = [np.asarray(history[-model.settings.max_length :], dtype=np.int64) for history in histories]
+    states = last_states(lambda padded: model(padded, base), histories, model.settings.max_length, items)
+    return Source(label, states, items.detach().cpu())
+
+
+def last_states(
+    states_of: Callable[[torch.Tensor], torch.Tensor],
+    histories: Sequence[IntArray],
+    max_length: int,
+    items: torch.Tensor,
+) -> torch.Tensor:
+    """Return the states after the last item of each history, batches of similar length at a time.
+
+    Args:
+        states_of: (b, t) items, padded on the right -> (b, t, h) states.
+        histories: U arrays of item indices, oldest first, none empty.
+        max_length: most recent items that are read.
+        items: (N, h) item representations, whose device and width the states have.
+
+    Returns:
+        float32 (U, h) on the CPU.
+    """
+    cut = [np.asarray(history[-max_length:], dtype=np.int64) for history in histories]
     states = torch.empty(len(cut), items.shape[1])
     for batch in length_batches([len(history) for history in cut], POSITIONS_PER_BATCH):
         padded, lengths = pad([cut[user] for user in batch], items.device)
-        hidden = model(padded, base)
-        states[torch.from_numpy(batch)] = hidden[torch.arange(len(batch)), lengths - 1].cpu()
-    return Source(label, states, items.detach().cpu())
+        states[torch.from_numpy(batch)] = states_of(padded)[torch.arange(len(batch)), lengths - 1].cpu()
+    return states
 
 
 def pad(sequences: Sequence[npt.NDArray[np.int64]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,21 +14,18 @@ from torch import nn
 from fedmerge.domain.splits import Examples
 from fedmerge.errors import ClientError, DomainError
 from fedmerge.evaluation.ranks import (
-    METRICS,
-    SELECTION_METRIC,
     IntArray,
     check_in_catalog,
-    per_user_metrics,
     rank_targets,
+    selection_score,
 )
 from fedmerge.seeding import derive, generator
+from fedmerge.sequence.blocks import LOGITS_PER_BLOCK, MIN_SEQUENCE, backward_in_blocks
 from fedmerge.sequence.checkpoint import Progressed, Tensors, read_checkpoint, write_checkpoint
 from fedmerge.sequence.model import SequenceModel, SequenceSettings
 from fedmerge.sequence.ranking import pad, sequence_source
 
-MIN_SEQUENCE = 2  # one item to read and one to predict
 BATCHES_PER_BUCKET = 16  # batches of randomly drawn users among which users of similar length are grouped
-LOGITS_PER_BLOCK = 2**20  # 4 MiB of float32: larger blocks do not fit a CPU's cache and are a third slower
 
 Progress = Callable[[str], None]
 
@@ -173,13 +170,11 @@ def backward(
     hidden = model(padded, base)[torch.arange(padded.shape[1], device=device) < lengths[:, None]]  # (P, h)
     targets = torch.from_numpy(np.concatenate([sequence[1:] for sequence in batch])).to(device)  # (P,)
     states, catalog = hidden.detach().requires_grad_(), items.detach().requires_grad_()
-    total = 0.0
-    size = max(1, logits_per_block // len(catalog))
-    for some, their_targets in zip(torch.split(states, size), torch.split(targets, size), strict=True):
-        logits = some @ catalog.T  # (block, N)
-        loss = nn.functional.cross_entropy(logits, their_targets, reduction="sum") / len(targets)
-        loss.backward()  # type: ignore[no-untyped-call]  # PyTorch leaves it untyped
-        total += loss.item()
+
+    def loss_of(logits: torch.Tensor, of_block: torch.Tensor) -> torch.Tensor:
+        return nn.functional.cross_entropy(logits, of_block, reduction="sum")
+
+    total = backward_in_blocks(states, catalog, targets, loss_of, logits_per_block)
     torch.autograd.backward([hidden, items], [states.grad, catalog.grad])
     return total
 
@@ -231,7 +226,7 @@ def _batches(
 def _ndcg(model: SequenceModel, validation: Examples) -> float:
     source = sequence_source(model.eval(), validation.histories)
     ranks = rank_targets(source.user_vectors, source.item_vectors, validation.targets)
-    return float(per_user_metrics(ranks)[:, METRICS.index(SELECTION_METRIC)].mean())
+    return selection_score(ranks)
 
 
 def _weights(model: SequenceModel) -> Tensors:

@@ -16,7 +16,7 @@ from source_tables import small_source, write_source
 from fedmerge import __version__
 from fedmerge.cli import main
 from fedmerge.client.baselines.rankers import BASELINE_LABELS, baseline_rankers
-from fedmerge.client.evaluate import BACKBONE, evaluate
+from fedmerge.client.evaluate import evaluate
 from fedmerge.client.local_domain import open_domain
 from fedmerge.config import ExperimentConfig, Text, load_config, to_toml
 from fedmerge.device import resolve_compute
@@ -27,6 +27,7 @@ from fedmerge.encoder.backbone import load_backbone
 from fedmerge.encoder.demo_backbone import NOTE
 from fedmerge.encoder.peft_folder import write_adapter
 from fedmerge.evaluation.ranks import METRICS
+from fedmerge.evaluation.sums import BACKBONE
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIG = REPOSITORY / "configs" / "amazon3.toml"

@@ -12,7 +12,7 @@ from backbones import tiny_bert
 
 from fedmerge.adapter import Adapter
 from fedmerge.client.baselines.rankers import BASELINE_LABELS, Ranker, baseline_rankers
-from fedmerge.client.evaluate import BACKBONE, evaluate
+from fedmerge.client.evaluate import evaluate
 from fedmerge.client.local_domain import LocalDomain, open_domain
 from fedmerge.config import ExperimentConfig, Text
 from fedmerge.device import resolve_compute
@@ -25,7 +25,7 @@ from fedmerge.encoder.lora import applied
 from fedmerge.encoder.text import pack_sequences
 from fedmerge.errors import ConfigError, FedMergeError
 from fedmerge.evaluation.ranks import CUTOFFS, METRICS
-from fedmerge.evaluation.sums import MetricSums
+from fedmerge.evaluation.sums import BACKBONE, MetricSums
 
 TEXT = Text(max_attribute_tokens=40, max_items=2, max_tokens=128)
 NUM_USERS, NUM_ITEMS = 24, 30

@@ -68,14 +68,13 @@ def test_a_head_of_zero_delta_is_the_text_model_whatever_its_factors(head: Adapt
         torch.testing.assert_close(user, mean / mean.norm())
 
 
-def test_gradients_are_those_of_the_dense_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(anchored, "LOGITS_PER_BLOCK", 3 * NUM_ITEMS)  # several blocks
+def test_gradients_are_those_of_the_dense_model() -> None:
     batch = [np.asarray(history[-MAX_LENGTH - 1 :], dtype=np.int64) for history in HISTORIES if len(history) > 1]
     factors = {
         name: (m.lora_A.clone().requires_grad_(), m.lora_B.clone().requires_grad_(), m.scaling)
         for name, m in trained_head().modules.items()
     }
-    loss = backward(factors, item_vectors(), batch)
+    loss = backward(factors, item_vectors(), batch, logits_per_block=3 * NUM_ITEMS)  # several blocks
 
     exact = {name: (A.detach().double(), B.detach().double(), x) for name, (A, B, x) in factors.items()}
     for A, B, _ in exact.values():

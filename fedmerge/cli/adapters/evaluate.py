@@ -41,9 +41,10 @@ def _evaluate(options: argparse.Namespace) -> int:
     import torch
 
     from fedmerge.client.baselines.rankers import BASELINE_LABELS, baseline_rankers
-    from fedmerge.client.evaluate import BACKBONE, evaluate
+    from fedmerge.client.evaluate import evaluate
     from fedmerge.client.local_domain import LocalDomain, open_domain
     from fedmerge.encoder.adapted import load_adapted
+    from fedmerge.evaluation.sums import BACKBONE
     from fedmerge.report.tables import result_rows, results_table
     from fedmerge.serving.evaluate import evaluate_run
     from fedmerge.serving.model import open_run

@@ -30,7 +30,7 @@ from fedmerge.config import ExperimentConfig, Personal, Train
 from fedmerge.domain.splits import MIN_EVALUATED_LENGTH, Examples, evaluated_users, evaluation_examples, examples_of
 from fedmerge.encoder.peft_folder import read_adapter, write_adapter
 from fedmerge.errors import FedMergeError
-from fedmerge.evaluation.ranks import METRICS, SELECTION_METRIC, per_user_metrics, rank_targets
+from fedmerge.evaluation.ranks import rank_targets, selection_score
 from fedmerge.files import read_sealed, seal, write_json
 from fedmerge.mergerec.coefficients import optimise
 from fedmerge.mergerec.directions import (
@@ -284,7 +284,7 @@ def find_personal_merge(
 def _ndcg(domain: LocalDomain, merge: Adapter, examples: Examples) -> float:
     text = encode_text(domain, merge, examples.histories)
     ranks = rank_targets(text.users, text.items, examples.targets)
-    return float(per_user_metrics(ranks)[:, METRICS.index(SELECTION_METRIC)].mean())
+    return selection_score(ranks)
 
 
 def _stopping_examples(domain: LocalDomain, settings: PersonalSettings) -> Examples:

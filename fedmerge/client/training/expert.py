@@ -19,7 +19,7 @@ from fedmerge.domain.splits import Examples, evaluation_examples
 from fedmerge.encoder.encode import encode
 from fedmerge.encoder.text import pack_sequences
 from fedmerge.errors import DomainError
-from fedmerge.evaluation.ranks import METRICS, SELECTION_METRIC, per_user_metrics, rank_targets
+from fedmerge.evaluation.ranks import rank_targets, selection_score
 
 PATIENCE = 5  # validations without a better NDCG@10 that end a training
 
@@ -144,4 +144,4 @@ def _validation_ndcg(domain: LocalDomain, examples: Examples) -> float:
     ranks = rank_targets(
         encode(domain.backbone, users), encode(domain.backbone, domain.item_sequences), examples.targets
     )
-    return float(per_user_metrics(ranks)[:, METRICS.index(SELECTION_METRIC)].mean())
+    return selection_score(ranks)

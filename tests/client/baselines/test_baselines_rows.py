@@ -17,7 +17,7 @@ from fedmerge.client.audit.users import prepare_for_audit
 from fedmerge.client.baselines.rankers import BASELINE_LABELS, Progress, Ranker, baseline_rankers, sasrec_settings
 from fedmerge.client.baselines.sasrec import TENSOR_FILE, load_or_train_sasrec, sasrec_inputs
 from fedmerge.client.cache.folders import inputs_key
-from fedmerge.client.evaluate import BACKBONE, evaluate
+from fedmerge.client.evaluate import evaluate
 from fedmerge.client.local_domain import LocalDomain, open_domain
 from fedmerge.config import Baseline, ExperimentConfig, Simulation, Text, load_config, to_flat
 from fedmerge.device import resolve_compute
@@ -27,6 +27,7 @@ from fedmerge.domain.interactions import make_interactions
 from fedmerge.domain.splits import evaluation_examples
 from fedmerge.encoder.backbone import load_backbone
 from fedmerge.errors import ClientError, ConfigError
+from fedmerge.evaluation.sums import BACKBONE
 from fedmerge.sequence.model import SequenceSettings
 from sim.app.client.app import app as client_app
 from sim.app.client.replies import log_to_stderr

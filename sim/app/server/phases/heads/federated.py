@@ -12,7 +12,7 @@ from fedmerge.federated.head import fresh_head
 from fedmerge.federated.rounds import GlobalState, fresh_seed, initial_state
 from fedmerge.federated.rules import rule_named
 from fedmerge.merging.candidate import Candidate, MergeVariant, Origin, provenance_of_merge
-from fedmerge.runs.federated_head import HEAD, read_federated_head, write_federated_head
+from fedmerge.runs.federated_head import HEAD_FOLDER, read_federated_head, write_federated_head
 from fedmerge.runs.round_checkpoints import HEAD_ROUNDS, round_records
 from fedmerge.seeding import derive
 from fedmerge.server.choice import CHOICE_FILE
@@ -47,9 +47,10 @@ def train_federated_head(
         logger.info("the federated head is on disk")
         return found
     if not ask_clients:
+        folder = run.folder / HEAD_FOLDER
         raise RunDirError(
-            f"{run.folder / HEAD}: the federated head is missing or damaged, but {CHOICE_FILE}, which was made with "
-            f"it, is final. Restore {run.folder / HEAD} from an undamaged copy, or start a new run."
+            f"{folder}: the federated head is missing or damaged, but {CHOICE_FILE}, which was made with it, is final. "
+            f"Restore {folder} from an undamaged copy, or start a new run."
         )
     seed = derive(config.seed, "federated head")
     # Where the rule can, the head is cut to the rank that the clients start the next round with.
