@@ -188,7 +188,7 @@ def _scores(
         items = _vectors(domain)
         users = [_user_vectors(domain, examples) for examples in (select, report)]
     head, _ = train_sequence_model(
-        domain.training_sequences, len(domain.catalog), select, settings, seed, domain.backbone.device, items
+        domain.training_sequences, len(domain.catalog), select, settings, seed, domain.backbone.compute, items
     )
     of_select, of_report = (
         [

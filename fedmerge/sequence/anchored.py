@@ -230,14 +230,14 @@ def backward(
     ]
     targets = torch.from_numpy(np.concatenate([sequence[1:] for sequence in batch])).to(device)  # (P,)
     states = users.detach().requires_grad_()
-    background = math.log(BACKGROUND / len(item_vectors))
-
-    def loss_of(scores: torch.Tensor, of_block: torch.Tensor) -> torch.Tensor:
-        found = (scores / TEMPERATURE).log_softmax(dim=-1).gather(1, of_block[:, None])  # (block, 1)
-        mixed = torch.logaddexp(found + math.log(1 - BACKGROUND), torch.full_like(found, background))
-        return -mixed.sum()
-
-    total = backward_in_blocks(states, item_vectors, targets, loss_of, logits_per_block)
+    total = backward_in_blocks(
+        states,
+        item_vectors,
+        targets,
+        temperature=TEMPERATURE,
+        background=BACKGROUND,
+        logits_per_block=logits_per_block,
+    )
     torch.autograd.backward(users, states.grad)
     return total
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
 
+from fedmerge.device import Compute
 from fedmerge.domain.splits import Examples
 from fedmerge.errors import ClientError, DomainError
 from fedmerge.evaluation.ranks import (
@@ -57,7 +57,7 @@ def train_sequence_model(
     validation: Examples,
     settings: SequenceSettings,
     seed: int,
-    device: torch.device,
+    compute: Compute,
     item_vectors: torch.Tensor | None = None,
     progress: Progress = lambda line: None,
     checkpoint: Path | None = None,
@@ -74,7 +74,7 @@ def train_sequence_model(
         settings: inputs and size; training ends at the first limit reached.
         seed: seed of weights, order and dropout. With one device, thread count and version the same seed gives the same
             model, unless ``max_minutes`` ends the training.
-        device: device of the training.
+        compute: device, and the precision of the item MLP and of the gradients over all items; the softmax is float32.
         item_vectors: (N, d) text vectors, L2-normalised; None with ``inputs = "ids"``.
         progress: receives one line after every epoch.
         checkpoint: file for the state after every epoch; a training that finds one resumes from it. The caller names
@@ -102,12 +102,12 @@ def train_sequence_model(
     check_in_catalog(trained_items, num_items, "the train sequences")
     lengths = np.array([len(sequence) for sequence in cut])
     started = time.monotonic()
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with torch.random.fork_rng([compute.device] if compute.device.type == "cuda" else []):
         torch.manual_seed(derive(seed, "sasrec"))  # the purposes keep the name that they have in published results
         model = SequenceModel(num_items, settings, item_vectors)
         if settings.inputs == "text+ids":
             model.trained_items.zero_()[torch.from_numpy(trained_items)] = True
-        model = model.to(device)
+        model = model.to(compute.device)
         optimizer = torch.optim.Adam(model.parameters(), lr=settings.learning_rate)
         losses, stopped_by = list[float](), ""
         resumed = None if checkpoint is None else read_checkpoint(checkpoint)
@@ -123,7 +123,8 @@ def train_sequence_model(
         end = started - earlier + 60 * (settings.max_minutes or math.inf)
         while not stopped_by:
             batches = _batches(lengths, settings.batch_size, generator(seed, "sasrec", len(losses)))
-            loss, finished = _epoch(model.train(), optimizer, ([cut[user] for user in batch] for batch in batches), end)
+            of_users = ([cut[user] for user in batch] for batch in batches)
+            loss, finished = _epoch(model.train(), optimizer, of_users, end, compute.autocast_dtype)
             if not math.isfinite(loss):
                 raise ClientError(
                     f"the training loss of a sequence model is {loss} in epoch {len(losses) + 1}. Leave the model out: "
@@ -148,7 +149,11 @@ def train_sequence_model(
 
 
 def backward(
-    model: SequenceModel, batch: Sequence[npt.NDArray[np.int64]], *, logits_per_block: int = LOGITS_PER_BLOCK
+    model: SequenceModel,
+    batch: Sequence[npt.NDArray[np.int64]],
+    dtype: torch.dtype | None = None,
+    *,
+    logits_per_block: int = LOGITS_PER_BLOCK,
 ) -> float:
     """Add the gradients of a batch's mean loss to the model's.
 
@@ -158,23 +163,21 @@ def backward(
     Args:
         model: in training mode.
         batch: sequences of two items or more; every item except the first is predicted from those before it.
+        dtype: of the products over all items that the loss itself does not need exactly; None for float32 throughout.
         logits_per_block: logits held at once, for a block of positions; it changes the gradients by rounding only.
 
     Returns:
         The loss.
     """
     device = model.positions.weight.device
-    base = model.base()
+    with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
+        base = model.base().float()
     items = model.item_representations(base)  # (N, h)
     padded, lengths = pad([sequence[:-1] for sequence in batch], device)
     hidden = model(padded, base)[torch.arange(padded.shape[1], device=device) < lengths[:, None]]  # (P, h)
     targets = torch.from_numpy(np.concatenate([sequence[1:] for sequence in batch])).to(device)  # (P,)
     states, catalog = hidden.detach().requires_grad_(), items.detach().requires_grad_()
-
-    def loss_of(logits: torch.Tensor, of_block: torch.Tensor) -> torch.Tensor:
-        return nn.functional.cross_entropy(logits, of_block, reduction="sum")
-
-    total = backward_in_blocks(states, catalog, targets, loss_of, logits_per_block)
+    total = backward_in_blocks(states, catalog, targets, dtype=dtype, logits_per_block=logits_per_block)
     torch.autograd.backward([hidden, items], [states.grad, catalog.grad])
     return total
 
@@ -184,6 +187,7 @@ def _epoch(
     optimizer: torch.optim.Optimizer,
     batches: Iterable[Sequence[npt.NDArray[np.int64]]],
     end: float,
+    dtype: torch.dtype | None,
 ) -> tuple[float, bool]:
     """Make one pass over the users, up to a time of the monotonic clock.
 
@@ -193,7 +197,7 @@ def _epoch(
     total = num_predicted = 0.0
     for batch in batches:
         optimizer.zero_grad()
-        loss = backward(model, batch)
+        loss = backward(model, batch, dtype)
         if not math.isfinite(loss):
             return loss, True
         optimizer.step()

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from fedmerge.device import resolve_compute
 from fedmerge.domain.splits import Examples
 from fedmerge.errors import ClientError, DomainError, LayoutMismatchError
 from fedmerge.evaluation.ranks import IntArray, rank_targets
@@ -21,7 +22,7 @@ from fedmerge.sequence.ranking import sequence_source
 from fedmerge.sequence.training import backward, train_sequence_model
 
 NUM_ITEMS = 12
-CPU = torch.device("cpu")
+CPU = resolve_compute("cpu", "float32")
 SETTINGS = SequenceSettings(
     hidden_size=16, layers=2, heads=2, dropout=0.0, max_length=6, learning_rate=0.01, batch_size=8, max_epochs=40
 )
@@ -163,6 +164,17 @@ def test_gradients_are_those_of_the_softmax_over_the_whole_catalog(logits_per_bl
     assert backward(blocked, batch, logits_per_block=logits_per_block) == pytest.approx(expected.item(), rel=1e-5)
     for (name, one), (_, other) in zip(plain.named_parameters(), blocked.named_parameters(), strict=True):
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_bfloat16_rounds_gradients_and_no_loss() -> None:
+    batch = [np.array([1, 2, 3, 4]), np.array([5, 5]), np.array([0, 11, 7])]
+    exact, rounded = spread_model().train(), spread_model().train()
+    assert backward(exact, batch) == backward(rounded, batch, torch.bfloat16)
+    for (name, one), (_, other) in zip(exact.named_parameters(), rounded.named_parameters(), strict=True):
+        assert one.grad is not None
+        assert other.grad is not None
+        assert not torch.equal(one.grad, other.grad)
+        assert (one.grad - other.grad).norm() < 0.01 * one.grad.norm(), name
 
 
 # Training

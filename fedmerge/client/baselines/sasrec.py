@@ -42,14 +42,14 @@ def load_or_train_sasrec(
         DomainError: as :func:`train_sequence_model`.
         ClientError: as :func:`train_sequence_model`, or the model cannot be cached.
     """
-    name, num_items, device = domain.manifest.name, len(domain.catalog), domain.backbone.device
+    name, num_items, compute = domain.manifest.name, len(domain.catalog), domain.backbone.compute
     inputs = {
         "interactions": domain.manifest.interactions_sha256,
         "num_items": num_items,
         "sasrec": sasrec_inputs(settings),
         "seed": seed,
         "threads": torch.get_num_threads(),
-        "device": str(device),
+        "device": [str(compute.device), compute.precision],
         "versions": [__version__, torch.__version__],
     }
     if domain.left_out is not None or domain.planted:
@@ -57,7 +57,7 @@ def load_or_train_sasrec(
     folder = cache_dir / "sasrec" / f"{name}-{inputs_key(inputs)}"
     if cached := _read_cached(folder):
         progress(f"{name}: reusing the cached sasrec in {folder}")
-        model = SequenceModel(num_items, settings).to(device)
+        model = SequenceModel(num_items, settings).to(compute.device)
         model.load_state_dict(cached)
         return model.eval()
     shutil.rmtree(folder, ignore_errors=True)  # a damaged one
@@ -68,7 +68,7 @@ def load_or_train_sasrec(
         validation,
         settings,
         seed,
-        device,
+        compute,
         progress=lambda line: progress(f"{name}: sasrec {line}"),
     )
     tensors = save({key: tensor.detach().cpu().contiguous() for key, tensor in model.state_dict().items()})

@@ -279,7 +279,7 @@ def _train(
         validation,
         settings,
         inputs["seed"],
-        domain.backbone.device,
+        domain.backbone.compute,
         None if settings.inputs == "ids" else vectors,
         lambda line: progress(f"{name}: head: {line}"),
         checkpoint,
@@ -384,7 +384,7 @@ def head_inputs(domain: LocalDomain, adapter: Adapter | None, settings: Sequence
         "settings": asdict(settings),
         "seed": seed,
         "threads": torch.get_num_threads(),
-        "device": str(domain.backbone.device),
+        "device": [str(domain.backbone.device), domain.backbone.compute.precision],
         "versions": [__version__, torch.__version__],
     }
     if settings.inputs != "ids":
