@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(config.runtime.threads_per_client)
     backbone = load_backbone(config.backbone.source, config.backbone.pooling, compute)
     domain = open_domain(options.domain, backbone, config.text)
-    select, report = _halves(evaluation_examples(domain.interactions, "valid", options.users, config.seed))
+    select, report = halves(evaluation_examples(domain.interactions, "valid", options.users, config.seed))
     rows: dict[str, Any] = {}
     for name in ("backbone", "today", "under the head"):
         started = time.process_time()
@@ -81,7 +81,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _halves(examples: Examples) -> tuple[Examples, Examples]:
+def halves(examples: Examples) -> tuple[Examples, Examples]:
     """Split users by turns: those who select, and those who are reported."""
     return tuple(  # type: ignore[return-value]  # of length 2
         Examples(examples.users[part::2], examples.histories[part::2], examples.targets[part::2]) for part in (0, 1)
@@ -183,13 +183,24 @@ def _scores(
     select: Examples,
     report: Examples,
 ) -> dict[str, float]:
-    """Train a fresh head on an adapter's item vectors; return masked NDCG@10 by text, head, and fused."""
+    """Train a fresh head on an adapter's item vectors; return the rows of :func:`fused_rows`."""
     with applied(domain.backbone, adapter):
-        items = _vectors(domain)
-        users = [_user_vectors(domain, examples) for examples in (select, report)]
+        items, users = vectors_of(domain, (select, report))
     head, _ = train_sequence_model(
         domain.training_sequences, len(domain.catalog), select, settings, seed, domain.backbone.compute, items
     )
+    return fused_rows(head, items, users, select, report)
+
+
+def vectors_of(domain: LocalDomain, of: Sequence[Examples]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Encode the catalog (N, d) and the histories of examples (U, d) under the adapter that is applied."""
+    return _vectors(domain), [_user_vectors(domain, examples) for examples in of]
+
+
+def fused_rows(
+    head: SequenceModel, items: torch.Tensor, users: Sequence[torch.Tensor], select: Examples, report: Examples
+) -> dict[str, float]:
+    """Return the masked NDCG@10 of users by head, text, last item and their fusion, whose weights others choose."""
     of_select, of_report = (
         [
             sequence_source(head, examples.histories),
@@ -199,7 +210,7 @@ def _scores(
         for examples, vectors in zip((select, report), users, strict=True)
     )
     choice = choose_weights(of_select, select.targets, select.histories)
-    weights = {"head": (1.0, 0.0, 0.0), "text": (0.0, 1.0, 0.0), "fused": choice.weights}
+    weights = {"head": (1.0, 0.0, 0.0), "text": (0.0, 1.0, 0.0), "last item": (0.0, 0.0, 1.0), "fused": choice.weights}
     return {
         row: _ndcg(fused_ranks(of_report, of_row, report.targets, report.histories)) for row, of_row in weights.items()
     }
