@@ -1,9 +1,10 @@
 """Write domain folders atomically, list them, and describe them to their owner."""
 
+import contextlib
 import os
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,10 +21,9 @@ from fedmerge.domain.catalog import (
 from fedmerge.domain.interactions import (
     INTERACTIONS_FILE,
     Interactions,
-    check_item_range,
-    interactions_fingerprint,
-    interactions_to_bytes,
+    SequencePart,
     load_interactions,
+    write_interactions,
 )
 from fedmerge.domain.manifest import (
     MANIFEST_FILE,
@@ -71,7 +71,7 @@ class DomainInfo:
 def write_domain(
     folder: Path,
     catalog: Catalog,
-    interactions: Interactions,
+    interactions: Interactions | Iterable[SequencePart],
     *,
     public_catalog: bool,
     synthetic: bool,
@@ -89,7 +89,7 @@ def write_domain(
     Args:
         folder: the domain folder, named like the catalog. Missing parents are created.
         catalog: the items.
-        interactions: the sequences, over the catalog's item indices.
+        interactions: the sequences, over the catalog's item indices; parts are read once.
         public_catalog: True if the owner lets the catalog leave the client.
         synthetic: True if the data is generated.
         source: origin of the data, in words.
@@ -103,35 +103,29 @@ def write_domain(
     """
     if folder_name(folder) != catalog.name:
         raise DomainError(f"{folder}: expected the name of the catalog, {catalog.name!r}. Rename one of them.")
-    check_item_range(f"{folder}: interactions", interactions.items, len(catalog))
     check_target(folder, overwrite)
-    manifest = Manifest(
-        name=catalog.name,
-        public_catalog=public_catalog,
-        catalog_source=catalog_source or default_catalog_source(synthetic),
-        synthetic=synthetic,
-        source=source,
-        num_items=len(catalog),
-        num_users=interactions.num_users,
-        num_interactions=len(interactions.items),
-        catalog_sha256=catalog_fingerprint(catalog.item_ids, catalog.attributes),
-        interactions_sha256=interactions_fingerprint(interactions),
-    )
-    contents = {
-        CATALOG_FILE: catalog_to_bytes(catalog),
-        INTERACTIONS_FILE: interactions_to_bytes(interactions),
-        MANIFEST_FILE: manifest_to_bytes(manifest),
-    }
     token = secrets.token_hex(4)
     partial = folder.parent / f".{catalog.name}.partial-{token}"
     previous = folder.parent / f".{catalog.name}.previous-{token}"
+    new_parents = [parent for parent in partial.parents if not parent.exists()]
     try:
         partial.mkdir(parents=True)
-        for file_name, data in contents.items():
-            with (partial / file_name).open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+        parts = interactions.parts() if isinstance(interactions, Interactions) else interactions
+        written = write_interactions(parts, partial / INTERACTIONS_FILE, len(catalog))
+        manifest = Manifest(
+            name=catalog.name,
+            public_catalog=public_catalog,
+            catalog_source=catalog_source or default_catalog_source(synthetic),
+            synthetic=synthetic,
+            source=source,
+            num_items=len(catalog),
+            num_users=written.num_users,
+            num_interactions=written.num_interactions,
+            catalog_sha256=catalog_fingerprint(catalog.item_ids, catalog.attributes),
+            interactions_sha256=written.sha256,
+        )
+        _write_synced(partial / CATALOG_FILE, catalog_to_bytes(catalog))
+        _write_synced(partial / MANIFEST_FILE, manifest_to_bytes(manifest))
         if replaced := overwrite and (folder / MANIFEST_FILE).exists():
             _exchange(partial, folder, previous)
         else:
@@ -143,6 +137,9 @@ def write_domain(
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        for parent in new_parents:
+            with contextlib.suppress(OSError):
+                parent.rmdir()  # if it is still empty
     if replaced:
         _remove(previous)
     return manifest
@@ -223,6 +220,13 @@ def check_target(folder: Path, overwrite: bool) -> None:
             raise DomainError(f"{folder}: a domain of this name exists. Choose another name, or ask to overwrite it.")
     elif any(folder.iterdir()):
         raise DomainError(f"{folder}: not a domain folder, so it is never replaced. Choose another folder.")
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _exchange(partial: Path, folder: Path, previous: Path) -> None:

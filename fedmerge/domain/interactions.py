@@ -5,21 +5,40 @@ Messages name rows and counts, never a user's id, because an error may travel fu
 
 import hashlib
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from fedmerge.domain.manifest import read_manifest
 from fedmerge.domain.parquet import CELL_BYTES, LONGEST_TEXT, table_limits
-from fedmerge.domain.tables import RESTORE, decode_table, encode_table, read_file
+from fedmerge.domain.tables import RESTORE, decode_table, read_file
 from fedmerge.errors import DomainError
 
 INTERACTIONS_FILE = "interactions.parquet"
 SCHEMA = pa.schema([pa.field("user_id", pa.string()), pa.field("item_index", pa.int32())])
+ROWS_AT_ONCE = 1 << 20  # written
+
+
+class SequencePart(NamedTuple):
+    """Some users of a domain, each with all items; as many parts as needed make the whole, in bounded memory.
+
+    Attributes:
+        user_ids: (u,) original ids, as Arrow strings.
+        lengths: (u,) int64, interactions of each user.
+        items: (t,) int32 item indices, user after user, each oldest first.
+    """
+
+    user_ids: pa.StringArray
+    lengths: npt.NDArray[np.int64]
+    items: npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,6 +74,26 @@ class Interactions:
         """
         return self.items[self.offsets[user] : self.offsets[user + 1]]
 
+    def parts(self) -> Iterator[SequencePart]:
+        """Yield the sequences, some users at a time.
+
+        Raises:
+            DomainError: a user id that is not valid UTF-8.
+        """
+        start = 0
+        while start < self.num_users:
+            last = int(np.searchsorted(self.offsets, self.offsets[start] + ROWS_AT_ONCE, "right")) - 1
+            stop = max(last, start + 1)
+            try:
+                user_ids = pa.array(self.user_ids[start:stop], pa.string())
+            except (pa.ArrowException, TypeError, UnicodeEncodeError) as error:
+                raise DomainError(
+                    "Interactions: a user id is not valid UTF-8 text. Correct it in the source."
+                ) from error
+            offsets = self.offsets[start : stop + 1]
+            yield SequencePart(user_ids, np.diff(offsets), self.items[offsets[0] : offsets[-1]])
+            start = stop
+
 
 def make_interactions(
     user_ids: Sequence[str], sequences: Sequence[Sequence[int] | npt.NDArray[np.integer]]
@@ -79,26 +118,82 @@ def make_interactions(
 
 
 def interactions_fingerprint(interactions: Interactions) -> str:
-    """Return the SHA-256 (hex) of users and sequences in order, independent of file, compression and library."""
+    """Return the SHA-256 (hex) of users and sequences in order, independent of file, compression and library.
+
+    Hashed are the JSON of the list of users, the offsets (``<i8``) and the items (``<i4``).
+    """
     digest = hashlib.sha256(json.dumps(interactions.user_ids, separators=(",", ":")).encode())
     digest.update(interactions.offsets.astype("<i8").tobytes())
     digest.update(interactions.items.astype("<i4").tobytes())
     return digest.hexdigest()
 
 
-def interactions_to_bytes(interactions: Interactions) -> bytes:
-    """Encode the interactions as Parquet bytes, as they are stored (they are never sent)."""
-    try:
-        user_ids = pa.array(interactions.user_ids, pa.string())
-    except (pa.ArrowException, TypeError, UnicodeEncodeError) as error:
-        raise DomainError("Interactions: a user id is not valid UTF-8 text. Correct it in the source.") from error
-    if (longest := max(map(len, interactions.user_ids))) > LONGEST_TEXT:
-        raise DomainError(
-            f"Interactions: a user id has {longest:,} characters, at most {LONGEST_TEXT:,} are read. Shorten it in the "
-            "source."
-        )
-    rows = np.repeat(np.arange(interactions.num_users), np.diff(interactions.offsets))
-    return encode_table(pa.table([user_ids.take(pa.array(rows)), pa.array(interactions.items)], schema=SCHEMA))
+class WrittenInteractions(NamedTuple):
+    """What write_interactions wrote: counts, and the interactions_fingerprint."""
+
+    num_users: int
+    num_interactions: int
+    sha256: str
+
+
+def write_interactions(parts: Iterable[SequencePart], path: Path, num_items: int) -> WrittenInteractions:
+    """Write ``interactions.parquet``, synced, in memory for one part and 8 bytes a user.
+
+    Args:
+        parts: at least one user; each user once.
+        path: the file.
+        num_items: items of the catalog.
+
+    Raises:
+        DomainError: an item index outside the catalog, or a user id that is too long.
+        OSError: the file cannot be written.
+    """
+    digest = hashlib.sha256(b"[")
+    ends = [np.zeros(1, np.int64)]
+    with path.open("wb") as file:
+        with pq.ParquetWriter(file, SCHEMA, compression="zstd") as writer:
+            for table in _row_groups(_hashed(parts, digest, ends, num_items)):
+                writer.write_table(table, ROWS_AT_ONCE)
+        file.flush()
+        os.fsync(file.fileno())
+    digest.update(b"]")
+    for part in ends:
+        digest.update(part.astype("<i8").tobytes())
+    with pq.ParquetFile(path) as written:  # the items are hashed last; reading them again is cheaper than a copy
+        for batch in written.iter_batches(ROWS_AT_ONCE, columns=["item_index"]):
+            digest.update(batch.column(0).to_numpy().astype("<i4").tobytes())
+    return WrittenInteractions(sum(map(len, ends)) - 1, int(ends[-1][-1]), digest.hexdigest())
+
+
+def _hashed(
+    parts: Iterable[SequencePart], digest: "hashlib._Hash", ends: list[npt.NDArray[np.int64]], num_items: int
+) -> Iterator[pa.Table]:
+    """Yield the rows of each part after checks; hash its users, and append the end of each user's rows to ends."""
+    for part in parts:
+        longest = pc.max(pc.utf8_length(part.user_ids)).as_py()
+        if longest > LONGEST_TEXT:
+            raise DomainError(
+                f"Interactions: a user id has {longest:,} characters, at most {LONGEST_TEXT:,} are read. Shorten it in "
+                "the source."
+            )
+        check_item_range("Interactions", part.items, num_items, first_row=int(ends[-1][-1]))
+        cells = json.dumps(part.user_ids.to_pylist(), separators=(",", ":")).encode()
+        digest.update(b"," * (len(ends) > 1) + cells[1:-1])
+        ends.append(ends[-1][-1] + np.cumsum(part.lengths))
+        rows = np.repeat(np.arange(len(part.lengths)), part.lengths)
+        yield pa.table([part.user_ids.take(pa.array(rows)), pa.array(part.items)], schema=SCHEMA)
+
+
+def _row_groups(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """Join small tables to row groups of about ROWS_AT_ONCE rows."""
+    pending: list[pa.Table] = []
+    for table in tables:
+        pending.append(table)
+        if sum(map(len, pending)) >= ROWS_AT_ONCE:
+            yield pa.concat_tables(pending)
+            pending = []
+    if pending:
+        yield pa.concat_tables(pending)
 
 
 def load_interactions(folder: Path) -> Interactions:
@@ -137,13 +232,20 @@ def load_interactions(folder: Path) -> Interactions:
     return interactions
 
 
-def check_item_range(where: str, items: npt.NDArray[np.int32], num_items: int) -> None:
-    """Raise DomainError for an item index outside [0, num_items); the message names the first row."""
+def check_item_range(where: str, items: npt.NDArray[np.int32], num_items: int, first_row: int = 0) -> None:
+    """Raise DomainError for an item index outside [0, num_items); the message names the first such row.
+
+    Args:
+        where: name of the rows for the message.
+        items: (t,) item indices.
+        num_items: items of the catalog.
+        first_row: number of the first of these rows.
+    """
     wrong = np.flatnonzero((items < 0) | (items >= num_items))
     if len(wrong):
         raise DomainError(
             f"{where}: {len(wrong)} rows have an item_index outside the catalog, the first is {items[wrong[0]]} in row "
-            f"{wrong[0]}; expected 0 to {num_items - 1}. Correct the source and import the domain again."
+            f"{first_row + wrong[0]}; expected 0 to {num_items - 1}. Correct the source and import the domain again."
         )
 
 

@@ -16,13 +16,11 @@ from fedmerge.domain.catalog import ATTRIBUTES, make_catalog
 from fedmerge.domain.folder import check_target, write_domain
 from fedmerge.domain.importers.bad_rows import FileReport
 from fedmerge.domain.importers.source_files import Progress
+from fedmerge.domain.importers.store import OF_SHORT_USERS, OUTSIDE_CORE, REPEATED, EventStore
 from fedmerge.domain.interactions import Interactions
 from fedmerge.domain.manifest import CatalogSource, Manifest, check_name
 from fedmerge.errors import ConfigError, DomainError
 
-OUTSIDE_CORE = "outside the k-core"
-OF_SHORT_USERS = "of users with fewer than k rows"
-REPEATED = "the same user, item and time as an earlier row"
 LOW_RATING = "rated below the minimum"
 
 Texts = tuple[str, str, str]  # the values of ATTRIBUTES
@@ -263,14 +261,63 @@ def write_events(
     return ImportReport(manifest, files, events.dropped)
 
 
-def check_rows_left(events: Events, files: tuple[FileReport, ...]) -> None:
+def write_rows(
+    folder: Path,
+    store: EventStore,
+    settings: ImportSettings,
+    *,
+    attributes: Mapping[str, Sequence[str]],
+    source: str,
+    files: tuple[FileReport, ...],
+    lists_all_items: bool = True,
+) -> ImportReport:
+    """Write selected rows as a domain folder, whole or not at all.
+
+    Args:
+        folder: as returned by prepare.
+        store: after ``select``; its item ids are in the order of their codes.
+        settings: the catalog holds all items of the store if ``whole_catalog``, else only those of the rows.
+        attributes: (number of item codes,) values of each attribute.
+        source: origin of the data, in words.
+        files: reports on the files, interactions first.
+        lists_all_items: False if the store's items are only those that somebody interacted with.
+
+    Raises:
+        DomainError: no rows are left, or write_domain fails.
+    """
+    check_rows_left(store, files)
+    item_ids = list(store.items)
+    codes = np.arange(len(item_ids)) if settings.whole_catalog else store.item_codes()
+    item_index = np.full(len(item_ids), -1, np.int32)
+    item_index[codes] = np.arange(len(codes), dtype=np.int32)
+    chosen = codes.tolist()
+    catalog = make_catalog(
+        folder.name,
+        [item_ids[code] for code in chosen],
+        {name: [values[code] for code in chosen] for name, values in attributes.items()},
+    )
+    manifest = write_domain(
+        folder,
+        catalog,
+        store.parts(item_index),
+        public_catalog=settings.public_catalog,
+        synthetic=False,
+        source=source,
+        catalog_source=settings.catalog_source
+        or ("given" if settings.whole_catalog and lists_all_items else "interactions"),
+        overwrite=settings.overwrite,
+    )
+    return ImportReport(manifest, files, store.dropped)
+
+
+def check_rows_left(events: Events | EventStore, files: tuple[FileReport, ...]) -> None:
     """Raise DomainError if no rows are left; the message counts the reasons.
 
     Args:
         events: the remaining rows.
         files: reports on the files, interactions first.
     """
-    if not len(events):
+    if not (events.num_rows if isinstance(events, EventStore) else len(events)):
         counts = {"bad": files[0].num_bad, **events.dropped}
         found = ", ".join(f"{count} {reason}" for reason, count in counts.items())
         raise DomainError(
