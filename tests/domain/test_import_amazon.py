@@ -12,7 +12,8 @@ from source_tables import bad_rows, sequences
 
 from fedmerge.domain.catalog import load_catalog
 from fedmerge.domain.importers.amazon import WITHOUT_TEXT, default_name, import_amazon
-from fedmerge.domain.importers.events import LOW_RATING, OUTSIDE_CORE, REPEATED, ImportReport, ImportSettings
+from fedmerge.domain.importers.events import LOW_RATING, ImportReport, ImportSettings
+from fedmerge.domain.importers.store import OUTSIDE_CORE, REPEATED
 from fedmerge.errors import ConfigError, DomainError
 
 Record = dict[str, Any]
@@ -222,7 +223,71 @@ def test_texts_come_from_the_fields_of_the_release(tmp_path: Path) -> None:
     assert one_item(tmp_path, "2023", details={"Color": "red"})[1] == "Some store"
     assert one_item(tmp_path, "2023", details=None, store=None)[1] == ""
     assert one_item(tmp_path, "2023", categories=[], main_category="All Beauty")[2] == "All Beauty"
-    assert one_item(tmp_path, "2023", categories=["Toys", 5, "Dolls"])[2] == "Toys Dolls"
+    assert one_item(tmp_path, "2023", categories=["Toys", 5, None, "Dolls"])[2] == "Toys 5 Dolls"
+
+
+def test_texts_come_in_the_forms_that_copies_of_the_files_have(tmp_path: Path) -> None:
+    title = ["Tea &amp; Cups", None, "Set of 2"]
+    assert one_item(tmp_path, "2023", title=title)[0] == "Tea & Cups Set of 2"
+    assert one_item(tmp_path, "2018", brand=["Acme", "Toys"])[1] == "Acme Toys"
+    assert one_item(tmp_path, "2014", categories="Toys")[2] == "Toys"
+    assert one_item(tmp_path, "2018", category=float("nan"), main_cat="Toys")[2] == "Toys"
+    assert one_item(tmp_path, "2023", title=1984)[0] == "1984"
+    assert one_item(tmp_path, "2023", title=0)[0] == "0"
+    assert one_item(tmp_path, "2023", details='{"Brand": "Acme", "UPC": 1}')[1] == "Acme"
+    assert one_item(tmp_path, "2023", details="{'Brand': 'Acme'}")[1] == "Acme"
+    assert one_item(tmp_path, "2023", details=" ")[1] == "Some store"
+
+
+def test_entities_are_resolved_however_often_they_are_escaped(tmp_path: Path) -> None:
+    assert one_item(tmp_path, "2018", title="A &amp;amp; B &amp;amp;amp; C&amp;#39;s")[0] == "A & B & C's"
+    assert one_item(tmp_path, "2018", title="AT&T; R&D &nosuch;")[0] == "AT&T; R&D &nosuch;"
+    assert one_item(tmp_path, "2018", title="&lt;b&gt;Bold&lt;/b&gt; &lt;3")[0] == "Bold <3"
+
+
+@pytest.mark.parametrize(
+    ("title", "expected"),
+    [
+        ("I <3 you, size <M> or <Large>", "I <3 you, size <M> or <Large>"),
+        ("sizes <b or c> and a<b", "sizes <b or c> and a<b"),
+        ("<Brand New> Cup -> Mug <-", "<Brand New> Cup -> Mug <-"),
+        ("x<br/>y<BR>z</span ><p class='a b' id=c>w</P>", "x y z w"),
+        ('<a href="x>y">link</a> <img src=x.png />', "link"),
+    ],
+)
+def test_only_tags_of_html_are_removed(tmp_path: Path, title: str, expected: str) -> None:
+    assert one_item(tmp_path, "2018", title=title)[0] == expected
+
+
+def test_a_byte_order_mark_before_either_file_is_skipped(tmp_path: Path) -> None:
+    source = write_source(tmp_path, "2023", entries=[json.dumps(entry("2023", item)) for item in ALL_ITEMS])
+    expected = import_amazon(*source, tmp_path / "d", settings()).manifest
+    for path in source:
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    report = import_amazon(*source, tmp_path / "e", settings(max_bad_share=0))
+    assert report.manifest == expected
+    assert [file.num_bad for file in report.files] == [0, 0]
+
+
+def test_entries_whose_values_are_no_texts_are_bad_with_the_reason(tmp_path: Path) -> None:
+    entries = [
+        {**entry("2023", "A"), "title": {"en": "Tea"}},
+        {**entry("2023", "B"), "details": "{"},
+        {**entry("2023", "C"), "details": [1]},
+        {**entry("2023", "D"), "categories": ["Toys", True]},
+        entry("2023", "A"),
+        {**entry("2023", "X"), "title": {}},  # of an item that is not imported
+    ]
+    source = write_source(tmp_path, "2023", entries=[json.dumps(found) for found in entries])
+    report = import_amazon(*source, tmp_path / "d", settings(k_core=1, max_bad_share=0.7))
+    assert bad_rows(report, 1) == {
+        "title is not a text or a list of texts": (1, (1,)),
+        "details: not JSON": (1, (2,)),
+        "details is not an object": (1, (3,)),
+        "categories is not a text or a list of texts": (1, (4,)),
+    }
+    assert load_catalog(tmp_path / "d" / "Toys").item_ids == ("A",)  # a later entry counts
+    assert report.dropped[WITHOUT_TEXT] == 6  # B, C and D
 
 
 def test_low_ratings_are_left_out(tmp_path: Path) -> None:

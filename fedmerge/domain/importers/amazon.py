@@ -7,31 +7,41 @@ import math
 import re
 import warnings
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
 import numpy as np
 
+from fedmerge.domain.catalog import ATTRIBUTES
 from fedmerge.domain.importers.bad_rows import BadRows, FileReport
 from fedmerge.domain.importers.events import (
-    EventLog,
+    LOW_RATING,
     ImportReport,
     ImportSettings,
-    Texts,
     check_rows_left,
-    k_core,
     prepare,
-    select,
-    write_events,
+    write_rows,
 )
 from fedmerge.domain.importers.source_files import Progress, SourceFile, read_lines
+from fedmerge.domain.importers.store import EventStore, row_batches
 from fedmerge.errors import ConfigError, DomainError
 
 WITHOUT_TEXT = "of an item without metadata or text"
-NO_TEXTS: Texts = ("", "", "")
+NO_TEXTS = ("", "", "")
 LEADING_ASIN = re.compile(rb"\{'asin': '([^'\\]*)'")  # how a line of 2014 begins: spares parsing
-HTML_TAG = re.compile(r"</?[A-Za-z][^<>]*>")
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+SMALLEST_TIME, LARGEST_TIME = -(2**63), 2**63 - 1
+
+# A tag has the name of an element of HTML and attributes with values: "<Large>" and "<b or c>" are texts.
+HTML_TAG = re.compile(
+    r"</?(?:a|abbr|b|big|body|br|center|code|dd|div|dl|dt|em|font|h[1-6]|head|hr|html|i|img|li|link|meta|ol|p|pre|s|"
+    r"script|small|span|strike|strong|style|sub|sup|table|tbody|td|th|thead|tr|tt|u|ul)"
+    r"(?:\s+[\w:-]+\s*=\s*(?:\"[^\"]*\"|'[^']*'|[^\s\"'>]+))*\s*/?>",
+    re.IGNORECASE,
+)
+
+Texts = tuple[str, str, str]  # the values of ATTRIBUTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,43 +99,37 @@ def import_amazon(
     if settings.k_core is None:
         raise ConfigError("k_core is none, expected a number: 1 keeps every review of an item with text.")
     folder = prepare(dst, settings, default_name(reviews))
-    log = EventLog()
-    report, releases = _read_reviews(SourceFile(reviews), log, settings)
-    events = select(log.take(), settings.k_core, settings.keep_all_items)
-    check_rows_left(events, (report,))
-    user_ids, item_ids = list(log.users), list(log.items)
-    del log
-    reviewed = {item_ids[code] for code in np.unique(events.items).tolist()}
-    wanted = None if settings.keep_all_items else reviewed
-    texts, metadata_report = _read_metadata(SourceFile(metadata), wanted, releases, settings)
-    if reviewed.isdisjoint(texts):
-        raise DomainError(
-            f"{metadata}: found none of the {len(reviewed)} reviewed items. "
-            "Use the metadata of the reviews' category and release."
+    with EventStore(folder) as store:
+        report, releases = _read_reviews(SourceFile(reviews), store, settings)
+        store.select(settings.k_core, settings.keep_all_items)
+        check_rows_left(store, (report,))
+        item_ids = list(store.items)
+        reviewed = {item_ids[code] for code in store.item_codes().tolist()}
+        wanted = None if settings.keep_all_items else reviewed
+        texts, metadata_report = _read_metadata(SourceFile(metadata), wanted, releases, settings)
+        if reviewed.isdisjoint(texts):
+            raise DomainError(
+                f"{metadata}: found none of the {len(reviewed)} reviewed items. "
+                "Use the metadata of the reviews' category and release."
+            )
+        if not keep_items_without_text:
+            texts = {item_id: found for item_id, found in texts.items() if any(found)}
+        if settings.keep_all_items or not keep_items_without_text:
+            store.keep_items(np.array([item_id in texts for item_id in item_ids]), WITHOUT_TEXT)
+            store.core(settings.k_core, settings.keep_all_items)
+        if settings.keep_all_items:
+            item_ids = list(texts)
+        columns = zip(*(texts.get(item_id, NO_TEXTS) for item_id in item_ids), strict=True)
+        rows = f"users with {settings.k_core} rows" if settings.keep_all_items else f"{settings.k_core}-core"
+        return write_rows(
+            folder,
+            store,
+            settings,
+            item_ids=item_ids,
+            attributes=dict(zip(ATTRIBUTES, columns, strict=True)),
+            source=f"Amazon {' or '.join(releases)}, {rows} of {reviews.name!r} with {metadata.name!r}",
+            files=(report, metadata_report),
         )
-    if settings.keep_all_items:  # the codes of items are renumbered in the order of the metadata
-        item_index = np.full(len(item_ids), -1, np.int32)
-        codes = {item_id: code for code, item_id in enumerate(item_ids)}
-        item_ids = [item_id for item_id, found in texts.items() if keep_items_without_text or any(found)]
-        for index, item_id in enumerate(item_ids):
-            if item_id in codes:
-                item_index[codes[item_id]] = index
-        events = events.keep(item_index[events.items] >= 0, WITHOUT_TEXT)
-        events = k_core(replace(events, items=item_index[events.items]), settings.k_core, users_only=True)
-    elif not keep_items_without_text:
-        has_text = np.array([any(texts.get(item_id, NO_TEXTS)) for item_id in item_ids])
-        events = k_core(events.keep(has_text[events.items], WITHOUT_TEXT), settings.k_core)
-    rows = f"users with {settings.k_core} rows" if settings.keep_all_items else f"{settings.k_core}-core"
-    return write_events(
-        folder,
-        events,
-        settings,
-        user_ids=user_ids,
-        item_ids=item_ids,
-        texts=lambda code: texts.get(item_ids[code], NO_TEXTS),
-        source=f"Amazon {' or '.join(releases)}, {rows} of {reviews.name!r} with {metadata.name!r}",
-        files=(report, metadata_report),
-    )
 
 
 def default_name(reviews: Path) -> str:
@@ -133,24 +137,37 @@ def default_name(reviews: Path) -> str:
     return reviews.name.split(".")[0].removeprefix("reviews_").removesuffix("_5")
 
 
-def _read_reviews(source: SourceFile, log: EventLog, settings: ImportSettings) -> tuple[FileReport, tuple[str, ...]]:
-    """Log the reviews; return the file's report and the possible releases."""
+def _read_reviews(
+    source: SourceFile, store: EventStore, settings: ImportSettings
+) -> tuple[FileReport, tuple[str, ...]]:
+    """Store the reviews; return the file's report and the possible releases."""
     bad = BadRows(str(source), "line", settings.max_bad_share)
-    fields: ReviewFields | None = None
     releases: tuple[str, ...] = ()
-    for number, line in _lines(source, settings.progress):
-        try:
-            record = _parse(line)
-            if fields is None:  # the first record decides
-                fields, releases = _review_release(source, number, record)
-            _log_review(record, fields, log, settings.min_rating)
-        except _BadRow as error:
-            bad.add(number, str(error))
-    return bad.report(log.num_good), releases
+
+    def rows() -> Iterator[tuple[int, str, str, int]]:
+        nonlocal releases
+        fields: ReviewFields | None = None
+        for number, line in _lines(source, settings.progress):
+            try:
+                record = _parse(line)
+                if fields is None:  # the first record decides
+                    fields, releases = _review_release(source, number, record)
+                row = _review(record, fields, settings.min_rating)
+            except _BadRow as error:
+                bad.add(number, str(error))
+                continue
+            if row is None:
+                store.drop(LOW_RATING)
+            else:
+                yield number, *row
+
+    for batch in row_batches(rows()):
+        store.add(batch, bad)
+    return bad.report(store.num_good), releases
 
 
-def _log_review(record: dict[str, Any], fields: ReviewFields, log: EventLog, min_rating: float | None) -> None:
-    """Log one review; raise _BadRow if it cannot be used."""
+def _review(record: dict[str, Any], fields: ReviewFields, min_rating: float | None) -> tuple[str, str, int] | None:
+    """Return user, item and time of a review, None if it is rated too low; raise _BadRow if it cannot be used."""
     user, item, time = record.get(fields.user), record.get(fields.item), record.get(fields.time)
     if not _is_id(user):
         raise _BadRow(f"no {fields.user}")
@@ -163,12 +180,10 @@ def _log_review(record: dict[str, Any], fields: ReviewFields, log: EventLog, min
         if not isinstance(rating, int | float) or math.isnan(rating):
             raise _BadRow(f"{fields.rating} is not a number")
         if rating < min_rating:
-            log.drop_low_rating()
-            return
-    try:
-        log.add(user, item, time)
-    except OverflowError:
-        raise _BadRow(f"{fields.time} is out of range") from None
+            return None
+    if not SMALLEST_TIME <= time <= LARGEST_TIME:
+        raise _BadRow(f"{fields.time} is out of range")
+    return user, item, time
 
 
 def _read_metadata(
@@ -191,12 +206,13 @@ def _read_metadata(
             item = record.get(field)
             if not _is_id(item):
                 raise _BadRow(f"no {field}")
+            found = _texts(record, release) if (wanted is None or item in wanted) and item not in texts else None
         except _BadRow as error:
             bad.add(number, str(error))
             continue
         num_good += 1
-        if (wanted is None or item in wanted) and item not in texts:
-            texts[item] = _texts(record, release)
+        if found is not None:
+            texts[item] = found
     return texts, bad.report(num_good)
 
 
@@ -235,32 +251,48 @@ def _metadata_release(source: SourceFile, number: int, record: dict[str, Any], r
 
 
 def _texts(record: dict[str, Any], release: str) -> Texts:
-    title, brand = _clean(record.get("title")), _clean(record.get("brand"))
+    """Return title, brand and category; raise _BadRow for a value that is none."""
+    title, brand = _text(record, "title"), _text(record, "brand")
     if release == "2014":
         paths = record.get("categories")
-        return title, brand, _join_path(paths[0] if isinstance(paths, list) and paths else None)
+        return title, brand, _clean("categories", paths[0] if isinstance(paths, list) and paths else paths)
     if release == "2018":
-        return (
-            "" if "getTime" in title else title,
-            brand,
-            _join_path(record.get("category")) or _clean(record.get("main_cat")),
-        )
-    details = record.get("details")
-    brand = _clean(details.get("Brand")) if isinstance(details, dict) else ""
-    category = _join_path(record.get("categories")) or _clean(record.get("main_category"))
-    return title, brand or _clean(record.get("store")), category
+        return "" if "getTime" in title else title, brand, _text(record, "category") or _text(record, "main_cat")
+    brand = _clean("details", _details(record.get("details")).get("Brand"))
+    category = _text(record, "categories") or _text(record, "main_category")
+    return title, brand or _text(record, "store"), category
 
 
-def _join_path(path: Any) -> str:
-    """Join the names of a category path with spaces, as MergeRec does."""
-    return " ".join(filter(None, map(_clean, path))) if isinstance(path, list) else ""
+def _details(value: Any) -> dict[str, Any]:
+    """Return the details of an item of 2023; some copies of the files hold them as the text of an object."""
+    if isinstance(value, str):
+        return _parse_text(value.strip(), "details: ") if value.strip() else {}
+    if value is None or isinstance(value, dict):
+        return value or {}
+    raise _BadRow("details is not an object")
 
 
-def _clean(value: Any) -> str:
-    """Remove tags, entities and superfluous white space from a text; "" for anything else."""
-    if not isinstance(value, str):
+def _text(record: dict[str, Any], field: str) -> str:
+    return _clean(field, record.get(field))
+
+
+def _clean(field: str, value: Any) -> str:
+    """Return a text without tags, entities and superfluous space; lists are joined with spaces, as MergeRec does.
+
+    Numbers count as texts; null and NaN as "". Entities are resolved until none is left: some are escaped twice.
+    """
+    if isinstance(value, list):
+        return " ".join(filter(None, (_clean(field, part) for part in value)))
+    if value is None or value != value:  # noqa: PLR0124  # NaN
         return ""
-    text = html.unescape(HTML_TAG.sub(" ", value)) if "<" in value or "&" in value else value
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise _BadRow(f"{field} is not a text or a list of texts")
+    text = str(value)
+    if "&" in text:
+        while (resolved := html.unescape(text)) != text:
+            text = resolved
+    if "<" in text:
+        text = HTML_TAG.sub(" ", text)
     return " ".join(text.encode("utf-8", "replace").decode().split())
 
 
@@ -271,23 +303,29 @@ class _BadRow(Exception):
 def _lines(source: SourceFile, progress: Progress | None) -> Iterator[tuple[int, bytes]]:
     """Yield the lines that are not blank, with their numbers."""
     for number, line in enumerate(read_lines(source, progress), 1):
-        if not line.isspace():
-            yield number, line
+        text = line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
+        if text and not text.isspace():
+            yield number, text
 
 
 def _parse(line: bytes) -> dict[str, Any]:
-    """Parse the object on a line: JSON, or a Python literal as in the metadata of 2014."""
+    """Parse the object on a line."""
     try:
         text = line.decode()
     except UnicodeDecodeError:
         raise _BadRow("not UTF-8 text") from None
+    return _parse_text(text)
+
+
+def _parse_text(text: str, where: str = "") -> dict[str, Any]:
+    """Parse an object: JSON, or a Python literal as in the metadata of 2014."""
     is_literal = text.startswith("{'")
     try:
         record = _literal(text) if is_literal else json.loads(text)
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-        raise _BadRow("not a Python literal" if is_literal else "not JSON") from None
+        raise _BadRow(f"{where}not a Python literal" if is_literal else f"{where}not JSON") from None
     if not isinstance(record, dict):
-        raise _BadRow("not an object")
+        raise _BadRow(f"{where}not an object")
     return record
 
 

@@ -269,32 +269,36 @@ def write_rows(
     attributes: Mapping[str, Sequence[str]],
     source: str,
     files: tuple[FileReport, ...],
+    item_ids: Sequence[str] | None = None,
     lists_all_items: bool = True,
 ) -> ImportReport:
     """Write selected rows as a domain folder, whole or not at all.
 
     Args:
         folder: as returned by prepare.
-        store: after ``select``; its item ids are in the order of their codes.
-        settings: the catalog holds all items of the store if ``whole_catalog``, else only those of the rows.
-        attributes: (number of item codes,) values of each attribute.
+        store: after ``select``.
+        settings: the catalog holds all items if ``whole_catalog``, else only those that have rows.
+        attributes: (number of items,) values of each attribute.
         source: origin of the data, in words.
         files: reports on the files, interactions first.
-        lists_all_items: False if the store's items are only those that somebody interacted with.
+        item_ids: the items in the order of the catalog, with all that have rows; None: the store's, by code.
+        lists_all_items: False if the items are only those that somebody interacted with.
 
     Raises:
         DomainError: no rows are left, or write_domain fails.
     """
     check_rows_left(store, files)
-    item_ids = list(store.items)
-    codes = np.arange(len(item_ids)) if settings.whole_catalog else store.item_codes()
-    item_index = np.full(len(item_ids), -1, np.int32)
-    item_index[codes] = np.arange(len(codes), dtype=np.int32)
-    chosen = codes.tolist()
+    codes = list(range(len(store.items))) if item_ids is None else [store.items.get(id_, -1) for id_ in item_ids]
+    ids = list(store.items) if item_ids is None else item_ids
+    has_rows = np.zeros(len(store.items) + 1, bool)  # the last: of items that are not in the store
+    has_rows[store.item_codes()] = True
+    chosen = [row for row, code in enumerate(codes) if settings.whole_catalog or has_rows[code]]
+    item_index = np.full(len(store.items) + 1, -1, np.int32)
+    item_index[[codes[row] for row in chosen]] = np.arange(len(chosen))
     catalog = make_catalog(
         folder.name,
-        [item_ids[code] for code in chosen],
-        {name: [values[code] for code in chosen] for name, values in attributes.items()},
+        [ids[row] for row in chosen],
+        {name: [values[row] for row in chosen] for name, values in attributes.items()},
     )
     manifest = write_domain(
         folder,

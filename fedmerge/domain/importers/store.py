@@ -5,9 +5,10 @@ lies in the database or in DuckDB's temporary files, in a hidden folder beside t
 """
 
 import fcntl
+import itertools
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
@@ -47,6 +48,7 @@ SETTINGS: dict[str, str | bool | int | float | list[str]] = {
 }
 ROWS_AT_ONCE = 1 << 20  # written to the database
 USERS_AT_ONCE = 1 << 13  # read from it
+LINES_AT_ONCE = 1 << 14  # made to a batch
 LOCK = "lock"
 
 
@@ -221,6 +223,14 @@ class EventStore:
     def _run(self, query: str) -> duckdb.DuckDBPyConnection:
         with _refusing(self._folder):
             return self._database.execute(query)
+
+
+def row_batches(rows: Iterable[tuple[int, str, str, int]]) -> Iterator[pa.RecordBatch]:
+    """Yield batches of the schema ROWS from an importer that reads row by row."""
+    rest = iter(rows)
+    while some := list(itertools.islice(rest, LINES_AT_ONCE)):
+        columns = zip(*some, strict=True)
+        yield pa.record_batch([pa.array(values, kind.type) for values, kind in zip(columns, ROWS, strict=True)], ROWS)
 
 
 @contextmanager
