@@ -33,7 +33,7 @@ HeadScores = Callable[[torch.Tensor, IntArray, Variant], torch.Tensor]
 
 @dataclass(frozen=True)
 class Recommendation:
-    """One item; ``score`` is of the recommender's ``score_kind``."""
+    """One item; ``title`` is of ``Catalog.titles``, ``score`` of the recommender's ``score_kind``."""
 
     item_id: str
     title: str
@@ -137,10 +137,7 @@ def recommend(
     candidates = np.arange(len(scores)) if keep_seen else np.setdiff1d(np.arange(len(scores)), seen)
     order = candidates[np.argsort(-scores[candidates], kind="stable")[:k]]
     catalog = recommender.catalog
-    return [
-        Recommendation(catalog.item_ids[index], catalog.attributes["title"][index], float(scores[index]))
-        for index in order
-    ]
+    return [Recommendation(catalog.item_ids[index], catalog.titles[index], float(scores[index])) for index in order]
 
 
 def check_request(name: str, item_index: Mapping[str, int], history: Sequence[str], k: int) -> None:

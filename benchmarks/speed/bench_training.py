@@ -26,9 +26,9 @@ from fedmerge.client.local_domain import LocalDomain, open_domain
 from fedmerge.client.training.batches import num_batches, training_batches
 from fedmerge.client.training.losses import TEMPERATURE
 from fedmerge.client.training.plain_sgd import training_step
-from fedmerge.config import Text, Train
+from fedmerge.config import ATTRIBUTES, Text, Train
 from fedmerge.device import resolve_compute
-from fedmerge.domain.catalog import ATTRIBUTES, Catalog
+from fedmerge.domain.catalog import Catalog
 from fedmerge.domain.demo import write_demo
 from fedmerge.encoder.backbone import load_backbone
 from fedmerge.encoder.frozen import frozen_products, using

@@ -30,10 +30,12 @@ from fedmerge.config.model import DEMO_ROOT, BackboneSection, Lora, Text
 from fedmerge.config.personal import Directions, Personal
 from fedmerge.config.privacy import DP, Privacy, Transport
 from fedmerge.config.running import Admission, Baseline, Evaluation, Runtime, Simulation, Tracking
-from fedmerge.config.section import DOMAIN_NAME, Section, Split
+from fedmerge.config.section import ATTRIBUTE, ATTRIBUTES, DOMAIN_NAME, Section, Split
 from fedmerge.config.training import RoundRule, Rounds, Train
 
 __all__ = [
+    "ATTRIBUTE",
+    "ATTRIBUTES",
     "DEMO_ROOT",
     "DOMAIN_NAME",
     "DP",

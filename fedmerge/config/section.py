@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, model_validator
 Split = Literal["valid", "test"]
 
 DOMAIN_NAME = "^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"  # fits a folder, a comma-separated list and a record key
+ATTRIBUTES = ("title", "brand", "category")  # of an item, unless a domain has its own
+ATTRIBUTE = r"^[^\W_](?:[\w .-]{0,62}\w)?(?:=[1-9][0-9]{0,4})?$"  # of a template: a name, and a limit of its tokens
 
 
 class Section(BaseModel):

@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fedmerge import seeding
-from fedmerge.config import DEMO_ROOT
-from fedmerge.domain.catalog import ATTRIBUTES, Catalog, make_catalog
+from fedmerge.config import ATTRIBUTES, DEMO_ROOT
+from fedmerge.domain.catalog import Catalog, make_catalog
 from fedmerge.domain.demo_words import (
     BRAND_ENDS,
     BRAND_FORMS,

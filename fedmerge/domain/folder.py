@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 
 from fedmerge.domain.catalog import (
-    ATTRIBUTES,
     CATALOG_FILE,
     Catalog,
     catalog_fingerprint,
@@ -49,7 +48,7 @@ class DomainInfo:
         manifest: counts, hashes and origin.
         min_length, median_length, max_length: interactions per user.
         density: share of the (user, item) pairs that occur, in (0, 1].
-        attribute_shares: share of items that have it, in [0, 1], for each of ATTRIBUTES.
+        attribute_shares: share of items that have it, in [0, 1], for each attribute.
         num_short_users: users with fewer than 3 interactions, who train but are not evaluated.
         num_unused_items: items without interactions.
         num_repeats: interactions with an item the user had before.
@@ -121,8 +120,9 @@ def write_domain(
             num_items=len(catalog),
             num_users=written.num_users,
             num_interactions=written.num_interactions,
-            catalog_sha256=catalog_fingerprint(catalog.item_ids, catalog.attributes),
+            catalog_sha256=catalog_fingerprint(catalog.item_ids, catalog.attributes, catalog.limits),
             interactions_sha256=written.sha256,
+            attributes=catalog.template,
         )
         _write_synced(partial / CATALOG_FILE, catalog_to_bytes(catalog))
         _write_synced(partial / MANIFEST_FILE, manifest_to_bytes(manifest))
@@ -175,11 +175,11 @@ def domain_info(folder: Path) -> DomainInfo:
     num_items = len(catalog)
     users = np.repeat(np.arange(interactions.num_users, dtype=np.int64), lengths)
     num_pairs = len(np.unique(users * num_items + interactions.items))  # different (user, item)
-    present = {a: np.array([bool(value.strip()) for value in catalog.attributes[a]]) for a in ATTRIBUTES}
+    present = {name: np.array([bool(value.strip()) for value in values]) for name, values in catalog.attributes.items()}
     num_short = int((lengths < MIN_EVALUATED_LENGTH).sum())
     num_unused = num_items - len(np.unique(interactions.items))
     num_textless = int((~np.any(list(present.values()), axis=0)).sum())
-    problems = [f"Every item lacks a {attribute}." for attribute in ATTRIBUTES if not present[attribute].any()]
+    problems = [f"Every item lacks a {attribute}." for attribute, mask in present.items() if not mask.any()]
     if num_textless:
         problems.append(f"{num_textless} of {num_items} items have no text at all: an encoder cannot tell them apart.")
     if num_short:

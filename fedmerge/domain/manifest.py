@@ -1,20 +1,23 @@
-"""The manifest of a domain folder: counts, origin, and the hashes of its tables."""
+"""The manifest of a domain folder: counts, origin, the attributes of its items, and the hashes of its tables."""
 
 import dataclasses
 import json
 import os
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
-from fedmerge.config import DOMAIN_NAME
+from fedmerge.config import ATTRIBUTE, ATTRIBUTES, DOMAIN_NAME
 from fedmerge.domain.tables import RESTORE, read_file
 from fedmerge.errors import DomainError, PolicyError
 
-FORMAT = 1
+FORMATS = (1, 2)  # 1 has no key "attributes": they are ATTRIBUTES, without limits
 MANIFEST_FILE = "manifest.json"
 NAME_PATTERN = re.compile(DOMAIN_NAME)
+ATTRIBUTE_PATTERN, MOST_ATTRIBUTES = re.compile(ATTRIBUTE), 64
+ID_COLUMN = "item_id"
 
 CatalogSource = Literal["given", "interactions"]
 DP_BY_USER, NOISED_METRICS = "dp.mode = 'user'", "privacy.metrics = 'noised'"  # guarantees that need a given catalog
@@ -37,6 +40,7 @@ class Manifest:
         num_interactions: rows of the interactions.
         catalog_sha256: ``catalog_fingerprint`` of the catalog.
         interactions_sha256: ``interactions_fingerprint`` of the interactions.
+        attributes: the template of an item's text, see :func:`read_template`.
     """
 
     name: str
@@ -49,6 +53,7 @@ class Manifest:
     num_interactions: int
     catalog_sha256: str
     interactions_sha256: str
+    attributes: tuple[str, ...] = ATTRIBUTES
 
 
 def check_name(name: str, where: str = "") -> None:
@@ -58,6 +63,39 @@ def check_name(name: str, where: str = "") -> None:
             f"{where}Domain name {name!r}: expected at most 64 ASCII letters, digits and '._-', the first a letter or "
             "digit. Choose such a name."
         )
+
+
+def read_template(template: Sequence[str], where: str) -> dict[str, int | None]:
+    """Return the attributes of an item's text in order, each with its limit of tokens.
+
+    Args:
+        template: an attribute's name each, such as ``title``, or a name and its limit, ``colour=8``.
+        where: subject of the error message.
+
+    Returns:
+        Name -> limit; None: ``text.max_attribute_tokens``.
+
+    Raises:
+        DomainError: no attributes or too many, a repeated or unusable name, or an unusable limit.
+    """
+    names = [part.partition("=")[0] for part in template]
+    for name, part in zip(names, template, strict=True):
+        if not ATTRIBUTE_PATTERN.fullmatch(part) or name == ID_COLUMN or names.count(name) > 1:
+            raise DomainError(
+                f"{where}: found the attribute {part!r}, expected different names of at most 64 letters, digits, "
+                f"blanks and '._-' that begin and end with a letter or digit, none of them {ID_COLUMN!r}; a limit of "
+                "tokens is 1 to 99999, as in 'colour=8'. Rename the column."
+            )
+    if not 0 < len(names) <= MOST_ATTRIBUTES:
+        raise DomainError(
+            f"{where}: found {len(names)} attributes, expected 1 to {MOST_ATTRIBUTES}. Choose columns with text."
+        )
+    return {name: int(part.partition("=")[2] or 0) or None for name, part in zip(names, template, strict=True)}
+
+
+def make_template(names: Sequence[str], limits: Mapping[str, int]) -> tuple[str, ...]:
+    """Inverse of :func:`read_template`, of which the result is not checked; ``limits`` holds stated limits only."""
+    return tuple(f"{name}={limits[name]}" if name in limits else name for name in names)
 
 
 def check_catalog_is_public(domain: str, public_catalog: bool) -> None:
@@ -117,8 +155,11 @@ def folder_name(folder: Path) -> str:
 
 
 def manifest_to_bytes(manifest: Manifest) -> bytes:
-    """Encode the manifest as the JSON of ``manifest.json``."""
-    fields = {"format": FORMAT, **dataclasses.asdict(manifest)}
+    """Encode the manifest as the JSON of ``manifest.json``, in the oldest format that can hold it."""
+    fields = {"format": 2, **dataclasses.asdict(manifest)}
+    if manifest.attributes == ATTRIBUTES:
+        del fields["attributes"]
+        fields["format"] = 1
     return (json.dumps(fields, indent=2, ensure_ascii=False) + "\n").encode()
 
 
@@ -143,6 +184,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise DomainError(f"{path}: found a JSON {type(fields).__name__}, expected an object. {RESTORE}")
     fields.setdefault("catalog_source", default_catalog_source(fields.get("synthetic") is True))
     _check_fields(path, fields)
+    fields["attributes"] = tuple(fields.get("attributes", ATTRIBUTES))
     manifest = Manifest(**{key: value for key, value in fields.items() if key != "format"})
     if manifest.name != folder_name(folder):
         raise DomainError(
@@ -154,9 +196,14 @@ def read_manifest(folder: Path) -> Manifest:
 
 def _check_fields(path: Path, fields: dict[str, Any]) -> None:
     """Check format, keys, types and bounds of the parsed manifest."""
-    if type(fields.get("format")) is not int or fields["format"] != FORMAT:
-        raise DomainError(f"{path}: found format {fields.get('format')!r}, expected {FORMAT}. Import the domain again.")
-    expected = {**get_type_hints(Manifest), "catalog_source": str}
+    if type(fields.get("format")) is not int or fields["format"] not in FORMATS:
+        raise DomainError(
+            f"{path}: found format {fields.get('format')!r}, expected {FORMATS[0]} or {FORMATS[1]}. Import the domain "
+            "again, or update fedmerge."
+        )
+    expected = {**get_type_hints(Manifest), "catalog_source": str, "attributes": list}
+    if fields["format"] == 1:
+        del expected["attributes"]
     missing, unknown = sorted(expected.keys() - fields.keys()), sorted(fields.keys() - expected.keys() - {"format"})
     if missing or unknown:
         raise DomainError(f"{path}: missing keys {missing}, unknown keys {unknown}. {RESTORE}")
@@ -172,6 +219,9 @@ def _check_fields(path: Path, fields: dict[str, Any]) -> None:
             f"{', '.join(get_args(CatalogSource))}. {RESTORE}"
         )
     check_name(fields["name"], f"{path}: ")
+    if not all(isinstance(attribute, str) for attribute in fields.get("attributes", ())):
+        raise DomainError(f"{path}: 'attributes' is {fields['attributes']!r}, expected a list of texts. {RESTORE}")
+    read_template(fields.get("attributes", ATTRIBUTES), str(path))
 
 
 def _interrupted_overwrite(folder: Path) -> str:

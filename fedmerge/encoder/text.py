@@ -7,7 +7,8 @@ import numpy as np
 import numpy.typing as npt
 from transformers import PreTrainedTokenizerBase
 
-from fedmerge.domain.catalog import ATTRIBUTES, Catalog
+from fedmerge.config import ATTRIBUTES
+from fedmerge.domain.catalog import Catalog
 from fedmerge.errors import BackboneError
 
 Tokens = npt.NDArray[np.int32]
@@ -63,19 +64,21 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> SpecialTokens:
 
 
 def build_token_table(catalog: Catalog, tokenizer: PreTrainedTokenizerBase, max_attribute_tokens: int) -> TokenTable:
-    """Tokenise a catalog: ``title: … brand: … category: …``, empty attributes left out.
+    """Tokenise a catalog: ``title: … brand: … category: …`` or its own attributes in order, empty ones left out.
 
     Args:
         catalog: N items.
         tokenizer: tokenizer of the backbone.
-        max_attribute_tokens: maximum number of tokens of an attribute's value, without its key.
+        max_attribute_tokens: maximum number of tokens of an attribute's value, without its key, for attributes of which
+            the catalog states no limit.
     """
     pieces: list[list[list[int]]] = []  # attribute -> item -> tokens, key included
-    for attribute in ATTRIBUTES:
+    for attribute, texts in catalog.attributes.items():
         # The joined text contains these leading blanks: WordPiece ignores them, byte-level BPE needs them.
         key = _tokenise(tokenizer, [f" {attribute}:"])[0]
-        values = _tokenise(tokenizer, [f" {value}" if value else "" for value in catalog.attributes[attribute]])
-        pieces.append([key + value[:max_attribute_tokens] if value else [] for value in values])
+        values = _tokenise(tokenizer, [f" {value}" if value else "" for value in texts])
+        limit = catalog.limits.get(attribute, max_attribute_tokens)
+        pieces.append([key + value[:limit] if value else [] for value in values])
     items = [[token for attribute in item for token in attribute] for item in zip(*pieces, strict=True)]
     offsets = np.zeros(len(items) + 1, dtype=np.int64)
     np.cumsum([len(item) for item in items], out=offsets[1:])
@@ -84,21 +87,28 @@ def build_token_table(catalog: Catalog, tokenizer: PreTrainedTokenizerBase, max_
 
 
 def item_text(
-    attributes: Mapping[str, str], tokenizer: PreTrainedTokenizerBase | None = None, max_attribute_tokens: int = 32
+    attributes: Mapping[str, str],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    max_attribute_tokens: int = 32,
+    names: Sequence[str] = ATTRIBUTES,
+    limits: Mapping[str, int] | None = None,
 ) -> str:
     """Return the text of an item, ``title: … brand: … category: …``, for an encoder served outside fedmerge.
 
     Args:
-        attributes: title, brand and category; empty and missing ones are left out.
+        attributes: attribute -> value; empty and missing ones are left out.
         tokenizer: tokenizer of the encoder, to cut values as :func:`build_token_table` does; None cuts nothing.
         max_attribute_tokens: maximum number of tokens of a value.
+        names: the attributes in the order of the text.
+        limits: attribute -> maximum number of tokens of its value, where that is another.
 
     >>> item_text({"title": "Red tent", "brand": "", "category": "Camping"})
     'title: Red tent category: Camping'
     """
-    present = [(name, attributes[name]) for name in ATTRIBUTES if attributes.get(name)]
+    of_tokens = limits or {}
+    present = [(name, attributes[name]) for name in names if attributes.get(name)]
     if tokenizer is not None:
-        present = [(name, _cut(value, tokenizer, max_attribute_tokens)) for name, value in present]
+        present = [(name, _cut(value, tokenizer, of_tokens.get(name, max_attribute_tokens))) for name, value in present]
     return " ".join(f"{name}: {value}" for name, value in present)
 
 

@@ -236,29 +236,33 @@ def probe_checks(
         adapter: the domain's expert.
         catalog: the domain's catalog.
         text: section ``[text]``.
-        num_items: largest size of the subset; items without a title are left out.
+        num_items: largest size of the subset; items without a title (``Catalog.titles``) are left out.
         seed: seed of the draw.
 
     Returns:
-        Name -> check; empty for twenty items with a title or fewer. If the backbone finds no categories, they pass.
+        Name -> check; empty for twenty items with a title or fewer. If the backbone finds no
+        categories, or the catalog has no such attribute, they pass.
     """
     drawn = generator(seed, "probe", domain).permutation(len(catalog))
-    chosen = [int(item) for item in drawn if catalog.attributes["title"][item]][:num_items]
+    chosen = [int(item) for item in drawn if catalog.titles[item]][:num_items]
     if len(chosen) <= 2 * NEAREST:
         return {}
     ids = [catalog.item_ids[item] for item in chosen]
     columns = {name: [values[item] for item in chosen] for name, values in catalog.attributes.items()}
-    bare = {name: values if name == "title" else [""] * len(values) for name, values in columns.items()}
+    bare = {name: values if name == catalog.title_attribute else [""] * len(values) for name, values in columns.items()}
+    categories = columns.get("category", [""] * len(chosen))
     titles, items = (
         item_sequences(
-            build_token_table(make_catalog(domain, ids, attributes), backbone.tokenizer, text.max_attribute_tokens),
+            build_token_table(
+                make_catalog(domain, ids, attributes, catalog.limits), backbone.tokenizer, text.max_attribute_tokens
+            ),
             backbone.special,
             text.max_tokens,
         )
         for attributes in (bare, columns)
     )
-    before = _probe(backbone, None, titles, items, columns["category"])
-    after = _probe(backbone, adapter, titles, items, columns["category"])
+    before = _probe(backbone, None, titles, items, categories)
+    after = _probe(backbone, adapter, titles, items, categories)
     checks = {}
     for name, said in (
         ("titles", "a title finds its item with reciprocal rank"),

@@ -10,7 +10,6 @@ from safetensors.torch import save
 
 from fedmerge.adapter import Adapter, adapter_sha256
 from fedmerge.client.heads.heads import LocalHead, source_names
-from fedmerge.domain.catalog import ATTRIBUTES
 from fedmerge.encoder.export import export_model, provenance_of
 from fedmerge.encoder.text import item_text
 from fedmerge.evaluation.sums import FEDERATED_SOURCES
@@ -147,9 +146,11 @@ def _record(place: RunDomain, served: ServedModel, head: ServedHead) -> dict[str
     catalog, limits = place.catalog, place.config.text
     texts = [
         item_text(
-            {name: catalog.attributes[name][index] for name in ATTRIBUTES},
+            {name: values[index] for name, values in catalog.attributes.items()},
             place.backbone.tokenizer,
             limits.max_attribute_tokens,
+            tuple(catalog.attributes),
+            catalog.limits,
         )
         for index in range(len(catalog))
     ]

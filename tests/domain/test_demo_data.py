@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fedmerge.config import ATTRIBUTES
 from fedmerge.domain import demo
-from fedmerge.domain.catalog import ATTRIBUTES, load_catalog
+from fedmerge.domain.catalog import load_catalog
 from fedmerge.domain.demo import DEMO_DOMAINS, DEMO_VERSION, DemoDomain, demo_names, generate_domain, write_demo
 from fedmerge.domain.demo_words import STAGE_WORDS, STYLES, VOCABULARIES
 from fedmerge.domain.folder import domain_info, list_domains, read_manifest

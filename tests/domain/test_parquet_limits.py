@@ -10,12 +10,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from fedmerge.config import ATTRIBUTES
 from fedmerge.domain.catalog import (
     MOST_BYTES,
     MOST_ITEMS,
-    SCHEMA,
     catalog_from_bytes,
     catalog_limits,
+    catalog_schema,
     catalog_to_bytes,
     make_catalog,
 )
@@ -24,6 +25,7 @@ from fedmerge.domain.parquet import CELL_BYTES, LONGEST_TEXT
 from fedmerge.errors import DomainError
 
 MIB = 2**20
+SCHEMA = catalog_schema(ATTRIBUTES)
 REFUSED = 3
 
 # A process of its own, whose peak memory is measured; the bound on its address space keeps a bomb from filling the

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from fedmerge.backbone_files import MINILM, MINILM_PACKAGE
 from fedmerge.client.local_domain import open_domain
-from fedmerge.config import Text
+from fedmerge.config import ATTRIBUTES, Text
 from fedmerge.device import resolve_compute
-from fedmerge.domain.catalog import ATTRIBUTES, Catalog, make_catalog
+from fedmerge.domain.catalog import Catalog, make_catalog
 from fedmerge.domain.folder import write_domain
 from fedmerge.domain.interactions import make_interactions
 from fedmerge.encoder.backbone import Backbone, check_max_tokens, load_backbone

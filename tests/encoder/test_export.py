@@ -13,9 +13,9 @@ from run_folders import contents, make_place, make_run, output, refusal
 from sentence_transformers import SentenceTransformer
 
 from fedmerge.adapter import Adapter, LoraModule
-from fedmerge.config import Text
+from fedmerge.config import ATTRIBUTES, Text
 from fedmerge.device import resolve_compute
-from fedmerge.domain.catalog import ATTRIBUTES, Catalog
+from fedmerge.domain.catalog import Catalog
 from fedmerge.domain.demo import generate_domain
 from fedmerge.encoder.adapted import folded
 from fedmerge.encoder.backbone import load_backbone

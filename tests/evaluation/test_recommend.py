@@ -16,9 +16,9 @@ from transformers import AutoModel, AutoTokenizer
 from fedmerge.adapter import Adapter, LoraModule, adapter_sha256
 from fedmerge.client.evaluate import evaluate
 from fedmerge.client.local_domain import open_domain
-from fedmerge.config import Text, load_config
+from fedmerge.config import ATTRIBUTES, Text, load_config
 from fedmerge.device import resolve_compute
-from fedmerge.domain.catalog import ATTRIBUTES, Catalog, load_catalog
+from fedmerge.domain.catalog import Catalog, load_catalog
 from fedmerge.domain.demo import generate_domain
 from fedmerge.domain.splits import evaluation_examples
 from fedmerge.encoder.adapted import folded

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from fedmerge import config
 from fedmerge.adapter import Adapter, adapter_sha256
+from fedmerge.config import ATTRIBUTES
 from fedmerge.device import resolve_compute
-from fedmerge.domain.catalog import ATTRIBUTES, Catalog
+from fedmerge.domain.catalog import Catalog
 from fedmerge.encoder.backbone import Backbone, load_backbone
 from fedmerge.encoder.encode import embed_batch, encode
 from fedmerge.encoder.lora import applied

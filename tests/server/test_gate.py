@@ -8,8 +8,8 @@ import torch
 from adapters import layout_of, random_adapter, random_adapters
 
 from fedmerge.adapter import Adapter, LoraModule
-from fedmerge.config import Text, from_flat
-from fedmerge.domain.catalog import ATTRIBUTES, Catalog, make_catalog
+from fedmerge.config import ATTRIBUTES, Text, from_flat
+from fedmerge.domain.catalog import Catalog, make_catalog
 from fedmerge.domain.demo import generate_domain
 from fedmerge.encoder.backbone import Backbone
 from fedmerge.encoder.encode import encode

@@ -15,7 +15,8 @@ from fedmerge.client.coefficients.personal import load_or_fit_personal_merge, pe
 from fedmerge.client.evaluate import encode_text
 from fedmerge.client.heads.federated import federated_ranks, federated_sources, federated_weights
 from fedmerge.client.heads.heads import LocalHead, head_ranks, head_sources
-from fedmerge.domain.catalog import ATTRIBUTES, Catalog, load_catalog
+from fedmerge.config import ATTRIBUTES
+from fedmerge.domain.catalog import Catalog, load_catalog
 from fedmerge.domain.folder import write_domain
 from fedmerge.domain.interactions import Interactions
 from fedmerge.domain.splits import evaluation_examples

@@ -55,7 +55,7 @@ def _recommend(options: argparse.Namespace) -> int:
         served = load_served(place, options.model)
         recommender, decision = served_recommender(place, served), served.decision
     found = recommend(recommender, history, options.k, options.keep_seen)
-    titles = recommender.catalog.attributes["title"]
+    titles = recommender.catalog.titles
     if options.json:
         result = {
             "domain": manifest.name,

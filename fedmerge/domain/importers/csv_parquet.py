@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedmerge.domain.catalog import ATTRIBUTES
+from fedmerge.config import ATTRIBUTES
 from fedmerge.domain.importers.bad_rows import FileReport
 from fedmerge.domain.importers.events import (
     DEFAULT_SETTINGS,

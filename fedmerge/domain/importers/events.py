@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from fedmerge.domain.catalog import ATTRIBUTES, make_catalog
+from fedmerge.config import ATTRIBUTES
+from fedmerge.domain.catalog import make_catalog
 from fedmerge.domain.folder import check_target, write_domain
 from fedmerge.domain.importers.bad_rows import FileReport
 from fedmerge.domain.importers.source_files import Progress

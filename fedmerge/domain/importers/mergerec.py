@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fedmerge.domain.catalog import ATTRIBUTES, Catalog, make_catalog
+from fedmerge.config import ATTRIBUTES
+from fedmerge.domain.catalog import Catalog, make_catalog
 from fedmerge.domain.folder import write_domain
 from fedmerge.domain.interactions import Interactions, make_interactions
 from fedmerge.domain.manifest import CatalogSource, Manifest, check_name, folder_name
