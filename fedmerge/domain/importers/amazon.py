@@ -13,7 +13,7 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
-from fedmerge.domain.catalog import ATTRIBUTES
+from fedmerge.config import ATTRIBUTES
 from fedmerge.domain.importers.bad_rows import BadRows, FileReport
 from fedmerge.domain.importers.events import (
     LOW_RATING,
