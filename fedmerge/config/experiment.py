@@ -12,6 +12,7 @@ from fedmerge.config.contradictions.privacy import aggregate_only_problems, dp_p
 from fedmerge.config.contradictions.runs import (
     admission_problems,
     learning_problems,
+    pair_problems,
     rounds_problems,
     run_problems,
     simulation_problems,
@@ -92,6 +93,7 @@ class ExperimentConfig(Section):
         problems = [
             *run_problems(self.resume, self.run_id, self.domains, self.server),
             *rounds_problems(self.rounds, self.lora, self.domains),
+            *pair_problems(self.merge, self.rounds, self.domains),
             *learning_problems(self.merge, self.rounds, self.through_clients, self.server, self.privacy),
             *transport_problems(self.privacy, self.rounds),
             *aggregate_only_problems(self.privacy, self.merge, self.rounds, len(self.domains.train), self.until),

@@ -12,9 +12,16 @@ from fedmerge.config.section import Section, twice
 MergeMethod = Literal[
     "average",
     "task-arithmetic",
+    "linear-by-layer",
+    "slerp",
+    "multi-slerp",
     "ties",
     "dare",
     "dare-ties",
+    "della",
+    "della-linear",
+    "emr-unified",
+    "consensus",
     "pcb",
     "localize-and-stitch",
     "breadcrumbs",
@@ -29,6 +36,7 @@ MergeMethod = Literal[
     "adamerging",
 ]
 LEARNED_METHODS = frozenset({"mergerec", "adamerging"})  # learned from pseudo-users, so they need the catalogs
+PAIR_METHODS = frozenset({"slerp"})  # of two domains at most
 SUMMED_METHODS = ("average", "task-arithmetic", "knots-task-arithmetic")  # multiples of the sum: a secure sum will do
 SUMMED_RULES = ("weighted-average", "fedit", "ffa-lora", "flexlora", "fedavgm", "fedadam", "fedyogi")
 MIN_SUMMED = 3  # adapters in a secure sum: with two, each client reads the other's adapter off the sum

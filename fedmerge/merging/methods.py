@@ -16,9 +16,20 @@ import torch
 from fedmerge.errors import ConfigError
 from fedmerge.merging.own_method import OwnMethod, function_name, function_parameters, load_function
 from fedmerge.merging.parameters import Parameter, Value, checked_parameters, markdown_table, parameter_text
-from fedmerge.merging.rows import breadcrumbs, dare, dare_ties, localize_and_stitch, pcb, ties
-from fedmerge.merging.spectral import Factors, iso_c, iso_cts, tsv
-from fedmerge.merging.stack import StackLayout
+from fedmerge.merging.rows import (
+    breadcrumbs,
+    consensus,
+    dare,
+    dare_ties,
+    della,
+    della_linear,
+    emr_unified,
+    localize_and_stitch,
+    pcb,
+    ties,
+)
+from fedmerge.merging.spectral import Factors, iso_c, iso_cts, multi_slerp, slerp, tsv
+from fedmerge.merging.stack import StackLayout, linear_by_layer
 
 Law = Literal[
     "one domain is identity",  # with coefficient 1 and nothing dropped
@@ -49,6 +60,7 @@ class Method:
         function: one's own: (updates, **parameters) -> (out, in), see ``fedmerge.merging.own_method``.
         knots: True if ``rows`` works on S V_k of KnOTS.
         random: True if ``rows`` or ``function`` also takes a seed.
+        most_domains: largest K; None for any.
     """
 
     what: str
@@ -63,6 +75,7 @@ class Method:
     function: OwnMethod | None = None
     knots: bool = False
     random: bool = False
+    most_domains: int | None = None
 
     @property
     def learned(self) -> bool:
@@ -97,6 +110,9 @@ _LINEAR_COST = "O(R (in + out)) per module"
 _TIES_COST = "O(K n) per module, 3 passes over the updates"
 
 
+_FACTOR = Parameter(1.0)
+
+
 def _density(default: float) -> Parameter:
     return Parameter(default, above=0.0, high=1.0)
 
@@ -120,10 +136,38 @@ METHODS: dict[str, Method] = {
         cost=_LINEAR_COST,
         laws=_LINEAR,
     ),
+    "linear-by-layer": Method(
+        what="the sum with given weights per domain and layer",
+        coefficients=linear_by_layer,
+        parameters={"weights": Parameter(""), "normalize": Parameter(True)},
+        source="mergekit's linear with gradients; layer-wise task arithmetic (arXiv:2212.04089)",
+        use="early and late layers should come from different domains; `weights` as in law=1:0,medicine=0:1",
+        cost=_LINEAR_COST,
+        laws=_LINEAR,
+    ),
+    "slerp": Method(
+        what="a point on the arc between two updates",
+        factors=slerp,
+        parameters={"t": Parameter(0.5, low=0.0, high=1.0)},
+        source="spherical linear interpolation (Shoemake 1985), mergekit's slerp",
+        use="two domains (the first by name is at t = 0); the mean would shorten what they do not share",
+        cost=_LINEAR_COST,
+        laws=("one domain is identity", *_ALWAYS[1:], "homogeneous", "neurons", "rotation", "core is full"),
+        most_domains=2,
+    ),
+    "multi-slerp": Method(
+        what="the mean direction of the updates, with their mean length",
+        factors=multi_slerp,
+        parameters={"coefficient": _FACTOR},
+        source="mergekit's multislerp, equal weights",
+        use="as the average, but long updates do not dominate and nothing is shortened",
+        cost=_LINEAR_COST,
+        laws=_LINEAR,
+    ),
     "ties": Method(
         what="trim to the largest entries, elect a sign per entry, average the entries that have it",
         rows=ties,
-        parameters={"density": _density(0.2), "coefficient": Parameter(1.0)},
+        parameters={"density": _density(0.2), "coefficient": _FACTOR},
         source="TIES-Merging (arXiv:2306.01708)",
         use="domains pull the same weights in opposite directions",
         cost=_TIES_COST,
@@ -132,7 +176,7 @@ METHODS: dict[str, Method] = {
     "dare": Method(
         what="drop entries at random, rescale the rest, average",
         rows=dare,
-        parameters={"density": _density(0.1), "coefficient": Parameter(1.0)},
+        parameters={"density": _density(0.1), "coefficient": _FACTOR},
         source="DARE, then average (arXiv:2311.03099)",
         use="updates with many redundant entries; in expectation it is the average",
         cost="O(K n) per module, 1 pass",
@@ -142,12 +186,54 @@ METHODS: dict[str, Method] = {
     "dare-ties": Method(
         what="drop entries at random, rescale the rest, then TIES",
         rows=dare_ties,
-        parameters={"density": _density(0.1), "ties_density": _density(1.0), "coefficient": Parameter(1.0)},
+        parameters={"density": _density(0.1), "ties_density": _density(1.0), "coefficient": _FACTOR},
         source="DARE, then TIES (arXiv:2311.03099)",
         use="as TIES, with random instead of magnitude trimming",
         cost="O(K n) per module, 1 pass (3 with ties_density below 1)",
         laws=(*_IDENTITY, "homogeneous"),
         random=True,
+    ),
+    "della": Method(
+        what="drop entries at random, small ones more often, rescale the rest, elect a sign, average what has it",
+        rows=della,
+        parameters={"density": _density(0.3), "epsilon": Parameter(0.2, low=0.0, high=1.0), "coefficient": _FACTOR},
+        source="DELLA-Merging (arXiv:2406.11617)",
+        use="as DARE-TIES, where large entries matter more than small ones",
+        cost="O(K n log in) per module, 1 pass",
+        laws=(*_IDENTITY, "homogeneous"),
+        random=True,
+    ),
+    "della-linear": Method(
+        what="drop entries at random, small ones more often, rescale the rest, average",
+        rows=della_linear,
+        parameters={"density": _density(0.3), "epsilon": Parameter(0.2, low=0.0, high=1.0), "coefficient": _FACTOR},
+        source="DELLA-Merging without election (arXiv:2406.11617), mergekit's della_linear",
+        use="as DARE, where large entries matter more than small ones",
+        cost="O(K n log in) per module, 1 pass",
+        laws=(*_IDENTITY, "homogeneous"),
+        random=True,
+    ),
+    "emr-unified": Method(
+        what="elect a sign per entry, take the largest entry that has it",
+        rows=emr_unified,
+        parameters={"coefficient": _FACTOR},
+        source="unified vector of EMR-Merging (arXiv:2405.17461)",
+        use="updates that differ in strength: the strongest domain decides an entry",
+        cost="O(K n) per module, 1 pass",
+        laws=(*_IDENTITY, "homogeneous", "neurons"),
+    ),
+    "consensus": Method(
+        what="the scaled sum, without entries that matter to fewer than two domains",
+        rows=consensus,
+        parameters={
+            "mask_threshold": Parameter(0.4, low=0.0),
+            "min_domains": Parameter(2, low=1),
+            "coefficient": _FACTOR,
+        },
+        source="Consensus Merging by TALL masks (arXiv:2405.07813)",
+        use="many domains, where entries of single ones spoil the sum",
+        cost="O(K n) per module, 1 pass",
+        laws=(*_IDENTITY, "homogeneous", "neurons"),
     ),
     "pcb": Method(
         what="average weighted by an entry's size within its domain and its agreement with the other domains",
@@ -155,7 +241,7 @@ METHODS: dict[str, Method] = {
         parameters={
             "density": _density(0.1),
             "clamp": Parameter(0.0001, low=0.0, high=0.49),
-            "coefficient": Parameter(1.0),
+            "coefficient": _FACTOR,
         },
         source="PCB-Merging (arXiv:2410.02396)",
         use="domains compete for the same weights with unequal strength",
@@ -165,7 +251,7 @@ METHODS: dict[str, Method] = {
     "localize-and-stitch": Method(
         what="keep each domain's largest entries, average where they overlap; uses no data",
         rows=localize_and_stitch,
-        parameters={"density": _density(0.05), "coefficient": Parameter(1.0)},
+        parameters={"density": _density(0.05), "coefficient": _FACTOR},
         source="Localize-and-Stitch, dataless (arXiv:2408.13656)",
         use="each domain learned in a few weights, mostly different ones",
         cost=_TIES_COST,
@@ -177,7 +263,7 @@ METHODS: dict[str, Method] = {
         parameters={
             "drop_smallest": Parameter(0.85, low=0.0, high=1.0),
             "drop_largest": Parameter(0.006, low=0.0, high=1.0),
-            "coefficient": Parameter(1.0),
+            "coefficient": _FACTOR,
         },
         source="Model Breadcrumbs (arXiv:2312.06795)",
         use="many domains, where outliers of single ones spoil the sum",
@@ -188,7 +274,7 @@ METHODS: dict[str, Method] = {
         what="TIES in coordinates common to all updates, found by an SVD",
         rows=ties,
         knots=True,
-        parameters={"density": _density(0.2), "coefficient": Parameter(1.0)},
+        parameters={"density": _density(0.2), "coefficient": _FACTOR},
         source="KnOTS, then TIES (arXiv:2410.19735)",
         use="as TIES, for low-rank updates that are not aligned entry by entry",
         cost="O(R² (in + out) + K R in) per module, 3 passes",
@@ -198,7 +284,7 @@ METHODS: dict[str, Method] = {
         what="DARE in coordinates common to all updates, found by an SVD",
         rows=dare,
         knots=True,
-        parameters={"density": _density(0.9), "coefficient": Parameter(1.0)},
+        parameters={"density": _density(0.9), "coefficient": _FACTOR},
         source="KnOTS, then DARE (arXiv:2410.19735)",
         use="as DARE, in aligned coordinates",
         cost="O(R² (in + out) + K R in) per module, 1 pass",
@@ -209,7 +295,7 @@ METHODS: dict[str, Method] = {
         what="DARE, then TIES, in coordinates common to all updates, found by an SVD",
         rows=dare_ties,
         knots=True,
-        parameters={"density": _density(0.9), "ties_density": _density(1.0), "coefficient": Parameter(1.0)},
+        parameters={"density": _density(0.9), "ties_density": _density(1.0), "coefficient": _FACTOR},
         source="KnOTS, then DARE and TIES (arXiv:2410.19735)",
         use="as KnOTS-TIES, with random instead of magnitude trimming",
         cost="O(R² (in + out) + K R in) per module, 1 pass (3 with ties_density below 1)",
@@ -228,7 +314,7 @@ METHODS: dict[str, Method] = {
     "tsv": Method(
         what="the leading singular triples of every update, their directions made orthogonal",
         factors=tsv,
-        parameters={"coefficient": Parameter(1.0)},
+        parameters={"coefficient": _FACTOR},
         source="TSV-Merge (arXiv:2412.00081)",
         use="the leading directions of different domains overlap",
         cost="O(R² (in + out)) per module",
@@ -237,7 +323,7 @@ METHODS: dict[str, Method] = {
     "iso-c": Method(
         what="the sum of the updates with all singular values made equal",
         factors=iso_c,
-        parameters={"coefficient": Parameter(1.0)},
+        parameters={"coefficient": _FACTOR},
         source="Iso-C (arXiv:2502.04959)",
         use="a few shared directions drown what single domains need",
         cost="O(R² (in + out)) per module",
@@ -246,7 +332,7 @@ METHODS: dict[str, Method] = {
     "iso-cts": Method(
         what="Iso-C with some common directions replaced by the domains' own",
         factors=iso_cts,
-        parameters={"common_fraction": Parameter(0.8, low=0.0, high=1.0), "coefficient": Parameter(1.0)},
+        parameters={"common_fraction": Parameter(0.8, low=0.0, high=1.0), "coefficient": _FACTOR},
         source="Iso-CTS (arXiv:2502.04959)",
         use="as Iso-C, with many domains that each have directions of their own",
         cost="O(R² (in + out)) per module",

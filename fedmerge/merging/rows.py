@@ -7,7 +7,7 @@ Entries that tie with the last one that passes a threshold pass as well. Entries
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import numpy as np
@@ -16,6 +16,8 @@ import torch
 from fedmerge.errors import ConfigError
 from fedmerge.merging.selection import order_statistics
 from fedmerge.seeding import generator
+
+BLOCK = 1 << 20  # entries whose ranks are held at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,11 +28,13 @@ class Piece:
         module: name of the module.
         domains: names of the K domains.
         rows: (K, n) float32 or float64.
+        width: entries of one neuron, n / out; None if the whole row is one neuron.
     """
 
     module: str
     domains: tuple[str, ...]
     rows: torch.Tensor
+    width: int | None = None
 
 
 Pieces = Callable[[], Iterable[Piece]]
@@ -95,6 +99,97 @@ def dare_ties(
     Source: arXiv:2311.03099. Without trimming it equals ``dare_ties`` of peft and of mergekit.
     """
     return ties(lambda: (_drop(piece, density, seed) for piece in pieces()), ties_density, coefficient)
+
+
+def della(pieces: Pieces, density: float, epsilon: float, coefficient: float, seed: int) -> Iterator[torch.Tensor]:
+    """DELLA: drop entries at random, small ones more often, rescale the rest, elect a sign, average what has it.
+
+    MagPrune keeps entry i of a neuron with probability q_i and divides it by q_i, so that its expectation stays. The
+    q_i rise evenly with the rank of the magnitude within the neuron, from density - ε/2 to density + ε/2.
+
+    Args:
+        pieces: the rows.
+        density: mean probability that an entry is kept.
+        epsilon: difference of the probabilities of a neuron's largest and smallest entry. It is narrowed where a
+            probability would fall below half the density or exceed 1.
+        coefficient: factor on the merge.
+        seed: seed of the draws.
+
+    Yields:
+        (K, n) for every piece; the sum over K is the merge.
+
+    Source: DELLA-Merging, arXiv:2406.11617: drop, elect, fuse, with ranks by row.
+    Differs: mergekit's ``della`` restores the L1 norm of a tensor instead of dividing by q_i, and its epsilon is half
+        of this one. A tie of signs yields 0, as in :func:`ties`.
+    """
+    return ties(lambda: (_magprune(piece, density, epsilon, seed) for piece in pieces()), 1.0, coefficient)
+
+
+def della_linear(
+    pieces: Pieces, density: float, epsilon: float, coefficient: float, seed: int
+) -> Iterator[torch.Tensor]:
+    """MagPrune of :func:`della`, then the average of all entries.
+
+    Yields:
+        (K, n) for every piece; the sum over K is the merge.
+
+    Source: arXiv:2406.11617 without the election; ``della_linear`` of mergekit.
+    """
+    for piece in pieces():
+        pruned = _magprune(piece, density, epsilon, seed).rows
+        yield pruned.mul_(coefficient / len(pruned))
+
+
+def emr_unified(pieces: Pieces, coefficient: float) -> Iterator[torch.Tensor]:
+    """Elect the sign of the sum of each entry, then take the largest magnitude among the entries that have it.
+
+    This is the unified vector of EMR-Merging, the part that is one adapter. EMR itself serves every domain another
+    model, λ_k · mask_k ⊙ unified, which has no low rank. A tie of signs yields 0. Rows that share the largest
+    magnitude share the entry.
+
+    Args:
+        pieces: the rows.
+        coefficient: factor on the merge.
+
+    Yields:
+        (K, n) for every piece; the sum over K is the merge.
+
+    Source: EMR-Merging, NeurIPS 2024, arXiv:2405.17461, equations of the unified task vector.
+    Differs: published code resolves a tie of signs to -.
+    """
+    for piece in pieces():
+        sign = total(piece.rows).sign().to(piece.rows.dtype)
+        agreeing = (piece.rows * sign).clamp(min=0)
+        largest = agreeing.amax(0)
+        kept = (agreeing == largest) & (largest > 0)
+        yield torch.where(kept, piece.rows, 0.0).mul_(coefficient).div_(kept.sum(0).clamp(min=1))
+
+
+def consensus(pieces: Pieces, mask_threshold: float, min_domains: int, coefficient: float) -> Iterator[torch.Tensor]:
+    """Consensus task arithmetic: the scaled sum, without entries that matter to few domains.
+
+    An entry matters to domain k if |τ_k| ≥ mask_threshold · |Σ τ - τ_k|: its TALL mask. Entries that matter to no
+    domain are noise, those that matter to a single one are selfish; both are dropped.
+
+    Args:
+        pieces: the rows.
+        mask_threshold: λ of the TALL masks; larger values make them smaller.
+        min_domains: domains to which a kept entry matters; at most K are asked for.
+        coefficient: factor on the merge.
+
+    Yields:
+        (K, n) for every piece; the sum over K is the merge.
+
+    Source: Localizing Task Information for Improved Model Merging and Compression, ICML 2024, arXiv:2405.07813.
+    Differs: one λ for all domains, where the authors choose each domain's on validation.
+    """
+    for piece in pieces():
+        summed = total(piece.rows)  # (n,) float64
+        votes = torch.zeros_like(summed, dtype=torch.int32)
+        for row in piece.rows:
+            votes += row.abs() >= mask_threshold * (summed - row).abs()
+        kept = votes >= min(min_domains, len(piece.rows))
+        yield torch.where(kept, piece.rows, 0.0).mul_(coefficient)
 
 
 def pcb(pieces: Pieces, density: float, clamp: float, coefficient: float) -> Iterator[torch.Tensor]:
@@ -236,4 +331,27 @@ def _drop(piece: Piece, density: float, seed: int) -> Piece:
         drawn = generator(seed, "dare", domain, piece.module).random(rows.shape[1], dtype=np.float32)
         kept = torch.from_numpy(drawn < density).to(rows.device)
         rows[k] = torch.where(kept, piece.rows[k], 0.0) / density
-    return Piece(piece.module, piece.domains, rows)
+    return replace(piece, rows=rows)
+
+
+def _magprune(piece: Piece, density: float, epsilon: float, seed: int) -> Piece:
+    """Keep entries with probabilities that rise with their rank in their neuron, and divide each by its own."""
+    num_entries = piece.rows.shape[1]
+    width = piece.width or num_entries
+    half = min(epsilon / 2, density / 2, 1 - density)
+    steps = torch.linspace(-half, half, width, dtype=torch.float64) if width > 1 else torch.zeros(1).double()
+    probabilities = (density + steps).to(piece.rows.device)  # (width,) by rank, smallest magnitude first
+    block = max(1, BLOCK // width) * width  # ranks and probabilities of a block of neurons are in memory
+    rows = torch.empty_like(piece.rows)
+    for k, domain in enumerate(piece.domains):
+        rng = generator(seed, "della", domain, piece.module)
+        for start in range(0, num_entries, block):
+            entries = piece.rows[k, start : start + block].reshape(-1, width)
+            drawn = torch.from_numpy(rng.random(entries.numel(), dtype=np.float32)).to(entries.device)
+            order = entries.abs().argsort(dim=1, stable=True)
+            kept_with = torch.empty_like(entries, dtype=torch.float64).scatter_(
+                1, order, probabilities.expand(len(entries), width)
+            )
+            kept = drawn.reshape(entries.shape) < kept_with
+            rows[k, start : start + block] = torch.where(kept, entries / kept_with, 0.0).flatten()
+    return replace(piece, rows=rows)

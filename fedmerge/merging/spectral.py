@@ -1,8 +1,8 @@
-"""Spectral merging methods: they map the low-rank factors of one module's K updates to the factors of the merge.
+"""Spectral and spherical merging methods: they map the factors of one module's K updates to those of the merge.
 
-The methods were published for updates of full rank. Here they work on the numerical support of low-rank updates:
-singular values below a millionth of the largest count as 0, and directions in no update stay 0. An update is a pair
-(out, r), (r, in), scaling included. A dense update is the pair of itself and an identity. Everything is float64.
+The spectral methods were published for updates of full rank. Here they work on the numerical support of low-rank
+updates: singular values below a millionth of the largest count as 0, and directions in no update stay 0. An update is
+a pair (out, r), (r, in), scaling included. A dense update is the pair of itself and an identity. Everything is float64.
 """
 
 import math
@@ -12,6 +12,7 @@ from fractions import Fraction
 import torch
 
 SUPPORT = 1e-6
+PARALLEL = 0.9995  # cosine beyond which an arc is taken for a line
 Factors = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -77,6 +78,53 @@ def iso_cts(updates: Sequence[Factors], common_fraction: float, coefficient: flo
     return _orthogonal(left) * mean * coefficient, _orthogonal(torch.cat([Vh for _, _, Vh in triples]))
 
 
+def slerp(updates: Sequence[Factors], t: float) -> Factors:
+    """SLERP: move from the first update to the second along the arc between their directions.
+
+    Δ = sin((1 - t) θ) / sin θ · Δ_0 + sin(t θ) / sin θ · Δ_1, where θ is the angle of Δ_0 and Δ_1 as vectors. Updates
+    that are parallel, opposite (|cos θ| > 0.9995) or zero are interpolated linearly. One update alone is the merge.
+
+    Args:
+        updates: one or two pairs (out, r_k), (r_k, in).
+        t: 0 for the first update, 1 for the second.
+
+    Returns:
+        (out, R) and (R, in) float64.
+
+    Source: Shoemake 1985, with the linear case of mergekit's ``slerp``.
+    Differs: mergekit interpolates whole weights, W + Δ_0 and W + Δ_1, whose angle is nearly 0; here it is the updates'.
+    """
+    if len(updates) == 1:
+        return _weighted_sum(updates, [1.0])
+    gram = _gram(updates)
+    lengths = gram.diagonal().clamp(min=0).sqrt()
+    cosine = float(gram[0, 1] / lengths.prod()) if lengths.prod() > 0 else 1.0
+    if abs(cosine) > PARALLEL:
+        return _weighted_sum(updates, [1 - t, t])
+    angle = math.acos(cosine)
+    return _weighted_sum(updates, [math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)])
+
+
+def multi_slerp(updates: Sequence[Factors], coefficient: float) -> Factors:
+    """Multi-SLERP: the direction of the mean of the updates' directions, with their mean length.
+
+    Δ = coefficient · n̄ · m / ‖m‖, where m is the mean of Δ_k / ‖Δ_k‖ and n̄ that of ‖Δ_k‖. An update of zero has no
+    direction, but counts in both means. Directions that cancel (‖m‖ < 1e-6) leave none: then Δ is the average.
+
+    Returns:
+        (out, R) and (R, in) float64.
+
+    Source: ``multislerp`` of mergekit, with equal weights. It projects the directions onto the tangent space at m / ‖m‖
+        and returns along their mean there, which is 0 since m is their mean.
+    """
+    gram, num_domains = _gram(updates), len(updates)
+    lengths = gram.diagonal().clamp(min=0).sqrt()
+    unit = torch.where(lengths > 0, 1 / lengths, 0.0) / num_domains  # m = Σ unit_k Δ_k
+    length = float((unit @ gram @ unit).clamp(min=0).sqrt())
+    weights = unit * (lengths.mean() / length) if length >= SUPPORT else torch.full_like(unit, 1 / num_domains)
+    return _weighted_sum(updates, (coefficient * weights).tolist())
+
+
 def thin_svd(
     left: torch.Tensor, right: torch.Tensor, largest: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -127,6 +175,20 @@ def support(values: torch.Tensor, largest: float = 0.0) -> int:
 
 def _sum(updates: Sequence[Factors]) -> Factors:
     return torch.cat([left for left, _ in updates], dim=1), torch.cat([right for _, right in updates])
+
+
+def _weighted_sum(updates: Sequence[Factors], weights: Sequence[float]) -> Factors:
+    left = [left.double() * weight for (left, _), weight in zip(updates, weights, strict=True)]
+    return torch.cat(left, dim=1), torch.cat([right.double() for _, right in updates])
+
+
+def _gram(updates: Sequence[Factors]) -> torch.Tensor:
+    """⟨Δ_k, Δ_l⟩ without forming an update: (K, K) float64."""
+    left, right = _sum([(left.double(), right.double()) for left, right in updates])
+    ranks = [len(right) for _, right in updates]
+    products = (left.T @ left) * (right @ right.T)  # (R, R)
+    blocks = [[block.sum() for block in torch.split(rows, ranks, dim=1)] for rows in torch.split(products, ranks)]
+    return torch.stack([torch.stack(row) for row in blocks])
 
 
 def _orthogonal(matrix: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from fedmerge.adapter import Adapter, LoraModule, layer_of
-from fedmerge.errors import LayoutMismatchError, MergeError
+from fedmerge.errors import ConfigError, LayoutMismatchError, MergeError
 
 OTHERS = "others"
 
@@ -127,6 +127,45 @@ def expand_coefficients(stack: StackLayout, coefficients: torch.Tensor | np.ndar
         bad = [domain for domain, good in zip(stack.domains, finite.tolist(), strict=True) if not good]
         raise MergeError(f"the coefficients of {', '.join(bad)} are not finite; give finite numbers")
     return values if values.ndim == 2 else values[:, None].expand(num_domains, num_groups)
+
+
+def linear_by_layer(stack: StackLayout, weights: str, normalize: bool) -> torch.Tensor:
+    """Return given coefficients per domain and layer, as mergekit's ``linear`` with gradients has them.
+
+    Args:
+        stack: layout of the K adapters.
+        weights: ``NAME=w`` or ``NAME=w_0:…:w_n`` for each domain, separated by commas. Several values are spread evenly
+            from the first to the last layer and interpolated linearly. A domain that is not named has weight 1.
+            Modules outside the layers get the mean over the layers.
+        normalize: True divides the weights of a layer by their sum.
+
+    Returns:
+        (K, G) float32.
+
+    Raises:
+        ConfigError: a weight that is no number, a domain that is not merged, or weights of a layer whose sum is 0.
+    """
+    where, layers = "merging method 'linear-by-layer': weights", [group for group in stack.groups if group != OTHERS]
+    values = np.ones((len(stack.domains), len(stack.groups)))
+    for text in filter(None, (part.strip() for part in weights.split(","))):
+        domain, _, numbers = text.partition("=")
+        try:
+            anchors = [float(number) for number in numbers.split(":")]
+        except ValueError:
+            anchors = []
+        if not anchors or not np.isfinite(anchors).all():
+            raise ConfigError(f"{where}: found {text!r}, expected NAME=w or NAME=w_0:…:w_n with finite numbers")
+        if domain not in stack.domains:
+            raise ConfigError(f"{where}: found {domain!r}, expected one of the merged {', '.join(stack.domains)}")
+        places = np.linspace(0, len(anchors) - 1, len(layers))
+        by_layer = np.interp(places, np.arange(len(anchors)), anchors) if layers else np.array([np.mean(anchors)])
+        values[stack.domains.index(domain)] = [*by_layer, by_layer.mean()][: len(stack.groups)]
+    if normalize:
+        sums = values.sum(0)
+        if empty := [group for group, total in zip(stack.groups, sums, strict=True) if abs(total) < 1e-8]:
+            raise ConfigError(f"{where}: their sum is 0 in {', '.join(empty)}. Give others, or set normalize to false.")
+        values /= sums
+    return torch.from_numpy(values).float()
 
 
 def linear_merge(stack: Stack, coefficients: torch.Tensor | np.ndarray) -> Adapter:

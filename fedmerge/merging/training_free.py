@@ -16,7 +16,7 @@ from fedmerge.merging.parameters import Value, checked_parameters
 from fedmerge.merging.rows import Piece, total
 from fedmerge.merging.spaces import Bases, core_bases, knots_bases, lift, lift_dense, project
 from fedmerge.merging.spectral import Factors, dense_svd, support, thin_svd
-from fedmerge.merging.stack import Stack, dense_module, linear_merge, stack_adapters
+from fedmerge.merging.stack import Stack, dense_module, expand_coefficients, linear_merge, stack_adapters
 from fedmerge.seeding import derive
 
 Scope = Literal["tensor", "layer", "model"]
@@ -125,6 +125,11 @@ def merge_stack(
 ) -> MergedAdapter:
     """Merge stacked adapters, each with coefficient 1; see :func:`merge_adapters`."""
     row, chosen = checked_settings(method, scope, space, output_rank, parameters)
+    if row.most_domains is not None and len(stack.domains) > row.most_domains:
+        raise MergeError(
+            f"merging method {name_of(method)!r}: found {len(stack.domains)} adapters ({', '.join(stack.domains)}), "
+            f"expected at most {row.most_domains}. Choose another method, or leave adapters out."
+        )
     made: dict[str, str | int] = {"scope": scope, "space": space, "output_rank": output_rank}
     if row.random:
         made["seed"] = seed
@@ -183,9 +188,10 @@ def _domain_rows(
     stack: Stack, row: Method, chosen: Mapping[str, Value], scope: Scope, space: Space, seed: int
 ) -> Iterator[tuple[str, torch.Tensor]]:
     if row.coefficients is not None:
-        values = row.coefficients(stack, **chosen)
+        values = expand_coefficients(stack, row.coefficients(stack, **chosen))  # (K, G)
         for name, module in stack.modules.items():
-            yield name, _dense(_updates(stack, name)) * values.to(module.lora_A.device)[:, None, None]
+            weights = values[:, stack.group_of[name]].to(module.lora_A.device)
+            yield name, _dense(_updates(stack, name)) * weights[:, None, None]
         return
     for name, bases, rows in _rows(stack, row, chosen, scope, space, seed):
         yield name, rows if bases.identity else torch.stack([lift_dense(each, bases).float() for each in rows])
@@ -199,7 +205,7 @@ def _merges(
         for name, bases, rows in _rows(stack, row, chosen, scope, space, seed):
             yield name, bases, total(rows)
         return
-    values = [] if row.coefficients is None else row.coefficients(stack, **chosen).tolist()
+    values = None if row.coefficients is None else expand_coefficients(stack, row.coefficients(stack, **chosen))
     for name in stack.modules:
         bases = _bases(_updates(stack, name), space, knots=False)
         updates = project(_updates(stack, name), bases)
@@ -208,8 +214,9 @@ def _merges(
         elif row.function is not None:
             drawn = {SEED: derive(seed, "own method", name)} if row.random else {}
             yield name, bases, call_function(row.source, row.function, name, _dense(updates), {**chosen, **drawn})
-        else:
-            left = torch.cat([left * value for (left, _), value in zip(updates, values, strict=True)], dim=1)
+        elif values is not None:
+            weights = values[:, stack.group_of[name]].tolist()
+            left = torch.cat([left * weight for (left, _), weight in zip(updates, weights, strict=True)], dim=1)
             yield name, bases, (left, torch.cat([right for _, right in updates]))
 
 
@@ -234,7 +241,8 @@ def _pieces(stack: Stack, names: Sequence[str], bases: Mapping[str, Bases]) -> C
     """One row per domain over the modules, recomputed in every pass, or held in memory for a single module."""
 
     def piece(name: str) -> Piece:
-        return Piece(name, stack.domains, _dense(project(_updates(stack, name), bases[name])).flatten(1))
+        updates = _dense(project(_updates(stack, name), bases[name]))  # (K, a, b)
+        return Piece(name, stack.domains, updates.flatten(1), updates.shape[2])
 
     if len(names) == 1:
         only = piece(names[0])

@@ -33,7 +33,7 @@ from fedmerge.mergerec.pseudo_users import PseudoDomain, pseudo_domains
 from fedmerge.mergerec.variants import learned_settings, learned_variants
 from fedmerge.mergerec.vectors import Vectors, initial_vectors, merge_vectors
 from fedmerge.merging.candidate import Candidate, MergeVariant, Origin, provenance_of_merge
-from fedmerge.merging.methods import method_coefficients, method_named
+from fedmerge.merging.methods import complete_parameters, method_coefficients, method_named
 from fedmerge.merging.stack import Stack, linear_merge_of_many, stack_adapters, survey_adapters
 from fedmerge.merging.training_free import merge_stack
 from fedmerge.privacy.dp.accountant import agreed_noise
@@ -167,7 +167,7 @@ def merge_candidates(
         row = method_named(variant.method)
         if row.coefficients is not None:
             adapter, entries = linear(method_coefficients(variant.method, layout, **variant.parameters))
-            return adapter, {"parameters": variant.parameters, **entries}
+            return adapter, {"parameters": complete_parameters(variant.method, variant.parameters), **entries}
         if not row.learned:
             made = merge_stack(
                 stack(),

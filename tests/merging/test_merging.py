@@ -193,8 +193,8 @@ LAWS = {
 }
 
 
-# the mean's coefficients count every domain of the stack; linear_merge_of_many leaves absent ones out of it
-NOT_OF_COEFFICIENTS = {("average", "zero coefficient is absent")}
+# coefficients of a mean count every domain of the stack; linear_merge_of_many leaves absent ones out of it
+NOT_OF_COEFFICIENTS = {(name, "zero coefficient is absent") for name in ("average", "linear-by-layer")}
 
 
 @pytest.mark.parametrize(

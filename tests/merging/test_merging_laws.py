@@ -37,7 +37,8 @@ class Case:
 
 @st.composite
 def cases(draw: st.DrawFn, method: str) -> Case:
-    names = draw(st.lists(st.sampled_from(NAMES), min_size=1, max_size=4, unique=True))
+    most = METHODS[method].most_domains or 4
+    names = draw(st.lists(st.sampled_from(NAMES), min_size=1, max_size=most, unique=True))
     seed = draw(st.integers(0, 1000))
     adapters = {
         name: random_adapter(LAYOUT, draw(st.integers(1, 3)), draw(st.sampled_from([0.5, 1.0, 2.0])), 10 * seed + k)

@@ -9,7 +9,7 @@ import merging_oracles as oracles
 import numpy as np
 import pytest
 import torch
-from adapters import Layout, random_adapter, random_adapters
+from adapters import Layout, as_many_as, random_adapter, random_adapters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedmerge.adapter import Adapter, LoraModule, adapter_sha256
@@ -43,6 +43,13 @@ PARAMETERS: dict[str, dict[str, Any]] = {  # densities at which small modules ke
     "knots-ties": {"density": 0.35, "coefficient": 0.7},
     "knots-dare": {"density": 0.6},
     "knots-dare-ties": {"density": 0.7, "ties_density": 0.5},
+    "della": {"density": 0.6, "epsilon": 0.5, "coefficient": 0.9},
+    "della-linear": {"density": 0.6, "epsilon": 0.5},
+    "emr-unified": {"coefficient": 0.6},
+    "consensus": {"mask_threshold": 0.7, "min_domains": 2, "coefficient": 0.4},
+    "linear-by-layer": {"weights": "toys=0.5,books=2"},
+    "slerp": {"t": 0.3},
+    "multi-slerp": {"coefficient": 0.8},
     "task-arithmetic": {"coefficient": 0.3},
     "knots-task-arithmetic": {"coefficient": 0.3},
     "tsv": {"coefficient": 0.8},
@@ -196,6 +203,13 @@ def oracle_of(
         updates = [matrices for _, matrices in aligned]
         lefts = [left @ U for left, (U, _) in zip(lefts, aligned, strict=True)]
 
+    def pruned(matrix: oracles.Array, domain: str, name: str) -> oracles.Array:
+        drawn = generator(seed, "della", domain, name).random(matrix.size, dtype=np.float32).tolist()
+        settings = parameters["density"], parameters["epsilon"]
+        return np.array(oracles.magpruned(matrix.ravel().tolist(), *settings, drawn, matrix.shape[1])).reshape(
+            matrix.shape
+        )
+
     def lifted(matrices: list[oracles.Array]) -> list[oracles.Array]:
         return [left @ matrix @ right.T for left, matrix, right in zip(lefts, matrices, rights, strict=True)]
 
@@ -206,7 +220,19 @@ def oracle_of(
     if method in ELEMENTWISE:  # entries are float32 numbers: a threshold must fall between the same two
         updates = [[matrix.astype(np.float32).astype(np.float64) for matrix in matrices] for matrices in updates]
 
+    if method.startswith("della"):
+        updates = [
+            [pruned(matrix, domain, name) for matrix, domain in zip(matrices, sorted(adapters), strict=True)]
+            for matrices, name in zip(updates, names, strict=True)
+        ]
+
     def flat(rows: oracles.Rows) -> list[float]:
+        if method == "linear-by-layer":  # books, tents, toys
+            return [(2 * books + tents + 0.5 * toys) / 3.5 for books, tents, toys in zip(*rows, strict=True)]
+        if method == "della":
+            return oracles.ties(rows, 1.0, parameters["coefficient"])
+        if method == "della-linear":
+            return [parameters["coefficient"] * x for x in oracles.average(rows)]
         name = method.removeprefix("knots-").replace("-", "_")
         if not name.startswith("dare"):
             found: list[float] = getattr(oracles, name)(rows, **parameters)
@@ -239,7 +265,7 @@ def close(found: torch.Tensor, expected: Any, tolerance: float = 1e-6) -> bool:
     [(method, scope) for method in TRAINING_FREE for scope in (SCOPES if method in ELEMENTWISE else ["tensor"])],
 )
 def test_equals_the_definition(method: str, scope: Any, space: Any) -> None:
-    adapters = random_adapters(LAYOUT)  # ranks 3, 1, 4 and three scalings
+    adapters = as_many_as(method, random_adapters(LAYOUT))  # ranks 3, 1, 4 and three scalings
     merged = merge_adapters(adapters, method, scope=scope, space=space, seed=4, **PARAMETERS.get(method, {}))
     assert merged.adapter.modules.keys() == LAYOUT.keys() == merged.residuals.keys()
     assert max(merged.residuals.values()) <= 1e-6
@@ -330,7 +356,8 @@ def record(adapters: dict[str, Adapter], method: str, **settings: Any) -> Tensor
 def test_the_cost_of_core_space_does_not_grow_with_the_square_of_the_width(method: str) -> None:
     def largest(width: int) -> int:
         layout = {"m": (width, width)}
-        adapters = {str(k): random_adapter(layout, 2, 1.0, k) for k in range(3)}
+        named = {name: random_adapter(layout, 2, 1.0, k) for k, name in enumerate(("books", "tents", "toys"))}
+        adapters = as_many_as(method, named)
         return record(adapters, method, space="core", **PARAMETERS.get(method, {})).largest
 
     counters = 3 * 2 * 65536 * 8  # of the order statistics, whatever the width

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from adapters import save_with_peft
+from adapters import as_many_as, save_with_peft
 from backbones import bert_for_peft, llama_config
 from peft import PeftModel
 from transformers import LlamaModel, PreTrainedModel
@@ -109,7 +109,7 @@ def test_elementwise_merges_equal_peft_where_the_definitions_agree(
 def test_peft_loads_every_merge(made: tuple[PreTrainedModel, dict[str, Path]], method: str, tmp_path: Path) -> None:
     model, folders = made
     adapters = {name: read_adapter(folder) for name, folder in folders.items()}
-    merged = merge_adapters(adapters, method).adapter
+    merged = merge_adapters(as_many_as(method, adapters), method).adapter
     write_adapter(merged, tmp_path / "merged", "tiny")
     loaded = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "merged").train(False)
     dense = copy.deepcopy(model)

@@ -196,7 +196,7 @@ def test_arguments_that_settings_cannot_express_are_refused(function: Callable[.
         ("broken:slerp", ["broken", "ZeroDivisionError"]),
         ("slerp:lerp", ["lerp", "slerp.py"]),
         ("slerp:torch", ["module"]),
-        ("slerp", ["'slerp'", "task-arithmetic", "package.module:function"]),
+        ("arc", ["'arc'", "task-arithmetic", "package.module:function"]),
         (":slerp", ["':slerp'"]),
     ],
 )

@@ -16,6 +16,7 @@ from fedmerge.config import ExperimentConfig
 from fedmerge.domain.catalog import Catalog
 from fedmerge.encoder.backbone import Backbone
 from fedmerge.merging.candidate import Candidate, Origin
+from fedmerge.merging.methods import METHODS
 from fedmerge.server.candidates import learn_from_catalogs, merge_candidates, recipe_of
 
 Layout = dict[str, tuple[int, int]]  # module name -> (out, in)
@@ -49,6 +50,11 @@ def random_adapters(layout: Layout) -> dict[str, Adapter]:
         name: random_adapter(layout, rank, scaling, seed)
         for seed, (name, (rank, scaling)) in enumerate(settings.items())
     }
+
+
+def as_many_as(method: str, adapters: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the first adapters or folders, as many as a method merges."""
+    return dict(list(adapters.items())[: METHODS[method].most_domains])
 
 
 def save_with_peft(model: PreTrainedModel, folder: Path, seed: int, **settings: Any) -> Path:

@@ -50,6 +50,36 @@ def dropped(rows: Rows, density: float, draws: Sequence[Sequence[float]]) -> Row
     ]
 
 
+def magpruned(row: list[float], density: float, epsilon: float, draws: Sequence[float], width: int) -> list[float]:
+    half = min(epsilon / 2, density / 2, 1 - density)
+    pruned = []
+    for start in range(0, len(row), width):
+        neuron = row[start : start + width]
+        order = sorted(range(width), key=lambda i: abs(neuron[i]))
+        for i, x in enumerate(neuron):
+            share = order.index(i) / (width - 1) if width > 1 else 0.5
+            probability = density + half * (2 * share - 1)
+            pruned.append(x / probability if draws[start + i] < probability else 0.0)
+    return pruned
+
+
+def emr_unified(rows: Rows, coefficient: float = 1.0) -> list[float]:
+    merged = []
+    for column in zip(*rows, strict=True):
+        mass = math.fsum(column)
+        merged.append(coefficient * max((x for x in column if x * mass > 0), key=abs, default=0.0))
+    return merged
+
+
+def consensus(rows: Rows, mask_threshold: float, min_domains: int, coefficient: float = 1.0) -> list[float]:
+    merged = []
+    for column in zip(*rows, strict=True):
+        mass = math.fsum(column)
+        votes = sum(abs(x) >= mask_threshold * abs(mass - x) for x in column)
+        merged.append(coefficient * mass if votes >= min(min_domains, len(rows)) else 0.0)
+    return merged
+
+
 def _minmax(values: list[float]) -> list[float]:
     low, high = min(values), max(values)
     return [(x - low) / (high - low) if high > low else 0.0 for x in values]
@@ -167,6 +197,28 @@ def iso_cts(updates: list[Array], common_fraction: float = 0.8, coefficient: flo
         rights.append(vh[:own])
     left, right = _whitened(np.concatenate(lefts, axis=1)), _whitened(np.concatenate(rights))
     merged: Array = coefficient * np.concatenate(values).mean() * left @ right
+    return merged
+
+
+def slerp(updates: list[Array], t: float = 0.5) -> Array:
+    first, second = updates
+    cosine = np.sum(first * second) / np.linalg.norm(first) / np.linalg.norm(second)
+    theta = np.arccos(cosine)
+    merged: Array = (np.sin((1 - t) * theta) * first + np.sin(t * theta) * second) / np.sin(theta)
+    return merged
+
+
+def multi_slerp(updates: list[Array], coefficient: float = 1.0) -> Array:
+    """Project onto the tangent space at the mean direction, average there, and return by the exponential map."""
+    lengths = [np.linalg.norm(update) for update in updates]
+    directions = [update / length for update, length in zip(updates, lengths, strict=True)]
+    mean = sum(directions, np.zeros_like(updates[0]))
+    mean = mean / np.linalg.norm(mean)
+    tangents = [direction - np.sum(direction * mean) * mean for direction in directions]
+    step = sum(tangents, np.zeros_like(mean)) / len(updates)
+    length = np.linalg.norm(step) + 1e-300
+    point = np.cos(length) * mean + np.sin(length) / length * step
+    merged: Array = coefficient * np.mean(lengths) * point
     return merged
 
 

@@ -37,6 +37,12 @@ PARAMETERS = {
     "drop_smallest": "fraction of smallest magnitudes dropped",
     "drop_largest": "fraction of largest magnitudes dropped",
     "common_fraction": "share of common directions",
+    "epsilon": "DELLA: difference of the largest and the smallest probability",
+    "mask_threshold": "consensus: λ of the TALL masks",
+    "min_domains": "consensus: domains to which an entry must matter",
+    "t": "SLERP: 0 for the first adapter, 1 for the second",
+    "weights": "linear-by-layer: NAME=w or NAME=w_0:…:w_n for each adapter, from the first layer to the last",
+    "normalize": "linear-by-layer: divide the weights of a layer by their sum (true, false)",
 }
 
 
@@ -82,7 +88,7 @@ def add_commands(commands: "Commands") -> None:
     one.add_argument("--output-rank", metavar="R", help="compress every module to this rank, or 'exact' [exact]")
     one.add_argument("--seed", type=int, help="seed of methods that sample [0]")
     for name, meaning in PARAMETERS.items():
-        one.add_argument(_flag(name), type=float, metavar="X", help=meaning)
+        one.add_argument(_flag(name), metavar="X", help=meaning)
     one.add_argument(
         "--parameter",
         action="append",
@@ -136,8 +142,8 @@ def _merge_one(options: argparse.Namespace, run: Path | None, folders: dict[str,
         "space": options.space or "full",
         "output_rank": int(rank) if re.fullmatch(r"\d+", rank) else rank,
     }
-    parameters = {name: value for name in PARAMETERS if (value := getattr(options, name)) is not None}
-    parameters |= parse_parameters(options.parameter or [])
+    given = [f"{name}={value}" for name in PARAMETERS if (value := getattr(options, name)) is not None]
+    parameters: dict[str, Any] = {**parse_parameters([*given, *(options.parameter or [])])}
     coefficients = _coefficients(options.coefficients, list(folders))
     checked_settings(options.method, **settings, parameters=parameters)
     if options.out is not None:

@@ -5,7 +5,7 @@ Every function yields one line for each contradiction: the keys, what was found,
 
 from collections.abc import Iterator
 
-from fedmerge.config.merging import LEARNED_METHODS, Merge, ThroughClients
+from fedmerge.config.merging import LEARNED_METHODS, PAIR_METHODS, Merge, ThroughClients
 from fedmerge.config.model import Domains, Lora
 from fedmerge.config.privacy import DP, Privacy
 from fedmerge.config.running import Admission, Server, Simulation
@@ -34,6 +34,18 @@ def rounds_problems(rounds: Rounds, lora: Lora, domains: Domains) -> Iterator[st
         yield f"lora.ranks names {', '.join(strange)}, not among domains.train; correct the name"
     if problem := too_few_for_krum(rounds, len(domains.train)):
         yield problem
+
+
+def pair_problems(merge: Merge, rounds: Rounds, domains: Domains) -> Iterator[str]:
+    """Yield methods of two domains where more of them train."""
+    where = "merge.methods" if rounds.rule is None else "rounds.rule"
+    methods = merge.methods if rounds.rule is None else (rounds.rule,)
+    for method in sorted(PAIR_METHODS & {*methods}):
+        if len(domains.train) > 2:
+            yield (
+                f"{where} holds {method}, which merges two domains, but domains.train names {len(domains.train)}; "
+                f"choose multi-{method}"
+            )
 
 
 def too_few_for_krum(rounds: Rounds, num_domains: int) -> str:
