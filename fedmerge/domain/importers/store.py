@@ -140,10 +140,12 @@ class EventStore:
         )
         self._run("DROP TABLE rows")
         self.core(k, users_only)
+        before = self.num_rows
         self._keep(
             "SELECT code, item, moment, min(position) AS position FROM events GROUP BY code, item, moment", REPEATED
         )
-        self.core(k, users_only)
+        if self.num_rows < before:
+            self.core(k, users_only)
 
     def core(self, k: int | None, users_only: bool = False) -> None:
         """Keep the largest set of rows in which each user and each item has at least k rows; all rows if k is None.
@@ -151,13 +153,21 @@ class EventStore:
         Rows of users and items below k are dropped repeatedly, because each pass may push others below k. With
         ``users_only`` items may have any number of rows, so that no user decides about another one's rows.
         """
-        before = -1
-        while k is not None and self.num_rows != before:
-            before = self.num_rows
-            enough = "{0} IN (SELECT {0} FROM events GROUP BY {0} HAVING count(*) >= {1})"
-            conditions = [enough.format(column, k) for column in (("code",) if users_only else ("code", "item"))]
+        if k is None:
+            return
+        columns = ("code",) if users_only else ("code", "item")
+        while True:
+            num_weak = 0
+            for column in columns:
+                self._run(
+                    f"CREATE OR REPLACE TABLE weak_{column} AS "
+                    f"SELECT {column} FROM events GROUP BY {column} HAVING count(*) < {k}"
+                )
+                num_weak += self._count_of(f"weak_{column}")
+            if not num_weak:
+                return
             self._keep(
-                f"SELECT * FROM events WHERE {' AND '.join(conditions)}",
+                "SELECT * FROM events " + " ".join(f"ANTI JOIN weak_{column} USING ({column})" for column in columns),
                 OF_SHORT_USERS if users_only else OUTSIDE_CORE,
             )
 
@@ -199,11 +209,15 @@ class EventStore:
         if chosen is not None:
             self._database.register("chosen", chosen)
         self._run(f"CREATE TABLE kept AS {query}")
-        [(count,)] = self._run("SELECT count(*) FROM kept").fetchall()
+        count = self._count_of("kept")
         self._run("DROP TABLE IF EXISTS events")
         self._run("ALTER TABLE kept RENAME TO events")
         self._count(reason, self.num_rows - count)
         self.num_rows = count
+
+    def _count_of(self, table: str) -> int:
+        [(count,)] = self._run(f"SELECT count(*) FROM {table}").fetchall()
+        return int(count)
 
     def _count(self, reason: str, count: int) -> None:
         if count:
