@@ -123,18 +123,30 @@ def in_float32(backbone: Backbone) -> Backbone:
     return replace(backbone, compute=replace(backbone.compute, autocast_dtype=None, reason="float32 is required here"))
 
 
+def usable_positions(model: torch.nn.Module) -> int | None:
+    """Return the number of tokens that a model has positions for; None if it names no limit (relative positions).
+
+    RoBERTa and its relatives (XLM-R, CamemBERT, MPNet, ESM, Longformer …) count positions from behind the index of the
+    padding, so their table has fewer usable rows than ``max_position_embeddings``. Their tables know that index, and
+    it is not always the configuration's: MPNet has its own.
+    """
+    stated = getattr(model.config, "max_position_embeddings", None)
+    limits = [] if stated is None else [int(stated)]
+    for name, module in model.named_modules():
+        padding = getattr(module, "padding_idx", None)
+        if name.rpartition(".")[2] == "position_embeddings" and padding is not None:
+            limits.append(module.get_parameter("weight").shape[0] - padding - 1)
+    return min(limits, default=None)
+
+
 def check_max_tokens(backbone: Backbone, max_tokens: int) -> None:
     """Raise if sequences can be longer than the backbone's positions.
 
     Raises:
         BackboneError: gives the greatest length that works.
     """
-    config = backbone.model.config
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions is None:
-        return
-    usable = positions - (config.pad_token_id + 1 if "roberta" in config.model_type else 0)
-    if max_tokens > usable:
+    usable = usable_positions(backbone.model)
+    if usable is not None and max_tokens > usable:
         raise BackboneError(
             f"text.max_tokens = {max_tokens}, but {backbone.name} has {usable} positions. "
             f"Set text.max_tokens to {usable} or less."

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fedmerge.config import ATTRIBUTES
 from fedmerge.domain.catalog import Catalog
-from fedmerge.errors import BackboneError
+from fedmerge.errors import BackboneError, DomainError
 
 Tokens = npt.NDArray[np.int32]
 
@@ -71,6 +71,9 @@ def build_token_table(catalog: Catalog, tokenizer: PreTrainedTokenizerBase, max_
         tokenizer: tokenizer of the backbone.
         max_attribute_tokens: maximum number of tokens of an attribute's value, without its key, for attributes of which
             the catalog states no limit.
+
+    Raises:
+        DomainError: an item without text for a tokenizer without special tokens, so that nothing of it can be encoded.
     """
     pieces: list[list[list[int]]] = []  # attribute -> item -> tokens, key included
     for attribute, texts in catalog.attributes.items():
@@ -82,6 +85,8 @@ def build_token_table(catalog: Catalog, tokenizer: PreTrainedTokenizerBase, max_
     items = [[token for attribute in item for token in attribute] for item in zip(*pieces, strict=True)]
     offsets = np.zeros(len(items) + 1, dtype=np.int64)
     np.cumsum([len(item) for item in items], out=offsets[1:])
+    if not all(items):
+        _check_empty_items(catalog.name, [index for index, item in enumerate(items) if not item], len(items), tokenizer)
     flat = np.fromiter((token for item in items for token in item), dtype=np.int32, count=int(offsets[-1]))
     return TokenTable(flat, offsets, _tokens(_tokenise(tokenizer, [";"])[0]))
 
@@ -163,6 +168,18 @@ def pack_sequences(
         parts.append(special.suffix)
         sequences.append(np.concatenate(parts))
     return sequences
+
+
+def _check_empty_items(domain: str, empty: list[int], num_items: int, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse items without tokens, unless the special tokens give them a vector: one for all of them."""
+    special = special_tokens(tokenizer)
+    if len(special.prefix) + len(special.suffix) == 0:
+        rows = ", ".join(map(str, empty[:5])) + (", …" if len(empty) > 5 else "")
+        raise DomainError(
+            f"domain {domain}: {len(empty)} of {num_items} items have no text, in the rows {rows} of the catalog (from "
+            "0), and the backbone's tokenizer adds no special tokens, so there is nothing to encode. Give them a text, "
+            "remove them with 'fedmerge data forget --items', or use a backbone whose tokenizer adds special tokens."
+        )
 
 
 def _cut(value: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> str:
