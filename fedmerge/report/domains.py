@@ -4,7 +4,8 @@ from pathlib import Path
 
 from fedmerge.domain.folder import domain_info
 from fedmerge.domain.importers.bad_rows import reason_text
-from fedmerge.domain.importers.events import ImportReport
+from fedmerge.domain.importers.events import MAX_LOSS, ImportReport
+from fedmerge.domain.importers.store import REPEATED
 from fedmerge.escaping import one_line
 
 
@@ -33,6 +34,21 @@ def domain_text(folder: Path) -> str:
     return "\n".join(one_line(line) for line in lines)
 
 
+def import_warnings(report: ImportReport) -> list[str]:
+    """Return a line for each kind of loss of more than a tenth of the rows of interactions."""
+    num_rows, source = report.files[0].num_rows, report.files[0].source
+    lost, repeats = sum(report.lost.values()), report.dropped.get(REPEATED, 0)
+    lines = []
+    if lost > MAX_LOSS * num_rows:
+        lines.append(f"{100 * lost / num_rows:.0f} % of the rows of {source} are lost: {', '.join(report.lost)}")
+    if repeats > MAX_LOSS * num_rows:
+        lines.append(
+            f"{100 * repeats / num_rows:.0f} % of the rows of {source} repeat an earlier user, item and time; if the "
+            "times are dates only, these may be interactions of their own"
+        )
+    return [one_line(line) for line in lines]
+
+
 def import_text(report: ImportReport) -> str:
     """Return the counts of an import, the rows it left out with their reasons, and the bad rows of each file."""
     manifest = report.manifest
@@ -44,4 +60,5 @@ def import_text(report: ImportReport) -> str:
         if file.bad:
             lines.append(f"  {file.source}: {file.num_bad} bad of {file.num_rows} rows:")
             lines += [f"    {reason_text(reason, file.unit)}" for reason in file.bad]
+        lines += [f"  {file.source}: {note}" for note in file.notes]
     return "\n".join(one_line(line) for line in lines)

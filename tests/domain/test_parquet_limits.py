@@ -34,7 +34,7 @@ READ = r"""
 import re, resource, sys
 from pathlib import Path
 from fedmerge.domain.catalog import catalog_from_bytes
-from fedmerge.domain.importers.csv_parquet import import_parquet
+from fedmerge.domain.importers.table import import_table
 from fedmerge.errors import DomainError
 resource.setrlimit(resource.RLIMIT_AS, (4 * 2**30, 4 * 2**30))
 how, path = sys.argv[1], Path(sys.argv[2])
@@ -42,7 +42,7 @@ try:
     if how == "server":
         catalog_from_bytes(path.read_bytes(), "shop")
     else:
-        import_parquet(path.parent / "rows.parquet", path, path.parent / "domains")
+        import_table(path.parent / "rows.parquet", path, path.parent / "domains")
 except DomainError as error:
     print(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1], error)
     sys.exit(3)

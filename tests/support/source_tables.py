@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from fedmerge.cli import main
 from fedmerge.domain.catalog import load_catalog
 from fedmerge.domain.importers.events import ImportReport
 from fedmerge.domain.interactions import load_interactions
@@ -47,3 +48,9 @@ def sequences(folder: Path) -> dict[str, list[str]]:
 
 def bad_rows(report: ImportReport, file: int = 0) -> dict[str, tuple[int, tuple[int, ...]]]:
     return {reason.text: (reason.count, reason.first) for reason in report.files[file].bad}
+
+
+def import_by_command(folder: Path, interactions: Path, catalog: Path | None = None, *options: str) -> int:
+    """Run ``fedmerge data import table`` for the domain folder; return the exit code."""
+    tables = ["--interactions", str(interactions), *([] if catalog is None else ["--catalog", str(catalog)])]
+    return main(["data", "import", "table", str(folder.parent), "--name", folder.name, *tables, *options])

@@ -21,8 +21,7 @@ def add_importers(data: "Commands") -> None:
     """Add ``import`` and its formats to ``fedmerge data``."""
     importer = data.add_parser("import", help="import a domain").add_subparsers(required=True, metavar="FORMAT")
     _add_mergerec(importer)
-    _add_table(importer, "csv", _import_csv)
-    _add_table(importer, "parquet", _import_parquet)
+    _add_table(importer)
     _add_amazon(importer)
     _add_movielens(importer)
 
@@ -34,12 +33,23 @@ def _add_mergerec(importer: "Commands") -> None:
     mergerec.set_defaults(command=_import_mergerec)
 
 
-def _add_table(importer: "Commands", form: str, command: Callable[[argparse.Namespace], int]) -> None:
-    title = {"csv": "CSV", "parquet": "Parquet"}[form]
-    table = importer.add_parser(form, help=f"two {title} tables with named columns: interactions and catalog")
+def _add_table(importer: "Commands") -> None:
+    table = importer.add_parser(
+        "table",
+        aliases=["csv", "parquet"],
+        help="tables with named columns (CSV, TSV, JSON lines, Parquet, Excel, RecBole): interactions, and a catalog",
+        description="Import tables with named columns. The format of each file is recognised, and so are delimiter, "
+        "encoding and the header of text.",
+    )
     _add_target(table, "the name of the folder that holds the interactions")
     table.add_argument("--interactions", type=Path, required=True, metavar="FILE", help="one row per interaction")
-    table.add_argument("--catalog", type=Path, required=True, metavar="FILE", help="one row per item")
+    table.add_argument(
+        "--catalog",
+        type=Path,
+        default=None,
+        metavar="FILE",
+        help="one row per item (default: items and texts are taken from the interactions)",
+    )
     for column, default in (("user", "user_id"), ("item", "item_id"), ("time", "timestamp")):
         table.add_argument(f"--{column}-column", default=default, metavar="NAME", help=f"(default: {default})")
     table.add_argument(
@@ -48,11 +58,31 @@ def _add_table(importer: "Commands", form: str, command: Callable[[argparse.Name
     table.add_argument("--catalog-item-column", default=None, metavar="NAME", help="(default: --item-column)")
     for column in ("title", "brand", "category"):
         table.add_argument(f"--{column}-column", default=None, metavar="NAME", help=f"(default: {column}, if present)")
-    if form == "csv":
-        table.add_argument("--delimiter", default=",", help="one character, or 'tab' (default: a comma)")
-        table.add_argument("--encoding", default="utf-8", choices=("utf-8", "latin-1", "cp1252"))
+    table.add_argument(
+        "--text-columns",
+        default=None,
+        metavar="A,B=N,…",
+        help="the items' attributes in the order of their text, instead of title, brand and category; of B at most N "
+        "tokens are read",
+    )
+    table.add_argument(
+        "--time-format",
+        action="append",
+        default=[],
+        metavar="FORMAT",
+        help="iso, s, ms, us or ns since 1970, excel (days), number (its order counts), or a pattern such as "
+        "'%%d/%%m/%%Y %%H:%%M'; several: the first that fits a value (default: recognised)",
+    )
+    for prefix, file in (("", "interactions"), ("catalog-", "catalog")):
+        table.add_argument(
+            f"--{prefix}delimiter", default=None, metavar="D", help=f"of the {file}: one character, or 'tab'"
+        )
+        table.add_argument(f"--{prefix}encoding", default=None, metavar="NAME", help=f"of the {file}, such as cp1252")
+        table.add_argument(
+            f"--{prefix}column-names", default=None, metavar="A,B,…", help=f"of {file} without a header: all columns"
+        )
     _add_rows(table, k_core=None)
-    table.set_defaults(command=command)
+    table.set_defaults(command=_import_table)
 
 
 def _add_amazon(importer: "Commands") -> None:
@@ -118,7 +148,8 @@ def _add_rows(parser: argparse.ArgumentParser, k_core: int | None) -> None:
         type=float,
         default=0.01,
         metavar="SHARE",
-        help="fail if a larger share of a file's rows is unusable (default: 0.01)",
+        help="fail if a larger share of a file's rows is unusable (default: 0.01); a share above 0.1 is also the "
+        "consent to lose it for other reasons",
     )
 
 
@@ -140,24 +171,28 @@ def _import_mergerec(options: argparse.Namespace) -> int:
     return 0
 
 
-def _import_csv(options: argparse.Namespace) -> int:
-    from fedmerge.domain.importers.csv_parquet import Columns, import_csv
+def _import_table(options: argparse.Namespace) -> int:
+    from fedmerge.domain.importers.reading.table import FileOptions
+    from fedmerge.domain.importers.table import Columns, Reading, import_table
 
-    files, columns = (options.interactions, options.catalog), Columns(**_columns(options))
-    delimiter = "\t" if options.delimiter in ("tab", "\\t") else options.delimiter
-    return _import(
-        options,
-        lambda dst, settings: import_csv(
-            *files, dst, columns, settings, delimiter=delimiter, encoding=options.encoding
-        ),
-    )
+    def file_options(prefix: str) -> FileOptions:
+        delimiter = getattr(options, f"{prefix}delimiter")
+        names = getattr(options, f"{prefix}column_names")
+        return FileOptions(
+            "\t" if delimiter in ("tab", "\\t") else delimiter,
+            getattr(options, f"{prefix}encoding"),
+            None if names is None else _names(names),
+        )
+
+    texts = None if options.text_columns is None else _names(options.text_columns)
+    columns = Columns(**_columns(options), texts=texts)
+    reading = Reading(file_options(""), file_options("catalog_"), tuple(options.time_format))
+    files = (options.interactions, options.catalog)
+    return _import(options, lambda dst, settings: import_table(*files, dst, columns, settings, reading))
 
 
-def _import_parquet(options: argparse.Namespace) -> int:
-    from fedmerge.domain.importers.csv_parquet import Columns, import_parquet
-
-    files, columns = (options.interactions, options.catalog), Columns(**_columns(options))
-    return _import(options, lambda dst, settings: import_parquet(*files, dst, columns, settings))
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(","))
 
 
 def _import_amazon(options: argparse.Namespace) -> int:
@@ -176,7 +211,7 @@ def _import_movielens(options: argparse.Namespace) -> int:
 def _import(options: argparse.Namespace, read: "Callable[[Path, ImportSettings], ImportReport]") -> int:
     """Import into ``DST`` with the settings of the command, showing progress, and print what was imported."""
     from fedmerge.domain.importers.events import ImportSettings
-    from fedmerge.report.domains import import_text
+    from fedmerge.report.domains import import_text, import_warnings
 
     with _progress() as progress:
         settings = ImportSettings(
@@ -192,6 +227,8 @@ def _import(options: argparse.Namespace, read: "Callable[[Path, ImportSettings],
         )
         report = read(options.destination, settings)
     print(f"{options.destination / report.manifest.name}: {import_text(report)}")
+    for warning in import_warnings(report):
+        print(f"fedmerge: WARNING: {warning}", file=sys.stderr)
     return 0
 
 

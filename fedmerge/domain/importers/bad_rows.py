@@ -5,6 +5,8 @@ Reasons are fixed texts without values, because a value could be a user's id; th
 
 from dataclasses import dataclass
 
+import pyarrow as pa
+
 from fedmerge.errors import DomainError
 
 NUM_SHOWN = 5
@@ -35,12 +37,14 @@ class FileReport:
         unit: unit of the row numbers: "line" (from 1, the header included) or "row" (of a Parquet file, from 0).
         num_rows: good and bad rows; blank lines and the header do not count.
         bad: the reasons, most frequent first.
+        notes: what its owner should know besides, such as an encoding that was guessed.
     """
 
     source: str
     unit: str
     num_rows: int
     bad: tuple[Reason, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def num_bad(self) -> int:
@@ -59,7 +63,8 @@ class BadRows:
 
     def __init__(self, source: str, unit: str, max_share: float) -> None:
         self.source, self.unit, self.max_share = source, unit, max_share
-        self.count = 0
+        self.count = self._leading = 0
+        self.notes: list[str] = []
         self._reasons: dict[str, tuple[int, list[int]]] = {}
 
     def add(self, number: int, text: str, count: int = 1) -> None:
@@ -76,8 +81,25 @@ class BadRows:
         before, first = self._reasons.get(text, (0, []))
         self._reasons[text] = (before + count, [*first, number] if len(first) < NUM_SHOWN else first)
         self.count += count
-        if self.count >= ALL_BAD and number <= ALL_BAD + 1 and self.max_share < 1:
-            raise self._refusal(self.count)
+        if number <= ALL_BAD + 1:  # a header is line 1
+            self._leading += count
+            if self._leading >= ALL_BAD and self.max_share < 1:
+                raise self._refusal(self.count)
+
+    def add_many(self, numbers: pa.Array, text: str) -> None:
+        """Record bad rows of one reason, in the order of the file; errors as for add.
+
+        Args:
+            numbers: (n,) integers, the number of each row.
+            text: the reason.
+        """
+        if len(numbers):
+            shown = numbers[:ALL_BAD].to_pylist()
+            for number in shown:
+                self.add(number, text)
+            rest = len(numbers) - len(shown)
+            if rest:
+                self.add(numbers[ALL_BAD].as_py(), text, rest)
 
     def report(self, num_good: int) -> FileReport:
         """Return the file's report.
@@ -91,7 +113,7 @@ class BadRows:
         num_rows = num_good + self.count
         if self.count > self.max_share * num_rows:
             raise self._refusal(num_rows)
-        return FileReport(self.source, self.unit, num_rows, self._sorted())
+        return FileReport(self.source, self.unit, num_rows, self._sorted(), tuple(self.notes))
 
     def _sorted(self) -> tuple[Reason, ...]:
         reasons = [Reason(text, count, tuple(first)) for text, (count, first) in self._reasons.items()]

@@ -23,6 +23,8 @@ from fedmerge.domain.manifest import CatalogSource, Manifest, check_name
 from fedmerge.errors import ConfigError, DomainError
 
 LOW_RATING = "rated below the minimum"
+ASKED_FOR = frozenset({LOW_RATING, OUTSIDE_CORE, OF_SHORT_USERS})  # reasons that name what a setting says
+MAX_LOSS = 0.1  # of the rows, without consent
 
 Texts = tuple[str, str, str]  # the values of ATTRIBUTES
 
@@ -42,7 +44,8 @@ class ImportSettings:
         catalog_source: the owner's word on where the catalog comes from; None: "given" if all items are kept and the
             source lists them whatever users did, else "interactions".
         min_rating: leave out rows with a lower rating; None keeps all.
-        max_bad_share: largest share of bad rows in a file, in [0, 1].
+        max_bad_share: largest share of bad rows in a file, in [0, 1]. More than 0.1 is also the consent to lose that
+            share of all rows for any reason but a minimum rating, a k-core and repeats.
         progress: called with the progress of reading each file.
 
     Raises:
@@ -87,6 +90,33 @@ class ImportReport:
     manifest: Manifest
     files: tuple[FileReport, ...]
     dropped: Mapping[str, int]
+
+    @property
+    def lost(self) -> Mapping[str, int]:
+        """Return the rows that are lost though no setting says so, by reason; a repeat loses nothing."""
+        return lost_rows(self.files, self.dropped)
+
+
+def lost_rows(files: tuple[FileReport, ...], dropped: Mapping[str, int]) -> dict[str, int]:
+    """Return the number of rows of interactions that are lost though no setting says so, by reason.
+
+    Args:
+        files: reports on the files, interactions first.
+        dropped: number of good rows that were left out, by reason.
+    """
+    counts = {reason.text: reason.count for reason in files[0].bad}
+    return counts | {text: count for text, count in dropped.items() if text not in {*ASKED_FOR, REPEATED}}
+
+
+def check_loss(files: tuple[FileReport, ...], dropped: Mapping[str, int], settings: ImportSettings) -> None:
+    """Raise DomainError if more rows are lost than the settings allow; arguments as for lost_rows."""
+    lost, most = lost_rows(files, dropped), max(MAX_LOSS, settings.max_bad_share)
+    if sum(lost.values()) > most * files[0].num_rows:
+        found = "; ".join(f"{text} ({count})" for text, count in lost.items())
+        raise DomainError(
+            f"{files[0].source}: {sum(lost.values())} of the {files[0].num_rows} rows are lost, expected at most "
+            f"{100 * most:g} %: {found}. Correct the files, or allow a larger max_bad_share."
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -271,6 +301,7 @@ def write_rows(
     source: str,
     files: tuple[FileReport, ...],
     item_ids: Sequence[str] | None = None,
+    limits: Mapping[str, int] | None = None,
     lists_all_items: bool = True,
 ) -> ImportReport:
     """Write selected rows as a domain folder, whole or not at all.
@@ -283,12 +314,14 @@ def write_rows(
         source: origin of the data, in words.
         files: reports on the files, interactions first.
         item_ids: the items in the order of the catalog, with all that have rows; None: the store's, by code.
+        limits: see make_catalog.
         lists_all_items: False if the items are only those that somebody interacted with.
 
     Raises:
-        DomainError: no rows are left, or write_domain fails.
+        DomainError: no rows are left, too many are lost, or write_domain fails.
     """
     check_rows_left(store, files)
+    check_loss(files, store.dropped, settings)
     codes = list(range(len(store.items))) if item_ids is None else [store.items.get(id_, -1) for id_ in item_ids]
     ids = list(store.items) if item_ids is None else item_ids
     has_rows = np.zeros(len(store.items) + 1, bool)  # the last: of items that are not in the store
@@ -300,6 +333,7 @@ def write_rows(
         folder.name,
         [ids[row] for row in chosen],
         {name: [values[row] for row in chosen] for name, values in attributes.items()},
+        limits,
     )
     manifest = write_domain(
         folder,

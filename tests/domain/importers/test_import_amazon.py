@@ -158,7 +158,9 @@ def test_an_import_can_be_repeated(tmp_path: Path) -> None:
 def test_items_without_metadata_or_text_are_left_out_and_the_core_is_recomputed(tmp_path: Path) -> None:
     empty = {"asin": "C", "title": "  ", "brand": "", "category": [], "main_cat": ""}
     entries = [entry("2018", "A"), entry("2018", "B"), empty, {**entry("2018", "A"), "title": "A second entry"}]
-    report = import_amazon(*write_source(tmp_path, "2018", entries=entries), tmp_path / "d", settings())
+    report = import_amazon(
+        *write_source(tmp_path, "2018", entries=entries), tmp_path / "d", settings(max_bad_share=0.2)
+    )
     # without the two rows of C, cy has one row left
     assert report.dropped == {OUTSIDE_CORE: 3, REPEATED: 1, WITHOUT_TEXT: 2}
     assert sequences(tmp_path / "d" / "Toys") == {"ann": ["A", "B"], "bob": ["A", "B"]}
@@ -191,10 +193,12 @@ def test_all_items_of_the_metadata_are_kept_in_their_order(tmp_path: Path, relea
 def test_of_all_items_those_without_text_are_left_out_unless_they_are_kept(tmp_path: Path) -> None:
     empty = {"asin": "C", "title": "  ", "brand": "", "category": [], "main_cat": ""}
     source = write_source(tmp_path, "2018", entries=[json.dumps(found) for found in (empty, entry("2018", "A"))])
-    report = import_amazon(*source, tmp_path / "d", settings(keep_all_items=True, k_core=1))
+    with pytest.raises(DomainError, match=r"6 of the 10 rows are lost, expected at most 10 %: of an item without"):
+        import_amazon(*source, tmp_path / "d", settings(keep_all_items=True, k_core=1))
+    report = import_amazon(*source, tmp_path / "d", settings(keep_all_items=True, k_core=1, max_bad_share=0.6))
     assert load_catalog(tmp_path / "d" / "Toys").item_ids == ("A",)
     assert report.dropped[WITHOUT_TEXT] > 0
-    settings_ = settings(keep_all_items=True, k_core=1, overwrite=True)
+    settings_ = settings(keep_all_items=True, k_core=1, overwrite=True, max_bad_share=0.6)
     report = import_amazon(*source, tmp_path / "d", settings_, keep_items_without_text=True)
     assert load_catalog(tmp_path / "d" / "Toys").item_ids == ("C", "A")  # B has no metadata: only a review names it
     assert report.manifest.catalog_source == "given"
