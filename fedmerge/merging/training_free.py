@@ -139,7 +139,7 @@ def merge_stack(
         return MergedAdapter(merged, dict.fromkeys(merged.modules, 0.0), name_of(method), chosen, factors, made)
     modules, residuals = {}, {}
     for name, bases, update in _merges(stack, row, chosen, scope, space, seed):
-        modules[name], residuals[name] = _compressed(update, bases, None if output_rank == "exact" else output_rank)
+        modules[name], residuals[name] = compressed(update, bases, None if output_rank == "exact" else output_rank)
     return MergedAdapter(Adapter(modules), dict(sorted(residuals.items())), name_of(method), chosen, factors, made)
 
 
@@ -285,7 +285,7 @@ def _dense(updates: Sequence[Factors]) -> torch.Tensor:
     return rows
 
 
-def _compressed(update: torch.Tensor | Factors, bases: Bases, output_rank: int | None) -> tuple[LoraModule, float]:
+def compressed(update: torch.Tensor | Factors, bases: Bases, output_rank: int | None) -> tuple[LoraModule, float]:
     """Write a merge as a LoRA module of at most this rank (None: its own); also return the relative residual."""
     if isinstance(update, torch.Tensor):
         full = min(update.shape)

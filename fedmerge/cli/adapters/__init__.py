@@ -1,1 +1,1 @@
-"""Commands on adapters: ``merge``, ``evaluate``, ``export`` and ``recommend``."""
+"""Commands on adapters: ``merge``, ``extract``, ``evaluate``, ``export`` and ``recommend``."""
