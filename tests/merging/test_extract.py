@@ -158,9 +158,9 @@ def test_shards_and_half_precision_change_nothing_else(tmp_path: Path) -> None:
     whole, parts = (extract_adapter(base, folder, rank=3) for folder in (after, sharded))
     assert adapter_sha256(whole.adapter) == adapter_sha256(parts.adapter)
     module = "model.layers.0.mlp.up_proj"
-    before, after = (each.state_dict()[f"{module}.weight"].float() for each in (model, tuned))
+    old, new = (each.state_dict()[f"{module}.weight"].float() for each in (model, tuned))
     exact = extract_adapter(base, after, rank=99, target_modules=(module,)).adapter.modules[module]
-    torch.testing.assert_close(exact.delta_weight(), after - before, atol=0, rtol=0)
+    torch.testing.assert_close(exact.delta_weight(), new - old, atol=0, rtol=0)
 
 
 def test_refusals(tmp_path: Path) -> None:
