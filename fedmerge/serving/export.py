@@ -16,7 +16,7 @@ from fedmerge.evaluation.sums import FEDERATED_SOURCES
 from fedmerge.files import check_free, write_bytes, write_json
 from fedmerge.recommender import make_recommender
 from fedmerge.runs.federated_head import read_fusion
-from fedmerge.sequence.anchored import dense_maps
+from fedmerge.sequence.anchored import dense_maps, whitened, whitening
 from fedmerge.serving.decision import TEXT_MODELS
 from fedmerge.serving.model import RunDomain, ServedHead, ServedModel, chose_fusion, load_head
 
@@ -52,11 +52,11 @@ def head_scores(rows):
 _FEDERATED = """
 
 def federated_scores(rows):
-    by_age = tensors["by_age"]
-    read = item_vectors[rows[-len(by_age) :]]
+    by_age, items = tensors["by_age"], tensors["whitened_vectors"]
+    read = items[rows[-len(by_age) :]]
     attention = torch.softmax(read @ (tensors["attention"].T @ read[-1]) + by_age[: len(read)].flip(0), dim=0)
     state = nn.functional.normalize(attention @ read, dim=0)
-    return item_vectors @ (tensors["item"].T @ state)
+    return items @ (tensors["item"].T @ state)
 """
 _SCORE = '''
 
@@ -138,7 +138,7 @@ def _tensors(head: ServedHead, item_vectors: torch.Tensor) -> dict[str, torch.Te
         kept |= {"positions": state["positions.weight"]}
         kept |= {name: tensor for name, tensor in state.items() if name.startswith("blocks.")}
     if (shared := _shared(head)) is not None:
-        kept |= dense_maps(shared)
+        kept |= dense_maps(shared) | {"whitened_vectors": whitened(item_vectors, whitening(item_vectors))}
     return {name: tensor.detach().cpu().float().contiguous() for name, tensor in kept.items()}
 
 

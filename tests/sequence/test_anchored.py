@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
 from adapters import random_adapter
 
@@ -10,7 +11,7 @@ from fedmerge.errors import DomainError, LayoutMismatchError
 from fedmerge.evaluation.ranks import IntArray
 from fedmerge.federated.product_space import weighted_sum
 from fedmerge.sequence import anchored
-from fedmerge.sequence.anchored import DECAY, anchored_source, backward, text_head, train_anchored
+from fedmerge.sequence.anchored import DECAY, anchored_source, backward, text_head, train_anchored, whitening
 from fedmerge.sequence.ranking import Source
 
 WIDTH, RANK, MAX_LENGTH, NUM_ITEMS = 8, 3, 5, 20
@@ -30,6 +31,15 @@ def trained_head(seed: int = 0) -> Adapter:
 
 def scores_of(source: Source) -> torch.Tensor:
     return source.user_vectors @ source.item_vectors.T
+
+
+def dense_whitened(items: torch.Tensor) -> torch.Tensor:
+    """Whitened vectors (N, d) float64 by the definition, the inverse square root taken by scipy."""
+    centred = items.double() - items.double().mean(dim=0)
+    covariance = (centred.T @ centred / len(items)).numpy()
+    ridge = anchored.RIDGE * np.trace(covariance) / WIDTH
+    rows = centred.numpy() @ np.linalg.inv(scipy.linalg.sqrtm(covariance + ridge * np.eye(WIDTH)))
+    return torch.from_numpy(rows / np.linalg.norm(rows, axis=1, keepdims=True))
 
 
 def dense_scores(deltas: dict[str, torch.Tensor], items: torch.Tensor, history: IntArray) -> torch.Tensor:
@@ -52,7 +62,8 @@ def doubled(head: Adapter) -> dict[str, torch.Tensor]:
 
 def test_scores_are_those_of_the_dense_model() -> None:
     found = scores_of(anchored_source(trained_head(), item_vectors(), HISTORIES))
-    expected = [dense_scores(doubled(trained_head()), item_vectors().double(), history) for history in HISTORIES]
+    items = dense_whitened(item_vectors())
+    expected = [dense_scores(doubled(trained_head()), items, history) for history in HISTORIES]
     torch.testing.assert_close(found.double(), torch.stack(expected), rtol=1e-5, atol=1e-5)
 
 
@@ -61,9 +72,10 @@ def test_a_head_of_zero_delta_is_the_text_model_whatever_its_factors(head: Adapt
     source = anchored_source(head, item_vectors(), HISTORIES)
     other_seed = anchored_source(text_head(WIDTH, RANK + 1, MAX_LENGTH, 4), item_vectors(), HISTORIES)
     assert torch.equal(source.user_vectors, other_seed.user_vectors)
-    assert torch.equal(source.item_vectors, item_vectors())
+    items = dense_whitened(item_vectors()).float()
+    torch.testing.assert_close(source.item_vectors, items)
     for history, user in zip(HISTORIES, source.user_vectors, strict=True):
-        read = item_vectors()[torch.from_numpy(history[-MAX_LENGTH:])]
+        read = items[torch.from_numpy(history[-MAX_LENGTH:])]
         mean = torch.tensor([np.exp(-DECAY * age) for age in range(len(read))][::-1], dtype=torch.float32) @ read
         torch.testing.assert_close(user, mean / mean.norm())
 
@@ -100,15 +112,24 @@ def test_the_merge_of_two_heads_has_the_mean_of_their_deltas() -> None:
     heads = {"a": trained_head(1), "b": trained_head(2)}
     merged = anchored_source(weighted_sum(heads, {"a": 0.5, "b": 0.5}), item_vectors(), HISTORIES)
     mean = {name: (doubled(heads["a"])[name] + doubled(heads["b"])[name]) / 2 for name in LAYOUT}
-    expected = [dense_scores(mean, item_vectors().double(), history) for history in HISTORIES]
+    expected = [dense_scores(mean, dense_whitened(item_vectors()), history) for history in HISTORIES]
     torch.testing.assert_close(scores_of(merged).double(), torch.stack(expected), rtol=1e-5, atol=1e-5)
 
 
-def test_a_new_item_changes_no_other_score() -> None:
+def test_a_new_item_changes_no_other_score_under_the_whitening_of_the_others() -> None:
+    larger = torch.cat([item_vectors(), torch.ones(1, WIDTH)])
     before = anchored_source(trained_head(), item_vectors(), HISTORIES)
-    after = anchored_source(trained_head(), torch.cat([item_vectors(), torch.ones(1, WIDTH)]), HISTORIES)
-    assert torch.equal(before.user_vectors, after.user_vectors)
-    assert torch.equal(before.item_vectors, after.item_vectors[:-1])
+    after = anchored_source(trained_head(), larger, HISTORIES, by=whitening(item_vectors()))
+    torch.testing.assert_close(before.user_vectors, after.user_vectors)
+    torch.testing.assert_close(before.item_vectors, after.item_vectors[:-1])
+
+
+def test_a_catalog_of_equal_vectors_or_fewer_items_than_dimensions_has_finite_scores() -> None:
+    for vectors in (item_vectors()[:1].repeat(NUM_ITEMS, 1), torch.eye(WIDTH)[:2].repeat(NUM_ITEMS // 2, 1)):
+        assert scores_of(anchored_source(trained_head(), vectors, HISTORIES)).isfinite().all()
+    mean, matrix = whitening(item_vectors()[:1])
+    assert not mean.any()
+    assert torch.equal(matrix, torch.eye(WIDTH))
 
 
 def test_permuted_items_have_permuted_scores() -> None:
