@@ -20,7 +20,7 @@ from fedmerge.domain.catalog import (
     catalog_to_bytes,
     make_catalog,
 )
-from fedmerge.domain.importers.rows import parquet_table
+from fedmerge.domain.importers.reading.parquet import parquet_table
 from fedmerge.domain.parquet import CELL_BYTES, LONGEST_TEXT
 from fedmerge.errors import DomainError
 

@@ -3,28 +3,33 @@
 Layouts: ml-100k; ml-1m (also ml-10m); ml-32m (also ml-20m, ml-25m, ml-latest).
 """
 
+import itertools
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow as pa
+
 from fedmerge.domain.importers.bad_rows import BadRows, FileReport
 from fedmerge.domain.importers.events import (
     DEFAULT_SETTINGS,
-    EventLog,
+    LOW_RATING,
     ImportReport,
     ImportSettings,
-    Texts,
     prepare,
-    select,
-    write_events,
+    write_rows,
 )
-from fedmerge.domain.importers.rows import Row, Table, check_columns, csv_table, log_rows
+from fedmerge.domain.importers.reading.delimited import delimited_table
+from fedmerge.domain.importers.reading.events import EventColumns, read_events
+from fedmerge.domain.importers.reading.table import NUMBER, FileOptions, Table, check_columns
 from fedmerge.domain.importers.source_files import Progress, SourceFile, read_lines
+from fedmerge.domain.importers.store import EventStore
 from fedmerge.domain.manifest import folder_name
 from fedmerge.errors import DomainError
 
 NO_GENRES = "(no genres listed)"
+ROWS_AT_ONCE = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +49,10 @@ LAYOUTS = (
     Layout("ml-32m", "ratings.csv", "movies.csv"),
 )
 
-Movies = dict[str, Texts]
+Row = tuple[int, Sequence[str]]  # number of the line, values
+Movies = dict[str, tuple[str, str]]  # title and genres by id
+RATINGS = EventColumns("userId", "movieId", "timestamp", "rating")
+MOVIE_COLUMNS = ("movieId", "title", "genres")
 
 
 def import_movielens(
@@ -69,37 +77,33 @@ def import_movielens(
     folder = prepare(dst, settings, folder_name(src).removesuffix(".zip"))
     layout, files = _find(src)
     if layout.name == "ml-32m":
-        movies, movies_report = _movies_csv(_csv(files[layout.movies], settings))
-        ratings = _csv(files[layout.ratings], settings)
-        names = ["userId", "movieId", "timestamp", "rating"]
-        check_columns(ratings, names)
-        rows, bad = ratings.rows(names), ratings.bad
+        movies, movies_report = _movies_csv(_csv(files[layout.movies], MOVIE_COLUMNS, settings))
+        ratings = _csv(files[layout.ratings], RATINGS.names(), settings)
     else:
-        separator = "\t" if layout.name == "ml-100k" else "::"
         movies_bad = BadRows(str(files[layout.movies]), "line", settings.max_bad_share)
         if layout.name == "ml-100k":
             movies, movies_report = _movies_100k(files["u.genre"], files["u.item"], movies_bad)
         else:
             movies, movies_report = _movies_1m(files["movies.dat"], movies_bad)
-        bad = BadRows(str(files[layout.ratings]), "line", settings.max_bad_share)
-        rows = _ratings(files[layout.ratings], separator, bad, settings.progress)
+        ratings = _ratings(files[layout.ratings], "\t" if layout.name == "ml-100k" else "::", settings)
     if not movies:
         raise DomainError(f"{files[layout.movies]}: found no movies. Use a complete copy of the release.")
-    log = EventLog({movie: code for code, movie in enumerate(movies)})
-    log_rows(rows, log, bad, settings.min_rating)
-    texts = list(movies.values())
-    report = bad.report(log.num_good)
-    return write_events(
-        folder,
-        select(log.take(), settings.k_core, settings.keep_all_items),
-        settings,
-        user_ids=list(log.users),
-        item_ids=list(movies),
-        texts=texts.__getitem__,
-        source=f"MovieLens, layout of {layout.name}, {folder_name(src)!r}",
-        files=(report, movies_report),
-        lists_all_items=layout.lists_unrated,
-    )
+    with EventStore(folder, {movie: code for code, movie in enumerate(movies)}) as store:
+        for batch in read_events(ratings, RATINGS, (), settings.min_rating):
+            store.drop(LOW_RATING, batch.num_low)
+            store.add(batch.rows, ratings.bad)
+        report = ratings.bad.report(store.num_good)
+        store.select(settings.k_core, settings.keep_all_items)
+        titles, categories = zip(*movies.values(), strict=True)
+        return write_rows(
+            folder,
+            store,
+            settings,
+            attributes={"title": titles, "brand": [""] * len(movies), "category": categories},
+            source=f"MovieLens, layout of {layout.name}, {folder_name(src)!r}",
+            files=(report, movies_report),
+            lists_all_items=layout.lists_unrated,
+        )
 
 
 def _find(src: Path) -> tuple[Layout, dict[str, SourceFile]]:
@@ -128,23 +132,21 @@ def _find(src: Path) -> tuple[Layout, dict[str, SourceFile]]:
     return found[0], files
 
 
-def _csv(source: SourceFile, settings: ImportSettings) -> Table:
-    return csv_table(source, ",", "utf-8", settings.max_bad_share, settings.progress)
+def _csv(source: SourceFile, names: Sequence[str], settings: ImportSettings) -> Table:
+    options = FileOptions(",", "utf-8")
+    table = delimited_table(source, names, settings.max_bad_share, settings.progress, options)
+    check_columns(table, names)
+    return table
 
 
 def _movies_csv(table: Table) -> tuple[Movies, FileReport]:
-    names = ["movieId", "title", "genres"]
-    check_columns(table, names)
-    return _collect_movies(
-        ((number, (movie, title, genres.split("|"))) for number, (movie, title, genres) in table.rows(names)), table.bad
-    )
+    columns = (batch.to_pylist() for batch in table.batches(MOVIE_COLUMNS))
+    rows = ((row[NUMBER], [row[name] for name in MOVIE_COLUMNS]) for batch in columns for row in batch)
+    return _collect_movies(rows, table.bad)
 
 
 def _movies_1m(source: SourceFile, bad: BadRows) -> tuple[Movies, FileReport]:
-    rows = _split(source, "::", lambda num_fields: num_fields == 3, bad)
-    return _collect_movies(
-        ((number, (movie, title, genres.split("|"))) for number, (movie, title, genres) in rows), bad
-    )
+    return _collect_movies(_split(source, "::", lambda num_fields: num_fields == 3, bad), bad)
 
 
 def _movies_100k(genres: SourceFile, source: SourceFile, bad: BadRows) -> tuple[Movies, FileReport]:
@@ -155,7 +157,7 @@ def _movies_100k(genres: SourceFile, source: SourceFile, bad: BadRows) -> tuple[
     rows = _split(source, "|", lambda num_fields: num_fields == 5 + len(names), bad)
     return _collect_movies(
         (
-            (n, (values[0], values[1], [name for name, flag in zip(names, values[5:], strict=True) if flag == "1"]))
+            (n, (*values[:2], "|".join(name for name, flag in zip(names, values[5:], strict=True) if flag == "1")))
             for n, values in rows
         ),
         bad,
@@ -163,7 +165,7 @@ def _movies_100k(genres: SourceFile, source: SourceFile, bad: BadRows) -> tuple[
 
 
 def _collect_movies(rows: Iterator[Row], bad: BadRows) -> tuple[Movies, FileReport]:
-    """Collect movies from rows of id, title and genres; the first row of an id counts."""
+    """Collect movies from rows of id, title and genres, separated by bars; the first row of an id counts."""
     movies: Movies = {}
     for number, (movie, title, genres) in rows:
         if not movie:
@@ -171,14 +173,23 @@ def _collect_movies(rows: Iterator[Row], bad: BadRows) -> tuple[Movies, FileRepo
         elif movie in movies:
             bad.add(number, "the movie has a row already")
         else:
-            movies[movie] = (title.strip(), "", " ".join(genre for genre in genres if genre != NO_GENRES))
+            movies[movie] = (title.strip(), " ".join(genre for genre in genres.split("|") if genre != NO_GENRES))
     return movies, bad.report(len(movies))
 
 
-def _ratings(source: SourceFile, separator: str, bad: BadRows, progress: Progress | None) -> Iterator[Row]:
-    """Yield rows of user, movie, time and rating."""
-    for number, (user, movie, rating, time) in _split(source, separator, lambda n: n == 4, bad, progress):
-        yield number, (user, movie, time, rating)
+def _ratings(source: SourceFile, separator: str, settings: ImportSettings) -> Table:
+    """Open the lines of user, movie, rating and time as a table."""
+    columns = (RATINGS.user, RATINGS.item, "rating", RATINGS.time)
+    bad = BadRows(str(source), "line", settings.max_bad_share)
+
+    def batches(names: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        rows = _split(source, separator, lambda num_fields: num_fields == len(columns), bad, settings.progress)
+        while some := list(itertools.islice(rows, ROWS_AT_ONCE)):
+            numbers, values = zip(*some, strict=True)
+            texts = dict(zip(columns, zip(*values, strict=True), strict=True))
+            yield pa.record_batch({**{name: pa.array(texts[name]) for name in names}, NUMBER: pa.array(numbers)})
+
+    return Table(str(source), "MovieLens", columns, batches, bad)
 
 
 def _split(

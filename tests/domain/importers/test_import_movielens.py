@@ -133,7 +133,7 @@ def test_bad_rows_are_reported_with_line_and_reason(tmp_path: Path) -> None:
         "the item is not in the catalog": (1, (6,)),
         "no user": (1, (7,)),
         "the rating is not a number": (1, (9,)),
-        "the time is not a whole number": (1, (10,)),
+        "the time is not a number": (1, (10,)),
     }
     assert bad_rows(report, 1) == {
         "the movie has a row already": (1, (5,)),

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from fedmerge.domain.importers.bad_rows import BadRows
 from fedmerge.domain.importers.reading.table import NUMBER, Table
 from fedmerge.domain.importers.reading.times import Times
 from fedmerge.domain.importers.reading.values import has_lost_digits, to_ids, to_numbers
+from fedmerge.domain.importers.store import ROWS
 
 LOST_DIGITS = "the {} is in scientific notation, so its last digits are lost"
 
@@ -33,7 +35,7 @@ class EventBatch:
     """Good rows of one batch.
 
     Attributes:
-        rows: number (int64), user, item (text) and time (int64).
+        rows: rows of the schema ROWS.
         others: the other columns that were asked for, row for row.
         num_low: number of rows that are left out for their rating.
     """
@@ -70,26 +72,25 @@ def read_events(
         numbers = batch.column(NUMBER)
         good = pa.repeat(pa.scalar(True), len(batch))
 
-        def refuse(mask: pa.Array, reason: str, good: pa.Array, numbers: pa.Array) -> pa.Array:
-            mask = pc.and_(good, mask)
-            table.bad.add_many(numbers.filter(mask), reason)
-            return pc.and_not(good, mask)
-
         ids = {}
         for kind, name in (("user", columns.user), ("item", columns.item)):
             ids[kind] = to_ids(table.source, name, batch.column(name))
-            good = refuse(pc.is_null(ids[kind]), f"no {kind}", good, numbers)
-            good = refuse(has_lost_digits(ids[kind]), LOST_DIGITS.format(kind), good, numbers)
+            good = _refuse(table.bad, numbers, good, pc.is_null(ids[kind]), f"no {kind}")
+            good = _refuse(table.bad, numbers, good, has_lost_digits(ids[kind]), LOST_DIGITS.format(kind))
         num_low = 0
         if min_rating is not None and columns.rating is not None:
             ratings = to_numbers(batch.column(columns.rating))
-            good = refuse(pc.is_null(ratings), "the rating is not a number", good, numbers)
+            good = _refuse(table.bad, numbers, good, pc.is_null(ratings), "the rating is not a number")
             low = pc.and_(good, pc.fill_null(pc.less(ratings, min_rating), False))
             num_low = pc.sum(low).as_py() or 0
             good = pc.and_not(good, low)
         found = times.read(batch.column(columns.time), numbers, good)
         good = pc.and_(good, pc.is_valid(found))
-        rows = pa.record_batch(
-            {"number": numbers, "user": ids["user"], "item": ids["item"], "time": found},
-        )
+        rows = pa.record_batch([numbers, ids["user"], ids["item"], found], ROWS.names)
         yield EventBatch(rows.filter(good), batch.select(list(others)).filter(good), num_low)
+
+
+def _refuse(bad: BadRows, numbers: pa.Array, good: pa.Array, mask: pa.Array, reason: str) -> pa.Array:
+    """Record the rows of a mask that were good so far; return which rows are still good."""
+    bad.add_many(numbers.filter(pc.and_(good, mask)), reason)
+    return pc.and_not(good, mask)
