@@ -1,32 +1,22 @@
-"""Turn a stream of (user, item, time) rows into a domain: remove repeats, select the k-core, sort by time, write.
+"""Settings and reports of imports, and the domain that is written from the rows of a store."""
 
-Memory: 16 bytes per row (user and item int32, time int64) and about 200 bytes per distinct id; counting and sorting
-take some 30 bytes more for each remaining row.
-"""
-
-from array import array
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
-from fedmerge.config import ATTRIBUTES
 from fedmerge.domain.catalog import make_catalog
 from fedmerge.domain.folder import check_target, write_domain
 from fedmerge.domain.importers.bad_rows import FileReport
 from fedmerge.domain.importers.source_files import Progress
 from fedmerge.domain.importers.store import OF_SHORT_USERS, OUTSIDE_CORE, REPEATED, EventStore
-from fedmerge.domain.interactions import Interactions
 from fedmerge.domain.manifest import CatalogSource, Manifest, check_name
 from fedmerge.errors import ConfigError, DomainError
 
 LOW_RATING = "rated below the minimum"
 ASKED_FOR = frozenset({LOW_RATING, OUTSIDE_CORE, OF_SHORT_USERS})  # reasons that name what a setting says
 MAX_LOSS = 0.1  # of the rows, without consent
-
-Texts = tuple[str, str, str]  # the values of ATTRIBUTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,177 +109,12 @@ def check_loss(files: tuple[FileReport, ...], dropped: Mapping[str, int], settin
         )
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Events:
-    """Rows in the order of the file, with ids replaced by integer codes.
-
-    Attributes:
-        users, items: (T,) int32 codes.
-        times: (T,) int64, in any unit.
-        dropped: number of dropped rows, by reason.
-    """
-
-    users: npt.NDArray[np.int32]
-    items: npt.NDArray[np.int32]
-    times: npt.NDArray[np.int64]
-    dropped: Mapping[str, int] = field(default_factory=dict)
-
-    def __len__(self) -> int:
-        """Return the number of rows T."""
-        return len(self.users)
-
-    def keep(self, kept: npt.NDArray[np.bool_], reason: str) -> "Events":
-        """Return the rows where kept (T,) is true; count the others under the reason."""
-        if kept.all():
-            return self
-        num_dropped = len(kept) - int(kept.sum())
-        dropped = {**self.dropped, reason: self.dropped.get(reason, 0) + num_dropped}
-        return Events(self.users[kept], self.items[kept], self.times[kept], dropped)
-
-
-class EventLog:
-    """A growing log of rows in compact arrays; ids are numbered in the order of their first row.
-
-    Args:
-        items: code of each item, if the items are known before the rows.
-
-    Attributes:
-        users, items: code by id.
-    """
-
-    def __init__(self, items: Mapping[str, int] | None = None) -> None:
-        self.users: dict[str, int] = {}
-        self.items: dict[str, int] = dict(items or {})
-        self._users, self._items, self._times = array("i"), array("i"), array("q")
-        self._low_rating = 0
-
-    def add(self, user: str, item: str, time: int) -> None:
-        """Append a row; raise OverflowError and append nothing if the time does not fit 64 bits."""
-        self._times.append(time)
-        self._users.append(self.users.setdefault(user, len(self.users)))
-        self._items.append(self.items.setdefault(item, len(self.items)))
-
-    def drop_low_rating(self) -> None:
-        """Count a row that is left out for its rating."""
-        self._low_rating += 1
-
-    @property
-    def num_good(self) -> int:
-        """Return the number of rows added or left out for their rating."""
-        return len(self._times) + self._low_rating
-
-    def take(self) -> Events:
-        """Return the rows and empty the log, which frees its memory."""
-        arrays = self._users, self._items, self._times
-        self._users, self._items, self._times = array("i"), array("i"), array("q")
-        users, items, times = (np.frombuffer(column, np.dtype(column.typecode)) for column in arrays)
-        return Events(users, items, times, {LOW_RATING: self._low_rating} if self._low_rating else {})
-
-
-def k_core(events: Events, k: int | None, users_only: bool = False) -> Events:
-    """Return the largest set of rows in which each user and each item has at least k rows; all rows if k is None.
-
-    Rows of users and items below k are dropped repeatedly, because each pass may push others below k. With
-    ``users_only`` items may have any number of rows, so that no user decides about another one's rows.
-    """
-    while k is not None and len(events):
-        enough = (np.bincount(events.users) >= k)[events.users]
-        if not users_only:
-            enough &= (np.bincount(events.items) >= k)[events.items]
-        if enough.all():
-            break
-        events = events.keep(enough, OF_SHORT_USERS if users_only else OUTSIDE_CORE)
-    return events
-
-
-def without_repeats(events: Events) -> Events:
-    """Keep only the first of the rows with equal user, item and time."""
-    order = np.lexsort((events.items, events.times, events.users))  # stable: ties stay in the order of the file
-    users, items, times = events.users[order], events.items[order], events.times[order]
-    kept = np.ones(len(events), bool)
-    kept[order[1:]] = (users[1:] != users[:-1]) | (items[1:] != items[:-1]) | (times[1:] != times[:-1])
-    return events.keep(kept, REPEATED)
-
-
-def select(events: Events, k: int | None, users_only: bool = False) -> Events:
-    """Return the k-core of the rows without repeats.
-
-    The k-core of a subset lies within the k-core of the whole, so a first k-core is safe and leaves fewer rows to sort.
-    """
-    return k_core(without_repeats(k_core(events, k, users_only)), k, users_only)
-
-
-def to_interactions(events: Events, user_ids: Sequence[str], item_index: npt.NDArray[np.int32]) -> Interactions:
-    """Return each user's items sorted by time, ties in the order of the file; users in the order of their codes.
-
-    Args:
-        events: at least one row.
-        user_ids: id of each user code.
-        item_index: (number of item codes,) index in the catalog of each item code that occurs.
-    """
-    order = np.lexsort((events.times, events.users))
-    lengths = np.bincount(events.users)
-    present = np.flatnonzero(lengths)
-    offsets = np.zeros(len(present) + 1, np.int64)
-    np.cumsum(lengths[present], out=offsets[1:])
-    return Interactions(tuple(user_ids[code] for code in present.tolist()), item_index[events.items[order]], offsets)
-
-
 def prepare(dst: Path, settings: ImportSettings, default_name: str) -> Path:
     """Return the folder of the new domain; raise DomainError, before anything is read, if it may not be written."""
     name = default_name if settings.name is None else settings.name
     check_name(name)
     check_target(dst / name, settings.overwrite)
     return dst / name
-
-
-def write_events(
-    folder: Path,
-    events: Events,
-    settings: ImportSettings,
-    *,
-    user_ids: Sequence[str],
-    item_ids: Sequence[str],
-    texts: Callable[[int], Texts],
-    source: str,
-    files: tuple[FileReport, ...],
-    lists_all_items: bool = True,
-) -> ImportReport:
-    """Write selected rows as a domain folder, whole or not at all.
-
-    Args:
-        folder: as returned by prepare.
-        events: as returned by select.
-        settings: the catalog holds all of item_ids if ``whole_catalog``, else only the items of the rows.
-        user_ids, item_ids: id of each code.
-        texts: function that returns the attributes of an item code.
-        source: origin of the data, in words.
-        files: reports on the files, interactions first.
-        lists_all_items: False if item_ids are only those that somebody interacted with.
-
-    Raises:
-        DomainError: no rows are left, or write_domain fails.
-    """
-    check_rows_left(events, files)
-    codes = np.arange(len(item_ids)) if settings.whole_catalog else np.unique(events.items)
-    item_index = np.full(len(item_ids), -1, np.int32)
-    item_index[codes] = np.arange(len(codes), dtype=np.int32)
-    columns = zip(*(texts(code) for code in codes.tolist()), strict=True)
-    catalog = make_catalog(
-        folder.name, [item_ids[code] for code in codes.tolist()], dict(zip(ATTRIBUTES, map(list, columns), strict=True))
-    )
-    manifest = write_domain(
-        folder,
-        catalog,
-        to_interactions(events, user_ids, item_index),
-        public_catalog=settings.public_catalog,
-        synthetic=False,
-        source=source,
-        catalog_source=settings.catalog_source
-        or ("given" if settings.whole_catalog and lists_all_items else "interactions"),
-        overwrite=settings.overwrite,
-    )
-    return ImportReport(manifest, files, events.dropped)
 
 
 def write_rows(
@@ -349,15 +174,15 @@ def write_rows(
     return ImportReport(manifest, files, store.dropped)
 
 
-def check_rows_left(events: Events | EventStore, files: tuple[FileReport, ...]) -> None:
+def check_rows_left(store: EventStore, files: tuple[FileReport, ...]) -> None:
     """Raise DomainError if no rows are left; the message counts the reasons.
 
     Args:
-        events: the remaining rows.
+        store: the remaining rows.
         files: reports on the files, interactions first.
     """
-    if not (events.num_rows if isinstance(events, EventStore) else len(events)):
-        counts = {"bad": files[0].num_bad, **events.dropped}
+    if not store.num_rows:
+        counts = {"bad": files[0].num_bad, **store.dropped}
         found = ", ".join(f"{count} {reason}" for reason, count in counts.items())
         raise DomainError(
             f"{files[0].source}: none of the {files[0].num_rows} rows is left: {found}. "
