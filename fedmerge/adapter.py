@@ -4,12 +4,14 @@ On disk an adapter is a PEFT folder, see ``fedmerge.encoder.peft_folder``; on a 
 """
 
 import hashlib
-import re
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
 import torch
+
+MODERATE_EXPONENT = 60  # factors within 2^±60 are rounded to float32 as they are
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,52 @@ def is_zero(adapter: Adapter) -> bool:
     )
 
 
-def layer_of(module_name: str) -> int | None:
-    """Return the number of a module's layer: 3 for ``encoder.layer.3.…``, None for a module outside the layers."""
-    found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", module_name)
-    return int(found.group(1)) if found else None
+def layer_of(module_name: str) -> str | None:
+    """Return the path of a module's layer: ``encoder.layer.3`` for ``encoder.layer.3.…``, None outside the layers.
+
+    A layer ends at the first index after a name. So experts (``layers.3.experts.2``) and sub-layers
+    (``encoder.block.0.layer.1`` of T5) belong to the layer around them, and blocks (``stages.1.blocks.4``) to their
+    stage. An index at the start (``0.auto_model.…``) counts only if no other follows.
+    """
+    parts = module_name.split(".")
+    indices = [place for place, part in enumerate(parts) if part.isdecimal()]
+    after_name = [place for place in indices if not all(part.isdecimal() for part in parts[:place])]
+    end = next(iter(after_name or indices), None)
+    return None if end is None else ".".join(parts[: end + 1])
+
+
+def float32_factors(
+    lora_A: torch.Tensor, lora_B: torch.Tensor, factor: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return factor · A and B in float32; where magnitudes are extreme, with a power of two moved between them.
+
+    A · 1e40 and B · 1e-40 in float64 are ordinary updates: rounded as they are, they would be infinite and 0.
+
+    Args:
+        lora_A: (r, in), any floating dtype.
+        lora_B: (out, r), any floating dtype.
+        factor: finite factor on the product.
+    """
+    sizes = [max(map(abs, map(float, tensor.aminmax()))) if tensor.numel() else 0.0 for tensor in (lora_A, lora_B)]
+    exponents = [math.frexp(size)[1] for size in (sizes[0] * abs(factor), sizes[1])]
+    if not all(map(math.isfinite, sizes)) or 0 in sizes or max(map(abs, exponents)) <= MODERATE_EXPONENT:
+        return lora_A.float() * factor, lora_B.float()
+    shift = (exponents[0] - exponents[1]) // 2
+    return (lora_A.double() * (factor * 2.0**-shift)).float(), (lora_B.double() * 2.0**shift).float()
+
+
+def fits_float32(module: LoraModule) -> bool:
+    """Return True if ‖Δ‖_F is at most the largest float32, so that Δ is finite in any orthonormal coordinates."""
+    largest = torch.finfo(torch.float32).max
+    terms = factor_norms(module.lora_B, module.lora_A)
+    if abs(module.scaling) * float(terms.sum()) <= largest:
+        return True
+    delta = module.lora_B.double() @ module.lora_A.double()
+    return float(torch.linalg.vector_norm(module.scaling * delta)) <= largest
+
+
+def factor_norms(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Compute ‖b_j‖ ‖a_j‖ of the terms of left · right = Σ_j b_j a_jᵀ: (out, r), (r, in) -> (r,) float64."""
+    rows: torch.Tensor = torch.linalg.vector_norm(right, dim=1, dtype=torch.float64)
+    norms: torch.Tensor = rows * torch.linalg.vector_norm(left, dim=0, dtype=torch.float64)
+    return norms

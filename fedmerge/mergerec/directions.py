@@ -12,15 +12,16 @@ import torch
 from fedmerge.adapter import Adapter, LoraModule
 from fedmerge.config import Directions
 from fedmerge.errors import MergeError
-from fedmerge.merging.spectral import thin_svd
+from fedmerge.merging.spectral import rounding, thin_svd
 from fedmerge.merging.stack import Stack, linear_merge, stack_adapters
 
 
 def update_norm(module: LoraModule) -> float:
-    """Compute ρ = ‖Δ‖_F = |s| √tr((BᵀB)(AAᵀ)) in float64, from r × r products alone."""
+    """Compute ρ = ‖Δ‖_F = |s| √tr((BᵀB)(AAᵀ)) in float64, from r × r products alone; 0 if the factors cancel."""
     lora_A, lora_B = module.lora_A.double(), module.lora_B.double()
     squared = float(((lora_B.T @ lora_B) * (lora_A @ lora_A.T)).sum())
-    return abs(module.scaling) * math.sqrt(max(squared, 0.0))
+    norm = math.sqrt(max(squared, 0.0))
+    return abs(module.scaling) * norm if norm > rounding(lora_B, lora_A) else 0.0
 
 
 def direction_stack(name: str, adapters: Mapping[str, Adapter], unit: Directions) -> Stack:

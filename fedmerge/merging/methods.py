@@ -100,7 +100,7 @@ def task_arithmetic(stack: StackLayout, coefficient: float) -> torch.Tensor:
 
     Source: arXiv:2212.04089, task addition with one scaling for all tasks.
     """
-    return torch.full((len(stack.domains),), float(coefficient))
+    return torch.full((len(stack.domains),), float(coefficient), dtype=torch.float64).float()
 
 
 _ALWAYS: tuple[Law, ...] = ("permutation", "zero coefficient is absent", "inputs unchanged")

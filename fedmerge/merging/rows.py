@@ -13,7 +13,7 @@ from fractions import Fraction
 import numpy as np
 import torch
 
-from fedmerge.errors import ConfigError
+from fedmerge.errors import ConfigError, MergeError
 from fedmerge.merging.selection import order_statistics
 from fedmerge.seeding import generator
 
@@ -304,10 +304,19 @@ def breadcrumbs(
 
 
 def total(rows: torch.Tensor) -> torch.Tensor:
-    """Sum over K in float64, which is exact for float32 numbers of similar size: (n,)."""
+    """Sum over K in float64, which is exact for float32 numbers of similar size: (n,).
+
+    Raises:
+        MergeError: the sum is not finite.
+    """
     summed = torch.zeros_like(rows[0], dtype=torch.float64)
     for row in rows:
         summed += row
+    if not summed.sum().isfinite():
+        raise MergeError(
+            "merge: the sum of the domains' entries is not finite in float32, whose largest number is 3.4e38. "
+            "Give a smaller coefficient, or a larger density."
+        )
     return summed
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fedmerge.merging.spectral import Factors, support
+from fedmerge.merging.spectral import Factors, support, thin_svd
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +35,12 @@ def core_bases(updates: Sequence[Factors]) -> Bases:
         updates: K pairs (out, r_k), (r_k, in), scaling included in the second.
 
     Source: Accurate and Efficient Low-Rank Model Merging in Core Space, NeurIPS 2025.
-    Differs: directions whose singular value is numerically 0 are left out; every update is 0 there.
+    Differs: B_k = U √S and A_k = √S Vᵀ of Δ_k = U S Vᵀ replace the given factors, so the bases depend on the updates
+        alone, not on how they are factored. Directions in which every update is numerically 0 on its own scale are left
+        out.
     """
-    return Bases(
-        _span(torch.cat([left for left, _ in updates], dim=1)), _span(torch.cat([right for _, right in updates]).T)
-    )
+    triples = [thin_svd(*update) for update in updates]
+    return Bases(_axes([(U, S) for U, S, _ in triples]), _axes([(Vh.T, S) for _, S, Vh in triples]))
 
 
 def knots_bases(updates: Sequence[Factors]) -> Bases:
@@ -53,12 +54,14 @@ def knots_bases(updates: Sequence[Factors]) -> Bases:
     Source: KnOTS, ICLR 2025, arXiv:2410.19735.
     """
     ranks = [right.shape[0] for _, right in updates]
+    if not any(ranks):
+        return Bases(_one_axis(updates[0][0]))
     Q, stacked = torch.linalg.qr(torch.cat([left for left, _ in updates], dim=1).double())  # (out, q), (q, R)
     cores = [
         part @ torch.linalg.qr(right.double().T)[1].T
         for part, (_, right) in zip(stacked.split(ranks, dim=1), updates, strict=True)
     ]
-    return Bases(Q @ _span(torch.cat(cores, dim=1)))
+    return Bases(_with_signs(Q @ _span(torch.cat(cores, dim=1))))
 
 
 def project(updates: Sequence[Factors], bases: Bases) -> list[Factors]:
@@ -86,6 +89,29 @@ def lift_dense(matrix: torch.Tensor, bases: Bases) -> torch.Tensor:
     if bases.left is not None:
         matrix = bases.left @ matrix.double()
     return matrix if bases.right is None else matrix.double() @ bases.right.T
+
+
+def _axes(parts: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    """Left singular vectors of [U_1 √S_1 | … | U_K √S_K], at least one: (n, q) float64.
+
+    They span all U_k, whatever the scales of the updates.
+    """
+    if not any(len(S) for _, S in parts):
+        return _one_axis(parts[0][0])
+    span = _span(torch.cat([U * (S / S[:1]).sqrt() for U, S in parts], dim=1))  # each update on its own scale
+    weighted = torch.cat([U * S.sqrt() for U, S in parts], dim=1)
+    return _with_signs(span @ torch.linalg.svd(span.T @ weighted, full_matrices=False)[0])
+
+
+def _one_axis(matrix: torch.Tensor) -> torch.Tensor:
+    """An axis for updates that are all 0: (n, 1) float64."""
+    return torch.eye(len(matrix), 1, dtype=torch.float64, device=matrix.device)
+
+
+def _with_signs(axes: torch.Tensor) -> torch.Tensor:
+    """Turn every axis so that its entry of largest magnitude is positive: an SVD leaves the signs open."""
+    signs = axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()
+    return axes * torch.where(signs == 0, 1.0, signs)
 
 
 def _span(matrix: torch.Tensor) -> torch.Tensor:

@@ -11,8 +11,11 @@ from fractions import Fraction
 
 import torch
 
+from fedmerge.adapter import factor_norms
+
 SUPPORT = 1e-6
 PARALLEL = 0.9995  # cosine beyond which an arc is taken for a line
+ROUNDING = 2.0**-23  # of float32 factors: what cancels to less than this fraction of its terms is 0
 Factors = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -97,7 +100,7 @@ def slerp(updates: Sequence[Factors], t: float) -> Factors:
     if len(updates) == 1:
         return _weighted_sum(updates, [1.0])
     gram = _gram(updates)
-    lengths = gram.diagonal().clamp(min=0).sqrt()
+    lengths = _lengths(updates, gram)
     cosine = float(gram[0, 1] / lengths.prod()) if lengths.prod() > 0 else 1.0
     if abs(cosine) > PARALLEL:
         return _weighted_sum(updates, [1 - t, t])
@@ -118,7 +121,7 @@ def multi_slerp(updates: Sequence[Factors], coefficient: float) -> Factors:
         and returns along their mean there, which is 0 since m is their mean.
     """
     gram, num_domains = _gram(updates), len(updates)
-    lengths = gram.diagonal().clamp(min=0).sqrt()
+    lengths = _lengths(updates, gram)
     unit = torch.where(lengths > 0, 1 / lengths, 0.0) / num_domains  # m = Σ unit_k Δ_k
     length = float((unit @ gram @ unit).clamp(min=0).sqrt())
     weights = unit * (lengths.mean() / length) if length >= SUPPORT else torch.full_like(unit, 1 / num_domains)
@@ -130,7 +133,7 @@ def thin_svd(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the SVD of left · right on its numerical support, without forming the product.
 
-    QR of both factors, then SVD of an r × r core.
+    QR of both factors, then SVD of an r × r core. Where float32 factors cancel, the rest is rounding and counts as 0.
 
     Args:
         left: (out, r).
@@ -143,8 +146,16 @@ def thin_svd(
     Q_left, R_left = torch.linalg.qr(left.double())
     Q_right, R_right = torch.linalg.qr(right.double().T)
     U, S, Vh = torch.linalg.svd(R_left @ R_right.T, full_matrices=False)
-    rank = support(S, largest)
+    rank = support(S, max(largest, rounding(left, right) / SUPPORT))
     return Q_left @ U[:, :rank], S[:rank], Vh[:rank] @ Q_right.T
+
+
+def rounding(left: torch.Tensor, right: torch.Tensor) -> float:
+    """Return the Frobenius norm that the rounding of float32 factors may give to their product.
+
+    The terms b_j a_jᵀ are rounded independently, so their errors add up in quadrature.
+    """
+    return ROUNDING * float(torch.linalg.vector_norm(factor_norms(left, right)))
 
 
 def dense_svd(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -180,6 +191,13 @@ def _sum(updates: Sequence[Factors]) -> Factors:
 def _weighted_sum(updates: Sequence[Factors], weights: Sequence[float]) -> Factors:
     left = [left.double() * weight for (left, _), weight in zip(updates, weights, strict=True)]
     return torch.cat(left, dim=1), torch.cat([right.double() for _, right in updates])
+
+
+def _lengths(updates: Sequence[Factors], gram: torch.Tensor) -> torch.Tensor:
+    """‖Δ_k‖ (K,) float64; 0 where float32 factors cancel."""
+    lengths = gram.diagonal().clamp(min=0).sqrt()
+    least = [rounding(left.double(), right.double()) for left, right in updates]
+    return torch.where(lengths > torch.tensor(least).to(lengths), lengths, 0.0)
 
 
 def _gram(updates: Sequence[Factors]) -> torch.Tensor:

@@ -1,12 +1,13 @@
 """K adapters of one layout, stacked in memory or read one at a time, and their exact linear merge."""
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from fedmerge.adapter import Adapter, LoraModule, layer_of
+from fedmerge.adapter import Adapter, LoraModule, fits_float32, float32_factors, layer_of
 from fedmerge.errors import ConfigError, LayoutMismatchError, MergeError
 
 OTHERS = "others"
@@ -33,7 +34,8 @@ class StackLayout:
 
     Attributes:
         domains: K names, sorted; their order is the first axis of all coefficients.
-        groups: G groups of layer-wise coefficients: "layer 0", ..., and "others" if some module is in no layer.
+        groups: G groups of layer-wise coefficients: "layer 0", ..., by path ("encoder.block.0", ...) if the layers form
+            several stacks, and "others" if some module is in no layer.
         group_of: module name -> index into ``groups``, sorted by name.
     """
 
@@ -61,7 +63,7 @@ def survey_adapters(adapters: Mapping[str, Adapter]) -> StackLayout:
 
     Raises:
         LayoutMismatchError: an adapter lacks or adds a module, or a factor has another shape than in the first domain.
-        MergeError: no adapter, or a value is not finite.
+        MergeError: no adapter, or a value or an update is not finite in float32.
     """
     if not adapters:
         raise MergeError("merge: found no adapter, expected at least one. Check which domains were admitted.")
@@ -71,11 +73,7 @@ def survey_adapters(adapters: Mapping[str, Adapter]) -> StackLayout:
         raise LayoutMismatchError(f"adapter of {domains[0]!r}: it has no LoRA module. Train it again.")
     for domain in domains:
         _check_layout(domain, adapters[domain], domains[0], first)
-    layers = {name: layer_of(name) for name in sorted(first)}
-    numbers = sorted({layer for layer in layers.values() if layer is not None})
-    groups = tuple(f"layer {number}" for number in numbers) + ((OTHERS,) if None in layers.values() else ())
-    group_of = {name: len(numbers) if layer is None else numbers.index(layer) for name, layer in layers.items()}
-    return StackLayout(domains, groups, group_of)
+    return StackLayout(domains, *_layers(sorted(first)))
 
 
 def stack_adapters(adapters: Mapping[str, Adapter]) -> Stack:
@@ -125,7 +123,7 @@ def expand_coefficients(stack: StackLayout, coefficients: torch.Tensor | np.ndar
     finite = values.detach().isfinite().reshape(num_domains, -1).all(dim=1)
     if not finite.all():
         bad = [domain for domain, good in zip(stack.domains, finite.tolist(), strict=True) if not good]
-        raise MergeError(f"the coefficients of {', '.join(bad)} are not finite; give finite numbers")
+        raise MergeError(f"the coefficients of {', '.join(bad)} are not finite in float32; give smaller numbers")
     return values if values.ndim == 2 else values[:, None].expand(num_domains, num_groups)
 
 
@@ -135,8 +133,8 @@ def linear_by_layer(stack: StackLayout, weights: str, normalize: bool) -> torch.
     Args:
         stack: layout of the K adapters.
         weights: ``NAME=w`` or ``NAME=w_0:…:w_n`` for each domain, separated by commas. Several values are spread evenly
-            from the first to the last layer and interpolated linearly. A domain that is not named has weight 1.
-            Modules outside the layers get the mean over the layers.
+            from the first to the last layer of each stack and interpolated linearly. A domain that is not named has
+            weight 1. Modules outside the layers get the mean over the layers.
         normalize: True divides the weights of a layer by their sum.
 
     Returns:
@@ -145,7 +143,8 @@ def linear_by_layer(stack: StackLayout, weights: str, normalize: bool) -> torch.
     Raises:
         ConfigError: a weight that is no number, a domain that is not merged, or weights of a layer whose sum is 0.
     """
-    where, layers = "merging method 'linear-by-layer': weights", [group for group in stack.groups if group != OTHERS]
+    where = "merging method 'linear-by-layer': weights"
+    stacks = Counter(group.rpartition(".")[0] for group in stack.groups if group != OTHERS)  # name -> number of layers
     values = np.ones((len(stack.domains), len(stack.groups)))
     for text in filter(None, (part.strip() for part in weights.split(","))):
         domain, _, numbers = text.partition("=")
@@ -157,8 +156,8 @@ def linear_by_layer(stack: StackLayout, weights: str, normalize: bool) -> torch.
             raise ConfigError(f"{where}: found {text!r}, expected NAME=w or NAME=w_0:…:w_n with finite numbers")
         if domain not in stack.domains:
             raise ConfigError(f"{where}: found {domain!r}, expected one of the merged {', '.join(stack.domains)}")
-        places = np.linspace(0, len(anchors) - 1, len(layers))
-        by_layer = np.interp(places, np.arange(len(anchors)), anchors) if layers else np.array([np.mean(anchors)])
+        places = [place for number in stacks.values() for place in np.linspace(0, len(anchors) - 1, number)]
+        by_layer = np.interp(places, np.arange(len(anchors)), anchors) if places else np.array([np.mean(anchors)])
         values[stack.domains.index(domain)] = [*by_layer, by_layer.mean()][: len(stack.groups)]
     if normalize:
         sums = values.sum(0)
@@ -185,7 +184,7 @@ def linear_merge(stack: Stack, coefficients: torch.Tensor | np.ndarray) -> Adapt
 
     Raises:
         LayoutMismatchError: coefficients of another shape.
-        MergeError: a coefficient is not finite.
+        MergeError: a coefficient or the merge is not finite in float32.
 
     Source: "concatenation" in peft's ``add_weighted_adapter``, which is exact, unlike averaging A and B separately.
     """
@@ -197,7 +196,7 @@ def linear_merge(stack: Stack, coefficients: torch.Tensor | np.ndarray) -> Adapt
         sums[name] = _UpdateSum()
         for coefficient, (lora_A, lora_B) in zip(values[:, stack.group_of[name]].tolist(), pairs, strict=True):
             sums[name].add(lora_A, lora_B, coefficient)
-    return Adapter({name: total.module() for name, total in sums.items()})
+    return check_fits(Adapter({name: total.module() for name, total in sums.items()}))
 
 
 def linear_merge_of_many(
@@ -214,7 +213,7 @@ def linear_merge_of_many(
 
     Raises:
         LayoutMismatchError: coefficients of another shape.
-        MergeError: a coefficient is not finite.
+        MergeError: a coefficient or the merge is not finite in float32.
     """
     values = expand_coefficients(layout, coefficients).detach()  # (K, G)
     sums = {name: _UpdateSum() for name in layout.group_of}
@@ -222,7 +221,7 @@ def linear_merge_of_many(
         for name, module in adapters[domain].modules.items():
             lora_A, lora_B = _scaled(module)
             sums[name].add(lora_A, lora_B, row[layout.group_of[name]])
-    return Adapter({name: total.module() for name, total in sums.items()})
+    return check_fits(Adapter({name: total.module() for name, total in sums.items()}))
 
 
 def dense_module(delta: torch.Tensor) -> LoraModule:
@@ -230,6 +229,33 @@ def dense_module(delta: torch.Tensor) -> LoraModule:
     identity = torch.eye(min(delta.shape), device=delta.device)
     wide = delta.shape[0] <= delta.shape[1]
     return LoraModule(delta, identity, 1.0) if wide else LoraModule(identity, delta, 1.0)
+
+
+def check_fits(adapter: Adapter) -> Adapter:
+    """Return a merge, whose factors are float32.
+
+    Raises:
+        MergeError: an update is not finite in float32; names the module.
+    """
+    for name, module in adapter.modules.items():
+        if not fits_float32(module):
+            raise MergeError(
+                f"merge, module {name}: the merged update is not finite in float32, whose largest number is 3.4e38. "
+                "Give smaller coefficients, or leave out the adapter whose update is largest."
+            )
+    return adapter
+
+
+def _layers(names: Sequence[str]) -> tuple[tuple[str, ...], dict[str, int]]:
+    """Return the groups of a layout, and the index of each module's group."""
+    paths = {name: layer_of(name) for name in names}
+    parts = {path: path.rpartition(".") for path in paths.values() if path is not None}  # stack, ".", number
+    layers = sorted(parts, key=lambda path: (parts[path][0], int(parts[path][2])))
+    one_stack = len({stack for stack, _, _ in parts.values()}) == 1
+    groups = [f"layer {int(parts[path][2])}" if one_stack else path for path in layers]
+    place = {path: index for index, path in enumerate(layers)}
+    group_of = {name: len(layers) if path is None else place[path] for name, path in paths.items()}
+    return (*groups, *([OTHERS] if None in paths.values() else [])), group_of
 
 
 class _UpdateSum:
@@ -244,10 +270,10 @@ class _UpdateSum:
     def add(self, lora_A: torch.Tensor, lora_B: torch.Tensor, coefficient: float) -> None:
         """Add coefficient · lora_B lora_A: float32 (out, r) and (r, in), held as factors unless Δ is smaller."""
         if self.nothing is None:
-            self.nothing = torch.zeros_like(lora_A[:1]), torch.zeros_like(lora_B[:, :1])
-        if coefficient == 0:
+            self.nothing = lora_A.new_zeros(1, lora_A.shape[1]), lora_B.new_zeros(len(lora_B), 1)
+        if coefficient == 0 or not len(lora_A):
             return
-        self.parts.append((lora_A * coefficient, lora_B))
+        self.parts.append(float32_factors(lora_A, lora_B, coefficient))
         self.rank += len(lora_A)
         width_out, width_in = len(lora_B), lora_A.shape[1]
         if self.rank <= min(width_out, width_in):
@@ -273,7 +299,7 @@ class _UpdateSum:
 
 def _scaled(module: LoraModule) -> tuple[torch.Tensor, torch.Tensor]:
     """scaling · lora_A and lora_B, float32."""
-    return module.lora_A.detach().to(torch.float32) * module.scaling, module.lora_B.detach().to(torch.float32)
+    return float32_factors(module.lora_A.detach(), module.lora_B.detach(), module.scaling)
 
 
 def _stack_module(parts: list[LoraModule]) -> StackedModule:
@@ -305,10 +331,16 @@ def _check_layout(domain: str, adapter: Adapter, reference: str, expected: Mappi
                 f"expected (r, {shape[0]}) and ({shape[1]}, r) as in the adapter of {reference!r}; "
                 "train all adapters on the same backbone"
             )
-        for factor, values in (("lora_A", module.lora_A), ("lora_B", module.lora_B), ("scaling", module.scaling)):
-            bad = int((~torch.as_tensor(values).isfinite()).sum())
+        scaling = torch.tensor(module.scaling, dtype=torch.float64)
+        for factor, values in (("lora_A", module.lora_A), ("lora_B", module.lora_B), ("scaling", scaling)):
+            bad = int((~values.isfinite()).sum())
             if bad:
                 raise MergeError(
                     f"adapter of {domain!r}, module {name}: {bad} values of {factor} are not finite. "
                     "Leave this domain out, or train it again."
                 )
+        if not fits_float32(module):
+            raise MergeError(
+                f"adapter of {domain!r}, module {name}: its update is not finite in float32 (scaling "
+                f"{module.scaling:g}). Give it a smaller coefficient, leave this domain out, or train it again."
+            )

@@ -15,8 +15,8 @@ from fedmerge.merging.own_method import SEED, OwnMethod, call_function
 from fedmerge.merging.parameters import Value, checked_parameters
 from fedmerge.merging.rows import Piece, total
 from fedmerge.merging.spaces import Bases, core_bases, knots_bases, lift, lift_dense, project
-from fedmerge.merging.spectral import Factors, dense_svd, support, thin_svd
-from fedmerge.merging.stack import Stack, dense_module, expand_coefficients, linear_merge, stack_adapters
+from fedmerge.merging.spectral import Factors, dense_svd, rounding, support, thin_svd
+from fedmerge.merging.stack import Stack, check_fits, dense_module, expand_coefficients, linear_merge, stack_adapters
 from fedmerge.seeding import derive
 
 Scope = Literal["tensor", "layer", "model"]
@@ -140,7 +140,8 @@ def merge_stack(
     modules, residuals = {}, {}
     for name, bases, update in _merges(stack, row, chosen, scope, space, seed):
         modules[name], residuals[name] = compressed(update, bases, None if output_rank == "exact" else output_rank)
-    return MergedAdapter(Adapter(modules), dict(sorted(residuals.items())), name_of(method), chosen, factors, made)
+    merged = check_fits(Adapter(modules))
+    return MergedAdapter(merged, dict(sorted(residuals.items())), name_of(method), chosen, factors, made)
 
 
 def checked_settings(
@@ -210,14 +211,14 @@ def _merges(
         bases = _bases(_updates(stack, name), space, knots=False)
         updates = project(_updates(stack, name), bases)
         if row.factors is not None:
-            yield name, bases, row.factors(updates, **chosen)
+            yield name, bases, _finite(name, row.factors(updates, **chosen))
         elif row.function is not None:
             drawn = {SEED: derive(seed, "own method", name)} if row.random else {}
             yield name, bases, call_function(row.source, row.function, name, _dense(updates), {**chosen, **drawn})
         elif values is not None:
             weights = values[:, stack.group_of[name]].tolist()
             left = torch.cat([left * weight for (left, _), weight in zip(updates, weights, strict=True)], dim=1)
-            yield name, bases, (left, torch.cat([right for _, right in updates]))
+            yield name, bases, _finite(name, (left, torch.cat([right for _, right in updates])))
 
 
 def _rows(
@@ -277,11 +278,16 @@ def _updates(stack: Stack, name: str) -> list[Factors]:
 
 
 def _dense(updates: Sequence[Factors]) -> torch.Tensor:
-    """(K, a, b) float32, computed in float64 so that thresholds do not depend on the number of threads."""
+    """(K, a, b) float32, computed in float64 so that thresholds do not depend on the number of threads.
+
+    An update whose factors cancel is 0, not rounding: methods count the domains that have an entry.
+    """
     first_left, first_right = updates[0]
     rows = torch.empty(len(updates), first_left.shape[0], first_right.shape[1], device=first_left.device)
     for k, (left, right) in enumerate(updates):
         rows[k] = left.double() @ right.double()
+        if torch.linalg.vector_norm(rows[k], dtype=torch.float64) <= rounding(left, right):
+            rows[k] = 0.0
     return rows
 
 
@@ -302,6 +308,12 @@ def compressed(update: torch.Tensor | Factors, bases: Bases, output_rank: int | 
     left, right = lift((U[:, :rank] * root, root[:, None] * Vh[:rank]), bases)
     residual = float(torch.linalg.vector_norm(S[rank:]) / torch.linalg.vector_norm(S))
     return LoraModule(right.float().contiguous(), left.float().contiguous(), 1.0), residual
+
+
+def _finite(name: str, factors: Factors) -> Factors:
+    """Return the factors of a merge; raise MergeError if it is not finite in float32, before an SVD meets it."""
+    check_fits(Adapter({name: LoraModule(factors[1], factors[0], 1.0)}))
+    return factors
 
 
 def _of_low_rank(update: torch.Tensor) -> bool:

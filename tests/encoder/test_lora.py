@@ -441,14 +441,20 @@ def test_delta_weight_by_hand() -> None:
 @pytest.mark.parametrize(
     ("name", "layer"),
     [
-        ("encoder.layer.3.attention.self.query", 3),
-        ("layers.11.mlp.down_proj", 11),
+        ("encoder.layer.3.attention.self.query", "encoder.layer.3"),
+        ("layers.11.mlp.down_proj", "layers.11"),
         ("pooler.dense", None),
         ("h2.proj", None),
-        ("blocks.2.experts.7.up", 2),
+        ("blocks.2.experts.7.up", "blocks.2"),
+        ("decoder.block.0.layer.1.EncDecAttention.q", "decoder.block.0"),
+        ("vision_model.encoder.layers.11.self_attn.q_proj", "vision_model.encoder.layers.11"),
+        ("0.auto_model.encoder.layer.3.output.dense", "0.auto_model.encoder.layer.3"),
+        ("0", "0"),
+        ("1.linear", "1"),
+        ("transformer.h.10", "transformer.h.10"),
     ],
 )
-def test_layer_of(name: str, layer: int | None) -> None:
+def test_layer_of(name: str, layer: str | None) -> None:
     assert layer_of(name) == layer
 
 

@@ -14,13 +14,14 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from fedmerge import config
-from fedmerge.adapter import Adapter, LoraModule, adapter_sha256
+from fedmerge.adapter import Adapter, LoraModule, adapter_sha256, float32_factors
 from fedmerge.encoder.backbone import Backbone
 from fedmerge.encoder.encode import embed_batch
 from fedmerge.encoder.peft_folder import read_adapter, write_adapter
 from fedmerge.errors import ConfigError, LayoutMismatchError, MergeError
 from fedmerge.merging.methods import METHODS, average, method_coefficients, task_arithmetic
 from fedmerge.merging.stack import Stack, linear_merge, linear_merge_of_many, stack_adapters, survey_adapters
+from fedmerge.merging.training_free import merge_adapters
 
 SEQUENCES = [np.array(ids, dtype=np.int32) for ids in ([2, 9, 11, 3], [2, 30, 3], [2, 14, 8, 21, 17, 12, 3])]
 
@@ -69,6 +70,63 @@ def test_groups_are_layers_in_number_order_then_others(adapters: dict[str, Adapt
     assert stack.groups == ("layer 0", "layer 2", "layer 10", "others")
     assert [stack.group_of[name] for name in LAYOUT] == [0, 2, 1, 3]
     assert stack.modules["top"].owner.tolist() == [0, 1, 1, 1, 1, 2, 2, 2]
+
+
+def test_two_stacks_have_two_layers_of_one_number() -> None:
+    """The towers of T5, BART, Whisper and CLIP: coefficients and thresholds of layer 0 are two."""
+    names = ("encoder.block.0.q", "encoder.block.0.layer.1.v", "decoder.block.0.q", "decoder.block.10.q", "lm_head")
+    adapters = {
+        name: Adapter(
+            {
+                module: replace(each, scaling=10.0 if module.startswith("decoder") else 1.0)
+                for module, each in random_adapter(dict.fromkeys(names, (16, 16)), 4, 1.0, seed).modules.items()
+            }
+        )
+        for seed, name in enumerate("ab")
+    }
+    stack = stack_adapters(adapters)
+    assert stack.groups == ("decoder.block.0", "decoder.block.10", "encoder.block.0", "others")
+    assert [stack.group_of[name] for name in names] == [2, 2, 0, 1, 3]
+    alone = {
+        name: Adapter({key: each for key, each in adapter.modules.items() if key.startswith("encoder")})
+        for name, adapter in adapters.items()
+    }
+    assert stack_adapters(alone).groups == ("layer 0",)
+    weights = method_coefficients("linear-by-layer", stack, weights="a=0:2", normalize=False)
+    assert weights[0].tolist() == pytest.approx(
+        [0.0, 2.0, 0.0, 2 / 3]
+    )  # from the first to the last layer of each stack
+    merged, encoder = (merge_adapters(each, "ties", density=0.2, scope="layer").adapter for each in (adapters, alone))
+    assert adapter_sha256(Adapter({name: merged.modules[name] for name in names[:2]})) == adapter_sha256(encoder)
+
+
+@pytest.mark.parametrize("space", ["full", "core"])
+@pytest.mark.parametrize("method", [name for name, row in METHODS.items() if not row.learned])
+def test_what_float32_cannot_hold_is_one_error(method: str, space: Any) -> None:
+    adapters = {name: random_adapter({"m": (6, 5)}, 2, 1.0, seed) for seed, name in enumerate("ab")}
+    for value in (1e39, 1e300):
+        if "coefficient" in METHODS[method].parameters:
+            with pytest.raises(MergeError, match="not finite in float32") as raised:
+                merge_adapters(adapters, method, space=space, coefficient=value)
+            assert "\n" not in str(raised.value)
+        with pytest.raises(MergeError, match=r"'a', module m: its update is not finite in float32 \(scaling 1e\+"):
+            merge_adapters(adapters, method, space=space, coefficients={"a": value})
+    nan = torch.full((2, 5), float("nan"))
+    damaged = Adapter({"m": replace(adapters["b"].modules["m"], lora_A=nan)})
+    with pytest.raises(MergeError, match=r"'b', module m: 10 values of lora_A are not finite"):
+        merge_adapters({**adapters, "b": damaged}, method, space=space)
+
+
+def test_factors_beyond_float32_are_balanced() -> None:
+    module = random_adapter({"m": (6, 5)}, 2, 1.0, 0).modules["m"]
+    lora_A, lora_B = module.lora_A.double(), module.lora_B.double()
+    for factor in (1e60, 1e-60):
+        found = LoraModule(*float32_factors(lora_A * factor, lora_B / factor), 1.0)
+        assert torch.allclose(found.delta_weight(), module.delta_weight(), rtol=1e-5)
+    assert all(map(torch.equal, float32_factors(lora_A, lora_B), (module.lora_A, module.lora_B)))
+    huge = LoraModule(module.lora_A * 1e30, module.lora_B * 1e-30, 1e20)  # scaling · A is beyond float32, Δ is not
+    merged = merge_adapters({"a": Adapter({"m": huge}), "b": Adapter({"m": module})}, "average").adapter.modules["m"]
+    assert torch.allclose(merged.delta_weight(), (0.5e20 * module.delta_weight()), rtol=1e-5)
 
 
 @pytest.mark.parametrize("layer_wise", [False, True])

@@ -176,13 +176,10 @@ def test_order_statistics_are_those_of_the_sorted_rows(dtype: torch.dtype) -> No
     assert passes == (2 if dtype == torch.float32 else 4)
 
 
-Pair = tuple[oracles.Array, oracles.Array]
-
-
-def pairs_of(adapters: dict[str, Adapter], name: str) -> list[Pair]:
-    """B and scaling · A of every domain, by name, in float64."""
+def updates_by_name(adapters: dict[str, Adapter], name: str) -> list[oracles.Array]:
+    """Δ of every domain, by name, in float64."""
     modules = [adapters[domain].modules[name] for domain in sorted(adapters)]
-    return [(m.lora_B.double().numpy(), m.scaling * m.lora_A.double().numpy()) for m in modules]
+    return [(m.scaling * (m.lora_B.double() @ m.lora_A.double())).numpy() for m in modules]
 
 
 def oracle_of(
@@ -190,12 +187,11 @@ def oracle_of(
 ) -> list[oracles.Array]:
     """The merge of the modules of one scope."""
     parameters = {key: value.default for key, value in METHODS[method].parameters.items()} | PARAMETERS.get(method, {})
-    pairs = [pairs_of(adapters, name) for name in names]
-    updates = [[B @ A for B, A in module] for module in pairs]
+    updates = [updates_by_name(adapters, name) for name in names]
     lefts = [np.eye(module[0].shape[0]) for module in updates]
     rights = [np.eye(module[0].shape[1]) for module in updates]
     if space == "core":
-        turned = [oracles.core(module) for module in pairs]
+        turned = [oracles.core(module) for module in updates]
         updates = [matrices for _, _, matrices in turned]
         lefts, rights = [U for U, _, _ in turned], [V for _, V, _ in turned]
     if method.startswith("knots"):

@@ -155,11 +155,12 @@ def knots(updates: list[Array]) -> tuple[Array, list[Array]]:
     return U, np.split(S[:, None] * Vh, len(updates), axis=1)
 
 
-def core(pairs: list[tuple[Array, Array]]) -> tuple[Array, Array, list[Array]]:
-    """Return U_ref, V_ref and the core matrices of K pairs B, A."""
-    U = supported_svd(np.concatenate([B for B, _ in pairs], axis=1))[0]
-    V = supported_svd(np.concatenate([A for _, A in pairs]).T)[0]
-    return U, V, [U.T @ B @ A @ V for B, A in pairs]
+def core(updates: list[Array]) -> tuple[Array, Array, list[Array]]:
+    """Return U_ref, V_ref and the core matrices of K updates, each factored as U √S · √S Vᵀ."""
+    triples = [supported_svd(update) for update in updates]
+    left = supported_svd(np.concatenate([U * np.sqrt(S) for U, S, _ in triples], axis=1))[0]
+    right = supported_svd(np.concatenate([Vh.T * np.sqrt(S) for _, S, Vh in triples], axis=1))[0]
+    return left, right, [left.T @ update @ right for update in updates]
 
 
 def _whitened(matrix: Array) -> Array:
