@@ -10,6 +10,7 @@ from fedmerge.domain.folder import list_domains
 from fedmerge.domain.manifest import (
     DP_BY_USER,
     NOISED_METRICS,
+    OTHER_ATTRIBUTES,
     Manifest,
     check_catalog_is_given,
     check_may_attack,
@@ -154,7 +155,12 @@ def _data_problems(config: ExperimentConfig) -> Iterator[str]:
 
 def _domain_problems(config: ExperimentConfig, manifest: Manifest) -> Iterator[str]:
     name, dp = manifest.name, config.dp
-    trains = name in config.domains.train
+    trains, wanted = name in config.domains.train, config.domains.attributes
+    if wanted and manifest.attributes != wanted:
+        yield (
+            f"domain {name}: its items have the attributes {','.join(manifest.attributes)}, but domains.attributes is "
+            f"{','.join(wanted)}; {OTHER_ATTRIBUTES}"
+        )
     if (by_user := trains and dp.mode == "user") or config.privacy.metrics == "noised":
         setting = DP_BY_USER if by_user else NOISED_METRICS
         yield from _problems_of(lambda: check_catalog_is_given(manifest, setting))

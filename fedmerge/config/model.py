@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from fedmerge.config.section import DOMAIN_NAME, Section, twice
+from fedmerge.config.section import ATTRIBUTE, ATTRIBUTES, DOMAIN_NAME, Section, twice
 
 DEMO_ROOT = "demo"  # value of domains.root that names the bundled synthetic domains
 
@@ -21,6 +21,11 @@ class Domains(Section):
     )
     unseen: tuple[Annotated[str, Field(pattern=DOMAIN_NAME)], ...] = Field(
         ("toys",), description="Domains that are only evaluated."
+    )
+    attributes: tuple[Annotated[str, Field(pattern=ATTRIBUTE)], ...] = Field(
+        ATTRIBUTES,
+        description="Attributes in the text of an item, in order, with their own limits of tokens if any: "
+        "'title,colour=8'. A domain with others is refused; '' lets domains differ.",
     )
 
     @model_validator(mode="after")

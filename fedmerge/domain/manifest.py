@@ -18,6 +18,10 @@ MANIFEST_FILE = "manifest.json"
 NAME_PATTERN = re.compile(DOMAIN_NAME)
 ATTRIBUTE_PATTERN, MOST_ATTRIBUTES = re.compile(ATTRIBUTE), 64
 ID_COLUMN = "item_id"
+OTHER_ATTRIBUTES = (  # the remedy, where a domain's differ from those of an experiment
+    "state the attributes of all in domains.attributes, import the domain with these columns (--text-columns), or let "
+    "domains differ with domains.attributes = ''"
+)
 
 CatalogSource = Literal["given", "interactions"]
 DP_BY_USER, NOISED_METRICS = "dp.mode = 'user'", "privacy.metrics = 'noised'"  # guarantees that need a given catalog

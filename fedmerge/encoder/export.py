@@ -1,14 +1,15 @@
 """Export a backbone with a folded adapter as a model folder for sentence-transformers, which needs no fedmerge."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
 
 from fedmerge.adapter import Adapter
-from fedmerge.config import Text
+from fedmerge.config import ATTRIBUTES, Text
+from fedmerge.domain.manifest import read_template
 from fedmerge.encoder.adapted import folded
 from fedmerge.encoder.adapter_records import adapter_record
 from fedmerge.encoder.backbone import Backbone, check_max_tokens
@@ -18,6 +19,7 @@ from fedmerge.files import check_free, new_folder, read_record, write_json, writ
 
 POOLING_MODES = {"cls": "pooling_mode_cls_token", "mean": "pooling_mode_mean_tokens", "last": "pooling_mode_lasttoken"}
 _NO_POOLER = ("bert", "roberta", "xlm-roberta")  # loaded without a pooler, which would otherwise be random
+_EXAMPLES = ("title: Red tent brand: North category: Camping", "title: Stove brand: North")
 _PROBE = {"title": "Red tent, 2 persons", "brand": "North", "category": "Camping"}
 
 
@@ -28,6 +30,7 @@ def export_model(
     text: Text,
     provenance: Mapping[str, Any],
     add: Callable[[Path], None] = lambda folder: None,
+    template: Sequence[str] = ATTRIBUTES,
 ) -> None:
     """Write W + Δ in float32 with tokenizer, pooling, normalisation and a model card.
 
@@ -41,6 +44,7 @@ def export_model(
         text: ``max_tokens`` becomes ``max_seq_length``; the other settings are written into the card.
         provenance: provenance of the adapter, for ``provenance.json`` and the card.
         add: adds files to the folder before it gets its name.
+        template: attributes of an item's text and their limits, for the card.
 
     Raises:
         RunDirError: the folder is not empty, or cannot be written.
@@ -56,7 +60,7 @@ def export_model(
         _write_modules(backbone, partial, text.max_tokens)
         write_json(partial / "provenance.json", dict(provenance))
         what = "as it is" if adapter is None else "with a LoRA adapter folded in"
-        write_text(partial / "README.md", _card(backbone, what, text, provenance))
+        write_text(partial / "README.md", _card(backbone, what, text, provenance, template))
         add(partial)
         for weights in partial.glob("*.safetensors"):  # safetensors makes them readable for the owner only
             weights.chmod((partial / "README.md").stat().st_mode)
@@ -125,14 +129,17 @@ def _write_tokenizer(backbone: Backbone, folder: Path, max_tokens: int) -> None:
         )
 
 
-def _card(backbone: Backbone, what: str, text: Text, provenance: Mapping[str, Any]) -> str:
+def _card(backbone: Backbone, what: str, text: Text, provenance: Mapping[str, Any], template: Sequence[str]) -> str:
     shown = ("method", "parameters", "run", "policy", "excluded", "sha256")
     facts = [f"- {key}: `{json.dumps(provenance[key])}`" for key in shown if provenance.get(key)]
     domains = provenance.get("domains")
     if isinstance(domains, dict):
         facts += ["", "| domain | SHA-256 of its adapter |", "| --- | --- |"]
         facts += [f"| {name} | `{sha256}` |" for name, sha256 in domains.items()]
-    lines = "\n".join(facts)
+    lines, limits = "\n".join(facts), read_template(template, "export")
+    item = " ".join(f"{name}: …" for name in limits)
+    own = "".join(f", that of {name} to {limit}" for name, limit in limits.items() if limit)
+    examples = _EXAMPLES if tuple(template) == ATTRIBUTES else (item, item)
     return f"""---
 library_name: sentence-transformers
 pipeline_tag: sentence-similarity
@@ -149,14 +156,14 @@ tags: [sentence-transformers, recommendation, fedmerge]
 from sentence_transformers import SentenceTransformer
 
 model = SentenceTransformer("PATH OF THIS FOLDER")
-items = ["title: Red tent brand: North category: Camping", "title: Stove brand: North"]
+items = {json.dumps(examples, ensure_ascii=False)}
 user = "; ".join(reversed(items))  # most recent first
 scores = model.encode(items) @ model.encode(user)
 ```
 
-Text of an item: `title: … brand: … category: …` in this order, empty attributes left out, each value cut to
-{text.max_attribute_tokens} tokens. Text of a history: the items' texts, most recent first, joined by `"; "`, at most
-{text.max_items} items; the model cuts at {text.max_tokens} tokens.
+Text of an item: `{item}` in this order, empty attributes left out, each value cut to
+{text.max_attribute_tokens} tokens{own}. Text of a history: the items' texts, most recent first, joined by `"; "`,
+at most {text.max_items} items; the model cuts at {text.max_tokens} tokens.
 
 ## Where it comes from
 

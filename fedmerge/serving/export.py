@@ -97,7 +97,7 @@ def export_served(place: RunDomain, served: ServedModel, out: Path) -> None:
     check_free(out)
     text, provenance = place.config.text, _provenance(served)
     if served.decision.model in TEXT_MODELS:
-        export_model(place.backbone, served.adapter, out, text, provenance)
+        export_model(place.backbone, served.adapter, out, text, provenance, template=place.catalog.template)
         return
     vectors = make_recommender(place.backbone, served.adapter, place.catalog, text).item_vectors
     head = load_head(place, served, vectors)
@@ -111,7 +111,7 @@ def export_served(place: RunDomain, served: ServedModel, out: Path) -> None:
         card.write_text(card.read_text(encoding="utf-8") + _card(place, served, head), encoding="utf-8")
 
     provenance["head"] = {"model": served.decision.model, "domain": place.manifest.name, "sha256": record["sha256"]}
-    export_model(place.backbone, served.adapter, out, text, provenance, add_head)
+    export_model(place.backbone, served.adapter, out, text, provenance, add_head, place.catalog.template)
 
 
 def _provenance(served: ServedModel) -> dict[str, Any]:

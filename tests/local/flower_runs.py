@@ -66,7 +66,15 @@ server_threads = 1
 """
 
 FACTS = ["domain", "role", "num_users", "num_items", "num_interactions", "synthetic", "policy"]
-FACTS += ["catalog_sha256", "backbone_sha256", "precision", "fedmerge_version", "num_nodes", "layout_sha256"]
+FACTS += [
+    "catalog_sha256",
+    "backbone_sha256",
+    "precision",
+    "fedmerge_version",
+    "num_nodes",
+    "layout_sha256",
+    "attributes",
+]
 
 
 @dataclass(frozen=True)

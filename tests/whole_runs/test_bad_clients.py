@@ -119,6 +119,12 @@ CASES: dict[str, tuple[str, Change, str, str]] = {
         "gather",
         "LoRA layout is 0{64}, .* [0-9a-f]{64};",
     ),
+    "other attributes": (
+        "query.describe",
+        of_description(attributes="title,colour=8"),
+        "gather",
+        r"template of item texts is title,colour=8, .* title,brand,category; .*domains\.attributes",
+    ),
     "no users": (
         "query.describe",
         of_description(num_users=0),

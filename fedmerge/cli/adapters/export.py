@@ -27,12 +27,15 @@ def _export(options: argparse.Namespace) -> int:
     if run is not None:
         return _export_served(options, run, config)
 
+    from fedmerge.config import ATTRIBUTES
     from fedmerge.encoder.adapted import load_adapted
     from fedmerge.encoder.export import export_model, provenance_of
 
     backbone, adapter = load_adapted(options.adapter, config)
     provenance = {"method": "backbone alone"} if adapter is None else provenance_of(Path(options.adapter))
-    export_model(backbone, adapter, options.out, config.text, provenance)
+    export_model(
+        backbone, adapter, options.out, config.text, provenance, template=config.domains.attributes or ATTRIBUTES
+    )
     print(
         f"{options.out}: {backbone.name} merged with {options.adapter}; load it with "
         f"SentenceTransformer({str(options.out)!r})"

@@ -36,6 +36,7 @@ def describe(message: Message, context: Context) -> RecordDict:
         policy=client.config.privacy.policy,
         num_nodes=num_nodes,
         layout_sha256=layout_sha256(backbone, client.config.lora.of(manifest.name)),
+        attributes=",".join(manifest.attributes),
     )
     return records.description_record(description)
 

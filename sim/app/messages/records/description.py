@@ -29,6 +29,8 @@ class Description:
         policy: the privacy policy that the client enforces.
         num_nodes: number of nodes in all, in a simulation; otherwise 0.
         layout_sha256: hash of the LoRA layout that it trains.
+        attributes: template of an item's text, joined with commas, see
+            :func:`fedmerge.domain.manifest.read_template`.
     """
 
     domain: str
@@ -44,6 +46,7 @@ class Description:
     policy: str = ""
     num_nodes: int = 0
     layout_sha256: str = ""
+    attributes: str = ""
 
 
 def description_record(description: Description) -> RecordDict:

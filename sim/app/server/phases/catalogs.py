@@ -77,8 +77,9 @@ def _from_clients(run: Run, domains: list[str]) -> dict[str, Catalog]:
     catalogs: dict[str, Catalog] = {}
 
     def receive(domain: str, content: RecordDict) -> None:
-        num_items = run.members.descriptions[domain].num_items
-        catalogs[domain] = catalog_from_bytes(records.read_catalog(content), domain, num_items)
+        announced = run.members.descriptions[domain]
+        template = announced.attributes.split(",")
+        catalogs[domain] = catalog_from_bytes(records.read_catalog(content), domain, announced.num_items, template)
 
     def limit_bytes(domain: str) -> int:
         return catalog_limits(run.members.descriptions[domain].num_items).decoded_bytes

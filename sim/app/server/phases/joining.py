@@ -6,6 +6,7 @@ import time
 from flwr.app import RecordDict
 
 from fedmerge import __version__
+from fedmerge.domain.manifest import OTHER_ATTRIBUTES
 from fedmerge.encoder.backbone import Backbone
 from fedmerge.encoder.lora import layout_sha256
 from fedmerge.files import read_json
@@ -151,6 +152,8 @@ def _misfit(run: Run, description: records.Description, backbone: Backbone) -> s
         ),
         "policy": (description.policy, run.config.privacy.policy, "agree on privacy.policy"),
     }
+    if domains.attributes:
+        checks["template of item texts"] = (description.attributes, ",".join(domains.attributes), OTHER_ATTRIBUTES)
     if before := run.members.descriptions.get(name):  # the run is resumed
         remedy = "the domain changed since the run started; restore it, or start a new run"
         for key in ("catalog_sha256", "num_interactions", "num_items", "num_users", "role"):
