@@ -38,6 +38,7 @@ from fedmerge.encoder.text import pack_sequences
 from fedmerge.evaluation.ranks import METRICS, per_user_metrics, rank_targets
 from fedmerge.files import write_json
 from fedmerge.seeding import derive
+from fedmerge.sequence.anchored import recent_items_source
 from fedmerge.sequence.fusion import choose_weights, fused_ranks
 from fedmerge.sequence.model import SequenceModel, SequenceSettings
 from fedmerge.sequence.ranking import Source, sequence_source
@@ -200,17 +201,22 @@ def vectors_of(domain: LocalDomain, of: Sequence[Examples]) -> tuple[torch.Tenso
 def fused_rows(
     head: SequenceModel, items: torch.Tensor, users: Sequence[torch.Tensor], select: Examples, report: Examples
 ) -> dict[str, float]:
-    """Return the masked NDCG@10 of users by head, text, last item and their fusion, whose weights others choose."""
+    """Return the masked NDCG@10 of users by head, text, recent items and their fusion, whose weights others choose."""
     of_select, of_report = (
         [
             sequence_source(head, examples.histories),
             Source("text", vectors, items),
-            Source("last item", items[[int(history[-1]) for history in examples.histories]], items),
+            recent_items_source(items, examples.histories, "recent items"),
         ]
         for examples, vectors in zip((select, report), users, strict=True)
     )
     choice = choose_weights(of_select, select.targets, select.histories)
-    weights = {"head": (1.0, 0.0, 0.0), "text": (0.0, 1.0, 0.0), "last item": (0.0, 0.0, 1.0), "fused": choice.weights}
+    weights = {
+        "head": (1.0, 0.0, 0.0),
+        "text": (0.0, 1.0, 0.0),
+        "recent items": (0.0, 0.0, 1.0),
+        "fused": choice.weights,
+    }
     return {
         row: _ndcg(fused_ranks(of_report, of_row, report.targets, report.histories)) for row, of_row in weights.items()
     }

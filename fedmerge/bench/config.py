@@ -29,7 +29,7 @@ from fedmerge.report.bench_tables import POOLED
 Drawing = Literal["shuffled", "balanced"]  # of joint training
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,63}$")]
 REFERENCES = ("backbone", "expert")  # rows of every benchmark, beside the baselines of the experiment file
-FUSED = ", fused"  # end of the row of heads fused with text and last item
+FUSED = ", fused"  # end of the row of heads fused with text and recent items
 FIXED = {"name", "seed", "run_id", "resume", "until", "output_dir"}  # set by the benchmark
 
 

@@ -26,7 +26,7 @@ class Head(Section):
         ("merge",),
         min_length=1,
         description="Encoders of the item vectors; each has a head and two rows: the head alone, and fused with text "
-        "and last item.",
+        "and recent items.",
     )
     hidden_size: int = Field(64, ge=2, le=1024, multiple_of=2, description="Width of a client's own head.")
     dropout: float = Field(

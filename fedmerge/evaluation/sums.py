@@ -21,8 +21,8 @@ VARIANTS: tuple[Variant, ...] = get_args(Variant)
 BACKBONE, EXPERT = "backbone", "expert"  # names of these two models at client and server
 PERSONAL = "personal merge"
 FEDERATED_HEAD, FEDERATED_FUSED = "federated head", "federated head, fused"
-LAST_ITEM = "last item"
-FEDERATED_SOURCES = (FEDERATED_HEAD, "text", LAST_ITEM)  # of the fused row, in this order
+LAST_ITEM, RECENT_ITEMS = "last item", "recent items"
+FEDERATED_SOURCES = (FEDERATED_HEAD, "text", RECENT_ITEMS)  # of the fused row, in this order
 INTERVAL_95 = 1.96  # half-width of a two-sided 95 % normal interval in standard errors
 
 
@@ -32,7 +32,7 @@ def head_label(vectors: HeadVectors) -> str:
 
 
 def fused_label(vectors: HeadVectors) -> str:
-    """Return the row of a client's own head fused with the text and last item: ``head on the merge, fused``."""
+    """Return the row of a client's own head fused with text and recent items: ``head on the merge, fused``."""
     return f"{head_label(vectors)}, fused"
 
 

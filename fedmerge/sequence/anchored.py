@@ -24,6 +24,7 @@ from fedmerge.sequence.ranking import Source, last_states, pad
 
 ATTENTION, ITEM, RECENCY = "attention", "item", "recency"  # modules of the adapter
 SCALING = 2.0
+RECENT = 50  # items read of a history without training; any later ones weigh less than 1e-10
 RIDGE = 0.1  # of the whitening, as a share of the mean variance
 DECAY = 0.5  # c: fall of the untrained attention's logit with every later item
 TEMPERATURE = 0.12  # τ; with it and BACKGROUND the untrained head's scores are calibrated (docs/findings.md)
@@ -139,6 +140,15 @@ def anchored_source(
     on_device = {name: (A.to(items.device), B.to(items.device), x) for name, (A, B, x) in factors.items()}
     users = last_states(lambda padded: _user_vectors(on_device, items[padded]), histories, max_length, items)
     return Source(label, users, items.cpu())
+
+
+def recent_items_source(item_vectors: torch.Tensor, histories: Sequence[IntArray], label: str) -> Source:
+    """Return the source of the untrained head: recency-weighted means of whitened vectors, for anyone without training.
+
+    Args:
+        item_vectors, histories, label: as for :func:`anchored_source`; the last ``RECENT`` items of each are read.
+    """
+    return anchored_source(text_head(item_vectors.shape[1], 1, RECENT, 0), item_vectors, histories, label)
 
 
 def dense_maps(head: Adapter) -> dict[str, torch.Tensor]:

@@ -19,7 +19,7 @@ class Source:
     """One way to score items for users: score = <user vector, item vector>.
 
     Attributes:
-        label: name of the source, e.g. ``head``, ``text`` or ``last item``.
+        label: name of the source, e.g. ``head``, ``text`` or ``recent items``.
         user_vectors: (U, h).
         item_vectors: (N, h), on the same device.
     """

@@ -16,7 +16,7 @@ from fedmerge.evaluation.sums import FEDERATED_SOURCES
 from fedmerge.files import check_free, write_bytes, write_json
 from fedmerge.recommender import make_recommender
 from fedmerge.runs.federated_head import read_fusion
-from fedmerge.sequence.anchored import dense_maps, whitened, whitening
+from fedmerge.sequence.anchored import DECAY, RECENT, dense_maps, whitened, whitening
 from fedmerge.serving.decision import TEXT_MODELS
 from fedmerge.serving.model import RunDomain, ServedHead, ServedModel, chose_fusion, load_head
 
@@ -49,6 +49,14 @@ def head_scores(rows):
     mask = nn.Transformer.generate_square_subsequent_mask(len(read))
     return items @ blocks(hidden[None], mask=mask, is_causal=True)[0, -1]
 """
+_RECENT = f"""
+
+def recent_items_scores(rows):
+    items = tensors["whitened_vectors"]
+    read = items[rows[-{RECENT}:]]
+    weights = torch.softmax(-{DECAY} * torch.arange(len(read) - 1, -1, -1.0), dim=0)
+    return items @ nn.functional.normalize(weights @ read, dim=0)
+"""
 _FEDERATED = """
 
 def federated_scores(rows):
@@ -72,7 +80,7 @@ def score(history, keep_seen=False):
     recent = reversed(rows[-head["max_items"] :])  # the text of a history begins with its most recent item
     user = torch.from_numpy(encoder.encode("; ".join(head["item_texts"][row] for row in recent)))
     sources = {SOURCES}
-    sources |= {"text": item_vectors @ user, "last item": item_vectors @ item_vectors[rows[-1]]}
+    sources |= {"text": item_vectors @ user, "recent items": recent_items_scores(rows)}
     weights = head["weights"]["unmasked" if keep_seen else "masked"]
     scores = sum(weight * standardise(sources[name]) for name, weight in weights.items())
     if not keep_seen:
@@ -130,7 +138,7 @@ def _shared(head: ServedHead) -> Adapter | None:
 
 def _tensors(head: ServedHead, item_vectors: torch.Tensor) -> dict[str, torch.Tensor]:
     """Return what scoring reads: an own head's blocks and representations, a federated head's maps."""
-    kept = {"item_vectors": item_vectors}
+    kept = {"item_vectors": item_vectors, "whitened_vectors": whitened(item_vectors, whitening(item_vectors))}
     if isinstance(head.head, LocalHead):
         state = head.head.model.state_dict()
         with torch.no_grad():
@@ -138,7 +146,7 @@ def _tensors(head: ServedHead, item_vectors: torch.Tensor) -> dict[str, torch.Te
         kept |= {"positions": state["positions.weight"]}
         kept |= {name: tensor for name, tensor in state.items() if name.startswith("blocks.")}
     if (shared := _shared(head)) is not None:
-        kept |= dense_maps(shared) | {"whitened_vectors": whitened(item_vectors, whitening(item_vectors))}
+        kept |= dense_maps(shared)
     return {name: tensor.detach().cpu().float().contiguous() for name, tensor in kept.items()}
 
 
@@ -185,7 +193,7 @@ def _card(place: RunDomain, served: ServedModel, head: ServedHead) -> str:
     )
     sources = [*(['"head": head_scores(rows)'] if own else [])]
     sources += ['"federated head": federated_scores(rows)'] if shared else []
-    recipe = _LOAD + (_OWN if own else "") + (_FEDERATED if shared else "") + _SCORE
+    recipe = _LOAD + _RECENT + (_OWN if own else "") + (_FEDERATED if shared else "") + _SCORE
     return f"""
 ## The head
 

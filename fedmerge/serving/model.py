@@ -81,7 +81,7 @@ class ServedModel:
 
     @property
     def fused(self) -> bool:
-        """True if the head is fused with text and last item."""
+        """True if the head is fused with text and recent items."""
         return self.decision.model in FUSED
 
 

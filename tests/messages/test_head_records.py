@@ -28,7 +28,7 @@ HEAD_REPORT: dict[str, Any] = {
     "best_epoch": 4,
     "seconds": 2.5,
     "stopped_by": "patience",
-    "weights": {"masked": {"head": 0.5, "text": 0.3, "last item": 0.2}, "unmasked": {"head": 1, "text": 0}},
+    "weights": {"masked": {"head": 0.5, "text": 0.3, "recent items": 0.2}, "unmasked": {"head": 1, "text": 0}},
 }
 
 

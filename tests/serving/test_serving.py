@@ -126,7 +126,7 @@ def test_scores_of_a_head_are_those_of_the_definition(
     history = [5, 0, 9]
     head = train_head(place, run)
     chosen = head.fusion["unmasked" if keep_seen else "masked"].weights if fused else (1.0, 0.0, 0.0)
-    wanted = oracle(toys, run, history, dict(zip(("head", "text", "last item"), chosen, strict=True)))
+    wanted = oracle(toys, run, history, dict(zip(("head", "text", "recent items"), chosen, strict=True)))
     ids = [toys.catalog.item_ids[index] for index in history]
     serve(run, "head on the merge, fused" if fused else "head on the merge")
     found = ranking(toys, None, ids, keep_seen)

@@ -1,9 +1,9 @@
-"""The federated head at a client: weights of its fusion, and its two rows, alone and fused with text and last item."""
+"""The federated head at a client: weights of its fusion, and its two rows, alone and fused with text and recent items."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedmerge.adapter import Adapter, adapter_sha256
+from fedmerge.adapter import Adapter
 from fedmerge.client.cache.folders import inputs_key
 from fedmerge.client.evaluate import Ranks, TextVectors, encode_text
 from fedmerge.client.heads.heads import (
@@ -57,7 +57,7 @@ def federated_weights(
         return federated_sources(head, encode_text(domain, adapter, validation.histories, items), validation.histories)
 
     inputs = head_inputs(domain, adapter, SequenceSettings(inputs="text", validation_users=validation_users), seed)
-    inputs |= {"users": text_inputs(domain, adapter), "federated": adapter_sha256(head)}
+    inputs |= {"users": text_inputs(domain, adapter), **fusion_models(adapter, head)}
     key, name = inputs_key(inputs), domain.manifest.name
     path = Path(cache_dir).expanduser() / "heads" / f"{name}-federated-{key}.json"
     make_folder(path.parent)
@@ -69,7 +69,7 @@ def federated_weights(
 
 
 def federated_sources(head: Adapter, text: TextVectors, histories: Sequence[IntArray]) -> list[Source]:
-    """Return FEDERATED_SOURCES: the federated head, text, and last item.
+    """Return FEDERATED_SOURCES: the federated head, text, and recent items.
 
     Args:
         head: the federated head.

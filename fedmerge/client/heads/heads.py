@@ -1,6 +1,6 @@
 """A client's own sequence head: trained once on its own users, cached on its disk, ranked alone and fused.
 
-The model depends on the item vectors; the weights of its fusion with text and last item also on the text vectors of the
+The model depends on the item vectors; the weights of its fusion with text and recent items also on the text vectors of the
 users. So with ``inputs = "ids"`` one model serves every encoder. Nothing here leaves the client but what
 :func:`head_report` returns.
 """
@@ -27,16 +27,16 @@ from fedmerge.config import Head, HeadVectors
 from fedmerge.domain.splits import MIN_EVALUATED_LENGTH, Examples, evaluation_examples
 from fedmerge.errors import ClientError, DomainError, RunDirError
 from fedmerge.evaluation.ranks import IntArray, rank_targets
-from fedmerge.evaluation.sums import FEDERATED_HEAD, LAST_ITEM, VARIANTS, Variant, fused_label, head_label
+from fedmerge.evaluation.sums import FEDERATED_HEAD, RECENT_ITEMS, VARIANTS, Variant, fused_label, head_label
 from fedmerge.files import read_sealed, seal, write_json
-from fedmerge.sequence.anchored import anchored_source
+from fedmerge.sequence.anchored import anchored_source, recent_items_source
 from fedmerge.sequence.fusion import FusionChoice, choose_weights, fused_ranks
 from fedmerge.sequence.model import SequenceModel, SequenceSettings
 from fedmerge.sequence.ranking import Source, sequence_source
 from fedmerge.sequence.training import train_sequence_model
 
 MODEL_FILE, REPORT_FILE, INPUTS_FILE = "model.safetensors", "head.json", "inputs.json"
-HEAD, TEXT = "head", "text"  # sources of the fusion, with last item
+HEAD, TEXT = "head", "text"  # sources of the fusion, with recent items
 Progress = Callable[[str], None]
 
 
@@ -144,13 +144,12 @@ def head_sources(
 
 def source_names(anchor: Adapter | None = None) -> tuple[str, ...]:
     """Return the names of the sources that a head is fused from."""
-    return (HEAD, TEXT, LAST_ITEM) if anchor is None else (HEAD, TEXT, LAST_ITEM, FEDERATED_HEAD)
+    return (HEAD, TEXT, RECENT_ITEMS) if anchor is None else (HEAD, TEXT, RECENT_ITEMS, FEDERATED_HEAD)
 
 
 def text_sources(text: TextVectors, histories: Sequence[IntArray]) -> list[Source]:
-    """Return the sources that need no head: text and last item; arguments as for :func:`head_sources`."""
-    last = torch.tensor([int(history[-1]) for history in histories])
-    return [Source(TEXT, text.users, text.items), Source(LAST_ITEM, text.items[last], text.items)]
+    """Return the sources that need no training: text and recent items; arguments as for :func:`head_sources`."""
+    return [Source(TEXT, text.users, text.items), recent_items_source(text.items, histories, RECENT_ITEMS)]
 
 
 def load_or_choose_fusion(
@@ -334,13 +333,17 @@ def read_cached_head(folder: Path) -> CachedHead | None:
 
 def fusion_path(folder: Path, domain: LocalDomain, adapter: Adapter | None, anchor: Adapter | None) -> Path:
     """Return the file with the weights of a head's fusion, in the folder of the head; it is named by its inputs."""
-    inputs = text_inputs(domain, adapter) | {"anchor": model_hash(anchor)}
+    inputs = text_inputs(domain, adapter) | fusion_models(adapter, anchor)
     return folder / f"fusion-{inputs_key(inputs)}.json"
 
 
 def fusion_models(adapter: Adapter | None, anchor: Adapter | None) -> dict[str, str]:
-    """Return the hashes of a fusion's models, by which :func:`find_fusion` knows it; empty for those it lacks."""
-    return {"adapter": model_hash(adapter), "anchor": model_hash(anchor)}
+    """Return a fusion's models by hash, empty for those it lacks, and its sources; :func:`find_fusion` knows it by them."""
+    return {
+        "adapter": model_hash(adapter),
+        "anchor": model_hash(anchor),
+        "sources": ", ".join(source_names(anchor)[1:]),  # a cache of an earlier version may have others
+    }
 
 
 def find_fusion(folder: Path, adapter: Adapter | None, anchor: Adapter | None) -> dict[Variant, FusionChoice] | None:

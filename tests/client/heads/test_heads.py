@@ -1,7 +1,7 @@
 """A client's own head: trained once, made again if damaged, resumed if killed; its rows are as defined."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,8 +26,8 @@ from fedmerge.config import Head, Simulation
 from fedmerge.domain.interactions import make_interactions
 from fedmerge.domain.splits import evaluation_examples
 from fedmerge.errors import DomainError
-from fedmerge.evaluation.ranks import METRICS, per_user_metrics, rank_targets
-from fedmerge.sequence.anchored import anchored_source, text_head
+from fedmerge.evaluation.ranks import METRICS, IntArray, per_user_metrics, rank_targets
+from fedmerge.sequence.anchored import anchored_source, text_head, whitened, whitening
 from fedmerge.sequence.fusion import FusionChoice
 
 SMALL = Head(kind="local", hidden_size=8, max_epochs=3, dropout=0.1)
@@ -209,11 +209,20 @@ def test_the_fusion_is_the_best_of_the_grid_on_validation(toys: LocalDomain, ada
         assert reached == pytest.approx(choice.ndcg)
 
 
+def recency_weighted(items: torch.Tensor, histories: Sequence[IntArray]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Means of whitened vectors, an item of age a weighing exp(-a / 2), and the whitened vectors."""
+    white = whitened(items, whitening(items))
+    weights = [torch.exp(-torch.arange(len(history)).flip(0) / 2) for history in histories]
+    return torch.stack(
+        [w @ white[history.astype(np.int64)] for w, history in zip(weights, histories, strict=True)]
+    ), white
+
+
 def test_a_weight_of_one_gives_the_ranks_of_its_source(toys: LocalDomain, adapter: Adapter, tmp_path: Path) -> None:
     head, _ = trained(toys, adapter, tmp_path)
     examples = evaluation_examples(toys.interactions, "test", None, 0)
     ranks = {}
-    for name, weights in {"head": (1.0, 0.0, 0.0), "text": (0.0, 1.0, 0.0), "last item": (0.0, 0.0, 1.0)}.items():
+    for name, weights in {"head": (1.0, 0.0, 0.0), "text": (0.0, 1.0, 0.0), "recent items": (0.0, 0.0, 1.0)}.items():
         choice = FusionChoice(weights, 0.0)
         other = replace(head, fusion={"masked": choice, "unmasked": choice})
         ranks[name] = head_ranks(toys, "expert", adapter, other, examples)
@@ -222,9 +231,11 @@ def test_a_weight_of_one_gives_the_ranks_of_its_source(toys: LocalDomain, adapte
         alone = ranks["text"]["head on the expert"][variant]
         assert np.array_equal(ranks["head"]["head on the expert, fused"][variant], alone)
         assert np.array_equal(ranks["text"]["head on the expert, fused"][variant], text[variant])
-    # in the unmasked variant the last item itself ranks first
-    is_last = np.array([history[-1] for history in examples.histories]) == examples.targets
-    assert (ranks["last item"]["head on the expert, fused"]["unmasked"][~is_last] >= 2).all()
+    items = encode_text(toys, adapter, examples.histories).items
+    recent = recency_weighted(items, examples.histories)
+    for variant, seen in (("masked", examples.histories), ("unmasked", None)):
+        expected = rank_targets(*recent, examples.targets, seen)
+        assert np.array_equal(ranks["recent items"]["head on the expert, fused"][variant], expected)
 
 
 def test_the_scores_of_the_head_are_state_times_representation(
@@ -251,7 +262,7 @@ def test_a_federated_head_is_one_more_source_of_the_fusion(toys: LocalDomain, ad
     (folder,) = heads_on_disk(tmp_path)
     assert len(list(folder.glob("fusion-*.json"))) == 2  # the model is trained once
     assert all(head.fusion[variant].ndcg >= choice.ndcg for variant, choice in alone.fusion.items())
-    assert {*head_report(head, exact=True)["weights"]["masked"]} == {"head", "text", "last item", "federated head"}
+    assert {*head_report(head, exact=True)["weights"]["masked"]} == {"head", "text", "recent items", "federated head"}
     examples = evaluation_examples(toys.interactions, "test", None, 0)
     only = FusionChoice((0.0, 0.0, 0.0, 1.0), 0.0)
     ranks = head_ranks(toys, "merge", adapter, replace(head, fusion={"masked": only, "unmasked": only}), examples)
@@ -272,7 +283,7 @@ def test_the_report_holds_back_what_depends_on_few_users(toys: LocalDomain, adap
     assert report["trained"]
     assert not report["cached"]
     assert report["epochs"] <= 3
-    assert {*report["weights"]["masked"]} == {"head", "text", "last item"}
+    assert {*report["weights"]["masked"]} == {"head", "text", "recent items"}
     assert sum(report["weights"]["unmasked"].values()) == pytest.approx(1)
     assert head_report(head, exact=False).keys() == {"trained", "reason", "cached", "seconds"}
 

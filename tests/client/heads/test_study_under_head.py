@@ -28,6 +28,6 @@ def test_both_adapters_are_trained_and_have_the_same_rows(tmp_path: Path) -> Non
     )
     rows = read_json(tmp_path / "rows.json")["rows"]
     assert [*rows] == ["backbone", "today", "under the head"]
-    assert all({*row} == {"cpu_seconds", "head", "text", "last item", "fused"} for row in rows.values())
+    assert all({*row} == {"cpu_seconds", "head", "text", "recent items", "fused"} for row in rows.values())
     assert all(0 <= row["fused"] <= 1 for row in rows.values())
     assert all(rows[name]["cpu_seconds"] > rows["backbone"]["cpu_seconds"] for name in ("today", "under the head"))
