@@ -11,7 +11,6 @@ selects steps, epochs and weights of the fusion, the other half is reported.
 """
 
 import argparse
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -108,7 +107,6 @@ def _train(name: str, domain: LocalDomain, config: ExperimentConfig, cpu_seconds
             return _ndcg(rank_targets(_user_vectors(domain, select), _vectors(domain), select.targets))
 
     else:
-        scale = math.sqrt(domain.backbone.width)  # as SequenceModel scales the vectors that it is given
         torch.manual_seed(derive(config.seed, "study", "head"))
         head = SequenceModel(
             len(domain.catalog), replace(SequenceSettings(), inputs="text"), domain.backbone_item_vectors
@@ -120,7 +118,7 @@ def _train(name: str, domain: LocalDomain, config: ExperimentConfig, cpu_seconds
         def validate() -> float:
             head.eval()
             with torch.no_grad():
-                head.item_vectors = scale * _vectors(domain)
+                head.whitened = (_vectors(domain) - head.text_mean) @ head.text_axes
                 source = sequence_source(head, select.histories)
             return _ndcg(rank_targets(source.user_vectors, source.item_vectors, select.targets))
 
@@ -163,7 +161,7 @@ def _under_head_steps(
         optimizer.zero_grad()
         with using(products):
             vectors = embed_in_groups(domain.backbone, [domain.item_sequences[item] for item in items])  # (m, d)
-            head.item_vectors = vectors * math.sqrt(domain.backbone.width)
+            head.whitened = (vectors - head.text_mean) @ head.text_axes  # by the backbone's catalog, which stays
             base = head.base()
             states = head(histories, base)[read]  # (positions, h)
             loss = torch.nn.functional.cross_entropy(states @ head.item_representations(base).T, targets)

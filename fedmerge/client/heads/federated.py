@@ -1,4 +1,4 @@
-"""The federated head at a client: weights of its fusion, and its two rows, alone and fused with text and recent items."""
+"""The federated head at a client: weights of its fusion, and its rows, alone and fused with text and recent items."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,7 @@
 """A client's own sequence head: trained once on its own users, cached on its disk, ranked alone and fused.
 
-The model depends on the item vectors; the weights of its fusion with text and recent items also on the text vectors of the
-users. So with ``inputs = "ids"`` one model serves every encoder. Nothing here leaves the client but what
+The model depends on the item vectors; the weights of its fusion with text and recent items also on the text vectors of
+the users. So with ``inputs = "ids"`` one model serves every encoder. Nothing here leaves the client but what
 :func:`head_report` returns.
 """
 
@@ -338,7 +338,7 @@ def fusion_path(folder: Path, domain: LocalDomain, adapter: Adapter | None, anch
 
 
 def fusion_models(adapter: Adapter | None, anchor: Adapter | None) -> dict[str, str]:
-    """Return a fusion's models by hash, empty for those it lacks, and its sources; :func:`find_fusion` knows it by them."""
+    """Return what :func:`find_fusion` knows a fusion by: its models' hashes, empty for those it lacks; its sources."""
     return {
         "adapter": model_hash(adapter),
         "anchor": model_hash(anchor),

@@ -213,9 +213,8 @@ def recency_weighted(items: torch.Tensor, histories: Sequence[IntArray]) -> tupl
     """Means of whitened vectors, an item of age a weighing exp(-a / 2), and the whitened vectors."""
     white = whitened(items, whitening(items))
     weights = [torch.exp(-torch.arange(len(history)).flip(0) / 2) for history in histories]
-    return torch.stack(
-        [w @ white[history.astype(np.int64)] for w, history in zip(weights, histories, strict=True)]
-    ), white
+    means = [w @ white[history.astype(np.int64)] for w, history in zip(weights, histories, strict=True)]
+    return torch.stack(means), white
 
 
 def test_a_weight_of_one_gives_the_ranks_of_its_source(toys: LocalDomain, adapter: Adapter, tmp_path: Path) -> None:
