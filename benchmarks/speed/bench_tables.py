@@ -1,0 +1,174 @@
+"""Cost of importing tables of interactions: rows per second and peak memory, against plain DuckDB and plain Polars.
+
+    python benchmarks/speed/bench_tables.py --rows 1000000 10000000 [--forms parquet csv] [--folder DIR]
+    python benchmarks/speed/bench_tables.py --rows 100000000 --forms parquet --ways fedmerge
+
+Writes generated interactions (text ids, whole seconds, in no order, 2 % of the rows repeated) and a catalog. All ways
+do the same: read the table, remove repeats, take the 5-core, sort by user and time, write Parquet. DuckDB and Polars do
+it in memory, with as many threads as fedmerge's store; they check no value, number no line, and write neither catalog
+nor hash. All must keep the same number of rows. Each import is a process of its own; on a shared machine, compare CPU
+seconds.
+"""
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+
+CHUNK = 1_000_000
+THREADS = 2
+NAMES = ("user_id", "item_id", "timestamp")
+
+
+def write_source(folder: Path, num_rows: int, form: str) -> tuple[Path, Path]:
+    """Write interactions and catalog; return both paths."""
+    draw = np.random.default_rng(0)
+    num_users, num_items = num_rows // 10 + 1, min(num_rows // 100, 1_000_000) + 1
+    schema = pa.schema([("user_id", pa.string()), ("item_id", pa.string()), ("timestamp", pa.int64())])
+    interactions, catalog = folder / f"interactions.{form}", folder / f"catalog.{form}"
+
+    def writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter | pyarrow.csv.CSVWriter:
+        return pq.ParquetWriter(path, schema) if form == "parquet" else pyarrow.csv.CSVWriter(path, schema)
+
+    def ids(letter: str, numbers: "np.ndarray[tuple[int], np.dtype[np.int64]]", digits: int) -> pa.Array:
+        text = pa.array(numbers).cast(pa.string())
+        return pa.compute.binary_join_element_wise(letter, pa.compute.utf8_lpad(text, digits, "0"), "")
+
+    with writer(interactions, schema) as file:
+        for start in range(0, num_rows, CHUNK):
+            count = min(CHUNK, num_rows - start)
+            # squares: few users and items are far more active than the others
+            users = (num_users * draw.random(count) ** 2).astype(np.int64)
+            items = (num_items * draw.random(count) ** 2).astype(np.int64)
+            times = draw.integers(1_000_000_000, 1_500_000_000, count)
+            copies = draw.integers(0, count, count // 50)
+            for column in (users, items, times):
+                column[: len(copies)] = column[copies]
+            file.write_table(pa.table([ids("A", users, 13), ids("B", items, 9), pa.array(times)], schema=schema))
+    names = ids("B", np.arange(num_items), 9)
+    table = pa.table({"item_id": names, "title": pa.compute.binary_join_element_wise("Item", names, " ")})
+    with writer(catalog, table.schema) as file:
+        file.write_table(table)
+    return interactions, catalog
+
+
+def fedmerge(interactions: Path, catalog: Path, dst: Path) -> int:
+    """Import with fedmerge; return the number of interactions kept."""
+    from fedmerge.domain.importers.events import ImportSettings  # noqa: PLC0415  # a process pays for its own way only
+    from fedmerge.domain.importers.table import import_table  # noqa: PLC0415  # a process pays for its own way only
+
+    report = import_table(interactions, catalog, dst, settings=ImportSettings("shop", k_core=5))
+    return report.manifest.num_interactions
+
+
+def plain_duckdb(interactions: Path, _: Path, dst: Path) -> int:
+    """Import with a database in memory; return the number of interactions kept."""
+    import duckdb  # noqa: PLC0415  # a process pays for its own way only
+
+    database = duckdb.connect(config={"threads": THREADS})
+    database.execute(f"CREATE TABLE rows AS SELECT DISTINCT {', '.join(NAMES)} FROM '{interactions}'")
+    enough = " AND ".join(
+        f"{name} IN (SELECT {name} FROM rows GROUP BY {name} HAVING count(*) >= 5)" for name in NAMES[:2]
+    )
+    before = -1
+    while True:
+        [(count,)] = database.execute("SELECT count(*) FROM rows").fetchall()
+        if count == before:
+            break
+        before = count
+        database.execute(f"CREATE OR REPLACE TABLE rows AS SELECT * FROM rows WHERE {enough}")
+    dst.mkdir()
+    database.execute(
+        f"COPY (SELECT user_id, item_id FROM rows ORDER BY user_id, timestamp) TO '{dst / 'rows.parquet'}' "
+        "(COMPRESSION zstd)"
+    )
+    return int(count)
+
+
+def plain_polars(interactions: Path, _: Path, dst: Path) -> int:
+    """Import with data frames; return the number of interactions kept."""
+    import polars as pl  # noqa: PLC0415  # a process pays for its own way only
+
+    scan = pl.scan_parquet if interactions.suffix == ".parquet" else pl.scan_csv
+    rows = scan(interactions).select(NAMES).unique().collect()
+    before = -1
+    while len(rows) != before:
+        before = len(rows)
+        for name in NAMES[:2]:
+            few = rows.group_by(name).len().filter(pl.col("len") < 5)
+            rows = rows.join(few, on=name, how="anti")
+    dst.mkdir()
+    rows.sort("user_id", "timestamp").select("user_id", "item_id").write_parquet(dst / "rows.parquet")
+    return len(rows)
+
+
+WAYS = {"fedmerge": fedmerge, "DuckDB": plain_duckdb, "Polars": plain_polars}
+
+
+def measure(way: str, interactions: Path, catalog: Path, dst: Path) -> dict[str, float]:
+    """Run one import in a process of its own."""
+    command = [sys.executable, __file__, "--measure", way, str(interactions), str(catalog), str(dst)]
+    environment = {**os.environ, "POLARS_MAX_THREADS": str(THREADS)}
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
+    result: dict[str, float] = json.loads(done.stdout)
+    return result
+
+
+def measured(way: str, interactions: Path, catalog: Path, dst: Path) -> None:
+    """Import in this process, and print time and memory."""
+    start, cpu = time.perf_counter(), time.process_time()
+    kept = WAYS[way](interactions, catalog, dst)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # Linux counts KiB
+    seconds = time.perf_counter() - start
+    print(json.dumps({"kept": kept, "seconds": seconds, "cpu": time.process_time() - cpu, "peak_mb": peak}))
+
+
+def main() -> None:
+    """Generate, import, compare."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, nargs="+", default=[300_000])
+    parser.add_argument("--forms", nargs="+", choices=("parquet", "csv"), default=["parquet", "csv"])
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--folder", type=Path, default=None, help="for the files (default: the temporary folder)")
+    parser.add_argument("--measure", nargs=4, default=None, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        measured(options.measure[0], *map(Path, options.measure[1:]))
+        return
+    print("| rows | form | way | CPU s | wall s | rows/CPU s | CPU ratio | peak MB | memory ratio | kept |")
+    print("| ---: | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    for num_rows in options.rows:
+        for form in options.forms:
+            with tempfile.TemporaryDirectory(dir=options.folder) as name:
+                free, needed = shutil.disk_usage(name).free, 150 * num_rows
+                if free < needed:
+                    sys.exit(f"{name}: {free / 1e9:.1f} GB are free, {needed / 1e9:.1f} GB are needed. Give --folder.")
+                source = write_source(Path(name), num_rows, form)
+                first: dict[str, float] = {}
+                for way in options.ways:
+                    found = measure(way, *source, Path(name) / way)
+                    first = first or found
+                    ratios = {key: found[key] / first[key] for key in ("cpu", "peak_mb")}
+                    print(
+                        f"| {num_rows:,} | {form} | {way} | {found['cpu']:.1f} | {found['seconds']:.1f} | "
+                        f"{num_rows / found['cpu']:,.0f} | {ratios['cpu']:.2f} | {found['peak_mb']:.0f} | "
+                        f"{ratios['peak_mb']:.2f} | {int(found['kept']):,} |",
+                        flush=True,
+                    )
+                    if found["kept"] != first["kept"]:
+                        sys.exit(f"{way} and {options.ways[0]} kept different rows.")
+
+
+if __name__ == "__main__":
+    main()
