@@ -168,9 +168,8 @@ def _open(source: SourceFile, stack: ExitStack) -> tuple[IO[bytes] | gzip.GzipFi
     start = raw.peek(4)[:4]
     if start == b"PK\x03\x04":
         raise DomainError(f"{source}: found a zip archive, expected a plain or gzip file. Unpack it.")
-    if start[:2] == GZIP:
-        return stack.enter_context(gzip.GzipFile(fileobj=raw)), lambda: raw.tell() / size
-    return raw, lambda: raw.tell() / size
+    file = stack.enter_context(gzip.GzipFile(fileobj=raw)) if start[:2] == GZIP else raw
+    return file, lambda: raw.tell() / size if raw.seekable() else 0.0  # a pipe has no position
 
 
 def first_bytes(path: Path, size: int = 64) -> bytes:

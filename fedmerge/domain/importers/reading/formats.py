@@ -13,7 +13,7 @@ from fedmerge.domain.importers.reading.json_lines import json_lines_table
 from fedmerge.domain.importers.reading.parquet import parquet_table
 from fedmerge.domain.importers.reading.table import RECOGNISED, FileOptions, Table
 from fedmerge.domain.importers.source_files import Progress, SourceFile, first_bytes
-from fedmerge.errors import DomainError
+from fedmerge.errors import ConfigError, DomainError
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +35,13 @@ class Format:
         name: the format in words.
         fits: function of a path and its first bytes, decompressed, that recognises the format.
         open: function that opens a file of the format.
+        options: the fields of FileOptions that mean something.
     """
 
     name: str
     fits: Callable[[Path, bytes], bool]
     open: Callable[[Request], Table]
+    options: tuple[str, ...] = ()
 
 
 def _is_parquet(path: Path, start: bytes) -> bool:
@@ -66,12 +68,18 @@ def _is_json(path: Path, start: bytes) -> bool:
 # The first that fits is taken. RecBole's atomic files are delimited text whose header names types.
 FORMATS = (
     Format("Parquet", _is_parquet, lambda r: parquet_table(r.path, r.max_bad_share, r.progress)),
-    Format("Excel", _is_excel, lambda r: excel_table(r.path, r.max_bad_share, r.progress, r.options.column_names)),
+    Format(
+        "Excel",
+        _is_excel,
+        lambda r: excel_table(r.path, r.max_bad_share, r.progress, r.options.column_names),
+        ("column_names",),
+    ),
     Format("JSON lines", _is_json, lambda r: json_lines_table(SourceFile(r.path), r.max_bad_share, r.progress)),
     Format(
         "CSV",
         lambda path, start: True,
         lambda r: delimited_table(SourceFile(r.path), r.wanted, r.max_bad_share, r.progress, r.options),
+        ("delimiter", "encoding", "column_names"),
     ),
 )
 OLD_EXCEL = b"\xd0\xcf\x11\xe0"
@@ -97,6 +105,7 @@ def open_table(
 
     Raises:
         DomainError: as for the function of the format.
+        ConfigError: an option that means nothing for the format.
     """
     if is_frame(source):
         return frame_table(source, name, max_bad_share)
@@ -105,4 +114,7 @@ def open_table(
     if start.startswith(OLD_EXCEL):
         raise DomainError(f"{path}: found a workbook of Excel 97, expected .xlsx. Save it again as .xlsx or CSV.")
     form = next(form for form in FORMATS if form.fits(path, start))
+    given = {name for name in ("delimiter", "encoding", "column_names") if getattr(options, name) is not None}
+    if unused := sorted(given - set(form.options)):
+        raise ConfigError(f"{path}: found the format {form.name}, which has no {', '.join(unused)}. Leave it out.")
     return form.open(Request(path, wanted, max_bad_share, progress, options))

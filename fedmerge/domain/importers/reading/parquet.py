@@ -9,7 +9,7 @@ import pyarrow as pa
 from fedmerge.domain.importers.bad_rows import BadRows
 from fedmerge.domain.importers.reading.table import Table, check_columns, with_numbers
 from fedmerge.domain.importers.reading.values import check_type
-from fedmerge.domain.importers.source_files import Progress
+from fedmerge.domain.importers.source_files import Progress, first_bytes
 from fedmerge.domain.parquet import ParquetTable, file_limits, open_parquet, read_batches
 from fedmerge.errors import DomainError
 
@@ -27,11 +27,13 @@ def parquet_table(path: Path, max_bad_share: float = 0.0, progress: Progress | N
     if path.is_dir():
         parts = [
             part
-            for part in sorted(path.rglob("*.parquet"))
+            for part in sorted(path.rglob("*"))
             if not any(name.startswith((".", "_")) for name in part.relative_to(path).parts)
+            and part.is_file()
+            and (part.suffix == ".parquet" or first_bytes(part, 4) == b"PAR1")
         ]
         if not parts:
-            raise DomainError(f"{path}: a directory without Parquet parts (*.parquet). Give a file or such a folder.")
+            raise DomainError(f"{path}: a directory without Parquet parts. Give a file or such a folder.")
     else:
         parts = [path]
     first = _open(parts[0])

@@ -15,6 +15,8 @@ WHOLE_WITH_POINT = r"^([+-]?\d+)\.0*$"
 SCIENTIFIC = r"^[+-]?\d(\.\d+)?[eE]\+\d+$"  # as spreadsheets and pandas write long whole numbers
 INT64_DIGITS = r"^-?(\d{1,18}|[1-8]\d{18})$"
 DECIMAL_DIGITS = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"
+NO_TEXTS = ("nan", "NaN", "<NA>", r"\N")  # what pandas and databases write for no value
+NO_IDS = (*NO_TEXTS, "None", "null", "NULL")
 EXACT = 2.0**53  # whole numbers up to it are exact as float64
 
 
@@ -49,7 +51,7 @@ def to_ids(where: str, name: str, column: pa.Array) -> pa.Array:
     """Return a column as ids, text; null where there is none.
 
     White space around an id is removed. Whole numbers are written without a decimal point, whatever type they have, so
-    that 101, 101.0 and "101.0" are one id. Other decimals are no ids.
+    that 101, 101.0 and "101.0" are one id. Other decimals are no ids, and neither are the words for no value (NO_IDS).
 
     Raises:
         DomainError: whole numbers stored as float64 beyond 2^53, whose last digits are lost.
@@ -77,7 +79,10 @@ def to_ids(where: str, name: str, column: pa.Array) -> pa.Array:
     text = pc.utf8_trim_whitespace(text)
     if pc.any(pc.match_substring(text, ".")).as_py():
         text = pc.replace_substring_regex(text, pattern=WHOLE_WITH_POINT, replacement=r"\1")
-    kept = pc.match_substring_regex(text, r"^-?\d+$") if pt.is_decimal(kind) else pc.not_equal(text, "")
+    if pt.is_decimal(kind):
+        kept = pc.match_substring_regex(text, r"^-?\d+$")
+    else:
+        kept = pc.invert(pc.is_in(text, pa.array(["", *NO_IDS])))
     return pc.if_else(kept, text, pa.scalar(None, pa.string()))
 
 
@@ -98,7 +103,7 @@ def _text(value: Any) -> str:
     if value is None:
         return ""
     if isinstance(value, str):
-        return value
+        return "" if value in NO_TEXTS else value
     if isinstance(value, float):
         if math.isnan(value):
             return ""

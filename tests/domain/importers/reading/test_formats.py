@@ -101,6 +101,8 @@ def test_a_folder_of_parquet_parts(tmp_path: Path, capsys: Capture) -> None:
     assert import_by_command(tmp_path / "shop", folder, items) == 0
     assert sequences(tmp_path / "shop") == RIGHT
     assert import_by_command(tmp_path / "b", tmp_path / "empty", items) == 1
+    assert import_by_command(tmp_path / "b", folder, items, "--delimiter", "tab") == 1
+    assert "found the format Parquet, which has no delimiter" in capsys.readouterr().err
     write_parquet(folder / "item_id=7" / "part-9.parquet", {"user_id": ["x"]})
     assert import_by_command(tmp_path / "b", folder, items) == 1
     assert "part-9.parquet: found the columns 'user_id', 'item_id', expected also" in capsys.readouterr().err
@@ -157,6 +159,13 @@ def test_decimals_are_ids_only_if_no_digit_is_lost() -> None:
     assert to_ids("t", "c", pa.array(["007", "1.50", "v1.0", "x.0"])).to_pylist() == ["007", "1.50", "v1.0", "x.0"]
     with pytest.raises(DomainError, match=r"'c' holds whole numbers above 2\^53"):
         to_ids("t", "c", pa.array([float(BIG)]))
+
+
+def test_words_for_no_value_are_none() -> None:
+    assert (
+        to_ids("t", "c", pa.array(["nan", "None", "NULL", "<NA>", r"\N", "none", "Nan"])).to_pylist()[:5] == [None] * 5
+    )
+    assert to_texts(pa.array(["nan", r"\N", "None", "Null"])) == ["", "", "None", "Null"]
 
 
 def test_ids_in_scientific_notation_are_bad_rows(tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 import csv
 import gzip
 import io
+import os
 import random
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -158,3 +160,14 @@ def test_line_numbers_and_bad_lines_do_not_depend_on_quotes(tmp_path: Path) -> N
     assert plain == quoted
     assert plain[1] == {"the number of columns differs from the header": (9, 22)}
     assert plain[0][7:9] == [(10, "x8", "y"), (11, "x9", "y")]
+
+
+def test_a_pipe_is_read_once(tmp_path: Path) -> None:
+    _, items = write(tmp_path)
+    pipe = tmp_path / "rows.fifo"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_text, args=(ROWS,))
+    writer.start()
+    assert import_by_command(tmp_path / "shop", pipe, items) == 0
+    writer.join()
+    assert sequences(tmp_path / "shop") == RIGHT
