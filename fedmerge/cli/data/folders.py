@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fedmerge.cli.data import changes
 from fedmerge.cli.data.imports import add_importers
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ def add_commands(commands: "Commands") -> None:
         required=True, metavar="ACTION"
     )
     add_importers(data)
+    changes.add_commands(data)
     demo = data.add_parser("demo", help="write the bundled synthetic domains")
     demo.add_argument("destination", type=Path, metavar="DST", help="folder for the domain folders")
     demo.add_argument("--num-domains", type=int, default=8, help="1 to 1000 (default: 8)")

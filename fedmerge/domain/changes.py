@@ -1,0 +1,198 @@
+"""Change a domain without a new import: add items, forget users or items. Written whole or not at all."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fedmerge.domain.catalog import Catalog, load_catalog, make_catalog
+from fedmerge.domain.folder import write_domain
+from fedmerge.domain.importers.reading.formats import open_table
+from fedmerge.domain.importers.reading.table import RECOGNISED, check_columns
+from fedmerge.domain.importers.reading.values import to_ids, to_texts
+from fedmerge.domain.interactions import Interactions, load_interactions, make_interactions
+from fedmerge.domain.manifest import ID_COLUMN, Manifest, read_manifest
+from fedmerge.errors import DomainError
+
+SHOWN = 3  # ids in a message
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """The result of a change.
+
+    Attributes:
+        before, after: the manifests; equal if nothing was to be done.
+        num_known: items that the domain had already, or ids to forget that it does not have.
+        absent: attributes that the table of new items has no column for; they are empty.
+    """
+
+    before: Manifest
+    after: Manifest
+    num_known: int
+    absent: tuple[str, ...] = ()
+
+
+def add_items(folder: Path, table: Path, item_column: str = ID_COLUMN) -> Change:
+    """Append the items of a table to the catalog; the indices of the old ones stay, and so do the interactions.
+
+    Args:
+        folder: the domain folder.
+        table: a table of any format that imports read, with columns named like the domain's attributes.
+        item_column: the column of ids.
+
+    Raises:
+        DomainError: an unreadable table, no column of an attribute, a row without id, an id with two texts, or one that
+            the domain has with another text.
+    """
+    manifest, catalog = read_manifest(folder), load_catalog(folder)
+    names = tuple(catalog.attributes)
+    opened = open_table(table, [item_column, *names], 0.0, None, RECOGNISED, "catalog")
+    present = [name for name in names if name in opened.columns]
+    if not present:
+        raise DomainError(
+            f"{opened.source}: found the columns {', '.join(opened.columns)}, expected some of {', '.join(names)}, the "
+            f"attributes of {manifest.name}. Rename the columns."
+        )
+    check_columns(opened, [item_column, *present])
+    known = dict(zip(catalog.item_ids, zip(*catalog.attributes.values(), strict=True), strict=True))
+    old = set(known)
+    changed, repeated = list[str](), set[str]()
+    for batch in opened.batches([item_column, *present]):
+        item_ids = to_ids(opened.source, item_column, batch.column(item_column)).to_pylist()
+        texts = [to_texts(batch.column(name)) if name in present else [""] * len(batch) for name in names]
+        for item_id, row in zip(item_ids, zip(*texts, strict=True), strict=True):
+            if item_id is None:
+                raise DomainError(f"{opened.source}: found a row without an id in {item_column!r}. Give each item one.")
+            if known.setdefault(item_id, row) != row:
+                changed.append(item_id)
+            repeated |= {item_id} & old
+    opened.bad.report(len(known))
+    if changed:
+        raise DomainError(
+            f"{opened.source}: {len(changed)} items have another text than in {manifest.name} or in an earlier row: "
+            f"{_some(changed)}. Items are only added, since experts and heads were trained on the old texts; remove "
+            "these rows, or import the domain again."
+        )
+    if len(known) == len(catalog):
+        return Change(manifest, manifest, len(repeated))
+    columns = dict(zip(names, map(list, zip(*known.values(), strict=True)), strict=True))
+    made = make_catalog(catalog.name, list(known), columns, catalog.limits)
+    absent = tuple(name for name in names if name not in present)
+    return Change(manifest, _write(folder, manifest, made, load_interactions(folder)), len(repeated), absent)
+
+
+def forget_users(folder: Path, user_ids: Sequence[str], skip_unknown: bool = False) -> Change:
+    """Remove users with all their interactions; the catalog stays.
+
+    Args:
+        folder: the domain folder.
+        user_ids: their ids.
+        skip_unknown: ids that the domain does not have are counted, so that the same call can be repeated.
+
+    Raises:
+        DomainError: unknown ids, of which the message gives the number, or no users are left.
+    """
+    manifest, interactions = read_manifest(folder), load_interactions(folder)
+    wanted = set(user_ids)
+    unknown = len(wanted - set(interactions.user_ids))
+    if unknown and not skip_unknown:
+        raise _unknown(folder, "users", unknown, len(wanted))
+    kept = [user for user, user_id in enumerate(interactions.user_ids) if user_id not in wanted]
+    if len(kept) == interactions.num_users:
+        return Change(manifest, manifest, unknown)
+    if not kept:
+        raise _nothing_left(folder, "users")
+    remaining = make_interactions(
+        [interactions.user_ids[user] for user in kept], [interactions.sequence(user) for user in kept]
+    )
+    return Change(manifest, _write(folder, manifest, load_catalog(folder), remaining), unknown)
+
+
+def forget_items(folder: Path, item_ids: Sequence[str], skip_unknown: bool = False) -> Change:
+    """Remove items from the catalog and from all histories; the others keep their order, and users without rows go.
+
+    Args:
+        folder: the domain folder.
+        item_ids: their ids.
+        skip_unknown: ids that the domain does not have are counted, so that the same call can be repeated.
+
+    Raises:
+        DomainError: unknown ids, or no items or no interactions are left.
+    """
+    manifest, catalog, interactions = read_manifest(folder), load_catalog(folder), load_interactions(folder)
+    wanted = set(item_ids)
+    unknown = sorted(wanted - set(catalog.item_ids))
+    if unknown and not skip_unknown:
+        raise _unknown(folder, "items", len(unknown), len(wanted), f": {_some(unknown)}")
+    kept = np.array([item_id not in wanted for item_id in catalog.item_ids])
+    if kept.all():
+        return Change(manifest, manifest, len(unknown))
+    if not kept.any():
+        raise _nothing_left(folder, "items")
+    rows = np.flatnonzero(kept).tolist()
+    columns = {name: [values[row] for row in rows] for name, values in catalog.attributes.items()}
+    smaller = make_catalog(catalog.name, [catalog.item_ids[row] for row in rows], columns, catalog.limits)
+    place = np.cumsum(kept) - 1  # index of each old item that is kept
+    histories: dict[str, list[int]] = {}
+    for user, user_id in enumerate(interactions.user_ids):
+        items = interactions.sequence(user)
+        if len(items := items[kept[items]]):
+            histories[user_id] = place[items].tolist()
+    if not histories:
+        raise _nothing_left(folder, "interactions")
+    remaining = make_interactions(list(histories), list(histories.values()))
+    return Change(manifest, _write(folder, manifest, smaller, remaining), len(unknown))
+
+
+def read_ids(file: Path) -> list[str]:
+    """Read ids from a text file, one a line; empty lines and white space around ids do not count.
+
+    Raises:
+        DomainError: a file that is missing, is not UTF-8, or holds no id.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeError) as error:
+        raise DomainError(f"{file}: cannot be read ({error}), expected a UTF-8 text with an id a line.") from error
+    if not (ids := [line.strip() for line in lines if line.strip()]):
+        raise DomainError(f"{file}: found no ids, expected one a line. Add them.")
+    return ids
+
+
+def _write(folder: Path, manifest: Manifest, catalog: Catalog, interactions: Interactions) -> Manifest:
+    return write_domain(
+        folder,
+        catalog,
+        interactions,
+        public_catalog=manifest.public_catalog,
+        synthetic=manifest.synthetic,
+        source=manifest.source,
+        catalog_source=manifest.catalog_source,
+        overwrite=True,
+    )
+
+
+def _unknown(folder: Path, what: str, num_unknown: int, num_ids: int, shown: str = "") -> DomainError:
+    return DomainError(
+        f"{folder}: {num_unknown} of {num_ids} {what} to forget are not in the domain{shown}; nothing was changed. "
+        "Correct the ids, or skip those with --skip-unknown."
+    )
+
+
+def _nothing_left(folder: Path, what: str) -> DomainError:
+    return DomainError(
+        f"{folder}: no {what} would be left, expected at least one; nothing was changed. To end the domain, delete its "
+        "folder."
+    )
+
+
+def _some(ids: Sequence[str]) -> str:
+    return ", ".join(map(repr, ids[:SHOWN])) + (", …" if len(ids) > SHOWN else "")
+
+
+def change_counts(change: Change) -> Mapping[str, int]:
+    """Return the differences in users, items and interactions."""
+    names = ("users", "items", "interactions")
+    return {name: getattr(change.after, f"num_{name}") - getattr(change.before, f"num_{name}") for name in names}
