@@ -21,7 +21,7 @@ from fedmerge.api.models import Model
 from fedmerge.backbone_files import find_backbone
 from fedmerge.errors import BackboneError, ConfigError, LayoutMismatchError, MergeError
 from fedmerge.merging.candidate import Provenance
-from fedmerge.merging.folders import AdapterFolders
+from fedmerge.merging.folders.reading import AdapterFolders
 from fedmerge.merging.spaces import Bases
 from fedmerge.merging.training_free import compressed
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fedmerge.domain.catalog import Catalog
     from fedmerge.encoder.backbone import Backbone
     from fedmerge.encoder.text import TokenTable
-    from fedmerge.merging.folders import AdapterFolders
+    from fedmerge.merging.folders.reading import AdapterFolders
     from fedmerge.merging.methods import Method
 
 
@@ -48,7 +48,7 @@ class Model:
             RunDirError: the folder holds something, or cannot be written.
         """
         from fedmerge.files import new_folder, write_json
-        from fedmerge.merging.folders import write_as_sources
+        from fedmerge.merging.folders.writing import write_as_sources
 
         with new_folder(Path(folder)) as partial:
             write_as_sources(self.adapter, self.sources, partial)
@@ -67,7 +67,7 @@ def load_adapter(folder: str | Path) -> Model:
         LayoutMismatchError: not a plain LoRA adapter, or a damaged one.
     """
     from fedmerge.files import read_record
-    from fedmerge.merging.folders import read_folders
+    from fedmerge.merging.folders.reading import read_folders
 
     name = Path(folder).resolve().name
     sources = read_folders({name: Path(folder)})
@@ -127,7 +127,7 @@ def merge(
     seed: int = 0,
     **parameters: Any,
 ) -> Model:
-    """Merge LoRA adapters of one layout without training.
+    """Merge LoRA adapters of one backbone without training; a module that an adapter lacks counts as zero.
 
     Args:
         adapters: name -> adapter, result of another function of this API, or PEFT folder.
@@ -140,7 +140,7 @@ def merge(
         parameters: the method's own parameters.
 
     Raises:
-        LayoutMismatchError: adapters of different layouts or backbones.
+        LayoutMismatchError: adapters of different backbones, or of different shapes.
         ConfigError: an unknown method, or a setting out of bounds.
         MergeError: values that are not finite.
     """
@@ -158,7 +158,7 @@ def merge(
         **parameters,
     )
     provenance = merged.provenance(sources.hashes(), sources.backbone)
-    return Model(merged.adapter, provenance.to_dict(), sources)
+    return Model(merged.adapter, {**provenance.to_dict(), **sources.facts()}, sources)
 
 
 def merge_learned(
@@ -253,11 +253,11 @@ def adapter_of(model: AdapterLike) -> Adapter:
 
 
 def _sources(adapters: Mapping[str, AdapterLike]) -> AdapterFolders:
-    """Collect adapters of one layout and one backbone, and what their folders agree on."""
+    """Collect adapters of one backbone, each with the modules of all, and what their folders agree on."""
     from dataclasses import replace
 
-    from fedmerge.adapter import Adapter
-    from fedmerge.merging.folders import AdapterFolders, read_folders
+    from fedmerge.adapter import Adapter, adapter_sha256
+    from fedmerge.merging.folders.reading import AdapterFolders, fill_missing, read_folders
     from fedmerge.merging.stack import survey_adapters
 
     if not adapters:
@@ -268,7 +268,7 @@ def _sources(adapters: Mapping[str, AdapterLike]) -> AdapterFolders:
         if isinstance(each, Adapter):
             found[name] = AdapterFolders({name: each}, None, None, "FEATURE_EXTRACTION", None, False)
         elif isinstance(each, Model):
-            found[name] = replace(each.sources, adapters={name: each.adapter})
+            found[name] = replace(each.sources, adapters={name: each.adapter}, missing={}, sha256={}, contents={})
     if folders:
         read = read_folders(folders)
         found |= {name: replace(read, adapters={name: read.adapters[name]}) for name in folders}
@@ -276,15 +276,30 @@ def _sources(adapters: Mapping[str, AdapterLike]) -> AdapterFolders:
     if len({*known.values()}) > 1:
         named = ", ".join(f"{name} {sha256[:12]}" for name, sha256 in known.items())
         raise MergeError(f"merge: adapters of different backbones ({named}). Merge adapters of one backbone.")
-    together = {name: found[name].adapters[name] for name in sorted(found)}
+    bases = {(each.backbone_name, each.revision) for each in found.values() if each.backbone_name is not None}
+    if len(bases) > 1 and len(known) < len(found):
+        named = ", ".join(f"{name} at {revision or 'main'}" for name, revision in sorted(bases, key=str))
+        raise MergeError(f"merge: adapters of different base models ({named}). Merge adapters of one base model.")
+    own = {name: found[name].adapters[name] for name in sorted(found)}
+    together, missing = fill_missing(own)
     survey_adapters(together)
+    for name in found:
+        missing[name] = (*found[name].missing.get(name, ()), *missing.get(name, ()))
     best = max(found.values(), key=lambda each: (each.backbone_sha256 is not None, each.backbone_name is not None))
     alike = {each.target_modules for each in found.values()}
-    return replace(best, adapters=together, target_modules=best.target_modules if len(alike) == 1 else None)
+    return replace(
+        best,
+        adapters=together,
+        target_modules=best.target_modules if len(alike) == 1 else None,
+        embeddings=frozenset(module for each in found.values() for module in each.embeddings),
+        sha256={name: found[name].sha256.get(name) or adapter_sha256(own[name]) for name in found},
+        missing={name: modules for name, modules in sorted(missing.items()) if modules},
+        contents={name: found[name].contents[name] for name in sorted(found) if name in found[name].contents},
+    )
 
 
 def _made_on(backbone: Backbone, adapters: Mapping[str, Adapter]) -> AdapterFolders:
-    from fedmerge.merging.folders import AdapterFolders
+    from fedmerge.merging.folders.reading import AdapterFolders
 
     return AdapterFolders(adapters, backbone.name, backbone.sha256, "FEATURE_EXTRACTION", None, False)
 

@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from fedmerge.adapter import Adapter, LoraModule
 from fedmerge.config import Lora
 from fedmerge.encoder.backbone import Backbone
-from fedmerge.encoder.peft_folder import MODULE_PREFIX
+from fedmerge.encoder.peft.contents import MODULE_PREFIX
 from fedmerge.errors import ConfigError, LayoutMismatchError
 from fedmerge.seeding import generator
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from fedmerge.adapter import Adapter
 from fedmerge.config import ExperimentConfig, to_toml
@@ -17,7 +18,8 @@ from fedmerge.errors import ConfigError, DomainError, RunDirError
 from fedmerge.files import new_folder, read_record, write_json, write_text
 from fedmerge.mergerec.pictures import draw_learned
 from fedmerge.merging.candidate import Candidate, Origin
-from fedmerge.merging.folders import AdapterFolders, read_folders, write_as_sources
+from fedmerge.merging.folders.reading import AdapterFolders, read_folders
+from fedmerge.merging.folders.writing import write_as_sources
 from fedmerge.merging.methods import method_named
 from fedmerge.runs.checkpoints import HEADS, read_excluded_experts
 from fedmerge.runs.reading import REMERGED
@@ -73,24 +75,29 @@ def experts_of_run(run: Path, exclude: Sequence[str] = ()) -> Experts:
     for domain, client in participants.items() if isinstance(participants, dict) else ():
         if isinstance(client, dict) and isinstance(client.get("catalog_sha256"), str):
             catalogs[domain] = client["catalog_sha256"]
-    experts = _experts(folders, exclude, run.name, catalogs, None)
+    kept = _kept(folders, exclude)
+    experts = Experts(read_folders(kept, union=False), dict.fromkeys(exclude, WITHDRAWN), run.name, catalogs)
     return replace(experts, excluded={**away, **experts.excluded})
 
 
-def experts_in(folders: Mapping[str, Path], exclude: Sequence[str] = (), backbone_name: str | None = None) -> Experts:
+def experts_in(
+    folders: Mapping[str, Path], exclude: Sequence[str] = (), backbone_name: str | None = None, **parts: Any
+) -> Experts:
     """Read any LoRA adapters of one backbone, each as the expert of a domain; errors as :func:`experts_of_run`.
 
     Args:
         folders: domain -> PEFT folder.
         exclude: as for :func:`experts_of_run`.
-        backbone_name: see :func:`fedmerge.merging.folders.read_folders`.
+        backbone_name: see :func:`fedmerge.merging.folders.reading.read_folders`.
+        parts: ``whole``, ``leave_out`` and ``base`` of the same function.
 
     Raises:
         DomainError: a name is not valid for a domain.
     """
     for name in folders:
         check_name(name)
-    return _experts(folders, exclude, None, {}, backbone_name)
+    kept = _kept(folders, exclude)
+    return Experts(read_folders(kept, backbone_name, **parts), dict.fromkeys(exclude, WITHDRAWN), None, {})
 
 
 def needs_backbone(config: ExperimentConfig) -> bool:
@@ -202,7 +209,7 @@ def write_merges(
         for candidate in candidates:
             made = partial / names[candidate.label]
             write_as_sources(candidate.adapter, experts.sources, made)
-            write_json(made / "provenance.json", candidate.provenance.to_dict())
+            write_json(made / "provenance.json", {**candidate.provenance.to_dict(), **experts.sources.facts()})
             draw_learned(made, candidate.provenance)
         write_text(partial / "config.toml", to_toml(settings_of(experts, config)))
     folder = Path(os.path.abspath(folder))
@@ -222,13 +229,8 @@ def settings_of(experts: Experts, config: ExperimentConfig) -> ExperimentConfig:
     )
 
 
-def _experts(
-    folders: Mapping[str, Path],
-    exclude: Sequence[str],
-    run: str | None,
-    catalogs: Mapping[str, str],
-    backbone_name: str | None,
-) -> Experts:
+def _kept(folders: Mapping[str, Path], exclude: Sequence[str]) -> dict[str, Path]:
+    """Return the folders that are not excluded, sorted."""
     unknown = [domain for domain in exclude if domain not in folders]
     if unknown:
         raise ConfigError(
@@ -237,4 +239,4 @@ def _experts(
     kept = {domain: folders[domain] for domain in sorted(folders) if domain not in exclude}
     if not kept:
         raise ConfigError(f"--exclude names all of {', '.join(sorted(folders))}. Take at least one name off the list.")
-    return Experts(read_folders(kept, backbone_name), dict.fromkeys(exclude, WITHDRAWN), run, catalogs)
+    return kept

@@ -19,7 +19,8 @@ from transformers.pytorch_utils import Conv1D
 
 from fedmerge.adapter import Adapter, LoraModule
 from fedmerge.errors import LayoutMismatchError
-from fedmerge.merging.folders import read_folders, write_merge
+from fedmerge.merging.folders.reading import read_folders
+from fedmerge.merging.folders.writing import write_merge
 from fedmerge.merging.methods import METHODS
 from fedmerge.merging.training_free import merge_adapters
 

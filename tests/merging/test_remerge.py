@@ -320,7 +320,7 @@ def test_any_lora_adapters_can_be_merged_also_of_decoders(tmp_path: Path, capsys
 def test_adapters_that_cannot_be_merged_are_refused(place: Place, tmp_path: Path, capsys: Capsys) -> None:
     one, two = tmp_path / "a" / "same", tmp_path / "b" / "same"
     write_adapter(random_adapter({"layers.0.q": (4, 4)}, 1, 1.0, 0), one, "x")
-    write_adapter(random_adapter({"layers.0.v": (4, 4)}, 1, 1.0, 0), two, "x")
+    write_adapter(random_adapter({"layers.0.q": (4, 5)}, 1, 1.0, 0), two, "x")
     average = ("--set", "merge.methods=average")
     out = ("--out", tmp_path / "out")
     refused = refusal(capsys, "merge", one, two, *out, *average)

@@ -1,14 +1,16 @@
 """Random adapters for tests, large enough that each affects a merge, and every merge of a configuration."""
 
 import copy
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
 from fedmerge.adapter import Adapter, LoraModule, adapter_sha256
@@ -108,3 +110,69 @@ class Lent(Mapping[str, Adapter]):
 
     def __len__(self) -> int:
         return len(self.names)
+
+
+NAME_PARTS = ("proj", "enc", "a", "b", "0", "1", "layers", "p+j", "pro", "a|b", "(x)")
+
+
+class Tree(torch.nn.Module):
+    """Linear layers, embeddings or other modules at the end of dotted names."""
+
+    def __init__(self, leaves: Mapping[str, torch.nn.Module]) -> None:
+        super().__init__()
+        for name, leaf in leaves.items():
+            *parents, last = name.split(".")
+            at: torch.nn.Module = self
+            for parent in parents:
+                if not hasattr(at, parent):
+                    at.add_module(parent, torch.nn.Module())
+                at = cast(torch.nn.Module, getattr(at, parent))
+            at.add_module(last, leaf)
+
+
+def random_tree(rng: np.random.Generator) -> Tree:
+    """Draw a model with 4 to 8 linear layers whose names share their last parts."""
+    names: list[str] = []
+    while len(names) < int(rng.integers(4, 9)):
+        name = ".".join(str(part) for part in rng.choice(NAME_PARTS, rng.integers(1, 5)))
+        if not any(f"{name}.".startswith(f"{other}.") or f"{other}.".startswith(f"{name}.") for other in names):
+            names.append(name)
+    with torch.random.fork_rng():
+        torch.manual_seed(int(rng.integers(1 << 30)))
+        return Tree({name: torch.nn.Linear(int(rng.integers(3, 7)), int(rng.integers(3, 7))) for name in names})
+
+
+def saved_by_peft(model: torch.nn.Module, folder: Path, seed: int, **settings: Any) -> Path:
+    """Let peft save an adapter whose trained values are all random."""
+    peft = get_peft_model(copy.deepcopy(cast(PreTrainedModel, model)), LoraConfig(**settings))
+    rng = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in peft.named_parameters():
+            if "lora_" in name or ".modules_to_save." in name or (parameter.requires_grad and name.endswith("bias")):
+                shift = 1.0 if "magnitude" in name else 0.0
+                parameter.copy_(shift + 0.3 * torch.randn(parameter.shape, generator=rng))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # saved embeddings, no configuration of a base model
+        peft.save_pretrained(str(folder))
+    return folder
+
+
+def touched(model: torch.nn.Module, folder: Path) -> set[str]:
+    """Return the modules that peft gives a LoRA when it loads a folder."""
+    loaded = PeftModel.from_pretrained(copy.deepcopy(model), str(folder))
+    found = (name for name, module in loaded.named_modules() if hasattr(module, "lora_A"))
+    return {name.removeprefix("base_model.model.") for name in found}
+
+
+def weights_with(model: torch.nn.Module, folder: Path) -> dict[str, torch.Tensor]:
+    """Return the weights after peft has loaded an adapter, without a warning, and merged it into them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded = PeftModel.from_pretrained(copy.deepcopy(model), str(folder))
+        merged = cast(Any, loaded).merge_and_unload()
+    return {name: tensor.double() for name, tensor in merged.state_dict().items()}
+
+
+def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return the weights of a model in float64."""
+    return {name: tensor.double() for name, tensor in model.state_dict().items()}

@@ -10,8 +10,12 @@ from typing import TYPE_CHECKING, Any
 from fedmerge.cli.options import add_overrides, add_runs_folder
 
 if TYPE_CHECKING:
+    import torch
+
     from fedmerge.cli.options import Commands
     from fedmerge.server.remerge import Experts
+
+HubSources = dict[str, dict[str, str]]  # name -> repository, revision, commit
 
 DESCRIPTION = """\
 Merge LoRA adapters of one backbone into one adapter, without training and without reading data.
@@ -24,6 +28,7 @@ examples:
   fedmerge merge --method ties --density 0.3 --out merged law/ medicine/          any PEFT LoRA folders
   fedmerge merge --method average --coefficients law=2,medicine=1 --out merged law/ medicine/
   fedmerge merge --method tsv --output-rank 32 --out merged law=runs/7/best medicine=runs/8/best
+  fedmerge merge --method average --out merged law/ some-org/medicine-lora@main   an adapter of the hub
   fedmerge merge demo-2026 --method pcb                                           the experts of a run
   fedmerge merge demo-2026 --exclude books                                        its own merges, without one domain
   fedmerge merge demo-2026 --set merge.methods=mergerec mergerec.steps=1000       other settings"""
@@ -63,7 +68,8 @@ def add_commands(commands: "Commands") -> None:
         "sources",
         nargs="+",
         metavar="SOURCE",
-        help="two or more PEFT LoRA folders as [NAME=]DIR, or one run: its folder or the beginning of its id",
+        help="two or more PEFT LoRA folders as [NAME=]DIR or adapters of the hub as [NAME=]ORG/REPO@REVISION, or one "
+        "run: its folder or the beginning of its id",
     )
     merge.add_argument(
         "--method", help="method of a single merge (see `fedmerge methods`), or your own as module:function"
@@ -74,7 +80,18 @@ def add_commands(commands: "Commands") -> None:
     merge.add_argument(
         "--exclude", nargs="+", action="extend", default=[], metavar="NAME", help="adapters to leave out"
     )
-    merge.add_argument("--base-model", metavar="NAME", help="name of the base model, needed if the adapters disagree")
+    merge.add_argument(
+        "--base-model", metavar="NAME[@REVISION]", help="name of the base model, needed if the adapters disagree"
+    )
+    merge.add_argument(
+        "--base", type=Path, metavar="DIR", help="weights of the base model, for adapters with DoRA or whole modules"
+    )
+    merge.add_argument(
+        "--leave-out",
+        metavar="PART,…",
+        default="",
+        help="parts of the adapters to leave out: dora, modules_to_save, bias, embeddings",
+    )
     add_runs_folder(merge)
 
     one = merge.add_argument_group("with --method")
@@ -87,6 +104,7 @@ def add_commands(commands: "Commands") -> None:
     one.add_argument("--space", choices=("full", "core"), help="coordinates of the merge [full]")
     one.add_argument("--output-rank", metavar="R", help="compress every module to this rank, or 'exact' [exact]")
     one.add_argument("--seed", type=int, help="seed of methods that sample [0]")
+    one.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="type of the tensors [float32]")
     for name, meaning in PARAMETERS.items():
         one.add_argument(_flag(name), metavar="X", help=meaning)
     one.add_argument(
@@ -122,17 +140,18 @@ def _merge(options: argparse.Namespace) -> int:
     from fedmerge.runs.reading import find_run
 
     _check_groups(options)
-    folders = _adapters(options.sources)
+    folders, hub = _adapters(options.sources)
     run = None if folders else find_run(options.sources[0], options.dir)
     if run is None and options.out is None:
         raise ConfigError("merge: found no --out; expected a folder to create. Give --out DIR.")
-    return _merge_one(options, run, folders) if options.method else _merge_settings(options, run, folders)
+    merge = _merge_one if options.method else _merge_settings
+    return merge(options, run, folders, hub)
 
 
-def _merge_one(options: argparse.Namespace, run: Path | None, folders: dict[str, Path]) -> int:
+def _merge_one(options: argparse.Namespace, run: Path | None, folders: dict[str, Path], hub: HubSources) -> int:
     """Make one merge by ``--method``."""
     from fedmerge.files import check_free
-    from fedmerge.merging.folders import write_merge
+    from fedmerge.merging.folders.writing import rounded, write_merge
     from fedmerge.merging.parameters import parse_parameters
     from fedmerge.merging.training_free import checked_settings, merge_adapters
 
@@ -151,7 +170,7 @@ def _merge_one(options: argparse.Namespace, run: Path | None, folders: dict[str,
 
     from fedmerge.server import remerge
 
-    experts = _experts(options, run, folders)
+    experts = _experts(options, run, folders, hub, whole=True)
     merged = merge_adapters(
         experts.adapters,
         options.method,
@@ -160,14 +179,17 @@ def _merge_one(options: argparse.Namespace, run: Path | None, folders: dict[str,
         seed=options.seed or 0,
         **parameters,
     )
+    dtype = _dtype(options.dtype)
+    merged = rounded(merged, dtype)
     absent = {name: "coefficient 0" for name in experts.adapters if name not in merged.coefficients}
     out = options.out or remerge.new_merge_folder(run or Path.cwd()) / options.method
     excluded = {**experts.excluded, **absent}
-    write_merge(merged, experts.sources, out, experts.run, excluded, _config_beside(run, experts))
+    write_merge(merged, experts.sources, out, experts.run, excluded, _config_beside(run, experts), dtype)
 
     chosen = ", ".join(f"{name} {value}" for name, value in {**merged.parameters, **merged.settings}.items())
     print(f"merged {', '.join(merged.coefficients)}{_without([*experts.excluded, *absent])}")
     print(f"{options.method}: {chosen.replace('_', ' ')}")
+    _print_lines(experts.sources.notes())
     print("  rank  residual  module")
     for name, module in merged.adapter.modules.items():
         print(f"{module.rank:>6}{merged.residuals[name]:>10.4f}  {name}")
@@ -180,7 +202,7 @@ def _merge_one(options: argparse.Namespace, run: Path | None, folders: dict[str,
     return 0
 
 
-def _merge_settings(options: argparse.Namespace, run: Path | None, folders: dict[str, Path]) -> int:
+def _merge_settings(options: argparse.Namespace, run: Path | None, folders: dict[str, Path], hub: HubSources) -> int:
     """Make every merge of an experiment's settings."""
     from fedmerge.config import load_config, with_absolute_paths
     from fedmerge.errors import ConfigError
@@ -205,7 +227,7 @@ def _merge_settings(options: argparse.Namespace, run: Path | None, folders: dict
     torch.set_num_threads(config.runtime.server_threads)
     out = options.out or remerge.new_merge_folder(run or Path.cwd())
     check_free(out)
-    experts = _experts(options, run, folders)
+    experts = _experts(options, run, folders, hub)
     backbone, catalogs = None, {}
     if remerge.needs_backbone(config):
         root = (
@@ -222,6 +244,7 @@ def _merge_settings(options: argparse.Namespace, run: Path | None, folders: dict
     )
     written = remerge.write_merges(candidates, experts, config, out)
     print(f"merged {', '.join(experts.adapters)}{_without(list(experts.excluded))}")
+    _print_lines(experts.sources.notes())
     for candidate in candidates:
         print(f"{written[candidate.label]}: {coefficients_text(candidate.provenance.coefficients)}")
     _print_note(remerge.heads_note(run))
@@ -233,12 +256,46 @@ def _print_note(note: str) -> None:
         print(note)
 
 
-def _experts(options: argparse.Namespace, run: Path | None, folders: dict[str, Path]) -> "Experts":
+def _print_lines(lines: list[str]) -> None:
+    for line in lines:
+        print(line)
+
+
+def _experts(
+    options: argparse.Namespace, run: Path | None, folders: dict[str, Path], hub: HubSources, whole: bool = False
+) -> "Experts":
+    from dataclasses import replace
+
+    from fedmerge.errors import ConfigError
     from fedmerge.server import remerge
 
     if run is not None:
+        if options.leave_out or options.base is not None:
+            raise ConfigError(
+                "merge: found --leave-out or --base beside a run, whose adapters are plain LoRA. Omit it."
+            )
         return remerge.experts_of_run(run, options.exclude)
-    return remerge.experts_in(folders, options.exclude, options.base_model)
+    parts = {"whole": whole, "leave_out": _parts(options.leave_out), "base": options.base}
+    experts = remerge.experts_in(folders, options.exclude, options.base_model, **parts)
+    kept = {name: source for name, source in hub.items() if name in experts.adapters}
+    return replace(experts, sources=replace(experts.sources, hub=kept))
+
+
+def _parts(text: str) -> list[str]:
+    from fedmerge.encoder.peft.contents import PARTS
+    from fedmerge.errors import ConfigError
+
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if unknown := [part for part in parts if part not in PARTS]:
+        raise ConfigError(f"merge: --leave-out: found {', '.join(unknown)}; expected some of {', '.join(PARTS)}.")
+    return parts
+
+
+def _dtype(name: str | None) -> "torch.dtype":
+    import torch
+
+    dtype: torch.dtype = getattr(torch, name or "float32")
+    return dtype
 
 
 def _without(names: list[str]) -> str:
@@ -259,7 +316,7 @@ def _check_groups(options: argparse.Namespace) -> None:
     """Raise ConfigError for flags that the selected form of the command does not read."""
     from fedmerge.errors import ConfigError
 
-    of_one = ["coefficients", "scope", "space", "output_rank", "seed", "parameter", *PARAMETERS]
+    of_one = ["coefficients", "scope", "space", "output_rank", "seed", "dtype", "parameter", *PARAMETERS]
     given = [_flag(name) for name in of_one if getattr(options, name) is not None]
     if given and options.method is None:
         raise ConfigError(f"merge: found {', '.join(given)} without --method. Give --method, or settings with --set.")
@@ -276,20 +333,29 @@ def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def _adapters(sources: list[str]) -> dict[str, Path]:
-    """Parse ``NAME=DIR`` or ``DIR``, named after its folder; return nothing if the only source must be a run."""
+def _adapters(sources: list[str]) -> tuple[dict[str, Path], HubSources]:
+    """Parse ``NAME=DIR`` or ``DIR``, named after its folder; return nothing if the only source must be a run.
+
+    A source ``ORG/REPO@REVISION`` that is no folder is fetched from the hub or its cache.
+    """
     from fedmerge.config import DOMAIN_NAME
+    from fedmerge.encoder.peft.hub import fetch_adapter, hub_adapter
     from fedmerge.errors import ConfigError, LayoutMismatchError
     from fedmerge.runs.reading import is_run
 
     folders: dict[str, Path] = {}
+    hub: HubSources = {}
     for source in sources:
         name, equals, path = source.partition("=")
         folder = Path(path) if equals and not Path(source).exists() else Path(source)
         name = name if folder != Path(source) else folder.resolve().name
+        if not folder.exists() and (found := hub_adapter(str(folder))):
+            name = found.name if folder == Path(source) else name
+            folder, commit = fetch_adapter(found)
+            hub[name] = {"repository": found.repository, "revision": found.revision, "commit": commit}
         adapter = (folder / "adapter_config.json").is_file()
         if len(sources) == 1 and not adapter:
-            return {}
+            return {}, {}
         if not adapter and is_run(folder):
             raise ConfigError(
                 f"merge: {folder} is a run, expected a PEFT folder beside other adapters. Give only the run, "
@@ -297,7 +363,7 @@ def _adapters(sources: list[str]) -> dict[str, Path]:
             )
         if not folder.is_dir():
             raise LayoutMismatchError(
-                f"adapter {folder}: no such folder. Adapters are read from disk; download adapters of a hub first."
+                f"adapter {folder}: no such folder. Give an adapter of the hub with its revision: ORG/REPO@main."
             )
         if name in folders:
             raise ConfigError(
@@ -312,7 +378,7 @@ def _adapters(sources: list[str]) -> dict[str, Path]:
         folders[name] = folder
     if len(folders) == 1:
         raise ConfigError(f"merge: found one adapter, {sources[0]}; expected at least two adapters or one run.")
-    return folders
+    return folders, hub
 
 
 def _coefficients(text: str | None, names: list[str]) -> dict[str, float] | None:
