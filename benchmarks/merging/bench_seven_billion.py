@@ -1,0 +1,198 @@
+"""Merge 8 adapters of a model with the shapes of Llama-2-7B, on the same files: fedmerge, mergekit and peft.
+
+    python benchmarks/merging/bench_seven_billion.py                       # fedmerge and peft
+    python benchmarks/merging/bench_seven_billion.py --mergekit ENV/bin    # and mergekit, in an environment of its own
+
+Every layer has the seven linear modules of the 7B model (4096 × 4096, 11008 × 4096), with a LoRA of rank 64 on each.
+Weights are random, the vocabulary is small, and ``--layers`` of the 32 layers are written. The base model is bfloat16,
+the adapters are float32.
+
+The task is the average. fedmerge and peft merge adapters into an adapter. mergekit merges models: it folds every
+adapter into a copy of the base model (``base+adapter`` in its configuration) and averages the copies with
+``task_arithmetic``, so its result is a full model. *deviation* is the relative error of one module's update against the
+float64 average; that of mergekit and peft holds the rounding to bfloat16. Each case is a process of its own with one
+thread; the peak is the resident memory of that process. peft and mergekit hold the base model, fedmerge does not. The
+memory of fedmerge grows with the layers, since it holds all adapters: a figure of few layers says nothing about 32.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import LlamaConfig
+
+from fedmerge.adapter import Adapter, LoraModule
+from fedmerge.encoder.peft_folder import read_adapter, write_adapter
+
+GIB = 2**30
+REPOSITORY = Path(__file__).resolve().parents[2]
+ALL_LAYERS = 32
+CHECKED = "model.layers.0.mlp.down_proj"
+PEFT = """
+import sys, torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+base, out, *folders = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+names = [f"adapter{k}" for k in range(len(folders))]
+model = PeftModel.from_pretrained(model, folders[0], adapter_name=names[0])
+for name, folder in zip(names[1:], folders[1:]):
+    model.load_adapter(folder, adapter_name=name)
+model.add_weighted_adapter(names, [1 / len(names)] * len(names), "merged", combination_type="cat")
+model.save_pretrained(out, selected_adapters=["merged"])
+"""
+
+
+def modules_of(layer: int) -> dict[str, tuple[int, int]]:
+    """Return module -> (out, in) of one layer."""
+    attention = {f"self_attn.{name}_proj": (4096, 4096) for name in "qkvo"}
+    feed_forward = {"mlp.gate_proj": (11008, 4096), "mlp.up_proj": (11008, 4096), "mlp.down_proj": (4096, 11008)}
+    return {f"model.layers.{layer}.{name}": shape for name, shape in {**attention, **feed_forward}.items()}
+
+
+def write_base(folder: Path, layers: int) -> None:
+    """Write a base model, one file per layer."""
+    folder.mkdir()
+    config = LlamaConfig(vocab_size=1000, num_hidden_layers=layers, dtype="bfloat16")
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(folder)
+    weight_map: dict[str, str] = {}
+    rng = torch.Generator().manual_seed(0)
+    for shard, tensors in _base_tensors(layers, rng):
+        save_file(tensors, folder / shard, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, shard)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def _base_tensors(layers: int, rng: torch.Generator) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=rng)
+
+    ends = {"model.embed_tokens.weight": drawn(1000, 4096), "lm_head.weight": drawn(1000, 4096)}
+    yield "model-ends.safetensors", {**ends, "model.norm.weight": torch.ones(4096, dtype=torch.bfloat16)}
+    for layer in range(layers):
+        tensors = {f"{name}.weight": drawn(*shape) for name, shape in modules_of(layer).items()}
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"model.layers.{layer}.{norm}.weight"] = torch.ones(4096, dtype=torch.bfloat16)
+        yield f"model-{layer:02d}.safetensors", tensors
+
+
+def write_lora(folder: Path, layers: int, rank: int, seed: int) -> None:
+    """Write an adapter whose update has entries of about .001."""
+    rng = torch.Generator().manual_seed(seed)
+    modules = {
+        name: LoraModule(
+            torch.randn(rank, width_in, generator=rng) / width_in**0.5,
+            0.01 * torch.randn(width_out, rank, generator=rng),
+            1.0,
+        )
+        for layer in range(layers)
+        for name, (width_out, width_in) in modules_of(layer).items()
+    }
+    write_adapter(Adapter(modules), folder, "base", task_type="CAUSAL_LM")
+
+
+def measured(command: list[str], folder: Path) -> tuple[float, float, float]:
+    """Run a command; return seconds, CPU seconds and the peak of its resident memory in GiB."""
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    with tempfile.TemporaryFile("w+") as printed:
+        start = os.times().elapsed
+        process = subprocess.Popen(command, stdout=printed, stderr=subprocess.STDOUT, env=environment, cwd=folder)
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        seconds = os.times().elapsed - start
+        if process.returncode:
+            printed.seek(0)
+            raise SystemExit(f"{command[0]} ended with {process.returncode}:\n{printed.read()[-3000:]}")
+    return seconds, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024 / GIB
+
+
+def tensor_of(folder: Path, name: str) -> torch.Tensor:
+    """Read one tensor of a model in files."""
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            if name in file.keys():  # noqa: SIM118  # not a mapping
+                tensor: torch.Tensor = file.get_tensor(name)
+                return tensor.float()
+    raise SystemExit(f"{folder} has no tensor {name}")
+
+
+def run_cases(options: argparse.Namespace, folder: Path) -> None:
+    """Write the files, run every case, and print a table."""
+    base, adapters = folder / "base", [folder / f"domain{k}" for k in range(options.adapters)]
+    write_base(base, options.layers)
+    for k, each in enumerate(adapters):
+        write_lora(each, options.layers, options.rank, k)
+    print(
+        f"{options.adapters} adapters of rank {options.rank}, {options.layers} of {ALL_LAYERS} layers, 7 modules each, "
+        "1 thread"
+    )
+    print(f"{'case':<36}{'seconds':>9}{'CPU':>9}{'peak GiB':>10}{'MB written':>12}{'deviation':>11}", flush=True)
+
+    modules = [read_adapter(each).modules[CHECKED] for each in adapters]
+    expected = torch.zeros(modules[0].lora_B.shape[0], modules[0].lora_A.shape[1], dtype=torch.float64)
+    for module in modules:
+        expected.addmm_(module.lora_B.double(), module.lora_A.double(), alpha=module.scaling / len(modules))
+    del modules
+    before = tensor_of(base, f"{CHECKED}.weight")
+
+    flags = ["merge", "--method", "average", *map(str, adapters)]
+    fedmerge = [sys.executable, "-m", "fedmerge.cli", *flags]
+    cases: dict[str, list[str]] = {
+        "fedmerge, exact": [*fedmerge, "--out", "fedmerge-exact"],
+        f"fedmerge, rank {options.rank}": [*fedmerge, "--output-rank", str(options.rank), "--out", "fedmerge-rank"],
+        "peft, cat": [sys.executable, "-c", PEFT, str(base), "peft", *map(str, adapters)],
+    }
+    if options.mergekit is not None:
+        share = 1 / len(adapters)
+        models = [{"model": f"{base}+{each}", "parameters": {"weight": share}} for each in adapters]
+        recipe: dict[str, Any] = {"merge_method": "task_arithmetic", "base_model": str(base), "models": models}
+        recipe["dtype"] = "float32"
+        recipe["parameters"] = {"normalize": False}
+        (folder / "recipe.yaml").write_text(json.dumps(recipe))  # JSON is YAML
+        cache = ["--lora-merge-cache", str(folder / "cache"), "--lora-merge-dtype", "bfloat16"]
+        cases["mergekit, task_arithmetic"] = [
+            str(options.mergekit / "mergekit-yaml"), "recipe.yaml", "mergekit", "--quiet", *cache,
+        ]  # fmt: skip
+    for name, command in cases.items():
+        seconds, cpu, peak = measured(command, folder)
+        out = folder / (
+            command[2] if name.startswith("mergekit") else "peft/merged" if name.startswith("peft") else command[-1]
+        )
+        if name.startswith("mergekit"):
+            found = tensor_of(out, f"{CHECKED}.weight").double() - before
+        else:
+            found = read_adapter(out).modules[CHECKED].delta_weight().double()
+        deviation = float(torch.linalg.norm(found - expected) / torch.linalg.norm(expected))
+        size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file()) / 1e6
+        print(f"{name:<36}{seconds:>9.1f}{cpu:>9.1f}{peak:>10.2f}{size:>12.0f}{deviation:>11.1e}", flush=True)
+        shutil.rmtree(out)
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, default=2, help="of 32")
+    parser.add_argument("--adapters", type=int, default=8)
+    parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument(
+        "--mergekit", type=Path, metavar="BIN", help="folder with mergekit-yaml; without it, no mergekit"
+    )
+    parser.add_argument("--folder", type=Path, help="folder for the files, removed at the end (default: temporary)")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
+        run_cases(options, Path(scratch))
+
+
+if __name__ == "__main__":
+    main()
