@@ -27,6 +27,7 @@ from fedmerge.domain.interactions import make_interactions
 from fedmerge.domain.splits import evaluation_examples
 from fedmerge.errors import DomainError
 from fedmerge.evaluation.ranks import METRICS, IntArray, per_user_metrics, rank_targets
+from fedmerge.evaluation.sums import VARIANTS
 from fedmerge.sequence.anchored import anchored_source, text_head, whitened, whitening
 from fedmerge.sequence.fusion import FusionChoice
 
@@ -232,7 +233,8 @@ def test_a_weight_of_one_gives_the_ranks_of_its_source(toys: LocalDomain, adapte
         assert np.array_equal(ranks["text"]["head on the expert, fused"][variant], text[variant])
     items = encode_text(toys, adapter, examples.histories).items
     recent = recency_weighted(items, examples.histories)
-    for variant, seen in (("masked", examples.histories), ("unmasked", None)):
+    for variant in VARIANTS:
+        seen = examples.histories if variant == "masked" else None
         expected = rank_targets(*recent, examples.targets, seen)
         assert np.array_equal(ranks["recent items"]["head on the expert, fused"][variant], expected)
 
