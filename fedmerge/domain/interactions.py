@@ -159,7 +159,8 @@ def write_interactions(parts: Iterable[SequencePart], path: Path, num_items: int
     digest.update(b"]")
     for part in ends:
         digest.update(part.astype("<i8").tobytes())
-    with pq.ParquetFile(path, pre_buffer=False) as written:  # the items are hashed last; reading them again is cheaper than a copy
+    # The items are hashed last; reading them again is cheaper than a copy.
+    with pq.ParquetFile(path, pre_buffer=False) as written:
         for batch in written.iter_batches(ROWS_AT_ONCE, columns=["item_index"]):
             digest.update(batch.column(0).to_numpy().astype("<i4").tobytes())
     return WrittenInteractions(sum(map(len, ends)) - 1, int(ends[-1][-1]), digest.hexdigest())

@@ -123,7 +123,7 @@ def read_batches(table: ParquetTable, names: Sequence[str]) -> Iterator[pa.Recor
     batch_rows = _check_pages(table, names)
     texts = [name for name in names if _is_text(table.schema.field(name).type)]
     decoded = row = 0
-    # pre_buffer, the default of pyarrow, keeps the bytes of all row groups read so far: memory would grow with the file.
+    # pre_buffer, pyarrow's default, keeps the bytes of all row groups read so far: memory would grow with the file.
     source = _arrow_source(table.source)
     with pq.ParquetFile(source, metadata=table.metadata, read_dictionary=texts, pre_buffer=False) as parquet:
         for batch in parquet.iter_batches(batch_rows, columns=list(dict.fromkeys(names))):

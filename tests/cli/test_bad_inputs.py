@@ -119,7 +119,7 @@ DATA: dict[str, tuple[Harm, Parts]] = {
     "a manifest that is not JSON": (content("manifest.json", b"{"), ["manifest.json: ", "JSON"]),
     "a manifest nested too deeply": (content("manifest.json", b"[" * 99999), ["manifest.json: ", "JSON"]),
     "a manifest that is a folder": (a_folder("manifest.json"), ["manifest.json: ", "Is a directory"]),
-    "a later format": (manifest(format=2), ["manifest.json: ", " 2", " 1"]),
+    "a later format": (manifest(format=3), ["manifest.json: ", " 3", " 2"]),
     "a count in words": (manifest(num_users="many"), ["manifest.json: ", "'num_users'", "'many'", "int"]),
     "another name": (manifest(name="books"), ["manifest.json: ", "'books'", "'toys'"]),
     "a name that is a path": (manifest(name="../toys"), ["manifest.json: ", "'../toys'", "64"]),

@@ -54,7 +54,7 @@ REPLIES: dict[str, tuple[Read, RecordDict, Parts]] = {
     "a description of another version": (
         records.read_description,
         facts(domain="toys", role="train"),
-        ["['backbone_sha256', "],
+        ["['attributes', 'backbone_sha256', "],
     ),
     "a catalog as text": (records.read_catalog, facts(catalog="a,b"), ["str", "bytes"]),
     "an expert without tensors": (records.read_expert, facts(report="{}"), ["adapter"]),

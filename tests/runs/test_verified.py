@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fedmerge.adapter import Adapter, LoraModule, adapter_sha256
-from fedmerge.encoder.peft_folder import TENSOR_FILE
+from fedmerge.encoder.peft.contents import TENSOR_FILE
 from fedmerge.errors import RunDirError
 from fedmerge.runs import verified
 from fedmerge.runs.checkpoints import ADAPTERS, StoredExperts, read_expert_hash, write_expert

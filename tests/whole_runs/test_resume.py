@@ -18,7 +18,7 @@ from in_process import small_experiment
 from run_folders import hash_results, unlisted_files
 
 from fedmerge.config import ExperimentConfig
-from fedmerge.encoder.peft_folder import TENSOR_FILE
+from fedmerge.encoder.peft.contents import TENSOR_FILE
 from fedmerge.errors import ClientError, ConfigError, RunDirError
 from fedmerge.files import read_json, seal, write_json
 from fedmerge.mergerec import learn
