@@ -12,17 +12,15 @@ process of its own; on a shared machine, compare CPU seconds.
 import argparse
 import gzip
 import json
-import resource
 import shutil
-import subprocess
 import sys
 import tempfile
-import time
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from own_process import measure, measured
 
 BYTES_PER_ROW = 850
 CHUNK = 50_000
@@ -105,23 +103,6 @@ def everything_in_memory(reviews: Path, metadata: Path, dst: Path) -> int:
 WAYS = {"product": product, "everything in memory": everything_in_memory}
 
 
-def measure(way: str, reviews: Path, metadata: Path, dst: Path) -> dict[str, float]:
-    """Run one import in a process of its own."""
-    command = [sys.executable, __file__, "--measure", way, str(reviews), str(metadata), str(dst)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    result: dict[str, float] = json.loads(done.stdout)
-    return result
-
-
-def measured(way: str, reviews: Path, metadata: Path, dst: Path) -> None:
-    """Import in this process, and print time and memory."""
-    start, cpu = time.perf_counter(), time.process_time()
-    kept = WAYS[way](reviews, metadata, dst)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # Linux counts KiB
-    seconds = time.perf_counter() - start
-    print(json.dumps({"kept": kept, "seconds": seconds, "cpu": time.process_time() - cpu, "peak_mb": peak}))
-
-
 def main() -> None:
     """Generate, import, compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -134,7 +115,7 @@ def main() -> None:
     parser.add_argument("--measure", nargs=4, default=None, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
-        measured(options.measure[0], *map(Path, options.measure[1:]))
+        measured(WAYS[options.measure[0]], *map(Path, options.measure[1:]))
         return
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
@@ -150,7 +131,7 @@ def main() -> None:
             (folder / f"{gigabytes}").mkdir()
             reviews, metadata, num_rows = write_source(folder / f"{gigabytes}", int(1e9 * gigabytes), options.gzip)
             size = reviews.stat().st_size / 1e9
-            results = {way: measure(way, reviews, metadata, folder / f"{gigabytes}" / way) for way in ways}
+            results = {way: measure(__file__, way, reviews, metadata, folder / f"{gigabytes}" / way) for way in ways}
             for way, result in results.items():
                 print(
                     f"| {size:.2f} GB{' gzip' * options.gzip} | {way} | {num_rows:,} | {result['cpu']:.1f} | "

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from interleaved import CLOCKS, arguments, print_table, timed_in_turn
 
+from fedmerge.device import resolve_compute
 from fedmerge.evaluation.ranks import rank_targets
 from fedmerge.sequence.fusion import choose_weights, fused_ranks
 from fedmerge.sequence.model import Inputs, SequenceModel, SequenceSettings
@@ -33,14 +34,14 @@ def train_batches(inputs: Inputs, num_items: int, num_batches: int, clock: str, 
     settings = SequenceSettings(inputs=inputs, hidden_size=hidden_size)
     vectors = None if inputs == "ids" else unit_vectors(num_items, TEXT_WIDTH, 0)
     model = SequenceModel(num_items, settings, vectors).train()
-    optimizer = torch.optim.Adam(model.parameters())
+    optimizer, dtype = torch.optim.Adam(model.parameters()), resolve_compute("cpu").autocast_dtype
     now, start = CLOCKS[clock], 0.0
     for number in range(-1, num_batches):  # the first one allocates
         if number == 0:
             start = now()
         lengths = np.clip(rng.geometric(1 / (MEAN_LENGTH - 1), settings.batch_size) + 1, 2, settings.max_length + 1)
         optimizer.zero_grad()
-        backward(model, [rng.integers(0, num_items, length) for length in lengths])
+        backward(model, [rng.integers(0, num_items, length) for length in lengths], dtype)
         optimizer.step()
     return (now() - start) / num_batches
 
@@ -51,12 +52,12 @@ def unit_vectors(number: int, width: int, seed: int) -> torch.Tensor:
 
 
 def sources_of(num_users: int, num_items: int) -> tuple[Source, ...]:
-    """Return a head of width 64, and text and last item of width 384."""
+    """Return a head of width 64, and two sources of text of width 384."""
     text = unit_vectors(num_items, TEXT_WIDTH, 1)
     return (
         Source("head", unit_vectors(num_users, 64, 2), unit_vectors(num_items, 64, 3)),
         Source("text", unit_vectors(num_users, TEXT_WIDTH, 4), text),
-        Source("last item", unit_vectors(num_users, TEXT_WIDTH, 5), text),
+        Source("recent items", unit_vectors(num_users, TEXT_WIDTH, 5), text),
     )
 
 

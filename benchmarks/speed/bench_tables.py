@@ -11,20 +11,16 @@ seconds.
 """
 
 import argparse
-import json
-import os
-import resource
 import shutil
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
+from own_process import measure, measured
 
 CHUNK = 1_000_000
 THREADS = 2
@@ -116,24 +112,6 @@ def plain_polars(interactions: Path, _: Path, dst: Path) -> int:
 WAYS = {"fedmerge": fedmerge, "DuckDB": plain_duckdb, "Polars": plain_polars}
 
 
-def measure(way: str, interactions: Path, catalog: Path, dst: Path) -> dict[str, float]:
-    """Run one import in a process of its own."""
-    command = [sys.executable, __file__, "--measure", way, str(interactions), str(catalog), str(dst)]
-    environment = {**os.environ, "POLARS_MAX_THREADS": str(THREADS)}
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
-    result: dict[str, float] = json.loads(done.stdout)
-    return result
-
-
-def measured(way: str, interactions: Path, catalog: Path, dst: Path) -> None:
-    """Import in this process, and print time and memory."""
-    start, cpu = time.perf_counter(), time.process_time()
-    kept = WAYS[way](interactions, catalog, dst)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # Linux counts KiB
-    seconds = time.perf_counter() - start
-    print(json.dumps({"kept": kept, "seconds": seconds, "cpu": time.process_time() - cpu, "peak_mb": peak}))
-
-
 def main() -> None:
     """Generate, import, compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -144,7 +122,7 @@ def main() -> None:
     parser.add_argument("--measure", nargs=4, default=None, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
-        measured(options.measure[0], *map(Path, options.measure[1:]))
+        measured(WAYS[options.measure[0]], *map(Path, options.measure[1:]))
         return
     print("| rows | form | way | CPU s | wall s | rows/CPU s | CPU ratio | peak MB | memory ratio | kept |")
     print("| ---: | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
@@ -157,7 +135,9 @@ def main() -> None:
                 source = write_source(Path(name), num_rows, form)
                 first: dict[str, float] = {}
                 for way in options.ways:
-                    found = measure(way, *source, Path(name) / way)
+                    found = measure(
+                        __file__, way, *source, Path(name) / way, environment={"POLARS_MAX_THREADS": str(THREADS)}
+                    )
                     first = first or found
                     ratios = {key: found[key] / first[key] for key in ("cpu", "peak_mb")}
                     print(

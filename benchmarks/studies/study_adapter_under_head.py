@@ -22,14 +22,13 @@ import numpy.typing as npt
 import torch
 
 from fedmerge.adapter import Adapter
+from fedmerge.bench.ranking import backbone_of
 from fedmerge.client.local_domain import LocalDomain, open_domain
 from fedmerge.client.training.batches import Batch, training_batches
 from fedmerge.client.training.loop import Attached, Budget, Recipe, Schedule, Step, StepResult, fit
 from fedmerge.client.training.plain_sgd import batch_steps, check_loss
 from fedmerge.config import ExperimentConfig, Train, load_config
-from fedmerge.device import resolve_compute
 from fedmerge.domain.splits import Examples, evaluation_examples
-from fedmerge.encoder.backbone import load_backbone
 from fedmerge.encoder.encode import embed_in_groups, encode
 from fedmerge.encoder.frozen import frozen_products, using
 from fedmerge.encoder.lora import applied
@@ -52,10 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Train both adapters and their heads, and print the rows."""
     options = _options(arguments)
     config = load_config(CONFIG, options.set)
-    compute = resolve_compute(config.runtime.device, config.runtime.precision)
     torch.set_num_threads(config.runtime.threads_per_client)
-    backbone = load_backbone(config.backbone.source, config.backbone.pooling, compute)
-    domain = open_domain(options.domain, backbone, config.text)
+    domain = open_domain(options.domain, backbone_of(config.backbone, config.runtime), config.text)
     select, report = halves(evaluation_examples(domain.interactions, "valid", options.users, config.seed))
     rows: dict[str, Any] = {}
     for name in ("backbone", "today", "under the head"):
@@ -113,12 +110,12 @@ def _train(name: str, domain: LocalDomain, config: ExperimentConfig, cpu_seconds
         )
 
         def init(attached: Attached, first: int) -> Step:
-            return _under_head_steps(domain, head, (batch for batch, _ in drawn), settings, attached, spent)
+            return under_head_steps(domain, head, (batch for batch, _ in drawn), settings, attached, spent)
 
         def validate() -> float:
             head.eval()
             with torch.no_grad():
-                head.whitened = (_vectors(domain) - head.text_mean) @ head.text_axes
+                _read(head, _vectors(domain))
                 source = sequence_source(head, select.histories)
             return _ndcg(rank_targets(source.user_vectors, source.item_vectors, select.targets))
 
@@ -129,7 +126,7 @@ def _train(name: str, domain: LocalDomain, config: ExperimentConfig, cpu_seconds
     return fit(recipe, domain.backbone, config.lora, config.seed, lambda line: print(line, flush=True)).adapter
 
 
-def _under_head_steps(
+def under_head_steps(
     domain: LocalDomain,
     head: SequenceModel,
     batches: Iterator[Batch],
@@ -161,7 +158,7 @@ def _under_head_steps(
         optimizer.zero_grad()
         with using(products):
             vectors = embed_in_groups(domain.backbone, [domain.item_sequences[item] for item in items])  # (m, d)
-            head.whitened = (vectors - head.text_mean) @ head.text_axes  # by the backbone's catalog, which stays
+            _read(head, vectors)
             base = head.base()
             states = head(histories, base)[read]  # (positions, h)
             loss = torch.nn.functional.cross_entropy(states @ head.item_representations(base).T, targets)
@@ -172,6 +169,11 @@ def _under_head_steps(
         return StepResult(loss.item(), spent())
 
     return step
+
+
+def _read(head: SequenceModel, vectors: torch.Tensor) -> None:
+    """Let a head read these vectors, whitened as those of the backbone's catalog, so that gradients reach them."""
+    head.whitened = (vectors - head.text_mean) @ head.text_axes
 
 
 def _scores(

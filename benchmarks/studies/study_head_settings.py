@@ -5,8 +5,8 @@
         --adapter runs/amazon3/merged/average-… --out head-settings.json
 
 Every head is trained until five epochs bring nothing. Test is never read: one half of the validation users selects
-epochs and weights of the fusion, the other half is reported (masked, as all trained items are). Rows of an --out file
-that are there already are not trained again.
+epochs and weights of the fusion, the other half is reported, masked. Rows of an --out file that are there already are
+not trained again.
 """
 
 import argparse
@@ -14,17 +14,15 @@ import itertools
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from study_adapter_under_head import CONFIG, fused_rows, halves, vectors_of
 
+from fedmerge.bench.ranking import backbone_of
 from fedmerge.client.local_domain import open_domain
 from fedmerge.config import load_config
-from fedmerge.device import resolve_compute
 from fedmerge.domain.splits import evaluation_examples
-from fedmerge.encoder.backbone import load_backbone
 from fedmerge.encoder.lora import applied
 from fedmerge.encoder.peft_folder import read_adapter
 from fedmerge.files import write_json
@@ -37,8 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _options(arguments)
     config = load_config(CONFIG, options.set)
     torch.set_num_threads(config.runtime.threads_per_client)
-    compute = resolve_compute(config.runtime.device, config.runtime.precision)
-    backbone = load_backbone(config.backbone.source, config.backbone.pooling, compute)
+    backbone = backbone_of(config.backbone, config.runtime)
     domain = open_domain(options.domain, backbone, config.text)
     select, report = halves(evaluation_examples(domain.interactions, "valid", options.users, config.seed))
     adapter = None if options.adapter is None else read_adapter(options.adapter)
@@ -57,9 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             domain.training_sequences,
             len(domain.catalog),
             select,
-            replace(settings, patience=5),
+            settings,
             config.seed,
-            compute,
+            backbone.compute,
             None if inputs == "ids" else items,
         )
         seconds = time.process_time() - started

@@ -14,11 +14,10 @@ import numpy as np
 import torch
 from study_adapter_under_head import CONFIG, vectors_of
 
+from fedmerge.bench.ranking import backbone_of
 from fedmerge.client.local_domain import open_domain
 from fedmerge.config import load_config
-from fedmerge.device import resolve_compute
 from fedmerge.domain.splits import Examples, evaluation_examples
-from fedmerge.encoder.backbone import load_backbone
 from fedmerge.encoder.lora import applied
 from fedmerge.encoder.peft_folder import read_adapter
 from fedmerge.evaluation.ranks import METRICS, IntArray, per_user_metrics, rank_targets
@@ -38,8 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     config = load_config(CONFIG, options.set)
     torch.set_num_threads(config.runtime.threads_per_client)
-    compute = resolve_compute(config.runtime.device, config.runtime.precision)
-    backbone = load_backbone(config.backbone.source, config.backbone.pooling, compute)
+    backbone = backbone_of(config.backbone, config.runtime)
     adapter = None if options.adapter is None else read_adapter(options.adapter)
     for folder in options.domains:
         domain = open_domain(folder, backbone, config.text)

@@ -3,29 +3,27 @@
 The models are folders of Hugging Face with safetensors files, sharded or not. Tensors are read one module at a time.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fedmerge.adapter import Adapter, adapter_sha256
 from fedmerge.api.models import Model
 from fedmerge.backbone_files import find_backbone
+from fedmerge.encoder.peft.model_weights import ModelWeights, open_weights, read_weight
 from fedmerge.errors import BackboneError, ConfigError, LayoutMismatchError, MergeError
 from fedmerge.merging.candidate import Provenance
 from fedmerge.merging.folders.reading import AdapterFolders
 from fedmerge.merging.spaces import Bases
 from fedmerge.merging.training_free import compressed
 
-INDEX_FILE = "model.safetensors.index.json"
 _TASKS = {  # end of a class's name -> PEFT's task type
     "ForCausalLM": "CAUSAL_LM",
     "LMHeadModel": "CAUSAL_LM",
@@ -127,7 +125,7 @@ def extract_adapter(base: str | Path, tuned: str | Path, rank: int, target_modul
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise ConfigError(f"extract: rank: found {rank!r}, expected an integer of at least 1")
     name, folder = find_backbone(str(base))
-    before, after = _Tensors(folder), _Tensors(find_backbone(str(tuned))[1])
+    before, after = open_weights(folder), open_weights(find_backbone(str(tuned))[1])
     _check_shapes(before, after)
     model = _model_of(folder)
     chosen = _chosen(model, before, after, target_modules)
@@ -164,48 +162,7 @@ def extract_adapter(base: str | Path, tuned: str | Path, rank: int, target_modul
     )
 
 
-@dataclass(frozen=True)
-class _Tensors:
-    """The tensors of a folder, read on demand.
-
-    Attributes:
-        folder: the folder.
-        shapes: name -> shape.
-        files: name -> file that holds it.
-    """
-
-    folder: Path
-    shapes: dict[str, tuple[int, ...]] = field(init=False, default_factory=dict)
-    files: dict[str, Path] = field(init=False, default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for path in self._paths():
-            try:
-                with safe_open(path, framework="pt") as file:
-                    for key in file.keys():  # noqa: SIM118  # not a mapping
-                        self.shapes[key], self.files[key] = tuple(file.get_slice(key).get_shape()), path
-            except (OSError, SafetensorError) as error:
-                raise BackboneError(f"model {path}: cannot be read ({error}). Get the model again.") from error
-
-    def _paths(self) -> list[Path]:
-        index = self.folder / INDEX_FILE
-        if not index.is_file():
-            single = self.folder / "model.safetensors"
-            return [single] if single.is_file() else sorted(self.folder.glob("*.safetensors"))
-        try:
-            shards = sorted({str(shard) for shard in json.loads(index.read_text())["weight_map"].values()})
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise BackboneError(f"model {index}: damaged ({error!r}). Get the model again.") from error
-        return [self.folder / Path(shard).name for shard in shards]
-
-    def read(self, key: str) -> torch.Tensor:
-        """Return one tensor, float32."""
-        with safe_open(self.files[key], framework="pt") as file:
-            tensor: torch.Tensor = file.get_tensor(key)
-        return tensor.float()
-
-
-def _check_shapes(before: _Tensors, after: _Tensors) -> None:
+def _check_shapes(before: ModelWeights, after: ModelWeights) -> None:
     """Raise unless the tensors of one name have one shape."""
     different = [
         f"{key} {list(before.shapes[key])} and {list(after.shapes[key])}"
@@ -220,12 +177,9 @@ def _check_shapes(before: _Tensors, after: _Tensors) -> None:
         )
 
 
-def _difference(before: _Tensors, after: _Tensors, key: str) -> torch.Tensor:
+def _difference(before: ModelWeights, after: ModelWeights, key: str) -> torch.Tensor:
     """Return after - before, float32."""
-    try:
-        difference = after.read(key).sub_(before.read(key))
-    except (OSError, SafetensorError) as error:
-        raise BackboneError(f"extract: tensor {key} cannot be read ({error}). Get the models again.") from error
+    difference = read_weight(after, key).float().sub_(read_weight(before, key).float())
     if bad := int((~difference.isfinite()).sum()):
         raise MergeError(f"extract: tensor {key}: {bad} of {difference.numel()} differences are not finite.")
     return difference
@@ -248,7 +202,9 @@ def _model_of(folder: Path) -> PreTrainedModel:
     return built
 
 
-def _chosen(model: PreTrainedModel, before: _Tensors, after: _Tensors, target_modules: Sequence[str]) -> dict[str, str]:
+def _chosen(
+    model: PreTrainedModel, before: ModelWeights, after: ModelWeights, target_modules: Sequence[str]
+) -> dict[str, str]:
     """Return tensor -> module for the linear modules to extract."""
     linear = {
         name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | Conv1D) and name

@@ -24,7 +24,7 @@ from fedmerge.sequence.ranking import Source, last_states, pad
 
 ATTENTION, ITEM, RECENCY = "attention", "item", "recency"  # modules of the adapter
 SCALING = 2.0
-RECENT = 50  # items read of a history without training; any later ones weigh less than 1e-10
+RECENT = 50  # items read of a history without training; older ones weigh less than 1e-10
 RIDGE = 0.1  # of the whitening, as a share of the mean variance
 DECAY = 0.5  # c: fall of the untrained attention's logit with every later item
 TEMPERATURE = 0.12  # τ; with it and BACKGROUND the untrained head's scores are calibrated (docs/findings.md)

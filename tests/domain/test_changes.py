@@ -96,7 +96,13 @@ def test_the_commands_say_what_depends_on_the_domain(
     shop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cache, ids, key = tmp_path / "cache", tmp_path / "ids.txt", "0123456789abcdef"
-    of_shop = [f"experts/shop-{key}", f"heads/shop-federated-{key}.json", f"tokens/shop-{key}", "sums/shop"]
+    of_shop = [
+        f"experts/shop-{key}",
+        f"heads/shop-federated-{key}.json",
+        f"tokens/shop-{key}",
+        "sums/shop",
+        "disclosed/shop",
+    ]
     for name in (*of_shop, f"experts/shop-two-{key[:4]}", f"experts/other-{key}"):
         (cache / name).mkdir(parents=True)
     found = cached_of("shop", cache)
@@ -108,6 +114,7 @@ def test_the_commands_say_what_depends_on_the_domain(
     assert "cannot be recalled" in said
     assert f"shop-{key}" in said
     assert "other" not in said
+    assert "1 of shop: a record of what has left" in said
     assert main(["data", "forget", str(shop), "--users", str(ids)]) != 0
     (tmp_path / "new.csv").write_text("item_id,title\nd,doll\n")
     added = ["data", "add-items", str(shop), "--catalog", str(tmp_path / "new.csv"), "--cache-dir", str(cache)]

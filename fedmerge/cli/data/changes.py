@@ -74,7 +74,7 @@ def _say_change(domain: Path, change: "Change", known: str) -> bool:
 
 def _say_cached(options: argparse.Namespace, name: str, *, forgotten: bool) -> None:
     """Print what the cache holds of the domain as it was."""
-    from fedmerge.client.cache.dependents import OF_USERS, cached_of
+    from fedmerge.client.cache.dependents import LEARNED, RECORDS, cached_of
     from fedmerge.config import ExperimentConfig
 
     place = options.cache_dir or Path(ExperimentConfig().cache_dir)
@@ -84,9 +84,9 @@ def _say_cached(options: argparse.Namespace, name: str, *, forgotten: bool) -> N
         return
     remedy = "delete it and train again" if forgotten else "it is not reused; train again for an expert of all items"
     for kind, paths in found.items():
-        todo = remedy if kind in OF_USERS else "made anew by the next run; delete it"
-        if kind in ("released", "sums"):
-            todo = "a record of what has left; keep it while a run that used it can resume"
+        todo = remedy if kind in LEARNED else "made anew by the next run; delete it"
+        if kind in RECORDS:
+            todo = "a record of what has left, which later answers are checked against: keep it"
         print(f"  {place / kind}: {len(paths)} of {name}: {todo}")
         for path in paths:
             print(f"    {path.name}")

@@ -3,16 +3,9 @@
 import re
 from pathlib import Path
 
-OF_USERS = (
-    "experts",
-    "heads",
-    "personal",
-    "sasrec",
-    "released",
-    "sums",
-    "cohorts",
-)  # learned from interactions, or sent
-OF_ITEMS = ("tokens", "item-vectors")  # made of the catalog alone
+LEARNED = ("experts", "heads", "personal", "sasrec")  # from interactions
+RECORDS = ("released", "sums", "disclosed")  # of what has left
+REMADE = ("tokens", "item-vectors", "cohorts")  # of catalogs and received adapters
 
 
 def cached_of(domain: str, cache_dir: Path) -> dict[str, list[Path]]:
@@ -25,6 +18,6 @@ def cached_of(domain: str, cache_dir: Path) -> dict[str, list[Path]]:
     named = re.compile(rf"{re.escape(domain)}(?:-(?:[a-z]+-)?[0-9a-f]{{16}}.*)?")
     found = {
         kind: sorted(path for path in (cache_dir.expanduser() / kind).glob("*") if named.fullmatch(path.name))
-        for kind in (*OF_USERS, *OF_ITEMS)
+        for kind in (*LEARNED, *RECORDS, *REMADE)
     }
     return {kind: paths for kind, paths in found.items() if paths}

@@ -9,8 +9,8 @@ import torch
 
 from fedmerge.adapter import Adapter, LoraModule, adapter_sha256
 from fedmerge.encoder.adapter_records import adapter_record
-from fedmerge.encoder.peft.base_weights import BaseWeights, base_weight, open_base
 from fedmerge.encoder.peft.contents import PARTS, Contents, shortened
+from fedmerge.encoder.peft.model_weights import ModelWeights, open_weights, read_weight_like
 from fedmerge.encoder.peft_folder import read_verified_contents
 from fedmerge.errors import BackboneError, LayoutMismatchError, MergeError
 from fedmerge.merging.folders.agreement import agreed_base, agreed_mapping, agreed_setting, agreed_targets
@@ -50,7 +50,7 @@ class AdapterFolders:
     sha256: Mapping[str, str] = field(default_factory=dict)
     missing: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     contents: Mapping[str, Contents] = field(default_factory=dict)
-    base: BaseWeights | None = None
+    base: ModelWeights | None = None
     hub: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     @property
@@ -118,7 +118,7 @@ def read_folders(
         RunDirError: a record beside an adapter is damaged.
     """
     contents = {name: read_verified_contents(folders[name], leave_out) for name in sorted(folders)}
-    weights = None if base is None else open_base(base)
+    weights = None if base is None else open_weights(base)
     configs = {name: each.config for name, each in contents.items()}
     fan_in_fan_out = any(bool(config.get("fan_in_fan_out")) for config in configs.values())
     embeddings = frozenset(name for each in contents.values() for name in each.embeddings)
@@ -194,7 +194,7 @@ def _check_parts(name: str, contents: Contents, embeddings: frozenset[str], whol
         )
 
 
-def _folded(name: str, contents: Contents, base: BaseWeights | None) -> Adapter:
+def _folded(name: str, contents: Contents, base: ModelWeights | None) -> Adapter:
     """Return the adapter with the update of every DoRA module written out."""
     if not contents.magnitudes:
         return contents.adapter
@@ -214,7 +214,7 @@ def _folded(name: str, contents: Contents, base: BaseWeights | None) -> Adapter:
 
 
 def fold_dora(
-    module: LoraModule, magnitude: torch.Tensor, base: BaseWeights, name: str, transposed: bool
+    module: LoraModule, magnitude: torch.Tensor, base: ModelWeights, name: str, transposed: bool
 ) -> LoraModule:
     """Return the update of a DoRA module as one factor beside an identity: m · (W + Δ) / ‖W + Δ‖ - W.
 
@@ -232,7 +232,7 @@ def fold_dora(
 
     Source: DoRA (arXiv:2402.09353), equation 5; ``peft/tuners/lora/dora.py``.
     """
-    weight = base_weight(base, f"{name}.weight").double()
+    weight = read_weight_like(base, f"{name}.weight").double()
     weight = weight.T if transposed else weight  # (out, in)
     delta = module.scaling * (module.lora_B.double() @ module.lora_A.double())
     if weight.shape != delta.shape:

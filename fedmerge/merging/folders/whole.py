@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from fedmerge.adapter import layer_of
-from fedmerge.encoder.peft.base_weights import base_weight
 from fedmerge.encoder.peft.contents import PARTS, shortened
+from fedmerge.encoder.peft.model_weights import read_weight_like
 from fedmerge.encoder.peft.names import is_saved_whole
 from fedmerge.errors import LayoutMismatchError, MergeError
 from fedmerge.merging.folders.reading import AdapterFolders
@@ -126,7 +126,7 @@ def _merge(
 ) -> torch.Tensor:
     by_domain = weights.of(name, kind)
     first = next(iter(values.values()))
-    base = None if sources.base is None else base_weight(sources.base, name)
+    base = None if sources.base is None else read_weight_like(sources.base, name)
     if len({tuple(value.shape) for value in (*values.values(), *([] if base is None else [base]))}) > 1:
         raise LayoutMismatchError(
             f"{name}: found the shapes {', '.join(f'{domain} {tuple(v.shape)}' for domain, v in values.items())}"
