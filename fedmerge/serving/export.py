@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from fedmerge.adapter import Adapter, adapter_sha256
 from fedmerge.client.heads.heads import LocalHead, source_names
 from fedmerge.encoder.export import export_model, provenance_of
 from fedmerge.encoder.text import item_text
-from fedmerge.evaluation.sums import FEDERATED_SOURCES
+from fedmerge.evaluation.sums import FEDERATED_SOURCES, PERSONAL
 from fedmerge.files import check_free, write_bytes, write_json
 from fedmerge.recommender import make_recommender
 from fedmerge.runs.federated_head import read_fusion
@@ -105,7 +106,10 @@ def export_served(place: RunDomain, served: ServedModel, out: Path) -> None:
     check_free(out)
     text, provenance = place.config.text, _provenance(served)
     if served.decision.model in TEXT_MODELS:
-        export_model(place.backbone, served.adapter, out, text, provenance, template=place.catalog.template)
+        personal = served.decision.model == PERSONAL
+        warning = _warning(place.manifest.name, "coefficients were fitted to") if personal else ""
+        more = partial(_extend_card, text=f"\n{warning}\n" if warning else "")
+        export_model(place.backbone, served.adapter, out, text, provenance, more, place.catalog.template)
         return
     vectors = make_recommender(place.backbone, served.adapter, place.catalog, text).item_vectors
     head = load_head(place, served, vectors)
@@ -115,11 +119,22 @@ def export_served(place: RunDomain, served: ServedModel, out: Path) -> None:
     def add_head(folder: Path) -> None:
         write_bytes(folder / HEAD_TENSORS, tensors)
         write_json(folder / HEAD_FILE, record)
-        card = folder / "README.md"
-        card.write_text(card.read_text(encoding="utf-8") + _card(place, served, head), encoding="utf-8")
+        _extend_card(folder, _card(place, served, head))
 
     provenance["head"] = {"model": served.decision.model, "domain": place.manifest.name, "sha256": record["sha256"]}
     export_model(place.backbone, served.adapter, out, text, provenance, add_head, place.catalog.template)
+
+
+def _extend_card(folder: Path, text: str) -> None:
+    card = folder / "README.md"
+    card.write_text(card.read_text(encoding="utf-8") + text, encoding="utf-8")
+
+
+def _warning(name: str, what: str) -> str:
+    return (
+        f"**Do not give this folder away.** Its {what} the users of {name}, without differential privacy, for\n{name} "
+        f"itself; it never left {name} in the federation."
+    )
 
 
 def _provenance(served: ServedModel) -> dict[str, Any]:
@@ -186,8 +201,7 @@ def _weights_from(place: RunDomain, served: ServedModel) -> str:
 def _card(place: RunDomain, served: ServedModel, head: ServedHead) -> str:
     name, own, shared = place.manifest.name, isinstance(head.head, LocalHead), _shared(head) is not None
     warning = (
-        f"**Do not give this folder away.** Its head was trained on the users of {name}, without differential privacy, "
-        f"for\n{name} itself; it never left {name} in the federation."
+        _warning(name, "head was trained on")
         if own
         else f"Its head is the run's federated head. {_weights_from(place, served)}".strip()
     )

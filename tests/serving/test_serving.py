@@ -331,6 +331,7 @@ def test_a_personal_merge_is_found_in_the_client_s_cache(
         capsys, "export", run, tmp_path / "out", "--domain", place.domains / DOMAIN, "--cache-dir", config.cache_dir
     )
     assert "keep the folder within the organisation" in said
+    assert "**Do not give this folder away.**" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
 
 
 # The command
