@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from fedmerge.api.evaluation import load_recommender as load_recommender
     from fedmerge.api.evaluation import load_served as load_served
     from fedmerge.api.evaluation import recommend as recommend
-    from fedmerge.api.extraction import extract as extract
     from fedmerge.api.models import Model as Model
+    from fedmerge.api.models import extract as extract
     from fedmerge.api.models import load_adapter as load_adapter
     from fedmerge.api.models import merge as merge
     from fedmerge.api.models import merge_learned as merge_learned
@@ -36,8 +36,7 @@ if TYPE_CHECKING:
 _ROOMS = {
     "fedmerge.adapter": ("Adapter", "LoraModule"),
     "fedmerge.api.data": ("load_backbone", "load_domains"),
-    "fedmerge.api.extraction": ("extract",),
-    "fedmerge.api.models": ("Model", "load_adapter", "merge", "merge_learned", "methods", "train"),
+    "fedmerge.api.models": ("Model", "extract", "load_adapter", "merge", "merge_learned", "methods", "train"),
     "fedmerge.api.evaluation": ("Scores", "evaluate", "load_recommender", "load_served", "recommend"),
     "fedmerge.api.simulation": ("SimulatedRun", "simulate"),
 }

@@ -1,6 +1,6 @@
 """LoRA adapters as data: modules, hash, and the layer of a module. Imports torch alone.
 
-On disk an adapter is a PEFT folder, see ``fedmerge.encoder.peft_folder``; on a model, see ``fedmerge.encoder.lora``.
+On disk an adapter is a PEFT folder, see ``fedmerge.encoder.peft.folder``; on a model, see ``fedmerge.encoder.lora``.
 """
 
 import hashlib

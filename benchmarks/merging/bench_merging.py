@@ -22,7 +22,7 @@ import torch
 from transformers import RobertaConfig, RobertaModel
 
 from fedmerge.adapter import Adapter, LoraModule
-from fedmerge.encoder.peft_folder import write_adapter
+from fedmerge.encoder.peft.folder import write_adapter
 from fedmerge.merging.methods import METHODS
 from fedmerge.merging.training_free import merge_adapters
 

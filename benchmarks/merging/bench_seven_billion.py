@@ -32,7 +32,7 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig
 
 from fedmerge.adapter import Adapter, LoraModule
-from fedmerge.encoder.peft_folder import read_adapter, write_adapter
+from fedmerge.encoder.peft.folder import read_adapter, write_adapter
 
 GIB = 2**30
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -24,7 +24,7 @@ from fedmerge.client.local_domain import open_domain
 from fedmerge.config import load_config
 from fedmerge.domain.splits import evaluation_examples
 from fedmerge.encoder.lora import applied
-from fedmerge.encoder.peft_folder import read_adapter
+from fedmerge.encoder.peft.folder import read_adapter
 from fedmerge.files import write_json
 from fedmerge.sequence.model import SequenceSettings
 from fedmerge.sequence.training import train_sequence_model

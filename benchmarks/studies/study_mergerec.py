@@ -45,7 +45,7 @@ from fedmerge.domain.splits import evaluation_examples
 from fedmerge.encoder.backbone import Backbone, load_backbone
 from fedmerge.encoder.encode import encode
 from fedmerge.encoder.lora import applied
-from fedmerge.encoder.peft_folder import read_verified
+from fedmerge.encoder.peft.folder import read_verified
 from fedmerge.encoder.text import pack_sequences
 from fedmerge.errors import ConfigError
 from fedmerge.evaluation.ranks import METRICS, per_user_metrics, rank_targets

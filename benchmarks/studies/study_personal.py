@@ -26,7 +26,7 @@ from fedmerge.device import resolve_compute
 from fedmerge.domain.demo import domains_root
 from fedmerge.domain.splits import evaluated_users, evaluation_examples, examples_of
 from fedmerge.encoder.backbone import load_backbone
-from fedmerge.encoder.peft_folder import read_adapter
+from fedmerge.encoder.peft.folder import read_adapter
 from fedmerge.evaluation.sums import EXPERT, metric_sums, paired_difference
 from fedmerge.files import write_json
 from fedmerge.merging.stack import linear_merge, stack_adapters

@@ -19,7 +19,7 @@ from fedmerge.client.local_domain import open_domain
 from fedmerge.config import load_config
 from fedmerge.domain.splits import Examples, evaluation_examples
 from fedmerge.encoder.lora import applied
-from fedmerge.encoder.peft_folder import read_adapter
+from fedmerge.encoder.peft.folder import read_adapter
 from fedmerge.evaluation.ranks import METRICS, IntArray, per_user_metrics, rank_targets
 from fedmerge.sequence.anchored import whitened, whitening
 

@@ -1,4 +1,4 @@
-"""Train, merge, read and write adapters."""
+"""Train, merge, extract, read and write adapters."""
 
 from __future__ import annotations
 
@@ -235,6 +235,56 @@ def merge_learned(
         sha256=adapter_sha256(adapter),
     )
     return Model(adapter, provenance.to_dict(), _made_on(backbone, sources.adapters))
+
+
+def extract(
+    base: str | Path, tuned: str | Path, *, rank: int, target_modules: Sequence[str] = (), base_model: str | None = None
+) -> Model:
+    """Extract a LoRA from two full models: the truncated SVD of the change of each linear layer.
+
+    Args:
+        base: folder or hub id of the model before fine-tuning, with safetensors files, sharded or not.
+        tuned: folder or hub id of the model after it.
+        rank: largest rank of a module.
+        target_modules: names of linear layers, whole or from the right; empty: all but the output head.
+        base_model: name of the base model in the adapter; None: the name of ``base``.
+
+    Returns:
+        The adapter. Its provenance has the entries ``residuals`` (by module), ``residual`` (of the whole change),
+        ``lost`` (share of the squared change in every changed tensor that the adapter leaves out) and ``unmatched``
+        (tensors that only one model has).
+
+    Raises:
+        BackboneError: a model that cannot be read.
+        ConfigError: a rank below 1, or a target that no linear layer has.
+        LayoutMismatchError: models of different shapes.
+        MergeError: values that are not finite, or no linear layer that changed.
+    """
+    from fedmerge.adapter import adapter_sha256
+    from fedmerge.merging.candidate import Provenance
+    from fedmerge.merging.folders.reading import AdapterFolders
+    from fedmerge.merging.low_rank.extraction import extract_adapter
+
+    made = extract_adapter(base, tuned, rank, target_modules)
+    name = base_model or made.base_name
+    provenance = Provenance(
+        method="extract",
+        domains={},
+        backbone={"name": name, "sha256": None},
+        sha256=adapter_sha256(made.adapter),
+        parameters={"tuned": Path(tuned).name, "rank": rank, "target_modules": list(target_modules)},
+        residuals=dict(made.residuals),
+        more={"residual": made.residual, "lost": dict(made.lost), "unmatched": list(made.unmatched)},
+    )
+    sources = AdapterFolders(
+        adapters={Path(tuned).name: made.adapter},
+        backbone_name=name,
+        backbone_sha256=None,
+        task_type=made.task_type,
+        target_modules=None,
+        fan_in_fan_out=made.fan_in_fan_out,
+    )
+    return Model(made.adapter, provenance.to_dict(), sources)
 
 
 def methods() -> dict[str, Method]:

@@ -32,7 +32,7 @@ from fedmerge.config import (
 from fedmerge.domain.catalog import Catalog, load_catalog
 from fedmerge.domain.demo import domains_root
 from fedmerge.domain.manifest import check_catalog_is_public, read_manifest
-from fedmerge.encoder.peft_folder import read_adapter, write_adapter
+from fedmerge.encoder.peft.folder import read_adapter, write_adapter
 from fedmerge.errors import FedMergeError
 from fedmerge.evaluation.ranks import SELECTION_METRIC
 from fedmerge.federated.rounds import aggregate, initial_state

@@ -9,7 +9,7 @@ from fedmerge.client.evaluate import encode_text
 from fedmerge.client.heads.federated import federated_ranks, federated_weights
 from fedmerge.client.heads.vectors import item_vectors
 from fedmerge.config import ExperimentConfig, Split
-from fedmerge.encoder.peft_folder import read_adapter, write_adapter
+from fedmerge.encoder.peft.folder import read_adapter, write_adapter
 from fedmerge.evaluation.sums import FEDERATED_HEAD
 from fedmerge.federated.head import fresh_head, mean_weights
 from fedmerge.federated.rounds import aggregate, fresh_seed, initial_state

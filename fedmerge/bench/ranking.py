@@ -36,7 +36,7 @@ from fedmerge.domain.interactions import load_interactions
 from fedmerge.domain.manifest import read_manifest
 from fedmerge.domain.splits import Examples, evaluation_examples
 from fedmerge.encoder.backbone import Backbone, load_backbone
-from fedmerge.encoder.peft_folder import read_adapter
+from fedmerge.encoder.peft.folder import read_adapter
 from fedmerge.errors import DomainError, RunDirError
 from fedmerge.evaluation.ranks import per_user_metrics
 from fedmerge.evaluation.sums import VARIANTS, MetricSums, Variant, head_label, metric_sums

@@ -27,7 +27,7 @@ from fedmerge.config import ExperimentConfig, HeadVectors
 from fedmerge.domain.catalog import CATALOG_FILE
 from fedmerge.domain.demo import domains_root
 from fedmerge.domain.manifest import read_manifest
-from fedmerge.encoder.peft_folder import read_adapter
+from fedmerge.encoder.peft.folder import read_adapter
 from fedmerge.evaluation.ranks import SELECTION_METRIC
 from fedmerge.evaluation.sums import FEDERATED_HEAD, VARIANTS, MetricSums, Variant
 from fedmerge.federated.rules import rule_named

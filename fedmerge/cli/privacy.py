@@ -167,7 +167,7 @@ def _opened(folder: Path, config: "ExperimentConfig", names: Sequence[str]) -> I
     from fedmerge.client.training.settings import training_settings
     from fedmerge.domain.demo import domains_root
     from fedmerge.encoder.adapted import NO_ADAPTER, load_adapted
-    from fedmerge.encoder.peft_folder import read_verified
+    from fedmerge.encoder.peft.folder import read_verified
     from fedmerge.errors import RunDirError
     from fedmerge.mergerec.vectors import TASK_VECTORS
     from fedmerge.runs.reading import describe_run

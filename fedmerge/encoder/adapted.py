@@ -12,7 +12,7 @@ from fedmerge.device import resolve_compute
 from fedmerge.encoder.adapter_records import adapter_record
 from fedmerge.encoder.backbone import Backbone, load_backbone
 from fedmerge.encoder.lora import applied
-from fedmerge.encoder.peft_folder import read_verified
+from fedmerge.encoder.peft.folder import read_verified
 from fedmerge.errors import LayoutMismatchError
 
 NO_ADAPTER = "none"  # instead of a folder: the backbone alone

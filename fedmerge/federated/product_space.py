@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 
 from fedmerge.adapter import Adapter, LoraModule
-from fedmerge.merging.spectral import Factors, dense_svd, support, thin_svd
+from fedmerge.merging.low_rank.spectral import Factors, dense_svd, support, thin_svd
 from fedmerge.merging.stack import linear_merge_of_many, survey_adapters
 
 Triples = Mapping[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]

@@ -12,7 +12,7 @@ import torch
 from fedmerge.adapter import Adapter, LoraModule
 from fedmerge.config import Directions
 from fedmerge.errors import MergeError
-from fedmerge.merging.spectral import rounding, thin_svd
+from fedmerge.merging.low_rank.spectral import rounding, thin_svd
 from fedmerge.merging.stack import Stack, linear_merge, stack_adapters
 
 

@@ -14,6 +14,7 @@ from typing import Literal, get_args
 import torch
 
 from fedmerge.errors import ConfigError
+from fedmerge.merging.low_rank.spectral import Factors, iso_c, iso_cts, multi_slerp, slerp, tsv
 from fedmerge.merging.own_method import OwnMethod, function_name, function_parameters, load_function
 from fedmerge.merging.parameters import Parameter, Value, checked_parameters, markdown_table, parameter_text
 from fedmerge.merging.rows import (
@@ -28,7 +29,6 @@ from fedmerge.merging.rows import (
     pcb,
     ties,
 )
-from fedmerge.merging.spectral import Factors, iso_c, iso_cts, multi_slerp, slerp, tsv
 from fedmerge.merging.stack import StackLayout, linear_by_layer
 
 Law = Literal[
@@ -56,7 +56,7 @@ class Method:
         laws: laws that the tests check.
         coefficients: linear: (stack, **parameters) -> (K,) or (K, G) float32.
         rows: elementwise: (pieces, **parameters) -> K rows per piece, see ``fedmerge.merging.rows``.
-        factors: spectral: (updates, **parameters) -> factors of the merge, see ``fedmerge.merging.spectral``.
+        factors: spectral: (updates, **parameters) -> factors of the merge, see ``fedmerge.merging.low_rank.spectral``.
         function: one's own: (updates, **parameters) -> (out, in), see ``fedmerge.merging.own_method``.
         knots: True if ``rows`` works on S V_k of KnOTS.
         random: True if ``rows`` or ``function`` also takes a seed.

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fedmerge.adapter import Adapter, adapter_sha256, is_zero
-from fedmerge.encoder.peft_folder import write_adapter
+from fedmerge.encoder.peft.folder import write_adapter
 from fedmerge.errors import FedMergeError, RunDirError
 from fedmerge.evaluation.sums import VARIANTS, MetricSums, Variant, metric_sums_from_dict
 from fedmerge.files import read_json, read_record, read_sealed, seal, whole_folder, write_json

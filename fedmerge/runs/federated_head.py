@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from fedmerge.adapter import Adapter
-from fedmerge.encoder.peft_folder import write_adapter
+from fedmerge.encoder.peft.folder import write_adapter
 from fedmerge.errors import FedMergeError
 from fedmerge.evaluation.sums import VARIANTS
 from fedmerge.federated.head import Weights

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from fedmerge.adapter import Adapter, adapter_sha256
-from fedmerge.encoder.peft_folder import read_adapter, write_adapter
+from fedmerge.encoder.peft.folder import read_adapter, write_adapter
 from fedmerge.errors import FedMergeError, RunDirError
 from fedmerge.federated.rounds import GlobalState, state_of, state_tensors
 from fedmerge.files import read_sealed, seal, whole_folder, write_bytes, write_json

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from fedmerge.adapter import Adapter, adapter_sha256
-from fedmerge.encoder.peft_folder import read_adapter, write_adapter
+from fedmerge.encoder.peft.folder import read_adapter, write_adapter
 from fedmerge.errors import FedMergeError
 from fedmerge.files import append_line, read_lines, read_sealed, seal, whole_folder, write_json
 from fedmerge.privacy.secagg.agreement import Summand

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from fedmerge.adapter import Adapter, adapter_sha256
-from fedmerge.encoder.peft_folder import read_adapter
+from fedmerge.encoder.peft.folder import read_adapter
 
 CACHE_BYTES = 2**29  # so that memory does not grow with the number of domains
 
@@ -27,7 +27,7 @@ def read_verified(folder: Path) -> tuple[Adapter, str]:
     """Return an adapter and its hash. Callers share the tensors and must not change them.
 
     Raises:
-        FedMergeError, OSError: as :func:`fedmerge.encoder.peft_folder.read_adapter`.
+        FedMergeError, OSError: as :func:`fedmerge.encoder.peft.folder.read_adapter`.
     """
     folder = folder.resolve()
     stamp = _stamp(folder)

@@ -23,7 +23,7 @@ from fedmerge.domain.manifest import Manifest, read_manifest
 from fedmerge.encoder.adapted import check_backbone
 from fedmerge.encoder.adapter_records import adapter_record
 from fedmerge.encoder.backbone import Backbone, load_backbone
-from fedmerge.encoder.peft_folder import read_verified
+from fedmerge.encoder.peft.folder import read_verified
 from fedmerge.errors import ClientError
 from fedmerge.evaluation.ranks import IntArray
 from fedmerge.evaluation.sums import BACKBONE, EXPERT, FEDERATED_SOURCES, PERSONAL, VARIANTS, Variant

@@ -18,7 +18,7 @@ from fedmerge.adapter import adapter_sha256
 from fedmerge.client.local_domain import LocalDomain
 from fedmerge.config import to_flat
 from fedmerge.domain.demo import write_demo
-from fedmerge.encoder.peft_folder import read_adapter
+from fedmerge.encoder.peft.folder import read_adapter
 from fedmerge.errors import ConfigError, DomainError, LayoutMismatchError, MergeError, RunDirError
 from fedmerge.evaluation.ranks import METRICS
 

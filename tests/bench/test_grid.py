@@ -17,7 +17,7 @@ from fedmerge.bench.ranking import domain_of
 from fedmerge.bench.stages import run_grid
 from fedmerge.client.evaluate import evaluate
 from fedmerge.config import from_flat, to_flat
-from fedmerge.encoder.peft_folder import read_adapter
+from fedmerge.encoder.peft.folder import read_adapter
 from fedmerge.errors import ConfigError
 from fedmerge.files import read_json, write_json
 from fedmerge.report.bench.page import bench_page

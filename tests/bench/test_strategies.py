@@ -15,7 +15,7 @@ from fedmerge.bench.tables import WEIGHTS
 from fedmerge.client.audit.attacks import Audited, audit_domain
 from fedmerge.client.training.settings import training_settings
 from fedmerge.config import ExperimentConfig, load_config
-from fedmerge.encoder.peft_folder import read_adapter
+from fedmerge.encoder.peft.folder import read_adapter
 from fedmerge.errors import ClientError
 from fedmerge.files import read_json, seal, write_json
 from fedmerge.report.bench.page import bench_page

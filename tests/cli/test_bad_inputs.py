@@ -23,7 +23,7 @@ from fedmerge.cli import main
 from fedmerge.domain.demo import generate_domain
 from fedmerge.domain.folder import write_domain
 from fedmerge.encoder.lora import layout_of
-from fedmerge.encoder.peft_folder import write_adapter
+from fedmerge.encoder.peft.folder import write_adapter
 from fedmerge.errors import FedMergeError
 from fedmerge.server.reply_checks import check_adapter
 

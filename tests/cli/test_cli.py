@@ -25,7 +25,7 @@ from fedmerge.domain.folder import list_domains, write_domain
 from fedmerge.domain.manifest import read_manifest
 from fedmerge.encoder.backbone import load_backbone
 from fedmerge.encoder.demo_backbone import NOTE
-from fedmerge.encoder.peft_folder import write_adapter
+from fedmerge.encoder.peft.folder import write_adapter
 from fedmerge.evaluation.ranks import METRICS
 from fedmerge.evaluation.sums import BACKBONE
 

@@ -19,7 +19,7 @@ from fedmerge.client.training.settings import training_settings
 from fedmerge.config import ExperimentConfig, Simulation, to_flat
 from fedmerge.encoder.backbone import Backbone
 from fedmerge.encoder.lora import fresh_adapter
-from fedmerge.encoder.peft_folder import read_adapter
+from fedmerge.encoder.peft.folder import read_adapter
 from fedmerge.report.audit_text import audit_text
 from sim.app.client.app import app as client_app
 from sim.app.messages import records

@@ -21,7 +21,7 @@ from fedmerge.encoder.adapted import folded
 from fedmerge.encoder.backbone import load_backbone
 from fedmerge.encoder.encode import encode
 from fedmerge.encoder.export import export_model
-from fedmerge.encoder.peft_folder import write_adapter
+from fedmerge.encoder.peft.folder import write_adapter
 from fedmerge.encoder.text import build_token_table, item_sequences, item_text, pack_sequences, sequence_text
 from fedmerge.files import read_json
 

@@ -24,7 +24,7 @@ from fedmerge.device import resolve_compute
 from fedmerge.encoder.backbone import Backbone, load_backbone
 from fedmerge.encoder.encode import encode
 from fedmerge.encoder.lora import adapter_of, applied, attach
-from fedmerge.encoder.peft_folder import read_adapter, write_adapter
+from fedmerge.encoder.peft.folder import read_adapter, write_adapter
 from fedmerge.errors import ConfigError, LayoutMismatchError
 from fedmerge.merging.stack import linear_merge, stack_adapters
 

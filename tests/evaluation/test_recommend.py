@@ -25,7 +25,7 @@ from fedmerge.encoder.adapted import folded
 from fedmerge.encoder.backbone import Backbone, load_backbone
 from fedmerge.encoder.encode import encode
 from fedmerge.encoder.lora import applied
-from fedmerge.encoder.peft_folder import read_adapter, write_adapter
+from fedmerge.encoder.peft.folder import read_adapter, write_adapter
 from fedmerge.encoder.text import item_text, pack_sequences, sequence_text
 from fedmerge.errors import ConfigError, DomainError, LayoutMismatchError
 from fedmerge.evaluation.ranks import rank_targets

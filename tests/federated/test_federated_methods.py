@@ -5,7 +5,7 @@ from pathlib import Path
 
 from in_process import small_experiment
 
-from fedmerge.encoder.peft_folder import read_adapter
+from fedmerge.encoder.peft.folder import read_adapter
 from fedmerge.runs.folder import DONE
 from sim.local.in_process import run_in_process
 

@@ -18,7 +18,7 @@ from fedmerge.client.training.expert import train_expert
 from fedmerge.client.training.round import RoundTask, settings_of_round, train_round
 from fedmerge.config import ExperimentConfig, MergeMethod, RoundRule, Train
 from fedmerge.encoder.lora import fresh_adapter
-from fedmerge.encoder.peft_folder import read_adapter
+from fedmerge.encoder.peft.folder import read_adapter
 from fedmerge.errors import ClientError, ConfigError
 from fedmerge.federated.rounds import aggregate, fresh_seed, initial_state
 from fedmerge.federated.rules import RULES, check_rounds

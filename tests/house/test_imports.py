@@ -175,7 +175,7 @@ def test_help_imports_the_standard_library_only() -> None:
 
 
 def test_merging_and_peft_folders_need_torch_and_safetensors_alone() -> None:
-    light = "import fedmerge.merging.training_free, fedmerge.merging.folders.writing, fedmerge.encoder.peft_folder"
+    light = "import fedmerge.merging.training_free, fedmerge.merging.folders.writing, fedmerge.encoder.peft.folder"
     done = subprocess.run(
         [sys.executable, "-c", f"{light}, sys; print(*sys.modules)"],
         cwd=REPOSITORY,

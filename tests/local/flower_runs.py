@@ -17,7 +17,7 @@ from fedmerge.config import ExperimentConfig, load_config
 from fedmerge.device import resolve_compute
 from fedmerge.domain.demo import write_demo
 from fedmerge.encoder.backbone import Backbone, load_backbone
-from fedmerge.encoder.peft_folder import read_adapter
+from fedmerge.encoder.peft.folder import read_adapter
 
 NUM_USERS, NUM_ITEMS = 60, 40
 VALIDATION_USERS = 40

@@ -26,7 +26,7 @@ from fedmerge.device import resolve_compute
 from fedmerge.domain.demo import write_demo
 from fedmerge.encoder.backbone import load_backbone
 from fedmerge.encoder.demo_backbone import write_demo_backbone
-from fedmerge.encoder.peft_folder import read_adapter
+from fedmerge.encoder.peft.folder import read_adapter
 from fedmerge.merging.stack import linear_merge, stack_adapters
 from fedmerge.report.bench_tables import read_bench_tables, write_bench_tables
 from sim.local.launch import MARK, end_processes

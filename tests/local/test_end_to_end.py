@@ -25,7 +25,7 @@ from fedmerge.adapter import adapter_sha256
 from fedmerge.client.evaluate import evaluate
 from fedmerge.client.local_domain import open_domain
 from fedmerge.config import load_config, to_toml
-from fedmerge.encoder.peft_folder import read_adapter
+from fedmerge.encoder.peft.folder import read_adapter
 from fedmerge.evaluation.ranks import METRICS
 from fedmerge.merging.stack import linear_merge, stack_adapters
 from sim.local.launch import MARK, end_processes, flower_environment

@@ -31,7 +31,7 @@ from fedmerge.config import load_config
 from fedmerge.domain.catalog import load_catalog
 from fedmerge.domain.demo import write_demo
 from fedmerge.domain.interactions import INTERACTIONS_FILE
-from fedmerge.encoder.peft_folder import write_adapter
+from fedmerge.encoder.peft.folder import write_adapter
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 

@@ -16,7 +16,7 @@ from fedmerge.config import load_config
 from fedmerge.device import resolve_compute
 from fedmerge.domain.demo import write_demo
 from fedmerge.encoder.backbone import load_backbone
-from fedmerge.encoder.peft_folder import read_adapter
+from fedmerge.encoder.peft.folder import read_adapter
 from fedmerge.files import read_json
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]

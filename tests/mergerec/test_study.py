@@ -15,7 +15,7 @@ from learning_on_clients import study_settings
 from fedmerge.config import to_toml
 from fedmerge.device import resolve_compute
 from fedmerge.encoder.backbone import load_backbone
-from fedmerge.encoder.peft_folder import write_adapter
+from fedmerge.encoder.peft.folder import write_adapter
 from fedmerge.merging.methods import complete_parameters
 
 REPOSITORY = Path(__file__).resolve().parents[2]

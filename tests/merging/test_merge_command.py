@@ -19,7 +19,7 @@ from transformers import PreTrainedModel as Model
 
 from fedmerge.adapter import adapter_sha256
 from fedmerge.cli.adapters.merge import PARAMETERS
-from fedmerge.encoder.peft_folder import read_adapter
+from fedmerge.encoder.peft.folder import read_adapter
 from fedmerge.merging.methods import METHODS
 from fedmerge.merging.training_free import merge_adapters
 

@@ -11,9 +11,9 @@ from fedmerge.adapter import Adapter, LoraModule
 from fedmerge.config import from_flat
 from fedmerge.errors import ConfigError, MergeError
 from fedmerge.merging import rows as elementwise
+from fedmerge.merging.low_rank.spectral import multi_slerp, slerp
 from fedmerge.merging.methods import METHODS, method_coefficients
 from fedmerge.merging.rows import Piece
-from fedmerge.merging.spectral import multi_slerp, slerp
 from fedmerge.merging.stack import survey_adapters
 from fedmerge.merging.training_free import merge_adapters
 

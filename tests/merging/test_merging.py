@@ -17,7 +17,7 @@ from fedmerge import config
 from fedmerge.adapter import Adapter, LoraModule, adapter_sha256, float32_factors
 from fedmerge.encoder.backbone import Backbone
 from fedmerge.encoder.encode import embed_batch
-from fedmerge.encoder.peft_folder import read_adapter, write_adapter
+from fedmerge.encoder.peft.folder import read_adapter, write_adapter
 from fedmerge.errors import ConfigError, LayoutMismatchError, MergeError
 from fedmerge.merging.methods import METHODS, average, method_coefficients, task_arithmetic
 from fedmerge.merging.stack import Stack, linear_merge, linear_merge_of_many, stack_adapters, survey_adapters

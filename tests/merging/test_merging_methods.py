@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fedmerge.adapter import Adapter, LoraModule, adapter_sha256
 from fedmerge.errors import ConfigError, LayoutMismatchError, MergeError
 from fedmerge.merging import rows as elementwise
-from fedmerge.merging import spectral
+from fedmerge.merging.low_rank import spectral
 from fedmerge.merging.methods import METHODS, laws_table, methods_table
 from fedmerge.merging.rows import Piece
 from fedmerge.merging.selection import order_statistics

@@ -12,7 +12,7 @@ from peft import PeftModel
 from transformers import LlamaModel, PreTrainedModel
 
 from fedmerge.adapter import Adapter
-from fedmerge.encoder.peft_folder import read_adapter, write_adapter
+from fedmerge.encoder.peft.folder import read_adapter, write_adapter
 from fedmerge.merging.methods import METHODS
 from fedmerge.merging.stack import stack_adapters
 from fedmerge.merging.training_free import merge_adapters

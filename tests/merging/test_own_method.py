@@ -17,7 +17,7 @@ from run_folders import output, refusal
 
 from fedmerge.adapter import Adapter, LoraModule, adapter_sha256
 from fedmerge.config import from_flat, to_toml
-from fedmerge.encoder.peft_folder import read_adapter, write_adapter
+from fedmerge.encoder.peft.folder import read_adapter, write_adapter
 from fedmerge.errors import ConfigError, MergeError
 from fedmerge.merging.methods import describe_method, method_named
 from fedmerge.merging.training_free import merge_adapters

@@ -21,7 +21,7 @@ from fedmerge.config import load_config
 from fedmerge.domain.catalog import CATALOG_FILE, load_catalog
 from fedmerge.domain.manifest import MANIFEST_FILE
 from fedmerge.encoder.adapter_records import config_of_adapter
-from fedmerge.encoder.peft_folder import read_adapter, write_adapter
+from fedmerge.encoder.peft.folder import read_adapter, write_adapter
 from fedmerge.files import read_record
 from fedmerge.merging.stack import linear_merge, stack_adapters
 from fedmerge.merging.training_free import merge_adapters

@@ -17,7 +17,7 @@ from fedmerge.device import resolve_compute
 from fedmerge.domain.demo import write_demo
 from fedmerge.domain.interactions import INTERACTIONS_FILE
 from fedmerge.encoder.backbone import load_backbone
-from fedmerge.encoder.peft_folder import write_adapter
+from fedmerge.encoder.peft.folder import write_adapter
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DOMAINS = ("beauty", "books", "camping")
@@ -61,7 +61,7 @@ from fedmerge.config import load_config
 from fedmerge.device import resolve_compute
 from fedmerge.domain.catalog import load_catalog
 from fedmerge.encoder.backbone import load_backbone
-from fedmerge.encoder.peft_folder import read_adapter, write_adapter
+from fedmerge.encoder.peft.folder import read_adapter, write_adapter
 from fedmerge.evaluation.ranks import per_user_metrics
 from fedmerge.evaluation.sums import metric_sums
 from fedmerge.merging.candidate import Origin

@@ -12,7 +12,7 @@ from run_folders import TRAIN, UNSEEN, Place, make_place, make_run, output, refu
 
 from fedmerge.adapter import adapter_sha256
 from fedmerge.encoder.adapter_records import adapter_record, config_of_adapter
-from fedmerge.encoder.peft_folder import read_adapter
+from fedmerge.encoder.peft.folder import read_adapter
 from fedmerge.errors import RunDirError
 from fedmerge.runs.reading import describe_run, find_run, list_runs, summarise_run
 

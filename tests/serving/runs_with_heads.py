@@ -9,7 +9,7 @@ from fedmerge.adapter import Adapter, LoraModule, adapter_sha256
 from fedmerge.client.heads.heads import LocalHead, load_or_train_head
 from fedmerge.client.local_domain import open_domain
 from fedmerge.config import ExperimentConfig, load_config
-from fedmerge.encoder.peft_folder import read_adapter
+from fedmerge.encoder.peft.folder import read_adapter
 from fedmerge.files import read_record, seal, write_json
 from fedmerge.merging.candidate import Candidate, Provenance
 from fedmerge.runs.federated_head import read_federated_head, write_federated_head

@@ -20,7 +20,7 @@ from fedmerge.domain.catalog import Catalog, load_catalog
 from fedmerge.domain.folder import write_domain
 from fedmerge.domain.interactions import Interactions
 from fedmerge.domain.splits import evaluation_examples
-from fedmerge.encoder.peft_folder import read_adapter
+from fedmerge.encoder.peft.folder import read_adapter
 from fedmerge.errors import ClientError, ConfigError, RunDirError
 from fedmerge.evaluation.ranks import per_user_metrics
 from fedmerge.evaluation.sums import metric_sums

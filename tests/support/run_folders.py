@@ -19,7 +19,7 @@ from fedmerge.domain.catalog import load_catalog
 from fedmerge.domain.demo import generate_domain
 from fedmerge.domain.folder import write_domain
 from fedmerge.encoder.backbone import Backbone, load_backbone
-from fedmerge.encoder.peft_folder import write_adapter
+from fedmerge.encoder.peft.folder import write_adapter
 from fedmerge.evaluation.ranks import METRICS
 from fedmerge.files import write_json, write_table, write_text
 from fedmerge.runs.checkpoints import write_candidate

@@ -11,7 +11,7 @@ from in_process import small_experiment
 
 from fedmerge.adapter import Adapter
 from fedmerge.config import ExperimentConfig
-from fedmerge.encoder.peft_folder import read_adapter
+from fedmerge.encoder.peft.folder import read_adapter
 from sim.app.messages import records
 from sim.app.messages import secure_sum as secure_records
 from sim.local.in_process import answer_honestly

@@ -18,7 +18,7 @@ from fedmerge.bench.config import load_bench
 from fedmerge.bench.grid import Place
 from fedmerge.config import ExperimentConfig, to_toml
 from fedmerge.domain.catalog import CATALOG_FILE
-from fedmerge.encoder.peft_folder import read_adapter
+from fedmerge.encoder.peft.folder import read_adapter
 from fedmerge.errors import ClientError, ConfigError
 from fedmerge.files import read_json
 from fedmerge.report.bench.page import bench_page

@@ -19,7 +19,7 @@ from run_folders import unlisted_files
 
 import sim.app.server.phases.coefficients
 from fedmerge.config import ExperimentConfig
-from fedmerge.encoder.peft_folder import read_adapter
+from fedmerge.encoder.peft.folder import read_adapter
 from fedmerge.errors import ClientError, PolicyError
 from fedmerge.files import append_line, read_json, read_lines
 from fedmerge.merging.stack import linear_merge, stack_adapters

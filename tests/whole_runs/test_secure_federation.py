@@ -25,7 +25,7 @@ from secure_runs import (
 )
 
 from fedmerge.config import ExperimentConfig
-from fedmerge.encoder.peft_folder import read_adapter
+from fedmerge.encoder.peft.folder import read_adapter
 from fedmerge.errors import AggregationError, ClientError
 from fedmerge.files import read_json
 from fedmerge.runs.folder import DONE

@@ -38,7 +38,7 @@ def add_commands(commands: "Commands") -> None:
 
 
 def _extract(options: argparse.Namespace) -> int:
-    from fedmerge.api.extraction import extract
+    from fedmerge.api.models import extract
     from fedmerge.files import check_free
 
     check_free(options.out)

@@ -22,7 +22,7 @@ from fedmerge.client.training.expert import training_record
 from fedmerge.client.training.round import RoundTask
 from fedmerge.client.training.settings import TrainingSettings
 from fedmerge.config import DP, ExperimentConfig
-from fedmerge.encoder.peft_folder import read_adapter, write_adapter
+from fedmerge.encoder.peft.folder import read_adapter, write_adapter
 from fedmerge.errors import FedMergeError, PolicyError
 from fedmerge.files import make_folder, read_sealed, seal, write_json
 from fedmerge.mergerec.variants import learned_variant

@@ -18,7 +18,7 @@ from fedmerge.client.training.expert import training_record
 from fedmerge.client.training.loop import Progress
 from fedmerge.client.training.poisoning import is_attacker
 from fedmerge.client.training.settings import TrainingSettings
-from fedmerge.encoder.peft_folder import read_adapter, write_adapter
+from fedmerge.encoder.peft.folder import read_adapter, write_adapter
 from fedmerge.errors import ClientError, FedMergeError
 from fedmerge.files import read_json, seal, write_json
 

@@ -28,7 +28,7 @@ from fedmerge.client.training.batches import Batch, training_batches
 from fedmerge.client.training.plain_sgd import batch_loss
 from fedmerge.config import ExperimentConfig, Personal, Train
 from fedmerge.domain.splits import MIN_EVALUATED_LENGTH, Examples, evaluated_users, evaluation_examples, examples_of
-from fedmerge.encoder.peft_folder import read_adapter, write_adapter
+from fedmerge.encoder.peft.folder import read_adapter, write_adapter
 from fedmerge.errors import FedMergeError
 from fedmerge.evaluation.ranks import rank_targets, selection_score
 from fedmerge.files import read_sealed, seal, write_json

@@ -26,7 +26,7 @@ from fedmerge.domain.catalog import Catalog
 from fedmerge.encoder.backbone import Backbone
 from fedmerge.encoder.encode import embed_batch, encode
 from fedmerge.encoder.lora import applied
-from fedmerge.encoder.peft_folder import read_adapter, write_adapter
+from fedmerge.encoder.peft.folder import read_adapter, write_adapter
 from fedmerge.encoder.text import Tokens, build_token_table
 from fedmerge.errors import ClientError, FedMergeError
 from fedmerge.mergerec.coefficients import optimise

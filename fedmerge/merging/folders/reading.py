@@ -10,8 +10,8 @@ import torch
 from fedmerge.adapter import Adapter, LoraModule, adapter_sha256
 from fedmerge.encoder.adapter_records import adapter_record
 from fedmerge.encoder.peft.contents import PARTS, Contents, shortened
+from fedmerge.encoder.peft.folder import read_verified_contents
 from fedmerge.encoder.peft.model_weights import ModelWeights, open_weights, read_weight_like
-from fedmerge.encoder.peft_folder import read_verified_contents
 from fedmerge.errors import BackboneError, LayoutMismatchError, MergeError
 from fedmerge.merging.folders.agreement import agreed_base, agreed_mapping, agreed_setting, agreed_targets
 from fedmerge.merging.stack import dense_module, survey_adapters

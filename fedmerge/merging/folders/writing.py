@@ -8,7 +8,7 @@ from types import MappingProxyType
 import torch
 
 from fedmerge.adapter import Adapter
-from fedmerge.encoder.peft_folder import write_adapter
+from fedmerge.encoder.peft.folder import write_adapter
 from fedmerge.errors import MergeError
 from fedmerge.files import new_folder, write_json, write_text
 from fedmerge.merging.folders.reading import AdapterFolders

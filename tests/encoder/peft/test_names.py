@@ -11,8 +11,8 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 
 from fedmerge.adapter import Adapter, LoraModule, adapter_sha256
+from fedmerge.encoder.peft.folder import read_adapter, write_adapter
 from fedmerge.encoder.peft.names import is_target
-from fedmerge.encoder.peft_folder import read_adapter, write_adapter
 
 
 def random_adapter_on(model: torch.nn.Module, rng: np.random.Generator) -> Adapter:

@@ -11,7 +11,7 @@ from adapters import Tree, saved_by_peft, touched, weights_of, weights_with
 from run_folders import output, refusal
 from safetensors.torch import load_file, save_file
 
-from fedmerge.encoder.peft_folder import read_adapter
+from fedmerge.encoder.peft.folder import read_adapter
 
 Capsys = pytest.CaptureFixture[str]
 Weights = dict[str, torch.Tensor]

@@ -17,7 +17,7 @@ from in_process import small_experiment
 from fedmerge.adapter import Adapter, adapter_sha256
 from fedmerge.config import ExperimentConfig
 from fedmerge.encoder.lora import layout_of
-from fedmerge.encoder.peft_folder import read_adapter
+from fedmerge.encoder.peft.folder import read_adapter
 from fedmerge.errors import ClientError, RunDirError
 from fedmerge.evaluation.sums import FEDERATED_FUSED, FEDERATED_HEAD, LAST_ITEM
 from fedmerge.federated.head import fresh_head

@@ -14,7 +14,7 @@ import fedmerge.client.coefficients.personal
 from fedmerge.adapter import adapter_sha256
 from fedmerge.client.coefficients.personal import find_personal_merge, personal_settings
 from fedmerge.config import ExperimentConfig
-from fedmerge.encoder.peft_folder import read_adapter
+from fedmerge.encoder.peft.folder import read_adapter
 from fedmerge.evaluation.sums import BACKBONE, EXPERT, PERSONAL
 from fedmerge.files import read_json
 from fedmerge.runs.checkpoints import read_sources, read_sums

@@ -16,10 +16,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrain
 
 import fedmerge as fm
 from fedmerge.adapter import adapter_sha256
-from fedmerge.api.extraction import extract_adapter
 from fedmerge.cli import main
-from fedmerge.encoder.peft_folder import read_adapter
+from fedmerge.encoder.peft.folder import read_adapter
 from fedmerge.errors import BackboneError, ConfigError, LayoutMismatchError, MergeError
+from fedmerge.merging.low_rank.extraction import extract_adapter
 
 IDS = torch.tensor([[3, 17, 5, 29, 8]])
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fedmerge.merging.spectral import Factors, support, thin_svd
+from fedmerge.merging.low_rank.spectral import Factors, support, thin_svd
 
 
 @dataclass(frozen=True, slots=True)
