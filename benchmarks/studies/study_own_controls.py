@@ -26,7 +26,7 @@ from fedmerge.client.heads.vectors import item_vectors
 from fedmerge.client.local_domain import LocalDomain, open_domain
 from fedmerge.config import ExperimentConfig, load_config
 from fedmerge.domain.splits import Examples, evaluation_examples
-from fedmerge.encoder.peft_folder import read_adapter
+from fedmerge.encoder.peft.folder import read_adapter
 from fedmerge.evaluation.ranks import per_user_metrics
 from fedmerge.evaluation.sums import VARIANTS, fused_label, head_label, metric_sums, paired_difference
 from fedmerge.files import write_json
