@@ -61,6 +61,19 @@ def exclusive(folder: Path) -> Iterator[None]:
         yield
 
 
+def share(path: Path) -> None:
+    """Give a file the permissions that the umask says; safetensors writes files that their owner alone can read.
+
+    The umask can be read only by setting it, which other threads would notice, so a file of our own shows it.
+    """
+    probe = path.with_name(f".{path.name}.mode-{secrets.token_hex(4)}")
+    probe.touch()
+    try:
+        path.chmod(probe.stat().st_mode)
+    finally:
+        probe.unlink()
+
+
 def append_line(path: Path, data: Mapping[str, Any]) -> None:
     """Append one line of JSON, sealed and synced; an unfinished line before it, left by a power cut, does no harm.
 

@@ -13,6 +13,7 @@ from transformers.utils import logging as transformers_logging
 from fedmerge import seeding
 from fedmerge.domain.demo_words import BRAND_ENDS, BRAND_FORMS, BRAND_STARTS, STAGE_WORDS, STYLES, VOCABULARIES
 from fedmerge.errors import BackboneError
+from fedmerge.files import share
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 CHARACTERS = string.ascii_lowercase + string.digits
@@ -53,6 +54,8 @@ def write_demo_backbone(folder: Path, *, seed: int = 0) -> Path:
             partial = Path(parent) / folder.name
             transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # as load_backbone does
             model.save_pretrained(partial)
+            for weights in partial.glob("*.safetensors"):
+                share(weights)
             BertTokenizer(vocab=vocabulary).save_pretrained(partial)
             (partial / "README.md").write_text(NOTE + "\n", encoding="utf-8")
             partial.rename(folder)  # also replaces an empty folder

@@ -15,7 +15,7 @@ from fedmerge.encoder.adapter_records import adapter_record
 from fedmerge.encoder.backbone import Backbone, check_max_tokens
 from fedmerge.encoder.text import item_text, special_tokens
 from fedmerge.errors import BackboneError
-from fedmerge.files import check_free, new_folder, read_record, write_json, write_text
+from fedmerge.files import check_free, new_folder, read_record, share, write_json, write_text
 
 POOLING_MODES = {"cls": "pooling_mode_cls_token", "mean": "pooling_mode_mean_tokens", "last": "pooling_mode_lasttoken"}
 _NO_POOLER = ("bert", "roberta", "xlm-roberta")  # loaded without a pooler, which would otherwise be random
@@ -62,8 +62,8 @@ def export_model(
         what = "as it is" if adapter is None else "with a LoRA adapter folded in"
         write_text(partial / "README.md", _card(backbone, what, text, provenance, template))
         add(partial)
-        for weights in partial.glob("*.safetensors"):  # safetensors makes them readable for the owner only
-            weights.chmod((partial / "README.md").stat().st_mode)
+        for weights in partial.glob("*.safetensors"):
+            share(weights)
 
 
 def provenance_of(folder: Path) -> dict[str, Any]:

@@ -38,7 +38,7 @@ def fill_folder(folder: Path, write: Callable[[Path], None], is_whole: Callable[
         make_folder(folder.parent)
         with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder.parent) as partial:
             filled = Path(partial) / "folder"
-            filled.mkdir()
+            filled.mkdir(mode=0o700)  # made from private interactions
             write(filled)
             sync_tree(filled)
             filled.rename(folder)

@@ -18,6 +18,7 @@ from fedmerge.encoder.adapter_records import adapter_record
 from fedmerge.encoder.peft.contents import CONFIG_FILE, MODULE_PREFIX, PARTS, TENSOR_FILE, Contents, read_contents
 from fedmerge.encoder.peft.names import anchored, exact_targets
 from fedmerge.errors import LayoutMismatchError
+from fedmerge.files import share
 
 _PLAIN_LORA = {  # the other settings that every PEFT since 0.18 reads, each at PEFT's default
     "peft_type": "LORA",
@@ -103,6 +104,7 @@ def write_adapter(
         tensors[f"{MODULE_PREFIX}{inside}.{part}"] = values.contiguous()
     partial = folder / f".{TENSOR_FILE}.partial"
     save_file(tensors, partial, metadata={"format": "pt"})
+    share(partial)
     os.replace(partial, folder / TENSOR_FILE)
     partial = folder / f".{CONFIG_FILE}.partial"
     partial.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
