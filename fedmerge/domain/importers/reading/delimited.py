@@ -1,7 +1,7 @@
 """Delimited text (CSV, TSV, RecBole's atomic files): its encoding, delimiter and header are recognised or named.
 
-Blocks without quotes, nearly all of most files, are parsed by Arrow. The others are parsed by the csv module, strictly
-and line by line, so every line that is left out is counted and numbered.
+Blocks of regular records, nearly all of most files, are parsed by Arrow. The others are parsed by the csv module,
+strictly and line by line, so every line that is left out is counted and numbered.
 """
 
 import csv
@@ -10,8 +10,10 @@ import itertools
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.csv as arrow_csv
 
@@ -31,7 +33,6 @@ SAMPLE_RECORDS = 20
 WRONG_WIDTH = "the number of columns differs from the header"
 _ATOMIC = re.compile(r"(.+):(?:token|float)(?:_seq)?")  # RecBole's names of columns
 _SEPARATOR_LINE = re.compile(r'"?sep=(.)"?\r?\n')  # the first line of a file for Excel
-_BLANK_LINE = re.compile(rb"(?:\A|\n)\r?\n")
 SWALLOWED_ROWS = 3
 
 
@@ -249,25 +250,70 @@ def _batches(
     """Yield the columns at positions, block by block."""
     schema = pa.schema([*((name, pa.string()) for name in names), (NUMBER, pa.int64())])
     while block := lines.next_block():
-        first = lines.number - _count_lines(block) + 1
-        columns = _parse_plain(block, delimiter, width, positions, first, bad) if _is_plain(block, width) else None
+        columns = None
+        if regular := _regular_records(block, delimiter, width):
+            if rest := block[regular.size :]:
+                lines.put_back(rest)
+            block = block[: regular.size]
+            first = lines.number - _count_lines(block) + 1
+            columns = _parse_regular(block, regular, delimiter, width, positions, first, bad)
         if columns is None:
             lines.put_back(block)
             columns = _parse_strictly(lines, delimiter, width, positions, bad)
         yield pa.record_batch(columns, schema=schema)
 
 
-def _is_plain(block: bytes, width: int) -> bool:
-    """True if every line is a record, whose values are the texts between delimiters."""
-    return (
-        width > 1 and b'"' not in block and block.count(b"\r") == block.count(b"\r\n") and not _BLANK_LINE.search(block)
-    )
+@dataclass(frozen=True, slots=True)
+class _Regular:
+    """The leading records of a block that every parser reads alike.
+
+    Attributes:
+        size: their bytes.
+        lines: (number of records,) the first line of each, counted from 0.
+        spans_lines: True if a quoted value has a line end.
+    """
+
+    size: int
+    lines: npt.NDArray[np.int64]
+    spans_lines: bool
 
 
-def _parse_plain(
-    block: bytes, delimiter: str, width: int, positions: Sequence[int], first: int, bad: BadRows
+def _regular_records(block: bytes, delimiter: str, width: int) -> _Regular | None:
+    """Return the records of a block, up to one that the block does not end; None if it must be read strictly.
+
+    Regular records are not blank and have no lone carriage return. Their quotes stand around whole values, doubled
+    inside them, as RFC 4180 has it, and no value has so many lines that a stray quote might have swallowed rows.
+    """
+    mark = delimiter.encode()
+    if width == 1 or len(mark) > 1 or block.count(b"\r") != block.count(b"\r\n"):
+        return None
+    data = np.frombuffer(b"\n%b%b" % (block, b"" if block.endswith(b"\n") else b"\n"), np.uint8)  # shifted by 1
+    breaks = np.flatnonzero(data == ord("\n"))[1:]
+    lines = np.arange(len(breaks))  # that end a record
+    if b'"' in block:
+        quotes = np.flatnonzero(data == ord('"'))
+        if len(quotes) % 2:  # the last value goes on in the next block
+            breaks = breaks[: np.searchsorted(breaks, quotes[-1])]
+            quotes = quotes[:-1]
+        opening, closing = quotes[::2], quotes[1::2]
+        doubled = np.append(closing[:-1] + 1 == opening[1:], False)
+        starts = (data[opening - 1] == mark[0]) | (data[opening - 1] == ord("\n")) | np.roll(doubled, 1)
+        after = data[closing + 1]
+        if not (starts & ((after == mark[0]) | (after == ord("\n")) | (after == ord("\r")) | doubled)).all():
+            return None
+        lines = np.flatnonzero(np.searchsorted(quotes, breaks) % 2 == 0)
+    if not len(lines) or (num_lines := np.diff(lines, prepend=-1).max()) > SWALLOWED_ROWS + 1:
+        return None
+    ends = breaks[lines]
+    if (np.diff(ends, prepend=0) - (data[ends - 1] == ord("\r")) == 1).any():  # a blank line
+        return None
+    return _Regular(min(int(ends[-1]), len(block)), np.append(0, lines[:-1] + 1), bool(num_lines > 1))
+
+
+def _parse_regular(
+    block: bytes, regular: _Regular, delimiter: str, width: int, positions: Sequence[int], first: int, bad: BadRows
 ) -> list[pa.Array] | None:
-    """Parse a block with Arrow; None if it is not UTF-8 text."""
+    """Parse regular records with Arrow; None if they are not UTF-8 text."""
     wrong: list[int] = []
 
     def skip(row: arrow_csv.InvalidRow) -> str:
@@ -280,7 +326,10 @@ def _parse_plain(
             pa.BufferReader(block),
             arrow_csv.ReadOptions(use_threads=False, block_size=len(block) + 1, column_names=names),
             arrow_csv.ParseOptions(
-                delimiter=delimiter, quote_char=False, ignore_empty_lines=False, invalid_row_handler=skip
+                delimiter=delimiter,
+                newlines_in_values=regular.spans_lines,
+                ignore_empty_lines=False,
+                invalid_row_handler=skip,
             ),
             arrow_csv.ConvertOptions(
                 column_types=dict.fromkeys(names, pa.string()), include_columns=[names[at] for at in positions]
@@ -288,9 +337,9 @@ def _parse_plain(
         )
     except pa.ArrowInvalid:
         return None
-    numbers = np.delete(np.arange(first, first + len(table) + len(wrong)), wrong)
-    bad.add_many(pa.array(np.array(wrong, np.int64) + first), WRONG_WIDTH)
-    return [*(column.combine_chunks() for column in table.columns), pa.array(numbers)]
+    numbers = regular.lines + first
+    bad.add_many(pa.array(numbers[wrong]), WRONG_WIDTH)
+    return [*(column.combine_chunks() for column in table.columns), pa.array(np.delete(numbers, wrong))]
 
 
 def _parse_strictly(

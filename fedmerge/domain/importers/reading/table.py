@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import pyarrow as pa
 
 from fedmerge.domain.importers.bad_rows import BadRows
@@ -69,4 +70,4 @@ def check_columns(table: Table, names: Sequence[str]) -> None:
 
 def with_numbers(batch: pa.RecordBatch, first: int) -> pa.RecordBatch:
     """Return the batch with a column NUMBER that counts from first."""
-    return batch.append_column(NUMBER, pa.array(range(first, first + len(batch)), pa.int64()))
+    return batch.append_column(NUMBER, pa.array(np.arange(first, first + len(batch))))

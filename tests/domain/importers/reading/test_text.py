@@ -8,6 +8,7 @@ import random
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from hypothesis import given
@@ -15,6 +16,8 @@ from hypothesis import strategies as st
 from source_tables import import_by_command, sequences
 
 from fedmerge.domain.catalog import load_catalog
+from fedmerge.domain.importers import source_files
+from fedmerge.domain.importers.reading import delimited
 from fedmerge.domain.importers.reading.delimited import delimited_table
 from fedmerge.domain.importers.reading.table import NUMBER
 from fedmerge.domain.importers.source_files import SourceFile
@@ -150,6 +153,32 @@ def test_both_parsers_read_what_the_csv_module_reads(seed: int, tmp_path_factory
     for record in records:
         numbers.append(numbers[-1] + 1 + sum(value.count("\n") for value in record))
     assert [row[0] for row in rows] == numbers[:-1]
+
+
+@given(
+    text=st.text(st.sampled_from('a,"\n\r'), max_size=40).map(lambda text: text.replace('a"', 'a,"')),
+    block=st.integers(1, 30),
+)
+def test_regular_records_are_those_of_the_csv_module(
+    text: str, block: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.mktemp("csv") / "a.csv"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(source_files, "BUFFER_BYTES", block)
+        fast = values_of(f"a,b\n{text}", path)
+        patch.setattr(delimited, "_regular_records", lambda *_: None)
+        assert fast == values_of(f"a,b\n{text}", path)
+
+
+def test_quoted_values_do_not_make_a_file_slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source_files, "BUFFER_BYTES", 1000)  # so that values go on in the next block
+    monkeypatch.setattr(csv, "reader", (reader := Mock(wraps=csv.reader)))
+    rows = [(f"x{at}", 'say ""hi"",\nor\n\n"" ""') for at in range(1000)]
+    found, bad = values_of("a,b\n" + "".join(f'"{a}","{b}"\r\n' for a, b in rows), tmp_path / "a.csv")
+    assert [row[1:] for row in found] == [(a, b.replace('""', '"')) for a, b in rows]
+    assert [row[0] for row in found] == list(range(2, 4002, 4))
+    assert bad == {}
+    assert reader.call_count < 60  # one value of most blocks
 
 
 def test_line_numbers_and_bad_lines_do_not_depend_on_quotes(tmp_path: Path) -> None:
