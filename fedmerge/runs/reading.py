@@ -17,6 +17,7 @@ from fedmerge.errors import RunDirError
 from fedmerge.files import read_record, table_or_empty, text_or_none
 from fedmerge.merging.candidate import Provenance
 from fedmerge.runs.folder import DONE
+from fedmerge.runs.overview.missing import find_merged, find_missing
 
 State = Literal["done", "failed", "incomplete"]
 
@@ -37,8 +38,9 @@ class RunSummary:
         state: "done"; "failed" if the log ends with an error; "incomplete" if the run is still running or was killed.
         started: start in UTC; None if unknown.
         seconds: time from start to ``DONE``; None if not done.
-        train: training domains.
-        unseen: domains that are only evaluated.
+        train: training domains that are in the merges; before the merge, those that are not missing.
+        unseen: domains that are only evaluated, without the missing ones.
+        missing: domain or node -> why it was absent, excluded or not merged.
         methods: merging methods.
         metric: metric of the selection on validation.
         served: label of the merge selected on validation.
@@ -54,6 +56,7 @@ class RunSummary:
     seconds: float | None
     train: tuple[str, ...]
     unseen: tuple[str, ...]
+    missing: Mapping[str, str]
     methods: tuple[str, ...]
     metric: str | None
     served: str | None
@@ -157,7 +160,10 @@ def summarise_run(folder: Path) -> RunSummary:
     problems: list[str] = []
     settings = _settings(folder, problems)
     choice = _record(folder / "choice.json", problems)
-    participants = table_or_empty(_record(folder / "clients.json", problems).get("participants"))
+    clients = _record(folder / "clients.json", problems)
+    participants = table_or_empty(clients.get("participants"))
+    train, unseen = _names(settings.get("domains.train")), _names(settings.get("domains.unseen"))
+    missing, merged = _missing(folder, clients, (*train, *unseen), problems)
     synthetic = [bool(table_or_empty(client).get("synthetic")) for client in participants.values()]
     done = _read(folder / DONE, problems)
     found = re.search(r"after ([\d.]+) s", done or "")
@@ -170,8 +176,9 @@ def summarise_run(folder: Path) -> RunSummary:
         state=state,
         started=_started(folder),
         seconds=float(found.group(1)) if found else None,
-        train=_names(settings.get("domains.train")),
-        unseen=_names(settings.get("domains.unseen")),
+        train=tuple(name for name in train if (name in merged if merged else name not in missing)),
+        unseen=tuple(name for name in unseen if name not in missing),
+        missing=missing,
         methods=_names(settings.get("merge.methods")),
         metric=metric,
         served=served,
@@ -208,6 +215,16 @@ def describe_run(folder: Path) -> RunDetails:
         failure=failure_of(folder) if summary.state == "failed" else None,
         report=report,
     )
+
+
+def _missing(
+    folder: Path, clients: Mapping[str, Any], named: Sequence[str], problems: list[str]
+) -> tuple[dict[str, str], tuple[str, ...]]:
+    try:
+        return find_missing(folder, clients, named), find_merged(folder)
+    except RunDirError as error:
+        problems.append(str(error))
+        return {}, ()
 
 
 def _merges(paths: Sequence[Path], problems: list[str]) -> tuple[MergeRecord, ...]:

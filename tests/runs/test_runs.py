@@ -178,7 +178,7 @@ def test_an_adapter_knows_its_run_and_its_record(place: Place, finished: Path, t
 def test_runs_prints_a_table_or_json(runs: Path, capsys: Capsys) -> None:
     lines = output(capsys, "runs", "--dir", runs).splitlines()
     assert lines[0].split() == HEADER.split()
-    row = f"{RUN_ID} done 2026-01-02 03:04 90 books, coffee, toys + 1 unseen "
+    row = f"{RUN_ID} done 2026-01-02 03:04 90 books, coffee, toys + 1 unseen, 1 missing "
     row += "average, task-arithmetic, mergerec average ndcg@10 0.5000"
     assert " ".join(lines[2].split()) == row
     assert [line.split()[:2] for line in lines[3:]] == [["trial-failed", "failed"], ["trial-killed", "incomplete"]]
@@ -206,7 +206,7 @@ def test_show_tells_what_a_run_was(runs: Path) -> None:
         "state         done in 90 s, started 2026-01-02 03:04 UTC",
         "books (train): 12 users, 20 items, 1,234 interactions; 7 steps, best at 6, 12 s",
         "camping (unseen): 12 users",
-        "excluded      garden (node 7): query.describe failed",
+        "missing       garden (node 7): excluded: query.describe failed",
         "merged/average: books 0.333, coffee 0.333, toys 0.333",
         "served        average (ndcg@10 0.4000 on validation, ndcg@10 0.5000 on test; mean over training",
         f"{runs / RUN_ID / 'adapters'}  (each domain's expert)",

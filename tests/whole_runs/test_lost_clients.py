@@ -12,6 +12,7 @@ from flwr.superlink.grid import InMemoryGrid
 
 import sim.app.server.asking
 from fedmerge.errors import ClientError
+from fedmerge.runs.reading import summarise_run
 from sim.app.server.replies import MOST_LOSSES
 from sim.local.in_process import Answer, answer_honestly, run_in_process
 
@@ -125,11 +126,19 @@ def test_a_late_client_is_evaluated_as_unseen(place: Path, tmp_path: Path) -> No
     roles = {(row["split"], row["role"]) for row in rows if row["domain"] == BAD}
     assert roles == {("test", "unseen")}
     assert not json.loads((tmp_path / "run" / "clients.json").read_text())["excluded"]
+    summary = summarise_run(tmp_path / "run")
+    assert BAD not in summary.train
+    assert summary.missing == {BAD: "absent: its client came after the merge; evaluated as unseen"}
 
 
 def test_fewer_nodes_than_domains_are_not_waited_for(place: Path, tmp_path: Path) -> None:
     run_in_process(experiment(place, tmp_path, **{"server.wait_seconds": 1e6}), num_nodes=3)
     assert not json.loads((tmp_path / "run" / "clients.json").read_text())["excluded"]
+    summary = summarise_run(tmp_path / "run")
+    assert summary.missing == {
+        name: f"absent: the simulation has 3 nodes for {len(DOMAINS)} domains" for name in DOMAINS[3:]
+    }
+    assert {*summary.train, *summary.unseen} == {*DOMAINS[:3]}
 
 
 def test_one_client_at_a_time_gives_the_same_results(place: Path, tmp_path: Path) -> None:

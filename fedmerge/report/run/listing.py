@@ -23,7 +23,7 @@ def runs_table(summaries: Sequence[RunSummary]) -> str:
                 run.state,
                 f"{run.started:%Y-%m-%d %H:%M}" if run.started else _ABSENT,
                 _ABSENT if run.seconds is None else f"{run.seconds:,.0f}",
-                _some(run.train) + (f" + {len(run.unseen)} unseen" if run.unseen else ""),
+                _domains(run),
                 ", ".join(run.methods) or _ABSENT,
                 run.served or _ABSENT,
                 _ABSENT if run.test is None else f"{run.metric} {run.test:.4f}",
@@ -37,6 +37,11 @@ def runs_table(summaries: Sequence[RunSummary]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _domains(run: RunSummary) -> str:
+    unseen = f" + {len(run.unseen)} unseen" if run.unseen else ""
+    return _some(run.train) + unseen + (f", {len(run.missing)} missing" if run.missing else "")
+
+
 def summary_record(run: RunSummary) -> dict[str, Any]:
     """Return the same as JSON types."""
     return {
@@ -47,6 +52,7 @@ def summary_record(run: RunSummary) -> dict[str, Any]:
         "seconds": run.seconds,
         "train": list(run.train),
         "unseen": list(run.unseen),
+        "missing": dict(run.missing),
         "methods": list(run.methods),
         "served": run.served,
         "metric": run.metric,
@@ -65,7 +71,7 @@ def run_text(run: RunDetails) -> str:
         ("folder", [str(summary.folder)]),
         ("settings", [_settings(settings)]),
         ("participants", [_participant(name, client, run.experts) for name, client in run.participants.items()]),
-        ("excluded", [f"{name}: {reason}" for name, reason in run.excluded.items()]),
+        ("missing", [f"{name}: {reason}" for name, reason in summary.missing.items()]),
         ("failure", (run.failure or "").splitlines()),
         ("merges", [_merge(merge, run) for merge in run.merges]),
         ("merged later", [_merge(merge, run) for merge in run.remerges]),

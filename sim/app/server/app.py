@@ -25,11 +25,10 @@ from fedmerge.report.run.final_report import attack_note
 from fedmerge.report.tracking import check_tracking
 from fedmerge.runs.attempts import LOG_FILE, Attempt, start_attempt
 from fedmerge.runs.folder import DONE, create_run, environment, locked, open_run, run_to_resume
-from sim.app.server.members import join_names
 from sim.app.server.phases.catalogs import collect_catalogs
 from sim.app.server.phases.choosing import validate_and_choose
 from sim.app.server.phases.evaluating import evaluate_models
-from sim.app.server.phases.joining import gather, greet, log_members, restore_members
+from sim.app.server.phases.joining import gather, greet_late, log_members, restore_members
 from sim.app.server.phases.merging import train_and_merge
 from sim.app.server.phases.reporting import selected, track, write_privacy, write_report
 from sim.app.server.run import Run, new_run
@@ -106,8 +105,7 @@ def _experiment(run: Run, attempt: Attempt) -> None:
         # 4. Validate, train heads over the merge that is served, and choose.
         validation, choice, heads = validate_and_choose(run, backbone, merges)
         # 5. Evaluate the selection on test, once; clients that joined late count as unseen.
-        if late := greet(run, backbone):
-            logger.info("joined late; evaluated as unseen: %s", join_names(late))
+        greet_late(run, backbone, merges.members)
         adapters = {candidate.label: candidate.adapter for candidate in selected(merges, choice)}
         test = evaluate_models(run, "test", sorted(run.members.nodes), adapters, merges.sources, heads)
         run.require_quorum([domain for domain in test if domain in merges.members])

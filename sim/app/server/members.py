@@ -44,6 +44,7 @@ class Members:
         nodes: domain -> node of the participating domains.
         descriptions: domain -> its client's description, of every domain that ever took part.
         excluded: domain or node -> reason.
+        absent: domain of the experiment -> why it is not in the merge, though nothing of it failed.
         greeted: nodes that were asked for their description.
         num_nodes: number of nodes in all, if a simulation announces it; else 0.
         keys: registered public keys by fingerprint; empty if none are registered.
@@ -54,6 +55,7 @@ class Members:
     nodes: dict[str, int] = field(default_factory=dict)
     descriptions: dict[str, records.Description] = field(default_factory=dict)
     excluded: dict[str, Exclusion] = field(default_factory=dict)
+    absent: dict[str, str] = field(default_factory=dict)
     greeted: set[int] = field(default_factory=set)
     num_nodes: int = 0
     keys: Mapping[str, RegisteredKey] = field(default_factory=dict)
@@ -93,6 +95,7 @@ class Members:
             "excluded_participants": {
                 name: asdict(exclusion.description) for name, exclusion in excluded if exclusion.description
             },
+            "absent": dict(sorted(self.absent.items())),
         }
         write_json(self.folder / CLIENTS_FILE, seal(clients))
 

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Collection
 
 from flwr.app import RecordDict
 
@@ -56,12 +57,45 @@ def gather(run: Run, backbone: Backbone) -> None:
         if come >= expected or time.monotonic() > started + wait_seconds:
             break
         pause(started)
+    members.absent = _find_absent(run)
     members.write()
     logger.info("%d nodes are connected, %d domains are expected", len(members.greeted), num_domains)
     if idle := len(members.greeted) - len(members.nodes) - len(members.excluded):
         logger.info("%d connected nodes are not part of this experiment", idle)
     log_members(run)
     run.require_quorum(members.in_role("train"))
+
+
+def _find_absent(run: Run) -> dict[str, str]:
+    """Return domain -> why no client of it has joined, for all domains of the experiment that were not excluded."""
+    members, named = run.members, run.config.domains.train + run.config.domains.unseen
+    why = f"no client came within {run.config.server.wait_seconds:g} s"
+    if 0 < members.num_nodes < len(named):
+        why = f"the simulation has {members.num_nodes} nodes for {len(named)} domains"
+    absent = {domain: why for domain in named if domain not in members.nodes and domain not in members.excluded}
+    refused = {name.partition(" (node ")[0] for name in members.excluded}
+    for domain in absent:
+        if domain in members.descriptions:
+            absent[domain] = "its client did not come back when the run was resumed"
+        elif domain in refused:
+            absent[domain] = "the only node that claimed to be it was excluded"
+    return absent
+
+
+def greet_late(run: Run, backbone: Backbone, merged: Collection[str]) -> None:
+    """Let clients join that came after the merge: they are evaluated as unseen.
+
+    Args:
+        run: with its merges made.
+        backbone: that of the experiment.
+        merged: domains whose experts are in the merges.
+    """
+    late = greet(run, backbone)
+    if late:
+        logger.info("joined late; evaluated as unseen: %s", join_names(late))
+    for domain in late:
+        if domain in run.config.domains.train and domain not in merged:
+            run.members.absent[domain] = "its client came after the merge; evaluated as unseen"
 
 
 def greet(run: Run, backbone: Backbone) -> list[str]:
@@ -83,6 +117,7 @@ def greet(run: Run, backbone: Backbone) -> list[str]:
             return description.domain  # in a phase that has ended
         run.members.nodes[description.domain] = _node(name)
         run.members.descriptions[description.domain] = description
+        run.members.absent.pop(description.domain, None)
         joined.append(description.domain)
         few = len(run.config.domains.train) + len(run.config.domains.unseen) <= FEW_CLIENTS
         (logger.info if few else logger.debug)(

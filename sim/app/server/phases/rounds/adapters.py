@@ -17,7 +17,7 @@ from fedmerge.runs.round_checkpoints import round_records, write_members
 from fedmerge.server.candidates import candidate_of_rounds, learn_from_catalogs, merge_candidates, recipe_of
 from sim.app.messages import records
 from sim.app.server.members import join_names
-from sim.app.server.phases.joining import greet
+from sim.app.server.phases.joining import greet, greet_late
 from sim.app.server.phases.rounds.one_by_one import Training, train_over_rounds
 from sim.app.server.run import Run
 
@@ -74,11 +74,10 @@ def _with_late_clients(run: Run, backbone: Backbone, members: list[str]) -> list
 
     A rule that learns from catalogs takes no new members, since the catalogs are already collected.
     """
-    joined = greet(run, backbone)
     if run.config.rounds.rule in LEARNED_METHODS:
-        if joined:
-            logger.info("joined late; evaluated as unseen: %s", join_names(joined))
+        greet_late(run, backbone, members)
         return members
+    greet(run, backbone)
     if new := sorted({*run.members.in_role("train")} - {*members}):
         logger.info("joined late; take part from this round on: %s", join_names(new))
         write_members(run.folder, members := sorted([*members, *new]))

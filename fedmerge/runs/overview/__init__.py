@@ -1,0 +1,1 @@
+"""What runs were, over their folders: who was missing, what can be removed."""
