@@ -43,12 +43,22 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> ExperimentC
             ) from error
         except (ValueError, RecursionError) as error:  # broken TOML, bytes that are not UTF-8, endless nesting
             raise ConfigError(f"{path}: not valid TOML: {error}.") from error
+    return from_flat(values | read_overrides(overrides), where=str(path) if path else "settings")
+
+
+def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """Return dotted key -> value of the arguments of ``--set``.
+
+    Raises:
+        ConfigError: an argument without ``=``.
+    """
+    values: dict[str, Any] = {}
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
             raise ConfigError(f"--set {override!r}: expected key=value, for example --set train.max_steps=100.")
         values[key.strip()] = _toml_value(text.strip())
-    return from_flat(values, where=str(path) if path else "settings")
+    return values
 
 
 def from_flat(flat: Mapping[str, Any], where: str = "run config") -> ExperimentConfig:

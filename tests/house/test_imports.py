@@ -25,7 +25,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("client", "runs"),
     ("server",),
     ("report", "serving"),
-    ("bench", "deploy", "organisation"),
+    ("bench", "deploy", "organisation", "planning"),
     ("api", "cli"),
 )
 ROW_OF = {part: number for number, row in enumerate(ROWS) for part in row}
@@ -38,7 +38,7 @@ PRIVATE = {
 }
 FRAMEWORKS = {"flwr", "ray"}
 USE_FLOWER = {"fedmerge.api.simulation"} | {
-    f"fedmerge.cli.{name}" for name in ("run", "runs", "bench", "configs", "machines.deploy", "machines.client")
+    f"fedmerge.cli.{name}" for name in ("init", "run", "runs", "bench", "configs", "machines.deploy", "machines.client")
 }
 
 

@@ -1,0 +1,1 @@
+"""An experiment for domain folders, with budgets for this machine."""
