@@ -10,7 +10,7 @@ import torch
 from fedmerge.adapter import Adapter, LoraModule
 from fedmerge.client.cache.folders import fill_folder
 from fedmerge.encoder.demo_backbone import write_demo_backbone
-from fedmerge.encoder.peft_folder import write_adapter
+from fedmerge.encoder.peft.folder import write_adapter
 
 
 @pytest.fixture(params=[0o022, 0o027, 0o077], ids=oct)
