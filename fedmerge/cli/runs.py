@@ -1,4 +1,4 @@
-"""``fedmerge runs`` and ``fedmerge show``."""
+"""``fedmerge runs``, ``fedmerge show`` and ``fedmerge watch``."""
 
 import argparse
 import json
@@ -25,6 +25,10 @@ def add_commands(commands: "Commands") -> None:
     add_runs_folder(show)
     show.add_argument("--json", action="store_true", help="machine-readable output")
     show.set_defaults(command=_show)
+    watch = commands.add_parser("watch", help="watch a run at work: its phases, who is waited for, the time left")
+    watch.add_argument("run", metavar="RUN", help="run folder, or the beginning of a run id")
+    add_runs_folder(watch)
+    watch.set_defaults(command=_watch)
 
 
 def _runs(options: argparse.Namespace) -> int:
@@ -65,3 +69,15 @@ def _show(options: argparse.Namespace) -> int:
     run = describe_run(find_run(options.run, options.dir))
     print(json.dumps(run_record(run), indent=2, ensure_ascii=False) if options.json else run_text(run).rstrip())
     return 0
+
+
+def _watch(options: argparse.Namespace) -> int:
+    from fedmerge.report.run.live import watch
+    from fedmerge.runs.reading import find_run
+
+    folder = find_run(options.run, options.dir)
+    if watch(folder) == "done":
+        print(f"{folder.name} is finished; see: fedmerge show {folder}")
+        return 0
+    print(f"{folder.name}: no process works on it; resume it with: fedmerge run --resume {folder}")
+    return 1

@@ -2,8 +2,9 @@
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 import torch
 
@@ -135,7 +136,14 @@ def optimise(
             progress(step, steps, losses)
     chosen = min(validation, key=lambda found: found[1])[0] if validation else steps
     if "total" in history[0]:
-        logger.info("%s: %d steps, loss %.4f -> %.4f", name, steps, history[0]["total"], history[-1]["total"])
+        logger.info("%s: %d steps, loss %s", name, steps, _smoothed([losses["total"] for losses in history]))
     return LearnedCoefficients(
         trajectory[chosen], tuple(history), initial.cpu(), torch.stack(trajectory), chosen, tuple(validation)
     )
+
+
+def _smoothed(losses: Sequence[float]) -> str:
+    """Return the means of the first and the last tenth: single batches differ by more than learning changes."""
+    count = max(1, len(losses) // 10)
+    first, last = fmean(losses[:count]), fmean(losses[-count:])
+    return f"{first:.4f} -> {last:.4f}" + (f" (means of {count} steps)" if count > 1 else "")

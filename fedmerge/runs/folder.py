@@ -25,6 +25,7 @@ LOCK_ATTEMPTS = 3
 FILES: Mapping[str, str] = {
     "config.toml, environment.json": "settings; versions and hardware",
     "run.log, attempts.jsonl": "the log; start and duration of each attempt",
+    "progress.json": "until the end: what clients were asked so far, for `fedmerge watch`",
     "clients.json": "who takes part; who was absent or excluded, in which phase, why",
     "adapters/<domain>/": "each expert: a PEFT folder with `training.json`, written as it arrives (not under "
     "`aggregate-only`)",

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fedmerge.config import ExperimentConfig, to_toml
 from fedmerge.errors import ClientError
+from fedmerge.report.run.live import showing
 from fedmerge.runs.folder import CONFIG_FILE, DONE, check_same_config, is_locked, locked, new_run_id, run_exists
 from sim.checks import check_simulation
 from sim.local.launch import run_federation
@@ -47,16 +48,17 @@ def run_experiment(config: ExperimentConfig, app_dir: Path, mark: str | None = N
         resolved = Path(folder) / "experiment.toml"
         resolved.write_text(to_toml(config), encoding="utf-8")
         try:
-            outcome = run_federation(
-                app_dir,
-                resolved,
-                num_supernodes=len(config.domains.train) + len(config.domains.unseen),
-                cpus_per_client=config.runtime.threads_per_client,
-                gpus_per_client=config.runtime.gpus_per_client,
-                on_line=lambda line: print(line, flush=True),
-                is_over=_server_ended(run_dir),
-                mark=mark,
-            )
+            with showing(run_dir) as on_line:
+                outcome = run_federation(
+                    app_dir,
+                    resolved,
+                    num_supernodes=len(config.domains.train) + len(config.domains.unseen),
+                    cpus_per_client=config.runtime.threads_per_client,
+                    gpus_per_client=config.runtime.gpus_per_client,
+                    on_line=on_line,
+                    is_over=_server_ended(run_dir),
+                    mark=mark,
+                )
         except ClientError as error:
             if not (run_dir / DONE).is_file():
                 _print_remedy(run_dir)

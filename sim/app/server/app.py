@@ -25,6 +25,7 @@ from fedmerge.report.run.final_report import attack_note
 from fedmerge.report.tracking import check_tracking
 from fedmerge.runs.attempts import LOG_FILE, Attempt, start_attempt
 from fedmerge.runs.folder import DONE, create_run, environment, locked, open_run, run_to_resume
+from fedmerge.runs.overview.progress import remove_stages
 from sim.app.server.phases.catalogs import collect_catalogs
 from sim.app.server.phases.choosing import validate_and_choose
 from sim.app.server.phases.evaluating import evaluate_models
@@ -136,6 +137,7 @@ def _check(config: ExperimentConfig) -> None:
 
 def _finish(run: Run, attempt: Attempt, what: str) -> None:
     attempt.end()
+    remove_stages(run.folder)
     write_text(run.folder / DONE, f"{what} {attempt}\n")
 
 

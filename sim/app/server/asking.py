@@ -49,6 +49,7 @@ def ask(
     started = heartbeat = last_line = time.monotonic()
     last_look = 0.0
     answered = 0
+    run.stages.begin(run.current_phase or question.message_type, question.message_type, len(nodes))
     while any(inquiry.state in OPEN for inquiry in inquiries):
         # 1. Lost clients that are back are asked again.
         if _in_state(inquiries, State.LOST) and time.monotonic() - last_look >= LOOK_SECONDS:
@@ -86,12 +87,14 @@ def ask(
                 _give_up(run, inquiry, now)
         # 5. Say who is waited for, and pause.
         waiting = _in_state(inquiries, State.WAITING)
+        run.stages.answer(answered, [inquiry.name for inquiry in waiting])
         if waiting and now - heartbeat > HEARTBEAT_SECONDS:
             heartbeat = now
             names = sorted(inquiry.name for inquiry in waiting)
             logger.info("%s: waiting for %s (%.0f s)", question.message_type, join_names(names), now - started)
         if waiting or _in_state(inquiries, State.LOST):
             pause(started)
+    run.stages.end()
 
 
 def pause(since: float) -> None:

@@ -9,6 +9,7 @@ from flwr.serverapp import Grid
 
 from fedmerge.config import ExperimentConfig
 from fedmerge.errors import ClientError
+from fedmerge.runs.overview.progress import Stages
 from sim.app.flower_internals import InMemoryGrid
 from sim.app.server.ledger import Ledger
 from sim.app.server.members import Members, join_names
@@ -25,6 +26,7 @@ class Run:
         grid: Flower's connection to the nodes.
         members: the clients that take part and those that are excluded.
         ledger: what left the clients.
+        stages: what the clients were asked so far.
         current_phase: name of the innermost phase; it is written beside every exclusion.
         late: questions whose clients were excluded for no answer in time; answers that still come are recorded.
         cohorts: hash of a cohort that was sent in this attempt -> its domains with their numbers of pseudo-users.
@@ -35,6 +37,7 @@ class Run:
     grid: Grid
     members: Members
     ledger: Ledger
+    stages: Stages
     current_phase: str = ""
     late: list[Inquiry] = field(default_factory=list)
     cohorts: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -81,4 +84,4 @@ class Run:
 
 def new_run(config: ExperimentConfig, folder: Path, grid: Grid) -> Run:
     """Return a run without members."""
-    return Run(config, folder, grid, Members(folder), Ledger(folder))
+    return Run(config, folder, grid, Members(folder), Ledger(folder), Stages(folder))
