@@ -18,7 +18,7 @@ def bytes_section(data: Dataset) -> Html | None:
     for role in data.roles:
         scores = scores_of(data, data.variant, role, HEADLINE[0])
         points = [
-            charts.Point(strategy, data.series[strategy], bytes_of, score.mean, None, score.spread)
+            charts.Point(strategy, data.looks[strategy], bytes_of, score.mean, None, score.spread)
             for strategy, bytes_of in traffic.items()
             if (score := scores.get(strategy)) and bytes_of is not None
         ]

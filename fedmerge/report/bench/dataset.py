@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fedmerge.report.bench_tables import MEAN, BenchTables, Rows
+from fedmerge.report.html.looks import Look
 from fedmerge.report.html.page import is_number
 
 HEADLINE: tuple[str, ...] = ("recall@10", "ndcg@10")
@@ -40,7 +41,7 @@ class Dataset:
         other_baselines: baselines whose comparisons are not shown.
         variant: "unmasked" if there are such results, else "masked".
         roles: roles of the domains, "train" first.
-        series: strategy -> number that determines its symbol and colour.
+        looks: strategy -> its colour and shape.
         prefix: prefix of this dataset's anchors.
     """
 
@@ -51,11 +52,11 @@ class Dataset:
     other_baselines: tuple[str, ...]
     variant: str
     roles: tuple[str, ...]
-    series: Mapping[str, int]
+    looks: Mapping[str, Look]
     prefix: str
 
 
-def dataset_of(tables: BenchTables, name: str, series: Mapping[str, int], prefix: str) -> Dataset:
+def dataset_of(tables: BenchTables, name: str, looks: Mapping[str, Look], prefix: str) -> Dataset:
     """Select one dataset's rows, and collect what its sections share."""
 
     def rows(table_name: str) -> list[Mapping[str, Any]]:
@@ -83,7 +84,7 @@ def dataset_of(tables: BenchTables, name: str, series: Mapping[str, int], prefix
         other_baselines=tuple(baselines[1:]),
         variant=next((variant for variant in VARIANT_NOTES if variant in found), "unmasked"),
         roles=tuple(role for role in ROLE_TITLES if role in found),
-        series=series,
+        looks=looks,
         prefix=prefix,
     )
 

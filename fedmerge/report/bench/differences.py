@@ -19,7 +19,7 @@ def differences_section(data: Dataset) -> Html | None:
     for role in data.roles:
         for metric in HEADLINE:
             found = mean_comparisons(data, variant, role, metric)
-            dots = [_difference_dot(data, strategy, found[strategy]) for strategy in data.series if strategy in found]
+            dots = [_difference_dot(data, strategy, found[strategy]) for strategy in data.looks if strategy in found]
             pictures.append(charts.dot_chart(f"{metric_title(metric)}, {ROLE_TITLES[role]}", dots, reference=0.0))
     heads = [
         Column("Strategy", numeric=False),
@@ -63,7 +63,7 @@ def _difference_dot(data: Dataset, strategy: str, row: Mapping[str, Any]) -> cha
     bounded = is_number(difference) and is_number(half)
     return charts.Dot(
         strategy,
-        data.series[strategy],
+        data.looks[strategy],
         difference,
         difference - half if bounded else None,
         difference + half if bounded else None,

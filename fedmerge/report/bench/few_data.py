@@ -7,6 +7,7 @@ from fedmerge.report.bench.dataset import HEADLINE, VARIANT_NOTES
 from fedmerge.report.bench.notation import metric_title
 from fedmerge.report.bench_tables import BenchTables
 from fedmerge.report.html import charts
+from fedmerge.report.html.looks import Look
 from fedmerge.report.html.page import Cell, Column, Html, decimal, join, note, number_cell, table
 
 TRAIN_USERS = "train_users"  # key of a cell's record: domain -> users of its folder
@@ -14,7 +15,7 @@ TRAIN_USERS = "train_users"  # key of a cell's record: domain -> users of its fo
 Values = dict[tuple[str, int], list[float]]  # strategy and number of users -> a value per seed
 
 
-def few_data_section(tables: BenchTables, series: Mapping[str, int]) -> Html | None:
+def few_data_section(tables: BenchTables, looks: Mapping[str, Look]) -> Html | None:
     """Return a figure and a table per domain that datasets have with different numbers of users; None without one."""
     users = {
         (cell["dataset"], domain): int(number)
@@ -36,13 +37,13 @@ def few_data_section(tables: BenchTables, series: Mapping[str, int]) -> Html | N
                 values.setdefault((row["strategy"], users[row["dataset"], domain]), []).append(row["value"])
         if len(numbers) > 1 and values:
             drawn |= {strategy for strategy, _ in values}
-            pictures.append(_figure(f"{metric_title(metric)}, {domain}", values, series))
+            pictures.append(_figure(f"{metric_title(metric)}, {domain}", values, looks))
             parts.append(_table(f"few-data-{len(parts)}", domain, sorted(numbers), values, variant, metric))
     if not pictures:
         return None
     return join(
         charts.grid(*pictures),
-        charts.legend({name: place for name, place in series.items() if name in drawn}, with_line=True),
+        charts.legend({name: look for name, look in looks.items() if name in drawn}, with_line=True),
         note(
             "The domain is cut to the number of users on the axis, who train and select; the other domains stay whole. "
             f"Mean over seeds, within their range. {VARIANT_NOTES[variant]}"
@@ -51,7 +52,7 @@ def few_data_section(tables: BenchTables, series: Mapping[str, int]) -> Html | N
     )
 
 
-def _figure(title: str, values: Values, series: Mapping[str, int]) -> Html:
+def _figure(title: str, values: Values, looks: Mapping[str, Look]) -> Html:
     """Return scores over the number of users, on a logarithmic axis."""
     lines = []
     for strategy in dict.fromkeys(strategy for strategy, _ in values):
@@ -60,7 +61,7 @@ def _figure(title: str, values: Values, series: Mapping[str, int]) -> Html:
             (math.log10(number), math.fsum(of_seeds) / len(of_seeds), min(of_seeds), max(of_seeds))
             for number, of_seeds in found
         ]
-        lines.append(charts.Line(strategy, series[strategy], points))
+        lines.append(charts.Line(strategy, looks[strategy], points))
     places = {math.log10(number): f"{number:,}" for _, number in values}
     return charts.line_chart(title, "users", lines, x_places=places)
 

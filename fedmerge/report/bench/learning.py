@@ -1,7 +1,7 @@
 """Sections with merging coefficients and training curves."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from fedmerge.report.bench.dataset import (
     Dataset,
@@ -12,6 +12,7 @@ from fedmerge.report.bench.notation import (
 )
 from fedmerge.report.bench_tables import Rows
 from fedmerge.report.html import charts
+from fedmerge.report.html.looks import Look, in_order
 from fedmerge.report.html.page import (
     Html,
     element,
@@ -62,20 +63,24 @@ def curves_section(data: Dataset) -> Html | None:
         of_name = [row for row in rows if row["name"] == name]
         several = len({row["strategy"] for row in of_name}) > 1
         panel, line = ("domain", "strategy") if several else ("strategy", "domain")
-        series = data.series if several else _places(row["domain"] for row in of_name)
+        looks = data.looks if several else in_order(row["domain"] for row in of_name)
+        if not several and list(looks) == [""]:  # of the merge itself, not of a domain
+            looks = {"": data.looks[of_name[0]["strategy"]]}
         panels = {
-            title: _lines([row for row in of_name if row[panel] == title], line, series)
+            title: _lines([row for row in of_name if row[panel] == title], line, looks)
             for title in dict.fromkeys(row[panel] for row in of_name)
         }
         if len(panels) == 1:
-            single += [charts.line_chart(name, "step", lines, with_legend=True) for lines in panels.values()]
+            ((title, lines),) = panels.items()
+            named = name if any(line.label for line in lines) else f"{name}: {title}"
+            single.append(charts.line_chart(named, "step", lines, with_legend=True))
             continue
         pictures = [charts.line_chart(title or name, "step", lines) for title, lines in panels.items()]
         shown = charts.grid(*pictures)
         used = dict.fromkeys(line.label for lines in panels.values() for line in lines)
         parts.append(element("h3", name))
         parts.append(folded("Figures", shown) if len(pictures) > MANY_PICTURES else shown)
-        parts.append(charts.legend({label: series[label] for label in used}, with_line=True))
+        parts.append(charts.legend({label: looks[label] for label in used}, with_line=True))
     if not rows:
         return None
     spread = "Mean over seeds, within their range; " if len({row["seed"] for row in rows}) > 1 else ""
@@ -83,15 +88,11 @@ def curves_section(data: Dataset) -> Html | None:
     return join(charts.grid(*single) if single else None, *parts, note(text[0].upper() + text[1:]))
 
 
-def _lines(rows: Rows, what: str, series: Mapping[str, int]) -> list[charts.Line]:
+def _lines(rows: Rows, what: str, looks: Mapping[str, Look]) -> list[charts.Line]:
     return [
-        charts.Line(label, series[label], _over_steps([row for row in rows if row[what] == label]))
+        charts.Line(label, looks[label], _over_steps([row for row in rows if row[what] == label]))
         for label in dict.fromkeys(row[what] for row in rows)
     ]
-
-
-def _places(names: Iterable[str]) -> dict[str, int]:
-    return {name: place for place, name in enumerate(dict.fromkeys(names))}
 
 
 def _over_steps(rows: Rows) -> list[tuple[float, float, float, float]]:

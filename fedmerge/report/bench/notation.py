@@ -5,8 +5,8 @@ from typing import Any
 
 from fedmerge.report.bench.dataset import Dataset, Score
 from fedmerge.report.bench_tables import POOLED
-from fedmerge.report.html import charts
 from fedmerge.report.html.page import ABSENT, Html, decimal, element, is_number, join
+from fedmerge.report.html.svg import symbol
 
 MANY_PICTURES = 12  # more of one kind are collapsed
 
@@ -82,4 +82,4 @@ def strategy_name(data: Dataset, strategy: str, label: str = "") -> Html:
         element("small", f" {label}") if label else None,
         *(element("span", tag, class_="tag") for tag in tags),
     )
-    return element("span", charts.symbol(data.series[strategy]), element("span", words), class_="name")
+    return element("span", symbol(data.looks[strategy]), element("span", words), class_="name")

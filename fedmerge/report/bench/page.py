@@ -22,6 +22,7 @@ from fedmerge.report.bench.privacy import privacy_section
 from fedmerge.report.bench.ranks import ranks_section
 from fedmerge.report.bench.scores import domains_section, scores_section, unseen_section
 from fedmerge.report.bench_tables import FINISHED, BenchTables
+from fedmerge.report.html.looks import assign_looks
 from fedmerge.report.html.page import Html, Section, element, facts, join, page
 
 
@@ -37,12 +38,10 @@ def bench_page(
         short: content at the end of the first section.
         more: sections placed before the last section, the settings.
     """
-    names = dict.fromkeys(
-        row["strategy"] for name in ("results", "costs", "curves", "coefficients") for row in getattr(tables, name)
-    )
-    series = {strategy: place for place, strategy in enumerate(names)}
+    drawn = ("results", "costs", "curves", "coefficients", "ranks")
+    looks = assign_looks(row["strategy"] for name in drawn for row in getattr(tables, name))
     datasets = {
-        name: dataset_of(tables, name, series, f"d{number}-")
+        name: dataset_of(tables, name, looks, f"d{number}-")
         for number, name in enumerate(dict.fromkeys(row["dataset"] for row in tables.results))
     }
     sections = [Section("short", "In short", join(_in_short(tables, datasets), short))]
@@ -61,10 +60,10 @@ def bench_page(
         ):
             if content:
                 sections.append(Section(data.prefix + key, where + heading, content))
-    if few := few_data_section(tables, series):
+    if few := few_data_section(tables, looks):
         sections.append(Section("few-data", "By number of users", few))
     if tables.ranks:
-        sections.append(Section("ranks", "Ranks over domains and seeds", ranks_section(tables, series)))
+        sections.append(Section("ranks", "Ranks over domains and seeds", ranks_section(tables, looks)))
     sections += more
     if tables.cells:
         sections.append(Section("cells", "Settings and environment", cells_section(tables)))

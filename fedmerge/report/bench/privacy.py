@@ -21,6 +21,7 @@ from fedmerge.report.bench.notation import (
     metric_title,
 )
 from fedmerge.report.html import charts
+from fedmerge.report.html.looks import in_order
 from fedmerge.report.html.page import (
     ABSENT,
     Cell,
@@ -110,20 +111,21 @@ def _pictures(rows: Sequence[PrivateRow]) -> tuple[Html, ...]:
     for row in rows:
         lines.setdefault(_all_but_noise(row.config), []).append(row)
     labels = _labels(list(lines.values()))
+    looks = in_order(labels)
     pictures = [
         charts.line_chart(
             title,
             "1/ε",
             [
-                charts.Line(label, number, _points(of_line, title))
-                for number, (label, of_line) in enumerate(zip(labels, lines.values(), strict=True))
+                charts.Line(label, looks[label], _points(of_line, title))
+                for label, of_line in zip(labels, lines.values(), strict=True)
             ],
         )
         for title in dict.fromkeys(title for row in rows for title in {**row.scores, **row.leaks})
     ]
     return (
         charts.grid(*pictures),
-        charts.legend({label: number for number, label in enumerate(labels)}, with_line=True),
+        charts.legend(looks, with_line=True),
         note(
             "Further right is more private: 1/ε is 0 without noise (ε = ∞) and 1 at ε = 1. Mean over seeds, within "
             "their standard deviation. Strategies on coinciding lines merge the same adapters and differ in what is "

@@ -5,20 +5,20 @@ from collections.abc import Mapping
 from fedmerge.report.bench.notation import p_text
 from fedmerge.report.bench_tables import BenchTables
 from fedmerge.report.html import charts
+from fedmerge.report.html.looks import Look
 from fedmerge.report.html.page import Html, element, is_number, note
 from fedmerge.report.statistics import LEVEL
 
 
-def ranks_section(tables: BenchTables, series: Mapping[str, int]) -> Html:
+def ranks_section(tables: BenchTables, looks: Mapping[str, Look]) -> Html:
     """Return mean ranks with their critical difference, and Friedman's test."""
     pictures, lines = [], []
     for dataset in dict.fromkeys(row["dataset"] for row in tables.ranks):
         rows = [row for row in tables.ranks if row["dataset"] == dataset and is_number(row["mean_rank"])]
         if not rows:
             continue
-        rows.sort(key=lambda row: (row["mean_rank"], series.get(row["strategy"], 0)))
-        places = {**series, **{row["strategy"]: len(series) for row in rows if row["strategy"] not in series}}
-        ranks = [(row["strategy"], places[row["strategy"]], row["mean_rank"]) for row in rows]
+        rows.sort(key=lambda row: row["mean_rank"])
+        ranks = [(row["strategy"], looks[row["strategy"]], row["mean_rank"]) for row in rows]
         title = dataset or "all datasets"
         first = rows[0]
         if is_number(first["critical_difference"]):

@@ -139,7 +139,7 @@ def domains_section(data: Dataset) -> Html:
         dots = [
             charts.Dot(
                 strategy,
-                data.series[strategy],
+                data.looks[strategy],
                 score.mean,
                 None if score.spread is None else score.mean - score.spread,
                 None if score.spread is None else score.mean + score.spread,
@@ -163,7 +163,7 @@ def domains_section(data: Dataset) -> Html:
         body.append(row)
     heads = [Column("Strategy", numeric=False), *(Column(title) for title, _ in columns)]
     caption = f"{metric_title(metric)} on test, {variant}"
-    line = f" Dashed: {baseline}." if baseline else ""
+    line = f" The vertical line: {baseline}." if baseline else ""
     return join(
         folded("Figures", shown) if len(pictures) > MANY_PICTURES else shown,
         note(
@@ -185,7 +185,7 @@ def unseen_section(data: Dataset) -> Html | None:
     of_seen = scores_of(data, variant, "train", metric)
     of_unseen = mean_scores(unseen, keys)
     points = [
-        charts.Point(s, data.series[s], of_seen[s].mean, of_unseen[s].mean, of_seen[s].spread, of_unseen[s].spread)
+        charts.Point(s, data.looks[s], of_seen[s].mean, of_unseen[s].mean, of_seen[s].spread, of_unseen[s].spread)
         for s in data.strategies
         if s in of_seen and s in of_unseen
     ]
