@@ -15,6 +15,7 @@ from fedmerge.evaluation.sums import VARIANTS, MetricSums, Variant, metric_sums_
 from fedmerge.files import read_json, read_record, read_sealed, seal, whole_folder, write_json
 from fedmerge.mergerec.pictures import draw_learned
 from fedmerge.merging.candidate import Candidate, Provenance
+from fedmerge.runs.folder import ADMISSION
 from fedmerge.runs.verified import read_verified
 
 ADAPTERS = "adapters"
@@ -28,7 +29,6 @@ SUMS: Mapping[Stage, str] = {
     "heads": "heads-validation",
     "test": "test",
 }
-ADMISSION = "admission.json"
 
 Sums = dict[Variant, MetricSums]
 

@@ -21,6 +21,7 @@ from fedmerge.files import write_json, write_text
 CONFIG_FILE = "config.toml"
 DONE = "DONE"
 LOCK_FILE = "lock"
+ADMISSION = "admission.json"
 LOCK_ATTEMPTS = 3
 FILES: Mapping[str, str] = {
     "config.toml, environment.json": "settings; versions and hardware",

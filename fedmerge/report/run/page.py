@@ -41,7 +41,8 @@ from fedmerge.report.run.alone import (
 )
 from fedmerge.report.statistics import comparison_rows
 from fedmerge.report.tables import Role, difference_cell
-from fedmerge.runs.checkpoints import ADMISSION, HEADS
+from fedmerge.runs.checkpoints import HEADS
+from fedmerge.runs.folder import ADMISSION
 from fedmerge.runs.metric_sums import read_metric_sums
 from fedmerge.runs.reading import RunDetails, describe_run
 from fedmerge.runs.round_checkpoints import round_records

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from fedmerge.files import read_record, table_or_empty
-from fedmerge.runs.checkpoints import ADMISSION
+from fedmerge.runs.folder import ADMISSION
 
 NO_REASON = "it did not take part"
 

@@ -8,6 +8,7 @@ from fedmerge.encoder.backbone import Backbone
 from fedmerge.evaluation.ranks import SELECTION_METRIC
 from fedmerge.files import read_sealed, seal, write_json
 from fedmerge.runs import checkpoints
+from fedmerge.runs.folder import ADMISSION
 from fedmerge.server.gate import Vote, check_experts, leave_one_out_merges, votes_of
 from sim.app.server.phases.evaluating import evaluate_models
 from sim.app.server.run import Run
@@ -36,12 +37,12 @@ def pass_gate(
     if admission.action is None:
         return dict(sources), {}
     with run.phase("admission"):
-        record = read_sealed(run.folder / checkpoints.ADMISSION)
+        record = read_sealed(run.folder / ADMISSION)
         if record is None:
             experts = checkpoints.StoredExperts(run.folder, sources)
             votes = _votes(run, experts) if admission.leave_one_out else {}
             record = check_experts(experts, admission, run.config.text, run.config.seed, backbone, catalogs, votes)
-            write_json(run.folder / checkpoints.ADMISSION, seal(record))
+            write_json(run.folder / ADMISSION, seal(record))
         failed: dict[str, str] = record["failed"]
         for domain, reason in failed.items():
             if admission.action == "flag":

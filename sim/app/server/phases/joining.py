@@ -13,6 +13,7 @@ from fedmerge.encoder.lora import layout_sha256
 from fedmerge.files import read_json
 from fedmerge.runs import checkpoints
 from fedmerge.runs.federated_head import HEAD_FOLDER
+from fedmerge.runs.folder import ADMISSION
 from fedmerge.runs.round_checkpoints import HEAD_ROUNDS
 from fedmerge.server.choice import CHOICE_FILE, SELECTION_FILE
 from sim.app.messages import records
@@ -31,7 +32,7 @@ def restore_members(run: Run) -> None:
     is asked again.
     """
     ended = {"catalogs", "train"} if checkpoints.read_sources(run.folder) else set()
-    ended |= {"admission"} if read_json(run.folder / checkpoints.ADMISSION) else set()
+    ended |= {"admission"} if read_json(run.folder / ADMISSION) else set()
     ended |= {"merge"} if (run.folder / checkpoints.SUMS["valid"]).is_dir() else set()
     ended |= {HEAD_ROUNDS} if (run.folder / HEAD_FOLDER).is_dir() else set()
     if chosen := read_json(run.folder / CHOICE_FILE):
