@@ -287,8 +287,9 @@ def write_table(path: Path, rows: Iterable[Mapping[str, Any]], schema: Any = Non
         os.replace(partial, path)
         sync(path.parent)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise RunDirError(f"{path} cannot be written ({error}). {_SPACE}") from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def check_free(folder: Path) -> None:

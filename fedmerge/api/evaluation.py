@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from fedmerge.config import Split
     from fedmerge.encoder.backbone import Backbone
     from fedmerge.evaluation.sums import Estimate, MetricSums, Variant
-    from fedmerge.recommender import Recommendation, Recommender
+    from fedmerge.serving.listing import Listing
+    from fedmerge.serving.recommender import Item, Recommendation, Recommender
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ def load_recommender(
     from fedmerge.client.local_domain import LocalDomain
     from fedmerge.config import Text
     from fedmerge.domain.catalog import load_catalog
-    from fedmerge.recommender import make_recommender
+    from fedmerge.serving.recommender import make_recommender
 
     adapter = None if model is None else adapter_of(model)
     if isinstance(catalog, LocalDomain):
@@ -200,22 +201,27 @@ def load_served(
 
 
 def recommend(
-    recommender: Recommender, history: Sequence[str], k: int = 10, keep_seen: bool = False
+    recommender: Recommender,
+    history: Sequence[Item],
+    k: int = 10,
+    keep_seen: bool = False,
+    listing: Listing | None = None,
 ) -> list[Recommendation]:
     """Recommend the k items with the highest scores for a user's history.
 
     Args:
         recommender: of :func:`load_recommender` or :func:`load_served`; reuse it, since it holds the encoded catalog.
-        history: item ids, oldest first.
+        history: item ids, oldest first; an item that the catalog lacks by its attributes, as ``{"title": "Red tent"}``.
         k: number of items.
         keep_seen: recommend items of the history, too.
+        listing: filters, diversity, popularity; then ``k`` and ``keep_seen`` are those of the listing.
 
     Raises:
         DomainError: an empty history, or an item that the catalog does not have.
     """
-    from fedmerge import recommender as room
+    from fedmerge.serving import recommender as room
 
-    return room.recommend(recommender, history, k, keep_seen)
+    return room.recommend(recommender, history, k, keep_seen, listing)
 
 
 def frame_of(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:

@@ -98,5 +98,5 @@ def open_domain(folder: Path, backbone: Backbone, text: Text, cache_dir: Path | 
     if cache_dir is None:
         table = build_token_table(catalog, backbone.tokenizer, limit)
     else:
-        table = load_or_build_tokens(catalog, manifest, backbone, limit, cache_dir)
+        table = load_or_build_tokens(catalog, backbone, limit, cache_dir)
     return LocalDomain(manifest, catalog, load_interactions(folder), table, text, backbone)

@@ -15,6 +15,7 @@ from fedmerge.encoder.text import Tokens
 TOKENS_PER_BATCH = 4096  # larger batches are not faster on a CPU: they exceed its caches
 EAGER_ATTENTION_TOKENS = 256
 TRAINING_GROUPS = 4  # parts of a training batch on a CPU, each padded to its own longest sequence
+Encode = Callable[[Sequence[Tokens]], torch.Tensor]
 
 
 def embed_batch(backbone: Backbone, sequences: Sequence[Tokens]) -> torch.Tensor:
@@ -56,7 +57,6 @@ def embed_in_groups(backbone: Backbone, sequences: Sequence[Tokens]) -> torch.Te
     return vectors[torch.from_numpy(np.argsort(order))]
 
 
-@torch.no_grad()
 def encode(
     backbone: Backbone, sequences: Sequence[Tokens], progress: Callable[[int, int], None] | None = None
 ) -> torch.Tensor:
@@ -71,8 +71,27 @@ def encode(
         float32 (n, d) on the CPU, in the given order. Apart from rounding, a row does not depend on the others.
         Batches are formed by length, ties in the given order.
     """
-    vectors = torch.empty(len(sequences), backbone.width)
-    embed = fused_encoder(backbone) or partial(embed_batch, backbone)
+    return _encode(_embedding(backbone), backbone.width, sequences, progress)
+
+
+def prepared(backbone: Backbone) -> Encode:
+    """Return :func:`encode` of a backbone whose weights do not change any more, for many calls on any thread.
+
+    What :func:`encode` computes of the weights in every call, such as their packed bfloat16, is computed once here.
+    """
+    embed = _embedding(backbone)
+    return lambda sequences: _encode(embed, backbone.width, sequences, None)
+
+
+def _embedding(backbone: Backbone) -> Encode:
+    return fused_encoder(backbone) or partial(embed_batch, backbone)
+
+
+@torch.no_grad()
+def _encode(
+    embed: Encode, width: int, sequences: Sequence[Tokens], progress: Callable[[int, int], None] | None
+) -> torch.Tensor:
+    vectors = torch.empty(len(sequences), width)
     done = 0
     for batch in length_batches([len(sequence) for sequence in sequences], TOKENS_PER_BATCH):
         vectors[torch.from_numpy(batch)] = embed([sequences[i] for i in batch]).cpu()

@@ -154,20 +154,24 @@ def pack_sequences(
     Returns:
         One int32 array per history.
     """
-    room = max_tokens - len(special.prefix) - len(special.suffix)
-    sequences = []
-    for history in histories:
-        parts: list[Tokens] = [special.prefix]
-        left = room
-        for position, index in enumerate(reversed(history[-max_items:])):
-            for tokens in (table.separator, table.item(int(index))) if position else (table.item(int(index)),):
-                parts.append(tokens[:left])
-                left -= len(parts[-1])
-            if left <= 0:
-                break
-        parts.append(special.suffix)
-        sequences.append(np.concatenate(parts))
-    return sequences
+    return [
+        pack_items([table.item(int(index)) for index in history[-max_items:]], table.separator, special, max_tokens)
+        for history in histories
+    ]
+
+
+def pack_items(items: Sequence[Tokens], separator: Tokens, special: SpecialTokens, max_tokens: int) -> Tokens:
+    """Pack the tokens of one history's items, oldest first, as :func:`pack_sequences` does."""
+    parts: list[Tokens] = [special.prefix]
+    left = max_tokens - len(special.prefix) - len(special.suffix)
+    for position, item in enumerate(reversed(items)):
+        for tokens in (separator, item) if position else (item,):
+            parts.append(tokens[:left])
+            left -= len(parts[-1])
+        if left <= 0:
+            break
+    parts.append(special.suffix)
+    return np.concatenate(parts)
 
 
 def _check_empty_items(domain: str, empty: list[int], num_items: int, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -108,6 +108,7 @@ def anchored_source(
     histories: Sequence[IntArray],
     label: str = "federated head",
     by: Whitening | None = None,
+    items: torch.Tensor | None = None,
 ) -> Source:
     """Return the user vectors of histories under the head, and the whitened item vectors.
 
@@ -124,6 +125,7 @@ def anchored_source(
         histories: U arrays of item indices, oldest first, none empty.
         label: name of the source.
         by: whitening of another catalog, such as one without its newest items; None: of these items.
+        items: whitened vectors of the items, if they are known; ``by`` is not used then.
 
     Returns:
         A source of float32 vectors on the CPU.
@@ -133,7 +135,8 @@ def anchored_source(
             outside the catalog.
     """
     factors, max_length = _checked(head, item_vectors)
-    items = whitened(item_vectors, by or whitening(item_vectors))
+    if items is None:
+        items = whitened(item_vectors, by or whitening(item_vectors))
     if not all(len(history) for history in histories):
         raise LayoutMismatchError("a history is empty; expected at least one item in each")
     check_in_catalog(np.concatenate([np.zeros(0, dtype=np.int64), *histories]), len(items), "histories")
@@ -142,13 +145,16 @@ def anchored_source(
     return Source(label, users, items.cpu())
 
 
-def recent_items_source(item_vectors: torch.Tensor, histories: Sequence[IntArray], label: str) -> Source:
+def recent_items_source(
+    item_vectors: torch.Tensor, histories: Sequence[IntArray], label: str, items: torch.Tensor | None = None
+) -> Source:
     """Return the source of the untrained head: recency-weighted means of whitened vectors, for anyone without training.
 
     Args:
-        item_vectors, histories, label: as for :func:`anchored_source`; the last ``RECENT`` items of each are read.
+        item_vectors, histories, label, items: as for :func:`anchored_source`; the last ``RECENT`` items of each are
+            read.
     """
-    return anchored_source(text_head(item_vectors.shape[1], 1, RECENT, 0), item_vectors, histories, label)
+    return anchored_source(text_head(item_vectors.shape[1], 1, RECENT, 0), item_vectors, histories, label, items=items)
 
 
 def dense_maps(head: Adapter) -> dict[str, torch.Tensor]:

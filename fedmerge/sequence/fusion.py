@@ -178,7 +178,11 @@ def _scores(source: Source, span: slice) -> torch.Tensor:
 
 
 def _standardised(source: Source, span: slice) -> torch.Tensor:
-    scores = _scores(source, span)
+    return standardise(_scores(source, span))
+
+
+def standardise(scores: torch.Tensor) -> torch.Tensor:
+    """Standardise scores (U, N) over the items, in place, and return them; where all are equal they become 0."""
     largest = scores.abs().amax(dim=1, keepdim=True)  # (b, 1)
     scores -= scores.mean(dim=1, keepdim=True)
     std = scores.square().mean(dim=1, keepdim=True).sqrt()

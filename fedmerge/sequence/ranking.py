@@ -30,19 +30,31 @@ class Source:
 
 
 @torch.no_grad()
-def sequence_source(model: SequenceModel, histories: Sequence[IntArray], label: str = "head") -> Source:
+def represented(model: SequenceModel) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what a model computes of its items alone, both (N, h): ``base()`` and ``item_representations()``."""
+    base = model.base()
+    return base, model.item_representations(base)
+
+
+@torch.no_grad()
+def sequence_source(
+    model: SequenceModel,
+    histories: Sequence[IntArray],
+    label: str = "head",
+    of_items: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> Source:
     """Return hidden states after the last item of each history, with the item representations.
 
     Args:
         model: in evaluation mode.
         histories: U arrays of item indices, oldest first, none empty; the most recent ``max_length`` items are read.
         label: name of the source.
+        of_items: of :func:`represented`, if it is known.
 
     Returns:
         A source of float32 vectors on the CPU.
     """
-    base = model.base()
-    items = model.item_representations(base)
+    base, items = of_items or represented(model)
     states = last_states(lambda padded: model(padded, base), histories, model.settings.max_length, items)
     return Source(label, states, items.detach().cpu())
 

@@ -15,11 +15,11 @@ from fedmerge.encoder.export import export_model, provenance_of
 from fedmerge.encoder.text import item_text
 from fedmerge.evaluation.sums import FEDERATED_SOURCES, PERSONAL
 from fedmerge.files import check_free, write_bytes, write_json
-from fedmerge.recommender import make_recommender
 from fedmerge.runs.federated_head import read_fusion
 from fedmerge.sequence.anchored import DECAY, RECENT, dense_maps, whitened, whitening
 from fedmerge.serving.decision import TEXT_MODELS
 from fedmerge.serving.model import RunDomain, ServedHead, ServedModel, chose_fusion, load_head
+from fedmerge.serving.recommender import make_recommender
 
 HEAD_TENSORS, HEAD_FILE = "head.safetensors", "head.json"
 _LOAD = """\

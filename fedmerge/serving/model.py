@@ -1,6 +1,6 @@
 """Load the model that a run serves a domain: from the run folder, and from the organisation's own disk."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +13,7 @@ from fedmerge.client.coefficients.personal import find_personal_merge, personal_
 from fedmerge.client.evaluate import TextVectors
 from fedmerge.client.heads.federated import federated_sources, federated_weights
 from fedmerge.client.heads.finding import find_trained_head
-from fedmerge.client.heads.heads import LocalHead, head_sources, source_names
+from fedmerge.client.heads.heads import ItemSide, LocalHead, head_sources, item_side, source_names
 from fedmerge.client.local_domain import LocalDomain, open_domain
 from fedmerge.client.training.settings import training_settings
 from fedmerge.config import ExperimentConfig, HeadVectors
@@ -28,13 +28,13 @@ from fedmerge.errors import ClientError
 from fedmerge.evaluation.ranks import IntArray
 from fedmerge.evaluation.sums import BACKBONE, EXPERT, FEDERATED_SOURCES, PERSONAL, VARIANTS, Variant
 from fedmerge.files import read_record, table_or_empty
-from fedmerge.recommender import Recommender, make_recommender
 from fedmerge.runs.checkpoints import HEADS
 from fedmerge.runs.federated_head import read_federated_head, read_fusion
-from fedmerge.sequence.fusion import fused_scores
+from fedmerge.sequence.fusion import fused_scores, standardise
 from fedmerge.sequence.ranking import Source
 from fedmerge.server.choice import MERGED
 from fedmerge.serving.decision import FUSED, TEXT_MODELS, VECTORS_OF, Decision, decide
+from fedmerge.serving.recommender import HeadScores, Recommender, load_recommender, make_recommender
 
 TEXT_OF: Mapping[HeadVectors, str] = {"merge": MERGED, "expert": EXPERT, "backbone": BACKBONE}
 
@@ -135,11 +135,15 @@ class ServedHead:
     head: LocalHead | Adapter
     weights: Mapping[Variant, Sequence[float]]
 
-    def sources(self, text: TextVectors, histories: Sequence[IntArray]) -> list[Source]:
-        """Return what is fused, the head first, in the order of the weights."""
+    def sources(self, text: TextVectors, histories: Sequence[IntArray], side: ItemSide | None = None) -> list[Source]:
+        """Return what is fused, the head first, in the order of the weights; ``side`` is of :meth:`side`, if known."""
         if isinstance(self.head, LocalHead):
-            return head_sources(self.head.model, text, histories, self.head.anchor)
-        return federated_sources(self.head, text, histories)
+            return head_sources(self.head.model, text, histories, self.head.anchor, side)
+        return federated_sources(self.head, text, histories, side)
+
+    def side(self, item_vectors: torch.Tensor) -> ItemSide:
+        """Return what the sources compute of the items (N, d) alone."""
+        return item_side(item_vectors, self.head.model if isinstance(self.head, LocalHead) else None)
 
 
 def load_head(place: RunDomain, served: ServedModel, item_vectors: torch.Tensor) -> ServedHead:
@@ -203,23 +207,80 @@ def _alone(sources: Sequence[str]) -> Mapping[Variant, Sequence[float]]:
     return dict.fromkeys(VARIANTS, (1.0, *[0.0] * (len(sources) - 1)))
 
 
-def served_recommender(place: RunDomain, served: ServedModel) -> Recommender:
-    """Encode the catalog under a served model, and load its head.
+def served_recommender(
+    place: RunDomain, served: ServedModel, progress: Callable[[int, int], None] | None = None
+) -> Recommender:
+    """Encode the catalog under a served model, unless ``cache_dir`` has its vectors, and load its head.
+
+    Args:
+        place: of :func:`open_run`.
+        served: of :func:`load_served`.
+        progress: called with (done, N) while items are encoded.
 
     Raises:
         ClientError: as :func:`load_head`.
-        BackboneError, LayoutMismatchError: as :func:`fedmerge.recommender.make_recommender`.
+        BackboneError, LayoutMismatchError: as :func:`fedmerge.serving.recommender.make_recommender`.
     """
-    recommender = make_recommender(place.backbone, served.adapter, place.catalog, place.config.text)
+    text, cache_dir = place.config.text, place.config.cache_dir
+    recommender = make_recommender(place.backbone, served.adapter, place.catalog, text, cache_dir, progress)
     if served.decision.model in TEXT_MODELS:
         return recommender
     items = recommender.item_vectors
-    head = load_head(place, served, items)
+    return replace(recommender, head=head_scores(load_head(place, served, items), items))
 
-    def scores(user: torch.Tensor, history: IntArray, variant: Variant) -> torch.Tensor:
-        return standardised_scores(head.sources(TextVectors(user[None], items), [history]), head.weights[variant])[0]
 
-    return replace(recommender, head=scores)
+@dataclass(frozen=True, eq=False)
+class Opened:
+    """A recommender, with what it is of.
+
+    Attributes:
+        recommender: of a run's served model, or of an adapter.
+        manifest: of the domain.
+        decision: of a run; None for an adapter.
+    """
+
+    recommender: Recommender
+    manifest: Manifest
+    decision: Decision | None
+
+
+def open_recommender(
+    adapter: str | Path,
+    run: Path | None,
+    domain: Path,
+    config: ExperimentConfig,
+    model: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Opened:
+    """Load what a run serves a domain, or an adapter.
+
+    Args:
+        adapter: a PEFT folder, or ``"none"`` for the backbone alone; not read with a run.
+        run: the run folder; None takes the adapter.
+        domain: the domain folder.
+        config: of the run or the adapter; ``cache_dir`` holds item vectors, and what never left this organisation.
+        model: with a run, one of :data:`fedmerge.serving.decision.MODELS` instead of its choice.
+        progress: called with (done, N) while items are encoded.
+
+    Raises:
+        FedMergeError: as :func:`fedmerge.serving.recommender.load_recommender`, or as :func:`open_run`,
+            :func:`load_served` and :func:`served_recommender`.
+    """
+    if run is None:
+        return Opened(load_recommender(adapter, domain, config, progress), read_manifest(domain), None)
+    place = open_run(run, domain, config)
+    served = load_served(place, model)
+    return Opened(served_recommender(place, served, progress), place.manifest, served.decision)
+
+
+def head_scores(head: ServedHead, items: torch.Tensor) -> HeadScores:
+    """Return the scores of a head over items (N, d); what does not depend on a user is computed here, once."""
+    side = head.side(items)
+
+    def scores(users: torch.Tensor, histories: Sequence[IntArray], variant: Variant) -> torch.Tensor:
+        return standardised_scores(head.sources(TextVectors(users, items), histories, side), head.weights[variant])
+
+    return scores
 
 
 def standardised_scores(sources: Sequence[Source], weights: Sequence[float]) -> torch.Tensor:
@@ -228,10 +289,7 @@ def standardised_scores(sources: Sequence[Source], weights: Sequence[float]) -> 
     So the scores (U, N) of every head have one scale, whatever its weights.
     """
     scores = fused_scores(sources, weights)
-    if max(weights) < 1:
-        return scores
-    spread = scores.std(dim=1, correction=0, keepdim=True)
-    return (scores - scores.mean(dim=1, keepdim=True)) / spread.masked_fill(spread == 0, 1)
+    return scores if max(weights) < 1 else standardise(scores)
 
 
 def _text_adapter(place: RunDomain, decision: Decision, text: str) -> tuple[Adapter | None, Path | None]:

@@ -1,6 +1,6 @@
-"""Recommendations from an adapter and a catalog; interactions are never read.
+"""Recommendations from a model and a catalog; interactions are not read.
 
->>> from fedmerge.recommender import load_recommender, recommend  # doctest: +SKIP
+>>> from fedmerge.serving.recommender import load_recommender, recommend  # doctest: +SKIP
 >>> recommender = load_recommender("runs/<id>/merged/average", "data/Toys")  # doctest: +SKIP
 >>> recommend(recommender, ["B00004", "B00017"], k=3)  # doctest: +SKIP
 """
@@ -8,6 +8,7 @@
 import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -15,20 +16,26 @@ import numpy as np
 import torch
 
 from fedmerge.adapter import Adapter
+from fedmerge.client.cache.tokens import load_or_build_tokens
+from fedmerge.client.heads.vectors import load_or_encode
 from fedmerge.config import ExperimentConfig, Text, load_config
-from fedmerge.domain.catalog import Catalog, load_catalog
+from fedmerge.domain.catalog import Catalog, load_catalog, make_catalog
 from fedmerge.encoder.adapted import NO_ADAPTER, folded, load_adapted
 from fedmerge.encoder.adapter_records import config_of_adapter
 from fedmerge.encoder.backbone import Backbone, check_max_tokens
-from fedmerge.encoder.encode import encode
-from fedmerge.encoder.text import TokenTable, build_token_table, item_sequences, pack_sequences
+from fedmerge.encoder.encode import Encode, encode, prepared
+from fedmerge.encoder.text import Tokens, TokenTable, build_token_table, item_sequences, pack_items
 from fedmerge.errors import ConfigError, DomainError, LayoutMismatchError
 from fedmerge.evaluation.ranks import IntArray
 from fedmerge.evaluation.sums import Variant
+from fedmerge.serving.listing import Listing, blended, select
 
+SCORES_PER_BLOCK = 2**24  # of many users, at once: 64 MiB of float32
 ScoreKind = Literal["cosine", "standardised"]
-HeadScores = Callable[[torch.Tensor, IntArray, Variant], torch.Tensor]
-"""(text vector of the user (d,), history as positions in the catalog, variant) -> standardised scores (N,)."""
+HeadScores = Callable[[torch.Tensor, Sequence[IntArray], Variant], torch.Tensor]
+"""(text vectors of users (U, d), histories as positions in the catalog, variant) -> standardised scores (U, N)."""
+Item = str | Mapping[str, str]
+"""An item of a history: its id, or its attributes if the catalog does not have it."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,19 @@ class Recommendation:
     item_id: str
     title: str
     score: float
+
+
+@dataclass(frozen=True, eq=False)
+class History:
+    """What a user had, oldest first, repeats included.
+
+    Attributes:
+        seen: positions of the items that the catalog has.
+        tokens: of the most recent items, of those that the catalog lacks as well.
+    """
+
+    seen: IntArray
+    tokens: Sequence[Tokens]
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +72,7 @@ class Recommender:
         item_vectors: (N, d) float32 on the CPU, L2-normalised.
         item_index: item id -> position in the catalog.
         head: scores of a sequence head; None: the cosine of user and item vector.
+        popularity: (N,) of :func:`fedmerge.serving.listing.popularity_source`; None if it is not known.
     """
 
     encoder: Backbone
@@ -61,20 +82,33 @@ class Recommender:
     item_vectors: torch.Tensor
     item_index: Mapping[str, int]
     head: HeadScores | None = None
+    popularity: torch.Tensor | None = None
 
     @property
     def score_kind(self) -> ScoreKind:
         """The meaning of a score: a cosine, or with a head standardised over the catalog for each user."""
         return "cosine" if self.head is None else "standardised"
 
+    @cached_property
+    def encode(self) -> Encode:
+        """The encoder, prepared once for many calls."""
+        return prepared(self.encoder)
 
-def load_recommender(adapter: str | Path, domain: str | Path, config: ExperimentConfig | None = None) -> Recommender:
-    """Load adapter, backbone and catalog, and encode the catalog.
+
+def load_recommender(
+    adapter: str | Path,
+    domain: str | Path,
+    config: ExperimentConfig | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Recommender:
+    """Load adapter, backbone and catalog, and encode the catalog, unless ``cache_dir`` has its vectors.
 
     Args:
         adapter: a PEFT folder, or ``"none"`` for the backbone alone.
         domain: a domain folder, of which manifest and catalog are read.
-        config: backbone, text and runtime are read; None: that of the run the adapter lies in, else the defaults.
+        config: backbone, text, runtime and ``cache_dir`` are read; None: that of the run the adapter lies in, else the
+            defaults.
+        progress: called with (done, N) while items are encoded.
 
     Raises:
         DomainError: no domain folder, or a damaged catalog.
@@ -85,31 +119,58 @@ def load_recommender(adapter: str | Path, domain: str | Path, config: Experiment
         config = load_config(None if str(adapter) == NO_ADAPTER else config_of_adapter(Path(adapter)))
     catalog = load_catalog(Path(domain))
     backbone, loaded = load_adapted(adapter, config)
-    return make_recommender(backbone, loaded, catalog, config.text)
+    return make_recommender(backbone, loaded, catalog, config.text, config.cache_dir, progress)
 
 
-def make_recommender(backbone: Backbone, adapter: Adapter | None, catalog: Catalog, text: Text) -> Recommender:
+def make_recommender(
+    backbone: Backbone,
+    adapter: Adapter | None,
+    catalog: Catalog,
+    text: Text,
+    cache_dir: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Recommender:
     """Encode a catalog under an adapter; the backbone is left as it was.
+
+    Args:
+        backbone: the encoder without an adapter.
+        adapter: None is the backbone alone.
+        catalog: N items.
+        text: limits of items and histories in tokens.
+        cache_dir: folder with the tokens and vectors of earlier calls, to which new ones are written; None encodes in
+            every call.
+        progress: called with (done, N) while items are encoded.
 
     Raises:
         BackboneError: sequences longer than the backbone's positions.
         LayoutMismatchError: an adapter of another backbone, or one that makes vectors that are not finite.
     """
     check_max_tokens(backbone, text.max_tokens)
-    encoder = folded(backbone, adapter)
-    table = build_token_table(catalog, encoder.tokenizer, text.max_attribute_tokens)
-    vectors = encode(encoder, item_sequences(table, encoder.special, text.max_tokens))
-    bad = int((~vectors.isfinite()).any(dim=1).sum())
-    if bad:
-        raise LayoutMismatchError(
-            f"recommender for {catalog.name}: the vectors of {bad} of {len(catalog)} items are NaN or infinite, "
-            "expected finite ones. The adapter has diverged: use another merge."
-        )
+    encoder, limit = folded(backbone, adapter), text.max_attribute_tokens
+    if cache_dir is None:
+        table = build_token_table(catalog, encoder.tokenizer, limit)
+    else:
+        table = load_or_build_tokens(catalog, backbone, limit, Path(cache_dir))
+
+    def compute() -> torch.Tensor:
+        vectors = encode(encoder, item_sequences(table, encoder.special, text.max_tokens), progress)
+        if bad := int((~vectors.isfinite()).any(dim=1).sum()):
+            raise LayoutMismatchError(
+                f"recommender for {catalog.name}: the vectors of {bad} of {len(catalog)} items are NaN or infinite, "
+                "expected finite ones. The adapter has diverged: use another merge."
+            )
+        return vectors
+
+    vectors = compute() if cache_dir is None else load_or_encode(catalog, backbone, text, adapter, cache_dir, compute)
     return Recommender(encoder, catalog, text, table, vectors, index_items(catalog))
 
 
 def recommend(
-    recommender: Recommender, history: Sequence[str], k: int = 10, keep_seen: bool = False
+    recommender: Recommender,
+    history: Sequence[Item],
+    k: int = 10,
+    keep_seen: bool = False,
+    listing: Listing | None = None,
 ) -> list[Recommendation]:
     """Return the k items with the highest scores; of equal scores the item that comes first in the catalog.
 
@@ -117,49 +178,135 @@ def recommend(
 
     Args:
         recommender: of :func:`load_recommender`.
-        history: item ids, oldest first; the most recent ``text.max_items`` within ``text.max_tokens`` are read.
+        history: item ids, oldest first; the most recent ``text.max_items`` within ``text.max_tokens`` are read. An item
+            that the catalog lacks is given by its attributes, such as ``{"title": "Red tent"}``, unless there is a
+            head.
         k: how many; fewer come back where the catalog has no more.
         keep_seen: items of the history may be recommended, too.
+        listing: filters, diversity and popularity; ``k`` and ``keep_seen`` are not read then.
 
     Raises:
         DomainError: an empty history, or an item id that the catalog does not have.
-        ConfigError: k below 1.
+        ConfigError: k below 1, an item by its attributes for a head, or popularity that is not known.
     """
-    check_request(recommender.catalog.name, recommender.item_index, history, k)
-    seen = [recommender.item_index[item] for item in history]
+    listing = listing or Listing(k, keep_seen)
+    check_history(recommender.catalog.name, recommender.item_index, history)
+    return recommend_many(recommender, [read_history(recommender, history)], listing)[0]
+
+
+def recommend_many(
+    recommender: Recommender, histories: Sequence[History], listing: Listing
+) -> list[list[Recommendation]]:
+    """Return the list of each user as :func:`recommend` does, encoded and scored together.
+
+    Args:
+        recommender: of :func:`load_recommender`.
+        histories: of :func:`read_history`, none empty.
+        listing: how the lists are made.
+
+    Raises:
+        ConfigError: popularity that is not known.
+    """
+    catalog, vectors = recommender.catalog, recommender.item_vectors
+    size = max(1, SCORES_PER_BLOCK // len(catalog))
+    lists = []
+    for start in range(0, len(histories), size):
+        block = histories[start : start + size]
+        for history, scores in zip(block, score(recommender, block, listing).numpy(), strict=True):
+            order = select(scores, vectors, history.seen, listing)
+            lists.append(
+                [Recommendation(catalog.item_ids[i], catalog.titles[i], float(scores[i])) for i in order.tolist()]
+            )
+    return lists
+
+
+def score(recommender: Recommender, histories: Sequence[History], listing: Listing) -> torch.Tensor:
+    """Return the scores (U, N) that the lists of :func:`recommend_many` are made of; seen items are not masked."""
     text, encoder = recommender.text, recommender.encoder
-    sequences = pack_sequences(recommender.table, [seen], encoder.special, text.max_items, text.max_tokens)
-    user = encode(encoder, sequences)[0]  # (d,)
+    if listing.popularity and recommender.popularity is None:
+        raise ConfigError(
+            "recommend: popularity is not known here, since no interactions were counted. Leave it at 0, or count them "
+            "(--popularity)."
+        )
+    sequences = [
+        pack_items(history.tokens[-text.max_items :], recommender.table.separator, encoder.special, text.max_tokens)
+        for history in histories
+    ]
+    users = recommender.encode(sequences)  # (U, d)
     if recommender.head is None:
-        scores = (recommender.item_vectors @ user).numpy()  # (N,)
+        scores = users @ recommender.item_vectors.T  # (U, N)
     else:
-        scores = recommender.head(user, np.asarray(seen), "unmasked" if keep_seen else "masked").numpy()
-    candidates = np.arange(len(scores)) if keep_seen else np.setdiff1d(np.arange(len(scores)), seen)
-    order = candidates[np.argsort(-scores[candidates], kind="stable")[:k]]
-    catalog = recommender.catalog
-    return [Recommendation(catalog.item_ids[index], catalog.titles[index], float(scores[index])) for index in order]
+        variant: Variant = "unmasked" if listing.keep_seen else "masked"
+        scores = recommender.head(users, [history.seen for history in histories], variant)
+    if listing.popularity and recommender.popularity is not None:
+        scores = blended(scores, recommender.popularity, listing.popularity)
+    return scores
 
 
-def check_request(name: str, item_index: Mapping[str, int], history: Sequence[str], k: int) -> None:
-    """Refuse what :func:`recommend` refuses, before a catalog is encoded.
+def read_history(recommender: Recommender, items: Sequence[Item]) -> History:
+    """Return the positions and tokens of a history.
+
+    Args:
+        recommender: whose catalog is read.
+        items: ids of the catalog, or attributes; see :func:`recommend`.
+
+    Raises:
+        ConfigError: an item by its attributes for a head, which reads items of its catalog.
+        DomainError: attributes that the catalog does not have, or without any text.
+    """
+    known = [recommender.item_index[item] for item in items if isinstance(item, str)]
+    texts = [item for item in items if not isinstance(item, str)]
+    if texts and recommender.head is not None:
+        raise ConfigError(
+            f"recommend: found {len(texts)} items given by text, but a head reads items of the catalog of "
+            f"{recommender.catalog.name}. Give ids, or use --model merged."
+        )
+    of_texts = iter(tokens_of(recommender, texts) if texts else ())
+    table = recommender.table
+    tokens = [table.item(recommender.item_index[item]) if isinstance(item, str) else next(of_texts) for item in items]
+    return History(np.array(known, dtype=np.int64), tokens)
+
+
+def tokens_of(recommender: Recommender, items: Sequence[Mapping[str, str]]) -> list[Tokens]:
+    """Return the tokens of items that are given by their attributes, as those of the catalog are made.
+
+    Raises:
+        DomainError: attributes that the catalog does not have, or an item without any text.
+    """
+    catalog, limit = recommender.catalog, recommender.text.max_attribute_tokens
+    names = list(catalog.attributes)
+    for item in items:
+        if unknown := sorted(item.keys() - set(names)):
+            raise DomainError(
+                f"recommend: found an item with the attributes {unknown}, expected some of {names}, those of "
+                f"{catalog.name}. Rename them."
+            )
+        if not any(value.strip() for value in item.values()):
+            raise DomainError(f"recommend: found an item without text, expected at least one of {names}. Describe it.")
+    columns = {name: [item.get(name, "") for item in items] for name in names}
+    made = make_catalog(catalog.name, [str(number) for number in range(len(items))], columns, catalog.limits)
+    table = build_token_table(made, recommender.encoder.tokenizer, limit)
+    return [table.item(number) for number in range(len(items))]
+
+
+def check_history(name: str, item_index: Mapping[str, int], history: Sequence[Item]) -> None:
+    """Refuse what :func:`recommend` refuses of a history, before a catalog is encoded.
 
     Args:
         name: of the catalog.
         item_index: of :func:`index_items`.
-        history: item ids.
-        k: how many to recommend.
+        history: item ids, or attributes, which are not checked.
     """
-    if k < 1:
-        raise ConfigError(f"recommend: k is {k}, expected at least 1.")
     if isinstance(history, str):
         raise DomainError(f"recommend: the history is the text {history!r}, expected a list of item ids.")
     if not history:
         raise DomainError(f"recommend: the history is empty, expected at least one item id of {name}.")
-    unknown = [item for item in dict.fromkeys(history) if item not in item_index]
+    ids = [item for item in history if isinstance(item, str)]
+    unknown = [item for item in dict.fromkeys(ids) if item not in item_index]
     if unknown:
         hints = []
         for item in unknown[:5]:
-            close = difflib.get_close_matches(str(item), item_index, n=3)
+            close = difflib.get_close_matches(item, item_index, n=3)
             hints.append(f"{item!r}" + (f" (close: {', '.join(close)})" if close else ""))
         raise DomainError(
             f"recommend: {len(unknown)} of {len(history)} items of the history are not in the catalog of {name}: "

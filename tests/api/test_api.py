@@ -13,7 +13,6 @@ from backbones import tiny_bert
 from in_process import small_experiment
 
 import fedmerge as fm
-from fedmerge import recommender as room
 from fedmerge.adapter import adapter_sha256
 from fedmerge.client.local_domain import LocalDomain
 from fedmerge.config import to_flat
@@ -21,6 +20,7 @@ from fedmerge.domain.demo import write_demo
 from fedmerge.encoder.peft.folder import read_adapter
 from fedmerge.errors import ConfigError, DomainError, LayoutMismatchError, MergeError, RunDirError
 from fedmerge.evaluation.ranks import METRICS
+from fedmerge.serving import recommender as room
 
 TEXT: dict[str, Any] = {"max_attribute_tokens": 8, "max_items": 2, "max_tokens": 32}
 TRAINING: dict[str, Any] = {

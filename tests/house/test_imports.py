@@ -21,7 +21,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("domain",),
     ("encoder",),
     ("merging", "sequence"),
-    ("federated", "mergerec", "privacy", "recommender"),
+    ("federated", "mergerec", "privacy"),
     ("client", "runs"),
     ("server",),
     ("report", "serving"),

@@ -29,7 +29,7 @@ from fedmerge.encoder.peft.folder import read_adapter, write_adapter
 from fedmerge.encoder.text import item_text, pack_sequences, sequence_text
 from fedmerge.errors import ConfigError, DomainError, LayoutMismatchError
 from fedmerge.evaluation.ranks import rank_targets
-from fedmerge.recommender import Recommender, load_recommender, make_recommender, recommend
+from fedmerge.serving.recommender import Recommender, load_recommender, make_recommender, recommend
 
 Capsys = pytest.CaptureFixture[str]
 

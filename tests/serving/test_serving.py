@@ -24,12 +24,12 @@ from fedmerge.encoder.peft.folder import read_adapter
 from fedmerge.errors import ClientError, ConfigError, RunDirError
 from fedmerge.evaluation.ranks import per_user_metrics
 from fedmerge.evaluation.sums import metric_sums
-from fedmerge.recommender import load_recommender, recommend
 from fedmerge.runs.checkpoints import write_heads
 from fedmerge.runs.federated_head import read_federated_head, write_fusion
 from fedmerge.sequence.ranking import sequence_source
 from fedmerge.serving.decision import MODELS, decide
 from fedmerge.serving.model import RunDomain, load_head, load_served, open_run, served_recommender
+from fedmerge.serving.recommender import load_recommender, recommend
 
 Capsys = pytest.CaptureFixture[str]
 

@@ -12,10 +12,10 @@ from run_folders import UNSEEN, Place, contents, make_place, output, refusal
 from runs_with_heads import DOMAIN, config_of, make_run_with_heads, serve, train_head
 
 from fedmerge.files import read_sealed, seal, write_json
-from fedmerge.recommender import recommend
 from fedmerge.runs.checkpoints import write_heads
 from fedmerge.runs.federated_head import write_fusion
 from fedmerge.serving.model import load_served, open_run, served_recommender
+from fedmerge.serving.recommender import recommend
 
 Capsys = pytest.CaptureFixture[str]
 

@@ -15,7 +15,6 @@ from safetensors.numpy import load_file, save_file
 from fedmerge import __version__
 from fedmerge.client.cache.folders import fill_folder, inputs_key
 from fedmerge.domain.catalog import Catalog
-from fedmerge.domain.manifest import Manifest
 from fedmerge.encoder.backbone import Backbone
 from fedmerge.encoder.text import TokenTable, build_token_table
 from fedmerge.errors import ClientError
@@ -26,22 +25,21 @@ logger = logging.getLogger(__name__)
 
 
 def load_or_build_tokens(
-    catalog: Catalog, manifest: Manifest, backbone: Backbone, max_attribute_tokens: int, cache_dir: Path
+    catalog: Catalog, backbone: Backbone, max_attribute_tokens: int, cache_dir: Path
 ) -> TokenTable:
     """Return the tokens of a catalog: from the cache if the same inputs were tokenised before, else built and cached.
 
     If they cannot be cached, a warning is logged and the next message tokenises again.
 
     Args:
-        catalog: N items.
-        manifest: manifest of the domain; its catalog hash is part of the cache's key.
+        catalog: N items; its hash is part of the cache's key.
         backbone: the encoder with its tokenizer.
         max_attribute_tokens: as for :func:`fedmerge.encoder.text.build_token_table`.
         cache_dir: folder on the client's own disk.
     """
     versions = [__version__, transformers.__version__, tokenizers.__version__]
-    inputs = [manifest.catalog_sha256, backbone.sha256, max_attribute_tokens, versions]
-    folder = cache_dir.expanduser() / "tokens" / f"{manifest.name}-{inputs_key({'inputs': inputs})}"
+    inputs = [catalog.sha256, backbone.sha256, max_attribute_tokens, versions]
+    folder = cache_dir.expanduser() / "tokens" / f"{catalog.name}-{inputs_key({'inputs': inputs})}"
     if (cached := _read_cached(folder, len(catalog))) is not None:
         return cached
     table = build_token_table(catalog, backbone.tokenizer, max_attribute_tokens)
@@ -58,7 +56,7 @@ def load_or_build_tokens(
     shutil.rmtree(folder, ignore_errors=True)  # a damaged one
     try:
         fill_folder(
-            folder, write, lambda: _read_cached(folder, len(catalog)) is not None, f"domain {manifest.name}: its tokens"
+            folder, write, lambda: _read_cached(folder, len(catalog)) is not None, f"domain {catalog.name}: its tokens"
         )
     except ClientError as error:
         logger.warning("%s", error)

@@ -7,10 +7,12 @@ from fedmerge.adapter import Adapter
 from fedmerge.client.cache.folders import inputs_key
 from fedmerge.client.evaluate import Ranks, TextVectors, encode_text
 from fedmerge.client.heads.heads import (
+    ItemSide,
     Progress,
     alone_and_fused,
     fusion_models,
     head_inputs,
+    item_side,
     load_or_choose_fusion,
     text_inputs,
     text_sources,
@@ -68,15 +70,20 @@ def federated_weights(
     return {variant: choice.weights for variant, choice in fusion.items()}
 
 
-def federated_sources(head: Adapter, text: TextVectors, histories: Sequence[IntArray]) -> list[Source]:
+def federated_sources(
+    head: Adapter, text: TextVectors, histories: Sequence[IntArray], side: ItemSide | None = None
+) -> list[Source]:
     """Return FEDERATED_SOURCES: the federated head, text, and recent items.
 
     Args:
         head: the federated head.
         text: vectors of the histories and of the items.
         histories: U arrays of item indices, oldest first.
+        side: of :func:`fedmerge.client.heads.heads.item_side`, if it is known.
     """
-    return [anchored_source(head, text.items, histories, FEDERATED_HEAD), *text_sources(text, histories)]
+    side = side or item_side(text.items)
+    shared = anchored_source(head, text.items, histories, FEDERATED_HEAD, items=side.whitened)
+    return [shared, *text_sources(text, histories, side)]
 
 
 def federated_ranks(head: Adapter, text: TextVectors, weights: Weights, examples: Examples) -> dict[str, Ranks]:

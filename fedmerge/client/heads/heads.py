@@ -29,10 +29,10 @@ from fedmerge.errors import ClientError, DomainError, RunDirError
 from fedmerge.evaluation.ranks import IntArray, rank_targets
 from fedmerge.evaluation.sums import FEDERATED_HEAD, RECENT_ITEMS, VARIANTS, Variant, fused_label, head_label
 from fedmerge.files import read_sealed, seal, write_json
-from fedmerge.sequence.anchored import anchored_source, recent_items_source
+from fedmerge.sequence.anchored import anchored_source, recent_items_source, whitened, whitening
 from fedmerge.sequence.fusion import FusionChoice, choose_weights, fused_ranks
 from fedmerge.sequence.model import SequenceModel, SequenceSettings
-from fedmerge.sequence.ranking import Source, sequence_source
+from fedmerge.sequence.ranking import Source, represented, sequence_source
 from fedmerge.sequence.training import train_sequence_model
 
 MODEL_FILE, REPORT_FILE, INPUTS_FILE = "model.safetensors", "head.json", "inputs.json"
@@ -127,8 +127,30 @@ def load_or_train_head(
     return LocalHead(model, fusion, trained.report, cached, anchor)
 
 
+@dataclass(frozen=True, eq=False)
+class ItemSide:
+    """What the sources of a head compute of the items alone: once for all users, however many calls there are.
+
+    Attributes:
+        whitened: (N, d).
+        represented: of :func:`fedmerge.sequence.ranking.represented`; None without an own head.
+    """
+
+    whitened: torch.Tensor
+    represented: tuple[torch.Tensor, torch.Tensor] | None
+
+
+def item_side(item_vectors: torch.Tensor, model: SequenceModel | None = None) -> ItemSide:
+    """Return the side of the items (N, d), under a head if there is one."""
+    return ItemSide(whitened(item_vectors, whitening(item_vectors)), None if model is None else represented(model))
+
+
 def head_sources(
-    model: SequenceModel, text: TextVectors, histories: Sequence[IntArray], anchor: Adapter | None = None
+    model: SequenceModel,
+    text: TextVectors,
+    histories: Sequence[IntArray],
+    anchor: Adapter | None = None,
+    side: ItemSide | None = None,
 ) -> list[Source]:
     """Return the sources that a head is fused from, in the order of :func:`source_names`.
 
@@ -137,9 +159,14 @@ def head_sources(
         text: vectors of the histories and of the items.
         histories: U arrays of item indices, oldest first.
         anchor: the federated head, which the client's own continues; None without one.
+        side: of :func:`item_side`, if it is known.
     """
-    shared = [] if anchor is None else [anchored_source(anchor, text.items, histories, FEDERATED_HEAD)]
-    return [sequence_source(model, histories, HEAD), *text_sources(text, histories), *shared]
+    side = side or item_side(text.items, model)
+    own = sequence_source(model, histories, HEAD, side.represented)
+    if anchor is None:
+        return [own, *text_sources(text, histories, side)]
+    shared = anchored_source(anchor, text.items, histories, FEDERATED_HEAD, items=side.whitened)
+    return [own, *text_sources(text, histories, side), shared]
 
 
 def source_names(anchor: Adapter | None = None) -> tuple[str, ...]:
@@ -147,9 +174,10 @@ def source_names(anchor: Adapter | None = None) -> tuple[str, ...]:
     return (HEAD, TEXT, RECENT_ITEMS) if anchor is None else (HEAD, TEXT, RECENT_ITEMS, FEDERATED_HEAD)
 
 
-def text_sources(text: TextVectors, histories: Sequence[IntArray]) -> list[Source]:
+def text_sources(text: TextVectors, histories: Sequence[IntArray], side: ItemSide) -> list[Source]:
     """Return the sources that need no training: text and recent items; arguments as for :func:`head_sources`."""
-    return [Source(TEXT, text.users, text.items), recent_items_source(text.items, histories, RECENT_ITEMS)]
+    recent = recent_items_source(text.items, histories, RECENT_ITEMS, side.whitened)
+    return [Source(TEXT, text.users, text.items), recent]
 
 
 def load_or_choose_fusion(

@@ -1,6 +1,7 @@
 """The cache of item vectors on the client's own disk: items are encoded once under each adapter."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -9,6 +10,9 @@ from fedmerge import __version__
 from fedmerge.adapter import Adapter, adapter_sha256
 from fedmerge.client.cache.folders import inputs_key
 from fedmerge.client.local_domain import LocalDomain
+from fedmerge.config import Text
+from fedmerge.domain.catalog import Catalog
+from fedmerge.encoder.backbone import Backbone
 from fedmerge.encoder.encode import encode
 from fedmerge.encoder.lora import applied
 from fedmerge.errors import ClientError
@@ -30,12 +34,40 @@ def item_vectors(domain: LocalDomain, adapter: Adapter | None, cache_dir: str) -
     Returns:
         float32 (N, d) on the CPU, L2-normalised.
     """
-    name, shape = domain.manifest.name, (len(domain.catalog), domain.backbone.width)
-    path = Path(cache_dir).expanduser() / "item-vectors" / f"{name}-{_vectors_key(domain, adapter)}.safetensors"
+
+    def compute() -> torch.Tensor:
+        if adapter is None:
+            return domain.backbone_item_vectors
+        with applied(domain.backbone, adapter):
+            return encode(domain.backbone, domain.item_sequences)
+
+    return load_or_encode(domain.catalog, domain.backbone, domain.text, adapter, cache_dir, compute)
+
+
+def load_or_encode(
+    catalog: Catalog,
+    backbone: Backbone,
+    text: Text,
+    adapter: Adapter | None,
+    cache_dir: str,
+    compute: Callable[[], torch.Tensor],
+) -> torch.Tensor:
+    """Return the vectors of a catalog as :func:`item_vectors` does; they are computed if they are not cached.
+
+    Args:
+        catalog: N items.
+        backbone: the encoder without an adapter.
+        text: limits of items in tokens.
+        adapter: the adapter under which ``compute`` encodes.
+        cache_dir: folder on the client's own disk.
+        compute: encodes the items.
+    """
+    name, shape = catalog.name, (len(catalog), backbone.width)
+    key = _vectors_key(catalog, backbone, text, adapter)
+    path = Path(cache_dir).expanduser() / "item-vectors" / f"{name}-{key}.safetensors"
     if (cached := read_tensors(path)) is not None and tuple(cached[0]["vectors"].shape) == shape:
-        return cached[0]["vectors"]
-    with applied(domain.backbone, adapter):
-        vectors = domain.backbone_item_vectors if adapter is None else encode(domain.backbone, domain.item_sequences)
+        return cached[0]["vectors"].clone()  # aligned as if computed: products of other rows are rounded differently
+    vectors = compute()
     try:
         write_tensors(path, {"vectors": vectors}, {}, f"domain {name}: its item vectors")
     except ClientError as error:
@@ -43,12 +75,11 @@ def item_vectors(domain: LocalDomain, adapter: Adapter | None, cache_dir: str) -
     return vectors
 
 
-def _vectors_key(domain: LocalDomain, adapter: Adapter | None) -> str:
+def _vectors_key(catalog: Catalog, backbone: Backbone, text: Text, adapter: Adapter | None) -> str:
     """Return the key of everything that the vectors depend on, which does not include histories."""
-    backbone, text = domain.backbone, domain.text
     return inputs_key(
         {
-            "catalog": domain.manifest.catalog_sha256,
+            "catalog": catalog.sha256,
             "backbone": backbone.sha256,
             "pooling": backbone.pooling,
             "text": [text.max_attribute_tokens, text.max_tokens],

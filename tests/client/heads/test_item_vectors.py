@@ -66,7 +66,7 @@ def test_other_inputs_have_vectors_of_their_own(
     for other in (
         replace(domain, text=domain.text.model_copy(update=limits)),
         replace(domain, backbone=replace(domain.backbone, pooling="cls")),
-        replace(domain, manifest=replace(domain.manifest, catalog_sha256="0" * 64)),
+        replace(domain, catalog=replace(domain.catalog, sha256="0" * 64)),
     ):
         before = len(files(tmp_path))
         item_vectors(other, adapter, str(tmp_path))
