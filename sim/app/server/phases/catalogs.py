@@ -10,6 +10,7 @@ from fedmerge.domain.manifest import check_catalog_is_public, read_manifest
 from fedmerge.files import read_json
 from fedmerge.mergerec.variants import learned_variants
 from fedmerge.runs import checkpoints
+from fedmerge.runs.folder import ADMISSION
 from fedmerge.server.gate import probes
 from sim.app.messages import records
 from sim.app.server.asking import DESCRIBE_SECONDS, ask
@@ -51,7 +52,7 @@ def _are_needed(run: Run) -> bool:
     if not methods and not probes(config):
         return False
     sources = checkpoints.read_sources(folder)
-    if sources is None or (probes(config) and read_json(folder / checkpoints.ADMISSION) is None):
+    if sources is None or (probes(config) and read_json(folder / ADMISSION) is None):
         return True
     away = checkpoints.read_excluded_experts(folder)
     merged = {domain: sha256 for domain, sha256 in sources.items() if domain not in away}
