@@ -16,6 +16,7 @@ from fedmerge.evaluation.sums import VARIANTS, metric_sums
 from fedmerge.federated.rounds import GlobalState
 from fedmerge.files import append_line, read_json, read_lines, read_sealed, seal, write_json
 from fedmerge.runs import checkpoints, dp_spent, round_checkpoints, secure_sums
+from fedmerge.runs.folder import ADMISSION
 
 FLIPS = {"sums": 600}  # others: 150
 
@@ -82,8 +83,8 @@ def sample(folder: Path) -> Kept:
 
 
 def gate(folder: Path) -> Kept:
-    write_json(folder / checkpoints.ADMISSION, seal({"action": "exclude", "failed": {"books": "its norm"}}))
-    return Kept(folder / checkpoints.ADMISSION, lambda: checkpoints.read_excluded_experts(folder))
+    write_json(folder / ADMISSION, seal({"action": "exclude", "failed": {"books": "its norm"}}))
+    return Kept(folder / ADMISSION, lambda: checkpoints.read_excluded_experts(folder))
 
 
 KINDS = [sums, lines_of_releases, revealed, last_round, round_record, members, sample, gate]
