@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedmerge.adapter import Adapter, adapter_sha256
-from fedmerge.bench.ranking import domain_of, num_users, questions, write_ranks
-from fedmerge.client.evaluate import encode_text
+from fedmerge.bench.ranking import domain_of, num_users, questions, text_vectors, write_ranks
 from fedmerge.client.heads.federated import federated_ranks, federated_weights
 from fedmerge.client.heads.vectors import item_vectors
 from fedmerge.config import ExperimentConfig, Split
@@ -84,9 +83,8 @@ def rank_federated_head(
         merge: PEFT folder that encodes items and histories.
         head: record of :func:`train_federated_head`.
     """
-    opened, examples = domain_of(config, domain), questions(config, domain, split, test_root)
-    encoder, fusions = read_adapter(merge), read_json(head)["fusions"]
-    text = encode_text(opened, encoder, examples.histories, item_vectors(opened, encoder, config.cache_dir))
+    examples, fusions = questions(config, domain, split, test_root), read_json(head)["fusions"]
+    _, text = text_vectors(config, domain, split, test_root, merge)
     weights = fusions.get(domain) or mean_weights([*fusions.values()])
     found = federated_ranks(read_adapter(head_folder(head)), text, weights, examples)
     write_ranks(result, {label.removeprefix(FEDERATED_HEAD): ranks for label, ranks in found.items()})

@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from fedmerge.adapter import Adapter
 from fedmerge.client.baselines.rankers import baseline_rankers, sasrec_settings
 from fedmerge.client.baselines.sasrec import sasrec_inputs
 from fedmerge.client.cache.folders import inputs_key
-from fedmerge.client.evaluate import Ranks, baseline_ranks, encode_text, model_ranks
+from fedmerge.client.evaluate import Ranks, TextVectors, baseline_ranks, encode_text, model_ranks
 from fedmerge.client.heads.heads import head_ranks, load_or_train_head, why_no_head
 from fedmerge.client.heads.vectors import item_vectors
 from fedmerge.client.local_domain import LocalDomain, open_domain
@@ -59,8 +60,8 @@ def rank_model(
     """
     opened = domain_of(config, domain)
     examples = questions(config, domain, split, test_root)
-    models = {"model": None if adapter is None else read_adapter(adapter)}
-    write_ranks(result, {"": model_ranks(opened, models, examples)["model"]})
+    encoder, text = text_vectors(config, domain, split, test_root, adapter)
+    write_ranks(result, {"": model_ranks(opened, {"model": encoder}, examples, encoded={"model": text})["model"]})
 
 
 def rank_baseline(
@@ -103,12 +104,11 @@ def rank_head(
         write_json(head_report(result), {"seconds": 0.0})
         write_ranks(result, {})
         return
-    model = None if adapter is None else read_adapter(adapter)
+    model, text = text_vectors(config, domain, split, test_root, adapter)
     validation_users = num_users(config.evaluation, "valid")
     shared = None if anchor is None else read_adapter(anchor)
     head = load_or_train_head(opened, model, config.head, validation_users, seed, config.cache_dir, anchor=shared)
     write_json(head_report(result), {**head.report, "fusion": {of: asdict(made) for of, made in head.fusion.items()}})
-    text = encode_text(opened, model, examples.histories, item_vectors(opened, model, config.cache_dir))
     found = head_ranks(opened, vectors, model, head, examples, text)
     write_ranks(result, {label.removeprefix(head_label(vectors)): ranks for label, ranks in found.items()})
 
@@ -186,17 +186,19 @@ def questions(config: ExperimentConfig, domain: str, split: Split, test_root: st
     Raises:
         DomainError: the catalogs of the two differ.
     """
-    interactions = domain_of(config, domain).interactions
-    if test_root is not None:
-        own, other = domain_of(config, domain).manifest, read_manifest(Path(test_root) / domain)
-        if own.catalog_sha256 != other.catalog_sha256:
-            raise DomainError(
-                f"domain {domain}: its catalog in {config.domains.root} has hash {own.catalog_sha256[:12]}…, that in "
-                f"test_root {test_root} has {other.catalog_sha256[:12]}…; expected equal catalogs. Cut the domains of "
-                "test_root with 'fedmerge data cut'."
-            )
-        interactions = load_interactions(Path(test_root) / domain)
-    return evaluation_examples(interactions, split, num_users(config.evaluation, split), config.seed)
+    users = num_users(config.evaluation, split)
+    return _questions(domain_of(config, domain), config.domains.root, split, test_root, users, config.seed)
+
+
+def text_vectors(
+    config: ExperimentConfig, domain: str, split: Split, test_root: str | None, adapter: Path | None
+) -> tuple[Adapter | None, TextVectors]:
+    """Return an encoder, and its vectors of a domain's items and of the histories of :func:`questions`.
+
+    Those of the last calls are kept, since a model and its heads are ranked one after the other.
+    """
+    opened, users = domain_of(config, domain), num_users(config.evaluation, split)
+    return _text_vectors(opened, config.domains.root, split, test_root, users, config.seed, adapter, config.cache_dir)
 
 
 def write_ranks(file: Path, rows: Mapping[str, Ranks]) -> None:
@@ -224,6 +226,39 @@ def _read_ranks(file: Path) -> dict[str, Ranks]:
 
 
 # ---- shared by the cells of a process
+
+
+def _questions(
+    domain: LocalDomain, root: str, split: Split, test_root: str | None, max_users: int | None, seed: int
+) -> Examples:
+    interactions = domain.interactions
+    if test_root is not None:
+        name, own = domain.manifest.name, domain.manifest
+        other = read_manifest(Path(test_root) / name)
+        if own.catalog_sha256 != other.catalog_sha256:
+            raise DomainError(
+                f"domain {name}: its catalog in {root} has hash {own.catalog_sha256[:12]}…, that in test_root "
+                f"{test_root} has {other.catalog_sha256[:12]}…; expected equal catalogs. Cut the domains of test_root "
+                "with 'fedmerge data cut'."
+            )
+        interactions = load_interactions(Path(test_root) / name)
+    return evaluation_examples(interactions, split, max_users, seed)
+
+
+@lru_cache(maxsize=4)  # 50 MB each at 20,000 users
+def _text_vectors(
+    domain: LocalDomain,
+    root: str,
+    split: Split,
+    test_root: str | None,
+    max_users: int | None,
+    seed: int,
+    adapter: Path | None,
+    cache_dir: str,
+) -> tuple[Adapter | None, TextVectors]:
+    encoder = None if adapter is None else read_adapter(adapter)
+    histories = _questions(domain, root, split, test_root, max_users, seed).histories
+    return encoder, encode_text(domain, encoder, histories, item_vectors(domain, encoder, cache_dir))
 
 
 def domain_of(config: ExperimentConfig, domain: str) -> LocalDomain:

@@ -177,7 +177,10 @@ def federated_head_cells(grid: Grid, places: Sequence[Place]) -> list[Cell]:
 
 
 def test_cells(grid: Grid, places: Sequence[Place]) -> list[Cell]:
-    """Return the cells of the reference rows and the selected variants; all selections are written first."""
+    """Return the cells of the reference rows and the selected variants; all selections are written first.
+
+    Those of one model on one domain stand together, since a process keeps the vectors of the last ones.
+    """
     cells = {}
     for place in places:
         for strategy in grid.strategies:
@@ -186,7 +189,12 @@ def test_cells(grid: Grid, places: Sequence[Place]) -> list[Cell]:
         for domain in tested_domains(grid, place):
             for cell in rows_on_test(grid, place, domain).values():
                 cells[cell.result] = cell
-    return list(cells.values())
+    return sorted(cells.values(), key=_domain_and_model)
+
+
+def _domain_and_model(cell: Cell) -> tuple[str, str]:
+    given = cell.arguments
+    return str(given["domain"]), str(given.get("adapter") or given.get("merge") or "")
 
 
 def audit_cells(grid: Grid, places: Sequence[Place]) -> list[Cell]:
