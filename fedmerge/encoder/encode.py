@@ -44,7 +44,7 @@ def embed_batch(backbone: Backbone, sequences: Sequence[Tokens]) -> torch.Tensor
         torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None),
     ):
         hidden = backbone.model(input_ids=input_ids, attention_mask=mask).last_hidden_state  # (n, longest, d)
-    return torch.nn.functional.normalize(_pool(hidden.float(), mask, backbone.pooling), dim=-1)
+    return torch.nn.functional.normalize(pool(hidden.float(), mask, backbone.pooling), dim=-1)
 
 
 def embed_in_groups(backbone: Backbone, sequences: Sequence[Tokens]) -> torch.Tensor:
@@ -112,6 +112,22 @@ def length_batches(lengths: Sequence[int], tokens_per_batch: int) -> list[np.nda
     return batches
 
 
+def pool(hidden: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor:
+    """Pool token vectors (n, tokens, d) to (n, d).
+
+    Args:
+        hidden: token vectors, padded on the right.
+        mask: (n, tokens), false or 0 where a sequence is padded.
+        pooling: ``cls``, ``mean`` or ``last``.
+    """
+    if pooling == "cls":
+        return hidden[:, 0]
+    if pooling == "last":
+        return hidden[torch.arange(hidden.shape[0], device=hidden.device), mask.sum(dim=1) - 1]
+    kept = mask.unsqueeze(-1).to(hidden.dtype)
+    return (hidden * kept).sum(dim=1) / kept.sum(dim=1)
+
+
 @contextmanager
 def _attention(backbone: Backbone, tokens: int) -> Iterator[None]:
     """Use plain attention for gradients of short sequences on a CPU, and the model's own attention otherwise.
@@ -129,12 +145,3 @@ def _attention(backbone: Backbone, tokens: int) -> Iterator[None]:
         yield
     finally:
         model.set_attn_implementation(own)
-
-
-def _pool(hidden: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor:
-    if pooling == "cls":
-        return hidden[:, 0]
-    if pooling == "last":
-        return hidden[torch.arange(len(hidden), device=hidden.device), mask.sum(dim=1) - 1]
-    kept = mask.unsqueeze(-1).to(hidden.dtype)
-    return (hidden * kept).sum(dim=1) / kept.sum(dim=1)

@@ -11,7 +11,10 @@ from safetensors.torch import save
 
 from fedmerge.adapter import Adapter, adapter_sha256
 from fedmerge.client.heads.heads import LocalHead, source_names
-from fedmerge.encoder.export import export_model, provenance_of
+from fedmerge.encoder.export.card import encode_recipe
+from fedmerge.encoder.export.folder import export_model, provenance_of
+from fedmerge.encoder.export.formats import Format, check_format
+from fedmerge.encoder.export.probes import Deviation
 from fedmerge.encoder.text import item_text
 from fedmerge.evaluation.sums import FEDERATED_SOURCES, PERSONAL
 from fedmerge.files import check_free, write_bytes, write_json
@@ -22,19 +25,12 @@ from fedmerge.serving.model import RunDomain, ServedHead, ServedModel, chose_fus
 from fedmerge.serving.recommender import make_recommender
 
 HEAD_TENSORS, HEAD_FILE = "head.safetensors", "head.json"
-_LOAD = """\
-import json
-
-import torch
-from safetensors.torch import load_file
-from sentence_transformers import SentenceTransformer
-from torch import nn
-
-FOLDER = "PATH OF THIS FOLDER"
-with open(f"{FOLDER}/head.json", encoding="utf-8") as file:
+_IMPORTS = ("import torch", "from safetensors.torch import load_file", "from torch import nn")
+_LOAD = f"""
+with open(f"{{FOLDER}}/{HEAD_FILE}", encoding="utf-8") as file:
     head = json.load(file)
-tensors, encoder = load_file(f"{FOLDER}/head.safetensors"), SentenceTransformer(FOLDER)
-place, item_vectors = {item: row for row, item in enumerate(head["item_ids"])}, tensors["item_vectors"]
+tensors = load_file(f"{{FOLDER}}/{HEAD_TENSORS}")
+place, item_vectors = {{item: row for row, item in enumerate(head["item_ids"])}}, tensors["item_vectors"]
 """
 _OWN = """
 settings, items = head["settings"], tensors["item_representations"]
@@ -78,8 +74,9 @@ def standardise(scores):
 def score(history, keep_seen=False):
     """Return a score for each item of head["item_ids"]; history: item ids, oldest first."""
     rows = [place[item] for item in history]
-    recent = reversed(rows[-head["max_items"] :])  # the text of a history begins with its most recent item
-    user = torch.from_numpy(encoder.encode("; ".join(head["item_texts"][row] for row in recent)))
+    recent = reversed(rows[-text["max_items"] :])  # the text of a history begins with its most recent item
+    read = text["item_separator"].join(head["item_texts"][row] for row in recent)
+    user = torch.from_numpy(encode([read])[0])
     sources = {SOURCES}
     sources |= {"text": item_vectors @ user, "recent items": recent_items_scores(rows)}
     weights = head["weights"]["unmasked" if keep_seen else "masked"]
@@ -90,27 +87,41 @@ def score(history, keep_seen=False):
 '''
 
 
-def export_served(place: RunDomain, served: ServedModel, out: Path) -> None:
-    """Write the served model as a sentence-transformers folder; with a head also its tensors, settings and a recipe.
+def export_served(
+    place: RunDomain,
+    served: ServedModel,
+    out: Path,
+    *,
+    to: Format = "sentence-transformers",
+    int8: bool = False,
+) -> Deviation:
+    """Write the served model as :func:`export_model` does; with a head also its tensors, settings and a recipe.
 
     Args:
         place: of :func:`fedmerge.serving.model.open_run`.
         served: of :func:`fedmerge.serving.model.load_served`.
         out: must be absent or empty; written complete or not at all.
+        to: format of the encoder; a head is tensors and a recipe in each.
+        int8: of the encoder.
+
+    Returns:
+        How far the encoder's vectors are from the platform's own.
 
     Raises:
+        ConfigError, BackboneError: as :func:`fedmerge.encoder.export.folder.export_model`.
         RunDirError: the folder is not empty, or cannot be written.
         ClientError: the head is not on this disk, or damaged.
-        BackboneError: as :func:`fedmerge.encoder.export.export_model`.
     """
+    check_format(to, int8)
     check_free(out)
-    text, provenance = place.config.text, _provenance(served)
+    text, catalog, provenance = place.config.text, place.catalog, _provenance(served)
+    write = partial(
+        export_model, place.backbone, served.adapter, out, text, to=to, int8=int8, template=catalog.template
+    )
     if served.decision.model in TEXT_MODELS:
         personal = served.decision.model == PERSONAL
         warning = _warning(place.manifest.name, "coefficients were fitted to") if personal else ""
-        more = partial(_extend_card, text=f"\n{warning}\n" if warning else "")
-        export_model(place.backbone, served.adapter, out, text, provenance, more, place.catalog.template)
-        return
+        return write(provenance, catalog=catalog, sections=f"{warning}\n" if warning else "")
     vectors = make_recommender(place.backbone, served.adapter, place.catalog, text).item_vectors
     head = load_head(place, served, vectors)
     tensors = save(_tensors(head, vectors))
@@ -119,15 +130,10 @@ def export_served(place: RunDomain, served: ServedModel, out: Path) -> None:
     def add_head(folder: Path) -> None:
         write_bytes(folder / HEAD_TENSORS, tensors)
         write_json(folder / HEAD_FILE, record)
-        _extend_card(folder, _card(place, served, head))
 
     provenance["head"] = {"model": served.decision.model, "domain": place.manifest.name, "sha256": record["sha256"]}
-    export_model(place.backbone, served.adapter, out, text, provenance, add_head, place.catalog.template)
-
-
-def _extend_card(folder: Path, text: str) -> None:
-    card = folder / "README.md"
-    card.write_text(card.read_text(encoding="utf-8") + text, encoding="utf-8")
+    recipe = encode_recipe(to, int8, _IMPORTS)
+    return write(provenance, catalog=catalog, sections=_section(place, served, head, recipe), add=add_head)
 
 
 def _warning(name: str, what: str) -> str:
@@ -198,7 +204,7 @@ def _weights_from(place: RunDomain, served: ServedModel) -> str:
     return "The weights of the fusion are the mean of those that the training domains chose."
 
 
-def _card(place: RunDomain, served: ServedModel, head: ServedHead) -> str:
+def _section(place: RunDomain, served: ServedModel, head: ServedHead, recipe: str) -> str:
     name, own, shared = place.manifest.name, isinstance(head.head, LocalHead), _shared(head) is not None
     warning = (
         _warning(name, "head was trained on")
@@ -207,8 +213,8 @@ def _card(place: RunDomain, served: ServedModel, head: ServedHead) -> str:
     )
     sources = [*(['"head": head_scores(rows)'] if own else [])]
     sources += ['"federated head": federated_scores(rows)'] if shared else []
-    recipe = _LOAD + _RECENT + (_OWN if own else "") + (_FEDERATED if shared else "") + _SCORE
-    return f"""
+    recipe += _LOAD + _RECENT + (_OWN if own else "") + (_FEDERATED if shared else "") + _SCORE
+    return f"""\
 ## The head
 
 {warning}

@@ -20,7 +20,7 @@ from fedmerge.domain.demo import generate_domain
 from fedmerge.encoder.adapted import folded
 from fedmerge.encoder.backbone import load_backbone
 from fedmerge.encoder.encode import encode
-from fedmerge.encoder.export import export_model
+from fedmerge.encoder.export.folder import export_model
 from fedmerge.encoder.peft.folder import write_adapter
 from fedmerge.encoder.text import build_token_table, item_sequences, item_text, pack_sequences, sequence_text
 from fedmerge.files import read_json
@@ -93,17 +93,20 @@ def test_export_of_a_run_s_merge(tmp_path: Path, capsys: Capsys) -> None:
         "modules.json",
         "provenance.json",
         "sentence_bert_config.json",
+        "text.json",
         "tokenizer.json",
         "tokenizer_config.json",
     ]
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
     provenance = read_json(average / "provenance.json")
-    assert json.loads((out / "provenance.json").read_text()) == provenance
+    written = json.loads((out / "provenance.json").read_text())
+    assert written.pop("export")["largest_deviation"] < 1e-6
+    assert written == provenance
     card = (out / "README.md").read_text()
     for wanted in (
         "library_name: sentence-transformers",
         provenance["sha256"],
-        "cut to\n12 tokens",
+        "`title` 12, `brand` 12, `category` 12",
         "cuts at 96 tokens",
     ):
         assert wanted in card
@@ -117,7 +120,7 @@ def test_export_of_a_run_s_merge(tmp_path: Path, capsys: Capsys) -> None:
     assert '- method: `"expert"`' in (tmp_path / "expert" / "README.md").read_text()
     config = ("--config", average.parent.parent / "config.toml")
     output(capsys, "export", "none", tmp_path / "alone", *config)
-    assert json.loads((tmp_path / "alone" / "provenance.json").read_text()) == {"method": "backbone alone"}
+    assert json.loads((tmp_path / "alone" / "provenance.json").read_text())["method"] == "backbone alone"
     assert "`backbone` as it is, in float32" in (tmp_path / "alone" / "README.md").read_text()
     assert "`backbone` with a LoRA adapter folded in" in card
     assert (out / "model.safetensors").stat().st_mode == (out / "config.json").stat().st_mode

@@ -1,7 +1,8 @@
-"""Export a backbone with a folded adapter as a model folder for sentence-transformers, which needs no fedmerge."""
+"""Export a backbone with a folded adapter as a folder that needs no fedmerge."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +10,21 @@ from transformers import AutoTokenizer
 
 from fedmerge.adapter import Adapter
 from fedmerge.config import ATTRIBUTES, Text
+from fedmerge.domain.catalog import Catalog
 from fedmerge.domain.manifest import read_template
 from fedmerge.encoder.adapted import folded
 from fedmerge.encoder.adapter_records import adapter_record
 from fedmerge.encoder.backbone import Backbone, check_max_tokens
+from fedmerge.encoder.export.card import TEXT_FILE, model_card
+from fedmerge.encoder.export.formats import Format, check_format, packages
+from fedmerge.encoder.export.graph import write_graph
+from fedmerge.encoder.export.probes import Deviation, measure_deviation, probe_texts
 from fedmerge.encoder.text import item_text, special_tokens
 from fedmerge.errors import BackboneError
 from fedmerge.files import check_free, new_folder, read_record, share, write_json, write_text
 
 POOLING_MODES = {"cls": "pooling_mode_cls_token", "mean": "pooling_mode_mean_tokens", "last": "pooling_mode_lasttoken"}
 _NO_POOLER = ("bert", "roberta", "xlm-roberta")  # loaded without a pooler, which would otherwise be random
-_EXAMPLES = ("title: Red tent brand: North category: Camping", "title: Stove brand: North")
 _PROBE = {"title": "Red tent, 2 persons", "brand": "North", "category": "Camping"}
 
 
@@ -29,41 +34,96 @@ def export_model(
     folder: Path,
     text: Text,
     provenance: Mapping[str, Any],
-    add: Callable[[Path], None] = lambda folder: None,
+    *,
+    to: Format = "sentence-transformers",
+    int8: bool = False,
     template: Sequence[str] = ATTRIBUTES,
-) -> None:
-    """Write W + Δ in float32 with tokenizer, pooling, normalisation and a model card.
+    catalog: Catalog | None = None,
+    license: str | None = None,
+    sections: str = "",
+    add: Callable[[Path], None] = lambda folder: None,
+) -> Deviation:
+    """Write W + Δ with tokenizer, pooling, normalisation, limits of the text and a model card, and verify the vectors.
 
-    Then ``SentenceTransformer(folder).encode(item_text(…))`` is the item's vector, and
-    ``SentenceTransformer(folder).encode(sequence_text(…))`` the user's.
+    Then ``SentenceTransformer(folder).encode``, or the graph of :func:`fedmerge.encoder.export.graph.write_graph`, maps
+    ``item_text(…)`` to the item's vector, and ``sequence_text(…)`` to the user's.
 
     Args:
         backbone: unchanged.
         adapter: adapter to fold in; None exports the backbone alone.
         folder: must be absent or empty; written complete or not at all.
-        text: ``max_tokens`` becomes ``max_seq_length``; the other settings are written into the card.
+        text: ``max_tokens`` becomes ``max_seq_length``; all settings are written into ``text.json``.
         provenance: provenance of the adapter, for ``provenance.json`` and the card.
+        to: format of the folder.
+        int8: write int8 in place of float32; not with sentence-transformers.
+        template: attributes of an item's text and their limits.
+        catalog: items to verify the vectors on; None: those of the demo.
+        license: for the card, an identifier of the hub such as ``apache-2.0``; None: none is stated.
+        sections: more text for the card.
         add: adds files to the folder before it gets its name.
-        template: attributes of an item's text and their limits, for the card.
+
+    Returns:
+        How far the vectors are from the platform's own; it is in ``provenance.json``, too.
 
     Raises:
+        ConfigError: a package is not installed, or the format has no int8.
         RunDirError: the folder is not empty, or cannot be written.
         LayoutMismatchError: the adapter belongs to another backbone.
-        BackboneError: too few positions, or the tokenizer splits joined text differently from single items.
+        BackboneError: too few positions, the tokenizer splits joined text differently from single items, the model
+            cannot be written in this format, or its vectors in float32 are others than the platform's.
     """
+    check_format(to, int8)
     check_max_tokens(backbone, text.max_tokens)
     check_free(folder)
-    model = folded(backbone, adapter).model
+    encoder = folded(backbone, adapter)
+    record = _text_record(backbone, text, template)
     with new_folder(folder) as partial:
-        model.save_pretrained(partial)
         _write_tokenizer(backbone, partial, text.max_tokens)
         _write_modules(backbone, partial, text.max_tokens)
-        write_json(partial / "provenance.json", dict(provenance))
+        write_json(partial / TEXT_FILE, record)
+        if to == "sentence-transformers":
+            encoder.model.save_pretrained(partial)
+        else:
+            encoder.model.config.save_pretrained(partial)
+            write_graph(encoder, partial, to, int8)
+        probes = probe_texts(encoder, text, template, catalog)
+        deviation = measure_deviation(encoder, partial, text, to, int8, probes)
+        export = {
+            "to": to,
+            "precision": "int8" if int8 else "float32",
+            "largest_deviation": deviation.largest,
+            "num_texts": deviation.num_texts,
+            "packages": {name: version(name) for name in packages(to, int8)},
+        }
+        write_json(partial / "provenance.json", {**provenance, "export": export})
         what = "as it is" if adapter is None else "with a LoRA adapter folded in"
-        write_text(partial / "README.md", _card(backbone, what, text, provenance, template))
+        card = model_card(backbone, what, to, int8, record, deviation, provenance, license, sections)
+        write_text(partial / "README.md", card)
         add(partial)
-        for weights in partial.glob("*.safetensors"):
-            share(weights)
+        for file in sorted(partial.rglob("*")):
+            if file.is_file():
+                share(file)
+    return deviation
+
+
+def _text_record(backbone: Backbone, text: Text, template: Sequence[str]) -> dict[str, Any]:
+    """Return how the text of an item and of a history is made, for programs."""
+    limits = read_template(template, "export")
+    return {
+        "format": 1,
+        "attributes": [
+            {"name": name, "max_tokens": limit or text.max_attribute_tokens} for name, limit in limits.items()
+        ],
+        "attribute": "{name}: {value}",
+        "attribute_separator": " ",
+        "max_items": text.max_items,
+        "item_order": "newest first",
+        "item_separator": "; ",
+        "max_tokens": text.max_tokens,
+        "pad_token_id": backbone.special.pad,
+        "pooling": backbone.pooling,
+        "normalised": True,
+    }
 
 
 def provenance_of(folder: Path) -> dict[str, Any]:
@@ -127,49 +187,3 @@ def _write_tokenizer(backbone: Backbone, folder: Path, max_tokens: int) -> None:
             f"export of {backbone.name}: its tokenizer splits {text!r} into {found}, expected {expected} as in a "
             "catalog. Serve this backbone with fedmerge.recommend instead."
         )
-
-
-def _card(backbone: Backbone, what: str, text: Text, provenance: Mapping[str, Any], template: Sequence[str]) -> str:
-    shown = ("method", "parameters", "run", "policy", "excluded", "sha256")
-    facts = [f"- {key}: `{json.dumps(provenance[key])}`" for key in shown if provenance.get(key)]
-    domains = provenance.get("domains")
-    if isinstance(domains, dict):
-        facts += ["", "| domain | SHA-256 of its adapter |", "| --- | --- |"]
-        facts += [f"| {name} | `{sha256}` |" for name, sha256 in domains.items()]
-    lines, limits = "\n".join(facts), read_template(template, "export")
-    item = " ".join(f"{name}: …" for name in limits)
-    own = "".join(f", that of {name} to {limit}" for name, limit in limits.items() if limit)
-    examples = _EXAMPLES if tuple(template) == ATTRIBUTES else (item, item)
-    return f"""---
-library_name: sentence-transformers
-pipeline_tag: sentence-similarity
-base_model: {json.dumps(backbone.name)}
-tags: [sentence-transformers, recommendation, fedmerge]
----
-
-# A recommender, exported by fedmerge
-
-`{backbone.name}` {what}, in float32. It maps the text of an item, or of a user's history, to a vector of
-{backbone.width} numbers ({backbone.pooling} pooling, L2-normalised); the cosine of the two is the score.
-
-```python
-from sentence_transformers import SentenceTransformer
-
-model = SentenceTransformer("PATH OF THIS FOLDER")
-items = {json.dumps(examples, ensure_ascii=False)}
-user = "; ".join(reversed(items))  # most recent first
-scores = model.encode(items) @ model.encode(user)
-```
-
-Text of an item: `{item}` in this order, empty attributes left out, each value cut to
-{text.max_attribute_tokens} tokens{own}. Text of a history: the items' texts, most recent first, joined by `"; "`,
-at most {text.max_items} items; the model cuts at {text.max_tokens} tokens.
-
-## Where it comes from
-
-- backbone: `{backbone.name}`, SHA-256 over its files `{backbone.sha256}`
-{lines}
-
-The full record is in `provenance.json`. Adapters are trained on private interactions and can leak some of them; unless
-the training used differential privacy, there is no formal guarantee against it.
-"""

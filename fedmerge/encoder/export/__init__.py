@@ -1,0 +1,1 @@
+"""Folders that serve an encoder without fedmerge: sentence-transformers, ONNX or OpenVINO."""

@@ -1,0 +1,120 @@
+"""Compare the vectors of an exported folder with the platform's own, on texts of items and histories."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from fedmerge.config import Text
+from fedmerge.device import resolve_compute
+from fedmerge.domain.catalog import Catalog, make_catalog
+from fedmerge.domain.demo import generate_domain
+from fedmerge.domain.manifest import read_template
+from fedmerge.encoder.backbone import Backbone, in_float32, load_backbone
+from fedmerge.encoder.encode import encode
+from fedmerge.encoder.export.formats import Format
+from fedmerge.encoder.export.graph import Encode, graph_encoder
+from fedmerge.encoder.text import item_text, sequence_text
+from fedmerge.errors import BackboneError
+
+FLOAT32_LIMIT = 1e-5  # 1 − cosine; rounding alone gives 1e-6 at most
+INT8_LIMIT = 0.01
+_ITEMS, _HISTORIES = 24, 8
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """How far an export's vectors are from the platform's own.
+
+    Attributes:
+        largest: largest 1 − cosine.
+        num_texts: number of texts that were compared.
+        limit: what is usual for the precision.
+    """
+
+    largest: float
+    num_texts: int
+    limit: float
+
+    @property
+    def is_large(self) -> bool:
+        """True above the limit."""
+        return not self.largest <= self.limit  # also for NaN
+
+
+def measure_deviation(
+    encoder: Backbone, folder: Path, text: Text, to: Format, int8: bool, probes: Sequence[str]
+) -> Deviation:
+    """Encode texts with an exported folder as its users will, and with the platform's encoder in float32.
+
+    Args:
+        encoder: what was exported, adapter included.
+        folder: of the export.
+        text: only ``max_tokens`` is used.
+        to: format of the folder.
+        int8: precision of the folder.
+        probes: of :func:`probe_texts`.
+
+    Raises:
+        BackboneError: vectors in float32 that differ by more than FLOAT32_LIMIT.
+    """
+    special, room = encoder.special, text.max_tokens - len(encoder.special.prefix) - len(encoder.special.suffix)
+    within = [encoder.tokenizer(f" {probe}", add_special_tokens=False, verbose=False)["input_ids"] for probe in probes]
+    sequences = [np.array([*special.prefix, *ids[:room], *special.suffix], dtype=np.int32) for ids in within]
+    wanted = encode(in_float32(encoder), sequences).double().numpy()
+    if to == "sentence-transformers":
+        found = _reloaded(encoder, folder, text.max_tokens)(probes)
+    else:
+        found = graph_encoder(folder, to, int8, text.max_tokens, encoder.special.pad)(probes)
+    products = (found * wanted).sum(axis=1) / np.linalg.norm(found, axis=1) / np.linalg.norm(wanted, axis=1)
+    largest = float(np.max(1 - products))
+    deviation = Deviation(max(0.0, largest), len(probes), INT8_LIMIT if int8 else FLOAT32_LIMIT)
+    if deviation.is_large and not int8:
+        raise BackboneError(
+            f"export of {encoder.name} to {to}: 1 − cosine to fedmerge's own vectors is up to {largest:.1e}, expected "
+            f"at most {FLOAT32_LIMIT:.0e}. Export to another format, and report this backbone."
+        )
+    return deviation
+
+
+def probe_texts(encoder: Backbone, text: Text, template: Sequence[str], catalog: Catalog | None) -> list[str]:
+    """Return texts of items spread over a catalog, and of histories of them; without one, of items of the demo."""
+    items = _demo(template) if catalog is None else catalog
+    rows = np.unique(np.linspace(0, len(items) - 1, _ITEMS).astype(int))
+    texts = [
+        item_text(
+            {name: values[row] for name, values in items.attributes.items()},
+            encoder.tokenizer,
+            text.max_attribute_tokens,
+            tuple(items.attributes),
+            items.limits,
+        )
+        for row in rows
+    ]
+    texts = [each for each in texts if each]
+    histories = [sequence_text(texts[:: number + 1], text.max_items) for number in range(_HISTORIES)]
+    return texts + histories
+
+
+def _demo(template: Sequence[str]) -> Catalog:
+    """Return items of the demo whose attributes have the names of a template."""
+    catalog, limits = generate_domain("toys", num_users=1, num_items=_ITEMS).catalog, read_template(template, "export")
+    columns = list(catalog.attributes.values())
+    renamed = {name: columns[place % len(columns)] for place, name in enumerate(limits)}
+    return make_catalog("toys", catalog.item_ids, renamed, {name: limit for name, limit in limits.items() if limit})
+
+
+def _reloaded(encoder: Backbone, folder: Path, max_tokens: int) -> Encode:
+    """Load the weights and the tokenizer of a sentence-transformers folder."""
+    loaded = load_backbone(str(folder), encoder.pooling, resolve_compute("cpu", "float32"))
+
+    def vectors(texts: Sequence[str]) -> npt.NDArray[np.float32]:
+        sequences = [
+            np.array(loaded.tokenizer(each, truncation=True, max_length=max_tokens)["input_ids"], dtype=np.int32)
+            for each in texts
+        ]
+        return encode(loaded, sequences).numpy()
+
+    return vectors
