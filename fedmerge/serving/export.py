@@ -16,11 +16,13 @@ from fedmerge.encoder.export.folder import export_model, provenance_of
 from fedmerge.encoder.export.formats import Format, check_format
 from fedmerge.encoder.export.probes import Deviation
 from fedmerge.encoder.text import item_text
-from fedmerge.evaluation.sums import FEDERATED_SOURCES, PERSONAL
+from fedmerge.evaluation.sums import EXPERT, FEDERATED_SOURCES, PERSONAL
 from fedmerge.files import check_free, write_bytes, write_json
 from fedmerge.runs.federated_head import read_fusion
 from fedmerge.sequence.anchored import DECAY, RECENT, dense_maps, whitened, whitening
-from fedmerge.serving.decision import TEXT_MODELS
+from fedmerge.server.choice import MERGED
+from fedmerge.serving.card import label_of, sections_of_run
+from fedmerge.serving.decision import TEXT_MODELS, VECTORS_OF
 from fedmerge.serving.model import RunDomain, ServedHead, ServedModel, chose_fusion, load_head
 from fedmerge.serving.recommender import make_recommender
 
@@ -94,6 +96,7 @@ def export_served(
     *,
     to: Format = "sentence-transformers",
     int8: bool = False,
+    license: str | None = None,
 ) -> Deviation:
     """Write the served model as :func:`export_model` does; with a head also its tensors, settings and a recipe.
 
@@ -103,6 +106,7 @@ def export_served(
         out: must be absent or empty; written complete or not at all.
         to: format of the encoder; a head is tensors and a recipe in each.
         int8: of the encoder.
+        license: for the card; None: none is stated.
 
     Returns:
         How far the encoder's vectors are from the platform's own.
@@ -115,13 +119,25 @@ def export_served(
     check_format(to, int8)
     check_free(out)
     text, catalog, provenance = place.config.text, place.catalog, _provenance(served)
+    model, domain = served.decision.model, place.manifest.name
+    row = label_of(served.decision.merge) if model == MERGED else model
+    about = sections_of_run(place.run, row, domain)
     write = partial(
-        export_model, place.backbone, served.adapter, out, text, to=to, int8=int8, template=catalog.template
+        export_model,
+        place.backbone,
+        served.adapter,
+        out,
+        text,
+        to=to,
+        int8=int8,
+        template=catalog.template,
+        catalog=catalog,
+        license=license,
     )
     if served.decision.model in TEXT_MODELS:
         personal = served.decision.model == PERSONAL
-        warning = _warning(place.manifest.name, "coefficients were fitted to") if personal else ""
-        return write(provenance, catalog=catalog, sections=f"{warning}\n" if warning else "")
+        warning = _warning(place.manifest.name, "coefficients were fitted to") + "\n\n" if personal else ""
+        return write(provenance, sections=warning + about)
     vectors = make_recommender(place.backbone, served.adapter, place.catalog, text).item_vectors
     head = load_head(place, served, vectors)
     tensors = save(_tensors(head, vectors))
@@ -133,7 +149,21 @@ def export_served(
 
     provenance["head"] = {"model": served.decision.model, "domain": place.manifest.name, "sha256": record["sha256"]}
     recipe = encode_recipe(to, int8, _IMPORTS)
-    return write(provenance, catalog=catalog, sections=_section(place, served, head, recipe), add=add_head)
+    return write(provenance, sections=_section(place, served, head, recipe) + about, add=add_head)
+
+
+def kept_for(place: RunDomain, served: ServedModel) -> str | None:
+    """Return why an export of a served model must stay within its organisation; None if it need not."""
+    name, model = place.manifest.name, served.decision.model
+    if model in VECTORS_OF:
+        return f"its head was trained on the users of {name}"
+    if model == PERSONAL:
+        return f"its coefficients were fitted to the users of {name}"
+    if model == EXPERT:
+        return f"it is the expert of {name} alone"
+    if model not in TEXT_MODELS and not place.manifest.public_catalog:
+        return f"it holds the texts of all items of {name}, whose catalog is not public"
+    return None
 
 
 def _warning(name: str, what: str) -> str:

@@ -114,12 +114,11 @@ def model_card(
     examples = _examples([attribute["name"] for attribute in text_record["attributes"]])
     limits = ", ".join(f"`{each['name']}` {each['max_tokens']}" for each in text_record["attributes"])
     precision = "int8" if int8 else "float32"
-    stated = [] if license is None else [f"license: {json.dumps(license)}"]
     front = [
         f"library_name: {to}",
         "pipeline_tag: sentence-similarity",
-        f"base_model: {json.dumps(backbone.name)}",
-        *stated,
+        *([f"base_model: {json.dumps(backbone.name)}"] if "/" in backbone.name else []),  # of the hub
+        *([f"license: {json.dumps(license)}"] if license is not None else []),
         "tags: [sentence-transformers, recommendation, fedmerge]",
     ]
     lines = "\n".join(_facts(provenance))
