@@ -1,12 +1,13 @@
-"""Cost of importing raw Amazon reviews: rows per second and peak memory, against loading everything with json.
+"""Cost of importing raw Amazon reviews: rows per second and peak memory, against plain DuckDB and plain Python.
 
-    python benchmarks/speed/bench_import.py --gigabytes 3 [--gzip] [--folder DIR]
+    python benchmarks/speed/bench_import.py --gigabytes 3 [--ways fedmerge DuckDB] [--gzip] [--repeats 3] [--folder DIR]
 
 Writes generated reviews with text in the form of the 2018 release (about 850 bytes per row; plain, or gzip level 1) and
-their metadata, and imports them as a 5-core. The alternative does the same with the standard library alone, on a
-smaller file because all rows are in memory at once: json.loads of every line into a list of dicts, counters for the
-core, a sorted list per user. fedmerge imports the smaller file too, and both must keep the same rows. Each import is a
-process of its own; on a shared machine, compare CPU seconds.
+their metadata, and imports them as a 5-core. DuckDB reads both with ``read_json`` in memory, with as many threads as
+fedmerge's store, and writes Parquet. Python does the same with the standard library alone, all rows in memory:
+json.loads of every line into a list of dicts, counters for the core, a sorted list per user. All must keep the same
+rows. Each import is a process of its own, and the ways take turns; on a shared machine, compare CPU seconds. Ratios are
+those to the last way of the same turn: median, lowest and highest.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from own_process import measure, measured
+from own_process import compare, measured
 
 BYTES_PER_ROW = 850
 CHUNK = 50_000
@@ -69,14 +70,46 @@ def write_source(folder: Path, size_bytes: int, compressed: bool) -> tuple[Path,
     return reviews, metadata, num_rows
 
 
-def product(reviews: Path, metadata: Path, dst: Path) -> int:
+def fedmerge(reviews: Path, metadata: Path, dst: Path) -> int:
     """Import with fedmerge; return the number of interactions kept."""
     from fedmerge.domain.importers.amazon import import_amazon  # noqa: PLC0415  # the alternative must not pay for it
 
     return import_amazon(reviews, metadata, dst).manifest.num_interactions
 
 
-def everything_in_memory(reviews: Path, metadata: Path, dst: Path) -> int:
+def plain_duckdb(reviews: Path, metadata: Path, dst: Path) -> int:
+    """Import with a database in memory; return the number of interactions kept."""
+    import duckdb  # noqa: PLC0415  # a process pays for its own way only
+
+    database = duckdb.connect(config={"threads": 2})
+    names = ("reviewerID", "asin", "unixReviewTime")
+    database.execute(
+        f"CREATE TABLE rows AS SELECT DISTINCT * FROM read_json('{reviews}', format = 'newline_delimited', "
+        "columns = {reviewerID: 'VARCHAR', asin: 'VARCHAR', unixReviewTime: 'BIGINT'})"
+    )
+    enough = " AND ".join(
+        f"{name} IN (SELECT {name} FROM rows GROUP BY {name} HAVING count(*) >= 5)" for name in names[:2]
+    )
+    before = -1
+    while True:
+        [(count,)] = database.execute("SELECT count(*) FROM rows").fetchall()
+        if count == before:
+            break
+        before = count
+        database.execute(f"CREATE OR REPLACE TABLE rows AS SELECT * FROM rows WHERE {enough}")
+    dst.mkdir()
+    database.execute(
+        f"COPY (SELECT reviewerID, asin FROM rows ORDER BY reviewerID, unixReviewTime) TO '{dst / 'rows.parquet'}'"
+    )
+    database.execute(
+        f"COPY (SELECT asin, title, brand, category FROM read_json('{metadata}', format = 'newline_delimited', "
+        "columns = {asin: 'VARCHAR', title: 'VARCHAR', brand: 'VARCHAR', category: 'VARCHAR[]'}) "
+        f"WHERE asin IN (SELECT asin FROM rows)) TO '{dst / 'items.parquet'}'"
+    )
+    return int(count)
+
+
+def plain_python(reviews: Path, metadata: Path, dst: Path) -> int:
     """Import with the standard library, lists and dicts, into one JSON file; return the number of interactions kept."""
 
     def load(path: Path) -> list[dict[str, Any]]:
@@ -100,17 +133,16 @@ def everything_in_memory(reviews: Path, metadata: Path, dst: Path) -> int:
     return len(rows)
 
 
-WAYS = {"product": product, "everything in memory": everything_in_memory}
+WAYS = {"fedmerge": fedmerge, "Python": plain_python, "DuckDB": plain_duckdb}
 
 
 def main() -> None:
     """Generate, import, compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gigabytes", type=float, default=0.3)
-    parser.add_argument(
-        "--prefix-gigabytes", type=float, default=0.1, help="size of the file that the alternative loads"
-    )
+    parser.add_argument("--gigabytes", type=float, default=0.1)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--gzip", action="store_true")
+    parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--folder", type=Path, default=None, help="for the files (default: the temporary folder)")
     parser.add_argument("--measure", nargs=4, default=None, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -118,30 +150,14 @@ def main() -> None:
         measured(WAYS[options.measure[0]], *map(Path, options.measure[1:]))
         return
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
-        folder = Path(name)
-        needed = 1.2e9 * (options.gigabytes + options.prefix_gigabytes)
-        free = shutil.disk_usage(folder).free
-        if free < needed:
+        folder, needed = Path(name), 1.2e9 * options.gigabytes
+        if (free := shutil.disk_usage(folder).free) < needed:
             sys.exit(
                 f"{folder}: {free / 1e9:.1f} GB are free, {needed / 1e9:.1f} GB are needed. Choose another folder."
             )
-        print("| file | importer | rows | CPU s | wall s | rows/CPU s | peak MB | interactions kept |")
-        print("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
-        for gigabytes, ways in ((options.prefix_gigabytes, list(WAYS)), (options.gigabytes, ["product"])):
-            (folder / f"{gigabytes}").mkdir()
-            reviews, metadata, num_rows = write_source(folder / f"{gigabytes}", int(1e9 * gigabytes), options.gzip)
-            size = reviews.stat().st_size / 1e9
-            results = {way: measure(__file__, way, reviews, metadata, folder / f"{gigabytes}" / way) for way in ways}
-            for way, result in results.items():
-                print(
-                    f"| {size:.2f} GB{' gzip' * options.gzip} | {way} | {num_rows:,} | {result['cpu']:.1f} | "
-                    f"{result['seconds']:.1f} | {num_rows / result['cpu']:,.0f} | {result['peak_mb']:.0f} | "
-                    f"{int(result['kept']):,} |",
-                    flush=True,
-                )
-            if len({result["kept"] for result in results.values()}) != 1:
-                sys.exit("The two ways kept different rows.")
-            shutil.rmtree(folder / f"{gigabytes}")
+        reviews, metadata, num_rows = write_source(folder, int(1e9 * options.gigabytes), options.gzip)
+        print(f"{reviews.stat().st_size / 1e9:.2f} GB{' gzip' * options.gzip}")
+        compare(__file__, options.ways, options.repeats, num_rows, reviews, metadata)
 
 
 if __name__ == "__main__":

@@ -1,40 +1,61 @@
 """Cost of importing tables of interactions: rows per second and peak memory, against plain DuckDB and plain Polars.
 
-    python benchmarks/speed/bench_tables.py --rows 1000000 10000000 [--forms parquet csv] [--folder DIR]
+    python benchmarks/speed/bench_tables.py --rows 2000000 [--repeats 5] [--forms parquet csv jsonl] [--folder DIR]
     python benchmarks/speed/bench_tables.py --rows 100000000 --forms parquet --ways fedmerge
 
 Writes generated interactions (text ids, whole seconds, in no order, 2 % of the rows repeated) and a catalog. All ways
 do the same: read the table, remove repeats, take the 5-core, sort by user and time, write Parquet. DuckDB and Polars do
 it in memory, with as many threads as fedmerge's store; they check no value, number no line, and write neither catalog
-nor hash. All must keep the same number of rows. Each import is a process of its own; on a shared machine, compare CPU
-seconds.
+nor hash. All must keep the same number of rows. Each import is a process of its own, and the ways take turns; on a
+shared machine, compare CPU seconds. Ratios are those to the last way of the same turn: median, lowest and highest.
 """
 
 import argparse
+import json
 import shutil
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
-from own_process import measure, measured
+from own_process import compare, measured
 
 CHUNK = 1_000_000
 THREADS = 2
 NAMES = ("user_id", "item_id", "timestamp")
 
 
+class JsonLinesWriter:
+    """Writes tables as one object a line; a context manager."""
+
+    def __init__(self, path: Path) -> None:
+        self.file = path.open("wb")
+
+    def __enter__(self) -> "JsonLinesWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+    def write_table(self, table: pa.Table) -> None:
+        """Append the rows."""
+        self.file.writelines(json.dumps(row).encode() + b"\n" for row in table.to_pylist())
+
+
 def write_source(folder: Path, num_rows: int, form: str) -> tuple[Path, Path]:
-    """Write interactions and catalog; return both paths."""
+    """Write interactions and catalog; return both paths. Texts of CSV are quoted, as pyarrow writes them."""
     draw = np.random.default_rng(0)
     num_users, num_items = num_rows // 10 + 1, min(num_rows // 100, 1_000_000) + 1
     schema = pa.schema([("user_id", pa.string()), ("item_id", pa.string()), ("timestamp", pa.int64())])
     interactions, catalog = folder / f"interactions.{form}", folder / f"catalog.{form}"
 
-    def writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter | pyarrow.csv.CSVWriter:
+    def writer(path: Path, schema: pa.Schema) -> Any:
+        if form == "jsonl":
+            return JsonLinesWriter(path)
         return pq.ParquetWriter(path, schema) if form == "parquet" else pyarrow.csv.CSVWriter(path, schema)
 
     def ids(letter: str, numbers: "np.ndarray[tuple[int], np.dtype[np.int64]]", digits: int) -> pa.Array:
@@ -96,8 +117,8 @@ def plain_polars(interactions: Path, _: Path, dst: Path) -> int:
     """Import with data frames; return the number of interactions kept."""
     import polars as pl  # noqa: PLC0415  # a process pays for its own way only
 
-    scan = pl.scan_parquet if interactions.suffix == ".parquet" else pl.scan_csv
-    rows = scan(interactions).select(NAMES).unique().collect()
+    scans: dict[str, Any] = {".parquet": pl.scan_parquet, ".csv": pl.scan_csv, ".jsonl": pl.scan_ndjson}
+    rows = scans[interactions.suffix](interactions).select(NAMES).unique().collect()
     before = -1
     while len(rows) != before:
         before = len(rows)
@@ -109,14 +130,16 @@ def plain_polars(interactions: Path, _: Path, dst: Path) -> int:
     return len(rows)
 
 
-WAYS = {"fedmerge": fedmerge, "DuckDB": plain_duckdb, "Polars": plain_polars}
+WAYS = {"fedmerge": fedmerge, "Polars": plain_polars, "DuckDB": plain_duckdb}
+FORMS = ("parquet", "csv", "jsonl")
 
 
 def main() -> None:
     """Generate, import, compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[300_000])
-    parser.add_argument("--forms", nargs="+", choices=("parquet", "csv"), default=["parquet", "csv"])
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--folder", type=Path, default=None, help="for the files (default: the temporary folder)")
     parser.add_argument("--measure", nargs=4, default=None, help=argparse.SUPPRESS)
@@ -124,30 +147,16 @@ def main() -> None:
     if options.measure:
         measured(WAYS[options.measure[0]], *map(Path, options.measure[1:]))
         return
-    print("| rows | form | way | CPU s | wall s | rows/CPU s | CPU ratio | peak MB | memory ratio | kept |")
-    print("| ---: | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for num_rows in options.rows:
         for form in options.forms:
             with tempfile.TemporaryDirectory(dir=options.folder) as name:
-                free, needed = shutil.disk_usage(name).free, 150 * num_rows
+                free, needed = shutil.disk_usage(name).free, 220 * num_rows
                 if free < needed:
                     sys.exit(f"{name}: {free / 1e9:.1f} GB are free, {needed / 1e9:.1f} GB are needed. Give --folder.")
+                print(f"\n{form}", flush=True)
+                environment = {"POLARS_MAX_THREADS": str(THREADS)}
                 source = write_source(Path(name), num_rows, form)
-                first: dict[str, float] = {}
-                for way in options.ways:
-                    found = measure(
-                        __file__, way, *source, Path(name) / way, environment={"POLARS_MAX_THREADS": str(THREADS)}
-                    )
-                    first = first or found
-                    ratios = {key: found[key] / first[key] for key in ("cpu", "peak_mb")}
-                    print(
-                        f"| {num_rows:,} | {form} | {way} | {found['cpu']:.1f} | {found['seconds']:.1f} | "
-                        f"{num_rows / found['cpu']:,.0f} | {ratios['cpu']:.2f} | {found['peak_mb']:.0f} | "
-                        f"{ratios['peak_mb']:.2f} | {int(found['kept']):,} |",
-                        flush=True,
-                    )
-                    if found["kept"] != first["kept"]:
-                        sys.exit(f"{way} and {options.ways[0]} kept different rows.")
+                compare(__file__, options.ways, options.repeats, num_rows, *source, environment=environment)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ _ENCODINGS: Mapping[int, str] = {
     8: "RLE_DICTIONARY",
     9: "BYTE_STREAM_SPLIT",
 }
+_OF_DICTIONARY = (2, 8)
 _PAGE_FIELDS: Mapping[int, tuple[int, int]] = {0: (5, 2), 2: (7, 2), 3: (8, 4)}  # type -> its header, its encoding
 _DICTIONARY_PAGE = 2
 _INT32, _STRUCT = 5, 12  # types of Thrift
@@ -114,22 +115,24 @@ def open_parquet(where: str, source: Path | bytes, limits: Limits) -> ParquetTab
 
 
 def read_batches(table: ParquetTable, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    """Yield the columns batch by batch; columns of text are dictionary-encoded, see :func:`plain_column`.
+    """Yield the columns batch by batch; columns of text may be dictionary-encoded, see :func:`plain_column`.
 
     Raises:
         DomainError: a page, a cell or the decoded columns are above their limits, or a page has another encoding.
         pa.ArrowException, OSError: the file is damaged.
     """
-    batch_rows = _check_pages(table, names)
-    texts = [name for name in names if _is_text(table.schema.field(name).type)]
+    pages = _check_pages(table, names)
+    encoded = [name for name in names if _is_text(table.schema.field(name).type)]
+    plain = _safe_as_plain(table, pages, encoded)
+    encoded = [name for name in encoded if name not in plain]
     decoded = row = 0
     # pre_buffer, pyarrow's default, keeps the bytes of all row groups read so far: memory would grow with the file.
     source = _arrow_source(table.source)
-    with pq.ParquetFile(source, metadata=table.metadata, read_dictionary=texts, pre_buffer=False) as parquet:
-        for batch in parquet.iter_batches(batch_rows, columns=list(dict.fromkeys(names))):
+    with pq.ParquetFile(source, metadata=table.metadata, read_dictionary=encoded, pre_buffer=False) as parquet:
+        for batch in parquet.iter_batches(pages.batch_rows, columns=list(dict.fromkeys(names))):
             for name in batch.schema.names:
                 column = batch.column(name)
-                if pt.is_dictionary(column.type):
+                if name in plain or pt.is_dictionary(column.type):
                     decoded += _text_bytes(table.where, name, column, row)
                 else:
                     decoded += column.nbytes
@@ -145,24 +148,45 @@ def plain_column(column: pa.Array) -> pa.Array:
     return column.dictionary_decode() if pt.is_dictionary(column.type) else column
 
 
-def _text_bytes(where: str, name: str, column: pa.DictionaryArray, first_row: int) -> int:
+def _text_bytes(where: str, name: str, column: pa.Array, first_row: int) -> int:
     """Return the decoded size of a column of text whose cells are within their limit."""
-    lengths = pc.binary_length(column.dictionary).fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
-    indices = column.indices.drop_null().to_numpy(zero_copy_only=False)
-    if len(indices) and not 0 <= indices.min() <= indices.max() < len(lengths):
-        raise _damaged(where, f"a cell of column {name!r} is outside its dictionary of {len(lengths):,} texts")
-    sizes = lengths[indices]
+    if not pt.is_dictionary(column.type):
+        sizes = pc.binary_length(column).fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
+    else:
+        lengths = pc.binary_length(column.dictionary).fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
+        indices = column.indices.drop_null().to_numpy(zero_copy_only=False)
+        if len(indices) and not 0 <= indices.min() <= indices.max() < len(lengths):
+            raise _damaged(where, f"a cell of column {name!r} is outside its dictionary of {len(lengths):,} texts")
+        sizes = lengths[indices]
     if len(sizes) and (longest := int(sizes.max())) > CELL_BYTES:
         row = first_row + int(np.argmax(sizes))
         raise _too_much(where, f"a cell of {longest:,} bytes in column {name!r}, about row {row}", f"{CELL_BYTES:,}")
     return int(sizes.sum()) + 8 * len(column)
 
 
-def _check_pages(table: ParquetTable, names: Sequence[str]) -> int:
-    """Check the headers of all pages of the columns; return the number of rows to decode at once."""
+@dataclass(frozen=True, slots=True)
+class _Pages:
+    """What the page headers of the columns say.
+
+    Attributes:
+        batch_rows: number of rows to decode at once.
+        plain: columns with pages that use no dictionary.
+        dictionaries: (row group, column) -> number of texts in the dictionary, which the first page of cells uses; -1
+            if it does not.
+    """
+
+    batch_rows: int
+    plain: set[str]
+    dictionaries: dict[tuple[int, str], int]
+
+
+def _check_pages(table: ParquetTable, names: Sequence[str]) -> _Pages:
+    """Check the headers of all pages of the columns."""
     where, limits = table.where, table.limits
     decoded, densest = 0, 1.0
     pages = dict.fromkeys(names, 0)
+    plain: set[str] = set()
+    dictionaries: dict[tuple[int, str], int] = {}
     with _opened(table.source) as file:
         for group in range(table.metadata.num_row_groups):
             row_group = table.metadata.row_group(group)
@@ -171,7 +195,7 @@ def _check_pages(table: ParquetTable, names: Sequence[str]) -> int:
                 name = next((n for n in names if f"{chunk.path_in_schema}.".startswith(f"{n}.")), None)
                 if name is None:
                     continue
-                for page in _pages(file, chunk, where):
+                for at, page in enumerate(_pages(file, chunk, where)):
                     pages[name] += 1
                     decoded += page.size_bytes
                     if page.size_bytes > BATCH_BYTES:
@@ -186,9 +210,35 @@ def _check_pages(table: ParquetTable, names: Sequence[str]) -> int:
                             f"{', '.join(_ENCODINGS.values())}. Write the file again in plain or dictionary encoding, "
                             "the default of pyarrow, pandas and Spark."
                         )
-                    if not page.is_dictionary:
-                        densest = max(densest, page.size_bytes / max(1, page.num_values))
-    return max(64, min(BATCH_ROWS, int(BATCH_BYTES / densest)))
+                    if page.is_dictionary:
+                        dictionaries[group, name] = page.num_values if at == 0 else -1
+                        continue
+                    densest = max(densest, page.size_bytes / max(1, page.num_values))
+                    if page.encoding not in _OF_DICTIONARY:
+                        plain.add(name)
+                        if at <= 1 and (group, name) in dictionaries:
+                            dictionaries[group, name] = -1
+    return _Pages(max(64, min(BATCH_ROWS, int(BATCH_BYTES / densest))), plain, dictionaries)
+
+
+def _safe_as_plain(table: ParquetTable, pages: _Pages, texts: Sequence[str]) -> set[str]:
+    """Return the columns of text that are decoded as such, since no batch can exceed BATCH_BYTES for a dictionary.
+
+    Cells that use no dictionary would all be entered in one, which takes five times as long. Each dictionary is read
+    first, with one row; the page headers must confirm that this is all of it.
+    """
+    safe = pages.plain & set(texts)
+    source = _arrow_source(table.source)
+    with pq.ParquetFile(source, metadata=table.metadata, read_dictionary=list(texts), pre_buffer=False) as parquet:
+        for (group, name), num_texts in pages.dictionaries.items():
+            if name not in safe:
+                continue
+            batch = next(parquet.iter_batches(1, row_groups=[group], columns=[name]), None)
+            found = pa.array([], pa.string()) if batch is None else batch.column(0).dictionary
+            longest = pc.max(pc.binary_length(found)).as_py() or 0
+            if len(found) != num_texts or longest * pages.batch_rows > BATCH_BYTES:
+                safe.remove(name)
+    return safe
 
 
 @dataclass(frozen=True, slots=True)

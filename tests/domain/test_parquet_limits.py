@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pyarrow.types as pt
 import pytest
 
 from fedmerge.config import ATTRIBUTES
@@ -21,7 +22,14 @@ from fedmerge.domain.catalog import (
     make_catalog,
 )
 from fedmerge.domain.importers.reading.parquet import parquet_table
-from fedmerge.domain.parquet import CELL_BYTES, LONGEST_TEXT
+from fedmerge.domain.parquet import (
+    CELL_BYTES,
+    LONGEST_TEXT,
+    file_limits,
+    open_parquet,
+    plain_column,
+    read_batches,
+)
 from fedmerge.errors import DomainError
 
 MIB = 2**20
@@ -208,6 +216,21 @@ def test_a_large_catalog_of_many_pages_reads_back() -> None:
     }
     catalog = make_catalog("shop", ids, columns)
     assert catalog_from_bytes(catalog_to_bytes(catalog), "shop", rows) == catalog
+
+
+def test_text_outside_dictionaries_is_decoded_plain_unless_one_could_repeat_long_texts(
+    tmp_path: Path,
+) -> None:
+    short = [f"text {row}" for row in range(9000)]
+    columns = {"few": ["a", "b", "c"] * 3000, "many": short, "long": ["x" * 2000, *short[1:]]}
+    path = tmp_path / "t.parquet"
+    pq.write_table(pa.table(columns), path, dictionary_pagesize_limit=5000, data_page_size=5000, row_group_size=4000)
+    table = open_parquet("t", path, file_limits(path))
+    batches = list(read_batches(table, list(columns)))
+    kinds = {(name, pt.is_dictionary(batch.column(name).type)) for batch in batches for name in columns}
+    assert kinds == {("few", True), ("many", False), ("long", True)}
+    for name, values in columns.items():
+        assert [value for batch in batches for value in plain_column(batch.column(name)).to_pylist()] == values
 
 
 def test_a_column_name_that_is_not_text_is_refused(tmp_path: Path) -> None:

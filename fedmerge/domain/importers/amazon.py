@@ -2,16 +2,20 @@
 
 import ast
 import html
+import io
+import itertools
 import json
-import math
 import re
 import warnings
 from collections.abc import Collection, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from fedmerge.config import ATTRIBUTES
 from fedmerge.domain.importers.bad_rows import BadRows, FileReport
@@ -23,15 +27,17 @@ from fedmerge.domain.importers.events import (
     prepare,
     write_rows,
 )
-from fedmerge.domain.importers.source_files import Progress, SourceFile, read_lines
-from fedmerge.domain.importers.store import EventStore, row_batches
+from fedmerge.domain.importers.reading.events import refuse
+from fedmerge.domain.importers.reading.json_fields import LINE, BadLine, read_fields, strings
+from fedmerge.domain.importers.reading.table import NUMBER
+from fedmerge.domain.importers.reading.values import INT64_DIGITS, map_distinct, matching, to_numbers
+from fedmerge.domain.importers.source_files import Progress, SourceFile, read_blocks
+from fedmerge.domain.importers.store import ROWS, EventStore
 from fedmerge.errors import ConfigError, DomainError
 
 WITHOUT_TEXT = "of an item without metadata or text"
 NO_TEXTS = ("", "", "")
 LEADING_ASIN = re.compile(rb"\{'asin': '([^'\\]*)'")  # how a line of 2014 begins: spares parsing
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-SMALLEST_TIME, LARGEST_TIME = -(2**63), 2**63 - 1
 
 # A tag has the name of an element of HTML and attributes with values: "<Large>" and "<b or c>" are texts.
 HTML_TAG = re.compile(
@@ -142,48 +148,50 @@ def _read_reviews(
 ) -> tuple[FileReport, tuple[str, ...]]:
     """Store the reviews; return the file's report and the possible releases."""
     bad = BadRows(str(source), "line", settings.max_bad_share)
-    releases: tuple[str, ...] = ()
-
-    def rows() -> Iterator[tuple[int, str, str, int]]:
-        nonlocal releases
-        fields: ReviewFields | None = None
-        for number, line in _lines(source, settings.progress):
-            try:
-                record = _parse(line)
-                if fields is None:  # the first record decides
-                    fields, releases = _review_release(source, number, record)
-                row = _review(record, fields, settings.min_rating)
-            except _BadRow as error:
-                bad.add(number, str(error))
-                continue
-            if row is None:
-                store.drop(LOW_RATING)
-            else:
-                yield number, *row
-
-    for batch in row_batches(rows()):
-        store.add(batch, bad)
+    blocks, number, record = _first_record(source, settings.progress)
+    fields, releases = (FIELDS_2014_2018, ()) if record is None else _review_release(source, number, record)
+    names = [fields.user, fields.item, fields.time, *([] if settings.min_rating is None else [fields.rating])]
+    for batch in read_fields(blocks, names, bad, _parse):
+        rows, num_low = _good_reviews(batch, fields, settings.min_rating, bad)
+        store.drop(LOW_RATING, num_low)
+        store.add(rows, bad)
+    store.flush(bad)
     return bad.report(store.num_good), releases
 
 
-def _review(record: dict[str, Any], fields: ReviewFields, min_rating: float | None) -> tuple[str, str, int] | None:
-    """Return user, item and time of a review, None if it is rated too low; raise _BadRow if it cannot be used."""
-    user, item, time = record.get(fields.user), record.get(fields.item), record.get(fields.time)
-    if not _is_id(user):
-        raise _BadRow(f"no {fields.user}")
-    if not _is_id(item):
-        raise _BadRow(f"no {fields.item}")
-    if type(time) is not int:
-        raise _BadRow(f"{fields.time} is not a whole number")
+def _good_reviews(
+    batch: pa.RecordBatch, fields: ReviewFields, min_rating: float | None, bad: BadRows
+) -> tuple[pa.RecordBatch, int]:
+    """Return rows of the schema ROWS, and the number of reviews that are rated too low; record the unusable ones."""
+    numbers, time = batch.column(NUMBER), batch.column(fields.time)
+    good = pa.repeat(pa.scalar(True), len(batch))
+    ids = {name: _ids(batch.column(name)) for name in (fields.user, fields.item)}
+    for name, column in ids.items():
+        good = refuse(bad, numbers, good, pc.is_null(column), f"no {name}")
+    whole = matching(time, r"^-?\d+$")
+    good = refuse(bad, numbers, good, pc.is_null(whole), f"{fields.time} is not a whole number")
+    num_low = 0
     if min_rating is not None:
-        rating = record.get(fields.rating)
-        if not isinstance(rating, int | float) or math.isnan(rating):
-            raise _BadRow(f"{fields.rating} is not a number")
-        if rating < min_rating:
-            return None
-    if not SMALLEST_TIME <= time <= LARGEST_TIME:
-        raise _BadRow(f"{fields.time} is out of range")
-    return user, item, time
+        ratings = to_numbers(batch.column(fields.rating))
+        good = refuse(bad, numbers, good, pc.is_null(ratings), f"{fields.rating} is not a number")
+        low = pc.and_(good, pc.fill_null(pc.less(ratings, min_rating), False))
+        num_low = pc.sum(low).as_py() or 0
+        good = pc.and_not(good, low)
+    short = matching(whole, INT64_DIGITS)
+    long = pc.if_else(pc.is_null(short), whole, pa.scalar(None, pa.string()))
+    times = pc.coalesce(short.cast(pa.int64()), map_distinct(long, _int64))
+    good = refuse(bad, numbers, good, pc.is_null(times), f"{fields.time} is out of range")
+    return pa.record_batch([numbers, *ids.values(), times], ROWS.names).filter(good), num_low
+
+
+def _ids(column: pa.Array) -> pa.Array:
+    """Return the texts of a column of JSON that are not blank; null elsewhere."""
+    return matching(strings(column), r"\S")
+
+
+def _int64(digits: str) -> int:
+    """Return a whole number; raise OverflowError beyond 64 bits."""
+    return int.from_bytes(int(digits).to_bytes(8, "big", signed=True), "big", signed=True)
 
 
 def _read_metadata(
@@ -191,29 +199,40 @@ def _read_metadata(
 ) -> tuple[dict[str, Texts], FileReport]:
     """Return the texts of the wanted items, or of all, by id (the first entry counts), and the file's report."""
     bad = BadRows(str(source), "line", settings.max_bad_share)
-    wanted_bytes = {item_id.encode() for item_id in wanted or ()}
-    release, num_good = "", 0
+    blocks, first, record = _first_record(source, settings.progress)
+    release = "" if record is None else _metadata_release(source, first, record, releases)
+    field = "parent_asin" if release == "2023" else "asin"
+    num_good = 0
     texts: dict[str, Texts] = {}
-    for number, line in _lines(source, settings.progress):
-        leading = LEADING_ASIN.match(line)
-        if wanted is not None and release == "2014" and leading and leading[1] not in wanted_bytes:
-            num_good += 1
-            continue
+    for number, item, line in _entries_of_2014(blocks, bad) if release == "2014" else _entries(blocks, field, bad):
         try:
-            record = _parse(line)
-            release = release or _metadata_release(source, number, record, releases)
-            field = "parent_asin" if release == "2023" else "asin"
-            item = record.get(field)
             if not _is_id(item):
-                raise _BadRow(f"no {field}")
-            found = _texts(record, release) if (wanted is None or item in wanted) and item not in texts else None
-        except _BadRow as error:
+                raise BadLine(f"no {field}")
+            if (wanted is None or item in wanted) and item not in texts:
+                texts[item] = _texts(_parse(line), release)
+            num_good += 1
+        except BadLine as error:
             bad.add(number, str(error))
-            continue
-        num_good += 1
-        if found is not None:
-            texts[item] = found
     return texts, bad.report(num_good)
+
+
+def _entries(blocks: Iterator[bytes], field: str, bad: BadRows) -> Iterator[tuple[int, str | None, bytes]]:
+    """Yield number, id and line of each item."""
+    for batch in read_fields(blocks, [field], bad, _parse):
+        columns = (batch.column(NUMBER), strings(batch.column(field)), batch.column(LINE))
+        yield from zip(*(column.to_pylist() for column in columns), strict=True)
+
+
+def _entries_of_2014(blocks: Iterator[bytes], bad: BadRows) -> Iterator[tuple[int, str | None, bytes]]:
+    """Yield the same from literals, which are parsed only if they do not begin with the id."""
+    for number, line in enumerate(itertools.chain.from_iterable(map(io.BytesIO, blocks)), 1):
+        if leading := LEADING_ASIN.match(line):
+            yield number, leading[1].decode(errors="replace"), line
+        elif not line.isspace():
+            try:
+                yield number, _parse(line).get("asin"), line
+            except BadLine as error:
+                bad.add(number, str(error))
 
 
 def _review_release(source: SourceFile, number: int, record: dict[str, Any]) -> tuple[ReviewFields, tuple[str, ...]]:
@@ -251,7 +270,7 @@ def _metadata_release(source: SourceFile, number: int, record: dict[str, Any], r
 
 
 def _texts(record: dict[str, Any], release: str) -> Texts:
-    """Return title, brand and category; raise _BadRow for a value that is none."""
+    """Return title, brand and category; raise BadLine for a value that is none."""
     title, brand = _text(record, "title"), _text(record, "brand")
     if release == "2014":
         paths = record.get("categories")
@@ -269,7 +288,7 @@ def _details(value: Any) -> dict[str, Any]:
         return _parse_text(value.strip(), "details: ") if value.strip() else {}
     if value is None or isinstance(value, dict):
         return value or {}
-    raise _BadRow("details is not an object")
+    raise BadLine("details is not an object")
 
 
 def _text(record: dict[str, Any], field: str) -> str:
@@ -286,7 +305,7 @@ def _clean(field: str, value: Any) -> str:
     if value is None or value != value:  # noqa: PLR0124  # NaN
         return ""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise _BadRow(f"{field} is not a text or a list of texts")
+        raise BadLine(f"{field} is not a text or a list of texts")
     text = str(value)
     if "&" in text:
         while (resolved := html.unescape(text)) != text:
@@ -296,16 +315,15 @@ def _clean(field: str, value: Any) -> str:
     return " ".join(text.encode("utf-8", "replace").decode().split())
 
 
-class _BadRow(Exception):
-    """The reason why a line is left out."""
-
-
-def _lines(source: SourceFile, progress: Progress | None) -> Iterator[tuple[int, bytes]]:
-    """Yield the lines that are not blank, with their numbers."""
-    for number, line in enumerate(read_lines(source, progress), 1):
-        text = line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
-        if text and not text.isspace():
-            yield number, text
+def _first_record(source: SourceFile, progress: Progress | None) -> tuple[Iterator[bytes], int, dict[str, Any] | None]:
+    """Return the blocks of a file, and number and content of the first line with an object, None if there is none."""
+    blocks = read_blocks(source, progress=progress)
+    start = next(blocks)
+    whole = itertools.chain([start], blocks)
+    for number, line in enumerate(io.BytesIO(start), 1):
+        with suppress(BadLine):
+            return whole, number, _parse(line)
+    return whole, 0, None
 
 
 def _parse(line: bytes) -> dict[str, Any]:
@@ -313,7 +331,7 @@ def _parse(line: bytes) -> dict[str, Any]:
     try:
         text = line.decode()
     except UnicodeDecodeError:
-        raise _BadRow("not UTF-8 text") from None
+        raise BadLine("not UTF-8 text") from None
     return _parse_text(text)
 
 
@@ -323,9 +341,9 @@ def _parse_text(text: str, where: str = "") -> dict[str, Any]:
     try:
         record = _literal(text) if is_literal else json.loads(text)
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-        raise _BadRow(f"{where}not a Python literal" if is_literal else f"{where}not JSON") from None
+        raise BadLine(f"{where}not a Python literal" if is_literal else f"{where}not JSON") from None
     if not isinstance(record, dict):
-        raise _BadRow(f"{where}not an object")
+        raise BadLine(f"{where}not an object")
     return record
 
 

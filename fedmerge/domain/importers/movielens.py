@@ -92,6 +92,7 @@ def import_movielens(
         for batch in read_events(ratings, RATINGS, (), settings.min_rating):
             store.drop(LOW_RATING, batch.num_low)
             store.add(batch.rows, ratings.bad)
+        store.flush(ratings.bad)
         report = ratings.bad.report(store.num_good)
         store.select(settings.k_core, settings.keep_all_items)
         titles, categories = zip(*movies.values(), strict=True)

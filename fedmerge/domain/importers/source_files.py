@@ -14,7 +14,7 @@ from typing import IO
 from fedmerge.errors import DomainError
 
 MAX_LINE_BYTES = 1 << 24
-BUFFER_BYTES = 1 << 20
+BUFFER_BYTES = 1 << 22
 GZIP = b"\x1f\x8b"
 _MARKS = {  # UTF-32 before UTF-16, whose mark it begins with
     codecs.BOM_UTF8: "utf-8",
@@ -59,7 +59,7 @@ def read_lines(source: SourceFile, progress: Progress | None = None) -> Iterator
 
 
 def read_blocks(source: SourceFile, encoding: str | None = None, progress: Progress | None = None) -> Iterator[bytes]:
-    """Yield a text file in blocks of whole lines, which end in line feeds; a mebibyte or two are in memory at a time.
+    """Yield a text file in blocks of whole lines, which end in line feeds, some mebibytes at a time.
 
     A byte order mark is skipped. Carriage returns that end the lines of a file without line feeds become line feeds.
 
@@ -84,10 +84,7 @@ def read_blocks(source: SourceFile, encoding: str | None = None, progress: Progr
                 data = decoded.replace(b"\r", b"\n") if ends_in_returns else decoded
                 first, end = data.find(b"\n"), data.rfind(b"\n") + 1
                 if len(rest) + (first if end else len(data)) >= MAX_LINE_BYTES:
-                    raise DomainError(
-                        f"{source}: line {number + 1} is longer than {MAX_LINE_BYTES >> 20} MiB, expected one row a "
-                        "line. Write each row on a line of its own, ended by a line feed."
-                    )
+                    raise _too_long(source, number + 1)
                 if not end:
                     rest += data
                     continue
@@ -98,6 +95,8 @@ def read_blocks(source: SourceFile, encoding: str | None = None, progress: Progr
                 yield block
             if rest:
                 number += 1
+                if len(rest) >= MAX_LINE_BYTES:
+                    raise _too_long(source, number)
                 yield rest
     except (EOFError, gzip.BadGzipFile, zlib.error, zipfile.BadZipFile) as error:
         raise DomainError(
@@ -115,6 +114,13 @@ def read_blocks(source: SourceFile, encoding: str | None = None, progress: Progr
         ) from (error)
     if not number:
         raise DomainError(f"{source}: the file is empty. Use a complete copy of the file.")
+
+
+def _too_long(source: SourceFile, line: int) -> DomainError:
+    return DomainError(
+        f"{source}: line {line} is longer than {MAX_LINE_BYTES >> 20} MiB, expected one row a line. Write each row on "
+        "a line of its own, ended by a line feed."
+    )
 
 
 def not_encoded(source: SourceFile, line: int, error: UnicodeDecodeError) -> DomainError:

@@ -141,6 +141,7 @@ def import_table(
                 items.merge(batch.rows.column("item"), batch.others, attributes)
             store.drop(LOW_RATING, batch.num_low)
             store.add(batch.rows, table.bad)
+        store.flush(table.bad)
         if items.conflicts:
             table.bad.notes.append(
                 f"{len(items.conflicts)} items have different texts in different rows; the first text of each counts"

@@ -24,7 +24,6 @@ from fedmerge.domain.importers.store import (
     REPEATED,
     UNKNOWN_ITEM,
     EventStore,
-    row_batches,
     scratch_folder,
 )
 from fedmerge.errors import DomainError
@@ -42,8 +41,13 @@ some_rows = st.lists(
 
 
 def fill(store: EventStore, rows: list[Row], bad: BadRows | None = None) -> None:
-    for batch in row_batches((number, *row) for number, row in enumerate(rows, 1)):
-        store.add(batch, bad or BadRows("a.csv", "line", 1))
+    bad = bad or BadRows("a.csv", "line", 1)
+    for start in range(0, len(rows), 33):
+        users, items, times = zip(*rows[start : start + 33], strict=True)
+        columns = [np.arange(len(users)) + start + 1, users, items, times]
+        arrays = [pa.array(values, field.type) for values, field in zip(columns, store_module.ROWS, strict=True)]
+        store.add(pa.record_batch(arrays, schema=store_module.ROWS), bad)
+    store.flush(bad)
 
 
 def sequences(store: EventStore) -> list[tuple[str, list[str]]]:
@@ -149,7 +153,7 @@ def test_rows_of_unknown_items_are_bad_with_their_numbers(tmp_path: Path) -> Non
 def test_many_batches_and_parts_are_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     draw = np.random.default_rng(0)
     rows = [(f"u{user}", f"i{item}", int(time)) for user, item, time in draw.integers(0, [90, 20, 50], (3000, 3))]
-    for name, value in (("ROWS_AT_ONCE", 100), ("USERS_AT_ONCE", 7), ("LINES_AT_ONCE", 33)):
+    for name, value in (("ROWS_AT_ONCE", 100), ("USERS_AT_ONCE", 7)):
         monkeypatch.setattr(store_module, name, value)
     with EventStore(tmp_path / "shop") as store:
         fill(store, rows)
@@ -203,9 +207,12 @@ def test_a_full_disk_ends_in_one_line_and_leaves_nothing(tmp_path: Path, monkeyp
         schema=store_module.ROWS,
     )
 
+    bad = BadRows("a.csv", "line", 0)
+
     def sort() -> None:
         with EventStore(tmp_path / "shop") as store:
-            store.add(batch, BadRows("a.csv", "line", 0))
+            store.add(batch, bad)
+            store.flush(bad)
             store.select(None)
             list(store.parts(np.zeros(1, np.int32)))
 

@@ -75,22 +75,25 @@ def read_events(
         ids = {}
         for kind, name in (("user", columns.user), ("item", columns.item)):
             ids[kind] = to_ids(table.source, name, batch.column(name))
-            good = _refuse(table.bad, numbers, good, pc.is_null(ids[kind]), f"no {kind}")
-            good = _refuse(table.bad, numbers, good, has_lost_digits(ids[kind]), LOST_DIGITS.format(kind))
+            good = refuse(table.bad, numbers, good, pc.is_null(ids[kind]), f"no {kind}")
+            good = refuse(table.bad, numbers, good, has_lost_digits(ids[kind]), LOST_DIGITS.format(kind))
         num_low = 0
         if min_rating is not None and columns.rating is not None:
             ratings = to_numbers(batch.column(columns.rating))
-            good = _refuse(table.bad, numbers, good, pc.is_null(ratings), "the rating is not a number")
+            good = refuse(table.bad, numbers, good, pc.is_null(ratings), "the rating is not a number")
             low = pc.and_(good, pc.fill_null(pc.less(ratings, min_rating), False))
             num_low = pc.sum(low).as_py() or 0
             good = pc.and_not(good, low)
         found = times.read(batch.column(columns.time), numbers, good)
         good = pc.and_(good, pc.is_valid(found))
         rows = pa.record_batch([numbers, ids["user"], ids["item"], found], ROWS.names)
-        yield EventBatch(rows.filter(good), batch.select(list(others)).filter(good), num_low)
+        kept = batch.select(list(others))
+        if not pc.all(good).as_py():
+            rows, kept = rows.filter(good), kept.filter(good)
+        yield EventBatch(rows, kept, num_low)
 
 
-def _refuse(bad: BadRows, numbers: pa.Array, good: pa.Array, mask: pa.Array, reason: str) -> pa.Array:
+def refuse(bad: BadRows, numbers: pa.Array, good: pa.Array, mask: pa.Array, reason: str) -> pa.Array:
     """Record the rows of a mask that were good so far; return which rows are still good."""
     bad.add_many(numbers.filter(pc.and_(good, mask)), reason)
     return pc.and_not(good, mask)

@@ -4,16 +4,21 @@ import itertools
 import json
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from fedmerge.domain.importers.bad_rows import BadRows
+from fedmerge.domain.importers.reading.json_fields import BadLine, parse_object, read_fields, strings
 from fedmerge.domain.importers.reading.table import NUMBER, Table
+from fedmerge.domain.importers.reading.values import map_distinct, matching
 from fedmerge.domain.importers.source_files import Progress, SourceFile, read_blocks
 from fedmerge.errors import DomainError
 
 SAMPLE_LINES = 1000  # whose fields are the columns
+WHOLE = r"^-?\d+$"
 
 
 def json_lines_table(source: SourceFile, max_bad_share: float = 0.0, progress: Progress | None = None) -> Table:
@@ -34,39 +39,30 @@ def json_lines_table(source: SourceFile, max_bad_share: float = 0.0, progress: P
         )
     columns: dict[str, None] = {}
     for line in itertools.islice(start.split(b"\n"), SAMPLE_LINES):
-        record = _parse(line)
-        if isinstance(record, dict):
-            columns.update(dict.fromkeys(record))
+        with suppress(BadLine):
+            columns.update(dict.fromkeys(parse_object(line)))
 
     def batches(names: Sequence[str]) -> Iterator[pa.RecordBatch]:
-        schema = pa.schema([*((name, pa.string()) for name in names), (NUMBER, pa.int64())])
-        number = 0
-        for block in itertools.chain([start], blocks):
-            rows: list[tuple[Any, ...]] = []
-            for line in block.removesuffix(b"\n").split(b"\n"):
-                number += 1
-                if not line or line.isspace():
-                    continue
-                record = _parse(line)
-                if isinstance(record, dict):
-                    rows.append((*(_text(record.get(name)) for name in names), number))
-                else:
-                    bad.add(number, str(record))
-            arrays = zip(*rows, strict=True) if rows else ([] for _ in schema)
-            yield pa.record_batch([pa.array(a, f.type) for a, f in zip(arrays, schema, strict=True)], schema=schema)
+        for batch in read_fields(itertools.chain([start], blocks), names, bad):
+            yield pa.record_batch(
+                [*(_texts(batch.column(name)) for name in names), batch.column(NUMBER)], [*names, NUMBER]
+            )
 
     return Table(str(source), "JSON lines", tuple(columns), batches, bad)
 
 
-def _parse(line: bytes) -> dict[str, Any] | str:
-    """Return the object on a line, or why there is none."""
+def _texts(column: pa.Array) -> pa.Array:
+    """Return a column of JSON as text."""
+    found = pc.coalesce(strings(column), matching(column, WHOLE))
+    others = pc.if_else(pc.is_null(found), column, pa.scalar(None, pa.string()))
+    return pc.coalesce(found, map_distinct(others, _text_of_json, pa.string()))
+
+
+def _text_of_json(value: str) -> str | None:
     try:
-        record = json.loads(line.decode())
-    except UnicodeDecodeError:
-        return "not UTF-8 text"
-    except (ValueError, RecursionError):
-        return "not JSON"
-    return record if isinstance(record, dict) else "not an object"
+        return _text(json.loads(value))
+    except RecursionError:
+        return None
 
 
 def _text(value: Any) -> str | None:
@@ -76,5 +72,4 @@ def _text(value: Any) -> str | None:
         return " ".join(text for part in value if (text := _text(part)))
     if isinstance(value, float):
         return None if math.isnan(value) else repr(value)
-    text = value if isinstance(value, str) else str(value)
-    return text if text.isascii() else text.encode("utf-8", "replace").decode()  # half of a surrogate pair
+    return str(value).encode("utf-8", "replace").decode()  # half of a surrogate pair

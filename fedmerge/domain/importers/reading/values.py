@@ -17,6 +17,7 @@ INT64_DIGITS = r"^-?(\d{1,18}|[1-8]\d{18})$"
 DECIMAL_DIGITS = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"
 NO_TEXTS = ("nan", "NaN", "<NA>", r"\N")  # what pandas and databases write for no value
 NO_IDS = (*NO_TEXTS, "None", "null", "NULL")
+INT64 = pa.int64()
 EXACT = 2.0**53  # whole numbers up to it are exact as float64
 
 
@@ -130,14 +131,14 @@ def matching(text: pa.Array, pattern: str) -> pa.Array:
     return pc.if_else(pc.match_substring_regex(text, pattern), text, pa.scalar(None, pa.string()))
 
 
-def map_distinct(text: pa.Array, convert: Callable[[str], int]) -> pa.Array:
-    """Return an int64 column of converted texts, each distinct text once; null where that raises ValueError."""
+def map_distinct(text: pa.Array, convert: Callable[[str], Any], kind: pa.DataType = INT64) -> pa.Array:
+    """Return a column of converted texts, each distinct text once; null where that raises ValueError."""
 
-    def value(item: str | None) -> int | None:
+    def value(item: str | None) -> Any:
         try:
             return None if item is None else convert(item)
         except (ValueError, OverflowError):
             return None
 
     encoded = text.dictionary_encode()
-    return pa.array([value(item) for item in encoded.dictionary.to_pylist()], pa.int64()).take(encoded.indices)
+    return pa.array([value(item) for item in encoded.dictionary.to_pylist()], kind).take(encoded.indices)
