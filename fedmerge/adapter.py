@@ -5,11 +5,14 @@ On disk an adapter is a PEFT folder, see ``fedmerge.encoder.peft.folder``; on a 
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 MODERATE_EXPONENT = 60  # factors within 2^±60 are rounded to float32 as they are
 
@@ -38,14 +41,40 @@ class LoraModule:
         return self.scaling * (self.lora_B @ self.lora_A)
 
 
+class OnDemand(Mapping[str, T]):
+    """A mapping, sorted by name, that makes a value each time it is read, so that memory holds only those in use."""
+
+    def __init__(self, names: Iterable[str], make: Callable[[str], T]) -> None:
+        self._names = dict.fromkeys(sorted(names))
+        self._make = make
+
+    def __getitem__(self, name: str) -> T:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._make(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
 @dataclass(frozen=True)
 class Adapter:
-    """All LoRA modules of one fine-tuning, by their names in the bare backbone, sorted."""
+    """All LoRA modules of one fine-tuning, by their names in the bare backbone, sorted.
+
+    They are in memory, or ``OnDemand``: read from disk or computed one at a time.
+    """
 
     modules: Mapping[str, LoraModule]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "modules", MappingProxyType(dict(sorted(self.modules.items()))))
+        if not isinstance(self.modules, OnDemand):
+            object.__setattr__(self, "modules", MappingProxyType(dict(sorted(self.modules.items()))))
 
     @property
     def size_bytes(self) -> int:
@@ -59,8 +88,18 @@ def adapter_sha256(adapter: Adapter) -> str:
     for name, module in adapter.modules.items():
         digest.update(f"{name} {tuple(module.lora_A.shape)} {tuple(module.lora_B.shape)} {module.scaling!r}\n".encode())
         for tensor in (module.lora_A, module.lora_B):
-            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).numpy().data)
     return digest.hexdigest()
+
+
+def in_memory(adapter: Adapter) -> Adapter:
+    """Return the adapter with a copy of all its tensors in memory."""
+    return Adapter(
+        {
+            name: LoraModule(module.lora_A.clone(), module.lora_B.clone(), module.scaling)
+            for name, module in adapter.modules.items()
+        }
+    )
 
 
 def is_zero(adapter: Adapter) -> bool:
@@ -96,7 +135,7 @@ def float32_factors(
         lora_B: (out, r), any floating dtype.
         factor: finite factor on the product.
     """
-    sizes = [max(map(abs, map(float, tensor.aminmax()))) if tensor.numel() else 0.0 for tensor in (lora_A, lora_B)]
+    sizes = [largest_magnitude(lora_A), largest_magnitude(lora_B)]
     exponents = [math.frexp(size)[1] for size in (sizes[0] * abs(factor), sizes[1])]
     if not all(map(math.isfinite, sizes)) or 0 in sizes or max(map(abs, exponents)) <= MODERATE_EXPONENT:
         return lora_A.float() * factor, lora_B.float()
@@ -104,9 +143,23 @@ def float32_factors(
     return (lora_A.double() * (factor * 2.0**-shift)).float(), (lora_B.double() * 2.0**shift).float()
 
 
+def largest_magnitude(tensor: torch.Tensor) -> float:
+    """Return the largest magnitude, or NaN if an entry is NaN."""
+    return max(map(abs, map(float, tensor.aminmax()))) if tensor.numel() else 0.0
+
+
+def num_not_finite(tensor: torch.Tensor) -> int:
+    """Count the entries that are NaN or infinite."""
+    return 0 if math.isfinite(largest_magnitude(tensor)) else int((~tensor.isfinite()).sum())
+
+
 def fits_float32(module: LoraModule) -> bool:
     """Return True if ‖Δ‖_F is at most the largest float32, so that Δ is finite in any orthonormal coordinates."""
     largest = torch.finfo(torch.float32).max
+    entries = largest_magnitude(module.lora_A) * largest_magnitude(module.lora_B)  # a bound that is quick to compute
+    width = math.sqrt(module.lora_A.shape[1] * module.lora_B.shape[0])
+    if abs(module.scaling) * module.rank * entries * width <= largest:
+        return True
     terms = factor_norms(module.lora_B, module.lora_A)
     if abs(module.scaling) * float(terms.sum()) <= largest:
         return True

@@ -329,6 +329,24 @@ def new_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+@contextmanager
+def scratch_folder(beside: Path) -> Iterator[Path]:
+    """Yield an empty hidden folder on the disk of a path that need not exist; it is removed at the end.
+
+    Raises:
+        RunDirError: the folder cannot be written.
+    """
+    beside = Path(os.path.abspath(beside))
+    folder = beside.parent / f".{beside.name}.scratch-{secrets.token_hex(4)}"
+    try:
+        folder.mkdir(parents=True)
+        yield folder
+    except OSError as error:
+        raise RunDirError(f"{folder.parent}: cannot be written ({error}). Check free space and permissions.") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def read_record(path: Path) -> dict[str, Any]:
     """Read a JSON object of a run folder; empty if the file does not exist.
 

@@ -10,15 +10,13 @@ factors are random, since the memory does not depend on values.
 """
 
 import argparse
-import os
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
+from commands import measure
 from transformers import RobertaConfig, RobertaModel
 
 from fedmerge.adapter import Adapter, LoraModule
@@ -26,8 +24,6 @@ from fedmerge.encoder.peft.folder import write_adapter
 from fedmerge.merging.methods import METHODS
 from fedmerge.merging.training_free import merge_adapters
 
-GIB = 2**30
-REPOSITORY = Path(__file__).resolve().parents[2]
 Shapes = dict[str, tuple[int, int]]
 
 
@@ -63,7 +59,7 @@ def many(options: argparse.Namespace) -> None:
     shapes = roberta_base(options.layers)
     print(
         f"{options.domains} adapters of rank {options.rank}, {len(shapes)} modules of {next(iter(shapes.values()))}, "
-        f"output rank {options.output_rank}, {torch.get_num_threads()} threads"
+        f"output rank {options.output_rank}, 1 thread"
     )
     print(f"{'method':<24}{'scope':<8}{'space':<7}{'seconds':>9}{'CPU':>9}{'peak GiB':>10}{'residual':>10}", flush=True)
     with tempfile.TemporaryDirectory() as scratch:
@@ -76,27 +72,13 @@ def many(options: argparse.Namespace) -> None:
                     out = Path(scratch) / f"{method} {scope} {space}"
                     flags = ["--method", method, "--scope", scope, "--space", space, "--out", str(out)]
                     flags += ["--output-rank", options.output_rank]
-                    start = time.perf_counter()
-                    code, used, printed = measured(["merge", *flags, *map(str, folders)])
-                    if code:
-                        raise SystemExit(f"fedmerge merge {' '.join(flags)} ended with {code}")
+                    command = [sys.executable, "-m", "fedmerge.cli", "merge", *flags, *map(str, folders)]
+                    used = measure(command, Path(scratch))
                     print(
-                        f"{method:<24}{scope:<8}{space:<7}{time.perf_counter() - start:>9.1f}"
-                        f"{used.ru_utime + used.ru_stime:>9.1f}{used.ru_maxrss * 1024 / GIB:>10.2f}"
-                        f"{printed.split()[-1]:>10}",
+                        f"{method:<24}{scope:<8}{space:<7}{used.seconds:>9.1f}{used.cpu_seconds:>9.1f}"
+                        f"{used.peak_gib:>10.2f}{used.printed.split()[-1]:>10}",
                         flush=True,
                     )
-
-
-def measured(arguments: list[str]) -> tuple[int, Any, str]:
-    """Return the exit code, the resources used (own peak, not that of an earlier process), and the output."""
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    with tempfile.TemporaryFile("w+") as printed:
-        process = subprocess.Popen([sys.executable, "-m", "fedmerge.cli", *arguments], stdout=printed, env=environment)
-        _, status, used = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        printed.seek(0)
-        return process.returncode, used, printed.read()
 
 
 def widths(options: argparse.Namespace) -> None:

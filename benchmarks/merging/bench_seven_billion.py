@@ -2,6 +2,7 @@
 
     python benchmarks/merging/bench_seven_billion.py                       # fedmerge and peft
     python benchmarks/merging/bench_seven_billion.py --mergekit ENV/bin    # and mergekit, in an environment of its own
+    python benchmarks/merging/bench_seven_billion.py --layers 32 --cases exact    # all layers, 16 GB on the disk
 
 Every layer has the seven linear modules of the 7B model (4096 × 4096, 11008 × 4096), with a LoRA of rank 64 on each.
 Weights are random, the vocabulary is small, and ``--layers`` of the 32 layers are written. The base model is bfloat16,
@@ -11,15 +12,13 @@ The task is the average. fedmerge and peft merge adapters into an adapter. merge
 adapter into a copy of the base model (``base+adapter`` in its configuration) and averages the copies with
 ``task_arithmetic``, so its result is a full model. *deviation* is the relative error of one module's update against the
 float64 average; that of mergekit and peft holds the rounding to bfloat16. Each case is a process of its own with one
-thread; the peak is the resident memory of that process. peft and mergekit hold the base model, fedmerge does not. The
-memory of fedmerge grows with the layers, since it holds all adapters: a figure of few layers says nothing about 32.
+thread; the peak is the resident memory of that process. peft holds the base model and all adapters, so its memory grows
+with the layers. fedmerge reads, merges and writes one module at a time, and mergekit one tensor: theirs does not.
 """
 
 import argparse
 import json
-import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -27,16 +26,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from commands import measure
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
 from fedmerge.adapter import Adapter, LoraModule
-from fedmerge.encoder.peft.folder import read_adapter, write_adapter
+from fedmerge.encoder.peft.contents import open_contents
+from fedmerge.encoder.peft.folder import write_adapter
 
-GIB = 2**30
-REPOSITORY = Path(__file__).resolve().parents[2]
 ALL_LAYERS = 32
+CASES = ("exact", "rank", "peft", "mergekit")
 CHECKED = "model.layers.0.mlp.down_proj"
 PEFT = """
 import sys, torch
@@ -102,21 +102,6 @@ def write_lora(folder: Path, layers: int, rank: int, seed: int) -> None:
     write_adapter(Adapter(modules), folder, "base", task_type="CAUSAL_LM")
 
 
-def measured(command: list[str], folder: Path) -> tuple[float, float, float]:
-    """Run a command; return seconds, CPU seconds and the peak of its resident memory in GiB."""
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    with tempfile.TemporaryFile("w+") as printed:
-        start = os.times().elapsed
-        process = subprocess.Popen(command, stdout=printed, stderr=subprocess.STDOUT, env=environment, cwd=folder)
-        _, status, used = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        seconds = os.times().elapsed - start
-        if process.returncode:
-            printed.seek(0)
-            raise SystemExit(f"{command[0]} ended with {process.returncode}:\n{printed.read()[-3000:]}")
-    return seconds, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024 / GIB
-
-
 def tensor_of(folder: Path, name: str) -> torch.Tensor:
     """Read one tensor of a model in files."""
     for path in sorted(folder.glob("*.safetensors")):
@@ -129,8 +114,10 @@ def tensor_of(folder: Path, name: str) -> torch.Tensor:
 
 def run_cases(options: argparse.Namespace, folder: Path) -> None:
     """Write the files, run every case, and print a table."""
+    chosen = {case for case in options.cases if case != "mergekit" or options.mergekit is not None}
     base, adapters = folder / "base", [folder / f"domain{k}" for k in range(options.adapters)]
-    write_base(base, options.layers)
+    if chosen & {"peft", "mergekit"}:
+        write_base(base, options.layers)
     for k, each in enumerate(adapters):
         write_lora(each, options.layers, options.rank, k)
     print(
@@ -139,21 +126,22 @@ def run_cases(options: argparse.Namespace, folder: Path) -> None:
     )
     print(f"{'case':<36}{'seconds':>9}{'CPU':>9}{'peak GiB':>10}{'MB written':>12}{'deviation':>11}", flush=True)
 
-    modules = [read_adapter(each).modules[CHECKED] for each in adapters]
+    modules = [open_contents(each).adapter.modules[CHECKED] for each in adapters]
     expected = torch.zeros(modules[0].lora_B.shape[0], modules[0].lora_A.shape[1], dtype=torch.float64)
     for module in modules:
         expected.addmm_(module.lora_B.double(), module.lora_A.double(), alpha=module.scaling / len(modules))
     del modules
-    before = tensor_of(base, f"{CHECKED}.weight")
 
-    flags = ["merge", "--method", "average", *map(str, adapters)]
-    fedmerge = [sys.executable, "-m", "fedmerge.cli", *flags]
-    cases: dict[str, list[str]] = {
-        "fedmerge, exact": [*fedmerge, "--out", "fedmerge-exact"],
-        f"fedmerge, rank {options.rank}": [*fedmerge, "--output-rank", str(options.rank), "--out", "fedmerge-rank"],
-        "peft, cat": [sys.executable, "-c", PEFT, str(base), "peft", *map(str, adapters)],
-    }
-    if options.mergekit is not None:
+    fedmerge = [sys.executable, "-m", "fedmerge.cli", "merge", "--method", "average", *map(str, adapters)]
+    cases: dict[str, list[str]] = {}
+    if "exact" in chosen:
+        cases["fedmerge, exact"] = [*fedmerge, "--out", "fedmerge-exact"]
+    if "rank" in chosen:
+        compressed = [*fedmerge, "--output-rank", str(options.rank), "--out", "fedmerge-rank"]
+        cases[f"fedmerge, rank {options.rank}"] = compressed
+    if "peft" in chosen:
+        cases["peft, cat"] = [sys.executable, "-c", PEFT, str(base), "peft", *map(str, adapters)]
+    if "mergekit" in chosen:
         share = 1 / len(adapters)
         models = [{"model": f"{base}+{each}", "parameters": {"weight": share}} for each in adapters]
         recipe: dict[str, Any] = {"merge_method": "task_arithmetic", "base_model": str(base), "models": models}
@@ -165,17 +153,20 @@ def run_cases(options: argparse.Namespace, folder: Path) -> None:
             str(options.mergekit / "mergekit-yaml"), "recipe.yaml", "mergekit", "--quiet", *cache,
         ]  # fmt: skip
     for name, command in cases.items():
-        seconds, cpu, peak = measured(command, folder)
+        used = measure(command, folder, {"HF_HUB_OFFLINE": "1"})
         out = folder / (
             command[2] if name.startswith("mergekit") else "peft/merged" if name.startswith("peft") else command[-1]
         )
         if name.startswith("mergekit"):
-            found = tensor_of(out, f"{CHECKED}.weight").double() - before
+            found = (tensor_of(out, f"{CHECKED}.weight") - tensor_of(base, f"{CHECKED}.weight")).double()
         else:
-            found = read_adapter(out).modules[CHECKED].delta_weight().double()
+            found = open_contents(out).adapter.modules[CHECKED].delta_weight().double()
         deviation = float(torch.linalg.norm(found - expected) / torch.linalg.norm(expected))
         size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file()) / 1e6
-        print(f"{name:<36}{seconds:>9.1f}{cpu:>9.1f}{peak:>10.2f}{size:>12.0f}{deviation:>11.1e}", flush=True)
+        print(
+            f"{name:<36}{used.seconds:>9.1f}{used.cpu_seconds:>9.1f}{used.peak_gib:>10.2f}{size:>12.0f}{deviation:>11.1e}",
+            flush=True,
+        )
         shutil.rmtree(out)
 
 
@@ -188,6 +179,7 @@ def main() -> None:
     parser.add_argument(
         "--mergekit", type=Path, metavar="BIN", help="folder with mergekit-yaml; without it, no mergekit"
     )
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES, help="what to run")
     parser.add_argument("--folder", type=Path, help="folder for the files, removed at the end (default: temporary)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as scratch:

@@ -66,12 +66,19 @@ def load_adapter(folder: str | Path) -> Model:
     Raises:
         LayoutMismatchError: not a plain LoRA adapter, or a damaged one.
     """
+    from dataclasses import replace
+
+    from fedmerge.adapter import in_memory
     from fedmerge.files import read_record
     from fedmerge.merging.folders.reading import read_folders
+    from fedmerge.merging.stack import survey_adapters
 
     name = Path(folder).resolve().name
     sources = read_folders({name: Path(folder)})
-    return Model(sources.adapters[name], read_record(Path(folder) / "provenance.json"), sources)
+    adapters = {name: in_memory(sources.adapters[name])}
+    survey_adapters(adapters)
+    provenance = read_record(Path(folder) / "provenance.json")
+    return Model(adapters[name], provenance, replace(sources, adapters=adapters))
 
 
 def train(

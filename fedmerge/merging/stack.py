@@ -1,13 +1,22 @@
 """K adapters of one layout, stacked in memory or read one at a time, and their exact linear merge."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
 
-from fedmerge.adapter import Adapter, LoraModule, fits_float32, float32_factors, layer_of
+from fedmerge.adapter import (
+    Adapter,
+    LoraModule,
+    OnDemand,
+    fits_float32,
+    float32_factors,
+    layer_of,
+    num_not_finite,
+)
 from fedmerge.errors import ConfigError, LayoutMismatchError, MergeError
 
 OTHERS = "others"
@@ -46,10 +55,10 @@ class StackLayout:
 
 @dataclass(frozen=True, slots=True)
 class Stack(StackLayout):
-    """K adapters of one layout, all in memory.
+    """K adapters of one layout.
 
     Attributes:
-        modules: module name -> stacked factors, sorted by name.
+        modules: module name -> stacked factors, sorted by name; in memory, or stacked one at a time when they are read.
     """
 
     modules: Mapping[str, StackedModule]
@@ -65,15 +74,43 @@ def survey_adapters(adapters: Mapping[str, Adapter]) -> StackLayout:
         LayoutMismatchError: an adapter lacks or adds a module, or a factor has another shape than in the first domain.
         MergeError: no adapter, or a value or an update is not finite in float32.
     """
-    if not adapters:
-        raise MergeError("merge: found no adapter, expected at least one. Check which domains were admitted.")
-    domains = tuple(sorted(adapters))
-    first = adapters[domains[0]].modules
-    if not first:
-        raise LayoutMismatchError(f"adapter of {domains[0]!r}: it has no LoRA module. Train it again.")
-    for domain in domains:
-        _check_layout(domain, adapters[domain], domains[0], first)
-    return StackLayout(domains, *_layers(sorted(first)))
+    return _survey(adapters, values=True)
+
+
+def survey_shapes(adapters: Mapping[str, Adapter]) -> StackLayout:
+    """Check that K adapters have one layout as :func:`survey_adapters` does, without reading their values.
+
+    Raises:
+        LayoutMismatchError: as :func:`survey_adapters`.
+        MergeError: no adapter.
+    """
+    return _survey(adapters, values=False)
+
+
+def open_stack(adapters: Mapping[str, Adapter]) -> Stack:
+    """Stack the adapters of K domains one module at a time, whenever it is read; the latest one stays in memory.
+
+    Args:
+        adapters: domain name -> adapter, in any order. Each is read once; its modules are read when they are used.
+
+    Returns:
+        The stack, with domains sorted by name. A module whose values or update are not finite in float32 raises
+        MergeError when it is read.
+
+    Raises:
+        LayoutMismatchError, MergeError: as :func:`survey_shapes`.
+    """
+    held = dict(adapters)
+    layout = survey_shapes(held)
+
+    @lru_cache(maxsize=1)
+    def stacked(name: str) -> StackedModule:
+        parts = [held[domain].modules[name] for domain in layout.domains]
+        for domain, part in zip(layout.domains, parts, strict=True):
+            _check_values(domain, name, part)
+        return _stack_module(parts)
+
+    return Stack(layout.domains, layout.groups, layout.group_of, OnDemand(layout.group_of, stacked))
 
 
 def stack_adapters(adapters: Mapping[str, Adapter]) -> Stack:
@@ -188,15 +225,23 @@ def linear_merge(stack: Stack, coefficients: torch.Tensor | np.ndarray) -> Adapt
 
     Source: "concatenation" in peft's ``add_weighted_adapter``, which is exact, unlike averaging A and B separately.
     """
+    return Adapter(dict(linear_modules(stack, coefficients)))
+
+
+def linear_modules(stack: Stack, coefficients: torch.Tensor | np.ndarray) -> Iterator[tuple[str, LoraModule]]:
+    """Yield the modules of :func:`linear_merge`, by name, one at a time.
+
+    Raises:
+        LayoutMismatchError, MergeError: as :func:`linear_merge`.
+    """
     values = expand_coefficients(stack, coefficients).detach()  # (K, G)
-    sums = {}
     for name, module in stack.modules.items():
         ranks = torch.bincount(module.owner, minlength=len(stack.domains)).tolist()
         pairs = zip(torch.split(module.lora_A, ranks), torch.split(module.lora_B, ranks, dim=1), strict=True)
-        sums[name] = _UpdateSum()
+        total = _UpdateSum()
         for coefficient, (lora_A, lora_B) in zip(values[:, stack.group_of[name]].tolist(), pairs, strict=True):
-            sums[name].add(lora_A, lora_B, coefficient)
-    return check_fits(Adapter({name: total.module() for name, total in sums.items()}))
+            total.add(lora_A, lora_B, coefficient)
+        yield name, check_fits(name, total.module())
 
 
 def linear_merge_of_many(
@@ -221,7 +266,7 @@ def linear_merge_of_many(
         for name, module in adapters[domain].modules.items():
             lora_A, lora_B = _scaled(module)
             sums[name].add(lora_A, lora_B, row[layout.group_of[name]])
-    return check_fits(Adapter({name: total.module() for name, total in sums.items()}))
+    return Adapter({name: check_fits(name, total.module()) for name, total in sums.items()})
 
 
 def dense_module(delta: torch.Tensor) -> LoraModule:
@@ -231,19 +276,18 @@ def dense_module(delta: torch.Tensor) -> LoraModule:
     return LoraModule(delta, identity, 1.0) if wide else LoraModule(identity, delta, 1.0)
 
 
-def check_fits(adapter: Adapter) -> Adapter:
-    """Return a merge, whose factors are float32.
+def check_fits(name: str, module: LoraModule) -> LoraModule:
+    """Return a module of a merge, whose factors are float32.
 
     Raises:
-        MergeError: an update is not finite in float32; names the module.
+        MergeError: its update is not finite in float32; names the module.
     """
-    for name, module in adapter.modules.items():
-        if not fits_float32(module):
-            raise MergeError(
-                f"merge, module {name}: the merged update is not finite in float32, whose largest number is 3.4e38. "
-                "Give smaller coefficients, or leave out the adapter whose update is largest."
-            )
-    return adapter
+    if not fits_float32(module):
+        raise MergeError(
+            f"merge, module {name}: the merged update is not finite in float32, whose largest number is 3.4e38. "
+            "Give smaller coefficients, or leave out the adapter whose update is largest."
+        )
+    return module
 
 
 def _layers(names: Sequence[str]) -> tuple[tuple[str, ...], dict[str, int]]:
@@ -310,8 +354,26 @@ def _stack_module(parts: list[LoraModule]) -> StackedModule:
     return StackedModule(lora_A, lora_B, torch.repeat_interleave(torch.arange(len(parts), device=lora_A.device), ranks))
 
 
-def _check_layout(domain: str, adapter: Adapter, reference: str, expected: Mapping[str, LoraModule]) -> None:
-    """Raise unless an adapter has the layout of ``reference`` and finite values."""
+def _survey(adapters: Mapping[str, Adapter], values: bool) -> StackLayout:
+    if not adapters:
+        raise MergeError("merge: found no adapter, expected at least one. Check which domains were admitted.")
+    domains = tuple(sorted(adapters))
+    first = adapters[domains[0]].modules
+    if not first:
+        raise LayoutMismatchError(f"adapter of {domains[0]!r}: it has no LoRA module. Train it again.")
+    shapes = {name: (module.lora_A.shape[1], module.lora_B.shape[0]) for name, module in first.items()}
+    for domain in domains:
+        adapter = adapters[domain]
+        _check_names(domain, adapter, domains[0], shapes)
+        for name, module in adapter.modules.items():
+            _check_shapes(domain, name, module, domains[0], shapes[name])
+            if values:
+                _check_values(domain, name, module)
+    return StackLayout(domains, *_layers(sorted(first)))
+
+
+def _check_names(domain: str, adapter: Adapter, reference: str, expected: Mapping[str, tuple[int, int]]) -> None:
+    """Raise unless an adapter has the modules of ``reference``."""
     missing, surplus = expected.keys() - adapter.modules.keys(), adapter.modules.keys() - expected.keys()
     if missing or surplus:
         found = [
@@ -321,26 +383,31 @@ def _check_layout(domain: str, adapter: Adapter, reference: str, expected: Mappi
             f"adapter of {domain!r}: {' and '.join(found)}, compared with the adapter of {reference!r}; "
             "train all adapters with the same target modules"
         )
-    for name, module in adapter.modules.items():
-        (rank, width_in), (width_out, rank_B) = module.lora_A.shape, module.lora_B.shape
-        shape = (expected[name].lora_A.shape[1], expected[name].lora_B.shape[0])
-        if rank != rank_B or (width_in, width_out) != shape:
-            raise LayoutMismatchError(
-                f"adapter of {domain!r}, module {name}: "
-                f"found lora_A {(rank, width_in)} and lora_B {(width_out, rank_B)}, "
-                f"expected (r, {shape[0]}) and ({shape[1]}, r) as in the adapter of {reference!r}; "
-                "train all adapters on the same backbone"
-            )
-        scaling = torch.tensor(module.scaling, dtype=torch.float64)
-        for factor, values in (("lora_A", module.lora_A), ("lora_B", module.lora_B), ("scaling", scaling)):
-            bad = int((~values.isfinite()).sum())
-            if bad:
-                raise MergeError(
-                    f"adapter of {domain!r}, module {name}: {bad} values of {factor} are not finite. "
-                    "Leave this domain out, or train it again."
-                )
-        if not fits_float32(module):
+
+
+def _check_shapes(domain: str, name: str, module: LoraModule, reference: str, shape: tuple[int, int]) -> None:
+    """Raise unless a module has the widths (in, out) that it has in ``reference``."""
+    (rank, width_in), (width_out, rank_B) = module.lora_A.shape, module.lora_B.shape
+    if rank != rank_B or (width_in, width_out) != shape:
+        raise LayoutMismatchError(
+            f"adapter of {domain!r}, module {name}: "
+            f"found lora_A {(rank, width_in)} and lora_B {(width_out, rank_B)}, "
+            f"expected (r, {shape[0]}) and ({shape[1]}, r) as in the adapter of {reference!r}; "
+            "train all adapters on the same backbone"
+        )
+
+
+def _check_values(domain: str, name: str, module: LoraModule) -> None:
+    """Raise unless a module and its update are finite in float32."""
+    scaling = torch.tensor(module.scaling, dtype=torch.float64)
+    for factor, values in (("lora_A", module.lora_A), ("lora_B", module.lora_B), ("scaling", scaling)):
+        if bad := num_not_finite(values):
             raise MergeError(
-                f"adapter of {domain!r}, module {name}: its update is not finite in float32 (scaling "
-                f"{module.scaling:g}). Give it a smaller coefficient, leave this domain out, or train it again."
+                f"adapter of {domain!r}, module {name}: {bad} values of {factor} are not finite. "
+                "Leave this domain out, or train it again."
             )
+    if not fits_float32(module):
+        raise MergeError(
+            f"adapter of {domain!r}, module {name}: its update is not finite in float32 (scaling "
+            f"{module.scaling:g}). Give it a smaller coefficient, leave this domain out, or train it again."
+        )

@@ -1,13 +1,15 @@
 """Merge adapters by any method that runs no model, one module at a time."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 
-from fedmerge.adapter import Adapter, LoraModule, adapter_sha256
+from fedmerge.adapter import Adapter, LoraModule, OnDemand, adapter_sha256
+from fedmerge.encoder.peft.tensors import find_tensors, read_tensor, write_tensors
 from fedmerge.errors import ConfigError, MergeError
 from fedmerge.merging.candidate import Provenance, largest_rank
 from fedmerge.merging.low_rank.compression import compressed
@@ -17,7 +19,7 @@ from fedmerge.merging.methods import Method, method_named, name_of
 from fedmerge.merging.own_method import SEED, OwnMethod, call_function
 from fedmerge.merging.parameters import Value, checked_parameters
 from fedmerge.merging.rows import Piece, total
-from fedmerge.merging.stack import Stack, check_fits, expand_coefficients, linear_merge, stack_adapters
+from fedmerge.merging.stack import Stack, check_fits, expand_coefficients, linear_modules, open_stack
 from fedmerge.seeding import derive
 
 Scope = Literal["tensor", "layer", "model"]
@@ -80,11 +82,13 @@ def merge_adapters(
     space: Space = "full",
     output_rank: int | Literal["exact"] = "exact",
     seed: int = 0,
+    scratch: Path | None = None,
     **parameters: Value,
 ) -> MergedAdapter:
     """Merge adapters of one layout; their ranks and scalings may differ.
 
-    Modules are merged one at a time: at any scope, at most one module's K dense updates are in memory.
+    Modules are merged one at a time: at any scope, at most one module's K dense updates are in memory. KnOTS and core
+    space also hold the bases of all modules that share a threshold.
 
     Args:
         adapters: domain -> adapter, in any order.
@@ -99,6 +103,9 @@ def merge_adapters(
             space, whose merges have no low rank. It is the default because a fixed rank would silently change what
             these methods compute. An integer compresses by SVD; see ``residuals``.
         seed: seed of methods that draw.
+        scratch: folder that holds the merged modules, which are read from there when they are used; it must outlive the
+            result. With adapters that are read on demand, memory then does not grow with the number of modules. None:
+            the merge is held in memory.
         parameters: parameters of the method.
 
     Raises:
@@ -108,9 +115,16 @@ def merge_adapters(
     """
     checked_settings(method, scope, space, output_rank, parameters)
     weighted, factors = _weighted(adapters, coefficients)
-    stack = stack_adapters(weighted)
-    del weighted
-    merged = merge_stack(stack, method, scope=scope, space=space, output_rank=output_rank, seed=seed, **parameters)
+    merged = merge_stack(
+        open_stack(weighted),
+        method,
+        scope=scope,
+        space=space,
+        output_rank=output_rank,
+        seed=seed,
+        scratch=scratch,
+        **parameters,
+    )
     return replace(merged, coefficients=factors)
 
 
@@ -122,6 +136,7 @@ def merge_stack(
     space: Space = "full",
     output_rank: int | Literal["exact"] = "exact",
     seed: int = 0,
+    scratch: Path | None = None,
     **parameters: Value,
 ) -> MergedAdapter:
     """Merge stacked adapters, each with coefficient 1; see :func:`merge_adapters`."""
@@ -134,15 +149,38 @@ def merge_stack(
     made: dict[str, str | int] = {"scope": scope, "space": space, "output_rank": output_rank}
     if row.random:
         made["seed"] = seed
+    residuals: dict[str, float] = {}
+
+    def modules() -> Iterator[tuple[str, LoraModule]]:
+        if row.coefficients is not None and space == "full" and output_rank == "exact":
+            residuals.update(dict.fromkeys(stack.modules, 0.0))
+            yield from linear_modules(stack, row.coefficients(stack, **chosen))
+            return
+        rank = None if output_rank == "exact" else output_rank
+        for name, bases, update in _merges(stack, row, chosen, scope, space, seed):
+            module, residuals[name] = compressed(update, bases, rank)
+            yield name, check_fits(name, module)
+
+    merged = _collected(modules(), scratch)
     factors = dict.fromkeys(stack.domains, 1.0)
-    if row.coefficients is not None and space == "full" and output_rank == "exact":
-        merged = linear_merge(stack, row.coefficients(stack, **chosen))
-        return MergedAdapter(merged, dict.fromkeys(merged.modules, 0.0), name_of(method), chosen, factors, made)
-    modules, residuals = {}, {}
-    for name, bases, update in _merges(stack, row, chosen, scope, space, seed):
-        modules[name], residuals[name] = compressed(update, bases, None if output_rank == "exact" else output_rank)
-    merged = check_fits(Adapter(modules))
     return MergedAdapter(merged, dict(sorted(residuals.items())), name_of(method), chosen, factors, made)
+
+
+def _collected(modules: Iterable[tuple[str, LoraModule]], scratch: Path | None) -> Adapter:
+    """Return the adapter of modules that are made one at a time, in memory or in files of a folder."""
+    if scratch is None:
+        return Adapter(dict(modules))
+    scalings, stored = {}, {}
+    for number, (name, module) in enumerate(modules):
+        path = scratch / f"{number}.safetensors"
+        write_tensors(path, {"lora_A": module.lora_A, "lora_B": module.lora_B})
+        scalings[name], stored[name] = module.scaling, find_tensors(path)
+
+    def read(name: str) -> LoraModule:
+        lora_A, lora_B = (read_tensor(stored[name][part]) for part in ("lora_A", "lora_B"))
+        return LoraModule(lora_A, lora_B, scalings[name])
+
+    return Adapter(OnDemand(stored, read))
 
 
 def checked_settings(
@@ -294,7 +332,7 @@ def _dense(updates: Sequence[Factors]) -> torch.Tensor:
 
 def _finite(name: str, factors: Factors) -> Factors:
     """Return the factors of a merge; raise MergeError if it is not finite in float32, before an SVD meets it."""
-    check_fits(Adapter({name: LoraModule(factors[1], factors[0], 1.0)}))
+    check_fits(name, LoraModule(factors[1], factors[0], 1.0))
     return factors
 
 
@@ -318,7 +356,11 @@ def _weighted(
 
 
 def _scaled(adapter: Adapter, factor: float) -> Adapter:
-    return Adapter({name: replace(module, scaling=module.scaling * factor) for name, module in adapter.modules.items()})
+    def module(name: str) -> LoraModule:
+        found = adapter.modules[name]
+        return replace(found, scaling=found.scaling * factor)
+
+    return Adapter(OnDemand(adapter.modules, module))
 
 
 def _checked(

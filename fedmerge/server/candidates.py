@@ -176,6 +176,7 @@ def merge_candidates(
                 space=recipe.merge.space,
                 output_rank=recipe.merge.output_rank or "exact",
                 seed=recipe.seed,
+                scratch=None,
                 **variant.parameters,
             )
             return made.adapter, made.entries()

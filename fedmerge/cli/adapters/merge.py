@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import torch
 
     from fedmerge.cli.options import Commands
+    from fedmerge.merging.training_free import MergedAdapter
     from fedmerge.server.remerge import Experts
 
 HubSources = dict[str, dict[str, str]]  # name -> repository, revision, commit
@@ -150,7 +151,7 @@ def _merge(options: argparse.Namespace) -> int:
 
 def _merge_one(options: argparse.Namespace, run: Path | None, folders: dict[str, Path], hub: HubSources) -> int:
     """Make one merge by ``--method``."""
-    from fedmerge.files import check_free
+    from fedmerge.files import check_free, scratch_folder
     from fedmerge.merging.folders.writing import rounded, write_merge
     from fedmerge.merging.parameters import parse_parameters
     from fedmerge.merging.training_free import checked_settings, merge_adapters
@@ -171,24 +172,32 @@ def _merge_one(options: argparse.Namespace, run: Path | None, folders: dict[str,
     from fedmerge.server import remerge
 
     experts = _experts(options, run, folders, hub, whole=True)
-    merged = merge_adapters(
-        experts.adapters,
-        options.method,
-        coefficients=coefficients,
-        **settings,
-        seed=options.seed or 0,
-        **parameters,
-    )
-    dtype = _dtype(options.dtype)
-    merged = rounded(merged, dtype)
-    absent = {name: "coefficient 0" for name in experts.adapters if name not in merged.coefficients}
     out = options.out or remerge.new_merge_folder(run or Path.cwd()) / options.method
-    excluded = {**experts.excluded, **absent}
-    write_merge(merged, experts.sources, out, experts.run, excluded, _config_beside(run, experts), dtype)
+    dtype = _dtype(options.dtype)
+    with scratch_folder(out) as scratch:
+        merged = merge_adapters(
+            experts.adapters,
+            options.method,
+            coefficients=coefficients,
+            **settings,
+            seed=options.seed or 0,
+            scratch=scratch,
+            **parameters,
+        )
+        merged = rounded(merged, dtype)
+        absent = {name: "coefficient 0" for name in experts.adapters if name not in merged.coefficients}
+        excluded = {**experts.excluded, **absent}
+        write_merge(merged, experts.sources, out, experts.run, excluded, _config_beside(run, experts), dtype)
 
+        print(f"merged {', '.join(merged.coefficients)}{_without([*experts.excluded, *absent])}")
+        _print_merged(merged, experts, out)
+    _print_note(remerge.heads_note(run))
+    return 0
+
+
+def _print_merged(merged: "MergedAdapter", experts: "Experts", out: Path) -> None:
     chosen = ", ".join(f"{name} {value}" for name, value in {**merged.parameters, **merged.settings}.items())
-    print(f"merged {', '.join(merged.coefficients)}{_without([*experts.excluded, *absent])}")
-    print(f"{options.method}: {chosen.replace('_', ' ')}")
+    print(f"{merged.method}: {chosen.replace('_', ' ')}")
     _print_lines(experts.sources.notes())
     print("  rank  residual  module")
     for name, module in merged.adapter.modules.items():
@@ -198,8 +207,6 @@ def _merge_one(options: argparse.Namespace, run: Path | None, folders: dict[str,
         f"{out}: {len(merged.residuals)} modules, {merged.adapter.size_bytes / 1e6:.1f} MB, "
         f"largest residual {merged.residuals[worst]:.4f}"
     )
-    _print_note(remerge.heads_note(run))
-    return 0
 
 
 def _merge_settings(options: argparse.Namespace, run: Path | None, folders: dict[str, Path], hub: HubSources) -> int:

@@ -5,17 +5,17 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 
-from fedmerge.adapter import Adapter, LoraModule
+from fedmerge.adapter import Adapter, LoraModule, OnDemand, in_memory
 from fedmerge.encoder.peft.names import is_saved_whole, is_target, value_of
+from fedmerge.encoder.peft.tensors import StoredTensor, find_tensors, read_tensor
 from fedmerge.errors import LayoutMismatchError
 
 CONFIG_FILE = "adapter_config.json"
@@ -100,7 +100,18 @@ class Contents:
 
 
 def read_contents(folder: Path, leave_out: Iterable[str] = ()) -> Contents:
-    """Read a PEFT LoRA folder with all that it holds; values keep their meaning in float32, whatever their type was.
+    """Read :func:`open_contents` into memory."""
+    found = open_contents(folder, leave_out)
+    parameters, copies = (
+        {name: each.clone() for name, each in part.items()} for part in (found.parameters, found.copies)
+    )
+    return replace(found, adapter=in_memory(found.adapter), parameters=parameters, copies=copies)
+
+
+def open_contents(folder: Path, leave_out: Iterable[str] = ()) -> Contents:
+    """Open a PEFT LoRA folder with all that it holds; values keep their meaning in float32, whatever their type was.
+
+    Modules, parameters and copies are read each time they are used. Files that change meanwhile are an error.
 
     Args:
         folder: the folder; its tensors may be in several files beside ``adapter_model.safetensors.index.json``.
@@ -109,16 +120,17 @@ def read_contents(folder: Path, leave_out: Iterable[str] = ()) -> Contents:
     Raises:
         LayoutMismatchError: the folder is damaged, or holds a kind of adapter that is not B A and no such part.
     """
-    config, tensors = _read_files(folder)
+    config, tensors = _open_files(folder)
     _check_config(config, folder)
     leave_out = frozenset(leave_out)
-    found: defaultdict[str, dict[str, torch.Tensor]] = defaultdict(dict)
+    found: defaultdict[str, dict[str, StoredTensor]] = defaultdict(dict)
     kinds: dict[str, str] = {}
     left_out, ignored = set(), set()
     for key, tensor in tensors.items():
-        if not tensor.is_floating_point():
+        if tensor.dtype is None or not tensor.dtype.is_floating_point:
             raise LayoutMismatchError(
-                f"adapter {folder}: tensor {key!r} is {tensor.dtype}, expected floating point. Save it unquantised."
+                f"adapter {folder}: tensor {key!r} is {tensor.dtype or 'of a type unknown here'}, expected floating "
+                "point. Save it unquantised."
             )
         name, what, part = _identify(key, config, folder)
         if what not in ("copy", "parameter") and not is_target(name, config):
@@ -126,24 +138,29 @@ def read_contents(folder: Path, leave_out: Iterable[str] = ()) -> Contents:
         elif part in leave_out:
             left_out.add(part)
         else:
-            found[what][name] = tensor if what in ("copy", "parameter") else tensor.float()
+            found[what][name] = tensor
             if what == "parameter":
                 kinds[name] = part
-    embeddings = frozenset({*found["lora_embedding_A"], *found["lora_embedding_B"]})
     modules = _modules(found, config, folder)
     if not modules:
         why = f"its configuration excludes {shortened(sorted(ignored))}" if ignored else "no LoRA module"
         raise LayoutMismatchError(f"adapter {folder}: {TENSOR_FILE}: {why}. Get the folder again.")
-    magnitudes = {name: vector.flatten() for name, vector in sorted(found["magnitude"].items())}
-    _check_complete(config, folder, leave_out, modules, magnitudes, found["output_bias"], kinds)
+    _check_complete(config, folder, leave_out, modules, found, kinds)
+
+    def vectors(what: str) -> dict[str, torch.Tensor]:
+        return {name: _read(folder, tensor).float().flatten() for name, tensor in sorted(found[what].items())}
+
+    def whole(what: str) -> OnDemand[torch.Tensor]:
+        return OnDemand(found[what], lambda name: _read(folder, found[what][name]))
+
     return Contents(
         config=MappingProxyType(config),
         adapter=Adapter(modules),
-        embeddings=embeddings,
-        magnitudes=magnitudes,
-        output_biases={name: modules[name].scaling * bias for name, bias in sorted(found["output_bias"].items())},
-        parameters=dict(sorted(found["parameter"].items())),
-        copies=dict(sorted(found["copy"].items())),
+        embeddings=frozenset({*found["lora_embedding_A"], *found["lora_embedding_B"]}),
+        magnitudes={name: vector.clone() for name, vector in vectors("magnitude").items()},
+        output_biases={name: modules[name].scaling * bias for name, bias in vectors("output_bias").items()},
+        parameters=whole("parameter"),
+        copies=whole("copy"),
         kinds=dict(sorted(kinds.items())),
         ignored=tuple(sorted(ignored)),
         left_out=tuple(sorted(left_out)),
@@ -184,14 +201,14 @@ def _identify(key: str, config: Mapping[str, Any], folder: Path) -> tuple[str, s
 
 
 def _modules(
-    found: Mapping[str, Mapping[str, torch.Tensor]], config: Mapping[str, Any], folder: Path
-) -> dict[str, LoraModule]:
+    found: Mapping[str, Mapping[str, StoredTensor]], config: Mapping[str, Any], folder: Path
+) -> OnDemand[LoraModule]:
     """Pair the factors of every module, whose rank must be that of the configuration."""
     of_A, of_B = ({**found[f"lora_{part}"], **found[f"lora_embedding_{part}"]} for part in "AB")
-    modules = {}
+    scalings = {}
     for name in sorted(of_A.keys() | of_B.keys()):
         lora_A, lora_B = of_A.get(name), of_B.get(name)
-        if lora_A is None or lora_B is None or lora_A.ndim != 2 or lora_B.ndim != 2:
+        if lora_A is None or lora_B is None or len(lora_A.shape) != 2 or len(lora_B.shape) != 2:
             raise LayoutMismatchError(
                 f"adapter {folder}: module {name} has no matrix pair lora_A, lora_B. Get the folder again."
             )
@@ -199,13 +216,27 @@ def _modules(
         expected = value_of(config.get("rank_pattern"), name, config["r"])
         if not rank or lora_B.shape[1] != rank or rank != expected:
             raise LayoutMismatchError(
-                f"adapter {folder}: module {name} has lora_A {tuple(lora_A.shape)} and lora_B {tuple(lora_B.shape)}, "
-                f"its configuration says rank {expected}. Get the folder again."
+                f"adapter {folder}: module {name} has lora_A {lora_A.shape} and lora_B {lora_B.shape}, its "
+                f"configuration says rank {expected}. Get the folder again."
             )
         alpha = value_of(config.get("alpha_pattern"), name, config["lora_alpha"])
-        scaling = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-        modules[name] = LoraModule(lora_A, lora_B, scaling)
-    return modules
+        scalings[name] = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+
+    def module(name: str) -> LoraModule:
+        return LoraModule(_read(folder, of_A[name]).float(), _read(folder, of_B[name]).float(), scalings[name])
+
+    return OnDemand(scalings, module)
+
+
+def _read(folder: Path, tensor: StoredTensor) -> torch.Tensor:
+    try:
+        return read_tensor(tensor)
+    except OSError as error:
+        raise _damaged(folder, error) from error
+
+
+def _damaged(folder: Path, error: Exception) -> LayoutMismatchError:
+    return LayoutMismatchError(f"adapter {folder}: damaged ({error}). Get the folder again.")
 
 
 def _check_complete(
@@ -213,17 +244,17 @@ def _check_complete(
     folder: Path,
     leave_out: frozenset[str],
     modules: Mapping[str, LoraModule],
-    magnitudes: Mapping[str, torch.Tensor],
-    output_biases: Mapping[str, torch.Tensor],
+    found: Mapping[str, Mapping[str, StoredTensor]],
     kinds: Mapping[str, str],
 ) -> None:
     """Raise LayoutMismatchError if trained values are missing that the configuration names, or have another shape."""
-    for what, values in (("lora_magnitude_vector", magnitudes), ("lora_B.bias", output_biases)):
-        for name, vector in values.items():
-            if name not in modules or vector.shape != (modules[name].lora_B.shape[0],):
+    magnitudes, output_biases = found["magnitude"], found["output_bias"]
+    for what, vectors in (("lora_magnitude_vector", magnitudes), ("lora_B.bias", output_biases)):
+        for name, vector in vectors.items():
+            if name not in modules or math.prod(vector.shape) != modules[name].lora_B.shape[0]:
                 raise LayoutMismatchError(
-                    f"adapter {folder}: {name}.{what} has shape {tuple(vector.shape)}, which is not that of the "
-                    "outputs of a LoRA module. Get the folder again."
+                    f"adapter {folder}: {name}.{what} has shape {vector.shape}, which is not that of the outputs of a "
+                    "LoRA module. Get the folder again."
                 )
     lacking = {
         "use_dora": ("dora", sorted(modules.keys() - magnitudes.keys()), "lora_magnitude_vector"),
@@ -238,12 +269,12 @@ def _check_complete(
             )
 
 
-def _read_files(folder: Path) -> tuple[Any, dict[str, torch.Tensor]]:
+def _open_files(folder: Path) -> tuple[Any, dict[str, StoredTensor]]:
     try:
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         if (folder / INDEX_FILE).is_file() and not (folder / TENSOR_FILE).is_file():
-            return config, _read_shards(folder)
-        return config, load_file(folder / TENSOR_FILE)
+            return config, _open_shards(folder)
+        return config, find_tensors(folder / TENSOR_FILE)
     except FileNotFoundError as error:
         if (folder / PICKLE_FILE).is_file():
             raise LayoutMismatchError(
@@ -255,22 +286,22 @@ def _read_files(folder: Path) -> tuple[Any, dict[str, torch.Tensor]]:
             f"A PEFT folder holds {CONFIG_FILE} and {TENSOR_FILE}."
         ) from error
     except (OSError, ValueError, RecursionError, SafetensorError) as error:
-        raise LayoutMismatchError(f"adapter {folder}: damaged ({error}). Get the folder again.") from error
+        raise _damaged(folder, error) from error
 
 
-def _read_shards(folder: Path) -> dict[str, torch.Tensor]:
-    """Read tensors from the files that the index names, each of which must hold exactly its own."""
+def _open_shards(folder: Path) -> dict[str, StoredTensor]:
+    """Find the tensors from the files that the index names, each of which must hold exactly its own."""
     index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
     file_of = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(file_of, dict) or not all(isinstance(file, str) for file in file_of.values()):
         raise ValueError(f"{INDEX_FILE} has no weight_map")
-    tensors: dict[str, torch.Tensor] = {}
+    tensors: dict[str, StoredTensor] = {}
     for file in sorted(set(file_of.values())):
         if Path(file).name != file or not file.endswith(".safetensors"):
             raise ValueError(f"{INDEX_FILE} names {file!r}, expected a safetensors file in the folder itself")
         if not (folder / file).is_file():
             raise ValueError(f"{INDEX_FILE} names {file}, which is missing")
-        tensors |= load_file(folder / file)
+        tensors |= find_tensors(folder / file)
     if tensors.keys() != file_of.keys():
         raise ValueError(f"{INDEX_FILE} and its files differ in {shortened(sorted(tensors.keys() ^ file_of.keys()))}")
     return tensors

@@ -6,19 +6,27 @@ Reading and writing them needs torch and safetensors, but not peft.
 import json
 import os
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
-from fedmerge.adapter import Adapter, adapter_sha256
+from fedmerge.adapter import Adapter, OnDemand, adapter_sha256, in_memory, num_not_finite
 from fedmerge.encoder.adapter_records import adapter_record
-from fedmerge.encoder.peft.contents import CONFIG_FILE, MODULE_PREFIX, PARTS, TENSOR_FILE, Contents, read_contents
+from fedmerge.encoder.peft.contents import (
+    CONFIG_FILE,
+    MODULE_PREFIX,
+    PARTS,
+    TENSOR_FILE,
+    Contents,
+    open_contents,
+    read_contents,
+)
 from fedmerge.encoder.peft.names import anchored, exact_targets
+from fedmerge.encoder.peft.tensors import write_tensors
 from fedmerge.errors import LayoutMismatchError
-from fedmerge.files import share
 
 _PLAIN_LORA = {  # the other settings that every PEFT since 0.18 reads, each at PEFT's default
     "peft_type": "LORA",
@@ -55,7 +63,7 @@ def write_adapter(
     """Write a PEFT folder: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
     Unequal ranks and scalings are written as ``rank_pattern`` and ``alpha_pattern``, whose keys match one module each.
-    Each file is complete or absent.
+    Each file is complete or absent. Modules and parameters that are read on demand are written one at a time.
 
     Args:
         adapter: the adapter.
@@ -90,25 +98,43 @@ def write_adapter(
     }
     if output_biases:
         config["lora_bias"] = True
-    tensors = {}
-    for name, module in adapter.modules.items():
+    incomplete = folder / f".{TENSOR_FILE}.partial"
+    write_tensors(incomplete, _tensors(adapter, embeddings, output_biases or {}, parameters or {}, dtype))
+    os.replace(incomplete, folder / TENSOR_FILE)
+    incomplete = folder / f".{CONFIG_FILE}.partial"
+    incomplete.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    os.replace(incomplete, folder / CONFIG_FILE)
+
+
+def _tensors(
+    adapter: Adapter,
+    embeddings: Collection[str],
+    output_biases: Mapping[str, torch.Tensor],
+    parameters: Mapping[str, torch.Tensor],
+    dtype: torch.dtype,
+) -> OnDemand[torch.Tensor]:
+    """Return the tensors of a folder by their names in PEFT."""
+
+    def factor(name: str, part: str) -> torch.Tensor:
+        values: torch.Tensor = getattr(adapter.modules[name], f"lora_{part}")
+        return values.to(dtype)
+
+    def bias(name: str) -> torch.Tensor:
+        module = adapter.modules[name]
+        values = output_biases.get(name, torch.zeros(module.lora_B.shape[0]))
+        return (values / module.scaling).to(dtype)
+
+    made: dict[str, Callable[[], torch.Tensor]] = {}
+    for name in adapter.modules:
         form = "lora_embedding_{}" if name in embeddings else "lora_{}.weight"
-        for part, values in (("A", module.lora_A), ("B", module.lora_B)):
-            tensors[f"{MODULE_PREFIX}{name}.{form.format(part)}"] = values.to(dtype).contiguous()
+        made |= {f"{MODULE_PREFIX}{name}.{form.format(part)}": partial(factor, name, part) for part in "AB"}
         if output_biases and name not in embeddings:
-            bias = output_biases.get(name, torch.zeros(module.lora_B.shape[0]))
-            tensors[f"{MODULE_PREFIX}{name}.lora_B.bias"] = (bias / module.scaling).to(dtype).contiguous()
-    for name, values in (parameters or {}).items():
+            made[f"{MODULE_PREFIX}{name}.lora_B.bias"] = partial(bias, name)
+    for name in parameters:
         owner, _, part = name.rpartition(".")
         inside = f"{owner}.base_layer" if owner in adapter.modules else owner
-        tensors[f"{MODULE_PREFIX}{inside}.{part}"] = values.contiguous()
-    partial = folder / f".{TENSOR_FILE}.partial"
-    save_file(tensors, partial, metadata={"format": "pt"})
-    share(partial)
-    os.replace(partial, folder / TENSOR_FILE)
-    partial = folder / f".{CONFIG_FILE}.partial"
-    partial.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    os.replace(partial, folder / CONFIG_FILE)
+        made[f"{MODULE_PREFIX}{inside}.{part}"] = partial(parameters.__getitem__, name)
+    return OnDemand(made, lambda key: made[key]())
 
 
 def read_adapter(folder: Path) -> Adapter:
@@ -127,11 +153,11 @@ def read_verified(folder: Path) -> Adapter:
         LayoutMismatchError: the adapter is damaged, not plain LoRA on linear layers, or not finite.
         RunDirError: ``training.json`` or ``provenance.json`` is damaged.
     """
-    return _plain(read_verified_contents(folder), folder)
+    return in_memory(_plain(open_verified(folder)[0], folder))
 
 
-def read_verified_contents(folder: Path, leave_out: Collection[str] = ()) -> Contents:
-    """Read all that a PEFT folder holds, verified as by :func:`read_verified`.
+def open_verified(folder: Path, leave_out: Collection[str] = ()) -> tuple[Contents, str]:
+    """Open a PEFT folder with all that it holds, verified as by :func:`read_verified`; also return its hash.
 
     Args:
         folder: the folder.
@@ -142,26 +168,29 @@ def read_verified_contents(folder: Path, leave_out: Collection[str] = ()) -> Con
         LayoutMismatchError: the adapter is damaged, not a sum B A, or not finite.
         RunDirError: ``training.json`` or ``provenance.json`` is damaged.
     """
-    contents = read_contents(folder, leave_out)
+    contents = open_contents(folder, leave_out)
     expected, found = adapter_record(folder).sha256, adapter_sha256(contents.adapter)
     if expected is not None and found != expected and not contents.left_out:
         raise LayoutMismatchError(
             f"adapter {folder}: its content has hash {found[:12]}, but the record beside it has {expected[:12]}. "
             "It was changed or damaged after it was written: restore the folder."
         )
-    tensors: dict[str, torch.Tensor] = {}
-    for name, module in contents.adapter.modules.items():
-        tensors |= {f"{name}.lora_A": module.lora_A, f"{name}.lora_B": module.lora_B}
-    tensors |= {f"{name}.lora_magnitude_vector": values for name, values in contents.magnitudes.items()}
-    tensors |= {f"{name}.lora_B.bias": values for name, values in contents.output_biases.items()}
-    for name, tensor in {**tensors, **contents.parameters, **contents.copies}.items():
-        bad = int((~tensor.isfinite()).sum())
-        if bad:
+    for name, tensor in _values(contents):
+        if bad := num_not_finite(tensor):
             raise LayoutMismatchError(
                 f"adapter {folder}: {bad} of {tensor.numel()} values of {name} are NaN or infinite. Its "
                 "training diverged, or the file is damaged: leave it out, or train it again."
             )
-    return contents
+    return contents, found
+
+
+def _values(contents: Contents) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, module in contents.adapter.modules.items():
+        yield from ((f"{name}.lora_A", module.lora_A), (f"{name}.lora_B", module.lora_B))
+    yield from ((f"{name}.lora_magnitude_vector", values) for name, values in contents.magnitudes.items())
+    yield from ((f"{name}.lora_B.bias", values) for name, values in contents.output_biases.items())
+    yield from contents.parameters.items()
+    yield from contents.copies.items()
 
 
 def _plain(contents: Contents, folder: Path) -> Adapter:

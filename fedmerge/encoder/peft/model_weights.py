@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
+from fedmerge.encoder.peft.tensors import StoredTensor, find_tensors, read_tensor
 from fedmerge.errors import BackboneError
 
 _FILE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -19,13 +20,16 @@ class ModelWeights:
 
     Attributes:
         folder: folder of the model.
-        shapes: name of a tensor -> its shape.
-        file_of: name of a tensor -> its file.
+        tensors: name -> tensor in one of its files.
     """
 
     folder: Path
-    shapes: Mapping[str, tuple[int, ...]]
-    file_of: Mapping[str, Path]
+    tensors: Mapping[str, StoredTensor]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name of a tensor -> its shape."""
+        return {name: tensor.shape for name, tensor in self.tensors.items()}
 
 
 def open_weights(folder: Path) -> ModelWeights:
@@ -34,16 +38,13 @@ def open_weights(folder: Path) -> ModelWeights:
     Raises:
         BackboneError: no safetensors file, or a damaged one.
     """
-    shapes: dict[str, tuple[int, ...]] = {}
-    file_of: dict[str, Path] = {}
+    tensors: dict[str, StoredTensor] = {}
     for path in _files(folder):
         try:
-            with safe_open(path, "pt") as file:
-                for name in file.keys():  # noqa: SIM118  # not a mapping
-                    shapes[name], file_of[name] = tuple(file.get_slice(name).get_shape()), path
+            tensors |= find_tensors(path)
         except (OSError, SafetensorError) as error:
             raise _unreadable(path, error) from error
-    return ModelWeights(folder, shapes, file_of)
+    return ModelWeights(folder, tensors)
 
 
 def read_weight(weights: ModelWeights, name: str) -> torch.Tensor:
@@ -53,11 +54,9 @@ def read_weight(weights: ModelWeights, name: str) -> torch.Tensor:
         BackboneError: a damaged file.
     """
     try:
-        with safe_open(weights.file_of[name], "pt") as file:
-            tensor: torch.Tensor = file.get_tensor(name)
-    except (OSError, SafetensorError) as error:
-        raise _unreadable(weights.file_of[name], error) from error
-    return tensor
+        return read_tensor(weights.tensors[name])
+    except OSError as error:
+        raise _unreadable(weights.tensors[name].path, error) from error
 
 
 def read_weight_like(weights: ModelWeights, name: str) -> torch.Tensor:
@@ -72,8 +71,8 @@ def read_weight_like(weights: ModelWeights, name: str) -> torch.Tensor:
     Raises:
         BackboneError: no tensor of this name, or several, or a damaged file.
     """
-    found = [name] if name in weights.file_of else []
-    found = found or [key for key in weights.file_of if key.endswith(f".{name}") or name.endswith(f".{key}")]
+    found = [name] if name in weights.tensors else []
+    found = found or [key for key in weights.tensors if key.endswith(f".{name}") or name.endswith(f".{key}")]
     if len(found) != 1:
         listed = ", ".join(found) or "none"
         raise BackboneError(

@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 
-from fedmerge.adapter import Adapter, LoraModule, adapter_sha256
+from fedmerge.adapter import Adapter, LoraModule, OnDemand, adapter_sha256
 from fedmerge.encoder.adapter_records import adapter_record
 from fedmerge.encoder.peft.contents import PARTS, Contents, shortened
-from fedmerge.encoder.peft.folder import read_verified_contents
+from fedmerge.encoder.peft.folder import open_verified
 from fedmerge.encoder.peft.model_weights import ModelWeights, open_weights, read_weight_like
 from fedmerge.errors import BackboneError, LayoutMismatchError, MergeError
 from fedmerge.merging.folders.agreement import agreed_base, agreed_mapping, agreed_setting, agreed_targets
-from fedmerge.merging.stack import dense_module, survey_adapters
+from fedmerge.merging.stack import dense_module, survey_shapes
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,9 @@ def read_folders(
     leave_out: Collection[str] = (),
     base: Path | None = None,
 ) -> AdapterFolders:
-    """Read adapters that are to be merged and check that they belong together.
+    """Open adapters that are to be merged and check that they belong together.
+
+    Their modules are read whenever they are used, so that memory holds few of them.
 
     Args:
         folders: name -> PEFT folder.
@@ -117,7 +119,8 @@ def read_folders(
         BackboneError: the base model lacks a weight.
         RunDirError: a record beside an adapter is damaged.
     """
-    contents = {name: read_verified_contents(folders[name], leave_out) for name in sorted(folders)}
+    opened = {name: open_verified(folders[name], leave_out) for name in sorted(folders)}
+    contents = {name: each for name, (each, _) in opened.items()}
     weights = None if base is None else open_weights(base)
     configs = {name: each.config for name, each in contents.items()}
     fan_in_fan_out = any(bool(config.get("fan_in_fan_out")) for config in configs.values())
@@ -126,7 +129,7 @@ def read_folders(
         _check_parts(name, each, embeddings, whole)
     read = {name: _folded(name, each, weights) for name, each in contents.items()}
     adapters, missing = fill_missing(read) if union else (read, {})
-    survey_adapters(adapters)
+    survey_shapes(adapters)
     hashes = {name: adapter_record(folders[name]).backbone_sha256 for name in adapters}
     known = {name: sha256 for name, sha256 in hashes.items() if sha256 is not None}
     if len(set(known.values())) > 1:
@@ -145,7 +148,7 @@ def read_folders(
         revision=revision,
         auto_mapping=agreed_mapping(configs, remedy),
         embeddings=embeddings,
-        sha256={name: adapter_sha256(each.adapter) for name, each in contents.items()},
+        sha256={name: sha256 for name, (_, sha256) in opened.items()},
         missing=missing,
         contents=contents,
         base=weights,
@@ -163,15 +166,18 @@ def fill_missing(adapters: Mapping[str, Adapter]) -> tuple[dict[str, Adapter], d
         for name, module in adapter.modules.items():
             shapes.setdefault(name, (module.lora_B.shape[0], module.lora_A.shape[1]))
     missing = {name: tuple(sorted(shapes.keys() - adapter.modules.keys())) for name, adapter in adapters.items()}
-    filled = {
-        name: Adapter({**adapter.modules, **{each: _zero(*shapes[each]) for each in missing[name]}})
-        for name, adapter in adapters.items()
-    }
+    filled = {name: _filled(adapter, missing[name], shapes) for name, adapter in adapters.items()}
     return filled, {name: modules for name, modules in missing.items() if modules}
 
 
-def _zero(width_out: int, width_in: int) -> LoraModule:
-    return LoraModule(torch.zeros(1, width_in), torch.zeros(width_out, 1), 1.0)
+def _filled(adapter: Adapter, missing: Collection[str], shapes: Mapping[str, tuple[int, int]]) -> Adapter:
+    def module(name: str) -> LoraModule:
+        if name in adapter.modules:
+            return adapter.modules[name]
+        width_out, width_in = shapes[name]
+        return LoraModule(torch.zeros(1, width_in), torch.zeros(width_out, 1), 1.0)
+
+    return Adapter(OnDemand([*adapter.modules, *missing], module)) if missing else adapter
 
 
 def _check_parts(name: str, contents: Contents, embeddings: frozenset[str], whole: bool) -> None:
@@ -205,12 +211,14 @@ def _folded(name: str, contents: Contents, base: ModelWeights | None) -> Adapter
             "merged than was trained)."
         )
     transposed = bool(contents.config.get("fan_in_fan_out"))
-    modules = dict(contents.adapter.modules)
-    for module, magnitude in contents.magnitudes.items():
-        modules[module] = fold_dora(
-            modules[module], magnitude, base, module, transposed or module in contents.embeddings
-        )
-    return Adapter(modules)
+    weights = base
+
+    def folded(module: str) -> LoraModule:
+        found, magnitude = contents.adapter.modules[module], contents.magnitudes.get(module)
+        is_transposed = transposed or module in contents.embeddings
+        return found if magnitude is None else fold_dora(found, magnitude, weights, module, is_transposed)
+
+    return Adapter(OnDemand(contents.adapter.modules, folded))
 
 
 def fold_dora(

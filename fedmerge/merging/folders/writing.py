@@ -7,7 +7,7 @@ from types import MappingProxyType
 
 import torch
 
-from fedmerge.adapter import Adapter
+from fedmerge.adapter import Adapter, LoraModule, OnDemand, num_not_finite
 from fedmerge.encoder.peft.folder import write_adapter
 from fedmerge.errors import MergeError
 from fedmerge.files import new_folder, write_json, write_text
@@ -22,10 +22,16 @@ def rounded(merged: MergedAdapter, dtype: torch.dtype) -> MergedAdapter:
     Raises:
         MergeError: a value is too large for the type.
     """
-    modules = {}
-    for name, module in merged.adapter.modules.items():
-        modules[name] = replace(module, lora_A=module.lora_A.to(dtype).float(), lora_B=module.lora_B.to(dtype).float())
-        if not (modules[name].lora_A.isfinite().all() and modules[name].lora_B.isfinite().all()):
+    if dtype == torch.float32:
+        return merged
+
+    def module(name: str) -> LoraModule:
+        found = merged.adapter.modules[name]
+        return replace(found, lora_A=found.lora_A.to(dtype).float(), lora_B=found.lora_B.to(dtype).float())
+
+    modules = OnDemand(merged.adapter.modules, module)
+    for name, each in modules.items():
+        if num_not_finite(each.lora_A) or num_not_finite(each.lora_B):
             raise MergeError(
                 f"module {name}: a value of its merge is too large for {str(dtype).removeprefix('torch.')}. "
                 "Write it as bfloat16 or float32."
