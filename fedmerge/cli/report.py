@@ -29,6 +29,7 @@ def _report(options: argparse.Namespace) -> int:
     from fedmerge.report.bench.page import bench_page
     from fedmerge.report.bench_tables import is_bench, read_bench_tables
     from fedmerge.report.run.page import run_page
+    from fedmerge.runs.folder import REPORT_PAGE
     from fedmerge.runs.reading import find_run
 
     folder = Path(options.run)
@@ -37,7 +38,7 @@ def _report(options: argparse.Namespace) -> int:
     else:
         folder = find_run(options.run, options.dir)
         text = run_page(folder)
-    out = options.out or folder / "report.html"
+    out = options.out or folder / REPORT_PAGE
     if not out.parent.is_dir() or out.is_dir():
         raise RunDirError(f"{out}: expected a file name in an existing folder. Give another --out.")
     write_text(out, text)

@@ -8,7 +8,16 @@ from pathlib import Path
 from fedmerge.config import ExperimentConfig, to_toml
 from fedmerge.errors import ClientError
 from fedmerge.report.run.live import showing
-from fedmerge.runs.folder import CONFIG_FILE, DONE, check_same_config, is_locked, locked, new_run_id, run_exists
+from fedmerge.runs.folder import (
+    CONFIG_FILE,
+    DONE,
+    REPORT_PAGE,
+    check_same_config,
+    is_locked,
+    locked,
+    new_run_id,
+    run_exists,
+)
 from sim.checks import check_simulation
 from sim.local.launch import run_federation
 
@@ -69,6 +78,8 @@ def run_experiment(config: ExperimentConfig, app_dir: Path, mark: str | None = N
             raise
     if (run_dir / DONE).is_file():
         print(f"run folder: {run_dir}")
+        if (run_dir / REPORT_PAGE).is_file():
+            print(f"report: {run_dir / REPORT_PAGE}")
         return 0
     print(f"fedmerge: the run did not finish: {outcome.status} {outcome.details}", file=sys.stderr)
     _print_remedy(run_dir)

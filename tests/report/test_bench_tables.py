@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from page_parser import parsed
+from report_folders import parsed
 from run_folders import refusal
 
 from fedmerge.errors import RunDirError

@@ -6,7 +6,7 @@ from importlib.resources import files
 from typing import get_args
 
 import pytest
-from page_parser import parsed
+from report_folders import parsed
 
 from fedmerge import escaping
 from fedmerge.client.baselines.rankers import BASELINE_LABELS

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from page_parser import parsed
-from report_folders import some_bench
+from report_folders import parsed, some_bench
 from run_folders import output
 
 from fedmerge.report.bench.page import bench_page

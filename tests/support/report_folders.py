@@ -1,7 +1,8 @@
-"""Run and benchmark folders for tests of the report, computed from random outcomes of users."""
+"""Run and benchmark folders for tests of the report, computed from random outcomes of users; a parser of pages."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ PRIVATE: Mapping[str, Mapping[str, Any]] = {
     "only-noise": {"dp.noise_multiplier": 2.0},
     "open": {"dp.mode": "none", "dp.delta": "none", "train.negatives": "in-batch"},
 }
+VOID = {"meta", "link", "br"}
 _SPLITS: tuple[Split, ...] = ("valid", "test")
 
 
@@ -197,7 +199,7 @@ def _settings(cell: Mapping[str, Any]) -> dict[str, Any]:
 def make_reported_run(place: Place, run_id: str, more: Sequence[str] = ()) -> Path:
     """Write a finished run with tables of sums and products, curves, layer-wise coefficients and a ledger."""
     folder = make_run(place, run_id, more)
-    methods = ("backbone", "expert", "average", "task-arithmetic 0.5")
+    methods = ("popularity", "last item", "backbone", "expert", "average", "task-arithmetic 0.5")
     roles: dict[str, Role] = dict.fromkeys(TRAIN, "train")
     splits = {}
     for split in _SPLITS:
@@ -222,7 +224,12 @@ def make_reported_run(place: Place, run_id: str, more: Sequence[str] = ()) -> Pa
         ]
         report = {"steps": 60, "best_step": 40, "seconds": 12.0, "validations": validations}
         write_json(folder / "adapters" / name / "training.json", report)
-    per_domain = {name: {"serve": "expert" if name == "toys" else "merged"} for name in TRAIN}
+    per_domain = {
+        name: {"serve": "expert", "merged": 0.1, "expert": 0.2}
+        if name == "toys"
+        else {"serve": "merged", "merged": 0.2, "expert": 0.1}
+        for name in TRAIN
+    }
     write_json(
         folder / "choice.json",
         {
@@ -239,3 +246,56 @@ def make_reported_run(place: Place, run_id: str, more: Sequence[str] = ()) -> Pa
     ]
     write_table(folder / "exposure.parquet", ledger)
     return folder
+
+
+@dataclass
+class Page(HTMLParser):
+    """A parsed page: elements with attributes, the text of every table's cells, and mismatched tags."""
+
+    elements: list[tuple[str, dict[str, str | None]]] = field(default_factory=list)
+    tables: dict[str, list[list[str]]] = field(default_factory=dict)
+    text: str = ""
+    problems: list[str] = field(default_factory=list)
+    open_tags: list[str] = field(default_factory=list)
+    table: str = ""
+    cell: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        attributes = dict(attrs)
+        self.elements.append((tag, attributes))
+        if tag not in VOID:
+            self.open_tags.append(tag)
+        if "scroll" in str(attributes.get("class")).split():
+            self.table = str(attributes["id"])
+            self.tables[self.table] = []
+        if tag == "tr":
+            self.tables[self.table].append([])
+        if tag in ("td", "th"):
+            self.cell = ""
+
+    def handle_endtag(self, tag: str) -> None:
+        if not self.open_tags or self.open_tags.pop() != tag:
+            self.problems.append(f"</{tag}> at {self.getpos()}")
+        if tag in ("td", "th"):
+            self.tables[self.table][-1].append(str(self.cell))
+            self.cell = None
+
+    def handle_data(self, data: str) -> None:
+        if "script" not in self.open_tags and "style" not in self.open_tags:
+            self.text += data
+        if self.cell is not None:
+            self.cell += data
+
+    def of(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+def parsed(text: str) -> Page:
+    found = Page()
+    found.feed(text)
+    assert found.problems == []
+    assert found.open_tags == []
+    return found

@@ -12,6 +12,7 @@ from flwr.superlink.grid import InMemoryGrid
 
 import sim.app.server.asking
 from fedmerge.errors import ClientError
+from fedmerge.runs.folder import REPORT_PAGE
 from fedmerge.runs.reading import summarise_run
 from sim.app.server.replies import MOST_LOSSES
 from sim.local.in_process import Answer, answer_honestly, run_in_process
@@ -139,6 +140,9 @@ def test_fewer_nodes_than_domains_are_not_waited_for(place: Path, tmp_path: Path
         name: f"absent: the simulation has 3 nodes for {len(DOMAINS)} domains" for name in DOMAINS[3:]
     }
     assert {*summary.train, *summary.unseen} == {*DOMAINS[:3]}
+    page = (tmp_path / "run" / REPORT_PAGE).read_text(encoding="utf-8")
+    assert f"{DOMAINS[3]}: absent: the simulation has 3 nodes" in page
+    assert (tmp_path / "run" / "report.txt").read_text().startswith("What is served ranks ")
 
 
 def test_one_client_at_a_time_gives_the_same_results(place: Path, tmp_path: Path) -> None:

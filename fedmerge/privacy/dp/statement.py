@@ -140,9 +140,8 @@ def statement_text(statement: Mapping[str, Any]) -> str:
             f"{release['sample_rate']:.3g}, clip {release['clip']:g}"
             for release in found["releases"]
         )
-        lines.append(
-            f"  {domain}: {_epsilon(found['epsilon'], statement['delta'])} ({_replaced(found)}; {noise or 'not known'})"
-        )
+        epsilon = epsilon_text(found["epsilon"], statement["delta"])
+        lines.append(f"  {domain}: {epsilon} ({_replaced(found)}; {noise or 'not known'})")
     bounded = [
         name for name, of in statement["domains"].items() if "rdp" in (of["accountant"], of["accountant_replaced"])
     ]
@@ -179,7 +178,7 @@ def summarise_statement(statement: Mapping[str, Any]) -> list[str]:
         added = "replaced" if by_replacement else "added or removed"
         lines = [f"Differential privacy of {one} covers {statement['covers']}."]
         for domain, of in found.items():
-            text = f"{domain}: {_epsilon(of['epsilon'], delta)} for {one} {added}"
+            text = f"{domain}: {epsilon_text(of['epsilon'], delta)} for {one} {added}"
             if not by_replacement:
                 replaced = of["epsilon_replaced"]
                 text += f", ε = {'∞' if replaced is None else f'{replaced:.3g}'} for {one} replaced by another"
@@ -234,7 +233,8 @@ def _finite(epsilon: float | None) -> float | None:
     return epsilon if epsilon is not None and math.isfinite(epsilon) else None
 
 
-def _epsilon(epsilon: float | None, delta: float | None) -> str:
+def epsilon_text(epsilon: float | None, delta: float | None) -> str:
+    """Return ``ε = 3.2, δ = 1e-05``; ``ε = ∞`` for None."""
     return "ε = ∞" if epsilon is None else f"ε = {epsilon:.3g}, δ = {delta:g}"
 
 

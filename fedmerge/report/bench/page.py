@@ -22,12 +22,12 @@ from fedmerge.report.bench.privacy import privacy_section
 from fedmerge.report.bench.ranks import ranks_section
 from fedmerge.report.bench.scores import domains_section, scores_section, unseen_section
 from fedmerge.report.bench_tables import FINISHED, BenchTables
-from fedmerge.report.html.looks import assign_looks
+from fedmerge.report.html.looks import Look, assign_looks
 from fedmerge.report.html.page import Html, Section, element, facts, join, page
 
 
 def bench_page(
-    tables: BenchTables, *, kind: str = "Benchmark", lead: str = "", short: str = "", more: Sequence[Section] = ()
+    tables: BenchTables, *, kind: str = "Benchmark", lead: str = "", first: str = "", more: Sequence[Section] = ()
 ) -> str:
     """Return the HTML page of a benchmark; equal tables give equal bytes.
 
@@ -35,16 +35,15 @@ def bench_page(
         tables: tables of the benchmark.
         kind: subject of the page, shown above the title.
         lead: content under the title.
-        short: content at the end of the first section.
+        first: the first section; empty: the highest scores and the counts of the benchmark.
         more: sections placed before the last section, the settings.
     """
-    drawn = ("results", "costs", "curves", "coefficients", "ranks")
-    looks = assign_looks(row["strategy"] for name in drawn for row in getattr(tables, name))
+    looks = looks_of(tables)
     datasets = {
         name: dataset_of(tables, name, looks, f"d{number}-")
         for number, name in enumerate(dict.fromkeys(row["dataset"] for row in tables.results))
     }
-    sections = [Section("short", "In short", join(_in_short(tables, datasets), short))]
+    sections = [Section("short", "In short", join(first) or _in_short(tables, datasets))]
     for name, data in datasets.items():
         where = f"{name}: " if len(datasets) > 1 else ""
         for key, heading, content in (
@@ -68,6 +67,12 @@ def bench_page(
     if tables.cells:
         sections.append(Section("cells", "Settings and environment", cells_section(tables)))
     return page(tables.title, join(lead, *_attacks(tables)), sections, kind=kind, synthetic=tables.synthetic)
+
+
+def looks_of(tables: BenchTables) -> dict[str, Look]:
+    """Return strategy -> its look on the page of these tables."""
+    drawn = ("results", "costs", "curves", "coefficients", "ranks")
+    return assign_looks(row["strategy"] for name in drawn for row in getattr(tables, name))
 
 
 def _attacks(tables: BenchTables) -> list[Html]:

@@ -118,7 +118,13 @@ def number_cell(value: float | None, shown: str, best: bool = False) -> Cell:
 
 
 def table(
-    key: str, caption: str, columns: Sequence[Column], rows: Sequence[Sequence[Cell]], *, sortable: bool = True
+    key: str,
+    caption: str,
+    columns: Sequence[Column],
+    rows: Sequence[Sequence[Cell]],
+    *,
+    sortable: bool = True,
+    stacked: bool = False,
 ) -> Html:
     """Return a table in a box that scrolls sideways if it is too wide; the first cell of a row is its heading.
 
@@ -128,6 +134,7 @@ def table(
         columns: one a cell of a row.
         rows: cells.
         sortable: with a button in every column's heading.
+        stacked: on a phone, each row is a list of its cells with their columns' titles, and nothing scrolls.
     """
     heads = [
         element(
@@ -145,11 +152,12 @@ def table(
             *(
                 element(
                     "td" if place else "th",
-                    element("strong", cell.shown) if cell.best else cell.shown,
+                    element("strong" if cell.best else "span", cell.shown) if cell.best or stacked else cell.shown,
                     scope=None if place else "row",
                     class_="number" if column.numeric else None,
                     data_sort=None if cell.sort is None else cell.sort,
                     style=cell.style,
+                    data_column=column.title if stacked and place else None,
                 )
                 for place, (cell, column) in enumerate(zip(row, columns, strict=True))
             ),
@@ -164,7 +172,7 @@ def table(
             element("thead", element("tr", *heads)),
             element("tbody", *body),
         ),
-        class_="scroll",
+        class_="scroll stacked" if stacked else "scroll",
         id=key,
         role="region",
         tabindex=0,

@@ -29,7 +29,7 @@ from fedmerge.server.choice import served_row
 
 METRIC = "ndcg@10"
 MEAN = "mean"  # of the domains; the name of the last row
-SASREC, POPULARITY = "sasrec", "popularity"  # labels of these two baselines
+SASREC = "sasrec"  # label of this baseline
 TITLE = "Alone against joined"
 EXPLAINED = (
     "Alone: a domain's expert or a head that does not read the merge, whichever was best on its validation users. "
@@ -144,25 +144,3 @@ def _text_table(title: str, rows: Sequence[Comparison]) -> str:
         cells = [(row.alone or _ABSENT, False), scores[0], (row.joined or _ABSENT, False), scores[1]]
         lines.append((row.domain, [*cells, difference_cell(row.difference)]))
     return plain_table(lines)
-
-
-def popularity_warning(sums: Mapping[str, MetricSums], roles: Mapping[str, str], served: str) -> str:
-    """Return a sentence if the served merge ranks below popularity in the mean over training domains; else empty.
-
-    Args:
-        sums: domain -> unmasked sums on test.
-        roles: domain -> "train" or "unseen".
-        served: label of the merge that is served by default.
-    """
-    train = [of_domain for domain, of_domain in sorted(sums.items()) if roles.get(domain) == "train"]
-    if not train or any(not {served, POPULARITY} <= {*of_domain.methods} for of_domain in train):
-        return ""
-    merge, popularity = (
-        math.fsum(of_domain.mean(row, METRIC) for of_domain in train) / len(train) for row in (served, POPULARITY)
-    )
-    if not merge < popularity:
-        return ""
-    return (
-        f"The served merge ranks below popularity: {METRIC} {merge:.4f} against {popularity:.4f}, mean over training "
-        "domains on test, unmasked."
-    )

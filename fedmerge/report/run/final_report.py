@@ -8,7 +8,8 @@ from fedmerge.config import Simulation, Split
 from fedmerge.escaping import one_line
 from fedmerge.evaluation.ranks import METRICS
 from fedmerge.evaluation.sums import EXPERT, PERSONAL, VARIANTS, MetricSums, Variant
-from fedmerge.report.run.alone import alone_text, popularity_warning, their
+from fedmerge.report.run.alone import alone_text, their
+from fedmerge.report.run.verdict import judge, verdict
 from fedmerge.report.tables import Role, differences_table, result_rows, results_table
 from fedmerge.server.choice import MERGED, SERVED, served_row, with_served
 
@@ -143,8 +144,10 @@ def run_report(run: Evaluated, fallback: bool) -> str:
     trained = {domain: entry for domain, entry in run.per_domain.items() if roles.get(domain) == "train"}
     first = [alone_text(by_variant, trained, run.served)] if fallback else []
     parts = [*filter(None, first), *parts]
-    if warning := popularity_warning(by_variant["unmasked"], roles, run.served):
-        parts = [f"{one_line(warning)}\n", *parts]
+    judged = {
+        variant: judge(of_variant, roles, run.per_domain, run.served) for variant, of_variant in by_variant.items()
+    }
+    parts = [f"{one_line(verdict(judged).text)}\n", *parts]
     if run.attack:
         parts = [f"{one_line(run.attack)}\n", *parts]
     for name, reason in sorted(run.flagged.items()):

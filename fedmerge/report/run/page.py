@@ -9,11 +9,13 @@ import pyarrow.parquet as pq
 
 from fedmerge.config import Split
 from fedmerge.errors import RunDirError
-from fedmerge.evaluation.sums import EXPERT, VARIANTS, MetricSums
+from fedmerge.evaluation.sums import EXPERT, VARIANTS, MetricSums, Variant
 from fedmerge.files import read_record, table_or_empty
 from fedmerge.merging.candidate import Provenance
-from fedmerge.privacy.dp.statement import PRIVACY_FILE, summarise_statement
-from fedmerge.report.bench.page import bench_page
+from fedmerge.privacy.dp.statement import PRIVACY_FILE
+from fedmerge.report.bench.dataset import dataset_of
+from fedmerge.report.bench.learning import curves_section
+from fedmerge.report.bench.page import bench_page, looks_of
 from fedmerge.report.bench_tables import BenchTables
 from fedmerge.report.html.page import (
     ABSENT,
@@ -22,6 +24,7 @@ from fedmerge.report.html.page import (
     Html,
     Section,
     element,
+    facts,
     join,
     note,
     number_cell,
@@ -35,10 +38,11 @@ from fedmerge.report.run.alone import (
     SASREC,
     TITLE,
     compare_alone,
-    note_on_heads,
-    popularity_warning,
     their,
 )
+from fedmerge.report.run.first import first_section, missing_fact, privacy_fact, trained_entries
+from fedmerge.report.run.promise import PRIVACY_SECTION, promise_section
+from fedmerge.report.run.verdict import Judged, judge, verdict
 from fedmerge.report.statistics import comparison_rows
 from fedmerge.report.tables import Role, difference_cell
 from fedmerge.runs.checkpoints import HEADS
@@ -63,15 +67,61 @@ def run_page(folder: Path) -> str:
             f"{folder}: the run is {run.summary.state}; expected a finished run. Resume it with "
             f"fedmerge run --resume {folder}, or see its partial results with fedmerge show {folder}"
         )
+    folder = run.summary.folder
+    statement = read_record(folder / PRIVACY_FILE)
+    if run.settings.get("until") == "train":
+        return _page_of_training(run, statement)
     tables = run_tables(run)
-    sections = [("clients", "Participants", _participants(run)), ("choice", "Selected on validation", _choice(run))]
-    sections.append(("heads", "Heads", _heads(run.summary.folder)))
-    sections.append(("exposure", "Data that left each client", _exposure(run.summary.folder)))
+    roles = _domain_roles(folder / "metrics.parquet")
+    sums = {variant: read_metric_sums(folder, "test", variant) for variant in VARIANTS}
+    judged = _judge(run, sums, roles)
+    sections = [
+        ("alone", TITLE, _alone(run, sums, trained_entries(run, judged["unmasked"]))),
+        ("clients", "Participants", _participants(run)),
+        ("choice", "Selected on validation", _choice(run, judged["unmasked"])),
+        ("heads", "Heads", _heads(folder)),
+        (PRIVACY_SECTION, "What is promised about privacy", promise_section(statement, run.settings)),
+        ("exposure", "Data that left each client", _exposure(folder)),
+    ]
     more = [Section(key, heading, content) for key, heading, content in sections if content]
-    served = join("Served: ", element("strong", run.summary.served)) if run.summary.served else Html("")
-    short = _privacy(run.summary.folder)
-    lead = join(_warning(run), element("p", served), _alone(run))
-    return bench_page(tables, kind="Run", lead=lead, short=short, more=more)
+    first = first_section(run, sums, judged["unmasked"], statement, looks_of(tables))
+    return bench_page(tables, kind="Run", lead=_lead(judged), first=first, more=more)
+
+
+def _page_of_training(run: RunDetails, statement: Mapping[str, Any]) -> str:
+    """Return the page of a run that ends with the experts: nothing was merged or evaluated."""
+    tables = BenchTables(
+        title=run.summary.id,
+        synthetic=bool(run.summary.synthetic),
+        curves=[{**_place(run), **row} for row in _curves(run.summary.folder)],
+        cells=[_cell(run)],
+    )
+    lead = element("p", "The experts are trained; nothing was merged or evaluated (until = 'train').")
+    first = facts([("Privacy", privacy_fact(run, statement)), ("Missing", missing_fact(run))])
+    data = dataset_of(tables, _place(run)["dataset"], looks_of(tables), "")
+    sections = [
+        ("curves", "Training curves", curves_section(data)),
+        ("clients", "Participants", _participants(run)),
+        (PRIVACY_SECTION, "What is promised about privacy", promise_section(statement, run.settings)),
+        ("exposure", "Data that left each client", _exposure(run.summary.folder)),
+    ]
+    more = [Section(key, heading, content) for key, heading, content in sections if content]
+    return bench_page(tables, kind="Run", lead=lead, first=first, more=more)
+
+
+def _judge(
+    run: RunDetails, sums: Mapping[Variant, Mapping[str, MetricSums]], roles: Mapping[str, Role]
+) -> dict[Variant, Judged]:
+    per_domain, served = table_or_empty(run.choice.get("per_domain")), str(run.summary.served)
+    return {variant: judge(of_variant, roles, per_domain, served) for variant, of_variant in sums.items()}
+
+
+def _lead(judged: Mapping[Variant, Judged]) -> Html:
+    """Say first of all whether what is served is better than no model."""
+    found = verdict(judged)
+    if found.is_warning:
+        return element("p", found.text, class_="warning", role="note")
+    return element("p", found.text, class_="verdict")
 
 
 def run_tables(run: RunDetails) -> BenchTables:
@@ -80,9 +130,7 @@ def run_tables(run: RunDetails) -> BenchTables:
     Raises:
         RunDirError: a table or record is missing or damaged.
     """
-    folder = run.summary.folder
-    name, seed = str(run.settings.get("name", folder.name)), _seed(run.settings)
-    place = {"dataset": name, "seed": seed, "left_out": ""}
+    folder, place = run.summary.folder, _place(run)
     roles = _domain_roles(folder / "metrics.parquet")
     validation = run.choice.get("validation")
     merged = list(validation) if isinstance(validation, dict) else []
@@ -113,7 +161,7 @@ def run_tables(run: RunDetails) -> BenchTables:
                 for metric, value in metrics.items()
             ]
             if split == "test":
-                comparisons += _comparisons(sums, roles, name, merged)
+                comparisons += _comparisons(sums, roles, place["dataset"], merged)
     order = {method: place for place, method in enumerate(methods)}
     results.sort(key=lambda row: order.get(row["strategy"], len(order)))
     return BenchTables(
@@ -123,23 +171,26 @@ def run_tables(run: RunDetails) -> BenchTables:
         comparisons=comparisons,
         curves=[{**place, **row} for row in _curves(folder)],
         coefficients=[{**place, **row} for row in _coefficients(run)],
-        cells=[
-            {
-                **place,
-                "strategy": ", ".join(run.summary.methods),
-                "status": run.summary.state,
-                "seconds": run.summary.seconds,
-                "config": dict(run.settings),
-                "environment": read_record(folder / "environment.json"),
-            }
-        ],
+        cells=[_cell(run)],
         references=tuple(method for method in methods if method not in merged),
     )
 
 
-def _seed(run_settings: Mapping[str, Any]) -> int:
-    seed = run_settings.get("seed", 0)
-    return seed if isinstance(seed, int) else 0
+def _place(run: RunDetails) -> dict[str, Any]:
+    seed = run.settings.get("seed", 0)
+    name = str(run.settings.get("name", run.summary.folder.name))
+    return {"dataset": name, "seed": seed if isinstance(seed, int) else 0, "left_out": ""}
+
+
+def _cell(run: RunDetails) -> dict[str, Any]:
+    return {
+        **_place(run),
+        "strategy": ", ".join(run.summary.methods),
+        "status": run.summary.state,
+        "seconds": run.summary.seconds,
+        "config": dict(run.settings),
+        "environment": read_record(run.summary.folder / "environment.json"),
+    }
 
 
 def _domain_roles(path: Path) -> dict[str, Role]:
@@ -218,24 +269,14 @@ def _coefficients(run: RunDetails) -> list[dict[str, Any]]:
 # Sections that only a run has
 
 
-def _warning(run: RunDetails) -> Html | None:
-    """Say first of all if the served merge is worse than no model."""
-    folder = run.summary.folder
-    sums, roles = read_metric_sums(folder, "test", "unmasked"), _domain_roles(folder / "metrics.parquet")
-    warning = popularity_warning(sums, roles, str(run.summary.served))
-    return element("p", warning, class_="warning", role="note") if warning else None
-
-
-def _alone(run: RunDetails) -> Html | None:
-    """Compare what each domain has for itself with what it is served, if models were selected per domain."""
-    roles = _domain_roles(run.summary.folder / "metrics.parquet")
-    chosen = table_or_empty(run.choice.get("per_domain"))
-    per_domain = {domain: entry for domain, entry in chosen.items() if roles.get(domain) == "train"}
+def _alone(
+    run: RunDetails, sums: Mapping[Variant, Mapping[str, MetricSums]], per_domain: Mapping[str, Any]
+) -> Html | None:
+    """Compare what each domain has for itself with what it is served, by variant."""
     body = []
     for variant in VARIANTS if per_domain else ():
-        sums = read_metric_sums(run.summary.folder, "test", variant)
         for alone in (None, SASREC):
-            for row in compare_alone(sums, per_domain, str(run.summary.served), alone):
+            for row in compare_alone(sums[variant], per_domain, str(run.summary.served), alone):
                 text, marked = difference_cell(row.difference)
                 mean = row.difference.mean if row.difference else None
                 names = [row.domain, variant, row.alone or alone or ABSENT, row.joined or ABSENT]
@@ -250,13 +291,7 @@ def _alone(run: RunDetails) -> Html | None:
     return join(
         table("alone-table", f"{TITLE}: {METRIC} on test", heads, body),
         note(f"{EXPLAINED} Difference ± half-width of its 95 % interval, paired over users; bold: it excludes 0."),
-        note(said) if (said := note_on_heads(per_domain)) else None,
     )
-
-
-def _privacy(folder: Path) -> Html:
-    statement = read_record(folder / PRIVACY_FILE)
-    return element("p", " ".join(summarise_statement(statement))) if statement else Html("")
 
 
 def _participants(run: RunDetails) -> Html:
@@ -284,7 +319,7 @@ def _participants(run: RunDetails) -> Html:
         for name, expert in run.experts.items()
         if expert.get("nothing_learned") is True
     }
-    named = [("Excluded", run.excluded), ("Flagged, but still merged", flagged), ("Nothing was learned", zero)]
+    named = [("Missing", run.summary.missing), ("Flagged, but still merged", flagged), ("Nothing was learned", zero)]
     said = [
         element("p", element("strong", f"{what}: {name}. "), reason)
         for what, reasons in named
@@ -321,15 +356,17 @@ def _heads(folder: Path) -> Html | None:
     return table("heads-table", "Heads of the clients, by the item vectors they read", heads, body) if body else None
 
 
-def _choice(run: RunDetails) -> Html | None:
+def _choice(run: RunDetails, judged: Judged) -> Html | None:
     scores = run.choice.get("validation")
     if not isinstance(scores, dict) or not scores:
         return None
     highest = max(scores.values())
+    beaten = [row for row, against in judged.means.items() if not against.is_above]
+    tags = ["served", *(f"on test not above {row}" for row in beaten)]
     body = [
         [
             Cell(
-                join(label, element("span", "served", class_="tag") if label == run.summary.served else None),
+                join(label, *(element("span", tag, class_="tag") for tag in tags if label == run.summary.served)),
                 label,
             ),
             number_cell(score, f"{score:.4f}", best=score == highest),

@@ -31,7 +31,7 @@ from sim.app.server.phases.choosing import validate_and_choose
 from sim.app.server.phases.evaluating import evaluate_models
 from sim.app.server.phases.joining import gather, greet_late, log_members, restore_members
 from sim.app.server.phases.merging import train_and_merge
-from sim.app.server.phases.reporting import selected, track, write_privacy, write_report
+from sim.app.server.phases.reporting import selected, track, write_page, write_privacy, write_report
 from sim.app.server.run import Run, new_run
 
 app = ServerApp()
@@ -70,6 +70,7 @@ def run_server(grid: Grid, config: ExperimentConfig, *, console: bool) -> None:
         run = new_run(config, folder, grid)
         try:
             _experiment(run, attempt)
+            write_page(folder)
         except Exception:
             logger.exception("the run failed")
             raise

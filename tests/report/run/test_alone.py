@@ -5,7 +5,7 @@ import pytest
 
 from fedmerge.evaluation.ranks import METRICS, per_user_metrics
 from fedmerge.evaluation.sums import MetricSums, inexact_sums, metric_sums
-from fedmerge.report.run.alone import MEAN, METRIC, alone_text, compare_alone, note_on_heads, popularity_warning
+from fedmerge.report.run.alone import MEAN, METRIC, alone_text, compare_alone, note_on_heads
 
 HEAD = "head on the expert"
 RANKS = {
@@ -23,7 +23,6 @@ PER_DOMAIN = {
     "b": {"serve": "merged", "merged": 0.5, "expert": 0.4},
     "gone": {"serve": "merged", "merged": 0.5, "expert": 0.4},
 }
-ROLES = {"a": "train", "b": "train"}
 
 
 def outcomes(domain: str) -> dict[str, np.ndarray]:
@@ -70,15 +69,6 @@ def test_withheld_sums_and_rounds_without_experts_have_no_comparison(sums: dict[
     after_rounds = {"a": {"serve": "merged", "merged": 0.1}}
     assert compare_alone(sums, after_rounds, "average") == []
     assert alone_text({"unmasked": {"b": b}}, {"b": {"serve": "merged", "merged": 0.1}}, "average") == ""
-
-
-def test_a_merge_below_popularity_is_named(sums: dict[str, MetricSums]) -> None:
-    warning = popularity_warning(sums, ROLES, "average")
-    assert warning.startswith(f"The served merge ranks below popularity: {METRIC} ")
-    assert "against 1.0000" in warning
-    assert popularity_warning(sums, ROLES, "popularity") == ""
-    assert popularity_warning(sums, {"a": "unseen", "b": "unseen"}, "average") == ""
-    assert popularity_warning(sums, ROLES, "ties") == ""
 
 
 def test_a_head_on_the_backbone_is_alone_and_a_gain_of_heads_only_is_named(sums: dict[str, MetricSums]) -> None:

@@ -13,6 +13,7 @@ from fedmerge.report.tables import Role
 from fedmerge.report.tracking import track_run
 from fedmerge.runs.checkpoints import Sums, read_untrained
 from fedmerge.runs.dp_spent import add_metric_sums, not_counted, spent_by_domain
+from fedmerge.runs.folder import REPORT_PAGE
 from fedmerge.server.choice import Choice
 from fedmerge.server.gate import probes
 from sim.app.messages import records
@@ -80,6 +81,18 @@ def write_privacy(run: Run) -> str:
     )
     write_json(run.folder / PRIVACY_FILE, statement)
     return "\n" + statement_text(statement)
+
+
+def write_page(folder: Path) -> None:
+    """Write ``report.html`` of a finished run; a failure is logged, since the run is finished and the page can wait."""
+    from fedmerge.report.run.page import run_page  # noqa: PLC0415  # imports SciPy; the server starts sooner
+
+    path = folder / REPORT_PAGE
+    try:
+        write_text(path, run_page(folder))
+        logger.info("report: %s", path)
+    except Exception:
+        logger.warning("%s was not written; try: fedmerge report %s", path, folder, exc_info=True)
 
 
 def track(folder: Path, tracking: Tracking | None) -> None:
