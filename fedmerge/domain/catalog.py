@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from fedmerge.config import ATTRIBUTES
 from fedmerge.domain.manifest import ID_COLUMN, check_name, make_template, read_manifest, read_template
-from fedmerge.domain.parquet import LONGEST_TEXT, Limits, table_limits
+from fedmerge.domain.parquet import LONGEST_TEXT, Limits, decoded_limit, table_limits
 from fedmerge.domain.tables import RESTORE, decode_table, encode_table, read_file
 from fedmerge.errors import DomainError
 
@@ -161,8 +161,8 @@ def write_catalog(catalog: Catalog, path: Path) -> None:
 
 def read_catalog(path: Path, name: str, num_items: int = MOST_ITEMS, template: Sequence[str] = ATTRIBUTES) -> Catalog:
     """Read one catalog file of at most ``num_items``; DomainError as for catalog_from_bytes, or if it is missing."""
-    limits = table_limits(num_items, 2**20 + BYTES_PER_ITEM * num_items)
-    return _decode(read_file(path), name, str(path), limits, template)
+    data = read_file(path)
+    return _decode(data, name, str(path), table_limits(num_items, decoded_limit(len(data))), template)
 
 
 def load_catalog(folder: Path) -> Catalog:

@@ -26,12 +26,14 @@ class Change:
         before, after: the manifests; equal if nothing was to be done.
         num_known: items that the domain had already, or ids to forget that it does not have.
         absent: attributes that the table of new items has no column for; they are empty.
+        notes: what else is to be said of the table of new items.
     """
 
     before: Manifest
     after: Manifest
     num_known: int
     absent: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def add_items(folder: Path, table: Path, item_column: str = ID_COLUMN) -> Change:
@@ -61,14 +63,14 @@ def add_items(folder: Path, table: Path, item_column: str = ID_COLUMN) -> Change
     changed, repeated = list[str](), set[str]()
     for batch in opened.batches([item_column, *present]):
         item_ids = to_ids(opened.source, item_column, batch.column(item_column)).to_pylist()
-        texts = [to_texts(batch.column(name)) if name in present else [""] * len(batch) for name in names]
+        texts = [to_texts(batch.column(name), opened.bad) if name in present else [""] * len(batch) for name in names]
         for item_id, row in zip(item_ids, zip(*texts, strict=True), strict=True):
             if item_id is None:
                 raise DomainError(f"{opened.source}: found a row without an id in {item_column!r}. Give each item one.")
             if known.setdefault(item_id, row) != row:
                 changed.append(item_id)
             repeated |= {item_id} & old
-    opened.bad.report(len(known))
+    notes = opened.bad.report(len(known)).notes
     if changed:
         raise DomainError(
             f"{opened.source}: {len(changed)} items have another text than in {manifest.name} or in an earlier row: "
@@ -76,11 +78,11 @@ def add_items(folder: Path, table: Path, item_column: str = ID_COLUMN) -> Change
             "these rows, or import the domain again."
         )
     if len(known) == len(catalog):
-        return Change(manifest, manifest, len(repeated))
+        return Change(manifest, manifest, len(repeated), notes=notes)
     columns = dict(zip(names, map(list, zip(*known.values(), strict=True)), strict=True))
     made = make_catalog(catalog.name, list(known), columns, catalog.limits)
     absent = tuple(name for name in names if name not in present)
-    return Change(manifest, _write(folder, manifest, made, load_interactions(folder)), len(repeated), absent)
+    return Change(manifest, _write(folder, manifest, made, load_interactions(folder)), len(repeated), absent, notes)
 
 
 def forget_users(folder: Path, user_ids: Sequence[str], skip_unknown: bool = False) -> Change:

@@ -21,8 +21,9 @@ import pyarrow.types as pt
 
 from fedmerge.errors import DomainError
 
-LONGEST_TEXT = 16_384  # characters of an id, title, brand or category
+LONGEST_TEXT = 16_384  # characters of an id or an attribute in a domain folder: more than an encoder reads
 CELL_BYTES = 4 * LONGEST_TEXT  # in UTF-8
+SOURCE_CELL_BYTES = 1 << 24  # of a file to import, whose longer texts are cut
 BATCH_ROWS = 1 << 16
 BATCH_BYTES = 1 << 26  # decoded at once; also the largest page
 _MAGIC = b"PAR1"
@@ -55,12 +56,14 @@ class Limits:
         decoded_bytes: decoded size of all texts and pages.
         footer_bytes: size of the footer, which is decoded whole; each byte may take some hundreds in memory.
         pages: pages of each column.
+        cell_bytes: size of a text.
     """
 
     rows: int
     decoded_bytes: int
     footer_bytes: int
     pages: int
+    cell_bytes: int = CELL_BYTES
 
 
 def table_limits(rows: int, decoded_bytes: int) -> Limits:
@@ -71,7 +74,18 @@ def table_limits(rows: int, decoded_bytes: int) -> Limits:
 def file_limits(path: Path) -> Limits:
     """Return limits of an imported file, proportional to its size and ample for real tables, whose texts repeat."""
     size = path.stat().st_size
-    return Limits(rows=2**40, decoded_bytes=2**29 + 256 * size, footer_bytes=2**20 + size // 16, pages=2**24)
+    return Limits(
+        rows=2**40,
+        decoded_bytes=decoded_limit(size),
+        footer_bytes=2**20 + size // 16,
+        pages=2**24,
+        cell_bytes=SOURCE_CELL_BYTES,
+    )
+
+
+def decoded_limit(size_bytes: int) -> int:
+    """Return the most that a file of somebody's own may decode to; real texts take a tenth of that at most."""
+    return 2**29 + 256 * size_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +147,7 @@ def read_batches(table: ParquetTable, names: Sequence[str]) -> Iterator[pa.Recor
             for name in batch.schema.names:
                 column = batch.column(name)
                 if name in plain or pt.is_dictionary(column.type):
-                    decoded += _text_bytes(table.where, name, column, row)
+                    decoded += _text_bytes(table, name, column, row)
                 else:
                     decoded += column.nbytes
             if decoded > table.limits.decoded_bytes:
@@ -148,8 +162,9 @@ def plain_column(column: pa.Array) -> pa.Array:
     return column.dictionary_decode() if pt.is_dictionary(column.type) else column
 
 
-def _text_bytes(where: str, name: str, column: pa.Array, first_row: int) -> int:
+def _text_bytes(table: ParquetTable, name: str, column: pa.Array, first_row: int) -> int:
     """Return the decoded size of a column of text whose cells are within their limit."""
+    where, most = table.where, table.limits.cell_bytes
     if not pt.is_dictionary(column.type):
         sizes = pc.binary_length(column).fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
     else:
@@ -158,9 +173,9 @@ def _text_bytes(where: str, name: str, column: pa.Array, first_row: int) -> int:
         if len(indices) and not 0 <= indices.min() <= indices.max() < len(lengths):
             raise _damaged(where, f"a cell of column {name!r} is outside its dictionary of {len(lengths):,} texts")
         sizes = lengths[indices]
-    if len(sizes) and (longest := int(sizes.max())) > CELL_BYTES:
+    if len(sizes) and (longest := int(sizes.max())) > most:
         row = first_row + int(np.argmax(sizes))
-        raise _too_much(where, f"a cell of {longest:,} bytes in column {name!r}, about row {row}", f"{CELL_BYTES:,}")
+        raise _too_much(where, f"a cell of {longest:,} bytes in column {name!r}, about row {row}", f"{most:,}")
     return int(sizes.sum()) + 8 * len(column)
 
 

@@ -68,6 +68,16 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "tea"
 
 
+def test_a_catalog_of_long_texts_that_is_written_can_be_read(tmp_path: Path) -> None:
+    draw = np.random.default_rng(0)
+    texts = ["".join(map(chr, draw.integers(97, 123, 16_000))) for _ in range(300)]  # 4 KiB an item is what may travel
+    catalog = make_catalog("tea", [str(row) for row in range(300)], {"title": texts})
+    write_domain(
+        tmp_path / "tea", catalog, small_interactions(), public_catalog=True, synthetic=False, source="by hand"
+    )
+    assert load_catalog(tmp_path / "tea") == catalog
+
+
 def change_manifest(folder: Path, **fields: object) -> None:
     """Overwrite fields of the manifest."""
     path = folder / "manifest.json"

@@ -40,6 +40,8 @@ def _add_items(options: argparse.Namespace) -> int:
     change = add_items(options.domain, options.catalog, options.item_column)
     if change.absent:
         print(f"without a column, so empty: {', '.join(change.absent)}")
+    for note in change.notes:
+        print(f"{options.catalog}: {note}")
     if _say_change(options.domain, change, "were there already"):
         print("The new items are ranked by their text at once. Heads score them by text until they are trained again.")
         _say_cached(options, change.after.name, forgotten=False)

@@ -30,7 +30,7 @@ from fedmerge.domain.importers.events import (
 from fedmerge.domain.importers.reading.events import refuse
 from fedmerge.domain.importers.reading.json_fields import LINE, BadLine, read_fields, strings
 from fedmerge.domain.importers.reading.table import NUMBER
-from fedmerge.domain.importers.reading.values import INT64_DIGITS, map_distinct, matching, to_numbers
+from fedmerge.domain.importers.reading.values import INT64_DIGITS, is_too_long, map_distinct, matching, to_numbers
 from fedmerge.domain.importers.source_files import Progress, SourceFile, read_blocks
 from fedmerge.domain.importers.store import ROWS, EventStore
 from fedmerge.errors import ConfigError, DomainError
@@ -185,8 +185,9 @@ def _good_reviews(
 
 
 def _ids(column: pa.Array) -> pa.Array:
-    """Return the texts of a column of JSON that are not blank; null elsewhere."""
-    return matching(strings(column), r"\S")
+    """Return the texts of a column of JSON that can be ids; null elsewhere."""
+    found = matching(strings(column), r"\S")
+    return pc.if_else(is_too_long(found), pa.scalar(None, pa.string()), found)
 
 
 def _int64(digits: str) -> int:
@@ -209,7 +210,8 @@ def _read_metadata(
             if not _is_id(item):
                 raise BadLine(f"no {field}")
             if (wanted is None or item in wanted) and item not in texts:
-                texts[item] = _texts(_parse(line), release)
+                title, brand, category = map(bad.cut, _texts(_parse(line), release))
+                texts[item] = title, brand, category
             num_good += 1
         except BadLine as error:
             bad.add(number, str(error))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
+from fedmerge.domain.parquet import LONGEST_TEXT
 from fedmerge.errors import DomainError
 
 NUM_SHOWN = 5
@@ -66,6 +67,7 @@ class BadRows:
         self.count = self._leading = 0
         self.notes: list[str] = []
         self._reasons: dict[str, tuple[int, list[int]]] = {}
+        self._cut: set[int] = set()  # hashes of the texts, which may be read many times
 
     def add(self, number: int, text: str, count: int = 1) -> None:
         """Record one or more consecutive bad rows.
@@ -101,6 +103,13 @@ class BadRows:
             if rest:
                 self.add(numbers[ALL_BAD].as_py(), text, rest)
 
+    def cut(self, text: str) -> str:
+        """Return the part of a text that a catalog holds; the report says how many were longer."""
+        if len(text) <= LONGEST_TEXT:
+            return text
+        self._cut.add(hash(text))
+        return text[:LONGEST_TEXT].rstrip()
+
     def report(self, num_good: int) -> FileReport:
         """Return the file's report.
 
@@ -113,7 +122,10 @@ class BadRows:
         num_rows = num_good + self.count
         if self.count > self.max_share * num_rows:
             raise self._refusal(num_rows)
-        return FileReport(self.source, self.unit, num_rows, self._sorted(), tuple(self.notes))
+        notes = list(self.notes)
+        if self._cut:
+            notes.append(f"{len(self._cut)} texts were cut after {LONGEST_TEXT:,} characters; encoders read fewer")
+        return FileReport(self.source, self.unit, num_rows, self._sorted(), tuple(notes))
 
     def _sorted(self) -> tuple[Reason, ...]:
         reasons = [Reason(text, count, tuple(first)) for text, (count, first) in self._reasons.items()]

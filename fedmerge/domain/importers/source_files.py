@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from fedmerge.domain.parquet import SOURCE_CELL_BYTES
 from fedmerge.errors import DomainError
 
-MAX_LINE_BYTES = 1 << 24
+MAX_LINE_BYTES = SOURCE_CELL_BYTES
 BUFFER_BYTES = 1 << 22
 GZIP = b"\x1f\x8b"
 _MARKS = {  # UTF-32 before UTF-16, whose mark it begins with

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from fedmerge.config import ATTRIBUTES
-from fedmerge.domain.importers.bad_rows import FileReport
+from fedmerge.domain.importers.bad_rows import BadRows, FileReport
 from fedmerge.domain.importers.events import (
     DEFAULT_SETTINGS,
     LOW_RATING,
@@ -21,11 +21,11 @@ from fedmerge.domain.importers.events import (
     prepare,
     write_rows,
 )
-from fedmerge.domain.importers.reading.events import LOST_DIGITS, EventColumns, read_events
+from fedmerge.domain.importers.reading.events import LOST_DIGITS, TOO_LONG, EventColumns, read_events
 from fedmerge.domain.importers.reading.formats import open_table
 from fedmerge.domain.importers.reading.frames import is_frame
 from fedmerge.domain.importers.reading.table import NUMBER, RECOGNISED, FileOptions, Table, check_columns
-from fedmerge.domain.importers.reading.values import has_lost_digits, to_ids, to_texts
+from fedmerge.domain.importers.reading.values import has_lost_digits, is_too_long, to_ids, to_texts
 from fedmerge.domain.importers.store import EventStore
 from fedmerge.domain.manifest import folder_name, read_template
 from fedmerge.errors import ConfigError, DomainError
@@ -138,7 +138,7 @@ def import_table(
     with EventStore(folder, known) as store:
         for batch in read_events(table, events, reading.time_formats, settings.min_rating, list(attributes.values())):
             if catalog is None:
-                items.merge(batch.rows.column("item"), batch.others, attributes)
+                items.merge(batch.rows.column("item"), batch.others, attributes, table.bad)
             store.drop(LOW_RATING, batch.num_low)
             store.add(batch.rows, table.bad)
         store.flush(table.bad)
@@ -175,13 +175,13 @@ class _Items:
     texts: dict[str, list[str]] = field(default_factory=dict)
     conflicts: set[str] = field(default_factory=set)
 
-    def merge(self, item_ids: pa.Array, others: pa.RecordBatch, attributes: Mapping[str, str]) -> None:
+    def merge(self, item_ids: pa.Array, others: pa.RecordBatch, attributes: Mapping[str, str], bad: BadRows) -> None:
         """Add the items of rows of interactions; of each text the first that is not empty counts."""
         names = list(dict.fromkeys(attributes.values()))
         rows = pa.table([item_ids, *(others.column(name) for name in names)], ["item", *map(str, range(len(names)))])
         distinct = rows.append_column("row", pa.array(range(len(rows)))).group_by(rows.column_names)
         first = distinct.aggregate([("row", "min")]).sort_by("row_min")
-        columns = {name: to_texts(first.column(str(at)).combine_chunks()) for at, name in enumerate(names)}
+        columns = {name: to_texts(first.column(str(at)).combine_chunks(), bad) for at, name in enumerate(names)}
         for row, item_id in enumerate(first.column("item").to_pylist()):
             texts = self.texts.setdefault(item_id, [""] * len(self.names))
             for at, attribute in enumerate(self.names):
@@ -227,13 +227,19 @@ def _read_catalog(table: Table, item: str, columns: Columns, items: _Items) -> F
     for batch in table.batches(list(dict.fromkeys([item, *attributes.values()]))):
         item_ids = to_ids(table.source, item, batch.column(item))
         lost = has_lost_digits(item_ids).to_pylist()
-        found = [to_texts(batch.column(attributes[a])) if a in attributes else [""] * len(batch) for a in items.names]
-        numbers = batch.column(NUMBER).to_pylist()
-        for number, item_id, is_lost, *texts in zip(numbers, item_ids.to_pylist(), lost, *found, strict=True):
+        long = is_too_long(item_ids).to_pylist()
+        found = [
+            to_texts(batch.column(attributes[a]), table.bad) if a in attributes else [""] * len(batch)
+            for a in items.names
+        ]
+        rows = zip(batch.column(NUMBER).to_pylist(), item_ids.to_pylist(), lost, long, *found, strict=True)
+        for number, item_id, is_lost, is_long, *texts in rows:
             if item_id is None:
                 table.bad.add(number, "no item")
             elif is_lost:
                 table.bad.add(number, LOST_DIGITS.format("item"))
+            elif is_long:
+                table.bad.add(number, TOO_LONG.format("item"))
             elif item_id in items.texts:
                 table.bad.add(number, "the item has a row already")
             else:

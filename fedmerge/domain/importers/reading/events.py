@@ -9,10 +9,12 @@ import pyarrow.compute as pc
 from fedmerge.domain.importers.bad_rows import BadRows
 from fedmerge.domain.importers.reading.table import NUMBER, Table
 from fedmerge.domain.importers.reading.times import Times
-from fedmerge.domain.importers.reading.values import has_lost_digits, to_ids, to_numbers
+from fedmerge.domain.importers.reading.values import has_lost_digits, is_too_long, to_ids, to_numbers
 from fedmerge.domain.importers.store import ROWS
+from fedmerge.domain.parquet import LONGEST_TEXT
 
 LOST_DIGITS = "the {} is in scientific notation, so its last digits are lost"
+TOO_LONG = f"the {{}} has more than {LONGEST_TEXT:,} characters"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +79,7 @@ def read_events(
             ids[kind] = to_ids(table.source, name, batch.column(name))
             good = refuse(table.bad, numbers, good, pc.is_null(ids[kind]), f"no {kind}")
             good = refuse(table.bad, numbers, good, has_lost_digits(ids[kind]), LOST_DIGITS.format(kind))
+            good = refuse(table.bad, numbers, good, is_too_long(ids[kind]), TOO_LONG.format(kind))
         num_low = 0
         if min_rating is not None and columns.rating is not None:
             ratings = to_numbers(batch.column(columns.rating))

@@ -9,6 +9,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.types as pt
 
+from fedmerge.domain.importers.bad_rows import BadRows
+from fedmerge.domain.parquet import LONGEST_TEXT
 from fedmerge.errors import DomainError
 
 WHOLE_WITH_POINT = r"^([+-]?\d+)\.0*$"
@@ -87,17 +89,27 @@ def to_ids(where: str, name: str, column: pa.Array) -> pa.Array:
     return pc.if_else(kept, text, pa.scalar(None, pa.string()))
 
 
+def is_too_long(ids: pa.Array) -> pa.Array:
+    """Return where an id has more characters than a domain folder holds: an id cannot be cut."""
+    return pc.fill_null(pc.greater(pc.utf8_length(ids), LONGEST_TEXT), False)
+
+
 def has_lost_digits(ids: pa.Array) -> pa.Array:
     """Return where an id is a number in scientific notation, as 1.23457E+17, which stands for many ids."""
     return pc.fill_null(pc.match_substring_regex(ids, SCIENTIFIC), False)
 
 
-def to_texts(column: pa.Array) -> list[str]:
-    """Return a column as texts with single spaces; "" where a value is null or NaN. The texts of a list are joined."""
+def to_texts(column: pa.Array, bad: BadRows) -> list[str]:
+    """Return a column as texts with single spaces; "" where a value is null or NaN. The texts of a list are joined.
+
+    Args:
+        column: any type that check_type accepts.
+        bad: counts the texts that are cut, since no catalog holds them whole.
+    """
     if pt.is_dictionary(column.type):
-        texts = to_texts(column.dictionary)
+        texts = to_texts(column.dictionary, bad)
         return ["" if index is None else texts[index] for index in column.indices.to_pylist()]
-    return [" ".join(_text(value).split()) for value in column.to_pylist()]
+    return [bad.cut(" ".join(_text(value).split())) for value in column.to_pylist()]
 
 
 def _text(value: Any) -> str:

@@ -1,6 +1,8 @@
 """Tables of every format give the same domain; ids and texts keep their value, whatever their type."""
 
 import json
+import re
+import zipfile
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
@@ -14,8 +16,12 @@ import pyarrow.parquet as pq
 import pytest
 from source_tables import bad_rows, import_by_command, sequences
 
+from fedmerge.cli import main
 from fedmerge.domain.catalog import load_catalog
+from fedmerge.domain.importers.bad_rows import BadRows
 from fedmerge.domain.importers.events import ImportSettings
+from fedmerge.domain.importers.reading.excel import excel_table
+from fedmerge.domain.importers.reading.table import NUMBER
 from fedmerge.domain.importers.reading.values import to_ids, to_texts
 from fedmerge.domain.importers.table import import_table
 from fedmerge.domain.manifest import read_manifest
@@ -42,6 +48,15 @@ def write_json(path: Path, table: dict[str, list[Any]], mark: bytes = b"") -> Pa
     rows = [dict(zip(table, row, strict=True)) for row in zip(*table.values(), strict=True)]
     path.write_bytes(mark + b"".join(json.dumps(row, default=str).encode() + b"\n" for row in rows))
     return path
+
+
+def write_csv(path: Path, table: dict[str, list[Any]]) -> Path:
+    pd.DataFrame(table).to_csv(path, index=False)
+    return path
+
+
+def error_of(capsys: Capture) -> str:
+    return capsys.readouterr().err
 
 
 def write_parquet(path: Path, table: dict[str, Any]) -> Path:
@@ -86,6 +101,59 @@ def test_numbers_and_points_in_time_of_excel_are_noticed_when_mixed(tmp_path: Pa
     assert import_by_command(tmp_path / "shop", rows, items, "--time-format", "iso", "--time-format", "excel") == 0
     assert sequences(tmp_path / "shop") == RIGHT  # 45292 is 2024-01-01
     assert "the first of 2 sheets was read" in capsys.readouterr().out
+
+
+def test_a_workbook_that_unpacks_to_gigabytes_is_refused_unread(tmp_path: Path, capsys: Capture) -> None:
+    rows = write_excel(tmp_path / "rows.xlsx", ROWS)
+    with zipfile.ZipFile(rows, "a", zipfile.ZIP_DEFLATED) as archive, archive.open("xl/more.xml", "w") as file:
+        for _ in range(80):
+            file.write(bytes(1 << 20))
+    assert rows.stat().st_size < 100_000
+    assert import_by_command(tmp_path / "shop", rows, write_excel(tmp_path / "items.xlsx", ITEMS)) == 1
+    assert re.search(
+        r"rows.xlsx: found a workbook of \S+ bytes that unpacks to 83,\S+, expected at most 7", error_of(capsys)
+    )
+    rows.write_bytes(b"PK\x03\x04")
+    assert import_by_command(tmp_path / "shop", rows, tmp_path / "items.xlsx") == 1
+    assert "cannot be read as an Excel workbook" in error_of(capsys)
+
+
+def test_a_stray_cell_far_to_the_right_costs_no_memory(tmp_path: Path) -> None:
+    path = tmp_path / "rows.xlsx"
+    book = openpyxl.Workbook()
+    sheet = book.worksheets[0]
+    for row in (("user_id", "", "item_id", None), ("ann", None, 1), ("bob",)):
+        sheet.append(row)
+    sheet.cell(2, 16_384, "stray")
+    book.save(path)
+    table = excel_table(path)
+    assert table.columns == ("user_id", "", "item_id")
+    [batch] = table.batches(["item_id", "user_id"])
+    assert batch.to_pydict() == {"item_id": ["1", None], "user_id": ["ann", "bob"], NUMBER: [2, 3]}
+
+
+def test_long_texts_are_cut_and_counted_and_long_ids_are_bad_rows(tmp_path: Path, capsys: Capture) -> None:
+    long = "word " * 4000 + "x" * 3_000_000
+    kept = long[:16_384].rstrip()
+    ids = ["1", "2", "y" * 20_000]
+    rows = {**ROWS, "item_id": ids, "timestamp": [3, 1, 2]}
+    items = {"item_id": ids, "title": [long, "Two", "none"], "brand": ["b" * 16_384, "", ""]}
+    for name, write in (("csv", write_csv), ("jsonl", write_json), ("parquet", write_parquet)):
+        shop = tmp_path / name
+        tables = write(tmp_path / f"rows.{name}", rows), write(tmp_path / f"items.{name}", items)
+        assert import_by_command(shop, *tables, "--max-bad-share", "0.5") == 0
+        out = capsys.readouterr().out
+        assert "1 texts were cut after 16,384 characters; encoders read fewer" in out
+        assert out.count("the item has more than 16,384 characters (1: ") == 2
+        assert load_catalog(shop).item_ids == ("1", "2")
+        assert load_catalog(shop).attributes["title"] == (kept, "Two")
+        assert load_catalog(shop).attributes["brand"] == ("b" * 16_384, "")
+    again = write_json(
+        tmp_path / "again.jsonl", {"item_id": [1, 3], "title": [long, long], "brand": ["b" * 16_384, ""]}
+    )
+    assert main(["data", "add-items", str(shop), "--catalog", str(again)]) == 0
+    assert "again.jsonl: 1 texts were cut" in capsys.readouterr().out
+    assert load_catalog(shop).attributes["title"] == (kept, "Two", kept)
 
 
 def test_a_folder_of_parquet_parts(tmp_path: Path, capsys: Capture) -> None:
@@ -161,11 +229,15 @@ def test_decimals_are_ids_only_if_no_digit_is_lost() -> None:
         to_ids("t", "c", pa.array([float(BIG)]))
 
 
+def texts_of(column: pa.Array) -> list[str]:
+    return to_texts(column, BadRows("t", "row", 0))
+
+
 def test_words_for_no_value_are_none() -> None:
     assert (
         to_ids("t", "c", pa.array(["nan", "None", "NULL", "<NA>", r"\N", "none", "Nan"])).to_pylist()[:5] == [None] * 5
     )
-    assert to_texts(pa.array(["nan", r"\N", "None", "Null"])) == ["", "", "None", "Null"]
+    assert texts_of(pa.array(["nan", r"\N", "None", "Null"])) == ["", "", "None", "Null"]
 
 
 def test_ids_in_scientific_notation_are_bad_rows(tmp_path: Path) -> None:
@@ -188,8 +260,8 @@ def test_zero_is_a_text_and_nan_is_none(tmp_path: Path) -> None:
         "brand": ("", "1", "0"),
         "category": ("0", "1", "2"),
     }
-    assert to_texts(pa.array([["a", "b"], None, []])) == ["a b", "", ""]
-    assert to_texts(pa.array([1.5, 1e300])) == ["1.5", "1e+300"]
+    assert texts_of(pa.array([["a", "b"], None, []])) == ["a b", "", ""]
+    assert texts_of(pa.array([1.5, 1e300])) == ["1.5", "1e+300"]
 
 
 def test_one_flat_table_gives_items_and_texts(tmp_path: Path, capsys: Capture) -> None:
