@@ -13,16 +13,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from fedmerge.config import Tracking, flatten
 from fedmerge.errors import ConfigError
 from fedmerge.files import whole_folder
 from fedmerge.report.bench_tables import BenchTables
+from fedmerge.report.mlflow_model import ServedMerge, served_merge, write_mlflow_model
 from fedmerge.runs.reading import describe_run
 
 FOLDER = "tracking"  # in the folder of a run or a benchmark
 STORE = "mlflow.db"
 _MODULES: Mapping[Tracking, str] = {"tensorboard": "tensorboard", "mlflow": "mlflow"}
+_UNNAMED = ".model"  # until MLflow has given it an identifier
 _MOST_AT_ONCE, _LONGEST = 100, 6000  # MLflow's limits: parameters in a call, characters of a value
 
 
@@ -34,11 +38,13 @@ class Tracked:
         name: ``demo/seed0/average``; for a method of a run, its label at the end.
         numbers: (name, step, value).
         settings: dotted key -> value.
+        strategy: a merge, a baseline, or what all merges share.
     """
 
     name: str
     numbers: Sequence[tuple[str, int, float]]
     settings: Mapping[str, Any]
+    strategy: str
 
 
 def check_tracking(tracking: Tracking | None) -> None:
@@ -58,25 +64,30 @@ def track_run(run_dir: Path, tracking: Tracking) -> None:
     """Write the tables of a finished run for a viewer, into ``tracking`` in its folder."""
     from fedmerge.report.run.page import run_tables  # noqa: PLC0415  # imports scipy, which a server without tracking does not need
 
-    write_tracking(run_tables(describe_run(run_dir)), run_dir / FOLDER, tracking)
+    run = describe_run(run_dir)
+    write_tracking(run_tables(run), run_dir / FOLDER, tracking, served_merge(run))
 
 
-def write_tracking(tables: BenchTables, folder: Path, tracking: Tracking) -> None:
+def write_tracking(tables: BenchTables, folder: Path, tracking: Tracking, served: ServedMerge | None = None) -> None:
     """Write the tables of a run or a benchmark for a viewer; replace earlier ones.
 
     Args:
         tables: of a run or a benchmark.
         folder: to write: event files of TensorBoard in a folder per tracked run, or the SQLite file of MLflow.
         tracking: the viewer.
+        served: the merge that MLflow gets as a model of its tracked run; None for a benchmark.
 
     Raises:
         ConfigError: the package is not installed.
         RunDirError: the folder cannot be written.
     """
     check_tracking(tracking)
-    write = {"tensorboard": _write_tensorboard, "mlflow": _write_mlflow}[tracking]
+    runs = list(tracked_runs(tables))
     with whole_folder(folder) as partial:
-        write(partial, tables.title, list(tracked_runs(tables)))
+        if tracking == "mlflow":
+            _write_mlflow(partial, folder.absolute(), tables.title, runs, served)
+        else:
+            _write_tensorboard(partial, runs)
 
 
 def tracked_runs(tables: BenchTables) -> Iterator[Tracked]:
@@ -95,7 +106,7 @@ def tracked_runs(tables: BenchTables) -> Iterator[Tracked]:
         settings = {**flatten(cell.get("config", {})), **flatten(cell.get("environment") or {}, "environment.")}
         fold = f"/without-{left_out}" if left_out else ""
         known = [(name, step, value) for name, step, value in found if value is not None]
-        yield Tracked(f"{dataset}/seed{seed}{fold}/{strategy}", known, settings)
+        yield Tracked(f"{dataset}/seed{seed}{fold}/{strategy}", known, settings, strategy)
 
 
 def _key(row: Mapping[str, Any]) -> tuple[str, int, str, str]:
@@ -107,7 +118,7 @@ def _name(what: str, domain: str) -> str:
     return re.sub(r"[^\w\-. /]", "_", what.replace("@", "_at_") + (f"/{domain}" if domain else ""))
 
 
-def _write_tensorboard(folder: Path, _title: str, runs: Sequence[Tracked]) -> None:
+def _write_tensorboard(folder: Path, runs: Sequence[Tracked]) -> None:
     from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415  # an optional package
 
     for run in runs:
@@ -119,14 +130,16 @@ def _write_tensorboard(folder: Path, _title: str, runs: Sequence[Tracked]) -> No
             writer.add_text("settings", "    " + text.replace("\n", "\n    "))
 
 
-def _write_mlflow(folder: Path, title: str, runs: Sequence[Tracked]) -> None:
+def _write_mlflow(partial: Path, folder: Path, title: str, runs: Sequence[Tracked], served: ServedMerge | None) -> None:
+    """Write into a folder that will have another name; MLflow's paths are absolute, so they begin with that name."""
     # MLflow reports its use to its makers, unless these are set before the import.
     os.environ |= {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
     from mlflow.entities import Metric, Param  # noqa: PLC0415  # an optional package
     from mlflow.tracking import MlflowClient  # noqa: PLC0415  # as above
 
-    client = MlflowClient(tracking_uri=f"sqlite:///{folder / STORE}")
-    experiment = client.create_experiment(title)
+    client = MlflowClient(tracking_uri=f"sqlite:///{partial / STORE}")
+    artifacts = folder / "artifacts"
+    experiment = client.create_experiment(title, artifact_location=artifacts.as_uri())
     for run in runs:
         run_id = client.create_run(experiment, run_name=run.name).info.run_id
         params = [Param(key, json.dumps(value)[:_LONGEST]) for key, value in run.settings.items()]
@@ -135,3 +148,14 @@ def _write_mlflow(folder: Path, title: str, runs: Sequence[Tracked]) -> None:
             part = slice(start, start + _MOST_AT_ONCE)
             client.log_batch(run_id, metrics=metrics[part], params=params[part])
         client.set_terminated(run_id)
+        if served is not None and run.strategy == served.label and write_mlflow_model(served, partial / _UNNAMED):
+            model = client.create_logged_model(experiment, _model_name(served.label), source_run_id=run_id)
+            place = partial / Path(url2pathname(urlsplit(model.artifact_location).path)).relative_to(folder)
+            place.parent.mkdir(parents=True)
+            (partial / _UNNAMED).rename(place)
+            client.finalize_logged_model(model.model_id, "READY")
+
+
+def _model_name(label: str) -> str:
+    """Return a label without what MLflow refuses in the name of a model."""
+    return re.sub(r"[/:.%\"']", "_", label)

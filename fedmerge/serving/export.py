@@ -16,12 +16,12 @@ from fedmerge.encoder.export.folder import export_model, provenance_of
 from fedmerge.encoder.export.formats import Format, check_format
 from fedmerge.encoder.export.probes import Deviation
 from fedmerge.encoder.text import item_text
-from fedmerge.evaluation.sums import EXPERT, FEDERATED_SOURCES, PERSONAL
+from fedmerge.evaluation.sums import BACKBONE, EXPERT, FEDERATED_FUSED, FEDERATED_HEAD, FEDERATED_SOURCES, PERSONAL
 from fedmerge.files import check_free, write_bytes, write_json
+from fedmerge.report.run.model_card import label_of, sections_of_run
 from fedmerge.runs.federated_head import read_fusion
 from fedmerge.sequence.anchored import DECAY, RECENT, dense_maps, whitened, whitening
 from fedmerge.server.choice import MERGED
-from fedmerge.serving.card import label_of, sections_of_run
 from fedmerge.serving.decision import TEXT_MODELS, VECTORS_OF
 from fedmerge.serving.model import RunDomain, ServedHead, ServedModel, chose_fusion, load_head
 from fedmerge.serving.recommender import make_recommender
@@ -119,9 +119,9 @@ def export_served(
     check_format(to, int8)
     check_free(out)
     text, catalog, provenance = place.config.text, place.catalog, _provenance(served)
-    model, domain = served.decision.model, place.manifest.name
-    row = label_of(served.decision.merge) if model == MERGED else model
-    about = sections_of_run(place.run, row, domain)
+    model = served.decision.model
+    own = None if model in (MERGED, BACKBONE, FEDERATED_HEAD, FEDERATED_FUSED) else place.manifest.name
+    about = sections_of_run(place.run, label_of(served.decision.merge) if model == MERGED else model, own)
     write = partial(
         export_model,
         place.backbone,

@@ -1,18 +1,27 @@
 """TensorBoard and MLflow: written results are read back completely, and the network is not used."""
 
 import importlib.util
+import json
+import shutil
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from flwr.app import Context, Message
 from in_process import small_experiment
 from report_folders import some_bench
+from run_folders import make_place, make_run
 
 from fedmerge.config import Tracking, flatten
+from fedmerge.encoder.adapted import folded, load_adapted
+from fedmerge.encoder.backbone import in_float32
+from fedmerge.encoder.encode import encode
 from fedmerge.errors import ConfigError
 from fedmerge.report.bench_tables import BenchTables
+from fedmerge.report.mlflow_model import ServedMerge
 from fedmerge.report.tracking import FOLDER, STORE, check_tracking, tracked_runs, write_tracking
 from fedmerge.runs.folder import DONE
 from sim.local.in_process import answer_honestly, run_in_process
@@ -78,6 +87,7 @@ def test_mlflow_has_the_same_in_one_local_file_without_network(
     monkeypatch.chdir(tmp_path)
     write_tracking(bench, tmp_path / "tracking", "mlflow")
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == [STORE]
+    assert (tmp_path / "tracking" / STORE).stat().st_mode & 0o004
     from mlflow.tracking import MlflowClient  # noqa: PLC0415  # optional
 
     client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path / 'tracking' / STORE}")
@@ -92,6 +102,57 @@ def test_mlflow_has_the_same_in_one_local_file_without_network(
     history = client.get_metric_history(run.info.run_id, "loss/toys")
     wanted = [(step, value) for name, step, value in tracked.numbers if name == "loss/toys"]
     assert [(point.step, point.value) for point in history] == wanted
+
+
+LOAD = """
+import json, sys
+sys.modules["fedmerge"] = sys.modules["sim"] = None
+import mlflow
+model = mlflow.sentence_transformers.load_model(sys.argv[1])
+print("VECTORS", json.dumps(model.encode(["title: red tent"]).tolist()))
+print("VECTORS", json.dumps(mlflow.pyfunc.load_model(sys.argv[1]).predict(["title: red tent"]).tolist()))
+"""
+
+
+@needs_mlflow
+def test_the_served_merge_is_a_model_that_loads_without_fedmerge(tmp_path: Path) -> None:
+    changes = {"train.max_steps": 1, "merge.methods": "average", "privacy.min_users": 2, "tracking": "mlflow"}
+    config = small_experiment(tmp_path, **changes)
+    run_in_process(config)
+    run = tmp_path / "runs" / "run"
+    from mlflow.tracking import MlflowClient  # noqa: PLC0415  # optional
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{run / FOLDER / STORE}")
+    experiments = [found.experiment_id for found in client.search_experiments() if found.name == "run"]
+    (model,) = client.search_logged_models(experiments)
+    assert (model.name, str(model.status)) == ("average", "READY")
+    assert client.get_run(model.source_run_id).info.run_name == "small/seed0/average"
+    place = Path(model.artifact_location.removeprefix("file://"))
+    assert place.is_relative_to(run / FOLDER)
+    assert not list(run.rglob(".model"))
+    done = subprocess.run([sys.executable, "-I", "-c", LOAD, str(place)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line[8:]) for line in done.stdout.splitlines() if line.startswith("VECTORS ")]
+    backbone, adapter = load_adapted(run / "merged" / "average", config)
+    encoder = in_float32(folded(backbone, adapter))
+    tokens = np.array(encoder.tokenizer(" title: red tent")["input_ids"], dtype=np.int32)
+    for vectors in found:
+        np.testing.assert_allclose(vectors, encode(encoder, [tokens]).numpy(), atol=1e-5)
+    assert len(found) == 2
+
+
+@needs_mlflow
+def test_a_missing_backbone_leaves_the_tables_without_a_model(
+    bench: BenchTables, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    place = make_place(tmp_path / "place")
+    run = make_run(place, "trial", ["merge.methods=average"])
+    shutil.rmtree(place.root / "backbone")
+    served = ServedMerge(run / "merged" / "average", "average", run / "config.toml")
+    write_tracking(bench, tmp_path / "tracking", "mlflow", served)
+    assert [path.name for path in (tmp_path / "tracking").rglob("*") if path.is_file()] == [STORE]
+    assert "not logged as a model" in caplog.text
+    assert "backbone.source" in caplog.text
 
 
 @needs_tensorboard

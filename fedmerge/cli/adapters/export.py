@@ -77,7 +77,7 @@ def _export_adapter(options: argparse.Namespace, config: "ExperimentConfig", pus
     from fedmerge.config import ATTRIBUTES
     from fedmerge.encoder.adapted import load_adapted
     from fedmerge.encoder.export.folder import export_model, provenance_of
-    from fedmerge.serving.card import sections_of_adapter
+    from fedmerge.report.run.model_card import sections_of_adapter
 
     folder = None if options.adapter == "none" else Path(options.adapter)
     is_expert = folder is not None and provenance_of(folder).get("method") == "expert"

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from fedmerge.config import Text
 from fedmerge.device import resolve_compute
 from fedmerge.domain.catalog import Catalog, make_catalog
-from fedmerge.domain.demo import generate_domain
+from fedmerge.domain.demo_words import BRAND_ENDS, BRAND_STARTS, STYLES, VOCABULARIES
 from fedmerge.domain.manifest import read_template
 from fedmerge.encoder.backbone import Backbone, in_float32, load_backbone
 from fedmerge.encoder.encode import encode
@@ -99,11 +99,20 @@ def probe_texts(encoder: Backbone, text: Text, template: Sequence[str], catalog:
 
 
 def _demo(template: Sequence[str]) -> Catalog:
-    """Return items of the demo whose attributes have the names of a template."""
-    catalog, limits = generate_domain("toys", num_users=1, num_items=_ITEMS).catalog, read_template(template, "export")
-    columns = list(catalog.attributes.values())
+    """Return items made of the demo's words, whose attributes have the names of a template."""
+    words, families = VOCABULARIES["toys"], VOCABULARIES["toys"].families
+    columns: list[list[str]] = [[], [], []]  # title, brand, category
+    for number in range(_ITEMS):
+        family = families[number % len(families)]
+        style, noun = STYLES[number % len(STYLES)].words[number % 4], family.nouns[number // len(families)]
+        title = f"{style} {words.qualifiers[number % 12]} {noun}, {words.variants[number % 12]}"
+        brand = f"{BRAND_STARTS[number % 24]}{BRAND_ENDS[number % 16]}" if number % 8 else ""
+        for column, value in zip(columns, (title, brand, f"{words.department} > {family.leaf}"), strict=True):
+            column.append(value)
+    limits = read_template(template, "export")
     renamed = {name: columns[place % len(columns)] for place, name in enumerate(limits)}
-    return make_catalog("toys", catalog.item_ids, renamed, {name: limit for name, limit in limits.items() if limit})
+    ids = [f"item-{number}" for number in range(_ITEMS)]
+    return make_catalog("demo", ids, renamed, {name: limit for name, limit in limits.items() if limit})
 
 
 def _reloaded(encoder: Backbone, folder: Path, max_tokens: int) -> Encode:

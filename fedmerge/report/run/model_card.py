@@ -10,16 +10,14 @@ import pyarrow.parquet as pq
 from fedmerge.config import Baseline
 from fedmerge.config.privacy import ALLOWED, Policy
 from fedmerge.errors import RunDirError
-from fedmerge.evaluation.sums import BACKBONE, EXPERT, PERSONAL
+from fedmerge.evaluation.sums import BACKBONE, EXPERT
 from fedmerge.files import read_record
 from fedmerge.merging.candidate import Provenance
 from fedmerge.privacy.dp.statement import PRIVACY_FILE, summarise_statement
 from fedmerge.runs.checkpoints import ADAPTERS, MERGED
 from fedmerge.runs.reading import RunDetails, describe_run, is_run
-from fedmerge.serving.decision import VECTORS_OF
 
 METRIC = "ndcg@10"
-_OWN = (EXPERT, PERSONAL, *VECTORS_OF)  # rows that are another model in each domain
 _COUNTS = ("num_users", "num_items", "num_interactions")
 
 
@@ -52,7 +50,7 @@ def sections_of_run(run: Path, row: str | None, domain: str | None = None) -> st
     Args:
         run: the run folder.
         row: of the model in the run's metric sums; None if it has none.
-        domain: the domain that is served; None for a merge that all are.
+        domain: of a row that is another model in each domain; None for a model that all domains share.
 
     Raises:
         RunDirError: a damaged record.
@@ -93,10 +91,9 @@ def _privacy(run: RunDetails) -> list[str]:
 
 
 def _scores(run: Path, row: str | None, domain: str | None) -> list[str]:
-    own = row in _OWN
     values: dict[str, dict[str, float]] = {}  # domain -> method -> mean
     for each in _measured(run):
-        if not (own and each["domain"] != domain) and math.isfinite(each["sum"]):  # NaN is withheld
+        if domain in (None, each["domain"]) and math.isfinite(each["sum"]):  # NaN is withheld
             values.setdefault(each["domain"], {})[each["method"]] = each["sum"] / each["num_users"]
     values = {name: of for name, of in values.items() if row in of}
     if row is None or not values:
