@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from fedmerge import __version__
 from fedmerge.cli import bench, configs, init, privacy, report, run, runs
-from fedmerge.cli.adapters import evaluate, export, extract, merge, recommend
+from fedmerge.cli.adapters import evaluate, export, extract, merge, recommend, serve
 from fedmerge.cli.data import folders
 from fedmerge.cli.machines import client, deploy
 from fedmerge.errors import FedMergeError
@@ -45,7 +45,22 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"fedmerge {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    local = (init, run, configs, folders, runs, report, merge, extract, evaluate, recommend, export, bench, privacy)
+    local = (
+        init,
+        run,
+        configs,
+        folders,
+        runs,
+        report,
+        merge,
+        extract,
+        evaluate,
+        recommend,
+        serve,
+        export,
+        bench,
+        privacy,
+    )
     for group in (*local, deploy, client):
         group.add_commands(commands)
     return parser

@@ -74,7 +74,7 @@ def recommended_rows(
         tally.unknown += sum(len(items) for _, items in some) - sum(len(items) for _, items in known)
         tally.without += sum(not items for _, items in known)
         asked = [(user, read_history(recommender, items)) for user, items in known if items]
-        lists = recommend_many(recommender, [history for _, history in asked], listing)
+        lists = recommend_many(recommender, [history for _, history in asked], [listing] * len(asked))
         tally.users += len(asked)
         for (user, _), found in zip(asked, lists, strict=True):
             for rank, one in enumerate(found, start=1):

@@ -65,28 +65,36 @@ def blended(scores: torch.Tensor, popularity: torch.Tensor, weight: float) -> to
     return standardise(scores).mul_(1 - weight).add_(popularity, alpha=weight)
 
 
-def select(scores: Scores, item_vectors: torch.Tensor, seen: IntArray, listing: Listing) -> npt.NDArray[np.int64]:
+def select(
+    scores: Scores,
+    item_vectors: torch.Tensor,
+    seen: IntArray,
+    listing: Listing,
+    rows: npt.NDArray[np.int64] | None = None,
+) -> npt.NDArray[np.int64]:
     """Return the positions of one user's list, best first.
 
     Args:
-        scores: (N,), popularity included.
+        scores: (N,), popularity included; or (P,) of some items.
         item_vectors: (N, d), L2-normalised; read for a diverse list only.
         seen: positions of the history.
         listing: how the list is made.
+        rows: (P,) positions of the items that are scored; None: all.
 
     Returns:
         At most k positions.
     """
     candidates = scores.copy()
     if listing.allowed is not None:
-        candidates[~listing.allowed] = -np.inf
+        candidates[~(listing.allowed if rows is None else listing.allowed[rows])] = -np.inf
     if not listing.keep_seen:
-        candidates[seen] = -np.inf
+        candidates[seen if rows is None else np.isin(rows, seen)] = -np.inf
     pool = best(candidates, listing.pool)
+    positions = pool if rows is None else rows[pool]
     if listing.diversity == 0:
-        return pool
-    vectors = item_vectors[torch.from_numpy(pool)].numpy()
-    return pool[diversified(candidates[pool], vectors, listing.k, listing.diversity)]
+        return positions
+    vectors = item_vectors[torch.from_numpy(positions)].numpy()
+    return positions[diversified(candidates[pool], vectors, listing.k, listing.diversity)]
 
 
 def best(scores: Scores, k: int) -> npt.NDArray[np.int64]:

@@ -12,7 +12,7 @@ from fedmerge.client.cache.experts import load_expert
 from fedmerge.client.coefficients.personal import find_personal_merge, personal_settings
 from fedmerge.client.evaluate import TextVectors
 from fedmerge.client.heads.federated import federated_sources, federated_weights
-from fedmerge.client.heads.finding import find_trained_head
+from fedmerge.client.heads.finding import extended, find_trained_head
 from fedmerge.client.heads.heads import ItemSide, LocalHead, head_sources, item_side, source_names
 from fedmerge.client.local_domain import LocalDomain, open_domain
 from fedmerge.client.training.settings import training_settings
@@ -34,7 +34,7 @@ from fedmerge.sequence.fusion import fused_scores, standardise
 from fedmerge.sequence.ranking import Source
 from fedmerge.server.choice import MERGED
 from fedmerge.serving.decision import FUSED, TEXT_MODELS, VECTORS_OF, Decision, decide
-from fedmerge.serving.recommender import HeadScores, Recommender, load_recommender, make_recommender
+from fedmerge.serving.recommender import Recommender, load_recommender, make_recommender
 
 TEXT_OF: Mapping[HeadVectors, str] = {"merge": MERGED, "expert": EXPERT, "backbone": BACKBONE}
 
@@ -141,6 +141,12 @@ class ServedHead:
             return head_sources(self.head.model, text, histories, self.head.anchor, side)
         return federated_sources(self.head, text, histories, side)
 
+    def extended(self, item_vectors: torch.Tensor) -> "ServedHead":
+        """Return the head for a catalog with more items at its end, or with other texts: (N or more, d)."""
+        if not isinstance(self.head, LocalHead):
+            return self
+        return replace(self, head=replace(self.head, model=extended(self.head.model, item_vectors)))
+
     def side(self, item_vectors: torch.Tensor) -> ItemSide:
         """Return what the sources compute of the items (N, d) alone."""
         return item_side(item_vectors, self.head.model if isinstance(self.head, LocalHead) else None)
@@ -221,12 +227,18 @@ def served_recommender(
         ClientError: as :func:`load_head`.
         BackboneError, LayoutMismatchError: as :func:`fedmerge.serving.recommender.make_recommender`.
     """
+    return _served(place, served, progress)[0]
+
+
+def _served(
+    place: RunDomain, served: ServedModel, progress: Callable[[int, int], None] | None
+) -> tuple[Recommender, ServedHead | None]:
     text, cache_dir = place.config.text, place.config.cache_dir
     recommender = make_recommender(place.backbone, served.adapter, place.catalog, text, cache_dir, progress)
     if served.decision.model in TEXT_MODELS:
-        return recommender
-    items = recommender.item_vectors
-    return replace(recommender, head=head_scores(load_head(place, served, items), items))
+        return recommender, None
+    head = load_head(place, served, recommender.item_vectors)
+    return with_head(recommender, head), head
 
 
 @dataclass(frozen=True, eq=False)
@@ -237,11 +249,13 @@ class Opened:
         recommender: of a run's served model, or of an adapter.
         manifest: of the domain.
         decision: of a run; None for an adapter.
+        head: of the recommender; None without one.
     """
 
     recommender: Recommender
     manifest: Manifest
-    decision: Decision | None
+    decision: Decision | None = None
+    head: ServedHead | None = None
 
 
 def open_recommender(
@@ -267,20 +281,22 @@ def open_recommender(
             :func:`load_served` and :func:`served_recommender`.
     """
     if run is None:
-        return Opened(load_recommender(adapter, domain, config, progress), read_manifest(domain), None)
+        return Opened(load_recommender(adapter, domain, config, progress), read_manifest(domain))
     place = open_run(run, domain, config)
     served = load_served(place, model)
-    return Opened(served_recommender(place, served, progress), place.manifest, served.decision)
+    recommender, head = _served(place, served, progress)
+    return Opened(recommender, place.manifest, served.decision, head)
 
 
-def head_scores(head: ServedHead, items: torch.Tensor) -> HeadScores:
-    """Return the scores of a head over items (N, d); what does not depend on a user is computed here, once."""
+def with_head(recommender: Recommender, head: ServedHead) -> Recommender:
+    """Return a recommender that scores by a head; what does not depend on a user is computed here, once."""
+    items = recommender.item_vectors
     side = head.side(items)
 
     def scores(users: torch.Tensor, histories: Sequence[IntArray], variant: Variant) -> torch.Tensor:
         return standardised_scores(head.sources(TextVectors(users, items), histories, side), head.weights[variant])
 
-    return scores
+    return replace(recommender, head=scores)
 
 
 def standardised_scores(sources: Sequence[Source], weights: Sequence[float]) -> torch.Tensor:

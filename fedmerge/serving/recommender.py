@@ -6,13 +6,14 @@
 """
 
 import difflib
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from fedmerge.adapter import Adapter
@@ -28,8 +29,10 @@ from fedmerge.encoder.text import Tokens, TokenTable, build_token_table, item_se
 from fedmerge.errors import ConfigError, DomainError, LayoutMismatchError
 from fedmerge.evaluation.ranks import IntArray
 from fedmerge.evaluation.sums import Variant
+from fedmerge.serving.index import ItemIndex, is_exact
 from fedmerge.serving.listing import Listing, blended, select
 
+FILTER_MARGIN = 2  # times as many items are looked for as the filter's share makes necessary
 SCORES_PER_BLOCK = 2**24  # of many users, at once: 64 MiB of float32
 ScoreKind = Literal["cosine", "standardised"]
 HeadScores = Callable[[torch.Tensor, Sequence[IntArray], Variant], torch.Tensor]
@@ -66,6 +69,7 @@ class Recommender:
 
     Attributes:
         encoder: the backbone with the adapter folded in.
+        encode: encodes with it, prepared once for all calls.
         catalog: N items.
         text: how histories become sequences; the same as in training.
         table: the tokens of the items.
@@ -73,9 +77,11 @@ class Recommender:
         item_index: item id -> position in the catalog.
         head: scores of a sequence head; None: the cosine of user and item vector.
         popularity: (N,) of :func:`fedmerge.serving.listing.popularity_source`; None if it is not known.
+        index: of the item vectors; None scores all items. With a head or popularity all are scored in any case.
     """
 
     encoder: Backbone
+    encode: Encode
     catalog: Catalog
     text: Text
     table: TokenTable
@@ -83,16 +89,12 @@ class Recommender:
     item_index: Mapping[str, int]
     head: HeadScores | None = None
     popularity: torch.Tensor | None = None
+    index: ItemIndex | None = None
 
     @property
     def score_kind(self) -> ScoreKind:
         """The meaning of a score: a cosine, or with a head standardised over the catalog for each user."""
         return "cosine" if self.head is None else "standardised"
-
-    @cached_property
-    def encode(self) -> Encode:
-        """The encoder, prepared once for many calls."""
-        return prepared(self.encoder)
 
 
 def load_recommender(
@@ -162,7 +164,7 @@ def make_recommender(
         return vectors
 
     vectors = compute() if cache_dir is None else load_or_encode(catalog, backbone, text, adapter, cache_dir, compute)
-    return Recommender(encoder, catalog, text, table, vectors, index_items(catalog))
+    return Recommender(encoder, prepared(encoder), catalog, text, table, vectors, index_items(catalog))
 
 
 def recommend(
@@ -191,56 +193,133 @@ def recommend(
     """
     listing = listing or Listing(k, keep_seen)
     check_history(recommender.catalog.name, recommender.item_index, history)
-    return recommend_many(recommender, [read_history(recommender, history)], listing)[0]
+    return recommend_many(recommender, [read_history(recommender, history)], [listing])[0]
 
 
 def recommend_many(
-    recommender: Recommender, histories: Sequence[History], listing: Listing
+    recommender: Recommender, histories: Sequence[History], listings: Sequence[Listing]
 ) -> list[list[Recommendation]]:
     """Return the list of each user as :func:`recommend` does, encoded and scored together.
 
     Args:
         recommender: of :func:`load_recommender`.
         histories: of :func:`read_history`, none empty.
-        listing: how the lists are made.
+        listings: how the list of each history is made.
 
     Raises:
         ConfigError: popularity that is not known.
     """
-    catalog, vectors = recommender.catalog, recommender.item_vectors
-    size = max(1, SCORES_PER_BLOCK // len(catalog))
-    lists = []
-    for start in range(0, len(histories), size):
-        block = histories[start : start + size]
-        for history, scores in zip(block, score(recommender, block, listing).numpy(), strict=True):
-            order = select(scores, vectors, history.seen, listing)
-            lists.append(
-                [Recommendation(catalog.item_ids[i], catalog.titles[i], float(scores[i])) for i in order.tolist()]
-            )
-    return lists
-
-
-def score(recommender: Recommender, histories: Sequence[History], listing: Listing) -> torch.Tensor:
-    """Return the scores (U, N) that the lists of :func:`recommend_many` are made of; seen items are not masked."""
-    text, encoder = recommender.text, recommender.encoder
-    if listing.popularity and recommender.popularity is None:
+    if any(listing.popularity for listing in listings) and recommender.popularity is None:
         raise ConfigError(
             "recommend: popularity is not known here, since no interactions were counted. Leave it at 0, or count them "
             "(--popularity)."
         )
-    sequences = [
-        pack_items(history.tokens[-text.max_items :], recommender.table.separator, encoder.special, text.max_tokens)
-        for history in histories
-    ]
-    users = recommender.encode(sequences)  # (U, d)
+    text, special, table = recommender.text, recommender.encoder.special, recommender.table
+    users = recommender.encode(
+        [
+            pack_items(history.tokens[-text.max_items :], table.separator, special, text.max_tokens)
+            for history in histories
+        ]
+    )  # (U, d)
+    lists: list[list[Recommendation]] = [[]] * len(histories)
+    exact = []
+    for number, (history, listing) in enumerate(zip(histories, listings, strict=True)):
+        found = _searched(recommender, users[number], history, listing)
+        if found is None:
+            exact.append(number)
+        else:
+            lists[number] = _named(recommender.catalog, *found)
+    for keep_seen in (False, True):
+        of_variant = [number for number in exact if listings[number].keep_seen == keep_seen]
+        size = max(1, SCORES_PER_BLOCK // len(recommender.catalog))
+        for start in range(0, len(of_variant), size):
+            block = of_variant[start : start + size]
+            scores = score(recommender, users[block], [histories[number].seen for number in block], keep_seen)
+            for number, row in zip(block, scores, strict=True):
+                lists[number] = _listed(recommender, row, histories[number], listings[number])
+    return lists
+
+
+def score(
+    recommender: Recommender, users: torch.Tensor, histories: Sequence[IntArray], keep_seen: bool
+) -> torch.Tensor:
+    """Return the scores of all items, (U, N), without popularity; seen items are not masked.
+
+    Args:
+        recommender: of :func:`load_recommender`.
+        users: (U, d) text vectors.
+        histories: U arrays of positions, oldest first.
+        keep_seen: which weights a head fuses with.
+    """
     if recommender.head is None:
-        scores = users @ recommender.item_vectors.T  # (U, N)
+        return users @ recommender.item_vectors.T
+    return recommender.head(users, histories, "unmasked" if keep_seen else "masked")
+
+
+def similar_items(recommender: Recommender, item: Item, listing: Listing) -> list[Recommendation]:
+    """Return the items whose text vectors have the largest cosine with an item's, itself left out.
+
+    Args:
+        recommender: of :func:`load_recommender`; its head is not read.
+        item: an id of the catalog, or the attributes of another item.
+        listing: how the list is made, without popularity.
+
+    Raises:
+        DomainError: no such item, or attributes that the catalog does not have.
+    """
+    check_history(recommender.catalog.name, recommender.item_index, [item])
+    by_text = replace(recommender, head=None)
+    history, vectors = read_history(by_text, [item]), recommender.item_vectors
+    if len(history.seen):
+        vector = vectors[int(history.seen[0])]
     else:
-        variant: Variant = "unmasked" if listing.keep_seen else "masked"
-        scores = recommender.head(users, [history.seen for history in histories], variant)
+        special, table = recommender.encoder.special, recommender.table
+        vector = recommender.encode(
+            [pack_items(history.tokens, table.separator, special, recommender.text.max_tokens)]
+        )[0]
+    found = _searched(by_text, vector, history, listing)
+    if found is None:
+        return _listed(by_text, vectors @ vector, history, listing)
+    return _named(recommender.catalog, *found)
+
+
+def _listed(recommender: Recommender, scores: torch.Tensor, history: History, listing: Listing) -> list[Recommendation]:
+    """Return a user's list from the scores (N,) of all items."""
     if listing.popularity and recommender.popularity is not None:
-        scores = blended(scores, recommender.popularity, listing.popularity)
-    return scores
+        scores = blended(scores[None], recommender.popularity, listing.popularity)[0]
+    order = select(scores.numpy(), recommender.item_vectors, history.seen, listing)
+    return _named(recommender.catalog, order, scores.numpy()[order])
+
+
+def _searched(
+    recommender: Recommender, user: torch.Tensor, history: History, listing: Listing
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]] | None:
+    """Return positions and scores of a user's list, by the index; None if all items must be scored.
+
+    Those that the index finds are scored exactly. A filter that passes few items is served by scoring these.
+    """
+    index, vectors = recommender.index, recommender.item_vectors
+    if index is None or recommender.head is not None or listing.popularity:
+        return None
+    share = 1.0 if listing.allowed is None else float(listing.allowed.mean())
+    if listing.allowed is not None and is_exact(round(share * len(vectors)), vectors.shape[1]):
+        rows = np.flatnonzero(listing.allowed)
+    else:
+        wanted = listing.pool + (0 if listing.keep_seen else len(history.seen))
+        rows = index.search(user, math.ceil(wanted if share == 1 else FILTER_MARGIN * wanted / share))
+    scores = (vectors[torch.from_numpy(rows)] @ user).numpy()
+    order = select(scores, vectors, history.seen, listing, rows)
+    if len(order) < listing.k and share < 1 and len(rows) < round(share * len(vectors)):
+        return None  # the filter passed too few of those that were found
+    place = {row: number for number, row in enumerate(rows.tolist())}
+    return order, scores[[place[row] for row in order.tolist()]]
+
+
+def _named(catalog: Catalog, positions: npt.NDArray[np.int64], scores: npt.NDArray[np.float32]) -> list[Recommendation]:
+    return [
+        Recommendation(catalog.item_ids[i], catalog.titles[i], score)
+        for i, score in zip(positions.tolist(), scores.tolist(), strict=True)
+    ]
 
 
 def read_history(recommender: Recommender, items: Sequence[Item]) -> History:

@@ -48,7 +48,7 @@ def words_of_commands(page: Path) -> Iterator[list[str]]:
     for line in "\n".join([*shells, indented]).replace("\\\n", " ").splitlines():
         if not re.match(r"(export \S+ )?(\S+=\S+ )*(\S*/)?fedmerge ", line):
             continue
-        for command in re.split(r" (?:&&|\|\||\||>|;) ", line):
+        for command in re.split(r" (?:&&|\|\||\||>|;) ", line.removesuffix(" &")):
             words = shlex.split(command, comments=True)
             names = [index for index, word in enumerate(words) if Path(word).name == "fedmerge" and index < 3]
             if names:

@@ -24,7 +24,7 @@ from fedmerge.client.heads.heads import (
 from fedmerge.config import Head
 from fedmerge.errors import ClientError, RunDirError
 from fedmerge.files import read_sealed
-from fedmerge.sequence.model import SequenceModel
+from fedmerge.sequence.model import SequenceModel, SequenceSettings
 
 _ID_PARTS = ("items.weight", "trained_items")  # entries of a state dict with a row for each item
 
@@ -74,15 +74,34 @@ def find_trained_head(
             damaged.append(trained.name)
             continue
         tensors = _moved(cached.tensors, cached.inputs["item_ids"], item_ids)
-        if settings.inputs == "ids":
-            model = SequenceModel(len(item_ids), settings)
-        else:
-            whitening = tensors["text_mean"], tensors["text_axes"]
-            model = SequenceModel(len(item_ids), settings, item_vectors, whitening)
-        model.load_state_dict(tensors)
-        return LocalHead(model.eval(), fusion, cached.report, True, anchor)
+        return LocalHead(_model(tensors, settings, item_vectors), fusion, cached.report, True, anchor)
     wrong = f"; damaged or without weights of a fusion: {', '.join(damaged)}" if damaged else ""
     raise ClientError(f"{folder} holds no head of {name} over these item vectors{wrong}.")
+
+
+def extended(model: SequenceModel, item_vectors: torch.Tensor) -> SequenceModel:
+    """Return a head for a catalog with more items at its end, or with other texts; new items are scored by their text.
+
+    Args:
+        model: of N items.
+        item_vectors: (N or more, d), those of the catalog of today.
+    """
+    tensors = dict(model.state_dict())
+    for key in _ID_PARTS:
+        if key in tensors:
+            old = tensors[key]
+            tensors[key] = torch.cat([old, old.new_zeros(len(item_vectors) - len(old), *old.shape[1:])])
+    return _model(tensors, model.settings, item_vectors)
+
+
+def _model(tensors: dict[str, torch.Tensor], settings: SequenceSettings, item_vectors: torch.Tensor) -> SequenceModel:
+    if settings.inputs == "ids":
+        model = SequenceModel(len(item_vectors), settings)
+    else:
+        whitening = tensors["text_mean"], tensors["text_axes"]
+        model = SequenceModel(len(item_vectors), settings, item_vectors, whitening)
+    model.load_state_dict(tensors)
+    return model.eval()
 
 
 def _moved(
