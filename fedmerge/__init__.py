@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from fedmerge.adapter import Adapter as Adapter
     from fedmerge.adapter import LoraModule as LoraModule
+    from fedmerge.api.data import import_table as import_table
     from fedmerge.api.data import load_backbone as load_backbone
     from fedmerge.api.data import load_domains as load_domains
     from fedmerge.api.evaluation import Scores as Scores
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 _ROOMS = {
     "fedmerge.adapter": ("Adapter", "LoraModule"),
-    "fedmerge.api.data": ("load_backbone", "load_domains"),
+    "fedmerge.api.data": ("import_table", "load_backbone", "load_domains"),
     "fedmerge.api.models": ("Model", "extract", "load_adapter", "merge", "merge_learned", "methods", "train"),
     "fedmerge.api.evaluation": ("Scores", "evaluate", "load_recommender", "load_served", "recommend"),
     "fedmerge.api.simulation": ("SimulatedRun", "simulate"),

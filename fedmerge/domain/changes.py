@@ -96,20 +96,7 @@ def forget_users(folder: Path, user_ids: Sequence[str], skip_unknown: bool = Fal
     Raises:
         DomainError: unknown ids, of which the message gives the number, or no users are left.
     """
-    manifest, interactions = read_manifest(folder), load_interactions(folder)
-    wanted = set(user_ids)
-    unknown = len(wanted - set(interactions.user_ids))
-    if unknown and not skip_unknown:
-        raise _unknown(folder, "users", unknown, len(wanted))
-    kept = [user for user, user_id in enumerate(interactions.user_ids) if user_id not in wanted]
-    if len(kept) == interactions.num_users:
-        return Change(manifest, manifest, unknown)
-    if not kept:
-        raise _nothing_left(folder, "users")
-    remaining = make_interactions(
-        [interactions.user_ids[user] for user in kept], [interactions.sequence(user) for user in kept]
-    )
-    return Change(manifest, _write(folder, manifest, load_catalog(folder), remaining), unknown)
+    return _forget(folder, "users", user_ids, skip_unknown)
 
 
 def forget_items(folder: Path, item_ids: Sequence[str], skip_unknown: bool = False) -> Change:
@@ -123,29 +110,39 @@ def forget_items(folder: Path, item_ids: Sequence[str], skip_unknown: bool = Fal
     Raises:
         DomainError: unknown ids, or no items or no interactions are left.
     """
+    return _forget(folder, "items", item_ids, skip_unknown)
+
+
+def _forget(folder: Path, what: str, ids: Sequence[str], skip_unknown: bool) -> Change:
+    """Remove users or items with their interactions; ids of users are never part of a message."""
     manifest, catalog, interactions = read_manifest(folder), load_catalog(folder), load_interactions(folder)
-    wanted = set(item_ids)
-    unknown = sorted(wanted - set(catalog.item_ids))
+    present = {"users": interactions.user_ids, "items": catalog.item_ids}
+    wanted = set(ids)
+    unknown = sorted(wanted - set(present[what]))
     if unknown and not skip_unknown:
-        raise _unknown(folder, "items", len(unknown), len(wanted), f": {_some(unknown)}")
-    kept = np.array([item_id not in wanted for item_id in catalog.item_ids])
-    if kept.all():
+        shown = f": {_some(unknown)}" if what == "items" else ""
+        raise DomainError(
+            f"{folder}: {len(unknown)} of {len(wanted)} {what} to forget are not in the domain{shown}; nothing was "
+            "changed. Correct the ids, or skip those with --skip-unknown."
+        )
+    stays = {name: np.array([name != what or id_ not in wanted for id_ in all_]) for name, all_ in present.items()}
+    if stays[what].all():
         return Change(manifest, manifest, len(unknown))
-    if not kept.any():
-        raise _nothing_left(folder, "items")
-    rows = np.flatnonzero(kept).tolist()
+    if not stays[what].any():
+        raise _nothing_left(folder, what)
+    rows = np.flatnonzero(stays["items"]).tolist()
     columns = {name: [values[row] for row in rows] for name, values in catalog.attributes.items()}
-    smaller = make_catalog(catalog.name, [catalog.item_ids[row] for row in rows], columns, catalog.limits)
-    place = np.cumsum(kept) - 1  # index of each old item that is kept
+    left = make_catalog(catalog.name, [catalog.item_ids[row] for row in rows], columns, catalog.limits)
+    place = np.cumsum(stays["items"]) - 1  # index of each old item that stays
     histories: dict[str, list[int]] = {}
-    for user, user_id in enumerate(interactions.user_ids):
+    for user in np.flatnonzero(stays["users"]).tolist():
         items = interactions.sequence(user)
-        if len(items := items[kept[items]]):
-            histories[user_id] = place[items].tolist()
+        if len(items := items[stays["items"][items]]):
+            histories[interactions.user_ids[user]] = place[items].tolist()
     if not histories:
         raise _nothing_left(folder, "interactions")
     remaining = make_interactions(list(histories), list(histories.values()))
-    return Change(manifest, _write(folder, manifest, smaller, remaining), len(unknown))
+    return Change(manifest, _write(folder, manifest, left, remaining), len(unknown))
 
 
 def read_ids(file: Path) -> list[str]:
@@ -173,13 +170,6 @@ def _write(folder: Path, manifest: Manifest, catalog: Catalog, interactions: Int
         source=manifest.source,
         catalog_source=manifest.catalog_source,
         overwrite=True,
-    )
-
-
-def _unknown(folder: Path, what: str, num_unknown: int, num_ids: int, shown: str = "") -> DomainError:
-    return DomainError(
-        f"{folder}: {num_unknown} of {num_ids} {what} to forget are not in the domain{shown}; nothing was changed. "
-        "Correct the ids, or skip those with --skip-unknown."
     )
 
 

@@ -25,7 +25,7 @@ from fedmerge.domain.importers.reading.events import LOST_DIGITS, TOO_LONG, Even
 from fedmerge.domain.importers.reading.formats import open_table
 from fedmerge.domain.importers.reading.frames import is_frame
 from fedmerge.domain.importers.reading.table import NUMBER, RECOGNISED, FileOptions, Table, check_columns
-from fedmerge.domain.importers.reading.values import has_lost_digits, is_too_long, to_ids, to_texts
+from fedmerge.domain.importers.reading.values import has_lost_digits, is_too_long, to_ids, to_keys, to_texts
 from fedmerge.domain.importers.store import EventStore
 from fedmerge.domain.manifest import folder_name, read_template
 from fedmerge.errors import ConfigError, DomainError
@@ -178,14 +178,15 @@ class _Items:
     def merge(self, item_ids: pa.Array, others: pa.RecordBatch, attributes: Mapping[str, str], bad: BadRows) -> None:
         """Add the items of rows of interactions; of each text the first that is not empty counts."""
         names = list(dict.fromkeys(attributes.values()))
-        rows = pa.table([item_ids, *(others.column(name) for name in names)], ["item", *map(str, range(len(names)))])
+        columns = [to_keys(others.column(name), bad) for name in names]
+        rows = pa.table([item_ids, *columns], ["item", *map(str, range(len(names)))])
         distinct = rows.append_column("row", pa.array(range(len(rows)))).group_by(rows.column_names)
         first = distinct.aggregate([("row", "min")]).sort_by("row_min")
-        columns = {name: to_texts(first.column(str(at)).combine_chunks(), bad) for at, name in enumerate(names)}
+        values = {name: to_texts(first.column(str(at)).combine_chunks(), bad) for at, name in enumerate(names)}
         for row, item_id in enumerate(first.column("item").to_pylist()):
             texts = self.texts.setdefault(item_id, [""] * len(self.names))
             for at, attribute in enumerate(self.names):
-                text = columns[attributes[attribute]][row] if attribute in attributes else ""
+                text = values[attributes[attribute]][row] if attribute in attributes else ""
                 if text and texts[at] and text != texts[at]:
                     self.conflicts.add(item_id)
                 texts[at] = texts[at] or text

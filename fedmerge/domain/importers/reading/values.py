@@ -112,6 +112,15 @@ def to_texts(column: pa.Array, bad: BadRows) -> list[str]:
     return [bad.cut(" ".join(_text(value).split())) for value in column.to_pylist()]
 
 
+def to_keys(column: pa.Array, bad: BadRows) -> pa.Array:
+    """Return a column with the same texts by to_texts in a type that Arrow groups by: no views, no lists."""
+    if pt.is_dictionary(column.type):
+        return to_keys(column.dictionary_decode(), bad)
+    if is_text(column.type):
+        return column.cast(pa.string())
+    return pa.array(to_texts(column, bad)) if pt.is_nested(column.type) or pt.is_null(column.type) else column
+
+
 def _text(value: Any) -> str:
     if value is None:
         return ""

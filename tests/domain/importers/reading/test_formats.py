@@ -282,6 +282,36 @@ def test_one_flat_table_gives_items_and_texts(tmp_path: Path, capsys: Capture) -
     assert "expected at least one of title, brand and category" in capsys.readouterr().err
 
 
+COLUMNS: dict[str, pa.Array] = {
+    "text": pa.array(["A", "B", None]),
+    "large text": pa.array(["A", "B", None], pa.large_string()),
+    "text views": pa.array(["A", "B", None], pa.string_view()),
+    "dictionary": pa.array(["A", "B", None]).dictionary_encode(),
+    "dictionary of large text": pa.array(["A", "B", None], pa.large_string()).dictionary_encode(),
+    "lists": pa.array([["A"], [None, "B"], None]),
+    "lists of views": pa.array([["A"], ["B"], []], pa.list_(pa.string_view())),
+    "large lists": pa.array([["A"], ["B"], []], pa.large_list(pa.string())),
+    "numbers": pa.array([0, 1, None]),
+    "dictionary of numbers": pa.array([0, 1, None]).dictionary_encode(),
+    "decimals": pa.array([Decimal(0), Decimal(1), None]),
+    "floats": pa.array([0.0, 1.0, float("nan")]),
+    "points in time": pa.array(DAYS),
+    "nothing": pa.nulls(3),
+}
+NUMBERS = ("numbers", "dictionary of numbers", "decimals", "floats")
+TEXTS: dict[str, tuple[str, ...]] = {kind: ("0", "1", "") if kind in NUMBERS else ("A", "B", "") for kind in COLUMNS}
+TEXTS |= {"points in time": tuple(map(str, DAYS)), "nothing": ("", "", "")}
+
+
+@pytest.mark.parametrize("kind", COLUMNS)
+@pytest.mark.parametrize("flat", [True, False], ids=["flat", "catalog"])
+def test_attributes_of_every_type_are_texts(tmp_path: Path, kind: str, flat: bool) -> None:
+    catalog = pa.table({"item_id": [1, 2, 3], "title": ["x"] * 3, "brand": COLUMNS[kind]})
+    rows = catalog.append_column("user_id", pa.array(["ann"] * 3)).append_column("timestamp", pa.array(DAYS))
+    import_table(rows, None if flat else catalog, tmp_path, settings=ImportSettings(name="shop"))
+    assert load_catalog(tmp_path / "shop").attributes["brand"] == TEXTS[kind]
+
+
 def test_times_of_frames_with_zones(tmp_path: Path) -> None:
     moments = [day.replace(tzinfo=UTC) for day in DAYS]
     import_table(
