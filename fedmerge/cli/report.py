@@ -13,12 +13,22 @@ if TYPE_CHECKING:
 def add_commands(commands: "Commands") -> None:
     """Add the command to the parser."""
     report = commands.add_parser(
-        "report", help="write the HTML page of a run or a benchmark: one file without network access"
+        "report",
+        help="write the HTML page of a run or a benchmark, or of runs against each other: one file",
     )
-    report.add_argument("run", metavar="RUN|BENCH", help="run or benchmark folder, or the beginning of a run id")
+    report.add_argument(
+        "runs",
+        nargs="+",
+        metavar="RUN|BENCH",
+        help="run or benchmark folder, or the beginning of a run id; several runs are compared with the first",
+    )
     add_runs_folder(report)
     report.add_argument(
-        "--out", type=Path, default=None, metavar="FILE", help="file to write (default: report.html in the folder)"
+        "--out",
+        type=Path,
+        default=None,
+        metavar="FILE",
+        help="file to write (default: report.html in the folder; of several runs compared.html in the last one's)",
     )
     report.set_defaults(command=_report)
 
@@ -26,19 +36,27 @@ def add_commands(commands: "Commands") -> None:
 def _report(options: argparse.Namespace) -> int:
     from fedmerge.errors import RunDirError
     from fedmerge.files import write_text
+    from fedmerge.report.against.page import compare_page
     from fedmerge.report.bench.page import bench_page
     from fedmerge.report.bench_tables import is_bench, read_bench_tables
     from fedmerge.report.run.page import run_page
-    from fedmerge.runs.folder import REPORT_PAGE
+    from fedmerge.runs.folder import COMPARED_PAGE, REPORT_PAGE
     from fedmerge.runs.reading import find_run
 
-    folder = Path(options.run)
-    if is_bench(folder):
-        text = bench_page(read_bench_tables(folder))
+    benches = [name for name in options.runs if is_bench(Path(name))]
+    if benches and len(options.runs) > 1:
+        raise RunDirError(
+            f"report: found the benchmark {benches[0]} among {len(options.runs)} folders, expected one benchmark, or "
+            "runs alone. A benchmark's page compares its own runs."
+        )
+    if benches:
+        folder = Path(benches[0])
+        text, name = bench_page(read_bench_tables(folder)), REPORT_PAGE
     else:
-        folder = find_run(options.run, options.dir)
-        text = run_page(folder)
-    out = options.out or folder / REPORT_PAGE
+        folders = [find_run(run, options.dir) for run in options.runs]
+        folder = folders[-1]
+        text, name = (compare_page(folders), COMPARED_PAGE) if len(folders) > 1 else (run_page(folder), REPORT_PAGE)
+    out = options.out or folder / name
     if not out.parent.is_dir() or out.is_dir():
         raise RunDirError(f"{out}: expected a file name in an existing folder. Give another --out.")
     write_text(out, text)

@@ -20,7 +20,7 @@ from fedmerge.files import write_json, write_text
 
 CONFIG_FILE = "config.toml"
 DONE = "DONE"
-REPORT_PAGE = "report.html"
+REPORT_PAGE, COMPARED_PAGE = "report.html", "compared.html"
 LOCK_FILE = "lock"
 ADMISSION = "admission.json"
 LOCK_ATTEMPTS = 3
@@ -53,7 +53,7 @@ FILES: Mapping[str, str] = {
     "privacy.json": "with differential privacy: the budget spent per unit, and its assumptions",
     "privacy-audit.json, privacy-audit.txt": "results of `fedmerge privacy audit`",
     "tracking/": "with `tracking`: results for TensorBoard or MLflow",
-    "report.txt, report.html": "the report; the same and more as a page",
+    "report.txt, report.html, compared.html": "the report; the same and more as a page; this run against others",
     "lock, DONE": "held by the process that works on the run; written last",
 }
 LOCATION = {"output_dir", "run_id", "resume"}  # settings that locate a run and do not change its results

@@ -1,7 +1,7 @@
 """Read the metric sums of a finished run from its tables."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -53,6 +53,22 @@ def read_metric_sums(run_dir: Path | str, split: Split, variant: Variant) -> dic
             f"{run_dir}: metrics.parquet and products.parquet do not match ({error}), expected both of one run. "
             "Copy both files from the same run folder."
         ) from error
+
+
+def read_domain_roles(run_dir: Path) -> dict[str, Literal["train", "unseen"]]:
+    """Return domain -> the role in which a run evaluated it.
+
+    Raises:
+        RunDirError: the table is missing or damaged.
+    """
+    path = run_dir / "metrics.parquet"
+    try:
+        rows = pq.read_table(path, columns=["domain", "role"]).to_pylist()
+    except (OSError, pa.ArrowException) as error:
+        raise RunDirError(
+            f"{path}: cannot be read ({str(error).splitlines()[0]}). Copy the run folder again."
+        ) from error
+    return {row["domain"]: row["role"] for row in rows}
 
 
 def _rows(path: Path, split: Split, variant: Variant) -> list[dict[str, Any]]:

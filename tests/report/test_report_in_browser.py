@@ -170,9 +170,10 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Pages of a run, of a benchmark, and of a large benchmark with long names and two datasets."""
+    """Pages of a run, of a benchmark, of a large one with long names and two datasets, and of runs against each other."""
     place = make_place(tmp_path_factory.mktemp("place"))
     folders = {"run": make_reported_run(place, "shops-20260102-030405-abcd")}
+    other = make_reported_run(place, "shops-20260103-030405-abcd", ["lora.rank=4"])
     strategies = (
         "backbone",
         "average",
@@ -193,12 +194,13 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         write_bench_tables(folders[name], tables)
     for folder in folders.values():
         assert main(["report", str(folder)]) == 0
-    return {name: folder / "report.html" for name, folder in folders.items()}
+    assert main(["report", str(folders["run"]), str(other)]) == 0
+    return {name: folder / "report.html" for name, folder in folders.items()} | {"against": other / "compared.html"}
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("size", ["phone", "laptop"])
-@pytest.mark.parametrize("which", ["run", "bench", "large"])
+@pytest.mark.parametrize("which", ["run", "bench", "large", "against"])
 def test_the_page_fits_and_is_readable(
     browser: Browser, pages: dict[str, Path], which: str, size: str, scheme: str
 ) -> None:
@@ -220,11 +222,11 @@ def test_the_page_fits_and_is_readable(
     assert browser.ask(OVERLAPS) == []
 
     contrasts = browser.ask(CONTRASTS)
-    assert len(contrasts) > 300
+    assert len(contrasts) > (100 if which == "against" else 300)
     assert [(contrast, text) for contrast, text in contrasts if contrast < CONTRAST] == []
 
     pictures = browser.ask(PICTURES)
-    assert len(pictures) >= 9
+    assert len(pictures) >= (2 if which == "against" else 9)
     page = np.asarray(browser.screenshot(max(box["y"] + box["height"] for box in pictures)))
     for box in pictures:
         assert box["width"] > 200

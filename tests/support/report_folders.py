@@ -36,14 +36,24 @@ _SPLITS: tuple[Split, ...] = ("valid", "test")
 
 
 def some_sums(
-    strategies: Sequence[str], seed: int, domain: str, split: str, variant: Variant, num_users: int = 300
+    strategies: Sequence[str],
+    seed: int,
+    domain: str,
+    split: str,
+    variant: Variant,
+    num_users: int = 300,
+    seeds: Mapping[str, int] | None = None,
 ) -> MetricSums:
-    """Draw metric sums; a domain's users are the same under every seed, and later strategies are better."""
+    """Draw metric sums; a domain's users are the same under every seed, and later strategies are better.
+
+    Some strategies may have seeds of their own.
+    """
     luck = generator(0, "users", domain, split).random(num_users)
     outcomes = {}
     for number, name in enumerate(strategies):
-        moved = generator(seed, name, domain).normal(0.03 * number, 0.01)
-        place = luck + generator(seed, name, domain, split, "users").normal(0, 0.1, num_users) - moved
+        own = (seeds or {}).get(name, seed)
+        moved = generator(own, name, domain).normal(0.03 * number, 0.01)
+        place = luck + generator(own, name, domain, split, "users").normal(0, 0.1, num_users) - moved
         if variant == "masked":
             place = place - 0.02
         outcomes[name] = per_user_metrics(1 + (np.clip(place, 0, 0.999) * NUM_ITEMS).astype(np.int64))

@@ -121,11 +121,18 @@ def _served(run: RunDetails, judged: Judged) -> Html:
     return join(element("strong", names[0]), *(element("small", text) for text in small))
 
 
-def privacy_fact(run: RunDetails, statement: Mapping[str, Any]) -> Html:
-    """Return ε and δ of the worst domain with what they hold for, or that nothing is promised."""
+def privacy_fact(run: RunDetails, statement: Mapping[str, Any], *, linked: bool = True) -> Html:
+    """Return ε and δ of the worst domain with what they hold for, or that nothing is promised.
+
+    Args:
+        run: the run.
+        statement: content of ``privacy.json``; empty without differential privacy.
+        linked: with a link to the section of :mod:`fedmerge.report.run.promise`.
+    """
     policy = str(run.settings.get("privacy.policy", ABSENT))
     leaves = f"Under the policy {policy}, {join_words(what_leaves(policy))} may leave a client, never interactions."
-    more = element("small", element("a", "Assumptions and details", href=f"#{PRIVACY_SECTION}"))
+    link = element("a", "Assumptions and details", href=f"#{PRIVACY_SECTION}")
+    more = element("small", link) if linked else None
     if not statement:
         none = "No (ε, δ) is promised: nothing that left a client has noise, so nothing of it is covered."
         return join(

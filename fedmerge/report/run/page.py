@@ -4,9 +4,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from fedmerge.config import Split
 from fedmerge.errors import RunDirError
 from fedmerge.evaluation.sums import EXPERT, VARIANTS, MetricSums, Variant
@@ -46,8 +43,9 @@ from fedmerge.report.run.verdict import Judged, judge, verdict
 from fedmerge.report.statistics import comparison_rows
 from fedmerge.report.tables import Role, difference_cell
 from fedmerge.runs.checkpoints import HEADS
+from fedmerge.runs.exposure import EXPOSURE_TABLE, read_exposure
 from fedmerge.runs.folder import ADMISSION
-from fedmerge.runs.metric_sums import read_metric_sums
+from fedmerge.runs.metric_sums import read_domain_roles, read_metric_sums
 from fedmerge.runs.reading import RunDetails, describe_run
 from fedmerge.runs.round_checkpoints import round_records
 from fedmerge.server.choice import SERVED, served_row, with_served
@@ -72,7 +70,7 @@ def run_page(folder: Path) -> str:
     if run.settings.get("until") == "train":
         return _page_of_training(run, statement)
     tables = run_tables(run)
-    roles = _domain_roles(folder / "metrics.parquet")
+    roles = read_domain_roles(folder)
     sums = {variant: read_metric_sums(folder, "test", variant) for variant in VARIANTS}
     judged = _judge(run, sums, roles)
     sections = [
@@ -131,7 +129,7 @@ def run_tables(run: RunDetails) -> BenchTables:
         RunDirError: a table or record is missing or damaged.
     """
     folder, place = run.summary.folder, _place(run)
-    roles = _domain_roles(folder / "metrics.parquet")
+    roles = read_domain_roles(folder)
     validation = run.choice.get("validation")
     merged = list(validation) if isinstance(validation, dict) else []
     results: list[dict[str, Any]] = []
@@ -191,16 +189,6 @@ def _cell(run: RunDetails) -> dict[str, Any]:
         "config": dict(run.settings),
         "environment": read_record(run.summary.folder / "environment.json"),
     }
-
-
-def _domain_roles(path: Path) -> dict[str, Role]:
-    try:
-        rows = pq.read_table(path, columns=["domain", "role"]).to_pylist()
-    except (OSError, pa.ArrowException) as error:
-        raise RunDirError(
-            f"{path}: cannot be read ({str(error).splitlines()[0]}). Copy the run folder again."
-        ) from error
-    return {row["domain"]: row["role"] for row in rows}
 
 
 def _with_served(sums: MetricSums, run: RunDetails, domain: str) -> MetricSums:
@@ -390,21 +378,13 @@ def _choice(run: RunDetails, judged: Judged) -> Html | None:
 
 
 def _exposure(folder: Path) -> Html | None:
-    path = folder / "exposure.parquet"
-    try:
-        rows = pq.read_table(path, columns=["domain", "message", "size_bytes"]).to_pylist()
-    except FileNotFoundError:
+    if not (folder / EXPOSURE_TABLE).exists():
         return None
-    except (OSError, pa.ArrowException) as error:
-        raise RunDirError(
-            f"{path}: cannot be read ({str(error).splitlines()[0]}). Copy the run folder again."
-        ) from error
-    messages = list(dict.fromkeys(row["message"] for row in rows))
-    sums: dict[tuple[str, str], int] = {}
-    for row in rows:
-        sums[row["domain"], row["message"]] = sums.get((row["domain"], row["message"]), 0) + row["size_bytes"]
+    rows = read_exposure(folder)
+    messages = list(dict.fromkeys(row.message for row in rows))
+    sums = {(row.domain, row.message): row.size_bytes for row in rows}
     body = []
-    for domain in dict.fromkeys(row["domain"] for row in rows):
+    for domain in dict.fromkeys(row.domain for row in rows):
         numbers = [sums.get((domain, message)) for message in messages]
         total = sum(number or 0 for number in numbers)
         body.append(

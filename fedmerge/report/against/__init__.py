@@ -1,0 +1,1 @@
+"""Run against run: what differs in settings, scores, costs and privacy."""
