@@ -35,7 +35,7 @@ class SequenceSettings:
     """
 
     inputs: Inputs = "ids"
-    hidden_size: int = 64
+    hidden_size: int = 128
     layers: int = 2
     heads: int = 2
     dropout: float = 0.5

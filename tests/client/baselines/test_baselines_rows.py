@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -144,7 +145,8 @@ def test_sasrec_is_trained_once_for_the_same_inputs(domains: dict[str, LocalDoma
 
 def test_cached_models_keep_their_names() -> None:
     settings = sasrec_settings(load_config(None).evaluation)
-    assert inputs_key(sasrec_inputs(settings)) == "0115b4cffd80f9f0"
+    assert inputs_key(sasrec_inputs(settings)) == "4c26625c497fd355"
+    assert inputs_key(sasrec_inputs(replace(settings, hidden_size=64))) == "0115b4cffd80f9f0"  # of earlier results
 
 
 def test_a_cache_that_cannot_be_written_is_named(domains: dict[str, LocalDomain], tmp_path: Path) -> None:
