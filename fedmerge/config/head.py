@@ -29,9 +29,7 @@ class Head(Section):
         "and recent items.",
     )
     hidden_size: int = Field(128, ge=2, le=1024, multiple_of=2, description="Width of a client's own head.")
-    dropout: float = Field(
-        0.5, ge=0, lt=1, description="Dropout in the training of a client's own head."
-    )
+    dropout: float = Field(0.5, ge=0, lt=1, description="Dropout in the training of a client's own head.")
     id_dropout: float = Field(
         0.2, ge=0, lt=1, description="Share of items read without their id in training, so that new items work."
     )
