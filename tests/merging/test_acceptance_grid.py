@@ -33,6 +33,11 @@ PATTERNS: tuple[dict[str, Any], ...] = (
     {**MIXED[1], "rank_pattern": {r"encoder\.block\.0\.q": 4}, "use_rslora": True},
     {**MIXED[2], "alpha_pattern": {"v": 1}},
 )
+UNEQUAL: tuple[dict[str, Any], ...] = (
+    {**MIXED[0], "target_modules": ["q", "v"]},
+    {**MIXED[1], "target_modules": ["q"]},
+    {**MIXED[2], "target_modules": ["v"]},
+)
 RS_LORA = tuple({**each, "use_rslora": True} for each in MIXED)
 
 Tensors = dict[str, torch.Tensor]
@@ -58,6 +63,7 @@ KINDS: dict[str, tuple[tuple[dict[str, Any], ...], Change]] = {
     "bf16": (PATTERNS, as_type(torch.bfloat16)),
     "fp64": (MIXED, as_type(torch.float64)),
     "rescaled": (MIXED, rescaled),
+    "unequal targets": (UNEQUAL, as_type(torch.float32)),
     "conv1d": (tuple({**each, "fan_in_fan_out": True} for each in MIXED), as_type(torch.float32)),
 }
 
@@ -81,10 +87,13 @@ def model(conv: bool) -> torch.nn.Module:
 
 
 def by_definition(folder: Path) -> Adapter:
-    """The float64 factors of a folder; patterns match from the right."""
+    """The float64 factors of a folder; patterns match from the right, and a module that is not there is zero."""
     config = json.loads((folder / "adapter_config.json").read_text())
     tensors, modules = load_file(folder / "adapter_model.safetensors"), {}
-    for name in LAYOUT:
+    for name, (width_out, width_in) in LAYOUT.items():
+        if f"base_model.model.{name}.lora_A.weight" not in tensors:
+            modules[name] = LoraModule(torch.zeros(1, width_in).double(), torch.zeros(width_out, 1).double(), 1.0)
+            continue
         lora_A, lora_B = (
             tensors[f"base_model.model.{name}.{factor}.weight"].double() for factor in ("lora_A", "lora_B")
         )
@@ -109,7 +118,7 @@ def folders(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     root, base = tmp_path_factory.mktemp("grid"), cast(PreTrainedModel, model(request.param == "conv1d"))
     made = {}
     for k, name in enumerate(NAMES):
-        made[name] = save_with_peft(base, root / name, 10 + k, target_modules=["q", "v"], **settings[k])
+        made[name] = save_with_peft(base, root / name, 10 + k, **{"target_modules": ["q", "v"], **settings[k]})
         file = made[name] / "adapter_model.safetensors"
         save_file({key: t.contiguous() for key, t in change(load_file(file), k).items()}, file)
     return request.param, made
@@ -153,7 +162,7 @@ def test_a_half_that_all_adapters_lack_is_refused(folders: tuple[str, dict[str, 
         (tmp_path / name).mkdir()
         (tmp_path / name / "adapter_config.json").write_text((path / "adapter_config.json").read_text())
         tensors = load_file(path / "adapter_model.safetensors")
-        del tensors["base_model.model.encoder.block.0.q.lora_B.weight"]
+        tensors.pop("base_model.model.encoder.block.0.q.lora_B.weight", None)
         save_file(tensors, tmp_path / name / "adapter_model.safetensors")
     with pytest.raises(LayoutMismatchError, match=r"module encoder\.block\.0\.q has no matrix pair"):
         read_folders({name: tmp_path / name for name in NAMES})

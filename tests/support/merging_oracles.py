@@ -202,7 +202,11 @@ def iso_cts(updates: list[Array], common_fraction: float = 0.8, coefficient: flo
 
 
 def slerp(updates: list[Array], t: float = 0.5) -> Array:
+    """On the arc; on the line if one of the updates is zero."""
     first, second = updates
+    if not first.any() or not second.any():
+        on_line: Array = (1 - t) * first + t * second
+        return on_line
     cosine = np.sum(first * second) / np.linalg.norm(first) / np.linalg.norm(second)
     theta = np.arccos(cosine)
     merged: Array = (np.sin((1 - t) * theta) * first + np.sin(t * theta) * second) / np.sin(theta)
@@ -210,9 +214,12 @@ def slerp(updates: list[Array], t: float = 0.5) -> Array:
 
 
 def multi_slerp(updates: list[Array], coefficient: float = 1.0) -> Array:
-    """Project onto the tangent space at the mean direction, average there, and return by the exponential map."""
+    """Project onto the tangent space at the mean direction, average there, and return by the exponential map.
+
+    An update of zero has no direction.
+    """
     lengths = [np.linalg.norm(update) for update in updates]
-    directions = [update / length for update, length in zip(updates, lengths, strict=True)]
+    directions = [update / length if length else update for update, length in zip(updates, lengths, strict=True)]
     mean = sum(directions, np.zeros_like(updates[0]))
     mean = mean / np.linalg.norm(mean)
     tangents = [direction - np.sum(direction * mean) * mean for direction in directions]
