@@ -126,9 +126,10 @@ def layer_of(module_name: str) -> str | None:
 def float32_factors(
     lora_A: torch.Tensor, lora_B: torch.Tensor, factor: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return factor · A and B in float32; where magnitudes are extreme, with a power of two moved between them.
+    """Return factor · A and B in float32; where magnitudes are extreme, with powers of two moved between them.
 
-    A · 1e40 and B · 1e-40 in float64 are ordinary updates: rounded as they are, they would be infinite and 0.
+    A · 1e40 and B · 1e-40 in float64 are ordinary updates: rounded as they are, they would be infinite and 0. Each row
+    of A and its column of B get a power of their own.
 
     Args:
         lora_A: (r, in), any floating dtype.
@@ -137,10 +138,17 @@ def float32_factors(
     """
     sizes = [largest_magnitude(lora_A), largest_magnitude(lora_B)]
     exponents = [math.frexp(size)[1] for size in (sizes[0] * abs(factor), sizes[1])]
-    if not all(map(math.isfinite, sizes)) or 0 in sizes or max(map(abs, exponents)) <= MODERATE_EXPONENT:
+    if not all(map(math.isfinite, sizes)) or max(map(abs, exponents)) <= MODERATE_EXPONENT:
         return lora_A.float() * factor, lora_B.float()
-    shift = (exponents[0] - exponents[1]) // 2
-    return (lora_A.double() * (factor * 2.0**-shift)).float(), (lora_B.double() * 2.0**shift).float()
+    rows, columns = lora_A.double().abs().amax(1) * abs(factor), lora_B.double().abs().amax(0)
+    shifts = (torch.frexp(rows).exponent - torch.frexp(columns).exponent) // 2  # (r,)
+    return (_times_power(lora_A, -shifts[:, None]) * factor).float(), _times_power(lora_B, shifts).float()
+
+
+def _times_power(tensor: torch.Tensor, exponents: torch.Tensor) -> torch.Tensor:
+    """Return tensor · 2^exponents in float64, in two steps, since 2^1024 is infinite."""
+    half = exponents // 2
+    return tensor.double() * torch.exp2(half.double()) * torch.exp2((exponents - half).double())
 
 
 def largest_magnitude(tensor: torch.Tensor) -> float:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from fedmerge.adapter import Adapter, LoraModule, OnDemand, in_memory
+from fedmerge.adapter import Adapter, LoraModule, OnDemand, float32_factors, in_memory, largest_magnitude
 from fedmerge.encoder.peft.names import is_saved_whole, is_target, value_of
 from fedmerge.encoder.peft.tensors import StoredTensor, find_tensors, read_tensor
 from fedmerge.errors import LayoutMismatchError
@@ -43,6 +43,7 @@ _UNSUPPORTED = (  # settings under which an adapter is not just B A
     "ensure_weight_tying",
 )
 _CHANGES_THE_BACKBONE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")  # initialisations of A and B
+_SMALLEST = 2.0**-100  # of the largest entries: beside smaller ones, float32 has no room for entries below them
 _EMBEDDING = re.compile(r"(?:.+\.)?[^.]*(?:emb|wte|lm_head|shared|output)[^.]*\.(?:weight|bias)")
 _SUFFIXES = {  # of a tensor's name -> what it is, the part that it belongs to
     ".lora_A.weight": ("lora_A", None),
@@ -223,9 +224,16 @@ def _modules(
         scalings[name] = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
 
     def module(name: str) -> LoraModule:
-        return LoraModule(_read(folder, of_A[name]).float(), _read(folder, of_B[name]).float(), scalings[name])
+        return LoraModule(*_float32(_read(folder, of_A[name]), _read(folder, of_B[name])), scalings[name])
 
     return OnDemand(scalings, module)
+
+
+def _float32(lora_A: torch.Tensor, lora_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return A and B in float32 as they are, or balanced where float32 would lose a factor but not the product."""
+    sizes = (largest_magnitude(each) for each in (lora_A, lora_B) if each.dtype == torch.float64)
+    held = all(size == 0 or _SMALLEST <= size <= torch.finfo(torch.float32).max for size in sizes)
+    return (lora_A.float(), lora_B.float()) if held else float32_factors(lora_A, lora_B)
 
 
 def _read(folder: Path, tensor: StoredTensor) -> torch.Tensor:
