@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 
 from fedmerge.adapter import Adapter, LoraModule, OnDemand, float32_factors, in_memory, largest_magnitude
-from fedmerge.encoder.peft.names import is_saved_whole, is_target, value_of
+from fedmerge.encoder.peft.names import is_saved_whole, is_target, unmatched_targets, value_of
 from fedmerge.encoder.peft.tensors import StoredTensor, find_tensors, read_tensor
 from fedmerge.errors import LayoutMismatchError
 
@@ -71,6 +71,7 @@ class Contents:
         copies: weights of the backbone below a LoRA on an embedding, which PEFT saves untrained: name -> values.
         kinds: name in ``parameters`` -> part in ``PARTS``.
         ignored: modules with tensors that the folder's own configuration excludes, as PEFT does; sorted.
+        lacking: names in ``target_modules`` that no tensor belongs to, for which PEFT makes an update of zero; sorted.
         left_out: parts that were there and are left out; sorted.
     """
 
@@ -83,6 +84,7 @@ class Contents:
     copies: Mapping[str, torch.Tensor]
     kinds: Mapping[str, str]
     ignored: tuple[str, ...]
+    lacking: tuple[str, ...]
     left_out: tuple[str, ...]
 
     def beside_lora(self) -> dict[str, str]:
@@ -126,7 +128,7 @@ def open_contents(folder: Path, leave_out: Iterable[str] = ()) -> Contents:
     leave_out = frozenset(leave_out)
     found: defaultdict[str, dict[str, StoredTensor]] = defaultdict(dict)
     kinds: dict[str, str] = {}
-    left_out, ignored = set(), set()
+    left_out, ignored, trained = set(), set(), set()
     for key, tensor in tensors.items():
         if tensor.dtype is None or not tensor.dtype.is_floating_point:
             raise LayoutMismatchError(
@@ -134,6 +136,8 @@ def open_contents(folder: Path, leave_out: Iterable[str] = ()) -> Contents:
                 "point. Save it unquantised."
             )
         name, what, part = _identify(key, config, folder)
+        if what not in ("copy", "parameter"):
+            trained.add(name)
         if what not in ("copy", "parameter") and not is_target(name, config):
             ignored.add(name)
         elif part in leave_out:
@@ -164,6 +168,7 @@ def open_contents(folder: Path, leave_out: Iterable[str] = ()) -> Contents:
         copies=whole("copy"),
         kinds=dict(sorted(kinds.items())),
         ignored=tuple(sorted(ignored)),
+        lacking=unmatched_targets(config, trained),
         left_out=tuple(sorted(left_out)),
     )
 

@@ -51,6 +51,25 @@ def is_target(name: str, config: Mapping[str, Any]) -> bool:
     return _matches(name, targets) and found in ([layers] if isinstance(layers, int) else layers)
 
 
+def unmatched_targets(config: Mapping[str, Any], names: Iterable[str]) -> tuple[str, ...]:
+    """Return the names in a list of ``target_modules`` that match none of these modules, sorted.
+
+    Names that the configuration excludes or saves whole are left out, and so are patterns, of which only the model
+    knows what they match.
+    """
+    targets = config.get("target_modules")
+    if not isinstance(targets, list) or EVERY_LINEAR in targets:
+        return ()
+    held, alone = list(names), {**config, "layers_to_transform": None}
+    return tuple(
+        sorted(
+            target
+            for target in targets
+            if is_target(target, alone) and not any(_matches(name, [target]) for name in held)
+        )
+    )
+
+
 def is_saved_whole(name: str, modules_to_save: Iterable[str] | None) -> bool:
     """Return True for a module that ``modules_to_save`` names, and for every module inside one."""
     return any(re.match(rf"(^|.*\.){module}($|\..*)", name) for module in modules_to_save or ())

@@ -67,12 +67,12 @@ def agreed_mapping(configs: Configs, remedy: str) -> Mapping[str, Any] | None:
 def agreed_targets(contents: Mapping[str, Contents]) -> tuple[str, ...] | str | None:
     """Return ``target_modules`` that match the modules of the folders and no others; None if they must be listed.
 
-    Lists of names match together what each of them matches alone, unless a folder narrows its list or leaves a part
-    out. A regular expression is kept if all folders have the same.
+    Lists of names match together what each of them matches alone, unless a folder narrows its list, leaves a part out,
+    or lacks a module that it names. A regular expression is kept if all folders have the same.
     """
     narrowed = ("layers_to_transform", "layers_pattern", "exclude_modules", "modules_to_save")
     configs = [each.config for each in contents.values()]
-    exact = all(not each.left_out and not each.ignored for each in contents.values())
+    exact = not any(each.left_out or each.ignored or each.lacking for each in contents.values())
     if not exact or any(config.get(key) not in (None, []) for config in configs for key in narrowed):
         return None
     targets = [config.get("target_modules") for config in configs]

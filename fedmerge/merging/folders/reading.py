@@ -69,6 +69,7 @@ class AdapterFolders:
         found: dict[str, Any] = {
             "missing_modules": {name: list(modules) for name, modules in self.missing.items()},
             "ignored_modules": {name: list(found.ignored) for name, found in each if found.ignored},
+            "lacking_targets": {name: list(found.lacking) for name, found in each if found.lacking},
             "left_out": {name: list(found.left_out) for name, found in each if found.left_out},
             "folded": [name for name, found in each if found.magnitudes],
             "hub": {name: dict(source) for name, source in self.hub.items()},
@@ -84,6 +85,9 @@ class AdapterFolders:
         for name, found in self.contents.items():
             if found.ignored:
                 lines.append(f"{name}: its configuration excludes {shortened(found.ignored)}, which count as zero")
+            if found.lacking:
+                named = shortened(found.lacking)
+                lines.append(f"{name}: its file has no {named}, which its configuration names and which count as zero")
             lines += [f"{name}: {PARTS[part]} left out" for part in found.left_out]
             if found.magnitudes:
                 lines.append(f"{name}: DoRA folded into full updates of {len(found.magnitudes)} modules")

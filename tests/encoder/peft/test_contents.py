@@ -1,6 +1,7 @@
-"""What a PEFT folder holds: factors beyond float32."""
+"""What a PEFT folder holds: factors beyond float32, and modules that its configuration names and its file lacks."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from fedmerge.adapter import Adapter, LoraModule, adapter_sha256
 from fedmerge.encoder.peft.contents import TENSOR_FILE
 from fedmerge.encoder.peft.folder import read_adapter, read_verified, write_adapter
+from fedmerge.encoder.peft.names import unmatched_targets
 from fedmerge.errors import LayoutMismatchError, MergeError
 from fedmerge.merging.folders.reading import read_folders
 from fedmerge.merging.training_free import merge_adapters
@@ -76,3 +78,24 @@ def test_a_factor_that_is_not_finite_is_refused(tmp_path: Path) -> None:
     write_float64(tmp_path, [60.0, 0.0, 0.0], [-60.0, 0.0, 400.0])
     with pytest.raises(LayoutMismatchError, match="are NaN or infinite"):
         read_verified(tmp_path)
+
+
+HELD = ("enc.0.proj", "enc.1.proj", "score")
+TARGETS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "all held": ({"target_modules": ["proj", "score"]}, ()),
+    "one is not": ({"target_modules": ["proj", "v", "query"]}, ("query", "v")),
+    "whole names": ({"target_modules": ["enc.0.proj", "enc.2.proj"]}, ("enc.2.proj",)),
+    "part of a name": ({"target_modules": ["roj"]}, ("roj",)),
+    "excluded": ({"target_modules": ["proj", "v"], "exclude_modules": ["v"]}, ()),
+    "saved whole": ({"target_modules": ["proj", "v"], "modules_to_save": ["v"]}, ()),
+    "of one layer": ({"target_modules": ["proj", "v"], "layers_to_transform": [1]}, ("v",)),
+    "a pattern": ({"target_modules": r".*(proj|v)"}, ()),
+    "all linear": ({"target_modules": "all-linear"}, ()),
+    "not said": ({"target_modules": None}, ()),
+}
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+def test_targets_without_a_module(kind: str) -> None:
+    config, expected = TARGETS[kind]
+    assert unmatched_targets(config, HELD) == expected

@@ -1,5 +1,6 @@
 """``fedmerge merge`` on what peft saves beside plain LoRA, compared with the weights that peft itself computes."""
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any, cast
 import pytest
 import torch
 from adapters import Tree, saved_by_peft, touched, weights_of, weights_with
+from peft import PeftModel
 from run_folders import output, refusal
 from safetensors.torch import load_file, save_file
 
@@ -87,6 +89,23 @@ def test_a_union_of_modules_touches_what_the_sources_touch(
     assert record(tmp_path / "out").get("missing_modules", {}) == {name: some for name, some in lacking.items() if some}
     for name, some in lacking.items():
         assert (f"{name} lacks {len(some)} of" in shown) == bool(some)
+
+
+def test_targets_that_no_file_holds_are_said_and_count_as_zero(model: Tree, tmp_path: Path, capsys: Capsys) -> None:
+    """peft warns of missing keys when it loads the sources, and merges zero; the merge names what it holds."""
+    folders = saved(model, tmp_path, target_modules=["proj"])
+    for folder in folders:
+        changed(folder, target_modules=["proj", "wide", "unknown"])
+        with pytest.warns(UserWarning, match="missing adapter keys.*wide"):
+            PeftModel.from_pretrained(copy.deepcopy(model), str(folder))
+    shown = average(capsys, tmp_path / "out", *folders)
+    for name in ("a", "b"):
+        assert f"{name}: its file has no unknown, wide, which its configuration names" in shown
+    assert record(tmp_path / "out")["lacking_targets"] == {"a": ["unknown", "wide"], "b": ["unknown", "wide"]}
+    for folder in folders:
+        changed(folder, target_modules=["proj"])
+    same(weights_with(model, tmp_path / "out"), mean(model, *folders))
+    assert "its file has no" not in average(capsys, tmp_path / "whole", *folders)
 
 
 def test_colliding_names_can_be_merged_again(model: Tree, tmp_path: Path, capsys: Capsys) -> None:
