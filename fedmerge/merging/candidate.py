@@ -102,7 +102,7 @@ class Provenance:
         excluded: domain -> reason.
         policy: ``privacy.policy`` of the run.
         backbone: name and sha256 of the backbone, each None if unknown; always written, null for no known backbone.
-        sha256: hash of the adapter.
+        sha256: hash of the adapter, and of what its folder holds beside LoRA if there is something.
         is_remerge: True for merges of adapters that exist already; only these have the entry ``run``.
         run: id of the run that trained the adapters of such a merge; None for adapters of no run.
         parameters: parameters of the method, or the settings of ``[rounds]``.

@@ -3,6 +3,7 @@
 Reading and writing them needs torch and safetensors, but not peft.
 """
 
+import hashlib
 import json
 import os
 from collections import Counter
@@ -25,7 +26,7 @@ from fedmerge.encoder.peft.contents import (
     read_contents,
 )
 from fedmerge.encoder.peft.names import anchored, exact_targets
-from fedmerge.encoder.peft.tensors import write_tensors
+from fedmerge.encoder.peft.tensors import bytes_of, write_tensors
 from fedmerge.errors import LayoutMismatchError
 
 _PLAIN_LORA = {  # the other settings that every PEFT since 0.18 reads, each at PEFT's default
@@ -169,7 +170,7 @@ def open_verified(folder: Path, leave_out: Collection[str] = ()) -> tuple[Conten
         RunDirError: ``training.json`` or ``provenance.json`` is damaged.
     """
     contents = open_contents(folder, leave_out)
-    expected, found = adapter_record(folder).sha256, adapter_sha256(contents.adapter)
+    expected, found = adapter_record(folder).sha256, contents_sha256(contents)
     if expected is not None and found != expected and not contents.left_out:
         raise LayoutMismatchError(
             f"adapter {folder}: its content has hash {found[:12]}, but the record beside it has {expected[:12]}. "
@@ -184,9 +185,24 @@ def open_verified(folder: Path, leave_out: Collection[str] = ()) -> tuple[Conten
     return contents, found
 
 
+def contents_sha256(contents: Contents) -> str:
+    """Hash an adapter with all that its folder holds beside it; of LoRA alone it is ``adapter_sha256``."""
+    sha256 = adapter_sha256(contents.adapter)
+    digest, num_beside = hashlib.sha256(sha256.encode()), 0
+    for name, tensor in _values_beside(contents):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(bytes_of(tensor))
+        num_beside += 1
+    return digest.hexdigest() if num_beside else sha256
+
+
 def _values(contents: Contents) -> Iterator[tuple[str, torch.Tensor]]:
     for name, module in contents.adapter.modules.items():
         yield from ((f"{name}.lora_A", module.lora_A), (f"{name}.lora_B", module.lora_B))
+    yield from _values_beside(contents)
+
+
+def _values_beside(contents: Contents) -> Iterator[tuple[str, torch.Tensor]]:
     yield from ((f"{name}.lora_magnitude_vector", values) for name, values in contents.magnitudes.items())
     yield from ((f"{name}.lora_B.bias", values) for name, values in contents.output_biases.items())
     yield from contents.parameters.items()

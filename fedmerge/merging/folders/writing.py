@@ -8,7 +8,8 @@ from types import MappingProxyType
 import torch
 
 from fedmerge.adapter import Adapter, LoraModule, OnDemand, num_not_finite
-from fedmerge.encoder.peft.folder import write_adapter
+from fedmerge.encoder.peft.contents import open_contents
+from fedmerge.encoder.peft.folder import contents_sha256, write_adapter
 from fedmerge.errors import MergeError
 from fedmerge.files import new_folder, write_json, write_text
 from fedmerge.merging.folders.reading import AdapterFolders
@@ -71,6 +72,8 @@ def write_merge(
     provenance = replace(made, is_remerge=True, run=run, excluded=dict(excluded), more=more)
     with new_folder(folder) as partial:
         write_as_sources(merged.adapter, sources, partial, whole, dtype)
+        if whole.parameters or whole.output_biases:
+            provenance = replace(provenance, sha256=contents_sha256(open_contents(partial)))
         write_json(partial / "provenance.json", provenance.to_dict())
         for name, text in files.items():
             write_text(partial / name, text)

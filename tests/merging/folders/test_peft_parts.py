@@ -13,6 +13,7 @@ from peft import PeftModel
 from run_folders import output, refusal
 from safetensors.torch import load_file, save_file
 
+from fedmerge.adapter import adapter_sha256
 from fedmerge.encoder.peft.folder import read_adapter
 
 Capsys = pytest.CaptureFixture[str]
@@ -131,6 +132,36 @@ def test_embeddings_and_whole_modules_and_biases(model: Tree, tmp_path: Path, ca
     c = saved_by_peft(model, tmp_path / "c", 3, r=2, target_modules=["proj"], bias="all")
     average(capsys, tmp_path / "with base", "--base", base, a, c)
     same(weights_with(model, tmp_path / "with base"), mean(model, a, c))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"modules_to_save": ["score"]}, {"lora_bias": True}, {"bias": "all"}],
+    ids=["whole module", "bias of B", "biases"],
+)
+def test_the_recorded_hash_holds_all_that_a_merge_holds(
+    settings: dict[str, Any], model: Tree, tmp_path: Path, capsys: Capsys
+) -> None:
+    plain = saved(model, tmp_path / "plain")
+    folders = [
+        saved_by_peft(model, tmp_path / name, seed, **{"r": 2, "target_modules": ["proj"], **settings})
+        for seed, name in enumerate("ab")
+    ]
+    average(capsys, tmp_path / "plain out", *plain)
+    average(capsys, tmp_path / "out", *folders)
+    average(capsys, tmp_path / "again", tmp_path / "out", folders[0])
+    assert record(tmp_path / "again")["domains"]["out"] == record(tmp_path / "out")["sha256"]
+    assert record(tmp_path / "plain out")["sha256"] == adapter_sha256(read_adapter(tmp_path / "plain out"))
+    file = tmp_path / "out" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    beside = [key for key in tensors if not key.endswith(("lora_A.weight", "lora_B.weight", "_A", "_B"))]
+    assert beside
+    for key in beside:
+        save_file({**tensors, key: tensors[key] + 1}, file)
+        refused = refusal(
+            capsys, "merge", "--method", "average", "--out", tmp_path / "no", tmp_path / "out", folders[0]
+        )
+        assert "was changed or damaged" in refused
 
 
 def test_dora_is_folded_with_the_weights_of_the_base_model(model: Tree, tmp_path: Path, capsys: Capsys) -> None:
