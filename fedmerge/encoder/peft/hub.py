@@ -1,6 +1,7 @@
 """Adapters of the Hugging Face hub as sources, downloaded or from the local cache."""
 
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,9 +46,19 @@ def fetch_adapter(adapter: HubAdapter) -> tuple[Path, str]:
         LayoutMismatchError: the hub has no such adapter, or it is not reached and the cache does not hold it.
     """
     from huggingface_hub import snapshot_download  # noqa: PLC0415 - only for sources of the hub
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError  # noqa: PLC0415
+    from huggingface_hub.errors import (  # noqa: PLC0415
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+    from huggingface_hub.utils.tqdm import disable_progress_bars  # noqa: PLC0415
 
     source = f"{adapter.repository}@{adapter.revision}"
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     try:
         folder = Path(snapshot_download(adapter.repository, revision=adapter.revision, allow_patterns=list(_FILES)))
     except LocalEntryNotFoundError as error:
@@ -55,10 +66,24 @@ def fetch_adapter(adapter: HubAdapter) -> tuple[Path, str]:
             f"adapter {source}: the hub cannot be reached, or HF_HUB_OFFLINE is set, and its cache does not hold this "
             "revision. Download it where there is a network, or give a folder."
         ) from error
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except GatedRepoError as error:
         raise LayoutMismatchError(
-            f"adapter {source}: the hub has no such adapter, or refuses it ({reason}). Check name, revision and access."
+            f"adapter {source}: the hub gives it only to those whom its owner admits. Ask for access on its page, and "
+            "log in with `hf auth login`."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise LayoutMismatchError(
+            f"adapter {source}: the hub has no such revision. Check it, or give @main."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise LayoutMismatchError(
+            f"adapter {source}: the hub has no such repository, or a private one. Check the name; for a private one, "
+            "log in with `hf auth login`."
+        ) from error
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise LayoutMismatchError(
+            f"adapter {source}: the hub refuses it ({reason}). Try again, or give a folder."
         ) from error
     if not (folder / CONFIG_FILE).is_file():
         raise LayoutMismatchError(

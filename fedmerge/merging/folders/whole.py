@@ -15,10 +15,10 @@ from fedmerge.adapter import layer_of
 from fedmerge.encoder.peft.contents import PARTS, shortened
 from fedmerge.encoder.peft.model_weights import read_weight_like
 from fedmerge.encoder.peft.names import is_saved_whole
-from fedmerge.errors import LayoutMismatchError, MergeError
+from fedmerge.errors import BackboneError, LayoutMismatchError, MergeError
 from fedmerge.merging.folders.reading import AdapterFolders
 from fedmerge.merging.methods import METHODS, method_coefficients
-from fedmerge.merging.stack import OTHERS, expand_coefficients, survey_adapters
+from fedmerge.merging.stack import OTHERS, expand_coefficients, survey_shapes
 from fedmerge.merging.training_free import MergedAdapter
 
 _SUM_TOLERANCE = 1e-6  # of coefficients that are float32, as 1/3
@@ -57,23 +57,17 @@ def merge_whole(merged: MergedAdapter, sources: AdapterFolders) -> Whole:
     """
     contents = {name: sources.contents[name] for name in merged.coefficients if name in sources.contents}
     copies = _copies({name: each.copies for name, each in contents.items()})
-    parameters = {
-        name: {domain: each.parameters[name] for domain, each in contents.items() if name in each.parameters}
-        for name in sorted({name for each in contents.values() for name in each.parameters})
-    }
-    biases = {
-        name: {domain: each.output_biases[name] for domain, each in contents.items() if name in each.output_biases}
-        for name in sorted({name for each in contents.values() for name in each.output_biases})
-    }
     kinds = {name: kind for each in contents.values() for name, kind in each.kinds.items()}
-    if not parameters and not biases:
+    biased = sorted({name for each in contents.values() for name in each.output_biases})
+    if not kinds and not biased:
         return Whole(copies)
-    weights = _Weights(merged, sources)
-    made = {name: _merge(name, kinds[name], values, weights, sources) for name, values in parameters.items()}
-    added = {
-        name: sum_of(values, weights.of(name, "bias"), torch.zeros(len(next(iter(values.values())))))
-        for name, values in biases.items()
-    }
+    weights, made, added = _Weights(merged, sources), {}, {}
+    for name in sorted(kinds):
+        values = {domain: each.parameters[name] for domain, each in contents.items() if name in each.parameters}
+        made[name] = _merge(name, kinds[name], values, weights, sources)
+    for name in biased:
+        values = {domain: each.output_biases[name] for domain, each in contents.items() if name in each.output_biases}
+        added[name] = sum_of(values, weights.of(name, "bias"), torch.zeros(len(next(iter(values.values())))))
     return Whole(copies | made, added, _settings([each.config for each in contents.values()], kinds, sources))
 
 
@@ -83,7 +77,7 @@ class _Weights:
     def __init__(self, merged: MergedAdapter, sources: AdapterFolders) -> None:
         self.merged = merged
         self.domains = tuple(sorted(merged.coefficients))
-        self.layout = survey_adapters({name: sources.adapters[name] for name in self.domains})
+        self.layout = survey_shapes({name: sources.adapters[name] for name in self.domains})
 
     def of(self, name: str, kind: str) -> dict[str, float]:
         """Return domain -> weight, for a parameter of this name."""
@@ -124,26 +118,45 @@ def sum_of(values: Mapping[str, torch.Tensor], weights: Mapping[str, float], sta
 def _merge(
     name: str, kind: str, values: Mapping[str, torch.Tensor], weights: _Weights, sources: AdapterFolders
 ) -> torch.Tensor:
-    by_domain = weights.of(name, kind)
-    first = next(iter(values.values()))
-    base = None if sources.base is None else read_weight_like(sources.base, name)
-    if len({tuple(value.shape) for value in (*values.values(), *([] if base is None else [base]))}) > 1:
+    by_domain, leave_out = weights.of(name, kind), f"leave it out with --leave-out {kind}"
+    shapes = {domain: tuple(value.shape) for domain, value in values.items()}
+    if len({*shapes.values()}) > 1:
+        found = ", ".join(f"{domain} {shape}" for domain, shape in shapes.items())
         raise LayoutMismatchError(
-            f"{name}: found the shapes {', '.join(f'{domain} {tuple(v.shape)}' for domain, v in values.items())}"
-            f"{'' if base is None else f', base model {tuple(base.shape)}'}; expected the same. "
-            f"Leave it out with --leave-out {kind}."
+            f"{name}: found the shapes {found}; expected the same. Merge adapters with the same tokens or classes, or "
+            f"{leave_out}."
         )
-    if base is not None:
-        return sum_of(values, by_domain, base)
     lacking = [domain for domain in by_domain if domain not in values]
     total = sum(by_domain.values())
-    if lacking or abs(total - 1) > _SUM_TOLERANCE:
-        why = f"{shortened(lacking)} has none" if lacking else f"the weights of the adapters sum to {total:g}, not 1"
-        raise MergeError(
-            f"{name} was trained whole, and {why}: its merge depends on the base model. Give the folder of its weights "
-            f"with --base, or leave it out with --leave-out {kind}."
+    cancels = not lacking and abs(total - 1) <= _SUM_TOLERANCE
+    first = next(iter(values.values()))
+    base = _base_weight(name, sources, needed=not cancels)
+    if base is not None and base.shape == first.shape:
+        return sum_of(values, by_domain, base)
+    if cancels:
+        return sum_of(values, by_domain, torch.zeros_like(first))
+    why = f"{shortened(lacking)} has none" if lacking else f"the weights of the adapters sum to {total:g}, not 1"
+    if base is not None:
+        raise LayoutMismatchError(
+            f"{name} was trained whole, and {why}: its merge depends on the base model, which has {tuple(base.shape)}, "
+            f"not {tuple(first.shape)}. Give --base a model with the vocabulary of the adapters, or {leave_out}."
         )
-    return sum_of(values, by_domain, torch.zeros_like(first))
+    raise MergeError(
+        f"{name} was trained whole, and {why}: its merge depends on the base model. Give the folder of its weights "
+        f"with --base, or {leave_out}."
+    )
+
+
+def _base_weight(name: str, sources: AdapterFolders, needed: bool) -> torch.Tensor | None:
+    """Return the base model's weight; None if no base model is given, or one without the weight, if not needed."""
+    if sources.base is None:
+        return None
+    try:
+        return read_weight_like(sources.base, name)
+    except BackboneError:
+        if needed:
+            raise
+        return None
 
 
 def _copies(copies: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -19,11 +19,13 @@ COMMIT = "1" * 40
 
 @dataclass
 class Repository:
-    """A model: its visibility, its files, the messages of its commits."""
+    """A model: its visibility, its files at every revision, the messages of its commits."""
 
     private: bool
     files: dict[str, bytes] = field(default_factory=dict)
     messages: list[str] = field(default_factory=list)
+    revisions: tuple[str, ...] = ("main", COMMIT)
+    gated: bool = False
 
 
 @dataclass
@@ -72,12 +74,40 @@ class _Handler(BaseHTTPRequestHandler):
         parts = path.strip("/").split("/")
         if parts[:2] == ["api", "models"] and len(parts) >= 4:
             return self._model("/".join(parts[2:4]), parts[4:])
+        if parts[2:3] == ["resolve"] and len(parts) >= 5:
+            return self._file("/".join(parts[:2]), parts[3], "/".join(parts[4:]))
         return self._answer({"error": f"GET {path}"}, 404)
 
-    def _model(self, name: str, rest: list[str]) -> None:
+    do_HEAD = do_GET
+
+    def _found(self, name: str, revision: str) -> Repository | None:
+        """Return a repository; answer if it, or its revision, is not there."""
         found = self.hub.repositories.get(name)
         if found is None or (found.private and not self._known()):
-            return self._answer({"error": "Repository not found"}, 404, {"X-Error-Code": "RepoNotFound"})
+            self._answer({"error": "Repository not found"}, 404, {"X-Error-Code": "RepoNotFound"})
+        elif revision not in found.revisions:
+            self._answer({"error": "Revision not found"}, 404, {"X-Error-Code": "RevisionNotFound"})
+        else:
+            return found
+        return None
+
+    def _file(self, name: str, revision: str, path: str) -> None:
+        found = self._found(name, revision)
+        if found is None:
+            return
+        if found.gated:
+            return self._answer({"error": "Access to it is restricted"}, 403, {"X-Error-Code": "GatedRepo"})
+        if path not in found.files:
+            return self._answer({"error": "Entry not found"}, 404, {"X-Error-Code": "EntryNotFound"})
+        data = found.files[path]
+        etag = hashlib.sha256(data).hexdigest()
+        self._send(data, 200, {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"})
+        return None
+
+    def _model(self, name: str, rest: list[str]) -> None:
+        found = self._found(name, rest[1] if rest[:1] == ["revision"] else "main")
+        if found is None:
+            return None
         if rest[:1] == ["tree"]:
             files = [
                 {"type": "file", "path": path, "size": len(data), "oid": "0"} for path, data in found.files.items()
@@ -164,13 +194,12 @@ class _Handler(BaseHTTPRequestHandler):
         return f"{self.hub.address}/{name}"
 
     def _answer(self, data: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
-        body = json.dumps(data).encode()
+        self._send(json.dumps(data).encode(), status, {"Content-Type": "application/json", **(headers or {})})
+
+    def _send(self, body: bytes, status: int, headers: dict[str, str]) -> None:
         self.send_response(status)
-        for key, value in {
-            "Content-Type": "application/json",
-            "Content-Length": str(len(body)),
-            **(headers or {}),
-        }.items():
+        for key, value in {"Content-Length": str(len(body)), **headers}.items():
             self.send_header(key, value)
         self.end_headers()
-        self.wfile.write(body)
+        if self.command != "HEAD":
+            self.wfile.write(body)
