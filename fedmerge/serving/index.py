@@ -52,14 +52,14 @@ class ItemIndex:
     recall: float
 
     def search(self, user: torch.Tensor, number: int) -> npt.NDArray[np.int64]:
-        """Return positions, among which the ``number`` items nearest to a user (d,) probably are; score them."""
+        """Return ascending positions, among which the ``number`` items nearest to a user (d,) probably are."""
         import faiss  # noqa: PLC0415  # optional: of the extra `serve`
 
         faiss.omp_set_num_threads(1)  # requests run in threads of their own
         number = min(FOUND * number + len(self.fresh), self.covered)
         found = self.file.search(user[None].numpy(), number, params=faiss.SearchParametersIVF(nprobe=PROBED))[1][0]
         found = found[found >= 0]  # fewer lie in the lists
-        return np.concatenate([found[~np.isin(found, self.fresh)], self.fresh])
+        return np.union1d(np.setdiff1d(found, self.fresh), self.fresh)
 
     def changed(self, positions: IntArray) -> "ItemIndex":
         """Return the index after these items were changed or added."""

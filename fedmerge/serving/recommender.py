@@ -214,43 +214,36 @@ def recommend_many(
             "recommend: popularity is not known here, since no interactions were counted. Leave it at 0, or count them "
             "(--popularity)."
         )
-    text, special, table = recommender.text, recommender.encoder.special, recommender.table
-    users = recommender.encode(
-        [
-            pack_items(history.tokens[-text.max_items :], table.separator, special, text.max_tokens)
-            for history in histories
-        ]
-    )  # (U, d)
-    lists: list[list[Recommendation]] = [[]] * len(histories)
-    exact = []
+    users = encode_histories(recommender, [history.tokens for history in histories])
+    lists: dict[int, list[Recommendation]] = {}
     for number, (history, listing) in enumerate(zip(histories, listings, strict=True)):
-        found = _searched(recommender, users[number], history, listing)
-        if found is None:
-            exact.append(number)
-        else:
-            lists[number] = _named(recommender.catalog, *found)
+        if (found := _searched(recommender, users[number], history, listing)) is not None:
+            lists[number] = found
+    size = max(1, SCORES_PER_BLOCK // len(recommender.catalog))
     for keep_seen in (False, True):
-        of_variant = [number for number in exact if listings[number].keep_seen == keep_seen]
-        size = max(1, SCORES_PER_BLOCK // len(recommender.catalog))
-        for start in range(0, len(of_variant), size):
-            block = of_variant[start : start + size]
-            scores = score(recommender, users[block], [histories[number].seen for number in block], keep_seen)
+        rest = [
+            number for number in range(len(users)) if number not in lists and listings[number].keep_seen == keep_seen
+        ]
+        for start in range(0, len(rest), size):
+            block = rest[start : start + size]
+            scores = _scores(recommender, users[block], [histories[number].seen for number in block], keep_seen)
             for number, row in zip(block, scores, strict=True):
                 lists[number] = _listed(recommender, row, histories[number], listings[number])
-    return lists
+    return [lists[number] for number in range(len(users))]
 
 
-def score(
+def encode_histories(recommender: Recommender, histories: Sequence[Sequence[Tokens]]) -> torch.Tensor:
+    """Return the text vectors (U, d) of histories: for each, the tokens of its items, oldest first."""
+    text, special, separator = recommender.text, recommender.encoder.special, recommender.table.separator
+    return recommender.encode(
+        [pack_items(tokens[-text.max_items :], separator, special, text.max_tokens) for tokens in histories]
+    )
+
+
+def _scores(
     recommender: Recommender, users: torch.Tensor, histories: Sequence[IntArray], keep_seen: bool
 ) -> torch.Tensor:
-    """Return the scores of all items, (U, N), without popularity; seen items are not masked.
-
-    Args:
-        recommender: of :func:`load_recommender`.
-        users: (U, d) text vectors.
-        histories: U arrays of positions, oldest first.
-        keep_seen: which weights a head fuses with.
-    """
+    """Return the scores of all items, (U, N), without popularity; seen items are not masked."""
     if recommender.head is None:
         return users @ recommender.item_vectors.T
     return recommender.head(users, histories, "unmasked" if keep_seen else "masked")
@@ -270,17 +263,10 @@ def similar_items(recommender: Recommender, item: Item, listing: Listing) -> lis
     check_history(recommender.catalog.name, recommender.item_index, [item])
     by_text = replace(recommender, head=None)
     history, vectors = read_history(by_text, [item]), recommender.item_vectors
-    if len(history.seen):
-        vector = vectors[int(history.seen[0])]
-    else:
-        special, table = recommender.encoder.special, recommender.table
-        vector = recommender.encode(
-            [pack_items(history.tokens, table.separator, special, recommender.text.max_tokens)]
-        )[0]
+    known = len(history.seen) > 0
+    vector = vectors[int(history.seen[0])] if known else encode_histories(recommender, [history.tokens])[0]
     found = _searched(by_text, vector, history, listing)
-    if found is None:
-        return _listed(by_text, vectors @ vector, history, listing)
-    return _named(recommender.catalog, *found)
+    return _listed(by_text, vectors @ vector, history, listing) if found is None else found
 
 
 def _listed(recommender: Recommender, scores: torch.Tensor, history: History, listing: Listing) -> list[Recommendation]:
@@ -293,10 +279,10 @@ def _listed(recommender: Recommender, scores: torch.Tensor, history: History, li
 
 def _searched(
     recommender: Recommender, user: torch.Tensor, history: History, listing: Listing
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]] | None:
-    """Return positions and scores of a user's list, by the index; None if all items must be scored.
+) -> list[Recommendation] | None:
+    """Return a user's list by the index; None if all items must be scored.
 
-    Those that the index finds are scored exactly. A filter that passes few items is served by scoring these.
+    What the index finds is scored exactly. Where a filter passes few items, these are scored instead.
     """
     index, vectors = recommender.index, recommender.item_vectors
     if index is None or recommender.head is not None or listing.popularity:
@@ -311,8 +297,7 @@ def _searched(
     order = select(scores, vectors, history.seen, listing, rows)
     if len(order) < listing.k and share < 1 and len(rows) < round(share * len(vectors)):
         return None  # the filter passed too few of those that were found
-    place = {row: number for number, row in enumerate(rows.tolist())}
-    return order, scores[[place[row] for row in order.tolist()]]
+    return _named(recommender.catalog, order, scores[np.searchsorted(rows, order)])
 
 
 def _named(catalog: Catalog, positions: npt.NDArray[np.int64], scores: npt.NDArray[np.float32]) -> list[Recommendation]:

@@ -65,7 +65,7 @@ def _serve(options: argparse.Namespace) -> int:
         return _load(options, model, served)
 
     service = Service(load, changes, threads, options.in_stock)
-    torch.set_num_threads(1)  # one request a thread: two threads for one request wait for each other
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // threads))
     shelf, (host, port, *_) = service.shelf, bound.getsockname()
     print(f"{shelf.catalog.name}: {len(shelf.catalog):,} items, by {shelf.label}")
     if key is None and not is_loopback(bound):

@@ -10,12 +10,11 @@ from pathlib import Path
 import numpy as np
 
 from fedmerge.errors import ConfigError, FedMergeError
-from fedmerge.serving.filters import passing
 from fedmerge.serving.http.added import keep_changes, kept_changes
 from fedmerge.serving.http.batching import Batcher
 from fedmerge.serving.http.bodies import Filters
 from fedmerge.serving.http.metrics import Metrics
-from fedmerge.serving.http.shelf import ItemChange, Shelf, change_items, positions_of
+from fedmerge.serving.http.shelf import ItemChange, Shelf, change_items, passing_items, positions_of
 from fedmerge.serving.listing import BoolArray, Listing
 
 Load = Callable[[str | None, str | None], Shelf]
@@ -117,7 +116,7 @@ def listing_of(
 def _allowed(shelf: Shelf, filters: Filters) -> BoolArray | None:
     if not filters.only and filters.among is None and not filters.exclude and shelf.available.all():
         return None
-    allowed = shelf.available & passing(shelf.catalog, filters.only) if filters.only else shelf.available.copy()
+    allowed = shelf.available & passing_items(shelf, filters.only) if filters.only else shelf.available.copy()
     if filters.among is not None:
         among = np.zeros(len(allowed), dtype=np.bool_)
         among[positions_of(shelf, filters.among)] = True

@@ -1,23 +1,26 @@
 """What is served at one moment. A change makes another shelf, so requests in progress keep theirs."""
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from fedmerge.domain.catalog import Catalog
-from fedmerge.encoder.text import Tokens, TokenTable, pack_items
+from fedmerge.encoder.text import Tokens, TokenTable
 from fedmerge.errors import DomainError
 from fedmerge.evaluation.ranks import FloatArray, IntArray
 from fedmerge.seeding import generator
+from fedmerge.serving.filters import passing
 from fedmerge.serving.index import is_exact, load_or_build_index
 from fedmerge.serving.listing import BoolArray, popularity_source
 from fedmerge.serving.model import Opened, with_head
-from fedmerge.serving.recommender import Recommender, tokens_of
+from fedmerge.serving.recommender import Recommender, encode_histories, tokens_of
 
 MADE_UP_USERS, ITEMS_EACH = 100, 3  # on whom the recall of an index is measured
+KEPT_FILTERS = 64
 ROOM = 1024  # items that can be added before the vectors are copied
 
 
@@ -40,6 +43,7 @@ class Shelf:
         counts: (N,) how often each item was had; None if nobody counted.
         changed: ids of items that were added or changed since the catalog was read.
         room: (N or more, d), of which the vectors are the first rows; only the newest shelf may write behind them.
+        filtered: filter on attributes -> items that pass, of the latest filters.
     """
 
     opened: Opened
@@ -48,6 +52,7 @@ class Shelf:
     counts: FloatArray | None
     changed: frozenset[str]
     room: torch.Tensor
+    filtered: dict[str, BoolArray] = field(default_factory=dict)
 
     @property
     def recommender(self) -> Recommender:
@@ -82,10 +87,9 @@ def make_shelf(opened: Opened, label: str, counts: FloatArray | None, available:
 
 def _made_up(recommender: Recommender) -> torch.Tensor:
     """Return the vectors of users with random histories."""
-    text, special, table = recommender.text, recommender.encoder.special, recommender.table
+    table = recommender.table
     drawn = generator(0, "index-recall").integers(len(table), size=(MADE_UP_USERS, ITEMS_EACH))
-    histories = ([table.item(item) for item in history] for history in drawn.tolist())
-    return recommender.encode([pack_items(items, table.separator, special, text.max_tokens) for items in histories])
+    return encode_histories(recommender, [[table.item(item) for item in history] for history in drawn.tolist()])
 
 
 def change_items(shelf: Shelf, changes: Sequence[ItemChange]) -> Shelf:
@@ -128,9 +132,7 @@ def _with_texts(shelf: Shelf, texts: Mapping[str, Mapping[str, str]], tokens: Ma
         item_index.setdefault(item_id, len(item_index))
     positions = np.array([item_index[item_id] for item_id in texts], dtype=np.int64)
     new = len(item_index) - old
-    text, special = recommender.text, recommender.encoder.special
-    separator = recommender.table.separator
-    vectors = recommender.encode([pack_items([each], separator, special, text.max_tokens) for each in tokens.values()])
+    vectors = encode_histories(recommender, [[each] for each in tokens.values()])  # an item is a history of one
     if not vectors.isfinite().all():
         raise DomainError("items: a vector is NaN or infinite, expected finite ones. Serve another merge.")
     room = _room(shelf, old + new, changed=bool((positions < old).any()))
@@ -153,7 +155,7 @@ def _with_texts(shelf: Shelf, texts: Mapping[str, Mapping[str, str]], tokens: Ma
         head = opened.head.extended(changed.item_vectors)
         opened = replace(opened, recommender=with_head(changed, head), head=head)
     available = np.concatenate([shelf.available, np.ones(new, dtype=np.bool_)])
-    return replace(shelf, opened=opened, available=available, counts=counts, room=room)
+    return replace(shelf, opened=opened, available=available, counts=counts, room=room, filtered={})
 
 
 def _room(shelf: Shelf, size: int, changed: bool) -> torch.Tensor:
@@ -192,6 +194,16 @@ def _with_tokens(table: TokenTable, tokens: Mapping[int, Tokens], new: int) -> T
         parts.append(table.ids[table.offsets[start] :])
     offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)])
     return TokenTable(np.concatenate(parts), offsets, table.separator)
+
+
+def passing_items(shelf: Shelf, only: Mapping[str, Sequence[str]]) -> BoolArray:
+    """Return :func:`fedmerge.serving.filters.passing`, which shops ask for again and again; it must not be changed."""
+    key = json.dumps(only)
+    if (found := shelf.filtered.get(key)) is None:
+        if len(shelf.filtered) >= KEPT_FILTERS:
+            shelf.filtered.clear()
+        found = shelf.filtered[key] = passing(shelf.catalog, only)
+    return found
 
 
 def positions_of(shelf: Shelf, item_ids: Sequence[str]) -> IntArray:
