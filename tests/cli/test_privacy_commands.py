@@ -18,6 +18,7 @@ from fedmerge.privacy.dp.accountant import calibrate_noise, spent_epsilon
 from fedmerge.privacy.dp.releases import METRIC_SUMS, Release
 from fedmerge.privacy.dp.replacement import replaced_epsilon
 from fedmerge.privacy.dp.statement import privacy_statement
+from fedmerge.report.run.promise import PRIVACY_SECTION
 
 Capsys = pytest.CaptureFixture[str]
 TRAINING = ("--users", "1200", "--batch", "128", "--steps", "40", "--delta", "1e-4", "--accountant", "rdp")
@@ -145,13 +146,20 @@ def test_the_ledger_and_the_page_say_what_is_bounded_and_what_is_not(
     statement = privacy_statement(dp, {"books": records}, evaluated=by_domain, noised_metrics=not by_domain)
     write_json(run / "privacy.json", statement)
     found = statement["domains"]["books"]
-    numbers = [f"ε = {found['epsilon']:.3g}", "1e-05", f"ε = {found['epsilon_replaced']:.3g}"]
+    numbers = [f"{found['epsilon']:.3g}", "1e-05", f"{found['epsilon_replaced']:.3g}"]
     text = output(capsys, "privacy", "ledger", run)
     output(capsys, "report", run, "--out", run / "page.html")
     page = (run / "page.html").read_text(encoding="utf-8")
     sections = re.findall(r"<section.*?</section>", page, flags=re.DOTALL)
-    first_section = html.unescape(re.sub("<[^>]*>", "", sections[0]))
-    assert "In short" in first_section
-    for told in (text, first_section):
-        for word in (*numbers, *wanted, *statement["not_covered"]):
+    first, promise = (
+        html.unescape(re.sub("<[^>]*>", "", section))
+        for section in sections
+        if "In short" in section or f'id="{PRIVACY_SECTION}"' in section
+    )
+    assert f"ε = {found['epsilon']:.3g}, δ = 1e-05" in first
+    assert "Not covered" in first
+    for told in (text, first + promise):
+        for word in (*numbers, *statement["not_covered"]):
             assert word in told
+        for word in wanted:
+            assert word in told.lower()
