@@ -31,6 +31,7 @@ from fedmerge.serving.listing import Listing
 from fedmerge.serving.recommender import History, Recommendation, read_history, similar_items
 
 ANSWER_SECONDS = 30.0  # until a request gives up waiting
+LOCAL_NAMES = ("127.0.0.1", "localhost", "::1")
 STATUS = {BusyError: 503, SwapInProgressError: 409}  # of other errors that are raised on purpose: 422
 REFUSALS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorAnswer, "description": meaning}
@@ -38,12 +39,13 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def make_app(service: Service, may_change: bool) -> FastAPI:
-    """Return the application.
+def make_app(service: Service, *, has_key: bool, is_local: bool) -> FastAPI:
+    """Return the application. Whoever has the key may change items and models; without one, this machine alone.
 
     Args:
         service: what is served.
-        may_change: False refuses changes of items and swaps, where anybody could ask for them.
+        has_key: every request that arrives has given the key.
+        is_local: only this machine reaches the application.
     """
     app = FastAPI(
         title="fedmerge serve",
@@ -58,7 +60,7 @@ def make_app(service: Service, may_change: bool) -> FastAPI:
     app.add_exception_handler(HTTPException, _http_error)
 
     _add_lists(app, service)
-    _add_changes(app, service, may_change)
+    _add_changes(app, service, has_key, is_local)
     _add_state(app, service)
     return app
 
@@ -97,15 +99,21 @@ def _add_lists(app: FastAPI, service: Service) -> None:
         return _answer(shelf, "cosine", found, [])
 
 
-def _add_changes(app: FastAPI, service: Service, may_change: bool) -> None:
-    def check_may_change() -> None:
-        if not may_change:
-            raise HTTPException(403, "items and models are changed with a key alone: start with --api-key-file FILE")
+def _add_changes(app: FastAPI, service: Service, has_key: bool, is_local: bool) -> None:
+    def check_may_change(request: Request) -> None:
+        # A web page that makes its own name lead to this machine asks under that name.
+        if not has_key and not (is_local and request.url.hostname in LOCAL_NAMES):
+            where = "" if is_local else ", since others reach this address"
+            raise HTTPException(
+                403,
+                f"items and models are changed with a key, or at one of {', '.join(LOCAL_NAMES)}{where}: start with "
+                "--api-key-file FILE",
+            )
 
     @app.put("/items", responses=REFUSALS)
-    def items(body: ItemsBody) -> ItemsAnswer:
+    def items(body: ItemsBody, request: Request) -> ItemsAnswer:
         """Add items, or change their text or whether they are available; the next request sees them."""
-        check_may_change()
+        check_may_change(request)
         changes = [ItemChange(item.item_id, item.attributes, item.available) for item in body.items]
         try:
             added, changed, number = service.change(changes)
@@ -114,9 +122,9 @@ def _add_changes(app: FastAPI, service: Service, may_change: bool) -> None:
         return ItemsAnswer(added=added, changed=changed, items=number)
 
     @app.post("/swap", responses=REFUSALS)
-    def swap(body: SwapBody) -> SwapAnswer:
+    def swap(body: SwapBody, request: Request) -> SwapAnswer:
         """Serve another run from now on, or the same with the catalog as it is on disk now; no request is dropped."""
-        check_may_change()
+        check_may_change(request)
         start = service.uptime_seconds
         shelf = service.swap(body.model, body.served)
         return SwapAnswer(model=shelf.label, run=_run(shelf), seconds=service.uptime_seconds - start)

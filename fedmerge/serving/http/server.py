@@ -62,9 +62,9 @@ def make_server(service: Service, bound: socket.socket, key: str | None) -> uvic
         bound: of :func:`bind`.
         key: that requests must give; None asks for none. Without it, only this machine may change items or models.
     """
-    app = guarded(make_app(service, key is not None or is_loopback(bound)), key, service.metrics)
+    app = make_app(service, has_key=key is not None, is_local=is_loopback(bound))
     config = uvicorn.Config(
-        app,
+        guarded(app, key, service.metrics),
         log_level="warning",
         access_log=False,
         lifespan="off",

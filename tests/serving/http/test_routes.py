@@ -163,6 +163,12 @@ def test_where_anybody_may_ask_nobody_changes_anything_without_a_key(service: Se
         assert ask(address, "/recommend", {"history": [service.shelf.catalog.item_ids[0]]})[0] == 200
 
 
+def test_a_web_page_whose_name_leads_here_changes_nothing(address: str) -> None:
+    for headers, status in (({"Host": "evil.example:8000"}, 403), ({"Host": "localhost:8000"}, 200)):
+        body = {"items": [{"item_id": "x", "attributes": {"title": "x"}}]}
+        assert ask(address, "/items", body, "PUT", **headers)[0] == status
+
+
 def test_popularity_that_nobody_counted_is_refused(service: Service) -> None:
     service.shelf = replace(service.shelf, counts=None)
     with answering(service) as address:
