@@ -148,7 +148,7 @@ def export_served(
         write_json(folder / HEAD_FILE, record)
 
     provenance["head"] = {"model": served.decision.model, "domain": place.manifest.name, "sha256": record["sha256"]}
-    recipe = encode_recipe(to, int8, _IMPORTS)
+    recipe = encode_recipe(to, _IMPORTS)
     return write(provenance, sections=_section(place, served, head, recipe) + about, add=add_head)
 
 

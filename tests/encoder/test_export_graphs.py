@@ -22,7 +22,7 @@ from fedmerge.encoder.adapted import folded
 from fedmerge.encoder.backbone import Backbone, load_backbone
 from fedmerge.encoder.encode import embed_batch
 from fedmerge.encoder.export.folder import export_model
-from fedmerge.encoder.export.formats import Format, check_format, graph_file
+from fedmerge.encoder.export.formats import GRAPH_FILES, Format, check_format
 from fedmerge.encoder.export.graph import graph_encoder, write_graph
 from fedmerge.encoder.export.probes import FLOAT32_LIMIT
 from fedmerge.encoder.text import Tokens
@@ -72,11 +72,11 @@ def check_export(
     assert {path.parts[0] for path in map(Path, contents(tmp_path / "out"))} == {
         *("1_Pooling", "2_Normalize", "README.md", "config.json", "config_sentence_transformers.json", "modules.json"),
         *("provenance.json", "sentence_bert_config.json", "text.json", "tokenizer.json", "tokenizer_config.json"),
-        graph_file(to, int8).partition("/")[0],
+        GRAPH_FILES[to].partition("/")[0],
     }
     encoder = folded(backbone, adapter)
     wanted = torch.cat([embed_batch(encoder, [tokens(backbone, text)]) for text in TEXTS]).detach().numpy()
-    encode = graph_encoder(tmp_path / "out", to, int8, TEXT.max_tokens, backbone.special.pad)
+    encode = graph_encoder(tmp_path / "out", to, TEXT.max_tokens, backbone.special.pad)
     np.testing.assert_allclose(encode(TEXTS), wanted, atol=atol)
     np.testing.assert_allclose(encode(TEXTS[:1]), wanted[:1], atol=atol)  # a text does not depend on the others
     without = embed_batch(backbone, [tokens(backbone, text) for text in TEXTS]).numpy()
@@ -146,7 +146,7 @@ def test_other_families(build: Callable[[], PreTrainedModel], pooling: str, tmp_
     torch.manual_seed(0)
     encoder = replace(shape, model=build().train(False).requires_grad_(False))
     write_graph(encoder, tmp_path, "onnx", False)
-    session = onnxruntime.InferenceSession(str(tmp_path / graph_file("onnx", False)))
+    session = onnxruntime.InferenceSession(str(tmp_path / GRAPH_FILES["onnx"]))
     for lengths in ((1,), (5, 3, 5), (30, 7)):
         ids = torch.randint(4, 40, (len(lengths), max(lengths)))
         mask = torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedmerge.encoder.backbone import Backbone
-from fedmerge.encoder.export.formats import Format, graph_file
+from fedmerge.encoder.export.formats import GRAPH_FILES, Format
 from fedmerge.encoder.export.probes import Deviation
 
 TEXT_FILE = "text.json"
@@ -71,19 +71,17 @@ def history_text(items):  # oldest first; the text begins with the newest
 """
 
 
-def encode_recipe(to: Format, int8: bool, imports: Sequence[str] = ()) -> str:
+def encode_recipe(to: Format, imports: Sequence[str] = ()) -> str:
     """Return Python that defines ``FOLDER``, ``text`` and ``encode``, from n texts to vectors (n, d).
 
     Args:
         to: format of the folder.
-        int8: its precision.
         imports: more import statements.
     """
     lines = {*_IMPORTS[to], "from tokenizers import Tokenizer", *imports}
     ordered = sorted(lines, key=lambda line: (line.startswith("from"), line))
     code, load, run = _ENCODE[to]
-    file = "" if to == "sentence-transformers" else graph_file(to, int8)
-    code = code.replace("LOAD", load.replace("FILE", file)).replace("RUN", run)
+    code = code.replace("LOAD", load.replace("FILE", GRAPH_FILES.get(to, ""))).replace("RUN", run)
     return "\n".join(["import json", "", *ordered, _READ]) + code
 
 
@@ -133,7 +131,7 @@ It maps the text of an item, or of a user's history, to a vector of {backbone.wi
 pooling, L2-normalised); the cosine of the two is the score.
 
 ```python
-{encode_recipe(to, int8)}{_TEXTS}items = {json.dumps(examples, ensure_ascii=False)}
+{encode_recipe(to)}{_TEXTS}items = {json.dumps(examples, ensure_ascii=False)}
 scores = encode([item_text(item) for item in items]) @ encode([history_text(items)])[0]
 ```
 

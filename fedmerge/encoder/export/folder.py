@@ -79,7 +79,7 @@ def export_model(
     record = _text_record(backbone, text, template)
     with new_folder(folder) as partial:
         _write_tokenizer(backbone, partial, text.max_tokens)
-        _write_modules(backbone, partial, text.max_tokens)
+        _write_modules(backbone, partial, text.max_tokens, to)
         write_json(partial / TEXT_FILE, record)
         if to == "sentence-transformers":
             encoder.model.save_pretrained(partial)
@@ -134,7 +134,7 @@ def provenance_of(folder: Path) -> dict[str, Any]:
     return {"method": "expert", "domains": {name: sha256}, "sha256": sha256} if sha256 else {"adapter": name}
 
 
-def _write_modules(backbone: Backbone, folder: Path, max_tokens: int) -> None:
+def _write_modules(backbone: Backbone, folder: Path, max_tokens: int, to: Format) -> None:
     """Write the three modules under names that every version of sentence-transformers knows."""
     names = ("Transformer", "Pooling", "Normalize")
     paths = ("", "1_Pooling", "2_Normalize")
@@ -145,7 +145,7 @@ def _write_modules(backbone: Backbone, folder: Path, max_tokens: int) -> None:
     pooling = {"word_embedding_dimension": backbone.width}
     pooling |= {key: mode == backbone.pooling for mode, key in POOLING_MODES.items()}
     transformer: dict[str, Any] = {"max_seq_length": max_tokens, "do_lower_case": False}
-    if backbone.model.config.model_type in _NO_POOLER:
+    if to == "sentence-transformers" and backbone.model.config.model_type in _NO_POOLER:  # a graph takes no arguments
         transformer["model_args"] = {"add_pooling_layer": False}
     for path in paths[1:]:
         (folder / path).mkdir()

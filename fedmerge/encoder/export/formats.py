@@ -15,8 +15,8 @@ _PACKAGES: Mapping[Format, tuple[str, ...]] = {
     "onnx": (*_GRAPH_WRITERS, "onnxruntime"),
     "openvino": (*_GRAPH_WRITERS, "openvino", "nncf"),
 }
-# Where optimum, sentence-transformers and transformers.js look for them.
-_FILES: Mapping[Format, str] = {"onnx": "onnx/model{}.onnx", "openvino": "openvino/openvino_model{}.xml"}
+# In float32 and int8: where optimum, sentence-transformers and transformers.js look for them.
+GRAPH_FILES: Mapping[Format, str] = {"onnx": "onnx/model.onnx", "openvino": "openvino/openvino_model.xml"}
 
 
 def check_format(to: Format, int8: bool) -> None:
@@ -25,8 +25,9 @@ def check_format(to: Format, int8: bool) -> None:
     Raises:
         ConfigError: a package is not installed, or the format has no int8.
     """
-    if int8 and to not in _FILES:
-        raise ConfigError(f"export: found int8 with {to}, expected it with {' or '.join(_FILES)}. Give one of them.")
+    if int8 and to not in GRAPH_FILES:
+        others = " or ".join(GRAPH_FILES)
+        raise ConfigError(f"export: found int8 with {to}, expected it with {others}. Give one of them.")
     if missing := [name for name in packages(to, int8) if importlib.util.find_spec(name) is None]:
         raise ConfigError(
             f"export to {to}: {', '.join(missing)} not installed. Install with pip install 'fedmerge[{to}]', or export "
@@ -37,8 +38,3 @@ def check_format(to: Format, int8: bool) -> None:
 def packages(to: Format, int8: bool) -> tuple[str, ...]:
     """Return the packages that write a format, beside PyTorch."""
     return tuple(name for name in _PACKAGES[to] if int8 or name != "nncf")
-
-
-def graph_file(to: Format, int8: bool) -> str:
-    """Return the path of the graph in the folder of an export to ONNX or OpenVINO."""
-    return _FILES[to].format("_int8" if int8 else "")

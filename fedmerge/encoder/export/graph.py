@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 
 from fedmerge.encoder.backbone import Backbone
 from fedmerge.encoder.encode import pool
-from fedmerge.encoder.export.formats import Format, graph_file
+from fedmerge.encoder.export.formats import GRAPH_FILES, Format
 from fedmerge.errors import BackboneError
 
 INPUTS, VECTORS = ("input_ids", "attention_mask"), "sentence_embedding"
@@ -61,7 +61,7 @@ def write_graph(backbone: Backbone, folder: Path, to: Format, int8: bool) -> Non
     Raises:
         BackboneError: the model cannot be expressed as a graph.
     """
-    path = folder / graph_file(to, int8)
+    path = folder / GRAPH_FILES[to]
     path.parent.mkdir()
     if to == "onnx" and not int8:
         _write_onnx(backbone, path)
@@ -74,15 +74,18 @@ def write_graph(backbone: Backbone, folder: Path, to: Format, int8: bool) -> Non
             _write_openvino(unfinished / "model.onnx", path, int8)
 
 
-def graph_encoder(folder: Path, to: Format, int8: bool, max_tokens: int, pad_id: int) -> Encode:
+def graph_encoder(
+    folder: Path, to: Format, max_tokens: int, pad_id: int, *, threads: int = 0, bfloat16: bool = False
+) -> Encode:
     """Load a graph and its tokenizer as an exported folder's own recipe does, without anything of fedmerge's.
 
     Args:
         folder: of the export.
         to: ONNX or OpenVINO.
-        int8: of the file.
         max_tokens: longer texts are cut.
         pad_id: id of the token that pads a batch.
+        threads: threads to use; 0 leaves it to ONNX Runtime or OpenVINO.
+        bfloat16: let OpenVINO compute in bfloat16 where the processor has it, which is its own default.
 
     Returns:
         Function from n texts to float32 (n, d).
@@ -90,7 +93,8 @@ def graph_encoder(folder: Path, to: Format, int8: bool, max_tokens: int, pad_id:
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.enable_truncation(max_tokens)
     tokenizer.enable_padding(pad_id=pad_id)
-    run = {"onnx": _onnx_runtime, "openvino": _openvino}[to](folder / graph_file(to, int8))
+    path = folder / GRAPH_FILES[to]
+    run = _onnx_runtime(path, threads) if to == "onnx" else _openvino(path, threads, bfloat16)
 
     def encode(texts: Sequence[str]) -> npt.NDArray[np.float32]:
         batch = tokenizer.encode_batch(list(texts))
@@ -99,16 +103,19 @@ def graph_encoder(folder: Path, to: Format, int8: bool, max_tokens: int, pad_id:
     return encode
 
 
-def _onnx_runtime(path: Path) -> Callable[..., npt.NDArray[np.float32]]:
+def _onnx_runtime(path: Path, threads: int) -> Callable[..., npt.NDArray[np.float32]]:
     import onnxruntime  # noqa: PLC0415  # an optional package
 
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     return lambda *arrays: np.asarray(session.run([VECTORS], dict(zip(INPUTS, arrays, strict=True)))[0])
 
 
-def _openvino(path: Path) -> Callable[..., npt.NDArray[np.float32]]:
-    # Otherwise OpenVINO computes in bfloat16 where the processor has it.
-    model = _import_silently("openvino").compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+def _openvino(path: Path, threads: int, bfloat16: bool) -> Callable[..., npt.NDArray[np.float32]]:
+    settings: dict[str, Any] = {} if bfloat16 else {"INFERENCE_PRECISION_HINT": "f32"}
+    settings |= {"INFERENCE_NUM_THREADS": threads} if threads else {}
+    model = _import_silently("openvino").compile_model(str(path), "CPU", settings)
     return lambda *arrays: np.array(model(dict(zip(INPUTS, arrays, strict=True)))[VECTORS])
 
 

@@ -67,7 +67,7 @@ def measure_deviation(
     if to == "sentence-transformers":
         found = _reloaded(encoder, folder, text.max_tokens)(probes)
     else:
-        found = graph_encoder(folder, to, int8, text.max_tokens, encoder.special.pad)(probes)
+        found = graph_encoder(folder, to, text.max_tokens, encoder.special.pad)(probes)
     products = (found * wanted).sum(axis=1) / np.linalg.norm(found, axis=1) / np.linalg.norm(wanted, axis=1)
     largest = float(np.max(1 - products))
     deviation = Deviation(max(0.0, largest), len(probes), INT8_LIMIT if int8 else FLOAT32_LIMIT)
