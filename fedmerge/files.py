@@ -208,6 +208,18 @@ def make_folder(folder: Path) -> None:
         sync(place.parent)
 
 
+def folder_size(folder: Path) -> int:
+    """Return the bytes of all files below a folder, or of a file; links and what vanishes meanwhile do not count."""
+    total = 0
+    for path in [folder] if folder.is_file() else folder.rglob("*"):
+        try:
+            if path.is_file() and not path.is_symlink():
+                total += path.stat().st_size
+        except OSError:
+            continue
+    return total
+
+
 def read_json(path: Path) -> Any:
     """Read a JSON file of a run; None if it does not exist. A seal is verified and removed.
 

@@ -54,6 +54,16 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] |
     return (tensors, facts) if whole else None
 
 
+def read_facts(path: Path) -> dict[str, Any] | None:
+    """Read the facts alone, without checking the tensors; None if the file is missing, damaged or without facts."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            facts = json.loads((file.metadata() or {})["facts"])
+    except (OSError, SafetensorError, ValueError, LookupError):
+        return None
+    return facts if isinstance(facts, dict) else None
+
+
 def _digest(text: str, tensors: Mapping[str, torch.Tensor]) -> str:
     digest = hashlib.sha256(text.encode())
     for name, tensor in sorted(tensors.items()):

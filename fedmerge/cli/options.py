@@ -112,8 +112,13 @@ def adapter_config(options: argparse.Namespace) -> "ExperimentConfig":
     return load_config(options.config or of_run, overrides)
 
 
-def add_runs_folder(parser: argparse._ActionsContainer) -> None:
-    """Add ``--dir``, the folder in which runs are found by their id."""
-    parser.add_argument(
-        "--dir", type=Path, default=Path("runs"), metavar="DIR", help="folder of run folders (default: runs)"
-    )
+def add_runs_folder(parser: argparse._ActionsContainer, *, again: bool = False) -> None:
+    """Add ``--dir``, the folder in which runs are found by their id.
+
+    Args:
+        parser: of the command.
+        again: for an action of a command that has the option: it must not reset what was given before its name.
+    """
+    default = argparse.SUPPRESS if again else Path("runs")
+    told = "folder of run folders (default: runs)"
+    parser.add_argument("--dir", type=Path, default=default, metavar="DIR", help=told)

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from fedmerge.cli.options import Commands
     from fedmerge.config import ExperimentConfig
 
+LATEST = ""  # --resume without a name
+
 
 def add_commands(commands: "Commands") -> None:
     """Add the commands to the parser."""
@@ -18,7 +20,12 @@ def add_commands(commands: "Commands") -> None:
         "config", type=config_file, nargs="?", help="experiment file, or a name from 'fedmerge configs', such as demo"
     )
     run.add_argument(
-        "--resume", metavar="RUN", help="resume an interrupted run, named by its folder or by its name in runs/"
+        "--resume",
+        nargs="?",
+        const=LATEST,
+        metavar="RUN",
+        help="resume an interrupted run, named by its folder or by its name in runs/; without a name the latest there, "
+        "of the given experiment if there is one",
     )
     add_overrides(run)
     add_app(run)
@@ -66,6 +73,11 @@ def _run_on_federation(options: argparse.Namespace) -> int:
     from sim.machines.runs import find_connection, run_on_federation
 
     to = find_connection(options.federation)
+    if options.resume == LATEST and to.operator is None:
+        raise ConfigError(
+            "run: found --resume without a name, expected one: run folders are on the SuperLink's machine. List the "
+            f"runs: fedmerge runs --federation {options.federation}"
+        )
     if options.resume is not None and to.operator is not None:
         config = _config_to_resume(options.resume, options.config, options.overrides, to.operator)
     elif options.config is None:
@@ -95,7 +107,13 @@ def _config_to_resume(run: str, path: Path | None, overrides: list[str], start: 
     from fedmerge.runs.folder import CONFIG_FILE, run_to_resume
 
     given = load_config(path, overrides) if path else None
-    folder = run_to_resume(run, start / (given.output_dir if given else "runs"))
+    root = start / (given.output_dir if given else "runs")
+    if run == LATEST:
+        from fedmerge.runs.overview.resuming import latest_to_resume
+
+        run = str(latest_to_resume(root, given.name if given else None))
+        print(f"resuming {run}", flush=True)
+    folder = run_to_resume(run, root)
     config = given or load_config(folder / CONFIG_FILE, overrides)
     return config.model_copy(update={"output_dir": str(folder.parent), "run_id": folder.name, "resume": True})
 

@@ -20,6 +20,14 @@ def add_commands(commands: "Commands") -> None:
         "--federation", metavar="NAME", help="list the runs of a federation's server instead, with their state"
     )
     runs.set_defaults(command=_runs)
+    actions = runs.add_subparsers(metavar="ACTION")
+    clean = actions.add_parser(
+        "clean", help="delete runs from which nothing can be lost, or the named ones; lists them, unless --yes"
+    )
+    clean.add_argument("runs", nargs="*", metavar="RUN", help="run folder, or the beginning of a run id")
+    add_runs_folder(clean, again=True)
+    clean.add_argument("--yes", action="store_true", help="delete; without it, list only")
+    clean.set_defaults(command=_clean)
     show = commands.add_parser("show", help="show a run: participants, coefficients, results, files")
     show.add_argument("run", metavar="RUN", help="run folder, or the beginning of a run id")
     add_runs_folder(show)
@@ -44,6 +52,20 @@ def _runs(options: argparse.Namespace) -> int:
         print(runs_table(summaries), end="")
     else:
         print(f"{options.dir}: no runs")
+    return 0
+
+
+def _clean(options: argparse.Namespace) -> int:
+    from fedmerge.report.run.listing import cleaning_text
+    from fedmerge.runs.overview.cleaning import delete_run, plan_cleaning
+    from fedmerge.runs.reading import find_run
+
+    planned = plan_cleaning(options.dir, [find_run(name, options.dir) for name in dict.fromkeys(options.runs)])
+    if options.yes:
+        for run in planned:
+            if run.is_deleted:
+                delete_run(run.folder)
+    print(cleaning_text(planned, is_deleted=options.yes), end="")
     return 0
 
 

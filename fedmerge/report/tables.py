@@ -383,6 +383,13 @@ def plain_table(lines: Sequence[tuple[str, Sequence[Cell]]]) -> str:
     return "\n".join([*rows[:2], "-" * (sum(widths) + 2 * len(widths[1:])), *rows[2:]])
 
 
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return rows of texts as lines whose columns begin below each other."""
+    shown = [[one_line(cell) for cell in row] for row in rows]
+    widths = [max(len(cell) for cell in column) for column in zip(*shown, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in shown]
+
+
 def _page(header: Sequence[str], tables: Sequence[str], notes: Sequence[str], table_format: TableFormat) -> str:
     if table_format == "markdown":
         # Two spaces at the end of a line are a line break in Markdown.

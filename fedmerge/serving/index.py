@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedmerge.client.cache.folders import inputs_key
+from fedmerge.client.cache.folders import inputs_key, mark_used
 from fedmerge.errors import ClientError
 from fedmerge.evaluation.ranks import IntArray
 from fedmerge.tensor_files import read_tensors, write_tensors
@@ -98,6 +98,7 @@ def load_or_build_index(
     path = Path(cache_dir).expanduser() / "indexes" / f"{name}-{inputs_key(inputs)}.safetensors"
     none = np.zeros(0, dtype=np.int64)
     if (cached := read_tensors(path)) is not None:
+        mark_used(path)
         file = faiss.deserialize_index(cached[0]["file"].numpy())
         return ItemIndex(file, len(vectors), none, float(cached[1]["recall"]))
     logger.info("%s: indexing %d items", name, len(vectors))

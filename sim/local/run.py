@@ -21,8 +21,6 @@ from fedmerge.runs.folder import (
 from sim.checks import check_simulation
 from sim.local.launch import run_federation
 
-FAILS_AGAIN = ("ConfigError", "PolicyError")  # a resumed run has the same configuration, so these recur
-
 
 def run_experiment(config: ExperimentConfig, app_dir: Path, mark: str | None = None) -> int:
     """Run an experiment, or resume one, and print its log as it comes.
@@ -105,10 +103,9 @@ def _print_remedy(run_dir: Path) -> None:
     """Print how to resume an unfinished run, unless its configuration would fail again."""
     if not (run_dir / CONFIG_FILE).is_file() or (run_dir / DONE).is_file():
         return
-    from fedmerge.runs.reading import failure_of  # noqa: PLC0415  # imports pyarrow; other runs start sooner
+    from fedmerge.runs.overview.resuming import why_not_resumed  # noqa: PLC0415  # imports pyarrow; others start sooner
 
-    error = failure_of(run_dir) or ""
-    if error.startswith(FAILS_AGAIN):
+    if why_not_resumed(run_dir):
         remedy = "resuming would fail in the same way; correct the configuration and start a new run"
     else:
         remedy = f"resume with: fedmerge run --resume {run_dir}"

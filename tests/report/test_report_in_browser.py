@@ -170,7 +170,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Pages of a run, of a benchmark, of a large one with long names and two datasets, and of runs against each other."""
+    """Pages of a run, a benchmark, a large one with long names and two datasets, and runs against each other."""
     place = make_place(tmp_path_factory.mktemp("place"))
     folders = {"run": make_reported_run(place, "shops-20260102-030405-abcd")}
     other = make_reported_run(place, "shops-20260103-030405-abcd", ["lora.rank=4"])

@@ -5,7 +5,7 @@ from pathlib import Path
 
 LEARNED = ("experts", "heads", "personal", "sasrec")  # from interactions
 RECORDS = ("released", "sums", "disclosed")  # of what has left
-REMADE = ("tokens", "item-vectors", "cohorts")  # of catalogs and received adapters
+REMADE = ("tokens", "item-vectors", "indexes", "cohorts")  # of catalogs and received adapters
 
 
 def cached_of(domain: str, cache_dir: Path) -> dict[str, list[Path]]:

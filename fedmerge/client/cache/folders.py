@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import os
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,12 @@ def inputs_key(inputs: Mapping[str, Any]) -> str:
         inputs: everything that the result depends on, as JSON types.
     """
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def mark_used(path: Path) -> None:
+    """Note that a cache entry is in use: what can be made again is deleted when it was not used for long."""
+    with suppress(OSError):  # a cache of somebody else, or on a read-only disk
+        os.utime(path)
 
 
 def fill_folder(folder: Path, write: Callable[[Path], None], is_whole: Callable[[], bool], what: str) -> None:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from fedmerge import __version__
-from fedmerge.client.cache.folders import fill_folder, inputs_key
+from fedmerge.client.cache.folders import fill_folder, inputs_key, mark_used
 from fedmerge.domain.catalog import Catalog
 from fedmerge.encoder.backbone import Backbone
 from fedmerge.encoder.text import TokenTable, build_token_table
@@ -41,6 +41,7 @@ def load_or_build_tokens(
     inputs = [catalog.sha256, backbone.sha256, max_attribute_tokens, versions]
     folder = cache_dir.expanduser() / "tokens" / f"{catalog.name}-{inputs_key({'inputs': inputs})}"
     if (cached := _read_cached(folder, len(catalog))) is not None:
+        mark_used(folder)
         return cached
     table = build_token_table(catalog, backbone.tokenizer, max_attribute_tokens)
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from fedmerge import __version__
 from fedmerge.adapter import Adapter
-from fedmerge.client.cache.folders import fill_folder, inputs_key
+from fedmerge.client.cache.folders import fill_folder, inputs_key, mark_used
 from fedmerge.config import ExperimentConfig
 from fedmerge.domain.catalog import Catalog
 from fedmerge.encoder.backbone import Backbone
@@ -105,6 +105,7 @@ def cache_cohort(
             "Use one fedmerge version everywhere."
         )
     if folder.is_dir():
+        mark_used(folder)
         return
     own = config.cohort_learns_on == "own-users"
     pseudo = None

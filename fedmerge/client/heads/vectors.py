@@ -8,7 +8,7 @@ import torch
 
 from fedmerge import __version__
 from fedmerge.adapter import Adapter, adapter_sha256
-from fedmerge.client.cache.folders import inputs_key
+from fedmerge.client.cache.folders import inputs_key, mark_used
 from fedmerge.client.local_domain import LocalDomain
 from fedmerge.config import Text
 from fedmerge.domain.catalog import Catalog
@@ -66,10 +66,12 @@ def load_or_encode(
     key = _vectors_key(catalog, backbone, text, adapter)
     path = Path(cache_dir).expanduser() / "item-vectors" / f"{name}-{key}.safetensors"
     if (cached := read_tensors(path)) is not None and tuple(cached[0]["vectors"].shape) == shape:
+        mark_used(path)
         return cached[0]["vectors"].clone()  # aligned as if computed: products of other rows are rounded differently
     vectors = compute()
     try:
-        write_tensors(path, {"vectors": vectors}, {}, f"domain {name}: its item vectors")
+        facts = {"adapter": "" if adapter is None else adapter_sha256(adapter)}
+        write_tensors(path, {"vectors": vectors}, facts, f"domain {name}: its item vectors")
     except ClientError as error:
         logger.warning("%s", error)
     return vectors

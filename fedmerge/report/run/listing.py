@@ -5,7 +5,10 @@ from typing import Any
 
 from fedmerge.escaping import one_line, printable
 from fedmerge.files import table_or_empty
+from fedmerge.report.html.page import size
 from fedmerge.report.run.alone import their
+from fedmerge.report.tables import aligned
+from fedmerge.runs.overview.cleaning import RunToClean
 from fedmerge.runs.reading import MergeRecord, RunDetails, RunSummary
 from fedmerge.server.choice import served_row
 
@@ -29,10 +32,8 @@ def runs_table(summaries: Sequence[RunSummary]) -> str:
                 _ABSENT if run.test is None else f"{run.metric} {run.test:.4f}",
             )
         )
-    shown = [[one_line(cell) for cell in row] for row in rows]
-    widths = [max(len(row[column]) for row in shown) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in shown]
-    lines.insert(1, "-" * (sum(widths) + 2 * len(widths) - 2))
+    lines = aligned(rows)
+    lines.insert(1, "-" * max(map(len, lines)))
     lines += [one_line(f"{run.id}: {problem}") for run in summaries for problem in run.problems]
     return "\n".join(lines) + "\n"
 
@@ -40,6 +41,23 @@ def runs_table(summaries: Sequence[RunSummary]) -> str:
 def _domains(run: RunSummary) -> str:
     unseen = f" + {len(run.unseen)} unseen" if run.unseen else ""
     return _some(run.train) + unseen + (f", {len(run.missing)} missing" if run.missing else "")
+
+
+def cleaning_text(planned: Sequence[RunToClean], *, is_deleted: bool) -> str:
+    """Return a line for each run: deleted or kept, its size, and why."""
+    words = ("deleted" if is_deleted else "delete", "keep")
+    lines = aligned(
+        [
+            (words[0] if run.is_deleted else words[1], run.folder.name, run.state, size(run.size_bytes), run.why)
+            for run in planned
+        ]
+    )
+    going = [run for run in planned if run.is_deleted]
+    total = f"{len(going)} of {len(planned)} runs, {size(sum(run.size_bytes for run in going))}"
+    end = f"deleted: {total}" if is_deleted else f"{total}. Nothing was deleted; add --yes to delete them."
+    if not going:
+        end = f"nothing to delete among {len(planned)} runs; name a run to delete it: fedmerge runs clean RUN"
+    return "\n".join([*lines, end]) + "\n"
 
 
 def summary_record(run: RunSummary) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The cache of item vectors: encoded once under each adapter, whole or encoded again, and nothing depends on it."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -10,7 +11,7 @@ from adapters import layout_of, random_adapter
 from backbones import tiny_bert
 from run_folders import full_disk
 
-from fedmerge.adapter import Adapter
+from fedmerge.adapter import Adapter, adapter_sha256
 from fedmerge.client.heads.vectors import item_vectors
 from fedmerge.client.local_domain import LocalDomain, open_domain
 from fedmerge.config import Text
@@ -19,7 +20,7 @@ from fedmerge.domain.demo import write_demo
 from fedmerge.encoder.backbone import load_backbone
 from fedmerge.encoder.encode import encode
 from fedmerge.encoder.lora import applied
-from fedmerge.tensor_files import write_tensors
+from fedmerge.tensor_files import read_facts, write_tensors
 
 TEXT = Text(max_attribute_tokens=6, max_items=3, max_tokens=48)
 
@@ -55,6 +56,12 @@ def test_items_are_encoded_once_under_each_adapter(domain: LocalDomain, adapter:
     assert torch.equal(item_vectors(domain, None, cache), domain.backbone_item_vectors)
     assert not torch.equal(expected, domain.backbone_item_vectors)
     assert torch.equal(item_vectors(blind(domain), None, cache), domain.backbone_item_vectors)
+    facts = [read_facts(path) for path in files(tmp_path)]
+    assert {str(each["adapter"]) for each in facts if each} == {"", adapter_sha256(adapter)}
+    os.utime(files(tmp_path)[0], (1, 1))
+    for each in (adapter, None):
+        item_vectors(domain, each, cache)
+    assert files(tmp_path)[0].stat().st_mtime > 1  # that it was used is noted
     assert [path.name.rpartition("-")[0] for path in files(tmp_path)] == ["coffee", "coffee"]
 
 
