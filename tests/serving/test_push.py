@@ -3,9 +3,12 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from hub_server import TOKEN, Hub, Repository, running_hub
+from report_folders import make_reported_run
 from run_folders import UNSEEN, Place, contents, make_place, make_run, output, refusal
 from runs_with_heads import DOMAIN, make_run_with_heads, serve, train_head
 
@@ -58,7 +61,9 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_the_card_says_what_the_data_the_privacy_and_the_scores_are(run: Path, tmp_path: Path, capsys: Capsys) -> None:
+def test_the_card_says_what_the_data_the_privacy_and_the_scores_are(
+    place: Place, run: Path, tmp_path: Path, capsys: Capsys
+) -> None:
     output(capsys, "export", run / "merged" / "average", tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
     for wanted in (
@@ -74,12 +79,27 @@ def test_the_card_says_what_the_data_the_privacy_and_the_scores_are(run: Path, t
     card = (tmp_path / "expert" / "README.md").read_text()
     assert "| books | 0.0250 |" in card
     assert "| coffee | 0." not in card  # the expert of coffee is another model
+    reported = make_reported_run(place, "reported")
+    output(capsys, "export", reported / "merged" / "average", tmp_path / "reported")
+    card = (tmp_path / "reported" / "README.md").read_text()
+    assert "| domain | this model | backbone | popularity | last item |" in card
+    table = {row["domain"]: row["sum"] / row["num_users"] for row in measured(reported, "average")}
+    better = {row["domain"]: row["sum"] / row["num_users"] for row in measured(reported, "popularity")}
+    assert all(f"| {name} | {value:.4f} |" in card for name, value in table.items())
+    below = [name for name, value in table.items() if value < better[name]]
+    assert ("Popularity ranks better than this model in " + ", ".join(below) in card) == bool(below)
     (run / "privacy.json").write_text(json.dumps(STATEMENT))
     output(capsys, "export", run, tmp_path / "served", "--domain", run.parents[1] / "domains" / "coffee")
     (run / "privacy.json").unlink()
     card = (tmp_path / "served" / "README.md").read_text()
     assert "- books: ε = 3, δ = 1e-05 for one user added or removed, ε = 6 for one user replaced by another." in card
     assert "- Not covered: the metric sums." in card
+
+
+def measured(run: Path, method: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = pq.read_table(run / "metrics.parquet").to_pylist()
+    wanted = {"split": "test", "variant": "unmasked", "metric": "ndcg@10", "method": method}
+    return [row for row in rows if row.items() >= wanted.items()]
 
 
 STATEMENT = {

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -124,6 +125,34 @@ def test_the_card_says_where_the_weights_of_a_federated_head_are_from(
     assert mean in card(fused, DOMAIN, "joined")  # the settings train it, but it joined as an unseen domain
     write_heads(run, DOMAIN, {}, {})
     assert f"chosen on users of {DOMAIN}" in card(fused, DOMAIN, "trained")
+
+
+@pytest.mark.slow
+def test_the_recipe_of_a_head_with_onnx(place: Place, run: Path, tmp_path: Path, capsys: Capsys) -> None:
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    serve(run, "head on the merge, fused")
+    output(capsys, "export", run, tmp_path / "out", "--domain", place.domains / DOMAIN, "--to", "onnx")
+    here = open_run(run, place.domains / DOMAIN, config_of(run))
+    items = here.catalog.item_ids
+    wanted = recommend(served_recommender(here, load_served(here)), [items[3], items[8]], len(items))
+    script = f"{recipe_of(tmp_path / 'out')}print('SCORES', score({[items[3], items[8]]}).tolist())\n"
+    done = subprocess.run([sys.executable, "-I", "-c", script], capture_output=True, text=True, check=True)
+    found = done.stdout.partition("SCORES ")[2].replace("-inf", "-Infinity")
+    scores = dict(zip(items, json.loads(found), strict=True))
+    assert [scores[each.item_id] for each in wanted] == pytest.approx([each.score for each in wanted], abs=1e-4)
+
+
+def test_all_files_are_readable_by_others(place: Place, run: Path, tmp_path: Path, capsys: Capsys) -> None:
+    serve(run, "head on the merge, fused")
+    before = os.umask(0o022)
+    try:
+        output(capsys, "export", run, tmp_path / "out", "--domain", place.domains / DOMAIN)
+    finally:
+        os.umask(before)
+    paths = [tmp_path / "out", *(tmp_path / "out").rglob("*")]
+    assert {path.stat().st_mode & 0o777 for path in paths if path.is_file()} == {0o644}
+    assert {path.stat().st_mode & 0o777 for path in paths if path.is_dir()} == {0o755}
 
 
 def test_a_text_model_is_exported_as_its_adapter_is(place: Place, run: Path, tmp_path: Path, capsys: Capsys) -> None:

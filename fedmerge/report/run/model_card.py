@@ -2,15 +2,14 @@
 
 import math
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fedmerge.config import Baseline
 from fedmerge.config.privacy import ALLOWED, Policy
 from fedmerge.errors import RunDirError
-from fedmerge.evaluation.sums import BACKBONE, EXPERT
+from fedmerge.evaluation.sums import BACKBONE, EXPERT, LAST_ITEM
 from fedmerge.files import read_record
 from fedmerge.merging.candidate import Provenance
 from fedmerge.privacy.dp.statement import PRIVACY_FILE, summarise_statement
@@ -18,6 +17,7 @@ from fedmerge.runs.checkpoints import ADAPTERS, MERGED
 from fedmerge.runs.reading import RunDetails, describe_run, is_run
 
 METRIC = "ndcg@10"
+_COMPARED = (BACKBONE, "popularity", LAST_ITEM, "item-knn", "sasrec")
 _COUNTS = ("num_users", "num_items", "num_interactions")
 
 
@@ -98,9 +98,7 @@ def _scores(run: Path, row: str | None, domain: str | None) -> list[str]:
     values = {name: of for name, of in values.items() if row in of}
     if row is None or not values:
         return ["The run has no scores of this model on test users."]
-    shown = [
-        name for name in (BACKBONE, *get_args(Baseline)) if name != row and any(name in of for of in values.values())
-    ]
+    shown = [name for name in _COMPARED if name != row and any(name in of for of in values.values())]
     lines = [
         "NDCG@10 of the next item of test users among all items of their domain, also those that they had before.",
         "",
