@@ -64,27 +64,40 @@ class Stack(StackLayout):
     modules: Mapping[str, StackedModule]
 
 
-def survey_adapters(adapters: Mapping[str, Adapter]) -> StackLayout:
+def survey_adapters(adapters: Mapping[str, Adapter], *, values: bool = True) -> StackLayout:
     """Check that K adapters have one layout, reading one at a time; ranks and scalings may differ, modules may not.
 
     Args:
         adapters: domain name -> adapter, in any order. Each is read once.
+        values: False checks names and shapes only.
 
     Raises:
         LayoutMismatchError: an adapter lacks or adds a module, or a factor has another shape than in the first domain.
         MergeError: no adapter, or a value or an update is not finite in float32.
     """
-    return _survey(adapters, values=True)
+    domains, first = _first(adapters)
+    shapes = {name: (module.lora_A.shape[1], module.lora_B.shape[0]) for name, module in first.modules.items()}
+    for domain in domains:
+        adapter = adapters[domain]
+        _check_names(domain, adapter, domains[0], first)
+        for name, module in adapter.modules.items():
+            _check_shape(domain, name, module, domains[0], shapes[name])
+            if values:
+                _check_values(domain, name, module)
+    return StackLayout(domains, *_layers(list(first.modules)))
 
 
-def survey_shapes(adapters: Mapping[str, Adapter]) -> StackLayout:
-    """Check that K adapters have one layout as :func:`survey_adapters` does, without reading their values.
+def layout_of(adapters: Mapping[str, Adapter]) -> StackLayout:
+    """Return the layout of K adapters with modules of the same names; no module is read.
 
     Raises:
-        LayoutMismatchError: as :func:`survey_adapters`.
+        LayoutMismatchError: an adapter lacks or adds a module.
         MergeError: no adapter.
     """
-    return _survey(adapters, values=False)
+    domains, first = _first(adapters)
+    for domain in domains[1:]:
+        _check_names(domain, adapters[domain], domains[0], first)
+    return StackLayout(domains, *_layers(list(first.modules)))
 
 
 def open_stack(adapters: Mapping[str, Adapter]) -> Stack:
@@ -94,19 +107,20 @@ def open_stack(adapters: Mapping[str, Adapter]) -> Stack:
         adapters: domain name -> adapter, in any order. Each is read once; its modules are read when they are used.
 
     Returns:
-        The stack, with domains sorted by name. A module whose values or update are not finite in float32 raises
-        MergeError when it is read.
+        The stack, with domains sorted by name. A module is checked as by :func:`survey_adapters` when it is read.
 
     Raises:
-        LayoutMismatchError, MergeError: as :func:`survey_shapes`.
+        LayoutMismatchError, MergeError: as :func:`layout_of`.
     """
     held = dict(adapters)
-    layout = survey_shapes(held)
+    layout = layout_of(held)
 
     @lru_cache(maxsize=1)
     def stacked(name: str) -> StackedModule:
         parts = [held[domain].modules[name] for domain in layout.domains]
+        shape = (parts[0].lora_A.shape[1], parts[0].lora_B.shape[0])
         for domain, part in zip(layout.domains, parts, strict=True):
+            _check_shape(domain, name, part, layout.domains[0], shape)
             _check_values(domain, name, part)
         return _stack_module(parts)
 
@@ -354,27 +368,21 @@ def _stack_module(parts: list[LoraModule]) -> StackedModule:
     return StackedModule(lora_A, lora_B, torch.repeat_interleave(torch.arange(len(parts), device=lora_A.device), ranks))
 
 
-def _survey(adapters: Mapping[str, Adapter], values: bool) -> StackLayout:
+def _first(adapters: Mapping[str, Adapter]) -> tuple[tuple[str, ...], Adapter]:
+    """Return the domains, sorted, and the adapter of the first."""
     if not adapters:
         raise MergeError("merge: found no adapter, expected at least one. Check which domains were admitted.")
     domains = tuple(sorted(adapters))
-    first = adapters[domains[0]].modules
-    if not first:
+    first = adapters[domains[0]]
+    if not first.modules:
         raise LayoutMismatchError(f"adapter of {domains[0]!r}: it has no LoRA module. Train it again.")
-    shapes = {name: (module.lora_A.shape[1], module.lora_B.shape[0]) for name, module in first.items()}
-    for domain in domains:
-        adapter = adapters[domain]
-        _check_names(domain, adapter, domains[0], shapes)
-        for name, module in adapter.modules.items():
-            _check_shapes(domain, name, module, domains[0], shapes[name])
-            if values:
-                _check_values(domain, name, module)
-    return StackLayout(domains, *_layers(sorted(first)))
+    return domains, first
 
 
-def _check_names(domain: str, adapter: Adapter, reference: str, expected: Mapping[str, tuple[int, int]]) -> None:
-    """Raise unless an adapter has the modules of ``reference``."""
-    missing, surplus = expected.keys() - adapter.modules.keys(), adapter.modules.keys() - expected.keys()
+def _check_names(domain: str, adapter: Adapter, reference: str, expected: Adapter) -> None:
+    """Raise unless an adapter has the modules of the one of ``reference``."""
+    missing = expected.modules.keys() - adapter.modules.keys()
+    surplus = adapter.modules.keys() - expected.modules.keys()
     if missing or surplus:
         found = [
             f"{what} {', '.join(sorted(names))}" for what, names in (("lacks", missing), ("adds", surplus)) if names
@@ -385,7 +393,7 @@ def _check_names(domain: str, adapter: Adapter, reference: str, expected: Mappin
         )
 
 
-def _check_shapes(domain: str, name: str, module: LoraModule, reference: str, shape: tuple[int, int]) -> None:
+def _check_shape(domain: str, name: str, module: LoraModule, reference: str, shape: tuple[int, int]) -> None:
     """Raise unless a module has the widths (in, out) that it has in ``reference``."""
     (rank, width_in), (width_out, rank_B) = module.lora_A.shape, module.lora_B.shape
     if rank != rank_B or (width_in, width_out) != shape:

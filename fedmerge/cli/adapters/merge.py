@@ -234,7 +234,7 @@ def _merge_settings(options: argparse.Namespace, run: Path | None, folders: dict
     torch.set_num_threads(config.runtime.server_threads)
     out = options.out or remerge.new_merge_folder(run or Path.cwd())
     check_free(out)
-    experts = _experts(options, run, folders, hub)
+    experts = _in_memory(_experts(options, run, folders, hub))  # each merge reads all of them
     backbone, catalogs = None, {}
     if remerge.needs_backbone(config):
         root = (
@@ -286,6 +286,15 @@ def _experts(
     experts = remerge.experts_in(folders, options.exclude, options.base_model, **parts)
     kept = {name: source for name, source in hub.items() if name in experts.adapters}
     return replace(experts, sources=replace(experts.sources, hub=kept))
+
+
+def _in_memory(experts: "Experts") -> "Experts":
+    from dataclasses import replace
+
+    from fedmerge.adapter import in_memory
+
+    adapters = {name: in_memory(adapter) for name, adapter in experts.adapters.items()}
+    return replace(experts, sources=replace(experts.sources, adapters=adapters))
 
 
 def _parts(text: str) -> list[str]:

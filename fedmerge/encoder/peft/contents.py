@@ -136,9 +136,10 @@ def open_contents(folder: Path, leave_out: Iterable[str] = ()) -> Contents:
                 "point. Save it unquantised."
             )
         name, what, part = _identify(key, config, folder)
-        if what not in ("copy", "parameter"):
+        of_lora = what not in ("copy", "parameter")
+        if of_lora:
             trained.add(name)
-        if what not in ("copy", "parameter") and not is_target(name, config):
+        if of_lora and not is_target(name, config):
             ignored.add(name)
         elif part in leave_out:
             left_out.add(part)

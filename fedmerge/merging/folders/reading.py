@@ -14,7 +14,7 @@ from fedmerge.encoder.peft.folder import open_verified
 from fedmerge.encoder.peft.model_weights import ModelWeights, open_weights, read_weight_like
 from fedmerge.errors import BackboneError, LayoutMismatchError, MergeError
 from fedmerge.merging.folders.agreement import agreed_base, agreed_mapping, agreed_setting, agreed_targets
-from fedmerge.merging.stack import dense_module, survey_shapes
+from fedmerge.merging.stack import dense_module, survey_adapters
 
 
 @dataclass(frozen=True)
@@ -131,9 +131,10 @@ def read_folders(
     embeddings = frozenset(name for each in contents.values() for name in each.embeddings)
     for name, each in contents.items():
         _check_parts(name, each, embeddings, whole)
-    read = {name: _folded(name, each, weights) for name, each in contents.items()}
-    adapters, missing = fill_missing(read) if union else (read, {})
-    survey_shapes(adapters)
+    read = {name: each.adapter for name, each in contents.items()}
+    filled, missing = fill_missing(read) if union else (read, {})
+    survey_adapters(filled, values=False)
+    adapters = {name: _folded(name, filled[name], each, weights) for name, each in contents.items()}
     hashes = {name: adapter_record(folders[name]).backbone_sha256 for name in adapters}
     known = {name: sha256 for name, sha256 in hashes.items() if sha256 is not None}
     if len(set(known.values())) > 1:
@@ -204,10 +205,10 @@ def _check_parts(name: str, contents: Contents, embeddings: frozenset[str], whol
         )
 
 
-def _folded(name: str, contents: Contents, base: ModelWeights | None) -> Adapter:
-    """Return the adapter with the update of every DoRA module written out."""
+def _folded(name: str, adapter: Adapter, contents: Contents, base: ModelWeights | None) -> Adapter:
+    """Return an adapter with the update of every DoRA module written out."""
     if not contents.magnitudes:
-        return contents.adapter
+        return adapter
     if base is None:
         raise MergeError(
             f"adapter of {name!r}: use_dora = True; the update of DoRA depends on the weights of the base model. Give "
@@ -218,11 +219,11 @@ def _folded(name: str, contents: Contents, base: ModelWeights | None) -> Adapter
     weights = base
 
     def folded(module: str) -> LoraModule:
-        found, magnitude = contents.adapter.modules[module], contents.magnitudes.get(module)
+        found, magnitude = adapter.modules[module], contents.magnitudes.get(module)
         is_transposed = transposed or module in contents.embeddings
         return found if magnitude is None else fold_dora(found, magnitude, weights, module, is_transposed)
 
-    return Adapter(OnDemand(contents.adapter.modules, folded))
+    return Adapter(OnDemand(adapter.modules, folded))
 
 
 def fold_dora(

@@ -18,7 +18,7 @@ from fedmerge.encoder.peft.names import is_saved_whole
 from fedmerge.errors import BackboneError, LayoutMismatchError, MergeError
 from fedmerge.merging.folders.reading import AdapterFolders
 from fedmerge.merging.methods import METHODS, method_coefficients
-from fedmerge.merging.stack import OTHERS, expand_coefficients, survey_shapes
+from fedmerge.merging.stack import OTHERS, expand_coefficients, layout_of
 from fedmerge.merging.training_free import MergedAdapter
 
 _SUM_TOLERANCE = 1e-6  # of coefficients that are float32, as 1/3
@@ -77,7 +77,7 @@ class _Weights:
     def __init__(self, merged: MergedAdapter, sources: AdapterFolders) -> None:
         self.merged = merged
         self.domains = tuple(sorted(merged.coefficients))
-        self.layout = survey_shapes({name: sources.adapters[name] for name in self.domains})
+        self.layout = layout_of({name: sources.adapters[name] for name in self.domains})
 
     def of(self, name: str, kind: str) -> dict[str, float]:
         """Return domain -> weight, for a parameter of this name."""
