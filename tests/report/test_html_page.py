@@ -111,6 +111,14 @@ def test_absent_numbers_are_dashes_and_never_the_best(reported_bench: BenchTable
     assert not any("★" in cell for row in table for cell in row)  # only one strategy still competes
 
 
+def test_a_row_without_a_model_that_scores_higher_is_named_with_the_best() -> None:
+    for strategies, is_named in ((("popularity", "average", "ties"), False), (("average", "ties", "popularity"), True)):
+        tables = replace(some_bench(strategies, folds=False), references=("popularity",))
+        text = parsed(bench_page(tables)).text
+        assert "Highest Recall@10, training domainsties" in text
+        assert ("popularity scores higher: 0." in text) == is_named
+
+
 def test_cells_that_did_not_finish_are_counted(reported_bench: BenchTables) -> None:
     cells = [
         {**reported_bench.cells[0], "status": "failed", "seconds": None, "why": "out of memory"},

@@ -17,13 +17,14 @@ from fedmerge.report.bench.dataset import (
 from fedmerge.report.bench.differences import differences_section
 from fedmerge.report.bench.few_data import few_data_section
 from fedmerge.report.bench.learning import coefficients_section, curves_section
-from fedmerge.report.bench.notation import counted, difference_text, metric_title, score_html
+from fedmerge.report.bench.notation import counted, difference_text, metric_title, score_html, score_text
 from fedmerge.report.bench.privacy import privacy_section
 from fedmerge.report.bench.ranks import ranks_section
 from fedmerge.report.bench.scores import domains_section, scores_section, unseen_section
 from fedmerge.report.bench_tables import FINISHED, BenchTables
 from fedmerge.report.html.looks import Look, assign_looks
 from fedmerge.report.html.page import Html, Section, element, facts, join, page
+from fedmerge.report.run.verdict import SIMPLE
 
 
 def bench_page(
@@ -96,7 +97,12 @@ def _in_short(tables: BenchTables, datasets: Mapping[str, Dataset]) -> Html:
         for role in data.roles:
             scores = scores_of(data, data.variant, role, HEADLINE[0])
             if best := best_strategy(data, scores):
-                texts = (score_html(scores[best]), _against_baseline(data, role, best))
+                higher = [
+                    f"{row} scores higher: {score_text(scores[row])}"
+                    for row in SIMPLE
+                    if row in scores and scores[row].mean > scores[best].mean
+                ]
+                texts = (score_html(scores[best]), *higher, _against_baseline(data, role, best))
                 small = [element("small", text) for text in texts if text]
                 pairs.append(
                     (
