@@ -112,7 +112,7 @@ def test_a_run_succeeds_and_its_folder_is_complete(first: Run) -> None:
     assert files == {
         *top.split(),
         *tables.split(),
-        *("report.txt", "run.log", "attempts.jsonl", "DONE"),
+        *("report.txt", "report.html", "run.log", "attempts.jsonl", "DONE"),
         *(f"adapters/{domain}/{file}" for domain in ("beauty", "books") for file in (*peft, "training.json")),
         *(f"merged/{label.replace(' ', '-')}/{file}" for label in CANDIDATES for file in (*peft, "provenance.json")),
         *(f"merged/{name}/{picture}.png" for name in LEARNED for picture in ("coefficients", "losses")),
