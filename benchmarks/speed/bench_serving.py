@@ -52,35 +52,42 @@ def running(command: Sequence[str], port: int) -> Iterator[None]:
         process.wait()
 
 
-async def _answer(port: int, body: Any) -> Any:
-    """Send one request on a connection of its own; return the JSON of the answer."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    try:
-        content = json.dumps(body).encode()
-        head = (
-            f"POST /recommend HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(content)}"
-        )
-        writer.write(head.encode() + b"\r\nConnection: close\r\n\r\n" + content)
-        await writer.drain()
-        answer = await reader.read()
-        return json.loads(answer.partition(b"\r\n\r\n")[2])
-    finally:
+Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
+
+async def _answer(port: int, body: Any, idle: list[Connection] | None = None) -> Any:
+    """Send one request; return the JSON of the answer. Connections are kept in ``idle``, as a proxy does."""
+    reader, writer = idle.pop() if idle else await asyncio.open_connection("127.0.0.1", port)
+    content = json.dumps(body).encode()
+    head = f"POST /recommend HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(content)}"
+    writer.write(head.encode() + b"\r\n\r\n" + content)
+    fields = (await reader.readuntil(b"\r\n\r\n")).lower()
+    length = int(fields.partition(b"content-length:")[2].partition(b"\r")[0])
+    answer = json.loads(await reader.readexactly(length))
+    if idle is None:
         writer.close()
+    else:
+        idle.append((reader, writer))
+    return answer
 
 
 async def latencies(port: int, histories: Sequence[list[str]], rate: float) -> list[float]:
     """Return the seconds from the time when each request was due to its answer."""
     start = time.perf_counter() + 0.1
+    idle: list[Connection] = []
 
     async def one(number: int) -> float:
         due = start + number / rate
         await asyncio.sleep(max(0.0, due - time.perf_counter()))
-        answer = await _answer(port, {"history": histories[number]})
+        answer = await _answer(port, {"history": histories[number]}, idle)
         if len(answer["recommendations"]) != 10:
             raise SystemExit(f"port {port}: {answer}")
         return time.perf_counter() - due
 
-    return list(await asyncio.gather(*(one(number) for number in range(len(histories)))))
+    found = await asyncio.gather(*(one(number) for number in range(len(histories))))
+    for _, writer in idle:
+        writer.close()
+    return list(found)
 
 
 def load_test(options: argparse.Namespace) -> None:
@@ -99,11 +106,12 @@ def load_test(options: argparse.Namespace) -> None:
             running([sys.executable, *theirs], options.port),
             running([sys.executable, "-m", "fedmerge.cli", *ours, *workers], options.port + 1),
         ):
-            histories = _histories(shop.catalog, 2 * options.requests + WARM_UP)
+            histories = _histories(shop.catalog, round(2 * options.seconds * max(options.rates)) + WARM_UP)
             _compare(services, histories[:20])
             for rate in options.rates:
                 print(f"\n{options.items} items, {rate:g} requests a second, {options.turns} turns")
-                _print(_in_turn(services, histories, rate, options.turns))
+                of_rate = histories[: round(2 * options.seconds * rate) + WARM_UP]
+                _print(_in_turn(services, of_rate, rate, options.turns))
 
 
 def _print(seconds: dict[str, list[list[float]]]) -> None:
@@ -199,7 +207,7 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=12_000)
     parser.add_argument("--users", type=int, default=200)
     parser.add_argument("--rates", type=float, nargs="+", default=[50.0, 5.0], help="requests a second")
-    parser.add_argument("--requests", type=int, default=250, help="of each service in a turn")
+    parser.add_argument("--seconds", type=float, default=5.0, help="of requests to each service in a turn")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="for encoding the catalog")
     parser.add_argument("--workers", type=int, default=None, help="--threads of fedmerge serve")

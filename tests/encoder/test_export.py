@@ -10,7 +10,6 @@ import torch
 from adapters import layout_of, random_adapter
 from backbones import tiny_bert, tiny_roberta
 from run_folders import contents, make_place, make_run, output, refusal
-from sentence_transformers import SentenceTransformer
 
 from fedmerge.adapter import Adapter, LoraModule
 from fedmerge.config import ATTRIBUTES, Text
@@ -40,6 +39,8 @@ def catalog() -> Catalog:
 def test_sentence_transformers_gives_the_same_vectors(
     build: Callable[[Path], Path], pooling: str, catalog: Catalog, tmp_path: Path
 ) -> None:
+    from sentence_transformers import SentenceTransformer  # noqa: PLC0415  # takes seconds, in this process alone
+
     backbone = load_backbone(str(build(tmp_path / "backbone")), pooling, resolve_compute("cpu", "float32"))
     adapter = random_adapter(layout_of(backbone), 2, 1.0, 0)
     export_model(backbone, adapter, tmp_path / "out", TEXT, {"method": "average"})

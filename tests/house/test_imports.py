@@ -1,6 +1,7 @@
 """Allowed imports between packages, read from the source, and the imports of the server's modules."""
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -47,9 +48,10 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imports_of(path: Path) -> set[str]:
+@functools.cache
+def imports_of(path: Path) -> frozenset[str]:
     """Every module that a file imports, wherever in the file; names taken from a package count as its modules."""
-    found = set()
+    found = set[str]()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
@@ -57,7 +59,7 @@ def imports_of(path: Path) -> set[str]:
             assert node.level == 0, f"{path}: a relative import"
             found.add(str(node.module))
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+    return frozenset(found)
 
 
 def part_of(module: str) -> str:

@@ -16,7 +16,8 @@ PUBLIC = {"flwr.app", "flwr.clientapp", "flwr.serverapp"}
 def flower_imports(path: Path) -> list[tuple[str, str]]:
     """Return (module, name) of everything that a file imports from Flower."""
     found = []
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    text = path.read_text(encoding="utf-8")
+    for node in ast.walk(ast.parse(text if "flwr" in text else "")):
         if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] == "flwr":
             found += [(str(node.module), alias.name) for alias in node.names]
         elif isinstance(node, ast.Import):
