@@ -6,7 +6,7 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedmerge.cli.options import add_overrides, config_file
+from fedmerge.cli.options import add_open, add_overrides, config_file
 
 if TYPE_CHECKING:
     from fedmerge.cli.options import Commands
@@ -18,6 +18,7 @@ def add_commands(commands: "Commands") -> None:
     """Add them to the parser."""
     demo = commands.add_parser("demo", help="run the bundled synthetic federation; a few minutes on two cores")
     add_overrides(demo)
+    add_open(demo)
     demo.set_defaults(command=_demo)
 
     configs = commands.add_parser("configs", help="list, show or copy the configurations that come with fedmerge")
@@ -32,13 +33,12 @@ def add_commands(commands: "Commands") -> None:
 
 
 def _demo(options: argparse.Namespace) -> int:
+    from fedmerge.cli.run import run_here
     from fedmerge.config import load_config, with_absolute_paths
     from fedmerge.installation import find_config, root
 
     config = with_absolute_paths(load_config(find_config("demo"), options.overrides), Path.cwd())
-    from sim.local.run import run_experiment
-
-    return run_experiment(config, root())
+    return run_here(config, root(), then_open=options.open)
 
 
 def _list(options: argparse.Namespace) -> int:

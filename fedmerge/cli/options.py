@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -122,3 +123,16 @@ def add_runs_folder(parser: argparse._ActionsContainer, *, again: bool = False) 
     default = argparse.SUPPRESS if again else Path("runs")
     told = "folder of run folders (default: runs)"
     parser.add_argument("--dir", type=Path, default=default, metavar="DIR", help=told)
+
+
+def add_open(parser: argparse._ActionsContainer) -> None:
+    """Add ``--open`` for :func:`open_page`."""
+    parser.add_argument("--open", action="store_true", help="open the page in a browser")
+
+
+def open_page(path: Path) -> None:
+    """Open a page in the user's browser, or say that there is none."""
+    import webbrowser
+
+    if not webbrowser.open(path.resolve().as_uri()):
+        print(f"fedmerge: found no browser; open {path} in one", file=sys.stderr)

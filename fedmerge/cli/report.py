@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedmerge.cli.options import add_runs_folder
+from fedmerge.cli.options import add_open, add_runs_folder, open_page
 
 if TYPE_CHECKING:
     from fedmerge.cli.options import Commands
@@ -30,6 +30,7 @@ def add_commands(commands: "Commands") -> None:
         metavar="FILE",
         help="file to write (default: report.html in the folder; of several runs compared.html in the last one's)",
     )
+    add_open(report)
     report.set_defaults(command=_report)
 
 
@@ -61,4 +62,6 @@ def _report(options: argparse.Namespace) -> int:
         raise RunDirError(f"{out}: expected a file name in an existing folder. Give another --out.")
     write_text(out, text)
     print(out)
+    if options.open:
+        open_page(out)
     return 0

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedmerge.cli.options import add_app, add_overrides, app_folder, config_file
+from fedmerge.cli.options import add_app, add_open, add_overrides, app_folder, config_file, open_page
 
 if TYPE_CHECKING:
     from fedmerge.cli.options import Commands
@@ -30,6 +30,7 @@ def add_commands(commands: "Commands") -> None:
     add_overrides(run)
     add_app(run)
     run.add_argument("--federation", metavar="NAME", help="run on the machines of a federation instead of a simulation")
+    add_open(run)
     run.set_defaults(command=_run)
 
     stop = commands.add_parser("stop", help="stop a run on the machines of a federation")
@@ -61,9 +62,23 @@ def _run(options: argparse.Namespace) -> int:
     else:
         config = with_absolute_paths(load_config(options.config, options.overrides), Path.cwd())
 
+    return run_here(config, app_folder(options), then_open=options.open)
+
+
+def run_here(config: "ExperimentConfig", app_dir: Path, *, then_open: bool) -> int:
+    """Run an experiment with absolute paths on this machine and, if it is wanted, open its page; return the exit code.
+
+    Raises:
+        FedMergeError: as :func:`sim.local.run.run_experiment`.
+    """
+    from fedmerge.runs.folder import REPORT_PAGE, new_run_id
     from sim.local.run import run_experiment
 
-    return run_experiment(config, app_folder(options))
+    config = config.model_copy(update={"run_id": config.run_id or new_run_id(config.name)})
+    code = run_experiment(config, app_dir)
+    if then_open and code == 0:
+        open_page(Path(config.output_dir) / str(config.run_id) / REPORT_PAGE)
+    return code
 
 
 def _run_on_federation(options: argparse.Namespace) -> int:
@@ -72,6 +87,11 @@ def _run_on_federation(options: argparse.Namespace) -> int:
     from sim.checks import check_for_federation
     from sim.machines.runs import find_connection, run_on_federation
 
+    if options.open:
+        raise ConfigError(
+            "run: found --open with --federation, expected one of them: the page is on the SuperLink's machine. Open "
+            "it there: fedmerge report RUN --open"
+        )
     to = find_connection(options.federation)
     if options.resume == LATEST and to.operator is None:
         raise ConfigError(

@@ -1,10 +1,13 @@
 """``fedmerge report``: errors, and atomic writes."""
 
 import shutil
+import webbrowser
 from pathlib import Path
 
 import pytest
 from run_folders import Place, full_disk, make_run, output, refusal
+
+from fedmerge.cli import main
 
 RUN_ID = "shops-20260102-030405-abcd"
 Capsys = pytest.CaptureFixture[str]
@@ -44,6 +47,21 @@ def test_a_damaged_run_is_an_error_with_its_path(
 def test_a_run_without_its_tables_is_refused(run_place: Place, capsys: Capsys) -> None:
     folder = make_run(run_place, "bare-run")  # has no products.parquet
     assert "products.parquet:" in refusal(capsys, "report", folder)
+
+
+def test_the_page_is_opened_in_a_browser(bench_folder: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+
+    def first_time(address: str) -> bool:
+        opened.append(address)
+        return len(opened) == 1
+
+    monkeypatch.setattr(webbrowser, "open", first_time)
+    output(capsys, "report", bench_folder, "--open")
+    assert opened == [(bench_folder / "report.html").as_uri()]
+    assert main(["report", str(bench_folder), "--open"]) == 0
+    assert f"found no browser; open {bench_folder / 'report.html'}" in capsys.readouterr().err
+    assert "the page is on the SuperLink's machine" in refusal(capsys, "run", "demo", "--federation", "prod", "--open")
 
 
 def test_the_file_is_written_atomically(bench_folder: Path, capsys: Capsys) -> None:
