@@ -5,7 +5,7 @@ from pathlib import Path
 
 from fedmerge.backbone_files import find_backbone, missing_target_modules
 from fedmerge.config import DEMO_ROOT, LEARNED_METHODS, ExperimentConfig, Simulation
-from fedmerge.domain.demo import DEMO_DOMAINS
+from fedmerge.domain.demo import BUNDLED_DOMAINS
 from fedmerge.domain.folder import list_domains
 from fedmerge.domain.manifest import (
     DP_BY_USER,
@@ -131,7 +131,7 @@ def _data_problems(config: ExperimentConfig) -> Iterator[str]:
     """Yield problems of the domain folders, as their manifests show them; the bundled demo can only lack a name."""
     root, names = config.domains.root, config.domains.train + config.domains.unseen
     try:
-        known = DEMO_DOMAINS if root == DEMO_ROOT else list_domains(Path(root).expanduser())
+        known = BUNDLED_DOMAINS if root == DEMO_ROOT else list_domains(Path(root).expanduser())
     except FedMergeError as error:
         yield f"domains.root: {error}"
         return

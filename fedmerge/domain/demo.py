@@ -34,6 +34,11 @@ from fedmerge.errors import DomainError
 
 DEMO_VERSION = 1
 DEMO_DOMAINS: tuple[str, ...] = tuple(VOCABULARIES)
+# Shops of the same trades with brands, items, users and habits of their own: two small ones, and one for after training.
+DEMO_BRANCHES = {"camping-small": 150, "coffee-small": 150, "camping-new": 600}  # users
+BUNDLED_DOMAINS: tuple[str, ...] = (*DEMO_DOMAINS, *DEMO_BRANCHES)
+
+NUM_USERS, NUM_ITEMS = 600, 400  # of a domain, unless told otherwise
 
 MAX_DOMAINS = 1000
 MIN_ITEMS, MAX_ITEMS = 20, 20_000
@@ -133,10 +138,10 @@ def demo_names(num_domains: int) -> tuple[str, ...]:
 def write_demo(
     root: Path | str,
     *,
-    num_domains: int = 8,
+    num_domains: int | None = None,
     seed: int = 0,
-    num_users: int = 600,
-    num_items: int = 400,
+    num_users: int | None = None,
+    num_items: int = NUM_ITEMS,
     overwrite: bool = False,
 ) -> tuple[str, ...]:
     """Write the synthetic demo domains as domain folders under ``root``; see ``docs/demo-data.md``.
@@ -146,8 +151,9 @@ def write_demo(
     Args:
         root: parent folder of the domains; created if absent.
         num_domains: 1 to 1000; after DEMO_DOMAINS come numbered variants (same words, other brands, items and habits).
+            None is BUNDLED_DOMAINS.
         seed: another seed gives other data of the same kind; the frozen demo is seed 0.
-        num_users: users of each domain, at least 1.
+        num_users: users of each domain, at least 1; None is 600, or what DEMO_BRANCHES says.
         num_items: items of each domain, 20 to 20000.
         overwrite: replace demo domains that are already there.
 
@@ -157,7 +163,7 @@ def write_demo(
     Raises:
         DomainError: a number out of range, or a folder in the way (checked before anything is written).
     """
-    root, names = Path(root), demo_names(num_domains)
+    root, names = Path(root), BUNDLED_DOMAINS if num_domains is None else demo_names(num_domains)
     present = [name for name in names if (root / name).exists()]
     if present and not overwrite:
         raise DomainError(
@@ -191,7 +197,7 @@ def bundled_demo(cache_dir: Path) -> Path:
     Args:
         cache_dir: created if absent.
     """
-    root = cache_dir / f"demo-v{DEMO_VERSION}"
+    root = cache_dir / f"demo-v{DEMO_VERSION}-{len(BUNDLED_DOMAINS)}"
     if not root.is_dir():
         cache_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".demo-partial-", dir=cache_dir) as unfinished:
@@ -204,22 +210,25 @@ def bundled_demo(cache_dir: Path) -> Path:
     return root
 
 
-def generate_domain(name: str, *, seed: int = 0, num_users: int = 600, num_items: int = 400) -> DemoDomain:
+def generate_domain(
+    name: str, *, seed: int = 0, num_users: int | None = None, num_items: int = NUM_ITEMS
+) -> DemoDomain:
     """Generate one demo domain in memory, hidden variables included.
 
     Args:
-        name: one of DEMO_DOMAINS, or a variant of it such as ``toys-2``.
+        name: one of BUNDLED_DOMAINS, or a variant such as ``toys-2``.
         seed: see :func:`write_demo`.
-        num_users: at least 1.
+        num_users: at least 1; None is 600, or what DEMO_BRANCHES says.
         num_items: 20 to 20000.
 
     Raises:
         DomainError: an unknown name, or a number out of range.
     """
-    if name not in DEMO_DOMAINS and name not in demo_names(MAX_DOMAINS):
+    if name not in BUNDLED_DOMAINS and name not in demo_names(MAX_DOMAINS):
         raise DomainError(
-            f"demo: no domain {name!r}; expected one of {', '.join(DEMO_DOMAINS)}, or a variant such as toys-2."
+            f"demo: no domain {name!r}; expected one of {', '.join(BUNDLED_DOMAINS)}, or a variant such as toys-2."
         )
+    num_users = DEMO_BRANCHES.get(name, NUM_USERS) if num_users is None else num_users
     if num_users < 1:
         raise DomainError(f"demo: num_users is {num_users}, expected at least 1. Ask for more users.")
     if not MIN_ITEMS <= num_items <= MAX_ITEMS:

@@ -9,7 +9,7 @@ from small_bench import FILE, REPOSITORY
 from fedmerge.bench.config import load_bench
 from fedmerge.bench.grid import Grid, open_folder
 from fedmerge.config import DEMO_ROOT
-from fedmerge.domain.demo import DEMO_DOMAINS
+from fedmerge.domain.demo import BUNDLED_DOMAINS
 from fedmerge.errors import ConfigError, RunDirError
 from fedmerge.federated.rules import RULES, check_rounds
 from fedmerge.merging.methods import METHODS
@@ -36,7 +36,7 @@ def test_every_benchmark_of_the_repository_is_valid(file: Path) -> None:
         if config.rounds.rule in ("krum", "multi-krum"):
             assert len(config.domains.train) >= 5
         if config.domains.root == DEMO_ROOT:
-            assert {*config.domains.train, *config.domains.unseen} <= {*DEMO_DOMAINS}
+            assert {*config.domains.train, *config.domains.unseen} <= {*BUNDLED_DOMAINS}
     text = file.read_text()
     assert f"fedmerge bench configs/bench/{file.name} --out bench/{file.stem}" in text
 

@@ -9,7 +9,16 @@ import pytest
 from fedmerge.config import ATTRIBUTES
 from fedmerge.domain import demo
 from fedmerge.domain.catalog import load_catalog
-from fedmerge.domain.demo import DEMO_DOMAINS, DEMO_VERSION, DemoDomain, demo_names, generate_domain, write_demo
+from fedmerge.domain.demo import (
+    BUNDLED_DOMAINS,
+    DEMO_BRANCHES,
+    DEMO_DOMAINS,
+    DEMO_VERSION,
+    DemoDomain,
+    demo_names,
+    generate_domain,
+    write_demo,
+)
 from fedmerge.domain.demo_words import STAGE_WORDS, STYLES, VOCABULARIES
 from fedmerge.domain.folder import domain_info, list_domains, read_manifest
 from fedmerge.domain.interactions import interactions_fingerprint, load_interactions
@@ -28,6 +37,22 @@ FROZEN = {
     "toys-2": (
         "0209efe106f100160d598069dd344fc12f01c45fbbb49bfb64dcb94293a2e6ff",
         "c9d23a39016c6b79c06bb326e8be2c23284a16826b780b72a09448082fc37f43",
+    ),
+}
+
+# The shops of the same trades, at their own sizes.
+FROZEN_BRANCHES = {
+    "camping-small": (
+        "8b36a0079b1d4032a24e76449dd5d2bbfc05cb782d92a1ac2e40f34c3c4c1db9",
+        "f396b2b4966984671b8709fe3994eb923448477b851d0c3f8d8aeaf9fbceef65",
+    ),
+    "coffee-small": (
+        "e1b139ba168e730555a7d98ffc5b26b59955d24670850dca188814613bbadc68",
+        "f9afa68f3f1ea43bf3f2afff250ef9f675e247dab21da614c167fa116ff38131",
+    ),
+    "camping-new": (
+        "03e2bbe6c2724701c63a6f850f656441f71ace52fc58f3cb7bac326063a122aa",
+        "9bfbce860c512b7eb40ac5edcdc6233ab0f4604b214ed0f24f8712ad72eed260",
     ),
 }
 
@@ -64,10 +89,9 @@ def lift(trait_before: np.ndarray, trait_after: np.ndarray) -> float:
 
 def test_content_is_frozen(domains: dict[str, DemoDomain]) -> None:
     assert DEMO_VERSION == 1
-    found = {
-        name: (domains[name].catalog.sha256, interactions_fingerprint(domains[name].interactions)) for name in FROZEN
-    }
-    assert found == FROZEN
+    frozen, made = FROZEN | FROZEN_BRANCHES, domains | {name: generate_domain(name) for name in DEMO_BRANCHES}
+    found = {name: (made[name].catalog.sha256, interactions_fingerprint(made[name].interactions)) for name in frozen}
+    assert found == frozen
     small = {name: generate_domain(name, num_users=60, num_items=40) for name in FROZEN_SMALL}
     assert {
         name: (domain.catalog.sha256, interactions_fingerprint(domain.interactions)) for name, domain in small.items()
@@ -139,16 +163,17 @@ def test_a_thousand_names_are_different() -> None:
 
 
 def test_sizes_lengths_and_density_are_plausible(tmp_path: Path) -> None:
-    for name in write_demo(tmp_path):
+    assert write_demo(tmp_path) == BUNDLED_DOMAINS
+    for name in BUNDLED_DOMAINS:
         info = domain_info(tmp_path / name)
-        assert (info.manifest.num_users, info.manifest.num_items) == (600, 400)
-        assert 5000 <= info.manifest.num_interactions <= 6200
+        assert (info.manifest.num_users, info.manifest.num_items) == (DEMO_BRANCHES.get(name, 600), 400)
+        assert 8.3 <= info.manifest.num_interactions / info.manifest.num_users <= 10.4
         assert info.min_length == 5
         assert 7 <= info.median_length <= 9
         assert info.max_length == 20
         assert 0.02 <= info.density <= 0.026
         assert info.num_short_users == 0
-        assert info.num_unused_items <= 8
+        assert info.num_unused_items <= (8 if info.manifest.num_users == 600 else 60)
         assert 0 < info.num_repeats <= 0.02 * info.manifest.num_interactions
         assert info.attribute_shares["title"] == 1
         assert 0.85 <= info.attribute_shares["brand"] <= 0.97
