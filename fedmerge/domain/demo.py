@@ -34,7 +34,7 @@ from fedmerge.errors import DomainError
 
 DEMO_VERSION = 1
 DEMO_DOMAINS: tuple[str, ...] = tuple(VOCABULARIES)
-# Shops of the same trades with brands, items, users and habits of their own: two small ones, and one for after training.
+# Shops of the same trades with brands, items, users and habits of their own: two small ones, and one that opened later.
 DEMO_BRANCHES = {"camping-small": 150, "coffee-small": 150, "camping-new": 600}  # users
 BUNDLED_DOMAINS: tuple[str, ...] = (*DEMO_DOMAINS, *DEMO_BRANCHES)
 
