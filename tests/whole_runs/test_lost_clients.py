@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -11,6 +12,7 @@ from flwr.app import Context, Error, Message
 from flwr.superlink.grid import InMemoryGrid
 
 import sim.app.server.asking
+import sim.app.server.phases.joining
 from fedmerge.errors import ClientError
 from fedmerge.runs.folder import REPORT_PAGE
 from fedmerge.runs.reading import summarise_run
@@ -98,18 +100,88 @@ def test_a_client_that_stays_lost_is_excluded_in_time(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sim.app.server.asking, "LOOK_SECONDS", 0.05)
-    gone: list[int] = []
+    away: list[int] = []
     seen = InMemoryGrid.get_node_ids
-    monkeypatch.setattr(InMemoryGrid, "get_node_ids", lambda grid: [node for node in seen(grid) if node not in gone])
+    monkeypatch.setattr(InMemoryGrid, "get_node_ids", lambda grid: [node for node in seen(grid) if node not in away])
 
     def leave(question: Message, honest: Message) -> Message:
-        gone.append(question.metadata.dst_node_id)
-        return Message(Error(code=5, reason="lost"), reply_to=question)
+        away.append(question.metadata.dst_node_id)
+        return gone(question)
 
     run_in_process(experiment(place, tmp_path, **{"server.return_seconds": 0.3}), bad_client("train", leave))
     excluded = json.loads((tmp_path / "run" / "clients.json").read_text())["excluded"]
     assert re.fullmatch(rf"train: .* lost .* --resume {tmp_path}/run", excluded[BAD])
     assert (tmp_path / "run" / "DONE").exists()
+
+
+SPARE = len(DOMAINS)  # turn of a node that the experiment has no domain for
+
+
+def with_a_spare(away: set[int], lose: Callable[[Message], Message | None]) -> Answer:
+    """Return answers of all domains, and of a node without a domain that is gone at its first question."""
+
+    def answer(message: Message, context: Context) -> Message | None:
+        if context.node_config["partition-id"] != SPARE:
+            return answer_honestly(message, context)
+        away.add(SPARE)
+        return lose(message)
+
+    return answer
+
+
+def gone(question: Message) -> Message:
+    return Message(Error(code=5, reason="lost"), reply_to=question)
+
+
+@pytest.mark.parametrize("lose", [gone, lambda question: None], ids=["lost", "silent"])
+def test_a_node_that_trains_nothing_delays_nobody(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lose: Callable[[Message], Message | None]
+) -> None:
+    monkeypatch.setattr(sim.app.server.phases.joining, "IDLE_SECONDS", 0.5)
+    away: set[int] = set()
+    config = experiment(place, tmp_path, **{"server.return_seconds": 1e6, "server.wait_seconds": 1e6})
+    run_in_process(config, with_a_spare(away, lose), num_nodes=SPARE + 1, away=away)
+    clients = json.loads((tmp_path / "run" / "clients.json").read_text())
+    assert not clients["excluded"]
+    assert not clients["absent"]
+    log = (tmp_path / "run" / "run.log").read_text()
+    assert log.count("not waited for, without a known part in this experiment: node ") == 1
+    run_in_process(experiment(place, tmp_path / "without"))
+    for name in ("metrics.parquet", "choice.json"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "without" / "run" / name).read_bytes()
+
+
+def test_while_a_lost_node_is_waited_for_others_join(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sim.app.server.phases.joining, "LOOK_SECONDS", 0.05)
+    away = {DOMAINS.index(BAD)}
+
+    def lose(question: Message) -> Message:
+        away.discard(DOMAINS.index(BAD))  # the last domain connects when the other node is lost already
+        return gone(question)
+
+    config = experiment(place, tmp_path, **{"server.return_seconds": 1e6})
+    run_in_process(config, with_a_spare(away, lose), num_nodes=SPARE + 1, away=away)
+    clients = json.loads((tmp_path / "run" / "clients.json").read_text())
+    assert sorted(clients["participants"]) == sorted(DOMAINS)
+    assert not clients["excluded"]
+
+
+def test_a_node_that_may_be_a_missing_domain_is_waited_for(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sim.app.server.asking, "LOOK_SECONDS", 0.05)
+    times = [2]
+
+    def lose(question: Message, honest: Message) -> Message:
+        times[0] -= 1
+        return honest if times[0] < 0 else gone(question)
+
+    run_in_process(experiment(place, tmp_path), bad_client("query.describe", lose), away=set())
+    clients = json.loads((tmp_path / "run" / "clients.json").read_text())
+    assert sorted(clients["participants"]) == sorted(DOMAINS)
+    assert (tmp_path / "run" / "run.log").read_text().count(" is back and is asked again") == 2
 
 
 def test_a_late_client_is_evaluated_as_unseen(place: Path, tmp_path: Path) -> None:
@@ -130,6 +202,22 @@ def test_a_late_client_is_evaluated_as_unseen(place: Path, tmp_path: Path) -> No
     summary = summarise_run(tmp_path / "run")
     assert BAD not in summary.train
     assert summary.missing == {BAD: "absent: its client came after the merge; evaluated as unseen"}
+
+
+def test_a_late_node_that_is_lost_delays_nobody(place: Path, tmp_path: Path) -> None:
+    away = {DOMAINS.index(BAD), SPARE}  # a domain is missing until the end
+
+    def answer(message: Message, context: Context) -> Message | list[Message] | None:
+        if message.metadata.message_type == "evaluate":
+            away.discard(SPARE)
+        return with_a_spare(away, gone)(message, context)
+
+    config = experiment(place, tmp_path, **{"server.return_seconds": 1e6, "server.wait_seconds": 0.5})
+    run_in_process(config, answer, num_nodes=SPARE + 1, away=away)
+    assert "not waited for, without a known part" in (tmp_path / "run" / "run.log").read_text()
+    clients = json.loads((tmp_path / "run" / "clients.json").read_text())
+    assert clients["absent"] == {BAD: "no client came within 0.5 s"}
+    assert not clients["excluded"]
 
 
 def test_fewer_nodes_than_domains_are_not_waited_for(place: Path, tmp_path: Path) -> None:

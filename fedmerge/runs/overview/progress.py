@@ -56,9 +56,11 @@ class Stages:
         self.found.append(stage)
         self._write(now=stage.times == 1)
 
-    def answer(self, answered: int, waiting: Sequence[str]) -> None:
-        """Note who has answered."""
-        self.found[-1] = replace(self.found[-1], answered=answered, waiting=tuple(sorted(waiting)[:SHOWN]))
+    def answer(self, answered: int, waiting: Sequence[str], asked: int | None = None) -> None:
+        """Note who has answered, and how many are asked if that has changed."""
+        last = self.found[-1]
+        asked = last.asked if asked is None else asked
+        self.found[-1] = replace(last, asked=asked, answered=answered, waiting=tuple(sorted(waiting)[:SHOWN]))
         self._write(now=False)
 
     def end(self) -> None:

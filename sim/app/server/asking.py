@@ -28,18 +28,26 @@ def ask(
     nodes: Mapping[str, int],
     question: Question,
     on_reply: Callable[[str, RecordDict], str | None],
-) -> None:
+    *,
+    newcomers: Callable[[], Mapping[str, int]] = dict,
+    matters: Callable[[State], bool] = lambda state: True,
+) -> dict[str, State]:
     """Ask nodes, ``server.messages_at_once`` at a time, and handle each reply as it arrives.
 
     A client that fails, is too slow, sends too much, or sends a reply that ``on_reply`` raises on, is excluded by name.
     A client that is lost through no fault of its own is asked again once it is back, within the same time. A reply
-    after its time is recorded in the ledger and dropped.
+    after its time, or after an end by ``matters``, is recorded in the ledger and dropped.
 
     Args:
         run: the run.
         nodes: domain -> node.
         question: the question.
         on_reply: receives name and content; may return a better name for the ledger.
+        newcomers: returns nodes that are to be asked as well, each of them once.
+        matters: whether an open question in this state is still waited for.
+
+    Returns:
+        Name -> state of the questions that were not waited for.
 
     Raises:
         ClientError: the process of a simulated client died.
@@ -50,11 +58,15 @@ def ask(
     last_look = 0.0
     answered = 0
     run.stages.begin(run.current_phase or question.message_type, question.message_type, len(nodes))
-    while any(inquiry.state in OPEN for inquiry in inquiries):
+    while True:
+        inquiries += [Inquiry(name, node, question) for name, node in newcomers().items()]
         # 1. Lost clients that are back are asked again.
-        if _in_state(inquiries, State.LOST) and time.monotonic() - last_look >= LOOK_SECONDS:
+        due = time.monotonic() - last_look >= LOOK_SECONDS or not matters(State.LOST)
+        if _in_state(inquiries, State.LOST) and due:
             last_look = time.monotonic()
             _look_for_lost(run, inquiries)
+        if not any(inquiry.state in OPEN and matters(inquiry.state) for inquiry in inquiries):
+            break
         # 2. Send as many messages as may be under way at once.
         free = run.config.server.messages_at_once - len(_in_state(inquiries, State.WAITING))
         for inquiry in _in_state(inquiries, State.TO_ASK)[: max(0, free)]:
@@ -65,29 +77,29 @@ def ask(
                 handle_late_reply(run, inquiry, reply)
                 continue
             handle_reply(run, inquiry, reply, on_reply)
+            if inquiry.state is State.LOST and matters(State.LOST):
+                patience = inquiry.expected_back - time.monotonic()
+                logger.info("%s: waiting for %s for up to %.0f s", question.message_type, inquiry.name, patience)
             if inquiry.state is not State.ANSWERED:
                 continue
             answered += 1
             now = time.monotonic()
             rest = _in_state(inquiries, State.WAITING) or _in_state(inquiries, State.TO_ASK)
-            if not question.quiet and (len(nodes) <= FEW_CLIENTS or now - last_line > LINES_SECONDS or not rest):
+            if not question.quiet and (len(inquiries) <= FEW_CLIENTS or now - last_line > LINES_SECONDS or not rest):
                 last_line = now
                 logger.info(
                     "%s: %d of %d answered (%s, %.0f s)",
                     question.message_type,
                     answered,
-                    len(nodes),
+                    len(inquiries),
                     inquiry.name,
                     now - started,
                 )
         # 4. Exclude the clients whose time is over.
-        now = time.monotonic()
-        for inquiry in _in_state(inquiries, State.WAITING):
-            if now > inquiry.deadline:
-                _give_up(run, inquiry, now)
+        _give_up_overdue(run, inquiries)
         # 5. Say who is waited for, and pause.
-        waiting = _in_state(inquiries, State.WAITING)
-        run.stages.answer(answered, [inquiry.name for inquiry in waiting])
+        now, waiting = time.monotonic(), _in_state(inquiries, State.WAITING)
+        run.stages.answer(answered, [inquiry.name for inquiry in waiting], len(inquiries))
         if waiting and now - heartbeat > HEARTBEAT_SECONDS:
             heartbeat = now
             names = sorted(inquiry.name for inquiry in waiting)
@@ -95,6 +107,11 @@ def ask(
         if waiting or _in_state(inquiries, State.LOST):
             pause(started)
     run.stages.end()
+    # 6. Of questions that no longer matter, answers that still come are recorded.
+    left = {inquiry.name: inquiry.state for inquiry in inquiries if inquiry.state in OPEN}
+    for inquiry in _in_state(inquiries, State.WAITING):
+        _listen(run, inquiry)
+    return left
 
 
 def pause(since: float) -> None:
@@ -122,15 +139,24 @@ def _send(run: Run, inquiry: Inquiry) -> None:
         run.exclude(inquiry.name, f"{question.message_type}: Flower could not send the message")
 
 
-def _give_up(run: Run, inquiry: Inquiry, now: float) -> None:
-    question = inquiry.question
-    inquiry.state, inquiry.listen_until = State.LATE, now + LATE_SECONDS / 2
+def _listen(run: Run, inquiry: Inquiry) -> None:
+    """Wait no longer for an answer; record it if it comes."""
+    inquiry.state, inquiry.listen_until = State.LATE, time.monotonic() + LATE_SECONDS / 2
     run.late.append(inquiry)
-    run.exclude(
-        inquiry.name,
-        f"{question.message_type}: no answer within {question.timeout_seconds:g} s. Its client hangs, is too slow, or "
-        "its answer exceeds Flower's message limit; see the client's own log.",
-    )
+
+
+def _give_up_overdue(run: Run, inquiries: list[Inquiry]) -> None:
+    """Exclude the clients whose time is over."""
+    for inquiry in _in_state(inquiries, State.WAITING):
+        if time.monotonic() <= inquiry.deadline:
+            continue
+        question = inquiry.question
+        _listen(run, inquiry)
+        run.exclude(
+            inquiry.name,
+            f"{question.message_type}: no answer within {question.timeout_seconds:g} s. Its client hangs, is too slow, "
+            "or its answer exceeds Flower's message limit; see the client's own log.",
+        )
 
 
 def _look_for_lost(run: Run, inquiries: list[Inquiry]) -> None:

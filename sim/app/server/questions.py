@@ -43,7 +43,7 @@ class State(Enum):
     LOST = "lost"  # its node or process is gone; asked again once it is back
     ANSWERED = "answered"
     EXCLUDED = "excluded"  # refused, failed, or away for too long
-    LATE = "late"  # excluded for no answer in time; an answer that still comes is recorded and dropped
+    LATE = "late"  # no longer waited for; an answer that still comes is recorded and dropped
 
 
 OPEN = (State.TO_ASK, State.WAITING, State.LOST)

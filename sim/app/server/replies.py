@@ -85,13 +85,7 @@ def _is_lost(run: Run, inquiry: Inquiry, reply: Message | str) -> bool:
         return False
     inquiry.times_lost += 1
     inquiry.expected_back = min(now + patience, inquiry.deadline)
-    logger.warning(
-        "%s: %s was lost: %s; waiting for it for up to %.0f s",
-        inquiry.question.message_type,
-        inquiry.name,
-        cause,
-        inquiry.expected_back - now,
-    )
+    logger.warning("%s: %s was lost: %s", inquiry.question.message_type, inquiry.name, cause)
     return True
 
 

@@ -28,7 +28,7 @@ class Run:
         ledger: what left the clients.
         stages: what the clients were asked so far.
         current_phase: name of the innermost phase; it is written beside every exclusion.
-        late: questions whose clients were excluded for no answer in time; answers that still come are recorded.
+        late: questions that are no longer waited for; answers that still come are recorded.
         cohorts: hash of a cohort that was sent in this attempt -> its domains with their numbers of pseudo-users.
     """
 

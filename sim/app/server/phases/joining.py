@@ -1,6 +1,7 @@
 """Clients join: asked for their description, excluded if it does not fit the experiment."""
 
 import logging
+import math
 import time
 from collections.abc import Collection
 
@@ -17,10 +18,12 @@ from fedmerge.runs.folder import ADMISSION
 from fedmerge.runs.round_checkpoints import HEAD_ROUNDS
 from fedmerge.server.choice import CHOICE_FILE, SELECTION_FILE
 from sim.app.messages import records
-from sim.app.server.asking import DESCRIBE_SECONDS, ask, pause
+from sim.app.server.asking import DESCRIBE_SECONDS, LOOK_SECONDS, ask, pause
 from sim.app.server.members import FEW_CLIENTS, Members, join_names
-from sim.app.server.questions import Question
+from sim.app.server.questions import Question, State
 from sim.app.server.run import Run
+
+IDLE_SECONDS = 10.0  # time for the other nodes to answer once all domains have joined
 
 logger = logging.getLogger("fedmerge.server")
 
@@ -52,7 +55,7 @@ def gather(run: Run, backbone: Backbone) -> None:
     logger.info("waiting for %d nodes, one for each domain, for up to %g s", num_domains, wait_seconds)
     started = time.monotonic()
     while True:
-        greet(run, backbone)
+        greet(run, backbone, wait_for_lost=True)
         expected = min(num_domains, members.num_nodes or num_domains)
         come = len(members.greeted) if members.num_nodes else len(members.nodes) + len(members.excluded)
         if come >= expected or time.monotonic() > started + wait_seconds:
@@ -99,27 +102,45 @@ def greet_late(run: Run, backbone: Backbone, merged: Collection[str]) -> None:
             run.members.absent[domain] = "its client came after the merge; evaluated as unseen"
 
 
-def greet(run: Run, backbone: Backbone) -> list[str]:
-    """Ask new nodes for their descriptions; return the domains that joined, sorted."""
+def greet(run: Run, backbone: Backbone, *, wait_for_lost: bool = False) -> list[str]:
+    """Ask new nodes for their descriptions, until all have answered or no domain is missing.
+
+    Nobody knows whether a node has a part in the experiment before it says so. A node that is lost or silent is
+    therefore waited for only while a domain is missing: nodes that train nothing delay nobody. Nodes that connect
+    meanwhile are asked at once.
+
+    Args:
+        run: the run.
+        backbone: that of the experiment.
+        wait_for_lost: wait for lost nodes while a domain is missing; else they are asked when they are greeted next.
+
+    Returns:
+        The domains that joined, sorted.
+    """
+    members = run.members
+    named = {*run.config.domains.train, *run.config.domains.unseen}
     joined: list[str] = []
+    last_look, last_joined = -math.inf, time.monotonic()
 
     def receive(name: str, content: RecordDict) -> str | None:
+        nonlocal last_joined
         description = records.read_description(content)
         if description.num_nodes and run.simulated:
-            run.members.num_nodes = description.num_nodes
+            members.num_nodes = description.num_nodes
         if description.role == "idle":
             return None
-        problem = _wrong_key(run.members, description, _node(name)) or _misfit(run, description, backbone)
+        problem = _wrong_key(members, description, _node(name)) or _misfit(run, description, backbone)
         if problem:
             name = f"{description.domain} ({name})"
             run.exclude(name, problem)
             return name
-        if description.domain in run.members.excluded:
+        if description.domain in members.excluded:
             return description.domain  # in a phase that has ended
-        run.members.nodes[description.domain] = _node(name)
-        run.members.descriptions[description.domain] = description
-        run.members.absent.pop(description.domain, None)
+        members.nodes[description.domain] = _node(name)
+        members.descriptions[description.domain] = description
+        members.absent.pop(description.domain, None)
         joined.append(description.domain)
+        last_joined = time.monotonic()
         few = len(run.config.domains.train) + len(run.config.domains.unseen) <= FEW_CLIENTS
         (logger.info if few else logger.debug)(
             "%s (%s%s): %d users, %d items, %d interactions",
@@ -132,11 +153,26 @@ def greet(run: Run, backbone: Backbone) -> list[str]:
         )
         return description.domain
 
+    def newcomers() -> dict[str, int]:
+        nonlocal last_look
+        if time.monotonic() - last_look < LOOK_SECONDS:
+            return {}
+        last_look = time.monotonic()
+        new = {f"node {node}": node for node in sorted(set(run.grid.get_node_ids()) - members.greeted)}
+        members.greeted |= set(new.values())
+        return new
+
+    def matters(state: State) -> bool:
+        missing = named - members.nodes.keys() - members.excluded.keys()
+        if state is State.LOST:
+            return wait_for_lost and bool(missing)
+        return bool(missing) or time.monotonic() <= last_joined + IDLE_SECONDS
+
     with run.phase("gather"):
-        new = sorted(set(run.grid.get_node_ids()) - run.members.greeted)
-        question = Question(records.DESCRIBE, DESCRIBE_SECONDS)
-        ask(run, {f"node {node}": node for node in new}, question, receive)
-    run.members.greeted |= set(new)
+        left = ask(run, {}, Question(records.DESCRIBE, DESCRIBE_SECONDS), receive, newcomers=newcomers, matters=matters)
+    if left:
+        logger.info("not waited for, without a known part in this experiment: %s", join_names(sorted(left)))
+    members.greeted -= {_node(name) for name, state in left.items() if state is State.LOST}  # greeted when they return
     return sorted(joined)
 
 
