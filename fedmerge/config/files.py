@@ -19,8 +19,11 @@ from fedmerge.config.merging import LEFT_TO_PRESET, PRESET_KEYS
 from fedmerge.config.model import DEMO_ROOT
 from fedmerge.config.removed import REMOVED
 from fedmerge.errors import ConfigError
+from fedmerge.installation import shipped_configs
 
 Scalar = str | int | float | bool
+DEMO = "demo"  # name of the bundled experiment
+LEFT_TO_DEMO = "as in configs/demo.toml"  # value of a key that the bundled experiment decides, in pyproject.toml
 
 
 def load_config(path: Path | None, overrides: Sequence[str] = ()) -> ExperimentConfig:
@@ -67,6 +70,7 @@ def from_flat(flat: Mapping[str, Any], where: str = "run config") -> ExperimentC
     Raises:
         ConfigError: every problem at once.
     """
+    flat = _resolve_demo(flat)
     nested: dict[str, Any] = {}
     known = set(to_flat(ExperimentConfig()))
     problems = []
@@ -106,10 +110,24 @@ def declared() -> dict[str, Scalar]:
     """Return every key with the value that pyproject.toml declares to Flower.
 
     Flower hands over each key, also those that nobody gave. So a key that a preset decides is declared as "preset";
-    otherwise its default would count as given.
+    otherwise its default would count as given. A key that configs/demo.toml changes is declared as left to it, since
+    ``flwr run .`` alone is the demo, and with an experiment file it is that experiment.
     """
-    left = {f"mergerec.{key}": LEFT_TO_PRESET for key in PRESET_KEYS}
-    return {key: left.get(key, value) for key, value in to_flat(ExperimentConfig()).items()}
+    values = to_flat(ExperimentConfig()) | {f"mergerec.{key}": LEFT_TO_PRESET for key in PRESET_KEYS}
+    return values | {key: LEFT_TO_DEMO for key, value in _demo().items() if value != values[key]}
+
+
+def _demo() -> dict[str, Any]:
+    """Return the dotted keys of configs/demo.toml."""
+    return flatten(tomllib.loads(shipped_configs()[DEMO].read_text(encoding="utf-8")))
+
+
+def _resolve_demo(flat: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Give keys that are left to the demo its values in the demo, and elsewhere their defaults."""
+    given = {key: value for key, value in flat.items() if value != LEFT_TO_DEMO}
+    if len(given) == len(flat) or (given.get("name"), given.get("domains.root")) != (DEMO, DEMO_ROOT):
+        return given
+    return given | {key: value for key, value in _demo().items() if key not in given}
 
 
 def to_toml(config: ExperimentConfig) -> str:

@@ -22,6 +22,7 @@ from fedmerge.config import (
     to_toml,
     with_absolute_paths,
 )
+from fedmerge.config.files import read_overrides
 from fedmerge.config.removed import REMOVED
 from fedmerge.errors import ConfigError
 
@@ -292,7 +293,7 @@ def test_a_given_value_overrides_the_preset_even_if_it_is_the_default(key: str, 
     wanted = {**PAPER, key: GIVEN[key]}
     path = tmp_path / "experiment.toml"
     path.write_text(f'[mergerec]\npreset = "paper"\n{key} = {json.dumps(GIVEN[key])}\n')
-    of_flower = {**declared(), **given}  # Flower's run configuration holds every key
+    of_flower = {**declared(), "name": "mine", **given}  # Flower's run configuration holds every key
     for config in (
         from_flat(given),
         from_flat(of_flower),
@@ -305,7 +306,7 @@ def test_a_given_value_overrides_the_preset_even_if_it_is_the_default(key: str, 
 
 
 def test_the_preset_sets_the_other_values() -> None:
-    for flat in ({}, declared()):
+    for flat in ({}, declared() | {"name": "mine"}):
         config = to_flat(from_flat({**flat, "mergerec.preset": "paper"}))
         assert {name: config[f"mergerec.{name}"] for name in PAPER} == PAPER
         plain = to_flat(from_flat(flat))
@@ -392,13 +393,28 @@ def test_every_experiment_file_loads_and_is_named_after_itself(path: Path) -> No
     assert from_flat(to_flat(config)) == config
 
 
-def test_pyproject_declares_every_key_with_its_default() -> None:
+def test_pyproject_declares_every_key() -> None:
     with (REPOSITORY / "pyproject.toml").open("rb") as file:
         found = flatten(tomllib.load(file)["tool"]["flwr"]["app"]["config"])
     expected = declared()
     assert found == expected
     assert {key: type(value) for key, value in found.items()} == {key: type(value) for key, value in expected.items()}
-    assert from_flat(found) == ExperimentConfig()
+    assert found.keys() == to_flat(ExperimentConfig()).keys()
+
+
+def test_plain_flower_without_a_file_runs_the_demo_and_reuses_its_experts() -> None:
+    demo = REPOSITORY / "configs" / "demo.toml"
+    assert from_flat(declared()) == load_config(demo)
+    given = ["train.max_steps=7", "mergerec.preset=paper", "domains.train=beauty,books", "run_id=mine"]
+    assert from_flat(declared() | read_overrides(given)) == load_config(demo, given)
+
+
+@pytest.mark.parametrize("path", CONFIG_FILES, ids=lambda path: path.stem)
+def test_plain_flower_takes_a_file_as_fedmerge_does(path: Path) -> None:
+    given = flatten(tomllib.loads(path.read_text()))
+    assert from_flat(declared() | given) == load_config(path)
+    elsewhere = given | {"name": "demo", "domains.root": "elsewhere"}
+    assert from_flat(declared() | elsewhere) == from_flat(elsewhere)
 
 
 # Prints the heavy and forbidden packages that a statement imports.

@@ -51,7 +51,7 @@ def test_the_copy_that_flower_is_given_depends_on_the_app_alone(tmp_path: Path, 
     result = tomllib.loads((copied / "pyproject.toml").read_text())
     assert result.keys() == {"project", "tool"}
     assert result["tool"] == {"flwr": tomllib.loads(settings)["tool"]["flwr"]}
-    (checkout / "pyproject.toml").write_text(settings.replace("max_steps = 60", "max_steps = 61"))
+    (checkout / "pyproject.toml").write_text(settings.replace("warmup_steps = 10", "warmup_steps = 11"))
     assert submitted_sha256(checkout) != app_sha256(good)
 
 
