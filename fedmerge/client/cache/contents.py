@@ -25,7 +25,7 @@ KINDS: Mapping[str, str] = {
     "indexes": "approximate indexes of item vectors; built again when needed",
     "cohorts": "adapters received from others; sent again by the server",
     "serving": "items that were added or changed while serving; nowhere else",
-    "demo-v1-11": "the bundled demo data; written again when needed",
+    "demo-v1-13": "the bundled demo data; written again when needed",
 }
 UNUSED_DAYS = 30.0  # after which what can be made again is deleted
 _DAY = 86_400.0
