@@ -174,6 +174,17 @@ def pack_items(items: Sequence[Tokens], separator: Tokens, special: SpecialToken
     return np.concatenate(parts)
 
 
+def num_packed(items: Sequence[Tokens], separator: Tokens, special: SpecialTokens, max_tokens: int) -> int:
+    """Return how many of the latest items :func:`pack_items` packs; of the oldest of them perhaps a part."""
+    left = max_tokens - len(special.prefix) - len(special.suffix)
+    for position, item in enumerate(reversed(items)):
+        left -= len(separator) * (position > 0)
+        if left <= 0:
+            return max(position, 1)
+        left -= len(item)
+    return len(items)
+
+
 def _check_empty_items(domain: str, empty: list[int], num_items: int, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse items without tokens, unless the special tokens give them a vector: one for all of them."""
     special = special_tokens(tokenizer)

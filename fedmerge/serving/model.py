@@ -315,11 +315,16 @@ def _text_adapter(place: RunDomain, decision: Decision, text: str) -> tuple[Adap
     if text == PERSONAL:
         return _personal_merge(place, decision), None
     folder = decision.merge if text == MERGED else place.run / "adapters" / decision.domain
-    if text == EXPERT and not (folder.is_dir() and place.config.privacy.transport == "float32"):
-        return _own_expert(place, decision), None  # what the server has of another transport is rounded
+    if text == EXPERT and not expert_in_run(place, decision.domain):
+        return _own_expert(place, decision), None
     adapter = read_verified(folder)
     check_backbone(f"adapter {folder}", place.backbone, adapter_record(folder).backbone_sha256)
     return adapter, folder
+
+
+def expert_in_run(place: RunDomain, domain: str) -> bool:
+    """Return whether the run folder has a domain's expert as it was trained: other transports round it."""
+    return (place.run / "adapters" / domain).is_dir() and place.config.privacy.transport == "float32"
 
 
 def _own_expert(place: RunDomain, decision: Decision) -> Adapter:

@@ -365,7 +365,7 @@ def test_inconsistent_domains_are_not_written(tmp_path: Path) -> None:
 WRITER = """
 import resource, signal, sys
 from pathlib import Path
-sys.path[:0] = ["tests/domain", "tests/support", "."]
+sys.path[:0] = ["tests/domain", "tests/support", "tests/support/runs", "."]
 from test_domain_folder import write_small
 if sys.argv[2] == "kill":
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # the kernel ends the process in the middle of a write

@@ -24,7 +24,14 @@ from fedmerge.encoder.backbone import Backbone, check_max_tokens, load_backbone
 from fedmerge.encoder.encode import embed_batch, embed_in_groups, encode, length_batches
 from fedmerge.encoder.frozen import frozen_products, packs_bfloat16, using
 from fedmerge.encoder.lora import attach
-from fedmerge.encoder.text import build_token_table, item_sequences, pack_sequences
+from fedmerge.encoder.text import (
+    SpecialTokens,
+    build_token_table,
+    item_sequences,
+    num_packed,
+    pack_items,
+    pack_sequences,
+)
 from fedmerge.errors import BackboneError, ConfigError
 
 FLOAT32 = resolve_compute("cpu", "float32")
@@ -136,6 +143,16 @@ def test_the_oldest_tokens_are_cut(bert: Backbone) -> None:
         (tokens,) = pack_sequences(table, [history], bert.special, 50, max_tokens)
         kept = min(max_tokens, len(whole)) - 1
         assert tokens.tolist() == [*whole[:kept], *bert.special.suffix]
+
+
+@pytest.mark.parametrize("separator_size", [0, 1, 3])
+def test_the_number_of_packed_items_is_that_of_those_with_a_token_in_the_sequence(separator_size: int) -> None:
+    special = SpecialTokens(np.array([101], np.int32), np.array([102], np.int32), 0)
+    separator = np.full(separator_size, 999, np.int32)
+    items = [np.full(size, number, np.int32) for number, size in enumerate((2, 4, 1, 3))]
+    for max_tokens in range(3, 25):
+        packed = pack_items(items, separator, special, max_tokens)
+        assert num_packed(items, separator, special, max_tokens) == len({*packed.tolist()} & {0, 1, 2, 3})
 
 
 def test_only_the_most_recent_items_are_read(bert: Backbone) -> None:

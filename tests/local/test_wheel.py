@@ -39,6 +39,12 @@ def test_it_installs_one_package_and_holds_what_the_checkout_has(installed: Inst
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"fedmerge"}
     modules = {path.relative_to(REPOSITORY).as_posix() for path in (REPOSITORY / "fedmerge").rglob("*.py")}
     assert {name for name in names if name.endswith(".py") and "/shipped/" not in name} == modules
+    data = [path for path in (REPOSITORY / "fedmerge").rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    assets = {path.relative_to(REPOSITORY).as_posix() for path in data if path.suffix != ".py"}
+    assert "fedmerge/serving/http/page/page.js" in assets
+    assert {
+        name for name in names if not name.endswith(".py") and "/shipped/" not in name and ".dist-info/" not in name
+    } == (assets)
     sources = [*(REPOSITORY / "sim").rglob("*.py"), *(REPOSITORY / "configs").rglob("*.toml")]
     sources += [REPOSITORY / name for name in ("pyproject.toml", "LICENSE", "constraints.txt")]
     shipped = {f"fedmerge/shipped/{path.relative_to(REPOSITORY).as_posix()}" for path in sources}

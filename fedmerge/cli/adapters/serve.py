@@ -33,6 +33,11 @@ def add_commands(commands: "Commands") -> None:
     serve.add_argument(
         "--threads", type=int, default=None, metavar="N", help="threads that answer (default: one for each core)"
     )
+    serve.add_argument(
+        "--page",
+        action="store_true",
+        help="with a page at / that shows the lists of the run's models side by side; loads all that are here",
+    )
     serve.set_defaults(command=_serve)
 
 
@@ -68,11 +73,15 @@ def _serve(options: argparse.Namespace) -> int:
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // threads))
     shelf, (host, port, *_) = service.shelf, bound.getsockname()
     print(f"{shelf.catalog.name}: {len(shelf.catalog):,} items, by {shelf.label}")
+    if shelf.beside:
+        print(f"the page at / compares it with: {', '.join(each.label for each in shelf.beside)}")
+    for title, reason in shelf.absent.items():
+        print(f"not on the page: {title}. {reason}")
     if key is None and not is_loopback(bound):
         print("without --api-key-file anybody who reaches this address can ask; items and models cannot be changed")
     bound.listen()  # who connects from now on is answered
     print(f"http://{f'[{host}]' if ':' in host else host}:{port}  (the routes: /docs)", flush=True)
-    make_server(service, bound, key).run(sockets=[bound])
+    make_server(service, bound, key, options.page).run(sockets=[bound])
     return 0
 
 
@@ -101,4 +110,9 @@ def _load(options: argparse.Namespace, model: str | None, served: str | None) ->
     label = f"adapter {Path(wanted.adapter).resolve().name}" if opened.decision is None else opened.decision.model
     if wanted.adapter == "none":
         label = "backbone"
-    return make_shelf(opened, label, counts, available, config.cache_dir)
+    shelf = make_shelf(opened, label, counts, available, config.cache_dir)
+    if options.page:
+        from fedmerge.serving.http.page.models import with_models_beside
+
+        shelf = with_models_beside(shelf, options.domain, config)
+    return shelf

@@ -120,8 +120,13 @@ def _shape(look: Look, *, hollow: bool = False, title: str | None = None, transf
         element("title", title) if title else None,
         class_=f"p{look.colour} {style}",
         transform=transform,
-        d=_SHAPES[look.shape % NUM_SHAPES],
+        d=shape_path(look),
     )
+
+
+def shape_path(look: Look) -> str:
+    """Return the path of a look's symbol, of radius 5 around 0 0."""
+    return _SHAPES[look.shape % NUM_SHAPES]
 
 
 def curve(look: Look, path: str, title: str | None = None) -> Html:

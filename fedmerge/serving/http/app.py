@@ -1,18 +1,15 @@
 """The routes of ``fedmerge serve``."""
 
-import asyncio
-from typing import Any
-
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from starlette.exceptions import HTTPException
 
 from fedmerge import __version__
-from fedmerge.errors import DomainError, FedMergeError, RunDirError
-from fedmerge.serving.http.batching import BusyError
+from fedmerge.errors import FedMergeError, RunDirError
+from fedmerge.serving.http.batching import BusyError, answers
 from fedmerge.serving.http.bodies import (
-    ErrorAnswer,
+    REFUSALS,
     HealthAnswer,
     ItemsAnswer,
     ItemsBody,
@@ -24,28 +21,25 @@ from fedmerge.serving.http.bodies import (
     SwapAnswer,
     SwapBody,
 )
-from fedmerge.serving.http.page import page_of
-from fedmerge.serving.http.service import Service, SwapInProgressError, listing_of
+from fedmerge.serving.http.docs_page import page_of
+from fedmerge.serving.http.page.routes import add_page
+from fedmerge.serving.http.service import Service, SwapInProgressError, known_items, listing_of, run_name
 from fedmerge.serving.http.shelf import ItemChange, Shelf
 from fedmerge.serving.listing import Listing
 from fedmerge.serving.recommender import History, Recommendation, read_history, similar_items
 
-ANSWER_SECONDS = 30.0  # until a request gives up waiting
 LOCAL_NAMES = ("127.0.0.1", "localhost", "::1")
 STATUS = {BusyError: 503, SwapInProgressError: 409}  # of other errors that are raised on purpose: 422
-REFUSALS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorAnswer, "description": meaning}
-    for status, meaning in {401: "no valid key", 413: "too large a body", 422: "a wrong request", 503: "busy"}.items()
-}
 
 
-def make_app(service: Service, *, has_key: bool, is_local: bool) -> FastAPI:
+def make_app(service: Service, *, has_key: bool, is_local: bool, page: bool = False) -> FastAPI:
     """Return the application. Whoever has the key may change items and models; without one, this machine alone.
 
     Args:
         service: what is served.
         has_key: every request that arrives has given the key.
         is_local: only this machine reaches the application.
+        page: with the page at ``/`` and its routes.
     """
     app = FastAPI(
         title="fedmerge serve",
@@ -62,6 +56,8 @@ def make_app(service: Service, *, has_key: bool, is_local: bool) -> FastAPI:
     _add_lists(app, service)
     _add_changes(app, service, has_key, is_local)
     _add_state(app, service)
+    if page:
+        add_page(app, service, has_key=has_key)
     return app
 
 
@@ -70,24 +66,14 @@ def _add_lists(app: FastAPI, service: Service) -> None:
     async def recommend(body: RecommendBody) -> ListAnswer:
         """Recommend items to the user of a history."""
         shelf = service.shelf
-        recommender, item_index = shelf.recommender, shelf.recommender.item_index
-        ignored = [item for item in body.history if isinstance(item, str) and item not in item_index]
-        if len(ignored) == len(body.history):
-            raise DomainError(
-                f"history: found none of its {len(ignored)} ids in the catalog of {shelf.catalog.name}, expected at "
-                "least one. Give ids of the catalog, or attributes."
-            )
+        recommender = shelf.recommender
+        places, ignored = known_items(shelf, body.history)
 
         def prepare() -> tuple[History, Listing]:
-            known = [item for item in body.history if not isinstance(item, str) or item in item_index]
             listing = listing_of(shelf, body, body.keep_seen, body.diversity, body.popularity)
-            return read_history(recommender, known), listing
+            return read_history(recommender, [body.history[place] for place in places]), listing
 
-        job = service.batcher.submit(recommender, prepare)
-        try:
-            found = await asyncio.wait_for(asyncio.wrap_future(job), ANSWER_SECONDS)
-        except TimeoutError:
-            raise BusyError(f"no answer within {ANSWER_SECONDS:g} s. Ask again later.") from None
+        (found,) = await answers(service.batcher.submit(recommender, prepare))
         kind = "standardised" if body.popularity else recommender.score_kind
         return _answer(shelf, kind, found, ignored)
 
@@ -127,7 +113,7 @@ def _add_changes(app: FastAPI, service: Service, has_key: bool, is_local: bool) 
         check_may_change(request)
         start = service.uptime_seconds
         shelf = service.swap(body.model, body.served)
-        return SwapAnswer(model=shelf.label, run=_run(shelf), seconds=service.uptime_seconds - start)
+        return SwapAnswer(model=shelf.label, run=run_name(shelf), seconds=service.uptime_seconds - start)
 
 
 def _add_state(app: FastAPI, service: Service) -> None:
@@ -142,7 +128,7 @@ def _add_state(app: FastAPI, service: Service) -> None:
             synthetic=shelf.opened.manifest.synthetic,
             model=shelf.label,
             reason=None if decision is None else decision.reason,
-            run=_run(shelf),
+            run=run_name(shelf),
             score_kind=recommender.score_kind,
             items=len(shelf.catalog),
             unavailable=int((~shelf.available).sum()),
@@ -171,15 +157,10 @@ def _add_state(app: FastAPI, service: Service) -> None:
         return page_of(app.openapi())
 
 
-def _run(shelf: Shelf) -> str | None:
-    decision = shelf.opened.decision
-    return None if decision is None else decision.run.name
-
-
 def _answer(shelf: Shelf, score_kind: str, found: list[Recommendation], ignored: list[str]) -> ListAnswer:
     items = [Listed.model_construct(item_id=one.item_id, title=one.title, score=one.score) for one in found]
     return ListAnswer.model_construct(
-        run=_run(shelf), model=shelf.label, score_kind=score_kind, recommendations=items, ignored=ignored
+        run=run_name(shelf), model=shelf.label, score_kind=score_kind, recommendations=items, ignored=ignored
     )
 
 

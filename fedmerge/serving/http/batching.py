@@ -1,5 +1,6 @@
 """Requests that wait at the same time are encoded together, by as many threads as there are cores."""
 
+import asyncio
 import queue
 import threading
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from fedmerge.serving.recommender import History, Recommendation, Recommender, r
 
 MOST_TOGETHER = 8  # on a CPU more together are no faster, and the first would wait for the last
 MOST_WAITING = 1000
+ANSWER_SECONDS = 30.0  # until a request gives up waiting
 
 
 class BusyError(FedMergeError):
@@ -95,6 +97,19 @@ class Batcher:
             self._metrics.count_batch(len(jobs))
             for recommender in {id(job.recommender): job.recommender for job in jobs}.values():
                 _answer(recommender, [job for job in jobs if job.recommender is recommender])
+
+
+async def answers(*jobs: Future[list[Recommendation]]) -> list[list[Recommendation]]:
+    """Return the lists of jobs.
+
+    Raises:
+        BusyError: not within ANSWER_SECONDS.
+        FedMergeError: what a job raises.
+    """
+    try:
+        return await asyncio.wait_for(asyncio.gather(*map(asyncio.wrap_future, jobs)), ANSWER_SECONDS)
+    except TimeoutError:
+        raise BusyError(f"no answer within {ANSWER_SECONDS:g} s. Ask again later.") from None
 
 
 def _answer(recommender: Recommender, jobs: list[Job]) -> None:

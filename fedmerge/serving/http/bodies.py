@@ -1,6 +1,6 @@
 """What is sent and answered over HTTP, with its limits; OpenAPI is made of it."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -145,3 +145,9 @@ class ErrorAnswer(BaseModel):
     """Why a request was refused."""
 
     error: str
+
+
+REFUSALS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorAnswer, "description": meaning}
+    for status, meaning in {401: "no valid key", 413: "too large a body", 422: "a wrong request", 503: "busy"}.items()
+}

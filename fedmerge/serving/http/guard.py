@@ -5,7 +5,7 @@ import hmac
 import json
 import logging
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Collection, MutableMapping
 from typing import Any
 
 from fedmerge.serving.http.metrics import Metrics
@@ -35,7 +35,13 @@ class Refused(Exception):
         self.status, self.reason = status, reason
 
 
-def guarded(app: App, key: str | None, metrics: Metrics, body_bytes: int = BODY_BYTES) -> App:
+def guarded(
+    app: App,
+    key: str | None,
+    metrics: Metrics,
+    body_bytes: int = BODY_BYTES,
+    open_paths: Collection[str] = OPEN_PATHS,
+) -> App:
     """Return an application that checks the key, reads the body within its limits, counts, and never raises.
 
     Args:
@@ -43,6 +49,7 @@ def guarded(app: App, key: str | None, metrics: Metrics, body_bytes: int = BODY_
         key: that ``Authorization: Bearer`` must give; None asks for none.
         metrics: count every answer.
         body_bytes: largest body.
+        open_paths: answered without the key.
     """
 
     async def guard(scope: Message, receive: Receive, send: Send) -> None:
@@ -58,7 +65,8 @@ def guarded(app: App, key: str | None, metrics: Metrics, body_bytes: int = BODY_
             await send(message)
 
         try:
-            _check_key(scope, key)
+            if key is not None and scope["path"] not in open_paths:
+                _check_key(scope, key)
             body = await _read_body(scope, receive, body_bytes)
             await app(scope, _replay(body, receive), counted)
         except Refused as refused:
@@ -75,9 +83,7 @@ def guarded(app: App, key: str | None, metrics: Metrics, body_bytes: int = BODY_
     return guard
 
 
-def _check_key(scope: Message, key: str | None) -> None:
-    if key is None or scope["path"] in OPEN_PATHS:
-        return
+def _check_key(scope: Message, key: str) -> None:
     given = dict(scope["headers"]).get(b"authorization", b"")
     scheme, _, found = given.partition(b" ")
     if scheme.lower() != b"bearer" or not hmac.compare_digest(found.strip(), key.encode()):

@@ -8,7 +8,8 @@ import uvicorn
 
 from fedmerge.errors import ConfigError
 from fedmerge.serving.http.app import make_app
-from fedmerge.serving.http.guard import guarded
+from fedmerge.serving.http.guard import OPEN_PATHS, guarded
+from fedmerge.serving.http.page.routes import ASSETS
 from fedmerge.serving.http.service import Service
 
 SECONDS_TO_END = 10  # after SIGTERM, for the requests in progress
@@ -54,17 +55,18 @@ def read_key(path: Path) -> str:
     return key
 
 
-def make_server(service: Service, bound: socket.socket, key: str | None) -> uvicorn.Server:
+def make_server(service: Service, bound: socket.socket, key: str | None, page: bool = False) -> uvicorn.Server:
     """Return a server that answers on a socket once it runs; SIGTERM and SIGINT let it finish what is in progress.
 
     Args:
         service: what is served.
         bound: of :func:`bind`.
         key: that requests must give; None asks for none. Without it, only this machine may change items or models.
+        page: with the page at ``/``, which is sent without the key, and asks for it.
     """
-    app = make_app(service, has_key=key is not None, is_local=is_loopback(bound))
+    app = make_app(service, has_key=key is not None, is_local=is_loopback(bound), page=page)
     config = uvicorn.Config(
-        guarded(app, key, service.metrics),
+        guarded(app, key, service.metrics, open_paths=(*OPEN_PATHS, *(ASSETS if page else ()))),
         log_level="warning",
         access_log=False,
         lifespan="off",

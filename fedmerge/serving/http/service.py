@@ -9,13 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
-from fedmerge.errors import ConfigError, FedMergeError
+from fedmerge.errors import ConfigError, DomainError, FedMergeError
 from fedmerge.serving.http.added import keep_changes, kept_changes
 from fedmerge.serving.http.batching import Batcher
 from fedmerge.serving.http.bodies import Filters
 from fedmerge.serving.http.metrics import Metrics
 from fedmerge.serving.http.shelf import ItemChange, Shelf, change_items, passing_items, positions_of
 from fedmerge.serving.listing import BoolArray, Listing
+from fedmerge.serving.recommender import Item
 
 Load = Callable[[str | None, str | None], Shelf]
 """(MODEL or None for the same, model of the run or None for its choice) -> shelf of the catalog as it is on disk."""
@@ -97,6 +98,28 @@ class Service:
 def _yield_to_others() -> None:
     """Give this thread the lowest priority, on Linux, where each thread has its own: requests come first."""
     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+
+
+def run_name(shelf: Shelf) -> str | None:
+    """Return the name of the run that a shelf is of; None for an adapter."""
+    decision = shelf.opened.decision
+    return None if decision is None else decision.run.name
+
+
+def known_items(shelf: Shelf, history: Sequence[Item]) -> tuple[list[int], list[str]]:
+    """Return the places in a history of what is in the catalog or given by text, and the ids that are not.
+
+    Raises:
+        DomainError: nothing of it is known.
+    """
+    item_index = shelf.recommender.item_index
+    ignored = [item for item in history if isinstance(item, str) and item not in item_index]
+    if len(ignored) == len(history):
+        raise DomainError(
+            f"history: found none of its {len(ignored)} ids in the catalog of {shelf.catalog.name}, expected at least "
+            "one. Give ids of the catalog, or attributes."
+        )
+    return [place for place, item in enumerate(history) if not isinstance(item, str) or item in item_index], ignored
 
 
 def listing_of(

@@ -1,8 +1,10 @@
 """What is served at one moment. A change makes another shelf, so requests in progress keep theirs."""
 
 import json
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -44,6 +46,8 @@ class Shelf:
         changed: ids of items that were added or changed since the catalog was read.
         room: (N or more, d), of which the vectors are the first rows; only the newest shelf may write behind them.
         filtered: filter on attributes -> items that pass, of the latest filters.
+        beside: shelves of other models over the same items, for the page.
+        absent: a model that the page would show -> why it is not beside.
     """
 
     opened: Opened
@@ -53,6 +57,8 @@ class Shelf:
     changed: frozenset[str]
     room: torch.Tensor
     filtered: dict[str, BoolArray] = field(default_factory=dict)
+    beside: tuple["Shelf", ...] = ()
+    absent: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def recommender(self) -> Recommender:
@@ -63,6 +69,16 @@ class Shelf:
     def catalog(self) -> Catalog:
         """The items, those that were added included."""
         return self.opened.recommender.catalog
+
+    @cached_property
+    def folded_titles(self) -> list[str]:
+        """(N,) :func:`fold` of the titles, for searches."""
+        return [fold(title) for title in self.catalog.titles]
+
+
+def fold(text: str) -> str:
+    """Return a text without its case and its compatible forms, so that what looks alike is equal."""
+    return unicodedata.normalize("NFKC", text).casefold()
 
 
 def make_shelf(opened: Opened, label: str, counts: FloatArray | None, available: BoolArray, cache_dir: str) -> Shelf:
@@ -121,7 +137,9 @@ def change_items(shelf: Shelf, changes: Sequence[ItemChange]) -> Shelf:
     available = shelf.available.copy()
     for item_id, value in availability.items():
         available[shelf.recommender.item_index[item_id]] = value
-    return replace(shelf, available=available, changed=shelf.changed | texts.keys() | availability.keys())
+    changed = shelf.changed | texts.keys() | availability.keys()
+    beside = tuple(change_items(each, changes) for each in shelf.beside)
+    return replace(shelf, available=available, changed=changed, beside=beside)
 
 
 def _with_texts(shelf: Shelf, texts: Mapping[str, Mapping[str, str]], tokens: Mapping[str, Tokens]) -> Shelf:

@@ -37,20 +37,20 @@ def shelf_of(place: Place, run: Path, served: str | None = None, popularity: boo
     return make_shelf(opened, label, counts, np.ones(size, dtype=np.bool_), config.cache_dir)
 
 
-def service_of(place: Place, run: Path, changes: Path, served: str | None = None) -> Service:
+def service_of(place: Place, run: Path, changes: Path, served: str | None = None, popularity: bool = True) -> Service:
     """Return a service whose swaps take the name of a run in the same folder of runs."""
 
     def load(model: str | None, other: str | None) -> Shelf:
-        return shelf_of(place, run if model is None else run.parent / model, other or served)
+        return shelf_of(place, run if model is None else run.parent / model, other or served, popularity)
 
     return Service(load, changes, threads=2)
 
 
 @contextmanager
-def answering(service: Service, key: str | None = None, host: str = "127.0.0.1") -> Iterator[str]:
+def answering(service: Service, key: str | None = None, host: str = "127.0.0.1", page: bool = False) -> Iterator[str]:
     """Yield the address of a uvicorn that runs in a thread of this process."""
     bound = bind(host, 0)
-    server = make_server(service, bound, key)
+    server = make_server(service, bound, key, page)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
     thread.start()
     while not server.started:

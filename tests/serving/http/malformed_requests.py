@@ -34,6 +34,7 @@ def malformed_requests(number: int, item_id: str) -> Iterator[Sent]:
     """
     valid = (
         Sent("POST", "/recommend", _json({"history": [item_id]})),
+        Sent("POST", "/compare", _json({"history": [item_id]})),
         Sent("POST", "/similar", _json({"item": item_id})),
         Sent("PUT", "/items", _json({"items": [{"item_id": "x", "attributes": {"title": "x"}}]})),
         Sent("POST", "/swap", _json({"model": "runs/none"})),

@@ -34,7 +34,7 @@ def test_a_thousand_malformed_requests_never_give_a_500(service: Service) -> Non
     recommender = service.shelf.recommender
     known = recommender.catalog.item_ids[2]
     wanted = [(item.item_id, item.score) for item in recommend(recommender, [known])]
-    with answering(service) as address:
+    with answering(service, page=True) as address:
         connection = http.client.HTTPConnection(urlsplit(address).netloc, timeout=60)
         for request in malformed_requests(1000, known):
             headers = {"Content-Type": "application/json", **request.headers}

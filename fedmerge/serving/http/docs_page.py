@@ -12,6 +12,8 @@ def page_of(schema: dict[str, Any]) -> str:
         for method, route in methods.items():
             parts.append(f"<h2><code>{method.upper()} {html.escape(path)}</code></h2>")
             parts.append(f"<p>{html.escape(route.get('description', ''))}</p>")
+            if queries := [query for query in route.get("parameters", []) if query["in"] == "query"]:
+                parts.append(f"<h3>Query</h3>{_fields(_schema_of(queries))}")
             body = route.get("requestBody", {}).get("content", {}).get("application/json", {}).get("schema", {})
             answer = route["responses"].get("200", {}).get("content", {}).get("application/json", {}).get("schema", {})
             for title, part in (("Request", body), ("Answer", answer)):
@@ -28,6 +30,14 @@ table {{ border-collapse: collapse }} h2 {{ margin-top: 2.5rem }}</style>
 {"".join(parts)}
 </html>
 """
+
+
+def _schema_of(queries: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the parameters of a query as a schema of an object."""
+    return {
+        "required": [query["name"] for query in queries if query.get("required")],
+        "properties": {query["name"]: query["schema"] for query in queries},
+    }
 
 
 def _fields(schema: dict[str, Any]) -> str:
