@@ -1,5 +1,6 @@
 """Read the metric sums of a finished run from its tables."""
 
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,13 +14,16 @@ from fedmerge.evaluation.ranks import METRICS
 from fedmerge.evaluation.sums import MetricSums, Variant
 
 
-def read_metric_sums(run_dir: Path | str, split: Split, variant: Variant) -> dict[str, MetricSums]:
+def read_metric_sums(
+    run_dir: Path | str, split: Split, variant: Variant, only: Collection[str] | None = None
+) -> dict[str, MetricSums]:
     """Return the metric sums that each domain of a run reported: enough for every mean, paired difference and interval.
 
     Args:
         run_dir: run folder.
         split: "valid" or "test".
         variant: "unmasked" or "masked".
+        only: methods that are read; None reads all.
 
     Returns:
         Domain -> metric sums, in the order of the table.
@@ -27,7 +31,9 @@ def read_metric_sums(run_dir: Path | str, split: Split, variant: Variant) -> dic
     Raises:
         RunDirError: the tables are missing or damaged, or have no rows of this split and variant.
     """
-    values, products = (_rows(Path(run_dir) / f"{name}.parquet", split, variant) for name in ("metrics", "products"))
+    folder = Path(run_dir)
+    values = _rows(folder / "metrics.parquet", split, variant, {"method": only})
+    products = _rows(folder / "products.parquet", split, variant, {"method": only, "other": only})
     methods: dict[str, dict[str, int]] = {}  # domain -> method -> row
     for row in values:
         places = methods.setdefault(row["domain"], {})
@@ -71,11 +77,13 @@ def read_domain_roles(run_dir: Path) -> dict[str, Literal["train", "unseen"]]:
     return {row["domain"]: row["role"] for row in rows}
 
 
-def _rows(path: Path, split: Split, variant: Variant) -> list[dict[str, Any]]:
+def _rows(
+    path: Path, split: Split, variant: Variant, only: Mapping[str, Collection[str] | None]
+) -> list[dict[str, Any]]:
+    wanted: list[tuple[str, str, Any]] = [("split", "=", split), ("variant", "=", variant)]
+    wanted += [(column, "in", list(names)) for column, names in only.items() if names is not None]
     try:
-        rows: list[dict[str, Any]] = [
-            row for row in pq.read_table(path).to_pylist() if (row["split"], row["variant"]) == (split, variant)
-        ]
+        rows: list[dict[str, Any]] = pq.read_table(path, filters=wanted).to_pylist()
     except FileNotFoundError as error:
         raise RunDirError(
             f"{path}: not found. Give the folder of a finished run, runs/<id>; {path.name} is written at its end."

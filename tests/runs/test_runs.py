@@ -18,7 +18,7 @@ from fedmerge.runs.reading import describe_run, find_run, list_runs, summarise_r
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 Capsys = pytest.CaptureFixture[str]
-HEADER = "run state started (UTC) seconds domains methods served on test"
+HEADER = "run state started (UTC) seconds domains served on test verdict"
 RUN_ID = "trial-20260102-030405-abcd"
 FAILED_LOG = """09:00:00 run folder: /somewhere
 09:00:09 the run failed
@@ -179,13 +179,16 @@ def test_runs_prints_a_table_or_json(runs: Path, capsys: Capsys) -> None:
     lines = output(capsys, "runs", "--dir", runs).splitlines()
     assert lines[0].split() == HEADER.split()
     row = f"{RUN_ID} done 2026-01-02 03:04 90 books, coffee, toys + 1 unseen, 1 missing "
-    row += "average, task-arithmetic, mergerec average ndcg@10 0.5000"
+    row += "average ndcg@10 0.5000 -"
     assert " ".join(lines[2].split()) == row
-    assert [line.split()[:2] for line in lines[3:]] == [["trial-failed", "failed"], ["trial-killed", "incomplete"]]
+    assert [line.split()[:2] for line in lines[3:5]] == [["trial-failed", "failed"], ["trial-killed", "incomplete"]]
+    assert lines[5].startswith(f"{RUN_ID}: {runs / RUN_ID}/products.parquet: not found")  # so there is no verdict
+    assert len(lines) == 6
     records = json.loads(output(capsys, "runs", "--dir", runs, "--json"))
     assert [record["state"] for record in records] == ["done", "failed", "incomplete"]
     assert records[0]["started"] == "2026-01-02T03:04:05+00:00"
     assert records[0]["test"] == pytest.approx(0.5)
+    assert records[0]["outcome"] == {"served": "average", "test": records[0]["test"], "verdict": None}
     (runs / "empty").mkdir()
     assert output(capsys, "runs", "--dir", runs / "empty") == f"{runs / 'empty'}: no runs\n"
     assert f"{runs}/gone: " in refusal(capsys, "runs", "--dir", runs / "gone")

@@ -1,25 +1,36 @@
 """Runs as text and as JSON records: a table of all, and one in full."""
 
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from fedmerge.errors import RunDirError
 from fedmerge.escaping import one_line, printable
-from fedmerge.files import table_or_empty
+from fedmerge.files import read_record, table_or_empty
 from fedmerge.report.html.page import size
 from fedmerge.report.run.alone import their
+from fedmerge.report.run.verdict import judge_run, verdict
 from fedmerge.report.tables import aligned
 from fedmerge.runs.overview.cleaning import RunToClean
 from fedmerge.runs.reading import MergeRecord, RunDetails, RunSummary
-from fedmerge.server.choice import served_row
+from fedmerge.server.choice import CHOICE_FILE, served_row
 
 MOST_LINES = 20  # of one kind, in text
 _ABSENT = "-"
 
 
 def runs_table(summaries: Sequence[RunSummary]) -> str:
-    """Return a table with one line per run, and problems below it; the metric is the served merge's on test."""
-    rows = [("run", "state", "started (UTC)", "seconds", "domains", "methods", "served", "on test")]
+    """Return a table with one line per run, and problems below it.
+
+    Scores and verdicts are of what each domain is served.
+    """
+    rows = [("run", "state", "started (UTC)", "seconds", "domains", "served", "on test", "verdict")]
+    problems = []
     for run in summaries:
+        outcome = outcome_of(run)
+        problems += [f"{run.id}: {problem}" for problem in (*run.problems, *outcome.problems)]
         rows.append(
             (
                 run.id,
@@ -27,15 +38,55 @@ def runs_table(summaries: Sequence[RunSummary]) -> str:
                 f"{run.started:%Y-%m-%d %H:%M}" if run.started else _ABSENT,
                 _ABSENT if run.seconds is None else f"{run.seconds:,.0f}",
                 _domains(run),
-                ", ".join(run.methods) or _ABSENT,
-                run.served or _ABSENT,
-                _ABSENT if run.test is None else f"{run.metric} {run.test:.4f}",
+                outcome.served or _ABSENT,
+                _ABSENT if outcome.score is None else f"{run.metric} {outcome.score:.4f}",
+                outcome.verdict or _ABSENT,
             )
         )
     lines = aligned(rows)
     lines.insert(1, "-" * max(map(len, lines)))
-    lines += [one_line(f"{run.id}: {problem}") for run in summaries for problem in run.problems]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *map(one_line, problems)]) + "\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a run serves and how good it is, in a few words.
+
+    Attributes:
+        served: models by number of domains, the most frequent first; None without results.
+        score: test mean over the training domains of what each is served, unmasked.
+        verdict: whether that is better than popularity and the last item; None without results.
+        problems: sentences about damaged files.
+    """
+
+    served: str | None
+    score: float | None
+    verdict: str | None
+    problems: tuple[str, ...] = ()
+
+
+def outcome_of(run: RunSummary) -> Outcome:
+    """Return the outcome of a run; without results, or with damaged ones, what is known of the merge."""
+    if run.state != "done" or run.test is None:
+        return Outcome(run.served, run.test, None)
+    try:
+        judged = judge_run(run.folder, read_record(run.folder / CHOICE_FILE))
+    except RunDirError as error:
+        return Outcome(run.served, run.test, None, (str(error),))
+    models = judged["unmasked"].models
+    counts = Counter(_kind(model.model, str(run.served)) for model in models).most_common()
+    named = [f"{kind} in {number}" for kind, number in counts] if len(counts) > 1 else [counts[0][0]]
+    scores = [model.score for model in models if model.role == "train"]
+    score = math.fsum(scores) / len(scores) if scores else math.nan
+    return Outcome(_some(named), None if math.isnan(score) else score, verdict(judged).short)
+
+
+def _kind(row: str, served: str) -> str:
+    """Return the label of the merge, ``own expert``, ``own head`` of whatever inputs, or ``federated head``."""
+    if row == served:
+        return served
+    kind, _, _ = their(row).partition(" on ")
+    return kind.removeprefix("their ").removeprefix("the ").removesuffix(", fused")
 
 
 def _domains(run: RunSummary) -> str:
@@ -61,7 +112,8 @@ def cleaning_text(planned: Sequence[RunToClean], *, is_deleted: bool) -> str:
 
 
 def summary_record(run: RunSummary) -> dict[str, Any]:
-    """Return the same as JSON types."""
+    """Return the same as JSON types; ``served`` and ``test`` are those of the merge."""
+    outcome = outcome_of(run)
     return {
         "id": run.id,
         "folder": str(run.folder),
@@ -75,8 +127,9 @@ def summary_record(run: RunSummary) -> dict[str, Any]:
         "served": run.served,
         "metric": run.metric,
         "test": run.test,
+        "outcome": {"served": outcome.served, "test": outcome.score, "verdict": outcome.verdict},
         "synthetic": run.synthetic,
-        "problems": list(run.problems),
+        "problems": [*run.problems, *outcome.problems],
     }
 
 

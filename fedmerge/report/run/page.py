@@ -39,7 +39,7 @@ from fedmerge.report.run.alone import (
 )
 from fedmerge.report.run.first import first_section, missing_fact, privacy_fact, trained_entries
 from fedmerge.report.run.promise import PRIVACY_SECTION, promise_section
-from fedmerge.report.run.verdict import Judged, judge, verdict
+from fedmerge.report.run.verdict import Judged, judge_run, verdict
 from fedmerge.report.statistics import comparison_rows
 from fedmerge.report.tables import Role, difference_cell
 from fedmerge.runs.checkpoints import HEADS
@@ -70,9 +70,8 @@ def run_page(folder: Path) -> str:
     if run.settings.get("until") == "train":
         return _page_of_training(run, statement)
     tables = run_tables(run)
-    roles = read_domain_roles(folder)
     sums = {variant: read_metric_sums(folder, "test", variant) for variant in VARIANTS}
-    judged = _judge(run, sums, roles)
+    judged = judge_run(folder, run.choice)
     sections = [
         ("alone", TITLE, _alone(run, sums, trained_entries(run, judged["unmasked"]))),
         ("clients", "Participants", _participants(run)),
@@ -105,13 +104,6 @@ def _page_of_training(run: RunDetails, statement: Mapping[str, Any]) -> str:
     ]
     more = [Section(key, heading, content) for key, heading, content in sections if content]
     return bench_page(tables, kind="Run", lead=lead, first=first, more=more)
-
-
-def _judge(
-    run: RunDetails, sums: Mapping[Variant, Mapping[str, MetricSums]], roles: Mapping[str, Role]
-) -> dict[Variant, Judged]:
-    per_domain, served = table_or_empty(run.choice.get("per_domain")), str(run.summary.served)
-    return {variant: judge(of_variant, roles, per_domain, served) for variant, of_variant in sums.items()}
 
 
 def _lead(judged: Mapping[Variant, Judged]) -> Html:

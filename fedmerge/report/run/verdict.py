@@ -7,10 +7,12 @@ All scores are on test; differences are paired over a domain's users.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from fedmerge.evaluation.sums import (
     LAST_ITEM,
+    VARIANTS,
     Estimate,
     MetricSums,
     Variant,
@@ -18,8 +20,10 @@ from fedmerge.evaluation.sums import (
     paired_difference,
     paired_difference_of_mean,
 )
+from fedmerge.files import table_or_empty
 from fedmerge.report.run.alone import METRIC
 from fedmerge.report.tables import Role
+from fedmerge.runs.metric_sums import read_domain_roles, read_metric_sums
 from fedmerge.server.choice import served_row
 
 POPULARITY = "popularity"
@@ -80,10 +84,30 @@ class Judged:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """A sentence or two, and whether they are a warning."""
+    """A sentence or two, whether they are a warning, and the same in a few words for a table."""
 
     text: str
     is_warning: bool
+    short: str
+
+
+def judge_run(folder: Path, choice: Mapping[str, Any]) -> dict[Variant, Judged]:
+    """Compare what a finished run serves with popularity and the last item, by variant.
+
+    Args:
+        folder: run folder.
+        choice: content of its ``choice.json``.
+
+    Raises:
+        RunDirError: a table is missing or damaged.
+    """
+    roles, served = read_domain_roles(folder), str(choice.get("served"))
+    per_domain = table_or_empty(choice.get("per_domain"))
+    rows = {served, *SIMPLE, *(served_row(per_domain, served, domain) for domain in roles)}
+    return {
+        variant: judge(read_metric_sums(folder, "test", variant, rows), roles, per_domain, served)
+        for variant in VARIANTS
+    }
 
 
 def judge(
@@ -145,6 +169,7 @@ def verdict(judged: Mapping[Variant, Judged]) -> Verdict:
             "Nothing says whether what is served is better than popularity or the last item: they were not evaluated "
             "in every training domain (evaluation.baselines).",
             is_warning=False,
+            short="not compared",
         )
     below, masked = _not_above(first), _not_above(judged["masked"]) if "masked" in judged else []
     on_test = f"{_mean_over(first.num_compared)} on test, unmasked"
@@ -159,16 +184,34 @@ def verdict(judged: Mapping[Variant, Judged]) -> Verdict:
             f" Without the items of a user's history, as fedmerge recommend ranks, it {also}ranks "
             f"{_how(judged['masked'], masked)} {_scores(judged['masked'], masked)}."
         )
-    return Verdict(text, is_warning=bool(below or masked))
+    return Verdict(text, is_warning=bool(below or masked), short=_short(judged, below, masked))
+
+
+def _short(judged: Mapping[Variant, Judged], below: Sequence[str], masked: Sequence[str]) -> str:
+    """Return the verdict in a few words."""
+    first = judged["unmasked"]
+    rows = below or list(first.means)
+    words = f"{_rank(first, below) if below else 'above'} {join_words(rows)}"
+    elsewhere = sum(any(not against.is_above for against in each.against.values()) for each in first.models)
+    if elsewhere and not below:
+        words += f", not in {elsewhere} of {len(first.models)} domains"
+    words += _chance(first, rows, "may be chance")
+    if masked and masked != below:
+        words += f"; masked {_rank(judged['masked'], masked)} {join_words(masked)}"
+    return words
 
 
 def _not_above(judged: Judged) -> list[str]:
     return [row for row, against in judged.means.items() if not against.is_above]
 
 
-def _how(judged: Judged, rows: Sequence[str]) -> str:
+def _rank(judged: Judged, rows: Sequence[str]) -> str:
     equal = all(judged.means[row].served == judged.means[row].other for row in rows)
-    return f"{'no higher than' if equal else 'below'} {join_words([_WORDS[row] for row in rows])}:"
+    return "no higher than" if equal else "below"
+
+
+def _how(judged: Judged, rows: Sequence[str]) -> str:
+    return f"{_rank(judged, rows)} {join_words([_WORDS[row] for row in rows])}:"
 
 
 def _scores(judged: Judged, rows: Sequence[str]) -> str:
@@ -180,12 +223,12 @@ def _mean_over(number: int) -> str:
     return "one training domain" if number == 1 else f"mean over {number} training domains"
 
 
-def _chance(judged: Judged, rows: Sequence[str]) -> str:
+def _chance(judged: Judged, rows: Sequence[str], what: str = "the difference may be chance") -> str:
     means = judged.means
     unclear = [_WORDS[row] for row in rows if means[row].may_be_chance and means[row].served != means[row].other]
     if not unclear:
         return ""
-    return "; the difference may be chance" + (f" for {join_words(unclear)}" if len(unclear) < len(rows) else "")
+    return f"; {what}" + (f" for {join_words(unclear)}" if len(unclear) < len(rows) else "")
 
 
 def _but(judged: Judged) -> str:

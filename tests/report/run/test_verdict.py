@@ -64,6 +64,7 @@ def test_above_both_it_names_the_domains_where_it_is_not() -> None:
     assert found.text.startswith("What is served ranks above popularity and the last item: NDCG@10 0.")
     assert "mean over 2 training domains on test" in found.text
     assert "not above popularity in new (unseen) and not above the last item in b" in found.text
+    assert found.short == "above popularity and last item, not in 2 of 3 domains; may be chance for the last item"
 
 
 def with_popularity(ranks: list[int]) -> dict[str, dict[str, list[int]]]:
@@ -75,10 +76,12 @@ def test_below_popularity_is_the_first_thing_said() -> None:
     assert found.is_warning
     assert found.text.startswith("What is served ranks below popularity: NDCG@10 ")
     assert "against 1.0000, mean over 2 training domains" in found.text
+    assert found.short == "below popularity"
     equal = {name: {**rows, "popularity": rows.get(EXPERT, rows["average"])} for name, rows in RANKS.items()}
     found = verdict({"unmasked": judged(equal)})
     assert found.is_warning
     assert found.text.startswith("What is served ranks no higher than popularity: ")
+    assert found.short == "no higher than popularity"
 
 
 def test_chance_is_named() -> None:
@@ -95,6 +98,7 @@ def test_below_in_the_ranking_that_is_served_is_a_warning_too() -> None:
     first, _, second = found.text.partition(". Without the items of a user's history, as fedmerge recommend ranks, it ")
     assert first.startswith("What is served ranks above")
     assert second.startswith("ranks below popularity: NDCG@10 ")
+    assert found.short.endswith("; masked below popularity")
     both = verdict({"unmasked": judged(with_popularity([1, 1, 1, 1])), "masked": masked})
     assert "Without the items" not in both.text  # the same is not said twice
 
@@ -104,6 +108,7 @@ def test_without_the_rows_nothing_is_claimed() -> None:
     found = verdict({"unmasked": judged(bare)})
     assert found.text.startswith("Nothing says whether what is served is better than popularity")
     assert not found.is_warning
+    assert found.short == "not compared"
     # scores that a client withholds
     b = sums_of(RANKS)["b"]
     withheld = inexact_sums(b.methods, "unmasked", b.num_users, np.full_like(b.sums, np.nan), 1.0)
