@@ -20,6 +20,7 @@ from run_folders import Place, make_place, make_run
 pytestmark = pytest.mark.e2e
 
 REPOSITORY = Path(__file__).resolve().parents[3]
+TITLES = ["backbone", "expert", "merge: average"]
 KITE = {"items": [{"item_id": "kite", "attributes": {"title": "a blue kite"}}]}
 
 
@@ -138,6 +139,18 @@ def test_addresses_and_keys(place: Place, tmp_path: Path) -> None:
         assert again.returncode == 1
         assert again.stderr.splitlines()[-1].startswith(f"fedmerge: serve: cannot bind 127.0.0.1:{taken[1]}")
         assert server.poll() is None
+
+
+def test_with_the_page_all_models_answer_and_a_swap_brings_those_of_the_other_run(place: Place) -> None:
+    with process(place, "--port", "0", "--page") as (_, address):
+        assert send(address, "GET", "/")[0] == 200
+        for run in ("first", "second"):
+            about = ask(address, "/page", None, "GET")[1]
+            assert (about["run"], [model["title"] for model in about["models"]]) == (run, TITLES)
+            status, found = ask(address, "/compare", {"history": ["toys-i00003"], "k": 3})
+            assert (status, [len(each["recommendations"]) for each in found["lists"]]) == (200, [3, 3, 3])
+            assert [absent["title"] for absent in about["absent"]] == ["head"]
+            assert ask(address, "/swap", {"model": str(place.runs / "second")})[0] == 200
 
 
 def send_malformed(address: str, number: int) -> None:

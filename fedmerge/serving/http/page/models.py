@@ -97,6 +97,7 @@ def with_models_beside(shelf: Shelf, folder: Path, config: ExperimentConfig) -> 
     for model in _wanted(place, decision.model):
         reason = _why_absent(place, model)
         if reason is None:
+            logger.info("the page: loading %s", _title(model, decision))
             try:
                 found.append(_beside(shelf, _open(place, model, texts), model))
             except ClientError as error:

@@ -1,6 +1,6 @@
 """Find items of a catalog for a history, and make example histories; interactions are not read."""
 
-import heapq
+import itertools
 
 import torch
 
@@ -39,13 +39,18 @@ def find_items(shelf: Shelf, query: str, k: int) -> tuple[list[int], int]:
     if same_id is not None and same_id not in found:
         found.append(same_id)
 
-    def rank(place: int) -> tuple[int, int]:
-        title = titles[place]
-        if place == same_id:
-            return 0, place
-        return (1 if title.startswith(beginning) else 2 if f" {first}" in title else 3), place
-
-    return heapq.nsmallest(k, found, rank), len(found)
+    ranked = itertools.chain(
+        (place for place in found if place == same_id),
+        (place for place in found if titles[place].startswith(beginning)),
+        (place for place in found if f" {first}" in titles[place]),
+        found,
+    )
+    best = dict[int, None]()
+    for place in ranked:
+        best[place] = None
+        if len(best) == k:
+            break
+    return list(best), len(found)
 
 
 def example_history(shelf: Shelf, number: int) -> list[int]:
