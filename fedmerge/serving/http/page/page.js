@@ -143,7 +143,7 @@ function drawHistory() {
     }),
   );
   byId("clear").disabled = history_.length === 0;
-  const order = "Oldest first; the last item counts most.";
+  const order = "The oldest item first, the latest last.";
   byId("history-hint").textContent =
     history_.length === 0
       ? "No items yet: find some, or take an example, which is made of similar items of the catalog."
@@ -238,13 +238,8 @@ function drawLists(lists, titles) {
     ...lists.map((list, place) => {
       const model = about.models[place];
       const id = `list-${place}`;
-      const heading = make(
-        "h3",
-        { id },
-        symbol(model),
-        model.title,
-        model.served ? make("span", { class: "tag" }, "served") : null,
-      );
+      const tag = model.served ? make("span", { class: "tag" }, "served") : null;
+      const heading = make("h3", { id }, symbol(model), make("span", {}, model.title, tag));
       const parts = [heading, make("p", { class: "note" }, model.meaning)];
       if (list.refused !== null) parts.push(make("p", {}, list.refused));
       else parts.push(drawList(list, id, place > 0, titles));
@@ -269,8 +264,8 @@ function drawGone(items) {
 
 function drawItem(list, item, rank, compared, titles) {
   const near = item.near.map(({ place, cosine }, order) => {
-    const called = order === 0 ? ` ${shortened(titles[place])}` : "";
-    return `${place + 1}.${called} (${cosine.toFixed(3)})`;
+    const called = order === 0 ? ` ${shortened(titles[place])} ` : "\u00a0";
+    return `${place + 1}.${called}(${cosine.toFixed(3)})`;
   });
   const kind = list.score_kind === "cosine" ? "cosine" : "score";
   const title = named(item);
