@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from http_calls import DOMAIN, answering, ask, same_list, send, service_of, shelf_of
 from run_folders import Place, make_place
@@ -14,8 +15,9 @@ from fedmerge.domain.catalog import make_catalog
 from fedmerge.serving.http.page.models import columns, with_models_beside
 from fedmerge.serving.http.page.search import find_items
 from fedmerge.serving.http.service import Service
-from fedmerge.serving.http.shelf import ItemChange, Shelf, change_items
+from fedmerge.serving.http.shelf import ItemChange, Shelf, change_items, make_shelf
 from fedmerge.serving.listing import Listing
+from fedmerge.serving.model import open_recommender
 from fedmerge.serving.recommender import Item, Recommender, index_items, recommend, similar_items
 
 FUSED = "head on the merge, fused"
@@ -158,6 +160,18 @@ def test_a_federated_head_is_shown_without_its_fusion_which_reads_interactions(p
     assert [column.title for column in columns(shelf)][-1] == "federated head"
 
 
+@pytest.mark.parametrize("adapter", ["average", None])
+def test_beside_an_adapter_stands_the_backbone_and_beside_that_nothing(place: Place, adapter: str | None) -> None:
+    config, folder = config_of(place.runs / "heads"), place.domains / DOMAIN
+    path, label = (
+        ("none", "backbone") if adapter is None else (place.runs / "heads/merged" / adapter, "adapter average")
+    )
+    opened = open_recommender(path, None, folder, config)
+    shelf = make_shelf(opened, label, None, np.ones(20, dtype=np.bool_), config.cache_dir)
+    found = [(column.title, column.served) for column in columns(with_models_beside(shelf, folder, config))]
+    assert found == ([("backbone", True)] if adapter is None else [("backbone", False), (label, True)])
+
+
 def test_added_items_are_in_every_list(place: Place, tmp_path: Path) -> None:
     shelf = change_items(page_shelf(place), [ItemChange("new", {"title": "a blue kite"}, None)])
     for column in columns(shelf):
@@ -173,6 +187,12 @@ def test_a_swap_changes_every_list(place: Place, tmp_path: Path) -> None:
         assert ask(address, "/swap", {"model": "second", "served": "backbone"})[0] == 200
         found = ask(address, "/page", None, "GET")[1]
     assert (found["run"], [model["served"] for model in found["models"]]) == ("second", [True, False, False, False])
+
+
+def test_the_routes_are_described(address: str) -> None:
+    schema = ask(address, "/openapi.json", None, "GET")[1]
+    assert {"/page", "/items", "/example", "/compare"} <= schema["paths"].keys()
+    assert "words, all of which the titles have somewhere" in send(address, "GET", "/docs")[1].decode()
 
 
 # Searches and examples
