@@ -38,6 +38,12 @@ def test_no_folder_holds_more_files_than_a_reader_surveys() -> None:
     assert {folder: count for folder, count in counts.items() if count > LARGEST_FOLDER} == {}
 
 
+def test_no_two_files_of_tests_share_a_name() -> None:
+    """They are modules without packages: pytest and mypy refuse a second one."""
+    names = Counter(path.name for path in files() if path.suffix == ".py" and "tests" in path.parts)
+    assert [name for name, number in names.items() if number > 1] == []
+
+
 def test_no_modules_import_each_other_in_a_circle() -> None:
     paths = [path for top in ("fedmerge", "sim") for path in sorted((REPOSITORY / top).rglob("*.py"))]
     modules = {module_name(path): path for path in paths}
