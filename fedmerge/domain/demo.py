@@ -37,6 +37,7 @@ DEMO_DOMAINS: tuple[str, ...] = tuple(VOCABULARIES)
 # Shops of the same trades with brands, items, users and habits of their own: two small ones, and one that opened later.
 DEMO_BRANCHES = {"camping-small": 150, "coffee-small": 150, "camping-new": 600}  # users
 BUNDLED_DOMAINS: tuple[str, ...] = (*DEMO_DOMAINS, *DEMO_BRANCHES)
+BUNDLE_FOLDER = f"demo-v{DEMO_VERSION}-{len(BUNDLED_DOMAINS)}"  # in a cache
 
 NUM_USERS, NUM_ITEMS = 600, 400  # of a domain, unless told otherwise
 
@@ -197,7 +198,7 @@ def bundled_demo(cache_dir: Path) -> Path:
     Args:
         cache_dir: created if absent.
     """
-    root = cache_dir / f"demo-v{DEMO_VERSION}-{len(BUNDLED_DOMAINS)}"
+    root = cache_dir / BUNDLE_FOLDER
     if not root.is_dir():
         cache_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".demo-partial-", dir=cache_dir) as unfinished:

@@ -26,7 +26,7 @@ KILLED, WRONG, LATER = (f"shop-2026010{day}-030405-abcd" for day in (4, 5, 6))
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_run(make_place(tmp_path_factory.mktemp("place")), FIRST)
+    return make_run(make_place(tmp_path_factory.mktemp("place")), FIRST, ["name=shop"])
 
 
 @pytest.fixture
@@ -115,6 +115,15 @@ def test_the_latest_run_that_can_be_resumed_is_found(runs: Path) -> None:
     shutil.rmtree(runs / LATER)
     assert latest_to_resume(runs) == runs / KILLED
     assert latest_to_resume(runs, "shop") == runs / KILLED
+    later = shutil.copytree(runs / KILLED, runs / "shop-small-20260109-030405-abcd")  # of another experiment
+    (later / "config.toml").write_text((later / "config.toml").read_text().replace('"shop"', '"shop-small"'))
+    own = shutil.copytree(runs / KILLED, runs / "first")  # an id of its own
+    assert latest_to_resume(runs, "shop-small") == later
+    assert latest_to_resume(runs, "shop") in (runs / KILLED, own)
+    shutil.rmtree(runs / KILLED)
+    assert latest_to_resume(runs, "shop") == own
+    shutil.rmtree(later)
+    own.rename(runs / KILLED)
     with pytest.raises(RunDirError, match="found 0 runs of sho, none of which"):
         latest_to_resume(runs, "sho")
     (runs / KILLED / "config.toml").unlink()

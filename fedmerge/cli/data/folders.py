@@ -21,7 +21,7 @@ def add_commands(commands: "Commands") -> None:
     changes.add_commands(data)
     demo = data.add_parser("demo", help="write the bundled synthetic domains")
     demo.add_argument("destination", type=Path, metavar="DST", help="folder for the domain folders")
-    demo.add_argument("--num-domains", type=int, help="1 to 1000 (default: the 13 bundled ones)")
+    demo.add_argument("--num-domains", type=int, help="1 to 1000 (default: the bundled ones)")
     demo.add_argument("--num-users", type=int, help="users per domain (default: 600; 150 of small shops)")
     demo.add_argument("--num-items", type=int, default=400, help="items per domain, 20 to 20000 (default: 400)")
     demo.add_argument("--overwrite", action="store_true")

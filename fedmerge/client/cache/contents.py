@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fedmerge.client.cache.dependents import LEARNED, RECORDS, REMADE
+from fedmerge.domain.demo import BUNDLE_FOLDER
 from fedmerge.errors import ClientError, ConfigError, RunDirError
 from fedmerge.files import folder_size, read_record, table_or_empty, text_or_none
 from fedmerge.tensor_files import read_facts
@@ -25,7 +26,7 @@ KINDS: Mapping[str, str] = {
     "indexes": "approximate indexes of item vectors; built again when needed",
     "cohorts": "adapters received from others; sent again by the server",
     "serving": "items that were added or changed while serving; nowhere else",
-    "demo-v1-13": "the bundled demo data; written again when needed",
+    BUNDLE_FOLDER: "the bundled demo data; written again when needed",
 }
 UNUSED_DAYS = 30.0  # after which what can be made again is deleted
 _DAY = 86_400.0

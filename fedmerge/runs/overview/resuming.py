@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from fedmerge.errors import RunDirError
-from fedmerge.runs.folder import CONFIG_FILE, DONE
+from fedmerge.runs.folder import CONFIG_FILE, DONE, run_config
 from fedmerge.runs.reading import failure_of, list_runs, summarise_run
 
 FAILS_AGAIN = ("ConfigError", "PolicyError")  # a resumed run has the same configuration, so these recur
@@ -31,7 +31,7 @@ def latest_to_resume(root: Path, name: str | None = None) -> Path:
     Raises:
         RunDirError: there is none.
     """
-    folders = [folder for folder in list_runs(root) if name is None or folder.name.startswith(f"{name}-")]
+    folders = [folder for folder in list_runs(root) if name is None or _experiment(folder) == name]
     left = [folder for folder in folders if not why_not_resumed(folder)]
     if not left:
         of = "" if name is None else f" of {name}"
@@ -41,3 +41,11 @@ def latest_to_resume(root: Path, name: str | None = None) -> Path:
         )
     started = {folder: summarise_run(folder).started for folder in left}
     return max(left, key=lambda folder: (started[folder] is not None, started[folder], folder.name))
+
+
+def _experiment(folder: Path) -> str | None:
+    """Return the name of a run's experiment, which its id need not begin with; None if its settings are unusable."""
+    try:
+        return run_config(folder).name
+    except RunDirError:
+        return None

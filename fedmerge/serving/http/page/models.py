@@ -61,7 +61,8 @@ class Column:
 
 def columns(shelf: Shelf) -> list[Column]:
     """Return the lists of a page, in their order: the backbone first, if it is there."""
-    shelves = sorted((shelf, *shelf.beside), key=lambda each: ORDER.index(each.label) if each.label in ORDER else 9)
+    places = {label: place for place, label in enumerate(ORDER)}
+    shelves = sorted((shelf, *shelf.beside), key=lambda each: places.get(each.label, len(ORDER)))
     methods = [_method(each.label, each.opened.decision) for each in shelves]
     looks = assign_looks(methods)
     return [
