@@ -10,6 +10,7 @@ from pathlib import Path
 from fedmerge.merging.methods import laws_table, methods_table
 from fedmerge.merging.parameters import markdown_table
 from fedmerge.report.config_reference import config_reference, with_declared_keys
+from fedmerge.report.strategies import strategies_table
 from fedmerge.runs.folder import FILES
 
 
@@ -22,6 +23,7 @@ def files_table() -> str:
 TABLES: Mapping[str, Mapping[str, Callable[[], str]]] = {
     "docs/reference/merging.md": {"methods": methods_table, "laws": laws_table},
     "docs/reference/run-folder.md": {"files": files_table},
+    "docs/strategies.md": {"strategies": strategies_table},
 }
 
 
