@@ -50,4 +50,4 @@ bench: install
 
 # What is written from the code: docs/config.md, tables of other pages, the keys that pyproject.toml declares to Flower.
 docs: install
-	$(BIN)/python -m fedmerge.report.generated_docs
+	$(BIN)/python -m fedmerge.report.docs.generated

@@ -138,7 +138,7 @@ def merge(
 
     Args:
         adapters: name -> adapter, result of another function of this API, or PEFT folder.
-        method: a name of :func:`methods`, ``package.module:function``, or a function of your own (docs/own-method.md).
+        method: a name of :func:`methods`, ``package.module:function``, or a function (docs/guides/own-method.md).
         coefficients: name -> factor on its adapter; 1 where it is not named, and 0 leaves it out.
         scope: the entries over which thresholds are taken.
         space: ``core`` merges in core space, at a cost that does not grow with the square of the width.

@@ -1,6 +1,6 @@
 """Keys of earlier versions, and their replacements."""
 
-_STUDY = "delete the line; {}. Other values: benchmarks/studies/study_mergerec.py"
+_STUDY = "delete the line; {}. Other values: benchmarks/studies/mergerec/study_mergerec.py"
 _SASREC = "delete the line; the sasrec baseline trains with fixed settings (fedmerge/sequence/model.py)"
 _EVALUATED = "delete the line; variants are selected by ndcg@10, and results hold all metrics"
 _ADAMERGING = "delete the line; the published value is always used"
@@ -14,7 +14,7 @@ REMOVED: dict[str, str] = {
     "mergerec.balance_domains": _STUDY.format("domains are drawn equally often, except with preset = 'paper'"),
     "mergerec.select_every": _STUDY.format("the last step is taken, as published"),
     "mergerec.try_steps": "delete the line; set mergerec.steps, or look at single steps with "
-    "benchmarks/studies/study_mergerec.py",
+    "benchmarks/studies/mergerec/study_mergerec.py",
     "mergerec.batch_size": _STUDY.format("a step has 16 pseudo-users, as published"),
     "mergerec.initialisation": _STUDY.format("the coefficients multiply the experts' updates, as published"),
     "mergerec.num_pseudo_users": _STUDY.format("1000 with subset and centroid, else as many as items"),

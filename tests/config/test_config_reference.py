@@ -1,7 +1,7 @@
 """The reference of the settings documents every key."""
 
 from fedmerge.config import ExperimentConfig, to_flat
-from fedmerge.report.config_reference import config_reference
+from fedmerge.report.docs.config_reference import config_reference
 
 
 def test_every_key_has_a_row_with_its_values_default_and_meaning() -> None:

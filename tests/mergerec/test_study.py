@@ -85,7 +85,7 @@ def test_a_grid_is_computed_once_and_tabled(
 
 
 def test_every_point_of_the_grid_file_is_valid() -> None:
-    grids = sorted((REPOSITORY / "benchmarks" / "studies").glob("study_*.toml"))
+    grids = sorted((REPOSITORY / "benchmarks" / "studies" / "mergerec").glob("study_*.toml"))
     points = [point for grid in grids for point in study_mergerec.points_of(grid)]
     for point in points:
         keys = {key: value for key, value in point.items() if key not in ("method", "look_at", "name")}

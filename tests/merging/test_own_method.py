@@ -1,4 +1,4 @@
-"""Merging methods of one's own: the example of docs/own-method.md at work, and what a function has to be."""
+"""Merging methods of one's own: the example of docs/guides/own-method.md at work, and what a function has to be."""
 
 import json
 import math
@@ -24,7 +24,7 @@ from fedmerge.merging.training_free import merge_adapters
 from fedmerge.seeding import derive
 from sim.local.in_process import run_in_process
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "own-method.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "guides" / "own-method.md"
 LAYOUT = {"layer.0.query": (6, 5), "layer.1.query": (4, 7)}
 Capsys = pytest.CaptureFixture[str]
 

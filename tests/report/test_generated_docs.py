@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from fedmerge.report.generated_docs import generated_texts, with_table
+from fedmerge.report.docs.generated import generated_texts, with_table
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

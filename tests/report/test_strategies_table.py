@@ -7,7 +7,7 @@ from typing import get_args
 import pytest
 
 from fedmerge.config import MergeMethod, RoundRule
-from fedmerge.report.strategies import BY_USER, Strategy, is_allowed, policies_of, strategies
+from fedmerge.report.docs.strategies import BY_USER, Strategy, is_allowed, policies_of, strategies
 
 MESSAGES = Path(__file__).resolve().parents[2] / "docs" / "messages.md"
 

@@ -1,6 +1,6 @@
 """A grid of training-free and learned merges of a run's adapters, compared on validation users.
 
-    python benchmarks/studies/study_mergerec.py CONFIG ADAPTERS GRID --out DIR [--users 1000] [--leave-out Toys]
+    python benchmarks/studies/mergerec/study_mergerec.py CONFIG ADAPTERS GRID --out DIR [--users 1000] [--leave-out D]
 
 CONFIG is the experiment file of the run, ADAPTERS its folder with a PEFT adapter per domain, GRID a TOML file with a
 table [[setting]] for each method; a list gives one point per value (lists of several keys: all combinations):

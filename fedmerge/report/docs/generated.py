@@ -9,8 +9,8 @@ from pathlib import Path
 
 from fedmerge.merging.methods import laws_table, methods_table
 from fedmerge.merging.parameters import markdown_table
-from fedmerge.report.config_reference import config_reference, with_declared_keys
-from fedmerge.report.strategies import strategies_table
+from fedmerge.report.docs.config_reference import config_reference, with_declared_keys
+from fedmerge.report.docs.strategies import strategies_table
 from fedmerge.runs.folder import FILES
 
 
@@ -53,7 +53,7 @@ def with_table(page: str, name: str, table: str) -> str:
 
 def main() -> None:
     """Write every generated text into the repository."""
-    repository = Path(__file__).resolve().parents[2]
+    repository = Path(__file__).resolve().parents[3]
     for path, text in generated_texts(repository).items():
         (repository / path).write_text(text, encoding="utf-8")
 
