@@ -108,6 +108,8 @@ def promotion(config: ExperimentConfig, seed: int, options: argparse.Namespace) 
             given["half of them copies"] = {**catalogs, **{name: stuffed(bad[name].catalog) for name in joined}}
         merged = merges(config, seed, backbone, adapters, given)
         found[number] = {row: _read(victim, merge, examples, promoted) for row, merge in merged.items()}
+        for row, (share, ndcg) in found[number].items():
+            print(f"seed {seed}, {number} bad, {row}: exposure {share:.4f}, NDCG@10 {ndcg:.4f}", flush=True)
         for kind, of_kind in given.items():
             checks = check_experts(adapters, GATE, config.text, seed, backbone, of_kind, {})
             print(

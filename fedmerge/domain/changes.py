@@ -1,4 +1,4 @@
-"""Change a domain without a new import: add items, forget users or items. Written whole or not at all."""
+"""Change a domain without a new import: items, users, attributes. Written whole or not at all."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from fedmerge.domain.importers.reading.formats import open_table
 from fedmerge.domain.importers.reading.table import RECOGNISED, check_columns
 from fedmerge.domain.importers.reading.values import to_ids, to_texts
 from fedmerge.domain.interactions import Interactions, load_interactions, make_interactions
-from fedmerge.domain.manifest import ID_COLUMN, Manifest, read_manifest
+from fedmerge.domain.manifest import ID_COLUMN, Manifest, read_manifest, read_template
 from fedmerge.errors import DomainError
 
 SHOWN = 3  # ids in a message
@@ -25,7 +25,7 @@ class Change:
     Attributes:
         before, after: the manifests; equal if nothing was to be done.
         num_known: items that the domain had already, or ids to forget that it does not have.
-        absent: attributes that the table of new items has no column for; they are empty.
+        absent: attributes that the table of new items, or the mapping, has no column for; they are empty.
         notes: what else is to be said of the table of new items.
     """
 
@@ -111,6 +111,50 @@ def forget_items(folder: Path, item_ids: Sequence[str], skip_unknown: bool = Fal
         DomainError: unknown ids, or no items or no interactions are left.
     """
     return _forget(folder, "items", item_ids, skip_unknown)
+
+
+def map_attributes(
+    folder: Path, template: Sequence[str], mapping: Mapping[str, str], dropped: Sequence[str] = ()
+) -> Change:
+    """Give a catalog the attributes of other domains: renamed, ordered, joined or dropped; ids and histories stay.
+
+    Args:
+        folder: the domain folder.
+        template: the attributes to have, in the order of an item's text, with their limits of tokens if any.
+        mapping: attribute -> attribute of the template, for those that are named otherwise. The values of several that
+            become one are joined by commas, in the order of the catalog.
+        dropped: attributes to leave out.
+
+    Raises:
+        DomainError: an unusable template, a name that the domain or the template does not have, an attribute that
+            becomes nothing and is not dropped.
+    """
+    manifest, catalog = read_manifest(folder), load_catalog(folder)
+    limits = read_template(template, f"{folder}: the template")
+    unknown = sorted({*mapping, *dropped} - {*catalog.attributes})
+    if unknown:
+        raise DomainError(
+            f"{folder}: found no attributes {', '.join(map(repr, unknown))}, expected some of "
+            f"{', '.join(catalog.attributes)}; nothing was changed. Correct the names."
+        )
+    becomes = {name: mapping.get(name, name) for name in catalog.attributes if name not in dropped}
+    lost = sorted(name for name, target in becomes.items() if target not in limits)
+    if lost:
+        raise DomainError(
+            f"{folder}: {', '.join(f'{name!r} becomes {becomes[name]!r}' for name in lost)}, expected one of "
+            f"{', '.join(limits)}; nothing was changed. Map each of them (--map {lost[0]}=…), or leave it out (--drop)."
+        )
+    columns = {}
+    for target in limits:
+        sources = [catalog.attributes[name] for name, becoming in becomes.items() if becoming == target]
+        joined = [", ".join(filter(None, values)) for values in zip(*sources, strict=True)]
+        columns[target] = joined or [""] * len(catalog)  # no source: an empty attribute
+    stated = {name: limit for name, limit in limits.items() if limit is not None}
+    made = make_catalog(catalog.name, catalog.item_ids, columns, stated)
+    if made.sha256 == catalog.sha256:
+        return Change(manifest, manifest, 0)
+    absent = tuple(target for target in limits if target not in becomes.values())
+    return Change(manifest, _write(folder, manifest, made, load_interactions(folder)), 0, absent)
 
 
 def _forget(folder: Path, what: str, ids: Sequence[str], skip_unknown: bool) -> Change:

@@ -19,7 +19,7 @@ NAME_PATTERN = re.compile(DOMAIN_NAME)
 ATTRIBUTE_PATTERN, MOST_ATTRIBUTES = re.compile(ATTRIBUTE), 64
 ID_COLUMN = "item_id"
 OTHER_ATTRIBUTES = (  # the remedy, where a domain's differ from those of an experiment
-    "state the attributes of all in domains.attributes, import the domain with these columns (--text-columns), or let "
+    "state the attributes of all in domains.attributes, give the domain these ('fedmerge data map-attributes'), or let "
     "domains differ with domains.attributes = ''"
 )
 

@@ -7,7 +7,7 @@ import pytest
 from fedmerge.cli import main
 from fedmerge.client.cache.dependents import cached_of
 from fedmerge.domain.catalog import load_catalog, make_catalog
-from fedmerge.domain.changes import add_items, forget_items, forget_users
+from fedmerge.domain.changes import add_items, forget_items, forget_users, map_attributes
 from fedmerge.domain.folder import write_domain
 from fedmerge.domain.interactions import load_interactions, make_interactions
 from fedmerge.domain.manifest import read_manifest
@@ -120,3 +120,72 @@ def test_the_commands_say_what_depends_on_the_domain(
     added = ["data", "add-items", str(shop), "--catalog", str(tmp_path / "new.csv"), "--cache-dir", str(cache)]
     assert main(added) == 0
     assert "+1 items" in capsys.readouterr().out
+
+
+@pytest.fixture
+def other_schema(tmp_path: Path) -> Path:
+    columns = {
+        "name": ["tent", "stove", "car"],
+        "maker": ["acme", "", ""],
+        "vendor": ["north", "south", ""],
+        "price": ["1", "2", "3"],
+    }
+    catalog = make_catalog("other", ["a", "b", "c"], columns, {"name": 9})
+    folder = tmp_path / "other"
+    histories = make_interactions(["u", "v"], [[0, 1, 2], [2, 0]])
+    write_domain(folder, catalog, histories, public_catalog=True, synthetic=False, source="test")
+    return folder
+
+
+def test_attributes_are_renamed_joined_ordered_and_dropped(other_schema: Path) -> None:
+    before, histories = read_manifest(other_schema), histories_of(other_schema)
+    mapping = {"name": "title", "maker": "brand", "vendor": "brand"}
+    change = map_attributes(other_schema, ("category", "title", "brand=4"), mapping, ["price"])
+    catalog, after = load_catalog(other_schema), read_manifest(other_schema)
+    assert dict(catalog.attributes) == {
+        "category": ("", "", ""),
+        "title": ("tent", "stove", "car"),
+        "brand": ("acme, north", "south", ""),
+    }
+    assert catalog.limits == {"brand": 4}
+    assert after.attributes == ("category", "title", "brand=4")
+    assert change.absent == ("category",)
+    assert histories_of(other_schema) == histories
+    assert after.catalog_sha256 == catalog.sha256 != before.catalog_sha256
+    assert (after.interactions_sha256, after.catalog_source) == (before.interactions_sha256, before.catalog_source)
+    again = map_attributes(other_schema, ("category", "title", "brand=4"), {})
+    assert again.before == again.after == after
+
+
+@pytest.mark.parametrize(
+    ("template", "mapping", "dropped", "message"),
+    [
+        (("title",), {"name": "title"}, [], "'maker' becomes 'maker', 'price' becomes 'price'.*expected one of title"),
+        (("title",), {"nam": "title"}, [], r"found no attributes 'nam', expected some of name, maker, vendor, price"),
+        (("title",), {"name": "title"}, ["colour"], "found no attributes 'colour'"),
+        (("title",), {"name": "titel"}, ["maker", "vendor", "price"], "'name' becomes 'titel'"),
+        (("title", "title"), {"name": "title"}, ["maker", "vendor", "price"], "'title', expected different names"),
+    ],
+)
+def test_a_mapping_that_loses_an_attribute_is_refused(
+    other_schema: Path, template: tuple[str, ...], mapping: dict[str, str], dropped: list[str], message: str
+) -> None:
+    before = {path.name: path.read_bytes() for path in other_schema.iterdir()}
+    with pytest.raises(DomainError, match=message):
+        map_attributes(other_schema, template, mapping, dropped)
+    assert {path.name: path.read_bytes() for path in other_schema.iterdir()} == before
+
+
+def test_the_command_maps_and_says_what_depends_on_it(
+    other_schema: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["data", "map-attributes", str(other_schema), "--cache-dir", str(tmp_path / "cache")]
+    command += ["--to", "title,brand,category", "--map", "name=title", "maker=brand", "--drop", "price", "vendor"]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert "name=9, maker, vendor, price became title, brand, category" in printed
+    assert "nothing is mapped to them, so empty: category" in printed
+    assert main([*command[:5], "--to", "title,brand,category"]) == 0
+    assert "nothing changed" in capsys.readouterr().out
+    assert main(["data", "map-attributes", str(other_schema), "--to", "title,brand,category", "--map", "brand"]) == 1
+    assert "--map: found 'brand', expected OLD=NEW" in capsys.readouterr().err

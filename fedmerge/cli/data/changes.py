@@ -1,4 +1,4 @@
-"""``fedmerge data add-items`` and ``forget``: change a domain, and say what depends on it."""
+"""``fedmerge data add-items``, ``forget`` and ``map-attributes``: change a domain, and say what depends on it."""
 
 import argparse
 from pathlib import Path
@@ -25,6 +25,14 @@ def add_commands(data: "Commands") -> None:
     what.add_argument("--items", type=Path, metavar="FILE", help="ids of items, one a line")
     forget.add_argument("--skip-unknown", action="store_true", help="skip ids that the domain does not have")
     forget.set_defaults(command=_forget)
+    mapped = data.add_parser("map-attributes", help="give a domain's items the attributes that other domains have")
+    _add_domain(mapped)
+    mapped.add_argument(
+        "--to", required=True, metavar="NAMES", help="attributes in the order of a text, as domains.attributes has them"
+    )
+    mapped.add_argument("--map", nargs="+", default=[], metavar="OLD=NEW", help="attributes that are named otherwise")
+    mapped.add_argument("--drop", nargs="+", default=[], metavar="OLD", help="attributes to leave out")
+    mapped.set_defaults(command=_map_attributes)
 
 
 def _add_domain(parser: argparse.ArgumentParser) -> None:
@@ -61,6 +69,26 @@ def _forget(options: argparse.Namespace) -> int:
             "sent cannot be recalled: ask the operator to merge again without it."
         )
         _say_cached(options, change.after.name, forgotten=True)
+    return 0
+
+
+def _map_attributes(options: argparse.Namespace) -> int:
+    from fedmerge.domain.changes import map_attributes
+    from fedmerge.errors import DomainError
+
+    pairs = [text.partition("=") for text in options.map]
+    if wrong := [text for text, (old, _, new) in zip(options.map, pairs, strict=True) if not (old and new)]:
+        raise DomainError(f"--map: found {wrong[0]!r}, expected OLD=NEW, such as maker=brand.")
+    mapping = {old: new for old, _, new in pairs}
+    change = map_attributes(options.domain, options.to.split(","), mapping, options.drop)
+    if change.before == change.after:
+        print(f"{options.domain}: nothing changed")
+        return 0
+    print(f"{options.domain}: {', '.join(change.before.attributes)} became {', '.join(change.after.attributes)}")
+    if change.absent:
+        print(f"nothing is mapped to them, so empty: {', '.join(change.absent)}")
+    print("Texts have changed, so experts and heads that were trained on the old ones do not fit.")
+    _say_cached(options, change.after.name, forgotten=False)
     return 0
 
 
