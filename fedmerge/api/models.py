@@ -202,6 +202,7 @@ def merge_learned(
     from fedmerge.mergerec.learn import learn_coefficients
     from fedmerge.mergerec.objective import ADAMERGING, PAPER, MergeRecSettings
     from fedmerge.mergerec.pseudo_users import pseudo_users_of
+    from fedmerge.mergerec.similarity import union_similarity
     from fedmerge.mergerec.vectors import initial_vectors, merge_vectors
     from fedmerge.merging.candidate import Provenance
     from fedmerge.merging.stack import stack_adapters
@@ -227,9 +228,13 @@ def merge_learned(
             kind=chosen.pseudo_users,
             number=chosen.num_pseudo_users,
             seed=chosen.seed,
+            teacher=chosen.teacher,
         )
     vectors = initial_vectors(stack_adapters(sources.adapters), chosen.initialisation)
-    learned = learn_coefficients(backbone, vectors, pseudo, chosen, progress)
+    union = None
+    if chosen.compares_items:
+        union = union_similarity(backbone, sources.adapters, {name: of.items for name, of in pseudo.items()}, chosen)
+    learned = learn_coefficients(backbone, vectors, pseudo, chosen, progress, union=union)
     adapter = merge_vectors(vectors, learned.coefficients)
     coefficients = learned.coefficients.tolist()
     provenance = Provenance(
@@ -238,6 +243,7 @@ def merge_learned(
         domains=sources.hashes(),
         coefficients=dict(zip(vectors.domains, coefficients, strict=True)),
         losses=[dict(losses) for losses in learned.history if losses],
+        reconstructions=list(chosen.reconstructions) or None,
         backbone={"name": backbone.name, "sha256": backbone.sha256},
         sha256=adapter_sha256(adapter),
     )

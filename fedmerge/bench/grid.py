@@ -80,7 +80,7 @@ class Grid:
         optional += [simulation.audit_record()] if simulation.audited else []
         inputs = {
             "domains": [wanted.domains.root, sorted(domains)],
-            "sections": [section.model_dump() for section in sections] + optional,
+            "sections": [section.cache_inputs() for section in sections] + optional,
             "runtime": [runtime.threads_per_client, runtime.device, runtime.precision],
             "policy": policy,
             "transport": wanted.privacy.transport,

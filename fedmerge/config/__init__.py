@@ -26,6 +26,7 @@ from fedmerge.config.merging import (
     MergeMethod,
     MergeRec,
     ThroughClients,
+    teacher_problem,
 )
 from fedmerge.config.model import DEMO_ROOT, BackboneSection, Lora, Text
 from fedmerge.config.personal import Directions, Personal
@@ -79,6 +80,7 @@ __all__ = [
     "from_flat",
     "load_config",
     "read_overrides",
+    "teacher_problem",
     "to_flat",
     "to_toml",
     "too_few_for_krum",

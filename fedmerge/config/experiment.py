@@ -94,7 +94,7 @@ class ExperimentConfig(Section):
             *run_problems(self.resume, self.run_id, self.domains, self.server),
             *rounds_problems(self.rounds, self.lora, self.domains),
             *pair_problems(self.merge, self.rounds, self.domains),
-            *learning_problems(self.merge, self.rounds, self.through_clients, self.server, self.privacy),
+            *learning_problems(self.merge, self.mergerec, self.rounds, self.through_clients, self.server, self.privacy),
             *transport_problems(self.privacy, self.rounds),
             *aggregate_only_problems(self.privacy, self.merge, self.rounds, len(self.domains.train), self.until),
             *admission_problems(self.admission, self.rounds, self.privacy, self.server),

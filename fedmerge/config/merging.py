@@ -3,7 +3,7 @@
 import re
 import typing
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, WithJsonSchema, model_validator
 
@@ -110,8 +110,20 @@ PUBLISHED: Mapping[str, Any] = {
 PRESET_KEYS = tuple(PUBLISHED)  # of mergerec
 
 
+def teacher_problem(teacher: str, loss: str) -> str:
+    """Return the problem of a teacher that the loss does not have, else an empty text."""
+    if teacher == "expert" or "kd" in loss.split("+"):
+        return ""
+    return (
+        f"teacher = {teacher!r} teaches by the term kd, which loss = {loss!r} does not have; choose a loss with kd, or "
+        "teacher = 'expert'"
+    )
+
+
 class MergeRec(Section):
     """Learned merging (https://arxiv.org/abs/2601.01753), explained in [mergerec.md](reference/mergerec.md)."""
+
+    LATER: ClassVar[tuple[str, ...]] = ("teacher",)
 
     preset: Literal["default", "paper"] = Field(
         "default",
@@ -127,17 +139,24 @@ class MergeRec(Section):
         None,
         description="Start of every coefficient; 'none': 1/√K for K domains.",
     )
-    loss: Literal["rec+kd", "rec", "kd", "mse", "entropy", "entropy+kd", "self", "self+kd"] = Field(
+    loss: Literal[
+        "rec+kd", "rec", "kd", "mse", "entropy", "entropy+kd", "self", "self+kd", "similarity", "similarity+kd"
+    ] = Field(
         "kd",
         description="Terms of the loss. rec: the expert's first choice; kd: distillation; self: the merge's own first "
-        "choice.",
+        "choice; similarity: the experts' mean item similarity over all catalogs.",
+    )
+    teacher: Literal["expert", "contrastive"] = Field(
+        "expert",
+        description="Teacher of kd. contrastive: the expert's scores, contrasted with those of the other experts' "
+        "average.",
     )
     kd_top_k: int | None = Field(
         50, ge=2, description="Items that are distilled: only the expert's top-k; 'none': the whole catalog."
     )
     learning_rate: float = Field(5e-3, gt=0, le=1, description="Adam learning rate, constant.")
     steps: int = Field(100, ge=1, description="Optimiser steps.")
-    pseudo_users: Literal["one-item", "subset", "centroid", "chain", "contrastive"] = Field(
+    pseudo_users: Literal["one-item", "subset", "centroid", "chain", "contrastive", "contrastive-adaptive"] = Field(
         "one-item",
         description="Histories of the pseudo-users; adamerging uses the same ones. subset, centroid: 1000 a domain; "
         "else as many as items.",
@@ -158,6 +177,8 @@ class MergeRec(Section):
     def _consistent(self) -> "MergeRec":
         if names := twice(self.granularities):
             raise ValueError(f"granularities names {names} more than once; name each once")
+        if problem := teacher_problem(self.teacher, self.loss):
+            raise ValueError(problem)
         return self
 
 

@@ -3,7 +3,7 @@
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
@@ -18,6 +18,7 @@ class Section(BaseModel):
     """One section of an experiment. Frozen; unknown keys are errors; the file forms of tuples and None are accepted."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    LATER: ClassVar[tuple[str, ...]] = ()  # keys that are younger than the caches whose keys hold this section
 
     @model_validator(mode="before")
     @classmethod
@@ -28,6 +29,11 @@ class Section(BaseModel):
             key: _parse(value, cls.model_fields[key].annotation) if key in cls.model_fields else value
             for key, value in data.items()
         }
+
+    def cache_inputs(self) -> dict[str, Any]:
+        """Return the settings for the key of a cache, without LATER ones at their defaults: old entries stay valid."""
+        fields = type(self).model_fields
+        return self.model_dump(exclude={key for key in self.LATER if getattr(self, key) == fields[key].default})
 
 
 def twice(names: Sequence[str]) -> str:

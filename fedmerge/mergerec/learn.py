@@ -1,6 +1,7 @@
 """MergeRec's optimisation: learn merging coefficients from pseudo-users. No interaction is read."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -10,9 +11,16 @@ from fedmerge.encoder.backbone import Backbone
 from fedmerge.encoder.encode import embed_batch, encode
 from fedmerge.encoder.lora import applied
 from fedmerge.errors import ConfigError, LayoutMismatchError
-from fedmerge.mergerec.coefficients import LearnedCoefficients, Progress, optimise, start_coefficients
-from fedmerge.mergerec.objective import PAPER, MergeRecSettings, batch_terms, weighted_total
+from fedmerge.mergerec.coefficients import (
+    Gradient,
+    LearnedCoefficients,
+    Progress,
+    optimise,
+    start_coefficients,
+)
+from fedmerge.mergerec.objective import PAPER, SIMILARITY, MergeRecSettings, batch_terms, weighted_total
 from fedmerge.mergerec.pseudo_users import PseudoDomain
+from fedmerge.mergerec.similarity import UnionSimilarity, similarity_term
 from fedmerge.mergerec.vectors import TASK_VECTORS, Vectors, merge_vectors, merged_forward, on_device
 from fedmerge.merging.stack import Stack
 
@@ -72,6 +80,7 @@ def learn_coefficients(
     progress: Progress | None = None,
     students: Mapping[str, torch.Tensor] | None = None,
     start: torch.Tensor | None = None,
+    union: UnionSimilarity | None = None,
 ) -> LearnedCoefficients:
     """Learn merging coefficients from pseudo-users, in a process that has the catalogs.
 
@@ -89,20 +98,22 @@ def learn_coefficients(
         progress: called after every step.
         students: :func:`student_vectors` at the start, which variants can share; None to encode them here.
         start: initial coefficients (K,) or (K, G), in place of ``settings.start``.
+        union: :func:`fedmerge.mergerec.similarity.union_similarity` of the settings, for a loss with "similarity".
 
     Raises:
-        ConfigError: the vectors have another initialisation than the settings, or there are too few pseudo-users to
-            hold some out.
+        ConfigError: the vectors have another initialisation than the settings, there are too few pseudo-users to hold
+            some out, or what the loss or its teacher needs is missing.
         LayoutMismatchError: vectors, pseudo-users and backbone do not belong together.
         MergeError: a loss or a coefficient is not finite; names the step.
 
     Source: arXiv:2601.01753 (MergeRec); AdaMerging (arXiv:2310.02575) with the settings ADAMERGING.
     Differs: the student is low-rank or sparse and teacher logits exist per batch, instead of K + 1 dense models and an
         N × N matrix per domain; the result is the same. refresh_every, balance_domains, select_every, prior_weight,
-        kd_top_k and rec_temperature are not in the paper.
+        kd_top_k, rec_temperature, the contrastive teacher and the term "similarity" are not in the paper.
     """
     # 1. Check the inputs and move them to the device.
     _check_domains(vectors, domains)
+    _check_needs(domains, settings, union)
     if isinstance(vectors, Stack) != (settings.initialisation == TASK_VECTORS):
         raise ConfigError(
             f"learn_coefficients: found {type(vectors).__name__}, but settings.initialisation is "
@@ -110,37 +121,72 @@ def learn_coefficients(
         )
     device = backbone.compute.device
     vectors = on_device(vectors, device)
+    # 2. The coefficients at the start.
+    initial = start_coefficients(vectors, settings.granularity, settings.start if start is None else start).to(device)
+    # 3. The parts of the loss.
+    objectives = []
+    if settings.terms_of_users:
+        objectives.append(_objective_of_users(backbone, vectors, domains, settings, initial, students))
+    if union is not None:
+        objectives.append(_objective_of_items(backbone, vectors, settings, union))
+    objective = _sum_of(objectives)
+    return optimise(
+        "adamerging" if settings.clamp else "mergerec",
+        initial,
+        objective.gradient,
+        steps=settings.steps,
+        learning_rate=settings.learning_rate,
+        clamp=settings.clamp,
+        prior_weight=settings.prior_weight,
+        validate=objective.validate if settings.select_every else None,
+        validate_every=settings.select_every,
+        progress=progress,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Objective:
+    """A part of the loss.
+
+    Attributes:
+        gradient: its gradient and its terms at a step; "total" is their weighted sum.
+        validate: its value on what is held out.
+    """
+
+    gradient: Gradient
+    validate: Callable[[torch.Tensor], float]
+
+
+def _objective_of_users(
+    backbone: Backbone,
+    vectors: Vectors,
+    domains: Mapping[str, PseudoDomain],
+    settings: MergeRecSettings,
+    initial: torch.Tensor,
+    students: Mapping[str, torch.Tensor] | None,
+) -> _Objective:
+    """Return the terms that are means over pseudo-users."""
+    device = backbone.compute.device
     pseudo = [domains[name] for name in vectors.domains]
     teachers = [domain.teacher_items.to(device, torch.float32) for domain in pseudo]
-    # 2. Hold some pseudo-users out for validation, and draw the others.
-    orders = [
-        seeding.generator(settings.seed, "mergerec", "held out", name).permutation(len(domains[name].users))
-        if settings.select_every
-        else np.arange(len(domains[name].users))
-        for name in vectors.domains
-    ]
-    held_out = [min(HELD_OUT, len(order) // 5) if settings.select_every else 0 for order in orders]
-    if settings.select_every and not any(held_out):
-        raise ConfigError(
-            f"mergerec: select_every holds out a fifth of a domain's pseudo-users, but no domain has more than "
-            f"{max(map(len, orders))}, expected 5 or more; set it to None, or make more pseudo-users"
-        )
+    amateurs, amateurs_of_users = _amateurs(pseudo, settings, device)
+    orders, held_out = _hold_out(pseudo, settings)
     drawn_domains, drawn_users = draw_pseudo_users(
         tuple(len(order) - held for order, held in zip(orders, held_out, strict=True)), settings
     )
-    # 3. The coefficients at the start, and the student's item vectors under them.
-    initial = start_coefficients(vectors, settings.granularity, settings.start if start is None else start).to(device)
     if students is None:
         students = student_vectors(backbone, vectors, domains, initial)
     student_items = [students[name].to(device) for name in vectors.domains]
 
-    # 4. The loss of pseudo-users, its gradient at each step, and its value on those held out.
     def terms_of(pairs: list[tuple[int, int]], coefficients: torch.Tensor) -> dict[str, torch.Tensor]:
         with merged_forward(backbone, vectors, coefficients):
             users = embed_batch(backbone, [pseudo[domain].users[user] for domain, user in pairs])  # (n, d)
         teacher_users = torch.stack([pseudo[domain].teacher_users[user] for domain, user in pairs]).to(users)  # (n, d)
+        amateur_users = None
+        if amateurs:
+            amateur_users = torch.stack([amateurs_of_users[domain][user] for domain, user in pairs]).to(users)  # (n, d)
         drawn = np.array([domain for domain, _ in pairs])
-        return batch_terms(users, teacher_users, drawn, teachers, student_items, settings)
+        return batch_terms(users, teacher_users, drawn, teachers, student_items, settings, amateur_users, amateurs)
 
     def gradient(step: int, coefficients: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
         nonlocal student_items
@@ -166,18 +212,69 @@ def learn_coefficients(
                 losses.append(float(weighted_total(terms_of(pairs, coefficients), settings)))
         return float(np.mean(losses))
 
-    return optimise(
-        "adamerging" if settings.clamp else "mergerec",
-        initial,
-        gradient,
-        steps=settings.steps,
-        learning_rate=settings.learning_rate,
-        clamp=settings.clamp,
-        prior_weight=settings.prior_weight,
-        validate=validate if settings.select_every else None,
-        validate_every=settings.select_every,
-        progress=progress,
-    )
+    return _Objective(gradient, validate)
+
+
+def _objective_of_items(
+    backbone: Backbone, vectors: Vectors, settings: MergeRecSettings, union: UnionSimilarity
+) -> _Objective:
+    """Return the term "similarity": a block a step, and the last one for validation."""
+
+    def gradient(step: int, coefficients: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
+        term, found = similarity_term(backbone, vectors, coefficients, union, step)
+        return settings.similarity_weight * found, {"total": settings.similarity_weight * term, SIMILARITY: term}
+
+    @torch.no_grad()
+    def validate(coefficients: torch.Tensor) -> float:
+        term, _ = similarity_term(backbone, vectors, coefficients, union, settings.steps)
+        return settings.similarity_weight * term
+
+    return _Objective(gradient, validate)
+
+
+def _sum_of(objectives: Sequence[_Objective]) -> _Objective:
+    if len(objectives) == 1:
+        return objectives[0]
+
+    def gradient(step: int, coefficients: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
+        parts = [objective.gradient(step, coefficients) for objective in objectives]
+        losses = {name: value for _, of_part in parts for name, value in of_part.items()}
+        losses["total"] = sum(of_part["total"] for _, of_part in parts)
+        return torch.stack([found for found, _ in parts]).sum(dim=0), losses
+
+    return _Objective(gradient, lambda coefficients: sum(each.validate(coefficients) for each in objectives))
+
+
+def _hold_out(pseudo: Sequence[PseudoDomain], settings: MergeRecSettings) -> tuple[list[np.ndarray], list[int]]:
+    """Return the order of every domain's pseudo-users, and how many of the first are held out for validation.
+
+    Raises:
+        ConfigError: no domain has enough of them.
+    """
+    orders = [
+        seeding.generator(settings.seed, "mergerec", "held out", domain.name).permutation(len(domain.users))
+        if settings.select_every
+        else np.arange(len(domain.users))
+        for domain in pseudo
+    ]
+    held_out = [min(HELD_OUT, len(order) // 5) if settings.select_every else 0 for order in orders]
+    if settings.select_every and not any(held_out):
+        raise ConfigError(
+            f"mergerec: select_every holds out a fifth of a domain's pseudo-users, but no domain has more than "
+            f"{max(map(len, orders))}, expected 5 or more; set it to None, or make more pseudo-users"
+        )
+    return orders, held_out
+
+
+def _amateurs(
+    pseudo: Sequence[PseudoDomain], settings: MergeRecSettings, device: torch.device
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Return each domain's vectors of items and pseudo-users under the other experts; empty if they teach nothing."""
+    if settings.teacher == "expert":
+        return [], []
+    items = [domain.amateur_items for domain in pseudo if domain.amateur_items is not None]
+    users = [domain.amateur_users for domain in pseudo if domain.amateur_users is not None]
+    return [vectors.to(device, torch.float32) for vectors in items], users
 
 
 def _check_domains(vectors: Vectors, domains: Mapping[str, PseudoDomain]) -> None:
@@ -185,6 +282,23 @@ def _check_domains(vectors: Vectors, domains: Mapping[str, PseudoDomain]) -> Non
         raise LayoutMismatchError(
             f"learn_coefficients: found pseudo-users of {', '.join(sorted(domains)) or 'no domain'}, "
             f"expected those of {', '.join(vectors.domains)}; make them for exactly the domains that are merged"
+        )
+
+
+def _check_needs(
+    domains: Mapping[str, PseudoDomain], settings: MergeRecSettings, union: UnionSimilarity | None
+) -> None:
+    plain = [name for name in sorted(domains) if domains[name].amateur_items is None]
+    if settings.teacher == "contrastive" and plain:
+        raise ConfigError(
+            f"learn_coefficients: teacher = 'contrastive', but the pseudo-users of {', '.join(plain)} have no vectors "
+            "under the other experts; make them with teacher='contrastive'"
+        )
+    if settings.compares_items != (union is not None):
+        found, expected = ("no union", "that of") if union is None else ("a union", "none for")
+        raise ConfigError(
+            f"learn_coefficients: found {found} of the catalogs, expected {expected} loss {settings.loss!r}; pass "
+            "union = union_similarity(…) if and only if the loss has the term similarity"
         )
 
 

@@ -1,6 +1,10 @@
-"""The objective of MergeRec and AdaMerging: settings, loss terms, and their weighted sum, the loss."""
+"""The objective of MergeRec and AdaMerging: settings, loss terms, and their weighted sum, the loss.
 
-from collections.abc import Callable, Mapping
+Most terms are means over pseudo-users and live here; "similarity" compares items, see
+:mod:`fedmerge.mergerec.similarity`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -8,7 +12,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from fedmerge.config import MergeRec
+from fedmerge.config import MergeRec, teacher_problem
+from fedmerge.errors import ConfigError
+from fedmerge.mergerec.contrast import adaptive_contrast
 from fedmerge.mergerec.vectors import TASK_VECTORS
 from fedmerge.merging.methods import METHODS
 from fedmerge.merging.parameters import Parameter, check_parameter
@@ -18,6 +24,7 @@ STUDIED: dict[str, Parameter] = {  # settings that no experiment file has: no st
     "rec_weight": Parameter(1.0, low=0.0),
     "rec_temperature": Parameter(1.0, above=0.0),
     "kd_weight": Parameter(1000.0, low=0.0),
+    "similarity_weight": Parameter(10.0, low=0.0),
     "temperature": Parameter(0.05, above=0.0),
     "refresh_every": Parameter(None, low=1),
     "balance_domains": Parameter(True),
@@ -38,11 +45,15 @@ class MergeRecSettings:
         initial_coefficient: initial value of every coefficient; None: 1/√K for the task vectors of K domains (the sum
             of K orthogonal updates of equal norm then has that norm), 1 for rows (the method's own merge).
         loss: a key of LOSSES.
-        rec_weight: factor on the term of the loss that is not distillation.
+        teacher: "expert": L_kd distils the expert's scores; "contrastive": those of
+            :func:`fedmerge.mergerec.contrast.adaptive_contrast` with the other experts' average. Other terms have the
+            expert.
+        rec_weight: factor on the term of the loss that is neither distillation nor similarity.
         rec_temperature: divisor of the logits in "rec", "entropy" and "self".
         kd_weight: factor on L_kd.
+        similarity_weight: factor on the mean squared difference from the experts' mean item similarity.
         temperature: T of L_kd.
-        kd_top_k: L_kd compares only the expert's top-k items; None: all (paper).
+        kd_top_k: L_kd compares only the teacher's top-k items; None: all (paper).
         learning_rate: constant learning rate of Adam.
         steps: optimisation steps.
         batch_size: pseudo-users per step, over all domains.
@@ -57,16 +68,18 @@ class MergeRecSettings:
         seed: seed of all draws.
 
     Raises:
-        ConfigError: a value is out of bounds.
+        ConfigError: a value is out of bounds, or the loss does not have the teacher.
     """
 
     granularity: Literal["domain", "layer"] = "layer"
     initialisation: Literal["task-vectors", "ties", "pcb", "localize-and-stitch"] = "task-vectors"
     initial_coefficient: float | None = _KEYS.initial_coefficient
     loss: str = _KEYS.loss
+    teacher: str = _KEYS.teacher
     rec_weight: float = 1.0
     rec_temperature: float = 1.0
     kd_weight: float = 1000.0
+    similarity_weight: float = 10.0
     temperature: float = 0.05
     kd_top_k: int | None = _KEYS.kd_top_k
     learning_rate: float = _KEYS.learning_rate
@@ -84,6 +97,25 @@ class MergeRecSettings:
     def __post_init__(self) -> None:
         for name, parameter in (METHODS["mergerec"].parameters | STUDIED).items():
             check_parameter(f"mergerec: {name}", parameter, getattr(self, name))
+        if problem := teacher_problem(self.teacher, self.loss):
+            raise ConfigError(f"mergerec: {problem}")
+
+    @property
+    def terms_of_users(self) -> tuple[str, ...]:
+        """The terms of the loss that are means over pseudo-users."""
+        return tuple(name for name in LOSSES[self.loss] if name in TERMS)
+
+    @property
+    def compares_items(self) -> bool:
+        """True if the loss has the term "similarity", which needs the catalogs of all domains in one place."""
+        return SIMILARITY in LOSSES[self.loss]
+
+    @property
+    def reconstructions(self) -> tuple[str, ...]:
+        """Parts that are reconstructed from a paper, or taken from it in another setting; for the provenance."""
+        contrasts = self.pseudo_users == "contrastive-adaptive" or self.teacher == "contrastive"
+        used = {"Taesar-style (arXiv:2602.22743)": contrasts, "FedCIA-style (arXiv:2504.14208)": self.compares_items}
+        return tuple(name for name, applies in used.items() if applies)
 
     @property
     def start(self) -> float | None:
@@ -97,9 +129,11 @@ PAPER = MergeRecSettings(  # arXiv:2601.01753, written out so that no default ca
     initialisation="task-vectors",
     initial_coefficient=0.2,  # 1 for rows
     loss="rec+kd",
+    teacher="expert",
     rec_weight=1.0,
     rec_temperature=1.0,
     kd_weight=1000.0,
+    similarity_weight=10.0,
     temperature=0.05,
     kd_top_k=None,
     learning_rate=1e-3,
@@ -124,7 +158,7 @@ def first_choice(z: torch.Tensor, S: torch.Tensor, settings: MergeRecSettings) -
 
 
 def distillation(z: torch.Tensor, S: torch.Tensor, settings: MergeRecSettings) -> torch.Tensor:
-    """L_kd = T² · KL(softmax(S/T) ‖ softmax(z/T)); with kd_top_k over the expert's top-k items, renormalised."""
+    """L_kd = T² · KL(softmax(S/T) ‖ softmax(z/T)); with kd_top_k over the teacher's top-k items, renormalised."""
     temperature, top = settings.temperature, settings.kd_top_k
     if top is not None and top < S.shape[1]:
         S, chosen = S.topk(top, dim=1)
@@ -158,7 +192,8 @@ TERMS: dict[str, Term] = {
     "entropy": entropy,
     "self": own_choice,
 }
-LOSSES: dict[str, tuple[str, ...]] = {  # those of arXiv:2601.01753 and its code
+SIMILARITY = "similarity"
+LOSSES: dict[str, tuple[str, ...]] = {  # those of arXiv:2601.01753 and its code, and two FedCIA-style ones
     "rec+kd": ("rec", "kd"),
     "rec": ("rec",),
     "kd": ("kd",),
@@ -167,13 +202,15 @@ LOSSES: dict[str, tuple[str, ...]] = {  # those of arXiv:2601.01753 and its code
     "entropy+kd": ("entropy", "kd"),
     "self": ("self",),
     "self+kd": ("self", "kd"),
+    SIMILARITY: (SIMILARITY,),
+    f"{SIMILARITY}+kd": (SIMILARITY, "kd"),
 }
 
 
 def weighted_total(terms: Mapping[str, torch.Tensor], settings: MergeRecSettings) -> torch.Tensor:
-    """Return the loss, kd_weight · L_kd + rec_weight · the other term, from the terms of :func:`batch_terms`."""
-    weights = {name: settings.kd_weight if name == "kd" else settings.rec_weight for name in terms}
-    return torch.stack([term * weights[name] for name, term in terms.items()]).sum()
+    """Return the loss, Σ weight · term: kd_weight and similarity_weight for the terms so named, else rec_weight."""
+    weights = {"kd": settings.kd_weight, SIMILARITY: settings.similarity_weight}
+    return torch.stack([term * weights.get(name, settings.rec_weight) for name, term in terms.items()]).sum()
 
 
 def batch_terms(
@@ -183,8 +220,10 @@ def batch_terms(
     teachers: list[torch.Tensor],
     students: list[torch.Tensor],
     settings: MergeRecSettings,
+    amateur_users: torch.Tensor | None = None,
+    amateurs: Sequence[torch.Tensor] = (),
 ) -> dict[str, torch.Tensor]:
-    """Compute the terms of the loss on a batch of several domains; a pseudo-user is scored on its own catalog only.
+    """Compute the terms of pseudo-users on a batch of several domains; each is scored on its own catalog only.
 
     Args:
         users: (n, d) vectors of the pseudo-users under the merged model, differentiable.
@@ -193,14 +232,21 @@ def batch_terms(
         teachers: per domain E_k, (N_k, d).
         students: per domain Ê_k, (N_k, d).
         settings: loss and temperatures.
+        amateur_users: (n, d) their vectors under the average of the other experts, for a contrastive teacher of "kd";
+            None: the expert is the teacher.
+        amateurs: per domain the item vectors under that average, (N_k, d), in that case.
 
     Returns:
         Term of the loss -> mean over the batch, a scalar. Logits exist for the batch only: n × N_k, never N_k × N_k.
     """
-    sums = {name: users.new_zeros(()) for name in LOSSES[settings.loss]}
+    sums = {name: users.new_zeros(()) for name in settings.terms_of_users}
     for domain in np.unique(drawn_domains):
         rows = torch.as_tensor(np.flatnonzero(drawn_domains == domain), device=users.device)
         z = users[rows] @ students[domain].T  # (n_k, N_k)
-        S = teacher_users[rows] @ teachers[domain].T  # (n_k, N_k)
-        sums = {name: value + TERMS[name](z, S, settings).sum() for name, value in sums.items()}
+        S = taught = teacher_users[rows] @ teachers[domain].T  # (n_k, N_k)
+        if amateur_users is not None:
+            taught = adaptive_contrast(S, amateur_users[rows] @ amateurs[domain].T)
+        sums = {
+            name: value + TERMS[name](z, taught if name == "kd" else S, settings).sum() for name, value in sums.items()
+        }
     return {name: value / len(users) for name, value in sums.items()}

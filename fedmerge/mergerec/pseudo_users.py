@@ -20,17 +20,19 @@ from fedmerge.encoder.encode import encode
 from fedmerge.encoder.lora import applied
 from fedmerge.encoder.text import Tokens, TokenTable, build_token_table, item_sequences, pack_sequences
 from fedmerge.errors import ConfigError, DomainError, MergeError
+from fedmerge.mergerec.contrast import CONTRAST_TEMPERATURE, adaptive_weights, contrast
 from fedmerge.merging.stack import linear_merge, stack_adapters
 from fedmerge.seeding import generator
 
-Kind = Literal["one-item", "subset", "centroid", "popular", "chain", "contrastive"]
+Kind = Literal["one-item", "subset", "centroid", "popular", "chain", "contrastive", "contrastive-adaptive"]
+CONTRASTIVE_KINDS = ("contrastive", "contrastive-adaptive")  # walks that contrast with the other experts
 
 SUBSET_SIZE = 1000  # pseudo-users of a domain that are a choice among its items
 LONGEST_CHAIN = 5
 NEIGHBOURS = 10  # a chain continues with one of the 10 items most similar to its last item
-CONTRAST_TEMPERATURE = 0.05
 ROUNDS = 20  # of k-means
 BLOCK = 1024  # rows of similarities at once: never N × N
+ADAPTIVE_BLOCK = 128  # the same for adaptive weights, which need several such matrices in float64
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,9 @@ class PseudoDomain:
         teacher_items: (N, d) float32, the items' vectors under the domain's own expert, L2-normalised.
         users: P token sequences, int32: the texts of the pseudo-users.
         teacher_users: (P, d) float32, their vectors under the expert, L2-normalised.
+        amateur_items: (N, d) float32, the items' vectors under the average of the other domains' experts,
+            L2-normalised; None unless the teacher is contrastive.
+        amateur_users: (P, d) float32, the pseudo-users' vectors under it.
     """
 
     name: str
@@ -50,12 +55,18 @@ class PseudoDomain:
     teacher_items: torch.Tensor
     users: Sequence[Tokens]
     teacher_users: torch.Tensor
+    amateur_items: torch.Tensor | None = None
+    amateur_users: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         for what, sequences, vectors in (
             ("item", self.items, self.teacher_items),
             ("pseudo-user", self.users, self.teacher_users),
+            ("item", self.items, self.amateur_items),
+            ("pseudo-user", self.users, self.amateur_users),
         ):
+            if vectors is None:
+                continue
             found, expected = tuple(vectors.shape), len(sequences)
             if vectors.ndim != 2 or found[0] != expected or expected == 0:
                 raise DomainError(
@@ -80,6 +91,7 @@ def pseudo_domains(
     kind: str,
     number: int | None = None,
     seed: int,
+    teacher: str = "expert",
     progress: Callable[[str], None] = lambda line: None,
 ) -> dict[str, PseudoDomain]:
     """Make the pseudo-users of every domain.
@@ -89,12 +101,12 @@ def pseudo_domains(
         adapters: domain -> expert.
         catalogs: domain -> catalog, of every domain in ``adapters``.
         text: section ``[text]``.
-        kind, number, seed: as in :func:`pseudo_users_of`.
+        kind, number, seed, teacher: as in :func:`pseudo_users_of`.
         progress: receives one line per domain.
 
     Raises:
         MergeError: a catalog is missing.
-        ConfigError: contrastive pseudo-users of a single domain.
+        ConfigError: contrastive pseudo-users or a contrastive teacher of a single domain.
     """
     missing = sorted(adapters.keys() - catalogs.keys())
     if missing:
@@ -106,7 +118,7 @@ def pseudo_domains(
     for domain in sorted(adapters):
         table = build_token_table(catalogs[domain], backbone.tokenizer, text.max_attribute_tokens)
         made[domain] = pseudo_users_of(
-            domain, backbone, adapters, table, text.max_tokens, kind=kind, number=number, seed=seed
+            domain, backbone, adapters, table, text.max_tokens, kind=kind, number=number, seed=seed, teacher=teacher
         )
         progress(f"pseudo-users: {len(made[domain].users)} of {domain} ({kind}) with their expert's vectors")
     return made
@@ -122,32 +134,53 @@ def pseudo_users_of(
     kind: str,
     number: int | None = None,
     seed: int,
+    teacher: str = "expert",
 ) -> PseudoDomain:
     """Make the pseudo-users of one domain.
 
     Args:
         domain: name of the domain.
         backbone: the frozen encoder; left as it was.
-        adapters: domain -> expert, of the whole cohort; contrastive pseudo-users need the other domains.
+        adapters: domain -> expert, of the whole cohort; contrastive pseudo-users and teachers need the other domains.
         table: token table of the domain's own catalog.
         max_tokens: longest sequence.
         kind: a :data:`Kind` other than "popular".
         number: number of pseudo-users; None: as for :func:`pseudo_domain`.
         seed: seed of all draws.
+        teacher: "expert"; or "contrastive", which adds the vectors under the average of the other experts.
 
     Raises:
-        ConfigError: contrastive pseudo-users of a single domain, or an unknown kind.
+        ConfigError: contrastive pseudo-users or a contrastive teacher of a single domain, or an unknown kind.
     """
     expert = adapters[domain]
     items = one_item_domain(domain, backbone, expert, table, max_tokens)
-    amateur = average_of_others(adapters, domain) if kind == "contrastive" else None
-    return pseudo_domain(kind, items, backbone, expert, table, max_tokens, number=number, seed=seed, amateur=amateur)
+    contrasted = kind in CONTRASTIVE_KINDS or teacher == "contrastive"
+    amateur = average_of_others(adapters, domain) if contrasted else None
+    made = pseudo_domain(kind, items, backbone, expert, table, max_tokens, number=number, seed=seed, amateur=amateur)
+    return made if teacher == "expert" else with_amateur(made, backbone, amateur)
 
 
 def average_of_others(adapters: Mapping[str, Adapter], domain: str) -> Adapter | None:
     """Return the mean of the other domains' updates; None if there is no other domain."""
     others = {name: adapters[name] for name in sorted(adapters) if name != domain}
     return linear_merge(stack_adapters(others), torch.full((len(others),), 1 / len(others))) if others else None
+
+
+def with_amateur(domain: PseudoDomain, backbone: Backbone, amateur: Adapter | None) -> PseudoDomain:
+    """Add the vectors under another adapter, with which a contrastive teacher contrasts the expert.
+
+    Raises:
+        ConfigError: there is no other adapter.
+    """
+    if amateur is None:
+        raise ConfigError(
+            f"pseudo-users of {domain.name!r}: a contrastive teacher contrasts with the other experts, found none; set "
+            "mergerec.teacher = 'expert'"
+        )
+    with applied(backbone, amateur):
+        items = encode(backbone, domain.items)
+        users = items if domain.users is domain.items else encode(backbone, domain.users)
+    return replace(domain, amateur_items=items, amateur_users=users)
 
 
 def one_item_domain(name: str, backbone: Backbone, expert: Adapter, table: TokenTable, max_tokens: int) -> PseudoDomain:
@@ -236,13 +269,14 @@ def chain_domain(
     number: int | None = None,
     seed: int = 0,
     amateur: Adapter | None = None,
+    adaptive: bool = False,
 ) -> PseudoDomain:
     """Make pseudo-users with a history of two to five items, random walks along the expert's item similarity.
 
     A walk starts at an item (each item once before any item twice) and continues with one of the ten items that the
     expert finds most similar to the last item and that are not in the walk yet. Without an amateur the ten are equally
-    likely. With one (contrastive decoding) the probability is softmax((S_expert - S_amateur) / 0.05), so items that
-    only this domain's expert finds similar are preferred.
+    likely. With one (contrastive decoding) the probability is softmax(((1 + α) S_expert - β S_amateur) / 0.05), so
+    items that only this domain's expert finds similar are preferred.
 
     Args:
         domain: from :func:`one_item_domain`.
@@ -253,16 +287,20 @@ def chain_domain(
         number: number of pseudo-users; None: as many as items.
         seed: seed of the walks.
         amateur: an adapter to contrast with, such as the average of the other experts.
+        adaptive: α and β are :func:`fedmerge.mergerec.contrast.adaptive_weights` over all items but the last one;
+            False: 0 and 1.
 
     Returns:
         Pseudo-users whose teacher vectors are the expert's encoding of the whole history.
 
     Source: substitution and insertion of similar items as in CoSeRec (arXiv:2108.06479); contrastive decoding
-        (arXiv:2210.15097) between experts.
+        (arXiv:2210.15097) between experts; its adaptive weights are Taesar-style (arXiv:2602.22743).
     """
-    rng = generator(seed, "pseudo-users", "chain" if amateur is None else "contrastive", domain.name)
+    purpose = "chain" if amateur is None else "contrastive-adaptive" if adaptive else "contrastive"
+    rng = generator(seed, "pseudo-users", purpose, domain.name)
     size = len(domain.items)
-    similar, chances = _neighbours(domain.teacher_items, _encoded(backbone, amateur, domain))  # (N, m) each
+    theirs = _encoded(backbone, amateur, domain)
+    similar, chances = _neighbours(domain.teacher_items, theirs, adaptive)  # (N, m) each
     number = size if number is None else number
     starts = np.concatenate([rng.permutation(size) for _ in range(-(-number // size))])[:number]
     chains = [_walk(int(start), similar, chances, rng) for start in starts]
@@ -286,12 +324,12 @@ def pseudo_domain(
     """Make pseudo-users of a kind that a server can make by itself.
 
     Args:
-        kind: "one-item", "subset", "centroid", "chain" or "contrastive".
+        kind: "one-item", "subset", "centroid", "chain", "contrastive" or "contrastive-adaptive".
         domain: from :func:`one_item_domain`; the other arguments as for :func:`chain_domain`.
         number: number of pseudo-users; None: SUBSET_SIZE for "subset" and "centroid", else as many as items.
 
     Raises:
-        ConfigError: no such kind; "popular", whose counts a server does not have; "contrastive" without an amateur.
+        ConfigError: no such kind; "popular", whose counts a server does not have; a contrastive one without an amateur.
     """
     if kind not in get_args(Kind):
         raise ConfigError(f"pseudo-users: found kind {kind!r}, expected one of {', '.join(get_args(Kind))}")
@@ -307,10 +345,13 @@ def pseudo_domain(
         return centroid_domain(domain, count, seed)
     if kind == "one-item":
         return domain
-    if kind == "contrastive" and amateur is None:
-        raise ConfigError("pseudo-users: kind 'contrastive' contrasts with the other experts, found none; use 'chain'")
-    contrast = amateur if kind == "contrastive" else None
-    return chain_domain(domain, backbone, expert, table, max_tokens, number=number, seed=seed, amateur=contrast)
+    contrastive, adaptive = kind in CONTRASTIVE_KINDS, kind == "contrastive-adaptive"
+    if contrastive and amateur is None:
+        raise ConfigError(f"pseudo-users: kind {kind!r} contrasts with the other experts, found none; use 'chain'")
+    other = amateur if contrastive else None
+    return chain_domain(
+        domain, backbone, expert, table, max_tokens, number=number, seed=seed, amateur=other, adaptive=adaptive
+    )
 
 
 def _of_items(domain: PseudoDomain, items: npt.NDArray[np.integer]) -> PseudoDomain:
@@ -328,23 +369,34 @@ def _encoded(backbone: Backbone, amateur: Adapter | None, domain: PseudoDomain) 
 
 
 def _neighbours(
-    vectors: torch.Tensor, contrast: torch.Tensor | None
+    vectors: torch.Tensor, theirs: torch.Tensor | None, adaptive: bool
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
     """Return every item's ten most similar other items and their unnormalised probabilities: (N, m) each, m ≤ 10."""
-    most = min(NEIGHBOURS, len(vectors) - 1)
+    most, block = min(NEIGHBOURS, len(vectors) - 1), ADAPTIVE_BLOCK if adaptive else BLOCK
     found, chances = [], []
-    for start in range(0, len(vectors), BLOCK):
-        rows = torch.arange(start, min(start + BLOCK, len(vectors)))
-        scores = vectors[rows] @ vectors.T  # (b, N)
-        scores[torch.arange(len(rows)), rows] = -torch.inf
+    for start in range(0, len(vectors), block):
+        rows = torch.arange(start, min(start + block, len(vectors)))
+        scores = _scores_of_others(vectors, rows)  # (b, N)
         values, items = scores.topk(most, dim=1)
         found.append(items)
-        if contrast is None:
+        if theirs is None:
             chances.append(torch.ones_like(values))
+            continue
+        if adaptive:
+            others = _scores_of_others(theirs, rows)  # (b, N)
+            alpha, beta = (weight.gather(1, items) for weight in adaptive_weights(scores, others))
+            score = contrast(values, others.gather(1, items), alpha, beta)  # (b, m)
         else:
-            theirs = (contrast[items] * contrast[rows][:, None, :]).sum(dim=2)  # (b, m)
-            chances.append(torch.softmax((values - theirs) / CONTRAST_TEMPERATURE, dim=1))
+            score = contrast(values, (theirs[items] * theirs[rows][:, None, :]).sum(dim=2), 0, 1)  # (b, m)
+        chances.append(torch.softmax(score / CONTRAST_TEMPERATURE, dim=1))
     return torch.cat(found).numpy(), torch.cat(chances).double().numpy()
+
+
+def _scores_of_others(vectors: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Return the similarities of some items to all items (b, N), -inf to themselves."""
+    scores = vectors[rows] @ vectors.T
+    scores[torch.arange(len(rows)), rows] = -torch.inf
+    return scores
 
 
 def _walk(

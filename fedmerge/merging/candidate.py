@@ -110,6 +110,7 @@ class Provenance:
         losses: the loss terms of each step of a learned merge; empty where they stay at the clients.
         validation: (step, score) of a learned merge.
         chosen_step: the step whose coefficients a learned merge has.
+        reconstructions: parts of a learned merge that follow a paper in another setting or without its code.
         through_clients: settings of coefficients that are learned through the clients.
         coefficients: domain -> coefficient, or one for each group.
         coefficient_groups: names of the groups.
@@ -136,6 +137,7 @@ class Provenance:
     losses: Sequence[Mapping[str, float]] | None = None
     validation: Sequence[tuple[int, float]] | None = None
     chosen_step: int | None = None
+    reconstructions: Sequence[str] | None = None
     through_clients: Mapping[str, Any] | None = None
     coefficients: Mapping[str, Any] | None = None
     coefficient_groups: Sequence[str] | None = None

@@ -117,6 +117,8 @@ def _density(default: float) -> Parameter:
     return Parameter(default, above=0.0, high=1.0)
 
 
+_LOSSES = ("rec+kd", "rec", "kd", "mse", "entropy", "entropy+kd", "self", "self+kd", "similarity", "similarity+kd")
+
 METHODS: dict[str, Method] = {
     "average": Method(
         what="the mean of the updates",
@@ -344,13 +346,15 @@ METHODS: dict[str, Method] = {
             "granularity": Parameter("layer", choices=("domain", "layer")),
             "initialisation": Parameter("task-vectors", choices=("task-vectors", "ties", "pcb", "localize-and-stitch")),
             "initial_coefficient": Parameter(None, number=True),
-            "loss": Parameter("kd", choices=("rec+kd", "rec", "kd", "mse", "entropy", "entropy+kd", "self", "self+kd")),
+            "loss": Parameter("kd", choices=_LOSSES),
+            "teacher": Parameter("expert", choices=("expert", "contrastive")),
             "kd_top_k": Parameter(50, low=2, optional=True),
             "learning_rate": Parameter(5e-3, above=0.0, high=1.0),
             "steps": Parameter(100, low=1),
             "batch_size": Parameter(16, low=1),
             "pseudo_users": Parameter(
-                "one-item", choices=("one-item", "subset", "centroid", "popular", "chain", "contrastive")
+                "one-item",
+                choices=("one-item", "subset", "centroid", "popular", "chain", "contrastive", "contrastive-adaptive"),
             ),
             "num_pseudo_users": Parameter(None, low=1),
         },

@@ -30,6 +30,7 @@ from fedmerge.mergerec.coefficients import LearnedCoefficients, Progress, start_
 from fedmerge.mergerec.learn import learn_coefficients, student_vectors
 from fedmerge.mergerec.objective import MergeRecSettings
 from fedmerge.mergerec.pseudo_users import PseudoDomain, pseudo_domains
+from fedmerge.mergerec.similarity import UnionSimilarity, union_similarity
 from fedmerge.mergerec.variants import learned_settings, learned_variants
 from fedmerge.mergerec.vectors import Vectors, initial_vectors, merge_vectors
 from fedmerge.merging.candidate import Candidate, MergeVariant, Origin, provenance_of_merge
@@ -215,6 +216,7 @@ def _learned_entries(settings: MergeRecSettings, learned: LearnedCoefficients) -
         "losses": [dict(losses) for losses in learned.history if losses],
         "validation": [list(looked) for looked in learned.validation],
         "chosen_step": learned.chosen_step,
+        "reconstructions": list(settings.reconstructions) or None,
     }
 
 
@@ -243,21 +245,45 @@ def learn_from_catalogs(
     students: dict[str, Mapping[str, torch.Tensor]] = {}  # of the latest method, whose variants share them
 
     @cache
-    def pseudo_users(encoder: Backbone, kind: str, number: int | None, seed: int) -> dict[str, PseudoDomain]:
-        return pseudo_domains(encoder, adapters, catalogs, text, kind=kind, number=number, seed=seed, progress=progress)
+    def pseudo_users(
+        encoder: Backbone, kind: str, number: int | None, seed: int, teacher: str
+    ) -> dict[str, PseudoDomain]:
+        return pseudo_domains(
+            encoder,
+            adapters,
+            catalogs,
+            text,
+            kind=kind,
+            number=number,
+            seed=seed,
+            teacher=teacher,
+            progress=progress,
+        )
+
+    def pseudo_users_for(encoder: Backbone, settings: MergeRecSettings) -> dict[str, PseudoDomain]:
+        number, teacher = settings.num_pseudo_users, settings.teacher
+        return pseudo_users(encoder, settings.pseudo_users, number, settings.seed, teacher)
+
+    @lru_cache(maxsize=1)
+    def union_of(encoder: Backbone, settings: MergeRecSettings) -> UnionSimilarity:
+        items = {domain: pseudo.items for domain, pseudo in pseudo_users_for(encoder, settings).items()}
+        found = union_similarity(encoder, adapters, items, settings)
+        progress(f"similarity: {len(found.items)} items of {len(items)} catalogs with the vectors of every expert")
+        return found
 
     def learn(variant: MergeVariant, settings: MergeRecSettings, vectors: Vectors) -> LearnedCoefficients:
         method = variant.method
         if backbone is None:
             raise MergeError(f"{method}: found no backbone, expected the one that the adapters were trained on")
-        pseudo = pseudo_users(backbone, settings.pseudo_users, settings.num_pseudo_users, settings.seed)
-        if method not in students:
+        pseudo = pseudo_users_for(backbone, settings)
+        union = union_of(backbone, replace(settings, granularity="layer")) if settings.compares_items else None
+        if settings.terms_of_users and method not in students:
             start = start_coefficients(vectors, "domain", settings.start)
             students.clear()
             students[method] = student_vectors(backbone, vectors, pseudo, start)
             progress(f"{method}: item vectors under the initial merge")
         report = _every_fifth(variant.label, progress)
-        return learn_coefficients(backbone, vectors, pseudo, settings, report, students[method])
+        return learn_coefficients(backbone, vectors, pseudo, settings, report, students.get(method), union=union)
 
     return learn
 

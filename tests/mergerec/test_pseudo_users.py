@@ -20,6 +20,7 @@ from fedmerge.encoder.lora import applied
 from fedmerge.encoder.text import TokenTable, build_token_table, pack_sequences
 from fedmerge.errors import ConfigError, DomainError
 from fedmerge.mergerec.pseudo_users import (
+    CONTRASTIVE_KINDS,
     LONGEST_CHAIN,
     NEIGHBOURS,
     PseudoDomain,
@@ -149,17 +150,38 @@ def test_contrast_prefers_items_that_only_the_expert_finds_similar(
     assert mean_advantage(contrastive) > mean_advantage(plain) + 0.005
 
 
+def adaptive_score(S: np.ndarray, M: np.ndarray) -> np.ndarray:
+    """(1 + α) S - β M over a catalog, from the definition; β = 0 where both are one model."""
+    p, q = np.exp(S / 0.05), np.exp(M / 0.05)
+    p, q = p / p.sum(), q / q.sum()
+    m = (p + q) / 2
+    entropy, divergence = -p * np.log(p), (p * np.log(p / m) + q * np.log(q / m)) / 2
+    alpha = (1 - entropy) / (1 - entropy.max())
+    beta = divergence / divergence.max() if np.any(S != M) else 0 * divergence
+    found: np.ndarray = (1 + alpha) * S - beta * M
+    return found
+
+
 def test_the_first_step_of_a_walk_has_the_probabilities_of_the_definition(
     bert: Backbone, expert: Adapter, amateur: Adapter, theirs: torch.Tensor, table: TokenTable, items: PseudoDomain
 ) -> None:
-    for contrast in (None, amateur):
-        domain = chain_domain(items, bert, expert, table, 127, number=40 * NUM_ITEMS, seed=0, amateur=contrast)
+    S, M = (vectors.double().numpy() @ vectors.double().numpy().T for vectors in (items.teacher_items, theirs))
+    for contrast, adaptive in ((None, False), (amateur, False), (amateur, True), (expert, True)):
+        domain = chain_domain(
+            items, bert, expert, table, 127, number=40 * NUM_ITEMS, seed=0, amateur=contrast, adaptive=adaptive
+        )
         steps = Counter((chain[0], chain[1]) for chain in walks(domain, table, bert))
         surprise = 0.0
         for start in range(NUM_ITEMS):
             similarity = [float(items.teacher_items[start] @ other) for other in items.teacher_items]
             others = sorted({*range(NUM_ITEMS)} - {start}, key=lambda item: -similarity[item])[:NEIGHBOURS]
-            advantage = [similarity[item] - float(theirs[start] @ theirs[item]) for item in others]
+            if adaptive:
+                score = adaptive_score(
+                    np.delete(S[start], start), np.delete((M if contrast is amateur else S)[start], start)
+                )
+                advantage = [score[item - (item > start)] for item in others]
+            else:
+                advantage = [similarity[item] - float(theirs[start] @ theirs[item]) for item in others]
             chances = np.exp(np.array(advantage) / 0.05 if contrast else np.zeros(NEIGHBOURS))
             expected = 40 * chances / chances.sum()
             assert sum(steps[start, item] for item in others) == 40
@@ -178,11 +200,12 @@ def test_kinds_by_name(bert: Backbone, expert: Adapter, table: TokenTable, items
     for kind, right in sizes.items():
         assert right(len(made(kind).users)), kind
     assert len(made("chain", number=None).users) == NUM_ITEMS
-    assert len(made("contrastive").users) == 7
+    assert len(made("contrastive").users) == len(made("contrastive-adaptive").users) == 7
     with pytest.raises(ConfigError, match="'popular'"):
         made("popular")
-    with pytest.raises(ConfigError, match=r"'contrastive'.*'chain'"):
-        made("contrastive", amateur=None)
+    for kind in CONTRASTIVE_KINDS:
+        with pytest.raises(ConfigError, match=rf"'{kind}'.*'chain'"):
+            made(kind, amateur=None)
     with pytest.raises(ConfigError, match=r"'typical', .*one-item, subset, centroid"):
         made("typical")
 

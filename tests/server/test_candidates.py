@@ -333,6 +333,25 @@ def test_learned_methods_share_their_pseudo_users_and_draw_their_pictures(
     assert not list(merge_folder(tmp_path, "average").glob("*.png"))
 
 
+def test_reconstructed_parts_are_named_in_the_provenance(
+    backbone: Backbone, adapters: dict[str, Adapter], catalogs: dict[str, Catalog]
+) -> None:
+    flat = {"merge.methods": "mergerec,adamerging", "adamerging.steps": 2, "adamerging.granularities": "layer"}
+    flat |= {"mergerec.loss": "similarity+kd", "mergerec.teacher": "contrastive"}
+    lines: list[str] = []
+    by_domain, by_layer, other = merges_of(backbone, adapters, catalogs, settings(**flat), lines.append)
+    for candidate in (by_domain, by_layer):
+        record = candidate.provenance.to_dict()
+        assert record["reconstructions"] == ["Taesar-style (arXiv:2602.22743)", "FedCIA-style (arXiv:2504.14208)"]
+        assert record["parameters"].items() >= {"loss": "similarity+kd", "teacher": "contrastive"}.items()
+        assert record["losses"][0].keys() == {"total", "similarity", "kd"}
+    assert sum(line.startswith("similarity: ") for line in lines) == 1  # both granularities share the blocks
+    assert "reconstructions" not in other.provenance.to_dict()
+    alone = settings(**{"merge.methods": "mergerec", "mergerec.loss": "similarity"})
+    for candidate in merges_of(backbone, adapters, catalogs, alone):
+        assert candidate.provenance.to_dict()["losses"][0].keys() == {"total", "similarity"}
+
+
 def test_the_preset_of_the_paper_gives_what_was_not_given() -> None:
     paper = settings(**{"mergerec.preset": "paper", "mergerec.steps": 7})
     by_domain, _ = learned_variants("mergerec", paper.mergerec, paper.adamerging, paper.through_clients)

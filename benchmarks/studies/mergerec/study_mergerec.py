@@ -55,12 +55,15 @@ from fedmerge.mergerec.coefficients import start_coefficients
 from fedmerge.mergerec.learn import learn_coefficients, student_vectors
 from fedmerge.mergerec.objective import ADAMERGING, PAPER, MergeRecSettings
 from fedmerge.mergerec.pseudo_users import (
+    CONTRASTIVE_KINDS,
     PseudoDomain,
     average_of_others,
     one_item_domain,
     popular_domain,
     pseudo_domain,
+    with_amateur,
 )
+from fedmerge.mergerec.similarity import union_similarity
 from fedmerge.mergerec.vectors import TASK_VECTORS, Vectors, initial_vectors, merge_vectors
 from fedmerge.merging.stack import Stack, stack_adapters
 from fedmerge.merging.training_free import merge_adapters
@@ -126,10 +129,15 @@ class Study:
         if kind == "popular":
             counts = np.bincount(np.concatenate(domain.training_sequences), minlength=len(domain.catalog))
             return popular_domain(items, counts, len(items.items) if number is None else number)
-        amateur = average_of_others(self.adapters, name) if kind == "contrastive" else None
+        amateur = average_of_others(self.adapters, name) if kind in CONTRASTIVE_KINDS else None
         return pseudo_domain(
             kind, items, self.backbone, expert, domain.table, most, number=number, seed=seed, amateur=amateur
         )
+
+    def contrasted(self, pseudo: Mapping[str, PseudoDomain]) -> dict[str, PseudoDomain]:
+        """Return pseudo-users with the vectors that a contrastive teacher has."""
+        others = {name: average_of_others(self.adapters, name) for name in pseudo}
+        return {name: with_amateur(domain, self.backbone, others[name]) for name, domain in pseudo.items()}
 
     def merges(self, point: Point) -> Iterator[Merge]:
         """Yield every merge of a point."""
@@ -153,14 +161,22 @@ class Study:
                 settings = settings_of(method, keys)
                 vectors = self.vectors_of(settings.initialisation)
                 pseudo = self.pseudo_users(settings.pseudo_users, settings.num_pseudo_users, settings.seed)
+                union = None
+                if settings.compares_items:
+                    items = {name: domain.items for name, domain in pseudo.items()}
+                    union = union_similarity(self.backbone, self.adapters, items, settings)
+                if settings.teacher == "contrastive":
+                    pseudo = self.contrasted(pseudo)
                 students = None
-                if start is None:
+                if start is None and settings.terms_of_users:
                     place = (settings.initialisation, settings.start)
                     if place not in self.students:
                         initial = start_coefficients(vectors, "domain", settings.start)
                         self.students[place] = student_vectors(self.backbone, vectors, pseudo, initial)
                     students = self.students[place]
-                learned = learn_coefficients(self.backbone, vectors, pseudo, settings, students=students, start=start)
+                learned = learn_coefficients(
+                    self.backbone, vectors, pseudo, settings, students=students, start=start, union=union
+                )
             for step in sorted({*look_at, learned.chosen_step}):
                 coefficients = learned.trajectory[step]
                 yield step, coefficients.tolist(), everywhere(merge_vectors(vectors, coefficients))

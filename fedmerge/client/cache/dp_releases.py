@@ -201,7 +201,7 @@ def release_answer_once(
             "message": asdict(message),
             "data": [domain.manifest.catalog_sha256, domain.manifest.interactions_sha256],
             "backbone": [domain.backbone.sha256, domain.backbone.pooling],
-            "config": [getattr(config, section).model_dump() for section in _ANSWERS_DEPEND_ON],
+            "config": [getattr(config, section).cache_inputs() for section in _ANSWERS_DEPEND_ON],
             "seed": config.seed,
             "releases": releases,
         }

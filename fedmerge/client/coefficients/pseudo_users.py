@@ -67,7 +67,7 @@ def cohort_folder(config: ExperimentConfig, name: str, catalog: Catalog, backbon
         "backbone": backbone.sha256,
         "pooling": backbone.pooling,
         "text": config.text.model_dump(),
-        "mergerec": config.mergerec.model_dump(),
+        "mergerec": config.mergerec.cache_inputs(),
         "users": config.cohort_learns_on,
         "seed": config.seed,
         "threads": config.runtime.threads_per_client,
@@ -119,6 +119,7 @@ def cache_cohort(
             config.text.max_tokens,
             kind=config.mergerec.pseudo_users,
             seed=config.seed,
+            teacher=config.mergerec.teacher,
         )
 
     def write(cohort: Path) -> None:
@@ -132,6 +133,8 @@ def cache_cohort(
                 "users": torch.from_numpy(np.concatenate([np.asarray(user, dtype=np.int32) for user in pseudo.users])),
                 "lengths": lengths,
             }
+            if pseudo.amateur_items is not None and pseudo.amateur_users is not None:
+                tensors |= {"amateur_items": pseudo.amateur_items, "amateur_users": pseudo.amateur_users}
             save_file({key: value.clone() for key, value in tensors.items()}, cohort / PSEUDO_FILE)
 
     fill_folder(folder, write, folder.is_dir, f"domain {name}: the cohort")
@@ -246,7 +249,11 @@ def gradient_on_pseudo_users(
     teacher_users = pseudo.teacher_users[list(users)].to(vectors_of_users)  # (n, d)
     teachers, items = pseudo.teacher_items.to(device, torch.float32), students.to(device)
     own = np.zeros(len(users), dtype=np.int64)
-    terms = batch_terms(vectors_of_users, teacher_users, own, [teachers], [items], settings)
+    amateur_users: torch.Tensor | None = None
+    amateurs: list[torch.Tensor] = []
+    if settings.teacher == "contrastive":
+        amateur_users, amateurs = _amateurs(pseudo, users, vectors_of_users)
+    terms = batch_terms(vectors_of_users, teacher_users, own, [teachers], [items], settings, amateur_users, amateurs)
     (found,) = torch.autograd.grad(weighted_total(terms, settings), [leaf])
     return found.cpu()
 
@@ -302,6 +309,22 @@ def take_local_steps(
     return learned.coefficients - start.cpu()
 
 
+def _amateurs(
+    pseudo: PseudoDomain, users: Sequence[int], like: torch.Tensor
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Return the vectors of some pseudo-users and of all items under the other experts, as a contrastive teacher has.
+
+    Raises:
+        ClientError: the cohort was cached without them.
+    """
+    if pseudo.amateur_users is None or pseudo.amateur_items is None:
+        raise ClientError(
+            f"domain {pseudo.name}: its pseudo-users have no vectors under the other experts, which a contrastive "
+            "teacher needs. Delete the folder cohorts in cache_dir and resume the run, which sends the cohort again."
+        )
+    return pseudo.amateur_users[list(users)].to(like), [pseudo.amateur_items.to(like)]
+
+
 def _read_pseudo(path: Path, name: str, items: Sequence[Tokens]) -> PseudoDomain:
     """Read a file of pseudo-users; raises OSError, LookupError, ValueError, FedMergeError or SafetensorError."""
     cached = load_file(path)
@@ -309,4 +332,5 @@ def _read_pseudo(path: Path, name: str, items: Sequence[Tokens]) -> PseudoDomain
     if not len(lengths) or lengths.sum() != len(cached["users"]):
         raise ValueError(f"{path}: the lengths sum to {lengths.sum()}, expected {len(cached['users'])} tokens")
     users = np.split(cached["users"].numpy(), np.cumsum(lengths)[:-1])
-    return PseudoDomain(name, items, cached["teacher_items"], users, cached["teacher_users"])
+    amateurs = cached.get("amateur_items"), cached.get("amateur_users")
+    return PseudoDomain(name, items, cached["teacher_items"], users, cached["teacher_users"], *amateurs)

@@ -5,7 +5,7 @@ Every function yields one line for each contradiction: the keys, what was found,
 
 from collections.abc import Iterator
 
-from fedmerge.config.merging import LEARNED_METHODS, PAIR_METHODS, Merge, ThroughClients
+from fedmerge.config.merging import LEARNED_METHODS, PAIR_METHODS, Merge, MergeRec, ThroughClients
 from fedmerge.config.model import Domains, Lora
 from fedmerge.config.privacy import DP, Privacy
 from fedmerge.config.running import Admission, Server, Simulation
@@ -62,13 +62,21 @@ def too_few_for_krum(rounds: Rounds, num_domains: int) -> str:
 
 
 def learning_problems(
-    merge: Merge, rounds: Rounds, through_clients: ThroughClients, server: Server, privacy: Privacy
+    merge: Merge,
+    mergerec: MergeRec,
+    rounds: Rounds,
+    through_clients: ThroughClients,
+    server: Server,
+    privacy: Privacy,
 ) -> Iterator[str]:
     """Yield problems of coefficients that are learned on the server or through the clients."""
     rule = rounds.rule
     learned = [name for name in (merge.methods if rule is None else (rule,)) if name in LEARNED_METHODS]
     if learned and privacy.learns_through_clients:
-        for problem in _through_clients_problems(learned, rounds, through_clients, server, privacy):
+        problems = [*_through_clients_problems(learned, rounds, through_clients, server, privacy)]
+        if "mergerec" in learned:
+            problems += _loss_problems(mergerec, through_clients)
+        for problem in problems:
             yield f"privacy.policy = 'catalog-private': {problem}"
     elif through_clients.users == "own-users":
         yield (
@@ -102,6 +110,20 @@ def _through_clients_problems(
         yield (
             f"through_clients.batch_size = {section.batch_size} own users are fewer than privacy.min_users = "
             f"{privacy.min_users}; raise the one, or lower the other"
+        )
+
+
+def _loss_problems(mergerec: MergeRec, through_clients: ThroughClients) -> Iterator[str]:
+    """Yield parts of the loss that no client can compute."""
+    if "similarity" in mergerec.loss.split("+"):
+        yield (
+            f"mergerec.loss = '{mergerec.loss}' compares the items of all catalogs, but each client has its own alone; "
+            "set privacy.policy = 'adapter+catalog', or mergerec.loss = 'kd'"
+        )
+    if mergerec.teacher != "expert" and through_clients.users == "own-users":
+        yield (
+            f"mergerec.teacher = '{mergerec.teacher}', but through_clients.users = 'own-users' has no teacher; set "
+            "mergerec.teacher = 'expert', or through_clients.users = 'pseudo-users'"
         )
 
 
