@@ -38,6 +38,13 @@ pseudo_users = "popular"
 num_pseudo_users = 5
 steps = 1
 [[setting]]
+method = "mergerec"
+name = "contrasts"
+pseudo_users = "contrastive-adaptive"
+loss = "similarity+kd"
+teacher = "contrastive"
+steps = 1
+[[setting]]
 method = "clients"
 steps = 2
 batch_size = 4
@@ -63,11 +70,12 @@ def test_a_grid_is_computed_once_and_tabled(
 
     first = table()
     files = sorted((tmp_path / "out").glob("*.json"))
-    assert len(files) == 8
+    assert len(files) == 9
     written = [path.stat().st_mtime_ns for path in files]
     assert first[first.index("\nunmasked") :] == table("--table")
     assert table("--baseline", "method ties")  # an unknown name: the first row
     assert [path.stat().st_mtime_ns for path in files] == written
+    assert "contrasts " in first
     assert "chains @1 " in first
     assert "chains @3 " in first
     assert "camping" in first  # unseen
