@@ -248,22 +248,6 @@ def test_all_problems_are_reported_at_once_with_dotted_names() -> None:
             },
             ["privacy.policy = 'catalog-private'", "through_clients.batch_size = 5"],
         ),
-        (
-            {"privacy.policy": "catalog-private", "mergerec.loss": "similarity+kd"},
-            ["privacy.policy = 'catalog-private'", "mergerec.loss = 'similarity+kd'", "'adapter+catalog'", "'kd'"],
-        ),
-        (
-            {
-                "privacy.policy": "catalog-private",
-                "through_clients.users": "own-users",
-                "mergerec.teacher": "contrastive",
-            },
-            ["privacy.policy = 'catalog-private'", "mergerec.teacher = 'contrastive'", "mergerec.teacher = 'expert'"],
-        ),
-        (
-            {"mergerec.teacher": "contrastive", "mergerec.loss": "rec"},
-            ["mergerec: ", "teacher = 'contrastive'", "loss = 'rec'", "a loss with kd"],
-        ),
         ({"adamerging.granularities": "layer,layer"}, ["adamerging: ", "granularities", "layer"]),
     ],
 )
@@ -333,11 +317,6 @@ def test_the_remedies_of_cross_field_rules_work() -> None:
     assert from_flat({"privacy.policy": "adapter", "server.catalogs": "folder"}).server.catalogs == "folder"
     assert from_flat({"privacy.policy": "adapter", "merge.methods": "average"}).privacy.policy == "adapter"
     assert from_flat({"privacy.policy": "catalog-private"}).merge.methods[-1] == "mergerec"
-    assert from_flat({"mergerec.loss": "similarity"}).privacy.policy == "adapter+catalog"
-    unused = {"privacy.policy": "catalog-private", "merge.methods": "adamerging", "mergerec.loss": "similarity"}
-    assert from_flat(unused).merge.methods == ("adamerging",)
-    through_clients = {"privacy.policy": "catalog-private", "mergerec.teacher": "contrastive"}
-    assert from_flat(through_clients).mergerec.loss == "kd"
     assert from_flat(BY_USER_ON_OWN_USERS).dp.mode == "user"
     own_users = {"privacy.policy": "catalog-private", "through_clients.users": "own-users"}
     assert from_flat(own_users).through_clients.batch_size == 32

@@ -68,6 +68,7 @@ def learning_problems(
     through_clients: ThroughClients,
     server: Server,
     privacy: Privacy,
+    num_domains: int,
 ) -> Iterator[str]:
     """Yield problems of coefficients that are learned on the server or through the clients."""
     rule = rounds.rule
@@ -89,6 +90,8 @@ def learning_problems(
             "is 'none'; set privacy.policy = 'adapter+catalog' or give server.catalogs a folder"
         )
         yield f"merge.methods holds {learned[0]}, {catalogs}" if rule is None else f"rounds.rule is {rule}, {catalogs}"
+    if learned and num_domains == 1 and through_clients.users == "pseudo-users":
+        yield from _contrast_problems(mergerec)
 
 
 def _through_clients_problems(
@@ -111,6 +114,19 @@ def _through_clients_problems(
             f"through_clients.batch_size = {section.batch_size} own users are fewer than privacy.min_users = "
             f"{privacy.min_users}; raise the one, or lower the other"
         )
+
+
+def _contrast_problems(mergerec: MergeRec) -> Iterator[str]:
+    """Yield contrasts of a single domain."""
+    for key, value, plain in (
+        ("pseudo_users", mergerec.pseudo_users, "chain"),
+        ("teacher", mergerec.teacher, "expert"),
+    ):
+        if value.startswith("contrastive"):
+            yield (
+                f"mergerec.{key} = '{value}' contrasts an expert with the other experts, but domains.train names one "
+                f"domain; set mergerec.{key} = '{plain}', or name at least two domains"
+            )
 
 
 def _loss_problems(mergerec: MergeRec, through_clients: ThroughClients) -> Iterator[str]:
