@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from fedmerge.backbone_files import find_backbone, missing_target_modules
-from fedmerge.config import DEMO_ROOT, LEARNED_METHODS, ExperimentConfig, Simulation
+from fedmerge.config import DEMO_ROOT, ExperimentConfig, Simulation
 from fedmerge.domain.demo import BUNDLED_DOMAINS
 from fedmerge.domain.folder import list_domains
 from fedmerge.domain.manifest import (
@@ -189,9 +189,7 @@ def _domain_problems(config: ExperimentConfig, manifest: Manifest) -> Iterator[s
 def _clients_send_catalogs(config: ExperimentConfig) -> bool:
     if not config.privacy.sends_catalogs or config.server.catalogs is not None:
         return False
-    rule = config.rounds.rule
-    learned = {*config.merge.methods} & LEARNED_METHODS if rule is None else {str(rule)} & LEARNED_METHODS
-    return bool(config.admission.probe_items or (learned and config.until != "train"))
+    return bool(config.admission.probe_items or (config.methods_from_catalogs and config.until != "train"))
 
 
 def _problems_of(check: Callable[[], None]) -> Iterator[str]:

@@ -39,6 +39,7 @@ from fedmerge.federated.rounds import aggregate, initial_state
 from fedmerge.federated.rules import rule_named
 from fedmerge.files import read_json, whole_folder, write_json
 from fedmerge.merging.candidate import Candidate, Origin, Provenance
+from fedmerge.merging.methods import method_named
 from fedmerge.merging.parameters import parse_parameters
 from fedmerge.privacy.policy import check_enough_users
 from fedmerge.runs.checkpoints import (
@@ -53,6 +54,7 @@ from fedmerge.runs.folder import environment
 from fedmerge.runs.round_checkpoints import round_records
 from fedmerge.server.candidates import candidate_of_rounds, learn_from_catalogs, merge_candidates, recipe_of
 from fedmerge.server.gate import check_experts, leave_one_out_merges, votes_of
+from fedmerge.server.layer_search import search_on_pseudo_users
 
 MERGES = "merges.json"
 JOINT = "joint.json"
@@ -191,20 +193,20 @@ def write_merges(result: Path, config: ExperimentConfig, run: Path, without: tup
         return
     origin, recipe = Origin(sources, None, config.privacy.policy), replace(recipe_of(config), at_clients=False)
     variants, experts = recipe.variants(), StoredExperts(run, sources)
-    learn = None
-    if any(variant.granularity for variant in variants):
+    learn = search = None
+    if any(method_named(variant.method).learned for variant in variants):
         public = not config.privacy.learns_through_clients  # else the cell reads catalogs in place of the clients
         backbone, catalogs = backbone_of(config.backbone, config.runtime), _catalogs(config, sources, public)
-        learn, origin = (
-            learn_from_catalogs(backbone, experts, catalogs, config.text),
-            replace(origin, backbone=backbone.record),
-        )
+        learn = learn_from_catalogs(backbone, experts, catalogs, config.text)
+        search = search_on_pseudo_users(backbone, experts, catalogs, config, folder=result.parent)
+        origin = replace(origin, backbone=backbone.record)
     candidates = merge_candidates(
         experts,
         variants,
         origin,
         recipe,
         learn=learn,
+        search=search,
         finished=read_candidates(result.parent, sources),
         keep=lambda made: write_candidate(result.parent, made, config.backbone.source),
     )

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from fedmerge.config.contradictions.heads import head_problems
 from fedmerge.config.contradictions.personal import personal_problems
 from fedmerge.config.contradictions.privacy import aggregate_only_problems, dp_problems, transport_problems
+from fedmerge.config.contradictions.rmm import rmm_problems
 from fedmerge.config.contradictions.runs import (
     admission_problems,
     learning_problems,
@@ -18,7 +19,7 @@ from fedmerge.config.contradictions.runs import (
     simulation_problems,
 )
 from fedmerge.config.head import Head
-from fedmerge.config.merging import LEARNED_METHODS, AdaMerging, Merge, MergeRec, ThroughClients
+from fedmerge.config.merging import LEARNED_METHODS, SEARCHED_METHODS, AdaMerging, Merge, MergeRec, Rmm, ThroughClients
 from fedmerge.config.model import BackboneSection, Domains, Lora, Text
 from fedmerge.config.personal import Personal
 from fedmerge.config.privacy import DP, Privacy
@@ -61,6 +62,7 @@ class ExperimentConfig(Section):
     merge: Merge = Merge()
     mergerec: MergeRec = MergeRec()
     adamerging: AdaMerging = AdaMerging()
+    rmm: Rmm = Rmm()
     through_clients: ThroughClients = ThroughClients()
     head: Head = Head()
     personal: Personal = Personal()
@@ -74,13 +76,14 @@ class ExperimentConfig(Section):
 
     @property
     def methods_from_catalogs(self) -> tuple[str, ...]:
-        """The merging methods, or the rule of rounds, whose coefficients the server learns from the catalogs."""
+        """The merging methods, or the rule of rounds, that read the catalogs on the server."""
         if self.privacy.learns_through_clients:
             return ()
         methods = self.merge.methods if self.until == "report" else ()
         if self.rounds.rule is not None:
             methods = (self.rounds.rule,)
-        return tuple(method for method in methods if method in LEARNED_METHODS)
+        searched = SEARCHED_METHODS if self.rmm.reward == "pseudo-users" else frozenset()
+        return tuple(method for method in methods if method in LEARNED_METHODS | searched)
 
     @property
     def cohort_learns_on(self) -> Literal["pseudo-users", "own-users"]:
@@ -108,6 +111,7 @@ class ExperimentConfig(Section):
             *admission_problems(self.admission, self.rounds, self.privacy, self.server),
             *head_problems(self.head, self.rounds, self.privacy, self.dp, self.until, len(self.domains.train)),
             *personal_problems(self.personal, self.privacy, self.dp, self.rounds, len(self.domains.train)),
+            *rmm_problems(self.rmm, self.merge, self.rounds, self.privacy, self.dp, self.server),
             *simulation_problems(self.simulation, self.domains, self.dp),
             *dp_problems(
                 self.dp,

@@ -34,8 +34,10 @@ MergeMethod = Literal[
     "iso-cts",
     "mergerec",
     "adamerging",
+    "rmm-style",
 ]
 LEARNED_METHODS = frozenset({"mergerec", "adamerging"})  # learned from pseudo-users, so they need the catalogs
+SEARCHED_METHODS = frozenset({"rmm-style"})  # a search over layers, on pseudo-users or through the clients
 PAIR_METHODS = frozenset({"slerp"})  # of two domains at most
 SUMMED_METHODS = ("average", "task-arithmetic", "knots-task-arithmetic")  # multiples of the sum: a secure sum will do
 SUMMED_RULES = ("weighted-average", "fedit", "ffa-lora", "flexlora", "fedavgm", "fedadam", "fedyogi")
@@ -196,6 +198,50 @@ class AdaMerging(Section):
     def _distinct(self) -> "AdaMerging":
         if names := twice(self.granularities):
             raise ValueError(f"granularities names {names} more than once; name each once")
+        return self
+
+
+class Rmm(Section):
+    """The search of `rmm-style`, explained in [mergerec.md](reference/mergerec.md#rmm-style)."""
+
+    searcher: Literal["coordinate", "evolution", "ppo"] = Field(
+        "coordinate",
+        description="Search over the layers. coordinate: the best candidate of one layer after the other, twice; ppo: "
+        "a learned policy, as published.",
+    )
+    candidates: tuple[Literal["experts", "coefficients", "ties", "zero"], ...] = Field(
+        ("coefficients",),
+        min_length=1,
+        description="Choices of every layer. experts: each expert; coefficients: multiples of the sum; ties: TIES with "
+        "density 0.5; zero: the backbone.",
+    )
+    coefficients: tuple[float, ...] = Field(
+        (0.2, 0.4, 0.6, 0.8, 1.0), min_length=1, description="Factors on the sum of all updates, as candidates."
+    )
+    reward: Literal["pseudo-users", "validation"] = Field(
+        "pseudo-users",
+        description="Users who judge a map of the layers. pseudo-users: the distance from each expert, on the server; "
+        "validation: NDCG@10 of the clients' validation users, which needs privacy.policy = 'catalog-private'.",
+    )
+    budget: int = Field(150, ge=1, description="Episodes of the search at most; an episode reads one map.")
+    users: int = Field(
+        500,
+        ge=1,
+        description="Users a domain in the search, and as many others who choose among its ten best maps; at most half "
+        "of the users each.",
+    )
+    shards: int = Field(
+        1, ge=1, description="Parts of the users; an episode reads one part, and a reward is the mean over visits."
+    )
+
+    @model_validator(mode="after")
+    def _distinct(self) -> "Rmm":
+        if names := twice(self.candidates):
+            raise ValueError(f"candidates names {names} more than once; name each once")
+        if values := twice([f"{value:g}" for value in self.coefficients]):
+            raise ValueError(f"coefficients has {values} more than once (to six digits); give each once")
+        if self.shards > self.users:
+            raise ValueError(f"shards = {self.shards} exceeds users = {self.users}; lower the one, or raise the other")
         return self
 
 

@@ -114,6 +114,7 @@ class Provenance:
         through_clients: settings of coefficients that are learned through the clients.
         coefficients: domain -> coefficient, or one for each group.
         coefficient_groups: names of the groups.
+        search: map, reward and episodes of ``rmm-style``, see [mergerec.md](reference/mergerec.md#rmm-style).
         settings: scope, space, output_rank and seed of a training-free merge; entries of the file's top level.
         residuals: module -> relative loss by truncation to the output rank.
         secure_sum: the clients of a secure sum, and its settings.
@@ -141,6 +142,7 @@ class Provenance:
     through_clients: Mapping[str, Any] | None = None
     coefficients: Mapping[str, Any] | None = None
     coefficient_groups: Sequence[str] | None = None
+    search: Mapping[str, Any] | None = None
     settings: Mapping[str, str | int] = field(default_factory=dict)
     residuals: Mapping[str, float] | None = None
     secure_sum: Mapping[str, Any] | None = None
@@ -176,7 +178,7 @@ class Provenance:
         return cls(**{**known, "is_remerge": "run" in entries, "settings": settings, "more": more})
 
 
-_MAPPINGS = ("domains", "excluded", "parameters", "privacy", "through_clients", "coefficients", "residuals")
+_MAPPINGS = ("domains", "excluded", "parameters", "privacy", "through_clients", "coefficients", "residuals", "search")
 _LISTS = ("losses", "validation", "coefficient_groups", "rounds")
 _TEXTS = ("label", "method", "policy", "sha256")
 _TYPES: dict[str, type] = {

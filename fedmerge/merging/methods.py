@@ -374,6 +374,20 @@ METHODS: dict[str, Method] = {
         cost="as mergerec",
         laws=("permutation", "inputs unchanged"),
     ),
+    "rmm-style": Method(
+        what="a candidate for every layer, such as a multiple of the sum or an expert, found by a search",
+        parameters={
+            "searcher": Parameter("coordinate", choices=("coordinate", "evolution", "ppo")),
+            "reward": Parameter("pseudo-users", choices=("pseudo-users", "validation")),
+            "budget": Parameter(150, low=1),
+            "users": Parameter(500, low=1),
+            "shards": Parameter(1, low=1),
+        },
+        source="after Reinforced Model Merging (arXiv:2503.21272), a reconstruction",
+        use="layers want different multiples of the updates, and there is time for a search",
+        cost="every episode encodes up to 2,000 items a domain and its users",
+        laws=("permutation", "inputs unchanged"),
+    ),
 }
 
 
@@ -476,5 +490,5 @@ def laws_table() -> str:
 
 def _scopes(method: Method) -> str:
     if method.learned:
-        return "its granularity"
+        return "its granularity" if "granularity" in method.parameters else "layer"
     return "tensor, layer, model" if method.rows else "all the same" if method.coefficients else "tensor"

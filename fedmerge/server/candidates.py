@@ -18,6 +18,7 @@ from fedmerge.config import (
     Lora,
     Merge,
     MergeRec,
+    Rmm,
     Rounds,
     Text,
     ThroughClients,
@@ -27,6 +28,7 @@ from fedmerge.encoder.backbone import Backbone
 from fedmerge.errors import MergeError, PolicyError
 from fedmerge.federated.product_space import weighted_sum
 from fedmerge.mergerec.coefficients import LearnedCoefficients, Progress, start_coefficients
+from fedmerge.mergerec.layer_maps.candidates import assemble, layer_candidates
 from fedmerge.mergerec.learn import learn_coefficients, student_vectors
 from fedmerge.mergerec.objective import MergeRecSettings
 from fedmerge.mergerec.pseudo_users import PseudoDomain, pseudo_domains
@@ -41,6 +43,8 @@ from fedmerge.privacy.dp.accountant import agreed_noise
 from fedmerge.privacy.dp.domain_noise import average_with_noise, domain_record
 from fedmerge.privacy.dp.randomness import source
 from fedmerge.privacy.dp.releases import Counted, coefficient_messages, domain_releases
+from fedmerge.server.layer_search import METHOD as RMM_STYLE
+from fedmerge.server.layer_search import Search, search_entries
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +57,7 @@ class Recipe:
     """The settings of an experiment that its merges depend on.
 
     Attributes:
-        merge, mergerec, adamerging, through_clients: sections of the configuration.
+        merge, mergerec, adamerging, through_clients, rmm: sections of the configuration.
         seed: seed of all draws.
         average_with_noise: the merge of ``dp.mode = 'domain-central'``: adapters -> noised average and its record for
             the provenance; None without noise.
@@ -64,6 +68,7 @@ class Recipe:
     mergerec: MergeRec
     adamerging: AdaMerging
     through_clients: ThroughClients
+    rmm: Rmm
     seed: int
     average_with_noise: Callable[[Mapping[str, Adapter]], tuple[Adapter, Mapping[str, Any]]] | None = None
     at_clients: bool = False
@@ -75,6 +80,8 @@ class Recipe:
 
     def variants_of(self, method: str) -> list[MergeVariant]:
         """Return every variant of one method, in order."""
+        if method == RMM_STYLE:
+            return [MergeVariant(method)]
         if method_named(method).learned:
             return learned_variants(method, self.mergerec, self.adamerging, self.through_clients)
         return training_free_variants(method, self.merge)
@@ -91,6 +98,7 @@ def recipe_of(config: ExperimentConfig) -> Recipe:
         config.mergerec,
         config.adamerging,
         config.through_clients,
+        config.rmm,
         config.seed,
         noise,
         at_clients=config.privacy.learns_through_clients,
@@ -115,6 +123,7 @@ def merge_candidates(
     progress: Callable[[str], None] = lambda line: None,
     *,
     learn: Learn | None = None,
+    search: Search | None = None,
     finished: Mapping[str, Candidate] = MappingProxyType({}),
     keep: Callable[[Candidate], None] = lambda candidate: None,
 ) -> list[Candidate]:
@@ -131,11 +140,12 @@ def merge_candidates(
         recipe: settings that the variants share.
         progress: receives lines about the progress.
         learn: learns the coefficients of learned methods; None if this process cannot.
+        search: searches for the map of ``rmm-style``; None if this process cannot.
         finished: label -> a merge of the same experts that exists already.
         keep: receives every other merge as soon as it is made.
 
     Raises:
-        PolicyError: a learned method without ``learn``, since the clients keep the catalogs.
+        PolicyError: a learned method without ``learn`` or ``search``, since the clients keep the catalogs.
         MergeError: a learned method without the backbone or without the catalogs of all domains.
     """
     layout = survey_adapters(adapters)
@@ -181,7 +191,11 @@ def merge_candidates(
                 **variant.parameters,
             )
             return made.adapter, made.entries()
-        if learn is None:
+        if variant.method == RMM_STYLE and search is not None:
+            choices = layer_candidates(adapters, recipe.rmm.candidates, recipe.rmm.coefficients, recipe.seed)
+            found = search(choices)
+            return assemble(choices, found.layer_map), search_entries(choices, found, recipe.rmm)
+        if learn is None or variant.method == RMM_STYLE:
             raise PolicyError(
                 f"{variant.method}: privacy.policy = 'catalog-private' keeps the catalogs at the clients, so its "
                 "coefficients are learned in a federation (fedmerge run). Leave the method out of merge.methods, or "

@@ -24,6 +24,7 @@ from fedmerge.merging.methods import method_named
 from fedmerge.runs.checkpoints import HEADS, read_excluded_experts
 from fedmerge.runs.reading import REMERGED
 from fedmerge.server.candidates import learn_from_catalogs, merge_candidates, recipe_of
+from fedmerge.server.layer_search import search_on_pseudo_users
 
 WITHDRAWN = "left out with --exclude"
 TURNED_AWAY = "not admitted"
@@ -159,6 +160,7 @@ def merge_again(
     if backbone is not None:
         check_backbone("the experts", backbone, experts.sources.backbone_sha256)
     recipe, learn = recipe_of(config), None
+    search = search_on_pseudo_users(backbone, experts.adapters, catalogs, config, progress)
     if not recipe.at_clients:
         learn = learn_from_catalogs(backbone, experts.adapters, catalogs, config.text, progress)
     origin = Origin(
@@ -169,7 +171,7 @@ def merge_again(
         is_remerge=True,
         run=experts.run,
     )
-    return merge_candidates(experts.adapters, recipe.variants(), origin, recipe, progress, learn=learn)
+    return merge_candidates(experts.adapters, recipe.variants(), origin, recipe, progress, learn=learn, search=search)
 
 
 def heads_note(run: Path | None) -> str:

@@ -339,7 +339,9 @@ def test_settings_have_one_default_and_bounds() -> None:
     assert MergeRecSettings(initialisation="ties").start == 1.0
     parameters = {name: parameter.default for name, parameter in METHODS["mergerec"].parameters.items()}
     assert parameters == {name: getattr(MergeRecSettings(), name) for name in parameters}
-    assert {method for method, row in METHODS.items() if row.learned} == config.LEARNED_METHODS
+    assert {
+        method for method, row in METHODS.items() if row.learned
+    } == config.LEARNED_METHODS | config.SEARCHED_METHODS
     choices = {name: parameter.choices for name, parameter in METHODS["mergerec"].parameters.items()}
     assert choices["loss"] == tuple(LOSSES)
     assert choices["initialisation"] == tuple(INITIALISATIONS)

@@ -39,6 +39,7 @@ METHODS: Mapping[int, tuple[str, ...]] = {
     _VIOLET: (
         "mergerec",
         "adamerging",
+        "rmm-style",
         "emr-unified",
         "consensus",
         "pcb",

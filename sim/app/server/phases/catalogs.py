@@ -8,9 +8,9 @@ from flwr.app import RecordDict
 from fedmerge.domain.catalog import Catalog, catalog_from_bytes, catalog_limits, load_catalog
 from fedmerge.domain.manifest import check_catalog_is_public, read_manifest
 from fedmerge.files import read_json
-from fedmerge.mergerec.variants import learned_variants
 from fedmerge.runs import checkpoints
 from fedmerge.runs.folder import ADMISSION
+from fedmerge.server.candidates import recipe_of
 from fedmerge.server.gate import probes
 from sim.app.messages import records
 from sim.app.server.asking import DESCRIBE_SECONDS, ask
@@ -58,12 +58,8 @@ def _are_needed(run: Run) -> bool:
     merged = {domain: sha256 for domain, sha256 in sources.items() if domain not in away}
     if config.admission.rollback and not read_json(folder / "choice.json"):
         return True  # the second merge, without the flagged experts, may be missing
-    variants = [
-        variant
-        for method in methods
-        for variant in learned_variants(method, config.mergerec, config.adamerging, config.through_clients)
-    ]
-    return not {variant.label for variant in variants} <= checkpoints.read_candidates(folder, merged).keys()
+    labels = {variant.label for method in methods for variant in recipe_of(config).variants_of(method)}
+    return not labels <= checkpoints.read_candidates(folder, merged).keys()
 
 
 def _from_folder(folder: Path, domains: list[str]) -> dict[str, Catalog]:

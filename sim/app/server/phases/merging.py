@@ -9,6 +9,7 @@ from fedmerge.encoder.backbone import Backbone
 from fedmerge.merging.candidate import Candidate, Origin
 from fedmerge.runs import checkpoints
 from fedmerge.server.candidates import learn_from_catalogs, merge_candidates, recipe_of
+from fedmerge.server.layer_search import search_on_pseudo_users
 from sim.app.server.phases.admission import pass_gate
 from sim.app.server.phases.coefficients import fit_personal_merges, learn_through_clients
 from sim.app.server.phases.rounds.adapters import run_rounds
@@ -79,11 +80,12 @@ def merge_experts(
     sources = {domain: sha256 for domain, sha256 in sources.items() if domain not in without}
     experts = checkpoints.StoredExperts(run.folder, sources)
     recipe = recipe_of(run.config)
+    wanted = {domain: catalogs[domain] for domain in sources if domain in catalogs}
     if recipe.at_clients:
         learn = learn_through_clients(run, experts)
     else:
-        wanted = {domain: catalogs[domain] for domain in sources if domain in catalogs}
         learn = learn_from_catalogs(backbone, experts, wanted, run.config.text, logger.info)
+    search = search_on_pseudo_users(backbone, experts, wanted, run.config, logger.info, run.folder)
     return merge_candidates(
         experts,
         recipe.variants(without),
@@ -91,6 +93,7 @@ def merge_experts(
         recipe,
         logger.info,
         learn=learn,
+        search=search,
         finished=checkpoints.read_candidates(run.folder, sources),
         keep=lambda made: checkpoints.write_candidate(run.folder, made, backbone.name),
     )
