@@ -20,8 +20,9 @@ from fedmerge.adapter import Adapter, LoraModule, adapter_sha256
 from fedmerge.bench.config import Drawing
 from fedmerge.bench.federated_heads import rank_federated_head, train_federated_head
 from fedmerge.bench.joint import train_jointly
-from fedmerge.bench.ranking import backbone_of, domain_of, num_users, rank_baseline, rank_head, rank_model
+from fedmerge.bench.ranking import backbone_of, domain_of, num_users, questions, rank_baseline, rank_head, rank_model
 from fedmerge.client.audit.attacks import Audited, audit_domain
+from fedmerge.client.coefficients.layer_maps import ndcg_of, validation_readers
 from fedmerge.client.evaluate import evaluate
 from fedmerge.client.training.settings import training_settings
 from fedmerge.config import (
@@ -38,6 +39,8 @@ from fedmerge.evaluation.ranks import SELECTION_METRIC
 from fedmerge.federated.rounds import aggregate, initial_state
 from fedmerge.federated.rules import rule_named
 from fedmerge.files import read_json, whole_folder, write_json
+from fedmerge.mergerec.layer_maps.candidates import LayerCandidates, LayerMap, assemble
+from fedmerge.mergerec.layer_maps.episodes import FoundMap, Sums
 from fedmerge.merging.candidate import Candidate, Origin, Provenance
 from fedmerge.merging.methods import method_named
 from fedmerge.merging.parameters import parse_parameters
@@ -54,7 +57,7 @@ from fedmerge.runs.folder import environment
 from fedmerge.runs.round_checkpoints import round_records
 from fedmerge.server.candidates import candidate_of_rounds, learn_from_catalogs, merge_candidates, recipe_of
 from fedmerge.server.gate import check_experts, leave_one_out_merges, votes_of
-from fedmerge.server.layer_search import search_on_pseudo_users
+from fedmerge.server.layer_search import NDCG_SCALE, Search, search_on_pseudo_users, search_with
 
 MERGES = "merges.json"
 JOINT = "joint.json"
@@ -169,7 +172,9 @@ def check_admission(result: Path, config: ExperimentConfig, run: Path, left_out:
     write_json(result, {**record, "seconds": seconds, "client_seconds": client_seconds, "bytes_down": size_bytes})
 
 
-def write_merges(result: Path, config: ExperimentConfig, run: Path, without: tuple[str, ...]) -> None:
+def write_merges(
+    result: Path, config: ExperimentConfig, run: Path, without: tuple[str, ...], evaluation: ExperimentConfig
+) -> None:
     """Make every merge of a strategy from the experts of a training run.
 
     Args:
@@ -177,6 +182,7 @@ def write_merges(result: Path, config: ExperimentConfig, run: Path, without: tup
         config: the strategy's experiment.
         run: folder of the training run.
         without: domains that are not merged.
+        evaluation: the experiment with the seed that selects the evaluated users.
 
     Raises:
         FedMergeError: a merge failed.
@@ -199,6 +205,8 @@ def write_merges(result: Path, config: ExperimentConfig, run: Path, without: tup
         backbone, catalogs = backbone_of(config.backbone, config.runtime), _catalogs(config, sources, public)
         learn = learn_from_catalogs(backbone, experts, catalogs, config.text)
         search = search_on_pseudo_users(backbone, experts, catalogs, config, folder=result.parent)
+        if config.rmm.reward == "validation":
+            search = _search_on_validation(config, evaluation, experts, result.parent)
         origin = replace(origin, backbone=backbone.record)
     candidates = merge_candidates(
         experts,
@@ -211,6 +219,33 @@ def write_merges(result: Path, config: ExperimentConfig, run: Path, without: tup
         keep=lambda made: write_candidate(result.parent, made, config.backbone.source),
     )
     _write_merges(result, candidates, started)
+
+
+def _search_on_validation(
+    config: ExperimentConfig, evaluation: ExperimentConfig, experts: Mapping[str, Adapter], folder: Path
+) -> Search:
+    """Return a layer-wise search by validation users, in place of the clients; the readings are in ``folder``."""
+    rmm = config.rmm
+
+    def search(candidates: LayerCandidates) -> FoundMap:
+        opened = {domain: domain_of(config, domain) for domain in sorted(experts)}
+        readers = {}
+        for name, domain in opened.items():
+            validated = questions(evaluation, name, "valid", None)
+            readers[name] = validation_readers(domain, validated, rmm.users, rmm.shards, config.seed)
+
+        def read(layer_map: LayerMap, shard: int) -> Sums:
+            adapter, sums = assemble(candidates, layer_map), dict[str, tuple[int, float]]()
+            for name, domain in opened.items():
+                users = readers[name].at(shard)
+                check_enough_users(name, len(users), config.privacy.min_users)
+                num_users, ndcg = ndcg_of(domain, adapter, users, config.seed)
+                sums[name] = num_users, NDCG_SCALE * ndcg
+            return sums
+
+        return search_with(candidates, read, config, experts, lambda line: None, folder)
+
+    return search
 
 
 def _write_merges(result: Path, candidates: Iterable[Candidate], started: float) -> None:

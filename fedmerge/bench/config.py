@@ -10,7 +10,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from fedmerge.config import (
     LEARNED_METHODS,
-    SEARCHED_METHODS,
     Baseline,
     ExperimentConfig,
     Head,
@@ -268,8 +267,6 @@ def _not_in_one_place(experiment: ExperimentConfig) -> str:
         ("privacy.metrics", experiment.privacy.metrics, "exact"),
         ("personal.directions", experiment.personal.directions or "none", "none"),
     ]
-    if SEARCHED_METHODS & {*experiment.merge.methods}:
-        needed.append(("with merge.methods = 'rmm-style', rmm.reward", experiment.rmm.reward, "pseudo-users"))
     if experiment.head.kind == "federated":
         needed.append(("with head.kind = 'federated', rounds.fraction", experiment.rounds.fraction, 1.0))
     if through_clients:

@@ -133,6 +133,7 @@ def merging_cells(grid: Grid, places: Sequence[Place]) -> list[Cell]:
             {
                 "config": (config := grid.experiment(place, strategy)),
                 "run": grid.run(place, strategy),
+                "evaluation": grid.evaluation(place, strategy),
                 "without": tuple(
                     domain for domain in config.domains.train if domain not in merged_domains(grid, place, strategy)
                 ),

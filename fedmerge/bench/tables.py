@@ -193,7 +193,8 @@ def _cost(grid: Grid, place: Place, strategy: str) -> dict[str, Any]:
     Up: an expert per domain, and the catalogs if the strategy needs them; down: the merge to every merged domain. A
     domain that a gate excludes has trained and sent like the others. Under ``aggregate-only`` a masked update of every
     weight goes up instead. Under ``catalog-private`` no catalog goes up, but the experts go down to every domain; in
-    each step coefficients down and an answer up. For a federation of rounds: bytes up and down in all rounds.
+    each step coefficients down and an answer up, in each reading of a layer-wise search a map down and a sum up. For a
+    federation of rounds: bytes up and down in all rounds.
     """
     config = grid.experiment(place, strategy)
     run, merged = grid.run(place, strategy), merged_domains(grid, place, strategy)
@@ -213,6 +214,11 @@ def _cost(grid: Grid, place: Place, strategy: str) -> dict[str, Any]:
             cohort = sum((run / ADAPTERS / domain / WEIGHTS).stat().st_size for domain in merged)
             down += len(merged) * (cohort + 2 * answer * messages)
             up += len(merged) * answer * messages
+        elif provenance.search is not None and config.rmm.reward == "validation":
+            readings, groups = provenance.search["readings"], len(provenance.search["map"])
+            cohort = sum((run / ADAPTERS / domain / WEIGHTS).stat().st_size for domain in merged)
+            down += len(merged) * (cohort + BYTES_OF_A_VALUE * groups * readings)
+            up += len(merged) * 2 * BYTES_OF_A_VALUE * readings  # a number of users and a sum
         seconds = sum(float(_report(expert)["seconds"]) for expert in experts)
     else:
         rounds = [of_round["aggregation"] for of_round in round_records(run)]
@@ -309,9 +315,9 @@ def _validation_points(place: Place, row: str, domain: str, report: Mapping[str,
 
 
 def _coefficients(grid: Grid, place: Place, strategy: str) -> Iterator[dict[str, Any]]:
-    """Yield the coefficients of a learned merge."""
+    """Yield the coefficients of a learned merge, or of a searched one that is linear."""
     provenance = _provenance(grid, place, strategy)
-    if provenance and provenance.is_learned:
+    if provenance and (provenance.is_learned or provenance.search is not None):
         for domain, values in (provenance.coefficients or {}).items():
             each = values if isinstance(values, list) else [values]
             for group, value in zip(provenance.coefficient_groups or (), each, strict=True):

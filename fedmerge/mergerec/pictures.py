@@ -15,11 +15,13 @@ SMOOTHED = 25  # steps of the running mean, drawn over the losses of single step
 def draw_learned(folder: Path, provenance: Provenance) -> None:
     """Write ``coefficients.png`` (domain × layer) and ``losses.png`` beside a learned merge; nothing for other merges.
 
+    A searched merge has no losses, and coefficients only if it is linear.
+
     Args:
         folder: folder of the merge; must exist.
-        provenance: label, coefficients, coefficient_groups and losses are read.
+        provenance: label, coefficients, coefficient_groups, losses and search are read.
     """
-    if provenance.losses is None or provenance.coefficients is None:
+    if (provenance.losses is None and provenance.search is None) or provenance.coefficients is None:
         return
     label = str(provenance.label)
     _draw_coefficients(folder / COEFFICIENTS, label, provenance.coefficients, provenance.coefficient_groups or ())

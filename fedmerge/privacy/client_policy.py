@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pydantic import Field, ValidationError, model_validator
 
-from fedmerge.config import DP, ExperimentConfig, Section, describe_problem
+from fedmerge.config import DP, SEARCHED_METHODS, ExperimentConfig, Section, describe_problem
 from fedmerge.config.privacy import Disclosure, Policy
 from fedmerge.errors import ConfigError, PolicyError
 from fedmerge.privacy.dp.accountant import agreed_noise, spent_epsilon
@@ -179,6 +179,9 @@ def check_run_is_allowed(
     ]
     if DISCLOSURES.index(privacy.metrics) < DISCLOSURES.index(own.least_metrics):
         problems.append(f"metrics = {own.least_metrics!r}, the run has privacy.metrics = {privacy.metrics!r}")
+    searched = SEARCHED_METHODS & {*run.merge.methods} and run.rmm.reward == "validation"
+    if searched and run.rmm.budget > own.max_models:
+        problems.append(f"max_models = {own.max_models}, the run has rmm.budget = {run.rmm.budget} with rmm-style")
     return _refuse([*problems, *_unmet_bounds(own, run.dp), *_unmet_noise(own, run)], domain)
 
 

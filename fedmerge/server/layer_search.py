@@ -22,6 +22,7 @@ from fedmerge.mergerec.variants import mergerec_settings
 from fedmerge.runs.checkpoints import LEARNING
 
 METHOD = "rmm-style"
+NDCG_SCALE = 100.0  # of the outcomes of validation users, in per cent
 
 Search = Callable[[LayerCandidates], FoundMap]
 
@@ -70,14 +71,13 @@ def search_on_pseudo_users(
         def read(layer_map: LayerMap, shard: int) -> Sums:
             return reader()(layer_map, shard)
 
-        return search_with(candidates, rmm, read, config, adapters, progress, folder)
+        return search_with(candidates, read, config, adapters, progress, folder)
 
     return search
 
 
 def search_with(
     candidates: LayerCandidates,
-    rmm: Rmm,
     read: ReadMap,
     config: ExperimentConfig,
     adapters: Mapping[str, Adapter],
@@ -85,7 +85,7 @@ def search_with(
     folder: Path | None,
 ) -> FoundMap:
     """Search by the settings of ``[rmm]``; the readings lie in ``folder``, under a name of all that they depend on."""
-    log = None
+    rmm, log = config.rmm, None
     if folder is not None:
         sections = {
             key: getattr(config, key).model_dump(mode="json") for key in ("rmm", "mergerec", "text", "evaluation")

@@ -114,6 +114,11 @@ def kinds() -> dict[str, Kind]:
         "fitted": Kind(records.fitted_record(2.5), records.read_fitted),
         "sums": Kind(records.metric_sums_record(sums), read_sums),
         "pseudo-users": Kind(records.pseudo_users_record(12), records.read_pseudo_users),
+        "layer map": Kind(records.layer_map_record(6, 2.5), records.read_layer_map),
+        "layer map request": Kind(
+            records.layer_map_request_record(records.LayerMapRequest("a" * 64, 1), (0, 2)),
+            records.read_layer_map_request,
+        ),
         "gradient": Kind(records.gradient_record(torch.ones(2, 3)), records.read_gradient),
         "masked": Kind(secure_sum.masked_record(np.arange(50, dtype=np.uint32)), secure_sum.read_masked),
         "keys": Kind(

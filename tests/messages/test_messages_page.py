@@ -26,7 +26,7 @@ MESSAGES = {
 
 
 def test_every_message_has_a_row() -> None:
-    assert len(MESSAGES) == 13
+    assert len(MESSAGES) == 14
     assert {line.split("`")[1] for line in PAGE.splitlines() if line.startswith("| `")} == MESSAGES
 
 
@@ -38,6 +38,7 @@ def test_every_message_has_a_row() -> None:
         records.EvaluationRequest,
         records.GradientRequest,
         records.HeadRequest,
+        records.LayerMapRequest,
         records.PersonalRequest,
         Advertisement,
         Signature,

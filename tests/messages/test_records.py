@@ -49,6 +49,37 @@ def test_a_description_comes_back() -> None:
     assert records.read_description(travelled(records.description_record(idle))) == idle
 
 
+def test_a_layer_map_and_its_sum_come_back() -> None:
+    request = records.LayerMapRequest("c" * 64, -1)
+    content = travelled(records.layer_map_request_record(request, (2, 0, 1)))
+    assert records.read_layer_map_request(content) == (request, [2, 0, 1])
+    assert records.read_layer_map(travelled(records.layer_map_record(7, 1.0 / 3))) == (7, 1.0 / 3)
+
+
+@pytest.mark.parametrize(
+    ("facts", "found"),
+    [
+        ({"num_users": 6, "ndcg": 6.5}, "a sum of 6.5 over 6 users"),
+        ({"num_users": 6, "ndcg": -0.1}, "a sum of -0.1 over 6 users"),
+        ({"num_users": 0, "ndcg": 0.0}, "over 0 users"),
+        ({"num_users": 6, "ndcg": float("nan")}, "not a number of users and a sum"),
+        ({"num_users": 6.0, "ndcg": 1.0}, "not a number of users and a sum"),
+        ({"num_users": 6, "ndcg": 1.0, "items": 3}, "not a number of users and a sum"),
+    ],
+)
+def test_a_sum_that_no_users_have_is_refused(facts: dict[str, Any], found: str) -> None:
+    with pytest.raises(ClientError, match=found):
+        records.read_layer_map(RecordDict({"facts": ConfigRecord(facts)}))
+
+
+def test_a_layer_map_of_other_values_is_refused() -> None:
+    content = records.layer_map_request_record(records.LayerMapRequest("c" * 64, 0), (0, 1))
+    for values in ([0.0, 1.0], ["0"], "0,1", [True]):
+        content["map"] = ConfigRecord({"candidates": values})
+        with pytest.raises(ClientError, match="holds no map"):
+            records.read_layer_map_request(content)
+
+
 def test_a_catalog_comes_back() -> None:
     columns = {"title": ["Tée", ""], "brand": ["", "x"], "category": ["a > b", ""]}
     data = catalog_to_bytes(make_catalog("shop", ["1", "2"], columns))

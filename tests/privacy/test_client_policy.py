@@ -19,6 +19,7 @@ from fedmerge.privacy.client_policy import (
 
 PRIVATE = {"privacy.policy": "catalog-private"}
 SUMMED = {"privacy.policy": "aggregate-only", "merge.methods": "average", "privacy.metrics": "suppressed"}
+SEARCHED = {**PRIVATE, "merge.methods": "rmm-style", "rmm.reward": "validation"}
 SUPPRESSED = {"privacy.metrics": "suppressed"}
 DP_RUN = {"dp.mode": "user", "dp.delta": 1e-6, "train.negatives": "catalog", "train.max_epochs": "none"}
 
@@ -92,6 +93,11 @@ def test_a_missing_file_sends_nothing(tmp_path: Path) -> None:
             {"policies": "aggregate-only"},
             SUMMED,
             "require_peer_keys = true, .*'aggregate-only'.*identity_key and peer_keys",
+        ),
+        (
+            {"policies": "catalog-private", "receive_adapters": True, "metrics": "exact"},
+            SEARCHED,
+            "max_models = 100, the run has rmm.budget = 150 with rmm-style",
         ),
         ({"policies": "catalog-private"}, PRIVATE, "receive_adapters = false.*privacy.policy = 'cat"),
         (

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from adapters import layout_of, random_adapters
 
-import fedmerge.server.layer_search
 from fedmerge.adapter import Adapter, adapter_sha256
 from fedmerge.config import ExperimentConfig, from_flat
 from fedmerge.domain.catalog import Catalog
@@ -25,6 +24,7 @@ from fedmerge.mergerec.objective import MergeRecSettings
 from fedmerge.mergerec.pseudo_users import PseudoDomain, pseudo_domains
 from fedmerge.merging.candidate import Candidate, Origin, Provenance
 from fedmerge.merging.training_free import merge_adapters
+from fedmerge.seeding import derive
 from fedmerge.server.candidates import merge_candidates, recipe_of
 from fedmerge.server.layer_search import search_on_pseudo_users
 
@@ -99,7 +99,7 @@ def test_the_reward_equals_an_oracle(
         found = read(layer_map, shard)
         assert sorted(found) == list(DOMAINS)
         for name, (number, total) in found.items():
-            order = np.random.default_rng(fedmerge.seeding.derive(5, "rmm", "pseudo-users", name)).permutation(20)
+            order = np.random.default_rng(derive(5, "rmm", "pseudo-users", name)).permutation(20)
             users = {0: order[:4], 1: order[4:8], OTHERS: order[8:16]}[shard]
             teacher = pseudo[name].teacher_items.double().numpy()
             expected = -sum(
@@ -192,7 +192,7 @@ def test_a_killed_search_makes_no_reading_twice_and_no_pseudo_users_for_those_on
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     readings = list[tuple[Any, int]]()
-    whole = fedmerge.server.layer_search.on_pseudo_users
+    whole = on_pseudo_users
 
     def killing(*given: Any) -> Any:
         read = whole(*given)
@@ -206,13 +206,13 @@ def test_a_killed_search_makes_no_reading_twice_and_no_pseudo_users_for_those_on
 
         return counted
 
-    monkeypatch.setattr(fedmerge.server.layer_search, "on_pseudo_users", killing)
+    monkeypatch.setattr("fedmerge.server.layer_search.on_pseudo_users", killing)
     with pytest.raises(KeyboardInterrupt):
         merge(backbone, adapters, catalogs, settings(), tmp_path)
     resumed = merge(backbone, adapters, catalogs, settings(), tmp_path)
     assert resumed == made
     assert len(readings) == len({*readings})
-    monkeypatch.setattr(fedmerge.server.layer_search, "pseudo_domains", None)  # it would be called in vain
+    monkeypatch.setattr("fedmerge.server.layer_search.pseudo_domains", None)  # it would be called in vain
     assert merge(backbone, adapters, catalogs, settings(), tmp_path) == made
 
 

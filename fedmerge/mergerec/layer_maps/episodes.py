@@ -163,5 +163,5 @@ class _Readings:
 
 def _mean(sums: Iterable[tuple[int, float]]) -> float:
     """Return the mean outcome over several shards: sums and numbers are added before the division."""
-    numbers, totals = zip(*sums, strict=True)
-    return sum(totals) / sum(numbers)
+    pairs = list(sums)
+    return sum(total for _, total in pairs) / sum(number for number, _ in pairs)

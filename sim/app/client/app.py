@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from sim.app.client.coefficients import cohort, fit_personal, gradient
+from sim.app.client.coefficients import cohort, fit_personal, gradient, read_layer_map
 from sim.app.client.describing import catalog, describe
 from sim.app.client.evaluation import evaluate_models
 from sim.app.client.head_rounds import train_head_round
@@ -20,6 +20,7 @@ QUERIES: Mapping[str, Callable[[Message, Context], RecordDict]] = {
     records.CATALOG: catalog,
     records.COHORT: cohort,
     records.GRADIENT: gradient,
+    records.LAYER_MAP: read_layer_map,
     secure_sum.ADVERTISE: secagg_advertise,
     secure_sum.SHARE: secagg_share,
     secure_sum.MASKED: secagg_masked,

@@ -1,4 +1,4 @@
-"""Merging coefficients, learned through clients: the cohort, the gradients on it, and the client's personal merge."""
+"""Merges made through clients: the cohort, the gradients and the layer maps on it, and the client's personal merge."""
 
 import logging
 from dataclasses import asdict
@@ -11,6 +11,7 @@ from flwr.app import Context, Message, RecordDict
 
 from fedmerge.adapter import Adapter, adapter_sha256
 from fedmerge.client.cache.dp_releases import CoefficientMessage, release_answer_once
+from fedmerge.client.coefficients.layer_maps import ndcg_of, validation_readers
 from fedmerge.client.coefficients.own_users import ClientMergeSettings, clipped_gradient_sum, coefficient_gradient
 from fedmerge.client.coefficients.personal import PersonalMerge, load_or_fit_personal_merge, personal_settings
 from fedmerge.client.coefficients.pseudo_users import (
@@ -24,11 +25,15 @@ from fedmerge.client.coefficients.pseudo_users import (
     take_local_steps,
 )
 from fedmerge.client.disclosed.account import REPLACED, Entry, Unit
+from fedmerge.client.disclosed.sums import count_models
 from fedmerge.client.local_domain import LocalDomain
 from fedmerge.client.training.dp_sgd import poisson_records
+from fedmerge.config import SEARCHED_METHODS, Rmm
 from fedmerge.encoder.backbone import Backbone
 from fedmerge.errors import ClientError, FedMergeError, MergeError, PolicyError
 from fedmerge.mergerec.cohort import cohort_sha256
+from fedmerge.mergerec.layer_maps.candidates import LayerCandidates, assemble, layer_candidates
+from fedmerge.mergerec.layer_maps.episodes import OTHERS
 from fedmerge.mergerec.objective import MergeRecSettings
 from fedmerge.mergerec.variants import learned_settings, learned_variant
 from fedmerge.mergerec.vectors import Vectors, initial_vectors, on_device
@@ -193,6 +198,34 @@ def own_personal_merge(client: Client, cohort_sha256: str, expert_sha256: str) -
         return load_or_fit_personal_merge(domain, adapters, sources, settings, choosing, config.cache_dir, logger.info)
 
 
+def read_layer_map(message: Message, context: Context) -> RecordDict:
+    """Send number and sum of NDCG@10 of some validation users under the adapter of a map."""
+    client = open_client(context)
+    config, domain, name, rmm = client.config, client.domain, client.domain.manifest.name, client.config.rmm
+    check_may_leave(config.privacy.policy, "metric sums", name)
+    if not SEARCHED_METHODS & {*config.merge.methods} or rmm.reward != "validation":
+        raise PolicyError(
+            f"domain {name}: the server asks for the sums of a layer map, but the run has no rmm-style with rmm.reward "
+            "= 'validation'"
+        )
+    request, layer_map = records.read_layer_map_request(message.content)
+    if not OTHERS <= request.shard < rmm.shards:
+        raise ClientError(
+            f"domain {name}: the server asks for shard {request.shard}, expected {OTHERS} to {rmm.shards - 1}; use one "
+            "fedmerge version everywhere"
+        )
+    validated = evaluated_examples(client, "valid")
+    readers = validation_readers(domain, validated, rmm.users, rmm.shards, config.seed)
+    users = readers.at(request.shard)
+    check_enough_users(name, len(users), config.privacy.min_users)
+    folder = cohort_folder(config, name, domain.catalog, domain.backbone, request.cohort_sha256)
+    candidates = _cached_candidates(_cached_cohort(folder, domain, config.cohort_learns_on), rmm, config.seed)
+    adapter = assemble(candidates, layer_map)  # refuses an unknown index
+    if client.own is not None:
+        count_models(client.disclosed, str(config.run_id), {adapter_sha256(adapter)}, client.own.max_models)
+    return records.layer_map_record(*ndcg_of(domain, adapter, users, config.seed))
+
+
 @lru_cache(maxsize=4)
 def _cached_cohort(folder: Path, domain: LocalDomain, users: Literal["pseudo-users", "own-users"]) -> Cohort:
     return read_cached_cohort(folder, domain.manifest.name, domain.item_sequences, users)
@@ -201,3 +234,8 @@ def _cached_cohort(folder: Path, domain: LocalDomain, users: Literal["pseudo-use
 @lru_cache(maxsize=4)
 def _cached_vectors(cohort: Cohort, initialisation: str, backbone: Backbone) -> Vectors:
     return on_device(initial_vectors(stack_adapters(cohort.adapters), initialisation), backbone.device)
+
+
+@lru_cache(maxsize=4)
+def _cached_candidates(cohort: Cohort, rmm: Rmm, seed: int) -> LayerCandidates:
+    return layer_candidates(cohort.adapters, rmm.candidates, rmm.coefficients, seed)

@@ -12,6 +12,7 @@ train.personal    personal_request_record                         fitted_record
 evaluate          evaluation_request_record, with model_records   metric_sums_record
 query.cohort      cohort_record                                   pseudo_users_record
 query.gradient    gradient_request_record                         gradient_record
+query.layer_map   layer_map_request_record                        layer_map_record
 any                                                               error_record in its place; add_signature
 ================  ==============================================  =========================================
 
@@ -24,14 +25,20 @@ from sim.app.messages.records.arrays import array_values
 from sim.app.messages.records.coefficients import (
     COHORT,
     GRADIENT,
+    LAYER_MAP,
     GradientRequest,
+    LayerMapRequest,
     cohort_record,
     gradient_record,
     gradient_request_record,
+    layer_map_record,
+    layer_map_request_record,
     pseudo_users_record,
     read_cohort,
     read_gradient,
     read_gradient_request,
+    read_layer_map,
+    read_layer_map_request,
     read_pseudo_users,
 )
 from sim.app.messages.records.description import (
@@ -113,6 +120,7 @@ __all__ = [
     "HEAD_REPORT_FIELDS",
     "LARGEST_COUNT",
     "LARGEST_NUMBER",
+    "LAYER_MAP",
     "NOT_FRESH",
     "OWN_EXPERT",
     "ROUND_HEAD",
@@ -122,6 +130,7 @@ __all__ = [
     "EvaluationRequest",
     "GradientRequest",
     "HeadRequest",
+    "LayerMapRequest",
     "ModelRecords",
     "PersonalRequest",
     "Role",
@@ -144,6 +153,8 @@ __all__ = [
     "gradient_request_record",
     "head_reports_record",
     "head_request_record",
+    "layer_map_record",
+    "layer_map_request_record",
     "metric_sums_record",
     "model_records",
     "personal_request_record",
@@ -161,6 +172,8 @@ __all__ = [
     "read_gradient_request",
     "read_head_reports",
     "read_head_request",
+    "read_layer_map",
+    "read_layer_map_request",
     "read_metric_sums",
     "read_personal_request",
     "read_pseudo_users",

@@ -1,5 +1,6 @@
-"""Coefficients learned through the clients: the cohort, and gradients."""
+"""Merges made through the clients: the cohort, gradients of coefficients, and readings of layer maps."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -14,11 +15,14 @@ from fedmerge.errors import ClientError, LayoutMismatchError
 from sim.app.messages.records.adapters import model_records, read_models
 from sim.app.messages.records.arrays import read_tensor
 from sim.app.messages.records.fields import FACTS, ONE_VERSION, read_config, read_dataclass
+from sim.app.messages.records.training import is_number
 
 COHORT = "query.cohort"
 GRADIENT = "query.gradient"
+LAYER_MAP = "query.layer_map"
 _COEFFICIENTS = "coefficients"
 _USERS = "users"
+_MAP = "map"
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,19 @@ class GradientRequest:
     cohort_sha256: str
     step: int
     num_steps: int
+
+
+@dataclass(frozen=True)
+class LayerMapRequest:
+    """A request to read a map.
+
+    Attributes:
+        cohort_sha256: hash of the cohort that the client has received, from whose adapters it makes the candidates.
+        shard: number of the shard of its searching users; -1 for the other users, who choose.
+    """
+
+    cohort_sha256: str
+    shard: int
 
 
 def cohort_record(adapters: Mapping[str, Adapter]) -> RecordDict:
@@ -117,6 +134,47 @@ def read_gradient(content: RecordDict) -> torch.Tensor:
         ClientError, LayoutMismatchError: another form.
     """
     return _read_coefficients(content, "answer")
+
+
+def layer_map_request_record(request: LayerMapRequest, layer_map: Sequence[int]) -> RecordDict:
+    """Make a request to read a map: the index of a candidate for each of G groups."""
+    return RecordDict({FACTS: ConfigRecord(asdict(request)), _MAP: ConfigRecord({"candidates": list(layer_map)})})
+
+
+def read_layer_map_request(content: RecordDict) -> tuple[LayerMapRequest, list[int]]:
+    """Inverse of :func:`layer_map_request_record`; the client checks the indices against its candidates.
+
+    Raises:
+        ClientError: another form.
+    """
+    indices: Any = read_config(content, _MAP).get("candidates")
+    if not isinstance(indices, list) or not all(type(index) is int for index in indices):
+        raise ClientError(f"the request to read a layer map holds no map; {ONE_VERSION}")
+    return read_dataclass(LayerMapRequest, dict(read_config(content, FACTS))), indices
+
+
+def layer_map_record(num_users: int, ndcg: float) -> RecordDict:
+    """Make the record of an answer: number of users, and the sum of their NDCG@10."""
+    return RecordDict({FACTS: ConfigRecord({"num_users": num_users, "ndcg": ndcg})})
+
+
+def read_layer_map(content: RecordDict) -> tuple[int, float]:
+    """Inverse of :func:`layer_map_record`.
+
+    Raises:
+        ClientError: another form, or a sum that these users cannot have.
+    """
+    facts = read_config(content, FACTS)
+    num_users, ndcg = facts.get("num_users"), facts.get("ndcg")
+    if {*facts} != {"num_users", "ndcg"} or type(num_users) is not int or not is_number(ndcg):
+        raise ClientError(f"its answer about a layer map is not a number of users and a sum; {ONE_VERSION}")
+    total = float(ndcg)  # type: ignore[arg-type]  # as checked
+    if num_users < 1 or not math.isfinite(total) or not 0 <= total <= num_users:
+        raise ClientError(
+            f"its answer about a layer map is a sum of {total:g} over {num_users} users, expected 0 to their number; "
+            f"{ONE_VERSION}, or check its client"
+        )
+    return num_users, total
 
 
 def _coefficient_array(values: torch.Tensor) -> Array:

@@ -1,12 +1,14 @@
-"""Learn coefficients through the clients: the server's half (see ``fedmerge.client.coefficients.pseudo_users``).
+"""Merge through the clients: the server's half (see ``fedmerge.client.coefficients``).
 
 The cohort's adapters are sent once to each of its clients. Then every message asks the clients for the gradient at
 given coefficients (mode ``exact``) or for the change by a few steps of their own (``local-steps``); the server averages
-and steps. Every average is on disk before the next message, so that a resumed run replays it.
+and steps. Every average is on disk before the next message, so that a resumed run replays it. A search over layer maps
+sends one map in every message instead, which the clients' users read, and keeps every reading in the same way.
 """
 
 import logging
 from collections.abc import Callable, Mapping
+from functools import cache
 
 import numpy as np
 import torch
@@ -17,6 +19,8 @@ from fedmerge.errors import ClientError
 from fedmerge.files import append_line, read_lines, read_sealed, seal, write_json
 from fedmerge.mergerec.coefficients import LearnedCoefficients, optimise, start_coefficients
 from fedmerge.mergerec.cohort import cohort_sha256
+from fedmerge.mergerec.layer_maps.candidates import LayerCandidates, LayerMap
+from fedmerge.mergerec.layer_maps.episodes import FoundMap, Sums
 from fedmerge.mergerec.learn import draw_pseudo_users
 from fedmerge.mergerec.objective import MergeRecSettings
 from fedmerge.mergerec.vectors import Vectors
@@ -26,6 +30,7 @@ from fedmerge.privacy.dp.releases import answers_have_noise
 from fedmerge.runs import checkpoints
 from fedmerge.runs.checkpoints import LEARNING
 from fedmerge.server.candidates import Learn
+from fedmerge.server.layer_search import NDCG_SCALE, Search, search_with
 from sim.app.messages import records
 from sim.app.server.asking import ask
 from sim.app.server.members import join_names
@@ -109,6 +114,53 @@ def learn_through_clients(run: Run, experts: Mapping[str, Adapter]) -> Learn:
         )
 
     return learn
+
+
+def search_through_clients(run: Run, experts: Mapping[str, Adapter]) -> Search:
+    """Return a function that searches by the NDCG@10 of the clients' validation users.
+
+    Args:
+        run: the run; the cohort and every reading are written to its folder.
+        experts: domain -> expert, of all domains that are merged.
+
+    Returns:
+        A function for :func:`fedmerge.server.candidates.merge_candidates`. It raises ClientError if too few clients are
+        left.
+    """
+    min_users = run.config.privacy.min_users
+
+    @cache
+    def cohort() -> tuple[str, Mapping[str, int]]:
+        return _send_cohort(run, experts)
+
+    def search(candidates: LayerCandidates) -> FoundMap:
+        def read(layer_map: LayerMap, shard: int) -> Sums:
+            sha256, members = cohort()  # nothing is sent if all readings are on disk
+            content = records.layer_map_request_record(records.LayerMapRequest(sha256, shard), layer_map)
+            sums: dict[str, tuple[int, float]] = {}
+
+            def receive(domain: str, reply: RecordDict) -> None:
+                num_users, ndcg = records.read_layer_map(reply)
+                if num_users < min_users:
+                    raise ClientError(
+                        f"domain {domain}: its sum is over {num_users} users, expected at least privacy.min_users = "
+                        f"{min_users}; use the same settings everywhere"
+                    )
+                sums[domain] = num_users, NDCG_SCALE * ndcg
+
+            asked = [domain for domain in run.members.in_role("train") if domain in members]
+            timeout_seconds = run.config.server.timeout_seconds
+            question = Question(
+                records.LAYER_MAP, timeout_seconds, lambda _: content, lambda _: 2**12, split="valid", quiet=True
+            )
+            with run.phase("merge"):
+                ask(run, run.members.nodes_of(asked), question, receive)
+            run.require_quorum([domain for domain in run.members.in_role("train") if domain in members])
+            return sums
+
+        return search_with(candidates, read, run.config, experts, logger.info, run.folder)
+
+    return search
 
 
 def fit_personal_merges(run: Run, sources: Mapping[str, str]) -> None:

@@ -11,7 +11,7 @@ from fedmerge.runs import checkpoints
 from fedmerge.server.candidates import learn_from_catalogs, merge_candidates, recipe_of
 from fedmerge.server.layer_search import search_on_pseudo_users
 from sim.app.server.phases.admission import pass_gate
-from sim.app.server.phases.coefficients import fit_personal_merges, learn_through_clients
+from sim.app.server.phases.coefficients import fit_personal_merges, learn_through_clients, search_through_clients
 from sim.app.server.phases.rounds.adapters import run_rounds
 from sim.app.server.phases.secure_sum import secure_candidates
 from sim.app.server.phases.training import train_experts
@@ -85,7 +85,10 @@ def merge_experts(
         learn = learn_through_clients(run, experts)
     else:
         learn = learn_from_catalogs(backbone, experts, wanted, run.config.text, logger.info)
-    search = search_on_pseudo_users(backbone, experts, wanted, run.config, logger.info, run.folder)
+    if run.config.rmm.reward == "validation":
+        search = search_through_clients(run, experts)
+    else:
+        search = search_on_pseudo_users(backbone, experts, wanted, run.config, logger.info, run.folder)
     return merge_candidates(
         experts,
         recipe.variants(without),
