@@ -369,7 +369,10 @@ def _checked(
     """Return the row of a method and its complete parameters."""
     row, where = method_named(method), f"merging method {name_of(method)!r}"
     if row.learned:
-        raise ConfigError(f"{where}: it learns from catalogs; call learn_coefficients")
+        how = "learns from catalogs; call learn_coefficients"
+        if "granularity" not in row.parameters:
+            how = "searches with a model; name it in merge.methods, without --method"
+        raise ConfigError(f"{where}: it {how}")
     for what, value, choices in (("scope", scope, get_args(Scope)), ("space", space, get_args(Space))):
         if value not in choices:
             raise ConfigError(f"merge: {what}: found {value!r}, expected one of {', '.join(choices)}")

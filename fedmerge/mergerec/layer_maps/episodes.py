@@ -72,7 +72,7 @@ def search_maps(
         progress: receives lines about the progress.
 
     Raises:
-        MergeError: no domain is left that has read both sides of a difference.
+        MergeError: no domain has read every map.
 
     Source: arXiv:2503.21272; its abstract names Dynamic Average Reward over subsets of the data.
     Differs: the formula of the running mean is ours; every map sees the shards in one order, differences are paired,
@@ -125,7 +125,7 @@ class _Readings:
         self.read, self.log = read, log
         self.kept: dict[tuple[LayerMap, int], Sums] = {}
         self.used: set[tuple[LayerMap, int]] = set()
-        self.domains: set[str] | None = None  # of the latest reading: those that still take part
+        self.domains: set[str] | None = None  # that answered every reading so far; one that left counts no more
         for line in read_lines(log) if log is not None else ():
             sums = {str(domain): (int(number), float(total)) for domain, (number, total) in line["sums"].items()}
             self.kept[tuple(line["map"]), int(line["shard"])] = sums
@@ -144,21 +144,21 @@ class _Readings:
                 append_line(self.log, {"map": list(layer_map), "shard": shard, "sums": self.kept[key]})
         if key not in self.used:
             self.used.add(key)
-            self.domains = set(self.kept[key])
+            self.domains = {*self.kept[key]} if self.domains is None else self.domains & {*self.kept[key]}
         return self.kept[key]
 
     def difference(self, layer_map: LayerMap, start: LayerMap, shards: Iterable[int]) -> float:
         """Mean over domains of the difference in the mean outcome, over the same shards."""
         pairs = [(self.at(layer_map, shard), self.at(start, shard)) for shard in shards]
-        left = [
-            domain for domain in sorted(self.domains or ()) if all(domain in sums for pair in pairs for sums in pair)
-        ]
-        if not left:
+        if not self.domains:
             raise MergeError(
-                "rmm-style: no domain has read all maps that are compared, expected at least one. Keep the clients "
-                "connected for the whole search, and resume the run."
+                "rmm-style: no domain has read every map so far, expected at least one. Keep the clients connected for "
+                "the whole search; start a new run."
             )
-        return fmean(_mean([of[domain] for of, _ in pairs]) - _mean([of[domain] for _, of in pairs]) for domain in left)
+        return fmean(
+            _mean([sums[domain] for sums, _ in pairs]) - _mean([sums[domain] for _, sums in pairs])
+            for domain in sorted(self.domains)
+        )
 
 
 def _mean(sums: Iterable[tuple[int, float]]) -> float:
