@@ -114,10 +114,12 @@ def _outcomes(
     settings: MergeRecSettings,
 ) -> tuple[int, float]:
     """Return number and sum of the outcomes of some pseudo-users under the adapter that is applied."""
-    students = encode(backbone, [domain.items[item] for item in items])  # (n, d)
-    teachers = domain.teacher_items[torch.from_numpy(items)]
-    texts: list[Tokens] = [domain.users[user] for user in users]
-    vectors, theirs = encode(backbone, texts), domain.teacher_users[torch.from_numpy(users)]
+    texts: list[Tokens] = [*(domain.items[item] for item in items), *(domain.users[user] for user in users)]
+    distinct = {text.tobytes(): text for text in texts}  # a one-item user is an item, and is encoded once
+    row_of = {text: row for row, text in enumerate(distinct)}
+    encoded = encode(backbone, list(distinct.values()))[[row_of[text.tobytes()] for text in texts]]
+    students, vectors = encoded[: len(items)], encoded[len(items) :]  # (n, d), (U, d)
+    teachers, theirs = domain.teacher_items[torch.from_numpy(items)], domain.teacher_users[torch.from_numpy(users)]
     total = 0.0
     for z_users, S_users in zip(torch.split(vectors, USERS_AT_ONCE), torch.split(theirs, USERS_AT_ONCE), strict=True):
         losses = TERMS["kd"](z_users @ students.T, S_users @ teachers.T, settings)
