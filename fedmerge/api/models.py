@@ -111,14 +111,16 @@ def train(
     from fedmerge.merging.candidate import Provenance
 
     lora = section_of(Lora, {"rank": rank, "alpha": alpha, "target_modules": tuple(target_modules)})
-    adapter, report = train_expert(domain, lora, section_of(Train, settings), seed, progress)
+    train = section_of(Train, settings)
+    adapter, report = train_expert(domain, lora, train, seed, progress)
+    auxiliary = {"auxiliary": record} if (record := train.auxiliary_record()) else {}
     name, backbone = domain.manifest.name, domain.backbone
     provenance = Provenance(
         method="expert",
         domains={name: adapter_sha256(adapter)},
         backbone={"name": backbone.name, "sha256": backbone.sha256},
         sha256=adapter_sha256(adapter),
-        training={**asdict(report), "validations": [asdict(each) for each in report.validations[1:]]},
+        training={**asdict(report), "validations": [asdict(each) for each in report.validations[1:]], **auxiliary},
     )
     return Model(adapter, provenance.to_dict(), _made_on(backbone, {name: adapter}))
 

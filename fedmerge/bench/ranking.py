@@ -138,6 +138,7 @@ def ranks_file(
         model: the adapter's hash, or the name of another row.
         head_seed: seed of a head on the vectors of that model; None without one.
     """
+    of_head = {key: value for key, value in config.head.cache_inputs().items() if key != "vectors"}
     inputs = {
         "root": config.domains.root,
         "text": config.text.model_dump(),
@@ -147,7 +148,7 @@ def ranks_file(
         "users": [config.seed, num_users(config.evaluation, split), config.evaluation.validation_users],
         "model": model,
         **({"test_root": test_root} if test_root else {}),
-        **({"head": config.head.model_dump(exclude={"vectors"}), "seed": head_seed} if head_seed is not None else {}),
+        **({"head": of_head, "seed": head_seed} if head_seed is not None else {}),
     }
     return clients / domain / split / f"{inputs_key(inputs)}.npz"
 

@@ -35,11 +35,12 @@ from fedmerge.config.personal import Directions, Personal
 from fedmerge.config.privacy import DP, Privacy, Transport
 from fedmerge.config.running import Admission, Baseline, Evaluation, Runtime, Simulation, Tracking
 from fedmerge.config.section import ATTRIBUTE, ATTRIBUTES, DOMAIN_NAME, Section, Split
-from fedmerge.config.training import RoundRule, Rounds, Train
+from fedmerge.config.training import AUGMENTATIONS, USERS_OBJECTIVES, RoundRule, Rounds, Train, named_numbers
 
 __all__ = [
     "ATTRIBUTE",
     "ATTRIBUTES",
+    "AUGMENTATIONS",
     "DEMO_ROOT",
     "DOMAIN_NAME",
     "DP",
@@ -49,6 +50,7 @@ __all__ = [
     "SEARCHED_METHODS",
     "SUMMED_METHODS",
     "SUMMED_RULES",
+    "USERS_OBJECTIVES",
     "AdaMerging",
     "Admission",
     "BackboneSection",
@@ -83,6 +85,7 @@ __all__ = [
     "flatten",
     "from_flat",
     "load_config",
+    "named_numbers",
     "read_overrides",
     "teacher_problem",
     "to_flat",

@@ -1,11 +1,11 @@
 """The section about sequence heads: models of histories over item vectors, trained by each client or together."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from fedmerge.config.section import Section, twice
-from fedmerge.config.training import RoundRule
+from fedmerge.config.training import AUGMENTATIONS, DEFAULT_VIEWS, RoundRule, named_numbers
 
 HeadVectors = Literal["merge", "expert", "backbone"]
 HeadInputs = Literal["text+ids", "text", "ids"]
@@ -33,6 +33,16 @@ class Head(Section):
     id_dropout: float = Field(
         0.2, ge=0, lt=1, description="Share of items read without their id in training, so that new items work."
     )
+    contrast: float = Field(
+        0.0,
+        ge=0,
+        le=10,
+        description="Weight of CoSeRec-style contrast of two augmented views of each history in the training of a "
+        "client's own head; 0: none.",
+    )
+    views: tuple[str, ...] = Field(
+        DEFAULT_VIEWS, description="Augmentations with their rates that these views are drawn from, as train.views."
+    )
     max_epochs: int = Field(
         100, ge=1, description="Passes over the training users; early stopping usually ends before."
     )
@@ -47,8 +57,26 @@ class Head(Section):
         0.0, ge=0, description="FedProx coefficient: pull of a client towards the head that the round started from."
     )
 
+    @property
+    def view_rates(self) -> dict[str, float]:
+        """The augmentations of views."""
+        return named_numbers("views", self.views, AUGMENTATIONS, 1)
+
+    def contrast_record(self) -> dict[str, Any]:
+        """Return the settings of the contrast of views, for caches; empty without one."""
+        return {"coserec-style": self.contrast, "views": self.view_rates} if self.contrast else {}
+
+    def cache_inputs(self) -> dict[str, Any]:
+        """Return the settings for the key of a cache; a contrast that is off is left out, with its views."""
+        contrast = {"contrast": self.contrast_record()} if self.contrast else {}
+        return self.model_dump(exclude={"contrast", "views"}) | contrast
+
     @model_validator(mode="after")
     def _consistent(self) -> "Head":
+        if not self.view_rates and self.contrast:
+            raise ValueError(
+                "contrast is on, but views names no augmentation; name one, such as 'insert=0.4', or set contrast = 0"
+            )
         if names := twice(self.vectors):
             raise ValueError(f"vectors names {names} more than once; name each once")
         if self.kind == "federated" and self.inputs == "ids":

@@ -1,7 +1,8 @@
 """Sections about training: one client's fine-tuning, and federations of several rounds."""
 
 import math
-from typing import Annotated, Literal
+from collections.abc import Collection, Sequence
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -23,6 +24,41 @@ RoundRule = Literal[
     "fedadam",
     "fedyogi",
 ]
+
+OBJECTIVES = ("sp", "mip", "map", "coserec", "attribute-dropout")
+USERS_OBJECTIVES = frozenset(OBJECTIVES) - {"attribute-dropout"}  # their negatives are other users of the step
+AUGMENTATIONS = ("crop", "mask", "reorder", "insert", "substitute")
+DEFAULT_VIEWS = ("crop=0.6", "mask=0.7", "reorder=0.2", "insert=0.4", "substitute=0.1")
+
+
+def named_numbers(key: str, entries: Sequence[str], known: Collection[str], most: float) -> dict[str, float]:
+    """Read a list such as ``sp=0.1,mip=0.3``, in the order of the known names; entries of 0 are left out.
+
+    Args:
+        key: key of the setting, for the message.
+        entries: the list.
+        known: allowed names.
+        most: largest number.
+
+    Raises:
+        ValueError: an unknown or repeated name, or a number outside [0, most].
+    """
+    found: dict[str, float] = {}
+    for entry in entries:
+        name, _, text = entry.partition("=")
+        try:
+            number = float(text)
+        except ValueError:
+            number = math.nan
+        if name not in known or not 0 <= number <= most:
+            raise ValueError(
+                f"{key} has {entry!r}; expected NAME=NUMBER, the name one of {', '.join(known)} and the number "
+                f"between 0 and {most:g}"
+            )
+        if name in found:
+            raise ValueError(f"{key} has {name} more than once; give it once")
+        found[name] = number
+    return {name: found[name] for name in known if found.get(name)}
 
 
 class Train(Section):
@@ -55,6 +91,60 @@ class Train(Section):
     item_refresh_steps: int = Field(
         10, ge=1, description="Steps between two encodings of the items by the current model, for catalog negatives."
     )
+
+    objectives: tuple[str, ...] = Field(
+        (),
+        description="Auxiliary losses with their weights, such as 'sp=0.1,coserec=0.1', explained in "
+        "[auxiliary-losses.md](reference/training/auxiliary-losses.md): sp, mip, map, coserec, attribute-dropout.",
+    )
+    views: tuple[str, ...] = Field(
+        DEFAULT_VIEWS,
+        description="Augmentations with their rates that the two views of a history are drawn from, for coserec.",
+    )
+    augment: tuple[str, ...] = Field(
+        (),
+        description="Augmentations of the histories of the usual loss with their rates, such as "
+        "'insert=0.3,substitute=0.1': crop, mask, reorder, insert, substitute. Targets stay.",
+    )
+    augment_share: float = Field(
+        0.5, gt=0, le=1, description="Share of a step's users whose history is augmented, with augment."
+    )
+
+    @property
+    def objective_weights(self) -> dict[str, float]:
+        """The auxiliary losses with a weight above 0."""
+        return named_numbers("objectives", self.objectives, OBJECTIVES, 10)
+
+    @property
+    def view_rates(self) -> dict[str, float]:
+        """The augmentations of views."""
+        return named_numbers("views", self.views, AUGMENTATIONS, 1)
+
+    @property
+    def augment_rates(self) -> dict[str, float]:
+        """The augmentations of histories in the usual loss."""
+        return named_numbers("augment", self.augment, AUGMENTATIONS, 1)
+
+    def auxiliary_record(self) -> dict[str, Any]:
+        """Return what is on of auxiliary losses and augmentations, for caches and provenance; empty if nothing is."""
+        weights, rates = self.objective_weights, self.augment_rates
+        return {
+            **({"objectives": {f"{name}-style": weight for name, weight in weights.items()}} if weights else {}),
+            **({"views": self.view_rates} if "coserec" in weights else {}),
+            **({"augment": rates, "augment_share": self.augment_share} if rates else {}),
+        }
+
+    def cache_inputs(self) -> dict[str, Any]:
+        """Return the settings for the key of a cache; what is off, if only by a weight of 0, is left out."""
+        off = {"objectives", "views", "augment", "augment_share"}
+        return self.model_dump(exclude=off) | self.auxiliary_record()
+
+    @model_validator(mode="after")
+    def _auxiliary_losses(self) -> "Train":
+        if "coserec" in self.objective_weights and not self.view_rates:
+            raise ValueError("objectives has coserec, but views names no augmentation; name one, such as 'insert=0.4'")
+        _ = self.augment_rates, self.view_rates
+        return self
 
     @model_validator(mode="after")
     def _some_budget(self) -> "Train":

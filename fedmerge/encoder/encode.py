@@ -28,6 +28,34 @@ def embed_batch(backbone: Backbone, sequences: Sequence[Tokens]) -> torch.Tensor
     Returns:
         float32 (n, d), L2-normalised rows.
     """
+    hidden, mask = _hidden_states(backbone, sequences)
+    return torch.nn.functional.normalize(pool(hidden, mask, backbone.pooling), dim=-1)
+
+
+def embed_in_groups(backbone: Backbone, sequences: Sequence[Tokens]) -> torch.Tensor:
+    """Encode one batch as :func:`embed_batch` does, on a CPU in groups of similar length to save padding."""
+    return _in_groups(backbone, sequences, lambda group: embed_batch(backbone, [sequences[i] for i in group]))
+
+
+def token_states_in_groups(backbone: Backbone, sequences: Sequence[Tokens], positions: Sequence[int]) -> torch.Tensor:
+    """Return the hidden state of one token of each sequence, float32 (n, d), differentiably and not normalised.
+
+    Args:
+        backbone: the encoder.
+        sequences: n token sequences, special tokens included.
+        positions: (n,) index of the token in its sequence.
+    """
+
+    def states(group: Sequence[int]) -> torch.Tensor:
+        hidden, _ = _hidden_states(backbone, [sequences[i] for i in group])
+        rows = torch.arange(len(group), device=hidden.device)
+        return hidden[rows, torch.tensor([positions[i] for i in group], device=hidden.device)]
+
+    return _in_groups(backbone, sequences, states)
+
+
+def _hidden_states(backbone: Backbone, sequences: Sequence[Tokens]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the token vectors of a batch, float32 (n, longest, d), and which of them are none of padding."""
     lengths = torch.tensor([len(sequence) for sequence in sequences])
     padded = np.full((len(sequences), int(lengths.max())), backbone.special.pad, dtype=np.int64)
     for row, sequence in enumerate(sequences):
@@ -44,16 +72,18 @@ def embed_batch(backbone: Backbone, sequences: Sequence[Tokens]) -> torch.Tensor
         torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None),
     ):
         hidden = backbone.model(input_ids=input_ids, attention_mask=mask).last_hidden_state  # (n, longest, d)
-    return torch.nn.functional.normalize(pool(hidden.float(), mask, backbone.pooling), dim=-1)
+    return hidden.float(), mask
 
 
-def embed_in_groups(backbone: Backbone, sequences: Sequence[Tokens]) -> torch.Tensor:
-    """Encode one batch as :func:`embed_batch` does, on a CPU in groups of similar length to save padding."""
+def _in_groups(
+    backbone: Backbone, sequences: Sequence[Tokens], vectors_of: Callable[[Sequence[int]], torch.Tensor]
+) -> torch.Tensor:
+    """Return the vectors (n, d) of all sequences; ``vectors_of`` makes those of a group of them."""
     if backbone.device.type != "cpu":
-        return embed_batch(backbone, sequences)
+        return vectors_of(range(len(sequences)))
     order = np.argsort([len(sequence) for sequence in sequences], kind="stable")
     groups = np.array_split(order, min(TRAINING_GROUPS, len(order)))
-    vectors = torch.cat([embed_batch(backbone, [sequences[i] for i in group]) for group in groups])
+    vectors = torch.cat([vectors_of(group.tolist()) for group in groups])
     return vectors[torch.from_numpy(np.argsort(order))]
 
 

@@ -22,6 +22,7 @@ from fedmerge.evaluation.ranks import (
 from fedmerge.seeding import derive, generator
 from fedmerge.sequence.blocks import LOGITS_PER_BLOCK, MIN_SEQUENCE, backward_in_blocks
 from fedmerge.sequence.checkpoint import Progressed, Tensors, read_checkpoint, write_checkpoint
+from fedmerge.sequence.contrast import Contrast, contrast_backward
 from fedmerge.sequence.model import SequenceModel, SequenceSettings
 from fedmerge.sequence.ranking import pad, sequence_source
 
@@ -61,10 +62,12 @@ def train_sequence_model(
     item_vectors: torch.Tensor | None = None,
     progress: Progress = lambda line: None,
     checkpoint: Path | None = None,
+    contrast: Contrast | None = None,
 ) -> tuple[SequenceModel, SequenceReport]:
     """Train on next items and select the epoch that ranks the validation users best (NDCG@10, unmasked).
 
-    loss = mean over users and positions of -log softmax_j <h_s, r_j>[item s + 1], over all items j of the catalog
+    loss = mean over users and positions of -log softmax_j <h_s, r_j>[item s + 1], over all items j of the catalog, plus
+    the weighted contrast of two views of each user's history, if there is one
 
     Args:
         sequences: train sequences, oldest first; the last ``max_length + 1`` items of each are used, and sequences of
@@ -79,6 +82,7 @@ def train_sequence_model(
         progress: receives one line after every epoch.
         checkpoint: file for the state after every epoch; a training that finds one resumes from it. The caller names
             it by everything that the training depends on, and deletes it.
+        contrast: weight and augmentations of the contrast of views; None: without.
 
     Returns:
         The model in evaluation mode, and the report of its training.
@@ -124,7 +128,9 @@ def train_sequence_model(
         while not stopped_by:
             batches = _batches(lengths, settings.batch_size, generator(seed, "sasrec", len(losses)))
             of_users = ([cut[user] for user in batch] for batch in batches)
-            loss, finished = _epoch(model.train(), optimizer, of_users, end, compute.autocast_dtype)
+            drawing = generator(seed, "sasrec", "views", len(losses))
+            views = None if contrast is None else (contrast, drawing)
+            loss, finished = _epoch(model.train(), optimizer, of_users, end, compute.autocast_dtype, views)
             if not math.isfinite(loss):
                 raise ClientError(
                     f"the training loss of a sequence model is {loss} in epoch {len(losses) + 1}. Leave the model out: "
@@ -188,6 +194,7 @@ def _epoch(
     batches: Iterable[Sequence[npt.NDArray[np.int64]]],
     end: float,
     dtype: torch.dtype | None,
+    views: tuple[Contrast, np.random.Generator] | None,
 ) -> tuple[float, bool]:
     """Make one pass over the users, up to a time of the monotonic clock.
 
@@ -198,6 +205,8 @@ def _epoch(
     for batch in batches:
         optimizer.zero_grad()
         loss = backward(model, batch, dtype)
+        if views is not None:
+            loss += contrast_backward(model, batch, *views, dtype)
         if not math.isfinite(loss):
             return loss, True
         optimizer.step()

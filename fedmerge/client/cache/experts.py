@@ -77,6 +77,8 @@ def _load_or_train(
     checkpoint = folder.with_name(f"{folder.name}.checkpoint.safetensors")
     adapter, training, spent = train_adapter(domain, settings, progress, checkpoint)
     report = {**asdict(training), "sha256": adapter_sha256(adapter), "privacy": spent}
+    if auxiliary := settings.train.auxiliary_record():
+        report["auxiliary"] = auxiliary
     for validation in report["validations"][:1]:
         validation["loss"] = None  # there is no loss before the first step, and JSON has no NaN
 

@@ -66,7 +66,9 @@ def find_trained_head(
             damaged.append(path.parent.name)
             continue
         over = inputs.get("vectors", {}).get("adapter", wanted)  # a head of ids has no vectors
-        if (over, inputs.get("seed"), inputs.get("settings")) == (wanted, seed, asdict(settings)):
+        contrast = {key: value for key, value in inputs.get("contrast", {}).items() if key != "similar"}
+        trained_so = over, inputs.get("seed"), inputs.get("settings"), contrast
+        if trained_so == (wanted, seed, asdict(settings), head.contrast_record()):
             found.append((path.stat().st_mtime, path.parent))
     for _, trained in sorted(found, reverse=True):
         cached, fusion = read_cached_head(trained), find_fusion(trained, adapter, anchor)

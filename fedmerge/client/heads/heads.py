@@ -19,6 +19,7 @@ from safetensors.torch import load, save
 
 from fedmerge import __version__
 from fedmerge.adapter import Adapter, adapter_sha256
+from fedmerge.client.auxiliary.prepared import OF_SIMILAR, similar_items
 from fedmerge.client.cache.folders import fill_folder, inputs_key
 from fedmerge.client.evaluate import Ranks, TextVectors, encode_text, seen_items
 from fedmerge.client.heads.vectors import item_vectors
@@ -30,6 +31,7 @@ from fedmerge.evaluation.ranks import IntArray, rank_targets
 from fedmerge.evaluation.sums import FEDERATED_HEAD, RECENT_ITEMS, VARIANTS, Variant, fused_label, head_label
 from fedmerge.files import read_sealed, seal, write_json
 from fedmerge.sequence.anchored import anchored_source, recent_items_source, whitened, whitening
+from fedmerge.sequence.contrast import Contrast
 from fedmerge.sequence.fusion import FusionChoice, choose_weights, fused_ranks
 from fedmerge.sequence.model import SequenceModel, SequenceSettings
 from fedmerge.sequence.ranking import Source, represented, sequence_source
@@ -103,13 +105,16 @@ def load_or_train_head(
     validation = evaluation_examples(domain.interactions, "valid", validation_users, seed)
     vectors = item_vectors(domain, adapter, cache_dir)
     inputs = head_inputs(domain, adapter, settings, seed)
+    if head.contrast:
+        inputs["contrast"] = head.contrast_record() | {"similar": text_inputs(domain, None)}
     folder = _folder(name, inputs, cache_dir)
     trained = read_cached_head(folder)
     cached = trained is not None
     if cached:
         progress(f"{name}: reusing the cached head in {folder}")
     else:
-        _train(domain, vectors, settings, validation, inputs, folder, progress)
+        contrast = head_contrast(domain, head, cache_dir)
+        _train(domain, vectors, settings, validation, inputs, folder, progress, contrast)
         trained = read_cached_head(folder)
     if trained is None:
         raise ClientError(
@@ -288,6 +293,22 @@ def head_settings(head: Head, validation_users: int | None) -> SequenceSettings:
     )
 
 
+def head_contrast(domain: LocalDomain, head: Head, cache_dir: str) -> Contrast | None:
+    """Return the contrast of views in the training of a client's own head; None without one.
+
+    Args:
+        domain: the client's domain; no adapter may be applied to its backbone.
+        head: section ``[head]``.
+        cache_dir: folder on the client's own disk, for the item vectors of the backbone.
+    """
+    if not head.contrast:
+        return None
+    rates, similar = head.view_rates, None
+    if OF_SIMILAR & {*rates}:
+        similar = similar_items(domain, item_vectors(domain, None, cache_dir))
+    return Contrast(head.contrast, rates, similar)
+
+
 def _train(
     domain: LocalDomain,
     vectors: torch.Tensor,
@@ -296,6 +317,7 @@ def _train(
     inputs: Mapping[str, Any],
     folder: Path,
     progress: Progress,
+    contrast: Contrast | None,
 ) -> None:
     name = domain.manifest.name
     shutil.rmtree(folder, ignore_errors=True)  # a damaged one
@@ -310,6 +332,7 @@ def _train(
         None if settings.inputs == "ids" else vectors,
         lambda line: progress(f"{name}: head: {line}"),
         checkpoint,
+        contrast,
     )
     tensors = save({key: tensor.detach().cpu().contiguous() for key, tensor in model.state_dict().items()})
 

@@ -16,10 +16,11 @@ BATCHES_PER_BUCKET = 16  # batches are formed by length among this many batches 
 
 @dataclass(frozen=True)
 class Batch:
-    """One training batch: b histories (oldest first) and their targets."""
+    """One training batch: b histories (oldest first), their targets, and their users' numbers among the sequences."""
 
     histories: list[npt.NDArray[np.int32]]
     targets: npt.NDArray[np.int64]
+    users: npt.NDArray[np.int64]
 
 
 def training_batches(
@@ -48,7 +49,7 @@ def training_batches(
                 chosen = batches[index]
                 histories = [sequences[user][: cuts[user]] for user in chosen]
                 targets = np.array([sequences[user][cuts[user]] for user in chosen], dtype=np.int64)
-                yield Batch(histories, targets), epoch + done / per_epoch
+                yield Batch(histories, targets, chosen), epoch + done / per_epoch
 
 
 def num_batches(num_users: int, batch_size: int) -> int:

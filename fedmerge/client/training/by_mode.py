@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from fedmerge.adapter import Adapter
+from fedmerge.client.auxiliary.prepared import prepare
 from fedmerge.client.local_domain import LocalDomain
 from fedmerge.client.training.dp_sgd import UserPlan, plan_record, private_steps, user_plan
 from fedmerge.client.training.expert import TrainingReport, check_can_train, train_expert
-from fedmerge.client.training.loop import Budget, Progress, Recipe, Schedule, fit
+from fedmerge.client.training.loop import Attached, Budget, Progress, Recipe, Schedule, Step, fit
 from fedmerge.client.training.poisoning import is_attacker, train_poisoned_expert
 from fedmerge.client.training.settings import TrainingSettings
 from fedmerge.config import Lora, Train
@@ -99,6 +100,11 @@ def train_private_expert(
         budget=Budget(max_steps=plan.steps),
         check_every=settings.validate_every_steps,
     )
-    recipe = Recipe(name, lambda attached, first: private_steps(domain, attached, settings, plan, seed, name), schedule)
+    auxiliary = prepare(domain, settings, seed, name, by_user=True)
+
+    def init(attached: Attached, first: int) -> Step:
+        return private_steps(domain, attached, settings, plan, seed, name, auxiliary=auxiliary)
+
+    recipe = Recipe(name, init, schedule)
     trained = fit(recipe, domain.backbone, lora, seed, progress, checkpoint)
     return trained.adapter, TrainingReport(plan.steps, plan.steps, "max_steps", trained.seconds, 0, ())

@@ -52,11 +52,11 @@ class TrainingState:
 def state_tensors(
     parameters: Sequence[torch.nn.Parameter], optimizer: torch.optim.Optimizer
 ) -> dict[str, torch.Tensor]:
-    """Copy the parameters and their optimiser moments to the CPU."""
+    """Copy the parameters and their optimiser moments to the CPU; one that had no gradient yet has no moments."""
     found = {}
     for number, parameter in enumerate(parameters):
         found[f"parameter.{number}"] = parameter.detach().cpu().clone()
-        for moment in _MOMENTS:
+        for moment in _MOMENTS if parameter in optimizer.state else ():
             found[f"{moment}.{number}"] = optimizer.state[parameter][moment].detach().cpu().clone()
     return found
 
@@ -69,7 +69,8 @@ def restore(
     for number, parameter in enumerate(parameters):
         with torch.no_grad():
             parameter.copy_(tensors[f"parameter.{number}"])
-        state["state"][number] = {moment: tensors[f"{moment}.{number}"].clone() for moment in _MOMENTS}
+        if f"step.{number}" in tensors:
+            state["state"][number] = {moment: tensors[f"{moment}.{number}"].clone() for moment in _MOMENTS}
     optimizer.load_state_dict(state)
 
 

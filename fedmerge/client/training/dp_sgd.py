@@ -11,13 +11,15 @@ vectors are constants: the current model encodes them, which noise protects alre
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from fedmerge.client.auxiliary.objectives import catalog_loss
+from fedmerge.client.auxiliary.prepared import Auxiliary, augmented_histories
 from fedmerge.client.local_domain import LocalDomain
 from fedmerge.client.training.loop import Attached, Step, StepResult
 from fedmerge.client.training.losses import TEMPERATURE, catalog_softmax
@@ -56,10 +58,14 @@ class UserPlan:
 
 @dataclass(frozen=True)
 class Records:
-    """One record of each sampled user: histories (oldest first) and targets."""
+    """One record of each sampled user: histories (oldest first), targets, and the users' numbers among the sequences.
+
+    Only an augmentation reads the numbers.
+    """
 
     histories: list[npt.NDArray[np.int32]]
     targets: npt.NDArray[np.int64]
+    users: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
 
 def user_plan(domain: LocalDomain, train: Train, dp: DP, answers: NoisyAnswers, sums: tuple[Release, ...]) -> UserPlan:
@@ -112,6 +118,7 @@ def private_steps(
     seed: int,
     *scope: str | int,
     penalty: Callable[[], torch.Tensor] | None = None,
+    auxiliary: Auxiliary | None = None,
 ) -> Step:
     """Return the step function: encode the items when due, draw users, clip, add noise, and move the parameters.
 
@@ -126,6 +133,8 @@ def private_steps(
         seed: seed of the experiment, used with seeded randomness only.
         scope: names of the randomness after the seed.
         penalty: a term added to the loss; it must not depend on any user.
+        auxiliary: of :func:`fedmerge.client.auxiliary.prepared.prepare` by user: a user's augmented history depends on
+            that user alone, and the loss that it adds on no user.
     """
     domain = replace(domain, backbone=in_float32(domain.backbone))
     items: torch.Tensor | None = None
@@ -136,11 +145,17 @@ def private_steps(
             items = encode(domain.backbone, domain.item_sequences).to(domain.backbone.device)
         drawn = source(plan.randomness, seed, "client", *scope, "dp", number)
         records = poisson_records(domain.training_sequences, settings.samples, plan.sample_rate, drawn)
+        if auxiliary is not None:
+            histories = augmented_histories(auxiliary, domain, records.histories, records.users, number)
+            records = replace(records, histories=histories)
         total = clipped_sum(domain, attached.model, attached.parameters, records, items, TEMPERATURE, plan.clip)
         noised = add_noise(total, plan.noise_multiplier * plan.clip, drawn)
         attached.optimizer.zero_grad()
-        if penalty is not None:
-            penalty().backward()  # type: ignore[no-untyped-call]  # PyTorch leaves it untyped
+        terms = [] if penalty is None else [penalty()]
+        if auxiliary is not None and (of_catalog := catalog_loss(auxiliary, domain, number)) is not None:
+            terms.append(of_catalog)
+        for term in terms:
+            term.backward()  # type: ignore[no-untyped-call]  # PyTorch leaves it untyped
         for parameter, gradient in zip(attached.parameters, noised, strict=True):
             mean = gradient / (plan.sample_rate * plan.num_users)
             parameter.grad = mean if parameter.grad is None else parameter.grad + mean
@@ -168,7 +183,8 @@ def poisson_records(
         cuts = prefixes
     users = np.flatnonzero(takes_part).tolist()
     histories = [sequences[user][: cuts[user]] for user in users]
-    return Records(histories, np.array([sequences[user][cuts[user]] for user in users], dtype=np.int64))
+    targets = np.array([sequences[user][cuts[user]] for user in users], dtype=np.int64)
+    return Records(histories, targets, np.array(users, dtype=np.int64))
 
 
 def clipped_sum(

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from fedmerge.adapter import Adapter
+from fedmerge.client.auxiliary.prepared import prepare, trained_maps
 from fedmerge.client.local_domain import LocalDomain
 from fedmerge.client.training.batches import Batch, training_batches
 from fedmerge.client.training.checkpoint import Validation
@@ -103,6 +104,8 @@ def fine_tune(
         scores = [_validation_ndcg(domain, of_domain) for domain, of_domain in zip(domains, examples, strict=True)]
         return float(np.mean(scores))
 
+    prepared = {domain.manifest.name: prepare(domain, settings, seed, domain.manifest.name) for domain in domains}
+    auxiliaries = {domain: auxiliary for domain, auxiliary in prepared.items() if auxiliary is not None}
     schedule = Schedule(
         learning_rate=settings.learning_rate,
         warmup_steps=settings.warmup_steps,
@@ -110,7 +113,13 @@ def fine_tune(
         check_every=settings.validate_every_steps,
         patience=PATIENCE,
     )
-    recipe = Recipe(name, lambda attached, first: batch_steps(batches, settings, attached, first), schedule, validate)
+    recipe = Recipe(
+        name,
+        lambda attached, first: batch_steps(batches, settings, attached, first, auxiliaries=auxiliaries),
+        schedule,
+        validate,
+        beside=trained_maps(auxiliaries.values()),
+    )
     trained = fit(recipe, domains[0].backbone, lora, seed, progress, checkpoint)
     num_users = sum(len(of_domain) for of_domain in examples)
     return trained.adapter, TrainingReport(
@@ -120,7 +129,7 @@ def fine_tune(
 
 def training_record(settings: Train) -> dict[str, Any]:
     """Return all that training depends on besides data and seed, as the keys of caches have it."""
-    return {**settings.model_dump(), "temperature": TEMPERATURE, "patience": PATIENCE}
+    return {**settings.cache_inputs(), "temperature": TEMPERATURE, "patience": PATIENCE}
 
 
 def check_can_train(domain: LocalDomain) -> None:

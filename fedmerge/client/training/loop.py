@@ -38,7 +38,7 @@ class Attached:
     Attributes:
         model: the backbone with the LoRA attached.
         parameters: the trainable ones.
-        optimizer: AdamW over them, without weight decay.
+        optimizer: AdamW over them and what is trained beside them, without weight decay.
     """
 
     model: PeftModel
@@ -129,6 +129,7 @@ class Recipe:
             nothing is validated.
         start: the adapter to start from; None: a fresh one.
         only_B: A is frozen.
+        beside: parameters that are trained beside the adapter, checkpointed with it, and dropped at the end.
     """
 
     name: str
@@ -137,6 +138,7 @@ class Recipe:
     validate: Callable[[], float] | None = None
     start: Adapter | None = None
     only_B: bool = False
+    beside: tuple[torch.nn.Parameter, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -188,13 +190,14 @@ def fit(
     started = time.monotonic()
     schedule, validate, name = recipe.schedule, recipe.validate, recipe.name
     with _attached(backbone, lora, seed, schedule.learning_rate, recipe) as attached:
+        trained = [*attached.parameters, *recipe.beside]
         step, spent, best_step, stopped_by = 0, 0.0, 0, ""
         losses: list[float] = []
         validations: list[Validation] = []
 
         # Resume from the checkpoint, or validate the untouched backbone.
         if before := checkpoint and read_checkpoint(checkpoint):
-            restore(before.tensors, attached.parameters, attached.optimizer)
+            restore(before.tensors, trained, attached.optimizer)
             best, best_step, validations = before.best, before.best_step, list(before.validations)
             step, spent = before.step, before.spent
             started -= before.seconds
@@ -230,7 +233,7 @@ def fit(
                 progress(f"{name}: step {step}, {100 * spent:.0f} % of the budget")
 
             if checkpoint and due and not stopped_by:
-                tensors, seconds = state_tensors(attached.parameters, attached.optimizer), time.monotonic() - started
+                tensors, seconds = state_tensors(trained, attached.optimizer), time.monotonic() - started
                 write_checkpoint(
                     checkpoint, TrainingState(step, spent, seconds, best_step, best, tuple(validations), tensors)
                 )
@@ -256,7 +259,8 @@ def _attached(backbone: Backbone, lora: Lora, seed: int, learning_rate: float, r
             for parameter_name, parameter in model.named_parameters():
                 parameter.requires_grad_("lora_B" in parameter_name)
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        yield Attached(model, parameters, torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0))
+        optimizer = torch.optim.AdamW([*parameters, *recipe.beside], lr=learning_rate, weight_decay=0.0)
+        yield Attached(model, parameters, optimizer)
     finally:
         model.unload()
 

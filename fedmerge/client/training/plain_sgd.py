@@ -2,11 +2,15 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
 
+from fedmerge.client.auxiliary.objectives import auxiliary_losses
+from fedmerge.client.auxiliary.prepared import NO_AUXILIARIES, Auxiliary, augmented_histories
 from fedmerge.client.local_domain import LocalDomain
 from fedmerge.client.training.batches import Batch
 from fedmerge.client.training.loop import Attached, Step, StepResult
@@ -24,6 +28,7 @@ def batch_steps(
     attached: Attached,
     first: int,
     penalty: Callable[[], torch.Tensor] | None = None,
+    auxiliaries: Mapping[str, Auxiliary] = NO_AUXILIARIES,
 ) -> Step:
     """Return the step function that trains on one batch after the other.
 
@@ -33,6 +38,7 @@ def batch_steps(
         attached: the LoRA on the backbone that the domains share.
         first: number of the first step; earlier batches are skipped.
         penalty: a term added to the loss.
+        auxiliaries: domain -> auxiliary losses and augmentations; none for those that are missing.
 
     Returns:
         A step function that raises DivergedError when the loss is not finite.
@@ -45,9 +51,13 @@ def batch_steps(
         domain, batch, epochs = next(left)
         if products is None:
             products = frozen_products(domain.backbone)
-        items = _catalog_negatives(domain, settings, number, encoded)
+        items, added = _catalog_negatives(domain, settings, number, encoded), penalty
+        if (auxiliary := auxiliaries.get(domain.manifest.name)) is not None:
+            added = partial(_added_losses, auxiliary, domain, batch, number, penalty)
+            histories = augmented_histories(auxiliary, domain, batch.histories, batch.users, number)
+            batch = replace(batch, histories=histories)
         with using(products):
-            loss = training_step(domain, batch, attached.optimizer, items, penalty)
+            loss = training_step(domain, batch, attached.optimizer, items, added)
         check_loss(domain.manifest.name, loss, number + 1, settings)
         return StepResult(loss, epochs)
 
@@ -78,6 +88,15 @@ def training_step(
         loss.backward()  # type: ignore[no-untyped-call]  # PyTorch leaves it untyped
         optimizer.step()
     return loss.item()
+
+
+def _added_losses(
+    auxiliary: Auxiliary, domain: LocalDomain, batch: Batch, step: int, penalty: Callable[[], torch.Tensor] | None
+) -> torch.Tensor:
+    """Return the auxiliary losses of a batch together with the penalty, if there is one."""
+    terms = [] if penalty is None else [penalty()]
+    terms += auxiliary_losses(auxiliary, domain, batch.histories, batch.users, step)
+    return torch.stack(terms).sum() if terms else torch.zeros((), device=domain.backbone.device)
 
 
 def item_refresh_is_due(settings: Train, step: int) -> bool:

@@ -5,6 +5,7 @@ from functools import partial
 from typing import Literal
 
 from fedmerge.adapter import Adapter
+from fedmerge.client.auxiliary.prepared import prepare, trained_maps
 from fedmerge.client.local_domain import LocalDomain
 from fedmerge.client.training.batches import training_batches
 from fedmerge.client.training.dp_sgd import UserPlan, private_steps
@@ -90,14 +91,17 @@ def train_round(
     check_can_train(domain)
     name = domain.manifest.name
     share, scope = settings_of_round(settings, task), (name, "round", task.number)
+    auxiliary = prepare(domain, settings, seed, *scope, by_user=plan is not None)
+    auxiliaries = {} if auxiliary is None else {name: auxiliary}
 
     def init(attached: Attached, first: int) -> Step:
         start = [parameter.detach().clone() for parameter in attached.parameters]
         penalty = partial(proximal_term, attached.parameters, start, task.proximal) if task.proximal else None
         if plan is not None:
-            return private_steps(domain, attached, settings, plan, seed, *scope, penalty=penalty)
+            return private_steps(domain, attached, settings, plan, seed, *scope, penalty=penalty, auxiliary=auxiliary)
         drawn = training_batches(domain.training_sequences, settings, seed, *scope)
-        return batch_steps(((domain, batch, epochs) for batch, epochs in drawn), settings, attached, first, penalty)
+        batches = ((domain, batch, epochs) for batch, epochs in drawn)
+        return batch_steps(batches, settings, attached, first, penalty, auxiliaries)
 
     schedule = Schedule(
         learning_rate=settings.learning_rate,
@@ -106,7 +110,8 @@ def train_round(
         round_number=task.number,
         num_rounds=task.num_rounds,
     )
-    recipe = Recipe(name, init, schedule, start=task.start, only_B=task.trained == "B")
+    beside = trained_maps(auxiliaries.values())
+    recipe = Recipe(name, init, schedule, start=task.start, only_B=task.trained == "B", beside=beside)
     with applied(domain.backbone, task.base):
         trained = fit(recipe, domain.backbone, lora, seed)
     result = "with noise" if trained.loss is None else f"loss {trained.loss:.3f}"

@@ -16,7 +16,7 @@ from fedmerge.config.merging import (
 )
 from fedmerge.config.privacy import DP, Privacy
 from fedmerge.config.running import Admission
-from fedmerge.config.training import Rounds, Train
+from fedmerge.config.training import USERS_OBJECTIVES, Rounds, Train
 
 
 def transport_problems(privacy: Privacy, rounds: Rounds) -> Iterator[str]:
@@ -120,6 +120,12 @@ def _by_user_problems(
         yield (
             "dp.mode = 'user', but train.negatives = 'in-batch': a user's loss then depends on the other users of the "
             "step, and clipping by user bounds nothing; set train.negatives = 'catalog'"
+        )
+    if others := [name for name in train.objective_weights if name in USERS_OBJECTIVES]:
+        yield (
+            f"dp.mode = 'user', but train.objectives has {', '.join(others)}: such a loss of a user depends on the "
+            "other users of the step, and clipping by user bounds nothing; leave it out, or augment the user's own "
+            "history with train.augment"
         )
     if train.max_steps is None or train.max_epochs or train.max_minutes:
         yield (
