@@ -152,13 +152,12 @@ def most_similar(
     found = np.empty((num_items, k), dtype=np.int32)
     if not k:
         return found
-    precise = vectors.astype(np.float64)
     blocks = [np.arange(start, min(start + rows_per_block, num_items)) for start in range(0, num_items, rows_per_block)]
-    low = min(float(_cosines(precise, rows, math.inf).min()) for rows in blocks)
-    high = max(float(_cosines(precise, rows, -math.inf).max()) for rows in blocks)
+    low = min(float(_cosines(vectors, rows, math.inf).min()) for rows in blocks)
+    high = max(float(_cosines(vectors, rows, -math.inf).max()) for rows in blocks)
     largest = 0.0 if similarities is None or not similarities.size else float(similarities.max())
     for rows in blocks:
-        scores = (_cosines(precise, rows, -math.inf) - low) / max(high - low, 1e-12)  # (block, N)
+        scores = (_cosines(vectors, rows, -math.inf) - low) / max(high - low, 1e-12)  # (block, N)
         if neighbours is not None and similarities is not None and largest > 0:
             row, column = np.nonzero(similarities[rows])
             items = neighbours[rows][row, column]
@@ -169,9 +168,9 @@ def most_similar(
     return found
 
 
-def _cosines(vectors: npt.NDArray[np.float64], rows: npt.NDArray[np.int64], of_itself: float) -> FloatArray:
+def _cosines(vectors: npt.NDArray[np.float32], rows: npt.NDArray[np.int64], of_itself: float) -> FloatArray:
     """Return the cosines (block, N) of some items to all, with a value in place of that of an item to itself."""
-    cosines: FloatArray = vectors[rows] @ vectors.T
+    cosines = (vectors[rows] @ vectors.T).astype(np.float64)
     cosines[np.arange(len(rows)), rows] = of_itself
     return cosines
 

@@ -153,7 +153,7 @@ def test_similar_items_are_the_greatest_of_both_similarities(num_items: int) -> 
             if s > 0:
                 scores[i][j] = max(scores[i][j], s / largest)
         expected = sorted((j for j in range(num_items) if j != i), key=lambda j: -scores[i][j])[:NEIGHBOURS]
-        assert [scores[i][j] for j in found[i]] == pytest.approx([scores[i][j] for j in expected], abs=1e-9)
+        assert [scores[i][j] for j in found[i]] == pytest.approx([scores[i][j] for j in expected], abs=1e-6)
         assert len({*found[i].tolist()} - {i}) == len(expected)
     if num_items > NEIGHBOURS:
         assert (found != most_similar(vectors)).any()
