@@ -95,6 +95,33 @@ OTHERS: tuple[Strategy, ...] = (
         "our own: anchored in the text vectors",
         "domains without users enough for a head, or unseen ones",
     ),
+    Strategy(
+        "augmented histories",
+        {"train.augment": "insert=0.3,substitute=0.1"},
+        ("train",),
+        "P up",
+        ONE_TRAINING,
+        "CoSeRec (arXiv:2108.06479), -style",
+        "short histories, at no further encoding; with any merge or rule; not measured yet",
+    ),
+    Strategy(
+        "auxiliary losses",
+        {"train.objectives": "sp=0.1,coserec=0.1"},
+        ("train",),
+        "P up",
+        "1, with up to twice the encodings for each loss",
+        "S3-Rec (arXiv:2008.07873) and CoSeRec (arXiv:2108.06479), -style",
+        "validation finds a weight that helps; with any merge or rule; not measured yet",
+    ),
+    Strategy(
+        "contrasted heads",
+        {"head.kind": "local", "head.contrast": 0.1},
+        ("train", "train.head"),
+        "P up, a merge down",
+        "1, and a head",
+        "CoSeRec (arXiv:2108.06479), -style",
+        "as local heads, where validation finds a weight that helps; not measured yet",
+    ),
 )
 
 
