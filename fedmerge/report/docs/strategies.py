@@ -69,6 +69,15 @@ OTHERS: tuple[Strategy, ...] = (
         "the coefficients shall fit real users, and the clients allow it",
     ),
     Strategy(
+        "layer-wise search through clients",
+        {"merge.methods": "rmm-style", "rmm.reward": "validation", "privacy.policy": CATALOG_PRIVATE},
+        ("train", "query.cohort", "query.layer_map"),
+        "P up, K · P down, G numbers down and 2 up an episode",
+        ONE_TRAINING,
+        "RMM-style (arXiv:2503.21272)",
+        "catalogs are private too, and sums over real users may leave for every episode",
+    ),
+    Strategy(
         "personal merges",
         {"personal.directions": "module", "privacy.policy": CATALOG_PRIVATE},
         ("train", "query.cohort", "train.personal"),
