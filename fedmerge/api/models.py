@@ -105,10 +105,13 @@ def train(
         ClientError: the loss is no longer finite.
         ConfigError: a setting that does not exist or is out of bounds.
     """
+    from dataclasses import replace
+
     from fedmerge.adapter import adapter_sha256
     from fedmerge.client.training.expert import train_expert
     from fedmerge.config import Lora, Train
     from fedmerge.merging.candidate import Provenance
+    from fedmerge.merging.signals import signals_of
 
     lora = section_of(Lora, {"rank": rank, "alpha": alpha, "target_modules": tuple(target_modules)})
     train = section_of(Train, settings)
@@ -122,7 +125,8 @@ def train(
         sha256=adapter_sha256(adapter),
         training={**asdict(report), "validations": [asdict(each) for each in report.validations[1:]], **auxiliary},
     )
-    return Model(adapter, provenance.to_dict(), _made_on(backbone, {name: adapter}))
+    made_on = replace(_made_on(backbone, {name: adapter}), signals={name: signals_of(asdict(report), adapter)})
+    return Model(adapter, provenance.to_dict(), made_on)
 
 
 def merge(
@@ -153,6 +157,8 @@ def merge(
         ConfigError: an unknown method, or a setting out of bounds.
         MergeError: values that are not finite.
     """
+    from dataclasses import replace
+
     from fedmerge.merging.training_free import merge_adapters
 
     sources = _sources(adapters)
@@ -164,10 +170,11 @@ def merge(
         space=space,
         output_rank=output_rank,
         seed=seed,
+        signals=sources.signals,
         **parameters,
     )
     provenance = merged.provenance(sources.hashes(), sources.backbone)
-    return Model(merged.adapter, {**provenance.to_dict(), **sources.facts()}, sources)
+    return Model(merged.adapter, {**provenance.to_dict(), **sources.facts()}, replace(sources, signals={}))
 
 
 def merge_learned(
@@ -321,7 +328,7 @@ def _sources(adapters: Mapping[str, AdapterLike]) -> AdapterFolders:
     """Collect adapters of one backbone, each with the modules of all, and what their folders agree on."""
     from dataclasses import replace
 
-    from fedmerge.adapter import Adapter, adapter_sha256
+    from fedmerge.adapter import Adapter, OnDemand, adapter_sha256
     from fedmerge.merging.folders.reading import AdapterFolders, fill_missing, read_folders
     from fedmerge.merging.stack import survey_adapters
 
@@ -333,7 +340,15 @@ def _sources(adapters: Mapping[str, AdapterLike]) -> AdapterFolders:
         if isinstance(each, Adapter):
             found[name] = AdapterFolders({name: each}, None, None, "FEATURE_EXTRACTION", None, False)
         elif isinstance(each, Model):
-            found[name] = replace(each.sources, adapters={name: each.adapter}, missing={}, sha256={}, contents={})
+            of_expert = next(iter(each.sources.signals.values()), None)
+            found[name] = replace(
+                each.sources,
+                adapters={name: each.adapter},
+                missing={},
+                sha256={},
+                contents={},
+                signals={name: of_expert},
+            )
     if folders:
         read = read_folders(folders)
         found |= {name: replace(read, adapters={name: read.adapters[name]}) for name in folders}
@@ -360,6 +375,7 @@ def _sources(adapters: Mapping[str, AdapterLike]) -> AdapterFolders:
         sha256={name: found[name].sha256.get(name) or adapter_sha256(own[name]) for name in found},
         missing={name: modules for name, modules in sorted(missing.items()) if modules},
         contents={name: found[name].contents[name] for name in sorted(found) if name in found[name].contents},
+        signals=OnDemand(found, lambda name: found[name].signals.get(name)),
     )
 
 

@@ -8,7 +8,12 @@ from pydantic import Field, model_validator
 
 from fedmerge.config.contradictions.heads import head_problems
 from fedmerge.config.contradictions.personal import personal_problems
-from fedmerge.config.contradictions.privacy import aggregate_only_problems, dp_problems, transport_problems
+from fedmerge.config.contradictions.privacy import (
+    aggregate_only_problems,
+    dp_problems,
+    signal_problems,
+    transport_problems,
+)
 from fedmerge.config.contradictions.rmm import rmm_problems
 from fedmerge.config.contradictions.runs import (
     admission_problems,
@@ -19,7 +24,17 @@ from fedmerge.config.contradictions.runs import (
     simulation_problems,
 )
 from fedmerge.config.head import Head
-from fedmerge.config.merging import LEARNED_METHODS, SEARCHED_METHODS, AdaMerging, Merge, MergeRec, Rmm, ThroughClients
+from fedmerge.config.merging import (
+    LEARNED_METHODS,
+    SEARCHED_METHODS,
+    SIGNAL_METHODS,
+    AdaMerging,
+    Livar,
+    Merge,
+    MergeRec,
+    Rmm,
+    ThroughClients,
+)
 from fedmerge.config.model import BackboneSection, Domains, Lora, Text
 from fedmerge.config.personal import Personal
 from fedmerge.config.privacy import DP, Privacy
@@ -60,6 +75,7 @@ class ExperimentConfig(Section):
     train: Train = Train()
     rounds: Rounds = Rounds()
     merge: Merge = Merge()
+    livar: Livar = Livar()
     mergerec: MergeRec = MergeRec()
     adamerging: AdaMerging = AdaMerging()
     rmm: Rmm = Rmm()
@@ -86,6 +102,11 @@ class ExperimentConfig(Section):
         return tuple(method for method in methods if method in LEARNED_METHODS | searched)
 
     @property
+    def sends_signals(self) -> bool:
+        """True if clients send their training signals, for a merge that weighs by them."""
+        return self.rounds.rule is None and bool(SIGNAL_METHODS & {*self.merge.methods})
+
+    @property
     def cohort_learns_on(self) -> Literal["pseudo-users", "own-users"]:
         """Users that the clients of a cohort learn on: pseudo-users only where a learned merge needs them."""
         learned = LEARNED_METHODS & {*self.merge.methods}
@@ -106,6 +127,7 @@ class ExperimentConfig(Section):
                 self.privacy,
                 len(self.domains.train),
             ),
+            *signal_problems(self.merge, self.rounds, self.privacy, self.dp),
             *transport_problems(self.privacy, self.rounds),
             *aggregate_only_problems(self.privacy, self.merge, self.rounds, len(self.domains.train), self.until),
             *admission_problems(self.admission, self.rounds, self.privacy, self.server),

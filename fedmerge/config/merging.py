@@ -32,12 +32,14 @@ MergeMethod = Literal[
     "tsv",
     "iso-c",
     "iso-cts",
+    "livar-style",
     "mergerec",
     "adamerging",
     "rmm-style",
 ]
 LEARNED_METHODS = frozenset({"mergerec", "adamerging"})  # learned from pseudo-users, so they need the catalogs
 SEARCHED_METHODS = frozenset({"rmm-style"})  # a search over layers, on pseudo-users or through the clients
+SIGNAL_METHODS = frozenset({"livar-style"})  # weigh by training signals, which leave the clients for them
 PAIR_METHODS = frozenset({"slerp"})  # of two domains at most
 SUMMED_METHODS = ("average", "task-arithmetic", "knots-task-arithmetic")  # multiples of the sum: a secure sum will do
 SUMMED_RULES = ("weighted-average", "fedit", "ffa-lora", "flexlora", "fedavgm", "fedadam", "fedyogi")
@@ -95,6 +97,30 @@ class Merge(Section):
                 raise ValueError(
                     f"{key} has {values} more than once (to the six digits that name a merge); give each once"
                 )
+        return self
+
+
+class Livar(Section):
+    """Weights by training signals, [LIVAR-style](reference/merging.md#livar-style-weights-from-training-signals)."""
+
+    coefficients: tuple[float, ...] = Field(
+        (1.0, 1.8), min_length=1, description="Variants to try: factors on the sum, whose weights add up to 1."
+    )
+    forms: tuple[Literal["per-step", "published"], ...] = Field(
+        ("per-step",),
+        min_length=1,
+        description="Variants to try. per-step: signals by step and by root of the entries of a factor; published: as "
+        "they add up.",
+    )
+    spread: bool = Field(
+        False, description="Weighing by the spread of each client's users, too; then one more number leaves it."
+    )
+
+    @model_validator(mode="after")
+    def _distinct(self) -> "Livar":
+        for key, values in (("coefficients", [f"{each:g}" for each in self.coefficients]), ("forms", self.forms)):
+            if names := twice(values):
+                raise ValueError(f"{key} has {names} more than once; give each once")
         return self
 
 

@@ -165,6 +165,11 @@ def applied(backbone: Backbone, adapter: Adapter | None) -> Iterator[None]:
             modules[name].weight.data = weight
 
 
+def factors_of(model: PeftModel) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Return module -> its parameters lora_A and lora_B, by name; a change of theirs changes the model."""
+    return {name: (lora_A, lora_B) for name, lora_A, lora_B, _ in _lora_layers(model)}
+
+
 def _lora_layers(model: PeftModel) -> Iterator[tuple[str, torch.Tensor, torch.Tensor, float]]:
     for name, module in sorted(model.named_modules()):
         if hasattr(module, "lora_A") and "default" in module.lora_A:

@@ -212,14 +212,16 @@ def rule_named(name: str) -> Rule:
     ``scope``, ``space``, ``continuation`` and ``output_rank``.
 
     Raises:
-        ConfigError: no such rule, or a learned method.
+        ConfigError: no such rule, a learned method, or one that weighs by training signals.
     """
     if name in RULES:
         return RULES[name]
     if name not in METHODS and ":" not in name:
-        expected = ", ".join([*RULES, *(method for method, row in METHODS.items() if not row.learned)])
+        expected = ", ".join([*RULES, *(method for method, row in METHODS.items() if not (row.learned or row.signals))])
         raise ConfigError(f"aggregation rule: found {name!r}, expected one of {expected}")
     method = method_named(name)
+    if method.signals:
+        raise ConfigError(f"aggregation rule {name!r}: rounds have no training signals. Choose another rule.")
     if method.learned:
         raise ConfigError(
             f"aggregation rule {name!r}: it learns from catalogs with a model; pass a function from the clients' "

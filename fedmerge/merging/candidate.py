@@ -49,7 +49,7 @@ class MergeVariant:
         is_linear = self.method in METHODS and METHODS[self.method].coefficients is not None
         words = [self.method]
         for key, value in self.parameters.items():
-            words.append(f"{value:g}" if is_linear else f"{key} {value:g}")  # a linear method has one parameter at most
+            words.append(f"{value:g}" if is_linear and key == "coefficient" else f"{key} {value:g}")
         if self.granularity is not None:
             words.append(f"{self.granularity}-wise")
         if self.own_users:

@@ -29,6 +29,7 @@ from fedmerge.merging.rows import (
     pcb,
     ties,
 )
+from fedmerge.merging.signals import NO_SIGNALS, Signals, livar
 from fedmerge.merging.stack import StackLayout, linear_by_layer
 
 Law = Literal[
@@ -60,6 +61,7 @@ class Method:
         function: one's own: (updates, **parameters) -> (out, in), see ``fedmerge.merging.own_method``.
         knots: True if ``rows`` works on S V_k of KnOTS.
         random: True if ``rows`` or ``function`` also takes a seed.
+        signals: True if ``coefficients`` also takes training signals, and weighs every module by itself.
         most_domains: largest K; None for any.
     """
 
@@ -75,6 +77,7 @@ class Method:
     function: OwnMethod | None = None
     knots: bool = False
     random: bool = False
+    signals: bool = False
     most_domains: int | None = None
 
     @property
@@ -108,9 +111,7 @@ _IDENTITY: tuple[Law, ...] = ("one domain is identity", *_ALWAYS)
 _LINEAR: tuple[Law, ...] = (*_IDENTITY, "homogeneous", "neurons", "rotation", "core is full")
 _LINEAR_COST = "O(R (in + out)) per module"
 _TIES_COST = "O(K n) per module, 3 passes over the updates"
-
-
-_FACTOR = Parameter(1.0)
+_FACTOR, _TRUE = Parameter(1.0), Parameter(True)
 
 
 def _density(default: float) -> Parameter:
@@ -340,6 +341,16 @@ METHODS: dict[str, Method] = {
         cost="O(R² (in + out)) per module",
         laws=(*_ALWAYS, "homogeneous", "neurons", "rotation", "core is full"),
     ),
+    "livar-style": Method(
+        what="the sum with weights per domain and module by how strongly training moved A and B there",
+        coefficients=livar,
+        signals=True,
+        parameters={"coefficient": _FACTOR, "per_step": _TRUE, "per_entry": _TRUE, "spread": Parameter(False)},
+        source="LIVAR (arXiv:2507.06813), in product space",
+        use="experts of fedmerge, whose training.json holds the signals; without signals it is the average",
+        cost=_LINEAR_COST,
+        laws=_LINEAR,
+    ),
     "mergerec": Method(
         what="the sum with coefficients learned by distilling the experts on pseudo-users from the catalogs",
         parameters={
@@ -424,8 +435,16 @@ def name_of(method: str | OwnMethod) -> str:
     return method if isinstance(method, str) else function_name(method)
 
 
-def method_coefficients(name: str, stack: StackLayout, **parameters: Value) -> torch.Tensor:
+def method_coefficients(
+    name: str, stack: StackLayout, signals: Signals = NO_SIGNALS, **parameters: Value
+) -> torch.Tensor:
     """Return the coefficients of a linear method; its parameters are checked and completed with their defaults.
+
+    Args:
+        name: name in METHODS.
+        stack: layout of the K adapters.
+        signals: training signals, for a method that weighs by them.
+        parameters: parameters of the method.
 
     Returns:
         (K,) or (K, G) float32.
@@ -440,7 +459,8 @@ def method_coefficients(name: str, stack: StackLayout, **parameters: Value) -> t
         raise ConfigError(
             f"merging method {name!r}: not a linear merge, so it has no coefficients; call merge_adapters"
         )
-    return method.coefficients(stack, **complete_parameters(name, parameters))
+    more = {"signals": signals} if method.signals else {}
+    return method.coefficients(stack, **complete_parameters(name, parameters), **more)
 
 
 def complete_parameters(name: str, parameters: Mapping[str, Value]) -> dict[str, Value]:

@@ -2,8 +2,9 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -62,6 +63,9 @@ class Stack(StackLayout):
     """
 
     modules: Mapping[str, StackedModule]
+
+
+T_Layout = TypeVar("T_Layout", bound=StackLayout)
 
 
 def survey_adapters(adapters: Mapping[str, Adapter], *, values: bool = True) -> StackLayout:
@@ -147,6 +151,12 @@ def stack_adapters(adapters: Mapping[str, Adapter]) -> Stack:
             parts[name].append(module)
     modules = {name: _stack_module(parts.pop(name)) for name in layout.group_of}
     return Stack(layout.domains, layout.groups, layout.group_of, modules)
+
+
+def by_module(layout: T_Layout) -> T_Layout:
+    """Return a layout, or a stack, with a group of coefficients for every module, named after it."""
+    names = tuple(layout.group_of)
+    return replace(layout, groups=names, group_of={name: group for group, name in enumerate(names)})
 
 
 def expand_coefficients(stack: StackLayout, coefficients: torch.Tensor | np.ndarray) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -15,11 +15,12 @@ from fedmerge.merging.candidate import Provenance, largest_rank
 from fedmerge.merging.low_rank.compression import compressed
 from fedmerge.merging.low_rank.spaces import Bases, core_bases, knots_bases, lift_dense, project
 from fedmerge.merging.low_rank.spectral import Factors, rounding
-from fedmerge.merging.methods import Method, method_named, name_of
+from fedmerge.merging.methods import Method, method_coefficients, method_named, name_of
 from fedmerge.merging.own_method import SEED, OwnMethod, call_function
 from fedmerge.merging.parameters import Value, checked_parameters
 from fedmerge.merging.rows import Piece, total
-from fedmerge.merging.stack import Stack, check_fits, expand_coefficients, linear_modules, open_stack
+from fedmerge.merging.signals import NO_SIGNALS, Signals
+from fedmerge.merging.stack import Stack, by_module, check_fits, expand_coefficients, linear_modules, open_stack
 from fedmerge.seeding import derive
 
 Scope = Literal["tensor", "layer", "model"]
@@ -37,6 +38,7 @@ class MergedAdapter:
         parameters: all parameters of the method, defaults included.
         coefficients: domain -> coefficient, for the domains that took part.
         settings: scope, space, output rank, and the seed of methods that draw.
+        module_weights: domain -> module -> weight, for a method that weighs every module by itself; else empty.
     """
 
     adapter: Adapter
@@ -45,6 +47,7 @@ class MergedAdapter:
     parameters: Mapping[str, Value]
     coefficients: Mapping[str, float]
     settings: Mapping[str, str | int]
+    module_weights: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def provenance(self, adapters: Mapping[str, str], backbone: Mapping[str, str | None] | None) -> Provenance:
         """Return the merge's provenance.
@@ -70,6 +73,7 @@ class MergedAdapter:
             "coefficient_groups": ["all"],
             "settings": dict(self.settings),
             "residuals": dict(self.residuals),
+            "more": {"module_weights": self.module_weights} if self.module_weights else {},
         }
 
 
@@ -83,6 +87,7 @@ def merge_adapters(
     output_rank: int | Literal["exact"] = "exact",
     seed: int = 0,
     scratch: Path | None = None,
+    signals: Signals = NO_SIGNALS,
     **parameters: Value,
 ) -> MergedAdapter:
     """Merge adapters of one layout; their ranks and scalings may differ.
@@ -106,6 +111,7 @@ def merge_adapters(
         scratch: folder that holds the merged modules, which are read from there when they are used; it must outlive the
             result. With adapters that are read on demand, memory then does not grow with the number of modules. None:
             the merge is held in memory.
+        signals: domain -> training signals, for a method that weighs by them.
         parameters: parameters of the method.
 
     Raises:
@@ -123,6 +129,7 @@ def merge_adapters(
         output_rank=output_rank,
         seed=seed,
         scratch=scratch,
+        signals=signals,
         **parameters,
     )
     return replace(merged, coefficients=factors)
@@ -137,6 +144,7 @@ def merge_stack(
     output_rank: int | Literal["exact"] = "exact",
     seed: int = 0,
     scratch: Path | None = None,
+    signals: Signals = NO_SIGNALS,
     **parameters: Value,
 ) -> MergedAdapter:
     """Merge stacked adapters, each with coefficient 1; see :func:`merge_adapters`."""
@@ -150,20 +158,31 @@ def merge_stack(
     if row.random:
         made["seed"] = seed
     residuals: dict[str, float] = {}
+    if row.signals:
+        stack, signals = by_module(stack), {domain: signals.get(domain) for domain in stack.domains}
+    values = None
+    if row.coefficients is not None:
+        values = expand_coefficients(stack, method_coefficients(name_of(method), stack, signals, **chosen))  # (K, G)
 
     def modules() -> Iterator[tuple[str, LoraModule]]:
-        if row.coefficients is not None and space == "full" and output_rank == "exact":
+        if values is not None and space == "full" and output_rank == "exact":
             residuals.update(dict.fromkeys(stack.modules, 0.0))
-            yield from linear_modules(stack, row.coefficients(stack, **chosen))
+            yield from linear_modules(stack, values)
             return
         rank = None if output_rank == "exact" else output_rank
-        for name, bases, update in _merges(stack, row, chosen, scope, space, seed):
+        for name, bases, update in _merges(stack, row, chosen, scope, space, seed, values):
             module, residuals[name] = compressed(update, bases, rank)
             yield name, check_fits(name, module)
 
     merged = _collected(modules(), scratch)
     factors = dict.fromkeys(stack.domains, 1.0)
-    return MergedAdapter(merged, dict(sorted(residuals.items())), name_of(method), chosen, factors, made)
+    weights: dict[str, dict[str, float]] = {}
+    if row.signals and values is not None:
+        weights = {
+            domain: dict(zip(stack.groups, each, strict=True))
+            for domain, each in zip(stack.domains, values.tolist(), strict=True)
+        }
+    return MergedAdapter(merged, dict(sorted(residuals.items())), name_of(method), chosen, factors, made, weights)
 
 
 def _collected(modules: Iterable[tuple[str, LoraModule]], scratch: Path | None) -> Adapter:
@@ -221,14 +240,14 @@ def domain_rows(
         raise ConfigError(
             f"merging method {method!r}: its merge is not a sum of rows; choose a linear or elementwise method"
         )
-    return _domain_rows(stack, row, chosen, scope, space, seed)
+    return _domain_rows(stack, method, row, chosen, scope, space, seed)
 
 
 def _domain_rows(
-    stack: Stack, row: Method, chosen: Mapping[str, Value], scope: Scope, space: Space, seed: int
+    stack: Stack, method: str, row: Method, chosen: Mapping[str, Value], scope: Scope, space: Space, seed: int
 ) -> Iterator[tuple[str, torch.Tensor]]:
     if row.coefficients is not None:
-        values = expand_coefficients(stack, row.coefficients(stack, **chosen))  # (K, G)
+        values = expand_coefficients(stack, method_coefficients(method, stack, NO_SIGNALS, **chosen))  # (K, G)
         for name, module in stack.modules.items():
             weights = values[:, stack.group_of[name]].to(module.lora_A.device)
             yield name, _dense(_updates(stack, name)) * weights[:, None, None]
@@ -238,14 +257,22 @@ def _domain_rows(
 
 
 def _merges(
-    stack: Stack, row: Method, chosen: Mapping[str, Value], scope: Scope, space: Space, seed: int
+    stack: Stack,
+    row: Method,
+    chosen: Mapping[str, Value],
+    scope: Scope,
+    space: Space,
+    seed: int,
+    values: torch.Tensor | None,
 ) -> Iterator[tuple[str, Bases, torch.Tensor | Factors]]:
-    """Yield every module's merge in its coordinates: dense (a, b), or factors (a, q), (q, b)."""
+    """Yield every module's merge in its coordinates: dense (a, b), or factors (a, q), (q, b).
+
+    ``values`` are the coefficients (K, G) of a linear method.
+    """
     if row.rows is not None:
         for name, bases, rows in _rows(stack, row, chosen, scope, space, seed):
             yield name, bases, total(rows)
         return
-    values = None if row.coefficients is None else expand_coefficients(stack, row.coefficients(stack, **chosen))
     for name in stack.modules:
         bases = _bases(_updates(stack, name), space, knots=False)
         updates = project(_updates(stack, name), bases)

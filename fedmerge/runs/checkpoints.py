@@ -8,13 +8,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from fedmerge.adapter import Adapter, adapter_sha256, is_zero
+from fedmerge.adapter import Adapter, OnDemand, adapter_sha256, is_zero
 from fedmerge.encoder.peft.folder import write_adapter
 from fedmerge.errors import FedMergeError, RunDirError
 from fedmerge.evaluation.sums import VARIANTS, MetricSums, Variant, metric_sums_from_dict
 from fedmerge.files import read_json, read_record, read_sealed, seal, whole_folder, write_json
 from fedmerge.mergerec.pictures import draw_learned
 from fedmerge.merging.candidate import Candidate, Provenance
+from fedmerge.merging.signals import Signals, read_signals
 from fedmerge.runs.folder import ADMISSION
 from fedmerge.runs.verified import read_verified
 
@@ -61,6 +62,16 @@ class StoredExperts(Mapping[str, Adapter]):
     def __len__(self) -> int:
         """Return the number of experts."""
         return len(self._sources)
+
+
+def stored_signals(run_dir: Path, experts: Mapping[str, Adapter]) -> Signals:
+    """Return domain -> training signals of its expert, None where the client sent none; each read from disk on access.
+
+    Args:
+        run_dir: run folder.
+        experts: domain -> expert.
+    """
+    return OnDemand(experts, lambda domain: read_signals(run_dir / ADAPTERS / domain, experts[domain]))
 
 
 def write_expert(run_dir: Path, domain: str, adapter: Adapter, report: Mapping[str, Any], backbone_name: str) -> str:

@@ -15,6 +15,7 @@ from fedmerge.config import (
     DP,
     AdaMerging,
     ExperimentConfig,
+    Livar,
     Lora,
     Merge,
     MergeRec,
@@ -37,7 +38,8 @@ from fedmerge.mergerec.variants import learned_settings, learned_variants
 from fedmerge.mergerec.vectors import Vectors, initial_vectors, merge_vectors
 from fedmerge.merging.candidate import Candidate, MergeVariant, Origin, provenance_of_merge
 from fedmerge.merging.methods import complete_parameters, method_coefficients, method_named
-from fedmerge.merging.stack import Stack, linear_merge_of_many, stack_adapters, survey_adapters
+from fedmerge.merging.signals import NO_SIGNALS, Signals, without_signals
+from fedmerge.merging.stack import Stack, StackLayout, by_module, linear_merge_of_many, stack_adapters, survey_adapters
 from fedmerge.merging.training_free import merge_stack
 from fedmerge.privacy.dp.accountant import agreed_noise
 from fedmerge.privacy.dp.domain_noise import average_with_noise, domain_record
@@ -48,6 +50,9 @@ from fedmerge.server.layer_search import Search, search_entries
 
 logger = logging.getLogger(__name__)
 
+FORMS: Mapping[str, Mapping[str, bool]] = {"per-step": {}, "published": {"per_step": False, "per_entry": False}}
+"""Form of ``livar.forms`` -> the parameters that it sets."""
+
 Learn = Callable[[MergeVariant, MergeRecSettings, Vectors], LearnedCoefficients]
 """(variant, settings, vectors) -> coefficients."""
 
@@ -57,7 +62,7 @@ class Recipe:
     """The settings of an experiment that its merges depend on.
 
     Attributes:
-        merge, mergerec, adamerging, through_clients, rmm: sections of the configuration.
+        merge, livar, mergerec, adamerging, through_clients, rmm: sections of the configuration.
         seed: seed of all draws.
         average_with_noise: the merge of ``dp.mode = 'domain-central'``: adapters -> noised average and its record for
             the provenance; None without noise.
@@ -65,6 +70,7 @@ class Recipe:
     """
 
     merge: Merge
+    livar: Livar
     mergerec: MergeRec
     adamerging: AdaMerging
     through_clients: ThroughClients
@@ -82,6 +88,8 @@ class Recipe:
         """Return every variant of one method, in order."""
         if method == RMM_STYLE:
             return [MergeVariant(method)]
+        if method_named(method).signals:
+            return livar_variants(method, self.livar)
         if method_named(method).learned:
             return learned_variants(method, self.mergerec, self.adamerging, self.through_clients)
         return training_free_variants(method, self.merge)
@@ -95,6 +103,7 @@ def recipe_of(config: ExperimentConfig) -> Recipe:
         noise = partial(_noised_average, dp=config.dp, releases=releases, lora=config.lora, seed=config.seed)
     return Recipe(
         config.merge,
+        config.livar,
         config.mergerec,
         config.adamerging,
         config.through_clients,
@@ -103,6 +112,15 @@ def recipe_of(config: ExperimentConfig) -> Recipe:
         noise,
         at_clients=config.privacy.learns_through_clients,
     )
+
+
+def livar_variants(method: str, livar: Livar) -> list[MergeVariant]:
+    """Return every variant of the method that weighs by training signals, in order: each form with each factor."""
+    spread = {"spread": True} if livar.spread else {}
+    return [
+        MergeVariant(method, {"coefficient": coefficient, **FORMS[form], **spread})
+        for form, coefficient in product(livar.forms, livar.coefficients)
+    ]
 
 
 def training_free_variants(method: str, merge: Merge) -> list[MergeVariant]:
@@ -124,6 +142,7 @@ def merge_candidates(
     *,
     learn: Learn | None = None,
     search: Search | None = None,
+    signals: Signals = NO_SIGNALS,
     finished: Mapping[str, Candidate] = MappingProxyType({}),
     keep: Callable[[Candidate], None] = lambda candidate: None,
 ) -> list[Candidate]:
@@ -141,6 +160,7 @@ def merge_candidates(
         progress: receives lines about the progress.
         learn: learns the coefficients of learned methods; None if this process cannot.
         search: searches for the map of ``rmm-style``; None if this process cannot.
+        signals: domain -> training signals, for a method that weighs by them.
         finished: label -> a merge of the same experts that exists already.
         keep: receives every other merge as soon as it is made.
 
@@ -156,19 +176,25 @@ def merge_candidates(
     def stack() -> Stack:
         return stack_adapters(adapters)
 
+    @cache
+    def all_signals() -> Signals:
+        return {domain: signals.get(domain) for domain in layout.domains}
+
     @lru_cache(maxsize=1)
     def vectors_of(initialisation: str) -> Vectors:
         return initial_vectors(stack(), initialisation)
 
-    def linear(coefficients: torch.Tensor, vectors: Vectors | None = None) -> tuple[Adapter, dict[str, Any]]:
+    def linear(
+        coefficients: torch.Tensor, vectors: Vectors | None = None, groups: StackLayout = layout
+    ) -> tuple[Adapter, dict[str, Any]]:
         entries: dict[str, Any] = {
             "coefficients": dict(zip(layout.domains, coefficients.tolist(), strict=True)),
-            "coefficient_groups": list(layout.groups) if coefficients.ndim == 2 else ["all"],
+            "coefficient_groups": list(groups.groups) if coefficients.ndim == 2 else ["all"],
         }
         if recipe.average_with_noise is not None:
             adapter, entries["privacy"] = recipe.average_with_noise(adapters)
         elif vectors is None or isinstance(vectors, Stack):
-            adapter = linear_merge_of_many(adapters, layout, coefficients)
+            adapter = linear_merge_of_many(adapters, groups, coefficients)
         else:
             adapter = merge_vectors(vectors, coefficients)
         return adapter, entries
@@ -177,8 +203,14 @@ def merge_candidates(
         """Return the adapter and the entries of its provenance that depend on the method."""
         row = method_named(variant.method)
         if row.coefficients is not None:
-            adapter, entries = linear(method_coefficients(variant.method, layout, **variant.parameters))
-            return adapter, {"parameters": complete_parameters(variant.method, variant.parameters), **entries}
+            groups = by_module(layout) if row.signals else layout
+            chosen = complete_parameters(variant.method, variant.parameters)
+            found = all_signals() if row.signals else NO_SIGNALS
+            adapter, entries = linear(method_coefficients(variant.method, groups, found, **chosen), groups=groups)
+            if row.signals and (lacking := without_signals(layout.domains, found, bool(chosen["spread"]))):
+                entries["more"] = {"without_signals": lacking}
+                progress(f"{variant.label}: no training signals of {', '.join(lacking)}: 1/{len(layout.domains)} each")
+            return adapter, {"parameters": chosen, **entries}
         if not row.learned:
             made = merge_stack(
                 stack(),
@@ -188,6 +220,7 @@ def merge_candidates(
                 output_rank=recipe.merge.output_rank or "exact",
                 seed=recipe.seed,
                 scratch=None,
+                signals=NO_SIGNALS,
                 **variant.parameters,
             )
             return made.adapter, made.entries()

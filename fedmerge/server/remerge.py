@@ -171,7 +171,16 @@ def merge_again(
         is_remerge=True,
         run=experts.run,
     )
-    return merge_candidates(experts.adapters, recipe.variants(), origin, recipe, progress, learn=learn, search=search)
+    return merge_candidates(
+        experts.adapters,
+        recipe.variants(),
+        origin,
+        recipe,
+        progress,
+        learn=learn,
+        search=search,
+        signals=experts.sources.signals,
+    )
 
 
 def heads_note(run: Path | None) -> str:

@@ -68,9 +68,9 @@ def walk(backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) -> LocalD
 
 
 def facts(report: TrainingReport) -> tuple[Any, ...]:
-    """Return all of a report except the wall clock, with -1 in place of NaN, which equals nothing."""
+    """Return all of a report but the wall clock, signals included, with -1 in place of NaN, which equals nothing."""
     validations = [(v.step, -1.0 if math.isnan(v.loss) else v.loss, v.ndcg) for v in report.validations]
-    return report.steps, report.best_step, report.stopped_by, validations
+    return report.steps, report.best_step, report.stopped_by, validations, report.signals
 
 
 # The loss

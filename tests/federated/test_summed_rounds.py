@@ -17,7 +17,7 @@ from fedmerge.merging.methods import METHODS
 def test_the_configuration_names_the_rules_and_methods_for_sums() -> None:
     assert {name for name, row in RULES.items() if row.summed} == set(SUMMED_RULES)
     linear = {name for name, row in METHODS.items() if row.coefficients}
-    assert linear - {"linear-by-layer"} == set(SUMMED_METHODS)  # it weighs each domain: no multiple of the sum
+    assert linear - {"linear-by-layer", "livar-style"} == set(SUMMED_METHODS)  # these weigh each domain
     assert RULES["flora"].summed is None  # a concatenation shows every block
     assert RULES["hetlora"].summed is None  # its weights are norms of single adapters
 

@@ -252,7 +252,7 @@ LAWS = {
 
 
 # coefficients of a mean count every domain of the stack; linear_merge_of_many leaves absent ones out of it
-NOT_OF_COEFFICIENTS = {(name, "zero coefficient is absent") for name in ("average", "linear-by-layer")}
+NOT_OF_COEFFICIENTS = {(name, "zero coefficient is absent") for name in ("average", "linear-by-layer", "livar-style")}
 
 
 @pytest.mark.parametrize(

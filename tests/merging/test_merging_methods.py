@@ -229,9 +229,10 @@ def oracle_of(
             return oracles.ties(rows, 1.0, parameters["coefficient"])
         if method == "della-linear":
             return [parameters["coefficient"] * x for x in oracles.average(rows)]
-        name = method.removeprefix("knots-").replace("-", "_")
+        name = "average" if method == "livar-style" else method.removeprefix("knots-").replace("-", "_")
         if not name.startswith("dare"):
-            found: list[float] = getattr(oracles, name)(rows, **parameters)
+            given = {} if name == "average" else parameters  # signals are absent, and λ is 1
+            found: list[float] = getattr(oracles, name)(rows, **given)
             return found
         draws = [
             np.concatenate(

@@ -88,12 +88,14 @@ def test_the_configuration_knows_every_method() -> None:
 
 
 def test_every_training_free_method_needs_adapters_alone(adapters: dict[str, Adapter]) -> None:
-    chosen = settings(**{"merge.methods": ",".join(TRAINING_FREE), "merge.task_arithmetic_coefficients": "0.5"})
+    one_each = {"merge.task_arithmetic_coefficients": "0.5", "livar.coefficients": "1"}
+    chosen = settings(**{"merge.methods": ",".join(TRAINING_FREE), **one_each})
     made = merges_of(None, adapters, {}, chosen)
     assert [candidate.method for candidate in made] == TRAINING_FREE
     assert [candidate.label for candidate in made if candidate.label != candidate.method] == [
         "task-arithmetic 0.5",
         "knots-task-arithmetic 0.5",
+        "livar-style 1",
     ]
     for candidate in made:
         wanted = merge_adapters(adapters, candidate.method, seed=5)

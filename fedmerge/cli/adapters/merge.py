@@ -49,6 +49,9 @@ PARAMETERS = {
     "t": "SLERP: 0 for the first adapter, 1 for the second",
     "weights": "linear-by-layer: NAME=w or NAME=w_0:…:w_n for each adapter, from the first layer to the last",
     "normalize": "linear-by-layer: divide the weights of a layer by their sum (true, false)",
+    "per_step": "livar-style: divide training signals by the steps of the training (true, false)",
+    "per_entry": "livar-style: divide training signals by the root of a factor's entries (true, false)",
+    "spread": "livar-style: weigh by the spread of a client's users, too (true, false)",
 }
 
 
@@ -182,6 +185,7 @@ def _merge_one(options: argparse.Namespace, run: Path | None, folders: dict[str,
             **settings,
             seed=options.seed or 0,
             scratch=scratch,
+            signals=experts.sources.signals,
             **parameters,
         )
         merged = rounded(merged, dtype)
@@ -191,8 +195,20 @@ def _merge_one(options: argparse.Namespace, run: Path | None, folders: dict[str,
 
         print(f"merged {', '.join(merged.coefficients)}{_without([*experts.excluded, *absent])}")
         _print_merged(merged, experts, out)
+        _print_note(_lacking_signals(merged, experts))
     _print_note(remerge.heads_note(run))
     return 0
+
+
+def _lacking_signals(merged: "MergedAdapter", experts: "Experts") -> str:
+    from fedmerge.merging.signals import without_signals
+
+    if not merged.module_weights:
+        return ""
+    domains = tuple(merged.coefficients)
+    lacking = without_signals(domains, experts.sources.signals, bool(merged.parameters["spread"]))
+    found = f"no training signals in training.json of {', '.join(lacking)}: 1/{len(domains)} in every module"
+    return found if lacking else ""
 
 
 def _print_merged(merged: "MergedAdapter", experts: "Experts", out: Path) -> None:

@@ -38,6 +38,7 @@ class TrainingState:
         best: that adapter.
         validations: so far.
         tensors: parameters and optimiser moments, see :func:`state_tensors`.
+        signals: sums of the training signals so far; None in a checkpoint of a version that had none.
     """
 
     step: int
@@ -47,6 +48,7 @@ class TrainingState:
     best: Adapter
     validations: tuple[Validation, ...]
     tensors: Mapping[str, torch.Tensor]
+    signals: tuple[float, ...] | None = None
 
 
 def state_tensors(
@@ -92,6 +94,7 @@ def write_checkpoint(path: Path, state: TrainingState) -> None:
         "best_step": state.best_step,
         "scalings": scalings,
         "validations": [asdict(validation) for validation in state.validations],
+        "signals": state.signals,
     }
     write_tensors(path, tensors, facts, "the training checkpoint")
 
@@ -108,8 +111,16 @@ def read_checkpoint(path: Path) -> TrainingState | None:
             for name, scaling in facts["scalings"].items()
         }
         validations = tuple(Validation(**validation) for validation in facts["validations"])
+        signals = facts.get("signals")
         state = TrainingState(
-            facts["step"], facts["spent"], facts["seconds"], facts["best_step"], Adapter(best), validations, tensors
+            facts["step"],
+            facts["spent"],
+            facts["seconds"],
+            facts["best_step"],
+            Adapter(best),
+            validations,
+            tensors,
+            None if signals is None else tuple(map(float, signals)),
         )
     except (LookupError, TypeError, ValueError):
         return None

@@ -1,6 +1,6 @@
 """Local fine-tuning of a LoRA adapter on a client's own users."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,8 @@ class TrainingReport:
         seconds: wall clock.
         validation_users: number of users in each validation.
         validations: in order.
+        signals: module -> its training signals (I_A, I_B), see :class:`fedmerge.client.training_signals.SignalSums`;
+            None where noise hides the training, or if they are not known.
     """
 
     steps: int
@@ -44,6 +46,7 @@ class TrainingReport:
     seconds: float
     validation_users: int
     validations: tuple[Validation, ...]
+    signals: Mapping[str, tuple[float, float]] | None = None
 
 
 def train_expert(
@@ -123,7 +126,13 @@ def fine_tune(
     trained = fit(recipe, domains[0].backbone, lora, seed, progress, checkpoint)
     num_users = sum(len(of_domain) for of_domain in examples)
     return trained.adapter, TrainingReport(
-        trained.steps, trained.best_step, trained.stopped_by, trained.seconds, num_users, trained.validations
+        trained.steps,
+        trained.best_step,
+        trained.stopped_by,
+        trained.seconds,
+        num_users,
+        trained.validations,
+        trained.signals,
     )
 
 

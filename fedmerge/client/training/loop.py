@@ -6,7 +6,7 @@ checkpoint, unload.
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +24,10 @@ from fedmerge.client.training.checkpoint import (
     state_tensors,
     write_checkpoint,
 )
+from fedmerge.client.training_signals import SignalSums
 from fedmerge.config import Lora, Train
 from fedmerge.encoder.backbone import Backbone
-from fedmerge.encoder.lora import adapter_of, attach, load_into
+from fedmerge.encoder.lora import adapter_of, attach, factors_of, load_into
 
 Progress = Callable[[str], None]
 
@@ -153,6 +154,8 @@ class Trained:
         seconds: wall clock, over all attempts.
         validations: in order.
         loss: mean training loss since the last validation, None where noise hides it.
+        signals: module -> its training signals (I_A, I_B) over all steps; None if they are not finite, or if an earlier
+            version, which did not measure them, made some of the steps.
     """
 
     adapter: Adapter
@@ -162,6 +165,7 @@ class Trained:
     seconds: float
     validations: tuple[Validation, ...]
     loss: float | None
+    signals: Mapping[str, tuple[float, float]] | None
 
 
 def fit(
@@ -194,12 +198,15 @@ def fit(
         step, spent, best_step, stopped_by = 0, 0.0, 0, ""
         losses: list[float] = []
         validations: list[Validation] = []
+        signals = SignalSums(factors_of(attached.model))
 
         # Resume from the checkpoint, or validate the untouched backbone.
         if before := checkpoint and read_checkpoint(checkpoint):
             restore(before.tensors, trained, attached.optimizer)
             best, best_step, validations = before.best, before.best_step, list(before.validations)
             step, spent = before.step, before.spent
+            unknown = (math.nan,) * len(signals.values)
+            signals = SignalSums(factors_of(attached.model), before.signals or unknown)
             started -= before.seconds
             progress(f"{name}: resuming at step {step}")
         else:
@@ -212,7 +219,8 @@ def fit(
         while not stopped_by:
             for group in attached.optimizer.param_groups:
                 group["lr"] = schedule.rate(step, spent)
-            result = make_step(step)
+            with signals.measured():
+                result = make_step(step)
             step += 1
             if result.loss is not None:
                 losses.append(result.loss)
@@ -235,13 +243,14 @@ def fit(
             if checkpoint and due and not stopped_by:
                 tensors, seconds = state_tensors(trained, attached.optimizer), time.monotonic() - started
                 write_checkpoint(
-                    checkpoint, TrainingState(step, spent, seconds, best_step, best, tuple(validations), tensors)
+                    checkpoint,
+                    TrainingState(step, spent, seconds, best_step, best, tuple(validations), tensors, signals.values),
                 )
         if not validate:
             best, best_step = adapter_of(attached.model), step
     seconds = time.monotonic() - started
     loss = float(np.mean(losses)) if losses else None
-    return Trained(best, step, best_step, stopped_by, seconds, tuple(validations), loss)
+    return Trained(best, step, best_step, stopped_by, seconds, tuple(validations), loss, signals.of_modules())
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from fedmerge.config.merging import (
     LEARNED_METHODS,
     MIN_SUMMED,
+    SIGNAL_METHODS,
     SUMMED_METHODS,
     SUMMED_RULES,
     Merge,
@@ -25,6 +26,26 @@ def transport_problems(privacy: Privacy, rounds: Rounds) -> Iterator[str]:
         yield (
             f"privacy.transport = '{privacy.transport}' is for experts that are trained once and merged; set it to "
             "'float32' with rounds.rule and with privacy.policy = 'aggregate-only'"
+        )
+
+
+def signal_problems(merge: Merge, rounds: Rounds, privacy: Privacy, dp: DP) -> Iterator[str]:
+    """Yield training signals that rounds do not have, or that would leave where other numbers about users stay."""
+    if rounds.rule in SIGNAL_METHODS:
+        yield (
+            f"rounds.rule is {rounds.rule}, which weighs by the training signals of whole trainings; set rounds.rule = "
+            f"'none' and name {rounds.rule} in merge.methods"
+        )
+    asked = sorted(SIGNAL_METHODS & {*merge.methods}) if rounds.rule is None else []
+    if not asked:
+        return
+    sent = f"merge.methods holds {asked[0]}, for which clients send training signals, computed from users without noise"
+    if dp.mode in ("user", "domain-local"):
+        yield f"{sent}, but dp.mode = '{dp.mode}' promises a bound; leave {asked[0]} out, or set dp.mode = 'none'"
+    if privacy.metrics != "exact":
+        yield (
+            f"{sent}, but privacy.metrics = '{privacy.metrics}' holds exact numbers back; leave {asked[0]} out, or set "
+            "privacy.metrics = 'exact'"
         )
 
 

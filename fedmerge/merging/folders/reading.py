@@ -14,6 +14,7 @@ from fedmerge.encoder.peft.folder import open_verified
 from fedmerge.encoder.peft.model_weights import ModelWeights, open_weights, read_weight_like
 from fedmerge.errors import BackboneError, LayoutMismatchError, MergeError
 from fedmerge.merging.folders.agreement import agreed_base, agreed_mapping, agreed_setting, agreed_targets
+from fedmerge.merging.signals import Signals, read_signals
 from fedmerge.merging.stack import dense_module, survey_adapters
 
 
@@ -36,6 +37,7 @@ class AdapterFolders:
         contents: name -> all that its folder holds; empty for adapters that were not read from folders.
         base: weights of the base model; None if not given.
         hub: name -> repository, revision and commit of an adapter from the hub.
+        signals: name -> training signals beside the adapter, None where there are none; read when they are used.
     """
 
     adapters: Mapping[str, Adapter]
@@ -52,6 +54,7 @@ class AdapterFolders:
     contents: Mapping[str, Contents] = field(default_factory=dict)
     base: ModelWeights | None = None
     hub: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    signals: Signals = field(default_factory=dict)
 
     @property
     def backbone(self) -> dict[str, str | None]:
@@ -157,6 +160,7 @@ def read_folders(
         missing=missing,
         contents=contents,
         base=weights,
+        signals=OnDemand(folders, lambda name: read_signals(folders[name], read[name])),
     )
 
 

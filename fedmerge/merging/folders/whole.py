@@ -75,7 +75,7 @@ class _Weights:
     """Weights of a linear method by domain and parameter."""
 
     def __init__(self, merged: MergedAdapter, sources: AdapterFolders) -> None:
-        self.merged = merged
+        self.merged, self.signals = merged, sources.signals
         self.domains = tuple(sorted(merged.coefficients))
         self.layout = layout_of({name: sources.adapters[name] for name in self.domains})
 
@@ -89,7 +89,7 @@ class _Weights:
                 f"--leave-out {kind}."
             )
         values = expand_coefficients(
-            self.layout, method_coefficients(method, self.layout, **self.merged.parameters)
+            self.layout, method_coefficients(method, self.layout, self.signals, **self.merged.parameters)
         ).double()  # (K, G)
         column = 0
         if not bool((values == values[:, :1]).all()):

@@ -56,6 +56,7 @@ METHODS: Mapping[int, tuple[str, ...]] = {
         "federated head",
         "federated head, fused",
         "personal merge",
+        "livar-style",
     ),
 }
 

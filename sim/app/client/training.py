@@ -1,11 +1,12 @@
 """Train an expert or a round, and send it or cache it for a secure sum."""
 
 import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
-from flwr.app import Context, Message, RecordDict
+from flwr.app import ArrayRecord, Context, Message, RecordDict
 
 from fedmerge.adapter import Adapter, adapter_sha256, is_zero
 from fedmerge.client.cache.dp_releases import Release, check_round_is_counted, release_round_once, releases_folder
@@ -15,6 +16,7 @@ from fedmerge.client.training.dp_sgd import plan_record, user_plan
 from fedmerge.client.training.poisoning import apply_attack, training_inputs
 from fedmerge.client.training.round import RoundTask, train_round
 from fedmerge.client.training.settings import training_settings
+from fedmerge.client.training_signals import spread_of_users
 from fedmerge.config import Lora
 from fedmerge.encoder.lora import fresh_adapter
 from fedmerge.privacy.policy import check_may_leave
@@ -35,11 +37,35 @@ def train(message: Message, context: Context) -> RecordDict:
         return _train_for_sum(client, message, context)
     check_may_leave(privacy.policy, "adapter", name)
     adapter, report, task = _train_as_asked(client, message)
+    signals = report.pop("signals", None)
     coding = coding_of(client.config.privacy, client.config.lora.of(name), client.config.seed, client.domain.backbone)
     if coding.transport != "float32":
         lost = residual(adapter, decode_as_receiver(adapter, coding))
         report = {**report, "transport": {"kind": coding.transport, "residual": lost}}
-    return records.expert_record(adapter, report, coding, only_B=task is not None and task.trained == "B")
+    only_B = task is not None and task.trained == "B"
+    return records.expert_record(adapter, report, coding, only_B, _signals(client, adapter, report, signals))
+
+
+def _signals(
+    client: Client, adapter: Adapter, report: Mapping[str, Any], signals: Mapping[str, Sequence[float]] | None
+) -> ArrayRecord | None:
+    """Make the record of an expert's training signals, if the run weighs by them and enough users are behind them."""
+    config, name = client.config, client.domain.manifest.name
+    if not config.sends_signals:
+        return None
+    if signals is None:
+        logger.warning(
+            "%s: its expert has no training signals, since an earlier version trained it; livar-style weighs it as one "
+            "of equals. To train it again, delete it from cache_dir (fedmerge cache).",
+            name,
+        )
+        return None
+    num_users = len(client.domain.training_sequences)
+    if num_users < config.privacy.min_users or "steps" not in report:
+        logger.warning("%s: training signals stay here: fewer than %d users", name, config.privacy.min_users)
+        return None
+    spread = spread_of_users(client.domain, adapter, config.seed) if config.livar.spread else None
+    return records.signals_record(signals, spread)
 
 
 def _train_for_sum(client: Client, message: Message, context: Context) -> RecordDict:
@@ -47,7 +73,7 @@ def _train_for_sum(client: Client, message: Message, context: Context) -> Record
     adapter, report, task = _train_as_asked(client, message)
     rule = client.config.rounds.rule or "weighted-average"
     keep_for_sum(client, context, rule, adapter, task.start if task else None, task.number if task else 0)
-    return records.report_record({key: value for key, value in report.items() if key != "sha256"})
+    return records.report_record({key: value for key, value in report.items() if key not in ("sha256", "signals")})
 
 
 def _train_as_asked(client: Client, message: Message) -> tuple[Adapter, dict[str, Any], RoundTask | None]:

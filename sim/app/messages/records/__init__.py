@@ -98,14 +98,17 @@ from sim.app.messages.records.training import (
     LARGEST_COUNT,
     LARGEST_NUMBER,
     NOT_FRESH,
+    SIGNALS,
     TRAIN,
     RoundRequest,
     expert_record,
     read_expert,
     read_report,
     read_round_request,
+    read_signals,
     report_record,
     round_request_record,
+    signals_record,
 )
 
 __all__ = [
@@ -124,6 +127,7 @@ __all__ = [
     "NOT_FRESH",
     "OWN_EXPERT",
     "ROUND_HEAD",
+    "SIGNALS",
     "TRAIN",
     "TRAIN_HEAD",
     "Description",
@@ -179,9 +183,11 @@ __all__ = [
     "read_pseudo_users",
     "read_report",
     "read_round_request",
+    "read_signals",
     "read_signature",
     "read_vectors",
     "report_record",
     "round_request_record",
+    "signals_record",
     "size_bytes",
 ]

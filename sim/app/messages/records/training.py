@@ -1,14 +1,16 @@
 """Requests to train, trained adapters, and the reports of their training."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from flwr.app import ConfigRecord, RecordDict
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from fedmerge.adapter import Adapter
 from fedmerge.errors import ClientError
+from fedmerge.escaping import one_line
 from fedmerge.privacy.transport import Coding
 from sim.app.messages.records.adapters import (
     ADAPTER,
@@ -18,9 +20,11 @@ from sim.app.messages.records.adapters import (
     check_is_finite,
     read_adapter_records,
 )
-from sim.app.messages.records.fields import FACTS, ONE_VERSION, read_config, read_dataclass
+from sim.app.messages.records.arrays import array_values
+from sim.app.messages.records.fields import FACTS, LONGEST_SHOWN, ONE_VERSION, read_config, read_dataclass
 
 TRAIN = "train"
+SIGNALS = "signals"
 NOT_FRESH = -1  # the start of a round travels whole
 LARGEST_COUNT, LARGEST_NUMBER = 2**53, 1e30  # in a report
 
@@ -44,11 +48,68 @@ class RoundRequest:
 
 
 def expert_record(
-    adapter: Adapter, report: Mapping[str, Any], coding: Coding = FLOAT32, only_B: bool = False
+    adapter: Adapter,
+    report: Mapping[str, Any],
+    coding: Coding = FLOAT32,
+    only_B: bool = False,
+    signals: ArrayRecord | None = None,
 ) -> RecordDict:
-    """Make the record of a trained adapter with its report; ``only_B`` leaves out a lora_A that was not trained."""
+    """Make the record of a trained adapter with its report.
+
+    Args:
+        adapter: the adapter.
+        report: of its training.
+        coding: how the adapter is sent.
+        only_B: True leaves out a lora_A that was not trained.
+        signals: training signals, from :func:`signals_record`; None: they stay.
+    """
     arrays = adapter_records(adapter, "", coding, only_B)
-    return RecordDict({**arrays, FACTS: ConfigRecord({"report": json.dumps(report)})})
+    more = {} if signals is None else {SIGNALS: signals}
+    return RecordDict({**arrays, **more, FACTS: ConfigRecord({"report": json.dumps(report)})})
+
+
+def signals_record(signals: Mapping[str, Sequence[float]], spread: float | None) -> ArrayRecord:
+    """Make the record of training signals: two float32 a module, by name, and one for the spread if it is asked for."""
+    values = np.array([signals[name] for name in sorted(signals)], dtype=np.float32)
+    arrays = {"modules": Array(values)}
+    if spread is not None:
+        arrays["spread"] = Array(np.array([spread], dtype=np.float32))
+    return ArrayRecord(arrays)
+
+
+def read_signals(content: RecordDict, modules: Iterable[str], with_spread: bool) -> dict[str, Any]:
+    """Return the training signals beside an expert as entries of its report; empty if the client held them back.
+
+    Args:
+        content: of the message.
+        modules: names of the adapter's modules.
+        with_spread: True if the spread of the users was asked for.
+
+    Raises:
+        ClientError, LayoutMismatchError: another form, or a value that no training can have.
+    """
+    if SIGNALS not in content.array_records:
+        return {}
+    arrays, names = content.array_records[SIGNALS], sorted(modules)
+    expected = {"modules", "spread"} if with_spread else {"modules"}
+    if set(arrays) != expected:
+        raise ClientError(
+            f"its training signals hold {one_line(str(sorted(arrays)), LONGEST_SHOWN)}, expected {sorted(expected)}; "
+            f"{ONE_VERSION}"
+        )
+    values = array_values(arrays["modules"], "training signals", np.dtype(np.float32), 2)
+    if values.shape != (len(names), 2) or not (np.isfinite(values) & (values >= 0)).all():
+        raise ClientError(
+            f"its training signals are of shape {values.shape}, expected ({len(names)}, 2), finite and not negative; "
+            f"{ONE_VERSION}"
+        )
+    found: dict[str, Any] = {"signals": dict(zip(names, values.tolist(), strict=True))}
+    if with_spread:
+        spread = array_values(arrays["spread"], "spread of users", np.dtype(np.float32), 1)
+        if spread.shape != (1,) or not 0 <= spread[0] <= 1:
+            raise ClientError(f"its spread of users is of shape {spread.shape}, expected one number in [0, 1]")
+        found["spread"] = float(spread[0])
+    return found
 
 
 def read_expert(

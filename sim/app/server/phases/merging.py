@@ -97,6 +97,7 @@ def merge_experts(
         logger.info,
         learn=learn,
         search=search,
+        signals=checkpoints.stored_signals(run.folder, experts),
         finished=checkpoints.read_candidates(run.folder, sources),
         keep=lambda made: checkpoints.write_candidate(run.folder, made, backbone.name),
     )

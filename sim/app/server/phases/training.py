@@ -94,6 +94,9 @@ def _ask_for_experts(run: Run, backbone: Backbone, domains: list[str]) -> dict[s
         coding = coding_of(config.privacy, config.lora.of(domain), config.seed, backbone)
         adapter, report = records.read_expert(content, coding, likes[domain])
         check_adapter(domain, adapter, layouts[domain])
+        report = {key: value for key, value in report.items() if key not in ("signals", "spread")}  # arrays, checked
+        if config.sends_signals:
+            report |= records.read_signals(content, layouts[domain], config.livar.spread)
         check_spent(domain, config, report.get("privacy"), run.members.descriptions[domain].num_users)
         log_expert(domain, report, few=len(domains) <= FEW_CLIENTS)
         if is_zero(adapter):
