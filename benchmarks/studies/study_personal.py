@@ -11,6 +11,7 @@ much: coefficients on other seeds of the own expert in place of the other domain
 import argparse
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +63,8 @@ def _study(
     domain: LocalDomain, adapters: Mapping[str, Adapter], seeds: list[Path], num_users: int, steps: int, seed: int
 ) -> dict[str, Any]:
     name, third = domain.manifest.name, num_users // 3
-    section = Personal(directions="module", steps=steps)
-    settings = PersonalSettings(section, third, third, "exact", seed, torch.get_num_threads())
+    module, raw = (Personal(directions=directions, steps=steps) for directions in ("module", "raw"))
+    settings = PersonalSettings(module, third, third, "exact", seed, torch.get_num_threads())
     stopping = evaluation_examples(domain.interactions, "valid", third, seed).users
     others = np.setdiff1d(evaluated_users(domain.interactions, "valid"), stopping)
     others = generator(seed, "study of personal merges", name).permutation(others)[: 2 * third]
@@ -75,13 +76,13 @@ def _study(
         "average": linear_merge(stack, torch.full((count,), 1 / count)),
         "task-arithmetic .6": linear_merge(stack, torch.full((count,), 0.6)),
     }
-    cohorts = {"personal, normalised": (adapters, None), "personal, as they are": (adapters, stack)}
+    cohorts = {"personal, normalised": (adapters, module), "personal, as they are": (adapters, raw)}
     if seeds:
         soup = {name: adapters[name]} | {f"seed-{number}": read_adapter(path) for number, path in enumerate(seeds)}
-        cohorts["personal, own seeds"] = (soup, None)
+        cohorts["personal, own seeds"] = (soup, module)
     records = {}
-    for label, (cohort, vectors) in cohorts.items():
-        made = fit_personal_merge(domain, cohort, settings, sequences, print, vectors)
+    for label, (cohort, section) in cohorts.items():
+        made = fit_personal_merge(domain, cohort, replace(settings, personal=section), sequences, print)
         models[label], records[label] = made.adapter, dict(made.record)
     examples = examples_of(domain.interactions, "valid", np.sort(reported))
     rows: dict[str, Any] = {}

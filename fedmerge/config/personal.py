@@ -6,7 +6,7 @@ from pydantic import Field
 
 from fedmerge.config.section import Section
 
-Directions = Literal["module", "model", "rank-one"]
+Directions = Literal["module", "model", "rank-one", "raw"]
 
 
 class Personal(Section):
@@ -15,7 +15,13 @@ class Personal(Section):
     directions: Directions | None = Field(
         None,
         description="Unit in which the other domains' updates are normalised: each module, the whole model, or each "
-        "singular direction; 'none': no personal merges. Needs privacy.policy = 'catalog-private'.",
+        "singular direction; raw: not at all; 'none': no personal merges. Needs privacy.policy = 'catalog-private'.",
+    )
+    own: bool = Field(False, description="Fit of a factor on the own update by layer, too; it starts at 1.")
+    universal: bool = Field(
+        False,
+        description="Sending of the fitted coefficients for one more merge, the mean of all personal ones; each "
+        "organisation must allow it (real_users).",
     )
     fit_on: Literal["held-out", "train"] = Field(
         "held-out",

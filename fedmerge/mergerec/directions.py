@@ -13,7 +13,15 @@ from fedmerge.adapter import Adapter, LoraModule
 from fedmerge.config import Directions
 from fedmerge.errors import MergeError
 from fedmerge.merging.low_rank.spectral import rounding, thin_svd
-from fedmerge.merging.stack import Stack, linear_merge, stack_adapters
+from fedmerge.merging.stack import (
+    Stack,
+    by_module,
+    expand_coefficients,
+    linear_merge,
+    linear_merge_of_many,
+    stack_adapters,
+    survey_adapters,
+)
 
 
 def update_norm(module: LoraModule) -> float:
@@ -29,7 +37,7 @@ def direction_stack(name: str, adapters: Mapping[str, Adapter], unit: Directions
 
     ρ_{k,m} = ‖Δ_{k,m}‖_F and D_{k,m} = Δ_{k,m} / ρ_{k,m} for the unit ``module``. For ``model``, ρ_k is the norm over
     all modules. For ``rank-one``, D_{k,m} = Σ_j u_j v_jᵀ / √q over the q singular directions of Δ_{k,m}, so that all
-    count alike and ‖D‖_F = 1, too. ρ = 0 gives D = 0.
+    count alike and ‖D‖_F = 1, too. ρ = 0 gives D = 0. For ``raw``, ρ_c D_k is Δ_k: the ablation without normalisation.
 
     Args:
         name: the client's domain.
@@ -53,9 +61,7 @@ def direction_stack(name: str, adapters: Mapping[str, Adapter], unit: Directions
         )
     stack_adapters(adapters)  # raises for layouts that differ and for values that are not finite
     own = adapters[name]
-    scale = {module: update_norm(lora) for module, lora in own.modules.items()}
-    if unit == "model":
-        scale = dict.fromkeys(scale, math.hypot(*scale.values()))
+    scale = _norms(own, unit)
     others = {domain: _directions(adapter, unit, scale) for domain, adapter in adapters.items() if domain != name}
     return stack_adapters({name: own, **others})
 
@@ -94,11 +100,56 @@ def personal_merge(name: str, expert: Adapter, stack: Stack, coefficients: torch
     return linear_merge(stack, coefficients.cpu())
 
 
-def _directions(adapter: Adapter, unit: Directions, scale: Mapping[str, float]) -> Adapter:
+def universal_merge(
+    adapters: Mapping[str, Adapter], coefficients: Mapping[str, torch.Tensor], unit: Directions
+) -> Adapter:
+    """Return the mean of all personal merges, Δ = 1/K Σ_c [o_c Δ_c + Σ_{k≠c} β_{c,k} ρ_c D_k], as one adapter.
+
+    It is linear in the K updates, with a coefficient for every module, and in the K directions of ``rank-one``. With
+    β = 0 and o = 1 it is the average, bit for bit.
+
+    Args:
+        adapters: domain -> expert, of all domains of the cohort.
+        coefficients: domain c -> (K, G), the row of c is o_c and the others are β_c; a domain that is not named has
+            β = 0 and o = 1.
+        unit: unit of normalisation, as in :func:`direction_stack`.
+
+    Raises:
+        LayoutMismatchError: the layouts, or the shapes of coefficients differ.
+        MergeError: a value is not finite.
+
+    Source: FeDecider-style, see :func:`direction_stack`.
+    """
+    layers = survey_adapters(adapters)
+    domains, modules = layers.domains, list(layers.group_of)
+    norms = torch.tensor([list(_norms(adapters[domain], unit).values()) for domain in domains], dtype=torch.float64)
+    own, along = torch.zeros_like(norms), torch.zeros_like(norms)  # (K, M): factors of Δ_k and of D_k
+    for place, domain in enumerate(domains):
+        given = coefficients.get(domain, torch.eye(len(domains))[place])
+        values = expand_coefficients(layers, given).double()[:, list(layers.group_of.values())]  # (K, M)
+        own[place] += values[place]
+        values[place] = 0.0
+        along += values * norms[place]
+    if unit == "rank-one":
+        ones = dict.fromkeys(modules, 1.0)
+        of_directions = {f"{domain}, directions": _directions(adapters[domain], unit, ones) for domain in domains}
+        stack = by_module(stack_adapters({**adapters, **of_directions}))
+        row_of = dict(zip([*domains, *(f"{domain}, directions" for domain in domains)], [*own, *along], strict=True))
+        return linear_merge(stack, torch.stack([row_of[name] for name in stack.domains]) / len(domains))
+    total = own + torch.where(norms > 0, along / norms, 0.0)
+    return linear_merge_of_many(adapters, by_module(layers), total / len(domains))
+
+
+def _norms(adapter: Adapter, unit: Directions) -> dict[str, float]:
+    """Return module -> ρ, by name; 1 without normalisation."""
     norms = {name: update_norm(module) for name, module in adapter.modules.items()}
-    if unit == "model":
-        norms = dict.fromkeys(norms, math.hypot(*norms.values()))
-    made = {}
+    if unit == "raw":
+        return dict.fromkeys(norms, 1.0)
+    return dict.fromkeys(norms, math.hypot(*norms.values())) if unit == "model" else norms
+
+
+def _directions(adapter: Adapter, unit: Directions, scale: Mapping[str, float]) -> Adapter:
+    norms, made = _norms(adapter, unit), {}
     for name, module in adapter.modules.items():
         if not norms[name] > 0 or not scale[name] > 0:
             made[name] = LoraModule(module.lora_A, torch.zeros_like(module.lora_B), 1.0)

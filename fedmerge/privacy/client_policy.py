@@ -77,7 +77,8 @@ max_minutes = 1440.0
 # merges in any case, and they contain other domains' adapters.
 receive_adapters = false
 
-# Allow learning merging coefficients on its own users (policy "catalog-private"); their gradients then leave.
+# Allow learning merging coefficients on its own users (policy "catalog-private"); their gradients then leave, or with
+# personal.universal the coefficients themselves.
 real_users = false
 
 # Take part in secure sums (policy "aggregate-only") only with identity_key and peer_keys in client.toml. Without them a
@@ -143,8 +144,8 @@ def check_run_is_allowed(
     ends every answer, be it of a training or of heads, after the organisation's ``max_minutes``.
 
     Args:
-        own: the organisation's policy; None if it has no policy file: then it allows everything but gradients of its
-            own users, and secure sums without keys.
+        own: the organisation's policy; None if it has no policy file: then it allows everything but gradients and
+            coefficients of its own users, and secure sums without keys.
         run: the experiment.
         domain: the organisation's domain.
         has_peer_keys: the client signs in secure sums and knows the keys of the others.
@@ -154,8 +155,10 @@ def check_run_is_allowed(
     """
     problems = []
     privacy, learned_on = run.privacy, run.through_clients.users
-    if learned_on == "own-users" and (own is None or not own.real_users):
-        problems.append(f"real_users = false, the run has through_clients.users = {learned_on!r}")
+    from_users = [f"through_clients.users = {learned_on!r}"] * (learned_on == "own-users")
+    from_users += ["personal.universal = true"] * run.personal.universal
+    if own is None or not own.real_users:
+        problems += [f"real_users = false, the run has {setting}" for setting in from_users]
     if privacy.policy == "aggregate-only" and not has_peer_keys and (own is None or own.require_peer_keys):
         problems.append(
             "require_peer_keys = true, the run has privacy.policy = 'aggregate-only' and this client has no "

@@ -19,6 +19,7 @@ from fedmerge.config import (
     Lora,
     Merge,
     MergeRec,
+    Personal,
     Rmm,
     Rounds,
     Text,
@@ -29,6 +30,7 @@ from fedmerge.encoder.backbone import Backbone
 from fedmerge.errors import MergeError, PolicyError
 from fedmerge.federated.product_space import weighted_sum
 from fedmerge.mergerec.coefficients import LearnedCoefficients, Progress, start_coefficients
+from fedmerge.mergerec.directions import universal_merge
 from fedmerge.mergerec.layer_maps.candidates import assemble, layer_candidates
 from fedmerge.mergerec.learn import learn_coefficients, student_vectors
 from fedmerge.mergerec.objective import MergeRecSettings
@@ -49,6 +51,8 @@ from fedmerge.server.layer_search import METHOD as RMM_STYLE
 from fedmerge.server.layer_search import Search, search_entries
 
 logger = logging.getLogger(__name__)
+
+UNIVERSAL = "fedecider-style"  # the mean of all personal merges
 
 FORMS: Mapping[str, Mapping[str, bool]] = {"per-step": {}, "published": {"per_step": False, "per_entry": False}}
 """Form of ``livar.forms`` -> the parameters that it sets."""
@@ -226,8 +230,8 @@ def merge_candidates(
             return made.adapter, made.entries()
         if variant.method == RMM_STYLE and search is not None:
             choices = layer_candidates(adapters, recipe.rmm.candidates, recipe.rmm.coefficients, recipe.seed)
-            found = search(choices)
-            return assemble(choices, found.layer_map), search_entries(choices, found, recipe.rmm)
+            best = search(choices)
+            return assemble(choices, best.layer_map), search_entries(choices, best, recipe.rmm)
         if learn is None or variant.method == RMM_STYLE:
             raise PolicyError(
                 f"{variant.method}: privacy.policy = 'catalog-private' keeps the catalogs at the clients, so its "
@@ -378,6 +382,32 @@ def candidates_of_mean(mean: Adapter, record: Mapping[str, Any], origin: Origin,
         )
         candidates.append(Candidate(adapter, provenance))
     return candidates
+
+
+def universal_candidate(
+    adapters: Mapping[str, Adapter], coefficients: Mapping[str, torch.Tensor], personal: Personal, origin: Origin
+) -> Candidate:
+    """Return the mean of all personal merges as a merge that every domain can be served.
+
+    Args:
+        adapters: domain -> expert, of all domains of the cohort.
+        coefficients: domain -> (K, G) that it fitted and sent; a domain that sent none counts with its expert.
+        personal: section ``[personal]``.
+        origin: hashes of the experts and what else is known of them.
+    """
+    adapter = universal_merge(adapters, coefficients, personal.directions or "module")
+    layout = survey_adapters(adapters, values=False)
+    fitted = {
+        domain: dict(zip(layout.domains, values.tolist(), strict=True))
+        for domain, values in sorted(coefficients.items())
+    }
+    provenance = replace(
+        provenance_of_merge(MergeVariant(UNIVERSAL), adapter, origin),
+        parameters=personal.model_dump(mode="json"),
+        coefficient_groups=list(layout.groups),
+        more={"personal_coefficients": fitted},
+    )
+    return Candidate(adapter, provenance)
 
 
 def candidate_of_rounds(

@@ -109,6 +109,27 @@ def test_a_fit_lowers_its_loss_and_never_falls_below_the_expert_on_validation(
     assert adapter_sha256(again.adapter) == adapter_sha256(found.adapter)
 
 
+def test_a_factor_on_the_own_update_is_fitted_if_asked_for(client: LocalDomain, adapters: dict[str, Adapter]) -> None:
+    settings = replace(SETTINGS, personal=SETTINGS.personal.model_copy(update={"own": True, "fit_on": "train"}))
+    found = fit_personal_merge(client, adapters, settings, client.training_sequences)
+    fixed = replace(settings, personal=settings.personal.model_copy(update={"own": False}))
+    without = fit_personal_merge(client, adapters, fixed, client.training_sequences)
+    if found.record["best_step"]:
+        assert found.record["coefficients"]["toys"] != [1.0] * len(found.record["groups"])
+    assert without.record["coefficients"]["toys"] == [1.0] * len(found.record["groups"])
+    neutral = fit_personal_merge(client, adapters, settings, [])
+    assert adapter_sha256(neutral.adapter) == adapter_sha256(adapters["toys"])
+
+
+def test_what_is_off_is_not_in_the_name_of_a_fit() -> None:
+    """Fits of versions without these settings are found again; the universal merge changes no fit."""
+    known = {"directions", "fit_on", "steps", "learning_rate"}
+    sent = replace(SETTINGS, personal=SETTINGS.personal.model_copy(update={"universal": True}))
+    assert SETTINGS.record()["personal"].keys() == sent.record()["personal"].keys() == known
+    own = replace(SETTINGS, personal=SETTINGS.personal.model_copy(update={"own": True}))
+    assert own.record()["personal"].keys() == known | {"own"}
+
+
 def test_without_users_the_merge_is_the_expert(client: LocalDomain, adapters: dict[str, Adapter]) -> None:
     found = fit_personal_merge(client, adapters, SETTINGS, [])
     assert adapter_sha256(found.adapter) == adapter_sha256(adapters["toys"])

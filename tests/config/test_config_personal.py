@@ -25,6 +25,12 @@ def test_personal_merges_are_off_unless_asked_for() -> None:
             "single adapters without noise",
         ),
         ({"personal.directions": "layer"}, "personal.directions"),
+        ({"personal.directions": "none", "personal.universal": True}, "no coefficients to send"),
+        ({"personal.universal": True, "privacy.metrics": "suppressed"}, "set personal.universal = false, or privacy"),
+        (
+            {"personal.universal": True, "dp.mode": "domain-local", "dp.noise_multiplier": 1, "dp.delta": 1e-5},
+            "'domain-local' promises a bound",
+        ),
     ],
 )
 def test_what_personal_merges_cannot_go_with_is_refused_by_name(changes: dict[str, object], problem: str) -> None:

@@ -1,7 +1,7 @@
 """Directions of personal merges: normalisation, its units, and what magnitudes change."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -17,11 +17,14 @@ from fedmerge.mergerec.directions import (
     modules_without_direction,
     personal_merge,
     start_of_personal,
+    universal_merge,
     update_norm,
 )
+from fedmerge.merging.training_free import merge_adapters
 
 LAYOUT = {"encoder.layer.0.query": (6, 5), "encoder.layer.1.query": (4, 7)}
-UNITS: tuple[Directions, ...] = ("module", "model", "rank-one")
+NORMALISED: tuple[Directions, ...] = ("module", "model", "rank-one")
+UNITS: tuple[Directions, ...] = (*NORMALISED, "raw")
 
 
 def changed(adapters: Mapping[str, Adapter], domain: str, factor_B: float, factor_scaling: float) -> dict[str, Adapter]:
@@ -64,7 +67,8 @@ def expected(adapters: Mapping[str, Adapter], beta: np.ndarray, unit: Directions
                 U, S, Vh = torch.linalg.svd(other[name], full_matrices=False)
                 rank = int((1e-6 * S[0] < S).sum())
                 direction = U[:, :rank] @ Vh[:rank] / rank**0.5
-            found[name] += float(beta[row, group]) * norm(own, name) * direction
+            scaled = other[name] if unit == "raw" else norm(own, name) * direction
+            found[name] += float(beta[row, group]) * scaled
     return found
 
 
@@ -96,7 +100,7 @@ def test_a_domain_alone_is_served_its_expert() -> None:
     assert adapter_sha256(merged(adapters, np.zeros((0, 2)), "module")) == adapter_sha256(adapters["toys"])
 
 
-@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("unit", NORMALISED)
 @pytest.mark.parametrize(("factor_B", "factor_scaling"), [(10.0, 1.0), (1.0, 10.0), (4.0, 0.25)])
 def test_magnitudes_of_the_others_change_nothing(unit: Directions, factor_B: float, factor_scaling: float) -> None:
     """So an attack that scales its update up is void, and so is moving the scaling into B."""
@@ -111,7 +115,7 @@ def test_magnitudes_of_the_others_change_nothing(unit: Directions, factor_B: flo
 def test_the_units_agree_for_one_module_of_rank_one() -> None:
     layout = {"encoder.layer.0.query": (6, 5)}
     adapters = {name: random_adapter(layout, 1, 1.5, seed) for seed, name in enumerate(("toys", "books", "tents"))}
-    first, *others = (dense(merged(adapters, BETA[:, :1], unit)) for unit in UNITS)
+    first, *others = (dense(merged(adapters, BETA[:, :1], unit)) for unit in NORMALISED)
     for other in others:
         for name in first:
             assert torch.allclose(first[name], other[name], rtol=0, atol=1e-6)
@@ -126,6 +130,12 @@ def test_an_update_of_zero_has_no_direction(unit: Directions) -> None:
         assert torch.allclose(found[name], wanted[name], rtol=0, atol=1e-7)
 
 
+def test_without_normalisation_a_magnitude_counts() -> None:
+    adapters = random_adapters(LAYOUT)
+    before, after = (dense(merged(given, BETA, "raw")) for given in (adapters, changed(adapters, "books", 10.0, 1.0)))
+    assert all(torch.linalg.norm(before[name] - after[name]) > 0.1 * torch.linalg.norm(before[name]) for name in before)
+
+
 def test_an_expert_of_zero_stays_zero() -> None:
     """β is in units of the own update, so there is no unit for a module that learned nothing."""
     found = merged(changed(random_adapters(LAYOUT), "toys", 0.0, 1.0), BETA, "module")
@@ -136,6 +146,53 @@ def test_the_order_of_the_domains_changes_nothing() -> None:
     adapters = random_adapters(LAYOUT)
     shuffled = dict(reversed(adapters.items()))
     assert adapter_sha256(merged(adapters, BETA, "module")) == adapter_sha256(merged(shuffled, BETA, "module"))
+
+
+# The universal merge
+
+
+def coefficients_of(domains: Sequence[str], seed: int = 0) -> dict[str, torch.Tensor]:
+    """Draw (K, G) for every domain: about 0 for the others and about 1 for its own update."""
+    rng = torch.Generator().manual_seed(seed)
+    return {
+        domain: torch.eye(len(domains))[place, :, None] + 0.3 * torch.randn(len(domains), 2, generator=rng)
+        for place, domain in enumerate(sorted(domains))
+    }
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_a_universal_merge_is_the_mean_of_the_personal_ones(unit: Directions) -> None:
+    adapters = random_adapters(LAYOUT)
+    fitted = coefficients_of(list(adapters))
+    found = dense(universal_merge(adapters, fitted, unit))
+    personal = [
+        dense(personal_merge(name, adapters[name], direction_stack(name, adapters, unit), values))
+        for name, values in fitted.items()
+    ]
+    for name, delta in found.items():
+        mean = torch.stack([each[name] for each in personal]).mean(0)
+        assert torch.linalg.norm(delta - mean) < 1e-5 * torch.linalg.norm(mean)
+    shuffled = universal_merge(dict(reversed(adapters.items())), dict(reversed(fitted.items())), unit)
+    assert adapter_sha256(shuffled) == adapter_sha256(universal_merge(adapters, fitted, unit))
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_without_coefficients_a_universal_merge_is_the_average_bit_for_bit(unit: Directions) -> None:
+    adapters = random_adapters(LAYOUT)
+    average = adapter_sha256(merge_adapters(adapters, "average").adapter)
+    neutral = {name: torch.eye(3)[place, :, None].expand(3, 2) for place, name in enumerate(sorted(adapters))}
+    assert adapter_sha256(universal_merge(adapters, neutral, unit)) == average
+    assert adapter_sha256(universal_merge(adapters, {}, unit)) == average  # nobody sent any
+    alone = {"toys": adapters["toys"]}
+    found = dense(universal_merge(alone, {}, unit))
+    assert all(torch.allclose(found[name], delta, atol=1e-6) for name, delta in dense(adapters["toys"]).items())
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_a_domain_that_learned_nothing_makes_no_nan(unit: Directions) -> None:
+    adapters = changed(random_adapters(LAYOUT), "books", 0.0, 1.0)
+    found = universal_merge(adapters, coefficients_of(list(adapters)), unit)
+    assert all(delta.isfinite().all() for delta in dense(found).values())
 
 
 def test_what_cannot_be_combined_is_refused_by_name() -> None:

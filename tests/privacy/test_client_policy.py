@@ -106,6 +106,11 @@ def test_a_missing_file_sends_nothing(tmp_path: Path) -> None:
             "real_users = false.*through_clients.users = 'own-users'",
         ),
         (
+            {"policies": "catalog-private", "receive_adapters": True},
+            {**PRIVATE, "personal.directions": "module", "personal.universal": True},
+            "real_users = false, the run has personal.universal = true",
+        ),
+        (
             {"policies": "adapter", "min_users": 30},
             {"privacy.min_users": 3, "privacy.metrics": "suppressed"},
             "policies = .*; min_users = 30, .* = 3[.]",

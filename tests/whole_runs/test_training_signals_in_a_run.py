@@ -80,7 +80,7 @@ def test_the_server_has_what_the_clients_measured(place: Path, whole: Path) -> N
 def test_the_merges_are_those_of_the_signals(whole: Path) -> None:
     experts = experts_of(whole)
     signals = {domain: read_signals(whole / "adapters" / domain, expert) for domain, expert in experts.items()}
-    published = {"per_step": False, "per_entry": False}
+    published: dict[str, Any] = {"per_step": False, "per_entry": False}
     for coefficient in (1.0, 1.8):
         for form, parameters in (("", {}), ("-per_step-0-per_entry-0", published)):
             label = f"livar-style-{coefficient:g}{form}"

@@ -40,7 +40,6 @@ from fedmerge.mergerec.directions import (
     start_of_personal,
 )
 from fedmerge.mergerec.vectors import Vectors, merged_forward, on_device
-from fedmerge.merging.stack import Stack
 
 RECORD_FILE = "personal.json"
 BATCH_SIZE = 64
@@ -71,8 +70,9 @@ class PersonalSettings:
     threads: int
 
     def record(self) -> dict[str, Any]:
-        """Return the settings as JSON types, for the cache."""
-        return {**asdict(self), "personal": self.personal.model_dump()}
+        """Return the settings as JSON types, for the cache; what is off is left out, so that other fits are found."""
+        section = self.personal.model_dump(exclude={"universal"} if self.personal.own else {"universal", "own"})
+        return {**asdict(self), "personal": section}
 
 
 def personal_settings(config: ExperimentConfig) -> PersonalSettings:
@@ -93,7 +93,8 @@ class PersonalMerge:
 
     Attributes:
         adapter: the merge; the expert itself if no step beats it on validation.
-        record: what is known of it, as in the cache: ``coefficients`` (domain -> G numbers, 1 for the own update),
+        record: what is known of it, as in the cache: ``coefficients`` (domain -> G numbers, 1 for the own update
+            unless it is fitted),
             ``groups``, ``best_step``, ``validations`` (step, NDCG@10), ``num_users``, ``seconds``, and
             ``without_direction`` (domain -> modules whose update is zero).
     """
@@ -130,11 +131,11 @@ def fit_personal_merge(
     settings: PersonalSettings,
     sequences: Sequences,
     progress: Progress = lambda line: None,
-    vectors: Stack | None = None,
 ) -> PersonalMerge:
     """Fit a client's coefficients β by Adam from 0, and keep the best of five points on validation.
 
-    L(β) = in-batch softmax of the users' next items + ½ · 10⁻³ ‖β‖², with the factor of the own update fixed at 1.
+    L(β) = in-batch softmax of the users' next items + ½ · 10⁻³ ‖β‖². The factor of the own update is 1; with
+    ``personal.own`` it is fitted, too, from 1 by layer, and the prior pulls it there.
 
     Args:
         domain: the client's domain.
@@ -142,7 +143,6 @@ def fit_personal_merge(
         settings: see there.
         sequences: of :func:`fitting_sequences`.
         progress: receives a line after every validation.
-        vectors: stack of the same domains in place of the normalised directions, for studies.
 
     Raises:
         MergeError: the own expert is missing, or a loss is not finite.
@@ -152,7 +152,7 @@ def fit_personal_merge(
     """
     started, name = time.monotonic(), domain.manifest.name
     section = settings.personal
-    stack = vectors or direction_stack(name, adapters, section.directions or "module")
+    stack = direction_stack(name, adapters, section.directions or "module")
     expert, own, start = adapters[name], stack.domains.index(name), start_of_personal(name, stack)
     validations: list[tuple[int, float]] = []
     best_step, coefficients = 0, start
@@ -171,7 +171,8 @@ def fit_personal_merge(
 
         def gradient(_: int, values: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
             found, loss = coefficient_gradient(domain, on_backbone, values, next(batches)[0])
-            found[own] = 0.0  # the own update keeps its factor
+            if not section.own:
+                found[own] = 0.0  # the own update keeps its factor
             return found, {"total": loss}
 
         learned = optimise(

@@ -13,7 +13,14 @@ from fedmerge.config.training import Rounds
 def personal_problems(personal: Personal, privacy: Privacy, dp: DP, rounds: Rounds, num_domains: int) -> Iterator[str]:
     """Yield settings under which clients have no directions of others, or noise does not cover personal merges."""
     if personal.directions is None:
+        if personal.universal:
+            yield (
+                "personal.universal = true without personal.directions: there are no coefficients to send; set "
+                "personal.directions = 'module', or personal.universal = false"
+            )
         return
+    if personal.universal:
+        yield from _universal_problems(privacy, dp)
     asked = f"personal.directions = '{personal.directions}'"
     if privacy.policy != "catalog-private":
         yield (
@@ -37,4 +44,15 @@ def personal_problems(personal: Personal, privacy: Privacy, dp: DP, rounds: Roun
         yield (
             f"{asked} with dp.mode = 'domain-central': the clients would receive single adapters without noise; set "
             "dp.mode = 'domain-local', or personal.directions = 'none'"
+        )
+
+
+def _universal_problems(privacy: Privacy, dp: DP) -> Iterator[str]:
+    sent = "personal.universal = true sends coefficients that are fitted to users without noise"
+    if dp.mode != "none":
+        yield f"{sent}, but dp.mode = '{dp.mode}' promises a bound; set personal.universal = false, or dp.mode = 'none'"
+    if privacy.metrics != "exact":
+        yield (
+            f"{sent}, but privacy.metrics = '{privacy.metrics}' holds exact numbers back; set personal.universal = "
+            "false, or privacy.metrics = 'exact'"
         )

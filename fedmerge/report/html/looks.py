@@ -57,6 +57,7 @@ METHODS: Mapping[int, tuple[str, ...]] = {
         "federated head, fused",
         "personal merge",
         "livar-style",
+        "fedecider-style",
     ),
 }
 

@@ -170,7 +170,24 @@ def fit_personal(message: Message, context: Context) -> RecordDict:
     check_may_leave(client.config.privacy.policy, "training report", client.domain.manifest.name)
     request = records.read_personal_request(message.content)
     found = own_personal_merge(client, request.cohort_sha256, request.expert_sha256)
-    return records.fitted_record(float(found.record["seconds"]))
+    return records.fitted_record(float(found.record["seconds"]), _for_universal(client, found))
+
+
+def _for_universal(client: Client, found: PersonalMerge) -> torch.Tensor | None:
+    """Return the fitted coefficients (K, G), if the run makes a universal merge and enough users are behind them."""
+    config, name = client.config, client.domain.manifest.name
+    if not config.personal.universal:
+        return None
+    check_may_leave(config.privacy.policy, "coefficient gradient", name)
+    if found.record["num_users"] < config.privacy.min_users:
+        logger.warning(
+            "%s: coefficients fitted to %d users stay here: fewer than privacy.min_users = %d",
+            name,
+            found.record["num_users"],
+            config.privacy.min_users,
+        )
+        return None
+    return torch.tensor([values for _, values in sorted(found.record["coefficients"].items())])
 
 
 def own_personal_merge(client: Client, cohort_sha256: str, expert_sha256: str) -> PersonalMerge:

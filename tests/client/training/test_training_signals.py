@@ -43,7 +43,7 @@ def trained_on_quadratics(backbone: Backbone, rate: float | None) -> tuple[Signa
             attached.optimizer.zero_grad()
             for name, pair in factors.items():
                 for factor, target in zip(pair, drawn[name], strict=True):
-                    ((factor - target) ** 2).sum().backward()
+                    torch.autograd.backward(((factor - target) ** 2).sum())
             before = {name: [each.detach().double().clone() for each in pair] for name, pair in factors.items()}
             if rate is None:
                 attached.optimizer.step()

@@ -23,7 +23,7 @@ from fedmerge.merging.training_free import merge_adapters
 
 LAYOUT: Layout = {"layer.0.query": (5, 4), "layer.1.query": (6, 6), "layer.1.value": (4, 6), "top": (3, 7)}
 NAMES = ("toys", "books", "tents", "coffee")
-PUBLISHED = {"per_step": False, "per_entry": False}
+PUBLISHED: dict[str, Any] = {"per_step": False, "per_entry": False}
 
 
 @pytest.fixture
@@ -89,8 +89,13 @@ def slow(adapters: Mapping[str, Adapter], signals: Mapping[str, TrainingSignals]
             by_A, by_B = (each.steps * factor.numel() ** 0.5 for factor in (shapes.lora_A, shapes.lora_B))
             found[name, module] = (a, b) if published else (a / by_A, b / by_B)
     of_A, of_B = [a for a, _ in found.values()], [b for _, b in found.values()]
-    raw = np.array([[cell(*found[name, module], of_A, of_B) for module in sorted(LAYOUT)] for name in sorted(signals)])
-    return raw / raw.sum(0)
+    raw = np.zeros((len(signals), len(LAYOUT)))
+    for row, name in enumerate(sorted(signals)):
+        for column, module in enumerate(sorted(LAYOUT)):
+            signal_A, signal_B = found[name, module]
+            raw[row, column] = cell(signal_A, signal_B, of_A, of_B)
+    shares: np.ndarray = raw / raw.sum(0)
+    return shares
 
 
 @pytest.mark.parametrize("published", [False, True])

@@ -4,9 +4,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from flwr.app import Context, Message, RecordDict
+import torch
+from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
 from in_process import small_experiment
 from run_folders import unlisted_files
 
@@ -18,6 +20,7 @@ from fedmerge.encoder.peft.folder import read_adapter
 from fedmerge.evaluation.sums import BACKBONE, EXPERT, PERSONAL
 from fedmerge.files import read_json
 from fedmerge.runs.checkpoints import read_sources, read_sums
+from fedmerge.server.candidates import UNIVERSAL
 from sim.app.messages import records
 from sim.local.in_process import answer_honestly, run_in_process
 
@@ -146,6 +149,65 @@ def test_an_attacker_that_scales_its_update_changes_no_personal_merge_of_others(
         honest["books"]["unmasked"].metrics_by_method()["average"]
         != (attacked["books"]["unmasked"].metrics_by_method()["average"])
     )
+
+
+@pytest.mark.parametrize("directions", ["module", "rank-one"])
+def test_a_universal_merge_is_one_more_candidate(place: Path, tmp_path: Path, directions: str) -> None:
+    config = experiment(place, tmp_path, **{"personal.universal": True, "personal.directions": directions})
+    run_in_process(config)
+    run = tmp_path / "run"
+    rows = pq.read_table(run / "exposure.parquet").to_pylist()
+    sent = [(row["name"], row["dtype"], row["shape"]) for row in rows if row["message"] == records.FIT_PERSONAL]
+    groups = read_json(run / "merged" / UNIVERSAL / "provenance.json")["coefficient_groups"]
+    per_client = [("coefficients.fitted", "float32", f"3x{len(groups)}"), ("facts.seconds", "float", "")]
+    assert sorted(sent) == sorted(3 * per_client)
+    experts = {domain: read_adapter(run / "adapters" / domain) for domain in DOMAINS[:3]}
+    sources = read_sources(run)
+    assert sources is not None
+    own = {name: find_personal_merge(name, sources, personal_settings(config), config.cache_dir) for name in experts}
+    found = read_adapter(run / "merged" / UNIVERSAL)
+    for name, module in found.modules.items():
+        mean = sum(each.modules[name].delta_weight() for each in own.values() if each is not None) / 3
+        assert torch.allclose(module.delta_weight(), torch.as_tensor(mean), atol=1e-5)
+    assert UNIVERSAL in read_sums(run, "test")["camping"]["unmasked"].methods  # unseen domains are tested on it
+
+    before = adapter_sha256(found)
+    run_in_process(config.model_copy(update={"run_id": "again"}))  # from the cached fits
+    assert adapter_sha256(read_adapter(tmp_path / "again" / "merged" / UNIVERSAL)) == before
+
+
+def test_coefficients_of_few_users_stay(place: Path, tmp_path: Path) -> None:
+    few = {"personal.universal": True, "evaluation.validation_users": 27}  # three of 30 users are left to fit on
+    run_in_process(experiment(place, tmp_path, **few))
+    rows = pq.read_table(tmp_path / "run" / "exposure.parquet").to_pylist()
+    assert {row["name"] for row in rows if row["message"] == records.FIT_PERSONAL} == {"facts.seconds"}
+    universal, average = (read_adapter(tmp_path / "run" / "merged" / label) for label in (UNIVERSAL, "average"))
+    assert adapter_sha256(universal) == adapter_sha256(average)
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        (np.ones((3, 9), np.float32), "have shape"),
+        (np.full((3, 2), np.inf, np.float32), "not finite"),
+        (np.full((3, 2), 1e3, np.float32), "farther than 8 from their start"),
+        (np.ones((3, 2)), "float64"),
+    ],
+)
+def test_malformed_coefficients_exclude_their_client(
+    place: Path, tmp_path: Path, values: np.ndarray, reason: str
+) -> None:
+    def malformed(message: Message, context: Context) -> Message | None:
+        honest = answer_honestly(message, context)
+        is_bad = DOMAINS[int(context.node_config["partition-id"])] == "coffee"
+        if is_bad and honest is not None and message.metadata.message_type == records.FIT_PERSONAL:
+            honest.content["coefficients"] = ArrayRecord({"fitted": Array(values)})
+        return honest
+
+    run_in_process(experiment(place, tmp_path, **{"personal.universal": True}), malformed)
+    excluded = read_json(tmp_path / "run" / "clients.json")["excluded"]
+    assert excluded.keys() == {"coffee"}
+    assert reason in str(excluded["coffee"])
 
 
 def test_a_learned_merge_shares_the_cohort(place: Path, tmp_path: Path) -> None:

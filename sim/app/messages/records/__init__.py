@@ -81,6 +81,7 @@ from sim.app.messages.records.personal import (
     fitted_record,
     personal_request_record,
     read_fitted,
+    read_fitted_coefficients,
     read_personal_request,
 )
 from sim.app.messages.records.replies import (
@@ -171,6 +172,7 @@ __all__ = [
     "read_evaluation_request",
     "read_expert",
     "read_fitted",
+    "read_fitted_coefficients",
     "read_fusion",
     "read_gradient",
     "read_gradient_request",

@@ -1,14 +1,17 @@
-"""Requests to fit a client's personal merge; the merge and its coefficients never travel."""
+"""Requests to fit a client's personal merge; its coefficients travel for a universal merge alone."""
 
 from dataclasses import asdict, dataclass
 
-from flwr.app import ConfigRecord, RecordDict
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from fedmerge.errors import ClientError
+from sim.app.messages.records.arrays import read_tensor
 from sim.app.messages.records.fields import FACTS, ONE_VERSION, read_config, read_dataclass
 from sim.app.messages.records.training import is_number
 
 FIT_PERSONAL = "train.personal"
+COEFFICIENTS = "coefficients"
 
 
 @dataclass(frozen=True)
@@ -38,9 +41,49 @@ def read_personal_request(content: RecordDict) -> PersonalRequest:
     return read_dataclass(PersonalRequest, dict(read_config(content, FACTS)))
 
 
-def fitted_record(seconds: float) -> RecordDict:
-    """Make the reply of a client that has fitted its personal merge: the seconds that it took, and nothing of it."""
-    return RecordDict({FACTS: ConfigRecord({"seconds": seconds})})
+def fitted_record(seconds: float, coefficients: torch.Tensor | None = None) -> RecordDict:
+    """Make the reply of a client that has fitted its personal merge.
+
+    Args:
+        seconds: that it took.
+        coefficients: (K, G) for the universal merge; None: nothing of the personal merge leaves.
+    """
+    content = RecordDict({FACTS: ConfigRecord({"seconds": seconds})})
+    if coefficients is not None:
+        content[COEFFICIENTS] = ArrayRecord({"fitted": Array(coefficients.float().numpy())})
+    return content
+
+
+def read_fitted_coefficients(
+    content: RecordDict, shape: tuple[int, int], own: int, bound: float
+) -> torch.Tensor | None:
+    """Return the coefficients in the reply of a client, (K, G); None if it held them back.
+
+    Args:
+        content: of the message.
+        shape: (K, G).
+        own: row of the client's own update, which starts at 1; the others start at 0.
+        bound: largest distance from the start.
+
+    Raises:
+        ClientError, LayoutMismatchError: another form, or coefficients that no fit can have.
+    """
+    if COEFFICIENTS not in content.array_records:
+        return None
+    arrays = content.array_records[COEFFICIENTS]
+    if {*arrays} != {"fitted"}:
+        raise ClientError(f"its coefficients are not one array; {ONE_VERSION}")
+    found = read_tensor(arrays["fitted"], "coefficients.fitted")
+    if tuple(found.shape) != shape:
+        raise ClientError(f"its coefficients have shape {tuple(found.shape)}, expected {shape}; {ONE_VERSION}")
+    moved = found.clone()
+    moved[own] -= 1.0
+    if not bool(moved.isfinite().all()) or float(moved.abs().max()) > bound:
+        raise ClientError(
+            f"its coefficients are not finite, or farther than {bound:g} from their start. Leave the domain out, or "
+            "check its client."
+        )
+    return found
 
 
 def read_fitted(content: RecordDict) -> float:

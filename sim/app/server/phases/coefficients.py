@@ -24,12 +24,13 @@ from fedmerge.mergerec.layer_maps.episodes import FoundMap, Sums
 from fedmerge.mergerec.learn import draw_pseudo_users
 from fedmerge.mergerec.objective import MergeRecSettings
 from fedmerge.mergerec.vectors import Vectors
-from fedmerge.merging.candidate import MergeVariant
+from fedmerge.merging.candidate import Candidate, MergeVariant, Origin
+from fedmerge.merging.stack import survey_adapters
 from fedmerge.privacy.dp.domain_noise import domain_noise
 from fedmerge.privacy.dp.releases import answers_have_noise
 from fedmerge.runs import checkpoints
 from fedmerge.runs.checkpoints import LEARNING
-from fedmerge.server.candidates import Learn
+from fedmerge.server.candidates import UNIVERSAL, Learn, universal_candidate
 from fedmerge.server.layer_search import NDCG_SCALE, Search, search_with
 from sim.app.messages import records
 from sim.app.server.asking import ask
@@ -163,7 +164,7 @@ def search_through_clients(run: Run, experts: Mapping[str, Adapter]) -> Search:
     return search
 
 
-def fit_personal_merges(run: Run, sources: Mapping[str, str]) -> None:
+def fit_personal_merges(run: Run, sources: Mapping[str, str], origin: Origin) -> list[Candidate]:
     """Let every training client fit its personal merge at home, if the experiment has them; the cohort is sent first.
 
     A resumed run asks again, and the clients find their merges in their caches.
@@ -171,13 +172,21 @@ def fit_personal_merges(run: Run, sources: Mapping[str, str]) -> None:
     Args:
         run: the run.
         sources: domain -> hash of its expert, of all domains that are merged.
+        origin: the same, and what else is known of the experts.
+
+    Returns:
+        The universal merge, if the experiment has one; else nothing, since personal merges stay with the clients.
 
     Raises:
         ClientError: too few clients are left.
     """
-    if run.config.personal.directions is None:
-        return
-    sha256, _ = _send_cohort(run, checkpoints.StoredExperts(run.folder, sources))
+    personal = run.config.personal
+    if personal.directions is None:
+        return []
+    experts = checkpoints.StoredExperts(run.folder, sources)
+    sha256, _ = _send_cohort(run, experts)
+    layout, fits = survey_adapters(experts, values=False), dict[str, torch.Tensor]()
+    shape, bound = (len(layout.domains), len(layout.groups)), 10 * personal.steps * personal.learning_rate
     domains = [domain for domain in run.members.in_role("train") if domain in sources]
     fitted: list[str] = []
 
@@ -186,6 +195,10 @@ def fit_personal_merges(run: Run, sources: Mapping[str, str]) -> None:
 
     def receive(domain: str, reply: RecordDict) -> None:
         seconds = records.read_fitted(reply)
+        if personal.universal:
+            own = layout.domains.index(domain)
+            values = records.read_fitted_coefficients(reply, shape, own, bound)
+            fits.update({} if values is None else {domain: values})
         logger.info("%s: personal merge fitted (%.0f s)", domain, seconds)
         fitted.append(domain)
 
@@ -197,6 +210,11 @@ def fit_personal_merges(run: Run, sources: Mapping[str, str]) -> None:
             receive,
         )
     run.require_quorum(fitted)
+    if not personal.universal:
+        return []
+    if before := checkpoints.read_candidates(run.folder, sources).get(UNIVERSAL):
+        return [before]
+    return [universal_candidate(experts, fits, personal, origin)]
 
 
 def _send_cohort(run: Run, experts: Mapping[str, Adapter]) -> tuple[str, dict[str, int]]:

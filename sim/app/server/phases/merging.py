@@ -57,7 +57,10 @@ def train_and_merge(run: Run, backbone: Backbone, catalogs: Mapping[str, Catalog
     candidates = merge_experts(run, backbone, sources, catalogs)
     if config.admission.rollback and failed and failed.keys() < sources.keys():
         candidates += merge_experts(run, backbone, sources, catalogs, without=sorted(failed))
-    fit_personal_merges(run, sources)
+    origin = Origin(sources, backbone.record, config.privacy.policy)
+    for universal in fit_personal_merges(run, sources, origin):
+        checkpoints.write_candidate(run.folder, universal, backbone.name)
+        candidates.append(universal)
     return Merges(list(sources), sources, candidates, failed)
 
 
