@@ -51,6 +51,7 @@ from fedmerge.runs.checkpoints import (
     merge_folder,
     read_candidates,
     read_sources,
+    stored_signals,
     write_candidate,
 )
 from fedmerge.runs.folder import environment
@@ -215,6 +216,7 @@ def write_merges(
         recipe,
         learn=learn,
         search=search,
+        signals=stored_signals(run, experts),
         finished=read_candidates(result.parent, sources),
         keep=lambda made: write_candidate(result.parent, made, config.backbone.source),
     )

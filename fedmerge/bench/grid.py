@@ -18,7 +18,7 @@ from fedmerge.bench.cells import JOINT, is_one_shot
 from fedmerge.bench.config import Bench, Dataset, Drawing
 from fedmerge.client.cache.experts import BATCHES
 from fedmerge.client.cache.folders import inputs_key
-from fedmerge.config import Admission, ExperimentConfig, Head, Rounds, Split, flatten
+from fedmerge.config import SIGNAL_METHODS, Admission, ExperimentConfig, Head, Rounds, Split, flatten
 from fedmerge.config.privacy import Policy
 from fedmerge.errors import ConfigError, RunDirError
 from fedmerge.files import read_json, write_json
@@ -85,7 +85,9 @@ class Grid:
             "policy": policy,
             "transport": wanted.privacy.transport,
             **({"threshold": wanted.privacy.threshold} if policy == "aggregate-only" else {}),
+            **({"signals": wanted.livar.spread} if wanted.sends_signals else {}),  # the cached experts, sent once more
         }
+        methods = [method for method in wanted.merge.methods if method in SIGNAL_METHODS and wanted.sends_signals]
         changes = {
             "name": "bench",
             "run_id": f"{place.dataset}-seed{place.seed}-{inputs_key(inputs)[:8]}",
@@ -93,7 +95,7 @@ class Grid:
             "until": "train",
             "domains": wanted.domains.model_copy(update={"train": domains, "unseen": ()}),
             "lora": wanted.lora.model_copy(update={"ranks": wanted.lora.ranks_of(domains)}),
-            "merge": wanted.merge.model_copy(update={"methods": ("average",)}),
+            "merge": wanted.merge.model_copy(update={"methods": ("average", *methods)}),
             "rounds": wanted.rounds if rounds else Rounds(),
             "admission": Admission(),
             "head": Head(),

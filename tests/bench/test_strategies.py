@@ -20,7 +20,7 @@ from fedmerge.errors import ClientError
 from fedmerge.files import read_json, seal, write_json
 from fedmerge.report.bench.page import bench_page
 from fedmerge.report.bench_tables import BenchTables
-from fedmerge.runs.checkpoints import merge_folder
+from fedmerge.runs.checkpoints import merge_folder, read_sources
 from fedmerge.runs.round_checkpoints import round_records
 
 pytestmark = pytest.mark.federation
@@ -51,6 +51,24 @@ def test_rounds_are_compared_like_other_strategies(
     assert costs["average"]["error"] is costs["average"]["residual"] is None
     assert costs["ffa-lora"]["bytes_up"] < costs["flora"]["bytes_up"]
     assert [row["step"] for row in tables.curves if (row["strategy"], row["domain"]) == ("flora", "books")] == [1, 2]
+
+
+def test_experts_send_their_signals_for_the_strategy_that_weighs_by_them(
+    bench_place: Path, finished_bench: tuple[Grid, BenchTables, list[str]]
+) -> None:
+    text = FILE.replace("[0, 1]", "[1]").replace("leave_one_out = true", "")
+    text += '\n[[strategy]]\nname = "livar"\nset = { "merge.methods" = "livar-style", "livar.coefficients" = "1" }\n'
+    (bench_place / "signals.toml").write_text(text)
+    grid = grid_in(bench_place, "signals", "signals.toml")
+    shutil.copytree(finished_bench[0].folder / "training", grid.folder / "training")
+    lines = finish(grid)
+    assert sum(line.startswith("training") for line in lines) == 1  # the cached experts, with their signals
+    place = Place("main", 1, "")
+    assert read_sources(grid.run(place, "livar")) == read_sources(grid.run(place, "average"))
+    provenance = read_json(merge_folder(grid.merges(place, "livar"), "livar-style 1") / "provenance.json")
+    assert "without_signals" not in provenance
+    assert sum(map(len, provenance["coefficients"].values())) == len(TRAIN) * len(provenance["coefficient_groups"])
+    assert "livar" in scores(tables_of(grid), domain="camping")
 
 
 def test_a_failed_or_incomplete_training_is_reported_and_the_others_are_compared(
