@@ -9,14 +9,14 @@ by hand. A method that stays outside this repository needs none of this: see ``f
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 
 from fedmerge.errors import ConfigError
 from fedmerge.merging.low_rank.spectral import Factors, iso_c, iso_cts, multi_slerp, slerp, tsv
 from fedmerge.merging.own_method import OwnMethod, function_name, function_parameters, load_function
-from fedmerge.merging.parameters import Parameter, Value, checked_parameters, markdown_table, parameter_text
+from fedmerge.merging.parameters import Parameter, Value, checked_parameters
 from fedmerge.merging.rows import (
     breadcrumbs,
     consensus,
@@ -470,45 +470,3 @@ def complete_parameters(name: str, parameters: Mapping[str, Value]) -> dict[str,
         ConfigError: no such method, or a parameter that is unknown or out of bounds.
     """
     return checked_parameters(f"merging method {name!r}", method_named(name).parameters, parameters)
-
-
-def describe_method(name: str) -> str:
-    """Describe a method in several lines of text.
-
-    Raises:
-        ConfigError: no such method.
-    """
-    method = method_named(name)
-    about = [("use", method.use)]
-    about += [("parameter", f"{key} = {parameter_text(parameter)}") for key, parameter in method.parameters.items()]
-    about += [
-        ("scope", _scopes(method)),
-        ("cost", method.cost),
-        ("source", method.source),
-        ("laws", ", ".join(method.laws) or "none declared"),
-    ]
-    return f"{name}: {method.what}\n" + "".join(f"  {key:<11}{text}\n" for key, text in about)
-
-
-def methods_table() -> str:
-    """Return METHODS as a Markdown table, without the laws."""
-    rows = []
-    for name, method in METHODS.items():
-        parameters = ", ".join(f"{key} {parameter_text(parameter)}" for key, parameter in method.parameters.items())
-        rows.append(
-            (f"`{name}`", method.what, method.use, parameters or "none", _scopes(method), method.cost, method.source)
-        )
-    return markdown_table(("method", "what it is", "when to use", "parameters", "scope", "cost", "source"), rows)
-
-
-def laws_table() -> str:
-    """Return the laws of every method as a Markdown table."""
-    laws = get_args(Law)
-    rows = [(f"`{name}`", *("x" if law in method.laws else "" for law in laws)) for name, method in METHODS.items()]
-    return markdown_table(("method", *laws), rows)
-
-
-def _scopes(method: Method) -> str:
-    if method.learned:
-        return "its granularity" if "granularity" in method.parameters else "layer"
-    return "tensor, layer, model" if method.rows else "all the same" if method.coefficients else "tensor"

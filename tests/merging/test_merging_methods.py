@@ -15,8 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fedmerge.adapter import Adapter, LoraModule, adapter_sha256
 from fedmerge.errors import ConfigError, LayoutMismatchError, MergeError
 from fedmerge.merging import rows as elementwise
+from fedmerge.merging.descriptions import laws_table, methods_table
 from fedmerge.merging.low_rank import spectral
-from fedmerge.merging.methods import METHODS, laws_table, methods_table
+from fedmerge.merging.methods import METHODS
 from fedmerge.merging.rows import Piece
 from fedmerge.merging.selection import order_statistics
 from fedmerge.merging.stack import stack_adapters

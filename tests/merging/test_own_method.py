@@ -19,7 +19,8 @@ from fedmerge.adapter import Adapter, LoraModule, adapter_sha256
 from fedmerge.config import from_flat, to_toml
 from fedmerge.encoder.peft.folder import read_adapter, write_adapter
 from fedmerge.errors import ConfigError, MergeError
-from fedmerge.merging.methods import describe_method, method_named
+from fedmerge.merging.descriptions import describe_method
+from fedmerge.merging.methods import method_named
 from fedmerge.merging.training_free import merge_adapters
 from fedmerge.seeding import derive
 from sim.local.in_process import run_in_process

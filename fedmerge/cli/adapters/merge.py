@@ -131,7 +131,8 @@ def add_commands(commands: "Commands") -> None:
 
 
 def _methods(options: argparse.Namespace) -> int:
-    from fedmerge.merging.methods import METHODS, describe_method, method_named
+    from fedmerge.merging.descriptions import describe_method
+    from fedmerge.merging.methods import METHODS, method_named
 
     for name in options.names:
         method_named(name)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from fedmerge.merging.methods import laws_table, methods_table
+from fedmerge.merging.descriptions import laws_table, methods_table
 from fedmerge.merging.parameters import markdown_table
 from fedmerge.report.docs.config_reference import config_reference, with_declared_keys
 from fedmerge.report.docs.strategies import strategies_table

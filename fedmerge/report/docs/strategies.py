@@ -87,6 +87,15 @@ OTHERS: tuple[Strategy, ...] = (
         "each domain may be served a merge of its own",
     ),
     Strategy(
+        "fedecider-style",
+        {"personal.directions": "module", "personal.universal": True, "privacy.policy": CATALOG_PRIVATE},
+        ("train", "query.cohort", "train.personal"),
+        "P up, K · P down, K · G numbers up",
+        "1, and a fit of (K − 1) · G numbers",
+        "the universal form of FeDecider-style (arXiv:2602.16034)",
+        "unseen domains shall be served the mean of the personal merges",
+    ),
+    Strategy(
         "local heads",
         {"head.kind": "local"},
         ("train", "train.head"),
@@ -187,6 +196,8 @@ def _of_method(name: str, method: Method) -> Strategy:
     travels = "P up, a catalog up" if method.learned else "P up"
     if name in SUMMED_METHODS:
         travels += ", or a masked sum"
+    if method.signals:
+        travels += ", 2 numbers a module up"
     return Strategy(name, {"merge.methods": name}, messages, travels, ONE_TRAINING, method.source, method.use)
 
 
@@ -199,4 +210,4 @@ def _of_rule(name: str, rule: Rule) -> Strategy:
 
 
 def _written(value: object) -> str:
-    return f'"{value}"' if isinstance(value, str) else str(value)
+    return f'"{value}"' if isinstance(value, str) else str(value).lower()  # TOML has true, not True
