@@ -36,6 +36,8 @@ def test_a_strategy_runs_under_some_policy_and_names_known_messages(strategy: St
         ("ties", ["adapter+catalog", "adapter", "catalog-private"], True),
         ("slerp", ["adapter+catalog", "adapter", "catalog-private"], True),  # of two domains
         ("mergerec", ["adapter+catalog", "catalog-private"], True),
+        ("contrastive teacher", ["adapter+catalog", "catalog-private"], True),
+        ("union similarity", ["adapter+catalog"], True),
         ("personal merges", ["catalog-private"], True),
         ("federated head", ["adapter+catalog", "adapter", "catalog-private", "aggregate-only"], False),
         ("rounds: multi-krum", ["adapter+catalog", "adapter", "catalog-private"], True),

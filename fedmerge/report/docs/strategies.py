@@ -24,6 +24,8 @@ BY_USER: Mapping[str, object] = {
 }
 COHORT = ("beauty", "books", "camping", "coffee", "garden")  # enough for every rule
 ONE_TRAINING = "1"
+FROM_CATALOGS = ("train", "query.catalog")
+CATALOG_UP = "P up, a catalog up"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,33 @@ class Strategy:
 
 
 OTHERS: tuple[Strategy, ...] = (
+    Strategy(
+        "contrastive pseudo-users",
+        {"merge.methods": "mergerec", "mergerec.pseudo_users": "contrastive-adaptive"},
+        FROM_CATALOGS,
+        CATALOG_UP,
+        ONE_TRAINING,
+        "Taesar-style (arXiv:2602.22743)",
+        "histories shall show what is special about each domain",
+    ),
+    Strategy(
+        "contrastive teacher",
+        {"merge.methods": "mergerec", "mergerec.teacher": "contrastive"},
+        FROM_CATALOGS,
+        CATALOG_UP,
+        ONE_TRAINING,
+        "Taesar-style (arXiv:2602.22743)",
+        "the merge shall learn where an expert differs from the others",
+    ),
+    Strategy(
+        "union similarity",
+        {"merge.methods": "mergerec", "mergerec.loss": "similarity"},
+        FROM_CATALOGS,
+        CATALOG_UP,
+        ONE_TRAINING,
+        "FedCIA-style (arXiv:2504.14208)",
+        "the merge shall relate items of different domains as the experts do on average",
+    ),
     Strategy(
         "learned through clients",
         {"merge.methods": "mergerec", "privacy.policy": CATALOG_PRIVATE},
@@ -192,8 +221,8 @@ def is_allowed(strategy: Strategy, more: Mapping[str, object]) -> bool:
 
 
 def _of_method(name: str, method: Method) -> Strategy:
-    messages = ("train", "query.catalog") if method.learned else ("train",)
-    travels = "P up, a catalog up" if method.learned else "P up"
+    messages = FROM_CATALOGS if method.learned else ("train",)
+    travels = CATALOG_UP if method.learned else "P up"
     if name in SUMMED_METHODS:
         travels += ", or a masked sum"
     if method.signals:
