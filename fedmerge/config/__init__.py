@@ -37,7 +37,16 @@ from fedmerge.config.personal import Directions, Personal
 from fedmerge.config.privacy import DP, Privacy, Transport
 from fedmerge.config.running import Admission, Baseline, Evaluation, Runtime, Simulation, Tracking
 from fedmerge.config.section import ATTRIBUTE, ATTRIBUTES, DOMAIN_NAME, Section, Split
-from fedmerge.config.training import AUGMENTATIONS, USERS_OBJECTIVES, RoundRule, Rounds, Train, named_numbers
+from fedmerge.config.training import (
+    AUGMENTATIONS,
+    USERS_OBJECTIVES,
+    RoundRule,
+    Rounds,
+    Train,
+    Weave,
+    WeaveSchedule,
+    named_numbers,
+)
 
 __all__ = [
     "ATTRIBUTE",
@@ -83,6 +92,8 @@ __all__ = [
     "Tracking",
     "Train",
     "Transport",
+    "Weave",
+    "WeaveSchedule",
     "declared",
     "describe_problem",
     "flat_to_toml",

@@ -23,6 +23,7 @@ from fedmerge.config.contradictions.runs import (
     run_problems,
     simulation_problems,
 )
+from fedmerge.config.contradictions.weaving import weave_problems
 from fedmerge.config.head import Head
 from fedmerge.config.merging import (
     LEARNED_METHODS,
@@ -40,7 +41,7 @@ from fedmerge.config.personal import Personal
 from fedmerge.config.privacy import DP, Privacy
 from fedmerge.config.running import Admission, Evaluation, Runtime, Server, Simulation, Tracking
 from fedmerge.config.section import Section
-from fedmerge.config.training import Rounds, Train
+from fedmerge.config.training import Rounds, Train, Weave
 
 
 class ExperimentConfig(Section):
@@ -82,6 +83,7 @@ class ExperimentConfig(Section):
     through_clients: ThroughClients = ThroughClients()
     head: Head = Head()
     personal: Personal = Personal()
+    weave: Weave = Weave()
     evaluation: Evaluation = Evaluation()
     server: Server = Server()
     privacy: Privacy = Privacy()
@@ -134,6 +136,7 @@ class ExperimentConfig(Section):
             *head_problems(self.head, self.rounds, self.privacy, self.dp, self.until, len(self.domains.train)),
             *personal_problems(self.personal, self.privacy, self.dp, self.rounds, len(self.domains.train)),
             *rmm_problems(self.rmm, self.merge, self.rounds, self.privacy, self.dp, self.server),
+            *weave_problems(self.weave, self.privacy, self.dp, self.rounds, len(self.domains.train)),
             *simulation_problems(self.simulation, self.domains, self.dp),
             *dp_problems(
                 self.dp,

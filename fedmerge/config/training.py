@@ -1,4 +1,4 @@
-"""Sections about training: one client's fine-tuning, and federations of several rounds."""
+"""Sections about training: one client's fine-tuning, federations of several rounds, and weaving."""
 
 import math
 from collections.abc import Collection, Sequence
@@ -25,6 +25,7 @@ RoundRule = Literal[
     "fedyogi",
 ]
 
+WeaveSchedule = Literal["all", "sampled", "ring", "relay", "mean"]
 OBJECTIVES = ("sp", "mip", "map", "coserec", "attribute-dropout")
 USERS_OBJECTIVES = frozenset(OBJECTIVES) - {"attribute-dropout"}  # their negatives are other users of the step
 AUGMENTATIONS = ("crop", "mask", "reorder", "insert", "substitute")
@@ -180,3 +181,38 @@ class Rounds(Section):
     def clients_a_round(self, num_domains: int) -> int:
         """Return how many of the training clients take part in a round, at least one."""
         return max(1, math.ceil(self.fraction * num_domains))
+
+
+class Weave(Section):
+    """Experts that other clients continue before the merge, explained in [weaving](reference/merging.md#weaving)."""
+
+    schedule: WeaveSchedule | None = Field(
+        None,
+        description="Adapters that a client continues on its own users. all: every other expert; sampled, ring: some "
+        "of them; relay: each adapter walks through all clients; mean: the mean of the others; 'none': no weaving. "
+        "Needs privacy.policy = 'catalog-private'.",
+    )
+    sources: int = Field(1, ge=1, description="Adapters that a client continues under schedules sampled and ring.")
+    steps: int = Field(200, ge=0, description="Optimiser steps of each; the best of five points on validation is kept.")
+    rate: float = Field(0.2, gt=0, le=10, description="AdamW learning rate, as a share of train.learning_rate.")
+    proximal: float = Field(0.0, ge=0, description="FedProx coefficient: pull towards the adapter that was received.")
+    factors: tuple[Annotated[float, Field(gt=0, le=10)], ...] = Field(
+        (1.0, 1.4, 1.8), min_length=1, description="Variants to try: factors on the mean of the woven adapters."
+    )
+
+    @model_validator(mode="after")
+    def _distinct(self) -> "Weave":
+        if values := twice([f"{value:g}" for value in self.factors]):
+            raise ValueError(
+                f"factors has {values} more than once (to the six digits that name a merge); give each once"
+            )
+        return self
+
+    def trainings(self, num_domains: int) -> int:
+        """Return how many adapters each training client continues, of a run with this many of them."""
+        others = max(0, num_domains - 1)
+        if self.schedule is None or not others:
+            return 0
+        return {"mean": 1, "sampled": min(self.sources, others), "ring": min(self.sources, others)}.get(
+            self.schedule, others
+        )

@@ -22,6 +22,7 @@ from fedmerge.privacy.dp.releases import (
     metric_releases,
     noisy_answers,
     user_releases,
+    woven_steps,
 )
 from fedmerge.privacy.dp.replacement import replaced_epsilon
 from fedmerge.privacy.metric_sums import DISCLOSURES
@@ -204,7 +205,7 @@ def check_replacement_is_allowed(own: ClientPolicy | None, run: ExperimentConfig
     if own is None or own.adjacency != "replace" or own.max_epsilon is None or run.dp.mode != "user":
         return
     sums = metric_releases(run)
-    training = user_releases(run.train, noisy_answers(run), num_users) if num_users else ()
+    training = user_releases(run.train, noisy_answers(run), num_users, woven_steps(run)) if num_users else ()
     noise = agreed_noise(run.dp, training, sums) if training else 0.0
     releases = [*(Release(noise, rate, steps) for rate, steps in training), *sums]
     delta = own.max_delta or run.dp.delta or DEFAULT_DELTA

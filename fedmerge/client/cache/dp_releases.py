@@ -20,7 +20,7 @@ from fedmerge.client.local_domain import LocalDomain
 from fedmerge.client.training.dp_sgd import check_user_dp
 from fedmerge.client.training.expert import training_record
 from fedmerge.client.training.round import RoundTask
-from fedmerge.client.training.settings import TrainingSettings
+from fedmerge.client.training.settings import TrainingSettings, WeaveTask
 from fedmerge.config import DP, ExperimentConfig
 from fedmerge.encoder.peft.folder import read_adapter, write_adapter
 from fedmerge.errors import FedMergeError, PolicyError
@@ -37,6 +37,7 @@ from fedmerge.privacy.dp.releases import (
     noisy_answers,
     sample_rate,
     user_releases,
+    woven_steps,
 )
 from fedmerge.privacy.dp.releases import Release as Mechanism
 
@@ -134,6 +135,40 @@ def release_expert_once(domain: LocalDomain, folder: Path, key: str, train: Call
     return _release_adapter_once(domain, folder, what, key, train)
 
 
+def release_woven_once(
+    domain: LocalDomain,
+    cache_dir: str,
+    run_id: str | None,
+    task: WeaveTask,
+    most: int,
+    key: str,
+    train: Callable[[], Release],
+) -> Release:
+    """Return the adapter that a client continued in a pass: the cached one, or a new one that is cached.
+
+    Args:
+        domain: the client's domain.
+        cache_dir, run_id: as for :func:`releases_folder`.
+        task: the request.
+        most: number of passes that the noise is calibrated for.
+        key: key of the inputs of the training, apart from the machine that trains.
+        train: makes the release.
+
+    Raises:
+        PolicyError: another pass than those, the pass was released for another request, or it is damaged.
+        ClientError: it cannot be cached.
+    """
+    name = domain.manifest.name
+    _check_run_id(name, run_id)
+    if not 1 <= task.number <= most:
+        raise PolicyError(
+            f"domain {name}: the server asks for pass {task.number} of weaving, but the noise is calibrated for {most} "
+            "(weave.schedule, weave.sources), each released once. Use one configuration everywhere."
+        )
+    folder = releases_folder(cache_dir, run_id, name) / f"woven-{task.number}"
+    return _release_adapter_once(domain, folder, f"domain {name}: pass {task.number} of weaving", key, train)
+
+
 def releases_folder(cache_dir: str, run_id: str | None, domain: str) -> Path:
     """Return the folder of a client's releases in a run."""
     return Path(cache_dir).expanduser() / "released" / f"{domain}-{inputs_key({'run': run_id})}"
@@ -193,7 +228,8 @@ def release_answer_once(
     num_users, answers = len(domain.training_sequences), noisy_answers(config)
     if dp.mode == "user":
         check_user_dp(domain, dp)
-        releases, others = user_releases(config.train, answers, num_users), metric_releases(config)
+        releases = user_releases(config.train, answers, num_users, woven_steps(config))
+        others = metric_releases(config)
     else:
         releases, others = domain_releases(answers.number), ()
     key = inputs_key(

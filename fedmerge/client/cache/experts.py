@@ -1,7 +1,7 @@
 """The cache of a client's experts on its own disk: the same inputs are trained once."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from fedmerge.client.cache.dp_releases import Release, release_expert_once, rele
 from fedmerge.client.cache.folders import fill_folder, inputs_key
 from fedmerge.client.local_domain import LocalDomain
 from fedmerge.client.training.by_mode import train_adapter
-from fedmerge.client.training.expert import training_record
+from fedmerge.client.training.expert import TrainingReport, training_record
 from fedmerge.client.training.loop import Progress
 from fedmerge.client.training.poisoning import is_attacker
 from fedmerge.client.training.settings import TrainingSettings
@@ -25,6 +25,7 @@ from fedmerge.files import read_json, seal, write_json
 REPORT_FILE = "training.json"
 BATCHES = "equal"  # how users are split into batches; part of the key, so that experts of another split are not reused
 # Settings that the other kind of negatives ignores: left out of the key, so that they do not train an expert again.
+Trained = tuple[Adapter, TrainingReport, Mapping[str, Any] | None]
 _UNUSED = {"in-batch": {"negatives", "item_refresh_steps"}, "catalog": set[str]()}
 
 
@@ -51,7 +52,7 @@ def load_or_train_expert(
     Raises:
         PolicyError: by user, the run has released another expert, or the cached one is damaged.
     """
-    if not _is_released_once(settings, run_id):
+    if not is_released_once(settings, run_id):
         return _load_or_train(domain, settings, cache_dir, progress)
     trained_here: list[str] = []
 
@@ -69,13 +70,37 @@ def load_or_train_expert(
 def _load_or_train(
     domain: LocalDomain, settings: TrainingSettings, cache_dir: str, progress: Progress
 ) -> tuple[Adapter, dict[str, Any]]:
-    name, folder = domain.manifest.name, _folder(domain, settings, cache_dir)
+    def train(checkpoint: Path) -> Trained:
+        return train_adapter(domain, settings, progress, checkpoint)
+
+    return cached_or_trained(domain, _folder(domain, settings, cache_dir), "expert", train, progress)
+
+
+def cached_or_trained(
+    domain: LocalDomain, folder: Path, what: str, train: Callable[[Path], Trained], progress: Progress
+) -> tuple[Adapter, dict[str, Any]]:
+    """Return the adapter in a cache folder, or train it and fill the folder.
+
+    Args:
+        domain: the client's domain.
+        folder: named by a key of the inputs.
+        what: what the adapter is, for messages.
+        train: checkpoint file -> adapter, report, and record of its privacy loss.
+        progress: receives a line now and then.
+
+    Returns:
+        The adapter, and the report as :func:`load_or_train_expert` has it.
+
+    Raises:
+        ClientError: it cannot be cached.
+    """
+    name = domain.manifest.name
     if cached := _read_cached(folder):
-        progress(f"{name}: reusing the cached expert in {folder}")
+        progress(f"{name}: reusing the cached {what} in {folder}")
         return cached[0], {**cached[1], "cached": True}
     shutil.rmtree(folder, ignore_errors=True)  # a damaged one
     checkpoint = folder.with_name(f"{folder.name}.checkpoint.safetensors")
-    adapter, training, spent = train_adapter(domain, settings, progress, checkpoint)
+    adapter, training, spent = train(checkpoint)
     report = {**asdict(training), "sha256": adapter_sha256(adapter), "privacy": spent}
     if auxiliary := settings.train.auxiliary_record():
         report["auxiliary"] = auxiliary
@@ -86,7 +111,7 @@ def _load_or_train(
         write_adapter(adapter, expert, domain.backbone.name)
         write_json(expert / REPORT_FILE, seal(report))
 
-    fill_folder(folder, write, lambda: _read_cached(folder) is not None, f"domain {name}: its expert")
+    fill_folder(folder, write, lambda: _read_cached(folder) is not None, f"domain {name}: its {what}")
     checkpoint.unlink(missing_ok=True)
     adapter, report = _read_cached(folder) or (adapter, report)  # another process may have been faster
     return adapter, {**report, "cached": False}
@@ -111,7 +136,7 @@ def load_expert(
         ClientError: it is not in the cache.
     """
     folder = released_expert_folder(cache_dir, run_id, domain.manifest.name)
-    if not _is_released_once(settings, run_id) or not folder.exists():
+    if not is_released_once(settings, run_id) or not folder.exists():
         folder = _folder(domain, settings, cache_dir)
     cached = _read_cached(folder)
     if cached is None or sha256 not in (None, received(cached[0])):
@@ -135,13 +160,17 @@ def _folder(domain: LocalDomain, settings: TrainingSettings, cache_dir: str) -> 
     return Path(cache_dir).expanduser() / "experts" / f"{domain.manifest.name}-{_training_key(domain, settings)}"
 
 
-def _is_released_once(settings: TrainingSettings, run_id: str | None) -> bool:
+def is_released_once(settings: TrainingSettings, run_id: str | None) -> bool:
+    """Return True if a run counts what is trained, so that it has one adapter of each kind."""
     return settings.dp.mode == "user" and run_id is not None
 
 
 def _release_key(domain: LocalDomain, settings: TrainingSettings) -> str:
-    """Return the key of a released expert: versions, threads and device may change when a run resumes."""
-    inputs = expert_inputs(domain, settings)
+    return release_key(expert_inputs(domain, settings))
+
+
+def release_key(inputs: Mapping[str, Any]) -> str:
+    """Return the key of a release: versions, threads and device may change when a run resumes."""
     return inputs_key({key: value for key, value in inputs.items() if key not in ("versions", "threads", "device")})
 
 
@@ -176,6 +205,8 @@ def expert_inputs(domain: LocalDomain, settings: TrainingSettings) -> dict[str, 
         inputs["noise also for"] = [answers.number, answers.batch_size] if dp.mode == "user" else answers.number
     if dp.mode == "user" and dp.epsilon is not None and settings.sums:
         inputs["noise also for sums"] = [asdict(sums) for sums in settings.sums]
+    if dp.mode == "user" and dp.epsilon is not None and settings.woven_steps:
+        inputs["noise also for weaving"] = settings.woven_steps
     if is_attacker(settings.simulation, name):
         inputs["attack"] = settings.simulation.attack_record()
     if settings.simulation.audited:

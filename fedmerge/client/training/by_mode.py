@@ -1,7 +1,11 @@
-"""Training of an expert as ``dp.mode`` and the simulation ask: plain, with noise by user or by domain, or poisoned."""
+"""Training as ``dp.mode`` and the simulation ask: plain, with noise by user or by domain, or poisoned.
+
+Of an expert, or of another domain's adapter that is continued.
+"""
 
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +13,17 @@ from fedmerge.adapter import Adapter
 from fedmerge.client.auxiliary.prepared import prepare
 from fedmerge.client.local_domain import LocalDomain
 from fedmerge.client.training.dp_sgd import UserPlan, plan_record, private_steps, user_plan
-from fedmerge.client.training.expert import TrainingReport, check_can_train, train_expert
+from fedmerge.client.training.expert import (
+    TrainingReport,
+    check_can_train,
+    continue_adapter,
+    train_expert,
+    weaving_settings,
+)
 from fedmerge.client.training.loop import Attached, Budget, Progress, Recipe, Schedule, Step, fit
-from fedmerge.client.training.poisoning import is_attacker, train_poisoned_expert
-from fedmerge.client.training.settings import TrainingSettings
+from fedmerge.client.training.plain_sgd import proximal_penalty
+from fedmerge.client.training.poisoning import continue_poisoned, is_attacker, train_poisoned_expert
+from fedmerge.client.training.settings import TrainingSettings, WeaveTask
 from fedmerge.config import Lora, Train
 from fedmerge.encoder.lora import fresh_adapter
 from fedmerge.errors import DivergedError
@@ -41,7 +52,7 @@ def train_adapter(
     dp, train, name, lora = settings.dp, settings.train, domain.manifest.name, settings.lora.of(domain.manifest.name)
     if dp.mode == "user":
         check_can_train(domain)
-        plan = user_plan(domain, train, dp, settings.answers, settings.sums)
+        plan = user_plan(domain, train, dp, settings.answers, settings.sums, settings.woven_steps)
         progress(f"{name}: differential privacy by user, noise multiplier {plan.noise_multiplier:.3f}")
         adapter, report = train_private_expert(domain, lora, train, settings.seed, plan, progress, checkpoint)
         return adapter, report, plan_record(plan)
@@ -50,6 +61,40 @@ def train_adapter(
     if dp.mode == "domain-local":
         return _train_noisy_expert(domain, settings, progress, checkpoint)
     return *train_expert(domain, lora, train, settings.seed, progress, checkpoint), None
+
+
+def continue_as_asked(
+    domain: LocalDomain,
+    settings: TrainingSettings,
+    task: WeaveTask,
+    progress: Progress = lambda line: None,
+    checkpoint: Path | None = None,
+) -> tuple[Adapter, TrainingReport, Mapping[str, Any] | None]:
+    """Continue another domain's adapter as ``dp.mode`` and the simulation ask; without steps it stays as it is.
+
+    Returns, Raises:
+        As :func:`train_adapter`; also LayoutMismatchError for an adapter of another backbone.
+    """
+    name, weave, seed = domain.manifest.name, settings.weave, settings.seed
+    lora, train = settings.lora.of(name), weaving_settings(settings.train, weave)
+    if weave.steps == 0:
+        return task.start, TrainingReport(0, 0, "max_steps", 0.0, 0, ()), None
+    if settings.dp.mode == "user":
+        check_can_train(domain)
+        of_expert = user_plan(
+            domain, settings.train, settings.dp, settings.answers, settings.sums, settings.woven_steps
+        )
+        plan = replace(of_expert, steps=weave.steps)
+        adapter, report = train_private_expert(
+            domain, lora, train, seed, plan, progress, checkpoint, task.start, task.source, weave.proximal
+        )
+        return adapter, report, plan_record(plan)
+    if is_attacker(settings.simulation, name):
+        return *continue_poisoned(domain, replace(settings, train=train), task, progress), None
+    continued = continue_adapter(
+        domain, lora, train, seed, task.start, task.source, weave.proximal, progress, checkpoint
+    )
+    return *continued, None
 
 
 def _train_noisy_expert(
@@ -78,8 +123,11 @@ def train_private_expert(
     plan: UserPlan,
     progress: Progress = lambda line: None,
     checkpoint: Path | None = None,
+    start: Adapter | None = None,
+    source: str = "",
+    proximal: float = 0.0,
 ) -> tuple[Adapter, TrainingReport]:
-    """Fine-tune a fresh adapter with user-level differential privacy, and return the last one.
+    """Fine-tune an adapter with user-level differential privacy, and return the last one.
 
     No validation user is read, so there is no early stopping and the report has no loss.
 
@@ -88,6 +136,8 @@ def train_private_expert(
         plan: noise, sampling and steps.
         checkpoint: written where :func:`~fedmerge.client.training.expert.train_expert` would validate. With system
             randomness a resumed training draws other noise than an uninterrupted one.
+        start, source, proximal: as for :func:`fedmerge.client.training.expert.continue_adapter`; None for a fresh
+            adapter.
 
     Raises:
         DomainError: fewer than two users to train on.
@@ -100,11 +150,13 @@ def train_private_expert(
         budget=Budget(max_steps=plan.steps),
         check_every=settings.validate_every_steps,
     )
-    auxiliary = prepare(domain, settings, seed, name, by_user=True)
+    scope = (name,) if start is None else (name, "weave", source)
+    auxiliary = prepare(domain, settings, seed, *scope, by_user=True)
 
     def init(attached: Attached, first: int) -> Step:
-        return private_steps(domain, attached, settings, plan, seed, name, auxiliary=auxiliary)
+        penalty = proximal_penalty(attached, proximal)
+        return private_steps(domain, attached, settings, plan, seed, *scope, penalty=penalty, auxiliary=auxiliary)
 
-    recipe = Recipe(name, init, schedule)
+    recipe = Recipe(name, init, schedule, start=start)
     trained = fit(recipe, domain.backbone, lora, seed, progress, checkpoint)
     return trained.adapter, TrainingReport(plan.steps, plan.steps, "max_steps", trained.seconds, 0, ())

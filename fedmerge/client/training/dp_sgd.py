@@ -68,8 +68,10 @@ class Records:
     users: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
 
-def user_plan(domain: LocalDomain, train: Train, dp: DP, answers: NoisyAnswers, sums: tuple[Release, ...]) -> UserPlan:
-    """Calibrate the noise of a training and of the noisy answers about coefficients, beside noisy metric sums.
+def user_plan(
+    domain: LocalDomain, train: Train, dp: DP, answers: NoisyAnswers, sums: tuple[Release, ...], woven: int = 0
+) -> UserPlan:
+    """Calibrate the noise of all trainings and of the noisy answers about coefficients, beside noisy metric sums.
 
     Args:
         domain: the client's domain.
@@ -77,6 +79,10 @@ def user_plan(domain: LocalDomain, train: Train, dp: DP, answers: NoisyAnswers, 
         dp: (ε, δ) or the noise, the clip norm and the randomness.
         answers: noisy answers that are computed from users.
         sums: noisy metric sums, which have noise of their own and share (ε, δ).
+        woven: steps in which the client continues adapters of others, with the same noise.
+
+    Returns:
+        The plan of the expert's training.
 
     Raises:
         DomainError: as :func:`check_user_dp`.
@@ -84,7 +90,7 @@ def user_plan(domain: LocalDomain, train: Train, dp: DP, answers: NoisyAnswers, 
     """
     check_user_dp(domain, dp)
     num_users = len(domain.training_sequences)
-    releases = user_releases(train, answers, num_users)
+    releases = user_releases(train, answers, num_users, woven)
     rate, steps = releases[0]
     return UserPlan(agreed_noise(dp, releases, sums), dp.clip, rate, num_users, steps, dp.randomness)
 

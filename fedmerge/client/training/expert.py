@@ -1,5 +1,6 @@
-"""Local fine-tuning of a LoRA adapter on a client's own users."""
+"""Local fine-tuning of a LoRA adapter on a client's own users: an expert, or another domain's adapter continued."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +13,10 @@ from fedmerge.client.auxiliary.prepared import prepare, trained_maps
 from fedmerge.client.local_domain import LocalDomain
 from fedmerge.client.training.batches import Batch, training_batches
 from fedmerge.client.training.checkpoint import Validation
-from fedmerge.client.training.loop import Progress, Recipe, Schedule, budget_of, fit
+from fedmerge.client.training.loop import Attached, Progress, Recipe, Schedule, Step, budget_of, fit
 from fedmerge.client.training.losses import TEMPERATURE
-from fedmerge.client.training.plain_sgd import batch_steps
-from fedmerge.config import Lora, Train
+from fedmerge.client.training.plain_sgd import batch_steps, proximal_penalty
+from fedmerge.config import Lora, Train, Weave
 from fedmerge.domain.splits import Examples, evaluation_examples
 from fedmerge.encoder.encode import encode
 from fedmerge.encoder.text import pack_sequences
@@ -23,6 +24,7 @@ from fedmerge.errors import DomainError
 from fedmerge.evaluation.ranks import rank_targets, selection_score
 
 PATIENCE = 5  # validations without a better NDCG@10 that end a training
+WOVEN_POINTS = 5  # of a training that continues an adapter, the start among them; so patience never ends it
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class TrainingReport:
 
     Attributes:
         steps: optimiser steps made.
-        best_step: the step whose adapter was selected; 0 is the untouched backbone.
+        best_step: the step whose adapter was selected; 0 is the start: the untouched backbone, or what was received.
         stopped_by: the budget that ended it, or ``patience``.
         seconds: wall clock.
         validation_users: number of users in each validation.
@@ -81,6 +83,52 @@ def train_expert(
     return fine_tune(name, [domain], batches, lora, settings, seed, progress, checkpoint)
 
 
+def continue_adapter(
+    domain: LocalDomain,
+    lora: Lora,
+    settings: Train,
+    seed: int,
+    start: Adapter,
+    source: str,
+    proximal: float = 0.0,
+    progress: Progress = lambda line: None,
+    checkpoint: Path | None = None,
+) -> tuple[Adapter, TrainingReport]:
+    """Continue another domain's adapter on a client's own users, with a new optimiser; the best on validation is kept.
+
+    Args:
+        domain: the client's domain.
+        lora: layout of the adapter, except for its rank and scaling.
+        settings: optimiser and steps, of :func:`weaving_settings`.
+        seed: seed of the experiment.
+        start: the adapter, which has its own rank and scaling.
+        source: whose it is; sampling depends on it, on the seed and on the domain's name only.
+        proximal: μ of FedProx, the pull towards ``start``.
+        progress, checkpoint: as for :func:`train_expert`, which states results and errors.
+
+    Raises:
+        LayoutMismatchError: ``start`` is an adapter of another backbone.
+    """
+    check_can_train(domain)
+    name = domain.manifest.name
+    drawn = training_batches(domain.training_sequences, settings, seed, name, "weave", source)
+    batches = ((domain, batch, epochs) for batch, epochs in drawn)
+    title = f"{name}, continuing {source}"
+    return fine_tune(title, [domain], batches, lora, settings, seed, progress, checkpoint, start, proximal)
+
+
+def weaving_settings(train: Train, weave: Weave) -> Train:
+    """Return the settings of the training that continues an adapter: five points are validated, and none ends it."""
+    changes = {
+        "learning_rate": train.learning_rate * weave.rate,
+        "max_steps": weave.steps,
+        "max_epochs": None,
+        "max_minutes": None,
+        "validate_every_steps": max(1, math.ceil(weave.steps / (WOVEN_POINTS - 1))),
+    }
+    return train.model_copy(update=changes)
+
+
 def fine_tune(
     name: str,
     domains: Sequence[LocalDomain],
@@ -90,14 +138,18 @@ def fine_tune(
     seed: int,
     progress: Progress = lambda line: None,
     checkpoint: Path | None = None,
+    start: Adapter | None = None,
+    proximal: float = 0.0,
 ) -> tuple[Adapter, TrainingReport]:
-    """Train a fresh adapter on batches; select the best by mean NDCG@10 over the domains' validation users.
+    """Train an adapter on batches; select the best by mean NDCG@10 over the domains' validation users.
 
     Args:
         name: subject of progress lines.
         domains: one, or several that share a backbone.
         batches: endless: the domain, its users, and the epochs done after them.
         lora, settings, seed, progress, checkpoint: as for :func:`train_expert`, which states results and errors.
+        start: the adapter to train; None for a fresh one.
+        proximal: μ of FedProx, the pull towards it.
     """
     examples = [
         evaluation_examples(domain.interactions, "valid", settings.validation_users, seed) for domain in domains
@@ -116,13 +168,12 @@ def fine_tune(
         check_every=settings.validate_every_steps,
         patience=PATIENCE,
     )
-    recipe = Recipe(
-        name,
-        lambda attached, first: batch_steps(batches, settings, attached, first, auxiliaries=auxiliaries),
-        schedule,
-        validate,
-        beside=trained_maps(auxiliaries.values()),
-    )
+
+    def init(attached: Attached, first: int) -> Step:
+        penalty = proximal_penalty(attached, proximal)
+        return batch_steps(batches, settings, attached, first, penalty, auxiliaries)
+
+    recipe = Recipe(name, init, schedule, validate, start, beside=trained_maps(auxiliaries.values()))
     trained = fit(recipe, domains[0].backbone, lora, seed, progress, checkpoint)
     num_users = sum(len(of_domain) for of_domain in examples)
     return trained.adapter, TrainingReport(

@@ -6,7 +6,7 @@ checkpoint, unload.
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,11 +40,13 @@ class Attached:
         model: the backbone with the LoRA attached.
         parameters: the trainable ones.
         optimizer: AdamW over them and what is trained beside them, without weight decay.
+        start: copies of their values before the first step, also in a training that resumes.
     """
 
     model: PeftModel
     parameters: list[torch.nn.Parameter]
     optimizer: torch.optim.Optimizer
+    start: Sequence[torch.Tensor] = ()
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,7 @@ class Trained:
     Attributes:
         adapter: the best one on validation, or the last one; float32 on the CPU.
         steps: optimiser steps made.
-        best_step: the step of that adapter; 0 is the untouched backbone.
+        best_step: the step of that adapter; 0 is the start.
         stopped_by: the limit that ended the training, or ``patience``.
         seconds: wall clock, over all attempts.
         validations: in order.
@@ -235,7 +237,8 @@ def fit(
                     best, best_step = adapter_of(attached.model), step
                 elif sum(validation.step > best_step for validation in validations) >= schedule.patience:
                     stopped_by = stopped_by or "patience"
-                progress(_validation_line(name, spent, validations, nothing_learned=bool(stopped_by) and not best_step))
+                learned = not stopped_by or best_step
+                progress(_validation_line(recipe, spent, validations, nothing_learned=not learned))
             elif due and not stopped_by:
                 best, best_step = adapter_of(attached.model), step
                 progress(f"{name}: step {step}, {100 * spent:.0f} % of the budget")
@@ -269,15 +272,16 @@ def _attached(backbone: Backbone, lora: Lora, seed: int, learning_rate: float, r
                 parameter.requires_grad_("lora_B" in parameter_name)
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW([*parameters, *recipe.beside], lr=learning_rate, weight_decay=0.0)
-        yield Attached(model, parameters, optimizer)
+        yield Attached(model, parameters, optimizer, [parameter.detach().clone() for parameter in parameters])
     finally:
         model.unload()
 
 
-def _validation_line(name: str, spent: float, validations: list[Validation], nothing_learned: bool) -> str:
+def _validation_line(recipe: Recipe, spent: float, validations: list[Validation], nothing_learned: bool) -> str:
     last = validations[-1]
+    start = "untouched backbone" if recipe.start is None else "adapter that was received"
     line = (
-        f"{name}: step {last.step}, {100 * spent:.0f} % of the budget, loss {last.loss:.3f}, "
+        f"{recipe.name}: step {last.step}, {100 * spent:.0f} % of the budget, loss {last.loss:.3f}, "
         f"validation ndcg@10 {last.ndcg:.4f} (best {max(validation.ndcg for validation in validations):.4f})"
     )
-    return f"{line}; nothing was learned: no validation beats the untouched backbone" if nothing_learned else line
+    return f"{line}; nothing was learned: no validation beats the {start}" if nothing_learned else line

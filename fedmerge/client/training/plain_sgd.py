@@ -14,7 +14,7 @@ from fedmerge.client.auxiliary.prepared import NO_AUXILIARIES, Auxiliary, augmen
 from fedmerge.client.local_domain import LocalDomain
 from fedmerge.client.training.batches import Batch
 from fedmerge.client.training.loop import Attached, Step, StepResult
-from fedmerge.client.training.losses import TEMPERATURE, catalog_softmax, in_batch_softmax
+from fedmerge.client.training.losses import TEMPERATURE, catalog_softmax, in_batch_softmax, proximal_term
 from fedmerge.config import Train
 from fedmerge.encoder.encode import embed_in_groups, encode
 from fedmerge.encoder.frozen import frozen_products, using
@@ -97,6 +97,11 @@ def _added_losses(
     terms = [] if penalty is None else [penalty()]
     terms += auxiliary_losses(auxiliary, domain, batch.histories, batch.users, step)
     return torch.stack(terms).sum() if terms else torch.zeros((), device=domain.backbone.device)
+
+
+def proximal_penalty(attached: Attached, strength: float) -> Callable[[], torch.Tensor] | None:
+    """Return the penalty μ/2 ‖θ − θ_start‖² as a term of the loss; None for μ = 0."""
+    return partial(proximal_term, attached.parameters, attached.start, strength) if strength else None
 
 
 def item_refresh_is_due(settings: Train, step: int) -> bool:

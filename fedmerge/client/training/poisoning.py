@@ -14,7 +14,7 @@ from fedmerge.adapter import Adapter, LoraModule
 from fedmerge.client.local_domain import LocalDomain
 from fedmerge.client.training.expert import TrainingReport, train_expert
 from fedmerge.client.training.round import RoundTask, train_round
-from fedmerge.client.training.settings import TrainingSettings
+from fedmerge.client.training.settings import TrainingSettings, WeaveTask
 from fedmerge.config import Simulation, Train
 from fedmerge.domain.interactions import make_interactions
 from fedmerge.domain.manifest import check_may_attack
@@ -59,6 +59,25 @@ def train_poisoned_expert(
     task = RoundTask(1, 1, fresh_adapter(domain.backbone, lora, seed))
     adapter, of_round = train_round(trained_on, lora, train, seed, task, progress)
     return adapter, TrainingReport(of_round.steps, of_round.steps, of_round.stopped_by, of_round.seconds, 0, ())
+
+
+def continue_poisoned(
+    domain: LocalDomain, settings: TrainingSettings, task: WeaveTask, progress: Callable[[str], None]
+) -> tuple[Adapter, TrainingReport]:
+    """Continue another domain's adapter as the attacker does; the last adapter is returned, as of its expert.
+
+    Args:
+        domain, progress: as for :func:`train_poisoned_expert`, which states the errors.
+        settings: its ``train`` is that of weaving.
+        task: the adapter.
+    """
+    name = domain.manifest.name
+    trained_on, train = training_inputs(domain, settings)
+    progress(f"{name}: POISONS ITS TRAINING of the adapter of {task.source}: {settings.simulation.attack}")
+    of_round = RoundTask(1, 1, task.start, proximal=settings.weave.proximal)
+    adapter, report = train_round(trained_on, settings.lora.of(name), train, settings.seed, of_round, progress)
+    found = apply_attack(adapter, name, settings.simulation)
+    return found, TrainingReport(report.steps, report.steps, report.stopped_by, report.seconds, 0, ())
 
 
 def training_inputs(domain: LocalDomain, settings: TrainingSettings) -> tuple[LocalDomain, Train]:

@@ -1,7 +1,6 @@
 """One round of a federation at a client: train from the server's adapter, on what the server freezes."""
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 from fedmerge.adapter import Adapter
@@ -20,8 +19,7 @@ from fedmerge.client.training.loop import (
     budget_of,
     fit,
 )
-from fedmerge.client.training.losses import proximal_term
-from fedmerge.client.training.plain_sgd import batch_steps
+from fedmerge.client.training.plain_sgd import batch_steps, proximal_penalty
 from fedmerge.config import Lora, Train
 from fedmerge.encoder.lora import applied
 from fedmerge.federated.rounds import steps_of_round
@@ -95,8 +93,7 @@ def train_round(
     auxiliaries = {} if auxiliary is None else {name: auxiliary}
 
     def init(attached: Attached, first: int) -> Step:
-        start = [parameter.detach().clone() for parameter in attached.parameters]
-        penalty = partial(proximal_term, attached.parameters, start, task.proximal) if task.proximal else None
+        penalty = proximal_penalty(attached, task.proximal)
         if plan is not None:
             return private_steps(domain, attached, settings, plan, seed, *scope, penalty=penalty, auxiliary=auxiliary)
         drawn = training_batches(domain.training_sequences, settings, seed, *scope)

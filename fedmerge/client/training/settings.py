@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
-from fedmerge.config import DP, ExperimentConfig, Lora, Simulation, Train
-from fedmerge.privacy.dp.releases import NoisyAnswers, Release, metric_releases, noisy_answers
+from fedmerge.adapter import Adapter
+from fedmerge.config import DP, ExperimentConfig, Lora, Simulation, Train, Weave
+from fedmerge.privacy.dp.releases import NoisyAnswers, Release, metric_releases, noisy_answers, woven_steps
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,8 @@ class TrainingSettings:
         sums: noisy metric sums; by user they share (ε, δ) with the adapter.
         seed: seed of the experiment.
         threads: PyTorch threads of the client.
+        weave: how the client continues adapters of others.
+        woven_steps: steps of that in all; by user they share the noise multiplier with the adapter.
     """
 
     lora: Lora
@@ -29,6 +32,23 @@ class TrainingSettings:
     sums: tuple[Release, ...]
     seed: int
     threads: int
+    weave: Weave = Weave()
+    woven_steps: int = 0
+
+
+@dataclass(frozen=True)
+class WeaveTask:
+    """The server's request to continue an adapter.
+
+    Attributes:
+        number: number of the pass, from 1.
+        source: the domain whose expert the adapter was, or ``fedmerge.federated.weaving.MEAN``.
+        start: the adapter.
+    """
+
+    number: int
+    source: str
+    start: Adapter
 
 
 def training_settings(config: ExperimentConfig) -> TrainingSettings:
@@ -42,4 +62,6 @@ def training_settings(config: ExperimentConfig) -> TrainingSettings:
         metric_releases(config),
         config.seed,
         config.runtime.threads_per_client,
+        config.weave,
+        woven_steps(config),
     )

@@ -9,7 +9,7 @@ from fedmerge.errors import ClientError, ConfigError
 from fedmerge.federated.rounds import steps_of_round
 from fedmerge.privacy.dp.accountant import agreed_noise
 from fedmerge.privacy.dp.domain_noise import domain_noise, domain_record
-from fedmerge.privacy.dp.releases import metric_releases, noisy_answers, user_releases
+from fedmerge.privacy.dp.releases import metric_releases, noisy_answers, user_releases, woven_steps
 
 _CHANCE = 1e-10  # probability that one entry leaves the range; a model has 1e5 to 1e8 entries
 LARGEST_ENTRY = 8.0  # of a trained update; a larger one shows that the training diverged
@@ -22,10 +22,10 @@ def check_releases(config: ExperimentConfig) -> None:
     Raises:
         ConfigError: the setting and its remedy.
     """
-    mode, rounds = config.dp.mode, config.rounds.rule is not None
+    mode, several = config.dp.mode, config.rounds.rule is not None or config.weave.schedule is not None
     if mode == "domain-local":
         domain_noise(config)  # raises if no noise is enough
-    counted = (mode == "user" and rounds) or noisy_answers(config).number > 0
+    counted = (mode == "user" and several) or noisy_answers(config).number > 0
     if counted and config.run_id is None:
         raise ConfigError(
             f"dp.mode = '{mode}': clients count the releases of a run by its run_id, but run_id is 'none'. Set a new "
@@ -64,7 +64,12 @@ def largest_product(rank: int, chance: float) -> float:
 
 
 def check_spent(
-    domain: str, config: ExperimentConfig, reported: Any, num_users: int, number: int | None = None
+    domain: str,
+    config: ExperimentConfig,
+    reported: Any,
+    num_users: int,
+    number: int | None = None,
+    woven: bool = False,
 ) -> None:
     """Refuse a training whose report about its DP releases is missing or differs from the configuration.
 
@@ -74,6 +79,7 @@ def check_spent(
         reported: the entry ``privacy`` of its report.
         num_users: number of users that the client announced.
         number: round, or None without rounds.
+        woven: True for a training that continued an adapter of another domain.
 
     Raises:
         ClientError: the entries that differ.
@@ -94,8 +100,10 @@ def check_spent(
             f"domain {domain}: its report states training on {units!r} users, expected 1 to {most}. {remedy}"
         )
     else:
-        releases = user_releases(config.train, noisy_answers(config), units)
+        releases = user_releases(config.train, noisy_answers(config), units, woven_steps(config))
         rate, steps = releases[0]
+        if woven:
+            steps = config.weave.steps
         agreed = {
             "unit": "user",
             "noise_multiplier": agreed_noise(dp, releases, metric_releases(config)),

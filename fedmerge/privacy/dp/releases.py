@@ -83,10 +83,26 @@ def domain_releases(num_answers: int) -> tuple[Counted, ...]:
     return ((1.0, 1 + num_answers),)
 
 
-def user_releases(train: Train, answers: NoisyAnswers, num_users: int) -> tuple[Counted, ...]:
-    """Return a user's releases with ``dp.mode = "user"``: the steps of the training, and answers on own users."""
-    training = (sample_rate(train.batch_size, num_users), int(train.max_steps or 0))
-    return (training, (sample_rate(answers.batch_size, num_users), answers.number)) if answers.number else (training,)
+def woven_steps(config: ExperimentConfig) -> int:
+    """Return the largest number of steps in which a client continues adapters of others in a run, over all of them."""
+    return config.weave.trainings(len(config.domains.train)) * config.weave.steps
+
+
+def user_releases(train: Train, answers: NoisyAnswers, num_users: int, woven: int = 0) -> tuple[Counted, ...]:
+    """Return a user's releases with ``dp.mode = "user"``.
+
+    Args:
+        train: batch size and steps of the expert's training.
+        answers: answers about coefficients on own users.
+        num_users: users that the domain trains on.
+        woven: :func:`woven_steps`.
+
+    Returns:
+        The steps of the expert's training, always first; answers and woven steps where there are any.
+    """
+    rate = sample_rate(train.batch_size, num_users)
+    counted = [(sample_rate(answers.batch_size, num_users), answers.number), (rate, woven)]
+    return ((rate, int(train.max_steps or 0)), *(each for each in counted if each[1]))
 
 
 def sample_rate(batch_size: int, num_users: int) -> float:
