@@ -5,7 +5,7 @@
     schedule_passes  who continues what, one pass after another
     start_of         what a client continues
     target_merge     Δ^t = λ · mean of Δ_t and of all that t continued
-    universal_merge  Δ = λ · mean over t of the means in Δ^t
+    woven_merge  Δ = λ · mean over t of the means in Δ^t
 
 Source: WeaveRec, arXiv:2510.26546.
 Differs: there every hybrid adapter is trained on the pooled histories of two domains, which have to meet in one place.
@@ -14,13 +14,14 @@ steps and on the proximal term, and Δ_{t←k} is not Δ_{k←t}. Schedule ``mea
 ``relay`` is cyclic weight transfer.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
 import torch
 
-from fedmerge.adapter import Adapter, adapter_sha256
+from fedmerge.adapter import Adapter, OnDemand, adapter_sha256
 from fedmerge.config import Weave
 from fedmerge.federated.product_space import cut_to, decomposed, weighted_sum
 from fedmerge.merging.stack import linear_merge_of_many, survey_adapters
@@ -110,11 +111,11 @@ def target_merge(target: str, expert: Adapter, woven: Woven, factor: float) -> A
         woven: of this domain and of others, which are not read.
         factor: λ.
     """
-    members = {Weaving(target, target): expert} | {each: woven[each] for each in woven if each.target == target}
-    return _weighted(members, dict.fromkeys(members, Fraction(1, len(members))), factor)
+    members = [Weaving(target, target), *(each for each in woven if each.target == target)]
+    return _weighted({target: expert}, woven, dict.fromkeys(members, Fraction(1, len(members))), factor)
 
 
-def universal_merge(experts: Mapping[str, Adapter], woven: Woven, factor: float) -> Adapter:
+def woven_merge(experts: Mapping[str, Adapter], woven: Woven, factor: float) -> Adapter:
     """Return λ · (1/K) Σ_t (1/n_t) Σ_k Δ_{t←k} over the n_t adapters of every target t, its expert among them, exactly.
 
     Under schedules ``all`` and ``relay`` this is λ/K² Σ_t Σ_k Δ_{t←k}. Equal adapters are added up first, so without
@@ -122,25 +123,31 @@ def universal_merge(experts: Mapping[str, Adapter], woven: Woven, factor: float)
 
     Args:
         experts: domain -> expert, of the K targets.
-        woven: all that their clients continued.
+        woven: what clients continued; that of other targets is not read.
         factor: λ.
     """
-    members: dict[Weaving, Adapter] = {Weaving(name, name): expert for name, expert in experts.items()}
-    members |= woven
-    count = {name: sum(each.target == name for each in members) for name in experts}
+    members = [Weaving(name, name) for name in experts] + [each for each in woven if each.target in experts]
+    count = Counter(each.target for each in members)
     shares = {each: Fraction(1, len(experts) * count[each.target]) for each in members}
-    return _weighted(members, shares, factor)
+    return _weighted(experts, woven, shares, factor)
 
 
-def _weighted(members: Woven, shares: Mapping[Weaving, Fraction], factor: float) -> Adapter:
-    """Return λ Σ share · Δ; equal adapters are one, at the place of the first by source."""
+def _weighted(
+    experts: Mapping[str, Adapter], woven: Woven, shares: Mapping[Weaving, Fraction], factor: float
+) -> Adapter:
+    """Return λ Σ share · Δ, reading one adapter at a time; equal adapters are one, in the place of the first."""
     names: dict[str, str] = {}  # hash -> name
-    adapters: dict[str, Adapter] = {}
+    members: dict[str, Weaving] = {}
     totals: dict[str, Fraction] = {}
-    for each in sorted(members, key=lambda each: (each.source, each.target)):
-        name = names.setdefault(adapter_sha256(members[each]), f"{each.source} {each.target}")
-        adapters.setdefault(name, members[each])
+
+    def read(each: Weaving) -> Adapter:
+        return experts[each.target] if each.source == each.target else woven[each]
+
+    for each in sorted(shares, key=lambda each: (each.source, each.target)):
+        name = names.setdefault(adapter_sha256(read(each)), f"{each.source} {each.target}")
+        members.setdefault(name, each)
         totals[name] = totals.get(name, Fraction(0)) + shares[each]
+    adapters = OnDemand(members, lambda name: read(members[name]))
     layout = survey_adapters(adapters)
     coefficients = torch.tensor([factor * float(totals[name]) for name in layout.domains])
     return linear_merge_of_many(adapters, layout, coefficients)

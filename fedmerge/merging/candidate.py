@@ -119,6 +119,7 @@ class Provenance:
         residuals: module -> relative loss by truncation to the output rank.
         secure_sum: the clients of a secure sum, and its settings.
         rounds: the aggregation of each round.
+        weave: settings of weaving, and the continued adapters, target -> source -> hash.
         training: report of an expert's training.
         more: entries that this version does not know.
     """
@@ -147,6 +148,7 @@ class Provenance:
     residuals: Mapping[str, float] | None = None
     secure_sum: Mapping[str, Any] | None = None
     rounds: Sequence[Mapping[str, Any]] | None = None
+    weave: Mapping[str, Any] | None = None
     training: Mapping[str, Any] | None = None
     more: Mapping[str, Any] = field(default_factory=dict)
 
@@ -182,7 +184,7 @@ _MAPPINGS = ("domains", "excluded", "parameters", "privacy", "through_clients", 
 _LISTS = ("losses", "validation", "coefficient_groups", "rounds")
 _TEXTS = ("label", "method", "policy", "sha256")
 _TYPES: dict[str, type] = {
-    **dict.fromkeys((*_MAPPINGS, "secure_sum", "training", "backbone"), Mapping),
+    **dict.fromkeys((*_MAPPINGS, "secure_sum", "weave", "training", "backbone"), Mapping),
     **dict.fromkeys(_LISTS, list),
     **dict.fromkeys(_TEXTS, str),
     **dict.fromkeys(("rank", "chosen_step"), int),

@@ -12,6 +12,7 @@ from fedmerge.adapter import Adapter, OnDemand, adapter_sha256, is_zero
 from fedmerge.encoder.peft.folder import write_adapter
 from fedmerge.errors import FedMergeError, RunDirError
 from fedmerge.evaluation.sums import VARIANTS, MetricSums, Variant, metric_sums_from_dict
+from fedmerge.federated.weaving import Weaving
 from fedmerge.files import read_json, read_record, read_sealed, seal, whole_folder, write_json
 from fedmerge.mergerec.pictures import draw_learned
 from fedmerge.merging.candidate import Candidate, Provenance
@@ -23,6 +24,8 @@ ADAPTERS = "adapters"
 LEARNING = "learning"
 MERGED = "merged"
 HEADS = "heads"
+WOVEN = "woven"
+WEAVE_FILE = "weave.json"
 Stage = Literal["admission", "valid", "heads", "test"]
 SUMS: Mapping[Stage, str] = {
     "admission": "admission",
@@ -47,13 +50,7 @@ class StoredExperts(Mapping[str, Adapter]):
         Raises:
             RunDirError: the expert changed on disk since it arrived.
         """
-        adapter, sha256 = read_verified(self._run_dir / ADAPTERS / domain)
-        if sha256 != self._sources[domain]:
-            raise RunDirError(
-                f"{self._run_dir / ADAPTERS / domain}: this expert changed since it arrived; only the run may write "
-                "there. Resume the run: its client sends the expert again."
-            )
-        return adapter
+        return _read_unchanged(self._run_dir / ADAPTERS / domain, self._sources[domain], "expert")
 
     def __iter__(self) -> Iterator[str]:
         """Iterate over the domains, sorted."""
@@ -103,6 +100,84 @@ def read_expert_hash(run_dir: Path, domain: str) -> str | None:
         return str(sha256) if read_verified(folder)[1] == sha256 else None
     except (FedMergeError, OSError, LookupError, TypeError, AttributeError):
         return None
+
+
+def woven_folder(run_dir: Path, weaving: Weaving) -> Path:
+    """Return the folder of an adapter that a client continued."""
+    return run_dir / WOVEN / weaving.target / weaving.source.replace(" ", "-")
+
+
+class StoredWoven(Mapping[Weaving, Adapter]):
+    """The continued adapters of a run, each read from disk on access, as :class:`StoredExperts`."""
+
+    def __init__(self, run_dir: Path, hashes: Mapping[Weaving, str]) -> None:
+        """Take the run folder and the hash of each adapter."""
+        self._run_dir, self._hashes = run_dir, dict(sorted(hashes.items()))
+
+    def __getitem__(self, weaving: Weaving) -> Adapter:
+        """Return an adapter.
+
+        Raises:
+            RunDirError: it changed on disk since it arrived.
+        """
+        return _read_unchanged(woven_folder(self._run_dir, weaving), self._hashes[weaving], "adapter")
+
+    def __iter__(self) -> Iterator[Weaving]:
+        """Iterate over the trainings, sorted."""
+        return iter(self._hashes)
+
+    def __len__(self) -> int:
+        """Return the number of adapters."""
+        return len(self._hashes)
+
+
+def write_woven(
+    run_dir: Path, weaving: Weaving, adapter: Adapter, report: Mapping[str, Any], start_sha256: str, backbone_name: str
+) -> str:
+    """Write a continued adapter, the report of its training, and the hash of its start; return its hash.
+
+    Raises:
+        RunDirError: the folder cannot be written.
+    """
+    sha256 = adapter_sha256(adapter)
+    _made(run_dir / WOVEN)
+    with whole_folder(_made(run_dir / WOVEN / weaving.target) / woven_folder(run_dir, weaving).name) as folder:
+        write_adapter(adapter, folder, backbone_name)
+        record = {**report, "source": weaving.source, "start_sha256": start_sha256, "sha256": sha256}
+        write_json(folder / "training.json", seal(record))
+    return sha256
+
+
+def read_woven_hash(run_dir: Path, weaving: Weaving, start_sha256: str) -> str | None:
+    """Return the hash of a continued adapter on disk; None if it is absent, damaged, or had another start."""
+    folder = woven_folder(run_dir, weaving)
+    try:
+        report = read_sealed(folder / "training.json") or {}
+        whole = report["start_sha256"] == start_sha256 and read_verified(folder)[1] == report["sha256"]
+        return str(report["sha256"]) if whole else None
+    except (FedMergeError, OSError, LookupError, TypeError, AttributeError):
+        return None
+
+
+def write_weave(run_dir: Path, hashes: Mapping[Weaving, str]) -> None:
+    """End the weaving: record the continued adapters to merge, target -> source -> hash."""
+    write_json(run_dir / WEAVE_FILE, seal(weave_record(hashes)))
+
+
+def weave_record(hashes: Mapping[Weaving, str]) -> dict[str, Any]:
+    """Return the hashes of continued adapters as target -> source -> hash."""
+    woven: dict[str, dict[str, str]] = {}
+    for each, sha256 in sorted(hashes.items()):
+        woven.setdefault(each.target, {})[each.source] = sha256
+    return {"woven": woven}
+
+
+def read_weave(run_dir: Path) -> dict[Weaving, str] | None:
+    """Return the hashes of the continued adapters to merge; None while the weaving has not ended."""
+    record = read_sealed(run_dir / WEAVE_FILE)
+    if record is None:
+        return None
+    return {Weaving(target, source): sha for target, of in record["woven"].items() for source, sha in of.items()}
 
 
 def write_sources(run_dir: Path, sources: Mapping[str, str]) -> None:
@@ -209,6 +284,16 @@ def read_sums(run_dir: Path, stage: Stage) -> dict[str, Sums]:
         except (FedMergeError, LookupError, TypeError, ValueError):
             continue
     return found
+
+
+def _read_unchanged(folder: Path, expected: str, what: str) -> Adapter:
+    adapter, sha256 = read_verified(folder)
+    if sha256 != expected:
+        raise RunDirError(
+            f"{folder}: this {what} changed since it arrived; only the run may write there. Resume the run: its client "
+            f"sends the {what} again."
+        )
+    return adapter
 
 
 def _made(folder: Path) -> Path:

@@ -32,6 +32,8 @@ FILES: Mapping[str, str] = {
     "adapters/<domain>/": "each expert: a PEFT folder with `training.json`, written as it arrives (not under "
     "`aggregate-only`)",
     "experts.json": "the experts to merge, by hash; ends the training",
+    "woven/<domain>/<source>/, weave.json": "with `weave.schedule`: each adapter that a domain continued, as in "
+    "`adapters/`; their hashes, final",
     "admission/<domain>.json, admission.json": "metric sums of the merges without each domain, if the gate needs "
     "them; the gate's findings on each expert, final",
     "learning/": "with coefficients learned through the clients: the cohort, the answers to each message",

@@ -15,7 +15,7 @@ from fedmerge.federated.weaving import (
     schedule_passes,
     start_of,
     target_merge,
-    universal_merge,
+    woven_merge,
 )
 from fedmerge.merging.stack import linear_merge_of_many, survey_adapters
 from fedmerge.merging.training_free import merge_adapters
@@ -142,7 +142,7 @@ def test_the_mean_of_the_others_is_their_best_approximation_of_the_rank() -> Non
 @pytest.mark.parametrize("factor", [1.0, 1.4])
 def test_merges_are_means_of_dense_updates(factor: float) -> None:
     everything = [*EXPERTS.values(), *WOVEN.values()]
-    assert_same(universal_merge(EXPERTS, WOVEN, factor), dense_mean(everything, factor))
+    assert_same(woven_merge(EXPERTS, WOVEN, factor), dense_mean(everything, factor))
     own = [EXPERTS["books"], *(WOVEN[each] for each in WOVEN if each.target == "books")]
     assert_same(target_merge("books", EXPERTS["books"], WOVEN, factor), dense_mean(own, factor))
 
@@ -151,24 +151,24 @@ def test_targets_count_alike_however_much_each_continued() -> None:
     some = {each: WOVEN[each] for each in (Weaving("books", "beauty"), Weaving("books", "coffee"))}
     of_target = [dense(target_merge(name, EXPERTS[name], some, 1.0)) for name in NAMES]
     expected = {name: np.mean([part[name] for part in of_target], axis=0) for name in of_target[0]}
-    assert_same(universal_merge(EXPERTS, some, 1.0), expected)
+    assert_same(woven_merge(EXPERTS, some, 1.0), expected)
 
 
 def test_without_steps_the_universal_merge_has_the_bytes_of_the_average() -> None:
     copies = {each: EXPERTS[each.source] for each in WOVEN}
     average = merge_adapters(EXPERTS, "average").adapter
-    assert adapter_sha256(universal_merge(EXPERTS, copies, 1.0)) == adapter_sha256(average)
+    assert adapter_sha256(woven_merge(EXPERTS, copies, 1.0)) == adapter_sha256(average)
 
 
 def test_a_single_domain_gives_its_expert() -> None:
     alone = {"books": EXPERTS["books"]}
     layout = survey_adapters(alone)
     itself = linear_merge_of_many(alone, layout, torch.ones(1))
-    assert adapter_sha256(universal_merge(alone, {}, 1.0)) == adapter_sha256(itself)
+    assert adapter_sha256(woven_merge(alone, {}, 1.0)) == adapter_sha256(itself)
     assert adapter_sha256(target_merge("books", EXPERTS["books"], {}, 1.0)) == adapter_sha256(itself)
     assert_same(itself, dense(EXPERTS["books"]))
 
 
 def test_the_order_of_clients_changes_nothing() -> None:
     backwards = dict(reversed(EXPERTS.items())), dict(reversed(WOVEN.items()))
-    assert adapter_sha256(universal_merge(*backwards, 1.4)) == adapter_sha256(universal_merge(EXPERTS, WOVEN, 1.4))
+    assert adapter_sha256(woven_merge(*backwards, 1.4)) == adapter_sha256(woven_merge(EXPERTS, WOVEN, 1.4))

@@ -32,8 +32,8 @@ class TrainingSettings:
     sums: tuple[Release, ...]
     seed: int
     threads: int
-    weave: Weave = Weave()
-    woven_steps: int = 0
+    weave: Weave
+    woven_steps: int
 
 
 @dataclass(frozen=True)

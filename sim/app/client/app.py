@@ -12,7 +12,7 @@ from sim.app.client.head_rounds import train_head_round
 from sim.app.client.heads import train_heads
 from sim.app.client.replies import log_to_stderr, replying
 from sim.app.client.secure_sum import secagg_advertise, secagg_masked, secagg_share, secagg_unmask
-from sim.app.client.training import train
+from sim.app.client.training import train, weave
 from sim.app.messages import records, secure_sum
 
 QUERIES: Mapping[str, Callable[[Message, Context], RecordDict]] = {
@@ -38,6 +38,7 @@ def make_client_app(*, console: bool) -> ClientApp:
     app.train()(replying(train))
     app.train(records.TRAIN_HEAD.removeprefix("train."))(replying(train_heads))
     app.train(records.ROUND_HEAD.removeprefix("train."))(replying(train_head_round))
+    app.train(records.WEAVE.removeprefix("train."))(replying(weave))
     app.train(records.FIT_PERSONAL.removeprefix("train."))(replying(fit_personal))
     app.evaluate()(replying(evaluate_models))
     for message_type, handler in QUERIES.items():

@@ -1,4 +1,4 @@
-"""Train an expert or a round, and send it or cache it for a secure sum."""
+"""Train an expert or a round, and send it or cache it for a secure sum; continue an adapter of another domain."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -11,14 +11,16 @@ from flwr.app import ArrayRecord, Context, Message, RecordDict
 from fedmerge.adapter import Adapter, adapter_sha256, is_zero
 from fedmerge.client.cache.dp_releases import Release, check_round_is_counted, release_round_once, releases_folder
 from fedmerge.client.cache.experts import load_or_train_expert
+from fedmerge.client.cache.woven import load_or_weave
 from fedmerge.client.disclosed.account import entries_of
 from fedmerge.client.training.dp_sgd import plan_record, user_plan
 from fedmerge.client.training.poisoning import apply_attack, training_inputs
 from fedmerge.client.training.round import RoundTask, train_round
-from fedmerge.client.training.settings import training_settings
+from fedmerge.client.training.settings import WeaveTask, training_settings
 from fedmerge.client.training_signals import spread_of_users
 from fedmerge.config import Lora
 from fedmerge.encoder.lora import fresh_adapter
+from fedmerge.errors import PolicyError
 from fedmerge.privacy.policy import check_may_leave
 from fedmerge.privacy.transport import coding_of, decode_as_receiver, residual
 from sim.app.client.node import Client, charge_run, open_client
@@ -91,11 +93,36 @@ def _train_as_asked(client: Client, message: Message) -> tuple[Adapter, dict[str
             client.domain.manifest.name,
         )
     charge_run(client, entries_of(report["privacy"], report["sha256"], str(config.run_id), "expert"))
-    if report["validation_users"] < config.privacy.min_users or config.privacy.metrics != "exact":
-        # Validations are exact means over users; best step and end of the training depend on the same users.
-        hidden = ("steps", "best_step", "stopped_by") if report["validation_users"] else ()
-        report = {**{key: value for key, value in report.items() if key not in hidden}, "validations": []}
-    return adapter, report, None
+    return adapter, _without_few_users(client, report), None
+
+
+def _without_few_users(client: Client, report: dict[str, Any]) -> dict[str, Any]:
+    """Return a report without what rests on too few users, or is an exact mean over users where sums are not exact."""
+    privacy = client.config.privacy
+    if report["validation_users"] >= privacy.min_users and privacy.metrics == "exact":
+        return report
+    # Validations are exact means over users; best step and end of the training depend on the same users.
+    hidden = ("steps", "best_step", "stopped_by") if report["validation_users"] else ()
+    return {**{key: value for key, value in report.items() if key not in hidden}, "validations": []}
+
+
+def weave(message: Message, context: Context) -> RecordDict:
+    """Continue the adapter of another domain on this client's users, or take it from the cache, and send it."""
+    client = open_client(context)
+    config, name = client.config, client.domain.manifest.name
+    check_may_leave(config.privacy.policy, "training report", name)
+    check_may_leave(config.privacy.policy, "adapter", name)
+    if config.weave.schedule is None:
+        raise PolicyError(f"domain {name}: the server asks to continue an adapter, but weave.schedule = 'none'")
+    request, start = records.read_weave_request(message.content)
+    task, run = WeaveTask(request.number, request.source, start), str(config.run_id)
+    most = config.weave.trainings(len(config.domains.train))
+    adapter, report = load_or_weave(
+        client.domain, training_settings(config), task, most, config.cache_dir, config.run_id, logger.info
+    )
+    key = f"{report['sha256']} woven {request.number}"
+    charge_run(client, entries_of(report["privacy"], key, run, f"pass {request.number} of weaving"))
+    return records.woven_record(request.source, adapter, _without_few_users(client, report))
 
 
 def _train_round_once(client: Client, message: Message) -> tuple[Adapter, dict[str, Any], RoundTask]:

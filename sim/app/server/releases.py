@@ -18,17 +18,19 @@ Released = Callable[[str, RecordDict | str], None]
 """See ``Question.released``."""
 
 
-def trainings_released(run: Run, number: int | None = None) -> Released | None:
+def trainings_released(run: Run, number: int | None = None, *, woven: bool = False) -> Released | None:
     """Return a function that notes adapters on arrival, or None if clients add no noise to them.
 
     Args:
         run: the run.
-        number: of the round, in a federation of rounds.
+        number: of the round in a federation of rounds, or of the pass of weaving.
+        woven: True for adapters of others that clients continued.
     """
+    of_round = None if woven else number
 
     def spent(domain: str, content: RecordDict) -> Any:
         claimed = records.read_report(content).get("privacy")
-        check_spent(domain, run.config, claimed, run.members.descriptions[domain].num_users, number)
+        check_spent(domain, run.config, claimed, run.members.descriptions[domain].num_users, of_round, woven)
         return claimed
 
     return None if own_noise(run.config.dp.mode) == "none" else _noting(run, number or 0, spent)

@@ -9,6 +9,7 @@ train             empty, or round_request_record                  expert_record,
 train.head        head_request_record, with model_records         head_reports_record
 train.head_round  round_request_record                            expert_record, or report_record
 train.personal    personal_request_record                         fitted_record
+train.weave       weave_request_record                            woven_record
 evaluate          evaluation_request_record, with model_records   metric_sums_record
 query.cohort      cohort_record                                   pseudo_users_record
 query.gradient    gradient_request_record                         gradient_record
@@ -111,6 +112,14 @@ from sim.app.messages.records.training import (
     round_request_record,
     signals_record,
 )
+from sim.app.messages.records.weaving import (
+    WEAVE,
+    WeaveRequest,
+    read_weave_request,
+    read_woven,
+    weave_request_record,
+    woven_record,
+)
 
 __all__ = [
     "CATALOG",
@@ -131,6 +140,7 @@ __all__ = [
     "SIGNALS",
     "TRAIN",
     "TRAIN_HEAD",
+    "WEAVE",
     "Description",
     "EvaluationRequest",
     "GradientRequest",
@@ -140,6 +150,7 @@ __all__ = [
     "PersonalRequest",
     "Role",
     "RoundRequest",
+    "WeaveRequest",
     "add_signature",
     "are_weights",
     "array_values",
@@ -188,8 +199,12 @@ __all__ = [
     "read_signals",
     "read_signature",
     "read_vectors",
+    "read_weave_request",
+    "read_woven",
     "report_record",
     "round_request_record",
     "signals_record",
     "size_bytes",
+    "weave_request_record",
+    "woven_record",
 ]

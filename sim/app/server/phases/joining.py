@@ -20,6 +20,7 @@ from fedmerge.server.choice import CHOICE_FILE, SELECTION_FILE
 from sim.app.messages import records
 from sim.app.server.asking import DESCRIBE_SECONDS, LOOK_SECONDS, ask, pause
 from sim.app.server.members import FEW_CLIENTS, Members, join_names
+from sim.app.server.phases.weaving import WEAVE
 from sim.app.server.questions import Question, State
 from sim.app.server.run import Run
 
@@ -36,6 +37,7 @@ def restore_members(run: Run) -> None:
     """
     ended = {"catalogs", "train"} if checkpoints.read_sources(run.folder) else set()
     ended |= {"admission"} if read_json(run.folder / ADMISSION) else set()
+    ended |= {WEAVE} if (run.folder / checkpoints.WEAVE_FILE).is_file() else set()
     ended |= {"merge"} if (run.folder / checkpoints.SUMS["valid"]).is_dir() else set()
     ended |= {HEAD_ROUNDS} if (run.folder / HEAD_FOLDER).is_dir() else set()
     if chosen := read_json(run.folder / CHOICE_FILE):

@@ -1,20 +1,22 @@
-"""Train and merge, in one of three ways: experts, rounds, or secure sums."""
+"""Train and merge, in one of three ways: experts (woven or not), rounds, or secure sums."""
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fedmerge.domain.catalog import Catalog
 from fedmerge.encoder.backbone import Backbone
+from fedmerge.federated.weaving import Weaving, Woven
 from fedmerge.merging.candidate import Candidate, Origin
 from fedmerge.runs import checkpoints
-from fedmerge.server.candidates import learn_from_catalogs, merge_candidates, recipe_of
+from fedmerge.server.candidates import learn_from_catalogs, merge_candidates, recipe_of, woven_candidates
 from fedmerge.server.layer_search import search_on_pseudo_users
 from sim.app.server.phases.admission import pass_gate
 from sim.app.server.phases.coefficients import fit_personal_merges, learn_through_clients, search_through_clients
 from sim.app.server.phases.rounds.adapters import run_rounds
 from sim.app.server.phases.secure_sum import secure_candidates
 from sim.app.server.phases.training import train_experts
+from sim.app.server.phases.weaving import weave_experts
 from sim.app.server.run import Run
 
 logger = logging.getLogger("fedmerge.server")
@@ -29,12 +31,14 @@ class Merges:
         sources: domain -> hash of its expert; empty after rounds, which leave no experts.
         candidates: the merges.
         failed: domain -> reason why its expert failed at the admission gate.
+        woven: what each domain continued of others; empty without ``weave.schedule``.
     """
 
     members: list[str]
     sources: Mapping[str, str]
     candidates: list[Candidate]
     failed: Mapping[str, str]
+    woven: Woven = field(default_factory=dict)
 
 
 def train_and_merge(run: Run, backbone: Backbone, catalogs: Mapping[str, Catalog]) -> Merges:
@@ -52,16 +56,19 @@ def train_and_merge(run: Run, backbone: Backbone, catalogs: Mapping[str, Catalog
         return Merges(list(sources), sources, sums, {})
     sources = train_experts(run, backbone, catalogs)
     if config.until == "train":
+        weave_experts(run, backbone, sources)
         return Merges(list(sources), sources, [], {})
     sources, failed = pass_gate(run, backbone, catalogs, sources)
+    woven = weave_experts(run, backbone, sources)
     candidates = merge_experts(run, backbone, sources, catalogs)
+    candidates += merge_woven(run, backbone, sources, woven)
     if config.admission.rollback and failed and failed.keys() < sources.keys():
         candidates += merge_experts(run, backbone, sources, catalogs, without=sorted(failed))
     origin = Origin(sources, backbone.record, config.privacy.policy)
     for universal in fit_personal_merges(run, sources, origin):
         checkpoints.write_candidate(run.folder, universal, backbone.name)
         candidates.append(universal)
-    return Merges(list(sources), sources, candidates, failed)
+    return Merges(list(sources), sources, candidates, failed, checkpoints.StoredWoven(run.folder, woven))
 
 
 def merge_experts(
@@ -101,6 +108,31 @@ def merge_experts(
         learn=learn,
         search=search,
         signals=checkpoints.stored_signals(run.folder, experts),
+        finished=checkpoints.read_candidates(run.folder, sources),
+        keep=lambda made: checkpoints.write_candidate(run.folder, made, backbone.name),
+    )
+
+
+def merge_woven(
+    run: Run, backbone: Backbone, sources: Mapping[str, str], woven: Mapping[Weaving, str]
+) -> list[Candidate]:
+    """Make the universal merges of woven adapters, each written as it is made; none without ``weave.schedule``.
+
+    Args:
+        run: the run.
+        backbone: the frozen encoder.
+        sources: domain -> hash of its expert.
+        woven: training -> hash of the adapter that its client continued.
+    """
+    if run.config.weave.schedule is None:
+        return []
+    return woven_candidates(
+        checkpoints.StoredExperts(run.folder, sources),
+        checkpoints.StoredWoven(run.folder, woven),
+        run.config.weave,
+        checkpoints.weave_record(woven),
+        Origin(sources, backbone.record, run.config.privacy.policy),
+        logger.info,
         finished=checkpoints.read_candidates(run.folder, sources),
         keep=lambda made: checkpoints.write_candidate(run.folder, made, backbone.name),
     )

@@ -1,0 +1,142 @@
+"""Weave: clients continue each other's adapters, pass after pass (see ``fedmerge.federated.weaving``).
+
+Each continued adapter is on disk as it arrives, and a resumed run asks for those that are missing.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from functools import cache
+
+from flwr.app import RecordDict
+
+from fedmerge.adapter import Adapter, adapter_sha256
+from fedmerge.encoder.backbone import Backbone
+from fedmerge.encoder.lora import fresh_adapter, layout_of
+from fedmerge.errors import ClientError
+from fedmerge.federated.weaving import Weaving, schedule_passes, start_of
+from fedmerge.privacy.dp.agreement import check_spent
+from fedmerge.runs import checkpoints
+from fedmerge.server.reply_checks import adapter_bytes, check_adapter
+from sim.app.messages import records
+from sim.app.server.asking import ask
+from sim.app.server.members import join_names
+from sim.app.server.phases.training import REPORT_BYTES
+from sim.app.server.questions import Question, own_noise
+from sim.app.server.releases import trainings_released
+from sim.app.server.run import Run
+
+WEAVE = "weave"  # the phase
+
+logger = logging.getLogger("fedmerge.server")
+
+
+def weave_experts(run: Run, backbone: Backbone, sources: Mapping[str, str]) -> dict[Weaving, str]:
+    """Let the clients continue each other's adapters as ``[weave]`` says; the adapters are on disk.
+
+    A domain whose client does not finish its trainings is no target: what it continued is not merged. Its expert is,
+    and others continue it. Once the weaving has ended, the set of adapters is final.
+
+    Args:
+        run: the run.
+        backbone: the frozen encoder.
+        sources: domain -> hash of its expert, of all domains that are merged.
+
+    Returns:
+        Training -> hash of the continued adapter; empty without ``weave.schedule``.
+
+    Raises:
+        ClientError: too few targets, or an adapter that was merged is missing and its client does not send it again.
+    """
+    config = run.config
+    if config.weave.schedule is None:
+        return {}
+    with run.phase(WEAVE):
+        # 1. One pass after another, without what is on disk.
+        ended = checkpoints.read_weave(run.folder)
+        passes = schedule_passes(config.weave, list(sources), config.seed)
+        found: dict[Weaving, str] = {}
+        for number, trainings in enumerate(passes, start=1):
+            wanted = [each for each in trainings if ended is None or each in ended]
+            found |= _one_pass(run, backbone, sources, found, number, len(passes), wanted)
+        # 2. Fix the adapters that are merged: those of the domains that finished.
+        if ended is None:
+            targets = [name for name in sources if all(Weaving(name, each) in found for each in _of(name, passes))]
+            run.require_quorum(targets)
+            ended = {each: sha256 for each, sha256 in found.items() if each.target in targets}
+            checkpoints.write_weave(run.folder, ended)
+        elif missing := sorted({each.target for each in ended if found.get(each) != ended[each]}):
+            raise ClientError(
+                f"{run.folder}: adapters that {join_names(missing)} continued were merged, but are missing or damaged "
+                "on disk, and their clients did not send the same again. Restore them, or start a new run."
+            )
+        for name in run.members.in_role("train"):
+            if name in sources and passes and not any(each.target == name for each in ended):
+                run.exclude(name, "it had not continued all adapters when weaving ended")
+    return ended
+
+
+def _of(target: str, passes: Sequence[Sequence[Weaving]]) -> list[str]:
+    return [each.source for trainings in passes for each in trainings if each.target == target]
+
+
+def _one_pass(
+    run: Run,
+    backbone: Backbone,
+    sources: Mapping[str, str],
+    before: Mapping[Weaving, str],
+    number: int,
+    num_passes: int,
+    trainings: Sequence[Weaving],
+) -> dict[Weaving, str]:
+    """Return the hashes of the adapters of a pass: those on disk, and those that the clients send."""
+    config = run.config
+    experts = checkpoints.StoredExperts(run.folder, sources)
+    woven = checkpoints.StoredWoven(run.folder, before)
+    of_target = {each.target: each for each in trainings}
+
+    @cache
+    def fresh(target: str) -> Adapter:
+        return fresh_adapter(backbone, config.lora.of(target), config.seed)
+
+    @cache
+    def start(target: str) -> Adapter:
+        return start_of(of_target[target], config.weave, experts, woven, fresh(target))
+
+    # 1. Find the adapters on disk.
+    found: dict[Weaving, str] = {}
+    for target, each in of_target.items():
+        if sha256 := checkpoints.read_woven_hash(run.folder, each, adapter_sha256(start(target))):
+            found[each] = sha256
+    # 2. Ask for the others.
+    in_training = run.members.in_role("train")
+    missing = [target for target, each in of_target.items() if each not in found and target in in_training]
+    if not missing:
+        return found
+
+    def request(target: str) -> RecordDict:
+        asked = records.WeaveRequest(number, of_target[target].source)
+        return records.weave_request_record(asked, start(target))
+
+    def limit_bytes(target: str) -> int:
+        return adapter_bytes(layout_of(start(target))) + REPORT_BYTES
+
+    def admit(target: str, content: RecordDict) -> None:
+        each, num_users = of_target[target], run.members.descriptions[target].num_users
+        adapter, report = records.read_woven(content, each.source)
+        check_adapter(target, adapter, layout_of(start(target)))
+        check_spent(target, config, report.get("privacy"), num_users, woven=True)
+        start_sha256 = adapter_sha256(start(target))
+        # This must be last: nothing after it may raise.
+        found[each] = checkpoints.write_woven(run.folder, each, adapter, report, start_sha256, backbone.name)
+
+    logger.info("weaving, pass %d of %d: %s", number, num_passes, join_names(missing))
+    question = Question(
+        records.WEAVE,
+        config.server.timeout_seconds,
+        request,
+        limit_bytes,
+        noise=own_noise(config.dp.mode),
+        released=trainings_released(run, number, woven=True),
+    )
+    ask(run, run.members.nodes_of(missing), question, admit)
+    return found

@@ -1,0 +1,219 @@
+"""Weaving through whole runs: what travels, what is merged, resuming, refusals, and noise."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from flwr.app import Context, Message, RecordDict
+from in_process import small_experiment
+from run_folders import unlisted_files
+
+from fedmerge.adapter import Adapter, adapter_sha256
+from fedmerge.config import ExperimentConfig
+from fedmerge.encoder.peft.folder import read_adapter
+from fedmerge.federated.weaving import MEAN, Weaving, woven_merge
+from fedmerge.files import read_json
+from fedmerge.runs.checkpoints import StoredExperts, StoredWoven, read_sources, read_weave
+from sim.app.messages import records
+from sim.local.in_process import answer_honestly, run_in_process
+
+pytestmark = pytest.mark.federation
+
+DOMAINS = ("beauty", "books", "coffee", "camping")
+TRAINED = DOMAINS[:3]
+WEAVING = {
+    "merge.methods": "average",
+    "privacy.policy": "catalog-private",
+    "privacy.min_users": 5,
+    "weave.schedule": "all",
+    "weave.steps": 4,
+    "weave.rate": 1.0,
+    "weave.factors": "1.0,1.4",
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("place")
+
+
+def experiment(place: Path, tmp_path: Path, **changes: object) -> ExperimentConfig:
+    return small_experiment(place, **{"output_dir": str(tmp_path), **WEAVING, **changes})
+
+
+class Asked:
+    """An honest client that notes what it is asked to continue, by whom."""
+
+    def __init__(self) -> None:
+        self.weaving: list[Weaving] = []
+
+    def __call__(self, message: Message, context: Context) -> Message | None:
+        if message.metadata.message_type == records.WEAVE:
+            request, _ = records.read_weave_request(message.content)
+            self.weaving.append(Weaving(domain_of(context), request.source))
+        return answer_honestly(message, context)
+
+
+def domain_of(context: Context) -> str:
+    return DOMAINS[int(context.node_config["partition-id"])]
+
+
+def hashes_of(run: Path) -> dict[Weaving, str]:
+    woven = read_weave(run)
+    assert woven is not None
+    return woven
+
+
+def adapters_of(run: Path) -> tuple[Mapping[str, Adapter], Mapping[Weaving, Adapter]]:
+    sources = read_sources(run)
+    assert sources is not None
+    return StoredExperts(run, sources), StoredWoven(run, hashes_of(run))
+
+
+@pytest.fixture(scope="module")
+def whole(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder, asked = tmp_path_factory.mktemp("whole"), Asked()
+    run_in_process(experiment(place, folder), asked)
+    assert sorted(asked.weaving) == sorted(Weaving(t, k) for t in TRAINED for k in TRAINED if t != k)
+    return folder / "run"
+
+
+def test_universal_merges_are_candidates_like_others(whole: Path) -> None:
+    experts, woven = adapters_of(whole)
+    choice = read_json(whole / "choice.json")
+    assert {"average", "weave factor 1", "weave factor 1.4"} == choice["validation"].keys()
+    assert {"average", "weave"} == choice["best_variants"].keys()
+    for factor in (1.0, 1.4):
+        folder = whole / "merged" / f"weave-factor-{factor:g}"
+        assert adapter_sha256(read_adapter(folder)) == adapter_sha256(woven_merge(experts, woven, factor))
+        provenance = read_json(folder / "provenance.json")
+        assert provenance["weave"]["kind"].startswith("WeaveRec-style")
+        assert provenance["weave"]["woven"]["books"].keys() == {"beauty", "coffee"}
+    assert unlisted_files(whole) == []
+    assert (whole / "DONE").is_file()
+
+
+def test_the_ledger_holds_each_continued_adapter_by_target_and_source(whole: Path) -> None:
+    rows = [row for row in pq.read_table(whole / "exposure.parquet").to_pylist() if row["message"] == records.WEAVE]
+    _, woven = adapters_of(whole)
+    for each, adapter in woven.items():
+        label = f"adapter from {each.source}."
+        sent = [row for row in rows if row["domain"] == each.target and row["name"].startswith(label)]
+        numbers = sum(module.lora_A.numel() + module.lora_B.numel() for module in adapter.modules.values())
+        assert len(sent) == 2 * len(adapter.modules)
+        assert numbers * 4 <= sum(row["size_bytes"] for row in sent) <= numbers * 4 + 1024 * len(sent)
+    others = {row["name"].partition(" from ")[0] for row in rows}
+    assert others == {"adapter", "scalings", "facts.report"}
+
+
+def test_without_steps_all_is_as_it_was(place: Path, tmp_path: Path) -> None:
+    run_in_process(experiment(place, tmp_path, **{"weave.steps": 0}))
+    run = tmp_path / "run"
+    experts, woven = adapters_of(run)
+    assert {each: adapter_sha256(woven[each]) for each in woven} == {
+        each: adapter_sha256(experts[each.source]) for each in woven
+    }
+    average, neutral = (read_adapter(run / "merged" / name) for name in ("average", "weave-factor-1"))
+    assert adapter_sha256(neutral) == adapter_sha256(average)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("ring", {"beauty": "coffee", "books": "beauty", "coffee": "books"}),
+        ("mean", dict.fromkeys(TRAINED, MEAN)),
+    ],
+)
+def test_a_schedule_asks_for_its_trainings_alone(
+    place: Path, whole: Path, tmp_path: Path, schedule: str, expected: dict[str, str]
+) -> None:
+    run_in_process(experiment(place, tmp_path, **{"weave.schedule": schedule}))
+    found = hashes_of(tmp_path / "run")
+    assert {each.target: each.source for each in found} == expected
+    if schedule == "ring":  # an adapter does not depend on which others were asked for
+        assert found.items() <= hashes_of(whole).items()
+
+
+def test_a_relay_walks_through_all_clients(place: Path, whole: Path, tmp_path: Path) -> None:
+    run_in_process(experiment(place, tmp_path, **{"weave.schedule": "relay"}))
+    found, once = hashes_of(tmp_path / "run"), hashes_of(whole)
+    assert found.keys() == once.keys()
+    first = [Weaving("books", "beauty"), Weaving("coffee", "books"), Weaving("beauty", "coffee")]
+    assert all(found[each] == once[each] for each in first)  # they start from the expert
+    assert any(found[each] != once[each] for each in found if each not in first)
+
+
+def test_a_run_killed_between_two_weavings_resumes_to_the_same_bytes(
+    place: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replies = list[str]()
+
+    def killed_at_the_fourth(content: RecordDict, source: str) -> tuple[Adapter, dict[str, Any]]:
+        replies.append(source)
+        if len(replies) == 4:
+            raise KeyboardInterrupt
+        return read_woven(content, source)
+
+    read_woven = records.read_woven
+    config = experiment(place, tmp_path)
+    monkeypatch.setattr(records, "read_woven", killed_at_the_fourth)
+    with pytest.raises(KeyboardInterrupt):
+        run_in_process(config)
+    assert read_weave(tmp_path / "run") is None
+    asked = Asked()
+    run_in_process(config.model_copy(update={"resume": True}), asked)
+    assert len(asked.weaving) == 3
+    assert hashes_of(tmp_path / "run") == hashes_of(whole)
+    assert read_json(tmp_path / "run" / "choice.json") == read_json(whole / "choice.json")
+
+
+def test_a_client_that_fails_is_excluded_and_no_target(place: Path, whole: Path, tmp_path: Path) -> None:
+    def failing(message: Message, context: Context) -> Message | None:
+        if message.metadata.message_type == records.WEAVE and domain_of(context) == "books":
+            return Message(records.error_record("too few users", "books"), reply_to=message)
+        return answer_honestly(message, context)
+
+    run_in_process(experiment(place, tmp_path, **{"server.min_train_clients": 2}), failing)
+    run = tmp_path / "run"
+    clients = read_json(run / "clients.json")
+    assert "train.weave failed: too few users" in clients["excluded"]["books"]
+    assert clients["excluded_in_phase"]["books"] == "weave"
+    others = {each: sha256 for each, sha256 in hashes_of(whole).items() if each.target != "books"}
+    assert hashes_of(run) == others
+    experts, woven = adapters_of(run)
+    targets = {name: experts[name] for name in ("beauty", "coffee")}
+    merged = read_adapter(run / "merged" / "weave-factor-1")
+    assert adapter_sha256(merged) == adapter_sha256(woven_merge(targets, woven, 1.0))
+
+
+def test_the_adapter_of_another_source_is_refused(place: Path, tmp_path: Path) -> None:
+    def mistaken(message: Message, context: Context) -> Message | None:
+        answer = answer_honestly(message, context)
+        if message.metadata.message_type != records.WEAVE or domain_of(context) != "coffee":
+            return answer
+        request, start = records.read_weave_request(message.content)
+        wrong = "beauty" if request.source == "books" else "books"
+        return Message(records.woven_record(wrong, start, {}), reply_to=message)
+
+    run_in_process(experiment(place, tmp_path, **{"server.min_train_clients": 2}), mistaken)
+    excluded = read_json(tmp_path / "run" / "clients.json")["excluded"]
+    assert "the message holds no adapter from books" in excluded["coffee"]
+
+
+def test_a_server_that_asks_in_a_run_without_weaving_is_refused(place: Path, tmp_path: Path) -> None:
+    refusals = list[str]()
+
+    def asked_too_much(message: Message, context: Context) -> Message | None:
+        if message.metadata.message_type == records.TRAIN:
+            start = Adapter({})
+            content = records.weave_request_record(records.WeaveRequest(1, "books"), start)
+            wrong = answer_honestly(Message(content, dst_node_id=1, message_type=records.WEAVE), context)
+            assert isinstance(wrong, Message)
+            refusals.append(str(records.read_error(wrong.content)))
+        return answer_honestly(message, context)
+
+    run_in_process(experiment(place, tmp_path, **{"weave.schedule": "none", "until": "train"}), asked_too_much)
+    assert len(refusals) == 3
+    assert all("weave.schedule = 'none'" in refusal for refusal in refusals)
