@@ -178,7 +178,7 @@ def load_served(
         run: a run folder, or the beginning of a run's id in ``runs``.
         domain: the domain folder.
         model: what to load in place of the run's choice: ``merged``, ``expert``, ``backbone``, ``personal merge``,
-            ``head on the merge``, ``head on the merge, fused``, …
+            ``woven merge``, ``head on the merge``, ``head on the merge, fused``, …
         cache_dir: cache of this organisation's client, which holds what never left it; None is ``cache_dir`` of the
             run.
 

@@ -20,6 +20,7 @@ Variant = Literal["unmasked", "masked"]
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
 BACKBONE, EXPERT = "backbone", "expert"  # names of these two models at client and server
 PERSONAL = "personal merge"
+WOVEN = "woven merge"  # of one target; on validation with the factor behind it
 FEDERATED_HEAD, FEDERATED_FUSED = "federated head", "federated head, fused"
 LAST_ITEM, RECENT_ITEMS = "last item", "recent items"
 FEDERATED_SOURCES = (FEDERATED_HEAD, "text", RECENT_ITEMS)  # of the fused row, in this order
@@ -34,6 +35,11 @@ def head_label(vectors: HeadVectors) -> str:
 def fused_label(vectors: HeadVectors) -> str:
     """Return the row of a client's own head fused with text and recent items: ``head on the merge, fused``."""
     return f"{head_label(vectors)}, fused"
+
+
+def woven_label(factor: float) -> str:
+    """Return the row of a domain's woven merge on validation: ``woven merge 1.4``."""
+    return f"{WOVEN} {factor:g}"
 
 
 @dataclass(frozen=True, slots=True, eq=False)  # eq: arrays have no single truth value

@@ -74,8 +74,8 @@ max_message_bytes = "none"
 # The number of answers is not limited.
 max_minutes = 1440.0
 
-# Accept single adapters of other domains, which privacy.policy = "catalog-private" sends. Every participant evaluates
-# merges in any case, and they contain other domains' adapters.
+# Accept single adapters of other domains, which privacy.policy = "catalog-private" sends: to learn a merge of them, or
+# to continue them (weave.schedule). Every participant evaluates merges in any case, and they contain these adapters.
 receive_adapters = false
 
 # Allow learning merging coefficients on its own users (policy "catalog-private"); their gradients then leave, or with

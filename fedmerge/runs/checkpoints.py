@@ -26,6 +26,7 @@ MERGED = "merged"
 HEADS = "heads"
 WOVEN = "woven"
 WEAVE_FILE = "weave.json"
+WOVEN_MERGES = "woven-merges"
 Stage = Literal["admission", "valid", "heads", "test"]
 SUMS: Mapping[Stage, str] = {
     "admission": "admission",
@@ -216,6 +217,33 @@ def write_candidate(run_dir: Path, candidate: Candidate, backbone_name: str) -> 
         write_adapter(candidate.adapter, folder, backbone_name)
         write_json(folder / "provenance.json", seal(candidate.provenance.to_dict()))
         draw_learned(folder, candidate.provenance)
+
+
+def target_merge_folder(run_dir: Path, domain: str) -> Path:
+    """Return the folder of the woven merge of one domain."""
+    return run_dir / WOVEN_MERGES / domain
+
+
+def write_target_merge(run_dir: Path, domain: str, candidate: Candidate, backbone_name: str) -> None:
+    """Write the woven merge of one domain, with the factor that its validation chose.
+
+    Raises:
+        RunDirError: the folder cannot be written.
+    """
+    with whole_folder(_made(run_dir / WOVEN_MERGES) / domain) as folder:
+        write_adapter(candidate.adapter, folder, backbone_name)
+        write_json(folder / "provenance.json", seal(candidate.provenance.to_dict()))
+
+
+def read_target_merge(run_dir: Path, domain: str) -> Candidate | None:
+    """Return the woven merge of one domain; None if it is absent or damaged."""
+    folder = target_merge_folder(run_dir, domain)
+    try:
+        provenance = Provenance.from_dict(read_sealed(folder / "provenance.json") or {})
+        adapter, sha256 = read_verified(folder)
+        return Candidate(adapter, provenance) if provenance.sha256 == sha256 else None
+    except (FedMergeError, OSError, LookupError, TypeError, AttributeError):
+        return None
 
 
 def read_candidates(run_dir: Path, sources: Mapping[str, str]) -> dict[str, Candidate]:

@@ -30,7 +30,7 @@ from fedmerge.domain.catalog import Catalog
 from fedmerge.encoder.backbone import Backbone
 from fedmerge.errors import MergeError, PolicyError
 from fedmerge.federated.product_space import weighted_sum
-from fedmerge.federated.weaving import Woven, woven_merge
+from fedmerge.federated.weaving import Woven, target_merge, woven_merge
 from fedmerge.mergerec.coefficients import LearnedCoefficients, Progress, start_coefficients
 from fedmerge.mergerec.directions import universal_merge
 from fedmerge.mergerec.layer_maps.candidates import assemble, layer_candidates
@@ -456,6 +456,30 @@ def woven_candidates(
         keep(candidates[-1])
         progress(f"merged: {variant.label}")
     return candidates
+
+
+def woven_candidate_of(
+    target: str,
+    expert: Adapter,
+    woven: Woven,
+    factor: float,
+    weave: Weave,
+    record: Mapping[str, Any],
+    origin: Origin,
+) -> Candidate:
+    """Make the merge of what one domain trained: its expert, and what it continued.
+
+    Args:
+        target: the domain.
+        expert: its expert.
+        woven, weave, record, origin: as for :func:`woven_candidates`.
+        factor: λ.
+    """
+    variant = MergeVariant(WEAVE, {"factor": factor})
+    adapter = target_merge(target, expert, woven, factor)
+    entries = {**weave_settings(weave), "target": target, **record}
+    provenance = provenance_of_merge(variant, adapter, origin)
+    return Candidate(adapter, replace(provenance, parameters=dict(variant.parameters), weave=entries))
 
 
 def candidate_of_rounds(

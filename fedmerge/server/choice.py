@@ -4,6 +4,7 @@
     dropped_domains   the domains that a merge harms
     roll_back         a better merge for them, or the fallback
     choose_per_domain the merge, the domain's own expert, or one of its heads
+    best_row          the best of a domain's own rows
     choose_for_unseen the merge or the federated head, for a domain that trained neither
     served_row        the row of metric sums of what a domain is served
     Choice            all of it, as in ``choice.json``
@@ -31,6 +32,7 @@ from fedmerge.evaluation.sums import (
     FEDERATED_HEAD,
     LAST_ITEM,
     PERSONAL,
+    WOVEN,
     MetricSums,
     copy_row,
     paired_difference,
@@ -197,8 +199,8 @@ def choose_per_domain(
     """Choose the model that each training domain is served.
 
     Args:
-        validation: domain -> unmasked metric sums of the served merge, the domain's own expert, if it has one, and its
-            heads.
+        validation: domain -> unmasked metric sums of the served merge, the domain's own expert, personal and woven
+            merge, if it has them, and its heads.
         served: label of the merge that is served by default.
         metric: the selection metric.
         fallback: False to serve every domain the merge.
@@ -212,7 +214,7 @@ def choose_per_domain(
     """
     chosen = {}
     for domain, sums in sorted(validation.items()):
-        labels = {MERGED: served} | {own: own for own in (EXPERT, PERSONAL) if own in sums.methods}
+        labels = {MERGED: served} | {own: own for own in (EXPERT, PERSONAL, WOVEN) if own in sums.methods}
         labels |= {row: row for row in (heads or {}).get(domain, ())}
         scores = {model: sums.mean(label, metric) for model, label in labels.items()}
         known = {model: score for model, score in scores.items() if not math.isnan(score)}
@@ -225,6 +227,13 @@ def choose_per_domain(
             **{model: None if math.isnan(score) else score for model, score in scores.items()},
         }
     return chosen
+
+
+def best_row(sums: MetricSums, rows: Sequence[str], metric: str) -> str:
+    """Return the best of some rows; the first of equals, and where all scores are withheld."""
+    scores = {row: sums.mean(row, metric) for row in rows}
+    known = {row: score for row, score in scores.items() if not math.isnan(score)}
+    return max(known, key=known.__getitem__, default=rows[0])
 
 
 def choose_for_unseen(

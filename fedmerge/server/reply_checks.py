@@ -14,6 +14,7 @@ from fedmerge.evaluation.sums import (
     FEDERATED_FUSED,
     FEDERATED_HEAD,
     PERSONAL,
+    WOVEN,
     MetricSums,
     Variant,
     fused_label,
@@ -104,7 +105,9 @@ def check_sums(
     if missing:
         raise ClientError(f"domain {domain}: its metric sums lack {missing}. Use the same fedmerge version everywhere.")
     extra = sorted(set(unmasked.methods) - set(models))
-    if len(extra) > (MAX_BASELINES if baselines else 0) or not OWN_ROWS.isdisjoint(extra):
+    if len(extra) > (MAX_BASELINES if baselines else 0) or any(
+        each in OWN_ROWS or each.startswith(WOVEN) for each in extra
+    ):
         raise ClientError(
             f"domain {domain}: its metric sums hold {extra[:3]}, which were not requested. "
             "Use the same fedmerge version everywhere."

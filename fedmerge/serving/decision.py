@@ -13,6 +13,7 @@ from fedmerge.evaluation.sums import (
     FEDERATED_FUSED,
     FEDERATED_HEAD,
     PERSONAL,
+    WOVEN,
     fused_label,
     head_label,
 )
@@ -26,7 +27,7 @@ VECTORS_OF: Mapping[str, HeadVectors] = {
     **{fused_label(vectors): vectors for vectors in _VECTORS},
 }  # model -> the encoder of its head's item vectors
 FUSED = (*(fused_label(vectors) for vectors in _VECTORS), FEDERATED_FUSED)
-TEXT_MODELS = (MERGED, EXPERT, PERSONAL, BACKBONE)
+TEXT_MODELS = (MERGED, EXPERT, PERSONAL, WOVEN, BACKBONE)
 MODELS = (*TEXT_MODELS, *VECTORS_OF, FEDERATED_HEAD, FEDERATED_FUSED)
 
 

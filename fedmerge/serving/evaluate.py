@@ -15,6 +15,7 @@ from fedmerge.evaluation.sums import (
     FEDERATED_FUSED,
     FEDERATED_HEAD,
     PERSONAL,
+    WOVEN,
     MetricSums,
     Variant,
     fused_label,
@@ -96,6 +97,7 @@ def _models(place: RunDomain, decision: Decision) -> list[str]:
     names = [BACKBONE, MERGED]
     if place.manifest.name in config.domains.train:
         names += [EXPERT, *([PERSONAL] if config.personal.directions is not None else [])]
+        names += [WOVEN] if config.weave.schedule is not None else []
         if config.head.kind is not None:
             names += [label(vectors) for vectors in config.head.vectors for label in (head_label, fused_label)]
     if config.head.kind == "federated":

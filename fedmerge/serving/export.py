@@ -16,7 +16,15 @@ from fedmerge.encoder.export.folder import export_model, provenance_of
 from fedmerge.encoder.export.formats import Format, check_format
 from fedmerge.encoder.export.probes import Deviation
 from fedmerge.encoder.text import item_text
-from fedmerge.evaluation.sums import BACKBONE, EXPERT, FEDERATED_FUSED, FEDERATED_HEAD, FEDERATED_SOURCES, PERSONAL
+from fedmerge.evaluation.sums import (
+    BACKBONE,
+    EXPERT,
+    FEDERATED_FUSED,
+    FEDERATED_HEAD,
+    FEDERATED_SOURCES,
+    PERSONAL,
+    WOVEN,
+)
 from fedmerge.files import check_free, write_bytes, write_json
 from fedmerge.report.run.model_card import label_of, sections_of_run
 from fedmerge.runs.federated_head import read_fusion
@@ -159,6 +167,8 @@ def kept_for(place: RunDomain, served: ServedModel) -> str | None:
         return f"its head was trained on the users of {name}"
     if model == PERSONAL:
         return f"its coefficients were fitted to the users of {name}"
+    if model == WOVEN:
+        return f"it is the merge of what {name} alone trained"
     if model == EXPERT:
         return f"it is the expert of {name} alone"
     if model not in TEXT_MODELS and not place.manifest.public_catalog:

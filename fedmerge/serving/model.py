@@ -26,9 +26,9 @@ from fedmerge.encoder.backbone import Backbone, load_backbone
 from fedmerge.encoder.peft.folder import read_verified
 from fedmerge.errors import ClientError
 from fedmerge.evaluation.ranks import IntArray
-from fedmerge.evaluation.sums import BACKBONE, EXPERT, FEDERATED_SOURCES, PERSONAL, VARIANTS, Variant
+from fedmerge.evaluation.sums import BACKBONE, EXPERT, FEDERATED_SOURCES, PERSONAL, VARIANTS, WOVEN, Variant
 from fedmerge.files import read_record, table_or_empty
-from fedmerge.runs.checkpoints import HEADS
+from fedmerge.runs.checkpoints import HEADS, target_merge_folder
 from fedmerge.runs.federated_head import read_federated_head, read_fusion
 from fedmerge.sequence.fusion import fused_scores, standardise
 from fedmerge.sequence.ranking import Source
@@ -314,7 +314,10 @@ def _text_adapter(place: RunDomain, decision: Decision, text: str) -> tuple[Adap
         return None, None
     if text == PERSONAL:
         return _personal_merge(place, decision), None
-    folder = decision.merge if text == MERGED else place.run / "adapters" / decision.domain
+    folders = {MERGED: decision.merge, WOVEN: target_merge_folder(place.run, decision.domain)}
+    folder = folders.get(text, place.run / "adapters" / decision.domain)
+    if text == WOVEN and not folder.is_dir():
+        raise ClientError(f"{decision.domain} has no woven merge: {folder} is missing. Use --model merged.")
     if text == EXPERT and not expert_in_run(place, decision.domain):
         return _own_expert(place, decision), None
     adapter = read_verified(folder)

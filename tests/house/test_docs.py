@@ -141,7 +141,7 @@ def test_commands_named_in_the_text_parse(page: Path) -> None:
 
 @page_of
 def test_settings_named_in_the_text_exist(page: Path) -> None:
-    messages = {"train.head", "train.head_round", "train.personal"}
+    messages = {"train.head", "train.head_round", "train.personal", "train.weave"}
     known = set(to_flat(ExperimentConfig())) | messages
     sections = {key.partition(".")[0] for key in known if "." in key}
     files = (".json", ".jsonl", ".parquet", ".toml", ".txt", ".log", ".py", ".md", ".key", ".db")

@@ -40,6 +40,7 @@ def test_every_message_has_a_row() -> None:
         records.HeadRequest,
         records.LayerMapRequest,
         records.PersonalRequest,
+        records.WeaveRequest,
         Advertisement,
         Signature,
     ],

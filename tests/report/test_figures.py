@@ -19,6 +19,7 @@ from fedmerge.evaluation.sums import (
     LAST_ITEM,
     PERSONAL,
     RECENT_ITEMS,
+    WOVEN,
     fused_label,
     head_label,
 )
@@ -53,7 +54,19 @@ def test_figures_of_unusual_data() -> None:
 
 def test_every_method_of_fedmerge_has_a_look_of_its_own_in_the_table() -> None:
     heads = [label(vectors) for vectors in get_args(HeadVectors) for label in (head_label, fused_label)]
-    rows = [BACKBONE, EXPERT, PERSONAL, FEDERATED_HEAD, FEDERATED_FUSED, LAST_ITEM, RECENT_ITEMS, SERVED, *heads]
+    rows = [
+        BACKBONE,
+        EXPERT,
+        PERSONAL,
+        WOVEN,
+        "weave",
+        FEDERATED_HEAD,
+        FEDERATED_FUSED,
+        LAST_ITEM,
+        RECENT_ITEMS,
+        SERVED,
+        *heads,
+    ]
     names = [*get_args(MergeMethod), *get_args(RoundRule), *BASELINE_LABELS.values()]
     listed = [name for of_colour in looks.METHODS.values() for name in of_colour]
     assert {*rows, *names} <= {*listed}

@@ -15,9 +15,9 @@ from fedmerge.tensor_files import read_facts
 EDITED = ("serving",)  # by those who serve
 KINDS: Mapping[str, str] = {
     "experts": "trained adapters; trained again by the next run with the same settings",
-    "woven": "adapters of others that were continued; trained again by the next run with the same settings",
     "heads": "trained heads, which are nowhere else; what a run serves may need them",
     "personal": "coefficients of personal merges, which are nowhere else; what a run serves may need them",
+    "woven": "adapters of others that were continued; trained again by the next run with the same settings",
     "sasrec": "trained baselines; trained again by the next run",
     "released": "what was sent with noise, once; keep",
     "sums": "what secure sums have revealed; keep",

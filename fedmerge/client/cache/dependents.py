@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-LEARNED = ("experts", "woven", "heads", "personal", "sasrec")  # from interactions
+LEARNED = ("experts", "heads", "personal", "woven", "sasrec")  # from interactions
 RECORDS = ("released", "sums", "disclosed")  # of what has left
 REMADE = ("tokens", "item-vectors", "indexes", "cohorts")  # of catalogs and received adapters
 

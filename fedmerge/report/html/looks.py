@@ -58,6 +58,8 @@ METHODS: Mapping[int, tuple[str, ...]] = {
         "personal merge",
         "livar-style",
         "fedecider-style",
+        "woven merge",
+        "weave",
     ),
 }
 

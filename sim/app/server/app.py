@@ -105,11 +105,11 @@ def _experiment(run: Run, attempt: Attempt) -> None:
             logger.info("all experts are trained, run folder: %s", run.folder)
             return
         # 4. Validate, train heads over the merge that is served, and choose.
-        validation, choice, heads = validate_and_choose(run, backbone, merges)
+        validation, choice, heads, own = validate_and_choose(run, backbone, merges)
         # 5. Evaluate the selection on test, once; clients that joined late count as unseen.
         greet_late(run, backbone, merges.members)
         adapters = {candidate.label: candidate.adapter for candidate in selected(merges, choice)}
-        test = evaluate_models(run, "test", sorted(run.members.nodes), adapters, merges.sources, heads)
+        test = evaluate_models(run, "test", sorted(run.members.nodes), adapters, merges.sources, heads, own)
         run.require_quorum([domain for domain in test if domain in merges.members])
     finally:
         # 6. Write what left the clients, for a run that fails as well.

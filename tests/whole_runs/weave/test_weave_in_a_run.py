@@ -13,9 +13,21 @@ from run_folders import unlisted_files
 from fedmerge.adapter import Adapter, adapter_sha256
 from fedmerge.config import ExperimentConfig
 from fedmerge.encoder.peft.folder import read_adapter
-from fedmerge.federated.weaving import MEAN, Weaving, woven_merge
+from fedmerge.errors import ClientError
+from fedmerge.evaluation.sums import EXPERT, WOVEN, woven_label
+from fedmerge.federated.weaving import MEAN, Weaving, target_merge, woven_merge
 from fedmerge.files import read_json
-from fedmerge.runs.checkpoints import StoredExperts, StoredWoven, read_sources, read_weave
+from fedmerge.runs.checkpoints import (
+    StoredExperts,
+    StoredWoven,
+    read_sources,
+    read_sums,
+    read_target_merge,
+    read_weave,
+)
+from fedmerge.serving.evaluate import evaluate_run
+from fedmerge.serving.export import kept_for
+from fedmerge.serving.model import load_served, open_run
 from sim.app.messages import records
 from sim.local.in_process import answer_honestly, run_in_process
 
@@ -32,6 +44,8 @@ WEAVING = {
     "weave.rate": 1.0,
     "weave.factors": "1.0,1.4",
 }
+
+UNSEEN = {"domains.unseen": "coffee,camping"}  # so that every node keeps its domain
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +107,45 @@ def test_universal_merges_are_candidates_like_others(whole: Path) -> None:
         assert provenance["weave"]["woven"]["books"].keys() == {"beauty", "coffee"}
     assert unlisted_files(whole) == []
     assert (whole / "DONE").is_file()
+
+
+def test_each_target_has_its_own_merge_with_the_factor_that_its_users_chose(place: Path, whole: Path) -> None:
+    experts, woven = adapters_of(whole)
+    validation, test = read_sums(whole, "valid"), read_sums(whole, "test")
+    choice = read_json(whole / "choice.json")
+    assert choice["per_domain"].keys() == {*TRAINED}
+    for domain in TRAINED:
+        scores = validation[domain]["unmasked"].metrics_by_method()
+        of_factor = {factor: scores[woven_label(factor)]["ndcg@10"] for factor in (1.0, 1.4)}
+        best = max(of_factor, key=lambda factor: of_factor[factor])
+        found = read_target_merge(whole, domain)
+        assert found is not None
+        assert found.provenance.parameters == {"factor": best}
+        expected = target_merge(domain, experts[domain], woven, best)
+        assert adapter_sha256(found.adapter) == adapter_sha256(expected)
+        entry = choice["per_domain"][domain]
+        assert entry.keys() == {"serve", "merged", EXPERT, WOVEN}
+        assert entry[WOVEN] == of_factor[best]
+        assert entry[entry["serve"]] == max(entry[model] for model in ("merged", EXPERT, WOVEN))
+        assert WOVEN in test[domain]["unmasked"].methods
+        assert woven_label(1.0) not in test[domain]["unmasked"].methods
+    assert not any(name.startswith(WOVEN) for name in test["camping"]["unmasked"].methods)
+
+
+def test_the_merge_of_a_target_is_evaluated_and_served_from_the_run(place: Path, whole: Path) -> None:
+    config = experiment(place, whole.parent)
+    here = open_run(whole, place / "domains" / "books", config)
+    evaluated = evaluate_run(here, "test", config.evaluation.test_users).sums["unmasked"]
+    rows = read_sums(whole, "test")["books"]["unmasked"].metrics_by_method()
+    assert evaluated.metrics_by_method()[WOVEN] == pytest.approx(rows[WOVEN], abs=1e-6)
+    served = load_served(here, WOVEN)
+    found = read_target_merge(whole, "books")
+    assert found is not None
+    assert served.adapter is not None
+    assert adapter_sha256(served.adapter) == adapter_sha256(found.adapter)
+    assert kept_for(here, served) == "it is the merge of what books alone trained"
+    with pytest.raises(ClientError, match="camping has no woven merge"):
+        load_served(open_run(whole, place / "domains" / "camping", config), WOVEN)
 
 
 def test_the_ledger_holds_each_continued_adapter_by_target_and_source(whole: Path) -> None:
@@ -186,6 +239,43 @@ def test_a_client_that_fails_is_excluded_and_no_target(place: Path, whole: Path,
     targets = {name: experts[name] for name in ("beauty", "coffee")}
     merged = read_adapter(run / "merged" / "weave-factor-1")
     assert adapter_sha256(merged) == adapter_sha256(woven_merge(targets, woven, 1.0))
+
+
+def test_a_client_that_refuses_adapters_is_excluded_and_the_others_run_is_the_run_without_it(
+    place: Path, tmp_path: Path
+) -> None:
+    policy = tmp_path / "policy.toml"
+    policy.write_text('policies = "catalog-private"\nmin_users = 5\nmetrics = "exact"\nreceive_adapters = false\n')
+
+    def refusing(message: Message, context: Context) -> Message | None:
+        if domain_of(context) == "coffee":
+            context.node_config["policy-path"] = str(policy)
+        return answer_honestly(message, context)
+
+    two = {"server.min_train_clients": 2}
+    run_in_process(experiment(place, tmp_path / "refused", **two), refusing)
+    run_in_process(experiment(place, tmp_path / "without", **two, **{"domains.train": "beauty,books", **UNSEEN}))
+    refused, without = tmp_path / "refused" / "run", tmp_path / "without" / "run"
+    assert "receive_adapters = false" in str(read_json(refused / "clients.json")["excluded"])
+    assert hashes_of(refused) == hashes_of(without)
+    for label in ("average", "weave-factor-1", "weave-factor-1.4"):
+        merges = [read_adapter(run / "merged" / label) for run in (refused, without)]
+        assert adapter_sha256(merges[0]) == adapter_sha256(merges[1])
+
+
+def test_by_user_the_statement_adds_up_all_trainings_of_a_client(place: Path, tmp_path: Path) -> None:
+    pytest.importorskip("opacus")
+    by_user = {"dp.mode": "user", "dp.epsilon": 8.0, "dp.delta": 1e-4, "dp.accountant": "rdp"}
+    private = {**by_user, "train.negatives": "catalog", "weave.steps": 3, "until": "train"}
+    run_in_process(experiment(place, tmp_path, **private))
+    statement = read_json(tmp_path / "run" / "privacy.json")
+    assert statement["guarantee_of_run"]
+    for domain in TRAINED:
+        of_domain = statement["domains"][domain]
+        assert [release["steps"] for release in of_domain["releases"]] == [4, 3, 3]
+        assert 7.5 < of_domain["epsilon"] <= 8.0
+    rows = pq.read_table(tmp_path / "run" / "exposure.parquet").to_pylist()
+    assert {row["noise"] for row in rows if row["message"] == records.WEAVE} == {"Gaussian, by user"}
 
 
 def test_the_adapter_of_another_source_is_refused(place: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from fedmerge.encoder.backbone import Backbone
 from fedmerge.errors import RunDirError
 from fedmerge.evaluation.ranks import SELECTION_METRIC
-from fedmerge.evaluation.sums import EXPERT, PERSONAL, MetricSums
+from fedmerge.evaluation.sums import EXPERT, PERSONAL, WOVEN, MetricSums
 from fedmerge.files import read_sealed, seal, write_json
 from fedmerge.runs import checkpoints
 from fedmerge.runs.federated_head import write_fusion
@@ -27,6 +27,7 @@ from sim.app.server.phases.evaluating import evaluate_models
 from sim.app.server.phases.heads.federated import train_federated_head
 from sim.app.server.phases.heads.local import Heads, train_heads
 from sim.app.server.phases.merging import Merges
+from sim.app.server.phases.weaving import Rows, choose_factors, target_rows
 from sim.app.server.run import Run
 
 logger = logging.getLogger("fedmerge.server")
@@ -34,11 +35,12 @@ logger = logging.getLogger("fedmerge.server")
 
 def validate_and_choose(
     run: Run, backbone: Backbone, merges: Merges
-) -> tuple[dict[str, checkpoints.Sums], Choice, Heads]:
+) -> tuple[dict[str, checkpoints.Sums], Choice, Heads, Rows]:
     """Evaluate on validation, then choose, once. Unseen domains only choose whether a federated head serves them.
 
     Returns:
-        Domain -> validation sums of the merges, of the domains that decided; the choice; and the heads of the clients.
+        Domain -> validation sums of the merges, of the domains that decided; the choice; the heads of the clients; and
+        the woven merges of single domains.
 
     Raises:
         ClientError: too few domains are left to decide.
@@ -49,8 +51,10 @@ def validate_and_choose(
     # 1. Evaluate the merges.
     deciding = found["domains"] if found else [name for name in run.members.in_role("train") if name in merges.members]
     adapters = {candidate.label: candidate.adapter for candidate in merges.candidates}
-    evaluated = evaluate_models(run, "valid", deciding, adapters, merges.sources)
+    rows = target_rows(run, merges.sources, merges.woven)
+    evaluated = evaluate_models(run, "valid", deciding, adapters, merges.sources, own=rows)
     validation = {domain: sums for domain, sums in evaluated.items() if domain in deciding}
+    own, unmasked = choose_factors(run, backbone, merges.sources, merges.woven, _unmasked(validation))
     # 2. Select the merge that is served.
     if found:
         choice = Choice.from_dict(found)
@@ -70,19 +74,19 @@ def validate_and_choose(
     if federated is not None:
         write_fusion(run.folder, heads.mean_fusion)
     if final:
-        return validation, choice, heads
+        return validation, choice, heads, own
     of_heads: Mapping[str, checkpoints.Sums] = {}
     choosing = [] if federated is None else _unseen_with_validation(run)
     if owners := [*(domain for domain in deciding if heads.rows(domain)), *choosing]:
-        of_heads = evaluate_models(run, "heads", owners, {served.label: served.adapter}, merges.sources, heads)
+        of_heads = evaluate_models(run, "heads", owners, {served.label: served.adapter}, merges.sources, heads, own)
     if run.config.head.kind is not None:
         run.require_quorum([domain for domain in deciding if domain in run.members.nodes])
     # 4. Choose for each domain.
-    choice = _serve(run, choice, validation, {name: sums for name, sums in of_heads.items() if name in owners}, heads)
+    choice = _serve(run, choice, unmasked, {name: sums for name, sums in of_heads.items() if name in owners}, heads)
     write_json(run.folder / CHOICE_FILE, seal(choice.to_dict()))
     selected = ", ".join(choice.labels)
     logger.info("selected on validation: %s; serving %s. Test is read next, once.", selected, choice.served)
-    return validation, choice, heads
+    return validation, choice, heads, own
 
 
 def _select(run: Run, merges: Merges, validation: Mapping[str, checkpoints.Sums]) -> Choice:
@@ -106,16 +110,16 @@ def _select(run: Run, merges: Merges, validation: Mapping[str, checkpoints.Sums]
 def _serve(
     run: Run,
     choice: Choice,
-    validation: Mapping[str, checkpoints.Sums],
+    validation: Mapping[str, MetricSums],
     of_heads: Mapping[str, checkpoints.Sums],
     heads: Heads,
 ) -> Choice:
-    """Choose what each domain is served: the merge, its own expert, or one of its heads."""
+    """Choose what each domain is served: a merge, its own expert, or one of its heads; ``validation`` is unmasked."""
     fallback = run.config.evaluation.fallback
     members = {domain: sums for domain, sums in of_heads.items() if domain in validation}
     unseen = {domain: sums for domain, sums in of_heads.items() if domain not in validation}
     per_domain = choose_per_domain(
-        _unmasked({**validation, **members}),  # those of the heads hold the served merge and the expert, too
+        {**validation, **_unmasked(members)},  # those of the heads hold the served merge and the expert, too
         choice.served,
         choice.metric,
         fallback,
@@ -129,7 +133,7 @@ def _serve(
 def _check_reports(run: Run, choice: Choice, heads: Heads) -> None:
     """Raise RunDirError if a training domain chose among its heads, but their report is missing or damaged."""
     for domain in choice.domains:
-        own = {*choice.per_domain.get(domain, ())} - {"serve", MERGED, EXPERT, PERSONAL}
+        own = {*choice.per_domain.get(domain, ())} - {"serve", MERGED, EXPERT, PERSONAL, WOVEN}
         if own and domain not in heads.vectors:
             file = run.folder / checkpoints.HEADS / f"{domain}.json"
             raise RunDirError(

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from flwr.app import RecordDict
 
@@ -19,6 +20,8 @@ from sim.app.server.phases.heads.local import NO_HEADS, Heads
 from sim.app.server.questions import Question
 from sim.app.server.run import Run
 
+NO_OWN: Mapping[str, Mapping[str, Adapter]] = MappingProxyType({})
+
 logger = logging.getLogger("fedmerge.server")
 
 
@@ -29,6 +32,7 @@ def evaluate_models(
     adapters: Mapping[str, Adapter],
     sources: Mapping[str, str],
     heads: Heads = NO_HEADS,
+    own: Mapping[str, Mapping[str, Adapter]] = NO_OWN,
 ) -> dict[str, checkpoints.Sums]:
     """Evaluate models on the users of some domains, on test with the reference rows.
 
@@ -41,6 +45,7 @@ def evaluate_models(
         adapters: label -> merge.
         sources: domain -> hash of its expert, which is evaluated there as well.
         heads: the clients' own and the federated head, which are evaluated there as well.
+        own: domain -> label -> merge of this domain alone.
 
     Returns:
         Domain -> sums, sorted.
@@ -57,7 +62,7 @@ def evaluate_models(
     def asked_models(domain: str) -> list[str]:
         reference = [*([BACKBONE] if test else []), *([EXPERT] if domain in sources else [])]
         to_beat = [] if heads.federated is None else [LAST_ITEM]  # by that head, to be served
-        return [*reference, *personal_of(domain), *labels, *heads.rows(domain), *to_beat]
+        return [*reference, *personal_of(domain), *own.get(domain, ()), *labels, *heads.rows(domain), *to_beat]
 
     on_disk = checkpoints.read_sums(run.folder, stage)
     results = {
@@ -67,8 +72,8 @@ def evaluate_models(
         logger.info("already evaluated on %s: %s", split, join_names(list(results)))
     nodes = run.members.nodes_of([domain for domain in domains if domain not in results])
     if nodes:
-        own = dict.fromkeys(row for domain in nodes for row in heads.rows(domain))
-        logger.info("evaluating on %s: %s", split, ", ".join([*labels, *own]))
+        of_heads = dict.fromkeys(row for domain in nodes for row in heads.rows(domain))
+        logger.info("evaluating on %s: %s", split, ", ".join([*labels, *of_heads]))
     shared = {} if heads.federated is None else {FEDERATED_HEAD: heads.federated}
     models = records.model_records({**adapters, **shared})
     min_users = run.config.privacy.min_users
@@ -78,7 +83,8 @@ def evaluate_models(
         asked = records.EvaluationRequest(
             split, test, sources.get(domain, ""), test, *heads.request(domain), personal=personal
         )
-        return records.evaluation_request_record(asked, models)
+        sent = records.model_records({**adapters, **shared, **own[domain]}) if domain in own else models
+        return records.evaluation_request_record(asked, sent)
 
     def receive(domain: str, content: RecordDict) -> None:
         sums = records.read_metric_sums(content)
@@ -88,7 +94,7 @@ def evaluate_models(
         results[domain] = sums
 
     def limit_bytes(domain: str) -> int:
-        return sums_bytes(len(labels) + 3 + len(heads.rows(domain)), len(METRICS))
+        return sums_bytes(len(labels) + 3 + len(own.get(domain, ())) + len(heads.rows(domain)), len(METRICS))
 
     timeout_seconds = run.config.server.timeout_seconds
     with run.phase(checkpoints.SUMS[stage]):

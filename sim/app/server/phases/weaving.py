@@ -1,4 +1,4 @@
-"""Weave: clients continue each other's adapters, pass after pass (see ``fedmerge.federated.weaving``).
+"""Weave: clients continue each other's adapters, pass after pass (see ``fedmerge.federated.weaving``); their merges.
 
 Each continued adapter is on disk as it arrives, and a resumed run asks for those that are missing.
 """
@@ -9,13 +9,18 @@ from functools import cache
 
 from flwr.app import RecordDict
 
-from fedmerge.adapter import Adapter, adapter_sha256
+from fedmerge.adapter import Adapter, OnDemand, adapter_sha256
 from fedmerge.encoder.backbone import Backbone
 from fedmerge.encoder.lora import fresh_adapter, layout_of
 from fedmerge.errors import ClientError
-from fedmerge.federated.weaving import Weaving, schedule_passes, start_of
+from fedmerge.evaluation.ranks import SELECTION_METRIC
+from fedmerge.evaluation.sums import WOVEN, MetricSums, copy_row, woven_label
+from fedmerge.federated.weaving import Weaving, Woven, schedule_passes, start_of, target_merge
+from fedmerge.merging.candidate import Origin
 from fedmerge.privacy.dp.agreement import check_spent
 from fedmerge.runs import checkpoints
+from fedmerge.server.candidates import woven_candidate_of
+from fedmerge.server.choice import best_row
 from fedmerge.server.reply_checks import adapter_bytes, check_adapter
 from sim.app.messages import records
 from sim.app.server.asking import ask
@@ -140,3 +145,57 @@ def _one_pass(
     )
     ask(run, run.members.nodes_of(missing), question, admit)
     return found
+
+
+Rows = Mapping[str, Mapping[str, Adapter]]
+"""Domain -> row -> the adapter that is sent to this domain alone."""
+
+
+def target_rows(run: Run, sources: Mapping[str, str], woven: Woven) -> Rows:
+    """Return the merges of what each domain trained, with every factor; each is made when it is read.
+
+    Args:
+        run: the run.
+        sources: domain -> hash of its expert.
+        woven: the adapters that clients continued.
+    """
+    experts, factors = checkpoints.StoredExperts(run.folder, sources), run.config.weave.factors
+    labels = {woven_label(factor): factor for factor in factors}
+
+    def rows_of(target: str) -> Mapping[str, Adapter]:
+        return OnDemand(labels, lambda label: target_merge(target, experts[target], woven, labels[label]))
+
+    return {target: rows_of(target) for target in sorted({each.target for each in woven})}
+
+
+def choose_factors(
+    run: Run, backbone: Backbone, sources: Mapping[str, str], woven: Woven, validation: Mapping[str, MetricSums]
+) -> tuple[Rows, dict[str, MetricSums]]:
+    """Choose the factor of each domain's woven merge on its own validation users, and write the merge.
+
+    Args:
+        run: the run.
+        backbone: its name is written.
+        sources: domain -> hash of its expert.
+        woven: the adapters that clients continued.
+        validation: domain -> unmasked sums, with a row for each factor.
+
+    Returns:
+        Domain -> its merge in the row WOVEN; and ``validation`` with that row.
+    """
+    config = run.config
+    labels = {woven_label(factor): factor for factor in config.weave.factors}
+    experts = checkpoints.StoredExperts(run.folder, sources)
+    origin = Origin(sources, backbone.record, config.privacy.policy)
+    hashes = checkpoints.read_weave(run.folder) or {}
+    rows, sums = {}, dict(validation)
+    for target in sorted({each.target for each in woven} & {*validation}):
+        best = best_row(validation[target], list(labels), SELECTION_METRIC)
+        sums[target] = copy_row(validation[target], best, WOVEN)
+        kept = checkpoints.read_target_merge(run.folder, target)
+        if kept is None or kept.provenance.parameters != {"factor": labels[best]}:
+            record = checkpoints.weave_record({each: sha for each, sha in hashes.items() if each.target == target})
+            kept = woven_candidate_of(target, experts[target], woven, labels[best], config.weave, record, origin)
+            checkpoints.write_target_merge(run.folder, target, kept, backbone.name)
+        rows[target] = {WOVEN: kept.adapter}
+    return rows, sums
