@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ from fedmerge.errors import FedMergeError
 from fedmerge.evaluation.ranks import SELECTION_METRIC
 from fedmerge.federated.rounds import aggregate, initial_state
 from fedmerge.federated.rules import rule_named
-from fedmerge.files import read_json, whole_folder, write_json
+from fedmerge.files import make_folder, read_json, whole_folder, write_json
 from fedmerge.mergerec.layer_maps.candidates import LayerCandidates, LayerMap, assemble
 from fedmerge.mergerec.layer_maps.episodes import FoundMap, Sums
 from fedmerge.merging.candidate import Candidate, Origin, Provenance
@@ -47,16 +48,27 @@ from fedmerge.merging.parameters import parse_parameters
 from fedmerge.privacy.policy import check_enough_users
 from fedmerge.runs.checkpoints import (
     MERGED,
+    WOVEN_MERGES,
     StoredExperts,
+    StoredWoven,
     merge_folder,
     read_candidates,
     read_sources,
+    read_weave,
     stored_signals,
+    weave_record,
     write_candidate,
 )
 from fedmerge.runs.folder import environment
 from fedmerge.runs.round_checkpoints import round_records
-from fedmerge.server.candidates import candidate_of_rounds, learn_from_catalogs, merge_candidates, recipe_of
+from fedmerge.server.candidates import (
+    candidate_of_rounds,
+    learn_from_catalogs,
+    merge_candidates,
+    recipe_of,
+    woven_candidate_of,
+    woven_candidates,
+)
 from fedmerge.server.gate import check_experts, leave_one_out_merges, votes_of
 from fedmerge.server.layer_search import NDCG_SCALE, Search, search_on_pseudo_users, search_with
 
@@ -198,6 +210,9 @@ def write_merges(
         write_candidate(result.parent, _one_round(config, StoredExperts(run, sources), sources), config.backbone.source)
         _write_merges(result, read_candidates(result.parent, sources).values(), started)
         return
+    if config.weave.schedule is not None:
+        _write_woven(result, config, run, sources, started)
+        return
     origin, recipe = Origin(sources, None, config.privacy.policy), replace(recipe_of(config), at_clients=False)
     variants, experts = recipe.variants(), StoredExperts(run, sources)
     learn = search = None
@@ -250,10 +265,47 @@ def _search_on_validation(
     return search
 
 
-def _write_merges(result: Path, candidates: Iterable[Candidate], started: float) -> None:
+def _write_woven(result: Path, config: ExperimentConfig, run: Path, sources: Mapping[str, str], started: float) -> None:
+    """Write the universal merges of woven adapters, and for each domain those of what it trained, with each factor."""
+    hashes = read_weave(run) or {}
+    experts, woven = StoredExperts(run, sources), StoredWoven(run, hashes)
+    origin, record = Origin(sources, None, config.privacy.policy), weave_record(hashes)
+    candidates = woven_candidates(
+        experts,
+        woven,
+        config.weave,
+        record,
+        origin,
+        finished=read_candidates(result.parent, sources),
+        keep=lambda made: write_candidate(result.parent, made, config.backbone.source),
+    )
+    of_targets: dict[str, dict[str, str]] = {}
+    for domain in sorted({each.target for each in hashes}):
+        for factor in config.weave.factors:
+            made = woven_candidate_of(domain, experts[domain], woven, factor, config.weave, record, origin)
+            folder = target_folder(result.parent, domain, made.label)
+            make_folder(folder.parent)
+            with whole_folder(folder) as filled:
+                write_adapter(made.adapter, filled, config.backbone.source)
+            of_targets.setdefault(domain, {})[made.label] = made.provenance.sha256
+    _write_merges(result, candidates, started, of_targets)
+
+
+def target_folder(merges: Path, domain: str, label: str) -> Path:
+    """Return the folder of a merge of what one domain trained, in the folder of a strategy's merges."""
+    return merges / WOVEN_MERGES / domain / label.replace(" ", "-")
+
+
+def _write_merges(
+    result: Path,
+    candidates: Iterable[Candidate],
+    started: float,
+    woven: Mapping[str, Mapping[str, str]] = MappingProxyType({}),
+) -> None:
     hashes = {candidate.label: candidate.provenance.sha256 for candidate in candidates}
     measured = {"seconds": time.monotonic() - started, "peak_bytes": _peak_bytes()}
-    write_json(result, {"merges": hashes, **measured, "environment": environment()})
+    of_targets = {"woven": woven} if woven else {}
+    write_json(result, {"merges": hashes, **of_targets, **measured, "environment": environment()})
 
 
 def _one_round(config: ExperimentConfig, experts: Mapping[str, Adapter], sources: Mapping[str, str]) -> Candidate:

@@ -23,7 +23,7 @@ from fedmerge.config import (
     with_absolute_paths,
 )
 from fedmerge.errors import ConfigError
-from fedmerge.evaluation.sums import FEDERATED_HEAD, head_label
+from fedmerge.evaluation.sums import FEDERATED_HEAD, WOVEN, head_label
 from fedmerge.report.bench_tables import POOLED
 
 Drawing = Literal["shuffled", "balanced"]  # of joint training
@@ -117,12 +117,19 @@ def ranks_by_text(head: Head) -> bool:
     return head.kind is None or "merge" in head.vectors
 
 
-def rows_of(strategy: str, head: Head) -> list[str]:
+def woven_row(strategy: str) -> str:
+    """Return the row of a strategy's merges of single targets: ``weave: woven merge``."""
+    return f"{strategy}: {WOVEN}"
+
+
+def rows_of(strategy: str, experiment: ExperimentConfig) -> list[str]:
     """Return the rows of a strategy, in their order."""
+    head = experiment.head
+    woven = [woven_row(strategy)] if experiment.weave.schedule is not None else []
     heads = [head_row(strategy, vectors) for vectors in head.vectors] if head.kind else []
     if head.kind == "federated":
         heads.append(f"{strategy}: {FEDERATED_HEAD}")
-    return [strategy] * ranks_by_text(head) + [row + end for row in heads for end in ("", FUSED)]
+    return [strategy] * ranks_by_text(head) + woven + [row + end for row in heads for end in ("", FUSED)]
 
 
 @dataclass(frozen=True)
@@ -232,8 +239,7 @@ def _check_dataset(path: Path, bench: Bench, dataset: Dataset) -> None:
         )
     rows = [*REFERENCES]
     for strategy in bench.config.strategy:
-        head = bench.experiment(dataset.name, strategy.name, bench.config.seeds[0]).head
-        rows += rows_of(strategy.name, head)
+        rows += rows_of(strategy.name, bench.experiment(dataset.name, strategy.name, bench.config.seeds[0]))
     rows += shared.evaluation.baselines
     if wrong := [name for name in bench.config.baselines if name not in rows]:
         raise ConfigError(f"{path}: baseline: found {', '.join(map(repr, wrong))}, expected one of {', '.join(rows)}")
@@ -274,6 +280,8 @@ def _not_in_one_place(experiment: ExperimentConfig) -> str:
             ("through_clients.users", experiment.through_clients.users, "pseudo-users"),
             ("through_clients.mode", experiment.through_clients.mode, "exact"),
         ]
+    if experiment.weave.schedule is not None and experiment.admission.action == "exclude":
+        needed.append(("with weave.schedule, admission.action", "exclude", "flag"))  # others continue what it excludes
     for key, found, wanted in needed:
         if found != wanted:
             return f"{key} = {found!r} needs a federation (fedmerge run); set {wanted!r}"

@@ -18,7 +18,7 @@ from fedmerge.bench.cells import JOINT, is_one_shot
 from fedmerge.bench.config import Bench, Dataset, Drawing
 from fedmerge.client.cache.experts import BATCHES
 from fedmerge.client.cache.folders import inputs_key
-from fedmerge.config import SIGNAL_METHODS, Admission, ExperimentConfig, Head, Rounds, Split, flatten
+from fedmerge.config import SIGNAL_METHODS, Admission, ExperimentConfig, Head, Rounds, Split, Weave, flatten
 from fedmerge.config.privacy import Policy
 from fedmerge.errors import ConfigError, RunDirError
 from fedmerge.files import read_json, write_json
@@ -63,13 +63,13 @@ class Grid:
         """Return the training run of a strategy, shared by all strategies with equal training and by all folds.
 
         The policy does not change experts trained once, so strategies of all policies share them. A federation of
-        rounds is a run of its own, without the left-out domain.
+        rounds is a run of its own, without the left-out domain, and so is a weaving, whose experts come from the cache.
         """
         wanted = self.experiment(place, strategy)
-        runtime, rounds = wanted.runtime, not is_one_shot(wanted.rounds)
-        left_out = place.left_out if rounds else ""
+        runtime, rounds, woven = wanted.runtime, not is_one_shot(wanted.rounds), wanted.weave.schedule is not None
+        left_out = place.left_out if rounds or woven else ""
         domains = tuple(domain for domain in wanted.domains.train if domain != left_out)
-        policy: Policy = wanted.privacy.policy if rounds else "adapter+catalog"
+        policy: Policy = wanted.privacy.policy if rounds or woven else "adapter+catalog"
         simulation = wanted.simulation
         if simulation.attacker not in domains:  # a left-out attacker poisons nothing
             simulation = simulation.model_copy(update={"attacker": None})
@@ -78,6 +78,7 @@ class Grid:
         optional = [simulation.attack_record()] if simulation.attacker else []
         optional += [wanted.dp.model_dump()] if wanted.dp.mode != "none" else []
         optional += [simulation.audit_record()] if simulation.audited else []
+        optional += [wanted.weave.model_dump(exclude={"factors"})] if woven else []
         inputs = {
             "domains": [wanted.domains.root, sorted(domains)],
             "sections": [section.cache_inputs() for section in sections] + optional,
@@ -97,6 +98,7 @@ class Grid:
             "lora": wanted.lora.model_copy(update={"ranks": wanted.lora.ranks_of(domains)}),
             "merge": wanted.merge.model_copy(update={"methods": ("average", *methods)}),
             "rounds": wanted.rounds if rounds else Rounds(),
+            "weave": wanted.weave.model_copy(update={"factors": Weave().factors}),
             "admission": Admission(),
             "head": Head(),
             "simulation": simulation,

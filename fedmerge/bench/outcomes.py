@@ -1,5 +1,6 @@
 """The results that a benchmark's cells have left so far: merges, selected variants, and sums over users."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ from fedmerge.bench.cells import (
     Cell,
     is_one_shot,
     joint_folder,
+    target_folder,
 )
-from fedmerge.bench.config import head_row, joint_row, ranks_by_text
+from fedmerge.bench.config import head_row, joint_row, ranks_by_text, woven_row
 from fedmerge.bench.federated_heads import head_folder
 from fedmerge.bench.grid import Grid, Place
 from fedmerge.bench.ranking import ranks_file, sums_of_ranks
@@ -55,14 +57,47 @@ def chosen_variant(grid: Grid, place: Place, strategy: str) -> str | None:
         return str(made["chosen"])
     merges = merge_hashes(grid, place, strategy)
     config = grid.evaluation(place, strategy)
+    files = {
+        domain: {label: ranking(grid, place, config, domain, "valid", strategy, label).result for label in merges}
+        for domain in merged_domains(grid, place, strategy)
+    }
+    return _select(file, merges, files, config.privacy.min_users)
+
+
+def woven_hashes(grid: Grid, place: Place, strategy: str) -> dict[str, dict[str, str]]:
+    """Return domain -> label -> hash of a strategy's merges of single targets; empty without weaving."""
+    woven: dict[str, dict[str, str]] = (read_json(grid.merges(place, strategy) / MERGES) or {}).get("woven", {})
+    return woven
+
+
+def woven_ranking(grid: Grid, place: Place, domain: str, split: Split, strategy: str, label: str) -> Cell:
+    """Return the cell that ranks a domain with the merge of what it trained."""
+    folder = target_folder(grid.merges(place, strategy), domain, label)
+    sha256 = woven_hashes(grid, place, strategy)[domain][label]
+    return ranking_of(grid, place, grid.evaluation(place, strategy), domain, split, label, folder, sha256)
+
+
+def chosen_factor(grid: Grid, place: Place, strategy: str, domain: str) -> str | None:
+    """Return the label of a domain's own woven merge that its validation users chose; as :func:`chosen_variant`."""
+    file = grid.merges(place, strategy) / f"choice-{domain}.json"
+    if made := read_json(file):
+        return str(made["chosen"])
+    labels = woven_hashes(grid, place, strategy).get(domain, {})
+    files = {label: woven_ranking(grid, place, domain, "valid", strategy, label).result for label in labels}
+    return _select(file, labels, {domain: files}, grid.evaluation(place, strategy).privacy.min_users)
+
+
+def _select(
+    file: Path, merges: Mapping[str, str], files: Mapping[str, Mapping[str, Path]], min_users: int
+) -> str | None:
+    """Write and return the label with the best mean over the domains; None if a merge is not evaluated yet."""
     scores: dict[str, float] = {}
     if len(merges) > 1:
         means: dict[str, list[float]] = {label: [] for label in merges}
-        for domain in merged_domains(grid, place, strategy):
-            files = {label: ranking(grid, place, config, domain, "valid", strategy, label).result for label in merges}
-            if not all(file.is_file() for file in files.values()):
+        for domain, of_domain in files.items():
+            if not all(each.is_file() for each in of_domain.values()):
                 return None
-            sums = sums_of_ranks(files, domain, config.privacy.min_users)["unmasked"]
+            sums = sums_of_ranks(of_domain, domain, min_users)["unmasked"]
             for label in merges:
                 means[label].append(sums.mean(label, SELECTION_METRIC))
         scores = {label: float(np.mean(values)) for label, values in means.items()}
@@ -130,6 +165,8 @@ def rows_on_test(grid: Grid, place: Place, domain: str) -> dict[str, Cell]:
             config = grid.evaluation(place, strategy)
             if ranks_by_text(config.head):
                 rows[strategy] = ranking(grid, place, config, domain, "test", strategy, label)
+            if (factor := chosen_factor(grid, place, strategy, domain)) is not None:
+                rows[woven_row(strategy)] = woven_ranking(grid, place, domain, "test", strategy, factor)
             rows |= head_cells(grid, place, domain, strategy)
             if record := read_json(grid.federated_head(place, strategy)):
                 row = f"{strategy}: {FEDERATED_HEAD}"

@@ -16,17 +16,20 @@ from fedmerge.bench.cells import (
 from fedmerge.bench.grid import Grid, Place
 from fedmerge.bench.outcomes import (
     audit_cell,
+    chosen_factor,
     chosen_variant,
     merge_hashes,
     merged_domains,
     ranking,
     rows_on_test,
     tested_domains,
+    woven_hashes,
+    woven_ranking,
 )
-from fedmerge.config import ExperimentConfig, Rounds
+from fedmerge.config import ExperimentConfig
 from fedmerge.errors import ClientError, FedMergeError
 from fedmerge.files import read_json
-from fedmerge.runs.checkpoints import merge_folder, read_sources
+from fedmerge.runs.checkpoints import merge_folder, read_sources, read_weave
 from fedmerge.runs.folder import DONE
 from fedmerge.runs.round_checkpoints import read_members, round_records
 
@@ -66,9 +69,9 @@ def run_grid(grid: Grid, train: Train, execute: Execute, progress: Progress) -> 
                 started, untrained = time.monotonic(), untrained - 1
                 train(config)
                 trained.append(time.monotonic() - started)
-            _check_all_took_part(run, config.rounds, config.domains.train)
+            _check_all_took_part(run, config)
         except FedMergeError as error:
-            if config.rounds.rule is None:  # all strategies share the experts
+            if config.rounds.rule is None and config.weave.schedule is None:  # all strategies share the experts
                 raise
             failed.append(f"training: {run.name}: {error}")
             progress(failed[-1])
@@ -147,7 +150,10 @@ def merging_cells(grid: Grid, places: Sequence[Place]) -> list[Cell]:
 
 
 def validation_cells(grid: Grid, places: Sequence[Place]) -> list[Cell]:
-    """Return the cells that rank validation users of the merged domains, for strategies with several variants."""
+    """Return the cells that rank validation users of the merged domains, for strategies with several variants.
+
+    Of the merges of single targets, each is ranked on its own domain only.
+    """
     cells = {}
     for place in places:
         for strategy in grid.strategies:
@@ -156,6 +162,10 @@ def validation_cells(grid: Grid, places: Sequence[Place]) -> list[Cell]:
             for domain in merged_domains(grid, place, strategy):
                 for label in merges if len(merges) > 1 else ():
                     cell = ranking(grid, place, config, domain, "valid", strategy, label)
+                    cells[cell.result] = cell
+            for domain, labels in woven_hashes(grid, place, strategy).items():
+                for label in labels if len(labels) > 1 else ():
+                    cell = woven_ranking(grid, place, domain, "valid", strategy, label)
                     cells[cell.result] = cell
     return list(cells.values())
 
@@ -186,6 +196,8 @@ def test_cells(grid: Grid, places: Sequence[Place]) -> list[Cell]:
     for place in places:
         for strategy in grid.strategies:
             chosen_variant(grid, place, strategy)
+            for domain in woven_hashes(grid, place, strategy):
+                chosen_factor(grid, place, strategy, domain)
     for place in places:
         for domain in tested_domains(grid, place):
             for cell in rows_on_test(grid, place, domain).values():
@@ -212,9 +224,12 @@ def audit_cells(grid: Grid, places: Sequence[Place]) -> list[Cell]:
     return list(cells.values())
 
 
-def _check_all_took_part(run: Path, rounds: Rounds, domains: Sequence[str]) -> None:
+def _check_all_took_part(run: Path, config: ExperimentConfig) -> None:
     """Raise ClientError if a training lost a domain: strategies are compared on the same domains."""
-    if rounds.rule is None:
+    rounds, domains = config.rounds, config.domains.train
+    if config.weave.schedule is not None:
+        took_part = {each.target for each in read_weave(run) or {}}
+    elif rounds.rule is None:
         took_part = {*(read_sources(run) or {})}
     elif rounds.fraction < 1:  # a round samples clients
         took_part = {*read_members(run)} - {*read_json(run / "clients.json")["excluded"]}

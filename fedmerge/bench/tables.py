@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from fedmerge.bench.cells import MERGES, is_one_shot
-from fedmerge.bench.config import REFERENCES, Drawing, head_row, joint_row, ranks_by_text, rows_of
+from fedmerge.bench.cells import MERGES, is_one_shot, target_folder
+from fedmerge.bench.config import REFERENCES, Drawing, head_row, joint_row, ranks_by_text, rows_of, woven_row
 from fedmerge.bench.grid import Grid, Place
 from fedmerge.bench.outcomes import (
     audit_of,
+    chosen_factor,
     chosen_variant,
     experts_run,
     head_cells,
@@ -20,6 +21,7 @@ from fedmerge.bench.outcomes import (
     merged_domains,
     test_sums,
     tested_domains,
+    woven_hashes,
 )
 from fedmerge.bench.ranking import head_report
 from fedmerge.client.audit.attacks import EXPERT
@@ -33,13 +35,13 @@ from fedmerge.evaluation.sums import FEDERATED_HEAD, VARIANTS, MetricSums, Varia
 from fedmerge.federated.rules import rule_named
 from fedmerge.federated.summed import num_summed
 from fedmerge.files import read_json
-from fedmerge.merging.candidate import Provenance
+from fedmerge.merging.candidate import Provenance, largest_rank
 from fedmerge.privacy.dp.releases import coefficient_messages
 from fedmerge.report.bench.few_data import TRAIN_USERS
 from fedmerge.report.bench_tables import EVERY_FOLD, BenchTables
 from fedmerge.report.statistics import comparison_rows, rank_rows
 from fedmerge.report.tables import Role
-from fedmerge.runs.checkpoints import ADAPTERS, merge_folder
+from fedmerge.runs.checkpoints import ADAPTERS, merge_folder, read_weave, woven_folder
 from fedmerge.runs.round_checkpoints import round_records
 
 Sums = dict[tuple[Place, str], dict[Variant, MetricSums]]  # place and domain -> variant -> sums
@@ -93,7 +95,7 @@ def strategy_of_row(grid: Grid) -> dict[str, str]:
         row: strategy
         for dataset in grid.bench.config.dataset
         for strategy in grid.strategies
-        for row in rows_of(strategy, grid.bench.experiment(dataset.name, strategy, grid.bench.config.seeds[0]).head)
+        for row in rows_of(strategy, grid.bench.experiment(dataset.name, strategy, grid.bench.config.seeds[0]))
     }
 
 
@@ -104,6 +106,8 @@ def _results(grid: Grid, sums: Sums) -> Iterator[dict[str, Any]]:
             for strategy, metrics in of_variant.metrics_by_method().items():
                 whose = strategy_of.get(strategy)
                 label = chosen_variant(grid, place, whose) if whose else strategy
+                if whose and strategy == woven_row(whose):
+                    label = chosen_factor(grid, place, whose, domain)
                 for metric, value in metrics.items():
                     yield {
                         **_named(place, strategy),
@@ -158,6 +162,8 @@ def _costs(grid: Grid, place: Place, strategy: str) -> Iterator[dict[str, Any]]:
     of_merge, head = _cost(grid, place, strategy), grid.experiment(place, strategy).head
     if ranks_by_text(head):
         yield of_merge
+    if woven := woven_hashes(grid, place, strategy):
+        yield _cost_of_targets(grid, place, strategy, of_merge, list(woven))
     nothing = {"bytes_up": 0.0, "bytes_down": 0.0, "server_seconds": 0.0, "rank": None, "error": None, "residual": None}
     run, domains = experts_run(grid, place, strategy), merged_domains(grid, place, strategy)
     of_experts = sum(float(_report(run / ADAPTERS / domain)["seconds"]) for domain in domains)
@@ -187,6 +193,23 @@ def _costs(grid: Grid, place: Place, strategy: str) -> Iterator[dict[str, Any]]:
             yield {**before[vectors], "strategy": row, "client_seconds": seconds, "peak_bytes": None}
 
 
+def _cost_of_targets(
+    grid: Grid, place: Place, strategy: str, of_merge: Mapping[str, Any], domains: Sequence[str]
+) -> dict[str, Any]:
+    """Return the costs of the merges of single targets: those of the universal merge, but each goes to one domain."""
+    merges = grid.merges(place, strategy)
+    chosen = {domain: chosen_factor(grid, place, strategy, domain) for domain in domains}
+    folders = [target_folder(merges, domain, label) for domain, label in chosen.items() if label is not None]
+    universal = merge_folder(merges, str(chosen_variant(grid, place, strategy))) / WEIGHTS
+    down = of_merge["bytes_down"] - universal.stat().st_size * len(merged_domains(grid, place, strategy))
+    return {
+        **of_merge,
+        "strategy": woven_row(strategy),
+        "bytes_down": down + sum((folder / WEIGHTS).stat().st_size for folder in folders),
+        "rank": max((largest_rank(read_adapter(folder)) for folder in folders), default=None),
+    }
+
+
 def _cost(grid: Grid, place: Place, strategy: str) -> dict[str, Any]:
     """Return bytes, seconds and memory of a strategy.
 
@@ -194,7 +217,8 @@ def _cost(grid: Grid, place: Place, strategy: str) -> dict[str, Any]:
     domain that a gate excludes has trained and sent like the others. Under ``aggregate-only`` a masked update of every
     weight goes up instead. Under ``catalog-private`` no catalog goes up, but the experts go down to every domain; in
     each step coefficients down and an answer up, in each reading of a layer-wise search a map down and a sum up. For a
-    federation of rounds: bytes up and down in all rounds.
+    federation of rounds: bytes up and down in all rounds. With weaving: every continued adapter goes up, and its start, of the
+    same size, down.
     """
     config = grid.experiment(place, strategy)
     run, merged = grid.run(place, strategy), merged_domains(grid, place, strategy)
@@ -209,7 +233,7 @@ def _cost(grid: Grid, place: Place, strategy: str) -> dict[str, Any]:
         if config.privacy.hides_adapters:
             summed = rule_named(config.rounds.rule or "weighted-average").summed or "updates"
             up = sum(BYTES_OF_A_VALUE * num_summed(summed, read_adapter(expert)) for expert in experts)
-        elif config.rounds.rule is None and (messages := coefficient_messages(config)):
+        elif config.rounds.rule is config.weave.schedule is None and (messages := coefficient_messages(config)):
             answer = BYTES_OF_A_VALUE * _most_coefficients(grid, place, strategy)
             cohort = sum((run / ADAPTERS / domain / WEIGHTS).stat().st_size for domain in merged)
             down += len(merged) * (cohort + 2 * answer * messages)
@@ -220,6 +244,11 @@ def _cost(grid: Grid, place: Place, strategy: str) -> dict[str, Any]:
             down += len(merged) * (cohort + BYTES_OF_A_VALUE * groups * readings)
             up += len(merged) * 2 * BYTES_OF_A_VALUE * readings  # a number of users and a sum
         seconds = sum(float(_report(expert)["seconds"]) for expert in experts)
+        if config.weave.schedule is not None:
+            hashes = read_weave(run) or {}
+            continued = sum(read_adapter(woven_folder(run, each)).size_bytes for each in hashes)
+            up, down = up + continued, down + continued
+            seconds += sum(float(_report(woven_folder(run, each))["seconds"]) for each in hashes)
     else:
         rounds = [of_round["aggregation"] for of_round in round_records(run)]
         up = sum(sum(of_round["bytes_up"].values()) for of_round in rounds)

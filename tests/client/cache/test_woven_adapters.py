@@ -11,8 +11,8 @@ from fedmerge.adapter import Adapter, LoraModule, adapter_sha256
 from fedmerge.client.cache.woven import load_or_weave
 from fedmerge.client.evaluate import evaluate
 from fedmerge.client.local_domain import LocalDomain
-from fedmerge.client.training import loop
 from fedmerge.client.training.batches import training_batches
+from fedmerge.client.training.checkpoint import write_checkpoint
 from fedmerge.client.training.expert import weaving_settings
 from fedmerge.client.training.plain_sgd import batch_loss
 from fedmerge.client.training.settings import TrainingSettings, WeaveTask, training_settings
@@ -154,14 +154,13 @@ def test_a_killed_training_resumes_to_the_same_bytes(
     whole, _ = woven(toys, settings, task, tmp_path / "whole")
 
     def killed(*given: Any) -> None:
-        loop_write(*given)
+        write_checkpoint(*given)
         raise Killed
 
-    loop_write = loop.write_checkpoint
-    monkeypatch.setattr(loop, "write_checkpoint", killed)
-    with pytest.raises(Killed):
-        woven(toys, settings, task, tmp_path / "killed")
-    monkeypatch.setattr(loop, "write_checkpoint", loop_write)
+    with monkeypatch.context() as patched:
+        patched.setattr("fedmerge.client.training.loop.write_checkpoint", killed)
+        with pytest.raises(Killed):
+            woven(toys, settings, task, tmp_path / "killed")
     resumed, report = woven(toys, settings, task, tmp_path / "killed")
     assert adapter_sha256(resumed) == adapter_sha256(whole)
     assert report["steps"] == 6
