@@ -161,7 +161,7 @@ def _audit(options: argparse.Namespace) -> int:
 
 
 def _opened(folder: Path, config: "ExperimentConfig", names: Sequence[str]) -> Iterator[tuple[str, "Audited"]]:
-    """Yield each domain with its expert, the served merge and the other experts."""
+    """Yield each domain with its expert, the served merge, the other experts and what it continued of them."""
     from fedmerge.client.audit.attacks import Audited
     from fedmerge.client.local_domain import open_domain
     from fedmerge.client.training.settings import training_settings
@@ -170,6 +170,7 @@ def _opened(folder: Path, config: "ExperimentConfig", names: Sequence[str]) -> I
     from fedmerge.encoder.peft.folder import read_verified
     from fedmerge.errors import RunDirError
     from fedmerge.mergerec.vectors import TASK_VECTORS
+    from fedmerge.runs.checkpoints import StoredWoven, read_weave
     from fedmerge.runs.reading import describe_run
 
     run = describe_run(folder)
@@ -187,6 +188,8 @@ def _opened(folder: Path, config: "ExperimentConfig", names: Sequence[str]) -> I
             coefficients = weights if is_sum else None
     backbone, _ = load_adapted(NO_ADAPTER, config)
     root = domains_root(config.domains.root, config.cache_dir)
+    continued = StoredWoven(folder, read_weave(folder) or {})
     for name in names:
         domain = open_domain(root / name, backbone, config.text)
-        yield name, Audited(domain, training_settings(config), experts.get(name), merged, experts, coefficients)
+        own = {each.source: continued[each] for each in continued if each.target == name}
+        yield name, Audited(domain, training_settings(config), experts.get(name), merged, experts, coefficients, own)

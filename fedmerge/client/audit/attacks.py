@@ -1,7 +1,7 @@
 """Attacks that measure what an adapter reveals about its users, docs/reference/differential-privacy.md."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -57,6 +57,7 @@ class Audited:
         merged: the served merge.
         experts: domain -> expert, of all domains in the merge.
         coefficients: coefficients of the merge by domain (a number, or one per group of modules) if it is a plain sum.
+        woven: source -> adapter that the domain continued and sent.
     """
 
     domain: LocalDomain
@@ -65,6 +66,7 @@ class Audited:
     merged: Adapter | None
     experts: Mapping[str, Adapter]
     coefficients: Mapping[str, Any] | None
+    woven: Mapping[str, Adapter] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,7 @@ def audit_domain(audited: Audited, num_shadows: int, progress: Progress = lambda
         )
     pool = [sequences[user] for user in users]
     models = {BACKBONE: None, EXPERT: audited.expert, MERGED: audited.merged}
+    models |= {f"continued {source}": adapter for source, adapter in audited.woven.items()}
     models = {label: adapter for label, adapter in models.items() if adapter is not None or label == BACKBONE}
     nothing_learned = [label for label, adapter in models.items() if adapter is not None and is_zero(adapter)]
     for label in nothing_learned:

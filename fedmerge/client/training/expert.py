@@ -113,8 +113,8 @@ def continue_adapter(
     name = domain.manifest.name
     drawn = training_batches(domain.training_sequences, settings, seed, name, "weave", source)
     batches = ((domain, batch, epochs) for batch, epochs in drawn)
-    title = f"{name}, continuing {source}"
-    return fine_tune(title, [domain], batches, lora, settings, seed, progress, checkpoint, start, proximal)
+    progress(f"{name}: continuing the adapter of {source}")
+    return fine_tune(name, [domain], batches, lora, settings, seed, progress, checkpoint, start, proximal)
 
 
 def weaving_settings(train: Train, weave: Weave) -> Train:

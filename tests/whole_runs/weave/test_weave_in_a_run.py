@@ -1,5 +1,6 @@
 """Weaving through whole runs: what travels, what is merged, resuming, refusals, and noise."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from flwr.app import Context, Message, RecordDict
 from in_process import small_experiment
-from run_folders import unlisted_files
+from run_folders import output, unlisted_files
 
 from fedmerge.adapter import Adapter, adapter_sha256
 from fedmerge.config import ExperimentConfig
@@ -307,3 +308,14 @@ def test_a_server_that_asks_in_a_run_without_weaving_is_refused(place: Path, tmp
     run_in_process(experiment(place, tmp_path, **{"weave.schedule": "none", "until": "train"}), asked_too_much)
     assert len(refusals) == 3
     assert all("weave.schedule = 'none'" in refusal for refusal in refusals)
+
+
+def test_the_audit_attacks_every_continued_adapter(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    held_out = {"simulation.held_out_users": 0.5, "weave.schedule": "ring", "privacy.min_users": 2}
+    run_in_process(experiment(place, tmp_path, **held_out, **{"until": "train"}))
+    found = output(capsys, "privacy", "audit", tmp_path / "run", "--domain", "books", "--shadows", "0", "--json")
+    audited = json.loads(found)["domains"]["books"]
+    assert {row["model"] for row in audited["membership"]} == {"backbone", "expert", "continued beauty"}
+    assert "continued beauty minus backbone" in {row["from"] for row in audited["recovery"]["rows"]}
