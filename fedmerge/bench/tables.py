@@ -227,13 +227,14 @@ def _cost(grid: Grid, place: Place, strategy: str) -> dict[str, Any]:
     record = read_json(grid.merges(place, strategy) / MERGES)
     provenance = Provenance.from_dict(read_json(merge / "provenance.json"))
     down = (merge / WEIGHTS).stat().st_size * len(merged)
+    weaves = config.weave.schedule is not None
     if is_one_shot(config.rounds):
         experts = [run / ADAPTERS / domain for domain in sent]
         up = _bytes_of_experts(run, sent)
         if config.privacy.hides_adapters:
             summed = rule_named(config.rounds.rule or "weighted-average").summed or "updates"
             up = sum(BYTES_OF_A_VALUE * num_summed(summed, read_adapter(expert)) for expert in experts)
-        elif config.rounds.rule is config.weave.schedule is None and (messages := coefficient_messages(config)):
+        elif not weaves and config.rounds.rule is None and (messages := coefficient_messages(config)):
             answer = BYTES_OF_A_VALUE * _most_coefficients(grid, place, strategy)
             cohort = sum((run / ADAPTERS / domain / WEIGHTS).stat().st_size for domain in merged)
             down += len(merged) * (cohort + 2 * answer * messages)
@@ -244,7 +245,7 @@ def _cost(grid: Grid, place: Place, strategy: str) -> dict[str, Any]:
             down += len(merged) * (cohort + BYTES_OF_A_VALUE * groups * readings)
             up += len(merged) * 2 * BYTES_OF_A_VALUE * readings  # a number of users and a sum
         seconds = sum(float(_report(expert)["seconds"]) for expert in experts)
-        if config.weave.schedule is not None:
+        if weaves:
             hashes = read_weave(run) or {}
             continued = sum(read_adapter(woven_folder(run, each)).size_bytes for each in hashes)
             up, down = up + continued, down + continued
