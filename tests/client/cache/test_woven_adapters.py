@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from fedmerge.adapter import Adapter, LoraModule, adapter_sha256
+from fedmerge.client.cache.experts import expert_inputs
+from fedmerge.client.cache.folders import inputs_key
 from fedmerge.client.cache.woven import load_or_weave
 from fedmerge.client.evaluate import evaluate
 from fedmerge.client.local_domain import LocalDomain
@@ -144,6 +146,15 @@ def test_an_adapter_is_continued_once_and_depends_on_no_other(
     assert adapter_sha256(first) == adapter_sha256(again) != adapter_sha256(other)
     stronger, _ = woven(toys, settings_for(**{"weave.rate": 1.0}), WeaveTask(1, "books", received), tmp_path)
     assert adapter_sha256(stronger) != adapter_sha256(first)
+
+
+def test_weaving_trains_no_expert_again_unless_it_changes_the_noise(toys: LocalDomain) -> None:
+    def key(**changes: Any) -> str:
+        return inputs_key(expert_inputs(toys, settings_for(**changes)))
+
+    none, more = {"weave.schedule": "none"}, {"weave.steps": 7}
+    assert key() == key(**none) == key(**more)
+    assert len({key(**BY_USER), key(**BY_USER, **none), key(**BY_USER, **more)}) == 3
 
 
 @pytest.mark.parametrize("proximal", [0.0, 3.0])

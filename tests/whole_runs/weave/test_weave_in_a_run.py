@@ -25,6 +25,7 @@ from fedmerge.runs.checkpoints import (
     read_sums,
     read_target_merge,
     read_weave,
+    woven_folder,
 )
 from fedmerge.serving.evaluate import evaluate_run
 from fedmerge.serving.export import kept_for
@@ -221,6 +222,28 @@ def test_a_run_killed_between_two_weavings_resumes_to_the_same_bytes(
     assert len(asked.weaving) == 3
     assert hashes_of(tmp_path / "run") == hashes_of(whole)
     assert read_json(tmp_path / "run" / "choice.json") == read_json(whole / "choice.json")
+
+
+def test_a_damaged_adapter_is_sent_again_and_another_one_is_refused(place: Path, whole: Path, tmp_path: Path) -> None:
+    config = experiment(place, tmp_path, **{"until": "train"})
+    run_in_process(config)
+    run, asked = tmp_path / "run", Asked()
+    (run / "DONE").unlink()
+    (woven_folder(run, Weaving("books", "coffee")) / "adapter_model.safetensors").write_bytes(b"damaged")
+    run_in_process(config.model_copy(update={"resume": True}), asked)
+    assert asked.weaving == [Weaving("books", "coffee")]
+    assert hashes_of(run) == hashes_of(whole)
+
+    def another(message: Message, context: Context) -> Message | None:
+        if message.metadata.message_type != records.WEAVE:
+            return answer_honestly(message, context)
+        request, start = records.read_weave_request(message.content)
+        return Message(records.woven_record(request.source, start, {"privacy": None}), reply_to=message)
+
+    (run / "DONE").unlink()
+    (woven_folder(run, Weaving("books", "beauty")) / "adapter_model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ClientError, match="adapters that books continued were merged, but are missing or damaged"):
+        run_in_process(config.model_copy(update={"resume": True}), another)
 
 
 def test_a_client_that_fails_is_excluded_and_no_target(place: Path, whole: Path, tmp_path: Path) -> None:
