@@ -15,7 +15,7 @@ steps and on the proximal term, and Δ_{t←k} is not Δ_{k←t}. Schedule ``mea
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -70,7 +70,9 @@ def _drawn_sources(target: str, names: Sequence[str], seed: int) -> list[str]:
     return [others[index] for index in generator(seed, "weave", target).permutation(len(others))]
 
 
-def start_of(weaving: Weaving, weave: Weave, experts: Mapping[str, Adapter], woven: Woven, like: Adapter) -> Adapter:
+def start_of(
+    weaving: Weaving, weave: Weave, experts: Mapping[str, Adapter], woven: Woven, fresh: Callable[[], Adapter]
+) -> Adapter:
     """Return the adapter that a client continues.
 
     Args:
@@ -78,13 +80,13 @@ def start_of(weaving: Weaving, weave: Weave, experts: Mapping[str, Adapter], wov
         weave: schedule is read.
         experts: domain -> expert, of all domains that are woven.
         woven: what arrived in earlier passes; schedule ``relay`` continues the latest of an adapter's walk.
-        like: fresh adapter of the target; schedule ``mean`` is cut to its ranks, and has its scalings.
+        fresh: makes a fresh adapter of the target; schedule ``mean`` is cut to its ranks, and has its scalings.
 
     Returns:
         The adapter; under all schedules but ``mean`` with the bytes of what was received.
     """
     if weaving.source == MEAN:
-        return mean_of_others(weaving.target, experts, like)
+        return mean_of_others(weaving.target, experts, fresh())
     if weave.schedule == "relay":
         names = sorted(experts)
         place = names.index(weaving.source)

@@ -72,8 +72,12 @@ def continue_as_asked(
 ) -> tuple[Adapter, TrainingReport, Mapping[str, Any] | None]:
     """Continue another domain's adapter as ``dp.mode`` and the simulation ask; without steps it stays as it is.
 
-    Returns, Raises:
-        As :func:`train_adapter`; also LayoutMismatchError for an adapter of another backbone.
+    Args:
+        domain, settings, progress, checkpoint: as for :func:`train_adapter`, which states results and errors.
+        task: the adapter to continue.
+
+    Raises:
+        LayoutMismatchError: an adapter of another backbone.
     """
     name, weave, seed = domain.manifest.name, settings.weave, settings.seed
     lora, train = settings.lora.of(name), weaving_settings(settings.train, weave)

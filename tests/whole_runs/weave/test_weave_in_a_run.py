@@ -302,6 +302,25 @@ def test_by_user_the_statement_adds_up_all_trainings_of_a_client(place: Path, tm
     assert {row["noise"] for row in rows if row["message"] == records.WEAVE} == {"Gaussian, by user"}
 
 
+def test_a_relay_resumes_over_what_a_failed_client_has_left(place: Path, tmp_path: Path) -> None:
+    def failing(message: Message, context: Context) -> Message | None:
+        asks_books = message.metadata.message_type == records.WEAVE and domain_of(context) == "books"
+        if asks_books and records.read_weave_request(message.content)[0].number == 2:
+            return Message(records.error_record("out of memory", "books"), reply_to=message)
+        return answer_honestly(message, context)
+
+    relay = {"weave.schedule": "relay", "server.min_train_clients": 2, "until": "train"}
+    config = experiment(place, tmp_path, **relay)
+    run_in_process(config, failing)
+    run, asked = tmp_path / "run", Asked()
+    once = hashes_of(run)
+    assert {each.target for each in once} == {"beauty", "coffee"}
+    (run / "DONE").unlink()
+    run_in_process(config.model_copy(update={"resume": True}), asked)
+    assert asked.weaving == []
+    assert hashes_of(run) == once
+
+
 def test_the_adapter_of_another_source_is_refused(place: Path, tmp_path: Path) -> None:
     def mistaken(message: Message, context: Context) -> Message | None:
         answer = answer_honestly(message, context)

@@ -5,7 +5,8 @@ Each continued adapter is on disk as it arrives, and a resumed run asks for thos
 
 import logging
 from collections.abc import Mapping, Sequence
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, partial
 
 from flwr.app import RecordDict
 
@@ -35,6 +36,27 @@ WEAVE = "weave"  # the phase
 logger = logging.getLogger("fedmerge.server")
 
 
+Rows = Mapping[str, Mapping[str, Adapter]]
+"""Domain -> row -> the adapter that is sent to this domain alone."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A pass of a schedule.
+
+    Attributes:
+        number: from 1.
+        of: number of passes.
+        trainings: one for each domain. What is on disk of any of them may be the start of a later one.
+        wanted: those that clients are asked for.
+    """
+
+    number: int
+    of: int
+    trainings: Sequence[Weaving]
+    wanted: Sequence[Weaving]
+
+
 def weave_experts(run: Run, backbone: Backbone, sources: Mapping[str, str]) -> dict[Weaving, str]:
     """Let the clients continue each other's adapters as ``[weave]`` says; the adapters are on disk.
 
@@ -62,7 +84,8 @@ def weave_experts(run: Run, backbone: Backbone, sources: Mapping[str, str]) -> d
         found: dict[Weaving, str] = {}
         for number, trainings in enumerate(passes, start=1):
             wanted = [each for each in trainings if ended is None or each in ended]
-            found |= _one_pass(run, backbone, sources, found, number, len(passes), wanted)
+            one = Pass(number, len(passes), trainings, wanted)
+            found |= _one_pass(run, backbone, sources, found, one)
         # 2. Fix the adapters that are merged: those of the domains that finished.
         if ended is None:
             targets = [name for name in sources if all(Weaving(name, each) in found for each in _of(name, passes))]
@@ -85,27 +108,18 @@ def _of(target: str, passes: Sequence[Sequence[Weaving]]) -> list[str]:
 
 
 def _one_pass(
-    run: Run,
-    backbone: Backbone,
-    sources: Mapping[str, str],
-    before: Mapping[Weaving, str],
-    number: int,
-    num_passes: int,
-    trainings: Sequence[Weaving],
+    run: Run, backbone: Backbone, sources: Mapping[str, str], before: Mapping[Weaving, str], one: Pass
 ) -> dict[Weaving, str]:
     """Return the hashes of the adapters of a pass: those on disk, and those that the clients send."""
     config = run.config
     experts = checkpoints.StoredExperts(run.folder, sources)
     woven = checkpoints.StoredWoven(run.folder, before)
-    of_target = {each.target: each for each in trainings}
-
-    @cache
-    def fresh(target: str) -> Adapter:
-        return fresh_adapter(backbone, config.lora.of(target), config.seed)
+    of_target = {each.target: each for each in one.trainings}
 
     @cache
     def start(target: str) -> Adapter:
-        return start_of(of_target[target], config.weave, experts, woven, fresh(target))
+        fresh = partial(fresh_adapter, backbone, config.lora.of(target), config.seed)
+        return start_of(of_target[target], config.weave, experts, woven, fresh)
 
     # 1. Find the adapters on disk.
     found: dict[Weaving, str] = {}
@@ -114,12 +128,12 @@ def _one_pass(
             found[each] = sha256
     # 2. Ask for the others.
     in_training = run.members.in_role("train")
-    missing = [target for target, each in of_target.items() if each not in found and target in in_training]
+    missing = [each.target for each in one.wanted if each not in found and each.target in in_training]
     if not missing:
         return found
 
     def request(target: str) -> RecordDict:
-        asked = records.WeaveRequest(number, of_target[target].source)
+        asked = records.WeaveRequest(one.number, of_target[target].source)
         return records.weave_request_record(asked, start(target))
 
     def limit_bytes(target: str) -> int:
@@ -134,21 +148,17 @@ def _one_pass(
         # This must be last: nothing after it may raise.
         found[each] = checkpoints.write_woven(run.folder, each, adapter, report, start_sha256, backbone.name)
 
-    logger.info("weaving, pass %d of %d: %s", number, num_passes, join_names(missing))
+    logger.info("weaving, pass %d of %d: %s", one.number, one.of, join_names(missing))
     question = Question(
         records.WEAVE,
         config.server.timeout_seconds,
         request,
         limit_bytes,
         noise=own_noise(config.dp.mode),
-        released=trainings_released(run, number, woven=True),
+        released=trainings_released(run, one.number, woven=True),
     )
     ask(run, run.members.nodes_of(missing), question, admit)
     return found
-
-
-Rows = Mapping[str, Mapping[str, Adapter]]
-"""Domain -> row -> the adapter that is sent to this domain alone."""
 
 
 def target_rows(run: Run, sources: Mapping[str, str], woven: Woven) -> Rows:
