@@ -39,6 +39,7 @@ def test_a_strategy_runs_under_some_policy_and_names_known_messages(strategy: St
         ("contrastive teacher", ["adapter+catalog", "catalog-private"], True),
         ("union similarity", ["adapter+catalog"], True),
         ("personal merges", ["catalog-private"], True),
+        ("weaving: all", ["catalog-private"], True),
         ("federated head", ["adapter+catalog", "adapter", "catalog-private", "aggregate-only"], False),
         ("rounds: multi-krum", ["adapter+catalog", "adapter", "catalog-private"], True),
     ],

@@ -115,6 +115,24 @@ OTHERS: tuple[Strategy, ...] = (
         "FeDecider-style (arXiv:2602.16034)",
         "each domain may be served a merge of its own",
     ),
+    *(
+        Strategy(
+            f"weaving: {schedule}",
+            {"weave.schedule": schedule, "privacy.policy": CATALOG_PRIVATE},
+            ("train", "train.weave"),
+            f"P up, {number}P down and up",
+            f"1, and {number.removesuffix(' · ') or 1} of weave.steps",
+            "WeaveRec-style (arXiv:2510.26546)" + known_as,
+            use,
+        )
+        for schedule, number, known_as, use in (
+            ("all", "(K − 1) · ", "", "a merge is bad where single experts are, and training is cheap"),
+            ("sampled", "weave.sources · ", "", "as all, with many domains"),
+            ("ring", "weave.sources · ", "", "as sampled, each adapter continued equally often"),
+            ("relay", "(K − 1) · ", "; cyclic weight transfer", "an adapter shall see all domains one after another"),
+            ("mean", "", "; FedAvg, then local fine-tuning", "one further training at each client is enough"),
+        )
+    ),
     Strategy(
         "fedecider-style",
         {"personal.directions": "module", "personal.universal": True, "privacy.policy": CATALOG_PRIVATE},
