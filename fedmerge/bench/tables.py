@@ -217,8 +217,8 @@ def _cost(grid: Grid, place: Place, strategy: str) -> dict[str, Any]:
     domain that a gate excludes has trained and sent like the others. Under ``aggregate-only`` a masked update of every
     weight goes up instead. Under ``catalog-private`` no catalog goes up, but the experts go down to every domain; in
     each step coefficients down and an answer up, in each reading of a layer-wise search a map down and a sum up. For a
-    federation of rounds: bytes up and down in all rounds. With weaving: every continued adapter goes up, and its start, of the
-    same size, down.
+    federation of rounds: bytes up and down in all rounds. With weaving: every continued adapter goes up, and its start,
+    of the same size, down.
     """
     config = grid.experiment(place, strategy)
     run, merged = grid.run(place, strategy), merged_domains(grid, place, strategy)

@@ -5,7 +5,7 @@
     schedule_passes  who continues what, one pass after another
     start_of         what a client continues
     target_merge     Δ^t = λ · mean of Δ_t and of all that t continued
-    woven_merge  Δ = λ · mean over t of the means in Δ^t
+    woven_merge      Δ = λ · mean over t of the means in Δ^t
 
 Source: WeaveRec, arXiv:2510.26546.
 Differs: there every hybrid adapter is trained on the pooled histories of two domains, which have to meet in one place.

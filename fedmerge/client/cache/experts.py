@@ -73,16 +73,22 @@ def _load_or_train(
     def train(checkpoint: Path) -> Trained:
         return train_adapter(domain, settings, progress, checkpoint)
 
-    return cached_or_trained(domain, _folder(domain, settings, cache_dir), "expert", train, progress)
+    return cached_or_trained(domain, settings, _folder(domain, settings, cache_dir), "expert", train, progress)
 
 
 def cached_or_trained(
-    domain: LocalDomain, folder: Path, what: str, train: Callable[[Path], Trained], progress: Progress
+    domain: LocalDomain,
+    settings: TrainingSettings,
+    folder: Path,
+    what: str,
+    train: Callable[[Path], Trained],
+    progress: Progress,
 ) -> tuple[Adapter, dict[str, Any]]:
     """Return the adapter in a cache folder, or train it and fill the folder.
 
     Args:
         domain: the client's domain.
+        settings: settings of the training, for the report.
         folder: named by a key of the inputs.
         what: what the adapter is, for messages.
         train: checkpoint file -> adapter, report, and record of its privacy loss.

@@ -55,7 +55,9 @@ def load_or_weave(
         return continue_as_asked(domain, settings, task, progress, checkpoint)
 
     def made() -> Release:
-        return Release(*cached_or_trained(domain, folder, f"continued adapter of {task.source}", train, progress))
+        return Release(
+            *cached_or_trained(domain, settings, folder, f"continued adapter of {task.source}", train, progress)
+        )
 
     if not is_released_once(settings, run_id):
         found = made()

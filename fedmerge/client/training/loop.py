@@ -207,8 +207,7 @@ def fit(
             restore(before.tensors, trained, attached.optimizer)
             best, best_step, validations = before.best, before.best_step, list(before.validations)
             step, spent = before.step, before.spent
-            unknown = (math.nan,) * len(signals.values)
-            signals = SignalSums(factors_of(attached.model), before.signals or unknown)
+            signals = SignalSums(factors_of(attached.model), before.signals or (math.nan,) * len(signals.values))
             started -= before.seconds
             progress(f"{name}: resuming at step {step}")
         else:

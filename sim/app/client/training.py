@@ -122,6 +122,7 @@ def weave(message: Message, context: Context) -> RecordDict:
     )
     key = f"{report['sha256']} woven {request.number}"
     charge_run(client, entries_of(report["privacy"], key, run, f"pass {request.number} of weaving"))
+    report.pop("signals", None)  # they weigh experts alone
     return records.woven_record(request.source, adapter, _without_few_users(client, report))
 
 
