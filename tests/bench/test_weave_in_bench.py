@@ -11,7 +11,7 @@ from fedmerge.bench.config import load_bench
 from fedmerge.bench.grid import Grid, Place
 from fedmerge.bench.outcomes import chosen_factor, chosen_variant, merge_hashes, woven_hashes
 from fedmerge.errors import ConfigError
-from fedmerge.federated.weaving import target_merge, universal_merge
+from fedmerge.federated.weaving import target_merge, woven_merge
 from fedmerge.files import read_json
 from fedmerge.report.bench_tables import BenchTables
 from fedmerge.runs.checkpoints import StoredExperts, StoredWoven, read_sources, read_weave
@@ -53,7 +53,7 @@ def test_a_weaving_is_a_run_of_its_own_over_the_same_experts(
     experts, adapters = StoredExperts(run, sources), StoredWoven(run, woven)
     for factor in (1.0, 1.4):
         label = f"weave factor {factor:g}"
-        universal = universal_merge(experts, adapters, factor)
+        universal = woven_merge(experts, adapters, factor)
         assert merge_hashes(grid, place, "weave")[label] == adapter_sha256(universal)
         for domain in kept:
             own = target_merge(domain, experts[domain], adapters, factor)

@@ -265,7 +265,7 @@ NOT_OF_COEFFICIENTS = {(name, "zero coefficient is absent") for name in ("averag
     ],
 )
 def test_laws_of_coefficients(method: str, law: str, adapters: dict[str, Adapter]) -> None:
-    parameters = {"coefficient": 1.0} if "coefficient" in METHODS[method].parameters else {}
+    parameters: dict[str, Any] = {"coefficient": 1.0} if "coefficient" in METHODS[method].parameters else {}
     LAWS[law](lambda stack: method_coefficients(method, stack, **parameters), adapters)
 
 
