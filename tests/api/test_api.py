@@ -147,7 +147,11 @@ def test_learned_coefficients_are_those_of_the_room_below(
     assert adapter_sha256(learned.adapter) == adapter_sha256(from_folders.adapter)
     assert set(learned.provenance["coefficients"]) == {*experts}
     assert len(learned.provenance["losses"]) == 3
-    contrasted: dict[str, Any] = {"loss": "similarity+kd", "teacher": "contrastive", "pseudo_users": "contrastive-adaptive"}
+    contrasted: dict[str, Any] = {
+        "loss": "similarity+kd",
+        "teacher": "contrastive",
+        "pseudo_users": "contrastive-adaptive",
+    }
     other = fm.merge_learned(experts, opened, backbone, steps=2, batch_size=4, **contrasted)
     assert other.provenance["losses"][0].keys() == {"total", "similarity", "kd"}
     assert [name.split()[0] for name in other.provenance["reconstructions"]] == ["Taesar-style", "FedCIA-style"]

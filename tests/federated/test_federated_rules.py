@@ -47,7 +47,7 @@ from fedmerge.merging.methods import METHODS
 from fedmerge.merging.training_free import merge_adapters
 
 EXAMPLES = settings(deadline=None, max_examples=12, derandomize=True)
-TRAINING_FREE = [name for name, row in METHODS.items() if not row.learned and row.most_domains is None]
+TRAINING_FREE = [name for name, row in METHODS.items() if not (row.learned or row.signals) and row.most_domains is None]
 
 
 # by hand

@@ -14,7 +14,7 @@ NUM_COLOURS, NUM_SHAPES = 8, 8
 _INK, _RUST, _BLUE, _PLUM, _VIOLET, _AMBER, _GREEN, _CYAN = range(NUM_COLOURS)
 # Colour -> its methods, one per shape. The most frequent methods have colours of their own.
 METHODS: Mapping[int, tuple[str, ...]] = {
-    _INK: ("backbone", "popularity", "last item", "item-knn", "sasrec", "recent items", "text", "random"),
+    _INK: ("backbone", "popularity", "last item", "item-knn", "sasrec", "recent items", "text", "joint"),
     _RUST: (
         "expert",
         "head on the expert",
@@ -22,10 +22,10 @@ METHODS: Mapping[int, tuple[str, ...]] = {
         "head on the backbone",
         "head on the backbone, fused",
         "head",
-        "head, fused",
+        "weave",
         "alone",
     ),
-    _BLUE: ("average", "weighted-average", "median", "trimmed-mean", "krum", "multi-krum", "fedprox", "federated"),
+    _BLUE: ("average", "weighted-average", "median", "trimmed-mean", "krum", "multi-krum", "federated", "livar-style"),
     _PLUM: (
         "task-arithmetic",
         "knots-task-arithmetic",
@@ -45,7 +45,6 @@ METHODS: Mapping[int, tuple[str, ...]] = {
         "pcb",
         "localize-and-stitch",
         "breadcrumbs",
-        "joint",
     ),
     _AMBER: ("ties", "dare", "dare-ties", "della", "della-linear", "knots-ties", "knots-dare", "knots-dare-ties"),
     _GREEN: ("tsv", "iso-c", "iso-cts", "fedit", "ffa-lora", "flora", "flexlora", "hetlora"),
@@ -56,10 +55,8 @@ METHODS: Mapping[int, tuple[str, ...]] = {
         "federated head",
         "federated head, fused",
         "personal merge",
-        "livar-style",
         "fedecider-style",
         "woven merge",
-        "weave",
     ),
 }
 

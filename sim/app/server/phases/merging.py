@@ -9,8 +9,9 @@ from fedmerge.encoder.backbone import Backbone
 from fedmerge.federated.weaving import Weaving, Woven
 from fedmerge.merging.candidate import Candidate, Origin
 from fedmerge.runs import checkpoints
-from fedmerge.server.candidates import learn_from_catalogs, merge_candidates, recipe_of, woven_candidates
+from fedmerge.server.candidates import learn_from_catalogs, merge_candidates, recipe_of
 from fedmerge.server.layer_search import search_on_pseudo_users
+from fedmerge.server.woven import woven_candidates
 from sim.app.server.phases.admission import pass_gate
 from sim.app.server.phases.coefficients import fit_personal_merges, learn_through_clients, search_through_clients
 from sim.app.server.phases.rounds.adapters import run_rounds

@@ -20,9 +20,9 @@ from fedmerge.federated.weaving import Weaving, Woven, schedule_passes, start_of
 from fedmerge.merging.candidate import Origin
 from fedmerge.privacy.dp.agreement import check_spent
 from fedmerge.runs import checkpoints
-from fedmerge.server.candidates import woven_candidate_of
 from fedmerge.server.choice import best_row
 from fedmerge.server.reply_checks import adapter_bytes, check_adapter
+from fedmerge.server.woven import woven_candidate_of
 from sim.app.messages import records
 from sim.app.server.asking import ask
 from sim.app.server.members import join_names
