@@ -66,11 +66,10 @@ from fedmerge.server.candidates import (
     learn_from_catalogs,
     merge_candidates,
     recipe_of,
-    woven_candidate_of,
 )
 from fedmerge.server.gate import check_experts, leave_one_out_merges, votes_of
 from fedmerge.server.layer_search import NDCG_SCALE, Search, search_on_pseudo_users, search_with
-from fedmerge.server.woven import woven_candidates
+from fedmerge.server.woven import woven_candidate_of, woven_candidates
 
 MERGES = "merges.json"
 JOINT = "joint.json"
