@@ -111,6 +111,12 @@ def test_universal_merges_are_candidates_like_others(whole: Path) -> None:
     assert (whole / "DONE").is_file()
 
 
+def test_the_training_signals_of_continued_adapters_stay_at_the_client(whole: Path) -> None:
+    reports = [read_json(path) for path in sorted((whole / "woven").glob("*/*/training.json"))]
+    assert len(reports) == len(TRAINED) * (len(TRAINED) - 1)
+    assert all("steps" in report and "signals" not in report for report in reports)
+
+
 def test_each_target_has_its_own_merge_with_the_factor_that_its_users_chose(place: Path, whole: Path) -> None:
     experts, woven = adapters_of(whole)
     validation, test = read_sums(whole, "valid"), read_sums(whole, "test")
