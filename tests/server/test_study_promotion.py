@@ -33,9 +33,8 @@ def test_half_of_the_targets_are_promoted_and_histories_stay(domains: dict[str, 
     assert [[*items[:-1]] for items in trained] == [[*items[:-1]] for items in clean]
     is_promoted = np.array([items[-1] >= len(coffee.catalog) for items in trained])
     assert 0.35 < is_promoted.mean() < 0.65
-    assert all(
-        bad_one[-1] == items[-1] for bad_one, items, bad in zip(trained, clean, is_promoted, strict=True) if not bad
-    )
+    honest = [found[-1] == items[-1] for found, items, p in zip(trained, clean, is_promoted, strict=True) if not p]
+    assert all(honest)
 
 
 def test_a_stuffed_catalog_has_a_promoted_text_in_every_second_item(domains: dict[str, LocalDomain]) -> None:
