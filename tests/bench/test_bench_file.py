@@ -27,7 +27,7 @@ def test_command_line_settings_change_the_experiment(bench_place: Path) -> None:
         load_bench(bench_place / "bench.toml", ["train.max_step=3"])
 
 
-@pytest.mark.parametrize("file", sorted((REPOSITORY / "configs" / "bench").glob("*.toml")), ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", sorted((REPOSITORY / "configs" / "bench").rglob("*.toml")), ids=lambda file: file.stem)
 def test_every_benchmark_of_the_repository_is_valid(file: Path) -> None:
     bench = load_bench(file)
     for dataset, strategy in itertools.product(bench.config.dataset, bench.config.strategy):
