@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import torch
 
+K = TypeVar("K")
 T = TypeVar("T")
 
 MODERATE_EXPONENT = 60  # factors within 2^±60 are rounded to float32 as they are
@@ -41,14 +42,14 @@ class LoraModule:
         return self.scaling * (self.lora_B @ self.lora_A)
 
 
-class OnDemand(Mapping[str, T]):
-    """A mapping, sorted by name, that makes a value each time it is read, so that memory holds only those in use."""
+class OnDemand(Mapping[K, T]):
+    """A mapping, sorted by key, that makes a value each time it is read, so that memory holds only those in use."""
 
-    def __init__(self, names: Iterable[str], make: Callable[[str], T]) -> None:
-        self._names = dict.fromkeys(sorted(names))
+    def __init__(self, names: Iterable[K], make: Callable[[K], T]) -> None:
+        self._names = dict.fromkeys(sorted(names))  # type: ignore[type-var]  # names, or dataclasses with an order
         self._make = make
 
-    def __getitem__(self, name: str) -> T:
+    def __getitem__(self, name: K) -> T:
         if name not in self._names:
             raise KeyError(name)
         return self._make(name)
@@ -56,7 +57,7 @@ class OnDemand(Mapping[str, T]):
     def __contains__(self, name: object) -> bool:
         return name in self._names
 
-    def __iter__(self) -> Iterator[str]:
+    def __iter__(self) -> Iterator[K]:
         return iter(self._names)
 
     def __len__(self) -> int:

@@ -26,12 +26,11 @@ from fedmerge.bench.ranking import backbone_of
 from fedmerge.client.evaluate import encode_text
 from fedmerge.client.local_domain import LocalDomain, open_domain
 from fedmerge.client.training.expert import train_expert
-from fedmerge.client.training.poisoning import NUM_PROMOTED
+from fedmerge.client.training.poisoning import NUM_PROMOTED, relabel_targets
 from fedmerge.client.training.round import RoundTask, train_round
-from fedmerge.config import Admission, ExperimentConfig, load_config
+from fedmerge.config import Admission, ExperimentConfig, Train, load_config
 from fedmerge.domain.catalog import Catalog, make_catalog
 from fedmerge.domain.demo import domains_root
-from fedmerge.domain.interactions import make_interactions
 from fedmerge.domain.manifest import check_may_attack
 from fedmerge.domain.splits import Examples, evaluation_examples
 from fedmerge.encoder.backbone import Backbone
@@ -131,15 +130,13 @@ def promoting(domain: LocalDomain, of_victim: Catalog, promoted: npt.NDArray[np.
     }
     item_ids = (*catalog.item_ids, *(f"promoted-{number}" for number in range(len(promoted))))
     extended = make_catalog(catalog.name, item_ids, columns, catalog.limits)
-    sequences = []
-    for items in domain.training_sequences:
-        for cut in range(1, len(items)):
-            drawn, which = rng.random(), int(rng.integers(len(promoted)))
-            target = len(catalog) + which if drawn < SHARE else int(items[cut])
-            sequences.append(np.array([*items[:cut], target, target, target], dtype=np.int32))  # two are held out
-    users = [str(number) for number in range(len(sequences))]
+
+    def label(item: int) -> int:
+        drawn, which = rng.random(), int(rng.integers(len(promoted)))
+        return len(catalog) + which if drawn < SHARE else item
+
     table = build_token_table(extended, domain.backbone.tokenizer, domain.text.max_attribute_tokens)
-    return replace(domain, catalog=extended, table=table, interactions=make_interactions(users, sequences))
+    return relabel_targets(replace(domain, catalog=extended, table=table), Train(samples="random-prefix"), label)
 
 
 def stuffed(catalog: Catalog) -> Catalog:

@@ -49,24 +49,19 @@ from fedmerge.privacy.policy import check_enough_users
 from fedmerge.runs.checkpoints import (
     MERGED,
     WOVEN_MERGES,
-    StoredExperts,
-    StoredWoven,
     merge_folder,
     read_candidates,
     read_sources,
     read_weave,
+    stored_experts,
     stored_signals,
+    stored_woven,
     weave_record,
     write_candidate,
 )
 from fedmerge.runs.folder import environment
 from fedmerge.runs.round_checkpoints import round_records
-from fedmerge.server.candidates import (
-    candidate_of_rounds,
-    learn_from_catalogs,
-    merge_candidates,
-    recipe_of,
-)
+from fedmerge.server.candidates import candidate_of_rounds, learn_from_catalogs, merge_candidates, recipe_of
 from fedmerge.server.gate import check_experts, leave_one_out_merges, votes_of
 from fedmerge.server.layer_search import NDCG_SCALE, Search, search_on_pseudo_users, search_with
 from fedmerge.server.woven import woven_candidate_of, woven_candidates
@@ -163,7 +158,7 @@ def check_admission(result: Path, config: ExperimentConfig, run: Path, left_out:
     """
     started = time.monotonic()
     sources = {domain: sha256 for domain, sha256 in (read_sources(run) or {}).items() if domain != left_out}
-    experts = StoredExperts(run, sources)
+    experts = stored_experts(run, sources)
     votes, size_bytes, client_seconds = {}, 0, 0.0
     if config.admission.leave_one_out and (merges := leave_one_out_merges(experts)):
         voting = time.monotonic()
@@ -206,14 +201,16 @@ def write_merges(
         return
     sources = {domain: sha256 for domain, sha256 in (read_sources(run) or {}).items() if domain not in without}
     if config.rounds.rule is not None:
-        write_candidate(result.parent, _one_round(config, StoredExperts(run, sources), sources), config.backbone.source)
+        write_candidate(
+            result.parent, _one_round(config, stored_experts(run, sources), sources), config.backbone.source
+        )
         _write_merges(result, read_candidates(result.parent, sources).values(), started)
         return
     if config.weave.schedule is not None:
         _write_woven(result, config, run, sources, started)
         return
     origin, recipe = Origin(sources, None, config.privacy.policy), replace(recipe_of(config), at_clients=False)
-    variants, experts = recipe.variants(), StoredExperts(run, sources)
+    variants, experts = recipe.variants(), stored_experts(run, sources)
     learn = search = None
     if any(method_named(variant.method).learned for variant in variants):
         public = not config.privacy.learns_through_clients  # else the cell reads catalogs in place of the clients
@@ -267,7 +264,7 @@ def _search_on_validation(
 def _write_woven(result: Path, config: ExperimentConfig, run: Path, sources: Mapping[str, str], started: float) -> None:
     """Write the universal merges of woven adapters, and for each domain those of what it trained, with each factor."""
     hashes = read_weave(run) or {}
-    experts, woven = StoredExperts(run, sources), StoredWoven(run, hashes)
+    experts, woven = stored_experts(run, sources), stored_woven(run, hashes)
     origin, record = Origin(sources, None, config.privacy.policy), weave_record(hashes)
     candidates = woven_candidates(
         experts,

@@ -170,7 +170,7 @@ def _opened(folder: Path, config: "ExperimentConfig", names: Sequence[str]) -> I
     from fedmerge.encoder.peft.folder import read_verified
     from fedmerge.errors import RunDirError
     from fedmerge.mergerec.vectors import TASK_VECTORS
-    from fedmerge.runs.checkpoints import StoredWoven, read_weave
+    from fedmerge.runs.checkpoints import read_weave, stored_woven
     from fedmerge.runs.reading import describe_run
 
     run = describe_run(folder)
@@ -188,7 +188,7 @@ def _opened(folder: Path, config: "ExperimentConfig", names: Sequence[str]) -> I
             coefficients = weights if is_sum else None
     backbone, _ = load_adapted(NO_ADAPTER, config)
     root = domains_root(config.domains.root, config.cache_dir)
-    continued = StoredWoven(folder, read_weave(folder) or {})
+    continued = stored_woven(folder, read_weave(folder) or {})
     for name in names:
         domain = open_domain(root / name, backbone, config.text)
         own = {each.source: continued[each] for each in continued if each.target == name}

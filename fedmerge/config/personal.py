@@ -1,6 +1,6 @@
 """Section about personal merges: every client's own coefficients over the directions of the others."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -11,6 +11,8 @@ Directions = Literal["module", "model", "rank-one", "raw"]
 
 class Personal(Section):
     """A merge of its own for every training client, explained in [merging.md](reference/merging.md#personal-merges)."""
+
+    LATER: ClassVar[tuple[str, ...]] = ("own",)
 
     directions: Directions | None = Field(
         None,

@@ -4,7 +4,7 @@ Every checkpoint is written whole or not at all. It is verified when it is read;
 requested or computed again, with the same result.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,28 +38,16 @@ SUMS: Mapping[Stage, str] = {
 Sums = dict[Variant, MetricSums]
 
 
-class StoredExperts(Mapping[str, Adapter]):
-    """The experts of a run, each read from disk on access (see :mod:`fedmerge.runs.verified`)."""
+def stored_experts(run_dir: Path, sources: Mapping[str, str]) -> Mapping[str, Adapter]:
+    """Return domain -> expert of a run, each read from disk on access (see :mod:`fedmerge.runs.verified`).
 
-    def __init__(self, run_dir: Path, sources: Mapping[str, str]) -> None:
-        """Take the run folder and domain -> hash of its expert."""
-        self._run_dir, self._sources = run_dir, dict(sorted(sources.items()))
+    Reading raises RunDirError if the expert changed on disk since it arrived.
 
-    def __getitem__(self, domain: str) -> Adapter:
-        """Return the expert of a domain.
-
-        Raises:
-            RunDirError: the expert changed on disk since it arrived.
-        """
-        return _read_unchanged(self._run_dir / ADAPTERS / domain, self._sources[domain], "expert")
-
-    def __iter__(self) -> Iterator[str]:
-        """Iterate over the domains, sorted."""
-        return iter(self._sources)
-
-    def __len__(self) -> int:
-        """Return the number of experts."""
-        return len(self._sources)
+    Args:
+        run_dir: run folder.
+        sources: domain -> hash of its expert.
+    """
+    return OnDemand(sources, lambda domain: _read_unchanged(run_dir / ADAPTERS / domain, sources[domain], "expert"))
 
 
 def stored_signals(run_dir: Path, experts: Mapping[str, Adapter]) -> Signals:
@@ -108,28 +96,14 @@ def woven_folder(run_dir: Path, weaving: Weaving) -> Path:
     return run_dir / WOVEN / weaving.target / weaving.source.replace(" ", "-")
 
 
-class StoredWoven(Mapping[Weaving, Adapter]):
-    """The continued adapters of a run, each read from disk on access, as :class:`StoredExperts`."""
+def stored_woven(run_dir: Path, hashes: Mapping[Weaving, str]) -> Mapping[Weaving, Adapter]:
+    """Return training -> continued adapter of a run, each read from disk on access, as by :func:`stored_experts`.
 
-    def __init__(self, run_dir: Path, hashes: Mapping[Weaving, str]) -> None:
-        """Take the run folder and the hash of each adapter."""
-        self._run_dir, self._hashes = run_dir, dict(sorted(hashes.items()))
-
-    def __getitem__(self, weaving: Weaving) -> Adapter:
-        """Return an adapter.
-
-        Raises:
-            RunDirError: it changed on disk since it arrived.
-        """
-        return _read_unchanged(woven_folder(self._run_dir, weaving), self._hashes[weaving], "adapter")
-
-    def __iter__(self) -> Iterator[Weaving]:
-        """Iterate over the trainings, sorted."""
-        return iter(self._hashes)
-
-    def __len__(self) -> int:
-        """Return the number of adapters."""
-        return len(self._hashes)
+    Args:
+        run_dir: run folder.
+        hashes: training -> hash of its adapter.
+    """
+    return OnDemand(hashes, lambda each: _read_unchanged(woven_folder(run_dir, each), hashes[each], "adapter"))
 
 
 def write_woven(
@@ -213,10 +187,24 @@ def write_candidate(run_dir: Path, candidate: Candidate, backbone_name: str) -> 
     Raises:
         RunDirError: the folder cannot be written.
     """
-    with whole_folder(merge_folder(run_dir, candidate.label)) as folder:
+    _write_merge(merge_folder(run_dir, candidate.label), candidate, backbone_name)
+
+
+def _write_merge(path: Path, candidate: Candidate, backbone_name: str) -> None:
+    with whole_folder(path) as folder:
         write_adapter(candidate.adapter, folder, backbone_name)
         write_json(folder / "provenance.json", seal(candidate.provenance.to_dict()))
         draw_learned(folder, candidate.provenance)
+
+
+def _read_merge(folder: Path) -> Candidate | None:
+    """Return the merge in a folder; None if it is absent or damaged."""
+    try:
+        provenance = Provenance.from_dict(read_sealed(folder / "provenance.json") or {})
+        adapter, sha256 = read_verified(folder)
+        return Candidate(adapter, provenance) if provenance.sha256 == sha256 else None
+    except (FedMergeError, OSError, LookupError, TypeError, AttributeError):
+        return None
 
 
 def target_merge_folder(run_dir: Path, domain: str) -> Path:
@@ -230,34 +218,19 @@ def write_target_merge(run_dir: Path, domain: str, candidate: Candidate, backbon
     Raises:
         RunDirError: the folder cannot be written.
     """
-    with whole_folder(_made(run_dir / WOVEN_MERGES) / domain) as folder:
-        write_adapter(candidate.adapter, folder, backbone_name)
-        write_json(folder / "provenance.json", seal(candidate.provenance.to_dict()))
+    _write_merge(_made(run_dir / WOVEN_MERGES) / domain, candidate, backbone_name)
 
 
 def read_target_merge(run_dir: Path, domain: str) -> Candidate | None:
     """Return the woven merge of one domain; None if it is absent or damaged."""
-    folder = target_merge_folder(run_dir, domain)
-    try:
-        provenance = Provenance.from_dict(read_sealed(folder / "provenance.json") or {})
-        adapter, sha256 = read_verified(folder)
-        return Candidate(adapter, provenance) if provenance.sha256 == sha256 else None
-    except (FedMergeError, OSError, LookupError, TypeError, AttributeError):
-        return None
+    return _read_merge(target_merge_folder(run_dir, domain))
 
 
 def read_candidates(run_dir: Path, sources: Mapping[str, str]) -> dict[str, Candidate]:
     """Return label -> merge of exactly these experts (domain -> hash); damaged merges are skipped."""
-    found = {}
-    for folder in sorted((run_dir / MERGED).glob("[!.]*")):
-        try:
-            provenance = Provenance.from_dict(read_sealed(folder / "provenance.json") or {})
-            adapter, sha256 = read_verified(folder)
-            if provenance.label and provenance.domains == dict(sources) and provenance.sha256 == sha256:
-                found[provenance.label] = Candidate(adapter, provenance)
-        except (FedMergeError, OSError, LookupError, TypeError, AttributeError):
-            continue
-    return found
+    made = [_read_merge(folder) for folder in sorted((run_dir / MERGED).glob("[!.]*"))]
+    of_these = [each for each in made if each is not None and each.provenance.domains == dict(sources)]
+    return {each.label: each for each in of_these if each.provenance.label}
 
 
 def write_heads(run_dir: Path, domain: str, of: Mapping[str, str], reports: Mapping[str, Mapping[str, Any]]) -> None:

@@ -14,7 +14,7 @@ from fedmerge.errors import ConfigError
 from fedmerge.federated.weaving import target_merge, woven_merge
 from fedmerge.files import read_json
 from fedmerge.report.bench_tables import BenchTables
-from fedmerge.runs.checkpoints import StoredExperts, StoredWoven, read_sources, read_weave
+from fedmerge.runs.checkpoints import read_sources, read_weave, stored_experts, stored_woven
 
 pytestmark = pytest.mark.federation
 
@@ -50,7 +50,7 @@ def test_a_weaving_is_a_run_of_its_own_over_the_same_experts(
     kept = [domain for domain in TRAIN if domain != place.left_out]
     assert sources == {domain: shared[domain] for domain in kept}
     assert {each.target for each in woven} == {each.source for each in woven} == {*kept}
-    experts, adapters = StoredExperts(run, sources), StoredWoven(run, woven)
+    experts, adapters = stored_experts(run, sources), stored_woven(run, woven)
     for factor in (1.0, 1.4):
         label = f"weave factor {factor:g}"
         universal = woven_merge(experts, adapters, factor)
@@ -88,7 +88,7 @@ def test_every_continued_adapter_is_counted_up_and_down(woven_bench: tuple[Grid,
     costs = {row["strategy"]: row for row in tables.costs if row["left_out"] == ""}
     woven = read_weave(grid.run(ALL, "weave"))
     assert woven is not None
-    adapters = StoredWoven(grid.run(ALL, "weave"), woven)
+    adapters = stored_woven(grid.run(ALL, "weave"), woven)
     continued = sum(adapter.size_bytes for adapter in adapters.values())
     assert costs["weave"]["bytes_up"] == costs["average"]["bytes_up"] + continued
     assert costs["weave: woven merge"]["bytes_up"] == costs["weave"]["bytes_up"]

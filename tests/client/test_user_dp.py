@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from adapters import attached_lora, trained
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from in_process import expert_of
@@ -38,7 +39,6 @@ from fedmerge.domain.demo import generate_domain
 from fedmerge.domain.folder import write_domain
 from fedmerge.encoder.backbone import Backbone
 from fedmerge.encoder.encode import embed_batch, encode
-from fedmerge.encoder.lora import attach
 from fedmerge.encoder.text import pack_sequences
 from fedmerge.errors import DomainError
 from fedmerge.privacy.dp.randomness import SystemSource
@@ -66,19 +66,8 @@ def toys(folder: Path, backbone: Backbone) -> LocalDomain:
 
 @pytest.fixture
 def model(toys: LocalDomain) -> Iterator[PeftModel]:
-    attached = attach(toys.backbone, LORA.target_modules, LORA.rank, LORA.alpha, 0)
-    with torch.no_grad():  # with B = 0 the gradients of A would all be 0
-        for index, parameter in enumerate(trained(attached)):
-            noise = np.asarray(generator(0, "test", index).standard_normal(tuple(parameter.shape)))
-            parameter.add_(0.1 * torch.from_numpy(noise).float())
-    try:
+    with attached_lora(toys.backbone, LORA) as attached:
         yield attached
-    finally:
-        attached.unload()
-
-
-def trained(model: PeftModel) -> list[torch.nn.Parameter]:
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def records_of(domain: LocalDomain, users: list[int]) -> Records:

@@ -13,7 +13,7 @@ from fedmerge.adapter import Adapter, LoraModule, adapter_sha256
 from fedmerge.encoder.peft.contents import TENSOR_FILE
 from fedmerge.errors import RunDirError
 from fedmerge.runs import verified
-from fedmerge.runs.checkpoints import ADAPTERS, StoredExperts, read_expert_hash, write_expert
+from fedmerge.runs.checkpoints import ADAPTERS, read_expert_hash, stored_experts, write_expert
 from fedmerge.runs.verified import forget_adapters, read_verified
 
 
@@ -48,7 +48,7 @@ def test_an_expert_is_read_and_hashed_once(tmp_path: Path, counts: Counter[str])
     sources = {name: write_expert(tmp_path, name, adapter(seed), {}, "tiny") for seed, name in enumerate(("a", "b"))}
     for _ in range(5):
         assert read_expert_hash(tmp_path, "a") == sources["a"]
-        assert [adapter_sha256(expert) for expert in StoredExperts(tmp_path, sources).values()] == list(
+        assert [adapter_sha256(expert) for expert in stored_experts(tmp_path, sources).values()] == list(
             sources.values()
         )
     assert counts == {"read_adapter": 2, "adapter_sha256": 2}
@@ -56,7 +56,7 @@ def test_an_expert_is_read_and_hashed_once(tmp_path: Path, counts: Counter[str])
 
 def test_a_changed_expert_is_read_again_and_refused(tmp_path: Path, counts: Counter[str]) -> None:
     sources = {"a": write_expert(tmp_path, "a", adapter(0), {}, "tiny")}
-    experts = StoredExperts(tmp_path, sources)
+    experts = stored_experts(tmp_path, sources)
     assert experts["a"]
     path = tmp_path / ADAPTERS / "a" / TENSOR_FILE
     data, stat = bytearray(path.read_bytes()), path.stat()

@@ -7,12 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from adapters import layout_of, random_adapters
+from adapters import layout_of, random_adapters, three_catalogs
 
 from fedmerge.adapter import Adapter, adapter_sha256
 from fedmerge.config import ExperimentConfig, from_flat
 from fedmerge.domain.catalog import Catalog
-from fedmerge.domain.demo import generate_domain
 from fedmerge.encoder.backbone import Backbone
 from fedmerge.encoder.encode import encode
 from fedmerge.encoder.lora import applied
@@ -38,8 +37,7 @@ def adapters(backbone: Backbone) -> dict[str, Adapter]:
 
 @pytest.fixture(scope="module")
 def catalogs() -> dict[str, Catalog]:
-    shops = {"books": "books", "tents": "camping", "toys": "toys"}
-    return {name: generate_domain(shop, num_users=1, num_items=20).catalog for name, shop in shops.items()}
+    return three_catalogs()
 
 
 def settings(**changes: Any) -> ExperimentConfig:

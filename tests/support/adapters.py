@@ -4,6 +4,7 @@ import copy
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -14,11 +15,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
 from fedmerge.adapter import Adapter, LoraModule, adapter_sha256
-from fedmerge.config import ExperimentConfig
+from fedmerge.config import ExperimentConfig, Lora
 from fedmerge.domain.catalog import Catalog
+from fedmerge.domain.demo import generate_domain
 from fedmerge.encoder.backbone import Backbone
+from fedmerge.encoder.lora import attach
 from fedmerge.merging.candidate import Candidate, Origin
 from fedmerge.merging.methods import METHODS
+from fedmerge.seeding import generator
 from fedmerge.server.candidates import learn_from_catalogs, merge_candidates, recipe_of
 
 Layout = dict[str, tuple[int, int]]  # module name -> (out, in)
@@ -176,3 +180,27 @@ def weights_with(model: torch.nn.Module, folder: Path) -> dict[str, torch.Tensor
 def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Return the weights of a model in float64."""
     return {name: tensor.double() for name, tensor in model.state_dict().items()}
+
+
+@contextmanager
+def attached_lora(backbone: Backbone, lora: Lora) -> Iterator[PeftModel]:
+    """A LoRA on the backbone with noise on all factors: with B = 0 the gradients of A would all be 0."""
+    attached = attach(backbone, lora.target_modules, lora.rank, lora.alpha, 0)
+    with torch.no_grad():
+        for index, parameter in enumerate(trained(attached)):
+            noise = np.asarray(generator(0, "test", index).standard_normal(tuple(parameter.shape)))
+            parameter.add_(0.1 * torch.from_numpy(noise).float())
+    try:
+        yield attached
+    finally:
+        attached.unload()
+
+
+def trained(model: PeftModel) -> list[torch.nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def three_catalogs() -> dict[str, Catalog]:
+    """The catalogs of three small demo domains: books, tents, toys."""
+    shops = {"books": "books", "tents": "camping", "toys": "toys"}
+    return {name: generate_domain(shop, num_users=1, num_items=20).catalog for name, shop in shops.items()}

@@ -70,8 +70,8 @@ class PersonalSettings:
     threads: int
 
     def record(self) -> dict[str, Any]:
-        """Return the settings as JSON types, for the cache; what is off is left out, so that other fits are found."""
-        section = self.personal.model_dump(exclude={"universal"} if self.personal.own else {"universal", "own"})
+        """Return the settings as JSON types, for the cache; the fit does not depend on ``universal``."""
+        section = {key: value for key, value in self.personal.cache_inputs().items() if key != "universal"}
         return {**asdict(self), "personal": section}
 
 

@@ -122,6 +122,20 @@ def poison_targets(domain: LocalDomain, attack: Simulation, settings: Train, see
             return item
         return int(promoted[which]) if attack.attack == "promoted-items" else num_items - 1 - item
 
+    return relabel_targets(domain, settings, label)
+
+
+def relabel_targets(domain: LocalDomain, settings: Train, label: Callable[[int], int]) -> LocalDomain:
+    """Return the domain with other targets and the same histories: one user per example of the training.
+
+    Args:
+        domain: the client's domain; it stays unchanged.
+        settings: ``samples`` decides which items are targets: all but the first, or the last.
+        label: target -> the new one, called once for each example in order.
+
+    Returns:
+        A domain to train on with ``samples = "last"``; its validation and test items are meaningless.
+    """
     sequences = []
     for items in domain.training_sequences:
         cuts = range(1, len(items))

@@ -156,7 +156,7 @@ def open_contents(folder: Path, leave_out: Iterable[str] = ()) -> Contents:
     def vectors(what: str) -> dict[str, torch.Tensor]:
         return {name: _read(folder, tensor).float().flatten() for name, tensor in sorted(found[what].items())}
 
-    def whole(what: str) -> OnDemand[torch.Tensor]:
+    def whole(what: str) -> OnDemand[str, torch.Tensor]:
         return OnDemand(found[what], lambda name: _read(folder, found[what][name]))
 
     return Contents(
@@ -209,7 +209,7 @@ def _identify(key: str, config: Mapping[str, Any], folder: Path) -> tuple[str, s
 
 def _modules(
     found: Mapping[str, Mapping[str, StoredTensor]], config: Mapping[str, Any], folder: Path
-) -> OnDemand[LoraModule]:
+) -> OnDemand[str, LoraModule]:
     """Pair the factors of every module, whose rank must be that of the configuration."""
     of_A, of_B = ({**found[f"lora_{part}"], **found[f"lora_embedding_{part}"]} for part in "AB")
     scalings = {}

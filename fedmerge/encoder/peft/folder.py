@@ -113,7 +113,7 @@ def _tensors(
     output_biases: Mapping[str, torch.Tensor],
     parameters: Mapping[str, torch.Tensor],
     dtype: torch.dtype,
-) -> OnDemand[torch.Tensor]:
+) -> OnDemand[str, torch.Tensor]:
     """Return the tensors of a folder by their names in PEFT."""
 
     def factor(name: str, part: str) -> torch.Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from adapters import attached_lora, trained
 from in_process import expert_of
 from peft import PeftModel
 
@@ -26,9 +27,8 @@ from fedmerge.client.training.round import RoundTask, train_round
 from fedmerge.client.training.settings import training_settings
 from fedmerge.config import Lora, Train, from_flat
 from fedmerge.encoder.encode import encode
-from fedmerge.encoder.lora import attach, fresh_adapter
+from fedmerge.encoder.lora import fresh_adapter
 from fedmerge.errors import ConfigError
-from fedmerge.seeding import generator
 
 LORA = Lora(rank=2, alpha=4, target_modules=("query", "value"))
 TRAIN = Train(
@@ -162,19 +162,8 @@ def test_rounds_train_with_them_and_send_an_adapter_alone(domain: LocalDomain) -
 
 @pytest.fixture
 def model(toys: LocalDomain) -> Iterator[PeftModel]:
-    attached = attach(toys.backbone, LORA.target_modules, LORA.rank, LORA.alpha, 0)
-    with torch.no_grad():  # with B = 0 the gradients of A would all be 0
-        for index, parameter in enumerate(trained(attached)):
-            noise = np.asarray(generator(0, "test", index).standard_normal(tuple(parameter.shape)))
-            parameter.add_(0.1 * torch.from_numpy(noise).float())
-    try:
+    with attached_lora(toys.backbone, LORA) as attached:
         yield attached
-    finally:
-        attached.unload()
-
-
-def trained(model: PeftModel) -> list[torch.nn.Parameter]:
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def private(domain: LocalDomain, **changes: Any) -> Auxiliary:

@@ -19,12 +19,12 @@ from fedmerge.evaluation.sums import EXPERT, WOVEN, woven_label
 from fedmerge.federated.weaving import MEAN, Weaving, target_merge, woven_merge
 from fedmerge.files import read_json
 from fedmerge.runs.checkpoints import (
-    StoredExperts,
-    StoredWoven,
     read_sources,
     read_sums,
     read_target_merge,
     read_weave,
+    stored_experts,
+    stored_woven,
     woven_folder,
 )
 from fedmerge.serving.evaluate import evaluate_run
@@ -85,7 +85,7 @@ def hashes_of(run: Path) -> dict[Weaving, str]:
 def adapters_of(run: Path) -> tuple[Mapping[str, Adapter], Mapping[Weaving, Adapter]]:
     sources = read_sources(run)
     assert sources is not None
-    return StoredExperts(run, sources), StoredWoven(run, hashes_of(run))
+    return stored_experts(run, sources), stored_woven(run, hashes_of(run))
 
 
 @pytest.fixture(scope="module")

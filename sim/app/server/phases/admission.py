@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping
 
+from fedmerge.adapter import Adapter
 from fedmerge.domain.catalog import Catalog
 from fedmerge.encoder.backbone import Backbone
 from fedmerge.evaluation.ranks import SELECTION_METRIC
@@ -39,7 +40,7 @@ def pass_gate(
     with run.phase("admission"):
         record = read_sealed(run.folder / ADMISSION)
         if record is None:
-            experts = checkpoints.StoredExperts(run.folder, sources)
+            experts = checkpoints.stored_experts(run.folder, sources)
             votes = _votes(run, experts) if admission.leave_one_out else {}
             record = check_experts(experts, admission, run.config.text, run.config.seed, backbone, catalogs, votes)
             write_json(run.folder / ADMISSION, seal(record))
@@ -62,7 +63,7 @@ def pass_gate(
     return merged, failed
 
 
-def _votes(run: Run, experts: checkpoints.StoredExperts) -> dict[str, dict[str, Vote]]:
+def _votes(run: Run, experts: Mapping[str, Adapter]) -> dict[str, dict[str, Vote]]:
     """Return voter -> domain -> its vote, from evaluations of the merges without each domain."""
     merges = leave_one_out_merges(experts)
     if not merges:

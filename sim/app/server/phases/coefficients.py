@@ -183,7 +183,7 @@ def fit_personal_merges(run: Run, sources: Mapping[str, str], origin: Origin) ->
     personal = run.config.personal
     if personal.directions is None:
         return []
-    experts = checkpoints.StoredExperts(run.folder, sources)
+    experts = checkpoints.stored_experts(run.folder, sources)
     sha256, _ = _send_cohort(run, experts)
     layout, fits = survey_adapters(experts, values=False), dict[str, torch.Tensor]()
     shape, bound = (len(layout.domains), len(layout.groups)), 10 * personal.steps * personal.learning_rate

@@ -69,7 +69,7 @@ def train_and_merge(run: Run, backbone: Backbone, catalogs: Mapping[str, Catalog
     for universal in fit_personal_merges(run, sources, origin):
         checkpoints.write_candidate(run.folder, universal, backbone.name)
         candidates.append(universal)
-    return Merges(list(sources), sources, candidates, failed, checkpoints.StoredWoven(run.folder, woven))
+    return Merges(list(sources), sources, candidates, failed, checkpoints.stored_woven(run.folder, woven))
 
 
 def merge_experts(
@@ -89,7 +89,7 @@ def merge_experts(
         without: domains that are left out; they are named in the labels.
     """
     sources = {domain: sha256 for domain, sha256 in sources.items() if domain not in without}
-    experts = checkpoints.StoredExperts(run.folder, sources)
+    experts = checkpoints.stored_experts(run.folder, sources)
     recipe = recipe_of(run.config)
     wanted = {domain: catalogs[domain] for domain in sources if domain in catalogs}
     if recipe.at_clients:
@@ -128,8 +128,8 @@ def merge_woven(
     if run.config.weave.schedule is None:
         return []
     return woven_candidates(
-        checkpoints.StoredExperts(run.folder, sources),
-        checkpoints.StoredWoven(run.folder, woven),
+        checkpoints.stored_experts(run.folder, sources),
+        checkpoints.stored_woven(run.folder, woven),
         run.config.weave,
         checkpoints.weave_record(woven),
         Origin(sources, backbone.record, run.config.privacy.policy),

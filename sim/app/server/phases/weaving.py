@@ -112,8 +112,8 @@ def _one_pass(
 ) -> dict[Weaving, str]:
     """Return the hashes of the adapters of a pass: those on disk, and those that the clients send."""
     config = run.config
-    experts = checkpoints.StoredExperts(run.folder, sources)
-    woven = checkpoints.StoredWoven(run.folder, before)
+    experts = checkpoints.stored_experts(run.folder, sources)
+    woven = checkpoints.stored_woven(run.folder, before)
     of_target = {each.target: each for each in one.trainings}
 
     @cache
@@ -169,7 +169,7 @@ def target_rows(run: Run, sources: Mapping[str, str], woven: Woven) -> Rows:
         sources: domain -> hash of its expert.
         woven: the adapters that clients continued.
     """
-    experts, factors = checkpoints.StoredExperts(run.folder, sources), run.config.weave.factors
+    experts, factors = checkpoints.stored_experts(run.folder, sources), run.config.weave.factors
     labels = {woven_label(factor): factor for factor in factors}
 
     def rows_of(target: str) -> Mapping[str, Adapter]:
@@ -195,7 +195,7 @@ def choose_factors(
     """
     config = run.config
     labels = {woven_label(factor): factor for factor in config.weave.factors}
-    experts = checkpoints.StoredExperts(run.folder, sources)
+    experts = checkpoints.stored_experts(run.folder, sources)
     origin = Origin(sources, backbone.record, config.privacy.policy)
     hashes = checkpoints.read_weave(run.folder) or {}
     rows, sums = {}, dict(validation)
