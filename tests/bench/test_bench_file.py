@@ -38,7 +38,8 @@ def test_every_benchmark_of_the_repository_is_valid(file: Path) -> None:
         if config.domains.root == DEMO_ROOT:
             assert {*config.domains.train, *config.domains.unseen} <= {*BUNDLED_DOMAINS}
     text = file.read_text()
-    assert f"fedmerge bench configs/bench/{file.name} --out bench/{file.stem}" in text
+    name = file.relative_to(REPOSITORY / "configs").with_suffix("").as_posix()  # bench/amazon3/heads
+    assert f"fedmerge bench configs/{name}.toml --out {name}" in text
 
 
 def test_the_aggregation_benchmark_has_every_merge_and_rule() -> None:
