@@ -73,15 +73,7 @@ def run_in_process(
     """
     if num_nodes is None:
         num_nodes = len(config.domains.train) + len(config.domains.unseen)
-    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, SUPERLINK_NODE_ID
-    factory = LinkStateFactory(FLWR_IN_MEMORY_DB_NAME, NoOpFederationManager(), ObjectStoreFactory())
-    state = factory.state()
-    run = Run.create_empty(run_id=1)
-    run.primary_task_id, run.federation_id = 1, NOOP_FEDERATION_ID
-    state.run_ids[1], state.task_store[1] = RunRecord(run=run), Task(task_id=1, run_id=1)  # type: ignore[attr-defined]  # in memory
-    turns = register_nodes(num_nodes, factory)
-    grid = InMemoryGrid(factory) if away is None else _PartlyConnected(factory, turns, away)
-    grid.set_run(run)
+    grid, turns = grid_in_memory(num_nodes, away)
     run_config = to_flat(config)
     announced = num_nodes if away is None else 0
     contexts = {
@@ -93,11 +85,11 @@ def run_in_process(
     def serve_nodes() -> None:
         while not over.wait(0.01):
             for node, context in contexts.items():
-                for message in state.get_message_ins(node_id=node, limit=1):
+                for message in grid.state.get_message_ins(node_id=node, limit=1):
                     answers = answer(message, context) or []
                     for reply in [answers] if isinstance(answers, Message) else answers:
                         reply.metadata.__dict__["_message_id"] = str(uuid4())
-                        state.store_message_res(reply)
+                        grid.state.store_message_res(reply)
 
     nodes = threading.Thread(target=serve_nodes, daemon=True)
     with _process_settings_restored():
@@ -107,6 +99,28 @@ def run_in_process(
         finally:
             over.set()
             nodes.join()
+
+
+def grid_in_memory(num_nodes: int, away: set[int] | None = None) -> tuple[InMemoryGrid, dict[int, int]]:
+    """Make Flower's grid of a simulation, without Ray.
+
+    Args:
+        num_nodes: number of nodes.
+        away: turns of nodes that are not connected while they are in this set; None: all are connected.
+
+    Returns:
+        The grid of run 1, and node -> its turn, from 0.
+    """
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, SUPERLINK_NODE_ID
+    factory = LinkStateFactory(FLWR_IN_MEMORY_DB_NAME, NoOpFederationManager(), ObjectStoreFactory())
+    state = factory.state()
+    run = Run.create_empty(run_id=1)
+    run.primary_task_id, run.federation_id = 1, NOOP_FEDERATION_ID
+    state.run_ids[1], state.task_store[1] = RunRecord(run=run), Task(task_id=1, run_id=1)  # type: ignore[attr-defined]  # in memory
+    turns = register_nodes(num_nodes, factory)
+    grid = InMemoryGrid(factory) if away is None else _PartlyConnected(factory, turns, away)
+    grid.set_run(run)
+    return grid, turns
 
 
 @contextmanager

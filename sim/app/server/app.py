@@ -26,6 +26,7 @@ from fedmerge.report.tracking import check_tracking
 from fedmerge.runs.attempts import LOG_FILE, Attempt, start_attempt
 from fedmerge.runs.folder import DONE, create_run, environment, locked, open_run, run_to_resume
 from fedmerge.runs.overview.progress import remove_stages
+from sim.app.flower_internals import InMemoryGrid
 from sim.app.server.phases.catalogs import collect_catalogs
 from sim.app.server.phases.choosing import validate_and_choose
 from sim.app.server.phases.evaluating import evaluate_models
@@ -33,6 +34,7 @@ from sim.app.server.phases.joining import gather, greet_late, log_members, resto
 from sim.app.server.phases.merging import train_and_merge
 from sim.app.server.phases.reporting import selected, track, write_page, write_privacy, write_report
 from sim.app.server.run import Run, new_run
+from sim.app.server.simulated_nodes import skip_idle_nodes
 
 app = ServerApp()
 logger = logging.getLogger("fedmerge.server")
@@ -86,6 +88,8 @@ def _experiment(run: Run, attempt: Attempt) -> None:
     config = run.config
     # 1. Check all that can be checked before any work, and load the backbone.
     torch.set_num_threads(config.runtime.server_threads)
+    if isinstance(run.grid, InMemoryGrid):
+        skip_idle_nodes(run.grid)
     _check(config)
     _log_changed_versions(run.folder)
     if (keys := find_client_keys(config.server.client_keys, run.simulated, Path.cwd())) is not None:
