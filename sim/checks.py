@@ -16,6 +16,7 @@ from fedmerge.domain.manifest import (
     check_may_attack,
     read_manifest,
 )
+from fedmerge.encoder.families import conventions_of
 from fedmerge.errors import BackboneError, ConfigError, FedMergeError
 
 
@@ -116,8 +117,9 @@ def _backbone_problems(config: ExperimentConfig) -> Iterator[str]:
             yield str(error)
         return
     try:
+        conventions_of(config.backbone, folder)
         missing = missing_target_modules(folder, targets)
-    except BackboneError as error:
+    except FedMergeError as error:
         yield str(error)
         return
     if missing:

@@ -75,7 +75,7 @@ def by_local_steps(
             backbone,
             experts,
             tables[name],
-            config.text.max_tokens,
+            config.text,
             kind=config.mergerec.pseudo_users,
             seed=config.seed,
         )

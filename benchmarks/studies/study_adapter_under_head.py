@@ -32,7 +32,6 @@ from fedmerge.domain.splits import Examples, evaluation_examples
 from fedmerge.encoder.encode import embed_in_groups, encode
 from fedmerge.encoder.frozen import frozen_products, using
 from fedmerge.encoder.lora import applied
-from fedmerge.encoder.text import pack_sequences
 from fedmerge.evaluation.ranks import METRICS, per_user_metrics, rank_targets
 from fedmerge.files import write_json
 from fedmerge.seeding import derive
@@ -227,11 +226,7 @@ def _vectors(domain: LocalDomain) -> torch.Tensor:
 
 
 def _user_vectors(domain: LocalDomain, examples: Examples) -> torch.Tensor:
-    text, special = domain.text, domain.backbone.special
-    return encode(
-        domain.backbone,
-        pack_sequences(domain.table, examples.histories, special, text.max_items, text.max_tokens),
-    )
+    return encode(domain.backbone, domain.packed(examples.histories))
 
 
 def _ndcg(ranks: Ranks) -> float:

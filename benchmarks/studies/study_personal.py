@@ -26,7 +26,7 @@ from fedmerge.config import Personal, load_config
 from fedmerge.device import resolve_compute
 from fedmerge.domain.demo import domains_root
 from fedmerge.domain.splits import evaluated_users, evaluation_examples, examples_of
-from fedmerge.encoder.backbone import load_backbone
+from fedmerge.encoder.backbone import open_backbone
 from fedmerge.encoder.peft.folder import read_adapter
 from fedmerge.evaluation.sums import EXPERT, metric_sums, paired_difference
 from fedmerge.files import write_json
@@ -48,7 +48,7 @@ def main() -> None:
     config = load_config(options.config)
     torch.set_num_threads(config.runtime.threads_per_client)
     compute = resolve_compute(config.runtime.device, config.runtime.precision)
-    backbone = load_backbone(config.backbone.source, config.backbone.pooling, compute)
+    backbone = open_backbone(config.backbone, compute)
     adapters = {path.name: read_adapter(path) for path in sorted(options.adapters.iterdir()) if path.is_dir()}
     found: dict[str, Any] = {}
     for name in options.domains or adapters:

@@ -24,23 +24,27 @@ MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 
 
 def load_backbone(
-    source: str = MINILM, pooling: str = "mean", device: str = "auto", precision: str = "auto"
+    source: str = MINILM, pooling: str = "auto", device: str = "auto", precision: str = "auto", **conventions: Any
 ) -> Backbone:
     """Load a frozen text encoder from a Hugging Face id or a folder.
 
     Args:
         source: hub id or folder.
-        pooling: ``mean``, ``cls`` or ``last-token``.
+        pooling: ``auto`` (from the model's own files), ``mean``, ``mean-text``, ``cls`` or ``last``.
         device: ``auto``, ``cpu`` or a CUDA device.
         precision: ``auto``, ``float32`` or ``bfloat16``.
+        conventions: other settings of ``[backbone]``: family, history_prompt, item_prompt, eos, attention, dimension.
 
     Raises:
-        BackboneError: the files are missing or damaged.
+        BackboneError: the files are missing or damaged, or the conventions contradict the model.
+        ConfigError: unknown settings or values.
     """
+    from fedmerge.config import BackboneSection
     from fedmerge.device import resolve_compute
-    from fedmerge.encoder import backbone
+    from fedmerge.encoder.backbone import open_backbone
 
-    return backbone.load_backbone(source, pooling, resolve_compute(device, precision))
+    section = section_of(BackboneSection, {"source": source, "pooling": pooling, **conventions})
+    return open_backbone(section, resolve_compute(device, precision))
 
 
 def load_domains(
@@ -58,7 +62,7 @@ def load_domains(
         names: the domains to open; None opens all.
         backbone: the encoder whose tokens are used.
         cache_dir: where the demo and token tables are cached; None is ``~/.cache/fedmerge`` and no token cache.
-        text: settings of ``[text]``: max_attribute_tokens, max_items, max_tokens.
+        text: settings of ``[text]``: max_attribute_tokens, max_items, max_tokens, order.
 
     Returns:
         Domain name -> domain.

@@ -87,6 +87,7 @@ def train(
     rank: int = 8,
     alpha: float = 16,
     target_modules: Sequence[str] = ("query", "value"),
+    variant: str = "lora",
     seed: int = 0,
     progress: Callable[[str], None] = lambda line: None,
     **settings: Any,
@@ -95,7 +96,8 @@ def train(
 
     Args:
         domain: of :func:`load_domains`.
-        rank, alpha, target_modules: the LoRA layout; target_modules may be ``("all-linear",)``.
+        rank, alpha, target_modules, variant: as in ``[lora]``; target_modules may be ``("all-linear",)``
+            or ``("attention", "mlp")``, and variant ``"rslora"``.
         seed: seed of all randomness.
         progress: receives one line after every validation.
         settings: settings of ``[train]``, such as max_steps, learning_rate, batch_size.
@@ -113,7 +115,8 @@ def train(
     from fedmerge.merging.candidate import Provenance
     from fedmerge.merging.signals import signals_of
 
-    lora = section_of(Lora, {"rank": rank, "alpha": alpha, "target_modules": tuple(target_modules)})
+    layout = {"rank": rank, "alpha": alpha, "target_modules": tuple(target_modules), "variant": variant}
+    lora = section_of(Lora, layout)
     train = section_of(Train, settings)
     adapter, report = train_expert(domain, lora, train, seed, progress)
     auxiliary = {"auxiliary": record} if (record := train.auxiliary_record()) else {}
@@ -227,13 +230,13 @@ def merge_learned(
         raise MergeError(f"merge_learned: no catalog of {', '.join(missing)}. Give one for each adapter.")
     pseudo = {}
     for name in sources.adapters:
-        table, longest = _token_table(catalogs[name], backbone, of_catalogs)
+        table, settings_of_text = _token_table(catalogs[name], backbone, of_catalogs)
         pseudo[name] = pseudo_users_of(
             name,
             backbone,
             sources.adapters,
             table,
-            longest,
+            settings_of_text,
             kind=chosen.pseudo_users,
             number=chosen.num_pseudo_users,
             seed=chosen.seed,
@@ -385,13 +388,13 @@ def _made_on(backbone: Backbone, adapters: Mapping[str, Adapter]) -> AdapterFold
     return AdapterFolders(adapters, backbone.name, backbone.sha256, "FEATURE_EXTRACTION", None, False)
 
 
-def _token_table(source: LocalDomain | Catalog | str | Path, backbone: Backbone, text: Text) -> tuple[TokenTable, int]:
-    """The token table of a catalog, and the most tokens of a sequence."""
+def _token_table(source: LocalDomain | Catalog | str | Path, backbone: Backbone, text: Text) -> tuple[TokenTable, Text]:
+    """Return the token table of a catalog, and the settings of its text."""
     from fedmerge.client.local_domain import LocalDomain
     from fedmerge.domain.catalog import load_catalog
     from fedmerge.encoder.text import build_token_table
 
     if isinstance(source, LocalDomain):
-        return source.table, source.text.max_tokens
+        return source.table, source.text
     catalog = load_catalog(Path(source)) if isinstance(source, str | Path) else source
-    return build_token_table(catalog, backbone.tokenizer, text.max_attribute_tokens), text.max_tokens
+    return build_token_table(catalog, backbone.tokenizer, text.max_attribute_tokens), text

@@ -36,7 +36,7 @@ from fedmerge.domain.demo import domains_root
 from fedmerge.domain.interactions import load_interactions
 from fedmerge.domain.manifest import read_manifest
 from fedmerge.domain.splits import Examples, evaluation_examples
-from fedmerge.encoder.backbone import Backbone, load_backbone
+from fedmerge.encoder.backbone import Backbone, open_backbone
 from fedmerge.encoder.peft.folder import read_adapter
 from fedmerge.errors import DomainError, RunDirError
 from fedmerge.evaluation.ranks import per_user_metrics
@@ -141,8 +141,8 @@ def ranks_file(
     of_head = {key: value for key, value in config.head.cache_inputs().items() if key != "vectors"}
     inputs = {
         "root": config.domains.root,
-        "text": config.text.model_dump(),
-        "backbone": config.backbone.model_dump(),
+        "text": config.text.cache_inputs(),
+        "backbone": config.backbone.cache_inputs(),
         "sasrec": sasrec_inputs(sasrec_settings(config.evaluation)),
         "runtime": [config.runtime.device, config.runtime.precision],
         "users": [config.seed, num_users(config.evaluation, split), config.evaluation.validation_users],
@@ -275,7 +275,7 @@ def domain_of(config: ExperimentConfig, domain: str) -> LocalDomain:
 def backbone_of(section: BackboneSection, runtime: Runtime) -> Backbone:
     """Return the frozen encoder, loaded once per process."""
     compute = resolve_compute(runtime.device, runtime.precision)
-    return load_backbone(section.source, section.pooling, compute, section.weights_sha256)
+    return open_backbone(section, compute)
 
 
 @lru_cache(maxsize=16)  # small beside the backbone; opening one tokenises its catalog

@@ -15,7 +15,6 @@ from fedmerge.config import Split
 from fedmerge.domain.splits import Examples, evaluation_examples
 from fedmerge.encoder.encode import encode
 from fedmerge.encoder.lora import applied
-from fedmerge.encoder.text import pack_sequences
 from fedmerge.evaluation.ranks import FloatArray, IntArray, per_user_metrics, rank_targets
 from fedmerge.evaluation.sums import VARIANTS, MetricSums, Variant, metric_sums
 
@@ -109,8 +108,7 @@ def encode_text(
         histories: U arrays of item indices, oldest first.
         items: (N, d) vectors of the items under the same model, if they are known.
     """
-    special, text = domain.backbone.special, domain.text
-    users = pack_sequences(domain.table, histories, special, text.max_items, text.max_tokens)
+    users = domain.packed(histories)
     with applied(domain.backbone, adapter):
         if items is None:
             items = domain.backbone_item_vectors if adapter is None else encode(domain.backbone, domain.item_sequences)

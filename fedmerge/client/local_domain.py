@@ -1,6 +1,7 @@
 """The opened domain of a client; its interactions never leave it."""
 
 import hashlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +18,7 @@ from fedmerge.domain.manifest import Manifest, read_manifest
 from fedmerge.domain.splits import train_sequences
 from fedmerge.encoder.backbone import Backbone, check_max_tokens
 from fedmerge.encoder.encode import encode
-from fedmerge.encoder.text import Tokens, TokenTable, build_token_table, item_sequences
+from fedmerge.encoder.text import Tokens, TokenTable, build_token_table, item_sequences, pack_sequences
 
 MIN_TRAINING_LENGTH = 2  # one item of history and a target
 MIN_TRAINING_USERS = 2
@@ -72,6 +73,11 @@ class LocalDomain:
     def item_sequences(self) -> list[Tokens]:
         """One token sequence per item."""
         return item_sequences(self.table, self.backbone.special, self.text.max_tokens)
+
+    def packed(self, histories: Iterable[Sequence[int] | npt.NDArray[np.integer]]) -> list[Tokens]:
+        """Return one token sequence per history of item indices, oldest first, under the settings of ``[text]``."""
+        text = self.text
+        return pack_sequences(self.table, histories, self.backbone.special, text.max_items, text.max_tokens, text.order)
 
     @cached_property
     def backbone_item_vectors(self) -> torch.Tensor:

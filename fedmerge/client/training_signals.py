@@ -13,7 +13,6 @@ from fedmerge.adapter import Adapter
 from fedmerge.client.local_domain import LocalDomain
 from fedmerge.encoder.encode import encode
 from fedmerge.encoder.lora import applied
-from fedmerge.encoder.text import pack_sequences
 from fedmerge.seeding import generator
 
 SPREAD_USERS = 1000  # users of a spread, at most
@@ -84,13 +83,7 @@ def spread_of_users(domain: LocalDomain, adapter: Adapter, seed: int) -> float:
     """
     sequences = domain.training_sequences
     drawn = generator(seed, "client", domain.manifest.name, "spread").permutation(len(sequences))[:SPREAD_USERS]
-    packed = pack_sequences(
-        domain.table,
-        [sequences[user] for user in sorted(drawn.tolist())],
-        domain.backbone.special,
-        domain.text.max_items,
-        domain.text.max_tokens,
-    )
+    packed = domain.packed([sequences[user] for user in sorted(drawn.tolist())])
     with applied(domain.backbone, adapter):
         mean = encode(domain.backbone, packed).double().mean(dim=0)  # (d,)
     return float((1 - mean @ mean).clamp(0, 1).float())

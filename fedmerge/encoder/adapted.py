@@ -10,7 +10,7 @@ from fedmerge.adapter import Adapter
 from fedmerge.config import ExperimentConfig
 from fedmerge.device import resolve_compute
 from fedmerge.encoder.adapter_records import adapter_record
-from fedmerge.encoder.backbone import Backbone, load_backbone
+from fedmerge.encoder.backbone import Backbone, open_backbone
 from fedmerge.encoder.lora import applied
 from fedmerge.encoder.peft.folder import read_verified
 from fedmerge.errors import LayoutMismatchError
@@ -27,11 +27,11 @@ def load_adapted(source: str | Path, config: ExperimentConfig) -> tuple[Backbone
 
     Raises:
         LayoutMismatchError: as in :func:`read_verified`, or the adapter belongs to another backbone.
-        BackboneError: as in :func:`fedmerge.encoder.backbone.load_backbone`.
+        BackboneError: as in :func:`fedmerge.encoder.backbone.open_backbone`.
     """
     adapter = None if str(source) == NO_ADAPTER else read_verified(Path(source))
     compute = resolve_compute(config.runtime.device, config.runtime.precision)
-    backbone = load_backbone(config.backbone.source, config.backbone.pooling, compute, config.backbone.weights_sha256)
+    backbone = open_backbone(config.backbone, compute)
     if adapter is not None:
         check_backbone(f"adapter {source}", backbone, adapter_record(Path(source)).backbone_sha256)
     return backbone, adapter

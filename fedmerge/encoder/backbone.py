@@ -1,9 +1,11 @@
 """Find, verify and load the frozen text encoder."""
 
 import hashlib
+import json
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -11,7 +13,10 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, 
 from transformers.utils import logging as transformers_logging
 
 from fedmerge.backbone_files import MINILM, find_backbone
+from fedmerge.config.model import BackboneSection
 from fedmerge.device import Compute
+from fedmerge.encoder.attention import attend_both_ways, check_attention
+from fedmerge.encoder.families import PLAIN, Conventions, conventions_of, identity_of
 from fedmerge.encoder.text import SpecialTokens, special_tokens
 from fedmerge.errors import BackboneError
 
@@ -19,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 MINILM_WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
+HAVE_POOLERS = ("bert", "roberta", "xlm-roberta", "camembert", "mpnet", "longformer")
 _OTHER_FILES = (  # other files that the vectors depend on
     "config.json",
     "tokenizer.json",
@@ -39,10 +45,13 @@ class Backbone:
         model: a transformers model in float32 and evaluation mode, without parameters that require a gradient.
         tokenizer: its tokenizer.
         special: special tokens around a text.
-        pooling: ``cls``, ``mean`` or ``last``.
+        pooling: ``cls``, ``mean``, ``mean-text`` or ``last``.
         name: hub id or folder name, as written into the configuration of adapters.
-        sha256: hash over weights, configuration and tokenizer files; equal hashes mean the same encoder.
+        sha256: hash over weights, configuration and tokenizer files, and over conventions that are not the plain ones;
+            equal hashes mean the same encoder.
         compute: device and precision.
+        conventions: prompts and others, as far as they are not in the fields above; without ``pooling``.
+        is_switched: True if the direction of the attention is not the model's own.
     """
 
     model: PreTrainedModel
@@ -52,6 +61,8 @@ class Backbone:
     name: str
     sha256: str
     compute: Compute
+    conventions: Conventions = PLAIN
+    is_switched: bool = False
 
     @property
     def record(self) -> dict[str, str | None]:
@@ -66,38 +77,78 @@ class Backbone:
     @property
     def width(self) -> int:
         """The size d of a vector."""
-        return int(self.model.config.hidden_size)
+        return int(self.conventions.dimension or self.model.config.hidden_size)
 
 
 def load_backbone(source: str, pooling: str, compute: Compute, weights_sha256: str | None = None) -> Backbone:
-    """Find, verify and load a backbone.
+    """Find, verify and load a backbone with its own conventions and a pooling.
 
     Args:
         source: see :func:`find_backbone`.
-        pooling: ``cls`` (BERT, BLaIR), ``mean`` (sentence-transformers) or ``last`` (decoders).
+        pooling: as ``backbone.pooling``.
         compute: device and precision.
         weights_sha256: expected SHA-256 of ``model.safetensors``; that of all-MiniLM-L6-v2 is built in.
 
     Raises:
-        BackboneError: the backbone is not found, damaged, or not the expected one.
+        BackboneError: see :func:`open_backbone`.
     """
-    name, folder = find_backbone(source)
+    section = {"source": source, "pooling": pooling, "weights_sha256": weights_sha256}
+    return open_backbone(BackboneSection.model_validate(section), compute)
+
+
+def open_backbone(section: BackboneSection, compute: Compute) -> Backbone:
+    """Find, verify and load a backbone.
+
+    Args:
+        section: ``[backbone]``.
+        compute: device and precision.
+
+    Raises:
+        BackboneError: the backbone is not found, damaged, or not the expected one, or its conventions contradict it.
+    """
+    name, folder = find_backbone(section.source)
     hashes = {path.name: _file_sha256(path) for path in sorted(folder.glob("*.safetensors"))}
-    expected = weights_sha256 or (MINILM_WEIGHTS_SHA256 if name == MINILM else None)
+    expected = section.weights_sha256 or (MINILM_WEIGHTS_SHA256 if name == MINILM else None)
     if expected and hashes.get("model.safetensors") != expected:
         raise BackboneError(
             f"backbone {folder}: model.safetensors has SHA-256 {hashes.get('model.safetensors')}, expected {expected}. "
             "The file is damaged or belongs to another model: download it again, or correct backbone.weights_sha256."
         )
     hashes |= {file: _file_sha256(folder / file) for file in _OTHER_FILES if (folder / file).is_file()}
-    # Hide its progress bar and its report on BERT's unused pooler. (transformers leaves these functions untyped.)
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    conventions = conventions_of(section, folder)
+    model, tokenizer = _load(folder)
+    width = int(model.config.hidden_size)
+    if conventions.dimension is not None and conventions.dimension > width:
+        raise BackboneError(
+            f"backbone.dimension = {conventions.dimension}, but the vectors of {name} have {width} numbers. Set it to "
+            f"{width} or less, or leave it out."
+        )
+    model.eval().requires_grad_(False).to(compute.device)
+    special = special_tokens(
+        tokenizer, conventions.history_prompt, conventions.item_prompt, append_eos=conventions.eos == "append"
+    )
+    appends_eos = len(special.suffix) > len(special_tokens(tokenizer).suffix)
+    switched = conventions.attention == "both-ways" and attend_both_ways(model)
+    check_attention(model, special, conventions, name)
+    changes = identity_of(conventions, appends_eos=appends_eos, switched=switched)
+    lines = [f"{file} {digest}" for file, digest in sorted(hashes.items())]
+    lines += [f"conventions {json.dumps(changes, sort_keys=True)}"] if changes else []
+    identity = hashlib.sha256("\n".join(lines).encode())
+    logger.info("backbone %s (%s)%s", name, compute.reason, f", {json.dumps(changes)}" if changes else "")
+    return Backbone(
+        model, tokenizer, special, conventions.pooling, name, identity.hexdigest(), compute, conventions, switched
+    )
+
+
+def _load(folder: Path) -> tuple[Any, PreTrainedTokenizerBase]:
+    """Load model and tokenizer, without transformers' progress bar and its report on BERT's unused pooler."""
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # of transformers
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     try:
         config = AutoConfig.from_pretrained(folder)
         # The pooler of BERT-like models is never used here and must not count among "all linear layers".
-        bare = {"add_pooling_layer": False} if config.model_type in ("bert", "roberta", "xlm-roberta") else {}
+        bare = {"add_pooling_layer": False} if config.model_type in HAVE_POOLERS else {}
         model, loading = AutoModel.from_pretrained(
             folder, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **bare
         )
@@ -112,10 +163,7 @@ def load_backbone(source: str, pooling: str, compute: Compute, weights_sha256: s
             f"backbone {folder}: the weights lack {', '.join(absent[:3])} ({len(absent)} in all). "
             "Download the model again."
         )
-    model.eval().requires_grad_(False).to(compute.device)
-    identity = hashlib.sha256("\n".join(f"{file} {digest}" for file, digest in sorted(hashes.items())).encode())
-    logger.info("backbone %s (%s)", name, compute.reason)
-    return Backbone(model, tokenizer, special_tokens(tokenizer), pooling, name, identity.hexdigest(), compute)
+    return model, tokenizer
 
 
 def in_float32(backbone: Backbone) -> Backbone:
@@ -140,16 +188,23 @@ def usable_positions(model: torch.nn.Module) -> int | None:
 
 
 def check_max_tokens(backbone: Backbone, max_tokens: int) -> None:
-    """Raise if sequences can be longer than the backbone's positions.
+    """Raise if sequences can be longer than the backbone's positions, or have no room for a text.
 
     Raises:
-        BackboneError: gives the greatest length that works.
+        BackboneError: gives the greatest or the smallest length that works.
     """
-    usable = usable_positions(backbone.model)
+    limits = (usable_positions(backbone.model), backbone.conventions.max_positions)
+    usable = min((limit for limit in limits if limit is not None), default=None)
     if usable is not None and max_tokens > usable:
         raise BackboneError(
             f"text.max_tokens = {max_tokens}, but {backbone.name} has {usable} positions. "
             f"Set text.max_tokens to {usable} or less."
+        )
+    around = backbone.special.num_around
+    if max_tokens <= around:
+        raise BackboneError(
+            f"text.max_tokens = {max_tokens}, but the special tokens and the prompt of {backbone.name} take {around}. "
+            f"Set text.max_tokens to more than {around}, or shorten backbone.history_prompt and backbone.item_prompt."
         )
 
 

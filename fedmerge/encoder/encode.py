@@ -26,10 +26,12 @@ def embed_batch(backbone: Backbone, sequences: Sequence[Tokens]) -> torch.Tensor
         sequences: n token sequences, special tokens included.
 
     Returns:
-        float32 (n, d), L2-normalised rows.
+        float32 (n, d), L2-normalised rows; d is ``backbone.dimension`` if that is set.
     """
     hidden, mask = _hidden_states(backbone, sequences)
-    return torch.nn.functional.normalize(pool(hidden, mask, backbone.pooling), dim=-1)
+    if backbone.pooling == "mean-text":
+        mask = _text_mask(backbone, sequences, mask)
+    return vectors_of(hidden, mask, backbone.pooling, backbone.width)
 
 
 def embed_in_groups(backbone: Backbone, sequences: Sequence[Tokens]) -> torch.Tensor:
@@ -49,7 +51,7 @@ def token_states_in_groups(backbone: Backbone, sequences: Sequence[Tokens], posi
     def states(group: Sequence[int]) -> torch.Tensor:
         hidden, _ = _hidden_states(backbone, [sequences[i] for i in group])
         rows = torch.arange(len(group), device=hidden.device)
-        return hidden[rows, torch.tensor([positions[i] for i in group], device=hidden.device)]
+        return hidden[rows, torch.tensor([positions[i] for i in group], device=hidden.device)][:, : backbone.width]
 
     return _in_groups(backbone, sequences, states)
 
@@ -73,6 +75,18 @@ def _hidden_states(backbone: Backbone, sequences: Sequence[Tokens]) -> tuple[tor
     ):
         hidden = backbone.model(input_ids=input_ids, attention_mask=mask).last_hidden_state  # (n, longest, d)
     return hidden.float(), mask
+
+
+def _text_mask(backbone: Backbone, sequences: Sequence[Tokens], mask: torch.Tensor) -> torch.Tensor:
+    """Leave the special tokens and the prompt before every text out of a mask (n, tokens), unless nothing is left."""
+    special = backbone.special
+    starts = sorted((special.before_history, special.before_item), key=len, reverse=True)
+    kept = mask.clone()
+    for row, sequence in enumerate(sequences):
+        before = next((len(start) for start in starts if np.array_equal(sequence[: len(start)], start)), 0)
+        if before + len(special.suffix) < len(sequence):
+            kept[row, :before] = False
+    return kept
 
 
 def _in_groups(
@@ -142,13 +156,18 @@ def length_batches(lengths: Sequence[int], tokens_per_batch: int) -> list[np.nda
     return batches
 
 
+def vectors_of(hidden: torch.Tensor, mask: torch.Tensor, pooling: str, width: int) -> torch.Tensor:
+    """Pool token vectors as :func:`pool` does, keep the first ``width`` dimensions, and normalise: (n, width)."""
+    return torch.nn.functional.normalize(pool(hidden, mask, pooling)[:, :width], dim=-1)
+
+
 def pool(hidden: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor:
     """Pool token vectors (n, tokens, d) to (n, d).
 
     Args:
         hidden: token vectors, padded on the right.
         mask: (n, tokens), false or 0 where a sequence is padded.
-        pooling: ``cls``, ``mean`` or ``last``.
+        pooling: ``cls``, ``last``, or a mean over what the mask has.
     """
     if pooling == "cls":
         return hidden[:, 0]

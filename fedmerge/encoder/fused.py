@@ -43,12 +43,14 @@ def fused_encoder(backbone: Backbone) -> Callable[[Sequence[Tokens]], torch.Tens
 
     Returns:
         A function from token sequences, sorted by length, to float32 (n, d) with L2-normalised rows. None for other
-        precisions, devices or model families, where oneDNN has no bfloat16, and for models with hooks, replaced methods
-        or adapters other than plain LoRA.
+        precisions, devices or model families, for the pooling ``mean-text``, where oneDNN has no bfloat16, and for
+        models with hooks, replaced methods or adapters other than plain LoRA.
     """
     model: Any = backbone.model  # PyTorch does not know the types of submodules
     compute = backbone.compute
     if compute.device.type != "cpu" or compute.autocast_dtype != torch.bfloat16 or not _is_plain(model):
+        return None
+    if backbone.pooling == "mean-text":
         return None
     layers = [_fused_layer(layer) for layer in model.encoder.layer]
     first_position = model.embeddings.padding_idx + 1 if isinstance(model, RobertaModel | XLMRobertaModel) else 0
@@ -71,7 +73,7 @@ def fused_encoder(backbone: Backbone) -> Callable[[Sequence[Tokens]], torch.Tens
         pooled = [
             _pool(block.view(number, length, -1), pooling) for block, (number, length) in zip(blocks, runs, strict=True)
         ]
-        return normalize(torch.cat(pooled), dim=-1)
+        return normalize(torch.cat(pooled)[:, : backbone.width], dim=-1)
 
     return embed
 

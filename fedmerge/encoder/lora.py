@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 
 from fedmerge.adapter import Adapter, LoraModule
+from fedmerge.backbone_files import GROUPS, target_layers
 from fedmerge.config import Lora
 from fedmerge.encoder.backbone import Backbone
 from fedmerge.encoder.peft.contents import MODULE_PREFIX
@@ -29,22 +30,28 @@ def attach(backbone: Backbone, target_modules: Sequence[str], rank: int, alpha: 
 
     Args:
         backbone: changed in place.
-        target_modules: names of linear layers, complete or their last parts (``query``); ``("all-linear",)`` for all.
+        target_modules: names of linear layers, complete or their last parts (``query``); the groups ``attention`` and
+            ``mlp`` of the model's type; ``("all-linear",)`` for all.
         rank: rank r.
         alpha: scaling · r.
         seed: seed of A.
 
     Raises:
-        ConfigError: no linear layer has one of these names.
+        ConfigError: no linear layer has one of these names, or the groups of this model type are not known.
     """
     linear = [name for name, module in backbone.model.named_modules() if isinstance(module, torch.nn.Linear)]
     targets: str | list[str] = "all-linear" if list(target_modules) == ["all-linear"] else list(target_modules)
-    for target in [] if isinstance(targets, str) else targets:
-        if not any(name == target or name.endswith(f".{target}") for name in linear):
-            known = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
-            raise ConfigError(
-                f"lora.target_modules: {backbone.name} has no linear layer {target!r}. It has: {known}; or all-linear."
-            )
+    if not isinstance(targets, str):
+        layers = target_layers(linear, targets, backbone.model.config.model_type)
+        for target, found in layers.items():
+            if not found:
+                known = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
+                raise ConfigError(
+                    f"lora.target_modules: {backbone.name} has no linear layer {target!r}. It has: {known}; or "
+                    "all-linear."
+                )
+        if {*GROUPS} & {*targets}:
+            targets = sorted({name for names in layers.values() for name in names})
     config = LoraConfig(
         task_type=TaskType.FEATURE_EXTRACTION,
         r=rank,
@@ -89,7 +96,7 @@ def adapter_of(model: PeftModel) -> Adapter:
 
 def fresh_adapter(backbone: Backbone, lora: Lora, seed: int) -> Adapter:
     """Return the adapter that :func:`attach` starts from; the backbone is unchanged."""
-    model = attach(backbone, lora.target_modules, lora.rank, lora.alpha, seed)
+    model = attach(backbone, lora.target_modules, lora.rank, lora.scaled_alpha, seed)
     try:
         return adapter_of(model)
     finally:

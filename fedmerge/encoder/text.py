@@ -1,7 +1,9 @@
 """Items and histories as tokens: items are tokenised once, and sequences are packed from their tokens."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -12,15 +14,50 @@ from fedmerge.domain.catalog import Catalog
 from fedmerge.errors import BackboneError, DomainError
 
 Tokens = npt.NDArray[np.int32]
+Order = Literal["newest-first", "newest-last"]
+
+
+def _none() -> Tokens:
+    return np.zeros(0, dtype=np.int32)
 
 
 @dataclass(frozen=True, eq=False)
 class SpecialTokens:
-    """Tokens that a tokenizer puts around a text, ``prefix + text + suffix``, and the id that pads a batch."""
+    """Tokens around a text, ``prefix + prompt + text + suffix``, and the id that pads a batch.
+
+    Attributes:
+        prefix: what the tokenizer puts before a text.
+        suffix: what it puts after one, and an end-of-sequence token that the family appends.
+        pad: id of the padding.
+        history_prompt: tokens of the prompt of histories.
+        item_prompt: tokens of the prompt of items.
+    """
 
     prefix: Tokens
     suffix: Tokens
     pad: int
+    history_prompt: Tokens = field(default_factory=_none)
+    item_prompt: Tokens = field(default_factory=_none)
+
+    @property
+    def before_history(self) -> Tokens:
+        """Everything before the text of a history."""
+        return np.concatenate([self.prefix, self.history_prompt])
+
+    @property
+    def before_item(self) -> Tokens:
+        """Everything before the text of an item."""
+        return np.concatenate([self.prefix, self.item_prompt])
+
+    @property
+    def num_around(self) -> int:
+        """The number of tokens around a text, of items or histories, whichever has more."""
+        return max(len(self.before_history), len(self.before_item)) + len(self.suffix)
+
+    @property
+    def tells_apart(self) -> bool:
+        """True if an item as a history of its own begins with other tokens than as an item."""
+        return not np.array_equal(self.history_prompt, self.item_prompt)
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,11 +82,19 @@ class TokenTable:
         return self.ids[self.offsets[index] : self.offsets[index + 1]]
 
 
-def special_tokens(tokenizer: PreTrainedTokenizerBase) -> SpecialTokens:
-    """Read the special tokens off a tokenizer of any family.
+def special_tokens(
+    tokenizer: PreTrainedTokenizerBase, history_prompt: str = "", item_prompt: str = "", append_eos: bool = False
+) -> SpecialTokens:
+    """Read the special tokens off a tokenizer of any family, and tokenise the prompts.
+
+    Args:
+        tokenizer: of the backbone.
+        history_prompt: text before histories. A blank between it and the text is not part of it.
+        item_prompt: the same of items.
+        append_eos: put an end-of-sequence token behind every text, unless the tokenizer ends it by a token of its own.
 
     Raises:
-        BackboneError: the tokenizer's output does not contain a text's own tokens.
+        BackboneError: the tokenizer's output does not contain a text's own tokens, or it has no end-of-sequence token.
     """
     bare = list(tokenizer("a", add_special_tokens=False)["input_ids"])
     full = list(tokenizer("a")["input_ids"])
@@ -59,8 +104,44 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> SpecialTokens:
             f"tokenizer {type(tokenizer).__name__}: its special tokens look like text "
             f"('a' is {bare} alone and {full} in context). Use a backbone with a standard tokenizer."
         )
-    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-    return SpecialTokens(_tokens(full[:start]), _tokens(full[start + len(bare) :]), int(pad))
+    suffix, eos = full[start + len(bare) :], tokenizer.eos_token_id
+    if append_eos and not suffix and eos is None:
+        raise BackboneError(
+            f"tokenizer {type(tokenizer).__name__}: it has no end-of-sequence token, and backbone.eos = 'append' needs "
+            "one. Set backbone.eos = 'tokenizer'."
+        )
+    if append_eos and not suffix:
+        suffix = [eos]
+    pad = next((i for i in (tokenizer.pad_token_id, eos) if i is not None), 0)
+    prompts = (_prompt_tokens(tokenizer, prompt) for prompt in (history_prompt, item_prompt))
+    return SpecialTokens(_tokens(full[:start]), _tokens(suffix), int(pad), *prompts)
+
+
+@lru_cache(maxsize=8)
+def leading_blank(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return what begins the text of an item: a blank, or nothing where the tokenizer itself puts one there.
+
+    WordPiece ignores a blank, byte-level BPE needs it, and SentencePiece with a dummy prefix (Llama 2, Mistral) would
+    have two.
+    """
+    first, second, both, blank = _tokenise(tokenizer, ["b", "a", "b a", " a"])
+    within = both[len(first) :] if both[: len(first)] == first else blank
+    return "" if blank != within == second else " "
+
+
+def _prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str) -> Tokens:
+    """Tokenise a prompt as it is in front of a text, without the blank between them."""
+    prompt = prompt.rstrip(" ")
+    if not prompt:
+        return _none()
+    whole = _tokenise(tokenizer, [f"{prompt} a"])[0]
+    text = _tokenise(tokenizer, [f"{leading_blank(tokenizer)}a"])[0]
+    if whole[len(whole) - len(text) :] != text:
+        raise BackboneError(
+            f"tokenizer {type(tokenizer).__name__}: the end of the prompt {prompt!r} becomes one token with the text "
+            "behind it. Let the prompt end in a punctuation mark."
+        )
+    return _tokens(whole[: len(whole) - len(text)])
 
 
 def build_token_table(catalog: Catalog, tokenizer: PreTrainedTokenizerBase, max_attribute_tokens: int) -> TokenTable:
@@ -76,10 +157,10 @@ def build_token_table(catalog: Catalog, tokenizer: PreTrainedTokenizerBase, max_
         DomainError: an item without text for a tokenizer without special tokens, so that nothing of it can be encoded.
     """
     pieces: list[list[list[int]]] = []  # attribute -> item -> tokens, key included
+    blank = leading_blank(tokenizer)  # the joined text contains it
     for attribute, texts in catalog.attributes.items():
-        # The joined text contains these leading blanks: WordPiece ignores them, byte-level BPE needs them.
-        key = _tokenise(tokenizer, [f" {attribute}:"])[0]
-        values = _tokenise(tokenizer, [f" {value}" if value else "" for value in texts])
+        key = _tokenise(tokenizer, [f"{blank}{attribute}:"])[0]
+        values = _tokenise(tokenizer, [f"{blank}{value}" if value else "" for value in texts])
         limit = catalog.limits.get(attribute, max_attribute_tokens)
         pieces.append([key + value[:limit] if value else [] for value in values])
     items = [[token for attribute in item for token in attribute] for item in zip(*pieces, strict=True)]
@@ -88,7 +169,7 @@ def build_token_table(catalog: Catalog, tokenizer: PreTrainedTokenizerBase, max_
     if not all(items):
         _check_empty_items(catalog.name, [index for index, item in enumerate(items) if not item], len(items), tokenizer)
     flat = np.fromiter((token for item in items for token in item), dtype=np.int32, count=int(offsets[-1]))
-    return TokenTable(flat, offsets, _tokens(_tokenise(tokenizer, [";"])[0]))
+    return TokenTable(flat, offsets, _separator(tokenizer))
 
 
 def item_text(
@@ -117,22 +198,27 @@ def item_text(
     return " ".join(f"{name}: {value}" for name, value in present)
 
 
-def sequence_text(item_texts: Sequence[str], max_items: int = 50) -> str:
-    """Return the text of a history, most recent item first; the user's vector is its encoding.
+def sequence_text(item_texts: Sequence[str], max_items: int = 50, order: Order = "newest-first") -> str:
+    """Return the text of a history; the user's vector is its encoding.
 
     Args:
         item_texts: texts from :func:`item_text`, oldest first.
         max_items: number of most recent items that are read.
+        order: of the items in the text.
 
     >>> sequence_text(["title: Tent", "title: Stove"])
     'title: Stove; title: Tent'
     """
-    return "; ".join(reversed(item_texts[-max_items:]))
+    read = item_texts[-max_items:]
+    return "; ".join(read if order == "newest-last" else reversed(read))
 
 
 def item_sequences(table: TokenTable, special: SpecialTokens, max_tokens: int) -> list[Tokens]:
-    """Return one sequence per item of the catalog; item vectors are their encodings."""
-    return pack_sequences(table, ([index] for index in range(len(table))), special, 1, max_tokens)
+    """Return one sequence per item of the catalog, cut at the end; item vectors are their encodings."""
+    room = max_tokens - len(special.before_item) - len(special.suffix)
+    return [
+        np.concatenate([special.before_item, table.item(index)[:room], special.suffix]) for index in range(len(table))
+    ]
 
 
 def pack_sequences(
@@ -141,8 +227,9 @@ def pack_sequences(
     special: SpecialTokens,
     max_items: int,
     max_tokens: int,
+    order: Order = "newest-first",
 ) -> list[Tokens]:
-    """Pack histories, most recent item first, items joined by ``"; "``.
+    """Pack histories, items joined by ``"; "``.
 
     Args:
         table: tokens of the catalog.
@@ -150,33 +237,38 @@ def pack_sequences(
         special: tokens around every sequence; they count towards ``max_tokens``.
         max_items: maximum number of items in a sequence.
         max_tokens: maximum number of tokens in a sequence; the oldest are cut.
+        order: of the items; ``newest-first`` is cut at the end, ``newest-last`` at the beginning.
 
     Returns:
         One int32 array per history.
     """
     return [
-        pack_items([table.item(int(index)) for index in history[-max_items:]], table.separator, special, max_tokens)
+        pack_items(
+            [table.item(int(index)) for index in history[-max_items:]], table.separator, special, max_tokens, order
+        )
         for history in histories
     ]
 
 
-def pack_items(items: Sequence[Tokens], separator: Tokens, special: SpecialTokens, max_tokens: int) -> Tokens:
+def pack_items(
+    items: Sequence[Tokens], separator: Tokens, special: SpecialTokens, max_tokens: int, order: Order = "newest-first"
+) -> Tokens:
     """Pack the tokens of one history's items, oldest first, as :func:`pack_sequences` does."""
-    parts: list[Tokens] = [special.prefix]
-    left = max_tokens - len(special.prefix) - len(special.suffix)
+    parts: list[Tokens] = []
+    left = max_tokens - len(special.before_history) - len(special.suffix)
     for position, item in enumerate(reversed(items)):
         for tokens in (separator, item) if position else (item,):
-            parts.append(tokens[:left])
+            parts.append(tokens[:left] if order == "newest-first" else tokens[max(0, len(tokens) - left) :])
             left -= len(parts[-1])
         if left <= 0:
             break
-    parts.append(special.suffix)
-    return np.concatenate(parts)
+    text = parts if order == "newest-first" else parts[::-1]
+    return np.concatenate([special.before_history, *text, special.suffix])
 
 
 def num_packed(items: Sequence[Tokens], separator: Tokens, special: SpecialTokens, max_tokens: int) -> int:
     """Return how many of the latest items :func:`pack_items` packs; of the oldest of them perhaps a part."""
-    left = max_tokens - len(special.prefix) - len(special.suffix)
+    left = max_tokens - len(special.before_history) - len(special.suffix)
     for position, item in enumerate(reversed(items)):
         left -= len(separator) * (position > 0)
         if left <= 0:
@@ -198,9 +290,16 @@ def _check_empty_items(domain: str, empty: list[int], num_items: int, tokenizer:
 
 
 def _cut(value: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> str:
-    text = f" {value}"
+    text = f"{leading_blank(tokenizer)}{value}"
     spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
     return value if len(spans) <= max_tokens else text[: spans[max_tokens - 1][1]].removeprefix(" ")
+
+
+def _separator(tokenizer: PreTrainedTokenizerBase) -> Tokens:
+    """Return the tokens of ``";"`` behind a text: SentencePiece would put a blank before one that stands alone."""
+    text, both, alone = _tokenise(tokenizer, ["a", "a;", ";"])
+    within = both[len(text) :]
+    return _tokens(within if within and both[: len(text)] == text else alone)
 
 
 def _tokenise(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:

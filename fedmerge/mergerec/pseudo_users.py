@@ -118,7 +118,7 @@ def pseudo_domains(
     for domain in sorted(adapters):
         table = build_token_table(catalogs[domain], backbone.tokenizer, text.max_attribute_tokens)
         made[domain] = pseudo_users_of(
-            domain, backbone, adapters, table, text.max_tokens, kind=kind, number=number, seed=seed, teacher=teacher
+            domain, backbone, adapters, table, text, kind=kind, number=number, seed=seed, teacher=teacher
         )
         progress(f"pseudo-users: {len(made[domain].users)} of {domain} ({kind}) with their expert's vectors")
     return made
@@ -129,7 +129,7 @@ def pseudo_users_of(
     backbone: Backbone,
     adapters: Mapping[str, Adapter],
     table: TokenTable,
-    max_tokens: int,
+    text: Text,
     *,
     kind: str,
     number: int | None = None,
@@ -143,7 +143,7 @@ def pseudo_users_of(
         backbone: the frozen encoder; left as it was.
         adapters: domain -> expert, of the whole cohort; contrastive pseudo-users and teachers need the other domains.
         table: token table of the domain's own catalog.
-        max_tokens: longest sequence.
+        text: section ``[text]``; its longest sequence and order are used.
         kind: a :data:`Kind` other than "popular".
         number: number of pseudo-users; None: as for :func:`pseudo_domain`.
         seed: seed of all draws.
@@ -153,10 +153,10 @@ def pseudo_users_of(
         ConfigError: contrastive pseudo-users or a contrastive teacher of a single domain, or an unknown kind.
     """
     expert = adapters[domain]
-    items = one_item_domain(domain, backbone, expert, table, max_tokens)
+    items = one_item_domain(domain, backbone, expert, table, text)
     contrasted = kind in CONTRASTIVE_KINDS or teacher == "contrastive"
     amateur = average_of_others(adapters, domain) if contrasted else None
-    made = pseudo_domain(kind, items, backbone, expert, table, max_tokens, number=number, seed=seed, amateur=amateur)
+    made = pseudo_domain(kind, items, backbone, expert, table, text, number=number, seed=seed, amateur=amateur)
     return made if teacher == "expert" else with_amateur(made, backbone, amateur)
 
 
@@ -183,7 +183,7 @@ def with_amateur(domain: PseudoDomain, backbone: Backbone, amateur: Adapter | No
     return replace(domain, amateur_items=items, amateur_users=users)
 
 
-def one_item_domain(name: str, backbone: Backbone, expert: Adapter, table: TokenTable, max_tokens: int) -> PseudoDomain:
+def one_item_domain(name: str, backbone: Backbone, expert: Adapter, table: TokenTable, text: Text) -> PseudoDomain:
     """Make the paper's pseudo-users: every item is a sequence of its own.
 
     Args:
@@ -191,7 +191,7 @@ def one_item_domain(name: str, backbone: Backbone, expert: Adapter, table: Token
         backbone: the frozen encoder; left as it was.
         expert: the domain's own adapter.
         table: token table of the domain's catalog, N items.
-        max_tokens: longest sequence.
+        text: section ``[text]``; its longest sequence and order are used.
 
     Returns:
         N pseudo-users with their (N, d) vectors under the expert.
@@ -199,10 +199,14 @@ def one_item_domain(name: str, backbone: Backbone, expert: Adapter, table: Token
     Source: arXiv:2601.01753, pseudo-users.
     Differs: the released code stores an N × N matrix of teacher scores; here are the vectors whose product it is.
     """
-    sequences = item_sequences(table, backbone.special, max_tokens)
+    items, special = item_sequences(table, backbone.special, text.max_tokens), backbone.special
+    users = items
+    if special.tells_apart or text.order == "newest-last":  # a history has another prompt, or is cut at its beginning
+        users = pack_sequences(table, ([item] for item in range(len(table))), special, 1, text.max_tokens, text.order)
     with applied(backbone, expert):
-        vectors = encode(backbone, sequences)
-    return PseudoDomain(name, sequences, vectors, sequences, vectors)
+        item_vectors = encode(backbone, items)
+        user_vectors = item_vectors if users is items else encode(backbone, users)
+    return PseudoDomain(name, items, item_vectors, users, user_vectors)
 
 
 def subset_domain(domain: PseudoDomain, number: int, seed: int) -> PseudoDomain:
@@ -264,7 +268,7 @@ def chain_domain(
     backbone: Backbone,
     expert: Adapter,
     table: TokenTable,
-    max_tokens: int,
+    text: Text,
     *,
     number: int | None = None,
     seed: int = 0,
@@ -283,7 +287,7 @@ def chain_domain(
         backbone: the frozen encoder; left as it was.
         expert: the domain's own adapter.
         table: token table of its catalog.
-        max_tokens: longest sequence.
+        text: section ``[text]``; its longest sequence and order are used.
         number: number of pseudo-users; None: as many as items.
         seed: seed of the walks.
         amateur: an adapter to contrast with, such as the average of the other experts.
@@ -304,7 +308,7 @@ def chain_domain(
     number = size if number is None else number
     starts = np.concatenate([rng.permutation(size) for _ in range(-(-number // size))])[:number]
     chains = [_walk(int(start), similar, chances, rng) for start in starts]
-    users = pack_sequences(table, chains, backbone.special, LONGEST_CHAIN, max_tokens)
+    users = pack_sequences(table, chains, backbone.special, LONGEST_CHAIN, text.max_tokens, text.order)
     with applied(backbone, expert):
         return replace(domain, users=users, teacher_users=encode(backbone, users))
 
@@ -315,7 +319,7 @@ def pseudo_domain(
     backbone: Backbone,
     expert: Adapter,
     table: TokenTable,
-    max_tokens: int,
+    text: Text,
     *,
     number: int | None,
     seed: int,
@@ -350,15 +354,15 @@ def pseudo_domain(
         raise ConfigError(f"pseudo-users: kind {kind!r} contrasts with the other experts, found none; use 'chain'")
     other = amateur if contrastive else None
     return chain_domain(
-        domain, backbone, expert, table, max_tokens, number=number, seed=seed, amateur=other, adaptive=adaptive
+        domain, backbone, expert, table, text, number=number, seed=seed, amateur=other, adaptive=adaptive
     )
 
 
 def _of_items(domain: PseudoDomain, items: npt.NDArray[np.integer]) -> PseudoDomain:
     """Make one-item pseudo-users of these items."""
     chosen = torch.from_numpy(items.astype(np.int64))
-    users = [domain.items[item] for item in items]
-    return replace(domain, users=users, teacher_users=domain.teacher_items[chosen])
+    users = [domain.users[item] for item in items]
+    return replace(domain, users=users, teacher_users=domain.teacher_users[chosen])
 
 
 def _encoded(backbone: Backbone, amateur: Adapter | None, domain: PseudoDomain) -> torch.Tensor | None:

@@ -17,7 +17,6 @@ from fedmerge.client.training.plain_sgd import batch_steps
 from fedmerge.config import ExperimentConfig
 from fedmerge.domain.splits import evaluation_examples
 from fedmerge.encoder.encode import encode
-from fedmerge.encoder.text import pack_sequences
 from fedmerge.seeding import generator
 from fedmerge.sequence.training import train_sequence_model
 
@@ -51,13 +50,7 @@ def measure_pace(domain: LocalDomain, config: ExperimentConfig) -> Pace:
     """
     torch.set_num_threads(config.runtime.threads_per_client)
     examples = evaluation_examples(domain.interactions, "valid", PROBED_TEXTS, config.seed)
-    histories = pack_sequences(
-        domain.table,
-        examples.histories,
-        domain.backbone.special,
-        domain.text.max_items,
-        domain.text.max_tokens,
-    )
+    histories = domain.packed(examples.histories)
     items = domain.item_sequences[:PROBED_TEXTS]
     encode(domain.backbone, items[:8])  # the first call also loads code
     return Pace(

@@ -22,7 +22,7 @@ from fedmerge.domain.catalog import Catalog, load_catalog
 from fedmerge.domain.manifest import Manifest, read_manifest
 from fedmerge.encoder.adapted import check_backbone
 from fedmerge.encoder.adapter_records import adapter_record
-from fedmerge.encoder.backbone import Backbone, load_backbone
+from fedmerge.encoder.backbone import Backbone, open_backbone
 from fedmerge.encoder.peft.folder import read_verified
 from fedmerge.errors import ClientError
 from fedmerge.evaluation.ranks import IntArray
@@ -94,7 +94,7 @@ def open_run(run: Path, domain: Path, config: ExperimentConfig) -> RunDomain:
     """
     manifest, catalog = read_manifest(domain), load_catalog(domain)
     compute = resolve_compute(config.runtime.device, config.runtime.precision)
-    backbone = load_backbone(config.backbone.source, config.backbone.pooling, compute, config.backbone.weights_sha256)
+    backbone = open_backbone(config.backbone, compute)
     return RunDomain(run, domain, config, manifest, catalog, backbone)
 
 

@@ -236,7 +236,7 @@ def encode_histories(recommender: Recommender, histories: Sequence[Sequence[Toke
     """Return the text vectors (U, d) of histories: for each, the tokens of its items, oldest first."""
     text, special, separator = recommender.text, recommender.encoder.special, recommender.table.separator
     return recommender.encode(
-        [pack_items(tokens[-text.max_items :], separator, special, text.max_tokens) for tokens in histories]
+        [pack_items(tokens[-text.max_items :], separator, special, text.max_tokens, text.order) for tokens in histories]
     )
 
 

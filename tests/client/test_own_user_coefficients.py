@@ -12,7 +12,6 @@ from learning_on_clients import StudySchedule, learn_on_clients
 from merging_oracles import dense_vectors, oracle_rows
 
 from fedmerge.adapter import Adapter
-from fedmerge.client.coefficients import own_users
 from fedmerge.client.coefficients.own_users import (
     ClientMergeSettings,
     clipped_gradient_sum,
@@ -186,9 +185,10 @@ def test_a_user_whose_gradient_fails_leaves_the_others(
     def short_of_memory(*arguments: Any) -> Any:
         if arguments[1][0] is records.histories[0]:
             raise MemoryError
-        return pack_sequences(*arguments)
+        return packed(*arguments)
 
-    monkeypatch.setattr(own_users, "pack_sequences", short_of_memory)
+    packed = LocalDomain.packed
+    monkeypatch.setattr(LocalDomain, "packed", short_of_memory)
     assert torch.equal(clipped_gradient_sum(client, vectors, at, records, 0, SMALL, 0.2), expected)
 
 

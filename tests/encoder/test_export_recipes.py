@@ -121,4 +121,6 @@ def test_the_record_of_the_text(tmp_path: Path) -> None:
         "pad_token_id": 0,
         "pooling": "cls",
         "normalised": True,
+        "history_prompt": "",
+        "item_prompt": "",
     }

@@ -108,7 +108,7 @@ def test_one_round_of_flora_is_what_its_clients_trained_averaged(place: Path) ->
     run_in_process(config)
     deltas = {}
     for name in TRAIN:
-        backbone = cached_backbone(config.backbone.source, config.backbone.pooling, None, "cpu", "float32")
+        backbone = cached_backbone(config.backbone, "cpu", "float32")
         domain = open_domain(Path(config.domains.root) / name, backbone, config.text)
         task = RoundTask(1, 1, fresh_adapter(backbone, config.lora, fresh_seed(config.seed, 0)))
         adapter, _ = train_round(domain, config.lora, config.train, config.seed, task)
@@ -234,7 +234,7 @@ def test_who_comes_late_takes_part_from_the_next_round(place: Path, rule: str, j
 
 def first_start(config: ExperimentConfig) -> Adapter:
     """Return the common start of all clients."""
-    backbone = cached_backbone(config.backbone.source, config.backbone.pooling, None, "cpu", "float32")
+    backbone = cached_backbone(config.backbone, "cpu", "float32")
     return fresh_adapter(backbone, config.lora, fresh_seed(config.seed, 0))
 
 
@@ -278,7 +278,7 @@ def test_rounds_of_ffa_are_those_of_whole_adapters(place: Path) -> None:
     for number in (1, 2):
         local = {}
         for name in TRAIN:
-            backbone = cached_backbone(config.backbone.source, config.backbone.pooling, None, "cpu", "float32")
+            backbone = cached_backbone(config.backbone, "cpu", "float32")
             domain = open_domain(Path(config.domains.root) / name, backbone, config.text)
             task = RoundTask(number, 2, state.starts[name], trained="B")
             local[name], _ = train_round(domain, config.lora, config.train, config.seed, task)
@@ -383,7 +383,7 @@ def test_the_steps_of_all_rounds_are_those_of_one_training(place: Path) -> None:
 def test_proximal_training_stays_nearer_to_where_it_began(place: Path) -> None:
 
     config = rounds_experiment(place, "unused", "fedit")
-    backbone = cached_backbone(config.backbone.source, config.backbone.pooling, None, "cpu", "float32")
+    backbone = cached_backbone(config.backbone, "cpu", "float32")
     domain = open_domain(Path(config.domains.root) / "books", backbone, config.text)
     start = fresh_adapter(backbone, config.lora, 3)
 
@@ -404,7 +404,7 @@ def test_proximal_training_stays_nearer_to_where_it_began(place: Path) -> None:
 def test_one_round_from_a_fresh_adapter_trains_what_an_expert_trains_apart_from_its_draws(place: Path) -> None:
 
     config = rounds_experiment(place, "unused", "fedit", train__samples="last", train__batch_size=30)
-    backbone = cached_backbone(config.backbone.source, config.backbone.pooling, None, "cpu", "float32")
+    backbone = cached_backbone(config.backbone, "cpu", "float32")
     domain = open_domain(Path(config.domains.root) / "books", backbone, config.text)
     settings = config.train.model_copy(update={"validate_every_steps": 4})
     task = RoundTask(1, 1, fresh_adapter(backbone, config.lora, 0))

@@ -10,7 +10,7 @@ from adapters import layout_of, random_adapters
 from backbones import tiny_bert
 
 from fedmerge.adapter import Adapter
-from fedmerge.config import MergeRec, from_flat
+from fedmerge.config import MergeRec, Text, from_flat
 from fedmerge.device import resolve_compute
 from fedmerge.domain.demo import generate_domain
 from fedmerge.encoder.backbone import Backbone, load_backbone
@@ -48,7 +48,9 @@ def made(
     bert: Backbone, adapters: dict[str, Adapter], tables: dict[str, TokenTable], kind: str, teacher: str
 ) -> dict[str, PseudoDomain]:
     return {
-        name: pseudo_users_of(name, bert, adapters, tables[name], 60, kind=kind, seed=0, teacher=teacher)
+        name: pseudo_users_of(
+            name, bert, adapters, tables[name], Text(max_tokens=60), kind=kind, seed=0, teacher=teacher
+        )
         for name in adapters
     }
 
@@ -166,7 +168,9 @@ def test_a_teacher_that_nothing_learns_from_is_refused(
         from_flat({"mergerec.teacher": "contrastive", "mergerec.loss": "similarity"})
     alone = {"toys": adapters["toys"]}
     with pytest.raises(ConfigError, match=r"'toys': .* found none; set mergerec.teacher = 'expert'"):
-        pseudo_users_of("toys", bert, alone, tables["toys"], 60, kind="one-item", seed=0, teacher="contrastive")
+        pseudo_users_of(
+            "toys", bert, alone, tables["toys"], Text(max_tokens=60), kind="one-item", seed=0, teacher="contrastive"
+        )
 
 
 def test_caches_from_before_the_key_stay_valid() -> None:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from fedmerge import config
 from fedmerge.adapter import Adapter, adapter_sha256
-from fedmerge.config import ATTRIBUTES
+from fedmerge.config import ATTRIBUTES, Text
 from fedmerge.device import resolve_compute
 from fedmerge.domain.catalog import Catalog
 from fedmerge.encoder.backbone import Backbone, load_backbone
@@ -323,7 +323,7 @@ def test_one_item_domain_is_the_experts_view_of_the_catalog(bert: Backbone) -> N
     attributes = {name: titles if name == "title" else ("",) * 3 for name in ATTRIBUTES}
     catalog = Catalog("tents", ("a", "b", "c"), attributes, "0" * 64)
     expert = random_adapter(layout_of(bert), rank=2, scaling=1.0, seed=0)
-    domain = one_item_domain("tents", bert, expert, build_token_table(catalog, bert.tokenizer, 32), max_tokens=16)
+    domain = one_item_domain("tents", bert, expert, build_token_table(catalog, bert.tokenizer, 32), Text(max_tokens=16))
     words = [bert.tokenizer.decode(sequence, skip_special_tokens=True) for sequence in domain.items]
     assert words == [f"title : {title}" for title in titles]
     stack = stack_adapters({"tents": expert})

@@ -12,6 +12,7 @@ from adapters import layout_of, random_adapter
 from backbones import tiny_bert
 
 from fedmerge.adapter import Adapter
+from fedmerge.config import Text
 from fedmerge.device import resolve_compute
 from fedmerge.domain.demo import generate_domain
 from fedmerge.encoder.backbone import Backbone, load_backbone
@@ -34,6 +35,7 @@ from fedmerge.mergerec.pseudo_users import (
 
 NUM_ITEMS = 30
 MAX_TOKENS = 40
+LONG = Text(max_tokens=127)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +55,7 @@ def table(bert: Backbone) -> TokenTable:
 
 @pytest.fixture(scope="module")
 def items(bert: Backbone, expert: Adapter, table: TokenTable) -> PseudoDomain:
-    return one_item_domain("camping", bert, expert, table, MAX_TOKENS)
+    return one_item_domain("camping", bert, expert, table, Text(max_tokens=MAX_TOKENS))
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +121,7 @@ def walks(domain: PseudoDomain, table: TokenTable, bert: Backbone) -> list[list[
 def test_chains_walk_among_the_most_similar_items(
     bert: Backbone, expert: Adapter, table: TokenTable, items: PseudoDomain
 ) -> None:
-    domain = chain_domain(items, bert, expert, table, 127, number=45, seed=1)
+    domain = chain_domain(items, bert, expert, table, LONG, number=45, seed=1)
     similarity = items.teacher_items @ items.teacher_items.T - 2 * torch.eye(NUM_ITEMS)
     nearest = similarity.topk(NEIGHBOURS, dim=1).indices.tolist()
     chains = walks(domain, table, bert)
@@ -131,9 +133,9 @@ def test_chains_walk_among_the_most_similar_items(
         assert all(after in nearest[before] for before, after in itertools.pairwise(chain))
     with applied(bert, expert):
         assert torch.equal(domain.teacher_users, encode(bert, domain.users))
-    again = chain_domain(items, bert, expert, table, 127, number=45, seed=1)
+    again = chain_domain(items, bert, expert, table, LONG, number=45, seed=1)
     assert walks(again, table, bert) == chains
-    assert walks(chain_domain(items, bert, expert, table, 127, number=45, seed=2), table, bert) != chains
+    assert walks(chain_domain(items, bert, expert, table, LONG, number=45, seed=2), table, bert) != chains
 
 
 def test_contrast_prefers_items_that_only_the_expert_finds_similar(
@@ -145,8 +147,8 @@ def test_contrast_prefers_items_that_only_the_expert_finds_similar(
         steps = [pair for chain in walks(domain, table, bert) for pair in itertools.pairwise(chain)]
         return float(np.mean([advantage[before, after] for before, after in steps]))
 
-    plain = chain_domain(items, bert, expert, table, 127, number=300, seed=0)
-    contrastive = chain_domain(items, bert, expert, table, 127, number=300, seed=0, amateur=amateur)
+    plain = chain_domain(items, bert, expert, table, LONG, number=300, seed=0)
+    contrastive = chain_domain(items, bert, expert, table, LONG, number=300, seed=0, amateur=amateur)
     assert mean_advantage(contrastive) > mean_advantage(plain) + 0.005
 
 
@@ -168,7 +170,7 @@ def test_the_first_step_of_a_walk_has_the_probabilities_of_the_definition(
     S, M = (vectors.double().numpy() @ vectors.double().numpy().T for vectors in (items.teacher_items, theirs))
     for contrast, adaptive in ((None, False), (amateur, False), (amateur, True), (expert, True)):
         domain = chain_domain(
-            items, bert, expert, table, 127, number=40 * NUM_ITEMS, seed=0, amateur=contrast, adaptive=adaptive
+            items, bert, expert, table, LONG, number=40 * NUM_ITEMS, seed=0, amateur=contrast, adaptive=adaptive
         )
         steps = Counter((chain[0], chain[1]) for chain in walks(domain, table, bert))
         surprise = 0.0
@@ -193,7 +195,7 @@ def test_the_first_step_of_a_walk_has_the_probabilities_of_the_definition(
 def test_kinds_by_name(bert: Backbone, expert: Adapter, table: TokenTable, items: PseudoDomain) -> None:
     def made(kind: str, **changes: Any) -> PseudoDomain:
         settings = {"number": 7, "seed": 0, "amateur": expert, **changes}
-        return pseudo_domain(kind, items, bert, expert, table, MAX_TOKENS, **settings)
+        return pseudo_domain(kind, items, bert, expert, table, Text(max_tokens=MAX_TOKENS), **settings)
 
     assert made("one-item") is items
     sizes: dict[str, Callable[[int], bool]] = {"subset": (7).__eq__, "centroid": (7).__ge__, "chain": (7).__eq__}
@@ -213,5 +215,5 @@ def test_kinds_by_name(bert: Backbone, expert: Adapter, table: TokenTable, items
 def test_a_catalog_of_two_items_still_has_chains(bert: Backbone, expert: Adapter) -> None:
     table = build_token_table(generate_domain("camping", num_users=1, num_items=NUM_ITEMS).catalog, bert.tokenizer, 6)
     two = TokenTable(table.ids, table.offsets[:3], table.separator)
-    items = one_item_domain("two", bert, expert, two, MAX_TOKENS)
-    assert {len(chain) for chain in walks(chain_domain(items, bert, expert, two, 127, number=9), table, bert)} == {2}
+    items = one_item_domain("two", bert, expert, two, Text(max_tokens=MAX_TOKENS))
+    assert {len(chain) for chain in walks(chain_domain(items, bert, expert, two, LONG, number=9), table, bert)} == {2}

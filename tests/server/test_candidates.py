@@ -280,7 +280,7 @@ def test_variants_that_share_the_first_item_vectors_learn_what_each_learns_alone
     pseudo = {}
     for domain, adapter in adapters.items():
         table = build_token_table(catalogs[domain], backbone.tokenizer, text.max_attribute_tokens)
-        pseudo[domain] = one_item_domain(domain, backbone, adapter, table, text.max_tokens)
+        pseudo[domain] = one_item_domain(domain, backbone, adapter, table, text)
     chosen = settings().mergerec.model_dump(exclude={"granularities", "preset"})
     for granularity in ("domain", "layer"):
         learned = learn_coefficients(

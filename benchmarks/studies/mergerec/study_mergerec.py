@@ -42,11 +42,10 @@ from fedmerge.client.local_domain import LocalDomain, open_domain
 from fedmerge.config import ExperimentConfig, Split, load_config
 from fedmerge.device import resolve_compute
 from fedmerge.domain.splits import evaluation_examples
-from fedmerge.encoder.backbone import Backbone, load_backbone
+from fedmerge.encoder.backbone import Backbone, open_backbone
 from fedmerge.encoder.encode import encode
 from fedmerge.encoder.lora import applied
 from fedmerge.encoder.peft.folder import read_verified
-from fedmerge.encoder.text import pack_sequences
 from fedmerge.errors import ConfigError
 from fedmerge.evaluation.ranks import METRICS, per_user_metrics, rank_targets
 from fedmerge.evaluation.sums import Variant
@@ -84,9 +83,7 @@ class Study:
         torch.set_num_threads(config.runtime.server_threads)
         compute = resolve_compute(config.runtime.device, config.runtime.precision)
         self.config, self.users, self.split = config, users, split
-        self.backbone: Backbone = load_backbone(
-            config.backbone.source, config.backbone.pooling, compute, config.backbone.weights_sha256
-        )
+        self.backbone: Backbone = open_backbone(config.backbone, compute)
         names = sorted({*config.domains.train, *config.domains.unseen})
         self.evaluated = names
         self.domains = {n: open_domain(Path(config.domains.root) / n, self.backbone, config.text) for n in names}
@@ -103,7 +100,7 @@ class Study:
             "adapters": {name: adapter_sha256(adapter) for name, adapter in self.adapters.items()},
             "catalogs": {name: domain.manifest.catalog_sha256 for name, domain in self.domains.items()},
             "backbone": self.backbone.sha256,
-            "text": self.config.text.model_dump(),
+            "text": self.config.text.cache_inputs(),
             "users": self.users,
             **({} if self.split == "valid" else {"split": self.split, "evaluated": self.evaluated}),
         }
@@ -122,16 +119,16 @@ class Study:
         return self.pseudo[key]
 
     def _pseudo_domain(self, name: str, kind: str, number: int | None, seed: int) -> PseudoDomain:
-        domain, expert, most = self.domains[name], self.adapters[name], self.config.text.max_tokens
+        domain, expert, text = self.domains[name], self.adapters[name], self.config.text
         if name not in self.items:
-            self.items[name] = one_item_domain(name, self.backbone, expert, domain.table, most)
+            self.items[name] = one_item_domain(name, self.backbone, expert, domain.table, text)
         items = self.items[name]
         if kind == "popular":
             counts = np.bincount(np.concatenate(domain.training_sequences), minlength=len(domain.catalog))
             return popular_domain(items, counts, len(items.items) if number is None else number)
         amateur = average_of_others(self.adapters, name) if kind in CONTRASTIVE_KINDS else None
         return pseudo_domain(
-            kind, items, self.backbone, expert, domain.table, most, number=number, seed=seed, amateur=amateur
+            kind, items, self.backbone, expert, domain.table, text, number=number, seed=seed, amateur=amateur
         )
 
     def contrasted(self, pseudo: Mapping[str, PseudoDomain]) -> dict[str, PseudoDomain]:
@@ -186,10 +183,7 @@ class Study:
     def ranks(self, domain: LocalDomain, adapter: Adapter | None) -> dict[Variant, list[int]]:
         """Return the ranks of the users' targets; the users are the same for all points."""
         examples = evaluation_examples(domain.interactions, self.split, self.users, self.config.seed)
-        text = self.config.text
-        packed = pack_sequences(
-            domain.table, examples.histories, self.backbone.special, text.max_items, text.max_tokens
-        )
+        packed = domain.packed(examples.histories)
         with applied(self.backbone, adapter):
             items, users = encode(self.backbone, domain.item_sequences), encode(self.backbone, packed)
         return {

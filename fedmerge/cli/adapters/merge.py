@@ -243,7 +243,7 @@ def _merge_settings(options: argparse.Namespace, run: Path | None, folders: dict
 
     from fedmerge.device import resolve_compute
     from fedmerge.domain.demo import domains_root
-    from fedmerge.encoder.backbone import load_backbone
+    from fedmerge.encoder.backbone import open_backbone
     from fedmerge.files import check_free
     from fedmerge.report.run.listing import coefficients_text
     from fedmerge.server import remerge
@@ -262,7 +262,7 @@ def _merge_settings(options: argparse.Namespace, run: Path | None, folders: dict
         catalogs = remerge.catalogs_of(experts, root)
         compute = resolve_compute(config.runtime.device, config.runtime.precision)
         source = config.backbone
-        backbone = load_backbone(source.source, source.pooling, compute, source.weights_sha256)
+        backbone = open_backbone(source, compute)
     candidates = remerge.merge_again(
         experts, config, backbone, catalogs, lambda line: print(line, file=sys.stderr, flush=True)
     )

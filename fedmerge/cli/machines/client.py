@@ -118,7 +118,7 @@ def _check(options: argparse.Namespace) -> int:
         from fedmerge.device import resolve_compute
         from fedmerge.encoder.backbone import load_backbone
 
-        found = load_backbone(client.backbone, "mean", resolve_compute("cpu", "float32"))
+        found = load_backbone(client.backbone, "auto", resolve_compute("cpu", "float32"))
         return f"{found.name}, hash {found.sha256}"
 
     def registered(bundle: "Bundle") -> str:

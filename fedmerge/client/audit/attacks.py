@@ -20,7 +20,6 @@ from fedmerge.config import Simulation, Train
 from fedmerge.domain.splits import train_sequences
 from fedmerge.encoder.encode import encode
 from fedmerge.encoder.lora import applied
-from fedmerge.encoder.text import pack_sequences
 from fedmerge.errors import ClientError
 from fedmerge.evaluation.ranks import rank_targets
 from fedmerge.merging.stack import linear_merge_of_many, survey_adapters
@@ -169,8 +168,7 @@ def _encoded(
     domain: LocalDomain, adapter: Adapter | None, histories: list[Sequence_]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Encode the items (N, d) and the histories (b, d)."""
-    text, special = domain.text, domain.backbone.special
-    packed = pack_sequences(domain.table, histories, special, text.max_items, text.max_tokens)
+    packed = domain.packed(histories)
     with applied(domain.backbone, adapter):
         return encode(domain.backbone, domain.item_sequences), encode(domain.backbone, packed)
 

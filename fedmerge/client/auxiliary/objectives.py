@@ -26,7 +26,7 @@ from fedmerge.client.auxiliary.prepared import Auxiliary
 from fedmerge.client.local_domain import LocalDomain
 from fedmerge.client.training.losses import TEMPERATURE, in_batch_softmax
 from fedmerge.encoder.encode import embed_in_groups, token_states_in_groups
-from fedmerge.encoder.text import Tokens, num_packed, pack_items, pack_sequences
+from fedmerge.encoder.text import Tokens, num_packed, pack_items
 from fedmerge.evaluation.ranks import IntArray
 from fedmerge.sequence.augmentation import augmented, forbidden_items, segment
 from fedmerge.sequence.contrast import numbered, view_contrast
@@ -155,14 +155,17 @@ def masked_history(domain: LocalDomain, history: IntArray, rng: np.random.Genera
     Raises:
         TypeError: the tokenizer has no mask token.
     """
-    table, special, limit = domain.table, domain.backbone.special, domain.text.max_tokens
+    table, special, text = domain.table, domain.backbone.special, domain.text
     items = [table.item(int(item)) for item in history]
-    from_newest = int(rng.integers(num_packed(items, table.separator, special, limit)))
+    from_newest = int(rng.integers(num_packed(items, table.separator, special, text.max_tokens)))
     index = len(items) - 1 - from_newest
     newer = items[index + 1 :]
     items[index] = np.array([domain.backbone.tokenizer.mask_token_id], dtype=np.int32)
-    position = len(special.prefix) + sum(len(item) + len(table.separator) for item in newer)
-    return pack_items(items, table.separator, special, limit), position, int(history[index])
+    tokens = pack_items(items, table.separator, special, text.max_tokens, text.order)
+    between = sum(len(item) + len(table.separator) for item in newer)
+    first = text.order == "newest-first"
+    position = len(special.before_history) + between if first else len(tokens) - len(special.suffix) - between - 1
+    return tokens, position, int(history[index])
 
 
 def catalog_loss(auxiliary: Auxiliary, domain: LocalDomain, step: int) -> torch.Tensor | None:
@@ -193,7 +196,4 @@ def _mapped(auxiliary: Auxiliary, name: str, states: torch.Tensor) -> torch.Tens
 
 
 def _embed(domain: LocalDomain, histories: Sequence[IntArray]) -> torch.Tensor:
-    text, backbone = domain.text, domain.backbone
-    return embed_in_groups(
-        backbone, pack_sequences(domain.table, histories, backbone.special, text.max_items, text.max_tokens)
-    )
+    return embed_in_groups(domain.backbone, domain.packed(histories))

@@ -364,7 +364,7 @@ def _round_key(domain: LocalDomain, settings: TrainingSettings, task: RoundTask)
             "base": None if task.base is None else adapter_sha256(task.base),
             "data": [domain.manifest.catalog_sha256, domain.manifest.interactions_sha256],
             "backbone": [domain.backbone.sha256, domain.backbone.pooling],
-            "text": domain.text.model_dump(),
+            "text": domain.text.cache_inputs(),
             "train": training_record(settings.train),
             "dp": settings.dp.model_dump(exclude={"coefficient_clip"}),
             "audit": settings.simulation.audit_record(),

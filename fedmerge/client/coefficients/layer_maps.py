@@ -14,7 +14,6 @@ from fedmerge.client.local_domain import LocalDomain
 from fedmerge.domain.splits import Examples, evaluated_users, examples_of
 from fedmerge.encoder.encode import encode
 from fedmerge.encoder.lora import applied
-from fedmerge.encoder.text import pack_sequences
 from fedmerge.evaluation.ranks import METRICS, SELECTION_METRIC, per_user_metrics, rank_targets
 from fedmerge.mergerec.layer_maps.rewards import Readers, draw_items, draw_readers
 
@@ -55,8 +54,7 @@ def ndcg_of(domain: LocalDomain, adapter: Adapter, users: npt.NDArray[np.int64],
     drawn = draw_items(domain.manifest.name, domain.manifest.num_items, seed)
     items = np.union1d(drawn, examples.targets)
     only_targets = np.flatnonzero(~np.isin(items, drawn))
-    special, text = domain.backbone.special, domain.text
-    packed = pack_sequences(domain.table, examples.histories, special, text.max_items, text.max_tokens)
+    packed = domain.packed(examples.histories)
     with torch.no_grad(), applied(domain.backbone, adapter):
         histories = encode(domain.backbone, packed)  # (U, d)
         vectors = encode(domain.backbone, [domain.item_sequences[item] for item in items])  # (n, d)

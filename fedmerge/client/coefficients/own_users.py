@@ -14,7 +14,6 @@ import torch
 from fedmerge.client.local_domain import LocalDomain
 from fedmerge.client.training.dp_sgd import Records, clip_factors
 from fedmerge.encoder.encode import embed_batch
-from fedmerge.encoder.text import pack_sequences
 from fedmerge.errors import ConfigError, DomainError
 from fedmerge.mergerec.vectors import Vectors, merged_forward
 from fedmerge.seeding import generator
@@ -103,7 +102,7 @@ def coefficient_gradient(
     Raises:
         DomainError: no user to learn from.
     """
-    backbone, text = domain.backbone, domain.text
+    backbone = domain.backbone
     histories, targets, negatives = draw_batch(domain, step, settings)
     items, rows = np.unique(np.concatenate([targets, negatives]), return_inverse=True)
     target_rows = torch.from_numpy(rows[: len(targets)]).to(backbone.device)  # (b,)
@@ -111,8 +110,7 @@ def coefficient_gradient(
     with merged_forward(backbone, vectors, leaf):
         with torch.no_grad():
             item_vectors = embed_batch(backbone, [domain.item_sequences[item] for item in items])  # (m, d)
-        packed = pack_sequences(domain.table, histories, backbone.special, text.max_items, text.max_tokens)
-        user_vectors = embed_batch(backbone, packed)  # (b, d)
+        user_vectors = embed_batch(backbone, domain.packed(histories))  # (b, d)
     allowed = torch.from_numpy(np.isin(items, negatives)).to(backbone.device).repeat(len(targets), 1)  # (b, m)
     allowed[torch.arange(len(targets)), target_rows] = True
     logits = (user_vectors @ item_vectors.T / settings.temperature).masked_fill(~allowed, -torch.inf)
@@ -154,7 +152,7 @@ def clipped_gradient_sum(
     Returns:
         (K,) or (K, G) float32; zeros without users.
     """
-    backbone, text = domain.backbone, domain.text
+    backbone = domain.backbone
     negatives = draw_negatives(domain, step, settings)
     total = torch.zeros_like(coefficients)
     leaf = coefficients.detach().clone().requires_grad_()
@@ -164,8 +162,7 @@ def clipped_gradient_sum(
         with torch.no_grad():
             wanted = embed_batch(backbone, [domain.item_sequences[target]])  # (1, d)
         items = torch.cat([wanted, others[torch.from_numpy(negatives != target).to(backbone.device)]])
-        packed = pack_sequences(domain.table, [history], backbone.special, text.max_items, text.max_tokens)
-        logits = embed_batch(backbone, packed) @ items.T / settings.temperature
+        logits = embed_batch(backbone, domain.packed([history])) @ items.T / settings.temperature
         (gradient,) = torch.autograd.grad(torch.nn.functional.cross_entropy(logits, right), [leaf])
         return gradient
 

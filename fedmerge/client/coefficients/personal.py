@@ -312,7 +312,7 @@ def _key(
             "interactions": domain.manifest.interactions_sha256,
             "backbone": domain.backbone.sha256,
             "pooling": domain.backbone.pooling,
-            "text": domain.text.model_dump(),
+            "text": domain.text.cache_inputs(),
             "adapters": {name: adapter_sha256(adapter) for name, adapter in adapters.items()},
             "settings": settings.record(),
             "sequences": fitted.hexdigest(),

@@ -455,7 +455,7 @@ def text_inputs(domain: LocalDomain, adapter: Adapter | None) -> dict[str, Any]:
         "adapter": model_hash(adapter),
         "catalog": domain.manifest.catalog_sha256,
         "backbone": [domain.backbone.sha256, domain.backbone.pooling, domain.backbone.compute.precision],
-        "text": domain.text.model_dump(),
+        "text": domain.text.cache_inputs(),
     }
 
 

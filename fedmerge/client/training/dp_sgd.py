@@ -28,7 +28,7 @@ from fedmerge.config import DP, Train
 from fedmerge.domain.manifest import DP_BY_USER, check_catalog_is_given
 from fedmerge.encoder.backbone import in_float32
 from fedmerge.encoder.encode import TRAINING_GROUPS, embed_batch, encode
-from fedmerge.encoder.text import Tokens, pack_sequences
+from fedmerge.encoder.text import Tokens
 from fedmerge.errors import DomainError
 from fedmerge.privacy.dp.accountant import agreed_noise, opacus_accountants
 from fedmerge.privacy.dp.randomness import Randomness, Source, source
@@ -245,8 +245,7 @@ def user_gradients(
     Raises:
         ConfigError: Opacus is not installed.
     """
-    text, backbone = domain.text, domain.backbone
-    packed = pack_sequences(domain.table, records.histories, backbone.special, text.max_items, text.max_tokens)
+    backbone, packed = domain.backbone, domain.packed(records.histories)
     with _gradients_by_user(model):
         for group in _groups(packed):
             targets = torch.from_numpy(records.targets[group]).to(backbone.device)

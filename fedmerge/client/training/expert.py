@@ -19,7 +19,6 @@ from fedmerge.client.training.plain_sgd import batch_steps, proximal_penalty
 from fedmerge.config import Lora, Train, Weave
 from fedmerge.domain.splits import Examples, evaluation_examples
 from fedmerge.encoder.encode import encode
-from fedmerge.encoder.text import pack_sequences
 from fedmerge.errors import DomainError
 from fedmerge.evaluation.ranks import rank_targets, selection_score
 
@@ -207,9 +206,7 @@ def check_can_train(domain: LocalDomain) -> None:
 
 
 def _validation_ndcg(domain: LocalDomain, examples: Examples) -> float:
-    users = pack_sequences(
-        domain.table, examples.histories, domain.backbone.special, domain.text.max_items, domain.text.max_tokens
-    )
+    users = domain.packed(examples.histories)
     ranks = rank_targets(
         encode(domain.backbone, users), encode(domain.backbone, domain.item_sequences), examples.targets
     )

@@ -258,7 +258,7 @@ def fit(
 @contextmanager
 def _attached(backbone: Backbone, lora: Lora, seed: int, learning_rate: float, recipe: Recipe) -> Iterator[Attached]:
     """Attach the LoRA of a recipe with a new optimiser, and unload it afterwards."""
-    rank, alpha = lora.rank, float(lora.alpha)
+    rank, alpha = lora.rank, float(lora.scaled_alpha)
     if recipe.start is not None:
         like = next(iter(recipe.start.modules.values()))
         rank, alpha = like.rank, like.rank * like.scaling

@@ -18,7 +18,6 @@ from fedmerge.client.training.losses import TEMPERATURE, catalog_softmax, in_bat
 from fedmerge.config import Train
 from fedmerge.encoder.encode import embed_in_groups, encode
 from fedmerge.encoder.frozen import frozen_products, using
-from fedmerge.encoder.text import pack_sequences
 from fedmerge.errors import DivergedError
 
 
@@ -138,9 +137,8 @@ def _catalog_negatives(
 
 def batch_loss(domain: LocalDomain, batch: Batch, items: torch.Tensor | None) -> torch.Tensor:
     """Return the mean loss of a batch under the backbone as it is, differentiable; ``items`` as in a training step."""
-    text, backbone = domain.text, domain.backbone
-    users = pack_sequences(domain.table, batch.histories, backbone.special, text.max_items, text.max_tokens)
-    user_vectors = embed_in_groups(backbone, users)  # (b, d)
+    backbone = domain.backbone
+    user_vectors = embed_in_groups(backbone, domain.packed(batch.histories))  # (b, d)
     if items is not None:
         targets = torch.from_numpy(batch.targets).to(backbone.device)
         return catalog_softmax(user_vectors, items, targets, TEMPERATURE).mean()

@@ -132,7 +132,8 @@ pooling, L2-normalised); the cosine of the two is the score.
 
 ```python
 {encode_recipe(to)}{_TEXTS}items = {json.dumps(examples, ensure_ascii=False)}
-scores = encode([item_text(item) for item in items]) @ encode([history_text(items)])[0]
+vectors = encode([text["item_prompt"] + item_text(item) for item in items])
+scores = vectors @ encode([text["history_prompt"] + history_text(items)])[0]
 ```
 
 The limits are in `{TEXT_FILE}`. An item's text has its attributes in this order, without empty ones, each value cut to

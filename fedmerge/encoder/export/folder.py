@@ -6,6 +6,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, processors
 from transformers import AutoTokenizer
 
 from fedmerge.adapter import Adapter
@@ -14,17 +17,16 @@ from fedmerge.domain.catalog import Catalog
 from fedmerge.domain.manifest import read_template
 from fedmerge.encoder.adapted import folded
 from fedmerge.encoder.adapter_records import adapter_record
-from fedmerge.encoder.backbone import Backbone, check_max_tokens
+from fedmerge.encoder.backbone import HAVE_POOLERS, Backbone, check_max_tokens
 from fedmerge.encoder.export.card import TEXT_FILE, model_card
 from fedmerge.encoder.export.formats import Format, check_format, packages
 from fedmerge.encoder.export.graph import write_graph
-from fedmerge.encoder.export.probes import Deviation, measure_deviation, probe_texts
-from fedmerge.encoder.text import item_text, special_tokens
+from fedmerge.encoder.export.probes import Deviation, measure_deviation, probe_texts, prompt_texts
+from fedmerge.encoder.text import SpecialTokens, item_text, leading_blank, special_tokens
 from fedmerge.errors import BackboneError
 from fedmerge.files import check_free, new_folder, read_record, share, write_json, write_text
 
 POOLING_MODES = {"cls": "pooling_mode_cls_token", "mean": "pooling_mode_mean_tokens", "last": "pooling_mode_lasttoken"}
-_NO_POOLER = ("bert", "roberta", "xlm-roberta")  # loaded without a pooler, which would otherwise be random
 _PROBE = {"title": "Red tent, 2 persons", "brand": "North", "category": "Camping"}
 
 
@@ -70,9 +72,11 @@ def export_model(
         RunDirError: the folder is not empty, or cannot be written.
         LayoutMismatchError: the adapter belongs to another backbone.
         BackboneError: too few positions, the tokenizer splits joined text differently from single items, the model
-            cannot be written in this format, or its vectors in float32 are others than the platform's.
+            or its conventions cannot be written in this format, or its vectors in float32 are others than the
+            platform's.
     """
     check_format(to, int8)
+    _check_exportable(backbone, text, to)
     check_max_tokens(backbone, text.max_tokens)
     check_free(folder)
     encoder = folded(backbone, adapter)
@@ -109,6 +113,7 @@ def export_model(
 def _text_record(backbone: Backbone, text: Text, template: Sequence[str]) -> dict[str, Any]:
     """Return how the text of an item and of a history is made, for programs."""
     limits = read_template(template, "export")
+    of_history, of_item = prompt_texts(backbone)
     return {
         "format": 1,
         "attributes": [
@@ -123,7 +128,22 @@ def _text_record(backbone: Backbone, text: Text, template: Sequence[str]) -> dic
         "pad_token_id": backbone.special.pad,
         "pooling": backbone.pooling,
         "normalised": True,
+        "history_prompt": of_history,
+        "item_prompt": of_item,
     }
+
+
+def _check_exportable(backbone: Backbone, text: Text, to: Format) -> None:
+    """Raise BackboneError for conventions that an export has no words for."""
+    found = ""
+    if text.order == "newest-last":
+        found = "text.order = 'newest-last' cuts histories at the beginning, and an exported tokenizer cuts at the end"
+    elif backbone.pooling == "mean-text":
+        found = "the pooling mean-text leaves prompts out, which an exported model cannot tell from the text"
+    elif backbone.is_switched and to == "sentence-transformers":
+        found = "its attention is switched to both ways, which sentence-transformers does not do; take --to onnx"
+    if found:
+        raise BackboneError(f"export of {backbone.name} to {to}: {found}. Serve it with fedmerge.recommend instead.")
 
 
 def provenance_of(folder: Path) -> dict[str, Any]:
@@ -135,41 +155,60 @@ def provenance_of(folder: Path) -> dict[str, Any]:
 
 
 def _write_modules(backbone: Backbone, folder: Path, max_tokens: int, to: Format) -> None:
-    """Write the three modules under names that every version of sentence-transformers knows."""
-    names = ("Transformer", "Pooling", "Normalize")
-    paths = ("", "1_Pooling", "2_Normalize")
+    """Write the modules under names that every version of sentence-transformers knows."""
+    names, paths = ["Transformer", "Pooling", "Normalize"], ["", "1_Pooling", "2_Normalize"]
+    size, width = int(backbone.model.config.hidden_size), backbone.width
+    if width < size:  # a selection of the first dimensions, as a matrix
+        names, paths = [*names[:2], "Dense", "Normalize"], [*paths[:2], "2_Dense", "3_Normalize"]
     modules = [
         {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.models.{name}"}
         for index, (name, path) in enumerate(zip(names, paths, strict=True))
     ]
-    pooling = {"word_embedding_dimension": backbone.width}
+    pooling: dict[str, Any] = {"word_embedding_dimension": size}
     pooling |= {key: mode == backbone.pooling for mode, key in POOLING_MODES.items()}
     transformer: dict[str, Any] = {"max_seq_length": max_tokens, "do_lower_case": False}
-    if to == "sentence-transformers" and backbone.model.config.model_type in _NO_POOLER:  # a graph takes no arguments
+    if to == "sentence-transformers" and backbone.model.config.model_type in HAVE_POOLERS:  # a graph takes no arguments
         transformer["model_args"] = {"add_pooling_layer": False}
     for path in paths[1:]:
         (folder / path).mkdir()
     write_json(folder / "modules.json", modules)
     write_json(folder / "sentence_bert_config.json", transformer)
     write_json(folder / "1_Pooling" / "config.json", pooling)
-    write_json(folder / "2_Normalize" / "config.json", {})
-    write_json(folder / "config_sentence_transformers.json", {"similarity_fn_name": "cosine", "prompts": {}})
+    write_json(folder / paths[-1] / "config.json", {})
+    if width < size:
+        dense: dict[str, Any] = {"in_features": size, "out_features": width, "bias": False}
+        dense |= {"activation_function": "torch.nn.modules.linear.Identity"}
+        write_json(folder / "2_Dense" / "config.json", dense)
+        save_file({"linear.weight": torch.eye(width, size)}, folder / "2_Dense" / "model.safetensors")
+    of_history, of_item = prompt_texts(backbone)
+    prompts = {"query": of_history, "document": of_item} if of_history or of_item else {}
+    write_json(folder / "config_sentence_transformers.json", {"similarity_fn_name": "cosine", "prompts": prompts})
 
 
 def _write_tokenizer(backbone: Backbone, folder: Path, max_tokens: int) -> None:
     """Write a tokenizer that treats the beginning of a text as if a blank preceded it, as items are tokenised.
 
     For byte-level BPE, ``title`` with and without a leading blank are different tokens; for WordPiece they are equal.
+    With prompts, the blank is part of them. A token that the family appends is appended here, too.
     """
-    text, special = item_text(_PROBE), special_tokens(backbone.tokenizer)
-    within = backbone.tokenizer(f" {text}", add_special_tokens=False)["input_ids"]
-    expected = [int(token) for token in (*special.prefix, *within, *special.suffix)]
+    text, special, prompts = item_text(_PROBE), backbone.special, prompt_texts(backbone)
+    within = backbone.tokenizer(f"{leading_blank(backbone.tokenizer)}{text}", add_special_tokens=False)["input_ids"]
+    probes = [f"{prompts[1]}{text}", f"{prompts[0]}{text}"]
+    starts = (special.before_item, special.before_history)
+    expected = [[int(token) for token in (*start, *within, *special.suffix)] for start in starts]
 
     backbone.tokenizer.save_pretrained(folder)
     settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     settings |= {"model_max_length": max_tokens, "truncation_side": "right"}
+    if backbone.tokenizer.pad_token_id is None:  # other libraries pad batches by name
+        settings["pad_token"] = backbone.tokenizer.convert_ids_to_tokens(special.pad)
     definition = folder / "tokenizer.json"
-    if backbone.tokenizer(text)["input_ids"] != expected and definition.is_file():
+    if len(special.suffix) > len(special_tokens(backbone.tokenizer).suffix) and definition.is_file():
+        _write_template(definition, special)
+        settings |= {"tokenizer_class": "PreTrainedTokenizerFast"}  # reads tokenizer.json
+        write_json(folder / "tokenizer_config.json", settings)
+    whole = AutoTokenizer.from_pretrained(folder)
+    if not any(prompts) and whole(probes)["input_ids"] != expected and definition.is_file():
         tokenizer = json.loads(definition.read_text(encoding="utf-8"))
         if (tokenizer.get("pre_tokenizer") or {}).get("type") == "ByteLevel":
             tokenizer["pre_tokenizer"]["add_prefix_space"] = True
@@ -181,9 +220,21 @@ def _write_tokenizer(backbone: Backbone, folder: Path, max_tokens: int) -> None:
         settings |= {"add_prefix_space": True, "tokenizer_class": "PreTrainedTokenizerFast"}  # reads tokenizer.json
     write_json(folder / "tokenizer_config.json", settings)
 
-    found = AutoTokenizer.from_pretrained(folder)(text)["input_ids"]
+    found = AutoTokenizer.from_pretrained(folder)(probes)["input_ids"]
     if found != expected:
         raise BackboneError(
-            f"export of {backbone.name}: its tokenizer splits {text!r} into {found}, expected {expected} as in a "
+            f"export of {backbone.name}: its tokenizer splits {probes} into {found}, expected {expected} as in a "
             "catalog. Serve this backbone with fedmerge.recommend instead."
         )
+
+
+def _write_template(definition: Path, special: SpecialTokens) -> None:
+    """Let a tokenizer's file put these special tokens around every text, within its limit of tokens."""
+    tokenizer = Tokenizer.from_file(str(definition))
+    before, after = (
+        [str(tokenizer.id_to_token(int(token))) for token in part] for part in (special.prefix, special.suffix)
+    )
+    single = " ".join([*before, "$A", *after])
+    ids = [(token, tokenizer.token_to_id(token)) for token in {*before, *after}]
+    tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=sorted(ids))
+    tokenizer.save(str(definition))

@@ -19,7 +19,7 @@ import torch
 from tokenizers import Tokenizer
 
 from fedmerge.encoder.backbone import Backbone
-from fedmerge.encoder.encode import pool
+from fedmerge.encoder.encode import vectors_of
 from fedmerge.encoder.export.formats import GRAPH_FILES, Format
 from fedmerge.errors import BackboneError
 
@@ -34,14 +34,13 @@ Encode = Callable[[Sequence[str]], npt.NDArray[np.float32]]
 class _Graph(torch.nn.Module):
     """Token ids (n, tokens) and mask to token vectors (n, tokens, d) and normalised vectors (n, d)."""
 
-    def __init__(self, model: torch.nn.Module, pooling: str) -> None:
+    def __init__(self, model: torch.nn.Module, pooling: str, width: int) -> None:
         super().__init__()
-        self.model, self.pooling = model, pooling
+        self.model, self.pooling, self.width = model, pooling, width
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         hidden = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        vectors = torch.nn.functional.normalize(pool(hidden, attention_mask, self.pooling), dim=-1)
-        return hidden, vectors
+        return hidden, vectors_of(hidden, attention_mask, self.pooling, self.width)
 
 
 def write_graph(backbone: Backbone, folder: Path, to: Format, int8: bool) -> None:
@@ -123,7 +122,7 @@ def _write_onnx(backbone: Backbone, path: Path) -> None:
     """Write ONNX in float32, the same bytes for the same weights and packages."""
     model = backbone.model if backbone.device.type == "cpu" else copy.deepcopy(backbone.model).cpu()
     ids = torch.full((2, 8), backbone.special.pad, dtype=torch.int64)  # an example; all sizes are variable
-    graph = _Graph(model, backbone.pooling).eval()
+    graph = _Graph(model, backbone.pooling, backbone.width).eval()
     try:
         with _quiet(), torch.no_grad():
             program = torch.onnx.export(

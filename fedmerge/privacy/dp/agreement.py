@@ -42,7 +42,9 @@ def largest_entry(config: ExperimentConfig) -> float:
         return LARGEST_ENTRY
     deviation = domain_noise(config) * 2 * config.dp.clip
     layouts = [config.lora.of(domain) for domain in config.domains.train]
-    largest = max(lora.alpha / lora.rank * largest_product(lora.rank, _CHANCE) for lora in layouts) * deviation**2
+    largest = (
+        max(lora.scaled_alpha / lora.rank * largest_product(lora.rank, _CHANCE) for lora in layouts) * deviation**2
+    )
     return max(LARGEST_ENTRY, float(math.ceil(largest)))
 
 

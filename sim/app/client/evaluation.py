@@ -86,7 +86,7 @@ def evaluate_models(message: Message, context: Context) -> RecordDict:
         "users": len(examples),
         "data": [domain.manifest.catalog_sha256, domain.manifest.interactions_sha256],
         "backbone": [domain.backbone.sha256, domain.backbone.pooling],
-        "text": config.text.model_dump(),
+        "text": config.text.cache_inputs(),
         "noise": config.privacy.metrics_noise,
     }
     run, release = str(config.run_id), Release(config.privacy.metrics_noise, 1.0, 1, replaced=1.0)

@@ -15,12 +15,12 @@ from fedmerge.client.audit.users import prepare_for_audit
 from fedmerge.client.disclosed.account import Entry, charge
 from fedmerge.client.disclosed.users import draw_examples, read_secret
 from fedmerge.client.local_domain import LocalDomain, open_domain
-from fedmerge.config import ExperimentConfig, Simulation, Split, Text, from_flat
+from fedmerge.config import BackboneSection, ExperimentConfig, Simulation, Split, Text, from_flat
 from fedmerge.device import resolve_compute
 from fedmerge.domain.demo import domains_root
 from fedmerge.domain.manifest import read_manifest
 from fedmerge.domain.splits import Examples, evaluation_examples
-from fedmerge.encoder.backbone import Backbone, load_backbone
+from fedmerge.encoder.backbone import Backbone, open_backbone
 from fedmerge.errors import ClientError
 from fedmerge.privacy.client_policy import (
     ClientPolicy,
@@ -71,8 +71,7 @@ def open_client(context: Context) -> Client:
             f"domain {folder.name}: [simulation] changes the training data or poisons a training, so it is refused "
             "outside simulations. Remove its keys from the experiment."
         )
-    wanted, runtime = config.backbone, config.runtime
-    backbone = cached_backbone(wanted.source, wanted.pooling, wanted.weights_sha256, runtime.device, runtime.precision)
+    backbone = cached_backbone(config.backbone, config.runtime.device, config.runtime.precision)
     data = read_manifest(folder)
     domain = cached_domain(
         folder, data.catalog_sha256, data.interactions_sha256, backbone, config.text, config.cache_dir
@@ -176,9 +175,9 @@ def domain_name(context: Context) -> str:
 
 
 @cache
-def cached_backbone(source: str, pooling: str, weights_sha256: str | None, device: str, precision: str) -> Backbone:
+def cached_backbone(section: BackboneSection, device: str, precision: str) -> Backbone:
     """Load a backbone once for all clients of a worker."""
-    return load_backbone(source, pooling, resolve_compute(device, precision), weights_sha256)
+    return open_backbone(section, resolve_compute(device, precision))
 
 
 @lru_cache(maxsize=4)

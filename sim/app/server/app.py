@@ -14,7 +14,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedmerge.config import ExperimentConfig, from_flat
 from fedmerge.device import resolve_compute
-from fedmerge.encoder.backbone import load_backbone
+from fedmerge.encoder.backbone import open_backbone
 from fedmerge.escaping import RecordFormatter
 from fedmerge.federated.rules import check_rounds
 from fedmerge.files import read_json, write_text
@@ -96,7 +96,7 @@ def _experiment(run: Run, attempt: Attempt) -> None:
         run.members.keys = read_registered_keys(keys)
         logger.info("answers must be signed by the %d keys in %s", len(run.members.keys), keys)
     compute = resolve_compute(config.runtime.device, config.runtime.precision)
-    backbone = load_backbone(config.backbone.source, config.backbone.pooling, compute, config.backbone.weights_sha256)
+    backbone = open_backbone(config.backbone, compute)
     try:
         # 2. Gather the clients and collect the catalogs of their domains.
         restore_members(run)

@@ -21,7 +21,7 @@ from fedmerge.domain.folder import write_domain
 from fedmerge.domain.interactions import make_interactions
 from fedmerge.encoder.backbone import load_backbone
 from fedmerge.encoder.encode import embed_batch
-from fedmerge.encoder.text import Tokens, item_text, pack_sequences
+from fedmerge.encoder.text import Order, Tokens, item_text, pack_sequences
 from fedmerge.errors import BackboneError, DomainError
 from fedmerge.seeding import generator
 from fedmerge.sequence.augmentation import augmented, segment
@@ -122,7 +122,9 @@ def test_views_against_each_other(shop: LocalDomain) -> None:
 # Masked items
 
 
-def test_one_item_becomes_one_mask_token(shop: LocalDomain) -> None:
+@pytest.mark.parametrize("order", ["newest-first", "newest-last"])
+def test_one_item_becomes_one_mask_token(shop: LocalDomain, order: Order) -> None:
+    shop = replace(shop, text=shop.text.model_copy(update={"order": order}))
     mask_id, seen = shop.backbone.tokenizer.mask_token_id, set()
     history = shop.training_sequences[0][:3]
     text = shop.text
@@ -132,8 +134,12 @@ def test_one_item_becomes_one_mask_token(shop: LocalDomain) -> None:
         assert (tokens == mask_id).sum() == 1
         assert len(tokens) <= text.max_tokens
         replaced = np.concatenate([tokens[:position], shop.table.item(item), tokens[position + 1 :]])
-        (whole,) = pack_sequences(shop.table, [history], shop.backbone.special, text.max_items, 1000)
-        assert replaced[:-1].tolist() == whole[: len(replaced) - 1].tolist()
+        (whole,) = pack_sequences(shop.table, [history], shop.backbone.special, text.max_items, 1000, order)
+        kept = len(replaced) - 1
+        if order == "newest-first":
+            assert replaced[:-1].tolist() == whole[:kept].tolist()
+        else:
+            assert replaced[1:].tolist() == whole[-kept:].tolist()
         seen.add(item)
     assert seen == {*history.tolist()}
 

@@ -1,0 +1,185 @@
+"""Conventions of encoders: those of published families, and those that a model's own files state. Needs no torch."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fedmerge.config.model import BackboneSection
+from fedmerge.errors import BackboneError
+
+TASK = "Given a customer's purchases, retrieve the product bought next"
+
+
+@dataclass(frozen=True)
+class Conventions:
+    """How texts become vectors, beside a model's weights and tokenizer; the defaults are the plain ones.
+
+    Attributes:
+        pooling: ``cls``, ``mean``, ``mean-text`` (without leading special tokens and prompt) or ``last``.
+        history_prompt: text before a history, without the blank that separates them.
+        item_prompt: text before an item, without that blank.
+        eos: ``tokenizer``, or ``append``: exactly one end-of-sequence token, after truncation.
+        attention: ``causal`` or ``both-ways``, which is enforced and tested; None: the model's own.
+        dimension: first dimensions that are kept; None: all.
+        max_positions: limit of tokens below the model's own; None: no such limit.
+    """
+
+    pooling: str = "mean"
+    history_prompt: str = ""
+    item_prompt: str = ""
+    eos: str = "tokenizer"
+    attention: str | None = None
+    dimension: int | None = None
+    max_positions: int | None = None
+
+
+PLAIN = Conventions()
+FAMILIES: Mapping[str, Conventions] = {
+    "plain": PLAIN,
+    # BERT, RoBERTa, XLM-R, MPNet, ModernBERT: sentence-transformers' default
+    "encoder": Conventions(attention="both-ways"),
+    # BLaIR, arXiv:2403.03952: last_hidden_state[:, 0], not the pooler's output
+    "blair": Conventions("cls", attention="both-ways", max_positions=512),
+    # Llama, SmolLM, Gemma, Qwen, Mistral
+    "decoder": Conventions("last", attention="causal"),
+    # Qwen3-Embedding, arXiv:2506.05176, and its model card
+    "qwen3-embedding": Conventions(
+        "last", f"Instruct: {TASK}\nQuery:", eos="append", attention="causal", max_positions=32768
+    ),
+    # E5-Mistral, arXiv:2401.00368, and its model card
+    "e5-mistral": Conventions(
+        "last", f"Instruct: {TASK}\nQuery:", eos="append", attention="causal", max_positions=4096
+    ),
+    # LLM2Vec, arXiv:2404.05961: the instruction is read, but not in the mean
+    "llm2vec": Conventions("mean-text", f"{TASK}:", attention="both-ways", max_positions=512),
+}
+DECODERS = (  # model types that attend to earlier tokens alone
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "smollm3",
+    "phi",
+    "phi3",
+    "olmo2",
+    "gpt2",
+    "gpt_neox",
+    "opt",
+)
+_POOLING = {"cls": "cls", "mean": "mean", "mean_sqrt_len_tokens": "mean", "lasttoken": "last"}  # after normalisation
+_KNOWN_MODULES = ("Transformer", "Pooling", "Normalize")
+
+
+def conventions_of(section: BackboneSection, folder: Path) -> Conventions:
+    """Return the conventions of a backbone: its own files' or its family's, and over them those of ``[backbone]``.
+
+    ``auto`` reads sentence-transformers' ``modules.json``, ``1_Pooling/config.json`` and the prompts in
+    ``config_sentence_transformers.json`` (``query`` for histories, ``document``, ``passage`` or ``corpus`` for items,
+    as ``encode_query`` and ``encode_document`` choose them); where these are missing, decoders pool the last token.
+
+    Args:
+        section: ``[backbone]``.
+        folder: of the model.
+
+    Raises:
+        BackboneError: the files cannot be read, or state what is not supported and not overridden.
+    """
+    found = _of_files(section, folder) if section.family == "auto" else FAMILIES[section.family]
+    given = {
+        "pooling": section.pooling,
+        "history_prompt": section.history_prompt,
+        "item_prompt": section.item_prompt,
+        "eos": section.eos,
+        "attention": section.attention,
+        "dimension": section.dimension,
+        "max_positions": section.max_positions,
+    }
+    known: dict[str, Any] = {key: value for key, value in given.items() if value not in (None, "auto")}
+    resolved = replace(found, **known)
+    of_history, of_item = (prompt.rstrip(" ") for prompt in (resolved.history_prompt, resolved.item_prompt))
+    return replace(resolved, history_prompt=of_history, item_prompt=of_item)
+
+
+def identity_of(conventions: Conventions, *, appends_eos: bool, switched: bool) -> dict[str, Any]:
+    """Return what of the conventions changes vectors, compared with the plain ones; empty if nothing does.
+
+    Args:
+        conventions: of the backbone.
+        appends_eos: whether an end-of-sequence token is appended that the tokenizer does not add.
+        switched: whether the direction of the attention is not the model's own.
+    """
+    found: dict[str, Any] = {
+        name: getattr(conventions, name)
+        for name in ("pooling", "history_prompt", "item_prompt", "dimension")
+        if getattr(conventions, name) != getattr(PLAIN, name)
+    }
+    return found | ({"eos": "append"} if appends_eos else {}) | ({"attention": "both-ways"} if switched else {})
+
+
+def _of_files(section: BackboneSection, folder: Path) -> Conventions:
+    config = _read(folder / "config.json", {})
+    modules = [module for module in _read(folder / "modules.json", []) if isinstance(module, dict)]
+    family = FAMILIES["plain"]
+    if config.get("model_type") in DECODERS:
+        family = replace(FAMILIES["decoder"], attention=None)
+    types = [str(module.get("type", "")).rpartition(".")[2] for module in modules]
+    if strange := [name for name in types if name not in _KNOWN_MODULES]:
+        raise BackboneError(
+            f"backbone {folder}: modules.json has the modules {', '.join(strange)} beside {', '.join(_KNOWN_MODULES)}, "
+            "which fedmerge does not apply. To leave them out, name a family, such as backbone.family = 'encoder'."
+        )
+    at = next((module.get("path") for module in modules if str(module.get("type", "")).endswith("Pooling")), None)
+    pooling = _read(folder / str(at or "1_Pooling") / "config.json", {})
+    if pooling and section.pooling == "auto":
+        family = replace(family, pooling=_pooling_of(pooling, folder))
+    stated = _read(folder / "config_sentence_transformers.json", {})
+    prompts = stated["prompts"] if isinstance(stated.get("prompts"), dict) else {}
+    return replace(
+        family,
+        history_prompt=_prompt(prompts, ("query",)),
+        item_prompt=_prompt(prompts, ("document", "passage", "corpus")),
+    )
+
+
+def _pooling_of(config: Mapping[str, Any], folder: Path) -> str:
+    """Return the pooling of sentence-transformers' configuration, in the form of any of its versions."""
+    mode = config.get("pooling_mode")
+    if mode is None:
+        starts = {"pooling_mode_cls_token": "cls", "pooling_mode_lasttoken": "lasttoken"}
+        starts |= {"pooling_mode_mean_tokens": "mean", "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens"}
+        starts |= {"pooling_mode_max_tokens": "max", "pooling_mode_weightedmean_tokens": "weightedmean"}
+        modes = [name for key, name in starts.items() if config.get(key)]
+    else:
+        modes = [mode] if isinstance(mode, str) else list(mode)
+    if len(modes) != 1 or modes[0] not in _POOLING or not config.get("include_prompt", True):
+        prompt = "" if config.get("include_prompt", True) else " without the prompt"
+        raise BackboneError(
+            f"backbone {folder}: its files state the pooling {' and '.join(map(str, modes)) or 'none'}{prompt}, "
+            f"expected one of {', '.join(_POOLING)}. Set backbone.pooling to cls, mean, mean-text or last."
+        )
+    return _POOLING[modes[0]]
+
+
+def _prompt(prompts: Mapping[str, Any], names: tuple[str, ...]) -> str:
+    return next((str(prompts[name]) for name in names if prompts.get(name) is not None), "")
+
+
+def _read(file: Path, missing: Any) -> Any:
+    """Read a JSON file of the model; ``missing`` if there is none."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return missing
+    except (OSError, ValueError) as error:
+        raise BackboneError(f"backbone {file}: cannot be read ({error}). Get the model again.") from error
+    if type(found) is not type(missing):
+        raise BackboneError(
+            f"backbone {file}: holds a {type(found).__name__}, expected a {type(missing).__name__}. "
+            "Get the model again."
+        )
+    return found
