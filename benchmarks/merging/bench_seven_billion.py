@@ -3,6 +3,7 @@
     python benchmarks/merging/bench_seven_billion.py                       # fedmerge and peft
     python benchmarks/merging/bench_seven_billion.py --mergekit ENV/bin    # and mergekit, in an environment of its own
     python benchmarks/merging/bench_seven_billion.py --layers 32 --cases exact    # all layers, 16 GB on the disk
+    python benchmarks/merging/bench_seven_billion.py --layers 1 --rank 16 --cases methods --methods ties dare
 
 Every layer has the seven linear modules of the 7B model (4096 × 4096, 11008 × 4096), with a LoRA of rank 64 on each.
 Weights are random, the vocabulary is small, and ``--layers`` of the 32 layers are written. The base model is bfloat16,
@@ -15,14 +16,18 @@ float64 average; that of mergekit and peft holds the rounding to bfloat16. Each 
 thread; the peak is the resident memory of that process, mapped files included. peft holds the base model and all
 adapters, so its memory grows with the layers. fedmerge reads, merges and writes one module at a time; mergekit writes
 its model in small files here, so that it gathers few results.
+
+``--cases methods`` merges by further methods, once as `fedmerge merge` does it and once with the dense updates of all
+adapters in memory; both must write the same bytes. ``--modules`` and ``--width`` make it smaller.
 """
 
 import argparse
+import hashlib
 import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +42,17 @@ from fedmerge.encoder.peft.contents import open_contents
 from fedmerge.encoder.peft.folder import write_adapter
 
 ALL_LAYERS = 32
-CASES = ("exact", "rank", "peft", "mergekit")
+CASES = ("exact", "rank", "peft", "mergekit", "methods")
+WIDTH, INNER = 4096, 11008
+MODULES = (*(f"self_attn.{name}_proj" for name in "qkvo"), *(f"mlp.{name}_proj" for name in ("gate", "up", "down")))
 CHECKED = "model.layers.0.mlp.down_proj"
+WHOLE = """
+import sys
+from fedmerge.cli.__main__ import main
+from fedmerge.merging import training_free
+training_free.HELD = 1 << 62
+sys.exit(main(sys.argv[1:]))
+"""
 PEFT = """
 import sys, torch
 from peft import PeftModel
@@ -54,11 +68,11 @@ model.save_pretrained(out, selected_adapters=["merged"])
 """
 
 
-def modules_of(layer: int) -> dict[str, tuple[int, int]]:
+def modules_of(layer: int, width: int = WIDTH, names: Sequence[str] = MODULES) -> dict[str, tuple[int, int]]:
     """Return module -> (out, in) of one layer."""
-    attention = {f"self_attn.{name}_proj": (4096, 4096) for name in "qkvo"}
-    feed_forward = {"mlp.gate_proj": (11008, 4096), "mlp.up_proj": (11008, 4096), "mlp.down_proj": (4096, 11008)}
-    return {f"model.layers.{layer}.{name}": shape for name, shape in {**attention, **feed_forward}.items()}
+    inner = INNER * width // WIDTH
+    shapes = {"mlp.gate_proj": (inner, width), "mlp.up_proj": (inner, width), "mlp.down_proj": (width, inner)}
+    return {f"model.layers.{layer}.{name}": shapes.get(name, (width, width)) for name in names}
 
 
 def write_base(folder: Path, layers: int) -> None:
@@ -88,8 +102,9 @@ def _base_tensors(layers: int, rng: torch.Generator) -> Iterator[tuple[str, dict
         yield f"model-{layer:02d}.safetensors", tensors
 
 
-def write_lora(folder: Path, layers: int, rank: int, seed: int) -> None:
+def write_lora(folder: Path, options: argparse.Namespace, seed: int) -> None:
     """Write an adapter whose update has entries of about .001."""
+    rank = options.rank
     rng = torch.Generator().manual_seed(seed)
     modules = {
         name: LoraModule(
@@ -97,8 +112,8 @@ def write_lora(folder: Path, layers: int, rank: int, seed: int) -> None:
             0.01 * torch.randn(width_out, rank, generator=rng),
             1.0,
         )
-        for layer in range(layers)
-        for name, (width_out, width_in) in modules_of(layer).items()
+        for layer in range(options.layers)
+        for name, (width_out, width_in) in modules_of(layer, options.width, options.modules).items()
     }
     write_adapter(Adapter(modules), folder, "base", task_type="CAUSAL_LM")
 
@@ -120,13 +135,16 @@ def run_cases(options: argparse.Namespace, folder: Path) -> None:
     if chosen & {"peft", "mergekit"}:
         write_base(base, options.layers)
     for k, each in enumerate(adapters):
-        write_lora(each, options.layers, options.rank, k)
+        write_lora(each, options, k)
     print(
-        f"{options.adapters} adapters of rank {options.rank}, {options.layers} of {ALL_LAYERS} layers, 7 modules each, "
-        "1 thread"
+        f"{options.adapters} adapters of rank {options.rank}, {options.layers} of {ALL_LAYERS} layers, "
+        f"{len(options.modules)} modules each, width {options.width}, 1 thread"
     )
     print(f"{'case':<36}{'seconds':>9}{'CPU':>9}{'peak GiB':>10}{'MB written':>12}{'deviation':>11}", flush=True)
-
+    if "methods" in chosen:
+        run_methods(options, folder, adapters)
+    if chosen == {"methods"}:
+        return
     modules = [open_contents(each).adapter.modules[CHECKED] for each in adapters]
     expected = torch.zeros(modules[0].lora_B.shape[0], modules[0].lora_A.shape[1], dtype=torch.float64)
     for module in modules:
@@ -172,6 +190,27 @@ def run_cases(options: argparse.Namespace, folder: Path) -> None:
         shutil.rmtree(out)
 
 
+def run_methods(options: argparse.Namespace, folder: Path, adapters: Sequence[Path]) -> None:
+    """Merge by every method in blocks of neurons, and with whole modules; both must be equal."""
+    for method in options.methods:
+        hashes = set()
+        for name, start in (("", ["-m", "fedmerge.cli"]), (", whole modules", ["-c", WHOLE])):
+            out = folder / "merged"
+            command = [sys.executable, *start, "merge", "--method", method, *map(str, adapters), "--out", str(out)]
+            used = measure(command, folder)
+            path = out / "adapter_model.safetensors"
+            with path.open("rb") as file:
+                hashes.add(hashlib.file_digest(file, "sha256").hexdigest())
+            print(
+                f"{f'fedmerge, {method}{name}':<36}{used.seconds:>9.1f}{used.cpu_seconds:>9.1f}{used.peak_gib:>10.2f}"
+                f"{path.stat().st_size / 1e6:>12.0f}",
+                flush=True,
+            )
+            shutil.rmtree(out)
+        if len(hashes) > 1:
+            raise SystemExit(f"{method}: the merge in blocks differs from that of whole modules")
+
+
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -181,9 +220,14 @@ def main() -> None:
     parser.add_argument(
         "--mergekit", type=Path, metavar="BIN", help="folder with mergekit-yaml; without it, no mergekit"
     )
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES, help="what to run")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES[:-1], help="what to run")
+    parser.add_argument("--methods", nargs="+", default=["ties"], metavar="METHOD", help="of --cases methods")
+    parser.add_argument("--modules", nargs="+", choices=MODULES, default=MODULES, help="of --cases methods")
+    parser.add_argument("--width", type=int, default=WIDTH, help="of --cases methods")
     parser.add_argument("--folder", type=Path, help="folder for the files, removed at the end (default: temporary)")
     options = parser.parse_args()
+    if {*options.cases} != {"methods"} and (options.width != WIDTH or len(options.modules) < len(MODULES)):
+        parser.error("--width and --modules need --cases methods")
     with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
         run_cases(options, Path(scratch))
 

@@ -1,8 +1,8 @@
 """Elementwise merging methods: they map K rows of entries to K rows whose sum is the merge.
 
 A row is one domain's update, flattened over the scope: a module, a layer, or the whole model. It comes in pieces, one
-per module, so a scope may be larger than memory. Thresholds are exact nevertheless: they take several passes.
-Entries that tie with the last one that passes a threshold pass as well. Entries of 0 never pass.
+or several per module, so a scope and a module may be larger than memory. Thresholds are exact nevertheless: they take
+several passes. Entries that tie with the last one that passes a threshold pass as well. Entries of 0 never pass.
 """
 
 import math
@@ -15,26 +15,28 @@ import torch
 
 from fedmerge.errors import ConfigError, MergeError
 from fedmerge.merging.selection import order_statistics
-from fedmerge.seeding import generator
+from fedmerge.seeding import derive
 
 BLOCK = 1 << 20  # entries whose ranks are held at a time
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One module's part of K rows.
+    """One module's part of K rows, or a block of its neurons.
 
     Attributes:
         module: name of the module.
         domains: names of the K domains.
         rows: (K, n) float32 or float64.
-        width: entries of one neuron, n / out; None if the whole row is one neuron.
+        width: entries of one neuron; None if the whole row is one neuron.
+        first: place of the first entry within the module.
     """
 
     module: str
     domains: tuple[str, ...]
     rows: torch.Tensor
     width: int | None = None
+    first: int = 0
 
 
 Pieces = Callable[[], Iterable[Piece]]
@@ -334,10 +336,19 @@ def _part(fraction: float, n: int) -> Fraction:
     return Fraction(str(fraction)) * n
 
 
+def _generator(seed: int, purpose: str, domain: str, piece: Piece) -> np.random.Generator:
+    """Return the generator of a domain's draws in a module, past the float32 draws of its entries before this piece."""
+    bits = np.random.PCG64(derive(seed, purpose, domain, piece.module))
+    bits.advance(piece.first // 2)  # a step of 64 bits makes two draws
+    rng = np.random.Generator(bits)
+    rng.random(piece.first % 2, dtype=np.float32)
+    return rng
+
+
 def _drop(piece: Piece, density: float, seed: int) -> Piece:
     rows = torch.empty_like(piece.rows)
     for k, domain in enumerate(piece.domains):
-        drawn = generator(seed, "dare", domain, piece.module).random(rows.shape[1], dtype=np.float32)
+        drawn = _generator(seed, "dare", domain, piece).random(rows.shape[1], dtype=np.float32)
         kept = torch.from_numpy(drawn < density).to(rows.device)
         rows[k] = torch.where(kept, piece.rows[k], 0.0) / density
     return replace(piece, rows=rows)
@@ -353,7 +364,7 @@ def _magprune(piece: Piece, density: float, epsilon: float, seed: int) -> Piece:
     block = max(1, BLOCK // width) * width  # ranks and probabilities of a block of neurons are in memory
     rows = torch.empty_like(piece.rows)
     for k, domain in enumerate(piece.domains):
-        rng = generator(seed, "della", domain, piece.module)
+        rng = _generator(seed, "della", domain, piece)
         for start in range(0, num_entries, block):
             entries = piece.rows[k, start : start + block].reshape(-1, width)
             drawn = torch.from_numpy(rng.random(entries.numel(), dtype=np.float32)).to(entries.device)

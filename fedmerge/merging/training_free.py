@@ -25,6 +25,7 @@ from fedmerge.seeding import derive
 
 Scope = Literal["tensor", "layer", "model"]
 Space = Literal["full", "core"]
+HELD = 1 << 23  # entries of a module's K updates in memory at a time; a larger module goes in blocks of neurons
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +93,9 @@ def merge_adapters(
 ) -> MergedAdapter:
     """Merge adapters of one layout; their ranks and scalings may differ.
 
-    Modules are merged one at a time: at any scope, at most one module's K dense updates are in memory. KnOTS and core
-    space also hold the bases of all modules that share a threshold.
+    Modules are merged one at a time, and elementwise methods take a large one in blocks of neurons: at any scope,
+    memory holds one module's merge and at most 2^23 entries of its K updates. A function of one's own gets a module's
+    K updates whole. KnOTS and core space also hold the bases of all modules that share a threshold.
 
     Args:
         adapters: domain -> adapter, in any order.
@@ -252,7 +254,7 @@ def _domain_rows(
             weights = values[:, stack.group_of[name]].to(module.lora_A.device)
             yield name, _dense(_updates(stack, name)) * weights[:, None, None]
         return
-    for name, bases, rows in _rows(stack, row, chosen, scope, space, seed):
+    for name, bases, rows in _rows(stack, row, chosen, scope, space, seed, lambda rows: rows):
         yield name, rows if bases.identity else torch.stack([lift_dense(each, bases).float() for each in rows])
 
 
@@ -270,8 +272,7 @@ def _merges(
     ``values`` are the coefficients (K, G) of a linear method.
     """
     if row.rows is not None:
-        for name, bases, rows in _rows(stack, row, chosen, scope, space, seed):
-            yield name, bases, total(rows)
+        yield from _rows(stack, row, chosen, scope, space, seed, total)
         return
     for name in stack.modules:
         bases = _bases(_updates(stack, name), space, knots=False)
@@ -288,33 +289,60 @@ def _merges(
 
 
 def _rows(
-    stack: Stack, row: Method, chosen: Mapping[str, Value], scope: Scope, space: Space, seed: int
+    stack: Stack,
+    row: Method,
+    chosen: Mapping[str, Value],
+    scope: Scope,
+    space: Space,
+    seed: int,
+    kept: Callable[[torch.Tensor], torch.Tensor],
 ) -> Iterator[tuple[str, Bases, torch.Tensor]]:
-    """Yield the rows of an elementwise method: per module (K, a, b) in its coordinates."""
+    """Yield what is kept of the rows of an elementwise method: per module (…, a, b) in its coordinates.
+
+    ``kept`` maps the rows (K, n) of a block of entries to (…, n).
+    """
     if row.rows is None:
         return
     drawn = {"seed": seed} if row.random else {}
     for names in _units(stack, scope):
         bases = {name: _bases(_updates(stack, name), space, row.knots) for name in names}
-        merged = row.rows(_pieces(stack, names, bases), **chosen, **drawn)
-        for name, rows in zip(names, merged, strict=True):
+        merged = map(kept, row.rows(_pieces(stack, names, bases), **chosen, **drawn))
+        for name in names:
             width_out, width_in = stack.modules[name].lora_B.shape[0], stack.modules[name].lora_A.shape[1]
             left, right = bases[name].left, bases[name].right
             shape = (width_out if left is None else left.shape[1], width_in if right is None else right.shape[1])
-            yield name, bases[name], rows.reshape(len(rows), *shape)
+            entries = _joined(merged, math.prod(shape))
+            yield name, bases[name], entries.reshape(*entries.shape[:-1], *shape)
+
+
+def _joined(blocks: Iterator[torch.Tensor], size: int) -> torch.Tensor:
+    """Take blocks (…, n_i) until they have all entries of a module, and return them side by side: (…, size)."""
+    first = next(blocks)
+    if first.shape[-1] == size:
+        return first
+    whole, end = first.new_empty(*first.shape[:-1], size), first.shape[-1]
+    whole[..., :end] = first
+    while end < size:
+        block = next(blocks)
+        whole[..., end : end + block.shape[-1]] = block
+        end += block.shape[-1]
+    return whole
 
 
 def _pieces(stack: Stack, names: Sequence[str], bases: Mapping[str, Bases]) -> Callable[[], Iterator[Piece]]:
-    """One row per domain over the modules, recomputed in every pass, or held in memory for a single module."""
+    """One row per domain over the modules, recomputed in every pass, or held in memory for a single small module."""
 
-    def piece(name: str) -> Piece:
-        updates = _dense(project(_updates(stack, name), bases[name]))  # (K, a, b)
-        return Piece(name, stack.domains, updates.flatten(1), updates.shape[2])
+    def pieces() -> Iterator[Piece]:
+        for name in names:
+            first = 0
+            for updates in _blocks(project(_updates(stack, name), bases[name])):  # (K, rows, b)
+                yield Piece(name, stack.domains, updates.flatten(1), updates.shape[2], first)
+                first += updates[0].numel()
 
-    if len(names) == 1:
-        only = piece(names[0])
-        return lambda: iter((only,))
-    return lambda: (piece(name) for name in names)
+    if len(names) > 1 or len(_spans(project(_updates(stack, names[0]), bases[names[0]]))) > 1:
+        return pieces
+    (only,) = pieces()
+    return lambda: iter((only,))
 
 
 def _units(stack: Stack, scope: Scope) -> list[list[str]]:
@@ -348,13 +376,50 @@ def _dense(updates: Sequence[Factors]) -> torch.Tensor:
 
     An update whose factors cancel is 0, not rounding: methods count the domains that have an entry.
     """
+    rows = _products(updates)
+    for k, (left, right) in enumerate(updates):
+        if torch.linalg.vector_norm(rows[k], dtype=torch.float64) <= rounding(left, right):
+            rows[k] = 0.0
+    return rows
+
+
+def _spans(updates: Sequence[Factors]) -> list[slice]:
+    """Blocks of neurons in which K dense updates have at most HELD entries, or one neuron each."""
+    width_out, width_in = updates[0][0].shape[0], updates[0][1].shape[1]
+    size = max(1, HELD // (len(updates) * width_in))
+    return [slice(start, start + size) for start in range(0, width_out, size)]
+
+
+def _blocks(updates: Sequence[Factors]) -> Iterator[torch.Tensor]:
+    """Yield :func:`_dense` in blocks of neurons: (K, rows, b) float32."""
+    spans = _spans(updates)
+    if len(spans) == 1:
+        yield _dense(updates)
+        return
+    absent = torch.tensor([_cancels(update, spans) for update in updates])
+    for span in spans:
+        rows = _products([(left[span], right) for left, right in updates])
+        rows[absent] = 0.0
+        yield rows
+
+
+def _products(updates: Sequence[Factors]) -> torch.Tensor:
     first_left, first_right = updates[0]
     rows = torch.empty(len(updates), first_left.shape[0], first_right.shape[1], device=first_left.device)
     for k, (left, right) in enumerate(updates):
         rows[k] = left.double() @ right.double()
-        if torch.linalg.vector_norm(rows[k], dtype=torch.float64) <= rounding(left, right):
-            rows[k] = 0.0
     return rows
+
+
+def _cancels(update: Factors, spans: Sequence[slice]) -> bool:
+    """Return True if an update is 0 up to the rounding of its factors, with a block of it in memory at a time."""
+    left, right = update
+    least, squares = rounding(left, right), 0.0
+    for span in spans:
+        squares += float(torch.linalg.vector_norm(_products([(left[span], right)]), dtype=torch.float64)) ** 2
+        if math.sqrt(squares) > least:
+            return False
+    return True
 
 
 def _finite(name: str, factors: Factors) -> Factors:
