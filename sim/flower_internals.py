@@ -6,8 +6,17 @@ tests/machines/test_flower_internals.py checks each name and the signatures that
 
 from flwr.cli.build import build_fab_from_disk
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode, SubStatus
-from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+from flwr.common.serde import (
+    context_from_proto,
+    context_to_proto,
+    message_from_proto,
+    message_to_proto,
+    recorddict_from_proto,
+    recorddict_to_proto,
+)
 from flwr.proto.fleet_pb2 import ActivateNodeRequest, DeactivateNodeRequest
+from flwr.proto.message_pb2 import Context as ProtoContext
+from flwr.proto.message_pb2 import Message as ProtoMessage
 from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 from flwr.proto.runtime_pb2 import AcquireTaskRequest, SendTaskHeartbeatRequest
 from flwr.proto.task_pb2 import Task
@@ -49,6 +58,8 @@ __all__ = [
     "NoOpFederationManager",
     "NodeAuthHttpInterceptor",
     "ObjectStoreFactory",
+    "ProtoContext",
+    "ProtoMessage",
     "ProtoRecordDict",
     "ProtobufClientInterceptor",
     "Run",
@@ -63,7 +74,11 @@ __all__ = [
     "TaskIdentity",
     "TaskType",
     "build_fab_from_disk",
+    "context_from_proto",
+    "context_to_proto",
     "make_simple_http_retry_invoker",
+    "message_from_proto",
+    "message_to_proto",
     "public_key_to_bytes",
     "pull_task_input",
     "push_message",

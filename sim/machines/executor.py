@@ -1,24 +1,24 @@
 """Executor of a SuperNode that replaces Flower's own and never runs code that arrives with a run.
 
 Flower's executor unpacks the app and imports it. This one compares the app with the installed and approved code
-(``fedmerge.organisation.app``) and then answers with the installed ``sim.app.client.app``, in a separate process for
-each message. Settings of client.toml replace those of the run configuration that concern this machine.
+(``fedmerge.organisation.app``) and then answers with the installed ``sim.app.client.app``, in a separate process
+(``sim.machines.worker``). Settings of client.toml replace those of the run configuration that concern this machine.
 
     python -P -m sim.machines.executor CLIENT_FOLDER RUNTIME_ADDRESS SECRET_FILE
 
 ``fedmerge client start`` starts it, and it ends with that process.
 """
 
-import ctypes
+import hashlib
 import logging
-import os
 import resource
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
+from contextlib import closing
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import httpx
 from flwr.app import Context, Error, Message, RecordDict
@@ -27,7 +27,7 @@ import fedmerge
 from fedmerge.errors import FedMergeError, PolicyError
 from fedmerge.organisation.app import check_app, installed_code
 from fedmerge.organisation.folder import KEY, Client, approved_apps, read_client
-from fedmerge.privacy.client_policy import read_client_policy, too_slow_error
+from fedmerge.privacy.client_policy import ClientPolicy, read_client_policy, too_slow_error
 from fedmerge.privacy.paths import without_paths
 from sim.app.client.app import app as client_app
 from sim.app.client.replies import log_to_stderr
@@ -37,6 +37,8 @@ from sim.flower_internals import (
     ErrorCode,
     Fab,
     ProtobufClientInterceptor,
+    ProtoContext,
+    ProtoMessage,
     ProtoRecordDict,
     RuntimeHttpClient,
     RuntimeTokenHttpInterceptor,
@@ -45,17 +47,23 @@ from sim.flower_internals import (
     SubStatus,
     SuperExecAuthHttpInterceptor,
     TaskType,
+    context_from_proto,
+    context_to_proto,
     make_simple_http_retry_invoker,
+    message_from_proto,
+    message_to_proto,
     pull_task_input,
     push_message,
     push_task_output,
     recorddict_from_proto,
     recorddict_to_proto,
 )
+from sim.machines.worker import Workers, end_with_parent
 
 POLL_SECONDS = 0.2
 HEARTBEAT_SECONDS = 10.0  # Flower gives a message up after 60
-PR_SET_PDEATHSIG = 1
+IDLE_SECONDS = 120.0
+MANY = (records.COHORT, records.GRADIENT, records.LAYER_MAP)  # of which a run sends hundreds
 
 logger = logging.getLogger("fedmerge.client")
 
@@ -73,16 +81,19 @@ def main(folder: Path, address: str, secret: bytes) -> None:
     )
     # Take tasks of Flower's agents as well and refuse them, since no other process would answer them.
     request = AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP, TaskType.AGENT_APP])
-    with _runtime(address, auth) as runtime:
+    with _runtime(address, auth) as runtime, closing(Workers(prepare_for)) as workers:
         while True:
             found = runtime.AcquireTask(request)
             if found.HasField("task") and found.token:
                 with _runtime(address, RuntimeTokenHttpInterceptor(found.token)) as of_task:
-                    _work(of_task, folder, code, found.task.type == TaskType.CLIENT_APP)
+                    _work(of_task, folder, code, found.task.type == TaskType.CLIENT_APP, workers)
+            workers.close_idle(IDLE_SECONDS)
             time.sleep(POLL_SECONDS)
 
 
-def _work(runtime: RuntimeHttpClient, folder: Path, code: Mapping[str, str], is_client_app: bool) -> None:
+def _work(
+    runtime: RuntimeHttpClient, folder: Path, code: Mapping[str, str], is_client_app: bool, workers: Workers
+) -> None:
     """Answer one message: check the app, then do the work in a separate process."""
     message, context, _, fab = pull_task_input(runtime)
     kind, started = message.metadata.message_type, time.monotonic()
@@ -93,7 +104,12 @@ def _work(runtime: RuntimeHttpClient, folder: Path, code: Mapping[str, str], is_
         logger.info("%s: working", kind)
         override_run_config(context, client)
         in_time = limit_time(own.max_minutes, client.domain.name, _heartbeat(runtime))
-        content, context.state = in_own_process(lambda: _answer(message, context), in_time)
+        owner = owner_of(message, context, fab, own)
+        if owner is None:
+            answered = workers.once(lambda: prepare(message, context), in_time)
+        else:
+            answered = workers.ask(request_of(message, context), owner, in_time)
+        content, context.state = read_answer(answered)
         summary = "an error" if records.read_error(content) else f"{records.size_bytes(content):,} bytes"
         logger.info("%s: answered after %.0f s (%s)", kind, time.monotonic() - started, summary)
         reply = Message(content, reply_to=message)
@@ -108,10 +124,52 @@ def _work(runtime: RuntimeHttpClient, folder: Path, code: Mapping[str, str], is_
     push_task_output(runtime, context, SubStatus.COMPLETED, "")
 
 
-def _answer(message: Message, context: Context) -> tuple[RecordDict, RecordDict]:
-    """Return the reply, and the state that the client app needs for the run's next message: secrets of a secure sum."""
+def owner_of(message: Message, context: Context, fab: Fab, own: ClientPolicy | None) -> Hashable:
+    """Return what all messages that share a process have in common; None for a message with a process of its own.
+
+    Args:
+        message: the message.
+        context: with the settings of client.toml.
+        fab: the approved app.
+        own: the organisation's policy.
+    """
+    if message.metadata.message_type not in MANY:
+        return None
+    settings = [tuple(sorted(each.items())) for each in (context.run_config, context.node_config)]
+    return hashlib.sha256(fab.content).hexdigest(), context.run_id, context.node_id, own, *settings
+
+
+def request_of(message: Message, context: Context) -> bytes:
+    """Serialise a message and the context to answer it in."""
+    return _joined(message_to_proto(message).SerializeToString(), context_to_proto(context).SerializeToString())
+
+
+def prepare_for(request: bytes) -> bytes:
+    """Answer a message of :func:`request_of`."""
+    first, second = _parted(request)
+    context = context_from_proto(ProtoContext.FromString(second))
+    return prepare(message_from_proto(ProtoMessage.FromString(first)), context)
+
+
+def prepare(message: Message, context: Context) -> bytes:
+    """Answer a message; :func:`read_answer` reads the result."""
     reply = client_app(message, context)
-    return reply.content, context.state
+    return _joined(*(recorddict_to_proto(part).SerializeToString() for part in (reply.content, context.state)))
+
+
+def read_answer(answered: bytes) -> tuple[RecordDict, RecordDict]:
+    """Return the reply, and the state that the client app needs for the run's next message: secrets of a secure sum."""
+    content, state = (recorddict_from_proto(ProtoRecordDict.FromString(part)) for part in _parted(answered))
+    return content, state
+
+
+def _joined(first: bytes, second: bytes) -> bytes:
+    return len(first).to_bytes(8) + first + second
+
+
+def _parted(content: bytes) -> tuple[bytes, bytes]:
+    end = 8 + int.from_bytes(content[:8])
+    return content[8:end], content[end:]
 
 
 def check(client: Client, fab: Fab, code: Mapping[str, str], is_client_app: bool = True) -> None:
@@ -148,65 +206,6 @@ def override_run_config(context: Context, client: Client) -> None:
         "domains.root": str(client.domain.parent),
         "runtime.threads_per_client": client.threads,
     }
-
-
-def in_own_process(
-    work: Callable[[], tuple[RecordDict, RecordDict]], while_waiting: Callable[[], bool]
-) -> tuple[RecordDict, RecordDict]:
-    """Do ``work`` in a forked process that ends afterwards, and return its result.
-
-    Args:
-        work: returns the result; changes that it makes in memory are lost.
-        while_waiting: called repeatedly; the work is ended if it returns False or raises.
-
-    Raises:
-        ChildProcessError: the process died, was ended, or raised.
-    """
-    # In memory and not in a temporary file: the state holds the secrets of a secure sum.
-    with os.fdopen(os.memfd_create("fedmerge-answer"), "w+b") as answer:
-        parent = os.getpid()
-        child = os.fork()
-        if child == 0:
-            _answer_and_exit(work, answer, parent)
-        try:
-            while not (done := os.waitpid(child, os.WNOHANG))[0]:
-                if not while_waiting():
-                    raise ChildProcessError("the run was stopped before this client had answered")
-                time.sleep(POLL_SECONDS / 2)
-        except BaseException:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            raise
-        if done[1] != 0:
-            code = os.waitstatus_to_exitcode(done[1])
-            how = f"was killed by signal {-code}; out of memory?" if code < 0 else f"ended with exit code {code}"
-            raise ChildProcessError(f"the process that prepared the answer {how}")
-        answer.seek(0)
-        first = answer.read(int.from_bytes(answer.read(8)))
-        content, state = (recorddict_from_proto(ProtoRecordDict.FromString(data)) for data in (first, answer.read()))
-        return content, state
-
-
-def _answer_and_exit(work: Callable[[], tuple[RecordDict, RecordDict]], answer: IO[bytes], parent: int) -> None:
-    code = 1
-    try:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        end_with_parent(signal.SIGKILL)
-        if os.getppid() == parent:
-            content, state = (recorddict_to_proto(part).SerializeToString() for part in work())
-            answer.write(len(content).to_bytes(8) + content + state)
-            answer.flush()
-            code = 0
-    except BaseException:
-        logger.exception("the process that prepares the answer failed")
-    finally:
-        logging.shutdown()
-        os._exit(code)  # no cleanup code of the parent may run here
-
-
-def end_with_parent(number: signal.Signals) -> None:
-    """Make Linux send this process a signal when its parent dies, however it dies."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(number))
 
 
 def limit_time(max_minutes: float | None, domain: str, beat: Callable[[], bool]) -> Callable[[], bool]:

@@ -43,7 +43,7 @@ from sim.flower_internals import (
     public_key_to_bytes,
 )
 from sim.local.launch import COLOURS, OFFLINE
-from sim.machines.executor import end_with_parent
+from sim.machines.worker import end_with_parent
 
 WAITS_SECONDS = (5.0, 10.0, 15.0, 30.0)  # between attempts; the last value repeats
 TRAP_SECONDS = 75.0  # until then a refusal can mean that the server has not noticed the end of the last SuperNode

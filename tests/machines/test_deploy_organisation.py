@@ -57,7 +57,10 @@ batch_size = 16
 validate_every_steps = 2
 
 [merge]
-methods = "average"
+methods = "{methods}"
+
+[mergerec]
+steps = 6
 
 [privacy]
 policy = "{policy}"
@@ -175,9 +178,9 @@ def start_client(federation: Loopback, name: str) -> None:
     federation.start(f"{name}.log", *command, STOLEN=str(federation.place / "stolen"))
 
 
-def experiment(federation: Loopback, run: str, policy: str = "adapter") -> Path:
+def experiment(federation: Loopback, run: str, policy: str = "adapter", methods: str = "average") -> Path:
     """Write an experiment file; the backbone that it names is on the server only."""
-    text = EXPERIMENT.format(place=federation.place, run=run, wait=60, policy=policy)
+    text = EXPERIMENT.format(place=federation.place, run=run, wait=60, policy=policy, methods=methods)
     path = federation.place / f"{run}.toml"
     path.write_text(text.replace("/nowhere", "/server-backbone"))
     if not (federation.place / "server-backbone").exists():
@@ -213,6 +216,26 @@ def test_the_installed_code_answers_for_an_approved_app(federation: Loopback) ->
     assert list((place / "plain").rglob("sim/app/client/app.py"))  # Flower's own executor does that
     assert not list((place / "stolen").iterdir())
     assert not list(run.rglob("interactions*"))
+
+
+def test_a_process_stays_while_coefficients_are_learned(federation: Loopback) -> None:
+    """It loads the backbone once for all gradients, and ends before the next message of another kind is answered."""
+    place, run, before = federation.place, federation.place / "runs" / "learned", {}
+    for name in GUARDED:
+        path = place / f"org-{name}" / "policy.toml"
+        before[name] = path.read_text()
+        allowed = before[name].replace('"adapter+catalog,adapter"', '"catalog-private"')
+        path.write_text(allowed.replace("receive_adapters = false", "receive_adapters = true"))
+    logs = {name: (place / f"{name}.log").stat().st_size for name in GUARDED}
+    log = federation.run(REPOSITORY, experiment(federation, "learned", "catalog-private", "mergerec"), run)
+    assert (run / "DONE").exists(), log
+    for name in GUARDED:
+        said = (place / f"{name}.log").read_text()[logs[name] :]
+        assert said.count("query.gradient: answered") >= 6
+        learning = said[said.index("query.cohort: working") : said.rindex("query.gradient: answered")]
+        assert len(re.findall(r"client backbone \S+ \(", learning)) == 1
+        assert len(processes("sim.machines.executor", str(place / f"org-{name}"))) == 1
+        (place / f"org-{name}" / "policy.toml").write_text(before[name])
 
 
 def test_a_client_keeps_its_secrets_through_the_messages_of_a_secure_sum(federation: Loopback) -> None:

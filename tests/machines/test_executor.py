@@ -1,22 +1,21 @@
 """The executor of an organisation's client: settings that a run cannot decide, and work in a separate process."""
 
-import os
-import signal
-import sys
-import time
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from flwr.app import ConfigRecord, Context, RecordDict
+from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 import sim.machines.executor
 from fedmerge.config import ExperimentConfig, from_flat, to_flat
 from fedmerge.domain.demo import write_demo
-from fedmerge.errors import PolicyError
 from fedmerge.organisation.folder import Client, init_client, read_client
-from sim.machines.executor import in_own_process, limit_time, override_run_config
+from fedmerge.privacy.client_policy import read_client_policy
+from sim.app.client.app import app as client_app
+from sim.app.messages import records, secure_sum
+from sim.flower_internals import Fab, TaskIdentity
+from sim.machines.executor import override_run_config, owner_of, prepare, prepare_for, read_answer, request_of
+from sim.machines.worker import Workers
 
 
 @pytest.fixture
@@ -53,108 +52,56 @@ def test_settings_of_client_toml_override_those_of_a_run(client: Client, tmp_pat
     assert context.node_config["peer-keys"] == str(tmp_path / "peers")
 
 
-def test_the_work_is_done_in_another_process_and_its_answer_comes_back() -> None:
-    before = {"value": 1}
-
-    def work() -> tuple[RecordDict, RecordDict]:
-        before["value"] = 2
-        facts = ConfigRecord({"pid": os.getpid(), "data": b"x" * 100_000})
-        return RecordDict({"facts": facts}), RecordDict({"secrets": ConfigRecord({"state": "kept"})})
-
-    content, state = in_own_process(work, lambda: True)
-    assert state.config_records["secrets"]["state"] == "kept"
-    assert content.config_records["facts"]["pid"] != os.getpid()
-    assert content.config_records["facts"]["data"] == b"x" * 100_000
-    assert before == {"value": 1}
+@pytest.fixture
+def _task(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("_task_id", "_run_id", "_node_id"):
+        monkeypatch.setattr(TaskIdentity, name, 1)
 
 
-def open_files(process: int | str = "self") -> set[str]:
-    """Return what a process has open, as Linux names it."""
-    found = set()
-    for link in Path(f"/proc/{process}/fd").iterdir():
-        with suppress(OSError):  # the descriptor that lists the folder is gone
-            found.add(os.readlink(link))
-    return found
+def asked(client: Client, kind: str, **settings: str | int) -> tuple[Message, Context]:
+    """Return a message of run 7, and the context to answer it in."""
+    content = RecordDict({"request": ConfigRecord({"text": "é", "data": b"\0\xff"})})
+    message = Message(content, dst_node_id=2, message_type=kind)
+    run_config: dict[str, str | int | float | bool] = {**to_flat(ExperimentConfig()), **settings}
+    context = Context(7, 2, {}, RecordDict({"kept": ConfigRecord({"secret": b"\0\xff"})}), run_config)
+    override_run_config(context, client)
+    return message, context
 
 
-def test_the_secrets_of_a_secure_sum_are_in_no_file_on_disk() -> None:
-    """A deleted temporary file still has its blocks on the disk; what passes between the processes is in memory."""
-    before, parents = open_files(), set()
-    secret = os.urandom(32)
-
-    def work() -> tuple[RecordDict, RecordDict]:
-        found = "\n".join(sorted(open_files() - before))
-        secrets = RecordDict({"secure sum": ConfigRecord({"state": secret})})
-        return RecordDict({"facts": ConfigRecord({"open": found})}), secrets
-
-    def look() -> bool:
-        parents.update(open_files() - before)
-        return True
-
-    content, state = in_own_process(work, look)
-    assert state.config_records["secure sum"]["state"] == secret
-    children = set(str(content.config_records["facts"]["open"]).split("\n"))
-    for found in (parents, children):
-        named = {link for link in found if link.startswith("/") and not link.startswith(("/proc/", "/dev/"))}
-        assert {link.partition(":")[0] for link in named} == {"/memfd"}, named
-    assert open_files() == before
+@pytest.mark.usefixtures("_task")
+def test_a_process_stays_for_messages_of_one_run_app_and_policy(client: Client) -> None:
+    fab, own = Fab("hash", b"app", {}), read_client_policy(client.policy)
+    for kind in (records.DESCRIBE, records.TRAIN, records.EVALUATE, secure_sum.SHARE, secure_sum.UNMASK):
+        assert owner_of(*asked(client, kind), fab, own) is None
+    owner = owner_of(*asked(client, records.GRADIENT), fab, own)
+    assert owner == owner_of(*asked(client, records.COHORT), fab, own)
+    assert hash(owner) == hash(owner_of(*asked(client, records.LAYER_MAP), fab, own))
+    message, context = asked(client, records.GRADIENT)
+    context.run_id = 8
+    others = [
+        owner_of(message, context, fab, own),
+        owner_of(*asked(client, records.GRADIENT), Fab("hash", b"other", {}), own),
+        owner_of(*asked(client, records.GRADIENT, seed=5), fab, own),
+        owner_of(*asked(replace(client, backbone="other"), records.GRADIENT), fab, own),
+        owner_of(*asked(client, records.GRADIENT), fab, own.model_copy(update={"max_minutes": 3.0})),
+    ]
+    assert owner not in others
 
 
-def killed() -> tuple[RecordDict, RecordDict]:
-    os.kill(os.getpid(), signal.SIGKILL)
-    return RecordDict(), RecordDict()
-
-
-def raises() -> tuple[RecordDict, RecordDict]:
-    raise SystemExit(5)
-
-
-def test_a_process_that_dies_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ChildProcessError, match="signal 9"):
-        in_own_process(killed, lambda: True)
-    monkeypatch.setattr(sys, "stderr", open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
-    with pytest.raises(ChildProcessError, match="exit code 1"):
-        in_own_process(raises, lambda: True)
-
-
-def test_a_run_that_is_stopped_ends_the_work_at_once() -> None:
-    started = time.monotonic()
-    seen: list[int] = []
-
-    def hangs() -> tuple[RecordDict, RecordDict]:
-        time.sleep(60)
-        return RecordDict(), RecordDict()
-
-    def three_times() -> bool:
-        seen.append(1)
-        return len(seen) < 3
-
-    with pytest.raises(ChildProcessError):
-        in_own_process(hangs, three_times)
-    assert time.monotonic() - started < 20
-    with pytest.raises(ChildProcessError):  # no child is left behind
-        os.waitpid(-1, os.WNOHANG)
-
-
-def test_work_ends_when_the_organisations_minutes_are_over() -> None:
-    started, beats = time.monotonic(), []
-
-    def hangs() -> tuple[RecordDict, RecordDict]:
-        time.sleep(60)
-        return RecordDict(), RecordDict()
-
-    def beat() -> bool:
-        beats.append(1)
-        return True
-
-    with pytest.raises(PolicyError, match=r"north.*max_minutes = 0\.01.*train\.max_steps"):
-        in_own_process(hangs, limit_time(0.01, "north", beat))
-    assert 0.6 <= time.monotonic() - started < 20
-    assert beats
-    with pytest.raises(ChildProcessError):  # no child is left behind
-        os.waitpid(-1, os.WNOHANG)
-    assert limit_time(None, "north", beat)()
-    assert not limit_time(1.0, "north", lambda: False)()
+@pytest.mark.usefixtures("_task")
+def test_the_answer_of_the_worker_is_that_of_the_app(client: Client) -> None:
+    message, context = asked(client, records.DESCRIBE, **{"domains.train": "beauty", "domains.unseen": ""})
+    workers = Workers(prepare_for)
+    answers = [
+        workers.once(lambda: prepare(message, context), lambda: True),
+        workers.ask(request_of(message, context), "owner", lambda: True),
+    ]
+    workers.close()
+    expected = client_app(message, context)
+    for answer in answers:
+        assert read_answer(answer) == (expected.content, context.state)
+    content = expected.content
+    assert records.read_error(content)  # there is no such backbone
 
 
 def test_the_executor_takes_the_installed_code_only() -> None:
