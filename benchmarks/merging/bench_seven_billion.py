@@ -48,7 +48,7 @@ MODULES = (*(f"self_attn.{name}_proj" for name in "qkvo"), *(f"mlp.{name}_proj" 
 CHECKED = "model.layers.0.mlp.down_proj"
 WHOLE = """
 import sys
-from fedmerge.cli.__main__ import main
+from fedmerge.cli import main
 from fedmerge.merging import training_free
 training_free.HELD = 1 << 62
 sys.exit(main(sys.argv[1:]))
