@@ -36,7 +36,7 @@ cache_dir = "{place}/plain-cache"
 run_id = "{run}"
 
 [domains]
-train = "beauty,books,camping"
+train = "{train}"
 unseen = ""
 
 [backbone]
@@ -178,9 +178,16 @@ def start_client(federation: Loopback, name: str) -> None:
     federation.start(f"{name}.log", *command, STOLEN=str(federation.place / "stolen"))
 
 
-def experiment(federation: Loopback, run: str, policy: str = "adapter", methods: str = "average") -> Path:
+def experiment(
+    federation: Loopback,
+    run: str,
+    policy: str = "adapter",
+    methods: str = "average",
+    train: tuple[str, ...] = (*GUARDED, PLAIN),
+) -> Path:
     """Write an experiment file; the backbone that it names is on the server only."""
-    text = EXPERIMENT.format(place=federation.place, run=run, wait=60, policy=policy, methods=methods)
+    place = federation.place
+    text = EXPERIMENT.format(place=place, run=run, wait=60, policy=policy, methods=methods, train=",".join(train))
     path = federation.place / f"{run}.toml"
     path.write_text(text.replace("/nowhere", "/server-backbone"))
     if not (federation.place / "server-backbone").exists():
@@ -227,7 +234,8 @@ def test_a_process_stays_while_coefficients_are_learned(federation: Loopback) ->
         allowed = before[name].replace('"adapter+catalog,adapter"', '"catalog-private"')
         path.write_text(allowed.replace("receive_adapters = false", "receive_adapters = true"))
     logs = {name: (place / f"{name}.log").stat().st_size for name in GUARDED}
-    log = federation.run(REPOSITORY, experiment(federation, "learned", "catalog-private", "mergerec"), run)
+    written = experiment(federation, "learned", "catalog-private", "mergerec", GUARDED)
+    log = federation.run(REPOSITORY, written, run)
     assert (run / "DONE").exists(), log
     for name in GUARDED:
         said = (place / f"{name}.log").read_text()[logs[name] :]
