@@ -215,9 +215,9 @@ def merge_learned(
     from fedmerge.mergerec.objective import ADAMERGING, PAPER, MergeRecSettings
     from fedmerge.mergerec.pseudo_users import pseudo_users_of
     from fedmerge.mergerec.similarity import union_similarity
-    from fedmerge.mergerec.vectors import initial_vectors, merge_vectors
+    from fedmerge.mergerec.vectors import StreamedVectors, Vectors, initial_vectors, merge_vectors
     from fedmerge.merging.candidate import Provenance
-    from fedmerge.merging.stack import stack_adapters
+    from fedmerge.merging.stack import stack_adapters, survey_adapters
 
     presets = {"default": MergeRecSettings(), "paper": PAPER, "adamerging": ADAMERGING}
     names = [each.name for each in fields(MergeRecSettings)]
@@ -242,7 +242,12 @@ def merge_learned(
             seed=chosen.seed,
             teacher=chosen.teacher,
         )
-    vectors = initial_vectors(stack_adapters(sources.adapters), chosen.initialisation)
+    vectors: Vectors
+    if chosen.samples(len(sources.adapters)):
+        layout = survey_adapters(sources.adapters)
+        vectors = StreamedVectors(layout.domains, layout.groups, layout.group_of, sources.adapters)
+    else:
+        vectors = initial_vectors(stack_adapters(sources.adapters), chosen.initialisation)
     union = None
     if chosen.compares_items:
         union = union_similarity(backbone, sources.adapters, {name: of.items for name, of in pseudo.items()}, chosen)

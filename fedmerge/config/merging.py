@@ -87,12 +87,17 @@ class Merge(Section):
     output_rank: int | None = Field(
         None, ge=1, description="Rank to which merges that are not linear are compressed; 'none': no compression."
     )
+    groups: tuple[Annotated[int, Field(ge=2)], ...] = Field(
+        (),
+        description="Numbers of groups of similar domains to try, with a merge for each group, beside one merge for "
+        "all; empty: one merge.",
+    )
 
     @model_validator(mode="after")
     def _distinct(self) -> "Merge":
         if names := twice(self.methods):
             raise ValueError(f"methods names {names} more than once; name each method once")
-        for key in ("task_arithmetic_coefficients", "densities", "coefficients"):
+        for key in ("task_arithmetic_coefficients", "densities", "coefficients", "groups"):
             if values := twice([f"{value:g}" for value in getattr(self, key)]):
                 raise ValueError(
                     f"{key} has {values} more than once (to the six digits that name a merge); give each once"
@@ -151,7 +156,7 @@ def teacher_problem(teacher: str, loss: str) -> str:
 class MergeRec(Section):
     """Learned merging (https://arxiv.org/abs/2601.01753), explained in [mergerec.md](reference/mergerec.md)."""
 
-    LATER: ClassVar[tuple[str, ...]] = ("teacher",)
+    LATER: ClassVar[tuple[str, ...]] = ("teacher", "domains_per_step")
 
     preset: Literal["default", "paper"] = Field(
         "default",
@@ -188,6 +193,12 @@ class MergeRec(Section):
         "one-item",
         description="Histories of the pseudo-users; adamerging uses the same ones. subset, centroid: 1000 a domain; "
         "else as many as items.",
+    )
+    domains_per_step: int | None = Field(
+        None,
+        ge=1,
+        description="Domains whose coefficients a step learns, drawn for every step, with adapters read from disk; "
+        "'none': all domains, in memory.",
     )
 
     @model_validator(mode="before")

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from fedmerge.errors import LayoutMismatchError, MergeError
@@ -81,8 +83,12 @@ def optimise(
     validate: Callable[[torch.Tensor], float] | None = None,
     validate_every: int | None = None,
     progress: Progress | None = None,
+    sampled: npt.NDArray[np.int64] | None = None,
 ) -> LearnedCoefficients:
     """Minimise a loss over the coefficients with Adam.
+
+    With sampled domains, a step changes their coefficients and Adam's moments of them alone; the moments of a domain
+    are corrected by the number of its own steps. With all domains in every step this is Adam.
 
     Args:
         name: name of the method, for messages.
@@ -95,13 +101,18 @@ def optimise(
         validate: score of coefficients, lower is better; the step with the lowest score is chosen.
         validate_every: steps between two validations; step 0 and the last step are always validated.
         progress: called after every step.
+        sampled: (steps, m) the domains of each step, as indices without repetition; ``gradient`` must return an
+            unbiased estimate that is 0 elsewhere. None: all domains in every step.
 
     Raises:
         MergeError: a loss or a coefficient is not finite; names the step.
+
+    Source: sampled domains: "lazy" Adam, as ``torch.optim.SparseAdam``.
+    Differs: SparseAdam corrects all moments by the number of steps so far, however often a coefficient had one.
     """
     coefficients = start.detach().clone().requires_grad_()
     initial = start.detach().clone()
-    optimizer = torch.optim.Adam([coefficients], lr=learning_rate)
+    update = _updates(coefficients, learning_rate, sampled)
     history: list[Mapping[str, float]] = []
     trajectory = [initial.cpu()]
     validation: list[tuple[int, float]] = []
@@ -118,8 +129,9 @@ def optimise(
             losses["prior"] = float(moved.square().mean())
             if "total" in losses:
                 losses["total"] += prior_weight * losses["prior"]
-            coefficients.grad = coefficients.grad + 2 * prior_weight * moved / moved.numel()
-        optimizer.step()
+            share = 1.0 if sampled is None else sampled.shape[1] / len(initial)
+            coefficients.grad = coefficients.grad + 2 * prior_weight * moved / moved.numel() / share
+        update(step - 1)
         if clamp:
             with torch.no_grad():
                 coefficients.clamp_(0.0, 1.0)
@@ -140,6 +152,36 @@ def optimise(
     return LearnedCoefficients(
         trajectory[chosen], tuple(history), initial.cpu(), torch.stack(trajectory), chosen, tuple(validation)
     )
+
+
+def _updates(
+    coefficients: torch.Tensor, learning_rate: float, sampled: npt.NDArray[np.int64] | None
+) -> Callable[[int], None]:
+    """Return a function that takes a step of Adam, in the coefficients of all domains or of those that it samples."""
+    if sampled is None:
+        optimizer = torch.optim.Adam([coefficients], lr=learning_rate)
+
+        def update_all(_step: int) -> None:
+            optimizer.step()
+
+        return update_all
+    (beta_1, beta_2), epsilon = (0.9, 0.999), 1e-8  # those of torch.optim.Adam
+    first, second = torch.zeros_like(coefficients), torch.zeros_like(coefficients)
+    counts = torch.zeros([len(coefficients)] + [1] * (coefficients.ndim - 1), dtype=torch.float64)
+
+    @torch.no_grad()
+    def update(step: int) -> None:
+        rows = torch.from_numpy(sampled[step])
+        counts[rows] += 1
+        here = rows.to(coefficients.device)
+        gradient = torch.zeros_like(coefficients[here]) if coefficients.grad is None else coefficients.grad[here]
+        first[here] = first[here].lerp(gradient, 1 - beta_1)
+        second[here] = second[here] * beta_2 + (1 - beta_2) * gradient.square()
+        size = (learning_rate / (1 - beta_1 ** counts[rows])).to(first)
+        root = (1 - beta_2 ** counts[rows]).sqrt().to(first)
+        coefficients[here] -= size * first[here] / (second[here].sqrt() / root + epsilon)
+
+    return update
 
 
 def _smoothed(losses: Sequence[float]) -> str:

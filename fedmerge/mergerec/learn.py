@@ -21,7 +21,16 @@ from fedmerge.mergerec.coefficients import (
 from fedmerge.mergerec.objective import PAPER, SIMILARITY, MergeRecSettings, batch_terms, weighted_total
 from fedmerge.mergerec.pseudo_users import PseudoDomain
 from fedmerge.mergerec.similarity import UnionSimilarity, similarity_term
-from fedmerge.mergerec.vectors import TASK_VECTORS, Vectors, merge_vectors, merged_forward, on_device
+from fedmerge.mergerec.vectors import (
+    TASK_VECTORS,
+    RunningMerge,
+    SparseRows,
+    StreamedVectors,
+    Vectors,
+    merge_vectors,
+    merged_forward,
+    on_device,
+)
 from fedmerge.merging.stack import Stack
 
 HELD_OUT = 64  # pseudo-users per domain for validation, at most a fifth of them
@@ -51,6 +60,29 @@ def draw_pseudo_users(sizes: tuple[int, ...], settings: MergeRecSettings) -> tup
         chosen = domains == domain
         items[chosen] = _epochs(size, int(chosen.sum()), seeding.generator(settings.seed, "mergerec", "items", domain))
     return domains.reshape(shape), items.reshape(shape)
+
+
+def draw_domains(num_domains: int, settings: MergeRecSettings) -> np.ndarray | None:
+    """Draw the domains whose coefficients each step learns, in epochs: each epoch splits a permutation into samples.
+
+    Every sample is uniform over all subsets of its size, and domains are drawn equally often but for the remainder of
+    K / m, which an epoch leaves out.
+
+    Args:
+        num_domains: K.
+        settings: steps, domains_per_step (m) and seed.
+
+    Returns:
+        (steps, m) int64, without repetition in a row; None if a step learns the coefficients of all domains.
+    """
+    size = settings.domains_per_step
+    if size is None or not settings.samples(num_domains):
+        return None
+    rng, whole = seeding.generator(settings.seed, "mergerec", "sampled domains"), num_domains // size
+    epochs = [
+        rng.permutation(num_domains)[: whole * size].reshape(whole, size) for _ in range(-(-settings.steps // whole))
+    ]
+    return np.concatenate(epochs)[: settings.steps]
 
 
 def student_vectors(
@@ -92,7 +124,7 @@ def learn_coefficients(
     Args:
         backbone: the frozen encoder; left as it was.
         vectors: vectors of the K experts, :func:`fedmerge.mergerec.vectors.initial_vectors` for
-            ``settings.initialisation``.
+            ``settings.initialisation``; streamed if and only if ``settings.samples(K)``.
         domains: domain -> pseudo-users, for exactly the domains of the vectors; the order does not matter.
         settings: loss, steps and all other settings.
         progress: called after every step.
@@ -109,27 +141,36 @@ def learn_coefficients(
     Source: arXiv:2601.01753 (MergeRec); AdaMerging (arXiv:2310.02575) with the settings ADAMERGING.
     Differs: the student is low-rank or sparse and teacher logits exist per batch, instead of K + 1 dense models and an
         N × N matrix per domain; the result is the same. refresh_every, balance_domains, select_every, prior_weight,
-        kd_top_k, rec_temperature, the contrastive teacher and the term "similarity" are not in the paper.
+        kd_top_k, rec_temperature, domains_per_step, the contrastive teacher and the term "similarity" are not in the
+        paper. With sampled domains, a step's gradient is K/m times that of the m sampled coefficients and 0 elsewhere,
+        an unbiased estimate of the gradient.
     """
     # 1. Check the inputs and move them to the device.
     _check_domains(vectors, domains)
     _check_needs(domains, settings, union)
-    if isinstance(vectors, Stack) != (settings.initialisation == TASK_VECTORS):
+    num_domains = len(vectors.domains)
+    expected = StreamedVectors if settings.samples(num_domains) else Stack
+    if not isinstance(vectors, expected if settings.initialisation == TASK_VECTORS else SparseRows):
         raise ConfigError(
-            f"learn_coefficients: found {type(vectors).__name__}, but settings.initialisation is "
-            f"{settings.initialisation!r}; make the vectors with initial_vectors(stack, settings.initialisation)"
+            f"learn_coefficients: found {type(vectors).__name__} of {num_domains} domains, but settings.initialisation "
+            f"is {settings.initialisation!r} and domains_per_step {settings.domains_per_step}; make the vectors with "
+            "initial_vectors(stack, settings.initialisation), or as StreamedVectors to sample domains"
         )
     device = backbone.compute.device
     vectors = on_device(vectors, device)
+    sampled = draw_domains(num_domains, settings)
+    at = _vectors_of_steps(vectors, sampled, device)
     # 2. The coefficients at the start.
     initial = start_coefficients(vectors, settings.granularity, settings.start if start is None else start).to(device)
     # 3. The parts of the loss.
     objectives = []
     if settings.terms_of_users:
-        objectives.append(_objective_of_users(backbone, vectors, domains, settings, initial, students))
+        objectives.append(_objective_of_users(backbone, vectors, at, domains, settings, initial, students))
     if union is not None:
-        objectives.append(_objective_of_items(backbone, vectors, settings, union))
+        objectives.append(_objective_of_items(backbone, at, settings, union))
     objective = _sum_of(objectives)
+    if sampled is not None:
+        objective = _scaled(objective, num_domains / sampled.shape[1])
     return optimise(
         "adamerging" if settings.clamp else "mergerec",
         initial,
@@ -141,7 +182,19 @@ def learn_coefficients(
         validate=objective.validate if settings.select_every else None,
         validate_every=settings.select_every,
         progress=progress,
+        sampled=sampled,
     )
+
+
+VectorsAt = Callable[[int | None, torch.Tensor], Vectors]
+"""(step, coefficients) -> vectors of a forward pass; without a step, coefficients need no gradient."""
+
+
+def _vectors_of_steps(vectors: Vectors, sampled: np.ndarray | None, device: torch.device) -> VectorsAt:
+    if sampled is None or not isinstance(vectors, StreamedVectors):
+        return lambda step, coefficients: vectors
+    running = RunningMerge(vectors, device)
+    return lambda step, coefficients: running.at(coefficients, () if step is None else sampled[step].tolist())
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +213,7 @@ class _Objective:
 def _objective_of_users(
     backbone: Backbone,
     vectors: Vectors,
+    at: VectorsAt,
     domains: Mapping[str, PseudoDomain],
     settings: MergeRecSettings,
     initial: torch.Tensor,
@@ -178,8 +232,10 @@ def _objective_of_users(
         students = student_vectors(backbone, vectors, domains, initial)
     student_items = [students[name].to(device) for name in vectors.domains]
 
-    def terms_of(pairs: list[tuple[int, int]], coefficients: torch.Tensor) -> dict[str, torch.Tensor]:
-        with merged_forward(backbone, vectors, coefficients):
+    def terms_of(
+        pairs: list[tuple[int, int]], coefficients: torch.Tensor, step: int | None = None
+    ) -> dict[str, torch.Tensor]:
+        with merged_forward(backbone, at(step, coefficients), coefficients):
             users = embed_batch(backbone, [pseudo[domain].users[user] for domain, user in pairs])  # (n, d)
         teacher_users = torch.stack([pseudo[domain].teacher_users[user] for domain, user in pairs]).to(users)  # (n, d)
         amateur_users = None
@@ -197,7 +253,7 @@ def _objective_of_users(
             (int(domain), int(orders[domain][user + held_out[domain]]))
             for domain, user in zip(drawn_domains[step], drawn_users[step], strict=True)
         ]
-        terms = terms_of(pairs, coefficients)
+        terms = terms_of(pairs, coefficients, step)
         loss = weighted_total(terms, settings)
         (found,) = torch.autograd.grad(loss, [coefficients])
         return found, {"total": float(loss.detach()), **{name: float(term.detach()) for name, term in terms.items()}}
@@ -216,17 +272,17 @@ def _objective_of_users(
 
 
 def _objective_of_items(
-    backbone: Backbone, vectors: Vectors, settings: MergeRecSettings, union: UnionSimilarity
+    backbone: Backbone, at: VectorsAt, settings: MergeRecSettings, union: UnionSimilarity
 ) -> _Objective:
     """Return the term "similarity": a block a step, and the last one for validation."""
 
     def gradient(step: int, coefficients: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
-        term, found = similarity_term(backbone, vectors, coefficients, union, step)
+        term, found = similarity_term(backbone, at(step, coefficients), coefficients, union, step)
         return settings.similarity_weight * found, {"total": settings.similarity_weight * term, SIMILARITY: term}
 
     @torch.no_grad()
     def validate(coefficients: torch.Tensor) -> float:
-        term, _ = similarity_term(backbone, vectors, coefficients, union, settings.steps)
+        term, _ = similarity_term(backbone, at(None, coefficients), coefficients, union, settings.steps)
         return settings.similarity_weight * term
 
     return _Objective(gradient, validate)
@@ -243,6 +299,16 @@ def _sum_of(objectives: Sequence[_Objective]) -> _Objective:
         return torch.stack([found for found, _ in parts]).sum(dim=0), losses
 
     return _Objective(gradient, lambda coefficients: sum(each.validate(coefficients) for each in objectives))
+
+
+def _scaled(objective: _Objective, factor: float) -> _Objective:
+    """Return an objective whose gradient is multiplied by a factor; its losses are not."""
+
+    def gradient(step: int, coefficients: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
+        found, losses = objective.gradient(step, coefficients)
+        return factor * found, losses
+
+    return _Objective(gradient, objective.validate)
 
 
 def _hold_out(pseudo: Sequence[PseudoDomain], settings: MergeRecSettings) -> tuple[list[np.ndarray], list[int]]:

@@ -63,12 +63,14 @@ class MergeRecSettings:
         refresh_every: steps after which the student's item vectors are encoded again; None: never (paper).
         balance_domains: draw all domains equally often; False: in proportion to their pseudo-users (paper).
         select_every: choose the step on held-out pseudo-users, validated every n steps; None: the last step (paper).
+        domains_per_step: number of domains whose coefficients a step learns, drawn for every step; None, or at least K:
+            all, in memory (paper). Then the cost of a step and the memory for adapters do not depend on K.
         prior_weight: weight of the mean squared distance from the initial coefficients; 0: none (paper).
         clamp: clamp coefficients to [0, 1] (AdaMerging).
         seed: seed of all draws.
 
     Raises:
-        ConfigError: a value is out of bounds, or the loss does not have the teacher.
+        ConfigError: a value is out of bounds, the loss does not have the teacher, or rows are to be sampled.
     """
 
     granularity: Literal["domain", "layer"] = "layer"
@@ -87,6 +89,7 @@ class MergeRecSettings:
     batch_size: int = 16
     pseudo_users: str = _KEYS.pseudo_users
     num_pseudo_users: int | None = None
+    domains_per_step: int | None = _KEYS.domains_per_step
     refresh_every: int | None = None
     balance_domains: bool = True
     select_every: int | None = None
@@ -99,6 +102,16 @@ class MergeRecSettings:
             check_parameter(f"mergerec: {name}", parameter, getattr(self, name))
         if problem := teacher_problem(self.teacher, self.loss):
             raise ConfigError(f"mergerec: {problem}")
+        if self.domains_per_step is not None and self.initialisation != TASK_VECTORS:
+            raise ConfigError(
+                f"mergerec: domains_per_step = {self.domains_per_step} samples adapters, but initialisation = "
+                f"{self.initialisation!r} computes rows of all domains together; set it to {TASK_VECTORS!r}, or "
+                "domains_per_step to None"
+            )
+
+    def samples(self, num_domains: int) -> bool:
+        """Return True if a step learns the coefficients of only some of K domains."""
+        return self.domains_per_step is not None and self.domains_per_step < num_domains
 
     @property
     def terms_of_users(self) -> tuple[str, ...]:
@@ -141,6 +154,7 @@ PAPER = MergeRecSettings(  # arXiv:2601.01753, written out so that no default ca
     batch_size=16,
     pseudo_users="one-item",
     num_pseudo_users=None,
+    domains_per_step=None,
     refresh_every=None,
     balance_domains=False,
     select_every=None,

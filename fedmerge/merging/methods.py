@@ -368,6 +368,7 @@ METHODS: dict[str, Method] = {
                 choices=("one-item", "subset", "centroid", "popular", "chain", "contrastive", "contrastive-adaptive"),
             ),
             "num_pseudo_users": Parameter(None, low=1),
+            "domains_per_step": Parameter(None, low=1),
         },
         source="MergeRec (arXiv:2601.01753)",
         use="catalogs are available; the coefficients are learned so that the merge ranks as the experts do",

@@ -37,7 +37,7 @@ from fedmerge.mergerec.objective import MergeRecSettings
 from fedmerge.mergerec.pseudo_users import PseudoDomain, pseudo_domains
 from fedmerge.mergerec.similarity import UnionSimilarity, union_similarity
 from fedmerge.mergerec.variants import learned_settings, learned_variants
-from fedmerge.mergerec.vectors import Vectors, initial_vectors, merge_vectors
+from fedmerge.mergerec.vectors import SparseRows, StreamedVectors, Vectors, initial_vectors, merge_vectors
 from fedmerge.merging.candidate import Candidate, MergeVariant, Origin, provenance_of_merge
 from fedmerge.merging.methods import complete_parameters, method_coefficients, method_named
 from fedmerge.merging.signals import NO_SIGNALS, Signals, without_signals
@@ -152,8 +152,8 @@ def merge_candidates(
     """Make merges, in order.
 
     Linear methods (average, task arithmetic) read one adapter at a time, so with a mapping that reads from disk their
-    memory does not grow with the number of domains. The others hold the factors of all adapters and the dense updates
-    of one module.
+    memory does not grow with the number of domains; nor does that of mergerec with ``domains_per_step``. The others
+    hold the factors of all adapters and the dense updates of one module.
 
     Args:
         adapters: domain -> expert.
@@ -184,7 +184,9 @@ def merge_candidates(
         return {domain: signals.get(domain) for domain in layout.domains}
 
     @lru_cache(maxsize=1)
-    def vectors_of(initialisation: str) -> Vectors:
+    def vectors_of(initialisation: str, streamed: bool) -> Vectors:
+        if streamed:
+            return StreamedVectors(layout.domains, layout.groups, layout.group_of, adapters)
         return initial_vectors(stack(), initialisation)
 
     def linear(
@@ -196,7 +198,7 @@ def merge_candidates(
         }
         if recipe.average_with_noise is not None:
             adapter, entries["privacy"] = recipe.average_with_noise(adapters)
-        elif vectors is None or isinstance(vectors, Stack):
+        elif not isinstance(vectors, SparseRows):
             adapter = linear_merge_of_many(adapters, groups, coefficients)
         else:
             adapter = merge_vectors(vectors, coefficients)
@@ -238,7 +240,7 @@ def merge_candidates(
                 "set another privacy.policy."
             )
         settings = learned_settings(variant, recipe.mergerec, recipe.adamerging, recipe.seed)
-        vectors = vectors_of(settings.initialisation)
+        vectors = vectors_of(settings.initialisation, settings.samples(len(layout.domains)))
         learned = learn(variant, settings, vectors)
         adapter, entries = linear(learned.coefficients, vectors)
         if recipe.at_clients:

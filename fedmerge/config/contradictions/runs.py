@@ -5,7 +5,15 @@ Every function yields one line for each contradiction: the keys, what was found,
 
 from collections.abc import Iterator
 
-from fedmerge.config.merging import LEARNED_METHODS, PAIR_METHODS, Merge, MergeRec, ThroughClients
+from fedmerge.config.head import Head
+from fedmerge.config.merging import (
+    LEARNED_METHODS,
+    PAIR_METHODS,
+    SEARCHED_METHODS,
+    Merge,
+    MergeRec,
+    ThroughClients,
+)
 from fedmerge.config.model import Domains, Lora
 from fedmerge.config.privacy import DP, Privacy
 from fedmerge.config.running import Admission, Server, Simulation
@@ -136,11 +144,49 @@ def _loss_problems(mergerec: MergeRec, through_clients: ThroughClients) -> Itera
             f"mergerec.loss = '{mergerec.loss}' compares the items of all catalogs, but each client has its own alone; "
             "set privacy.policy = 'adapter+catalog', or mergerec.loss = 'kd'"
         )
+    if mergerec.domains_per_step is not None:
+        yield (
+            f"mergerec.domains_per_step = {mergerec.domains_per_step} samples domains at the server, but each client "
+            "computes the gradient of all coefficients; set privacy.policy = 'adapter+catalog', or "
+            "mergerec.domains_per_step = 'none'"
+        )
     if mergerec.teacher != "expert" and through_clients.users == "own-users":
         yield (
             f"mergerec.teacher = '{mergerec.teacher}', but through_clients.users = 'own-users' has no teacher; set "
             "mergerec.teacher = 'expert', or through_clients.users = 'pseudo-users'"
         )
+
+
+def group_problems(
+    merge: Merge, mergerec: MergeRec, rounds: Rounds, head: Head, privacy: Privacy, dp: DP, admission: Admission
+) -> Iterator[str]:
+    """Yield settings under which the server has no adapters to group, or no merge of a group."""
+    if not merge.groups:
+        return
+    asked, learned = f"merge.groups = {', '.join(map(str, merge.groups))}", LEARNED_METHODS & {*merge.methods}
+    without = "leave merge.groups empty"
+    if privacy.hides_adapters:
+        yield (
+            f"{asked} compares single adapters, which privacy.policy = 'aggregate-only' hides from the server; "
+            f"{without}, or set privacy.policy = 'adapter'"
+        )
+    if dp.mode == "domain-central":
+        yield f"{asked} compares adapters without the noise of dp.mode = 'domain-central'; {without}"
+    if rounds.rule is not None:
+        yield f"{asked} divides experts, but rounds.rule = '{rounds.rule}' leaves none; {without}, or set it to 'none'"
+    if head.kind is not None:
+        yield f"{asked} with head.kind = '{head.kind}': heads are trained over one merge for all domains; {without}"
+    if admission.rollback:
+        yield f"{asked} with admission.rollback, which replaces one merge for all; {without}, or set it to false"
+    if learned and privacy.learns_through_clients:
+        yield (
+            f"{asked} with {', '.join(sorted(learned))} and privacy.policy = 'catalog-private': coefficients are "
+            f"learned through the clients of all domains together; {without}, or leave these methods out"
+        )
+    if learned and (mergerec.teacher != "expert" or mergerec.pseudo_users.startswith("contrastive")):
+        yield f"{asked} with a contrast in mergerec: a group of one domain has no other experts; {without}"
+    if searched := sorted(SEARCHED_METHODS & {*merge.methods}):
+        yield f"{asked} with {', '.join(searched)}, which searches one map for all; {without}, or leave it out"
 
 
 def admission_problems(admission: Admission, rounds: Rounds, privacy: Privacy, server: Server) -> Iterator[str]:
