@@ -40,6 +40,8 @@ class MergedAdapter:
         coefficients: domain -> coefficient, for the domains that took part.
         settings: scope, space, output rank, and the seed of methods that draw.
         module_weights: domain -> module -> weight, for a method that weighs every module by itself; else empty.
+        leaves: domain -> hash of its adapter, for a merge of merges; ``coefficients`` are then of these. Else empty.
+        merges: merge -> its factor and domains, for a merge of merges.
     """
 
     adapter: Adapter
@@ -49,6 +51,8 @@ class MergedAdapter:
     coefficients: Mapping[str, float]
     settings: Mapping[str, str | int]
     module_weights: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    leaves: Mapping[str, str] = field(default_factory=dict)
+    merges: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def provenance(self, adapters: Mapping[str, str], backbone: Mapping[str, str | None] | None) -> Provenance:
         """Return the merge's provenance.
@@ -59,7 +63,7 @@ class MergedAdapter:
         """
         return Provenance(
             method=self.method,
-            domains={domain: adapters[domain] for domain in self.coefficients},
+            domains=dict(self.leaves) or {domain: adapters[domain] for domain in self.coefficients},
             rank=largest_rank(self.adapter),
             backbone=backbone,
             sha256=adapter_sha256(self.adapter),
@@ -74,7 +78,7 @@ class MergedAdapter:
             "coefficient_groups": ["all"],
             "settings": dict(self.settings),
             "residuals": dict(self.residuals),
-            "more": {"module_weights": self.module_weights} if self.module_weights else {},
+            "more": {key: value for key in ("module_weights", "merges") if (value := getattr(self, key))},
         }
 
 

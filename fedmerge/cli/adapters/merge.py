@@ -30,6 +30,7 @@ examples:
   fedmerge merge --method average --coefficients law=2,medicine=1 --out merged law/ medicine/
   fedmerge merge --method tsv --output-rank 32 --out merged law=runs/7/best medicine=runs/8/best
   fedmerge merge --method average --out merged law/ some-org/medicine-lora@main   an adapter of the hub
+  fedmerge merge --of-merges --method average --out all north/ south/             the average of the adapters in merges
   fedmerge merge demo-2026 --method pcb                                           the experts of a run
   fedmerge merge demo-2026 --exclude books                                        its own merges, without one domain
   fedmerge merge demo-2026 --set merge.methods=mergerec mergerec.steps=1000       other settings"""
@@ -104,6 +105,11 @@ def add_commands(commands: "Commands") -> None:
         metavar="NAME=X,…",
         help="factors on the adapters before merging (default: 1); for folders also X,… in their order",
     )
+    one.add_argument(
+        "--of-merges",
+        action="store_true",
+        help="merge merges into the average or task arithmetic of all adapters in them, with exact weights",
+    )
     one.add_argument("--scope", choices=("tensor", "layer", "model"), help="extent of a threshold [tensor]")
     one.add_argument("--space", choices=("full", "core"), help="coordinates of the merge [full]")
     one.add_argument("--output-rank", metavar="R", help="compress every module to this rank, or 'exact' [exact]")
@@ -157,6 +163,7 @@ def _merge_one(options: argparse.Namespace, run: Path | None, folders: dict[str,
     """Make one merge by ``--method``."""
     from fedmerge.files import check_free, scratch_folder
     from fedmerge.merging.folders.writing import rounded, write_merge
+    from fedmerge.merging.merge_of_merges import merge_of_merges, read_part
     from fedmerge.merging.parameters import parse_parameters
     from fedmerge.merging.training_free import checked_settings, merge_adapters
 
@@ -175,22 +182,29 @@ def _merge_one(options: argparse.Namespace, run: Path | None, folders: dict[str,
 
     from fedmerge.server import remerge
 
-    experts = _experts(options, run, folders, hub, whole=True)
+    experts = _experts(options, run, folders, hub, whole=not options.of_merges)
     out = options.out or remerge.new_merge_folder(run or Path.cwd()) / options.method
     dtype = _dtype(options.dtype)
     with scratch_folder(out) as scratch:
-        merged = merge_adapters(
-            experts.adapters,
-            options.method,
-            coefficients=coefficients,
-            **settings,
-            seed=options.seed or 0,
-            scratch=scratch,
-            signals=experts.sources.signals,
-            **parameters,
-        )
+        if options.of_merges:
+            hashes = experts.sources.hashes()
+            parts = {name: read_part(name, folders[name], hashes[name]) for name in experts.adapters}
+            del settings["scope"]
+            merged = merge_of_merges(experts.adapters, parts, options.method, **settings, scratch=scratch, **parameters)
+        else:
+            merged = merge_adapters(
+                experts.adapters,
+                options.method,
+                coefficients=coefficients,
+                **settings,
+                seed=options.seed or 0,
+                scratch=scratch,
+                signals=experts.sources.signals,
+                **parameters,
+            )
         merged = rounded(merged, dtype)
-        absent = {name: "coefficient 0" for name in experts.adapters if name not in merged.coefficients}
+        used = merged.merges or merged.coefficients
+        absent = {name: "coefficient 0" for name in experts.adapters if name not in used}
         excluded = {**experts.excluded, **absent}
         write_merge(merged, experts.sources, out, experts.run, excluded, _config_beside(run, experts), dtype)
 
@@ -251,7 +265,9 @@ def _merge_settings(options: argparse.Namespace, run: Path | None, folders: dict
     torch.set_num_threads(config.runtime.server_threads)
     out = options.out or remerge.new_merge_folder(run or Path.cwd())
     check_free(out)
-    experts = _in_memory(_experts(options, run, folders, hub))  # each merge reads all of them
+    experts = _experts(options, run, folders, hub)
+    if config.mergerec.domains_per_step is None:
+        experts = _in_memory(experts)  # each merge reads all of them
     backbone, catalogs = None, {}
     if remerge.needs_backbone(config):
         root = (
@@ -355,6 +371,11 @@ def _check_groups(options: argparse.Namespace) -> None:
         raise ConfigError(f"merge: found {', '.join(given)} without --method. Give --method, or settings with --set.")
     named = {"--config": options.config, "--set": options.overrides or None, "--catalogs": options.catalogs}
     given = [flag for flag, value in named.items() if value is not None]
+    if options.of_merges and (options.coefficients is not None or options.method is None or len(options.sources) < 2):
+        raise ConfigError(
+            "merge: --of-merges takes --method average or task-arithmetic and two or more folders of merges, and no "
+            "--coefficients: it computes them. Correct the command, or omit --of-merges."
+        )
     if given and options.method is not None:
         raise ConfigError(
             f"merge: found {', '.join(given)} beside --method, which reads no settings. Omit --method, or give "
