@@ -17,6 +17,7 @@ from fedmerge.config.contradictions.privacy import (
 from fedmerge.config.contradictions.rmm import rmm_problems
 from fedmerge.config.contradictions.runs import (
     admission_problems,
+    group_problems,
     learning_problems,
     pair_problems,
     rounds_problems,
@@ -129,6 +130,7 @@ class ExperimentConfig(Section):
                 self.privacy,
                 len(self.domains.train),
             ),
+            *group_problems(self.merge, self.mergerec, self.rounds, self.head, self.privacy, self.dp, self.admission),
             *signal_problems(self.merge, self.rounds, self.privacy, self.dp),
             *transport_problems(self.privacy, self.rounds),
             *aggregate_only_problems(self.privacy, self.merge, self.rounds, len(self.domains.train), self.until),

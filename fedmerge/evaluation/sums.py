@@ -21,6 +21,7 @@ VARIANTS: tuple[Variant, ...] = get_args(Variant)
 BACKBONE, EXPERT = "backbone", "expert"  # names of these two models at client and server
 PERSONAL = "personal merge"
 WOVEN = "woven merge"  # of one target; on validation with the factor behind it
+GROUP = "group merge"  # of the domains like this one; on validation with the method and number of groups behind it
 FEDERATED_HEAD, FEDERATED_FUSED = "federated head", "federated head, fused"
 LAST_ITEM, RECENT_ITEMS = "last item", "recent items"
 FEDERATED_SOURCES = (FEDERATED_HEAD, "text", RECENT_ITEMS)  # of the fused row, in this order

@@ -30,6 +30,7 @@ from fedmerge.evaluation.sums import (
     EXPERT,
     FEDERATED_FUSED,
     FEDERATED_HEAD,
+    GROUP,
     LAST_ITEM,
     PERSONAL,
     WOVEN,
@@ -61,6 +62,8 @@ class Choice:
         dropped: domains that are significantly worse with the merge selected first than with their own expert, see
             :func:`dropped_domains`.
         rollback: what is served in place of that merge, see :func:`roll_back`; None without a rollback.
+        groups: the choice between one merge and merges of groups, see
+            :func:`fedmerge.server.groups.choose_grouping`; None if no groups were tried.
     """
 
     metric: str
@@ -71,6 +74,7 @@ class Choice:
     per_domain: Mapping[str, Mapping[str, Any]]
     dropped: Mapping[str, Mapping[str, float]]
     rollback: Mapping[str, Any] | None
+    groups: Mapping[str, Any] | None = None
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -85,6 +89,8 @@ class Choice:
     def to_dict(self) -> dict[str, Any]:
         """Return the entries of ``choice.json``, whose ``best_variants`` also names the merge of a rollback."""
         entries = asdict(self)
+        if self.groups is None:
+            del entries["groups"]
         if self.rollback is not None and not self.fell_back:
             entries["best_variants"][ROLLED_BACK] = self.served
         return entries
@@ -96,14 +102,15 @@ class Choice:
         Raises:
             RunDirError: an entry is missing.
         """
-        names = [each.name for each in fields(cls)]
+        names = [each.name for each in fields(cls) if each.name != "groups"]
         if missing := [name for name in names if name not in entries]:
             raise RunDirError(
                 f"{CHOICE_FILE}: found no {', '.join(missing)}, expected {', '.join(names)}. Resume the run with the "
                 "fedmerge version that started it."
             )
         best = {method: label for method, label in entries["best_variants"].items() if method != ROLLED_BACK}
-        return cls(**{**{name: entries[name] for name in names}, "best_variants": best})
+        given = {name: entries[name] for name in names} | {"best_variants": best}
+        return cls(**given, groups=entries.get("groups"))
 
 
 def choose(
@@ -200,10 +207,10 @@ def choose_per_domain(
 
     Args:
         validation: domain -> unmasked metric sums of the served merge, the domain's own expert, personal and woven
-            merge, if it has them, and its heads.
+            merge and the merge of its group, if it has them, and its heads.
         served: label of the merge that is served by default.
         metric: the selection metric.
-        fallback: False to serve every domain the merge.
+        fallback: False to serve every domain the merge, or that of its group if groups were chosen.
         heads: domain -> rows of its heads; None without any.
         dropped: domains that a rollback takes the merge away from: they are served the best of the others.
 
@@ -214,11 +221,12 @@ def choose_per_domain(
     """
     chosen = {}
     for domain, sums in sorted(validation.items()):
-        labels = {MERGED: served} | {own: own for own in (EXPERT, PERSONAL, WOVEN) if own in sums.methods}
+        labels = {MERGED: served} | {own: own for own in (EXPERT, PERSONAL, WOVEN, GROUP) if own in sums.methods}
         labels |= {row: row for row in (heads or {}).get(domain, ())}
         scores = {model: sums.mean(label, metric) for model, label in labels.items()}
         known = {model: score for model, score in scores.items() if not math.isnan(score)}
-        serve = max(known, key=known.__getitem__) if fallback and MERGED in known else MERGED
+        default = GROUP if GROUP in known else MERGED
+        serve = max(known, key=known.__getitem__) if fallback and MERGED in known else default
         if domain in dropped:
             others = {model: score for model, score in known.items() if fallback and model != MERGED}
             serve = max(others, key=others.__getitem__, default=EXPERT)

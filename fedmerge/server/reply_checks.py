@@ -13,6 +13,7 @@ from fedmerge.errors import ClientError, LayoutMismatchError
 from fedmerge.evaluation.sums import (
     FEDERATED_FUSED,
     FEDERATED_HEAD,
+    GROUP,
     PERSONAL,
     WOVEN,
     MetricSums,
@@ -106,7 +107,7 @@ def check_sums(
         raise ClientError(f"domain {domain}: its metric sums lack {missing}. Use the same fedmerge version everywhere.")
     extra = sorted(set(unmasked.methods) - set(models))
     if len(extra) > (MAX_BASELINES if baselines else 0) or any(
-        each in OWN_ROWS or each.startswith(WOVEN) for each in extra
+        each in OWN_ROWS or each == GROUP or each.startswith(WOVEN) for each in extra
     ):
         raise ClientError(
             f"domain {domain}: its metric sums hold {extra[:3]}, which were not requested. "

@@ -12,6 +12,7 @@ from fedmerge.evaluation.sums import (
     EXPERT,
     FEDERATED_FUSED,
     FEDERATED_HEAD,
+    GROUP,
     PERSONAL,
     WOVEN,
     fused_label,
@@ -80,6 +81,13 @@ def decide(run: Path, domain: str, model: str | None = None) -> Decision:
     if entry is None:
         return Decision(run, domain, MERGED, f"no choice was made for {domain} in this run", merge)
     chosen = text_or_none(table_or_empty(entry).get("serve"))
+    if chosen == GROUP:  # a merge like any other in the run folder
+        of_groups = table_or_empty(table_or_empty(choice.get("groups")).get("merges"))
+        label = text_or_none(of_groups.get(domain))
+        if label is None:
+            raise RunDirError(f"{run / CHOICE_FILE}: found no merge of the group of {domain}. Restore the file.")
+        reason = f"chosen on validation, the merge of its group: {label}"
+        return Decision(run, domain, MERGED, reason, merge_folder(run, label))
     if chosen not in MODELS:
         raise RunDirError(
             f"{run / CHOICE_FILE}: {domain} is served {chosen!r}, expected one of {', '.join(map(repr, MODELS))}. Use "

@@ -7,7 +7,7 @@ from typing import Any
 from fedmerge.config import Simulation, Split
 from fedmerge.escaping import one_line
 from fedmerge.evaluation.ranks import METRICS
-from fedmerge.evaluation.sums import EXPERT, PERSONAL, VARIANTS, WOVEN, MetricSums, Variant
+from fedmerge.evaluation.sums import EXPERT, GROUP, PERSONAL, VARIANTS, WOVEN, MetricSums, Variant
 from fedmerge.report.run.alone import alone_text, their
 from fedmerge.report.run.verdict import judge, verdict
 from fedmerge.report.tables import Role, differences_table, result_rows, results_table
@@ -181,7 +181,9 @@ def _served_instead(run: Evaluated) -> str:
         for row, domains in by_row.items()
     ]
     heads = any(
-        row not in ("serve", MERGED, EXPERT, PERSONAL, WOVEN) for entry in run.per_domain.values() for row in entry
+        row not in ("serve", MERGED, EXPERT, PERSONAL, WOVEN, GROUP)
+        for entry in run.per_domain.values()
+        for row in entry
     )
     twice = " The same users ended the training of the heads and chose the weights of their fusion." if heads else ""
     return (

@@ -7,7 +7,7 @@ from dataclasses import replace
 from fedmerge.encoder.backbone import Backbone
 from fedmerge.errors import RunDirError
 from fedmerge.evaluation.ranks import SELECTION_METRIC
-from fedmerge.evaluation.sums import EXPERT, PERSONAL, WOVEN, MetricSums
+from fedmerge.evaluation.sums import EXPERT, GROUP, PERSONAL, WOVEN, MetricSums
 from fedmerge.files import read_sealed, seal, write_json
 from fedmerge.runs import checkpoints
 from fedmerge.runs.federated_head import write_fusion
@@ -23,6 +23,7 @@ from fedmerge.server.choice import (
     dropped_domains,
     roll_back,
 )
+from fedmerge.server.groups import choose_grouping, row_of_choice, rows_of, with_group_row
 from sim.app.server.phases.evaluating import evaluate_models
 from sim.app.server.phases.heads.federated import train_federated_head
 from sim.app.server.phases.heads.local import Heads, train_heads
@@ -51,7 +52,7 @@ def validate_and_choose(
     # 1. Evaluate the merges.
     deciding = found["domains"] if found else [name for name in run.members.in_role("train") if name in merges.members]
     adapters = {candidate.label: candidate.adapter for candidate in merges.candidates}
-    rows = target_rows(run, merges.sources, merges.woven)
+    rows = _joined(target_rows(run, merges.sources, merges.woven), rows_of(merges.groupings))
     evaluated = evaluate_models(run, "valid", deciding, adapters, merges.sources, own=rows)
     validation = {domain: sums for domain, sums in evaluated.items() if domain in deciding}
     own, unmasked = choose_factors(run, backbone, merges.sources, merges.woven, _unmasked(validation))
@@ -65,6 +66,8 @@ def validate_and_choose(
         if run.config.head.kind is not None:
             write_json(run.folder / SELECTION_FILE, seal(choice.to_dict()))
             logger.info("selected on validation: serving %s; heads are trained over it", choice.served)
+    unmasked = with_group_row(choice.groups, unmasked)
+    own = _joined(own, row_of_choice(choice.groups, merges.groupings))
     # 3. Train heads over it, and evaluate them.
     served = next(candidate for candidate in merges.candidates if candidate.label == choice.served)
     federated = train_federated_head(run, backbone, deciding, served, ask_clients=not final)
@@ -104,7 +107,11 @@ def _select(run: Run, merges: Merges, validation: Mapping[str, checkpoints.Sums]
         rollback = roll_back(sums, served, [candidate.label for candidate in without], list(merges.failed), metric)
     if rollback is not None and rollback["to"] != FALLBACK:
         served = rollback["to"]
-    return Choice(metric, scores, best, served, list(validation), {}, dropped, rollback)
+    # 3. Or a merge for each group of domains.
+    groups = choose_grouping(merges.groupings, sums, served, metric)
+    if groups is not None:
+        logger.info("selected on validation: %s", groups.get("label", "one merge for all domains, no groups"))
+    return Choice(metric, scores, best, served, list(validation), {}, dropped, rollback, groups)
 
 
 def _serve(
@@ -133,7 +140,7 @@ def _serve(
 def _check_reports(run: Run, choice: Choice, heads: Heads) -> None:
     """Raise RunDirError if a training domain chose among its heads, but their report is missing or damaged."""
     for domain in choice.domains:
-        own = {*choice.per_domain.get(domain, ())} - {"serve", MERGED, EXPERT, PERSONAL, WOVEN}
+        own = {*choice.per_domain.get(domain, ())} - {"serve", MERGED, EXPERT, PERSONAL, WOVEN, GROUP}
         if own and domain not in heads.vectors:
             file = run.folder / checkpoints.HEADS / f"{domain}.json"
             raise RunDirError(
@@ -148,6 +155,11 @@ def _unseen_with_validation(run: Run) -> list[str]:
     if most is not None and most < needed:
         return []
     return [name for name in run.members.in_role("unseen") if run.members.descriptions[name].num_users >= needed]
+
+
+def _joined(rows: Rows, more: Rows) -> Rows:
+    """Return domain -> the rows of both."""
+    return {domain: {**rows.get(domain, {}), **more.get(domain, {})} for domain in sorted({*rows, *more})}
 
 
 def _unmasked(sums: Mapping[str, checkpoints.Sums]) -> dict[str, MetricSums]:

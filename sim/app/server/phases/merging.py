@@ -10,6 +10,7 @@ from fedmerge.federated.weaving import Weaving, Woven
 from fedmerge.merging.candidate import Candidate, Origin
 from fedmerge.runs import checkpoints
 from fedmerge.server.candidates import learn_from_catalogs, merge_candidates, recipe_of
+from fedmerge.server.groups import Grouping, groupings
 from fedmerge.server.layer_search import search_on_pseudo_users
 from fedmerge.server.woven import woven_candidates
 from sim.app.server.phases.admission import pass_gate
@@ -33,6 +34,7 @@ class Merges:
         candidates: the merges.
         failed: domain -> reason why its expert failed at the admission gate.
         woven: what each domain continued of others; empty without ``weave.schedule``.
+        groupings: the merges of groups of domains; empty without ``merge.groups``.
     """
 
     members: list[str]
@@ -40,6 +42,7 @@ class Merges:
     candidates: list[Candidate]
     failed: Mapping[str, str]
     woven: Woven = field(default_factory=dict)
+    groupings: Sequence[Grouping] = ()
 
 
 def train_and_merge(run: Run, backbone: Backbone, catalogs: Mapping[str, Catalog]) -> Merges:
@@ -69,7 +72,30 @@ def train_and_merge(run: Run, backbone: Backbone, catalogs: Mapping[str, Catalog
     for universal in fit_personal_merges(run, sources, origin):
         checkpoints.write_candidate(run.folder, universal, backbone.name)
         candidates.append(universal)
-    return Merges(list(sources), sources, candidates, failed, checkpoints.stored_woven(run.folder, woven))
+    in_groups = merge_groups(run, backbone, sources, catalogs)
+    return Merges(list(sources), sources, candidates, failed, checkpoints.stored_woven(run.folder, woven), in_groups)
+
+
+def merge_groups(
+    run: Run, backbone: Backbone, sources: Mapping[str, str], catalogs: Mapping[str, Catalog]
+) -> list[Grouping]:
+    """Make every merge of the experiment for groups of similar domains, as merges without the others.
+
+    Args:
+        run, backbone, sources, catalogs: as for :func:`merge_experts`.
+    """
+    numbers = run.config.merge.groups
+    if not numbers:
+        return []
+
+    def merge(group: tuple[str, ...]) -> list[Candidate]:
+        without = sorted(sources.keys() - {*group})
+        return merge_experts(run, backbone, sources, catalogs, without=without)
+
+    found = groupings(checkpoints.stored_experts(run.folder, sources), numbers, merge)
+    for groups in dict.fromkeys(each.groups for each in found):
+        logger.info("%d groups: %s", len(groups), "; ".join(", ".join(group) for group in groups))
+    return found
 
 
 def merge_experts(
