@@ -67,7 +67,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         "--model",
         metavar="NAME",
         help="model to take in place of the run's choice: merged, expert, backbone, 'personal merge', "
-        "'woven merge', 'head on the merge', 'head on the merge, fused', …",
+        "'woven merge', 'group merge', 'head on the merge', 'head on the merge, fused', …",
     )
     run.add_argument(
         "--cache-dir", metavar="DIR", help="cache of this organisation's client (default: cache_dir of the run)"

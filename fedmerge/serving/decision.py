@@ -28,7 +28,7 @@ VECTORS_OF: Mapping[str, HeadVectors] = {
     **{fused_label(vectors): vectors for vectors in _VECTORS},
 }  # model -> the encoder of its head's item vectors
 FUSED = (*(fused_label(vectors) for vectors in _VECTORS), FEDERATED_FUSED)
-TEXT_MODELS = (MERGED, EXPERT, PERSONAL, WOVEN, BACKBONE)
+TEXT_MODELS = (MERGED, EXPERT, PERSONAL, WOVEN, GROUP, BACKBONE)
 MODELS = (*TEXT_MODELS, *VECTORS_OF, FEDERATED_HEAD, FEDERATED_FUSED)
 
 
@@ -81,16 +81,19 @@ def decide(run: Path, domain: str, model: str | None = None) -> Decision:
     if entry is None:
         return Decision(run, domain, MERGED, f"no choice was made for {domain} in this run", merge)
     chosen = text_or_none(table_or_empty(entry).get("serve"))
-    if chosen == GROUP:  # a merge like any other in the run folder
-        of_groups = table_or_empty(table_or_empty(choice.get("groups")).get("merges"))
-        label = text_or_none(of_groups.get(domain))
-        if label is None:
-            raise RunDirError(f"{run / CHOICE_FILE}: found no merge of the group of {domain}. Restore the file.")
-        reason = f"chosen on validation, the merge of its group: {label}"
-        return Decision(run, domain, MERGED, reason, merge_folder(run, label))
     if chosen not in MODELS:
         raise RunDirError(
             f"{run / CHOICE_FILE}: {domain} is served {chosen!r}, expected one of {', '.join(map(repr, MODELS))}. Use "
             "the fedmerge version that made the run, or give a model of this list."
         )
     return Decision(run, domain, str(chosen), "chosen on validation", merge)
+
+
+def group_of(run: Path, domain: str) -> tuple[Path, tuple[str, ...]] | None:
+    """Return the folder of the merge of a domain's group, and the domains in the group; None without groups."""
+    groups = table_or_empty(read_record(run / CHOICE_FILE).get("groups"))
+    label = text_or_none(table_or_empty(groups.get("merges")).get(domain))
+    if label is None:
+        return None
+    members = next((group for group in groups.get("groups", []) if domain in group), [domain])
+    return merge_folder(run, label), tuple(members)

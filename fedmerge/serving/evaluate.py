@@ -14,6 +14,7 @@ from fedmerge.evaluation.sums import (
     EXPERT,
     FEDERATED_FUSED,
     FEDERATED_HEAD,
+    GROUP,
     PERSONAL,
     WOVEN,
     MetricSums,
@@ -23,7 +24,7 @@ from fedmerge.evaluation.sums import (
     metric_sums,
 )
 from fedmerge.server.choice import MERGED
-from fedmerge.serving.decision import TEXT_MODELS, Decision, decide
+from fedmerge.serving.decision import TEXT_MODELS, Decision, decide, group_of
 from fedmerge.serving.model import RunDomain, ServedModel, load_head, load_served, text_of
 
 
@@ -98,6 +99,7 @@ def _models(place: RunDomain, decision: Decision) -> list[str]:
     if place.manifest.name in config.domains.train:
         names += [EXPERT, *([PERSONAL] if config.personal.directions is not None else [])]
         names += [WOVEN] if config.weave.schedule is not None else []
+        names += [GROUP] if group_of(place.run, place.manifest.name) is not None else []
         if config.head.kind is not None:
             names += [label(vectors) for vectors in config.head.vectors for label in (head_label, fused_label)]
     if config.head.kind == "federated":

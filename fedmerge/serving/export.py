@@ -22,6 +22,7 @@ from fedmerge.evaluation.sums import (
     FEDERATED_FUSED,
     FEDERATED_HEAD,
     FEDERATED_SOURCES,
+    GROUP,
     PERSONAL,
     WOVEN,
 )
@@ -30,7 +31,7 @@ from fedmerge.report.run.model_card import label_of, sections_of_run
 from fedmerge.runs.federated_head import read_fusion
 from fedmerge.sequence.anchored import DECAY, RECENT, dense_maps, whitened, whitening
 from fedmerge.server.choice import MERGED
-from fedmerge.serving.decision import TEXT_MODELS, VECTORS_OF
+from fedmerge.serving.decision import TEXT_MODELS, VECTORS_OF, group_of
 from fedmerge.serving.model import RunDomain, ServedHead, ServedModel, chose_fusion, load_head
 from fedmerge.serving.recommender import make_recommender
 
@@ -169,7 +170,8 @@ def kept_for(place: RunDomain, served: ServedModel) -> str | None:
         return f"its coefficients were fitted to the users of {name}"
     if model == WOVEN:
         return f"it is the merge of what {name} alone trained"
-    if model == EXPERT:
+    group = group_of(place.run, name) if model == GROUP else None
+    if model == EXPERT or (group is not None and len(group[1]) == 1):
         return f"it is the expert of {name} alone"
     if model not in TEXT_MODELS and not place.manifest.public_catalog:
         return f"it holds the texts of all items of {name}, whose catalog is not public"

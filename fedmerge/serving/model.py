@@ -26,14 +26,14 @@ from fedmerge.encoder.backbone import Backbone, open_backbone
 from fedmerge.encoder.peft.folder import read_verified
 from fedmerge.errors import ClientError
 from fedmerge.evaluation.ranks import IntArray
-from fedmerge.evaluation.sums import BACKBONE, EXPERT, FEDERATED_SOURCES, PERSONAL, VARIANTS, WOVEN, Variant
+from fedmerge.evaluation.sums import BACKBONE, EXPERT, FEDERATED_SOURCES, GROUP, PERSONAL, VARIANTS, WOVEN, Variant
 from fedmerge.files import read_record, table_or_empty
 from fedmerge.runs.checkpoints import HEADS, target_merge_folder
 from fedmerge.runs.federated_head import read_federated_head, read_fusion
 from fedmerge.sequence.fusion import fused_scores, standardise
 from fedmerge.sequence.ranking import Source
 from fedmerge.server.choice import MERGED
-from fedmerge.serving.decision import FUSED, TEXT_MODELS, VECTORS_OF, Decision, decide
+from fedmerge.serving.decision import FUSED, TEXT_MODELS, VECTORS_OF, Decision, decide, group_of
 from fedmerge.serving.recommender import Recommender, load_recommender, make_recommender
 
 TEXT_OF: Mapping[HeadVectors, str] = {"merge": MERGED, "expert": EXPERT, "backbone": BACKBONE}
@@ -318,6 +318,10 @@ def _text_adapter(place: RunDomain, decision: Decision, text: str) -> tuple[Adap
     folder = folders.get(text, place.run / "adapters" / decision.domain)
     if text == WOVEN and not folder.is_dir():
         raise ClientError(f"{decision.domain} has no woven merge: {folder} is missing. Use --model merged.")
+    if text == GROUP:
+        if (group := group_of(place.run, decision.domain)) is None:
+            raise ClientError(f"{decision.domain} has no merge of its group: the run chose none. Use --model merged.")
+        folder = group[0]
     if text == EXPERT and not expert_in_run(place, decision.domain):
         return _own_expert(place, decision), None
     adapter = read_verified(folder)

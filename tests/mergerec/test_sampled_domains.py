@@ -11,6 +11,7 @@ import torch
 from adapters import Lent, layout_of, merges_of, random_adapter
 from backbones import tiny_bert
 
+import fedmerge as fm
 from fedmerge.adapter import Adapter, adapter_sha256
 from fedmerge.config import from_flat
 from fedmerge.device import resolve_compute
@@ -203,6 +204,20 @@ def test_what_cannot_be_sampled_is_refused(
         )
 
 
+def catalogs() -> dict[str, Catalog]:
+    titles = [f"{word} {number}" for number in range(4) for word in ("red tent", "blue book")]
+    return {
+        name: Catalog(name, tuple(map(str, range(8))), {"title": [f"{name} {title}" for title in titles]}, "0" * 64)
+        for name in NAMES
+    }
+
+
+def test_the_python_api_samples_too(bert: Backbone, experts: dict[str, Adapter]) -> None:
+    model = fm.merge_learned(experts, catalogs(), bert, granularity="domain", steps=1, domains_per_step=2)
+    found = [value for _, value in sorted(model.provenance["coefficients"].items())]
+    assert sum(value != pytest.approx(5**-0.5, abs=1e-6) for value in found) == 2
+
+
 class Killed(Exception):
     pass
 
@@ -211,11 +226,6 @@ class Killed(Exception):
 def test_a_killed_merge_resumes_to_the_same_bytes(
     bert: Backbone, experts: dict[str, Adapter], granularity: Literal["domain", "layer"]
 ) -> None:
-    titles = [f"{word} {number}" for number in range(4) for word in ("red tent", "blue book")]
-    catalogs = {
-        name: Catalog(name, tuple(map(str, range(8))), {"title": [f"{name} {title}" for title in titles]}, "0" * 64)
-        for name in NAMES
-    }
     config = from_flat(
         {
             "domains.train": ",".join(NAMES),
@@ -226,7 +236,7 @@ def test_a_killed_merge_resumes_to_the_same_bytes(
             "mergerec.domains_per_step": 2,
         }
     )
-    whole = merges_of(bert, experts, catalogs, config)
+    whole = merges_of(bert, experts, catalogs(), config)
     kept: dict[str, Candidate] = {}
 
     def die(line: str) -> None:
@@ -237,9 +247,9 @@ def test_a_killed_merge_resumes_to_the_same_bytes(
         kept[candidate.label] = candidate
 
     with pytest.raises(Killed):
-        merges_of(bert, experts, catalogs, config, die, keep=keep)
+        merges_of(bert, experts, catalogs(), config, die, keep=keep)
     assert list(kept) == ["average"]
-    resumed = merges_of(bert, Lent(NAMES, experts.__getitem__), catalogs, config, finished=kept, keep=keep)
+    resumed = merges_of(bert, Lent(NAMES, experts.__getitem__), catalogs(), config, finished=kept, keep=keep)
     assert resumed == whole
     assert [adapter_sha256(each.adapter) for each in resumed] == [each.provenance.sha256 for each in whole]
     assert (whole[1].provenance.parameters or {})["domains_per_step"] == 2

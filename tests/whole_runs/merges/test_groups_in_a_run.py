@@ -15,7 +15,10 @@ from fedmerge.merging.training_free import merge_adapters
 from fedmerge.runs.checkpoints import read_sources, read_sums, stored_experts
 from fedmerge.server import groups
 from fedmerge.server.groups import group_domains
-from fedmerge.serving.decision import decide
+from fedmerge.serving.decision import decide, group_of
+from fedmerge.serving.evaluate import evaluate_run
+from fedmerge.serving.export import kept_for
+from fedmerge.serving.model import load_served, open_run
 from sim.local.in_process import run_in_process
 
 pytestmark = pytest.mark.federation
@@ -55,16 +58,26 @@ def test_each_domain_is_evaluated_and_served_with_the_merge_of_its_group(
     for group in entry["groups"]:
         merged = merge_adapters({name: experts[name] for name in group}, "average").adapter
         for domain in group:
-            decision = decide(run, domain)
-            assert decision.merge.name == entry["merges"][domain].replace(" ", "-")
-            assert adapter_sha256(read_adapter(decision.merge)) == adapter_sha256(merged)
-            assert "the merge of its group" in decision.reason
+            assert decide(run, domain).model == GROUP
+            found = group_of(run, domain)
+            assert found is not None
+            assert found[0].name == entry["merges"][domain].replace(" ", "-")
+            assert found[1] == tuple(group)
+            assert adapter_sha256(read_adapter(found[0])) == adapter_sha256(merged)
+            here = open_run(run, place / "domains" / domain, experiment(place, tmp_path))
+            served = load_served(here)
+            assert served.adapter is not None
+            assert adapter_sha256(served.adapter) == adapter_sha256(merged)
+            alone = f"it is the expert of {domain} alone"
+            assert kept_for(here, served) == (alone if len(group) == 1 else None)
+            rows = evaluate_run(here, "test", None).sums["unmasked"].metrics_by_method()
+            stored = read_sums(run, "test")[domain]["unmasked"].metrics_by_method()
+            assert rows[GROUP] == pytest.approx(stored[GROUP], abs=1e-6)
             assert choice["per_domain"][domain]["serve"] == GROUP
-            rows = read_sums(run, "test")[domain]["unmasked"].methods
-            assert GROUP in rows
-            assert LABEL not in rows
+            assert LABEL not in stored
             assert LABEL in read_sums(run, "valid")[domain]["unmasked"].methods
-    assert decide(run, "camping").merge.name == "average"  # unseen: the merge of all
+    assert decide(run, "camping").model == "merged"  # unseen: the merge of all
+    assert group_of(run, "camping") is None
     assert GROUP not in read_sums(run, "test")["camping"]["unmasked"].methods
     assert choice["validation"].keys() == {"average"}
     assert unlisted_files(run) == []

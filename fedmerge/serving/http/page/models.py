@@ -8,11 +8,20 @@ from pathlib import Path
 from fedmerge.config import ExperimentConfig
 from fedmerge.encoder.adapted import NO_ADAPTER
 from fedmerge.errors import ClientError, FedMergeError
-from fedmerge.evaluation.sums import BACKBONE, EXPERT, FEDERATED_FUSED, FEDERATED_HEAD, PERSONAL, WOVEN, fused_label
+from fedmerge.evaluation.sums import (
+    BACKBONE,
+    EXPERT,
+    FEDERATED_FUSED,
+    FEDERATED_HEAD,
+    GROUP,
+    PERSONAL,
+    WOVEN,
+    fused_label,
+)
 from fedmerge.report.html.looks import Look, assign_looks
 from fedmerge.runs.federated_head import read_fusion
 from fedmerge.server.choice import MERGED
-from fedmerge.serving.decision import FUSED, TEXT_MODELS, VECTORS_OF, Decision
+from fedmerge.serving.decision import FUSED, TEXT_MODELS, VECTORS_OF, Decision, group_of
 from fedmerge.serving.http.shelf import Shelf
 from fedmerge.serving.model import (
     Opened,
@@ -27,13 +36,14 @@ from fedmerge.serving.model import (
 )
 from fedmerge.serving.recommender import Recommender, load_recommender, make_recommender
 
-ORDER = (BACKBONE, EXPERT, MERGED, PERSONAL, WOVEN)  # of the lists; the others follow
+ORDER = (BACKBONE, EXPERT, MERGED, PERSONAL, WOVEN, GROUP)  # of the lists; the others follow
 MEANINGS: Mapping[str, str] = {
     BACKBONE: "the pretrained encoder",
     EXPERT: "the adapter that this domain trained",
     MERGED: "one model for all domains",
     PERSONAL: "the merge with this domain's own coefficients",
     WOVEN: "the merge of the adapters that this domain trained and continued",
+    GROUP: "one model for the domains like this one",
     FEDERATED_HEAD: "reads the order of items; trained together",
     FEDERATED_FUSED: "reads the order of items; trained together, fused with text and recent items",
 }
@@ -121,6 +131,8 @@ def _wanted(place: RunDomain, served: str) -> list[str]:
     wanted = [BACKBONE, EXPERT, MERGED, *([PERSONAL] if config.personal.directions is not None else [])]
     if config.weave.schedule is not None and place.manifest.name in config.domains.train:
         wanted.append(WOVEN)
+    if group_of(place.run, place.manifest.name) is not None:
+        wanted.append(GROUP)
     if config.head.kind is not None:
         wanted += [fused_label(vectors) for vectors in config.head.vectors if vectors != VECTORS_OF.get(served)]
     if config.head.kind == "federated" and served not in (FEDERATED_HEAD, FEDERATED_FUSED):
