@@ -55,8 +55,13 @@ RANK, VOCABULARY = 4, 400
 def build_backbone(width: int, layers: int, seed: int) -> Backbone:
     """Return a small BERT with random weights and without a tokenizer."""
     torch.manual_seed(seed)
-    shape = {"hidden_size": width, "num_hidden_layers": layers, "intermediate_size": 2 * width}
-    config = BertConfig(vocab_size=VOCABULARY, num_attention_heads=4, **shape)
+    config = BertConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        intermediate_size=2 * width,
+    )
     model = BertModel(config, add_pooling_layer=False).train(False).requires_grad_(False)
     special = SpecialTokens(np.array([1], np.int32), np.array([2], np.int32), 0)
     compute = resolve_compute("cpu", "float32")

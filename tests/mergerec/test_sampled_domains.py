@@ -207,7 +207,9 @@ def test_what_cannot_be_sampled_is_refused(
 def catalogs() -> dict[str, Catalog]:
     titles = [f"{word} {number}" for number in range(4) for word in ("red tent", "blue book")]
     return {
-        name: Catalog(name, tuple(map(str, range(8))), {"title": [f"{name} {title}" for title in titles]}, "0" * 64)
+        name: Catalog(
+            name, tuple(map(str, range(8))), {"title": tuple(f"{name} {title}" for title in titles)}, "0" * 64
+        )
         for name in NAMES
     }
 
