@@ -21,6 +21,7 @@ from fedmerge.adapter import Adapter, LoraModule, adapter_sha256
 from fedmerge.bench.config import Drawing
 from fedmerge.bench.federated_heads import rank_federated_head, train_federated_head
 from fedmerge.bench.joint import train_jointly
+from fedmerge.bench.personal import fit_personal, sent_coefficients
 from fedmerge.bench.ranking import backbone_of, domain_of, num_users, questions, rank_baseline, rank_head, rank_model
 from fedmerge.client.audit.attacks import Audited, audit_domain
 from fedmerge.client.coefficients.layer_maps import ndcg_of, validation_readers
@@ -61,7 +62,13 @@ from fedmerge.runs.checkpoints import (
 )
 from fedmerge.runs.folder import environment
 from fedmerge.runs.round_checkpoints import round_records
-from fedmerge.server.candidates import candidate_of_rounds, learn_from_catalogs, merge_candidates, recipe_of
+from fedmerge.server.candidates import (
+    candidate_of_rounds,
+    learn_from_catalogs,
+    merge_candidates,
+    recipe_of,
+    universal_candidate,
+)
 from fedmerge.server.gate import check_experts, leave_one_out_merges, votes_of
 from fedmerge.server.layer_search import NDCG_SCALE, Search, search_on_pseudo_users, search_with
 from fedmerge.server.woven import woven_candidate_of, woven_candidates
@@ -180,7 +187,12 @@ def check_admission(result: Path, config: ExperimentConfig, run: Path, left_out:
 
 
 def write_merges(
-    result: Path, config: ExperimentConfig, run: Path, without: tuple[str, ...], evaluation: ExperimentConfig
+    result: Path,
+    config: ExperimentConfig,
+    run: Path,
+    without: tuple[str, ...],
+    evaluation: ExperimentConfig,
+    fits: Mapping[str, Path] = MappingProxyType({}),
 ) -> None:
     """Make every merge of a strategy from the experts of a training run.
 
@@ -190,6 +202,7 @@ def write_merges(
         run: folder of the training run.
         without: domains that are not merged.
         evaluation: the experiment with the seed that selects the evaluated users.
+        fits: domain -> record of its personal merge, for the universal one.
 
     Raises:
         FedMergeError: a merge failed.
@@ -231,6 +244,10 @@ def write_merges(
         finished=read_candidates(result.parent, sources),
         keep=lambda made: write_candidate(result.parent, made, config.backbone.source),
     )
+    if config.personal.universal:
+        sent = sent_coefficients(fits, config.privacy.min_users)
+        candidates.append(universal_candidate(experts, sent, config.personal, origin))
+        write_candidate(result.parent, candidates[-1], config.backbone.source)
     _write_merges(result, candidates, started)
 
 
@@ -385,6 +402,7 @@ def audit_adapters(result: Path, config: ExperimentConfig, domain: str, expert: 
 WORK: Mapping[str, Callable[..., None]] = {
     "joint training": train_joint,
     "admission": check_admission,
+    "personal merge": fit_personal,
     "merging": write_merges,
     "ranking": rank_model,
     "baseline": rank_baseline,

@@ -23,7 +23,7 @@ from fedmerge.config import (
     with_absolute_paths,
 )
 from fedmerge.errors import ConfigError
-from fedmerge.evaluation.sums import FEDERATED_HEAD, WOVEN, head_label
+from fedmerge.evaluation.sums import FEDERATED_HEAD, PERSONAL, WOVEN, head_label
 from fedmerge.report.bench_tables import POOLED
 
 Drawing = Literal["shuffled", "balanced"]  # of joint training
@@ -122,14 +122,20 @@ def woven_row(strategy: str) -> str:
     return f"{strategy}: {WOVEN}"
 
 
+def personal_row(strategy: str) -> str:
+    """Return the row of a strategy's personal merges: ``personal: personal merge``."""
+    return f"{strategy}: {PERSONAL}"
+
+
 def rows_of(strategy: str, experiment: ExperimentConfig) -> list[str]:
     """Return the rows of a strategy, in their order."""
     head = experiment.head
-    woven = [woven_row(strategy)] if experiment.weave.schedule is not None else []
+    own = [woven_row(strategy)] if experiment.weave.schedule is not None else []
+    own += [personal_row(strategy)] if experiment.personal.directions is not None else []
     heads = [head_row(strategy, vectors) for vectors in head.vectors] if head.kind else []
     if head.kind == "federated":
         heads.append(f"{strategy}: {FEDERATED_HEAD}")
-    return [strategy] * ranks_by_text(head) + woven + [row + end for row in heads for end in ("", FUSED)]
+    return [strategy] * ranks_by_text(head) + own + [row + end for row in heads for end in ("", FUSED)]
 
 
 @dataclass(frozen=True)
@@ -271,7 +277,6 @@ def _not_in_one_place(experiment: ExperimentConfig) -> str:
     through_clients = experiment.privacy.learns_through_clients and learned
     needed: list[tuple[str, str | float, str | float]] = [
         ("privacy.metrics", experiment.privacy.metrics, "exact"),
-        ("personal.directions", experiment.personal.directions or "none", "none"),
     ]
     if experiment.head.kind == "federated":
         needed.append(("with head.kind = 'federated', rounds.fraction", experiment.rounds.fraction, 1.0))
@@ -280,8 +285,10 @@ def _not_in_one_place(experiment: ExperimentConfig) -> str:
             ("through_clients.users", experiment.through_clients.users, "pseudo-users"),
             ("through_clients.mode", experiment.through_clients.mode, "exact"),
         ]
-    if experiment.weave.schedule is not None and experiment.admission.action == "exclude":
-        needed.append(("with weave.schedule, admission.action", "exclude", "flag"))  # others continue what it excludes
+    if experiment.weave.schedule is not None:
+        needed.append(("with weave.schedule, personal.directions", experiment.personal.directions or "none", "none"))
+        if experiment.admission.action == "exclude":  # others continue what it excludes
+            needed.append(("with weave.schedule, admission.action", "exclude", "flag"))
     for key, found, wanted in needed:
         if found != wanted:
             return f"{key} = {found!r} needs a federation (fedmerge run); set {wanted!r}"

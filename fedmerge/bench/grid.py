@@ -6,7 +6,7 @@ DIR/training/<experiment>/            run folders that end with the experts
 DIR/joint/<dataset>/<seed>/<fold>/<drawing>/      joint.json, adapter/: trained on pooled data, which breaks isolation
 DIR/admission/<dataset>/<seed>/<fold>/<gate>.json     record of the admission gate, for strategies that have one
 DIR/merges/<dataset>/<seed>/<fold>/<strategy>/    merges.json, merged/<label>/; choice.json after the selection
-DIR/clients/<dataset>/<domain>/       ranks per user, audits: represents the clients' disks
+DIR/clients/<dataset>/<domain>/       ranks per user, audits, personal merges: represents the clients' disks
 the tables of fedmerge.report.bench_tables
 """
 
@@ -18,7 +18,7 @@ from fedmerge.bench.cells import JOINT, is_one_shot
 from fedmerge.bench.config import Bench, Dataset, Drawing
 from fedmerge.client.cache.experts import BATCHES
 from fedmerge.client.cache.folders import inputs_key
-from fedmerge.config import SIGNAL_METHODS, Admission, ExperimentConfig, Head, Rounds, Split, Weave, flatten
+from fedmerge.config import SIGNAL_METHODS, Admission, ExperimentConfig, Head, Personal, Rounds, Split, Weave, flatten
 from fedmerge.config.privacy import Policy
 from fedmerge.errors import ConfigError, RunDirError
 from fedmerge.files import read_json, write_json
@@ -101,6 +101,7 @@ class Grid:
             "weave": wanted.weave.model_copy(update={"factors": Weave().factors}),
             "admission": Admission(),
             "head": Head(),
+            "personal": Personal(),
             "simulation": simulation,
             "privacy": wanted.privacy.model_copy(update={"policy": policy}),
         }
@@ -132,6 +133,11 @@ class Grid:
     def federated_head(self, place: Place, strategy: str) -> Path:
         """Return the record of a strategy's federated head."""
         return self.merges(place, strategy) / "federated-head.json"
+
+    def personal(self, place: Place, strategy: str, domain: str) -> Path:
+        """Return the record of a domain's personal merge."""
+        folder = self.folder / "clients" / place.dataset / domain / "personal"
+        return folder / f"seed{place.seed}" / place.fold / f"{strategy}.json"
 
     def joint(self, place: Place, drawing: Drawing) -> Path:
         """Return the file that joint training writes last."""

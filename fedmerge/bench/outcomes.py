@@ -13,9 +13,10 @@ from fedmerge.bench.cells import (
     joint_folder,
     target_folder,
 )
-from fedmerge.bench.config import head_row, joint_row, ranks_by_text, woven_row
+from fedmerge.bench.config import head_row, joint_row, personal_row, ranks_by_text, woven_row
 from fedmerge.bench.federated_heads import head_folder
 from fedmerge.bench.grid import Grid, Place
+from fedmerge.bench.personal import personal_folder
 from fedmerge.bench.ranking import ranks_file, sums_of_ranks
 from fedmerge.client.cache.folders import inputs_key
 from fedmerge.config import ExperimentConfig, HeadVectors, Split
@@ -114,6 +115,28 @@ def test_sums(grid: Grid, place: Place, domain: str) -> dict[Variant, MetricSums
     return sums_of_ranks(rows, domain, grid.experiment(place, None).privacy.min_users) if rows else {}
 
 
+def personal_cells(grid: Grid, place: Place, strategy: str) -> dict[str, Cell]:
+    """Return domain -> cell that fits its personal merge; empty without personal merges."""
+    config, domains = grid.experiment(place, strategy), merged_domains(grid, place, strategy)
+    arguments = {
+        "config": config,
+        "run": grid.run(place, strategy),
+        "without": tuple(domain for domain in config.domains.train if domain not in domains),
+        "evaluation": grid.evaluation(place, strategy),
+    }
+    threads = config.runtime.threads_per_client
+    return {
+        domain: Cell(
+            "personal merge",
+            f"{personal_row(strategy)} on {domain} ({place})",
+            grid.personal(place, strategy, domain),
+            {**arguments, "domain": domain},
+            threads,
+        )
+        for domain in (domains if config.personal.directions is not None else ())
+    }
+
+
 def audit_of(grid: Grid, place: Place, strategy: str, domain: str) -> dict[str, Any] | None:
     """Return the record of an audit; None without one."""
     cell = audit_cell(grid, place, strategy, domain)
@@ -167,6 +190,10 @@ def rows_on_test(grid: Grid, place: Place, domain: str) -> dict[str, Cell]:
                 rows[strategy] = ranking(grid, place, config, domain, "test", strategy, label)
             if (factor := chosen_factor(grid, place, strategy, domain)) is not None:
                 rows[woven_row(strategy)] = woven_ranking(grid, place, domain, "test", strategy, factor)
+            fit = personal_cells(grid, place, strategy).get(domain)
+            if fit is not None and (record := read_json(fit.result)):
+                row, folder = personal_row(strategy), personal_folder(fit.result)
+                rows[row] = ranking_of(grid, place, config, domain, "test", row, folder, record["sha256"])
             rows |= head_cells(grid, place, domain, strategy)
             if record := read_json(grid.federated_head(place, strategy)):
                 row = f"{strategy}: {FEDERATED_HEAD}"

@@ -1,4 +1,4 @@
-"""The stages of a benchmark: training, joint training, admission, merging, validation, test, audit.
+"""The stages of a benchmark: training, joint training, admission, personal merges, merging, validation, test, audit.
 
 The caller provides the functions that train and that run cells.
 """
@@ -20,6 +20,7 @@ from fedmerge.bench.outcomes import (
     chosen_variant,
     merge_hashes,
     merged_domains,
+    personal_cells,
     ranking,
     rows_on_test,
     tested_domains,
@@ -79,6 +80,7 @@ def run_grid(grid: Grid, train: Train, execute: Execute, progress: Progress) -> 
     stages: list[tuple[str, Callable[[], list[Cell]]]] = [
         ("joint training", lambda: joint_cells(grid, places)),
         ("admission", lambda: admission_cells(grid, places)),
+        ("personal merges", lambda: fitting_cells(grid, places)),
         ("merging", lambda: [cell for cell in merging_cells(grid, places) if cell.arguments["run"] not in incomplete]),
         ("validation", lambda: validation_cells(grid, places)),
         ("federated heads", lambda: federated_head_cells(grid, places)),
@@ -88,7 +90,7 @@ def run_grid(grid: Grid, train: Train, execute: Execute, progress: Progress) -> 
     for name, cells_of in stages:
         cells = cells_of()
         left = [cell for cell in cells if not cell.result.is_file()]
-        if not cells and name in ("admission", "federated heads", "audit"):
+        if not cells and name in ("admission", "personal merges", "federated heads", "audit"):
             continue
         progress(f"{name}: {len(cells) - len(left)} of {len(cells)} cells are done")
         failed += _do(name, left, execute, progress)
@@ -126,8 +128,19 @@ def admission_cells(grid: Grid, places: Sequence[Place]) -> list[Cell]:
     return list(cells.values())
 
 
+def fitting_cells(grid: Grid, places: Sequence[Place]) -> list[Cell]:
+    """Return a cell per personal merge; none where the gate failed."""
+    return [
+        cell
+        for place in places
+        for strategy in grid.strategies
+        if _passed_gate(grid, place, strategy)
+        for cell in personal_cells(grid, place, strategy).values()
+    ]
+
+
 def merging_cells(grid: Grid, places: Sequence[Place]) -> list[Cell]:
-    """Return a cell per strategy and place; none where its gate failed."""
+    """Return a cell per strategy and place; none where its gate or a fit for its universal merge failed."""
     return [
         Cell(
             "merging",
@@ -140,13 +153,20 @@ def merging_cells(grid: Grid, places: Sequence[Place]) -> list[Cell]:
                 "without": tuple(
                     domain for domain in config.domains.train if domain not in merged_domains(grid, place, strategy)
                 ),
+                "fits": fits if config.personal.universal else {},
             },
             config.runtime.server_threads,
         )
         for place in places
         for strategy in grid.strategies
-        if (gate := grid.gate(place, strategy)) is None or gate.is_file()
+        if _passed_gate(grid, place, strategy)
+        for fits in [{domain: cell.result for domain, cell in personal_cells(grid, place, strategy).items()}]
+        if all(fit.is_file() for fit in fits.values())
     ]
+
+
+def _passed_gate(grid: Grid, place: Place, strategy: str) -> bool:
+    return (gate := grid.gate(place, strategy)) is None or gate.is_file()
 
 
 def validation_cells(grid: Grid, places: Sequence[Place]) -> list[Cell]:

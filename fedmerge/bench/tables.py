@@ -9,7 +9,16 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from fedmerge.bench.cells import MERGES, is_one_shot, target_folder
-from fedmerge.bench.config import REFERENCES, Drawing, head_row, joint_row, ranks_by_text, rows_of, woven_row
+from fedmerge.bench.config import (
+    REFERENCES,
+    Drawing,
+    head_row,
+    joint_row,
+    personal_row,
+    ranks_by_text,
+    rows_of,
+    woven_row,
+)
 from fedmerge.bench.grid import Grid, Place
 from fedmerge.bench.outcomes import (
     audit_of,
@@ -19,10 +28,12 @@ from fedmerge.bench.outcomes import (
     head_cells,
     merge_hashes,
     merged_domains,
+    personal_cells,
     test_sums,
     tested_domains,
     woven_hashes,
 )
+from fedmerge.bench.personal import personal_folder
 from fedmerge.bench.ranking import head_report
 from fedmerge.client.audit.attacks import EXPERT
 from fedmerge.config import ExperimentConfig, HeadVectors
@@ -31,7 +42,7 @@ from fedmerge.domain.demo import domains_root
 from fedmerge.domain.manifest import read_manifest
 from fedmerge.encoder.peft.folder import read_adapter
 from fedmerge.evaluation.ranks import SELECTION_METRIC
-from fedmerge.evaluation.sums import FEDERATED_HEAD, VARIANTS, MetricSums, Variant
+from fedmerge.evaluation.sums import FEDERATED_HEAD, PERSONAL, VARIANTS, MetricSums, Variant
 from fedmerge.federated.rules import rule_named
 from fedmerge.federated.summed import num_summed
 from fedmerge.files import read_json
@@ -108,6 +119,8 @@ def _results(grid: Grid, sums: Sums) -> Iterator[dict[str, Any]]:
                 label = chosen_variant(grid, place, whose) if whose else strategy
                 if whose and strategy == woven_row(whose):
                     label = chosen_factor(grid, place, whose, domain)
+                if whose and strategy == personal_row(whose):
+                    label = PERSONAL
                 for metric, value in metrics.items():
                     yield {
                         **_named(place, strategy),
@@ -164,6 +177,10 @@ def _costs(grid: Grid, place: Place, strategy: str) -> Iterator[dict[str, Any]]:
         yield of_merge
     if woven := woven_hashes(grid, place, strategy):
         yield _cost_of_targets(grid, place, strategy, of_merge, list(woven))
+    if fitted := personal_cells(grid, place, strategy):
+        ranks = [largest_rank(read_adapter(personal_folder(cell.result))) for cell in fitted.values()]
+        down = of_merge["bytes_down"] - _merge_bytes(grid, place, strategy) * len(fitted)  # each has its own already
+        yield {**of_merge, "strategy": personal_row(strategy), "bytes_down": down, "rank": max(ranks)}
     nothing = {"bytes_up": 0.0, "bytes_down": 0.0, "server_seconds": 0.0, "rank": None, "error": None, "residual": None}
     run, domains = experts_run(grid, place, strategy), merged_domains(grid, place, strategy)
     of_experts = sum(float(_report(run / ADAPTERS / domain)["seconds"]) for domain in domains)
@@ -200,14 +217,18 @@ def _cost_of_targets(
     merges = grid.merges(place, strategy)
     chosen = {domain: chosen_factor(grid, place, strategy, domain) for domain in domains}
     folders = [target_folder(merges, domain, label) for domain, label in chosen.items() if label is not None]
-    universal = merge_folder(merges, str(chosen_variant(grid, place, strategy))) / WEIGHTS
-    down = of_merge["bytes_down"] - universal.stat().st_size * len(merged_domains(grid, place, strategy))
+    down = of_merge["bytes_down"] - _merge_bytes(grid, place, strategy) * len(merged_domains(grid, place, strategy))
     return {
         **of_merge,
         "strategy": woven_row(strategy),
         "bytes_down": down + sum((folder / WEIGHTS).stat().st_size for folder in folders),
         "rank": max((largest_rank(read_adapter(folder)) for folder in folders), default=None),
     }
+
+
+def _merge_bytes(grid: Grid, place: Place, strategy: str) -> int:
+    merge = merge_folder(grid.merges(place, strategy), str(chosen_variant(grid, place, strategy)))
+    return (merge / WEIGHTS).stat().st_size
 
 
 def _cost(grid: Grid, place: Place, strategy: str) -> dict[str, Any]:
@@ -218,7 +239,8 @@ def _cost(grid: Grid, place: Place, strategy: str) -> dict[str, Any]:
     weight goes up instead. Under ``catalog-private`` no catalog goes up, but the experts go down to every domain; in
     each step coefficients down and an answer up, in each reading of a layer-wise search a map down and a sum up. For a
     federation of rounds: bytes up and down in all rounds. With weaving: every continued adapter goes up, and its start,
-    of the same size, down.
+    of the same size, down. With personal merges: the experts go down to every domain, and for the universal one
+    coefficients up.
     """
     config = grid.experiment(place, strategy)
     run, merged = grid.run(place, strategy), merged_domains(grid, place, strategy)
@@ -226,25 +248,29 @@ def _cost(grid: Grid, place: Place, strategy: str) -> dict[str, Any]:
     merge = merge_folder(grid.merges(place, strategy), str(chosen_variant(grid, place, strategy)))
     record = read_json(grid.merges(place, strategy) / MERGES)
     provenance = Provenance.from_dict(read_json(merge / "provenance.json"))
-    down = (merge / WEIGHTS).stat().st_size * len(merged)
+    down = _merge_bytes(grid, place, strategy) * len(merged)
     weaves = config.weave.schedule is not None
     if is_one_shot(config.rounds):
         experts = [run / ADAPTERS / domain for domain in sent]
-        up = _bytes_of_experts(run, sent)
+        up, sends_cohort = _bytes_of_experts(run, sent), False
         if config.privacy.hides_adapters:
             summed = rule_named(config.rounds.rule or "weighted-average").summed or "updates"
             up = sum(BYTES_OF_A_VALUE * num_summed(summed, read_adapter(expert)) for expert in experts)
         elif not weaves and config.rounds.rule is None and (messages := coefficient_messages(config)):
             answer = BYTES_OF_A_VALUE * _most_coefficients(grid, place, strategy)
-            cohort = sum((run / ADAPTERS / domain / WEIGHTS).stat().st_size for domain in merged)
-            down += len(merged) * (cohort + 2 * answer * messages)
+            sends_cohort = True
+            down += len(merged) * 2 * answer * messages
             up += len(merged) * answer * messages
         elif provenance.search is not None and config.rmm.reward == "validation":
             readings, groups = provenance.search["readings"], len(provenance.search["map"])
-            cohort = sum((run / ADAPTERS / domain / WEIGHTS).stat().st_size for domain in merged)
-            down += len(merged) * (cohort + BYTES_OF_A_VALUE * groups * readings)
+            sends_cohort = True
+            down += len(merged) * BYTES_OF_A_VALUE * groups * readings
             up += len(merged) * 2 * BYTES_OF_A_VALUE * readings  # a number of users and a sum
         seconds = sum(float(_report(expert)["seconds"]) for expert in experts)
+        if (personal := _of_personal_merges(grid, place, strategy)) is not None:
+            sends_cohort, seconds, up = True, seconds + personal[0], up + personal[1]
+        if sends_cohort:  # once, whatever asks for it
+            down += len(merged) * sum((run / ADAPTERS / domain / WEIGHTS).stat().st_size for domain in merged)
         if weaves:
             hashes = read_weave(run) or {}
             continued = sum(read_adapter(woven_folder(run, each)).size_bytes for each in hashes)
@@ -275,6 +301,16 @@ def _cost(grid: Grid, place: Place, strategy: str) -> dict[str, Any]:
         "error": last.get("error"),
         "residual": max(last.get("start_residuals", {}).values(), default=None),
     }
+
+
+def _of_personal_merges(grid: Grid, place: Place, strategy: str) -> tuple[float, int] | None:
+    """Return the clients' seconds for personal merges, and the bytes of what is sent of them; None without any."""
+    fitted = [read_json(cell.result) for cell in personal_cells(grid, place, strategy).values()]
+    if not fitted:
+        return None
+    sent = fitted if grid.experiment(place, strategy).personal.universal else []
+    size_bytes = sum(BYTES_OF_A_VALUE * np.size([*record["coefficients"].values()]) for record in sent)
+    return sum(float(record["seconds"]) for record in fitted), size_bytes
 
 
 def _bytes_of_experts(run: Path, domains: Sequence[str]) -> int:
