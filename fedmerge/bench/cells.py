@@ -24,6 +24,7 @@ from fedmerge.bench.joint import train_jointly
 from fedmerge.bench.personal import fit_personal, sent_coefficients
 from fedmerge.bench.ranking import backbone_of, domain_of, num_users, questions, rank_baseline, rank_head, rank_model
 from fedmerge.client.audit.attacks import Audited, audit_domain
+from fedmerge.client.audit.similarity import factors_for
 from fedmerge.client.coefficients.layer_maps import ndcg_of, validation_readers
 from fedmerge.client.evaluate import evaluate
 from fedmerge.client.training.settings import training_settings
@@ -55,6 +56,7 @@ from fedmerge.runs.checkpoints import (
     read_sources,
     read_weave,
     stored_experts,
+    stored_factors,
     stored_signals,
     stored_woven,
     weave_record,
@@ -384,7 +386,9 @@ def joint_folder(result: Path) -> Path:
     return result.with_name("adapter")
 
 
-def audit_adapters(result: Path, config: ExperimentConfig, domain: str, expert: Path | None, merged: Path) -> None:
+def audit_adapters(
+    result: Path, config: ExperimentConfig, domain: str, expert: Path | None, merged: Path, run: Path
+) -> None:
     """Audit an expert and a merge with attacks that need no shadow trainings.
 
     Args:
@@ -393,9 +397,11 @@ def audit_adapters(result: Path, config: ExperimentConfig, domain: str, expert: 
         domain: its name.
         expert: a PEFT folder; None after rounds.
         merged: the same.
+        run: folder of the training run, which holds what else was sent.
     """
     adapter = None if expert is None else read_adapter(expert)
-    audited = Audited(domain_of(config, domain), training_settings(config), adapter, read_adapter(merged), {}, None)
+    opened, settings, factors = domain_of(config, domain), training_settings(config), stored_factors(run)
+    audited = Audited(opened, settings, adapter, read_adapter(merged), {}, None, factors=factors_for(domain, factors))
     write_json(result, audit_domain(audited, num_shadows=0))
 
 

@@ -78,7 +78,7 @@ class Grid:
         optional = [simulation.attack_record()] if simulation.attacker else []
         optional += [wanted.dp.model_dump()] if wanted.dp.mode != "none" else []
         optional += [simulation.audit_record()] if simulation.audited else []
-        optional += [wanted.weave.model_dump(exclude={"factors"})] if woven else []
+        optional += [{k: v for k, v in wanted.weave.cache_inputs().items() if k != "factors"}] if woven else []
         inputs = {
             "domains": [wanted.domains.root, sorted(domains)],
             "sections": [section.cache_inputs() for section in sections] + optional,

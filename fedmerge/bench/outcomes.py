@@ -156,6 +156,7 @@ def audit_cell(grid: Grid, place: Place, strategy: str, domain: str) -> Cell | N
         "domain": domain,
         "expert": run / ADAPTERS / domain if is_one_shot(config.rounds) else None,
         "merged": merged,
+        "run": run,
     }
     file = grid.folder / "clients" / place.dataset / domain / "audit" / f"{inputs_key(inputs)}.json"
     return Cell("audit", f"audit of {label} on {domain} ({place})", file, arguments, config.runtime.threads_per_client)

@@ -44,6 +44,7 @@ from fedmerge.encoder.peft.folder import read_adapter
 from fedmerge.evaluation.ranks import SELECTION_METRIC
 from fedmerge.evaluation.sums import FEDERATED_HEAD, PERSONAL, VARIANTS, MetricSums, Variant
 from fedmerge.federated.rules import rule_named
+from fedmerge.federated.shared_items import mean_similarity
 from fedmerge.federated.summed import num_summed
 from fedmerge.files import read_json
 from fedmerge.merging.candidate import Provenance, largest_rank
@@ -52,7 +53,7 @@ from fedmerge.report.bench.few_data import TRAIN_USERS
 from fedmerge.report.bench_tables import EVERY_FOLD, BenchTables
 from fedmerge.report.statistics import comparison_rows, rank_rows
 from fedmerge.report.tables import Role
-from fedmerge.runs.checkpoints import ADAPTERS, merge_folder, read_weave, woven_folder
+from fedmerge.runs.checkpoints import ADAPTERS, merge_folder, read_weave, stored_factors, woven_folder
 from fedmerge.runs.round_checkpoints import round_records
 
 Sums = dict[tuple[Place, str], dict[Variant, MetricSums]]  # place and domain -> variant -> sums
@@ -274,7 +275,8 @@ def _cost(grid: Grid, place: Place, strategy: str) -> dict[str, Any]:
         if weaves:
             hashes = read_weave(run) or {}
             continued = sum(read_adapter(woven_folder(run, each)).size_bytes for each in hashes)
-            up, down = up + continued, down + continued
+            shared, means = _bytes_of_similarity(run)
+            up, down = up + continued + shared, down + continued + means
             seconds += sum(float(_report(woven_folder(run, each))["seconds"]) for each in hashes)
     else:
         rounds = [of_round["aggregation"] for of_round in round_records(run)]
@@ -285,7 +287,7 @@ def _cost(grid: Grid, place: Place, strategy: str) -> dict[str, Any]:
         seconds = sum(client["seconds"] for client in clients)
     gate = grid.gate(place, strategy)
     probed = gate is not None and config.admission.probe_items is not None
-    if (config.methods_from_catalogs or probed) and config.server.catalogs is None:
+    if (config.methods_from_catalogs or config.shares_similarity or probed) and config.server.catalogs is None:
         root = domains_root(config.domains.root, config.cache_dir)
         up += sum((root / domain / CATALOG_FILE).stat().st_size for domain in sent)
     judged = (read_json(gate) or {}) if gate else {}
@@ -301,6 +303,15 @@ def _cost(grid: Grid, place: Place, strategy: str) -> dict[str, Any]:
         "error": last.get("error"),
         "residual": max(last.get("start_residuals", {}).values(), default=None),
     }
+
+
+def _bytes_of_similarity(run: Path) -> tuple[int, int]:
+    """Return the bytes of similarity factors up, and of their means down; zeros without any."""
+    sent = stored_factors(run)
+    shared, factors = {name: each[0] for name, each in sent.items()}, {name: each[1] for name, each in sent.items()}
+    means = [mean_similarity(name, shared, factors) for name in sent]
+    up = sum(of_domain.nbytes for of_domain in factors.values())
+    return up, sum(mean.factors.nbytes + mean.present.nbytes for mean in means)
 
 
 def _of_personal_merges(grid: Grid, place: Place, strategy: str) -> tuple[float, int] | None:

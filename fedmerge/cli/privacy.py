@@ -163,6 +163,7 @@ def _audit(options: argparse.Namespace) -> int:
 def _opened(folder: Path, config: "ExperimentConfig", names: Sequence[str]) -> Iterator[tuple[str, "Audited"]]:
     """Yield each domain with its expert, the served merge, the other experts and what it continued of them."""
     from fedmerge.client.audit.attacks import Audited
+    from fedmerge.client.audit.similarity import factors_for
     from fedmerge.client.local_domain import open_domain
     from fedmerge.client.training.settings import training_settings
     from fedmerge.domain.demo import domains_root
@@ -170,7 +171,7 @@ def _opened(folder: Path, config: "ExperimentConfig", names: Sequence[str]) -> I
     from fedmerge.encoder.peft.folder import read_verified
     from fedmerge.errors import RunDirError
     from fedmerge.mergerec.vectors import TASK_VECTORS
-    from fedmerge.runs.checkpoints import read_weave, stored_woven
+    from fedmerge.runs.checkpoints import read_weave, stored_factors, stored_woven
     from fedmerge.runs.reading import describe_run
 
     run = describe_run(folder)
@@ -188,8 +189,9 @@ def _opened(folder: Path, config: "ExperimentConfig", names: Sequence[str]) -> I
             coefficients = weights if is_sum else None
     backbone, _ = load_adapted(NO_ADAPTER, config)
     root = domains_root(config.domains.root, config.cache_dir)
-    continued = stored_woven(folder, read_weave(folder) or {})
+    continued, sent = stored_woven(folder, read_weave(folder) or {}), stored_factors(folder)
     for name in names:
         domain = open_domain(root / name, backbone, config.text)
         own = {each.source: continued[each] for each in continued if each.target == name}
-        yield name, Audited(domain, training_settings(config), experts.get(name), merged, experts, coefficients, own)
+        settings, factors = training_settings(config), factors_for(name, sent)
+        yield name, Audited(domain, settings, experts.get(name), merged, experts, coefficients, own, factors)

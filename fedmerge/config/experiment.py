@@ -105,6 +105,11 @@ class ExperimentConfig(Section):
         return tuple(method for method in methods if method in LEARNED_METHODS | searched)
 
     @property
+    def shares_similarity(self) -> bool:
+        """True if clients send similarity factors of the items that two catalogs share."""
+        return self.weave.schedule == "similarity"
+
+    @property
     def sends_signals(self) -> bool:
         """True if clients send their training signals, for a merge that weighs by them."""
         return self.rounds.rule is None and bool(SIGNAL_METHODS & {*self.merge.methods})
@@ -138,7 +143,7 @@ class ExperimentConfig(Section):
             *head_problems(self.head, self.rounds, self.privacy, self.dp, self.until, len(self.domains.train)),
             *personal_problems(self.personal, self.privacy, self.dp, self.rounds, len(self.domains.train)),
             *rmm_problems(self.rmm, self.merge, self.rounds, self.privacy, self.dp, self.server),
-            *weave_problems(self.weave, self.privacy, self.dp, self.rounds, len(self.domains.train)),
+            *weave_problems(self.weave, self.privacy, self.dp, self.rounds, self.server, len(self.domains.train)),
             *simulation_problems(self.simulation, self.domains, self.dp),
             *dp_problems(
                 self.dp,

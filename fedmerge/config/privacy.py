@@ -19,12 +19,13 @@ Kind = Literal[
     "pseudo-user count",
     "coefficient gradient",
     "masked update",
+    "similarity factors",
 ]
 _ALWAYS: frozenset[Kind] = frozenset({"description", "training report", "metric sums"})
 
 ALLOWED: Mapping[Policy, frozenset[Kind]] = {
-    "adapter+catalog": _ALWAYS | {"adapter", "catalog"},
-    "adapter": _ALWAYS | {"adapter"},
+    "adapter+catalog": _ALWAYS | {"adapter", "catalog", "similarity factors"},
+    "adapter": _ALWAYS | {"adapter", "similarity factors"},
     "catalog-private": _ALWAYS | {"adapter", "pseudo-user count", "coefficient gradient"},
     "aggregate-only": _ALWAYS | {"masked update"},
 }

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Collection, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -25,7 +25,7 @@ RoundRule = Literal[
     "fedyogi",
 ]
 
-WeaveSchedule = Literal["all", "sampled", "ring", "relay", "mean"]
+WeaveSchedule = Literal["all", "sampled", "ring", "relay", "mean", "similarity"]
 OBJECTIVES = ("sp", "mip", "map", "coserec", "attribute-dropout")
 USERS_OBJECTIVES = frozenset(OBJECTIVES) - {"attribute-dropout"}  # their negatives are other users of the step
 AUGMENTATIONS = ("crop", "mask", "reorder", "insert", "substitute")
@@ -186,16 +186,25 @@ class Rounds(Section):
 class Weave(Section):
     """Experts that other clients continue before the merge, explained in [weaving](reference/merging.md#weaving)."""
 
+    LATER: ClassVar[tuple[str, ...]] = ("similarity_rank", "similarity_weight")
+
     schedule: WeaveSchedule | None = Field(
         None,
         description="Adapters that a client continues on its own users. all: every other expert; sampled, ring: some "
-        "of them; relay: each adapter walks through all clients; mean: the mean of the others; 'none': no weaving. "
-        "Needs privacy.policy = 'catalog-private'.",
+        "of them; relay: each adapter walks through all clients; mean: the mean of the others; similarity: its own "
+        "expert, towards the mean similarity of shared items; 'none': no weaving. Needs privacy.policy = "
+        "'catalog-private'; similarity: catalogs at the server.",
     )
     sources: int = Field(1, ge=1, description="Adapters that a client continues under schedules sampled and ring.")
     steps: int = Field(200, ge=0, description="Optimiser steps of each; the best of five points on validation is kept.")
     rate: float = Field(0.2, gt=0, le=10, description="AdamW learning rate, as a share of train.learning_rate.")
     proximal: float = Field(0.0, ge=0, description="FedProx coefficient: pull towards the adapter that was received.")
+    similarity_rank: int = Field(
+        64, ge=1, le=64, description="Columns of the similarity factors that a client sends under schedule similarity."
+    )
+    similarity_weight: float = Field(
+        10.0, ge=0, description="Weight of the squared difference from the mean similarity of shared items."
+    )
     factors: tuple[Annotated[float, Field(gt=0, le=10)], ...] = Field(
         (1.0, 1.4, 1.8), min_length=1, description="Variants to try: factors on the mean of the woven adapters."
     )
@@ -213,6 +222,9 @@ class Weave(Section):
         others = max(0, num_domains - 1)
         if self.schedule is None or not others:
             return 0
-        return {"mean": 1, "sampled": min(self.sources, others), "ring": min(self.sources, others)}.get(
-            self.schedule, others
-        )
+        return {
+            "mean": 1,
+            "similarity": 1,
+            "sampled": min(self.sources, others),
+            "ring": min(self.sources, others),
+        }.get(self.schedule, others)

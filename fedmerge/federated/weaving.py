@@ -11,11 +11,12 @@ Source: WeaveRec, arXiv:2510.26546.
 Differs: there every hybrid adapter is trained on the pooled histories of two domains, which have to meet in one place.
 Here adapters travel, and no history does: a reconstruction. The mixture of source and target depends on the number of
 steps and on the proximal term, and Δ_{t←k} is not Δ_{k←t}. Schedule ``mean`` is FedAvg with local fine-tuning, and
-``relay`` is cyclic weight transfer.
+``relay`` is cyclic weight transfer. Schedule ``similarity`` is FedCIA-style, see ``fedmerge.federated.shared_items``:
+each client continues its own expert, and what it continued is merged in place of the expert.
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -28,11 +29,12 @@ from fedmerge.merging.stack import linear_merge_of_many, survey_adapters
 from fedmerge.seeding import generator
 
 MEAN = "mean of the others"  # the source of schedule ``mean``; no domain has a name with spaces
+SHARED = "shared items"  # of schedule ``similarity``, whose clients continue their own experts
 
 
 @dataclass(frozen=True, order=True)
 class Weaving:
-    """One training: the client that continues an adapter, and the domain whose expert the adapter was, or MEAN."""
+    """One training: the client that continues an adapter, and the domain whose expert the adapter was; MEAN; SHARED."""
 
     target: str
     source: str
@@ -53,8 +55,9 @@ def schedule_passes(weave: Weave, domains: Sequence[str], seed: int) -> list[lis
         ``weave.trainings(K)`` passes, each with one training for every domain, sorted by target.
     """
     names, number = sorted(domains), weave.trainings(len(domains))
-    if weave.schedule == "mean":
-        return [[Weaving(target, MEAN) for target in names]] * number
+    if weave.schedule in ("mean", "similarity"):
+        source = MEAN if weave.schedule == "mean" else SHARED
+        return [[Weaving(target, source) for target in names]] * number
     if weave.schedule == "sampled":
         drawn = {name: _drawn_sources(name, names, seed) for name in names}
         return [[Weaving(target, drawn[target][index]) for target in names] for index in range(number)]
@@ -87,6 +90,8 @@ def start_of(
     """
     if weaving.source == MEAN:
         return mean_of_others(weaving.target, experts, fresh())
+    if weaving.source == SHARED:
+        return experts[weaving.target]
     if weave.schedule == "relay":
         names = sorted(experts)
         place = names.index(weaving.source)
@@ -113,7 +118,7 @@ def target_merge(target: str, expert: Adapter, woven: Woven, factor: float) -> A
         woven: of this domain and of others, which are not read.
         factor: λ.
     """
-    members = [Weaving(target, target), *(each for each in woven if each.target == target)]
+    members = _members([target], woven)
     return _weighted({target: expert}, woven, dict.fromkeys(members, Fraction(1, len(members))), factor)
 
 
@@ -128,10 +133,17 @@ def woven_merge(experts: Mapping[str, Adapter], woven: Woven, factor: float) -> 
         woven: what clients continued; that of other targets is not read.
         factor: λ.
     """
-    members = [Weaving(name, name) for name in experts] + [each for each in woven if each.target in experts]
+    members = _members(experts, woven)
     count = Counter(each.target for each in members)
     shares = {each: Fraction(1, len(experts) * count[each.target]) for each in members}
     return _weighted(experts, woven, shares, factor)
+
+
+def _members(targets: Collection[str], woven: Woven) -> list[Weaving]:
+    """Return what is merged of these targets: their experts, unless SHARED continued them, and what they continued."""
+    continued = [each for each in woven if each.target in targets]
+    replaced = {each.target for each in continued if each.source == SHARED}
+    return [Weaving(name, name) for name in targets if name not in replaced] + continued
 
 
 def _weighted(

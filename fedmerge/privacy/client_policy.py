@@ -37,6 +37,7 @@ class ClientPolicy(Section):
     max_minutes: float | None = Field(1440.0, gt=0)
     receive_adapters: bool = False
     real_users: bool = False
+    share_similarity: bool = False
     require_peer_keys: bool = True
     metrics: Disclosure | None = None
     max_models: int = Field(100, ge=1)
@@ -81,6 +82,10 @@ receive_adapters = false
 # Allow learning merging coefficients on its own users (policy "catalog-private"); their gradients then leave, or with
 # personal.universal the coefficients themselves.
 real_users = false
+
+# Send similarity factors of the items that other catalogs have, too (weave.schedule = "similarity"): the server reads
+# them, and the other clients their mean. Of two clients each learns the other's.
+share_similarity = false
 
 # Take part in secure sums (policy "aggregate-only") only with identity_key and peer_keys in client.toml. Without them a
 # server that invents two clients can read this client's adapter off a sum.
@@ -171,6 +176,8 @@ def check_run_is_allowed(
         problems.append(f"policies = {','.join(own.policies)!r}, the run has privacy.policy = {privacy.policy!r}")
     if privacy.policy == "catalog-private" and not own.receive_adapters:
         problems.append("receive_adapters = false, the run has privacy.policy = 'catalog-private'")
+    if run.shares_similarity and not own.share_similarity:
+        problems.append("share_similarity = false, the run has weave.schedule = 'similarity'")
     if privacy.min_users < own.min_users:
         problems.append(f"min_users = {own.min_users}, the run has privacy.min_users = {privacy.min_users}")
     num_heads = len(run.head.vectors) if run.head.kind else 0  # one answer trains them one after another

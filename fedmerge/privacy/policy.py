@@ -18,6 +18,7 @@ REMEDIES: Mapping[Kind, str] = {
     "metric sums": "Set until = 'train', or another privacy.policy.",
     "pseudo-user count": "Remove learned merges, or set privacy.policy = 'catalog-private'.",
     "coefficient gradient": "Remove learned merges, or set privacy.policy = 'catalog-private'.",
+    "similarity factors": "Set weave.schedule = 'none', or privacy.policy = 'adapter+catalog'.",
     "masked update": "Set privacy.policy = 'aggregate-only'.",
 }
 

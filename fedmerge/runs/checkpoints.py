@@ -4,14 +4,19 @@ Every checkpoint is written whole or not at all. It is verified when it is read;
 requested or computed again, with the same result.
 """
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
+
+import numpy as np
+import torch
 
 from fedmerge.adapter import Adapter, OnDemand, adapter_sha256, is_zero
 from fedmerge.encoder.peft.folder import write_adapter
 from fedmerge.errors import FedMergeError, RunDirError
 from fedmerge.evaluation.sums import VARIANTS, MetricSums, Variant, metric_sums_from_dict
+from fedmerge.federated.shared_items import SharedItems
 from fedmerge.federated.weaving import Weaving
 from fedmerge.files import read_json, read_record, read_sealed, seal, whole_folder, write_json
 from fedmerge.mergerec.pictures import draw_learned
@@ -19,6 +24,7 @@ from fedmerge.merging.candidate import Candidate, Provenance
 from fedmerge.merging.signals import Signals, read_signals
 from fedmerge.runs.folder import ADMISSION
 from fedmerge.runs.verified import read_verified
+from fedmerge.tensor_files import read_tensors, write_tensors
 
 ADAPTERS = "adapters"
 LEARNING = "learning"
@@ -26,6 +32,8 @@ MERGED = "merged"
 HEADS = "heads"
 WOVEN = "woven"
 WEAVE_FILE = "weave.json"
+SIMILARITY = "similarity"  # folder of similarity factors
+FACTORS_FILE = "averaged.json"
 WOVEN_MERGES = "woven-merges"
 Stage = Literal["admission", "valid", "heads", "test"]
 SUMS: Mapping[Stage, str] = {
@@ -153,6 +161,71 @@ def read_weave(run_dir: Path) -> dict[Weaving, str] | None:
     if record is None:
         return None
     return {Weaving(target, source): sha for target, of in record["woven"].items() for source, sha in of.items()}
+
+
+def write_factors(run_dir: Path, domain: str, shared: SharedItems, factors: torch.Tensor) -> str:
+    """Write a domain's similarity factors (n, q) with the items that they are of; return their hash.
+
+    Raises:
+        RunDirError: the folder cannot be written.
+    """
+    _made(run_dir / SIMILARITY)
+    tensors = {
+        "items": torch.from_numpy(shared.items),
+        "shared": torch.from_numpy(shared.shared),
+        "factors": factors,
+    }
+    write_tensors(_factors_file(run_dir, domain), tensors, {}, f"the similarity factors of {domain}")
+    return _factors_sha256(shared, factors)
+
+
+def read_factors(run_dir: Path, domain: str) -> tuple[SharedItems, torch.Tensor, str] | None:
+    """Return what :func:`write_factors` wrote, and its hash; None if it is absent or damaged."""
+    found = read_tensors(_factors_file(run_dir, domain))
+    if found is None or {*found[0]} != {"items", "shared", "factors"}:
+        return None
+    shared = SharedItems(found[0]["items"].numpy(), found[0]["shared"].numpy())
+    return shared, found[0]["factors"], _factors_sha256(shared, found[0]["factors"])
+
+
+def write_factor_hashes(run_dir: Path, hashes: Mapping[str, str]) -> None:
+    """End the collection of factors: record those that are averaged, domain -> hash."""
+    write_json(run_dir / SIMILARITY / FACTORS_FILE, seal(dict(sorted(hashes.items()))))
+
+
+def read_factor_hashes(run_dir: Path) -> dict[str, str] | None:
+    """Return the factors that are averaged, domain -> hash; None while they are collected."""
+    hashes: dict[str, str] | None = read_sealed(run_dir / SIMILARITY / FACTORS_FILE)
+    return hashes
+
+
+def stored_factors(run_dir: Path) -> dict[str, tuple[SharedItems, torch.Tensor]]:
+    """Return domain -> the items and factors that were averaged; empty without any.
+
+    Raises:
+        RunDirError: some changed on disk since they arrived.
+    """
+    sent = {}
+    for domain, sha256 in (read_factor_hashes(run_dir) or {}).items():
+        found = read_factors(run_dir, domain)
+        if found is None or found[2] != sha256:
+            raise RunDirError(
+                f"{_factors_file(run_dir, domain)}: changed since it arrived, or missing; expected the similarity "
+                f"factors with hash {sha256[:12]}. Restore the file from a copy of the run."
+            )
+        sent[domain] = found[:2]
+    return sent
+
+
+def _factors_file(run_dir: Path, domain: str) -> Path:
+    return run_dir / SIMILARITY / f"{domain}.safetensors"
+
+
+def _factors_sha256(shared: SharedItems, factors: torch.Tensor) -> str:
+    digest = hashlib.sha256()
+    for array in (shared.items, shared.shared, factors.numpy()):
+        digest.update(f"{array.dtype} {array.shape} ".encode() + np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
 
 
 def write_sources(run_dir: Path, sources: Mapping[str, str]) -> None:

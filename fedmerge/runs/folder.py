@@ -34,6 +34,8 @@ FILES: Mapping[str, str] = {
     "experts.json": "the experts to merge, by hash; ends the training",
     "woven/<domain>/<source>/, weave.json": "with `weave.schedule`: each adapter that a domain continued, as in "
     "`adapters/`; their hashes, final",
+    "similarity/": "with `weave.schedule = 'similarity'`: each domain's similarity factors of shared items; which are "
+    "averaged, by hash, final",
     "woven-merges/<domain>/": "with `weave.schedule`: the woven merge of each domain, as in `merged/`",
     "admission/<domain>.json, admission.json": "metric sums of the merges without each domain, if the gate needs "
     "them; the gate's findings on each expert, final",

@@ -12,11 +12,14 @@ from fedmerge.merging.candidate import Candidate, MergeVariant, Origin, provenan
 
 WEAVE = "weave"  # method of the universal merges
 WEAVE_STYLE = "WeaveRec-style (arXiv:2510.26546), through adapters in place of pooled histories"
+SIMILARITY_STYLE = "FedCIA-style (arXiv:2504.14208), over the items that two catalogs share"
 
 
 def weave_settings(weave: Weave) -> dict[str, Any]:
     """Return the settings of weaving, for the provenance of its merges."""
-    return {"kind": WEAVE_STYLE, **weave.model_dump(exclude={"factors"})}
+    if weave.schedule == "similarity":
+        return {"kind": SIMILARITY_STYLE, **weave.model_dump(exclude={"factors", "sources"})}
+    return {"kind": WEAVE_STYLE, **weave.model_dump(exclude={"factors", "similarity_rank", "similarity_weight"})}
 
 
 def woven_candidates(

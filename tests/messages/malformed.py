@@ -29,6 +29,7 @@ from fedmerge.encoder.lora import layout_of
 from fedmerge.errors import FedMergeError
 from fedmerge.evaluation.ranks import METRICS
 from fedmerge.evaluation.sums import VARIANTS, metric_sums
+from fedmerge.federated.shared_items import MeanSimilarity
 from fedmerge.privacy.secagg.state import Advertisement, Revealed
 from fedmerge.server.reply_checks import check_adapter, check_sums
 from sim.app.messages import records, secure_sum
@@ -95,6 +96,9 @@ def kinds() -> dict[str, Kind]:
         "books", "train", 30, 40, 300, False, "a" * 64, "b" * 64, "float32", "1", "adapter"
     )
 
+    factors = torch.tensor([[0.6, 0.8], [1.0, 0.0], [0.0, 0.5]], dtype=torch.float16)
+    mean = MeanSimilarity(np.array([0, 3, 4]), factors, torch.ones(3, 2, dtype=torch.uint8))
+
     def read_expert(content: RecordDict) -> None:
         found, _ = records.read_expert(content)
         check_adapter("books", found, layout_of(expert))
@@ -118,6 +122,17 @@ def kinds() -> dict[str, Kind]:
         "layer map request": Kind(
             records.layer_map_request_record(records.LayerMapRequest("a" * 64, 1), (0, 2)),
             records.read_layer_map_request,
+        ),
+        "similarity": Kind(
+            records.similarity_record(factors), lambda content: records.read_similarity(content, (3, 2))
+        ),
+        "similarity request": Kind(
+            records.similarity_request_record(records.SimilarityRequest("a" * 64, 2), mean.items),
+            lambda content: records.read_similarity_request(content, 9),
+        ),
+        "mean similarity": Kind(
+            records.weave_request_record(records.WeaveRequest(1, "shared items"), expert, mean),
+            lambda content: records.read_mean_similarity(content, 9),
         ),
         "gradient": Kind(records.gradient_record(torch.ones(2, 3)), records.read_gradient),
         "masked": Kind(secure_sum.masked_record(np.arange(50, dtype=np.uint32)), secure_sum.read_masked),

@@ -26,7 +26,7 @@ MESSAGES = {
 
 
 def test_every_message_has_a_row() -> None:
-    assert len(MESSAGES) == 15
+    assert len(MESSAGES) == 16
     assert {line.split("`")[1] for line in PAGE.splitlines() if line.startswith("| `")} == MESSAGES
 
 
@@ -40,6 +40,7 @@ def test_every_message_has_a_row() -> None:
         records.HeadRequest,
         records.LayerMapRequest,
         records.PersonalRequest,
+        records.SimilarityRequest,
         records.WeaveRequest,
         Advertisement,
         Signature,

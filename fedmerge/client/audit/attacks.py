@@ -11,6 +11,7 @@ from scipy.sparse import csr_array
 from scipy.sparse.linalg import svds
 
 from fedmerge.adapter import Adapter, is_zero
+from fedmerge.client.audit.similarity import SentFactors, factor_attacks, recovered_pairs
 from fedmerge.client.audit.users import canaries, prepare_for_audit
 from fedmerge.client.local_domain import MIN_TRAINING_LENGTH, LocalDomain
 from fedmerge.client.training.by_mode import train_adapter
@@ -57,6 +58,7 @@ class Audited:
         experts: domain -> expert, of all domains in the merge.
         coefficients: coefficients of the merge by domain (a number, or one per group of modules) if it is a plain sum.
         woven: source -> adapter that the domain continued and sent.
+        factors: label -> similarity factors, its own and those of others, of :func:`factors_for`.
     """
 
     domain: LocalDomain
@@ -66,6 +68,7 @@ class Audited:
     experts: Mapping[str, Adapter]
     coefficients: Mapping[str, Any] | None
     woven: Mapping[str, Adapter] = field(default_factory=dict)
+    factors: Mapping[str, SentFactors] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,9 @@ def audit_domain(audited: Audited, num_shadows: int, progress: Progress = lambda
         scores[label] = score_users(domain, adapter, pool, settings.train)
         progress(f"{domain.manifest.name}: {len(pool)} users scored under {label}")
     rows = _loss_attacks(scores, members)
+    backbone = _encoded(domain, None, [])[0] if audited.factors else torch.empty(0)
+    of_factors, similarities = factor_attacks(audited.factors, backbone, pool, members)
+    rows += of_factors
     why_none = ""
     if num_shadows and EXPERT not in scores and not _is_in_a_sum(audited):
         why_none = "without an expert, and without a merge that is a plain sum, shadows cannot be compared"
@@ -122,6 +128,12 @@ def audit_domain(audited: Audited, num_shadows: int, progress: Progress = lambda
         num_shadows = 0
     if num_shadows:
         rows += _shadow_attacks(audited, scores, users, members, num_shadows, progress)
+    of_members = [sequence for sequence, member in zip(pool, members, strict=True) if member]
+    recovery = _recovery(domain, models, of_members, settings.seed)
+    recovery["rows"] += [
+        {"from": label, "precision_at": recovered_pairs(items, of, of_members, PAIR_COUNTS)}
+        for label, items, of in similarities
+    ]
     return {
         "members": int(members.sum()),
         "non_members": int((~members).sum()),
@@ -130,7 +142,7 @@ def audit_domain(audited: Audited, num_shadows: int, progress: Progress = lambda
         "why_no_shadows": why_none,
         "nothing_learned": nothing_learned,
         "membership": rows,
-        "recovery": _recovery(domain, models, [s for s, m in zip(pool, members, strict=True) if m], settings.seed),
+        "recovery": recovery,
         "canaries": _canaries(domain, models, settings.simulation, settings.seed),
     }
 

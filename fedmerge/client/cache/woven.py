@@ -1,7 +1,10 @@
 """The cache of the adapters of other domains that a client has continued: the same inputs are trained once."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from fedmerge.adapter import Adapter, adapter_sha256
 from fedmerge.client.cache.dp_releases import Release, release_woven_once
@@ -73,4 +76,14 @@ def _inputs(domain: LocalDomain, settings: TrainingSettings, task: WeaveTask) ->
         "source": task.source,
         "start": adapter_sha256(task.start),
         "weave": [weave.steps, weave.rate, weave.proximal],
+        **_of_similarity(task, weave.similarity_weight),
     }
+
+
+def _of_similarity(task: WeaveTask, weight: float) -> dict[str, Any]:
+    if task.similarity is None:
+        return {}
+    digest = hashlib.sha256()
+    for array in (task.similarity.items, task.similarity.factors.numpy(), task.similarity.present.numpy()):
+        digest.update(f"{array.dtype} {array.shape} ".encode() + np.ascontiguousarray(array).tobytes())
+    return {"similarity": [digest.hexdigest(), weight]}

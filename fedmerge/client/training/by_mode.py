@@ -6,11 +6,13 @@ Of an expert, or of another domain's adapter that is continued.
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fedmerge.adapter import Adapter
 from fedmerge.client.auxiliary.prepared import prepare
+from fedmerge.client.auxiliary.shared_items import Term, similarity_loss, with_term
 from fedmerge.client.local_domain import LocalDomain
 from fedmerge.client.training.dp_sgd import UserPlan, plan_record, private_steps, user_plan
 from fedmerge.client.training.expert import (
@@ -70,7 +72,7 @@ def continue_as_asked(
     progress: Progress = lambda line: None,
     checkpoint: Path | None = None,
 ) -> tuple[Adapter, TrainingReport, Mapping[str, Any] | None]:
-    """Continue another domain's adapter as ``dp.mode`` and the simulation ask; without steps it stays as it is.
+    """Continue an adapter as ``dp.mode`` and the simulation ask; without steps it stays as it is.
 
     Args:
         domain, settings, progress, checkpoint: as for :func:`train_adapter`, which states results and errors.
@@ -83,6 +85,9 @@ def continue_as_asked(
     lora, train = settings.lora.of(name), weaving_settings(settings.train, weave)
     if weave.steps == 0:
         return task.start, TrainingReport(0, 0, "max_steps", 0.0, 0, ()), None
+    term: Term | None = None
+    if task.similarity is not None and weave.similarity_weight:
+        term = partial(similarity_loss, domain, task.similarity, weave.similarity_weight, seed)
     if settings.dp.mode == "user":
         check_can_train(domain)
         of_expert = user_plan(
@@ -90,13 +95,13 @@ def continue_as_asked(
         )
         plan = replace(of_expert, steps=weave.steps)
         adapter, report = train_private_expert(
-            domain, lora, train, seed, plan, progress, checkpoint, task.start, task.source, weave.proximal
+            domain, lora, train, seed, plan, progress, checkpoint, task.start, task.source, weave.proximal, term
         )
         return adapter, report, plan_record(plan)
     if is_attacker(settings.simulation, name):
         return *continue_poisoned(domain, replace(settings, train=train), task, progress), None
     continued = continue_adapter(
-        domain, lora, train, seed, task.start, task.source, weave.proximal, progress, checkpoint
+        domain, lora, train, seed, task.start, task.source, weave.proximal, progress, checkpoint, term
     )
     return *continued, None
 
@@ -130,6 +135,7 @@ def train_private_expert(
     start: Adapter | None = None,
     source: str = "",
     proximal: float = 0.0,
+    term: Term | None = None,
 ) -> tuple[Adapter, TrainingReport]:
     """Fine-tune an adapter with user-level differential privacy, and return the last one.
 
@@ -140,8 +146,8 @@ def train_private_expert(
         plan: noise, sampling and steps.
         checkpoint: written where :func:`~fedmerge.client.training.expert.train_expert` would validate. With system
             randomness a resumed training draws other noise than an uninterrupted one.
-        start, source, proximal: as for :func:`fedmerge.client.training.expert.continue_adapter`; None for a fresh
-            adapter.
+        start, source, proximal, term: as for :func:`fedmerge.client.training.expert.continue_adapter`; None for a
+            fresh adapter.
 
     Raises:
         DomainError: fewer than two users to train on.
@@ -158,7 +164,7 @@ def train_private_expert(
     auxiliary = prepare(domain, settings, seed, *scope, by_user=True)
 
     def init(attached: Attached, first: int) -> Step:
-        penalty = proximal_penalty(attached, proximal)
+        penalty = with_term(proximal_penalty(attached, proximal), term, first)
         return private_steps(domain, attached, settings, plan, seed, *scope, penalty=penalty, auxiliary=auxiliary)
 
     recipe = Recipe(name, init, schedule, start=start)

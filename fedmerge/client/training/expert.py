@@ -10,6 +10,7 @@ import numpy as np
 
 from fedmerge.adapter import Adapter
 from fedmerge.client.auxiliary.prepared import prepare, trained_maps
+from fedmerge.client.auxiliary.shared_items import Term, with_term
 from fedmerge.client.local_domain import LocalDomain
 from fedmerge.client.training.batches import Batch, training_batches
 from fedmerge.client.training.checkpoint import Validation
@@ -92,6 +93,7 @@ def continue_adapter(
     proximal: float = 0.0,
     progress: Progress = lambda line: None,
     checkpoint: Path | None = None,
+    term: Term | None = None,
 ) -> tuple[Adapter, TrainingReport]:
     """Continue another domain's adapter on a client's own users, with a new optimiser; the best on validation is kept.
 
@@ -104,6 +106,7 @@ def continue_adapter(
         source: whose it is; sampling depends on it, on the seed and on the domain's name only.
         proximal: μ of FedProx, the pull towards ``start``.
         progress, checkpoint: as for :func:`train_expert`, which states results and errors.
+        term: a term of the loss, by step; it reads no user.
 
     Raises:
         LayoutMismatchError: ``start`` is an adapter of another backbone.
@@ -113,7 +116,7 @@ def continue_adapter(
     drawn = training_batches(domain.training_sequences, settings, seed, name, "weave", source)
     batches = ((domain, batch, epochs) for batch, epochs in drawn)
     progress(f"{name}: continuing the adapter of {source}")
-    return fine_tune(name, [domain], batches, lora, settings, seed, progress, checkpoint, start, proximal)
+    return fine_tune(name, [domain], batches, lora, settings, seed, progress, checkpoint, start, proximal, term)
 
 
 def weaving_settings(train: Train, weave: Weave) -> Train:
@@ -139,6 +142,7 @@ def fine_tune(
     checkpoint: Path | None = None,
     start: Adapter | None = None,
     proximal: float = 0.0,
+    term: Term | None = None,
 ) -> tuple[Adapter, TrainingReport]:
     """Train an adapter on batches; select the best by mean NDCG@10 over the domains' validation users.
 
@@ -149,6 +153,7 @@ def fine_tune(
         lora, settings, seed, progress, checkpoint: as for :func:`train_expert`, which states results and errors.
         start: the adapter to train; None for a fresh one.
         proximal: μ of FedProx, the pull towards it.
+        term: as for :func:`continue_adapter`.
     """
     examples = [
         evaluation_examples(domain.interactions, "valid", settings.validation_users, seed) for domain in domains
@@ -169,7 +174,7 @@ def fine_tune(
     )
 
     def init(attached: Attached, first: int) -> Step:
-        penalty = proximal_penalty(attached, proximal)
+        penalty = with_term(proximal_penalty(attached, proximal), term, first)
         return batch_steps(batches, settings, attached, first, penalty, auxiliaries)
 
     recipe = Recipe(name, init, schedule, validate, start, beside=trained_maps(auxiliaries.values()))

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from fedmerge.adapter import Adapter
 from fedmerge.config import DP, ExperimentConfig, Lora, Simulation, Train, Weave
+from fedmerge.federated.shared_items import MeanSimilarity
 from fedmerge.privacy.dp.releases import NoisyAnswers, Release, metric_releases, noisy_answers, woven_steps
 
 
@@ -42,13 +43,15 @@ class WeaveTask:
 
     Attributes:
         number: number of the pass, from 1.
-        source: the domain whose expert the adapter was, or ``fedmerge.federated.weaving.MEAN``.
+        source: the domain whose expert the adapter was, or MEAN or SHARED of ``fedmerge.federated.weaving``.
         start: the adapter.
+        similarity: under schedule ``similarity`` the mean that it is pulled to.
     """
 
     number: int
     source: str
     start: Adapter
+    similarity: MeanSimilarity | None = None
 
 
 def training_settings(config: ExperimentConfig) -> TrainingSettings:

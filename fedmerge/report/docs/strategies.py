@@ -134,6 +134,15 @@ OTHERS: tuple[Strategy, ...] = (
         )
     ),
     Strategy(
+        "similarity of shared items",
+        {"weave.schedule": "similarity"},
+        ("query.catalog", "train", "query.similarity", "train.weave"),
+        "P and a catalog up, P down and up, n · q numbers up, n · K · q down (n shared items, q ≤ 64, float16)",
+        "1, and 1 of weave.steps",
+        "FedCIA-style (arXiv:2504.14208)",
+        "shops of one catalog whose experts share no space; of one backbone they do, so expect the average",
+    ),
+    Strategy(
         "fedecider-style",
         {"personal.directions": "module", "personal.universal": True, "privacy.policy": CATALOG_PRIVATE},
         ("train", "query.cohort", "train.personal"),

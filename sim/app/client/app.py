@@ -8,6 +8,7 @@ from flwr.clientapp import ClientApp
 from sim.app.client.coefficients import cohort, fit_personal, gradient, read_layer_map
 from sim.app.client.describing import catalog, describe
 from sim.app.client.evaluation import evaluate_models
+from sim.app.client.experts import send_similarity
 from sim.app.client.head_rounds import train_head_round
 from sim.app.client.heads import train_heads
 from sim.app.client.replies import log_to_stderr, replying
@@ -21,6 +22,7 @@ QUERIES: Mapping[str, Callable[[Message, Context], RecordDict]] = {
     records.COHORT: cohort,
     records.GRADIENT: gradient,
     records.LAYER_MAP: read_layer_map,
+    records.SIMILARITY: send_similarity,
     secure_sum.ADVERTISE: secagg_advertise,
     secure_sum.SHARE: secagg_share,
     secure_sum.MASKED: secagg_masked,

@@ -107,7 +107,7 @@ def _without_few_users(client: Client, report: dict[str, Any]) -> dict[str, Any]
 
 
 def weave(message: Message, context: Context) -> RecordDict:
-    """Continue the adapter of another domain on this client's users, or take it from the cache, and send it."""
+    """Continue an adapter, by default another domain's, on this client's users, or take it from the cache; send it."""
     client = open_client(context)
     config, name = client.config, client.domain.manifest.name
     check_may_leave(config.privacy.policy, "training report", name)
@@ -115,7 +115,10 @@ def weave(message: Message, context: Context) -> RecordDict:
     if config.weave.schedule is None:
         raise PolicyError(f"domain {name}: the server asks to continue an adapter, but weave.schedule = 'none'")
     request, start = records.read_weave_request(message.content)
-    task, run = WeaveTask(request.number, request.source, start), str(config.run_id)
+    similarity = records.read_mean_similarity(message.content, len(client.domain.catalog))
+    if (similarity is not None) != config.shares_similarity:
+        raise PolicyError(f"domain {name}: a mean similarity comes with weave.schedule = 'similarity', and only then")
+    task, run = WeaveTask(request.number, request.source, start, similarity), str(config.run_id)
     most = config.weave.trainings(len(config.domains.train))
     adapter, report = load_or_weave(
         client.domain, training_settings(config), task, most, config.cache_dir, config.run_id, logger.info

@@ -14,6 +14,7 @@ evaluate          evaluation_request_record, with model_records   metric_sums_re
 query.cohort      cohort_record                                   pseudo_users_record
 query.gradient    gradient_request_record                         gradient_record
 query.layer_map   layer_map_request_record                        layer_map_record
+query.similarity  similarity_request_record                       similarity_record
 any                                                               error_record in its place; add_signature
 ================  ==============================================  =========================================
 
@@ -113,10 +114,17 @@ from sim.app.messages.records.training import (
     signals_record,
 )
 from sim.app.messages.records.weaving import (
+    SIMILARITY,
     WEAVE,
+    SimilarityRequest,
     WeaveRequest,
+    read_mean_similarity,
+    read_similarity,
+    read_similarity_request,
     read_weave_request,
     read_woven,
+    similarity_record,
+    similarity_request_record,
     weave_request_record,
     woven_record,
 )
@@ -138,6 +146,7 @@ __all__ = [
     "OWN_EXPERT",
     "ROUND_HEAD",
     "SIGNALS",
+    "SIMILARITY",
     "TRAIN",
     "TRAIN_HEAD",
     "WEAVE",
@@ -150,6 +159,7 @@ __all__ = [
     "PersonalRequest",
     "Role",
     "RoundRequest",
+    "SimilarityRequest",
     "WeaveRequest",
     "add_signature",
     "are_weights",
@@ -191,6 +201,7 @@ __all__ = [
     "read_head_request",
     "read_layer_map",
     "read_layer_map_request",
+    "read_mean_similarity",
     "read_metric_sums",
     "read_personal_request",
     "read_pseudo_users",
@@ -198,12 +209,16 @@ __all__ = [
     "read_round_request",
     "read_signals",
     "read_signature",
+    "read_similarity",
+    "read_similarity_request",
     "read_vectors",
     "read_weave_request",
     "read_woven",
     "report_record",
     "round_request_record",
     "signals_record",
+    "similarity_record",
+    "similarity_request_record",
     "size_bytes",
     "weave_request_record",
     "woven_record",

@@ -7,6 +7,7 @@ from flwr.app import RecordDict
 
 from fedmerge.domain.catalog import Catalog, catalog_from_bytes, catalog_limits, load_catalog
 from fedmerge.domain.manifest import check_catalog_is_public, read_manifest
+from fedmerge.federated.shared_items import find_shared_items
 from fedmerge.files import read_json
 from fedmerge.runs import checkpoints
 from fedmerge.runs.folder import ADMISSION
@@ -27,6 +28,7 @@ def collect_catalogs(run: Run) -> dict[str, Catalog]:
 
     Raises:
         ClientError: too few training clients are left.
+        DomainError: schedule ``similarity`` of weaving finds too few shared items.
     """
     if not _are_needed(run):
         return {}
@@ -43,12 +45,16 @@ def collect_catalogs(run: Run) -> dict[str, Catalog]:
                     domain, f"the catalog has hash {catalog.sha256[:12]}, its client announced {announced[:12]}"
                 )
         run.require_quorum(run.members.in_role("train"))
+        if run.config.shares_similarity:  # before any training
+            find_shared_items({domain: catalog.item_ids for domain, catalog in catalogs.items()})
     return catalogs
 
 
 def _are_needed(run: Run) -> bool:
     config, folder = run.config, run.folder
     methods = config.methods_from_catalogs
+    if config.shares_similarity and checkpoints.read_factor_hashes(folder) is None:
+        return True
     if not methods and not probes(config):
         return False
     sources = checkpoints.read_sources(folder)

@@ -28,7 +28,7 @@ from sim.app.server.phases.evaluating import evaluate_models
 from sim.app.server.phases.heads.federated import train_federated_head
 from sim.app.server.phases.heads.local import Heads, train_heads
 from sim.app.server.phases.merging import Merges
-from sim.app.server.phases.weaving import Rows, choose_factors, target_rows
+from sim.app.server.phases.weaving.passes import Rows, choose_factors, target_rows
 from sim.app.server.run import Run
 
 logger = logging.getLogger("fedmerge.server")

@@ -20,7 +20,7 @@ from fedmerge.server.choice import CHOICE_FILE, SELECTION_FILE
 from sim.app.messages import records
 from sim.app.server.asking import DESCRIBE_SECONDS, LOOK_SECONDS, ask, pause
 from sim.app.server.members import FEW_CLIENTS, Members, join_names
-from sim.app.server.phases.weaving import WEAVE
+from sim.app.server.phases.weaving.passes import WEAVE
 from sim.app.server.questions import Question, State
 from sim.app.server.run import Run
 

@@ -18,7 +18,7 @@ from sim.app.server.phases.coefficients import fit_personal_merges, learn_throug
 from sim.app.server.phases.rounds.adapters import run_rounds
 from sim.app.server.phases.secure_sum import secure_candidates
 from sim.app.server.phases.training import train_experts
-from sim.app.server.phases.weaving import weave_experts
+from sim.app.server.phases.weaving.passes import weave_experts
 from sim.app.server.run import Run
 
 logger = logging.getLogger("fedmerge.server")
@@ -60,10 +60,10 @@ def train_and_merge(run: Run, backbone: Backbone, catalogs: Mapping[str, Catalog
         return Merges(list(sources), sources, sums, {})
     sources = train_experts(run, backbone, catalogs)
     if config.until == "train":
-        weave_experts(run, backbone, sources)
+        weave_experts(run, backbone, catalogs, sources)
         return Merges(list(sources), sources, [], {})
     sources, failed = pass_gate(run, backbone, catalogs, sources)
-    woven = weave_experts(run, backbone, sources)
+    woven = weave_experts(run, backbone, catalogs, sources)
     candidates = merge_experts(run, backbone, sources, catalogs)
     candidates += merge_woven(run, backbone, sources, woven)
     if config.admission.rollback and failed and failed.keys() < sources.keys():

@@ -75,7 +75,7 @@ def train_experts(run: Run, backbone: Backbone, catalogs: Mapping[str, Catalog])
 
 def _may_train(run: Run, catalogs: Mapping[str, Catalog]) -> set[str]:
     domains = {*run.config.domains.train} - {*run.members.excluded}
-    if run.config.methods_from_catalogs or probes(run.config):
+    if run.config.methods_from_catalogs or run.config.shares_similarity or probes(run.config):
         domains &= {*catalogs}
     return domains
 

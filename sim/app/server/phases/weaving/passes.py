@@ -11,11 +11,13 @@ from functools import cache, partial
 from flwr.app import RecordDict
 
 from fedmerge.adapter import Adapter, OnDemand, adapter_sha256
+from fedmerge.domain.catalog import Catalog
 from fedmerge.encoder.backbone import Backbone
 from fedmerge.encoder.lora import fresh_adapter, layout_of
 from fedmerge.errors import ClientError
 from fedmerge.evaluation.ranks import SELECTION_METRIC
 from fedmerge.evaluation.sums import WOVEN, MetricSums, copy_row, woven_label
+from fedmerge.federated.shared_items import MeanSimilarity
 from fedmerge.federated.weaving import Weaving, Woven, schedule_passes, start_of, target_merge
 from fedmerge.merging.candidate import Origin
 from fedmerge.privacy.dp.agreement import check_spent
@@ -27,6 +29,7 @@ from sim.app.messages import records
 from sim.app.server.asking import ask
 from sim.app.server.members import join_names
 from sim.app.server.phases.training import REPORT_BYTES
+from sim.app.server.phases.weaving.similarity import mean_similarities
 from sim.app.server.questions import Question, own_noise
 from sim.app.server.releases import trainings_released
 from sim.app.server.run import Run
@@ -49,15 +52,19 @@ class Pass:
         of: number of passes.
         trainings: one for each domain. What is on disk of any of them may be the start of a later one.
         wanted: those that clients are asked for.
+        means: under schedule ``similarity``, domain -> the mean that its expert is pulled to.
     """
 
     number: int
     of: int
     trainings: Sequence[Weaving]
     wanted: Sequence[Weaving]
+    means: Mapping[str, MeanSimilarity]
 
 
-def weave_experts(run: Run, backbone: Backbone, sources: Mapping[str, str]) -> dict[Weaving, str]:
+def weave_experts(
+    run: Run, backbone: Backbone, catalogs: Mapping[str, Catalog], sources: Mapping[str, str]
+) -> dict[Weaving, str]:
     """Let the clients continue each other's adapters as ``[weave]`` says; the adapters are on disk.
 
     A domain whose client does not finish its trainings is no target: what it continued is not merged. Its expert is,
@@ -66,6 +73,7 @@ def weave_experts(run: Run, backbone: Backbone, sources: Mapping[str, str]) -> d
     Args:
         run: the run.
         backbone: the frozen encoder.
+        catalogs: of the training domains, for schedule ``similarity``.
         sources: domain -> hash of its expert, of all domains that are merged.
 
     Returns:
@@ -80,11 +88,14 @@ def weave_experts(run: Run, backbone: Backbone, sources: Mapping[str, str]) -> d
     with run.phase(WEAVE):
         # 1. One pass after another, without what is on disk.
         ended = checkpoints.read_weave(run.folder)
+        means = mean_similarities(run, backbone, catalogs, sources) if config.shares_similarity else {}
         passes = schedule_passes(config.weave, list(sources), config.seed)
         found: dict[Weaving, str] = {}
         for number, trainings in enumerate(passes, start=1):
             wanted = [each for each in trainings if ended is None or each in ended]
-            one = Pass(number, len(passes), trainings, wanted)
+            if config.shares_similarity:
+                wanted = [each for each in wanted if each.target in means]
+            one = Pass(number, len(passes), trainings, wanted, means)
             found |= _one_pass(run, backbone, sources, found, one)
         # 2. Fix the adapters that are merged: those of the domains that finished.
         if ended is None:
@@ -134,7 +145,7 @@ def _one_pass(
 
     def request(target: str) -> RecordDict:
         asked = records.WeaveRequest(one.number, of_target[target].source)
-        return records.weave_request_record(asked, start(target))
+        return records.weave_request_record(asked, start(target), one.means.get(target))
 
     def limit_bytes(target: str) -> int:
         return adapter_bytes(layout_of(start(target))) + REPORT_BYTES
