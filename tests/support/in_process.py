@@ -1,5 +1,7 @@
 """A small experiment, and a benchmark's trainings and cells in this process."""
 
+import os
+import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -92,3 +94,27 @@ def finish(grid: Grid) -> list[str]:
 def tables_of(grid: Grid) -> BenchTables:
     write_bench_tables(grid.folder, bench_tables(grid))
     return read_bench_tables(grid.folder)
+
+
+def killed_at_write(config: ExperimentConfig, number: int) -> bool:
+    """Run in a process that is killed at its n-th write; return True if it got that far."""
+    child = os.fork()
+    if child == 0:
+        writes, replace = 0, os.replace
+
+        def replace_or_die(*places: Any) -> None:
+            nonlocal writes
+            writes += 1
+            if writes == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            replace(*places)
+
+        os.replace = replace_or_die  # type: ignore[assignment]  # as far as it is used
+        devnull = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(devnull, 2)
+        try:
+            run_in_process(config)
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(child, 0)
+    return os.WIFSIGNALED(status)

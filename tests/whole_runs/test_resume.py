@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from flwr.app import Context, Message
-from in_process import small_experiment
+from in_process import killed_at_write, small_experiment
 from run_folders import hash_results, unlisted_files
 
 from fedmerge.config import ExperimentConfig
@@ -84,30 +84,6 @@ class Questions:
 
     def of(self, what: str) -> set[str]:
         return {domain for (asked, domain) in self.asked if asked == what}
-
-
-def killed_at_write(config: ExperimentConfig, number: int) -> bool:
-    """Run in a process that is killed at its n-th write; return True if it got that far."""
-    child = os.fork()
-    if child == 0:
-        writes, replace = 0, os.replace
-
-        def replace_or_die(*places: Any) -> None:
-            nonlocal writes
-            writes += 1
-            if writes == number:
-                os.kill(os.getpid(), signal.SIGKILL)
-            replace(*places)
-
-        os.replace = replace_or_die  # type: ignore[assignment]  # as far as it is used
-        devnull = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(devnull, 2)
-        try:
-            run_in_process(config)
-        finally:
-            os._exit(0)
-    _, status = os.waitpid(child, 0)
-    return os.WIFSIGNALED(status)
 
 
 def check_kill_and_resume(config: ExperimentConfig, whole: Path, number: int) -> bool:
