@@ -100,8 +100,9 @@ def similarity_factors(vectors: torch.Tensor, rank: int) -> torch.Tensor:
         rank: largest q.
     """
     exact = vectors.double()
-    _, directions = torch.linalg.eigh(exact.T @ exact)  # ascending
-    return (exact @ directions.flip(1)[:, : factor_width(*vectors.shape, rank)]).half()
+    directions: torch.Tensor = torch.linalg.eigh(exact.T @ exact).eigenvectors  # ascending
+    kept = factor_width(len(vectors), vectors.shape[1], rank)
+    return (exact @ directions.flip(1)[:, :kept]).half()
 
 
 def mean_similarity(
