@@ -11,7 +11,8 @@ from sim.local.in_process import grid_in_memory
 
 
 def message_to(node: int, number: int = 0) -> Message:
-    return Message(RecordDict({"a": ConfigRecord({"number": number})}), dst_node_id=node, message_type="query", ttl=3600)
+    content = RecordDict({"a": ConfigRecord({"number": number})})
+    return Message(content, dst_node_id=node, message_type="query", ttl=3600)
 
 
 def number_of(message: Message) -> int:
@@ -48,7 +49,8 @@ def test_no_message_is_lost_while_others_are_sent() -> None:
             for node in nodes:
                 for message in grid.state.get_message_ins(node_id=node, limit=1):
                     found.append((node, number_of(message)))
-                    grid.state.delete_messages({message.metadata.message_id})  # few are open, so that searches are short
+                    # few are open, so that searches are short
+                    grid.state.delete_messages({message.metadata.message_id})
 
     searching = threading.Thread(target=search)
     searching.start()
