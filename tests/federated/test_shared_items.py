@@ -56,8 +56,8 @@ def mean_by_hand(target: str, rank: int) -> np.ndarray:
     for i, left in enumerate(own):
         for j, right in enumerate(own):
             both = [name for name in IDS if left in of_ids[name] and right in of_ids[name]]
-            found = [cut[name][of_ids[name].index(left), of_ids[name].index(right)] for name in both]
-            expected[i, j] = np.mean(found)
+            entries = [cut[name][of_ids[name].index(left), of_ids[name].index(right)] for name in both]
+            expected[i, j] = np.mean(entries)
     return expected
 
 
@@ -90,8 +90,8 @@ def test_rotating_the_vectors_of_a_client_changes_nothing() -> None:
     before = {name: similarity_factors(found, 3) for name, found in VECTORS.items()}
     after = {**before, "b": similarity_factors((VECTORS["b"].double() @ turn).float(), 3)}
     for target in IDS:
-        means = [whole(mean_similarity(target, SHARED_ITEMS, factors)) for factors in (before, after)]
-        np.testing.assert_allclose(*means, atol=HALF)
+        first, second = (whole(mean_similarity(target, SHARED_ITEMS, factors)) for factors in (before, after))
+        np.testing.assert_allclose(first, second, atol=HALF)
 
 
 def test_the_order_of_clients_changes_nothing_and_no_client_is_a_block_of_the_mean() -> None:
@@ -124,7 +124,7 @@ def test_every_client_continues_its_own_expert_once() -> None:
     weave = Weave(schedule="similarity")
     (trainings,) = schedule_passes(weave, [*IDS], seed=0)
     assert trainings == [Weaving(name, SHARED) for name in IDS]
-    assert all(start_of(each, weave, EXPERTS, {}, dict) is EXPERTS[each.target] for each in trainings)
+    assert all(start_of(each, weave, EXPERTS, {}, lambda: adapter(9)) is EXPERTS[each.target] for each in trainings)
 
 
 def test_what_was_continued_replaces_the_expert_and_without_steps_the_merge_is_the_average() -> None:

@@ -13,8 +13,8 @@ from fedmerge.privacy.policy import REMEDIES, check_enough_users, check_may_leav
 KEPT: dict[Policy, set[Kind]] = {
     "adapter+catalog": {"pseudo-user count", "coefficient gradient", "masked update"},
     "adapter": {"catalog", "pseudo-user count", "coefficient gradient", "masked update"},
-    "catalog-private": {"catalog", "masked update"},
-    "aggregate-only": {"adapter", "catalog", "pseudo-user count", "coefficient gradient"},
+    "catalog-private": {"catalog", "masked update", "similarity factors"},
+    "aggregate-only": {"adapter", "catalog", "pseudo-user count", "coefficient gradient", "similarity factors"},
 }
 
 

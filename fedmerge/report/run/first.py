@@ -130,7 +130,8 @@ def privacy_fact(run: RunDetails, statement: Mapping[str, Any], *, linked: bool 
         linked: with a link to the section of :mod:`fedmerge.report.run.promise`.
     """
     policy = str(run.settings.get("privacy.policy", ABSENT))
-    leaves = f"Under the policy {policy}, {join_words(what_leaves(policy))} may leave a client, never interactions."
+    kinds = join_words(what_leaves(run.settings))
+    leaves = f"Under the policy {policy}, {kinds} may leave a client, never interactions."
     link = element("a", "Assumptions and details", href=f"#{PRIVACY_SECTION}")
     more = element("small", link) if linked else None
     if not statement:

@@ -40,7 +40,7 @@ def promise_section(statement: Mapping[str, Any], settings: Mapping[str, Any]) -
                 element("strong", policy),
                 " decides what may leave; interactions stay with the clients. Not covered is all that left:",
             ),
-            _list(what_leaves(policy)),
+            _list(what_leaves(settings)),
             note(
                 "An adapter is computed from private data and can reveal some of it; fedmerge privacy audit measures "
                 "how much. The ledger below has the bytes of everything that left."
@@ -63,10 +63,12 @@ def promise_section(statement: Mapping[str, Any], settings: Mapping[str, Any]) -
     )
 
 
-def what_leaves(policy: str) -> list[str]:
-    """Return the kinds of content that a policy lets leave a client, in the plural and sorted."""
-    kinds = next((kinds for name, kinds in ALLOWED.items() if name == policy), frozenset())
-    return [kind if kind.endswith("s") else f"{kind}s" for kind in sorted(kinds)] or ["what it allows"]
+def what_leaves(settings: Mapping[str, Any]) -> list[str]:
+    """Return the kinds of content that may leave a client under a run's policy, in the plural and sorted."""
+    policy, woven = settings.get("privacy.policy"), settings.get("weave.schedule") == "similarity"
+    allowed = next((kinds for name, kinds in ALLOWED.items() if name == policy), frozenset())
+    kinds = [kind for kind in sorted(allowed) if woven or kind != "similarity factors"]
+    return [kind if kind.endswith("s") else f"{kind}s" for kind in kinds] or ["what it allows"]
 
 
 def _columns(statement: Mapping[str, Any]) -> list[str]:

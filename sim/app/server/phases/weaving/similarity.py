@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from flwr.app import RecordDict
 
@@ -112,4 +113,4 @@ def _ask_for_factors(
 
 
 def _is_same(kept: SharedItems, wanted: SharedItems) -> bool:
-    return kept.items.tolist() == wanted.items.tolist() and kept.shared.tolist() == wanted.shared.tolist()
+    return np.array_equal(kept.items, wanted.items) and np.array_equal(kept.shared, wanted.shared)
