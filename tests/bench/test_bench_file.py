@@ -79,7 +79,6 @@ def test_wrong_rule_parameters_are_refused_before_training(
             {"through_clients.users": "own-users"},
             "through_clients.users.*own-users",
         ),
-        ({"personal.directions": "module"}, "personal.directions.*needs a federation"),
         ({"through_clients.mode": "local-steps"}, "through_clients.mode.*local-steps.*exact"),
         (
             {"dp.mode": "domain-local", "dp.epsilon": 4, "dp.delta": 1e-3},

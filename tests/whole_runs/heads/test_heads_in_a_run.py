@@ -153,7 +153,7 @@ def test_a_run_that_is_killed_between_replies_asks_only_the_others_again(
 ) -> None:
     config = experiment(place, f"killed {what}", cache_dir=str(place / "whole-cache"))
     run = place / f"killed {what}" / "run"
-    monkeypatch.setattr("sim.app.server.asking.pause", lambda since: _die_if(run, what))
+    monkeypatch.setattr("sim.app.server.asking.pause", lambda *_: _die_if(run, what))
     with pytest.raises(Killed):
         run_in_process(config, stops_after(what, 1))
     monkeypatch.undo()
