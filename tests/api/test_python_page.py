@@ -56,9 +56,10 @@ def test_every_block_of_the_page_runs(place: Path) -> None:
 
 
 @pytest.mark.e2e
+@pytest.mark.timeout(1200)
 def test_every_cell_of_the_notebook_runs(place: Path) -> None:
     text = small(NOTEBOOK.read_text(encoding="utf-8"), place)
     notebook = nbformat.reads(text, as_version=4)  # type: ignore[no-untyped-call]  # nbformat leaves it untyped
-    done = NotebookClient(notebook, timeout=240, kernel_name="python3").execute()
+    done = NotebookClient(notebook, timeout=600, kernel_name="python3").execute()
     outputs = [output for cell in done.cells if cell.cell_type == "code" for output in cell.outputs]
     assert "Estimate(mean=" in json.dumps(outputs)
