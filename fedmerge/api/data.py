@@ -33,7 +33,7 @@ def load_backbone(
         pooling: ``auto`` (from the model's own files), ``mean``, ``mean-text``, ``cls`` or ``last``.
         device: ``auto``, ``cpu`` or a CUDA device.
         precision: ``auto``, ``float32`` or ``bfloat16``.
-        conventions: other settings of ``[backbone]``: family, history_prompt, item_prompt, eos, attention, dimension.
+        conventions: other settings of ``[backbone]``, such as family, history_prompt or dimension.
 
     Raises:
         BackboneError: the files are missing or damaged, or the conventions contradict the model.
