@@ -7,7 +7,8 @@ the users. So with ``inputs = "ids"`` one model serves every encoder. Nothing he
 
 import hashlib
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from fedmerge.domain.splits import MIN_EVALUATED_LENGTH, Examples, evaluation_ex
 from fedmerge.errors import ClientError, DomainError, RunDirError
 from fedmerge.evaluation.ranks import IntArray, rank_targets
 from fedmerge.evaluation.sums import FEDERATED_HEAD, RECENT_ITEMS, VARIANTS, Variant, fused_label, head_label
-from fedmerge.files import read_sealed, seal, write_json
+from fedmerge.files import exclusive, read_sealed, seal, write_json
 from fedmerge.sequence.anchored import anchored_source, recent_items_source, whitened, whitening
 from fedmerge.sequence.contrast import Contrast
 from fedmerge.sequence.fusion import FusionChoice, choose_weights, fused_ranks
@@ -108,14 +109,17 @@ def load_or_train_head(
     if head.contrast:
         inputs["contrast"] = head.contrast_record() | {"similar": text_inputs(domain, None)}
     folder = _folder(name, inputs, cache_dir)
-    trained = read_cached_head(folder)
-    cached = trained is not None
+    trained, cached = read_cached_head(folder), True
+    if trained is None:
+        with _only_training(folder, lambda: progress(f"{name}: waiting for another process that trains this head")):
+            trained = read_cached_head(folder)
+            if trained is None:
+                cached = False
+                contrast = head_contrast(domain, head, cache_dir)
+                _train(domain, vectors, settings, validation, inputs, folder, progress, contrast)
+                trained = read_cached_head(folder)
     if cached:
         progress(f"{name}: reusing the cached head in {folder}")
-    else:
-        contrast = head_contrast(domain, head, cache_dir)
-        _train(domain, vectors, settings, validation, inputs, folder, progress, contrast)
-        trained = read_cached_head(folder)
     if trained is None:
         raise ClientError(
             f"domain {name}: its head was trained, but cannot be read back from {folder}. Check the disk, or set "
@@ -307,6 +311,21 @@ def head_contrast(domain: LocalDomain, head: Head, cache_dir: str) -> Contrast |
     if OF_SIMILAR & {*rates}:
         similar = similar_items(domain, item_vectors(domain, None, cache_dir))
     return Contrast(head.contrast, rates, similar)
+
+
+@contextmanager
+def _only_training(folder: Path, waiting: Callable[[], None]) -> Iterator[None]:
+    """Let one process at a time train a head."""
+    lock = folder.with_name(f"{folder.name}.lock")
+    with ExitStack() as held:
+        try:
+            held.enter_context(exclusive(lock.parent, lock.name, waiting))
+        except OSError as error:
+            raise ClientError(
+                f"{lock} cannot be written ({error.strerror}). Check the permissions there, or set cache_dir."
+            ) from error
+        yield
+        lock.unlink(missing_ok=True)  # those who wait find the head
 
 
 def _train(

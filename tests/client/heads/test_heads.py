@@ -4,6 +4,8 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from queue import Queue
+from threading import Event, Thread
 
 import numpy as np
 import pytest
@@ -25,7 +27,7 @@ from fedmerge.client.local_domain import LocalDomain
 from fedmerge.config import Head, Simulation
 from fedmerge.domain.interactions import make_interactions
 from fedmerge.domain.splits import evaluation_examples
-from fedmerge.errors import DomainError
+from fedmerge.errors import ClientError, DomainError
 from fedmerge.evaluation.ranks import METRICS, IntArray, per_user_metrics, rank_targets
 from fedmerge.evaluation.sums import VARIANTS
 from fedmerge.sequence.anchored import anchored_source, text_head, whitened, whitening
@@ -68,6 +70,41 @@ def test_a_head_is_trained_once(toys: LocalDomain, adapter: Adapter, tmp_path: P
     assert same(first, again)
     elsewhere, _ = trained(toys, adapter, tmp_path / "elsewhere")
     assert same(first, elsewhere)
+
+
+def test_who_needs_a_head_that_is_being_trained_waits_for_it(toys: LocalDomain, tmp_path: Path) -> None:
+    waits, found, lines = Event(), Queue[LocalHead](), list[str]()
+
+    def listen(line: str) -> None:
+        lines.append(line)
+        if "waiting" in line:
+            waits.set()
+
+    def train_too() -> None:
+        found.put(load_or_train_head(toys, None, SMALL, None, 0, str(tmp_path), listen))
+
+    other = Thread(target=train_too)
+
+    def progress(line: str) -> None:
+        if not other.ident:
+            other.start()
+            assert waits.wait(60)
+
+    first = load_or_train_head(toys, None, SMALL, None, 0, str(tmp_path), progress)
+    second = found.get(timeout=60)
+    (folder,) = heads_on_disk(tmp_path)  # and no lock beside it
+    assert lines[:2] == [
+        "toys: waiting for another process that trains this head",
+        f"toys: reusing the cached head in {folder}",
+    ]
+    assert (first.cached, second.cached) == (False, True)
+    assert same(first, second)
+
+
+def test_a_lock_that_cannot_be_written_is_named(toys: LocalDomain, tmp_path: Path) -> None:
+    (tmp_path / "heads").write_text("a file in the way")
+    with pytest.raises(ClientError, match=rf"{tmp_path}/heads.*set cache_dir"):
+        trained(toys, None, tmp_path)
 
 
 def test_other_inputs_have_a_head_of_their_own(toys: LocalDomain, adapter: Adapter, tmp_path: Path) -> None:
@@ -151,7 +188,7 @@ def test_a_killed_training_resumes_after_its_last_epoch(toys: LocalDomain, adapt
     cache = tmp_path / "killed"
     with pytest.raises(Killed):
         load_or_train_head(toys, adapter, SMALL, None, 0, str(cache), killed)
-    assert [path.suffix for path in heads_on_disk(cache)] == [".checkpoint"]
+    assert [path.suffix for path in heads_on_disk(cache)] == [".checkpoint", ".lock"]
     resumed, lines = trained(toys, adapter, cache)
     assert not any("epoch 1," in line or "epoch 2," in line for line in lines)
     assert any("epoch 3," in line for line in lines)
