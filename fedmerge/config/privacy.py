@@ -29,7 +29,7 @@ ALLOWED: Mapping[Policy, frozenset[Kind]] = {
     "catalog-private": _ALWAYS | {"adapter", "pseudo-user count", "coefficient gradient"},
     "aggregate-only": _ALWAYS | {"masked update"},
 }
-"""Kinds of content that may leave a client. docs/reference/policies.md says what each policy promises, and to whom."""
+"""Kinds of content that may leave a client. docs/reference/privacy/policies.md says what each policy promises, and to whom."""
 
 
 class Privacy(Section):
@@ -39,14 +39,14 @@ class Privacy(Section):
         "adapter+catalog",
         description="Information that leaves a client. adapter+catalog: catalogs are public, as MergeRec has it; "
         "adapter: adapter and metric sums only; catalog-private: the clients learn the coefficients; aggregate-only: "
-        "sums of adapters only ([policies](reference/policies.md)).",
+        "sums of adapters only ([policies](reference/privacy/policies.md)).",
     )
     min_users: int = Field(20, ge=1, description="Users behind a metric sum, at least; sums over fewer stay.")
     metrics: Disclosure = Field(
         "exact",
         description="Metric sums that leave a client. exact: with cross-products, for paired intervals; suppressed: "
         "Recall@10 and NDCG@10, rounded, and only with min_users hits and as many misses; noised: the same two "
-        "with noise by user, counted in privacy.json ([metric sums](metric-sums.md)).",
+        "with noise by user, counted in privacy.json ([metric sums](reference/privacy/metric-sums.md)).",
     )
     metrics_noise: float = Field(
         4.0,
@@ -82,7 +82,7 @@ class Privacy(Section):
 
 
 class DP(Section):
-    """Differential privacy, explained in [differential-privacy.md](reference/differential-privacy.md)."""
+    """Differential privacy, explained in [differential-privacy.md](reference/privacy/differential-privacy.md)."""
 
     mode: Literal["none", "user", "domain-local", "domain-central"] = Field(
         "none",

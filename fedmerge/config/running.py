@@ -74,7 +74,7 @@ class Server(Section):
 
 
 class Admission(Section):
-    """The gate in front of the merge, explained in [admission.md](reference/admission.md)."""
+    """The gate in front of the merge, explained in [admission.md](reference/privacy/admission.md)."""
 
     action: Literal["flag", "exclude"] | None = Field(
         "flag", description="Consequence for an expert that fails a check; 'none': nothing is checked."
@@ -134,7 +134,7 @@ class Runtime(Section):
 
 
 class Simulation(Section):
-    """Audits and poisoned trainings, in simulations alone ([admission.md](reference/admission.md))."""
+    """Audits and poisoned trainings, in simulations alone ([admission.md](reference/privacy/admission.md))."""
 
     attacker: str | None = Field(
         None,

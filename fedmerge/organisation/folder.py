@@ -60,7 +60,7 @@ threads = {threads}
 
 # For secure sums, so that no server can impersonate another client: an Ed25519 key made by ssh-keygen, and a folder
 # with NAME.pub of every domain, obtained from the organisations and not from the operator. See
-# docs/reference/secure-aggregation.md.
+# docs/reference/privacy/secure-aggregation.md.
 # identity_key = "identity"
 # peer_keys = "peers"
 

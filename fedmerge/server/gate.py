@@ -2,7 +2,7 @@
 
 There are three kinds of checks: the size of an update relative to the cohort, a probe of the adapted encoder on its
 domain's own catalog, and the other domains' validation of the merge without the expert. Each has a number and a limit;
-the reasons for the limits are below. docs/reference/admission.md says what the checks cannot see.
+the reasons for the limits are below. docs/reference/privacy/admission.md says what the checks cannot see.
 
 Source: "One Bad Model Spoils the Bunch" (arXiv:2406.14563) shows the need; the checks are our own.
 """

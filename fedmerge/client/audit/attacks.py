@@ -1,4 +1,4 @@
-"""Attacks that measure what an adapter reveals about its users, docs/reference/differential-privacy.md."""
+"""Attacks that measure what an adapter reveals about its users, docs/reference/privacy/differential-privacy.md."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
