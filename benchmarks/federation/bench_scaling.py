@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -87,27 +87,30 @@ def sample(pid: int) -> tuple[str, dict[str, float]]:
     return kind, {**sizes, "cpu": sum(map(int, times)) / os.sysconf("SC_CLK_TCK")}
 
 
-def run(folder: Path, num_domains: int, options: argparse.Namespace) -> dict[str, float | str]:
-    """Run one federation; return the figures of its row."""
-    domains = folder / f"domains-{num_domains}"
-    generated = time.perf_counter()
-    names = write_demo(
-        domains, num_domains=num_domains, num_users=options.num_users, num_items=options.num_items, overwrite=True
-    )
-    generated = time.perf_counter() - generated
+def run(folder: Path, label: str, domains: Path, names: Sequence[str], changes: Sequence[str]) -> dict[str, float]:
+    """Run one federation; return the figures of its row.
+
+    Args:
+        folder: has the backbone in ``backbone``; receives run, cache and the files named by the label.
+        label: of the run.
+        domains: folder of the domains.
+        names: of the domains, all of which train.
+        changes: ``KEY=VALUE``, further settings.
+    """
+    num_domains = len(names)
     own = {
-        "run_id": f"scale-{num_domains}",
+        "run_id": label,
         "output_dir": folder / "runs",
-        "cache_dir": folder / f"cache-{num_domains}",
+        "cache_dir": folder / f"cache-{label}",
         "backbone.source": folder / "backbone",
         "domains.root": domains,
         "domains.train": ",".join(names),
         "domains.unseen": "",
     }
-    run_dir = folder / "runs" / f"scale-{num_domains}"
-    for old in (run_dir, folder / f"cache-{num_domains}"):
+    run_dir = folder / "runs" / label
+    for old in (run_dir, folder / f"cache-{label}"):
         shutil.rmtree(old, ignore_errors=True)
-    settings = [f"{key}={value}" for key, value in {**SETTINGS, **own}.items()] + options.set
+    settings = [f"{key}={value}" for key, value in {**SETTINGS, **own}.items()] + [*changes]
     mark = secrets.token_hex(8)
     (folder / "empty.toml").write_text("")
     command = [sys.executable, "-m", "fedmerge.cli", "run", "empty.toml", "--app", str(REPOSITORY), "--set", *settings]
@@ -115,7 +118,7 @@ def run(folder: Path, num_domains: int, options: argparse.Namespace) -> dict[str
     peaks: dict[tuple[str, int], dict[str, float]] = {}
     curve: list[tuple[float, float]] = []  # seconds, private MB of the server
     started = time.perf_counter()
-    with (folder / f"output-{num_domains}.log").open("w") as output:
+    with (folder / f"output-{label}.log").open("w") as output:
         process = subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT)
         while process.poll() is None:
             for pid in processes(mark):
@@ -129,8 +132,8 @@ def run(folder: Path, num_domains: int, options: argparse.Namespace) -> dict[str
             time.sleep(SAMPLE_SECONDS)
     seconds = time.perf_counter() - started
     if process.returncode:
-        raise SystemExit(f"{num_domains} domains: the run failed, see {folder / f'output-{num_domains}.log'}")
-    (folder / f"memory-{num_domains}.json").write_text(json.dumps(curve))
+        raise SystemExit(f"{label}: the run failed, see {folder / f'output-{num_domains}.log'}")
+    (folder / f"memory-{label}.json").write_text(json.dumps(curve))
     phases = phase_seconds(run_dir / "run.log")
 
     def peak(kind: str, name: str) -> float:
@@ -143,7 +146,6 @@ def run(folder: Path, num_domains: int, options: argparse.Namespace) -> dict[str
     merged = [file.stat().st_size for file in run_dir.glob("merged/*/adapter_model.safetensors")]
     return {
         "domains": num_domains,
-        "generation s": generated,
         "data MB": size_of(domains) / 1e6,
         "all s": seconds,
         "in the app s": sum(phases.values()),
@@ -208,7 +210,10 @@ def main() -> None:
             write_demo_backbone(folder / "backbone")
         rows = []
         for num_domains in options.num_domains:
-            rows.append(run(folder, num_domains, options))
+            domains = folder / f"domains-{num_domains}"
+            sizes = {"num_domains": num_domains, "num_users": options.num_users, "num_items": options.num_items}
+            names = write_demo(domains, **sizes, overwrite=True)
+            rows.append(run(folder, f"scale-{num_domains}", domains, names, options.set))
             print(json.dumps(rows[-1]), flush=True)
             with (folder / "rows.jsonl").open("a") as kept:
                 kept.write(json.dumps(rows[-1]) + "\n")

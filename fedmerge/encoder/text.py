@@ -15,6 +15,7 @@ from fedmerge.errors import BackboneError, DomainError
 
 Tokens = npt.NDArray[np.int32]
 Order = Literal["newest-first", "newest-last"]
+CHUNK = 4096  # items tokenised at a time: a tokenizer's own record of a text takes some kilobytes
 
 
 def _none() -> Tokens:
@@ -156,19 +157,23 @@ def build_token_table(catalog: Catalog, tokenizer: PreTrainedTokenizerBase, max_
     Raises:
         DomainError: an item without text for a tokenizer without special tokens, so that nothing of it can be encoded.
     """
-    pieces: list[list[list[int]]] = []  # attribute -> item -> tokens, key included
     blank = leading_blank(tokenizer)  # the joined text contains it
-    for attribute, texts in catalog.attributes.items():
-        key = _tokenise(tokenizer, [f"{blank}{attribute}:"])[0]
-        values = _tokenise(tokenizer, [f"{blank}{value}" if value else "" for value in texts])
-        limit = catalog.limits.get(attribute, max_attribute_tokens)
-        pieces.append([key + value[:limit] if value else [] for value in values])
-    items = [[token for attribute in item for token in attribute] for item in zip(*pieces, strict=True)]
-    offsets = np.zeros(len(items) + 1, dtype=np.int64)
-    np.cumsum([len(item) for item in items], out=offsets[1:])
-    if not all(items):
-        _check_empty_items(catalog.name, [index for index, item in enumerate(items) if not item], len(items), tokenizer)
-    flat = np.fromiter((token for item in items for token in item), dtype=np.int32, count=int(offsets[-1]))
+    keys = {attribute: _tokenise(tokenizer, [f"{blank}{attribute}:"])[0] for attribute in catalog.attributes}
+    parts, lengths = [np.zeros(0, dtype=np.int32)], np.zeros(len(catalog), dtype=np.int64)
+    for start in range(0, len(catalog), CHUNK):
+        pieces: list[list[list[int]]] = []  # attribute -> item -> tokens, key included
+        for attribute, texts in catalog.attributes.items():
+            some = texts[start : start + CHUNK]
+            values = _tokenise(tokenizer, [f"{blank}{value}" if value else "" for value in some])
+            limit = catalog.limits.get(attribute, max_attribute_tokens)
+            pieces.append([keys[attribute] + value[:limit] if value else [] for value in values])
+        items = [[token for attribute in item for token in attribute] for item in zip(*pieces, strict=True)]
+        parts.append(np.fromiter((token for item in items for token in item), dtype=np.int32))
+        lengths[start : start + CHUNK] = [len(item) for item in items]
+    if not lengths.all():
+        _check_empty_items(catalog.name, np.flatnonzero(lengths == 0).tolist(), len(catalog), tokenizer)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    flat = np.concatenate(parts)
     return TokenTable(flat, offsets, _separator(tokenizer))
 
 

@@ -128,6 +128,16 @@ def test_an_item_sequence_is_the_tokens_of_its_text(bert: Backbone) -> None:
     assert len(sequences[WITHOUT_TEXT]) == len(bert.special.prefix) + len(bert.special.suffix)
 
 
+@pytest.mark.parametrize("chunk", [1, 2, len(ITEMS)])
+def test_a_catalog_in_chunks_has_the_same_tokens(bert: Backbone, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    whole = build_token_table(catalog_of(ITEMS), bert.tokenizer, NO_LIMIT)
+    monkeypatch.setattr("fedmerge.encoder.text.CHUNK", chunk)
+    chunked = build_token_table(catalog_of(ITEMS), bert.tokenizer, NO_LIMIT)
+    assert (chunked.ids.dtype, chunked.offsets.dtype) == (np.int32, np.int64)
+    np.testing.assert_array_equal(chunked.ids, whole.ids)
+    np.testing.assert_array_equal(chunked.offsets, whole.offsets)
+
+
 def test_each_value_is_cut_and_its_key_is_not(bert: Backbone) -> None:
     long = {"title": "red " * 9, "brand": "kids", "category": "soap brush toy"}
     table = build_token_table(catalog_of([long]), bert.tokenizer, 2)

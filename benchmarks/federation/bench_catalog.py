@@ -1,0 +1,126 @@
+"""Two shops with large catalogs, from the tables to the report: seconds and peak memory of every stage.
+
+    python benchmarks/federation/bench_catalog.py --num-items 10000 100000 1000000
+
+A shop has N items with titles, brands and categories, N users and ten interactions a user, generated. It is imported by
+`fedmerge data import table`; then `fedmerge run` trains two steps, merges by average and mergerec (five steps), and
+evaluates 2,000 users by exact ranks. The encoder has two layers and random weights, so that what is not encoding is
+seen. Memory is the process's own (heap and stacks), in MB of 10^6 bytes. Serving: `bench_serving.py --search N`.
+"""
+
+import argparse
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from bench_scaling import PHASES, run
+
+from fedmerge.encoder.demo_backbone import write_demo_backbone
+
+SHOPS = ("north", "south")
+INTERACTIONS_A_USER = 10
+WORDS = 20_000
+SETTINGS = [
+    "merge.methods=average,mergerec",
+    "mergerec.steps=5",
+    "evaluation.validation_users=200",
+    "evaluation.test_users=2000",
+    "evaluation.baselines=popularity,last-item",
+    "server.wait_seconds=600",
+    "server.timeout_seconds=100000",
+]
+
+
+def main() -> None:
+    """Print a column for each number of items."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--num-items", type=int, nargs="+", default=[10_000])
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of the experiment")
+    options = parser.parse_args()
+    columns = []
+    with tempfile.TemporaryDirectory(prefix="fedmerge-catalog-") as temporary:
+        folder = Path(temporary)
+        write_demo_backbone(folder / "backbone")
+        for num_items in options.num_items:
+            columns.append(_measure(folder, num_items, options.set))
+            print(columns[-1], flush=True)
+    for name in columns[0]:
+        print(f"{name:<32}" + "".join(f"{column[name]:>14,.1f}" for column in columns))
+    print(f"load of the machine at the end: {os.getloadavg()[1]:.1f} runnable on {len(os.sched_getaffinity(0))} CPUs")
+
+
+def _measure(folder: Path, num_items: int, changes: list[str]) -> dict[str, float]:
+    domains = folder / f"domains-{num_items}"
+    imports = [_import(folder, domains, shop, seed, num_items) for seed, shop in enumerate(SHOPS)]
+    found = run(folder, f"catalog-{num_items}", domains, SHOPS, [*SETTINGS, *changes])
+    shutil.rmtree(domains)
+    return {
+        "items": num_items,
+        "import of a shop, s": max(seconds for seconds, _ in imports),
+        "import of a shop, MB": max(size for _, size in imports),
+        **{f"{phase}, s": found[f"{phase} s"] for phase in PHASES},
+        "CPU of the clients, s": found["clients CPU s"],
+        "CPU of the server, s": found["server CPU s"],
+        "largest client, MB": found["client own MB"],
+        "server, MB": found["server own MB"],
+        "from a client, kB": found["kB from a client"],
+    }
+
+
+def _import(folder: Path, domains: Path, shop: str, seed: int, num_items: int) -> tuple[float, float]:
+    """Return the seconds and peak memory in MB of the import of a shop."""
+    source = folder / f"{shop}-source"
+    source.mkdir()
+    _write_tables(source, num_items, seed)
+    command = [sys.executable, "-m", "fedmerge.cli", "data", "import", "table", str(domains), "--name", shop]
+    command += ["--interactions", str(source / "interactions.parquet"), "--catalog", str(source / "catalog.parquet")]
+    started = time.perf_counter()
+    process = subprocess.Popen([*command, "--public-catalog", "--keep-all-items"], stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"{shop}: the import of {num_items} items failed")
+    shutil.rmtree(source)
+    return time.perf_counter() - started, _peak_mb(usage)
+
+
+def _peak_mb(usage: resource.struct_rusage) -> float:
+    return usage.ru_maxrss * 1024 / 1e6
+
+
+def _write_tables(folder: Path, num_items: int, seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    users = np.repeat(np.arange(num_items), INTERACTIONS_A_USER)
+    items = (num_items * draw.random(len(users)) ** 2).astype(np.int64)  # few are far more popular than the others
+    times = np.tile(np.arange(INTERACTIONS_A_USER), num_items)
+    names = pa.array(np.arange(num_items)).cast(pa.string())
+    pq.write_table(
+        pa.table(
+            {
+                "user_id": pa.DictionaryArray.from_arrays(pa.array(users), names).cast(pa.string()),
+                "item_id": pa.DictionaryArray.from_arrays(pa.array(items), names).cast(pa.string()),
+                "timestamp": times,
+            }
+        ),
+        folder / "interactions.parquet",
+    )
+    words = np.array(["".join(letters) for letters in draw.choice([*"abcdefghijklmnopqrstuvwxyz"], (WORDS, 6))])
+    title = draw.choice(words, (num_items, 6))
+    catalog = {
+        "item_id": names,
+        "title": [" ".join(row) for row in title],
+        "brand": draw.choice(words[:500], num_items).tolist(),
+        "category": draw.choice(words[:50], num_items).tolist(),
+    }
+    pq.write_table(pa.table(catalog), folder / "catalog.parquet")
+
+
+if __name__ == "__main__":
+    main()
