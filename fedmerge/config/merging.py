@@ -283,7 +283,7 @@ class Rmm(Section):
 
 
 class ThroughClients(Section):
-    """Coefficients learned by the clients: `privacy.policy = "catalog-private"` ([policies](reference/privacy/policies.md))."""
+    """Coefficients learned by the clients under `catalog-private` ([policies](reference/privacy/policies.md))."""
 
     mode: Literal["exact", "local-steps"] = Field(
         "exact",

@@ -29,7 +29,7 @@ ALLOWED: Mapping[Policy, frozenset[Kind]] = {
     "catalog-private": _ALWAYS | {"adapter", "pseudo-user count", "coefficient gradient"},
     "aggregate-only": _ALWAYS | {"masked update"},
 }
-"""Kinds of content that may leave a client. docs/reference/privacy/policies.md says what each policy promises, and to whom."""
+"""Kinds of content that may leave a client; see docs/reference/privacy/policies.md for what each policy promises."""
 
 
 class Privacy(Section):

@@ -10,7 +10,7 @@ def skip_idle_nodes(grid: InMemoryGrid) -> None:
 
     Ten times a second it asks for the messages of each node in turn, and each time Flower reads all open messages:
     K nodes and M messages cost 4 µs · K · M, so that from some hundred nodes on the server's process does little else.
-    A node without a message gets the same answer, at once. See docs/performance.md for the change that Flower needs.
+    A node without a message gets the same answer, at once. See docs/scaling.md for the change that Flower needs.
 
     Args:
         grid: of this run; its state is that of the simulation, in the same process.
