@@ -33,11 +33,11 @@ test: install
 # Whole federations in one process; then Flower and Ray for real, and the report in Chromium where that is installed.
 e2e: install
 	$(BIN)/python -m pytest -m 'federation and not e2e and not slow' -n auto --maxprocesses 4 --dist loadfile
-	$(BIN)/python -m pytest -m 'e2e or browser' --durations=12
+	$(BIN)/python -m pytest -m 'e2e or browser' -n auto --maxprocesses 2 --dist loadfile --durations=12
 
 # A federation on machines of its own (network namespaces, as root; otherwise the loopback) behind nginx.
 deploy: install
-	$(BIN)/python -m pytest -m deploy --durations=12
+	$(BIN)/python -m pytest -m deploy -n auto --maxprocesses 2 --dist loadfile --durations=12
 
 lint: install
 	$(BIN)/ruff check .
