@@ -15,13 +15,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
-import psutil
+from bench_scaling import sample
 from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL
 from flwr.proto.fleet_pb2 import ActivateNodeRequest, PullMessagesRequest, RegisterNodeFleetRequest
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
@@ -50,14 +50,14 @@ def main() -> None:
 
 def _row(num_nodes: int, state: str, repeats: int, threads: int) -> str:
     with tempfile.TemporaryDirectory(prefix="fedmerge-") as folder, _superlink(Path(folder), state) as link:
-        process, address = link
+        pid, address = link
         clients = [_client(address) for _ in range(num_nodes)]
         with ThreadPoolExecutor(threads) as pool:
 
             def cost(request: Callable[[int], object]) -> float:
-                before = _cpu_seconds(process)
+                before = sample(pid)[1]["cpu"]
                 list(pool.map(request, range(num_nodes)))
-                return 1000 * (_cpu_seconds(process) - before) / num_nodes
+                return 1000 * (sample(pid)[1]["cpu"] - before) / num_nodes
 
             nodes: list[Node] = [Node()] * num_nodes
 
@@ -79,7 +79,7 @@ def _row(num_nodes: int, state: str, repeats: int, threads: int) -> str:
 
             registered = cost(register)
             looks, beats = zip(*((cost(look), cost(beat)) for _ in range(repeats)), strict=True)
-        size = process.memory_info().rss / 1e6
+        size = sample(pid)[1]["rss"]
         for client, _ in clients:
             client.close()
     busy = statistics.median(looks) / LOOK_SECONDS + statistics.median(beats) / HEARTBEAT_DEFAULT_INTERVAL
@@ -99,7 +99,7 @@ def _client(address: str) -> tuple[FleetHttpClient, bytes]:
 
 
 @contextmanager
-def _superlink(folder: Path, state: str) -> Iterator[tuple[psutil.Process, str]]:
+def _superlink(folder: Path, state: str) -> Iterator[tuple[int, str]]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -110,7 +110,7 @@ def _superlink(folder: Path, state: str) -> Iterator[tuple[psutil.Process, str]]
         process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder)
     try:
         _wait(process, f"http://127.0.0.1:{port}/health", folder / "log")
-        yield psutil.Process(process.pid), f"127.0.0.1:{port}"
+        yield process.pid, f"127.0.0.1:{port}"
     finally:
         process.terminate()
         process.wait(30)
@@ -125,15 +125,6 @@ def _wait(process: "subprocess.Popen[bytes]", url: str, log: Path, seconds: floa
         except httpx.TransportError:
             time.sleep(0.2)
     raise SystemExit(f"flower-superlink does not answer at {url}:\n{log.read_text()[-2000:]}")
-
-
-def _cpu_seconds(process: psutil.Process) -> float:
-    times: Sequence[float] = [t.user + t.system for t in (p.cpu_times() for p in _family(process))]
-    return sum(times)
-
-
-def _family(process: psutil.Process) -> list[psutil.Process]:
-    return [process, *process.children(recursive=True)]
 
 
 if __name__ == "__main__":
