@@ -5,10 +5,14 @@
 A shop has N items with titles, brands and categories, N users and ten interactions a user, generated. It is imported by
 `fedmerge data import table`; then `fedmerge run` trains two steps, merges by average and mergerec (five steps), and
 evaluates 2,000 users by exact ranks. The encoder has two layers and random weights, so that what is not encoding is
-seen. Memory is the process's own (heap and stacks), in MB of 10^6 bytes. Serving: `bench_serving.py --search N`.
+seen. Memory is the process's own (heap and stacks), in MB of 10^6 bytes; that of an import is its resident set. Opening
+a shop, which tokenises its catalog, is also measured by itself, above what PyTorch and backbone take; `--open-only`
+stops there. Serving: `bench_serving.py --search N`.
 """
 
 import argparse
+import gc
+import json
 import os
 import resource
 import shutil
@@ -17,12 +21,17 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from threading import Event, Thread
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from bench_scaling import PHASES, run
+from bench_scaling import PHASES, run, sample
 
+from fedmerge.client.local_domain import open_domain
+from fedmerge.config import Text
+from fedmerge.device import resolve_compute
+from fedmerge.encoder.backbone import load_backbone
 from fedmerge.encoder.demo_backbone import write_demo_backbone
 
 SHOPS = ("north", "south")
@@ -43,29 +52,42 @@ def main() -> None:
     """Print a column for each number of items."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num-items", type=int, nargs="+", default=[10_000])
+    parser.add_argument("--open-only", action="store_true", help="import and open the shops, and run nothing")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of the experiment")
+    parser.add_argument("--opened", nargs=2, type=Path, help=argparse.SUPPRESS)  # of the process that opens a shop
     options = parser.parse_args()
+    if options.opened:
+        print(json.dumps(_opened(*options.opened)))
+        return
     columns = []
     with tempfile.TemporaryDirectory(prefix="fedmerge-catalog-") as temporary:
         folder = Path(temporary)
         write_demo_backbone(folder / "backbone")
         for num_items in options.num_items:
-            columns.append(_measure(folder, num_items, options.set))
+            columns.append(_measure(folder, num_items, options.set, run_too=not options.open_only))
             print(columns[-1], flush=True)
     for name in columns[0]:
         print(f"{name:<32}" + "".join(f"{column[name]:>14,.1f}" for column in columns))
     print(f"load of the machine at the end: {os.getloadavg()[1]:.1f} runnable on {len(os.sched_getaffinity(0))} CPUs")
 
 
-def _measure(folder: Path, num_items: int, changes: list[str]) -> dict[str, float]:
+def _measure(folder: Path, num_items: int, changes: list[str], *, run_too: bool) -> dict[str, float]:
     domains = folder / f"domains-{num_items}"
     imports = [_import(folder, domains, shop, seed, num_items) for seed, shop in enumerate(SHOPS)]
-    found = run(folder, f"catalog-{num_items}", domains, SHOPS, [*SETTINGS, *changes])
-    shutil.rmtree(domains)
-    return {
+    column = {
         "items": num_items,
         "import of a shop, s": max(seconds for seconds, _ in imports),
         "import of a shop, MB": max(size for _, size in imports),
+        **_open(domains / SHOPS[0], folder / "backbone"),
+    }
+    if run_too:
+        column |= _of_a_run(run(folder, f"catalog-{num_items}", domains, SHOPS, [*SETTINGS, *changes]))
+    shutil.rmtree(domains)
+    return column
+
+
+def _of_a_run(found: dict[str, float]) -> dict[str, float]:
+    return {
         **{f"{phase}, s": found[f"{phase} s"] for phase in PHASES},
         "CPU of the clients, s": found["clients CPU s"],
         "CPU of the server, s": found["server CPU s"],
@@ -93,6 +115,44 @@ def _import(folder: Path, domains: Path, shop: str, seed: int, num_items: int) -
 
 def _peak_mb(usage: resource.struct_rusage) -> float:
     return usage.ru_maxrss * 1024 / 1e6
+
+
+def _open(shop: Path, backbone: Path) -> dict[str, float]:
+    """Open a shop in a process of its own; return what :func:`_opened` does."""
+    command = [sys.executable, __file__, "--opened", str(shop), str(backbone)]
+    found: dict[str, float] = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
+    return found
+
+
+def _opened(shop: Path, backbone_folder: Path) -> dict[str, float]:
+    """Return the seconds of opening a shop, and the MB it takes: afterwards, and at the peak."""
+
+    def own() -> float:
+        return sample("self")[1]["own"]
+
+    seen, done = list[float](), Event()
+
+    def watch() -> None:
+        while not done.wait(0.02):
+            seen.append(own())
+
+    backbone = load_backbone(str(backbone_folder), "mean", resolve_compute("cpu", "float32"))
+    gc.collect()
+    before, started = own(), time.perf_counter()
+    watcher = Thread(target=watch)
+    watcher.start()
+    domain = open_domain(shop, backbone, Text(max_tokens=64, max_items=5))
+    seconds = time.perf_counter() - started
+    done.set()
+    watcher.join()
+    gc.collect()
+    after = own()
+    del domain
+    return {
+        "opening a shop, s": seconds,
+        "opening a shop, MB": after - before,
+        "opening a shop, MB at its peak": max(*seen, after) - before,
+    }
 
 
 def _write_tables(folder: Path, num_items: int, seed: int) -> None:

@@ -73,8 +73,8 @@ def processes(mark: str) -> Iterator[int]:
                 yield int(folder.name)
 
 
-def sample(pid: int) -> tuple[str, dict[str, float]]:
-    """Return the kind of a process, its resident and private memory in MB (10^6 bytes), and its CPU seconds so far."""
+def sample(pid: int | str) -> tuple[str, dict[str, float]]:
+    """Return the kind of a process, its resident and private MB (10^6 bytes) and CPU seconds; ``self`` is this one."""
     command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
     kind = next(
         (kind for kind in ("flwr-simulation", "ray::ClientAppActor", "flower-superlink") if kind in command), ""
