@@ -132,7 +132,7 @@ def run(folder: Path, label: str, domains: Path, names: Sequence[str], changes: 
             time.sleep(SAMPLE_SECONDS)
     seconds = time.perf_counter() - started
     if process.returncode:
-        raise SystemExit(f"{label}: the run failed, see {folder / f'output-{num_domains}.log'}")
+        raise SystemExit(f"{label}: the run failed, see {folder / f'output-{label}.log'}")
     (folder / f"memory-{label}.json").write_text(json.dumps(curve))
     phases = phase_seconds(run_dir / "run.log")
 
