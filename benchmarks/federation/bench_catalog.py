@@ -1,6 +1,6 @@
 """Two shops with large catalogs, from the tables to the report: seconds and peak memory of every stage.
 
-    python benchmarks/federation/bench_catalog.py --num-items 10000 100000 1000000
+    python benchmarks/federation/bench_catalog.py --num-items 10000 100000
 
 A shop has N items with titles, brands and categories, N users and ten interactions a user, generated. It is imported by
 `fedmerge data import table`; then `fedmerge run` trains two steps, merges by average and mergerec (five steps), and
@@ -14,7 +14,6 @@ import argparse
 import gc
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -110,11 +109,7 @@ def _import(folder: Path, domains: Path, shop: str, seed: int, num_items: int) -
     if status:
         raise SystemExit(f"{shop}: the import of {num_items} items failed")
     shutil.rmtree(source)
-    return time.perf_counter() - started, _peak_mb(usage)
-
-
-def _peak_mb(usage: resource.struct_rusage) -> float:
-    return usage.ru_maxrss * 1024 / 1e6
+    return time.perf_counter() - started, usage.ru_maxrss * 1024 / 1e6
 
 
 def _open(shop: Path, backbone: Path) -> dict[str, float]:

@@ -23,12 +23,12 @@ from pathlib import Path
 import httpx
 from bench_scaling import sample
 from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL
-from flwr.proto.fleet_pb2 import ActivateNodeRequest, PullMessagesRequest, RegisterNodeFleetRequest
+from flwr.proto.fleet_pb2 import PullMessagesRequest, RegisterNodeFleetRequest
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
 from flwr.proto.node_pb2 import Node
-from flwr.supercore.primitives.asymmetric import generate_key_pairs, public_key_to_bytes
-from flwr.supernode.fleet_http_client import FleetHttpClient
-from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+from flwr.supercore.primitives.asymmetric import generate_key_pairs
+
+from sim.flower_internals import ActivateNodeRequest, FleetHttpClient, NodeAuthHttpInterceptor, public_key_to_bytes
 
 LOOK_SECONDS = 3.0  # between two looks of a SuperNode, flwr.supernode.start_client_internal
 STATES = ("database", "memory")

@@ -103,7 +103,7 @@ def test_who_needs_a_head_that_is_being_trained_waits_for_it(toys: LocalDomain, 
 
 def test_a_lock_that_cannot_be_written_is_named(toys: LocalDomain, tmp_path: Path) -> None:
     (tmp_path / "heads").write_text("a file in the way")
-    with pytest.raises(ClientError, match=rf"{tmp_path}/heads.*set cache_dir"):
+    with pytest.raises(ClientError, match=rf"{tmp_path}/heads/.*\.lock cannot be written.*set cache_dir"):
         trained(toys, None, tmp_path)
 
 
