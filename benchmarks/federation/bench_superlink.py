@@ -9,12 +9,10 @@ every 3 s and sends a heartbeat every 30 s, so the last column is how many of th
 """
 
 import argparse
-import socket
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -27,6 +25,10 @@ from flwr.proto.fleet_pb2 import PullMessagesRequest, RegisterNodeFleetRequest
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.primitives.asymmetric import generate_key_pairs
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "support"))
+
+from deploy_hosts import free_port, wait_for
 
 from sim.flower_internals import ActivateNodeRequest, FleetHttpClient, NodeAuthHttpInterceptor, public_key_to_bytes
 
@@ -100,31 +102,28 @@ def _client(address: str) -> tuple[FleetHttpClient, bytes]:
 
 @contextmanager
 def _superlink(folder: Path, state: str) -> Iterator[tuple[int, str]]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [str(Path(sys.executable).parent / "flower-superlink"), "--insecure", "--isolation", "process"]
     command += ["--host", "127.0.0.1", "--port", str(port)]
     command += ["--database", str(folder / "superlink.db")] if state == "database" else []
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder)
     try:
-        _wait(process, f"http://127.0.0.1:{port}/health", folder / "log")
+        wait_for("flower-superlink answers", lambda: _answers(process, port, folder / "log"))
         yield process.pid, f"127.0.0.1:{port}"
     finally:
         process.terminate()
         process.wait(30)
 
 
-def _wait(process: "subprocess.Popen[bytes]", url: str, log: Path, seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end and process.poll() is None:
-        try:
-            httpx.get(url, timeout=1)
-            return
-        except httpx.TransportError:
-            time.sleep(0.2)
-    raise SystemExit(f"flower-superlink does not answer at {url}:\n{log.read_text()[-2000:]}")
+def _answers(process: "subprocess.Popen[bytes]", port: int, log: Path) -> bool:
+    if process.poll() is not None:
+        raise SystemExit(f"flower-superlink ended:\n{log.read_text()[-2000:]}")
+    try:
+        httpx.get(f"http://127.0.0.1:{port}/health", timeout=1)
+    except httpx.TransportError:
+        return False
+    return True
 
 
 if __name__ == "__main__":
