@@ -100,6 +100,7 @@ def comparison_rows(
     role: Role,
     left_out: str = "",
     metrics: Sequence[str] = METRICS,
+    by_domain: bool = True,
 ) -> list[dict[str, Any]]:
     """Return rows of ``comparisons``: every strategy against the baseline, by domain and for the mean over domains.
 
@@ -115,6 +116,7 @@ def comparison_rows(
         role: of the domains; written into the rows.
         left_out: "" or ``EVERY_FOLD``; written into the rows.
         metrics: of METRICS.
+        by_domain: False gives the rows of the mean alone.
 
     Raises:
         LayoutMismatchError: there are no sums, several variants, or no sums of the baseline.
@@ -133,8 +135,9 @@ def comparison_rows(
         )
     domains = sorted({domain for _, domain in sums})
     rows: list[dict[str, Any]] = []
+    of_domains = {domain: [domain] for domain in domains if by_domain}
     for metric in metrics:
-        for groups in ({MEAN: domains}, {domain: [domain] for domain in domains}):
+        for groups in ({MEAN: domains}, of_domains):
             found = {
                 (domain, strategy): difference_over_seeds(differences)
                 for domain, members in groups.items()

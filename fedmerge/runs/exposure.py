@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from fedmerge.errors import RunDirError
@@ -14,6 +15,7 @@ from fedmerge.files import read_lines
 
 EXPOSURE_TABLE = "exposure.parquet"  # of a finished run
 EXPOSURE_LINES = "exposure.jsonl"  # of one that is not
+TOO_MUCH = "(too much)"  # name in the place of contents that were too large to list
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ def read_exposure(folder: Path) -> list[Exposed]:
     table, lines = folder / EXPOSURE_TABLE, folder / EXPOSURE_LINES
     try:
         if table.exists():
-            return _add_up(pq.read_table(table, columns=["domain", "message", "name", "size_bytes"]).to_pylist())
+            return _add_up(pq.read_table(table, columns=["domain", "message", "name", "size_bytes"]))
         if lines.exists():
             return _add_up_replies(read_lines(lines))
     except (OSError, LookupError, TypeError, pa.ArrowException) as error:
@@ -53,24 +55,22 @@ def read_exposure(folder: Path) -> list[Exposed]:
     raise RunDirError(f"{folder}: found neither {EXPOSURE_TABLE} nor {EXPOSURE_LINES}; no client has answered yet.")
 
 
-def _add_up(values: Iterable[Mapping[str, Any]]) -> list[Exposed]:
+def _add_up(values: pa.Table) -> list[Exposed]:
     """A reply has each name once, so the most frequent name counts the replies; errors are replies of their own."""
+    by_name = values.group_by(["domain", "message", "name"], use_threads=False).aggregate(
+        [("size_bytes", "sum"), ("size_bytes", "count")]
+    )
+    is_error = pc.starts_with(by_name["name"], "error")
+    is_too_much = pc.equal(by_name["name"], TOO_MUCH)
+    kind = pc.if_else(is_error, "error", pc.if_else(is_too_much, TOO_MUCH, "content"))
+    by_kind = by_name.append_column("kind", kind).group_by(["domain", "message", "kind"], use_threads=False)
     sizes: Counter[tuple[str, str]] = Counter()
-    names: dict[tuple[str, str], Counter[str]] = {}
-    for value in values:
-        key = value["domain"], value["message"]
-        sizes[key] += value["size_bytes"]
-        names.setdefault(key, Counter())[value["name"]] += 1
-
-    def replies(of: Counter[str]) -> int:
-        errors = [count for name, count in of.items() if name.startswith("error")]
-        too_large = of["(too much)"]
-        rest = [count for name, count in of.items() if not name.startswith("error") and name != "(too much)"]
-        return max(errors, default=0) + too_large + max(rest, default=0)
-
-    return [
-        Exposed(domain, message, replies(names[domain, message]), total) for (domain, message), total in sizes.items()
-    ]
+    replies: Counter[tuple[str, str]] = Counter()
+    for row in by_kind.aggregate([("size_bytes_sum", "sum"), ("size_bytes_count", "max")]).to_pylist():
+        key = row["domain"], row["message"]
+        sizes[key] += row["size_bytes_sum_sum"]
+        replies[key] += row["size_bytes_count_max"]
+    return [Exposed(domain, message, replies[domain, message], total) for (domain, message), total in sizes.items()]
 
 
 def _add_up_replies(lines: Iterable[Mapping[str, Any]]) -> list[Exposed]:

@@ -1,10 +1,11 @@
 """Read the metric sums of a finished run from its tables."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -12,6 +13,8 @@ from fedmerge.config import Split
 from fedmerge.errors import RunDirError
 from fedmerge.evaluation.ranks import METRICS
 from fedmerge.evaluation.sums import MetricSums, Variant
+
+Codes = npt.NDArray[np.int64]
 
 
 def read_metric_sums(
@@ -32,33 +35,73 @@ def read_metric_sums(
         RunDirError: the tables are missing or damaged, or have no rows of this split and variant.
     """
     folder = Path(run_dir)
-    values = _rows(folder / "metrics.parquet", split, variant, {"method": only})
-    products = _rows(folder / "products.parquet", split, variant, {"method": only, "other": only})
-    methods: dict[str, dict[str, int]] = {}  # domain -> method -> row
-    for row in values:
-        places = methods.setdefault(row["domain"], {})
-        places.setdefault(row["method"], len(places))
-    num_users = {row["domain"]: row["num_users"] for row in values}
-    noise = {row["domain"]: float(row.get("noise", 0.0)) for row in values}
-    metric_index = {metric: index for index, metric in enumerate(METRICS)}
-    sums = {domain: np.full((len(places), len(METRICS)), np.nan) for domain, places in methods.items()}
-    crossed = {domain: np.full((len(METRICS), len(places), len(places)), np.nan) for domain, places in methods.items()}
+    values = _columns(folder / "metrics.parquet", split, variant, {"method": only})
+    products = _columns(folder / "products.parquet", split, variant, {"method": only, "other": only})
     try:
-        for row in values:
-            sums[row["domain"]][methods[row["domain"]][row["method"]], metric_index[row["metric"]]] = row["sum"]
-        for row in products:
-            places, m = methods[row["domain"]], metric_index[row["metric"]]
-            p, q = places[row["method"]], places[row["other"]]
-            crossed[row["domain"]][m, p, q] = crossed[row["domain"]][m, q, p] = row["sum_of_products"]
-        return {
-            domain: MetricSums(tuple(places), variant, num_users[domain], sums[domain], crossed[domain], noise[domain])
-            for domain, places in methods.items()
-        }
+        return _assemble(values, products, variant)
     except (KeyError, ValueError) as error:
         raise RunDirError(
             f"{run_dir}: metrics.parquet and products.parquet do not match ({error}), expected both of one run. "
             "Copy both files from the same run folder."
         ) from error
+
+
+def _assemble(values: pa.Table, products: pa.Table, variant: Variant) -> dict[str, MetricSums]:
+    """Put the sums of every domain together, without a Python object for each of their rows."""
+    domains, domain_of = _coded(values, "domain")
+    names, name_of = _coded(values, "method")
+    row_of = np.full((len(domains), len(names)), -1)  # of a method in the sums of its domain
+    methods: list[list[str]] = [[] for _ in domains]
+    pairs = domain_of * len(names) + name_of
+    for first in np.sort(np.unique(pairs, return_index=True)[1]):
+        domain, name = domain_of[first], name_of[first]
+        row_of[domain, name] = len(methods[domain])
+        methods[domain].append(names[name])
+
+    sums = [np.full((len(rows), len(METRICS)), np.nan) for rows in methods]
+    number, metric = values["sum"].to_numpy(), _known(values, "metric", METRICS)
+    for domain, where in enumerate(_places(domain_of, len(domains))):
+        sums[domain][row_of[domain, name_of[where]], metric[where]] = number[where]
+    num_users = dict(zip(domain_of.tolist(), values["num_users"].to_pylist(), strict=True))
+    noises = values["noise"].to_pylist() if "noise" in values.column_names else [0.0] * values.num_rows
+    noise = dict(zip(domain_of.tolist(), noises, strict=True))
+
+    crossed = [np.full((len(METRICS), len(rows), len(rows)), np.nan) for rows in methods]
+    number, metric = products["sum_of_products"].to_numpy(), _known(products, "metric", METRICS)
+    domain_of = _known(products, "domain", domains)
+    left, right = (row_of[domain_of, _known(products, column, names)] for column in ("method", "other"))
+    if (np.minimum(left, right) < 0).any():
+        raise ValueError("products of a method that its domain has no sums of")
+    for domain, where in enumerate(_places(domain_of, len(domains))):
+        m, p, q = metric[where], left[where], right[where]
+        crossed[domain][m, p, q] = crossed[domain][m, q, p] = number[where]
+    return {
+        domain: MetricSums(tuple(methods[i]), variant, num_users[i], sums[i], crossed[i], float(noise[i]))
+        for i, domain in enumerate(domains)
+    }
+
+
+def _places(codes: Codes, number: int) -> list[Codes]:
+    """Return for each code below ``number`` the places that have it, in order."""
+    order = np.argsort(codes, kind="stable")
+    return np.split(order, np.searchsorted(codes[order], np.arange(1, number)))
+
+
+def _coded(table: pa.Table, column: str) -> tuple[list[str], Codes]:
+    """Return the texts of a column in order of appearance, and for each row the place of its text among them."""
+    encoded = table[column].combine_chunks().dictionary_encode()
+    return encoded.dictionary.to_pylist(), encoded.indices.to_numpy().astype(np.int64)
+
+
+def _known(table: pa.Table, column: str, known: Sequence[str]) -> Codes:
+    """Return for each row the place of its text in ``known``.
+
+    Raises:
+        KeyError: a text is not among them.
+    """
+    texts, codes = _coded(table, column)
+    place = {text: index for index, text in enumerate(known)}
+    return np.array([place[text] for text in texts], dtype=np.int64)[codes]
 
 
 def read_domain_roles(run_dir: Path) -> dict[str, Literal["train", "unseen"]]:
@@ -69,21 +112,24 @@ def read_domain_roles(run_dir: Path) -> dict[str, Literal["train", "unseen"]]:
     """
     path = run_dir / "metrics.parquet"
     try:
-        rows = pq.read_table(path, columns=["domain", "role"]).to_pylist()
+        rows = (
+            pq.read_table(path, columns=["domain", "role"])
+            .group_by(["domain", "role"], use_threads=False)
+            .aggregate([])
+        )
     except (OSError, pa.ArrowException) as error:
         raise RunDirError(
             f"{path}: cannot be read ({str(error).splitlines()[0]}). Copy the run folder again."
         ) from error
-    return {row["domain"]: row["role"] for row in rows}
+    pairs = rows.group_by(["domain", "role"], use_threads=False).aggregate([])
+    return dict(zip(pairs["domain"].to_pylist(), pairs["role"].to_pylist(), strict=True))
 
 
-def _rows(
-    path: Path, split: Split, variant: Variant, only: Mapping[str, Collection[str] | None]
-) -> list[dict[str, Any]]:
+def _columns(path: Path, split: Split, variant: Variant, only: Mapping[str, Collection[str] | None]) -> pa.Table:
     wanted: list[tuple[str, str, Any]] = [("split", "=", split), ("variant", "=", variant)]
     wanted += [(column, "in", list(names)) for column, names in only.items() if names is not None]
     try:
-        rows: list[dict[str, Any]] = pq.read_table(path, filters=wanted).to_pylist()
+        table = pq.read_table(path, filters=wanted)
     except FileNotFoundError as error:
         raise RunDirError(
             f"{path}: not found. Give the folder of a finished run, runs/<id>; {path.name} is written at its end."
@@ -92,9 +138,9 @@ def _rows(
         raise RunDirError(
             f"{path}: cannot be read as a table of metrics ({error}). Copy the run folder again."
         ) from error
-    if not rows:
+    if not table.num_rows:
         raise RunDirError(
             f"{path}: found no rows of split {split!r}, variant {variant!r}. Choose a split that "
             "the run evaluated: 'valid' or 'test'."
         )
-    return rows
+    return table

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from browser import CONTRAST, CONTRASTS, IN_CHROMIUM, OVERLAPS, SIZES, Browser, chromium
-from report_folders import make_reported_run, some_bench
+from report_folders import give_many_domains, make_reported_run, some_bench
 from run_folders import make_place
 
 from fedmerge.cli import main
@@ -35,7 +35,9 @@ def browser() -> Iterator[Browser]:
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Pages of a run, a benchmark, a large one with long names and two datasets, and runs against each other."""
     place = make_place(tmp_path_factory.mktemp("place"))
-    folders = {"run": make_reported_run(place, "shops-20260102-030405-abcd")}
+    names = {"run": "shops-20260102-030405-abcd", "many": "shops-20260104-030405-abcd"}
+    folders = {which: make_reported_run(place, name) for which, name in names.items()}
+    give_many_domains(folders["many"], 300)
     other = make_reported_run(place, "shops-20260103-030405-abcd", ["lora.rank=4"])
     strategies = (
         "backbone",
@@ -63,7 +65,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("size", ["phone", "laptop"])
-@pytest.mark.parametrize("which", ["run", "bench", "large", "against"])
+@pytest.mark.parametrize("which", ["run", "many", "bench", "large", "against"])
 def test_the_page_fits_and_is_readable(
     browser: Browser, pages: dict[str, Path], which: str, size: str, scheme: str
 ) -> None:
@@ -89,7 +91,7 @@ def test_the_page_fits_and_is_readable(
     assert [(contrast, text) for contrast, text in contrasts if contrast < CONTRAST] == []
 
     pictures = browser.ask(PICTURES)
-    assert len(pictures) >= (2 if which == "against" else 9)
+    assert len(pictures) >= {"against": 2, "many": 5}.get(which, 9)
     page = np.asarray(browser.screenshot(max(box["y"] + box["height"] for box in pictures)))
     for box in pictures:
         assert box["width"] > 200
@@ -206,3 +208,25 @@ def test_wide_tables_scroll_separately_with_visible_names(browser: Browser, page
     browser.ask("arguments[0].focus(); arguments[0].scrollLeft = 80", box)
     assert browser.ask("return document.activeElement === arguments[0]", box)
     assert browser.ask("return arguments[0].getBoundingClientRect().x", name) == pytest.approx(before, abs=1)
+
+
+def test_a_domain_is_found_by_a_part_of_its_name(browser: Browser, pages: dict[str, Path]) -> None:
+    browser.open(pages["many"], "laptop", "light")
+
+    def find(part: str) -> tuple[list[list[str]], str]:
+        """Type it by key presses; return the texts of the rows that are found, and what is said of them."""
+        browser.ask("const field = document.getElementById('find'); field.value = ''; field.focus()")
+        for key in part:
+            browser.do("Input.insertText", text=key)
+        rows = "return [...document.querySelectorAll('#found tbody tr')].map(r => [...r.cells].map(c => c.textContent))"
+        return browser.ask(rows), browser.ask("return document.getElementById('find-status').textContent").strip()
+
+    rows, said = find("SHOP-27")
+    assert [row[0] for row in rows] == ["shop-27", *(f"shop-27{i}" for i in range(10))]
+    assert [row[2] for row in rows[:2]] == ["task-arithmetic 0.5", "task-arithmetic 0.5"]
+    assert said == "11 of 300"
+    rows, said = find("<b>")
+    assert [row[0] for row in rows] == ["</script><b>shop"]
+    rows, said = find("shop")
+    assert (len(rows), said) == (20, "300 of 300, the first 20 are shown")
+    assert find("nobody") == ([], "0 of 300")

@@ -22,7 +22,7 @@ from fedmerge.report.bench.notation import (
     score_text,
     strategy_name,
 )
-from fedmerge.report.bench_tables import POOLED
+from fedmerge.report.bench_tables import MEAN, POOLED
 from fedmerge.report.html import charts
 from fedmerge.report.html.page import Cell, Column, Html, decimal, element, folded, join, note, number_cell, table
 from fedmerge.report.statistics import LEVEL
@@ -124,8 +124,10 @@ def _every_metric(data: Dataset, variant: str, role: str) -> Html:
     )
 
 
-def domains_section(data: Dataset) -> Html:
-    """Return a figure per domain, and a table of all domains."""
+def domains_section(data: Dataset) -> Html | None:
+    """Return a figure per domain, and a table of all domains; None if the results are means over domains alone."""
+    if all(row["domain"] == MEAN for row in data.tables.results):
+        return None
     variant, metric, baseline = data.variant, HEADLINE[0], data.baseline
     columns: list[tuple[str, dict[str, Score]]] = []
     for role in data.roles:

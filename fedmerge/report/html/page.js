@@ -20,3 +20,29 @@ for (const button of document.querySelectorAll("th > button")) {
     body.append(...keyed.map((each) => each.row));
   });
 }
+// A field that finds domains by a part of their names, on pages with too many of them for a table.
+const find = document.getElementById("find");
+if (find) {
+  const most = 20;
+  const known = JSON.parse(document.getElementById("find-data").textContent);
+  const table = document.querySelector("#found table");
+  find.addEventListener("input", () => {
+    const part = find.value.trim().toLowerCase();
+    const matching = part ? known.filter((row) => row[0].toLowerCase().includes(part)) : [];
+    table.tBodies[0].replaceChildren(
+      ...matching.slice(0, most).map((texts) => {
+        const row = document.createElement("tr");
+        texts.forEach((text, place) => {
+          const cell = document.createElement(place ? "td" : "th");
+          if (!place) cell.scope = "row";
+          cell.className = table.tHead.rows[0].cells[place].className;
+          cell.textContent = text;
+          row.append(cell);
+        });
+        return row;
+      }),
+    );
+    const more = matching.length > most ? `, the first ${most} are shown` : "";
+    document.getElementById("find-status").textContent = part ? ` ${matching.length} of ${known.length}${more}` : "";
+  });
+}

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fedmerge.evaluation.sums import Estimate, MetricSums, Variant
+from fedmerge.evaluation.sums import Estimate
 from fedmerge.files import table_or_empty
 from fedmerge.privacy.dp.statement import epsilon_text
 from fedmerge.report.bench.notation import counted, mark_signs, metric_title
@@ -24,41 +24,49 @@ from fedmerge.report.html.page import (
     table,
 )
 from fedmerge.report.html.svg import symbol
-from fedmerge.report.run.alone import MEAN, METRIC, Comparison, compare_alone, note_on_heads, their
+from fedmerge.report.run.alone import MEAN, METRIC, Comparison, note_on_heads, their
+from fedmerge.report.run.many import note_on_shown, only
 from fedmerge.report.run.promise import PRIVACY_SECTION, what_leaves
 from fedmerge.report.run.verdict import SIMPLE, Judged, ServedModel, join_words
 from fedmerge.report.tables import MAX_DOMAIN_COLUMNS
 from fedmerge.runs.reading import RunDetails
 
-SumsByVariant = Mapping[Variant, Mapping[str, MetricSums]]
 _MOST_NAMED = 6  # missing domains in the first section
 
 
 def first_section(
-    run: RunDetails, sums: SumsByVariant, judged: Judged, statement: Mapping[str, Any], looks: Mapping[str, Look]
+    run: RunDetails,
+    compared: Sequence[Comparison],
+    judged: Judged,
+    statement: Mapping[str, Any],
+    looks: Mapping[str, Look],
+    shown: Sequence[str] | None = None,
 ) -> Html:
     """Return the section.
 
     Args:
         run: the run.
-        sums: variant -> domain -> sums on test.
+        compared: what each training domain has alone against what it is served, by unmasked scores.
         judged: what is served, by unmasked scores.
         statement: content of ``privacy.json``; empty without differential privacy.
         looks: method -> its look on this page.
+        shown: domains of the table, worst first; None for all.
     """
     per_domain = trained_entries(run, judged)
-    compared = compare_alone(sums["unmasked"], per_domain, str(run.summary.served))
     pairs = [
         ("Joined against alone", _joined(compared)),
         ("Served", _served(run, judged)),
         ("Privacy", privacy_fact(run, statement)),
         ("Missing", missing_fact(run)),
     ]
-    served = _served_table(judged, {row.domain: row for row in compared}, looks, str(run.summary.served))
-    few = len(judged.models) <= MAX_DOMAIN_COLUMNS
+    by_domain = {model.domain: model for model in judged.models}
+    models = [by_domain[domain] for domain in only(by_domain, shown)]
+    served = _served_table(models, {row.domain: row for row in compared}, looks, str(run.summary.served))
+    few = len(models) <= MAX_DOMAIN_COLUMNS
     return join(
         facts(pairs),
-        served if few else folded(f"What each of {len(judged.models)} domains is served", served),
+        note_on_shown(len(judged.models), shown),
+        served if few else folded(f"What each of these {len(models)} domains is served", served),
         note(
             "Difference ± half-width of its 95 % interval, paired over test users. ▲ above, ▼ below, ○ may be chance. "
             "Alone: the domain's own expert or the head that does not read the merge, whichever was best on its "
@@ -164,9 +172,11 @@ def missing_fact(run: RunDetails) -> Html:
     return join(element("strong", str(len(missing))), *named, more)
 
 
-def _served_table(judged: Judged, alone: Mapping[str, Comparison], looks: Mapping[str, Look], served: str) -> Html:
+def _served_table(
+    models: Sequence[ServedModel], alone: Mapping[str, Comparison], looks: Mapping[str, Look], served: str
+) -> Html:
     body = []
-    for model in judged.models:
+    for model in models:
         unseen = element("span", "unseen", class_="tag") if model.role == "unseen" else None
         body.append(
             [

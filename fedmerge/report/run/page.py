@@ -1,6 +1,6 @@
 """The page of a finished run: the tables of a benchmark with one seed, and the sections that only a run has."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +31,25 @@ from fedmerge.report.html.page import (
 )
 from fedmerge.report.run.alone import (
     EXPLAINED,
+    MEAN,
     METRIC,
     SASREC,
     TITLE,
+    Comparison,
     compare_alone,
     their,
 )
 from fedmerge.report.run.first import first_section, missing_fact, privacy_fact, trained_entries
+from fedmerge.report.run.many import (
+    WORST,
+    first_domains,
+    mean_scores,
+    names,
+    only,
+    percentiles_table,
+    search_box,
+    worst_domains,
+)
 from fedmerge.report.run.promise import PRIVACY_SECTION, promise_section
 from fedmerge.report.run.verdict import Judged, judge_run, verdict
 from fedmerge.report.statistics import comparison_rows
@@ -69,28 +81,37 @@ def run_page(folder: Path) -> str:
     statement = read_record(folder / PRIVACY_FILE)
     if run.settings.get("until") == "train":
         return _page_of_training(run, statement)
-    tables = run_tables(run)
-    sums = {variant: read_metric_sums(folder, "test", variant) for variant in VARIANTS}
     judged = judge_run(folder, run.choice)
+    shown = worst_domains(judged["unmasked"])
+    tables = run_tables(run, shown)
+    sums = {variant: read_metric_sums(folder, "test", variant) for variant in VARIANTS}
+    per_domain = trained_entries(run, judged["unmasked"])
+    compared = compare_alone(sums["unmasked"], per_domain, str(run.summary.served))
     sections = [
-        ("alone", TITLE, _alone(run, sums, trained_entries(run, judged["unmasked"]))),
-        ("clients", "Participants", _participants(run)),
+        (
+            "domains",
+            "Domains",
+            None if shown is None else _domains(folder, sums["unmasked"], judged["unmasked"], compared),
+        ),
+        ("alone", TITLE, _alone(run, sums, per_domain, shown)),
+        ("clients", "Participants", _participants(run, shown)),
         ("choice", "Selected on validation", _choice(run, judged["unmasked"])),
-        ("heads", "Heads", _heads(folder)),
-        (PRIVACY_SECTION, "What is promised about privacy", promise_section(statement, run.settings)),
-        ("exposure", "Data that left each client", _exposure(folder)),
+        ("heads", "Heads", _heads(folder, shown)),
+        (PRIVACY_SECTION, "What is promised about privacy", promise_section(statement, run.settings, shown)),
+        ("exposure", "Data that left each client", _exposure(folder, shown)),
     ]
     more = [Section(key, heading, content) for key, heading, content in sections if content]
-    first = first_section(run, sums, judged["unmasked"], statement, looks_of(tables))
+    first = first_section(run, compared, judged["unmasked"], statement, looks_of(tables), shown)
     return bench_page(tables, kind="Run", lead=_lead(judged), first=first, more=more)
 
 
 def _page_of_training(run: RunDetails, statement: Mapping[str, Any]) -> str:
     """Return the page of a run that ends with the experts: nothing was merged or evaluated."""
+    shown = first_domains(run.participants)
     tables = BenchTables(
         title=run.summary.id,
         synthetic=bool(run.summary.synthetic),
-        curves=[{**_place(run), **row} for row in _curves(run.summary.folder)],
+        curves=[{**_place(run), **row} for row in _curves(run.summary.folder, by_domain=shown is None)],
         cells=[_cell(run)],
     )
     lead = element("p", "The experts are trained; nothing was merged or evaluated (until = 'train').")
@@ -98,9 +119,9 @@ def _page_of_training(run: RunDetails, statement: Mapping[str, Any]) -> str:
     data = dataset_of(tables, _place(run)["dataset"], looks_of(tables), "")
     sections = [
         ("curves", "Training curves", curves_section(data)),
-        ("clients", "Participants", _participants(run)),
-        (PRIVACY_SECTION, "What is promised about privacy", promise_section(statement, run.settings)),
-        ("exposure", "Data that left each client", _exposure(run.summary.folder)),
+        ("clients", "Participants", _participants(run, shown)),
+        (PRIVACY_SECTION, "What is promised about privacy", promise_section(statement, run.settings, shown)),
+        ("exposure", "Data that left each client", _exposure(run.summary.folder, shown)),
     ]
     more = [Section(key, heading, content) for key, heading, content in sections if content]
     return bench_page(tables, kind="Run", lead=lead, first=first, more=more)
@@ -114,8 +135,13 @@ def _lead(judged: Mapping[Variant, Judged]) -> Html:
     return element("p", found.text, class_="verdict")
 
 
-def run_tables(run: RunDetails) -> BenchTables:
+def run_tables(run: RunDetails, shown: Sequence[str] | None = None) -> BenchTables:
     """Return a run as the tables of a benchmark whose strategies are the run's methods.
+
+    Args:
+        run: a finished run.
+        shown: domains with rows of their own; None for all. With fewer than all, results on test, their comparisons and
+            the curves are means over domains, so that nothing grows with the number of domains.
 
     Raises:
         RunDirError: a table or record is missing or damaged.
@@ -127,42 +153,45 @@ def run_tables(run: RunDetails) -> BenchTables:
     results: list[dict[str, Any]] = []
     comparisons: list[dict[str, Any]] = []
     methods: dict[str, None] = {}
-    for split in _SPLITS:
+    for split in _SPLITS if shown is None else _SPLITS[1:]:
         for variant in VARIANTS:
             sums = read_metric_sums(folder, split, variant)
             if split == "test":
                 sums = {domain: _with_served(of_domain, run, domain) for domain, of_domain in sums.items()}
                 methods |= dict.fromkeys(method for of_domain in sums.values() for method in of_domain.methods)
-            results += [
-                {
-                    **place,
-                    "strategy": method,
-                    "label": method,
-                    "domain": domain,
-                    "role": roles[domain],
-                    "split": split,
-                    "variant": variant,
-                    "metric": metric,
-                    "num_users": of_domain.num_users,
-                    "value": value,
-                }
-                for domain, of_domain in sums.items()
-                for method, metrics in of_domain.metrics_by_method().items()
-                for metric, value in metrics.items()
-            ]
+            scores = _scores(sums, roles) if shown is None else mean_scores(sums, roles)
+            results += [{**place, "split": split, "variant": variant, **score} for score in scores]
             if split == "test":
-                comparisons += _comparisons(sums, roles, place["dataset"], merged)
+                comparisons += _comparisons(sums, roles, place["dataset"], merged, by_domain=shown is None)
     order = {method: place for place, method in enumerate(methods)}
     results.sort(key=lambda row: order.get(row["strategy"], len(order)))
+    coefficients = [{**place, **row} for row in _coefficients(run) if shown is None or row["domain"] in shown]
     return BenchTables(
         title=run.summary.id,
         synthetic=bool(run.summary.synthetic),
         results=results,
         comparisons=comparisons,
-        curves=[{**place, **row} for row in _curves(folder)],
-        coefficients=[{**place, **row} for row in _coefficients(run)],
+        curves=[{**place, **row} for row in _curves(folder, by_domain=shown is None)],
+        coefficients=coefficients,
         cells=[_cell(run)],
         references=tuple(method for method in methods if method not in merged),
+    )
+
+
+def _scores(sums: Mapping[str, MetricSums], roles: Mapping[str, Role]) -> Iterator[dict[str, Any]]:
+    return (
+        {
+            "strategy": method,
+            "label": method,
+            "domain": domain,
+            "role": roles[domain],
+            "metric": metric,
+            "num_users": of_domain.num_users,
+            "value": value,
+        }
+        for domain, of_domain in sums.items()
+        for method, metrics in of_domain.metrics_by_method().items()
+        for metric, value in metrics.items()
     )
 
 
@@ -193,7 +222,7 @@ def _with_served(sums: MetricSums, run: RunDetails, domain: str) -> MetricSums:
 
 
 def _comparisons(
-    sums: Mapping[str, MetricSums], roles: Mapping[str, Role], name: str, merged: Sequence[str]
+    sums: Mapping[str, MetricSums], roles: Mapping[str, Role], name: str, merged: Sequence[str], *, by_domain: bool
 ) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for role in ("train", "unseen"):
@@ -201,21 +230,25 @@ def _comparisons(
         methods = [method for of_domain in of_role.values() for method in of_domain.methods]
         baseline = next((method for method in ("average", *merged) if method in methods), None)
         if baseline and min(of_domain.num_users for of_domain in of_role.values()) > 1:
-            rows += comparison_rows(of_role, dataset=name, baseline=baseline, role=role)
+            rows += comparison_rows(of_role, dataset=name, baseline=baseline, role=role, by_domain=by_domain)
     return rows
 
 
-def _curves(folder: Path) -> list[dict[str, Any]]:
+def _curves(folder: Path, *, by_domain: bool = True) -> list[dict[str, Any]]:
+    """Return the points of all curves; without ``by_domain``, those of all domains are points of one curve."""
+    over = "" if by_domain else ", mean and range over domains"
     rows: list[dict[str, Any]] = []
     for path in sorted(folder.glob("adapters/*/training.json")):
         for validation in read_record(path).get("validations", ()):
             for key, name in (("ndcg", "Experts, NDCG@10 on validation"), ("loss", "Experts, loss")):
                 if validation.get(key) is not None:
-                    rows.append(_point(EXPERT, path.parent.name, validation["step"], name, validation[key]))
+                    domain = path.parent.name if by_domain else ""
+                    rows.append(_point(EXPERT, domain, validation["step"], name + over, validation[key]))
     for number, of_round in enumerate(round_records(folder), start=1):
         for domain, client in of_round["clients"].items():
             if client.get("loss") is not None:
-                rows.append(_point("rounds", domain, number, "Rounds, loss of the clients", client["loss"]))
+                name = "Rounds, loss of the clients" + over
+                rows.append(_point("rounds", domain if by_domain else "", number, name, client["loss"]))
     for path in sorted(folder.glob("merged/*/provenance.json")):
         provenance = Provenance.from_dict(read_record(path))
         label = provenance.label or path.parent.name
@@ -249,14 +282,26 @@ def _coefficients(run: RunDetails) -> list[dict[str, Any]]:
 # Sections that only a run has
 
 
+def _domains(folder: Path, sums: Mapping[str, MetricSums], judged: Judged, compared: Sequence[Comparison]) -> Html:
+    """Return the spread over domains and a search, in the place of tables of all of them."""
+    return join(
+        percentiles_table(sums, read_domain_roles(folder), "unmasked"),
+        search_box(judged, {row.domain: row for row in compared}),
+    )
+
+
 def _alone(
-    run: RunDetails, sums: Mapping[Variant, Mapping[str, MetricSums]], per_domain: Mapping[str, Any]
+    run: RunDetails,
+    sums: Mapping[Variant, Mapping[str, MetricSums]],
+    per_domain: Mapping[str, Any],
+    shown: Sequence[str] | None,
 ) -> Html | None:
     """Compare what each domain has for itself with what it is served, by variant."""
     body = []
     for variant in VARIANTS if per_domain else ():
         for alone in (None, SASREC):
-            for row in compare_alone(sums[variant], per_domain, str(run.summary.served), alone):
+            rows = {row.domain: row for row in compare_alone(sums[variant], per_domain, str(run.summary.served), alone)}
+            for row in (rows[domain] for domain in only(rows, None if shown is None else [*shown, MEAN])):
                 text, marked = difference_cell(row.difference)
                 mean = row.difference.mean if row.difference else None
                 names = [row.domain, variant, row.alone or alone or ABSENT, row.joined or ABSENT]
@@ -274,14 +319,15 @@ def _alone(
     )
 
 
-def _participants(run: RunDetails) -> Html:
+def _participants(run: RunDetails, shown: Sequence[str] | None) -> Html:
     counts = ("num_users", "num_items", "num_interactions")
     heads = [
         *(Column(title, numeric=False) for title in ("Domain", "Role")),
         *(Column(title) for title in ("Users", "Items", "Interactions", "Steps", "Best step", "Training")),
     ]
     body = []
-    for name, client in run.participants.items():
+    for name in only(run.participants, shown):
+        client = run.participants[name]
         expert = run.experts.get(name, {})
         numbers = [client.get(count) for count in counts] + [expert.get("steps"), expert.get("best_step")]
         body.append(
@@ -300,18 +346,19 @@ def _participants(run: RunDetails) -> Html:
         if expert.get("nothing_learned") is True
     }
     named = [("Missing", run.summary.missing), ("Flagged, but still merged", flagged), ("Nothing was learned", zero)]
-    said = [
-        element("p", element("strong", f"{what}: {name}. "), reason)
-        for what, reasons in named
-        for name, reason in reasons.items()
-    ]
+    said = []
+    for what, reasons in named:
+        said += [element("p", element("strong", f"{what}: {name}. "), reasons[name]) for name in [*reasons][:WORST]]
+        if (more := len(reasons) - WORST) > 0:
+            said.append(element("p", element("strong", f"{what}: {more:,} more.")))
     return join(table("clients-table", "Clients and the training of their experts", heads, body), *said)
 
 
-def _heads(folder: Path) -> Html | None:
+def _heads(folder: Path, shown: Sequence[str] | None) -> Html | None:
     """Tabulate how the clients' own heads were trained, as far as the clients report it."""
     body = []
-    for path in sorted((folder / HEADS).glob("*.json")):
+    paths = {path.stem: path for path in sorted((folder / HEADS).glob("*.json"))}
+    for path in (paths[domain] for domain in only(paths, shown)):
         for vectors, report in table_or_empty(read_record(path).get("reports")).items():
             counts = [report.get("epochs"), report.get("best_epoch")]
             why = "" if report.get("trained") else str(report.get("reason", ""))
@@ -358,30 +405,33 @@ def _choice(run: RunDetails, judged: Judged) -> Html | None:
     for domain in per_domain:
         by_row.setdefault(served_row(per_domain, str(run.summary.served), domain), []).append(domain)
     instead = [
-        note(f"Served {their(row)}, in the row “{SERVED}” too: {', '.join(domains)}.")
+        note(f"Served {their(row)}, in the row “{SERVED}” too: {names(domains)}.")
         for row, domains in by_row.items()
         if row != run.summary.served
     ]
     dropped, back = run.choice.get("dropped") or {}, run.choice.get("rollback") or {}
-    worse = note(f"The merge selected first is significantly worse than their own expert: {', '.join(dropped)}.")
+    worse = note(f"The merge selected first is significantly worse than their own expert: {names([*dropped])}.")
     rolled = note(f"Rolled back from {back.get('from')} to {back.get('to')}.")
     scores_table = table("choice-table", "Mean over training domains on validation, unmasked", heads, body)
     return join(scores_table, *instead, worse if dropped else None, rolled if back else None)
 
 
-def _exposure(folder: Path) -> Html | None:
+def _exposure(folder: Path, shown: Sequence[str] | None) -> Html | None:
     if not (folder / EXPOSURE_TABLE).exists():
         return None
     rows = read_exposure(folder)
     messages = list(dict.fromkeys(row.message for row in rows))
     sums = {(row.domain, row.message): row.size_bytes for row in rows}
     body = []
-    for domain in dict.fromkeys(row.domain for row in rows):
+    for domain in only(dict.fromkeys(row.domain for row in rows), shown):
         numbers = [sums.get((domain, message)) for message in messages]
         total = sum(number or 0 for number in numbers)
         body.append(
             [Cell(domain, domain), *(number_cell(n, size(n)) for n in numbers), number_cell(total, size(total))]
         )
+    of_all = [sum(row.size_bytes for row in rows if row.message == message) for message in messages]
+    all_cells = [number_cell(n, size(n)) for n in (*of_all, sum(of_all))]
+    body.append([Cell(element("strong", "All domains"), ""), *all_cells])
     heads = [Column("Domain", numeric=False), *(Column(message) for message in messages), Column("All")]
     return join(
         table("exposure-table", "Bytes from each client to the server, by message", heads, body),

@@ -1,6 +1,6 @@
 """What a run promises about privacy: ε and δ by domain, the assumptions, and what is not covered."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedmerge.config.privacy import ALLOWED
@@ -17,12 +17,15 @@ from fedmerge.report.html.page import (
     number_cell,
     table,
 )
+from fedmerge.report.run.many import only
 
 PRIVACY_SECTION = "promise"  # anchor
 
 
-def promise_section(statement: Mapping[str, Any], settings: Mapping[str, Any]) -> Html:
-    """Return the section.
+def promise_section(
+    statement: Mapping[str, Any], settings: Mapping[str, Any], shown: Sequence[str] | None = None
+) -> Html:
+    """Return the section; ``shown`` are the domains of its table, None for all.
 
     Args:
         statement: content of ``privacy.json``; empty without differential privacy.
@@ -48,7 +51,8 @@ def promise_section(statement: Mapping[str, Any], settings: Mapping[str, Any]) -
         )
     first, *_ = summarise_statement(statement)  # raises if it is damaged
     heads = [Column("Domain", numeric=False), *(Column(title) for title in _columns(statement))]
-    body = [[Cell(domain, domain), *_cells(found, statement)] for domain, found in statement["domains"].items()]
+    domains = only(statement["domains"], shown)
+    body = [[Cell(domain, domain), *_cells(statement["domains"][domain], statement)] for domain in domains]
     problems = [element("p", element("strong", "This guarantees nothing. "), why) for why in statement["why_not"]]
     if statement["guarantee"] and not statement["guarantee_of_run"]:
         problems.append(element("p", element("strong", "It does not hold for the run as a whole"), ", see below."))

@@ -12,7 +12,7 @@ from run_folders import NUM_USERS, TRAIN, UNSEEN, Place, make_run
 from fedmerge.config import Split, from_flat
 from fedmerge.evaluation.ranks import METRICS, per_user_metrics
 from fedmerge.evaluation.sums import VARIANTS, MetricSums, Variant, metric_sums
-from fedmerge.files import write_json, write_table
+from fedmerge.files import read_json, write_json, write_table
 from fedmerge.report.bench_tables import EVERY_FOLD, BenchTables
 from fedmerge.report.run.final_report import metric_rows, product_rows
 from fedmerge.report.statistics import comparison_rows, rank_rows
@@ -94,8 +94,9 @@ def some_bench(
             )
             comparisons += comparison_rows(seen, dataset=dataset, baseline="average", role="train")
             if unseen:
-                more = {"dataset": dataset, "baseline": "average", "left_out": EVERY_FOLD}
-                comparisons += comparison_rows(unseen, role="unseen", **more)
+                comparisons += comparison_rows(
+                    unseen, dataset=dataset, baseline="average", role="unseen", left_out=EVERY_FOLD
+                )
     cells = [
         {"dataset": dataset, "strategy": strategy, "seed": seed, "left_out": left_out}
         for dataset, seed, left_out in places
@@ -256,6 +257,39 @@ def make_reported_run(place: Place, run_id: str, more: Sequence[str] = ()) -> Pa
     ]
     write_table(folder / "exposure.parquet", ledger)
     return folder
+
+
+def give_many_domains(folder: Path, number: int) -> list[str]:
+    """Replace the domains of a finished run by so many; the first has markup in its name."""
+    names = ["</script><b>shop", *(f"shop-{i}" for i in range(1, number))]
+    methods = ("popularity", "last item", "backbone", "expert", "average", "task-arithmetic 0.5")
+    splits: dict[Split, dict[str, dict[Variant, MetricSums]]] = {"valid": {}, "test": {}}
+    for name in names:
+        for split, of_split in splits.items():
+            of_split[name] = {
+                variant: some_sums(methods, 0, name, split, variant, num_users=40) for variant in VARIANTS
+            }
+    roles: dict[str, Role] = dict.fromkeys(names, "train")
+    write_table(folder / "metrics.parquet", metric_rows(splits, roles))
+    write_table(folder / "products.parquet", product_rows(splits))
+    choice = read_json(folder / "choice.json")
+    entries = ({"serve": "merged", "merged": 0.2, "expert": 0.1}, {"serve": "expert", "merged": 0.1, "expert": 0.2})
+    choice["per_domain"] = {name: entries[place % 10 == 5] for place, name in enumerate(names)}
+    write_json(folder / "choice.json", choice)
+    clients = read_json(folder / "clients.json")
+    clients["participants"] = {name: {**clients["participants"]["books"], "domain": name} for name in names}
+    write_json(folder / "clients.json", clients)
+    for place, name in enumerate(names[1:]):
+        (folder / "adapters" / name).mkdir()  # the first has no folder: its name is not that of one
+        points = [{"step": step, "loss": 4.0 - step / 100, "ndcg": (place % 7 + step) / 100} for step in (0, 20, 40)]
+        write_json(folder / "adapters" / name / "training.json", {"steps": 60, "seconds": 12.0, "validations": points})
+    ledger = [
+        {"domain": name, "message": "train", "name": f"t{i}", "dtype": "float32", "shape": "", "size_bytes": 1000}
+        for name in names
+        for i in range(3)
+    ]
+    write_table(folder / "exposure.parquet", ledger)
+    return names
 
 
 @dataclass
