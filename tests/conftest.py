@@ -6,6 +6,8 @@ dependencies themselves, so other tests start without them.
 
 # ruff: noqa: PLC0415  # imports within fixtures, see above
 
+import fedmerge  # noqa: F401  # isort: skip  # before torch, since it says how threads wait
+
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING

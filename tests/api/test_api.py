@@ -58,6 +58,7 @@ def test_every_name_is_listed_and_found() -> None:
         fm.nothing  # noqa: B018  # the access is what is tested
 
 
+@pytest.mark.long
 def test_merging_loads_torch_and_neither_transformers_nor_flower() -> None:
     script = (
         "import sys, fedmerge as fm; assert 'torch' not in sys.modules; fm.merge; fm.methods(); fm.Adapter;"
@@ -205,6 +206,7 @@ def test_recommendations_are_those_of_the_encoded_catalog(
     assert fm.load_recommender(None, place / "domains" / "books", backbone).catalog.name == "books"
 
 
+@pytest.mark.long
 def test_a_federation_runs_in_this_process_and_leaves_logging_alone(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -47,6 +47,7 @@ def run(blocks: list[str], place: Path) -> dict[str, object]:
     return names
 
 
+@pytest.mark.long
 def test_every_block_of_the_page_runs(place: Path) -> None:
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S)
     assert len(blocks) > 5

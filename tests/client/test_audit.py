@@ -83,6 +83,7 @@ def test_with_differential_privacy_neither_loss_nor_validations_leave_the_client
         assert told["privacy"]["noise_multiplier"] == 2.0
 
 
+@pytest.mark.long
 def test_releases_of_rounds_add_up_and_domains_can_hide_their_update(place: Path) -> None:
     without = {"simulation.held_out_users": 0.0, "simulation.canaries": 0}
     rounds = small_experiment(

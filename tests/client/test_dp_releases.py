@@ -216,6 +216,7 @@ def test_an_answer_that_cannot_be_computed_is_noise_alone(
         assert torch.equal(*found)
 
 
+@pytest.mark.long
 def test_by_user_an_answer_is_a_noisy_sum_over_the_sampled_users(tmp_path: Path) -> None:
     private = {"dp.mode": "user", "dp.delta": 1e-3, "train.negatives": "catalog", "privacy.min_users": 2}
     through = {"privacy.policy": "catalog-private", "through_clients.users": "own-users", "merge.methods": "mergerec"}

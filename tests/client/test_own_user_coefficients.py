@@ -149,6 +149,7 @@ def test_the_sum_over_users_equals_a_dense_float64_model_user_by_user(
         assert torch.linalg.norm(found - expected) <= 1e-4 * torch.linalg.norm(expected)
 
 
+@pytest.mark.long
 def test_one_user_more_or_less_changes_the_sum_by_the_clip_norm_at_most(
     adapters: dict[str, Adapter], clients: list[LocalDomain]
 ) -> None:
@@ -224,6 +225,7 @@ def test_learning_is_reproducible_in_any_order_and_weighs_clients_alike(
     assert started.initial_coefficients.tolist() == pytest.approx([0.1, 0.2, 0.3])
 
 
+@pytest.mark.long
 def test_learning_lowers_the_loss_of_users(adapters: dict[str, Adapter], clients: list[LocalDomain]) -> None:
     settings = replace(SMALL, batch_size=30)
     learned = learn_on_clients(clients, stack_adapters(adapters), settings, StudySchedule(steps=40, learning_rate=0.05))

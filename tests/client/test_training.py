@@ -148,6 +148,7 @@ def test_the_last_training_item_is_the_target_and_held_out_items_are_never_read(
 # Training
 
 
+@pytest.mark.long
 def test_training_learns_a_rule_that_the_text_does_not_reveal(walk: LocalDomain, backbone: Backbone) -> None:
     before = {name: tensor.clone() for name, tensor in backbone.model.state_dict().items()}
     lines: list[str] = []
@@ -167,6 +168,7 @@ def test_training_learns_a_rule_that_the_text_does_not_reveal(walk: LocalDomain,
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
+@pytest.mark.long
 def test_the_best_adapter_is_returned_and_not_the_last(walk: LocalDomain) -> None:
     adapter, report = train_expert(
         walk, LORA, TRAIN.model_copy(update={"learning_rate": 0.05, "max_steps": 30}), seed=1
@@ -309,6 +311,7 @@ def killed_after(domain: LocalDomain, settings: Train, checkpoint: Path, validat
 LONG = TRAIN.model_copy(update={"max_steps": 9, "batch_size": 10, "validate_every_steps": 2, "learning_rate": 0.03})
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("validations", [1, 3])
 def test_a_killed_training_resumes_to_the_same_result(toys: LocalDomain, tmp_path: Path, validations: int) -> None:
     whole, report = train_expert(toys, LORA, LONG, 3)
@@ -332,6 +335,7 @@ def test_the_wall_clock_of_a_resumed_training_includes_earlier_attempts(toys: Lo
     assert train_expert(toys, LORA, settings, 3, checkpoint=tmp_path / "checkpoint")[1].stopped_by == "max_minutes"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])
 def test_a_damaged_checkpoint_starts_the_training_again(toys: LocalDomain, tmp_path: Path, damage: str) -> None:
     whole, _ = train_expert(toys, LORA, LONG, 3)

@@ -136,6 +136,7 @@ def bombs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return write
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("bomb", BOMBS)
 def test_a_parquet_bomb_is_refused_before_it_takes_memory(bombs: Callable[[str], Path], bomb: str) -> None:
     path = bombs(bomb)

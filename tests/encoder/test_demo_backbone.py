@@ -38,6 +38,7 @@ def test_it_says_what_it_is_and_is_small(folder: Path, backbone: Backbone) -> No
     assert [path.name for path in folder.parent.iterdir()] == ["backbone"]
 
 
+@pytest.mark.long
 def test_it_knows_every_word_of_the_demo_and_tells_items_apart(backbone: Backbone) -> None:
     unknown = backbone.tokenizer.unk_token_id
     for name in (*DEMO_DOMAINS, "toys-2"):

@@ -93,11 +93,13 @@ def check_export(
             assert path.stat().st_mode & 0o777 == 0o666 & ~umask()
 
 
+@pytest.mark.long
 @needs_onnx
 def test_onnx_in_float32(tmp_path: Path) -> None:
     check_export(tiny_bert, "mean", "onnx", False, 1e-5, tmp_path)
 
 
+@pytest.mark.long
 @needs_openvino
 def test_openvino_in_int8_without_reports_to_its_makers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))  # where their reports would be prepared

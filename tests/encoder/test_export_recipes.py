@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 from adapters import layout_of, random_adapter
 from backbones import tiny_bert, tiny_roberta
 from test_export_graphs import encoder_of, needs_onnx, needs_openvino
@@ -76,6 +77,7 @@ def run_recipes(folders: list[Path], catalog: Catalog) -> list[np.ndarray]:
     return [np.array(json.loads(line)) for line in found]
 
 
+@pytest.mark.long
 def test_sentence_transformers(tmp_path: Path) -> None:
     builds: list[Callable[[Path], Path]] = [tiny_bert, tiny_roberta, sequence_roberta]
     catalog, folders, wanted = shop(), [], []
@@ -89,6 +91,7 @@ def test_sentence_transformers(tmp_path: Path) -> None:
         np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
+@pytest.mark.long
 @needs_onnx
 @needs_openvino
 def test_onnx_and_openvino(tmp_path: Path) -> None:

@@ -431,6 +431,7 @@ print(adapter_sha256(adapter_of(attach(backbone, ("value", "query"), 4, 8, seed=
 """
 
 
+@pytest.mark.long
 def test_every_process_starts_from_the_same_adapter(tmp_path: Path) -> None:
     folder = tiny_bert(tmp_path / "bert")
 

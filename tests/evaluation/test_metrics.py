@@ -232,6 +232,7 @@ def test_ranks_start_at_one() -> None:
         per_user_metrics(np.array([3, 0]))
 
 
+@pytest.mark.long
 def test_metrics_agree_with_ranx() -> None:
     import ranx  # noqa: PLC0415  (slow to import: it compiles)
 

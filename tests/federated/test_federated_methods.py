@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 from in_process import small_experiment
 
 from fedmerge.encoder.peft.folder import read_adapter
@@ -10,6 +11,7 @@ from fedmerge.runs.folder import DONE
 from sim.local.in_process import run_in_process
 
 
+@pytest.mark.long
 def test_training_free_methods_take_part_in_the_choice(tmp_path: Path) -> None:
     settings = {"merge.methods": "average,ties,iso-c", "merge.densities": "0.3,0.6", "merge.coefficients": "0.5,1"}
     run_in_process(small_experiment(tmp_path, **settings))
@@ -27,6 +29,7 @@ def test_training_free_methods_take_part_in_the_choice(tmp_path: Path) -> None:
     assert choice["best_variants"]["iso-c"] in (run / "report.txt").read_text()
 
 
+@pytest.mark.long
 def test_learned_methods_with_settings_of_their_own_take_part(tmp_path: Path) -> None:
     settings = {
         "merge.methods": "average,adamerging,mergerec",

@@ -174,6 +174,7 @@ def test_a_process_that_has_lost_the_mark_is_ended_with_its_parent_even_one_that
         assert select.select([process.stdout], [], [], 5)[0], "the child lives, and holds the other end of the pipe"
 
 
+@pytest.mark.long
 def test_a_process_that_shows_no_mark_during_exec_is_ended(tmp_path: Path) -> None:
     script = tmp_path / "again.sh"
     script.write_text(f"exec sh {script}\n")  # its environment reads as empty about one time in five

@@ -50,6 +50,7 @@ def test_a_connection_knows_whether_the_operators_folder_is_here(operator: Path,
         assert find_connection("prod").operator is None
 
 
+@pytest.mark.long
 def test_a_superlink_that_does_not_answer_is_reported_with_the_command_that_starts_it(
     operator: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -164,6 +164,7 @@ def adaptive_score(S: np.ndarray, M: np.ndarray) -> np.ndarray:
     return found
 
 
+@pytest.mark.long
 def test_the_first_step_of_a_walk_has_the_probabilities_of_the_definition(
     bert: Backbone, expert: Adapter, amateur: Adapter, theirs: torch.Tensor, table: TokenTable, items: PseudoDomain
 ) -> None:

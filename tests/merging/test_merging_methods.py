@@ -364,6 +364,7 @@ def test_the_cost_of_core_space_does_not_grow_with_the_square_of_the_width(metho
     assert large < 4 * 1200 * 1200
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("scope", ["tensor", "layer", "model"])
 @pytest.mark.parametrize("method", ["ties", "pcb", "dare-ties", "breadcrumbs"])
 def test_memory_does_not_grow_with_the_number_of_modules(method: str, scope: str) -> None:

@@ -20,6 +20,7 @@ PROGRAM = Path(__file__).with_name("malformed.py")
 GIB = 2**30
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("number", [400, pytest.param(10_000, marks=pytest.mark.e2e)])
 def test_malformed_messages_end_in_named_errors_and_bounded_memory(number: int) -> None:
     done = subprocess.run(

@@ -155,6 +155,7 @@ def test_a_missing_backbone_leaves_the_tables_without_a_model(
     assert "backbone.source" in caplog.text
 
 
+@pytest.mark.long
 @needs_tensorboard
 def test_a_run_writes_tracking_beside_its_tables(tmp_path: Path) -> None:
     changes = {"train.max_steps": 1, "merge.methods": "average", "privacy.min_users": 2, "tracking": "tensorboard"}
@@ -166,6 +167,7 @@ def test_a_run_writes_tracking_beside_its_tables(tmp_path: Path) -> None:
     assert [step for step, _ in found["small/seed0/expert"]["Experts_ loss/books"]] == [1]
 
 
+@pytest.mark.long
 @needs_tensorboard
 def test_a_failing_tracker_does_not_fail_a_finished_run(tmp_path: Path) -> None:
     changes = {"train.max_steps": 1, "merge.methods": "average", "privacy.min_users": 2, "tracking": "tensorboard"}

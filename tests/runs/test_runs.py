@@ -194,6 +194,7 @@ def test_runs_prints_a_table_or_json(runs: Path, capsys: Capsys) -> None:
     assert f"{runs}/gone: " in refusal(capsys, "runs", "--dir", runs / "gone")
 
 
+@pytest.mark.long
 def test_show_tells_what_a_run_was(runs: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "fedmerge.cli", "show", "trial-2026", "--dir", str(runs)],

@@ -61,6 +61,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.long
 def test_the_card_says_what_the_data_the_privacy_and_the_scores_are(
     place: Place, run: Path, tmp_path: Path, capsys: Capsys
 ) -> None:

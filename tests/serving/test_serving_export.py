@@ -40,6 +40,7 @@ def recipe_of(folder: Path) -> str:
     return block.replace("PATH OF THIS FOLDER", str(folder))
 
 
+@pytest.mark.long
 def test_the_recipe_gives_fedmerge_s_scores(place: Place, run: Path, tmp_path: Path, capsys: Capsys) -> None:
     alone, fused, script = "head on the merge", "head on the merge, fused", "import json, sys\n"
     shared = make_run_with_heads(place, "shared", "federated")
@@ -155,6 +156,7 @@ def test_all_files_are_readable_by_others(place: Place, run: Path, tmp_path: Pat
     assert {path.stat().st_mode & 0o777 for path in paths if path.is_dir()} == {0o755}
 
 
+@pytest.mark.long
 def test_a_text_model_is_exported_as_its_adapter_is(place: Place, run: Path, tmp_path: Path, capsys: Capsys) -> None:
     folders: dict[str, str | Path] = {
         "merged": run / "merged" / "average",

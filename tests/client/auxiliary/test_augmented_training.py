@@ -115,6 +115,7 @@ def test_every_loss_and_augmentation_changes_the_expert(domain: LocalDomain, cha
     assert last_adapter(domain, settings) != last_adapter(domain, changed(TRAIN, max_steps=2))
 
 
+@pytest.mark.long
 def test_a_killed_training_resumes_to_the_same_result(domain: LocalDomain, tmp_path: Path) -> None:
     settings, checkpoint = changed(TRAIN, objectives=EVERYTHING, augment=AUGMENT), tmp_path / "checkpoint"
     whole, report = train_expert(domain, LORA, settings, 3)

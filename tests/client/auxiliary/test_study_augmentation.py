@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import study_augmentation
 from in_process import small_experiment
 
@@ -22,6 +23,7 @@ def test_reported_users_have_read_nothing(tmp_path: Path) -> None:
     assert [int(sequence[-2]) for sequence in sequences] == examples.targets.tolist()  # test is never read
 
 
+@pytest.mark.long
 def test_every_row_is_compared_with_the_expert(tmp_path: Path) -> None:
     changes = {"domains.train": "beauty,books", "domains.unseen": ""}
     (tmp_path / "small.toml").write_text(to_toml(small_experiment(tmp_path, **changes)))

@@ -111,6 +111,7 @@ def test_without_a_training_sequence_sasrec_has_no_row(domains: dict[str, LocalD
 # The cache
 
 
+@pytest.mark.long
 def test_sasrec_is_trained_once_for_the_same_inputs(domains: dict[str, LocalDomain], tmp_path: Path) -> None:
     domain = domains["plain"]
     examples = evaluation_examples(domain.interactions, "test", None, 0)

@@ -81,6 +81,7 @@ def killed_at(number: int, work: Callable[[], str]) -> str | None:
     return in_child(in_this_child)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("work", [expert, sums])
 def test_a_client_that_is_killed_at_any_write_releases_one_noise(work: Callable[[Path], str], tmp_path: Path) -> None:
     """Nothing was sent by a process that died. After it one release follows, and it stays; a limit of one holds."""
@@ -96,6 +97,7 @@ def test_a_client_that_is_killed_at_any_write_releases_one_noise(work: Callable[
     assert number > 8  # so many places to die at
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("work", [expert, sums])
 def test_two_processes_that_answer_at_once_send_the_same(work: Callable[[Path], str], tmp_path: Path) -> None:
     for attempt in range(10):

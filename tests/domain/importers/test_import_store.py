@@ -82,6 +82,7 @@ def slow_sequences(rows: list[Row], k: int | None, users_only: bool) -> list[tup
     return [(user, items) for user, items in found if items]
 
 
+@pytest.mark.long
 @SEVERAL
 @given(some_rows, st.none() | st.integers(1, 4), st.booleans())
 def test_what_is_left_matches_the_oracle(tmp_path: Path, rows: list[Row], k: int | None, users_only: bool) -> None:

@@ -165,6 +165,7 @@ def test_every_searcher_finds_the_best_of_a_bandit(searcher: str) -> None:
     assert found.episodes == (12 if searcher == "coordinate" else 200)
 
 
+@pytest.mark.long
 def test_ppo_learns() -> None:
     """The policy itself improves, so that later episodes have higher rewards than a random policy."""
     asked = ppo(Space(2, 3, (0, 0)), 0)

@@ -55,6 +55,7 @@ def cache(hub: Hub, local: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return local / "cache"
 
 
+@pytest.mark.long
 def test_only_the_files_of_an_adapter_are_fetched_from_hf_endpoint(hub: Hub, local: Path) -> None:
     fetch = "from fedmerge.encoder.peft.hub import *; print(*fetch_adapter(hub_adapter('org/medicine@main')))"
     variables = {"HF_ENDPOINT": hub.address, "HF_HOME": str(local / "home"), "HF_HUB_DISABLE_XET": "1"}

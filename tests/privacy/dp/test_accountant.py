@@ -76,6 +76,7 @@ def test_the_calibrated_noise_meets_epsilon_and_hardly_more(method: Any) -> None
     assert spent_epsilon([Release(0.99 * noise, 1.0, 4)], 1e-5, method) > 2.0
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", ["rdp", "prv"])
 def test_the_calibrated_noise_meets_epsilon_over_releases_of_several_kinds(method: Any) -> None:
     kinds = ((0.1, 40), (0.25, 100))

@@ -317,6 +317,7 @@ def test_the_noise_of_an_epsilon_is_the_one_that_meets_it() -> None:
         check_spent("books", local, domain_record(local.dp, 0.001), 600)
 
 
+@pytest.mark.long
 def test_the_statement_says_where_rdp_had_to_count() -> None:
     dp = DP(mode="user", noise_multiplier=0.01, delta=1e-5)
     statement = privacy_statement(dp, {"books": [{**RECORD, "noise_multiplier": 0.01, "steps": 60}]}, False)

@@ -76,6 +76,7 @@ def test_many_steps_equal_google_s_composition_of_the_same_pair() -> None:
     assert replaced_epsilon([Release(noise, q, steps)], 1e-4) == pytest.approx(expected, abs=0.01)
 
 
+@pytest.mark.long
 def test_it_is_between_the_number_for_addition_and_that_of_half_the_noise() -> None:
     """The audit's case: at ε = 8, 40 to 100 steps at q = .107, half the noise gives 38, the exact worst pair 10 to 12.
 
@@ -96,6 +97,7 @@ def test_nothing_released_spends_nothing_and_nothing_without_noise_is_bounded() 
     assert replaced_epsilon([Release(1e4, 0.01, 1)], 0.01) == 0.0
 
 
+@pytest.mark.long
 def test_little_noise_and_many_steps_have_a_finite_upper_bound() -> None:
     """With hardly any noise a user's taking part in a step is seen, at a loss of 1/2σ² + log q each time."""
     each = 1 / (2 * 0.05**2) + math.log(0.05)

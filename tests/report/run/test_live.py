@@ -105,6 +105,7 @@ print("the end")
 """
 
 
+@pytest.mark.long
 def test_a_terminal_shows_the_stages_below_the_log(tmp_path: Path) -> None:
     controller, terminal = pty.openpty()
     process = subprocess.Popen(
@@ -132,6 +133,7 @@ def test_a_terminal_shows_the_stages_below_the_log(tmp_path: Path) -> None:
     assert text.rstrip().endswith("the end")
 
 
+@pytest.mark.long
 def test_watch_follows_a_run_to_its_end(run_place: Place, capsys: Capsys) -> None:
     run = make_run(run_place, "watched")
     (run / DONE).unlink()

@@ -29,6 +29,7 @@ def service(place: Place, tmp_path: Path) -> Service:
     return service_of(place, place.runs / "first", tmp_path / "items.jsonl")
 
 
+@pytest.mark.long
 def test_no_request_is_lost_or_wrong_while_runs_are_swapped(place: Place, service: Service) -> None:
     right = {run: right_lists(shelf_of(place, place.runs / run)) for run in ("first", "second")}
     assert right["first"] != right["second"]
