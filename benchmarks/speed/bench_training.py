@@ -6,9 +6,12 @@ The plain loop is the usual one: every step joins the texts of 64 users' random 
 Hugging Face tokenizer on them (padded to the longest, cut at 96 tokens), computes in float32 with the model's own
 attention, and makes a step of AdamW. The middle row is the same under bfloat16 autocast. fedmerge uses the same data,
 batch size, LoRA (rank 8 on query and value) and optimiser. The data are one domain of the bundled demo with 600 users
-and 400 items. A turn is one epoch, since the lengths of fedmerge's batches differ within it.
+and 400 items. A turn is one epoch, since the lengths of fedmerge's batches differ within it. The last row keeps the
+activations of so many tokens at once (train.tokens_at_once), with which --memory says what a process needs.
 """
 
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -31,17 +34,21 @@ from fedmerge.device import resolve_compute
 from fedmerge.domain.catalog import Catalog
 from fedmerge.domain.demo import write_demo
 from fedmerge.encoder.backbone import load_backbone
+from fedmerge.encoder.encode import tokens_at_once
 from fedmerge.encoder.frozen import frozen_products, using
 from fedmerge.encoder.lora import attach
 
-BATCH, MAX_TOKENS, RANK, ALPHA, LEARNING_RATE = 64, 96, 8, 16, 1e-3
-TARGETS = ("query", "value")
+BATCH, MAX_TOKENS, ALPHA, LEARNING_RATE = 64, 96, 16, 1e-3
+FEW, ALL = (8, ("query", "value")), (16, ("all-linear",))  # rank and targets of the LoRA
 
 
-def fedmerge_epoch(domain: LocalDomain, steps: int) -> Callable[[], None]:
-    """Return an epoch of ``train_expert`` without validation."""
+def fedmerge_epoch(
+    domain: LocalDomain, steps: int, lora: tuple[int, tuple[str, ...]], at_once: int | None = None
+) -> Callable[[], None]:
+    """Return an epoch of ``train_expert`` without validation; ``at_once`` is train.tokens_at_once."""
+    rank, targets = lora
     settings = Train(batch_size=BATCH, learning_rate=LEARNING_RATE)
-    model = attach(domain.backbone, TARGETS, RANK, ALPHA, seed=0)
+    model = attach(domain.backbone, targets, rank, ALPHA, seed=0)
     optimizer = torch.optim.AdamW(
         [parameter for parameter in model.parameters() if parameter.requires_grad], LEARNING_RATE, weight_decay=0.0
     )
@@ -51,7 +58,7 @@ def fedmerge_epoch(domain: LocalDomain, steps: int) -> Callable[[], None]:
     def epoch() -> None:
         for _ in range(steps):
             batch, _done = next(batches)
-            with using(products):
+            with using(products), tokens_at_once(at_once):
                 training_step(domain, batch, optimizer)
 
     return epoch
@@ -63,12 +70,16 @@ def item_texts(catalog: Catalog) -> list[str]:
     return [" ".join(f"{name}: {value}" for name, value in zip(ATTRIBUTES, row, strict=True) if value) for row in rows]
 
 
-def plain_epoch(domain: LocalDomain, steps: int, autocast: bool) -> Callable[[], None]:
+def plain_epoch(
+    domain: LocalDomain, steps: int, lora: tuple[int, tuple[str, ...]], autocast: bool
+) -> Callable[[], None]:
     """Return an epoch of a plain PEFT loop."""
+    rank, targets = lora
     _, folder = find_backbone(MINILM)
     tokenizer = AutoTokenizer.from_pretrained(folder)
+    modules = "all-linear" if targets == ALL[1] else list(targets)
     model = get_peft_model(
-        AutoModel.from_pretrained(folder), LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(TARGETS))
+        AutoModel.from_pretrained(folder), LoraConfig(r=rank, lora_alpha=ALPHA, target_modules=modules)
     )
     optimizer = torch.optim.AdamW(
         [parameter for parameter in model.parameters() if parameter.requires_grad], LEARNING_RATE, weight_decay=0.0
@@ -104,28 +115,59 @@ def plain_epoch(domain: LocalDomain, steps: int, autocast: bool) -> Callable[[],
     return epoch
 
 
+def megabytes(name: str) -> float:
+    """Return the resident memory of this process, now (VmRSS) or at most (VmHWM)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith(f"{name}:"))
+
+
+def peak_of(way: str, options: list[str]) -> float:
+    """Return the peak memory in MB of a process that trains this way alone."""
+    command = [sys.executable, __file__, *options, "--only", way]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+
+
 def main() -> None:
     """Time epochs in turn."""
     parser = arguments(__doc__, repeats=3)
     parser.add_argument("--steps", type=int, default=None, help="steps per turn (default: an epoch)")
     parser.add_argument("--profile", action="store_true", help="afterwards profile one turn of each")
+    parser.add_argument("--domain", type=Path, help="folder of a domain, in place of one of the demo")
+    parser.add_argument("--all-linear", action="store_true", help="LoRA of rank 16 on all linear layers")
+    parser.add_argument("--tokens", type=int, default=1024, help="train.tokens_at_once of the last row")
+    parser.add_argument("--memory", action="store_true", help="afterwards measure a process of each")
+    parser.add_argument("--only", help="train this way alone and print the peak memory in MB")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
-        (name,) = write_demo(folder, num_domains=1)
+        source = options.domain or Path(folder) / write_demo(folder, num_domains=1)[0]
         compute = resolve_compute("cpu")
-        domain = open_domain(Path(folder) / name, load_backbone(MINILM, "mean", compute), Text(max_tokens=MAX_TOKENS))
+        domain, again = (
+            open_domain(source, load_backbone(MINILM, "mean", compute), Text(max_tokens=MAX_TOKENS))
+            for _ in range(2)  # each with a backbone of its own, which takes one LoRA
+        )
+    lora = ALL if options.all_linear else FEW
     steps = options.steps or num_batches(len(domain.training_sequences), BATCH)
     calls = {
-        "plain PEFT, float32": plain_epoch(domain, steps, autocast=False),
-        "plain PEFT, bfloat16 autocast": plain_epoch(domain, steps, autocast=True),
-        "fedmerge": fedmerge_epoch(domain, steps),
+        "plain PEFT, float32": plain_epoch(domain, steps, lora, autocast=False),
+        "plain PEFT, bfloat16 autocast": plain_epoch(domain, steps, lora, autocast=True),
+        "fedmerge": fedmerge_epoch(domain, steps, lora),
+        "fedmerge, tokens at once": fedmerge_epoch(again, steps, lora, options.tokens),
     }
+    if options.only:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak so far is forgotten
+        before = megabytes("VmRSS")
+        for _ in range(options.repeats):
+            calls[options.only]()
+        print(megabytes("VmHWM") - before)
+        return
     for call in calls.values():
         call()  # warm up
     print(f"{compute.reason}; {options.threads} threads; {steps} steps of {BATCH} users a turn, {options.clock} clock")
     seconds = timed_in_turn(calls, options.repeats, options.clock, warm_up=0)
     print_table(seconds, "plain PEFT, float32", "samples/s", steps * BATCH)
+    for name in calls if options.memory else ():
+        print(f"{name:<32}{peak_of(name, [a for a in sys.argv[1:] if a != '--memory']):>8,.0f} MB above a loaded model")
     for name, call in calls.items() if options.profile else ():
         with profile(activities=[ProfilerActivity.CPU]) as record:
             call()

@@ -67,6 +67,12 @@ class Train(Section):
 
     learning_rate: float = Field(1e-3, gt=0, le=1, description="AdamW learning rate after warm-up.")
     batch_size: int = Field(64, ge=2, le=4096, description="Users a step; their targets are each other's negatives.")
+    tokens_at_once: int | None = Field(
+        None,
+        ge=1,
+        description="Tokens whose activations a step holds at once. It encodes its texts in such parts, and each again "
+        "for its gradient, so memory does not depend on batch_size; 'none' holds all, which is faster.",
+    )
     samples: Literal["last", "random-prefix"] = Field(
         "random-prefix",
         description="Target of a user in an epoch: the last training item (as published), or a random one.",
@@ -138,6 +144,7 @@ class Train(Section):
     def cache_inputs(self) -> dict[str, Any]:
         """Return the settings for the key of a cache; what is off, if only by a weight of 0, is left out."""
         off = {"objectives", "views", "augment", "augment_share"}
+        off |= set() if self.tokens_at_once else {"tokens_at_once"}
         return self.model_dump(exclude=off) | self.auxiliary_record()
 
     @model_validator(mode="after")

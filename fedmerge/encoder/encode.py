@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 
 import numpy as np
 import torch
 from peft.helpers import disable_input_dtype_casting
+from torch.utils.checkpoint import checkpoint
 
 from fedmerge.encoder.backbone import Backbone
 from fedmerge.encoder.fused import fused_encoder
@@ -16,6 +18,7 @@ TOKENS_PER_BATCH = 4096  # larger batches are not faster on a CPU: they exceed i
 EAGER_ATTENTION_TOKENS = 256
 TRAINING_GROUPS = 4  # parts of a training batch on a CPU, each padded to its own longest sequence
 Encode = Callable[[Sequence[Tokens]], torch.Tensor]
+_tokens_at_once: ContextVar[int | None] = ContextVar("tokens_at_once", default=None)
 
 
 def embed_batch(backbone: Backbone, sequences: Sequence[Tokens]) -> torch.Tensor:
@@ -35,7 +38,10 @@ def embed_batch(backbone: Backbone, sequences: Sequence[Tokens]) -> torch.Tensor
 
 
 def embed_in_groups(backbone: Backbone, sequences: Sequence[Tokens]) -> torch.Tensor:
-    """Encode one batch as :func:`embed_batch` does, on a CPU in groups of similar length to save padding."""
+    """Encode one batch as :func:`embed_batch` does, in groups of similar length.
+
+    On a CPU they save padding. Within :func:`tokens_at_once` they limit memory, on every device.
+    """
     return _in_groups(backbone, sequences, lambda group: embed_batch(backbone, [sequences[i] for i in group]))
 
 
@@ -93,12 +99,43 @@ def _in_groups(
     backbone: Backbone, sequences: Sequence[Tokens], vectors_of: Callable[[Sequence[int]], torch.Tensor]
 ) -> torch.Tensor:
     """Return the vectors (n, d) of all sequences; ``vectors_of`` makes those of a group of them."""
-    if backbone.device.type != "cpu":
+    again = _tokens_at_once.get() is not None
+    if backbone.device.type != "cpu" and not again:
         return vectors_of(range(len(sequences)))
-    order = np.argsort([len(sequence) for sequence in sequences], kind="stable")
-    groups = np.array_split(order, min(TRAINING_GROUPS, len(order)))
-    vectors = torch.cat([vectors_of(group.tolist()) for group in groups])
-    return vectors[torch.from_numpy(np.argsort(order))]
+    groups = training_groups(sequences)
+    parts = [
+        checkpoint(vectors_of, group.tolist(), use_reentrant=False, preserve_rng_state=False)
+        if again
+        else vectors_of(group.tolist())
+        for group in groups
+    ]
+    places = torch.from_numpy(np.argsort(np.concatenate(groups)))
+    return torch.cat(parts)[places.to(parts[0].device)]
+
+
+def training_groups(sequences: Sequence[Tokens]) -> list[np.ndarray]:
+    """Split a training batch into groups of similar length, TRAINING_GROUPS or as :func:`tokens_at_once` says."""
+    lengths = [len(sequence) for sequence in sequences]
+    if limit := _tokens_at_once.get():
+        return length_batches(lengths, limit)
+    order = np.argsort(lengths, kind="stable")
+    return [group for group in np.array_split(order, TRAINING_GROUPS) if len(group)]
+
+
+@contextmanager
+def tokens_at_once(number: int | None) -> Iterator[None]:
+    """Within the block, keep no activations of groups, which have this many padded tokens at most, or one sequence.
+
+    Each group is encoded again when its gradient is computed, so the memory of a batch no longer depends on its size.
+    The vectors are those of whole batches apart from rounding. None: nothing is encoded again.
+
+    Source: Gao et al., Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup, RepL4NLP 2021.
+    """
+    before = _tokens_at_once.set(number)
+    try:
+        yield
+    finally:
+        _tokens_at_once.reset(before)
 
 
 def encode(

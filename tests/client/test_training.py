@@ -326,6 +326,17 @@ def test_a_killed_training_resumes_to_the_same_result(toys: LocalDomain, tmp_pat
     assert len(lines) == 1 + 5 - validations
 
 
+def test_tokens_at_once_change_the_training_by_rounding_alone(toys: LocalDomain) -> None:
+    settings = TRAIN.model_copy(update={"max_steps": 3, "batch_size": 10})
+    whole, _ = train_expert(toys, LORA, settings, 3)
+    parts, _ = train_expert(toys, LORA, settings.model_copy(update={"tokens_at_once": 60}), 3)
+    for name, module in whole.modules.items():
+        torch.testing.assert_close(parts.modules[name].delta_weight(), module.delta_weight(), atol=2e-4, rtol=1e-2)
+    assert adapter_sha256(whole) != adapter_sha256(parts)  # so it belongs to the key of a cache
+    assert "tokens_at_once" not in settings.cache_inputs()
+    assert settings.model_copy(update={"tokens_at_once": 60}).cache_inputs()["tokens_at_once"] == 60
+
+
 def test_the_wall_clock_of_a_resumed_training_includes_earlier_attempts(toys: LocalDomain, tmp_path: Path) -> None:
     settings = LONG.model_copy(update={"max_minutes": 60.0})
     killed_after(toys, settings, tmp_path / "checkpoint", 1)

@@ -38,7 +38,7 @@ from fedmerge.device import resolve_compute
 from fedmerge.domain.demo import generate_domain
 from fedmerge.domain.folder import write_domain
 from fedmerge.encoder.backbone import Backbone
-from fedmerge.encoder.encode import embed_batch, encode
+from fedmerge.encoder.encode import embed_batch, encode, tokens_at_once
 from fedmerge.encoder.text import pack_sequences
 from fedmerge.errors import DomainError
 from fedmerge.privacy.dp.randomness import SystemSource
@@ -100,10 +100,15 @@ def test_catalog_softmax_by_hand_and_no_gradient_through_the_items() -> None:
     assert items.grad is None
 
 
-def test_gradients_by_user_equal_those_of_one_user_at_a_time(toys: LocalDomain, model: PeftModel) -> None:
+@pytest.mark.parametrize("at_once", [None, 40])
+def test_gradients_by_user_equal_those_of_one_user_at_a_time(
+    toys: LocalDomain, model: PeftModel, at_once: int | None
+) -> None:
     records = records_of(toys, list(range(9)))
     items = encode(toys.backbone, toys.item_sequences)
-    groups = list(user_gradients(toys, model, trained(model), records, items, TEMPERATURE))
+    with tokens_at_once(at_once):
+        groups = list(user_gradients(toys, model, trained(model), records, items, TEMPERATURE))
+    assert len(groups) > 4 or not at_once
     found = torch.cat([torch.cat([g.flatten(1) for g in group], dim=1) for group in groups])
     expected = one_by_one(toys, model, records, items)
     lengths = [len(history) for history in records.histories]

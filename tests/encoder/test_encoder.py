@@ -21,7 +21,7 @@ from fedmerge.domain.catalog import Catalog, make_catalog
 from fedmerge.domain.folder import write_domain
 from fedmerge.domain.interactions import make_interactions
 from fedmerge.encoder.backbone import Backbone, check_max_tokens, load_backbone
-from fedmerge.encoder.encode import embed_batch, embed_in_groups, encode, length_batches
+from fedmerge.encoder.encode import embed_batch, embed_in_groups, encode, length_batches, tokens_at_once
 from fedmerge.encoder.frozen import frozen_products, packs_bfloat16, using
 from fedmerge.encoder.lora import attach
 from fedmerge.encoder.text import (
@@ -269,6 +269,48 @@ def test_groups_change_no_vector_and_no_gradient(bert: Backbone) -> None:
     found, expected = (adapter_gradients(bert, sequences, embed) for embed in (embed_in_groups, embed_batch))
     assert expected
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("number", [1, 40, 90, 10_000])
+def test_tokens_at_once_change_no_vector_and_no_gradient(bert: Backbone, number: int) -> None:
+    sequences = random_sequences(bert, 13, 30)
+    expected = embed_batch(bert, sequences)
+    gradients = adapter_gradients(bert, sequences, embed_batch)
+    with tokens_at_once(number):
+        torch.testing.assert_close(embed_in_groups(bert, sequences), expected)
+        torch.testing.assert_close(adapter_gradients(bert, sequences, embed_in_groups), gradients, atol=1e-5, rtol=1e-4)
+    assert torch.equal(embed_batch(bert, sequences), expected)
+
+
+def held_bytes(backbone: Backbone, sequences: list[np.ndarray]) -> int:
+    """Return the bytes that a forward pass with an adapter holds for its backward pass, without the weights."""
+    model = attach(backbone, ["all-linear"], rank=2, alpha=4, seed=0)
+    weights = {parameter.data_ptr() for parameter in model.parameters()}
+    held: dict[int, int] = {}
+
+    def hold(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
+            vectors = embed_in_groups(backbone, sequences)
+        del vectors
+        return sum(held.values())
+    finally:
+        model.unload()
+
+
+def test_what_a_step_holds_does_not_depend_on_the_batch(bert: Backbone) -> None:
+    few, many = random_sequences(bert, 8, 30), random_sequences(bert, 64, 30)
+    whole = [held_bytes(bert, few), held_bytes(bert, many)]
+    with tokens_at_once(64):
+        parts = [held_bytes(bert, few), held_bytes(bert, many)]
+    assert whole[1] > 5 * whole[0]
+    assert parts[1] < whole[0] / 4
+    vectors = 4 * len(many) * bert.width
+    assert parts[1] - parts[0] < 4 * vectors  # what is left are the vectors themselves
 
 
 @pytest.mark.skipif(not packs_bfloat16(), reason="oneDNN has no bfloat16 here")

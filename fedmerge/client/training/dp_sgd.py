@@ -27,8 +27,7 @@ from fedmerge.client.training.plain_sgd import item_refresh_is_due
 from fedmerge.config import DP, Train
 from fedmerge.domain.manifest import DP_BY_USER, check_catalog_is_given
 from fedmerge.encoder.backbone import in_float32
-from fedmerge.encoder.encode import TRAINING_GROUPS, embed_batch, encode
-from fedmerge.encoder.text import Tokens
+from fedmerge.encoder.encode import embed_batch, encode, tokens_at_once, training_groups
 from fedmerge.errors import DomainError
 from fedmerge.privacy.dp.accountant import agreed_noise, opacus_accountants
 from fedmerge.privacy.dp.randomness import Randomness, Source, source
@@ -154,7 +153,8 @@ def private_steps(
         if auxiliary is not None:
             histories = augmented_histories(auxiliary, domain, records.histories, records.users, number)
             records = replace(records, histories=histories)
-        total = clipped_sum(domain, attached.model, attached.parameters, records, items, TEMPERATURE, plan.clip)
+        with tokens_at_once(settings.tokens_at_once):
+            total = clipped_sum(domain, attached.model, attached.parameters, records, items, TEMPERATURE, plan.clip)
         noised = add_noise(total, plan.noise_multiplier * plan.clip, drawn)
         attached.optimizer.zero_grad()
         terms = [] if penalty is None else [penalty()]
@@ -247,7 +247,7 @@ def user_gradients(
     """
     backbone, packed = domain.backbone, domain.packed(records.histories)
     with _gradients_by_user(model):
-        for group in _groups(packed):
+        for group in training_groups(packed):
             targets = torch.from_numpy(records.targets[group]).to(backbone.device)
             vectors = embed_batch(backbone, [packed[index] for index in group])
             losses = catalog_softmax(vectors, items, targets, temperature)
@@ -276,11 +276,6 @@ def plan_record(plan: UserPlan) -> Mapping[str, Any]:
         "steps": plan.steps,
         "randomness": plan.randomness,
     }
-
-
-def _groups(packed: Sequence[Tokens]) -> list[npt.NDArray[np.int64]]:
-    order = np.argsort([len(sequence) for sequence in packed], kind="stable")
-    return [group for group in np.array_split(order, TRAINING_GROUPS) if len(group)]
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from fedmerge.client.training.batches import Batch
 from fedmerge.client.training.loop import Attached, Step, StepResult
 from fedmerge.client.training.losses import TEMPERATURE, catalog_softmax, in_batch_softmax, proximal_term
 from fedmerge.config import Train
-from fedmerge.encoder.encode import embed_in_groups, encode
+from fedmerge.encoder.encode import embed_in_groups, encode, tokens_at_once
 from fedmerge.encoder.frozen import frozen_products, using
 from fedmerge.errors import DivergedError
 
@@ -55,7 +55,7 @@ def batch_steps(
             added = partial(_added_losses, auxiliary, domain, batch, number, penalty)
             histories = augmented_histories(auxiliary, domain, batch.histories, batch.users, number)
             batch = replace(batch, histories=histories)
-        with using(products):
+        with using(products), tokens_at_once(settings.tokens_at_once):
             loss = training_step(domain, batch, attached.optimizer, items, added)
         check_loss(domain.manifest.name, loss, number + 1, settings)
         return StepResult(loss, epochs)
