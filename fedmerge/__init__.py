@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 # Read by OpenMP when torch is loaded. By default threads wait for each other on the CPU, which makes two of them ten
-# times slower where a core has anything else to do (benchmarks/speed/bench_waiting.py).
+# times slower where a core has anything else to do (benchmarks/federation/bench_waiting.py).
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
 """How threads wait for each other, OMP_WAIT_POLICY: training steps a second on a machine with nothing else to do, and
 beside other processes.
 
-    python benchmarks/speed/bench_waiting.py --busy 0 1 2
+    python benchmarks/federation/bench_waiting.py --busy 0 1 2
 
 OpenMP's own way, the named alternative, is to wait on the CPU; `fedmerge` sets "passive", which sleeps. Each
 measurement is a process of its own; a busy neighbour is a process that never pauses. Alternatives take turns.
