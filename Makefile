@@ -32,7 +32,7 @@ test: install
 
 # What takes longer in one process; then Flower and Ray for real, and the report in Chromium where that is installed.
 e2e: install
-	$(BIN)/python -m pytest -m '(federation or long) and not e2e and not slow' -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -m '(federation or long) and not e2e and not slow' -n auto --maxprocesses 4 --dist loadfile --durations=12
 	$(BIN)/python -m pytest -m 'e2e or browser' -n auto --maxprocesses 2 --dist loadfile --durations=12
 
 # A federation on machines of its own (network namespaces, as root; otherwise the loopback) behind nginx.

@@ -7,7 +7,6 @@ search say how the others fare; the tables of the run folder have everything.
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from collections.abc import Set as AbstractSet
 from typing import Any
 
 import numpy as np
@@ -66,7 +65,7 @@ def only(domains: Iterable[str], shown: Sequence[str] | None) -> list[str]:
     """Return the domains that a table shows: all in their order, or those of ``shown`` in its order."""
     if shown is None:
         return list(domains)
-    there: AbstractSet[str] = {*domains}
+    there = {*domains}
     return [domain for domain in shown if domain in there]
 
 
@@ -80,7 +79,7 @@ def note_on_shown(number: int, shown: Sequence[str] | None) -> Html | None:
     )
 
 
-def names(domains: Sequence[str]) -> str:
+def listed(domains: Sequence[str]) -> str:
     """Return the names in a sentence; of many, the first and how many more."""
     more = len(domains) - MOST_NAMED
     return ", ".join(domains[:MOST_NAMED]) + (f" and {more:,} more" if more > 0 else "")

@@ -43,8 +43,8 @@ from fedmerge.report.run.first import first_section, missing_fact, privacy_fact,
 from fedmerge.report.run.many import (
     WORST,
     first_domains,
+    listed,
     mean_scores,
-    names,
     only,
     percentiles_table,
     search_box,
@@ -405,12 +405,12 @@ def _choice(run: RunDetails, judged: Judged) -> Html | None:
     for domain in per_domain:
         by_row.setdefault(served_row(per_domain, str(run.summary.served), domain), []).append(domain)
     instead = [
-        note(f"Served {their(row)}, in the row “{SERVED}” too: {names(domains)}.")
+        note(f"Served {their(row)}, in the row “{SERVED}” too: {listed(domains)}.")
         for row, domains in by_row.items()
         if row != run.summary.served
     ]
     dropped, back = run.choice.get("dropped") or {}, run.choice.get("rollback") or {}
-    worse = note(f"The merge selected first is significantly worse than their own expert: {names([*dropped])}.")
+    worse = note(f"The merge selected first is significantly worse than their own expert: {listed([*dropped])}.")
     rolled = note(f"Rolled back from {back.get('from')} to {back.get('to')}.")
     scores_table = table("choice-table", "Mean over training domains on validation, unmasked", heads, body)
     return join(scores_table, *instead, worse if dropped else None, rolled if back else None)
