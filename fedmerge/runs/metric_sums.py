@@ -112,11 +112,7 @@ def read_domain_roles(run_dir: Path) -> dict[str, Literal["train", "unseen"]]:
     """
     path = run_dir / "metrics.parquet"
     try:
-        rows = (
-            pq.read_table(path, columns=["domain", "role"])
-            .group_by(["domain", "role"], use_threads=False)
-            .aggregate([])
-        )
+        rows = pq.read_table(path, columns=["domain", "role"])
     except (OSError, pa.ArrowException) as error:
         raise RunDirError(
             f"{path}: cannot be read ({str(error).splitlines()[0]}). Copy the run folder again."

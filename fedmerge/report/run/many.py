@@ -34,6 +34,7 @@ from fedmerge.report.tables import Role
 
 MOST_DOMAINS = 200
 WORST = 50
+_BY_SCORE = "those whose served model is least above popularity and the last item, worst first"
 MOST_NAMED = 20  # domains in a sentence
 _SHARES = {"lowest": 0, "5 %": 5, "25 %": 25, "median": 50, "75 %": 75, "95 %": 95, "highest": 100}
 
@@ -69,13 +70,13 @@ def only(domains: Iterable[str], shown: Sequence[str] | None) -> list[str]:
     return [domain for domain in shown if domain in there]
 
 
-def note_on_shown(number: int, shown: Sequence[str] | None) -> Html | None:
+def note_on_shown(number: int, shown: Sequence[str] | None, which: str = _BY_SCORE) -> Html | None:
     """Say which of so many domains the tables of the page have; None if they have all."""
     if shown is None:
         return None
     return note(
-        f"Tables by domain show {len(shown)} of {number:,} domains: those whose served model is least above popularity "
-        "and the last item, worst first. Everything about the others is in the tables of the run folder."
+        f"Tables by domain show {len(shown)} of {number:,} domains: {which}. Everything about the others is in the "
+        "run folder."
     )
 
 
@@ -85,7 +86,7 @@ def listed(domains: Sequence[str]) -> str:
     return ", ".join(domains[:MOST_NAMED]) + (f" and {more:,} more" if more > 0 else "")
 
 
-def mean_scores(sums: Mapping[str, MetricSums], roles: Mapping[str, Role]) -> Iterator[dict[str, Any]]:
+def mean_rows(sums: Mapping[str, MetricSums], roles: Mapping[str, Role]) -> Iterator[dict[str, Any]]:
     """Yield the results over the domains of a role: the unweighted mean where every domain has a value.
 
     Args:
@@ -111,13 +112,12 @@ def mean_scores(sums: Mapping[str, MetricSums], roles: Mapping[str, Role]) -> It
                     }
 
 
-def percentiles_table(sums: Mapping[str, MetricSums], roles: Mapping[str, Role], variant: str) -> Html:
+def percentiles_table(sums: Mapping[str, MetricSums], roles: Mapping[str, Role]) -> Html:
     """Return for each row of the results how its scores are spread over the domains of a role.
 
     Args:
-        sums: domain -> its sums on test.
+        sums: domain -> its sums on test, unmasked.
         roles: domain -> "train" or "unseen".
-        variant: of the sums, named in the caption.
     """
     scores: dict[tuple[Role, str], list[float]] = {}
     for domain, of_domain in sums.items():
@@ -135,7 +135,7 @@ def percentiles_table(sums: Mapping[str, MetricSums], roles: Mapping[str, Role],
         *(Column(title, numeric=False) for title in ("Row", "Role")),
         *(Column(title) for title in ("Domains", *_SHARES)),
     ]
-    return table("percentiles", f"{metric_title(METRIC)} over domains, on test, {variant}", heads, body)
+    return table("percentiles", f"{metric_title(METRIC)} over domains, on test, unmasked", heads, body)
 
 
 def search_box(judged: Judged, compared: Mapping[str, Comparison]) -> Html:

@@ -44,7 +44,8 @@ from fedmerge.report.run.many import (
     WORST,
     first_domains,
     listed,
-    mean_scores,
+    mean_rows,
+    note_on_shown,
     only,
     percentiles_table,
     search_box,
@@ -115,7 +116,10 @@ def _page_of_training(run: RunDetails, statement: Mapping[str, Any]) -> str:
         cells=[_cell(run)],
     )
     lead = element("p", "The experts are trained; nothing was merged or evaluated (until = 'train').")
-    first = facts([("Privacy", privacy_fact(run, statement)), ("Missing", missing_fact(run))])
+    first = join(
+        facts([("Privacy", privacy_fact(run, statement)), ("Missing", missing_fact(run))]),
+        note_on_shown(len(run.participants), shown, "the first by name"),
+    )
     data = dataset_of(tables, _place(run)["dataset"], looks_of(tables), "")
     sections = [
         ("curves", "Training curves", curves_section(data)),
@@ -159,7 +163,7 @@ def run_tables(run: RunDetails, shown: Sequence[str] | None = None) -> BenchTabl
             if split == "test":
                 sums = {domain: _with_served(of_domain, run, domain) for domain, of_domain in sums.items()}
                 methods |= dict.fromkeys(method for of_domain in sums.values() for method in of_domain.methods)
-            scores = _scores(sums, roles) if shown is None else mean_scores(sums, roles)
+            scores = _scores(sums, roles) if shown is None else mean_rows(sums, roles)
             results += [{**place, "split": split, "variant": variant, **score} for score in scores]
             if split == "test":
                 comparisons += _comparisons(sums, roles, place["dataset"], merged, by_domain=shown is None)
@@ -285,7 +289,7 @@ def _coefficients(run: RunDetails) -> list[dict[str, Any]]:
 def _domains(folder: Path, sums: Mapping[str, MetricSums], judged: Judged, compared: Sequence[Comparison]) -> Html:
     """Return the spread over domains and a search, in the place of tables of all of them."""
     return join(
-        percentiles_table(sums, read_domain_roles(folder), "unmasked"),
+        percentiles_table(sums, read_domain_roles(folder)),
         search_box(judged, {row.domain: row for row in compared}),
     )
 

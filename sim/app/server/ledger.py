@@ -7,6 +7,7 @@ from pathlib import Path
 from flwr.app import RecordDict
 
 from fedmerge.files import append_line, read_lines, write_table
+from fedmerge.runs.exposure import TOO_MUCH
 from sim.app.messages import records
 from sim.app.server.questions import Question
 
@@ -45,7 +46,7 @@ class Ledger:
             RunDirError: the file cannot be written.
         """
         if too_large:
-            rows = [{"name": "(too much)", "dtype": "", "shape": "", "size_bytes": records.size_bytes(content)}]
+            rows = [{"name": TOO_MUCH, "dtype": "", "shape": "", "size_bytes": records.size_bytes(content)}]
         else:
             rows = list(records.contents(content))
         entry = {

@@ -104,6 +104,15 @@ def test_the_page_hardly_grows_with_domains(place: Place, page: str) -> None:
     assert (len(run_page(folder)) - len(page)) / NUM_DOMAINS < 120  # bytes a domain: its line of the search
 
 
+def test_a_run_that_ends_with_the_experts_shows_the_first_by_name_and_says_so(place: Place) -> None:
+    folder = make_reported_run(place, "shops-20260105-030405-abcd", ["until=train"])
+    names = give_many_domains(folder, NUM_DOMAINS)
+    found = parsed(run_page(folder))
+    first = sorted(names)[:WORST]
+    assert [row[0] for row in found.tables["clients-table"][1:]] == first
+    assert f"Tables by domain show {WORST} of {NUM_DOMAINS} domains: the first by name." in found.text
+
+
 def test_few_domains_are_all_shown(place: Place) -> None:
     folder = make_reported_run(place, "shops-20260104-030405-abcd")
     give_many_domains(folder, MOST_DOMAINS)
