@@ -131,7 +131,8 @@ def results_table(
     for metric in metrics:
         values = {key: of_metric[metric] for key, of_metric in cells.items() if not math.isnan(of_metric[metric])}
         columns: list[list[Cell]] = []
-        for column in _value_columns(domains, methods, values):
+        averaged = _averaged(domains, {domain for domain, _ in values})
+        for column in _value_columns(domains, averaged, methods, values):
             merged = [
                 value
                 for method, value in zip(methods, column, strict=True)
@@ -148,7 +149,7 @@ def results_table(
                     for method, value in zip(methods, column, strict=True)
                 ]
             )
-        tables.append(_layout(metric, domains, methods, columns, table_format))
+        tables.append(_layout(metric, domains, averaged, methods, columns, table_format))
 
     notes = []
     if any_marked:
@@ -212,8 +213,15 @@ def differences_table(
         {domain: roles[domain] for domain in sums}, {domain: of_domain.num_users for domain, of_domain in sums.items()}
     )
 
+    def is_comparable(each: MetricSums, metric: str) -> bool:
+        others = [each.mean(name, metric) for name in each.methods if name != baseline]
+        known = baseline in each.methods and not math.isnan(each.mean(baseline, metric))
+        return known and each.num_users > 1 and not all(map(math.isnan, others))
+
     def difference(group: Sequence[str], method: str, metric: str) -> Estimate | None:
         members = [sums[domain] for domain in group]
+        if not members:
+            return None
         if any(member.num_users < 2 or not {method, baseline} <= set(member.methods) for member in members):
             return None
         if any(math.isnan(member.mean(name, metric)) for member in members for name in (method, baseline)):
@@ -222,16 +230,18 @@ def differences_table(
             return paired_difference(members[0], method, baseline, metric)
         return paired_difference_of_mean(members, method, baseline, metric)
 
-    groups = [*([domain] for domain in domains.shown), *(domains.of(role) for role in domains.used_roles)]
     tables, any_absent, any_marked = [], False, False
     for metric in metrics:
+        averaged = _averaged(domains, {domain for domain, each in sums.items() if is_comparable(each, metric)})
+        groups = [*([domain] for domain in domains.shown), *averaged.values()]
         columns: list[list[Cell]] = []
         for group in groups:
             differences = [difference(group, method, metric) for method in methods]
             columns.append([difference_cell(found, num_digits) for found in differences])
             any_absent |= None in differences
             any_marked |= any(marked for _, marked in columns[-1])
-        tables.append(_layout(f"{metric}, difference to {baseline}", domains, methods, columns, table_format))
+        title = f"{metric}, difference to {baseline}"
+        tables.append(_layout(title, domains, averaged, methods, columns, table_format))
 
     notes = [
         "difference ± half-width of its 95 % interval, paired over users. "
@@ -286,21 +296,32 @@ def _check_format(table_format: str) -> None:
         raise ValueError(f"table_format is {table_format!r}; expected one of {list(get_args(TableFormat))}")
 
 
+def _averaged(domains: _Domains, with_values: Collection[str]) -> dict[Role, list[str]]:
+    """Return role -> domains in its mean: one without any value, such as one that withholds them, is left out."""
+    return {role: [domain for domain in domains.of(role) if domain in with_values] for role in domains.used_roles}
+
+
 def _value_columns(
-    domains: _Domains, methods: Sequence[str], values: Mapping[tuple[str, str], float]
+    domains: _Domains,
+    averaged: Mapping[Role, Sequence[str]],
+    methods: Sequence[str],
+    values: Mapping[tuple[str, str], float],
 ) -> list[list[float | None]]:
     """A column a shown domain, then one a role: the unweighted mean over its domains, None where one is absent."""
     by_domain = {domain: [values.get((domain, method)) for method in methods] for domain in domains.ordered}
     means: list[list[float | None]] = []
-    for role in domains.used_roles:
-        per_method = zip(*(by_domain[domain] for domain in domains.of(role)), strict=True)
-        means.append([_mean(of_method) for of_method in per_method])
+    for members in averaged.values():
+        means.append([_mean([by_domain[domain][i] for domain in members]) for i in range(len(methods))])
     return [*(by_domain[domain] for domain in domains.shown), *means]
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
     present = [value for value in values if value is not None]
-    return math.fsum(present) / len(present) if len(present) == len(values) else None
+    return math.fsum(present) / len(present) if present and len(present) == len(values) else None
+
+
+def _some_of(number: int, total: int) -> str:
+    return str(total) if number == total else f"{number} of {total}"
 
 
 def difference_cell(difference: Estimate | None, num_digits: int = 4) -> Cell:
@@ -314,8 +335,8 @@ def difference_cell(difference: Estimate | None, num_digits: int = 4) -> Cell:
 
 def _absent_note() -> str:
     return (
-        f"{_ABSENT}: not evaluated, or withheld by the client; a mean is shown only if every domain of its group has a "
-        "value."
+        f"{_ABSENT}: not evaluated, or withheld by the client. A mean leaves out domains without any value, and is "
+        "shown if all others have one."
     )
 
 
@@ -338,12 +359,15 @@ def _header(variant: Variant, split: Split, domains: _Domains, synthetic: bool) 
 def _layout(
     title: str,
     domains: _Domains,
+    averaged: Mapping[Role, Sequence[str]],
     methods: Sequence[str],
     columns: Sequence[Sequence[Cell]],
     table_format: TableFormat,
 ) -> str:
     """Return the table of one metric: a row per method, under the column titles and the numbers of users."""
-    means = [f"{_MEAN_TITLES[role]} ({len(domains.of(role))})" for role in domains.used_roles]
+    means = [
+        f"{_MEAN_TITLES[role]} ({_some_of(len(members), len(domains.of(role)))})" for role, members in averaged.items()
+    ]
     unseen = set(domains.of("unseen"))
     titles = [*(f"{domain} (unseen)" if domain in unseen else domain for domain in domains.shown), *means]
     num_users = [*(f"{domains.num_users[domain]:,}" for domain in domains.shown), *("" for _ in means)]

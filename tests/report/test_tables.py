@@ -74,6 +74,29 @@ def test_a_mean_over_only_some_domains_is_omitted() -> None:
     assert "not evaluated" not in whole
 
 
+def test_a_domain_that_withholds_everything_is_left_out_of_the_means() -> None:
+    withheld = {"recall@10": math.nan, "ndcg@10": math.nan}
+    rows = [replace(one, metrics=withheld) if one.domain in ("Beauty", "Garden") else one for one in ROWS]
+    text = results_table(rows, variant="masked", split="test")
+    assert "mean of training (1 of 2)" in text
+    assert "mean of unseen (0 of 1)" in text
+    assert plain_cells(text, "recall@10")["ties"] == ["-", "0.0701", "-", "0.0701", "-"]
+
+    rng = generator(1, "withheld")
+    outcomes = {name: rng.random((9, len(METRICS))) for name in ("average", "ties")}
+    of_one = metric_sums(outcomes, "unmasked")
+    nothing = np.full_like(of_one.sums, np.nan), np.full_like(of_one.products, np.nan)
+    silent = replace(of_one, sums=nothing[0], products=nothing[1], noise=1.0)
+    roles: dict[str, Role] = {"a": "train", "b": "train", "c": "train"}
+    found = differences_table({"a": of_one, "b": silent, "c": of_one}, roles, baseline="average", split="test")
+    assert "mean of training (2 of 3)" in found
+    expected = paired_difference_of_mean([of_one, of_one], "ties", "average", "recall@10")
+    cell = f"{expected.mean:+.4f} ± {expected.high - expected.mean:.4f}"
+    line = next(line for line in found.splitlines() if line.startswith("ties"))  # recall@10 is the first table
+    assert line.rstrip(" *").endswith(cell)
+    assert [part.strip() for part in line.split("  ") if part.strip()][-3] == "-"
+
+
 def test_the_header_names_the_measurement() -> None:
     text = results_table(ROWS, variant="unmasked", split="valid")
     head = text.split("\n\n")[0].splitlines()
@@ -261,8 +284,9 @@ def test_domains_without_the_method_or_with_one_user_have_no_difference() -> Non
             sums, ROLES, baseline="backbone", split="test", metrics=("mrr",), table_format="markdown"
         )
         cells = markdown_cells(text, "mrr")["average"]
-        assert cells[0] != "-"
-        assert cells[1:] == ["-", "-"]
+        assert cells[1] == "-"
+        assert cells[0] == cells[2] != "-"  # the mean is of Beauty alone, and says so
+        assert "mean of training (1 of 2)" in text
         assert "-: not evaluated" in text
 
 

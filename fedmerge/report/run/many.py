@@ -89,12 +89,18 @@ def listed(domains: Sequence[str]) -> str:
 def mean_rows(sums: Mapping[str, MetricSums], roles: Mapping[str, Role]) -> Iterator[dict[str, Any]]:
     """Yield the results over the domains of a role: the unweighted mean where every domain has a value.
 
+    A domain that withholds all of its scores is left out.
+
     Args:
         sums: domain -> its sums.
         roles: domain -> "train" or "unseen".
     """
     for role in ("train", "unseen"):
-        members = [of_domain for domain, of_domain in sums.items() if roles[domain] == role]
+        members = [
+            of_domain
+            for domain, of_domain in sums.items()
+            if roles[domain] == role and not np.isnan(of_domain.sums).all()
+        ]
         for method in dict.fromkeys(method for of_domain in members for method in of_domain.methods):
             if any(method not in of_domain.methods for of_domain in members):
                 continue

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,9 @@ from report_folders import give_many_domains, make_reported_run, parsed
 from run_folders import Place, make_place
 
 from fedmerge.evaluation.sums import paired_difference_of_mean
-from fedmerge.report.run.many import MOST_DOMAINS, WORST
+from fedmerge.report.run.many import MOST_DOMAINS, WORST, mean_rows
 from fedmerge.report.run.page import run_page
+from fedmerge.report.tables import Role
 from fedmerge.runs.metric_sums import read_metric_sums
 
 NUM_DOMAINS = 300
@@ -57,6 +59,15 @@ def test_means_and_differences_are_those_over_all_domains(run: Path, page: str) 
     difference = paired_difference_of_mean([*sums.values()], "task-arithmetic 0.5", "average", "ndcg@10")
     assert f"{difference.mean:+.4f} ± {difference.high - difference.mean:.4f}".replace("-", "\u2212") in compared[3]
     assert {row[1] for row in tables["d0-differences-table"][1:]} == {"mean of training domains"}
+
+
+def test_a_domain_that_withholds_its_scores_is_left_out_of_the_means(run: Path) -> None:
+    sums = dict(list(read_metric_sums(run, "test", "unmasked").items())[:3])
+    roles: dict[str, Role] = dict.fromkeys(sums, "train")
+    first, *others = sums
+    nothing = np.full_like(sums[first].sums, np.nan), np.full_like(sums[first].products, np.nan)
+    withheld = {**sums, first: replace(sums[first], sums=nothing[0], products=nothing[1], noise=1.0)}
+    assert [*mean_rows(withheld, roles)] == [*mean_rows({name: sums[name] for name in others}, roles)]
 
 
 def test_percentiles_are_those_over_domains(run: Path, page: str) -> None:
