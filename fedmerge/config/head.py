@@ -49,7 +49,9 @@ class Head(Section):
     max_minutes: float | None = Field(
         10.0, gt=0, description="Wall-clock limit on training one head; results then depend on the machine's speed."
     )
-    rounds: int = Field(3, ge=1, description="Rounds of the federated head.")
+    rounds: int = Field(
+        3, ge=0, description="Rounds of the federated head; 0: its start, untrained: recent items, whitened."
+    )
     rule: RoundRule = Field("weighted-average", description="Aggregation rule of the federated head's rounds.")
     rank: int = Field(8, ge=1, le=1024, description="Rank of the federated head's maps.")
     steps: int = Field(25, ge=1, description="Optimiser steps of a client in a round of the federated head.")

@@ -187,6 +187,18 @@ def test_a_round_is_the_mean_of_the_clients_heads(place: Path, domains: tuple[st
     assert_close(head_of(config), mean, 1e-6)
 
 
+def test_without_rounds_the_start_is_served_and_nobody_is_asked_to_train_it(place: Path) -> None:
+    config, heard = experiment(place, "untrained", head__rounds=0), Heard()
+    run_in_process(config, heard)
+    assert not heard.asked[records.ROUND_HEAD]
+    assert all(not delta.any() for delta in deltas(head_of(config)).values())  # as of a fresh head, whose B are 0
+    for domain, sums in read_sums(run_dir(config), "test").items():
+        assert {FEDERATED_HEAD, FEDERATED_FUSED} <= {*sums["masked"].methods}, domain
+    sent = {row["message"] for row in pq.read_table(run_dir(config) / "exposure.parquet").to_pylist()}
+    assert records.ROUND_HEAD not in sent
+    assert read_json(run_dir(config) / "head" / "provenance.json")["rounds"] == []
+
+
 class Killed(BaseException):
     pass
 
