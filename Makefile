@@ -7,6 +7,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP_FLAGS ?=
+# One process more than cores, since deployments wait for their polls.
+TOGETHER := -n $(shell expr `nproc` + 1) --maxprocesses 4 --dist loadfile --no-loadscope-reorder --durations=30
 
 .PHONY: install demo test e2e deploy lint bench docs wheel
 
@@ -30,14 +32,13 @@ wheel: install
 test: install
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
-# What takes longer in one process; then Flower and Ray for real, and the report in Chromium where that is installed.
+# What takes longer: whole federations in one process, Flower and Ray for real, pages in Chromium, and deployments.
 e2e: install
-	$(BIN)/python -m pytest -m '(federation or long) and not e2e and not slow' -n auto --maxprocesses 4 --dist loadfile --durations=12
-	$(BIN)/python -m pytest -m 'e2e or browser' -n auto --maxprocesses 2 --dist loadfile --durations=12
+	$(BIN)/python -m pytest -m '(federation or long or e2e or browser or deploy) and not slow' $(TOGETHER)
 
-# A federation on machines of its own (network namespaces, as root; otherwise the loopback) behind nginx.
+# Of these, deployments alone: on machines of their own (network namespaces, as root; otherwise the loopback), behind nginx.
 deploy: install
-	$(BIN)/python -m pytest -m deploy -n auto --maxprocesses 2 --dist loadfile --durations=12
+	$(BIN)/python -m pytest -m deploy $(TOGETHER)
 
 lint: install
 	$(BIN)/ruff check .

@@ -27,8 +27,15 @@ if TYPE_CHECKING:
     from fedmerge.client.local_domain import LocalDomain
     from fedmerge.report.bench_tables import BenchTables
 
+FIRST = ("test_tutorials", "test_deploy_organisation", "test_deploy", "test_kill", "test_python_page")  # for minutes
+
 settings.register_profile("fedmerge", deadline=None)  # a busy machine must not fail a test
 settings.load_profile("fedmerge")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take longest, so that processes that share the tests end at about the same time."""
+    items.sort(key=lambda item: FIRST.index(item.path.stem) if item.path.stem in FIRST else len(FIRST))
 
 
 def pytest_runtest_setup() -> None:
