@@ -33,6 +33,12 @@ class Head(Section):
     id_dropout: float = Field(
         0.2, ge=0, lt=1, description="Share of items read without their id in training, so that new items work."
     )
+    sampled_items: int | None = Field(
+        None,
+        ge=2,
+        description="Items drawn for the softmax of a training step, for catalogs from some 100,000 items on; 'none': "
+        "the softmax is over all items.",
+    )
     contrast: float = Field(
         0.0,
         ge=0,
@@ -64,14 +70,19 @@ class Head(Section):
         """The augmentations of views."""
         return named_numbers("views", self.views, AUGMENTATIONS, 1)
 
+    def scored(self, num_items: int) -> int:
+        """Return the number of items that the softmax of a training step is over."""
+        return num_items if self.sampled_items is None else min(self.sampled_items, num_items)
+
     def contrast_record(self) -> dict[str, Any]:
         """Return the settings of the contrast of views, for caches; empty without one."""
         return {"coserec-style": self.contrast, "views": self.view_rates} if self.contrast else {}
 
     def cache_inputs(self) -> dict[str, Any]:
-        """Return the settings for the key of a cache; a contrast that is off is left out, with its views."""
+        """Return the settings for the key of a cache; what is off is left out: a contrast with its views, sampling."""
         contrast = {"contrast": self.contrast_record()} if self.contrast else {}
-        return self.model_dump(exclude={"contrast", "views"}) | contrast
+        sampling = {} if self.sampled_items is None else {"sampled_items": self.sampled_items}
+        return self.model_dump(exclude={"contrast", "views", "sampled_items"}) | contrast | sampling
 
     @model_validator(mode="after")
     def _consistent(self) -> "Head":

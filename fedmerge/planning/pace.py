@@ -82,7 +82,7 @@ def _train(domain: LocalDomain, config: ExperimentConfig, steps: int) -> float:
 
 
 def _head_epoch(domain: LocalDomain, config: ExperimentConfig) -> float:
-    """Return the seconds of an epoch, for a user and 1,000 items of the catalog."""
+    """Return the seconds of an epoch, for a user and 1,000 items of the softmax."""
     settings = head_settings(config.head.model_copy(update={"max_epochs": 1}), VALIDATED)
     validation = evaluation_examples(domain.interactions, "valid", VALIDATED, config.seed)
     sequences, size = domain.training_sequences[:PROBED_USERS], len(domain.catalog)
@@ -94,4 +94,4 @@ def _head_epoch(domain: LocalDomain, config: ExperimentConfig) -> float:
             sequences, size, validation, settings, config.seed, domain.backbone.compute, vectors
         ),
     )
-    return seconds / len(sequences) / (size / 1000)
+    return seconds / len(sequences) / (config.head.scored(size) / 1000)

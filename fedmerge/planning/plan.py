@@ -214,7 +214,11 @@ def estimate(config: ExperimentConfig, facts: Mapping[str, Facts], pace: Pace) -
     heads = [
         len(config.head.vectors)
         * (
-            HEAD_EPOCHS * pace.head * facts[name].num_trained * facts[name].manifest.num_items / 1000
+            HEAD_EPOCHS
+            * pace.head
+            * facts[name].num_trained
+            * config.head.scored(facts[name].manifest.num_items)
+            / 1000
             + encoding(name, evaluation.validation_users)
         )
         for name in train

@@ -20,6 +20,7 @@ from fedmerge.errors import ClientError, DomainError, LayoutMismatchError
 from fedmerge.evaluation.ranks import IntArray, check_in_catalog
 from fedmerge.seeding import generator
 from fedmerge.sequence.blocks import LOGITS_PER_BLOCK, MIN_SEQUENCE, backward_in_blocks
+from fedmerge.sequence.catalog import DrawnItems, by_blocks, draw_items, mean_and_covariance
 from fedmerge.sequence.ranking import Source, last_states, pad
 
 ATTENTION, ITEM, RECENCY = "attention", "item", "recency"  # modules of the adapter
@@ -86,9 +87,8 @@ def whitening(item_vectors: torch.Tensor) -> Whitening:
         WhitenRec, ICDE 2024.
     Differs: the ridge, which keeps directions that a small catalog hardly has from being enlarged without bound.
     """
-    precise = item_vectors.detach().cpu().double()
-    mean = precise.mean(dim=0)
-    values, axes = torch.linalg.eigh((precise - mean).T @ (precise - mean) / len(precise))
+    mean, covariance = mean_and_covariance(item_vectors.detach().cpu())
+    values, axes = torch.linalg.eigh(covariance)
     if values[-1] <= 1e-12:
         return torch.zeros_like(mean).float(), torch.eye(len(mean))
     shrunk = values.clamp(min=0) + RIDGE * values.clamp(min=0).mean()
@@ -98,7 +98,9 @@ def whitening(item_vectors: torch.Tensor) -> Whitening:
 def whitened(item_vectors: torch.Tensor, by: Whitening) -> torch.Tensor:
     """Return normalised (item_vectors - mean) @ matrix, (N, d) float32 on the device of the vectors."""
     mean, matrix = (part.to(item_vectors.device) for part in by)
-    return nn.functional.normalize((item_vectors.detach().float() - mean) @ matrix, dim=-1)
+    return by_blocks(
+        lambda block: nn.functional.normalize((block.float() - mean) @ matrix, dim=-1), item_vectors.detach()
+    )
 
 
 @torch.no_grad()
@@ -181,6 +183,7 @@ def train_anchored(
     learning_rate: float = 2e-4,
     batch_size: int = 64,
     proximal: float = 0.0,
+    sampled_items: int | None = None,
     seed: int,
     scope: tuple[str | int, ...] = (),
     progress: Progress = lambda line: None,
@@ -202,6 +205,7 @@ def train_anchored(
         learning_rate: of Adam, constant.
         batch_size: users of a step, drawn without replacement.
         proximal: FedProx coefficient.
+        sampled_items: items drawn for the softmax of a step; None: all.
         seed: seed of all randomness.
         scope: further parts of the randomness, e.g. domain and round.
         progress: receives one line at the end.
@@ -238,8 +242,12 @@ def train_anchored(
     for step in range(steps):
         rng = generator(seed, "anchored", *scope, step)
         drawn = rng.choice(len(cut), min(batch_size, len(cut)), replace=False)
+        batch, scored = [cut[user] for user in drawn], None
+        if sampled_items is not None:
+            rng = generator(seed, "anchored", "items", *scope, step)
+            scored = draw_items(batch, sampled_items, len(items), rng, device)
         optimizer.zero_grad()
-        loss = backward(trained, items, [cut[user] for user in drawn])
+        loss = backward(trained, items, batch, drawn=scored)
         if not math.isfinite(loss):
             raise ClientError(
                 f"the training loss of the federated head is {loss} in step {step + 1}. Lower head.steps, or leave "
@@ -265,6 +273,7 @@ def backward(
     batch: Sequence[npt.NDArray[np.int64]],
     *,
     logits_per_block: int = LOGITS_PER_BLOCK,
+    drawn: DrawnItems | None = None,
 ) -> float:
     """Add the gradients of a batch's mean loss to those of the factors.
 
@@ -273,11 +282,15 @@ def backward(
         item_vectors: (N, d), whitened.
         batch: sequences of two items or more; every item except the first is predicted from those before it.
         logits_per_block: logits held at once, for a block of positions.
+        drawn: items that the softmax is over in place of all, those of the batch among them.
 
     Returns:
         The loss.
     """
     device = item_vectors.device
+    if drawn is not None:
+        item_vectors = item_vectors[drawn.items]
+        batch = drawn.numbered(batch)
     padded, lengths = pad([sequence[:-1] for sequence in batch], device)  # (b, t)
     users = _user_vectors(factors, item_vectors[padded])[
         torch.arange(padded.shape[1], device=device) < lengths[:, None]
@@ -291,6 +304,7 @@ def backward(
         temperature=TEMPERATURE,
         background=BACKGROUND,
         logits_per_block=logits_per_block,
+        drawn=drawn,
     )
     torch.autograd.backward(users, states.grad)
     return total

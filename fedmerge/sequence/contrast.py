@@ -55,10 +55,15 @@ def contrast_backward(
         drawn = [augmented(history, contrast.rates, contrast.similar, forbidden, rng) for _ in range(2)]
         pairs.append([np.asarray(view[-model.settings.max_length :], dtype=np.int64) for view in drawn])
     views = [pair[0] for pair in pairs] + [pair[1] for pair in pairs]
+    shown, items = views, None
+    if model.settings.sampled_items is not None:
+        read, places = np.unique(np.concatenate(views), return_inverse=True)
+        items = torch.from_numpy(read).to(device)
+        shown = np.split(places, np.cumsum([len(view) for view in views])[:-1])
     with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
-        base = model.base().float()
-    padded, lengths = pad(views, device)
-    states = model(padded, base)[torch.arange(len(views), device=device), lengths - 1]  # (2 b, h)
+        base = model.base(items).float()
+    padded, lengths = pad(shown, device)
+    states = model(padded, base, items)[torch.arange(len(views), device=device), lengths - 1]  # (2 b, h)
     vectors, number = torch.nn.functional.normalize(states, dim=-1), len(pairs)
     found = view_contrast(vectors[:number], vectors[number:], numbered(histories), numbered(views), TEMPERATURE)
     loss = contrast.weight * found

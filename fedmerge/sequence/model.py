@@ -1,13 +1,14 @@
 """A causal Transformer over histories of items, whose items are ids, text vectors, or both."""
 
 import math
-from dataclasses import dataclass
-from typing import Literal, cast
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
 
 from fedmerge.errors import LayoutMismatchError
+from fedmerge.sequence.catalog import by_blocks, mean_and_covariance
 
 Inputs = Literal["ids", "text", "text+ids"]
 INITIAL_STD = 0.02
@@ -32,6 +33,7 @@ class SequenceSettings:
         max_minutes: wall-clock limit or None; if it ends the training, the model depends on the machine's speed.
         validation_users: validation users for early stopping after every epoch; None: all.
         patience: epochs without a better NDCG@10 before training stops.
+        sampled_items: items drawn for the softmax of a step; None: all.
     """
 
     inputs: Inputs = "ids"
@@ -47,6 +49,11 @@ class SequenceSettings:
     max_minutes: float | None = None
     validation_users: int | None = None
     patience: int = 5
+    sampled_items: int | None = None
+
+    def record(self) -> dict[str, Any]:
+        """Return the settings as JSON types, for the key of a cache; a softmax over all items is left out."""
+        return {key: value for key, value in asdict(self).items() if key != "sampled_items" or value is not None}
 
 
 class SequenceModel(nn.Module):
@@ -59,6 +66,7 @@ class SequenceModel(nn.Module):
 
     Attributes:
         settings: widths, depth and dropout.
+        num_items: N.
         items: id embeddings (N, h), absent with ``inputs = "text"``.
         trained_items: (N,) bool with ``text+ids``: the items that have an id part. Training sets it.
 
@@ -97,7 +105,7 @@ class SequenceModel(nn.Module):
         """
         super().__init__()
         width = settings.hidden_size
-        self.settings = settings
+        self.settings, self.num_items = settings, num_items
         if settings.inputs != "text":
             self.items = nn.Embedding(num_items, width)
         self.positions = nn.Embedding(settings.max_length, width)
@@ -126,47 +134,64 @@ class SequenceModel(nn.Module):
         self.register_buffer("item_vectors", vectors, persistent=False)
         self.register_buffer("text_mean", mean)
         self.register_buffer("text_axes", axes)
-        self.register_buffer("whitened", (vectors - mean) @ axes, persistent=False)
+        self.register_buffer("whitened", by_blocks(lambda block: (block - mean) @ axes, vectors), persistent=False)
         # The whitening of the catalog of training is stored, so that items added later change nothing for others.
         self.register_load_state_dict_post_hook(_whiten_again)  # type: ignore[no-untyped-call]  # PyTorch's
         self.text_map = nn.Sequential(nn.Linear(axes.shape[1], 2 * width), nn.GELU(), nn.Linear(2 * width, width))
         if settings.inputs == "text+ids":
             self.register_buffer("trained_items", torch.ones(num_items, dtype=torch.bool))
 
-    def base(self) -> torch.Tensor:
-        """Return the first part of all representations, (N, h): of texts, or of ids in a model on ids alone."""
-        if self.settings.inputs == "ids":
-            return self.items.weight
-        return cast("torch.Tensor", self.text_map(self.whitened))
+    def base(self, items: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the first part of representations: of texts, or of ids in a model on ids alone.
 
-    def item_representations(self, base: torch.Tensor | None = None) -> torch.Tensor:
+        Args:
+            items: (n,) items; None: all.
+
+        Returns:
+            (n, h).
+        """
+        if self.settings.inputs == "ids":
+            return self.items.weight if items is None else cast("torch.Tensor", self.items(items))
+        if items is None and not torch.is_grad_enabled():
+            return by_blocks(self.text_map, self.whitened)
+        return cast("torch.Tensor", self.text_map(self.whitened if items is None else self.whitened[items]))
+
+    def item_representations(self, base: torch.Tensor | None = None, items: torch.Tensor | None = None) -> torch.Tensor:
         """Return the representations that states are scored against, (N, h).
 
         In training each id part is left out with probability ``id_dropout``, drawn once per item and call.
 
         Args:
-            base: :meth:`base`, if already computed.
+            base: :meth:`base` of the items, if already computed.
+            items: (n,) items; None: all.
         """
-        base = self.base() if base is None else base
+        base = self.base(items) if base is None else base
         if self.settings.inputs != "text+ids":
             return base
-        return base + self.items.weight * self._kept(self.trained_items)
+        if items is None:
+            return base + self.items.weight * self._kept(self.trained_items)
+        ids: torch.Tensor = self.items(items)
+        return base + ids * self._kept(self.trained_items[items])
 
-    def forward(self, histories: torch.Tensor, base: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, histories: torch.Tensor, base: torch.Tensor | None = None, items: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Return the hidden states after each item.
 
         In training each id part is left out with probability ``id_dropout``, drawn for every item that is read.
 
         Args:
             histories: (b, t) int64 item indices, oldest first, padded on the right with any item; t at most max_length.
-            base: :meth:`base`, if already computed.
+            base: :meth:`base` of the items, if already computed.
+            items: (n,) items that the histories count among; None: all.
 
         Returns:
             (b, t, h); position s has read items 0 .. s and nothing later.
         """
-        read = nn.functional.embedding(histories, self.base() if base is None else base)  # (b, t, h)
+        read = nn.functional.embedding(histories, self.base(items) if base is None else base)  # (b, t, h)
         if self.settings.inputs == "text+ids":
-            read = read + self.items(histories) * self._kept(self.trained_items[histories])
+            of_catalog = histories if items is None else items[histories]
+            read = read + self.items(of_catalog) * self._kept(self.trained_items[of_catalog])
         length = histories.shape[1]
         hidden = read * math.sqrt(self.settings.hidden_size) + self.positions.weight[:length]
         causal = nn.Transformer.generate_square_subsequent_mask(length, device=histories.device)  # (t, t)
@@ -185,9 +210,8 @@ def _whitening(vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
     k is WHITENED_WIDTH or the rank of the centred vectors, if that is smaller.
     """
-    precise = vectors.double()
-    mean = precise.mean(dim=0)
-    values, axes = torch.linalg.eigh((precise - mean).T @ (precise - mean) / len(vectors))  # ascending
+    mean, covariance = mean_and_covariance(vectors)
+    values, axes = torch.linalg.eigh(covariance)  # ascending
     kept = max(1, min(WHITENED_WIDTH, int((values > 1e-6 * values[-1]).sum())))
     largest = values[-kept:].flip(0)
     if largest[0] <= 1e-12:  # one item or equal texts: no direction to scale, else an added item would be enormous
@@ -198,4 +222,4 @@ def _whitening(vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def _whiten_again(model: nn.Module, _: object) -> None:
     if not isinstance(model, SequenceModel):
         raise TypeError(type(model))
-    model.whitened = (model.item_vectors - model.text_mean) @ model.text_axes
+    model.whitened = by_blocks(lambda block: (block - model.text_mean) @ model.text_axes, model.item_vectors)

@@ -1,4 +1,4 @@
-"""Training of a sequence model: next items of one client's users, softmax over the whole catalog, early stopping."""
+"""Training of a sequence model: next items of one client's users, softmax over all or drawn items, early stopping."""
 
 import math
 import time
@@ -21,6 +21,7 @@ from fedmerge.evaluation.ranks import (
 )
 from fedmerge.seeding import derive, generator
 from fedmerge.sequence.blocks import LOGITS_PER_BLOCK, MIN_SEQUENCE, backward_in_blocks
+from fedmerge.sequence.catalog import DrawnItems, draw_items
 from fedmerge.sequence.checkpoint import Progressed, Tensors, read_checkpoint, write_checkpoint
 from fedmerge.sequence.contrast import Contrast, contrast_backward
 from fedmerge.sequence.model import SequenceModel, SequenceSettings
@@ -28,6 +29,8 @@ from fedmerge.sequence.ranking import pad, sequence_source
 
 BATCHES_PER_BUCKET = 16  # batches of randomly drawn users among which users of similar length are grouped
 
+Optimizers = dict[str, torch.optim.Optimizer]
+"""Group of the checkpoint -> optimiser."""
 Progress = Callable[[str], None]
 
 
@@ -69,6 +72,9 @@ def train_sequence_model(
     loss = mean over users and positions of -log softmax_j <h_s, r_j>[item s + 1], over all items j of the catalog, plus
     the weighted contrast of two views of each user's history, if there is one
 
+    With ``sampled_items`` the softmax of a step is over items drawn for it, see :class:`DrawnItems`, and the step costs
+    the same in a catalog of any size. Validation ranks all items.
+
     Args:
         sequences: train sequences, oldest first; the last ``max_length + 1`` items of each are used, and sequences of
             fewer than two items are left out.
@@ -94,7 +100,8 @@ def train_sequence_model(
 
     Source: the loss over the whole catalog as in Klenitskiy and Vasilev, Turning dross into gold loss, RecSys 2023.
     Differs: the SASRec paper scores one sampled negative per position by binary cross-entropy, which makes SASRec much
-        weaker.
+        weaker. With sampled items, ids have an Adam without dense moments (PyTorch's SparseAdam): what a step neither
+        reads nor scores keeps its embedding and moments.
     """
     cut = [np.asarray(s[-settings.max_length - 1 :], dtype=np.int64) for s in sequences if len(s) >= MIN_SEQUENCE]
     if not cut:
@@ -112,7 +119,7 @@ def train_sequence_model(
         if settings.inputs == "text+ids":
             model.trained_items.zero_()[torch.from_numpy(trained_items)] = True
         model = model.to(compute.device)
-        optimizer = torch.optim.Adam(model.parameters(), lr=settings.learning_rate)
+        optimizers = _optimizers(model)
         losses, stopped_by = list[float](), ""
         resumed = None if checkpoint is None else read_checkpoint(checkpoint)
         if resumed is None:
@@ -121,16 +128,16 @@ def train_sequence_model(
             progressed, groups = resumed
             best, best_epoch, earlier = groups["best"], progressed.best_epoch, progressed.seconds
             losses, ndcgs = list(progressed.losses), list(progressed.ndcgs)
-            _restore(model, optimizer, groups)
+            _restore(model, optimizers, groups)
             progress(f"resuming after epoch {len(losses)}")
             stopped_by = _limit(settings, len(losses), best_epoch)
         end = started - earlier + 60 * (settings.max_minutes or math.inf)
         while not stopped_by:
             batches = _batches(lengths, settings.batch_size, generator(seed, "sasrec", len(losses)))
             of_users = ([cut[user] for user in batch] for batch in batches)
-            drawing = generator(seed, "sasrec", "views", len(losses))
-            views = None if contrast is None else (contrast, drawing)
-            loss, finished = _epoch(model.train(), optimizer, of_users, end, compute.autocast_dtype, views)
+            views = None if contrast is None else (contrast, generator(seed, "sasrec", "views", len(losses)))
+            drawing = generator(seed, "sasrec", "items", len(losses))
+            loss, finished = _epoch(model.train(), optimizers, of_users, end, compute.autocast_dtype, views, drawing)
             if not math.isfinite(loss):
                 raise ClientError(
                     f"the training loss of a sequence model is {loss} in epoch {len(losses) + 1}. Leave the model out: "
@@ -144,7 +151,7 @@ def train_sequence_model(
             seconds = earlier + time.monotonic() - started
             if checkpoint is not None and not stopped_by:
                 figures = Progressed(seconds, best_epoch, tuple(losses), tuple(ndcgs))
-                write_checkpoint(checkpoint, figures, {"best": best, **_state(model, optimizer)})
+                write_checkpoint(checkpoint, figures, {"best": best, **_state(model, optimizers)})
             progress(
                 f"epoch {len(losses)}, {seconds / 60:.1f} min, loss {losses[-1]:.3f}, validation ndcg@10 "
                 f"{ndcgs[-1]:.4f} (best {max(ndcgs):.4f}){f', stopped by {stopped_by}' if stopped_by else ''}"
@@ -160,6 +167,7 @@ def backward(
     dtype: torch.dtype | None = None,
     *,
     logits_per_block: int = LOGITS_PER_BLOCK,
+    drawn: DrawnItems | None = None,
 ) -> float:
     """Add the gradients of a batch's mean loss to the model's.
 
@@ -171,30 +179,34 @@ def backward(
         batch: sequences of two items or more; every item except the first is predicted from those before it.
         dtype: of the products over all items that the loss itself does not need exactly; None for float32 throughout.
         logits_per_block: logits held at once, for a block of positions; it changes the gradients by rounding only.
+        drawn: items that the softmax is over, those of the batch among them; None: the catalog.
 
     Returns:
         The loss.
     """
-    device = model.positions.weight.device
+    device, of_catalog = model.positions.weight.device, None
+    if drawn is not None:
+        batch, of_catalog = drawn.numbered(batch), drawn.items
     with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
-        base = model.base().float()
-    items = model.item_representations(base)  # (N, h)
+        base = model.base(of_catalog).float()
+    items = model.item_representations(base, of_catalog)  # (N, h), or those of the drawn items
     padded, lengths = pad([sequence[:-1] for sequence in batch], device)
-    hidden = model(padded, base)[torch.arange(padded.shape[1], device=device) < lengths[:, None]]  # (P, h)
+    hidden = model(padded, base, of_catalog)[torch.arange(padded.shape[1], device=device) < lengths[:, None]]  # (P, h)
     targets = torch.from_numpy(np.concatenate([sequence[1:] for sequence in batch])).to(device)  # (P,)
     states, catalog = hidden.detach().requires_grad_(), items.detach().requires_grad_()
-    total = backward_in_blocks(states, catalog, targets, dtype=dtype, logits_per_block=logits_per_block)
+    total = backward_in_blocks(states, catalog, targets, dtype=dtype, logits_per_block=logits_per_block, drawn=drawn)
     torch.autograd.backward([hidden, items], [states.grad, catalog.grad])
     return total
 
 
 def _epoch(
     model: SequenceModel,
-    optimizer: torch.optim.Optimizer,
+    optimizers: Optimizers,
     batches: Iterable[Sequence[npt.NDArray[np.int64]]],
     end: float,
     dtype: torch.dtype | None,
     views: tuple[Contrast, np.random.Generator] | None,
+    drawing: np.random.Generator,
 ) -> tuple[float, bool]:
     """Make one pass over the users, up to a time of the monotonic clock.
 
@@ -202,19 +214,34 @@ def _epoch(
         The mean loss, which ends the pass if it is not finite; and False if the time was up.
     """
     total = num_predicted = 0.0
+    number, device = model.settings.sampled_items, model.positions.weight.device
     for batch in batches:
-        optimizer.zero_grad()
-        loss = backward(model, batch, dtype)
+        for optimizer in optimizers.values():
+            optimizer.zero_grad()
+        drawn = None if number is None else draw_items(batch, number, model.num_items, drawing, device)
+        loss = backward(model, batch, dtype, drawn=drawn)
         if views is not None:
             loss += contrast_backward(model, batch, *views, dtype)
         if not math.isfinite(loss):
             return loss, True
-        optimizer.step()
+        for optimizer in optimizers.values():
+            optimizer.step()
         count = float(sum(len(sequence) - 1 for sequence in batch))
         total, num_predicted = total + loss * count, num_predicted + count
         if time.monotonic() >= end:
             return total / num_predicted, False
     return total / num_predicted, True
+
+
+def _optimizers(model: SequenceModel) -> Optimizers:
+    """Return Adam of all weights; with sampled items, ids have one for the items of a step alone."""
+    rate = model.settings.learning_rate
+    if model.settings.sampled_items is None or model.settings.inputs == "text":
+        return {"optimizer": torch.optim.Adam(model.parameters(), lr=rate)}
+    model.items.sparse = True
+    others = [parameter for name, parameter in model.named_parameters() if name != "items.weight"]
+    of_ids = torch.optim.SparseAdam([model.items.weight], lr=rate)
+    return {"optimizer": torch.optim.Adam(others, lr=rate), "optimizer of ids": of_ids}
 
 
 def _limit(settings: SequenceSettings, epochs: int, best_epoch: int) -> str:
@@ -247,26 +274,31 @@ def _weights(model: SequenceModel) -> Tensors:
     return {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
 
 
-def _state(model: SequenceModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensors]:
-    """Return what the next epoch depends on: weights, the optimiser's moments, the generator's state."""
+def _state(model: SequenceModel, optimizers: Optimizers) -> dict[str, Tensors]:
+    """Return what the next epoch depends on: weights, the optimisers' moments, the generator's state."""
     moments = {
-        f"{number}.{name}": moment.cpu()
-        for number, of_parameter in optimizer.state_dict()["state"].items()
-        for name, moment in of_parameter.items()
+        group: {
+            f"{number}.{name}": torch.as_tensor(moment).cpu()  # SparseAdam counts its steps by an int
+            for number, of_parameter in optimizer.state_dict()["state"].items()
+            for name, moment in of_parameter.items()
+        }
+        for group, optimizer in optimizers.items()
     }
     device = model.positions.weight.device
     drawn = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-    return {"model": _weights(model), "optimizer": moments, "generator": {"state": drawn}}
+    return {"model": _weights(model), **moments, "generator": {"state": drawn}}
 
 
-def _restore(model: SequenceModel, optimizer: torch.optim.Optimizer, groups: dict[str, Tensors]) -> None:
+def _restore(model: SequenceModel, optimizers: Optimizers, groups: dict[str, Tensors]) -> None:
     """Load a state of :func:`_state`, in place."""
     model.load_state_dict(groups["model"])
-    state = optimizer.state_dict()
-    for key, moment in groups["optimizer"].items():
-        number, name = key.split(".", 1)
-        state["state"].setdefault(int(number), {})[name] = moment
-    optimizer.load_state_dict(state)
+    for group, optimizer in optimizers.items():
+        state = optimizer.state_dict()
+        for key, moment in groups[group].items():
+            number, name = key.split(".", 1)
+            of_parameter = state["state"].setdefault(int(number), {})
+            of_parameter[name] = moment if moment.is_floating_point() else moment.item()
+        optimizer.load_state_dict(state)
     device, drawn = model.positions.weight.device, groups["generator"]["state"]
     if device.type == "cuda":
         torch.cuda.set_rng_state(drawn, device)

@@ -15,11 +15,20 @@ def test_without_heads_the_other_keys_contradict_nothing() -> None:
     assert from_flat(flat).head.kind is None
 
 
+def test_a_softmax_over_all_items_is_in_no_key_of_a_cache() -> None:
+    assert "sampled_items" not in from_flat(LOCAL).head.cache_inputs()
+    sampled = from_flat({**LOCAL, "head.sampled_items": 20}).head
+    assert sampled.cache_inputs()["sampled_items"] == 20
+    assert (sampled.scored(10), sampled.scored(30), from_flat(LOCAL).head.scored(30)) == (10, 20, 30)
+
+
 def test_the_section_survives_its_file_form() -> None:
-    flat = {**FEDERATED, "head.vectors": "merge,backbone", "head.max_minutes": "none", "head.rule": "fedadam"}
+    none = {"head.max_minutes": "none", "head.sampled_items": "none"}
+    flat = {**FEDERATED, **none, "head.vectors": "merge,backbone", "head.rule": "fedadam"}
     config = from_flat(flat)
     assert config.head.vectors == ("merge", "backbone")
     assert config.head.max_minutes is None
+    assert config.head.sampled_items is None
     assert from_flat(to_flat(config)) == config
 
 
@@ -29,6 +38,7 @@ def test_the_section_survives_its_file_form() -> None:
         ({**LOCAL, "head.vectors": "merge,expert,merge"}, "vectors names merge more than once"),
         ({**LOCAL, "head.vectors": ""}, "head.vectors"),
         ({**LOCAL, "head.hidden_size": 63}, "head.hidden_size"),
+        ({**LOCAL, "head.sampled_items": 1}, "head.sampled_items"),
         ({**FEDERATED, "head.inputs": "ids"}, "ids never leave a client, so nothing could be shared"),
         ({**LOCAL, "until": "train"}, "heads are trained after the merge; set until = 'report'"),
         (

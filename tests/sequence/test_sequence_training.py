@@ -277,8 +277,8 @@ def test_a_rule_is_learned_from_text_and_carried_to_items_without_training() -> 
     assert scores[1, num_items - 2] < scores[1, num_items - 1]
 
 
-@pytest.mark.parametrize("inputs", ["ids", "text+ids"])
-def test_a_killed_training_resumes_to_the_same_model(inputs: Inputs, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("inputs", "sampled"), [("ids", None), ("text+ids", None), ("text+ids", 3)])
+def test_a_killed_training_resumes_to_the_same_model(inputs: Inputs, sampled: int | None, tmp_path: Path) -> None:
     class KilledError(Exception):
         pass
 
@@ -290,7 +290,7 @@ def test_a_killed_training_resumes_to_the_same_model(inputs: Inputs, tmp_path: P
             if killed_after is not None and line.startswith(f"epoch {killed_after},"):
                 raise KilledError
 
-        settings = replace(SETTINGS, inputs=inputs, dropout=0.4, max_epochs=5)
+        settings = replace(SETTINGS, inputs=inputs, dropout=0.4, max_epochs=5, sampled_items=sampled)
         vectors = text_vectors() if inputs == "text+ids" else None
         sequences, validation = circle(30, 0), next_on_circle(9, 1)
         model, _ = train_sequence_model(

@@ -84,7 +84,7 @@ def load_or_train_sasrec(
 
 def sasrec_inputs(settings: SequenceSettings) -> dict[str, Any]:
     """Return the settings that a model on ids depends on, as JSON types."""
-    return {key: value for key, value in asdict(settings).items() if key not in OF_TEXT}
+    return {key: value for key, value in settings.record().items() if key not in OF_TEXT}
 
 
 def _read_cached(folder: Path) -> dict[str, torch.Tensor] | None:

@@ -6,7 +6,6 @@ an item that was added has none and is scored by its text, and an item that was 
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -68,7 +67,7 @@ def find_trained_head(
         over = inputs.get("vectors", {}).get("adapter", wanted)  # a head of ids has no vectors
         contrast = {key: value for key, value in inputs.get("contrast", {}).items() if key != "similar"}
         trained_so = over, inputs.get("seed"), inputs.get("settings"), contrast
-        if trained_so == (wanted, seed, asdict(settings), head.contrast_record()):
+        if trained_so == (wanted, seed, settings.record(), head.contrast_record()):
             found.append((path.stat().st_mtime, path.parent))
     for _, trained in sorted(found, reverse=True):
         cached, fusion = read_cached_head(trained), find_fusion(trained, adapter, anchor)

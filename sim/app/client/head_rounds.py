@@ -60,6 +60,7 @@ def train_head_round(message: Message, context: Context) -> RecordDict:
             start,
             steps=head.steps,
             proximal=head.proximal,
+            sampled_items=head.sampled_items,
             seed=config.seed,
             scope=(name, "head round", task.number),
             progress=logger.info,
