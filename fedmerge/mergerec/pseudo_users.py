@@ -33,6 +33,10 @@ NEIGHBOURS = 10  # a chain continues with one of the 10 items most similar to it
 ROUNDS = 20  # of k-means
 BLOCK = 1024  # rows of similarities at once: never N × N
 ADAPTIVE_BLOCK = 128  # the same for adaptive weights, which need several such matrices in float64
+LARGE = 2**17  # items; of more, blocks have fewer rows, and walks compute the neighbours of the items that they visit
+
+Neighbours = tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]
+"""Items similar to each item, and their probabilities."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,7 +243,7 @@ def centroid_domain(domain: PseudoDomain, number: int, seed: int) -> PseudoDomai
         if torch.equal(moved, centres):
             break
         centres = moved
-    chosen = torch.cat([(block @ vectors.T).argmax(dim=1) for block in torch.split(centres, BLOCK)])
+    chosen = torch.cat([(block @ vectors.T).argmax(dim=1) for block in torch.split(centres, _rows(BLOCK, len(vectors)))])
     return _of_items(domain, np.unique(chosen.numpy()))
 
 
@@ -304,10 +308,20 @@ def chain_domain(
     rng = generator(seed, "pseudo-users", purpose, domain.name)
     size = len(domain.items)
     theirs = _encoded(backbone, amateur, domain)
-    similar, chances = _neighbours(domain.teacher_items, theirs, adaptive)  # (N, m) each
     number = size if number is None else number
     starts = np.concatenate([rng.permutation(size) for _ in range(-(-number // size))])[:number]
-    chains = [_walk(int(start), similar, chances, rng) for start in starts]
+    if size > LARGE and number * LONGEST_CHAIN < size:
+
+        def near(item: int) -> Neighbours:
+            similar, chances = _neighbours(domain.teacher_items, theirs, adaptive, range(item, item + 1))
+            return similar[0], chances[0]
+    else:
+        every = _neighbours(domain.teacher_items, theirs, adaptive, range(size))  # (N, m) each
+
+        def near(item: int) -> Neighbours:
+            return every[0][item], every[1][item]
+
+    chains = [_walk(int(start), near, rng) for start in starts]
     users = pack_sequences(table, chains, backbone.special, LONGEST_CHAIN, text.max_tokens, text.order)
     with applied(backbone, expert):
         return replace(domain, users=users, teacher_users=encode(backbone, users))
@@ -372,14 +386,18 @@ def _encoded(backbone: Backbone, amateur: Adapter | None, domain: PseudoDomain) 
         return encode(backbone, domain.items)
 
 
-def _neighbours(
-    vectors: torch.Tensor, theirs: torch.Tensor | None, adaptive: bool
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-    """Return every item's ten most similar other items and their unnormalised probabilities: (N, m) each, m ≤ 10."""
-    most, block = min(NEIGHBOURS, len(vectors) - 1), ADAPTIVE_BLOCK if adaptive else BLOCK
+def _rows(block: int, num_items: int) -> int:
+    """Return how many rows of similarities to N items are held at once."""
+    return max(1, block * LARGE // max(LARGE, num_items))
+
+
+def _neighbours(vectors: torch.Tensor, theirs: torch.Tensor | None, adaptive: bool, of: range) -> Neighbours:
+    """Return the ten other items most similar to each of n items, and unnormalised probabilities: (n, m), m ≤ 10."""
+    most = min(NEIGHBOURS, len(vectors) - 1)
+    block = _rows(ADAPTIVE_BLOCK if adaptive else BLOCK, len(vectors))
     found, chances = [], []
-    for start in range(0, len(vectors), block):
-        rows = torch.arange(start, min(start + block, len(vectors)))
+    for start in range(of.start, of.stop, block):
+        rows = torch.arange(start, min(start + block, of.stop))
         scores = _scores_of_others(vectors, rows)  # (b, N)
         values, items = scores.topk(most, dim=1)
         found.append(items)
@@ -403,13 +421,11 @@ def _scores_of_others(vectors: torch.Tensor, rows: torch.Tensor) -> torch.Tensor
     return scores
 
 
-def _walk(
-    start: int, similar: npt.NDArray[np.int64], chances: npt.NDArray[np.float64], rng: np.random.Generator
-) -> list[int]:
+def _walk(start: int, near: Callable[[int], Neighbours], rng: np.random.Generator) -> list[int]:
     chain = [start]
     for _ in range(int(rng.integers(1, LONGEST_CHAIN))):
-        items = similar[chain[-1]]
-        weights = chances[chain[-1]] * ~np.isin(items, chain)
+        items, chances = near(chain[-1])
+        weights = chances * ~np.isin(items, chain)
         if weights.sum() <= 0:  # every neighbour is in the chain
             break
         chain.append(int(rng.choice(items, p=weights / weights.sum())))

@@ -20,11 +20,13 @@ from fedmerge.encoder.encode import encode
 from fedmerge.encoder.lora import applied
 from fedmerge.encoder.text import TokenTable, build_token_table, pack_sequences
 from fedmerge.errors import ConfigError, DomainError
+from fedmerge.mergerec import pseudo_users
 from fedmerge.mergerec.pseudo_users import (
     CONTRASTIVE_KINDS,
     LONGEST_CHAIN,
     NEIGHBOURS,
     PseudoDomain,
+    _neighbours,
     centroid_domain,
     chain_domain,
     one_item_domain,
@@ -136,6 +138,26 @@ def test_chains_walk_among_the_most_similar_items(
     again = chain_domain(items, bert, expert, table, LONG, number=45, seed=1)
     assert walks(again, table, bert) == chains
     assert walks(chain_domain(items, bert, expert, table, LONG, number=45, seed=2), table, bert) != chains
+
+
+def test_a_few_walks_in_a_large_catalog_are_those_of_the_neighbours_of_all_items(
+    bert: Backbone, expert: Adapter, table: TokenTable, items: PseudoDomain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    amateur = random_adapter(layout_of(bert), 2, 0.5, 7)
+    computed, whole = list[int](), pseudo_users.LARGE
+
+    def counted(*of: Any) -> Any:
+        computed.append(len(of[-1]))
+        return _neighbours(*of)
+
+    monkeypatch.setattr(pseudo_users, "_neighbours", counted)
+    for changes in ({}, {"amateur": amateur}, {"amateur": amateur, "adaptive": True}):
+        found = []
+        for large in (whole, 1):
+            monkeypatch.setattr(pseudo_users, "LARGE", large)
+            found.append(walks(chain_domain(items, bert, expert, table, LONG, number=5, **changes), table, bert))
+        assert found[0] == found[1]
+    assert set(computed) == {1, NUM_ITEMS}
 
 
 def test_contrast_prefers_items_that_only_the_expert_finds_similar(

@@ -73,14 +73,23 @@ def item_neighbours(
     for item, its_buyers in enumerate(buyers):
         if not len(its_buyers):
             continue
-        together = np.bincount(np.concatenate([distinct[user] for user in its_buyers]), minlength=num_items)  # (N,)
-        together[item] = 0
-        candidates = np.flatnonzero(together)
-        cosines = together[candidates] / (np.sqrt(num_users[item] * num_users[candidates]) + shrinkage)
+        candidates, together = _counted(np.concatenate([distinct[user] for user in its_buyers]), num_items)
+        others = candidates != item
+        candidates, together = candidates[others], together[others]
+        cosines = together / (np.sqrt(num_users[item] * num_users[candidates]) + shrinkage)
         nearest = np.argsort(-cosines, kind="stable")[:num_neighbours]
         neighbours[item, : len(nearest)] = candidates[nearest]
         similarities[item, : len(nearest)] = cosines[nearest]
     return ItemNeighbours(neighbours, similarities)
+
+
+def _counted(items: npt.NDArray[np.int64], num_items: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return the distinct items in ascending order, and how often each occurs; few items never cost a whole catalog."""
+    if len(items) < num_items // 8:
+        return np.unique(items, return_counts=True)
+    counts = np.bincount(items, minlength=num_items)
+    found = np.flatnonzero(counts)
+    return found, counts[found]
 
 
 def item_knn_ranks(

@@ -36,6 +36,14 @@ def test_neighbours_by_hand() -> None:
     np.testing.assert_allclose(found.similarities, expected, rtol=1e-15)
 
 
+def test_the_rest_of_a_large_catalog_changes_no_neighbours() -> None:
+    sequences = random_sequences(60, 0)
+    small, large = (item_neighbours(sequences, num_items, 5, 1.0) for num_items in (NUM_ITEMS, 10_000))
+    assert np.array_equal(large.items[:NUM_ITEMS], small.items)
+    assert np.array_equal(large.similarities[:NUM_ITEMS], small.similarities)
+    assert not large.similarities[NUM_ITEMS:].any()
+
+
 def test_shrinkage_lowers_similarities_based_on_few_users() -> None:
     found = item_neighbours(BASKETS, 5, 2, shrinkage=10.0)
     np.testing.assert_allclose(found.similarities[0], [2 / (math.sqrt(6) + 10), 1 / (math.sqrt(3) + 10)], rtol=1e-15)
