@@ -1,13 +1,16 @@
 """Two shops with large catalogs, from the tables to the report: seconds and peak memory of every stage.
 
     python benchmarks/federation/bench_catalog.py --num-items 10000 100000
+    python benchmarks/federation/bench_catalog.py --num-items 10000 100000 1000000 --stages --sampled 10000
 
 A shop has N items with titles, brands and categories, N users and ten interactions a user, generated. It is imported by
 `fedmerge data import table`; then `fedmerge run` trains two steps, merges by average and mergerec (five steps), and
 evaluates 2,000 users by exact ranks. The encoder has two layers and random weights, so that what is not encoding is
 seen. Memory is the process's own (heap and stacks), in MB of 10^6 bytes; that of an import is its resident set. Opening
 a shop, which tokenises its catalog, is also measured by itself, above what PyTorch and backbone take; `--open-only`
-stops there. Serving: `bench_serving.py --search N`.
+stops there. `--stages` runs no federation: one shop is imported, and every stage of its client, of learned merging and
+of serving has a process of its own on one thread, whose CPU seconds and peak resident set are counted; tokens and
+vectors are kept from stage to stage, and `--draw` draws the vectors. Serving alone: `bench_serving.py --search N`.
 """
 
 import argparse
@@ -26,6 +29,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from bench_scaling import PHASES, run, sample
+from catalog_stages import Sizes, measure
 
 from fedmerge.client.local_domain import open_domain
 from fedmerge.config import Text
@@ -52,6 +56,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num-items", type=int, nargs="+", default=[10_000])
     parser.add_argument("--open-only", action="store_true", help="import and open the shops, and run nothing")
+    parser.add_argument("--stages", action="store_true", help="every stage of one shop in a process of its own")
+    parser.add_argument("--users", type=int, default=200, help="users ranked in a stage")
+    parser.add_argument("--steps", type=int, default=20, help="steps of a head")
+    parser.add_argument("--sampled", type=int, default=None, help="head.sampled_items; default: the whole catalog")
+    parser.add_argument("--draw", action="store_true", help="item vectors are drawn in place of encoded")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of the experiment")
     parser.add_argument("--opened", nargs=2, type=Path, help=argparse.SUPPRESS)  # of the process that opens a shop
     options = parser.parse_args()
@@ -63,7 +72,11 @@ def main() -> None:
         folder = Path(temporary)
         write_demo_backbone(folder / "backbone")
         for num_items in options.num_items:
-            columns.append(_measure(folder, num_items, options.set, run_too=not options.open_only))
+            if options.stages:
+                sizes = Sizes(options.users, options.steps, options.sampled, options.draw)
+                columns.append(_stages(folder, num_items, sizes))
+            else:
+                columns.append(_measure(folder, num_items, options.set, run_too=not options.open_only))
             print(columns[-1], flush=True)
     for name in columns[0]:
         print(f"{name:<32}" + "".join(f"{column[name]:>14,.1f}" for column in columns))
@@ -85,6 +98,16 @@ def _measure(folder: Path, num_items: int, changes: list[str], *, run_too: bool)
     return column
 
 
+def _stages(folder: Path, num_items: int, sizes: Sizes) -> dict[str, float]:
+    domains, cache = folder / f"domains-{num_items}", folder / f"cache-{num_items}"
+    seconds, size = _import(folder, domains, SHOPS[0], 0, num_items)
+    imported = {"items": num_items, "import, s": seconds, "import, MB": size}
+    column = imported | measure(domains / SHOPS[0], folder / "backbone", cache, sizes)
+    shutil.rmtree(domains)
+    shutil.rmtree(cache)
+    return column
+
+
 def _of_a_run(found: dict[str, float]) -> dict[str, float]:
     return {
         **{f"{phase}, s": found[f"{phase} s"] for phase in PHASES},
@@ -100,7 +123,7 @@ def _import(folder: Path, domains: Path, shop: str, seed: int, num_items: int) -
     """Return the seconds and peak memory in MB of the import of a shop."""
     source = folder / f"{shop}-source"
     source.mkdir()
-    _write_tables(source, num_items, seed)
+    write_tables(source, num_items, seed)
     command = [sys.executable, "-m", "fedmerge.cli", "data", "import", "table", str(domains), "--name", shop]
     command += ["--interactions", str(source / "interactions.parquet"), "--catalog", str(source / "catalog.parquet")]
     started = time.perf_counter()
@@ -150,7 +173,8 @@ def _opened(shop: Path, backbone_folder: Path) -> dict[str, float]:
     }
 
 
-def _write_tables(folder: Path, num_items: int, seed: int) -> None:
+def write_tables(folder: Path, num_items: int, seed: int) -> None:
+    """Write the interactions and the catalog of a shop as Parquet."""
     draw = np.random.default_rng(seed)
     users = np.repeat(np.arange(num_items), INTERACTIONS_A_USER)
     items = (num_items * draw.random(len(users)) ** 2).astype(np.int64)  # few are far more popular than the others

@@ -243,7 +243,9 @@ def centroid_domain(domain: PseudoDomain, number: int, seed: int) -> PseudoDomai
         if torch.equal(moved, centres):
             break
         centres = moved
-    chosen = torch.cat([(block @ vectors.T).argmax(dim=1) for block in torch.split(centres, _rows(BLOCK, len(vectors)))])
+    chosen = torch.cat(
+        [(block @ vectors.T).argmax(dim=1) for block in torch.split(centres, _rows(BLOCK, len(vectors)))]
+    )
     return _of_items(domain, np.unique(chosen.numpy()))
 
 
