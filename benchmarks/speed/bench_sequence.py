@@ -1,9 +1,10 @@
 """Sequence models: seconds of an epoch and peak memory, and ranking by fused scores against plain ranking.
 
     python benchmarks/speed/bench_sequence.py --threads 1 --clock cpu
+    python benchmarks/speed/bench_sequence.py --threads 1 --clock cpu --batches 3 --sampled 0 10000 --items 12000 100000
 
 An epoch is extrapolated from some batches of synthetic users. Peak memory is the growth of a process of its own that
-trains on those batches, or ranks once.
+trains on those batches, or ranks once. With `--sampled` only steps are measured, over items drawn; 0: all.
 """
 
 import multiprocessing
@@ -18,31 +19,38 @@ from interleaved import CLOCKS, arguments, print_table, timed_in_turn
 
 from fedmerge.device import resolve_compute
 from fedmerge.evaluation.ranks import rank_targets
+from fedmerge.sequence.catalog import draw_items
 from fedmerge.sequence.fusion import choose_weights, fused_ranks
 from fedmerge.sequence.model import Inputs, SequenceModel, SequenceSettings
 from fedmerge.sequence.ranking import Source
-from fedmerge.sequence.training import backward
+from fedmerge.sequence.training import backward, optimizers_of
 
 TEXT_WIDTH, MEAN_LENGTH = 384, 8
 WEIGHTS = (0.4, 0.4, 0.2)
 INPUTS: tuple[Inputs, ...] = ("ids", "text", "text+ids")
 
 
-def train_batches(inputs: Inputs, num_items: int, num_batches: int, clock: str, hidden_size: int) -> float:
+def train_batches(
+    inputs: Inputs, num_items: int, num_batches: int, clock: str, hidden_size: int, sampled: int | None = None
+) -> float:
     """Return the seconds of a batch."""
     rng = np.random.default_rng(0)
-    settings = SequenceSettings(inputs=inputs, hidden_size=hidden_size)
+    settings = SequenceSettings(inputs=inputs, hidden_size=hidden_size, sampled_items=sampled)
     vectors = None if inputs == "ids" else unit_vectors(num_items, TEXT_WIDTH, 0)
     model = SequenceModel(num_items, settings, vectors).train()
-    optimizer, dtype = torch.optim.Adam(model.parameters()), resolve_compute("cpu").autocast_dtype
+    optimizers, dtype = optimizers_of(model), resolve_compute("cpu").autocast_dtype
     now, start = CLOCKS[clock], 0.0
     for number in range(-1, num_batches):  # the first one allocates
         if number == 0:
             start = now()
         lengths = np.clip(rng.geometric(1 / (MEAN_LENGTH - 1), settings.batch_size) + 1, 2, settings.max_length + 1)
-        optimizer.zero_grad()
-        backward(model, [rng.integers(0, num_items, length) for length in lengths], dtype)
-        optimizer.step()
+        for optimizer in optimizers.values():
+            optimizer.zero_grad()
+        batch = [rng.integers(0, num_items, length) for length in lengths]
+        drawn = None if sampled is None else draw_items(batch, sampled, num_items, rng, torch.device("cpu"))
+        backward(model, batch, dtype, drawn=drawn)
+        for optimizer in optimizers.values():
+            optimizer.step()
     return (now() - start) / num_batches
 
 
@@ -90,6 +98,13 @@ def peak_mib(threads: int, what: str, inputs: Inputs, num_users: int, num_items:
     return (largest_kib() - before) / 1024
 
 
+def step(threads: int, num_items: int, num_batches: int, clock: str, sampled: int | None) -> tuple[float, float]:
+    """Return the seconds of a step on text and ids of width 128, and the largest resident set of this process in MB."""
+    torch.set_num_threads(threads)
+    seconds = train_batches("text+ids", num_items, num_batches, clock, 128, sampled)
+    return seconds, largest_kib() * 1024 / 1e6
+
+
 def largest_kib() -> int:
     """Return the largest resident set of this process so far (that of getrusage starts with the parent's)."""
     status = Path("/proc/self/status").read_text(encoding="utf-8")
@@ -109,8 +124,22 @@ def main() -> None:
     parser.add_argument("--ranked", type=int, default=2000, help="users ranked")
     parser.add_argument("--items", type=int, nargs="+", default=[12000])
     parser.add_argument("--batches", type=int, default=10, help="batches timed")
+    parser.add_argument("--sampled", type=int, nargs="+", default=[], help="items drawn for a step, 0: all; only steps")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    if options.sampled:
+        for num_items in options.items:
+            for sampled in options.sampled:
+                with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+                    call = process.submit(
+                        step, options.threads, num_items, options.batches, options.clock, sampled or None
+                    )
+                    seconds, size = call.result()
+                print(
+                    f"{num_items:>10,} items, {sampled or 'all'} scored: {seconds:.3f} s a step, {size:,.0f} MB",
+                    flush=True,
+                )
+        return
     started = time.monotonic()
     first = options.items[0]
     batches = options.users / SequenceSettings().batch_size

@@ -119,7 +119,7 @@ def train_sequence_model(
         if settings.inputs == "text+ids":
             model.trained_items.zero_()[torch.from_numpy(trained_items)] = True
         model = model.to(compute.device)
-        optimizers = _optimizers(model)
+        optimizers = optimizers_of(model)
         losses, stopped_by = list[float](), ""
         resumed = None if checkpoint is None else read_checkpoint(checkpoint)
         if resumed is None:
@@ -233,8 +233,8 @@ def _epoch(
     return total / num_predicted, True
 
 
-def _optimizers(model: SequenceModel) -> Optimizers:
-    """Return Adam of all weights; with sampled items, ids have one for the items of a step alone."""
+def optimizers_of(model: SequenceModel) -> Optimizers:
+    """Return Adam of all weights; with sampled items, ids have one of their own, for the items of a step alone."""
     rate = model.settings.learning_rate
     if model.settings.sampled_items is None or model.settings.inputs == "text":
         return {"optimizer": torch.optim.Adam(model.parameters(), lr=rate)}
