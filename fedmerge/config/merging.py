@@ -192,7 +192,7 @@ class MergeRec(Section):
     pseudo_users: Literal["one-item", "subset", "centroid", "chain", "contrastive", "contrastive-adaptive"] = Field(
         "one-item",
         description="Histories of the pseudo-users; adamerging uses the same ones. subset, centroid: 1000 a domain; "
-        "else as many as items.",
+        "else as many as items; chain and contrastive ones 2000 of more than 131,072 items.",
     )
     domains_per_step: int | None = Field(
         None,

@@ -34,6 +34,7 @@ ROUNDS = 20  # of k-means
 BLOCK = 1024  # rows of similarities at once: never N × N
 ADAPTIVE_BLOCK = 128  # the same for adaptive weights, which need several such matrices in float64
 LARGE = 2**17  # items; of more, blocks have fewer rows, and walks compute the neighbours of the items that they visit
+WALKS_OF_LARGE = 2000  # walks in a catalog of more than LARGE items: learning draws 1,600 pseudo-users by default
 
 Neighbours = tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]
 """Items similar to each item, and their probabilities."""
@@ -294,7 +295,7 @@ def chain_domain(
         expert: the domain's own adapter.
         table: token table of its catalog.
         text: section ``[text]``; its longest sequence and order are used.
-        number: number of pseudo-users; None: as many as items.
+        number: number of pseudo-users; None: as many as items, or WALKS_OF_LARGE of more than LARGE items.
         seed: seed of the walks.
         amateur: an adapter to contrast with, such as the average of the other experts.
         adaptive: α and β are :func:`fedmerge.mergerec.contrast.adaptive_weights` over all items but the last one;
@@ -310,7 +311,8 @@ def chain_domain(
     rng = generator(seed, "pseudo-users", purpose, domain.name)
     size = len(domain.items)
     theirs = _encoded(backbone, amateur, domain)
-    number = size if number is None else number
+    if number is None:
+        number = min(size, WALKS_OF_LARGE) if size > LARGE else size
     starts = np.concatenate([rng.permutation(size) for _ in range(-(-number // size))])[:number]
     if size > LARGE and number * LONGEST_CHAIN < size:
 
@@ -346,7 +348,8 @@ def pseudo_domain(
     Args:
         kind: "one-item", "subset", "centroid", "chain", "contrastive" or "contrastive-adaptive".
         domain: from :func:`one_item_domain`; the other arguments as for :func:`chain_domain`.
-        number: number of pseudo-users; None: SUBSET_SIZE for "subset" and "centroid", else as many as items.
+        number: number of pseudo-users; None: SUBSET_SIZE for "subset" and "centroid", as for :func:`chain_domain` for
+            walks, else as many as items.
 
     Raises:
         ConfigError: no such kind; "popular", whose counts a server does not have; a contrastive one without an amateur.
