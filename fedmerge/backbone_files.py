@@ -121,6 +121,15 @@ def missing_target_modules(folder: Path, target_modules: Sequence[str]) -> list[
     return [target for target, found in target_layers(layers, target_modules, model_type).items() if not found]
 
 
+def has_tensor(folder: Path, end: str) -> bool:
+    """Return whether a tensor with two axes in the files of a backbone has a name with this end.
+
+    Raises:
+        BackboneError: a file that cannot be read.
+    """
+    return any(_ends(name, (end,)) for path in sorted(folder.glob("*.safetensors")) for name in _matrices(path))
+
+
 def _ends(name: str, ends: Sequence[str]) -> bool:
     return any(name == end or name.endswith(f".{end}") for end in ends)
 

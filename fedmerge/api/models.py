@@ -402,4 +402,4 @@ def _token_table(source: LocalDomain | Catalog | str | Path, backbone: Backbone,
     if isinstance(source, LocalDomain):
         return source.table, source.text
     catalog = load_catalog(Path(source)) if isinstance(source, str | Path) else source
-    return build_token_table(catalog, backbone.tokenizer, text.max_attribute_tokens), text
+    return build_token_table(catalog, backbone.tokenizer, text.max_attribute_tokens, backbone.special.attributes), text

@@ -98,11 +98,11 @@ def open_domain(folder: Path, backbone: Backbone, text: Text, cache_dir: Path | 
         DomainError: missing or damaged files.
         BackboneError: sequences longer than the backbone's positions.
     """
-    check_max_tokens(backbone, text.max_tokens)
+    check_max_tokens(backbone, text.max_tokens, text.max_items)
     catalog = load_catalog(folder)
     manifest, limit = read_manifest(folder), text.max_attribute_tokens
     if cache_dir is None:
-        table = build_token_table(catalog, backbone.tokenizer, limit)
+        table = build_token_table(catalog, backbone.tokenizer, limit, backbone.special.attributes)
     else:
         table = load_or_build_tokens(catalog, backbone, limit, cache_dir)
     return LocalDomain(manifest, catalog, load_interactions(folder), table, text, backbone)

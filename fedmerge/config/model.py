@@ -54,7 +54,9 @@ class BackboneSection(Section):
     source: str = Field(
         "sentence-transformers/all-MiniLM-L6-v2", min_length=1, description="Hugging Face model id, or a folder."
     )
-    family: Literal["auto", "plain", "encoder", "blair", "decoder", "qwen3-embedding", "e5-mistral", "llm2vec"] = Field(
+    family: Literal[
+        "auto", "plain", "encoder", "blair", "decoder", "qwen3-embedding", "e5-mistral", "llm2vec", "recformer"
+    ] = Field(
         "auto",
         description="Conventions of the encoder. auto: read from the model's own files; plain: the mean of all tokens, "
         "nothing is read; others: those of a published family.",

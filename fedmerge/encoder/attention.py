@@ -5,7 +5,7 @@ import torch
 from transformers import PreTrainedModel
 
 from fedmerge.encoder.families import Conventions
-from fedmerge.encoder.text import SpecialTokens
+from fedmerge.encoder.text import SpecialTokens, token_ids
 from fedmerge.errors import BackboneError
 
 _PROBED_TOKENS = 4
@@ -27,6 +27,11 @@ def attend_both_ways(model: PreTrainedModel) -> bool:
     return True
 
 
+def attends_globally(model: PreTrainedModel) -> bool:
+    """Return whether a model attends within windows, so that its first token needs global attention to see a text."""
+    return bool(model.config.model_type == "longformer")
+
+
 @torch.no_grad()
 def attends_both_ways(model: PreTrainedModel, special: SpecialTokens) -> bool:
     """Return whether the first token's state depends on the last token, with and without padding.
@@ -35,7 +40,7 @@ def attends_both_ways(model: PreTrainedModel, special: SpecialTokens) -> bool:
         BackboneError: it depends on the padding, so that the switch of this model type is not complete.
     """
     size = int(model.config.vocab_size)
-    first = np.resize(np.concatenate([special.before_item, np.arange(size - 1, size)]), _PROBED_TOKENS)
+    first = np.resize(np.concatenate([token_ids(special.before_item), np.arange(size - 1, size)]), _PROBED_TOKENS)
     rows = torch.tensor(np.stack([first, first]), dtype=torch.int64, device=model.device)
     rows[1, -1] = (rows[0, -1] + 1) % size
     mask = torch.ones_like(rows)

@@ -5,18 +5,16 @@ import json
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedmerge.backbone_files import MINILM, find_backbone
 from fedmerge.config.model import BackboneSection
 from fedmerge.device import Compute
-from fedmerge.encoder.attention import attend_both_ways, check_attention
+from fedmerge.encoder.attention import attend_both_ways, attends_globally, check_attention
 from fedmerge.encoder.families import PLAIN, Conventions, conventions_of, identity_of
+from fedmerge.encoder.loading.models import load
 from fedmerge.encoder.text import SpecialTokens, special_tokens
 from fedmerge.errors import BackboneError
 
@@ -24,7 +22,6 @@ logger = logging.getLogger(__name__)
 
 MINILM_WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
-HAVE_POOLERS = ("bert", "roberta", "xlm-roberta", "camembert", "mpnet", "longformer")
 _OTHER_FILES = (  # other files that the vectors depend on
     "config.json",
     "tokenizer.json",
@@ -116,7 +113,7 @@ def open_backbone(section: BackboneSection, compute: Compute) -> Backbone:
         )
     hashes |= {file: _file_sha256(folder / file) for file in _OTHER_FILES if (folder / file).is_file()}
     conventions = conventions_of(section, folder)
-    model, tokenizer = _load(folder)
+    model, tokenizer = load(folder, conventions)
     width = int(model.config.hidden_size)
     if conventions.dimension is not None and conventions.dimension > width:
         raise BackboneError(
@@ -125,12 +122,17 @@ def open_backbone(section: BackboneSection, compute: Compute) -> Backbone:
         )
     model.eval().requires_grad_(False).to(compute.device)
     special = special_tokens(
-        tokenizer, conventions.history_prompt, conventions.item_prompt, append_eos=conventions.eos == "append"
+        tokenizer,
+        conventions.history_prompt,
+        conventions.item_prompt,
+        append_eos=conventions.eos == "append",
+        attributes=conventions.attributes,
     )
     appends_eos = len(special.suffix) > len(special_tokens(tokenizer).suffix)
     switched = conventions.attention == "both-ways" and attend_both_ways(model)
     check_attention(model, special, conventions, name)
-    changes = identity_of(conventions, appends_eos=appends_eos, switched=switched)
+    globally = attends_globally(model)
+    changes = identity_of(conventions, appends_eos=appends_eos, switched=switched, attends_globally=globally)
     lines = [f"{file} {digest}" for file, digest in sorted(hashes.items())]
     lines += [f"conventions {json.dumps(changes, sort_keys=True)}"] if changes else []
     identity = hashlib.sha256("\n".join(lines).encode())
@@ -138,32 +140,6 @@ def open_backbone(section: BackboneSection, compute: Compute) -> Backbone:
     return Backbone(
         model, tokenizer, special, conventions.pooling, name, identity.hexdigest(), compute, conventions, switched
     )
-
-
-def _load(folder: Path) -> tuple[Any, PreTrainedTokenizerBase]:
-    """Load model and tokenizer, without transformers' progress bar and its report on BERT's unused pooler."""
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # of transformers
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    try:
-        config = AutoConfig.from_pretrained(folder)
-        # The pooler of BERT-like models is never used here and must not count among "all linear layers".
-        bare = {"add_pooling_layer": False} if config.model_type in HAVE_POOLERS else {}
-        model, loading = AutoModel.from_pretrained(
-            folder, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **bare
-        )
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise BackboneError(f"backbone {folder}: transformers cannot load it: {error}") from error
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-    absent = sorted(key for key in loading["missing_keys"] if "pooler" not in key)  # transformers draws them at random
-    if absent:
-        raise BackboneError(
-            f"backbone {folder}: the weights lack {', '.join(absent[:3])} ({len(absent)} in all). "
-            "Download the model again."
-        )
-    return model, tokenizer
 
 
 def in_float32(backbone: Backbone) -> Backbone:
@@ -187,8 +163,13 @@ def usable_positions(model: torch.nn.Module) -> int | None:
     return min(limits, default=None)
 
 
-def check_max_tokens(backbone: Backbone, max_tokens: int) -> None:
+def check_max_tokens(backbone: Backbone, max_tokens: int, max_items: int = 1) -> None:
     """Raise if sequences can be longer than the backbone's positions, or have no room for a text.
+
+    Args:
+        backbone: the encoder.
+        max_tokens: tokens of the longest sequence.
+        max_items: most items of a history.
 
     Raises:
         BackboneError: gives the greatest or the smallest length that works.
@@ -199,6 +180,12 @@ def check_max_tokens(backbone: Backbone, max_tokens: int) -> None:
         raise BackboneError(
             f"text.max_tokens = {max_tokens}, but {backbone.name} has {usable} positions. "
             f"Set text.max_tokens to {usable} or less."
+        )
+    places = getattr(backbone.model.config, "max_item_embeddings", None)
+    if backbone.special.attributes is not None and places is not None and max_items >= places:
+        raise BackboneError(
+            f"text.max_items = {max_items}, but {backbone.name} has positions of {places - 1} items. Set "
+            f"text.max_items to {places - 1} or less."
         )
     around = backbone.special.num_around
     if max_tokens <= around:

@@ -10,9 +10,10 @@ import torch
 from peft.helpers import disable_input_dtype_casting
 from torch.utils.checkpoint import checkpoint
 
+from fedmerge.encoder.attention import attends_globally
 from fedmerge.encoder.backbone import Backbone
 from fedmerge.encoder.fused import fused_encoder
-from fedmerge.encoder.text import Tokens
+from fedmerge.encoder.text import PADDING, Tokens
 
 TOKENS_PER_BATCH = 4096  # larger batches are not faster on a CPU: they exceed its caches
 EAGER_ATTENTION_TOKENS = 256
@@ -65,11 +66,12 @@ def token_states_in_groups(backbone: Backbone, sequences: Sequence[Tokens], posi
 def _hidden_states(backbone: Backbone, sequences: Sequence[Tokens]) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the token vectors of a batch, float32 (n, longest, d), and which of them are none of padding."""
     lengths = torch.tensor([len(sequence) for sequence in sequences])
-    padded = np.full((len(sequences), int(lengths.max())), backbone.special.pad, dtype=np.int64)
+    columns = sequences[0].shape[1:]
+    padded = np.full((len(sequences), int(lengths.max()), *columns), _padding(backbone), dtype=np.int64)
     for row, sequence in enumerate(sequences):
         padded[row, : len(sequence)] = sequence
     device = backbone.device
-    input_ids = torch.from_numpy(padded).to(device)  # (n, longest)
+    tokens = torch.from_numpy(padded).to(device)  # (n, longest) or (n, longest, 3)
     mask = (torch.arange(padded.shape[1])[None, :] < lengths[:, None]).to(device)  # (n, longest)
     dtype = backbone.compute.autocast_dtype
     with (
@@ -79,8 +81,28 @@ def _hidden_states(backbone: Backbone, sequences: Sequence[Tokens]) -> tuple[tor
         ),  # otherwise PEFT casts to float32 and back
         torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None),
     ):
-        hidden = backbone.model(input_ids=input_ids, attention_mask=mask).last_hidden_state  # (n, longest, d)
+        hidden = backbone.model(**_inputs(backbone, tokens, mask)).last_hidden_state  # (n, longest, d)
     return hidden.float(), mask
+
+
+def _padding(backbone: Backbone) -> int | list[int]:
+    """Return the token that pads a batch, with type and item position if the backbone's tokens have them."""
+    if backbone.special.attributes is None:
+        return backbone.special.pad
+    return [backbone.special.pad, PADDING, int(backbone.model.config.max_item_embeddings) - 1]
+
+
+def _inputs(backbone: Backbone, tokens: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the model's arguments for padded tokens (n, longest) or (n, longest, 3) and their mask (n, longest)."""
+    inputs = {"input_ids": tokens, "attention_mask": mask}
+    if tokens.ndim == 3:
+        names = ("input_ids", "token_type_ids", "item_position_ids")
+        inputs |= dict(zip(names, tokens.unbind(dim=2), strict=True))
+    if attends_globally(backbone.model):
+        first = torch.zeros_like(mask, dtype=torch.long)
+        first[:, 0] = 1
+        inputs |= {"attention_mask": mask.long(), "global_attention_mask": first}
+    return inputs
 
 
 def _text_mask(backbone: Backbone, sequences: Sequence[Tokens], mask: torch.Tensor) -> torch.Tensor:

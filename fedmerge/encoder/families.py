@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fedmerge.backbone_files import has_tensor
 from fedmerge.config.model import BackboneSection
 from fedmerge.errors import BackboneError
 
@@ -24,6 +25,8 @@ class Conventions:
         attention: ``causal`` or ``both-ways``, which is enforced and tested; None: the model's own.
         dimension: first dimensions that are kept; None: all.
         max_positions: limit of tokens below the model's own; None: no such limit.
+        attributes: first attributes of an item that are read, as key and value tokens of their own types at the item's
+            position; None: an item is one text.
     """
 
     pooling: str = "mean"
@@ -33,6 +36,7 @@ class Conventions:
     attention: str | None = None
     dimension: int | None = None
     max_positions: int | None = None
+    attributes: int | None = None
 
 
 PLAIN = Conventions()
@@ -54,7 +58,10 @@ FAMILIES: Mapping[str, Conventions] = {
     ),
     # LLM2Vec, arXiv:2404.05961: the instruction is read, but not in the mean
     "llm2vec": Conventions("mean-text", f"{TASK}:", attention="both-ways", max_positions=512),
+    # RecFormer, arXiv:2305.13731
+    "recformer": Conventions("cls", attention="both-ways", max_positions=1024, attributes=3),
 }
+ITEM_POSITIONS = "embeddings.item_position_embeddings.weight"  # a tensor that only RecFormer has
 DECODERS = (  # model types that attend to earlier tokens alone
     "llama",
     "mistral",
@@ -102,23 +109,45 @@ def conventions_of(section: BackboneSection, folder: Path) -> Conventions:
     known: dict[str, Any] = {key: value for key, value in given.items() if value not in (None, "auto")}
     resolved = replace(found, **known)
     of_history, of_item = (prompt.rstrip(" ") for prompt in (resolved.history_prompt, resolved.item_prompt))
+    if resolved.attributes is not None and (of_history or of_item or resolved.eos == "append"):
+        raise BackboneError(
+            f"backbone {folder}: a RecFormer reads keys and values alone, and [backbone] gives it a prompt or an end "
+            "token. Leave history_prompt, item_prompt and eos out."
+        )
     return replace(resolved, history_prompt=of_history, item_prompt=of_item)
 
 
-def identity_of(conventions: Conventions, *, appends_eos: bool, switched: bool) -> dict[str, Any]:
+def identity_of(
+    conventions: Conventions, *, appends_eos: bool, switched: bool, attends_globally: bool = False
+) -> dict[str, Any]:
     """Return what of the conventions changes vectors, compared with the plain ones; empty if nothing does.
 
     Args:
         conventions: of the backbone.
         appends_eos: whether an end-of-sequence token is appended that the tokenizer does not add.
         switched: whether the direction of the attention is not the model's own.
+        attends_globally: whether the first token has global attention beside the windows of the others.
     """
     found: dict[str, Any] = {
         name: getattr(conventions, name)
-        for name in ("pooling", "history_prompt", "item_prompt", "dimension")
+        for name in ("pooling", "history_prompt", "item_prompt", "dimension", "attributes")
         if getattr(conventions, name) != getattr(PLAIN, name)
     }
-    return found | ({"eos": "append"} if appends_eos else {}) | ({"attention": "both-ways"} if switched else {})
+    found |= ({"eos": "append"} if appends_eos else {}) | ({"attention": "both-ways"} if switched else {})
+    return found | ({"global_attention": "first"} if attends_globally else {})
+
+
+def is_recformer(folder: Path) -> bool:
+    """Return whether the configuration or the names of the tensors in a folder are those of a RecFormer."""
+    config = _read(folder / "config.json", {})
+    if config.get("model_type") != "longformer":
+        return False
+    named = [str(name).lower() for name in config.get("architectures") or ()]
+    return (
+        "max_item_embeddings" in config
+        or any(name.startswith("recformer") for name in named)
+        or has_tensor(folder, ITEM_POSITIONS)
+    )
 
 
 def _of_files(section: BackboneSection, folder: Path) -> Conventions:
@@ -127,6 +156,10 @@ def _of_files(section: BackboneSection, folder: Path) -> Conventions:
     family = FAMILIES["plain"]
     if config.get("model_type") in DECODERS:
         family = replace(FAMILIES["decoder"], attention=None)
+    elif is_recformer(folder):
+        number, tokens = config.get("max_attr_num"), config.get("max_token_num")
+        family = FAMILIES["recformer"]
+        family = replace(family, attributes=number or family.attributes, max_positions=tokens or family.max_positions)
     types = [str(module.get("type", "")).rpartition(".")[2] for module in modules]
     if strange := [name for name in types if name not in _KNOWN_MODULES]:
         raise BackboneError(

@@ -1,4 +1,7 @@
-"""Items and histories as tokens: items are tokenised once, and sequences are packed from their tokens."""
+"""Items and histories as tokens: items are tokenised once, and sequences are packed from their tokens.
+
+Tokens are int32 (length,). Those of RecFormer are (length, 3): id, type, and position of the item, 1 for the newest.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +18,7 @@ from fedmerge.errors import BackboneError, DomainError
 
 Tokens = npt.NDArray[np.int32]
 Order = Literal["newest-first", "newest-last"]
+KEY, VALUE, PADDING = 1, 2, 3  # types of RecFormer's tokens; its first token has type 0
 CHUNK = 4096  # items tokenised at a time: a tokenizer's own record of a text takes some kilobytes
 
 
@@ -32,6 +36,7 @@ class SpecialTokens:
         pad: id of the padding.
         history_prompt: tokens of the prompt of histories.
         item_prompt: tokens of the prompt of items.
+        attributes: as in :class:`fedmerge.encoder.families.Conventions`; if given, tokens have three columns.
     """
 
     prefix: Tokens
@@ -39,6 +44,7 @@ class SpecialTokens:
     pad: int
     history_prompt: Tokens = field(default_factory=_none)
     item_prompt: Tokens = field(default_factory=_none)
+    attributes: int | None = None
 
     @property
     def before_history(self) -> Tokens:
@@ -66,9 +72,10 @@ class TokenTable:
     """The tokens of all items of a catalog, concatenated.
 
     Attributes:
-        ids: int32 (total,), without special tokens.
+        ids: int32 (total,) or (total, 3), without special tokens.
         offsets: int64 (N + 1,); item i is ``ids[offsets[i]:offsets[i + 1]]``.
-        separator: int32 tokens of ``";"``, placed between two items; every item begins with a blank.
+        separator: int32 tokens of ``";"``, placed between two items; every item begins with a blank. RecFormer has
+            neither.
     """
 
     ids: Tokens
@@ -84,7 +91,11 @@ class TokenTable:
 
 
 def special_tokens(
-    tokenizer: PreTrainedTokenizerBase, history_prompt: str = "", item_prompt: str = "", append_eos: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    history_prompt: str = "",
+    item_prompt: str = "",
+    append_eos: bool = False,
+    attributes: int | None = None,
 ) -> SpecialTokens:
     """Read the special tokens off a tokenizer of any family, and tokenise the prompts.
 
@@ -93,6 +104,7 @@ def special_tokens(
         history_prompt: text before histories. A blank between it and the text is not part of it.
         item_prompt: the same of items.
         append_eos: put an end-of-sequence token behind every text, unless the tokenizer ends it by a token of its own.
+        attributes: as in :class:`SpecialTokens`; then there are no prompts, and nothing follows a text.
 
     Raises:
         BackboneError: the tokenizer's output does not contain a text's own tokens, or it has no end-of-sequence token.
@@ -114,6 +126,9 @@ def special_tokens(
     if append_eos and not suffix:
         suffix = [eos]
     pad = next((i for i in (tokenizer.pad_token_id, eos) if i is not None), 0)
+    if attributes is not None:
+        nothing = typed([], 0)
+        return SpecialTokens(typed(full[:start], 0), nothing, int(pad), nothing, nothing, attributes)
     prompts = (_prompt_tokens(tokenizer, prompt) for prompt in (history_prompt, item_prompt))
     return SpecialTokens(_tokens(full[:start]), _tokens(suffix), int(pad), *prompts)
 
@@ -145,36 +160,55 @@ def _prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str) -> Tokens:
     return _tokens(whole[: len(whole) - len(text)])
 
 
-def build_token_table(catalog: Catalog, tokenizer: PreTrainedTokenizerBase, max_attribute_tokens: int) -> TokenTable:
+def build_token_table(
+    catalog: Catalog,
+    tokenizer: PreTrainedTokenizerBase,
+    max_attribute_tokens: int,
+    attributes: int | None = None,
+) -> TokenTable:
     """Tokenise a catalog: ``title: … brand: … category: …`` or its own attributes in order, empty ones left out.
+
+    For RecFormer it is ``title…brand…category…`` without blanks and colons.
 
     Args:
         catalog: N items.
         tokenizer: tokenizer of the backbone.
         max_attribute_tokens: maximum number of tokens of an attribute's value, without its key, for attributes of which
-            the catalog states no limit.
+            the catalog states no limit. RecFormer's key counts.
+        attributes: as in :class:`SpecialTokens`.
 
     Raises:
         DomainError: an item without text for a tokenizer without special tokens, so that nothing of it can be encoded.
     """
-    blank = leading_blank(tokenizer)  # the joined text contains it
-    keys = {attribute: _tokenise(tokenizer, [f"{blank}{attribute}:"])[0] for attribute in catalog.attributes}
+    joined = attributes is None
+    blank = leading_blank(tokenizer) if joined else ""  # the joined text contains it
+    read = dict(list(catalog.attributes.items())[:attributes])
+    keys = {name: _tokenise(tokenizer, [f"{blank}{name}{':' * joined}"])[0] for name in read}
     parts, lengths = [np.zeros(0, dtype=np.int32)], np.zeros(len(catalog), dtype=np.int64)
+    types = list(parts)
     for start in range(0, len(catalog), CHUNK):
         pieces: list[list[list[int]]] = []  # attribute -> item -> tokens, key included
-        for attribute, texts in catalog.attributes.items():
+        kinds: list[list[list[int]]] = []  # the types of these tokens
+        for attribute, texts in read.items():
             some = texts[start : start + CHUNK]
             values = _tokenise(tokenizer, [f"{blank}{value}" if value else "" for value in some])
-            limit = catalog.limits.get(attribute, max_attribute_tokens)
-            pieces.append([keys[attribute] + value[:limit] if value else [] for value in values])
-        items = [[token for attribute in item for token in attribute] for item in zip(*pieces, strict=True)]
-        parts.append(np.fromiter((token for item in items for token in item), dtype=np.int32))
+            limit, key = catalog.limits.get(attribute, max_attribute_tokens), keys[attribute]
+            if joined:
+                pieces.append([key + value[:limit] if value else [] for value in values])
+            else:
+                pieces.append([(key + value)[:limit] if value else [] for value in values])
+                kinds.append([([KEY] * len(key) + [VALUE] * len(value))[:limit] if value else [] for value in values])
+        items = _joined(pieces)
+        parts.append(_flat(items))
+        types.append(_flat(_joined(kinds)))
         lengths[start : start + CHUNK] = [len(item) for item in items]
     if not lengths.all():
         _check_empty_items(catalog.name, np.flatnonzero(lengths == 0).tolist(), len(catalog), tokenizer)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     flat = np.concatenate(parts)
-    return TokenTable(flat, offsets, _separator(tokenizer))
+    if joined:
+        return TokenTable(flat, offsets, _separator(tokenizer))
+    return TokenTable(typed(flat, np.concatenate(types)), offsets, typed([], 0))
 
 
 def item_text(
@@ -222,7 +256,8 @@ def item_sequences(table: TokenTable, special: SpecialTokens, max_tokens: int) -
     """Return one sequence per item of the catalog, cut at the end; item vectors are their encodings."""
     room = max_tokens - len(special.before_item) - len(special.suffix)
     return [
-        np.concatenate([special.before_item, table.item(index)[:room], special.suffix]) for index in range(len(table))
+        np.concatenate([special.before_item, _at(table.item(index)[:room], 1), special.suffix])
+        for index in range(len(table))
     ]
 
 
@@ -261,7 +296,8 @@ def pack_items(
     """Pack the tokens of one history's items, oldest first, as :func:`pack_sequences` does."""
     parts: list[Tokens] = []
     left = max_tokens - len(special.before_history) - len(special.suffix)
-    for position, item in enumerate(reversed(items)):
+    for position, tokens_of_item in enumerate(reversed(items)):
+        item = _at(tokens_of_item, position + 1)
         for tokens in (separator, item) if position else (item,):
             parts.append(tokens[:left] if order == "newest-first" else tokens[max(0, len(tokens) - left) :])
             left -= len(parts[-1])
@@ -280,6 +316,39 @@ def num_packed(items: Sequence[Tokens], separator: Tokens, special: SpecialToken
             return max(position, 1)
         left -= len(item)
     return len(items)
+
+
+def typed(ids: Sequence[int] | Tokens, types: int | Tokens) -> Tokens:
+    """Return RecFormer's tokens (length, 3) of these ids and types, at item position 0."""
+    columns = np.zeros((len(ids), 3), dtype=np.int32)
+    columns[:, 0], columns[:, 1] = ids, types
+    return columns
+
+
+def token_ids(tokens: Tokens) -> Tokens:
+    """Return the ids (length,) of tokens."""
+    return tokens if tokens.ndim == 1 else tokens[:, 0]
+
+
+def as_item(token: int, special: SpecialTokens) -> Tokens:
+    """Return one token in place of an item's, such as the mask."""
+    return _tokens([token]) if special.attributes is None else typed([token], VALUE)
+
+
+def _at(item: Tokens, position: int) -> Tokens:
+    """Return an item's tokens at a position in a history; tokens without that column as they are."""
+    if item.ndim == 1:
+        return item
+    return np.column_stack([item[:, :2], np.full(len(item), position, dtype=np.int32)])
+
+
+def _joined(pieces: Sequence[Sequence[Sequence[int]]]) -> list[list[int]]:
+    """Return the tokens of each item from those of attribute -> item."""
+    return [[token for attribute in item for token in attribute] for item in zip(*pieces, strict=True)]
+
+
+def _flat(items: Sequence[Sequence[int]]) -> Tokens:
+    return np.fromiter((token for item in items for token in item), dtype=np.int32)
 
 
 def _check_empty_items(domain: str, empty: list[int], num_items: int, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -121,7 +121,9 @@ def pseudo_domains(
         )
     made = {}
     for domain in sorted(adapters):
-        table = build_token_table(catalogs[domain], backbone.tokenizer, text.max_attribute_tokens)
+        table = build_token_table(
+            catalogs[domain], backbone.tokenizer, text.max_attribute_tokens, backbone.special.attributes
+        )
         made[domain] = pseudo_users_of(
             domain, backbone, adapters, table, text, kind=kind, number=number, seed=seed, teacher=teacher
         )

@@ -254,7 +254,10 @@ def probe_checks(
     titles, items = (
         item_sequences(
             build_token_table(
-                make_catalog(domain, ids, attributes, catalog.limits), backbone.tokenizer, text.max_attribute_tokens
+                make_catalog(domain, ids, attributes, catalog.limits),
+                backbone.tokenizer,
+                text.max_attribute_tokens,
+                backbone.special.attributes,
             ),
             backbone.special,
             text.max_tokens,

@@ -147,10 +147,10 @@ def make_recommender(
         BackboneError: sequences longer than the backbone's positions.
         LayoutMismatchError: an adapter of another backbone, or one that makes vectors that are not finite.
     """
-    check_max_tokens(backbone, text.max_tokens)
+    check_max_tokens(backbone, text.max_tokens, text.max_items)
     encoder, limit = folded(backbone, adapter), text.max_attribute_tokens
     if cache_dir is None:
-        table = build_token_table(catalog, encoder.tokenizer, limit)
+        table = build_token_table(catalog, encoder.tokenizer, limit, encoder.special.attributes)
     else:
         table = load_or_build_tokens(catalog, backbone, limit, Path(cache_dir))
 
@@ -349,7 +349,7 @@ def tokens_of(recommender: Recommender, items: Sequence[Mapping[str, str]]) -> l
             raise DomainError(f"recommend: found an item without text, expected at least one of {names}. Describe it.")
     columns = {name: [item.get(name, "") for item in items] for name in names}
     made = make_catalog(catalog.name, [str(number) for number in range(len(items))], columns, catalog.limits)
-    table = build_token_table(made, recommender.encoder.tokenizer, limit)
+    table = build_token_table(made, recommender.encoder.tokenizer, limit, recommender.encoder.special.attributes)
     return [table.item(number) for number in range(len(items))]
 
 

@@ -74,5 +74,7 @@ def _sequences(domain: LocalDomain, attributes: dict[str, Sequence[str]]) -> lis
     number = len(next(iter(attributes.values())))
     limits = {name: limit for name, limit in domain.catalog.limits.items() if name in attributes}
     catalog = make_catalog(domain.catalog.name, [str(row) for row in range(number)], attributes, limits)
-    table = build_token_table(catalog, domain.backbone.tokenizer, domain.text.max_attribute_tokens)
+    table = build_token_table(
+        catalog, domain.backbone.tokenizer, domain.text.max_attribute_tokens, domain.backbone.special.attributes
+    )
     return item_sequences(table, domain.backbone.special, domain.text.max_tokens)

@@ -26,7 +26,7 @@ from fedmerge.client.auxiliary.prepared import Auxiliary
 from fedmerge.client.local_domain import LocalDomain
 from fedmerge.client.training.losses import TEMPERATURE, in_batch_softmax
 from fedmerge.encoder.encode import embed_in_groups, token_states_in_groups
-from fedmerge.encoder.text import Tokens, num_packed, pack_items
+from fedmerge.encoder.text import Tokens, as_item, num_packed, pack_items
 from fedmerge.evaluation.ranks import IntArray
 from fedmerge.sequence.augmentation import augmented, forbidden_items, segment
 from fedmerge.sequence.contrast import numbered, view_contrast
@@ -160,7 +160,7 @@ def masked_history(domain: LocalDomain, history: IntArray, rng: np.random.Genera
     from_newest = int(rng.integers(num_packed(items, table.separator, special, text.max_tokens)))
     index = len(items) - 1 - from_newest
     newer = items[index + 1 :]
-    items[index] = np.array([domain.backbone.tokenizer.mask_token_id], dtype=np.int32)
+    items[index] = as_item(domain.backbone.tokenizer.mask_token_id, special)
     tokens = pack_items(items, table.separator, special, text.max_tokens, text.order)
     between = sum(len(item) + len(table.separator) for item in newer)
     first = text.order == "newest-first"

@@ -43,7 +43,7 @@ def load_or_build_tokens(
     if (cached := _read_cached(folder, len(catalog))) is not None:
         mark_used(folder)
         return cached
-    table = build_token_table(catalog, backbone.tokenizer, max_attribute_tokens)
+    table = build_token_table(catalog, backbone.tokenizer, max_attribute_tokens, backbone.special.attributes)
 
     def write(filled: Path) -> None:
         arrays: dict[str, npt.NDArray[Any]] = {

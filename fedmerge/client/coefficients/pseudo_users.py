@@ -110,7 +110,9 @@ def cache_cohort(
     own = config.cohort_learns_on == "own-users"
     pseudo = None
     if not own:
-        table = build_token_table(catalog, backbone.tokenizer, config.text.max_attribute_tokens)
+        table = build_token_table(
+            catalog, backbone.tokenizer, config.text.max_attribute_tokens, backbone.special.attributes
+        )
         pseudo = pseudo_users_of(
             name,
             backbone,

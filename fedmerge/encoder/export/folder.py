@@ -17,11 +17,13 @@ from fedmerge.domain.catalog import Catalog
 from fedmerge.domain.manifest import read_template
 from fedmerge.encoder.adapted import folded
 from fedmerge.encoder.adapter_records import adapter_record
-from fedmerge.encoder.backbone import HAVE_POOLERS, Backbone, check_max_tokens
+from fedmerge.encoder.attention import attends_globally
+from fedmerge.encoder.backbone import Backbone, check_max_tokens
 from fedmerge.encoder.export.card import TEXT_FILE, model_card
 from fedmerge.encoder.export.formats import Format, check_format, packages
 from fedmerge.encoder.export.graph import write_graph
 from fedmerge.encoder.export.probes import Deviation, measure_deviation, probe_texts, prompt_texts
+from fedmerge.encoder.loading.models import HAVE_POOLERS
 from fedmerge.encoder.text import SpecialTokens, item_text, leading_blank, special_tokens
 from fedmerge.errors import BackboneError
 from fedmerge.files import check_free, new_folder, read_record, share, write_json, write_text
@@ -77,7 +79,7 @@ def export_model(
     """
     check_format(to, int8)
     _check_exportable(backbone, text, to)
-    check_max_tokens(backbone, text.max_tokens)
+    check_max_tokens(backbone, text.max_tokens, text.max_items)
     check_free(folder)
     encoder = folded(backbone, adapter)
     record = _text_record(backbone, text, template)
@@ -140,6 +142,10 @@ def _check_exportable(backbone: Backbone, text: Text, to: Format) -> None:
         found = "text.order = 'newest-last' cuts histories at the beginning, and an exported tokenizer cuts at the end"
     elif backbone.pooling == "mean-text":
         found = "the pooling mean-text leaves prompts out, which an exported model cannot tell from the text"
+    elif backbone.special.attributes is not None:
+        found = "it reads keys and values by their types and items by their positions, which a text does not have"
+    elif attends_globally(backbone.model):
+        found = "its first token has global attention, which an exported model does not give it"
     elif backbone.is_switched and to == "sentence-transformers":
         found = "its attention is switched to both ways, which sentence-transformers does not do; take --to onnx"
     if found:

@@ -1,5 +1,6 @@
 """A tiny random model of each family with a tokenizer of its kind, in the files that transformers writes."""
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 import transformers as hf
 from backbones import WORDS, tiny_bert, tiny_roberta
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 SIZES: dict[str, Any] = {
@@ -148,6 +150,49 @@ def mistral(folder: Path) -> Path:
     fast = sentence_piece(["<unk>", "<s>", "</s>"], "<s> $A", "dummy", **names)
     more: dict[str, Any] = {"sliding_window": None, **GROUPED}
     return _write(lambda size: hf.MistralModel(hf.MistralConfig(vocab_size=size, **SIZES, **more)), fast, folder)
+
+
+def longformer(folder: Path, window: int = 64, **more: Any) -> Path:
+    names = {
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "pad_token": "<pad>",
+        "unk_token": "<unk>",
+        "mask_token": "<mask>",
+    }
+    fast = byte_level(["<s>", "<pad>", "</s>", "<unk>", "<mask>"], "<s> $A </s>", **names)
+    config: dict[str, Any] = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "attention_window": window}
+    return _write(
+        lambda size: hf.LongformerModel(
+            hf.LongformerConfig(vocab_size=size, **SIZES, **config, **more), add_pooling_layer=False
+        ),
+        fast,
+        folder,
+    )
+
+
+def recformer(folder: Path, prefix: str = "", stated: bool = True) -> Path:
+    """RecFormer's checkpoint as its authors name tensors: a Longformer of four types, and a table of item positions.
+
+    Args:
+        folder: for the files.
+        prefix: ``longformer.`` for the model with a head, which has further tensors.
+        stated: False: the configuration is that of the Longformer it was started from.
+    """
+    longformer(folder, type_vocab_size=4)
+    tensors = {f"{prefix}{name}": tensor for name, tensor in load_file(folder / "model.safetensors").items()}
+    draw = torch.Generator().manual_seed(5)
+    tensors[f"{prefix}embeddings.item_position_embeddings.weight"] = torch.randn(51, 32, generator=draw) * 0.5
+    if prefix:
+        tensors["item_embedding.weight"] = torch.zeros(7, 32)
+    tensors[f"{prefix}embeddings.position_ids"] = torch.arange(320)[None]  # a buffer of older transformers
+    save_file(tensors, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    own: dict[str, Any] = {"token_type_size": 4, "max_item_embeddings": 51, "max_token_num": 300}
+    own |= {"max_attr_num": 2, "max_attr_length": 32, "architectures": ["RecformerForSeqRec"]}
+    config |= {"type_vocab_size": 1, **(own if stated else {"attention_window": [512, 512]})}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
 
 _BERT = ("query", "key", "value", "attention.output.dense"), ("intermediate.dense", "output.dense")
